@@ -1,1 +1,36 @@
-//! x
+//! The Sluice weight file: bytes ↔ meaning.
+//!
+//! A file is a superblock, a set of checksummed, page-aligned **extents**, and three tables that say what they hold.
+//! `docs/FORMAT.md` describes it byte by byte; a test compares that document with the constants of this crate.
+//!
+//! This crate has no policy and no threads: it does not choose types or places, it does not cache, and it does not know
+//! how a kernel multiplies. Writing goes through [`FileLayout`] and [`FileWriter`], reading through [`ModelFile`], which is a
+//! ladder of checks with one typed error each; nothing is ever allocated from a length that has not been checked.
+
+mod bytes;
+mod error;
+mod extent;
+mod metadata;
+mod reader;
+mod schema;
+mod spec;
+mod superblock;
+mod tensor;
+mod weight;
+mod writer;
+
+pub use error::{FormatError, Region};
+pub use extent::{Codec, EXTENT_RECORD_LEN, ExtentKind, ExtentRecord, NO_LAYER, extent_name};
+pub use metadata::{MAX_BLOB_NAME, Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB, TOKENIZER_BLOB};
+pub use reader::{ModelFile, verify_extent};
+pub use schema::TensorShape;
+pub use spec::*;
+pub use superblock::{FORMAT_VERSION, MAGIC, MODEL_ID_LEN, ModelId, PAGE_SIZES, SUPERBLOCK_LEN, Superblock, TableRef};
+pub use tensor::{ANY_INDEX, Layout, MAX_TENSOR_NAME, TENSOR_RECORD_LEN, TensorRecord};
+pub use weight::{BLOCK, FP8_BLOCK, PLANE_ALIGN, ROW_GROUP, WeightType};
+pub use writer::{ExtentWriter, FileLayout, FileWriter, PlannedExtent};
+
+/// Checksum of every region of the file: xxh3-64, seed 0 (<https://github.com/Cyan4973/xxHash>).
+pub fn checksum(bytes: &[u8]) -> u64 {
+    xxhash_rust::xxh3::xxh3_64(bytes)
+}

@@ -1,0 +1,133 @@
+//! What can be wrong with a file, one variant per check.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use crate::superblock::{FORMAT_VERSION, PAGE_SIZES};
+
+/// A checksummed region that is not an extent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Region {
+    /// Page 0.
+    Superblock,
+    /// The extent table.
+    ExtentTable,
+    /// The tensor table.
+    TensorTable,
+    /// The metadata.
+    Metadata,
+}
+
+impl fmt::Display for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Region::Superblock => "superblock",
+            Region::ExtentTable => "extent table",
+            Region::TensorTable => "tensor table",
+            Region::Metadata => "metadata",
+        })
+    }
+}
+
+/// Why a file was refused. Every variant names the file.
+#[derive(Debug, thiserror::Error)]
+pub enum FormatError {
+    /// The operating system refused.
+    #[error("{path}: cannot {action}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was being done.
+        action: &'static str,
+        /// The operating system's error.
+        source: io::Error,
+    },
+    /// No magic.
+    #[error("{path} is not a Sluice model file. Convert a Hugging Face checkpoint with `sluice convert` first")]
+    NotSluice {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The superblock was never written.
+    #[error(
+        "{path} is an unfinished conversion: its superblock was never written. Run the same `sluice convert` again; it resumes"
+    )]
+    Unfinished {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another version of the format.
+    #[error(
+        "{path} has format version {found}; this program reads version {FORMAT_VERSION}. Use the program that wrote it, or convert again"
+    )]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// A page size that is not allowed.
+    #[error("{path} has page size {found}; allowed are {PAGE_SIZES:?}. The file is damaged: copy or convert it again")]
+    PageSize {
+        /// The file.
+        path: PathBuf,
+        /// Its page size.
+        found: u32,
+    },
+    /// More volumes than this version reads.
+    #[error("{path} is volume {volume} of {count}; this program reads models of one volume")]
+    Volumes {
+        /// The file.
+        path: PathBuf,
+        /// This volume.
+        volume: u16,
+        /// Volumes in all.
+        count: u16,
+    },
+    /// The file is shorter or longer than its superblock says.
+    #[error(
+        "{path} has {actual} bytes, its superblock says {expected}. The copy is incomplete: copy or convert it again"
+    )]
+    FileLength {
+        /// The file.
+        path: PathBuf,
+        /// Bytes found.
+        actual: u64,
+        /// Bytes expected.
+        expected: u64,
+    },
+    /// A region's checksum does not match.
+    #[error("{path}: the {region} is damaged (its checksum does not match). Copy or convert the file again")]
+    RegionChecksum {
+        /// The file.
+        path: PathBuf,
+        /// The region.
+        region: Region,
+    },
+    /// An extent's checksum does not match.
+    #[error(
+        "{path}: {extent} at offset {offset} is damaged (its checksum does not match). Copy or convert the file again"
+    )]
+    ExtentChecksum {
+        /// The file.
+        path: PathBuf,
+        /// The extent's name.
+        extent: String,
+        /// Its offset.
+        offset: u64,
+    },
+    /// A region breaks a rule of the format.
+    #[error("{path}: the {region} is invalid: {problem}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// The region.
+        region: Region,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A plan for a new file breaks a rule of the format.
+    #[error("cannot lay out the file: {0}")]
+    Layout(String),
+}

@@ -1,0 +1,89 @@
+//! Metadata: named blobs, kept verbatim.
+
+use crate::bytes::{get_u32, get_u64};
+
+/// Blob that holds the [`crate::ModelSpec`] as JSON.
+pub const SPEC_BLOB: &str = "sluice/spec.json";
+/// Blob that says where the weights came from: source files, digests, recipe, errors.
+pub const PROVENANCE_BLOB: &str = "sluice/provenance.json";
+/// The source's `config.json`.
+pub const SOURCE_CONFIG_BLOB: &str = "config.json";
+/// The source's `tokenizer.json`.
+pub const TOKENIZER_BLOB: &str = "tokenizer.json";
+/// Longest blob name, in bytes.
+pub const MAX_BLOB_NAME: usize = 255;
+
+/// Named blobs in file order. Names are unique.
+///
+/// Serialised as: u32 count; then for each blob u32 name length, u64 blob length, name (UTF-8), blob.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Metadata {
+    blobs: Vec<(String, Vec<u8>)>,
+}
+
+impl Metadata {
+    /// Adds a blob, or replaces the one of that name.
+    ///
+    /// # Panics
+    /// When the name is empty or longer than [`MAX_BLOB_NAME`]: names are chosen by this program, not by its input.
+    pub fn insert(&mut self, name: &str, blob: Vec<u8>) {
+        assert!(!name.is_empty() && name.len() <= MAX_BLOB_NAME, "blob name {name:?}");
+        match self.blobs.iter_mut().find(|(n, _)| n == name) {
+            Some((_, old)) => *old = blob,
+            None => self.blobs.push((name.to_owned(), blob)),
+        }
+    }
+
+    /// The blob of that name.
+    pub fn get(&self, name: &str) -> Option<&[u8]> {
+        self.blobs.iter().find(|(n, _)| n == name).map(|(_, b)| b.as_slice())
+    }
+
+    /// All blobs in file order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.blobs.iter().map(|(n, b)| (n.as_str(), b.as_slice()))
+    }
+
+    /// Serialises all blobs.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut out = (self.blobs.len() as u32).to_le_bytes().to_vec();
+        for (name, blob) in &self.blobs {
+            out.extend((name.len() as u32).to_le_bytes());
+            out.extend((blob.len() as u64).to_le_bytes());
+            out.extend(name.as_bytes());
+            out.extend(blob);
+        }
+        out
+    }
+
+    /// Parses exactly `bytes`; `Err` says what is wrong.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let mut at = 0usize;
+        let mut take = |n: usize| -> Result<&[u8], String> {
+            let end = at.checked_add(n).filter(|&e| e <= bytes.len()).ok_or("a blob runs past the end")?;
+            let part = &bytes[at..end];
+            at = end;
+            Ok(part)
+        };
+        let count = get_u32(take(4)?, 0);
+        let mut out = Metadata::default();
+        for _ in 0..count {
+            let head = take(12)?;
+            let (name_len, blob_len) = (get_u32(head, 0) as usize, get_u64(head, 4));
+            if name_len == 0 || name_len > MAX_BLOB_NAME {
+                return Err(format!("a blob name has {name_len} bytes"));
+            }
+            let name = std::str::from_utf8(take(name_len)?).map_err(|_| "a blob name is not UTF-8")?.to_owned();
+            let blob_len = usize::try_from(blob_len).map_err(|_| "a blob runs past the end")?;
+            let blob = take(blob_len)?.to_vec();
+            if out.get(&name).is_some() {
+                return Err(format!("the blob `{name}` appears twice"));
+            }
+            out.blobs.push((name, blob));
+        }
+        if at != bytes.len() {
+            return Err(format!("{} bytes follow the last blob", bytes.len() - at));
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,87 @@
+//! Which tensors a model of a given spec has: the contract between converter and runtime.
+
+use crate::extent::ExtentKind;
+use crate::spec::{AttentionSpec, FfnSpec, MlaSpec, ModelSpec};
+use crate::tensor::Layout;
+
+/// Name, shape and arrangement of one tensor that an extent must hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorShape {
+    /// Canonical name.
+    pub name: &'static str,
+    /// Arrangement. [`Layout::Plain`] tensors are vectors and always f32 (the embedding aside).
+    pub layout: Layout,
+    /// `[batch, rows, cols]`.
+    pub shape: [usize; 3],
+}
+
+fn vector(name: &'static str, len: usize) -> TensorShape {
+    TensorShape { name, layout: Layout::Plain, shape: [1, 1, len] }
+}
+
+fn matrix(name: &'static str, rows: usize, cols: usize) -> TensorShape {
+    TensorShape { name, layout: Layout::Tiled, shape: [1, rows, cols] }
+}
+
+fn ffn_pair(width: usize, hidden: usize) -> Vec<TensorShape> {
+    vec![
+        TensorShape { name: "gate_up", layout: Layout::TiledPair, shape: [1, width, hidden] },
+        matrix("down", hidden, width),
+    ]
+}
+
+impl ModelSpec {
+    /// Tensors of the extents of `kind` in `layer`, in the order in which they are consumed and stored.
+    /// Empty when the layer has no such extent. Embedding and head are split into parts by rows and are not listed.
+    pub fn tensors(&self, kind: ExtentKind, layer: usize) -> Vec<TensorShape> {
+        let hidden = self.hidden_size;
+        let Some(spec) = self.layers.get(layer) else {
+            return if kind == ExtentKind::FinalNorm { vec![vector("norm", hidden)] } else { Vec::new() };
+        };
+        match kind {
+            ExtentKind::Embedding | ExtentKind::Head => Vec::new(),
+            ExtentKind::FinalNorm => vec![vector("norm", hidden)],
+            ExtentKind::Attention => {
+                let mut list = vec![vector("attn_norm", hidden)];
+                match &spec.attention {
+                    AttentionSpec::Mla(m) => list.extend(mla_tensors(m, hidden)),
+                }
+                list
+            }
+            ExtentKind::Router => router_tensors(&spec.ffn, hidden),
+            ExtentKind::Dense if spec.ffn.dense_width > 0 => ffn_pair(spec.ffn.dense_width, hidden),
+            ExtentKind::Dense => Vec::new(),
+            ExtentKind::Expert => spec.ffn.moe.as_ref().map_or(Vec::new(), |m| ffn_pair(m.width, hidden)),
+        }
+    }
+}
+
+/// `k_b` and `v_b` are the two halves of the checkpoint's `kv_b_proj`, one matrix per head; `k_b` is transposed, so that the
+/// absorbed query `k_b · q_nope` is a plain matrix-vector product.
+fn mla_tensors(m: &MlaSpec, hidden: usize) -> Vec<TensorShape> {
+    let query = m.heads * (m.qk_nope_head_dim + m.qk_rope_head_dim);
+    let mut list = match m.q_lora_rank {
+        Some(rank) => vec![matrix("q_a", rank, hidden), vector("q_a_norm", rank), matrix("q_b", query, rank)],
+        None => vec![matrix("q", query, hidden)],
+    };
+    let batched = |name, rows, cols| TensorShape { name, layout: Layout::Tiled, shape: [m.heads, rows, cols] };
+    list.extend([
+        matrix("kv_a", m.kv_lora_rank + m.qk_rope_head_dim, hidden),
+        vector("kv_a_norm", m.kv_lora_rank),
+        batched("k_b", m.kv_lora_rank, m.qk_nope_head_dim),
+        batched("v_b", m.v_head_dim, m.kv_lora_rank),
+        matrix("o", hidden, m.heads * m.v_head_dim),
+    ]);
+    list
+}
+
+fn router_tensors(ffn: &FfnSpec, hidden: usize) -> Vec<TensorShape> {
+    let mut list = vec![vector("ffn_norm", hidden)];
+    if let Some(moe) = &ffn.moe {
+        list.push(matrix("router", moe.experts, hidden));
+        if moe.router.choice_bias {
+            list.push(vector("router_bias", moe.experts));
+        }
+    }
+    list
+}

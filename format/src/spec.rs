@@ -1,0 +1,348 @@
+//! The normalised hyperparameters: what a model computes, whatever its family calls it.
+//!
+//! The converter translates a family's `config.json` into a [`ModelSpec`]; the runtime executes specs and knows no family.
+//! Stored as JSON in the metadata, versioned by [`SPEC_VERSION`], and validated on both sides.
+
+use serde::{Deserialize, Serialize};
+
+/// Version of the JSON; an unknown one is refused.
+pub const SPEC_VERSION: u32 = 1;
+
+/// Largest count that any dimension may have. Products of two dimensions then stay far below 2^63.
+const MAX_DIM: usize = 1 << 24;
+const MAX_LAYERS: usize = 4096;
+
+/// What a model computes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSpec {
+    /// [`SPEC_VERSION`].
+    pub version: u32,
+    /// The source's `model_type`, for reports only.
+    pub family: String,
+    /// Rows of the embedding and of the output head.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Longest context that the model was made for, in tokens.
+    pub max_positions: usize,
+    /// Epsilon of the norms before attention, before the feed-forward part and before the head.
+    pub norm_eps: f32,
+    /// One entry per decoder layer.
+    pub layers: Vec<LayerSpec>,
+}
+
+/// One decoder layer: `x += attention(norm(x)); x += ffn(norm(x))`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerSpec {
+    /// The token mixer.
+    pub attention: AttentionSpec,
+    /// The feed-forward part.
+    pub ffn: FfnSpec,
+}
+
+/// The token mixer of a layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum AttentionSpec {
+    /// Multi-head latent attention.
+    Mla(MlaSpec),
+}
+
+/// Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) in the absorbed form: the cache holds one
+/// normalised latent of `kv_lora_rank` and one rotated key of `qk_rope_head_dim` values per token.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MlaSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Rank of the query's low-rank factorisation; `None`: one full matrix.
+    pub q_lora_rank: Option<usize>,
+    /// Width of the latent.
+    pub kv_lora_rank: usize,
+    /// Width of the part of a head's query and key that carries no position.
+    pub qk_nope_head_dim: usize,
+    /// Width of the part that is rotated.
+    pub qk_rope_head_dim: usize,
+    /// Width of a head's value.
+    pub v_head_dim: usize,
+    /// Epsilon of the norms inside (not the layer's).
+    pub latent_norm_eps: f32,
+    /// Factor on the scores before the softmax.
+    pub softmax_scale: f32,
+    /// Rotation of the positional part.
+    pub rope: RopeSpec,
+}
+
+/// Rotary position embedding.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RopeSpec {
+    /// Which elements form a pair.
+    pub pairing: RopePairing,
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Number of rotated elements, even.
+    pub dim: usize,
+    /// Change of the frequencies for contexts longer than those trained on.
+    pub scaling: RopeScaling,
+}
+
+/// Which elements form a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RopePairing {
+    /// `(i, i + dim/2)`.
+    Half,
+    /// `(2i, 2i + 1)`.
+    Interleaved,
+}
+
+/// Change of the rotary frequencies.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum RopeScaling {
+    /// None.
+    None,
+    /// YaRN (arXiv:2309.00071): interpolates low frequencies by `factor`, keeps high ones, ramps between.
+    Yarn {
+        /// Extension factor.
+        factor: f64,
+        /// Context length that the model was trained on.
+        original_max_positions: usize,
+        /// Rotations above which a frequency is kept.
+        beta_fast: f64,
+        /// Rotations below which a frequency is interpolated.
+        beta_slow: f64,
+        /// Whether the bounds of the ramp are rounded outwards to whole dimensions.
+        truncate: bool,
+        /// Factor on cosine and sine.
+        attention_factor: f64,
+    },
+}
+
+/// The feed-forward part of a layer: what every token computes, plus the routed experts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FfnSpec {
+    /// Activation of dense part and experts.
+    pub activation: ActivationSpec,
+    /// Width of the dense feed-forward network or of all shared experts together; 0: none.
+    pub dense_width: usize,
+    /// The routed experts; `None` in a dense layer.
+    pub moe: Option<MoeSpec>,
+}
+
+/// Gated activation of a feed-forward network.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum ActivationSpec {
+    /// `silu(gate) · up` (SwiGLU, arXiv:2002.05202).
+    Silu,
+}
+
+/// The routed experts of a layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoeSpec {
+    /// Number of experts.
+    pub experts: usize,
+    /// Experts per token.
+    pub top_k: usize,
+    /// Width of one expert.
+    pub width: usize,
+    /// How the experts of a token and their weights are chosen.
+    pub router: RouterSpec,
+}
+
+/// How a token's experts and their weights follow from the router's logits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RouterSpec {
+    /// Score of an expert from its logit.
+    pub score: RouterScore,
+    /// Whether a bias is added to the scores for the choice (not for the weights).
+    pub choice_bias: bool,
+    /// Limits the choice to the best groups of experts.
+    pub groups: Option<RouterGroups>,
+    /// Divides the chosen weights by their sum plus this; `None`: not.
+    pub renormalise: Option<f32>,
+    /// Factor on the weights.
+    pub scale: f32,
+}
+
+/// Score of an expert from its logit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RouterScore {
+    /// `1 / (1 + exp(-logit))`.
+    Sigmoid,
+    /// Softmax over all experts.
+    Softmax,
+}
+
+/// Group-limited choice (DeepSeek-V2, section 2.2.2; DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RouterGroups {
+    /// Number of groups; divides the number of experts.
+    pub count: usize,
+    /// Groups that stay.
+    pub keep: usize,
+    /// Score of a group.
+    pub score: GroupScore,
+}
+
+/// Score of a group of experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupScore {
+    /// Sum of its two best scores, bias included; experts of other groups cannot be chosen (DeepSeek-V3).
+    TopTwoSum,
+    /// Its best score; experts of other groups compete with score 0 (DeepSeek-V2).
+    Max,
+}
+
+impl ModelSpec {
+    /// Parses and validates the JSON; `Err` says what is wrong.
+    pub fn from_json(bytes: &[u8]) -> Result<Self, String> {
+        let spec: ModelSpec = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+        if spec.version != SPEC_VERSION {
+            return Err(format!("its version is {}, this program reads {SPEC_VERSION}", spec.version));
+        }
+        spec.validate()?;
+        Ok(spec)
+    }
+
+    /// Serialises to the JSON of the metadata.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(self).expect("plain data with string keys always serialises")
+    }
+
+    /// Checks that every dimension is sane and that they fit together; `Err` says which does not.
+    pub fn validate(&self) -> Result<(), String> {
+        check_dim("vocab_size", self.vocab_size)?;
+        check_dim("hidden_size", self.hidden_size)?;
+        check_dim("max_positions", self.max_positions)?;
+        check_eps("norm_eps", self.norm_eps)?;
+        if self.layers.is_empty() || self.layers.len() > MAX_LAYERS {
+            return Err(format!("it has {} layers", self.layers.len()));
+        }
+        self.layers.iter().enumerate().try_for_each(|(i, layer)| {
+            layer.attention.validate().and_then(|()| layer.ffn.validate()).map_err(|e| format!("layer {i}: {e}"))
+        })
+    }
+
+    /// Experts that one token routes to, over all layers.
+    pub fn routed_per_token(&self) -> usize {
+        self.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).sum()
+    }
+}
+
+fn check_dim(name: &str, value: usize) -> Result<(), String> {
+    if value == 0 || value > MAX_DIM {
+        return Err(format!("{name} is {value}, outside 1..={MAX_DIM}"));
+    }
+    Ok(())
+}
+
+fn check_eps(name: &str, value: f32) -> Result<(), String> {
+    if !(value.is_finite() && value >= 0.0) {
+        return Err(format!("{name} is {value}"));
+    }
+    Ok(())
+}
+
+impl AttentionSpec {
+    fn validate(&self) -> Result<(), String> {
+        match self {
+            AttentionSpec::Mla(m) => m.validate(),
+        }
+    }
+}
+
+impl MlaSpec {
+    fn validate(&self) -> Result<(), String> {
+        for (name, value) in [
+            ("heads", self.heads),
+            ("q_lora_rank", self.q_lora_rank.unwrap_or(1)),
+            ("kv_lora_rank", self.kv_lora_rank),
+            ("qk_nope_head_dim", self.qk_nope_head_dim),
+            ("qk_rope_head_dim", self.qk_rope_head_dim),
+            ("v_head_dim", self.v_head_dim),
+            ("heads × head width", self.heads.saturating_mul(self.qk_nope_head_dim + self.qk_rope_head_dim)),
+            ("heads × v_head_dim", self.heads.saturating_mul(self.v_head_dim)),
+        ] {
+            check_dim(name, value)?;
+        }
+        check_eps("latent_norm_eps", self.latent_norm_eps)?;
+        if !self.softmax_scale.is_finite() {
+            return Err(format!("softmax_scale is {}", self.softmax_scale));
+        }
+        if self.rope.dim != self.qk_rope_head_dim {
+            return Err(format!("rope.dim is {}, not qk_rope_head_dim {}", self.rope.dim, self.qk_rope_head_dim));
+        }
+        self.rope.validate()
+    }
+}
+
+impl RopeSpec {
+    fn validate(&self) -> Result<(), String> {
+        if !self.dim.is_multiple_of(2) || self.dim == 0 {
+            return Err(format!("rope.dim is {}, not even", self.dim));
+        }
+        if !(self.theta.is_finite() && self.theta > 1.0) {
+            return Err(format!("rope.theta is {}", self.theta));
+        }
+        match self.scaling {
+            RopeScaling::None => Ok(()),
+            RopeScaling::Yarn { factor, original_max_positions, beta_fast, beta_slow, attention_factor, .. } => {
+                check_dim("original_max_positions", original_max_positions)?;
+                let sane = |v: f64| v.is_finite() && v > 0.0;
+                if [factor, beta_fast, beta_slow, attention_factor].into_iter().all(sane) {
+                    Ok(())
+                } else {
+                    Err("a YaRN parameter is not a positive number".into())
+                }
+            }
+        }
+    }
+}
+
+impl FfnSpec {
+    fn validate(&self) -> Result<(), String> {
+        if self.dense_width > 0 {
+            check_dim("dense_width", self.dense_width)?;
+        }
+        match &self.moe {
+            None if self.dense_width == 0 => Err("it has neither experts nor a dense part".into()),
+            None => Ok(()),
+            Some(moe) => moe.validate(),
+        }
+    }
+}
+
+impl MoeSpec {
+    fn validate(&self) -> Result<(), String> {
+        check_dim("experts", self.experts)?;
+        check_dim("width", self.width)?;
+        if self.top_k == 0 || self.top_k > self.experts {
+            return Err(format!("top_k is {} of {} experts", self.top_k, self.experts));
+        }
+        if !self.router.scale.is_finite() {
+            return Err(format!("router.scale is {}", self.router.scale));
+        }
+        if let Some(eps) = self.router.renormalise {
+            check_eps("router.renormalise", eps)?;
+        }
+        let Some(g) = &self.router.groups else { return Ok(()) };
+        if g.count == 0 || !self.experts.is_multiple_of(g.count) || g.keep == 0 || g.keep > g.count {
+            return Err(format!("{} of {} groups of {} experts", g.keep, g.count, self.experts));
+        }
+        if g.score == GroupScore::TopTwoSum && g.keep * (self.experts / g.count) < self.top_k {
+            return Err(format!("the {} groups that stay hold fewer than {} experts", g.keep, self.top_k));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,173 @@
+//! The superblock: one page at offset 0, written last.
+
+use std::fmt;
+
+use crate::bytes::{array, get_u16, get_u32, get_u64, put};
+use crate::checksum;
+
+/// First bytes of every file. The line ending and control-Z catch transfers that treat it as text.
+pub const MAGIC: [u8; 8] = *b"SLUICE\r\x1a";
+/// Version of the format that this crate reads and writes.
+pub const FORMAT_VERSION: u32 = 1;
+/// Page sizes that a file may have: the usual one and Apple's.
+pub const PAGE_SIZES: [u32; 2] = [4096, 16384];
+/// Bytes of the superblock that carry fields; the rest of its page is zero.
+pub const SUPERBLOCK_LEN: usize = 152;
+/// Bytes of a model id.
+pub const MODEL_ID_LEN: usize = 16;
+
+/// Identity of a model: a hash of all its content, so that equal files have equal ids.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct ModelId(pub [u8; MODEL_ID_LEN]);
+
+impl fmt::Display for ModelId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+impl fmt::Debug for ModelId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ModelId({self})")
+    }
+}
+
+/// Where a table is, how long, and what it hashes to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TableRef {
+    /// Byte offset, a multiple of the page size.
+    pub offset: u64,
+    /// Stored bytes, a multiple of the page size; the checksum covers them all.
+    pub stored_len: u64,
+    /// Bytes that mean something.
+    pub logical_len: u64,
+    /// xxh3-64 of the stored bytes.
+    pub checksum: u64,
+}
+
+/// The fields of the superblock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Superblock {
+    /// Page size in bytes: alignment of every region.
+    pub page_size: u32,
+    /// Identity of the model, the same in all volumes.
+    pub model_id: ModelId,
+    /// This volume, `0..volume_count`.
+    pub volume: u16,
+    /// Number of volumes.
+    pub volume_count: u16,
+    /// Length of this volume's file in bytes.
+    pub file_len: u64,
+    /// The extent table.
+    pub extents: TableRef,
+    /// The tensor table.
+    pub tensors: TableRef,
+    /// The metadata.
+    pub metadata: TableRef,
+}
+
+/// Offsets of the fields. Each follows from the one before.
+mod at {
+    pub(super) const MAGIC: usize = 0;
+    pub(super) const VERSION: usize = 8;
+    pub(super) const PAGE_SIZE: usize = 12;
+    pub(super) const MODEL_ID: usize = 16;
+    pub(super) const VOLUME: usize = 32;
+    pub(super) const VOLUME_COUNT: usize = 34;
+    pub(super) const FILE_LEN: usize = 40;
+    pub(super) const EXTENTS: usize = 48;
+    pub(super) const TENSORS: usize = 80;
+    pub(super) const METADATA: usize = 112;
+    pub(super) const CHECKSUM: usize = 144;
+}
+
+/// What the first page of a file turned out to be.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum SuperblockError {
+    NotSluice,
+    Unfinished,
+    Version(u32),
+    PageSize(u32),
+    Checksum,
+    Field(&'static str),
+}
+
+impl Superblock {
+    /// Serialises to one page of `page_size` bytes.
+    pub fn to_page(&self) -> Vec<u8> {
+        let mut b = vec![0; self.page_size as usize];
+        put(&mut b, at::MAGIC, &MAGIC);
+        put(&mut b, at::VERSION, &FORMAT_VERSION.to_le_bytes());
+        put(&mut b, at::PAGE_SIZE, &self.page_size.to_le_bytes());
+        put(&mut b, at::MODEL_ID, &self.model_id.0);
+        put(&mut b, at::VOLUME, &self.volume.to_le_bytes());
+        put(&mut b, at::VOLUME_COUNT, &self.volume_count.to_le_bytes());
+        put(&mut b, at::FILE_LEN, &self.file_len.to_le_bytes());
+        for (start, t) in [(at::EXTENTS, self.extents), (at::TENSORS, self.tensors), (at::METADATA, self.metadata)] {
+            for (i, v) in [t.offset, t.stored_len, t.logical_len, t.checksum].iter().enumerate() {
+                put(&mut b, start + 8 * i, &v.to_le_bytes());
+            }
+        }
+        let sum = Self::page_checksum(&b);
+        put(&mut b, at::CHECKSUM, &sum.to_le_bytes());
+        b
+    }
+
+    /// xxh3-64 of the whole page with the checksum field itself zero.
+    fn page_checksum(page: &[u8]) -> u64 {
+        let mut copy = page.to_vec();
+        put(&mut copy, at::CHECKSUM, &[0; 8]);
+        checksum(&copy)
+    }
+
+    /// The page size that the first [`SUPERBLOCK_LEN`] bytes announce.
+    pub(crate) fn peek_page_size(head: &[u8]) -> Result<u32, SuperblockError> {
+        let magic: [u8; 8] = array(head, at::MAGIC);
+        if magic == [0; 8] {
+            return Err(SuperblockError::Unfinished);
+        }
+        if magic != MAGIC {
+            return Err(SuperblockError::NotSluice);
+        }
+        let version = get_u32(head, at::VERSION);
+        if version != FORMAT_VERSION {
+            return Err(SuperblockError::Version(version));
+        }
+        let page = get_u32(head, at::PAGE_SIZE);
+        if !PAGE_SIZES.contains(&page) {
+            return Err(SuperblockError::PageSize(page));
+        }
+        Ok(page)
+    }
+
+    /// Parses the page at offset 0, whose length is the page size that it announces.
+    pub(crate) fn parse(page: &[u8]) -> Result<Self, SuperblockError> {
+        let page_size = Self::peek_page_size(page)?;
+        if Self::page_checksum(page) != get_u64(page, at::CHECKSUM) {
+            return Err(SuperblockError::Checksum);
+        }
+        let table = |start| TableRef {
+            offset: get_u64(page, start),
+            stored_len: get_u64(page, start + 8),
+            logical_len: get_u64(page, start + 16),
+            checksum: get_u64(page, start + 24),
+        };
+        let sb = Superblock {
+            page_size,
+            model_id: ModelId(array(page, at::MODEL_ID)),
+            volume: get_u16(page, at::VOLUME),
+            volume_count: get_u16(page, at::VOLUME_COUNT),
+            file_len: get_u64(page, at::FILE_LEN),
+            extents: table(at::EXTENTS),
+            tensors: table(at::TENSORS),
+            metadata: table(at::METADATA),
+        };
+        if page[36..40].iter().chain(&page[SUPERBLOCK_LEN..]).any(|&x| x != 0) {
+            return Err(SuperblockError::Field("its reserved bytes are in use"));
+        }
+        if sb.volume >= sb.volume_count {
+            return Err(SuperblockError::Field("its volume number is not below its volume count"));
+        }
+        Ok(sb)
+    }
+}
