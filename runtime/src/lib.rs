@@ -1,1 +1,14 @@
-//! placeholder
+//! The runtime: a model file becomes text.
+//!
+//! Data flows one way: `io` reads extents, `pool` keeps them in slots, `model` computes layers with them, `engine` runs
+//! sessions, `sampler` picks tokens and `text` turns them into characters. A test checks that no module looks upstream.
+
+pub mod engine;
+pub mod io;
+pub mod memory;
+pub mod model;
+pub mod pool;
+pub mod sampler;
+pub mod text;
+
+pub use engine::{Engine, EngineOptions, ReadEngineKind, RuntimeError, Session, Stats};

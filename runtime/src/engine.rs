@@ -1,0 +1,291 @@
+//! The opened model: file, pool, layers, kernels; and the sessions that generate with it.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use sluice_format::{FormatError, ModelFile, ModelSpec, TOKENIZER_BLOB};
+use sluice_kernels::{IsaError, Kernels, Precision, ThreadPool};
+
+use crate::memory::{BudgetError, MemoryPlan};
+use crate::model::compute::Compute;
+use crate::model::router::Choice;
+use crate::model::{KvCache, LayerTimes, Model, ModelError, dense_extents};
+use crate::pool::{Pool, PoolError};
+use crate::text::{GenerationDefaults, TextError, Tokenizer};
+
+/// How to open a model.
+#[derive(Clone, Debug, Default)]
+pub struct EngineOptions {
+    /// Bytes for everything large; `None`: as much as is useful and available.
+    pub budget: Option<u64>,
+    /// Which read engine; `None`: the best that works here.
+    pub read_engine: Option<ReadEngineKind>,
+    /// Worker threads; `None`: one per core.
+    pub threads: Option<usize>,
+    /// f32 activations everywhere instead of int8 activations for quantised weights.
+    pub exact: bool,
+    /// Tokens that a session can hold; `None`: 4096, or the model's own maximum if that is less.
+    pub context: Option<usize>,
+}
+
+pub use crate::io::ReadEngineKind;
+
+/// Why a model could not be opened or run.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// The file.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The budget.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
+    /// Reading extents.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The computation.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Tokenizer and generation config.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// The instruction set asked for.
+    #[error(transparent)]
+    Isa(#[from] IsaError),
+}
+
+/// What happened since the model was opened.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Stats {
+    /// Tokens that went through the layers.
+    pub tokens: u64,
+    /// Time in forward passes, in seconds.
+    pub seconds: f64,
+    /// Of which attention.
+    pub attention_seconds: f64,
+    /// Of which routed experts, without waiting.
+    pub expert_seconds: f64,
+    /// Of which waiting for experts to arrive.
+    pub io_wait_seconds: f64,
+    /// Of which the output head.
+    pub head_seconds: f64,
+    /// Of which the rest.
+    pub other_seconds: f64,
+    /// Experts found in memory.
+    pub hits: u64,
+    /// Experts that had to be read.
+    pub misses: u64,
+    /// Bytes of experts read.
+    pub expert_bytes_read: u64,
+    /// Bytes of dense parts and embedding read.
+    pub dense_bytes_read: u64,
+}
+
+/// An opened model.
+pub struct Engine {
+    file: ModelFile,
+    memory: MemoryPlan,
+    compute: Compute,
+    pool: Pool,
+    model: Model,
+    tokens: u64,
+    time: Duration,
+    observer: Option<Box<RoutingSink>>,
+}
+
+type RoutingSink = dyn FnMut(usize, usize, usize, &[Choice]);
+
+/// One generation: the tokens so far and what the layers remember of them.
+#[derive(Clone, Debug)]
+pub struct Session {
+    cache: KvCache,
+}
+
+impl Session {
+    /// Tokens seen so far.
+    pub fn position(&self) -> usize {
+        self.cache.position()
+    }
+
+    /// Tokens that fit.
+    pub fn capacity(&self) -> usize {
+        self.cache.capacity()
+    }
+
+    /// Forgets all tokens.
+    pub fn clear(&mut self) {
+        self.cache.clear();
+    }
+}
+
+impl Engine {
+    /// Opens a model: checks the file, plans the memory, reads the dense parts.
+    ///
+    /// # Errors
+    /// Every way in which that can fail; see [`RuntimeError`].
+    pub fn open(path: &Path, options: &EngineOptions) -> Result<Self, RuntimeError> {
+        let file = ModelFile::open(path)?;
+        let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
+        let memory = MemoryPlan::new(&file, options.budget, context)?;
+        let threads = options.threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, Into::into));
+        let compute = Compute {
+            kernels: Kernels::detect()?,
+            threads: ThreadPool::new(threads.max(1)),
+            precision: if options.exact { Precision::Exact } else { Precision::Int8 },
+        };
+        let pool = open_pool(&file, &memory, options)?;
+        let model = Model::new(&file, &pool.dense_handles(), &compute)?;
+        Ok(Engine { file, memory, compute, pool, model, tokens: 0, time: Duration::ZERO, observer: None })
+    }
+
+    /// What the model computes.
+    pub fn spec(&self) -> &ModelSpec {
+        self.model.spec()
+    }
+
+    /// The file.
+    pub fn file(&self) -> &ModelFile {
+        &self.file
+    }
+
+    /// How the budget is spent.
+    pub fn memory(&self) -> &MemoryPlan {
+        &self.memory
+    }
+
+    /// Name of the instruction set that the kernels use.
+    pub fn isa(&self) -> &'static str {
+        self.compute.kernels.isa_name()
+    }
+
+    /// Worker threads, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.compute.threads.threads()
+    }
+
+    /// What reads the file, in words: engine, direct or buffered, and why.
+    pub fn read_path(&self) -> String {
+        self.pool.describe()
+    }
+
+    /// The tokenizer, if the checkpoint had one.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Text`] when its tokenizer.json is not usable.
+    pub fn tokenizer(&self) -> Result<Option<Tokenizer>, RuntimeError> {
+        Ok(self.file.metadata().get(TOKENIZER_BLOB).map(Tokenizer::from_json).transpose()?)
+    }
+
+    /// Stop tokens and sampling defaults of the checkpoint.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Text`] when they cannot be parsed.
+    pub fn defaults(&self) -> Result<GenerationDefaults, RuntimeError> {
+        let blob = |name| self.file.metadata().get(name);
+        Ok(GenerationDefaults::parse(blob("generation_config.json"), blob("config.json"))?)
+    }
+
+    /// Calls `sink` with the routing of every layer from now on: layer, position of the first token, top-k, choices
+    /// `[tokens, top_k]`.
+    pub fn observe_routing(&mut self, sink: Box<RoutingSink>) {
+        self.observer = Some(sink);
+    }
+
+    /// An empty session for as many tokens as the memory plan has room for.
+    pub fn new_session(&self) -> Session {
+        Session { cache: KvCache::new(self.model.spec(), self.memory.context) }
+    }
+
+    /// Appends `tokens` to the session and writes the logits of the last one, `[vocab]`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Model`]. Tokens of chunks before the failing one stay in the session.
+    pub fn forward(
+        &mut self,
+        session: &mut Session,
+        tokens: &[u32],
+        logits: &mut Vec<f32>,
+    ) -> Result<(), RuntimeError> {
+        let last = tokens.len().saturating_sub(1);
+        self.run(session, tokens, last, &mut |_, row| {
+            logits.clear();
+            logits.extend_from_slice(row);
+        })
+    }
+
+    /// Appends `tokens` to the session; calls `sink` with the index and the logits `[vocab]` of each, in order.
+    ///
+    /// # Errors
+    /// As [`Engine::forward`].
+    pub fn forward_all(
+        &mut self,
+        session: &mut Session,
+        tokens: &[u32],
+        sink: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), RuntimeError> {
+        self.run(session, tokens, 0, sink)
+    }
+
+    /// Chunk by chunk; logits are wanted from token `first_logit` on.
+    fn run(
+        &mut self,
+        session: &mut Session,
+        tokens: &[u32],
+        first_logit: usize,
+        sink: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), RuntimeError> {
+        let started = Instant::now();
+        let Engine { file, compute, pool, model, observer, .. } = self;
+        if tokens.is_empty() {
+            return Err(ModelError::NoTokens.into());
+        }
+        let wanted = session.position() + tokens.len();
+        if wanted > session.capacity() {
+            return Err(ModelError::ContextFull { capacity: session.capacity(), wanted }.into());
+        }
+        let mut silent = |_: usize, _: usize, _: usize, _: &[Choice]| ();
+        for (i, chunk) in tokens.chunks(self.memory.chunk).enumerate() {
+            let base = i * self.memory.chunk;
+            let observer: &mut RoutingSink = match observer {
+                Some(sink) => sink.as_mut(),
+                None => &mut silent,
+            };
+            model.forward(compute, file, pool, &mut session.cache, chunk, observer)?;
+            let first = first_logit.saturating_sub(base);
+            if first < chunk.len() {
+                model.logits(compute, pool, first..chunk.len(), &mut |t, row| sink(base + t, row))?;
+            }
+        }
+        self.tokens += tokens.len() as u64;
+        self.time += started.elapsed();
+        Ok(())
+    }
+
+    /// What happened since the model was opened.
+    pub fn stats(&self) -> Stats {
+        let pool = self.pool.stats();
+        let LayerTimes { attention, experts, feed_forward, head } = self.model.times();
+        let wait = Duration::from_nanos(pool.wait_ns);
+        let accounted = attention + experts + wait + head;
+        let _ = feed_forward;
+        Stats {
+            tokens: self.tokens,
+            seconds: self.time.as_secs_f64(),
+            attention_seconds: attention.as_secs_f64(),
+            expert_seconds: experts.as_secs_f64(),
+            io_wait_seconds: wait.as_secs_f64(),
+            head_seconds: head.as_secs_f64(),
+            other_seconds: self.time.saturating_sub(accounted).as_secs_f64(),
+            hits: pool.hits,
+            misses: pool.misses,
+            expert_bytes_read: pool.bytes_read,
+            dense_bytes_read: self.memory.dense + self.model.embedding_bytes_read(),
+        }
+    }
+}
+
+fn open_pool(file: &ModelFile, memory: &MemoryPlan, options: &EngineOptions) -> Result<Pool, RuntimeError> {
+    let _ = (file, memory, options, dense_extents(file));
+    unreachable!("wired once the pool has landed")
+}

@@ -1,0 +1,221 @@
+//! How the budget is spent: everything large is allocated from it at the start.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use sluice_format::{ExtentKind, ModelFile};
+
+use crate::model::{KvCache, Model, dense_extents};
+
+/// Memory outside the budget: the program itself, its tokenizer and small buffers, in bytes.
+pub const OVERHEAD: u64 = 64 << 20;
+/// Scratch that counts as overhead; only what goes beyond it is charged to the budget.
+const FREE_SCRATCH: u64 = 32 << 20;
+/// Most tokens that go through a layer together.
+const MAX_CHUNK: usize = 512;
+/// Fewest tokens that go through a layer together when memory is short.
+const MIN_CHUNK: usize = 16;
+/// Slots without which no layer can run: one is computed while one is read.
+const MIN_SLOTS: usize = 2;
+/// Part of the available memory that is left to the system when no budget is given, and the least of it in bytes.
+const HEADROOM: (u64, u64) = (10, 512 << 20);
+
+/// How a budget is spent. All figures in bytes unless named otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryPlan {
+    /// What the user asked for; `None`: as much as is useful and available.
+    pub requested: Option<u64>,
+    /// What the system allows: the least of available memory and control group limits.
+    pub available: u64,
+    /// What is planned with.
+    pub effective: u64,
+    /// Dense parts, pinned.
+    pub dense: u64,
+    /// Keys and values of one session.
+    pub kv_cache: u64,
+    /// Tokens of that session.
+    pub context: usize,
+    /// Scratch and cached embedding rows, as far as they are charged.
+    pub scratch: u64,
+    /// Tokens that go through a layer together.
+    pub chunk: usize,
+    /// Expert slots.
+    pub slots: usize,
+    /// Bytes of one slot.
+    pub slot_len: u64,
+    /// Experts of the whole model.
+    pub experts: usize,
+}
+
+/// The budget cannot hold what the model needs at least.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the budget of {} is too small: this model needs at least {} ({} dense parts, {} key-value cache for {context} tokens, \
+     {} scratch, {} for {MIN_SLOTS} experts). Raise --budget, lower --context, or convert the dense parts to a smaller type",
+    Bytes(*.effective), Bytes(*.least), Bytes(*.dense), Bytes(*.kv_cache), Bytes(*.scratch), Bytes(*.slots)
+)]
+pub struct BudgetError {
+    /// The budget.
+    pub effective: u64,
+    /// The smallest budget that works.
+    pub least: u64,
+    /// Of which dense parts.
+    pub dense: u64,
+    /// Of which keys and values.
+    pub kv_cache: u64,
+    /// Tokens in those.
+    pub context: usize,
+    /// Of which scratch.
+    pub scratch: u64,
+    /// Of which expert slots.
+    pub slots: u64,
+}
+
+impl MemoryPlan {
+    /// Plans the memory of one session of `context` tokens.
+    ///
+    /// # Errors
+    /// [`BudgetError`] when the least plan does not fit.
+    pub fn new(file: &ModelFile, requested: Option<u64>, context: usize) -> Result<Self, BudgetError> {
+        Self::with_available(file, requested, context, available_memory())
+    }
+
+    fn with_available(
+        file: &ModelFile,
+        requested: Option<u64>,
+        context: usize,
+        available: u64,
+    ) -> Result<Self, BudgetError> {
+        let spec = file.spec();
+        let dense: u64 = dense_extents(file).iter().map(|e| e.stored_len).sum();
+        let kv_cache = KvCache::memory(spec, context);
+        let experts = file.extents().iter().filter(|e| e.kind == ExtentKind::Expert);
+        let (count, slot_len) = experts.fold((0, 0), |(n, len), e| (n + 1, e.stored_len.max(len)));
+        let embedding = Model::embedding_memory(file);
+        let scratch = |chunk| (Model::scratch_memory(spec, chunk) + embedding).saturating_sub(FREE_SCRATCH);
+
+        let headroom = (available / HEADROOM.0).max(HEADROOM.1);
+        let ceiling = available.saturating_sub(headroom);
+        let everything = dense + kv_cache + scratch(MAX_CHUNK.min(context)) + slot_len * count as u64;
+        let effective = requested.map_or(everything.min(ceiling), |r| r.min(available));
+        let smallest = MIN_CHUNK.min(context);
+        let min_slots = MIN_SLOTS.min(count);
+        let fixed = dense + kv_cache;
+        let least = fixed + scratch(smallest) + min_slots as u64 * slot_len;
+        if effective < least {
+            return Err(BudgetError {
+                effective,
+                least,
+                dense,
+                kv_cache,
+                context,
+                scratch: scratch(smallest),
+                slots: min_slots as u64 * slot_len,
+            });
+        }
+        // Long chunks read each expert once for many tokens; slots save reads while decoding. Scratch gets an eighth.
+        let chunks = std::iter::successors(Some(MAX_CHUNK.min(context)), |&c| (c > smallest).then_some(c / 2));
+        let spare = effective - fixed - min_slots as u64 * slot_len;
+        let chunk = chunks.into_iter().find(|&c| scratch(c) <= spare / 8).unwrap_or(smallest).max(smallest);
+        let for_slots = effective - fixed - scratch(chunk);
+        let slots = for_slots.checked_div(slot_len).map_or(0, |n| (n as usize).min(count));
+        Ok(MemoryPlan {
+            requested,
+            available,
+            effective,
+            dense,
+            kv_cache,
+            context,
+            scratch: scratch(chunk),
+            chunk,
+            slots,
+            slot_len,
+            experts: count,
+        })
+    }
+
+    /// Bytes that will be allocated.
+    pub fn used(&self) -> u64 {
+        self.dense + self.kv_cache + self.scratch + self.slots as u64 * self.slot_len
+    }
+}
+
+/// Bytes that this process may take: available memory, and what every control group above it still allows.
+pub fn available_memory() -> u64 {
+    let system = meminfo_available().or_else(physical_memory).unwrap_or(u64::MAX);
+    control_group_limits().fold(system, u64::min)
+}
+
+fn meminfo_available() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+fn physical_memory() -> Option<u64> {
+    use nix::unistd::{SysconfVar, sysconf};
+    let pages = sysconf(SysconfVar::_PHYS_PAGES).ok()??;
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok()??;
+    u64::try_from(pages).ok()?.checked_mul(u64::try_from(page).ok()?)
+}
+
+/// Limits of the control groups (v1 and v2) that hold this process, from its own up to the root.
+fn control_group_limits() -> impl Iterator<Item = u64> {
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let mut files = Vec::new();
+    for line in groups.lines() {
+        let mut fields = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else { continue };
+        let (root, file) = match controllers {
+            "" => ("/sys/fs/cgroup", "memory.max"),
+            c if c.split(',').any(|c| c == "memory") => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            _ => continue,
+        };
+        let own = PathBuf::from(format!("{root}{path}"));
+        let up = own.ancestors().take_while(|p| p.starts_with(root));
+        files.extend(up.map(|p| p.join(file)));
+        // In a container the path is the host's; the container's own group is mounted at the root.
+        files.push(Path::new(root).join(file));
+    }
+    // "max" and v1's "no limit" (near 2^63) do not bind.
+    files.into_iter().filter_map(|f| fs::read_to_string(f).ok()?.trim().parse().ok())
+}
+
+/// A number of bytes for people: `3.2 GiB`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = ["KiB", "MiB", "GiB", "TiB"];
+        if self.0 < 1024 {
+            return write!(f, "{} B", self.0);
+        }
+        let mut value = self.0 as f64 / 1024.0;
+        let mut unit = 0;
+        while value >= 1024.0 && unit + 1 < units.len() {
+            value /= 1024.0;
+            unit += 1;
+        }
+        write!(f, "{value:.1} {}", units[unit])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_read_well() {
+        let shown: Vec<_> = [0, 1023, 1024, 1536, 5 << 30].into_iter().map(|b| Bytes(b).to_string()).collect();
+        assert_eq!(shown, ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "5.0 GiB"]);
+    }
+
+    #[test]
+    fn some_memory_is_available() {
+        assert!(available_memory() > 1 << 20);
+    }
+}

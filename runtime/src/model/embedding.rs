@@ -1,0 +1,129 @@
+//! Token embedding: rows read from disk when they are needed. The table of a large model takes gigabytes, a token one row.
+
+use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, WeightType};
+
+use super::ModelError;
+
+/// Parts that stay in memory. Text repeats its words, and a part is at most a few hundred KiB.
+const CACHED_PARTS: usize = 64;
+
+/// The embedding table and the parts of it that were used last.
+#[derive(Debug)]
+pub struct Embedding {
+    parts: Vec<Part>,
+    rows_per_part: usize,
+    width: usize,
+    cached: Vec<CachedPart>,
+    clock: u64,
+    bytes_read: u64,
+}
+
+#[derive(Debug)]
+struct Part {
+    extent: ExtentRecord,
+    offset: usize,
+    ty: WeightType,
+}
+
+#[derive(Debug)]
+struct CachedPart {
+    part: usize,
+    used: u64,
+    bytes: Vec<u8>,
+}
+
+impl Embedding {
+    /// The table of a file. Reads nothing yet.
+    pub fn new(file: &ModelFile) -> Self {
+        let mut rows_per_part = 1;
+        let parts = file.parts(ExtentKind::Embedding).enumerate().map(|(i, (extent, tensor))| {
+            if i == 0 {
+                rows_per_part = tensor.shape[1] as usize;
+            }
+            Part { extent: *extent, offset: tensor.offset as usize, ty: tensor.weight_type }
+        });
+        let parts = parts.collect();
+        Embedding { parts, rows_per_part, width: file.spec().hidden_size, cached: Vec::new(), clock: 0, bytes_read: 0 }
+    }
+
+    /// Most bytes that the cached parts can take.
+    pub fn memory(&self) -> u64 {
+        let longest = self.parts.iter().map(|p| p.extent.stored_len).max().unwrap_or(0);
+        longest * self.parts.len().min(CACHED_PARTS) as u64
+    }
+
+    /// Bytes read from the file so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read
+    }
+
+    /// Writes the rows of `tokens` to `out`, `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// [`ModelError::Token`] for an id outside the vocabulary; [`ModelError::Format`] when a part cannot be read or is damaged.
+    pub fn rows(&mut self, file: &ModelFile, tokens: &[u32], out: &mut [f32]) -> Result<(), ModelError> {
+        let vocab = file.spec().vocab_size;
+        if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
+            return Err(ModelError::Token { token, vocab });
+        }
+        for (&token, out) in tokens.iter().zip(out.chunks_exact_mut(self.width)) {
+            let (part, row) = (token as usize / self.rows_per_part, token as usize % self.rows_per_part);
+            let cached = self.load(file, part)?;
+            let Part { offset, ty, .. } = self.parts[part];
+            let element = ty.plain_element_len().expect("the file's reader refuses other types in the embedding");
+            let start = offset + row * self.width * element;
+            widen(ty, &self.cached[cached].bytes[start..start + self.width * element], out);
+        }
+        Ok(())
+    }
+
+    /// Index in `cached` of a part, read now if need be.
+    fn load(&mut self, file: &ModelFile, part: usize) -> Result<usize, FormatError> {
+        self.clock += 1;
+        let found = match self.cached.iter().position(|c| c.part == part) {
+            Some(found) => found,
+            None => {
+                let extent = self.parts[part].extent;
+                let slot = self.slot_to_fill();
+                // Forget the old part first: a failed read must not leave its bytes under a valid name.
+                self.cached[slot].part = usize::MAX;
+                file.read_extent(&extent, &mut self.cached[slot].bytes)?;
+                self.bytes_read += extent.stored_len;
+                self.cached[slot].part = part;
+                slot
+            }
+        };
+        self.cached[found].used = self.clock;
+        Ok(found)
+    }
+
+    fn slot_to_fill(&mut self) -> usize {
+        if self.cached.len() < CACHED_PARTS.min(self.parts.len()) {
+            self.cached.push(CachedPart { part: usize::MAX, used: 0, bytes: Vec::new() });
+            return self.cached.len() - 1;
+        }
+        let oldest = self.cached.iter().enumerate().min_by_key(|(_, c)| c.used);
+        oldest.map_or(0, |(i, _)| i)
+    }
+}
+
+/// Widens little-endian numbers of a plain tensor to f32, exactly.
+fn widen(ty: WeightType, bytes: &[u8], out: &mut [f32]) {
+    match ty {
+        WeightType::F32 => {
+            for (b, o) in bytes.chunks_exact(4).zip(out) {
+                *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            }
+        }
+        WeightType::F16 => {
+            for (b, o) in bytes.chunks_exact(2).zip(out) {
+                *o = half::f16::from_le_bytes([b[0], b[1]]).to_f32();
+            }
+        }
+        _ => {
+            for (b, o) in bytes.chunks_exact(2).zip(out) {
+                *o = half::bf16::from_le_bytes([b[0], b[1]]).to_f32();
+            }
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Multi-head latent attention in the absorbed form (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+//!
+//! The cache holds one latent `c` and one rotated key `k_pe` per token, shared by all heads. With `k_b` and `v_b` the two
+//! halves of the up-projection of a head: `score = (k_b · q_nope) · c + q_pe · k_pe`, `out = v_b · Σ softmax(score) c`.
+
+use sluice_format::{AttentionSpec, MlaSpec};
+use sluice_kernels::{Activations, rms_norm};
+
+use super::ModelError;
+use super::compute::{Compute, sized, with_head_scratch};
+use super::rope::{Rope, RopeAngles};
+use super::weights::{ExtentTensors, MatrixRef, VectorRef};
+
+/// Weights of one layer's latent attention, as places in its extent.
+#[derive(Debug)]
+pub struct Mla {
+    spec: MlaSpec,
+    rope: Rope,
+    query: Query,
+    kv_a: MatrixRef,
+    kv_a_norm: VectorRef,
+    k_b: MatrixRef,
+    v_b: MatrixRef,
+    o: MatrixRef,
+}
+
+#[derive(Debug)]
+enum Query {
+    Full(MatrixRef),
+    LowRank { a: MatrixRef, norm: VectorRef, b: MatrixRef },
+}
+
+/// Keys and values of one layer and one session: `[max_tokens, kv_lora_rank + qk_rope_head_dim]`.
+#[derive(Clone, Debug)]
+pub struct LatentCache {
+    rows: Vec<f32>,
+    width: usize,
+}
+
+impl LatentCache {
+    /// An empty cache for `max_tokens` positions.
+    pub fn new(spec: &MlaSpec, max_tokens: usize) -> Self {
+        let width = cache_width(spec);
+        LatentCache { rows: vec![0.0; max_tokens * width], width }
+    }
+
+    fn row_mut(&mut self, position: usize) -> &mut [f32] {
+        &mut self.rows[position * self.width..(position + 1) * self.width]
+    }
+}
+
+/// f32 values that the cache holds per token.
+pub fn cache_width(spec: &MlaSpec) -> usize {
+    spec.kv_lora_rank + spec.qk_rope_head_dim
+}
+
+/// Buffers that latent attention reuses from call to call.
+#[derive(Debug)]
+pub struct MlaScratch {
+    activations: Activations,
+    norm: Vec<f32>,
+    latent: Vec<f32>,
+    query: Vec<f32>,
+    kv: Vec<f32>,
+    /// `[heads, tokens, v_head_dim]`.
+    by_head: Vec<f32>,
+    /// `[tokens, heads, v_head_dim]`.
+    by_token: Vec<f32>,
+    angles: RopeAngles,
+}
+
+impl MlaScratch {
+    /// Empty buffers; they grow to what the first call needs.
+    pub fn new(compute: &Compute) -> Self {
+        MlaScratch {
+            activations: Activations::new(compute.precision),
+            norm: Vec::new(),
+            latent: Vec::new(),
+            query: Vec::new(),
+            kv: Vec::new(),
+            by_head: Vec::new(),
+            by_token: Vec::new(),
+            angles: RopeAngles::default(),
+        }
+    }
+}
+
+impl Mla {
+    pub(super) fn new(spec: &AttentionSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+        let AttentionSpec::Mla(spec) = spec;
+        let query = match spec.q_lora_rank {
+            None => Query::Full(tensors.matrix("q")?),
+            Some(_) => Query::LowRank {
+                a: tensors.matrix("q_a")?,
+                norm: tensors.vector("q_a_norm")?,
+                b: tensors.matrix("q_b")?,
+            },
+        };
+        Ok(Mla {
+            spec: spec.clone(),
+            rope: Rope::new(&spec.rope),
+            query,
+            kv_a: tensors.matrix("kv_a")?,
+            kv_a_norm: tensors.vector("kv_a_norm")?,
+            k_b: tensors.matrix("k_b")?,
+            v_b: tensors.matrix("v_b")?,
+            o: tensors.matrix("o")?,
+        })
+    }
+
+    /// Attention of `n` tokens at positions `start..start + n`: reads `x` `[n, hidden]` (normalised), extends `cache`,
+    /// writes `out` `[n, hidden]`. `extent`: the bytes of the layer's attention extent.
+    #[expect(clippy::too_many_arguments, reason = "inputs, state, scratch and output of one step; a struct would only rename them")]
+    pub fn forward(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        cache: &mut LatentCache,
+        start: usize,
+        n: usize,
+        x: &[f32],
+        scratch: &mut MlaScratch,
+        out: &mut [f32],
+    ) {
+        let hidden = x.len() / n;
+        scratch.activations.set(x, n, hidden);
+        self.rope.angles(start, n, &mut scratch.angles);
+        self.extend_cache(compute, extent, cache, start, n, scratch);
+        self.project_query(compute, extent, n, scratch);
+        self.attend(compute, extent, cache, start, n, scratch);
+
+        let MlaScratch { by_head, by_token, activations, .. } = scratch;
+        let (heads, width) = (self.spec.heads, self.spec.v_head_dim);
+        let by_token = sized(by_token, n * heads * width);
+        for h in 0..heads {
+            for t in 0..n {
+                by_token[(t * heads + h) * width..][..width].copy_from_slice(&by_head[(h * n + t) * width..][..width]);
+            }
+        }
+        activations.set(by_token, n, heads * width);
+        compute.kernels.matmul(&compute.threads, self.o.view(extent), activations, out);
+    }
+
+    fn extend_cache(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        cache: &mut LatentCache,
+        start: usize,
+        n: usize,
+        scratch: &mut MlaScratch,
+    ) {
+        let MlaScratch { activations, norm, kv, angles, .. } = scratch;
+        let width = cache_width(&self.spec);
+        let rank = self.spec.kv_lora_rank;
+        let kv = sized(kv, n * width);
+        compute.kernels.matmul(&compute.threads, self.kv_a.view(extent), activations, kv);
+        self.kv_a_norm.read(extent, norm);
+        for (t, kv) in kv.chunks_exact(width).enumerate() {
+            let row = cache.row_mut(start + t);
+            rms_norm(&kv[..rank], norm, self.spec.latent_norm_eps, &mut row[..rank]);
+            row[rank..].copy_from_slice(&kv[rank..]);
+            self.rope.rotate(&mut row[rank..], angles, t);
+        }
+    }
+
+    /// Leaves the unrotated queries in `scratch.query`, `[n, heads, nope + rope]`.
+    fn project_query(&self, compute: &Compute, extent: &[u8], n: usize, scratch: &mut MlaScratch) {
+        let MlaScratch { activations, norm, latent, query, .. } = scratch;
+        let width = self.spec.heads * (self.spec.qk_nope_head_dim + self.spec.qk_rope_head_dim);
+        let query = sized(query, n * width);
+        let (threads, kernels) = (&compute.threads, &compute.kernels);
+        match &self.query {
+            Query::Full(q) => kernels.matmul(threads, q.view(extent), activations, query),
+            Query::LowRank { a, norm: weight, b } => {
+                let rank = a.rows();
+                // Two halves: the product, and its normalised copy.
+                let (raw, normed) = sized(latent, 2 * n * rank).split_at_mut(n * rank);
+                kernels.matmul(threads, a.view(extent), activations, raw);
+                weight.read(extent, norm);
+                for (raw, normed) in raw.chunks_exact(rank).zip(normed.chunks_exact_mut(rank)) {
+                    rms_norm(raw, norm, self.spec.latent_norm_eps, normed);
+                }
+                activations.set(normed, n, rank);
+                kernels.matmul(threads, b.view(extent), activations, query);
+            }
+        }
+    }
+
+    /// Leaves the heads' outputs in `scratch.by_head`. One task per head: absorb the query, attend, expand the value.
+    fn attend(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        cache: &LatentCache,
+        start: usize,
+        n: usize,
+        scratch: &mut MlaScratch,
+    ) {
+        let MlaScratch { query, by_head, angles, .. } = scratch;
+        let s = &self.spec;
+        let (nope, rank, width) = (s.qk_nope_head_dim, s.kv_lora_rank, cache_width(s));
+        let head_width = nope + s.qk_rope_head_dim;
+        let (query, angles) = (&query[..n * s.heads * head_width], &*angles);
+        let by_head = sized(by_head, s.heads * n * s.v_head_dim);
+        compute.threads.for_each_chunk(by_head, n * s.v_head_dim, &|h, out| {
+            with_head_scratch(|scratch| {
+                let of_token = |t: usize| &query[(t * s.heads + h) * head_width..][..head_width];
+                let input = sized(&mut scratch.input, n * nope.max(rank));
+                for t in 0..n {
+                    input[t * nope..][..nope].copy_from_slice(&of_token(t)[..nope]);
+                }
+                let activations = &mut scratch.activations;
+                activations.set(&input[..n * nope], n, nope);
+                let absorbed = sized(&mut scratch.product, n * rank);
+                let k_b = self.k_b.view_of_batch(extent, h);
+                compute.kernels.matmul(&scratch.serial, k_b, activations, absorbed);
+
+                let full = sized(&mut scratch.query, width);
+                for t in 0..n {
+                    full[..rank].copy_from_slice(&absorbed[t * rank..][..rank]);
+                    full[rank..].copy_from_slice(&of_token(t)[nope..]);
+                    self.rope.rotate(&mut full[rank..], angles, t);
+                    let seen = start + t + 1;
+                    let scores = sized(&mut scratch.scores, seen);
+                    let latent = &mut input[t * rank..][..rank];
+                    let rows = &cache.rows;
+                    compute.kernels.attend(full, rows, width, rows, width, seen, s.softmax_scale, scores, latent);
+                }
+                activations.set(&input[..n * rank], n, rank);
+                let v_b = self.v_b.view_of_batch(extent, h);
+                compute.kernels.matmul(&scratch.serial, v_b, activations, out);
+            });
+        });
+    }
+}

@@ -1,0 +1,130 @@
+//! Rotary position embedding: frequencies and the cosines and sines of a range of positions.
+
+use std::f64::consts::PI;
+
+use sluice_format::{RopePairing as StoredPairing, RopeScaling, RopeSpec};
+use sluice_kernels::{RopePairing, rope};
+
+/// Frequencies of a [`RopeSpec`] (RoFormer, arXiv:2104.09864; YaRN, arXiv:2309.00071).
+#[derive(Clone, Debug)]
+pub struct Rope {
+    pairing: RopePairing,
+    /// `dim / 2` angular frequencies in radians per position.
+    inv_freq: Vec<f32>,
+    /// Factor on cosine and sine.
+    attention_factor: f32,
+}
+
+/// Cosines and sines of consecutive positions, `[positions, dim / 2]` each. Owned by the caller's scratch.
+#[derive(Clone, Debug, Default)]
+pub struct RopeAngles {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Rope {
+    /// Frequencies in f32, as the reference computes them: differences of one unit in the last place grow with the position.
+    pub fn new(spec: &RopeSpec) -> Self {
+        let plain = (0..spec.dim).step_by(2).map(|i| {
+            let exponent = i as f32 / spec.dim as f32;
+            1.0 / (spec.theta.powf(f64::from(exponent)) as f32)
+        });
+        let pairing = match spec.pairing {
+            StoredPairing::Half => RopePairing::Half,
+            StoredPairing::Interleaved => RopePairing::Interleaved,
+        };
+        let (inv_freq, attention_factor) = match &spec.scaling {
+            RopeScaling::None => (plain.collect(), 1.0),
+            RopeScaling::Yarn { factor, attention_factor, .. } => {
+                let ramp = yarn_ramp(spec);
+                let scaled = plain.zip(ramp).map(|(inv, ramp)| {
+                    let inv = f64::from(inv);
+                    (inv / factor * ramp + inv * (1.0 - ramp)) as f32
+                });
+                (scaled.collect(), *attention_factor as f32)
+            }
+        };
+        Rope { pairing, inv_freq, attention_factor }
+    }
+
+    /// Fills `angles` for positions `start..start + count`.
+    pub fn angles(&self, start: usize, count: usize, angles: &mut RopeAngles) {
+        angles.cos.clear();
+        angles.sin.clear();
+        for position in start..start + count {
+            for inv in &self.inv_freq {
+                let angle = f64::from(position as f32 * inv);
+                angles.cos.push(angle.cos() as f32 * self.attention_factor);
+                angles.sin.push(angle.sin() as f32 * self.attention_factor);
+            }
+        }
+    }
+
+    /// Rotates `x` by the angles of position `start + index`.
+    pub fn rotate(&self, x: &mut [f32], angles: &RopeAngles, index: usize) {
+        let half = self.inv_freq.len();
+        let range = index * half..(index + 1) * half;
+        rope(x, &angles.cos[range.clone()], &angles.sin[range], self.pairing);
+    }
+}
+
+/// How much each frequency is interpolated, 0 (kept) to 1 (divided by the factor).
+fn yarn_ramp(spec: &RopeSpec) -> impl Iterator<Item = f64> {
+    let dim = spec.dim as f64;
+    let (mut low, mut high) = (0.0, 1.0);
+    if let RopeScaling::Yarn { original_max_positions, beta_fast, beta_slow, truncate, .. } = spec.scaling {
+        // The dimension whose frequency makes `rotations` turns over the original context.
+        let correction = |rotations: f64| {
+            dim * (original_max_positions as f64 / (rotations * 2.0 * PI)).ln() / (2.0 * spec.theta.ln())
+        };
+        (low, high) = (correction(beta_fast), correction(beta_slow));
+        if truncate {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        (low, high) = (low.max(0.0), high.min(dim - 1.0));
+        if low == high {
+            high += 0.001;
+        }
+    }
+    (0..spec.dim / 2).map(move |i| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(scaling: RopeScaling) -> RopeSpec {
+        RopeSpec { pairing: StoredPairing::Interleaved, theta: 10000.0, dim: 8, scaling }
+    }
+
+    #[test]
+    fn yarn_keeps_fast_and_divides_slow_frequencies() {
+        let plain = Rope::new(&spec(RopeScaling::None));
+        let yarn = Rope::new(&spec(RopeScaling::Yarn {
+            factor: 4.0,
+            original_max_positions: 64,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            truncate: true,
+            attention_factor: 1.0,
+        }));
+        assert_eq!(plain.inv_freq[0], yarn.inv_freq[0]);
+        assert_eq!(plain.inv_freq[3] / 4.0, yarn.inv_freq[3]);
+        assert!(yarn.inv_freq[1] < plain.inv_freq[1] && yarn.inv_freq[1] > plain.inv_freq[1] / 4.0);
+    }
+
+    #[test]
+    fn position_zero_rotates_nothing_and_rotation_keeps_length() {
+        let rope = Rope::new(&spec(RopeScaling::None));
+        let mut angles = RopeAngles::default();
+        rope.angles(0, 3, &mut angles);
+        let x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
+        let mut y = x;
+        rope.rotate(&mut y, &angles, 0);
+        assert_eq!(x, y);
+        rope.rotate(&mut y, &angles, 2);
+        let norm = |v: &[f32]| v.iter().map(|a| a * a).sum::<f32>();
+        assert!((norm(&x) - norm(&y)).abs() < 1e-4);
+        assert_ne!(x, y);
+    }
+}

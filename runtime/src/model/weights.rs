@@ -1,0 +1,108 @@
+//! Where the tensors lie inside their extents.
+
+use sluice_format::{ExtentKind, Layout, ModelFile, TensorRecord, WeightType as StoredType};
+use sluice_kernels::{Matrix, WeightType, packed_len};
+
+use super::ModelError;
+
+/// The kernels' name for a stored type.
+pub fn kernel_type(stored: StoredType) -> WeightType {
+    match stored {
+        StoredType::F32 => WeightType::F32,
+        StoredType::F16 => WeightType::F16,
+        StoredType::Bf16 => WeightType::Bf16,
+        StoredType::Fp8 => WeightType::Fp8,
+        StoredType::Q8 => WeightType::Q8,
+        StoredType::Int4 => WeightType::Int4,
+        StoredType::Mxfp4 => WeightType::Mxfp4,
+    }
+}
+
+/// A matrix, or a batch of equal ones, inside an extent.
+#[derive(Clone, Copy, Debug)]
+pub struct MatrixRef {
+    ty: WeightType,
+    rows: usize,
+    cols: usize,
+    offset: usize,
+    /// Bytes of one matrix of the batch.
+    len: usize,
+}
+
+impl MatrixRef {
+    /// Rows of one matrix of the batch.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The matrix inside its extent's bytes.
+    pub fn view<'a>(&self, extent: &'a [u8]) -> Matrix<'a> {
+        self.view_of_batch(extent, 0)
+    }
+
+    /// Matrix `index` of a batch.
+    pub fn view_of_batch<'a>(&self, extent: &'a [u8], index: usize) -> Matrix<'a> {
+        let start = self.offset + index * self.len;
+        Matrix::new(self.ty, self.rows, self.cols, &extent[start..start + self.len])
+            .expect("the file's reader has checked this tensor's length against its shape")
+    }
+
+    fn from_record(t: &TensorRecord) -> Option<Self> {
+        let [_, rows, cols] = t.shape.map(|d| d as usize);
+        let rows = match t.layout {
+            Layout::Tiled => rows,
+            Layout::TiledPair => 2 * rows.next_multiple_of(sluice_kernels::ROW_GROUP),
+            Layout::Plain => return None,
+        };
+        let ty = kernel_type(t.weight_type);
+        Some(MatrixRef { ty, rows, cols, offset: t.offset as usize, len: packed_len(ty, rows, cols)? })
+    }
+}
+
+/// An f32 vector inside an extent.
+#[derive(Clone, Copy, Debug)]
+pub struct VectorRef {
+    offset: usize,
+    len: usize,
+}
+
+impl VectorRef {
+    /// Copies the vector out of its extent's bytes.
+    pub fn read(&self, extent: &[u8], out: &mut Vec<f32>) {
+        let bytes = &extent[self.offset..self.offset + 4 * self.len];
+        out.clear();
+        out.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+    }
+}
+
+/// Looks up the tensors of one extent by their canonical names.
+pub(super) struct ExtentTensors<'a> {
+    pub(super) file: &'a ModelFile,
+    pub(super) kind: ExtentKind,
+    pub(super) layer: u32,
+    pub(super) index: u32,
+}
+
+impl ExtentTensors<'_> {
+    fn record(&self, name: &'static str) -> Result<&TensorRecord, ModelError> {
+        self.file.tensor(self.kind, self.layer, self.index, name).ok_or_else(|| ModelError::MissingTensor {
+            path: self.file.path().to_owned(),
+            extent: sluice_format::extent_name(self.kind, self.layer, self.index),
+            tensor: name,
+        })
+    }
+
+    pub(super) fn matrix(&self, name: &'static str) -> Result<MatrixRef, ModelError> {
+        let record = self.record(name)?;
+        MatrixRef::from_record(record).ok_or_else(|| ModelError::MissingTensor {
+            path: self.file.path().to_owned(),
+            extent: sluice_format::extent_name(self.kind, self.layer, self.index),
+            tensor: name,
+        })
+    }
+
+    pub(super) fn vector(&self, name: &'static str) -> Result<VectorRef, ModelError> {
+        let record = self.record(name)?;
+        Ok(VectorRef { offset: record.offset as usize, len: record.shape[2] as usize })
+    }
+}
