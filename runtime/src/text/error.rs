@@ -1,0 +1,108 @@
+//! What can go wrong with text, and what the user can do about it.
+
+use thiserror::Error;
+
+/// Everything that [`crate::text`] can fail with.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum TextError {
+    /// The tokenizer file is larger than any real one.
+    #[error(
+        "tokenizer.json has {bytes} bytes, more than the {limit} that this program accepts; \
+         check that the file really is the model's tokenizer"
+    )]
+    TokenizerTooLarge {
+        /// Size of the file.
+        bytes: usize,
+        /// The largest size accepted.
+        limit: usize,
+    },
+
+    /// The tokenizer file does not describe a tokenizer.
+    #[error(
+        "tokenizer.json cannot be used: {reason}; fetch the file again from the model's \
+         repository and convert again"
+    )]
+    BadTokenizer {
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// The tokenizer asks for something that would crash or that is deliberately left out.
+    #[error(
+        "tokenizer.json uses {what}, which is not supported; use the tokenizer.json that the \
+         model's authors publish, or report the model"
+    )]
+    UnsupportedTokenizer {
+        /// The feature.
+        what: String,
+    },
+
+    /// The tokenizer refuses this text.
+    #[error(
+        "this text cannot be tokenised: {reason}; the model's vocabulary may lack an unknown \
+         token, try the text in smaller pieces to find the characters it refuses"
+    )]
+    Encode {
+        /// The library's own words.
+        reason: String,
+    },
+
+    /// The tokenizer refuses these ids.
+    #[error("these tokens cannot be turned into text: {reason}; check the model's tokenizer.json")]
+    Decode {
+        /// The library's own words.
+        reason: String,
+    },
+
+    /// The tokenizer library panicked; this program carried on.
+    #[error(
+        "the tokenizer library crashed while {during} ({reason}); tokenizer.json is probably \
+         damaged, fetch it again from the model's repository and convert again"
+    )]
+    Crashed {
+        /// What was being done.
+        during: &'static str,
+        /// The panic's message.
+        reason: String,
+    },
+
+    /// A configuration file is not JSON, or not an object.
+    #[error("{file} is not a JSON object: {reason}; fetch it again from the model's repository")]
+    BadConfig {
+        /// Which file.
+        file: &'static str,
+        /// The parser's own words.
+        reason: String,
+    },
+
+    /// A field of a configuration file has a value that makes no sense.
+    #[error("{file}: `{field}` should be {expected}, but is {found}; correct it or remove it")]
+    BadConfigField {
+        /// Which file.
+        file: &'static str,
+        /// Which field.
+        field: &'static str,
+        /// What it should be.
+        expected: &'static str,
+        /// What it is, shortened.
+        found: String,
+    },
+
+    /// A stop string that would stop before the first character.
+    #[error("stop string number {index} is empty; remove it or give it at least one character")]
+    EmptyStopString {
+        /// Position in the list, from 0.
+        index: usize,
+    },
+
+    /// A stop string so long that holding text back for it would look like a hang.
+    #[error("stop string number {index} has {bytes} bytes; at most {limit} are accepted")]
+    StopStringTooLong {
+        /// Position in the list, from 0.
+        index: usize,
+        /// Its length.
+        bytes: usize,
+        /// The longest accepted.
+        limit: usize,
+    },
+}
