@@ -2,14 +2,14 @@
 //!
 //! Each function follows the operation of the same name in the `scalar` module; lanes are rows.
 
-use super::{BF16, F16, F32, FP8, INT4, MXFP4, Q8, bias, block_bytes, bytes, four_columns, unit};
+use super::{BF16, F16, F32, FP8, INT4, MXFP4, Q8};
+use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows, rows};
+use super::{unit, words};
 use crate::activations::{Activations, QuantisedRow};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
-use crate::number::E2M1_DOUBLED;
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
 use std::arch::x86_64::*;
-use std::array::from_fn;
 
 /// Proof that this CPU has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
@@ -64,11 +64,11 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
 fn unblocked<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
     let mut t = 0;
     while shape.tokens - t >= 2 {
-        put(unblocked_tokens::<TY, 2>(w, from_fn(|i| x.row(shape.token + t + i))), &mut out[t..], g);
+        put(unblocked_tokens::<TY, 2>(w, rows(x, shape.token + t)), &mut out[t..], g);
         t += 2;
     }
     if t < shape.tokens {
-        put(unblocked_tokens::<TY, 1>(w, [x.row(shape.token + t)]), &mut out[t..], g);
+        put(unblocked_tokens::<TY, 1>(w, rows(x, shape.token + t)), &mut out[t..], g);
     }
 }
 
@@ -76,11 +76,11 @@ fn unblocked<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: 
 fn blocked_f32<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
     let mut t = 0;
     while shape.tokens - t >= 2 {
-        put(blocks_f32::<TY, 2>(w, from_fn(|i| x.padded_row(shape.token + t + i))), &mut out[t..], g);
+        put(blocks_f32::<TY, 2>(w, padded_rows(x, shape.token + t)), &mut out[t..], g);
         t += 2;
     }
     if t < shape.tokens {
-        put(blocks_f32::<TY, 1>(w, [x.padded_row(shape.token + t)]), &mut out[t..], g);
+        put(blocks_f32::<TY, 1>(w, padded_rows(x, shape.token + t)), &mut out[t..], g);
     }
 }
 
@@ -88,11 +88,11 @@ fn blocked_f32<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g
 fn blocked_int8<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
     let mut t = 0;
     while shape.tokens - t >= 4 {
-        put(blocks_int8::<TY, 4>(w, from_fn(|i| x.quantised_row(shape.token + t + i))), &mut out[t..], g);
+        put(blocks_int8::<TY, 4>(w, quantised_rows(x, shape.token + t)), &mut out[t..], g);
         t += 4;
     }
     while t < shape.tokens {
-        put(blocks_int8::<TY, 1>(w, [x.quantised_row(shape.token + t)]), &mut out[t..], g);
+        put(blocks_int8::<TY, 1>(w, quantised_rows(x, shape.token + t)), &mut out[t..], g);
         t += 1;
     }
 }
@@ -114,7 +114,7 @@ fn unblocked_tokens<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T])
     let mut total = [_mm256_setzero_ps(); T];
     for (c, values) in w.values.chunks(FP8_BLOCK * ROW_GROUP).enumerate() {
         let (first, len) = (c * FP8_BLOCK, values.len() / ROW_GROUP);
-        let sum = columns::<TY, T>(values, from_fn(|t| &x[t][first..first + len]));
+        let sum = columns::<TY, T>(values, parts(&x, first, len));
         let scale = _mm256_set1_ps(256.0 * f32_at(w.scales, c));
         for t in 0..T {
             total[t] = _mm256_fmadd_ps(sum[t], scale, total[t]);
@@ -128,7 +128,7 @@ fn unblocked_tokens<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T])
 fn columns<const TY: u8, const T: usize>(values: &[u8], x: [&[f32]; T]) -> [__m256; T] {
     let step = const { four_columns(TY) };
     let cols = x[0].len();
-    let quads: [&[[f32; 4]]; T] = from_fn(|t| &x[t].as_chunks::<4>().0[..cols / 4]);
+    let quads = in_fours(&x, cols);
     let mut s = [[_mm256_setzero_ps(); 4]; T];
     for (i, w) in values.chunks_exact(step).take(cols / 4).enumerate() {
         let w = four::<TY>(w);
@@ -152,7 +152,7 @@ fn columns<const TY: u8, const T: usize>(values: &[u8], x: [&[f32]; T]) -> [__m2
             }
         }
     }
-    from_fn(|t| fold4(s[t]))
+    each!(_mm256_setzero_ps(); T, t => fold4(s[t]))
 }
 
 #[inline]
@@ -166,9 +166,9 @@ fn fold4(s: [__m256; 4]) -> __m256 {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn four<const TY: u8>(w: &[u8]) -> [__m256; 4] {
     match TY {
-        F32 => from_fn(|j| _mm256_castsi256_ps(load32(w, 32 * j))),
-        F16 => from_fn(|j| _mm256_cvtph_ps(load16(w, 16 * j))),
-        BF16 => from_fn(|j| _mm256_castsi256_ps(widen_bf16(load16(w, 16 * j)))),
+        F32 => each!(_mm256_setzero_ps(); 4, j => _mm256_castsi256_ps(load32(w, 32 * j))),
+        F16 => each!(_mm256_setzero_ps(); 4, j => _mm256_cvtph_ps(load16(w, 16 * j))),
+        BF16 => each!(_mm256_setzero_ps(); 4, j => _mm256_castsi256_ps(widen_bf16(load16(w, 16 * j)))),
         _ => {
             let (low, high) = (e4m3_to_f16(load16(w, 0)), e4m3_to_f16(load16(w, 16)));
             [
@@ -227,28 +227,19 @@ fn nibbles(w: __m256i) -> (__m256i, __m256i) {
     (_mm256_and_si256(w, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(w), mask))
 }
 
-/// Doubled e2m1 values, `bias` added.
+/// Signed integers of columns `4q..4q + 4` of a block.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn e2m1_table(bias: i8) -> __m256i {
-    let table: [u8; 16] = from_fn(|i| (E2M1_DOUBLED[i] + bias) as u8);
-    _mm256_broadcastsi128_si256(load16(&table, 0))
-}
-
-/// Signed integers of columns `4q..4q + 4` for all q of a block.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn block_integers<const TY: u8>(w: &[u8]) -> [__m256i; 8] {
+fn block_integers<const TY: u8>(w: &[u8], q: usize) -> __m256i {
     if TY == Q8 {
-        return from_fn(|q| load32(w, 32 * q));
+        return load32(w, 32 * q);
     }
-    let pairs: [(__m256i, __m256i); 4] = from_fn(|q| nibbles(load32(w, 32 * q)));
-    let codes: [__m256i; 8] = from_fn(|q| if q < 4 { pairs[q].0 } else { pairs[q - 4].1 });
+    let (low, high) = nibbles(load32(w, 32 * (q % 4)));
+    let codes = if q < 4 { low } else { high };
     if TY == INT4 {
-        return codes.map(|v| _mm256_sub_epi8(v, _mm256_set1_epi8(8)));
+        return _mm256_sub_epi8(codes, _mm256_set1_epi8(8));
     }
-    let table = e2m1_table(0);
-    codes.map(|v| _mm256_shuffle_epi8(table, v))
+    _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load16(&const { e2m1_table(0) }, 0)), codes)
 }
 
 #[inline]
@@ -256,18 +247,16 @@ fn block_integers<const TY: u8>(w: &[u8]) -> [__m256i; 8] {
 fn blocks_f32<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [__m256; T] {
     let mut total = [_mm256_setzero_ps(); T];
     for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
-        let integers = block_integers::<TY>(values);
-        let x: [&[f32; 32]; T] = from_fn(|t| x[t][g * 32..].first_chunk().expect("rows are padded"));
+        let x = parts(&x, g * 32, 32);
         let mut s = [[_mm256_setzero_ps(); 4]; T];
         for q in 0..8 {
-            let v = integers[q];
+            let v = block_integers::<TY>(values, q);
             let w = [
-                _mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(v)),
-                _mm256_srai_epi32::<24>(_mm256_slli_epi32::<16>(v)),
-                _mm256_srai_epi32::<24>(_mm256_slli_epi32::<8>(v)),
-                _mm256_srai_epi32::<24>(v),
-            ]
-            .map(|w| _mm256_cvtepi32_ps(w));
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(v))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<16>(v))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<8>(v))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(v)),
+            ];
             for t in 0..T {
                 for i in 0..4 {
                     s[t][i] = _mm256_fmadd_ps(w[i], _mm256_set1_ps(x[t][4 * q + i]), s[t][i]);
@@ -286,49 +275,35 @@ fn blocks_f32<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [_
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>; T]) -> [__m256; T] {
-    let mut even = [_mm256_setzero_ps(); T];
-    let mut odd = [_mm256_setzero_ps(); T];
-    let mut blocks = w.values.chunks_exact(const { block_bytes(TY) }).enumerate();
-    while let Some((g, values)) = blocks.next() {
-        add_block::<TY, T>(w, values, g, &x, &mut even);
-        if let Some((g, values)) = blocks.next() {
-            add_block::<TY, T>(w, values, g, &x, &mut odd);
+    // The sums of even and odd blocks take turns; in the end their order does not matter.
+    let mut s = [_mm256_setzero_ps(); T];
+    let mut other = s;
+    for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
+        prefetch(values);
+        let dots = if TY == Q8 { dots_q8(values, &x, g) } else { dots_nibbles::<TY, T>(values, &x, g) };
+        let scale = block_scales::<TY>(w.scales, g);
+        for t in 0..T {
+            let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[t].scales[g] * const { unit(TY) }));
+            let next = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t]), scale, s[t]);
+            (s[t], other[t]) = (other[t], next);
         }
     }
-    from_fn(|t| _mm256_add_ps(even[t], odd[t]))
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn add_block<const TY: u8, const T: usize>(
-    w: &Group<'_>,
-    values: &[u8],
-    g: usize,
-    x: &[QuantisedRow<'_>; T],
-    s: &mut [__m256; T],
-) {
-    prefetch(values);
-    let words = from_fn(|t| &x[t].words[g]);
-    let dots = if TY == Q8 { dots_q8(values, words) } else { dots_nibbles::<TY, T>(values, words, from_fn(|t| x[t].sums[g])) };
-    let scale = block_scales::<TY>(w.scales, g);
-    for t in 0..T {
-        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[t].scales[g] * const { unit(TY) }));
-        s[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t]), scale, s[t]);
-    }
+    each!(_mm256_setzero_ps(); T, t => _mm256_add_ps(s[t], other[t]))
 }
 
 /// `|w| · (x with the sign of w)`: `vpmaddubsw` takes one unsigned operand. Its pair sums stay within
 /// 2·128·127 = 32512, so nothing saturates.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dots_q8<const T: usize>(values: &[u8], x: [&[i32; 8]; T]) -> [__m256i; T] {
+fn dots_q8<const T: usize>(values: &[u8], x: &[QuantisedRow<'_>; T], g: usize) -> [__m256i; T] {
+    let words = words(x, g);
     let ones = _mm256_set1_epi16(1);
     let mut dots = [_mm256_setzero_si256(); T];
     for q in 0..8 {
         let w = load32(values, 32 * q);
         let magnitude = _mm256_abs_epi8(w);
         for t in 0..T {
-            let x = _mm256_sign_epi8(_mm256_set1_epi32(x[t][q]), w);
+            let x = _mm256_sign_epi8(_mm256_set1_epi32(words[t][q]), w);
             let pairs = _mm256_maddubs_epi16(magnitude, x);
             dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(pairs, ones));
         }
@@ -340,9 +315,10 @@ fn dots_q8<const T: usize>(values: &[u8], x: [&[i32; 8]; T]) -> [__m256i; T] {
 /// eight pair sums of at most 2·15·127, mxfp4 four of at most 2·24·127: both below 2^15.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dots_nibbles<const TY: u8, const T: usize>(values: &[u8], x: [&[i32; 8]; T], sums: [i32; T]) -> [__m256i; T] {
+fn dots_nibbles<const TY: u8, const T: usize>(values: &[u8], x: &[QuantisedRow<'_>; T], g: usize) -> [__m256i; T] {
+    let words = words(x, g);
     let ones = _mm256_set1_epi16(1);
-    let table = e2m1_table(const { bias(MXFP4) } as i8);
+    let table = _mm256_broadcastsi128_si256(load16(&const { e2m1_table(bias(MXFP4) as i8) }, 0));
     let mut lows = [_mm256_setzero_si256(); T];
     let mut highs = [_mm256_setzero_si256(); T];
     for q in 0..4 {
@@ -351,20 +327,22 @@ fn dots_nibbles<const TY: u8, const T: usize>(values: &[u8], x: [&[i32; 8]; T], 
             (low, high) = (_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high));
         }
         for t in 0..T {
-            let pairs_low = _mm256_maddubs_epi16(low, _mm256_set1_epi32(x[t][q]));
-            let pairs_high = _mm256_maddubs_epi16(high, _mm256_set1_epi32(x[t][q + 4]));
+            let pairs_low = _mm256_maddubs_epi16(low, _mm256_set1_epi32(words[t][q]));
+            let pairs_high = _mm256_maddubs_epi16(high, _mm256_set1_epi32(words[t][q + 4]));
             lows[t] = _mm256_add_epi16(lows[t], pairs_low);
             highs[t] = _mm256_add_epi16(highs[t], pairs_high);
         }
     }
-    from_fn(|t| {
+    let mut dots = [_mm256_setzero_si256(); T];
+    for t in 0..T {
         let dot = if TY == INT4 {
             _mm256_madd_epi16(_mm256_add_epi16(lows[t], highs[t]), ones)
         } else {
             _mm256_add_epi32(_mm256_madd_epi16(lows[t], ones), _mm256_madd_epi16(highs[t], ones))
         };
-        _mm256_sub_epi32(dot, _mm256_set1_epi32(const { bias(TY) } * sums[t]))
-    })
+        dots[t] = _mm256_sub_epi32(dot, _mm256_set1_epi32(const { bias(TY) } * x[t].sums[g]));
+    }
+    dots
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

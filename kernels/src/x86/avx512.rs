@@ -4,14 +4,13 @@
 //! AVX2 kernels, as are blocked types with f32 activations.
 
 use super::avx2::Avx2;
-use super::{BF16, F16, F32, FP8, INT4, MXFP4, Q8, bias, block_bytes, bytes, four_columns, unit};
+use super::{BF16, F16, F32, FP8, INT4, MXFP4, Q8};
+use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, parts, quantised_rows, rows, unit, words};
 use crate::activations::{Activations, QuantisedRow};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
-use crate::number::E2M1_DOUBLED;
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
 use std::arch::x86_64::*;
-use std::array::from_fn;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI besides what [`Avx2`] proves.
 #[derive(Clone, Copy, Debug)]
@@ -71,15 +70,15 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
 fn unblocked<const TY: u8>(w: &Pair<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
     let mut t = 0;
     while shape.tokens - t >= 4 {
-        put(unblocked_tokens::<TY, 4>(w, from_fn(|i| x.row(shape.token + t + i))), &mut out[t..]);
+        put(unblocked_tokens::<TY, 4>(w, rows(x, shape.token + t)), &mut out[t..]);
         t += 4;
     }
     if shape.tokens - t >= 2 {
-        put(unblocked_tokens::<TY, 2>(w, from_fn(|i| x.row(shape.token + t + i))), &mut out[t..]);
+        put(unblocked_tokens::<TY, 2>(w, rows(x, shape.token + t)), &mut out[t..]);
         t += 2;
     }
     if t < shape.tokens {
-        put(unblocked_tokens::<TY, 1>(w, [x.row(shape.token + t)]), &mut out[t..]);
+        put(unblocked_tokens::<TY, 1>(w, rows(x, shape.token + t)), &mut out[t..]);
     }
 }
 
@@ -87,19 +86,19 @@ fn unblocked<const TY: u8>(w: &Pair<'_>, x: &Activations, shape: TileShape, out:
 fn blocked_int8<const TY: u8>(w: &Pair<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
     let mut t = 0;
     if shape.tokens >= 8 {
-        put(blocks_int8::<TY, 8>(w, from_fn(|i| x.quantised_row(shape.token + i))), out);
+        put(blocks_int8::<TY, 8>(w, quantised_rows(x, shape.token)), out);
         t = 8;
     }
     if shape.tokens - t >= 4 {
-        put(blocks_int8::<TY, 4>(w, from_fn(|i| x.quantised_row(shape.token + t + i))), &mut out[t..]);
+        put(blocks_int8::<TY, 4>(w, quantised_rows(x, shape.token + t)), &mut out[t..]);
         t += 4;
     }
     if shape.tokens - t >= 2 {
-        put(blocks_int8::<TY, 2>(w, from_fn(|i| x.quantised_row(shape.token + t + i))), &mut out[t..]);
+        put(blocks_int8::<TY, 2>(w, quantised_rows(x, shape.token + t)), &mut out[t..]);
         t += 2;
     }
     if t < shape.tokens {
-        put(blocks_int8::<TY, 1>(w, [x.quantised_row(shape.token + t)]), &mut out[t..]);
+        put(blocks_int8::<TY, 1>(w, quantised_rows(x, shape.token + t)), &mut out[t..]);
     }
 }
 
@@ -121,7 +120,7 @@ fn unblocked_tokens<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[f32]; T]) 
     let block = FP8_BLOCK * ROW_GROUP;
     for (c, (a, b)) in w[0].values.chunks(block).zip(w[1].values.chunks(block)).enumerate() {
         let (first, len) = (c * FP8_BLOCK, a.len() / ROW_GROUP);
-        let sum = columns::<TY, T>(a, b, from_fn(|t| &x[t][first..first + len]));
+        let sum = columns::<TY, T>(a, b, parts(&x, first, len));
         let scale_a = _mm512_set1_ps(256.0 * f32_at(w[0].scales, c));
         let scale = _mm512_mask_mov_ps(scale_a, 0xff00, _mm512_set1_ps(256.0 * f32_at(w[1].scales, c)));
         for t in 0..T {
@@ -136,7 +135,7 @@ fn unblocked_tokens<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[f32]; T]) 
 fn columns<const TY: u8, const T: usize>(a: &[u8], b: &[u8], x: [&[f32]; T]) -> [__m512; T] {
     let step = const { four_columns(TY) };
     let cols = x[0].len();
-    let quads: [&[[f32; 4]]; T] = from_fn(|t| &x[t].as_chunks::<4>().0[..cols / 4]);
+    let quads = in_fours(&x, cols);
     let mut s = [[_mm512_setzero_ps(); 4]; T];
     for (i, (a, b)) in a.chunks_exact(step).zip(b.chunks_exact(step)).take(cols / 4).enumerate() {
         prefetch(a);
@@ -164,7 +163,7 @@ fn columns<const TY: u8, const T: usize>(a: &[u8], b: &[u8], x: [&[f32]; T]) -> 
             }
         }
     }
-    from_fn(|t| _mm512_add_ps(_mm512_add_ps(s[t][0], s[t][1]), _mm512_add_ps(s[t][2], s[t][3])))
+    each!(_mm512_setzero_ps(); T, t => _mm512_add_ps(_mm512_add_ps(s[t][0], s[t][1]), _mm512_add_ps(s[t][2], s[t][3])))
 }
 
 /// Four columns of both groups.
@@ -172,9 +171,9 @@ fn columns<const TY: u8, const T: usize>(a: &[u8], b: &[u8], x: [&[f32]; T]) -> 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn four<const TY: u8>(a: &[u8], b: &[u8]) -> [__m512; 4] {
     match TY {
-        F32 => from_fn(|j| _mm512_castsi512_ps(load32x2(a, b, 32 * j))),
-        F16 => from_fn(|j| _mm512_cvtph_ps(load16x2(a, b, 16 * j))),
-        BF16 => from_fn(|j| _mm512_castsi512_ps(widen_bf16(load16x2(a, b, 16 * j)))),
+        F32 => each!(_mm512_setzero_ps(); 4, j => _mm512_castsi512_ps(load32x2(a, b, 32 * j))),
+        F16 => each!(_mm512_setzero_ps(); 4, j => _mm512_cvtph_ps(load16x2(a, b, 16 * j))),
+        BF16 => each!(_mm512_setzero_ps(); 4, j => _mm512_castsi512_ps(widen_bf16(load16x2(a, b, 16 * j)))),
         _ => {
             let (a, b) = (load32(a, 0), load32(b, 0));
             // Eight bytes of a, eight of b: columns 0 and 2, then 1 and 3.
@@ -217,7 +216,7 @@ fn block_scales<const TY: u8>(w: &Pair<'_>, g: usize) -> __m512 {
         Q8 => _mm512_cvtph_ps(load16x2(a, b, g * 16)),
         INT4 => _mm512_castsi512_ps(widen_bf16(load16x2(a, b, g * 16))),
         _ => {
-            let [a, b] = [a, b].map(|s| i64::from_le_bytes(*bytes(s, g * 8)));
+            let (a, b) = (i64::from_le_bytes(*bytes(a, g * 8)), i64::from_le_bytes(*bytes(b, g * 8)));
             let e = _mm512_cvtepu8_epi32(_mm_set_epi64x(b, a));
             // Codes 0 and 255 are a subnormal and NaN: the exponent alone would say 0 and infinity.
             let odd = _mm512_cmpeq_epi32_mask(e, _mm512_setzero_si512())
@@ -232,64 +231,45 @@ fn block_scales<const TY: u8>(w: &Pair<'_>, g: usize) -> __m512 {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>; T]) -> [__m512; T] {
     let len = const { block_bytes(TY) };
-    let mut even = [_mm512_setzero_ps(); T];
-    let mut odd = [_mm512_setzero_ps(); T];
-    let mut blocks = w[0].values.chunks_exact(len).zip(w[1].values.chunks_exact(len)).enumerate();
-    while let Some((g, (a, b))) = blocks.next() {
-        add_block::<TY, T>(w, a, b, g, &x, &mut even);
-        if let Some((g, (a, b))) = blocks.next() {
-            add_block::<TY, T>(w, a, b, g, &x, &mut odd);
+    // The sums of even and odd blocks take turns; in the end their order does not matter.
+    let mut s = [_mm512_setzero_ps(); T];
+    let mut other = s;
+    for (g, (a, b)) in w[0].values.chunks_exact(len).zip(w[1].values.chunks_exact(len)).enumerate() {
+        prefetch(a);
+        prefetch(b);
+        let words = words(&x, g);
+        // Integers are made unsigned by their bias, which the sum of x takes out again.
+        let mut dots = each!(_mm512_setzero_si512(); T, t => _mm512_set1_epi32(const { -bias(TY) } * x[t].sums[g]));
+        for q in 0..8 {
+            let unsigned = block_integers::<TY>(a, b, q);
+            for t in 0..T {
+                dots[t] = _mm512_dpbusd_epi32(dots[t], unsigned, _mm512_set1_epi32(words[t][q]));
+            }
         }
-    }
-    from_fn(|t| _mm512_add_ps(even[t], odd[t]))
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn add_block<const TY: u8, const T: usize>(
-    w: &Pair<'_>,
-    a: &[u8],
-    b: &[u8],
-    g: usize,
-    x: &[QuantisedRow<'_>; T],
-    s: &mut [__m512; T],
-) {
-    prefetch(a);
-    prefetch(b);
-    let words: [&[i32; 8]; T] = from_fn(|t| &x[t].words[g]);
-    // Integers are made unsigned by their bias, which the sum of x takes out again.
-    let mut dots: [__m512i; T] = from_fn(|t| _mm512_set1_epi32(const { -bias(TY) } * x[t].sums[g]));
-    let unsigned = block_integers::<TY>(a, b);
-    for q in 0..8 {
+        let scale = block_scales::<TY>(w, g);
         for t in 0..T {
-            dots[t] = _mm512_dpbusd_epi32(dots[t], unsigned[q], _mm512_set1_epi32(words[t][q]));
+            let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x[t].scales[g] * const { unit(TY) }));
+            let next = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), scale, s[t]);
+            (s[t], other[t]) = (other[t], next);
         }
     }
-    let scale = block_scales::<TY>(w, g);
-    for t in 0..T {
-        let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x[t].scales[g] * const { unit(TY) }));
-        s[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), scale, s[t]);
-    }
+    each!(_mm512_setzero_ps(); T, t => _mm512_add_ps(s[t], other[t]))
 }
 
-/// Integers plus their bias, columns `4q..4q + 4` for all q of a block.
+/// Integers plus their bias, columns `4q..4q + 4` of a block.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn block_integers<const TY: u8>(a: &[u8], b: &[u8]) -> [__m512i; 8] {
+fn block_integers<const TY: u8>(a: &[u8], b: &[u8], q: usize) -> __m512i {
     if TY == Q8 {
-        return from_fn(|q| _mm512_xor_si512(load32x2(a, b, 32 * q), _mm512_set1_epi8(-128)));
+        return _mm512_xor_si512(load32x2(a, b, 32 * q), _mm512_set1_epi8(-128));
     }
-    let packed: [__m512i; 4] = from_fn(|q| load32x2(a, b, 32 * q));
-    let mask = _mm512_set1_epi8(15);
-    let codes: [__m512i; 8] = from_fn(|q| {
-        _mm512_and_si512(if q < 4 { packed[q] } else { _mm512_srli_epi16::<4>(packed[q - 4]) }, mask)
-    });
+    let packed = load32x2(a, b, 32 * (q % 4));
+    let shifted = if q < 4 { packed } else { _mm512_srli_epi16::<4>(packed) };
+    let codes = _mm512_and_si512(shifted, _mm512_set1_epi8(15));
     if TY == INT4 {
         return codes;
     }
-    let table: [u8; 16] = from_fn(|i| (i32::from(E2M1_DOUBLED[i]) + const { bias(MXFP4) }) as u8);
-    let table = _mm512_broadcast_i32x4(load16(&table, 0));
-    codes.map(|v| _mm512_shuffle_epi8(table, v))
+    _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load16(&const { e2m1_table(bias(MXFP4) as i8) }, 0)), codes)
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
