@@ -1,0 +1,39 @@
+//! Attention of one query over cached keys and values.
+
+use crate::elementwise::softmax;
+use crate::isa::Kernels;
+
+impl Kernels {
+    /// `out = Σⱼ softmaxⱼ(scale · q·kⱼ) vⱼ` over `s` cached positions, on the calling thread.
+    ///
+    /// `q` is as long as a key, `out` as long as a value. Row `j` of `keys` begins at `j·k_stride`, row `j` of `values`
+    /// at `j·v_stride`; both may be the same buffer, as with latent attention. `scores` is scratch. Products are
+    /// [`dot`](Self::dot), sums over positions run in order of `j`, one fused multiply-add each. With `s = 0` the
+    /// output is zero.
+    ///
+    /// # Panics
+    /// If `keys` or `values` end before row `s`, or `scores` is shorter than `s`.
+    #[expect(clippy::too_many_arguments, reason = "two strided matrices, a query, and where to put the result")]
+    pub fn attend(
+        &self,
+        q: &[f32],
+        keys: &[f32],
+        k_stride: usize,
+        values: &[f32],
+        v_stride: usize,
+        s: usize,
+        scale: f32,
+        scores: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let scores = &mut scores[..s];
+        for (j, score) in scores.iter_mut().enumerate() {
+            *score = self.dot(q, &keys[j * k_stride..][..q.len()]) * scale;
+        }
+        softmax(scores);
+        out.fill(0.0);
+        for (j, &p) in scores.iter().enumerate() {
+            self.axpy(p, &values[j * v_stride..][..out.len()], out);
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The choice of an instruction set, made once.
+
+use crate::activations::Activations;
+use crate::matmul::{Tile, TileShape};
+use crate::matrix::Matrix;
+use crate::scalar;
+#[cfg(target_arch = "x86_64")]
+use crate::x86::{Avx2, Avx512};
+
+/// The environment variable that overrides the choice.
+const OVERRIDE: &str = "SLUICE_ISA";
+
+/// Why an instruction set asked for by `SLUICE_ISA` cannot be used.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IsaError {
+    /// No kernels go by this name.
+    #[error("SLUICE_ISA={name:?} names no instruction set; known are scalar, avx2 and avx512")]
+    Unknown {
+        /// The name asked for.
+        name: String,
+    },
+    /// This CPU, or this build, lacks the instructions.
+    #[error("SLUICE_ISA={name}: this CPU lacks the instructions; available here: {available}")]
+    Unavailable {
+        /// The name asked for.
+        name: String,
+        /// Names that would work, separated by commas.
+        available: String,
+    },
+}
+
+/// Whoever holds a variant may execute its instructions: the tokens inside exist only where the CPU has them.
+#[derive(Clone, Copy, Debug)]
+enum Isa {
+    Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+}
+
+/// The kernels of one instruction set. All instruction sets give the same bits.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernels {
+    isa: Isa,
+}
+
+impl Kernels {
+    /// The fastest kernels of this CPU, or those that the environment variable `SLUICE_ISA` names
+    /// (`scalar`, `avx2`, `avx512`).
+    ///
+    /// # Errors
+    /// If `SLUICE_ISA` names an unknown or an unavailable instruction set.
+    pub fn detect() -> Result<Kernels, IsaError> {
+        match std::env::var_os(OVERRIDE) {
+            Some(name) => Self::named(&name.to_string_lossy()),
+            None => Ok(Self::available().pop().unwrap_or(Self::scalar())),
+        }
+    }
+
+    /// The kernels that go by this name.
+    ///
+    /// # Errors
+    /// If there are none, or this CPU lacks the instructions.
+    pub fn named(name: &str) -> Result<Kernels, IsaError> {
+        let available = Self::available();
+        if let Some(kernels) = available.iter().find(|k| k.isa_name() == name) {
+            return Ok(*kernels);
+        }
+        let name = name.to_owned();
+        if ["avx2", "avx512"].contains(&name.as_str()) {
+            let names: Vec<_> = available.iter().map(Kernels::isa_name).collect();
+            return Err(IsaError::Unavailable { name, available: names.join(", ") });
+        }
+        Err(IsaError::Unknown { name })
+    }
+
+    /// The portable kernels, which are the specification.
+    pub fn scalar() -> Kernels {
+        Kernels { isa: Isa::Scalar }
+    }
+
+    /// The kernels of every instruction set of this CPU, slowest first.
+    pub fn available() -> Vec<Kernels> {
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
+        let mut all = vec![Self::scalar()];
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(Avx2::new().map(|token| Kernels { isa: Isa::Avx2(token) }));
+            all.extend(Avx512::new().map(|token| Kernels { isa: Isa::Avx512(token) }));
+        }
+        all
+    }
+
+    /// `scalar`, `avx2` or `avx512`.
+    pub fn isa_name(&self) -> &'static str {
+        match self.isa {
+            Isa::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(_) => "avx512",
+        }
+    }
+
+    /// Inner product of two vectors, in the lane structure that the `scalar` module documents.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
+        assert_eq!(a.len(), b.len(), "an inner product takes two vectors of one length");
+        match self.isa {
+            Isa::Scalar => scalar::dot(a, b),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(isa) => isa.dot(a, b),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(isa) => isa.dot(a, b),
+        }
+    }
+
+    /// `y += a·x`, one fused multiply-add per element.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn axpy(&self, a: f32, x: &[f32], y: &mut [f32]) {
+        assert_eq!(x.len(), y.len(), "axpy takes two vectors of one length");
+        match self.isa {
+            Isa::Scalar => scalar::axpy(a, x, y),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(isa) => isa.axpy(a, x, y),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(isa) => isa.axpy(a, x, y),
+        }
+    }
+
+    /// Multiplies one or two adjacent row groups with up to eight tokens.
+    pub(crate) fn tile(&self, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+        match self.isa {
+            Isa::Scalar => {
+                for t in 0..shape.tokens {
+                    for g in 0..shape.groups {
+                        let rows = scalar::group(&w.group(shape.group + g), x, shape.token + t, shape.int8);
+                        out[t][g * 8..][..8].copy_from_slice(&rows);
+                    }
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(isa) => isa.tile(w, x, shape, out),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(isa) => isa.tile(w, x, shape, out),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_checked() {
+        assert_eq!(Kernels::named("scalar").unwrap().isa_name(), "scalar");
+        let unknown = Kernels::named("sse9").unwrap_err();
+        assert_eq!(unknown, IsaError::Unknown { name: "sse9".into() });
+        let names: Vec<_> = Kernels::available().iter().map(Kernels::isa_name).collect();
+        for name in ["avx2", "avx512"] {
+            match Kernels::named(name) {
+                Ok(k) => assert_eq!(k.isa_name(), name),
+                Err(e) => assert!(!names.contains(&name) && matches!(e, IsaError::Unavailable { .. })),
+            }
+        }
+    }
+}

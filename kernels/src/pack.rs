@@ -1,0 +1,197 @@
+//! Packing of row groups and unpacking of matrices, in scalar code.
+//!
+//! The converter checks shapes of its input and reports them; here a wrong length is a mistake of the program and
+//! panics.
+
+use crate::matrix::{BLOCK, FP8_BLOCK, Group, Matrix, Planes, ROW_GROUP, WeightType};
+use crate::number::{E2M1, f16_to_f32, f32_to_bf16, f32_to_f16};
+use crate::scalar;
+
+/// The two planes of a zeroed row group.
+fn planes(ty: WeightType, n_rows: usize, cols: usize, src: usize, out: &mut [u8]) -> (&mut [u8], &mut [u8]) {
+    assert!(n_rows <= ROW_GROUP, "a row group holds {ROW_GROUP} rows, not {n_rows}");
+    assert_eq!(Some(src), n_rows.checked_mul(cols), "{n_rows} rows of {cols} columns");
+    let planes = Planes::new(ty, cols).expect("the source would not fit in memory either");
+    assert_eq!(out.len(), planes.total, "bytes of a row group");
+    out.fill(0);
+    let (scales, values) = out.split_at_mut(planes.scales_padded);
+    (&mut scales[..planes.scales], &mut values[..planes.values])
+}
+
+/// Packs one row group of type `f32`, `f16`, `bf16` or `q8`.
+///
+/// `src` is row-major `[n_rows, cols]` with `n_rows ≤ 8`; missing rows become zero. `out` is all of the group,
+/// [`row_group_len`](crate::row_group_len) bytes. `f16` and `bf16` round to nearest, ties to even.
+///
+/// `q8`: per row and 32 columns `scale = absmax/127` rounded to f16, `q = round_ties_even(w/scale)` within ±127. A block
+/// of zeros has scale 0. Where the rounded scale would cut the largest weight off, as it can among subnormal scales, the
+/// next larger f16 is taken; scales beyond f16 become its largest number and weights beyond that saturate. A block with
+/// a NaN or an infinity has scale NaN, so that it is not mistaken for a number.
+///
+/// # Panics
+/// For other types, more than 8 rows, or lengths that do not fit the shape.
+pub fn pack_row_group(ty: WeightType, src: &[f32], n_rows: usize, cols: usize, out: &mut [u8]) {
+    let (scales, values) = planes(ty, n_rows, cols, src.len(), out);
+    for r in 0..n_rows {
+        let row = &src[r * cols..][..cols];
+        match ty {
+            WeightType::F32 => {
+                let slots = values.as_chunks_mut::<4>().0.iter_mut().skip(r).step_by(ROW_GROUP);
+                slots.zip(row).for_each(|(slot, w)| *slot = w.to_le_bytes());
+            }
+            WeightType::F16 | WeightType::Bf16 => {
+                let narrow = if ty == WeightType::F16 { f32_to_f16 } else { f32_to_bf16 };
+                let slots = values.as_chunks_mut::<2>().0.iter_mut().skip(r).step_by(ROW_GROUP);
+                slots.zip(row).for_each(|(slot, &w)| *slot = narrow(w).to_le_bytes());
+            }
+            WeightType::Q8 => {
+                for (g, block) in row.chunks(BLOCK).enumerate() {
+                    let scale = q8_scale(block);
+                    scales[(g * ROW_GROUP + r) * 2..][..2].copy_from_slice(&scale.to_le_bytes());
+                    let scale = f16_to_f32(scale);
+                    for (k, &w) in block.iter().enumerate() {
+                        values[q8_position(g, k, r)] = q8_value(w, scale) as u8;
+                    }
+                }
+            }
+            _ => panic!("{ty:?} is carried, not made from f32"),
+        }
+    }
+}
+
+fn q8_position(g: usize, k: usize, r: usize) -> usize {
+    g * 256 + k / 4 * 32 + r * 4 + k % 4
+}
+
+/// The f16 bits of a block's scale.
+fn q8_scale(block: &[f32]) -> u16 {
+    const LARGEST: u16 = 0x7bff;
+    const NAN: u16 = 0x7e00;
+    if block.iter().any(|w| !w.is_finite()) {
+        return NAN;
+    }
+    let absmax = block.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+    if absmax == 0.0 {
+        return 0;
+    }
+    let nearest = f32_to_f16(absmax / 127.0).min(LARGEST);
+    // Half a step beyond ±127 still rounds to it.
+    if nearest < LARGEST && f16_to_f32(nearest) * 127.5 < absmax { nearest + 1 } else { nearest }
+}
+
+fn q8_value(w: f32, scale: f32) -> i8 {
+    if scale == 0.0 || scale.is_nan() { 0 } else { (w / scale).round_ties_even().clamp(-127.0, 127.0) as i8 }
+}
+
+/// Packs one row group of `f16` or `bf16` bits, unchanged. `src` is row-major `[n_rows, cols]`.
+///
+/// # Panics
+/// For more than 8 rows, or lengths that do not fit the shape.
+pub fn pack_row_group_u16(src: &[u16], n_rows: usize, cols: usize, out: &mut [u8]) {
+    let (_, values) = planes(WeightType::Bf16, n_rows, cols, src.len(), out);
+    for r in 0..n_rows {
+        let slots = values.as_chunks_mut::<2>().0.iter_mut().skip(r).step_by(ROW_GROUP);
+        slots.zip(&src[r * cols..]).for_each(|(slot, w)| *slot = w.to_le_bytes());
+    }
+}
+
+/// Packs one row group of e4m3 codes, unchanged. `codes` is row-major `[n_rows, cols]`, `scales` has one multiplier per
+/// 128 columns.
+///
+/// # Panics
+/// For more than 8 rows, or lengths that do not fit the shape.
+pub fn pack_row_group_fp8(codes: &[u8], n_rows: usize, cols: usize, scales: &[f32], out: &mut [u8]) {
+    assert_eq!(scales.len(), cols.div_ceil(FP8_BLOCK), "one scale per {FP8_BLOCK} columns");
+    let (scale_plane, values) = planes(WeightType::Fp8, n_rows, cols, codes.len(), out);
+    for (slot, scale) in scale_plane.as_chunks_mut::<4>().0.iter_mut().zip(scales) {
+        *slot = scale.to_le_bytes();
+    }
+    for r in 0..n_rows {
+        let slots = values.iter_mut().skip(r).step_by(ROW_GROUP);
+        slots.zip(&codes[r * cols..]).for_each(|(slot, &code)| *slot = code);
+    }
+}
+
+/// Packs one row group of 4-bit integers. `nibbles` is row-major `[n_rows, cols]`, one `value + 8` in 0..16 per byte;
+/// `scales_bf16` is `[n_rows, ceil(cols / 32)]`, the bits of bf16 numbers.
+///
+/// # Panics
+/// For more than 8 rows, lengths that do not fit the shape, or a value of 16 and more.
+pub fn pack_row_group_int4(nibbles: &[u8], n_rows: usize, cols: usize, scales_bf16: &[u16], out: &mut [u8]) {
+    let blocks = cols.div_ceil(BLOCK);
+    assert_eq!(scales_bf16.len(), n_rows * blocks, "one scale per row and {BLOCK} columns");
+    let (scales, values) = planes(WeightType::Int4, n_rows, cols, nibbles.len(), out);
+    // Zero is nibble 8, in padding too.
+    values.fill(0x88);
+    for r in 0..n_rows {
+        for g in 0..blocks {
+            scales[(g * ROW_GROUP + r) * 2..][..2].copy_from_slice(&scales_bf16[r * blocks + g].to_le_bytes());
+        }
+    }
+    put_nibbles(nibbles, n_rows, cols, values);
+}
+
+/// Packs one row group of e2m1 codes. `codes` is row-major `[n_rows, cols]`, one code in 0..16 per byte; `scales` is
+/// `[n_rows, ceil(cols / 32)]` e8m0 codes.
+///
+/// # Panics
+/// For more than 8 rows, lengths that do not fit the shape, or a code of 16 and more.
+pub fn pack_row_group_mxfp4(codes: &[u8], n_rows: usize, cols: usize, scales: &[u8], out: &mut [u8]) {
+    let blocks = cols.div_ceil(BLOCK);
+    assert_eq!(scales.len(), n_rows * blocks, "one scale per row and {BLOCK} columns");
+    let (scale_plane, values) = planes(WeightType::Mxfp4, n_rows, cols, codes.len(), out);
+    for r in 0..n_rows {
+        for g in 0..blocks {
+            scale_plane[g * ROW_GROUP + r] = scales[r * blocks + g];
+        }
+    }
+    put_nibbles(codes, n_rows, cols, values);
+}
+
+fn put_nibbles(nibbles: &[u8], n_rows: usize, cols: usize, values: &mut [u8]) {
+    for r in 0..n_rows {
+        for (k, &nibble) in nibbles[r * cols..][..cols].iter().enumerate() {
+            assert!(nibble < 16, "{nibble} does not fit in four bits");
+            let (g, q, i) = (k / BLOCK, k % BLOCK / 4, k % 4);
+            let byte = &mut values[g * 128 + q % 4 * 32 + r * 4 + i];
+            *byte = if q < 4 { *byte & 0xf0 | nibble } else { *byte & 0x0f | nibble << 4 };
+        }
+    }
+}
+
+/// The numbers that a matrix stands for, row-major `[rows, cols]`, rounded to f32 where a product is not exact.
+pub fn unpack(w: Matrix<'_>) -> Vec<f32> {
+    let (rows, cols) = (w.rows(), w.cols());
+    let mut out = vec![0.0; rows * cols];
+    for g in 0..w.groups() {
+        let group = w.group(g);
+        let first = g * ROW_GROUP;
+        let n_rows = (rows - first).min(ROW_GROUP);
+        for k in 0..cols {
+            let column = unpack_column(&group, k);
+            for r in 0..n_rows {
+                out[(first + r) * cols + k] = column[r];
+            }
+        }
+    }
+    out
+}
+
+fn unpack_column(w: &Group<'_>, k: usize) -> scalar::Rows {
+    match w.ty {
+        WeightType::F32 | WeightType::F16 | WeightType::Bf16 => scalar::column(w, k),
+        WeightType::Fp8 => {
+            let scale = scalar::f32_at(w.scales, k / FP8_BLOCK);
+            scalar::column(w, k).map(|v| v * 256.0 * scale)
+        }
+        WeightType::Mxfp4 => {
+            // Not by way of the integers: they have no negative zero.
+            let (scales, codes) = (scalar::block_scales(w, k / BLOCK), scalar::nibbles(w, k / BLOCK, k % BLOCK));
+            std::array::from_fn(|r| E2M1[codes[r] as usize] * scales[r])
+        }
+        WeightType::Q8 | WeightType::Int4 => {
+            let (scales, values) = (scalar::block_scales(w, k / BLOCK), scalar::block_column(w, k / BLOCK, k % BLOCK));
+            std::array::from_fn(|r| f32::from(values[r]) * scales[r])
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! A pool of threads for tasks of microseconds.
+//!
+//! A job is a borrowed closure and a number of tasks. The caller opens the job, works on it like the others, closes it
+//! when no task is left, and waits only for threads that did join: a thread that the system has not scheduled in time
+//! costs nothing. Threads spin briefly between jobs, then sleep.
+
+use crate::par_slice::Pieces;
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a thread spins before it sleeps: a few times what a wake-up costs.
+const SPIN: Duration = Duration::from_micros(40);
+
+/// The word `state`: whether the pool ends, whether a job is open, how many workers have joined it, and its number.
+const END: usize = 1;
+const OPEN: usize = 2;
+const JOINED_ONE: usize = 4;
+const JOINED_MASK: usize = 0xffff << 2;
+const JOB_ONE: usize = 1 << 18;
+
+/// The closure of a job, with its lifetime erased.
+type Task = *const (dyn Fn(usize) + Sync);
+
+struct Shared {
+    state: AtomicUsize,
+    /// Written by the caller while no job is open, read by threads that joined one.
+    task: UnsafeCell<Option<Task>>,
+    tasks: AtomicUsize,
+    next: AtomicUsize,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// Workers that sleep or are about to, and the caller if it does.
+    sleepers: AtomicUsize,
+    caller_sleeps: AtomicUsize,
+    lock: Mutex<()>,
+    work: Condvar,
+    done: Condvar,
+}
+
+// SAFETY: only `task` is not Sync by itself. It is written while no job is open and nobody has joined (by the one caller
+// that holds `ThreadPool::caller`), and read only by threads that joined an open job; `state` orders the two. The
+// closure behind it is Sync.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; the pointer is never used after the job that it belongs to.
+unsafe impl Send for Shared {}
+
+/// Threads that run the tasks of one job at a time together with the caller.
+pub struct ThreadPool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// Held by the thread whose job is running.
+    caller: Mutex<()>,
+}
+
+/// A poisoned lock is as good as any here: the data behind it are valid at every instant.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl ThreadPool {
+    /// A pool of `threads` threads including the caller of [`run`](Self::run); 0 counts as 1, and at most 1024 are
+    /// started. Threads that the system refuses to start are done without.
+    pub fn new(threads: usize) -> Self {
+        let shared = Arc::new(Shared {
+            state: AtomicUsize::new(0),
+            task: UnsafeCell::new(None),
+            tasks: AtomicUsize::new(0),
+            next: AtomicUsize::new(0),
+            panic: Mutex::new(None),
+            sleepers: AtomicUsize::new(0),
+            caller_sleeps: AtomicUsize::new(0),
+            lock: Mutex::new(()),
+            work: Condvar::new(),
+            done: Condvar::new(),
+        });
+        let workers = (1..threads.min(1024))
+            .map_while(|i| {
+                let shared = Arc::clone(&shared);
+                std::thread::Builder::new().name(format!("kernels-{i}")).spawn(move || shared.work()).ok()
+            })
+            .collect();
+        ThreadPool { shared, workers, caller: Mutex::new(()) }
+    }
+
+    /// Threads that work on a job, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Runs `f(task)` once for every task in `0..tasks`, on all threads, and returns when all are done.
+    ///
+    /// Nothing is allocated. While a job runs, further jobs (from inside a task, or from other threads) run on the
+    /// thread that brings them.
+    ///
+    /// # Panics
+    /// If a task panics, with its payload, after the running tasks have ended; the remaining ones are not started.
+    pub fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+        let guard = if tasks > 1 && !self.workers.is_empty() { self.caller.try_lock().ok() } else { None };
+        match guard {
+            Some(_guard) => self.run_shared(tasks, f),
+            None => (0..tasks).for_each(f),
+        }
+    }
+
+    /// Splits `data` into chunks of `chunk_len`, the last of which may be shorter, and runs `f(i, chunk)` for each in
+    /// parallel.
+    ///
+    /// # Panics
+    /// If `chunk_len` is 0, or as [`run`](Self::run) does.
+    pub fn for_each_chunk<T: Send>(&self, data: &mut [T], chunk_len: usize, f: &(dyn Fn(usize, &mut [T]) + Sync)) {
+        assert!(chunk_len > 0, "chunks have a length");
+        let len = data.len();
+        let pieces = Pieces::new(data);
+        self.run(len.div_ceil(chunk_len), &|i| {
+            let at = i * chunk_len;
+            // SAFETY: chunks of different tasks do not overlap, and `run` runs every task once.
+            f(i, unsafe { pieces.piece(at, chunk_len.min(len - at)) });
+        });
+    }
+
+    /// One job; the caller holds `self.caller`.
+    fn run_shared(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+        let shared = &*self.shared;
+        // SAFETY: only the lifetime changes. The pointer is used by threads that joined the job, and this function does
+        // not return before the job is closed and they have all left it.
+        let task: Task = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f) };
+        // SAFETY: no job is open and nobody has joined one, so nobody reads; the caller's mutex keeps other writers out.
+        unsafe { *shared.task.get() = Some(task) };
+        shared.tasks.store(tasks, Ordering::Relaxed);
+        shared.next.store(0, Ordering::Relaxed);
+        // The next job number, open, nobody joined. SeqCst pairs with the sleepers' check.
+        shared.state.fetch_add(JOB_ONE | OPEN, Ordering::SeqCst);
+        if shared.sleepers.load(Ordering::SeqCst) > 0 {
+            let _lock = lock(&shared.lock);
+            shared.work.notify_all();
+        }
+        shared.take_tasks(f);
+        shared.state.fetch_and(!OPEN, Ordering::SeqCst);
+        shared.wait_until_left();
+        if let Some(payload) = lock(&shared.panic).take() {
+            resume_unwind(payload);
+        }
+    }
+}
+
+impl Drop for ThreadPool {
+    fn drop(&mut self) {
+        self.shared.state.fetch_or(END, Ordering::SeqCst);
+        {
+            let _lock = lock(&self.shared.lock);
+            self.shared.work.notify_all();
+        }
+        for worker in self.workers.drain(..) {
+            // Tasks' panics are caught, so a worker has none of its own to report.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl std::fmt::Debug for ThreadPool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ThreadPool").field("threads", &self.threads()).finish_non_exhaustive()
+    }
+}
+
+/// Spins until `ready`, or for [`SPIN`]; says whether it is.
+fn spin(ready: impl Fn() -> bool) -> bool {
+    let start = Instant::now();
+    loop {
+        for _ in 0..64 {
+            if ready() {
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        if start.elapsed() > SPIN {
+            return false;
+        }
+    }
+}
+
+impl Shared {
+    /// The life of a worker: join every open job that it has not been in yet.
+    fn work(&self) {
+        let mut last = 0;
+        loop {
+            let state = self.wait_for_news(last);
+            if state & END != 0 {
+                return;
+            }
+            // Joining only succeeds while exactly this job is open, so the closure read below is its own.
+            let joined = state + JOINED_ONE;
+            if self.state.compare_exchange_weak(state, joined, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                continue;
+            }
+            last = state / JOB_ONE;
+            // SAFETY: having joined, this thread is waited for before `task` is written again.
+            if let Some(task) = unsafe { *self.task.get() } {
+                // SAFETY: the caller keeps the closure alive until everyone who joined has left.
+                self.take_tasks(unsafe { &*task });
+            }
+            self.leave();
+        }
+    }
+
+    /// Waits until a job other than `last` is open or the pool ends; returns that state.
+    fn wait_for_news(&self, last: usize) -> usize {
+        let news = |order| {
+            let state = self.state.load(order);
+            (state & END != 0 || state & OPEN != 0 && state / JOB_ONE != last).then_some(state)
+        };
+        if spin(|| news(Ordering::Relaxed).is_some()) {
+            // It may be over again by now; then sleeping is as good as spinning on.
+            if let Some(state) = news(Ordering::Acquire) {
+                return state;
+            }
+        }
+        let mut guard = lock(&self.lock);
+        // Announced before the state is looked at, as a job is opened before sleepers are: one of the two sees the other.
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
+        loop {
+            if let Some(state) = news(Ordering::SeqCst) {
+                self.sleepers.fetch_sub(1, Ordering::SeqCst);
+                return state;
+            }
+            guard = self.work.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Runs tasks until none is left.
+    fn take_tasks(&self, f: &(dyn Fn(usize) + Sync)) {
+        let tasks = self.tasks.load(Ordering::Relaxed);
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= tasks {
+                return;
+            }
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| f(task))) {
+                self.next.store(tasks, Ordering::Relaxed);
+                lock(&self.panic).get_or_insert(payload);
+            }
+        }
+    }
+
+    fn leave(&self) {
+        let before = self.state.fetch_sub(JOINED_ONE, Ordering::SeqCst);
+        let last = before & JOINED_MASK == JOINED_ONE;
+        if last && before & OPEN == 0 && self.caller_sleeps.load(Ordering::SeqCst) > 0 {
+            let _lock = lock(&self.lock);
+            self.done.notify_all();
+        }
+    }
+
+    /// Waits until everyone who joined the closed job has left it.
+    fn wait_until_left(&self) {
+        let left = || self.state.load(Ordering::SeqCst) & JOINED_MASK == 0;
+        if spin(left) {
+            return;
+        }
+        let mut guard = lock(&self.lock);
+        self.caller_sleeps.store(1, Ordering::SeqCst);
+        while !left() {
+            guard = self.done.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.caller_sleeps.store(0, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once() {
+        for threads in 0..5 {
+            let pool = ThreadPool::new(threads);
+            for tasks in (0..200).chain([5000]) {
+                let mut counts = vec![0u8; tasks];
+                pool.for_each_chunk(&mut counts, 1, &|_, c| c[0] += 1);
+                assert!(counts.iter().all(|&c| c == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn sleeping_threads_wake_up() {
+        let pool = ThreadPool::new(3);
+        for _ in 0..5 {
+            std::thread::sleep(SPIN * 20);
+            let sum = AtomicUsize::new(0);
+            pool.run(100, &|i| {
+                sum.fetch_add(i, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_micros(5));
+            });
+            assert_eq!(sum.into_inner(), 4950);
+        }
+    }
+
+    #[test]
+    fn panics_reach_the_caller_and_the_pool_survives() {
+        let pool = ThreadPool::new(3);
+        for round in 0..50 {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(30, &|i| assert!(i != round % 30, "task {i} failed"));
+            }));
+            let payload = result.unwrap_err();
+            let message = payload.downcast_ref::<String>().unwrap();
+            assert_eq!(*message, format!("task {} failed", round % 30));
+            let sum = AtomicUsize::new(0);
+            pool.run(10, &|i| _ = sum.fetch_add(i, Ordering::Relaxed));
+            assert_eq!(sum.into_inner(), 45);
+        }
+    }
+
+    #[test]
+    fn jobs_inside_jobs_and_from_many_threads() {
+        let pool = ThreadPool::new(2);
+        let sum = AtomicUsize::new(0);
+        std::thread::scope(|s| {
+            for _ in 0..3 {
+                s.spawn(|| {
+                    for _ in 0..100 {
+                        pool.run(4, &|_| pool.run(4, &|i| _ = sum.fetch_add(i, Ordering::Relaxed)));
+                    }
+                });
+            }
+        });
+        assert_eq!(sum.into_inner(), 3 * 100 * 4 * 6);
+    }
+
+    #[test]
+    fn chunks_cover_the_data() {
+        let pool = ThreadPool::new(2);
+        let mut data = vec![0usize; 103];
+        pool.for_each_chunk(&mut data, 10, &|i, chunk| {
+            assert_eq!(chunk.len(), if i == 10 { 3 } else { 10 });
+            chunk.fill(i);
+        });
+        assert!(data.iter().enumerate().all(|(i, &v)| v == i / 10));
+    }
+}
