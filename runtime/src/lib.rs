@@ -1,2 +1,3 @@
 //! placeholder
 pub mod io;
+pub mod pool;

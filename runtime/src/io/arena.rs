@@ -10,7 +10,7 @@ use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use super::error::IoError;
 use super::fill::FillState;
@@ -22,7 +22,7 @@ pub const PAGE_BYTES: usize = 4096;
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Mappings are multiples of this: the largest page size of a supported system (Apple silicon).
-const MAP_GRANULE_BYTES: usize = 16 << 10;
+pub(crate) const MAP_GRANULE_BYTES: usize = 16 << 10;
 
 /// One anonymous mapping. Unmapped when the last slot, chunk and engine that know it are gone.
 #[derive(Debug)]
@@ -41,21 +41,10 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new(bytes: usize, what: &'static str) -> Result<Self, IoError> {
-        let error = |source: std::io::Error| IoError::Memory {
-            bytes,
-            what,
-            source,
-        };
+        let error = |source: std::io::Error| IoError::Memory { bytes, what, source };
         let overflow = || error(std::io::ErrorKind::OutOfMemory.into());
-        let len = bytes
-            .max(1)
-            .checked_next_multiple_of(MAP_GRANULE_BYTES)
-            .ok_or_else(overflow)?;
-        let align = if len >= HUGE_PAGE_BYTES {
-            HUGE_PAGE_BYTES
-        } else {
-            MAP_GRANULE_BYTES
-        };
+        let len = bytes.max(1).checked_next_multiple_of(MAP_GRANULE_BYTES).ok_or_else(overflow)?;
+        let align = if len >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { MAP_GRANULE_BYTES };
         let padded = len.checked_add(align).ok_or_else(overflow)?;
         let length = NonZeroUsize::new(padded).ok_or_else(overflow)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
@@ -64,11 +53,7 @@ impl Mapping {
         let raw = unsafe { mmap_anonymous(None, length, protection, MapFlags::MAP_PRIVATE) };
         let raw = raw.map_err(|errno| error(errno.into()))?.cast::<u8>();
         let base = trim(raw, padded, align, len);
-        let mapping = Self {
-            base,
-            len,
-            huge_pages: advise_huge_pages(base, len),
-        };
+        let mapping = Self { base, len, huge_pages: advise_huge_pages(base, len) };
         mapping.fault_in().map_err(error)?;
         Ok(mapping)
     }
@@ -78,13 +63,7 @@ impl Mapping {
         #[cfg(target_os = "linux")]
         {
             // SAFETY: the range is exactly this mapping; populating changes no byte.
-            let result = unsafe {
-                libc::madvise(
-                    self.base.as_ptr().cast(),
-                    self.len,
-                    libc::MADV_POPULATE_WRITE,
-                )
-            };
+            let result = unsafe { libc::madvise(self.base.as_ptr().cast(), self.len, libc::MADV_POPULATE_WRITE) };
             if result == 0 {
                 return Ok(());
             }
@@ -108,10 +87,7 @@ impl Mapping {
     /// If the range `start..start + len` is not inside the mapping.
     pub(crate) fn address(&self, start: usize, len: usize) -> NonNull<u8> {
         let end = start.checked_add(len);
-        assert!(
-            end.is_some_and(|end| end <= self.len),
-            "a range outside the mapping"
-        );
+        assert!(end.is_some_and(|end| end <= self.len), "a range outside the mapping");
         // SAFETY: `start <= self.len`, asserted above, so the result is inside the mapping or
         // one past its end.
         unsafe { self.base.add(start) }
@@ -133,10 +109,7 @@ impl Mapping {
     ///
     /// # Safety
     /// For the lifetime of the result, nobody else may read from or write to the range.
-    #[expect(
-        clippy::mut_from_ref,
-        reason = "the caller owns the range, not the mapping"
-    )]
+    #[expect(clippy::mut_from_ref, reason = "the caller owns the range, not the mapping")]
     pub(crate) unsafe fn bytes_mut(&self, start: usize, len: usize) -> &mut [u8] {
         let address = self.address(start, len);
         // SAFETY: as in `bytes`; the caller promises exclusive access to the range.
@@ -160,10 +133,7 @@ impl Drop for Mapping {
 /// Gives back the unaligned head and the tail of a fresh mapping; returns the aligned part.
 fn trim(raw: NonNull<u8>, padded: usize, align: usize, len: usize) -> NonNull<u8> {
     let head = raw.as_ptr().align_offset(align);
-    assert!(
-        head + len <= padded,
-        "the padding is as large as the alignment"
-    );
+    assert!(head + len <= padded, "the padding is as large as the alignment");
     // SAFETY: `head + len <= padded`, so both addresses are inside the fresh mapping or one
     // past its end.
     let (base, end) = unsafe { (raw.add(head), raw.add(head + len)) };
@@ -182,6 +152,7 @@ fn trim(raw: NonNull<u8>, padded: usize, align: usize, len: usize) -> NonNull<u8
 fn advise_huge_pages(base: NonNull<u8>, len: usize) -> bool {
     #[cfg(target_os = "linux")]
     {
+        use nix::sys::mman::{MmapAdvise, madvise};
         // SAFETY: the range is exactly the fresh mapping; the advice changes no byte.
         let advised = unsafe { madvise(base.cast(), len, MmapAdvise::MADV_HUGEPAGE) };
         len >= HUGE_PAGE_BYTES && advised.is_ok()
@@ -233,31 +204,18 @@ impl Arena {
     ///
     /// # Errors
     /// [`IoError::Memory`] if the system does not give the memory.
-    pub fn carve(
-        sizes: impl Iterator<Item = usize> + Clone,
-        what: &'static str,
-    ) -> Result<Arena, IoError> {
+    pub fn carve(sizes: impl Iterator<Item = usize> + Clone, what: &'static str) -> Result<Arena, IoError> {
         let total = sizes.clone().try_fold(0usize, |sum, size| {
-            size.checked_next_multiple_of(PAGE_BYTES)
-                .and_then(|size| sum.checked_add(size))
+            size.checked_next_multiple_of(PAGE_BYTES).and_then(|size| sum.checked_add(size))
         });
-        let too_much = || IoError::Memory {
-            bytes: usize::MAX,
-            what,
-            source: std::io::ErrorKind::OutOfMemory.into(),
-        };
+        let too_much = || IoError::Memory { bytes: usize::MAX, what, source: std::io::ErrorKind::OutOfMemory.into() };
         let map = Arc::new(Mapping::new(total.ok_or_else(too_much)?, what)?);
         let mut start = 0;
         let slots = sizes
             .map(|size| {
                 let capacity = size.next_multiple_of(PAGE_BYTES);
-                let slot = Slot {
-                    map: Arc::clone(&map),
-                    state: Arc::new(FillState::default()),
-                    start,
-                    capacity,
-                    len: 0,
-                };
+                let slot =
+                    Slot { map: Arc::clone(&map), state: Arc::new(FillState::default()), start, capacity, len: 0 };
                 start += capacity;
                 slot
             })
@@ -268,9 +226,7 @@ impl Arena {
     /// The memory as a whole, for engines that register it with the kernel.
     #[must_use]
     pub fn region(&self) -> Region {
-        Region {
-            map: Arc::clone(&self.map),
-        }
+        Region { map: Arc::clone(&self.map) }
     }
 
     /// Bytes taken from the system.
@@ -322,11 +278,7 @@ impl Slot {
 
 impl fmt::Debug for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "Slot({}+{}, {} bytes valid)",
-            self.start, self.capacity, self.len
-        )
+        write!(f, "Slot({}+{}, {} bytes valid)", self.start, self.capacity, self.len)
     }
 }
 
@@ -343,10 +295,7 @@ mod tests {
         for (slot, size) in arena.into_slots().iter().zip(sizes) {
             assert_eq!(slot.start, end);
             assert_eq!(slot.capacity(), size.next_multiple_of(PAGE_BYTES));
-            assert_eq!(
-                slot.map.address(slot.start, 1).as_ptr() as usize % PAGE_BYTES,
-                0
-            );
+            assert_eq!(slot.map.address(slot.start, 1).as_ptr() as usize % PAGE_BYTES, 0);
             assert!(slot.bytes().is_empty());
             end += slot.capacity();
         }

@@ -26,21 +26,13 @@ impl ExtentName {
     /// Names one routed expert.
     #[must_use]
     pub fn expert(layer: u32, expert: u32) -> Self {
-        Self {
-            kind: "expert",
-            layer: Some(layer),
-            index: Some(expert),
-        }
+        Self { kind: "expert", layer: Some(layer), index: Some(expert) }
     }
 
     /// Names a dense part, by layer where it belongs to one.
     #[must_use]
     pub fn dense(kind: &'static str, layer: Option<u32>) -> Self {
-        Self {
-            kind,
-            layer,
-            index: None,
-        }
+        Self { kind, layer, index: None }
     }
 }
 
@@ -211,9 +203,6 @@ impl FileInfo {
     /// Describes a file.
     #[must_use]
     pub fn new(path: &Path, len: u64) -> Self {
-        Self {
-            path: path.to_owned(),
-            len,
-        }
+        Self { path: path.to_owned(), len }
     }
 }

@@ -49,9 +49,7 @@ impl DirectIo {
     }
 
     fn refused(reason: impl Into<String>) -> Self {
-        DirectIo::Refused {
-            reason: reason.into(),
-        }
+        DirectIo::Refused { reason: reason.into() }
     }
 }
 
@@ -84,10 +82,7 @@ impl DataFile {
     /// [`IoError::Open`] if it cannot be opened or not be read. A filesystem without direct I/O
     /// is not an error: see [`direct`](Self::direct).
     pub fn open(path: &Path, mode: DirectMode) -> Result<DataFile, IoError> {
-        let failed = |source| IoError::Open {
-            path: path.to_owned(),
-            source,
-        };
+        let failed = |source| IoError::Open { path: path.to_owned(), source };
         let buffered = File::open(path).map_err(failed)?;
         let len = buffered.metadata().map_err(failed)?.len();
         let (file, direct) = match mode {
@@ -97,12 +92,7 @@ impl DataFile {
         if !direct.is_engaged() {
             advise_random(&file);
         }
-        Ok(DataFile {
-            file,
-            path: path.to_owned(),
-            len,
-            direct,
-        })
+        Ok(DataFile { file, path: path.to_owned(), len, direct })
     }
 
     /// Whether reads bypass the page cache, and how that is known.
@@ -165,10 +155,7 @@ fn engage(path: &Path, buffered: File, len: u64) -> io::Result<(File, DirectIo)>
     use std::os::unix::fs::OpenOptionsExt;
 
     if fstatfs(&buffered).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC) {
-        return Ok((
-            buffered,
-            DirectIo::refused("tmpfs keeps its files in memory"),
-        ));
+        return Ok((buffered, DirectIo::refused("tmpfs keeps its files in memory")));
     }
     let mut options = File::options();
     let direct = match options.read(true).custom_flags(libc::O_DIRECT).open(path) {
@@ -184,30 +171,19 @@ fn engage(path: &Path, buffered: File, len: u64) -> io::Result<(File, DirectIo)>
         Some(align) if align.offset_bytes == 0 => {
             DirectIo::refused("the filesystem says that this file cannot be read directly")
         }
-        Some(align) if align.offset_bytes.max(align.memory_bytes) as usize > PAGE_BYTES => {
-            DirectIo::refused(format!(
-                "the drive wants reads aligned to {} bytes, the file has {PAGE_BYTES}",
-                align.offset_bytes.max(align.memory_bytes)
-            ))
-        }
+        Some(align) if align.offset_bytes.max(align.memory_bytes) as usize > PAGE_BYTES => DirectIo::refused(format!(
+            "the drive wants reads aligned to {} bytes, the file has {PAGE_BYTES}",
+            align.offset_bytes.max(align.memory_bytes)
+        )),
         _ => prove(&direct, &buffered, len, alignment)?,
     };
-    let file = if verdict.is_engaged() {
-        direct
-    } else {
-        buffered
-    };
+    let file = if verdict.is_engaged() { direct } else { buffered };
     Ok((file, verdict))
 }
 
 /// Reads a page directly and looks whether it went through the page cache.
 #[cfg(target_os = "linux")]
-fn prove(
-    direct: &File,
-    buffered: &File,
-    len: u64,
-    alignment: Option<sys::DirectAlignment>,
-) -> io::Result<DirectIo> {
+fn prove(direct: &File, buffered: &File, len: u64, alignment: Option<sys::DirectAlignment>) -> io::Result<DirectIo> {
     use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
     let how = match alignment {
@@ -224,9 +200,7 @@ fn prove(
         match direct.read_at(&mut buffer.0, offset) {
             Ok(_) => {}
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                return Ok(DirectIo::refused(
-                    "the filesystem refuses direct reads of a page",
-                ));
+                return Ok(DirectIo::refused("the filesystem refuses direct reads of a page"));
             }
             Err(error) => return Err(error),
         }
@@ -240,15 +214,11 @@ fn prove(
         }
         direct.read_at(&mut buffer.0, offset)?;
         return Ok(match sys::in_page_cache(buffered, offset, PAGE_BYTES) {
-            Some(false) => DirectIo::Engaged {
-                how: format!("{how}; the page cache stays empty"),
-            },
+            Some(false) => DirectIo::Engaged { how: format!("{how}; the page cache stays empty") },
             _ => DirectIo::refused("O_DIRECT is accepted, but reads fill the page cache"),
         });
     }
-    Ok(DirectIo::Engaged {
-        how: format!("{how}; not proven: the page cache cannot be observed"),
-    })
+    Ok(DirectIo::Engaged { how: format!("{how}; not proven: the page cache cannot be observed") })
 }
 
 /// One page of memory, aligned as direct I/O wants it.
@@ -260,9 +230,7 @@ struct ProbePage([u8; PAGE_BYTES]);
 #[cfg(target_os = "macos")]
 fn engage(_: &Path, file: File, _: u64) -> io::Result<(File, DirectIo)> {
     let verdict = match sys::set_no_cache(&file) {
-        Ok(()) => DirectIo::Engaged {
-            how: "F_NOCACHE".to_owned(),
-        },
+        Ok(()) => DirectIo::Engaged { how: "F_NOCACHE".to_owned() },
         Err(error) => DirectIo::refused(format!("the filesystem refuses F_NOCACHE: {error}")),
     };
     Ok((file, verdict))
@@ -297,12 +265,7 @@ mod tests {
         let data = DataFile::open(file.path(), DirectMode::Never).expect("open");
         assert!(!data.direct().is_engaged() && data.is_empty());
         let error = DataFile::open(Path::new("/nowhere/x.sluice"), DirectMode::Prefer);
-        assert!(
-            error
-                .expect_err("missing")
-                .to_string()
-                .contains("/nowhere/x.sluice")
-        );
+        assert!(error.expect_err("missing").to_string().contains("/nowhere/x.sluice"));
     }
 
     #[cfg(target_os = "linux")]
@@ -313,10 +276,6 @@ mod tests {
         };
         std::fs::write(file.path(), vec![7u8; PAGE_BYTES]).expect("written");
         let data = DataFile::open(file.path(), DirectMode::Prefer).expect("open");
-        assert!(
-            data.direct().to_string().contains("tmpfs"),
-            "{}",
-            data.direct()
-        );
+        assert!(data.direct().to_string().contains("tmpfs"), "{}", data.direct());
     }
 }

@@ -47,7 +47,7 @@ pub(crate) struct FillState {
     readers: AtomicUsize,
     /// Position in the order in which fills ended; valid once the fill has ended.
     finished: AtomicU64,
-    error: Mutex<Option<ReadError>>,
+    error: Mutex<Option<Box<ReadError>>>,
 }
 
 impl FillState {
@@ -91,19 +91,13 @@ impl ChunkMem {
     }
 
     /// Address to hand to the kernel, which may write `len()` bytes there while this exists.
-    #[cfg_attr(
-        not(target_os = "linux"),
-        expect(dead_code, reason = "only the ring needs it")
-    )]
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only the ring needs it"))]
     pub(crate) fn address(&self) -> *mut u8 {
         self.map.address(self.start, self.len).as_ptr()
     }
 
     /// The mapping, and where in it the chunk is: how an engine finds a registered buffer.
-    #[cfg_attr(
-        not(target_os = "linux"),
-        expect(dead_code, reason = "only the ring needs it")
-    )]
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only the ring needs it"))]
     pub(crate) fn place(&self) -> (&Arc<Mapping>, usize) {
         (&self.map, self.start)
     }
@@ -143,10 +137,7 @@ impl Filling {
     pub(crate) fn begin(mut slot: Slot, len: usize, chunk_bytes: usize) -> (Filling, Arriving) {
         assert!(len > 0 && len <= slot.capacity && len.is_multiple_of(PAGE_BYTES));
         assert!(chunk_bytes > 0 && chunk_bytes.is_multiple_of(PAGE_BYTES));
-        assert!(
-            u32::try_from(len / chunk_bytes).is_ok(),
-            "more chunks than can be counted"
-        );
+        assert!(u32::try_from(len / chunk_bytes).is_ok(), "more chunks than can be counted");
         let state = Arc::clone(&slot.state);
         state.arrived.store(0, SeqCst);
         state.attempt.store(0, SeqCst);
@@ -213,14 +204,7 @@ impl Filling {
         self.outstanding += 1;
         let offset = self.chunk_offset(number);
         let len = self.chunk_end(number) - offset;
-        Some((
-            number,
-            ChunkMem {
-                map: Arc::clone(&self.map),
-                start: self.start + offset,
-                len,
-            },
-        ))
+        Some((number, ChunkMem { map: Arc::clone(&self.map), start: self.start + offset, len }))
     }
 
     /// Takes a chunk back. It has arrived if nothing of it is left to be written.
@@ -228,15 +212,8 @@ impl Filling {
     /// # Panics
     /// If the chunk is not chunk `number` of this fill.
     pub(crate) fn give_back(&mut self, number: u32, chunk: ChunkMem) {
-        assert!(
-            Arc::ptr_eq(&chunk.map, &self.map),
-            "a chunk of another arena"
-        );
-        assert_eq!(
-            chunk.start + chunk.len,
-            self.start + self.chunk_end(number),
-            "another chunk"
-        );
+        assert!(Arc::ptr_eq(&chunk.map, &self.map), "a chunk of another arena");
+        assert_eq!(chunk.start + chunk.len, self.start + self.chunk_end(number), "another chunk");
         assert!(self.outstanding > 0 && number >= self.arrived && number < self.issued);
         self.outstanding -= 1;
         if !chunk.is_empty() {
@@ -251,11 +228,7 @@ impl Filling {
 
     /// Bytes contiguous from the start.
     pub(crate) fn arrived_bytes(&self) -> usize {
-        if self.arrived == 0 {
-            0
-        } else {
-            self.chunk_end(self.arrived - 1)
-        }
+        if self.arrived == 0 { 0 } else { self.chunk_end(self.arrived - 1) }
     }
 
     /// The contiguous prefix.
@@ -311,12 +284,8 @@ impl Filling {
                 ReadPhase::Ready
             }
             Err(error) => {
-                let mut place = self
-                    .state
-                    .error
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner);
-                *place = Some(error);
+                let mut place = self.state.error.lock().unwrap_or_else(PoisonError::into_inner);
+                *place = Some(Box::new(error));
                 ReadPhase::Failed
             }
         };
@@ -368,30 +337,21 @@ impl Arriving {
         state.readers.fetch_add(1, SeqCst);
         let attempt = state.attempt.load(SeqCst);
         let len = state.arrived.load(SeqCst);
-        PrefixBytes {
-            arriving: self,
-            len,
-            attempt,
-        }
+        PrefixBytes { arriving: self, len, attempt }
     }
 
     /// Ends the waiter's side.
     ///
     /// # Panics
     /// If the fill has not ended.
-    pub(crate) fn finish(mut self) -> Result<Slot, (Option<ReadError>, Option<Slot>)> {
+    pub(crate) fn finish(mut self) -> Result<Slot, (Option<Box<ReadError>>, Option<Slot>)> {
         match self.phase() {
             ReadPhase::Ready => {
                 self.slot.len = self.len;
                 Ok(self.slot)
             }
             ReadPhase::Failed => {
-                let mut place = self
-                    .slot
-                    .state
-                    .error
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner);
+                let mut place = self.slot.state.error.lock().unwrap_or_else(PoisonError::into_inner);
                 let error = place.take();
                 drop(place);
                 Err((error, Some(self.slot)))
@@ -436,10 +396,7 @@ mod tests {
     use crate::io::arena::Arena;
 
     fn slot(bytes: usize) -> Slot {
-        Arena::uniform(bytes, 1, "test")
-            .expect("memory")
-            .into_slots()
-            .remove(0)
+        Arena::uniform(bytes, 1, "test").expect("memory").into_slots().remove(0)
     }
 
     fn fill(chunk: &mut ChunkMem, byte: u8) {
@@ -451,10 +408,7 @@ mod tests {
     fn the_prefix_grows_only_over_contiguous_chunks() {
         let (mut filling, arriving) = Filling::begin(slot(5 * 4096), 5 * 4096, 2 * 4096);
         let mut chunks: Vec<_> = std::iter::from_fn(|| filling.next_chunk()).collect();
-        assert_eq!(
-            chunks.iter().map(|c| c.1.len()).collect::<Vec<_>>(),
-            [8192, 8192, 4096]
-        );
+        assert_eq!(chunks.iter().map(|c| c.1.len()).collect::<Vec<_>>(), [8192, 8192, 4096]);
         for (number, expect) in [(2, 0), (0, 8192), (1, 5 * 4096)] {
             let at = chunks.iter().position(|c| c.0 == number).expect("there");
             let (number, mut chunk) = chunks.remove(at);

@@ -38,9 +38,7 @@ pub use arena::{Arena, PAGE_BYTES, Region, Slot};
 pub use error::{ExtentName, FileInfo, IoError, ReadError};
 pub use file::{DataFile, DirectIo, DirectMode};
 pub use fill::{ChunkMem, ReadPhase};
-pub use scheduler::{
-    Class, ExtentRead, IoConfig, IoStats, PendingRead, Prefix, ReadFailure, Scheduler,
-};
+pub use scheduler::{Class, ExtentRead, IoConfig, IoStats, PendingRead, Prefix, ReadFailure, Scheduler};
 
 /// Most chunks in flight at once. More has no use on any drive: 128 × 1 MiB is a second of work
 /// for a slow one.
@@ -175,27 +173,16 @@ pub fn open_engine(
                 Err(error) => error,
             };
             if kind == EngineKind::Uring {
-                return Err(IoError::EngineUnavailable {
-                    engine: "uring",
-                    reason: error,
-                });
+                return Err(IoError::EngineUnavailable { engine: "uring", reason: error });
             }
             error
         }
     };
-    Ok(Box::new(pread::PreadEngine::new(
-        files,
-        config.depth,
-        &why,
-    )?))
+    Ok(Box::new(pread::PreadEngine::new(files, config.depth, &why)?))
 }
 
 #[cfg(target_os = "linux")]
-fn open_uring(
-    files: &[DataFile],
-    regions: &[Region],
-    depth: usize,
-) -> Result<Box<dyn ReadEngine>, String> {
+fn open_uring(files: &[DataFile], regions: &[Region], depth: usize) -> Result<Box<dyn ReadEngine>, String> {
     let engine = uring::UringEngine::new(files, regions, depth)?;
     Ok(Box::new(engine))
 }

@@ -57,22 +57,11 @@ impl PreadEngine {
             depth,
             files: files.iter().map(DataFile::info).collect(),
         };
-        let state = State {
-            queue: VecDeque::with_capacity(depth),
-            ended: Vec::with_capacity(depth),
-            ..State::default()
-        };
-        let shared = Arc::new(Shared {
-            files,
-            state: Mutex::new(state),
-            queued: Condvar::new(),
-            ended: Condvar::new(),
-        });
-        let mut engine = Self {
-            info,
-            shared,
-            threads: Vec::with_capacity(depth),
-        };
+        let state =
+            State { queue: VecDeque::with_capacity(depth), ended: Vec::with_capacity(depth), ..State::default() };
+        let shared =
+            Arc::new(Shared { files, state: Mutex::new(state), queued: Condvar::new(), ended: Condvar::new() });
+        let mut engine = Self { info, shared, threads: Vec::with_capacity(depth) };
         for number in 0..depth {
             let shared = Arc::clone(&engine.shared);
             let thread = std::thread::Builder::new()
@@ -99,19 +88,12 @@ fn read_loop(shared: &Shared) {
                 }
             };
             state = shared.lock();
-            state.ended.push(Completion {
-                tag: read.tag,
-                mem: read.mem,
-                result,
-            });
+            state.ended.push(Completion { tag: read.tag, mem: read.mem, result });
             shared.ended.notify_one();
         } else if state.stopping {
             return;
         } else {
-            state = shared
-                .queued
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = shared.queued.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -122,15 +104,9 @@ impl ReadEngine for PreadEngine {
     }
 
     fn submit(&mut self, read: ChunkRead) {
-        assert!(
-            usize::from(read.file) < self.shared.files.len(),
-            "no such file"
-        );
+        assert!(usize::from(read.file) < self.shared.files.len(), "no such file");
         let mut state = self.shared.lock();
-        assert!(
-            state.accepted < self.info.depth,
-            "more reads than the engine's depth"
-        );
+        assert!(state.accepted < self.info.depth, "more reads than the engine's depth");
         state.accepted += 1;
         state.queue.push_back(read);
         drop(state);
@@ -152,11 +128,7 @@ impl ReadEngine for PreadEngine {
         let mut state = self.shared.lock();
         while wait != Wait::Poll && state.ended.is_empty() && !state.woken {
             let Some(deadline) = deadline else {
-                state = self
-                    .shared
-                    .ended
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
+                state = self.shared.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             let left = deadline.saturating_duration_since(Instant::now());

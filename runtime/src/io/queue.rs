@@ -38,14 +38,8 @@ impl ChunkQueue {
     /// An empty queue with room for `requests` requests.
     #[must_use]
     pub fn with_capacity(requests: usize) -> Self {
-        let lane = || Lane {
-            fresh: VecDeque::with_capacity(requests),
-            rest: VecDeque::with_capacity(requests),
-        };
-        Self {
-            demand: lane(),
-            prefetch: lane(),
-        }
+        let lane = || Lane { fresh: VecDeque::with_capacity(requests), rest: VecDeque::with_capacity(requests) };
+        Self { demand: lane(), prefetch: lane() }
     }
 
     fn lane(&mut self, class: Class) -> &mut Lane {
@@ -71,10 +65,7 @@ impl ChunkQueue {
     /// Turns a prefetch into a demand: it goes behind the demands that are waiting.
     pub fn promote(&mut self, request: u32) {
         let Lane { fresh, rest } = &mut self.prefetch;
-        for (from, to) in [
-            (fresh, &mut self.demand.fresh),
-            (rest, &mut self.demand.rest),
-        ] {
+        for (from, to) in [(fresh, &mut self.demand.fresh), (rest, &mut self.demand.rest)] {
             if let Some(at) = from.iter().position(|&queued| queued == request) {
                 from.remove(at);
                 to.push_back(request);
@@ -122,13 +113,9 @@ mod tests {
     fn drain(queue: &mut ChunkQueue, chunks: &mut [u32]) -> Vec<u32> {
         let mut order = Vec::new();
         for class in [Class::Demand, Class::Prefetch] {
-            while let Some(request) = queue.next(class, |request| {
-                if chunks[request as usize] > 1 {
-                    Issuable::More
-                } else {
-                    Issuable::Last
-                }
-            }) {
+            while let Some(request) =
+                queue.next(class, |request| if chunks[request as usize] > 1 { Issuable::More } else { Issuable::Last })
+            {
                 chunks[request as usize] -= 1;
                 order.push(request);
             }
@@ -169,11 +156,7 @@ mod tests {
         assert_eq!(queue.next(Class::Demand, |_| Issuable::More), Some(0));
         assert_eq!(queue.next(Class::Demand, |_| Issuable::More), Some(1));
         let one_blocked = |request| {
-            if request == 0 {
-                Issuable::Blocked
-            } else {
-                Issuable::Last
-            }
+            if request == 0 { Issuable::Blocked } else { Issuable::Last }
         };
         assert_eq!(queue.next(Class::Demand, one_blocked), Some(1));
         assert_eq!(queue.next(Class::Demand, one_blocked), None);

@@ -46,12 +46,7 @@ pub struct IoConfig {
 
 impl Default for IoConfig {
     fn default() -> Self {
-        Self {
-            chunk_bytes: 1 << 20,
-            depth: 16,
-            prefetch_depth: 8,
-            verify: true,
-        }
+        Self { chunk_bytes: 1 << 20, depth: 16, prefetch_depth: 8, verify: true }
     }
 }
 
@@ -97,7 +92,7 @@ pub struct ExtentRead {
 #[derive(Debug)]
 pub struct ReadFailure {
     /// Why.
-    pub error: ReadError,
+    pub error: Box<ReadError>,
     /// The slot, to be used again; gone if the I/O thread died while a drive could write to it.
     pub slot: Option<Slot>,
 }
@@ -105,11 +100,7 @@ pub struct ReadFailure {
 /// Message to the I/O thread.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Read {
-        id: u64,
-        filling: Filling,
-        read: ExtentRead,
-    },
+    Read { id: u64, filling: Filling, read: ExtentRead },
     Cancel(u64),
     Promote(u64),
 }
@@ -140,9 +131,7 @@ pub(crate) struct Shared {
 
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared")
-            .field("counters", &self.counters)
-            .finish_non_exhaustive()
+        f.debug_struct("Shared").field("counters", &self.counters).finish_non_exhaustive()
     }
 }
 
@@ -201,10 +190,7 @@ impl Shared {
             if value.is_none() {
                 let mut guard = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
                 while self.events.load(SeqCst) == seen {
-                    guard = self
-                        .event
-                        .wait(guard)
-                        .unwrap_or_else(PoisonError::into_inner);
+                    guard = self.event.wait(guard).unwrap_or_else(PoisonError::into_inner);
                 }
             }
             self.sleepers.fetch_sub(1, SeqCst);
@@ -216,9 +202,7 @@ impl Shared {
 
     fn stopped_error(&self) -> ReadError {
         let reason = self.lock_inbox().stopped.clone();
-        ReadError::Stopped {
-            reason: reason.unwrap_or_else(|| "it has panicked".to_owned()),
-        }
+        ReadError::Stopped { reason: reason.unwrap_or_else(|| "it has panicked".to_owned()) }
     }
 }
 
@@ -298,10 +282,7 @@ impl Scheduler {
     pub fn start(engine: Box<dyn ReadEngine>, config: IoConfig) -> Result<Scheduler, IoError> {
         config.validate()?;
         let info = engine.info().clone();
-        let inbox = Inbox {
-            commands: VecDeque::with_capacity(INBOX_COMMANDS),
-            ..Inbox::default()
-        };
+        let inbox = Inbox { commands: VecDeque::with_capacity(INBOX_COMMANDS), ..Inbox::default() };
         let shared = Arc::new(Shared {
             inbox: Mutex::new(inbox),
             asleep: AtomicBool::new(false),
@@ -319,12 +300,7 @@ impl Scheduler {
             .name("sluice-io".to_owned())
             .spawn(move || worker::run(engine, for_thread, &thread_config))
             .map_err(IoError::Thread)?;
-        Ok(Scheduler {
-            shared,
-            info,
-            config,
-            thread: Some(thread),
-        })
+        Ok(Scheduler { shared, info, config, thread: Some(thread) })
     }
 
     /// What the engine is.
@@ -345,53 +321,26 @@ impl Scheduler {
     /// [`ReadError::Request`] if file, offset or length are not possible or the slot is too
     /// small, [`ReadError::Stopped`] if the I/O thread has ended.
     pub fn submit(&self, slot: Slot, read: ExtentRead) -> Result<PendingRead, ReadFailure> {
-        if let Err(error) = self.check(&slot, &read) {
-            return Err(ReadFailure {
-                error,
-                slot: Some(slot),
-            });
+        if let Err(error) = self.check(&slot, &read).map_err(Box::new) {
+            return Err(ReadFailure { error, slot: Some(slot) });
         }
         let mut inbox = self.shared.lock_inbox();
         if let Some(reason) = inbox.stopped.clone() {
-            let error = ReadError::Stopped { reason };
-            return Err(ReadFailure {
-                error,
-                slot: Some(slot),
-            });
+            let error = Box::new(ReadError::Stopped { reason });
+            return Err(ReadFailure { error, slot: Some(slot) });
         }
         let id = self.shared.next_id.fetch_add(1, Relaxed);
         let (filling, arriving) = Filling::begin(slot, read.len, self.config.chunk_bytes);
-        inbox
-            .commands
-            .push_back(Command::Read { id, filling, read });
+        inbox.commands.push_back(Command::Read { id, filling, read });
         drop(inbox);
         self.shared.wake_thread();
         let shared = Arc::clone(&self.shared);
-        Ok(PendingRead {
-            arriving: Some(arriving),
-            shared,
-            id,
-            name: read.name,
-        })
+        Ok(PendingRead { arriving: Some(arriving), shared, id, name: read.name })
     }
 
     fn check(&self, slot: &Slot, read: &ExtentRead) -> Result<(), ReadError> {
-        let &ExtentRead {
-            file,
-            offset,
-            len,
-            name: extent,
-            ..
-        } = read;
-        let refuse = |rule| {
-            Err(ReadError::Request {
-                extent,
-                file,
-                offset,
-                len,
-                rule,
-            })
-        };
+        let &ExtentRead { file, offset, len, name: extent, .. } = read;
+        let refuse = |rule| Err(ReadError::Request { extent, file, offset, len, rule });
         let Some(info) = self.shared.files.get(usize::from(file)) else {
             return refuse("there is no such file");
         };
@@ -399,10 +348,7 @@ impl Scheduler {
         if len == 0 || !len.is_multiple_of(PAGE_BYTES) || !offset.is_multiple_of(page) {
             return refuse("offset and length have to be multiples of 4096");
         }
-        if offset
-            .checked_add(len as u64)
-            .is_none_or(|end| end > info.len)
-        {
+        if offset.checked_add(len as u64).is_none_or(|end| end > info.len) {
             return refuse("the file ends before the extent does");
         }
         if len > slot.capacity() {
@@ -524,12 +470,7 @@ impl PendingRead {
     pub fn prefix(&self) -> Prefix<'_> {
         let arriving = self.arriving();
         let bytes = arriving.prefix();
-        Prefix {
-            attempt: bytes.attempt(),
-            bytes: Some(bytes),
-            arriving,
-            shared: &self.shared,
-        }
+        Prefix { attempt: bytes.attempt(), bytes: Some(bytes), arriving, shared: &self.shared }
     }
 
     /// Blocks until at least `bytes` have arrived, or the read has ended.
@@ -568,7 +509,7 @@ impl PendingRead {
             unreachable!("only `finish` takes it, and ends the life of the read")
         };
         arriving.finish().map_err(|(error, slot)| ReadFailure {
-            error: error.unwrap_or_else(|| self.shared.stopped_error()),
+            error: error.unwrap_or_else(|| Box::new(self.shared.stopped_error())),
             slot,
         })
     }

@@ -67,22 +67,15 @@ impl SimDrive {
     /// A drive with these files, and no faults.
     #[must_use]
     pub fn new(files: Vec<Vec<u8>>) -> Self {
-        let shared = Shared {
-            files,
-            state: Mutex::new(State::default()),
-            changed: Condvar::new(),
-        };
-        Self {
-            shared: Arc::new(shared),
-        }
+        let shared = Shared { files, state: Mutex::new(State::default()), changed: Condvar::new() };
+        Self { shared: Arc::new(shared) }
     }
 
     /// An engine on this drive. The seed decides the order of completions and random faults.
     #[must_use]
     pub fn engine(&self, depth: usize, seed: u64) -> SimEngine {
-        let describe = |(number, bytes): (usize, &Vec<u8>)| {
-            FileInfo::new(Path::new(&format!("sim:{number}")), bytes.len() as u64)
-        };
+        let describe =
+            |(number, bytes): (usize, &Vec<u8>)| FileInfo::new(Path::new(&format!("sim:{number}")), bytes.len() as u64);
         let info = EngineInfo {
             name: "sim",
             note: format!("a drive in memory, seed {seed}"),
@@ -158,10 +151,7 @@ impl State {
     /// The first fault that affects a read, counted as fired.
     fn strike(&mut self, file: u16, range: &Range<u64>) -> Option<(FaultKind, u64)> {
         let fault = self.faults.iter_mut().find(|fault| {
-            fault.times > 0
-                && fault.file == file
-                && fault.range.start < range.end
-                && range.start < fault.range.end
+            fault.times > 0 && fault.file == file && fault.range.start < range.end && range.start < fault.range.end
         })?;
         if fault.times != u32::MAX {
             fault.times -= 1;
@@ -220,11 +210,7 @@ impl SimEngine {
                 Ok(len)
             }
         };
-        Completion {
-            tag: read.tag,
-            mem: read.mem,
-            result,
-        }
+        Completion { tag: read.tag, mem: read.mem, result }
     }
 }
 
@@ -234,15 +220,9 @@ impl ReadEngine for SimEngine {
     }
 
     fn submit(&mut self, read: ChunkRead) {
-        assert!(
-            usize::from(read.file) < self.shared.files.len(),
-            "no such file"
-        );
+        assert!(usize::from(read.file) < self.shared.files.len(), "no such file");
         let accepted = self.staged.len() + self.issued.len();
-        assert!(
-            accepted < self.info.depth,
-            "more reads than the engine's depth"
-        );
+        assert!(accepted < self.info.depth, "more reads than the engine's depth");
         self.staged.push_back(read);
     }
 
@@ -264,10 +244,7 @@ impl ReadEngine for SimEngine {
         };
         while wait != Wait::Poll && !state.woken && (state.held || self.issued.is_empty()) {
             let Some(deadline) = deadline else {
-                state = shared
-                    .changed
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
+                state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             let left = deadline.saturating_duration_since(Instant::now());
@@ -282,9 +259,7 @@ impl ReadEngine for SimEngine {
             return Ok(());
         }
         for _ in 0..1 + self.random.below(self.issued.len()) {
-            let read = self
-                .issued
-                .swap_remove(self.random.below(self.issued.len()));
+            let read = self.issued.swap_remove(self.random.below(self.issued.len()));
             let completion = self.perform(read, &mut state);
             ended.push(completion);
         }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 /// Alignments that a file wants for direct I/O, in bytes.
+#[cfg(target_os = "linux")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DirectAlignment {
     /// Of addresses in memory.
@@ -20,23 +21,15 @@ pub(crate) fn direct_alignment(file: &File) -> Option<DirectAlignment> {
     // SAFETY: the descriptor is open, the path is an empty C string (AT_EMPTY_PATH makes that
     // mean the descriptor itself), and `stat` is writable memory of the right type.
     let result = unsafe {
-        libc::statx(
-            file.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            libc::STATX_DIOALIGN,
-            stat.as_mut_ptr(),
-        )
+        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, stat.as_mut_ptr())
     };
     if result != 0 {
         return None;
     }
     // SAFETY: `statx` is plain old data for which all zeros is a value, and it was zeroed.
     let stat = unsafe { stat.assume_init() };
-    (stat.stx_mask & libc::STATX_DIOALIGN != 0).then_some(DirectAlignment {
-        memory_bytes: stat.stx_dio_mem_align,
-        offset_bytes: stat.stx_dio_offset_align,
-    })
+    (stat.stx_mask & libc::STATX_DIOALIGN != 0)
+        .then_some(DirectAlignment { memory_bytes: stat.stx_dio_mem_align, offset_bytes: stat.stx_dio_offset_align })
 }
 
 /// True if any page of the range is in the page cache, `None` if the system does not tell.
@@ -53,14 +46,7 @@ pub(crate) fn in_page_cache(file: &File, offset: u64, len: usize) -> Option<bool
     // dereferenced, so that a file that shrinks meanwhile does no harm.
     let address = unsafe {
         let null = std::ptr::null_mut();
-        libc::mmap(
-            null,
-            len,
-            libc::PROT_READ,
-            libc::MAP_SHARED,
-            file.as_raw_fd(),
-            offset,
-        )
+        libc::mmap(null, len, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), offset)
     };
     if address == libc::MAP_FAILED {
         return None;
@@ -77,11 +63,7 @@ pub(crate) fn in_page_cache(file: &File, offset: u64, len: usize) -> Option<bool
 pub(crate) fn set_no_cache(file: &File) -> io::Result<()> {
     // SAFETY: the descriptor is open, and F_NOCACHE takes an integer and touches no memory.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_NOCACHE, 1) };
-    if result == -1 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// A non-blocking event counter: written by wakers, polled by the ring.

@@ -19,9 +19,7 @@ fn files() -> (Vec<Vec<u8>>, Vec<ExtentRead>) {
         let pages: usize = EXTENT_PAGES.iter().sum();
         let mut bytes = Vec::with_capacity(pages * PAGE_BYTES);
         while bytes.len() < pages * PAGE_BYTES {
-            word = word
-                .wrapping_mul(0x5851_f42d_4c95_7f2d)
-                .wrapping_add(0x1405_7b7e_f767_814f);
+            word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
             bytes.extend_from_slice(&(word ^ (word >> 31)).to_le_bytes());
         }
         let mut offset = 0;
@@ -48,12 +46,7 @@ fn slots(extents: &[ExtentRead]) -> (Region, Vec<Slot>) {
 }
 
 fn config(chunk_bytes: usize, depth: usize) -> IoConfig {
-    IoConfig {
-        chunk_bytes,
-        depth,
-        prefetch_depth: depth.div_ceil(2),
-        verify: true,
-    }
+    IoConfig { chunk_bytes, depth, prefetch_depth: depth.div_ceil(2), verify: true }
 }
 
 fn sim(drive: &SimDrive, seed: u64, config: &IoConfig) -> Scheduler {
@@ -65,11 +58,8 @@ fn sim(drive: &SimDrive, seed: u64, config: &IoConfig) -> Scheduler {
 fn read_everything(io: &Scheduler, mut slots: Vec<Slot>, rounds: usize) {
     let (files, extents) = files();
     for _ in 0..rounds {
-        let pending: Vec<_> = slots
-            .drain(..)
-            .zip(&extents)
-            .map(|(slot, extent)| io.submit(slot, *extent).expect("accepted"))
-            .collect();
+        let pending: Vec<_> =
+            slots.drain(..).zip(&extents).map(|(slot, extent)| io.submit(slot, *extent).expect("accepted")).collect();
         for (read, extent) in pending.into_iter().zip(&extents) {
             let slot = read.finish().expect("ready");
             let start = extent.offset as usize;
@@ -106,10 +96,7 @@ fn wrong_checksum_is_an_error(open: &impl Fn(&[Region], &IoConfig) -> Scheduler)
     let read = io.submit(slots.remove(4), extents[4]).expect("accepted");
     let failure = read.finish().expect_err("damaged");
     let text = failure.error.to_string();
-    assert!(
-        matches!(failure.error, ReadError::Checksum { .. }),
-        "{text}"
-    );
+    assert!(matches!(*failure.error, ReadError::Checksum { .. }), "{text}");
     assert!(text.contains("expert 4 of layer 0"), "{text}");
     assert_eq!(io.stats().checksum_retries, 1);
     assert_eq!(io.stats().demand_bytes, 2 * extents[4].len as u64);
@@ -117,12 +104,7 @@ fn wrong_checksum_is_an_error(open: &impl Fn(&[Region], &IoConfig) -> Scheduler)
     extents[4].checksum ^= 1;
     let slot = failure.slot.expect("the slot is back");
     assert!(slot.bytes().is_empty());
-    assert!(
-        io.submit(slot, extents[4])
-            .expect("accepted")
-            .finish()
-            .is_ok()
-    );
+    assert!(io.submit(slot, extents[4]).expect("accepted").finish().is_ok());
 }
 
 fn impossible_requests_are_errors(open: &impl Fn(&[Region], &IoConfig) -> Scheduler) {
@@ -132,33 +114,17 @@ fn impossible_requests_are_errors(open: &impl Fn(&[Region], &IoConfig) -> Schedu
     let good = extents[3];
     let bad = [
         ExtentRead { file: 2, ..good },
-        ExtentRead {
-            offset: 512,
-            ..good
-        },
-        ExtentRead {
-            offset: u64::MAX - 4095,
-            ..good
-        },
-        ExtentRead {
-            offset: 1 << 40,
-            ..good
-        },
+        ExtentRead { offset: 512, ..good },
+        ExtentRead { offset: u64::MAX - 4095, ..good },
+        ExtentRead { offset: 1 << 40, ..good },
         ExtentRead { len: 0, ..good },
         ExtentRead { len: 4097, ..good },
-        ExtentRead {
-            len: good.len + 4096,
-            ..good
-        },
+        ExtentRead { len: good.len + 4096, ..good },
     ];
     let mut slot = slots.remove(3);
     for read in bad {
         let failure = io.submit(slot, read).expect_err("impossible");
-        assert!(
-            matches!(failure.error, ReadError::Request { .. }),
-            "{}",
-            failure.error
-        );
+        assert!(matches!(*failure.error, ReadError::Request { .. }), "{}", failure.error);
         slot = failure.slot.expect("the slot is back");
     }
 }
@@ -167,11 +133,8 @@ fn dropping_with_reads_in_flight(open: &impl Fn(&[Region], &IoConfig) -> Schedul
     let (_, extents) = files();
     let (region, slots) = slots(&extents);
     let io = open(&[region], &config(16 << 10, 4));
-    let mut pending: Vec<_> = slots
-        .into_iter()
-        .zip(&extents)
-        .map(|(slot, extent)| io.submit(slot, *extent).expect("accepted"))
-        .collect();
+    let mut pending: Vec<_> =
+        slots.into_iter().zip(&extents).map(|(slot, extent)| io.submit(slot, *extent).expect("accepted")).collect();
     drop(pending.split_off(5));
     drop(io);
     for read in pending {
@@ -200,10 +163,7 @@ impl OnDisk {
             path
         };
         let paths = files().0.into_iter().enumerate().map(write).collect();
-        Self {
-            _folder: folder,
-            paths,
-        }
+        Self { _folder: folder, paths }
     }
 
     fn open(&self, kind: EngineKind, mode: DirectMode, r: &[Region], c: &IoConfig) -> Scheduler {
@@ -230,12 +190,7 @@ fn pread_buffered() {
 fn automatic_choice() {
     let disk = OnDisk::new();
     engine_body(|r, c| disk.open(EngineKind::Auto, DirectMode::Prefer, r, c));
-    let io = disk.open(
-        EngineKind::Auto,
-        DirectMode::Never,
-        &[],
-        &IoConfig::default(),
-    );
+    let io = disk.open(EngineKind::Auto, DirectMode::Never, &[], &IoConfig::default());
     assert_eq!(io.engine().name, "pread");
 }
 
@@ -264,11 +219,7 @@ fn simulated_drive() {
         let drive = SimDrive::new(files().0);
         drive.set_short_reads(if seed % 2 == 0 { 0 } else { 300 });
         engine_body(|_, c| sim(&drive, seed, c));
-        assert_eq!(
-            drive.fired(FaultKind::Short) > 0,
-            seed % 2 == 1,
-            "seed {seed}"
-        );
+        assert_eq!(drive.fired(FaultKind::Short) > 0, seed % 2 == 1, "seed {seed}");
     }
 }
 
@@ -278,10 +229,7 @@ fn every_engine_waits_no_longer_than_told_and_can_be_woken() {
     let config = config(64 << 10, 4);
     let data = || {
         let open = |path| DataFile::open(path, DirectMode::Prefer).expect("a file");
-        disk.paths
-            .iter()
-            .map(|path| open(path.as_path()))
-            .collect::<Vec<_>>()
+        disk.paths.iter().map(|path| open(path.as_path())).collect::<Vec<_>>()
     };
     let mut engines: Vec<Box<dyn ReadEngine>> = vec![
         Box::new(SimDrive::new(files().0).engine(4, 1)),
@@ -291,9 +239,7 @@ fn every_engine_waits_no_longer_than_told_and_can_be_woken() {
     for engine in &mut engines {
         let mut ended = Vec::new();
         engine.complete(&mut ended, Wait::Poll).expect("poll");
-        engine
-            .complete(&mut ended, Wait::Timeout(Duration::from_millis(1)))
-            .expect("timeout");
+        engine.complete(&mut ended, Wait::Timeout(Duration::from_millis(1))).expect("timeout");
         let waker = engine.waker();
         std::thread::scope(|scope| {
             scope.spawn(|| waker.wake());
@@ -308,45 +254,27 @@ fn an_engine_gives_back_what_it_has_not_issued() {
     let drive = SimDrive::new(files().0);
     drive.hold();
     let mut engine = drive.engine(4, 1);
-    let slot = Arena::uniform(3 * 4096, 1, "test")
-        .expect("memory")
-        .into_slots()
-        .remove(0);
+    let slot = Arena::uniform(3 * 4096, 1, "test").expect("memory").into_slots().remove(0);
     let (mut filling, _arriving) = fill::Filling::begin(slot, 3 * 4096, 4096);
     for tag in 0..3 {
         let (_, mem) = filling.next_chunk().expect("a chunk");
-        engine.submit(ChunkRead {
-            tag,
-            file: 0,
-            offset: u64::from(tag) * 4096,
-            mem,
-        });
+        engine.submit(ChunkRead { tag, file: 0, offset: u64::from(tag) * 4096, mem });
     }
     assert_eq!(engine.cancel(1).expect("staged").tag, 1);
     assert!(engine.cancel(1).is_none());
     let mut ended = Vec::new();
     engine.complete(&mut ended, Wait::Poll).expect("poll");
-    assert!(
-        engine.cancel(0).is_none(),
-        "issued reads cannot be taken back"
-    );
+    assert!(engine.cancel(0).is_none(), "issued reads cannot be taken back");
     drive.release();
     while ended.len() < 2 {
-        engine
-            .complete(&mut ended, Wait::Forever)
-            .expect("complete");
+        engine.complete(&mut ended, Wait::Forever).expect("complete");
     }
     assert_eq!(drive.log().len(), 2);
 }
 
 fn fault(kind: FaultKind, extent: &ExtentRead, times: u32) -> Fault {
     let at = extent.offset + extent.len as u64 / 2;
-    Fault {
-        kind,
-        file: extent.file,
-        range: at..at + 1,
-        times,
-    }
+    Fault { kind, file: extent.file, range: at..at + 1, times }
 }
 
 /// Reads all extents of the simulated drive; the error of the given one, if there is one.
@@ -363,7 +291,7 @@ fn read_with(drive: &SimDrive, seed: u64, victim: usize) -> (Option<ReadError>, 
             Err(failure) => {
                 assert_eq!(index, victim, "seed {seed}: {}", failure.error);
                 assert!(failure.slot.is_some());
-                error = Some(failure.error);
+                error = Some(*failure.error);
             }
         }
     }
@@ -383,14 +311,7 @@ fn one_fault_is_survived_two_are_named() {
                 assert!(error.is_none(), "seed {seed}: {error:?}");
                 assert_eq!(drive.fired(kind), 1);
                 let retries = (stats.device_retries, stats.checksum_retries);
-                assert_eq!(
-                    retries,
-                    if kind == FaultKind::Eio {
-                        (1, 0)
-                    } else {
-                        (0, 1)
-                    }
-                );
+                assert_eq!(retries, if kind == FaultKind::Eio { (1, 0) } else { (0, 1) });
 
                 let drive = SimDrive::new(files().0);
                 drive.add_fault(fault(kind, &extents[victim], u32::MAX));
@@ -426,8 +347,7 @@ fn cancelled_reads_give_their_slots_back_and_do_not_disturb_others() {
         drive.hold();
         let io = sim(&drive, seed, &config(16 << 10, 4));
         let (_, slots) = slots(&extents);
-        let submit =
-            |(slot, extent): (Slot, &ExtentRead)| io.submit(slot, *extent).expect("accepted");
+        let submit = |(slot, extent): (Slot, &ExtentRead)| io.submit(slot, *extent).expect("accepted");
         let pending: Vec<_> = slots.into_iter().zip(&extents).map(submit).collect();
         for read in pending.iter().skip(1).step_by(2) {
             read.cancel();
@@ -466,9 +386,7 @@ fn demand_overtakes_prefetch() {
     let log = drive.log();
     let first_of_file = |file| log.iter().rposition(|read| read.0 == file).expect("read");
     let last_demand = first_of_file(1);
-    let prefetched_before = log[..last_demand]
-        .iter()
-        .filter(|read| read.0 == 0 && (read.1 < extents[7].offset));
+    let prefetched_before = log[..last_demand].iter().filter(|read| read.0 == 0 && (read.1 < extents[7].offset));
     // At most what was in flight before the first demand was known.
     assert!(prefetched_before.count() <= 1, "{log:?}");
     assert!(io.stats().prefetch_bytes > 0);
@@ -485,18 +403,12 @@ fn first_chunks_are_read_first() {
     let pending: Vec<_> = slots.into_iter().zip(&extents).map(submit).collect();
     drive.release();
     pending.iter().for_each(PendingRead::wait);
-    let is_first = |read: &(u16, u64, usize)| {
-        extents
-            .iter()
-            .any(|extent| extent.file == read.0 && extent.offset == read.1)
-    };
+    let is_first =
+        |read: &(u16, u64, usize)| extents.iter().any(|extent| extent.file == read.0 && extent.offset == read.1);
     let log = drive.log();
     let firsts = log.iter().take_while(|read| is_first(read)).count();
     // The thread may have seen the first requests alone, before the others were sent.
-    assert!(
-        firsts >= 1 && log.iter().filter(|read| is_first(read)).count() == 16,
-        "{log:?}"
-    );
+    assert!(firsts >= 1 && log.iter().filter(|read| is_first(read)).count() == 16, "{log:?}");
     let last_first = log.iter().rposition(is_first).expect("there");
     assert!(last_first <= 17, "{log:?}");
 }
@@ -508,12 +420,8 @@ fn a_reader_of_the_prefix_never_sees_bytes_change() {
         let drive = SimDrive::new(contents.clone());
         drive.add_fault(fault(FaultKind::Flip, &extents[6], 1));
         let io = Arc::new(sim(&drive, seed, &config(64 << 10, 4)));
-        let slot = Arena::uniform(extents[6].len, 1, "test")
-            .expect("memory")
-            .into_slots();
-        let read = io
-            .submit(slot.into_iter().next().expect("one"), extents[6])
-            .expect("accepted");
+        let slot = Arena::uniform(extents[6].len, 1, "test").expect("memory").into_slots();
+        let read = io.submit(slot.into_iter().next().expect("one"), extents[6]).expect("accepted");
         let mut seen = 0;
         while !read.is_done() && seen < 100_000 {
             let prefix = read.prefix();
@@ -525,10 +433,7 @@ fn a_reader_of_the_prefix_never_sees_bytes_change() {
             seen += 1;
         }
         assert_eq!(read.attempt(), 1);
-        assert_eq!(
-            xxh3_64(read.finish().expect("ready").bytes()),
-            extents[6].checksum
-        );
+        assert_eq!(xxh3_64(read.finish().expect("ready").bytes()), extents[6].checksum);
     }
 }
 
@@ -538,10 +443,7 @@ fn without_verification_damage_passes_and_nothing_else_changes() {
     extents.truncate(8);
     extents.iter_mut().for_each(|extent| extent.checksum = 0);
     let drive = SimDrive::new(files().0);
-    let config = IoConfig {
-        verify: false,
-        ..config(16 << 10, 8)
-    };
+    let config = IoConfig { verify: false, ..config(16 << 10, 8) };
     let io = sim(&drive, 5, &config);
     let (_, slots) = slots(&extents);
     for (slot, extent) in slots.into_iter().zip(&extents) {
@@ -553,37 +455,16 @@ fn without_verification_damage_passes_and_nothing_else_changes() {
 fn configurations_that_make_no_sense_are_refused() {
     let good = IoConfig::default();
     let bad = [
-        IoConfig {
-            chunk_bytes: 0,
-            ..good.clone()
-        },
-        IoConfig {
-            chunk_bytes: 4097,
-            ..good.clone()
-        },
-        IoConfig {
-            chunk_bytes: 1 << 30,
-            ..good.clone()
-        },
-        IoConfig {
-            depth: 0,
-            ..good.clone()
-        },
-        IoConfig {
-            depth: 129,
-            ..good.clone()
-        },
-        IoConfig {
-            prefetch_depth: 17,
-            ..good.clone()
-        },
+        IoConfig { chunk_bytes: 0, ..good.clone() },
+        IoConfig { chunk_bytes: 4097, ..good.clone() },
+        IoConfig { chunk_bytes: 1 << 30, ..good.clone() },
+        IoConfig { depth: 0, ..good.clone() },
+        IoConfig { depth: 129, ..good.clone() },
+        IoConfig { prefetch_depth: 17, ..good.clone() },
     ];
     assert!(good.validate().is_ok());
     for config in bad {
-        assert!(
-            matches!(config.validate(), Err(IoError::Config { .. })),
-            "{config:?}"
-        );
+        assert!(matches!(config.validate(), Err(IoError::Config { .. })), "{config:?}");
     }
 }
 
@@ -602,11 +483,7 @@ impl ReadEngine for Broken {
     }
     fn complete(&mut self, ended: &mut Vec<Completion>, wait: Wait) -> std::io::Result<()> {
         self.0.complete(ended, wait)?;
-        if ended.is_empty() {
-            Ok(())
-        } else {
-            Err(std::io::Error::other("the ring is gone"))
-        }
+        if ended.is_empty() { Ok(()) } else { Err(std::io::Error::other("the ring is gone")) }
     }
     fn waker(&self) -> Arc<dyn Wake> {
         self.0.waker()

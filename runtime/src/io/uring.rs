@@ -64,16 +64,9 @@ impl UringEngine {
         if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
             return Err("the kernel's io_uring is too old (5.11 is needed)".to_owned());
         }
-        let info = EngineInfo {
-            name: "uring",
-            note: String::new(),
-            depth,
-            files: files.iter().map(DataFile::info).collect(),
-        };
-        let own = files
-            .iter()
-            .map(DataFile::duplicate)
-            .collect::<io::Result<Vec<_>>>();
+        let info =
+            EngineInfo { name: "uring", note: String::new(), depth, files: files.iter().map(DataFile::info).collect() };
+        let own = files.iter().map(DataFile::duplicate).collect::<io::Result<Vec<_>>>();
         let wake_file = sys::event_fd().map_err(|error| format!("no eventfd: {error}"))?;
         let mut engine = Self {
             info,
@@ -112,10 +105,7 @@ impl UringEngine {
             for start in (0..map.len()).step_by(BUFFER_STRIDE_BYTES) {
                 let len = BUFFER_BYTES_MAX.min(map.len() - start);
                 let base = map.address(start, len).as_ptr().cast();
-                vectors.push(libc::iovec {
-                    iov_base: base,
-                    iov_len: len,
-                });
+                vectors.push(libc::iovec { iov_base: base, iov_len: len });
             }
         }
         if vectors.is_empty() {
@@ -138,17 +128,10 @@ impl UringEngine {
     /// The index of the registered buffer that contains a read's memory, if there is one.
     fn buffer_index(&self, read: &ChunkRead) -> Option<u16> {
         let (map, start) = read.mem.place();
-        let (_, first) = self
-            .buffers
-            .iter()
-            .find(|(known, _)| Arc::ptr_eq(known, map))?;
+        let (_, first) = self.buffers.iter().find(|(known, _)| Arc::ptr_eq(known, map))?;
         let piece = start / BUFFER_STRIDE_BYTES;
         let fits = start + read.mem.len() <= piece * BUFFER_STRIDE_BYTES + BUFFER_BYTES_MAX;
-        if fits {
-            u16::try_from(first + piece).ok()
-        } else {
-            None
-        }
+        if fits { u16::try_from(first + piece).ok() } else { None }
     }
 
     fn entry(&self, read: &ChunkRead) -> squeue::Entry {
@@ -158,18 +141,10 @@ impl UringEngine {
         let fixed = Fixed(u32::from(read.file));
         let plain = Fd(file.as_raw_fd());
         let entry = match (self.buffer_index(read), self.files_registered) {
-            (Some(buffer), true) => opcode::ReadFixed::new(fixed, address, len, buffer)
-                .offset(read.offset)
-                .build(),
-            (Some(buffer), false) => opcode::ReadFixed::new(plain, address, len, buffer)
-                .offset(read.offset)
-                .build(),
-            (None, true) => opcode::Read::new(fixed, address, len)
-                .offset(read.offset)
-                .build(),
-            (None, false) => opcode::Read::new(plain, address, len)
-                .offset(read.offset)
-                .build(),
+            (Some(buffer), true) => opcode::ReadFixed::new(fixed, address, len, buffer).offset(read.offset).build(),
+            (Some(buffer), false) => opcode::ReadFixed::new(plain, address, len, buffer).offset(read.offset).build(),
+            (None, true) => opcode::Read::new(fixed, address, len).offset(read.offset).build(),
+            (None, false) => opcode::Read::new(plain, address, len).offset(read.offset).build(),
         };
         entry.user_data(u64::from(read.tag))
     }
@@ -232,20 +207,13 @@ impl UringEngine {
                 let _ = (&self.waker.0).read(&mut count);
                 continue;
             }
-            let slot = usize::try_from(entry.user_data())
-                .ok()
-                .and_then(|t| self.issued.get_mut(t));
+            let slot = usize::try_from(entry.user_data()).ok().and_then(|t| self.issued.get_mut(t));
             let Some(read) = slot.and_then(Option::take) else {
                 continue;
             };
             self.issued_count -= 1;
-            let result = usize::try_from(entry.result())
-                .map_err(|_| io::Error::from_raw_os_error(-entry.result()));
-            ended.push(Completion {
-                tag: read.tag,
-                mem: read.mem,
-                result,
-            });
+            let result = usize::try_from(entry.result()).map_err(|_| io::Error::from_raw_os_error(-entry.result()));
+            ended.push(Completion { tag: read.tag, mem: read.mem, result });
         }
     }
 }
@@ -258,14 +226,8 @@ impl ReadEngine for UringEngine {
     fn submit(&mut self, read: ChunkRead) {
         assert!(usize::from(read.file) < self.files.len(), "no such file");
         let accepted = self.staged.len() + self.issued_count;
-        assert!(
-            accepted < self.info.depth,
-            "more reads than the engine's depth"
-        );
-        assert!(
-            self.issued[read.tag as usize].is_none(),
-            "a tag that is in use"
-        );
+        assert!(accepted < self.info.depth, "more reads than the engine's depth");
+        assert!(self.issued[read.tag as usize].is_none(), "a tag that is in use");
         self.staged.push_back(read);
     }
 
@@ -290,11 +252,7 @@ impl Drop for UringEngine {
     fn drop(&mut self) {
         let mut ended = Vec::new();
         while self.issued_count > 0 {
-            if self
-                .ring
-                .submit_and_wait(1)
-                .is_err_and(|e| e.raw_os_error() != Some(libc::EINTR))
-            {
+            if self.ring.submit_and_wait(1).is_err_and(|e| e.raw_os_error() != Some(libc::EINTR)) {
                 // The kernel may still write: the memory is given up rather than reused.
                 std::mem::forget(std::mem::take(&mut self.issued));
                 return;

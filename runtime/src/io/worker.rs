@@ -111,9 +111,7 @@ struct Farewell<'a> {
 impl Drop for Farewell<'_> {
     fn drop(&mut self) {
         let mut inbox = self.shared.lock_inbox();
-        inbox
-            .stopped
-            .get_or_insert_with(|| "it has panicked".to_owned());
+        inbox.stopped.get_or_insert_with(|| "it has panicked".to_owned());
         inbox.commands.clear();
         drop(inbox);
         self.shared.announce();
@@ -184,11 +182,12 @@ impl<'a> Worker<'a> {
             }
         }
         if closing {
-            while let Some(request) = self.live.iter().copied().find(|&request| {
-                self.active[request as usize]
-                    .as_ref()
-                    .is_some_and(|active| active.stop.is_none())
-            }) {
+            while let Some(request) = self
+                .live
+                .iter()
+                .copied()
+                .find(|&request| self.active[request as usize].as_ref().is_some_and(|active| active.stop.is_none()))
+            {
                 self.cancel(request);
             }
         }
@@ -219,11 +218,7 @@ impl<'a> Worker<'a> {
     }
 
     fn find(&self, id: u64) -> Option<u32> {
-        let is_it = |request: &u32| {
-            self.active[*request as usize]
-                .as_ref()
-                .is_some_and(|active| active.id == id)
-        };
+        let is_it = |request: &u32| self.active[*request as usize].as_ref().is_some_and(|active| active.id == id);
         self.live.iter().copied().find(is_it)
     }
 
@@ -273,13 +268,7 @@ impl<'a> Worker<'a> {
                 break;
             };
             let prefetch = active.read.class == Class::Prefetch;
-            let flight = Flight {
-                request,
-                chunk,
-                prefetch,
-                failed: false,
-                stalls: 0,
-            };
+            let flight = Flight { request, chunk, prefetch, failed: false, stalls: 0 };
             self.free_tags.pop();
             self.flights[tag as usize] = Some(flight);
             self.prefetch_flights += usize::from(prefetch);
@@ -316,12 +305,7 @@ impl<'a> Worker<'a> {
         let active = self.request(flight.request);
         let offset = active.offset_of(flight.chunk, &mem);
         let file = active.read.file;
-        self.engine.submit(ChunkRead {
-            tag,
-            file,
-            offset,
-            mem,
-        });
+        self.engine.submit(ChunkRead { tag, file, offset, mem });
     }
 
     /// Waits for completions and handles them. Blocks only if told so.
@@ -362,11 +346,7 @@ impl<'a> Worker<'a> {
     }
 
     fn completed(&mut self, completion: Completion) {
-        let Completion {
-            tag,
-            mut mem,
-            result,
-        } = completion;
+        let Completion { tag, mut mem, result } = completion;
         let Some(mut flight) = self.flights[tag as usize] else {
             unreachable!("a completion of a read that was not in flight")
         };
@@ -389,11 +369,7 @@ impl<'a> Worker<'a> {
         let whole = bytes.min(mem.len()) / PAGE_BYTES * PAGE_BYTES;
         mem.advance(whole);
         let counters = &self.shared.counters;
-        let total = if flight.prefetch {
-            &counters.prefetch_bytes
-        } else {
-            &counters.demand_bytes
-        };
+        let total = if flight.prefetch { &counters.prefetch_bytes } else { &counters.demand_bytes };
         total.fetch_add(bytes as u64, Relaxed);
         if mem.is_empty() {
             counters.chunks.fetch_add(1, Relaxed);
@@ -425,16 +401,7 @@ impl<'a> Worker<'a> {
         let (extent, file) = (active.read.name, usize::from(active.read.file));
         let offset = active.offset_of(flight.chunk, mem);
         let (path, len) = (self.shared.files[file].path.clone(), mem.len());
-        self.stop(
-            flight.request,
-            ReadError::Device {
-                extent,
-                path,
-                offset,
-                len,
-                source,
-            },
-        );
+        self.stop(flight.request, ReadError::Device { extent, path, offset, len, source });
         false
     }
 
@@ -442,11 +409,7 @@ impl<'a> Worker<'a> {
         let active = self.request(flight.request);
         let (extent, file) = (active.read.name, usize::from(active.read.file));
         let offset = active.offset_of(flight.chunk, mem);
-        ReadError::Truncated {
-            extent,
-            path: self.shared.files[file].path.clone(),
-            offset,
-        }
+        ReadError::Truncated { extent, path: self.shared.files[file].path.clone(), offset }
     }
 
     /// A chunk is back for good: with all its bytes, or because its request is ending.
@@ -454,9 +417,7 @@ impl<'a> Worker<'a> {
         self.flights[tag as usize] = None;
         self.free_tags.push(tag);
         self.prefetch_flights -= usize::from(flight.prefetch);
-        self.request(flight.request)
-            .filling
-            .give_back(flight.chunk, mem);
+        self.request(flight.request).filling.give_back(flight.chunk, mem);
         self.end_if_stopped(flight.request);
         self.shared.announce();
     }
@@ -476,9 +437,7 @@ impl<'a> Worker<'a> {
                 self.flights[tag] = None;
                 self.free_tags.push(tag as u32);
                 self.prefetch_flights -= usize::from(flight.prefetch);
-                self.request(request)
-                    .filling
-                    .give_back(flight.chunk, read.mem);
+                self.request(request).filling.give_back(flight.chunk, read.mem);
             }
         }
         self.end_if_stopped(request);
@@ -512,17 +471,10 @@ impl<'a> Worker<'a> {
         let rank = |request: &u32| {
             let active = self.active[*request as usize].as_ref()?;
             let is_prefetch = active.read.class == Class::Prefetch;
-            active
-                .has_hash_work()
-                .then_some((is_prefetch, !active.is_complete()))
+            active.has_hash_work().then_some((is_prefetch, !active.is_complete()))
         };
-        let ranked = self
-            .live
-            .iter()
-            .filter_map(|request| Some((rank(request)?, *request)));
-        ranked
-            .min_by_key(|&(rank, _)| rank)
-            .map(|(_, request)| request)
+        let ranked = self.live.iter().filter_map(|request| Some((rank(request)?, *request)));
+        ranked.min_by_key(|&(rank, _)| rank).map(|(_, request)| request)
     }
 
     /// Hashes a piece of what has arrived; at the end of the extent, judges it.
@@ -532,9 +484,7 @@ impl<'a> Worker<'a> {
         let arrived = active.filling.arrived_bytes();
         if verify {
             let end = arrived.min(active.hashed + HASH_STEP_BYTES);
-            active
-                .hasher
-                .update(&active.filling.prefix()[active.hashed..end]);
+            active.hasher.update(&active.filling.prefix()[active.hashed..end]);
             active.hashed = end;
         } else {
             active.hashed = arrived;
@@ -547,22 +497,9 @@ impl<'a> Worker<'a> {
             self.shared.counters.extents.fetch_add(1, Relaxed);
             self.end(request, Ok(()));
         } else if active.read_again {
-            let ExtentRead {
-                name: extent,
-                offset,
-                len,
-                file,
-                ..
-            } = active.read;
+            let ExtentRead { name: extent, offset, len, file, .. } = active.read;
             let path = self.shared.files[usize::from(file)].path.clone();
-            let error = ReadError::Checksum {
-                extent,
-                path,
-                offset,
-                len,
-                expected,
-                got,
-            };
+            let error = ReadError::Checksum { extent, path, offset, len, expected, got };
             self.stop(request, error);
         } else {
             active.read_again = true;
