@@ -2,7 +2,7 @@
 //!
 //! Memory is taken once, at start, and pre-faulted, so that decoding neither allocates nor
 //! faults. A [`Slot`] is the exclusive, safe owner of its bytes. To be read into, it is moved
-//! into a [`Filling`](super::fill::Filling), and it comes back only when no read is in flight:
+//! into a `Filling`, and it comes back only when no read is in flight:
 //! safe code can never look at bytes that a drive may still be writing.
 
 use std::fmt;
