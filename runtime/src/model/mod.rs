@@ -2,9 +2,11 @@
 //!
 //! A layer reads top-down like the paper: norm, attention, add, norm, feed-forward part, add. Nothing here knows a family.
 
+mod attention;
 pub mod compute;
 mod embedding;
 mod ffn;
+mod gqa;
 mod mla;
 mod rope;
 pub mod router;
@@ -13,16 +15,16 @@ pub mod weights;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use sluice_format::{AttentionSpec, ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
+use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
 use sluice_kernels::{Activations, rms_norm};
 
+use self::attention::{Attention, AttentionScratch, LayerCache};
 use self::compute::{Compute, sized};
 use self::embedding::Embedding;
 use self::ffn::{Ffn, FfnExtents, FfnScratch};
-use self::mla::{LatentCache, Mla, MlaScratch};
 use self::router::Choice;
 use self::weights::{ExtentTensors, MatrixRef, VectorRef};
-use crate::pool::{DenseHandle, Pool, PoolError};
+use crate::pool::{DenseHandle, PinnedExtents, Pool, PoolError};
 
 /// Why a model could not be opened or run.
 #[derive(Debug, thiserror::Error)]
@@ -34,7 +36,9 @@ pub enum ModelError {
     #[error(transparent)]
     Pool(#[from] PoolError),
     /// A tensor that the spec implies is not there.
-    #[error("{path}: {extent} has no tensor `{tensor}`. The file was written by an incompatible version: convert it again")]
+    #[error(
+        "{path}: {extent} has no tensor `{tensor}`. The file was written by an incompatible version: convert it again"
+    )]
     MissingTensor {
         /// The file.
         path: PathBuf,
@@ -67,7 +71,7 @@ pub enum ModelError {
 /// State of one generation: what the layers remember of the tokens so far.
 #[derive(Clone, Debug)]
 pub struct KvCache {
-    layers: Vec<LatentCache>,
+    layers: Vec<LayerCache>,
     position: usize,
     capacity: usize,
 }
@@ -75,18 +79,13 @@ pub struct KvCache {
 impl KvCache {
     /// An empty cache for `capacity` tokens.
     pub fn new(spec: &ModelSpec, capacity: usize) -> Self {
-        let layers = spec.layers.iter().map(|l| match &l.attention {
-            AttentionSpec::Mla(m) => LatentCache::new(m, capacity),
-        });
+        let layers = spec.layers.iter().map(|l| LayerCache::new(&l.attention, capacity));
         KvCache { layers: layers.collect(), position: 0, capacity }
     }
 
     /// Bytes of a cache for `capacity` tokens.
     pub fn memory(spec: &ModelSpec, capacity: usize) -> u64 {
-        let width = |l: &sluice_format::LayerSpec| match &l.attention {
-            AttentionSpec::Mla(m) => mla::cache_width(m) as u64,
-        };
-        spec.layers.iter().map(width).sum::<u64>().saturating_mul(4 * capacity as u64)
+        spec.layers.iter().map(|l| LayerCache::memory(&l.attention, capacity)).fold(0, u64::saturating_add)
     }
 
     /// Tokens seen so far.
@@ -133,7 +132,7 @@ pub struct Model {
 #[derive(Debug)]
 struct Layer {
     attn_norm: VectorRef,
-    attention: Mla,
+    attention: Attention,
     ffn_norm: VectorRef,
     ffn: Ffn,
     extents: LayerExtents,
@@ -156,8 +155,18 @@ struct Scratch {
     head_input: Activations,
     part: Vec<f32>,
     logits: Vec<f32>,
-    mla: MlaScratch,
+    attention: AttentionScratch,
     ffn: FfnScratch,
+}
+
+/// Where the weights are while the model runs.
+pub struct Weights<'a> {
+    /// The file, for rows of the embedding.
+    pub file: &'a ModelFile,
+    /// What every token needs.
+    pub dense: &'a PinnedExtents,
+    /// The routed experts.
+    pub experts: &'a mut Pool,
 }
 
 /// Rows of logits computed at once: bounds the memory of a long prompt whose every logit is wanted.
@@ -193,7 +202,7 @@ impl Model {
             let (attention, router) = (tensors(ExtentKind::Attention), tensors(ExtentKind::Router));
             layers.push(Layer {
                 attn_norm: attention.vector("attn_norm")?,
-                attention: Mla::new(&layer.attention, &attention)?,
+                attention: Attention::new(&layer.attention, &attention)?,
                 ffn_norm: router.vector("ffn_norm")?,
                 ffn: Ffn::new(&layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
                 extents: LayerExtents {
@@ -217,7 +226,7 @@ impl Model {
             head_input: Activations::new(compute.precision),
             part: Vec::new(),
             logits: Vec::new(),
-            mla: MlaScratch::new(compute),
+            attention: AttentionScratch::new(compute),
             ffn: FfnScratch::new(compute),
         };
         Ok(Model {
@@ -254,8 +263,7 @@ impl Model {
     pub fn forward(
         &mut self,
         compute: &Compute,
-        file: &ModelFile,
-        pool: &mut Pool,
+        weights: &mut Weights<'_>,
         cache: &mut KvCache,
         tokens: &[u32],
         observer: &mut RoutingObserver<'_>,
@@ -267,9 +275,9 @@ impl Model {
         if start + n > cache.capacity {
             return Err(ModelError::ContextFull { capacity: cache.capacity, wanted: start + n });
         }
-        self.embedding.rows(file, tokens, sized(&mut self.scratch.x, n * hidden))?;
+        self.embedding.rows(weights.file, tokens, sized(&mut self.scratch.x, n * hidden))?;
         for i in 0..self.layers.len() {
-            self.layer(compute, pool, &mut cache.layers[i], i, start, n)?;
+            self.layer(compute, weights, &mut cache.layers[i], i, start, n)?;
             if let Some(moe) = &self.spec.layers[i].ffn.moe {
                 observer(i, start, moe.top_k, self.scratch.ffn.choices());
             }
@@ -281,34 +289,35 @@ impl Model {
     fn layer(
         &mut self,
         compute: &Compute,
-        pool: &mut Pool,
-        cache: &mut LatentCache,
+        weights: &mut Weights<'_>,
+        cache: &mut LayerCache,
         index: usize,
         start: usize,
         n: usize,
     ) -> Result<(), ModelError> {
         let eps = self.spec.norm_eps;
         let len = n * self.spec.hidden_size;
-        let Scratch { x, normed, delta, norm, mla, ffn, .. } = &mut self.scratch;
+        let Scratch { x, normed, delta, norm, attention: mixer, ffn, .. } = &mut self.scratch;
         let (x, normed, delta) = (&mut x[..len], sized(normed, len), sized(delta, len));
         let layer = &self.layers[index];
 
         let started = Instant::now();
-        let attention = pool.dense(layer.extents.attention)?;
+        let dense_parts = weights.dense;
+        let attention = dense_parts.dense(layer.extents.attention)?;
         layer.attn_norm.read(attention.bytes(), norm);
         norm_rows(x, norm, eps, normed);
-        layer.attention.forward(compute, attention.bytes(), cache, start, n, normed, mla, delta);
+        layer.attention.forward(compute, attention.bytes(), cache, start, n, normed, mixer, delta);
         drop(attention);
         add(x, delta);
         let attended = Instant::now();
         self.times.attention += attended - started;
 
-        let router = pool.dense(layer.extents.router)?;
-        let dense = layer.extents.dense.map(|handle| pool.dense(handle)).transpose()?;
+        let router = dense_parts.dense(layer.extents.router)?;
+        let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
         let extents = FfnExtents { router: router.bytes(), dense: dense.as_ref().map(|d| d.bytes()) };
         layer.ffn_norm.read(router.bytes(), norm);
         norm_rows(x, norm, eps, normed);
-        let experts = layer.ffn.forward(compute, extents, pool, index, n, normed, ffn, delta)?;
+        let experts = layer.ffn.forward(compute, extents, weights.experts, index, n, normed, ffn, delta)?;
         add(x, delta);
         self.times.experts += experts;
         self.times.feed_forward += attended.elapsed().saturating_sub(experts);
@@ -322,14 +331,14 @@ impl Model {
     pub fn logits(
         &mut self,
         compute: &Compute,
-        pool: &mut Pool,
+        dense: &PinnedExtents,
         range: std::ops::Range<usize>,
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), ModelError> {
         let started = Instant::now();
         let (hidden, vocab) = (self.spec.hidden_size, self.spec.vocab_size);
         let Scratch { x, normed, norm, head_input, part, logits, .. } = &mut self.scratch;
-        self.final_norm.1.read(pool.dense(self.final_norm.0)?.bytes(), norm);
+        self.final_norm.1.read(dense.dense(self.final_norm.0)?.bytes(), norm);
         let mut first = range.start;
         while first < range.end {
             let n = (range.end - first).min(LOGIT_ROWS);
@@ -339,7 +348,7 @@ impl Model {
             let logits = sized(logits, n * vocab);
             let mut row = 0;
             for (handle, matrix) in &self.head {
-                let extent = pool.dense(*handle)?;
+                let extent = dense.dense(*handle)?;
                 let part = sized(part, n * matrix.rows());
                 compute.kernels.matmul(&compute.threads, matrix.view(extent.bytes()), head_input, part);
                 for (part, logits) in part.chunks_exact(matrix.rows()).zip(logits.chunks_exact_mut(vocab)) {
@@ -358,9 +367,7 @@ impl Model {
     pub fn scratch_memory(spec: &ModelSpec, tokens: usize) -> u64 {
         let hidden = spec.hidden_size as u64;
         let layer = |l: &sluice_format::LayerSpec| {
-            let AttentionSpec::Mla(m) = &l.attention;
-            let head = m.qk_nope_head_dim + m.qk_rope_head_dim + 2 * m.v_head_dim + 2 * m.kv_lora_rank;
-            let attention = (m.heads * head + 2 * m.q_lora_rank.unwrap_or(0) + mla::cache_width(m)) as u64;
+            let attention = attention::scratch_width(&l.attention) as u64;
             let moe = l.ffn.moe.as_ref();
             let widest = l.ffn.dense_width.max(moe.map_or(0, |m| m.width)) as u64;
             let routed = moe.map_or(0, |m| m.top_k as u64 * (hidden + 8) + m.experts as u64);
