@@ -14,7 +14,7 @@ fn table(name: &str) -> Vec<Vec<String>> {
     let marker = format!("*checked: {name}*");
     let after = text.split_once(&marker).unwrap_or_else(|| panic!("no table {name}")).1;
     let lines = after.lines().skip_while(|l| !l.starts_with('|')).take_while(|l| l.starts_with('|'));
-    let cells = |l: &str| l.trim_matches('|').split('|').map(|c| c.trim().replace('`', "")).collect::<Vec<_>>();
+    let cells = |l: &str| l[1..l.len() - 1].split('|').map(|c| c.trim().replace('`', "")).collect::<Vec<_>>();
     let rows: Vec<_> = lines.skip(2).map(cells).collect();
     assert!(!rows.is_empty(), "{name} has no rows");
     rows
@@ -128,48 +128,54 @@ fn errors() {
     assert_eq!(steps, (1..=steps.len()).collect::<Vec<_>>());
 }
 
-/// Evaluates `a·b + c` over named numbers.
-fn evaluate(expression: &str, symbols: &BTreeMap<String, u64>) -> usize {
-    let factor = |f: &str| f.parse().unwrap_or_else(|_| *symbols.get(f).unwrap_or_else(|| panic!("unknown `{f}`")));
-    expression.split('+').map(|term| term.split('·').map(|f| factor(f.trim())).product::<u64>()).sum::<u64>() as usize
-}
+/// Everything in a layer's JSON by its path, such as `ffn.moe.experts`.
+type Paths = BTreeMap<String, serde_json::Value>;
 
-/// Whether a layer has what the last column asks for.
-fn applies(when: &str, layer: &LayerSpec) -> bool {
-    let AttentionSpec::Mla(mla) = &layer.attention;
-    let moe = layer.ffn.moe.as_ref();
-    match when {
-        "always" | "mla" => true,
-        "mla with q_lora_rank" => mla.q_lora_rank.is_some(),
-        "mla without q_lora_rank" => mla.q_lora_rank.is_none(),
-        "moe" => moe.is_some(),
-        "moe with choice_bias" => moe.is_some_and(|m| m.router.choice_bias),
-        "dense_width above 0" => layer.ffn.dense_width > 0,
-        other => panic!("unknown condition `{other}`"),
-    }
-}
-
-/// All numbers in a layer's JSON by field name.
-fn symbols(spec: &ModelSpec, layer: &LayerSpec) -> BTreeMap<String, u64> {
-    fn collect(json: &serde_json::Value, out: &mut BTreeMap<String, u64>) {
+fn paths(spec: &ModelSpec, layer: &LayerSpec) -> Paths {
+    fn collect(json: &serde_json::Value, prefix: &str, out: &mut Paths) {
         for (name, value) in json.as_object().into_iter().flatten() {
-            out.extend(value.as_u64().map(|v| (name.clone(), v)));
-            collect(value, out);
+            let path = format!("{prefix}.{name}");
+            collect(value, &path, out);
+            out.insert(path, value.clone());
         }
     }
-    let mut out = BTreeMap::from([("hidden_size".to_owned(), spec.hidden_size as u64), ("part_rows".to_owned(), 7)]);
-    collect(&serde_json::to_value(layer).unwrap(), &mut out);
+    let mut out = Paths::from([(".hidden_size".into(), spec.hidden_size.into()), (".part_rows".into(), 7.into())]);
+    collect(&serde_json::to_value(layer).unwrap(), "", &mut out);
     out
 }
 
-/// Layers that between them have everything a layer can have.
+/// The value whose path ends in this name.
+fn find<'a>(paths: &'a Paths, name: &str) -> Option<&'a serde_json::Value> {
+    let suffix = format!(".{name}");
+    paths.iter().find(|(path, _)| path.ends_with(&suffix)).map(|(_, value)| value)
+}
+
+/// Evaluates `a·b + c` over fields.
+fn evaluate(expression: &str, paths: &Paths) -> usize {
+    let field = |f: &str| find(paths, f).and_then(|v| v.as_u64()).unwrap_or_else(|| panic!("no number `{f}`"));
+    let factor = |f: &str| f.parse().unwrap_or_else(|_| field(f));
+    expression.split('+').map(|term| term.split('·').map(|f| factor(f.trim())).product::<u64>()).sum::<u64>() as usize
+}
+
+/// Whether a layer has what the last column asks for: `field`, `no field` or `field = value`, all of them.
+fn applies(when: &str, paths: &Paths) -> bool {
+    let set = |name: &str| find(paths, name).is_some_and(|v| !(v.is_null() || *v == false || *v == 0));
+    when.split(',').map(str::trim).filter(|term| !term.is_empty()).all(|term| match term.split_once(" = ") {
+        Some((name, value)) => find(paths, name).is_some_and(|v| *v == value),
+        None => term.strip_prefix("no ").map_or_else(|| set(term), |name| !set(name)),
+    })
+}
+
+/// Layers that between them have everything a layer can have, and each without.
 fn specs() -> Vec<ModelSpec> {
-    let mut unbiased = small_spec();
-    unbiased.layers[1].ffn.dense_width = 0;
-    if let Some(moe) = &mut unbiased.layers[1].ffn.moe {
-        moe.router.choice_bias = false;
+    let mut plain = gqa_spec();
+    (plain.layers[1].ffn.dense_width, plain.layers[1].ffn.dense_gate) = (0, false);
+    for layer in &mut plain.layers {
+        if let AttentionSpec::Gqa(gqa) = &mut layer.attention {
+            (gqa.qk_norm, gqa.qkv_bias, gqa.o_bias, gqa.sinks, gqa.output_gate) = (None, false, false, false, false);
+        }
     }
-    vec![small_spec(), unbiased]
+    vec![small_spec(), gqa_spec(), plain]
 }
 
 #[test]
@@ -178,13 +184,13 @@ fn canonical_tensors() {
     let mut used = BTreeSet::new();
     for spec in specs() {
         for (i, layer) in spec.layers.iter().enumerate() {
-            let symbols = symbols(&spec, layer);
+            let paths = paths(&spec, layer);
             for kind in ExtentKind::ALL {
-                let documented = rows.iter().enumerate().filter(|(_, r)| r[0] == kind.name() && applies(&r[6], layer));
+                let documented = rows.iter().enumerate().filter(|(_, r)| r[0] == kind.name() && applies(&r[6], &paths));
                 let documented: Vec<_> = documented
                     .map(|(n, r)| {
                         used.insert(n);
-                        (r[1].clone(), r[2].clone(), [&r[3], &r[4], &r[5]].map(|e| evaluate(e, &symbols)))
+                        (r[1].clone(), r[2].clone(), [&r[3], &r[4], &r[5]].map(|e| evaluate(e, &paths)))
                     })
                     .collect();
                 let shapes = spec.part_tensor(kind, 7).map_or_else(|| spec.tensors(kind, i), |t| vec![t]);

@@ -323,6 +323,28 @@ fn specs() {
     bad("neither experts", "/layers/0/ffn/dense_width", 0.into());
 }
 
+#[test]
+fn specs_of_grouped_queries() {
+    assert_eq!(ModelSpec::from_json(&gqa_spec().to_json()).unwrap(), gqa_spec());
+    let bad = |says: &str, pointer: &str, value: serde_json::Value| {
+        let mut json: serde_json::Value = serde_json::from_slice(&gqa_spec().to_json()).unwrap();
+        *json.pointer_mut(pointer).expect("the spec has this field") = value;
+        let error = ModelSpec::from_json(&serde_json::to_vec(&json).unwrap()).expect_err(says);
+        assert!(error.contains(says), "{says}: {error}");
+    };
+    for field in ["heads", "kv_heads", "head_dim", "v_head_dim", "window"] {
+        bad("outside 1..=", &format!("/layers/0/attention/{field}"), 0.into());
+        bad("outside 1..=", &format!("/layers/0/attention/{field}"), u64::MAX.into());
+    }
+    bad("4 heads share 3", "/layers/0/attention/kv_heads", 3.into());
+    bad("4 heads share 8", "/layers/0/attention/kv_heads", 8.into());
+    bad("clip_qkv", "/layers/0/attention/clip_qkv", 0.0.into());
+    bad("qk_norm.eps", "/layers/0/attention/qk_norm/eps", (-1.0).into());
+    bad("activation", "/layers/0/ffn/activation/limit", (-7.0).into());
+    bad("activation", "/layers/0/ffn/activation/alpha", 1e300.into());
+    bad("gates a dense part", "/layers/1/ffn/dense_width", 0.into());
+}
+
 /// The most that a spec can claim: 4096 layers of 65536 experts. The extent table ends the check, not the claim.
 #[test]
 fn a_spec_cannot_make_the_check_long() {

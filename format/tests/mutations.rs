@@ -123,9 +123,10 @@ fn apply(image: &mut Image, m: &Mutation) {
     }
 }
 
-fn hostile_file(mutations: &[Mutation]) -> Vec<u8> {
-    static SOUND: OnceLock<Image> = OnceLock::new();
-    let mut image = SOUND.get_or_init(|| Image::of(&small_file(4096))).clone();
+fn hostile_file(model: usize, mutations: &[Mutation]) -> Vec<u8> {
+    static SOUND: OnceLock<[Image; 2]> = OnceLock::new();
+    let sound = SOUND.get_or_init(|| [small_spec(), gqa_spec()].map(|spec| Image::of(&file_of(&spec, 4096))));
+    let mut image = sound[model].clone();
     mutations.iter().for_each(|m| apply(&mut image, m));
     for m in mutations {
         if let Mutation::MetadataByte { at, mask } = *m {
@@ -189,9 +190,9 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_hostile_file_is_refused_or_keeps_every_promise(mutations in prop::collection::vec(mutation(), 1..4)) {
+    fn a_hostile_file_is_refused_or_keeps_every_promise(model in 0usize..2, mutations in prop::collection::vec(mutation(), 1..4)) {
         let (_dir, path) = temp();
-        let file = hostile_file(&mutations);
+        let file = hostile_file(model, &mutations);
         match open_bytes(&path, &file) {
             Ok(model) => keeps_its_promises(&model, file.len() as u64),
             Err(error) => prop_assert!(!matches!(error, FormatError::Io { .. }), "{error}"),
@@ -232,7 +233,9 @@ proptest! {
 /// The machinery above is alive: what it leaves alone opens.
 #[test]
 fn an_untouched_file_opens() {
-    let (_dir, path) = temp();
-    let file = hostile_file(&[]);
-    keeps_its_promises(&open_bytes(&path, &file).unwrap(), file.len() as u64);
+    for model in 0..2 {
+        let (_dir, path) = temp();
+        let file = hostile_file(model, &[]);
+        keeps_its_promises(&open_bytes(&path, &file).unwrap(), file.len() as u64);
+    }
 }

@@ -54,13 +54,14 @@ pub(crate) fn small_spec() -> ModelSpec {
     };
     let router = RouterSpec {
         score: RouterScore::Sigmoid,
+        logit_bias: false,
         choice_bias: true,
         groups: None,
         renormalise: Some(1e-20),
         scale: 2.5,
     };
-    let moe = MoeSpec { experts: 3, top_k: 2, width: 24, router };
-    let ffn = |dense_width, moe| FfnSpec { activation: ActivationSpec::Silu, dense_width, moe };
+    let moe = MoeSpec { experts: 3, top_k: 2, width: 24, expert_bias: false, router };
+    let ffn = |dense_width, moe| FfnSpec { activation: ActivationSpec::Silu, dense_width, dense_gate: false, moe };
     ModelSpec {
         version: SPEC_VERSION,
         family: "small".into(),
@@ -73,6 +74,36 @@ pub(crate) fn small_spec() -> ModelSpec {
             LayerSpec { attention: mla(Some(8), yarn), ffn: ffn(24, Some(moe)) },
         ],
     }
+}
+
+/// Two layers that between them have everything that [`small_spec`] lacks: grouped queries, biases, gates, sinks.
+pub(crate) fn gqa_spec() -> ModelSpec {
+    let mut spec = small_spec();
+    for (layer, scope) in spec.layers.iter_mut().zip([QkNormScope::Head, QkNormScope::Whole]) {
+        layer.attention = AttentionSpec::Gqa(GqaSpec {
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 8,
+            v_head_dim: 6,
+            softmax_scale: 0.25,
+            rope: None,
+            window: Some(16),
+            qk_norm: Some(QkNorm { scope, eps: 1e-6 }),
+            clip_qkv: Some(8.0),
+            qkv_bias: true,
+            o_bias: true,
+            sinks: true,
+            output_gate: true,
+        });
+        layer.ffn.dense_gate = true;
+        layer.ffn.activation = ActivationSpec::SwigluOai { alpha: 1.5, limit: 7.0 };
+        if let Some(moe) = &mut layer.ffn.moe {
+            moe.expert_bias = true;
+            moe.router.logit_bias = true;
+            moe.router.choice_bias = false;
+        }
+    }
+    spec
 }
 
 /// Everything that a file is made of.
@@ -160,11 +191,16 @@ pub(crate) fn temp() -> (tempfile::TempDir, PathBuf) {
     (dir, path)
 }
 
+/// The bytes of a model.
+pub(crate) fn file_of(spec: &ModelSpec, page_size: u32) -> Vec<u8> {
+    let (_dir, path) = temp();
+    write(&path, &plan(spec, 8), page_size).expect("the model is written");
+    fs::read(&path).expect("the model is read")
+}
+
 /// The bytes of the small model.
 pub(crate) fn small_file(page_size: u32) -> Vec<u8> {
-    let (_dir, path) = temp();
-    write(&path, &plan(&small_spec(), 8), page_size).expect("the small model is written");
-    fs::read(&path).expect("the small model is read")
+    file_of(&small_spec(), page_size)
 }
 
 /// Writes bytes and opens them as a model.
