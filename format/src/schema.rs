@@ -1,7 +1,7 @@
 //! Which tensors a model of a given spec has: the contract between converter and runtime.
 
 use crate::extent::ExtentKind;
-use crate::spec::{AttentionSpec, FfnSpec, MlaSpec, ModelSpec};
+use crate::spec::{AttentionSpec, FfnSpec, GqaSpec, MlaSpec, ModelSpec, QkNormScope};
 use crate::tensor::Layout;
 
 /// Name, shape and arrangement of one tensor that an extent must hold.
@@ -45,13 +45,25 @@ impl ModelSpec {
                 let mut list = vec![vector("attn_norm", hidden)];
                 match &spec.attention {
                     AttentionSpec::Mla(m) => list.extend(mla_tensors(m, hidden)),
+                    AttentionSpec::Gqa(g) => list.extend(gqa_tensors(g, hidden)),
                 }
                 list
             }
             ExtentKind::Router => router_tensors(&spec.ffn, hidden),
-            ExtentKind::Dense if spec.ffn.dense_width > 0 => ffn_pair(spec.ffn.dense_width, hidden),
+            ExtentKind::Dense if spec.ffn.dense_width > 0 => {
+                let gate = spec.ffn.dense_gate.then(|| matrix("dense_gate", 1, hidden));
+                gate.into_iter().chain(ffn_pair(spec.ffn.dense_width, hidden)).collect()
+            }
             ExtentKind::Dense => Vec::new(),
-            ExtentKind::Expert => spec.ffn.moe.as_ref().map_or(Vec::new(), |m| ffn_pair(m.width, hidden)),
+            ExtentKind::Expert => spec.ffn.moe.as_ref().map_or(Vec::new(), |moe| {
+                let mut list = Vec::new();
+                if moe.expert_bias {
+                    list.extend([vector("gate_bias", moe.width), vector("up_bias", moe.width)]);
+                    list.push(vector("down_bias", hidden));
+                }
+                list.extend(ffn_pair(moe.width, hidden));
+                list
+            }),
         }
     }
 }
@@ -75,10 +87,41 @@ fn mla_tensors(m: &MlaSpec, hidden: usize) -> Vec<TensorShape> {
     list
 }
 
+/// `gate` is the half of the query projection of Qwen3-Next that gates the output.
+fn gqa_tensors(g: &GqaSpec, hidden: usize) -> Vec<TensorShape> {
+    let (query, key, value) = (g.heads * g.head_dim, g.kv_heads * g.head_dim, g.kv_heads * g.v_head_dim);
+    let output = g.heads * g.v_head_dim;
+    let mut list = vec![matrix("q", query, hidden), matrix("k", key, hidden), matrix("v", value, hidden)];
+    if g.qkv_bias {
+        list.extend([vector("q_bias", query), vector("k_bias", key), vector("v_bias", value)]);
+    }
+    if let Some(norm) = &g.qk_norm {
+        let (q, k) = match norm.scope {
+            QkNormScope::Head => (g.head_dim, g.head_dim),
+            QkNormScope::Whole => (query, key),
+        };
+        list.extend([vector("q_norm", q), vector("k_norm", k)]);
+    }
+    if g.sinks {
+        list.push(vector("sinks", g.heads));
+    }
+    if g.output_gate {
+        list.push(matrix("gate", output, hidden));
+    }
+    list.push(matrix("o", hidden, output));
+    if g.o_bias {
+        list.push(vector("o_bias", hidden));
+    }
+    list
+}
+
 fn router_tensors(ffn: &FfnSpec, hidden: usize) -> Vec<TensorShape> {
     let mut list = vec![vector("ffn_norm", hidden)];
     if let Some(moe) = &ffn.moe {
         list.push(matrix("router", moe.experts, hidden));
+        if moe.router.logit_bias {
+            list.push(vector("router_logit_bias", moe.experts));
+        }
         if moe.router.choice_bias {
             list.push(vector("router_bias", moe.experts));
         }

@@ -3,7 +3,11 @@
 //! The converter translates a family's `config.json` into a [`ModelSpec`]; the runtime executes specs and knows no family.
 //! Stored as JSON in the metadata, versioned by [`SPEC_VERSION`], and validated on both sides.
 
+mod gqa;
+
 use serde::{Deserialize, Serialize};
+
+pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 
 /// Version of the JSON; an unknown one is refused.
 pub const SPEC_VERSION: u32 = 1;
@@ -48,6 +52,8 @@ pub struct LayerSpec {
 pub enum AttentionSpec {
     /// Multi-head latent attention.
     Mla(MlaSpec),
+    /// Grouped-query attention.
+    Gqa(GqaSpec),
 }
 
 /// Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) in the absorbed form: the cache holds one
@@ -120,6 +126,18 @@ pub enum RopeScaling {
         /// Factor on cosine and sine.
         attention_factor: f64,
     },
+    /// Llama 3.1: keeps wavelengths below `L / high_freq_factor`, divides the frequency of those above
+    /// `L / low_freq_factor`, ramps between, with `L` the original context.
+    Llama3 {
+        /// Extension factor.
+        factor: f64,
+        /// Context length that the model was trained on, `L`.
+        original_max_positions: usize,
+        /// See above.
+        low_freq_factor: f64,
+        /// See above; larger than the low one.
+        high_freq_factor: f64,
+    },
 }
 
 /// The feed-forward part of a layer: what every token computes, plus the routed experts.
@@ -130,6 +148,9 @@ pub struct FfnSpec {
     pub activation: ActivationSpec,
     /// Width of the dense feed-forward network or of all shared experts together; 0: none.
     pub dense_width: usize,
+    /// Whether the dense part's output is multiplied by the sigmoid of a projection of the input to one number.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub dense_gate: bool,
     /// The routed experts; `None` in a dense layer.
     pub moe: Option<MoeSpec>,
 }
@@ -140,6 +161,13 @@ pub struct FfnSpec {
 pub enum ActivationSpec {
     /// `silu(gate) · up` (SwiGLU, arXiv:2002.05202).
     Silu,
+    /// gpt-oss: `(clamp(up, ±limit) + 1) · g · sigmoid(alpha · g)` with `g = min(gate, limit)`.
+    SwigluOai {
+        /// Slope of the sigmoid.
+        alpha: f32,
+        /// Bound.
+        limit: f32,
+    },
 }
 
 /// The routed experts of a layer.
@@ -152,6 +180,9 @@ pub struct MoeSpec {
     pub top_k: usize,
     /// Width of one expert.
     pub width: usize,
+    /// Whether gate, up and down projections have biases.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub expert_bias: bool,
     /// How the experts of a token and their weights are chosen.
     pub router: RouterSpec,
 }
@@ -162,6 +193,9 @@ pub struct MoeSpec {
 pub struct RouterSpec {
     /// Score of an expert from its logit.
     pub score: RouterScore,
+    /// Whether a bias is added to the logits.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub logit_bias: bool,
     /// Whether a bias is added to the scores for the choice (not for the weights).
     pub choice_bias: bool,
     /// Limits the choice to the best groups of experts.
@@ -180,6 +214,8 @@ pub enum RouterScore {
     Sigmoid,
     /// Softmax over all experts.
     Softmax,
+    /// The logit itself; the weights are the softmax over the chosen logits.
+    SoftmaxOfChosen,
 }
 
 /// Group-limited choice (DeepSeek-V2, section 2.2.2; DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
@@ -240,6 +276,10 @@ impl ModelSpec {
     }
 }
 
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 fn check_dim(name: &str, value: usize) -> Result<(), String> {
     if value == 0 || value > MAX_DIM {
         return Err(format!("{name} is {value}, outside 1..={MAX_DIM}"));
@@ -258,6 +298,7 @@ impl AttentionSpec {
     fn validate(&self) -> Result<(), String> {
         match self {
             AttentionSpec::Mla(m) => m.validate(),
+            AttentionSpec::Gqa(g) => g.validate(),
         }
     }
 }
@@ -304,6 +345,16 @@ impl RopeSpec {
                     Ok(())
                 } else {
                     Err("a YaRN parameter is not a positive number".into())
+                }
+            }
+            RopeScaling::Llama3 { factor, original_max_positions, low_freq_factor, high_freq_factor } => {
+                check_dim("original_max_positions", original_max_positions)?;
+                let sane = |v: f64| v.is_finite() && v > 0.0;
+                if sane(factor) && sane(low_freq_factor) && sane(high_freq_factor) && high_freq_factor > low_freq_factor
+                {
+                    Ok(())
+                } else {
+                    Err("the Llama 3 rope parameters do not fit together".into())
                 }
             }
         }

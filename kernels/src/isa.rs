@@ -4,7 +4,7 @@ use crate::activations::Activations;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Matrix;
 use crate::scalar;
-#[cfg(any())]
+#[cfg(target_arch = "x86_64")]
 use crate::x86::{Avx2, Avx512};
 
 /// The environment variable that overrides the choice.
@@ -34,9 +34,9 @@ pub enum IsaError {
 #[derive(Clone, Copy, Debug)]
 enum Isa {
     Scalar,
-    #[cfg(any())]
+    #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
-    #[cfg(any())]
+    #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
 }
 
@@ -85,7 +85,7 @@ impl Kernels {
     pub fn available() -> Vec<Kernels> {
         #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
         let mut all = vec![Self::scalar()];
-        #[cfg(any())]
+        #[cfg(target_arch = "x86_64")]
         {
             all.extend(Avx2::new().map(|token| Kernels { isa: Isa::Avx2(token) }));
             all.extend(Avx512::new().map(|token| Kernels { isa: Isa::Avx512(token) }));
@@ -97,9 +97,9 @@ impl Kernels {
     pub fn isa_name(&self) -> &'static str {
         match self.isa {
             Isa::Scalar => "scalar",
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => "avx2",
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => "avx512",
         }
     }
@@ -112,9 +112,9 @@ impl Kernels {
         assert_eq!(a.len(), b.len(), "an inner product takes two vectors of one length");
         match self.isa {
             Isa::Scalar => scalar::dot(a, b),
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2(isa) => isa.dot(a, b),
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.dot(a, b),
         }
     }
@@ -127,9 +127,9 @@ impl Kernels {
         assert_eq!(x.len(), y.len(), "axpy takes two vectors of one length");
         match self.isa {
             Isa::Scalar => scalar::axpy(a, x, y),
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2(isa) => isa.axpy(a, x, y),
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.axpy(a, x, y),
         }
     }
@@ -145,9 +145,9 @@ impl Kernels {
                     }
                 }
             }
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2(isa) => isa.tile(w, x, shape, out),
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.tile(w, x, shape, out),
         }
     }

@@ -188,7 +188,7 @@ impl<'a> Matrix<'a> {
         let p = &self.planes;
         let bytes = &self.data[g * p.total..(g + 1) * p.total];
         let (scales, values) = bytes.split_at(p.scales_padded);
-        Group { ty: self.ty, cols: self.cols, scales: &scales[..p.scales], values: &values[..p.values] }
+        Group { ty: self.ty, scales: &scales[..p.scales], values: &values[..p.values] }
     }
 }
 
@@ -196,7 +196,6 @@ impl<'a> Matrix<'a> {
 #[derive(Clone, Copy)]
 pub(crate) struct Group<'a> {
     pub(crate) ty: WeightType,
-    pub(crate) cols: usize,
     /// `Planes::scales` bytes.
     pub(crate) scales: &'a [u8],
     /// `Planes::values` bytes.
