@@ -1,0 +1,117 @@
+//! `sluice verify`: every checksum of a model file.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+use sluice_format::{FormatError, ModelFile};
+use sluice_runtime::memory::Bytes;
+
+use crate::error::CliError;
+use crate::terminal::{byte_bar, print, print_json};
+
+const EXAMPLES: &str = "\
+Reads the whole file. `sluice run` also checks every byte that it reads; this command finds damage before it
+is needed, and names all of it.
+
+Examples:
+  sluice verify r1.sluice
+  sluice verify r1.sluice --json | jq .damaged";
+
+/// Check every checksum of a model file; name what is damaged
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// The model file
+    file: PathBuf,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    file: String,
+    intact: bool,
+    extents: usize,
+    bytes: u64,
+    damaged: Vec<Damage>,
+    /// Why the file could not even be opened.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Damage {
+    extent: String,
+    offset: u64,
+    bytes: u64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    let file = ModelFile::open(&args.file);
+    let mut report = Report {
+        file: args.file.display().to_string(),
+        intact: false,
+        extents: 0,
+        bytes: 0,
+        damaged: Vec::new(),
+        error: None,
+    };
+    match file {
+        Ok(file) => {
+            report.extents = file.extents().len();
+            report.bytes = file.superblock().file_len;
+            report.damaged = damage(&file)?;
+            report.intact = report.damaged.is_empty();
+        }
+        Err(e) if args.json => {
+            report.error = Some(e.to_string());
+            print_json(&report)?;
+            return Err(e.into());
+        }
+        Err(e) => return Err(e.into()),
+    }
+    if args.json {
+        print_json(&report)?;
+    } else {
+        print(&describe(&report))?;
+    }
+    if report.intact {
+        return Ok(());
+    }
+    Err(CliError::Failure(format!(
+        "{}: {} of {} extents are damaged. Copy the file again or convert it again",
+        report.file,
+        report.damaged.len(),
+        report.extents
+    )))
+}
+
+/// All damaged extents. Superblock, tables and metadata were checked when the file was opened.
+fn damage(file: &ModelFile) -> Result<Vec<Damage>, CliError> {
+    let bar = byte_bar("verifying", file.extents().iter().map(|e| e.stored_len).sum());
+    let mut damaged = Vec::new();
+    let mut buffer = Vec::new();
+    for extent in file.extents() {
+        match file.read_extent(extent, &mut buffer) {
+            Ok(()) => {}
+            Err(FormatError::ExtentChecksum { .. }) => {
+                damaged.push(Damage { extent: extent.name(), offset: extent.offset, bytes: extent.stored_len });
+            }
+            Err(other) => return Err(other.into()),
+        }
+        bar.inc(extent.stored_len);
+    }
+    bar.finish_and_clear();
+    Ok(damaged)
+}
+
+fn describe(report: &Report) -> String {
+    if report.intact {
+        let (extents, bytes) = (report.extents, Bytes(report.bytes));
+        return format!("{}: intact; {extents} extents, {bytes}, every checksum matches\n", report.file);
+    }
+    let line = |d: &Damage| format!("damaged: {} ({} at offset {})\n", d.extent, Bytes(d.bytes), d.offset);
+    report.damaged.iter().map(line).collect()
+}
