@@ -17,7 +17,6 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::error::CliError;
 
 const ABOUT: &str = "Runs mixture-of-experts language models far larger than memory by streaming their weights from SSD";
 

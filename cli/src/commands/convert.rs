@@ -9,7 +9,7 @@ use clap::builder::PossibleValuesParser;
 use clap::builder::TypedValueParser as _;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
-use sluice_converter::{KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, convert, plan};
+use sluice_converter::{ConvertError, KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, convert, plan};
 use sluice_format::WeightType;
 use sluice_runtime::memory::Bytes;
 
@@ -17,9 +17,9 @@ use crate::error::CliError;
 use crate::terminal::{byte_bar, note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
-Types: keep carries the weights bit for bit; q8 is int8 with one f16 scale per 32 weights, half of bf16 and
-close to lossless; fp8 is DeepSeek's (e4m3, one scale per 128x128); bf16 and f32 are for reference. Norms,
-biases and routers are never quantised.
+Types: keep carries the weights bit for bit; q8 is int8 with one f16 scale per 32 weights, half of bf16 \
+and close to lossless; fp8 is DeepSeek's (e4m3, one scale per 128x128); bf16 and f32 are for reference. \
+Norms, biases and routers are never quantised.
 
 Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
 
@@ -79,7 +79,6 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         dense_type: args.dense_type.unwrap_or(default),
         page_size: args.page_size,
         overwrite: args.overwrite,
-        ..Options::default()
     };
     if args.dry_run {
         let plan = plan(&args.src, &options)?;
@@ -89,7 +88,13 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let bar = Bar(byte_bar("converting", 0));
     let outcome = convert(&args.src, &args.dst, &options, &bar);
     bar.0.finish_and_clear();
-    let summary = outcome?;
+    let summary = outcome.map_err(|e| match e {
+        ConvertError::Exists { path } => {
+            let path = path.display();
+            CliError::Failure(format!("{path} exists already. Choose another name, or replace it with --overwrite"))
+        }
+        other => other.into(),
+    })?;
     if args.json {
         return print_json(&summary);
     }
@@ -125,5 +130,125 @@ impl Progress for Bar {
 
     fn note(&self, text: &str) {
         self.0.suspend(|| note(&text));
+    }
+}
+
+/// What both a plan and a finished conversion say.
+struct Facts<'a> {
+    sizes: &'a [KindSize],
+    types: &'a BTreeMap<String, Vec<String>>,
+    errors: Option<&'a BTreeMap<String, f64>>,
+    widened: &'a [String],
+    left_out: &'a [LeftOut],
+    notes: &'a [String],
+}
+
+impl Facts<'_> {
+    /// For people.
+    fn describe(&self) -> String {
+        let mut out = String::new();
+        let _ = writeln!(out, "\n{:<12} {:>8} {:>12}", "part", "extents", "size");
+        for size in self.sizes {
+            let _ = writeln!(out, "{:<12} {:>8} {:>12}", size.kind, size.extents, Bytes(size.bytes).to_string());
+        }
+        let _ = writeln!(out, "\n{:<28} {:<10} relative error", "tensors", "type");
+        for (group, types) in self.types {
+            let error = match self.errors.map(|e| e.get(group)) {
+                None => "",
+                Some(None) => "none",
+                Some(Some(error)) => &format!("{error:.2e}"),
+            };
+            let _ = writeln!(out, "{group:<28} {:<10} {error}", types.join(", "));
+        }
+        out.push('\n');
+        for left_out in self.left_out {
+            let LeftOut { reason, tensors, bytes } = left_out;
+            let _ = writeln!(out, "left out: {tensors} tensors, {}: {reason}", Bytes(*bytes));
+        }
+        if !self.widened.is_empty() {
+            let names = self.widened.join(", ");
+            let _ = writeln!(out, "stored as f32, because no carried type fits them: {names}");
+        }
+        for note in self.notes {
+            let _ = writeln!(out, "note: {note}");
+        }
+        out.truncate(out.trim_end().len());
+        out + "\n"
+    }
+}
+
+fn describe(dst: &Path, s: &Summary, elapsed: f64) -> String {
+    let resumed = match s.resumed_extents {
+        0 => String::new(),
+        n => format!(", {n} extents kept from an earlier run"),
+    };
+    let head = format!(
+        "{}: {}, {}; read {}, wrote {} in {}{resumed}\n",
+        dst.display(),
+        s.family,
+        Bytes(s.file_bytes),
+        Bytes(s.bytes_read),
+        Bytes(s.bytes_written),
+        seconds(elapsed),
+    );
+    let facts = Facts {
+        sizes: &s.sizes,
+        types: &s.types,
+        errors: Some(&s.errors),
+        widened: &s.widened,
+        left_out: &s.left_out,
+        // Heard as progress already.
+        notes: &[],
+    };
+    head + &facts.describe()
+}
+
+fn describe_plan(plan: &Plan) -> String {
+    let head = format!(
+        "would read {} and write {} of {}; nothing was written\n",
+        Bytes(plan.source_bytes()),
+        Bytes(plan.file_bytes()),
+        plan.spec().family,
+    );
+    let facts = Facts {
+        sizes: &plan.sizes(),
+        types: plan.types(),
+        errors: None,
+        widened: plan.widened(),
+        left_out: plan.left_out(),
+        notes: plan.notes(),
+    };
+    head + &facts.describe()
+}
+
+fn plan_json(plan: &Plan, options: &Options) -> Value {
+    json!({
+        "dry_run": true,
+        "family": plan.spec().family,
+        "expert_type": options.expert_type,
+        "dense_type": options.dense_type,
+        "source_bytes": plan.source_bytes(),
+        "file_bytes": plan.file_bytes(),
+        "sizes": plan.sizes(),
+        "types": plan.types(),
+        "widened": plan.widened(),
+        "left_out": plan.left_out(),
+        "notes": plan.notes(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantised_checkpoints_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(default_type(folder.path()), TypeChoice::Type(WeightType::Q8));
+        let config = folder.path().join("config.json");
+        std::fs::write(&config, r#"{"quantization_config": {"quant_method": "fp8"}}"#).unwrap();
+        assert_eq!(default_type(folder.path()), TypeChoice::Keep);
+        std::fs::write(&config, "not json").unwrap();
+        assert_eq!(default_type(folder.path()), TypeChoice::Type(WeightType::Q8));
     }
 }

@@ -191,7 +191,7 @@ fn describe(r: &Report) -> String {
     let mut line = |name: &str, value: String| {
         let _ = writeln!(out, "{name:<13} {value}");
     };
-    line("file", format!("{}, {} in pages of {}", r.file, Bytes(r.file_bytes), Bytes(r.page_size.into())));
+    line("file", format!("{}, {} in pages of {} bytes", r.file, Bytes(r.file_bytes), r.page_size));
     line("model", format!("{}, id {}", r.family, r.model_id));
     line(
         "layers",

@@ -11,7 +11,7 @@ use crate::error::CliError;
 use crate::terminal::{print, print_json, step_bar};
 
 const EXAMPLES: &str = "\
-The text is cut into windows of N + 1 tokens that overlap by one. Each window starts without memory of the
+The text is cut into windows of N + 1 tokens that overlap by one. Each window starts without memory of the \
 one before; its first token is given, the N others are scored. `nll` is the sum of -ln p in nats.
 
 Examples:

@@ -18,7 +18,7 @@ use crate::sampling::SamplingArgs;
 use crate::terminal::{note, print, print_json};
 
 const EXAMPLES: &str = "\
-The prompt is passed to the model as it is: no chat template is applied. Text appears as it is generated;
+The prompt is passed to the model as it is: no chat template is applied. Text appears as it is generated; \
 the report of --profile goes to standard error.
 
 Examples:

@@ -10,7 +10,7 @@ use crate::error::CliError;
 use crate::terminal::{byte_bar, print, print_json};
 
 const EXAMPLES: &str = "\
-Reads the whole file. `sluice run` also checks every byte that it reads; this command finds damage before it
+Reads the whole file. `sluice run` also checks every byte that it reads; this command finds damage before it \
 is needed, and names all of it.
 
 Examples:
@@ -42,8 +42,8 @@ struct Report {
 }
 
 #[derive(Debug, Serialize)]
-struct Damage {
-    extent: String,
+pub(crate) struct Damage {
+    pub(crate) extent: String,
     offset: u64,
     bytes: u64,
 }
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 }
 
 /// All damaged extents. Superblock, tables and metadata were checked when the file was opened.
-fn damage(file: &ModelFile) -> Result<Vec<Damage>, CliError> {
+pub(crate) fn damage(file: &ModelFile) -> Result<Vec<Damage>, CliError> {
     let bar = byte_bar("verifying", file.extents().iter().map(|e| e.stored_len).sum());
     let mut damaged = Vec::new();
     let mut buffer = Vec::new();
