@@ -3,7 +3,7 @@
 use serde_json::Value;
 use sluice_format::{
     ActivationSpec, AttentionSpec, ExtentKind, FfnSpec, GroupScore, LayerSpec, MlaSpec, ModelSpec, MoeSpec,
-    RouterGroups, RouterScore, RouterSpec, RopePairing, SPEC_VERSION, TensorShape,
+    RopePairing, RouterGroups, RouterScore, RouterSpec, SPEC_VERSION, TensorShape,
 };
 
 use super::config::Config;
@@ -31,7 +31,12 @@ impl Family for DeepSeekV3 {
         }
         let attention = AttentionSpec::Mla(attention(config)?);
         let activation = ActivationSpec::Silu;
-        let dense = FfnSpec { activation, dense_width: config.usize_or("intermediate_size", 18432)?, moe: None };
+        let dense = FfnSpec {
+            activation,
+            dense_width: config.usize_or("intermediate_size", 18432)?,
+            dense_gate: false,
+            moe: None,
+        };
         let sparse = sparse_ffn(config, activation)?;
         let is_sparse = sparse_layers(config)?;
         let layers = is_sparse.into_iter().map(|is_sparse| LayerSpec {
@@ -56,7 +61,9 @@ impl Family for DeepSeekV3 {
         let ffn = &spec.layers[place.layer].ffn;
         match (place.kind, tensor.name) {
             (ExtentKind::Attention, name) => {
-                let AttentionSpec::Mla(mla) = &spec.layers[place.layer].attention;
+                let AttentionSpec::Mla(mla) = &spec.layers[place.layer].attention else {
+                    unreachable!("this family's attention is latent")
+                };
                 attention_origin(mla, &layer, name, tensor.shape)
             }
             (ExtentKind::Router, "ffn_norm") => vector("post_attention_layernorm.weight"),
@@ -81,8 +88,7 @@ fn max_positions(config: &Config) -> Result<usize, ConvertError> {
 fn attention(config: &Config) -> Result<MlaSpec, ConvertError> {
     let qk_nope_head_dim = config.usize_or("qk_nope_head_dim", 128)?;
     let qk_rope_head_dim = config.usize_or("qk_rope_head_dim", 64)?;
-    let pairing =
-        if config.bool_or("rope_interleave", true)? { RopePairing::Interleaved } else { RopePairing::Half };
+    let pairing = if config.bool_or("rope_interleave", true)? { RopePairing::Interleaved } else { RopePairing::Half };
     let rope = rope::read(config, qk_rope_head_dim, pairing, 1e4, max_positions(config)?)?;
     let head_dim = qk_nope_head_dim.saturating_add(qk_rope_head_dim) as f64;
     Ok(MlaSpec {
@@ -110,6 +116,7 @@ fn sparse_ffn(config: &Config, activation: ActivationSpec) -> Result<FfnSpec, Co
     let renormalise = config.bool_or("norm_topk_prob", true)?.then_some(RENORMALISE_EPS);
     let router = RouterSpec {
         score: RouterScore::Sigmoid,
+        logit_bias: false,
         choice_bias: true,
         groups,
         renormalise,
@@ -119,9 +126,10 @@ fn sparse_ffn(config: &Config, activation: ActivationSpec) -> Result<FfnSpec, Co
         experts: config.opt_usize_or("n_routed_experts", Some(256))?.unwrap_or(0),
         top_k: config.usize_or("num_experts_per_tok", 8)?,
         width,
+        expert_bias: false,
         router,
     };
-    Ok(FfnSpec { activation, dense_width: width.saturating_mul(shared), moe: Some(moe) })
+    Ok(FfnSpec { activation, dense_width: width.saturating_mul(shared), dense_gate: false, moe: Some(moe) })
 }
 
 /// Which layers have experts: all from `first_k_dense_replace` on, or as a list says.
