@@ -1,6 +1,6 @@
 //! `sluice inspect`: what a model file holds and what it needs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -82,8 +82,8 @@ struct Kind {
     kind: &'static str,
     extents: usize,
     bytes: u64,
-    /// Types of the matrices in them; of all tensors, where there are only vectors.
-    types: Vec<&'static str>,
+    /// Bytes of tensors by type; norms and biases are f32.
+    types: BTreeMap<&'static str, u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -123,9 +123,13 @@ fn examine(path: &Path, file: &ModelFile, context: usize, list_extents: bool) ->
         experts_per_layer: moe.iter().map(|m| m.experts).max().unwrap_or(0),
         top_k: moe.iter().map(|m| m.top_k).max().unwrap_or(0),
         expert_count: moe.iter().map(|m| m.experts).sum(),
-        expert_bytes: experts(file).map(|e| e.stored_len).max().unwrap_or(0),
+        expert_bytes: file
+            .extents()
+            .iter()
+            .filter(|e| e.kind == ExtentKind::Expert)
+           .map(|e| e.stored_len).max().unwrap_or(0),
         experts_per_token: spec.routed_per_token(),
-        token_cycle_bytes: token_cycle(file),
+        token_cycle_bytes: file.token_cycle_bytes(),
         kinds: kinds(file),
         least_budget: least_budget(file, context),
         context,
@@ -135,42 +139,19 @@ fn examine(path: &Path, file: &ModelFile, context: usize, list_extents: bool) ->
     }
 }
 
-fn experts(file: &ModelFile) -> impl Iterator<Item = &sluice_format::ExtentRecord> {
-    file.extents().iter().filter(|e| e.kind == ExtentKind::Expert)
-}
-
-/// Bytes of the experts of one token: in each layer, its top-k times the largest expert.
-fn token_cycle(file: &ModelFile) -> u64 {
-    let mut largest: BTreeMap<u32, u64> = BTreeMap::new();
-    for expert in experts(file) {
-        let len = largest.entry(expert.layer).or_default();
-        *len = (*len).max(expert.stored_len);
-    }
-    let top_k = |layer: u32| file.spec().layers.get(layer as usize).and_then(|l| l.ffn.moe.as_ref()).map_or(0, |m| m.top_k);
-    largest.into_iter().map(|(layer, len)| len * top_k(layer) as u64).sum()
-}
-
 /// The smallest budget that opens the model: a budget of nothing is refused with it.
 fn least_budget(file: &ModelFile, context: usize) -> u64 {
     MemoryPlan::new(file, Some(0), context).map_or_else(|refused| refused.least, |plan| plan.effective)
 }
 
 fn kinds(file: &ModelFile) -> Vec<Kind> {
-    let of_kind = |kind: ExtentKind| {
-        let extents: Vec<_> = file.extents().iter().filter(|e| e.kind == kind).collect();
-        let tensors = || file.tensors().iter().filter(|t| t.kind == kind);
-        let is_matrix = |shape: [u64; 3]| shape[1] > 1;
-        let has_matrices = tensors().any(|t| is_matrix(t.shape));
-        let types: BTreeSet<_> =
-            tensors().filter(|t| is_matrix(t.shape) || !has_matrices).map(|t| t.weight_type.name()).collect();
-        Kind {
-            kind: kind.name(),
-            extents: extents.len(),
-            bytes: extents.iter().map(|e| e.stored_len).sum(),
-            types: types.into_iter().collect(),
-        }
+    let kind = |size: sluice_format::KindSize| Kind {
+        kind: size.kind.name(),
+        extents: size.extents,
+        bytes: size.bytes,
+        types: file.weight_types(size.kind).into_iter().map(|t| (t.weight_type.name(), t.bytes)).collect(),
     };
-    ExtentKind::ALL.into_iter().map(of_kind).filter(|k| k.extents > 0).collect()
+    file.bytes_by_kind().into_iter().map(kind).collect()
 }
 
 fn extents(file: &ModelFile) -> Vec<Extent> {
@@ -183,6 +164,14 @@ fn extents(file: &ModelFile) -> Vec<Extent> {
         checksum: format!("{:016x}", e.checksum),
     };
     file.extents().iter().map(one).collect()
+}
+
+/// Names of the types, the one with most bytes first; small change (norms, biases) is not worth a word.
+fn types(bytes: &BTreeMap<&'static str, u64>) -> String {
+    let all: u64 = bytes.values().sum();
+    let mut large: Vec<_> = bytes.iter().filter(|&(_, &b)| b * 50 >= all).collect();
+    large.sort_by_key(|&(_, &b)| std::cmp::Reverse(b));
+    large.into_iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }
 
 /// For people.
@@ -217,7 +206,7 @@ fn describe(r: &Report) -> String {
     line("tokenizer", if r.has_tokenizer { "yes".into() } else { "none: token ids only".into() });
     let _ = writeln!(out, "\n{:<12} {:>8} {:>12}  types", "part", "extents", "size");
     for kind in &r.kinds {
-        let types = kind.types.join(", ");
+        let types = types(&kind.types);
         let _ = writeln!(out, "{:<12} {:>8} {:>12}  {types}", kind.kind, kind.extents, Bytes(kind.bytes).to_string());
     }
     if let Some(extents) = &r.extents {

@@ -45,7 +45,7 @@ struct Report {
 pub(crate) struct Damage {
     pub(crate) extent: String,
     offset: u64,
-    bytes: u64,
+    problem: String,
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
@@ -62,7 +62,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         Ok(file) => {
             report.extents = file.extents().len();
             report.bytes = file.superblock().file_len;
-            report.damaged = damage(&file)?;
+            report.damaged = damage(&file);
             report.intact = report.damaged.is_empty();
         }
         Err(e) if args.json => {
@@ -89,22 +89,26 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 }
 
 /// All damaged extents. Superblock, tables and metadata were checked when the file was opened.
-pub(crate) fn damage(file: &ModelFile) -> Result<Vec<Damage>, CliError> {
-    let bar = byte_bar("verifying", file.extents().iter().map(|e| e.stored_len).sum());
-    let mut damaged = Vec::new();
-    let mut buffer = Vec::new();
-    for extent in file.extents() {
-        match file.read_extent(extent, &mut buffer) {
-            Ok(()) => {}
-            Err(FormatError::ExtentChecksum { .. }) => {
-                damaged.push(Damage { extent: extent.name(), offset: extent.offset, bytes: extent.stored_len });
-            }
-            Err(other) => return Err(other.into()),
-        }
-        bar.inc(extent.stored_len);
-    }
+pub(crate) fn damage(file: &ModelFile) -> Vec<Damage> {
+    let bar = byte_bar("verifying", file.extent_bytes());
+    let wrong = file.verify_all(&mut |done| bar.set_position(done));
     bar.finish_and_clear();
-    Ok(damaged)
+    wrong.into_iter().map(Damage::from).collect()
+}
+
+impl From<FormatError> for Damage {
+    fn from(error: FormatError) -> Self {
+        let problem = error.to_string();
+        match error {
+            FormatError::ExtentChecksum { extent, offset, .. } => {
+                Damage { extent, offset, problem: "its checksum does not match".into() }
+            }
+            FormatError::ExtentRead { extent, offset, source, .. } => {
+                Damage { extent, offset, problem: format!("it cannot be read: {source}") }
+            }
+            _ => Damage { extent: "file".into(), offset: 0, problem },
+        }
+    }
 }
 
 fn describe(report: &Report) -> String {
@@ -112,6 +116,6 @@ fn describe(report: &Report) -> String {
         let (extents, bytes) = (report.extents, Bytes(report.bytes));
         return format!("{}: intact; {extents} extents, {bytes}, every checksum matches\n", report.file);
     }
-    let line = |d: &Damage| format!("damaged: {} ({} at offset {})\n", d.extent, Bytes(d.bytes), d.offset);
+    let line = |d: &Damage| format!("damaged: {} at offset {}: {}\n", d.extent, d.offset, d.problem);
     report.damaged.iter().map(line).collect()
 }
