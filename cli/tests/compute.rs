@@ -17,14 +17,13 @@ fn greedy_ids_and_text_are_the_references() {
     for case in expected()["greedy"].as_array().unwrap() {
         let count = case["ids"].as_array().unwrap().len().to_string();
         let base = ["run", demo_model(), "--temperature", "0", "-n", &count, "--exact"];
-        let with = |more: &[&str]| [&base[..], more].concat();
         let prompt = case["prompt"].as_str().unwrap();
 
-        let from_ids = sluice(&with(&["--ids", "--prompt-ids", &list(&case["prompt_ids"])]));
+        let from_ids = sluice(&[&base[..], &["--ids", "--prompt-ids", &list(&case["prompt_ids"])]].concat());
         assert_eq!(stdout(&from_ids), list(&case["ids"]) + "\n");
-        let from_text = sluice(&with(&["--prompt", prompt]));
+        let from_text = sluice(&[&base[..], &["--prompt", prompt]].concat());
         assert_eq!(stdout(&from_text), format!("{}\n", case["text"].as_str().unwrap()));
-        let report = json(&sluice_with_input(&with(&["--json"]), prompt.as_bytes()));
+        let report = json(&sluice_with_input(&[&base[..], &["--json"]].concat(), prompt.as_bytes()));
         assert_eq!((&report["ids"], &report["text"]), (&case["ids"], &case["text"]));
         assert_eq!(report["finish"], "length");
     }

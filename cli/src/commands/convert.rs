@@ -151,14 +151,15 @@ impl Facts<'_> {
         for size in self.sizes {
             let _ = writeln!(out, "{:<12} {:>8} {:>12}", size.kind, size.extents, Bytes(size.bytes).to_string());
         }
-        let _ = writeln!(out, "\n{:<28} {:<10} relative error", "tensors", "type");
+        let error = if self.errors.is_some() { "relative error" } else { "" };
+        let _ = writeln!(out, "\n{}", format!("{:<28} {:<10} {error}", "tensors", "type").trim_end());
         for (group, types) in self.types {
             let error = match self.errors.map(|e| e.get(group)) {
                 None => "",
                 Some(None) => "none",
                 Some(Some(error)) => &format!("{error:.2e}"),
             };
-            let _ = writeln!(out, "{group:<28} {:<10} {error}", types.join(", "));
+            let _ = writeln!(out, "{}", format!("{group:<28} {:<10} {error}", types.join(", ")).trim_end());
         }
         out.push('\n');
         for left_out in self.left_out {

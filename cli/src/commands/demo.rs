@@ -155,7 +155,7 @@ fn stream(show: &Show, model: &Path) -> Result<Generation, CliError> {
     )?;
     show.more(&format!("reads: {}", engine.read_path()))?;
     show.more(&format!("kernels: {}, {} threads", engine.isa(), engine.threads()))?;
-    print(&format!("\n{}", indent(PROMPT)))?;
+    print(&format!("\n    {}", indent(PROMPT)))?;
     let done = speak(&mut engine, &mut |text| print(&indent(text)))?;
     print("\n\n")?;
     let decode = &done.decode;
