@@ -1,11 +1,16 @@
 //! The options that every command which computes has in common.
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 
 use clap::ValueEnum;
-use sluice_runtime::{EngineOptions, ReadEngineKind};
+use sluice_format::{ModelFile, TOKENIZER_BLOB};
+use sluice_runtime::text::{TextError, Tokenizer};
+use sluice_runtime::{Engine, EngineOptions, ReadEngineKind};
 
+use crate::error::CliError;
 use crate::size::parse_size;
+use crate::terminal::spinner;
 
 /// How the model is opened.
 #[derive(Debug, clap::Args)]
@@ -41,8 +46,15 @@ pub(crate) enum EngineChoice {
 }
 
 impl EngineArgs {
-    /// The engine's options for sessions of `context` tokens.
-    pub(crate) fn options(&self, context: usize) -> EngineOptions {
+    /// Opens the model for sessions of `context` tokens. Reads all dense weights: seconds, for a large model.
+    pub(crate) fn open(&self, path: &Path, context: usize) -> Result<Engine, CliError> {
+        let spinner = spinner("opening the model");
+        let engine = Engine::open(path, &self.options(context));
+        spinner.finish_and_clear();
+        Ok(engine?)
+    }
+
+    fn options(&self, context: usize) -> EngineOptions {
         EngineOptions {
             budget: self.budget,
             read_engine: self.engine.map(|e| match e {
@@ -54,4 +66,9 @@ impl EngineArgs {
             context: Some(context),
         }
     }
+}
+
+/// The model's tokenizer, if it has one: whatever is wrong with a text should be said before the weights are read.
+pub(crate) fn tokenizer(file: &ModelFile) -> Result<Option<Tokenizer>, TextError> {
+    file.metadata().get(TOKENIZER_BLOB).map(Tokenizer::from_json).transpose()
 }

@@ -17,8 +17,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-
-const ABOUT: &str = "Runs mixture-of-experts language models far larger than memory by streaming their weights from SSD";
+const ABOUT: &str =
+    "Runs mixture-of-experts language models far larger than memory by streaming their weights from SSD";
 
 const EXAMPLES: &str = "\
 Start here:

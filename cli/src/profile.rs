@@ -172,7 +172,8 @@ mod tests {
     #[test]
     fn phases_are_differences() {
         let a = Stats { tokens: 3, hits: 1, misses: 9, expert_bytes_read: 100, ..Stats::default() };
-        let b = Stats { tokens: 7, hits: 4, misses: 10, expert_bytes_read: 140, io_wait_seconds: 0.5, ..Stats::default() };
+        let b =
+            Stats { tokens: 7, hits: 4, misses: 10, expert_bytes_read: 140, io_wait_seconds: 0.5, ..Stats::default() };
         let phase = Phase::between(&a, &b, 2.0);
         assert_eq!((phase.tokens, phase.tokens_per_second), (4, 2.0));
         assert_eq!((phase.expert_bytes_read_per_token, phase.hit_rate), (10.0, Some(0.75)));

@@ -58,6 +58,11 @@ pub(crate) fn step_bar(what: impl Into<std::borrow::Cow<'static, str>>, steps: u
     bar(steps, "{prefix:.bold} {bar:32.cyan} {percent} %  {eta} left").with_prefix(what)
 }
 
+/// A sign of life, for work whose length is not known.
+pub(crate) fn spinner(what: &'static str) -> ProgressBar {
+    bar(0, "{spinner} {prefix} ({elapsed})").with_prefix(what)
+}
+
 /// `value` of `whole` in percent, 0 when there is no whole.
 pub(crate) fn percent(value: f64, whole: f64) -> f64 {
     if whole > 0.0 { 100.0 * value / whole } else { 0.0 }

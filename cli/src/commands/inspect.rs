@@ -127,7 +127,9 @@ fn examine(path: &Path, file: &ModelFile, context: usize, list_extents: bool) ->
             .extents()
             .iter()
             .filter(|e| e.kind == ExtentKind::Expert)
-           .map(|e| e.stored_len).max().unwrap_or(0),
+            .map(|e| e.stored_len)
+            .max()
+            .unwrap_or(0),
         experts_per_token: spec.routed_per_token(),
         token_cycle_bytes: file.token_cycle_bytes(),
         kinds: kinds(file),
@@ -191,7 +193,12 @@ fn describe(r: &Report) -> String {
     );
     line(
         "experts",
-        format!("{} in each of those layers, {} per token; {} each", r.experts_per_layer, r.top_k, Bytes(r.expert_bytes)),
+        format!(
+            "{} in each of those layers, {} per token; {} each",
+            r.experts_per_layer,
+            r.top_k,
+            Bytes(r.expert_bytes)
+        ),
     );
     line(
         "token cycle",
@@ -210,7 +217,8 @@ fn describe(r: &Report) -> String {
         let _ = writeln!(out, "{:<12} {:>8} {:>12}  {types}", kind.kind, kind.extents, Bytes(kind.bytes).to_string());
     }
     if let Some(extents) = &r.extents {
-        let _ = writeln!(out, "\n{:<24} {:>16} {:>14} {:>14}  checksum (xxh3-64)", "extent", "offset", "stored", "used");
+        let _ =
+            writeln!(out, "\n{:<24} {:>16} {:>14} {:>14}  checksum (xxh3-64)", "extent", "offset", "stored", "used");
         for e in extents {
             let (name, offset) = (&e.name, e.offset);
             let _ =

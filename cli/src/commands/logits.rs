@@ -1,9 +1,10 @@
 //! `sluice logits`: what the model thinks of every position, as a NumPy array.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use sluice_format::ModelFile;
 use sluice_runtime::Engine;
 
 use crate::engine_args::EngineArgs;
@@ -42,21 +43,27 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let TokenIds(ids) = &args.ids;
-    let mut engine = Engine::open(&args.file, &args.engine.options(ids.len()))?;
-    check_ids(ids, engine.spec().vocab_size)?;
-    if ids.len() > engine.spec().max_positions {
-        return Err(CliError::Usage(format!(
-            "there are {} tokens, the model takes at most {}",
-            ids.len(),
-            engine.spec().max_positions
-        )));
+    let file = ModelFile::open(&args.file)?;
+    let spec = file.spec();
+    check_ids(ids, spec.vocab_size)?;
+    if ids.len() > spec.max_positions {
+        let (given, most) = (ids.len(), spec.max_positions);
+        return Err(CliError::Usage(format!("there are {given} tokens, the model takes at most {most}")));
     }
-    let mut out = Rows::create(&args.out, ids.len(), engine.spec().vocab_size)?;
+    let mut engine = args.engine.open(&args.file, ids.len())?;
+    let out = Rows::create(&args.out, ids.len(), spec.vocab_size)?;
+    let outcome = compute(&mut engine, ids, args.step, out);
+    // A header that promises more than follows would be found out much later.
+    if outcome.is_err() && args.out.is_file() {
+        let _ = fs::remove_file(&args.out);
+    }
+    outcome
+}
+
+fn compute(engine: &mut Engine, ids: &[u32], step: bool, mut out: Rows<'_>) -> Result<(), CliError> {
     let mut session = engine.new_session();
-    // All at once is one chunk of the prompt; a step is a chunk of one token.
-    let chunk = if args.step { 1 } else { ids.len() };
-    for chunk in ids.chunks(chunk) {
-        engine.forward_all(&mut session, chunk, &mut |_, row| out.push(row))?;
+    for part in ids.chunks(if step { 1 } else { ids.len() }) {
+        engine.forward_all(&mut session, part, &mut |_, row| out.push(row))?;
     }
     out.finish()
 }

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::value_parser;
 use serde::Serialize;
+use sluice_format::ModelFile;
 use sluice_runtime::Engine;
 
-use crate::engine_args::EngineArgs;
+use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
 use crate::terminal::{print, print_json, step_bar};
 
@@ -51,17 +52,13 @@ struct Score {
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let text = std::fs::read_to_string(&args.text).map_err(CliError::file(&args.text, "read the text"))?;
     let window = args.window as usize;
-    let mut engine = Engine::open(&args.file, &args.engine.options(window))?;
-    if window > engine.spec().max_positions {
-        return Err(CliError::Usage(format!(
-            "--window is {window}, the model takes at most {} tokens",
-            engine.spec().max_positions
-        )));
+    let file = ModelFile::open(&args.file)?;
+    if window > file.spec().max_positions {
+        let most = file.spec().max_positions;
+        return Err(CliError::Usage(format!("--window is {window}, the model takes at most {most} tokens")));
     }
-    let tokenizer = engine.tokenizer()?.ok_or_else(|| {
-        CliError::Failure(format!("{} has no tokenizer, so it cannot read text", args.file.display()))
-    })?;
-    let ids = tokenizer.encode(&text, true)?;
+    let mute = || CliError::Failure(format!("{} has no tokenizer, so it cannot read text", args.file.display()));
+    let ids = tokenizer(&file)?.ok_or_else(mute)?.encode(&text, true)?;
     if ids.len() < 2 {
         return Err(CliError::Failure(format!(
             "{} has {} tokens: at least two are needed, one to start from and one to score",
@@ -69,6 +66,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
             ids.len()
         )));
     }
+    let mut engine = args.engine.open(&args.file, window)?;
     let score = score(&mut engine, &ids, window)?;
     if args.json {
         return print_json(&score);

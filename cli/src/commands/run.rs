@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use serde_json::json;
-use sluice_format::{ModelFile, ModelSpec, TOKENIZER_BLOB};
+use sluice_format::{ModelFile, ModelSpec, SOURCE_CONFIG_BLOB};
 use sluice_runtime::Engine;
-use sluice_runtime::text::{StopCondition, Tokenizer};
+use sluice_runtime::sampler::SamplerConfig;
+use sluice_runtime::text::{GenerationDefaults, StopCondition, Tokenizer};
 
-use crate::engine_args::EngineArgs;
+use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
 use crate::generate::{Finish, Generation, Request, generate};
 use crate::ids::{TokenIds, check_ids};
@@ -82,37 +83,53 @@ pub(crate) struct Args {
     context: Option<usize>,
 }
 
+/// Everything that can be wrong before weights are read.
+struct Prepared {
+    tokenizer: Option<Tokenizer>,
+    prompt: Vec<u32>,
+    context: usize,
+    sampling: SamplerConfig,
+    stop: StopCondition,
+}
+
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let started = Instant::now();
-    let file = ModelFile::open(&args.file)?;
-    let tokenizer = file.metadata().get(TOKENIZER_BLOB).map(Tokenizer::from_json).transpose()?;
-    if tokenizer.is_none() && !args.ids && !args.json {
-        return Err(CliError::Usage(format!(
-            "{} has no tokenizer, so its output cannot be shown as text: ask for token ids with --ids",
-            args.file.display()
-        )));
-    }
-    if tokenizer.is_none() && !args.stop.is_empty() {
-        return Err(CliError::Usage(format!("--stop needs a tokenizer, and {} has none", args.file.display())));
-    }
-    let prompt = prompt(args, tokenizer.as_ref(), file.spec())?;
-    let context = context(args, prompt.len(), file.spec())?;
-    drop(file);
-
-    let mut engine = Engine::open(&args.file, &args.engine.options(context))?;
+    let prepared = prepare(args)?;
+    let mut engine = args.engine.open(&args.file, prepared.context)?;
     let open_seconds = started.elapsed().as_secs_f64();
-    let defaults = engine.defaults()?;
-    let eos = if args.ignore_eos { Default::default() } else { defaults.eos.clone() };
     let request = Request {
-        prompt: &prompt,
+        prompt: &prepared.prompt,
         max_tokens: args.max_tokens,
-        sampling: args.sampling.config(&defaults),
-        stop: &StopCondition::new(eos, args.stop.clone())?,
-        tokenizer: tokenizer.as_ref(),
+        sampling: prepared.sampling,
+        stop: &prepared.stop,
+        tokenizer: prepared.tokenizer.as_ref(),
     };
     let generation = stream(args, &mut engine, &request)?;
     let profile = Profile::new(&engine, &generation, open_seconds);
     report(args, &request, &generation, &profile)
+}
+
+fn prepare(args: &Args) -> Result<Prepared, CliError> {
+    let file = ModelFile::open(&args.file)?;
+    let name = args.file.display();
+    let tokenizer = tokenizer(&file)?;
+    if tokenizer.is_none() && !args.ids && !args.json {
+        return Err(CliError::Usage(format!(
+            "{name} has no tokenizer, so its output cannot be shown as text: ask for token ids with --ids"
+        )));
+    }
+    if tokenizer.is_none() && !args.stop.is_empty() {
+        return Err(CliError::Usage(format!("--stop needs a tokenizer, and {name} has none")));
+    }
+    let blob = |name| file.metadata().get(name);
+    let defaults = GenerationDefaults::parse(blob("generation_config.json"), blob(SOURCE_CONFIG_BLOB))?;
+    let sampling = args.sampling.config(&defaults);
+    sampling.validate()?;
+    let eos = if args.ignore_eos { Default::default() } else { defaults.eos };
+    let stop = StopCondition::new(eos, args.stop.clone())?;
+    let prompt = prompt(args, tokenizer.as_ref(), file.spec())?;
+    let context = context(args, prompt.len(), file.spec())?;
+    Ok(Prepared { tokenizer, prompt, context, sampling, stop })
 }
 
 /// Generates and shows what is wanted while it comes.
