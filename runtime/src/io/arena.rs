@@ -2,7 +2,7 @@
 //!
 //! Memory is taken once, at start, and pre-faulted, so that decoding neither allocates nor
 //! faults. A [`Slot`] is the exclusive, safe owner of its bytes. To be read into, it is moved
-//! into a [`Filling`](super::fill::Filling), and it comes back only when no read is in flight:
+//! into a `Filling`, and it comes back only when no read is in flight:
 //! safe code can never look at bytes that a drive may still be writing.
 
 use std::fmt;
@@ -10,7 +10,7 @@ use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use super::error::IoError;
 use super::fill::FillState;
@@ -152,6 +152,7 @@ fn trim(raw: NonNull<u8>, padded: usize, align: usize, len: usize) -> NonNull<u8
 fn advise_huge_pages(base: NonNull<u8>, len: usize) -> bool {
     #[cfg(target_os = "linux")]
     {
+        use nix::sys::mman::{MmapAdvise, madvise};
         // SAFETY: the range is exactly the fresh mapping; the advice changes no byte.
         let advised = unsafe { madvise(base.cast(), len, MmapAdvise::MADV_HUGEPAGE) };
         len >= HUGE_PAGE_BYTES && advised.is_ok()

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 ///
 /// ```
 /// use sluice_runtime::io::ExtentName;
-/// assert_eq!(ExtentName::expert(3, 17).to_string(), "expert 17 of layer 3");
-/// assert_eq!(ExtentName::dense("attention", Some(3)).to_string(), "attention of layer 3");
+/// assert_eq!(ExtentName::expert(3, 17).to_string(), "layer 3 expert 17");
+/// assert_eq!(ExtentName::dense("attention", Some(3)).to_string(), "layer 3 attention");
 /// assert_eq!(ExtentName::dense("token embedding", None).to_string(), "token embedding");
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -38,14 +38,15 @@ impl ExtentName {
 
 impl fmt::Display for ExtentName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.kind)?;
-        if let Some(index) = self.index {
-            write!(f, " {index}")?;
-        }
         if let Some(layer) = self.layer {
-            write!(f, " of layer {layer}")?;
+            write!(f, "layer {layer} ")?;
         }
-        Ok(())
+        f.write_str(self.kind)?;
+        match (self.layer, self.index) {
+            (_, None) => Ok(()),
+            (Some(_), Some(index)) => write!(f, " {index}"),
+            (None, Some(index)) => write!(f, " part {index}"),
+        }
     }
 }
 

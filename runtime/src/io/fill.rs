@@ -1,13 +1,13 @@
 //! Filling a slot: who may write which bytes, and who may read which, while reads are in flight.
 //!
-//! A fill has two ends. [`Filling`] belongs to the I/O thread: it cuts the slot into chunks,
+//! A fill has two ends. `Filling` belongs to the I/O thread: it cuts the slot into chunks,
 //! hands each out as a [`ChunkMem`] (the exclusive right to write one range), takes it back, and
-//! knows how far the bytes are contiguous. [`Arriving`] belongs to whoever waits: it can read
+//! knows how far the bytes are contiguous. `Arriving` belongs to whoever waits: it can read
 //! the contiguous prefix, and gives the slot back once the fill has ended. The rules that make
 //! this sound, all enforced in this file:
 //!
 //! - a byte is covered by at most one `ChunkMem`, and by none once it is part of the prefix;
-//! - the prefix shrinks only in [`Filling::try_restart`], which waits until every [`Prefix`]
+//! - the prefix shrinks only in `Filling::try_restart`, which waits until every `PrefixBytes`
 //!   guard is gone, and no new guard can see old bytes;
 //! - a fill ends only when all its `ChunkMem`s have been given back. One that is lost (the I/O
 //!   thread died) takes its slot with it: memory that a drive may write is never reused.
@@ -18,10 +18,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::arena::{Mapping, PAGE_BYTES, Slot};
 use super::error::ReadError;
 
-/// Chunks that may arrive ahead of the first missing one: bits of [`Filling::window`].
+/// Chunks that may arrive ahead of the first missing one: bits of `Filling::window`.
 const WINDOW_CHUNKS: u32 = u128::BITS;
 
-/// Where a fill is. Stored as a number in [`FillState::phase`].
+/// Where a fill is. Stored as a number in `FillState::phase`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum ReadPhase {
@@ -43,11 +43,11 @@ pub(crate) struct FillState {
     arrived: AtomicUsize,
     /// How often the extent had to be read again from its first byte.
     attempt: AtomicU32,
-    /// [`Prefix`] guards alive.
+    /// `PrefixBytes` guards alive.
     readers: AtomicUsize,
     /// Position in the order in which fills ended; valid once the fill has ended.
     finished: AtomicU64,
-    error: Mutex<Option<ReadError>>,
+    error: Mutex<Option<Box<ReadError>>>,
 }
 
 impl FillState {
@@ -189,7 +189,7 @@ impl Filling {
         self.issued + 1 == self.chunk_count()
     }
 
-    /// True if [`next_chunk`](Self::next_chunk) would hand one out now.
+    /// True if `next_chunk` would hand one out now.
     pub(crate) fn can_issue(&self) -> bool {
         self.has_more() && self.issued - self.arrived < WINDOW_CHUNKS
     }
@@ -253,7 +253,7 @@ impl Filling {
         self.issued = self.chunk_count();
     }
 
-    /// After [`retract`](Self::retract): allows chunks to be handed out again, once no reader
+    /// After `retract`: allows chunks to be handed out again, once no reader
     /// holds old bytes. A reader that goes later wakes the I/O thread.
     pub(crate) fn try_restart(&mut self) -> bool {
         assert_eq!(self.outstanding, 0, "chunks are in flight");
@@ -264,7 +264,7 @@ impl Filling {
         free
     }
 
-    /// True if someone holds a [`PrefixBytes`].
+    /// True if someone holds a `PrefixBytes`.
     ///
     /// A reader counts itself before it loads `arrived`, and `retract` clears `arrived` before
     /// this load. So a reader that is not counted here sees an empty prefix.
@@ -285,7 +285,7 @@ impl Filling {
             }
             Err(error) => {
                 let mut place = self.state.error.lock().unwrap_or_else(PoisonError::into_inner);
-                *place = Some(error);
+                *place = Some(Box::new(error));
                 ReadPhase::Failed
             }
         };
@@ -344,7 +344,7 @@ impl Arriving {
     ///
     /// # Panics
     /// If the fill has not ended.
-    pub(crate) fn finish(mut self) -> Result<Slot, (Option<ReadError>, Option<Slot>)> {
+    pub(crate) fn finish(mut self) -> Result<Slot, (Option<Box<ReadError>>, Option<Slot>)> {
         match self.phase() {
             ReadPhase::Ready => {
                 self.slot.len = self.len;

@@ -8,7 +8,7 @@
 //!
 //! - [`arena`]: the memory. A [`Slot`] owns its bytes; while a read is in flight, the read does.
 //! - [`fill`]: the two ends of a read into a slot: who may write, who may see which prefix.
-//! - [`file`]: opening for direct I/O, and the proof that it is engaged.
+//! - [`mod@file`]: opening for direct I/O, and the proof that it is engaged.
 //! - [`ReadEngine`]: moves chunks. Knows no extents, no checksums, no priorities.
 //! - [`queue`]: the order of chunks. Pure.
 //! - [`scheduler`] and `worker`: the handle and the thread: chunks in flight, short reads,

@@ -92,7 +92,7 @@ pub struct ExtentRead {
 #[derive(Debug)]
 pub struct ReadFailure {
     /// Why.
-    pub error: ReadError,
+    pub error: Box<ReadError>,
     /// The slot, to be used again; gone if the I/O thread died while a drive could write to it.
     pub slot: Option<Slot>,
 }
@@ -321,12 +321,12 @@ impl Scheduler {
     /// [`ReadError::Request`] if file, offset or length are not possible or the slot is too
     /// small, [`ReadError::Stopped`] if the I/O thread has ended.
     pub fn submit(&self, slot: Slot, read: ExtentRead) -> Result<PendingRead, ReadFailure> {
-        if let Err(error) = self.check(&slot, &read) {
+        if let Err(error) = self.check(&slot, &read).map_err(Box::new) {
             return Err(ReadFailure { error, slot: Some(slot) });
         }
         let mut inbox = self.shared.lock_inbox();
         if let Some(reason) = inbox.stopped.clone() {
-            let error = ReadError::Stopped { reason };
+            let error = Box::new(ReadError::Stopped { reason });
             return Err(ReadFailure { error, slot: Some(slot) });
         }
         let id = self.shared.next_id.fetch_add(1, Relaxed);
@@ -508,9 +508,10 @@ impl PendingRead {
         let Some(arriving) = self.arriving.take() else {
             unreachable!("only `finish` takes it, and ends the life of the read")
         };
-        arriving
-            .finish()
-            .map_err(|(error, slot)| ReadFailure { error: error.unwrap_or_else(|| self.shared.stopped_error()), slot })
+        arriving.finish().map_err(|(error, slot)| ReadFailure {
+            error: error.unwrap_or_else(|| Box::new(self.shared.stopped_error())),
+            slot,
+        })
     }
 }
 

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 /// Alignments that a file wants for direct I/O, in bytes.
+#[cfg(target_os = "linux")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DirectAlignment {
     /// Of addresses in memory.

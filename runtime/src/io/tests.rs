@@ -96,8 +96,8 @@ fn wrong_checksum_is_an_error(open: &impl Fn(&[Region], &IoConfig) -> Scheduler)
     let read = io.submit(slots.remove(4), extents[4]).expect("accepted");
     let failure = read.finish().expect_err("damaged");
     let text = failure.error.to_string();
-    assert!(matches!(failure.error, ReadError::Checksum { .. }), "{text}");
-    assert!(text.contains("expert 4 of layer 0"), "{text}");
+    assert!(matches!(*failure.error, ReadError::Checksum { .. }), "{text}");
+    assert!(text.contains("layer 0 expert 4"), "{text}");
     assert_eq!(io.stats().checksum_retries, 1);
     assert_eq!(io.stats().demand_bytes, 2 * extents[4].len as u64);
     // The slot is as good as new.
@@ -124,7 +124,7 @@ fn impossible_requests_are_errors(open: &impl Fn(&[Region], &IoConfig) -> Schedu
     let mut slot = slots.remove(3);
     for read in bad {
         let failure = io.submit(slot, read).expect_err("impossible");
-        assert!(matches!(failure.error, ReadError::Request { .. }), "{}", failure.error);
+        assert!(matches!(*failure.error, ReadError::Request { .. }), "{}", failure.error);
         slot = failure.slot.expect("the slot is back");
     }
 }
@@ -291,7 +291,7 @@ fn read_with(drive: &SimDrive, seed: u64, victim: usize) -> (Option<ReadError>, 
             Err(failure) => {
                 assert_eq!(index, victim, "seed {seed}: {}", failure.error);
                 assert!(failure.slot.is_some());
-                error = Some(failure.error);
+                error = Some(*failure.error);
             }
         }
     }

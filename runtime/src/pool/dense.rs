@@ -49,10 +49,10 @@ impl PinnedExtents {
                 class: Class::Demand,
                 name,
             };
-            io.submit(slot, read).map_err(|failure| failure.error.into())
+            io.submit(slot, read).map_err(|failure| (*failure.error).into())
         };
         let pending: Result<Vec<PendingRead>, PoolError> = slots.into_iter().zip(locations).map(submit).collect();
-        let finish = |read: PendingRead| read.finish().map_err(|failure| failure.error.into());
+        let finish = |read: PendingRead| read.finish().map_err(|failure| (*failure.error).into());
         let slots = pending?.into_iter().map(finish).collect::<Result<Vec<Slot>, PoolError>>()?;
         Ok(PinnedExtents { slots })
     }

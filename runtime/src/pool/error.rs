@@ -12,19 +12,9 @@ pub enum PoolError {
     /// An extent could not be read. Names it.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// The dense parts and one expert do not fit.
-    #[error(
-        "a budget of {budget_bytes} bytes is too small: the dense parts take {dense_bytes} \
-         bytes and one expert {slot_bytes}; give at least their sum"
-    )]
-    BudgetTooSmall {
-        /// Bytes given.
-        budget_bytes: usize,
-        /// Bytes of the dense parts.
-        dense_bytes: usize,
-        /// Bytes of one slot.
-        slot_bytes: usize,
-    },
+    /// A model with experts, and not one slot for them.
+    #[error("the memory plan has no slot for experts; raise the budget")]
+    NoRoom,
     /// The directory of experts does not describe a model.
     #[error("the directory of experts is not possible: {rule}")]
     Directory {

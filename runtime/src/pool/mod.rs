@@ -86,15 +86,15 @@ struct PassState {
 }
 
 impl Pool {
-    /// Takes memory for as many slots as fit into `budget_bytes`, at most one per expert.
+    /// Takes memory for `slots` slots, at most one per expert.
     ///
     /// # Errors
-    /// [`PoolError::BudgetTooSmall`] if not one fits, [`PoolError::Io`] if the system does not
+    /// [`PoolError::NoRoom`] without a slot for a model with experts, [`PoolError::Io`] if the system does not
     /// give the memory.
     pub fn reserve(directory: &ExpertDirectory, slots: usize) -> Result<Arena, PoolError> {
         let slots = slots.min(directory.len() as usize);
         if slots == 0 && !directory.is_empty() {
-            return Err(PoolError::NoSlots);
+            return Err(PoolError::NoRoom);
         }
         Ok(Arena::uniform(directory.slot_bytes(), slots, "experts")?)
     }
@@ -228,7 +228,7 @@ impl Pool {
                 }
                 Err(ReadFailure { error, slot }) => {
                     self.put_back(number, slot);
-                    self.pass.failed = Some(error.into());
+                    self.pass.failed = Some((*error).into());
                     self.pass.todo.clear();
                 }
             }
@@ -280,7 +280,7 @@ impl Pool {
                 self.table[expert as usize] = ABSENT;
                 self.policy.evict(expert);
                 self.put_back(number, slot);
-                Err(error.into())
+                Err((*error).into())
             }
         }
     }
@@ -431,3 +431,6 @@ impl Drop for ExpertGuard<'_> {
         self.pool.submit_missing();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -35,7 +35,7 @@ impl Storage {
     /// Opens the files, takes all memory, starts the engine and reads the dense parts.
     ///
     /// # Errors
-    /// [`PoolError::NoSlots`] if there is no slot, [`PoolError::Io`] if files, memory or engine cannot be had, [`PoolError::Read`] if a
+    /// [`PoolError::NoRoom`] if there is no slot, [`PoolError::Io`] if files, memory or engine cannot be had, [`PoolError::Read`] if a
     /// dense part cannot be read.
     pub fn open(
         paths: &[PathBuf],
