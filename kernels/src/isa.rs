@@ -4,7 +4,7 @@ use crate::activations::Activations;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Matrix;
 use crate::scalar;
-#[cfg(any())]
+#[cfg(target_arch = "x86_64")]
 use crate::x86::{Avx2, Avx512};
 
 /// The environment variable that overrides the choice.
@@ -34,9 +34,9 @@ pub enum IsaError {
 #[derive(Clone, Copy, Debug)]
 enum Isa {
     Scalar,
-    #[cfg(any())]
+    #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
-    #[cfg(any())]
+    #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
 }
 
@@ -85,7 +85,7 @@ impl Kernels {
     pub fn available() -> Vec<Kernels> {
         #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
         let mut all = vec![Self::scalar()];
-        #[cfg(any())]
+        #[cfg(target_arch = "x86_64")]
         {
             all.extend(Avx2::new().map(|token| Kernels { isa: Isa::Avx2(token) }));
             all.extend(Avx512::new().map(|token| Kernels { isa: Isa::Avx512(token) }));
@@ -97,9 +97,9 @@ impl Kernels {
     pub fn isa_name(&self) -> &'static str {
         match self.isa {
             Isa::Scalar => "scalar",
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => "avx2",
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => "avx512",
         }
     }
@@ -112,9 +112,9 @@ impl Kernels {
         assert_eq!(a.len(), b.len(), "an inner product takes two vectors of one length");
         match self.isa {
             Isa::Scalar => scalar::dot(a, b),
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2(isa) => isa.dot(a, b),
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.dot(a, b),
         }
     }
@@ -127,9 +127,9 @@ impl Kernels {
         assert_eq!(x.len(), y.len(), "axpy takes two vectors of one length");
         match self.isa {
             Isa::Scalar => scalar::axpy(a, x, y),
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2(isa) => isa.axpy(a, x, y),
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.axpy(a, x, y),
         }
     }
@@ -138,16 +138,15 @@ impl Kernels {
     pub(crate) fn tile(&self, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
         match self.isa {
             Isa::Scalar => {
-                for t in 0..shape.tokens {
-                    for g in 0..shape.groups {
-                        let rows = scalar::group(&w.group(shape.group + g), x, shape.token + t, shape.int8);
-                        out[t][g * 8..][..8].copy_from_slice(&rows);
+                for (t, out) in out[..shape.tokens].iter_mut().enumerate() {
+                    for (g, out) in out.as_chunks_mut().0[..shape.groups].iter_mut().enumerate() {
+                        *out = scalar::group(&w.group(shape.group + g), x, shape.token + t, shape.int8);
                     }
                 }
             }
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2(isa) => isa.tile(w, x, shape, out),
-            #[cfg(any())]
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.tile(w, x, shape, out),
         }
     }
@@ -169,5 +168,31 @@ mod tests {
                 Err(e) => assert!(!names.contains(&name) && matches!(e, IsaError::Unavailable { .. })),
             }
         }
+    }
+
+    /// Not a test by itself: says what was detected, for the test below.
+    #[test]
+    #[ignore = "run by another test with SLUICE_ISA set"]
+    fn say_what_is_detected() {
+        match Kernels::detect() {
+            Ok(k) => println!("detected={}", k.isa_name()),
+            Err(e) => println!("error={e}"),
+        }
+    }
+
+    #[test]
+    fn the_environment_overrides() {
+        let run = |name: &str| {
+            let output = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "isa::tests::say_what_is_detected", "--ignored", "--nocapture"])
+                .env(OVERRIDE, name)
+                .output()
+                .unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        for k in Kernels::available() {
+            assert!(run(k.isa_name()).contains(&format!("detected={}", k.isa_name())));
+        }
+        assert!(run("sse9").contains("error=SLUICE_ISA=\"sse9\" names no instruction set"));
     }
 }

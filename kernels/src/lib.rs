@@ -30,7 +30,7 @@ mod par_slice;
 mod scalar;
 mod threads;
 mod top_k;
-#[cfg(any())]
+#[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub use activations::{Activations, Precision};

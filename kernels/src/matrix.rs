@@ -31,8 +31,7 @@ pub enum WeightType {
 
 impl WeightType {
     /// Every type.
-    pub const ALL: [WeightType; 7] =
-        [Self::F32, Self::F16, Self::Bf16, Self::Fp8, Self::Q8, Self::Int4, Self::Mxfp4];
+    pub const ALL: [WeightType; 7] = [Self::F32, Self::F16, Self::Bf16, Self::Fp8, Self::Q8, Self::Int4, Self::Mxfp4];
 
     /// Whether values are stored in blocks of 32 columns, for which there are integer kernels.
     pub fn is_blocked(self) -> bool {
@@ -188,7 +187,7 @@ impl<'a> Matrix<'a> {
         let p = &self.planes;
         let bytes = &self.data[g * p.total..(g + 1) * p.total];
         let (scales, values) = bytes.split_at(p.scales_padded);
-        Group { ty: self.ty, cols: self.cols, scales: &scales[..p.scales], values: &values[..p.values] }
+        Group { ty: self.ty, scales: &scales[..p.scales], values: &values[..p.values] }
     }
 }
 
@@ -196,7 +195,6 @@ impl<'a> Matrix<'a> {
 #[derive(Clone, Copy)]
 pub(crate) struct Group<'a> {
     pub(crate) ty: WeightType,
-    pub(crate) cols: usize,
     /// `Planes::scales` bytes.
     pub(crate) scales: &'a [u8],
     /// `Planes::values` bytes.

@@ -4,7 +4,7 @@
 //! panics.
 
 use crate::matrix::{BLOCK, FP8_BLOCK, Group, Matrix, Planes, ROW_GROUP, WeightType};
-use crate::number::{f16_to_f32, f32_to_bf16, f32_to_f16};
+use crate::number::{E2M1, f16_to_f32, f32_to_bf16, f32_to_f16};
 use crate::scalar;
 
 /// The two planes of a zeroed row group.
@@ -184,10 +184,14 @@ fn unpack_column(w: &Group<'_>, k: usize) -> scalar::Rows {
             let scale = scalar::f32_at(w.scales, k / FP8_BLOCK);
             scalar::column(w, k).map(|v| v * 256.0 * scale)
         }
-        _ => {
-            let scales = scalar::block_scales(w, k / BLOCK);
-            let (values, unit) = (scalar::block_column(w, k / BLOCK, k % BLOCK), scalar::unit(w.ty));
-            std::array::from_fn(|r| f32::from(values[r]) * unit * scales[r])
+        WeightType::Mxfp4 => {
+            // Not by way of the integers: they have no negative zero.
+            let (scales, codes) = (scalar::block_scales(w, k / BLOCK), scalar::nibbles(w, k / BLOCK, k % BLOCK));
+            std::array::from_fn(|r| E2M1[codes[r] as usize] * scales[r])
+        }
+        WeightType::Q8 | WeightType::Int4 => {
+            let (scales, values) = (scalar::block_scales(w, k / BLOCK), scalar::block_column(w, k / BLOCK, k % BLOCK));
+            std::array::from_fn(|r| f32::from(values[r]) * scales[r])
         }
     }
 }

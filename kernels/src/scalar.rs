@@ -104,10 +104,16 @@ pub(crate) fn block_column(w: &Group<'_>, g: usize, k: usize) -> [i8; ROW_GROUP]
     if w.ty == WeightType::Q8 {
         return std::array::from_fn(|r| w.values[g * 256 + q * 32 + r * 4 + i] as i8);
     }
+    let codes = nibbles(w, g, k);
+    if w.ty == WeightType::Int4 { codes.map(|c| c as i8 - 8) } else { codes.map(|c| E2M1_DOUBLED[c as usize]) }
+}
+
+/// The nibbles of column `k` of block `g`, one per row.
+pub(crate) fn nibbles(w: &Group<'_>, g: usize, k: usize) -> [u8; ROW_GROUP] {
+    let (q, i) = (k / 4, k % 4);
     std::array::from_fn(|r| {
         let byte = w.values[g * 128 + (q % 4) * 32 + r * 4 + i];
-        let nibble = if q < 4 { byte & 15 } else { byte >> 4 };
-        if w.ty == WeightType::Int4 { nibble as i8 - 8 } else { E2M1_DOUBLED[nibble as usize] }
+        if q < 4 { byte & 15 } else { byte >> 4 }
     })
 }
 

@@ -1,0 +1,420 @@
+//! AVX2 with FMA and F16C: one row group, eight lanes.
+//!
+//! Each function follows the operation of the same name in the `scalar` module; lanes are rows.
+
+use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q8};
+use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows, rows};
+use super::{unit, words};
+use crate::activations::{Activations, QuantisedRow};
+use crate::matmul::{Tile, TileShape};
+use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
+use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
+use std::arch::x86_64::*;
+
+/// Proof that this CPU has AVX2, FMA and F16C.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2 {
+    _private: (),
+}
+
+impl Avx2 {
+    pub(crate) fn new() -> Option<Self> {
+        let has =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        has.then_some(Avx2 { _private: () })
+    }
+
+    pub(crate) fn tile(self, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+        // SAFETY: the token proves the features that the function enables.
+        unsafe { tile(w, x, shape, out) }
+    }
+
+    pub(crate) fn dot(self, a: &[f32], b: &[f32]) -> f32 {
+        // SAFETY: as above.
+        unsafe { dot(a, b) }
+    }
+
+    pub(crate) fn axpy(self, a: f32, x: &[f32], y: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { axpy(a, x, y) }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+    for g in 0..shape.groups {
+        let group = w.group(shape.group + g);
+        match (w.ty(), shape.int8) {
+            (WeightType::F32, _) => unblocked::<F32>(&group, x, shape, g, out),
+            (WeightType::F16, _) => unblocked::<F16>(&group, x, shape, g, out),
+            (WeightType::Bf16, _) => unblocked::<BF16>(&group, x, shape, g, out),
+            (WeightType::Fp8, _) => unblocked::<FP8>(&group, x, shape, g, out),
+            (WeightType::Q8, false) => blocked_f32::<Q8>(&group, x, shape, g, out),
+            (WeightType::Int4, false) => blocked_f32::<INT4>(&group, x, shape, g, out),
+            (WeightType::Mxfp4, false) => blocked_f32::<MXFP4>(&group, x, shape, g, out),
+            (WeightType::Q8, true) => blocked_int8::<Q8>(&group, x, shape, g, out),
+            (WeightType::Int4, true) => blocked_int8::<INT4>(&group, x, shape, g, out),
+            (WeightType::Mxfp4, true) => blocked_int8::<MXFP4>(&group, x, shape, g, out),
+        }
+    }
+}
+
+// Tokens per pass are as many as leave the accumulators in the 16 registers.
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn unblocked<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
+    let mut t = 0;
+    while shape.tokens - t >= 2 {
+        put(unblocked_tokens::<TY, 2>(w, rows(x, shape.token + t)), &mut out[t..], g);
+        t += 2;
+    }
+    if t < shape.tokens {
+        put(unblocked_tokens::<TY, 1>(w, rows(x, shape.token + t)), &mut out[t..], g);
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn blocked_f32<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
+    let mut t = 0;
+    while shape.tokens - t >= 2 {
+        put(blocks_f32::<TY, 2>(w, padded_rows(x, shape.token + t)), &mut out[t..], g);
+        t += 2;
+    }
+    if t < shape.tokens {
+        put(blocks_f32::<TY, 1>(w, padded_rows(x, shape.token + t)), &mut out[t..], g);
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn blocked_int8<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
+    let mut t = 0;
+    while shape.tokens - t >= 4 {
+        put(blocks_int8::<TY, 4>(w, quantised_rows(x, shape.token + t)), &mut out[t..], g);
+        t += 4;
+    }
+    while t < shape.tokens {
+        put(blocks_int8::<TY, 1>(w, quantised_rows(x, shape.token + t)), &mut out[t..], g);
+        t += 1;
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn put<const T: usize>(rows: [__m256; T], out: &mut [[f32; 2 * ROW_GROUP]], g: usize) {
+    for (out, rows) in out.iter_mut().zip(rows) {
+        store(out[g * ROW_GROUP..].first_chunk_mut().expect("two groups per tile"), rows);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn unblocked_tokens<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [__m256; T] {
+    if TY != FP8 {
+        return columns::<TY, T>(w.values, x);
+    }
+    let mut total = [_mm256_setzero_ps(); T];
+    for (c, values) in w.values.chunks(FP8_BLOCK * ROW_GROUP).enumerate() {
+        let (first, len) = (c * FP8_BLOCK, values.len() / ROW_GROUP);
+        let sum = columns::<TY, T>(values, parts(&x, first, len));
+        let scale = _mm256_set1_ps(256.0 * f32_at(w.scales, c));
+        for t in 0..T {
+            total[t] = _mm256_fmadd_ps(sum[t], scale, total[t]);
+        }
+    }
+    total
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn columns<const TY: u8, const T: usize>(values: &[u8], x: [&[f32]; T]) -> [__m256; T] {
+    let step = const { four_columns(TY) };
+    let cols = x[0].len();
+    let quads = in_fours(&x, cols);
+    let mut s = [[_mm256_setzero_ps(); 4]; T];
+    for (i, w) in values.chunks_exact(step).take(cols / 4).enumerate() {
+        prefetch(w);
+        let w = four::<TY>(w);
+        for t in 0..T {
+            for j in 0..4 {
+                s[t][j] = _mm256_fmadd_ps(w[j], _mm256_set1_ps(quads[t][i][j]), s[t][j]);
+            }
+        }
+    }
+    let rest = cols % 4;
+    if rest > 0 {
+        let mut last = [0u8; 128];
+        last[..rest * step / 4].copy_from_slice(&values[cols / 4 * step..][..rest * step / 4]);
+        let w = four::<TY>(&last[..step]);
+        // Constant indices keep the sums in registers; columns that are not there must not be added, not even as zero.
+        for j in 0..3 {
+            if j < rest {
+                for t in 0..T {
+                    s[t][j] = _mm256_fmadd_ps(w[j], _mm256_set1_ps(x[t][cols - rest + j]), s[t][j]);
+                }
+            }
+        }
+    }
+    each!(_mm256_setzero_ps(); T, t => fold4(s[t]))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn fold4(s: [__m256; 4]) -> __m256 {
+    _mm256_add_ps(_mm256_add_ps(s[0], s[1]), _mm256_add_ps(s[2], s[3]))
+}
+
+/// Four columns.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn four<const TY: u8>(w: &[u8]) -> [__m256; 4] {
+    match TY {
+        F32 => each!(_mm256_setzero_ps(); 4, j => _mm256_castsi256_ps(load32(w, 32 * j))),
+        F16 => each!(_mm256_setzero_ps(); 4, j => _mm256_cvtph_ps(load16(w, 16 * j))),
+        BF16 => each!(_mm256_setzero_ps(); 4, j => _mm256_castsi256_ps(widen_bf16(load16(w, 16 * j)))),
+        _ => {
+            let (low, high) = (e4m3_to_f16(load16(w, 0)), e4m3_to_f16(load16(w, 16)));
+            [
+                _mm256_cvtph_ps(_mm256_castsi256_si128(low)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(low)),
+                _mm256_cvtph_ps(_mm256_castsi256_si128(high)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(high)),
+            ]
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn widen_bf16(bits: __m128i) -> __m256i {
+    _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits))
+}
+
+/// The binary16 bits of 16 codes, each worth 1/256 of the code.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn e4m3_to_f16(codes: __m128i) -> __m256i {
+    // The sign is extended so that it lands in bit 15; the copy of it in bit 14 is masked out.
+    let moved = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(codes));
+    let bits = _mm256_and_si256(moved, _mm256_set1_epi16(0xbf80_u16 as i16));
+    let magnitude = _mm256_set1_epi16(0x3f80);
+    // All ones is a NaN of binary16 too.
+    let nan = _mm256_cmpeq_epi16(_mm256_and_si256(bits, magnitude), magnitude);
+    _mm256_or_si256(bits, nan)
+}
+
+/// The scales of block `g`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn block_scales<const TY: u8>(scales: &[u8], g: usize) -> __m256 {
+    match TY {
+        Q8 => _mm256_cvtph_ps(load16(scales, g * 16)),
+        INT4 => _mm256_castsi256_ps(widen_bf16(load16(scales, g * 16))),
+        _ => {
+            let e = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(*bytes(scales, g * 8))));
+            // Codes 0 and 255 are a subnormal and NaN: the exponent alone would say 0 and infinity.
+            let odd = _mm256_or_si256(
+                _mm256_cmpeq_epi32(e, _mm256_setzero_si256()),
+                _mm256_cmpeq_epi32(e, _mm256_set1_epi32(255)),
+            );
+            let fraction = _mm256_and_si256(odd, _mm256_set1_epi32(0x0040_0000));
+            _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32::<23>(e), fraction))
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn nibbles(w: __m256i) -> (__m256i, __m256i) {
+    let mask = _mm256_set1_epi8(15);
+    (_mm256_and_si256(w, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(w), mask))
+}
+
+/// Signed integers of columns `4q..4q + 4` of a block.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn block_integers<const TY: u8>(w: &[u8], q: usize) -> __m256i {
+    if TY == Q8 {
+        return load32(w, 32 * q);
+    }
+    let (low, high) = nibbles(load32(w, 32 * (q % 4)));
+    let codes = if q < 4 { low } else { high };
+    if TY == INT4 {
+        return _mm256_sub_epi8(codes, _mm256_set1_epi8(8));
+    }
+    _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load16(&const { e2m1_table(0) }, 0)), codes)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn blocks_f32<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [__m256; T] {
+    let mut total = [_mm256_setzero_ps(); T];
+    for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
+        prefetch(values);
+        let x = parts(&x, g * 32, 32);
+        let mut s = [[_mm256_setzero_ps(); 4]; T];
+        for q in 0..8 {
+            let v = block_integers::<TY>(values, q);
+            let w = [
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(v))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<16>(v))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<8>(v))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(v)),
+            ];
+            for t in 0..T {
+                for i in 0..4 {
+                    s[t][i] = _mm256_fmadd_ps(w[i], _mm256_set1_ps(x[t][4 * q + i]), s[t][i]);
+                }
+            }
+        }
+        let scale = block_scales::<TY>(w.scales, g);
+        for t in 0..T {
+            let sum = _mm256_mul_ps(fold4(s[t]), _mm256_set1_ps(const { unit(TY) }));
+            total[t] = _mm256_fmadd_ps(sum, scale, total[t]);
+        }
+    }
+    total
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>; T]) -> [__m256; T] {
+    // The sums of even and odd blocks take turns; in the end their order does not matter.
+    let mut s = [_mm256_setzero_ps(); T];
+    let mut other = s;
+    for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
+        prefetch(values);
+        let dots = if TY == Q8 { dots_q8(values, &x, g) } else { dots_nibbles::<TY, T>(values, &x, g) };
+        let scale = block_scales::<TY>(w.scales, g);
+        for t in 0..T {
+            let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[t].scales[g] * const { unit(TY) }));
+            let next = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t]), scale, s[t]);
+            (s[t], other[t]) = (other[t], next);
+        }
+    }
+    each!(_mm256_setzero_ps(); T, t => _mm256_add_ps(s[t], other[t]))
+}
+
+/// `|w| · (x with the sign of w)`: `vpmaddubsw` takes one unsigned operand. Its pair sums stay within
+/// 2·128·127 = 32512, so nothing saturates.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dots_q8<const T: usize>(values: &[u8], x: &[QuantisedRow<'_>; T], g: usize) -> [__m256i; T] {
+    let words = words(x, g);
+    let ones = _mm256_set1_epi16(1);
+    let mut dots = [_mm256_setzero_si256(); T];
+    for q in 0..8 {
+        let w = load32(values, 32 * q);
+        let magnitude = _mm256_abs_epi8(w);
+        for t in 0..T {
+            let x = _mm256_sign_epi8(_mm256_set1_epi32(words[t][q]), w);
+            let pairs = _mm256_maddubs_epi16(magnitude, x);
+            dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(pairs, ones));
+        }
+    }
+    dots
+}
+
+/// Integers made unsigned by their bias, which the sum of `x` takes out again. In 16 bits, int4 may add
+/// eight pair sums of at most 2·15·127, mxfp4 four of at most 2·24·127: both below 2^15.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dots_nibbles<const TY: u8, const T: usize>(values: &[u8], x: &[QuantisedRow<'_>; T], g: usize) -> [__m256i; T] {
+    let words = words(x, g);
+    let ones = _mm256_set1_epi16(1);
+    let table = _mm256_broadcastsi128_si256(load16(&const { e2m1_table(bias(MXFP4) as i8) }, 0));
+    let mut lows = [_mm256_setzero_si256(); T];
+    let mut highs = [_mm256_setzero_si256(); T];
+    for q in 0..4 {
+        let (mut low, mut high) = nibbles(load32(values, 32 * q));
+        if TY == MXFP4 {
+            (low, high) = (_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high));
+        }
+        for t in 0..T {
+            let pairs_low = _mm256_maddubs_epi16(low, _mm256_set1_epi32(words[t][q]));
+            let pairs_high = _mm256_maddubs_epi16(high, _mm256_set1_epi32(words[t][q + 4]));
+            lows[t] = _mm256_add_epi16(lows[t], pairs_low);
+            highs[t] = _mm256_add_epi16(highs[t], pairs_high);
+        }
+    }
+    let mut dots = [_mm256_setzero_si256(); T];
+    for t in 0..T {
+        let dot = if TY == INT4 {
+            _mm256_madd_epi16(_mm256_add_epi16(lows[t], highs[t]), ones)
+        } else {
+            _mm256_add_epi32(_mm256_madd_epi16(lows[t], ones), _mm256_madd_epi16(highs[t], ones))
+        };
+        dots[t] = _mm256_sub_epi32(dot, _mm256_set1_epi32(const { bias(TY) } * x[t].sums[g]));
+    }
+    dots
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let (a_chunks, a_rest) = a.as_chunks::<DOT_LANES>();
+    let (b_chunks, b_rest) = b.as_chunks::<DOT_LANES>();
+    let mut s = [_mm256_setzero_ps(); 4];
+    for (a, b) in a_chunks.iter().zip(b_chunks) {
+        let (a, b) = (a.as_chunks::<8>().0, b.as_chunks::<8>().0);
+        for j in 0..4 {
+            s[j] = _mm256_fmadd_ps(load(&a[j]), load(&b[j]), s[j]);
+        }
+    }
+    let mut lanes = [0.0; DOT_LANES];
+    for (lanes, s) in lanes.as_chunks_mut::<8>().0.iter_mut().zip(s) {
+        store(lanes, s);
+    }
+    for (lane, (&a, &b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *lane = a.mul_add(b, *lane);
+    }
+    fold_lanes(lanes)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+    let (x_chunks, x_rest) = x.as_chunks::<8>();
+    let (y_chunks, y_rest) = y.as_chunks_mut::<8>();
+    let a8 = _mm256_set1_ps(a);
+    for (y, x) in y_chunks.iter_mut().zip(x_chunks) {
+        store(y, _mm256_fmadd_ps(a8, load(x), load(y)));
+    }
+    for (y, &x) in y_rest.iter_mut().zip(x_rest) {
+        *y = a.mul_add(x, *y);
+    }
+}
+
+/// Asks for bytes a little ahead in the stream; beyond the end it is a hint to nowhere.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn prefetch(w: &[u8]) {
+    for line in (0..w.len()).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD + line).cast());
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load32(from: &[u8], at: usize) -> __m256i {
+    // SAFETY: the reference covers the 32 bytes; the load has no alignment.
+    unsafe { _mm256_loadu_si256(bytes::<32>(from, at).as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load16(from: &[u8], at: usize) -> __m128i {
+    // SAFETY: the reference covers the 16 bytes; the load has no alignment.
+    unsafe { _mm_loadu_si128(bytes::<16>(from, at).as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load(from: &[f32; 8]) -> __m256 {
+    // SAFETY: the reference covers the 8 numbers; the load has no alignment.
+    unsafe { _mm256_loadu_ps(from.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store(to: &mut [f32; 8], v: __m256) {
+    // SAFETY: the reference covers the 8 numbers; the store has no alignment.
+    unsafe { _mm256_storeu_ps(to.as_mut_ptr(), v) }
+}

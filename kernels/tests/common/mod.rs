@@ -1,0 +1,87 @@
+//! Random matrices and inputs for the tests of this crate.
+#![allow(dead_code, reason = "each test program uses a part")]
+
+use sluice_kernels::*;
+
+/// SplitMix64.
+pub(crate) struct Rng(pub(crate) u64);
+
+impl Rng {
+    pub(crate) fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        (self.bits() % n as u64) as usize
+    }
+
+    /// Uniform in −1..1.
+    pub(crate) fn f32(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    pub(crate) fn vec(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.f32()).collect()
+    }
+
+    pub(crate) fn bytes(&mut self, n: usize) -> Vec<u8> {
+        (0..n).map(|_| self.bits() as u8).collect()
+    }
+}
+
+/// A packed matrix of plausible numbers.
+pub(crate) fn matrix(ty: WeightType, rows: usize, cols: usize, rng: &mut Rng) -> Vec<u8> {
+    let len = row_group_len(ty, cols).unwrap();
+    let mut out = vec![0xaa; packed_len(ty, rows, cols).unwrap()];
+    let blocks = cols.div_ceil(BLOCK);
+    for (i, group) in out.chunks_exact_mut(len).enumerate() {
+        let n = (rows - i * ROW_GROUP).min(ROW_GROUP);
+        match ty {
+            WeightType::Fp8 => {
+                let scales: Vec<f32> = (0..cols.div_ceil(FP8_BLOCK)).map(|_| rng.f32() * 0.01).collect();
+                let codes: Vec<u8> =
+                    rng.bytes(n * cols).iter().map(|&b| if b & 0x7f == 0x7f { 0 } else { b }).collect();
+                pack_row_group_fp8(&codes, n, cols, &scales, group);
+            }
+            WeightType::Int4 => {
+                let scales: Vec<u16> = (0..n * blocks).map(|_| f32_to_bf16(rng.f32() * 0.1)).collect();
+                let nibbles: Vec<u8> = rng.bytes(n * cols).iter().map(|b| b & 15).collect();
+                pack_row_group_int4(&nibbles, n, cols, &scales, group);
+            }
+            WeightType::Mxfp4 => {
+                let scales: Vec<u8> = (0..n * blocks).map(|_| 115 + rng.below(16) as u8).collect();
+                let codes: Vec<u8> = rng.bytes(n * cols).iter().map(|b| b & 15).collect();
+                pack_row_group_mxfp4(&codes, n, cols, &scales, group);
+            }
+            _ => pack_row_group(ty, &rng.vec(n * cols), n, cols, group),
+        }
+    }
+    out
+}
+
+pub(crate) fn activations(x: &[f32], n: usize, cols: usize, precision: Precision) -> Activations {
+    let mut a = Activations::new(precision);
+    a.set(x, n, cols);
+    a
+}
+
+pub(crate) fn matmul(k: Kernels, pool: &ThreadPool, w: Matrix<'_>, x: &Activations) -> Vec<f32> {
+    let mut y = vec![f32::NAN; x.n() * w.rows()];
+    k.matmul(pool, w, x, &mut y);
+    y
+}
+
+/// Equal bits, where NaNs count as one.
+#[track_caller]
+pub(crate) fn assert_same(got: &[f32], want: &[f32], what: &dyn std::fmt::Display) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        assert!(g.to_bits() == w.to_bits() || g.is_nan() && w.is_nan(), "{what}: element {i} is {g:e}, not {w:e}");
+    }
+}
+
+pub(crate) const PRECISIONS: [Precision; 2] = [Precision::Exact, Precision::Int8];

@@ -1,0 +1,232 @@
+//! The same bits from every instruction set, thread count, and batch.
+
+mod common;
+
+use common::*;
+use sluice_kernels::*;
+
+/// Every combination of a few odd sizes with every type.
+fn for_shapes(mut f: impl FnMut(WeightType, usize, usize, usize, &mut Rng)) {
+    let mut rng = Rng(7);
+    for ty in WeightType::ALL {
+        for cols in [1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 131, 255, 257, 300] {
+            for _ in 0..3 {
+                let (rows, n) = (1 + rng.below(40), 1 + rng.below(9));
+                f(ty, rows, cols, n, &mut rng);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_isa_equals_scalar() {
+    let pool = ThreadPool::new(1);
+    for_shapes(|ty, rows, cols, n, rng| {
+        let data = matrix(ty, rows, cols, rng);
+        let w = Matrix::new(ty, rows, cols, &data).unwrap();
+        let x = rng.vec(n * cols);
+        for precision in PRECISIONS {
+            let x = activations(&x, n, cols, precision);
+            let want = matmul(Kernels::scalar(), &pool, w, &x);
+            assert!(want.iter().all(|v| v.is_finite()));
+            for k in Kernels::available() {
+                let what = format!("{} {ty:?} {precision:?} {rows}x{cols}, {n} tokens", k.isa_name());
+                assert_same(&matmul(k, &pool, w, &x), &want, &what);
+            }
+        }
+    });
+}
+
+#[test]
+fn every_isa_equals_scalar_on_arbitrary_bytes() {
+    let pool = ThreadPool::new(1);
+    for_shapes(|ty, rows, cols, n, rng| {
+        let data = rng.bytes(packed_len(ty, rows, cols).unwrap());
+        let w = Matrix::new(ty, rows, cols, &data).unwrap();
+        let mut x = rng.vec(n * cols);
+        let at = rng.below(x.len());
+        x[at] = [f32::NAN, f32::INFINITY, 1e-42, 0.0][rng.below(4)];
+        for precision in PRECISIONS {
+            let x = activations(&x, n, cols, precision);
+            let want = matmul(Kernels::scalar(), &pool, w, &x);
+            for k in Kernels::available() {
+                let what = format!("{} {ty:?} {precision:?} {rows}x{cols}, {n} tokens", k.isa_name());
+                assert_same(&matmul(k, &pool, w, &x), &want, &what);
+            }
+        }
+    });
+}
+
+#[test]
+fn extreme_integers_do_not_saturate() {
+    let pool = ThreadPool::new(1);
+    let cols = 64;
+    for ty in [WeightType::Q8, WeightType::Int4, WeightType::Mxfp4] {
+        for byte in 0..=255u8 {
+            let mut data = vec![byte; packed_len(ty, 16, cols).unwrap()];
+            let len = data.len() / 2;
+            for group in data.chunks_mut(len) {
+                // Scales of 1, so that sums are whole numbers.
+                match ty {
+                    WeightType::Q8 => group[..64].copy_from_slice(&0x3c00u16.to_le_bytes().repeat(32)),
+                    WeightType::Int4 => group[..64].copy_from_slice(&0x3f80u16.to_le_bytes().repeat(32)),
+                    _ => group[..64].fill(127),
+                }
+            }
+            let w = Matrix::new(ty, 16, cols, &data).unwrap();
+            for sign in [1.0, -1.0] {
+                let x = activations(&vec![sign * 127.0; 9 * cols], 9, cols, Precision::Int8);
+                let want: f32 = unpack(w)[..cols].iter().sum::<f32>() * 127.0 * sign;
+                for k in Kernels::available() {
+                    let y = matmul(k, &pool, w, &x);
+                    assert!(y.iter().all(|&v| v == want), "{} {ty:?} {byte:#x}: {y:?} {want}", k.isa_name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_batch_equals_its_tokens() {
+    let pool = ThreadPool::new(2);
+    for_shapes(|ty, rows, cols, n, rng| {
+        let n = n + 60 * rng.below(3);
+        let data = matrix(ty, rows, cols, rng);
+        let w = Matrix::new(ty, rows, cols, &data).unwrap();
+        let x = rng.vec(n * cols);
+        for precision in PRECISIONS {
+            for k in Kernels::available().into_iter().skip(1) {
+                let batch = matmul(k, &pool, w, &activations(&x, n, cols, precision));
+                for (t, want) in batch.chunks_exact(rows).enumerate() {
+                    let one = activations(&x[t * cols..][..cols], 1, cols, precision);
+                    let what = format!("{} {ty:?} {precision:?} {rows}x{cols}, token {t} of {n}", k.isa_name());
+                    assert_same(&matmul(k, &pool, w, &one), want, &what);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn threads_do_not_matter() {
+    let mut rng = Rng(3);
+    let pools = [1, 2, 3].map(ThreadPool::new);
+    for ty in WeightType::ALL {
+        for (rows, cols, n) in [(203, 1030, 3), (1025, 700, 1), (77, 515, 70)] {
+            let data = matrix(ty, rows, cols, &mut rng);
+            let w = Matrix::new(ty, rows, cols, &data).unwrap();
+            let x = activations(&rng.vec(n * cols), n, cols, Precision::Int8);
+            for k in Kernels::available() {
+                let want = matmul(k, &pools[0], w, &x);
+                for pool in &pools[1..] {
+                    assert_same(&matmul(k, pool, w, &x), &want, &format!("{} threads", pool.threads()));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gate_up_equals_two_products_and_an_activation() {
+    let mut rng = Rng(11);
+    let pool = ThreadPool::new(2);
+    for ty in WeightType::ALL {
+        for (width, cols, n) in [(1usize, 7, 1), (8, 64, 3), (21, 130, 9), (40, 300, 2), (300, 512, 2)] {
+            let rows = 2 * width.div_ceil(8) * 8;
+            let data = matrix(ty, rows, cols, &mut rng);
+            let w = Matrix::new(ty, rows, cols, &data).unwrap();
+            let x = activations(&rng.vec(n * cols), n, cols, Precision::Int8);
+            for act in [Activation::Silu, Activation::SwigluOai { alpha: 1.702, limit: 0.5 }] {
+                let y = matmul(Kernels::scalar(), &pool, w, &x);
+                let value = |t: usize, i: usize, up: usize| y[t * rows + (2 * (i / 8) + up) * 8 + i % 8];
+                let want: Vec<f32> = (0..n * width)
+                    .map(|j| act.apply(value(j / width, j % width, 0), value(j / width, j % width, 1)))
+                    .collect();
+                for k in Kernels::available() {
+                    let mut h = vec![f32::NAN; n * width];
+                    k.gate_up(&pool, w, width, act, &x, &mut h);
+                    assert_same(&h, &want, &format!("{} {ty:?} width {width}", k.isa_name()));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn matvec_f32_equals_the_exact_product() {
+    let pool = ThreadPool::new(1);
+    let mut scratch = Activations::new(Precision::Int8);
+    for_shapes(|ty, rows, cols, _, rng| {
+        let data = matrix(ty, rows, cols, rng);
+        let w = Matrix::new(ty, rows, cols, &data).unwrap();
+        let x = rng.vec(cols);
+        let want = matmul(Kernels::scalar(), &pool, w, &activations(&x, 1, cols, Precision::Exact));
+        for k in Kernels::available() {
+            let mut y = vec![f32::NAN; rows];
+            k.matvec_f32(w, &x, &mut y, &mut scratch);
+            assert_same(&y, &want, &format!("{} {ty:?} {rows}x{cols}", k.isa_name()));
+        }
+    });
+}
+
+#[test]
+fn products_are_close_to_f64() {
+    let pool = ThreadPool::new(1);
+    for_shapes(|ty, rows, cols, n, rng| {
+        let data = matrix(ty, rows, cols, rng);
+        let w = Matrix::new(ty, rows, cols, &data).unwrap();
+        let x = rng.vec(n * cols);
+        let numbers = unpack(w);
+        for precision in PRECISIONS {
+            // Half a step of 1/127 per activation, or the rounding of f32.
+            let tolerance = if precision == Precision::Exact { 1e-6 } else { 0.5 / 127.0 + 1e-6 };
+            let y = matmul(Kernels::scalar(), &pool, w, &activations(&x, n, cols, precision));
+            for (i, &y) in y.iter().enumerate() {
+                let (x, w) = (&x[i / rows * cols..][..cols], &numbers[i % rows * cols..][..cols]);
+                let want: f64 = x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
+                let size: f64 = w.iter().map(|&w| f64::from(w.abs())).sum();
+                assert!((f64::from(y) - want).abs() <= tolerance * size + 1e-30, "{ty:?} {precision:?}: {y} {want}");
+            }
+        }
+    });
+}
+
+#[test]
+fn dot_axpy_and_attend() {
+    let mut rng = Rng(5);
+    for len in (0..140).chain([576, 1001]) {
+        let (a, b) = (rng.vec(len), rng.vec(len));
+        let mut y = rng.vec(len);
+        let before = y.clone();
+        let want = Kernels::scalar().dot(&a, &b);
+        Kernels::scalar().axpy(0.7, &a, &mut y);
+        for k in Kernels::available() {
+            assert_same(&[k.dot(&a, &b)], &[want], &len);
+            let mut got = before.clone();
+            k.axpy(0.7, &a, &mut got);
+            assert_same(&got, &y, &len);
+        }
+    }
+    for (s, k_dim, v_dim, stride) in [(0, 8, 8, 8), (1, 5, 3, 9), (37, 64, 64, 80), (130, 576, 512, 576)] {
+        let (q, cache) = (rng.vec(k_dim), rng.vec(s * stride));
+        let mut results = Vec::new();
+        for k in Kernels::available() {
+            let (mut scores, mut out) = (vec![0.0; s + 1], vec![f32::NAN; v_dim]);
+            k.attend(&q, &cache, stride, &cache, stride, s, 0.2, &mut scores, &mut out);
+            results.push(out);
+        }
+        let mut scores: Vec<f64> = (0..s)
+            .map(|j| (0..k_dim).map(|i| f64::from(q[i]) * f64::from(cache[j * stride + i])).sum::<f64>() * 0.2)
+            .map(f64::exp)
+            .collect();
+        let sum: f64 = scores.iter().sum();
+        scores.iter_mut().for_each(|p| *p /= sum);
+        for i in 0..v_dim {
+            let want: f64 = (0..s).map(|j| scores[j] * f64::from(cache[j * stride + i])).sum();
+            assert!((f64::from(results[0][i]) - want).abs() < 1e-5);
+        }
+        for result in &results[1..] {
+            assert_same(result, &results[0], &s);
+        }
+    }
+}
