@@ -1,7 +1,7 @@
 //! Which tensors a model of a given spec has: the contract between converter and runtime.
 
 use crate::extent::ExtentKind;
-use crate::spec::{AttentionSpec, FfnSpec, MlaSpec, ModelSpec};
+use crate::spec::{AttentionSpec, FfnSpec, GqaSpec, MlaSpec, ModelSpec, QkNormScope};
 use crate::tensor::Layout;
 
 /// Name, shape and arrangement of one tensor that an extent must hold.
@@ -31,8 +31,29 @@ fn ffn_pair(width: usize, hidden: usize) -> Vec<TensorShape> {
 }
 
 impl ModelSpec {
+    /// Number of extents of `kind` in `layer` (of the whole model for the final norm). Embedding and head are split into as
+    /// many parts as the converter likes.
+    pub fn extent_count(&self, kind: ExtentKind, layer: usize) -> usize {
+        match (kind, self.layers.get(layer).and_then(|l| l.ffn.moe.as_ref())) {
+            _ if self.tensors(kind, layer).is_empty() => 0,
+            (ExtentKind::Expert, moe) => moe.map_or(0, |m| m.experts),
+            _ => 1,
+        }
+    }
+
+    /// The tensor of an embedding or head part of `rows` rows; `None` for other kinds.
+    pub fn part_tensor(&self, kind: ExtentKind, rows: usize) -> Option<TensorShape> {
+        let layout = match kind {
+            ExtentKind::Embedding => Layout::Plain,
+            ExtentKind::Head => Layout::Tiled,
+            _ => return None,
+        };
+        Some(TensorShape { name: kind.name(), layout, shape: [1, rows, self.hidden_size] })
+    }
+
     /// Tensors of the extents of `kind` in `layer`, in the order in which they are consumed and stored.
-    /// Empty when the layer has no such extent. Embedding and head are split into parts by rows and are not listed.
+    /// Empty when the layer has no such extent. Embedding and head are split into parts by rows: see
+    /// [`ModelSpec::part_tensor`].
     pub fn tensors(&self, kind: ExtentKind, layer: usize) -> Vec<TensorShape> {
         let hidden = self.hidden_size;
         let Some(spec) = self.layers.get(layer) else {
@@ -45,13 +66,25 @@ impl ModelSpec {
                 let mut list = vec![vector("attn_norm", hidden)];
                 match &spec.attention {
                     AttentionSpec::Mla(m) => list.extend(mla_tensors(m, hidden)),
+                    AttentionSpec::Gqa(g) => list.extend(gqa_tensors(g, hidden)),
                 }
                 list
             }
             ExtentKind::Router => router_tensors(&spec.ffn, hidden),
-            ExtentKind::Dense if spec.ffn.dense_width > 0 => ffn_pair(spec.ffn.dense_width, hidden),
+            ExtentKind::Dense if spec.ffn.dense_width > 0 => {
+                let gate = spec.ffn.dense_gate.then(|| matrix("dense_gate", 1, hidden));
+                gate.into_iter().chain(ffn_pair(spec.ffn.dense_width, hidden)).collect()
+            }
             ExtentKind::Dense => Vec::new(),
-            ExtentKind::Expert => spec.ffn.moe.as_ref().map_or(Vec::new(), |m| ffn_pair(m.width, hidden)),
+            ExtentKind::Expert => spec.ffn.moe.as_ref().map_or(Vec::new(), |moe| {
+                let mut list = Vec::new();
+                if moe.expert_bias {
+                    list.extend([vector("gate_bias", moe.width), vector("up_bias", moe.width)]);
+                    list.push(vector("down_bias", hidden));
+                }
+                list.extend(ffn_pair(moe.width, hidden));
+                list
+            }),
         }
     }
 }
@@ -75,10 +108,41 @@ fn mla_tensors(m: &MlaSpec, hidden: usize) -> Vec<TensorShape> {
     list
 }
 
+/// `gate` is the half of the query projection of Qwen3-Next that gates the output.
+fn gqa_tensors(g: &GqaSpec, hidden: usize) -> Vec<TensorShape> {
+    let (query, key, value) = (g.heads * g.head_dim, g.kv_heads * g.head_dim, g.kv_heads * g.v_head_dim);
+    let output = g.heads * g.v_head_dim;
+    let mut list = vec![matrix("q", query, hidden), matrix("k", key, hidden), matrix("v", value, hidden)];
+    if g.qkv_bias {
+        list.extend([vector("q_bias", query), vector("k_bias", key), vector("v_bias", value)]);
+    }
+    if let Some(norm) = &g.qk_norm {
+        let (q, k) = match norm.scope {
+            QkNormScope::Head => (g.head_dim, g.head_dim),
+            QkNormScope::Whole => (query, key),
+        };
+        list.extend([vector("q_norm", q), vector("k_norm", k)]);
+    }
+    if g.sinks {
+        list.push(vector("sinks", g.heads));
+    }
+    if g.output_gate {
+        list.push(matrix("gate", output, hidden));
+    }
+    list.push(matrix("o", hidden, output));
+    if g.o_bias {
+        list.push(vector("o_bias", hidden));
+    }
+    list
+}
+
 fn router_tensors(ffn: &FfnSpec, hidden: usize) -> Vec<TensorShape> {
     let mut list = vec![vector("ffn_norm", hidden)];
     if let Some(moe) = &ffn.moe {
         list.push(matrix("router", moe.experts, hidden));
+        if moe.router.logit_bias {
+            list.push(vector("router_logit_bias", moe.experts));
+        }
         if moe.router.choice_bias {
             list.push(vector("router_bias", moe.experts));
         }

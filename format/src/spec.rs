@@ -3,14 +3,15 @@
 //! The converter translates a family's `config.json` into a [`ModelSpec`]; the runtime executes specs and knows no family.
 //! Stored as JSON in the metadata, versioned by [`SPEC_VERSION`], and validated on both sides.
 
+mod gqa;
+
 use serde::{Deserialize, Serialize};
+
+use crate::limits::{MAX_EXPERTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_SPEC_BYTES, MAX_WIDTH};
+pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 
 /// Version of the JSON; an unknown one is refused.
 pub const SPEC_VERSION: u32 = 1;
-
-/// Largest count that any dimension may have. Products of two dimensions then stay far below 2^63.
-const MAX_DIM: usize = 1 << 24;
-const MAX_LAYERS: usize = 4096;
 
 /// What a model computes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -48,6 +49,8 @@ pub struct LayerSpec {
 pub enum AttentionSpec {
     /// Multi-head latent attention.
     Mla(MlaSpec),
+    /// Grouped-query attention.
+    Gqa(GqaSpec),
 }
 
 /// Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) in the absorbed form: the cache holds one
@@ -120,6 +123,18 @@ pub enum RopeScaling {
         /// Factor on cosine and sine.
         attention_factor: f64,
     },
+    /// Llama 3.1: keeps wavelengths below `L / high_freq_factor`, divides the frequency of those above
+    /// `L / low_freq_factor`, ramps between, with `L` the original context.
+    Llama3 {
+        /// Extension factor.
+        factor: f64,
+        /// Context length that the model was trained on, `L`.
+        original_max_positions: usize,
+        /// See above.
+        low_freq_factor: f64,
+        /// See above; larger than the low one.
+        high_freq_factor: f64,
+    },
 }
 
 /// The feed-forward part of a layer: what every token computes, plus the routed experts.
@@ -130,6 +145,9 @@ pub struct FfnSpec {
     pub activation: ActivationSpec,
     /// Width of the dense feed-forward network or of all shared experts together; 0: none.
     pub dense_width: usize,
+    /// Whether the dense part's output is multiplied by the sigmoid of a projection of the input to one number.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub dense_gate: bool,
     /// The routed experts; `None` in a dense layer.
     pub moe: Option<MoeSpec>,
 }
@@ -140,6 +158,13 @@ pub struct FfnSpec {
 pub enum ActivationSpec {
     /// `silu(gate) · up` (SwiGLU, arXiv:2002.05202).
     Silu,
+    /// gpt-oss: `(clamp(up, ±limit) + 1) · g · sigmoid(alpha · g)` with `g = min(gate, limit)`.
+    SwigluOai {
+        /// Slope of the sigmoid.
+        alpha: f32,
+        /// Bound.
+        limit: f32,
+    },
 }
 
 /// The routed experts of a layer.
@@ -152,6 +177,9 @@ pub struct MoeSpec {
     pub top_k: usize,
     /// Width of one expert.
     pub width: usize,
+    /// Whether gate, up and down projections have biases.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub expert_bias: bool,
     /// How the experts of a token and their weights are chosen.
     pub router: RouterSpec,
 }
@@ -162,6 +190,9 @@ pub struct MoeSpec {
 pub struct RouterSpec {
     /// Score of an expert from its logit.
     pub score: RouterScore,
+    /// Whether a bias is added to the logits.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub logit_bias: bool,
     /// Whether a bias is added to the scores for the choice (not for the weights).
     pub choice_bias: bool,
     /// Limits the choice to the best groups of experts.
@@ -180,6 +211,8 @@ pub enum RouterScore {
     Sigmoid,
     /// Softmax over all experts.
     Softmax,
+    /// The logit itself; the weights are the softmax over the chosen logits.
+    SoftmaxOfChosen,
 }
 
 /// Group-limited choice (DeepSeek-V2, section 2.2.2; DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
@@ -205,12 +238,22 @@ pub enum GroupScore {
 }
 
 impl ModelSpec {
+    /// Most decoder layers that a spec may have.
+    pub const MAX_LAYERS: usize = MAX_LAYERS;
+
     /// Parses and validates the JSON; `Err` says what is wrong.
     pub fn from_json(bytes: &[u8]) -> Result<Self, String> {
-        let spec: ModelSpec = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-        if spec.version != SPEC_VERSION {
-            return Err(format!("its version is {}, this program reads {SPEC_VERSION}", spec.version));
+        /// The one field that every version has: read first, because another version may have other fields.
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
         }
+        if bytes.len() > MAX_SPEC_BYTES {
+            return Err(format!("it has {} bytes, more than {MAX_SPEC_BYTES}", bytes.len()));
+        }
+        let Versioned { version } = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+        check_version(version)?;
+        let spec: ModelSpec = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
         spec.validate()?;
         Ok(spec)
     }
@@ -220,13 +263,19 @@ impl ModelSpec {
         serde_json::to_vec_pretty(self).expect("plain data with string keys always serialises")
     }
 
-    /// Checks that every dimension is sane and that they fit together; `Err` says which does not.
+    /// Checks that every dimension is sane and that they fit together; `Err` says which does not. No size that follows from
+    /// a valid spec overflows 64 bits.
     pub fn validate(&self) -> Result<(), String> {
-        check_dim("vocab_size", self.vocab_size)?;
-        check_dim("hidden_size", self.hidden_size)?;
-        check_dim("max_positions", self.max_positions)?;
+        check_version(self.version)?;
+        let family_ok = self.family.bytes().all(|b| b.is_ascii_graphic());
+        if !family_ok || self.family.is_empty() || self.family.len() > MAX_FAMILY_NAME {
+            return Err("its family is not a name".into());
+        }
+        check_range("vocab_size", self.vocab_size, MAX_LENGTH)?;
+        check_range("max_positions", self.max_positions, MAX_LENGTH)?;
+        check_width("hidden_size", self.hidden_size)?;
         check_eps("norm_eps", self.norm_eps)?;
-        if self.layers.is_empty() || self.layers.len() > MAX_LAYERS {
+        if self.layers.is_empty() || self.layers.len() > Self::MAX_LAYERS {
             return Err(format!("it has {} layers", self.layers.len()));
         }
         self.layers.iter().enumerate().try_for_each(|(i, layer)| {
@@ -240,11 +289,26 @@ impl ModelSpec {
     }
 }
 
-fn check_dim(name: &str, value: usize) -> Result<(), String> {
-    if value == 0 || value > MAX_DIM {
-        return Err(format!("{name} is {value}, outside 1..={MAX_DIM}"));
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+fn check_version(version: u32) -> Result<(), String> {
+    if version != SPEC_VERSION {
+        return Err(format!("its version is {version}, this program reads {SPEC_VERSION}"));
     }
     Ok(())
+}
+
+fn check_range(name: &str, value: usize, max: usize) -> Result<(), String> {
+    if value == 0 || value > max {
+        return Err(format!("{name} is {value}, outside 1..={max}"));
+    }
+    Ok(())
+}
+
+fn check_width(name: &str, value: usize) -> Result<(), String> {
+    check_range(name, value, MAX_WIDTH)
 }
 
 fn check_eps(name: &str, value: f32) -> Result<(), String> {
@@ -258,6 +322,7 @@ impl AttentionSpec {
     fn validate(&self) -> Result<(), String> {
         match self {
             AttentionSpec::Mla(m) => m.validate(),
+            AttentionSpec::Gqa(g) => g.validate(),
         }
     }
 }
@@ -271,10 +336,13 @@ impl MlaSpec {
             ("qk_nope_head_dim", self.qk_nope_head_dim),
             ("qk_rope_head_dim", self.qk_rope_head_dim),
             ("v_head_dim", self.v_head_dim),
-            ("heads × head width", self.heads.saturating_mul(self.qk_nope_head_dim + self.qk_rope_head_dim)),
+            (
+                "heads × head width",
+                self.heads.saturating_mul(self.qk_nope_head_dim.saturating_add(self.qk_rope_head_dim)),
+            ),
             ("heads × v_head_dim", self.heads.saturating_mul(self.v_head_dim)),
         ] {
-            check_dim(name, value)?;
+            check_width(name, value)?;
         }
         check_eps("latent_norm_eps", self.latent_norm_eps)?;
         if !self.softmax_scale.is_finite() {
@@ -298,12 +366,22 @@ impl RopeSpec {
         match self.scaling {
             RopeScaling::None => Ok(()),
             RopeScaling::Yarn { factor, original_max_positions, beta_fast, beta_slow, attention_factor, .. } => {
-                check_dim("original_max_positions", original_max_positions)?;
+                check_range("original_max_positions", original_max_positions, MAX_LENGTH)?;
                 let sane = |v: f64| v.is_finite() && v > 0.0;
                 if [factor, beta_fast, beta_slow, attention_factor].into_iter().all(sane) {
                     Ok(())
                 } else {
                     Err("a YaRN parameter is not a positive number".into())
+                }
+            }
+            RopeScaling::Llama3 { factor, original_max_positions, low_freq_factor, high_freq_factor } => {
+                check_range("original_max_positions", original_max_positions, MAX_LENGTH)?;
+                let sane = |v: f64| v.is_finite() && v > 0.0;
+                if sane(factor) && sane(low_freq_factor) && sane(high_freq_factor) && high_freq_factor > low_freq_factor
+                {
+                    Ok(())
+                } else {
+                    Err("the Llama 3 rope parameters do not fit together".into())
                 }
             }
         }
@@ -313,7 +391,7 @@ impl RopeSpec {
 impl FfnSpec {
     fn validate(&self) -> Result<(), String> {
         if self.dense_width > 0 {
-            check_dim("dense_width", self.dense_width)?;
+            check_width("dense_width", self.dense_width)?;
         }
         match &self.moe {
             None if self.dense_width == 0 => Err("it has neither experts nor a dense part".into()),
@@ -325,8 +403,8 @@ impl FfnSpec {
 
 impl MoeSpec {
     fn validate(&self) -> Result<(), String> {
-        check_dim("experts", self.experts)?;
-        check_dim("width", self.width)?;
+        check_range("experts", self.experts, MAX_EXPERTS)?;
+        check_width("width", self.width)?;
         if self.top_k == 0 || self.top_k > self.experts {
             return Err(format!("top_k is {} of {} experts", self.top_k, self.experts));
         }
@@ -339,6 +417,9 @@ impl MoeSpec {
         let Some(g) = &self.router.groups else { return Ok(()) };
         if g.count == 0 || !self.experts.is_multiple_of(g.count) || g.keep == 0 || g.keep > g.count {
             return Err(format!("{} of {} groups of {} experts", g.keep, g.count, self.experts));
+        }
+        if g.score == GroupScore::TopTwoSum && g.count == self.experts {
+            return Err("a group of one expert has no two best scores".into());
         }
         if g.score == GroupScore::TopTwoSum && g.keep * (self.experts / g.count) < self.top_k {
             return Err(format!("the {} groups that stay hold fewer than {} experts", g.keep, self.top_k));

@@ -26,13 +26,38 @@ impl Kernels {
         scores: &mut [f32],
         out: &mut [f32],
     ) {
-        let scores = &mut scores[..s];
-        for (j, score) in scores.iter_mut().enumerate() {
+        self.attend_with_sink(q, keys, k_stride, values, v_stride, s, scale, None, scores, out);
+    }
+
+    /// As [`attend`](Self::attend); a `sink` is one more logit, already scaled, that takes its part of the softmax and has no
+    /// value (gpt-oss).
+    ///
+    /// # Panics
+    /// As [`attend`](Self::attend), where `scores` needs one more element with a sink.
+    #[expect(clippy::too_many_arguments, reason = "two strided matrices, a query, and where to put the result")]
+    pub fn attend_with_sink(
+        &self,
+        q: &[f32],
+        keys: &[f32],
+        k_stride: usize,
+        values: &[f32],
+        v_stride: usize,
+        s: usize,
+        scale: f32,
+        sink: Option<f32>,
+        scores: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let scores = &mut scores[..s + usize::from(sink.is_some())];
+        for (j, score) in scores[..s].iter_mut().enumerate() {
             *score = self.dot(q, &keys[j * k_stride..][..q.len()]) * scale;
+        }
+        if let Some(sink) = sink {
+            scores[s] = sink;
         }
         softmax(scores);
         out.fill(0.0);
-        for (j, &p) in scores.iter().enumerate() {
+        for (j, &p) in scores[..s].iter().enumerate() {
             self.axpy(p, &values[j * v_stride..][..out.len()], out);
         }
     }

@@ -265,10 +265,9 @@ impl Engine {
     /// What happened since the model was opened.
     pub fn stats(&self) -> Stats {
         let pool = self.pool.stats();
-        let LayerTimes { attention, experts, feed_forward, head } = self.model.times();
+        let LayerTimes { attention, experts, head, .. } = self.model.times();
         let wait = Duration::from_nanos(pool.wait_ns);
         let accounted = attention + experts + wait + head;
-        let _ = feed_forward;
         Stats {
             tokens: self.tokens,
             seconds: self.time.as_secs_f64(),

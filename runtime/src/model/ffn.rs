@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use sluice_format::{ActivationSpec, FfnSpec, MoeSpec};
-use sluice_kernels::{Activation, Activations};
+use sluice_kernels::{Activation, Activations, ROW_GROUP, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, sized};
@@ -16,32 +16,84 @@ use crate::pool::{LayerPass, Pool};
 pub struct GatedFfn {
     gate_up: MatrixRef,
     down: MatrixRef,
+    bias: Option<FfnBias>,
     width: usize,
     activation: Activation,
 }
 
+/// Biases of gate, up and down projection.
+#[derive(Clone, Copy, Debug)]
+struct FfnBias {
+    gate: VectorRef,
+    up: VectorRef,
+    down: VectorRef,
+}
+
 impl GatedFfn {
-    pub(super) fn new(width: usize, spec: ActivationSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+    pub(super) fn new(
+        width: usize,
+        spec: ActivationSpec,
+        bias: bool,
+        tensors: &ExtentTensors<'_>,
+    ) -> Result<Self, ModelError> {
         let activation = match spec {
             ActivationSpec::Silu => Activation::Silu,
+            ActivationSpec::SwigluOai { alpha, limit } => Activation::SwigluOai { alpha, limit },
         };
-        Ok(GatedFfn { gate_up: tensors.matrix("gate_up")?, down: tensors.matrix("down")?, width, activation })
+        let vector = |name| tensors.vector(name);
+        let bias = match bias {
+            true => Some(FfnBias { gate: vector("gate_bias")?, up: vector("up_bias")?, down: vector("down_bias")? }),
+            false => None,
+        };
+        Ok(GatedFfn { gate_up: tensors.matrix("gate_up")?, down: tensors.matrix("down")?, bias, width, activation })
     }
 
     /// `out` `[n, hidden]` = down · act(gate · x, up · x).
     fn forward(&self, compute: &Compute, extent: &[u8], x: &Activations, s: &mut GatedScratch, out: &mut [f32]) {
         let (kernels, threads) = (&compute.kernels, &compute.threads);
         let n = x.n();
-        let h = sized(&mut s.hidden, n * self.width);
-        kernels.gate_up(threads, self.gate_up.view(extent), self.width, self.activation, x, h);
-        s.activations.set(h, n, self.width);
+        match &self.bias {
+            None => {
+                let h = sized(&mut s.hidden, n * self.width);
+                kernels.gate_up(threads, self.gate_up.view(extent), self.width, self.activation, x, h);
+            }
+            Some(bias) => self.biased_gate_up(compute, extent, bias, x, s),
+        }
+        s.activations.set(&s.hidden[..n * self.width], n, self.width);
         kernels.matmul(threads, self.down.view(extent), &s.activations, out);
+        if let Some(bias) = &self.bias {
+            bias.down.read(extent, &mut s.gate_bias);
+            for row in out.chunks_exact_mut(s.gate_bias.len()) {
+                row.iter_mut().zip(&s.gate_bias).for_each(|(o, b)| *o += b);
+            }
+        }
+    }
+
+    /// Leaves `act(gate · x + gate_bias, up · x + up_bias)` in `s.hidden`.
+    fn biased_gate_up(&self, compute: &Compute, extent: &[u8], bias: &FfnBias, x: &Activations, s: &mut GatedScratch) {
+        let rows = self.gate_up.rows();
+        let pair = sized(&mut s.pair, x.n() * rows);
+        compute.kernels.matmul(&compute.threads, self.gate_up.view(extent), x, pair);
+        bias.gate.read(extent, &mut s.gate_bias);
+        bias.up.read(extent, &mut s.up_bias);
+        let hidden = sized(&mut s.hidden, x.n() * self.width);
+        for (pair, hidden) in pair.chunks_exact(rows).zip(hidden.chunks_exact_mut(self.width)) {
+            for (i, h) in hidden.iter_mut().enumerate() {
+                // Row groups alternate: gate, up, gate, up.
+                let gate = pair[i / ROW_GROUP * 2 * ROW_GROUP + i % ROW_GROUP] + s.gate_bias[i];
+                let up = pair[(i / ROW_GROUP * 2 + 1) * ROW_GROUP + i % ROW_GROUP] + s.up_bias[i];
+                *h = self.activation.apply(gate, up);
+            }
+        }
     }
 }
 
 #[derive(Debug)]
 struct GatedScratch {
     hidden: Vec<f32>,
+    pair: Vec<f32>,
+    gate_bias: Vec<f32>,
+    up_bias: Vec<f32>,
     activations: Activations,
 }
 
@@ -49,13 +101,17 @@ struct GatedScratch {
 #[derive(Debug)]
 pub struct Router {
     matrix: MatrixRef,
-    bias: Option<VectorRef>,
+    /// Added to the logits.
+    logit_bias: Option<VectorRef>,
+    /// Added to the scores for the choice.
+    choice_bias: Option<VectorRef>,
 }
 
 /// The feed-forward part of one layer.
 #[derive(Debug)]
 pub struct Ffn {
     dense: Option<GatedFfn>,
+    dense_gate: Option<MatrixRef>,
     routed: Option<Routed>,
 }
 
@@ -80,6 +136,7 @@ pub struct FfnScratch {
     x: Activations,
     gathered: Activations,
     gated: GatedScratch,
+    gate: Vec<f32>,
     logits: Vec<f32>,
     bias: Vec<f32>,
     router: RouterScratch,
@@ -100,7 +157,14 @@ impl FfnScratch {
         FfnScratch {
             x: activations(),
             gathered: activations(),
-            gated: GatedScratch { hidden: Vec::new(), activations: activations() },
+            gated: GatedScratch {
+                hidden: Vec::new(),
+                pair: Vec::new(),
+                gate_bias: Vec::new(),
+                up_bias: Vec::new(),
+                activations: activations(),
+            },
+            gate: Vec::new(),
             logits: Vec::new(),
             bias: Vec::new(),
             router: RouterScratch::default(),
@@ -141,16 +205,18 @@ impl Ffn {
                 spec: moe.clone(),
                 router: Router {
                     matrix: router.matrix("router")?,
-                    bias: moe.router.choice_bias.then(|| router.vector("router_bias")).transpose()?,
+                    logit_bias: moe.router.logit_bias.then(|| router.vector("router_logit_bias")).transpose()?,
+                    choice_bias: moe.router.choice_bias.then(|| router.vector("router_bias")).transpose()?,
                 },
-                expert: GatedFfn::new(moe.width, spec.activation, expert)?,
+                expert: GatedFfn::new(moe.width, spec.activation, moe.expert_bias, expert)?,
             }),
         };
+        let dense_gate = spec.dense_gate.then(|| dense.matrix("dense_gate")).transpose()?;
         let dense = match spec.dense_width {
             0 => None,
-            width => Some(GatedFfn::new(width, spec.activation, dense)?),
+            width => Some(GatedFfn::new(width, spec.activation, false, dense)?),
         };
-        Ok(Ffn { dense, routed })
+        Ok(Ffn { dense, dense_gate, routed })
     }
 
     /// The feed-forward part of `n` tokens: reads `x` `[n, hidden]` (normalised), writes `out` `[n, hidden]`.
@@ -158,7 +224,10 @@ impl Ffn {
     ///
     /// # Errors
     /// [`ModelError::Pool`] when an expert cannot be read or is damaged.
-    #[expect(clippy::too_many_arguments, reason = "inputs, state, scratch and output of one step; a struct would only rename them")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "inputs, state, scratch and output of one step; a struct would only rename them"
+    )]
     pub fn forward(
         &self,
         compute: &Compute,
@@ -182,7 +251,10 @@ impl Ffn {
         };
         // The reads are under way: what every token needs is computed meanwhile.
         match (&self.dense, extents.dense) {
-            (Some(dense), Some(bytes)) => dense.forward(compute, bytes, &scratch.x, &mut scratch.gated, out),
+            (Some(dense), Some(bytes)) => {
+                dense.forward(compute, bytes, &scratch.x, &mut scratch.gated, out);
+                self.gate_dense(compute, bytes, n, scratch, out);
+            }
             _ => out.fill(0.0),
         }
         let (Some(routed), Some(pass)) = (&self.routed, &mut pass) else { return Ok(Duration::ZERO) };
@@ -192,15 +264,34 @@ impl Ffn {
     }
 }
 
+impl Ffn {
+    /// Multiplies the dense part's output by the sigmoid of its gate (Qwen's shared expert).
+    fn gate_dense(&self, compute: &Compute, extent: &[u8], n: usize, scratch: &mut FfnScratch, out: &mut [f32]) {
+        let Some(matrix) = &self.dense_gate else { return };
+        let gate = sized(&mut scratch.gate, n);
+        compute.kernels.matmul(&compute.threads, matrix.view(extent), &scratch.x, gate);
+        for (row, gate) in out.chunks_exact_mut(out.len() / n).zip(gate) {
+            let gate = sigmoid(*gate);
+            row.iter_mut().for_each(|o| *o *= gate);
+        }
+    }
+}
+
 impl Routed {
     /// Fills `choices`, `assignments` (by expert, then token) and `experts` (distinct, ascending).
     fn route(&self, compute: &Compute, extent: &[u8], n: usize, s: &mut FfnScratch) {
         let logits = sized(&mut s.logits, n * self.spec.experts);
         compute.kernels.matmul(&compute.threads, self.router.matrix.view(extent), &s.x, logits);
-        if let Some(bias) = &self.router.bias {
+        if let Some(bias) = &self.router.logit_bias {
+            bias.read(extent, &mut s.bias);
+            for row in logits.chunks_exact_mut(self.spec.experts) {
+                row.iter_mut().zip(&s.bias).for_each(|(l, b)| *l += b);
+            }
+        }
+        if let Some(bias) = &self.router.choice_bias {
             bias.read(extent, &mut s.bias);
         }
-        let bias = self.router.bias.map(|_| s.bias.as_slice());
+        let bias = self.router.choice_bias.map(|_| s.bias.as_slice());
         for logits in logits.chunks_exact(self.spec.experts) {
             route(&self.spec, logits, bias, &mut s.router, &mut s.choices);
         }

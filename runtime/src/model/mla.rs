@@ -3,7 +3,7 @@
 //! The cache holds one latent `c` and one rotated key `k_pe` per token, shared by all heads. With `k_b` and `v_b` the two
 //! halves of the up-projection of a head: `score = (k_b · q_nope) · c + q_pe · k_pe`, `out = v_b · Σ softmax(score) c`.
 
-use sluice_format::{AttentionSpec, MlaSpec};
+use sluice_format::MlaSpec;
 use sluice_kernels::{Activations, rms_norm};
 
 use super::ModelError;
@@ -49,6 +49,12 @@ impl LatentCache {
     }
 }
 
+/// f32 values of scratch per token.
+pub fn scratch_width(spec: &MlaSpec) -> usize {
+    let head = spec.qk_nope_head_dim + spec.qk_rope_head_dim + 2 * spec.v_head_dim;
+    spec.heads * head + 2 * spec.q_lora_rank.unwrap_or(0) + 4 * cache_width(spec)
+}
+
 /// f32 values that the cache holds per token.
 pub fn cache_width(spec: &MlaSpec) -> usize {
     spec.kv_lora_rank + spec.qk_rope_head_dim
@@ -86,8 +92,7 @@ impl MlaScratch {
 }
 
 impl Mla {
-    pub(super) fn new(spec: &AttentionSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
-        let AttentionSpec::Mla(spec) = spec;
+    pub(super) fn new(spec: &MlaSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
         let query = match spec.q_lora_rank {
             None => Query::Full(tensors.matrix("q")?),
             Some(_) => Query::LowRank {
@@ -110,7 +115,10 @@ impl Mla {
 
     /// Attention of `n` tokens at positions `start..start + n`: reads `x` `[n, hidden]` (normalised), extends `cache`,
     /// writes `out` `[n, hidden]`. `extent`: the bytes of the layer's attention extent.
-    #[expect(clippy::too_many_arguments, reason = "inputs, state, scratch and output of one step; a struct would only rename them")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "inputs, state, scratch and output of one step; a struct would only rename them"
+    )]
     pub fn forward(
         &self,
         compute: &Compute,

@@ -2,9 +2,11 @@
 //!
 //! A layer reads top-down like the paper: norm, attention, add, norm, feed-forward part, add. Nothing here knows a family.
 
+mod attention;
 pub mod compute;
 mod embedding;
 mod ffn;
+mod gqa;
 mod mla;
 mod rope;
 pub mod router;
@@ -13,13 +15,13 @@ pub mod weights;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use sluice_format::{AttentionSpec, ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
+use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
 use sluice_kernels::{Activations, rms_norm};
 
+use self::attention::{Attention, AttentionScratch, LayerCache};
 use self::compute::{Compute, sized};
 use self::embedding::Embedding;
 use self::ffn::{Ffn, FfnExtents, FfnScratch};
-use self::mla::{LatentCache, Mla, MlaScratch};
 use self::router::Choice;
 use self::weights::{ExtentTensors, MatrixRef, VectorRef};
 use crate::pool::{DenseHandle, Pool, PoolError};
@@ -34,7 +36,9 @@ pub enum ModelError {
     #[error(transparent)]
     Pool(#[from] PoolError),
     /// A tensor that the spec implies is not there.
-    #[error("{path}: {extent} has no tensor `{tensor}`. The file was written by an incompatible version: convert it again")]
+    #[error(
+        "{path}: {extent} has no tensor `{tensor}`. The file was written by an incompatible version: convert it again"
+    )]
     MissingTensor {
         /// The file.
         path: PathBuf,
@@ -67,7 +71,7 @@ pub enum ModelError {
 /// State of one generation: what the layers remember of the tokens so far.
 #[derive(Clone, Debug)]
 pub struct KvCache {
-    layers: Vec<LatentCache>,
+    layers: Vec<LayerCache>,
     position: usize,
     capacity: usize,
 }
@@ -75,18 +79,13 @@ pub struct KvCache {
 impl KvCache {
     /// An empty cache for `capacity` tokens.
     pub fn new(spec: &ModelSpec, capacity: usize) -> Self {
-        let layers = spec.layers.iter().map(|l| match &l.attention {
-            AttentionSpec::Mla(m) => LatentCache::new(m, capacity),
-        });
+        let layers = spec.layers.iter().map(|l| LayerCache::new(&l.attention, capacity));
         KvCache { layers: layers.collect(), position: 0, capacity }
     }
 
     /// Bytes of a cache for `capacity` tokens.
     pub fn memory(spec: &ModelSpec, capacity: usize) -> u64 {
-        let width = |l: &sluice_format::LayerSpec| match &l.attention {
-            AttentionSpec::Mla(m) => mla::cache_width(m) as u64,
-        };
-        spec.layers.iter().map(width).sum::<u64>().saturating_mul(4 * capacity as u64)
+        spec.layers.iter().map(|l| LayerCache::memory(&l.attention, capacity)).fold(0, u64::saturating_add)
     }
 
     /// Tokens seen so far.
@@ -133,7 +132,7 @@ pub struct Model {
 #[derive(Debug)]
 struct Layer {
     attn_norm: VectorRef,
-    attention: Mla,
+    attention: Attention,
     ffn_norm: VectorRef,
     ffn: Ffn,
     extents: LayerExtents,
@@ -156,7 +155,7 @@ struct Scratch {
     head_input: Activations,
     part: Vec<f32>,
     logits: Vec<f32>,
-    mla: MlaScratch,
+    attention: AttentionScratch,
     ffn: FfnScratch,
 }
 
@@ -193,7 +192,7 @@ impl Model {
             let (attention, router) = (tensors(ExtentKind::Attention), tensors(ExtentKind::Router));
             layers.push(Layer {
                 attn_norm: attention.vector("attn_norm")?,
-                attention: Mla::new(&layer.attention, &attention)?,
+                attention: Attention::new(&layer.attention, &attention)?,
                 ffn_norm: router.vector("ffn_norm")?,
                 ffn: Ffn::new(&layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
                 extents: LayerExtents {
@@ -217,7 +216,7 @@ impl Model {
             head_input: Activations::new(compute.precision),
             part: Vec::new(),
             logits: Vec::new(),
-            mla: MlaScratch::new(compute),
+            attention: AttentionScratch::new(compute),
             ffn: FfnScratch::new(compute),
         };
         Ok(Model {
@@ -282,14 +281,14 @@ impl Model {
         &mut self,
         compute: &Compute,
         pool: &mut Pool,
-        cache: &mut LatentCache,
+        cache: &mut LayerCache,
         index: usize,
         start: usize,
         n: usize,
     ) -> Result<(), ModelError> {
         let eps = self.spec.norm_eps;
         let len = n * self.spec.hidden_size;
-        let Scratch { x, normed, delta, norm, mla, ffn, .. } = &mut self.scratch;
+        let Scratch { x, normed, delta, norm, attention: mixer, ffn, .. } = &mut self.scratch;
         let (x, normed, delta) = (&mut x[..len], sized(normed, len), sized(delta, len));
         let layer = &self.layers[index];
 
@@ -297,7 +296,7 @@ impl Model {
         let attention = pool.dense(layer.extents.attention)?;
         layer.attn_norm.read(attention.bytes(), norm);
         norm_rows(x, norm, eps, normed);
-        layer.attention.forward(compute, attention.bytes(), cache, start, n, normed, mla, delta);
+        layer.attention.forward(compute, attention.bytes(), cache, start, n, normed, mixer, delta);
         drop(attention);
         add(x, delta);
         let attended = Instant::now();
@@ -358,9 +357,7 @@ impl Model {
     pub fn scratch_memory(spec: &ModelSpec, tokens: usize) -> u64 {
         let hidden = spec.hidden_size as u64;
         let layer = |l: &sluice_format::LayerSpec| {
-            let AttentionSpec::Mla(m) = &l.attention;
-            let head = m.qk_nope_head_dim + m.qk_rope_head_dim + 2 * m.v_head_dim + 2 * m.kv_lora_rank;
-            let attention = (m.heads * head + 2 * m.q_lora_rank.unwrap_or(0) + mla::cache_width(m)) as u64;
+            let attention = attention::scratch_width(&l.attention) as u64;
             let moe = l.ffn.moe.as_ref();
             let widest = l.ffn.dense_width.max(moe.map_or(0, |m| m.width)) as u64;
             let routed = moe.map_or(0, |m| m.top_k as u64 * (hidden + 8) + m.experts as u64);

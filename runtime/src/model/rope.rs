@@ -43,6 +43,7 @@ impl Rope {
                 });
                 (scaled.collect(), *attention_factor as f32)
             }
+            RopeScaling::Llama3 { .. } => (plain.map(|inv| llama3_frequency(&spec.scaling, inv)).collect(), 1.0),
         };
         Rope { pairing, inv_freq, attention_factor }
     }
@@ -87,6 +88,17 @@ fn yarn_ramp(spec: &RopeSpec) -> impl Iterator<Item = f64> {
         }
     }
     (0..spec.dim / 2).map(move |i| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0))
+}
+
+/// Llama 3.1's change of one frequency (formula at [`RopeScaling::Llama3`]).
+fn llama3_frequency(scaling: &RopeScaling, inv: f32) -> f32 {
+    let RopeScaling::Llama3 { factor, original_max_positions, low_freq_factor, high_freq_factor } = *scaling else {
+        return inv;
+    };
+    let inv = f64::from(inv);
+    let turns = original_max_positions as f64 * inv / (2.0 * PI);
+    let smooth = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+    ((1.0 - smooth) * inv / factor + smooth * inv) as f32
 }
 
 #[cfg(test)]

@@ -35,6 +35,7 @@ pub fn route(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut 
             scores.extend_from_slice(logits);
             softmax(scores);
         }
+        RouterScore::SoftmaxOfChosen => scores.extend_from_slice(logits),
     }
     choice.clear();
     match bias {
@@ -44,6 +45,13 @@ pub fn route(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut 
     limit_to_groups(moe, scratch);
     let RouterScratch { scores, choice, chosen, .. } = scratch;
     top_k(choice, moe.top_k, chosen);
+    if moe.router.score == RouterScore::SoftmaxOfChosen {
+        // Only the chosen logits take part, largest first.
+        choice.clear();
+        choice.extend(chosen.iter().map(|&e| scores[e as usize]));
+        softmax(choice);
+        chosen.iter().zip(&*choice).for_each(|(&e, &w)| scores[e as usize] = w);
+    }
     // The reference sums the weights in the order of descending score.
     let sum: f32 = chosen.iter().map(|&e| scores[e as usize]).sum();
     let divisor = moe.router.renormalise.map_or(1.0, |eps| sum + eps);
@@ -94,7 +102,15 @@ mod tests {
             experts: 8,
             top_k: 2,
             width: 8,
-            router: RouterSpec { score: RouterScore::Sigmoid, choice_bias: true, groups, renormalise, scale: 2.0 },
+            expert_bias: false,
+            router: RouterSpec {
+                score: RouterScore::Sigmoid,
+                logit_bias: false,
+                choice_bias: true,
+                groups,
+                renormalise,
+                scale: 2.0,
+            },
         }
     }
 

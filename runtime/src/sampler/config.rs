@@ -21,14 +21,7 @@ pub struct SamplerConfig {
 
 impl Default for SamplerConfig {
     fn default() -> Self {
-        Self {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            seed: 0,
-        }
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
     }
 }
 
@@ -39,38 +32,14 @@ impl SamplerConfig {
     /// Names the first value that makes no sense.
     pub fn validate(&self) -> Result<(), SamplerError> {
         let checks = [
-            (
-                "temperature",
-                self.temperature,
-                "0 (the likeliest token) or more",
-                self.temperature >= 0.0,
-            ),
-            (
-                "top_p",
-                self.top_p,
-                "above 0 and at most 1 (off)",
-                self.top_p > 0.0 && self.top_p <= 1.0,
-            ),
-            (
-                "min_p",
-                self.min_p,
-                "from 0 (off) to 1",
-                (0.0..=1.0).contains(&self.min_p),
-            ),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                "above 0 (1 is off)",
-                self.repetition_penalty > 0.0,
-            ),
+            ("temperature", self.temperature, "0 (the likeliest token) or more", self.temperature >= 0.0),
+            ("top_p", self.top_p, "above 0 and at most 1 (off)", self.top_p > 0.0 && self.top_p <= 1.0),
+            ("min_p", self.min_p, "from 0 (off) to 1", (0.0..=1.0).contains(&self.min_p)),
+            ("repetition_penalty", self.repetition_penalty, "above 0 (1 is off)", self.repetition_penalty > 0.0),
         ];
         for (field, value, expected, good) in checks {
             if !good || !value.is_finite() {
-                return Err(SamplerError::Config {
-                    field,
-                    value,
-                    expected,
-                });
+                return Err(SamplerError::Config { field, value, expected });
             }
         }
         Ok(())

@@ -81,10 +81,7 @@ struct Candidate {
 impl Candidate {
     /// Likelier first; of equals, the lower id first. A total order, since logits are finite.
     fn rank(&self, other: &Self) -> Ordering {
-        other
-            .logit
-            .total_cmp(&self.logit)
-            .then(self.id.cmp(&other.id))
+        other.logit.total_cmp(&self.logit).then(self.id.cmp(&other.id))
     }
 }
 
@@ -107,12 +104,7 @@ impl Sampler {
     /// When a setting makes no sense.
     pub fn new(config: SamplerConfig) -> Result<Self, SamplerError> {
         config.validate()?;
-        Ok(Self {
-            config,
-            rng: Rng::from_seed(config.seed),
-            scores: Vec::new(),
-            candidates: Vec::new(),
-        })
+        Ok(Self { config, rng: Rng::from_seed(config.seed), scores: Vec::new(), candidates: Vec::new() })
     }
 
     /// A sampler that goes on where another one's [`state`](Self::state) was taken.
@@ -145,16 +137,11 @@ impl Sampler {
     /// When the logits are not all numbers, or exclude everything. No random number is used then.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, SamplerError> {
         if logits.is_empty() || u32::try_from(logits.len()).is_err() {
-            return Err(SamplerError::BadLength {
-                count: logits.len(),
-            });
+            return Err(SamplerError::BadLength { count: logits.len() });
         }
         let usable = |&x: &f32| x.is_finite() || x == f32::NEG_INFINITY;
         if let Some(id) = logits.iter().position(|x| !usable(x)) {
-            return Err(SamplerError::NotANumber {
-                id,
-                value: logits[id],
-            });
+            return Err(SamplerError::NotANumber { id, value: logits[id] });
         }
         self.penalise(logits, history)?;
         let largest = self.likeliest()?;
@@ -181,10 +168,7 @@ impl Sampler {
         for &id in history {
             // From the original logit: a token that occurred twice is penalised once.
             let Some(&logit) = logits.get(id as usize) else {
-                return Err(SamplerError::HistoryOutOfRange {
-                    id,
-                    vocab: logits.len(),
-                });
+                return Err(SamplerError::HistoryOutOfRange { id, vocab: logits.len() });
             };
             let score = match logit < 0.0 {
                 true => logit * penalty,
@@ -215,16 +199,11 @@ impl Sampler {
         // In one step, so that no later growth depends on what the logits happen to exclude.
         self.candidates.reserve(self.scores.len());
         let scores = self.scores.iter().enumerate();
-        self.candidates
-            .extend(
-                scores
-                    .filter(|(_, score)| **score > f32::NEG_INFINITY)
-                    .map(|(id, &logit)| Candidate {
-                        id: id as u32,
-                        logit,
-                        weight: 0.0,
-                    }),
-            );
+        self.candidates.extend(scores.filter(|(_, score)| **score > f32::NEG_INFINITY).map(|(id, &logit)| Candidate {
+            id: id as u32,
+            logit,
+            weight: 0.0,
+        }));
     }
 
     /// Keeps what is at least as likely as the k-th. Like Hugging Face, and unlike a cut after
@@ -235,9 +214,7 @@ impl Sampler {
             return;
         }
         // Selection in linear time: sorting 160 000 tokens to keep 20 would be a waste.
-        let (_, kth, _) = self
-            .candidates
-            .select_nth_unstable_by(k - 1, Candidate::rank);
+        let (_, kth, _) = self.candidates.select_nth_unstable_by(k - 1, Candidate::rank);
         let least = kth.logit;
         self.candidates.retain(|c| c.logit >= least);
         // Selection leaves an order that depends on the standard library's version, and the

@@ -14,9 +14,7 @@ pub struct Rng {
 impl Rng {
     /// The stream of a seed. All seeds are good, 0 included.
     pub fn from_seed(mut seed: u64) -> Self {
-        Self {
-            state: std::array::from_fn(|_| splitmix64(&mut seed)),
-        }
+        Self { state: std::array::from_fn(|_| splitmix64(&mut seed)) }
     }
 
     /// Continues a stream; `None` for the one state, all zeros, that yields only zeros.
@@ -85,13 +83,7 @@ mod tests {
         let first: [u64; 5] = std::array::from_fn(|_| splitmix64(&mut seed));
         assert_eq!(
             first,
-            [
-                6457827717110365317,
-                3203168211198807973,
-                9817491932198370423,
-                4593380528125082431,
-                16408922859458223821,
-            ]
+            [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,]
         );
     }
 
@@ -108,11 +100,8 @@ mod tests {
     #[test]
     fn fractions_stay_below_one() {
         let mut rng = Rng::from_seed(3);
-        let mean = (0..10_000)
-            .map(|_| rng.next_f64())
-            .inspect(|x| assert!((0.0..1.0).contains(x)))
-            .sum::<f64>()
-            / 10_000.0;
+        let mean =
+            (0..10_000).map(|_| rng.next_f64()).inspect(|x| assert!((0.0..1.0).contains(x))).sum::<f64>() / 10_000.0;
         assert!((mean - 0.5).abs() < 0.02, "{mean}");
     }
 }

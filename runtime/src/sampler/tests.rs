@@ -5,10 +5,7 @@ use super::*;
 use proptest::prelude::*;
 
 fn config(temperature: f32) -> SamplerConfig {
-    SamplerConfig {
-        temperature,
-        ..SamplerConfig::default()
-    }
+    SamplerConfig { temperature, ..SamplerConfig::default() }
 }
 
 fn sampler(config: SamplerConfig) -> Sampler {
@@ -88,12 +85,7 @@ fn greedy_takes_the_likeliest_and_of_equals_the_first() {
 
 #[test]
 fn repetition_is_penalised_once_per_token() {
-    let penalty = |repetition_penalty| {
-        sampler(SamplerConfig {
-            repetition_penalty,
-            ..config(0.0)
-        })
-    };
+    let penalty = |repetition_penalty| sampler(SamplerConfig { repetition_penalty, ..config(0.0) });
     // 3 / 1.5 = 2 < 2.5, and 3 / 1.5 / 1.5 would be 1.33 < 1.9.
     assert_eq!(penalty(1.5).sample(&[3.0, 2.5, 1.9], &[0, 0]), Ok(1));
     assert_eq!(penalty(1.5).sample(&[3.0, 1.9], &[0, 0]), Ok(0));
@@ -104,14 +96,8 @@ fn repetition_is_penalised_once_per_token() {
     assert_eq!(penalty(0.5).sample(&[2.0, 1.5], &[1]), Ok(1));
     // Extremes neither exclude nor blow up.
     assert_eq!(penalty(1e-38).sample(&[1e38, 2e38], &[0, 1]), Ok(0));
-    assert_eq!(
-        penalty(1e38).sample(&[-1e38, f32::NEG_INFINITY], &[0, 1]),
-        Ok(0)
-    );
-    assert_eq!(
-        penalty(1.1).sample(&[1.0], &[1]),
-        Err(SamplerError::HistoryOutOfRange { id: 1, vocab: 1 })
-    );
+    assert_eq!(penalty(1e38).sample(&[-1e38, f32::NEG_INFINITY], &[0, 1]), Ok(0));
+    assert_eq!(penalty(1.1).sample(&[1.0], &[1]), Err(SamplerError::HistoryOutOfRange { id: 1, vocab: 1 }));
 }
 
 #[test]
@@ -124,10 +110,7 @@ fn senseless_logits_are_errors() {
         let infinite = sampler.sample(&[f32::INFINITY, 0.0], &[]).unwrap_err();
         assert!(matches!(infinite, SamplerError::NotANumber { id: 0, .. }));
         let excluded = [f32::NEG_INFINITY; 3];
-        assert_eq!(
-            sampler.sample(&excluded, &[]),
-            Err(SamplerError::NothingLeft)
-        );
+        assert_eq!(sampler.sample(&excluded, &[]), Err(SamplerError::NothingLeft));
         let none = sampler.sample(&[], &[]).unwrap_err();
         assert_eq!(none, SamplerError::BadLength { count: 0 });
         assert_eq!(sampler.state(), before);
@@ -143,34 +126,10 @@ fn senseless_settings_are_named() {
         (config(f32::INFINITY), "temperature"),
         (SamplerConfig { top_p: 0.0, ..base }, "top_p"),
         (SamplerConfig { top_p: 1.1, ..base }, "top_p"),
-        (
-            SamplerConfig {
-                min_p: -0.1,
-                ..base
-            },
-            "min_p",
-        ),
-        (
-            SamplerConfig {
-                min_p: f32::NAN,
-                ..base
-            },
-            "min_p",
-        ),
-        (
-            SamplerConfig {
-                repetition_penalty: 0.0,
-                ..base
-            },
-            "repetition_penalty",
-        ),
-        (
-            SamplerConfig {
-                repetition_penalty: f32::INFINITY,
-                ..base
-            },
-            "repetition_penalty",
-        ),
+        (SamplerConfig { min_p: -0.1, ..base }, "min_p"),
+        (SamplerConfig { min_p: f32::NAN, ..base }, "min_p"),
+        (SamplerConfig { repetition_penalty: 0.0, ..base }, "repetition_penalty"),
+        (SamplerConfig { repetition_penalty: f32::INFINITY, ..base }, "repetition_penalty"),
     ] {
         match Sampler::new(bad) {
             Err(SamplerError::Config { field, .. }) => assert_eq!(field, wrong),
@@ -181,10 +140,7 @@ fn senseless_settings_are_named() {
 
 #[test]
 fn top_k_keeps_equals() {
-    let mut sampler = sampler(SamplerConfig {
-        top_k: 2,
-        ..config(1.0)
-    });
+    let mut sampler = sampler(SamplerConfig { top_k: 2, ..config(1.0) });
     sampler.sample(&[1.0, 3.0, 2.0, 2.0, 0.0], &[]).unwrap();
     let kept: Vec<u32> = sampler.candidates.iter().map(|c| c.id).collect();
     assert_eq!(kept, [1, 2, 3]);
@@ -201,10 +157,7 @@ fn tiny_temperatures_and_huge_logits_are_greedy() {
 
 #[test]
 fn frequencies_follow_the_probabilities() {
-    let mut sampler = sampler(SamplerConfig {
-        seed: 42,
-        ..config(0.8)
-    });
+    let mut sampler = sampler(SamplerConfig { seed: 42, ..config(0.8) });
     let logits = [1.0, 0.0, -1.0, 2.0, f32::NEG_INFINITY, 0.5];
     let want = naive(sampler.config(), &logits, &[]);
     let mut counts = [0u32; 6];
@@ -235,9 +188,7 @@ fn a_seed_means_the_same_for_ever() {
         repetition_penalty: 1.1,
         seed: 2026,
     });
-    let logits: Vec<f32> = (0..1000u32)
-        .map(|i| (i * 7919 % 1000) as f32 / 100.0)
-        .collect();
+    let logits: Vec<f32> = (0..1000u32).map(|i| (i * 7919 % 1000) as f32 / 100.0).collect();
     let mut history = Vec::new();
     for _ in 0..12 {
         history.push(sampler.sample(&logits, &history).unwrap());
@@ -249,10 +200,7 @@ const PINNED: [u32; 12] = [704, 531, 519, 124, 198, 877, 482, 803, 87, 889, 655,
 
 #[test]
 fn goes_on_from_a_saved_state() {
-    let config = SamplerConfig {
-        seed: 7,
-        ..config(1.0)
-    };
+    let config = SamplerConfig { seed: 7, ..config(1.0) };
     let logits: Vec<f32> = (0..100).map(|i| (i as f32).sin()).collect();
     let mut first = sampler(config);
     for _ in 0..5 {
@@ -262,30 +210,17 @@ fn goes_on_from_a_saved_state() {
     for _ in 0..50 {
         assert_eq!(first.sample(&logits, &[]), second.sample(&logits, &[]));
     }
-    assert_eq!(
-        Sampler::from_state(config, [0; 4]).unwrap_err(),
-        SamplerError::BadState
-    );
+    assert_eq!(Sampler::from_state(config, [0; 4]).unwrap_err(), SamplerError::BadState);
 }
 
 #[test]
 fn a_warm_sampler_does_not_allocate() {
-    let mut sampler = sampler(SamplerConfig {
-        top_p: 0.9,
-        top_k: 700,
-        ..config(1.0)
-    });
+    let mut sampler = sampler(SamplerConfig { top_p: 0.9, top_k: 700, ..config(1.0) });
     let mut rng = Rng::from_seed(1);
     let mut logits = vec![f32::NEG_INFINITY; 5000];
     logits[3] = 1.0;
     sampler.sample(&logits, &[]).unwrap();
-    let warm = |s: &Sampler| {
-        (
-            s.scores.as_ptr(),
-            s.candidates.as_ptr(),
-            s.candidates.capacity(),
-        )
-    };
+    let warm = |s: &Sampler| (s.scores.as_ptr(), s.candidates.as_ptr(), s.candidates.capacity());
     let before = warm(&sampler);
     for _ in 0..20 {
         logits.fill_with(|| rng.next_f64() as f32 * 8.0);
@@ -303,16 +238,14 @@ fn any_config() -> impl Strategy<Value = SamplerConfig> {
         prop_oneof![Just(1.0f32), 0.5f32..2.0],
         any::<u64>(),
     )
-        .prop_map(
-            |(temperature, top_k, top_p, min_p, repetition_penalty, seed)| SamplerConfig {
-                temperature,
-                top_k,
-                top_p,
-                min_p,
-                repetition_penalty,
-                seed,
-            },
-        )
+        .prop_map(|(temperature, top_k, top_p, min_p, repetition_penalty, seed)| SamplerConfig {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seed,
+        })
 }
 
 /// Logits with excluded tokens and with equals, which bf16 models produce all the time.
@@ -322,9 +255,8 @@ fn any_logits() -> impl Strategy<Value = Vec<f32>> {
         4 => (-20i8..20).prop_map(|x| f32::from(x) / 2.0),
         8 => -10f32..10.0,
     ];
-    prop::collection::vec(logit, 1..600).prop_filter("something must be left", |logits| {
-        logits.iter().any(|x| x.is_finite())
-    })
+    prop::collection::vec(logit, 1..600)
+        .prop_filter("something must be left", |logits| logits.iter().any(|x| x.is_finite()))
 }
 
 proptest! {

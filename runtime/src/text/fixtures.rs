@@ -74,20 +74,12 @@ pub(crate) fn sentencepiece() -> String {
         vocab.insert(format!("<0x{byte:02X}>"), Value::from(vocab.len()));
     }
     for token in [
-        "▁", "h", "e", "l", "o", "w", "r", "d", "a", "中", "he", "ll", "hell", "hello", "▁hello",
-        "▁w", "▁▁", "\u{fffd}",
+        "▁", "h", "e", "l", "o", "w", "r", "d", "a", "中", "he", "ll", "hell", "hello", "▁hello", "▁w", "▁▁",
+        "\u{fffd}",
     ] {
         vocab.insert(token.into(), Value::from(vocab.len()));
     }
-    let merges = json!([
-        ["h", "e"],
-        ["l", "l"],
-        ["he", "ll"],
-        ["hell", "o"],
-        ["▁", "hello"],
-        ["▁", "w"],
-        ["▁", "▁"]
-    ]);
+    let merges = json!([["h", "e"], ["l", "l"], ["he", "ll"], ["hell", "o"], ["▁", "hello"], ["▁", "w"], ["▁", "▁"]]);
     json!({
         "version": "1.0", "truncation": null, "padding": null,
         "added_tokens": [added(0, "<unk>", true), added(1, "<s>", true), added(2, "</s>", true)],

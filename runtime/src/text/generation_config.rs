@@ -39,10 +39,7 @@ impl GenerationDefaults {
     ///
     /// # Errors
     /// When a file is not a JSON object, or one of these fields has the wrong type.
-    pub fn parse(
-        generation_config: Option<&[u8]>,
-        config: Option<&[u8]>,
-    ) -> Result<Self, TextError> {
+    pub fn parse(generation_config: Option<&[u8]>, config: Option<&[u8]>) -> Result<Self, TextError> {
         let mut defaults = Self::default();
         if let Some(bytes) = generation_config {
             let map = object(GENERATION, bytes)?;
@@ -82,10 +79,7 @@ impl GenerationDefaults {
 }
 
 fn object(file: &'static str, bytes: &[u8]) -> Result<Map<String, Value>, TextError> {
-    serde_json::from_slice(bytes).map_err(|e| TextError::BadConfig {
-        file,
-        reason: e.to_string(),
-    })
+    serde_json::from_slice(bytes).map_err(|e| TextError::BadConfig { file, reason: e.to_string() })
 }
 
 /// A field of generation_config.json; absent and null are the same.
@@ -105,16 +99,10 @@ fn field<T>(
 }
 
 fn number(map: &Map<String, Value>, name: &'static str) -> Result<Option<f32>, TextError> {
-    field(map, name, "a number", |v| {
-        v.as_f64().map(|n| n as f32).filter(|n| n.is_finite())
-    })
+    field(map, name, "a number", |v| v.as_f64().map(|n| n as f32).filter(|n| n.is_finite()))
 }
 
-fn add_eos(
-    file: &'static str,
-    map: &Map<String, Value>,
-    eos: &mut BTreeSet<u32>,
-) -> Result<(), TextError> {
+fn add_eos(file: &'static str, map: &Map<String, Value>, eos: &mut BTreeSet<u32>) -> Result<(), TextError> {
     let values = match map.get("eos_token_id") {
         None | Some(Value::Null) => return Ok(()),
         Some(Value::Array(list)) => list.as_slice(),
@@ -136,22 +124,12 @@ fn add_eos(
     Ok(())
 }
 
-fn bad_field(
-    file: &'static str,
-    field: &'static str,
-    expected: &'static str,
-    value: &Value,
-) -> TextError {
+fn bad_field(file: &'static str, field: &'static str, expected: &'static str, value: &Value) -> TextError {
     let mut found: String = value.to_string().chars().take(60).collect();
     if found.chars().count() == 60 {
         found.push('…');
     }
-    TextError::BadConfigField {
-        file,
-        field,
-        expected,
-        found,
-    }
+    TextError::BadConfigField { file, field, expected, found }
 }
 
 #[cfg(test)]
@@ -196,10 +174,7 @@ mod tests {
     #[test]
     fn whether_to_sample() {
         let temperature = |json| parse(json, "{}").unwrap().effective_temperature();
-        assert_eq!(
-            temperature(r#"{"do_sample": false, "temperature": 0.6}"#),
-            0.0
-        );
+        assert_eq!(temperature(r#"{"do_sample": false, "temperature": 0.6}"#), 0.0);
         assert_eq!(temperature(r#"{"do_sample": true}"#), 1.0);
         assert_eq!(temperature(r#"{"temperature": 0.6}"#), 0.6);
         assert_eq!(temperature(r#"{"top_k": -1}"#), 1.0);
@@ -223,10 +198,7 @@ mod tests {
             }
         }
         for json in ["", "[]", "nul", "{\"a\": }"] {
-            assert!(matches!(
-                parse("{}", json),
-                Err(TextError::BadConfig { file: CONFIG, .. })
-            ));
+            assert!(matches!(parse("{}", json), Err(TextError::BadConfig { file: CONFIG, .. })));
         }
     }
 

@@ -20,26 +20,16 @@ impl StopCondition {
     ///
     /// # Errors
     /// When a string is empty or too long.
-    pub fn new(
-        eos: impl IntoIterator<Item = u32>,
-        strings: Vec<String>,
-    ) -> Result<Self, TextError> {
+    pub fn new(eos: impl IntoIterator<Item = u32>, strings: Vec<String>) -> Result<Self, TextError> {
         for (index, string) in strings.iter().enumerate() {
             if string.is_empty() {
                 return Err(TextError::EmptyStopString { index });
             }
             if string.len() > MAX_STOP_BYTES {
-                return Err(TextError::StopStringTooLong {
-                    index,
-                    bytes: string.len(),
-                    limit: MAX_STOP_BYTES,
-                });
+                return Err(TextError::StopStringTooLong { index, bytes: string.len(), limit: MAX_STOP_BYTES });
             }
         }
-        Ok(Self {
-            eos: eos.into_iter().collect(),
-            strings,
-        })
+        Ok(Self { eos: eos.into_iter().collect(), strings })
     }
 
     /// Whether this token ends the generation. Its text is not part of the answer.
@@ -114,11 +104,7 @@ impl Pattern {
             }
             border[at + 1] = length;
         }
-        Self {
-            bytes,
-            border,
-            state: 0,
-        }
+        Self { bytes, border, state: 0 }
     }
 
     /// Takes one byte of text; true when the pattern is complete, after which it must not be
@@ -138,10 +124,7 @@ impl StopMatcher {
     /// Adds a piece of text. After a stop, text is swallowed.
     pub fn push(&mut self, piece: &str) -> Emit {
         if self.matched.is_some() {
-            return Emit {
-                text: String::new(),
-                stopped: true,
-            };
+            return Emit { text: String::new(), stopped: true };
         }
         let before = self.held.len();
         self.held.push_str(piece);
@@ -155,20 +138,14 @@ impl StopMatcher {
             }
             if self.matched.is_some() {
                 self.held.truncate(before + at + 1 - longest);
-                return Emit {
-                    text: std::mem::take(&mut self.held),
-                    stopped: true,
-                };
+                return Emit { text: std::mem::take(&mut self.held), stopped: true };
             }
         }
         // A stop string begins with the first byte of a character, and so does its beginning in
         // the text: this never cuts a character.
         let keep = self.patterns.iter().map(|p| p.state).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
-        Emit {
-            text: std::mem::replace(&mut self.held, rest),
-            stopped: false,
-        }
+        Emit { text: std::mem::replace(&mut self.held, rest), stopped: false }
     }
 
     /// Ends the text and returns what was held back: it turned out not to be a stop string. The
@@ -223,16 +200,9 @@ mod tests {
     #[test]
     fn found_wherever_the_text_is_cut() {
         let condition = condition(&["\n\nUser:", "停止"]);
-        for text in [
-            "hello\n\n\nUser: more",
-            "你好停停止了",
-            "nothing \n\nUse",
-            "停",
-        ] {
+        for text in ["hello\n\n\nUser: more", "你好停停止了", "nothing \n\nUse", "停"] {
             let want = naive(condition.strings(), text);
-            let cuts: Vec<usize> = (0..=text.len())
-                .filter(|&i| text.is_char_boundary(i))
-                .collect();
+            let cuts: Vec<usize> = (0..=text.len()).filter(|&i| text.is_char_boundary(i)).collect();
             for &a in &cuts {
                 for &b in cuts.iter().filter(|&&b| b >= a) {
                     let pieces = [&text[..a], &text[a..b], &text[b..]];
@@ -250,13 +220,7 @@ mod tests {
         let emit = matcher.push("top it");
         assert_eq!((emit.text.as_str(), emit.stopped), ("", true));
         assert_eq!(matcher.matched(), Some(0));
-        assert_eq!(
-            matcher.push("more"),
-            Emit {
-                text: String::new(),
-                stopped: true
-            }
-        );
+        assert_eq!(matcher.push("more"), Emit { text: String::new(), stopped: true });
         assert_eq!(matcher.finish(), "");
     }
 
@@ -272,10 +236,7 @@ mod tests {
     fn senseless_strings_are_refused() {
         let new = |s: String| StopCondition::new([], vec!["ok".into(), s]).unwrap_err();
         assert_eq!(new(String::new()), TextError::EmptyStopString { index: 1 });
-        assert!(matches!(
-            new("x".repeat(5000)),
-            TextError::StopStringTooLong { index: 1, .. }
-        ));
+        assert!(matches!(new("x".repeat(5000)), TextError::StopStringTooLong { index: 1, .. }));
     }
 
     proptest! {

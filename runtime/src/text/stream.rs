@@ -44,17 +44,13 @@ pub(super) enum Cuts {
 impl Cuts {
     /// Finds them for a tokenizer whose vocabulary has exactly `ids`.
     pub(super) fn of(tokenizer: &tokenizers::Tokenizer, ids: &[u32]) -> Result<Self, TextError> {
-        let decoder =
-            serde_json::to_value(tokenizer.get_decoder()).map_err(|e| TextError::BadTokenizer {
-                reason: e.to_string(),
-            })?;
+        let decoder = serde_json::to_value(tokenizer.get_decoder())
+            .map_err(|e| TextError::BadTokenizer { reason: e.to_string() })?;
         let mut parts = Vec::new();
         flatten(&decoder, &mut parts);
         // The crate computes `length - stop - 1` without looking: a crash for short texts.
         if parts.iter().any(|p| kind(p) == "Strip" && p["stop"] != 0) {
-            return Err(TextError::UnsupportedTokenizer {
-                what: "a `Strip` decoder with `stop` above 0".into(),
-            });
+            return Err(TextError::UnsupportedTokenizer { what: "a `Strip` decoder with `stop` above 0".into() });
         }
         if let [first, rest @ ..] = parts.as_slice()
             && kind(first) == "ByteLevel"
@@ -67,20 +63,13 @@ impl Cuts {
         }
         let byte_fallback = parts.iter().any(|p| kind(p) == "ByteFallback");
         for &id in ids {
-            if tokenizer
-                .id_to_token(id)
-                .is_none_or(|t| byte_fallback && is_byte_token(&t))
-            {
+            if tokenizer.id_to_token(id).is_none_or(|t| byte_fallback && is_byte_token(&t)) {
                 continue;
             }
             // An anchor without text might let the start's treatment through to its successor.
             let text = decode_with(tokenizer, &[id], false)?;
             if !text.is_empty() {
-                return Ok(Self::Segments {
-                    anchor: id,
-                    anchor_len: text.len(),
-                    byte_fallback,
-                });
+                return Ok(Self::Segments { anchor: id, anchor_len: text.len(), byte_fallback });
             }
         }
         Ok(Self::Whole)
@@ -109,12 +98,7 @@ fn is_segmentable(parts: &[&Value]) -> bool {
     };
     // Before byte fallback, nothing may turn another token into a byte token. A replacement that
     // leaves a space or `▁` behind cannot.
-    let harmless = |p: &&Value| {
-        kind(p) == "Replace"
-            && p["content"]
-                .as_str()
-                .is_some_and(|c| c.contains([' ', '▁']))
-    };
+    let harmless = |p: &&Value| kind(p) == "Replace" && p["content"].as_str().is_some_and(|c| c.contains([' ', '▁']));
     // Before fusing, each of these looks at one token, and at whether it is the first.
     let fuse = after.iter().position(|p| kind(p) == "Fuse");
     let (single, fused) = after.split_at(fuse.unwrap_or(after.len()));
@@ -173,13 +157,7 @@ impl Detokenizer {
 
     /// A stream that leaves special tokens out, or not.
     pub fn with_special(tokenizer: &Tokenizer, skip_special: bool) -> Self {
-        Self {
-            tokenizer: tokenizer.clone(),
-            skip_special,
-            bytes: Vec::new(),
-            pending: Vec::new(),
-            started: false,
-        }
+        Self { tokenizer: tokenizer.clone(), skip_special, bytes: Vec::new(), pending: Vec::new(), started: false }
     }
 
     /// Adds a token and returns the text that became certain with it; often none. Ids outside the
@@ -272,10 +250,7 @@ impl Detokenizer {
 
     /// Decodes the pending tokens, which end where text may be cut.
     fn decode_segment(&mut self) -> Result<String, TextError> {
-        let Cuts::Segments {
-            anchor, anchor_len, ..
-        } = *self.tokenizer.cuts()
-        else {
+        let Cuts::Segments { anchor, anchor_len, .. } = *self.tokenizer.cuts() else {
             return Ok(String::new());
         };
         if self.pending.is_empty() {
@@ -298,9 +273,7 @@ impl Detokenizer {
         // The anchor's text comes first whatever follows; were it ever not so, this says it.
         match text.is_char_boundary(anchor_len) {
             true => Ok(text.split_off(anchor_len)),
-            false => Err(TextError::Decode {
-                reason: "the decoder changes text that it has already produced".into(),
-            }),
+            false => Err(TextError::Decode { reason: "the decoder changes text that it has already produced".into() }),
         }
     }
 }
@@ -324,16 +297,9 @@ mod tests {
     /// Streams ids; checks against batch decoding and returns the pieces.
     fn stream(tokenizer: &Tokenizer, ids: &[u32], skip: bool) -> Vec<String> {
         let mut detokenizer = Detokenizer::with_special(tokenizer, skip);
-        let mut pieces: Vec<String> = ids
-            .iter()
-            .map(|&id| detokenizer.push(id).unwrap())
-            .collect();
+        let mut pieces: Vec<String> = ids.iter().map(|&id| detokenizer.push(id).unwrap()).collect();
         pieces.push(detokenizer.finish().unwrap());
-        assert_eq!(
-            pieces.concat(),
-            tokenizer.decode(ids, skip).unwrap(),
-            "{ids:?}"
-        );
+        assert_eq!(pieces.concat(), tokenizer.decode(ids, skip).unwrap(), "{ids:?}");
         pieces
     }
 
@@ -377,11 +343,7 @@ mod tests {
         let half = tokenizer.token_id("ä¸").unwrap();
         let rest_and_more = tokenizer.token_id("\u{143}!").unwrap();
         let crab = tokenizer.encode("🦀", false).unwrap();
-        let pieces = stream(
-            &tokenizer,
-            &[&[half, rest_and_more], &crab[..]].concat(),
-            true,
-        );
+        let pieces = stream(&tokenizer, &[&[half, rest_and_more], &crab[..]].concat(), true);
         assert_eq!(pieces, ["", "中!", "", "", "", "🦀", ""]);
     }
 
@@ -389,14 +351,8 @@ mod tests {
     fn impossible_bytes_are_not_held_back() {
         let tokenizer = load(&fixtures::byte_level());
         // In this fixture, ids below 256 are bytes.
-        assert_eq!(
-            stream(&tokenizer, &[0xff, 0x80, b'a'.into()], true)[0],
-            "\u{fffd}"
-        );
-        assert_eq!(
-            stream(&tokenizer, &[0xe4, b'a'.into()], true)[1],
-            "\u{fffd}a"
-        );
+        assert_eq!(stream(&tokenizer, &[0xff, 0x80, b'a'.into()], true)[0], "\u{fffd}");
+        assert_eq!(stream(&tokenizer, &[0xe4, b'a'.into()], true)[1], "\u{fffd}a");
         assert_eq!(stream(&tokenizer, &[0xe4, 0xb8], true)[2], "\u{fffd}");
     }
 
@@ -417,11 +373,7 @@ mod tests {
         let tokenizer = load(&fixtures::sentencepiece());
         let byte = |b: u8| tokenizer.token_id(&format!("<0x{b:02X}>")).unwrap();
         let a = tokenizer.token_id("a").unwrap();
-        let good = stream(
-            &tokenizer,
-            &[a, byte(0xe4), byte(0xb8), byte(0xad), a],
-            true,
-        );
+        let good = stream(&tokenizer, &[a, byte(0xe4), byte(0xb8), byte(0xad), a], true);
         assert_eq!(good, ["a", "", "", "", "中a", ""]);
         let run = [a, byte(0xe4), byte(0xb8), byte(0xad), byte(0xff)];
         let bad = stream(&tokenizer, &run, true);
@@ -433,13 +385,7 @@ mod tests {
         let byte_level = load(&fixtures::byte_level());
         assert_eq!(byte_level.cuts(), &Cuts::Bytes);
         let spm = load(&fixtures::sentencepiece());
-        assert!(matches!(
-            spm.cuts(),
-            Cuts::Segments {
-                byte_fallback: true,
-                ..
-            }
-        ));
+        assert!(matches!(spm.cuts(), Cuts::Segments { byte_fallback: true, .. }));
         for (tokenizer, live) in sentencepiece_variants() {
             assert_eq!(matches!(tokenizer.cuts(), Cuts::Segments { .. }), live);
         }
@@ -475,10 +421,7 @@ mod tests {
         let ids = tokenizer.encode("hello hello", false).unwrap();
         let mut detokenizer = Detokenizer::new(&tokenizer);
         for _ in 0..2 {
-            let text: String = ids
-                .iter()
-                .map(|&id| detokenizer.push(id).unwrap())
-                .collect();
+            let text: String = ids.iter().map(|&id| detokenizer.push(id).unwrap()).collect();
             assert_eq!(text + &detokenizer.finish().unwrap(), "hello hello");
         }
     }

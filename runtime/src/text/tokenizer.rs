@@ -35,9 +35,7 @@ struct Inner {
 
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tokenizer")
-            .field("vocab_size", &self.inner.vocab_size)
-            .finish_non_exhaustive()
+        f.debug_struct("Tokenizer").field("vocab_size", &self.inner.vocab_size).finish_non_exhaustive()
     }
 }
 
@@ -51,18 +49,13 @@ impl Tokenizer {
     /// When the file is not a usable tokenizer, whatever its bytes are.
     pub fn from_json(bytes: &[u8]) -> Result<Self, TextError> {
         if bytes.len() > MAX_TOKENIZER_BYTES {
-            return Err(TextError::TokenizerTooLarge {
-                bytes: bytes.len(),
-                limit: MAX_TOKENIZER_BYTES,
-            });
+            return Err(TextError::TokenizerTooLarge { bytes: bytes.len(), limit: MAX_TOKENIZER_BYTES });
         }
         guard("reading tokenizer.json", || Self::load(bytes))?
     }
 
     fn load(bytes: &[u8]) -> Result<Self, TextError> {
-        let bad = |e: tokenizers::Error| TextError::BadTokenizer {
-            reason: e.to_string(),
-        };
+        let bad = |e: tokenizers::Error| TextError::BadTokenizer { reason: e.to_string() };
         // Checked first because the crate reports some malformed JSON on standard output, which
         // belongs to the generated text.
         let json = std::str::from_utf8(bytes).map_err(|e| bad(e.into()))?;
@@ -81,23 +74,13 @@ impl Tokenizer {
         let mut ids: Vec<u32> = tokenizer.get_vocab(true).into_values().collect();
         ids.sort_unstable();
         let Some(&highest) = ids.last() else {
-            return Err(TextError::BadTokenizer {
-                reason: "its vocabulary is empty".into(),
-            });
+            return Err(TextError::BadTokenizer { reason: "its vocabulary is empty".into() });
         };
         if highest > MAX_TOKEN_ID {
-            return Err(TextError::BadTokenizer {
-                reason: format!("token id {highest} is above {MAX_TOKEN_ID}"),
-            });
+            return Err(TextError::BadTokenizer { reason: format!("token id {highest} is above {MAX_TOKEN_ID}") });
         }
         let cuts = Cuts::of(&tokenizer, &ids)?;
-        Ok(Self {
-            inner: Arc::new(Inner {
-                tokenizer,
-                vocab_size: highest as usize + 1,
-                cuts,
-            }),
-        })
+        Ok(Self { inner: Arc::new(Inner { tokenizer, vocab_size: highest as usize + 1, cuts }) })
     }
 
     /// Token ids of `text`. Added tokens such as `<|im_end|>` are recognised wherever they stand in
@@ -112,9 +95,7 @@ impl Tokenizer {
                 .tokenizer
                 .encode_fast(text, add_special)
                 .map(|encoding| encoding.get_ids().to_vec())
-                .map_err(|e| TextError::Encode {
-                    reason: e.to_string(),
-                })
+                .map_err(|e| TextError::Encode { reason: e.to_string() })
         })?
     }
 
@@ -125,10 +106,7 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer's decoder is broken.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
-        let counts = |&id: &u32| {
-            self.token_text(id)
-                .is_some_and(|token| !(skip_special && self.is_special(&token)))
-        };
+        let counts = |&id: &u32| self.token_text(id).is_some_and(|token| !(skip_special && self.is_special(&token)));
         // Some of the crate's decoders compute "number of tokens - 1" without looking.
         if !ids.iter().any(counts) {
             return Ok(String::new());
@@ -139,20 +117,12 @@ impl Tokenizer {
     /// The vocabulary's own spelling of a token (`Ġhello`, `<0x0A>`), or `None` for an id outside
     /// the vocabulary. For text to show, use [`Tokenizer::decode`].
     pub fn token_text(&self, id: u32) -> Option<String> {
-        guard("looking up a token", || {
-            self.inner.tokenizer.id_to_token(id)
-        })
-        .ok()
-        .flatten()
+        guard("looking up a token", || self.inner.tokenizer.id_to_token(id)).ok().flatten()
     }
 
     /// The id of a token by its spelling in the vocabulary, added tokens included.
     pub fn token_id(&self, text: &str) -> Option<u32> {
-        guard("looking up a token", || {
-            self.inner.tokenizer.token_to_id(text)
-        })
-        .ok()
-        .flatten()
+        guard("looking up a token", || self.inner.tokenizer.token_to_id(text)).ok().flatten()
     }
 
     /// One more than the highest token id; at most [`MAX_TOKEN_ID`] + 1. A model may have more
@@ -163,10 +133,7 @@ impl Tokenizer {
 
     /// Whether the token with this spelling is left out by `skip_special`.
     pub(super) fn is_special(&self, spelling: &str) -> bool {
-        self.inner
-            .tokenizer
-            .get_added_vocabulary()
-            .is_special_token(spelling)
+        self.inner.tokenizer.get_added_vocabulary().is_special_token(spelling)
     }
 
     pub(super) fn cuts(&self) -> &Cuts {
@@ -181,13 +148,7 @@ pub(super) fn decode_with(
     ids: &[u32],
     skip_special: bool,
 ) -> Result<String, TextError> {
-    guard("decoding", || {
-        tokenizer
-            .decode(ids, skip_special)
-            .map_err(|e| TextError::Decode {
-                reason: e.to_string(),
-            })
-    })?
+    guard("decoding", || tokenizer.decode(ids, skip_special).map_err(|e| TextError::Decode { reason: e.to_string() }))?
 }
 
 /// Runs foreign code and turns its panic into an error. The crate indexes and unwraps on values
@@ -269,32 +230,21 @@ mod tests {
     fn hopeless_files_are_refused() {
         let refused = |json: &str| Tokenizer::from_json(json.as_bytes()).unwrap_err();
         for json in ["", "null", "{}", "[]", "{\"model\": {}}", "\u{feff}{}"] {
-            assert!(
-                matches!(refused(json), TextError::BadTokenizer { .. }),
-                "{json}"
-            );
+            assert!(matches!(refused(json), TextError::BadTokenizer { .. }), "{json}");
         }
         let empty = r#"{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}"#;
         assert!(matches!(refused(empty), TextError::BadTokenizer { .. }));
-        let far =
-            r#"{"version":"1.0","model":{"type":"BPE","vocab":{"a":4294967295},"merges":[]}}"#;
+        let far = r#"{"version":"1.0","model":{"type":"BPE","vocab":{"a":4294967295},"merges":[]}}"#;
         assert!(matches!(refused(far), TextError::BadTokenizer { .. }));
         let mut strip: serde_json::Value = serde_json::from_str(&fixtures::byte_level()).unwrap();
-        strip["decoder"] =
-            serde_json::json!({"type": "Strip", "content": "a", "start": 0, "stop": 9});
-        assert!(matches!(
-            refused(&strip.to_string()),
-            TextError::UnsupportedTokenizer { .. }
-        ));
+        strip["decoder"] = serde_json::json!({"type": "Strip", "content": "a", "start": 0, "stop": 9});
+        assert!(matches!(refused(&strip.to_string()), TextError::UnsupportedTokenizer { .. }));
     }
 
     #[test]
     fn a_panic_of_the_library_becomes_an_error() {
         let error = guard("testing", || -> u32 { panic!("on {}", "purpose") }).unwrap_err();
-        let want = TextError::Crashed {
-            during: "testing",
-            reason: "on purpose".into(),
-        };
+        let want = TextError::Crashed { during: "testing", reason: "on purpose".into() };
         assert_eq!(error, want);
     }
 

@@ -1,0 +1,97 @@
+//! Grouped-query attention.
+
+use serde::{Deserialize, Serialize};
+
+use super::{RopeSpec, check_eps, check_range, check_width, is_false};
+use crate::limits::MAX_LENGTH;
+
+/// Grouped-query attention (arXiv:2305.13245): query head `h` uses key-value head `h / (heads / kv_heads)`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GqaSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Key-value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of a query and a key.
+    pub head_dim: usize,
+    /// Width of a value.
+    pub v_head_dim: usize,
+    /// Factor on the scores before the softmax.
+    pub softmax_scale: f32,
+    /// Rotation of the first `rope.dim` elements of queries and keys; `None`: no positions.
+    pub rope: Option<RopeSpec>,
+    /// Keys that a query sees, itself included; `None`: all before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<usize>,
+    /// RMS norm of queries and keys before the rotation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qk_norm: Option<QkNorm>,
+    /// Bounds queries, keys and values to ± this, after the norm.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clip_qkv: Option<f32>,
+    /// Whether the projections of queries, keys and values have biases.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub qkv_bias: bool,
+    /// Whether the output projection has a bias.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub o_bias: bool,
+    /// Whether each head has a sink: one more logit in the softmax, without a value.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub sinks: bool,
+    /// Whether the heads' outputs are multiplied by the sigmoid of a projection of the input.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub output_gate: bool,
+}
+
+/// RMS norm of queries and keys.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QkNorm {
+    /// What is normalised at once.
+    pub scope: QkNormScope,
+    /// Epsilon.
+    pub eps: f32,
+}
+
+/// What a norm of queries and keys normalises at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNormScope {
+    /// Each head by itself, with weights of one head's width.
+    Head,
+    /// All heads together.
+    Whole,
+}
+
+impl GqaSpec {
+    pub(super) fn validate(&self) -> Result<(), String> {
+        for (name, value) in [
+            ("heads", self.heads),
+            ("kv_heads", self.kv_heads),
+            ("head_dim", self.head_dim),
+            ("v_head_dim", self.v_head_dim),
+            ("heads × head_dim", self.heads.saturating_mul(self.head_dim)),
+            ("heads × v_head_dim", self.heads.saturating_mul(self.v_head_dim)),
+        ] {
+            check_width(name, value)?;
+        }
+        check_range("window", self.window.unwrap_or(1), MAX_LENGTH)?;
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            return Err(format!("{} heads share {} key-value heads", self.heads, self.kv_heads));
+        }
+        if !self.softmax_scale.is_finite() || self.clip_qkv.is_some_and(|c| !(c.is_finite() && c > 0.0)) {
+            return Err("softmax_scale or clip_qkv is not a positive number".into());
+        }
+        if let Some(norm) = &self.qk_norm {
+            check_eps("qk_norm.eps", norm.eps)?;
+        }
+        match &self.rope {
+            Some(rope) if rope.dim > self.head_dim => {
+                Err(format!("rope.dim is {} of a head of {}", rope.dim, self.head_dim))
+            }
+            Some(rope) => rope.validate(),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The token mixer of a layer, whichever it is.
+
+use sluice_format::AttentionSpec;
+
+use super::ModelError;
+use super::compute::Compute;
+use super::gqa::{self, Gqa, GqaScratch, KeyValueCache};
+use super::mla::{self, LatentCache, Mla, MlaScratch};
+use super::weights::ExtentTensors;
+
+/// The token mixer of one layer.
+#[derive(Debug)]
+pub enum Attention {
+    /// Multi-head latent attention.
+    Mla(Mla),
+    /// Grouped-query attention.
+    Gqa(Gqa),
+}
+
+/// What one layer remembers of the tokens of one session.
+#[derive(Clone, Debug)]
+pub enum LayerCache {
+    /// Latents and rotated keys.
+    Latent(LatentCache),
+    /// Keys and values.
+    KeyValue(KeyValueCache),
+}
+
+/// Buffers that attention reuses from call to call.
+#[derive(Debug)]
+pub struct AttentionScratch {
+    mla: MlaScratch,
+    gqa: GqaScratch,
+}
+
+impl AttentionScratch {
+    /// Empty buffers; they grow to what the first call needs.
+    pub fn new(compute: &Compute) -> Self {
+        AttentionScratch { mla: MlaScratch::new(compute), gqa: GqaScratch::new(compute) }
+    }
+}
+
+impl LayerCache {
+    /// An empty cache for `max_tokens` positions.
+    pub fn new(spec: &AttentionSpec, max_tokens: usize) -> Self {
+        match spec {
+            AttentionSpec::Mla(m) => LayerCache::Latent(LatentCache::new(m, max_tokens)),
+            AttentionSpec::Gqa(g) => LayerCache::KeyValue(KeyValueCache::new(g, max_tokens)),
+        }
+    }
+
+    /// Bytes of a cache for `max_tokens` positions.
+    pub fn memory(spec: &AttentionSpec, max_tokens: usize) -> u64 {
+        let width = match spec {
+            AttentionSpec::Mla(m) => mla::cache_width(m),
+            AttentionSpec::Gqa(g) => gqa::cache_width(g),
+        };
+        (4 * width as u64).saturating_mul(max_tokens as u64)
+    }
+}
+
+/// f32 values of scratch per token.
+pub fn scratch_width(spec: &AttentionSpec) -> usize {
+    match spec {
+        AttentionSpec::Mla(m) => mla::scratch_width(m),
+        AttentionSpec::Gqa(g) => gqa::scratch_width(g),
+    }
+}
+
+impl Attention {
+    pub(super) fn new(spec: &AttentionSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+        Ok(match spec {
+            AttentionSpec::Mla(m) => Attention::Mla(Mla::new(m, tensors)?),
+            AttentionSpec::Gqa(g) => Attention::Gqa(Gqa::new(g, tensors)?),
+        })
+    }
+
+    /// Mixes `n` tokens at positions `start..start + n`: reads `x` `[n, hidden]` (normalised), extends `cache`, writes
+    /// `out` `[n, hidden]`. `extent`: the bytes of the layer's attention extent.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "inputs, state, scratch and output of one step; a struct would only rename them"
+    )]
+    pub fn forward(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        cache: &mut LayerCache,
+        start: usize,
+        n: usize,
+        x: &[f32],
+        scratch: &mut AttentionScratch,
+        out: &mut [f32],
+    ) {
+        match (self, cache) {
+            (Attention::Mla(mla), LayerCache::Latent(cache)) => {
+                mla.forward(compute, extent, cache, start, n, x, &mut scratch.mla, out);
+            }
+            (Attention::Gqa(gqa), LayerCache::KeyValue(cache)) => {
+                gqa.forward(compute, extent, cache, start, n, x, &mut scratch.gqa, out);
+            }
+            _ => unreachable!("a cache is made from the spec of its layer"),
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! Grouped-query attention (arXiv:2305.13245) with rotary positions, and what families add to it: norms of queries and keys,
+//! biases, a sliding window, attention sinks, an output gate.
+
+use sluice_format::{GqaSpec, QkNormScope};
+use sluice_kernels::{Activations, rms_norm, sigmoid};
+
+use super::ModelError;
+use super::compute::{Compute, sized, with_head_scratch};
+use super::rope::{Rope, RopeAngles};
+use super::weights::{ExtentTensors, MatrixRef, VectorRef};
+
+/// Weights of one layer's attention, as places in its extent.
+#[derive(Debug)]
+pub struct Gqa {
+    spec: GqaSpec,
+    rope: Option<Rope>,
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    o: Projection,
+    q_norm: Option<VectorRef>,
+    k_norm: Option<VectorRef>,
+    sinks: Option<VectorRef>,
+    gate: Option<MatrixRef>,
+}
+
+/// A matrix and, in some families, a bias.
+#[derive(Debug)]
+struct Projection {
+    matrix: MatrixRef,
+    bias: Option<VectorRef>,
+}
+
+impl Projection {
+    fn new(tensors: &ExtentTensors<'_>, matrix: &'static str, bias: Option<&'static str>) -> Result<Self, ModelError> {
+        Ok(Projection { matrix: tensors.matrix(matrix)?, bias: bias.map(|b| tensors.vector(b)).transpose()? })
+    }
+
+    /// `out` `[n, rows]` = matrix · x + bias.
+    fn apply(&self, compute: &Compute, extent: &[u8], x: &Activations, vector: &mut Vec<f32>, out: &mut [f32]) {
+        compute.kernels.matmul(&compute.threads, self.matrix.view(extent), x, out);
+        if let Some(bias) = &self.bias {
+            bias.read(extent, vector);
+            for row in out.chunks_exact_mut(vector.len()) {
+                row.iter_mut().zip(&*vector).for_each(|(o, b)| *o += b);
+            }
+        }
+    }
+}
+
+/// Keys and values of one layer and one session: `[kv_heads, max_tokens, width]` each, so that a head's are contiguous.
+#[derive(Clone, Debug)]
+pub struct KeyValueCache {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    max_tokens: usize,
+}
+
+impl KeyValueCache {
+    /// An empty cache for `max_tokens` positions.
+    pub fn new(spec: &GqaSpec, max_tokens: usize) -> Self {
+        KeyValueCache {
+            keys: vec![0.0; spec.kv_heads * max_tokens * spec.head_dim],
+            values: vec![0.0; spec.kv_heads * max_tokens * spec.v_head_dim],
+            max_tokens,
+        }
+    }
+}
+
+/// f32 values that the cache holds per token.
+pub fn cache_width(spec: &GqaSpec) -> usize {
+    spec.kv_heads * (spec.head_dim + spec.v_head_dim)
+}
+
+/// f32 values of scratch per token.
+pub fn scratch_width(spec: &GqaSpec) -> usize {
+    let gate = if spec.output_gate { spec.heads * spec.v_head_dim } else { 0 };
+    spec.heads * (spec.head_dim + 2 * spec.v_head_dim) + cache_width(spec) + gate
+}
+
+/// Buffers that grouped-query attention reuses from call to call.
+#[derive(Debug)]
+pub struct GqaScratch {
+    activations: Activations,
+    vector: Vec<f32>,
+    query: Vec<f32>,
+    key: Vec<f32>,
+    value: Vec<f32>,
+    gate: Vec<f32>,
+    sinks: Vec<f32>,
+    by_head: Vec<f32>,
+    by_token: Vec<f32>,
+    angles: RopeAngles,
+}
+
+impl GqaScratch {
+    /// Empty buffers; they grow to what the first call needs.
+    pub fn new(compute: &Compute) -> Self {
+        GqaScratch {
+            activations: Activations::new(compute.precision),
+            vector: Vec::new(),
+            query: Vec::new(),
+            key: Vec::new(),
+            value: Vec::new(),
+            gate: Vec::new(),
+            sinks: Vec::new(),
+            by_head: Vec::new(),
+            by_token: Vec::new(),
+            angles: RopeAngles::default(),
+        }
+    }
+}
+
+impl Gqa {
+    pub(super) fn new(spec: &GqaSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+        let bias = |on: bool, name| on.then_some(name);
+        let norm = |name| spec.qk_norm.as_ref().map(|_| tensors.vector(name)).transpose();
+        Ok(Gqa {
+            rope: spec.rope.as_ref().map(Rope::new),
+            q: Projection::new(tensors, "q", bias(spec.qkv_bias, "q_bias"))?,
+            k: Projection::new(tensors, "k", bias(spec.qkv_bias, "k_bias"))?,
+            v: Projection::new(tensors, "v", bias(spec.qkv_bias, "v_bias"))?,
+            o: Projection::new(tensors, "o", bias(spec.o_bias, "o_bias"))?,
+            q_norm: norm("q_norm")?,
+            k_norm: norm("k_norm")?,
+            sinks: spec.sinks.then(|| tensors.vector("sinks")).transpose()?,
+            gate: spec.output_gate.then(|| tensors.matrix("gate")).transpose()?,
+            spec: spec.clone(),
+        })
+    }
+
+    /// Attention of `n` tokens at positions `start..start + n`: reads `x` `[n, hidden]` (normalised), extends `cache`,
+    /// writes `out` `[n, hidden]`. `extent`: the bytes of the layer's attention extent.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "inputs, state, scratch and output of one step; a struct would only rename them"
+    )]
+    pub fn forward(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        cache: &mut KeyValueCache,
+        start: usize,
+        n: usize,
+        x: &[f32],
+        scratch: &mut GqaScratch,
+        out: &mut [f32],
+    ) {
+        scratch.activations.set(x, n, x.len() / n);
+        self.project(compute, extent, start, n, scratch);
+        self.extend_cache(cache, start, n, scratch);
+        self.attend(compute, extent, cache, start, n, scratch);
+        self.gather_heads(compute, extent, n, scratch);
+        let GqaScratch { activations, vector, by_token, .. } = scratch;
+        let width = self.spec.heads * self.spec.v_head_dim;
+        activations.set(&by_token[..n * width], n, width);
+        self.o.apply(compute, extent, activations, vector, out);
+    }
+
+    /// Queries `[n, heads, head_dim]`, keys and values, normalised and rotated.
+    fn project(&self, compute: &Compute, extent: &[u8], start: usize, n: usize, scratch: &mut GqaScratch) {
+        let s = &self.spec;
+        let GqaScratch { activations, vector, query, key, value, angles, .. } = scratch;
+        let query = sized(query, n * s.heads * s.head_dim);
+        let key = sized(key, n * s.kv_heads * s.head_dim);
+        let value = sized(value, n * s.kv_heads * s.v_head_dim);
+        self.q.apply(compute, extent, activations, vector, query);
+        self.k.apply(compute, extent, activations, vector, key);
+        self.v.apply(compute, extent, activations, vector, value);
+        self.normalise(extent, self.q_norm.as_ref(), s.heads, vector, query);
+        self.normalise(extent, self.k_norm.as_ref(), s.kv_heads, vector, key);
+        if let Some(limit) = s.clip_qkv {
+            for x in [&mut *query, &mut *key, &mut *value] {
+                x.iter_mut().for_each(|v| *v = v.clamp(-limit, limit));
+            }
+        }
+        if let Some(rope) = &self.rope {
+            rope.angles(start, n, angles);
+            for (x, heads) in [(query, s.heads), (key, s.kv_heads)] {
+                for (i, head) in x.chunks_exact_mut(s.head_dim).enumerate() {
+                    rope.rotate(head, angles, i / heads);
+                }
+            }
+        }
+    }
+
+    fn normalise(&self, extent: &[u8], norm: Option<&VectorRef>, heads: usize, vector: &mut Vec<f32>, x: &mut [f32]) {
+        let (Some(spec), Some(norm)) = (&self.spec.qk_norm, norm) else { return };
+        let width = match spec.scope {
+            QkNormScope::Head => self.spec.head_dim,
+            QkNormScope::Whole => heads * self.spec.head_dim,
+        };
+        norm.read(extent, vector);
+        // In and out differ for the kernel; a head is short.
+        with_head_scratch(|scratch| {
+            for row in x.chunks_exact_mut(width) {
+                let copy = sized(&mut scratch.input, width);
+                copy.copy_from_slice(row);
+                rms_norm(copy, vector, spec.eps, row);
+            }
+        });
+    }
+
+    fn extend_cache(&self, cache: &mut KeyValueCache, start: usize, n: usize, scratch: &GqaScratch) {
+        let s = &self.spec;
+        let capacity = cache.max_tokens;
+        for (width, from, to) in
+            [(s.head_dim, &scratch.key, &mut cache.keys), (s.v_head_dim, &scratch.value, &mut cache.values)]
+        {
+            for (i, row) in from[..n * s.kv_heads * width].chunks_exact(width).enumerate() {
+                let (token, head) = (i / s.kv_heads, i % s.kv_heads);
+                to[(head * capacity + start + token) * width..][..width].copy_from_slice(row);
+            }
+        }
+    }
+
+    /// Leaves the heads' outputs in `scratch.by_head`, `[heads, n, v_head_dim]`. One task per head.
+    fn attend(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        cache: &KeyValueCache,
+        start: usize,
+        n: usize,
+        scratch: &mut GqaScratch,
+    ) {
+        let s = &self.spec;
+        let GqaScratch { query, by_head, sinks, .. } = scratch;
+        if let Some(sink) = &self.sinks {
+            sink.read(extent, sinks);
+        }
+        let (query, sinks) = (&*query, &*sinks);
+        let by_head = sized(by_head, s.heads * n * s.v_head_dim);
+        compute.threads.for_each_chunk(by_head, n * s.v_head_dim, &|h, out| {
+            let kv_head = h / (s.heads / s.kv_heads);
+            let keys = &cache.keys[kv_head * cache.max_tokens * s.head_dim..][..cache.max_tokens * s.head_dim];
+            let values = &cache.values[kv_head * cache.max_tokens * s.v_head_dim..][..cache.max_tokens * s.v_head_dim];
+            let sink = self.sinks.map(|_| sinks[h]);
+            with_head_scratch(|scratch| {
+                for (t, out) in out.chunks_exact_mut(s.v_head_dim).enumerate() {
+                    let end = start + t + 1;
+                    let first = s.window.map_or(0, |w| end.saturating_sub(w));
+                    let (keys, values) = (&keys[first * s.head_dim..], &values[first * s.v_head_dim..]);
+                    let seen = end - first;
+                    // One more score than keys: a sink takes part in the softmax and has no value.
+                    let scores = sized(&mut scratch.scores, seen + 1);
+                    let q = &query[(t * s.heads + h) * s.head_dim..][..s.head_dim];
+                    compute.kernels.attend_with_sink(
+                        q,
+                        keys,
+                        s.head_dim,
+                        values,
+                        s.v_head_dim,
+                        seen,
+                        s.softmax_scale,
+                        sink,
+                        scores,
+                        out,
+                    );
+                }
+            });
+        });
+    }
+
+    /// Transposes to `[n, heads, v_head_dim]` and applies the output gate.
+    fn gather_heads(&self, compute: &Compute, extent: &[u8], n: usize, scratch: &mut GqaScratch) {
+        let s = &self.spec;
+        let GqaScratch { activations, by_head, by_token, gate, .. } = scratch;
+        let (heads, width) = (s.heads, s.v_head_dim);
+        let by_token = sized(by_token, n * heads * width);
+        for (i, row) in by_token.chunks_exact_mut(width).enumerate() {
+            let (t, h) = (i / heads, i % heads);
+            row.copy_from_slice(&by_head[(h * n + t) * width..][..width]);
+        }
+        if let Some(matrix) = &self.gate {
+            let gate = sized(gate, n * heads * width);
+            compute.kernels.matmul(&compute.threads, matrix.view(extent), activations, gate);
+            by_token.iter_mut().zip(gate).for_each(|(o, g)| *o *= sigmoid(*g));
+        }
+    }
+}
