@@ -49,6 +49,12 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
             (WeightType::F16, _) => unblocked::<F16>(&group, x, shape, g, out),
             (WeightType::Bf16, _) => unblocked::<BF16>(&group, x, shape, g, out),
             (WeightType::Fp8, _) => unblocked::<FP8>(&group, x, shape, g, out),
+            (WeightType::Q4 | WeightType::Q3, int8) => {
+                for t in 0..shape.tokens {
+                    let rows = crate::scalar::group(&group, x, shape.token + t, int8);
+                    out[t][g * 8..][..8].copy_from_slice(&rows);
+                }
+            }
             (WeightType::Q8, false) => blocked_f32::<Q8>(&group, x, shape, g, out),
             (WeightType::Int4, false) => blocked_f32::<INT4>(&group, x, shape, g, out),
             (WeightType::Mxfp4, false) => blocked_f32::<MXFP4>(&group, x, shape, g, out),

@@ -29,7 +29,7 @@ impl Avx512 {
     }
 
     pub(crate) fn tile(self, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
-        if shape.groups != 2 || (w.ty().is_blocked() && !shape.int8) {
+        if shape.groups != 2 || matches!(w.ty(), WeightType::Q4 | WeightType::Q3) || (w.ty().is_blocked() && !shape.int8) {
             return self.avx2.tile(w, x, shape, out);
         }
         // SAFETY: the token proves the features that the function enables.
@@ -54,6 +54,7 @@ type Pair<'a> = [Group<'a>; 2];
 fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
     let pair = [w.group(shape.group), w.group(shape.group + 1)];
     match w.ty() {
+        WeightType::Q4 | WeightType::Q3 => unreachable!(),
         WeightType::F32 => unblocked::<F32>(&pair, x, shape, out),
         WeightType::F16 => unblocked::<F16>(&pair, x, shape, out),
         WeightType::Bf16 => unblocked::<BF16>(&pair, x, shape, out),
