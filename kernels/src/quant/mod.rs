@@ -25,8 +25,6 @@ mod codebook;
 mod pack;
 mod product;
 mod search;
-#[cfg(test)]
-mod tests;
 
 pub(crate) use codebook::UNIT;
 pub use pack::pack_row_group_weighted;

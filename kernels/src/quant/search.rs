@@ -95,7 +95,12 @@ impl Table {
         for ((block, numbers), &byte) in blocks.iter().zip(numbers.chunks_mut(B)).zip(&bytes) {
             self.choose(block, scale, byte, numbers);
         }
-        Row { scale: (f64::from(scale) * power(exponent)) as f32, bytes }
+        // What the levels stand for must be finite, though the weights be the largest there are.
+        let largest = f64::from(self.largest(&blocks, scale, &bytes));
+        let scale = (f64::from(scale) * power(exponent)).min(f64::from(f32::MAX) / largest);
+        let rounded = scale as f32;
+        let fits = f64::from(rounded) * largest <= f64::from(f32::MAX);
+        Row { scale: if fits { rounded } else { rounded.next_down() }, bytes }
     }
 
     /// Row scale and bytes of a row whose largest magnitude is `absmax`.
@@ -203,16 +208,28 @@ impl Table {
         std::array::from_fn(|k| sums[0][k] + sums[1][k])
     }
 
+    /// The largest magnitude of the values chosen in a row, over the row scale; at least 1.
+    fn largest<const B: usize>(&self, blocks: &[Block<B>], scale: f32, bytes: &[u8]) -> f32 {
+        let values = blocks.iter().zip(bytes).flat_map(|(block, &byte)| self.chosen(block, scale, byte));
+        values.fold(1.0, |m, v| m.max(v.abs()))
+    }
+
+    /// The values chosen in a block, over the row scale.
+    #[inline]
+    fn chosen<const B: usize>(&self, block: &Block<B>, scale: f32, byte: u8) -> [f32; B] {
+        let (s, k) = (self.scales[usize::from(byte & 31)], usize::from(byte >> 5));
+        if s == 0.0 {
+            return [0.0; B];
+        }
+        let (_, cells) = cells(&block.x, 1.0 / (scale * s));
+        cells.map(|cell| s * self.values[cell as usize % CELLS][k])
+    }
+
     /// The row scale of least error for the levels that `scale` and `bytes` choose; none if they are all zero.
     fn least_squares<const B: usize>(&self, blocks: &[Block<B>], scale: f32, bytes: &[u8]) -> Option<f32> {
         let (mut xv, mut vv) = (0.0, 0.0);
         for (block, &byte) in blocks.iter().zip(bytes) {
-            let (s, k) = (self.scales[usize::from(byte & 31)], usize::from(byte >> 5));
-            if s == 0.0 {
-                continue;
-            }
-            let (_, cells) = cells(&block.x, 1.0 / (scale * s));
-            let value: [f32; B] = cells.map(|cell| s * self.values[cell as usize][k]);
+            let value = self.chosen(block, scale, byte);
             xv += f64::from(sum(|j| block.weight[j] * block.x[j] * value[j], &block.x));
             vv += f64::from(sum(|j| block.weight[j] * value[j] * value[j], &block.x));
         }
@@ -235,7 +252,7 @@ impl Table {
 /// The cell of a number from which `offset` is taken.
 #[inline]
 fn moved(cell: u32, offset: i32) -> usize {
-    cell.wrapping_sub(2 * offset as u32) as usize % CELLS
+    cell.wrapping_sub((2 * offset) as u32) as usize % CELLS
 }
 
 /// Blocks of a row, scaled; where all weights of a block are zero, they become one.
