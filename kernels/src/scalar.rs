@@ -23,8 +23,8 @@
 
 use crate::activations::{Activations, QuantisedRow};
 use crate::matrix::{BLOCK, FP8_BLOCK, Group, ROW_GROUP, WeightType};
-use crate::quant;
 use crate::number::{E2M1_DOUBLED, bf16_to_f32, e4m3_over_256, e8m0_to_f32, f16_to_f32};
+use crate::quant;
 
 /// One value per row of a group.
 pub(crate) type Rows = [f32; ROW_GROUP];

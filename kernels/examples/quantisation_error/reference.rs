@@ -87,16 +87,21 @@ fn scale_and_minimum(x: &[f32]) -> (f32, f32) {
 }
 
 /// The codebook of IQ4_NL and IQ4_XS.
-const IQ4: [f32; 16] = [
-    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
-];
+const IQ4: [f32; 16] =
+    [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
 
 fn nearest(v: f32) -> f32 {
     let after = IQ4.partition_point(|&level| level <= v);
     match after {
         0 => IQ4[0],
         16 => IQ4[15],
-        i => if v - IQ4[i - 1] < IQ4[i] - v { IQ4[i - 1] } else { IQ4[i] },
+        i => {
+            if v - IQ4[i - 1] < IQ4[i] - v {
+                IQ4[i - 1]
+            } else {
+                IQ4[i]
+            }
+        }
     }
 }
 

@@ -26,7 +26,7 @@ mod pack;
 mod product;
 mod search;
 
-pub(crate) use codebook::UNIT;
+pub(crate) use codebook::{Codebook, UNIT};
 pub use pack::pack_row_group_weighted;
 pub(crate) use pack::pack_unweighted;
 pub(crate) use product::{group_f32, group_int8, unpack_column};
