@@ -82,46 +82,48 @@ fn row_scales(scales: &[u8]) -> __m256 {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>; T]) -> [__m256; T] {
-    let mut s = [[_mm256_setzero_ps(); T]; 2];
+    let table = _mm256_broadcastsi128_si256(load16(&const { levels(TY, 64) }, 0));
+    // The sums of even and odd blocks take turns; in the end their order does not matter.
+    let mut s = [_mm256_setzero_ps(); T];
+    let mut other = s;
     for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
         prefetch(values);
-        let nibbles = nibbles::<TY>(values);
-        let (low, high) = (dots::<TY, T>(&nibbles, false, &x, g), dots::<TY, T>(&nibbles, true, &x, g));
+        let words = words(&x, g);
         if TY == Q4 {
-            let all = each!(_mm256_setzero_si256(); T, t => _mm256_add_epi32(low[t], high[t]));
-            add::<TY, T>(w.scales, g, &all, &each!(0; T, t => x[t].sums[g][0]), &x, g, &mut s[0]);
-            s.swap(0, 1);
-        } else {
-            add::<TY, T>(w.scales, 2 * g, &low, &each!(0; T, t => x[t].sums[g][1]), &x, g, &mut s[0]);
-            let rest = each!(0; T, t => x[t].sums[g][0] - x[t].sums[g][1]);
-            add::<TY, T>(w.scales, 2 * g + 1, &high, &rest, &x, g, &mut s[1]);
+            let mut dots = [_mm256_setzero_si256(); T];
+            for v in 0..4 {
+                let nibbles = load32(values, 32 * v);
+                dot(&mut dots, look_up::<TY>(table, nibbles, false), &words, v);
+                dot(&mut dots, look_up::<TY>(table, nibbles, true), &words, v + 4);
+            }
+            let next = add::<TY, T>(w.scales, g, &dots, &each!(0; T, t => x[t].sums[g][0]), &x, g, &s);
+            (s, other) = (other, next);
+            continue;
         }
+        let nibbles = nibbles::<TY>(values);
+        let (mut low, mut high) = ([_mm256_setzero_si256(); T], [_mm256_setzero_si256(); T]);
+        for v in 0..4 {
+            dot(&mut low, look_up::<TY>(table, nibbles[v], false), &words, v);
+        }
+        s = add::<TY, T>(w.scales, 2 * g, &low, &each!(0; T, t => x[t].sums[g][1]), &x, g, &s);
+        for v in 0..4 {
+            dot(&mut high, look_up::<TY>(table, nibbles[v], true), &words, v + 4);
+        }
+        let rest = each!(0; T, t => x[t].sums[g][0] - x[t].sums[g][1]);
+        other = add::<TY, T>(w.scales, 2 * g + 1, &high, &rest, &x, g, &other);
     }
     let scales = row_scales(w.scales);
-    each!(_mm256_setzero_ps(); T, t => _mm256_mul_ps(_mm256_add_ps(s[0][t], s[1][t]), scales))
+    each!(_mm256_setzero_ps(); T, t => _mm256_mul_ps(_mm256_add_ps(s[t], other[t]), scales))
 }
 
-/// Products of 16 columns with the levels, made unsigned. Pair sums stay within 2·128·127 = 32512.
+/// Adds the products of four columns with unsigned levels. Pair sums stay within 2·128·127 = 32512.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dots<const TY: u8, const T: usize>(
-    nibbles: &[__m256i; 4],
-    high: bool,
-    x: &[QuantisedRow<'_>; T],
-    g: usize,
-) -> [__m256i; T] {
-    let words = words(x, g);
-    let table = _mm256_broadcastsi128_si256(load16(&const { levels(TY, 64) }, 0));
-    let first = if high { 4 } else { 0 };
-    let mut dots = [_mm256_setzero_si256(); T];
-    for v in 0..4 {
-        let level = look_up::<TY>(table, nibbles[v], high);
-        for t in 0..T {
-            let pairs = _mm256_maddubs_epi16(level, _mm256_set1_epi32(words[t][first + v]));
-            dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-        }
+fn dot<const T: usize>(dots: &mut [__m256i; T], level: __m256i, words: &[&[i32; 8]; T], q: usize) {
+    for t in 0..T {
+        let pairs = _mm256_maddubs_epi16(level, _mm256_set1_epi32(words[t][q]));
+        dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
-    dots
 }
 
 /// Adds block `b`, whose columns of `x` add up to `sums`. The sums fit in 16 bits, so that one multiplication of
@@ -135,15 +137,17 @@ fn add<const TY: u8, const T: usize>(
     sums: &[i32; T],
     x: &[QuantisedRow<'_>; T],
     g: usize,
-    s: &mut [__m256; T],
-) {
+    s: &[__m256; T],
+) -> [__m256; T] {
     let (scale, offset) = scale_and_offset::<TY>(scales, b);
     let bias = _mm256_sub_epi32(offset, _mm256_set1_epi32(const { 64 + offset_base(TY) }));
+    let mut next = *s;
     for t in 0..T {
         let dot = _mm256_add_epi32(dots[t], _mm256_madd_epi16(bias, _mm256_set1_epi32(sums[t] & 0xffff)));
         let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[t].scales[g] * UNIT));
-        s[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, s[t]);
+        next[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, s[t]);
     }
+    next
 }
 
 #[inline]

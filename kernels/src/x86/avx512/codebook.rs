@@ -58,73 +58,94 @@ fn look_up<const TY: u8>(table: __m512i, nibbles: __m512i, high: bool) -> __m512
 fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>; T]) -> [__m512; T] {
     let len = const { block_bytes(TY) };
     let table = _mm512_broadcast_i32x4(load16(&const { levels(TY, 64) }, 0));
-    let mut s = [[_mm512_setzero_ps(); T]; 2];
+    // The sums of even and odd blocks take turns; in the end their order does not matter.
+    let mut s = [_mm512_setzero_ps(); T];
+    let mut other = s;
     for (g, (a, b)) in w[0].values.chunks_exact(len).zip(w[1].values.chunks_exact(len)).enumerate() {
         prefetch(a);
         prefetch(b);
         let words = words(&x, g);
-        let nibbles = nibbles::<TY>(a, b);
         if TY == Q4 {
-            let (scale, bias) = scale_and_bias::<TY>(w, g);
-            let mut dots = biased(bias, &each!(0; T, t => x[t].sums[g][0]));
-            for q in 0..8 {
-                let level = look_up::<TY>(table, nibbles[q % 4], q >= 4);
-                for t in 0..T {
-                    dots[t] = _mm512_dpbusd_epi32(dots[t], level, _mm512_set1_epi32(words[t][q]));
-                }
+            let mut dots = biased::<TY, T>(w, g, &each!(0; T, t => x[t].sums[g][0]));
+            for v in 0..4 {
+                let nibbles = load32x2(a, b, 32 * v);
+                dot(&mut dots, look_up::<TY>(table, nibbles, false), &words, v);
+                dot(&mut dots, look_up::<TY>(table, nibbles, true), &words, v + 4);
             }
-            add(&dots, scale, &x, g, &mut s[0]);
-            s.swap(0, 1);
-        } else {
-            for half in 0..2 {
-                let (scale, bias) = scale_and_bias::<TY>(w, 2 * g + half);
-                let rest = each!(0; T, t => x[t].sums[g][0] - x[t].sums[g][1]);
-                let sums = if half == 0 { each!(0; T, t => x[t].sums[g][1]) } else { rest };
-                let mut dots = biased(bias, &sums);
-                for v in 0..4 {
-                    let level = look_up::<TY>(table, nibbles[v], half == 1);
-                    for t in 0..T {
-                        dots[t] = _mm512_dpbusd_epi32(dots[t], level, _mm512_set1_epi32(words[t][4 * half + v]));
-                    }
-                }
-                add(&dots, scale, &x, g, &mut s[half]);
-            }
+            let next = add(&dots, scale(w, g), &x, g, &s);
+            (s, other) = (other, next);
+            continue;
         }
+        let nibbles = nibbles::<TY>(a, b);
+        let mut low = biased::<TY, T>(w, 2 * g, &each!(0; T, t => x[t].sums[g][1]));
+        for v in 0..4 {
+            dot(&mut low, look_up::<TY>(table, nibbles[v], false), &words, v);
+        }
+        s = add(&low, scale(w, 2 * g), &x, g, &s);
+        let mut high = biased::<TY, T>(w, 2 * g + 1, &each!(0; T, t => x[t].sums[g][0] - x[t].sums[g][1]));
+        for v in 0..4 {
+            dot(&mut high, look_up::<TY>(table, nibbles[v], true), &words, v + 4);
+        }
+        other = add(&high, scale(w, 2 * g + 1), &x, g, &other);
     }
     let scales = _mm512_castsi512_ps(load32x2(w[0].scales, w[1].scales, 0));
-    each!(_mm512_setzero_ps(); T, t => _mm512_mul_ps(_mm512_add_ps(s[0][t], s[1][t]), scales))
+    each!(_mm512_setzero_ps(); T, t => _mm512_mul_ps(_mm512_add_ps(s[t], other[t]), scales))
 }
 
-/// Scale over `UNIT`, and what must be added to unsigned levels, of block `b`.
+/// Adds the products of four columns with unsigned levels.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn scale_and_bias<const TY: u8>(w: &Pair<'_>, b: usize) -> (__m512, __m512i) {
+fn dot<const T: usize>(dots: &mut [__m512i; T], level: __m512i, words: &[&[i32; 8]; T], q: usize) {
+    for t in 0..T {
+        dots[t] = _mm512_dpbusd_epi32(dots[t], level, _mm512_set1_epi32(words[t][q]));
+    }
+}
+
+/// The bytes of block `b`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn codes(w: &Pair<'_>, b: usize) -> __m128i {
     let at = 32 + 8 * b;
     let (low, high) = (i64::from_le_bytes(*bytes(w[0].scales, at)), i64::from_le_bytes(*bytes(w[1].scales, at)));
-    let codes = _mm_set_epi64x(high, low);
-    let scale = _mm256_and_si256(_mm256_cvtepu8_epi16(codes), _mm256_set1_epi16(31));
-    let wide = _mm512_cvtepu8_epi32(codes);
+    _mm_set_epi64x(high, low)
+}
+
+/// The scale of block `b` over `UNIT`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn scale(w: &Pair<'_>, b: usize) -> __m512 {
+    let scale = _mm256_and_si256(_mm256_cvtepu8_epi16(codes(w, b)), _mm256_set1_epi16(31));
+    _mm512_cvtph_ps(_mm256_slli_epi16::<7>(scale))
+}
+
+/// What the offset of block `b` and the bias of the levels contribute, for columns of `x` that add up to `sums`. The
+/// sums fit in 16 bits, so that one multiplication of 16-bit pairs, the upper one with zero, is enough.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn biased<const TY: u8, const T: usize>(w: &Pair<'_>, b: usize, sums: &[i32; T]) -> [__m512i; T] {
+    let wide = _mm512_cvtepu8_epi32(codes(w, b));
     let offset = if TY == Q4 {
         _mm512_and_si512(_mm512_srli_epi32::<4>(wide), _mm512_set1_epi32(14))
     } else {
         _mm512_and_si512(_mm512_srli_epi32::<3>(wide), _mm512_set1_epi32(28))
     };
     let bias = _mm512_sub_epi32(offset, _mm512_set1_epi32(const { 64 + offset_base(TY) }));
-    (_mm512_cvtph_ps(_mm256_slli_epi16::<7>(scale)), bias)
-}
-
-/// The bias times each sum of `x`. The sums fit in 16 bits, and the upper pair of each lane meets zero.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn biased<const T: usize>(bias: __m512i, sums: &[i32; T]) -> [__m512i; T] {
     each!(_mm512_setzero_si512(); T, t => _mm512_madd_epi16(bias, _mm512_set1_epi32(sums[t] & 0xffff)))
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn add<const T: usize>(dots: &[__m512i; T], scale: __m512, x: &[QuantisedRow<'_>; T], g: usize, s: &mut [__m512; T]) {
+fn add<const T: usize>(
+    dots: &[__m512i; T],
+    scale: __m512,
+    x: &[QuantisedRow<'_>; T],
+    g: usize,
+    s: &[__m512; T],
+) -> [__m512; T] {
+    let mut next = *s;
     for t in 0..T {
         let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x[t].scales[g] * UNIT));
-        s[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), scale, s[t]);
+        next[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), scale, s[t]);
     }
+    next
 }
