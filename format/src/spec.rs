@@ -393,6 +393,14 @@ impl FfnSpec {
         if self.dense_width > 0 {
             check_width("dense_width", self.dense_width)?;
         }
+        if self.dense_gate && self.dense_width == 0 {
+            return Err("it gates a dense part that it does not have".into());
+        }
+        if let ActivationSpec::SwigluOai { alpha, limit } = self.activation
+            && !(alpha.is_finite() && limit.is_finite() && limit > 0.0)
+        {
+            return Err(format!("its activation has alpha {alpha} and limit {limit}"));
+        }
         match &self.moe {
             None if self.dense_width == 0 => Err("it has neither experts nor a dense part".into()),
             None => Ok(()),

@@ -24,7 +24,7 @@ const MODULES: [(&str, &[&str]); 6] = [
     ("model", &["pool"]),
     ("text", &[]),
     ("sampler", &[]),
-    ("memory", &["model"]),
+    ("memory", &["model", "pool"]),
 ];
 
 #[test]
