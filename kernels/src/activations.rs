@@ -8,7 +8,7 @@ use crate::math::ROUND;
 pub enum Precision {
     /// f32 activations with every weight type.
     Exact,
-    /// int8 activations with the weight types that have integer kernels (`q8`, `int4`, `mxfp4`), f32 with the others.
+    /// int8 activations with the weight types that have integer kernels (`q8`, `int4`, `mxfp4`, `q4`, `q3`), f32 with the others.
     Int8,
 }
 
