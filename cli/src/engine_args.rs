@@ -36,6 +36,10 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "POLICY", default_value_t, hide_short_help = true)]
     pub(crate) policy: PolicyKind,
 
+    /// Begin without what earlier runs have learned about this model's experts, and keep nothing of this one
+    #[arg(long, hide_short_help = true)]
+    pub(crate) forget: bool,
+
     /// Never read experts ahead of the router
     #[arg(long, hide_short_help = true)]
     pub(crate) no_prefetch: bool,
@@ -66,6 +70,7 @@ impl EngineArgs {
     fn options(&self, context: usize) -> EngineOptions {
         EngineOptions {
             policy: self.policy,
+            forget: self.forget,
             prefetch: if self.no_prefetch { Prefetch::Off } else { Prefetch::Auto },
             budget: self.budget,
             read_engine: self.engine.map(|e| match e {

@@ -8,6 +8,7 @@ use sluice_format::FormatError;
 use sluice_runtime::RuntimeError;
 use sluice_runtime::sampler::SamplerError;
 use sluice_runtime::text::TextError;
+use sluice_runtime::trace::{ReplayError, TraceError};
 
 /// Why a command failed. The message is one paragraph that says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +42,10 @@ pub(crate) enum CliError {
     Text(#[from] TextError),
     #[error(transparent)]
     Sampler(#[from] SamplerError),
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    #[error(transparent)]
+    Replay(#[from] ReplayError),
 }
 
 impl CliError {

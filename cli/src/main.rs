@@ -9,6 +9,7 @@ mod generate;
 mod ids;
 mod npy;
 mod profile;
+mod recorder;
 mod sampling;
 mod size;
 mod terminal;
@@ -45,6 +46,7 @@ enum Command {
     Run(Box<commands::run::Args>),
     Logits(commands::logits::Args),
     Perplexity(commands::perplexity::Args),
+    Trace(commands::trace::Args),
     Demo(commands::demo::Args),
 }
 
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
         Command::Run(args) => commands::run::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
+        Command::Trace(args) => commands::trace::run(&args),
         Command::Demo(args) => commands::demo::run(&args),
     };
     match outcome {

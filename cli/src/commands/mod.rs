@@ -6,4 +6,5 @@ pub(crate) mod inspect;
 pub(crate) mod logits;
 pub(crate) mod perplexity;
 pub(crate) mod run;
+pub(crate) mod trace;
 pub(crate) mod verify;
