@@ -8,7 +8,7 @@ use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, TOKENIZER_BLOB};
 use sluice_kernels::{IsaError, Kernels, Precision, ThreadPool};
 
-use crate::io::{DirectMode, ExtentName, IoConfig};
+use crate::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
 use crate::memory::{BudgetError, MemoryPlan};
 use crate::model::compute::Compute;
 use crate::model::router::Choice;
@@ -25,6 +25,10 @@ pub struct EngineOptions {
     pub budget: Option<u64>,
     /// Which read engine; `None`: the best that works here.
     pub read_engine: Option<ReadEngineKind>,
+    /// How the file is read; `None`: as the calibration of its drive says, or as is good on most drives.
+    pub io: Option<IoConfig>,
+    /// Do not look for a calibration.
+    pub no_calibration: bool,
     /// Worker threads; `None`: one per core.
     pub threads: Option<usize>,
     /// f32 activations everywhere instead of int8 activations for quantised weights.
@@ -91,6 +95,7 @@ pub struct Engine {
     memory: MemoryPlan,
     compute: Compute,
     storage: Storage,
+    tuning: Tuning,
     model: Model,
     tokens: u64,
     time: Duration,
@@ -137,10 +142,12 @@ impl Engine {
             threads: ThreadPool::new(threads.max(1)),
             precision: if options.exact { Precision::Exact } else { Precision::Int8 },
         };
-        let storage = open_storage(&file, &memory, options)?;
+        let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
+        let tuning = Tuning::choose(file.path(), options.io.as_ref(), options.read_engine, store.as_ref());
+        let storage = open_storage(&file, &memory, &tuning)?;
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
         let model = Model::new(&file, &handles, &compute)?;
-        Ok(Engine { file, memory, compute, storage, model, tokens: 0, time: Duration::ZERO, observer: None })
+        Ok(Engine { file, memory, compute, storage, tuning, model, tokens: 0, time: Duration::ZERO, observer: None })
     }
 
     /// What the model computes.
@@ -173,6 +180,11 @@ impl Engine {
         let engine = self.storage.io.engine();
         let direct = self.storage.direct.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
         format!("{} ({}), {direct}", engine.name, engine.note)
+    }
+
+    /// How the file is read, and where that comes from.
+    pub fn tuning(&self) -> &Tuning {
+        &self.tuning
     }
 
     /// The tokenizer, if the checkpoint had one.
@@ -292,7 +304,7 @@ impl Engine {
 }
 
 /// Opens the storage: dense parts in memory, as many expert slots as the plan has.
-fn open_storage(file: &ModelFile, memory: &MemoryPlan, options: &EngineOptions) -> Result<Storage, RuntimeError> {
+fn open_storage(file: &ModelFile, memory: &MemoryPlan, tuning: &Tuning) -> Result<Storage, RuntimeError> {
     let location =
         |e: &ExtentRecord| ExtentLocation { file: e.volume, offset: e.offset, len: e.stored_len, checksum: e.checksum };
     let dense: Vec<_> =
@@ -305,8 +317,8 @@ fn open_storage(file: &ModelFile, memory: &MemoryPlan, options: &EngineOptions) 
     let experts = ExpertDirectory::new(&layers.collect::<Vec<_>>())?;
     let config = StorageConfig {
         expert_slots: memory.slots,
-        io: IoConfig::default(),
-        engine: options.read_engine.unwrap_or_default(),
+        io: tuning.config.clone(),
+        engine: tuning.engine,
         direct: DirectMode::default(),
     };
     Ok(Storage::open(&[file.path().to_owned()], &dense, experts, Box::new(Lru::new(memory.experts as u32)), &config)?)
