@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use sluice_converter::ConvertError;
 use sluice_format::FormatError;
 use sluice_runtime::RuntimeError;
+use sluice_runtime::io::bench::BenchError;
 use sluice_runtime::sampler::SamplerError;
 use sluice_runtime::text::TextError;
 
@@ -39,6 +40,8 @@ pub(crate) enum CliError {
     Runtime(#[from] RuntimeError),
     #[error(transparent)]
     Text(#[from] TextError),
+    #[error(transparent)]
+    Bench(#[from] BenchError),
     #[error(transparent)]
     Sampler(#[from] SamplerError),
 }

@@ -182,7 +182,12 @@ impl Engine {
         format!("{} ({}), {direct}", engine.name, engine.note)
     }
 
-    /// How the file is read, and where that comes from.
+    /// Short name of the engine that reads the file.
+    pub fn read_engine(&self) -> &'static str {
+        self.storage.io.engine().name
+    }
+
+    /// How the file is to be read, and where that comes from.
     pub fn tuning(&self) -> &Tuning {
         &self.tuning
     }

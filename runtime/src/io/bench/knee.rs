@@ -2,13 +2,13 @@
 
 use serde::Serialize;
 
-use super::Point;
+use super::{BenchEngine, Point};
 
 /// Bandwidth that a setting may stay below the best one.
 pub const TOLERANCE: f64 = 0.04;
 
 /// Smallest block that becomes a chunk size: below, the processor works for the drive instead of the model.
-const BLOCK_LEAST: usize = 256 << 10;
+const BLOCK_LEAST: usize = 512 << 10;
 
 /// Largest: experts have 2 MiB and more, and computing starts with the first chunk of one.
 const BLOCK_MOST: usize = 2 << 20;
@@ -34,19 +34,37 @@ pub fn is_eligible(point: &Point) -> bool {
     (BLOCK_LEAST..=BLOCK_MOST).contains(&point.block_bytes) && point.depth >= DEPTH_LEAST
 }
 
-/// Of the settings within `tolerance` of the best bandwidth, the one with the fewest bytes in flight: a read that is
-/// urgent waits for those. Among equals, the one that costs the least processor time. Only settings that suit a model
-/// are taken, if there are any; the best bandwidth is that of all.
+/// First the engine: of those that come within `tolerance` of the best bandwidth, the one that costs the least processor
+/// time, which decoding needs. Then, of its settings within `tolerance` of its own best, the one with the fewest bytes in
+/// flight, because a read that is urgent waits for those; among equals the smallest block, because computing starts with
+/// the first. Only settings that suit a model are taken, if there are any.
 #[must_use]
 pub fn find_knee(measured: &[Knee], tolerance: f64) -> Option<Knee> {
-    let best = |of: &[Knee]| of.iter().map(|k| k.bytes_per_second).fold(0.0, f64::max);
     let eligible: Vec<_> = measured.iter().copied().filter(|k| is_eligible(&k.point)).collect();
-    let candidates = if eligible.is_empty() { measured } else { &eligible };
-    // What is not eligible may be faster than all that is.
-    let least = (best(measured) * (1.0 - tolerance)).min(best(candidates));
-    let cost = |k: &Knee| (k.point.in_flight_bytes(), k.cpu_seconds_per_gb);
-    let good = candidates.iter().filter(|k| k.bytes_per_second >= least && k.bytes_per_second > 0.0);
-    good.min_by(|a, b| cost(a).partial_cmp(&cost(b)).unwrap_or(std::cmp::Ordering::Equal)).copied()
+    let mut candidates = if eligible.is_empty() { measured.to_vec() } else { eligible };
+    candidates.retain(|k| k.bytes_per_second > 0.0);
+    let best = |of: &[Knee]| of.iter().map(|k| k.bytes_per_second).fold(0.0, f64::max);
+    let near = |of: &mut Vec<Knee>| {
+        let least = best(of) * (1.0 - tolerance);
+        of.retain(|k| k.bytes_per_second >= least);
+    };
+    let mut fast = candidates.clone();
+    near(&mut fast);
+    let engine = cheapest_engine(&fast)?;
+    candidates.retain(|k| k.point.engine == engine);
+    near(&mut candidates);
+    candidates.into_iter().min_by_key(|k| (k.point.in_flight_bytes(), k.point.block_bytes))
+}
+
+/// The engine with the lowest mean of processor time.
+fn cheapest_engine(fast: &[Knee]) -> Option<BenchEngine> {
+    let mean = |engine| {
+        let own = fast.iter().filter(|k| k.point.engine == engine);
+        let (sum, count) = own.fold((0.0, 0.0), |(sum, count), k| (sum + k.cpu_seconds_per_gb, count + 1.0));
+        sum / count
+    };
+    let engines = fast.iter().map(|k| k.point.engine);
+    engines.min_by(|&a, &b| f64::total_cmp(&mean(a), &mean(b)))
 }
 
 #[cfg(test)]
@@ -81,8 +99,8 @@ mod tests {
         let knee = |latency, megabytes| find_knee(&drive(latency, megabytes), TOLERANCE).expect("a knee").point;
         let slow = knee(0.1, 500.0);
         let fast = knee(0.1, 14_000.0);
-        assert_eq!((slow.block_bytes, slow.depth), (256 << 10, 4));
-        assert_eq!(fast.in_flight_bytes(), 2 << 20);
+        assert_eq!((slow.block_bytes, slow.depth), (512 << 10, 4));
+        assert_eq!((fast.block_bytes, fast.depth), (512 << 10, 8));
         assert!(knee(1.0, 14_000.0).in_flight_bytes() >= 14 << 20);
     }
 
@@ -95,12 +113,30 @@ mod tests {
     }
 
     #[test]
-    fn equals_are_told_apart_by_processor_time() {
-        let mut table = [uring(512, 8, 1000.0), uring(1024, 4, 990.0), at(BenchEngine::Pread, 1024, 4, 995.0)];
-        table[1].cpu_seconds_per_gb = 0.05;
+    fn among_equals_the_smaller_block_wins() {
+        let table = [uring(2048, 4, 1000.0), uring(512, 16, 980.0), uring(1024, 8, 999.0)];
         assert_eq!(find_knee(&table, TOLERANCE), Some(table[1]));
-        table[2].cpu_seconds_per_gb = 0.01;
+    }
+
+    #[test]
+    fn engines_that_are_as_fast_are_told_apart_by_processor_time() {
+        let mut table = [
+            uring(1024, 4, 950.0),
+            uring(1024, 8, 1000.0),
+            at(BenchEngine::Pread, 1024, 4, 990.0),
+            at(BenchEngine::Pread, 1024, 8, 1010.0),
+        ];
+        // Noise must not decide for the engine that takes the processor from the model.
+        table[2].cpu_seconds_per_gb = 0.3;
+        table[3].cpu_seconds_per_gb = 0.3;
+        assert_eq!(find_knee(&table, TOLERANCE), Some(table[1]));
+        table[0].cpu_seconds_per_gb = 0.5;
+        table[1].cpu_seconds_per_gb = 0.5;
         assert_eq!(find_knee(&table, TOLERANCE), Some(table[2]));
+        // A better drive is worth processor time.
+        table[3].bytes_per_second *= 1.3;
+        table[3].cpu_seconds_per_gb = 0.9;
+        assert_eq!(find_knee(&table, TOLERANCE), Some(table[3]));
     }
 
     #[test]

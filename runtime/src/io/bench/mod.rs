@@ -250,6 +250,14 @@ impl DiskBench {
         Ok(())
     }
 
+    /// Bytes of memory for reads, and how many of them are in huge pages, where the system tells. In small pages, a block
+    /// is hundreds of pieces for the drive, and some drives (virtual ones above all) take a multiple of the time.
+    #[must_use]
+    pub fn memory(&self) -> (usize, Option<u64>) {
+        let bytes = self.slot.as_ref().map_or(0, Slot::capacity);
+        (bytes, proof::huge_page_bytes().map(|huge| huge.min(bytes as u64)))
+    }
+
     /// What the engine says about itself: how it works here, and why not better.
     ///
     /// # Errors

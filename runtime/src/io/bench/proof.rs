@@ -48,7 +48,8 @@ impl Proof {
             text += &format!("; the drive delivered {:.0} % of the bytes read", part * 100.0);
         }
         if let (Some(before), Some(after)) = (self.pages_cached_before, self.pages_cached_after) {
-            text += &format!("; {after} of {} sampled pages are in the page cache, {before} before", self.pages_sampled);
+            text +=
+                &format!("; {after} of {} sampled pages are in the page cache, {before} before", self.pages_sampled);
         }
         text
     }
@@ -126,6 +127,13 @@ fn delivered_bytes() -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("read_bytes:")?.trim().parse().ok())
 }
 
+/// Bytes of this process that are in huge pages.
+pub(super) fn huge_page_bytes() -> Option<u64> {
+    let text = fs::read_to_string("/proc/self/smaps_rollup").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("AnonHugePages:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+}
+
 /// Of pages spread over the file, those in the page cache.
 fn cached_pages(file: &DataFile) -> Option<u64> {
     let pages = file.len() / PAGE_BYTES as u64;
@@ -163,8 +171,7 @@ mod tests {
         assert!(unwritten.refutation().expect("refuted").contains("1 %"));
         let cached = Proof { pages_cached_after: Some(200), ..proof() };
         assert!(cached.refutation().expect("refuted").contains("197 of 256"));
-        let unknown =
-            Proof { bytes_delivered: None, pages_cached_before: None, pages_cached_after: None, ..proof() };
+        let unknown = Proof { bytes_delivered: None, pages_cached_before: None, pages_cached_after: None, ..proof() };
         assert_eq!((unknown.refutation(), unknown.summary().as_str()), (None, "O_DIRECT"));
         let buffered = Proof { direct: false, ..cached };
         assert_eq!(buffered.refutation(), None);

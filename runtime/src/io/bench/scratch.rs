@@ -9,8 +9,8 @@ use super::{BenchError, splitmix};
 /// Bytes of a scratch file when nothing else is asked for: more than the memory of most drives.
 pub const DEFAULT_BYTES: u64 = 2 << 30;
 
-/// Fewer bytes measure the drive's own memory.
-pub const LEAST_BYTES: u64 = 256 << 20;
+/// Fewer bytes are no file to read at random places of.
+pub const LEAST_BYTES: u64 = 64 << 20;
 
 /// Bytes written at a time.
 const PIECE_BYTES: usize = 4 << 20;
@@ -28,11 +28,7 @@ impl Scratch {
     ///
     /// # Errors
     /// [`BenchError::Unsuitable`] if there is too little space, [`BenchError::Scratch`].
-    pub fn create(
-        path: &Path,
-        bytes: Option<u64>,
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Scratch, BenchError> {
+    pub fn create(path: &Path, bytes: Option<u64>, progress: &mut dyn FnMut(u64, u64)) -> Result<Scratch, BenchError> {
         let failed = |action| {
             let path = path.to_owned();
             move |source| BenchError::Scratch { path, action, source }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::super::IoError;
 use super::knee::{TOLERANCE, is_eligible};
 use super::{BenchEngine, BenchError, DiskBench, Knee, Pattern, Point, Proof, Visit, find_knee};
 
@@ -53,6 +54,14 @@ impl SweepOptions {
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.blocks.is_empty() && self.depths.is_empty() && self.patterns.contains(&Pattern::Random)
+    }
+
+    /// Checks blocks and depths.
+    ///
+    /// # Errors
+    /// [`IoError::Config`] names the first that is not possible.
+    pub fn validate(&self) -> Result<(), IoError> {
+        self.points().iter().try_for_each(|point| point.config().validate())
     }
 
     fn points(&self) -> Vec<Point> {
