@@ -28,6 +28,10 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "ENGINE")]
     pub(crate) engine: Option<EngineChoice>,
 
+    /// Read as is good on most drives, not as `sluice bench disk` found best for this one
+    #[arg(long)]
+    pub(crate) no_calibration: bool,
+
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
@@ -77,6 +81,8 @@ impl EngineArgs {
                 EngineChoice::Uring => ReadEngineKind::Uring,
                 EngineChoice::Pread => ReadEngineKind::Pread,
             }),
+            io: None,
+            no_calibration: self.no_calibration,
             threads: self.threads.map(NonZeroUsize::get),
             exact: self.exact,
             context: Some(context),

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use sluice_converter::ConvertError;
 use sluice_format::FormatError;
 use sluice_runtime::RuntimeError;
+use sluice_runtime::io::bench::BenchError;
 use sluice_runtime::sampler::SamplerError;
 use sluice_runtime::text::TextError;
 use sluice_runtime::trace::{ReplayError, TraceError};
@@ -40,6 +41,8 @@ pub(crate) enum CliError {
     Runtime(#[from] RuntimeError),
     #[error(transparent)]
     Text(#[from] TextError),
+    #[error(transparent)]
+    Bench(#[from] BenchError),
     #[error(transparent)]
     Sampler(#[from] SamplerError),
     #[error(transparent)]

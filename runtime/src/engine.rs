@@ -10,7 +10,7 @@ use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec,
 use sluice_kernels::{IsaError, Kernels, Precision, ThreadPool};
 
 use crate::counts;
-use crate::io::{DirectMode, ExtentName, IoConfig};
+use crate::io::{CalibrationStore, DirectMode, ExtentName, Tuning};
 use crate::memory::{BudgetError, MemoryPlan};
 use crate::model::compute::Compute;
 use crate::model::router::Choice;
@@ -27,6 +27,10 @@ pub struct EngineOptions {
     pub budget: Option<u64>,
     /// Which read engine; `None`: the best that works here.
     pub read_engine: Option<ReadEngineKind>,
+    /// How the file is read; `None`: as the calibration of its drive says, or as is good on most drives.
+    pub io: Option<IoConfig>,
+    /// Do not look for a calibration.
+    pub no_calibration: bool,
     /// Worker threads; `None`: one per core.
     pub threads: Option<usize>,
     /// f32 activations everywhere instead of int8 activations for quantised weights.
@@ -118,6 +122,7 @@ pub struct Engine {
     memory: MemoryPlan,
     compute: Compute,
     storage: Storage,
+    tuning: Tuning,
     model: Model,
     tokens: u64,
     time: Duration,
@@ -164,7 +169,9 @@ impl Engine {
             threads: ThreadPool::new(threads.max(1)),
             precision: if options.exact { Precision::Exact } else { Precision::Int8 },
         };
-        let mut storage = open_storage(&file, &memory, options)?;
+        let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
+        let tuning = Tuning::choose(file.path(), options.io.as_ref(), options.read_engine, store.as_ref());
+        let mut storage = open_storage(&file, &memory, options.policy, &tuning)?;
         if !options.forget
             && let Some(counts) = counts::load(path, file.superblock().model_id)
         {
@@ -173,7 +180,8 @@ impl Engine {
         }
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
         let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto)?;
-        Ok(Engine { file, memory, compute, storage, model, tokens: 0, time: Duration::ZERO, observers: Vec::new() })
+        let (tokens, time, observers) = (0, Duration::ZERO, Vec::new());
+        Ok(Engine { file, memory, compute, storage, tuning, model, tokens, time, observers })
     }
 
     /// What the model computes.
@@ -206,6 +214,16 @@ impl Engine {
         let engine = self.storage.io.engine();
         let direct = self.storage.direct.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
         format!("{} ({}), {direct}", engine.name, engine.note)
+    }
+
+    /// Short name of the engine that reads the file.
+    pub fn read_engine(&self) -> &'static str {
+        self.storage.io.engine().name
+    }
+
+    /// How the file is to be read, and where that comes from.
+    pub fn tuning(&self) -> &Tuning {
+        &self.tuning
     }
 
     /// The tokenizer, if the checkpoint had one.
@@ -338,7 +356,12 @@ impl Engine {
 }
 
 /// Opens the storage: dense parts in memory, as many expert slots as the plan has.
-fn open_storage(file: &ModelFile, memory: &MemoryPlan, options: &EngineOptions) -> Result<Storage, RuntimeError> {
+fn open_storage(
+    file: &ModelFile,
+    memory: &MemoryPlan,
+    policy: PolicyKind,
+    tuning: &Tuning,
+) -> Result<Storage, RuntimeError> {
     let location =
         |e: &ExtentRecord| ExtentLocation { file: e.volume, offset: e.offset, len: e.stored_len, checksum: e.checksum };
     let dense: Vec<_> =
@@ -352,11 +375,11 @@ fn open_storage(file: &ModelFile, memory: &MemoryPlan, options: &EngineOptions) 
     let config = StorageConfig {
         expert_slots: memory.slots,
         pinned: memory.pinned.clone(),
-        io: IoConfig::default(),
-        engine: options.read_engine.unwrap_or_default(),
+        io: tuning.config.clone(),
+        engine: tuning.engine,
         direct: DirectMode::default(),
     };
-    let policy = options.policy.build(experts.shape()).ok_or(RuntimeError::Policy(options.policy))?;
+    let policy = policy.build(experts.shape()).ok_or(RuntimeError::Policy(policy))?;
     Ok(Storage::open(&[file.path().to_owned()], &dense, experts, policy, &config)?)
 }
 
