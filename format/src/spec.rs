@@ -14,7 +14,6 @@ pub const SPEC_VERSION: u32 = 1;
 
 /// Largest count that any dimension may have. Products of two dimensions then stay far below 2^63.
 const MAX_DIM: usize = 1 << 24;
-const MAX_LAYERS: usize = 4096;
 
 /// What a model computes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -241,6 +240,9 @@ pub enum GroupScore {
 }
 
 impl ModelSpec {
+    /// Most decoder layers that a spec may have.
+    pub const MAX_LAYERS: usize = 4096;
+
     /// Parses and validates the JSON; `Err` says what is wrong.
     pub fn from_json(bytes: &[u8]) -> Result<Self, String> {
         let spec: ModelSpec = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
@@ -262,7 +264,7 @@ impl ModelSpec {
         check_dim("hidden_size", self.hidden_size)?;
         check_dim("max_positions", self.max_positions)?;
         check_eps("norm_eps", self.norm_eps)?;
-        if self.layers.is_empty() || self.layers.len() > MAX_LAYERS {
+        if self.layers.is_empty() || self.layers.len() > Self::MAX_LAYERS {
             return Err(format!("it has {} layers", self.layers.len()));
         }
         self.layers.iter().enumerate().try_for_each(|(i, layer)| {
@@ -312,7 +314,7 @@ impl MlaSpec {
             ("qk_nope_head_dim", self.qk_nope_head_dim),
             ("qk_rope_head_dim", self.qk_rope_head_dim),
             ("v_head_dim", self.v_head_dim),
-            ("heads × head width", self.heads.saturating_mul(self.qk_nope_head_dim + self.qk_rope_head_dim)),
+            ("heads × head width", self.heads.saturating_mul(self.qk_nope_head_dim.saturating_add(self.qk_rope_head_dim))),
             ("heads × v_head_dim", self.heads.saturating_mul(self.v_head_dim)),
         ] {
             check_dim(name, value)?;

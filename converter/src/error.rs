@@ -1,0 +1,173 @@
+//! Why a conversion was refused or failed.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use sluice_format::{FormatError, WeightType};
+
+/// Why a conversion was refused or failed. Every message names the file, key or tensor, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConvertError {
+    /// The operating system refused.
+    #[error("{path}: cannot {action}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was being done.
+        action: &'static str,
+        /// The operating system's error.
+        source: io::Error,
+    },
+    /// The source is not a checkpoint.
+    #[error("{path} is not a Hugging Face checkpoint: {problem}")]
+    NotACheckpoint {
+        /// The folder.
+        path: PathBuf,
+        /// What is missing.
+        problem: String,
+    },
+    /// A file of the checkpoint is damaged or lies.
+    #[error("{path} is damaged: {problem}. Download it again")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A key of `config.json` is missing or has a value that this program does not support.
+    #[error("{path}: `{key}` {problem}")]
+    Config {
+        /// `config.json`.
+        path: PathBuf,
+        /// The key, with dots between levels.
+        key: String,
+        /// What is wrong with it, and what is supported.
+        problem: String,
+    },
+    /// Tensors that the model needs are not in the checkpoint.
+    #[error(
+        "{path}: {count} tensors that `config.json` implies are missing: {names}. Check that the download is complete"
+    )]
+    MissingTensors {
+        /// The folder.
+        path: PathBuf,
+        /// How many.
+        count: usize,
+        /// The first few.
+        names: String,
+    },
+    /// Tensors that nothing would use; leaving them out silently could change what the model computes.
+    #[error(
+        "{path}: {count} tensors are not part of a `{family}` model as this program knows it: {names}. \
+         Check that `config.json` belongs to these weights"
+    )]
+    UnknownTensors {
+        /// The folder.
+        path: PathBuf,
+        /// How many.
+        count: usize,
+        /// The first few.
+        names: String,
+        /// The model type.
+        family: String,
+    },
+    /// A tensor's shape is not what the configuration implies.
+    #[error("{path}: `{tensor}` has shape {found:?}, `config.json` implies {expected:?}")]
+    Shape {
+        /// The safetensors file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// What it should be.
+        expected: Vec<usize>,
+    },
+    /// A tensor's number format is not supported.
+    #[error("{path}: `{tensor}` has type {dtype}; supported are {supported}")]
+    Dtype {
+        /// The safetensors file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its type.
+        dtype: String,
+        /// What is supported there.
+        supported: &'static str,
+    },
+    /// A weight is infinite or not a number.
+    #[error("{path}: `{tensor}` holds a value that is infinite or not a number. The checkpoint is damaged: download it again")]
+    NotFinite {
+        /// The safetensors file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A weight is too large for the type that was asked for.
+    #[error("`{tensor}` holds a value that is too large for {weight_type}. Use `keep` or f32 for it")]
+    TooLarge {
+        /// The tensor.
+        tensor: String,
+        /// The type.
+        weight_type: WeightType,
+    },
+    /// An option has a value that is not supported.
+    #[error("{0}")]
+    Options(String),
+    /// The destination exists.
+    #[error("{path} exists already. Remove it, choose another name, or ask to overwrite it")]
+    Exists {
+        /// The destination.
+        path: PathBuf,
+    },
+    /// Another conversion is writing there.
+    #[error("{path} is being written by another conversion. Wait for it, or stop it")]
+    Locked {
+        /// The partial file.
+        path: PathBuf,
+    },
+    /// The drive is too small.
+    #[error(
+        "{path}: the converted file needs {} more on this drive, {} are free. Free some space or choose another drive",
+        human_bytes(*needed), human_bytes(*available)
+    )]
+    NoSpace {
+        /// The destination.
+        path: PathBuf,
+        /// Bytes still needed.
+        needed: u64,
+        /// Bytes available.
+        available: u64,
+    },
+    /// The weight file could not be laid out or written.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+}
+
+impl ConvertError {
+    /// An adapter for `map_err`.
+    pub(crate) fn io(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> ConvertError {
+        move |source| ConvertError::Io { path: path.to_owned(), action, source }
+    }
+}
+
+/// A number of bytes as people read it, with the exact number behind it.
+fn human_bytes(n: u64) -> String {
+    const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let mut unit = 0;
+    let mut value = n as f64;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{n} bytes") } else { format!("{value:.1} {} ({n} bytes)", UNITS[unit]) }
+}
+
+/// The first few of `names`, for a message.
+pub(crate) fn first_few(names: &[String]) -> String {
+    const SHOWN: usize = 4;
+    let shown: Vec<_> = names.iter().take(SHOWN).map(|n| format!("`{n}`")).collect();
+    let more = if names.len() > SHOWN { ", …" } else { "" };
+    shown.join(", ") + more
+}

@@ -1,0 +1,138 @@
+//! Reading `config.json` with errors that name the key.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::error::ConvertError;
+
+/// A JSON object of the configuration: the whole, or a section of it.
+#[derive(Debug)]
+pub(crate) struct Config {
+    path: PathBuf,
+    /// Names of the enclosing sections, each followed by a dot.
+    prefix: String,
+    keys: Map<String, Value>,
+}
+
+impl Config {
+    /// Parses the file's bytes; `path` is for messages.
+    pub(crate) fn parse(path: &Path, bytes: &[u8]) -> Result<Self, ConvertError> {
+        let keys = serde_json::from_slice(bytes).map_err(|e| ConvertError::Damaged {
+            path: path.to_owned(),
+            problem: format!("it is not a JSON object: {e}"),
+        })?;
+        Ok(Config { path: path.to_owned(), prefix: String::new(), keys })
+    }
+
+    /// An error about a key of this section.
+    pub(crate) fn refuse(&self, key: &str, problem: impl Into<String>) -> ConvertError {
+        ConvertError::Config {
+            path: self.path.clone(),
+            key: format!("{}{key}", self.prefix),
+            problem: problem.into(),
+        }
+    }
+
+    /// The object under `key`; `None` if it is missing or null.
+    pub(crate) fn section(&self, key: &str) -> Result<Option<Config>, ConvertError> {
+        match self.keys.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Object(keys)) => Ok(Some(Config {
+                path: self.path.clone(),
+                prefix: format!("{}{key}.", self.prefix),
+                keys: keys.clone(),
+            })),
+            Some(other) => Err(self.refuse(key, format!("is {other}, expected an object"))),
+        }
+    }
+
+    /// The value under `key` through `read`, or `default` when the key is missing. Null is not a value.
+    fn read<T>(
+        &self,
+        key: &str,
+        default: T,
+        expected: &str,
+        read: impl FnOnce(&Value) -> Option<T>,
+    ) -> Result<T, ConvertError> {
+        let Some(value) = self.keys.get(key) else { return Ok(default) };
+        read(value).ok_or_else(|| self.refuse(key, format!("is {value}, expected {expected}")))
+    }
+
+    /// A count, or `default` when the key is missing.
+    pub(crate) fn usize_or(&self, key: &str, default: usize) -> Result<usize, ConvertError> {
+        self.read(key, default, "a whole number", as_usize)
+    }
+
+    /// A count that may be null; `default` when the key is missing.
+    pub(crate) fn opt_usize_or(&self, key: &str, default: Option<usize>) -> Result<Option<usize>, ConvertError> {
+        self.read(key, default, "a whole number or null", |v| match v {
+            Value::Null => Some(None),
+            v => as_usize(v).map(Some),
+        })
+    }
+
+    /// A number, or `default` when the key is missing.
+    pub(crate) fn f64_or(&self, key: &str, default: f64) -> Result<f64, ConvertError> {
+        self.read(key, default, "a number", Value::as_f64)
+    }
+
+    /// A number that may be missing or null.
+    pub(crate) fn opt_f64(&self, key: &str) -> Result<Option<f64>, ConvertError> {
+        self.read(key, None, "a number or null", |v| match v {
+            Value::Null => Some(None),
+            v => v.as_f64().map(Some),
+        })
+    }
+
+    /// A truth value, or `default` when the key is missing.
+    pub(crate) fn bool_or(&self, key: &str, default: bool) -> Result<bool, ConvertError> {
+        self.read(key, default, "true or false", Value::as_bool)
+    }
+
+    /// A text that may be missing or null.
+    pub(crate) fn opt_str(&self, key: &str) -> Result<Option<&str>, ConvertError> {
+        match self.keys.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(s)) => Ok(Some(s)),
+            Some(other) => Err(self.refuse(key, format!("is {other}, expected a text"))),
+        }
+    }
+
+    /// A list that may be missing or null.
+    pub(crate) fn opt_list(&self, key: &str) -> Result<Option<&[Value]>, ConvertError> {
+        match self.keys.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Array(list)) => Ok(Some(list)),
+            Some(other) => Err(self.refuse(key, format!("is {other}, expected a list"))),
+        }
+    }
+
+    /// Refuses any value of `key` but the supported ones; a missing key is fine.
+    pub(crate) fn require_str(&self, key: &str, supported: &[&str]) -> Result<(), ConvertError> {
+        match self.opt_str(key)? {
+            Some(found) if !supported.contains(&found) => {
+                Err(self.refuse(key, format!("is \"{found}\"; supported: {}", supported.join(", "))))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a switch that changes the computation in a way that is not supported.
+    pub(crate) fn require_bool(&self, key: &str, supported: bool) -> Result<(), ConvertError> {
+        if self.bool_or(key, supported)? == supported {
+            return Ok(());
+        }
+        Err(self.refuse(key, format!("is {}; only {supported} is supported", !supported)))
+    }
+}
+
+/// Whole numbers, also when written as `64.0`, as some tools do.
+fn as_usize(value: &Value) -> Option<usize> {
+    let whole = value.as_u64().or_else(|| {
+        let f = value.as_f64()?;
+        // 2^53: beyond it, f64 no longer holds every whole number.
+        (f >= 0.0 && f.fract() == 0.0 && f < 9_007_199_254_740_992.0).then_some(f as u64)
+    });
+    usize::try_from(whole?).ok()
+}

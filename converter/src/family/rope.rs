@@ -1,0 +1,73 @@
+//! Rotary position embedding, in the spelling of either generation of configuration files.
+
+use sluice_format::{RopePairing, RopeScaling, RopeSpec};
+
+use super::config::Config;
+use crate::error::ConvertError;
+
+/// What a configuration says about rotation.
+pub(crate) struct Rope {
+    /// The rotation.
+    pub(crate) spec: RopeSpec,
+    /// YaRN's magnitude factor from `mscale_all_dim`, by whose square latent attention scales its scores; else 1.
+    pub(crate) score_mscale: f64,
+}
+
+/// Reads the rotation of `dim` elements. Newer files keep everything in `rope_parameters`, older ones have `rope_theta` and
+/// `rope_scaling`; where both exist, the nested value wins.
+pub(crate) fn read(
+    config: &Config,
+    dim: usize,
+    pairing: RopePairing,
+    default_theta: f64,
+    max_positions: usize,
+) -> Result<Rope, ConvertError> {
+    let outer_theta = config.f64_or("rope_theta", default_theta)?;
+    let section = match config.section("rope_parameters")? {
+        Some(section) => Some(section),
+        None => config.section("rope_scaling")?,
+    };
+    let Some(section) = section else {
+        let spec = RopeSpec { pairing, theta: outer_theta, dim, scaling: RopeScaling::None };
+        return Ok(Rope { spec, score_mscale: 1.0 });
+    };
+    let theta = section.f64_or("rope_theta", outer_theta)?;
+    // `type` is what the key was called before it became `rope_type`.
+    let (key, kind) = match section.opt_str("rope_type")? {
+        Some(kind) => ("rope_type", kind),
+        None => ("type", section.opt_str("type")?.unwrap_or("default")),
+    };
+    let (scaling, score_mscale) = match kind {
+        "default" => (RopeScaling::None, 1.0),
+        "yarn" => yarn(&section, max_positions)?,
+        other => return Err(section.refuse(key, format!("is \"{other}\"; supported: default, yarn"))),
+    };
+    Ok(Rope { spec: RopeSpec { pairing, theta, dim, scaling }, score_mscale })
+}
+
+fn yarn(section: &Config, max_positions: usize) -> Result<(RopeScaling, f64), ConvertError> {
+    let factor = section.opt_f64("factor")?.ok_or_else(|| section.refuse("factor", "is missing"))?;
+    let set = |v: Option<f64>| v.filter(|&v| v != 0.0);
+    let mscale = set(section.opt_f64("mscale")?);
+    let mscale_all_dim = set(section.opt_f64("mscale_all_dim")?);
+    let attention_factor = match (section.opt_f64("attention_factor")?, mscale, mscale_all_dim) {
+        (Some(explicit), _, _) => explicit,
+        (None, Some(m), Some(all)) => magnitude(factor, m) / magnitude(factor, all),
+        (None, _, _) => magnitude(factor, 1.0),
+    };
+    let original = section.opt_usize_or("original_max_position_embeddings", None)?;
+    let scaling = RopeScaling::Yarn {
+        factor,
+        original_max_positions: original.unwrap_or(max_positions),
+        beta_fast: section.opt_f64("beta_fast")?.unwrap_or(32.0),
+        beta_slow: section.opt_f64("beta_slow")?.unwrap_or(1.0),
+        truncate: section.bool_or("truncate", true)?,
+        attention_factor,
+    };
+    Ok((scaling, mscale_all_dim.map_or(1.0, |m| magnitude(factor, m))))
+}
+
+/// YaRN's growth of the attention logits with the extension factor (arXiv:2309.00071, section 3.4).
+fn magnitude(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+}

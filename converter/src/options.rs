@@ -1,0 +1,91 @@
+//! What the caller may choose.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Serialize, Serializer};
+use sluice_format::WeightType;
+
+use crate::error::ConvertError;
+
+/// Types that a conversion can produce; f16 and the four-bit types are only carried by `keep`.
+const OUTPUT_TYPES: [WeightType; 4] = [WeightType::F32, WeightType::Bf16, WeightType::Fp8, WeightType::Q8];
+
+/// The type that a group of weights is stored in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum TypeChoice {
+    /// As the checkpoint has it, bit for bit.
+    #[default]
+    Keep,
+    /// Converted.
+    Type(WeightType),
+}
+
+impl fmt::Display for TypeChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TypeChoice::Keep => f.write_str("keep"),
+            TypeChoice::Type(ty) => ty.fmt(f),
+        }
+    }
+}
+
+impl FromStr for TypeChoice {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        if s == "keep" {
+            return Ok(TypeChoice::Keep);
+        }
+        let ty = OUTPUT_TYPES.into_iter().find(|t| t.name() == s);
+        ty.map(TypeChoice::Type).ok_or_else(|| format!("unknown output type `{s}`: use one of {}", output_types()))
+    }
+}
+
+impl Serialize for TypeChoice {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+fn output_types() -> String {
+    OUTPUT_TYPES.iter().fold("keep".to_owned(), |list, t| format!("{list}, {t}"))
+}
+
+/// What the caller may choose.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Type of the routed experts.
+    pub expert_type: TypeChoice,
+    /// Type of everything else. Norms, biases and routers are never quantised, nor is the token embedding.
+    pub dense_type: TypeChoice,
+    /// Page size of the file, one of [`sluice_format::PAGE_SIZES`].
+    pub page_size: u32,
+    /// Whether an existing destination is replaced, once the new file is complete.
+    pub overwrite: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            expert_type: TypeChoice::Keep,
+            dense_type: TypeChoice::Keep,
+            page_size: sluice_format::PAGE_SIZES[0],
+            overwrite: false,
+        }
+    }
+}
+
+impl Options {
+    pub(crate) fn check(&self) -> Result<(), ConvertError> {
+        for (option, choice) in [("expert type", self.expert_type), ("dense type", self.dense_type)] {
+            if let TypeChoice::Type(ty) = choice
+                && !OUTPUT_TYPES.contains(&ty)
+            {
+                let allowed = output_types();
+                return Err(ConvertError::Options(format!("the {option} cannot be {ty}: use one of {allowed}")));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,221 @@
+//! Laying out the extents: final norm, embedding, head, then the layers' dense parts, then the experts layer by layer.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use sluice_format::{
+    ANY_INDEX, ExtentKind, Layout, ModelSpec, NO_LAYER, PLANE_ALIGN, PlannedExtent, ROW_GROUP, TensorRecord,
+    TensorShape, WeightType,
+};
+
+use super::TensorPlan;
+use super::resolve::{SCALE_BLOCK, Source, resolve};
+use super::types::{Chosen, choose};
+use crate::error::ConvertError;
+use crate::family::{Family, Place, View};
+use crate::options::{Options, TypeChoice};
+use crate::source::Checkpoint;
+
+/// Longest part of the embedding: one token reads one part, so parts are small.
+const EMBEDDING_PART: usize = 256 << 10;
+/// Longest part of the head: every token reads all of them, so parts are large.
+const HEAD_PART: usize = 16 << 20;
+
+/// Extents and records of a file to be.
+pub(crate) struct Built {
+    pub(crate) planned: Vec<PlannedExtent>,
+    pub(crate) extents: Vec<Vec<TensorPlan>>,
+    pub(crate) records: Vec<TensorRecord>,
+    pub(crate) groups: Vec<String>,
+    pub(crate) widened: Vec<String>,
+}
+
+impl Built {
+    /// Types by group.
+    pub(crate) fn types(&self) -> BTreeMap<String, Vec<String>> {
+        let mut types: BTreeMap<usize, BTreeSet<WeightType>> = BTreeMap::new();
+        for tensor in self.extents.iter().flatten() {
+            types.entry(tensor.group).or_default().insert(tensor.weight_type);
+        }
+        let names = |set: BTreeSet<WeightType>| set.into_iter().map(|t| t.to_string()).collect();
+        types.into_iter().map(|(group, set)| (self.groups[group].clone(), names(set))).collect()
+    }
+}
+
+/// The extents of all layers in file order: dense parts, then experts.
+pub(crate) fn places(spec: &ModelSpec) -> impl Iterator<Item = Place> {
+    dense_places(spec).chain((0..spec.layers.len()).flat_map(|layer| expert_places(spec, layer)))
+}
+
+fn dense_places(spec: &ModelSpec) -> impl Iterator<Item = Place> {
+    let kinds = [ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense];
+    let all = (0..spec.layers.len()).flat_map(move |layer| kinds.map(|kind| Place { kind, layer, index: 0 }));
+    all.filter(|p| !spec.tensors(p.kind, p.layer).is_empty())
+}
+
+fn expert_places(spec: &ModelSpec, layer: usize) -> impl Iterator<Item = Place> + use<> {
+    let count = spec.layers[layer].ffn.moe.as_ref().map_or(0, |m| m.experts);
+    (0..count).map(move |index| Place { kind: ExtentKind::Expert, layer, index })
+}
+
+/// Lays out the whole file; `head` is the tensor that makes the output head.
+pub(crate) fn build(
+    checkpoint: &Checkpoint,
+    family: &dyn Family,
+    spec: &ModelSpec,
+    options: &Options,
+    head: &str,
+) -> Result<Built, ConvertError> {
+    let empty = Built {
+        planned: Vec::new(),
+        extents: Vec::new(),
+        records: Vec::new(),
+        groups: Vec::new(),
+        widened: Vec::new(),
+    };
+    let mut b = Builder { checkpoint, options, out: empty };
+    let names = family.names();
+    let norm = spec.tensors(ExtentKind::FinalNorm, usize::MAX);
+    let norm_view = View::vector(names.final_norm(), spec.hidden_size);
+    b.extents(ExtentKind::FinalNorm, NO_LAYER, &[0], &norm, |_, _| vec![norm_view.clone()])?;
+    b.parts(ExtentKind::Embedding, &names.embedding(), spec)?;
+    b.parts(ExtentKind::Head, head, spec)?;
+    for place in dense_places(spec) {
+        let tensors = spec.tensors(place.kind, place.layer);
+        b.extents(place.kind, place.layer as u32, &[0], &tensors, |_, t| family.origin(spec, place, t))?;
+    }
+    for layer in 0..spec.layers.len() {
+        let indices: Vec<u32> = expert_places(spec, layer).map(|p| p.index as u32).collect();
+        let tensors = spec.tensors(ExtentKind::Expert, layer);
+        let origin = |index: u32, t: &TensorShape| {
+            family.origin(spec, Place { kind: ExtentKind::Expert, layer, index: index as usize }, t)
+        };
+        b.extents(ExtentKind::Expert, layer as u32, &indices, &tensors, origin)?;
+    }
+    Ok(b.out)
+}
+
+struct Builder<'a> {
+    checkpoint: &'a Checkpoint,
+    options: &'a Options,
+    out: Built,
+}
+
+impl Builder<'_> {
+    fn choice(&self, kind: ExtentKind) -> TypeChoice {
+        if kind == ExtentKind::Expert { self.options.expert_type } else { self.options.dense_type }
+    }
+
+    fn group(&mut self, kind: ExtentKind, tensor: &str) -> usize {
+        let name = if kind.name() == tensor { tensor.to_owned() } else { format!("{kind}.{tensor}") };
+        self.out.groups.iter().position(|g| *g == name).unwrap_or_else(|| {
+            self.out.groups.push(name);
+            self.out.groups.len() - 1
+        })
+    }
+
+    /// Adds the extents of `indices`, which hold equal tensors of equal types and share one description if they are
+    /// several.
+    fn extents(
+        &mut self,
+        kind: ExtentKind,
+        layer: u32,
+        indices: &[u32],
+        tensors: &[TensorShape],
+        origin: impl Fn(u32, &TensorShape) -> Vec<View>,
+    ) -> Result<(), ConvertError> {
+        let first = self.out.extents.len();
+        self.out.extents.resize_with(first + indices.len(), Vec::new);
+        let mut offset = 0u64;
+        for tensor in tensors {
+            let plain = tensor.layout == Layout::Plain;
+            let sources = indices.iter().map(|&index| {
+                let views = origin(index, tensor);
+                views.iter().map(|v| resolve(self.checkpoint, v, plain)).collect::<Result<Vec<_>, _>>()
+            });
+            let sources = sources.collect::<Result<Vec<_>, _>>()?;
+            let all = sources.iter().flatten();
+            let chosen = choose(kind, tensor.layout, tensor.shape, self.choice(kind), all);
+            self.note_widened(kind, layer, tensor.name, chosen);
+            let group = self.group(kind, tensor.name);
+            for (extent, sources) in self.out.extents[first..].iter_mut().zip(sources) {
+                let (layout, shape) = (tensor.layout, tensor.shape);
+                extent.push(TensorPlan { group, weight_type: chosen.weight_type, layout, shape, offset, sources });
+            }
+            let index = if kind == ExtentKind::Expert { ANY_INDEX } else { indices[0] };
+            let record = record(kind, layer, index, tensor, chosen.weight_type, offset)?;
+            offset = (record.offset + record.len).next_multiple_of(PLANE_ALIGN as u64);
+            if !indices.is_empty() {
+                self.out.records.push(record);
+            }
+        }
+        // Without the padding behind the last tensor.
+        let logical_len = match self.out.records.last() {
+            Some(last) if !indices.is_empty() => last.offset + last.len,
+            _ => 0,
+        };
+        self.out.planned.extend(indices.iter().map(|&index| PlannedExtent { kind, layer, index, logical_len }));
+        Ok(())
+    }
+
+    /// Adds embedding or head, split by rows into parts of equal height.
+    fn parts(&mut self, kind: ExtentKind, tensor: &str, spec: &ModelSpec) -> Result<(), ConvertError> {
+        let (rows, cols) = (spec.vocab_size, spec.hidden_size);
+        let whole = resolve(self.checkpoint, &View::whole(tensor.to_owned(), rows, cols), false)?;
+        let embedding = kind == ExtentKind::Embedding;
+        let layout = if embedding { Layout::Plain } else { Layout::Tiled };
+        let chosen = choose(kind, layout, [1, rows, cols], self.choice(kind), std::iter::once(&whole));
+        self.note_widened(kind, NO_LAYER, kind.name(), chosen);
+        let height = if embedding {
+            let row = cols * chosen.weight_type.plain_element_len().expect("an embedding's type is plain");
+            (EMBEDDING_PART / row).max(1)
+        } else {
+            head_part_rows(chosen.weight_type, cols)?
+        };
+        let group = self.group(kind, kind.name());
+        for (part, first_row) in (0..rows).step_by(height).enumerate() {
+            let shape = [1, height.min(rows - first_row), cols];
+            let described = TensorShape { name: kind.name(), layout, shape };
+            let record = record(kind, NO_LAYER, part as u32, &described, chosen.weight_type, 0)?;
+            let planned = PlannedExtent { kind, layer: NO_LAYER, index: part as u32, logical_len: record.len };
+            self.out.planned.push(planned);
+            self.out.records.push(record);
+            let sources = vec![Source { first_row, ..whole.clone() }];
+            let weight_type = chosen.weight_type;
+            self.out.extents.push(vec![TensorPlan { group, weight_type, layout, shape, offset: 0, sources }]);
+        }
+        Ok(())
+    }
+
+    fn note_widened(&mut self, kind: ExtentKind, layer: u32, tensor: &str, chosen: Chosen) {
+        if chosen.widened {
+            let name = if layer == NO_LAYER { tensor.to_owned() } else { format!("layer {layer} {kind}.{tensor}") };
+            self.out.widened.push(name);
+        }
+    }
+}
+
+/// Rows of a part of the head: as many as fit, in whole scale blocks if there is room for one, else in whole row groups.
+fn head_part_rows(ty: WeightType, cols: usize) -> Result<usize, ConvertError> {
+    let group = ty.row_group_len(cols).ok_or_else(|| too_large("head"))?;
+    let rows = (HEAD_PART / group).max(1) * ROW_GROUP;
+    Ok(if rows >= SCALE_BLOCK { rows - rows % SCALE_BLOCK } else { rows })
+}
+
+fn record(
+    kind: ExtentKind,
+    layer: u32,
+    index: u32,
+    tensor: &TensorShape,
+    weight_type: WeightType,
+    offset: u64,
+) -> Result<TensorRecord, ConvertError> {
+    let shape = tensor.shape.map(|d| d as u64);
+    let (layout, name) = (tensor.layout, tensor.name.to_owned());
+    let mut record = TensorRecord { kind, weight_type, layout, layer, index, shape, offset, len: 0, name };
+    record.len = record.expected_len().ok_or_else(|| too_large(tensor.name))?;
+    Ok(record)
+}
+
+fn too_large(tensor: &str) -> ConvertError {
+    sluice_format::FormatError::Layout(format!("`{tensor}` is too large for this machine")).into()
+}

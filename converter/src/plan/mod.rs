@@ -1,0 +1,246 @@
+//! The plan: which extent holds which tensor, as what, where, and from where. Nothing is written here.
+
+mod build;
+mod inventory;
+pub(crate) mod resolve;
+mod types;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Serialize;
+use sluice_format::{
+    ExtentKind, FileLayout, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB,
+    TOKENIZER_BLOB, TensorRecord, WeightType,
+};
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+use crate::error::ConvertError;
+use crate::family::{self, config::Config};
+use crate::options::Options;
+use crate::source::{CONFIG, Checkpoint};
+pub(crate) use resolve::{Source, Storage};
+pub(crate) use types::is_lossy;
+
+/// Name and version of this converter, part of every file that it writes.
+pub(crate) const CONVERTER: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
+
+/// Files of the checkpoint that are kept verbatim where they exist.
+const SIDE_FILES: [&str; 6] = [
+    TOKENIZER_BLOB,
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "tiktoken.model",
+];
+
+/// Room for the parts of tables whose length is only known at the end, in the estimate of the file's length.
+const PROVENANCE_ROOM: u64 = 64 << 10;
+
+/// One tensor of an extent.
+#[derive(Clone, Debug)]
+pub(crate) struct TensorPlan {
+    /// Number in [`Plan::groups`].
+    pub(crate) group: usize,
+    pub(crate) weight_type: WeightType,
+    pub(crate) layout: Layout,
+    /// `[batch, rows, cols]`.
+    pub(crate) shape: [usize; 3],
+    /// Offset inside the extent.
+    pub(crate) offset: u64,
+    /// One source, or gate and up.
+    pub(crate) sources: Vec<Source>,
+}
+
+/// Tensors left out of the file, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LeftOut {
+    /// Why.
+    pub reason: String,
+    /// How many tensors.
+    pub tensors: usize,
+    /// Their bytes in the checkpoint.
+    pub bytes: u64,
+}
+
+/// Extents of one kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct KindSize {
+    /// The kind's name.
+    pub kind: String,
+    /// How many extents.
+    pub extents: usize,
+    /// Their bytes in the file.
+    pub bytes: u64,
+}
+
+/// What a conversion will do.
+#[derive(Debug)]
+pub struct Plan {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) spec: ModelSpec,
+    pub(crate) options: Options,
+    pub(crate) layout: FileLayout,
+    /// The tensors of each extent of the layout.
+    pub(crate) extents: Vec<Vec<TensorPlan>>,
+    pub(crate) records: Vec<TensorRecord>,
+    /// Names for reports: the same tensor of all layers and experts, such as `expert.gate_up`.
+    pub(crate) groups: Vec<String>,
+    pub(crate) types: BTreeMap<String, Vec<String>>,
+    pub(crate) widened: Vec<String>,
+    pub(crate) left_out: Vec<LeftOut>,
+    pub(crate) notes: Vec<String>,
+    /// `config.json` and the side files, verbatim.
+    pub(crate) blobs: Vec<(&'static str, Vec<u8>)>,
+    pub(crate) hash: u128,
+}
+
+/// Plans the conversion of the checkpoint in `src` without writing anything.
+///
+/// # Errors
+/// Everything that can be known beforehand: unsupported models and options, missing and unknown tensors, damaged headers.
+pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
+    options.check()?;
+    let config_bytes = side_file(src, CONFIG)?;
+    let checkpoint = Checkpoint::open(src)?;
+    let config = Config::parse(&src.join(CONFIG), &config_bytes)?;
+    let family = family::find(&config)?;
+    family::check_quantisation(&config)?;
+    let spec = family.spec(&config)?;
+    spec.validate().map_err(|problem| config.refuse("model_type", format!("describes an impossible model: {problem}")))?;
+    let tied = config.bool_or("tie_word_embeddings", false)?;
+    let inventory = inventory::take(&checkpoint, family, &spec, tied)?;
+    let built = build::build(&checkpoint, family, &spec, options, &inventory.head)?;
+    let layout = FileLayout::new(options.page_size, &built.planned)?;
+    let mut blobs = vec![(SOURCE_CONFIG_BLOB, config_bytes)];
+    for name in SIDE_FILES {
+        blobs.extend(checkpoint.side_file(name)?.map(|bytes| (name, bytes)));
+    }
+    let mut plan = Plan {
+        checkpoint,
+        spec,
+        options: options.clone(),
+        layout,
+        extents: built.extents,
+        records: built.records,
+        types: built.types(),
+        groups: built.groups,
+        widened: built.widened,
+        left_out: inventory.left_out,
+        notes: inventory.notes,
+        blobs,
+        hash: 0,
+    };
+    plan.hash = plan.digest();
+    Ok(plan)
+}
+
+/// `config.json`, without which a folder is no checkpoint.
+fn side_file(src: &Path, name: &'static str) -> Result<Vec<u8>, ConvertError> {
+    crate::source::side_file(src, name)?.ok_or_else(|| ConvertError::NotACheckpoint {
+        path: src.to_owned(),
+        problem: format!("it has no `{name}`"),
+    })
+}
+
+impl Plan {
+    /// What the model computes.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Bytes of all extents.
+    pub fn extent_bytes(&self) -> u64 {
+        self.layout.extents_end() - u64::from(self.layout.page_size())
+    }
+
+    /// Length of the finished file, a few KiB too much at most.
+    pub fn file_bytes(&self) -> u64 {
+        let page = u64::from(self.layout.page_size());
+        let blobs: u64 = self.blobs.iter().map(|(_, b)| b.len() as u64).sum();
+        let metadata = blobs + self.spec.to_json().len() as u64 + PROVENANCE_ROOM;
+        let extents = (self.layout.extents().len() * sluice_format::EXTENT_RECORD_LEN) as u64;
+        let tensors = (self.records.len() * sluice_format::TENSOR_RECORD_LEN) as u64;
+        let tables: u64 = [metadata, extents, tensors].iter().map(|n| n.next_multiple_of(page)).sum();
+        self.layout.extents_end() + tables
+    }
+
+    /// Bytes of all files of the checkpoint.
+    pub fn source_bytes(&self) -> u64 {
+        self.checkpoint.files.iter().map(|f| f.len).sum()
+    }
+
+    /// Extents and bytes by kind, in file order; kinds that do not occur are left out.
+    pub fn sizes(&self) -> Vec<KindSize> {
+        let size = |kind: ExtentKind| {
+            let of_kind = self.layout.extents().iter().filter(|e| e.kind == kind);
+            let (extents, bytes) = of_kind.fold((0, 0), |(n, bytes), e| (n + 1, bytes + e.stored_len));
+            KindSize { kind: kind.to_string(), extents, bytes }
+        };
+        ExtentKind::ALL.into_iter().map(size).filter(|s| s.extents > 0).collect()
+    }
+
+    /// Types by tensor group, such as `expert.gate_up`: more than one where layers differ.
+    pub fn types(&self) -> &BTreeMap<String, Vec<String>> {
+        &self.types
+    }
+
+    /// Tensors that could not be carried as they are and are stored as f32 instead, which holds the same values.
+    pub fn widened(&self) -> &[String] {
+        &self.widened
+    }
+
+    /// Tensors of the checkpoint that the file will not hold.
+    pub fn left_out(&self) -> &[LeftOut] {
+        &self.left_out
+    }
+
+    /// Remarks for the user.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Most tensors in one extent.
+    pub(crate) fn tensors_per_extent(&self) -> usize {
+        self.extents.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    /// The blobs of the file.
+    pub(crate) fn metadata(&self, provenance: Vec<u8>) -> Metadata {
+        let mut metadata = Metadata::default();
+        metadata.insert(SPEC_BLOB, self.spec.to_json());
+        metadata.insert(PROVENANCE_BLOB, provenance);
+        for (name, blob) in &self.blobs {
+            metadata.insert(name, blob.clone());
+        }
+        metadata
+    }
+
+    /// A hash of everything that the file depends on but the bytes of the weights: what a resumed conversion must share
+    /// with the one that was interrupted.
+    fn digest(&self) -> u128 {
+        let mut hash = Xxh3::new();
+        let mut add = |bytes: &[u8]| {
+            hash.update(&(bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+        };
+        add(CONVERTER.as_bytes());
+        add(&self.options.page_size.to_le_bytes());
+        add(self.options.expert_type.to_string().as_bytes());
+        add(self.options.dense_type.to_string().as_bytes());
+        for f in &self.checkpoint.files {
+            add(f.name.as_bytes());
+            add(&f.len.to_le_bytes());
+            add(&f.header_digest.to_le_bytes());
+        }
+        for (name, blob) in &self.blobs {
+            add(name.as_bytes());
+            add(&xxh3_128(blob).to_le_bytes());
+        }
+        add(&self.spec.to_json());
+        self.layout.extents().iter().for_each(|e| add(&e.to_bytes()));
+        self.records.iter().for_each(|r| add(&r.to_bytes()));
+        hash.digest128()
+    }
+}

@@ -1,0 +1,65 @@
+//! Number formats of safetensors.
+
+/// Formats whose numbers this program reads.
+pub(crate) const FLOATS: &str = "BF16, F16, F32 and F8_E4M3 with block scales";
+/// Formats of vectors and scales.
+pub(crate) const WIDE_FLOATS: &str = "BF16, F16 and F32";
+
+/// The number format of a tensor, as its header names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Dtype {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// e4m3fn.
+    F8E4M3,
+    /// A format that no family here uses yet; kept by name so that errors can say it.
+    Other(String),
+}
+
+impl Dtype {
+    pub(crate) fn from_name(name: &str) -> Self {
+        match name {
+            "F32" => Dtype::F32,
+            "F16" => Dtype::F16,
+            "BF16" => Dtype::Bf16,
+            "F8_E4M3" => Dtype::F8E4M3,
+            other => Dtype::Other(other.to_owned()),
+        }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        match self {
+            Dtype::F32 => "F32",
+            Dtype::F16 => "F16",
+            Dtype::Bf16 => "BF16",
+            Dtype::F8E4M3 => "F8_E4M3",
+            Dtype::Other(name) => name,
+        }
+    }
+
+    /// Bits of one element; `None` for a name that safetensors does not define.
+    pub(crate) fn bits(&self) -> Option<u64> {
+        match self.name() {
+            "F4" => Some(4),
+            "BOOL" | "U8" | "I8" | "F8_E4M3" | "F8_E5M2" | "F8_E8M0" => Some(8),
+            "U16" | "I16" | "F16" | "BF16" => Some(16),
+            "U32" | "I32" | "F32" => Some(32),
+            "U64" | "I64" | "F64" | "C64" => Some(64),
+            _ => None,
+        }
+    }
+
+    /// Bytes of one element of a format that this program reads.
+    pub(crate) fn float_len(&self) -> Option<usize> {
+        match self {
+            Dtype::F32 => Some(4),
+            Dtype::F16 | Dtype::Bf16 => Some(2),
+            Dtype::F8E4M3 => Some(1),
+            Dtype::Other(_) => None,
+        }
+    }
+}
