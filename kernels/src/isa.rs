@@ -138,10 +138,9 @@ impl Kernels {
     pub(crate) fn tile(&self, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
         match self.isa {
             Isa::Scalar => {
-                for t in 0..shape.tokens {
-                    for g in 0..shape.groups {
-                        let rows = scalar::group(&w.group(shape.group + g), x, shape.token + t, shape.int8);
-                        out[t][g * 8..][..8].copy_from_slice(&rows);
+                for (t, out) in out[..shape.tokens].iter_mut().enumerate() {
+                    for (g, out) in out.as_chunks_mut().0[..shape.groups].iter_mut().enumerate() {
+                        *out = scalar::group(&w.group(shape.group + g), x, shape.token + t, shape.int8);
                     }
                 }
             }
@@ -169,5 +168,31 @@ mod tests {
                 Err(e) => assert!(!names.contains(&name) && matches!(e, IsaError::Unavailable { .. })),
             }
         }
+    }
+
+    /// Not a test by itself: says what was detected, for the test below.
+    #[test]
+    #[ignore = "run by another test with SLUICE_ISA set"]
+    fn say_what_is_detected() {
+        match Kernels::detect() {
+            Ok(k) => println!("detected={}", k.isa_name()),
+            Err(e) => println!("error={e}"),
+        }
+    }
+
+    #[test]
+    fn the_environment_overrides() {
+        let run = |name: &str| {
+            let output = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "isa::tests::say_what_is_detected", "--ignored", "--nocapture"])
+                .env(OVERRIDE, name)
+                .output()
+                .unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        for k in Kernels::available() {
+            assert!(run(k.isa_name()).contains(&format!("detected={}", k.isa_name())));
+        }
+        assert!(run("sse9").contains("error=SLUICE_ISA=\"sse9\" names no instruction set"));
     }
 }

@@ -31,8 +31,7 @@ pub enum WeightType {
 
 impl WeightType {
     /// Every type.
-    pub const ALL: [WeightType; 7] =
-        [Self::F32, Self::F16, Self::Bf16, Self::Fp8, Self::Q8, Self::Int4, Self::Mxfp4];
+    pub const ALL: [WeightType; 7] = [Self::F32, Self::F16, Self::Bf16, Self::Fp8, Self::Q8, Self::Int4, Self::Mxfp4];
 
     /// Whether values are stored in blocks of 32 columns, for which there are integer kernels.
     pub fn is_blocked(self) -> bool {

@@ -21,7 +21,8 @@ impl Guarded {
         let map_len = bytes.len().next_multiple_of(page) + page;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANON;
         // SAFETY: a fresh anonymous mapping at an address of the system's choice.
-        let map = unsafe { libc::mmap(std::ptr::null_mut(), map_len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        let map =
+            unsafe { libc::mmap(std::ptr::null_mut(), map_len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
         assert_ne!(map, libc::MAP_FAILED);
         let map = map.cast::<u8>();
         // SAFETY: the last page of the mapping made above.

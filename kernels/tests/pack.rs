@@ -91,9 +91,8 @@ fn fp8_carries_every_code() {
     let mut out = vec![0; packed_len(WeightType::Fp8, 8, cols).unwrap()];
     pack_row_group_fp8(&codes, 8, cols, &[0.5, 3.0], &mut out);
     let got = unpack(Matrix::new(WeightType::Fp8, 8, cols, &out).unwrap());
-    let want: Vec<f32> = (0..8 * cols)
-        .map(|i| e4m3_to_f32(codes[i]) * if i % cols < 128 { 0.5 } else { 3.0 })
-        .collect();
+    let want: Vec<f32> =
+        (0..8 * cols).map(|i| e4m3_to_f32(codes[i]) * if i % cols < 128 { 0.5 } else { 3.0 }).collect();
     assert_same(&got, &want, &"fp8");
 }
 
@@ -127,7 +126,10 @@ fn every_isa_decodes_every_code() {
                 let x = activations(&[1.0], 1, 1, Precision::Exact);
                 for k in Kernels::available() {
                     let y = matmul(k, &pool, w, &x);
-                    assert!(y.iter().all(|&v| v == want || v.is_nan() && want.is_nan()), "{ty:?} {bits:#x}, cols {cols}");
+                    assert!(
+                        y.iter().all(|&v| v == want || v.is_nan() && want.is_nan()),
+                        "{ty:?} {bits:#x}, cols {cols}"
+                    );
                 }
             }
         }
@@ -149,7 +151,13 @@ fn nibbles_are_carried() {
         assert_eq!(unpack(Matrix::new(WeightType::Int4, rows, cols, &out).unwrap()), want);
 
         let scales: Vec<u8> = (0..rows * blocks).map(|_| rng.below(256) as u8).collect();
-        pack_row_group_mxfp4(&codes, rows, cols, &scales, &mut vec![0; packed_len(WeightType::Mxfp4, rows, cols).unwrap()]);
+        pack_row_group_mxfp4(
+            &codes,
+            rows,
+            cols,
+            &scales,
+            &mut vec![0; packed_len(WeightType::Mxfp4, rows, cols).unwrap()],
+        );
         let mut out = vec![0; packed_len(WeightType::Mxfp4, rows, cols).unwrap()];
         pack_row_group_mxfp4(&codes, rows, cols, &scales, &mut out);
         let want: Vec<f32> =

@@ -2,7 +2,7 @@
 //!
 //! Each function follows the operation of the same name in the `scalar` module; lanes are rows.
 
-use super::{BF16, F16, F32, FP8, INT4, MXFP4, Q8};
+use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q8};
 use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows, rows};
 use super::{unit, words};
 use crate::activations::{Activations, QuantisedRow};
@@ -19,7 +19,8 @@ pub(crate) struct Avx2 {
 
 impl Avx2 {
     pub(crate) fn new() -> Option<Self> {
-        let has = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let has =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         has.then_some(Avx2 { _private: () })
     }
 
@@ -131,6 +132,7 @@ fn columns<const TY: u8, const T: usize>(values: &[u8], x: [&[f32]; T]) -> [__m2
     let quads = in_fours(&x, cols);
     let mut s = [[_mm256_setzero_ps(); 4]; T];
     for (i, w) in values.chunks_exact(step).take(cols / 4).enumerate() {
+        prefetch(w);
         let w = four::<TY>(w);
         for t in 0..T {
             for j in 0..4 {
@@ -247,6 +249,7 @@ fn block_integers<const TY: u8>(w: &[u8], q: usize) -> __m256i {
 fn blocks_f32<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [__m256; T] {
     let mut total = [_mm256_setzero_ps(); T];
     for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
+        prefetch(values);
         let x = parts(&x, g * 32, 32);
         let mut s = [[_mm256_setzero_ps(); 4]; T];
         for q in 0..8 {
@@ -384,7 +387,7 @@ fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
 #[target_feature(enable = "avx2")]
 fn prefetch(w: &[u8]) {
     for line in (0..w.len()).step_by(64) {
-        _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(1536 + line).cast());
+        _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD + line).cast());
     }
 }
 

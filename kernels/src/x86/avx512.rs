@@ -4,7 +4,7 @@
 //! AVX2 kernels, as are blocked types with f32 activations.
 
 use super::avx2::Avx2;
-use super::{BF16, F16, F32, FP8, INT4, MXFP4, Q8};
+use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q8};
 use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, parts, quantised_rows, rows, unit, words};
 use crate::activations::{Activations, QuantisedRow};
 use crate::matmul::{Tile, TileShape};
@@ -219,8 +219,8 @@ fn block_scales<const TY: u8>(w: &Pair<'_>, g: usize) -> __m512 {
             let (a, b) = (i64::from_le_bytes(*bytes(a, g * 8)), i64::from_le_bytes(*bytes(b, g * 8)));
             let e = _mm512_cvtepu8_epi32(_mm_set_epi64x(b, a));
             // Codes 0 and 255 are a subnormal and NaN: the exponent alone would say 0 and infinity.
-            let odd = _mm512_cmpeq_epi32_mask(e, _mm512_setzero_si512())
-                | _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
+            let odd =
+                _mm512_cmpeq_epi32_mask(e, _mm512_setzero_si512()) | _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
             let bits = _mm512_slli_epi32::<23>(e);
             _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, odd, bits, _mm512_set1_epi32(0x0040_0000)))
         }
@@ -311,7 +311,7 @@ fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
 #[target_feature(enable = "avx512f")]
 fn prefetch(w: &[u8]) {
     for line in (0..w.len()).step_by(64) {
-        _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(1536 + line).cast());
+        _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD + line).cast());
     }
 }
 

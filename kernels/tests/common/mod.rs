@@ -43,7 +43,8 @@ pub(crate) fn matrix(ty: WeightType, rows: usize, cols: usize, rng: &mut Rng) ->
         match ty {
             WeightType::Fp8 => {
                 let scales: Vec<f32> = (0..cols.div_ceil(FP8_BLOCK)).map(|_| rng.f32() * 0.01).collect();
-                let codes: Vec<u8> = rng.bytes(n * cols).iter().map(|&b| if b & 0x7f == 0x7f { 0 } else { b }).collect();
+                let codes: Vec<u8> =
+                    rng.bytes(n * cols).iter().map(|&b| if b & 0x7f == 0x7f { 0 } else { b }).collect();
                 pack_row_group_fp8(&codes, n, cols, &scales, group);
             }
             WeightType::Int4 => {
