@@ -97,7 +97,9 @@ pub enum ConvertError {
         supported: &'static str,
     },
     /// A weight is infinite or not a number.
-    #[error("{path}: `{tensor}` holds a value that is infinite or not a number. The checkpoint is damaged: download it again")]
+    #[error(
+        "{path}: `{tensor}` holds a value that is infinite or not a number. The checkpoint is damaged: download it again"
+    )]
     NotFinite {
         /// The safetensors file.
         path: PathBuf,

@@ -1,1 +1,96 @@
-//! placeholder
+//! Hugging Face checkpoints → Sluice weight files.
+//!
+//! [`plan()`] decides everything that can be decided without touching a weight: what the model computes, which tensor goes
+//! where and as what. [`convert`] carries the plan out with bounded memory: extents are packed in blocks of rows over the
+//! threads of the current rayon pool, written to `NAME.partial`, and journaled once they are on the drive. A conversion
+//! that was killed at any moment resumes from its journal, and the file does not depend on how often that happened or on
+//! how many threads there were.
+//!
+//! | module | does |
+//! |---|---|
+//! | `source` | reads safetensors; trusts nothing in them |
+//! | `family` | knows what `config.json` means and what tensors are called, one file per family |
+//! | `plan` | chooses types, lays out extents, checks that every tensor is accounted for |
+//! | `load`, `fp8`, `pack` | bytes of the source → rows of numbers → row groups of the file |
+//! | `journal`, `partial`, `execute` | crash safety, disk space, threads |
+//! | `report` | provenance and summary |
+
+mod error;
+mod execute;
+mod family;
+mod fp8;
+mod journal;
+mod load;
+mod options;
+mod pack;
+mod partial;
+mod plan;
+mod report;
+mod source;
+
+use std::path::Path;
+
+pub use error::ConvertError;
+pub use options::{Options, TypeChoice};
+pub use plan::{KindSize, LeftOut, Plan, plan};
+pub use report::Summary;
+
+/// Hears how a conversion goes. Called from several threads.
+pub trait Progress: Sync {
+    /// The conversion begins: bytes of extents to write in all, and how many of them an earlier run has written.
+    fn started(&self, total_bytes: u64, already_done: u64);
+    /// This many more bytes have been written.
+    fn advanced(&self, bytes: u64);
+    /// Something that the user should know.
+    fn note(&self, text: &str);
+}
+
+/// Hears nothing.
+impl Progress for () {
+    fn started(&self, _total_bytes: u64, _already_done: u64) {}
+    fn advanced(&self, _bytes: u64) {}
+    fn note(&self, _text: &str) {}
+}
+
+/// Converts the checkpoint in the folder `src` to the file `dst`, resuming an interrupted conversion of the same source with
+/// the same options.
+///
+/// # Errors
+/// See [`ConvertError`]. After an error, `dst` is what it was; what has been converted stays in `dst.partial`.
+pub fn convert(src: &Path, dst: &Path, options: &Options, progress: &dyn Progress) -> Result<Summary, ConvertError> {
+    let plan = plan(src, options)?;
+    convert_plan(&plan, dst, progress)
+}
+
+/// Carries out a plan: [`convert`] with a plan that the caller has looked at.
+///
+/// # Errors
+/// As [`convert`].
+pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<Summary, ConvertError> {
+    let partial::Opened { partial, journal, done, restarted } = partial::open(dst, plan)?;
+    plan.notes().iter().for_each(|note| progress.note(note));
+    if restarted {
+        progress.note("an interrupted conversion with other options or from another source was there; it starts over");
+    }
+    let (resumed_extents, resumed_read) = (done.len(), done.iter().map(|o| o.source_bytes).sum::<u64>());
+    let resumed_bytes: u64 = done.iter().map(|o| plan.layout.extents()[o.extent].stored_len).sum();
+    progress.started(plan.extent_bytes(), resumed_bytes);
+    let outcomes = execute::run(plan, &partial, journal, done, progress)?;
+    let checksums: Vec<u64> = outcomes.iter().map(|o| o.checksum).collect();
+    let (model_id, file_bytes) = partial.finish(plan, &checksums, report::provenance(plan, &outcomes))?;
+    Ok(Summary {
+        family: plan.spec.family.clone(),
+        model_id: model_id.to_string(),
+        file_bytes,
+        sizes: plan.sizes(),
+        types: plan.types.clone(),
+        errors: report::errors(plan, &outcomes),
+        widened: plan.widened.clone(),
+        left_out: plan.left_out.clone(),
+        notes: plan.notes.clone(),
+        bytes_read: outcomes.iter().map(|o| o.source_bytes).sum::<u64>() - resumed_read,
+        bytes_written: plan.extent_bytes() - resumed_bytes,
+        resumed_extents,
+        restarted,
+    })
+}

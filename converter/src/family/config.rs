@@ -27,11 +27,7 @@ impl Config {
 
     /// An error about a key of this section.
     pub(crate) fn refuse(&self, key: &str, problem: impl Into<String>) -> ConvertError {
-        ConvertError::Config {
-            path: self.path.clone(),
-            key: format!("{}{key}", self.prefix),
-            problem: problem.into(),
-        }
+        ConvertError::Config { path: self.path.clone(), key: format!("{}{key}", self.prefix), problem: problem.into() }
     }
 
     /// The object under `key`; `None` if it is missing or null.

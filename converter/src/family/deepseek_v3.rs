@@ -3,7 +3,7 @@
 use serde_json::Value;
 use sluice_format::{
     ActivationSpec, AttentionSpec, ExtentKind, FfnSpec, GroupScore, LayerSpec, MlaSpec, ModelSpec, MoeSpec,
-    RouterGroups, RouterScore, RouterSpec, RopePairing, SPEC_VERSION, TensorShape,
+    RopePairing, RouterGroups, RouterScore, RouterSpec, SPEC_VERSION, TensorShape,
 };
 
 use super::config::Config;
@@ -81,8 +81,7 @@ fn max_positions(config: &Config) -> Result<usize, ConvertError> {
 fn attention(config: &Config) -> Result<MlaSpec, ConvertError> {
     let qk_nope_head_dim = config.usize_or("qk_nope_head_dim", 128)?;
     let qk_rope_head_dim = config.usize_or("qk_rope_head_dim", 64)?;
-    let pairing =
-        if config.bool_or("rope_interleave", true)? { RopePairing::Interleaved } else { RopePairing::Half };
+    let pairing = if config.bool_or("rope_interleave", true)? { RopePairing::Interleaved } else { RopePairing::Half };
     let rope = rope::read(config, qk_rope_head_dim, pairing, 1e4, max_positions(config)?)?;
     let head_dim = qk_nope_head_dim.saturating_add(qk_rope_head_dim) as f64;
     Ok(MlaSpec {

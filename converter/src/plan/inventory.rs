@@ -82,7 +82,10 @@ pub(crate) fn take(
     }
     if let (true, Some(copy)) = (tied, stored_head) {
         ledger.used[copy] = true;
-        notes.push(format!("`tie_word_embeddings` is true: `{}` is ignored, the token embedding is the head", names.head));
+        notes.push(format!(
+            "`tie_word_embeddings` is true: `{}` is ignored, the token embedding is the head",
+            names.head
+        ));
     }
     let left_out = account_for_rest(checkpoint, family, spec, &ledger.used)?;
     Ok(Inventory { head, left_out, notes })

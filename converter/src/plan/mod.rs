@@ -108,7 +108,8 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     let family = family::find(&config)?;
     family::check_quantisation(&config)?;
     let spec = family.spec(&config)?;
-    spec.validate().map_err(|problem| config.refuse("model_type", format!("describes an impossible model: {problem}")))?;
+    spec.validate()
+        .map_err(|problem| config.refuse("model_type", format!("describes an impossible model: {problem}")))?;
     let tied = config.bool_or("tie_word_embeddings", false)?;
     let inventory = inventory::take(&checkpoint, family, &spec, tied)?;
     let built = build::build(&checkpoint, family, &spec, options, &inventory.head)?;
@@ -117,6 +118,7 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     for name in SIDE_FILES {
         blobs.extend(checkpoint.side_file(name)?.map(|bytes| (name, bytes)));
     }
+    let types = built.types();
     let mut plan = Plan {
         checkpoint,
         spec,
@@ -124,7 +126,7 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
         layout,
         extents: built.extents,
         records: built.records,
-        types: built.types(),
+        types,
         groups: built.groups,
         widened: built.widened,
         left_out: inventory.left_out,
@@ -138,10 +140,8 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
 
 /// `config.json`, without which a folder is no checkpoint.
 fn side_file(src: &Path, name: &'static str) -> Result<Vec<u8>, ConvertError> {
-    crate::source::side_file(src, name)?.ok_or_else(|| ConvertError::NotACheckpoint {
-        path: src.to_owned(),
-        problem: format!("it has no `{name}`"),
-    })
+    crate::source::side_file(src, name)?
+        .ok_or_else(|| ConvertError::NotACheckpoint { path: src.to_owned(), problem: format!("it has no `{name}`") })
 }
 
 impl Plan {

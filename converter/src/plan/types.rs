@@ -69,7 +69,8 @@ fn is_fp8(s: &Source) -> bool {
 /// scale there.
 pub(crate) fn fits_tiles(source: &Source, [batch, rows, cols]: [usize; 3]) -> bool {
     // The common case: 8 divides 128, so row groups that begin on multiples of 8 of untransposed rows never straddle.
-    if !source.transposed && source.first_row.is_multiple_of(ROW_GROUP) && source.batch_stride.is_multiple_of(ROW_GROUP) {
+    if !source.transposed && source.first_row.is_multiple_of(ROW_GROUP) && source.batch_stride.is_multiple_of(ROW_GROUP)
+    {
         return true;
     }
     let block = |(row, col): (usize, usize)| (row / SCALE_BLOCK, col / SCALE_BLOCK);

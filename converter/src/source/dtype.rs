@@ -52,14 +52,4 @@ impl Dtype {
             _ => None,
         }
     }
-
-    /// Bytes of one element of a format that this program reads.
-    pub(crate) fn float_len(&self) -> Option<usize> {
-        match self {
-            Dtype::F32 => Some(4),
-            Dtype::F16 | Dtype::Bf16 => Some(2),
-            Dtype::F8E4M3 => Some(1),
-            Dtype::Other(_) => None,
-        }
-    }
 }

@@ -100,7 +100,11 @@ fn check_entry(name: String, raw: RawEntry, data_start: u64, data_len: u64) -> R
     if let Some(bits) = dtype.bits() {
         let expected = elements.and_then(|n| n.checked_mul(bits)).map(|bits| bits.div_ceil(8));
         if expected != Some(end - begin) {
-            return Err(format!("`{name}` has {} bytes, which its shape {:?} does not explain", end - begin, raw.shape));
+            return Err(format!(
+                "`{name}` has {} bytes, which its shape {:?} does not explain",
+                end - begin,
+                raw.shape
+            ));
         }
     }
     let shape: Option<Vec<usize>> = raw.shape.iter().map(|&d| usize::try_from(d).ok()).collect();

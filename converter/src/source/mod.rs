@@ -200,7 +200,9 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, ConvertError
     let mut by_file: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (tensor, file) in index.weight_map {
         if !is_plain_name(&file) {
-            return Err(damaged(format!("it places `{tensor}` in {file:?}, which is not a name of a file in this folder")));
+            return Err(damaged(format!(
+                "it places `{tensor}` in {file:?}, which is not a name of a file in this folder"
+            )));
         }
         // A BTreeMap yields tensors sorted, so each file's list is sorted too.
         by_file.entry(file).or_default().push(tensor);

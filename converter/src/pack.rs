@@ -1,0 +1,275 @@
+//! One extent: reads its tensors in bounded blocks of rows, brings them into the file's layout, writes them front to back.
+
+use sluice_format::{ExtentWriter, Layout, ROW_GROUP, WeightType};
+use sluice_kernels as kernels;
+
+use crate::error::ConvertError;
+use crate::fp8;
+use crate::load::{BlockScales, Loader, Rows};
+use crate::plan::resolve::SCALE_BLOCK;
+use crate::plan::{Plan, Source, Storage, TensorPlan, is_lossy};
+
+/// Elements that are in memory at once, per thread and tensor. Fixed: the sums of errors follow the order of blocks.
+const BLOCK_ELEMENTS: usize = 1 << 20;
+
+/// Squared error and squared magnitude, summed over the elements of a tensor.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct ErrorSums {
+    pub(crate) error: f64,
+    pub(crate) magnitude: f64,
+}
+
+/// What is known of an extent once it is written; the journal keeps it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Outcome {
+    /// Number of the extent.
+    pub(crate) extent: usize,
+    /// xxh3-64 of the stored bytes.
+    pub(crate) checksum: u64,
+    /// xxh3-128 of the source bytes that went into it.
+    pub(crate) source_digest: u128,
+    /// Their number.
+    pub(crate) source_bytes: u64,
+    /// By tensor of the extent.
+    pub(crate) errors: Vec<ErrorSums>,
+}
+
+/// The kernels' name of a weight type. The two crates do not know each other; a test compares their sizes.
+pub(crate) fn kernel_type(ty: WeightType) -> kernels::WeightType {
+    match ty {
+        WeightType::F32 => kernels::WeightType::F32,
+        WeightType::F16 => kernels::WeightType::F16,
+        WeightType::Bf16 => kernels::WeightType::Bf16,
+        WeightType::Fp8 => kernels::WeightType::Fp8,
+        WeightType::Q8 => kernels::WeightType::Q8,
+        WeightType::Int4 => kernels::WeightType::Int4,
+        WeightType::Mxfp4 => kernels::WeightType::Mxfp4,
+    }
+}
+
+/// The state of one thread: buffers that are reused from extent to extent.
+pub(crate) struct Packer<'a> {
+    plan: &'a Plan,
+    loader: Loader<'a>,
+    values: Vec<f32>,
+    packed: Vec<u8>,
+}
+
+/// A tensor being packed: its plan, the scales of its sources, where its errors go.
+struct Job<'a> {
+    tensor: &'a TensorPlan,
+    scales: Vec<BlockScales>,
+    sums: ErrorSums,
+}
+
+impl<'a> Packer<'a> {
+    pub(crate) fn new(plan: &'a Plan) -> Self {
+        Packer { plan, loader: Loader::new(&plan.checkpoint), values: Vec::new(), packed: Vec::new() }
+    }
+
+    /// Writes extent number `extent` and reports the bytes as they are written.
+    pub(crate) fn extent(
+        &mut self,
+        extent: usize,
+        mut writer: ExtentWriter<'_>,
+        written: &dyn Fn(u64),
+    ) -> Result<Outcome, ConvertError> {
+        let mut errors = Vec::new();
+        let mut reported = 0;
+        let plan = self.plan;
+        for tensor in &plan.extents[extent] {
+            let gap = tensor.offset - writer.position();
+            writer.write(&vec![0; gap as usize])?;
+            let scales = tensor.sources.iter().map(|s| self.loader.scales(s)).collect::<Result<_, _>>()?;
+            let mut job = Job { tensor, scales, sums: ErrorSums::default() };
+            for rows in blocks(tensor) {
+                self.packed.clear();
+                match tensor.layout {
+                    Layout::Plain => self.plain(&mut job, rows)?,
+                    Layout::Tiled | Layout::TiledPair => self.tiled(&mut job, rows)?,
+                }
+                writer.write(&self.packed)?;
+                written(self.packed.len() as u64);
+                reported += self.packed.len() as u64;
+            }
+            errors.push(job.sums);
+        }
+        let stored_len = plan.layout.extents()[extent].stored_len;
+        let checksum = writer.finish()?;
+        // Paddings count as written with the extent's end, so that the sum is the whole file.
+        written(stored_len - reported);
+        let (source_digest, source_bytes) = self.loader.take_digest();
+        Ok(Outcome { extent, checksum, source_digest, source_bytes, errors })
+    }
+
+    /// A block of a row-major tensor: a vector, or part of the embedding.
+    fn plain(&mut self, job: &mut Job<'_>, rows: Rows) -> Result<(), ConvertError> {
+        let source = &job.tensor.sources[0];
+        let ty = job.tensor.weight_type;
+        if carries_halves(source.storage, ty) {
+            let raw = self.loader.raw(source, rows)?;
+            let finite = halves(raw).all(|h| is_finite_half(h, ty));
+            self.packed.extend_from_slice(raw);
+            return if finite { Ok(()) } else { Err(self.loader.not_finite(source.tensor)) };
+        }
+        self.loader.f32(source, &job.scales[0], rows, &mut self.values)?;
+        match ty {
+            WeightType::F32 => self.packed.extend(self.values.iter().flat_map(|v| v.to_le_bytes())),
+            WeightType::Bf16 => {
+                for &value in &self.values {
+                    let bits = kernels::f32_to_bf16(value);
+                    job.sums.add(value, kernels::bf16_to_f32(bits));
+                    self.packed.extend(bits.to_le_bytes());
+                }
+            }
+            other => unreachable!("the plan stores nothing plain as {other}"),
+        }
+        self.check_sums(job, source)
+    }
+
+    /// A block of whole row groups; those of a pair alternate.
+    fn tiled(&mut self, job: &mut Job<'_>, rows: Rows) -> Result<(), ConvertError> {
+        let sources = &job.tensor.sources;
+        let group_len = group_len(job.tensor.weight_type, rows.cols);
+        self.packed.resize(group_len * rows.count.div_ceil(ROW_GROUP) * sources.len(), 0);
+        for (i, source) in sources.iter().enumerate() {
+            let groups = Groups { group_len, first: i, step: sources.len() };
+            match (source.storage, job.tensor.weight_type) {
+                (Storage::Fp8 { .. }, WeightType::Fp8) => self.carry_fp8(source, &job.scales[i], rows, groups)?,
+                (storage, ty) if carries_halves(storage, ty) => self.carry_halves(source, ty, rows, groups)?,
+                _ => self.convert(job, i, rows, groups)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn carry_fp8(
+        &mut self,
+        source: &Source,
+        scales: &BlockScales,
+        rows: Rows,
+        groups: Groups,
+    ) -> Result<(), ConvertError> {
+        let codes = self.loader.raw(source, rows)?;
+        let finite = !codes.iter().any(|&c| fp8::is_nan(c));
+        let mut group_scales = Vec::new();
+        for (g, codes) in codes.chunks(ROW_GROUP * rows.cols).enumerate() {
+            // One source block covers each tile of the group, so any element of the tile has its scale.
+            let row = rows.first + g * ROW_GROUP;
+            let at = |c| scales.at(source.locate(rows.batch, row, c));
+            group_scales.clear();
+            group_scales.extend((0..rows.cols).step_by(SCALE_BLOCK).map(at));
+            let (n, out) = (codes.len() / rows.cols, groups.slot(&mut self.packed, g));
+            kernels::pack_row_group_fp8(codes, n, rows.cols, &group_scales, out);
+        }
+        if finite { Ok(()) } else { Err(self.loader.not_finite(source.tensor)) }
+    }
+
+    fn carry_halves(
+        &mut self,
+        source: &Source,
+        ty: WeightType,
+        rows: Rows,
+        groups: Groups,
+    ) -> Result<(), ConvertError> {
+        let values: Vec<u16> = halves(self.loader.raw(source, rows)?).collect();
+        if !values.iter().all(|&h| is_finite_half(h, ty)) {
+            return Err(self.loader.not_finite(source.tensor));
+        }
+        for (g, values) in values.chunks(ROW_GROUP * rows.cols).enumerate() {
+            let out = groups.slot(&mut self.packed, g);
+            kernels::pack_row_group_u16(values, values.len() / rows.cols, rows.cols, out);
+        }
+        Ok(())
+    }
+
+    /// Everything that goes through f32.
+    fn convert(&mut self, job: &mut Job<'_>, i: usize, rows: Rows, groups: Groups) -> Result<(), ConvertError> {
+        let (source, ty) = (&job.tensor.sources[i], job.tensor.weight_type);
+        self.loader.f32(source, &job.scales[i], rows, &mut self.values)?;
+        let lossy = is_lossy(source.storage, ty);
+        let group_values = ROW_GROUP * rows.cols;
+        // Strips of 128 rows: fp8 computes one scale per strip and 128 columns, the other types do not care.
+        for (s, strip) in self.values.chunks(SCALE_BLOCK * rows.cols).enumerate() {
+            let quantised = (ty == WeightType::Fp8).then(|| fp8::quantise_strip(strip, rows.cols));
+            for (g, values) in strip.chunks(group_values).enumerate() {
+                let n = values.len() / rows.cols;
+                let out = groups.slot(&mut self.packed, s * (SCALE_BLOCK / ROW_GROUP) + g);
+                match &quantised {
+                    Some((codes, scales)) => {
+                        let codes = &codes[g * group_values..][..values.len()];
+                        kernels::pack_row_group_fp8(codes, n, rows.cols, scales, out);
+                    }
+                    None => kernels::pack_row_group(kernel_type(ty), values, n, rows.cols, out),
+                }
+                if lossy {
+                    let matrix = kernels::Matrix::new(kernel_type(ty), n, rows.cols, out);
+                    let stored = kernels::unpack(matrix.expect("the slot has a row group's length"));
+                    values.iter().zip(stored).for_each(|(&value, stored)| job.sums.add(value, stored));
+                }
+            }
+        }
+        self.check_sums(job, source)
+    }
+
+    /// What was finite in the source must be finite in the file.
+    fn check_sums(&self, job: &Job<'_>, source: &Source) -> Result<(), ConvertError> {
+        if job.sums.error.is_finite() {
+            return Ok(());
+        }
+        let tensor = self.plan.checkpoint.tensors[source.tensor].name.clone();
+        Err(ConvertError::TooLarge { tensor, weight_type: job.tensor.weight_type })
+    }
+}
+
+impl ErrorSums {
+    fn add(&mut self, value: f32, stored: f32) {
+        let (value, stored) = (f64::from(value), f64::from(stored));
+        self.error += (value - stored) * (value - stored);
+        self.magnitude += value * value;
+    }
+}
+
+/// Where the row groups of one source go in the packed block: every `step`-th place from `first` on.
+#[derive(Clone, Copy)]
+struct Groups {
+    group_len: usize,
+    first: usize,
+    step: usize,
+}
+
+impl Groups {
+    fn slot(self, packed: &mut [u8], group: usize) -> &mut [u8] {
+        &mut packed[(group * self.step + self.first) * self.group_len..][..self.group_len]
+    }
+}
+
+fn group_len(ty: WeightType, cols: usize) -> usize {
+    ty.row_group_len(cols).expect("the plan computed the tensor's length from it")
+}
+
+/// The blocks of rows of a tensor, matrix after matrix.
+fn blocks(tensor: &TensorPlan) -> impl Iterator<Item = Rows> + use<> {
+    let [batch, rows, cols] = tensor.shape;
+    let fit = BLOCK_ELEMENTS / cols.max(1);
+    // Whole scale blocks where they fit, and always for fp8, which needs them; else whole row groups.
+    let unit = if fit >= SCALE_BLOCK || tensor.weight_type == WeightType::Fp8 { SCALE_BLOCK } else { ROW_GROUP };
+    let height = (fit - fit % unit).max(unit);
+    let starts = move |batch| (0..rows).step_by(height).map(move |first| (batch, first));
+    let block = move |(batch, first): (usize, usize)| Rows { batch, first, count: height.min(rows - first), cols };
+    (0..batch).flat_map(starts).map(block)
+}
+
+fn carries_halves(storage: Storage, ty: WeightType) -> bool {
+    matches!((storage, ty), (Storage::F16, WeightType::F16) | (Storage::Bf16, WeightType::Bf16))
+}
+
+fn halves(bytes: &[u8]) -> impl Iterator<Item = u16> {
+    bytes.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b))
+}
+
+/// Whether the bits of an f16 or bf16 are a number: an exponent of all ones is none.
+fn is_finite_half(bits: u16, ty: WeightType) -> bool {
+    let exponent = if ty == WeightType::F16 { 0x7c00 } else { 0x7f80 };
+    bits & exponent != exponent
+}

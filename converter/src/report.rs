@@ -1,0 +1,110 @@
+//! What a conversion did: for the file, and for the user.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::options::TypeChoice;
+use crate::pack::{ErrorSums, Outcome};
+use crate::plan::{CONVERTER, KindSize, LeftOut, Plan};
+
+/// What a conversion did.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Summary {
+    /// The source's `model_type`.
+    pub family: String,
+    /// Identity of the new file: a hash of its content.
+    pub model_id: String,
+    /// Its length.
+    pub file_bytes: u64,
+    /// Extents and bytes by kind, in file order.
+    pub sizes: Vec<KindSize>,
+    /// Types by tensor group.
+    pub types: BTreeMap<String, Vec<String>>,
+    /// Relative root-mean-square error by tensor group, for those whose values changed.
+    pub errors: BTreeMap<String, f64>,
+    /// Tensors stored as f32 because they could not be carried as they are; their values are the same.
+    pub widened: Vec<String>,
+    /// Tensors of the checkpoint that are not in the file.
+    pub left_out: Vec<LeftOut>,
+    /// Remarks.
+    pub notes: Vec<String>,
+    /// Bytes of weights read by this run.
+    pub bytes_read: u64,
+    /// Bytes of extents written by this run.
+    pub bytes_written: u64,
+    /// Extents that an earlier run had finished.
+    pub resumed_extents: usize,
+    /// Whether an interrupted conversion with other options or another source was thrown away.
+    pub restarted: bool,
+}
+
+/// One file of the source.
+#[derive(Serialize)]
+struct SourceFileRecord {
+    name: String,
+    bytes: u64,
+    header_xxh3_128: String,
+}
+
+#[derive(Serialize)]
+struct Recipe {
+    expert_type: TypeChoice,
+    dense_type: TypeChoice,
+    page_size: u32,
+}
+
+/// The blob that says where the weights came from. Nothing in it depends on when, where or how fast the conversion ran.
+#[derive(Serialize)]
+struct Provenance<'a> {
+    converter: &'static str,
+    recipe: Recipe,
+    source_files: Vec<SourceFileRecord>,
+    /// Over the digests of what each extent was made from, in file order.
+    source_xxh3_128: String,
+    types: &'a BTreeMap<String, Vec<String>>,
+    relative_rms_error: BTreeMap<String, f64>,
+    widened: &'a [String],
+    left_out: &'a [LeftOut],
+}
+
+/// Relative RMS error by group; groups without error are left out. The sums run in file order, whoever computed the parts.
+pub(crate) fn errors(plan: &Plan, outcomes: &[Outcome]) -> BTreeMap<String, f64> {
+    let mut sums = vec![ErrorSums::default(); plan.groups.len()];
+    for (tensors, outcome) in plan.extents.iter().zip(outcomes) {
+        for (tensor, part) in tensors.iter().zip(&outcome.errors) {
+            let sum = &mut sums[tensor.group];
+            sum.error += part.error;
+            sum.magnitude += part.magnitude;
+        }
+    }
+    let named = plan.groups.iter().zip(sums).filter(|(_, s)| s.magnitude > 0.0);
+    named.map(|(group, s)| (group.clone(), (s.error / s.magnitude).sqrt())).collect()
+}
+
+/// The provenance blob.
+pub(crate) fn provenance(plan: &Plan, outcomes: &[Outcome]) -> Vec<u8> {
+    let mut digest = Xxh3::new();
+    outcomes.iter().for_each(|o| digest.update(&o.source_digest.to_le_bytes()));
+    let files = plan.checkpoint.files.iter().map(|f| SourceFileRecord {
+        name: f.name.clone(),
+        bytes: f.len,
+        header_xxh3_128: format!("{:032x}", f.header_digest),
+    });
+    let provenance = Provenance {
+        converter: CONVERTER,
+        recipe: Recipe {
+            expert_type: plan.options.expert_type,
+            dense_type: plan.options.dense_type,
+            page_size: plan.options.page_size,
+        },
+        source_files: files.collect(),
+        source_xxh3_128: format!("{:032x}", digest.digest128()),
+        types: &plan.types,
+        relative_rms_error: errors(plan, outcomes),
+        widened: &plan.widened,
+        left_out: &plan.left_out,
+    };
+    serde_json::to_vec_pretty(&provenance).expect("plain data with string keys always serialises")
+}

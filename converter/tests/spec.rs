@@ -1,0 +1,117 @@
+//! What `config.json` becomes.
+
+mod common;
+
+use std::path::Path;
+
+use common::{Synthetic, fixture, options};
+use serde_json::{Value, json};
+use sluice_converter::{ConvertError, plan};
+use sluice_format::{AttentionSpec, MlaSpec, ModelSpec, RopePairing, RopeScaling};
+
+fn spec_of(dir: &Path) -> ModelSpec {
+    plan(dir, &options("keep", "keep")).unwrap().spec().clone()
+}
+
+fn mla(spec: &ModelSpec) -> &MlaSpec {
+    let AttentionSpec::Mla(mla) = &spec.layers[0].attention;
+    mla
+}
+
+#[test]
+fn golden_deepseek_v3() {
+    let spec = spec_of(&fixture("golden/deepseek_v3"));
+    let m = mla(&spec);
+    let mscale = 0.1 * 4f64.ln() + 1.0;
+    assert_eq!(m.softmax_scale, (24f64.powf(-0.5) * mscale * mscale) as f32);
+    assert_eq!(m.rope.pairing, RopePairing::Interleaved);
+    assert_eq!(m.latent_norm_eps, 1e-6);
+    assert_eq!(spec.norm_eps, 0.01);
+    let RopeScaling::Yarn { attention_factor, beta_fast, original_max_positions, truncate, .. } = m.rope.scaling else {
+        panic!("{:?}", m.rope)
+    };
+    assert_eq!((attention_factor, beta_fast, original_max_positions, truncate), (1.0, 32.0, 64, true));
+    assert!(spec.layers[0].ffn.moe.is_none());
+    assert_eq!(spec.layers[0].ffn.dense_width, 96);
+    let moe = spec.layers[1].ffn.moe.as_ref().unwrap();
+    let groups = moe.router.groups.as_ref().unwrap();
+    assert_eq!((groups.count, groups.keep), (4, 2));
+    assert_eq!(moe.router.renormalise, Some(1e-20));
+    assert_eq!(spec.layers[1].ffn.dense_width, 32);
+}
+
+#[test]
+fn golden_kimi_k2() {
+    let spec = spec_of(&fixture("golden/kimi_k2"));
+    assert_eq!(spec.family, "kimi_k2");
+    let RopeScaling::Yarn { beta_fast, beta_slow, .. } = mla(&spec).rope.scaling else { panic!() };
+    assert_eq!((beta_fast, beta_slow), (1.0, 1.0));
+    assert_eq!(mla(&spec).rope.theta, 50000.0);
+    assert!(spec.layers[1].ffn.moe.as_ref().unwrap().router.groups.is_none());
+}
+
+/// A synthetic checkpoint with keys of its configuration replaced; null removes nothing, it is a value.
+fn with(changes: Value) -> Result<ModelSpec, ConvertError> {
+    let dir = tempfile::tempdir().unwrap();
+    let shape = Synthetic::default();
+    let mut config = shape.config();
+    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    common::safetensors::write_dir(dir.path(), &config, &shape.tensors(), 1);
+    plan(dir.path(), &options("keep", "keep")).map(|p| p.spec().clone())
+}
+
+#[test]
+fn both_spellings_of_rope_mean_the_same() {
+    let yarn = json!({"factor": 8, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 0.5});
+    let mut old = yarn.clone();
+    old["type"] = json!("yarn");
+    let mut new = yarn;
+    new["rope_type"] = json!("yarn");
+    new["rope_theta"] = json!(5e5);
+    let old = with(json!({"rope_scaling": old, "rope_theta": 5e5})).unwrap();
+    let new = with(json!({"rope_parameters": new, "rope_theta": 1e4})).unwrap();
+    assert_eq!(old, new);
+    let RopeScaling::Yarn { attention_factor, .. } = mla(&new).rope.scaling else { panic!() };
+    let g = |m: f64| 0.1 * m * 8f64.ln() + 1.0;
+    assert!((attention_factor - g(0.7) / g(0.5)).abs() < 1e-12);
+    let default = with(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 7e3}})).unwrap();
+    assert_eq!((mla(&default).rope.theta, &mla(&default).rope.scaling), (7e3, &RopeScaling::None));
+}
+
+#[test]
+fn layer_lists_and_switches() {
+    let spec = with(json!({"mlp_layer_types": ["dense", "sparse", "sparse"], "norm_topk_prob": false})).unwrap();
+    assert_eq!(spec.layers[1].ffn.moe.as_ref().unwrap().router.renormalise, None);
+    let spec = with(json!({"rope_interleave": false})).unwrap();
+    assert_eq!(mla(&spec).rope.pairing, RopePairing::Half);
+}
+
+#[test]
+fn what_is_not_supported_is_named_with_what_is() {
+    for (changes, words) in [
+        (json!({"model_type": "mamba"}), vec!["`model_type`", "\"mamba\"", "deepseek_v3", "kimi_k2"]),
+        (json!({"model_type": 3}), vec!["`model_type`", "3"]),
+        (json!({"hidden_act": "gelu"}), vec!["`hidden_act`", "\"gelu\"", "silu"]),
+        (json!({"moe_layer_freq": 2}), vec!["`moe_layer_freq`"]),
+        (json!({"attention_bias": true}), vec!["`attention_bias`"]),
+        (json!({"scoring_func": "softmax"}), vec!["`scoring_func`", "sigmoid"]),
+        (json!({"topk_method": "greedy"}), vec!["`topk_method`", "noaux_tc"]),
+        (json!({"hidden_size": "72"}), vec!["`hidden_size`", "\"72\"", "whole number"]),
+        (json!({"hidden_size": -72}), vec!["`hidden_size`", "-72"]),
+        (json!({"num_hidden_layers": 1u64 << 40}), vec!["`num_hidden_layers`"]),
+        (json!({"qk_nope_head_dim": u64::MAX}), vec!["impossible", "qk_nope_head_dim"]),
+        (json!({"moe_intermediate_size": u64::MAX}), vec!["impossible"]),
+        (json!({"rope_scaling": {"type": "longrope"}}), vec!["`rope_scaling.type`", "longrope", "yarn"]),
+        (json!({"rope_scaling": {"rope_type": "yarn"}}), vec!["`rope_scaling.factor`"]),
+        (json!({"quantization_config": {"quant_method": "awq"}}), vec!["`quantization_config.quant_method`", "fp8"]),
+        (
+            json!({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}),
+            vec!["weight_block_size", "[64,64]", "[128,128]"],
+        ),
+        (json!({"mlp_layer_types": ["dense"]}), vec!["`mlp_layer_types`"]),
+    ] {
+        let error = with(changes.clone()).unwrap_err().to_string();
+        assert!(!error.contains('\n') && error.contains("config.json"), "{error}");
+        words.iter().for_each(|w| assert!(error.contains(w), "{changes}: {error} lacks {w}"));
+    }
+}
