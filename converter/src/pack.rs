@@ -317,3 +317,40 @@ fn is_finite_half(bits: u16, ty: WeightType) -> bool {
     let exponent = if ty == WeightType::F16 { 0x7c00 } else { 0x7f80 };
     bits & exponent != exponent
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Format and kernels each know the size of a matrix and must agree.
+    #[test]
+    fn format_and_kernels_agree_on_every_size() {
+        assert_eq!(kernels::WeightType::ALL.len(), WeightType::ALL.len());
+        let cols = (0..300).chain([511, 512, 7168, 18432, usize::MAX / 40, usize::MAX / 3, usize::MAX]);
+        for cols in cols {
+            for ty in WeightType::ALL {
+                assert_eq!(ty.row_group_len(cols), kernels::row_group_len(kernel_type(ty), cols), "{ty} {cols}");
+                for rows in [0, 1, 7, 8, 9, 576, usize::MAX] {
+                    let ours = ty.matrix_len(rows, cols);
+                    assert_eq!(ours, kernels::packed_len(kernel_type(ty), rows, cols), "{ty} {rows} {cols}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_cover_every_row_once_in_whole_groups() {
+        for (cols, weight_type) in [(1, WeightType::F32), (40_000, WeightType::Q8), (1 << 21, WeightType::Fp8)] {
+            let (group, layout, offset, sources) = (0, Layout::Tiled, 0, Vec::new());
+            let tensor = TensorPlan { group, weight_type, layout, shape: [2, 1001, cols], offset, sources };
+            let mut next = (0, 0);
+            for b in blocks(&tensor) {
+                assert_eq!((b.batch, b.first), next);
+                assert!(b.first.is_multiple_of(ROW_GROUP));
+                assert!(weight_type != WeightType::Fp8 || b.first.is_multiple_of(SCALE_BLOCK));
+                next = if b.first + b.count == 1001 { (b.batch + 1, 0) } else { (b.batch, b.first + b.count) };
+            }
+            assert_eq!(next, (2, 0));
+        }
+    }
+}

@@ -314,7 +314,10 @@ impl MlaSpec {
             ("qk_nope_head_dim", self.qk_nope_head_dim),
             ("qk_rope_head_dim", self.qk_rope_head_dim),
             ("v_head_dim", self.v_head_dim),
-            ("heads × head width", self.heads.saturating_mul(self.qk_nope_head_dim.saturating_add(self.qk_rope_head_dim))),
+            (
+                "heads × head width",
+                self.heads.saturating_mul(self.qk_nope_head_dim.saturating_add(self.qk_rope_head_dim)),
+            ),
             ("heads × v_head_dim", self.heads.saturating_mul(self.v_head_dim)),
         ] {
             check_dim(name, value)?;

@@ -109,7 +109,8 @@ impl Builder<'_> {
     }
 
     fn group(&mut self, kind: ExtentKind, tensor: &str) -> usize {
-        let name = if kind.name() == tensor { tensor.to_owned() } else { format!("{kind}.{tensor}") };
+        let whole = matches!(kind, ExtentKind::Embedding | ExtentKind::Head);
+        let name = if whole { tensor.to_owned() } else { format!("{kind}.{tensor}") };
         self.out.groups.iter().position(|g| *g == name).unwrap_or_else(|| {
             self.out.groups.push(name);
             self.out.groups.len() - 1

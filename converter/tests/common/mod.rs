@@ -1,5 +1,5 @@
 //! What the tests share: synthetic checkpoints, and converted files as numbers.
-#![allow(dead_code, missing_docs, reason = "every test program uses another part of it")]
+#![allow(dead_code, missing_docs, unreachable_pub, reason = "every test program uses another part of it")]
 
 pub mod safetensors;
 

@@ -94,7 +94,7 @@ pub fn read_dir(dir: &Path) -> Tensors {
 /// A file's bytes.
 pub fn encode<'a>(tensors: impl Iterator<Item = (&'a String, &'a Tensor)>) -> Vec<u8> {
     let mut header = Map::new();
-    let mut data = Vec::new();
+    let mut data: Vec<u8> = Vec::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
     for (name, t) in tensors {
         let start = data.len();

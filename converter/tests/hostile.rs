@@ -1,0 +1,239 @@
+//! Checkpoints that are incomplete, damaged or malicious: always an error that names the file or tensor, never a panic.
+
+mod common;
+
+use std::path::Path;
+
+use common::safetensors::{Tensor, Tensors, encode, write_dir};
+use common::{Synthetic, options};
+use proptest::prelude::*;
+use serde_json::json;
+use sluice_converter::{ConvertError, Options, TypeChoice, convert, plan};
+use sluice_format::WeightType;
+
+/// The error of converting a synthetic checkpoint whose tensors were changed.
+fn error_after(dtype: &'static str, change: impl FnOnce(&mut Tensors)) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let shape = Synthetic { dtype, ..Synthetic::default() };
+    let mut tensors = shape.tensors();
+    change(&mut tensors);
+    write_dir(dir.path(), &shape.config(), &tensors, 2);
+    let out = tempfile::tempdir().unwrap();
+    convert(dir.path(), &out.path().join("m"), &options("keep", "keep"), &()).unwrap_err().to_string()
+}
+
+const UP: &str = "model.layers.2.mlp.experts.4.up_proj.weight";
+
+#[track_caller]
+fn assert_names(error: &str, words: &[&str]) {
+    words.iter().for_each(|w| assert!(error.contains(w), "{error} lacks {w}"));
+}
+
+#[test]
+fn missing_unknown_and_misshapen_tensors_are_named() {
+    let error = error_after("BF16", |t| {
+        t.remove(UP);
+        t.remove("model.layers.0.self_attn.kv_b_proj.weight");
+    });
+    assert_names(&error, &["2 tensors", UP, "kv_b_proj", "missing"]);
+    let error = error_after("BF16", |t| {
+        for i in 0..9 {
+            t.insert(format!("model.layers.1.extra.{i}"), Tensor::f32(&[1], [0.0]));
+        }
+    });
+    assert_names(&error, &["9 tensors", "`model.layers.1.extra.0`", "…"]);
+    let error = error_after("BF16", |t| {
+        t.insert(UP.into(), Tensor::bf16(&[41, 72], vec![0.0; 41 * 72]));
+    });
+    assert_names(&error, &[UP, "[41, 72]", "[40, 72]", ".safetensors"]);
+}
+
+#[test]
+fn types_that_are_not_supported_are_named_with_those_that_are() {
+    let error = error_after("BF16", |t| {
+        t.insert(UP.into(), Tensor { dtype: "I8".into(), shape: vec![40, 72], bytes: vec![0; 40 * 72] });
+    });
+    assert_names(&error, &[UP, "I8", "BF16", "F8_E4M3"]);
+    let error = error_after("BF16", |t| {
+        let norm = Tensor { dtype: "F8_E4M3".into(), shape: vec![72], bytes: vec![0; 72] };
+        t.insert("model.norm.weight".into(), norm);
+        t.insert("model.norm.weight_scale_inv".into(), Tensor::f32(&[1], [1.0]));
+    });
+    assert_names(&error, &["model.norm.weight", "F8_E4M3"]);
+    let error = error_after("F8_E4M3", |t| {
+        t.remove(&format!("{UP}_scale_inv"));
+    });
+    assert_names(&error, &["_scale_inv", "missing"]);
+    let error = error_after("F8_E4M3", |t| {
+        t.insert(format!("{UP}_scale_inv"), Tensor::f32(&[2, 1], [1.0, 1.0]));
+    });
+    assert_names(&error, &["_scale_inv", "[2, 1]", "[1, 1]"]);
+    for ty in [WeightType::F16, WeightType::Int4, WeightType::Mxfp4] {
+        let options = Options { dense_type: TypeChoice::Type(ty), ..Options::default() };
+        let error = plan(Path::new("nowhere"), &options).unwrap_err().to_string();
+        assert_names(&error, &[ty.name(), "dense", "q8"]);
+    }
+    assert!("f16".parse::<TypeChoice>().unwrap_err().contains("bf16"));
+}
+
+#[test]
+fn what_is_not_a_number_is_named() {
+    for (value, dtype) in [(f32::NAN, "BF16"), (f32::INFINITY, "F16"), (f32::NEG_INFINITY, "F32")] {
+        let error = error_after(dtype, |t| {
+            let tensor = t.get_mut(UP).unwrap();
+            let mut values = tensor.values();
+            values[100] = value;
+            *tensor = match dtype {
+                "BF16" => Tensor::bf16(&[40, 72], values),
+                "F16" => Tensor::f16(&[40, 72], values),
+                _ => Tensor::f32(&[40, 72], values),
+            };
+        });
+        assert_names(&error, &[UP, "not a number"]);
+    }
+    for code in [0x7f, 0xff] {
+        let error = error_after("F8_E4M3", |t| t.get_mut(UP).unwrap().bytes[2879] = code);
+        assert_names(&error, &[UP, "not a number"]);
+    }
+    let error = error_after("F8_E4M3", |t| {
+        t.insert(format!("{UP}_scale_inv"), Tensor::f32(&[1, 1], [f32::INFINITY]));
+    });
+    assert_names(&error, &["_scale_inv", "not a number"]);
+}
+
+#[test]
+fn what_does_not_fit_the_type_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let shape = Synthetic { dtype: "F32", ..Synthetic::default() };
+    let mut tensors = shape.tensors();
+    tensors.insert(UP.into(), Tensor::f32(&[40, 72], vec![f32::MAX; 40 * 72]));
+    write_dir(dir.path(), &shape.config(), &tensors, 1);
+    let dst = dir.path().join("m");
+    let error = convert(dir.path(), &dst, &options("bf16", "keep"), &()).unwrap_err();
+    assert!(matches!(error, ConvertError::TooLarge { .. }), "{error}");
+    assert_names(&error.to_string(), &[UP, "bf16"]);
+}
+
+#[test]
+fn an_index_cannot_lead_out_of_the_folder() {
+    for file in ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b"] {
+        let dir = tempfile::tempdir().unwrap();
+        Synthetic::default().write(dir.path(), 1);
+        let index = json!({"weight_map": {"model.norm.weight": file}}).to_string();
+        std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+        let error = plan(dir.path(), &Options::default()).unwrap_err().to_string();
+        assert_names(&error, &["index.json", "not a name of a file"]);
+    }
+}
+
+#[test]
+fn folders_that_are_no_checkpoints() {
+    let dir = tempfile::tempdir().unwrap();
+    let fail = || plan(dir.path(), &Options::default()).unwrap_err().to_string();
+    assert_names(&fail(), &["not a Hugging Face checkpoint", "config.json"]);
+    std::fs::write(dir.path().join("config.json"), "[]").unwrap();
+    assert_names(&fail(), &["neither", "model.safetensors.index.json"]);
+    std::fs::write(dir.path().join("model.safetensors"), encode([].into_iter())).unwrap();
+    assert_names(&fail(), &["config.json", "not a JSON object"]);
+    std::fs::write(dir.path().join("config.json"), "{}").unwrap();
+    assert_names(&fail(), &["`model_type` is missing", "deepseek_v3"]);
+}
+
+/// A tiny checkpoint in one file, for mutations.
+fn tiny() -> (Synthetic, Vec<u8>) {
+    let shape = Synthetic { layers: 2, experts: 2, hidden: 8, width: 8, vocab: 9, ..Synthetic::default() };
+    let bytes = encode(shape.tensors().iter());
+    (shape, bytes)
+}
+
+/// Plans and, if that works, converts; whatever happens, it is no panic.
+fn survive(config: &[u8], bytes: &[u8]) -> Result<(), ConvertError> {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("config.json"), config).unwrap();
+    std::fs::write(dir.path().join("model.safetensors"), bytes).unwrap();
+    convert(dir.path(), &dir.path().join("m"), &options("q8", "keep"), &()).map(|_| ())
+}
+
+#[test]
+fn every_truncation_is_refused() {
+    let (shape, bytes) = tiny();
+    let config = shape.config().to_string().into_bytes();
+    assert!(survive(&config, &bytes).is_ok());
+    for len in (0..bytes.len()).step_by(97).chain([bytes.len() - 1]) {
+        let error = survive(&config, &bytes[..len]).unwrap_err().to_string();
+        assert_names(&error, &["model.safetensors"]);
+    }
+}
+
+#[test]
+fn headers_that_lie_are_refused() {
+    let header = |json: &str, data: usize| {
+        [(json.len() as u64).to_le_bytes().as_slice(), json.as_bytes(), &vec![0; data]].concat()
+    };
+    let (shape, _) = tiny();
+    let config = shape.config().to_string().into_bytes();
+    for (bytes, word) in [
+        (u64::MAX.to_le_bytes().to_vec(), "header claims"),
+        (header("{", 0), "not valid"),
+        (header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#, 4), "does not explain"),
+        (header(r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}"#, 4), "before it begins"),
+        (header(r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 3), "only 3"),
+        (header(r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 5), "the file at"),
+        (
+            header(r#"{"a":{"dtype":"U8","shape":[18446744073709551615,2],"data_offsets":[0,1]}}"#, 1),
+            "does not explain",
+        ),
+        (
+            header(
+                r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#,
+                2,
+            ),
+            "twice",
+        ),
+        (
+            header(
+                r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}"#,
+                3,
+            ),
+            "predecessor",
+        ),
+    ] {
+        let error = survive(&config, &bytes).unwrap_err().to_string();
+        assert_names(&error, &[word, "model.safetensors"]);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    #[test]
+    fn mutated_headers_never_panic(edits in prop::collection::vec((0usize..6000, any::<u8>()), 1..6)) {
+        let (shape, mut bytes) = tiny();
+        for (at, value) in edits {
+            let at = at % bytes.len();
+            bytes[at] = value;
+        }
+        let _ = survive(shape.config().to_string().as_bytes(), &bytes);
+    }
+
+    #[test]
+    fn mutated_digits_never_panic(edits in prop::collection::vec((0usize..500, 0u8..10), 1..4)) {
+        let (shape, mut bytes) = tiny();
+        let digits: Vec<usize> = (8..6000).filter(|&i| bytes[i].is_ascii_digit()).collect();
+        for (at, digit) in edits {
+            bytes[digits[at % digits.len()]] = b'0' + digit;
+        }
+        let _ = survive(shape.config().to_string().as_bytes(), &bytes);
+    }
+
+    #[test]
+    fn mutated_configurations_never_panic(edits in prop::collection::vec((0usize..500, any::<u8>()), 1..4)) {
+        let (shape, bytes) = tiny();
+        let mut config = shape.config().to_string().into_bytes();
+        for (at, value) in edits {
+            let at = at % config.len();
+            config[at] = if value < 128 { b'0' + value % 10 } else { value };
+        }
+        let _ = survive(&config, &bytes);
+    }
+}

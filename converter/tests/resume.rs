@@ -1,0 +1,235 @@
+//! Conversions that are killed, resumed, contended, and run on other numbers of threads: the file is always the same.
+
+mod common;
+
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use common::{Noise, Synthetic, options};
+use sluice_converter::{ConvertError, Options, Progress, Summary, convert};
+
+/// Enough extents for several batches of the journal.
+fn source() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let src = dir.path().join("src");
+    std::fs::create_dir(&src).unwrap();
+    Synthetic { experts: 100, layers: 4, hidden: 96, width: 64, ..Synthetic::default() }.write(&src, 3);
+    (dir, src)
+}
+
+fn test_options() -> Options {
+    options("q8", "keep")
+}
+
+/// Kills this process once so many bytes have been written.
+struct KillAt(AtomicU64);
+
+impl Progress for KillAt {
+    fn started(&self, _: u64, _: u64) {}
+    fn note(&self, _: &str) {}
+    fn advanced(&self, bytes: u64) {
+        let left = self.0.load(Ordering::Relaxed);
+        if left <= bytes {
+            nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL).unwrap();
+        }
+        self.0.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Not a test of its own: the process that the other tests kill. Without its variables it does nothing.
+#[test]
+fn child() {
+    let Ok(src) = std::env::var("SLUICE_TEST_SRC") else { return };
+    let dst = PathBuf::from(std::env::var("SLUICE_TEST_DST").unwrap());
+    let kill_at: u64 = std::env::var("SLUICE_TEST_KILL_AT").unwrap().parse().unwrap();
+    convert(Path::new(&src), &dst, &test_options(), &KillAt(AtomicU64::new(kill_at))).unwrap();
+}
+
+fn spawn(src: &Path, dst: &Path, kill_at: u64) -> std::process::Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child", "--test-threads", "1"])
+        .env("SLUICE_TEST_SRC", src)
+        .env("SLUICE_TEST_DST", dst)
+        .env("SLUICE_TEST_KILL_AT", kill_at.to_string())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn reference(src: &Path, dir: &Path) -> (Vec<u8>, Summary) {
+    let dst = dir.join("reference");
+    let summary = convert(src, &dst, &test_options(), &()).unwrap();
+    (std::fs::read(dst).unwrap(), summary)
+}
+
+#[test]
+fn the_number_of_threads_does_not_show() {
+    let (dir, src) = source();
+    let (want, _) = reference(&src, dir.path());
+    for threads in [1, 2, 5] {
+        let dst = dir.path().join(format!("t{threads}"));
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| convert(&src, &dst, &test_options(), &())).unwrap();
+        assert!(std::fs::read(dst).unwrap() == want, "{threads} threads");
+    }
+}
+
+#[test]
+fn killed_after_any_number_of_bytes_it_resumes_to_the_same_file() {
+    let (dir, src) = source();
+    let (want, summary) = reference(&src, dir.path());
+    let mut resumed = 0;
+    for tenth in 0..10 {
+        let dst = dir.path().join(format!("k{tenth}"));
+        let status = spawn(&src, &dst, summary.bytes_written * tenth / 10 + 1).wait().unwrap();
+        assert_eq!(status.signal(), Some(9));
+        assert!(!dst.exists());
+        let again = convert(&src, &dst, &test_options(), &()).unwrap();
+        assert!(std::fs::read(&dst).unwrap() == want, "killed after {tenth} tenths");
+        assert_eq!((again.model_id, again.errors), (summary.model_id.clone(), summary.errors.clone()));
+        resumed += again.resumed_extents;
+    }
+    assert!(resumed > 0, "some run had journaled extents");
+}
+
+#[test]
+fn killed_again_and_again_at_random_moments_it_still_gets_there() {
+    let (dir, src) = source();
+    let (want, _) = reference(&src, dir.path());
+    let mut noise = Noise(u64::from(std::process::id()) | 1);
+    let dst = dir.path().join("random");
+    for _ in 0..12 {
+        let mut child = spawn(&src, &dst, u64::MAX);
+        std::thread::sleep(Duration::from_micros(noise.bits() % 60_000));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if dst.exists() {
+            break;
+        }
+    }
+    if !dst.exists() {
+        convert(&src, &dst, &test_options(), &()).unwrap();
+    }
+    assert!(std::fs::read(&dst).unwrap() == want);
+}
+
+/// Records remarks and bytes.
+#[derive(Default)]
+struct Listener {
+    notes: Mutex<Vec<String>>,
+    total: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Progress for Listener {
+    fn started(&self, total_bytes: u64, already_done: u64) {
+        self.total.store(total_bytes, Ordering::Relaxed);
+        self.bytes.store(already_done, Ordering::Relaxed);
+    }
+    fn advanced(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+    fn note(&self, text: &str) {
+        self.notes.lock().unwrap().push(text.to_owned());
+    }
+}
+
+#[test]
+fn other_options_start_over_and_say_so() {
+    let (dir, src) = source();
+    let (_, summary) = reference(&src, dir.path());
+    let dst = dir.path().join("other");
+    spawn(&src, &dst, summary.bytes_written * 9 / 10).wait().unwrap();
+    let listener = Listener::default();
+    let other = convert(&src, &dst, &options("f32", "f32"), &listener).unwrap();
+    assert!(other.restarted && other.resumed_extents == 0);
+    assert!(listener.notes.into_inner().unwrap()[0].contains("starts over"));
+    assert_eq!(listener.total.into_inner(), listener.bytes.into_inner());
+    let clean = dir.path().join("clean");
+    convert(&src, &clean, &options("f32", "f32"), &()).unwrap();
+    assert!(std::fs::read(dst).unwrap() == std::fs::read(clean).unwrap());
+}
+
+#[test]
+fn a_journal_without_its_file_is_not_believed() {
+    let (dir, src) = source();
+    let (want, summary) = reference(&src, dir.path());
+    for truncated in [false, true] {
+        let dst = dir.path().join(format!("lost{truncated}"));
+        spawn(&src, &dst, summary.bytes_written * 9 / 10).wait().unwrap();
+        let partial = dir.path().join(format!("lost{truncated}.partial"));
+        if truncated {
+            std::fs::OpenOptions::new().write(true).open(&partial).unwrap().set_len(8192).unwrap();
+        } else {
+            std::fs::remove_file(&partial).unwrap();
+        }
+        let again = convert(&src, &dst, &test_options(), &()).unwrap();
+        assert_eq!(again.resumed_extents, 0);
+        assert!(std::fs::read(&dst).unwrap() == want);
+    }
+}
+
+#[test]
+fn an_existing_destination_is_kept_unless_told_otherwise() {
+    let (dir, src) = source();
+    let dst = dir.path().join("there");
+    std::fs::write(&dst, "mine").unwrap();
+    let error = convert(&src, &dst, &test_options(), &()).unwrap_err();
+    assert!(matches!(error, ConvertError::Exists { .. }), "{error}");
+    assert_eq!(std::fs::read(&dst).unwrap(), b"mine");
+    convert(&src, &dst, &Options { overwrite: true, ..test_options() }, &()).unwrap();
+    assert!(sluice_format::ModelFile::open(&dst).is_ok());
+}
+
+#[test]
+fn a_second_conversion_to_the_same_place_is_refused() {
+    let (dir, src) = source();
+    let dst = dir.path().join("busy");
+    let partial = std::fs::File::create(dir.path().join("busy.partial")).unwrap();
+    partial.lock().unwrap();
+    let error = convert(&src, &dst, &test_options(), &()).unwrap_err();
+    assert!(matches!(error, ConvertError::Locked { .. }), "{error}");
+    drop(partial);
+    convert(&src, &dst, &test_options(), &()).unwrap();
+}
+
+/// A checkpoint of 6 TiB whose data are a hole.
+#[test]
+fn a_drive_that_is_too_small_is_an_error_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let shape = Synthetic { layers: 1, ..Synthetic::default() };
+    let (hidden, dense_width) = (1 << 16, 1 << 24);
+    let mut header = serde_json::Map::new();
+    let mut end = 0u64;
+    for (name, t) in shape.tensors() {
+        let dims = t.shape.iter().map(|&d| match d {
+            d if d == shape.hidden => hidden,
+            d if d == shape.width * 3 => dense_width,
+            d => d,
+        });
+        let dims: Vec<usize> = dims.collect();
+        let len = dims.iter().product::<usize>() as u64 * 2;
+        header.insert(name, serde_json::json!({"dtype": "BF16", "shape": dims, "data_offsets": [end, end + len]}));
+        end += len;
+    }
+    let header = serde_json::to_vec(&header).unwrap();
+    let file = std::fs::File::create(dir.path().join("model.safetensors")).unwrap();
+    file.write_all_at(&[(header.len() as u64).to_le_bytes().as_slice(), &header].concat(), 0).unwrap();
+    file.set_len(8 + header.len() as u64 + end).unwrap();
+    let mut config = shape.config();
+    config["hidden_size"] = hidden.into();
+    config["intermediate_size"] = dense_width.into();
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+
+    let out = tempfile::tempdir().unwrap();
+    let error = convert(dir.path(), &out.path().join("big"), &Options::default(), &()).unwrap_err();
+    let ConvertError::NoSpace { needed, available, .. } = error else { panic!("{error}") };
+    assert!(needed > 6 << 40 && available < needed);
+    assert!(std::fs::read_dir(out.path()).unwrap().next().is_none(), "nothing is left behind");
+}
