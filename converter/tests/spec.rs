@@ -14,7 +14,7 @@ fn spec_of(dir: &Path) -> ModelSpec {
 }
 
 fn mla(spec: &ModelSpec) -> &MlaSpec {
-    let AttentionSpec::Mla(mla) = &spec.layers[0].attention;
+    let AttentionSpec::Mla(mla) = &spec.layers[0].attention else { panic!("{:?}", spec.layers[0]) };
     mla
 }
 

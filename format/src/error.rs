@@ -32,6 +32,7 @@ impl fmt::Display for Region {
 
 /// Why a file was refused. Every variant names the file.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum FormatError {
     /// The operating system refused.
     #[error("{path}: cannot {action}: {source}")]
@@ -116,6 +117,18 @@ pub enum FormatError {
         extent: String,
         /// Its offset.
         offset: u64,
+    },
+    /// The operating system could not read an extent.
+    #[error("{path}: cannot read {extent} at offset {offset}: {source}")]
+    ExtentRead {
+        /// The file.
+        path: PathBuf,
+        /// The extent's name.
+        extent: String,
+        /// Its offset.
+        offset: u64,
+        /// The operating system's error.
+        source: io::Error,
     },
     /// A region breaks a rule of the format.
     #[error("{path}: the {region} is invalid: {problem}")]

@@ -3,9 +3,8 @@
 use std::fmt;
 
 use crate::bytes::{get_u16, get_u32, get_u64, put};
+use crate::fields::{extent as at, reserved_in_use};
 
-/// Bytes of one record of the extent table.
-pub const EXTENT_RECORD_LEN: usize = 64;
 /// `layer` of an extent that belongs to no layer.
 pub const NO_LAYER: u32 = u32::MAX;
 
@@ -74,6 +73,23 @@ pub enum Codec {
     Raw = 0,
 }
 
+impl Codec {
+    /// Every codec of this format version.
+    pub const ALL: [Codec; 1] = [Codec::Raw];
+
+    /// The codec with this code in the file, if this version knows it.
+    pub fn from_code(code: u16) -> Option<Self> {
+        Self::ALL.into_iter().find(|c| *c as u16 == code)
+    }
+
+    /// The name used in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Codec::Raw => "raw",
+        }
+    }
+}
+
 /// One extent: where it is, what it is, and what its bytes hash to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExtentRecord {
@@ -99,41 +115,37 @@ pub struct ExtentRecord {
 
 impl ExtentRecord {
     /// Serialises to the table's record.
-    pub fn to_bytes(&self) -> [u8; EXTENT_RECORD_LEN] {
-        let mut b = [0; EXTENT_RECORD_LEN];
-        put(&mut b, 0, &(self.kind as u16).to_le_bytes());
-        put(&mut b, 2, &(self.codec as u16).to_le_bytes());
-        put(&mut b, 4, &self.layer.to_le_bytes());
-        put(&mut b, 8, &self.index.to_le_bytes());
-        put(&mut b, 12, &self.volume.to_le_bytes());
-        // 14..16 and 48..64 are reserved for striping and stay zero.
-        put(&mut b, 16, &self.offset.to_le_bytes());
-        put(&mut b, 24, &self.stored_len.to_le_bytes());
-        put(&mut b, 32, &self.logical_len.to_le_bytes());
-        put(&mut b, 40, &self.checksum.to_le_bytes());
+    pub fn to_bytes(&self) -> [u8; at::LEN] {
+        let mut b = [0; at::LEN];
+        put(&mut b, at::KIND, &(self.kind as u16).to_le_bytes());
+        put(&mut b, at::CODEC, &(self.codec as u16).to_le_bytes());
+        put(&mut b, at::LAYER, &self.layer.to_le_bytes());
+        put(&mut b, at::INDEX, &self.index.to_le_bytes());
+        put(&mut b, at::VOLUME, &self.volume.to_le_bytes());
+        put(&mut b, at::OFFSET, &self.offset.to_le_bytes());
+        put(&mut b, at::STORED_LEN, &self.stored_len.to_le_bytes());
+        put(&mut b, at::LOGICAL_LEN, &self.logical_len.to_le_bytes());
+        put(&mut b, at::CHECKSUM, &self.checksum.to_le_bytes());
         b
     }
 
     /// Parses one record; `Err` says which field is unknown to this version.
     pub(crate) fn parse(b: &[u8]) -> Result<Self, String> {
-        let kind = get_u16(b, 0);
-        let codec = get_u16(b, 2);
-        if b[14..16].iter().chain(&b[48..64]).any(|&x| x != 0) {
+        let kind = get_u16(b, at::KIND);
+        let codec = get_u16(b, at::CODEC);
+        if reserved_in_use(&at::FIELDS, b) {
             return Err("its reserved bytes are in use".into());
         }
         Ok(ExtentRecord {
             kind: ExtentKind::from_code(kind).ok_or_else(|| format!("its kind {kind} is unknown"))?,
-            codec: match codec {
-                0 => Codec::Raw,
-                other => return Err(format!("its codec {other} is unknown")),
-            },
-            layer: get_u32(b, 4),
-            index: get_u32(b, 8),
-            volume: get_u16(b, 12),
-            offset: get_u64(b, 16),
-            stored_len: get_u64(b, 24),
-            logical_len: get_u64(b, 32),
-            checksum: get_u64(b, 40),
+            codec: Codec::from_code(codec).ok_or_else(|| format!("its codec {codec} is unknown"))?,
+            layer: get_u32(b, at::LAYER),
+            index: get_u32(b, at::INDEX),
+            volume: get_u16(b, at::VOLUME),
+            offset: get_u64(b, at::OFFSET),
+            stored_len: get_u64(b, at::STORED_LEN),
+            logical_len: get_u64(b, at::LOGICAL_LEN),
+            checksum: get_u64(b, at::CHECKSUM),
         })
     }
 

@@ -5,28 +5,42 @@
 //!
 //! This crate has no policy and no threads: it does not choose types or places, it does not cache, and it does not know
 //! how a kernel multiplies. Writing goes through [`FileLayout`] and [`FileWriter`], reading through [`ModelFile`], which is a
-//! ladder of checks with one typed error each; nothing is ever allocated from a length that has not been checked.
+//! ladder of checks with one typed error each; nothing is ever allocated from a length that has not been checked. Both sides
+//! share those checks, so that the writer refuses what the reader would.
+//!
+//! ```text
+//! | superblock | extent | extent | ... | extent | extent table | tensor table | metadata |
+//! | one page   |      each whole pages          |          each whole pages              |
+//! ```
 
 mod bytes;
+mod catalog;
 mod error;
 mod extent;
+pub mod fields;
+mod inspect;
+pub mod limits;
 mod metadata;
 mod reader;
 mod schema;
 mod spec;
 mod superblock;
 mod tensor;
+mod verify;
 mod weight;
 mod writer;
 
 pub use error::{FormatError, Region};
-pub use extent::{Codec, EXTENT_RECORD_LEN, ExtentKind, ExtentRecord, NO_LAYER, extent_name};
-pub use metadata::{MAX_BLOB_NAME, Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB, TOKENIZER_BLOB};
+pub use extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER, extent_name};
+pub use fields::extent::LEN as EXTENT_RECORD_LEN;
+pub use fields::tensor::LEN as TENSOR_RECORD_LEN;
+pub use inspect::{KindSize, TypeSize};
+pub use metadata::{Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB, TOKENIZER_BLOB};
 pub use reader::{ModelFile, verify_extent};
 pub use schema::TensorShape;
 pub use spec::*;
-pub use superblock::{FORMAT_VERSION, MAGIC, MODEL_ID_LEN, ModelId, PAGE_SIZES, SUPERBLOCK_LEN, Superblock, TableRef};
-pub use tensor::{ANY_INDEX, Layout, MAX_TENSOR_NAME, TENSOR_RECORD_LEN, TensorRecord};
+pub use superblock::{FORMAT_VERSION, MAGIC, ModelId, PAGE_SIZES, Superblock, TableRef};
+pub use tensor::{ANY_INDEX, Layout, TensorRecord, pack_tensors};
 pub use weight::{BLOCK, FP8_BLOCK, PLANE_ALIGN, ROW_GROUP, WeightType};
 pub use writer::{ExtentWriter, FileLayout, FileWriter, PlannedExtent};
 

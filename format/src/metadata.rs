@@ -1,6 +1,7 @@
 //! Metadata: named blobs, kept verbatim.
 
 use crate::bytes::{get_u32, get_u64};
+use crate::limits::{MAX_BLOB_NAME, MAX_BLOBS};
 
 /// Blob that holds the [`crate::ModelSpec`] as JSON.
 pub const SPEC_BLOB: &str = "sluice/spec.json";
@@ -10,8 +11,11 @@ pub const PROVENANCE_BLOB: &str = "sluice/provenance.json";
 pub const SOURCE_CONFIG_BLOB: &str = "config.json";
 /// The source's `tokenizer.json`.
 pub const TOKENIZER_BLOB: &str = "tokenizer.json";
-/// Longest blob name, in bytes.
-pub const MAX_BLOB_NAME: usize = 255;
+
+/// Reports print the names of blobs: a control character in one could rewrite the terminal.
+fn is_blob_name(name: &str) -> bool {
+    (1..=MAX_BLOB_NAME).contains(&name.len()) && !name.contains(char::is_control)
+}
 
 /// Named blobs in file order. Names are unique.
 ///
@@ -25,9 +29,11 @@ impl Metadata {
     /// Adds a blob, or replaces the one of that name.
     ///
     /// # Panics
-    /// When the name is empty or longer than [`MAX_BLOB_NAME`]: names are chosen by this program, not by its input.
+    /// When the name is empty, longer than [`MAX_BLOB_NAME`] or has control characters, or for more than [`MAX_BLOBS`]
+    /// blobs: names are chosen by this program, not by its input.
     pub fn insert(&mut self, name: &str, blob: Vec<u8>) {
-        assert!(!name.is_empty() && name.len() <= MAX_BLOB_NAME, "blob name {name:?}");
+        assert!(is_blob_name(name), "blob name {name:?}");
+        assert!(self.blobs.len() < MAX_BLOBS || self.get(name).is_some(), "too many blobs for `{name}`");
         match self.blobs.iter_mut().find(|(n, _)| n == name) {
             Some((_, old)) => *old = blob,
             None => self.blobs.push((name.to_owned(), blob)),
@@ -65,7 +71,10 @@ impl Metadata {
             at = end;
             Ok(part)
         };
-        let count = get_u32(take(4)?, 0);
+        let count = get_u32(take(4)?, 0) as usize;
+        if count > MAX_BLOBS {
+            return Err(format!("it announces {count} blobs, more than {MAX_BLOBS}"));
+        }
         let mut out = Metadata::default();
         for _ in 0..count {
             let head = take(12)?;
@@ -74,6 +83,9 @@ impl Metadata {
                 return Err(format!("a blob name has {name_len} bytes"));
             }
             let name = std::str::from_utf8(take(name_len)?).map_err(|_| "a blob name is not UTF-8")?.to_owned();
+            if !is_blob_name(&name) {
+                return Err(format!("the blob name {name:?} is not printable"));
+            }
             let blob_len = usize::try_from(blob_len).map_err(|_| "a blob runs past the end")?;
             let blob = take(blob_len)?.to_vec();
             if out.get(&name).is_some() {

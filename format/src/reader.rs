@@ -1,24 +1,21 @@
 //! Opening a model file: a ladder of checks, cheapest first, before anything is believed.
 
-use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::bytes::round_up;
+use crate::catalog::{Catalog, check_tiling};
 use crate::checksum;
 use crate::error::{FormatError, Region};
-use crate::extent::{EXTENT_RECORD_LEN, ExtentKind, ExtentRecord, NO_LAYER};
+use crate::extent::{ExtentKind, ExtentRecord, NO_LAYER};
+use crate::fields;
+use crate::limits::{MAX_EXTENT_TABLE_BYTES, MAX_METADATA_BYTES, MAX_TENSOR_TABLE_BYTES};
 use crate::metadata::{Metadata, SPEC_BLOB};
-use crate::schema::TensorShape;
 use crate::spec::ModelSpec;
-use crate::superblock::{SUPERBLOCK_LEN, Superblock, SuperblockError, TableRef};
-use crate::tensor::{ANY_INDEX, Layout, TENSOR_RECORD_LEN, TensorRecord};
-use crate::weight::{PLANE_ALIGN, WeightType};
-
-/// Longest table or metadata that is read into memory: bounds what a hostile file can make us allocate.
-const MAX_TABLE_LEN: u64 = 1 << 30;
-
-type ExtentKey = (ExtentKind, u32, u32);
+use crate::superblock::{ModelId, Superblock, SuperblockError, TableRef};
+use crate::tensor::TensorRecord;
 
 /// An opened model file whose superblock, tables and metadata have passed every check.
 #[derive(Debug)]
@@ -26,12 +23,8 @@ pub struct ModelFile {
     path: PathBuf,
     file: File,
     superblock: Superblock,
-    extents: Vec<ExtentRecord>,
-    by_key: HashMap<ExtentKey, usize>,
-    tensors: Vec<TensorRecord>,
-    tensors_by_extent: HashMap<ExtentKey, Vec<usize>>,
+    catalog: Catalog,
     metadata: Metadata,
-    spec: ModelSpec,
 }
 
 impl ModelFile {
@@ -43,45 +36,28 @@ impl ModelFile {
         let io = |action| move |source| FormatError::Io { path: path.to_owned(), action, source };
         let file = File::open(path).map_err(io("open it"))?;
         let actual = file.metadata().map_err(io("read its length"))?.len();
-        let superblock = read_superblock(path, &file, actual)?;
-        let read = |region, table| read_table(path, &file, &superblock, region, table);
-        let extents = parse_records(
-            path,
-            Region::ExtentTable,
-            &read(Region::ExtentTable, superblock.extents)?,
-            EXTENT_RECORD_LEN,
-            ExtentRecord::parse,
-        )?;
-        let tensors = parse_records(
-            path,
-            Region::TensorTable,
-            &read(Region::TensorTable, superblock.tensors)?,
-            TENSOR_RECORD_LEN,
-            TensorRecord::parse,
-        )?;
+        let sb = read_superblock(path, &file, actual)?;
+        let read = |region, table| read_table(path, &file, &sb, region, table);
         let invalid = |region| move |problem| FormatError::Invalid { path: path.to_owned(), region, problem };
-        let metadata =
-            Metadata::parse(&read(Region::Metadata, superblock.metadata)?).map_err(invalid(Region::Metadata))?;
-        let by_key = check_extents(&superblock, &extents).map_err(invalid(Region::ExtentTable))?;
-        let spec = metadata
-            .get(SPEC_BLOB)
-            .ok_or_else(|| format!("it has no `{SPEC_BLOB}`"))
-            .and_then(ModelSpec::from_json)
-            .map_err(invalid(Region::Metadata))?;
-        let tensors_by_extent = index_tensors(&tensors, &extents).map_err(invalid(Region::TensorTable))?;
-        let model = ModelFile {
-            path: path.to_owned(),
-            file,
-            superblock,
-            extents,
-            by_key,
-            tensors,
-            tensors_by_extent,
-            metadata,
-            spec,
-        };
-        model.check_against_spec().map_err(invalid(Region::TensorTable))?;
-        Ok(model)
+
+        let extent_table = read(Region::ExtentTable, sb.extents)?;
+        let extents = parse_records(&extent_table, fields::extent::LEN, ExtentRecord::parse)
+            .map_err(invalid(Region::ExtentTable))?;
+        let tensor_table = read(Region::TensorTable, sb.tensors)?;
+        let tensors = parse_records(&tensor_table, fields::tensor::LEN, TensorRecord::parse)
+            .map_err(invalid(Region::TensorTable))?;
+        let blobs = read(Region::Metadata, sb.metadata)?;
+        let metadata = Metadata::parse(&blobs).map_err(invalid(Region::Metadata))?;
+        if ModelId::of(&extent_table, &tensor_table, &blobs) != sb.model_id {
+            return Err(invalid(Region::Superblock)("its model id is not that of its content".into()));
+        }
+        drop((extent_table, tensor_table, blobs));
+
+        check_tiling(&sb, &extents).map_err(invalid(Region::ExtentTable))?;
+        let spec = read_spec(&metadata).map_err(invalid(Region::Metadata))?;
+        let catalog = Catalog::new(sb.page_size, extents, tensors, spec);
+        let catalog = catalog.map_err(|(region, problem)| invalid(region)(problem))?;
+        Ok(ModelFile { path: path.to_owned(), file, superblock: sb, catalog, metadata })
     }
 
     /// Where the file is.
@@ -96,7 +72,7 @@ impl ModelFile {
 
     /// What the model computes.
     pub fn spec(&self) -> &ModelSpec {
-        &self.spec
+        &self.catalog.spec
     }
 
     /// The named blobs.
@@ -106,24 +82,22 @@ impl ModelFile {
 
     /// All extents in table order, which is file order.
     pub fn extents(&self) -> &[ExtentRecord] {
-        &self.extents
+        &self.catalog.extents
     }
 
     /// All tensor records.
     pub fn tensors(&self) -> &[TensorRecord] {
-        &self.tensors
+        &self.catalog.tensors
     }
 
     /// The extent of that kind, layer (or [`NO_LAYER`]) and index.
     pub fn extent(&self, kind: ExtentKind, layer: u32, index: u32) -> Option<&ExtentRecord> {
-        self.by_key.get(&(kind, layer, index)).map(|&i| &self.extents[i])
+        self.catalog.extent(kind, layer, index)
     }
 
     /// The tensors inside that extent, in the order of their offsets.
     pub fn tensors_in(&self, kind: ExtentKind, layer: u32, index: u32) -> impl Iterator<Item = &TensorRecord> {
-        let exact = self.tensors_by_extent.get(&(kind, layer, index));
-        let shared = self.tensors_by_extent.get(&(kind, layer, ANY_INDEX));
-        exact.or(shared).into_iter().flatten().map(|&i| &self.tensors[i])
+        self.catalog.tensors_in(kind, layer, index).iter()
     }
 
     /// One tensor inside that extent.
@@ -131,97 +105,43 @@ impl ModelFile {
         self.tensors_in(kind, layer, index).find(|t| t.name == name)
     }
 
-    /// Parts of the embedding or head: `(extent, tensor)` in row order.
+    /// Parts of the embedding or head: `(extent, tensor)` in row order. All but the last have the same number of rows.
     pub fn parts(&self, kind: ExtentKind) -> impl Iterator<Item = (&ExtentRecord, &TensorRecord)> {
         (0..).map_while(move |i| Some((self.extent(kind, NO_LAYER, i)?, self.tensors_in(kind, NO_LAYER, i).next()?)))
     }
 
-    /// Reads an extent into `buffer` (resized to its stored length) through the page cache and verifies it.
+    /// Reads an extent into `buffer` (resized to its stored length) through the page cache and verifies it. Allocates at most
+    /// [`crate::limits::MAX_EXTENT_BYTES`].
     ///
     /// # Errors
-    /// [`FormatError::Io`] and [`FormatError::ExtentChecksum`].
+    /// [`FormatError::ExtentRead`] and [`FormatError::ExtentChecksum`].
     pub fn read_extent(&self, extent: &ExtentRecord, buffer: &mut Vec<u8>) -> Result<(), FormatError> {
-        buffer.resize(extent.stored_len as usize, 0);
-        self.file.read_exact_at(buffer, extent.offset).map_err(|source| FormatError::Io {
-            path: self.path.clone(),
-            action: "read an extent of it",
-            source,
-        })?;
+        let read = resize(buffer, extent.stored_len).and_then(|()| self.file.read_exact_at(buffer, extent.offset));
+        read.map_err(|source| self.extent_read(extent, source))?;
         verify_extent(&self.path, extent, buffer)
     }
 
-    /// Every extent and tensor that the spec implies is there, with the right shape, and nothing else.
-    fn check_against_spec(&self) -> Result<(), String> {
-        let mut expected = 0;
-        let hidden = self.spec.hidden_size;
-        expected += self.check_parts(ExtentKind::Embedding, hidden)?;
-        expected += self.check_parts(ExtentKind::Head, hidden)?;
-        self.check_extent(ExtentKind::FinalNorm, NO_LAYER, 0, &self.spec.tensors(ExtentKind::FinalNorm, usize::MAX))?;
-        expected += 1;
-        for (layer, spec) in self.spec.layers.iter().enumerate() {
-            for kind in [ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense, ExtentKind::Expert] {
-                let shapes = self.spec.tensors(kind, layer);
-                let count = match (kind, &spec.ffn.moe) {
-                    _ if shapes.is_empty() => 0,
-                    (ExtentKind::Expert, Some(moe)) => moe.experts,
-                    _ => 1,
-                };
-                for index in 0..count {
-                    self.check_extent(kind, layer as u32, index as u32, &shapes)?;
-                }
-                expected += count;
-            }
-        }
-        if expected != self.extents.len() {
-            return Err(format!("the file has {} extents, its spec implies {expected}", self.extents.len()));
-        }
-        Ok(())
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
-    fn check_extent(&self, kind: ExtentKind, layer: u32, index: u32, shapes: &[TensorShape]) -> Result<(), String> {
-        let name = crate::extent_name(kind, layer, index);
-        self.extent(kind, layer, index).ok_or_else(|| format!("{name} is missing"))?;
-        if self.tensors_in(kind, layer, index).count() != shapes.len() {
-            return Err(format!("{name} does not hold {} tensors", shapes.len()));
-        }
-        for shape in shapes {
-            let t = self.tensor(kind, layer, index, shape.name);
-            let t = t.ok_or_else(|| format!("{name} has no tensor `{}`", shape.name))?;
-            let plain_f32 = t.layout != Layout::Plain || t.weight_type == WeightType::F32;
-            if t.shape != shape.shape.map(|d| d as u64) || t.layout != shape.layout || !plain_f32 {
-                return Err(format!(
-                    "`{}` of {name} is {:?} {} {:?}, the spec implies {:?} {:?}",
-                    t.name, t.layout, t.weight_type, t.shape, shape.layout, shape.shape
-                ));
-            }
-        }
-        Ok(())
+    pub(crate) fn extent_read(&self, extent: &ExtentRecord, source: io::Error) -> FormatError {
+        FormatError::ExtentRead { path: self.path.clone(), extent: extent.name(), offset: extent.offset, source }
     }
+}
 
-    /// The parts of embedding or head cover the vocabulary; returns their number.
-    fn check_parts(&self, kind: ExtentKind, cols: usize) -> Result<usize, String> {
-        let layout = if kind == ExtentKind::Embedding { Layout::Plain } else { Layout::Tiled };
-        let mut rows = 0u64;
-        let mut first_rows = None;
-        let mut count = 0;
-        for (_, t) in self.parts(kind) {
-            let part_rows = t.shape[1];
-            let uniform = *first_rows.get_or_insert(part_rows);
-            // An earlier part shorter than the first would break "row / rows per part = part".
-            if !rows.is_multiple_of(uniform.max(1)) || part_rows > uniform || part_rows == 0 {
-                return Err(format!("{kind} part {count} has {part_rows} rows"));
-            }
-            if t.shape[0] != 1 || t.shape[2] != cols as u64 || t.layout != layout {
-                return Err(format!("{kind} part {count} is {:?} {:?}", t.layout, t.shape));
-            }
-            rows += part_rows;
-            count += 1;
-        }
-        if rows != self.spec.vocab_size as u64 {
-            return Err(format!("the {kind} has {rows} rows, the vocabulary {}", self.spec.vocab_size));
-        }
-        Ok(count)
-    }
+/// Resizes to a length from a file; an error, not an abort, where memory does not suffice.
+fn resize(buffer: &mut Vec<u8>, len: u64) -> io::Result<()> {
+    let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    buffer.try_reserve_exact(len.saturating_sub(buffer.len())).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    buffer.resize(len, 0);
+    Ok(())
+}
+
+/// The spec in the metadata, parsed and validated.
+pub(crate) fn read_spec(metadata: &Metadata) -> Result<ModelSpec, String> {
+    let json = metadata.get(SPEC_BLOB).ok_or_else(|| format!("it has no `{SPEC_BLOB}`"))?;
+    ModelSpec::from_json(json).map_err(|e| format!("`{SPEC_BLOB}`: {e}"))
 }
 
 /// Checks the bytes of one extent against its record.
@@ -232,7 +152,11 @@ pub fn verify_extent(path: &Path, extent: &ExtentRecord, stored: &[u8]) -> Resul
     if stored.len() as u64 == extent.stored_len && checksum(stored) == extent.checksum {
         return Ok(());
     }
-    Err(FormatError::ExtentChecksum { path: path.to_owned(), extent: extent.name(), offset: extent.offset })
+    Err(checksum_error(path, extent))
+}
+
+pub(crate) fn checksum_error(path: &Path, extent: &ExtentRecord) -> FormatError {
+    FormatError::ExtentChecksum { path: path.to_owned(), extent: extent.name(), offset: extent.offset }
 }
 
 fn read_superblock(path: &Path, file: &File, actual: u64) -> Result<Superblock, FormatError> {
@@ -247,7 +171,7 @@ fn read_superblock(path: &Path, file: &File, actual: u64) -> Result<Superblock, 
             FormatError::Invalid { path: path_buf(), region: Region::Superblock, problem: problem.into() }
         }
     };
-    let mut head = [0; SUPERBLOCK_LEN];
+    let mut head = [0; fields::superblock::LEN];
     if actual < head.len() as u64 {
         return Err(refuse(SuperblockError::NotSluice));
     }
@@ -281,116 +205,52 @@ fn read_table(
     region: Region,
     table: TableRef,
 ) -> Result<Vec<u8>, FormatError> {
-    let invalid = |problem: &str| FormatError::Invalid { path: path.to_owned(), region, problem: problem.into() };
-    let page = u64::from(superblock.page_size);
-    let end = table.offset.checked_add(table.stored_len);
-    if end.is_none_or(|e| e > superblock.file_len) {
-        return Err(invalid("it runs past the end of the file"));
-    }
-    if !table.offset.is_multiple_of(page) || !table.stored_len.is_multiple_of(page) {
-        return Err(invalid("it is not aligned to the page"));
-    }
-    if table.logical_len > table.stored_len || table.stored_len > MAX_TABLE_LEN {
-        return Err(invalid("its length is impossible"));
-    }
-    let mut bytes = vec![0; table.stored_len as usize];
-    file.read_exact_at(&mut bytes, table.offset).map_err(|source| FormatError::Io {
-        path: path.to_owned(),
-        action: "read a table of it",
-        source,
-    })?;
+    let invalid = |problem| FormatError::Invalid { path: path.to_owned(), region, problem };
+    check_table_place(superblock, region, table).map_err(invalid)?;
+    let mut bytes = Vec::new();
+    let read = resize(&mut bytes, table.stored_len).and_then(|()| file.read_exact_at(&mut bytes, table.offset));
+    read.map_err(|source| FormatError::Io { path: path.to_owned(), action: "read a table of it", source })?;
     if checksum(&bytes) != table.checksum {
         return Err(FormatError::RegionChecksum { path: path.to_owned(), region });
+    }
+    if bytes[table.logical_len as usize..].iter().any(|&b| b != 0) {
+        return Err(invalid("its padding is in use".into()));
     }
     bytes.truncate(table.logical_len as usize);
     Ok(bytes)
 }
 
+/// Bounds what a table can make us allocate, before anything is read.
+pub(crate) fn check_table_place(superblock: &Superblock, region: Region, table: TableRef) -> Result<(), String> {
+    let page = u64::from(superblock.page_size);
+    let max = match region {
+        Region::ExtentTable => MAX_EXTENT_TABLE_BYTES,
+        Region::TensorTable => MAX_TENSOR_TABLE_BYTES,
+        _ => MAX_METADATA_BYTES,
+    };
+    if table.offset.checked_add(table.stored_len).is_none_or(|end| end > superblock.file_len) {
+        return Err("it runs past the end of the file".into());
+    }
+    if !table.offset.is_multiple_of(page) {
+        return Err("it does not begin on a page".into());
+    }
+    if round_up(table.logical_len.max(1), page) != Some(table.stored_len) || table.stored_len > max {
+        return Err(format!(
+            "it has an impossible stored length {} for logical length {}",
+            table.stored_len, table.logical_len
+        ));
+    }
+    Ok(())
+}
+
 fn parse_records<T>(
-    path: &Path,
-    region: Region,
     bytes: &[u8],
     record_len: usize,
     parse: impl Fn(&[u8]) -> Result<T, String>,
-) -> Result<Vec<T>, FormatError> {
-    let invalid = |problem| FormatError::Invalid { path: path.to_owned(), region, problem };
+) -> Result<Vec<T>, String> {
     if !bytes.len().is_multiple_of(record_len) {
-        return Err(invalid(format!("its length {} is not a multiple of {record_len}", bytes.len())));
+        return Err(format!("its length {} is not a multiple of {record_len}", bytes.len()));
     }
-    let record = |(i, b)| parse(b).map_err(|e| invalid(format!("record {i}: {e}")));
+    let record = |(i, b)| parse(b).map_err(|e| format!("record {i}: {e}"));
     bytes.chunks_exact(record_len).enumerate().map(record).collect()
-}
-
-/// Superblock, tables and extents tile the file: no overlap, and no byte that no checksum covers.
-fn check_extents(superblock: &Superblock, extents: &[ExtentRecord]) -> Result<HashMap<ExtentKey, usize>, String> {
-    let page = u64::from(superblock.page_size);
-    let mut regions = vec![(0, page)];
-    for table in [superblock.extents, superblock.tensors, superblock.metadata] {
-        regions.push((table.offset, table.stored_len));
-    }
-    let mut by_key = HashMap::with_capacity(extents.len());
-    for (i, e) in extents.iter().enumerate() {
-        if e.volume != 0 {
-            return Err(format!("{} lies in volume {}", e.name(), e.volume));
-        }
-        if e.stored_len == 0 || !e.stored_len.is_multiple_of(page) || e.logical_len > e.stored_len {
-            return Err(format!(
-                "{} has stored length {} and logical length {}",
-                e.name(),
-                e.stored_len,
-                e.logical_len
-            ));
-        }
-        if by_key.insert((e.kind, e.layer, e.index), i).is_some() {
-            return Err(format!("{} appears twice", e.name()));
-        }
-        regions.push((e.offset, e.stored_len));
-    }
-    regions.sort_unstable();
-    let mut end = 0u64;
-    for (offset, len) in regions {
-        if offset != end {
-            return Err(format!("the regions leave a gap or overlap at offset {offset}"));
-        }
-        end = end.checked_add(len).ok_or("a region runs past 2^64")?;
-    }
-    if end != superblock.file_len {
-        return Err(format!("the regions end at {end}, the file at {}", superblock.file_len));
-    }
-    Ok(by_key)
-}
-
-/// Each tensor's length follows from its shape, is aligned, and lies inside every extent that holds it; none overlap.
-fn index_tensors(tensors: &[TensorRecord], extents: &[ExtentRecord]) -> Result<HashMap<ExtentKey, Vec<usize>>, String> {
-    let mut index: HashMap<ExtentKey, Vec<usize>> = HashMap::new();
-    for (i, t) in tensors.iter().enumerate() {
-        if t.expected_len() != Some(t.len) {
-            return Err(format!("`{}` of layer {} has {} bytes, not what its shape implies", t.name, t.layer, t.len));
-        }
-        if !t.offset.is_multiple_of(PLANE_ALIGN as u64) {
-            return Err(format!("`{}` of layer {} is not aligned", t.name, t.layer));
-        }
-        index.entry((t.kind, t.layer, t.index)).or_default().push(i);
-    }
-    let mut ends = HashMap::with_capacity(index.len());
-    for (key, list) in &mut index {
-        list.sort_by_key(|&i| tensors[i].offset);
-        let mut end = 0u64;
-        for &i in list.iter() {
-            let t = &tensors[i];
-            if t.offset < end {
-                return Err(format!("`{}` of layer {} overlaps its neighbour", t.name, t.layer));
-            }
-            end = t.offset.checked_add(t.len).ok_or("a tensor runs past 2^64")?;
-        }
-        ends.insert(*key, end);
-    }
-    for e in extents {
-        let exact = ends.get(&(e.kind, e.layer, e.index));
-        let end = exact.or_else(|| ends.get(&(e.kind, e.layer, ANY_INDEX)));
-        if end.is_none_or(|&end| end > e.logical_len) {
-            return Err(format!("the tensors of {} do not lie inside it", e.name()));
-        }
-    }
-    Ok(index)
 }

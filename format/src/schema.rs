@@ -31,8 +31,29 @@ fn ffn_pair(width: usize, hidden: usize) -> Vec<TensorShape> {
 }
 
 impl ModelSpec {
+    /// Number of extents of `kind` in `layer` (of the whole model for the final norm). Embedding and head are split into as
+    /// many parts as the converter likes.
+    pub fn extent_count(&self, kind: ExtentKind, layer: usize) -> usize {
+        match (kind, self.layers.get(layer).and_then(|l| l.ffn.moe.as_ref())) {
+            _ if self.tensors(kind, layer).is_empty() => 0,
+            (ExtentKind::Expert, moe) => moe.map_or(0, |m| m.experts),
+            _ => 1,
+        }
+    }
+
+    /// The tensor of an embedding or head part of `rows` rows; `None` for other kinds.
+    pub fn part_tensor(&self, kind: ExtentKind, rows: usize) -> Option<TensorShape> {
+        let layout = match kind {
+            ExtentKind::Embedding => Layout::Plain,
+            ExtentKind::Head => Layout::Tiled,
+            _ => return None,
+        };
+        Some(TensorShape { name: kind.name(), layout, shape: [1, rows, self.hidden_size] })
+    }
+
     /// Tensors of the extents of `kind` in `layer`, in the order in which they are consumed and stored.
-    /// Empty when the layer has no such extent. Embedding and head are split into parts by rows and are not listed.
+    /// Empty when the layer has no such extent. Embedding and head are split into parts by rows: see
+    /// [`ModelSpec::part_tensor`].
     pub fn tensors(&self, kind: ExtentKind, layer: usize) -> Vec<TensorShape> {
         let hidden = self.hidden_size;
         let Some(spec) = self.layers.get(layer) else {

@@ -7,13 +7,11 @@ mod gqa;
 
 use serde::{Deserialize, Serialize};
 
+use crate::limits::{MAX_EXPERTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_SPEC_BYTES, MAX_WIDTH};
 pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 
 /// Version of the JSON; an unknown one is refused.
 pub const SPEC_VERSION: u32 = 1;
-
-/// Largest count that any dimension may have. Products of two dimensions then stay far below 2^63.
-const MAX_DIM: usize = 1 << 24;
 
 /// What a model computes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -241,14 +239,21 @@ pub enum GroupScore {
 
 impl ModelSpec {
     /// Most decoder layers that a spec may have.
-    pub const MAX_LAYERS: usize = 4096;
+    pub const MAX_LAYERS: usize = MAX_LAYERS;
 
     /// Parses and validates the JSON; `Err` says what is wrong.
     pub fn from_json(bytes: &[u8]) -> Result<Self, String> {
-        let spec: ModelSpec = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-        if spec.version != SPEC_VERSION {
-            return Err(format!("its version is {}, this program reads {SPEC_VERSION}", spec.version));
+        /// The one field that every version has: read first, because another version may have other fields.
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
         }
+        if bytes.len() > MAX_SPEC_BYTES {
+            return Err(format!("it has {} bytes, more than {MAX_SPEC_BYTES}", bytes.len()));
+        }
+        let Versioned { version } = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+        check_version(version)?;
+        let spec: ModelSpec = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
         spec.validate()?;
         Ok(spec)
     }
@@ -258,11 +263,17 @@ impl ModelSpec {
         serde_json::to_vec_pretty(self).expect("plain data with string keys always serialises")
     }
 
-    /// Checks that every dimension is sane and that they fit together; `Err` says which does not.
+    /// Checks that every dimension is sane and that they fit together; `Err` says which does not. No size that follows from
+    /// a valid spec overflows 64 bits.
     pub fn validate(&self) -> Result<(), String> {
-        check_dim("vocab_size", self.vocab_size)?;
-        check_dim("hidden_size", self.hidden_size)?;
-        check_dim("max_positions", self.max_positions)?;
+        check_version(self.version)?;
+        let family_ok = self.family.bytes().all(|b| b.is_ascii_graphic());
+        if !family_ok || self.family.is_empty() || self.family.len() > MAX_FAMILY_NAME {
+            return Err("its family is not a name".into());
+        }
+        check_range("vocab_size", self.vocab_size, MAX_LENGTH)?;
+        check_range("max_positions", self.max_positions, MAX_LENGTH)?;
+        check_width("hidden_size", self.hidden_size)?;
         check_eps("norm_eps", self.norm_eps)?;
         if self.layers.is_empty() || self.layers.len() > Self::MAX_LAYERS {
             return Err(format!("it has {} layers", self.layers.len()));
@@ -282,11 +293,22 @@ fn is_false(value: &bool) -> bool {
     !value
 }
 
-fn check_dim(name: &str, value: usize) -> Result<(), String> {
-    if value == 0 || value > MAX_DIM {
-        return Err(format!("{name} is {value}, outside 1..={MAX_DIM}"));
+fn check_version(version: u32) -> Result<(), String> {
+    if version != SPEC_VERSION {
+        return Err(format!("its version is {version}, this program reads {SPEC_VERSION}"));
     }
     Ok(())
+}
+
+fn check_range(name: &str, value: usize, max: usize) -> Result<(), String> {
+    if value == 0 || value > max {
+        return Err(format!("{name} is {value}, outside 1..={max}"));
+    }
+    Ok(())
+}
+
+fn check_width(name: &str, value: usize) -> Result<(), String> {
+    check_range(name, value, MAX_WIDTH)
 }
 
 fn check_eps(name: &str, value: f32) -> Result<(), String> {
@@ -320,7 +342,7 @@ impl MlaSpec {
             ),
             ("heads × v_head_dim", self.heads.saturating_mul(self.v_head_dim)),
         ] {
-            check_dim(name, value)?;
+            check_width(name, value)?;
         }
         check_eps("latent_norm_eps", self.latent_norm_eps)?;
         if !self.softmax_scale.is_finite() {
@@ -344,7 +366,7 @@ impl RopeSpec {
         match self.scaling {
             RopeScaling::None => Ok(()),
             RopeScaling::Yarn { factor, original_max_positions, beta_fast, beta_slow, attention_factor, .. } => {
-                check_dim("original_max_positions", original_max_positions)?;
+                check_range("original_max_positions", original_max_positions, MAX_LENGTH)?;
                 let sane = |v: f64| v.is_finite() && v > 0.0;
                 if [factor, beta_fast, beta_slow, attention_factor].into_iter().all(sane) {
                     Ok(())
@@ -353,7 +375,7 @@ impl RopeSpec {
                 }
             }
             RopeScaling::Llama3 { factor, original_max_positions, low_freq_factor, high_freq_factor } => {
-                check_dim("original_max_positions", original_max_positions)?;
+                check_range("original_max_positions", original_max_positions, MAX_LENGTH)?;
                 let sane = |v: f64| v.is_finite() && v > 0.0;
                 if sane(factor) && sane(low_freq_factor) && sane(high_freq_factor) && high_freq_factor > low_freq_factor
                 {
@@ -369,7 +391,15 @@ impl RopeSpec {
 impl FfnSpec {
     fn validate(&self) -> Result<(), String> {
         if self.dense_width > 0 {
-            check_dim("dense_width", self.dense_width)?;
+            check_width("dense_width", self.dense_width)?;
+        }
+        if self.dense_gate && self.dense_width == 0 {
+            return Err("it gates a dense part that it does not have".into());
+        }
+        if let ActivationSpec::SwigluOai { alpha, limit } = self.activation
+            && !(alpha.is_finite() && limit.is_finite() && limit > 0.0)
+        {
+            return Err(format!("its activation has alpha {alpha} and limit {limit}"));
         }
         match &self.moe {
             None if self.dense_width == 0 => Err("it has neither experts nor a dense part".into()),
@@ -381,8 +411,8 @@ impl FfnSpec {
 
 impl MoeSpec {
     fn validate(&self) -> Result<(), String> {
-        check_dim("experts", self.experts)?;
-        check_dim("width", self.width)?;
+        check_range("experts", self.experts, MAX_EXPERTS)?;
+        check_width("width", self.width)?;
         if self.top_k == 0 || self.top_k > self.experts {
             return Err(format!("top_k is {} of {} experts", self.top_k, self.experts));
         }
@@ -395,6 +425,9 @@ impl MoeSpec {
         let Some(g) = &self.router.groups else { return Ok(()) };
         if g.count == 0 || !self.experts.is_multiple_of(g.count) || g.keep == 0 || g.keep > g.count {
             return Err(format!("{} of {} groups of {} experts", g.keep, g.count, self.experts));
+        }
+        if g.score == GroupScore::TopTwoSum && g.count == self.experts {
+            return Err("a group of one expert has no two best scores".into());
         }
         if g.score == GroupScore::TopTwoSum && g.keep * (self.experts / g.count) < self.top_k {
             return Err(format!("the {} groups that stay hold fewer than {} experts", g.keep, self.top_k));

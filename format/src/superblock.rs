@@ -2,8 +2,11 @@
 
 use std::fmt;
 
+use xxhash_rust::xxh3::xxh3_128;
+
 use crate::bytes::{array, get_u16, get_u32, get_u64, put};
 use crate::checksum;
+use crate::fields::{reserved_in_use, superblock as at, table_ref};
 
 /// First bytes of every file. The line ending and control-Z catch transfers that treat it as text.
 pub const MAGIC: [u8; 8] = *b"SLUICE\r\x1a";
@@ -11,14 +14,20 @@ pub const MAGIC: [u8; 8] = *b"SLUICE\r\x1a";
 pub const FORMAT_VERSION: u32 = 1;
 /// Page sizes that a file may have: the usual one and Apple's.
 pub const PAGE_SIZES: [u32; 2] = [4096, 16384];
-/// Bytes of the superblock that carry fields; the rest of its page is zero.
-pub const SUPERBLOCK_LEN: usize = 152;
-/// Bytes of a model id.
-pub const MODEL_ID_LEN: usize = 16;
 
-/// Identity of a model: a hash of all its content, so that equal files have equal ids.
+/// Identity of a model: a hash of all its content, so that equal files have equal ids. It is not cryptographic: it tells
+/// models apart, it does not vouch for where they come from.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub struct ModelId(pub [u8; MODEL_ID_LEN]);
+pub struct ModelId(pub [u8; 16]);
+
+impl ModelId {
+    /// The id of a model with these tables (their logical bytes): the xxh3-128 of their three xxh3-128, each little-endian.
+    /// The extent table holds the checksum of every extent, so the id depends on every byte of the content.
+    pub(crate) fn of(extents: &[u8], tensors: &[u8], metadata: &[u8]) -> Self {
+        let digests = [extents, tensors, metadata].map(|table| xxh3_128(table).to_le_bytes());
+        ModelId(xxh3_128(digests.as_flattened()).to_le_bytes())
+    }
+}
 
 impl fmt::Display for ModelId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -45,6 +54,26 @@ pub struct TableRef {
     pub checksum: u64,
 }
 
+impl TableRef {
+    fn to_bytes(self) -> [u8; table_ref::LEN] {
+        let mut b = [0; table_ref::LEN];
+        put(&mut b, table_ref::OFFSET, &self.offset.to_le_bytes());
+        put(&mut b, table_ref::STORED_LEN, &self.stored_len.to_le_bytes());
+        put(&mut b, table_ref::LOGICAL_LEN, &self.logical_len.to_le_bytes());
+        put(&mut b, table_ref::CHECKSUM, &self.checksum.to_le_bytes());
+        b
+    }
+
+    fn parse(b: &[u8]) -> Self {
+        TableRef {
+            offset: get_u64(b, table_ref::OFFSET),
+            stored_len: get_u64(b, table_ref::STORED_LEN),
+            logical_len: get_u64(b, table_ref::LOGICAL_LEN),
+            checksum: get_u64(b, table_ref::CHECKSUM),
+        }
+    }
+}
+
 /// The fields of the superblock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Superblock {
@@ -64,21 +93,6 @@ pub struct Superblock {
     pub tensors: TableRef,
     /// The metadata.
     pub metadata: TableRef,
-}
-
-/// Offsets of the fields. Each follows from the one before.
-mod at {
-    pub(super) const MAGIC: usize = 0;
-    pub(super) const VERSION: usize = 8;
-    pub(super) const PAGE_SIZE: usize = 12;
-    pub(super) const MODEL_ID: usize = 16;
-    pub(super) const VOLUME: usize = 32;
-    pub(super) const VOLUME_COUNT: usize = 34;
-    pub(super) const FILE_LEN: usize = 40;
-    pub(super) const EXTENTS: usize = 48;
-    pub(super) const TENSORS: usize = 80;
-    pub(super) const METADATA: usize = 112;
-    pub(super) const CHECKSUM: usize = 144;
 }
 
 /// What the first page of a file turned out to be.
@@ -104,9 +118,7 @@ impl Superblock {
         put(&mut b, at::VOLUME_COUNT, &self.volume_count.to_le_bytes());
         put(&mut b, at::FILE_LEN, &self.file_len.to_le_bytes());
         for (start, t) in [(at::EXTENTS, self.extents), (at::TENSORS, self.tensors), (at::METADATA, self.metadata)] {
-            for (i, v) in [t.offset, t.stored_len, t.logical_len, t.checksum].iter().enumerate() {
-                put(&mut b, start + 8 * i, &v.to_le_bytes());
-            }
+            put(&mut b, start, &t.to_bytes());
         }
         let sum = Self::page_checksum(&b);
         put(&mut b, at::CHECKSUM, &sum.to_le_bytes());
@@ -120,7 +132,7 @@ impl Superblock {
         checksum(&copy)
     }
 
-    /// The page size that the first [`SUPERBLOCK_LEN`] bytes announce.
+    /// The page size that the first [`at::LEN`] bytes announce.
     pub(crate) fn peek_page_size(head: &[u8]) -> Result<u32, SuperblockError> {
         let magic: [u8; 8] = array(head, at::MAGIC);
         if magic == [0; 8] {
@@ -146,12 +158,7 @@ impl Superblock {
         if Self::page_checksum(page) != get_u64(page, at::CHECKSUM) {
             return Err(SuperblockError::Checksum);
         }
-        let table = |start| TableRef {
-            offset: get_u64(page, start),
-            stored_len: get_u64(page, start + 8),
-            logical_len: get_u64(page, start + 16),
-            checksum: get_u64(page, start + 24),
-        };
+        let table = |start| TableRef::parse(&page[start..start + table_ref::LEN]);
         let sb = Superblock {
             page_size,
             model_id: ModelId(array(page, at::MODEL_ID)),
@@ -162,7 +169,7 @@ impl Superblock {
             tensors: table(at::TENSORS),
             metadata: table(at::METADATA),
         };
-        if page[36..40].iter().chain(&page[SUPERBLOCK_LEN..]).any(|&x| x != 0) {
+        if reserved_in_use(&at::FIELDS, page) || page[at::LEN..].iter().any(|&b| b != 0) {
             return Err(SuperblockError::Field("its reserved bytes are in use"));
         }
         if sb.volume >= sb.volume_count {

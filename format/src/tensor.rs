@@ -1,13 +1,10 @@
 //! The tensor table: what lies at which offset inside the extents of a kind.
 
-use crate::bytes::{array, get_u16, get_u32, get_u64, put};
+use crate::bytes::{array, get_u16, get_u32, get_u64, put, round_up};
 use crate::extent::ExtentKind;
-use crate::weight::WeightType;
+use crate::fields::{reserved_in_use, tensor as at};
+use crate::weight::{PLANE_ALIGN, WeightType};
 
-/// Bytes of one record of the tensor table.
-pub const TENSOR_RECORD_LEN: usize = 128;
-/// Longest canonical tensor name, in bytes.
-pub const MAX_TENSOR_NAME: usize = 48;
 /// `index` of a record that describes every extent of its kind and layer: the experts of a layer share one.
 pub const ANY_INDEX: u32 = u32::MAX;
 
@@ -23,6 +20,25 @@ pub enum Layout {
     TiledPair = 2,
 }
 
+impl Layout {
+    /// Every layout of this format version.
+    pub const ALL: [Layout; 3] = [Layout::Plain, Layout::Tiled, Layout::TiledPair];
+
+    /// The layout with this code in the file, if this version knows it.
+    pub fn from_code(code: u16) -> Option<Self> {
+        Self::ALL.into_iter().find(|l| *l as u16 == code)
+    }
+
+    /// The name used in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Layout::Plain => "plain",
+            Layout::Tiled => "tiled",
+            Layout::TiledPair => "tiled-pair",
+        }
+    }
+}
+
 /// One tensor: name, type, shape and place inside its extent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorRecord {
@@ -34,7 +50,7 @@ pub struct TensorRecord {
     pub layout: Layout,
     /// Layer of those extents, or [`crate::NO_LAYER`].
     pub layer: u32,
-    /// Index of the extent, or [`ANY_INDEX`].
+    /// Index of the extent; [`ANY_INDEX`] for experts, and only for them.
     pub index: u32,
     /// `[batch, rows, cols]`; vectors are `[1, 1, n]`, matrices `[1, rows, cols]`.
     pub shape: [u64; 3],
@@ -44,6 +60,30 @@ pub struct TensorRecord {
     pub len: u64,
     /// Canonical name, such as `gate_up`.
     pub name: String,
+}
+
+/// Whether a record can carry this name.
+pub(crate) fn is_tensor_name(name: &[u8]) -> bool {
+    (1..=at::NAME_LEN).contains(&name.len()) && name.iter().all(u8::is_ascii_graphic)
+}
+
+/// Gives the tensors of one extent their lengths and offsets: in the given order, each at the next multiple of 64.
+/// Returns the extent's logical length; `Err` names the tensor whose type or size is impossible.
+pub fn pack_tensors(tensors: &mut [TensorRecord]) -> Result<u64, String> {
+    let mut end = 0;
+    for t in tensors {
+        let place = next_tensor_offset(end).zip(t.expected_len());
+        let placed = place.and_then(|(offset, len)| Some((offset, len, offset.checked_add(len)?)));
+        (t.offset, t.len, end) = placed.ok_or_else(|| {
+            format!("`{}` of shape {:?} cannot be stored as {} {}", t.name, t.shape, t.layout.name(), t.weight_type)
+        })?;
+    }
+    Ok(end)
+}
+
+/// Where the tensor behind one that ends at `end` begins.
+pub(crate) fn next_tensor_offset(end: u64) -> Option<u64> {
+    round_up(end, PLANE_ALIGN as u64)
 }
 
 impl TensorRecord {
@@ -59,48 +99,43 @@ impl TensorRecord {
         u64::try_from(one.checked_mul(batch)?).ok()
     }
 
-    /// Serialises to the table's record. The name must fit [`MAX_TENSOR_NAME`] (the writer's plan checks it).
-    pub fn to_bytes(&self) -> [u8; TENSOR_RECORD_LEN] {
-        let mut b = [0; TENSOR_RECORD_LEN];
-        put(&mut b, 0, &(self.kind as u16).to_le_bytes());
-        put(&mut b, 2, &(self.weight_type as u16).to_le_bytes());
-        put(&mut b, 4, &(self.layout as u16).to_le_bytes());
-        put(&mut b, 8, &self.layer.to_le_bytes());
-        put(&mut b, 12, &self.index.to_le_bytes());
-        for (i, d) in self.shape.iter().enumerate() {
-            put(&mut b, 16 + 8 * i, &d.to_le_bytes());
+    /// Serialises to the table's record. The name must fit [`at::NAME_LEN`] (the writer's plan checks it).
+    pub fn to_bytes(&self) -> [u8; at::LEN] {
+        let mut b = [0; at::LEN];
+        put(&mut b, at::KIND, &(self.kind as u16).to_le_bytes());
+        put(&mut b, at::WEIGHT_TYPE, &(self.weight_type as u16).to_le_bytes());
+        put(&mut b, at::LAYOUT, &(self.layout as u16).to_le_bytes());
+        put(&mut b, at::LAYER, &self.layer.to_le_bytes());
+        put(&mut b, at::INDEX, &self.index.to_le_bytes());
+        for (at, d) in [at::BATCH, at::ROWS, at::COLS].into_iter().zip(self.shape) {
+            put(&mut b, at, &d.to_le_bytes());
         }
-        put(&mut b, 40, &self.offset.to_le_bytes());
-        put(&mut b, 48, &self.len.to_le_bytes());
-        put(&mut b, 64, self.name.as_bytes());
+        put(&mut b, at::OFFSET, &self.offset.to_le_bytes());
+        put(&mut b, at::BYTES, &self.len.to_le_bytes());
+        put(&mut b, at::NAME, self.name.as_bytes());
         b
     }
 
     /// Parses one record; `Err` says what is wrong with it.
     pub(crate) fn parse(b: &[u8]) -> Result<Self, String> {
-        let (kind, ty, layout) = (get_u16(b, 0), get_u16(b, 2), get_u16(b, 4));
-        if b[6..8].iter().chain(&b[56..64]).chain(&b[112..128]).any(|&x| x != 0) {
+        let (kind, ty, layout) = (get_u16(b, at::KIND), get_u16(b, at::WEIGHT_TYPE), get_u16(b, at::LAYOUT));
+        if reserved_in_use(&at::FIELDS, b) {
             return Err("its reserved bytes are in use".into());
         }
-        let name: [u8; MAX_TENSOR_NAME] = array(b, 64);
-        let end = name.iter().position(|&c| c == 0).unwrap_or(MAX_TENSOR_NAME);
-        if end == 0 || !name[..end].iter().all(|c| c.is_ascii_graphic()) || name[end..].iter().any(|&c| c != 0) {
+        let name: [u8; at::NAME_LEN] = array(b, at::NAME);
+        let end = name.iter().position(|&c| c == 0).unwrap_or(at::NAME_LEN);
+        if !is_tensor_name(&name[..end]) || name[end..].iter().any(|&c| c != 0) {
             return Err("its name is not printable ASCII".into());
         }
         Ok(TensorRecord {
             kind: ExtentKind::from_code(kind).ok_or_else(|| format!("its extent kind {kind} is unknown"))?,
             weight_type: WeightType::from_code(ty).ok_or_else(|| format!("its weight type {ty} is unknown"))?,
-            layout: match layout {
-                0 => Layout::Plain,
-                1 => Layout::Tiled,
-                2 => Layout::TiledPair,
-                other => return Err(format!("its layout {other} is unknown")),
-            },
-            layer: get_u32(b, 8),
-            index: get_u32(b, 12),
-            shape: [get_u64(b, 16), get_u64(b, 24), get_u64(b, 32)],
-            offset: get_u64(b, 40),
-            len: get_u64(b, 48),
+            layout: Layout::from_code(layout).ok_or_else(|| format!("its layout {layout} is unknown"))?,
+            layer: get_u32(b, at::LAYER),
+            index: get_u32(b, at::INDEX),
+            shape: [get_u64(b, at::BATCH), get_u64(b, at::ROWS), get_u64(b, at::COLS)],
+            offset: get_u64(b, at::OFFSET),
+            len: get_u64(b, at::BYTES),
             name: name[..end].iter().map(|&c| c as char).collect(),
         })
     }

@@ -5,15 +5,19 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::bytes::round_up;
+use crate::catalog::{Catalog, check_tiling};
 use crate::checksum;
-use crate::error::FormatError;
+use crate::error::{FormatError, Region};
 use crate::extent::{Codec, ExtentKind, ExtentRecord};
+use crate::limits::MAX_SPEC_BYTES;
 use crate::metadata::Metadata;
+use crate::reader::{check_table_place, read_spec};
+use crate::spec::ModelSpec;
 use crate::superblock::{ModelId, PAGE_SIZES, Superblock, TableRef};
-use crate::tensor::{MAX_TENSOR_NAME, TensorRecord};
+use crate::tensor::{TensorRecord, is_tensor_name};
 
 /// An extent before it has a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +53,7 @@ impl FileLayout {
         let too_long = || FormatError::Layout("the file would be longer than 2^64 bytes".into());
         let mut extents = Vec::with_capacity(planned.len());
         for p in planned {
-            let stored_len = round_up(p.logical_len.max(1), u64::from(page_size)).ok_or_else(too_long)?;
+            let stored_len = Codec::Raw.stored_len(p.logical_len, page_size).ok_or_else(too_long)?;
             extents.push(ExtentRecord {
                 kind: p.kind,
                 codec: Codec::Raw,
@@ -64,6 +68,23 @@ impl FileLayout {
             offset = offset.checked_add(stored_len).ok_or_else(too_long)?;
         }
         Ok(FileLayout { page_size, extents, extents_end: offset })
+    }
+
+    /// Checks that extents, tensors and spec make a file that [`crate::ModelFile`] opens, before hours are spent on its bytes.
+    ///
+    /// # Errors
+    /// [`FormatError::Layout`].
+    pub fn check(&self, tensors: &[TensorRecord], spec: &ModelSpec) -> Result<(), FormatError> {
+        if let Some(t) = tensors.iter().find(|t| !is_tensor_name(t.name.as_bytes())) {
+            return Err(FormatError::Layout(format!("the tensor name `{}` does not fit", t.name)));
+        }
+        spec.validate().map_err(|e| layout_error(Region::Metadata, &e))?;
+        if spec.to_json().len() > MAX_SPEC_BYTES {
+            return Err(layout_error(Region::Metadata, "its spec is too long"));
+        }
+        Catalog::new(self.page_size, self.extents.clone(), tensors.to_vec(), spec.clone())
+            .map(drop)
+            .map_err(|(region, problem)| layout_error(region, &problem))
     }
 
     /// The extents with their places; their checksums are still 0.
@@ -82,6 +103,10 @@ impl FileLayout {
     }
 }
 
+fn layout_error(region: Region, problem: &str) -> FormatError {
+    FormatError::Layout(format!("the {region} is invalid: {problem}"))
+}
+
 /// Writes the file that a [`FileLayout`] describes. Extents may be written from several threads, each once.
 #[derive(Debug)]
 pub struct FileWriter {
@@ -91,14 +116,24 @@ pub struct FileWriter {
 }
 
 impl FileWriter {
-    /// Opens `path` for writing, creating it if need be. Existing bytes stay: a resumed conversion relies on them.
+    /// Opens `path` for writing, creating it if need be. The bytes of extents stay: a resumed conversion relies on them. A
+    /// superblock does not: from here on until [`FileWriter::finish`] the file is unfinished.
     ///
     /// # Errors
     /// [`FormatError::Io`].
     pub fn open(path: &Path, layout: FileLayout) -> Result<Self, FormatError> {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(|source| FormatError::Io { path: path.to_owned(), action: "create it", source })?;
-        Ok(FileWriter { path: path.to_owned(), file, layout })
+        let writer = FileWriter { path: path.to_owned(), file, layout };
+        writer.io("clear its superblock", writer.clear_superblock())?;
+        Ok(writer)
+    }
+
+    /// Synced, so that no superblock can outlive the extents that it vouches for.
+    fn clear_superblock(&self) -> io::Result<()> {
+        let page = vec![0; self.layout.page_size as usize];
+        self.file.write_all_at(&page, 0)?;
+        self.file.sync_data()
     }
 
     /// The places.
@@ -121,7 +156,7 @@ impl FileWriter {
     /// Returns the model's id, which is a hash of all content: equal content, equal file.
     ///
     /// # Errors
-    /// [`FormatError::Io`]; [`FormatError::Layout`] for a tensor name that is too long.
+    /// [`FormatError::Io`]; [`FormatError::Layout`] for tables that a reader would refuse.
     pub fn finish(
         self,
         checksums: &[u64],
@@ -129,18 +164,14 @@ impl FileWriter {
         metadata: &Metadata,
     ) -> Result<ModelId, FormatError> {
         assert_eq!(checksums.len(), self.layout.extents.len(), "one checksum per extent");
-        if let Some(t) = tensors.iter().find(|t| t.name.len() > MAX_TENSOR_NAME || t.name.is_empty()) {
-            return Err(FormatError::Layout(format!("the tensor name `{}` does not fit", t.name)));
-        }
-        let extents = self.layout.extents.iter().zip(checksums);
-        let extents: Vec<u8> = extents.flat_map(|(e, &checksum)| ExtentRecord { checksum, ..*e }.to_bytes()).collect();
+        let spec = read_spec(metadata).map_err(|e| layout_error(Region::Metadata, &e))?;
+        self.layout.check(tensors, &spec)?;
+        let records = self.layout.extents.iter().zip(checksums);
+        let records: Vec<_> = records.map(|(e, &checksum)| ExtentRecord { checksum, ..*e }).collect();
+        let extents: Vec<u8> = records.iter().flat_map(ExtentRecord::to_bytes).collect();
         let tensors: Vec<u8> = tensors.iter().flat_map(TensorRecord::to_bytes).collect();
         let metadata = metadata.to_bytes();
-        let mut content = Vec::new();
-        for table in [&extents, &tensors, &metadata] {
-            content.extend(xxh3_128(table).to_le_bytes());
-        }
-        let model_id = ModelId(xxh3_128(&content).to_le_bytes());
+        let model_id = ModelId::of(&extents, &tensors, &metadata);
 
         let mut offset = self.layout.extents_end;
         let mut put = |bytes| self.write_table(bytes, &mut offset);
@@ -157,6 +188,12 @@ impl FileWriter {
             tensors,
             metadata,
         };
+        for (region, table) in
+            [(Region::ExtentTable, extents), (Region::TensorTable, tensors), (Region::Metadata, metadata)]
+        {
+            check_table_place(&superblock, region, table).map_err(|e| layout_error(region, &e))?;
+        }
+        check_tiling(&superblock, &records).map_err(|e| layout_error(Region::ExtentTable, &e))?;
         self.io("write its superblock", self.file.write_all_at(&superblock.to_page(), 0))?;
         self.io("sync it", self.file.sync_all())?;
         Ok(model_id)

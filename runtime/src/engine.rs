@@ -5,14 +5,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use sluice_format::{FormatError, ModelFile, ModelSpec, TOKENIZER_BLOB};
+use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, TOKENIZER_BLOB};
 use sluice_kernels::{IsaError, Kernels, Precision, ThreadPool};
 
+use crate::io::{DirectMode, ExtentName, IoConfig};
 use crate::memory::{BudgetError, MemoryPlan};
 use crate::model::compute::Compute;
 use crate::model::router::Choice;
-use crate::model::{KvCache, LayerTimes, Model, ModelError, dense_extents};
-use crate::pool::{Pool, PoolError};
+use crate::model::{KvCache, LayerTimes, Model, ModelError, Weights, dense_extents};
+use crate::pool::{
+    DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, Lru, PoolError, Storage, StorageConfig,
+};
 use crate::text::{GenerationDefaults, TextError, Tokenizer};
 
 /// How to open a model.
@@ -30,7 +33,7 @@ pub struct EngineOptions {
     pub context: Option<usize>,
 }
 
-pub use crate::io::ReadEngineKind;
+pub use crate::io::EngineKind as ReadEngineKind;
 
 /// Why a model could not be opened or run.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +90,7 @@ pub struct Engine {
     file: ModelFile,
     memory: MemoryPlan,
     compute: Compute,
-    pool: Pool,
+    storage: Storage,
     model: Model,
     tokens: u64,
     time: Duration,
@@ -134,9 +137,10 @@ impl Engine {
             threads: ThreadPool::new(threads.max(1)),
             precision: if options.exact { Precision::Exact } else { Precision::Int8 },
         };
-        let pool = open_pool(&file, &memory, options)?;
-        let model = Model::new(&file, &pool.dense_handles(), &compute)?;
-        Ok(Engine { file, memory, compute, pool, model, tokens: 0, time: Duration::ZERO, observer: None })
+        let storage = open_storage(&file, &memory, options)?;
+        let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
+        let model = Model::new(&file, &handles, &compute)?;
+        Ok(Engine { file, memory, compute, storage, model, tokens: 0, time: Duration::ZERO, observer: None })
     }
 
     /// What the model computes.
@@ -166,7 +170,9 @@ impl Engine {
 
     /// What reads the file, in words: engine, direct or buffered, and why.
     pub fn read_path(&self) -> String {
-        self.pool.describe()
+        let engine = self.storage.io.engine();
+        let direct = self.storage.direct.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+        format!("{} ({}), {direct}", engine.name, engine.note)
     }
 
     /// The tokenizer, if the checkpoint had one.
@@ -236,7 +242,7 @@ impl Engine {
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), RuntimeError> {
         let started = Instant::now();
-        let Engine { file, compute, pool, model, observer, .. } = self;
+        let Engine { file, compute, storage, model, observer, .. } = self;
         if tokens.is_empty() {
             return Err(ModelError::NoTokens.into());
         }
@@ -251,10 +257,11 @@ impl Engine {
                 Some(sink) => sink.as_mut(),
                 None => &mut silent,
             };
-            model.forward(compute, file, pool, &mut session.cache, chunk, observer)?;
+            let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
+            model.forward(compute, &mut weights, &mut session.cache, chunk, observer)?;
             let first = first_logit.saturating_sub(base);
             if first < chunk.len() {
-                model.logits(compute, pool, first..chunk.len(), &mut |t, row| sink(base + t, row))?;
+                model.logits(compute, &storage.dense, first..chunk.len(), &mut |t, row| sink(base + t, row))?;
             }
         }
         self.tokens += tokens.len() as u64;
@@ -264,7 +271,7 @@ impl Engine {
 
     /// What happened since the model was opened.
     pub fn stats(&self) -> Stats {
-        let pool = self.pool.stats();
+        let pool = self.storage.pool.stats();
         let LayerTimes { attention, experts, head, .. } = self.model.times();
         let wait = Duration::from_nanos(pool.wait_ns);
         let accounted = attention + experts + wait + head;
@@ -284,7 +291,31 @@ impl Engine {
     }
 }
 
-fn open_pool(file: &ModelFile, memory: &MemoryPlan, options: &EngineOptions) -> Result<Pool, RuntimeError> {
-    let _ = (file, memory, options, dense_extents(file));
-    unreachable!("wired once the pool has landed")
+/// Opens the storage: dense parts in memory, as many expert slots as the plan has.
+fn open_storage(file: &ModelFile, memory: &MemoryPlan, options: &EngineOptions) -> Result<Storage, RuntimeError> {
+    let location =
+        |e: &ExtentRecord| ExtentLocation { file: e.volume, offset: e.offset, len: e.stored_len, checksum: e.checksum };
+    let dense: Vec<_> =
+        dense_extents(file).iter().map(|e| DenseLocation { extent: location(e), name: name(e) }).collect();
+    let layers = file.spec().layers.iter().enumerate().map(|(layer, spec)| {
+        let count = spec.ffn.moe.as_ref().map_or(0, |m| m.experts as u32);
+        let experts = (0..count).filter_map(|e| file.extent(ExtentKind::Expert, layer as u32, e));
+        experts.map(location).collect::<Vec<_>>()
+    });
+    let experts = ExpertDirectory::new(&layers.collect::<Vec<_>>())?;
+    let config = StorageConfig {
+        expert_slots: memory.slots,
+        io: IoConfig::default(),
+        engine: options.read_engine.unwrap_or_default(),
+        direct: DirectMode::default(),
+    };
+    Ok(Storage::open(&[file.path().to_owned()], &dense, experts, Box::new(Lru::new(memory.experts as u32)), &config)?)
+}
+
+fn name(e: &ExtentRecord) -> ExtentName {
+    ExtentName {
+        kind: e.kind.name(),
+        layer: (e.layer != NO_LAYER).then_some(e.layer),
+        index: matches!(e.kind, ExtentKind::Head | ExtentKind::Embedding).then_some(e.index),
+    }
 }

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{RopeSpec, check_dim, check_eps, is_false};
+use super::{RopeSpec, check_eps, check_range, check_width, is_false};
+use crate::limits::MAX_LENGTH;
 
 /// Grouped-query attention (arXiv:2305.13245): query head `h` uses key-value head `h / (heads / kv_heads)`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -70,12 +71,12 @@ impl GqaSpec {
             ("kv_heads", self.kv_heads),
             ("head_dim", self.head_dim),
             ("v_head_dim", self.v_head_dim),
-            ("window", self.window.unwrap_or(1)),
             ("heads × head_dim", self.heads.saturating_mul(self.head_dim)),
             ("heads × v_head_dim", self.heads.saturating_mul(self.v_head_dim)),
         ] {
-            check_dim(name, value)?;
+            check_width(name, value)?;
         }
+        check_range("window", self.window.unwrap_or(1), MAX_LENGTH)?;
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(format!("{} heads share {} key-value heads", self.heads, self.kv_heads));
         }

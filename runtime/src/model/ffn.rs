@@ -9,7 +9,7 @@ use super::ModelError;
 use super::compute::{Compute, sized};
 use super::router::{Choice, RouterScratch, route};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
-use crate::pool::{LayerPass, Pool};
+use crate::pool::{LayerPass, Phase, Pool};
 
 /// A gated feed-forward network inside an extent: the dense part or one expert.
 #[derive(Clone, Copy, Debug)]
@@ -192,6 +192,11 @@ pub struct FfnExtents<'a> {
     pub dense: Option<&'a [u8]>,
 }
 
+/// A single token is decoded; several are a prompt, whose sweep over the experts says little about what comes next.
+fn phase(tokens: usize) -> Phase {
+    if tokens == 1 { Phase::Decode } else { Phase::Prefill }
+}
+
 impl Ffn {
     pub(super) fn new(
         spec: &FfnSpec,
@@ -246,7 +251,7 @@ impl Ffn {
             None => None,
             Some(routed) => {
                 routed.route(compute, extents.router, n, scratch);
-                Some(pool.begin_layer(layer as u32, &scratch.experts, crate::pool::Phase::of_tokens(n))?)
+                Some(pool.begin_layer(layer as u32, &scratch.experts, phase(n))?)
             }
         };
         // The reads are under way: what every token needs is computed meanwhile.

@@ -24,7 +24,7 @@ use self::embedding::Embedding;
 use self::ffn::{Ffn, FfnExtents, FfnScratch};
 use self::router::Choice;
 use self::weights::{ExtentTensors, MatrixRef, VectorRef};
-use crate::pool::{DenseHandle, Pool, PoolError};
+use crate::pool::{DenseHandle, PinnedExtents, Pool, PoolError};
 
 /// Why a model could not be opened or run.
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +159,16 @@ struct Scratch {
     ffn: FfnScratch,
 }
 
+/// Where the weights are while the model runs.
+pub struct Weights<'a> {
+    /// The file, for rows of the embedding.
+    pub file: &'a ModelFile,
+    /// What every token needs.
+    pub dense: &'a PinnedExtents,
+    /// The routed experts.
+    pub experts: &'a mut Pool,
+}
+
 /// Rows of logits computed at once: bounds the memory of a long prompt whose every logit is wanted.
 const LOGIT_ROWS: usize = 16;
 
@@ -253,8 +263,7 @@ impl Model {
     pub fn forward(
         &mut self,
         compute: &Compute,
-        file: &ModelFile,
-        pool: &mut Pool,
+        weights: &mut Weights<'_>,
         cache: &mut KvCache,
         tokens: &[u32],
         observer: &mut RoutingObserver<'_>,
@@ -266,9 +275,9 @@ impl Model {
         if start + n > cache.capacity {
             return Err(ModelError::ContextFull { capacity: cache.capacity, wanted: start + n });
         }
-        self.embedding.rows(file, tokens, sized(&mut self.scratch.x, n * hidden))?;
+        self.embedding.rows(weights.file, tokens, sized(&mut self.scratch.x, n * hidden))?;
         for i in 0..self.layers.len() {
-            self.layer(compute, pool, &mut cache.layers[i], i, start, n)?;
+            self.layer(compute, weights, &mut cache.layers[i], i, start, n)?;
             if let Some(moe) = &self.spec.layers[i].ffn.moe {
                 observer(i, start, moe.top_k, self.scratch.ffn.choices());
             }
@@ -280,7 +289,7 @@ impl Model {
     fn layer(
         &mut self,
         compute: &Compute,
-        pool: &mut Pool,
+        weights: &mut Weights<'_>,
         cache: &mut LayerCache,
         index: usize,
         start: usize,
@@ -293,7 +302,8 @@ impl Model {
         let layer = &self.layers[index];
 
         let started = Instant::now();
-        let attention = pool.dense(layer.extents.attention)?;
+        let dense_parts = weights.dense;
+        let attention = dense_parts.dense(layer.extents.attention)?;
         layer.attn_norm.read(attention.bytes(), norm);
         norm_rows(x, norm, eps, normed);
         layer.attention.forward(compute, attention.bytes(), cache, start, n, normed, mixer, delta);
@@ -302,12 +312,12 @@ impl Model {
         let attended = Instant::now();
         self.times.attention += attended - started;
 
-        let router = pool.dense(layer.extents.router)?;
-        let dense = layer.extents.dense.map(|handle| pool.dense(handle)).transpose()?;
+        let router = dense_parts.dense(layer.extents.router)?;
+        let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
         let extents = FfnExtents { router: router.bytes(), dense: dense.as_ref().map(|d| d.bytes()) };
         layer.ffn_norm.read(router.bytes(), norm);
         norm_rows(x, norm, eps, normed);
-        let experts = layer.ffn.forward(compute, extents, pool, index, n, normed, ffn, delta)?;
+        let experts = layer.ffn.forward(compute, extents, weights.experts, index, n, normed, ffn, delta)?;
         add(x, delta);
         self.times.experts += experts;
         self.times.feed_forward += attended.elapsed().saturating_sub(experts);
@@ -321,14 +331,14 @@ impl Model {
     pub fn logits(
         &mut self,
         compute: &Compute,
-        pool: &mut Pool,
+        dense: &PinnedExtents,
         range: std::ops::Range<usize>,
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), ModelError> {
         let started = Instant::now();
         let (hidden, vocab) = (self.spec.hidden_size, self.spec.vocab_size);
         let Scratch { x, normed, norm, head_input, part, logits, .. } = &mut self.scratch;
-        self.final_norm.1.read(pool.dense(self.final_norm.0)?.bytes(), norm);
+        self.final_norm.1.read(dense.dense(self.final_norm.0)?.bytes(), norm);
         let mut first = range.start;
         while first < range.end {
             let n = (range.end - first).min(LOGIT_ROWS);
@@ -338,7 +348,7 @@ impl Model {
             let logits = sized(logits, n * vocab);
             let mut row = 0;
             for (handle, matrix) in &self.head {
-                let extent = pool.dense(*handle)?;
+                let extent = dense.dense(*handle)?;
                 let part = sized(part, n * matrix.rows());
                 compute.kernels.matmul(&compute.threads, matrix.view(extent.bytes()), head_input, part);
                 for (part, logits) in part.chunks_exact(matrix.rows()).zip(logits.chunks_exact_mut(vocab)) {

@@ -1,0 +1,255 @@
+//! `sluice convert`: a Hugging Face checkpoint becomes one model file.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::builder::PossibleValuesParser;
+use clap::builder::TypedValueParser as _;
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+use sluice_converter::{ConvertError, KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, convert, plan};
+use sluice_format::WeightType;
+use sluice_runtime::memory::Bytes;
+
+use crate::error::CliError;
+use crate::terminal::{byte_bar, note, print, print_json, seconds};
+
+const EXAMPLES: &str = "\
+Types: keep carries the weights bit for bit; q8 is int8 with one f16 scale per 32 weights, half of bf16 \
+and close to lossless; fp8 is DeepSeek's (e4m3, one scale per 128x128); bf16 and f32 are for reference. \
+Norms, biases and routers are never quantised.
+
+Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
+
+Examples:
+  sluice convert DeepSeek-R1/ r1.sluice
+  sluice convert DeepSeek-R1/ r1.sluice --dry-run
+  sluice convert my-moe-bf16/ my-moe.sluice --type q8 --dense-type bf16
+  sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
+
+/// Convert a Hugging Face checkpoint (a folder with config.json and safetensors) into a model file
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Folder of the checkpoint
+    src: PathBuf,
+
+    /// Model file to write
+    dst: PathBuf,
+
+    /// Type of the routed experts [default: keep if the checkpoint is quantised (8 bits or fewer), else q8]
+    #[arg(long = "type", value_name = "TYPE", value_parser = type_parser())]
+    expert_type: Option<TypeChoice>,
+
+    /// Type of everything else [default: as for --type]
+    #[arg(long, value_name = "TYPE", value_parser = type_parser())]
+    dense_type: Option<TypeChoice>,
+
+    /// Alignment of everything in the file, in bytes; 16384 for Apple silicon
+    #[arg(long, value_name = "BYTES", default_value = "4096", value_parser = page_size_parser())]
+    page_size: u32,
+
+    /// Replace the model file if it exists, once the new one is complete
+    #[arg(long)]
+    overwrite: bool,
+
+    /// Only say what would be written
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn type_parser() -> impl clap::builder::TypedValueParser<Value = TypeChoice> {
+    PossibleValuesParser::new(["keep", "q8", "fp8", "bf16", "f32"]).try_map(|name| name.parse::<TypeChoice>())
+}
+
+fn page_size_parser() -> impl clap::builder::TypedValueParser<Value = u32> {
+    PossibleValuesParser::new(["4096", "16384"]).try_map(|size| size.parse::<u32>())
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    let default = default_type(&args.src);
+    let options = Options {
+        expert_type: args.expert_type.unwrap_or(default),
+        dense_type: args.dense_type.unwrap_or(default),
+        page_size: args.page_size,
+        overwrite: args.overwrite,
+    };
+    if args.dry_run {
+        let plan = plan(&args.src, &options)?;
+        return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan)) };
+    }
+    let started = Instant::now();
+    let bar = Bar(byte_bar("converting", 0));
+    let outcome = convert(&args.src, &args.dst, &options, &bar);
+    bar.0.finish_and_clear();
+    let summary = outcome.map_err(|e| match e {
+        ConvertError::Exists { path } => {
+            let path = path.display();
+            CliError::Failure(format!("{path} exists already. Choose another name, or replace it with --overwrite"))
+        }
+        other => other.into(),
+    })?;
+    if args.json {
+        return print_json(&summary);
+    }
+    print(&describe(&args.dst, &summary, started.elapsed().as_secs_f64()))
+}
+
+/// What users expect who name no type: quantised weights stay as they are, others become q8.
+fn default_type(src: &Path) -> TypeChoice {
+    // Whatever is wrong with the file, the converter says it better.
+    let config = std::fs::read(src.join("config.json")).unwrap_or_default();
+    let config: Value = serde_json::from_slice(&config).unwrap_or_default();
+    if config["quantization_config"].is_object() { TypeChoice::Keep } else { TypeChoice::Type(WeightType::Q8) }
+}
+
+/// The converter's progress on the terminal.
+#[derive(Debug)]
+pub(crate) struct Bar(pub(crate) ProgressBar);
+
+impl Progress for Bar {
+    fn started(&self, total_bytes: u64, already_done: u64) {
+        self.0.set_length(total_bytes);
+        self.0.set_position(already_done);
+        // A rate that counted bytes of an earlier run would promise too much.
+        self.0.reset_eta();
+        if already_done > 0 {
+            self.note(&format!("resuming: {} of {} are there already", Bytes(already_done), Bytes(total_bytes)));
+        }
+    }
+
+    fn advanced(&self, bytes: u64) {
+        self.0.inc(bytes);
+    }
+
+    fn note(&self, text: &str) {
+        self.0.suspend(|| note(&text));
+    }
+}
+
+/// What both a plan and a finished conversion say.
+struct Facts<'a> {
+    sizes: &'a [KindSize],
+    types: &'a BTreeMap<String, Vec<String>>,
+    errors: Option<&'a BTreeMap<String, f64>>,
+    widened: &'a [String],
+    left_out: &'a [LeftOut],
+    notes: &'a [String],
+}
+
+impl Facts<'_> {
+    /// For people.
+    fn describe(&self) -> String {
+        let mut out = String::new();
+        let _ = writeln!(out, "\n{:<12} {:>8} {:>12}", "part", "extents", "size");
+        for size in self.sizes {
+            let _ = writeln!(out, "{:<12} {:>8} {:>12}", size.kind, size.extents, Bytes(size.bytes).to_string());
+        }
+        let error = if self.errors.is_some() { "relative error" } else { "" };
+        let _ = writeln!(out, "\n{}", format!("{:<28} {:<10} {error}", "tensors", "type").trim_end());
+        for (group, types) in self.types {
+            let error = match self.errors.map(|e| e.get(group)) {
+                None => "",
+                Some(None) => "none",
+                Some(Some(error)) => &format!("{error:.2e}"),
+            };
+            let _ = writeln!(out, "{}", format!("{group:<28} {:<10} {error}", types.join(", ")).trim_end());
+        }
+        out.push('\n');
+        for left_out in self.left_out {
+            let LeftOut { reason, tensors, bytes } = left_out;
+            let _ = writeln!(out, "left out: {tensors} tensors, {}: {reason}", Bytes(*bytes));
+        }
+        if !self.widened.is_empty() {
+            let names = self.widened.join(", ");
+            let _ = writeln!(out, "stored as f32, because no carried type fits them: {names}");
+        }
+        for note in self.notes {
+            let _ = writeln!(out, "note: {note}");
+        }
+        out.truncate(out.trim_end().len());
+        out + "\n"
+    }
+}
+
+fn describe(dst: &Path, s: &Summary, elapsed: f64) -> String {
+    let resumed = match s.resumed_extents {
+        0 => String::new(),
+        n => format!(", {n} extents kept from an earlier run"),
+    };
+    let head = format!(
+        "{}: {}, {}; read {}, wrote {} in {}{resumed}\n",
+        dst.display(),
+        s.family,
+        Bytes(s.file_bytes),
+        Bytes(s.bytes_read),
+        Bytes(s.bytes_written),
+        seconds(elapsed),
+    );
+    let facts = Facts {
+        sizes: &s.sizes,
+        types: &s.types,
+        errors: Some(&s.errors),
+        widened: &s.widened,
+        left_out: &s.left_out,
+        // Heard as progress already.
+        notes: &[],
+    };
+    head + &facts.describe()
+}
+
+fn describe_plan(plan: &Plan) -> String {
+    let head = format!(
+        "would read {} and write {} of {}; nothing was written\n",
+        Bytes(plan.source_bytes()),
+        Bytes(plan.file_bytes()),
+        plan.spec().family,
+    );
+    let facts = Facts {
+        sizes: &plan.sizes(),
+        types: plan.types(),
+        errors: None,
+        widened: plan.widened(),
+        left_out: plan.left_out(),
+        notes: plan.notes(),
+    };
+    head + &facts.describe()
+}
+
+fn plan_json(plan: &Plan, options: &Options) -> Value {
+    json!({
+        "dry_run": true,
+        "family": plan.spec().family,
+        "expert_type": options.expert_type,
+        "dense_type": options.dense_type,
+        "source_bytes": plan.source_bytes(),
+        "file_bytes": plan.file_bytes(),
+        "sizes": plan.sizes(),
+        "types": plan.types(),
+        "widened": plan.widened(),
+        "left_out": plan.left_out(),
+        "notes": plan.notes(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantised_checkpoints_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(default_type(folder.path()), TypeChoice::Type(WeightType::Q8));
+        let config = folder.path().join("config.json");
+        std::fs::write(&config, r#"{"quantization_config": {"quant_method": "fp8"}}"#).unwrap();
+        assert_eq!(default_type(folder.path()), TypeChoice::Keep);
+        std::fs::write(&config, "not json").unwrap();
+        assert_eq!(default_type(folder.path()), TypeChoice::Type(WeightType::Q8));
+    }
+}

@@ -1,0 +1,226 @@
+//! `sluice demo`: a small real model, from checkpoint to text, in seconds.
+
+use std::fs;
+use std::io::{self, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use sluice_converter::{Options, TypeChoice, convert};
+use sluice_format::{ModelFile, WeightType};
+use sluice_runtime::memory::{Bytes, MemoryPlan};
+use sluice_runtime::sampler::SamplerConfig;
+use sluice_runtime::text::StopCondition;
+use sluice_runtime::{Engine, EngineOptions};
+
+use crate::commands::convert::Bar;
+use crate::commands::verify;
+use crate::error::CliError;
+use crate::generate::{Generation, Request, generate};
+use crate::terminal::{byte_bar, print, seconds};
+
+const EXAMPLES: &str = "\
+The model has 5.1 million weights, the architecture of DeepSeek-V3, and has read Shakespeare: its verse scans \
+and says little. It is part of the program; nothing is downloaded.
+
+Examples:
+  sluice demo
+  sluice demo --keep demo/
+  sluice run demo/demo.sluice --prompt 'JULIET:'";
+
+/// Files of the demo checkpoint, as Hugging Face lays them out.
+const CHECKPOINT: [(&str, &[u8]); 5] = [
+    ("config.json", include_bytes!("../../../tests/fixtures/demo-model/config.json")),
+    ("generation_config.json", include_bytes!("../../../tests/fixtures/demo-model/generation_config.json")),
+    ("model.safetensors", include_bytes!("../../../tests/fixtures/demo-model/model.safetensors")),
+    ("tokenizer.json", include_bytes!("../../../tests/fixtures/demo-model/tokenizer.json")),
+    ("tokenizer_config.json", include_bytes!("../../../tests/fixtures/demo-model/tokenizer_config.json")),
+];
+
+const PROMPT: &str = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\n";
+const TOKENS: usize = 96;
+const SEED: u64 = 1;
+/// The cache holds one expert of so many.
+const CACHE_FRACTION: u64 = 3;
+
+/// Convert, verify and run a small built-in model with an expert cache smaller than the model
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Keep checkpoint and model file in this folder instead of a temporary one
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    let temporary;
+    let folder = match &args.keep {
+        Some(folder) => folder.as_path(),
+        None => {
+            temporary = tempfile::Builder::new()
+                .prefix("sluice-demo-")
+                .tempdir()
+                .map_err(CliError::file(&std::env::temp_dir(), "create a folder in it"))?;
+            temporary.path()
+        }
+    };
+    let show = Show { bold: io::stdout().is_terminal() };
+    show.line("Sluice demo: a mixture of experts, streamed from the drive", "")?;
+    let checkpoint = folder.join("checkpoint");
+    unpack(&show, &checkpoint)?;
+    let model = folder.join("demo.sluice");
+    convert_and_verify(&show, &checkpoint, &model)?;
+    let streamed = stream(&show, &model)?;
+    compare(&show, &model, &streamed)?;
+    if args.keep.is_some() {
+        let model = model.display();
+        show.line("Kept", &format!("{model}; go on with: sluice run {model} --prompt 'JULIET:'"))?;
+    }
+    Ok(())
+}
+
+/// What the demo prints.
+struct Show {
+    bold: bool,
+}
+
+impl Show {
+    fn line(&self, title: &str, rest: &str) -> Result<(), CliError> {
+        let title = if rest.is_empty() { title.to_owned() } else { format!("{title:<10}") };
+        let (on, off) = if self.bold { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
+        print(format!("{on}{title}{off} {rest}").trim_end())?;
+        print("\n")
+    }
+
+    fn more(&self, rest: &str) -> Result<(), CliError> {
+        print(&format!("{:<10} {rest}\n", ""))
+    }
+}
+
+fn unpack(show: &Show, checkpoint: &Path) -> Result<(), CliError> {
+    fs::create_dir_all(checkpoint).map_err(CliError::file(checkpoint, "create it"))?;
+    for (name, bytes) in CHECKPOINT {
+        let path = checkpoint.join(name);
+        fs::write(&path, bytes).map_err(CliError::file(&path, "write it"))?;
+    }
+    let total: usize = CHECKPOINT.iter().map(|(_, bytes)| bytes.len()).sum();
+    show.line("Unpack", &format!("DeepSeek-V3 architecture, 5.1 million weights in bf16: {}", Bytes(total as u64)))
+}
+
+fn convert_and_verify(show: &Show, checkpoint: &Path, model: &Path) -> Result<(), CliError> {
+    let q8 = TypeChoice::Type(WeightType::Q8);
+    let options = Options { expert_type: q8, dense_type: q8, overwrite: true, ..Options::default() };
+    let started = Instant::now();
+    let bar = Bar(byte_bar("converting", 0));
+    let outcome = convert(checkpoint, model, &options, &bar);
+    bar.0.finish_and_clear();
+    let summary = outcome?;
+    let elapsed = seconds(started.elapsed().as_secs_f64());
+    show.line(
+        "Convert",
+        &format!("to 8 bits, one file, one extent per expert: {} in {elapsed}", Bytes(summary.file_bytes)),
+    )?;
+
+    let started = Instant::now();
+    let file = ModelFile::open(model)?;
+    let damaged = verify::damage(&file);
+    if let Some(damage) = damaged.first() {
+        return Err(CliError::Failure(format!(
+            "{}: {} is damaged right after it was written",
+            model.display(),
+            damage.extent
+        )));
+    }
+    let extents = file.extents().len();
+    let elapsed = seconds(started.elapsed().as_secs_f64());
+    show.line("Verify", &format!("{extents} extents, every checksum matches ({elapsed})"))
+}
+
+/// Memory for everything but experts, and a part of the experts.
+fn small_budget(model: &Path, context: usize) -> Result<u64, CliError> {
+    let file = ModelFile::open(model)?;
+    let all = MemoryPlan::new(&file, None, context).map_err(sluice_runtime::RuntimeError::from)?;
+    let cache = all.slot_len * all.experts as u64 / CACHE_FRACTION;
+    Ok(all.dense + all.kv_cache + all.scratch + cache)
+}
+
+fn stream(show: &Show, model: &Path) -> Result<Generation, CliError> {
+    // Room for the prompt too, whatever its length in tokens: it has fewer than it has bytes.
+    let context = PROMPT.len() + TOKENS;
+    let budget = small_budget(model, context)?;
+    let options = EngineOptions { budget: Some(budget), context: Some(context), ..EngineOptions::default() };
+    let mut engine = Engine::open(model, &options)?;
+    let memory = engine.memory().clone();
+    show.line(
+        "Run",
+        &format!(
+            "budget {}: room for {} of {} experts of {}",
+            Bytes(budget),
+            memory.slots,
+            memory.experts,
+            Bytes(memory.slot_len)
+        ),
+    )?;
+    show.more(&format!("reads: {}", engine.read_path()))?;
+    show.more(&format!("kernels: {}, {} threads", engine.isa(), engine.threads()))?;
+    print(&format!("\n    {}", indent(PROMPT)))?;
+    let done = speak(&mut engine, &mut |text| print(&indent(text)))?;
+    print("\n\n")?;
+    let decode = &done.decode;
+    show.line(
+        "Speed",
+        &format!("{:.0} tokens/s ({} tokens in {})", decode.tokens_per_second, decode.tokens, seconds(decode.seconds)),
+    )?;
+    show.line(
+        "Experts",
+        &format!(
+            "{} used: {} found in memory ({:.0} %), {} streamed from the drive",
+            decode.hits + decode.misses,
+            decode.hits,
+            100.0 * decode.hit_rate.unwrap_or(0.0),
+            decode.misses
+        ),
+    )?;
+    show.more(&format!(
+        "{} streamed, {} per token; each extent checked by its checksum",
+        Bytes(decode.expert_bytes_read),
+        Bytes(decode.expert_bytes_read_per_token as u64)
+    ))?;
+    Ok(done)
+}
+
+/// The same again with all experts in memory: memory decides the speed, never the words.
+fn compare(show: &Show, model: &Path, streamed: &Generation) -> Result<(), CliError> {
+    let context = PROMPT.len() + TOKENS;
+    let mut engine = Engine::open(model, &EngineOptions { context: Some(context), ..EngineOptions::default() })?;
+    let resident = speak(&mut engine, &mut |_| Ok(()))?;
+    if resident.ids != streamed.ids {
+        return Err(CliError::Failure(
+            "the text depends on the size of the cache: this is a bug, please report it".into(),
+        ));
+    }
+    let speed = resident.decode.tokens_per_second;
+    show.line(
+        "Check",
+        &format!("the same {} tokens with all experts in memory ({speed:.0} tokens/s)", resident.ids.len()),
+    )
+}
+
+fn speak(engine: &mut Engine, sink: &mut dyn FnMut(&str) -> Result<(), CliError>) -> Result<Generation, CliError> {
+    let missing = || CliError::Failure("the demo model has no tokenizer".into());
+    let tokenizer = engine.tokenizer()?.ok_or_else(missing)?;
+    let prompt = tokenizer.encode(PROMPT, true)?;
+    let stop = StopCondition::default();
+    let request = Request {
+        prompt: &prompt,
+        max_tokens: TOKENS,
+        sampling: SamplerConfig { temperature: 0.6, top_p: 0.9, seed: SEED, ..SamplerConfig::default() },
+        stop: &stop,
+        tokenizer: Some(&tokenizer),
+    };
+    generate(engine, &request, &mut |_, text| sink(text))
+}
+
+/// Sets the text off from the report.
+fn indent(text: &str) -> String {
+    text.replace('\n', "\n    ")
+}

@@ -1,0 +1,229 @@
+//! `sluice inspect`: what a model file holds and what it needs.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use clap::value_parser;
+use serde::Serialize;
+use serde_json::Value;
+use sluice_format::{ExtentKind, ModelFile, PROVENANCE_BLOB, TOKENIZER_BLOB};
+use sluice_runtime::memory::{Bytes, MemoryPlan};
+
+use crate::error::CliError;
+use crate::terminal::{print, print_json};
+
+const EXAMPLES: &str = "\
+Reads the tables, not the weights: an instant even for a file of a terabyte.
+
+Examples:
+  sluice inspect r1.sluice
+  sluice inspect r1.sluice --context 16384
+  sluice inspect r1.sluice --extents | less
+  sluice inspect r1.sluice --json | jq .token_cycle_bytes";
+
+/// Show what a model file holds: sizes, types, bytes per token, least memory
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// The model file
+    file: PathBuf,
+
+    /// List every extent
+    #[arg(long)]
+    extents: bool,
+
+    /// Context, in tokens, that the memory figures are for
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = value_parser!(u32).range(1..))]
+    context: u32,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// The answer. All sizes in bytes.
+#[derive(Debug, Serialize)]
+struct Report {
+    file: String,
+    family: String,
+    model_id: String,
+    format_version: u32,
+    page_size: u32,
+    file_bytes: u64,
+    layers: usize,
+    moe_layers: usize,
+    hidden_size: usize,
+    vocab_size: usize,
+    max_positions: usize,
+    /// Of the largest layer.
+    experts_per_layer: usize,
+    top_k: usize,
+    expert_count: usize,
+    /// Of the largest expert.
+    expert_bytes: u64,
+    /// Experts that one token routes to, over all layers.
+    experts_per_token: usize,
+    /// Bytes of those: what a token reads when none is in memory.
+    token_cycle_bytes: u64,
+    kinds: Vec<Kind>,
+    /// Least budget for `context` tokens.
+    least_budget: u64,
+    context: usize,
+    has_tokenizer: bool,
+    provenance: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    extents: Option<Vec<Extent>>,
+}
+
+/// All extents of a kind.
+#[derive(Debug, Serialize)]
+struct Kind {
+    kind: &'static str,
+    extents: usize,
+    bytes: u64,
+    /// Bytes of tensors by type; norms and biases are f32.
+    types: BTreeMap<&'static str, u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Extent {
+    name: String,
+    kind: &'static str,
+    offset: u64,
+    stored_bytes: u64,
+    logical_bytes: u64,
+    checksum: String,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    let file = ModelFile::open(&args.file)?;
+    let report = examine(&args.file, &file, args.context as usize, args.extents);
+    if args.json { print_json(&report) } else { print(&describe(&report)) }
+}
+
+fn examine(path: &Path, file: &ModelFile, context: usize, list_extents: bool) -> Report {
+    let spec = file.spec();
+    let superblock = file.superblock();
+    let moe: Vec<_> = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).collect();
+    let context = context.clamp(1, spec.max_positions.max(1));
+    let provenance = file.metadata().get(PROVENANCE_BLOB).and_then(|b| serde_json::from_slice(b).ok());
+    Report {
+        file: path.display().to_string(),
+        family: spec.family.clone(),
+        model_id: superblock.model_id.to_string(),
+        format_version: sluice_format::FORMAT_VERSION,
+        page_size: superblock.page_size,
+        file_bytes: superblock.file_len,
+        layers: spec.layers.len(),
+        moe_layers: moe.len(),
+        hidden_size: spec.hidden_size,
+        vocab_size: spec.vocab_size,
+        max_positions: spec.max_positions,
+        experts_per_layer: moe.iter().map(|m| m.experts).max().unwrap_or(0),
+        top_k: moe.iter().map(|m| m.top_k).max().unwrap_or(0),
+        expert_count: moe.iter().map(|m| m.experts).sum(),
+        expert_bytes: file
+            .extents()
+            .iter()
+            .filter(|e| e.kind == ExtentKind::Expert)
+            .map(|e| e.stored_len)
+            .max()
+            .unwrap_or(0),
+        experts_per_token: spec.routed_per_token(),
+        token_cycle_bytes: file.token_cycle_bytes(),
+        kinds: kinds(file),
+        least_budget: least_budget(file, context),
+        context,
+        has_tokenizer: file.metadata().get(TOKENIZER_BLOB).is_some(),
+        provenance,
+        extents: list_extents.then(|| extents(file)),
+    }
+}
+
+/// The smallest budget that opens the model: a budget of nothing is refused with it.
+fn least_budget(file: &ModelFile, context: usize) -> u64 {
+    MemoryPlan::new(file, Some(0), context).map_or_else(|refused| refused.least, |plan| plan.effective)
+}
+
+fn kinds(file: &ModelFile) -> Vec<Kind> {
+    let kind = |size: sluice_format::KindSize| Kind {
+        kind: size.kind.name(),
+        extents: size.extents,
+        bytes: size.bytes,
+        types: file.weight_types(size.kind).into_iter().map(|t| (t.weight_type.name(), t.bytes)).collect(),
+    };
+    file.bytes_by_kind().into_iter().map(kind).collect()
+}
+
+fn extents(file: &ModelFile) -> Vec<Extent> {
+    let one = |e: &sluice_format::ExtentRecord| Extent {
+        name: e.name(),
+        kind: e.kind.name(),
+        offset: e.offset,
+        stored_bytes: e.stored_len,
+        logical_bytes: e.logical_len,
+        checksum: format!("{:016x}", e.checksum),
+    };
+    file.extents().iter().map(one).collect()
+}
+
+/// Names of the types, the one with most bytes first; small change (norms, biases) is not worth a word.
+fn types(bytes: &BTreeMap<&'static str, u64>) -> String {
+    let all: u64 = bytes.values().sum();
+    let mut large: Vec<_> = bytes.iter().filter(|&(_, &b)| b * 50 >= all).collect();
+    large.sort_by_key(|&(_, &b)| std::cmp::Reverse(b));
+    large.into_iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+}
+
+/// For people.
+fn describe(r: &Report) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(out, "{name:<13} {value}");
+    };
+    line("file", format!("{}, {} in pages of {} bytes", r.file, Bytes(r.file_bytes), r.page_size));
+    line("model", format!("{}, id {}", r.family, r.model_id));
+    line(
+        "layers",
+        format!(
+            "{}, of which {} with experts; hidden {}, vocabulary {}, up to {} tokens",
+            r.layers, r.moe_layers, r.hidden_size, r.vocab_size, r.max_positions
+        ),
+    );
+    line(
+        "experts",
+        format!(
+            "{} in each of those layers, {} per token; {} each",
+            r.experts_per_layer,
+            r.top_k,
+            Bytes(r.expert_bytes)
+        ),
+    );
+    line(
+        "token cycle",
+        format!(
+            "{}: the {} experts of one token, read from the drive when none is in memory",
+            Bytes(r.token_cycle_bytes),
+            r.experts_per_token
+        ),
+    );
+    let tokens = r.context;
+    line("least budget", format!("{} for a context of {tokens} tokens", Bytes(r.least_budget)));
+    line("tokenizer", if r.has_tokenizer { "yes".into() } else { "none: token ids only".into() });
+    let _ = writeln!(out, "\n{:<12} {:>8} {:>12}  types", "part", "extents", "size");
+    for kind in &r.kinds {
+        let types = types(&kind.types);
+        let _ = writeln!(out, "{:<12} {:>8} {:>12}  {types}", kind.kind, kind.extents, Bytes(kind.bytes).to_string());
+    }
+    if let Some(extents) = &r.extents {
+        let _ =
+            writeln!(out, "\n{:<24} {:>16} {:>14} {:>14}  checksum (xxh3-64)", "extent", "offset", "stored", "used");
+        for e in extents {
+            let (name, offset) = (&e.name, e.offset);
+            let _ =
+                writeln!(out, "{name:<24} {offset:>16} {:>14} {:>14}  {}", e.stored_bytes, e.logical_bytes, e.checksum);
+        }
+    }
+    out
+}

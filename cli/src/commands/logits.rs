@@ -1,0 +1,95 @@
+//! `sluice logits`: what the model thinks of every position, as a NumPy array.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use sluice_format::ModelFile;
+use sluice_runtime::Engine;
+
+use crate::engine_args::EngineArgs;
+use crate::error::CliError;
+use crate::ids::{TokenIds, check_ids};
+use crate::npy;
+
+const EXAMPLES: &str = "\
+Examples:
+  sluice logits model.sluice --ids 1,2,3 --out logits.npy --exact
+  sluice logits model.sluice --ids 1,2,3 --out steps.npy --exact --step
+  python3 -c 'import numpy; print(numpy.load(\"logits.npy\").argmax(1))'";
+
+/// Write the logits of every position: f32, [tokens, vocabulary], NumPy format
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// The model file
+    file: PathBuf,
+
+    /// Token ids, such as 1,2,3
+    #[arg(long, value_name = "IDS")]
+    ids: TokenIds,
+
+    /// The array file to write
+    #[arg(long, value_name = "FILE.npy")]
+    out: PathBuf,
+
+    /// One token at a time through the key-value cache, as text is generated, instead of all at once
+    #[arg(long)]
+    step: bool,
+
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    let TokenIds(ids) = &args.ids;
+    let file = ModelFile::open(&args.file)?;
+    let spec = file.spec();
+    check_ids(ids, spec.vocab_size)?;
+    if ids.len() > spec.max_positions {
+        let (given, most) = (ids.len(), spec.max_positions);
+        return Err(CliError::Usage(format!("there are {given} tokens, the model takes at most {most}")));
+    }
+    let mut engine = args.engine.open(&args.file, ids.len())?;
+    let out = Rows::create(&args.out, ids.len(), spec.vocab_size)?;
+    let outcome = compute(&mut engine, ids, args.step, out);
+    // A header that promises more than follows would be found out much later.
+    if outcome.is_err() && args.out.is_file() {
+        let _ = fs::remove_file(&args.out);
+    }
+    outcome
+}
+
+fn compute(engine: &mut Engine, ids: &[u32], step: bool, mut out: Rows<'_>) -> Result<(), CliError> {
+    let mut session = engine.new_session();
+    for part in ids.chunks(if step { 1 } else { ids.len() }) {
+        engine.forward_all(&mut session, part, &mut |_, row| out.push(row))?;
+    }
+    out.finish()
+}
+
+/// The array, written row by row. The first failure is kept until somebody can be told.
+struct Rows<'a> {
+    path: &'a Path,
+    file: BufWriter<File>,
+    failed: Option<io::Error>,
+}
+
+impl<'a> Rows<'a> {
+    fn create(path: &'a Path, rows: usize, cols: usize) -> Result<Self, CliError> {
+        let mut file = BufWriter::new(File::create(path).map_err(CliError::file(path, "create it"))?);
+        file.write_all(&npy::f32_header(rows, cols)).map_err(CliError::file(path, "write it"))?;
+        Ok(Rows { path, file, failed: None })
+    }
+
+    fn push(&mut self, row: &[f32]) {
+        if self.failed.is_none() {
+            self.failed = row.iter().try_for_each(|x| self.file.write_all(&x.to_le_bytes())).err();
+        }
+    }
+
+    fn finish(mut self) -> Result<(), CliError> {
+        let outcome = self.failed.take().map_or_else(|| self.file.flush(), Err);
+        outcome.map_err(CliError::file(self.path, "write it"))
+    }
+}

@@ -1,0 +1,9 @@
+//! One file per command.
+
+pub(crate) mod convert;
+pub(crate) mod demo;
+pub(crate) mod inspect;
+pub(crate) mod logits;
+pub(crate) mod perplexity;
+pub(crate) mod run;
+pub(crate) mod verify;

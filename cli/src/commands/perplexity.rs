@@ -1,0 +1,122 @@
+//! `sluice perplexity`: how well the model predicts a text.
+
+use std::path::PathBuf;
+
+use clap::value_parser;
+use serde::Serialize;
+use sluice_format::ModelFile;
+use sluice_runtime::Engine;
+
+use crate::engine_args::{EngineArgs, tokenizer};
+use crate::error::CliError;
+use crate::terminal::{print, print_json, step_bar};
+
+const EXAMPLES: &str = "\
+The text is cut into windows of N + 1 tokens that overlap by one. Each window starts without memory of the \
+one before; its first token is given, the N others are scored. `nll` is the sum of -ln p in nats.
+
+Examples:
+  sluice perplexity model.sluice --text eval.txt
+  sluice perplexity model.sluice --text eval.txt --window 512 --exact --json";
+
+/// Measure how well the model predicts a text
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// The model file
+    file: PathBuf,
+
+    /// The text, UTF-8
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+
+    /// Tokens scored in each window
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = value_parser!(u32).range(1..))]
+    window: u32,
+
+    /// Print JSON: perplexity, nll, tokens
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+#[derive(Debug, Serialize)]
+struct Score {
+    perplexity: f64,
+    nll: f64,
+    tokens: u64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    let text = std::fs::read_to_string(&args.text).map_err(CliError::file(&args.text, "read the text"))?;
+    let window = args.window as usize;
+    let file = ModelFile::open(&args.file)?;
+    if window > file.spec().max_positions {
+        let most = file.spec().max_positions;
+        return Err(CliError::Usage(format!("--window is {window}, the model takes at most {most} tokens")));
+    }
+    let mute = || CliError::Failure(format!("{} has no tokenizer, so it cannot read text", args.file.display()));
+    let ids = tokenizer(&file)?.ok_or_else(mute)?.encode(&text, true)?;
+    if ids.len() < 2 {
+        return Err(CliError::Failure(format!(
+            "{} has {} tokens: at least two are needed, one to start from and one to score",
+            args.text.display(),
+            ids.len()
+        )));
+    }
+    let mut engine = args.engine.open(&args.file, window)?;
+    let score = score(&mut engine, &ids, window)?;
+    if args.json {
+        return print_json(&score);
+    }
+    let Score { perplexity, nll, tokens } = score;
+    print(&format!("perplexity {perplexity:.4} over {tokens} tokens in windows of {window} (nll {nll:.3} nats)\n"))
+}
+
+fn score(engine: &mut Engine, ids: &[u32], window: usize) -> Result<Score, CliError> {
+    let (mut nll, mut tokens) = (0.0, 0);
+    let mut session = engine.new_session();
+    let bar = step_bar("scoring", ids.len() as u64 - 1);
+    for start in (0..ids.len() - 1).step_by(window) {
+        let ids = &ids[start..ids.len().min(start + window + 1)];
+        let targets = &ids[1..];
+        session.clear();
+        engine.forward_all(&mut session, &ids[..ids.len() - 1], &mut |i, row| {
+            nll += negative_log_probability(row, targets[i]);
+            tokens += 1;
+            bar.inc(1);
+        })?;
+    }
+    bar.finish_and_clear();
+    let perplexity = (nll / tokens as f64).exp();
+    if !nll.is_finite() {
+        let message = "the model's output is not a number; check the file with `sluice verify`";
+        return Err(CliError::Failure(message.into()));
+    }
+    Ok(Score { perplexity, nll, tokens })
+}
+
+/// −ln softmax(logits)[target]; an id beyond the logits has probability 0.
+fn negative_log_probability(logits: &[f32], target: u32) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
+    let target = logits.get(target as usize).copied().unwrap_or(f32::NEG_INFINITY);
+    sum.ln() - f64::from(target - max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probabilities() {
+        let uniform = negative_log_probability(&[3.0; 8], 5);
+        assert!((uniform - 8f64.ln()).abs() < 1e-12);
+        let sure = negative_log_probability(&[0.0, 1000.0], 1);
+        assert!(sure.abs() < 1e-12);
+        assert!((negative_log_probability(&[0.0, 1000.0], 0) - 1000.0).abs() < 1e-9);
+        assert!(negative_log_probability(&[0.0], 1).is_infinite());
+    }
+}

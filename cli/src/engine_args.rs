@@ -1,0 +1,74 @@
+//! The options that every command which computes has in common.
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+
+use clap::ValueEnum;
+use sluice_format::{ModelFile, TOKENIZER_BLOB};
+use sluice_runtime::text::{TextError, Tokenizer};
+use sluice_runtime::{Engine, EngineOptions, ReadEngineKind};
+
+use crate::error::CliError;
+use crate::size::parse_size;
+use crate::terminal::spinner;
+
+/// How the model is opened.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Engine")]
+pub(crate) struct EngineArgs {
+    /// Memory for everything large: dense weights, key-value cache and expert slots [default: as much as is useful and
+    /// available]
+    ///
+    /// `sluice inspect` prints the least that works. The result does not depend on it, only the speed.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) budget: Option<u64>,
+
+    /// How the file is read [default: the best that works here]
+    #[arg(long, value_name = "ENGINE")]
+    pub(crate) engine: Option<EngineChoice>,
+
+    /// Threads that compute [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
+
+    /// Compute with f32 activations throughout: slower; for comparison with reference implementations
+    #[arg(long)]
+    pub(crate) exact: bool,
+}
+
+/// Names of the read engines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum EngineChoice {
+    /// io_uring with direct I/O (Linux)
+    Uring,
+    /// A pool of threads that read, with direct I/O where the system has it
+    Pread,
+}
+
+impl EngineArgs {
+    /// Opens the model for sessions of `context` tokens. Reads all dense weights: seconds, for a large model.
+    pub(crate) fn open(&self, path: &Path, context: usize) -> Result<Engine, CliError> {
+        let spinner = spinner("opening the model");
+        let engine = Engine::open(path, &self.options(context));
+        spinner.finish_and_clear();
+        Ok(engine?)
+    }
+
+    fn options(&self, context: usize) -> EngineOptions {
+        EngineOptions {
+            budget: self.budget,
+            read_engine: self.engine.map(|e| match e {
+                EngineChoice::Uring => ReadEngineKind::Uring,
+                EngineChoice::Pread => ReadEngineKind::Pread,
+            }),
+            threads: self.threads.map(NonZeroUsize::get),
+            exact: self.exact,
+            context: Some(context),
+        }
+    }
+}
+
+/// The model's tokenizer, if it has one: whatever is wrong with a text should be said before the weights are read.
+pub(crate) fn tokenizer(file: &ModelFile) -> Result<Option<Tokenizer>, TextError> {
+    file.metadata().get(TOKENIZER_BLOB).map(Tokenizer::from_json).transpose()
+}

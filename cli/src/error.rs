@@ -1,0 +1,81 @@
+//! Why a command failed, and the exit code that follows.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use sluice_converter::ConvertError;
+use sluice_format::FormatError;
+use sluice_runtime::RuntimeError;
+use sluice_runtime::sampler::SamplerError;
+use sluice_runtime::text::TextError;
+
+/// Why a command failed. The message is one paragraph that says what to do.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CliError {
+    /// The command line asks for something that makes no sense.
+    #[error("{0}")]
+    Usage(String),
+    /// What was asked for cannot be done.
+    #[error("{0}")]
+    Failure(String),
+    /// A file that the command line names, other than a model, cannot be used.
+    #[error("{path}: cannot {action}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What was being done.
+        action: &'static str,
+        /// The operating system's error.
+        source: io::Error,
+    },
+    /// Standard output cannot be written.
+    #[error("cannot write to standard output: {0}")]
+    Output(io::Error),
+    #[error(transparent)]
+    Convert(#[from] ConvertError),
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error(transparent)]
+    Text(#[from] TextError),
+    #[error(transparent)]
+    Sampler(#[from] SamplerError),
+}
+
+impl CliError {
+    /// An adapter for `map_err`.
+    pub(crate) fn file(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> CliError {
+        move |source| CliError::File { path: path.to_owned(), action, source }
+    }
+
+    /// 2 when the command line must change, else 1.
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            CliError::Usage(_)
+            | CliError::Convert(ConvertError::Options(_))
+            | CliError::Sampler(SamplerError::Config { .. })
+            | CliError::Text(TextError::EmptyStopString { .. } | TextError::StopStringTooLong { .. }) => 2,
+            _ => 1,
+        }
+    }
+
+    /// Whether the reader of our output has gone: no error of ours, and nobody to tell.
+    pub(crate) fn is_broken_pipe(&self) -> bool {
+        matches!(self, CliError::Output(e) if e.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes() {
+        assert_eq!(CliError::Usage(String::new()).exit_code(), 2);
+        assert_eq!(CliError::Text(TextError::EmptyStopString { index: 0 }).exit_code(), 2);
+        assert_eq!(CliError::Failure(String::new()).exit_code(), 1);
+        let pipe = CliError::Output(io::ErrorKind::BrokenPipe.into());
+        assert!(pipe.is_broken_pipe() && pipe.exit_code() == 1);
+    }
+}

@@ -1,0 +1,166 @@
+//! The generation loop: prompt in, tokens and text out, measured.
+
+use std::time::Instant;
+
+use serde::Serialize;
+use sluice_runtime::Engine;
+use sluice_runtime::sampler::{Sampler, SamplerConfig};
+use sluice_runtime::text::{Detokenizer, StopCondition, Tokenizer};
+
+use crate::error::CliError;
+use crate::profile::Phase;
+use crate::terminal::step_bar;
+
+/// What to generate.
+#[derive(Debug)]
+pub(crate) struct Request<'a> {
+    /// Tokens to continue.
+    pub(crate) prompt: &'a [u32],
+    /// Most tokens to generate.
+    pub(crate) max_tokens: usize,
+    /// How tokens are chosen.
+    pub(crate) sampling: SamplerConfig,
+    /// What ends the generation early.
+    pub(crate) stop: &'a StopCondition,
+    /// Turns tokens into text; without it there is no text.
+    pub(crate) tokenizer: Option<&'a Tokenizer>,
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Finish {
+    /// As many tokens as were asked for.
+    Length,
+    /// The model said that it is done.
+    EndToken,
+    /// A stop string appeared.
+    StopString,
+    /// The context is full.
+    Context,
+}
+
+/// What was generated.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    /// The tokens, an end token included.
+    pub(crate) ids: Vec<u32>,
+    /// Their text, without end token and stop string; `None` without a tokenizer.
+    pub(crate) text: Option<String>,
+    pub(crate) finish: Finish,
+    pub(crate) prefill: Phase,
+    pub(crate) decode: Phase,
+}
+
+/// Generates; calls `sink` with every token and the text that became certain with it (often empty, and at the end without
+/// a token).
+pub(crate) fn generate(
+    engine: &mut Engine,
+    request: &Request<'_>,
+    sink: &mut dyn FnMut(Option<u32>, &str) -> Result<(), CliError>,
+) -> Result<Generation, CliError> {
+    let mut sampler = Sampler::new(request.sampling)?;
+    let mut session = engine.new_session();
+    let mut logits = Vec::new();
+    let before = (Instant::now(), engine.stats());
+    let bar = watch_prefill(engine, request.prompt.len());
+    let outcome = engine.forward(&mut session, request.prompt, &mut logits);
+    bar.finish_and_clear();
+    outcome?;
+    let prefill = Phase::since(&before, engine);
+
+    let before = (Instant::now(), engine.stats());
+    let mut stream = TextStream::new(request);
+    let mut history = request.prompt.to_vec();
+    let finish = loop {
+        if history.len() - request.prompt.len() == request.max_tokens {
+            break Finish::Length;
+        }
+        // The first token's logits come from the prompt.
+        if let Some(&last) = history.get(request.prompt.len()..).and_then(<[u32]>::last) {
+            if session.position() == session.capacity() {
+                break Finish::Context;
+            }
+            engine.forward(&mut session, &[last], &mut logits)?;
+        }
+        let id = sampler.sample(&logits, &history)?;
+        history.push(id);
+        if request.stop.is_eos(id) {
+            sink(Some(id), "")?;
+            break Finish::EndToken;
+        }
+        let stopped = stream.push(id, &mut |text| sink(Some(id), text))?;
+        if stopped {
+            break Finish::StopString;
+        }
+    };
+    let stopped = stream.finish(&mut |text| sink(None, text))?;
+    let decode = Phase::since(&before, engine);
+    Ok(Generation {
+        ids: history.split_off(request.prompt.len()),
+        text: request.tokenizer.map(|_| stream.text),
+        finish: if stopped { Finish::StopString } else { finish },
+        prefill,
+        decode,
+    })
+}
+
+/// A bar that follows the prompt through the layers: minutes, for a large model.
+fn watch_prefill(engine: &mut Engine, tokens: usize) -> indicatif::ProgressBar {
+    let layers = engine.spec().layers.iter().filter(|l| l.ffn.moe.is_some()).count();
+    let bar = step_bar(format!("reading {tokens} tokens"), (tokens * layers) as u64);
+    let watched = bar.clone();
+    engine.observe_routing(Box::new(move |_, _, top_k, choices| {
+        if !watched.is_finished() {
+            watched.inc((choices.len() / top_k.max(1)) as u64);
+        }
+    }));
+    bar
+}
+
+/// Tokens to text, up to a stop string.
+struct TextStream {
+    detokenizer: Option<Detokenizer>,
+    matcher: sluice_runtime::text::StopMatcher,
+    text: String,
+    stopped: bool,
+}
+
+impl TextStream {
+    fn new(request: &Request<'_>) -> Self {
+        TextStream {
+            detokenizer: request.tokenizer.map(Detokenizer::new),
+            matcher: request.stop.matcher(),
+            text: String::new(),
+            stopped: false,
+        }
+    }
+
+    /// Adds a token; whether a stop string was found.
+    fn push(&mut self, id: u32, sink: &mut dyn FnMut(&str) -> Result<(), CliError>) -> Result<bool, CliError> {
+        let piece = self.detokenizer.as_mut().map_or(Ok(String::new()), |d| d.push(id))?;
+        let emit = self.matcher.push(&piece);
+        self.text += &emit.text;
+        self.stopped |= emit.stopped;
+        sink(&emit.text)?;
+        Ok(self.stopped)
+    }
+
+    /// Ends the text; whether a stop string was found, now or before.
+    fn finish(&mut self, sink: &mut dyn FnMut(&str) -> Result<(), CliError>) -> Result<bool, CliError> {
+        if self.stopped {
+            return Ok(true);
+        }
+        let piece = self.detokenizer.as_mut().map_or(Ok(String::new()), Detokenizer::finish)?;
+        let emit = self.matcher.push(&piece);
+        let mut rest = emit.text;
+        if !emit.stopped {
+            rest += &self.matcher.finish();
+        }
+        self.text += &rest;
+        if !rest.is_empty() {
+            sink(&rest)?;
+        }
+        Ok(emit.stopped)
+    }
+}

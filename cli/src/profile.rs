@@ -1,0 +1,189 @@
+//! Where the time and the bytes of a generation went.
+
+use std::fmt::Write as _;
+use std::time::Instant;
+
+use serde::Serialize;
+use sluice_runtime::memory::{Bytes, MemoryPlan};
+use sluice_runtime::{Engine, Stats};
+
+use crate::generate::Generation;
+use crate::terminal::{percent, seconds};
+
+/// One part of a generation: the prompt, or the tokens after it.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Phase {
+    /// Tokens that went through the layers.
+    pub(crate) tokens: u64,
+    /// Wall-clock time.
+    pub(crate) seconds: f64,
+    pub(crate) tokens_per_second: f64,
+    /// Bytes of experts read.
+    pub(crate) expert_bytes_read: u64,
+    pub(crate) expert_bytes_read_per_token: f64,
+    /// Experts found in memory.
+    pub(crate) hits: u64,
+    /// Experts that had to be read.
+    pub(crate) misses: u64,
+    /// Hits among both; `None` when no expert was needed.
+    pub(crate) hit_rate: Option<f64>,
+    /// Of the time: waiting for experts.
+    pub(crate) io_wait_seconds: f64,
+    /// Of the time: attention.
+    pub(crate) attention_seconds: f64,
+    /// Of the time: routed experts.
+    pub(crate) expert_seconds: f64,
+    /// Of the time: output head.
+    pub(crate) head_seconds: f64,
+    /// The rest.
+    pub(crate) other_seconds: f64,
+}
+
+impl Phase {
+    /// What happened since `before` was taken.
+    pub(crate) fn since(before: &(Instant, Stats), engine: &Engine) -> Phase {
+        Self::between(&before.1, &engine.stats(), before.0.elapsed().as_secs_f64())
+    }
+
+    fn between(a: &Stats, b: &Stats, seconds: f64) -> Phase {
+        let tokens = b.tokens - a.tokens;
+        let bytes = b.expert_bytes_read - a.expert_bytes_read;
+        let (hits, misses) = (b.hits - a.hits, b.misses - a.misses);
+        let io_wait_seconds = b.io_wait_seconds - a.io_wait_seconds;
+        let attention_seconds = b.attention_seconds - a.attention_seconds;
+        let expert_seconds = b.expert_seconds - a.expert_seconds;
+        let head_seconds = b.head_seconds - a.head_seconds;
+        let named = io_wait_seconds + attention_seconds + expert_seconds + head_seconds;
+        Phase {
+            tokens,
+            seconds,
+            tokens_per_second: if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 },
+            expert_bytes_read: bytes,
+            expert_bytes_read_per_token: if tokens > 0 { bytes as f64 / tokens as f64 } else { 0.0 },
+            hits,
+            misses,
+            hit_rate: (hits + misses > 0).then(|| hits as f64 / (hits + misses) as f64),
+            io_wait_seconds,
+            attention_seconds,
+            expert_seconds,
+            head_seconds,
+            other_seconds: (seconds - named).max(0.0),
+        }
+    }
+
+    fn lines(&self, name: &str) -> String {
+        if self.tokens == 0 {
+            return format!("{name:<9} nothing to do\n");
+        }
+        let mut out = format!(
+            "{name:<9} {} tokens in {}: {:.2} tokens/s, {} of experts read per token, {} in all\n",
+            self.tokens,
+            seconds(self.seconds),
+            self.tokens_per_second,
+            Bytes(self.expert_bytes_read_per_token as u64),
+            Bytes(self.expert_bytes_read),
+        );
+        let part = |value| percent(value, self.seconds);
+        let _ = writeln!(
+            out,
+            "          {} of {} experts were in memory ({:.1} %)",
+            self.hits,
+            self.hits + self.misses,
+            100.0 * self.hit_rate.unwrap_or(0.0),
+        );
+        let _ = writeln!(
+            out,
+            "          waiting for the drive {:.0} %, experts {:.0} %, attention {:.0} %, output head {:.0} %, other {:.0} %",
+            part(self.io_wait_seconds),
+            part(self.expert_seconds),
+            part(self.attention_seconds),
+            part(self.head_seconds),
+            part(self.other_seconds),
+        );
+        out
+    }
+}
+
+/// The whole report.
+#[derive(Debug, Serialize)]
+pub(crate) struct Profile {
+    /// Time to open the model: checks, memory, dense weights.
+    pub(crate) open_seconds: f64,
+    pub(crate) prefill: Phase,
+    pub(crate) decode: Phase,
+    /// Bytes of dense weights and embedding read.
+    pub(crate) dense_bytes_read: u64,
+    pub(crate) memory: MemoryPlan,
+    /// What reads the file, in words.
+    pub(crate) read_path: String,
+    pub(crate) isa: &'static str,
+    pub(crate) threads: usize,
+}
+
+impl Profile {
+    pub(crate) fn new(engine: &Engine, generation: &Generation, open_seconds: f64) -> Profile {
+        Profile {
+            open_seconds,
+            prefill: generation.prefill.clone(),
+            decode: generation.decode.clone(),
+            dense_bytes_read: engine.stats().dense_bytes_read,
+            memory: engine.memory().clone(),
+            read_path: engine.read_path(),
+            isa: engine.isa(),
+            threads: engine.threads(),
+        }
+    }
+
+    /// For people.
+    pub(crate) fn report(&self) -> String {
+        let memory = &self.memory;
+        let mut out = self.prefill.lines("prefill") + &self.decode.lines("decode");
+        let requested = memory.requested.map_or("not limited".to_owned(), |r| Bytes(r).to_string());
+        let _ = writeln!(
+            out,
+            "memory    requested {requested}, effective {}, used {}: dense {}, key-value cache {}, scratch {}, \
+             {} of {} experts of {}",
+            Bytes(memory.effective),
+            Bytes(memory.used()),
+            Bytes(memory.dense),
+            Bytes(memory.kv_cache),
+            Bytes(memory.scratch),
+            memory.slots,
+            memory.experts,
+            Bytes(memory.slot_len),
+        );
+        let _ = writeln!(out, "reads     {}", self.read_path);
+        let _ = writeln!(
+            out,
+            "computes  {} on {} threads; opened in {}, {} of dense weights",
+            self.isa,
+            self.threads,
+            seconds(self.open_seconds),
+            Bytes(self.dense_bytes_read),
+        );
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phases_are_differences() {
+        let a = Stats { tokens: 3, hits: 1, misses: 9, expert_bytes_read: 100, ..Stats::default() };
+        let b =
+            Stats { tokens: 7, hits: 4, misses: 10, expert_bytes_read: 140, io_wait_seconds: 0.5, ..Stats::default() };
+        let phase = Phase::between(&a, &b, 2.0);
+        assert_eq!((phase.tokens, phase.tokens_per_second), (4, 2.0));
+        assert_eq!((phase.expert_bytes_read_per_token, phase.hit_rate), (10.0, Some(0.75)));
+        assert_eq!(phase.other_seconds, 1.5);
+    }
+
+    #[test]
+    fn nothing_happened() {
+        let phase = Phase::between(&Stats::default(), &Stats::default(), 0.0);
+        assert_eq!((phase.tokens_per_second, phase.hit_rate), (0.0, None));
+        assert!(phase.lines("decode").contains("nothing"));
+    }
+}

@@ -1,0 +1,91 @@
+//! Sampling options, and what follows from them and the model's own recommendation.
+
+use sluice_runtime::sampler::SamplerConfig;
+use sluice_runtime::text::GenerationDefaults;
+
+/// How the next token is chosen. Whatever is not given comes from the model's generation_config.json; without one, the
+/// likeliest token is taken.
+#[derive(Clone, Debug, Default, clap::Args)]
+#[command(next_help_heading = "Sampling")]
+pub(crate) struct SamplingArgs {
+    /// 0 takes the likeliest token (greedy); below 1 sharpens, above 1 flattens [default: the model's own, else 0]
+    #[arg(long, value_name = "T")]
+    pub(crate) temperature: Option<f32>,
+
+    /// Keep only the K likeliest tokens; 0 keeps all
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<u32>,
+
+    /// Keep the likeliest tokens until their probabilities add up to P; 1 keeps all
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f32>,
+
+    /// Keep only tokens at least P times as probable as the likeliest; 0 keeps all
+    #[arg(long, value_name = "P")]
+    pub(crate) min_p: Option<f32>,
+
+    /// Make tokens that have occurred less likely (above 1); 1 is off
+    #[arg(long, value_name = "R")]
+    pub(crate) repetition_penalty: Option<f32>,
+
+    /// Where the random numbers start: the same seed gives the same text
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+impl SamplingArgs {
+    /// The settings in force.
+    pub(crate) fn config(&self, model: &GenerationDefaults) -> SamplerConfig {
+        let neutral = SamplerConfig::default();
+        // Who narrows the choice wants one, even where the model's authors recommend none.
+        let narrowed = self.top_k.is_some() || self.top_p.is_some() || self.min_p.is_some();
+        let temperature = match (self.temperature, model.effective_temperature()) {
+            (Some(asked), _) => asked,
+            (None, own) if own > 0.0 => own,
+            (None, _) if narrowed => model.temperature.filter(|&t| t > 0.0).unwrap_or(1.0),
+            (None, _) => 0.0,
+        };
+        SamplerConfig {
+            temperature,
+            top_k: self.top_k.or(model.top_k).unwrap_or(neutral.top_k),
+            top_p: self.top_p.or(model.top_p).unwrap_or(neutral.top_p),
+            min_p: self.min_p.or(model.min_p).unwrap_or(neutral.min_p),
+            repetition_penalty: self
+                .repetition_penalty
+                .or(model.repetition_penalty)
+                .unwrap_or(neutral.repetition_penalty),
+            seed: self.seed,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn greedy_unless_somebody_asks() {
+        let silent = GenerationDefaults::default();
+        assert_eq!(SamplingArgs::default().config(&silent), SamplerConfig::default());
+        let seeded = SamplingArgs { seed: 7, ..SamplingArgs::default() };
+        assert_eq!(seeded.config(&silent).temperature, 0.0);
+        let narrowed = SamplingArgs { top_p: Some(0.9), ..SamplingArgs::default() };
+        assert_eq!(narrowed.config(&silent).temperature, 1.0);
+    }
+
+    #[test]
+    fn the_model_recommends_and_the_user_decides() {
+        let model = GenerationDefaults {
+            do_sample: Some(true),
+            temperature: Some(0.6),
+            top_p: Some(0.95),
+            ..GenerationDefaults::default()
+        };
+        let own = SamplingArgs::default().config(&model);
+        assert_eq!((own.temperature, own.top_p), (0.6, 0.95));
+        let greedy = SamplingArgs { temperature: Some(0.0), ..SamplingArgs::default() };
+        assert_eq!(greedy.config(&model).temperature, 0.0);
+        let wide = SamplingArgs { top_p: Some(1.0), ..SamplingArgs::default() };
+        assert_eq!((wide.config(&model).temperature, wide.config(&model).top_p), (0.6, 1.0));
+    }
+}

@@ -1,0 +1,73 @@
+//! What the tests of the program share: calling it, and a converted demo model.
+#![allow(dead_code, reason = "every test file uses a part of it")]
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+/// The folder of the demo checkpoint.
+pub fn demo_checkpoint() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/demo-model")
+}
+
+/// What the reference implementation computes from it.
+pub fn expected() -> Value {
+    serde_json::from_slice(&fs::read(demo_checkpoint().join("expected.json")).unwrap()).unwrap()
+}
+
+pub fn sluice(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_sluice")).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+/// Runs the program with something on its standard input.
+pub fn sluice_with_input(args: &[&str], input: &[u8]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+    command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    // A program that refuses its arguments does not wait for its input.
+    let _ = child.stdin.take().unwrap().write_all(input);
+    child.wait_with_output().unwrap()
+}
+
+/// Standard output of a run that must succeed.
+pub fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{}", stderr(output));
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+pub fn json(output: &Output) -> Value {
+    serde_json::from_str(&stdout(output)).unwrap()
+}
+
+/// Asserts failure with this code, nothing on standard output, and one paragraph that names all of `words`.
+pub fn assert_fails(output: &Output, code: i32, words: &[&str]) {
+    let message = stderr(output);
+    assert_eq!(output.status.code(), Some(code), "{message}");
+    assert!(message.starts_with("error: "), "{message}");
+    assert!(!message.contains("panicked") && !message.contains("RUST_BACKTRACE"), "{message}");
+    for word in words {
+        assert!(message.contains(word), "`{word}` is not in: {message}");
+    }
+}
+
+/// The demo model in f32, converted once for all tests of a file.
+pub fn demo_model() -> &'static str {
+    static MODEL: OnceLock<(tempfile::TempDir, String)> = OnceLock::new();
+    let (_, path) = MODEL.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("demo.sluice").to_str().unwrap().to_owned();
+        let checkpoint = demo_checkpoint();
+        let args = ["convert", checkpoint.to_str().unwrap(), &path, "--type", "f32", "--dense-type", "f32"];
+        stdout(&sluice(&args));
+        (folder, path)
+    });
+    path
+}

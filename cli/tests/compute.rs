@@ -1,0 +1,177 @@
+//! The commands that compute: run, logits, perplexity, demo.
+
+mod common;
+
+use std::fs;
+
+use common::{assert_fails, demo_checkpoint, demo_model, expected, json, sluice, sluice_with_input, stderr, stdout};
+use serde_json::Value;
+
+fn list(ids: &Value) -> String {
+    let ids: Vec<_> = ids.as_array().unwrap().iter().map(ToString::to_string).collect();
+    ids.join(",")
+}
+
+#[test]
+fn greedy_ids_and_text_are_the_references() {
+    for case in expected()["greedy"].as_array().unwrap() {
+        let count = case["ids"].as_array().unwrap().len().to_string();
+        let base = ["run", demo_model(), "--temperature", "0", "-n", &count, "--exact"];
+        let prompt = case["prompt"].as_str().unwrap();
+
+        let from_ids = sluice(&[&base[..], &["--ids", "--prompt-ids", &list(&case["prompt_ids"])]].concat());
+        assert_eq!(stdout(&from_ids), list(&case["ids"]) + "\n");
+        let from_text = sluice(&[&base[..], &["--prompt", prompt]].concat());
+        assert_eq!(stdout(&from_text), format!("{}\n", case["text"].as_str().unwrap()));
+        let report = json(&sluice_with_input(&[&base[..], &["--json"]].concat(), prompt.as_bytes()));
+        assert_eq!((&report["ids"], &report["text"]), (&case["ids"], &case["text"]));
+        assert_eq!(report["finish"], "length");
+    }
+}
+
+#[test]
+fn the_profile_adds_up() {
+    let args = ["run", demo_model(), "--prompt", "ROMEO:\n", "-n", "20", "--temperature", "0", "--budget", "8MiB"];
+    let report = json(&sluice(&[&args[..], &["--json", "--engine", "pread", "--threads", "2"]].concat()));
+    let profile = &report["profile"];
+    assert_eq!((&report["prompt_tokens"], &profile["prefill"]["tokens"]), (&3.into(), &3.into()));
+    let decode = &profile["decode"];
+    assert_eq!(decode["tokens"], 19);
+    let number = |value: &Value| value.as_u64().unwrap();
+    assert_eq!(number(&decode["hits"]) + number(&decode["misses"]), 19 * 20);
+    let expert = json(&sluice(&["inspect", demo_model(), "--json"]))["expert_bytes"].as_u64().unwrap();
+    assert_eq!(number(&decode["expert_bytes_read"]), number(&decode["misses"]) * expert);
+    assert_eq!((&profile["memory"]["requested"], &profile["threads"]), (&(8 << 20).into(), &2.into()));
+    assert!(profile["read_path"].as_str().unwrap().contains("pread"));
+
+    let output = sluice(&[&args[..], &["--profile"]].concat());
+    let said = stderr(&output);
+    for word in ["prefill", "decode", "tokens/s", "per token", "in memory", "requested 8.0 MiB"] {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+    assert_eq!(stdout(&output), format!("{}\n", report["text"].as_str().unwrap()));
+}
+
+#[test]
+fn sampling_follows_the_seed() {
+    let text =
+        |more: &[&str]| stdout(&sluice(&[&["run", demo_model(), "--prompt", "JULIET:", "-n", "24"], more].concat()));
+    // The model's own generation_config.json asks for sampling.
+    let own = text(&[]);
+    assert_eq!(own, text(&["--temperature", "0.7", "--top-p", "0.9", "--seed", "0"]));
+    assert_ne!(own, text(&["--seed", "1"]));
+    assert_ne!(own, text(&["--temperature", "0"]));
+    assert_eq!(text(&["--top-k", "1"]), text(&["--temperature", "0"]));
+}
+
+#[test]
+fn generation_stops() {
+    let run = |more: &[&str]| json(&sluice(&[&["run", demo_model(), "--temperature", "0", "--json"], more].concat()));
+    let stopped = run(&["--prompt", "ROMEO:\n", "-n", "64", "--stop", "\n\nNurse"]);
+    assert_eq!(stopped["finish"], "stop_string");
+    assert!(stopped["text"].as_str().unwrap().ends_with("to-morrow."), "{stopped}");
+    let full = run(&["--prompt", "ROMEO:\n", "-n", "64", "--context", "8"]);
+    assert_eq!((&full["finish"], full["ids"].as_array().unwrap().len()), (&"context".into(), 6));
+    let nothing = run(&["--prompt", "ROMEO:\n", "-n", "0"]);
+    assert_eq!((&nothing["text"], &nothing["finish"]), (&"".into(), &"length".into()));
+}
+
+/// The demo checkpoint without a tokenizer, converted.
+fn mute_model(folder: &std::path::Path) -> String {
+    let checkpoint = folder.join("mute");
+    fs::create_dir(&checkpoint).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(demo_checkpoint().join(name), checkpoint.join(name)).unwrap();
+    }
+    let model = folder.join("mute.sluice").to_str().unwrap().to_owned();
+    stdout(&sluice(&["convert", checkpoint.to_str().unwrap(), &model, "--type", "f32", "--dense-type", "f32"]));
+    model
+}
+
+#[test]
+fn models_without_a_tokenizer_speak_in_ids() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = mute_model(folder.path());
+    let case = &expected()["greedy"][0];
+    let ids = list(&case["prompt_ids"]);
+    // No generation_config.json either: greedy.
+    let output = sluice(&["run", &model, "--prompt-ids", &ids, "-n", "64", "--ids", "--exact"]);
+    assert_eq!(stdout(&output), list(&case["ids"]) + "\n");
+    let report = json(&sluice(&["run", &model, "--prompt-ids", &ids, "-n", "2", "--json"]));
+    assert_eq!(report["text"], Value::Null);
+    assert_fails(&sluice(&["run", &model, "--prompt-ids", &ids]), 2, &["no tokenizer", "--ids"]);
+    assert_fails(&sluice(&["run", &model, "--prompt", "x", "--ids"]), 2, &["no tokenizer", "--prompt-ids"]);
+    assert_fails(&sluice(&["run", &model, "--prompt-ids", &ids, "--ids", "--stop", "x"]), 2, &["--stop"]);
+    let eval = demo_checkpoint().join("eval.txt");
+    assert_fails(&sluice(&["perplexity", &model, "--text", eval.to_str().unwrap()]), 1, &["no tokenizer"]);
+}
+
+#[test]
+fn damage_ends_a_run_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("damaged.sluice");
+    let mut bytes = fs::read(demo_model()).unwrap();
+    let inspected = json(&sluice(&["inspect", demo_model(), "--json", "--extents"]));
+    for extent in inspected["extents"].as_array().unwrap().iter().filter(|e| e["kind"] == "expert") {
+        bytes[extent["offset"].as_u64().unwrap() as usize] ^= 0x80;
+    }
+    fs::write(&path, bytes).unwrap();
+    let output = sluice(&["run", path.to_str().unwrap(), "--prompt", "ROMEO:"]);
+    assert_fails(&output, 1, &["expert", "checksum"]);
+    assert_eq!(output.stdout, b"");
+}
+
+fn npy(path: &std::path::Path) -> (String, Vec<f32>) {
+    let bytes = fs::read(path).unwrap();
+    assert_eq!(&bytes[..8], b"\x93NUMPY\x01\x00");
+    let data = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+    let elements = bytes[data..].chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+    (String::from_utf8(bytes[10..data].to_vec()).unwrap(), elements.collect())
+}
+
+#[test]
+fn logits_are_a_numpy_array() {
+    let folder = tempfile::tempdir().unwrap();
+    let case = &expected()["greedy"][1];
+    let ids = list(&case["prompt_ids"]);
+    let write = |name: &str, more: &[&str]| {
+        let path = folder.path().join(name);
+        let args = ["logits", demo_model(), "--ids", &ids, "--exact", "--out", path.to_str().unwrap()];
+        assert_eq!(stdout(&sluice(&[&args[..], more].concat())), "");
+        npy(&path)
+    };
+    let (header, at_once) = write("a.npy", &[]);
+    assert!(header.contains("'descr': '<f4'") && header.contains("'shape': (10, 1536)"), "{header}");
+    assert_eq!(at_once.len(), 10 * 1536);
+    let last = &at_once[9 * 1536..];
+    let best = (0..last.len()).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
+    assert_eq!(best as u64, case["ids"][0].as_u64().unwrap());
+    assert_eq!(write("b.npy", &["--step", "--threads", "1"]), (header, at_once));
+}
+
+#[test]
+fn perplexity_is_the_references() {
+    let eval = demo_checkpoint().join("eval.txt");
+    let args = ["perplexity", demo_model(), "--text", eval.to_str().unwrap(), "--exact"];
+    let score = json(&sluice(&[&args[..], &["--json"]].concat()));
+    let reference = &expected()["perplexity"];
+    assert_eq!(score["tokens"], reference["tokens_scored"]);
+    for (ours, theirs) in [("perplexity", "perplexity"), ("nll", "nll_sum")] {
+        let ratio = score[ours].as_f64().unwrap() / reference[theirs].as_f64().unwrap();
+        assert!((ratio - 1.0).abs() < 1e-3, "{ours}: {score}");
+    }
+    assert!(stdout(&sluice(&args)).starts_with("perplexity 28.6"));
+}
+
+#[test]
+fn demo_shows_that_it_streams() {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = folder.path().join("kept");
+    let text = stdout(&sluice(&["demo", "--keep", kept.to_str().unwrap()]));
+    for word in
+        ["Convert", "Verify", "every checksum matches", "room for", "streamed", "tokens/s", "the same 96 tokens"]
+    {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    assert!(stdout(&sluice(&["verify", kept.join("demo.sluice").to_str().unwrap()])).contains("intact"));
+}

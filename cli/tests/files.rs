@@ -1,0 +1,132 @@
+//! The commands that work on files: convert, inspect, verify.
+
+mod common;
+
+use std::fs;
+
+use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
+
+#[test]
+fn convert_says_what_it_did() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, path) = (demo_checkpoint(), folder.path().join("m.sluice"));
+    let (source, path) = (source.to_str().unwrap(), path.to_str().unwrap());
+
+    let plan = json(&sluice(&["convert", source, path, "--dry-run", "--json"]));
+    assert_eq!((&plan["dry_run"], &plan["expert_type"]), (&true.into(), &"q8".into()));
+    assert!(!fs::exists(path).unwrap());
+
+    let done = json(&sluice(&["convert", source, path, "--json"]));
+    let length = fs::metadata(path).unwrap().len();
+    assert_eq!(done["file_bytes"], length);
+    assert!(plan["file_bytes"].as_u64().unwrap() >= length);
+    assert_eq!(done["types"]["expert.gate_up"], serde_json::json!(["q8"]));
+    assert!(done["errors"]["expert.gate_up"].as_f64().unwrap() < 0.01);
+
+    assert_fails(&sluice(&["convert", source, path]), 1, &["exists", "--overwrite"]);
+    let again = sluice(&["convert", source, path, "--overwrite", "--type", "keep", "--page-size", "16384"]);
+    assert!(stdout(&again).contains("bf16"));
+    assert!(stderr(&again).is_empty(), "{}", stderr(&again));
+    assert_eq!(json(&sluice(&["inspect", path, "--json"]))["page_size"], 16384);
+}
+
+#[test]
+fn convert_refuses() {
+    let folder = tempfile::tempdir().unwrap();
+    let empty = folder.path().to_str().unwrap();
+    let target = folder.path().join("m.sluice");
+    let target = target.to_str().unwrap();
+    assert_fails(&sluice(&["convert", empty, target]), 1, &["config.json"]);
+    assert_fails(&sluice(&["convert", empty, target, "--type", "q9"]), 2, &["q9", "keep"]);
+    assert_fails(&sluice(&["convert", empty, target, "--page-size", "5"]), 2, &["4096", "16384"]);
+    assert_fails(&sluice(&["convert", empty]), 2, &["<DST>"]);
+}
+
+#[test]
+fn inspect_describes() {
+    let text = stdout(&sluice(&["inspect", demo_model()]));
+    for word in ["deepseek_v3", "token cycle", "least budget", "expert"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    let report = json(&sluice(&["inspect", demo_model(), "--json", "--extents"]));
+    assert_eq!(report["family"], "deepseek_v3");
+    assert_eq!((&report["layers"], &report["moe_layers"]), (&6.into(), &5.into()));
+    assert_eq!((&report["expert_count"], &report["top_k"]), (&160.into(), &4.into()));
+    let cycle = report["token_cycle_bytes"].as_u64().unwrap();
+    assert_eq!(cycle, 20 * report["expert_bytes"].as_u64().unwrap());
+    let extents = report["extents"].as_array().unwrap();
+    let bytes: u64 = extents.iter().map(|e| e["stored_bytes"].as_u64().unwrap()).sum();
+    let by_kind: u64 = report["kinds"].as_array().unwrap().iter().map(|k| k["bytes"].as_u64().unwrap()).sum();
+    assert_eq!(bytes, by_kind);
+    assert!(extents.iter().any(|e| e["name"] == "layer 5 expert 31"));
+    assert_eq!(report["has_tokenizer"], true);
+}
+
+#[test]
+fn verify_names_every_damaged_extent() {
+    let sound = json(&sluice(&["verify", demo_model(), "--json"]));
+    assert_eq!((&sound["intact"], sound["damaged"].as_array().unwrap().len()), (&true.into(), 0));
+
+    let inspected = json(&sluice(&["inspect", demo_model(), "--json", "--extents"]));
+    let offset = |name: &str| {
+        let extents = inspected["extents"].as_array().unwrap();
+        let extent = extents.iter().find(|e| e["name"] == name).unwrap();
+        let (offset, stored) = (extent["offset"].as_u64().unwrap(), extent["stored_bytes"].as_u64().unwrap());
+        (offset + stored - 1) as usize
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("damaged.sluice");
+    let mut bytes = fs::read(demo_model()).unwrap();
+    // Last bytes: padding, or not. Checksums cover both.
+    for name in ["layer 2 expert 7", "layer 0 dense"] {
+        bytes[offset(name)] ^= 1;
+    }
+    fs::write(&path, &bytes).unwrap();
+    let path = path.to_str().unwrap();
+    let output = sluice(&["verify", path]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    assert!(text.contains("layer 2 expert 7") && text.contains("layer 0 dense"), "{text}");
+    assert!(stderr(&output).contains("2 of 183"), "{}", stderr(&output));
+
+    let output = sluice(&["verify", path, "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let names: Vec<_> = report["damaged"].as_array().unwrap().iter().map(|d| d["extent"].as_str().unwrap()).collect();
+    assert_eq!(names, ["layer 0 dense", "layer 2 expert 7"]);
+}
+
+#[test]
+fn files_that_are_no_models() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str, bytes: &[u8]| {
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let sound = fs::read(demo_model()).unwrap();
+    let text = path("text", b"hello");
+    let zeros = path("zeros", &[0; 8192]);
+    let short = path("short", &sound[..sound.len() - 4096]);
+    let mut flipped = sound.clone();
+    flipped[17] ^= 4;
+    let flipped = path("flipped", &flipped);
+    let missing = folder.path().join("missing");
+    let cases = [
+        (text.as_str(), "not a Sluice model"),
+        (&zeros, "unfinished conversion"),
+        (&short, "incomplete"),
+        (&flipped, "superblock"),
+        (missing.to_str().unwrap(), "cannot open"),
+    ];
+    for (path, words) in cases {
+        for command in [&["inspect", path][..], &["verify", path], &["run", path, "--prompt", "x"]] {
+            assert_fails(&sluice(command), 1, &[words, path]);
+        }
+        let output = sluice(&["verify", path, "--json"]);
+        assert_eq!(output.status.code(), Some(1));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["intact"], false);
+        assert!(report["error"].as_str().unwrap().contains(words), "{report}");
+    }
+}

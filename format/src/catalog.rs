@@ -1,0 +1,252 @@
+//! What the tables say, checked: extents, tensors and spec that agree with each other.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::error::Region;
+use crate::extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER};
+use crate::limits::{MAX_EXTENT_BYTES, MAX_EXTENTS, MAX_TENSORS};
+use crate::schema::TensorShape;
+use crate::spec::ModelSpec;
+use crate::superblock::Superblock;
+use crate::tensor::{ANY_INDEX, Layout, TensorRecord, next_tensor_offset};
+use crate::weight::WeightType;
+
+type ExtentKey = (ExtentKind, u32, u32);
+
+/// A broken rule: where, and which.
+pub(crate) type Problem = (Region, String);
+
+/// Extents and tensors of a model with their indices.
+#[derive(Debug)]
+pub(crate) struct Catalog {
+    pub(crate) extents: Vec<ExtentRecord>,
+    pub(crate) tensors: Vec<TensorRecord>,
+    pub(crate) spec: ModelSpec,
+    by_key: HashMap<ExtentKey, usize>,
+    tensors_by_key: HashMap<ExtentKey, std::ops::Range<usize>>,
+}
+
+impl Catalog {
+    /// Checks the tables against each other and against the spec, which must be valid. The work is linear in the number of
+    /// records and layers, whatever numbers the spec claims.
+    pub(crate) fn new(
+        page_size: u32,
+        extents: Vec<ExtentRecord>,
+        tensors: Vec<TensorRecord>,
+        spec: ModelSpec,
+    ) -> Result<Self, Problem> {
+        let by_key = index_extents(page_size, &extents).map_err(|e| (Region::ExtentTable, e))?;
+        let tensors_by_key = index_tensors(&tensors).map_err(|e| (Region::TensorTable, e))?;
+        let catalog = Catalog { extents, tensors, spec, by_key, tensors_by_key };
+        catalog.check_lengths().map_err(|e| (Region::TensorTable, e))?;
+        catalog.check_against_spec()?;
+        Ok(catalog)
+    }
+
+    pub(crate) fn extent(&self, kind: ExtentKind, layer: u32, index: u32) -> Option<&ExtentRecord> {
+        self.by_key.get(&(kind, layer, index)).map(|&i| &self.extents[i])
+    }
+
+    /// The tensors that describe an extent with this name, in the order of their offsets.
+    pub(crate) fn tensors_in(&self, kind: ExtentKind, layer: u32, index: u32) -> &[TensorRecord] {
+        let index = if kind == ExtentKind::Expert { ANY_INDEX } else { index };
+        self.tensors_by_key.get(&(kind, layer, index)).map_or(&[], |range| &self.tensors[range.clone()])
+    }
+
+    /// Every extent is as long as its tensors, and every record describes an extent.
+    fn check_lengths(&self) -> Result<(), String> {
+        let mut described = HashSet::with_capacity(self.tensors_by_key.len());
+        for e in &self.extents {
+            let tensors = self.tensors_in(e.kind, e.layer, e.index);
+            let last = tensors.last().ok_or_else(|| format!("{} has no tensors", e.name()))?;
+            let end = last.offset + last.len;
+            if end != e.logical_len {
+                return Err(format!("the tensors of {} end at {end}, its bytes at {}", e.name(), e.logical_len));
+            }
+            described.insert((last.kind, last.layer, last.index));
+        }
+        match self.tensors.iter().find(|t| !described.contains(&(t.kind, t.layer, t.index))) {
+            Some(t) => Err(format!("{} belongs to no extent", describe(t))),
+            None => Ok(()),
+        }
+    }
+
+    /// Every extent and tensor that the spec implies is there, with the right shape, and nothing else.
+    fn check_against_spec(&self) -> Result<(), Problem> {
+        let tensor_table = |e| (Region::TensorTable, e);
+        let mut expected = self.check_parts(ExtentKind::Embedding).map_err(tensor_table)?;
+        expected += self.check_parts(ExtentKind::Head).map_err(tensor_table)?;
+        expected += self.check_kind(ExtentKind::FinalNorm, usize::MAX, NO_LAYER)?;
+        for layer in 0..self.spec.layers.len() {
+            for kind in [ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense, ExtentKind::Expert] {
+                expected += self.check_kind(kind, layer, layer as u32)?;
+            }
+        }
+        if expected != self.extents.len() {
+            let problem = format!("the file has {} extents, its spec implies {expected}", self.extents.len());
+            return Err((Region::ExtentTable, problem));
+        }
+        Ok(())
+    }
+
+    /// Checks the extents of one kind and layer; returns their number.
+    fn check_kind(&self, kind: ExtentKind, spec_layer: usize, layer: u32) -> Result<usize, Problem> {
+        let count = self.spec.extent_count(kind, spec_layer);
+        // The first missing one ends the loop: a spec cannot make it longer than the extent table.
+        for index in 0..count as u32 {
+            if self.extent(kind, layer, index).is_none() {
+                let name = crate::extent_name(kind, layer, index);
+                return Err((Region::ExtentTable, format!("{name} is missing, which its spec implies")));
+            }
+        }
+        if count > 0 {
+            // Experts share their records, so that the first speaks for all.
+            let found = self.tensors_in(kind, layer, 0);
+            let wanted = self.spec.tensors(kind, spec_layer);
+            check_shapes(found, &wanted, || crate::extent_name(kind, layer, 0))
+                .map_err(|e| (Region::TensorTable, e))?;
+        }
+        Ok(count)
+    }
+
+    /// The parts of embedding or head cover the vocabulary; returns their number.
+    fn check_parts(&self, kind: ExtentKind) -> Result<usize, String> {
+        let (mut rows, mut count) = (0u64, 0);
+        let mut first: Option<(u64, WeightType)> = None;
+        while let Some(e) = self.extent(kind, NO_LAYER, count as u32) {
+            let found = self.tensors_in(kind, NO_LAYER, e.index);
+            let (part_rows, ty) = found.first().map_or((0, WeightType::F32), |t| (t.shape[1], t.weight_type));
+            let wanted = usize::try_from(part_rows).ok().and_then(|rows| self.spec.part_tensor(kind, rows));
+            check_shapes(found, wanted.as_slice(), || e.name())?;
+            let (uniform, first_type) = *first.get_or_insert((part_rows, ty));
+            // A part shorter than the first anywhere but at the end would break "row / rows per part = part".
+            if part_rows == 0 || part_rows > uniform || !rows.is_multiple_of(uniform) {
+                return Err(format!("{} has {part_rows} rows, the first part {uniform}", e.name()));
+            }
+            if ty != first_type {
+                return Err(format!("{} is {ty}, the first part {first_type}", e.name()));
+            }
+            // Cannot overflow: extents do not overlap, and each row takes at least two bytes of the file.
+            rows += part_rows;
+            count += 1;
+        }
+        if rows != self.spec.vocab_size as u64 {
+            return Err(format!("the {kind} has {rows} rows, the vocabulary {}", self.spec.vocab_size));
+        }
+        Ok(count)
+    }
+}
+
+/// Superblock, extents and tables tile the file in this order: no gap, no overlap, no byte that no checksum covers.
+pub(crate) fn check_tiling(superblock: &Superblock, extents: &[ExtentRecord]) -> Result<(), String> {
+    let mut end = u64::from(superblock.page_size);
+    let extents = extents.iter().map(|e| (e.offset, e.stored_len));
+    let tables = [superblock.extents, superblock.tensors, superblock.metadata].map(|t| (t.offset, t.stored_len));
+    for (offset, len) in extents.chain(tables) {
+        if offset != end {
+            return Err(format!("a region begins at offset {offset}, the one before it ends at {end}"));
+        }
+        end = end.checked_add(len).ok_or("a region runs past 2^64")?;
+    }
+    if end != superblock.file_len {
+        return Err(format!("the regions end at {end}, the file at {}", superblock.file_len));
+    }
+    Ok(())
+}
+
+/// Each extent is in this volume, has the one length that its codec allows, and occurs once.
+fn index_extents(page_size: u32, extents: &[ExtentRecord]) -> Result<HashMap<ExtentKey, usize>, String> {
+    if extents.len() > MAX_EXTENTS {
+        return Err(format!("it has {} records, more than {MAX_EXTENTS}", extents.len()));
+    }
+    let mut by_key = HashMap::with_capacity(extents.len());
+    for (i, e) in extents.iter().enumerate() {
+        if e.volume != 0 {
+            return Err(format!("{} lies in volume {}", e.name(), e.volume));
+        }
+        if Some(e.stored_len) != e.codec.stored_len(e.logical_len, page_size) || e.stored_len > MAX_EXTENT_BYTES {
+            return Err(format!(
+                "{} has an impossible stored length {} for logical length {}",
+                e.name(),
+                e.stored_len,
+                e.logical_len
+            ));
+        }
+        if by_key.insert((e.kind, e.layer, e.index), i).is_some() {
+            return Err(format!("{} appears twice", e.name()));
+        }
+    }
+    Ok(by_key)
+}
+
+impl Codec {
+    /// Stored bytes of an extent; `None` for a length that no extent can have.
+    pub(crate) fn stored_len(self, logical_len: u64, page_size: u32) -> Option<u64> {
+        match self {
+            Codec::Raw => crate::bytes::round_up(logical_len.max(1), u64::from(page_size)),
+        }
+    }
+}
+
+/// The records of an extent stand together, in order, packed; each has the length that its shape implies.
+fn index_tensors(tensors: &[TensorRecord]) -> Result<HashMap<ExtentKey, std::ops::Range<usize>>, String> {
+    if tensors.len() > MAX_TENSORS {
+        return Err(format!("it has {} records, more than {MAX_TENSORS}", tensors.len()));
+    }
+    let key = |t: &TensorRecord| (t.kind, t.layer, t.index);
+    let mut index = HashMap::new();
+    let mut start = 0;
+    for group in tensors.chunk_by(|a, b| key(a) == key(b)) {
+        let mut end = 0u64;
+        for t in group {
+            if (t.index == ANY_INDEX) != (t.kind == ExtentKind::Expert) {
+                return Err(format!("{} has index {}", describe(t), t.index));
+            }
+            if t.expected_len() != Some(t.len) {
+                return Err(format!("{} has {} bytes, which is not what its shape implies", describe(t), t.len));
+            }
+            if Some(t.offset) != next_tensor_offset(end) {
+                return Err(format!("{} begins at {}, the tensor before it ends at {end}", describe(t), t.offset));
+            }
+            end = t.offset.checked_add(t.len).ok_or_else(|| format!("{} runs past 2^64", describe(t)))?;
+        }
+        if index.insert(key(&group[0]), start..start + group.len()).is_some() {
+            return Err(format!("{} stands apart from the others of its extent", describe(&group[0])));
+        }
+        start += group.len();
+    }
+    Ok(index)
+}
+
+fn describe(t: &TensorRecord) -> String {
+    match (t.layer, t.index) {
+        (NO_LAYER, index) => format!("`{}` of {} {index}", t.name, t.kind),
+        (layer, _) => format!("`{}` of layer {layer} {}", t.name, t.kind),
+    }
+}
+
+fn check_shapes(found: &[TensorRecord], wanted: &[TensorShape], extent: impl Fn() -> String) -> Result<(), String> {
+    if found.len() != wanted.len() {
+        return Err(format!("{} holds {} tensors, its spec implies {}", extent(), found.len(), wanted.len()));
+    }
+    for (t, w) in found.iter().zip(wanted) {
+        if t.name != w.name {
+            return Err(format!("{} holds `{}` where its spec implies `{}`", extent(), t.name, w.name));
+        }
+        // Vectors are f32, so that no kernel needs a second path for a few bytes.
+        let vector = t.kind != ExtentKind::Embedding && t.layout == Layout::Plain;
+        if t.shape != w.shape.map(|d| d as u64) || t.layout != w.layout || (vector && t.weight_type != WeightType::F32)
+        {
+            return Err(format!(
+                "{} is {} {} {:?}, its spec implies {} {:?}",
+                describe(t),
+                t.layout.name(),
+                t.weight_type,
+                t.shape,
+                w.layout.name(),
+                w.shape
+            ));
+        }
+    }
+    Ok(())
+}

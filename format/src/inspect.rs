@@ -1,0 +1,67 @@
+//! What a file consists of, for reports.
+
+use crate::extent::{ExtentKind, ExtentRecord};
+use crate::reader::ModelFile;
+use crate::weight::WeightType;
+
+/// The extents of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KindSize {
+    /// The kind.
+    pub kind: ExtentKind,
+    /// How many extents.
+    pub extents: usize,
+    /// Their stored bytes.
+    pub bytes: u64,
+}
+
+/// The tensors of one weight type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TypeSize {
+    /// The type.
+    pub weight_type: WeightType,
+    /// Bytes of the tensors, in all extents that hold them.
+    pub bytes: u64,
+}
+
+impl ModelFile {
+    /// Extents and bytes of every kind that occurs, in the order of [`ExtentKind::ALL`].
+    pub fn bytes_by_kind(&self) -> Vec<KindSize> {
+        let size = |kind| {
+            let (extents, bytes) = self.of_kind(kind).fold((0, 0), |(n, sum), e| (n + 1, sum + e.stored_len));
+            KindSize { kind, extents, bytes }
+        };
+        ExtentKind::ALL.into_iter().map(size).filter(|s| s.extents > 0).collect()
+    }
+
+    /// Weight types of the tensors in extents of `kind`, with their bytes, in the order of [`WeightType::ALL`].
+    pub fn weight_types(&self, kind: ExtentKind) -> Vec<TypeSize> {
+        let mut sizes = WeightType::ALL.map(|weight_type| TypeSize { weight_type, bytes: 0 });
+        for t in self.of_kind(kind).flat_map(|e| self.tensors_in(e.kind, e.layer, e.index)) {
+            if let Some(size) = sizes.iter_mut().find(|s| s.weight_type == t.weight_type) {
+                size.bytes += t.len;
+            }
+        }
+        sizes.into_iter().filter(|s| s.bytes > 0).collect()
+    }
+
+    /// Stored bytes of all extents.
+    pub fn extent_bytes(&self) -> u64 {
+        self.extents().iter().map(|e| e.stored_len).sum()
+    }
+
+    /// Stored bytes of the experts that one token routes to: what a token reads from disk when nothing is cached.
+    pub fn token_cycle_bytes(&self) -> u64 {
+        let layers = self.spec().layers.iter().enumerate();
+        let routed = layers.filter_map(|(i, l)| {
+            // The experts of a layer share their tensor records, so they are equally long.
+            let expert = self.extent(ExtentKind::Expert, i as u32, 0)?;
+            Some(expert.stored_len * l.ffn.moe.as_ref()?.top_k as u64)
+        });
+        routed.sum()
+    }
+
+    fn of_kind(&self, kind: ExtentKind) -> impl Iterator<Item = &ExtentRecord> {
+        self.extents().iter().filter(move |e| e.kind == kind)
+    }
+}

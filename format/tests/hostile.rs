@@ -1,0 +1,402 @@
+//! Files made to deceive: every checksum is right, what they say is not.
+
+mod support;
+
+use std::fs::OpenOptions;
+use std::time::{Duration, Instant};
+
+use sluice_format::fields::{superblock, table_ref};
+use sluice_format::*;
+use support::*;
+
+fn sb_set(page: &mut [u8], name: &str, value: u64) {
+    let (offset, len) = at(&superblock::FIELDS, name);
+    set(page, offset, len, value);
+}
+
+fn table_set(page: &mut [u8], table: &str, name: &str, value: u64) {
+    let (offset, len) = at(&table_ref::FIELDS, name);
+    set(page, at(&superblock::FIELDS, table).0 + offset, len, value);
+}
+
+fn extent_of(image: &Image, kind: ExtentKind) -> usize {
+    image.extents.iter().position(|e| get(e, 0, 2) == kind as u64).expect("the small model has every kind")
+}
+
+fn tensor_named(image: &Image, name: &str) -> usize {
+    image.tensors.iter().position(|t| t[64..].starts_with(name.as_bytes())).expect("the small model has this tensor")
+}
+
+/// Asserts that the file is refused with this variant and a message that contains `says`, and in no time.
+fn refused(file: &[u8], expected: &str, says: &str) {
+    let (_dir, path) = temp();
+    let start = Instant::now();
+    let error = open_bytes(&path, file).expect_err(says);
+    assert!(start.elapsed() < Duration::from_secs(5), "{says}: it took {:?}", start.elapsed());
+    assert_eq!(variant(&error), expected, "{says}: {error}");
+    assert!(error.to_string().contains(says), "{says}: {error}");
+}
+
+fn spoilt(expected: &str, says: &str, spoil: impl FnOnce(&mut Image)) {
+    let mut image = Image::of(&small_file(4096));
+    spoil(&mut image);
+    refused(&image.seal(), expected, says);
+}
+
+fn spoilt_superblock(expected: &str, says: &str, spoil: impl FnOnce(&mut Vec<u8>)) {
+    refused(&Image::of(&small_file(4096)).seal_with(spoil), expected, says);
+}
+
+#[test]
+fn superblocks() {
+    spoilt_superblock("Version", "format version 2", |p| sb_set(p, "version", 2));
+    spoilt_superblock("PageSize", "page size 8192", |p| sb_set(p, "page_size", 8192));
+    spoilt_superblock("PageSize", "page size 0", |p| sb_set(p, "page_size", 0));
+    spoilt_superblock("RegionChecksum", "superblock", |p| sb_set(p, "page_size", 16384));
+    spoilt_superblock("Volumes", "volume 0 of 2", |p| sb_set(p, "volume_count", 2));
+    spoilt_superblock("Invalid", "volume number", |p| sb_set(p, "volume_count", 0));
+    spoilt_superblock("Invalid", "volume number", |p| sb_set(p, "volume", 1));
+    spoilt_superblock("Invalid", "reserved", |p| p[36] = 1);
+    spoilt_superblock("Invalid", "reserved", |p| p[152] = 1);
+    spoilt_superblock("Invalid", "reserved", |p| p[4095] = 1);
+    spoilt_superblock("FileLength", "bytes", |p| sb_set(p, "file_len", u64::MAX));
+    spoilt_superblock("Invalid", "model id", |p| p[20] ^= 1);
+}
+
+#[test]
+fn table_references() {
+    for (table, region) in [("extents", "extent table"), ("tensors", "tensor table"), ("metadata", "metadata")] {
+        let bad = |says: &str, name: &str, value: u64| {
+            spoilt_superblock("Invalid", &format!("{region} is invalid: {says}"), |p| table_set(p, table, name, value));
+        };
+        bad("it runs past the end", "offset", u64::MAX);
+        bad("it runs past the end", "offset", u64::MAX - 4095);
+        bad("it runs past the end", "stored_len", u64::MAX - 4095);
+        bad("it runs past the end", "stored_len", 1 << 40);
+        bad("it does not begin on a page", "offset", 64);
+        bad("it has an impossible stored length", "logical_len", u64::MAX);
+        bad("it has an impossible stored length", "logical_len", 1 << 20);
+        bad("it has an impossible stored length", "stored_len", 0);
+        spoilt_superblock("RegionChecksum", region, |p| table_set(p, table, "checksum", 1));
+        spoilt_superblock("RegionChecksum", region, |p| table_set(p, table, "offset", 4096));
+    }
+    // Fewer logical bytes than written: the rest is not zero. The checksum is still right.
+    let start = at(&superblock::FIELDS, "metadata").0;
+    spoilt_superblock("Invalid", "padding", |p| {
+        let len = get(p, start + 16, 8);
+        set(p, start + 16, 8, len - 1);
+    });
+}
+
+/// A sparse file may claim tables of any length at no cost: they are refused before anything is read or allocated.
+#[test]
+fn huge_tables_in_a_sparse_file() {
+    for (table, region) in [("extents", "extent table"), ("tensors", "tensor table"), ("metadata", "metadata")] {
+        let file = Image::of(&small_file(4096)).seal_with(|p| {
+            sb_set(p, "file_len", 1 << 42);
+            table_set(p, table, "stored_len", 1 << 41);
+            table_set(p, table, "logical_len", 1 << 41);
+        });
+        let (_dir, path) = temp();
+        std::fs::write(&path, file).unwrap();
+        OpenOptions::new().write(true).open(&path).unwrap().set_len(1 << 42).unwrap();
+        let error = ModelFile::open(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("{region} is invalid: it has an impossible stored length")), "{error}");
+    }
+}
+
+#[test]
+fn extent_records() {
+    let bad = |says: &str, name: &str, value: u64| {
+        spoilt("Invalid", says, |i| i.set_extent(4, name, value));
+    };
+    bad("record 4: its kind 0 is unknown", "kind", 0);
+    bad("record 4: its kind 8 is unknown", "kind", 8);
+    bad("record 4: its codec 1 is unknown", "codec", 1);
+    bad("in volume 1", "volume", 1);
+    bad("impossible stored length", "logical_len", 0x2000);
+    bad("impossible stored length", "logical_len", u64::MAX);
+    bad("the one before it ends", "stored_len", 0);
+    bad("the one before it ends", "stored_len", 4097);
+    bad("the one before it ends", "stored_len", 8192);
+    bad("a region runs past 2^64", "stored_len", u64::MAX);
+    bad("the one before it ends", "offset", 0);
+    bad("the one before it ends", "offset", u64::MAX);
+    bad("the one before it ends", "offset", u64::MAX - 4095);
+    bad("the one before it ends", "offset", 4096);
+    for byte in [14, 15, 48, 63] {
+        spoilt("Invalid", "record 4: its reserved bytes", |i| i.extents[4][byte] = 1);
+    }
+    // The last byte of the last record is reserved and zero: without it the table looks intact but for its length.
+    spoilt_superblock("Invalid", "not a multiple of 64", |p| {
+        let len = get(p, at(&superblock::FIELDS, "extents").0 + 16, 8);
+        table_set(p, "extents", "logical_len", len - 1);
+    });
+}
+
+#[test]
+fn extent_tables() {
+    spoilt("Invalid", "the one before it ends", |i| i.extents.swap(0, 1));
+    spoilt("Invalid", "the one before it ends", |i| i.extents.truncate(i.extents.len() - 1));
+    spoilt("Invalid", "the one before it ends", |i| i.extents.push(i.extents[0]));
+    spoilt("Invalid", "the one before it ends", |i| i.extents.clear());
+    // Bytes between regions, which no checksum covers.
+    spoilt("Invalid", "the one before it ends", |i| i.body.extend([0; 4096]));
+    spoilt("Invalid", "appears twice", |i| {
+        let expert = extent_of(i, ExtentKind::Expert);
+        i.set_extent(expert, "index", 1);
+    });
+    spoilt("Invalid", "layer 1 expert 0 is missing", |i| {
+        let expert = extent_of(i, ExtentKind::Expert);
+        i.set_extent(expert, "index", 3);
+    });
+    spoilt("Invalid", "has no tensors", |i| {
+        let attention = extent_of(i, ExtentKind::Attention);
+        i.set_extent(attention, "layer", 7);
+    });
+    // A page that belongs to nothing: an expert too many.
+    spoilt("Invalid", "the file has 17 extents, its spec implies 16", |i| {
+        let mut extra = *i.extents.last().unwrap();
+        let end = get(&extra, 16, 8) + get(&extra, 24, 8);
+        set(&mut extra, 8, 4, 3);
+        set(&mut extra, 16, 8, end);
+        let copy = i.body[i.body.len() - get(&extra, 24, 8) as usize..].to_vec();
+        i.body.extend(copy);
+        i.extents.push(extra);
+    });
+}
+
+#[test]
+fn tensor_records() {
+    let bad = |says: &str, name: &str, value: u64| {
+        spoilt("Invalid", says, |i| {
+            let record = tensor_named(i, "kv_a\0");
+            i.set_tensor(record, name, value);
+        });
+    };
+    bad("its extent kind 0 is unknown", "kind", 0);
+    bad("its extent kind 65535 is unknown", "kind", 65535);
+    bad("its weight type 0 is unknown", "weight_type", 0);
+    bad("its weight type 8 is unknown", "weight_type", 8);
+    bad("its layout 3 is unknown", "layout", 3);
+    bad("what its shape implies", "layout", 2);
+    for dim in ["batch", "rows", "cols"] {
+        bad("what its shape implies", dim, 0);
+        bad("what its shape implies", dim, u64::MAX);
+        bad("what its shape implies", dim, 1 << 32);
+    }
+    bad("what its shape implies", "len", 0);
+    bad("what its shape implies", "len", u64::MAX);
+    bad("the tensor before it ends", "offset", 0);
+    bad("the tensor before it ends", "offset", u64::MAX);
+    bad("the tensor before it ends", "offset", u64::MAX - 63);
+    bad("has index 4294967295", "index", u64::from(ANY_INDEX));
+    for byte in [6, 7, 56, 63, 112, 127] {
+        spoilt("Invalid", "record 0: its reserved bytes", |i| i.tensors[0][byte] = 1);
+    }
+    for name in [b"\0a", b"a\0b".as_slice(), b"a b", b"\xff", b"a\n"] {
+        spoilt("Invalid", "record 0: its name", |i| {
+            i.tensors[0][64..112].fill(0);
+            i.tensors[0][64..64 + name.len()].copy_from_slice(name);
+        });
+    }
+}
+
+#[test]
+fn tensor_tables() {
+    spoilt("Invalid", "has no tensors", |i| i.tensors.clear());
+    spoilt("Invalid", "holds `other` where its spec implies `gate_up`", |i| {
+        let record = tensor_named(i, "gate_up");
+        i.tensors[record][64..112].fill(0);
+        i.tensors[record][64..69].copy_from_slice(b"other");
+    });
+    spoilt("Invalid", "stands apart", |i| i.tensors.push(i.tensors[0]));
+    spoilt("Invalid", "belongs to no extent", |i| {
+        let mut extra = i.tensors[0];
+        set(&mut extra, 8, 4, 5);
+        i.tensors.push(extra);
+    });
+    spoilt("Invalid", "the tensors of", |i| i.tensors.truncate(i.tensors.len() - 1));
+    // A vector in another type of the same length would need another kernel.
+    spoilt("Invalid", "its spec implies plain", |i| {
+        let record = tensor_named(i, "norm");
+        i.set_tensor(record, "weight_type", WeightType::Bf16 as u64);
+        let cols = get(&i.tensors[record], 32, 8);
+        i.set_tensor(record, "batch", 2);
+        i.set_tensor(record, "cols", cols);
+    });
+    // Embedding and head: parts that do not cover the vocabulary, or whose heights differ.
+    spoilt("Invalid", "the embedding has 20 rows, the vocabulary 21", |i| {
+        i.change_spec(|s| s["vocab_size"] = 21.into());
+    });
+    spoilt("Invalid", "embedding part 1 is f16, the first part bf16", |i| {
+        let record = tensor_named(i, "embedding") + 1;
+        i.set_tensor(record, "weight_type", WeightType::F16 as u64);
+    });
+    spoilt("Invalid", "embedding part 2 has 8 rows, the first part 4", |i| {
+        // The last part becomes the first: 4, 8, 8 rows.
+        let (e, t) = (extent_of(i, ExtentKind::Embedding), tensor_named(i, "embedding"));
+        i.set_extent(e, "index", 2);
+        i.set_extent(e + 2, "index", 0);
+        i.set_tensor(t, "index", 2);
+        i.set_tensor(t + 2, "index", 0);
+        let one = get(&i.tensors[t], 24, 8);
+        assert_eq!(one, 8);
+        i.set_tensor(t + 1, "rows", 4);
+        i.set_tensor(t + 1, "len", 4 * 32 * 2);
+        i.set_extent(e + 1, "logical_len", 4 * 32 * 2);
+    });
+}
+
+#[test]
+fn metadata() {
+    let raw = |says: &str, bytes: Vec<u8>| spoilt("Invalid", says, |i| i.metadata = bytes);
+    let blob = |name: &[u8], name_len: u32, len: u64| {
+        let mut out = 1u32.to_le_bytes().to_vec();
+        out.extend(name_len.to_le_bytes());
+        out.extend(len.to_le_bytes());
+        out.extend(name);
+        out
+    };
+    raw("a blob runs past the end", Vec::new());
+    raw("a blob runs past the end", vec![1, 0, 0, 0]);
+    raw("announces 4294967295 blobs", vec![0xff; 4]);
+    raw("announces 1025 blobs", 1025u32.to_le_bytes().to_vec());
+    raw("it has no `sluice/spec.json`", vec![0; 4]);
+    raw("1 bytes follow the last blob", vec![0; 5]);
+    raw("a blob name has 0 bytes", blob(b"", 0, 0));
+    raw("a blob name has 256 bytes", blob(&[b'a'; 256], 256, 0));
+    raw("a blob name has 4294967295 bytes", blob(b"a", u32::MAX, 0));
+    raw("a blob runs past the end", blob(b"a", 1, u64::MAX));
+    raw("a blob runs past the end", blob(b"a", 1, 1));
+    raw("is not UTF-8", blob(b"\xff", 1, 0));
+    raw("is not printable", blob(b"\x1b", 1, 0));
+    let twice = [&2u32.to_le_bytes(), &blob(b"a", 1, 0)[4..], &blob(b"a", 1, 0)[4..]].concat();
+    raw("`a` appears twice", twice);
+}
+
+#[test]
+fn specs() {
+    let bad = |says: &str, pointer: &str, value: serde_json::Value| {
+        spoilt("Invalid", says, |i| {
+            i.change_spec(|s| *s.pointer_mut(pointer).expect("the spec has this field") = value);
+        });
+    };
+    let max = u64::MAX;
+    bad("its version is 2", "/version", 2.into());
+    bad("missing field", "", serde_json::json!({ "version": 1 }));
+    bad("its version is 9", "", serde_json::json!({ "version": 9, "other": [] }));
+    bad("expected", "", serde_json::Value::Null);
+    bad("it has 0 layers", "/layers", serde_json::json!([]));
+    bad("family", "/family", "\u{1b}[2J".into());
+    for field in ["/vocab_size", "/hidden_size", "/max_positions"] {
+        bad("outside 1..=", field, 0.into());
+        bad("outside 1..=", field, max.into());
+        bad("invalid value", field, (-1).into());
+    }
+    for field in ["heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"] {
+        bad("outside 1..=", &format!("/layers/1/attention/{field}"), max.into());
+        bad("outside 1..=", &format!("/layers/1/attention/{field}"), (1u64 << 21).into());
+    }
+    bad("heads × v_head_dim", "/layers/1/attention/v_head_dim", (1 << 20).into());
+    bad("rope.dim", "/layers/1/attention/rope/dim", 6.into());
+    bad("rope.theta", "/layers/1/attention/rope/theta", 1.0.into());
+    bad("YaRN", "/layers/1/attention/rope/scaling/factor", 0.0.into());
+    bad("original_max_positions", "/layers/1/attention/rope/scaling/original_max_positions", max.into());
+    bad("unknown variant", "/layers/1/attention/kind", "other".into());
+    bad("norm_eps", "/norm_eps", 1e300.into());
+    bad("norm_eps", "/norm_eps", (-1.0).into());
+    bad("outside 1..=", "/layers/1/ffn/moe/experts", max.into());
+    bad("outside 1..=", "/layers/1/ffn/moe/experts", (1 << 24).into());
+    bad("outside 1..=", "/layers/1/ffn/moe/width", max.into());
+    bad("outside 1..=", "/layers/1/ffn/dense_width", max.into());
+    bad("top_k is 4 of 3", "/layers/1/ffn/moe/top_k", 4.into());
+    bad("top_k is 0", "/layers/1/ffn/moe/top_k", 0.into());
+    let groups = |count: u64, keep: u64| serde_json::json!({ "count": count, "keep": keep, "score": "top_two_sum" });
+    bad("groups of 3 experts", "/layers/1/ffn/moe/router/groups", groups(2, 1));
+    bad("groups of 3 experts", "/layers/1/ffn/moe/router/groups", groups(0, 0));
+    bad("groups of 3 experts", "/layers/1/ffn/moe/router/groups", groups(1, max));
+    bad("no two best scores", "/layers/1/ffn/moe/router/groups", groups(3, 3));
+    bad("its spec implies", "/layers/1/ffn/moe/experts", (1 << 16).into());
+    bad("its spec implies", "/hidden_size", 64.into());
+    bad("layer 1", "/layers/1/attention/q_lora_rank", serde_json::Value::Null);
+    bad("neither experts", "/layers/0/ffn/dense_width", 0.into());
+}
+
+#[test]
+fn specs_of_grouped_queries() {
+    assert_eq!(ModelSpec::from_json(&gqa_spec().to_json()).unwrap(), gqa_spec());
+    let bad = |says: &str, pointer: &str, value: serde_json::Value| {
+        let mut json: serde_json::Value = serde_json::from_slice(&gqa_spec().to_json()).unwrap();
+        *json.pointer_mut(pointer).expect("the spec has this field") = value;
+        let error = ModelSpec::from_json(&serde_json::to_vec(&json).unwrap()).expect_err(says);
+        assert!(error.contains(says), "{says}: {error}");
+    };
+    for field in ["heads", "kv_heads", "head_dim", "v_head_dim", "window"] {
+        bad("outside 1..=", &format!("/layers/0/attention/{field}"), 0.into());
+        bad("outside 1..=", &format!("/layers/0/attention/{field}"), u64::MAX.into());
+    }
+    bad("4 heads share 3", "/layers/0/attention/kv_heads", 3.into());
+    bad("4 heads share 8", "/layers/0/attention/kv_heads", 8.into());
+    bad("clip_qkv", "/layers/0/attention/clip_qkv", 0.0.into());
+    bad("qk_norm.eps", "/layers/0/attention/qk_norm/eps", (-1.0).into());
+    bad("activation", "/layers/0/ffn/activation/limit", (-7.0).into());
+    bad("activation", "/layers/0/ffn/activation/alpha", 1e300.into());
+    bad("gates a dense part", "/layers/1/ffn/dense_width", 0.into());
+}
+
+/// The most that a spec can claim: 4096 layers of 65536 experts. The extent table ends the check, not the claim.
+#[test]
+fn a_spec_cannot_make_the_check_long() {
+    spoilt("Invalid", "its spec implies", |i| {
+        i.change_spec(|s| {
+            let mut layer = s["layers"][1].clone();
+            layer["ffn"]["moe"]["experts"] = (1 << 16).into();
+            let mut layers = vec![layer; 4096];
+            layers[0] = s["layers"][0].clone();
+            s["layers"] = layers.into();
+        });
+    });
+    spoilt("Invalid", "it has 4097 layers", |i| {
+        i.change_spec(|s| s["layers"] = vec![s["layers"][0].clone(); 4097].into());
+    });
+    spoilt("Invalid", "more than 16777216", |i| {
+        i.change_spec(|s| s["family"] = " ".repeat(17 << 20).into());
+    });
+}
+
+/// A sparse file may hold extents of any length at no cost: one that memory could not take is refused at open.
+#[test]
+fn a_giant_extent_is_refused() {
+    let mut spec = small_spec();
+    spec.layers.truncate(1);
+    spec.hidden_size = 1 << 20;
+    spec.layers[0].ffn.dense_width = 1 << 20;
+    let content = plan(&spec, 8);
+    let layout = FileLayout::new(4096, &content.planned).unwrap();
+    let error = layout.check(&content.tensors, &spec).unwrap_err().to_string();
+    assert!(error.contains("layer 0 dense has an impossible stored length"), "{error}");
+
+    let (_dir, path) = temp();
+    let mut image = Image::of(&small_file(4096));
+    let end = layout.extents_end();
+    image.extents = layout.extents().iter().map(ExtentRecord::to_bytes).collect();
+    image.tensors = content.tensors.iter().map(TensorRecord::to_bytes).collect();
+    image.metadata = content.metadata.to_bytes();
+    image.body.clear();
+    // The tables move behind a hole that stands for the extents.
+    let shift = end - 4096;
+    let sealed = image.seal_with(|p| {
+        for table in ["extents", "tensors", "metadata"] {
+            let offset = get(p, at(&superblock::FIELDS, table).0, 8);
+            table_set(p, table, "offset", offset + shift);
+        }
+        let len = get(p, at(&superblock::FIELDS, "file_len").0, 8);
+        sb_set(p, "file_len", len + shift);
+    });
+    std::fs::write(&path, &sealed[..4096]).unwrap();
+    let disk = OpenOptions::new().write(true).open(&path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&disk, &sealed[4096..], end).unwrap();
+    let error = ModelFile::open(&path).unwrap_err().to_string();
+    assert!(error.contains("layer 0 dense has an impossible stored length"), "{error}");
+}

@@ -1,0 +1,332 @@
+//! Small complete models, and files taken apart so that they can be damaged and sealed again.
+
+#![allow(dead_code, reason = "each test file uses a part of this")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use sluice_format::fields::{extent, superblock, table_ref, tensor};
+use sluice_format::*;
+use xxhash_rust::xxh3::xxh3_128;
+
+/// Deterministic bytes (SplitMix64): the golden file is made of them, so this never changes.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
+        let mut out: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).collect();
+        out.truncate(len);
+        out
+    }
+}
+
+fn mla(q_lora_rank: Option<usize>, scaling: RopeScaling) -> AttentionSpec {
+    AttentionSpec::Mla(MlaSpec {
+        heads: 2,
+        q_lora_rank,
+        kv_lora_rank: 16,
+        qk_nope_head_dim: 8,
+        qk_rope_head_dim: 4,
+        v_head_dim: 6,
+        latent_norm_eps: 1e-6,
+        softmax_scale: 0.25,
+        rope: RopeSpec { pairing: RopePairing::Interleaved, theta: 10000.0, dim: 4, scaling },
+    })
+}
+
+/// Two layers: a dense one, and one with a shared expert and three routed ones.
+pub(crate) fn small_spec() -> ModelSpec {
+    let yarn = RopeScaling::Yarn {
+        factor: 4.0,
+        original_max_positions: 64,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        truncate: true,
+        attention_factor: 1.0,
+    };
+    let router = RouterSpec {
+        score: RouterScore::Sigmoid,
+        logit_bias: false,
+        choice_bias: true,
+        groups: None,
+        renormalise: Some(1e-20),
+        scale: 2.5,
+    };
+    let moe = MoeSpec { experts: 3, top_k: 2, width: 24, expert_bias: false, router };
+    let ffn = |dense_width, moe| FfnSpec { activation: ActivationSpec::Silu, dense_width, dense_gate: false, moe };
+    ModelSpec {
+        version: SPEC_VERSION,
+        family: "small".into(),
+        vocab_size: 20,
+        hidden_size: 32,
+        max_positions: 256,
+        norm_eps: 1e-5,
+        layers: vec![
+            LayerSpec { attention: mla(None, RopeScaling::None), ffn: ffn(40, None) },
+            LayerSpec { attention: mla(Some(8), yarn), ffn: ffn(24, Some(moe)) },
+        ],
+    }
+}
+
+/// Two layers that between them have everything that [`small_spec`] lacks: grouped queries, biases, gates, sinks.
+pub(crate) fn gqa_spec() -> ModelSpec {
+    let mut spec = small_spec();
+    for (layer, scope) in spec.layers.iter_mut().zip([QkNormScope::Head, QkNormScope::Whole]) {
+        layer.attention = AttentionSpec::Gqa(GqaSpec {
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 8,
+            v_head_dim: 6,
+            softmax_scale: 0.25,
+            rope: None,
+            window: Some(16),
+            qk_norm: Some(QkNorm { scope, eps: 1e-6 }),
+            clip_qkv: Some(8.0),
+            qkv_bias: true,
+            o_bias: true,
+            sinks: true,
+            output_gate: true,
+        });
+        layer.ffn.dense_gate = true;
+        layer.ffn.activation = ActivationSpec::SwigluOai { alpha: 1.5, limit: 7.0 };
+        if let Some(moe) = &mut layer.ffn.moe {
+            moe.expert_bias = true;
+            moe.router.logit_bias = true;
+            moe.router.choice_bias = false;
+        }
+    }
+    spec
+}
+
+/// Everything that a file is made of.
+pub(crate) struct Content {
+    pub(crate) planned: Vec<PlannedExtent>,
+    pub(crate) tensors: Vec<TensorRecord>,
+    pub(crate) metadata: Metadata,
+}
+
+/// Plans a model: matrices take the weight types in turn, the vocabulary is split into parts of `rows_per_part` rows.
+pub(crate) fn plan(spec: &ModelSpec, rows_per_part: usize) -> Content {
+    let mut content = Content { planned: Vec::new(), tensors: Vec::new(), metadata: Metadata::default() };
+    let mut types = WeightType::ALL.into_iter().cycle();
+    let mut add = |kind, layer, indices: std::ops::Range<u32>, shapes: Vec<TensorShape>, ty: Option<WeightType>| {
+        let index = if kind == ExtentKind::Expert { ANY_INDEX } else { indices.start };
+        let mut records: Vec<_> = shapes
+            .iter()
+            .map(|s| TensorRecord {
+                kind,
+                weight_type: match (ty, s.layout) {
+                    (Some(ty), _) => ty,
+                    (None, Layout::Plain) => WeightType::F32,
+                    (None, _) => types.next().expect("the cycle is endless"),
+                },
+                layout: s.layout,
+                layer,
+                index,
+                shape: s.shape.map(|d| d as u64),
+                offset: 0,
+                len: 0,
+                name: s.name.to_owned(),
+            })
+            .collect();
+        let logical_len = pack_tensors(&mut records).expect("small tensors have lengths");
+        content.planned.extend(indices.map(|index| PlannedExtent { kind, layer, index, logical_len }));
+        content.tensors.extend(records);
+    };
+    add(ExtentKind::FinalNorm, NO_LAYER, 0..1, spec.tensors(ExtentKind::FinalNorm, 0), None);
+    for (kind, ty) in [(ExtentKind::Embedding, WeightType::Bf16), (ExtentKind::Head, WeightType::Q8)] {
+        for (part, first) in (0..spec.vocab_size).step_by(rows_per_part).enumerate() {
+            let rows = rows_per_part.min(spec.vocab_size - first);
+            let shape = spec.part_tensor(kind, rows).expect("embedding and head have parts");
+            add(kind, NO_LAYER, part as u32..part as u32 + 1, vec![shape], Some(ty));
+        }
+    }
+    let dense = [ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense].as_slice();
+    for kinds in [dense, &[ExtentKind::Expert]] {
+        for layer in 0..spec.layers.len() {
+            for &kind in kinds {
+                let count = spec.extent_count(kind, layer) as u32;
+                if count > 0 {
+                    add(kind, layer as u32, 0..count, spec.tensors(kind, layer), None);
+                }
+            }
+        }
+    }
+    content.metadata.insert(SPEC_BLOB, spec.to_json());
+    content.metadata.insert(PROVENANCE_BLOB, br#"{"made_by":"a test"}"#.to_vec());
+    content.metadata.insert(SOURCE_CONFIG_BLOB, b"{}".to_vec());
+    content.metadata.insert(TOKENIZER_BLOB, b"{\"version\":\"1.0\"}\n".to_vec());
+    content
+}
+
+/// Writes a model of pseudo-random weights.
+pub(crate) fn write(path: &Path, content: &Content, page_size: u32) -> Result<ModelId, FormatError> {
+    let writer = FileWriter::open(path, FileLayout::new(page_size, &content.planned)?)?;
+    let mut random = Random(1);
+    let checksums: Result<Vec<u64>, _> = (0..content.planned.len())
+        .map(|i| {
+            let bytes = random.bytes(content.planned[i].logical_len as usize);
+            let mut extent = writer.extent(i);
+            let (front, back) = bytes.split_at(bytes.len() / 3);
+            extent.write(front)?;
+            extent.write(back)?;
+            extent.finish()
+        })
+        .collect();
+    writer.finish(&checksums?, &content.tensors, &content.metadata)
+}
+
+/// A folder that goes away with the test, and a file name in it.
+pub(crate) fn temp() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("model.sluice");
+    (dir, path)
+}
+
+/// The bytes of a model.
+pub(crate) fn file_of(spec: &ModelSpec, page_size: u32) -> Vec<u8> {
+    let (_dir, path) = temp();
+    write(&path, &plan(spec, 8), page_size).expect("the model is written");
+    fs::read(&path).expect("the model is read")
+}
+
+/// The bytes of the small model.
+pub(crate) fn small_file(page_size: u32) -> Vec<u8> {
+    file_of(&small_spec(), page_size)
+}
+
+/// Writes bytes and opens them as a model.
+pub(crate) fn open_bytes(path: &Path, bytes: &[u8]) -> Result<ModelFile, FormatError> {
+    fs::write(path, bytes).expect("bytes are written");
+    ModelFile::open(path)
+}
+
+/// The variant's name.
+pub(crate) fn variant(error: &FormatError) -> String {
+    let debug = format!("{error:?}");
+    debug.split([' ', '(', '{']).next().unwrap_or_default().to_owned()
+}
+
+/// A file taken apart. [`Image::seal`] puts it together with right lengths and checksums, whatever the parts say.
+#[derive(Clone)]
+pub(crate) struct Image {
+    pub(crate) superblock: Vec<u8>,
+    pub(crate) body: Vec<u8>,
+    pub(crate) extents: Vec<[u8; extent::LEN]>,
+    pub(crate) tensors: Vec<[u8; tensor::LEN]>,
+    pub(crate) metadata: Vec<u8>,
+}
+
+pub(crate) fn get(bytes: &[u8], offset: usize, len: usize) -> u64 {
+    let mut raw = [0; 8];
+    raw[..len].copy_from_slice(&bytes[offset..offset + len]);
+    u64::from_le_bytes(raw)
+}
+
+pub(crate) fn set(bytes: &mut [u8], offset: usize, len: usize, value: u64) {
+    bytes[offset..offset + len].copy_from_slice(&value.to_le_bytes()[..len]);
+}
+
+/// Offset and length of a field by its name.
+pub(crate) fn at(fields: &[fields::Field], name: &str) -> (usize, usize) {
+    let f = fields.iter().find(|f| f.name == name).unwrap_or_else(|| panic!("no field {name}"));
+    (f.offset, f.len)
+}
+
+impl Image {
+    pub(crate) fn of(file: &[u8]) -> Self {
+        let page = get(file, 12, 4) as usize;
+        let table = |name| {
+            let start = at(&superblock::FIELDS, name).0;
+            let (offset, logical) = (get(file, start, 8) as usize, get(file, start + 16, 8) as usize);
+            &file[offset..offset + logical]
+        };
+        let first_table = get(file, at(&superblock::FIELDS, "extents").0, 8) as usize;
+        Image {
+            superblock: file[..page].to_vec(),
+            body: file[page..first_table].to_vec(),
+            extents: table("extents").as_chunks().0.to_vec(),
+            tensors: table("tensors").as_chunks().0.to_vec(),
+            metadata: table("metadata").to_vec(),
+        }
+    }
+
+    pub(crate) fn metadata(&self) -> Metadata {
+        let mut out = Metadata::default();
+        let mut rest = &self.metadata[4..];
+        while !rest.is_empty() {
+            let (name, len) = (get(rest, 0, 4) as usize, get(rest, 4, 8) as usize);
+            let text = std::str::from_utf8(&rest[12..12 + name]).expect("names are UTF-8");
+            out.insert(text, rest[12 + name..12 + name + len].to_vec());
+            rest = &rest[12 + name + len..];
+        }
+        out
+    }
+
+    /// Replaces the spec by what `change` makes of its JSON.
+    pub(crate) fn change_spec(&mut self, change: impl FnOnce(&mut serde_json::Value)) {
+        let mut metadata = self.metadata();
+        let json = metadata.get(SPEC_BLOB).expect("the image has a spec");
+        let mut json = serde_json::from_slice(json).expect("the spec is JSON");
+        change(&mut json);
+        metadata.insert(SPEC_BLOB, serde_json::to_vec(&json).expect("JSON serialises"));
+        self.metadata = metadata.to_bytes();
+    }
+
+    pub(crate) fn set_extent(&mut self, record: usize, name: &str, value: u64) {
+        let (offset, len) = at(&extent::FIELDS, name);
+        set(&mut self.extents[record], offset, len, value);
+    }
+
+    pub(crate) fn set_tensor(&mut self, record: usize, name: &str, value: u64) {
+        let (offset, len) = at(&tensor::FIELDS, name);
+        set(&mut self.tensors[record], offset, len, value);
+    }
+
+    /// The file: body, tables, metadata; places, checksums and model id in the superblock follow from them, then `adjust`
+    /// changes the superblock, then its own checksum follows.
+    pub(crate) fn seal_with(&self, adjust: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+        let page = self.superblock.len();
+        let mut sb = self.superblock.clone();
+        let mut out = [sb.as_slice(), &self.body].concat();
+        let tables = [self.extents.as_flattened(), self.tensors.as_flattened(), &self.metadata];
+        let ids: Vec<u8> = tables.iter().flat_map(|t| xxh3_128(t).to_le_bytes()).collect();
+        for (name, bytes) in ["extents", "tensors", "metadata"].into_iter().zip(tables) {
+            let offset = out.len();
+            out.extend(bytes);
+            out.resize(offset + bytes.len().max(1).next_multiple_of(page), 0);
+            let fields = [offset as u64, (out.len() - offset) as u64, bytes.len() as u64, checksum(&out[offset..])];
+            for (f, value) in table_ref::FIELDS.iter().zip(fields) {
+                set(&mut sb, at(&superblock::FIELDS, name).0 + f.offset, f.len, value);
+            }
+        }
+        let id = at(&superblock::FIELDS, "model_id").0;
+        sb[id..id + 16].copy_from_slice(&xxh3_128(&ids).to_le_bytes());
+        let file_len = at(&superblock::FIELDS, "file_len").0;
+        set(&mut sb, file_len, 8, out.len() as u64);
+        adjust(&mut sb);
+        seal_superblock(&mut sb);
+        out[..page].copy_from_slice(&sb);
+        out
+    }
+
+    pub(crate) fn seal(&self) -> Vec<u8> {
+        self.seal_with(|_| ())
+    }
+}
+
+/// Gives the page its checksum.
+pub(crate) fn seal_superblock(page: &mut [u8]) {
+    let (offset, len) = at(&superblock::FIELDS, "checksum");
+    set(page, offset, len, 0);
+    let sum = checksum(page);
+    set(page, offset, len, sum);
+}

@@ -1,0 +1,318 @@
+//! Slot memory: one anonymous mapping, carved into page-aligned slots that live for ever.
+//!
+//! Memory is taken once, at start, and pre-faulted, so that decoding neither allocates nor
+//! faults. A [`Slot`] is the exclusive, safe owner of its bytes. To be read into, it is moved
+//! into a `Filling`, and it comes back only when no read is in flight:
+//! safe code can never look at bytes that a drive may still be writing.
+
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+use super::error::IoError;
+use super::fill::FillState;
+
+/// Alignment in bytes of slots, of offsets in files, and of the length of every read.
+pub const PAGE_BYTES: usize = 4096;
+
+/// Alignment of large mappings, so that the kernel can use huge pages from the first byte.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Mappings are multiples of this: the largest page size of a supported system (Apple silicon).
+pub(crate) const MAP_GRANULE_BYTES: usize = 16 << 10;
+
+/// One anonymous mapping. Unmapped when the last slot, chunk and engine that know it are gone.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+    huge_pages: bool,
+}
+
+// SAFETY: a mapping is only an address range. Who may touch which bytes of it is decided by the
+// owners of disjoint ranges (`Slot`, `Filling`, `ChunkMem`), not by the thread that holds it.
+unsafe impl Send for Mapping {}
+// SAFETY: as for `Send`; the methods of `Mapping` itself never read or write its bytes, except
+// for the unsafe ones, whose callers promise exclusive or shared access.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(bytes: usize, what: &'static str) -> Result<Self, IoError> {
+        let error = |source: std::io::Error| IoError::Memory { bytes, what, source };
+        let overflow = || error(std::io::ErrorKind::OutOfMemory.into());
+        let len = bytes.max(1).checked_next_multiple_of(MAP_GRANULE_BYTES).ok_or_else(overflow)?;
+        let align = if len >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { MAP_GRANULE_BYTES };
+        let padded = len.checked_add(align).ok_or_else(overflow)?;
+        let length = NonZeroUsize::new(padded).ok_or_else(overflow)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new private anonymous mapping at an address of the kernel's choice: it
+        // cannot overlap memory that anyone else uses.
+        let raw = unsafe { mmap_anonymous(None, length, protection, MapFlags::MAP_PRIVATE) };
+        let raw = raw.map_err(|errno| error(errno.into()))?.cast::<u8>();
+        let base = trim(raw, padded, align, len);
+        let mapping = Self { base, len, huge_pages: advise_huge_pages(base, len) };
+        mapping.fault_in().map_err(error)?;
+        Ok(mapping)
+    }
+
+    /// Makes every page present, so that no read and no kernel ever takes a page fault.
+    fn fault_in(&self) -> std::io::Result<()> {
+        #[cfg(target_os = "linux")]
+        {
+            // SAFETY: the range is exactly this mapping; populating changes no byte.
+            let result = unsafe { libc::madvise(self.base.as_ptr().cast(), self.len, libc::MADV_POPULATE_WRITE) };
+            if result == 0 {
+                return Ok(());
+            }
+            let error = std::io::Error::last_os_error();
+            if error.raw_os_error() != Some(libc::EINVAL) {
+                return Err(error);
+            }
+        }
+        // Linux before 5.14, and macOS: write one zero to every page.
+        for offset in (0..self.len).step_by(PAGE_BYTES) {
+            // SAFETY: `offset` is inside the mapping, which is still private to this call and
+            // full of zeros, so that writing a zero changes nothing.
+            unsafe { self.base.as_ptr().add(offset).write_volatile(0) };
+        }
+        Ok(())
+    }
+
+    /// Address of byte `start`; only for arithmetic and for handing to the kernel.
+    ///
+    /// # Panics
+    /// If the range `start..start + len` is not inside the mapping.
+    pub(crate) fn address(&self, start: usize, len: usize) -> NonNull<u8> {
+        let end = start.checked_add(len);
+        assert!(end.is_some_and(|end| end <= self.len), "a range outside the mapping");
+        // SAFETY: `start <= self.len`, asserted above, so the result is inside the mapping or
+        // one past its end.
+        unsafe { self.base.add(start) }
+    }
+
+    /// The bytes `start..start + len`.
+    ///
+    /// # Safety
+    /// For the lifetime of the result, nobody may write to the range.
+    pub(crate) unsafe fn bytes(&self, start: usize, len: usize) -> &[u8] {
+        let address = self.address(start, len);
+        // SAFETY: the range is inside the mapping (asserted by `address`), which lives as long
+        // as `self` and was initialised with zeros by the kernel; the caller promises that
+        // nobody writes to it.
+        unsafe { std::slice::from_raw_parts(address.as_ptr(), len) }
+    }
+
+    /// The bytes `start..start + len`, to be written.
+    ///
+    /// # Safety
+    /// For the lifetime of the result, nobody else may read from or write to the range.
+    #[expect(clippy::mut_from_ref, reason = "the caller owns the range, not the mapping")]
+    pub(crate) unsafe fn bytes_mut(&self, start: usize, len: usize) -> &mut [u8] {
+        let address = self.address(start, len);
+        // SAFETY: as in `bytes`; the caller promises exclusive access to the range.
+        unsafe { std::slice::from_raw_parts_mut(address.as_ptr(), len) }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by `new` and is unmapped once; every owner of a part of
+        // it holds an `Arc` of this mapping, so none is left.
+        let result = unsafe { munmap(self.base.cast(), self.len) };
+        debug_assert!(result.is_ok(), "munmap of an own mapping");
+    }
+}
+
+/// Gives back the unaligned head and the tail of a fresh mapping; returns the aligned part.
+fn trim(raw: NonNull<u8>, padded: usize, align: usize, len: usize) -> NonNull<u8> {
+    let head = raw.as_ptr().align_offset(align);
+    assert!(head + len <= padded, "the padding is as large as the alignment");
+    // SAFETY: `head + len <= padded`, so both addresses are inside the fresh mapping or one
+    // past its end.
+    let (base, end) = unsafe { (raw.add(head), raw.add(head + len)) };
+    for (start, bytes) in [(raw, head), (end, padded - head - len)] {
+        if bytes > 0 {
+            // SAFETY: these parts of the fresh mapping were never handed out. Both are whole
+            // pages, because the mapping, `align` and `len` are multiples of the page size.
+            // A failure leaves address space in use that is never touched: harmless.
+            let _ = unsafe { munmap(start.cast(), bytes) };
+        }
+    }
+    base
+}
+
+/// Asks for huge pages; true where the kernel has them. Best effort: speed, not correctness.
+fn advise_huge_pages(base: NonNull<u8>, len: usize) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        use nix::sys::mman::{MmapAdvise, madvise};
+        // SAFETY: the range is exactly the fresh mapping; the advice changes no byte.
+        let advised = unsafe { madvise(base.cast(), len, MmapAdvise::MADV_HUGEPAGE) };
+        len >= HUGE_PAGE_BYTES && advised.is_ok()
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (base, len);
+        false
+    }
+}
+
+/// A mapping that a read engine may register with the kernel before slots are used.
+#[derive(Clone, Debug)]
+pub struct Region {
+    pub(crate) map: Arc<Mapping>,
+}
+
+impl Region {
+    /// Bytes of the region.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Never true: an empty arena still maps one page.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Memory for slots, taken from the system once.
+#[derive(Debug)]
+pub struct Arena {
+    map: Arc<Mapping>,
+    slots: Vec<Slot>,
+}
+
+impl Arena {
+    /// Maps `count` slots of `slot_bytes` each (rounded up to whole pages).
+    ///
+    /// # Errors
+    /// [`IoError::Memory`] if the system does not give the memory.
+    pub fn uniform(slot_bytes: usize, count: usize, what: &'static str) -> Result<Arena, IoError> {
+        Self::carve(std::iter::repeat_n(slot_bytes, count), what)
+    }
+
+    /// Maps one slot per size, each of exactly that many bytes (rounded up to whole pages).
+    ///
+    /// # Errors
+    /// [`IoError::Memory`] if the system does not give the memory.
+    pub fn carve(sizes: impl Iterator<Item = usize> + Clone, what: &'static str) -> Result<Arena, IoError> {
+        let total = sizes.clone().try_fold(0usize, |sum, size| {
+            size.checked_next_multiple_of(PAGE_BYTES).and_then(|size| sum.checked_add(size))
+        });
+        let too_much = || IoError::Memory { bytes: usize::MAX, what, source: std::io::ErrorKind::OutOfMemory.into() };
+        let map = Arc::new(Mapping::new(total.ok_or_else(too_much)?, what)?);
+        let mut start = 0;
+        let slots = sizes
+            .map(|size| {
+                let capacity = size.next_multiple_of(PAGE_BYTES);
+                let slot =
+                    Slot { map: Arc::clone(&map), state: Arc::new(FillState::default()), start, capacity, len: 0 };
+                start += capacity;
+                slot
+            })
+            .collect();
+        Ok(Arena { map, slots })
+    }
+
+    /// The memory as a whole, for engines that register it with the kernel.
+    #[must_use]
+    pub fn region(&self) -> Region {
+        Region { map: Arc::clone(&self.map) }
+    }
+
+    /// Bytes taken from the system.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.map.len()
+    }
+
+    /// True if the kernel was willing to back the memory with huge pages.
+    #[must_use]
+    pub fn huge_pages(&self) -> bool {
+        self.map.huge_pages
+    }
+
+    /// Hands out the slots. Each byte of the arena belongs to exactly one of them.
+    #[must_use]
+    pub fn into_slots(self) -> Vec<Slot> {
+        self.slots
+    }
+}
+
+/// Exclusive owner of a page-aligned piece of an arena.
+///
+/// Holds nothing, or the verified bytes of the extent that was last read into it.
+pub struct Slot {
+    pub(crate) map: Arc<Mapping>,
+    pub(crate) state: Arc<FillState>,
+    pub(crate) start: usize,
+    pub(crate) capacity: usize,
+    pub(crate) len: usize,
+}
+
+impl Slot {
+    /// Bytes that fit.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// The extent that was last read into the slot, verified; empty if there is none.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        debug_assert!(self.len <= self.capacity);
+        // SAFETY: a `Slot` exists only while nothing can write to its range: `begin_fill`
+        // consumes it, and it comes back after the last read of the fill has ended.
+        unsafe { self.map.bytes(self.start, self.len) }
+    }
+}
+
+impl fmt::Debug for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Slot({}+{}, {} bytes valid)", self.start, self.capacity, self.len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_disjoint_aligned_and_sized() {
+        let sizes = [1, 4096, 5000, 3 << 20];
+        let arena = Arena::carve(sizes.into_iter(), "test").expect("memory");
+        assert!(arena.bytes() >= sizes.iter().sum::<usize>());
+        let mut end = 0;
+        for (slot, size) in arena.into_slots().iter().zip(sizes) {
+            assert_eq!(slot.start, end);
+            assert_eq!(slot.capacity(), size.next_multiple_of(PAGE_BYTES));
+            assert_eq!(slot.map.address(slot.start, 1).as_ptr() as usize % PAGE_BYTES, 0);
+            assert!(slot.bytes().is_empty());
+            end += slot.capacity();
+        }
+    }
+
+    #[test]
+    fn large_arenas_start_on_a_huge_page() {
+        let arena = Arena::uniform(1 << 20, 5, "test").expect("memory");
+        assert_eq!(arena.map.base.as_ptr() as usize % HUGE_PAGE_BYTES, 0);
+        assert_eq!(arena.into_slots().len(), 5);
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused_not_wrapped() {
+        for (bytes, count) in [(usize::MAX / 2, 3), (1 << 60, 2), (usize::MAX, 1)] {
+            let error = Arena::uniform(bytes, count, "experts").expect_err("refused");
+            assert!(matches!(error, IoError::Memory { .. }), "{error}");
+        }
+    }
+}

@@ -1,0 +1,474 @@
+//! Filling a slot: who may write which bytes, and who may read which, while reads are in flight.
+//!
+//! A fill has two ends. `Filling` belongs to the I/O thread: it cuts the slot into chunks,
+//! hands each out as a [`ChunkMem`] (the exclusive right to write one range), takes it back, and
+//! knows how far the bytes are contiguous. `Arriving` belongs to whoever waits: it can read
+//! the contiguous prefix, and gives the slot back once the fill has ended. The rules that make
+//! this sound, all enforced in this file:
+//!
+//! - a byte is covered by at most one `ChunkMem`, and by none once it is part of the prefix;
+//! - the prefix shrinks only in `Filling::try_restart`, which waits until every `PrefixBytes`
+//!   guard is gone, and no new guard can see old bytes;
+//! - a fill ends only when all its `ChunkMem`s have been given back. One that is lost (the I/O
+//!   thread died) takes its slot with it: memory that a drive may write is never reused.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::arena::{Mapping, PAGE_BYTES, Slot};
+use super::error::ReadError;
+
+/// Chunks that may arrive ahead of the first missing one: bits of `Filling::window`.
+const WINDOW_CHUNKS: u32 = u128::BITS;
+
+/// Where a fill is. Stored as a number in `FillState::phase`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ReadPhase {
+    /// Bytes are outstanding or not yet verified.
+    Reading = 1,
+    /// All bytes are in memory and verified.
+    Ready = 2,
+    /// The read ended without the extent.
+    Failed = 3,
+    /// The I/O thread died; the slot's memory is not used again.
+    Lost = 4,
+}
+
+/// What the two ends of a fill share. One per slot, allocated with the arena.
+#[derive(Debug, Default)]
+pub(crate) struct FillState {
+    phase: AtomicU32,
+    /// Bytes contiguous from the start.
+    arrived: AtomicUsize,
+    /// How often the extent had to be read again from its first byte.
+    attempt: AtomicU32,
+    /// `PrefixBytes` guards alive.
+    readers: AtomicUsize,
+    /// Position in the order in which fills ended; valid once the fill has ended.
+    finished: AtomicU64,
+    error: Mutex<Option<Box<ReadError>>>,
+}
+
+impl FillState {
+    fn phase(&self) -> ReadPhase {
+        match self.phase.load(SeqCst) {
+            2 => ReadPhase::Ready,
+            3 => ReadPhase::Failed,
+            4 => ReadPhase::Lost,
+            _ => ReadPhase::Reading,
+        }
+    }
+}
+
+/// The exclusive right to write one range of a slot. Comes back with the completion.
+#[derive(Debug)]
+pub struct ChunkMem {
+    map: Arc<Mapping>,
+    start: usize,
+    len: usize,
+}
+
+impl ChunkMem {
+    /// Bytes still to be written.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True once all bytes have been written.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The bytes to be written.
+    #[must_use]
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: a `ChunkMem` is the only owner of its range (rules at the top of the file),
+        // and it is borrowed exclusively.
+        unsafe { self.map.bytes_mut(self.start, self.len) }
+    }
+
+    /// Address to hand to the kernel, which may write `len()` bytes there while this exists.
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only the ring needs it"))]
+    pub(crate) fn address(&self) -> *mut u8 {
+        self.map.address(self.start, self.len).as_ptr()
+    }
+
+    /// The mapping, and where in it the chunk is: how an engine finds a registered buffer.
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only the ring needs it"))]
+    pub(crate) fn place(&self) -> (&Arc<Mapping>, usize) {
+        (&self.map, self.start)
+    }
+
+    /// Drops the first `bytes`: they have been written.
+    pub(crate) fn advance(&mut self, bytes: usize) {
+        assert!(bytes <= self.len, "a read wrote more than it was given");
+        self.start += bytes;
+        self.len -= bytes;
+    }
+}
+
+/// The I/O thread's end of a fill.
+#[derive(Debug)]
+pub(crate) struct Filling {
+    map: Arc<Mapping>,
+    state: Arc<FillState>,
+    start: usize,
+    len: usize,
+    chunk_bytes: usize,
+    /// Chunks handed out so far in this attempt.
+    issued: u32,
+    /// Chunks that are contiguous from the start.
+    arrived: u32,
+    /// Bit i: chunk `arrived + i` has arrived.
+    window: u128,
+    /// Chunks handed out and not given back.
+    outstanding: u32,
+    ended: bool,
+}
+
+impl Filling {
+    /// Splits a slot into the two ends of a fill of `len` bytes.
+    ///
+    /// # Panics
+    /// If `len` does not fit the slot or is not whole pages, or `chunk_bytes` is not whole pages.
+    pub(crate) fn begin(mut slot: Slot, len: usize, chunk_bytes: usize) -> (Filling, Arriving) {
+        assert!(len > 0 && len <= slot.capacity && len.is_multiple_of(PAGE_BYTES));
+        assert!(chunk_bytes > 0 && chunk_bytes.is_multiple_of(PAGE_BYTES));
+        assert!(u32::try_from(len / chunk_bytes).is_ok(), "more chunks than can be counted");
+        let state = Arc::clone(&slot.state);
+        state.arrived.store(0, SeqCst);
+        state.attempt.store(0, SeqCst);
+        state.phase.store(ReadPhase::Reading as u32, SeqCst);
+        *state.error.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        slot.len = 0;
+        let filling = Filling {
+            map: Arc::clone(&slot.map),
+            state,
+            start: slot.start,
+            len,
+            chunk_bytes,
+            issued: 0,
+            arrived: 0,
+            window: 0,
+            outstanding: 0,
+            ended: false,
+        };
+        (filling, Arriving { slot, len })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn outstanding(&self) -> u32 {
+        self.outstanding
+    }
+
+    fn chunk_count(&self) -> u32 {
+        u32::try_from(self.len.div_ceil(self.chunk_bytes)).unwrap_or(u32::MAX)
+    }
+
+    fn chunk_offset(&self, number: u32) -> usize {
+        number as usize * self.chunk_bytes
+    }
+
+    /// Bytes from the start of the extent at which chunk `number` ends.
+    pub(crate) fn chunk_end(&self, number: u32) -> usize {
+        (self.chunk_offset(number) + self.chunk_bytes).min(self.len)
+    }
+
+    fn has_more(&self) -> bool {
+        self.issued < self.chunk_count()
+    }
+
+    /// True if only one chunk has not been handed out.
+    pub(crate) fn is_last(&self) -> bool {
+        self.issued + 1 == self.chunk_count()
+    }
+
+    /// True if `next_chunk` would hand one out now.
+    pub(crate) fn can_issue(&self) -> bool {
+        self.has_more() && self.issued - self.arrived < WINDOW_CHUNKS
+    }
+
+    /// Hands out the next chunk: its number and the right to write it.
+    pub(crate) fn next_chunk(&mut self) -> Option<(u32, ChunkMem)> {
+        if !self.can_issue() {
+            return None;
+        }
+        let number = self.issued;
+        self.issued += 1;
+        self.outstanding += 1;
+        let offset = self.chunk_offset(number);
+        let len = self.chunk_end(number) - offset;
+        Some((number, ChunkMem { map: Arc::clone(&self.map), start: self.start + offset, len }))
+    }
+
+    /// Takes a chunk back. It has arrived if nothing of it is left to be written.
+    ///
+    /// # Panics
+    /// If the chunk is not chunk `number` of this fill.
+    pub(crate) fn give_back(&mut self, number: u32, chunk: ChunkMem) {
+        assert!(Arc::ptr_eq(&chunk.map, &self.map), "a chunk of another arena");
+        assert_eq!(chunk.start + chunk.len, self.start + self.chunk_end(number), "another chunk");
+        assert!(self.outstanding > 0 && number >= self.arrived && number < self.issued);
+        self.outstanding -= 1;
+        if !chunk.is_empty() {
+            return;
+        }
+        self.window |= 1 << (number - self.arrived);
+        let contiguous = self.window.trailing_ones();
+        self.window = self.window.checked_shr(contiguous).unwrap_or(0);
+        self.arrived += contiguous;
+        self.state.arrived.store(self.arrived_bytes(), SeqCst);
+    }
+
+    /// Bytes contiguous from the start.
+    pub(crate) fn arrived_bytes(&self) -> usize {
+        if self.arrived == 0 { 0 } else { self.chunk_end(self.arrived - 1) }
+    }
+
+    /// The contiguous prefix.
+    pub(crate) fn prefix(&self) -> &[u8] {
+        // SAFETY: no `ChunkMem` covers bytes of the prefix, and it can only shrink through
+        // `&mut self`, so nobody writes to it while it is borrowed.
+        unsafe { self.map.bytes(self.start, self.arrived_bytes()) }
+    }
+
+    /// Takes the prefix away from readers, to read the extent again from its first byte.
+    ///
+    /// # Panics
+    /// If chunks are outstanding.
+    pub(crate) fn retract(&mut self) {
+        assert_eq!(self.outstanding, 0, "chunks are in flight");
+        self.issued = 0;
+        self.arrived = 0;
+        self.window = 0;
+        self.state.arrived.store(0, SeqCst);
+        self.state.attempt.fetch_add(1, SeqCst);
+        // Until `try_restart` agrees, nothing may be handed out.
+        self.issued = self.chunk_count();
+    }
+
+    /// After `retract`: allows chunks to be handed out again, once no reader
+    /// holds old bytes. A reader that goes later wakes the I/O thread.
+    pub(crate) fn try_restart(&mut self) -> bool {
+        assert_eq!(self.outstanding, 0, "chunks are in flight");
+        let free = !self.has_readers();
+        if free {
+            self.issued = 0;
+        }
+        free
+    }
+
+    /// True if someone holds a `PrefixBytes`.
+    ///
+    /// A reader counts itself before it loads `arrived`, and `retract` clears `arrived` before
+    /// this load. So a reader that is not counted here sees an empty prefix.
+    pub(crate) fn has_readers(&self) -> bool {
+        self.state.readers.load(SeqCst) > 0
+    }
+
+    /// Ends the fill; the other end gets the slot back. `order` counts ended fills.
+    ///
+    /// # Panics
+    /// If chunks are outstanding, or the fill succeeds without all its bytes.
+    pub(crate) fn end(mut self, result: Result<(), ReadError>, order: u64) {
+        assert_eq!(self.outstanding, 0, "chunks are in flight");
+        let phase = match result {
+            Ok(()) => {
+                assert_eq!(self.arrived_bytes(), self.len, "bytes are missing");
+                ReadPhase::Ready
+            }
+            Err(error) => {
+                let mut place = self.state.error.lock().unwrap_or_else(PoisonError::into_inner);
+                *place = Some(Box::new(error));
+                ReadPhase::Failed
+            }
+        };
+        self.ended = true;
+        self.state.finished.store(order, SeqCst);
+        self.state.phase.store(phase as u32, SeqCst);
+    }
+}
+
+impl Drop for Filling {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.state.phase.store(ReadPhase::Lost as u32, SeqCst);
+        }
+    }
+}
+
+/// The waiter's end of a fill. Owns the slot, but shows only what has arrived.
+#[derive(Debug)]
+pub(crate) struct Arriving {
+    slot: Slot,
+    len: usize,
+}
+
+impl Arriving {
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn phase(&self) -> ReadPhase {
+        self.slot.state.phase()
+    }
+
+    pub(crate) fn arrived_bytes(&self) -> usize {
+        self.slot.state.arrived.load(SeqCst)
+    }
+
+    pub(crate) fn attempt(&self) -> u32 {
+        self.slot.state.attempt.load(SeqCst)
+    }
+
+    /// Position in the order in which fills ended; meaningful once the fill has ended.
+    pub(crate) fn finished(&self) -> u64 {
+        self.slot.state.finished.load(SeqCst)
+    }
+
+    pub(crate) fn prefix(&self) -> PrefixBytes<'_> {
+        let state = &self.slot.state;
+        state.readers.fetch_add(1, SeqCst);
+        let attempt = state.attempt.load(SeqCst);
+        let len = state.arrived.load(SeqCst);
+        PrefixBytes { arriving: self, len, attempt }
+    }
+
+    /// Ends the waiter's side.
+    ///
+    /// # Panics
+    /// If the fill has not ended.
+    pub(crate) fn finish(mut self) -> Result<Slot, (Option<Box<ReadError>>, Option<Slot>)> {
+        match self.phase() {
+            ReadPhase::Ready => {
+                self.slot.len = self.len;
+                Ok(self.slot)
+            }
+            ReadPhase::Failed => {
+                let mut place = self.slot.state.error.lock().unwrap_or_else(PoisonError::into_inner);
+                let error = place.take();
+                drop(place);
+                Err((error, Some(self.slot)))
+            }
+            ReadPhase::Lost => Err((None, None)),
+            ReadPhase::Reading => panic!("the fill has not ended"),
+        }
+    }
+}
+
+/// Holds back a re-read while someone looks at the prefix.
+#[derive(Debug)]
+pub(crate) struct PrefixBytes<'a> {
+    arriving: &'a Arriving,
+    len: usize,
+    attempt: u32,
+}
+
+impl PrefixBytes<'_> {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        let slot = &self.arriving.slot;
+        // SAFETY: the first `len` bytes had arrived when this guard was made, after it counted
+        // itself as a reader. They are written again only after `try_restart` has seen no
+        // reader, and the slot leaves `Arriving` only when this borrow has ended.
+        unsafe { slot.map.bytes(slot.start, self.len) }
+    }
+
+    pub(crate) fn attempt(&self) -> u32 {
+        self.attempt
+    }
+}
+
+impl Drop for PrefixBytes<'_> {
+    fn drop(&mut self) {
+        self.arriving.slot.state.readers.fetch_sub(1, SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::arena::Arena;
+
+    fn slot(bytes: usize) -> Slot {
+        Arena::uniform(bytes, 1, "test").expect("memory").into_slots().remove(0)
+    }
+
+    fn fill(chunk: &mut ChunkMem, byte: u8) {
+        chunk.as_mut_slice().fill(byte);
+        chunk.advance(chunk.len());
+    }
+
+    #[test]
+    fn the_prefix_grows_only_over_contiguous_chunks() {
+        let (mut filling, arriving) = Filling::begin(slot(5 * 4096), 5 * 4096, 2 * 4096);
+        let mut chunks: Vec<_> = std::iter::from_fn(|| filling.next_chunk()).collect();
+        assert_eq!(chunks.iter().map(|c| c.1.len()).collect::<Vec<_>>(), [8192, 8192, 4096]);
+        for (number, expect) in [(2, 0), (0, 8192), (1, 5 * 4096)] {
+            let at = chunks.iter().position(|c| c.0 == number).expect("there");
+            let (number, mut chunk) = chunks.remove(at);
+            fill(&mut chunk, number as u8 + 1);
+            filling.give_back(number, chunk);
+            assert_eq!(arriving.arrived_bytes(), expect);
+            assert_eq!(arriving.prefix().bytes().len(), expect);
+        }
+        filling.end(Ok(()), 1);
+        let slot = arriving.finish().expect("ready");
+        assert_eq!(slot.bytes()[0], 1);
+        assert_eq!(slot.bytes()[8192], 2);
+        assert_eq!(slot.bytes()[16384], 3);
+    }
+
+    #[test]
+    fn a_reader_holds_back_a_second_reading() {
+        let (mut filling, arriving) = Filling::begin(slot(8192), 8192, 4096);
+        for byte in [1, 2] {
+            let (number, mut chunk) = filling.next_chunk().expect("a chunk");
+            fill(&mut chunk, byte);
+            filling.give_back(number, chunk);
+        }
+        let guard = arriving.prefix();
+        filling.retract();
+        assert!(!filling.try_restart());
+        assert!(filling.next_chunk().is_none());
+        assert_ne!(guard.attempt(), arriving.attempt());
+        assert_eq!(guard.bytes()[4096], 2);
+        drop(guard);
+        assert!(filling.try_restart());
+        assert_eq!(filling.next_chunk().expect("a chunk").0, 0);
+        assert!(arriving.prefix().bytes().is_empty());
+    }
+
+    #[test]
+    fn chunks_are_not_handed_out_beyond_the_window() {
+        let pages = 300;
+        let (mut filling, _arriving) = Filling::begin(slot(pages * 4096), pages * 4096, 4096);
+        let mut chunks: Vec<_> = std::iter::from_fn(|| filling.next_chunk()).collect();
+        assert_eq!(chunks.len(), 128);
+        let (number, mut first) = chunks.remove(0);
+        for (number, mut chunk) in chunks {
+            fill(&mut chunk, 0);
+            filling.give_back(number, chunk);
+        }
+        assert_eq!(filling.arrived_bytes(), 0);
+        assert!(!filling.can_issue() && filling.has_more());
+        fill(&mut first, 0);
+        filling.give_back(number, first);
+        assert_eq!(filling.arrived_bytes(), 128 * 4096);
+        assert!(filling.can_issue());
+    }
+
+    #[test]
+    fn a_lost_fill_keeps_its_slot() {
+        let (mut filling, arriving) = Filling::begin(slot(4096), 4096, 4096);
+        let _chunk = filling.next_chunk();
+        drop(filling);
+        assert_eq!(arriving.phase(), ReadPhase::Lost);
+        assert!(matches!(arriving.finish(), Err((None, None))));
+    }
+}

@@ -1,0 +1,165 @@
+//! The order in which chunks are issued. Pure: events in, next chunk out; no file, no clock.
+//!
+//! Demand before prefetch. Within a class, the first chunk of every extent comes first, so that
+//! compute can start on any of them; then the rest, extent by extent in the order of arrival, so
+//! that extents complete one after the other instead of all at the end.
+
+use std::collections::VecDeque;
+
+use super::scheduler::Class;
+
+/// What can be issued for a request, as the request itself knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Issuable {
+    /// Its next chunk, and there will be more after it.
+    More,
+    /// Its next chunk, which is its last.
+    Last,
+    /// Nothing now, but something later.
+    Blocked,
+}
+
+#[derive(Debug, Default)]
+struct Lane {
+    /// Requests of which no chunk has been issued.
+    fresh: VecDeque<u32>,
+    /// Requests of which some chunks have been issued, but not all.
+    rest: VecDeque<u32>,
+}
+
+/// Requests with chunks still to be issued, in the order in which they are to be issued.
+#[derive(Debug, Default)]
+pub struct ChunkQueue {
+    demand: Lane,
+    prefetch: Lane,
+}
+
+impl ChunkQueue {
+    /// An empty queue with room for `requests` requests.
+    #[must_use]
+    pub fn with_capacity(requests: usize) -> Self {
+        let lane = || Lane { fresh: VecDeque::with_capacity(requests), rest: VecDeque::with_capacity(requests) };
+        Self { demand: lane(), prefetch: lane() }
+    }
+
+    fn lane(&mut self, class: Class) -> &mut Lane {
+        match class {
+            Class::Demand => &mut self.demand,
+            Class::Prefetch => &mut self.prefetch,
+        }
+    }
+
+    /// Adds a request of which nothing has been issued.
+    pub fn add(&mut self, request: u32, class: Class) {
+        self.lane(class).fresh.push_back(request);
+    }
+
+    /// Removes a request, wherever it is. Does nothing if it is not queued.
+    pub fn remove(&mut self, request: u32) {
+        for lane in [&mut self.demand, &mut self.prefetch] {
+            lane.fresh.retain(|&queued| queued != request);
+            lane.rest.retain(|&queued| queued != request);
+        }
+    }
+
+    /// Turns a prefetch into a demand: it goes behind the demands that are waiting.
+    pub fn promote(&mut self, request: u32) {
+        let Lane { fresh, rest } = &mut self.prefetch;
+        for (from, to) in [(fresh, &mut self.demand.fresh), (rest, &mut self.demand.rest)] {
+            if let Some(at) = from.iter().position(|&queued| queued == request) {
+                from.remove(at);
+                to.push_back(request);
+            }
+        }
+    }
+
+    /// True if no demand is waiting to be issued.
+    #[must_use]
+    pub fn demand_is_empty(&self) -> bool {
+        self.demand.fresh.is_empty() && self.demand.rest.is_empty()
+    }
+
+    /// The request whose next chunk is to be issued now, among those of `class`.
+    /// The caller issues it: the queue takes note of that.
+    pub fn next(&mut self, class: Class, mut issuable: impl FnMut(u32) -> Issuable) -> Option<u32> {
+        let lane = self.lane(class);
+        if let Some(&request) = lane.fresh.front() {
+            let answer = issuable(request);
+            if answer != Issuable::Blocked {
+                lane.fresh.pop_front();
+                if answer == Issuable::More {
+                    lane.rest.push_back(request);
+                }
+                return Some(request);
+            }
+        }
+        for at in 0..lane.rest.len() {
+            let request = lane.rest[at];
+            match issuable(request) {
+                Issuable::More => return Some(request),
+                Issuable::Last => return lane.rest.remove(at),
+                Issuable::Blocked => {}
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs the queue dry; `chunks[r]` is the number of chunks of request `r`.
+    fn drain(queue: &mut ChunkQueue, chunks: &mut [u32]) -> Vec<u32> {
+        let mut order = Vec::new();
+        for class in [Class::Demand, Class::Prefetch] {
+            while let Some(request) =
+                queue.next(class, |request| if chunks[request as usize] > 1 { Issuable::More } else { Issuable::Last })
+            {
+                chunks[request as usize] -= 1;
+                order.push(request);
+            }
+        }
+        order
+    }
+
+    #[test]
+    fn first_chunks_first_then_extent_by_extent_demand_before_prefetch() {
+        let mut queue = ChunkQueue::with_capacity(4);
+        queue.add(0, Class::Prefetch);
+        queue.add(1, Class::Demand);
+        queue.add(2, Class::Demand);
+        queue.add(3, Class::Demand);
+        let order = drain(&mut queue, &mut [2, 3, 1, 2]);
+        assert_eq!(order, [1, 2, 3, 1, 1, 3, 0, 0]);
+        assert!(queue.demand_is_empty());
+    }
+
+    #[test]
+    fn removal_and_promotion() {
+        let mut queue = ChunkQueue::with_capacity(4);
+        queue.add(0, Class::Prefetch);
+        queue.add(1, Class::Prefetch);
+        queue.add(2, Class::Demand);
+        assert_eq!(queue.next(Class::Prefetch, |_| Issuable::More), Some(0));
+        queue.promote(1);
+        queue.promote(0);
+        queue.remove(2);
+        assert_eq!(drain(&mut queue, &mut [1, 2, 9]), [1, 0, 1]);
+    }
+
+    #[test]
+    fn a_blocked_request_lets_others_pass() {
+        let mut queue = ChunkQueue::with_capacity(2);
+        queue.add(0, Class::Demand);
+        queue.add(1, Class::Demand);
+        assert_eq!(queue.next(Class::Demand, |_| Issuable::More), Some(0));
+        assert_eq!(queue.next(Class::Demand, |_| Issuable::More), Some(1));
+        let one_blocked = |request| {
+            if request == 0 { Issuable::Blocked } else { Issuable::Last }
+        };
+        assert_eq!(queue.next(Class::Demand, one_blocked), Some(1));
+        assert_eq!(queue.next(Class::Demand, one_blocked), None);
+        assert!(!queue.demand_is_empty());
+    }
+}

@@ -1,0 +1,514 @@
+//! The I/O thread: keeps the drive busy, and turns chunks into verified extents.
+//!
+//! One loop: take messages, fill the engine up to its depth, wait for completions, refill, then
+//! hash a piece of what has arrived. Hashing never delays a chunk that could be issued.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering::Relaxed, Ordering::SeqCst};
+use std::time::Instant;
+
+use xxhash_rust::xxh3::Xxh3;
+
+use super::arena::PAGE_BYTES;
+use super::error::ReadError;
+use super::fill::{ChunkMem, Filling};
+use super::queue::{ChunkQueue, Issuable};
+use super::scheduler::{Class, Command, ExtentRead, IoConfig, Shared};
+use super::{ChunkRead, Completion, ReadEngine, Wait};
+
+/// Bytes hashed between two looks at the engine: about 50 µs of work.
+const HASH_STEP_BYTES: usize = 1 << 20;
+
+/// Reads in a row that may bring nothing forward (interrupted, or less than a page) before the
+/// file is taken for cut off.
+const STALLS_MAX: u32 = 64;
+
+/// Requests for which room is made at start, so that the tables do not grow later.
+const REQUESTS: usize = 1024;
+
+/// A request that has not ended.
+struct Active {
+    id: u64,
+    filling: Filling,
+    read: ExtentRead,
+    hasher: Xxh3,
+    hashed: usize,
+    /// The extent has been read again because its checksum was wrong.
+    read_again: bool,
+    /// To be read again as soon as nobody looks at the old bytes.
+    waits_for_readers: bool,
+    /// Why it is going to end, once its chunks are back.
+    stop: Option<ReadError>,
+}
+
+impl Active {
+    /// Something to do for the hasher.
+    fn has_hash_work(&self) -> bool {
+        let arrived = self.filling.arrived_bytes();
+        self.stop.is_none() && (self.hashed < arrived || arrived == self.filling.len())
+    }
+
+    fn is_complete(&self) -> bool {
+        self.filling.arrived_bytes() == self.filling.len()
+    }
+
+    /// Byte offset in the file at which the rest of a chunk begins.
+    fn offset_of(&self, chunk: u32, rest: &ChunkMem) -> u64 {
+        self.read.offset + (self.filling.chunk_end(chunk) - rest.len()) as u64
+    }
+}
+
+/// A chunk in flight; its place in the table is its tag.
+#[derive(Clone, Copy)]
+struct Flight {
+    request: u32,
+    chunk: u32,
+    prefetch: bool,
+    /// The drive has failed once to read it.
+    failed: bool,
+    stalls: u32,
+}
+
+struct Worker<'a> {
+    /// First, so that it is dropped first: it waits for everything in flight.
+    engine: Box<dyn ReadEngine>,
+    shared: &'a Shared,
+    config: &'a IoConfig,
+    queue: ChunkQueue,
+    active: Vec<Option<Active>>,
+    free: Vec<u32>,
+    /// Indices into `active`, in the order of arrival.
+    live: Vec<u32>,
+    flights: Vec<Option<Flight>>,
+    free_tags: Vec<u32>,
+    prefetch_flights: usize,
+    ended: Vec<Completion>,
+    commands: VecDeque<Command>,
+    busy_since: Option<Instant>,
+    order: u64,
+}
+
+/// The body of the I/O thread.
+pub(crate) fn run(engine: Box<dyn ReadEngine>, shared: Arc<Shared>, config: &IoConfig) {
+    // Declared first, so that it runs last, also in a panic: by then every fill has ended.
+    let _farewell = Farewell { shared: &shared };
+    let mut worker = Worker::new(engine, &shared, config);
+    let reason = match worker.run() {
+        Ok(()) => "it was shut down".to_owned(),
+        Err(error) => format!("the read engine failed: {error}"),
+    };
+    // Before the worker and its fills are dropped, so that no waiter sees an end without reason.
+    shared.lock_inbox().stopped = Some(reason);
+}
+
+/// Tells everyone that there is no I/O thread any more.
+struct Farewell<'a> {
+    shared: &'a Shared,
+}
+
+impl Drop for Farewell<'_> {
+    fn drop(&mut self) {
+        let mut inbox = self.shared.lock_inbox();
+        inbox.stopped.get_or_insert_with(|| "it has panicked".to_owned());
+        inbox.commands.clear();
+        drop(inbox);
+        self.shared.announce();
+    }
+}
+
+impl<'a> Worker<'a> {
+    fn new(engine: Box<dyn ReadEngine>, shared: &'a Shared, config: &'a IoConfig) -> Self {
+        let depth = engine.depth().min(config.depth);
+        Self {
+            engine,
+            shared,
+            config,
+            queue: ChunkQueue::with_capacity(REQUESTS),
+            active: Vec::with_capacity(REQUESTS),
+            free: Vec::with_capacity(REQUESTS),
+            live: Vec::with_capacity(REQUESTS),
+            flights: vec![None; depth],
+            free_tags: (0..depth as u32).rev().collect(),
+            prefetch_flights: 0,
+            ended: Vec::with_capacity(depth),
+            commands: VecDeque::with_capacity(REQUESTS),
+            busy_since: None,
+            order: 0,
+        }
+    }
+
+    fn run(&mut self) -> io::Result<()> {
+        loop {
+            let closing = self.take_commands();
+            if closing && self.live.is_empty() {
+                return Ok(());
+            }
+            self.restart_free_readings();
+            self.issue();
+            let hash_next = self.hash_candidate().is_some();
+            self.collect(!hash_next)?;
+            if self.issue() {
+                self.collect(false)?;
+            }
+            if let Some(request) = self.hash_candidate() {
+                self.hash(request);
+            }
+        }
+    }
+
+    /// Takes what others have sent. True if the thread is to end.
+    fn take_commands(&mut self) -> bool {
+        self.shared.asleep.store(false, SeqCst);
+        let mut inbox = self.shared.lock_inbox();
+        let closing = inbox.closing;
+        std::mem::swap(&mut inbox.commands, &mut self.commands);
+        drop(inbox);
+        while let Some(command) = self.commands.pop_front() {
+            match command {
+                Command::Read { id, filling, read } => self.admit(id, filling, read),
+                Command::Cancel(id) => {
+                    if let Some(request) = self.find(id) {
+                        self.cancel(request);
+                    }
+                }
+                Command::Promote(id) => {
+                    if let Some(request) = self.find(id) {
+                        self.queue.promote(request);
+                        self.request(request).read.class = Class::Demand;
+                    }
+                }
+            }
+        }
+        if closing {
+            while let Some(request) = self
+                .live
+                .iter()
+                .copied()
+                .find(|&request| self.active[request as usize].as_ref().is_some_and(|active| active.stop.is_none()))
+            {
+                self.cancel(request);
+            }
+        }
+        closing
+    }
+
+    fn admit(&mut self, id: u64, filling: Filling, read: ExtentRead) {
+        let active = Active {
+            id,
+            filling,
+            read,
+            hasher: Xxh3::new(),
+            hashed: 0,
+            read_again: false,
+            waits_for_readers: false,
+            stop: None,
+        };
+        let request = match self.free.pop() {
+            Some(request) => request,
+            None => {
+                self.active.push(None);
+                (self.active.len() - 1) as u32
+            }
+        };
+        self.active[request as usize] = Some(active);
+        self.live.push(request);
+        self.queue.add(request, read.class);
+    }
+
+    fn find(&self, id: u64) -> Option<u32> {
+        let is_it = |request: &u32| self.active[*request as usize].as_ref().is_some_and(|active| active.id == id);
+        self.live.iter().copied().find(is_it)
+    }
+
+    fn request(&mut self, request: u32) -> &mut Active {
+        match &mut self.active[request as usize] {
+            Some(active) => active,
+            None => unreachable!("live, queued and in-flight requests are active"),
+        }
+    }
+
+    fn cancel(&mut self, request: u32) {
+        let extent = self.request(request).read.name;
+        self.shared.counters.cancelled.fetch_add(1, Relaxed);
+        self.stop(request, ReadError::Cancelled { extent });
+    }
+
+    /// True if some second reading was only waiting for readers who are gone now.
+    fn reading_can_restart(&self) -> bool {
+        self.live.iter().any(|&request| {
+            let active = self.active[request as usize].as_ref();
+            active.is_some_and(|active| active.waits_for_readers && !active.filling.has_readers())
+        })
+    }
+
+    /// Starts second readings whose old bytes nobody looks at any more.
+    fn restart_free_readings(&mut self) {
+        for at in 0..self.live.len() {
+            let request = self.live[at];
+            let active = self.request(request);
+            if active.waits_for_readers && active.stop.is_none() && active.filling.try_restart() {
+                active.waits_for_readers = false;
+                let class = active.read.class;
+                self.queue.add(request, class);
+            }
+        }
+    }
+
+    /// Fills the engine up to its depth. True if anything was issued.
+    fn issue(&mut self) -> bool {
+        let mut issued = false;
+        while let Some(&tag) = self.free_tags.last() {
+            let Some(request) = self.next_request() else {
+                break;
+            };
+            let active = self.request(request);
+            let Some((chunk, mem)) = active.filling.next_chunk() else {
+                break;
+            };
+            let prefetch = active.read.class == Class::Prefetch;
+            let flight = Flight { request, chunk, prefetch, failed: false, stalls: 0 };
+            self.free_tags.pop();
+            self.flights[tag as usize] = Some(flight);
+            self.prefetch_flights += usize::from(prefetch);
+            self.submit(tag, flight, mem);
+            issued = true;
+        }
+        issued
+    }
+
+    /// Whose chunk is next: a demand's; a prefetch's only if no demand has chunks to issue.
+    fn next_request(&mut self) -> Option<u32> {
+        let active = &self.active;
+        let mut issuable = |request: u32| match &active[request as usize] {
+            Some(active) if active.filling.can_issue() => {
+                if active.filling.is_last() {
+                    Issuable::Last
+                } else {
+                    Issuable::More
+                }
+            }
+            _ => Issuable::Blocked,
+        };
+        if let Some(request) = self.queue.next(Class::Demand, &mut issuable) {
+            return Some(request);
+        }
+        if !self.queue.demand_is_empty() || self.prefetch_flights >= self.config.prefetch_depth {
+            return None;
+        }
+        self.queue.next(Class::Prefetch, &mut issuable)
+    }
+
+    /// Gives a chunk, or what is left of it, to the engine.
+    fn submit(&mut self, tag: u32, flight: Flight, mem: ChunkMem) {
+        let active = self.request(flight.request);
+        let offset = active.offset_of(flight.chunk, &mem);
+        let file = active.read.file;
+        self.engine.submit(ChunkRead { tag, file, offset, mem });
+    }
+
+    /// Waits for completions and handles them. Blocks only if told so.
+    fn collect(&mut self, may_block: bool) -> io::Result<()> {
+        let in_flight = self.free_tags.len() < self.flights.len();
+        if in_flight && self.busy_since.is_none() {
+            self.busy_since = Some(Instant::now());
+        }
+        let mut wait = Wait::Poll;
+        if may_block {
+            self.shared.asleep.store(true, SeqCst);
+            // Whoever acts after `asleep` was set wakes the engine; what happened before is seen
+            // here. A closing thread with nothing in flight must look at its messages again.
+            let can_restart = self.reading_can_restart();
+            let inbox = self.shared.lock_inbox();
+            if inbox.commands.is_empty() && (!inbox.closing || in_flight) && !can_restart {
+                wait = Wait::Forever;
+            }
+        }
+        let mut ended = std::mem::take(&mut self.ended);
+        let result = self.engine.complete(&mut ended, wait);
+        self.shared.asleep.store(false, SeqCst);
+        for completion in ended.drain(..) {
+            self.completed(completion);
+        }
+        self.ended = ended;
+        self.account_busy();
+        result
+    }
+
+    fn account_busy(&mut self) {
+        let Some(since) = self.busy_since else { return };
+        let now = Instant::now();
+        let busy_ns = u64::try_from((now - since).as_nanos()).unwrap_or(u64::MAX);
+        self.shared.counters.busy_ns.fetch_add(busy_ns, Relaxed);
+        let in_flight = self.free_tags.len() < self.flights.len();
+        self.busy_since = in_flight.then_some(now);
+    }
+
+    fn completed(&mut self, completion: Completion) {
+        let Completion { tag, mut mem, result } = completion;
+        let Some(mut flight) = self.flights[tag as usize] else {
+            unreachable!("a completion of a read that was not in flight")
+        };
+        let retry = match result {
+            Ok(bytes) => self.received(&mut flight, &mut mem, bytes),
+            Err(error) => self.refused(&mut flight, &mem, error),
+        };
+        if retry && self.request(flight.request).stop.is_none() {
+            self.flights[tag as usize] = Some(flight);
+            self.submit(tag, flight, mem);
+        } else {
+            self.land(tag, flight, mem);
+        }
+    }
+
+    /// Bytes have come. True if the chunk is to be read on.
+    fn received(&mut self, flight: &mut Flight, mem: &mut ChunkMem, bytes: usize) -> bool {
+        // A continuation has to be aligned again: bytes beyond the last whole page are read
+        // once more. That happens only if the file ends there.
+        let whole = bytes.min(mem.len()) / PAGE_BYTES * PAGE_BYTES;
+        mem.advance(whole);
+        let counters = &self.shared.counters;
+        let total = if flight.prefetch { &counters.prefetch_bytes } else { &counters.demand_bytes };
+        total.fetch_add(bytes as u64, Relaxed);
+        if mem.is_empty() {
+            counters.chunks.fetch_add(1, Relaxed);
+            return false;
+        }
+        flight.stalls = if whole > 0 { 0 } else { flight.stalls + 1 };
+        if bytes == 0 || flight.stalls > STALLS_MAX {
+            let error = self.truncated(flight, mem);
+            self.stop(flight.request, error);
+            return false;
+        }
+        counters.short_reads.fetch_add(1, Relaxed);
+        true
+    }
+
+    /// The system has reported an error. True if the chunk is to be tried again.
+    fn refused(&mut self, flight: &mut Flight, mem: &ChunkMem, source: io::Error) -> bool {
+        let transient = matches!(source.raw_os_error(), Some(libc::EINTR | libc::EAGAIN));
+        if transient && flight.stalls < STALLS_MAX {
+            flight.stalls += 1;
+            return true;
+        }
+        if !flight.failed {
+            flight.failed = true;
+            self.shared.counters.device_retries.fetch_add(1, Relaxed);
+            return true;
+        }
+        let active = self.request(flight.request);
+        let (extent, file) = (active.read.name, usize::from(active.read.file));
+        let offset = active.offset_of(flight.chunk, mem);
+        let (path, len) = (self.shared.files[file].path.clone(), mem.len());
+        self.stop(flight.request, ReadError::Device { extent, path, offset, len, source });
+        false
+    }
+
+    fn truncated(&mut self, flight: &Flight, mem: &ChunkMem) -> ReadError {
+        let active = self.request(flight.request);
+        let (extent, file) = (active.read.name, usize::from(active.read.file));
+        let offset = active.offset_of(flight.chunk, mem);
+        ReadError::Truncated { extent, path: self.shared.files[file].path.clone(), offset }
+    }
+
+    /// A chunk is back for good: with all its bytes, or because its request is ending.
+    fn land(&mut self, tag: u32, flight: Flight, mem: ChunkMem) {
+        self.flights[tag as usize] = None;
+        self.free_tags.push(tag);
+        self.prefetch_flights -= usize::from(flight.prefetch);
+        self.request(flight.request).filling.give_back(flight.chunk, mem);
+        self.end_if_stopped(flight.request);
+        self.shared.announce();
+    }
+
+    /// Lets a request end with an error, once all its chunks are back.
+    fn stop(&mut self, request: u32, error: ReadError) {
+        let active = self.request(request);
+        if active.stop.is_some() {
+            return;
+        }
+        active.stop = Some(error);
+        self.queue.remove(request);
+        for tag in 0..self.flights.len() {
+            if let Some(flight) = self.flights[tag].filter(|flight| flight.request == request)
+                && let Some(read) = self.engine.cancel(tag as u32)
+            {
+                self.flights[tag] = None;
+                self.free_tags.push(tag as u32);
+                self.prefetch_flights -= usize::from(flight.prefetch);
+                self.request(request).filling.give_back(flight.chunk, read.mem);
+            }
+        }
+        self.end_if_stopped(request);
+    }
+
+    fn end_if_stopped(&mut self, request: u32) {
+        let Some(active) = &mut self.active[request as usize] else {
+            return;
+        };
+        if active.filling.outstanding() == 0
+            && let Some(error) = active.stop.take()
+        {
+            self.end(request, Err(error));
+        }
+    }
+
+    fn end(&mut self, request: u32, result: Result<(), ReadError>) {
+        let Some(active) = self.active[request as usize].take() else {
+            return;
+        };
+        self.live.retain(|&live| live != request);
+        self.free.push(request);
+        self.order += 1;
+        active.filling.end(result, self.order);
+        self.shared.announce();
+    }
+
+    /// Whose bytes to hash next: a complete extent's before a partial one's, demand before
+    /// prefetch, then in the order of arrival.
+    fn hash_candidate(&self) -> Option<u32> {
+        let rank = |request: &u32| {
+            let active = self.active[*request as usize].as_ref()?;
+            let is_prefetch = active.read.class == Class::Prefetch;
+            active.has_hash_work().then_some((is_prefetch, !active.is_complete()))
+        };
+        let ranked = self.live.iter().filter_map(|request| Some((rank(request)?, *request)));
+        ranked.min_by_key(|&(rank, _)| rank).map(|(_, request)| request)
+    }
+
+    /// Hashes a piece of what has arrived; at the end of the extent, judges it.
+    fn hash(&mut self, request: u32) {
+        let verify = self.config.verify;
+        let active = self.request(request);
+        let arrived = active.filling.arrived_bytes();
+        if verify {
+            let end = arrived.min(active.hashed + HASH_STEP_BYTES);
+            active.hasher.update(&active.filling.prefix()[active.hashed..end]);
+            active.hashed = end;
+        } else {
+            active.hashed = arrived;
+        }
+        if active.hashed < active.filling.len() {
+            return;
+        }
+        let (expected, got) = (active.read.checksum, active.hasher.digest());
+        if !verify || got == expected {
+            self.shared.counters.extents.fetch_add(1, Relaxed);
+            self.end(request, Ok(()));
+        } else if active.read_again {
+            let ExtentRead { name: extent, offset, len, file, .. } = active.read;
+            let path = self.shared.files[usize::from(file)].path.clone();
+            let error = ReadError::Checksum { extent, path, offset, len, expected, got };
+            self.stop(request, error);
+        } else {
+            active.read_again = true;
+            active.waits_for_readers = true;
+            active.hashed = 0;
+            active.hasher.reset();
+            active.filling.retract();
+            self.shared.counters.checksum_retries.fetch_add(1, Relaxed);
+            self.shared.announce();
+        }
+    }
+}

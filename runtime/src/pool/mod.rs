@@ -1,0 +1,436 @@
+//! The buffer pool: slots full of experts, and the table that says which expert is where.
+//!
+//! A layer asks for all the experts it needs at once ([`Pool::begin_layer`]). Those that are
+//! resident are pinned, reads are submitted for all others that slots can be had for, and
+//! [`LayerPass::next`] yields experts as they are ready. One expert at a time is handed out, so
+//! a pass makes progress with a single slot, whatever the number of experts.
+//!
+//! Everything is allocated when the pool is made; a pass allocates nothing.
+
+mod dense;
+mod directory;
+mod error;
+pub mod policy;
+mod storage;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+pub use dense::{DenseGuard, DenseHandle, PinnedExtents};
+pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation};
+pub use error::PoolError;
+pub use policy::{EvictionPolicy, ExpertIndex, Lru, PassInfo, Phase};
+pub use storage::{Storage, StorageConfig};
+
+use crate::io::{Arena, Class, ExtentName, ExtentRead, PendingRead, ReadFailure, Scheduler, Slot};
+
+/// The table's entry for an expert that has no slot.
+const ABSENT: u32 = u32::MAX;
+
+/// Totals since the pool was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolStats {
+    /// Requested experts that were in memory already.
+    pub hits: u64,
+    /// Requested experts that had to be read.
+    pub misses: u64,
+    /// Bytes of experts read and verified.
+    pub bytes_read: u64,
+    /// Experts that lost their slot to another.
+    pub evictions: u64,
+    /// Nanoseconds in which [`LayerPass::next`] was blocked.
+    pub wait_ns: u64,
+}
+
+/// What a slot holds. The memory itself is always somewhere in here, except when it is lost.
+#[derive(Debug)]
+enum Content {
+    Empty(Slot),
+    Loading { expert: ExpertIndex, read: PendingRead },
+    Resident { expert: ExpertIndex, slot: Slot, pins: u32 },
+    Lost,
+}
+
+impl Content {
+    fn take(&mut self) -> Content {
+        std::mem::replace(self, Content::Lost)
+    }
+}
+
+/// The expert slots, and what is in them.
+pub struct Pool {
+    io: Arc<Scheduler>,
+    directory: ExpertDirectory,
+    policy: Box<dyn EvictionPolicy>,
+    slots: Vec<Content>,
+    /// Slot of each expert, or [`ABSENT`].
+    table: Vec<u32>,
+    free: Vec<u32>,
+    pass: PassState,
+    passes: u64,
+    stats: PoolStats,
+}
+
+/// What is left of the current pass. Empty between passes.
+#[derive(Default)]
+struct PassState {
+    /// Slots of experts that are pinned for this pass and not handed out yet.
+    ready: VecDeque<u32>,
+    /// Slots that are being read into.
+    pending: Vec<u32>,
+    /// Experts that have no slot yet.
+    todo: VecDeque<ExpertIndex>,
+    /// An error that occurred while no one could be told.
+    failed: Option<PoolError>,
+}
+
+impl Pool {
+    /// Takes memory for `slots` slots, at most one per expert.
+    ///
+    /// # Errors
+    /// [`PoolError::NoRoom`] without a slot for a model with experts, [`PoolError::Io`] if the system does not
+    /// give the memory.
+    pub fn reserve(directory: &ExpertDirectory, slots: usize) -> Result<Arena, PoolError> {
+        let slots = slots.min(directory.len() as usize);
+        if slots == 0 && !directory.is_empty() {
+            return Err(PoolError::NoRoom);
+        }
+        Ok(Arena::uniform(directory.slot_bytes(), slots, "experts")?)
+    }
+
+    /// A pool on the memory that [`reserve`](Self::reserve) took. All slots are empty.
+    ///
+    /// # Panics
+    /// If the arena's slots are smaller than an expert, or there are none for a model that has
+    /// experts.
+    #[must_use]
+    pub fn new(io: Arc<Scheduler>, arena: Arena, directory: ExpertDirectory, policy: Box<dyn EvictionPolicy>) -> Pool {
+        let slots: Vec<Content> = arena.into_slots().into_iter().map(Content::Empty).collect();
+        let large_enough =
+            |content: &Content| matches!(content, Content::Empty(slot) if slot.capacity() >= directory.slot_bytes());
+        assert!(slots.iter().all(large_enough), "slots are smaller than an expert");
+        assert!(!slots.is_empty() || directory.is_empty(), "a pool without slots");
+        let largest_layer = directory.len() as usize;
+        let pass = PassState {
+            ready: VecDeque::with_capacity(slots.len()),
+            pending: Vec::with_capacity(slots.len()),
+            todo: VecDeque::with_capacity(largest_layer),
+            failed: None,
+        };
+        Pool {
+            io,
+            policy,
+            table: vec![ABSENT; directory.len() as usize],
+            free: (0..slots.len() as u32).rev().collect(),
+            slots,
+            directory,
+            pass,
+            passes: 0,
+            stats: PoolStats::default(),
+        }
+    }
+
+    /// Totals since the pool was made.
+    #[must_use]
+    pub fn stats(&self) -> PoolStats {
+        self.stats
+    }
+
+    /// Slots in the pool.
+    #[must_use]
+    pub fn slot_count(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Experts in memory.
+    #[must_use]
+    pub fn resident_count(&self) -> usize {
+        let is_resident = |content: &&Content| matches!(content, Content::Resident { .. });
+        self.slots.iter().filter(is_resident).count()
+    }
+
+    /// True if the expert is in memory and verified.
+    #[must_use]
+    pub fn is_resident(&self, key: ExpertKey) -> bool {
+        let slot = self.table[self.directory.index(key) as usize];
+        self.slots.get(slot as usize).is_some_and(|content| matches!(content, Content::Resident { .. }))
+    }
+
+    /// The experts that the pool serves.
+    #[must_use]
+    pub fn directory(&self) -> &ExpertDirectory {
+        &self.directory
+    }
+
+    /// The name of the eviction policy.
+    #[must_use]
+    pub fn policy_name(&self) -> &'static str {
+        self.policy.name()
+    }
+
+    /// Begins a pass over a layer: pins the resident ones of `experts` and submits reads for all
+    /// others, as far as there are slots; the rest follows as experts are released. Does not
+    /// block: there is time for other work before the first [`LayerPass::next`].
+    ///
+    /// # Errors
+    /// None by itself at present: a read that cannot be submitted is reported by `next`.
+    ///
+    /// # Panics
+    /// If `experts` are not strictly ascending, or the layer does not have one of them.
+    pub fn begin_layer(&mut self, layer: u32, experts: &[u32], phase: Phase) -> Result<LayerPass<'_>, PoolError> {
+        assert!(experts.is_sorted_by(|a, b| a < b), "experts have to be strictly ascending");
+        // Only a pass that was leaked instead of dropped leaves anything to do here.
+        self.end_pass();
+        self.policy.begin_pass(PassInfo { layer, number: self.passes, phase });
+        self.passes += 1;
+        for &expert in experts {
+            let index = self.directory.index(ExpertKey { layer, expert });
+            self.policy.access(index);
+            let slot = self.table[index as usize];
+            if let Some(Content::Resident { pins, .. }) = self.slots.get_mut(slot as usize) {
+                *pins += 1;
+                self.pass.ready.push_back(slot);
+                self.stats.hits += 1;
+            } else {
+                self.pass.todo.push_back(index);
+                self.stats.misses += 1;
+            }
+        }
+        self.submit_missing();
+        Ok(LayerPass { pool: self })
+    }
+
+    /// Submits reads for missing experts until they or the slots run out.
+    fn submit_missing(&mut self) {
+        while let Some(&expert) = self.pass.todo.front() {
+            let Some(number) = self.vacate() else { return };
+            self.pass.todo.pop_front();
+            let Content::Empty(slot) = self.slots[number as usize].take() else {
+                unreachable!("a vacated slot is empty")
+            };
+            let location = self.directory.location(expert);
+            let ExpertKey { layer, expert: id } = self.directory.key(expert);
+            let read = ExtentRead {
+                file: location.file,
+                offset: location.offset,
+                len: usize::try_from(location.len).unwrap_or(usize::MAX),
+                checksum: location.checksum,
+                class: Class::Demand,
+                name: ExtentName::expert(layer, id),
+            };
+            match self.io.submit(slot, read) {
+                Ok(read) => {
+                    self.slots[number as usize] = Content::Loading { expert, read };
+                    self.table[expert as usize] = number;
+                    self.policy.insert(expert);
+                    self.pass.pending.push(number);
+                }
+                Err(ReadFailure { error, slot }) => {
+                    self.put_back(number, slot);
+                    self.pass.failed = Some((*error).into());
+                    self.pass.todo.clear();
+                }
+            }
+        }
+    }
+
+    /// An empty slot, by eviction if need be; `None` if every slot is in use.
+    fn vacate(&mut self) -> Option<u32> {
+        if let Some(number) = self.free.pop() {
+            return Some(number);
+        }
+        let (slots, table) = (&self.slots, &self.table);
+        let evictable = |expert: ExpertIndex| {
+            let content = slots.get(table[expert as usize] as usize);
+            matches!(content, Some(Content::Resident { pins: 0, .. }))
+        };
+        let victim = self.policy.victim(&evictable)?;
+        assert!(evictable(victim), "the policy chose an expert that is in use or absent");
+        self.policy.evict(victim);
+        self.stats.evictions += 1;
+        let number = std::mem::replace(&mut self.table[victim as usize], ABSENT);
+        let content = &mut self.slots[number as usize];
+        if let Content::Resident { slot, .. } = content.take() {
+            *content = Content::Empty(slot);
+        }
+        Some(number)
+    }
+
+    /// Marks a slot as free; one whose memory is gone is never used again.
+    fn put_back(&mut self, number: u32, slot: Option<Slot>) {
+        if let Some(slot) = slot {
+            self.slots[number as usize] = Content::Empty(slot);
+            self.free.push(number);
+        }
+    }
+
+    /// Ends the read into a slot, waiting for it if need be. The expert gets `pins` pins.
+    fn finish_read(&mut self, number: u32, pins: u32) -> Result<(), PoolError> {
+        let Content::Loading { expert, read } = self.slots[number as usize].take() else {
+            unreachable!("a pending slot is loading")
+        };
+        match read.finish() {
+            Ok(slot) => {
+                self.stats.bytes_read += slot.bytes().len() as u64;
+                self.slots[number as usize] = Content::Resident { expert, slot, pins };
+                Ok(())
+            }
+            Err(ReadFailure { error, slot }) => {
+                self.table[expert as usize] = ABSENT;
+                self.policy.evict(expert);
+                self.put_back(number, slot);
+                Err((*error).into())
+            }
+        }
+    }
+
+    /// Waits for the pending read that ends first, and removes it from the pending ones.
+    fn wait_for_one(&mut self) -> u32 {
+        let (slots, pending) = (&self.slots, &self.pass.pending);
+        let ended_first = || {
+            let order = |&(_, &number): &(usize, &u32)| match &slots[number as usize] {
+                Content::Loading { read, .. } if read.is_done() => Some(read.order()),
+                _ => None,
+            };
+            let ended = pending.iter().enumerate().filter_map(|at| Some((order(&at)?, at.0)));
+            ended.min().map(|(_, at)| at)
+        };
+        let at = match ended_first() {
+            Some(at) => at,
+            None => {
+                let start = Instant::now();
+                let at = self.io.wait(ended_first);
+                let waited_ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                self.stats.wait_ns += waited_ns;
+                at
+            }
+        };
+        self.pass.pending.swap_remove(at)
+    }
+
+    /// The slot of the next expert of the pass, pinned; `None` when all have been handed out.
+    fn next_slot(&mut self) -> Result<Option<u32>, PoolError> {
+        if let Some(error) = self.pass.failed.take() {
+            return Err(error);
+        }
+        if let Some(number) = self.pass.ready.pop_front() {
+            return Ok(Some(number));
+        }
+        if self.pass.pending.is_empty() {
+            // Nothing is handed out, pinned or in flight, so a slot can be had, unless all
+            // memory was lost with the I/O thread.
+            self.submit_missing();
+            if let Some(error) = self.pass.failed.take() {
+                return Err(error);
+            }
+            if self.pass.pending.is_empty() {
+                return if self.pass.todo.is_empty() { Ok(None) } else { Err(PoolError::NoSlots) };
+            }
+        }
+        let number = self.wait_for_one();
+        self.finish_read(number, 1)?;
+        Ok(Some(number))
+    }
+
+    fn unpin(&mut self, number: u32) {
+        if let Content::Resident { pins, .. } = &mut self.slots[number as usize] {
+            *pins -= 1;
+        }
+    }
+
+    /// Ends the pass, wherever it is. Reads that nobody needs any more are cancelled, and awaited
+    /// where that is too late: afterwards no slot is pinned or in flight.
+    fn end_pass(&mut self) {
+        self.pass.todo.clear();
+        self.pass.failed = None;
+        while let Some(number) = self.pass.ready.pop_front() {
+            self.unpin(number);
+        }
+        for &number in &self.pass.pending {
+            if let Content::Loading { read, .. } = &self.slots[number as usize] {
+                read.cancel();
+            }
+        }
+        while let Some(number) = self.pass.pending.pop() {
+            // Whatever went wrong with an expert that nobody waits for will be reported when
+            // somebody does.
+            let _ = self.finish_read(number, 0);
+        }
+    }
+}
+
+/// One pass over one layer. Dropping it ends the pass; what was read stays in the pool.
+pub struct LayerPass<'p> {
+    pool: &'p mut Pool,
+}
+
+impl LayerPass<'_> {
+    /// The next expert that is ready: resident ones first, then in the order of arrival. Blocks
+    /// only while none is ready. Every expert of the pass is yielded once, then `None`.
+    ///
+    /// # Errors
+    /// [`PoolError::Read`] names the expert that cannot be read. The pass is over then: reads
+    /// that are left are cancelled, and `next` yields nothing more.
+    #[expect(clippy::should_implement_trait, reason = "a guard borrows the pass: no iterator can")]
+    pub fn next(&mut self) -> Result<Option<ExpertGuard<'_>>, PoolError> {
+        match self.pool.next_slot() {
+            Ok(None) => Ok(None),
+            Ok(Some(number)) => Ok(Some(ExpertGuard { pool: self.pool, number })),
+            Err(error) => {
+                self.pool.end_pass();
+                Err(error)
+            }
+        }
+    }
+
+    /// Experts of the pass that have not been yielded.
+    #[must_use]
+    pub fn remaining(&self) -> usize {
+        let PassState { ready, pending, todo, .. } = &self.pool.pass;
+        ready.len() + pending.len() + todo.len()
+    }
+}
+
+impl Drop for LayerPass<'_> {
+    fn drop(&mut self) {
+        self.pool.end_pass();
+    }
+}
+
+/// One expert, in memory and verified. Dropping it releases its slot to the rest of the pass.
+pub struct ExpertGuard<'a> {
+    pool: &'a mut Pool,
+    number: u32,
+}
+
+impl ExpertGuard<'_> {
+    fn content(&self) -> (ExpertIndex, &Slot) {
+        match &self.pool.slots[self.number as usize] {
+            Content::Resident { expert, slot, .. } => (*expert, slot),
+            _ => unreachable!("a pinned slot is resident"),
+        }
+    }
+
+    /// The expert within its layer.
+    #[must_use]
+    pub fn expert(&self) -> u32 {
+        self.pool.directory.key(self.content().0).expert
+    }
+
+    /// The bytes of the expert's extent.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        self.content().1.bytes()
+    }
+}
+
+impl Drop for ExpertGuard<'_> {
+    fn drop(&mut self) {
+        self.pool.unpin(self.number);
+        self.pool.submit_missing();
+    }
+}
+
+#[cfg(test)]
+mod tests;

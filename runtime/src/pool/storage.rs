@@ -1,0 +1,58 @@
+//! From paths to a pool: everything that holds or moves bytes, opened in the right order.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::{DenseLocation, EvictionPolicy, ExpertDirectory, PinnedExtents, Pool, PoolError};
+use crate::io::{DataFile, DirectIo, DirectMode, EngineKind, IoConfig, Scheduler, open_engine};
+
+/// How to open the storage of a model.
+#[derive(Clone, Debug)]
+pub struct StorageConfig {
+    /// Expert slots; at most one per expert is made.
+    pub expert_slots: usize,
+    /// How extents are read.
+    pub io: IoConfig,
+    /// Which engine reads them.
+    pub engine: EngineKind,
+    /// Whether to bypass the page cache.
+    pub direct: DirectMode,
+}
+
+/// The storage of an opened model: dense parts in memory, experts behind a pool.
+pub struct Storage {
+    /// The I/O thread.
+    pub io: Arc<Scheduler>,
+    /// The dense parts, in the order in which they were given.
+    pub dense: PinnedExtents,
+    /// The experts.
+    pub pool: Pool,
+    /// For each file, whether reads bypass the page cache.
+    pub direct: Vec<DirectIo>,
+}
+
+impl Storage {
+    /// Opens the files, takes all memory, starts the engine and reads the dense parts.
+    ///
+    /// # Errors
+    /// [`PoolError::NoRoom`] if there is no slot, [`PoolError::Io`] if files, memory or engine cannot be had, [`PoolError::Read`] if a
+    /// dense part cannot be read.
+    pub fn open(
+        paths: &[PathBuf],
+        dense: &[DenseLocation],
+        experts: ExpertDirectory,
+        policy: Box<dyn EvictionPolicy>,
+        config: &StorageConfig,
+    ) -> Result<Storage, PoolError> {
+        let files = paths.iter().map(|path| DataFile::open(path, config.direct)).collect::<Result<Vec<_>, _>>()?;
+        let direct = files.iter().map(|file| file.direct().clone()).collect();
+        let pool_arena = Pool::reserve(&experts, config.expert_slots)?;
+        let dense_arena = PinnedExtents::reserve(dense)?;
+        let regions = [pool_arena.region(), dense_arena.region()];
+        let engine = open_engine(config.engine, files, &regions, &config.io)?;
+        let io = Arc::new(Scheduler::start(engine, config.io.clone())?);
+        let dense = PinnedExtents::load_all(&io, dense_arena, dense)?;
+        let pool = Pool::new(Arc::clone(&io), pool_arena, experts, policy);
+        Ok(Storage { io, dense, pool, direct })
+    }
+}

@@ -1,0 +1,260 @@
+//! The pool against a simple model of itself, on the simulated drive and on a real one.
+
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::*;
+use crate::io::sim::{Fault, FaultKind, SimDrive};
+use crate::io::{IoConfig, PAGE_BYTES, ReadError};
+
+const LAYERS: u32 = 4;
+const EXPERTS: u32 = 12;
+
+/// A file of experts whose bytes say which expert they are; sizes differ.
+fn model() -> (Vec<u8>, Vec<Vec<ExtentLocation>>) {
+    let mut file = Vec::new();
+    let mut layers = vec![Vec::new()];
+    for layer in 1..=LAYERS {
+        let mut locations = Vec::new();
+        for expert in 0..EXPERTS {
+            let len = PAGE_BYTES * (1 + (layer + expert) as usize % 5);
+            let bytes = vec![content(layer, expert); len];
+            let offset = file.len() as u64;
+            let checksum = xxh3_64(&bytes);
+            locations.push(ExtentLocation { file: 0, offset, len: len as u64, checksum });
+            file.extend_from_slice(&bytes);
+        }
+        layers.push(locations);
+    }
+    (file, layers)
+}
+
+fn content(layer: u32, expert: u32) -> u8 {
+    (layer * EXPERTS + expert) as u8
+}
+
+fn config() -> IoConfig {
+    IoConfig { chunk_bytes: 2 * PAGE_BYTES, depth: 4, prefetch_depth: 2, verify: true }
+}
+
+fn pool(drive: &SimDrive, slots: usize, seed: u64) -> Pool {
+    let config = config();
+    let engine = Box::new(drive.engine(config.depth, seed));
+    let io = Arc::new(Scheduler::start(engine, config).expect("a thread"));
+    let directory = ExpertDirectory::new(&model().1).expect("valid");
+    let arena = Arena::uniform(directory.slot_bytes(), slots, "test").expect("memory");
+    let policy = Box::new(Lru::new(directory.len()));
+    Pool::new(io, arena, directory, policy)
+}
+
+/// Runs a whole pass and checks every byte; what was yielded, in order.
+fn run_pass(pool: &mut Pool, layer: u32, experts: &[u32]) -> Result<Vec<u32>, PoolError> {
+    let mut pass = pool.begin_layer(layer, experts, Phase::Decode)?;
+    let mut yielded = Vec::new();
+    while let Some(guard) = pass.next()? {
+        let expect = content(layer, guard.expert());
+        assert!(guard.bytes().iter().all(|&byte| byte == expect));
+        assert!(!guard.bytes().is_empty());
+        yielded.push(guard.expert());
+    }
+    assert_eq!(pass.remaining(), 0);
+    Ok(yielded)
+}
+
+fn passes() -> impl Strategy<Value = Vec<(u32, BTreeSet<u32>)>> {
+    let experts = proptest::collection::btree_set(0..EXPERTS, 0..=EXPERTS as usize);
+    proptest::collection::vec((1..=LAYERS, experts), 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_pool_agrees_with_its_model(
+        passes in passes(),
+        slots in 1usize..16,
+        seed in any::<u64>(),
+        short in prop_oneof![Just(0u32), Just(200)],
+    ) {
+        let drive = SimDrive::new(vec![model().0]);
+        drive.set_short_reads(short);
+        let mut pool = pool(&drive, slots, seed);
+        let mut requests = 0;
+        for (layer, experts) in passes {
+            let wanted: Vec<u32> = experts.iter().copied().collect();
+            let is_resident = |expert: &u32| pool.is_resident(ExpertKey { layer, expert: *expert });
+            let resident: BTreeSet<u32> = wanted.iter().copied().filter(is_resident).collect();
+            let before = pool.stats();
+            let yielded = run_pass(&mut pool, layer, &wanted).expect("no faults");
+            let after = pool.stats();
+
+            // Resident ones first, each expert once.
+            prop_assert!(yielded[..resident.len()].iter().all(|id| resident.contains(id)));
+            prop_assert_eq!(yielded.len(), wanted.len());
+            prop_assert_eq!(yielded.iter().copied().collect::<BTreeSet<_>>(), experts);
+            prop_assert_eq!(after.hits - before.hits, resident.len() as u64);
+            let misses = after.misses - before.misses;
+            prop_assert_eq!(misses, (wanted.len() - resident.len()) as u64);
+            requests += wanted.len() as u64;
+            prop_assert_eq!(after.hits + after.misses, requests);
+            prop_assert!(pool.resident_count() <= slots);
+            prop_assert_eq!(after.misses - after.evictions, pool.resident_count() as u64);
+            // As much as fits stays.
+            if wanted.len() <= slots {
+                for expert in wanted {
+                    let key = ExpertKey { layer, expert };
+                    prop_assert!(pool.is_resident(key), "{:?}", key);
+                }
+            }
+        }
+        prop_assert_eq!(pool.io.stats().extents, pool.stats().misses);
+    }
+
+    #[test]
+    fn faults_end_passes_not_pools(
+        passes in passes(),
+        slots in 1usize..8,
+        seed in any::<u64>(),
+        bad in (1..=LAYERS, 0..EXPERTS),
+    ) {
+        let (file, layers) = model();
+        let drive = SimDrive::new(vec![file]);
+        let location = layers[bad.0 as usize][bad.1 as usize];
+        let range = location.offset..location.offset + location.len;
+        drive.add_fault(Fault { kind: FaultKind::Flip, file: 0, range, times: u32::MAX });
+        let mut pool = pool(&drive, slots, seed);
+        for (layer, experts) in passes {
+            let wanted: Vec<u32> = experts.iter().copied().collect();
+            let result = run_pass(&mut pool, layer, &wanted);
+            let hit = layer == bad.0 && experts.contains(&bad.1);
+            prop_assert_eq!(result.is_err(), hit);
+            if let Err(error) = result {
+                let name = format!("layer {layer} expert {}", bad.1);
+                prop_assert!(error.to_string().contains(&name), "{}", error);
+            }
+            prop_assert!(pool.pass.pending.is_empty() && pool.resident_count() <= slots);
+            let pinned = pool.slots.iter().any(|content| {
+                matches!(content, Content::Resident { pins: 1.., .. })
+            });
+            prop_assert!(!pinned);
+        }
+        drive.heal();
+        let all: Vec<u32> = (0..EXPERTS).collect();
+        prop_assert_eq!(run_pass(&mut pool, bad.0, &all).expect("healed").len(), all.len());
+    }
+}
+
+#[test]
+fn a_pass_can_be_left_at_any_point() {
+    let drive = SimDrive::new(vec![model().0]);
+    let mut pool = pool(&drive, 5, 7);
+    let all: Vec<u32> = (0..EXPERTS).collect();
+    for layer in 1..=LAYERS {
+        for stop_after in 0..EXPERTS {
+            let mut pass = pool.begin_layer(layer, &all, Phase::Prefill).expect("begun");
+            for _ in 0..stop_after {
+                assert!(pass.next().expect("no faults").is_some());
+            }
+            drop(pass);
+            assert!(pool.pass.pending.is_empty());
+        }
+    }
+    assert_eq!(run_pass(&mut pool, 1, &all).expect("no faults").len(), all.len());
+}
+
+#[test]
+fn missing_experts_are_all_submitted_at_once_and_the_caller_is_not_blocked() {
+    let drive = SimDrive::new(vec![model().0]);
+    drive.hold();
+    let mut pool = pool(&drive, 6, 1);
+    let mut pass = pool.begin_layer(2, &[0, 3, 5, 11], Phase::Decode).expect("begun");
+    assert_eq!(pass.remaining(), 4);
+    assert_eq!(pass.pool.pass.pending.len(), 4);
+    drive.release();
+    let mut count = 0;
+    while pass.next().expect("no faults").is_some() {
+        count += 1;
+    }
+    assert_eq!(count, 4);
+    assert!(pass.next().expect("no faults").is_none());
+}
+
+#[test]
+fn dropping_a_pool_with_reads_in_flight_is_safe() {
+    for seed in 0..10 {
+        let drive = SimDrive::new(vec![model().0]);
+        drive.hold();
+        let mut pool = pool(&drive, 4, seed);
+        let pass = pool.begin_layer(1, &[0, 1, 2, 3, 4, 5], Phase::Decode).expect("begun");
+        // Leaked, so that the pool itself has to cope.
+        std::mem::forget(pass);
+        drive.release();
+        drop(pool);
+    }
+}
+
+#[test]
+fn a_leaked_pass_is_cleaned_up_by_the_next() {
+    let drive = SimDrive::new(vec![model().0]);
+    let mut pool = pool(&drive, 2, 3);
+    run_pass(&mut pool, 1, &[0, 1]).expect("no faults");
+    for _ in 0..3 {
+        let pass = pool.begin_layer(1, &[0, 1, 2, 3], Phase::Decode).expect("begun");
+        std::mem::forget(pass);
+    }
+    let all: Vec<u32> = (0..EXPERTS).collect();
+    assert_eq!(run_pass(&mut pool, 3, &all).expect("no faults").len(), all.len());
+}
+
+#[test]
+fn a_directory_beyond_the_file_is_an_error_of_the_expert() {
+    let drive = SimDrive::new(vec![model().0[..64 * PAGE_BYTES].to_vec()]);
+    let mut pool = pool(&drive, 3, 3);
+    let all: Vec<u32> = (0..EXPERTS).collect();
+    let error = run_pass(&mut pool, LAYERS, &all).expect_err("beyond the end");
+    assert!(matches!(error, PoolError::Read(ReadError::Request { .. })), "{error}");
+    assert!(error.to_string().contains("layer 4 expert"), "{error}");
+    assert_eq!(run_pass(&mut pool, 1, &[0, 1]).expect("still there").len(), 2);
+}
+
+#[test]
+fn storage_opens_loads_and_serves() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("model.sluice");
+    let (file, layers) = model();
+    std::fs::write(&path, &file).expect("written");
+    let dense: Vec<DenseLocation> =
+        layers[1].iter().map(|&extent| DenseLocation { extent, name: ExtentName::dense("norms", Some(1)) }).collect();
+    let dense_bytes: usize = dense.iter().map(|location| location.extent.len as usize).sum();
+    let open = |expert_slots| {
+        let experts = ExpertDirectory::new(&layers).expect("valid");
+        let policy = Box::new(Lru::new(experts.len()));
+        let paths = [path.clone()];
+        let (io, engine, direct) = Default::default();
+        let config = StorageConfig { expert_slots, io, engine, direct };
+        Storage::open(&paths, &dense, experts, policy, &config)
+    };
+    for slots in [0, 1, 2, 1 << 20] {
+        let storage = open(slots);
+        assert_eq!(storage.is_ok(), slots > 0, "{slots} slots");
+        let mut storage = match storage {
+            Ok(storage) => storage,
+            Err(error) => {
+                assert!(matches!(error, PoolError::NoRoom), "{error}");
+                continue;
+            }
+        };
+        assert_eq!(storage.dense.bytes(), dense_bytes);
+        for (handle, _) in dense.iter().enumerate() {
+            let guard = storage.dense.dense(DenseHandle(handle as u32)).expect("pinned");
+            assert!(guard.bytes().iter().all(|&byte| byte == content(1, handle as u32)));
+        }
+        assert!(storage.pool.slot_count() <= (LAYERS * EXPERTS) as usize);
+        for layer in 1..=LAYERS {
+            assert_eq!(run_pass(&mut storage.pool, layer, &[0, 5, 9]).expect("read").len(), 3);
+        }
+        println!("{}; {}", storage.io.engine().note, storage.direct[0]);
+    }
+}
