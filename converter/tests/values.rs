@@ -43,7 +43,7 @@ fn expected(spec: &ModelSpec, source: &Tensors, kind: ExtentKind, layer: u32, in
 }
 
 fn mla(spec: &ModelSpec) -> &MlaSpec {
-    let AttentionSpec::Mla(mla) = &spec.layers[0].attention;
+    let AttentionSpec::Mla(mla) = &spec.layers[0].attention else { panic!("not latent") };
     mla
 }
 
