@@ -40,6 +40,9 @@ pub(crate) enum Finish {
     Context,
 }
 
+/// Hears every token and the text that became certain with it: often empty, and at the end without a token.
+pub(crate) type Sink<'a> = dyn FnMut(Option<u32>, &str) -> Result<(), CliError> + 'a;
+
 /// What was generated.
 #[derive(Debug)]
 pub(crate) struct Generation {
@@ -52,12 +55,11 @@ pub(crate) struct Generation {
     pub(crate) decode: Phase,
 }
 
-/// Generates; calls `sink` with every token and the text that became certain with it (often empty, and at the end without
-/// a token).
+/// Generates; whatever `sink` answers with an error ends it.
 pub(crate) fn generate(
     engine: &mut Engine,
     request: &Request<'_>,
-    sink: &mut dyn FnMut(Option<u32>, &str) -> Result<(), CliError>,
+    sink: &mut Sink<'_>,
 ) -> Result<Generation, CliError> {
     let mut sampler = Sampler::new(request.sampling)?;
     let mut session = engine.new_session();

@@ -141,8 +141,8 @@ impl Profile {
         let requested = memory.requested.map_or("not limited".to_owned(), |r| Bytes(r).to_string());
         let _ = writeln!(
             out,
-            "memory    requested {requested}, effective {}, used {}: dense {}, key-value cache {}, scratch {}, \
-             {} of {} experts of {}",
+            "memory    requested {requested}, effective {}, used {}: dense {}, key-value cache {},\n          \
+             scratch {}, {} of {} experts of {}",
             Bytes(memory.effective),
             Bytes(memory.used()),
             Bytes(memory.dense),

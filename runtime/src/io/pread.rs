@@ -34,6 +34,8 @@ struct State {
     queue: VecDeque<ChunkRead>,
     ended: Vec<Completion>,
     accepted: usize,
+    /// Threads that have begun to look for reads.
+    started: usize,
     woken: bool,
     stopping: bool,
 }
@@ -70,6 +72,12 @@ impl PreadEngine {
                 .map_err(IoError::Thread)?;
             engine.threads.push(thread);
         }
+        // A thread allocates while it starts: it does so now rather than during the first tokens.
+        let mut state = engine.shared.lock();
+        while state.started < depth {
+            state = engine.shared.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(state);
         Ok(engine)
     }
 }
@@ -77,6 +85,8 @@ impl PreadEngine {
 /// What each thread does: take a read, do it, report it.
 fn read_loop(shared: &Shared) {
     let mut state = shared.lock();
+    state.started += 1;
+    shared.ended.notify_one();
     loop {
         if let Some(mut read) = state.queue.pop_front() {
             drop(state);
