@@ -178,11 +178,8 @@ impl<'a> Loader<'a> {
         out.clear();
         out.resize(rows.count * rows.cols, 0.0);
         let transposed = source.strides.col_step != 1;
-        let pieces = if transposed {
-            decode::lines_of_columns(source, rows)
-        } else {
-            decode::lines_of_rows(source, rows)
-        };
+        let pieces =
+            if transposed { decode::lines_of_columns(source, rows) } else { decode::lines_of_rows(source, rows) };
         let mut row = 0;
         for piece in pieces {
             self.line_values(source, scales, piece, &mut lines)?;

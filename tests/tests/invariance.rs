@@ -38,7 +38,8 @@ fn budget_engine_and_threads_do_not_change_a_bit() {
                         });
                         let result = greedy(&mut engine, &prompt, 12);
                         let reference = reference.get_or_insert_with(|| result.clone());
-                        let case = format!("{fixture}, budget {budget:?}, {read_engine:?}, {threads} threads, exact {exact}");
+                        let case =
+                            format!("{fixture}, budget {budget:?}, {read_engine:?}, {threads} threads, exact {exact}");
                         assert_eq!(result.0, reference.0, "{case}");
                         assert!(result.1 == reference.1, "{case}: other logits");
                     }

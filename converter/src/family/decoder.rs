@@ -60,12 +60,7 @@ impl<'a> Decoder<'a> {
 
     /// A feed-forward network without experts.
     pub(crate) fn dense(&self) -> FfnSpec {
-        FfnSpec {
-            activation: ActivationSpec::Silu,
-            dense_width: self.intermediate,
-            dense_gate: false,
-            moe: None,
-        }
+        FfnSpec { activation: ActivationSpec::Silu, dense_width: self.intermediate, dense_gate: false, moe: None }
     }
 
     /// The model that has these layers.

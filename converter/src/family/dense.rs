@@ -39,8 +39,7 @@ impl Family for Llama {
 /// Mistral, with or without a window.
 pub(crate) struct Mistral;
 
-const MISTRAL: Defaults =
-    Defaults { intermediate: 14_336, kv_heads: 8, max_positions: 131_072, ..LLAMA };
+const MISTRAL: Defaults = Defaults { intermediate: 14_336, kv_heads: 8, max_positions: 131_072, ..LLAMA };
 
 /// The window where `sliding_window` is missing; files of models without one say null.
 const MISTRAL_WINDOW: usize = 4096;

@@ -41,8 +41,7 @@ impl Family for Mixtral {
 
     fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError> {
         let decoder = Decoder::read(config, &DEFAULTS)?;
-        let attention =
-            GqaSpec { window: gqa::window(&decoder, None)?, ..gqa::read(&decoder, gqa::Heads::USUAL)? };
+        let attention = GqaSpec { window: gqa::window(&decoder, None)?, ..gqa::read(&decoder, gqa::Heads::USUAL)? };
         let sparse = moe::softmax_experts(&decoder, &EXPERTS, "intermediate_size", true)?;
         decoder.uniform(AttentionSpec::Gqa(attention), &sparse, &vec![true; decoder.layers])
     }

@@ -22,13 +22,8 @@ pub(crate) struct Defaults {
 
 impl Defaults {
     /// Those of DeepSeek's models.
-    pub(crate) const DEEPSEEK: Defaults = Defaults {
-        q_lora_rank: 1536,
-        kv_lora_rank: 512,
-        qk_nope_head_dim: 128,
-        qk_rope_head_dim: 64,
-        v_head_dim: 128,
-    };
+    pub(crate) const DEEPSEEK: Defaults =
+        Defaults { q_lora_rank: 1536, kv_lora_rank: 512, qk_nope_head_dim: 128, qk_rope_head_dim: 64, v_head_dim: 128 };
 }
 
 /// Reads the attention of every layer.

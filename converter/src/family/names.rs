@@ -146,9 +146,8 @@ fn fused(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Ve
     let [_, rows, cols] = tensor.shape;
     match tensor.name {
         "gate_up" => {
-            let half = |first| {
-                View::of_stack(format!("{module}.gate_up_proj"), [experts, 2 * rows, cols], index, first, rows)
-            };
+            let half =
+                |first| View::of_stack(format!("{module}.gate_up_proj"), [experts, 2 * rows, cols], index, first, rows);
             vec![half(0), half(rows)]
         }
         _ => vec![View::of_stack(format!("{module}.down_proj"), [experts, rows, cols], index, 0, rows)],
@@ -158,8 +157,7 @@ fn fused(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Ve
 /// One of all experts of a layer as MLX stacks them: three tensors.
 fn stacked(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Vec<View> {
     let [_, rows, cols] = tensor.shape;
-    let part = |which: &str| {
-        View::of_stack(format!("{module}.{which}_proj.weight"), [experts, rows, cols], index, 0, rows)
-    };
+    let part =
+        |which: &str| View::of_stack(format!("{module}.{which}_proj.weight"), [experts, rows, cols], index, 0, rows);
     if tensor.name == "gate_up" { vec![part("gate"), part("up")] } else { vec![part("down")] }
 }

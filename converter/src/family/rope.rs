@@ -53,7 +53,9 @@ pub(crate) fn read(
     };
     for kind in ["full_attention", "sliding_attention"] {
         if section.section(kind)?.is_some() {
-            return Err(section.refuse(kind, "gives a layer type its own rotation; only one for all layers is supported"));
+            return Err(
+                section.refuse(kind, "gives a layer type its own rotation; only one for all layers is supported")
+            );
         }
     }
     let theta = section.f64_or("rope_theta", outer_theta)?;

@@ -229,7 +229,13 @@ fn grouped(checkpoint: &Checkpoint, shape: &[usize], parts: &Parts) -> Result<Gr
         }
         Err(dtype_error(checkpoint, codes, "U8 or 32-bit words of packed codes"))
     };
-    check_word(if word == 1 { "U8" } else if parts.form == Form::Mlx { "U32" } else { "I32" })?;
+    check_word(if word == 1 {
+        "U8"
+    } else if parts.form == Form::Mlx {
+        "U32"
+    } else {
+        "I32"
+    })?;
     let row_bits = cols * code.bits();
     if !row_bits.is_multiple_of(8 * word) {
         return Err(shape_error(checkpoint, codes, &[lead, &[row_bits.div_ceil(8 * word)]].concat()));

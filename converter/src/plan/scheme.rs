@@ -25,14 +25,8 @@ pub(crate) enum Columnar {
 /// Values of `quant_method`.
 const METHODS: [&str; 6] = ["fp8", "compressed-tensors", "mxfp4", "modelopt", "awq", "gptq"];
 /// Values of `format` of compressed-tensors.
-const COMPRESSED: [&str; 6] = [
-    "pack-quantized",
-    "float-quantized",
-    "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized",
-    "mixed-precision",
-    "dense",
-];
+const COMPRESSED: [&str; 6] =
+    ["pack-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mixed-precision", "dense"];
 
 /// Reads `quantization_config` of the text model, or of the whole.
 pub(crate) fn read(text: &Config, whole: &Config) -> Result<Scheme, ConvertError> {
@@ -46,9 +40,9 @@ pub(crate) fn read(text: &Config, whole: &Config) -> Result<Scheme, ConvertError
     };
     let Some(section) = section else { return Ok(Scheme::default()) };
     section.require_str("quant_method", &METHODS)?;
-    let method = section.opt_str("quant_method")?.ok_or_else(|| {
-        section.refuse("quant_method", format!("is missing; supported: {}", METHODS.join(", ")))
-    })?;
+    let method = section
+        .opt_str("quant_method")?
+        .ok_or_else(|| section.refuse("quant_method", format!("is missing; supported: {}", METHODS.join(", "))))?;
     match method {
         "fp8" => fp8(&section)?,
         "compressed-tensors" => compressed_tensors(&section)?,
@@ -74,7 +68,9 @@ fn compressed_tensors(section: &Config) -> Result<(), ConvertError> {
     section.require_str("format", &COMPRESSED)?;
     let Some(groups) = section.section("config_groups")? else { return Ok(()) };
     for name in groups.names() {
-        let Some(weights) = groups.section(name)?.map(|g| g.section("weights")).transpose()?.flatten() else { continue };
+        let Some(weights) = groups.section(name)?.map(|g| g.section("weights")).transpose()?.flatten() else {
+            continue;
+        };
         weights.require_bool("symmetric", true)?;
         weights.require_str("type", &["int", "float"])?;
     }
@@ -83,7 +79,9 @@ fn compressed_tensors(section: &Config) -> Result<(), ConvertError> {
 
 fn four_bits(section: &Config, method: &str) -> Result<Columnar, ConvertError> {
     if section.usize_or("bits", 4)? != 4 {
-        return Err(section.refuse("bits", format!("is {}; {method} is supported with 4", section.usize_or("bits", 4)?)));
+        return Err(
+            section.refuse("bits", format!("is {}; {method} is supported with 4", section.usize_or("bits", 4)?))
+        );
     }
     if method == "awq" {
         section.require_str("version", &["gemm"])?;
