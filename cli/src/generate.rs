@@ -40,9 +40,6 @@ pub(crate) enum Finish {
     Context,
 }
 
-/// Hears every token and the text that became certain with it: often empty, and at the end without a token.
-pub(crate) type Sink<'a> = dyn FnMut(Option<u32>, &str) -> Result<(), CliError> + 'a;
-
 /// What was generated.
 #[derive(Debug)]
 pub(crate) struct Generation {
@@ -55,11 +52,15 @@ pub(crate) struct Generation {
     pub(crate) decode: Phase,
 }
 
-/// Generates; whatever `sink` answers with an error ends it.
+/// Sees every token, and the text that became certain with it.
+pub(crate) type TokenSink<'a> = dyn FnMut(Option<u32>, &str) -> Result<(), CliError> + 'a;
+
+/// Generates; calls `sink` with every token and the text that became certain with it (often empty, and at the end without
+/// a token).
 pub(crate) fn generate(
     engine: &mut Engine,
     request: &Request<'_>,
-    sink: &mut Sink<'_>,
+    sink: &mut TokenSink<'_>,
 ) -> Result<Generation, CliError> {
     let mut sampler = Sampler::new(request.sampling)?;
     let mut session = engine.new_session();

@@ -3,12 +3,12 @@
 use sluice_runtime::sampler::SamplerConfig;
 use sluice_runtime::text::GenerationDefaults;
 
-/// How the next token is chosen. Whatever is not given comes from the model's generation_config.json; without one, the
-/// likeliest token is taken.
+/// How the next token is chosen. Whatever is not given comes from the model's generation_config.json; without one, and
+/// with --ids, the likeliest token is taken.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArgs {
-    /// 0 takes the likeliest token (greedy); below 1 sharpens, above 1 flattens [default: the model's own, else 0]
+    /// 0 takes the likeliest token (greedy); below 1 sharpens, above 1 flattens [default: the model's own, else 0; with --ids 0]
     #[arg(long, value_name = "T")]
     pub(crate) temperature: Option<f32>,
 

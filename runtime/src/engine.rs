@@ -273,7 +273,7 @@ impl Engine {
     pub fn stats(&self) -> Stats {
         let pool = self.storage.pool.stats();
         let LayerTimes { attention, experts, head, .. } = self.model.times();
-        let wait = Duration::from_nanos(pool.wait_ns);
+        let wait = Duration::from_nanos(pool.wait_ns + self.storage.dense.stats().wait_ns);
         let accounted = attention + experts + wait + head;
         Stats {
             tokens: self.tokens,
@@ -286,7 +286,7 @@ impl Engine {
             hits: pool.hits,
             misses: pool.misses,
             expert_bytes_read: pool.bytes_read,
-            dense_bytes_read: self.memory.dense + self.model.embedding_bytes_read(),
+            dense_bytes_read: self.storage.dense.stats().bytes_read + self.model.embedding_bytes_read(),
         }
     }
 }
@@ -305,6 +305,7 @@ fn open_storage(file: &ModelFile, memory: &MemoryPlan, options: &EngineOptions) 
     let experts = ExpertDirectory::new(&layers.collect::<Vec<_>>())?;
     let config = StorageConfig {
         expert_slots: memory.slots,
+        pinned: memory.pinned.clone(),
         io: IoConfig::default(),
         engine: options.read_engine.unwrap_or_default(),
         direct: DirectMode::default(),

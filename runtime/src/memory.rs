@@ -8,6 +8,7 @@ use serde::Serialize;
 use sluice_format::{ExtentKind, ModelFile};
 
 use crate::model::{KvCache, Model, dense_extents};
+use crate::pool::RING_SLOTS;
 
 /// Memory outside the budget: the program itself, its tokenizer and small buffers, in bytes.
 pub const OVERHEAD: u64 = 64 << 20;
@@ -31,8 +32,15 @@ pub struct MemoryPlan {
     pub available: u64,
     /// What is planned with.
     pub effective: u64,
-    /// Dense parts, pinned.
+    /// Dense parts that stay in memory.
     pub dense: u64,
+    /// Dense parts that are read again for every token, because the budget does not hold them.
+    pub dense_streamed: u64,
+    /// The ring of slots that the streamed dense parts pass through.
+    pub dense_ring: u64,
+    /// For each dense extent, in the order of use, whether it stays.
+    #[serde(skip)]
+    pub pinned: Vec<bool>,
     /// Keys and values of one session.
     pub kv_cache: u64,
     /// Tokens of that session.
@@ -52,9 +60,10 @@ pub struct MemoryPlan {
 /// The budget cannot hold what the model needs at least.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the budget of {} is too small: this model needs at least {} ({} dense parts, {} key-value cache for {context} tokens, \
-     {} scratch, {} for {MIN_SLOTS} experts). Raise --budget, lower --context, or convert the dense parts to a smaller type",
-    Bytes(*.effective), Bytes(*.least), Bytes(*.dense), Bytes(*.kv_cache), Bytes(*.scratch), Bytes(*.slots)
+    "the budget of {effective} bytes is too small: this model needs at least {least} bytes ({}: {} for dense parts, {} \
+     key-value cache for {context} tokens, {} scratch, {} for {MIN_SLOTS} experts). Raise --budget, lower --context, or \
+     convert to a smaller type",
+    Bytes(*.least), Bytes(*.dense), Bytes(*.kv_cache), Bytes(*.scratch), Bytes(*.slots)
 )]
 pub struct BudgetError {
     /// The budget.
@@ -88,57 +97,159 @@ impl MemoryPlan {
         context: usize,
         available: u64,
     ) -> Result<Self, BudgetError> {
-        let spec = file.spec();
-        let dense: u64 = dense_extents(file).iter().map(|e| e.stored_len).sum();
-        let kv_cache = KvCache::memory(spec, context);
-        let experts = file.extents().iter().filter(|e| e.kind == ExtentKind::Expert);
-        let (count, slot_len) = experts.fold((0, 0), |(n, len), e| (n + 1, e.stored_len.max(len)));
-        let embedding = Model::embedding_memory(file);
-        let scratch = |chunk| (Model::scratch_memory(spec, chunk) + embedding).saturating_sub(FREE_SCRATCH);
-
+        let need = Need::of(file, context);
         let headroom = (available / HEADROOM.0).max(HEADROOM.1);
-        let ceiling = available.saturating_sub(headroom);
-        let everything = dense + kv_cache + scratch(MAX_CHUNK.min(context)) + slot_len * count as u64;
-        let effective = requested.map_or(everything.min(ceiling), |r| r.min(available));
-        let smallest = MIN_CHUNK.min(context);
-        let min_slots = MIN_SLOTS.min(count);
-        let fixed = dense + kv_cache;
-        let least = fixed + scratch(smallest) + min_slots as u64 * slot_len;
+        let everything = need.dense_total() + need.kv_cache + need.scratch(need.largest_chunk()) + need.all_slots();
+        let effective = requested.map_or(everything.min(available.saturating_sub(headroom)), |r| r.min(available));
+
+        // Everything at its least: no dense part stays unless all of them take less than the ring would.
+        let chunk = need.smallest_chunk();
+        let least_dense = need.pin(0);
+        let least_slots = MIN_SLOTS.min(need.experts) as u64 * need.slot_len;
+        let least = least_dense.bytes() + need.kv_cache + need.scratch(chunk) + least_slots;
         if effective < least {
             return Err(BudgetError {
                 effective,
                 least,
-                dense,
-                kv_cache,
+                dense: least_dense.bytes(),
+                kv_cache: need.kv_cache,
                 context,
-                scratch: scratch(smallest),
-                slots: min_slots as u64 * slot_len,
+                scratch: need.scratch(chunk),
+                slots: least_slots,
             });
         }
+
         // Long chunks read each expert once for many tokens; slots save reads while decoding. Scratch gets an eighth.
-        let chunks = std::iter::successors(Some(MAX_CHUNK.min(context)), |&c| (c > smallest).then_some(c / 2));
-        let spare = effective - fixed - min_slots as u64 * slot_len;
-        let chunk = chunks.into_iter().find(|&c| scratch(c) <= spare / 8).unwrap_or(smallest).max(smallest);
-        let for_slots = effective - fixed - scratch(chunk);
-        let slots = for_slots.checked_div(slot_len).map_or(0, |n| (n as usize).min(count));
+        let spare = effective - least + need.scratch(chunk);
+        let chunks = std::iter::successors(Some(need.largest_chunk()), |&c| (c > chunk).then_some((c / 2).max(chunk)));
+        let chunk = chunks.into_iter().find(|&c| need.scratch(c) <= spare / 8).unwrap_or(chunk);
+        let scratch = need.scratch(chunk);
+        // A dense byte is needed by every token, an expert's by few: dense parts come first, but two layers' worth of
+        // experts must be able to be in flight.
+        let fixed = need.kv_cache + scratch;
+        let wanted_slots = (2 * need.top_k).max(MIN_SLOTS).min(need.experts) as u64 * need.slot_len;
+        let for_dense = effective - fixed - least_slots.max(wanted_slots.min(effective - fixed - least_dense.bytes()));
+        let dense = need.pin(for_dense);
+        let for_slots = effective - fixed - dense.bytes();
+        let slots = for_slots.checked_div(need.slot_len).map_or(0, |n| (n as usize).min(need.experts));
         Ok(MemoryPlan {
             requested,
             available,
             effective,
-            dense,
-            kv_cache,
+            dense: dense.stays,
+            dense_streamed: dense.streamed,
+            dense_ring: dense.ring,
+            pinned: dense.pinned,
+            kv_cache: need.kv_cache,
             context,
-            scratch: scratch(chunk),
+            scratch,
             chunk,
             slots,
-            slot_len,
-            experts: count,
+            slot_len: need.slot_len,
+            experts: need.experts,
         })
     }
 
     /// Bytes that will be allocated.
     pub fn used(&self) -> u64 {
-        self.dense + self.kv_cache + self.scratch + self.slots as u64 * self.slot_len
+        self.dense + self.dense_ring + self.kv_cache + self.scratch + self.slots as u64 * self.slot_len
+    }
+}
+
+/// What a model asks of memory.
+struct Need<'a> {
+    file: &'a ModelFile,
+    context: usize,
+    /// Lengths of the dense extents in the order of use.
+    dense: Vec<(ExtentKind, u64)>,
+    kv_cache: u64,
+    embedding: u64,
+    experts: usize,
+    slot_len: u64,
+    /// Most experts that a token uses in one layer.
+    top_k: usize,
+}
+
+/// Which dense extents stay in memory.
+struct Pinning {
+    pinned: Vec<bool>,
+    stays: u64,
+    streamed: u64,
+    ring: u64,
+}
+
+impl Pinning {
+    /// Bytes of memory.
+    fn bytes(&self) -> u64 {
+        self.stays + self.ring
+    }
+}
+
+impl Need<'_> {
+    fn of(file: &ModelFile, context: usize) -> Need<'_> {
+        let experts = file.extents().iter().filter(|e| e.kind == ExtentKind::Expert);
+        let (count, slot_len) = experts.fold((0, 0), |(n, len), e| (n + 1, e.stored_len.max(len)));
+        let top_k = file.spec().layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).max();
+        Need {
+            file,
+            context,
+            dense: dense_extents(file).iter().map(|e| (e.kind, e.stored_len)).collect(),
+            kv_cache: KvCache::memory(file.spec(), context),
+            embedding: Model::embedding_memory(file),
+            experts: count,
+            slot_len,
+            top_k: top_k.unwrap_or(0),
+        }
+    }
+
+    fn dense_total(&self) -> u64 {
+        self.dense.iter().map(|d| d.1).sum()
+    }
+
+    fn all_slots(&self) -> u64 {
+        self.slot_len * self.experts as u64
+    }
+
+    fn largest_chunk(&self) -> usize {
+        MAX_CHUNK.min(self.context)
+    }
+
+    fn smallest_chunk(&self) -> usize {
+        MIN_CHUNK.min(self.context)
+    }
+
+    fn scratch(&self, chunk: usize) -> u64 {
+        (Model::scratch_memory(self.file.spec(), chunk) + self.embedding).saturating_sub(FREE_SCRATCH)
+    }
+
+    /// Pins as many bytes of dense extents as `budget` holds beside the ring for the others. Routers stay first, because
+    /// they also predict; then the largest, because the largest streamed extent sets the size of the ring's slots.
+    fn pin(&self, budget: u64) -> Pinning {
+        let total = self.dense_total();
+        let ring_for = |len: u64| len * RING_SLOTS as u64;
+        let mut order: Vec<usize> = (0..self.dense.len()).collect();
+        order.sort_by_key(|&i| (self.dense[i].0 != ExtentKind::Router, std::cmp::Reverse(self.dense[i].1)));
+        let mut pinned = vec![false; self.dense.len()];
+        let mut stays = 0;
+        let largest = |pinned: &[bool]| {
+            let streamed = self.dense.iter().zip(pinned).filter(|(_, pinned)| !**pinned);
+            streamed.map(|(d, _)| d.1).max().unwrap_or(0)
+        };
+        let least_ring = ring_for(largest(&pinned));
+        if total <= budget.max(least_ring) {
+            return Pinning { pinned: vec![true; self.dense.len()], stays: total, streamed: 0, ring: 0 };
+        }
+        for i in order {
+            pinned[i] = true;
+            let len = self.dense[i].1;
+            if stays + len + ring_for(largest(&pinned)) <= budget {
+                stays += len;
+            } else {
+                pinned[i] = false;
+            }
+        }
+        let ring = ring_for(largest(&pinned));
+        Pinning { pinned, stays, streamed: total - stays, ring }
     }
 }
 

@@ -18,8 +18,14 @@ const CRATES: [(&str, &[&str]); 5] = [
 ];
 
 /// Modules of the runtime that a module may use. `engine` is the top and may use all.
-const MODULES: [(&str, &[&str]); 6] =
-    [("io", &[]), ("pool", &["io"]), ("model", &["pool"]), ("text", &[]), ("sampler", &[]), ("memory", &["model"])];
+const MODULES: [(&str, &[&str]); 6] = [
+    ("io", &[]),
+    ("pool", &["io"]),
+    ("model", &["pool"]),
+    ("text", &[]),
+    ("sampler", &[]),
+    ("memory", &["model", "pool"]),
+];
 
 #[test]
 fn crates_depend_downwards() {

@@ -123,7 +123,9 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
     }
     let blob = |name| file.metadata().get(name);
     let defaults = GenerationDefaults::parse(blob("generation_config.json"), blob(SOURCE_CONFIG_BLOB))?;
-    let sampling = args.sampling.config(&defaults);
+    // Token ids are for programs, which compare them: greedy unless sampling is asked for.
+    let recommended = if args.ids { GenerationDefaults::default() } else { defaults.clone() };
+    let sampling = args.sampling.config(&recommended);
     sampling.validate()?;
     let eos = if args.ignore_eos { Default::default() } else { defaults.eos };
     let stop = StopCondition::new(eos, args.stop.clone())?;

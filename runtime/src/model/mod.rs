@@ -24,7 +24,7 @@ use self::embedding::Embedding;
 use self::ffn::{Ffn, FfnExtents, FfnScratch};
 use self::router::Choice;
 use self::weights::{ExtentTensors, MatrixRef, VectorRef};
-use crate::pool::{DenseHandle, PinnedExtents, Pool, PoolError};
+use crate::pool::{DenseHandle, DenseParts, Pool, PoolError};
 
 /// Why a model could not be opened or run.
 #[derive(Debug, thiserror::Error)]
@@ -164,7 +164,7 @@ pub struct Weights<'a> {
     /// The file, for rows of the embedding.
     pub file: &'a ModelFile,
     /// What every token needs.
-    pub dense: &'a PinnedExtents,
+    pub dense: &'a DenseParts,
     /// The routed experts.
     pub experts: &'a mut Pool,
 }
@@ -331,7 +331,7 @@ impl Model {
     pub fn logits(
         &mut self,
         compute: &Compute,
-        dense: &PinnedExtents,
+        dense: &DenseParts,
         range: std::ops::Range<usize>,
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), ModelError> {

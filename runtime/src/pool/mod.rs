@@ -17,7 +17,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use dense::{DenseGuard, DenseHandle, PinnedExtents};
+pub use dense::{DenseGuard, DenseHandle, DenseParts, DenseStats, RING_SLOTS};
 pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation};
 pub use error::PoolError;
 pub use policy::{EvictionPolicy, ExpertIndex, Lru, PassInfo, Phase};

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{DenseLocation, EvictionPolicy, ExpertDirectory, PinnedExtents, Pool, PoolError};
+use super::{DenseLocation, DenseParts, EvictionPolicy, ExpertDirectory, Pool, PoolError};
 use crate::io::{DataFile, DirectIo, DirectMode, EngineKind, IoConfig, Scheduler, open_engine};
 
 /// How to open the storage of a model.
@@ -11,6 +11,8 @@ use crate::io::{DataFile, DirectIo, DirectMode, EngineKind, IoConfig, Scheduler,
 pub struct StorageConfig {
     /// Expert slots; at most one per expert is made.
     pub expert_slots: usize,
+    /// For each dense extent, whether it stays in memory; the others are streamed.
+    pub pinned: Vec<bool>,
     /// How extents are read.
     pub io: IoConfig,
     /// Which engine reads them.
@@ -24,7 +26,7 @@ pub struct Storage {
     /// The I/O thread.
     pub io: Arc<Scheduler>,
     /// The dense parts, in the order in which they were given.
-    pub dense: PinnedExtents,
+    pub dense: DenseParts,
     /// The experts.
     pub pool: Pool,
     /// For each file, whether reads bypass the page cache.
@@ -47,11 +49,11 @@ impl Storage {
         let files = paths.iter().map(|path| DataFile::open(path, config.direct)).collect::<Result<Vec<_>, _>>()?;
         let direct = files.iter().map(|file| file.direct().clone()).collect();
         let pool_arena = Pool::reserve(&experts, config.expert_slots)?;
-        let dense_arena = PinnedExtents::reserve(dense)?;
-        let regions = [pool_arena.region(), dense_arena.region()];
+        let memory = DenseParts::reserve(dense, &config.pinned)?;
+        let regions = [pool_arena.region(), memory.pinned.region(), memory.ring.region()];
         let engine = open_engine(config.engine, files, &regions, &config.io)?;
         let io = Arc::new(Scheduler::start(engine, config.io.clone())?);
-        let dense = PinnedExtents::load_all(&io, dense_arena, dense)?;
+        let dense = DenseParts::load(&io, memory, dense, &config.pinned)?;
         let pool = Pool::new(Arc::clone(&io), pool_arena, experts, policy);
         Ok(Storage { io, dense, pool, direct })
     }

@@ -1,0 +1,146 @@
+//! What a trace says about its model's routing, whatever the cache.
+
+use serde::Serialize;
+
+use super::{ReplayError, Trace};
+
+/// Figures of one layer with routing.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LayerStats {
+    /// The layer, as the trace counts.
+    pub layer: usize,
+    /// Experts used, each time counted.
+    pub uses: u64,
+    /// Experts that were used at least once.
+    pub distinct: usize,
+    /// Part of the uses whose expert the previous token of the layer had used too, 0 to 1.
+    pub repeated: f64,
+    /// Part of the uses that go to the most popular tenth of the experts, 0 to 1.
+    pub top_tenth: f64,
+    /// Entropy of the popularity ÷ that of a uniform one, 0 to 1.
+    pub evenness: f64,
+}
+
+/// Figures of a whole trace.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Stats {
+    /// Name of the model, if the trace says.
+    pub model: Option<String>,
+    /// Tokens.
+    pub tokens: usize,
+    /// Of which are known to be part of a prompt.
+    pub prefill: usize,
+    /// Experts per layer.
+    pub experts: u32,
+    /// Experts that a token uses in all layers together: the mean.
+    pub cycle: f64,
+    /// Experts used, each time counted.
+    pub uses: u64,
+    /// Experts that were used at least once, of all layers.
+    pub distinct: usize,
+    /// Part of all uses whose expert the previous token had used too, 0 to 1.
+    pub repeated: f64,
+    /// Part of all uses that go to the most popular tenth of each layer's experts, 0 to 1.
+    pub top_tenth: f64,
+    /// `reuse[i]`: part of all uses whose expert was used at most 2^i tokens before, 0 to 1. First uses are never.
+    pub reuse: Vec<f64>,
+    /// Half of the uses that are not the first of their expert come at most this many tokens after the one before.
+    pub median_reuse: Option<u64>,
+    /// `working_set[i]`: experts of all layers that 2^i consecutive tokens use, the mean over the trace.
+    pub working_set: Vec<f64>,
+    /// Layer by layer.
+    pub layers: Vec<LayerStats>,
+}
+
+impl Stats {
+    /// Measures a trace; `experts` per layer if not as the trace says.
+    ///
+    /// # Errors
+    /// [`ReplayError`] when there is nothing to measure.
+    pub fn new(trace: &Trace, experts: Option<u32>) -> Result<Stats, ReplayError> {
+        let experts = trace.experts(experts)?;
+        let routed = trace.routed_layers();
+        if routed.is_empty() {
+            return Err(ReplayError::Empty);
+        }
+        let tokens = trace.tokens();
+        // Windows of 1, 2, 4, … tokens, and one that holds the whole trace.
+        let sizes = tokens.len().next_power_of_two().trailing_zeros() as usize + 1;
+        // Uses by the distance to the one before; 0: first use.
+        let mut distances = vec![0u64; tokens.len() + 1];
+        // Pairs of window and expert in it, by log2 of the window's length.
+        let mut seen = vec![0u64; sizes];
+        let mut layers = Vec::with_capacity(routed.len());
+        let mut top_uses = 0;
+        for &layer in &routed {
+            let mut counts = vec![0u64; experts as usize];
+            let mut last = vec![None::<usize>; experts as usize];
+            let mut repeated = 0;
+            for (t, token) in tokens.iter().enumerate() {
+                for c in trace.choices(token, layer) {
+                    let e = c.expert as usize;
+                    let distance = last[e].map_or(0, |before| t - before);
+                    distances[distance] += 1;
+                    repeated += u64::from(distance == 1);
+                    counts[e] += 1;
+                    last[e] = Some(t);
+                    for (i, seen) in seen.iter_mut().enumerate() {
+                        // Windows of the length that contain this token but not the use before it.
+                        *seen += windows(t, distance, 1 << i, tokens.len());
+                    }
+                }
+            }
+            let uses: u64 = counts.iter().sum();
+            counts.sort_unstable_by(|a, b| b.cmp(a));
+            let top: u64 = counts.iter().take((experts as usize).div_ceil(10)).sum();
+            top_uses += top;
+            let entropy: f64 =
+                counts.iter().map(|&c| c as f64 / uses as f64).map(|p| if p > 0.0 { -p * p.ln() } else { 0.0 }).sum();
+            layers.push(LayerStats {
+                layer,
+                uses,
+                distinct: counts.iter().filter(|&&c| c > 0).count(),
+                repeated: repeated as f64 / uses as f64,
+                top_tenth: top as f64 / uses as f64,
+                evenness: if experts > 1 { entropy / f64::from(experts).ln() } else { 1.0 },
+            });
+        }
+        let uses: u64 = layers.iter().map(|l| l.uses).sum();
+        let mean = |sum: u64| sum as f64 / uses as f64;
+        let within = |limit: usize| distances.iter().skip(1).take(limit).sum::<u64>();
+        let again = within(tokens.len());
+        let median = (1..=tokens.len()).find(|&d| again > 0 && 2 * within(d) >= again);
+        Ok(Stats {
+            model: trace.header().and_then(|h| h.model.clone()),
+            tokens: tokens.len(),
+            prefill: tokens.iter().filter(|t| t.phase == Some(super::Phase::Prefill)).count(),
+            experts,
+            cycle: uses as f64 / tokens.len() as f64,
+            uses,
+            distinct: layers.iter().map(|l| l.distinct).sum(),
+            repeated: mean(distances.get(1).copied().unwrap_or(0)),
+            top_tenth: mean(top_uses),
+            reuse: (0..sizes).map(|i| mean(within(1 << i))).collect(),
+            median_reuse: median.map(|d| d as u64),
+            working_set: seen
+                .iter()
+                .enumerate()
+                .map(|(i, &s)| s as f64 / (tokens.len() as f64 - f64::from(1u32 << i) + 1.0).max(1.0))
+                .collect(),
+            layers,
+        })
+    }
+}
+
+/// Of the windows of `length` tokens in a trace of `tokens`: how many contain token `t` but not the use `distance` tokens
+/// before it (0: there is none)? A window longer than the trace is the whole trace.
+fn windows(t: usize, distance: usize, length: usize, tokens: usize) -> u64 {
+    let length = length.min(tokens);
+    let first = match distance {
+        0 => 0,
+        d => t - d + 1,
+    };
+    let first = first.max((t + 1).saturating_sub(length));
+    let last = t.min(tokens - length);
+    (last + 1).saturating_sub(first) as u64
+}
