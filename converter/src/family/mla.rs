@@ -45,6 +45,7 @@ pub(crate) fn read(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<MlaSpec
         latent_norm_eps: LATENT_NORM_EPS,
         softmax_scale: (head_dim.powf(-0.5) * rope.score_mscale * rope.score_mscale) as f32,
         rope: rope.spec,
+        indexer: None,
     })
 }
 

@@ -4,9 +4,11 @@
 
 mod attention;
 pub mod compute;
+mod delta;
 mod embedding;
 mod ffn;
 mod gqa;
+mod indexer;
 mod mla;
 mod rope;
 pub mod router;
