@@ -15,6 +15,9 @@ const AWQ: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 /// Tensors that replace `NAME.weight`, by what follows NAME, and the numbers that they stand for.
 type Encoded = (Vec<(&'static str, Tensor)>, Vec<f32>);
 
+/// Makes such tensors of a shape.
+type Encoder<'a> = &'a dyn Fn(&mut Noise, [usize; 2]) -> Encoded;
+
 fn shape() -> Synthetic {
     Synthetic {
         hidden: 128,
@@ -174,7 +177,7 @@ fn convert_to_content(config: &Value, tensors: &Tensors, choice: &str) -> Result
 }
 
 /// Replaces the projections by the form, converts, and compares with the same numbers in f32. Returns the types.
-fn check(name: &str, quantisation: &Value, encode: &dyn Fn(&mut Noise, [usize; 2]) -> Encoded) -> Summary {
+fn check(name: &str, quantisation: &Value, encode: Encoder<'_>) -> Summary {
     let mut noise = Noise(0x1234_5678_9abc_def1);
     let (mut packed, mut plain) = (shape().tensors(), Tensors::new());
     for (tensor, t) in shape().tensors() {
@@ -247,7 +250,7 @@ fn forms_that_a_type_fits_are_carried() {
 
 #[test]
 fn forms_that_no_type_fits_are_widened_and_named() {
-    let forms: [(&str, Value, &dyn Fn(&mut Noise, [usize; 2]) -> Encoded); 9] = [
+    let forms: [(&str, Value, Encoder<'_>); 9] = [
         ("fp8 per row", compressed("float-quantized"), &|noise, shape| fp8(noise, shape, true)),
         (
             "nvfp4",

@@ -43,15 +43,10 @@ fn expected(spec: &ModelSpec, source: &Tensors, kind: ExtentKind, layer: u32, in
 }
 
 fn mla(spec: &ModelSpec) -> &MlaSpec {
-<<<<<<< HEAD
-    let AttentionSpec::Mla(mla) = &spec.layers[0].attention else { panic!("not latent") };
-    mla
-=======
     match &spec.layers[0].attention {
         AttentionSpec::Mla(mla) => mla,
         other => panic!("latent attention, not {other:?}"),
     }
->>>>>>> main
 }
 
 fn kv_b(m: &MlaSpec, source: &[f32], keys: bool) -> Vec<f32> {

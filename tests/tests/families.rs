@@ -64,12 +64,14 @@ goldens! {
     deepseek_v2_lite
     deepseek_v3
     deepseek_v3_fp8
+    deepseek_v32
     kimi_k2
     kimi_k2_int4
     kimi_k25_int4
     glm4_moe
     glm4_moe_air
     glm4_moe_lite
+    glm_moe_dsa
     gpt_oss
     gpt_oss_mxfp4
     qwen2_moe
@@ -78,6 +80,8 @@ goldens! {
     qwen3_moe_gptq
     qwen3_moe_mlx
     qwen3_moe_nvfp4
+    qwen3_next
+    qwen3_5_moe
     minimax_m2
     mixtral
     mixtral_swa

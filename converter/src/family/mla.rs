@@ -4,8 +4,8 @@ use sluice_format::{MlaSpec, RopePairing};
 
 use super::config::Config;
 use super::decoder::Decoder;
-use super::rope;
 use super::view::{Strides, View};
+use super::{indexer, rope};
 use crate::error::ConvertError;
 
 /// The reference hard-codes it for the norms inside latent attention, whatever `rms_norm_eps` says.
@@ -63,6 +63,7 @@ pub(crate) fn origin(mla: &MlaSpec, layer: &dyn Fn(&str) -> String, name: &str, 
         "kv_a_norm" => norm("kv_a_layernorm"),
         "k_b" | "v_b" => kv_b_half(mla, layer("self_attn.kv_b_proj.weight"), name == "k_b"),
         "o" => matrix("o_proj"),
+        index if index.starts_with("index_") => indexer::origin(layer, index, shape),
         other => unreachable!("latent attention has no `{other}`"),
     }
 }

@@ -1,17 +1,21 @@
 //! Model families: what `config.json` means and what the tensors are called.
 //!
 //! A family is one file that implements [`Family`] and says only what differs; what several share stands in `decoder`,
-//! `mla`, `gqa`, `moe`, `rope` and `names`. `docs/ADDING_A_MODEL.md` says how to add one.
+//! `mla`, `indexer`, `gqa`, `delta`, `moe`, `rope` and `names`. `docs/ADDING_A_MODEL.md` says how to add one.
 
 pub(crate) mod config;
 mod decoder;
 mod deepseek_v2;
 mod deepseek_v3;
+mod deepseek_v32;
+mod delta;
 mod dense;
 mod glm4_moe;
 mod glm4_moe_lite;
+mod glm_moe_dsa;
 mod gpt_oss;
 mod gqa;
+mod indexer;
 mod kimi_k25;
 mod minimax_m2;
 mod mixtral;
@@ -22,6 +26,7 @@ mod olmoe;
 mod qwen;
 mod qwen2_moe;
 mod qwen3_moe;
+mod qwen3_next;
 mod rope;
 mod view;
 
@@ -36,12 +41,17 @@ pub(crate) use view::{Origin, Strides, View};
 static FAMILIES: &[&dyn Family] = &[
     &deepseek_v2::DeepSeekV2,
     &deepseek_v3::DeepSeekV3,
+    &deepseek_v32::DeepSeekV32,
     &kimi_k25::KimiK25,
     &glm4_moe::Glm4Moe,
     &glm4_moe_lite::Glm4MoeLite,
+    &glm_moe_dsa::GlmMoeDsa,
     &gpt_oss::GptOss,
     &qwen2_moe::Qwen2Moe,
     &qwen3_moe::Qwen3Moe,
+    &qwen3_next::Qwen3Next,
+    &qwen3_next::Qwen35Moe,
+    &qwen3_next::Qwen35MoeText,
     &minimax_m2::MiniMaxM2,
     &mixtral::Mixtral,
     &olmoe::Olmoe,

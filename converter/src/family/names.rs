@@ -4,7 +4,7 @@
 use sluice_format::{AttentionSpec, ExtentKind, LayerSpec, ModelSpec, TensorShape};
 
 use super::view::{Origin, View};
-use super::{Place, gqa, mla};
+use super::{Place, delta, gqa, mla};
 
 /// Names of a decoder, such as `model.layers.3.mlp.down_proj.weight`.
 #[derive(Clone, Copy, Debug)]
@@ -71,7 +71,7 @@ impl Names {
         let layer = &spec.layers[place.layer];
         let name = |rest: &str| self.layer(place.layer, rest);
         match place.kind {
-            ExtentKind::Attention => vec![vec![self.attention(layer, &name, tensor)]],
+            ExtentKind::Attention => self.attention(layer, &name, tensor),
             ExtentKind::Router => self.router(&name, tensor).into_iter().map(|view| vec![view]).collect(),
             ExtentKind::Dense => self.dense(layer, &name, tensor),
             ExtentKind::Expert => self.expert(layer, &name, place.index, tensor),
@@ -79,14 +79,19 @@ impl Names {
         }
     }
 
-    fn attention(self, spec: &LayerSpec, layer: &dyn Fn(&str) -> String, tensor: &TensorShape) -> View {
+    fn attention(self, spec: &LayerSpec, layer: &dyn Fn(&str) -> String, tensor: &TensorShape) -> Origin {
         let (name, shape) = (tensor.name, tensor.shape);
-        let view = match (name, &spec.attention) {
-            ("attn_norm", _) => return self.norm(layer("input_layernorm.weight"), shape[2]),
-            (_, AttentionSpec::Mla(spec)) => return mla::origin(spec, layer, name, shape),
-            (_, AttentionSpec::Gqa(spec)) => gqa::origin(spec, layer, name, shape),
-        };
-        View { plus_one: self.zero_centred && name.ends_with("_norm"), ..view }
+        let one = |view: View| vec![vec![view]];
+        match (name, &spec.attention) {
+            ("attn_norm", _) => one(self.norm(layer("input_layernorm.weight"), shape[2])),
+            (_, AttentionSpec::Mla(spec)) => one(mla::origin(spec, layer, name, shape)),
+            (_, AttentionSpec::Gqa(spec)) => {
+                let plus_one = self.zero_centred && name.ends_with("_norm");
+                one(View { plus_one, ..gqa::origin(spec, layer, name, shape) })
+            }
+            // The norm inside is not zero-centred, even where the others are.
+            (_, AttentionSpec::Delta(spec)) => delta::origin(spec, layer, name, shape),
+        }
     }
 
     fn router(self, layer: &dyn Fn(&str) -> String, tensor: &TensorShape) -> Vec<View> {

@@ -258,7 +258,17 @@ impl Mla {
                     match s.indexer.as_ref().and_then(|_| index.chosen(t)) {
                         Some(chosen) => self.attend_to(compute, chosen, full, rows, scores, latent),
                         None => {
-                            compute.kernels.attend(full, rows, width, rows, width, seen, s.softmax_scale, scores, latent);
+                            compute.kernels.attend(
+                                full,
+                                rows,
+                                width,
+                                rows,
+                                width,
+                                seen,
+                                s.softmax_scale,
+                                scores,
+                                latent,
+                            );
                         }
                     }
                 }
