@@ -25,6 +25,12 @@ pub(crate) struct Phase {
     pub(crate) hits: u64,
     /// Experts that had to be read.
     pub(crate) misses: u64,
+    /// Experts read ahead of the router, on a guess.
+    pub(crate) prefetched: u64,
+    /// Of which used before they left memory.
+    pub(crate) prefetched_used: u64,
+    /// Of which left memory, or were given up, unused.
+    pub(crate) prefetched_wasted: u64,
     /// Hits among both; `None` when no expert was needed.
     pub(crate) hit_rate: Option<f64>,
     /// Of the time: waiting for experts.
@@ -62,6 +68,9 @@ impl Phase {
             expert_bytes_read_per_token: if tokens > 0 { bytes as f64 / tokens as f64 } else { 0.0 },
             hits,
             misses,
+            prefetched: b.prefetched - a.prefetched,
+            prefetched_used: b.prefetched_used - a.prefetched_used,
+            prefetched_wasted: b.prefetched_wasted - a.prefetched_wasted,
             hit_rate: (hits + misses > 0).then(|| hits as f64 / (hits + misses) as f64),
             io_wait_seconds,
             attention_seconds,
@@ -86,10 +95,13 @@ impl Phase {
         let part = |value| percent(value, self.seconds);
         let _ = writeln!(
             out,
-            "          {} of {} experts were in memory ({:.1} %)",
+            "          {} of {} experts were in memory ({:.1} %); {} read ahead, {} of them used, {} in vain",
             self.hits,
             self.hits + self.misses,
             100.0 * self.hit_rate.unwrap_or(0.0),
+            self.prefetched,
+            self.prefetched_used,
+            self.prefetched_wasted,
         );
         let _ = writeln!(
             out,

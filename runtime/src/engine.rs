@@ -96,7 +96,13 @@ pub struct Stats {
     pub hits: u64,
     /// Experts that had to be read.
     pub misses: u64,
-    /// Bytes of experts read.
+    /// Experts read ahead of the router, on a guess.
+    pub prefetched: u64,
+    /// Of which used before they left memory.
+    pub prefetched_used: u64,
+    /// Of which left memory, or were given up, unused.
+    pub prefetched_wasted: u64,
+    /// Bytes of experts read, prefetched ones included.
     pub expert_bytes_read: u64,
     /// Bytes of dense parts and embedding read.
     pub dense_bytes_read: u64,
@@ -302,6 +308,9 @@ impl Engine {
             other_seconds: self.time.saturating_sub(accounted).as_secs_f64(),
             hits: pool.hits,
             misses: pool.misses,
+            prefetched: pool.guessed,
+            prefetched_used: pool.guessed_used,
+            prefetched_wasted: pool.guessed_wasted,
             expert_bytes_read: pool.bytes_read,
             dense_bytes_read: self.storage.dense.stats().bytes_read + self.model.embedding_bytes_read(),
         }
