@@ -1,0 +1,1 @@
+//! Tests of templates against Hugging Face's, and of the promise about control tokens.
