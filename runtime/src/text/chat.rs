@@ -24,7 +24,7 @@
 //! 2. **Separating.** After rendering, stand-ins turn back into characters, and their places are the
 //!    user's. The text must equal that of an ordinary rendering. If a template looks at text by
 //!    means that marks do hide from (`content[0] == '{'`), it differs, and a second rendering marks
-//!    only strings that contain an edge or a part of a control token. If that differs too, the
+//!    only characters with which control tokens begin or end, and parts of control tokens between. If that differs too, the
 //!    user's text stays opaque to such a template, which is safe: the first result is used.
 //! 3. **Encoding.** [`Tokenizer::encode_untrusted`] takes the whole text at once, as Hugging Face's
 //!    `encode` does, except that an added token is recognised only if none of its characters is the
@@ -297,7 +297,7 @@ impl<'a> Job<'a> {
     }
 
     fn render(&self, marks: &Arc<Marks>, controls: &[String], relaxed: bool) -> Result<String, TextError> {
-        let marker = Marker { marks, source: self.source, controls, relaxed };
+        let marker = Marker::new(marks, self.source, controls, relaxed);
         let options = self.options;
         let mut context: Vec<(String, Value)> = Vec::new();
         for (name, text) in self.template.tokens.context() {
@@ -333,9 +333,11 @@ fn with_reasoning_aliases(message: &Message) -> Map<String, Json> {
     let Some(reasoning) = given else {
         return message.fields.clone();
     };
-    let mut fields = message.fields.clone();
+    let mut fields = Map::new();
+    // In this order, because templates may print whole messages.
+    fields.insert("thinking".into(), reasoning.clone());
+    fields.extend(message.fields.clone());
     fields.insert("reasoning_content".into(), reasoning.clone());
-    fields.entry("thinking").or_insert_with(|| reasoning.clone());
     fields
 }
 

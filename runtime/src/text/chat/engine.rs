@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, Value, ValueKind, from_args};
+use minijinja::value::{Kwargs, Value, ValueKind, from_args};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehavior};
 
 use super::TextError;
 use super::clock::strftime;
 use super::marks::Marks;
-use super::python::{Json, invalid, to_str};
-use super::source::{IN_TEST, Source};
+use super::python::{Json, Pay, invalid, items, to_str};
+use super::source::{GUARD_FILTER, IN_TEST, Source};
 use super::strings::{self, Text};
 
 /// What a template may cost: a unit is an instruction or 64 bytes. The fixed part is enough for any
@@ -46,23 +46,29 @@ pub(super) fn engine(marks: &Arc<Marks>, now: i64, messages: usize, bytes: usize
     env.set_fuel(Some(fuel));
 
     let m = Arc::clone(marks);
-    env.set_formatter(move |out, _, value| {
-        let text = to_str(&m, value)?;
+    env.set_formatter(move |out, state, value| {
+        let text = to_str(&m, &|n| state.consume_fuel(n), value)?;
         out.write_str(&text).map_err(Error::from)
     });
     let m = Arc::clone(marks);
-    env.set_unknown_method_callback(move |state, value, name, args| method(&m, state, value, name, args));
+    env.set_unknown_method_callback(move |state, value, name, args| {
+        method(&m, &|n| state.consume_fuel(n), value, name, args)
+    });
     env.add_function("strftime_now", move |format: &str| strftime(format, now));
     let m = Arc::clone(marks);
-    env.add_function("raise_exception", move |message: Value| -> Result<Value, Error> {
-        let message = to_str(&m, &message)?;
+    env.add_function("raise_exception", move |state: &State<'_, '_>, message: Value| -> Result<Value, Error> {
+        let message = to_str(&m, &|n| state.consume_fuel(n), &message)?;
         let message = m.plain_text(&message).into_owned();
         Err(invalid("the template objects").with_source(Raised(message)))
     });
     let m = Arc::clone(marks);
-    env.add_test(IN_TEST, move |value: &Value, container: &Value| contains(&m, value, container));
+    env.add_test(IN_TEST, move |state: &State<'_, '_>, value: &Value, container: &Value| {
+        contains(&m, &|n| state.consume_fuel(n), value, container)
+    });
     let m = Arc::clone(marks);
-    env.add_test("in", move |value: &Value, container: &Value| contains(&m, value, container));
+    env.add_test("in", move |state: &State<'_, '_>, value: &Value, container: &Value| {
+        contains(&m, &|n| state.consume_fuel(n), value, container)
+    });
     add_tests(&mut env);
     add_text_filters(&mut env, marks);
     add_value_filters(&mut env, marks);
@@ -81,66 +87,72 @@ fn add_tests(env: &mut Environment<'_>) {
 /// Filters on text. Jinja2 turns whatever they get into a string first.
 fn add_text_filters(env: &mut Environment<'_>, marks: &Arc<Marks>) {
     let m = Arc::clone(marks);
-    env.add_filter("string", move |value: &Value| to_str(&m, value));
+    env.add_filter("string", move |state: &State<'_, '_>, value: &Value| to_str(&m, &|n| state.consume_fuel(n), value));
     let m = Arc::clone(marks);
-    env.add_filter("trim", move |value: &Value, chars: Option<Value>| {
-        Text::new(&m, &to_str(&m, value)?).strip(chars.as_ref(), true, true)
+    env.add_filter("trim", move |state: &State<'_, '_>, value: &Value, chars: Option<Value>| {
+        let pay: Pay<'_> = &|n| state.consume_fuel(n);
+        Text::new(&m, pay, &to_str(&m, pay, value)?).strip(chars.as_ref(), true, true)
     });
     let m = Arc::clone(marks);
     env.add_filter(
         "replace",
         move |state: &State<'_, '_>, value: &Value, old: Value, new: Value, count: Option<i64>| {
-            Text::new(&m, &to_str(&m, value)?).replace(state, &old, &new, count)
+            let pay: Pay<'_> = &|n| state.consume_fuel(n);
+            Text::new(&m, pay, &to_str(&m, pay, value)?).replace(&old, &new, count)
         },
     );
     for name in ["upper", "lower", "title", "capitalize"] {
         let m = Arc::clone(marks);
         env.add_filter(name, move |state: &State<'_, '_>, value: &Value| {
-            strings::method(&m, state, &to_str(&m, value)?, name, &[])
+            let pay: Pay<'_> = &|n| state.consume_fuel(n);
+            strings::method(&m, pay, &to_str(&m, pay, value)?, name, &[])
         });
     }
     let m = Arc::clone(marks);
-    env.add_filter("join", move |state: &mut State<'_, '_>, items: &Value, between: Option<Value>, named: Kwargs| {
+    env.add_filter("join", move |state: &mut State<'_, '_>, list: &Value, between: Option<Value>, named: Kwargs| {
         let between = between.or(named.get("d")?).unwrap_or_else(|| Value::from(""));
         let attribute: Option<Value> = named.get("attribute")?;
         named.assert_all_used()?;
-        let items = match attribute {
+        let list = match attribute {
             Some(name) => {
-                state.apply_filter("map", &[items.clone(), Value::from(Kwargs::from_iter([("attribute", name)]))])?
+                let name = Value::from(Kwargs::from_iter([("attribute", name)]));
+                state.apply_filter("map", &[list.clone(), name])?
             }
-            None => listed(items)?,
+            None => list.clone(),
         };
-        strings::join(&m, state, &items, &to_str(&m, &between)?)
+        let pay: Pay<'_> = &|n| state.consume_fuel(n);
+        strings::join(&m, pay, &listed(pay, &list)?, &to_str(&m, pay, &between)?)
     });
 }
 
 /// Filters on other values.
 fn add_value_filters(env: &mut Environment<'_>, marks: &Arc<Marks>) {
     let m = Arc::clone(marks);
-    env.add_filter("tojson", move |state: &State<'_, '_>, value: &Value, args: Rest<Value>| {
-        let (ascii, indent, separators, sort, named): (
-            Option<bool>,
-            Option<Value>,
-            Option<Value>,
-            Option<bool>,
-            Kwargs,
-        ) = from_args(&args)?;
-        let ascii = ascii.or(named.get("ensure_ascii")?);
-        let indent = indent.or(named.get("indent")?);
-        let separators = separators.or(named.get("separators")?);
-        let sort = sort.or(named.get("sort_keys")?);
-        named.assert_all_used()?;
-        let json = Json::new(&m, ascii, indent, separators, sort)?.write(value)?;
-        state.consume_fuel(json.len() as u64 / 64)?;
-        Ok::<_, Error>(Value::from(json))
+    env.add_filter(
+        "tojson",
+        move |state: &State<'_, '_>, value: &Value, ascii: Option<bool>, indent: Option<Value>, named: Kwargs| {
+            let ascii = ascii.or(named.get("ensure_ascii")?);
+            let indent = indent.or(named.get("indent")?);
+            let (separators, sort) = (named.get("separators")?, named.get("sort_keys")?);
+            named.assert_all_used()?;
+            Json::new(&m, &|n| state.consume_fuel(n), ascii, indent, separators, sort)?.write(value)
+        },
+    );
+    env.add_filter(GUARD_FILTER, |state: &State<'_, '_>, value: &Value| match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable if !value.is_tuple() => listed(&|n| state.consume_fuel(n), value),
+        _ => Ok(value.clone()),
     });
+    // Jinja2 does not know these, and `chain` has the problem that the guard is for.
+    for name in ["chain", "zip", "split", "lines", "bool"] {
+        env.remove_filter(name);
+    }
     for name in ["length", "count"] {
         env.add_filter(name, |value: &Value| match value.kind() {
             ValueKind::Undefined => Ok(0),
             _ => value.len().ok_or_else(|| invalid(format!("{} has no length", value.kind()))),
         });
     }
-    env.add_filter("list", |value: &Value| listed(value));
+    env.add_filter("list", |state: &State<'_, '_>, value: &Value| listed(&|n| state.consume_fuel(n), value));
     let m = Arc::clone(marks);
     env.add_filter("int", move |value: &Value, default: Option<i64>| {
         let default = default.unwrap_or(0);
@@ -168,33 +180,38 @@ fn add_value_filters(env: &mut Environment<'_>, marks: &Arc<Marks>) {
 }
 
 /// What Python's `list` makes of a value.
-fn listed(value: &Value) -> Result<Value, Error> {
+fn listed(pay: Pay<'_>, value: &Value) -> Result<Value, Error> {
     if let Some(s) = value.as_str() {
+        pay(s.len() as u64)?;
         return Ok(s.chars().map(|c| Value::from(String::from(c))).collect());
     }
-    let items = value.try_iter()?.checked().collect::<Result<Vec<_>, _>>()?;
-    Ok(Value::from(items))
+    Ok(Value::from(items(pay, value)?))
 }
 
 /// Python's `value in container`.
-fn contains(marks: &Marks, value: &Value, container: &Value) -> Result<bool, Error> {
+fn contains(marks: &Marks, pay: Pay<'_>, value: &Value, container: &Value) -> Result<bool, Error> {
     match container.kind() {
-        ValueKind::String => Text::new(marks, container.as_str().unwrap_or("")).contains(value),
+        ValueKind::String => Text::new(marks, pay, container.as_str().unwrap_or("")).contains(value),
         ValueKind::Undefined => Ok(false),
         ValueKind::Map => Ok(container.as_object().is_some_and(|o| o.get_value(value).is_some())),
         ValueKind::Seq | ValueKind::Iterable => {
-            let mut items = container.try_iter()?.checked();
-            items.try_fold(false, |found, item| Ok(found || item? == *value))
+            for item in container.try_iter()?.checked() {
+                pay(1)?;
+                if item? == *value {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
         }
         kind => Err(invalid(format!("argument of type {kind} cannot contain anything"))),
     }
 }
 
 /// Python's methods.
-fn method(marks: &Marks, state: &State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+fn method(marks: &Marks, pay: Pay<'_>, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     let unknown = || Error::from(ErrorKind::UnknownMethod);
     match value.kind() {
-        ValueKind::String => strings::method(marks, state, value.as_str().unwrap_or(""), name, args),
+        ValueKind::String => strings::method(marks, pay, value.as_str().unwrap_or(""), name, args),
         ValueKind::Map => {
             let map = value.as_object().ok_or_else(unknown)?;
             match name {
@@ -217,7 +234,7 @@ fn method(marks: &Marks, state: &State<'_, '_>, value: &Value, name: &str, args:
         }
         ValueKind::Seq | ValueKind::Iterable if matches!(name, "count" | "index") => {
             let (what,): (Value,) = from_args(args)?;
-            let items = listed(value)?.try_iter()?.map(|item| item == what).collect::<Vec<_>>();
+            let items: Vec<bool> = items(pay, value)?.iter().map(|item| *item == what).collect();
             match name {
                 "count" => Ok(Value::from(items.iter().filter(|same| **same).count())),
                 _ => {

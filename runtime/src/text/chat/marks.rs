@@ -96,21 +96,32 @@ impl Marks {
 
 /// Decides which of the user's strings are marked, and hands all of them to the engine.
 pub(super) struct Marker<'a> {
-    pub(super) marks: &'a Marks,
-    pub(super) source: &'a Source,
-    /// Spellings of the control tokens.
-    pub(super) controls: &'a [String],
-    /// Whether strings that could not even be part of a control token stay as they are.
-    pub(super) relaxed: bool,
+    marks: &'a Marks,
+    source: &'a Source,
+    /// Spellings of the control tokens, and the characters with which they begin or end.
+    controls: &'a [String],
+    edges: HashSet<char>,
+    /// Whether to mark only characters with which a control token begins or ends, and what stands
+    /// between two of them (or a string's ends) and is part of a control token.
+    relaxed: bool,
 }
 
-impl Marker<'_> {
+impl<'a> Marker<'a> {
+    /// For one rendering.
+    pub(super) fn new(marks: &'a Marks, source: &'a Source, controls: &'a [String], relaxed: bool) -> Self {
+        let ends = |token: &'a String| [token.chars().next(), token.chars().next_back()];
+        let edges = controls.iter().flat_map(ends).flatten().collect();
+        Self { marks, source, controls, edges, relaxed }
+    }
+
     /// The messages as the template sees them.
     pub(super) fn messages(&self, messages: &[Map<String, Json>]) -> Value {
         let message = |fields: &Map<String, Json>| {
-            Value::from_pairs(fields.iter().map(|(name, value)| match value.as_str() {
-                Some(role) if name == "role" && ROLES.contains(&role) => (name.clone(), Value::from(role)),
-                _ => (name.clone(), self.value(value)),
+            Value::from_pairs(fields.iter().map(|(name, value)| {
+                let role = value.as_str().filter(|role| name == "role" && ROLES.contains(role));
+                let value = role.map_or_else(|| self.value(value), Value::from);
+                let known = matches!(name.as_str(), "role" | "content");
+                (if known { name.clone() } else { self.string(name, true) }, value)
             }))
         };
         messages.iter().map(message).collect()
@@ -136,37 +147,42 @@ impl Marker<'_> {
 
     fn string(&self, s: &str, is_key: bool) -> String {
         let own = self.source.literals.contains(s) || is_key && self.source.words.contains(s);
-        if (own && !self.is_dangerous(s)) || (self.relaxed && self.is_harmless(s)) {
+        if own && !self.is_dangerous(s) {
             return s.to_owned();
         }
-        s.chars().map(|c| self.marks.mark(c)).collect()
+        let mark = |c: char| self.marks.mark(c);
+        if !self.relaxed {
+            return s.chars().map(mark).collect();
+        }
+        let mut marked = String::with_capacity(s.len() * 2);
+        for run in s.split_inclusive(|c| self.is_edge(c)) {
+            let inner = run.trim_end_matches(|c| self.is_edge(c));
+            if self.controls.iter().any(|token| token.contains(inner)) {
+                marked.extend(inner.chars().map(mark));
+            } else {
+                marked.push_str(inner);
+            }
+            marked.extend(run[inner.len()..].chars().map(mark));
+        }
+        marked
     }
 
     /// Whether a string that the template also knows might help to make up a control token: it
-    /// could begin or end one, or the template could put the rest around it.
+    /// contains one, or covers a part of one while the template can write what stands beside it.
     fn is_dangerous(&self, s: &str) -> bool {
-        self.has_edge(s)
-            || self.controls.iter().any(|token| {
-                !s.is_empty()
-                    && token.match_indices(s).any(|(at, _)| {
-                        let (left, right) = (&token[..at], &token[at + s.len()..]);
-                        self.source.can_enclose(left, right)
-                    })
-            })
+        self.controls.iter().any(|token| {
+            let inside = |(at, part): (usize, &str)| self.source.can_enclose(&token[..at], &token[at + part.len()..]);
+            let starts = s.char_indices().skip(1).map(|(at, _)| &s[at..]);
+            let ends = s.char_indices().skip(1).map(|(at, _)| &s[..at]);
+            s.contains(token.as_str())
+                || (!s.is_empty() && token.match_indices(s).any(inside))
+                || starts.filter(|end| token.starts_with(end)).any(|end| inside((0, end)))
+                || ends.filter(|start| token.ends_with(start)).any(|start| inside((token.len() - start.len(), start)))
+        })
     }
 
-    /// Whether a string can be no part of any control token.
-    fn is_harmless(&self, s: &str) -> bool {
-        !self.has_edge(s) && !self.controls.iter().any(|token| token.contains(s))
-    }
-
-    /// Whether a string contains a character with which some control token begins or ends.
-    fn has_edge(&self, s: &str) -> bool {
-        self.controls
-            .iter()
-            .flat_map(|token| [token.chars().next(), token.chars().next_back()])
-            .flatten()
-            .any(|c| s.contains(c))
+    fn is_edge(&self, c: char) -> bool {
+        self.edges.contains(&c)
     }
 }
 

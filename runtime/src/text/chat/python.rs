@@ -7,6 +7,9 @@ use minijinja::{Error, ErrorKind};
 
 use super::marks::Marks;
 
+/// How work is paid for: an error when the template has used up what it was given.
+pub(super) type Pay<'p> = &'p dyn Fn(u64) -> Result<(), Error>;
+
 /// Deepest nesting that is printed.
 const MAX_DEPTH: usize = 128;
 
@@ -23,19 +26,36 @@ pub(super) fn invalid(reason: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, reason.into())
 }
 
+/// Pays for printing a value. Lists may be far longer than the memory they take, so each item is
+/// paid for when its turn comes.
+fn charge(pay: Pay<'_>, value: &Value) -> Result<(), Error> {
+    pay(1 + value.as_str().map_or(0, str::len) as u64 / 64)
+}
+
+/// A value's items, paid for.
+pub(super) fn items(pay: Pay<'_>, value: &Value) -> Result<Vec<Value>, Error> {
+    let mut items = Vec::new();
+    for item in value.try_iter()?.checked() {
+        pay(1)?;
+        items.push(item?);
+    }
+    Ok(items)
+}
+
 /// A value as `str` makes it (and `{{ value }}` prints it).
-pub(super) fn to_str(marks: &Marks, value: &Value) -> Result<String, Error> {
+pub(super) fn to_str(marks: &Marks, pay: Pay<'_>, value: &Value) -> Result<String, Error> {
     if let Some(s) = value.as_str() {
         return Ok(s.to_owned());
     }
     let mut out = String::new();
     if !value.is_undefined() {
-        repr(marks, value, &mut out, 0)?;
+        repr(marks, pay, value, &mut out, 0)?;
     }
     Ok(out)
 }
 
-fn repr(marks: &Marks, value: &Value, out: &mut String, depth: usize) -> Result<(), Error> {
+fn repr(marks: &Marks, pay: Pay<'_>, value: &Value, out: &mut String, depth: usize) -> Result<(), Error> {
+    charge(pay, value)?;
     if depth > MAX_DEPTH {
         return Err(invalid("a value is nested too deeply to be printed"));
     }
@@ -53,7 +73,7 @@ fn repr(marks: &Marks, value: &Value, out: &mut String, depth: usize) -> Result<
                 if len > 0 {
                     out.push_str(", ");
                 }
-                repr(marks, &item?, out, depth + 1)?;
+                repr(marks, pay, &item?, out, depth + 1)?;
                 len += 1;
             }
             if value.is_tuple() && len == 1 {
@@ -68,9 +88,9 @@ fn repr(marks: &Marks, value: &Value, out: &mut String, depth: usize) -> Result<
                 if i > 0 {
                     out.push_str(", ");
                 }
-                repr(marks, &key, out, depth + 1)?;
+                repr(marks, pay, &key, out, depth + 1)?;
                 out.push_str(": ");
-                repr(marks, &value.get_item(&key)?, out, depth + 1)?;
+                repr(marks, pay, &value.get_item(&key)?, out, depth + 1)?;
             }
             out.push('}');
         }
@@ -136,19 +156,21 @@ fn number(value: &Value, [nan, inf, minus_inf]: [&str; 3]) -> String {
 
 /// Options of `json.dumps`.
 pub(super) struct Json<'m> {
-    pub(super) marks: &'m Marks,
-    pub(super) ensure_ascii: bool,
-    pub(super) sort_keys: bool,
+    marks: &'m Marks,
+    pay: Pay<'m>,
+    ensure_ascii: bool,
+    sort_keys: bool,
     /// What one level of indentation is.
-    pub(super) indent: Option<String>,
+    indent: Option<String>,
     /// Between items, and between a key and its value.
-    pub(super) separators: (String, String),
+    separators: (String, String),
 }
 
 impl<'m> Json<'m> {
     /// Options from the arguments of Hugging Face's `tojson` filter.
     pub(super) fn new(
         marks: &'m Marks,
+        pay: Pay<'m>,
         ensure_ascii: Option<bool>,
         indent: Option<Value>,
         separators: Option<Value>,
@@ -178,6 +200,7 @@ impl<'m> Json<'m> {
         };
         Ok(Self {
             marks,
+            pay,
             ensure_ascii: ensure_ascii.unwrap_or(false),
             sort_keys: sort_keys.unwrap_or(false),
             indent,
@@ -196,17 +219,18 @@ impl<'m> Json<'m> {
         if depth > MAX_DEPTH {
             return Err(invalid("a value is nested too deeply for JSON"));
         }
+        charge(self.pay, value)?;
         match value.kind() {
             ValueKind::None => out.push_str("null"),
             ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
             ValueKind::Number => out.push_str(&number(value, ["NaN", "Infinity", "-Infinity"])),
             ValueKind::String => self.string(value.as_str().unwrap_or(""), out),
             ValueKind::Seq | ValueKind::Iterable => {
-                let items = value.try_iter()?.checked().collect::<Result<Vec<_>, _>>()?;
+                let items = items(self.pay, value)?;
                 self.items('[', ']', items.len(), out, depth, |i, out| self.value(&items[i], out, depth + 1))?;
             }
             ValueKind::Map => {
-                let mut keys = value.try_iter()?.checked().collect::<Result<Vec<_>, _>>()?;
+                let mut keys = items(self.pay, value)?;
                 if self.sort_keys {
                     keys.sort();
                 }
@@ -235,25 +259,28 @@ impl<'m> Json<'m> {
             if i > 0 {
                 out.push_str(&self.separators.0);
             }
-            self.line(out, depth + 1);
+            self.line(out, depth + 1)?;
             item(i, out)?;
         }
         if len > 0 {
-            self.line(out, depth);
+            self.line(out, depth)?;
         }
         out.push(close);
         Ok(())
     }
 
-    fn line(&self, out: &mut String, depth: usize) {
+    fn line(&self, out: &mut String, depth: usize) -> Result<(), Error> {
         if let Some(indent) = &self.indent {
+            (self.pay)((depth * indent.len()) as u64 / 64)?;
             out.push('\n');
             (0..depth).for_each(|_| out.push_str(indent));
         }
+        Ok(())
     }
 
     fn key(&self, key: &Value, out: &mut String) -> Result<(), Error> {
         if let Some(s) = key.as_str() {
+            charge(self.pay, key)?;
             self.string(s, out);
             return Ok(());
         }
@@ -321,7 +348,7 @@ mod tests {
             Value::from(true),
             Value::from_pairs([("k", 1.5)]),
         ]);
-        assert_eq!(to_str(&marks, &value).unwrap(), r#"["a'b", 'a\n\\\x7f\'"', None, True, {'k': 1.5}]"#);
-        assert_eq!(to_str(&marks, &Value::UNDEFINED).unwrap(), "");
+        assert_eq!(to_str(&marks, &|_| Ok(()), &value).unwrap(), r#"["a'b", 'a\n\\\x7f\'"', None, True, {'k': 1.5}]"#);
+        assert_eq!(to_str(&marks, &|_| Ok(()), &Value::UNDEFINED).unwrap(), "");
     }
 }

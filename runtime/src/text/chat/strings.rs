@@ -2,24 +2,25 @@
 //! user's `</think>` as well, and what it returns is still the user's.
 
 use minijinja::value::{Kwargs, Rest, Value, ValueKind, from_args};
-use minijinja::{Error, ErrorKind, State};
+use minijinja::{Error, ErrorKind};
 
 use super::marks::Marks;
-use super::python::{invalid, is_space, to_str};
+use super::python::{Pay, invalid, is_space, to_str};
 
 /// A string's characters as they are, and what they stand for.
 pub(super) struct Text<'m> {
     marks: &'m Marks,
+    pay: Pay<'m>,
     chars: Vec<char>,
     plain: Vec<char>,
 }
 
 impl<'m> Text<'m> {
     /// Reads a string.
-    pub(super) fn new(marks: &'m Marks, s: &str) -> Self {
+    pub(super) fn new(marks: &'m Marks, pay: Pay<'m>, s: &str) -> Self {
         let chars: Vec<char> = s.chars().collect();
         let plain = chars.iter().map(|&c| marks.plain(c)).collect();
-        Self { marks, chars, plain }
+        Self { marks, pay, chars, plain }
     }
 
     fn slice(&self, from: usize, to: usize) -> Value {
@@ -29,6 +30,9 @@ impl<'m> Text<'m> {
     fn needle(&self, value: &Value) -> Result<Vec<char>, Error> {
         let s = value.as_str();
         let s = s.ok_or_else(|| invalid(format!("expected a string, got {}", value.kind())))?;
+        // Searching takes at most the product of both lengths.
+        let (hay, needle) = (self.plain.len() as u64 / 64, s.len() as u64 / 64);
+        (self.pay)((hay + 1) * (needle + 1))?;
         Ok(s.chars().map(|c| self.marks.plain(c)).collect())
     }
 
@@ -66,13 +70,7 @@ impl<'m> Text<'m> {
     }
 
     /// Every occurrence of `old`, or the first `count`, replaced.
-    pub(super) fn replace(
-        &self,
-        state: &State<'_, '_>,
-        old: &Value,
-        new: &Value,
-        count: Option<i64>,
-    ) -> Result<Value, Error> {
+    pub(super) fn replace(&self, old: &Value, new: &Value, count: Option<i64>) -> Result<Value, Error> {
         let old = self.needle(old)?;
         let new = new.as_str().ok_or_else(|| invalid("`replace` needs strings"))?;
         let mut left = match count {
@@ -83,7 +81,7 @@ impl<'m> Text<'m> {
         let mut at = 0;
         while at <= self.plain.len() {
             if left > 0 && self.plain[at..].starts_with(&old) {
-                state.consume_fuel(1 + new.len() as u64 / 64)?;
+                (self.pay)(1 + new.len() as u64 / 64)?;
                 out.push_str(new);
                 left -= 1;
                 at += old.len();
@@ -230,30 +228,24 @@ impl<'m> Text<'m> {
 }
 
 /// Items with a string between them.
-pub(super) fn join(marks: &Marks, state: &State<'_, '_>, items: &Value, between: &str) -> Result<Value, Error> {
+pub(super) fn join(marks: &Marks, pay: Pay<'_>, items: &Value, between: &str) -> Result<Value, Error> {
     let mut out = String::new();
     for (i, item) in items.try_iter()?.checked().enumerate() {
         if i > 0 {
-            state.consume_fuel(1 + between.len() as u64 / 64)?;
+            pay(1 + between.len() as u64 / 64)?;
             out.push_str(between);
         }
-        let item = to_str(marks, &item?)?;
-        state.consume_fuel(item.len() as u64 / 64)?;
+        let item = to_str(marks, pay, &item?)?;
+        pay(item.len() as u64 / 64)?;
         out.push_str(&item);
     }
     Ok(Value::from(out))
 }
 
 /// A method of a string.
-pub(super) fn method(
-    marks: &Marks,
-    state: &State<'_, '_>,
-    s: &str,
-    name: &str,
-    args: &[Value],
-) -> Result<Value, Error> {
-    let text = Text::new(marks, s);
-    state.consume_fuel(1 + text.chars.len() as u64 / 64)?;
+pub(super) fn method(marks: &Marks, pay: Pay<'_>, s: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
+    let text = Text::new(marks, pay, s);
+    pay(1 + text.chars.len() as u64 / 64)?;
     match name {
         "strip" | "lstrip" | "rstrip" => {
             let (chars,): (Option<Value>,) = from_args(args)?;
@@ -287,7 +279,7 @@ pub(super) fn method(
         }
         "replace" => {
             let (old, new, count): (Value, Value, Option<i64>) = from_args(args)?;
-            text.replace(state, &old, &new, count)
+            text.replace(&old, &new, count)
         }
         "find" | "rfind" | "index" | "rindex" => {
             let (needle,): (Value,) = from_args(args)?;
@@ -307,7 +299,7 @@ pub(super) fn method(
         }
         "join" => {
             let (items,): (Value,) = from_args(args)?;
-            join(marks, state, &items, s)
+            join(marks, pay, &items, s)
         }
         "format" => {
             let (args,): (Rest<Value>,) = from_args(args)?;
