@@ -24,8 +24,9 @@
 //! 2. **Separating.** After rendering, stand-ins turn back into characters, and their places are the
 //!    user's. The text must equal that of an ordinary rendering. If a template looks at text by
 //!    means that marks do hide from (`content[0] == '{'`), it differs, and a second rendering marks
-//!    only characters with which control tokens begin or end, and parts of control tokens between. If that differs too, the
-//!    user's text stays opaque to such a template, which is safe: the first result is used.
+//!    only characters with which control tokens begin or end, and parts of control tokens between.
+//!    If that differs too, the user's text stays opaque to such a template, which is safe: the
+//!    first result is used.
 //! 3. **Encoding.** [`Tokenizer::encode_untrusted`] takes the whole text at once, as Hugging Face's
 //!    `encode` does, except that an added token is recognised only if none of its characters is the
 //!    user's. Everything between control tokens goes through the tokenizer in one piece, so that

@@ -9,7 +9,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehav
 use super::TextError;
 use super::clock::strftime;
 use super::marks::Marks;
-use super::python::{Json, Pay, invalid, items, to_str};
+use super::python::{Json, Pay, charge_all, invalid, items, to_str};
 use super::source::{GUARD_FILTER, IN_TEST, Source};
 use super::strings::{self, Text};
 
@@ -138,9 +138,14 @@ fn add_value_filters(env: &mut Environment<'_>, marks: &Arc<Marks>) {
             Json::new(&m, &|n| state.consume_fuel(n), ascii, indent, separators, sort)?.write(value)
         },
     );
-    env.add_filter(GUARD_FILTER, |state: &State<'_, '_>, value: &Value| match value.kind() {
-        ValueKind::Seq | ValueKind::Iterable if !value.is_tuple() => listed(&|n| state.consume_fuel(n), value),
-        _ => Ok(value.clone()),
+    env.add_filter(GUARD_FILTER, |state: &State<'_, '_>, value: &Value| {
+        let pay: Pay<'_> = &|n| state.consume_fuel(n);
+        charge_all(pay, value, 0)?;
+        match value.kind() {
+            // Whatever this was made of, it is a plain list now.
+            ValueKind::Seq | ValueKind::Iterable if !value.is_tuple() => listed(pay, value),
+            _ => Ok(value.clone()),
+        }
     });
     // Jinja2 does not know these, and `chain` has the problem that the guard is for.
     for name in ["chain", "zip", "split", "lines", "bool"] {
@@ -195,6 +200,7 @@ fn contains(marks: &Marks, pay: Pay<'_>, value: &Value, container: &Value) -> Re
         ValueKind::Undefined => Ok(false),
         ValueKind::Map => Ok(container.as_object().is_some_and(|o| o.get_value(value).is_some())),
         ValueKind::Seq | ValueKind::Iterable => {
+            charge_all(pay, value, 0)?;
             for item in container.try_iter()?.checked() {
                 pay(1)?;
                 if item? == *value {

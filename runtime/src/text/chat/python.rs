@@ -10,8 +10,8 @@ use super::marks::Marks;
 /// How work is paid for: an error when the template has used up what it was given.
 pub(super) type Pay<'p> = &'p dyn Fn(u64) -> Result<(), Error>;
 
-/// Deepest nesting that is printed.
-const MAX_DEPTH: usize = 128;
+/// Deepest nesting of a value; more than the users' JSON can have.
+const MAX_DEPTH: usize = 160;
 
 /// Widest indentation of JSON.
 const MAX_INDENT: usize = 64;
@@ -40,6 +40,29 @@ pub(super) fn items(pay: Pay<'_>, value: &Value) -> Result<Vec<Value>, Error> {
         items.push(item?);
     }
     Ok(items)
+}
+
+/// Pays for all of a value, which must be printable.
+pub(super) fn charge_all(pay: Pay<'_>, value: &Value, depth: usize) -> Result<(), Error> {
+    if depth > MAX_DEPTH {
+        return Err(invalid("a value is nested too deeply"));
+    }
+    charge(pay, value)?;
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable => {
+            for item in value.try_iter()?.checked() {
+                charge_all(pay, &item?, depth + 1)?;
+            }
+        }
+        ValueKind::Map => {
+            for (key, item) in value.as_object().and_then(|o| o.try_iter_pairs()).into_iter().flatten() {
+                charge_all(pay, &key, depth + 1)?;
+                charge_all(pay, &item, depth + 1)?;
+            }
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 /// A value as `str` makes it (and `{{ value }}` prints it).

@@ -15,7 +15,7 @@ const MAX_PIECES: usize = 2_000;
 /// Name of the test that stands in for the operator `in`; see [`rewrite_in`].
 pub(super) const IN_TEST: &str = "__in";
 
-/// Name of the filter that is put behind what is added or multiplied; see [`guard`].
+/// Name of the filter that is put behind values whose size matters; see [`guard`].
 pub(super) const GUARD_FILTER: &str = "__paid";
 
 /// A template's source, ready for the engine, and what its text consists of.
@@ -143,6 +143,10 @@ impl Source {
             rewrite_in(source, pieces, at, &mut edits);
             guard(source, pieces, at, &mut edits);
         }
+        if is_word(source, pieces, "set") && source[open..].starts_with("{%") {
+            guard_assignment(source, pieces, &mut edits);
+        }
+        // Those that insert at the same place stay in their order: from the inside out.
         edits.sort_by_key(|edit| edit.0);
         let mut at = open;
         for (from, to, text) in edits {
@@ -280,17 +284,52 @@ fn rewrite_in(source: &str, pieces: &[Piece], at: usize, edits: &mut Vec<(usize,
     edits.push((pieces[end - 1].end, pieces[end - 1].end, ")".to_owned()));
 }
 
-/// Puts a filter behind the right side of `+` and `*`. The engine joins lists without copying them,
-/// and free of charge, up to a depth where it copies all: 33 times `x = x + x` and memory is gone.
-/// The filter has the list paid for.
+/// Puts a filter behind the right side of sums, products and comparisons, and in front of filters
+/// that compare, which has all of the value paid for. The engine charges nothing for what is nested
+/// in a value, and nothing for joining lists without copying them, up to a depth where it copies
+/// all: 33 times `x = x + x`, and memory is gone.
 fn guard(source: &str, pieces: &[Piece], at: usize, edits: &mut Vec<(usize, usize, String)>) {
     let text = |i: usize| pieces.get(i).map_or("", |p| &source[p.start..p.end]);
-    if !matches!(text(at), "+" | "*") || text(at + 1).starts_with(|c: char| c.is_ascii_digit()) {
+    let before = at.checked_sub(1).map_or("", text);
+    let guarded = match text(at) {
+        "|" => {
+            let compares = ["sort", "unique", "groupby", "min", "max", "select", "reject", "selectattr", "rejectattr"];
+            if compares.contains(&text(at + 1)) {
+                edits.push((pieces[at].start, pieces[at].start, format!("|{GUARD_FILTER}")));
+            }
+            false
+        }
+        "+" | "*" => true,
+        "=" => matches!(before, "=" | "!" | "<" | ">"),
+        "<" | ">" => text(at + 1) != "=",
+        _ => false,
+    };
+    if !guarded || text(at + 1).starts_with(|c: char| c.is_ascii_digit()) {
         return;
     }
     if let Some(end) = end_of_chain(source, pieces, at + 1) {
         let end = pieces[end - 1].end;
         edits.push((end, end, format!("|{GUARD_FILTER}")));
+    }
+}
+
+/// Has everything that is assigned paid for, so that no loop can build a value that is too large,
+/// or nested too deeply to be dropped.
+fn guard_assignment(source: &str, pieces: &[Piece], edits: &mut Vec<(usize, usize, String)>) {
+    let text = |i: usize| &source[pieces[i].start..pieces[i].end];
+    let mut depth = 0usize;
+    for at in 1..pieces.len().saturating_sub(1) {
+        match text(at) {
+            "(" | "[" | "{" => depth += 1,
+            ")" | "]" | "}" => depth = depth.saturating_sub(1),
+            "=" if depth == 0 => {
+                let (from, to) = (pieces[at + 1].start, pieces[pieces.len() - 1].end);
+                edits.push((from, from, "(".to_owned()));
+                edits.push((to, to, format!(")|{GUARD_FILTER}")));
+                return;
+            }
+            _ => {}
+        }
     }
 }
 
@@ -367,7 +406,7 @@ mod tests {
             ("{%- if '<' not in c[0]['x'] and y -%}", "{%- if '<' is not __in(c[0]['x']) and y -%}"),
             ("{{ 1 if (tag in c.strip()) else 2 }}", "{{ 1 if (tag is __in(c.strip())) else 2 }}"),
             ("{% if not 'a' in b or 'c' in d %}", "{% if not 'a' is __in(b) or 'c' is __in(d) %}"),
-            ("{% set x = 'a' in b %}", "{% set x = 'a' is __in(b) %}"),
+            ("{% set x = 'a' in b %}", "{% set x = ('a' is __in(b))|__paid %}"),
         ] {
             assert_eq!(text(from), to);
         }
@@ -388,12 +427,16 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_guarded() {
+    fn costs_are_guarded() {
         for (from, to) in [
             ("{{ a + b.c[0](d) }}", "{{ a + b.c[0](d)|__paid }}"),
             ("{{ a + 'b' + [c] * 2 }}", "{{ a + 'b' + [c]|__paid * 2 }}"),
             ("{{ 2 * (a + b) | list }}", "{{ 2 * (a + b|__paid)|__paid | list }}"),
             ("{%+ if a + b +%}", "{%+ if a + b|__paid +%}"),
+            ("{% set n.x = [1] + n.y -%}", "{% set n.x = ([1] + n.y|__paid)|__paid -%}"),
+            ("{% set x | f(a=1) %}", "{% set x | f(a=1) %}"),
+            ("{% set a, b = 1, c == d %}", "{% set a, b = (1, c == d|__paid)|__paid %}"),
+            ("{{ a <= b | sort and c > 2 }}", "{{ a <= b|__paid |__paid| sort and c > 2 }}"),
             ("{{ f(*x, a ** b) -}}", "{{ f(*x|__paid, a ** b|__paid) -}}"),
         ] {
             assert_eq!(text(from), to);

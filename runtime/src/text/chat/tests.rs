@@ -443,6 +443,16 @@ fn hostile_templates_end() {
         "{% set n = namespace(x=[1]) %}{% for a in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
         "{% set n = namespace(x=[1]) %}{% for a in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
         "{% set n = namespace(x=[1]) %}{% for a in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | string | length }}",
+        "{% set n = namespace(x=[]) %}{% for a in range(99999) %}{% set n.x = [n.x] %}{% endfor %}",
+        "{% set n = namespace(x={}) %}{% for a in range(99999) %}{% set n.x = {'a': n.x} %}{% endfor %}",
+        "{% set n = namespace(x=1) %}{% for a in range(99999) %}{% set n.x = namespace(y=n.x) %}{% endfor %}",
+        "{% set n = namespace(x=1) %}{% for a in range(99999) %}{% set n.x = (1, n.x) %}{% endfor %}",
+        "{% set n = namespace(x=1) %}{% for a in range(99999) %}{% set n.x = dict(n=n.x) %}{% endfor %}",
+        "{% set n = namespace(x=1, y=1) %}{% for a in range(99) %}{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}\
+         {% endfor %}{{ n.x == n.y }}",
+        "{% set n = namespace(x='aaaaaaaa') %}{% for a in range(19) %}{% set n.x = n.x ~ n.x %}{% endfor %}\
+         {% for a in range(9999) %}{{ ('b' ~ n.x) in n.x }}{% endfor %}",
+        "{% set x = range(9999) | list %}{% for a in range(99999) %}{% if x == range(9999) | list %}{% endif %}{% endfor %}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}",
         "{{ 'x' * 99999999999 }}",
@@ -471,6 +481,8 @@ fn hostile_templates_end() {
         ("{% if x %}", "{% elif x %}", "{% endif %}"),
         ("", "{% set x %}", ""),
         ("", "{{ 1 }}", ""),
+        ("", "{% set x = [x] %}", ""),
+        ("", "{% set x = x[::-1] %}", ""),
     ] {
         for times in [900, 100_000] {
             let _ = show(&(before.to_owned() + &repeated.repeat(times) + after), "x");
