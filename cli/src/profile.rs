@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use serde::Serialize;
+use sluice_runtime::io::TuningSource;
 use sluice_runtime::memory::{Bytes, MemoryPlan};
 use sluice_runtime::{Engine, Stats};
 
@@ -128,8 +129,51 @@ pub(crate) struct Profile {
     pub(crate) memory: MemoryPlan,
     /// What reads the file, in words.
     pub(crate) read_path: String,
+    pub(crate) read_tuning: ReadTuning,
     pub(crate) isa: &'static str,
     pub(crate) threads: usize,
+}
+
+/// In which pieces the file is read.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct ReadTuning {
+    /// Short name of the engine in use.
+    engine: &'static str,
+    chunk_bytes: usize,
+    depth: usize,
+    prefetch_depth: usize,
+    /// Found by `sluice bench disk` on this drive.
+    calibrated: bool,
+    /// Why a calibration was not used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remark: Option<String>,
+}
+
+impl ReadTuning {
+    fn of(engine: &Engine) -> ReadTuning {
+        let tuning = engine.tuning();
+        ReadTuning {
+            engine: engine.read_engine(),
+            chunk_bytes: tuning.config.chunk_bytes,
+            depth: tuning.config.depth,
+            prefetch_depth: tuning.config.prefetch_depth,
+            calibrated: tuning.source == TuningSource::Calibrated,
+            remark: match &tuning.source {
+                TuningSource::Default(remark) => remark.clone(),
+                TuningSource::Given | TuningSource::Calibrated => None,
+            },
+        }
+    }
+
+    fn line(&self) -> String {
+        let source = match (&self.remark, self.calibrated) {
+            (_, true) => "calibrated for this drive".to_owned(),
+            (Some(remark), _) => format!("not calibrated: {remark}"),
+            (None, _) => "not calibrated: `sluice bench disk` finds what is best".to_owned(),
+        };
+        let chunk = Bytes(self.chunk_bytes as u64);
+        format!("{} with chunks of {chunk}, {} in flight ({source})", self.engine, self.depth)
+    }
 }
 
 impl Profile {
@@ -141,6 +185,7 @@ impl Profile {
             dense_bytes_read: engine.stats().dense_bytes_read,
             memory: engine.memory().clone(),
             read_path: engine.read_path(),
+            read_tuning: ReadTuning::of(engine),
             isa: engine.isa(),
             threads: engine.threads(),
         }
@@ -165,6 +210,7 @@ impl Profile {
             Bytes(memory.slot_len),
         );
         let _ = writeln!(out, "reads     {}", self.read_path);
+        let _ = writeln!(out, "          {}", self.read_tuning.line());
         let _ = writeln!(
             out,
             "computes  {} on {} threads; opened in {}, {} of dense weights",

@@ -1,9 +1,12 @@
 //! One file per command.
 
+pub(crate) mod bench;
+pub(crate) mod bench_disk;
 pub(crate) mod convert;
 pub(crate) mod demo;
 pub(crate) mod inspect;
 pub(crate) mod logits;
 pub(crate) mod perplexity;
 pub(crate) mod run;
+pub(crate) mod trace;
 pub(crate) mod verify;
