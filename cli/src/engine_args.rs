@@ -5,8 +5,9 @@ use std::path::Path;
 
 use clap::ValueEnum;
 use sluice_format::{ModelFile, TOKENIZER_BLOB};
+use sluice_runtime::pool::PolicyKind;
 use sluice_runtime::text::{TextError, Tokenizer};
-use sluice_runtime::{Engine, EngineOptions, ReadEngineKind};
+use sluice_runtime::{Engine, EngineOptions, Prefetch, ReadEngineKind};
 
 use crate::error::CliError;
 use crate::size::parse_size;
@@ -30,6 +31,14 @@ pub(crate) struct EngineArgs {
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
+
+    /// Who leaves the expert cache: next-use, lru or lfu
+    #[arg(long, value_name = "POLICY", default_value_t, hide_short_help = true)]
+    pub(crate) policy: PolicyKind,
+
+    /// Never read experts ahead of the router
+    #[arg(long, hide_short_help = true)]
+    pub(crate) no_prefetch: bool,
 
     /// Compute with f32 activations throughout: slower; for comparison with reference implementations
     #[arg(long)]
@@ -56,6 +65,8 @@ impl EngineArgs {
 
     fn options(&self, context: usize) -> EngineOptions {
         EngineOptions {
+            policy: self.policy,
+            prefetch: if self.no_prefetch { Prefetch::Off } else { Prefetch::Auto },
             budget: self.budget,
             read_engine: self.engine.map(|e| match e {
                 EngineChoice::Uring => ReadEngineKind::Uring,

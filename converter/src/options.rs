@@ -9,7 +9,8 @@ use sluice_format::WeightType;
 use crate::error::ConvertError;
 
 /// Types that a conversion can produce; f16 and the four-bit types are only carried by `keep`.
-const OUTPUT_TYPES: [WeightType; 4] = [WeightType::F32, WeightType::Bf16, WeightType::Fp8, WeightType::Q8];
+const OUTPUT_TYPES: [WeightType; 6] =
+    [WeightType::F32, WeightType::Bf16, WeightType::Fp8, WeightType::Q8, WeightType::Q4, WeightType::Q3];
 
 /// The type that a group of weights is stored in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

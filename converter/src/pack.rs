@@ -44,6 +44,8 @@ pub(crate) fn kernel_type(ty: WeightType) -> kernels::WeightType {
         WeightType::Q8 => kernels::WeightType::Q8,
         WeightType::Int4 => kernels::WeightType::Int4,
         WeightType::Mxfp4 => kernels::WeightType::Mxfp4,
+        WeightType::Q4 => kernels::WeightType::Q4,
+        WeightType::Q3 => kernels::WeightType::Q3,
     }
 }
 

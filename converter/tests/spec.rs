@@ -14,8 +14,10 @@ fn spec_of(dir: &Path) -> ModelSpec {
 }
 
 fn mla(spec: &ModelSpec) -> &MlaSpec {
-    let AttentionSpec::Mla(mla) = &spec.layers[0].attention;
-    mla
+    match &spec.layers[0].attention {
+        AttentionSpec::Mla(mla) => mla,
+        other => panic!("latent attention, not {other:?}"),
+    }
 }
 
 #[test]

@@ -30,11 +30,15 @@ pub enum WeightType {
     Int4 = 6,
     /// e2m1, one e8m0 scale per row and 32 columns (OCP MX), carried bit for bit.
     Mxfp4 = 7,
+    /// Four-bit codebook, one scale byte per row and 32 columns, one f32 per row (`docs/QUANTISATION.md`).
+    Q4 = 8,
+    /// Three-bit codebook, one scale byte per row and 16 columns, one f32 per row (`docs/QUANTISATION.md`).
+    Q3 = 9,
 }
 
 impl WeightType {
     /// Every type of this format version.
-    pub const ALL: [WeightType; 7] = [
+    pub const ALL: [WeightType; 9] = [
         WeightType::F32,
         WeightType::F16,
         WeightType::Bf16,
@@ -42,6 +46,8 @@ impl WeightType {
         WeightType::Q8,
         WeightType::Int4,
         WeightType::Mxfp4,
+        WeightType::Q4,
+        WeightType::Q3,
     ];
 
     /// The type with this code in the file, if this version knows it.
@@ -59,6 +65,8 @@ impl WeightType {
             WeightType::Q8 => "q8",
             WeightType::Int4 => "int4",
             WeightType::Mxfp4 => "mxfp4",
+            WeightType::Q4 => "q4",
+            WeightType::Q3 => "q3",
         }
     }
 
@@ -70,6 +78,8 @@ impl WeightType {
             WeightType::Fp8 => cols.div_ceil(FP8_BLOCK).checked_mul(4),
             WeightType::Q8 | WeightType::Int4 => blocks.checked_mul(2 * ROW_GROUP),
             WeightType::Mxfp4 => blocks.checked_mul(ROW_GROUP),
+            WeightType::Q4 => blocks.checked_mul(ROW_GROUP)?.checked_add(4 * ROW_GROUP),
+            WeightType::Q3 => blocks.checked_mul(2 * ROW_GROUP)?.checked_add(4 * ROW_GROUP),
         }
     }
 
@@ -81,7 +91,8 @@ impl WeightType {
             WeightType::F16 | WeightType::Bf16 => cols.checked_mul(2 * ROW_GROUP),
             WeightType::Fp8 => cols.checked_mul(ROW_GROUP),
             WeightType::Q8 => padded.checked_mul(ROW_GROUP),
-            WeightType::Int4 | WeightType::Mxfp4 => padded.checked_mul(ROW_GROUP / 2),
+            WeightType::Int4 | WeightType::Mxfp4 | WeightType::Q4 => padded.checked_mul(ROW_GROUP / 2),
+            WeightType::Q3 => padded.checked_mul(ROW_GROUP / 8 * 3),
         }
     }
 

@@ -8,7 +8,7 @@ use crate::math::ROUND;
 pub enum Precision {
     /// f32 activations with every weight type.
     Exact,
-    /// int8 activations with the weight types that have integer kernels (`q8`, `int4`, `mxfp4`), f32 with the others.
+    /// int8 activations with the weight types that have integer kernels (`q8`, `int4`, `mxfp4`, `q4`, `q3`), f32 with the others.
     Int8,
 }
 
@@ -31,7 +31,8 @@ pub struct Activations {
     /// Per token and block, eight words of four int8 values, the lowest column in the lowest byte.
     words: Vec<[i32; 8]>,
     scales: Vec<f32>,
-    sums: Vec<i32>,
+    /// Per token and block, the sum of all values and that of the first half.
+    sums: Vec<[i32; 2]>,
 }
 
 impl Activations {
@@ -161,7 +162,7 @@ impl Activations {
         let len = self.n * self.blocks();
         self.words.resize(len, [0; 8]);
         self.scales.resize(len, 0.0);
-        self.sums.resize(len, 0);
+        self.sums.resize(len, [0; 2]);
     }
 
     fn quantise(&mut self) {
@@ -174,30 +175,30 @@ impl Activations {
     }
 }
 
-/// Words, scale and sum of the values of one block.
-fn quantise_block(block: &[f32; BLOCK]) -> ([i32; 8], f32, i32) {
+/// Words, scale, and the sums of all values and of the first half, of one block.
+fn quantise_block(block: &[f32; BLOCK]) -> ([i32; 8], f32, [i32; 2]) {
     // Magnitudes order as their bits do, and NaN above all, so an integer maximum loses nothing.
     let top = block.iter().fold(0, |m: i32, v| m.max((v.to_bits() & 0x7fff_ffff) as i32));
     let absmax = f32::from_bits(top as u32);
     if !absmax.is_finite() {
-        return ([0; 8], f32::NAN, 0);
+        return ([0; 8], f32::NAN, [0; 2]);
     }
     if absmax < SMALLEST {
-        return ([0; 8], 0.0, 0);
+        return ([0; 8], 0.0, [0; 2]);
     }
     let inverse = 127.0 / absmax;
     let mut values = [0i8; BLOCK];
-    let mut sum = 0;
-    for (q, &v) in values.iter_mut().zip(block) {
+    let mut sums = [0; 2];
+    for (k, (q, &v)) in values.iter_mut().zip(block).enumerate() {
         let i = (v * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
-        sum += i;
+        sums[k / (BLOCK / 2)] += i;
         *q = i as i8;
     }
     let mut words = [0; 8];
     for (word, bytes) in words.iter_mut().zip(values.as_chunks::<4>().0) {
         *word = i32::from_le_bytes(bytes.map(|b| b as u8));
     }
-    (words, absmax / 127.0, sum)
+    (words, absmax / 127.0, [sums[0] + sums[1], sums[0]])
 }
 
 /// The int8 form of one token, by 32-column blocks.
@@ -206,7 +207,8 @@ pub(crate) struct QuantisedRow<'a> {
     pub(crate) words: &'a [[i32; 8]],
     pub(crate) scales: &'a [f32],
     #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only biased integers need it"))]
-    pub(crate) sums: &'a [i32],
+    /// The sum of each block and that of its first half.
+    pub(crate) sums: &'a [[i32; 2]],
 }
 
 #[cfg(test)]
@@ -221,16 +223,16 @@ mod tests {
     fn rounding_is_to_nearest_even() {
         let mut block = [0.0; BLOCK];
         block[..6].copy_from_slice(&[127.0, 0.5, 1.5, -2.5, -126.6, 3.2]);
-        let (words, scale, sum) = quantise_block(&block);
+        let (words, scale, sums) = quantise_block(&block);
         assert_eq!(scale, 1.0);
         assert_eq!(values(&words)[..6], [127, 0, 2, -2, -127, 3]);
-        assert_eq!(sum, 3);
+        assert_eq!(sums, [3; 2]);
     }
 
     #[test]
     fn odd_blocks() {
-        assert_eq!(quantise_block(&[0.0; BLOCK]), ([0; 8], 0.0, 0));
-        assert_eq!(quantise_block(&[1e-38; BLOCK]), ([0; 8], 0.0, 0));
+        assert_eq!(quantise_block(&[0.0; BLOCK]), ([0; 8], 0.0, [0; 2]));
+        assert_eq!(quantise_block(&[1e-38; BLOCK]), ([0; 8], 0.0, [0; 2]));
         for bad in [f32::NAN, f32::INFINITY, -f32::NAN] {
             let mut block = [1.0; BLOCK];
             block[31] = bad;

@@ -27,15 +27,20 @@ pub enum WeightType {
     Int4,
     /// e2m1 with one e8m0 scale per row and 32 columns.
     Mxfp4,
+    /// Four bits, one byte per row and 32 columns, one f32 per row; see `docs/QUANTISATION.md`.
+    Q4,
+    /// Three bits, one byte per row and 16 columns, one f32 per row.
+    Q3,
 }
 
 impl WeightType {
     /// Every type.
-    pub const ALL: [WeightType; 7] = [Self::F32, Self::F16, Self::Bf16, Self::Fp8, Self::Q8, Self::Int4, Self::Mxfp4];
+    pub const ALL: [WeightType; 9] =
+        [Self::F32, Self::F16, Self::Bf16, Self::Fp8, Self::Q8, Self::Int4, Self::Mxfp4, Self::Q4, Self::Q3];
 
     /// Whether values are stored in blocks of 32 columns, for which there are integer kernels.
     pub fn is_blocked(self) -> bool {
-        matches!(self, Self::Q8 | Self::Int4 | Self::Mxfp4)
+        matches!(self, Self::Q8 | Self::Int4 | Self::Mxfp4 | Self::Q4 | Self::Q3)
     }
 }
 
@@ -58,6 +63,8 @@ impl Planes {
             WeightType::Q8 => (blocks.checked_mul(16)?, blocks.checked_mul(256)?),
             WeightType::Int4 => (blocks.checked_mul(16)?, blocks.checked_mul(128)?),
             WeightType::Mxfp4 => (blocks.checked_mul(8)?, blocks.checked_mul(128)?),
+            WeightType::Q4 => (blocks.checked_mul(8)?.checked_add(32)?, blocks.checked_mul(128)?),
+            WeightType::Q3 => (blocks.checked_mul(16)?.checked_add(32)?, blocks.checked_mul(96)?),
         };
         let scales_padded = scales.checked_next_multiple_of(PLANE_ALIGN)?;
         let total = scales_padded.checked_add(values.checked_next_multiple_of(PLANE_ALIGN)?)?;
@@ -213,6 +220,8 @@ mod tests {
         assert_eq!(row_group_len(WeightType::Q8, 33), Some(64 + 512));
         assert_eq!(row_group_len(WeightType::Int4, 32), Some(64 + 128));
         assert_eq!(row_group_len(WeightType::Mxfp4, 32 * 9), Some(128 + 128 * 9));
+        assert_eq!(row_group_len(WeightType::Q4, 33), Some(64 + 256));
+        assert_eq!(row_group_len(WeightType::Q3, 32 * 3), Some(128 + 320));
         assert_eq!(packed_len(WeightType::Q8, 9, 32), Some(2 * 320));
     }
 

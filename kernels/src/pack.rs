@@ -5,10 +5,10 @@
 
 use crate::matrix::{BLOCK, FP8_BLOCK, Group, Matrix, Planes, ROW_GROUP, WeightType};
 use crate::number::{E2M1, f16_to_f32, f32_to_bf16, f32_to_f16};
-use crate::scalar;
+use crate::{quant, scalar};
 
 /// The two planes of a zeroed row group.
-fn planes(ty: WeightType, n_rows: usize, cols: usize, src: usize, out: &mut [u8]) -> (&mut [u8], &mut [u8]) {
+pub(crate) fn planes(ty: WeightType, n_rows: usize, cols: usize, src: usize, out: &mut [u8]) -> (&mut [u8], &mut [u8]) {
     assert!(n_rows <= ROW_GROUP, "a row group holds {ROW_GROUP} rows, not {n_rows}");
     assert_eq!(Some(src), n_rows.checked_mul(cols), "{n_rows} rows of {cols} columns");
     let planes = Planes::new(ty, cols).expect("the source would not fit in memory either");
@@ -18,7 +18,7 @@ fn planes(ty: WeightType, n_rows: usize, cols: usize, src: usize, out: &mut [u8]
     (&mut scales[..planes.scales], &mut values[..planes.values])
 }
 
-/// Packs one row group of type `f32`, `f16`, `bf16` or `q8`.
+/// Packs one row group of type `f32`, `f16`, `bf16`, `q8`, `q4` or `q3`.
 ///
 /// `src` is row-major `[n_rows, cols]` with `n_rows ≤ 8`; missing rows become zero. `out` is all of the group,
 /// [`row_group_len`](crate::row_group_len) bytes. `f16` and `bf16` round to nearest, ties to even.
@@ -28,9 +28,14 @@ fn planes(ty: WeightType, n_rows: usize, cols: usize, src: usize, out: &mut [u8]
 /// next larger f16 is taken; scales beyond f16 become its largest number and weights beyond that saturate. A block with
 /// a NaN or an infinity has scale NaN, so that it is not mistaken for a number.
 ///
+/// `q4` and `q3`: as [`pack_row_group_weighted`](crate::pack_row_group_weighted) with all columns alike.
+///
 /// # Panics
 /// For other types, more than 8 rows, or lengths that do not fit the shape.
 pub fn pack_row_group(ty: WeightType, src: &[f32], n_rows: usize, cols: usize, out: &mut [u8]) {
+    if matches!(ty, WeightType::Q4 | WeightType::Q3) {
+        return quant::pack_unweighted(ty, src, n_rows, cols, out);
+    }
     let (scales, values) = planes(ty, n_rows, cols, src.len(), out);
     for r in 0..n_rows {
         let row = &src[r * cols..][..cols];
@@ -148,7 +153,7 @@ pub fn pack_row_group_mxfp4(codes: &[u8], n_rows: usize, cols: usize, scales: &[
     put_nibbles(codes, n_rows, cols, values);
 }
 
-fn put_nibbles(nibbles: &[u8], n_rows: usize, cols: usize, values: &mut [u8]) {
+pub(crate) fn put_nibbles(nibbles: &[u8], n_rows: usize, cols: usize, values: &mut [u8]) {
     for r in 0..n_rows {
         for (k, &nibble) in nibbles[r * cols..][..cols].iter().enumerate() {
             assert!(nibble < 16, "{nibble} does not fit in four bits");
@@ -180,6 +185,7 @@ pub fn unpack(w: Matrix<'_>) -> Vec<f32> {
 fn unpack_column(w: &Group<'_>, k: usize) -> scalar::Rows {
     match w.ty {
         WeightType::F32 | WeightType::F16 | WeightType::Bf16 => scalar::column(w, k),
+        WeightType::Q4 | WeightType::Q3 => quant::unpack_column(w, k),
         WeightType::Fp8 => {
             let scale = scalar::f32_at(w.scales, k / FP8_BLOCK);
             scalar::column(w, k).map(|v| v * 256.0 * scale)

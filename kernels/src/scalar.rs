@@ -13,12 +13,18 @@
 //! - `q8`, `int4`, `mxfp4` with int8 activations: per 32-column block `g` the dot product of integers, exact; then
 //!   `s[g mod 2] = fma(dot, scale·(xscale·unit), s[g mod 2])`; the result is `s0 + s1`.
 //!
+//! - `q4`, `q3` with f32 activations: per block of 32 or 16 columns, in order, that sum over integers
+//!   `w = C[n] + o`; then `total = fma(sum·2^17, s/2^17, total)`; the result is `total·S`. With int8 activations: per
+//!   block `b` the dot product of integers, exact; then `s[b mod 2] = fma(dot, (s/2^17)·(xscale·2^17), s[b mod 2])`; the
+//!   result is `(s0 + s1)·S`. The `quant` module defines the symbols; 2^17 is what moves `s` into binary16's range.
+//!
 //! **`dot`**: `s[k mod 32] = fma(a[k], b[k], s[k mod 32])`; then 32 lanes are folded in halves, `s[i] + s[i + 16]`,
 //! `s[i] + s[i + 8]`, down to one. **`axpy`**: `y[i] = fma(a, x[i], y[i])`.
 
 use crate::activations::{Activations, QuantisedRow};
 use crate::matrix::{BLOCK, FP8_BLOCK, Group, ROW_GROUP, WeightType};
 use crate::number::{E2M1_DOUBLED, bf16_to_f32, e4m3_over_256, e8m0_to_f32, f16_to_f32};
+use crate::quant;
 
 /// One value per row of a group.
 pub(crate) type Rows = [f32; ROW_GROUP];
@@ -31,6 +37,8 @@ pub(crate) fn group(w: &Group<'_>, x: &Activations, t: usize, int8: bool) -> Row
     match w.ty {
         WeightType::F32 | WeightType::F16 | WeightType::Bf16 => columns(w, x.row(t), 0),
         WeightType::Fp8 => fp8(w, x.row(t)),
+        WeightType::Q4 | WeightType::Q3 if int8 => quant::group_int8(w, x.quantised_row(t)),
+        WeightType::Q4 | WeightType::Q3 => quant::group_f32(w, x.padded_row(t)),
         _ if int8 => blocks_int8(w, x.quantised_row(t)),
         _ => blocks_f32(w, x.padded_row(t)),
     }
@@ -48,7 +56,7 @@ fn columns(w: &Group<'_>, x: &[f32], first: usize) -> Rows {
     fold4(&s)
 }
 
-fn fold4(s: &[Rows; 4]) -> Rows {
+pub(crate) fn fold4(s: &[Rows; 4]) -> Rows {
     std::array::from_fn(|r| (s[0][r] + s[1][r]) + (s[2][r] + s[3][r]))
 }
 

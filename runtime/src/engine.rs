@@ -14,7 +14,7 @@ use crate::model::compute::Compute;
 use crate::model::router::Choice;
 use crate::model::{KvCache, LayerTimes, Model, ModelError, Weights, dense_extents};
 use crate::pool::{
-    DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, Lru, PoolError, Storage, StorageConfig,
+    DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, PolicyKind, PoolError, Storage, StorageConfig,
 };
 use crate::text::{GenerationDefaults, TextError, Tokenizer};
 
@@ -29,11 +29,25 @@ pub struct EngineOptions {
     pub threads: Option<usize>,
     /// f32 activations everywhere instead of int8 activations for quantised weights.
     pub exact: bool,
+    /// Who leaves the expert cache.
+    pub policy: PolicyKind,
+    /// Whether experts are read ahead of the router on a guess.
+    pub prefetch: Prefetch,
     /// Tokens that a session can hold; `None`: 4096, or the model's own maximum if that is less.
     pub context: Option<usize>,
 }
 
 pub use crate::io::EngineKind as ReadEngineKind;
+
+/// Whether experts are read ahead of the router.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Prefetch {
+    /// While the drive would idle, as long as guesses are mostly right.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+}
 
 /// Why a model could not be opened or run.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +70,9 @@ pub enum RuntimeError {
     /// The instruction set asked for.
     #[error(transparent)]
     Isa(#[from] IsaError),
+    /// A policy that only replays can have.
+    #[error("the policy {0} needs to know the future; choose lru, lfu or next-use")]
+    Policy(PolicyKind),
 }
 
 /// What happened since the model was opened.
@@ -139,7 +156,7 @@ impl Engine {
         };
         let storage = open_storage(&file, &memory, options)?;
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
-        let model = Model::new(&file, &handles, &compute)?;
+        let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto)?;
         Ok(Engine { file, memory, compute, storage, model, tokens: 0, time: Duration::ZERO, observer: None })
     }
 
@@ -310,7 +327,8 @@ fn open_storage(file: &ModelFile, memory: &MemoryPlan, options: &EngineOptions) 
         engine: options.read_engine.unwrap_or_default(),
         direct: DirectMode::default(),
     };
-    Ok(Storage::open(&[file.path().to_owned()], &dense, experts, Box::new(Lru::new(memory.experts as u32)), &config)?)
+    let policy = options.policy.build(experts.shape()).ok_or(RuntimeError::Policy(options.policy))?;
+    Ok(Storage::open(&[file.path().to_owned()], &dense, experts, policy, &config)?)
 }
 
 fn name(e: &ExtentRecord) -> ExtentName {

@@ -10,5 +10,6 @@ pub mod model;
 pub mod pool;
 pub mod sampler;
 pub mod text;
+pub mod trace;
 
-pub use engine::{Engine, EngineOptions, ReadEngineKind, RuntimeError, Session, Stats};
+pub use engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, Session, Stats};

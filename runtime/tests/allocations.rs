@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use sluice_runtime::io::{Arena, DataFile, DirectMode, EngineKind, IoConfig, PAGE_BYTES, Scheduler, open_engine};
-use sluice_runtime::pool::{ExpertDirectory, ExtentLocation, Lru, Phase, Pool};
+use sluice_runtime::pool::{Choice, ExpertDirectory, ExtentLocation, PolicyKind, Pool, Routing};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Counts what the system allocator is asked for.
@@ -41,9 +41,11 @@ const EXPERT_BYTES: usize = 5 * PAGE_BYTES;
 
 fn sweep(pool: &mut Pool, rounds: usize) {
     let wanted: [u32; 8] = [0, 2, 3, 7, 11, 13, 20, 23];
+    let choices = wanted.map(|expert| Choice { expert, weight: 1.0 });
     for round in 0..rounds {
         let first = round % 4;
-        let mut pass = pool.begin_layer(0, &wanted[first..], Phase::Decode).expect("begun");
+        let routing = Routing { tokens: 1, prefill: false, choices: &choices[first..] };
+        let mut pass = pool.begin_layer(0, &wanted[first..], &routing).expect("begun");
         let mut seen = 0;
         while let Some(guard) = pass.next().expect("no faults") {
             assert_eq!(guard.bytes()[0], guard.expert() as u8);
@@ -72,7 +74,7 @@ fn passes_do_not_allocate_in_steady_state() {
         let data = DataFile::open(file.path(), DirectMode::Prefer).expect("open");
         let engine = open_engine(kind, vec![data], &[arena.region()], &config).expect("engine");
         let io = Arc::new(Scheduler::start(engine, config).expect("a thread"));
-        let policy = Box::new(Lru::new(directory.len()));
+        let policy = PolicyKind::NextUse.build(directory.shape()).expect("online");
         let mut pool = Pool::new(io, arena, directory, policy);
         sweep(&mut pool, 50);
         let before = ALLOCATIONS.load(SeqCst);

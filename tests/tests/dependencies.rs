@@ -18,10 +18,11 @@ const CRATES: [(&str, &[&str]); 5] = [
 ];
 
 /// Modules of the runtime that a module may use. `engine` is the top and may use all.
-const MODULES: [(&str, &[&str]); 6] = [
+const MODULES: [(&str, &[&str]); 7] = [
     ("io", &[]),
     ("pool", &["io"]),
     ("model", &["pool"]),
+    ("trace", &["pool"]),
     ("text", &[]),
     ("sampler", &[]),
     ("memory", &["model", "pool"]),
@@ -68,7 +69,7 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
     for entry in entries.map(|e| e.unwrap().path()) {
         if entry.is_dir() {
             collect(&entry, files);
-        } else if entry.extension().is_some_and(|e| e == "rs") {
+        } else if entry.extension().is_some_and(|e| e == "rs") && !entry.ends_with("tests.rs") {
             files.push(entry);
         }
     }

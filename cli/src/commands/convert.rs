@@ -10,15 +10,15 @@ use clap::builder::TypedValueParser as _;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use sluice_converter::{ConvertError, KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, convert, plan};
-use sluice_format::WeightType;
 use sluice_runtime::memory::Bytes;
 
 use crate::error::CliError;
 use crate::terminal::{byte_bar, note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
-Types: keep carries the weights bit for bit; q8 is int8 with one f16 scale per 32 weights, half of bf16 \
-and close to lossless; fp8 is DeepSeek's (e4m3, one scale per 128x128); bf16 and f32 are for reference. \
+Types: keep, the default, carries the weights bit for bit. The others may change them, and the summary says by how \
+much: q8 is int8 with one f16 scale per 32 weights, half of bf16 and close to lossless; q4 and q3 take 4.3 and 3.5 bits \
+per weight, a quarter of bf16 and less, for experts; fp8 is DeepSeek's (e4m3, one scale per 128x128); bf16 and f32 are for reference. \
 Norms, biases and routers are never quantised.
 
 Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
@@ -26,7 +26,7 @@ Interrupted? Run the same command again: it goes on where it stopped, and the fi
 Examples:
   sluice convert DeepSeek-R1/ r1.sluice
   sluice convert DeepSeek-R1/ r1.sluice --dry-run
-  sluice convert my-moe-bf16/ my-moe.sluice --type q8 --dense-type bf16
+  sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
 
 /// Convert a Hugging Face checkpoint (a folder with config.json and safetensors) into a model file
@@ -39,11 +39,11 @@ pub(crate) struct Args {
     /// Model file to write
     dst: PathBuf,
 
-    /// Type of the routed experts [default: keep if the checkpoint is quantised (8 bits or fewer), else q8]
+    /// Type of the routed experts [default: keep]
     #[arg(long = "type", value_name = "TYPE", value_parser = type_parser())]
     expert_type: Option<TypeChoice>,
 
-    /// Type of everything else [default: as for --type]
+    /// Type of everything else [default: keep]
     #[arg(long, value_name = "TYPE", value_parser = type_parser())]
     dense_type: Option<TypeChoice>,
 
@@ -65,7 +65,8 @@ pub(crate) struct Args {
 }
 
 fn type_parser() -> impl clap::builder::TypedValueParser<Value = TypeChoice> {
-    PossibleValuesParser::new(["keep", "q8", "fp8", "bf16", "f32"]).try_map(|name| name.parse::<TypeChoice>())
+    PossibleValuesParser::new(["keep", "q3", "q4", "q8", "fp8", "bf16", "f32"])
+        .try_map(|name| name.parse::<TypeChoice>())
 }
 
 fn page_size_parser() -> impl clap::builder::TypedValueParser<Value = u32> {
@@ -73,10 +74,9 @@ fn page_size_parser() -> impl clap::builder::TypedValueParser<Value = u32> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    let default = default_type(&args.src);
     let options = Options {
-        expert_type: args.expert_type.unwrap_or(default),
-        dense_type: args.dense_type.unwrap_or(default),
+        expert_type: args.expert_type.unwrap_or_default(),
+        dense_type: args.dense_type.unwrap_or_default(),
         page_size: args.page_size,
         overwrite: args.overwrite,
     };
@@ -99,14 +99,6 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         return print_json(&summary);
     }
     print(&describe(&args.dst, &summary, started.elapsed().as_secs_f64()))
-}
-
-/// What users expect who name no type: quantised weights stay as they are, others become q8.
-fn default_type(src: &Path) -> TypeChoice {
-    // Whatever is wrong with the file, the converter says it better.
-    let config = std::fs::read(src.join("config.json")).unwrap_or_default();
-    let config: Value = serde_json::from_slice(&config).unwrap_or_default();
-    if config["quantization_config"].is_object() { TypeChoice::Keep } else { TypeChoice::Type(WeightType::Q8) }
 }
 
 /// The converter's progress on the terminal.

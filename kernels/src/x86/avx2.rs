@@ -2,7 +2,9 @@
 //!
 //! Each function follows the operation of the same name in the `scalar` module; lanes are rows.
 
-use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q8};
+mod codebook;
+
+use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q3, Q4, Q8};
 use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows, rows};
 use super::{unit, words};
 use crate::activations::{Activations, QuantisedRow};
@@ -49,6 +51,8 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
             (WeightType::F16, _) => unblocked::<F16>(&group, x, shape, g, out),
             (WeightType::Bf16, _) => unblocked::<BF16>(&group, x, shape, g, out),
             (WeightType::Fp8, _) => unblocked::<FP8>(&group, x, shape, g, out),
+            (WeightType::Q4, _) => codebook::tile::<Q4>(&group, x, shape, g, out),
+            (WeightType::Q3, _) => codebook::tile::<Q3>(&group, x, shape, g, out),
             (WeightType::Q8, false) => blocked_f32::<Q8>(&group, x, shape, g, out),
             (WeightType::Int4, false) => blocked_f32::<INT4>(&group, x, shape, g, out),
             (WeightType::Mxfp4, false) => blocked_f32::<MXFP4>(&group, x, shape, g, out),
@@ -343,7 +347,7 @@ fn dots_nibbles<const TY: u8, const T: usize>(values: &[u8], x: &[QuantisedRow<'
         } else {
             _mm256_add_epi32(_mm256_madd_epi16(lows[t], ones), _mm256_madd_epi16(highs[t], ones))
         };
-        dots[t] = _mm256_sub_epi32(dot, _mm256_set1_epi32(const { bias(TY) } * x[t].sums[g]));
+        dots[t] = _mm256_sub_epi32(dot, _mm256_set1_epi32(const { bias(TY) } * x[t].sums[g][0]));
     }
     dots
 }

@@ -3,8 +3,10 @@
 //! Lanes are rows, as with AVX2, so each sum is formed in the same order and a group without a partner is left to the
 //! AVX2 kernels, as are blocked types with f32 activations.
 
+mod codebook;
+
 use super::avx2::Avx2;
-use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q8};
+use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q3, Q4, Q8};
 use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, parts, quantised_rows, rows, unit, words};
 use crate::activations::{Activations, QuantisedRow};
 use crate::matmul::{Tile, TileShape};
@@ -54,6 +56,8 @@ type Pair<'a> = [Group<'a>; 2];
 fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
     let pair = [w.group(shape.group), w.group(shape.group + 1)];
     match w.ty() {
+        WeightType::Q4 => codebook::tile::<Q4>(&pair, x, shape, out),
+        WeightType::Q3 => codebook::tile::<Q3>(&pair, x, shape, out),
         WeightType::F32 => unblocked::<F32>(&pair, x, shape, out),
         WeightType::F16 => unblocked::<F16>(&pair, x, shape, out),
         WeightType::Bf16 => unblocked::<BF16>(&pair, x, shape, out),
@@ -239,7 +243,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>;
         prefetch(b);
         let words = words(&x, g);
         // Integers are made unsigned by their bias, which the sum of x takes out again.
-        let mut dots = each!(_mm512_setzero_si512(); T, t => _mm512_set1_epi32(const { -bias(TY) } * x[t].sums[g]));
+        let mut dots = each!(_mm512_setzero_si512(); T, t => _mm512_set1_epi32(const { -bias(TY) } * x[t].sums[g][0]));
         for q in 0..8 {
             let unsigned = block_integers::<TY>(a, b, q);
             for t in 0..T {

@@ -24,6 +24,7 @@ pub(crate) use avx512::Avx512;
 use crate::activations::{Activations, QuantisedRow};
 use crate::matrix::WeightType;
 use crate::number::E2M1_DOUBLED;
+use crate::quant::Codebook;
 use std::array::from_fn;
 
 // Weight types as constant parameters, which enums cannot be yet.
@@ -34,6 +35,8 @@ const FP8: u8 = WeightType::Fp8 as u8;
 const Q8: u8 = WeightType::Q8 as u8;
 const INT4: u8 = WeightType::Int4 as u8;
 const MXFP4: u8 = WeightType::Mxfp4 as u8;
+const Q4: u8 = WeightType::Q4 as u8;
+const Q3: u8 = WeightType::Q3 as u8;
 
 /// How many bytes ahead of the arithmetic a stream is asked for. Measured: one page is better than a quarter or two.
 const AHEAD: usize = 4096;
@@ -52,7 +55,8 @@ const fn four_columns(ty: u8) -> usize {
 const fn block_bytes(ty: u8) -> usize {
     match ty {
         Q8 => 256,
-        INT4 | MXFP4 => 128,
+        INT4 | MXFP4 | Q4 => 128,
+        Q3 => 96,
         _ => panic!("not blocked"),
     }
 }
@@ -87,6 +91,31 @@ const fn e2m1_table(bias: i8) -> [u8; 16] {
         i += 1;
     }
     table
+}
+
+/// The codebook of `q4` or `q3`.
+const fn codebook(ty: u8) -> &'static Codebook {
+    match ty {
+        Q4 => &Codebook::Q4,
+        Q3 => &Codebook::Q3,
+        _ => panic!("no codebook"),
+    }
+}
+
+/// The levels of a codebook, `bias` added.
+const fn levels(ty: u8, bias: i32) -> [u8; 16] {
+    let mut levels = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        levels[i] = (codebook(ty).levels[i] as i32 + bias) as u8;
+        i += 1;
+    }
+    levels
+}
+
+/// What an offset is above the lowest, whose byte is zero.
+const fn offset_base(ty: u8) -> i32 {
+    -codebook(ty).offset(0)
 }
 
 fn rows<const T: usize>(x: &Activations, first: usize) -> [&[f32]; T] {

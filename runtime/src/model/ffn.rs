@@ -7,9 +7,10 @@ use sluice_kernels::{Activation, Activations, ROW_GROUP, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, sized};
+use super::foresight::{Foresight, NextLayer};
 use super::router::{Choice, RouterScratch, route};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
-use crate::pool::{LayerPass, Phase, Pool};
+use crate::pool::{LayerPass, Pool, Routing};
 
 /// A gated feed-forward network inside an extent: the dense part or one expert.
 #[derive(Clone, Copy, Debug)]
@@ -116,7 +117,7 @@ pub struct Ffn {
 }
 
 #[derive(Debug)]
-struct Routed {
+pub(super) struct Routed {
     spec: MoeSpec,
     router: Router,
     expert: GatedFfn,
@@ -148,11 +149,12 @@ pub struct FfnScratch {
     output: Vec<f32>,
     /// Every expert's output, `[tokens, top_k, hidden]`: summed at the end in a fixed order, whatever the order of arrival.
     outputs: Vec<f32>,
+    foresight: Foresight,
 }
 
 impl FfnScratch {
     /// Empty buffers; they grow to what the first call needs.
-    pub fn new(compute: &Compute) -> Self {
+    pub fn new(compute: &Compute, prefetch: bool) -> Self {
         let activations = || Activations::new(compute.precision);
         FfnScratch {
             x: activations(),
@@ -174,7 +176,13 @@ impl FfnScratch {
             tokens: Vec::new(),
             output: Vec::new(),
             outputs: Vec::new(),
+            foresight: Foresight::new(prefetch, compute),
         }
+    }
+
+    /// Whether the next layer's experts are to be guessed.
+    pub(super) fn looks_ahead(&self) -> bool {
+        self.foresight.enabled()
     }
 
     /// The choices of the last call, `[tokens, top_k]`, experts ascending.
@@ -190,11 +198,6 @@ pub struct FfnExtents<'a> {
     pub router: &'a [u8],
     /// Bytes of the dense extent, if the layer has one.
     pub dense: Option<&'a [u8]>,
-}
-
-/// A single token is decoded; several are a prompt, whose sweep over the experts says little about what comes next.
-fn phase(tokens: usize) -> Phase {
-    if tokens == 1 { Phase::Decode } else { Phase::Prefill }
 }
 
 impl Ffn {
@@ -224,7 +227,13 @@ impl Ffn {
         Ok(Ffn { dense, dense_gate, routed })
     }
 
+    /// The routed experts, if the layer has any.
+    pub(super) fn routed(&self) -> Option<&Routed> {
+        self.routed.as_ref()
+    }
+
     /// The feed-forward part of `n` tokens: reads `x` `[n, hidden]` (normalised), writes `out` `[n, hidden]`.
+    /// `lookahead`: the residual stream before this part and the next layer, to read ahead for it.
     /// Returns the time spent in routed experts, without waiting for them.
     ///
     /// # Errors
@@ -241,6 +250,7 @@ impl Ffn {
         layer: usize,
         n: usize,
         x: &[f32],
+        lookahead: Option<(&[f32], NextLayer<'_>)>,
         scratch: &mut FfnScratch,
         out: &mut [f32],
     ) -> Result<Duration, ModelError> {
@@ -251,7 +261,9 @@ impl Ffn {
             None => None,
             Some(routed) => {
                 routed.route(compute, extents.router, n, scratch);
-                Some(pool.begin_layer(layer as u32, &scratch.experts, phase(n))?)
+                // One token is decoded; several are a prompt, whose sweep says little about what comes next.
+                let routing = Routing { tokens: n, prefill: n > 1, choices: &scratch.choices };
+                Some(pool.begin_layer(layer as u32, &scratch.experts, &routing)?)
             }
         };
         // The reads are under way: what every token needs is computed meanwhile.
@@ -263,6 +275,10 @@ impl Ffn {
             _ => out.fill(0.0),
         }
         let (Some(routed), Some(pass)) = (&self.routed, &mut pass) else { return Ok(Duration::ZERO) };
+        scratch.foresight.judge(layer, &scratch.experts);
+        if let Some((residual, next)) = lookahead {
+            scratch.foresight.look_ahead(compute, &next, residual, out, pass);
+        }
         let time = routed.run(compute, pass, n, hidden, scratch)?;
         routed.sum(compute, n, hidden, scratch, out);
         Ok(time)
@@ -283,20 +299,43 @@ impl Ffn {
 }
 
 impl Routed {
+    pub(super) fn spec(&self) -> &MoeSpec {
+        &self.spec
+    }
+
+    pub(super) fn experts(&self) -> usize {
+        self.spec.experts
+    }
+
+    pub(super) fn top_k(&self) -> usize {
+        self.spec.top_k
+    }
+
+    /// The router's `logits` `[x.n(), experts]`. Returns the bias of the choice, which lives in `vector`.
+    pub(super) fn logits<'v>(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        x: &Activations,
+        vector: &'v mut Vec<f32>,
+        logits: &mut [f32],
+    ) -> Option<&'v [f32]> {
+        compute.kernels.matmul(&compute.threads, self.router.matrix.view(extent), x, logits);
+        if let Some(bias) = &self.router.logit_bias {
+            bias.read(extent, vector);
+            for row in logits.chunks_exact_mut(self.spec.experts) {
+                row.iter_mut().zip(&*vector).for_each(|(l, b)| *l += b);
+            }
+        }
+        let bias = self.router.choice_bias.as_ref()?;
+        bias.read(extent, vector);
+        Some(vector)
+    }
+
     /// Fills `choices`, `assignments` (by expert, then token) and `experts` (distinct, ascending).
     fn route(&self, compute: &Compute, extent: &[u8], n: usize, s: &mut FfnScratch) {
         let logits = sized(&mut s.logits, n * self.spec.experts);
-        compute.kernels.matmul(&compute.threads, self.router.matrix.view(extent), &s.x, logits);
-        if let Some(bias) = &self.router.logit_bias {
-            bias.read(extent, &mut s.bias);
-            for row in logits.chunks_exact_mut(self.spec.experts) {
-                row.iter_mut().zip(&s.bias).for_each(|(l, b)| *l += b);
-            }
-        }
-        if let Some(bias) = &self.router.choice_bias {
-            bias.read(extent, &mut s.bias);
-        }
-        let bias = self.router.choice_bias.map(|_| s.bias.as_slice());
+        let bias = self.logits(compute, extent, &s.x, &mut s.bias, logits);
         for logits in logits.chunks_exact(self.spec.experts) {
             route(&self.spec, logits, bias, &mut s.router, &mut s.choices);
         }

@@ -6,6 +6,7 @@ mod attention;
 pub mod compute;
 mod embedding;
 mod ffn;
+mod foresight;
 mod gqa;
 mod mla;
 mod rope;
@@ -22,6 +23,7 @@ use self::attention::{Attention, AttentionScratch, LayerCache};
 use self::compute::{Compute, sized};
 use self::embedding::Embedding;
 use self::ffn::{Ffn, FfnExtents, FfnScratch};
+use self::foresight::NextLayer;
 use self::router::Choice;
 use self::weights::{ExtentTensors, MatrixRef, VectorRef};
 use crate::pool::{DenseHandle, DenseParts, Pool, PoolError};
@@ -188,11 +190,17 @@ pub fn dense_extents(file: &ModelFile) -> Vec<ExtentRecord> {
 }
 
 impl Model {
-    /// Resolves every tensor of `file`. `handles` belong to [`dense_extents`] in the same order.
+    /// Resolves every tensor of `file`. `handles` belong to [`dense_extents`] in the same order. `prefetch`: whether experts
+    /// are read ahead of the router while tokens are decoded.
     ///
     /// # Errors
     /// [`ModelError::MissingTensor`].
-    pub fn new(file: &ModelFile, handles: &[DenseHandle], compute: &Compute) -> Result<Self, ModelError> {
+    pub fn new(
+        file: &ModelFile,
+        handles: &[DenseHandle],
+        compute: &Compute,
+        prefetch: bool,
+    ) -> Result<Self, ModelError> {
         let spec = file.spec().clone();
         let mut handles = handles.iter().copied();
         let mut next = || handles.next().expect("one handle per dense extent");
@@ -227,7 +235,7 @@ impl Model {
             part: Vec::new(),
             logits: Vec::new(),
             attention: AttentionScratch::new(compute),
-            ffn: FfnScratch::new(compute),
+            ffn: FfnScratch::new(compute, prefetch),
         };
         Ok(Model {
             embedding: Embedding::new(file),
@@ -317,7 +325,18 @@ impl Model {
         let extents = FfnExtents { router: router.bytes(), dense: dense.as_ref().map(|d| d.bytes()) };
         layer.ffn_norm.read(router.bytes(), norm);
         norm_rows(x, norm, eps, normed);
-        let experts = layer.ffn.forward(compute, extents, weights.experts, index, n, normed, ffn, delta)?;
+        // A guess is about one token, and needs the next layer's router in memory.
+        let ahead = index + 1;
+        let next = self.layers.get(ahead).filter(|l| {
+            n == 1 && ffn.looks_ahead() && l.ffn.routed().is_some() && dense_parts.is_pinned(l.extents.router)
+        });
+        let next_router = next.map(|l| dense_parts.dense(l.extents.router)).transpose()?;
+        let lookahead = next.zip(next_router.as_ref()).and_then(|(l, router)| {
+            let (norm, extent) = (l.ffn_norm, router.bytes());
+            Some((&*x, NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, eps, extent }))
+        });
+        let pool = &mut *weights.experts;
+        let experts = layer.ffn.forward(compute, extents, pool, index, n, normed, lookahead, ffn, delta)?;
         add(x, delta);
         self.times.experts += experts;
         self.times.feed_forward += attended.elapsed().saturating_sub(experts);

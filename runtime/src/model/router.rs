@@ -3,14 +3,7 @@
 use sluice_format::{GroupScore, MoeSpec, RouterScore};
 use sluice_kernels::{sigmoid, softmax, top_k};
 
-/// One expert of one token.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Choice {
-    /// The expert.
-    pub expert: u32,
-    /// Factor on its output.
-    pub weight: f32,
-}
+pub use crate::pool::Choice;
 
 /// Buffers that routing reuses from token to token.
 #[derive(Debug, Default)]
@@ -27,6 +20,39 @@ pub struct RouterScratch {
 /// `logits`: the router's output, one per expert. `bias`: one per expert, added to the scores for the choice alone.
 /// Formulas: DeepSeek-V3, arXiv:2412.19437, equations 12–16; softmax scores as in DeepSeek-V2.
 pub fn route(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut RouterScratch, out: &mut Vec<Choice>) {
+    score(moe, logits, bias, scratch);
+    let RouterScratch { scores, choice, chosen, .. } = scratch;
+    top_k(choice, moe.top_k, chosen);
+    if moe.router.score == RouterScore::SoftmaxOfChosen {
+        // Only the chosen logits take part, largest first.
+        choice.clear();
+        choice.extend(chosen.iter().map(|&e| scores[e as usize]));
+        softmax(choice);
+        chosen.iter().zip(&*choice).for_each(|(&e, &w)| scores[e as usize] = w);
+    }
+    // The reference sums the weights in the order of descending score.
+    let sum: f32 = chosen.iter().map(|&e| scores[e as usize]).sum();
+    let divisor = moe.router.renormalise.map_or(1.0, |eps| sum + eps);
+    chosen.sort_unstable();
+    let weight = |expert: u32| scores[expert as usize] / divisor * moe.router.scale;
+    out.extend(chosen.iter().map(|&expert| Choice { expert, weight: weight(expert) }));
+}
+
+/// The `count` experts that the router prefers, best first; the first `top_k` are what it would choose.
+pub fn rank(
+    moe: &MoeSpec,
+    logits: &[f32],
+    bias: Option<&[f32]>,
+    count: usize,
+    scratch: &mut RouterScratch,
+    out: &mut Vec<u32>,
+) {
+    score(moe, logits, bias, scratch);
+    top_k(&scratch.choice, count.min(moe.experts), out);
+}
+
+/// Leaves the experts' scores, and what decides the choice, in the scratch.
+fn score(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut RouterScratch) {
     let RouterScratch { scores, choice, .. } = scratch;
     scores.clear();
     match moe.router.score {
@@ -43,21 +69,6 @@ pub fn route(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut 
         None => choice.extend_from_slice(scores),
     }
     limit_to_groups(moe, scratch);
-    let RouterScratch { scores, choice, chosen, .. } = scratch;
-    top_k(choice, moe.top_k, chosen);
-    if moe.router.score == RouterScore::SoftmaxOfChosen {
-        // Only the chosen logits take part, largest first.
-        choice.clear();
-        choice.extend(chosen.iter().map(|&e| scores[e as usize]));
-        softmax(choice);
-        chosen.iter().zip(&*choice).for_each(|(&e, &w)| scores[e as usize] = w);
-    }
-    // The reference sums the weights in the order of descending score.
-    let sum: f32 = chosen.iter().map(|&e| scores[e as usize]).sum();
-    let divisor = moe.router.renormalise.map_or(1.0, |eps| sum + eps);
-    chosen.sort_unstable();
-    let weight = |expert: u32| scores[expert as usize] / divisor * moe.router.scale;
-    out.extend(chosen.iter().map(|&expert| Choice { expert, weight: weight(expert) }));
 }
 
 /// Takes the experts of all but the best groups out of the choice.

@@ -15,6 +15,8 @@ pub fn kernel_type(stored: StoredType) -> WeightType {
         StoredType::Q8 => WeightType::Q8,
         StoredType::Int4 => WeightType::Int4,
         StoredType::Mxfp4 => WeightType::Mxfp4,
+        StoredType::Q4 => WeightType::Q4,
+        StoredType::Q3 => WeightType::Q3,
     }
 }
 

@@ -1,7 +1,7 @@
 //! Where every expert is in the files.
 
 use super::PoolError;
-use super::policy::ExpertIndex;
+use super::policy::{Key, Shape};
 use crate::io::{ExtentName, PAGE_BYTES};
 
 /// Where an extent is, and what its bytes have to be.
@@ -35,13 +35,18 @@ pub struct ExpertKey {
     pub expert: u32,
 }
 
-/// The locations of all experts, by layer and expert.
+/// The locations of all experts. An expert's index is its policy key: routed layers are counted without the others, and
+/// each has room for as many experts as the largest.
 #[derive(Debug)]
 pub struct ExpertDirectory {
-    locations: Vec<ExtentLocation>,
-    keys: Vec<ExpertKey>,
-    /// `first[l]` is the index of layer l's first expert; one more entry than layers.
-    first: Vec<ExpertIndex>,
+    shape: Shape,
+    /// By index; `None` where a layer has fewer experts than the largest.
+    locations: Vec<Option<ExtentLocation>>,
+    /// By layer of the model: the number of the routed layer.
+    routed: Vec<Option<u32>>,
+    /// By routed layer: the layer of the model.
+    layers: Vec<u32>,
+    experts: u32,
     slot_bytes: usize,
 }
 
@@ -53,47 +58,48 @@ impl ExpertDirectory {
     /// pages long.
     pub fn new(layers: &[Vec<ExtentLocation>]) -> Result<Self, PoolError> {
         let refuse = |rule| PoolError::Directory { rule };
-        let count: usize = layers.iter().map(Vec::len).sum();
-        if u32::try_from(count).is_err() || u32::try_from(layers.len()).is_err() {
-            return Err(refuse("at most 2^32 - 1 experts"));
-        }
+        let routed_layers: Vec<u32> = (0u32..).zip(layers).filter(|(_, l)| !l.is_empty()).map(|(i, _)| i).collect();
+        let widest = layers.iter().map(Vec::len).max().unwrap_or(0);
+        let count = widest.checked_mul(routed_layers.len()).filter(|&n| u32::try_from(n).is_ok());
+        let count = count.ok_or_else(|| refuse("at most 2^32 - 1 experts"))?;
         let mut directory = Self {
-            locations: Vec::with_capacity(count),
-            keys: Vec::with_capacity(count),
-            first: vec![0],
+            shape: Shape { layers: routed_layers.len() as u32, experts: widest as u32 },
+            locations: vec![None; count],
+            routed: vec![None; layers.len()],
+            layers: routed_layers,
+            experts: layers.iter().map(|l| l.len() as u32).sum(),
             slot_bytes: 0,
         };
-        for (layer, experts) in layers.iter().enumerate() {
-            for (expert, location) in experts.iter().enumerate() {
+        for (number, &layer) in (0u32..).zip(&directory.layers) {
+            directory.routed[layer as usize] = Some(number);
+            for (expert, location) in (0u32..).zip(&layers[layer as usize]) {
                 let len = usize::try_from(location.len).unwrap_or(usize::MAX);
                 if len == 0 || !len.is_multiple_of(PAGE_BYTES) {
                     return Err(refuse("an expert's length has to be a multiple of 4096"));
                 }
                 directory.slot_bytes = directory.slot_bytes.max(len);
-                directory.locations.push(*location);
-                directory.keys.push(ExpertKey { layer: layer as u32, expert: expert as u32 });
+                directory.locations[directory.shape.key(number, expert).index()] = Some(*location);
             }
-            directory.first.push(directory.locations.len() as u32);
         }
         Ok(directory)
+    }
+
+    /// Routed layers and experts, as policies count them.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        self.shape
     }
 
     /// Experts in the model.
     #[must_use]
     pub fn len(&self) -> u32 {
-        self.locations.len() as u32
+        self.experts
     }
 
     /// True for a model without routed experts.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.locations.is_empty()
-    }
-
-    /// Layers, with and without experts.
-    #[must_use]
-    pub fn layers(&self) -> u32 {
-        (self.first.len() - 1) as u32
+        self.experts == 0
     }
 
     /// Bytes of a slot: the largest expert's.
@@ -102,29 +108,41 @@ impl ExpertDirectory {
         self.slot_bytes
     }
 
-    /// The number of an expert in the whole model.
+    /// The number of a routed layer, counting only those.
+    ///
+    /// # Panics
+    /// If the layer does not exist or has no experts.
+    #[must_use]
+    pub fn routed_layer(&self, layer: u32) -> u32 {
+        let routed = self.routed.get(layer as usize).copied().flatten();
+        routed.unwrap_or_else(|| panic!("the model has no experts in layer {layer}"))
+    }
+
+    /// The index of an expert.
     ///
     /// # Panics
     /// If there is no such expert.
     #[must_use]
-    pub fn index(&self, key: ExpertKey) -> ExpertIndex {
-        let ExpertKey { layer, expert } = key;
-        assert!(layer < self.layers(), "the model has no layer {layer}");
-        let (first, end) = (self.first[layer as usize], self.first[layer as usize + 1]);
-        assert!(expert < end - first, "layer {layer} has no expert {expert}");
-        first + expert
+    pub fn index(&self, key: ExpertKey) -> Key {
+        let index = self.shape.key(self.routed_layer(key.layer), key.expert);
+        assert!(self.locations[index.index()].is_some(), "layer {} has no expert {}", key.layer, key.expert);
+        index
     }
 
-    /// The expert with this number.
+    /// The expert with this index.
     #[must_use]
-    pub fn key(&self, index: ExpertIndex) -> ExpertKey {
-        self.keys[index as usize]
+    pub fn key(&self, index: Key) -> ExpertKey {
+        let (layer, expert) = self.shape.expert(index);
+        ExpertKey { layer: self.layers[layer as usize], expert }
     }
 
-    /// Where the expert with this number is.
+    /// Where the expert with this index is.
+    ///
+    /// # Panics
+    /// If there is no such expert.
     #[must_use]
-    pub fn location(&self, index: ExpertIndex) -> ExtentLocation {
-        self.locations[index as usize]
+    pub fn location(&self, index: Key) -> ExtentLocation {
+        self.locations[index.index()].expect("an index comes from an expert that exists")
     }
 }
 
@@ -140,12 +158,12 @@ mod tests {
     fn indices_and_keys_are_inverse_also_around_layers_without_experts() {
         let layers = [vec![], vec![location(4096); 3], vec![], vec![location(8192); 2]];
         let directory = ExpertDirectory::new(&layers).expect("valid");
-        assert_eq!((directory.len(), directory.layers()), (5, 4));
+        assert_eq!((directory.len(), directory.shape()), (5, Shape { layers: 2, experts: 3 }));
         assert_eq!(directory.slot_bytes(), 8192);
-        for index in 0..5 {
+        for index in (0..5).map(Key) {
             assert_eq!(directory.index(directory.key(index)), index);
         }
-        assert_eq!(directory.key(3), ExpertKey { layer: 3, expert: 0 });
+        assert_eq!(directory.key(Key(3)), ExpertKey { layer: 3, expert: 0 });
     }
 
     #[test]

@@ -10,6 +10,7 @@
 mod dense;
 mod directory;
 mod error;
+mod guess;
 pub mod policy;
 mod storage;
 
@@ -20,9 +21,11 @@ use std::time::Instant;
 pub use dense::{DenseGuard, DenseHandle, DenseParts, DenseStats, RING_SLOTS};
 pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation};
 pub use error::PoolError;
-pub use policy::{EvictionPolicy, ExpertIndex, Lru, PassInfo, Phase};
+pub use policy::{Choice, Key, Policy, PolicyKind};
 pub use storage::{Storage, StorageConfig};
 
+use self::guess::Guesses;
+use self::policy::Pass;
 use crate::io::{Arena, Class, ExtentName, ExtentRead, PendingRead, ReadFailure, Scheduler, Slot};
 
 /// The table's entry for an expert that has no slot.
@@ -33,7 +36,7 @@ const ABSENT: u32 = u32::MAX;
 pub struct PoolStats {
     /// Requested experts that were in memory already.
     pub hits: u64,
-    /// Requested experts that had to be read.
+    /// Requested experts that had to be read, or waited for.
     pub misses: u64,
     /// Bytes of experts read and verified.
     pub bytes_read: u64,
@@ -41,14 +44,31 @@ pub struct PoolStats {
     pub evictions: u64,
     /// Nanoseconds in which [`LayerPass::next`] was blocked.
     pub wait_ns: u64,
+    /// Experts whose reading was started on a guess.
+    pub guessed: u64,
+    /// Of these, requested before they lost their slot.
+    pub guessed_used: u64,
+    /// Of these, lost their slot, or were given up, without having been requested.
+    pub guessed_wasted: u64,
+}
+
+/// What the router chose, as policies want to know it.
+#[derive(Clone, Copy, Debug)]
+pub struct Routing<'a> {
+    /// Tokens that go through the layer together, at least 1.
+    pub tokens: usize,
+    /// Whether they are part of a prompt.
+    pub prefill: bool,
+    /// The same number of experts for each token, token by token.
+    pub choices: &'a [Choice],
 }
 
 /// What a slot holds. The memory itself is always somewhere in here, except when it is lost.
 #[derive(Debug)]
 enum Content {
     Empty(Slot),
-    Loading { expert: ExpertIndex, read: PendingRead },
-    Resident { expert: ExpertIndex, slot: Slot, pins: u32 },
+    Loading { expert: Key, read: PendingRead },
+    Resident { expert: Key, slot: Slot, pins: u32 },
     Lost,
 }
 
@@ -62,13 +82,13 @@ impl Content {
 pub struct Pool {
     io: Arc<Scheduler>,
     directory: ExpertDirectory,
-    policy: Box<dyn EvictionPolicy>,
+    policy: Box<dyn Policy>,
     slots: Vec<Content>,
     /// Slot of each expert, or [`ABSENT`].
     table: Vec<u32>,
     free: Vec<u32>,
     pass: PassState,
-    passes: u64,
+    guesses: Guesses,
     stats: PoolStats,
 }
 
@@ -80,7 +100,7 @@ struct PassState {
     /// Slots that are being read into.
     pending: Vec<u32>,
     /// Experts that have no slot yet.
-    todo: VecDeque<ExpertIndex>,
+    todo: VecDeque<Key>,
     /// An error that occurred while no one could be told.
     failed: Option<PoolError>,
 }
@@ -99,34 +119,34 @@ impl Pool {
         Ok(Arena::uniform(directory.slot_bytes(), slots, "experts")?)
     }
 
-    /// A pool on the memory that [`reserve`](Self::reserve) took. All slots are empty.
+    /// A pool on the memory that [`reserve`](Self::reserve) took. All slots are empty. The policy is for
+    /// [`ExpertDirectory::shape`].
     ///
     /// # Panics
     /// If the arena's slots are smaller than an expert, or there are none for a model that has
     /// experts.
     #[must_use]
-    pub fn new(io: Arc<Scheduler>, arena: Arena, directory: ExpertDirectory, policy: Box<dyn EvictionPolicy>) -> Pool {
+    pub fn new(io: Arc<Scheduler>, arena: Arena, directory: ExpertDirectory, policy: Box<dyn Policy>) -> Pool {
         let slots: Vec<Content> = arena.into_slots().into_iter().map(Content::Empty).collect();
         let large_enough =
             |content: &Content| matches!(content, Content::Empty(slot) if slot.capacity() >= directory.slot_bytes());
         assert!(slots.iter().all(large_enough), "slots are smaller than an expert");
         assert!(!slots.is_empty() || directory.is_empty(), "a pool without slots");
-        let largest_layer = directory.len() as usize;
         let pass = PassState {
             ready: VecDeque::with_capacity(slots.len()),
             pending: Vec::with_capacity(slots.len()),
-            todo: VecDeque::with_capacity(largest_layer),
+            todo: VecDeque::with_capacity(directory.shape().experts as usize),
             failed: None,
         };
         Pool {
             io,
             policy,
-            table: vec![ABSENT; directory.len() as usize],
+            table: vec![ABSENT; directory.shape().keys()],
             free: (0..slots.len() as u32).rev().collect(),
+            guesses: Guesses::new(slots.len(), directory.shape().keys()),
             slots,
             directory,
             pass,
-            passes: 0,
             stats: PoolStats::default(),
         }
     }
@@ -153,7 +173,7 @@ impl Pool {
     /// True if the expert is in memory and verified.
     #[must_use]
     pub fn is_resident(&self, key: ExpertKey) -> bool {
-        let slot = self.table[self.directory.index(key) as usize];
+        let slot = self.table[self.directory.index(key).index()];
         self.slots.get(slot as usize).is_some_and(|content| matches!(content, Content::Resident { .. }))
     }
 
@@ -163,10 +183,15 @@ impl Pool {
         &self.directory
     }
 
-    /// The name of the eviction policy.
+    /// The eviction policy, to save what it has learned.
     #[must_use]
-    pub fn policy_name(&self) -> &'static str {
-        self.policy.name()
+    pub fn policy(&self) -> &dyn Policy {
+        &*self.policy
+    }
+
+    /// The eviction policy, to give it what an earlier run has learned.
+    pub fn policy_mut(&mut self) -> &mut dyn Policy {
+        &mut *self.policy
     }
 
     /// Begins a pass over a layer: pins the resident ones of `experts` and submits reads for all
@@ -178,26 +203,46 @@ impl Pool {
     ///
     /// # Panics
     /// If `experts` are not strictly ascending, or the layer does not have one of them.
-    pub fn begin_layer(&mut self, layer: u32, experts: &[u32], phase: Phase) -> Result<LayerPass<'_>, PoolError> {
+    pub fn begin_layer(
+        &mut self,
+        layer: u32,
+        experts: &[u32],
+        routing: &Routing<'_>,
+    ) -> Result<LayerPass<'_>, PoolError> {
         assert!(experts.is_sorted_by(|a, b| a < b), "experts have to be strictly ascending");
         // Only a pass that was leaked instead of dropped leaves anything to do here.
         self.end_pass();
-        self.policy.begin_pass(PassInfo { layer, number: self.passes, phase });
-        self.passes += 1;
+        self.settle_guesses();
+        let Routing { tokens, prefill, choices } = *routing;
+        let routed = self.directory.routed_layer(layer);
+        self.policy.begin_pass(&Pass { layer: routed, tokens: tokens as u32, prefill, choices });
         for &expert in experts {
             let index = self.directory.index(ExpertKey { layer, expert });
-            self.policy.access(index);
-            let slot = self.table[index as usize];
-            if let Some(Content::Resident { pins, .. }) = self.slots.get_mut(slot as usize) {
-                *pins += 1;
-                self.pass.ready.push_back(slot);
-                self.stats.hits += 1;
-            } else {
-                self.pass.todo.push_back(index);
-                self.stats.misses += 1;
+            let number = self.table[index.index()];
+            match self.slots.get_mut(number as usize) {
+                Some(Content::Resident { pins, .. }) => {
+                    *pins += 1;
+                    if *pins == 1 {
+                        self.policy.pin(index);
+                    }
+                    self.policy.hit(index);
+                    self.pass.ready.push_back(number);
+                    self.stats.hits += 1;
+                    self.count_used(index);
+                }
+                // On its way already: it is pinned as long as it loads.
+                Some(Content::Loading { .. }) => {
+                    self.adopt_guess(number, index);
+                    self.stats.misses += 1;
+                }
+                _ => {
+                    self.pass.todo.push_back(index);
+                    self.stats.misses += 1;
+                }
             }
         }
         self.submit_missing();
+        self.give_up_guesses(routed);
         Ok(LayerPass { pool: self })
     }
 
@@ -206,31 +251,40 @@ impl Pool {
         while let Some(&expert) = self.pass.todo.front() {
             let Some(number) = self.vacate() else { return };
             self.pass.todo.pop_front();
-            let Content::Empty(slot) = self.slots[number as usize].take() else {
-                unreachable!("a vacated slot is empty")
-            };
-            let location = self.directory.location(expert);
-            let ExpertKey { layer, expert: id } = self.directory.key(expert);
-            let read = ExtentRead {
-                file: location.file,
-                offset: location.offset,
-                len: usize::try_from(location.len).unwrap_or(usize::MAX),
-                checksum: location.checksum,
-                class: Class::Demand,
-                name: ExtentName::expert(layer, id),
-            };
-            match self.io.submit(slot, read) {
-                Ok(read) => {
-                    self.slots[number as usize] = Content::Loading { expert, read };
-                    self.table[expert as usize] = number;
-                    self.policy.insert(expert);
-                    self.pass.pending.push(number);
-                }
-                Err(ReadFailure { error, slot }) => {
-                    self.put_back(number, slot);
-                    self.pass.failed = Some((*error).into());
+            match self.start_read(number, expert, Class::Demand) {
+                Ok(()) => self.pass.pending.push(number),
+                Err(error) => {
+                    self.pass.failed = Some(error);
                     self.pass.todo.clear();
                 }
+            }
+        }
+    }
+
+    /// Starts reading an expert into an empty slot; it is pinned until the read ends.
+    fn start_read(&mut self, number: u32, expert: Key, class: Class) -> Result<(), PoolError> {
+        let Content::Empty(slot) = self.slots[number as usize].take() else { unreachable!("a vacated slot is empty") };
+        let location = self.directory.location(expert);
+        let ExpertKey { layer, expert: id } = self.directory.key(expert);
+        let read = ExtentRead {
+            file: location.file,
+            offset: location.offset,
+            len: usize::try_from(location.len).unwrap_or(usize::MAX),
+            checksum: location.checksum,
+            class,
+            name: ExtentName::expert(layer, id),
+        };
+        match self.io.submit(slot, read) {
+            Ok(read) => {
+                self.slots[number as usize] = Content::Loading { expert, read };
+                self.table[expert.index()] = number;
+                self.policy.insert(expert);
+                self.policy.pin(expert);
+                Ok(())
+            }
+            Err(ReadFailure { error, slot }) => {
+                self.put_back(number, slot);
+                Err((*error).into())
             }
         }
     }
@@ -240,19 +294,15 @@ impl Pool {
         if let Some(number) = self.free.pop() {
             return Some(number);
         }
-        let (slots, table) = (&self.slots, &self.table);
-        let evictable = |expert: ExpertIndex| {
-            let content = slots.get(table[expert as usize] as usize);
-            matches!(content, Some(Content::Resident { pins: 0, .. }))
-        };
-        let victim = self.policy.victim(&evictable)?;
-        assert!(evictable(victim), "the policy chose an expert that is in use or absent");
+        let victim = self.policy.victim()?;
         self.policy.evict(victim);
         self.stats.evictions += 1;
-        let number = std::mem::replace(&mut self.table[victim as usize], ABSENT);
+        self.count_wasted(victim);
+        let number = std::mem::replace(&mut self.table[victim.index()], ABSENT);
         let content = &mut self.slots[number as usize];
-        if let Content::Resident { slot, .. } = content.take() {
-            *content = Content::Empty(slot);
+        match content.take() {
+            Content::Resident { slot, pins: 0, .. } => *content = Content::Empty(slot),
+            other => panic!("the policy chose {victim:?}, which is in use or absent: {other:?}"),
         }
         Some(number)
     }
@@ -270,14 +320,18 @@ impl Pool {
         let Content::Loading { expert, read } = self.slots[number as usize].take() else {
             unreachable!("a pending slot is loading")
         };
-        match read.finish() {
+        let finished = read.finish();
+        if pins == 0 || finished.is_err() {
+            self.policy.unpin(expert);
+        }
+        match finished {
             Ok(slot) => {
                 self.stats.bytes_read += slot.bytes().len() as u64;
                 self.slots[number as usize] = Content::Resident { expert, slot, pins };
                 Ok(())
             }
             Err(ReadFailure { error, slot }) => {
-                self.table[expert as usize] = ABSENT;
+                self.table[expert.index()] = ABSENT;
                 self.policy.evict(expert);
                 self.put_back(number, slot);
                 Err((*error).into())
@@ -317,15 +371,21 @@ impl Pool {
         if let Some(number) = self.pass.ready.pop_front() {
             return Ok(Some(number));
         }
-        if self.pass.pending.is_empty() {
-            // Nothing is handed out, pinned or in flight, so a slot can be had, unless all
-            // memory was lost with the I/O thread.
+        while self.pass.pending.is_empty() {
+            // Nothing is handed out, pinned or in flight but guesses, so a slot can be had, unless all memory was lost with
+            // the I/O thread.
             self.submit_missing();
             if let Some(error) = self.pass.failed.take() {
                 return Err(error);
             }
-            if self.pass.pending.is_empty() {
-                return if self.pass.todo.is_empty() { Ok(None) } else { Err(PoolError::NoSlots) };
+            if !self.pass.pending.is_empty() {
+                break;
+            }
+            if self.pass.todo.is_empty() {
+                return Ok(None);
+            }
+            if !self.reclaim_guess() {
+                return Err(PoolError::NoSlots);
             }
         }
         let number = self.wait_for_one();
@@ -334,13 +394,16 @@ impl Pool {
     }
 
     fn unpin(&mut self, number: u32) {
-        if let Content::Resident { pins, .. } = &mut self.slots[number as usize] {
+        if let Content::Resident { expert, pins, .. } = &mut self.slots[number as usize] {
             *pins -= 1;
+            if *pins == 0 {
+                self.policy.unpin(*expert);
+            }
         }
     }
 
     /// Ends the pass, wherever it is. Reads that nobody needs any more are cancelled, and awaited
-    /// where that is too late: afterwards no slot is pinned or in flight.
+    /// where that is too late: afterwards no slot is pinned or in flight, but for guesses.
     fn end_pass(&mut self) {
         self.pass.todo.clear();
         self.pass.failed = None;
@@ -384,6 +447,18 @@ impl LayerPass<'_> {
         }
     }
 
+    /// Starts reading experts that a later layer is likely to need, most likely first, into slots that this pass does not
+    /// need. The drive serves them only while nobody waits for anything.
+    pub fn prefetch(&mut self, layer: u32, experts: &[u32]) {
+        self.pool.guess(layer, experts);
+    }
+
+    /// True if an expert of any layer is in memory, or on its way.
+    #[must_use]
+    pub fn has(&self, layer: u32, expert: u32) -> bool {
+        self.pool.table[self.pool.directory.index(ExpertKey { layer, expert }).index()] != ABSENT
+    }
+
     /// Experts of the pass that have not been yielded.
     #[must_use]
     pub fn remaining(&self) -> usize {
@@ -405,7 +480,7 @@ pub struct ExpertGuard<'a> {
 }
 
 impl ExpertGuard<'_> {
-    fn content(&self) -> (ExpertIndex, &Slot) {
+    fn content(&self) -> (Key, &Slot) {
         match &self.pool.slots[self.number as usize] {
             Content::Resident { expert, slot, .. } => (*expert, slot),
             _ => unreachable!("a pinned slot is resident"),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{DenseLocation, DenseParts, EvictionPolicy, ExpertDirectory, Pool, PoolError};
+use super::{DenseLocation, DenseParts, ExpertDirectory, Policy, Pool, PoolError};
 use crate::io::{DataFile, DirectIo, DirectMode, EngineKind, IoConfig, Scheduler, open_engine};
 
 /// How to open the storage of a model.
@@ -43,7 +43,7 @@ impl Storage {
         paths: &[PathBuf],
         dense: &[DenseLocation],
         experts: ExpertDirectory,
-        policy: Box<dyn EvictionPolicy>,
+        policy: Box<dyn Policy>,
         config: &StorageConfig,
     ) -> Result<Storage, PoolError> {
         let files = paths.iter().map(|path| DataFile::open(path, config.direct)).collect::<Result<Vec<_>, _>>()?;

@@ -45,13 +45,22 @@ fn pool(drive: &SimDrive, slots: usize, seed: u64) -> Pool {
     let io = Arc::new(Scheduler::start(engine, config).expect("a thread"));
     let directory = ExpertDirectory::new(&model().1).expect("valid");
     let arena = Arena::uniform(directory.slot_bytes(), slots, "test").expect("memory");
-    let policy = Box::new(Lru::new(directory.len()));
+    let policy = PolicyKind::NextUse.build(directory.shape()).expect("online");
     Pool::new(io, arena, directory, policy)
+}
+
+fn choices(experts: &[u32]) -> Vec<Choice> {
+    experts.iter().map(|&expert| Choice { expert, weight: 1.0 }).collect()
+}
+
+fn routing(choices: &[Choice]) -> Routing<'_> {
+    Routing { tokens: 1, prefill: false, choices }
 }
 
 /// Runs a whole pass and checks every byte; what was yielded, in order.
 fn run_pass(pool: &mut Pool, layer: u32, experts: &[u32]) -> Result<Vec<u32>, PoolError> {
-    let mut pass = pool.begin_layer(layer, experts, Phase::Decode)?;
+    let choices = choices(experts);
+    let mut pass = pool.begin_layer(layer, experts, &routing(&choices))?;
     let mut yielded = Vec::new();
     while let Some(guard) = pass.next()? {
         let expect = content(layer, guard.expert());
@@ -153,7 +162,8 @@ fn a_pass_can_be_left_at_any_point() {
     let all: Vec<u32> = (0..EXPERTS).collect();
     for layer in 1..=LAYERS {
         for stop_after in 0..EXPERTS {
-            let mut pass = pool.begin_layer(layer, &all, Phase::Prefill).expect("begun");
+            let chosen = choices(&all);
+            let mut pass = pool.begin_layer(layer, &all, &routing(&chosen)).expect("begun");
             for _ in 0..stop_after {
                 assert!(pass.next().expect("no faults").is_some());
             }
@@ -169,7 +179,8 @@ fn missing_experts_are_all_submitted_at_once_and_the_caller_is_not_blocked() {
     let drive = SimDrive::new(vec![model().0]);
     drive.hold();
     let mut pool = pool(&drive, 6, 1);
-    let mut pass = pool.begin_layer(2, &[0, 3, 5, 11], Phase::Decode).expect("begun");
+    let chosen = choices(&[0, 3, 5, 11]);
+    let mut pass = pool.begin_layer(2, &[0, 3, 5, 11], &routing(&chosen)).expect("begun");
     assert_eq!(pass.remaining(), 4);
     assert_eq!(pass.pool.pass.pending.len(), 4);
     drive.release();
@@ -187,7 +198,8 @@ fn dropping_a_pool_with_reads_in_flight_is_safe() {
         let drive = SimDrive::new(vec![model().0]);
         drive.hold();
         let mut pool = pool(&drive, 4, seed);
-        let pass = pool.begin_layer(1, &[0, 1, 2, 3, 4, 5], Phase::Decode).expect("begun");
+        let chosen = choices(&[0, 1, 2, 3, 4, 5]);
+        let pass = pool.begin_layer(1, &[0, 1, 2, 3, 4, 5], &routing(&chosen)).expect("begun");
         // Leaked, so that the pool itself has to cope.
         std::mem::forget(pass);
         drive.release();
@@ -201,7 +213,8 @@ fn a_leaked_pass_is_cleaned_up_by_the_next() {
     let mut pool = pool(&drive, 2, 3);
     run_pass(&mut pool, 1, &[0, 1]).expect("no faults");
     for _ in 0..3 {
-        let pass = pool.begin_layer(1, &[0, 1, 2, 3], Phase::Decode).expect("begun");
+        let chosen = choices(&[0, 1, 2, 3]);
+        let pass = pool.begin_layer(1, &[0, 1, 2, 3], &routing(&chosen)).expect("begun");
         std::mem::forget(pass);
     }
     let all: Vec<u32> = (0..EXPERTS).collect();
@@ -229,7 +242,7 @@ fn storage_opens_loads_and_serves() {
         layers[1].iter().map(|&extent| DenseLocation { extent, name: ExtentName::dense("norms", Some(1)) }).collect();
     let open = |expert_slots| {
         let experts = ExpertDirectory::new(&layers).expect("valid");
-        let policy = Box::new(Lru::new(experts.len()));
+        let policy = PolicyKind::Lru.build(experts.shape()).expect("online");
         let paths = [path.clone()];
         let (io, engine, direct) = Default::default();
         let pinned = dense.iter().enumerate().map(|(i, _)| i % 2 == 0).collect();

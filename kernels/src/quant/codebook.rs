@@ -1,0 +1,63 @@
+//! The constants of the two types.
+
+use crate::matrix::{BLOCK, WeightType};
+use crate::number::f16_to_f32;
+
+/// Moved by seven bits, the scale of a block is a binary16 number, worth `1/UNIT` of the integer it stands for.
+pub(crate) const UNIT: f32 = 131_072.0;
+
+/// The largest value of a scale.
+pub(super) const SCALE_MAX: f32 = 60.0;
+
+/// What distinguishes `q4` from `q3`.
+#[derive(Debug)]
+pub(crate) struct Codebook {
+    /// Levels in ascending order, −64 to 64. Three-bit levels occur twice, so that a fourth bit is ignored.
+    pub(crate) levels: [i8; 16],
+    /// Levels that differ.
+    pub(super) len: usize,
+    /// Distance of two offsets.
+    pub(crate) step: i32,
+    /// Columns that share a byte.
+    pub(crate) block: usize,
+}
+
+impl Codebook {
+    /// 4 bits and 8 per 32.
+    pub(crate) const Q4: Codebook = Codebook {
+        levels: [-64, -48, -38, -30, -23, -16, -9, -3, 3, 9, 16, 23, 30, 39, 49, 64],
+        len: 16,
+        step: 2,
+        block: BLOCK,
+    };
+
+    /// 3 bits and 8 per 16.
+    pub(crate) const Q3: Codebook = Codebook {
+        levels: [-64, -39, -22, -7, 7, 22, 39, 64, -64, -39, -22, -7, 7, 22, 39, 64],
+        len: 8,
+        step: 4,
+        block: BLOCK / 2,
+    };
+
+    /// The codebook of a type.
+    ///
+    /// # Panics
+    /// If the type has none.
+    pub(crate) const fn of(ty: WeightType) -> &'static Codebook {
+        match ty {
+            WeightType::Q4 => &Self::Q4,
+            WeightType::Q3 => &Self::Q3,
+            _ => panic!("only q4 and q3 have a codebook"),
+        }
+    }
+
+    /// What the byte of a block adds to each level.
+    pub(crate) const fn offset(&self, byte: u8) -> i32 {
+        self.step * (byte >> 5) as i32 - self.step * 7 / 2
+    }
+}
+
+/// The scale in the byte of a block, times `1/UNIT`.
+pub(crate) fn scale_over_unit(byte: u8) -> f32 {
+    f16_to_f32(u16::from(byte & 31) << 7)
+}

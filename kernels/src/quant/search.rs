@@ -1,0 +1,303 @@
+//! The choice of row scale, block bytes and levels that makes the weighted squared error small.
+
+use super::codebook::{Codebook, SCALE_MAX, scale_over_unit};
+use crate::math::ROUND;
+
+/// Half-integer cells of a [`Table`], a power of two so that indices can be masked.
+const CELLS: usize = 1024;
+
+/// A codebook in the form that the search reads.
+///
+/// Levels are integers, so the border between two neighbours is a multiple of ½, and all numbers in
+/// `[h/2, (h + 1)/2)` have the same nearest level.
+pub(super) struct Table {
+    book: &'static Codebook,
+    /// Number of the level nearest to the numbers of a cell; cell 0 begins at `−CELLS/4`.
+    number: [u8; CELLS],
+    /// For each cell, what level and offset add up to when the level is the nearest after each of the eight offsets.
+    values: Vec<[f32; OFFSETS]>,
+    /// The integer that the low five bits of a byte stand for.
+    scales: [f32; 32],
+}
+
+/// Offsets of a codebook.
+const OFFSETS: usize = 8;
+
+/// One block: numbers and the weights of their errors, both zero beyond the row's end.
+struct Block<const B: usize> {
+    x: [f32; B],
+    weight: [f32; B],
+    absmax: f32,
+}
+
+/// A quantised row.
+pub(super) struct Row {
+    /// `S`.
+    pub(super) scale: f32,
+    /// One per block.
+    pub(super) bytes: Vec<u8>,
+}
+
+/// Row scales that are tried first, as a fraction of the one that puts the largest weight of the row on the last level
+/// of the largest block scale.
+const FIRST: [f32; 3] = [0.8, 0.9, 1.0];
+
+/// Scales tried in each direction without improvement before the search of a block ends.
+const PATIENCE: usize = 2;
+
+/// Rounds of least squares for the row scale.
+const REFINEMENTS: usize = 2;
+
+impl Table {
+    pub(super) fn new(book: &'static Codebook) -> Table {
+        let levels = &book.levels[..book.len];
+        let number: [u8; CELLS] = std::array::from_fn(|cell| {
+            // Twice the number at the middle of the cell, times two, against twice the sum of two neighbours.
+            let middle = 2 * (cell as i32 - CELLS as i32 / 2) + 1;
+            levels.windows(2).filter(|w| 2 * (i32::from(w[0]) + i32::from(w[1])) < middle).count() as u8
+        });
+        let value = |cell: usize, k: usize| {
+            let offset = book.offset((k as u8) << 5);
+            i32::from(levels[usize::from(number[moved(cell as u32, offset)])]) + offset
+        };
+        Table {
+            book,
+            values: (0..CELLS).map(|cell| std::array::from_fn(|k| value(cell, k) as f32)).collect(),
+            number,
+            scales: std::array::from_fn(|code| scale_over_unit(code as u8) * super::UNIT),
+        }
+    }
+
+    /// Quantises a row, whose weights of error are `weight` or all equal, and writes the number of each level.
+    pub(super) fn row(&self, x: &[f32], weight: Option<&[f32]>, numbers: &mut [u8]) -> Row {
+        if self.book.block == 16 {
+            self.row_by::<16>(x, weight, numbers)
+        } else {
+            self.row_by::<32>(x, weight, numbers)
+        }
+    }
+
+    fn row_by<const B: usize>(&self, x: &[f32], weight: Option<&[f32]>, numbers: &mut [u8]) -> Row {
+        numbers.fill(0);
+        let zero = vec![0; x.len().div_ceil(B)];
+        if x.iter().any(|x| !x.is_finite()) {
+            return Row { scale: f32::NAN, bytes: zero };
+        }
+        let absmax = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        if absmax == 0.0 {
+            return Row { scale: 0.0, bytes: zero };
+        }
+        // A power of two brings the largest to 1..2, exactly, whatever the row's magnitude.
+        let exponent = (f64::from(absmax).to_bits() >> 52) as i64 - 1023;
+        let power = |e: i64| f64::from_bits(((1023 + e) as u64) << 52);
+        let blocks = blocks::<B>(x, weight, power(-exponent));
+        let (scale, bytes) = self.fit(&blocks, (f64::from(absmax) * power(-exponent)) as f32);
+        for ((block, numbers), &byte) in blocks.iter().zip(numbers.chunks_mut(B)).zip(&bytes) {
+            self.choose(block, scale, byte, numbers);
+        }
+        // What the levels stand for must be finite, though the weights be the largest there are.
+        let largest = f64::from(self.largest(&blocks, scale, &bytes));
+        let scale = (f64::from(scale) * power(exponent)).min(f64::from(f32::MAX) / largest);
+        let rounded = scale as f32;
+        let fits = f64::from(rounded) * largest <= f64::from(f32::MAX);
+        Row { scale: if fits { rounded } else { rounded.next_down() }, bytes }
+    }
+
+    /// Row scale and bytes of a row whose largest magnitude is `absmax`.
+    fn fit<const B: usize>(&self, blocks: &[Block<B>], absmax: f32) -> (f32, Vec<u8>) {
+        let mut best = (f64::INFINITY, 0.0, vec![0; blocks.len()]);
+        let mut bytes = vec![0; blocks.len()];
+        for first in FIRST {
+            let scale = first * absmax / (self.reach() * SCALE_MAX);
+            let error = self.bytes(blocks, scale, None, &mut bytes);
+            if error < best.0 {
+                best = (error, scale, bytes.clone());
+            }
+        }
+        for _ in 0..REFINEMENTS {
+            let Some(scale) = self.least_squares(blocks, best.1, &best.2) else { break };
+            let error = self.bytes(blocks, scale, Some(&best.2), &mut bytes);
+            if error >= best.0 {
+                break;
+            }
+            best = (error, scale, bytes.clone());
+        }
+        (best.1, best.2)
+    }
+
+    /// The last level.
+    fn reach(&self) -> f32 {
+        f32::from(self.book.levels[self.book.len - 1])
+    }
+
+    /// The best byte of every block and the sum of their errors. Beside `near`, only neighbouring scales are tried.
+    fn bytes<const B: usize>(&self, blocks: &[Block<B>], scale: f32, near: Option<&[u8]>, bytes: &mut [u8]) -> f64 {
+        let mut sum = 0.0;
+        for (i, (block, byte)) in blocks.iter().zip(bytes).enumerate() {
+            let error;
+            (error, *byte) = match near {
+                None => self.byte(block, scale),
+                Some(near) => self.byte_near(block, scale, near[i]),
+            };
+            sum += f64::from(error);
+        }
+        sum
+    }
+
+    /// Error and byte of a block for a given row scale.
+    fn byte<const B: usize>(&self, block: &Block<B>, scale: f32) -> (f32, u8) {
+        let mut best = (self.error_of_zero(block), 0);
+        if block.absmax == 0.0 {
+            return best;
+        }
+        let covers = |&s: &f32| s * scale * self.reach() >= block.absmax;
+        let start = self.scales.iter().position(covers).unwrap_or(31).max(1);
+        let mut walk = |codes: &mut dyn Iterator<Item = usize>| {
+            let mut misses = 0;
+            for code in codes {
+                let before = best.0;
+                self.try_scale(block, scale, code, &mut best);
+                misses = if best.0 < before { 0 } else { misses + 1 };
+                if misses > PATIENCE {
+                    break;
+                }
+            }
+        };
+        walk(&mut (start..32));
+        walk(&mut (1..start).rev());
+        best
+    }
+
+    fn byte_near<const B: usize>(&self, block: &Block<B>, scale: f32, near: u8) -> (f32, u8) {
+        let mut best = (self.error_of_zero(block), 0);
+        let code = usize::from(near & 31);
+        for code in code.saturating_sub(1).max(1)..(code + 2).min(32) {
+            self.try_scale(block, scale, code, &mut best);
+        }
+        best
+    }
+
+    fn error_of_zero<const B: usize>(&self, block: &Block<B>) -> f32 {
+        sum(|j| block.weight[j] * block.x[j] * block.x[j], &block.x)
+    }
+
+    /// Tries all offsets with one scale.
+    fn try_scale<const B: usize>(&self, block: &Block<B>, scale: f32, code: usize, best: &mut (f32, u8)) {
+        let step = scale * self.scales[code];
+        let (y, cells) = cells(&block.x, 1.0 / step);
+        let errors = self.errors(&y, &cells, &block.weight);
+        for (k, error) in errors.into_iter().enumerate() {
+            let error = step * step * error;
+            if error < best.0 {
+                *best = (error, (k as u8) << 5 | code as u8);
+            }
+        }
+    }
+
+    /// The weighted squared error with each offset, in steps; lanes are offsets.
+    fn errors<const B: usize>(&self, y: &[f32; B], cells: &[u32; B], weight: &[f32; B]) -> [f32; OFFSETS] {
+        let values: &[[f32; OFFSETS]; CELLS] = self.values[..].try_into().expect("one element per cell");
+        let mut sums = [[0.0; OFFSETS]; 2];
+        for j in 0..B {
+            let value = &values[cells[j] as usize % CELLS];
+            for k in 0..OFFSETS {
+                let distance = y[j] - value[k];
+                sums[j % 2][k] += weight[j] * distance * distance;
+            }
+        }
+        std::array::from_fn(|k| sums[0][k] + sums[1][k])
+    }
+
+    /// The largest magnitude of the values chosen in a row, over the row scale; at least 1.
+    fn largest<const B: usize>(&self, blocks: &[Block<B>], scale: f32, bytes: &[u8]) -> f32 {
+        let values = blocks.iter().zip(bytes).flat_map(|(block, &byte)| self.chosen(block, scale, byte));
+        values.fold(1.0, |m, v| m.max(v.abs()))
+    }
+
+    /// The values chosen in a block, over the row scale.
+    #[inline]
+    fn chosen<const B: usize>(&self, block: &Block<B>, scale: f32, byte: u8) -> [f32; B] {
+        let (s, k) = (self.scales[usize::from(byte & 31)], usize::from(byte >> 5));
+        if s == 0.0 {
+            return [0.0; B];
+        }
+        let (_, cells) = cells(&block.x, 1.0 / (scale * s));
+        cells.map(|cell| s * self.values[cell as usize % CELLS][k])
+    }
+
+    /// The row scale of least error for the levels that `scale` and `bytes` choose; none if they are all zero.
+    fn least_squares<const B: usize>(&self, blocks: &[Block<B>], scale: f32, bytes: &[u8]) -> Option<f32> {
+        let (mut xv, mut vv) = (0.0, 0.0);
+        for (block, &byte) in blocks.iter().zip(bytes) {
+            let value = self.chosen(block, scale, byte);
+            xv += f64::from(sum(|j| block.weight[j] * block.x[j] * value[j], &block.x));
+            vv += f64::from(sum(|j| block.weight[j] * value[j] * value[j], &block.x));
+        }
+        (xv > 0.0 && vv > 0.0).then(|| (xv / vv) as f32)
+    }
+
+    /// Writes the number of the nearest level of each weight.
+    fn choose<const B: usize>(&self, block: &Block<B>, scale: f32, byte: u8, numbers: &mut [u8]) {
+        let s = self.scales[usize::from(byte & 31)];
+        if s > 0.0 {
+            let offset = self.book.offset(byte);
+            let (_, cells) = cells(&block.x, 1.0 / (scale * s));
+            for (number, cell) in numbers.iter_mut().zip(cells) {
+                *number = self.number[moved(cell, offset)];
+            }
+        }
+    }
+}
+
+/// The cell of a number from which `offset` is taken.
+#[inline]
+fn moved(cell: u32, offset: i32) -> usize {
+    cell.wrapping_sub((2 * offset) as u32) as usize % CELLS
+}
+
+/// Blocks of a row, scaled; where all weights of a block are zero, they become one.
+fn blocks<const B: usize>(x: &[f32], weight: Option<&[f32]>, factor: f64) -> Vec<Block<B>> {
+    let mut blocks = Vec::with_capacity(x.len().div_ceil(B));
+    for (b, x) in x.chunks(B).enumerate() {
+        let mut block = Block { x: [0.0; B], weight: [0.0; B], absmax: 0.0 };
+        for (to, &from) in block.x.iter_mut().zip(x) {
+            *to = (f64::from(from) * factor) as f32;
+        }
+        block.absmax = block.x.iter().fold(0.0, |m, x| m.max(x.abs()));
+        match weight {
+            Some(weight) => block.weight[..x.len()].copy_from_slice(&weight[b * B..][..x.len()]),
+            None => block.weight[..x.len()].fill(1.0),
+        }
+        if block.weight.iter().all(|&w| w == 0.0) {
+            block.weight[..x.len()].fill(1.0);
+        }
+        blocks.push(block);
+    }
+    blocks
+}
+
+/// Numbers over the step, and the cell of each. Far beyond the last level, further away makes no difference.
+#[inline]
+fn cells<const B: usize>(x: &[f32; B], inverse: f32) -> ([f32; B], [u32; B]) {
+    const FAR: f32 = CELLS as f32 / 2.0 - 64.0;
+    let y = x.map(|x| x * inverse);
+    let cells = y.map(|y| {
+        let half = 2.0 * y - 0.5;
+        let half = if half < -FAR { -FAR } else { half };
+        let half = if half > FAR { FAR } else { half };
+        (half + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(CELLS as u32 / 2)
+    });
+    (y, cells)
+}
+
+/// The sum of a term over a block, in eight lanes that can be added as vectors.
+#[inline]
+fn sum<const B: usize>(term: impl Fn(usize) -> f32, _: &[f32; B]) -> f32 {
+    let mut lanes = [0.0f32; 8];
+    for j in (0..B).step_by(8) {
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            *lane += term(j + i);
+        }
+    }
+    ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]))
+}

@@ -1,0 +1,196 @@
+//! `q4` and `q3`: nibbles that `vpshufb` turns into integers, in the order of `quant::product`.
+
+use super::{fold4, load16, load32, prefetch, put};
+use crate::activations::{Activations, QuantisedRow};
+use crate::matmul::{Tile, TileShape};
+use crate::matrix::Group;
+use crate::quant::UNIT;
+use crate::x86::{Q4, block_bytes, bytes, levels, offset_base, padded_rows, parts, quantised_rows, words};
+use std::arch::x86_64::*;
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn tile<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
+    let mut t = 0;
+    if !shape.int8 {
+        while shape.tokens - t >= 2 {
+            put(blocks_f32::<TY, 2>(w, padded_rows(x, shape.token + t)), &mut out[t..], g);
+            t += 2;
+        }
+        if t < shape.tokens {
+            put(blocks_f32::<TY, 1>(w, padded_rows(x, shape.token + t)), &mut out[t..], g);
+        }
+        return;
+    }
+    while shape.tokens - t >= 4 {
+        put(blocks_int8::<TY, 4>(w, quantised_rows(x, shape.token + t)), &mut out[t..], g);
+        t += 4;
+    }
+    while t < shape.tokens {
+        put(blocks_int8::<TY, 1>(w, quantised_rows(x, shape.token + t)), &mut out[t..], g);
+        t += 1;
+    }
+}
+
+/// 32 columns as four vectors of nibbles. In those of `q3` the fourth bit is zero.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn nibbles<const TY: u8>(w: &[u8]) -> [__m256i; 4] {
+    let [a, b, c] = [load32(w, 0), load32(w, 32), load32(w, 64)];
+    if TY == Q4 {
+        return [a, b, c, load32(w, 96)];
+    }
+    let (three, fourth) = (_mm256_set1_epi8(0x77), _mm256_set1_epi8(0x88_u8 as i8));
+    let last = _mm256_or_si256(
+        _mm256_or_si256(
+            _mm256_srli_epi16::<3>(_mm256_and_si256(a, fourth)),
+            _mm256_srli_epi16::<2>(_mm256_and_si256(b, fourth)),
+        ),
+        _mm256_srli_epi16::<1>(_mm256_and_si256(c, fourth)),
+    );
+    [_mm256_and_si256(a, three), _mm256_and_si256(b, three), _mm256_and_si256(c, three), last]
+}
+
+/// What the low or the high nibbles stand for. Without fourth bits, bits above a nibble do not disturb the look-up.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn look_up<const TY: u8>(table: __m256i, nibbles: __m256i, high: bool) -> __m256i {
+    let moved = if high { _mm256_srli_epi16::<4>(nibbles) } else { nibbles };
+    _mm256_shuffle_epi8(table, if TY == Q4 { _mm256_and_si256(moved, _mm256_set1_epi8(15)) } else { moved })
+}
+
+/// Scale over `UNIT` and offset plus its base, of block `b`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn scale_and_offset<const TY: u8>(scales: &[u8], b: usize) -> (__m256, __m256i) {
+    let codes = _mm_cvtsi64_si128(i64::from_le_bytes(*bytes(scales, 32 + 8 * b)));
+    let scale = _mm_and_si128(_mm_cvtepu8_epi16(codes), _mm_set1_epi16(31));
+    let wide = _mm256_cvtepu8_epi32(codes);
+    let offset = if TY == Q4 {
+        _mm256_and_si256(_mm256_srli_epi32::<4>(wide), _mm256_set1_epi32(14))
+    } else {
+        _mm256_and_si256(_mm256_srli_epi32::<3>(wide), _mm256_set1_epi32(28))
+    };
+    (_mm256_cvtph_ps(_mm_slli_epi16::<7>(scale)), offset)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn row_scales(scales: &[u8]) -> __m256 {
+    _mm256_castsi256_ps(load32(scales, 0))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>; T]) -> [__m256; T] {
+    let table = _mm256_broadcastsi128_si256(load16(&const { levels(TY, 64) }, 0));
+    // The sums of even and odd blocks take turns; in the end their order does not matter.
+    let mut s = [_mm256_setzero_ps(); T];
+    let mut other = s;
+    for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
+        prefetch(values);
+        let words = words(&x, g);
+        if TY == Q4 {
+            let mut dots = [_mm256_setzero_si256(); T];
+            for v in 0..4 {
+                let nibbles = load32(values, 32 * v);
+                dot(&mut dots, look_up::<TY>(table, nibbles, false), &words, v);
+                dot(&mut dots, look_up::<TY>(table, nibbles, true), &words, v + 4);
+            }
+            let next = add::<TY, T>(w.scales, g, &dots, &each!(0; T, t => x[t].sums[g][0]), &x, g, &s);
+            (s, other) = (other, next);
+            continue;
+        }
+        let nibbles = nibbles::<TY>(values);
+        let (mut low, mut high) = ([_mm256_setzero_si256(); T], [_mm256_setzero_si256(); T]);
+        for v in 0..4 {
+            dot(&mut low, look_up::<TY>(table, nibbles[v], false), &words, v);
+        }
+        s = add::<TY, T>(w.scales, 2 * g, &low, &each!(0; T, t => x[t].sums[g][1]), &x, g, &s);
+        for v in 0..4 {
+            dot(&mut high, look_up::<TY>(table, nibbles[v], true), &words, v + 4);
+        }
+        let rest = each!(0; T, t => x[t].sums[g][0] - x[t].sums[g][1]);
+        other = add::<TY, T>(w.scales, 2 * g + 1, &high, &rest, &x, g, &other);
+    }
+    let scales = row_scales(w.scales);
+    each!(_mm256_setzero_ps(); T, t => _mm256_mul_ps(_mm256_add_ps(s[t], other[t]), scales))
+}
+
+/// Adds the products of four columns with unsigned levels. Pair sums stay within 2·128·127 = 32512.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dot<const T: usize>(dots: &mut [__m256i; T], level: __m256i, words: &[&[i32; 8]; T], q: usize) {
+    for t in 0..T {
+        let pairs = _mm256_maddubs_epi16(level, _mm256_set1_epi32(words[t][q]));
+        dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+}
+
+/// Adds block `b`, whose columns of `x` add up to `sums`. The sums fit in 16 bits, so that one multiplication of
+/// 16-bit pairs, the upper one with zero, applies offset and bias.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add<const TY: u8, const T: usize>(
+    scales: &[u8],
+    b: usize,
+    dots: &[__m256i; T],
+    sums: &[i32; T],
+    x: &[QuantisedRow<'_>; T],
+    g: usize,
+    s: &[__m256; T],
+) -> [__m256; T] {
+    let (scale, offset) = scale_and_offset::<TY>(scales, b);
+    let bias = _mm256_sub_epi32(offset, _mm256_set1_epi32(const { 64 + offset_base(TY) }));
+    let mut next = *s;
+    for t in 0..T {
+        let dot = _mm256_add_epi32(dots[t], _mm256_madd_epi16(bias, _mm256_set1_epi32(sums[t] & 0xffff)));
+        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[t].scales[g] * UNIT));
+        next[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, s[t]);
+    }
+    next
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn blocks_f32<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [__m256; T] {
+    let table = _mm256_broadcastsi128_si256(load16(&const { levels(TY, 0) }, 0));
+    let mut total = [_mm256_setzero_ps(); T];
+    for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
+        prefetch(values);
+        let nibbles = nibbles::<TY>(values);
+        let x = parts(&x, g * 32, 32);
+        let mut s = [[_mm256_setzero_ps(); 4]; T];
+        for half in 0..2 {
+            let b = if TY == Q4 { g } else { 2 * g + half };
+            let (scale, offset) = scale_and_offset::<TY>(w.scales, b);
+            let offset = _mm256_sub_epi32(offset, _mm256_set1_epi32(const { offset_base(TY) }));
+            for v in 0..4 {
+                let level = look_up::<TY>(table, nibbles[v], half == 1);
+                let q = 4 * half + v;
+                // The offset is added in 32 bits, after the four columns have been taken apart.
+                let columns = [
+                    _mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(level)),
+                    _mm256_srai_epi32::<24>(_mm256_slli_epi32::<16>(level)),
+                    _mm256_srai_epi32::<24>(_mm256_slli_epi32::<8>(level)),
+                    _mm256_srai_epi32::<24>(level),
+                ];
+                for i in 0..4 {
+                    let column = _mm256_cvtepi32_ps(_mm256_add_epi32(columns[i], offset));
+                    for t in 0..T {
+                        s[t][i] = _mm256_fmadd_ps(column, _mm256_set1_ps(x[t][4 * q + i]), s[t][i]);
+                    }
+                }
+            }
+            if TY == Q4 && half == 0 {
+                continue;
+            }
+            for t in 0..T {
+                let sum = _mm256_mul_ps(fold4(s[t]), _mm256_set1_ps(UNIT));
+                total[t] = _mm256_fmadd_ps(sum, scale, total[t]);
+                s[t] = [_mm256_setzero_ps(); 4];
+            }
+        }
+    }
+    let scales = row_scales(w.scales);
+    each!(_mm256_setzero_ps(); T, t => _mm256_mul_ps(total[t], scales))
+}
