@@ -8,9 +8,20 @@ use sluice_format::{BLOCK, FP8_BLOCK, PLANE_ALIGN, ROW_GROUP, WeightType};
 
 use super::random::Random;
 
+/// Bytes of the row scales of `q4` and `q3`.
+const ROW_SCALES: usize = 4 * ROW_GROUP;
+
 /// Types that weights can be made in, in the order of help texts.
-pub const TYPES: [WeightType; 6] =
-    [WeightType::Int4, WeightType::Mxfp4, WeightType::Q8, WeightType::Fp8, WeightType::Bf16, WeightType::F32];
+pub const TYPES: [WeightType; 8] = [
+    WeightType::Q3,
+    WeightType::Q4,
+    WeightType::Int4,
+    WeightType::Mxfp4,
+    WeightType::Q8,
+    WeightType::Fp8,
+    WeightType::Bf16,
+    WeightType::F32,
+];
 
 /// How a matrix is filled.
 #[derive(Clone, Copy, Debug)]
@@ -22,11 +33,14 @@ pub(super) struct Filler {
 }
 
 /// Mean squares of the unscaled values: int4 −7..=7 with zero twice as often, e2m1, int8 −127..=127 with zero twice as
-/// often, e4m3 with exponents −3..=0, and the interval from −1 to 1. A test compares them with what is written.
+/// often, e4m3 with exponents −3..=0. A test compares them with what is written.
 const INT4_MEAN_SQUARE: f32 = 17.5;
 const E2M1_MEAN_SQUARE: f32 = 8.5625;
 const Q8_MEAN_SQUARE: f32 = 5397.5;
 const FP8_MEAN_SQUARE: f32 = 0.713_37;
+/// The levels of `docs/QUANTISATION.md` with all eight shifts.
+const Q4_MEAN_SQUARE: f32 = 1234.25;
+const Q3_MEAN_SQUARE: f32 = 1621.5;
 const UNIFORM_MEAN_SQUARE: f32 = 1.0 / 3.0;
 
 impl Filler {
@@ -58,6 +72,8 @@ impl Filler {
             WeightType::Fp8 => 4 * self.cols.div_ceil(FP8_BLOCK),
             WeightType::Q8 | WeightType::Int4 => 2 * ROW_GROUP * self.blocks(),
             WeightType::Mxfp4 => ROW_GROUP * self.blocks(),
+            WeightType::Q4 => ROW_SCALES + ROW_GROUP * self.blocks(),
+            WeightType::Q3 => ROW_SCALES + 2 * ROW_GROUP * self.blocks(),
             WeightType::F32 | WeightType::F16 | WeightType::Bf16 => 0,
         }
     }
@@ -69,7 +85,8 @@ impl Filler {
             WeightType::F16 | WeightType::Bf16 => 2 * ROW_GROUP * self.cols,
             WeightType::Fp8 => ROW_GROUP * self.cols,
             WeightType::Q8 => ROW_GROUP * BLOCK * self.blocks(),
-            WeightType::Int4 | WeightType::Mxfp4 => ROW_GROUP * BLOCK / 2 * self.blocks(),
+            WeightType::Int4 | WeightType::Mxfp4 | WeightType::Q4 => ROW_GROUP * BLOCK / 2 * self.blocks(),
+            WeightType::Q3 => ROW_GROUP * BLOCK / 8 * 3 * self.blocks(),
         }
     }
 
@@ -95,7 +112,25 @@ impl Filler {
                     *slot = if i % ROW_GROUP < rows { low + u8::from(high) } else { 0 };
                 }
             }
+            WeightType::Q4 => self.shifted_scales(random, rows, BLOCK, Q4_MEAN_SQUARE, out),
+            WeightType::Q3 => self.shifted_scales(random, rows, BLOCK / 2, Q3_MEAN_SQUARE, out),
             WeightType::F32 | WeightType::F16 | WeightType::Bf16 => {}
+        }
+    }
+
+    /// Of `q4` and `q3`: one scale for each row; for each block always the same scale and a random shift of its levels.
+    fn shifted_scales(&self, random: &mut Random, rows: usize, block: usize, mean_square: f32, out: &mut [u8]) {
+        /// A scale of 12: of the five lower bits, e = 1 and m = 4.
+        const CODE: (u8, f32) = (12, 12.0);
+        let (row_scales, bytes) = out.split_at_mut(ROW_SCALES);
+        let scale = self.deviation / (CODE.1 * mean_square.sqrt());
+        for (r, slot) in row_scales.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            *slot = if r < rows { scale } else { 0.0 }.to_le_bytes();
+        }
+        random.fill(bytes, |bits| bits);
+        for (i, byte) in bytes.iter_mut().enumerate() {
+            let exists = i % ROW_GROUP < rows && i / ROW_GROUP * block < self.cols;
+            *byte = if exists { *byte & 0xe0 | CODE.0 } else { 0 };
         }
     }
 
@@ -103,7 +138,7 @@ impl Filler {
         let factor = self.deviation / UNIFORM_MEAN_SQUARE.sqrt();
         match self.ty {
             WeightType::Int4 => random.fill(out, without_zero_nibbles),
-            WeightType::Mxfp4 => random.fill(out, |bits| bits),
+            WeightType::Mxfp4 | WeightType::Q4 | WeightType::Q3 => random.fill(out, |bits| bits),
             WeightType::Q8 => random.fill(out, without_least_bytes),
             WeightType::Fp8 => random.fill(out, small_exponents),
             WeightType::F32 => {
@@ -132,8 +167,8 @@ impl Filler {
 
     /// Writes zeros to rows and columns that do not exist.
     fn clear_padding(&self, rows: usize, values: &mut [u8]) {
-        let blocked = matches!(self.ty, WeightType::Q8 | WeightType::Int4 | WeightType::Mxfp4);
-        let stored_cols = if blocked { self.blocks() * BLOCK } else { self.cols };
+        let each = matches!(self.ty, WeightType::F32 | WeightType::F16 | WeightType::Bf16 | WeightType::Fp8);
+        let stored_cols = if each { self.cols } else { self.blocks() * BLOCK };
         for k in 0..stored_cols {
             let first = if k < self.cols { rows } else { 0 };
             (first..ROW_GROUP).for_each(|r| self.clear(values, r, k));
@@ -152,7 +187,16 @@ impl Filler {
             WeightType::F16 | WeightType::Bf16 => values[element * 2..][..2].fill(0),
             WeightType::Fp8 => values[element] = 0,
             WeightType::Q8 => values[g * 256 + q * 32 + r * 4 + i] = 0,
-            WeightType::Int4 | WeightType::Mxfp4 => {
+            WeightType::Q3 => {
+                let nibble: u8 = if q < 4 { 0x0f } else { 0xf0 };
+                let at = |vector: usize| g * 96 + vector * 32 + r * 4 + i;
+                match q % 4 {
+                    // Its bits are the top bits of the other three vectors' nibbles.
+                    3 => (0..3).for_each(|vector| values[at(vector)] &= !(nibble & 0x88)),
+                    vector => values[at(vector)] &= !(nibble & 0x77),
+                }
+            }
+            WeightType::Int4 | WeightType::Mxfp4 | WeightType::Q4 => {
                 let zero = if self.ty == WeightType::Int4 { 8 } else { 0 };
                 let byte = &mut values[g * 128 + q % 4 * 32 + r * 4 + i];
                 *byte = if q < 4 { *byte & 0xf0 | zero } else { *byte & 0x0f | zero << 4 };
@@ -267,14 +311,23 @@ mod tests {
                 let ours = filled(ty, rows, cols, 0.1);
                 let scales = Filler::new(ty, cols, 0.1).scales_len().next_multiple_of(PLANE_ALIGN);
                 for (at, (&ours, &packed)) in ours.iter().zip(&packed).enumerate() {
-                    let nibbles = at >= scales && matches!(ty, WeightType::Int4 | WeightType::Mxfp4);
+                    let four_bits = matches!(ty, WeightType::Int4 | WeightType::Mxfp4 | WeightType::Q4);
+                    let nibbles = at >= scales && four_bits;
                     let zero = if ty == WeightType::Int4 { 8 } else { 0 };
                     if nibbles {
                         for shift in [0, 4] {
                             assert!(packed >> shift & 15 != zero || ours >> shift & 15 == zero, "{ty} {at}");
                         }
-                    } else if packed == 0 {
+                    } else if packed == 0 && (at < scales || ty != WeightType::Q3) {
                         assert_eq!(ours, 0, "{ty} {rows}x{cols} byte {at}");
+                    }
+                }
+                // Columns that do not exist have the first level, whatever that is in their block.
+                if matches!(ty, WeightType::Q3 | WeightType::Q4) {
+                    let stored = blocks * BLOCK;
+                    let all = unpack(Matrix::new(kernel(ty), 8, stored, &ours).unwrap());
+                    for padding in all.chunks(stored).flat_map(|row| row[cols..].rchunks(16)) {
+                        assert!(padding.iter().all(|v| v == &padding[0]), "{ty} {rows}x{cols}");
                     }
                 }
                 let whole = unpack(Matrix::new(kernel(ty), 8, cols, &ours).unwrap());
