@@ -4,6 +4,7 @@
 //! sessions, `sampler` picks tokens and `text` turns them into characters. A test checks that no module looks upstream.
 
 pub mod engine;
+pub mod estimate;
 pub mod io;
 pub mod memory;
 pub mod model;
