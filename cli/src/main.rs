@@ -8,7 +8,9 @@ mod error;
 mod generate;
 mod ids;
 mod npy;
+mod plot;
 mod profile;
+mod recorder;
 mod sampling;
 mod size;
 mod terminal;
@@ -48,6 +50,8 @@ enum Command {
     Run(Box<commands::run::Args>),
     Logits(commands::logits::Args),
     Perplexity(commands::perplexity::Args),
+    Trace(commands::trace::Args),
+    Bench(commands::bench::Args),
     Demo(commands::demo::Args),
 }
 
@@ -61,6 +65,8 @@ fn main() -> ExitCode {
         Command::Run(args) => commands::run::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
+        Command::Trace(args) => commands::trace::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
         Command::Demo(args) => commands::demo::run(&args),
     };
     match outcome {
@@ -85,12 +91,14 @@ mod tests {
 
     #[test]
     fn every_command_explains_itself() {
-        for command in Cli::command().get_subcommands_mut() {
+        fn check(command: &mut clap::Command) {
             let help = command.render_long_help().to_string();
             assert!(help.contains("Examples:"), "{} has no examples", command.get_name());
             for argument in command.get_arguments() {
                 assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
             }
+            command.get_subcommands_mut().for_each(check);
         }
+        Cli::command().get_subcommands_mut().for_each(check);
     }
 }

@@ -3,6 +3,7 @@
 //! Data flows one way: `io` reads extents, `pool` keeps them in slots, `model` computes layers with them, `engine` runs
 //! sessions, `sampler` picks tokens and `text` turns them into characters. A test checks that no module looks upstream.
 
+pub mod counts;
 pub mod engine;
 pub mod estimate;
 pub mod io;

@@ -234,19 +234,3 @@ fn plan_json(plan: &Plan, options: &Options) -> Value {
         "notes": plan.notes(),
     })
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn quantised_checkpoints_are_kept() {
-        let folder = tempfile::tempdir().unwrap();
-        assert_eq!(default_type(folder.path()), TypeChoice::Type(WeightType::Q8));
-        let config = folder.path().join("config.json");
-        std::fs::write(&config, r#"{"quantization_config": {"quant_method": "fp8"}}"#).unwrap();
-        assert_eq!(default_type(folder.path()), TypeChoice::Keep);
-        std::fs::write(&config, "not json").unwrap();
-        assert_eq!(default_type(folder.path()), TypeChoice::Type(WeightType::Q8));
-    }
-}

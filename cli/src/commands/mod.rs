@@ -1,5 +1,7 @@
 //! One file per command.
 
+pub(crate) mod bench;
+pub(crate) mod bench_disk;
 pub(crate) mod convert;
 pub(crate) mod demo;
 pub(crate) mod inspect;
@@ -8,4 +10,5 @@ pub(crate) mod perplexity;
 pub(crate) mod plan;
 pub(crate) mod run;
 pub(crate) mod synth;
+pub(crate) mod trace;
 pub(crate) mod verify;

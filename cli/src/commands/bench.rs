@@ -1,0 +1,30 @@
+//! `sluice bench`: measurements, one command each.
+
+use clap::Subcommand;
+
+use super::bench_disk;
+use crate::error::CliError;
+
+const EXAMPLES: &str = "\
+Examples:
+  sluice bench disk r1.sluice            what the drive gives, and how it is best read
+  sluice bench disk /mnt/fast            the same, with a file made for it";
+
+/// Measure this machine
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    Disk(bench_disk::Args),
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    match &args.what {
+        What::Disk(args) => bench_disk::run(args),
+    }
+}
