@@ -10,7 +10,7 @@ use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec,
 use sluice_kernels::{IsaError, Kernels, Precision, ThreadPool};
 
 use crate::counts;
-use crate::io::{CalibrationStore, DirectMode, ExtentName, Tuning};
+use crate::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
 use crate::memory::{BudgetError, MemoryPlan};
 use crate::model::compute::Compute;
 use crate::model::router::Choice;
