@@ -115,7 +115,9 @@ fn config_path(source: &str) -> Result<PathBuf, ConvertError> {
 
 fn read_spec(path: &Path, bytes: &[u8]) -> Result<ModelSpec, ConvertError> {
     let config = Config::parse(path, bytes)?;
-    let spec = family::find(&config)?.spec(&config)?;
+    let family = family::find(&config)?;
+    let text = family::text(family, &config)?;
+    let spec = family.spec(text.as_ref().unwrap_or(&config))?;
     let impossible = |problem| config.refuse("model_type", format!("describes an impossible model: {problem}"));
     spec.validate().map_err(impossible)?;
     Ok(spec)
@@ -147,17 +149,28 @@ fn with_layers(config: &[u8], all: usize, layers: usize) -> Vec<u8> {
 mod tests {
     use super::*;
 
+    /// Millions of weights in all routed experts, and of one: layers × experts × 3 × hidden size × width as published.
     #[test]
-    fn presets_are_known_or_refused_by_their_family() {
-        for preset in Geometry::presets() {
-            match Geometry::load(preset, None) {
-                Ok(geometry) => assert!(geometry.spec().routed_per_token() > 0, "{preset}"),
-                Err(ConvertError::Config { key, problem, .. }) => {
-                    assert!(key == "model_type" && problem.contains("supported: "), "{preset}: {key} {problem}");
-                }
-                Err(other) => panic!("{preset}: {other}"),
-            }
+    fn presets_are_the_models_that_they_name() {
+        for (name, experts, one) in [
+            ("deepseek-r1", 653_909, 44.04),
+            ("kimi-k2", 1_014_686, 44.04),
+            ("glm-4.6", 335_964, 23.59),
+            ("qwen3-235b", 227_096, 18.87),
+            ("qwen3-30b", 28_991, 4.72),
+            ("gpt-oss-120b", 114_662, 24.88),
+            ("mixtral-8x7b", 45_097, 176.16),
+            ("bench-34x128", 20_535, 4.72),
+        ] {
+            let geometry = Geometry::load(name, None).unwrap();
+            let spec = geometry.spec();
+            let moe: Vec<_> = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).collect();
+            let weights = |width: usize| 3.0 * (width * spec.hidden_size) as f64 / 1e6;
+            let all: f64 = moe.iter().map(|m| m.experts as f64 * weights(m.width)).sum();
+            assert_eq!(all.round(), f64::from(experts), "{name}");
+            assert!((weights(moe[0].width) - one).abs() < 0.005, "{name}");
         }
+        assert_eq!(Geometry::presets().count(), 8);
     }
 
     #[test]

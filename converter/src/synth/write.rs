@@ -233,7 +233,7 @@ impl<'a> Synthesis<'a> {
             batch.clear();
             match (record.kind, tensor.layout) {
                 (ExtentKind::Embedding, _) => self.embedding(record.index, tensor, batch, &mut write)?,
-                (_, Arrangement::Plain) => vector(tensor, batch),
+                (_, Arrangement::Plain) => vector(tensor, &mut random, batch),
                 (_, Arrangement::Tiled | Arrangement::TiledPair) => matrix(tensor, &mut random, batch, &mut write)?,
             }
             write(batch)?;
@@ -267,10 +267,15 @@ impl<'a> Synthesis<'a> {
     }
 }
 
-/// Norms are 1, everything else that is a vector is a bias, or the like, and 0.
-fn vector(tensor: &TensorRecord, batch: &mut Vec<u8>) {
+/// Norms are 1, taps of convolutions random; everything else that is a vector is a bias, or the like, and 0.
+fn vector(tensor: &TensorRecord, random: &mut Random, batch: &mut Vec<u8>) {
     let value: f32 = if tensor.name.ends_with("norm") { 1.0 } else { 0.0 };
     (0..tensor.shape[2]).for_each(|_| batch.extend(value.to_le_bytes()));
+    if tensor.name == "conv" {
+        for four in batch.chunks_mut(16) {
+            four.as_chunks_mut::<4>().0.iter_mut().zip(random.uniform()).for_each(|(slot, v)| *slot = v.to_le_bytes());
+        }
+    }
 }
 
 /// A matrix, a pair, or a batch: all of them are row groups one after the other.
