@@ -19,7 +19,7 @@ fn synth_writes_a_file_that_runs() {
     assert_eq!(json(&sluice(&["verify", path, "--json"]))["intact"], true);
     let inspected = json(&sluice(&["inspect", path, "--json"]));
     assert_eq!((&inspected["layers"], &inspected["provenance"]["synthetic"]), (&3.into(), &true.into()));
-    let run = json(&sluice(&["run", path, "--prompt-ids", "1,2,3", "-n", "4", "--ids", "--json"]));
+    let run = json(&sluice(&["run", path, "--prompt-ids", "1,2,3", "-n", "4", "--json"]));
     assert_eq!(run["ids"].as_array().unwrap().len(), 4);
 
     assert_fails(&sluice(&args), 1, &["exists", "--overwrite"]);
