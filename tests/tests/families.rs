@@ -2,29 +2,31 @@
 //! when the budget holds few of the experts.
 
 use sluice_runtime::{Engine, EngineOptions, RuntimeError};
-use sluice_tests::{Converted, Golden, greedy, relative_error};
+use sluice_tests::{Converted, Golden, fixture, greedy, relative_error};
 
-/// Parity of one golden checkpoint, converted with its own types.
-fn check(family: &str) {
-    let golden = Golden::load(family);
-    let model = Converted::new(&format!("golden/{family}"), None);
+/// Parity of one golden checkpoint, converted with its own types. `folder`: below the fixtures, or anywhere.
+fn check(folder: &str) {
+    let golden = Golden::load(&fixture(folder).to_string_lossy());
+    let model = Converted::new(folder, None);
     let mut engine = model.open(&exact(None));
     let prompt = golden.ids("input_ids");
     let prefill = logits(&mut engine, &prompt, prompt.len());
     let error = relative_error(&prefill, &golden.array("logits").data);
-    println!("{family}: relative error {error:.1e}");
-    assert!(error < 1e-4, "{family}: prefill logits differ by {error:e}");
+    println!("{folder}: relative error {error:.1e}");
+    assert!(error < 1e-4, "{folder}: prefill logits differ by {error:e}");
     let stepped = logits(&mut engine, &prompt, 1);
-    assert!(stepped == prefill, "{family}: a token at a time gives other bits than all at once");
+    assert!(stepped == prefill, "{folder}: a token at a time gives other bits than all at once");
 
     let expected = golden.ids("greedy_ids");
     let (ids, rows) = greedy(&mut engine, &prompt, expected.len());
-    assert_eq!(ids, expected, "{family}");
+    assert_eq!(ids, expected, "{folder}");
+    let error = relative_error(&rows.concat(), &golden.array("step_logits").data);
+    assert!(error < 1e-4, "{folder}: logits through the cache differ by {error:e}");
 
     let mut engine = model.open(&exact(Some(least_budget(&model))));
     let streamed = greedy(&mut engine, &prompt, expected.len());
-    assert_eq!(streamed.0, ids, "{family}, streamed");
-    assert!(streamed.1 == rows, "{family}: streaming gives other bits");
+    assert_eq!(streamed.0, ids, "{folder}, streamed");
+    assert!(streamed.1 == rows, "{folder}: streaming gives other bits");
 }
 
 fn exact(budget: Option<u64>) -> EngineOptions {
@@ -54,7 +56,7 @@ macro_rules! goldens {
     ($($name:ident)*) => {
         $(#[test]
         fn $name() {
-            check(stringify!($name));
+            check(concat!("golden/", stringify!($name)));
         })*
     };
 }
@@ -89,4 +91,19 @@ goldens! {
     llama
     mistral
     qwen3
+}
+
+/// The golden checkpoints of the folder that `SLUICE_GOLDENS` names, if it is set: those of other seeds, shapes and forms.
+#[test]
+fn goldens_of_a_folder() {
+    let Ok(folder) = std::env::var("SLUICE_GOLDENS") else { return };
+    let mut failed = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.to_str().unwrap().to_owned();
+        if path.join("golden.json").exists() && std::panic::catch_unwind(|| check(&name)).is_err() {
+            failed.push(name);
+        }
+    }
+    assert!(failed.is_empty(), "{failed:?}");
 }

@@ -42,7 +42,7 @@ pub(crate) fn read(
     default_theta: f64,
     max_positions: usize,
 ) -> Result<Rope, ConvertError> {
-    let outer_theta = config.f64_or("rope_theta", default_theta)?;
+    let outer_theta = config.opt_f64("rope_theta")?.unwrap_or(default_theta);
     let section = match config.section("rope_parameters")? {
         Some(section) => Some(section),
         None => config.section("rope_scaling")?,
@@ -58,7 +58,7 @@ pub(crate) fn read(
             );
         }
     }
-    let theta = section.f64_or("rope_theta", outer_theta)?;
+    let theta = section.opt_f64("rope_theta")?.unwrap_or(outer_theta);
     // `type` is what the key was called before it became `rope_type`.
     let (key, kind) = match section.opt_str("rope_type")? {
         Some(kind) => ("rope_type", kind),
