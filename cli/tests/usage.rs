@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 
 use common::{assert_fails, demo_model, sluice, sluice_with_input, stdout};
 
-const COMMANDS: [&str; 8] = ["convert", "inspect", "verify", "run", "logits", "perplexity", "bench", "demo"];
+const COMMANDS: [&str; 10] =
+    ["convert", "inspect", "verify", "run", "logits", "perplexity", "bench", "demo", "plan", "synth"];
 
 #[test]
 fn help() {

@@ -5,6 +5,7 @@
 
 pub mod counts;
 pub mod engine;
+pub mod estimate;
 pub mod io;
 pub mod memory;
 pub mod model;

@@ -7,6 +7,8 @@ pub(crate) mod demo;
 pub(crate) mod inspect;
 pub(crate) mod logits;
 pub(crate) mod perplexity;
+pub(crate) mod plan;
 pub(crate) mod run;
+pub(crate) mod synth;
 pub(crate) mod trace;
 pub(crate) mod verify;
