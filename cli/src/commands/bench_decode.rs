@@ -163,7 +163,7 @@ fn measure(args: &Args, budget: Option<u64>) -> Result<Outcome, CliError> {
     let total = args.warm_up + args.n;
     let options = EngineOptions { budget, ..args.engine.options(total) };
     let mut decoder = Decoder::open(&args.file, &options, total)?;
-    let bar = step_bar("decoding".into(), total as u64);
+    let bar = step_bar("decoding", total as u64);
     let mut drive = Drive::open(&args.file, decoder.engine.io_config())?;
     decoder.decode(args.warm_up, &|| bar.inc(1))?;
     // The drive's speed changes within seconds on shared machines: measured before, between and after.
@@ -208,7 +208,14 @@ fn outcome(engine: &Engine, budget: Option<u64>, before: &Stats, elapsed: Durati
         achieved: bytes / seconds,
         attainable,
         achieved_of_attainable: bytes / seconds / attainable,
-        milliseconds: Split { total, io_wait, attention, experts, head, other: total - io_wait - attention - experts - head },
+        milliseconds: Split {
+            total,
+            io_wait,
+            attention,
+            experts,
+            head,
+            other: total - io_wait - attention - experts - head,
+        },
         time_over_roof: total / reading.max(total - io_wait),
     }
 }
@@ -278,7 +285,7 @@ fn compare(args: &Args, what: Compare) -> Result<(), CliError> {
     };
     let mut a = Decoder::open(&args.file, &first, total)?;
     let mut b = Decoder::open(&args.file, &other, total)?;
-    let bar = step_bar("decoding".into(), 2 * total as u64);
+    let bar = step_bar("decoding", 2 * total as u64);
     a.decode(args.warm_up, &|| bar.inc(1))?;
     b.decode(args.warm_up, &|| bar.inc(1))?;
     let rate = |elapsed: Duration| args.n as f64 / elapsed.as_secs_f64();
