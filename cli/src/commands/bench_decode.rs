@@ -292,7 +292,7 @@ fn compare(args: &Args, what: Compare) -> Result<(), CliError> {
     let mut pairs = Vec::with_capacity(args.pairs);
     for pair in 0..args.pairs {
         // Who goes first alternates, so that a drift of the machine hits both alike.
-        let mut run = |d: &mut Decoder| d.decode(args.n, &|| bar.inc(1)).map(rate);
+        let run = |d: &mut Decoder| d.decode(args.n, &|| bar.inc(1)).map(rate);
         pairs.push(if pair % 2 == 0 {
             let first = run(&mut a)?;
             (first, run(&mut b)?)
