@@ -97,7 +97,8 @@ mod tests {
             for argument in command.get_arguments() {
                 assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
             }
-            command.get_subcommands_mut().for_each(check);
+            // Rendering adds clap's own `help` to commands that have others.
+            command.get_subcommands_mut().filter(|c| c.get_name() != "help").for_each(check);
         }
         Cli::command().get_subcommands_mut().for_each(check);
     }

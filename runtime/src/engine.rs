@@ -226,6 +226,11 @@ impl Engine {
         &self.tuning
     }
 
+    /// Chunks and depth of the reads.
+    pub fn io_config(&self) -> &IoConfig {
+        &self.tuning.config
+    }
+
     /// The tokenizer, if the checkpoint had one.
     ///
     /// # Errors

@@ -122,17 +122,10 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`encode`](Self::encode).
-    pub fn encode_untrusted(
-        &self,
-        text: &str,
-        untrusted: &[std::ops::Range<usize>],
-    ) -> Result<Vec<u32>, TextError> {
+    pub fn encode_untrusted(&self, text: &str, untrusted: &[std::ops::Range<usize>]) -> Result<Vec<u32>, TextError> {
         guard("tokenising", || {
-            encode_with(&self.inner.tokenizer, &self.inner.added, text, untrusted).map_err(|e| {
-                TextError::Encode {
-                    reason: e.to_string(),
-                }
-            })
+            encode_with(&self.inner.tokenizer, &self.inner.added, text, untrusted)
+                .map_err(|e| TextError::Encode { reason: e.to_string() })
         })?
     }
 
