@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use sluice_converter::ConvertError;
-use sluice_format::FormatError;
+use sluice_format::{FormatError, ImportanceError};
 use sluice_runtime::RuntimeError;
 use sluice_runtime::sampler::SamplerError;
 use sluice_runtime::text::TextError;
@@ -35,6 +35,8 @@ pub(crate) enum CliError {
     Convert(#[from] ConvertError),
     #[error(transparent)]
     Format(#[from] FormatError),
+    #[error(transparent)]
+    Importance(#[from] ImportanceError),
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
     #[error(transparent)]

@@ -45,6 +45,8 @@ enum Command {
     Run(Box<commands::run::Args>),
     Logits(commands::logits::Args),
     Perplexity(commands::perplexity::Args),
+    Calibrate(commands::calibrate::Args),
+    Bench(commands::bench::Args),
     Demo(commands::demo::Args),
 }
 
@@ -56,6 +58,8 @@ fn main() -> ExitCode {
         Command::Run(args) => commands::run::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
+        Command::Calibrate(args) => commands::calibrate::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
         Command::Demo(args) => commands::demo::run(&args),
     };
     match outcome {

@@ -18,6 +18,7 @@ mod catalog;
 mod error;
 mod extent;
 pub mod fields;
+mod importance;
 mod inspect;
 pub mod limits;
 mod metadata;
@@ -34,6 +35,9 @@ pub use error::{FormatError, Region};
 pub use extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER, extent_name};
 pub use fields::extent::LEN as EXTENT_RECORD_LEN;
 pub use fields::tensor::LEN as TENSOR_RECORD_LEN;
+pub use importance::{
+    ColumnMeans, IMPORTANCE_MAGIC, IMPORTANCE_VERSION, Importance, ImportanceError, MatrixKey,
+};
 pub use inspect::{KindSize, TypeSize};
 pub use metadata::{Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB, TOKENIZER_BLOB};
 pub use reader::{ModelFile, verify_extent};

@@ -1,6 +1,7 @@
 //! The opened model: file, pool, layers, kernels; and the sessions that generate with it.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use sluice_kernels::{IsaError, Kernels, Precision, ThreadPool};
 
 use crate::io::{DirectMode, ExtentName, IoConfig};
 use crate::memory::{BudgetError, MemoryPlan};
-use crate::model::compute::Compute;
+use crate::model::compute::{Compute, InputObserver};
 use crate::model::router::Choice;
 use crate::model::{KvCache, LayerTimes, Model, ModelError, Weights, dense_extents};
 use crate::pool::{
@@ -153,6 +154,7 @@ impl Engine {
             kernels: Kernels::detect()?,
             threads: ThreadPool::new(threads.max(1)),
             precision: if options.exact { Precision::Exact } else { Precision::Int8 },
+            observer: None,
         };
         let storage = open_storage(&file, &memory, options)?;
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
@@ -213,6 +215,11 @@ impl Engine {
     /// `[tokens, top_k]`.
     pub fn observe_routing(&mut self, sink: Box<RoutingSink>) {
         self.observer = Some(sink);
+    }
+
+    /// Shows `observer` what every quantisable matrix is multiplied with from now on, or no longer anybody.
+    pub fn observe_inputs(&mut self, observer: Option<Arc<dyn InputObserver>>) {
+        self.compute.observer = observer;
     }
 
     /// An empty session for as many tokens as the memory plan has room for.

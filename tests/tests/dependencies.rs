@@ -18,7 +18,7 @@ const CRATES: [(&str, &[&str]); 5] = [
 ];
 
 /// Modules of the runtime that a module may use. `engine` is the top and may use all.
-const MODULES: [(&str, &[&str]); 7] = [
+const MODULES: [(&str, &[&str]); 8] = [
     ("io", &[]),
     ("pool", &["io"]),
     ("model", &["pool"]),
@@ -26,6 +26,7 @@ const MODULES: [(&str, &[&str]); 7] = [
     ("text", &[]),
     ("sampler", &[]),
     ("memory", &["model", "pool"]),
+    ("calibrate", &["model"]),
 ];
 
 #[test]

@@ -1,5 +1,7 @@
 //! One file per command.
 
+pub(crate) mod bench;
+pub(crate) mod calibrate;
 pub(crate) mod convert;
 pub(crate) mod demo;
 pub(crate) mod inspect;

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use serde::Serialize;
 use sluice_format::{
-    ExtentKind, FileLayout, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB,
+    ExtentKind, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB,
     TOKENIZER_BLOB, TensorRecord, WeightType,
 };
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
@@ -43,6 +43,8 @@ const PROVENANCE_ROOM: u64 = 64 << 10;
 pub(crate) struct TensorPlan {
     /// Number in [`Plan::groups`].
     pub(crate) group: usize,
+    /// Canonical name.
+    pub(crate) name: &'static str,
     pub(crate) weight_type: WeightType,
     pub(crate) layout: Layout,
     /// `[batch, rows, cols]`.
@@ -81,6 +83,7 @@ pub struct Plan {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) spec: ModelSpec,
     pub(crate) options: Options,
+    pub(crate) importance: Option<Importance>,
     pub(crate) layout: FileLayout,
     /// The tensors of each extent of the layout.
     pub(crate) extents: Vec<Vec<TensorPlan>>,
@@ -110,6 +113,7 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     let spec = family.spec(&config)?;
     spec.validate()
         .map_err(|problem| config.refuse("model_type", format!("describes an impossible model: {problem}")))?;
+    let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
     let tied = config.bool_or("tie_word_embeddings", false)?;
     let inventory = inventory::take(&checkpoint, family, &spec, tied)?;
     let built = build::build(&checkpoint, family, &spec, options, &inventory.head)?;
@@ -123,6 +127,7 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
         checkpoint,
         spec,
         options: options.clone(),
+        importance,
         layout,
         extents: built.extents,
         records: built.records,
@@ -229,6 +234,7 @@ impl Plan {
         add(&self.options.page_size.to_le_bytes());
         add(self.options.expert_type.to_string().as_bytes());
         add(self.options.dense_type.to_string().as_bytes());
+        add(&self.importance.as_ref().map_or(0, Importance::digest).to_le_bytes());
         for f in &self.checkpoint.files {
             add(f.name.as_bytes());
             add(&f.len.to_le_bytes());
