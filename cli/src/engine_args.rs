@@ -28,6 +28,10 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "ENGINE")]
     pub(crate) engine: Option<EngineChoice>,
 
+    /// Read as is good on most drives, not as `sluice bench disk` found best for this one
+    #[arg(long)]
+    pub(crate) no_calibration: bool,
+
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
@@ -35,6 +39,10 @@ pub(crate) struct EngineArgs {
     /// Who leaves the expert cache: next-use, lru or lfu
     #[arg(long, value_name = "POLICY", default_value_t, hide_short_help = true)]
     pub(crate) policy: PolicyKind,
+
+    /// Begin without what earlier runs have learned about this model's experts, and keep nothing of this one
+    #[arg(long, hide_short_help = true)]
+    pub(crate) forget: bool,
 
     /// Never read experts ahead of the router
     #[arg(long, hide_short_help = true)]
@@ -66,12 +74,15 @@ impl EngineArgs {
     fn options(&self, context: usize) -> EngineOptions {
         EngineOptions {
             policy: self.policy,
+            forget: self.forget,
             prefetch: if self.no_prefetch { Prefetch::Off } else { Prefetch::Auto },
             budget: self.budget,
             read_engine: self.engine.map(|e| match e {
                 EngineChoice::Uring => ReadEngineKind::Uring,
                 EngineChoice::Pread => ReadEngineKind::Pread,
             }),
+            io: None,
+            no_calibration: self.no_calibration,
             threads: self.threads.map(NonZeroUsize::get),
             exact: self.exact,
             context: Some(context),

@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use sluice_converter::ConvertError;
 use sluice_format::{FormatError, ImportanceError};
 use sluice_runtime::RuntimeError;
+use sluice_runtime::io::bench::BenchError;
 use sluice_runtime::sampler::SamplerError;
 use sluice_runtime::text::TextError;
+use sluice_runtime::trace::{ReplayError, TraceError};
 
 /// Why a command failed. The message is one paragraph that says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +44,13 @@ pub(crate) enum CliError {
     #[error(transparent)]
     Text(#[from] TextError),
     #[error(transparent)]
+    Bench(#[from] BenchError),
+    #[error(transparent)]
     Sampler(#[from] SamplerError),
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    #[error(transparent)]
+    Replay(#[from] ReplayError),
 }
 
 impl CliError {

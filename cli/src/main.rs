@@ -8,7 +8,9 @@ mod error;
 mod generate;
 mod ids;
 mod npy;
+mod plot;
 mod profile;
+mod recorder;
 mod sampling;
 mod size;
 mod terminal;
@@ -46,6 +48,7 @@ enum Command {
     Logits(commands::logits::Args),
     Perplexity(commands::perplexity::Args),
     Calibrate(commands::calibrate::Args),
+    Trace(commands::trace::Args),
     Bench(commands::bench::Args),
     Demo(commands::demo::Args),
 }
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Command::Logits(args) => commands::logits::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
         Command::Calibrate(args) => commands::calibrate::run(&args),
+        Command::Trace(args) => commands::trace::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Demo(args) => commands::demo::run(&args),
     };
@@ -84,12 +88,14 @@ mod tests {
 
     #[test]
     fn every_command_explains_itself() {
-        for command in Cli::command().get_subcommands_mut() {
+        fn check(command: &mut clap::Command) {
             let help = command.render_long_help().to_string();
             assert!(help.contains("Examples:"), "{} has no examples", command.get_name());
             for argument in command.get_arguments() {
                 assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
             }
+            command.get_subcommands_mut().for_each(check);
         }
+        Cli::command().get_subcommands_mut().for_each(check);
     }
 }

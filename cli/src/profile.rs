@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use serde::Serialize;
+use sluice_runtime::io::TuningSource;
 use sluice_runtime::memory::{Bytes, MemoryPlan};
 use sluice_runtime::{Engine, Stats};
 
@@ -25,6 +26,12 @@ pub(crate) struct Phase {
     pub(crate) hits: u64,
     /// Experts that had to be read.
     pub(crate) misses: u64,
+    /// Experts read ahead of the router, on a guess.
+    pub(crate) prefetched: u64,
+    /// Of which used before they left memory.
+    pub(crate) prefetched_used: u64,
+    /// Of which left memory, or were given up, unused.
+    pub(crate) prefetched_wasted: u64,
     /// Hits among both; `None` when no expert was needed.
     pub(crate) hit_rate: Option<f64>,
     /// Of the time: waiting for experts.
@@ -62,6 +69,9 @@ impl Phase {
             expert_bytes_read_per_token: if tokens > 0 { bytes as f64 / tokens as f64 } else { 0.0 },
             hits,
             misses,
+            prefetched: b.prefetched - a.prefetched,
+            prefetched_used: b.prefetched_used - a.prefetched_used,
+            prefetched_wasted: b.prefetched_wasted - a.prefetched_wasted,
             hit_rate: (hits + misses > 0).then(|| hits as f64 / (hits + misses) as f64),
             io_wait_seconds,
             attention_seconds,
@@ -86,10 +96,13 @@ impl Phase {
         let part = |value| percent(value, self.seconds);
         let _ = writeln!(
             out,
-            "          {} of {} experts were in memory ({:.1} %)",
+            "          {} of {} experts were in memory ({:.1} %); {} read ahead, {} of them used, {} in vain",
             self.hits,
             self.hits + self.misses,
             100.0 * self.hit_rate.unwrap_or(0.0),
+            self.prefetched,
+            self.prefetched_used,
+            self.prefetched_wasted,
         );
         let _ = writeln!(
             out,
@@ -116,8 +129,51 @@ pub(crate) struct Profile {
     pub(crate) memory: MemoryPlan,
     /// What reads the file, in words.
     pub(crate) read_path: String,
+    pub(crate) read_tuning: ReadTuning,
     pub(crate) isa: &'static str,
     pub(crate) threads: usize,
+}
+
+/// In which pieces the file is read.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct ReadTuning {
+    /// Short name of the engine in use.
+    engine: &'static str,
+    chunk_bytes: usize,
+    depth: usize,
+    prefetch_depth: usize,
+    /// Found by `sluice bench disk` on this drive.
+    calibrated: bool,
+    /// Why a calibration was not used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remark: Option<String>,
+}
+
+impl ReadTuning {
+    fn of(engine: &Engine) -> ReadTuning {
+        let tuning = engine.tuning();
+        ReadTuning {
+            engine: engine.read_engine(),
+            chunk_bytes: tuning.config.chunk_bytes,
+            depth: tuning.config.depth,
+            prefetch_depth: tuning.config.prefetch_depth,
+            calibrated: tuning.source == TuningSource::Calibrated,
+            remark: match &tuning.source {
+                TuningSource::Default(remark) => remark.clone(),
+                TuningSource::Given | TuningSource::Calibrated => None,
+            },
+        }
+    }
+
+    fn line(&self) -> String {
+        let source = match (&self.remark, self.calibrated) {
+            (_, true) => "calibrated for this drive".to_owned(),
+            (Some(remark), _) => format!("not calibrated: {remark}"),
+            (None, _) => "not calibrated: `sluice bench disk` finds what is best".to_owned(),
+        };
+        let chunk = Bytes(self.chunk_bytes as u64);
+        format!("{} with chunks of {chunk}, {} in flight ({source})", self.engine, self.depth)
+    }
 }
 
 impl Profile {
@@ -129,6 +185,7 @@ impl Profile {
             dense_bytes_read: engine.stats().dense_bytes_read,
             memory: engine.memory().clone(),
             read_path: engine.read_path(),
+            read_tuning: ReadTuning::of(engine),
             isa: engine.isa(),
             threads: engine.threads(),
         }
@@ -153,6 +210,7 @@ impl Profile {
             Bytes(memory.slot_len),
         );
         let _ = writeln!(out, "reads     {}", self.read_path);
+        let _ = writeln!(out, "          {}", self.read_tuning.line());
         let _ = writeln!(
             out,
             "computes  {} on {} threads; opened in {}, {} of dense weights",

@@ -13,10 +13,12 @@ fn convert_says_what_it_did() {
     let (source, path) = (source.to_str().unwrap(), path.to_str().unwrap());
 
     let plan = json(&sluice(&["convert", source, path, "--dry-run", "--json"]));
-    assert_eq!((&plan["dry_run"], &plan["expert_type"]), (&true.into(), &"q8".into()));
+    assert_eq!((&plan["dry_run"], &plan["expert_type"]), (&true.into(), &"keep".into()));
+    assert_eq!(plan["types"]["expert.gate_up"], serde_json::json!(["bf16"]));
     assert!(!fs::exists(path).unwrap());
 
-    let done = json(&sluice(&["convert", source, path, "--json"]));
+    let plan = json(&sluice(&["convert", source, path, "--dry-run", "--type", "q8", "--json"]));
+    let done = json(&sluice(&["convert", source, path, "--type", "q8", "--json"]));
     let length = fs::metadata(path).unwrap().len();
     assert_eq!(done["file_bytes"], length);
     assert!(plan["file_bytes"].as_u64().unwrap() >= length);

@@ -11,10 +11,11 @@
 //! | `source` | reads safetensors; trusts nothing in them |
 //! | `family` | knows what `config.json` means and what tensors are called, one file per family |
 //! | `plan` | chooses types, lays out extents, checks that every tensor is accounted for |
-//! | `load`, `fp8`, `pack` | bytes of the source → rows of numbers → row groups of the file |
+//! | `load`, `decode`, `fp8`, `pack` | bytes of the source → rows of numbers → row groups of the file |
 //! | `journal`, `partial`, `execute` | crash safety, disk space, threads |
 //! | `report` | provenance and summary |
 
+mod decode;
 mod error;
 mod execute;
 mod family;

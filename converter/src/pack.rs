@@ -1,12 +1,12 @@
 //! One extent: reads its tensors in bounded blocks of rows, brings them into the file's layout, writes them front to back.
 
-use sluice_format::{ExtentKind, ExtentWriter, Layout, ROW_GROUP, WeightType};
+use sluice_format::{BLOCK, ExtentKind, ExtentWriter, Layout, ROW_GROUP, WeightType};
 use sluice_kernels as kernels;
 
 use crate::error::ConvertError;
 use crate::fp8;
-use crate::load::{BlockScales, Loader, Rows};
-use crate::plan::resolve::SCALE_BLOCK;
+use crate::load::{BlockScales, Loader, Rows, Scales};
+use crate::plan::resolve::{Grouped, SCALE_BLOCK};
 use crate::plan::{Plan, Source, Storage, TensorPlan, is_lossy};
 
 /// Elements that are in memory at once, per thread and tensor. Fixed: the sums of errors follow the order of blocks.
@@ -60,7 +60,7 @@ pub(crate) struct Packer<'a> {
 /// A tensor being packed: its plan, the scales of its sources, where its errors go.
 struct Job<'a> {
     tensor: &'a TensorPlan,
-    scales: Vec<BlockScales>,
+    scales: Vec<Scales>,
     /// Of the columns, by number in the batch; empty where nothing is known or the type does not ask.
     importance: Vec<Option<Vec<f32>>>,
     sums: ErrorSums,
@@ -111,7 +111,7 @@ impl<'a> Packer<'a> {
     fn plain(&mut self, job: &mut Job<'_>, rows: Rows) -> Result<(), ConvertError> {
         let source = &job.tensor.sources[0];
         let ty = job.tensor.weight_type;
-        if carries_halves(source.storage, ty) {
+        if carries_halves(source.storage, ty) && !source.plus_one {
             let raw = self.loader.raw(source, rows)?;
             let finite = halves(raw).all(|h| is_finite_half(h, ty));
             self.packed.extend_from_slice(raw);
@@ -140,7 +140,13 @@ impl<'a> Packer<'a> {
         for (i, source) in sources.iter().enumerate() {
             let groups = Groups { group_len, first: i, step: sources.len() };
             match (source.storage, job.tensor.weight_type) {
-                (Storage::Fp8 { .. }, WeightType::Fp8) => self.carry_fp8(source, &job.scales[i], rows, groups)?,
+                (Storage::Fp8(_), WeightType::Fp8) => {
+                    let Scales::Fp8(scales) = &job.scales[i] else { unreachable!("the loader reads them by storage") };
+                    self.carry_fp8(source, scales, rows, groups)?;
+                }
+                (Storage::Grouped(g), ty @ (WeightType::Int4 | WeightType::Mxfp4)) => {
+                    self.carry_grouped(source, &g, ty, rows, groups)?;
+                }
                 (storage, ty) if carries_halves(storage, ty) => self.carry_halves(source, ty, rows, groups)?,
                 _ => self.convert(job, i, rows, groups)?,
             }
@@ -161,12 +167,46 @@ impl<'a> Packer<'a> {
         for (g, codes) in codes.chunks(ROW_GROUP * rows.cols).enumerate() {
             // One source block covers each tile of the group, so any element of the tile has its scale.
             let row = rows.first + g * ROW_GROUP;
-            let at = |c| scales.at(source.locate(rows.batch, row, c));
+            let at = |c| scales.at(source.locate(row, c));
             group_scales.clear();
             group_scales.extend((0..rows.cols).step_by(SCALE_BLOCK).map(at));
             let (n, out) = (codes.len() / rows.cols, groups.slot(&mut self.packed, g));
             kernels::pack_row_group_fp8(codes, n, rows.cols, &group_scales, out);
         }
+        if finite { Ok(()) } else { Err(self.loader.not_finite(source.tensor)) }
+    }
+
+    /// Four-bit codes whose scales the type has too. A scale of more than 32 columns is repeated.
+    fn carry_grouped(
+        &mut self,
+        source: &Source,
+        grouped: &Grouped,
+        ty: WeightType,
+        rows: Rows,
+        groups: Groups,
+    ) -> Result<(), ConvertError> {
+        let (codes, scales) = self.loader.codes(source, grouped, rows)?;
+        let repeat = grouped.group / BLOCK;
+        let blocks = rows.cols / BLOCK;
+        let finite = if ty == WeightType::Int4 {
+            let scales: Vec<u16> = halves(&scales).flat_map(|s| std::iter::repeat_n(s, repeat)).collect();
+            let row_groups = codes.chunks(ROW_GROUP * rows.cols).zip(scales.chunks(ROW_GROUP * blocks));
+            for (g, (codes, scales)) in row_groups.enumerate() {
+                let out = groups.slot(&mut self.packed, g);
+                kernels::pack_row_group_int4(codes, codes.len() / rows.cols, rows.cols, scales, out);
+            }
+            // Values reach eight times the scale.
+            scales.iter().all(|&s| (8.0 * kernels::bf16_to_f32(s)).is_finite())
+        } else {
+            let scales: Vec<u8> = scales.iter().flat_map(|&s| std::iter::repeat_n(s, repeat)).collect();
+            let row_groups = codes.chunks(ROW_GROUP * rows.cols).zip(scales.chunks(ROW_GROUP * blocks));
+            for (g, (codes, scales)) in row_groups.enumerate() {
+                let out = groups.slot(&mut self.packed, g);
+                kernels::pack_row_group_mxfp4(codes, codes.len() / rows.cols, rows.cols, scales, out);
+            }
+            // Values reach six times the scale.
+            scales.iter().all(|&s| (6.0 * kernels::e8m0_to_f32(s)).is_finite())
+        };
         if finite { Ok(()) } else { Err(self.loader.not_finite(source.tensor)) }
     }
 
@@ -194,7 +234,7 @@ impl<'a> Packer<'a> {
         self.loader.f32(source, &job.scales[i], rows, &mut self.values)?;
         let lossy = is_lossy(source.storage, ty);
         let group_values = ROW_GROUP * rows.cols;
-        let importance = job.importance.get(rows.batch).and_then(Option::as_deref);
+        let importance = job.importance.get(rows.first / job.tensor.shape[1]).and_then(Option::as_deref);
         // Strips of 128 rows: fp8 computes one scale per strip and 128 columns, the other types do not care.
         for (s, strip) in self.values.chunks(SCALE_BLOCK * rows.cols).enumerate() {
             let quantised = (ty == WeightType::Fp8).then(|| fp8::quantise_strip(strip, rows.cols));
@@ -279,7 +319,11 @@ fn blocks(tensor: &TensorPlan) -> impl Iterator<Item = Rows> + use<> {
     let unit = if fit >= SCALE_BLOCK || tensor.weight_type == WeightType::Fp8 { SCALE_BLOCK } else { ROW_GROUP };
     let height = (fit - fit % unit).max(unit);
     let starts = move |batch| (0..rows).step_by(height).map(move |first| (batch, first));
-    let block = move |(batch, first): (usize, usize)| Rows { batch, first, count: height.min(rows - first), cols };
+    let block = move |(batch, first): (usize, usize)| Rows {
+        first: batch * rows + first,
+        count: height.min(rows - first),
+        cols,
+    };
     (0..batch).flat_map(starts).map(block)
 }
 
@@ -323,14 +367,15 @@ mod tests {
             let (group, layout, offset, sources) = (0, Layout::Tiled, 0, Vec::new());
             let name = "gate_up";
             let tensor = TensorPlan { group, name, weight_type, layout, shape: [2, 1001, cols], offset, sources };
-            let mut next = (0, 0);
+            let mut next = 0;
             for b in blocks(&tensor) {
-                assert_eq!((b.batch, b.first), next);
-                assert!(b.first.is_multiple_of(ROW_GROUP));
-                assert!(weight_type != WeightType::Fp8 || b.first.is_multiple_of(SCALE_BLOCK));
-                next = if b.first + b.count == 1001 { (b.batch + 1, 0) } else { (b.batch, b.first + b.count) };
+                assert_eq!(b.first, next);
+                let in_matrix = b.first % 1001;
+                assert!(in_matrix.is_multiple_of(ROW_GROUP) && in_matrix + b.count <= 1001);
+                assert!(weight_type != WeightType::Fp8 || in_matrix.is_multiple_of(SCALE_BLOCK));
+                next = b.first + b.count;
             }
-            assert_eq!(next, (2, 0));
+            assert_eq!(next, 2 * 1001);
         }
     }
 }

@@ -105,7 +105,10 @@ fn what_is_not_supported_is_named_with_what_is() {
         (json!({"moe_intermediate_size": u64::MAX}), vec!["impossible"]),
         (json!({"rope_scaling": {"type": "longrope"}}), vec!["`rope_scaling.type`", "longrope", "yarn"]),
         (json!({"rope_scaling": {"rope_type": "yarn"}}), vec!["`rope_scaling.factor`"]),
-        (json!({"quantization_config": {"quant_method": "awq"}}), vec!["`quantization_config.quant_method`", "fp8"]),
+        (
+            json!({"quantization_config": {"quant_method": "hqq"}}),
+            vec!["`quantization_config.quant_method`", "fp8", "awq"],
+        ),
         (
             json!({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}),
             vec!["weight_block_size", "[64,64]", "[128,128]"],

@@ -35,9 +35,7 @@ pub use error::{FormatError, Region};
 pub use extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER, extent_name};
 pub use fields::extent::LEN as EXTENT_RECORD_LEN;
 pub use fields::tensor::LEN as TENSOR_RECORD_LEN;
-pub use importance::{
-    ColumnMeans, IMPORTANCE_MAGIC, IMPORTANCE_VERSION, Importance, ImportanceError, MatrixKey,
-};
+pub use importance::{ColumnMeans, IMPORTANCE_MAGIC, IMPORTANCE_VERSION, Importance, ImportanceError, MatrixKey};
 pub use inspect::{KindSize, TypeSize};
 pub use metadata::{Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB, TOKENIZER_BLOB};
 pub use reader::{ModelFile, verify_extent};

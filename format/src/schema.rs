@@ -1,7 +1,7 @@
 //! Which tensors a model of a given spec has: the contract between converter and runtime.
 
 use crate::extent::ExtentKind;
-use crate::spec::{AttentionSpec, FfnSpec, GqaSpec, MlaSpec, ModelSpec, QkNormScope};
+use crate::spec::{AttentionSpec, DeltaSpec, FfnSpec, GqaSpec, MlaSpec, ModelSpec, QkNormScope};
 use crate::tensor::Layout;
 
 /// Name, shape and arrangement of one tensor that an extent must hold.
@@ -67,6 +67,7 @@ impl ModelSpec {
                 match &spec.attention {
                     AttentionSpec::Mla(m) => list.extend(mla_tensors(m, hidden)),
                     AttentionSpec::Gqa(g) => list.extend(gqa_tensors(g, hidden)),
+                    AttentionSpec::Delta(d) => list.extend(delta_tensors(d, hidden)),
                 }
                 list
             }
@@ -105,7 +106,36 @@ fn mla_tensors(m: &MlaSpec, hidden: usize) -> Vec<TensorShape> {
         batched("v_b", m.v_head_dim, m.kv_lora_rank),
         matrix("o", hidden, m.heads * m.v_head_dim),
     ]);
+    if let (Some(indexer), Some(rank)) = (&m.indexer, m.q_lora_rank)
+        && !indexer.shared
+    {
+        list.extend([
+            matrix("index_q", indexer.index_heads * indexer.index_head_dim, rank),
+            matrix("index_k", indexer.index_head_dim, hidden),
+            vector("index_k_norm", indexer.index_head_dim),
+            vector("index_k_norm_bias", indexer.index_head_dim),
+            matrix("index_weights", indexer.index_heads, hidden),
+        ]);
+    }
     list
+}
+
+/// `conv` holds the taps of each channel together, oldest first; channels are those of queries, keys and values.
+fn delta_tensors(d: &DeltaSpec, hidden: usize) -> Vec<TensorShape> {
+    let (key, value) = (d.key_heads * d.key_head_dim, d.value_heads * d.value_head_dim);
+    vec![
+        matrix("q", key, hidden),
+        matrix("k", key, hidden),
+        matrix("v", value, hidden),
+        matrix("b", d.value_heads, hidden),
+        matrix("a", d.value_heads, hidden),
+        vector("conv", d.conv_channels() * d.conv_width),
+        vector("a_log", d.value_heads),
+        vector("dt_bias", d.value_heads),
+        matrix("z", value, hidden),
+        vector("out_norm", d.value_head_dim),
+        matrix("o", hidden, value),
+    ]
 }
 
 /// `gate` is the half of the query projection of Qwen3-Next that gates the output.

@@ -3,12 +3,16 @@
 //! The converter translates a family's `config.json` into a [`ModelSpec`]; the runtime executes specs and knows no family.
 //! Stored as JSON in the metadata, versioned by [`SPEC_VERSION`], and validated on both sides.
 
+mod delta;
 mod gqa;
+mod indexer;
 
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{MAX_EXPERTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_SPEC_BYTES, MAX_WIDTH};
+pub use delta::DeltaSpec;
 pub use gqa::{GqaSpec, QkNorm, QkNormScope};
+pub use indexer::IndexerSpec;
 
 /// Version of the JSON; an unknown one is refused.
 pub const SPEC_VERSION: u32 = 1;
@@ -51,6 +55,8 @@ pub enum AttentionSpec {
     Mla(MlaSpec),
     /// Grouped-query attention.
     Gqa(GqaSpec),
+    /// Gated delta net.
+    Delta(DeltaSpec),
 }
 
 /// Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) in the absorbed form: the cache holds one
@@ -76,6 +82,9 @@ pub struct MlaSpec {
     pub softmax_scale: f32,
     /// Rotation of the positional part.
     pub rope: RopeSpec,
+    /// Limits attention to the tokens that an indexer chooses; `None`: all before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub indexer: Option<IndexerSpec>,
 }
 
 /// Rotary position embedding.
@@ -280,7 +289,15 @@ impl ModelSpec {
         }
         self.layers.iter().enumerate().try_for_each(|(i, layer)| {
             layer.attention.validate().and_then(|()| layer.ffn.validate()).map_err(|e| format!("layer {i}: {e}"))
-        })
+        })?;
+        let indexers = self.layers.iter().filter_map(|l| match &l.attention {
+            AttentionSpec::Mla(m) => m.indexer.as_ref(),
+            _ => None,
+        });
+        match indexers.take(1).any(|first| first.shared) {
+            true => Err("its first indexer is shared, and there is none before it".into()),
+            false => Ok(()),
+        }
     }
 
     /// Experts that one token routes to, over all layers.
@@ -323,6 +340,7 @@ impl AttentionSpec {
         match self {
             AttentionSpec::Mla(m) => m.validate(),
             AttentionSpec::Gqa(g) => g.validate(),
+            AttentionSpec::Delta(d) => d.validate(),
         }
     }
 }
@@ -350,6 +368,9 @@ impl MlaSpec {
         }
         if self.rope.dim != self.qk_rope_head_dim {
             return Err(format!("rope.dim is {}, not qk_rope_head_dim {}", self.rope.dim, self.qk_rope_head_dim));
+        }
+        if let Some(indexer) = &self.indexer {
+            indexer.validate(self.rope.dim, self.q_lora_rank.is_some())?;
         }
         self.rope.validate()
     }

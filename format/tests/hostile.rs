@@ -325,6 +325,10 @@ fn specs() {
 
 #[test]
 fn specs_of_grouped_queries() {
+    assert_eq!(ModelSpec::from_json(&sparse_spec().to_json()).unwrap(), sparse_spec());
+    let mut orphan = sparse_spec();
+    orphan.layers.remove(0);
+    assert!(ModelSpec::from_json(&orphan.to_json()).unwrap_err().contains("indexer"));
     assert_eq!(ModelSpec::from_json(&gqa_spec().to_json()).unwrap(), gqa_spec());
     let bad = |says: &str, pointer: &str, value: serde_json::Value| {
         let mut json: serde_json::Value = serde_json::from_slice(&gqa_spec().to_json()).unwrap();

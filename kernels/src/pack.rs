@@ -3,8 +3,8 @@
 //! The converter checks shapes of its input and reports them; here a wrong length is a mistake of the program and
 //! panics.
 
-use crate::matrix::{BLOCK, FP8_BLOCK, Group, Matrix, Planes, ROW_GROUP, WeightType};
 use crate::math::ROUND;
+use crate::matrix::{BLOCK, FP8_BLOCK, Group, Matrix, Planes, ROW_GROUP, WeightType};
 use crate::number::{E2M1, f16_to_f32, f32_to_bf16, f32_to_f16};
 use crate::{quant, scalar};
 
@@ -218,7 +218,8 @@ mod tests {
     fn q8_rounds_to_nearest_even() {
         let plain = |w: f32, scale: f32| (w / scale).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
         let edges = (-300..300).map(|i| i as f32 / 2.0).chain([0.0, -0.0, 1e-40, -1e-40, f32::MAX, f32::MIN]);
-        let near = edges.flat_map(|w| [w, f32::from_bits(w.to_bits() + 1), f32::from_bits(w.to_bits().saturating_sub(1))]);
+        let near =
+            edges.flat_map(|w| [w, f32::from_bits(w.to_bits() + 1), f32::from_bits(w.to_bits().saturating_sub(1))]);
         let values: Vec<f32> = near.filter(|w| w.is_finite()).collect();
         for scale in [1.0, 0.25, 6e-8, 65504.0, 0.3] {
             for block in values.chunks(BLOCK) {

@@ -1,5 +1,6 @@
 //! The opened model: file, pool, layers, kernels; and the sessions that generate with it.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -9,7 +10,8 @@ use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, TOKENIZER_BLOB};
 use sluice_kernels::{IsaError, Kernels, Precision, ThreadPool};
 
-use crate::io::{DirectMode, ExtentName, IoConfig};
+use crate::counts;
+use crate::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
 use crate::memory::{BudgetError, MemoryPlan};
 use crate::model::compute::{Compute, InputObserver};
 use crate::model::router::Choice;
@@ -26,6 +28,10 @@ pub struct EngineOptions {
     pub budget: Option<u64>,
     /// Which read engine; `None`: the best that works here.
     pub read_engine: Option<ReadEngineKind>,
+    /// How the file is read; `None`: as the calibration of its drive says, or as is good on most drives.
+    pub io: Option<IoConfig>,
+    /// Do not look for a calibration.
+    pub no_calibration: bool,
     /// Worker threads; `None`: one per core.
     pub threads: Option<usize>,
     /// f32 activations everywhere instead of int8 activations for quantised weights.
@@ -34,6 +40,8 @@ pub struct EngineOptions {
     pub policy: PolicyKind,
     /// Whether experts are read ahead of the router on a guess.
     pub prefetch: Prefetch,
+    /// Whether to begin without what earlier runs have learned about this model's experts.
+    pub forget: bool,
     /// Tokens that a session can hold; `None`: 4096, or the model's own maximum if that is less.
     pub context: Option<usize>,
 }
@@ -97,7 +105,13 @@ pub struct Stats {
     pub hits: u64,
     /// Experts that had to be read.
     pub misses: u64,
-    /// Bytes of experts read.
+    /// Experts read ahead of the router, on a guess.
+    pub prefetched: u64,
+    /// Of which used before they left memory.
+    pub prefetched_used: u64,
+    /// Of which left memory, or were given up, unused.
+    pub prefetched_wasted: u64,
+    /// Bytes of experts read, prefetched ones included.
     pub expert_bytes_read: u64,
     /// Bytes of dense parts and embedding read.
     pub dense_bytes_read: u64,
@@ -109,10 +123,11 @@ pub struct Engine {
     memory: MemoryPlan,
     compute: Compute,
     storage: Storage,
+    tuning: Tuning,
     model: Model,
     tokens: u64,
     time: Duration,
-    observer: Option<Box<RoutingSink>>,
+    observers: Vec<Box<RoutingSink>>,
 }
 
 type RoutingSink = dyn FnMut(usize, usize, usize, &[Choice]);
@@ -156,10 +171,19 @@ impl Engine {
             precision: if options.exact { Precision::Exact } else { Precision::Int8 },
             observer: None,
         };
-        let storage = open_storage(&file, &memory, options)?;
+        let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
+        let tuning = Tuning::choose(file.path(), options.io.as_ref(), options.read_engine, store.as_ref());
+        let mut storage = open_storage(&file, &memory, options.policy, &tuning)?;
+        if !options.forget
+            && let Some(counts) = counts::load(path, file.superblock().model_id)
+        {
+            // Counts of another policy or shape are as good as none.
+            let _ = storage.pool.policy_mut().import(&counts);
+        }
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
         let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto)?;
-        Ok(Engine { file, memory, compute, storage, model, tokens: 0, time: Duration::ZERO, observer: None })
+        let (tokens, time, observers) = (0, Duration::ZERO, Vec::new());
+        Ok(Engine { file, memory, compute, storage, tuning, model, tokens, time, observers })
     }
 
     /// What the model computes.
@@ -194,6 +218,16 @@ impl Engine {
         format!("{} ({}), {direct}", engine.name, engine.note)
     }
 
+    /// Short name of the engine that reads the file.
+    pub fn read_engine(&self) -> &'static str {
+        self.storage.io.engine().name
+    }
+
+    /// How the file is to be read, and where that comes from.
+    pub fn tuning(&self) -> &Tuning {
+        &self.tuning
+    }
+
     /// The tokenizer, if the checkpoint had one.
     ///
     /// # Errors
@@ -211,10 +245,22 @@ impl Engine {
         Ok(GenerationDefaults::parse(blob("generation_config.json"), blob("config.json"))?)
     }
 
-    /// Calls `sink` with the routing of every layer from now on: layer, position of the first token, top-k, choices
+    /// Also calls `sink` with the routing of every layer from now on: layer, position of the first token, top-k, choices
     /// `[tokens, top_k]`.
     pub fn observe_routing(&mut self, sink: Box<RoutingSink>) {
-        self.observer = Some(sink);
+        self.observers.push(sink);
+    }
+
+    /// Keeps what the eviction policy has learned beside the model, for the next start.
+    ///
+    /// # Errors
+    /// What the file system says; nothing is lost but the knowledge.
+    pub fn save_counts(&self) -> io::Result<()> {
+        let counts = self.storage.pool.policy().export();
+        if counts.is_empty() {
+            return Ok(());
+        }
+        counts::save(self.file.path(), self.file.superblock().model_id, &counts)
     }
 
     /// Shows `observer` what every quantisable matrix is multiplied with from now on, or no longer anybody.
@@ -266,7 +312,7 @@ impl Engine {
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), RuntimeError> {
         let started = Instant::now();
-        let Engine { file, compute, storage, model, observer, .. } = self;
+        let Engine { file, compute, storage, model, observers, .. } = self;
         if tokens.is_empty() {
             return Err(ModelError::NoTokens.into());
         }
@@ -274,15 +320,13 @@ impl Engine {
         if wanted > session.capacity() {
             return Err(ModelError::ContextFull { capacity: session.capacity(), wanted }.into());
         }
-        let mut silent = |_: usize, _: usize, _: usize, _: &[Choice]| ();
+        let mut observe = |layer: usize, position: usize, top_k: usize, choices: &[Choice]| {
+            observers.iter_mut().for_each(|sink| sink(layer, position, top_k, choices));
+        };
         for (i, chunk) in tokens.chunks(self.memory.chunk).enumerate() {
             let base = i * self.memory.chunk;
-            let observer: &mut RoutingSink = match observer {
-                Some(sink) => sink.as_mut(),
-                None => &mut silent,
-            };
             let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
-            model.forward(compute, &mut weights, &mut session.cache, chunk, observer)?;
+            model.forward(compute, &mut weights, &mut session.cache, chunk, &mut observe)?;
             let first = first_logit.saturating_sub(base);
             if first < chunk.len() {
                 model.logits(compute, &storage.dense, first..chunk.len(), &mut |t, row| sink(base + t, row))?;
@@ -309,6 +353,9 @@ impl Engine {
             other_seconds: self.time.saturating_sub(accounted).as_secs_f64(),
             hits: pool.hits,
             misses: pool.misses,
+            prefetched: pool.guessed,
+            prefetched_used: pool.guessed_used,
+            prefetched_wasted: pool.guessed_wasted,
             expert_bytes_read: pool.bytes_read,
             dense_bytes_read: self.storage.dense.stats().bytes_read + self.model.embedding_bytes_read(),
         }
@@ -316,7 +363,12 @@ impl Engine {
 }
 
 /// Opens the storage: dense parts in memory, as many expert slots as the plan has.
-fn open_storage(file: &ModelFile, memory: &MemoryPlan, options: &EngineOptions) -> Result<Storage, RuntimeError> {
+fn open_storage(
+    file: &ModelFile,
+    memory: &MemoryPlan,
+    policy: PolicyKind,
+    tuning: &Tuning,
+) -> Result<Storage, RuntimeError> {
     let location =
         |e: &ExtentRecord| ExtentLocation { file: e.volume, offset: e.offset, len: e.stored_len, checksum: e.checksum };
     let dense: Vec<_> =
@@ -330,11 +382,11 @@ fn open_storage(file: &ModelFile, memory: &MemoryPlan, options: &EngineOptions) 
     let config = StorageConfig {
         expert_slots: memory.slots,
         pinned: memory.pinned.clone(),
-        io: IoConfig::default(),
-        engine: options.read_engine.unwrap_or_default(),
+        io: tuning.config.clone(),
+        engine: tuning.engine,
         direct: DirectMode::default(),
     };
-    let policy = options.policy.build(experts.shape()).ok_or(RuntimeError::Policy(options.policy))?;
+    let policy = policy.build(experts.shape()).ok_or(RuntimeError::Policy(policy))?;
     Ok(Storage::open(&[file.path().to_owned()], &dense, experts, policy, &config)?)
 }
 

@@ -5,6 +5,7 @@
 //! watches the model's inputs. A test checks that no module looks upstream.
 
 pub mod calibrate;
+pub mod counts;
 pub mod engine;
 pub mod io;
 pub mod memory;

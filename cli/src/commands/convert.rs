@@ -235,8 +235,3 @@ fn plan_json(plan: &Plan, options: &Options) -> Value {
         "notes": plan.notes(),
     })
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-}

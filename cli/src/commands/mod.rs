@@ -1,6 +1,8 @@
 //! One file per command.
 
 pub(crate) mod bench;
+pub(crate) mod bench_disk;
+pub(crate) mod bench_kernels;
 pub(crate) mod calibrate;
 pub(crate) mod convert;
 pub(crate) mod demo;
@@ -8,4 +10,5 @@ pub(crate) mod inspect;
 pub(crate) mod logits;
 pub(crate) mod perplexity;
 pub(crate) mod run;
+pub(crate) mod trace;
 pub(crate) mod verify;

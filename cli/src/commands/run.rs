@@ -15,6 +15,7 @@ use crate::error::CliError;
 use crate::generate::{Finish, Generation, Request, generate};
 use crate::ids::{TokenIds, check_ids};
 use crate::profile::Profile;
+use crate::recorder::Recorder;
 use crate::sampling::SamplingArgs;
 use crate::terminal::{note, print, print_json};
 
@@ -68,6 +69,10 @@ pub(crate) struct Args {
     #[arg(long, help_heading = "Output")]
     profile: bool,
 
+    /// Record the routing of every token as JSON lines, for `sluice trace`
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    trace: Option<PathBuf>,
+
     /// Print one JSON object with text, ids and profile, at the end
     #[arg(long, help_heading = "Output")]
     json: bool,
@@ -104,7 +109,13 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         stop: &prepared.stop,
         tokenizer: prepared.tokenizer.as_ref(),
     };
+    let recorder = args.trace.as_deref().map(|path| Recorder::start(path, &mut engine)).transpose()?;
     let generation = stream(args, &mut engine, &request)?;
+    recorder.map(Recorder::finish).transpose()?;
+    if !args.engine.forget {
+        // The counts are a convenience: a folder that cannot be written is no reason to fail or to complain.
+        let _ = engine.save_counts();
+    }
     let profile = Profile::new(&engine, &generation, open_seconds);
     report(args, &request, &generation, &profile)
 }

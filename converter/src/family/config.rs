@@ -43,6 +43,11 @@ impl Config {
         }
     }
 
+    /// Names of the keys.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.keys.keys().map(String::as_str)
+    }
+
     /// The value under `key` through `read`, or `default` when the key is missing. Null is not a value.
     fn read<T>(
         &self,
@@ -58,6 +63,12 @@ impl Config {
     /// A count, or `default` when the key is missing.
     pub(crate) fn usize_or(&self, key: &str, default: usize) -> Result<usize, ConvertError> {
         self.read(key, default, "a whole number", as_usize)
+    }
+
+    /// The count under the first of `keys` that exists, or `default`: families spell some keys differently.
+    pub(crate) fn first_usize_or(&self, keys: &[&str], default: usize) -> Result<usize, ConvertError> {
+        let key = keys.iter().find(|key| self.keys.get(**key).is_some_and(|v| !v.is_null()));
+        key.map_or(Ok(default), |key| self.usize_or(key, default))
     }
 
     /// A count that may be null; `default` when the key is missing.

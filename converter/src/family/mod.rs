@@ -1,39 +1,88 @@
 //! Model families: what `config.json` means and what the tensors are called.
 //!
-//! A family is one file that implements [`Family`] and says only what differs; what several share stands in `config`,
-//! `rope` and `names`. To add one: write the file, list it in [`FAMILIES`].
+//! A family is one file that implements [`Family`] and says only what differs; what several share stands in `decoder`,
+//! `mla`, `indexer`, `gqa`, `delta`, `moe`, `rope` and `names`. `docs/ADDING_A_MODEL.md` says how to add one.
 
 pub(crate) mod config;
+mod decoder;
+mod deepseek_v2;
 mod deepseek_v3;
+mod deepseek_v32;
+mod delta;
+mod dense;
+mod glm4_moe;
+mod glm4_moe_lite;
+mod glm_moe_dsa;
+mod gpt_oss;
+mod gqa;
+mod indexer;
+mod kimi_k25;
+mod minimax_m2;
+mod mixtral;
+mod mla;
+mod moe;
 mod names;
+mod olmoe;
+mod qwen;
+mod qwen2_moe;
+mod qwen3_moe;
+mod qwen3_next;
 mod rope;
+mod view;
 
-use serde_json::Value;
 use sluice_format::{ExtentKind, ModelSpec, TensorShape};
 
 use crate::error::ConvertError;
 use config::Config;
-use names::DecoderNames;
+use names::Names;
+pub(crate) use view::{Origin, Strides, View};
 
 /// Every family that can be converted.
-static FAMILIES: &[&dyn Family] = &[&deepseek_v3::DeepSeekV3];
+static FAMILIES: &[&dyn Family] = &[
+    &deepseek_v2::DeepSeekV2,
+    &deepseek_v3::DeepSeekV3,
+    &deepseek_v32::DeepSeekV32,
+    &kimi_k25::KimiK25,
+    &glm4_moe::Glm4Moe,
+    &glm4_moe_lite::Glm4MoeLite,
+    &glm_moe_dsa::GlmMoeDsa,
+    &gpt_oss::GptOss,
+    &qwen2_moe::Qwen2Moe,
+    &qwen3_moe::Qwen3Moe,
+    &qwen3_next::Qwen3Next,
+    &qwen3_next::Qwen35Moe,
+    &qwen3_next::Qwen35MoeText,
+    &minimax_m2::MiniMaxM2,
+    &mixtral::Mixtral,
+    &olmoe::Olmoe,
+    &dense::Llama,
+    &dense::Mistral,
+    &dense::Qwen3,
+];
 
 /// What the converter must know about a family.
 pub(crate) trait Family: Sync {
     /// Values of `model_type` that mean this family.
     fn model_types(&self) -> &'static [&'static str];
 
-    /// What the model computes.
-    fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError>;
-
-    /// How the decoder's tensors are called.
-    fn names(&self) -> DecoderNames {
-        DecoderNames::USUAL
+    /// The key under which `config.json` describes the text model; `None`: at the top.
+    fn text_section(&self) -> Option<&'static str> {
+        None
     }
 
-    /// Where a tensor of an extent comes from: one view, or gate and up of a pair. Asked for what
-    /// [`ModelSpec::tensors`] lists in layers, not for embedding, head and final norm.
-    fn origin(&self, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Vec<View>;
+    /// What the model computes; `config` is the text model's.
+    fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError>;
+
+    /// What tensors are called.
+    fn names(&self) -> Names {
+        Names::USUAL
+    }
+
+    /// Where a tensor of an extent comes from. Asked for what [`ModelSpec::tensors`] lists in layers, not for embedding,
+    /// head and final norm.
+    fn origin(&self, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
+        self.names().origin(spec, place, tensor)
+    }
 
     /// Why a tensor that no extent uses may be left out; `None`: it is unknown.
     fn unused(&self, spec: &ModelSpec, name: &str) -> Option<Unused> {
@@ -52,39 +101,15 @@ pub(crate) struct Place {
     pub(crate) index: usize,
 }
 
-/// Rows of a source tensor, seen as a matrix or as a batch of matrices. The last dimension of the source is its columns,
-/// the others together are its rows.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct View {
-    /// The source tensor.
-    pub(crate) tensor: String,
-    /// The shape that it must have.
-    pub(crate) source_shape: Vec<usize>,
-    /// Its first row that belongs to matrix 0.
-    pub(crate) first_row: usize,
-    /// Rows from one matrix of the batch to the next.
-    pub(crate) batch_stride: usize,
-    /// Whether the matrix is the transpose of those rows.
-    pub(crate) transposed: bool,
-}
-
-impl View {
-    /// All of a matrix.
-    pub(crate) fn whole(tensor: String, rows: usize, cols: usize) -> Self {
-        View { tensor, source_shape: vec![rows, cols], first_row: 0, batch_stride: 0, transposed: false }
-    }
-
-    /// All of a vector.
-    pub(crate) fn vector(tensor: String, len: usize) -> Self {
-        View { tensor, source_shape: vec![len], first_row: 0, batch_stride: 0, transposed: false }
-    }
-}
-
 /// Why a tensor is left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Unused {
     /// Layers that predict further tokens: not needed to generate.
     MultiTokenPrediction,
+    /// Encoders of images and sound.
+    Vision,
+    /// Scales of activations, which are not quantised here.
+    ActivationScales,
     /// Constants that follow from the configuration.
     Derived,
 }
@@ -94,16 +119,24 @@ impl Unused {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Unused::MultiTokenPrediction => "multi-token prediction layers",
+            Unused::Vision => "encoders of images and sound",
+            Unused::ActivationScales => "scales of quantised activations",
             Unused::Derived => "constants that follow from the configuration",
         }
     }
 }
 
+/// Ends of names of tensors that quantise activations or the KV cache.
+const ACTIVATION_SCALES: [&str; 5] = [".input_scale", ".input_global_scale", ".k_scale", ".v_scale", ".q_scale"];
+
 /// Prediction layers stand behind the decoder's layers or under `mtp.`; old checkpoints carry rotary frequencies.
-fn usually_unused(names: DecoderNames, spec: &ModelSpec, name: &str) -> Option<Unused> {
+fn usually_unused(names: Names, spec: &ModelSpec, name: &str) -> Option<Unused> {
     let beyond = names.layer_of(name).is_some_and(|layer| layer >= spec.layers.len());
     if beyond || name.starts_with("mtp.") || name.starts_with("model.mtp.") {
         return Some(Unused::MultiTokenPrediction);
+    }
+    if ACTIVATION_SCALES.iter().any(|end| name.ends_with(end)) {
+        return Some(Unused::ActivationScales);
     }
     name.ends_with("rotary_emb.inv_freq").then_some(Unused::Derived)
 }
@@ -118,16 +151,9 @@ pub(crate) fn find(config: &Config) -> Result<&'static dyn Family, ConvertError>
     found.ok_or_else(|| config.refuse("model_type", format!("is \"{model_type}\"; supported: {}", supported())))
 }
 
-/// Checks that stored weights are quantised in no other way than one that the reader of sources knows.
-pub(crate) fn check_quantisation(config: &Config) -> Result<(), ConvertError> {
-    let Some(section) = config.section("quantization_config")? else { return Ok(()) };
-    section.require_str("quant_method", &["fp8"])?;
-    section.require_str("fmt", &["e4m3"])?;
-    if let Some(block) = section.opt_list("weight_block_size")?
-        && block != [Value::from(128), Value::from(128)]
-    {
-        let found = Value::from(block.to_vec());
-        return Err(section.refuse("weight_block_size", format!("is {found}; only [128,128] is supported")));
-    }
-    Ok(())
+/// The part of `config.json` that describes the text model; `None`: all of it.
+pub(crate) fn text(family: &dyn Family, config: &Config) -> Result<Option<Config>, ConvertError> {
+    let Some(key) = family.text_section() else { return Ok(None) };
+    let section = config.section(key)?;
+    section.map(Some).ok_or_else(|| config.refuse(key, "is missing: it describes the text model"))
 }

@@ -1,19 +1,45 @@
-//! Names that many families share.
+//! What tensors are called. Checkpoints of the hub hold experts one by one; transformers since version 5 and MLX stack
+//! them; all three are accepted for every family.
 
-use super::View;
+use sluice_format::{AttentionSpec, ExtentKind, LayerSpec, ModelSpec, TensorShape};
 
-/// Names of a decoder whose tensors are called as in Llama: `model.layers.3.mlp.down_proj.weight`.
+use super::view::{Origin, View};
+use super::{Place, delta, gqa, mla};
+
+/// Names of a decoder, such as `model.layers.3.mlp.down_proj.weight`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct DecoderNames {
+pub(crate) struct Names {
     /// What stands before `layers.N`, such as `model.`.
     pub(crate) prefix: &'static str,
     /// The output head.
     pub(crate) head: &'static str,
+    /// Modules of a layer that may hold router and experts, the usual one first.
+    pub(crate) moe: &'static [&'static str],
+    /// The router's module inside.
+    pub(crate) router: &'static str,
+    /// Gate, up and down of one expert.
+    pub(crate) expert: [&'static str; 3],
+    /// The shared expert's module.
+    pub(crate) shared: &'static str,
+    /// Whether norms are stored around zero: the model multiplies by one more.
+    pub(crate) zero_centred: bool,
 }
 
-impl DecoderNames {
-    /// The layout of almost every checkpoint.
-    pub(crate) const USUAL: DecoderNames = DecoderNames { prefix: "model.", head: "lm_head.weight" };
+impl Names {
+    /// The names of most checkpoints.
+    pub(crate) const USUAL: Names = Names {
+        prefix: "model.",
+        head: "lm_head.weight",
+        moe: &["mlp"],
+        router: "gate",
+        expert: ["gate_proj", "up_proj", "down_proj"],
+        shared: "shared_experts",
+        zero_centred: false,
+    };
+
+    /// The names of Mixtral and its descendants.
+    pub(crate) const MIXTRAL: Names =
+        Names { moe: &["block_sparse_moe", "mlp"], expert: ["w1", "w3", "w2"], ..Names::USUAL };
 
     /// The token embedding.
     pub(crate) fn embedding(self) -> String {
@@ -21,8 +47,8 @@ impl DecoderNames {
     }
 
     /// The norm before the head.
-    pub(crate) fn final_norm(self) -> String {
-        format!("{}norm.weight", self.prefix)
+    pub(crate) fn final_norm(self, hidden: usize) -> View {
+        self.norm(format!("{}norm.weight", self.prefix), hidden)
     }
 
     /// A tensor of a layer.
@@ -35,15 +61,108 @@ impl DecoderNames {
         let (number, _) = name.strip_prefix(self.prefix)?.strip_prefix("layers.")?.split_once('.')?;
         number.parse().ok()
     }
+
+    fn norm(self, tensor: String, len: usize) -> View {
+        View { plus_one: self.zero_centred, ..View::vector(tensor, len) }
+    }
+
+    /// Where a tensor comes from, for families that differ in names only.
+    pub(crate) fn origin(self, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
+        let layer = &spec.layers[place.layer];
+        let name = |rest: &str| self.layer(place.layer, rest);
+        match place.kind {
+            ExtentKind::Attention => self.attention(layer, &name, tensor),
+            ExtentKind::Router => self.router(&name, tensor).into_iter().map(|view| vec![view]).collect(),
+            ExtentKind::Dense => self.dense(layer, &name, tensor),
+            ExtentKind::Expert => self.expert(layer, &name, place.index, tensor),
+            kind => unreachable!("{kind} is in no layer"),
+        }
+    }
+
+    fn attention(self, spec: &LayerSpec, layer: &dyn Fn(&str) -> String, tensor: &TensorShape) -> Origin {
+        let (name, shape) = (tensor.name, tensor.shape);
+        let one = |view: View| vec![vec![view]];
+        match (name, &spec.attention) {
+            ("attn_norm", _) => one(self.norm(layer("input_layernorm.weight"), shape[2])),
+            (_, AttentionSpec::Mla(spec)) => one(mla::origin(spec, layer, name, shape)),
+            (_, AttentionSpec::Gqa(spec)) => {
+                let plus_one = self.zero_centred && name.ends_with("_norm");
+                one(View { plus_one, ..gqa::origin(spec, layer, name, shape) })
+            }
+            // The norm inside is not zero-centred, even where the others are.
+            (_, AttentionSpec::Delta(spec)) => delta::origin(spec, layer, name, shape),
+        }
+    }
+
+    fn router(self, layer: &dyn Fn(&str) -> String, tensor: &TensorShape) -> Vec<View> {
+        let [_, rows, cols] = tensor.shape;
+        let vector = |rest: String| View::vector(layer(&rest), cols);
+        let gate = self.router;
+        let each = |view: &dyn Fn(&str) -> View| self.moe.iter().map(|m| view(m)).collect::<Vec<_>>();
+        match tensor.name {
+            "ffn_norm" => vec![self.norm(layer("post_attention_layernorm.weight"), cols)],
+            "router" => each(&|m| View::whole(layer(&format!("{m}.{gate}.weight")), rows, cols)),
+            "router_logit_bias" => each(&|m| vector(format!("{m}.{gate}.bias"))),
+            // Inside the router in DeepSeek's models, beside it in MiniMax's.
+            "router_bias" => {
+                let mut views = each(&|m| vector(format!("{m}.{gate}.e_score_correction_bias")));
+                views.extend(each(&|m| vector(format!("{m}.e_score_correction_bias"))));
+                views
+            }
+            other => unreachable!("a router has no `{other}`"),
+        }
+    }
+
+    fn dense(self, spec: &LayerSpec, layer: &dyn Fn(&str) -> String, tensor: &TensorShape) -> Origin {
+        let [_, rows, cols] = tensor.shape;
+        if spec.ffn.moe.is_none() {
+            return vec![gated(&layer("mlp"), Names::USUAL.expert, tensor)];
+        }
+        let each = |m: &&str| match tensor.name {
+            "dense_gate" => vec![View::whole(layer(&format!("{m}.{}_gate.weight", self.shared)), rows, cols)],
+            _ => gated(&layer(&format!("{m}.{}", self.shared)), Names::USUAL.expert, tensor),
+        };
+        self.moe.iter().map(each).collect()
+    }
+
+    fn expert(self, spec: &LayerSpec, layer: &dyn Fn(&str) -> String, index: usize, tensor: &TensorShape) -> Origin {
+        let count = spec.ffn.moe.as_ref().map_or(0, |m| m.experts);
+        let single = |m: &&str| gated(&layer(&format!("{m}.experts.{index}")), self.expert, tensor);
+        let fused = |m: &&str| fused(&layer(&format!("{m}.experts")), count, index, tensor);
+        let stacked = |m: &&str| stacked(&layer(&format!("{m}.switch_mlp")), count, index, tensor);
+        let modules = self.moe.iter();
+        modules.clone().map(single).chain(modules.clone().map(fused)).chain(modules.map(stacked)).collect()
+    }
 }
 
-/// Gate, up or down of a gated feed-forward network called `module`; `tensor` is the canonical name, `shape` its rows and
-/// columns.
-pub(crate) fn gated_ffn(module: &str, tensor: &str, [rows, cols]: [usize; 2]) -> Vec<View> {
-    let part = |which: &str| View::whole(format!("{module}.{which}_proj.weight"), rows, cols);
-    match tensor {
-        "gate_up" => vec![part("gate"), part("up")],
-        "down" => vec![part("down")],
+/// A gated feed-forward network of its own; `parts` are its gate, up and down.
+fn gated(module: &str, parts: [&str; 3], tensor: &TensorShape) -> Vec<View> {
+    let [_, rows, cols] = tensor.shape;
+    let part = |which: &str| View::whole(format!("{module}.{which}.weight"), rows, cols);
+    match tensor.name {
+        "gate_up" => vec![part(parts[0]), part(parts[1])],
+        "down" => vec![part(parts[2])],
         other => unreachable!("a feed-forward network has no `{other}`"),
     }
+}
+
+/// One of all experts of a layer as transformers fuses them: gate above up in one tensor, down in another.
+fn fused(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Vec<View> {
+    let [_, rows, cols] = tensor.shape;
+    match tensor.name {
+        "gate_up" => {
+            let half =
+                |first| View::of_stack(format!("{module}.gate_up_proj"), [experts, 2 * rows, cols], index, first, rows);
+            vec![half(0), half(rows)]
+        }
+        _ => vec![View::of_stack(format!("{module}.down_proj"), [experts, rows, cols], index, 0, rows)],
+    }
+}
+
+/// One of all experts of a layer as MLX stacks them: three tensors.
+fn stacked(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Vec<View> {
+    let [_, rows, cols] = tensor.shape;
+    let part =
+        |which: &str| View::of_stack(format!("{module}.{which}_proj.weight"), [experts, rows, cols], index, 0, rows);
+    if tensor.name == "gate_up" { vec![part("gate"), part("up")] } else { vec![part("down")] }
 }

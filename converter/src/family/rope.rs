@@ -13,6 +13,26 @@ pub(crate) struct Rope {
     pub(crate) score_mscale: f64,
 }
 
+/// Elements of a head of `head_dim` that are rotated: a part given by `partial_rotary_factor`, rounded down.
+pub(crate) fn width(config: &Config, head_dim: usize, default_factor: f64) -> Result<usize, ConvertError> {
+    let outer = config.opt_f64("partial_rotary_factor")?.unwrap_or(default_factor);
+    let (place, factor) = match config.section("rope_parameters")? {
+        Some(section) => {
+            let factor = section.opt_f64("partial_rotary_factor")?.unwrap_or(outer);
+            (section, factor)
+        }
+        None => return checked_width(config, head_dim, outer),
+    };
+    checked_width(&place, head_dim, factor)
+}
+
+fn checked_width(config: &Config, head_dim: usize, factor: f64) -> Result<usize, ConvertError> {
+    if !(factor > 0.0 && factor <= 1.0) {
+        return Err(config.refuse("partial_rotary_factor", format!("is {factor}, expected more than 0 and at most 1")));
+    }
+    Ok((head_dim as f64 * factor) as usize)
+}
+
 /// Reads the rotation of `dim` elements. Newer files keep everything in `rope_parameters`, older ones have `rope_theta` and
 /// `rope_scaling`; where both exist, the nested value wins.
 pub(crate) fn read(
@@ -22,7 +42,7 @@ pub(crate) fn read(
     default_theta: f64,
     max_positions: usize,
 ) -> Result<Rope, ConvertError> {
-    let outer_theta = config.f64_or("rope_theta", default_theta)?;
+    let outer_theta = config.opt_f64("rope_theta")?.unwrap_or(default_theta);
     let section = match config.section("rope_parameters")? {
         Some(section) => Some(section),
         None => config.section("rope_scaling")?,
@@ -31,7 +51,14 @@ pub(crate) fn read(
         let spec = RopeSpec { pairing, theta: outer_theta, dim, scaling: RopeScaling::None };
         return Ok(Rope { spec, score_mscale: 1.0 });
     };
-    let theta = section.f64_or("rope_theta", outer_theta)?;
+    for kind in ["full_attention", "sliding_attention"] {
+        if section.section(kind)?.is_some() {
+            return Err(
+                section.refuse(kind, "gives a layer type its own rotation; only one for all layers is supported")
+            );
+        }
+    }
+    let theta = section.opt_f64("rope_theta")?.unwrap_or(outer_theta);
     // `type` is what the key was called before it became `rope_type`.
     let (key, kind) = match section.opt_str("rope_type")? {
         Some(kind) => ("rope_type", kind),
@@ -40,7 +67,8 @@ pub(crate) fn read(
     let (scaling, score_mscale) = match kind {
         "default" => (RopeScaling::None, 1.0),
         "yarn" => yarn(&section, max_positions)?,
-        other => return Err(section.refuse(key, format!("is \"{other}\"; supported: default, yarn"))),
+        "llama3" => (llama3(&section, max_positions)?, 1.0),
+        other => return Err(section.refuse(key, format!("is \"{other}\"; supported: default, yarn, llama3"))),
     };
     Ok(Rope { spec: RopeSpec { pairing, theta, dim, scaling }, score_mscale })
 }
@@ -65,6 +93,17 @@ fn yarn(section: &Config, max_positions: usize) -> Result<(RopeScaling, f64), Co
         attention_factor,
     };
     Ok((scaling, mscale_all_dim.map_or(1.0, |m| magnitude(factor, m))))
+}
+
+fn llama3(section: &Config, max_positions: usize) -> Result<RopeScaling, ConvertError> {
+    let number = |key: &str| section.opt_f64(key)?.ok_or_else(|| section.refuse(key, "is missing"));
+    let original = section.opt_usize_or("original_max_position_embeddings", None)?;
+    Ok(RopeScaling::Llama3 {
+        factor: number("factor")?,
+        original_max_positions: original.unwrap_or(max_positions),
+        low_freq_factor: number("low_freq_factor")?,
+        high_freq_factor: number("high_freq_factor")?,
+    })
 }
 
 /// YaRN's growth of the attention logits with the extension factor (arXiv:2309.00071, section 3.4).

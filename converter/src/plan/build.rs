@@ -8,10 +8,11 @@ use sluice_format::{
 };
 
 use super::TensorPlan;
-use super::resolve::{SCALE_BLOCK, Source, resolve};
+use super::resolve::{SCALE_BLOCK, Source, pick, resolve};
+use super::scheme::Scheme;
 use super::types::{Chosen, choose};
 use crate::error::ConvertError;
-use crate::family::{Family, Place, View};
+use crate::family::{Family, Origin, Place, Strides, View};
 use crate::options::{Options, TypeChoice};
 use crate::source::Checkpoint;
 
@@ -63,6 +64,7 @@ pub(crate) fn build(
     family: &dyn Family,
     spec: &ModelSpec,
     options: &Options,
+    scheme: Scheme,
     head: &str,
 ) -> Result<Built, ConvertError> {
     let empty = Built {
@@ -72,11 +74,11 @@ pub(crate) fn build(
         groups: Vec::new(),
         widened: Vec::new(),
     };
-    let mut b = Builder { checkpoint, options, out: empty };
+    let mut b = Builder { checkpoint, options, scheme, out: empty };
     let names = family.names();
     let norm = spec.tensors(ExtentKind::FinalNorm, usize::MAX);
-    let norm_view = View::vector(names.final_norm(), spec.hidden_size);
-    b.extents(ExtentKind::FinalNorm, NO_LAYER, &[0], &norm, |_, _| vec![norm_view.clone()])?;
+    let norm_view = names.final_norm(spec.hidden_size);
+    b.extents(ExtentKind::FinalNorm, NO_LAYER, &[0], &norm, |_, _| vec![vec![norm_view.clone()]])?;
     b.parts(ExtentKind::Embedding, &names.embedding(), spec)?;
     b.parts(ExtentKind::Head, head, spec)?;
     for place in dense_places(spec) {
@@ -97,6 +99,7 @@ pub(crate) fn build(
 struct Builder<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a Options,
+    scheme: Scheme,
     out: Built,
 }
 
@@ -122,7 +125,7 @@ impl Builder<'_> {
         layer: u32,
         indices: &[u32],
         tensors: &[TensorShape],
-        origin: impl Fn(u32, &TensorShape) -> Vec<View>,
+        origin: impl Fn(u32, &TensorShape) -> Origin,
     ) -> Result<(), ConvertError> {
         let first = self.out.extents.len();
         self.out.extents.resize_with(first + indices.len(), Vec::new);
@@ -130,8 +133,8 @@ impl Builder<'_> {
         for tensor in tensors {
             let plain = tensor.layout == Layout::Plain;
             let sources = indices.iter().map(|&index| {
-                let views = origin(index, tensor);
-                views.iter().map(|v| resolve(self.checkpoint, v, plain)).collect::<Result<Vec<_>, _>>()
+                let views = pick(self.checkpoint, origin(index, tensor));
+                views.iter().map(|v| resolve(self.checkpoint, self.scheme, v, plain)).collect::<Result<Vec<_>, _>>()
             });
             let sources = sources.collect::<Result<Vec<_>, _>>()?;
             let all = sources.iter().flatten();
@@ -140,7 +143,15 @@ impl Builder<'_> {
             let group = self.group(kind, tensor.name);
             for (extent, sources) in self.out.extents[first..].iter_mut().zip(sources) {
                 let TensorShape { name, layout, shape } = *tensor;
-                extent.push(TensorPlan { group, name, weight_type: chosen.weight_type, layout, shape, offset, sources });
+                extent.push(TensorPlan {
+                    group,
+                    name,
+                    weight_type: chosen.weight_type,
+                    layout,
+                    shape,
+                    offset,
+                    sources,
+                });
             }
             let index = if kind == ExtentKind::Expert { ANY_INDEX } else { indices[0] };
             let record = record(kind, layer, index, tensor, chosen.weight_type, offset)?;
@@ -161,7 +172,7 @@ impl Builder<'_> {
     /// Adds embedding or head, split by rows into parts of equal height.
     fn parts(&mut self, kind: ExtentKind, tensor: &str, spec: &ModelSpec) -> Result<(), ConvertError> {
         let (rows, cols) = (spec.vocab_size, spec.hidden_size);
-        let whole = resolve(self.checkpoint, &View::whole(tensor.to_owned(), rows, cols), false)?;
+        let whole = resolve(self.checkpoint, self.scheme, &View::whole(tensor.to_owned(), rows, cols), false)?;
         let embedding = kind == ExtentKind::Embedding;
         let layout = if embedding { Layout::Plain } else { Layout::Tiled };
         let chosen = choose(kind, layout, [1, rows, cols], self.choice(kind), std::iter::once(&whole));
@@ -180,7 +191,8 @@ impl Builder<'_> {
             let planned = PlannedExtent { kind, layer: NO_LAYER, index: part as u32, logical_len: record.len };
             self.out.planned.push(planned);
             self.out.records.push(record);
-            let sources = vec![Source { first_row, ..whole.clone() }];
+            let strides = Strides::rows(first_row, shape[1], cols);
+            let sources = vec![Source { strides, ..whole.clone() }];
             let (name, weight_type) = (kind.name(), chosen.weight_type);
             self.out.extents.push(vec![TensorPlan { group, name, weight_type, layout, shape, offset: 0, sources }]);
         }

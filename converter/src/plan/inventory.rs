@@ -6,10 +6,11 @@ use sluice_format::ModelSpec;
 
 use super::LeftOut;
 use super::build::places;
-use super::resolve::scale_name;
+use super::form;
+use super::resolve::pick;
 use crate::error::{ConvertError, first_few};
 use crate::family::{Family, Unused};
-use crate::source::{Checkpoint, Dtype};
+use crate::source::Checkpoint;
 
 /// Missing names are counted up to this many: a hostile configuration can imply billions.
 const MAX_MISSING: usize = 10_000;
@@ -29,16 +30,14 @@ struct Ledger<'a> {
 }
 
 impl Ledger<'_> {
-    /// Marks a tensor and its scales as used, or as missing.
+    /// Marks what holds a tensor as used, or as missing.
     fn need(&mut self, name: &str) {
-        let Some(tensor) = self.checkpoint.find(name) else {
+        let Some(parts) = form::find(self.checkpoint, name) else {
             self.missing.push(name.to_owned());
             return;
         };
-        let first_use = !std::mem::replace(&mut self.used[tensor], true);
-        if first_use && self.checkpoint.tensors[tensor].dtype == Dtype::F8E4M3 {
-            self.need(&scale_name(name));
-        }
+        parts.tensors.into_iter().for_each(|tensor| self.used[tensor] = true);
+        self.missing.extend(parts.missing);
     }
 }
 
@@ -50,8 +49,8 @@ pub(crate) fn take(
 ) -> Result<Inventory, ConvertError> {
     let names = family.names();
     let mut notes = Vec::new();
-    let stored_head = checkpoint.find(names.head);
-    let head = match (tied, stored_head) {
+    let stored_head = form::find(checkpoint, names.head);
+    let head = match (tied, &stored_head) {
         (false, Some(_)) => names.head.to_owned(),
         // Many tied checkpoints do not say so; the absent tensor does.
         (false, None) => {
@@ -61,12 +60,13 @@ pub(crate) fn take(
         (true, _) => names.embedding(),
     };
     let mut ledger = Ledger { checkpoint, used: vec![false; checkpoint.tensors.len()], missing: Vec::new() };
-    for name in [&names.embedding(), &head, &names.final_norm()] {
+    for name in [&names.embedding(), &head, &names.final_norm(spec.hidden_size).tensor] {
         ledger.need(name);
     }
     for place in places(spec) {
         for tensor in spec.tensors(place.kind, place.layer) {
-            family.origin(spec, place, &tensor).iter().for_each(|view| ledger.need(&view.tensor));
+            let views = pick(checkpoint, family.origin(spec, place, &tensor));
+            views.iter().for_each(|view| ledger.need(&view.tensor));
         }
         if ledger.missing.len() >= MAX_MISSING {
             break;
@@ -81,7 +81,7 @@ pub(crate) fn take(
         });
     }
     if let (true, Some(copy)) = (tied, stored_head) {
-        ledger.used[copy] = true;
+        copy.tensors.into_iter().for_each(|tensor| ledger.used[tensor] = true);
         notes.push(format!(
             "`tie_word_embeddings` is true: `{}` is ignored, the token embedding is the head",
             names.head

@@ -1,8 +1,10 @@
 //! The plan: which extent holds which tensor, as what, where, and from where. Nothing is written here.
 
 mod build;
+mod form;
 mod inventory;
 pub(crate) mod resolve;
+pub(crate) mod scheme;
 mod types;
 
 use std::collections::BTreeMap;
@@ -109,14 +111,16 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     let checkpoint = Checkpoint::open(src)?;
     let config = Config::parse(&src.join(CONFIG), &config_bytes)?;
     let family = family::find(&config)?;
-    family::check_quantisation(&config)?;
-    let spec = family.spec(&config)?;
+    let text = family::text(family, &config)?;
+    let text = text.as_ref().unwrap_or(&config);
+    let scheme = scheme::read(text, &config)?;
+    let spec = family.spec(text)?;
     spec.validate()
         .map_err(|problem| config.refuse("model_type", format!("describes an impossible model: {problem}")))?;
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
-    let tied = config.bool_or("tie_word_embeddings", false)?;
+    let tied = text.bool_or("tie_word_embeddings", config.bool_or("tie_word_embeddings", false)?)?;
     let inventory = inventory::take(&checkpoint, family, &spec, tied)?;
-    let built = build::build(&checkpoint, family, &spec, options, &inventory.head)?;
+    let built = build::build(&checkpoint, family, &spec, options, scheme, &inventory.head)?;
     let layout = FileLayout::new(options.page_size, &built.planned)?;
     let mut blobs = vec![(SOURCE_CONFIG_BLOB, config_bytes)];
     for name in SIDE_FILES {

@@ -1,7 +1,7 @@
 //! Number formats of safetensors.
 
 /// Formats whose numbers this program reads.
-pub(crate) const FLOATS: &str = "BF16, F16, F32 and F8_E4M3 with block scales";
+pub(crate) const FLOATS: &str = "BF16, F16, F32, F8_E4M3 with scales, and the packed formats listed in docs/MODELS.md";
 /// Formats of vectors and scales.
 pub(crate) const WIDE_FLOATS: &str = "BF16, F16 and F32";
 

@@ -39,6 +39,7 @@ fn mla(q_lora_rank: Option<usize>, scaling: RopeScaling) -> AttentionSpec {
         latent_norm_eps: 1e-6,
         softmax_scale: 0.25,
         rope: RopeSpec { pairing: RopePairing::Interleaved, theta: 10000.0, dim: 4, scaling },
+        indexer: None,
     })
 }
 
@@ -103,6 +104,33 @@ pub(crate) fn gqa_spec() -> ModelSpec {
             moe.router.choice_bias = false;
         }
     }
+    spec
+}
+
+/// Three layers: latent attention with an indexer, with a shared one, and a gated delta net.
+pub(crate) fn sparse_spec() -> ModelSpec {
+    let mut spec = small_spec();
+    let indexer = |shared| IndexerSpec {
+        shared,
+        index_heads: 3,
+        index_head_dim: 8,
+        index_top_k: 5,
+        pairing: RopePairing::Half,
+        key_norm_eps: 1e-6,
+    };
+    let delta =
+        DeltaSpec { key_heads: 2, value_heads: 4, key_head_dim: 8, value_head_dim: 6, conv_width: 4, norm_eps: 1e-6 };
+    let ffn = spec.layers[0].ffn.clone();
+    spec.layers = [false, true]
+        .map(|shared| {
+            let mut attention = mla(Some(8), RopeScaling::None);
+            if let AttentionSpec::Mla(mla) = &mut attention {
+                mla.indexer = Some(indexer(shared));
+            }
+            LayerSpec { attention, ffn: ffn.clone() }
+        })
+        .to_vec();
+    spec.layers.push(LayerSpec { attention: AttentionSpec::Delta(delta), ffn });
     spec
 }
 

@@ -131,6 +131,33 @@ impl DataFile {
         self.file.read_at(bytes, offset)
     }
 
+    /// The same open file once more, for another engine.
+    pub(crate) fn reopen(&self) -> io::Result<DataFile> {
+        let Self { file, path, len, direct } = self;
+        Ok(DataFile { file: file.try_clone()?, path: path.clone(), len: *len, direct: direct.clone() })
+    }
+
+    /// What the filesystem says about the file.
+    pub(crate) fn metadata(&self) -> io::Result<std::fs::Metadata> {
+        self.file.metadata()
+    }
+
+    /// The id of the filesystem; 0 where it has none.
+    pub(crate) fn filesystem_id(&self) -> io::Result<u64> {
+        Ok(nix::sys::statvfs::fstatvfs(&self.file)?.filesystem_id() as u64)
+    }
+
+    /// True if the page at `offset`, a multiple of [`PAGE_BYTES`], is in the page cache; `None` where nobody can tell.
+    pub(crate) fn is_cached(&self, offset: u64) -> Option<bool> {
+        #[cfg(target_os = "linux")]
+        return sys::in_page_cache(&self.file, offset, PAGE_BYTES);
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = offset;
+            None
+        }
+    }
+
     /// Another descriptor of the same open file, for an engine to own.
     #[cfg(target_os = "linux")]
     pub(crate) fn duplicate(&self) -> io::Result<File> {

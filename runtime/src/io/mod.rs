@@ -11,6 +11,7 @@
 //! - [`mod@file`]: opening for direct I/O, and the proof that it is engaged.
 //! - [`ReadEngine`]: moves chunks. Knows no extents, no checksums, no priorities.
 //! - [`queue`]: the order of chunks. Pure.
+//! - [`bench`] and [`calibration`]: what a drive gives to these engines, and how it is best read.
 //! - [`scheduler`] and `worker`: the handle and the thread: chunks in flight, short reads,
 //!   retries, checksums, cancellation, counters.
 //!
@@ -18,6 +19,8 @@
 //! lengths and checksums.
 
 pub mod arena;
+pub mod bench;
+pub mod calibration;
 pub mod error;
 pub mod file;
 pub mod fill;
@@ -35,6 +38,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use arena::{Arena, PAGE_BYTES, Region, Slot};
+pub use calibration::{Calibration, CalibrationStore, Tuning, TuningSource};
 pub use error::{ExtentName, FileInfo, IoError, ReadError};
 pub use file::{DataFile, DirectIo, DirectMode};
 pub use fill::{ChunkMem, ReadPhase};
@@ -163,7 +167,7 @@ pub fn open_engine(
 ) -> Result<Box<dyn ReadEngine>, IoError> {
     config.validate()?;
     let why = match kind {
-        EngineKind::Pread => "asked for".to_owned(),
+        EngineKind::Pread => "chosen by setting or calibration".to_owned(),
         EngineKind::Auto if files.iter().any(|file| !file.direct().is_engaged()) => {
             "buffered reads are faster with threads than with io_uring".to_owned()
         }
@@ -179,6 +183,16 @@ pub fn open_engine(
         }
     };
     Ok(Box::new(pread::PreadEngine::new(files, config.depth, &why)?))
+}
+
+/// An io_uring that registers nothing with the kernel: only to measure what registering gives.
+pub(crate) fn open_plain_uring(files: &[DataFile], config: &IoConfig) -> Result<Box<dyn ReadEngine>, IoError> {
+    config.validate()?;
+    #[cfg(target_os = "linux")]
+    let engine = uring::UringEngine::plain(files, config.depth).map(|engine| Box::new(engine) as Box<dyn ReadEngine>);
+    #[cfg(not(target_os = "linux"))]
+    let engine = open_uring(files, &[], config.depth);
+    engine.map_err(|reason| IoError::EngineUnavailable { engine: "uring", reason })
 }
 
 #[cfg(target_os = "linux")]

@@ -59,16 +59,28 @@ impl UringEngine {
     /// # Errors
     /// Says in words why this system has no usable io_uring.
     pub fn new(files: &[DataFile], regions: &[Region], depth: usize) -> Result<Self, String> {
+        let mut engine = Self::plain(files, depth)?;
+        let files_note = engine.register_files();
+        let memory_note = engine.register_memory(regions);
+        engine.info.note = format!("io_uring, {files_note}, {memory_note}");
+        Ok(engine)
+    }
+
+    /// Sets up a ring for `depth` reads in flight, and registers nothing.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn plain(files: &[DataFile], depth: usize) -> Result<Self, String> {
         let entries = u32::try_from(depth + 2).map_err(|_| "the depth is too large")?;
         let ring = IoUring::new(entries).map_err(|error| explain_setup(&error))?;
         if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
             return Err("the kernel's io_uring is too old (5.11 is needed)".to_owned());
         }
-        let info =
-            EngineInfo { name: "uring", note: String::new(), depth, files: files.iter().map(DataFile::info).collect() };
+        let note = "io_uring, nothing registered".to_owned();
+        let info = EngineInfo { name: "uring", note, depth, files: files.iter().map(DataFile::info).collect() };
         let own = files.iter().map(DataFile::duplicate).collect::<io::Result<Vec<_>>>();
         let wake_file = sys::event_fd().map_err(|error| format!("no eventfd: {error}"))?;
-        let mut engine = Self {
+        Ok(Self {
             info,
             ring,
             files: own.map_err(|error| format!("no more descriptors: {error}"))?,
@@ -79,11 +91,7 @@ impl UringEngine {
             issued_count: 0,
             waker: Arc::new(EventWaker(wake_file)),
             wake_armed: false,
-        };
-        let files_note = engine.register_files();
-        let memory_note = engine.register_memory(regions);
-        engine.info.note = format!("io_uring, {files_note}, {memory_note}");
-        Ok(engine)
+        })
     }
 
     fn register_files(&mut self) -> String {

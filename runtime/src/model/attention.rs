@@ -4,6 +4,7 @@ use sluice_format::AttentionSpec;
 
 use super::ModelError;
 use super::compute::Compute;
+use super::delta::{self, Delta, DeltaScratch, DeltaState};
 use super::gqa::{self, Gqa, GqaScratch, KeyValueCache};
 use super::mla::{self, LatentCache, Mla, MlaScratch};
 use super::weights::ExtentTensors;
@@ -15,6 +16,8 @@ pub enum Attention {
     Mla(Mla),
     /// Grouped-query attention.
     Gqa(Gqa),
+    /// Gated delta net.
+    Delta(Delta),
 }
 
 /// What one layer remembers of the tokens of one session.
@@ -24,6 +27,8 @@ pub enum LayerCache {
     Latent(LatentCache),
     /// Keys and values.
     KeyValue(KeyValueCache),
+    /// A recurrent state.
+    State(DeltaState),
 }
 
 /// Buffers that attention reuses from call to call.
@@ -31,12 +36,17 @@ pub enum LayerCache {
 pub struct AttentionScratch {
     mla: MlaScratch,
     gqa: GqaScratch,
+    delta: DeltaScratch,
 }
 
 impl AttentionScratch {
     /// Empty buffers; they grow to what the first call needs.
     pub fn new(compute: &Compute) -> Self {
-        AttentionScratch { mla: MlaScratch::new(compute), gqa: GqaScratch::new(compute) }
+        AttentionScratch {
+            mla: MlaScratch::new(compute),
+            gqa: GqaScratch::new(compute),
+            delta: DeltaScratch::new(compute),
+        }
     }
 }
 
@@ -46,6 +56,7 @@ impl LayerCache {
         match spec {
             AttentionSpec::Mla(m) => LayerCache::Latent(LatentCache::new(m, max_tokens)),
             AttentionSpec::Gqa(g) => LayerCache::KeyValue(KeyValueCache::new(g, max_tokens)),
+            AttentionSpec::Delta(d) => LayerCache::State(DeltaState::new(d)),
         }
     }
 
@@ -54,6 +65,7 @@ impl LayerCache {
         let width = match spec {
             AttentionSpec::Mla(m) => mla::cache_width(m),
             AttentionSpec::Gqa(g) => gqa::cache_width(g),
+            AttentionSpec::Delta(d) => return delta::state_memory(d),
         };
         (4 * width as u64).saturating_mul(max_tokens as u64)
     }
@@ -64,6 +76,7 @@ pub fn scratch_width(spec: &AttentionSpec) -> usize {
     match spec {
         AttentionSpec::Mla(m) => mla::scratch_width(m),
         AttentionSpec::Gqa(g) => gqa::scratch_width(g),
+        AttentionSpec::Delta(d) => delta::scratch_width(d),
     }
 }
 
@@ -72,6 +85,7 @@ impl Attention {
         Ok(match spec {
             AttentionSpec::Mla(m) => Attention::Mla(Mla::new(m, tensors)?),
             AttentionSpec::Gqa(g) => Attention::Gqa(Gqa::new(g, tensors)?),
+            AttentionSpec::Delta(d) => Attention::Delta(Delta::new(d, tensors)?),
         })
     }
 
@@ -98,6 +112,9 @@ impl Attention {
             }
             (Attention::Gqa(gqa), LayerCache::KeyValue(cache)) => {
                 gqa.forward(compute, extent, cache, start, n, x, &mut scratch.gqa, out);
+            }
+            (Attention::Delta(delta), LayerCache::State(state)) => {
+                delta.forward(compute, extent, state, start, n, x, &mut scratch.delta, out);
             }
             _ => unreachable!("a cache is made from the spec of its layer"),
         }

@@ -4,10 +4,11 @@
 //! halves of the up-projection of a head: `score = (k_b · q_nope) · c + q_pe · k_pe`, `out = v_b · Σ softmax(score) c`.
 
 use sluice_format::MlaSpec;
-use sluice_kernels::{Activations, rms_norm};
+use sluice_kernels::{Activations, rms_norm, softmax};
 
 use super::ModelError;
 use super::compute::{Compute, sized, with_head_scratch};
+use super::indexer::{self, IndexCache, IndexScratch, Indexer};
 use super::rope::{Rope, RopeAngles};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
@@ -22,6 +23,7 @@ pub struct Mla {
     k_b: MatrixRef,
     v_b: MatrixRef,
     o: MatrixRef,
+    indexer: Option<Indexer>,
 }
 
 #[derive(Debug)]
@@ -35,13 +37,16 @@ enum Query {
 pub struct LatentCache {
     rows: Vec<f32>,
     width: usize,
+    /// Keys of the indexer, in layers that have one.
+    index: Option<IndexCache>,
 }
 
 impl LatentCache {
     /// An empty cache for `max_tokens` positions.
     pub fn new(spec: &MlaSpec, max_tokens: usize) -> Self {
-        let width = cache_width(spec);
-        LatentCache { rows: vec![0.0; max_tokens * width], width }
+        let width = latent_width(spec);
+        let index = spec.indexer.as_ref().map(|i| IndexCache::new(i, max_tokens));
+        LatentCache { rows: vec![0.0; max_tokens * width], width, index }
     }
 
     fn row_mut(&mut self, position: usize) -> &mut [f32] {
@@ -52,11 +57,17 @@ impl LatentCache {
 /// f32 values of scratch per token.
 pub fn scratch_width(spec: &MlaSpec) -> usize {
     let head = spec.qk_nope_head_dim + spec.qk_rope_head_dim + 2 * spec.v_head_dim;
-    spec.heads * head + 2 * spec.q_lora_rank.unwrap_or(0) + 4 * cache_width(spec)
+    let index = spec.indexer.as_ref().map_or(0, indexer::scratch_width);
+    spec.heads * head + 2 * spec.q_lora_rank.unwrap_or(0) + 4 * latent_width(spec) + index
 }
 
 /// f32 values that the cache holds per token.
 pub fn cache_width(spec: &MlaSpec) -> usize {
+    latent_width(spec) + spec.indexer.as_ref().map_or(0, indexer::cache_width)
+}
+
+/// Width of a latent with its rotated key.
+fn latent_width(spec: &MlaSpec) -> usize {
     spec.kv_lora_rank + spec.qk_rope_head_dim
 }
 
@@ -73,6 +84,7 @@ pub struct MlaScratch {
     /// `[tokens, heads, v_head_dim]`.
     by_token: Vec<f32>,
     angles: RopeAngles,
+    index: IndexScratch,
 }
 
 impl MlaScratch {
@@ -87,6 +99,7 @@ impl MlaScratch {
             by_head: Vec::new(),
             by_token: Vec::new(),
             angles: RopeAngles::default(),
+            index: IndexScratch::default(),
         }
     }
 }
@@ -101,7 +114,9 @@ impl Mla {
                 b: tensors.matrix("q_b")?,
             },
         };
+        let indexer = spec.indexer.as_ref().map(|i| Indexer::new(i, &spec.rope, tensors)).transpose()?;
         Ok(Mla {
+            indexer: indexer.flatten(),
             spec: spec.clone(),
             rope: Rope::new(&spec.rope),
             query,
@@ -134,7 +149,14 @@ impl Mla {
         scratch.activations.set(x, n, hidden);
         self.rope.angles(start, n, &mut scratch.angles);
         self.extend_cache(compute, extent, cache, start, n, scratch);
+        if let (Some(indexer), Some(keys)) = (&self.indexer, &mut cache.index) {
+            indexer.extend(compute, extent, keys, start, n, &scratch.activations, &mut scratch.index);
+        }
         self.project_query(compute, extent, n, scratch);
+        if let (Some(indexer), Some(keys)) = (&self.indexer, &cache.index) {
+            // The query's latent is what was last multiplied.
+            indexer.choose(compute, extent, keys, start, n, &scratch.activations, &mut scratch.index);
+        }
         self.attend(compute, extent, cache, start, n, scratch);
 
         let MlaScratch { by_head, by_token, activations, .. } = scratch;
@@ -159,7 +181,7 @@ impl Mla {
         scratch: &mut MlaScratch,
     ) {
         let MlaScratch { activations, norm, kv, angles, .. } = scratch;
-        let width = cache_width(&self.spec);
+        let width = latent_width(&self.spec);
         let rank = self.spec.kv_lora_rank;
         let kv = sized(kv, n * width);
         compute.multiply(&self.kv_a, extent, activations, kv);
@@ -204,11 +226,11 @@ impl Mla {
         n: usize,
         scratch: &mut MlaScratch,
     ) {
-        let MlaScratch { query, by_head, angles, .. } = scratch;
+        let MlaScratch { query, by_head, angles, index, .. } = scratch;
         let s = &self.spec;
-        let (nope, rank, width) = (s.qk_nope_head_dim, s.kv_lora_rank, cache_width(s));
+        let (nope, rank, width) = (s.qk_nope_head_dim, s.kv_lora_rank, latent_width(s));
         let head_width = nope + s.qk_rope_head_dim;
-        let (query, angles) = (&query[..n * s.heads * head_width], &*angles);
+        let (query, angles, index) = (&query[..n * s.heads * head_width], &*angles, &*index);
         let by_head = sized(by_head, s.heads * n * s.v_head_dim);
         compute.threads.for_each_chunk(by_head, n * s.v_head_dim, &|h, out| {
             with_head_scratch(|scratch| {
@@ -233,7 +255,22 @@ impl Mla {
                     let scores = sized(&mut scratch.scores, seen);
                     let latent = &mut input[t * rank..][..rank];
                     let rows = &cache.rows;
-                    compute.kernels.attend(full, rows, width, rows, width, seen, s.softmax_scale, scores, latent);
+                    match s.indexer.as_ref().and_then(|_| index.chosen(t)) {
+                        Some(chosen) => self.attend_to(compute, chosen, full, rows, scores, latent),
+                        None => {
+                            compute.kernels.attend(
+                                full,
+                                rows,
+                                width,
+                                rows,
+                                width,
+                                seen,
+                                s.softmax_scale,
+                                scores,
+                                latent,
+                            );
+                        }
+                    }
                 }
                 activations.set(&input[..n * rank], n, rank);
                 compute.observe(&self.v_b, h as u32, activations);
@@ -241,5 +278,29 @@ impl Mla {
                 compute.kernels.matmul(&scratch.serial, v_b, activations, out);
             });
         });
+    }
+
+    /// Attention of one query over chosen positions, ascending, as [`Kernels::attend`](sluice_kernels::Kernels::attend)
+    /// does it over all.
+    fn attend_to(
+        &self,
+        compute: &Compute,
+        chosen: &[u32],
+        query: &[f32],
+        rows: &[f32],
+        scores: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let width = query.len();
+        let row = |position: &u32| &rows[*position as usize * width..][..width];
+        let scores = &mut scores[..chosen.len()];
+        for (score, position) in scores.iter_mut().zip(chosen) {
+            *score = compute.kernels.dot(query, row(position)) * self.spec.softmax_scale;
+        }
+        softmax(scores);
+        out.fill(0.0);
+        for (p, position) in scores.iter().zip(chosen) {
+            compute.kernels.axpy(*p, &row(position)[..out.len()], out);
+        }
     }
 }

@@ -4,10 +4,12 @@
 
 mod attention;
 pub mod compute;
+mod delta;
 mod embedding;
 mod ffn;
 mod foresight;
 mod gqa;
+mod indexer;
 mod mla;
 mod rope;
 pub mod router;

@@ -15,6 +15,8 @@ const OPEN_MAX: usize = 16;
 pub(super) struct Guesses {
     /// Slots that are being read into on a guess.
     open: Vec<u32>,
+    /// For each slot, whether the guess that is being read into it was given up.
+    given_up: Vec<bool>,
     /// For each expert, whether it was read on a guess and has not been requested since.
     unproven: Vec<bool>,
     /// Slots that passes must have for themselves: a pool as small as this does not guess.
@@ -25,6 +27,7 @@ impl Guesses {
     pub(super) fn new(slots: usize, keys: usize) -> Self {
         Guesses {
             open: Vec::with_capacity(slots.min(OPEN_MAX)),
+            given_up: vec![false; slots],
             unproven: vec![false; keys],
             least_slots: 2 * OPEN_MAX,
         }
@@ -73,6 +76,7 @@ impl Pool {
     /// Ends one guess, waiting for its read if need be.
     fn end_guess(&mut self, number: u32) {
         let Content::Loading { expert, .. } = self.slots[number as usize] else { return };
+        self.guesses.given_up[number as usize] = false;
         // An error of a read that nobody asked for will be reported if somebody does.
         if self.finish_read(number, 0).is_err() {
             self.count_wasted(expert);
@@ -96,7 +100,17 @@ impl Pool {
                 && self.directory.shape().expert(*expert).0 == routed_layer
             {
                 read.cancel();
+                self.guesses.given_up[number as usize] = true;
             }
+        }
+    }
+
+    /// A guess that was given up and turns out to be wanted is ended first: its read may be cancelled yet.
+    pub(super) fn settle_given_up(&mut self, index: Key) {
+        let number = self.table[index.index()];
+        if number != ABSENT && self.guesses.given_up[number as usize] {
+            self.guesses.open.retain(|&open| open != number);
+            self.end_guess(number);
         }
     }
 

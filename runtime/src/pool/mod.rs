@@ -218,6 +218,7 @@ impl Pool {
         self.policy.begin_pass(&Pass { layer: routed, tokens: tokens as u32, prefill, choices });
         for &expert in experts {
             let index = self.directory.index(ExpertKey { layer, expert });
+            self.settle_given_up(index);
             let number = self.table[index.index()];
             match self.slots.get_mut(number as usize) {
                 Some(Content::Resident { pins, .. }) => {

@@ -272,3 +272,36 @@ fn storage_opens_loads_and_serves() {
         println!("{}; {}", storage.io.engine().note, storage.direct[0]);
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Whatever is guessed, and whatever of it is right: every pass gets every expert, and the right bytes.
+    #[test]
+    fn guesses_never_change_what_a_pass_gets(
+        passes in passes(),
+        guesses in proptest::collection::vec((1..=LAYERS, proptest::collection::vec(0..EXPERTS, 0..8)), 40),
+        slots in 32usize..48,
+        seed in any::<u64>(),
+        short in prop_oneof![Just(0u32), Just(200)],
+    ) {
+        let drive = SimDrive::new(vec![model().0]);
+        drive.set_short_reads(short);
+        let mut pool = pool(&drive, slots, seed);
+        for ((layer, experts), (guessed_layer, guessed)) in passes.into_iter().zip(guesses) {
+            let wanted: Vec<u32> = experts.iter().copied().collect();
+            let chosen = choices(&wanted);
+            let mut pass = pool.begin_layer(layer, &wanted, &routing(&chosen)).expect("begun");
+            pass.prefetch(guessed_layer, &guessed);
+            let mut yielded = BTreeSet::new();
+            while let Some(guard) = pass.next().expect("no faults") {
+                prop_assert!(guard.bytes().iter().all(|&byte| byte == content(layer, guard.expert())));
+                yielded.insert(guard.expert());
+            }
+            drop(pass);
+            prop_assert_eq!(yielded, experts);
+            let stats = pool.stats();
+            prop_assert!(stats.guessed_used + stats.guessed_wasted <= stats.guessed);
+        }
+    }
+}

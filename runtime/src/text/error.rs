@@ -105,4 +105,34 @@ pub enum TextError {
         /// The longest accepted.
         limit: usize,
     },
+
+    /// The chat template is not one, or fails.
+    #[error(
+        "the model's chat template cannot be used{}: {reason}; check `chat_template.jinja` or \
+         tokenizer_config.json, or report the model",
+        .line.map(|line| format!(" (line {line})")).unwrap_or_default()
+    )]
+    ChatTemplate {
+        /// Line of the template, from 1.
+        line: Option<usize>,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// The chat template does not accept this conversation.
+    #[error("the model's chat template refuses these messages: {reason}")]
+    ChatRefused {
+        /// The template's own words.
+        reason: String,
+    },
+
+    /// A tiktoken vocabulary is damaged.
+    #[error(
+        "tiktoken.model cannot be used: {reason}; fetch the file again from the model's \
+         repository and convert again"
+    )]
+    BadTiktoken {
+        /// What is wrong with it.
+        reason: String,
+    },
 }

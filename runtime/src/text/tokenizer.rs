@@ -12,6 +12,8 @@ use tokenizers::models::ModelWrapper;
 
 use super::TextError;
 use super::stream::Cuts;
+use super::tiktoken;
+use super::untrusted::{AddedTokens, encode_with};
 
 /// Largest tokenizer.json accepted. The largest published ones have about 35 MB.
 pub const MAX_TOKENIZER_BYTES: usize = 256 << 20;
@@ -31,6 +33,8 @@ struct Inner {
     vocab_size: usize,
     /// How to decode piece by piece; found once, because finding it reads the whole decoder.
     cuts: Cuts,
+    /// The tokens that are found before the model sees the text.
+    added: AddedTokens,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -52,6 +56,17 @@ impl Tokenizer {
             return Err(TextError::TokenizerTooLarge { bytes: bytes.len(), limit: MAX_TOKENIZER_BYTES });
         }
         guard("reading tokenizer.json", || Self::load(bytes))?
+    }
+
+    /// Converts the vocabulary of models that ship `tiktoken.model` (Kimi): lines of a token in
+    /// base 64 and its rank, byte-level BPE. The names of the 256 special tokens behind the ranks
+    /// come from tokenizer_config.json's `added_tokens_decoder`; the others are called
+    /// `<|reserved_token_{id}|>`.
+    ///
+    /// # Errors
+    /// When a file is damaged.
+    pub fn from_tiktoken(model: &[u8], config: Option<&[u8]>) -> Result<Self, TextError> {
+        Self::from_json(tiktoken::to_tokenizer_json(model, config)?.as_bytes())
     }
 
     fn load(bytes: &[u8]) -> Result<Self, TextError> {
@@ -80,7 +95,8 @@ impl Tokenizer {
             return Err(TextError::BadTokenizer { reason: format!("token id {highest} is above {MAX_TOKEN_ID}") });
         }
         let cuts = Cuts::of(&tokenizer, &ids)?;
-        Ok(Self { inner: Arc::new(Inner { tokenizer, vocab_size: highest as usize + 1, cuts }) })
+        let added = AddedTokens::of(&tokenizer);
+        Ok(Self { inner: Arc::new(Inner { tokenizer, vocab_size: highest as usize + 1, cuts, added }) })
     }
 
     /// Token ids of `text`. Added tokens such as `<|im_end|>` are recognised wherever they stand in
@@ -97,6 +113,26 @@ impl Tokenizer {
                 .map(|encoding| encoding.get_ids().to_vec())
                 .map_err(|e| TextError::Encode { reason: e.to_string() })
         })?
+    }
+
+    /// Token ids of a text with parts (ranges of its bytes) that strangers wrote. As
+    /// [`encode`](Self::encode) without the tokens around the text, except that added tokens are
+    /// recognised only where none of their characters is a stranger's. Those that are nothing but
+    /// white space are text, and recognised everywhere.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_untrusted(&self, text: &str, untrusted: &[std::ops::Range<usize>]) -> Result<Vec<u32>, TextError> {
+        guard("tokenising", || {
+            encode_with(&self.inner.tokenizer, &self.inner.added, text, untrusted)
+                .map_err(|e| TextError::Encode { reason: e.to_string() })
+        })?
+    }
+
+    /// Spellings of the tokens that mean something to the model beyond text: all added tokens but
+    /// those of white space.
+    pub(super) fn controls(&self) -> &[String] {
+        self.inner.added.controls()
     }
 
     /// Text of `ids`, exactly as Hugging Face's `decode` gives it (without its optional clean-up of

@@ -1,0 +1,394 @@
+//! `sluice bench disk`: what a drive gives to our read engines, and how it is best read.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use serde::Serialize;
+use sluice_runtime::io::bench::{
+    BenchEngine, BenchError, DiskBench, Knee, Measured, Pattern, Point, Scratch, Sweep, SweepOptions, scratch, sweep,
+};
+use sluice_runtime::io::{Calibration, CalibrationStore, DEPTH_MAX, DirectMode};
+use sluice_runtime::memory::Bytes;
+
+use crate::error::CliError;
+use crate::plot::{LineChart, Series};
+use crate::size::parse_size;
+use crate::terminal::{byte_bar, note, print, print_json, step_bar};
+
+/// Smaller files may fit into a drive's own memory: what they show is not kept.
+const KEPT_LEAST: u64 = 256 << 20;
+
+const EXAMPLES: &str = "\
+PATH is a file, which is only read, or a folder (or a new name), where a scratch file is made and removed again. A large \
+model file is best: a small file may fit into the drive's own memory. Reads bypass the page cache, and the output says \
+how that is known; where they cannot, nothing is measured.
+
+The knee is the setting with the fewest bytes in flight within 4 % of the best random bandwidth. It is kept per drive \
+in ~/.cache/sluice/io.json, and `sluice run` reads that way from then on.
+
+Examples:
+  sluice bench disk r1.sluice
+  sluice bench disk /mnt/fast --plot drive.svg
+  sluice bench disk r1.sluice --block 1MiB --depth 16 --engine uring --pattern random --seconds 5
+  sluice bench disk r1.sluice --json | jq .knee";
+
+/// Measure a drive: random and sequential reads, block size by reads in flight
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// A file to read, or a folder for a scratch file
+    path: PathBuf,
+
+    /// Time for all measurements together; writing a scratch file comes on top
+    #[arg(long, value_name = "N", default_value_t = 20.0, value_parser = parse_seconds)]
+    seconds: f64,
+
+    /// What reads; several are compared in turns
+    #[arg(long, value_name = "ENGINE", value_delimiter = ',', default_value = "both")]
+    engine: Vec<EngineName>,
+
+    /// In which order blocks are read
+    #[arg(long, value_name = "PATTERN", default_value = "both")]
+    pattern: PatternName,
+
+    /// Bytes per read, such as 256KiB,1MiB [default: 128 KiB to 4 MiB]
+    #[arg(long, value_name = "SIZE", value_delimiter = ',', value_parser = parse_size)]
+    block: Vec<u64>,
+
+    /// Reads in flight, such as 1,16 [default: 1 to 64]
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=DEPTH_MAX as i64))]
+    depth: Vec<u32>,
+
+    /// Size of the scratch file [default: 2GiB, or half of the free space]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    size: Option<u64>,
+
+    /// Read through the page cache; the figures are then not the drive's
+    #[arg(long)]
+    buffered: bool,
+
+    /// Do not keep the knee for `sluice run`
+    #[arg(long)]
+    no_save: bool,
+
+    /// Draw bandwidth over reads in flight into this SVG file
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    plot: Option<PathBuf>,
+
+    /// Print JSON
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum EngineName {
+    /// io_uring, as the runtime uses it
+    Uring,
+    /// io_uring without registered files and memory
+    UringPlain,
+    /// A pool of threads
+    Pread,
+    /// uring and pread
+    Both,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PatternName {
+    /// Anywhere in the file
+    Random,
+    /// One after the other
+    Sequential,
+    /// Both
+    Both,
+}
+
+/// What was measured, and on what.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    path: String,
+    file_bytes: u64,
+    scratch: bool,
+    buffered: bool,
+    device: &'a sluice_runtime::io::calibration::DeviceId,
+    engines: &'a [EngineNote],
+    #[serde(flatten)]
+    sweep: &'a Sweep,
+    calibration: Option<&'a Calibration>,
+    /// Memory that reads go to.
+    memory_bytes: usize,
+    /// Of it, in huge pages.
+    huge_page_bytes: Option<u64>,
+    /// The file that the calibration was written to.
+    saved: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct EngineNote {
+    #[serde(skip)]
+    engine: BenchEngine,
+    name: &'static str,
+    note: String,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    let scratch = scratch_file(args)?;
+    let path = scratch.as_ref().map_or(args.path.as_path(), Scratch::path);
+    let mode = if args.buffered { DirectMode::Never } else { DirectMode::Prefer };
+    let mut bench = DiskBench::open(path, mode)?;
+    // An open file stays readable without its name, and nothing is left behind when the program is killed.
+    let is_scratch = scratch.is_some();
+    drop(scratch);
+    let engines = engines(args, &mut bench)?;
+    let options = options(args, &engines)?;
+    let bar = step_bar("measuring", 1000);
+    let outcome = sweep(&mut bench, &options, &mut |done| bar.set_position((done * 1000.0) as u64));
+    bar.finish_and_clear();
+    let sweep = outcome?;
+    let calibration = calibration(args, &options, &bench, &sweep);
+    let saved = calibration.as_ref().filter(|_| !args.no_save).and_then(save);
+    let (memory_bytes, huge_page_bytes) = bench.memory();
+    let report = Report {
+        path: args.path.display().to_string(),
+        file_bytes: bench.file_bytes(),
+        scratch: is_scratch,
+        buffered: args.buffered,
+        device: bench.device(),
+        engines: &engines,
+        sweep: &sweep,
+        calibration: calibration.as_ref(),
+        memory_bytes,
+        huge_page_bytes,
+        saved,
+    };
+    if let Some(file) = &args.plot {
+        std::fs::write(file, chart(&report).to_svg()).map_err(CliError::file(file, "write the plot"))?;
+    }
+    if args.json { print_json(&report) } else { print(&describe(&report)) }
+}
+
+/// Makes the scratch file, if the path does not name a file that is there.
+fn scratch_file(args: &Args) -> Result<Option<Scratch>, CliError> {
+    let path = match args.path.metadata() {
+        Ok(metadata) if metadata.is_dir() => args.path.join(format!(".sluice-bench-{}.tmp", std::process::id())),
+        Ok(_) if args.size.is_some() => {
+            let message = "--size is for scratch files, and PATH is a file that exists: name a folder";
+            return Err(CliError::Usage(message.into()));
+        }
+        Ok(_) => return Ok(None),
+        Err(_) => args.path.clone(),
+    };
+    let bar = byte_bar("writing a scratch file", args.size.unwrap_or(scratch::DEFAULT_BYTES));
+    let made = Scratch::create(&path, args.size, &mut |written, of| {
+        bar.set_length(of);
+        bar.set_position(written);
+    });
+    bar.finish_and_clear();
+    Ok(Some(made?))
+}
+
+/// The engines that are asked for and run here.
+fn engines(args: &Args, bench: &mut DiskBench) -> Result<Vec<EngineNote>, CliError> {
+    let mut notes: Vec<EngineNote> = Vec::new();
+    for name in &args.engine {
+        let wanted: &[BenchEngine] = match name {
+            EngineName::Uring => &[BenchEngine::Uring],
+            EngineName::UringPlain => &[BenchEngine::UringPlain],
+            EngineName::Pread => &[BenchEngine::Pread],
+            EngineName::Both => &[BenchEngine::Uring, BenchEngine::Pread],
+        };
+        for &engine in wanted {
+            match bench.engine_note(engine) {
+                Ok(_) if notes.iter().any(|n| n.engine == engine) => {}
+                Ok(note) => notes.push(EngineNote { engine, name: engine.name(), note }),
+                // Nobody insisted on this one.
+                Err(BenchError::Io(error)) if *name == EngineName::Both && engine == BenchEngine::Uring => {
+                    note(&format_args!("note: {error}"));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(notes)
+}
+
+fn options(args: &Args, engines: &[EngineNote]) -> Result<SweepOptions, CliError> {
+    let blocks = args.block.iter().map(|&b| usize::try_from(b).unwrap_or(usize::MAX)).collect();
+    let depths = args.depth.iter().map(|&d| d as usize).collect();
+    let patterns = match args.pattern {
+        PatternName::Random => vec![Pattern::Random],
+        PatternName::Sequential => vec![Pattern::Sequential],
+        PatternName::Both => vec![Pattern::Random, Pattern::Sequential],
+    };
+    let engines = engines.iter().map(|e| e.engine).collect();
+    let options = SweepOptions { engines, patterns, blocks, depths, time: Duration::from_secs_f64(args.seconds) };
+    options.validate().map_err(|e| CliError::Usage(e.to_string()))?;
+    Ok(options)
+}
+
+/// The calibration that the sweep means, if it means one.
+fn calibration(args: &Args, options: &SweepOptions, bench: &DiskBench, sweep: &Sweep) -> Option<Calibration> {
+    if !options.is_full() || args.buffered {
+        return None;
+    }
+    if bench.file_bytes() < KEPT_LEAST {
+        note(&format_args!(
+            "note: the file is smaller than {}, so its knee may be that of the drive's own memory and is not kept",
+            Bytes(KEPT_LEAST)
+        ));
+        return None;
+    }
+    if sweep.finalists.iter().any(|m| m.rates.is_empty()) || sweep.finalists.is_empty() {
+        note(&"note: the time was too short to be sure of the knee, so it is not kept: give more --seconds");
+        return None;
+    }
+    Some(Calibration::from_knee(bench.device().clone(), &sweep.knee?))
+}
+
+/// Keeps the calibration; returns the file, or says why not.
+fn save(calibration: &Calibration) -> Option<String> {
+    let saved = CalibrationStore::of_user().and_then(|store| {
+        store.save(calibration)?;
+        Ok(store.path().display().to_string())
+    });
+    saved.inspect_err(|e| note(&format_args!("note: the knee is not kept: {e}"))).ok()
+}
+
+/// For people.
+fn describe(report: &Report<'_>) -> String {
+    let scratch = if report.scratch { "scratch file" } else { "file" };
+    let model = report.device.model.as_deref().unwrap_or("model unknown");
+    let mut out = format!(
+        "File       {}: {scratch} of {} on device {} ({model})\n",
+        report.path,
+        Bytes(report.file_bytes),
+        report.device.device
+    );
+    let _ = writeln!(out, "Proof      {}", report.sweep.proof.summary());
+    if let Some(huge) = report.huge_page_bytes {
+        let _ = writeln!(
+            out,
+            "Memory     {} for reads, {} of it in huge pages",
+            Bytes(report.memory_bytes as u64),
+            Bytes(huge)
+        );
+    }
+    for EngineNote { name, note, .. } in report.engines {
+        let _ = writeln!(out, "Engine     {name}: {note}");
+    }
+    for pattern in [Pattern::Random, Pattern::Sequential] {
+        for engine in report.engines {
+            out += &table(report.sweep, pattern, engine.engine, report.buffered);
+        }
+    }
+    out + &verdict(report)
+}
+
+/// Block size by depth, for one engine and pattern.
+fn table(sweep: &Sweep, pattern: Pattern, engine: BenchEngine, buffered: bool) -> String {
+    let own = || sweep.points.iter().filter(|m| m.point.pattern == pattern && m.point.engine == engine);
+    let blocks: BTreeSet<_> = own().map(|m| m.point.block_bytes).collect();
+    let depths: BTreeSet<_> = own().map(|m| m.point.depth).collect();
+    if blocks.is_empty() {
+        return String::new();
+    }
+    let label = if buffered { ", through the page cache" } else { "" };
+    let mut out = format!("\n{}, {}{label}: MB/s by block and reads in flight\n", pattern.name(), engine.name());
+    let _ = write!(out, "{:>10}", "");
+    for depth in &depths {
+        let _ = write!(out, "{depth:>8}");
+    }
+    for &block in &blocks {
+        let _ = write!(out, "\n{:>10}", size(block));
+        for &depth in &depths {
+            let cell = own().find(|m| m.point.block_bytes == block && m.point.depth == depth);
+            let _ = match cell.filter(|m| !m.rates.is_empty()) {
+                Some(m) => write!(out, "{:>8.0}", m.bytes_per_second / 1e6),
+                None => write!(out, "{:>8}", "-"),
+            };
+        }
+    }
+    out + "\n"
+}
+
+/// The knee, what came close, and what becomes of it.
+fn verdict(report: &Report<'_>) -> String {
+    let Some(knee) = &report.sweep.knee else { return String::new() };
+    let mut out = String::from("\n");
+    for Measured { point, bytes_per_second, cpu_seconds_per_gb, rates, .. } in &report.sweep.finalists {
+        if !rates.is_empty() {
+            let row =
+                Knee { point: *point, bytes_per_second: *bytes_per_second, cpu_seconds_per_gb: *cpu_seconds_per_gb };
+            let _ = writeln!(out, "Finalist   {}", words(&row));
+        }
+    }
+    let _ = writeln!(out, "Knee       {}", words(knee));
+    let _ = match (&report.saved, report.calibration) {
+        (Some(file), _) => {
+            writeln!(out, "Kept       for this drive, in {file}: `sluice run` reads this way from now on")
+        }
+        (None, Some(_)) => writeln!(out, "Kept       no"),
+        (None, None) => Ok(()),
+    };
+    out
+}
+
+fn words(Knee { point, bytes_per_second, cpu_seconds_per_gb }: &Knee) -> String {
+    format!(
+        "{:>7} × {:<2} with {:<11} {:>6.0} MB/s, {:>8} in flight, {:.0} ms of processor time per GB",
+        size(point.block_bytes),
+        point.depth,
+        point.engine.name(),
+        bytes_per_second / 1e6,
+        size(point.in_flight_bytes()),
+        cpu_seconds_per_gb * 1e3
+    )
+}
+
+/// A whole number of KiB or MiB, as the command line takes it.
+fn size(bytes: usize) -> String {
+    match bytes {
+        b if b >= 1 << 20 && b.is_multiple_of(1 << 20) => format!("{}MiB", b >> 20),
+        b => format!("{}KiB", b >> 10),
+    }
+}
+
+/// Bandwidth of random reads over reads in flight, or of sequential ones if there are no others.
+fn chart(report: &Report<'_>) -> LineChart {
+    let points = &report.sweep.points;
+    let has = |pattern| points.iter().any(|m: &Measured| m.point.pattern == pattern);
+    let pattern = if has(Pattern::Random) { Pattern::Random } else { Pattern::Sequential };
+    let blocks: BTreeSet<_> = points.iter().map(|m| m.point.block_bytes).collect();
+    let mut series = Vec::new();
+    for (at, engine) in report.engines.iter().enumerate() {
+        for (group, &block) in blocks.iter().enumerate() {
+            let own = points.iter().filter(|m| {
+                let Point { engine: e, pattern: p, block_bytes, .. } = m.point;
+                e == engine.engine && p == pattern && block_bytes == block && !m.rates.is_empty()
+            });
+            let points: Vec<_> = own.map(|m| (m.point.depth as f64, m.bytes_per_second / 1e9)).collect();
+            if !points.is_empty() {
+                let name = format!("{} {}", size(block), engine.name);
+                series.push(Series { name, points, group, dashed: at > 0 });
+            }
+        }
+    }
+    let knee = report.sweep.knee.filter(|_| pattern == Pattern::Random);
+    let buffered = if report.buffered { ", through the page cache" } else { "" };
+    LineChart {
+        title: format!("{} reads{buffered}: {}", pattern.name(), report.path),
+        x_label: "reads in flight".into(),
+        y_label: "GB/s".into(),
+        log2: true,
+        series,
+        mark: knee.map(|k| (k.point.depth as f64, k.bytes_per_second / 1e9, "knee".into())),
+    }
+}
+
+/// A time that is worth measuring for.
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| format!("`{text}` is not a number of seconds"))?;
+    if (0.1..=86_400.0).contains(&seconds) { Ok(seconds) } else { Err("0.1 to 86400 seconds are possible".into()) }
+}

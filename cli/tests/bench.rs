@@ -1,0 +1,106 @@
+//! `sluice bench disk`, and what it leaves behind for `sluice run`.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use common::{assert_fails, demo_model, json, sluice, stderr, stdout};
+use serde_json::{Value, json};
+
+/// Runs the program with a cache folder of its own.
+fn sluice_with_cache(cache: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+    command.env("XDG_CACHE_HOME", cache).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+/// The demo model may be in memory, where nothing but the page cache can be measured.
+fn bench(args: &[&str]) -> Output {
+    let direct = sluice(&[&["bench", "disk", demo_model()], args].concat());
+    if direct.status.success() || !stderr(&direct).contains("--buffered") {
+        return direct;
+    }
+    sluice(&[&["bench", "disk", demo_model(), "--buffered"], args].concat())
+}
+
+#[test]
+fn a_table_in_words_and_a_plot() {
+    let folder = tempfile::tempdir().unwrap();
+    let plot = folder.path().join("plot.svg");
+    let args = ["--seconds", "0.3", "--engine", "pread", "--block", "64KiB,256KiB", "--depth", "1,4", "--no-save"];
+    let text = stdout(&bench(&[&args[..], &["--plot", plot.to_str().unwrap()]].concat()));
+    for word in ["Proof", "Engine     pread", "random, pread", "sequential, pread", "256KiB", "Knee"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    let svg = fs::read_to_string(plot).unwrap();
+    assert!(svg.starts_with("<svg") && svg.ends_with("</svg>\n") && svg.contains("64KiB pread"));
+}
+
+#[test]
+fn one_point_as_json() {
+    let args = ["--seconds", "0.2", "--engine", "pread", "--pattern", "random", "--block", "128KiB", "--depth", "2"];
+    let report = json(&bench(&[&args[..], &["--json"]].concat()));
+    let point = &report["points"][0];
+    assert_eq!(report["points"].as_array().unwrap().len(), 1);
+    assert_eq!((&point["block_bytes"], &point["depth"]), (&json!(131_072), &json!(2)));
+    assert!(point["bytes_per_second"].as_f64().unwrap() > 0.0);
+    assert_eq!(report["knee"]["engine"], "pread");
+    assert_eq!((&report["saved"], &report["calibration"]), (&Value::Null, &Value::Null), "one point is no calibration");
+    assert_eq!(report["proof"]["direct"], !report["buffered"].as_bool().unwrap());
+}
+
+#[test]
+fn scratch_files_go_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    let args = ["bench", "disk", path, "--size", "64MiB", "--seconds", "0.3", "--engine", "pread", "--buffered"];
+    let text = stdout(&sluice(&args));
+    assert!(text.contains("BUFFERED") && text.contains("through the page cache"), "{text}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn what_cannot_be_measured_says_why() {
+    let model = demo_model();
+    assert_fails(&sluice(&["bench", "disk", "/no/such/folder/file"]), 1, &["/no/such/folder/file"]);
+    assert_fails(&sluice(&["bench", "disk", model, "--size", "1GiB"]), 2, &["--size", "folder"]);
+    assert_fails(&sluice(&["bench", "disk", model, "--block", "1000"]), 2, &["1000", "4096"]);
+    assert_fails(&sluice(&["bench", "disk", model, "--depth", "1000"]), 2, &["1000"]);
+    assert_fails(&sluice(&["bench", "disk", model, "--seconds", "nan"]), 2, &["seconds"]);
+    assert_fails(&sluice(&["bench", "disk", "/dev/null"]), 1, &["not a regular file"]);
+    let Ok(file) = tempfile::NamedTempFile::new_in("/dev/shm") else { return };
+    fs::write(file.path(), vec![1; 1 << 20]).unwrap();
+    assert_fails(&sluice(&["bench", "disk", file.path().to_str().unwrap()]), 1, &["tmpfs", "--buffered"]);
+}
+
+#[test]
+fn run_uses_a_calibration_and_survives_a_broken_one() {
+    let cache = tempfile::tempdir().unwrap();
+    let run = |extra: &[&str]| {
+        let args = [&["run", demo_model(), "--prompt-ids", "1,2,3", "-n", "4", "--json"], extra].concat();
+        json(&sluice_with_cache(cache.path(), &args))
+    };
+    let fresh = run(&[]);
+    assert_eq!(fresh["profile"]["read_tuning"]["calibrated"], false);
+    // What the bench says about the device is what identifies it.
+    let report = json(&bench(&["--seconds", "0.1", "--engine", "pread", "--block", "64KiB", "--depth", "1", "--json"]));
+    let drive = json!({
+        "device": report["device"], "engine": "pread", "chunk_bytes": 262_144, "depth": 5, "prefetch_depth": 2,
+        "bytes_per_second": 1e9,
+    });
+    fs::create_dir(cache.path().join("sluice")).unwrap();
+    let file = cache.path().join("sluice/io.json");
+    fs::write(&file, json!({ "version": 1, "drives": [drive] }).to_string()).unwrap();
+    let calibrated = run(&[]);
+    let tuning = &calibrated["profile"]["read_tuning"];
+    assert_eq!((&tuning["calibrated"], &tuning["engine"]), (&json!(true), &json!("pread")));
+    assert_eq!((&tuning["chunk_bytes"], &tuning["depth"]), (&json!(262_144), &json!(5)));
+    assert_eq!(run(&["--no-calibration"])["profile"]["read_tuning"]["calibrated"], false);
+    fs::write(&file, "{ broken").unwrap();
+    let broken = run(&[]);
+    assert!(broken["profile"]["read_tuning"]["remark"].as_str().unwrap().contains("io.json"));
+    for other in [&calibrated, &broken] {
+        assert_eq!(other["ids"], fresh["ids"], "the tokens do not depend on it");
+    }
+}

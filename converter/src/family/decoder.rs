@@ -1,0 +1,108 @@
+//! What every decoder's `config.json` says.
+
+use sluice_format::{ActivationSpec, AttentionSpec, FfnSpec, LayerSpec, ModelSpec, SPEC_VERSION};
+
+use super::config::Config;
+use crate::error::ConvertError;
+
+/// Values for missing keys: those that transformers fills in.
+pub(crate) struct Defaults {
+    pub(crate) vocab: usize,
+    pub(crate) hidden: usize,
+    pub(crate) intermediate: usize,
+    pub(crate) layers: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) max_positions: usize,
+    pub(crate) norm_eps: f64,
+    pub(crate) theta: f64,
+}
+
+/// The keys that all decoders share.
+pub(crate) struct Decoder<'a> {
+    pub(crate) config: &'a Config,
+    pub(crate) vocab: usize,
+    pub(crate) hidden: usize,
+    /// Width of a dense feed-forward network.
+    pub(crate) intermediate: usize,
+    pub(crate) layers: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) max_positions: usize,
+    pub(crate) norm_eps: f32,
+    /// Base of the rotary frequencies where the configuration names none.
+    pub(crate) theta: f64,
+}
+
+impl<'a> Decoder<'a> {
+    pub(crate) fn read(config: &'a Config, defaults: &Defaults) -> Result<Self, ConvertError> {
+        config.require_str("hidden_act", &["silu", "swish"])?;
+        let layers = config.usize_or("num_hidden_layers", defaults.layers)?;
+        if layers == 0 || layers > ModelSpec::MAX_LAYERS {
+            let problem = format!("is {layers}, expected 1 to {}", ModelSpec::MAX_LAYERS);
+            return Err(config.refuse("num_hidden_layers", problem));
+        }
+        let heads = config.usize_or("num_attention_heads", defaults.heads)?;
+        Ok(Decoder {
+            config,
+            vocab: config.usize_or("vocab_size", defaults.vocab)?,
+            hidden: config.usize_or("hidden_size", defaults.hidden)?,
+            intermediate: config.usize_or("intermediate_size", defaults.intermediate)?,
+            layers,
+            heads,
+            // Null means that keys and values are not shared.
+            kv_heads: config.opt_usize_or("num_key_value_heads", Some(defaults.kv_heads))?.unwrap_or(heads),
+            max_positions: config.usize_or("max_position_embeddings", defaults.max_positions)?,
+            norm_eps: config.f64_or("rms_norm_eps", defaults.norm_eps)? as f32,
+            theta: defaults.theta,
+        })
+    }
+
+    /// A feed-forward network without experts.
+    pub(crate) fn dense(&self) -> FfnSpec {
+        FfnSpec { activation: ActivationSpec::Silu, dense_width: self.intermediate, dense_gate: false, moe: None }
+    }
+
+    /// The model that has these layers.
+    pub(crate) fn model(&self, layers: Vec<LayerSpec>) -> Result<ModelSpec, ConvertError> {
+        Ok(ModelSpec {
+            version: SPEC_VERSION,
+            family: self.config.opt_str("model_type")?.unwrap_or_default().to_owned(),
+            vocab_size: self.vocab,
+            hidden_size: self.hidden,
+            max_positions: self.max_positions,
+            norm_eps: self.norm_eps,
+            layers,
+        })
+    }
+
+    /// The model whose layers all have the same attention, and `sparse` or `dense` as `is_sparse` says.
+    pub(crate) fn uniform(
+        &self,
+        attention: AttentionSpec,
+        sparse: &FfnSpec,
+        is_sparse: &[bool],
+    ) -> Result<ModelSpec, ConvertError> {
+        let dense = self.dense();
+        let layer = |&is_sparse: &bool| LayerSpec {
+            attention: attention.clone(),
+            ffn: if is_sparse { sparse.clone() } else { dense.clone() },
+        };
+        self.model(is_sparse.iter().map(layer).collect())
+    }
+
+    /// A list with one entry per layer under `key`: `Some` of whether each is `yes` instead of `no`.
+    pub(crate) fn layer_list(&self, key: &str, [yes, no]: [&str; 2]) -> Result<Option<Vec<bool>>, ConvertError> {
+        let Some(list) = self.config.opt_list(key)? else { return Ok(None) };
+        if list.len() != self.layers {
+            let problem = format!("has {} entries for {} layers", list.len(), self.layers);
+            return Err(self.config.refuse(key, problem));
+        }
+        let is_yes = |kind: &serde_json::Value| match kind.as_str() {
+            Some(kind) if kind == yes => Ok(true),
+            Some(kind) if kind == no => Ok(false),
+            _ => Err(self.config.refuse(key, format!("holds {kind}; supported: \"{yes}\", \"{no}\""))),
+        };
+        list.iter().map(is_yes).collect::<Result<_, _>>().map(Some)
+    }
+}

@@ -1,0 +1,88 @@
+//! Gated delta net: keys of `config.json`, and the tensors of a layer in the arrangements of Qwen3-Next and Qwen3.5.
+
+use sluice_format::DeltaSpec;
+
+use super::decoder::Decoder;
+use super::view::{Origin, Strides, View};
+use crate::error::ConvertError;
+
+/// Reads the linear attention of Qwen3-Next and Qwen3.5, whose values for missing keys are the same.
+pub(crate) fn read(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
+    let config = decoder.config;
+    Ok(DeltaSpec {
+        key_heads: config.usize_or("linear_num_key_heads", 16)?,
+        value_heads: config.usize_or("linear_num_value_heads", 32)?,
+        key_head_dim: config.usize_or("linear_key_head_dim", 128)?,
+        value_head_dim: config.usize_or("linear_value_head_dim", 128)?,
+        conv_width: config.usize_or("linear_conv_kernel_dim", 4)?,
+        norm_eps: decoder.norm_eps,
+    })
+}
+
+/// Which layers are linear: as `layer_types` says, else all but every `full_attention_interval`-th.
+pub(crate) fn linear_layers(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
+    if let Some(list) = decoder.layer_list("layer_types", ["linear_attention", "full_attention"])? {
+        return Ok(list);
+    }
+    let interval = decoder.config.usize_or("full_attention_interval", 4)?;
+    if interval == 0 {
+        return Err(decoder.config.refuse("full_attention_interval", "is 0, expected 1 or more"));
+    }
+    Ok((0..decoder.layers).map(|layer| (layer + 1) % interval != 0).collect())
+}
+
+/// Where a tensor comes from: projections apart, as in Qwen3.5, or grouped by key head, as in Qwen3-Next.
+pub(crate) fn origin(delta: &DeltaSpec, layer: &dyn Fn(&str) -> String, name: &str, shape: [usize; 3]) -> Origin {
+    let [_, rows, cols] = shape;
+    let tensor = |rest: &str| layer(&format!("linear_attn.{rest}"));
+    let one = |view: View| vec![vec![view]];
+    let matrix = |rest: &str| one(View::whole(tensor(rest), rows, cols));
+    let vector = |rest: &str| one(View::vector(tensor(rest), cols));
+    match name {
+        "conv" => {
+            let channels = delta.conv_channels();
+            one(View::new(tensor("conv1d.weight"), &[channels, 1, delta.conv_width], Strides::rows(0, 1, cols)))
+        }
+        "a_log" => vector("A_log"),
+        "dt_bias" => vector("dt_bias"),
+        "out_norm" => vector("norm.weight"),
+        "o" => matrix("out_proj.weight"),
+        name => {
+            let apart = match name {
+                "q" | "k" | "v" => stacked(delta, tensor("in_proj_qkv.weight"), name, rows, cols),
+                name => View::whole(tensor(&format!("in_proj_{name}.weight")), rows, cols),
+            };
+            let module = if matches!(name, "a" | "b") { "in_proj_ba.weight" } else { "in_proj_qkvz.weight" };
+            vec![vec![apart], vec![by_key_head(delta, tensor(module), name, cols)]]
+        }
+    }
+}
+
+/// All queries, then all keys, then all values.
+fn stacked(delta: &DeltaSpec, tensor: String, name: &str, rows: usize, cols: usize) -> View {
+    let key = delta.key_heads * delta.key_head_dim;
+    let first = match name {
+        "q" => 0,
+        "k" => key,
+        _ => 2 * key,
+    };
+    View::new(tensor, &[delta.conv_channels(), cols], Strides::rows(first, rows, cols))
+}
+
+/// For each key head its query, its key, then values and output gates of its value heads; in the other tensor writing
+/// strengths and decays of its value heads.
+fn by_key_head(delta: &DeltaSpec, tensor: String, name: &str, cols: usize) -> View {
+    let values_per_key = delta.value_heads / delta.key_heads.max(1);
+    let (key, value) = (delta.key_head_dim, values_per_key * delta.value_head_dim);
+    let (first, run, group) = match name {
+        "q" => (0, key, 2 * (key + value)),
+        "k" => (key, key, 2 * (key + value)),
+        "v" => (2 * key, value, 2 * (key + value)),
+        "z" => (2 * key + value, value, 2 * (key + value)),
+        "b" => (0, values_per_key, 2 * values_per_key),
+        "a" => (values_per_key, values_per_key, 2 * values_per_key),
+        other => unreachable!("a gated delta net has no `{other}`"),
+    };
+    let strides = Strides { start: first * cols, run, run_step: group * cols, row_step: cols, col_step: 1 };
+    View::new(tensor, &[delta.key_heads * group, cols], strides)
+}

@@ -1,0 +1,86 @@
+//! Grouped-query attention: keys of `config.json`, and the tensors of a layer.
+
+use sluice_format::{GqaSpec, QkNorm, QkNormScope, RopePairing};
+
+use super::decoder::Decoder;
+use super::rope;
+use super::view::{Strides, View};
+use crate::error::ConvertError;
+
+/// What a family says about its heads beyond what all have in common.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Heads {
+    /// Width of a head where `head_dim` is missing; `None`: the hidden size divided by the number of heads.
+    pub(crate) head_dim: Option<usize>,
+    /// Rotated part of a head where `partial_rotary_factor` is missing.
+    pub(crate) rotary_factor: f64,
+}
+
+impl Heads {
+    /// Heads divide the hidden size and rotate as a whole.
+    pub(crate) const USUAL: Heads = Heads { head_dim: None, rotary_factor: 1.0 };
+}
+
+/// Reads plain attention without biases, norms and window: families add what they have.
+pub(crate) fn read(decoder: &Decoder<'_>, heads: Heads) -> Result<GqaSpec, ConvertError> {
+    let config = decoder.config;
+    let default = heads.head_dim.unwrap_or(decoder.hidden / decoder.heads.max(1));
+    let head_dim = config.opt_usize_or("head_dim", Some(default))?.unwrap_or(default);
+    let rotated = rope::width(config, head_dim, heads.rotary_factor)?;
+    let rope = rope::read(config, rotated, RopePairing::Half, decoder.theta, decoder.max_positions)?;
+    Ok(GqaSpec {
+        heads: decoder.heads,
+        kv_heads: decoder.kv_heads,
+        head_dim,
+        v_head_dim: head_dim,
+        softmax_scale: (head_dim as f64).powf(-0.5) as f32,
+        rope: Some(rope.spec),
+        window: None,
+        qk_norm: None,
+        clip_qkv: None,
+        qkv_bias: false,
+        o_bias: false,
+        sinks: false,
+        output_gate: false,
+    })
+}
+
+/// A norm of queries and keys with the model's epsilon.
+pub(crate) fn qk_norm(decoder: &Decoder<'_>, scope: QkNormScope) -> Option<QkNorm> {
+    Some(QkNorm { scope, eps: decoder.norm_eps })
+}
+
+/// The window that every layer has under `sliding_window`, if it is a number.
+pub(crate) fn window(decoder: &Decoder<'_>, default: Option<usize>) -> Result<Option<usize>, ConvertError> {
+    decoder.config.opt_usize_or("sliding_window", default)
+}
+
+/// Where a tensor of grouped-query attention comes from; `layer` completes names.
+pub(crate) fn origin(gqa: &GqaSpec, layer: &dyn Fn(&str) -> String, name: &str, shape: [usize; 3]) -> View {
+    let [_, rows, cols] = shape;
+    let matrix = |module: &str| View::whole(layer(&format!("self_attn.{module}.weight")), rows, cols);
+    let vector = |rest: &str| View::vector(layer(&format!("self_attn.{rest}")), cols);
+    match name {
+        "q" | "gate" if gqa.output_gate => query_or_gate(gqa, layer("self_attn.q_proj.weight"), name == "gate", cols),
+        "q" => matrix("q_proj"),
+        "k" => matrix("k_proj"),
+        "v" => matrix("v_proj"),
+        "o" => matrix("o_proj"),
+        "q_bias" => vector("q_proj.bias"),
+        "k_bias" => vector("k_proj.bias"),
+        "v_bias" => vector("v_proj.bias"),
+        "o_bias" => vector("o_proj.bias"),
+        "q_norm" => vector("q_norm.weight"),
+        "k_norm" => vector("k_norm.weight"),
+        "sinks" => vector("sinks"),
+        other => unreachable!("grouped-query attention has no `{other}`"),
+    }
+}
+
+/// With an output gate, `q_proj` holds, head by head, the rows that make queries and then those that make gates.
+fn query_or_gate(gqa: &GqaSpec, tensor: String, gate: bool, hidden: usize) -> View {
+    let start = if gate { gqa.head_dim * hidden } else { 0 };
+    let run_step = 2 * gqa.head_dim * hidden;
+    let strides = Strides { start, run: gqa.head_dim, run_step, row_step: hidden, col_step: 1 };
+    View::new(tensor, &[2 * gqa.heads * gqa.head_dim, hidden], strides)
+}

@@ -1,0 +1,133 @@
+//! Routed experts: keys of `config.json`.
+
+use sluice_format::{ActivationSpec, FfnSpec, GroupScore, MoeSpec, RouterGroups, RouterScore, RouterSpec};
+
+use super::decoder::Decoder;
+use crate::error::ConvertError;
+
+/// DeepSeek-V3's reference adds it to the sum of the chosen weights.
+const RENORMALISE_EPS: f32 = 1e-20;
+
+/// Values for missing keys.
+pub(crate) struct Defaults {
+    pub(crate) experts: usize,
+    pub(crate) top_k: usize,
+    /// Width of one expert.
+    pub(crate) width: usize,
+    /// Width of the shared expert, in experts.
+    pub(crate) shared: usize,
+    pub(crate) groups: usize,
+    pub(crate) groups_kept: usize,
+    pub(crate) scale: f64,
+}
+
+/// Number of experts, under the names that families have for it.
+pub(crate) fn experts(decoder: &Decoder<'_>, default: usize) -> Result<usize, ConvertError> {
+    decoder.config.first_usize_or(&["n_routed_experts", "num_experts", "num_local_experts"], default)
+}
+
+/// Softmax over all experts; the chosen weights are divided by their sum if `renormalise`.
+pub(crate) fn softmax_router(renormalise: bool) -> RouterSpec {
+    RouterSpec {
+        score: RouterScore::Softmax,
+        logit_bias: false,
+        choice_bias: false,
+        groups: None,
+        renormalise: renormalise.then_some(0.0),
+        scale: 1.0,
+    }
+}
+
+/// Experts with a softmax router; no shared expert.
+pub(crate) fn softmax_experts(
+    decoder: &Decoder<'_>,
+    defaults: &Defaults,
+    width_key: &str,
+    renormalise: bool,
+) -> Result<FfnSpec, ConvertError> {
+    let config = decoder.config;
+    let moe = MoeSpec {
+        experts: experts(decoder, defaults.experts)?,
+        top_k: config.usize_or("num_experts_per_tok", defaults.top_k)?,
+        width: config.usize_or(width_key, defaults.width)?,
+        expert_bias: false,
+        router: softmax_router(renormalise),
+    };
+    Ok(FfnSpec { activation: ActivationSpec::Silu, dense_width: 0, dense_gate: false, moe: Some(moe) })
+}
+
+/// Experts as DeepSeek-V3 has them: sigmoid scores, a bias on the choice, groups, a shared expert.
+pub(crate) fn deepseek_v3(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<FfnSpec, ConvertError> {
+    let config = decoder.config;
+    config.require_str("scoring_func", &["sigmoid"])?;
+    config.require_str("topk_method", &["noaux_tc"])?;
+    let renormalise = config.bool_or("norm_topk_prob", true)?.then_some(RENORMALISE_EPS);
+    let router = RouterSpec {
+        score: RouterScore::Sigmoid,
+        logit_bias: false,
+        choice_bias: true,
+        groups: groups(decoder, defaults, GroupScore::TopTwoSum)?,
+        renormalise,
+        scale: config.f64_or("routed_scaling_factor", defaults.scale)? as f32,
+    };
+    with_shared(decoder, defaults, router)
+}
+
+/// The limit on groups, if there is more than one: one group limits nothing.
+pub(crate) fn groups(
+    decoder: &Decoder<'_>,
+    defaults: &Defaults,
+    score: GroupScore,
+) -> Result<Option<RouterGroups>, ConvertError> {
+    let count = decoder.config.opt_usize_or("n_group", Some(defaults.groups))?.unwrap_or(1);
+    let keep = decoder.config.opt_usize_or("topk_group", Some(defaults.groups_kept))?.unwrap_or(count);
+    Ok((count > 1).then_some(RouterGroups { count, keep, score }))
+}
+
+/// Experts with DeepSeek's keys, and the shared expert, which is as wide as `n_shared_experts` of them.
+pub(crate) fn with_shared(
+    decoder: &Decoder<'_>,
+    defaults: &Defaults,
+    router: RouterSpec,
+) -> Result<FfnSpec, ConvertError> {
+    let config = decoder.config;
+    let width = config.usize_or("moe_intermediate_size", defaults.width)?;
+    let shared = config.opt_usize_or("n_shared_experts", Some(defaults.shared))?.unwrap_or(0);
+    let moe = MoeSpec {
+        experts: experts(decoder, defaults.experts)?,
+        top_k: config.usize_or("num_experts_per_tok", defaults.top_k)?,
+        width,
+        expert_bias: false,
+        router,
+    };
+    let dense_width = width.saturating_mul(shared);
+    Ok(FfnSpec { activation: ActivationSpec::Silu, dense_width, dense_gate: false, moe: Some(moe) })
+}
+
+/// Which layers have experts: all from `first_k_dense_replace` on, or as a list says.
+pub(crate) fn after_dense(decoder: &Decoder<'_>, default_dense: usize) -> Result<Vec<bool>, ConvertError> {
+    let config = decoder.config;
+    if config.usize_or("moe_layer_freq", 1)? != 1 {
+        return Err(config.refuse("moe_layer_freq", "must be 1"));
+    }
+    if let Some(list) = decoder.layer_list("mlp_layer_types", ["sparse", "dense"])? {
+        return Ok(list);
+    }
+    let dense = config.usize_or("first_k_dense_replace", default_dense)?;
+    Ok((0..decoder.layers).map(|layer| layer >= dense).collect())
+}
+
+/// Which layers have experts in Qwen's spelling: every `decoder_sparse_step`-th, but those of `mlp_only_layers`.
+pub(crate) fn by_step(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
+    let config = decoder.config;
+    if let Some(list) = decoder.layer_list("mlp_layer_types", ["sparse", "dense"])? {
+        return Ok(list);
+    }
+    let step = config.usize_or("decoder_sparse_step", 1)?;
+    if step == 0 {
+        return Err(config.refuse("decoder_sparse_step", "is 0, expected 1 or more"));
+    }
+    let dense = config.opt_list("mlp_only_layers")?.unwrap_or_default();
+    let is_dense = |layer: usize| dense.iter().any(|d| d.as_u64() == Some(layer as u64));
+    Ok((0..decoder.layers).map(|layer| (layer + 1) % step == 0 && !is_dense(layer)).collect())
+}

@@ -1,0 +1,70 @@
+//! Which part of a source tensor makes a tensor of the model.
+
+/// Elements of a tensor, row-major, that make the rows of a matrix, or of a batch of matrices one after the other.
+///
+/// Strides are in elements, so that the same three of them say everything: a transposed matrix has the steps of row and
+/// column exchanged, every other row has twice the row's step, and one expert of many has another start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Strides {
+    /// The element that is row 0, column 0.
+    pub(crate) start: usize,
+    /// Rows come in runs of this many, such as the rows of one head.
+    pub(crate) run: usize,
+    /// Elements from the first row of a run to the first of the next.
+    pub(crate) run_step: usize,
+    /// Elements from row to row inside a run.
+    pub(crate) row_step: usize,
+    /// Elements from column to column.
+    pub(crate) col_step: usize,
+}
+
+impl Strides {
+    /// `rows` rows of `cols` columns from `first_row` on, as they lie in memory.
+    pub(crate) fn rows(first_row: usize, rows: usize, cols: usize) -> Self {
+        Strides { start: first_row * cols, run: rows, run_step: 0, row_step: cols, col_step: 1 }
+    }
+
+    /// Number of an element.
+    pub(crate) fn at(&self, row: usize, col: usize) -> usize {
+        self.start + row / self.run * self.run_step + row % self.run * self.row_step + col * self.col_step
+    }
+}
+
+/// A part of a source tensor. The last dimension of the source is its columns, the others together are its rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct View {
+    /// The source tensor.
+    pub(crate) tensor: String,
+    /// The shape that it must have.
+    pub(crate) source_shape: Vec<usize>,
+    /// Which of its elements.
+    pub(crate) strides: Strides,
+    /// Whether 1 is added to each: norms that the family stores around zero.
+    pub(crate) plus_one: bool,
+}
+
+/// Where a tensor comes from: alternatives, the first of which that the checkpoint has is taken. Each is one view, or gate
+/// and up of a pair.
+pub(crate) type Origin = Vec<Vec<View>>;
+
+impl View {
+    /// Any part.
+    pub(crate) fn new(tensor: String, source_shape: &[usize], strides: Strides) -> Self {
+        View { tensor, source_shape: source_shape.to_vec(), strides, plus_one: false }
+    }
+
+    /// All of a matrix.
+    pub(crate) fn whole(tensor: String, rows: usize, cols: usize) -> Self {
+        View::new(tensor, &[rows, cols], Strides::rows(0, rows, cols))
+    }
+
+    /// All of a vector.
+    pub(crate) fn vector(tensor: String, len: usize) -> Self {
+        View::new(tensor, &[len], Strides::rows(0, 1, len))
+    }
+
+    /// The rows from `first` to `first + rows` of matrix `index` of a stack of shape `stack`.
+    pub(crate) fn of_stack(tensor: String, stack: [usize; 3], index: usize, first: usize, rows: usize) -> Self {
+        View::new(tensor, &stack, Strides::rows(index * stack[1] + first, rows, stack[2]))
+    }
+}

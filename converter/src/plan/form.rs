@@ -1,0 +1,96 @@
+//! Which tensors of a checkpoint together hold one tensor of the model, in every form that checkpoints are published in.
+
+use crate::source::{Checkpoint, Dtype};
+
+/// A way to store a matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// One tensor of numbers, or one of a type that no form knows.
+    Single,
+    /// e4m3 codes and their scales: per 128×128 block, per row, or one.
+    Fp8,
+    /// compressed-tensors: four-bit integers and a scale per group; the third tensor is the shape.
+    PackedInt,
+    /// compressed-tensors: e2m1 codes and power-of-two scales.
+    PackedMxfp4,
+    /// compressed-tensors: e2m1 codes, e4m3 scales, and one number to divide those by.
+    PackedNvfp4,
+    /// modelopt: e2m1 codes, e4m3 scales, and one number to multiply those by.
+    Nvfp4,
+    /// gpt-oss: e2m1 codes in blocks and power-of-two scales.
+    Blocks,
+    /// MLX: integers, scales and, unless the scales are powers of two, biases per group.
+    Mlx,
+    /// AWQ and GPTQ: integers, zeros, scales and, in GPTQ, the group of each input.
+    Columnar,
+}
+
+/// The tensors that hold one tensor of the model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Parts {
+    pub(crate) form: Form,
+    /// Numbers of the tensors, in the order in which [`Form`] lists them.
+    pub(crate) tensors: Vec<usize>,
+    /// A further one that should be there and is not.
+    pub(crate) missing: Option<String>,
+}
+
+/// Finds what holds the tensor of that name; `None`: nothing does.
+pub(crate) fn find(checkpoint: &Checkpoint, name: &str) -> Option<Parts> {
+    let stem = name.strip_suffix(".weight").unwrap_or(name);
+    if let Some(tensor) = checkpoint.find(name) {
+        return Some(found(checkpoint, name, stem, tensor));
+    }
+    let of_stem = |end: &str| format!("{stem}{end}");
+    if let Some(tensor) = checkpoint.find(&of_stem(".weight_packed")) {
+        let scale = of_stem(".weight_scale");
+        return Some(if checkpoint.tensors[tensor].dtype.name() == "I32" {
+            parts(checkpoint, Form::PackedInt, tensor, &[scale, of_stem(".weight_shape")])
+        } else if let global @ Some(_) = checkpoint.find(&of_stem(".weight_global_scale")) {
+            let mut parts = parts(checkpoint, Form::PackedNvfp4, tensor, &[scale]);
+            parts.tensors.extend(global);
+            parts
+        } else {
+            parts(checkpoint, Form::PackedMxfp4, tensor, &[scale])
+        });
+    }
+    let tensor = checkpoint.find(&of_stem(".qweight"))?;
+    let mut parts = parts(checkpoint, Form::Columnar, tensor, &[of_stem(".qzeros"), of_stem(".scales")]);
+    parts.tensors.extend(checkpoint.find(&of_stem(".g_idx")));
+    Some(parts)
+}
+
+fn found(checkpoint: &Checkpoint, name: &str, stem: &str, tensor: usize) -> Parts {
+    let after = |end: &str| format!("{name}{end}");
+    match &checkpoint.tensors[tensor].dtype {
+        Dtype::F8E4M3 => {
+            let known = ["_scale_inv", "_scale"].map(after);
+            let scale = known.iter().find(|n| checkpoint.find(n).is_some()).unwrap_or(&known[0]);
+            parts(checkpoint, Form::Fp8, tensor, std::slice::from_ref(scale))
+        }
+        Dtype::Other(dtype) if dtype == "U8" && name.ends_with("_blocks") => {
+            let scales = format!("{}_scales", name.trim_end_matches("_blocks"));
+            parts(checkpoint, Form::Blocks, tensor, &[scales])
+        }
+        Dtype::Other(dtype) if dtype == "U8" => {
+            parts(checkpoint, Form::Nvfp4, tensor, &[after("_scale"), after("_scale_2")])
+        }
+        Dtype::Other(dtype) if dtype == "U32" => {
+            let mut parts = parts(checkpoint, Form::Mlx, tensor, &[format!("{stem}.scales")]);
+            parts.tensors.extend(checkpoint.find(&format!("{stem}.biases")));
+            parts
+        }
+        _ => parts(checkpoint, Form::Single, tensor, &[]),
+    }
+}
+
+fn parts(checkpoint: &Checkpoint, form: Form, first: usize, others: &[String]) -> Parts {
+    let mut parts = Parts { form, tensors: vec![first], missing: None };
+    for name in others {
+        match checkpoint.find(name) {
+            Some(tensor) => parts.tensors.push(tensor),
+            None => parts.missing = parts.missing.or_else(|| Some(name.clone())),
+        }
+    }
+    parts
+}

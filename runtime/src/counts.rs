@@ -1,0 +1,89 @@
+//! What the eviction policy has learned, kept beside the model: the next start begins warm.
+//!
+//! The file `MODEL.counts` is: magic (8 bytes), model id (16), length of the counts (u64), counts, xxh3-64 of all before.
+//! Little-endian. It only ever changes speed: a file that is missing, damaged or of another model is ignored.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use sluice_format::ModelId;
+use xxhash_rust::xxh3::xxh3_64;
+
+const MAGIC: [u8; 8] = *b"SLCOUNT1";
+/// Bytes of a model id.
+const MODEL_ID_LEN: usize = 16;
+const HEADER: usize = MAGIC.len() + MODEL_ID_LEN + 8;
+/// Longest counts that are read: a trillion-parameter model has 23,000 experts with a few numbers each.
+const MAX_COUNTS: usize = 64 << 20;
+
+/// Where the counts of a model are.
+pub fn path_of(model: &Path) -> PathBuf {
+    let mut name = model.as_os_str().to_owned();
+    name.push(".counts");
+    name.into()
+}
+
+/// Reads the counts of a model; `None` if there are none that can be trusted.
+pub fn load(model: &Path, id: ModelId) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let limit = (HEADER + MAX_COUNTS + 8) as u64;
+    fs::File::open(path_of(model)).ok()?.take(limit).read_to_end(&mut bytes).ok()?;
+    let (content, sum) = bytes.split_last_chunk::<8>()?;
+    if xxh3_64(content) != u64::from_le_bytes(*sum) || content.len() < HEADER {
+        return None;
+    }
+    let (header, counts) = content.split_at(HEADER);
+    let len = u64::try_from(counts.len()).ok()?;
+    let expected = [&MAGIC[..], &id.0, &len.to_le_bytes()].concat();
+    (header == expected).then(|| counts.to_vec())
+}
+
+/// Writes the counts of a model, atomically: a reader sees the old ones or the new ones.
+///
+/// # Errors
+/// What the file system says, for instance that the folder cannot be written.
+pub fn save(model: &Path, id: ModelId, counts: &[u8]) -> io::Result<()> {
+    let mut bytes = [&MAGIC[..], &id.0, &(counts.len() as u64).to_le_bytes(), counts].concat();
+    bytes.extend(xxh3_64(&bytes).to_le_bytes());
+    let path = path_of(model);
+    let mut partial = path.clone().into_os_string();
+    partial.push(format!(".{}", std::process::id()));
+    let written = fs::File::create(&partial).and_then(|mut file| {
+        file.write_all(&bytes)?;
+        file.sync_all()
+    });
+    let renamed = written.and_then(|()| fs::rename(&partial, &path));
+    if renamed.is_err() {
+        // What cannot be renamed is of no use; if it cannot be removed either, the first error says more.
+        let _ = fs::remove_file(&partial);
+    }
+    renamed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_come_back_only_unchanged_and_to_their_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("m.sluice");
+        let id = ModelId([7; MODEL_ID_LEN]);
+        assert_eq!(load(&model, id), None);
+        save(&model, id, b"some counts").unwrap();
+        assert_eq!(load(&model, id).as_deref(), Some(&b"some counts"[..]));
+        assert_eq!(load(&model, ModelId([8; MODEL_ID_LEN])), None);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no partial file stays");
+
+        let sound = fs::read(path_of(&model)).unwrap();
+        for at in 0..sound.len() {
+            let mut damaged = sound.clone();
+            damaged[at] ^= 1;
+            fs::write(path_of(&model), &damaged).unwrap();
+            assert_eq!(load(&model, id), None, "byte {at}");
+            fs::write(path_of(&model), &sound[..at]).unwrap();
+            assert_eq!(load(&model, id), None, "cut at {at}");
+        }
+    }
+}

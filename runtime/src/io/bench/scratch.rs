@@ -1,0 +1,103 @@
+//! A file to measure a drive with, for those who have no model file on it yet.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use super::{BenchError, splitmix};
+
+/// Bytes of a scratch file when nothing else is asked for: more than the memory of most drives.
+pub const DEFAULT_BYTES: u64 = 2 << 30;
+
+/// Fewer bytes are no file to read at random places of.
+pub const LEAST_BYTES: u64 = 64 << 20;
+
+/// Bytes written at a time.
+const PIECE_BYTES: usize = 4 << 20;
+
+/// A file full of noise, deleted when this is dropped.
+#[derive(Debug)]
+pub struct Scratch {
+    path: PathBuf,
+}
+
+impl Scratch {
+    /// Writes a scratch file at `path`, which must not exist: `bytes` of noise that no drive can compress, on the drive
+    /// and not in the page cache. Without `bytes`, [`DEFAULT_BYTES`], or half of the free space if that is less.
+    /// `progress` hears of bytes written and the whole.
+    ///
+    /// # Errors
+    /// [`BenchError::Unsuitable`] if there is too little space, [`BenchError::Scratch`].
+    pub fn create(path: &Path, bytes: Option<u64>, progress: &mut dyn FnMut(u64, u64)) -> Result<Scratch, BenchError> {
+        let failed = |action| {
+            let path = path.to_owned();
+            move |source| BenchError::Scratch { path, action, source }
+        };
+        let mut file = File::create_new(path).map_err(failed("create"))?;
+        let scratch = Scratch { path: path.to_owned() };
+        let bytes = match bytes {
+            Some(bytes) => bytes,
+            None => DEFAULT_BYTES.min(free_bytes(&file).unwrap_or(u64::MAX) / 2),
+        };
+        let free = free_bytes(&file).unwrap_or(u64::MAX);
+        let reason = match bytes {
+            _ if bytes > free => format!("{bytes} bytes are asked for, {free} are free. Give a smaller --size"),
+            _ if bytes < LEAST_BYTES => {
+                format!("a scratch file of {bytes} bytes is too small: {LEAST_BYTES} are needed. Free some space")
+            }
+            _ => {
+                write_noise(&mut file, bytes, progress).map_err(failed("write"))?;
+                file.sync_all().map_err(failed("write"))?;
+                forget_pages(&file);
+                return Ok(scratch);
+            }
+        };
+        Err(BenchError::Unsuitable { path: path.to_owned(), reason })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // It may be gone already: see below. Otherwise nothing can be done here.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn write_noise(file: &mut File, bytes: u64, progress: &mut dyn FnMut(u64, u64)) -> std::io::Result<()> {
+    let mut state = 0;
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut written = 0;
+    while written < bytes {
+        for word in piece.as_chunks_mut::<8>().0 {
+            *word = splitmix(&mut state).to_le_bytes();
+        }
+        let len = PIECE_BYTES.min(usize::try_from(bytes - written).unwrap_or(PIECE_BYTES));
+        file.write_all(&piece[..len])?;
+        written += len as u64;
+        progress(written, bytes);
+    }
+    Ok(())
+}
+
+/// Bytes that an ordinary user may still write.
+fn free_bytes(file: &File) -> Option<u64> {
+    let fs = nix::sys::statvfs::fstatvfs(file).ok()?;
+    (fs.blocks_available() as u64).checked_mul(fs.fragment_size() as u64)
+}
+
+/// Drops the file's pages from the page cache. What stays is seen by the proof.
+fn forget_pages(file: &File) {
+    #[cfg(target_os = "linux")]
+    {
+        use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+        let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = file;
+}

@@ -1,0 +1,146 @@
+use std::time::Duration;
+
+use super::*;
+use crate::io::PAGE_BYTES;
+
+const ENGINES: [BenchEngine; 3] = [BenchEngine::Uring, BenchEngine::UringPlain, BenchEngine::Pread];
+
+/// A file of 8 MiB of noise, on the drive.
+fn noise() -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let mut state = 0;
+    let bytes: Vec<u8> = (0..1 << 20).flat_map(|_| splitmix(&mut state).to_le_bytes()).collect();
+    std::fs::write(file.path(), bytes).expect("written");
+    file.as_file().sync_all().expect("synced");
+    file
+}
+
+/// The temporary folder may be in memory; then there is nothing to measure but the page cache.
+fn open(path: &Path) -> DiskBench {
+    DiskBench::open(path, DirectMode::Prefer)
+        .or_else(|_| DiskBench::open(path, DirectMode::Never))
+        .expect("one of the two")
+}
+
+/// The engines that run here.
+fn engines(bench: &mut DiskBench) -> Vec<BenchEngine> {
+    let here = ENGINES.into_iter().filter(|&engine| bench.engine_note(engine).is_ok()).collect::<Vec<_>>();
+    assert!(here.contains(&BenchEngine::Pread));
+    here
+}
+
+#[test]
+fn every_engine_reads_for_a_while_and_stops() {
+    let file = noise();
+    let mut bench = open(file.path());
+    for engine in engines(&mut bench) {
+        for pattern in [Pattern::Random, Pattern::Sequential] {
+            for (block_bytes, depth) in [(PAGE_BYTES, 1), (64 << 10, 16), (1 << 20, 4), (8 << 20, 2)] {
+                let point = Point { engine, pattern, block_bytes, depth };
+                let visit = bench.visit(&point, Duration::from_millis(5)).expect("measured");
+                assert!(visit.bytes >= point.in_flight_bytes() as u64, "{point:?}");
+                assert_eq!(visit.bytes % block_bytes as u64, 0);
+                assert!(!visit.elapsed.is_zero());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sweep_measures_every_point_and_proves_itself() {
+    let file = noise();
+    let mut bench = open(file.path());
+    let engines = engines(&mut bench);
+    let options = SweepOptions {
+        engines: engines.clone(),
+        patterns: vec![Pattern::Random, Pattern::Sequential],
+        blocks: vec![256 << 10, 512 << 10],
+        depths: vec![1, 4],
+        time: Duration::from_millis(600),
+    };
+    let mut heard = 0.0;
+    let sweep = sweep(&mut bench, &options, &mut |done| heard = done).expect("measured");
+    assert!(heard > 0.0 && heard <= 1.0);
+    assert_eq!(sweep.points.len(), engines.len() * 8);
+    assert!(sweep.points[0].bytes_per_second > 0.0 && sweep.points[0].mean_bytes_per_second > 0.0);
+    assert!(sweep.finalists.is_empty());
+    assert_eq!(sweep.proof.direct, bench.direct().is_engaged());
+    assert!(sweep.proof.bytes_read > 0);
+    let json = serde_json::to_value(&sweep).expect("JSON");
+    assert_eq!(json["points"][0]["block_bytes"], 256 << 10);
+    assert_eq!(json["points"][0]["engine"], sweep.points[0].point.engine.name());
+}
+
+#[test]
+fn a_sweep_without_time_still_ends() {
+    let file = noise();
+    let mut bench = open(file.path());
+    let options = SweepOptions {
+        engines: vec![BenchEngine::Pread],
+        patterns: vec![Pattern::Random],
+        blocks: Vec::new(),
+        depths: Vec::new(),
+        time: Duration::ZERO,
+    };
+    let sweep = sweep(&mut bench, &options, &mut |_| ()).expect("measured");
+    assert_eq!(sweep.points.iter().filter(|m| !m.rates.is_empty()).count(), 1);
+    assert!(sweep.knee.is_some());
+}
+
+#[test]
+fn what_cannot_be_measured_says_why() {
+    let refused = |path: &Path| DiskBench::open(path, DirectMode::Never).err().expect("refused").to_string();
+    let folder = tempfile::tempdir().expect("a folder");
+    assert!(refused(folder.path()).contains("not a regular file"));
+    let path = folder.path().join("file");
+    std::fs::write(&path, [1; 100]).expect("written");
+    assert!(refused(&path).contains("100 bytes"));
+    std::fs::File::create(&path).and_then(|f| f.set_len(64 << 20)).expect("made");
+    assert!(refused(&path).contains("holes"), "{}", refused(&path));
+    let file = noise();
+    let point = Point { engine: BenchEngine::Pread, pattern: Pattern::Random, block_bytes: 16 << 20, depth: 1 };
+    let error = open(file.path()).visit(&point, Duration::ZERO).expect_err("too large").to_string();
+    assert!(error.contains("smaller than a block"), "{error}");
+    let mut bench = open(file.path());
+    let point = Point { block_bytes: 100, ..point };
+    assert!(matches!(bench.visit(&point, Duration::ZERO), Err(BenchError::Io(IoError::Config { .. }))));
+}
+
+#[test]
+fn a_file_in_memory_is_refused() {
+    let Ok(file) = tempfile::NamedTempFile::new_in("/dev/shm") else { return };
+    std::fs::write(file.path(), vec![1; 1 << 20]).expect("written");
+    let error = DiskBench::open(file.path(), DirectMode::Prefer).err().expect("refused");
+    assert!(matches!(error, BenchError::NotDirect { .. }));
+    let text = error.to_string();
+    assert!(text.contains("tmpfs") && text.contains("--buffered"), "{text}");
+    let bench = DiskBench::open(file.path(), DirectMode::Never).expect("asked for");
+    assert!(bench.proof().expect("none needed").summary().starts_with("BUFFERED"));
+}
+
+#[test]
+fn scratch_files_go_away_and_never_replace() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("scratch");
+    let error = Scratch::create(&path, Some(1 << 20), &mut |_, _| ()).expect_err("too small");
+    assert!(error.to_string().contains("too small"), "{error}");
+    assert!(!path.exists());
+    let error = Scratch::create(&path, Some(u64::MAX), &mut |_, _| ()).expect_err("too large");
+    assert!(error.to_string().contains("are free"), "{error}");
+    std::fs::write(&path, "precious").expect("written");
+    assert!(matches!(Scratch::create(&path, None, &mut |_, _| ()), Err(BenchError::Scratch { .. })));
+    assert_eq!(std::fs::read(&path).expect("still there"), b"precious");
+}
+
+#[test]
+fn a_scratch_file_is_on_the_drive() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("scratch");
+    let mut heard = 0;
+    let made = Scratch::create(&path, Some(scratch::LEAST_BYTES), &mut |done, _| heard = done);
+    let Ok(scratch) = made else { return };
+    assert_eq!(heard, scratch::LEAST_BYTES);
+    assert_eq!(open(scratch.path()).file_bytes(), scratch::LEAST_BYTES);
+    drop(scratch);
+    assert!(!path.exists());
+}

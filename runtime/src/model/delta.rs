@@ -1,0 +1,356 @@
+//! Gated delta net: what replaces attention in three of four layers of Qwen3-Next and Qwen3.5.
+//!
+//! Formulas at [`DeltaSpec`]. Its memory is one matrix per value head and the last inputs of the convolution, whatever the
+//! length of the context. Tokens go through one after the other: a chunk gives the same bits as its tokens one at a time.
+
+use sluice_format::DeltaSpec;
+use sluice_kernels::{Activations, exp, rms_norm, sigmoid, silu};
+
+use super::ModelError;
+use super::compute::{Compute, sized, with_head_scratch};
+use super::weights::{ExtentTensors, MatrixRef, VectorRef};
+
+/// Added to the squared length of queries and keys before they are divided by it.
+const LENGTH_EPS: f32 = 1e-6;
+
+/// Weights of one layer, as places in its extent.
+#[derive(Debug)]
+pub struct Delta {
+    spec: DeltaSpec,
+    /// Queries, keys, values: the convolution's channels, in this order.
+    qkv: [MatrixRef; 3],
+    a: MatrixRef,
+    b: MatrixRef,
+    z: MatrixRef,
+    o: MatrixRef,
+    conv: VectorRef,
+    a_log: VectorRef,
+    dt_bias: VectorRef,
+    out_norm: VectorRef,
+}
+
+/// What one layer remembers of one session. A step reads the state at its first position and writes the one behind its last
+/// to the other place, so that a step that fails in a later layer can be repeated.
+#[derive(Clone, Debug)]
+pub struct DeltaState {
+    places: [StateAt; 2],
+}
+
+#[derive(Clone, Debug)]
+struct StateAt {
+    /// Tokens that went into it.
+    position: usize,
+    /// Inputs of the convolution before `position`, `[conv_width - 1, channels]`, oldest first.
+    inputs: Vec<f32>,
+    /// Per value head the state `[key_head_dim, value_head_dim]` and the last output.
+    heads: Vec<f32>,
+}
+
+impl DeltaState {
+    /// The state before the first token.
+    pub fn new(spec: &DeltaSpec) -> Self {
+        let place = StateAt {
+            position: 0,
+            inputs: vec![0.0; (spec.conv_width - 1) * spec.conv_channels()],
+            heads: vec![0.0; spec.value_heads * head_len(spec)],
+        };
+        DeltaState { places: [place.clone(), place] }
+    }
+
+    /// The state at `position` and the place for the next one.
+    fn step(&mut self, position: usize) -> (&StateAt, &mut StateAt) {
+        let [first, second] = &mut self.places;
+        let (from, to) = if first.position == position { (first, second) } else { (second, first) };
+        if position == 0 {
+            // A session that was cleared: the states are of tokens that are forgotten.
+            from.inputs.fill(0.0);
+            from.heads.fill(0.0);
+            from.position = 0;
+        }
+        assert_eq!(from.position, position, "a recurrent state cannot go back");
+        (from, to)
+    }
+}
+
+/// f32 values per value head.
+fn head_len(spec: &DeltaSpec) -> usize {
+    (spec.key_head_dim + 1) * spec.value_head_dim
+}
+
+/// Bytes of a state.
+pub fn state_memory(spec: &DeltaSpec) -> u64 {
+    let inputs = (spec.conv_width - 1) * spec.conv_channels();
+    2 * 4 * (inputs + spec.value_heads * head_len(spec)) as u64
+}
+
+/// f32 values of scratch per token.
+pub fn scratch_width(spec: &DeltaSpec) -> usize {
+    let value = spec.value_heads * spec.value_head_dim;
+    4 * spec.conv_channels() + 3 * value + 2 * spec.value_heads
+}
+
+/// Buffers that the layers reuse from call to call.
+#[derive(Debug)]
+pub struct DeltaScratch {
+    activations: Activations,
+    /// One of queries, keys and values, `[tokens, width]`.
+    part: Vec<f32>,
+    /// Inputs of the convolution, those before the first token included, `[conv_width - 1 + tokens, channels]`.
+    inputs: Vec<f32>,
+    /// Its outputs, `[tokens, channels]`.
+    mixed: Vec<f32>,
+    a: Vec<f32>,
+    b: Vec<f32>,
+    z: Vec<f32>,
+    /// `[tokens, value_heads, value_head_dim]`.
+    out: Vec<f32>,
+    conv: Vec<f32>,
+    a_log: Vec<f32>,
+    dt_bias: Vec<f32>,
+    norm: Vec<f32>,
+}
+
+impl DeltaScratch {
+    /// Empty buffers; they grow to what the first call needs.
+    pub fn new(compute: &Compute) -> Self {
+        DeltaScratch {
+            activations: Activations::new(compute.precision),
+            part: Vec::new(),
+            inputs: Vec::new(),
+            mixed: Vec::new(),
+            a: Vec::new(),
+            b: Vec::new(),
+            z: Vec::new(),
+            out: Vec::new(),
+            conv: Vec::new(),
+            a_log: Vec::new(),
+            dt_bias: Vec::new(),
+            norm: Vec::new(),
+        }
+    }
+}
+
+impl Delta {
+    pub(super) fn new(spec: &DeltaSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+        Ok(Delta {
+            spec: spec.clone(),
+            qkv: [tensors.matrix("q")?, tensors.matrix("k")?, tensors.matrix("v")?],
+            a: tensors.matrix("a")?,
+            b: tensors.matrix("b")?,
+            z: tensors.matrix("z")?,
+            o: tensors.matrix("o")?,
+            conv: tensors.vector("conv")?,
+            a_log: tensors.vector("a_log")?,
+            dt_bias: tensors.vector("dt_bias")?,
+            out_norm: tensors.vector("out_norm")?,
+        })
+    }
+
+    /// Mixes `n` tokens at positions `start..start + n`: reads `x` `[n, hidden]` (normalised), advances `state`, writes
+    /// `out` `[n, hidden]`. `extent`: the bytes of the layer's attention extent.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "inputs, state, scratch and output of one step; a struct would only rename them"
+    )]
+    pub fn forward(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        state: &mut DeltaState,
+        start: usize,
+        n: usize,
+        x: &[f32],
+        scratch: &mut DeltaScratch,
+        out: &mut [f32],
+    ) {
+        let (from, to) = state.step(start);
+        scratch.activations.set(x, n, x.len() / n);
+        self.project(compute, extent, n, scratch);
+        self.convolve(extent, from, to, n, scratch);
+        self.normalise_keys(n, scratch);
+        self.gates(extent, n, scratch);
+        for t in 0..n {
+            self.recur(compute, t, (t == 0).then_some(&from.heads), &mut to.heads, scratch);
+        }
+        to.position = start + n;
+        self.gate_output(extent, n, scratch);
+        let width = self.spec.value_heads * self.spec.value_head_dim;
+        scratch.activations.set(&scratch.out[..n * width], n, width);
+        compute.multiply(&self.o, extent, &scratch.activations, out);
+    }
+
+    /// Leaves the convolution's new inputs, and the projections of decay, writing strength and output gate, in the scratch.
+    fn project(&self, compute: &Compute, extent: &[u8], n: usize, scratch: &mut DeltaScratch) {
+        let s = &self.spec;
+        let (channels, before) = (s.conv_channels(), s.conv_width - 1);
+        let DeltaScratch { activations, part, inputs, a, b, z, .. } = scratch;
+        let inputs = sized(inputs, (before + n) * channels);
+        let mut first = 0;
+        for matrix in &self.qkv {
+            let width = matrix.rows();
+            let part = sized(part, n * width);
+            compute.multiply(matrix, extent, activations, part);
+            for (row, part) in inputs[before * channels..].chunks_exact_mut(channels).zip(part.chunks_exact(width)) {
+                row[first..first + width].copy_from_slice(part);
+            }
+            first += width;
+        }
+        compute.multiply(&self.a, extent, activations, sized(a, n * s.value_heads));
+        compute.multiply(&self.b, extent, activations, sized(b, n * s.value_heads));
+        let width = s.value_heads * s.value_head_dim;
+        compute.multiply(&self.z, extent, activations, sized(z, n * width));
+    }
+
+    /// Causal convolution of each channel by itself, then SiLU.
+    fn convolve(&self, extent: &[u8], from: &StateAt, to: &mut StateAt, n: usize, scratch: &mut DeltaScratch) {
+        let (channels, width) = (self.spec.conv_channels(), self.spec.conv_width);
+        let DeltaScratch { inputs, mixed, conv, .. } = scratch;
+        let inputs = sized(inputs, (width - 1 + n) * channels);
+        inputs[..from.inputs.len()].copy_from_slice(&from.inputs);
+        self.conv.read(extent, conv);
+        for (t, out) in sized(mixed, n * channels).chunks_exact_mut(channels).enumerate() {
+            let seen = &inputs[t * channels..][..width * channels];
+            for (c, out) in out.iter_mut().enumerate() {
+                let taps = &conv[c * width..][..width];
+                let sum = taps.iter().enumerate().fold(0.0, |sum, (i, tap)| sum + tap * seen[i * channels + c]);
+                *out = silu(sum);
+            }
+        }
+        to.inputs.copy_from_slice(&inputs[n * channels..]);
+    }
+
+    /// Gives queries and keys length 1, queries then the scale of the scores.
+    fn normalise_keys(&self, n: usize, scratch: &mut DeltaScratch) {
+        let s = &self.spec;
+        let scale = (s.key_head_dim as f32).powf(-0.5);
+        for row in scratch.mixed[..n * s.conv_channels()].chunks_exact_mut(s.conv_channels()) {
+            let heads = row[..2 * s.key_heads * s.key_head_dim].chunks_exact_mut(s.key_head_dim);
+            for (h, head) in heads.enumerate() {
+                let length = (head.iter().map(|v| v * v).sum::<f32>() + LENGTH_EPS).sqrt();
+                let factor = if h < s.key_heads { scale / length } else { 1.0 / length };
+                head.iter_mut().for_each(|v| *v *= factor);
+            }
+        }
+    }
+
+    /// Turns the projections into decays, in `a`, and writing strengths, in `b`.
+    fn gates(&self, extent: &[u8], n: usize, scratch: &mut DeltaScratch) {
+        let heads = self.spec.value_heads;
+        let DeltaScratch { a, b, a_log, dt_bias, .. } = scratch;
+        self.a_log.read(extent, a_log);
+        self.dt_bias.read(extent, dt_bias);
+        for row in a[..n * heads].chunks_exact_mut(heads) {
+            for ((a, log), bias) in row.iter_mut().zip(&*a_log).zip(&*dt_bias) {
+                *a = exp(-exp(*log) * softplus(*a + bias));
+            }
+        }
+        b[..n * heads].iter_mut().for_each(|b| *b = sigmoid(*b));
+    }
+
+    /// Token `t`: reads the state of `from`, or that in place, and leaves the new one with its output. One task per head.
+    fn recur(&self, compute: &Compute, t: usize, from: Option<&Vec<f32>>, to: &mut [f32], scratch: &mut DeltaScratch) {
+        let s = &self.spec;
+        let (dk, dv, len) = (s.key_head_dim, s.value_head_dim, head_len(s));
+        let DeltaScratch { mixed, a, b, out, .. } = scratch;
+        let (a, b) = (&a[t * s.value_heads..], &b[t * s.value_heads..]);
+        let mixed = &mixed[t * s.conv_channels()..][..s.conv_channels()];
+        let (queries, rest) = mixed.split_at(s.key_heads * dk);
+        let (keys, values) = rest.split_at(s.key_heads * dk);
+        compute.threads.for_each_chunk(to, len, &|h, head| {
+            let key_head = h / (s.value_heads / s.key_heads);
+            let (q, k) = (&queries[key_head * dk..][..dk], &keys[key_head * dk..][..dk]);
+            if let Some(from) = from {
+                head.copy_from_slice(&from[h * len..][..len]);
+            }
+            let (state, out) = head.split_at_mut(dk * dv);
+            with_head_scratch(|scratch| {
+                let change = sized(&mut scratch.input, dv);
+                change.fill(0.0);
+                for (row, k) in state.chunks_exact_mut(dv).zip(k) {
+                    row.iter_mut().for_each(|v| *v *= a[h]);
+                    compute.kernels.axpy(*k, row, change);
+                }
+                let wanted = &values[h * dv..][..dv];
+                change.iter_mut().zip(wanted).for_each(|(c, v)| *c = (v - *c) * b[h]);
+                out.fill(0.0);
+                for ((row, k), q) in state.chunks_exact_mut(dv).zip(k).zip(q) {
+                    compute.kernels.axpy(*k, change, row);
+                    compute.kernels.axpy(*q, row, out);
+                }
+            });
+        });
+        let width = s.value_heads * dv;
+        let out = &mut sized(out, (t + 1) * width)[t * width..];
+        for (out, head) in out.chunks_exact_mut(dv).zip(to.chunks_exact(len)) {
+            out.copy_from_slice(&head[dk * dv..]);
+        }
+    }
+
+    /// Norm of each head's output, then the gate.
+    fn gate_output(&self, extent: &[u8], n: usize, scratch: &mut DeltaScratch) {
+        let width = self.spec.value_head_dim;
+        let DeltaScratch { out, z, norm, .. } = scratch;
+        self.out_norm.read(extent, norm);
+        let len = n * self.spec.value_heads * width;
+        with_head_scratch(|scratch| {
+            for (out, z) in out[..len].chunks_exact_mut(width).zip(z.chunks_exact(width)) {
+                let copy = sized(&mut scratch.input, width);
+                copy.copy_from_slice(out);
+                rms_norm(copy, norm, self.spec.norm_eps, out);
+                out.iter_mut().zip(z).for_each(|(o, z)| *o *= silu(*z));
+            }
+        });
+    }
+}
+
+/// `ln(1 + exp(x))` in plain arithmetic, so that it gives the same bits on every platform.
+///
+/// `ln(1 + u) = 2 artanh(u / (2 + u))` with `u = exp(-|x|)`: the argument is at most 1/3, where eight terms of the series
+/// leave less than f32 can tell.
+fn softplus(x: f32) -> f32 {
+    let u = exp(-x.abs());
+    let z = u / (2.0 + u);
+    let series = (0..8).rev().fold(0.0, |sum, i| sum * (z * z) + 1.0 / (2 * i + 1) as f32);
+    x.max(0.0) + 2.0 * z * series
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn softplus_is_what_its_formula_says() {
+        for i in -400..=400 {
+            let x = i as f32 * 0.1;
+            let want = f64::from(x).exp().ln_1p();
+            let error = (f64::from(softplus(x)) - want).abs();
+            assert!(error <= 1e-6 * want, "{x}: {} instead of {want}", softplus(x));
+        }
+    }
+
+    #[test]
+    fn a_step_that_failed_can_be_repeated_and_a_cleared_session_starts_at_nothing() {
+        let spec = DeltaSpec {
+            key_heads: 1,
+            value_heads: 1,
+            key_head_dim: 2,
+            value_head_dim: 2,
+            conv_width: 3,
+            norm_eps: 1e-6,
+        };
+        let mut state = DeltaState::new(&spec);
+        let advance = |state: &mut DeltaState, position: usize, value: f32| {
+            let (from, to) = state.step(position);
+            let seen = from.heads[0];
+            to.heads.fill(value);
+            to.position = position + 1;
+            seen
+        };
+        assert_eq!(advance(&mut state, 0, 1.0), 0.0);
+        assert_eq!(advance(&mut state, 1, 2.0), 1.0);
+        assert_eq!(advance(&mut state, 1, 3.0), 1.0);
+        assert_eq!(advance(&mut state, 2, 4.0), 3.0);
+        assert_eq!(advance(&mut state, 0, 5.0), 0.0);
+        assert_eq!(advance(&mut state, 1, 6.0), 5.0);
+    }
+}

@@ -1,0 +1,359 @@
+//! Conversations as models want to read them: chat templates, and their encoding.
+//!
+//! A model's template is a program in Jinja, written for Hugging Face's Jinja2. [`ChatTemplate`] runs
+//! it with `minijinja`, and this module makes up for the differences that real templates show:
+//! Python's string methods and its ways to print values, `tojson` with Hugging Face's options,
+//! Jinja2's undefined values, `{% generation %}`. Templates come from strangers, so steps, memory
+//! and recursion are bounded.
+//!
+//! # User text cannot forge control tokens
+//!
+//! A rendered prompt is one string in which `<|im_start|>` written by the template and `<|im_start|>`
+//! typed by a user look the same, and Hugging Face's tokenizers make control tokens of both. Here
+//! [`encode_chat`] gives control tokens to the template alone:
+//!
+//! 1. **Marking.** Before rendering, each character of the user's strings (all contents, names,
+//!    tool calls, tools and options, keys included) is exchanged for a stand-in: a code point of
+//!    Unicode's empty or private planes that occurs nowhere in the conversation or the template.
+//!    Marks are thus part of the characters and survive all that a template can do to text:
+//!    trimming, splitting, slicing, concatenation, JSON. What reads characters reads what they
+//!    stand for: the string methods, filters, `tojson` and the operator `in` find `</think>` in the
+//!    user's text as ever, and what they cut out of it is still marked. White space is not marked;
+//!    nor are the usual roles, and words that the template knows itself (`type == 'object'`), unless
+//!    they could help to make up a control token (`'<' ~ name ~ '>'`).
+//! 2. **Separating.** After rendering, stand-ins turn back into characters, and their places are the
+//!    user's. The text must equal that of an ordinary rendering. If a template looks at text by
+//!    means that marks do hide from (`content[0] == '{'`), it differs, and a second rendering marks
+//!    only characters with which control tokens begin or end, and parts of control tokens between.
+//!    If that differs too, the user's text stays opaque to such a template, which is safe: the
+//!    first result is used.
+//! 3. **Encoding.** [`Tokenizer::encode_untrusted`] takes the whole text at once, as Hugging Face's
+//!    `encode` does, except that an added token is recognised only if none of its characters is the
+//!    user's. Everything between control tokens goes through the tokenizer in one piece, so that
+//!    tokens do not depend on who wrote what. A harmless conversation gets exactly the ids of
+//!    encoding its rendering.
+//!
+//! What the user's text *says* still reaches the template: one that takes apart an assistant's
+//! `<think>…</think>` does so, and writes its own tokens in their place.
+
+mod clock;
+mod engine;
+mod marks;
+mod python;
+mod source;
+mod strings;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use minijinja::value::Value;
+use serde_json::{Map, Value as Json};
+
+use super::{TextError, Tokenizer};
+use marks::{Marker, Marks};
+use source::Source;
+
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
+/// One message of a conversation: an object with `role` and, mostly, `content`. Templates may look
+/// at any field (`tool_calls`, `reasoning_content`, `name`, …).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Message {
+    /// The fields, in their order.
+    pub fields: Map<String, Json>,
+}
+
+impl Message {
+    /// A message of plain text.
+    pub fn new(role: &str, content: &str) -> Self {
+        let mut fields = Map::new();
+        fields.insert("role".into(), role.into());
+        fields.insert("content".into(), content.into());
+        Self { fields }
+    }
+}
+
+impl From<Map<String, Json>> for Message {
+    fn from(fields: Map<String, Json>) -> Self {
+        Self { fields }
+    }
+}
+
+/// The special tokens that templates can name, as text: `bos_token`, `eos_token`, ….
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SpecialTokens {
+    /// Beginning of the sequence.
+    pub bos: Option<String>,
+    /// End of the sequence.
+    pub eos: Option<String>,
+    /// Padding.
+    pub pad: Option<String>,
+    /// Unknown text.
+    pub unk: Option<String>,
+    /// All others, by their full names (`sep_token`, `image_token`, …).
+    pub others: Map<String, Json>,
+}
+
+impl SpecialTokens {
+    /// Reads tokenizer_config.json: every field whose name ends in `_token` and whose value is text
+    /// (or an object with the text as its `content`).
+    ///
+    /// # Errors
+    /// When the file is not a JSON object.
+    pub fn from_config(tokenizer_config: &[u8]) -> Result<Self, TextError> {
+        Ok(Self::of(&object(tokenizer_config)?))
+    }
+
+    fn of(config: &Map<String, Json>) -> Self {
+        let mut tokens = Self::default();
+        for (name, value) in config {
+            let Some(text) = value.as_str().or_else(|| value["content"].as_str()) else {
+                continue;
+            };
+            let text = text.to_owned();
+            match name.as_str() {
+                "bos_token" => tokens.bos = Some(text),
+                "eos_token" => tokens.eos = Some(text),
+                "pad_token" => tokens.pad = Some(text),
+                "unk_token" => tokens.unk = Some(text),
+                _ if name.ends_with("_token") => {
+                    tokens.others.insert(name.clone(), text.into());
+                }
+                _ => {}
+            }
+        }
+        tokens
+    }
+
+    fn context(&self) -> impl Iterator<Item = (&str, &str)> {
+        let named =
+            [("bos_token", &self.bos), ("eos_token", &self.eos), ("pad_token", &self.pad), ("unk_token", &self.unk)];
+        let named = named.into_iter().filter_map(|(name, text)| Some((name, text.as_deref()?)));
+        named.chain(self.others.iter().filter_map(|(name, text)| Some((name.as_str(), text.as_str()?))))
+    }
+}
+
+/// What a rendering depends on besides the messages.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RenderOptions {
+    /// Whether to end with the start of the assistant's answer.
+    pub add_generation_prompt: bool,
+    /// The tools that the model may call: a list of JSON schemas.
+    pub tools: Option<Json>,
+    /// Variables that this model's template knows (`enable_thinking`, `reasoning_effort`, …).
+    pub extra: Map<String, Json>,
+    /// The moment for templates that ask for it: seconds since 1970 on the user's own clock.
+    pub now: i64,
+}
+
+/// A model's chat template.
+#[derive(Debug, Clone)]
+pub struct ChatTemplate {
+    default: Arc<Source>,
+    /// Another one for when there are tools.
+    tool_use: Option<Arc<Source>>,
+    tokens: SpecialTokens,
+}
+
+impl ChatTemplate {
+    /// Reads a template and checks its syntax.
+    ///
+    /// # Errors
+    /// When it is too large or not a template.
+    pub fn new(source: &str, tokens: SpecialTokens) -> Result<Self, TextError> {
+        Ok(Self { default: Arc::new(parse(source)?), tool_use: None, tokens })
+    }
+
+    /// Finds a model's template among its files: `chat_template.jinja` if there is one, else what
+    /// `tokenizer_config.json` says, which also has the special tokens. `file` gives a file's bytes.
+    /// `None` if the model has no template.
+    ///
+    /// Of several templates, the one called `default` counts, and `tool_use` when there are tools.
+    ///
+    /// # Errors
+    /// When a file cannot be read for what it should be.
+    pub fn find<'f>(file: impl Fn(&str) -> Option<&'f [u8]>) -> Result<Option<Self>, TextError> {
+        let config = match file(TOKENIZER_CONFIG) {
+            Some(bytes) => object(bytes)?,
+            None => Map::new(),
+        };
+        let tokens = SpecialTokens::of(&config);
+        if let Some(bytes) = file("chat_template.jinja") {
+            let mut template = Self::new(utf8(bytes)?, tokens)?;
+            if let Some(bytes) = file("additional_chat_templates/tool_use.jinja") {
+                template.tool_use = Some(Arc::new(parse(utf8(bytes)?)?));
+            }
+            return Ok(Some(template));
+        }
+        let (default, tool_use) = match config.get("chat_template") {
+            None | Some(Json::Null) => return Ok(None),
+            Some(Json::String(source)) => (Some(source.as_str()), None),
+            Some(Json::Array(list)) => {
+                let named = |name: &str| {
+                    let entry = list.iter().find(|entry| entry["name"] == name);
+                    entry.and_then(|entry| entry["template"].as_str())
+                };
+                (named("default"), named("tool_use"))
+            }
+            Some(_) => (None, None),
+        };
+        let Some(source) = default.or(tool_use) else {
+            return Err(TextError::BadConfigField {
+                file: TOKENIZER_CONFIG,
+                field: "chat_template",
+                expected: "a template, or a list of templates with one called `default`",
+                found: "something else".into(),
+            });
+        };
+        let mut template = Self::new(source, tokens)?;
+        if let Some(source) = tool_use {
+            template.tool_use = Some(Arc::new(parse(source)?));
+        }
+        Ok(Some(template))
+    }
+
+    /// The conversation as text, exactly as Hugging Face's `apply_chat_template` renders it. To give
+    /// it to a model, use [`encode_chat`]: this text does not show who wrote what.
+    ///
+    /// # Errors
+    /// When the template fails, refuses the conversation, or takes too many steps.
+    pub fn render(&self, messages: &[Message], options: &RenderOptions) -> Result<String, TextError> {
+        let job = Job::new(self, messages, options);
+        job.render(&Arc::default(), &[], false)
+    }
+
+    /// The conversation as text, and the parts of it that are not the template's.
+    fn render_untrusted(
+        &self,
+        controls: &[String],
+        messages: &[Message],
+        options: &RenderOptions,
+    ) -> Result<(String, Vec<Range<usize>>), TextError> {
+        let job = Job::new(self, messages, options);
+        let ordinary = job.render(&Arc::default(), &[], false)?;
+        let marks = Arc::new(job.marks()?);
+        let strict = job.render(&marks, controls, false).map(|text| marks.separate(&text));
+        if strict.as_ref().is_ok_and(|(text, _)| *text == ordinary) {
+            return strict;
+        }
+        let relaxed = job.render(&marks, controls, true).map(|text| marks.separate(&text));
+        match relaxed {
+            Ok(relaxed) if relaxed.0 == ordinary || strict.is_err() => Ok(relaxed),
+            _ => strict,
+        }
+    }
+}
+
+/// The token ids of a conversation. The template's control tokens are recognised, and nothing in
+/// the user's text is taken for one; see the [module](self) for how. No tokens are added around
+/// the whole: templates write their own.
+///
+/// # Errors
+/// As [`ChatTemplate::render`] and [`Tokenizer::encode`].
+pub fn encode_chat(
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    messages: &[Message],
+    options: &RenderOptions,
+) -> Result<Vec<u32>, TextError> {
+    let (text, untrusted) = template.render_untrusted(tokenizer.controls(), messages, options)?;
+    tokenizer.encode_untrusted(&text, &untrusted)
+}
+
+/// One conversation to render, perhaps several times.
+struct Job<'a> {
+    template: &'a ChatTemplate,
+    source: &'a Source,
+    messages: Vec<Map<String, Json>>,
+    options: &'a RenderOptions,
+}
+
+impl<'a> Job<'a> {
+    fn new(template: &'a ChatTemplate, messages: &[Message], options: &'a RenderOptions) -> Self {
+        let has_tools = options.tools.as_ref().is_some_and(|t| !t.is_null());
+        let source = match &template.tool_use {
+            Some(tool_use) if has_tools => tool_use,
+            _ => &template.default,
+        };
+        Self { template, source, messages: messages.iter().map(with_reasoning_aliases).collect(), options }
+    }
+
+    /// Every string that is not the template's.
+    fn user_strings(&self) -> Vec<&str> {
+        let mut strings = Vec::new();
+        self.messages.iter().for_each(|m| marks::strings_of(m, &mut strings));
+        marks::strings_of(&self.options.extra, &mut strings);
+        if let Some(tools) = &self.options.tools {
+            marks::strings(tools, &mut strings);
+        }
+        strings
+    }
+
+    fn marks(&self) -> Result<Marks, TextError> {
+        let mut own = self.source.text.clone();
+        self.template.tokens.context().for_each(|(_, text)| own.push_str(text));
+        Marks::new(&self.user_strings(), &own)
+    }
+
+    fn render(&self, marks: &Arc<Marks>, controls: &[String], relaxed: bool) -> Result<String, TextError> {
+        let marker = Marker::new(marks, self.source, controls, relaxed);
+        let options = self.options;
+        let mut context: Vec<(String, Value)> = Vec::new();
+        for (name, text) in self.template.tokens.context() {
+            context.push((name.to_owned(), Value::from(text)));
+        }
+        for (name, value) in &options.extra {
+            context.push((name.clone(), marker.value(value)));
+        }
+        let none = Json::Null;
+        let tools = marker.value(options.tools.as_ref().unwrap_or(&none));
+        context.push(("tools".into(), tools));
+        if !options.extra.contains_key("documents") {
+            context.push(("documents".into(), Value::from(())));
+        }
+        context.push(("messages".into(), marker.messages(&self.messages)));
+        let prompt = Value::from(options.add_generation_prompt);
+        context.push(("add_generation_prompt".into(), prompt));
+
+        let strings = self.user_strings();
+        // A stand-in takes four bytes.
+        let bytes = strings.iter().map(|s| s.len() * 4 + 64).sum();
+        let env = engine::engine(marks, options.now, self.messages.len(), bytes);
+        engine::render(&env, self.source, Value::from_pairs(context))
+    }
+}
+
+/// A message whose reasoning can be found under each name that templates use for it, as
+/// transformers does since version 5.
+fn with_reasoning_aliases(message: &Message) -> Map<String, Json> {
+    let given = ["reasoning_content", "thinking", "reasoning"]
+        .iter()
+        .find_map(|name| message.fields.get(*name).filter(|v| !v.is_null()));
+    let Some(reasoning) = given else {
+        return message.fields.clone();
+    };
+    let mut fields = Map::new();
+    // In this order, because templates may print whole messages.
+    fields.insert("thinking".into(), reasoning.clone());
+    fields.extend(message.fields.clone());
+    fields.insert("reasoning_content".into(), reasoning.clone());
+    fields
+}
+
+/// Reads a template, and checks what the engine thinks of it.
+fn parse(source: &str) -> Result<Source, TextError> {
+    let source = Source::read(source)?;
+    let env = engine::engine(&Arc::default(), 0, 0, 0);
+    engine::check(&env, &source)?;
+    Ok(source)
+}
+
+fn utf8(bytes: &[u8]) -> Result<&str, TextError> {
+    std::str::from_utf8(bytes).map_err(|e| TextError::ChatTemplate { line: None, reason: e.to_string() })
+}
+
+fn object(bytes: &[u8]) -> Result<Map<String, Json>, TextError> {
+    serde_json::from_slice(bytes).map_err(|e| TextError::BadConfig { file: TOKENIZER_CONFIG, reason: e.to_string() })
+}

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Compares `sluice bench disk` with fio at one block size and depth: random direct reads of the same file with io_uring,
+# in turns, and the ratio of the medians. Needs a release build of sluice, and fio (installed with apt-get if missing).
+#
+# fio runs twice: as it is, and reading into transparent huge pages as sluice does (glibc's malloc gives them to it when
+# asked). On drives to which every page is a piece of work of its own, that makes more difference than all else.
+#
+#   tests/bench/disk_vs_fio.sh [PATH]      PATH: a large file, or a folder for a scratch file (default: .)
+#
+# BLOCK (1MiB), DEPTH (16), ROUNDS (7), SECONDS_EACH (2), ENGINE (uring) and SLUICE (target/release/sluice) come from the
+# environment.
+set -euo pipefail
+export LC_ALL=C
+
+readonly BLOCK=${BLOCK:-1MiB} DEPTH=${DEPTH:-16} ROUNDS=${ROUNDS:-7} SECONDS_EACH=${SECONDS_EACH:-2} ENGINE=${ENGINE:-uring}
+root=$(cd "$(dirname "$0")/../.." && pwd)
+readonly SLUICE=${SLUICE:-${CARGO_TARGET_DIR:-$root/target}/release/sluice}
+target=${1:-.}
+
+fail() {
+    printf 'disk_vs_fio: %s\n' "$*" >&2
+    exit 1
+}
+
+install_fio() {
+    command -v fio >/dev/null && return
+    command -v apt-get >/dev/null || fail "install fio"
+    local sudo=()
+    [ "$(id -u)" -eq 0 ] || sudo=(sudo)
+    "${sudo[@]}" apt-get update -q >/dev/null && "${sudo[@]}" apt-get install -qy fio >/dev/null
+}
+
+# 2 GiB that no drive can compress, on the drive and not in the page cache.
+make_scratch() {
+    file=$(mktemp -p "$1" .sluice-fio-XXXXXX)
+    trap 'rm -f -- "$file"' EXIT
+    dd if=/dev/urandom of="$file" bs=4M count=512 conv=fsync status=none
+    dd if="$file" iflag=nocache count=0 status=none
+}
+
+# Megabytes per second by fio: field 7 of its terse output is KiB/s. Its own random map is turned off: neither program
+# remembers which blocks it has read.
+by_fio() {
+    fio --name=compare --filename="$file" --readonly --rw=randread --bs="${BLOCK%iB}" --iodepth="$DEPTH" --ioengine=io_uring \
+        --direct=1 --norandommap --randrepeat=0 --time_based --runtime="$SECONDS_EACH" --minimal |
+        awk -F';' '{ printf "%.0f\n", $7 * 1024 / 1e6 }'
+}
+
+by_fio_huge() {
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 by_fio
+}
+
+# Megabytes per second by sluice: all bytes over all time, as fio counts.
+by_sluice() {
+    "$SLUICE" bench disk "$file" --engine "$ENGINE" --pattern random --block "$BLOCK" --depth "$DEPTH" \
+        --seconds "$SECONDS_EACH" --no-save --json |
+        awk -F'[:,]' '/"mean_bytes_per_second"/ { printf "%.0f\n", $2 / 1e6; exit }'
+}
+
+median() {
+    sort -n | awk '{ v[NR] = $1 } END { print (NR % 2) ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'
+}
+
+install_fio
+[ -x "$SLUICE" ] || fail "no $SLUICE: cargo build --release -p sluice"
+file=$target
+[ -d "$target" ] && make_scratch "$target"
+[ -f "$file" ] || fail "$file is no file and no folder"
+
+printf '%s blocks, %s in flight, random, direct, %s s each, %s; load %s\n' \
+    "$BLOCK" "$DEPTH" "$SECONDS_EACH" "$ENGINE" "$(cut -d' ' -f1-3 /proc/loadavg)"
+programs=(by_fio by_fio_huge by_sluice)
+declare -A all
+for ((round = 0; round < ROUNDS; round++)); do
+    # Who is first changes from round to round.
+    for ((i = 0; i < 3; i++)); do
+        program=${programs[(round + i) % 3]}
+        rate[(round + i) % 3]=$("$program")
+        [ "${rate[(round + i) % 3]:-0}" -gt 0 ] || fail "$program gave no figure"
+        all[$program]+="${rate[(round + i) % 3]} "
+    done
+    printf 'round %2d   fio %6d   fio with huge pages %6d   sluice %6d MB/s\n' $((round + 1)) "${rate[@]}"
+done
+median_of() {
+    tr ' ' '\n' <<<"${all[$1]}" | grep . | median
+}
+fio=$(median_of by_fio) huge=$(median_of by_fio_huge) sluice=$(median_of by_sluice)
+printf 'medians    fio %6.0f   fio with huge pages %6.0f   sluice %6.0f MB/s\n' "$fio" "$huge" "$sluice"
+awk "BEGIN { printf \"sluice / fio %.3f   sluice / fio with huge pages %.3f\\n\", $sluice / $fio, $sluice / $huge }"

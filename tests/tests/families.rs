@@ -1,0 +1,109 @@
+//! Every family in every form: what Hugging Face transformers computes from the golden checkpoints is what comes out, also
+//! when the budget holds few of the experts.
+
+use sluice_runtime::{Engine, EngineOptions, RuntimeError};
+use sluice_tests::{Converted, Golden, fixture, greedy, relative_error};
+
+/// Parity of one golden checkpoint, converted with its own types. `folder`: below the fixtures, or anywhere.
+fn check(folder: &str) {
+    let golden = Golden::load(&fixture(folder).to_string_lossy());
+    let model = Converted::new(folder, None);
+    let mut engine = model.open(&exact(None));
+    let prompt = golden.ids("input_ids");
+    let prefill = logits(&mut engine, &prompt, prompt.len());
+    let error = relative_error(&prefill, &golden.array("logits").data);
+    println!("{folder}: relative error {error:.1e}");
+    assert!(error < 1e-4, "{folder}: prefill logits differ by {error:e}");
+    let stepped = logits(&mut engine, &prompt, 1);
+    assert!(stepped == prefill, "{folder}: a token at a time gives other bits than all at once");
+
+    let expected = golden.ids("greedy_ids");
+    let (ids, rows) = greedy(&mut engine, &prompt, expected.len());
+    assert_eq!(ids, expected, "{folder}");
+    let error = relative_error(&rows.concat(), &golden.array("step_logits").data);
+    assert!(error < 1e-4, "{folder}: logits through the cache differ by {error:e}");
+
+    let mut engine = model.open(&exact(Some(least_budget(&model))));
+    let streamed = greedy(&mut engine, &prompt, expected.len());
+    assert_eq!(streamed.0, ids, "{folder}, streamed");
+    assert!(streamed.1 == rows, "{folder}: streaming gives other bits");
+}
+
+fn exact(budget: Option<u64>) -> EngineOptions {
+    EngineOptions { exact: true, budget, threads: Some(2), ..EngineOptions::default() }
+}
+
+/// Logits of every position, `step` tokens at a time.
+fn logits(engine: &mut Engine, prompt: &[u32], step: usize) -> Vec<f32> {
+    let mut session = engine.new_session();
+    let mut all = Vec::new();
+    for tokens in prompt.chunks(step) {
+        engine.forward_all(&mut session, tokens, &mut |_, row| all.extend_from_slice(row)).unwrap();
+    }
+    all
+}
+
+/// The smallest budget that works, from the error that a budget of one byte gives.
+fn least_budget(model: &Converted) -> u64 {
+    match Engine::open(&model.path, &exact(Some(1))) {
+        Err(RuntimeError::Budget(e)) => e.least,
+        other => panic!("a budget of one byte: {:?}", other.map(|_| "accepted")),
+    }
+}
+
+/// One test per golden checkpoint, so that all that are wrong are named.
+macro_rules! goldens {
+    ($($name:ident)*) => {
+        $(#[test]
+        fn $name() {
+            check(concat!("golden/", stringify!($name)));
+        })*
+    };
+}
+
+goldens! {
+    deepseek_v2
+    deepseek_v2_lite
+    deepseek_v3
+    deepseek_v3_fp8
+    deepseek_v32
+    kimi_k2
+    kimi_k2_int4
+    kimi_k25_int4
+    glm4_moe
+    glm4_moe_air
+    glm4_moe_lite
+    glm_moe_dsa
+    gpt_oss
+    gpt_oss_mxfp4
+    qwen2_moe
+    qwen3_moe
+    qwen3_moe_awq
+    qwen3_moe_gptq
+    qwen3_moe_mlx
+    qwen3_moe_nvfp4
+    qwen3_next
+    qwen3_5_moe
+    minimax_m2
+    mixtral
+    mixtral_swa
+    olmoe
+    llama
+    mistral
+    qwen3
+}
+
+/// The golden checkpoints of the folder that `SLUICE_GOLDENS` names, if it is set: those of other seeds, shapes and forms.
+#[test]
+fn goldens_of_a_folder() {
+    let Ok(folder) = std::env::var("SLUICE_GOLDENS") else { return };
+    let mut failed = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.to_str().unwrap().to_owned();
+        if path.join("golden.json").exists() && std::panic::catch_unwind(|| check(&name)).is_err() {
+            failed.push(name);
+        }
+    }
+    assert!(failed.is_empty(), "{failed:?}");
+}
