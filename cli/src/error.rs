@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use sluice_converter::ConvertError;
-use sluice_format::FormatError;
+use sluice_format::{FormatError, ImportanceError};
 use sluice_runtime::RuntimeError;
 use sluice_runtime::io::bench::BenchError;
 use sluice_runtime::sampler::SamplerError;
@@ -37,6 +37,8 @@ pub(crate) enum CliError {
     Convert(#[from] ConvertError),
     #[error(transparent)]
     Format(#[from] FormatError),
+    #[error(transparent)]
+    Importance(#[from] ImportanceError),
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
     #[error(transparent)]

@@ -168,6 +168,36 @@ fn perplexity_is_the_references() {
 }
 
 #[test]
+fn calibration_weights_a_conversion() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (checkpoint, imatrix) = (demo_checkpoint(), path("imatrix.bin"));
+    let eval = checkpoint.join("eval.txt");
+    let calibrate = ["calibrate", demo_model(), "--text", eval.to_str().unwrap(), "--out", &imatrix, "--json"];
+    let measured = json(&sluice(&calibrate));
+    assert_eq!((measured["experts"].as_u64(), measured["experts_reached"].as_u64()), (Some(160), Some(160)));
+    let source = checkpoint.to_str().unwrap();
+    for (name, more) in [("plain", &[][..]), ("weighted", &["--imatrix", imatrix.as_str()])] {
+        stdout(&sluice(&[&["convert", source, &path(name), "--type", "q3"], more].concat()));
+    }
+    assert_ne!(std::fs::read(path("plain")).unwrap(), std::fs::read(path("weighted")).unwrap());
+    std::fs::write(&imatrix, b"SLUICEIM and no more").unwrap();
+    let hostile = ["convert", source, &path("third"), "--type", "q3", "--imatrix", &imatrix];
+    assert_fails(&sluice(&hostile), 1, &["imatrix.bin", "damaged", "calibrate again"]);
+}
+
+#[test]
+fn bench_kernels_prints_every_type() {
+    let args = ["bench", "kernels", "--threads", "2", "--bytes", "256KiB"];
+    let report = json(&sluice(&[&args[..], &["--json"]].concat()));
+    for side in report["runs"].as_array().unwrap() {
+        assert_eq!(side["types"].as_array().unwrap().len(), 9);
+        assert!(side["types"][0]["gemv_gb_per_s"].as_f64().unwrap() > 0.0);
+    }
+    assert!(stdout(&sluice(&args)).contains("plain reading"));
+}
+
+#[test]
 fn demo_shows_that_it_streams() {
     let folder = tempfile::tempdir().unwrap();
     let kept = folder.path().join("kept");

@@ -7,8 +7,20 @@ use std::process::{Command, Stdio};
 
 use common::{assert_fails, demo_model, sluice, sluice_with_input, stdout};
 
-const COMMANDS: [&str; 10] =
-    ["convert", "inspect", "verify", "run", "logits", "perplexity", "bench", "demo", "plan", "synth"];
+const COMMANDS: [&str; 12] = [
+    "convert",
+    "inspect",
+    "verify",
+    "run",
+    "logits",
+    "perplexity",
+    "calibrate",
+    "bench",
+    "trace",
+    "demo",
+    "plan",
+    "synth",
+];
 
 #[test]
 fn help() {
@@ -52,6 +64,10 @@ fn failures_are_1() {
     assert_fails(&sluice(&["run", model, "--prompt", "a", "--budget", "1MiB"]), 1, &["1048576 bytes", "at least"]);
     assert_fails(&sluice(&["run", model, "--prompt-file", "/no/such/file"]), 1, &["/no/such/file"]);
     assert_fails(&sluice(&["perplexity", model, "--text", "/no/such/file"]), 1, &["/no/such/file"]);
+    let calibrate = ["calibrate", model, "--text", file!(), "--out", "/no/such/folder/imatrix.bin"];
+    assert_fails(&sluice(&calibrate), 1, &["imatrix.bin"]);
+    let convert = ["convert", "/no/such/folder", "/dev/null", "--imatrix", file!()];
+    assert_fails(&sluice(&convert), 1, &["/no/such/folder"]);
     assert_fails(&sluice(&["logits", model, "--ids", "1", "--out", "/no/such/folder/f.npy"]), 1, &["f.npy"]);
     assert_fails(&sluice_with_input(&["run", model], &[0xff, 0xfe]), 1, &["standard input"]);
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use sluice_format::{FormatError, WeightType};
+use sluice_format::{FormatError, ImportanceError, WeightType};
 
 /// Why a conversion was refused or failed. Every message names the file, key or tensor, and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -142,6 +142,9 @@ pub enum ConvertError {
         /// Bytes available.
         available: u64,
     },
+    /// The importance file is unreadable, damaged, or belongs to another model.
+    #[error(transparent)]
+    Importance(#[from] ImportanceError),
     /// The weight file could not be laid out or written.
     #[error(transparent)]
     Format(#[from] FormatError),

@@ -1,6 +1,7 @@
 //! What the caller may choose.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Serialize, Serializer};
@@ -62,6 +63,8 @@ pub struct Options {
     pub dense_type: TypeChoice,
     /// Page size of the file, one of [`sluice_format::PAGE_SIZES`].
     pub page_size: u32,
+    /// An importance file (`sluice calibrate`), which weights the errors of `q4` and `q3`.
+    pub importance: Option<PathBuf>,
     /// Whether an existing destination is replaced, once the new file is complete.
     pub overwrite: bool,
 }
@@ -72,6 +75,7 @@ impl Default for Options {
             expert_type: TypeChoice::Keep,
             dense_type: TypeChoice::Keep,
             page_size: sluice_format::PAGE_SIZES[0],
+            importance: None,
             overwrite: false,
         }
     }

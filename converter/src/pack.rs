@@ -1,6 +1,6 @@
 //! One extent: reads its tensors in bounded blocks of rows, brings them into the file's layout, writes them front to back.
 
-use sluice_format::{BLOCK, ExtentWriter, Layout, ROW_GROUP, WeightType};
+use sluice_format::{BLOCK, ExtentKind, ExtentWriter, Layout, ROW_GROUP, WeightType};
 use sluice_kernels as kernels;
 
 use crate::error::ConvertError;
@@ -61,6 +61,8 @@ pub(crate) struct Packer<'a> {
 struct Job<'a> {
     tensor: &'a TensorPlan,
     scales: Vec<Scales>,
+    /// Of the columns, by number in the batch; empty where nothing is known or the type does not ask.
+    importance: Vec<Option<Vec<f32>>>,
     sums: ErrorSums,
 }
 
@@ -83,7 +85,8 @@ impl<'a> Packer<'a> {
             let gap = tensor.offset - writer.position();
             writer.write(&vec![0; gap as usize])?;
             let scales = tensor.sources.iter().map(|s| self.loader.scales(s)).collect::<Result<_, _>>()?;
-            let mut job = Job { tensor, scales, sums: ErrorSums::default() };
+            let importance = importance(plan, extent, tensor);
+            let mut job = Job { tensor, scales, importance, sums: ErrorSums::default() };
             for rows in blocks(tensor) {
                 self.packed.clear();
                 match tensor.layout {
@@ -231,6 +234,7 @@ impl<'a> Packer<'a> {
         self.loader.f32(source, &job.scales[i], rows, &mut self.values)?;
         let lossy = is_lossy(source.storage, ty);
         let group_values = ROW_GROUP * rows.cols;
+        let importance = job.importance.get(rows.first / job.tensor.shape[1]).and_then(Option::as_deref);
         // Strips of 128 rows: fp8 computes one scale per strip and 128 columns, the other types do not care.
         for (s, strip) in self.values.chunks(SCALE_BLOCK * rows.cols).enumerate() {
             let quantised = (ty == WeightType::Fp8).then(|| fp8::quantise_strip(strip, rows.cols));
@@ -242,7 +246,9 @@ impl<'a> Packer<'a> {
                         let codes = &codes[g * group_values..][..values.len()];
                         kernels::pack_row_group_fp8(codes, n, rows.cols, scales, out);
                     }
-                    None => kernels::pack_row_group(kernel_type(ty), values, n, rows.cols, out),
+                    None => {
+                        kernels::pack_row_group_weighted(kernel_type(ty), values, n, rows.cols, importance, out);
+                    }
                 }
                 if lossy {
                     let matrix = kernels::Matrix::new(kernel_type(ty), n, rows.cols, out);
@@ -283,6 +289,21 @@ struct Groups {
 impl Groups {
     fn slot(self, packed: &mut [u8], group: usize) -> &mut [u8] {
         &mut packed[(group * self.step + self.first) * self.group_len..][..self.group_len]
+    }
+}
+
+/// Importance of the columns of a tensor, by number in the batch.
+fn importance(plan: &Plan, extent: usize, tensor: &TensorPlan) -> Vec<Option<Vec<f32>>> {
+    let Some(importance) = &plan.importance else { return Vec::new() };
+    if !matches!(tensor.weight_type, WeightType::Q4 | WeightType::Q3) {
+        return Vec::new();
+    }
+    let e = &plan.layout.extents()[extent];
+    let columns = |index| importance.columns(e.kind, e.layer, tensor.name, index);
+    match e.kind {
+        ExtentKind::Expert => vec![columns(e.index)],
+        // All parts of the head meet the same input.
+        _ => (0..tensor.shape[0] as u32).map(columns).collect(),
     }
 }
 
@@ -344,7 +365,8 @@ mod tests {
     fn blocks_cover_every_row_once_in_whole_groups() {
         for (cols, weight_type) in [(1, WeightType::F32), (40_000, WeightType::Q8), (1 << 21, WeightType::Fp8)] {
             let (group, layout, offset, sources) = (0, Layout::Tiled, 0, Vec::new());
-            let tensor = TensorPlan { group, weight_type, layout, shape: [2, 1001, cols], offset, sources };
+            let name = "gate_up";
+            let tensor = TensorPlan { group, name, weight_type, layout, shape: [2, 1001, cols], offset, sources };
             let mut next = 0;
             for b in blocks(&tensor) {
                 assert_eq!(b.first, next);

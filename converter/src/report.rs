@@ -53,6 +53,9 @@ struct Recipe {
     expert_type: TypeChoice,
     dense_type: TypeChoice,
     page_size: u32,
+    /// xxh3-64 of the importance file, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    importance_xxh3_64: Option<String>,
 }
 
 /// The blob that says where the weights came from. Nothing in it depends on when, where or how fast the conversion ran.
@@ -98,6 +101,7 @@ pub(crate) fn provenance(plan: &Plan, outcomes: &[Outcome]) -> Vec<u8> {
             expert_type: plan.options.expert_type,
             dense_type: plan.options.dense_type,
             page_size: plan.options.page_size,
+            importance_xxh3_64: plan.importance.as_ref().map(|i| format!("{:016x}", i.digest())),
         },
         source_files: files.collect(),
         source_xxh3_128: format!("{:032x}", digest.digest128()),

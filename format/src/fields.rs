@@ -167,3 +167,58 @@ pub mod tensor {
     ];
     const _: () = assert!(tile(&FIELDS, LEN));
 }
+
+/// The header of an importance file.
+pub mod importance {
+    use super::{Field, field, tile};
+
+    pub(crate) const MAGIC: usize = 0;
+    pub(crate) const VERSION: usize = 8;
+    pub(crate) const ENTRIES: usize = 12;
+    pub(crate) const GEOMETRY: usize = 16;
+    pub(crate) const TOKENS: usize = 24;
+    pub(crate) const BODY_LEN: usize = 32;
+    pub(crate) const CHECKSUM: usize = 40;
+    /// Bytes of the header.
+    pub const LEN: usize = 64;
+
+    /// All fields in file order.
+    pub const FIELDS: [Field; 8] = [
+        field("magic", MAGIC, 8),
+        field("version", VERSION, 4),
+        field("entries", ENTRIES, 4),
+        field("geometry", GEOMETRY, 8),
+        field("tokens", TOKENS, 8),
+        field("body_len", BODY_LEN, 8),
+        field("checksum", CHECKSUM, 8),
+        field(super::RESERVED, 48, 16),
+    ];
+    const _: () = assert!(tile(&FIELDS, LEN));
+}
+
+/// The head of one matrix in an importance file; its columns follow, f32 each.
+pub mod importance_entry {
+    use super::{Field, field, tensor, tile};
+
+    pub(crate) const KIND: usize = 0;
+    pub(crate) const LAYER: usize = 4;
+    pub(crate) const INDEX: usize = 8;
+    pub(crate) const COLUMNS: usize = 12;
+    pub(crate) const TOKENS: usize = 16;
+    pub(crate) const NAME: usize = 24;
+    pub(crate) const NAME_LEN: usize = tensor::NAME_LEN;
+    /// Bytes of the head.
+    pub const LEN: usize = NAME + NAME_LEN;
+
+    /// All fields in file order.
+    pub const FIELDS: [Field; 7] = [
+        field("kind", KIND, 2),
+        field(super::RESERVED, 2, 2),
+        field("layer", LAYER, 4),
+        field("index", INDEX, 4),
+        field("columns", COLUMNS, 4),
+        field("tokens", TOKENS, 8),
+        field("name", NAME, NAME_LEN),
+    ];
+    const _: () = assert!(tile(&FIELDS, LEN));
+}

@@ -40,6 +40,8 @@ fn every_table_is_checked() {
         "blobs",
         "limits",
         "checks",
+        "importance",
+        "importance_entry",
     ];
     let text = include_str!("../../docs/FORMAT.md");
     let marked = text.lines().filter_map(|l| l.strip_prefix("*checked: ")?.strip_suffix('*'));
@@ -48,11 +50,13 @@ fn every_table_is_checked() {
 
 #[test]
 fn fields() {
-    let all: [(&str, &[Field]); 4] = [
+    let all: [(&str, &[Field]); 6] = [
         ("superblock", &fields::superblock::FIELDS),
         ("table_ref", &fields::table_ref::FIELDS),
         ("extent", &fields::extent::FIELDS),
         ("tensor", &fields::tensor::FIELDS),
+        ("importance", &fields::importance::FIELDS),
+        ("importance_entry", &fields::importance_entry::FIELDS),
     ];
     for (name, fields) in all {
         let code: Vec<_> = fields.iter().map(|f| format!("{} {} {}", f.offset, f.len, f.name)).collect();
@@ -87,6 +91,8 @@ fn constants_in_prose() {
     assert!(table("blobs")[0][1].ends_with(&format!("version {SPEC_VERSION}")));
     assert_eq!(columns("blobs", 1), [SPEC_BLOB, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, TOKENIZER_BLOB]);
     assert!(text.contains(&format!("each other one at the next multiple of {PLANE_ALIGN}")));
+    assert_eq!(table("importance")[0][3].as_bytes(), IMPORTANCE_MAGIC);
+    assert_eq!(table("importance")[1][3], IMPORTANCE_VERSION.to_string());
     assert!(table("checks")[0][1].contains(&format!("{} bytes", fields::superblock::LEN)));
 }
 

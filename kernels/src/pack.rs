@@ -3,6 +3,7 @@
 //! The converter checks shapes of its input and reports them; here a wrong length is a mistake of the program and
 //! panics.
 
+use crate::math::ROUND;
 use crate::matrix::{BLOCK, FP8_BLOCK, Group, Matrix, Planes, ROW_GROUP, WeightType};
 use crate::number::{E2M1, f16_to_f32, f32_to_bf16, f32_to_f16};
 use crate::{quant, scalar};
@@ -54,18 +55,15 @@ pub fn pack_row_group(ty: WeightType, src: &[f32], n_rows: usize, cols: usize, o
                     let scale = q8_scale(block);
                     scales[(g * ROW_GROUP + r) * 2..][..2].copy_from_slice(&scale.to_le_bytes());
                     let scale = f16_to_f32(scale);
-                    for (k, &w) in block.iter().enumerate() {
-                        values[q8_position(g, k, r)] = q8_value(w, scale) as u8;
+                    let block = q8_values(block, scale);
+                    for (q, &four) in block.as_chunks::<4>().0.iter().enumerate() {
+                        values[g * 256 + q * 32 + r * 4..][..4].copy_from_slice(&four);
                     }
                 }
             }
             _ => panic!("{ty:?} is carried, not made from f32"),
         }
     }
-}
-
-fn q8_position(g: usize, k: usize, r: usize) -> usize {
-    g * 256 + k / 4 * 32 + r * 4 + k % 4
 }
 
 /// The f16 bits of a block's scale.
@@ -84,8 +82,17 @@ fn q8_scale(block: &[f32]) -> u16 {
     if nearest < LARGEST && f16_to_f32(nearest) * 127.5 < absmax { nearest + 1 } else { nearest }
 }
 
-fn q8_value(w: f32, scale: f32) -> i8 {
-    if scale == 0.0 || scale.is_nan() { 0 } else { (w / scale).round_ties_even().clamp(-127.0, 127.0) as i8 }
+/// The bytes of a block, zeros behind its end.
+fn q8_values(block: &[f32], scale: f32) -> [u8; BLOCK] {
+    let mut bytes = [0; BLOCK];
+    if scale != 0.0 && !scale.is_nan() {
+        for (byte, &w) in bytes.iter_mut().zip(block) {
+            // Cut off before rounding: the bounds are integers, so the order does not matter, and ROUND needs it.
+            let i = ((w / scale).clamp(-127.0, 127.0) + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+            *byte = i as i8 as u8;
+        }
+    }
+    bytes
 }
 
 /// Packs one row group of `f16` or `bf16` bits, unchanged. `src` is row-major `[n_rows, cols]`.
@@ -199,5 +206,28 @@ fn unpack_column(w: &Group<'_>, k: usize) -> scalar::Rows {
             let (scales, values) = (scalar::block_scales(w, k / BLOCK), scalar::block_column(w, k / BLOCK, k % BLOCK));
             std::array::from_fn(|r| f32::from(values[r]) * scales[r])
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rounding by addition gives the bits that rounding by name gives, ties, signs and saturation included.
+    #[test]
+    fn q8_rounds_to_nearest_even() {
+        let plain = |w: f32, scale: f32| (w / scale).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
+        let edges = (-300..300).map(|i| i as f32 / 2.0).chain([0.0, -0.0, 1e-40, -1e-40, f32::MAX, f32::MIN]);
+        let near =
+            edges.flat_map(|w| [w, f32::from_bits(w.to_bits() + 1), f32::from_bits(w.to_bits().saturating_sub(1))]);
+        let values: Vec<f32> = near.filter(|w| w.is_finite()).collect();
+        for scale in [1.0, 0.25, 6e-8, 65504.0, 0.3] {
+            for block in values.chunks(BLOCK) {
+                let bytes = q8_values(block, scale);
+                assert!(block.iter().zip(bytes).all(|(&w, byte)| byte == plain(w, scale)), "{block:?} / {scale}");
+            }
+        }
+        assert_eq!(q8_values(&[1.0; BLOCK], 0.0), [0; BLOCK]);
+        assert_eq!(q8_values(&[1.0; BLOCK], f32::NAN), [0; BLOCK]);
     }
 }

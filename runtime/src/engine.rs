@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use sluice_kernels::{IsaError, Kernels, Precision, ThreadPool};
 use crate::counts;
 use crate::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
 use crate::memory::{BudgetError, MemoryPlan};
-use crate::model::compute::Compute;
+use crate::model::compute::{Compute, InputObserver};
 use crate::model::router::Choice;
 use crate::model::{KvCache, LayerTimes, Model, ModelError, Weights, dense_extents};
 use crate::pool::{
@@ -168,6 +169,7 @@ impl Engine {
             kernels: Kernels::detect()?,
             threads: ThreadPool::new(threads.max(1)),
             precision: if options.exact { Precision::Exact } else { Precision::Int8 },
+            observer: None,
         };
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
         let tuning = Tuning::choose(file.path(), options.io.as_ref(), options.read_engine, store.as_ref());
@@ -264,6 +266,11 @@ impl Engine {
             return Ok(());
         }
         counts::save(self.file.path(), self.file.superblock().model_id, &counts)
+    }
+
+    /// Shows `observer` what every quantisable matrix is multiplied with from now on, or no longer anybody.
+    pub fn observe_inputs(&mut self, observer: Option<Arc<dyn InputObserver>>) {
+        self.compute.observer = observer;
     }
 
     /// An empty session for as many tokens as the memory plan has room for.

@@ -1,8 +1,10 @@
 //! The runtime: a model file becomes text.
 //!
 //! Data flows one way: `io` reads extents, `pool` keeps them in slots, `model` computes layers with them, `engine` runs
-//! sessions, `sampler` picks tokens and `text` turns them into characters. A test checks that no module looks upstream.
+//! sessions, `sampler` picks tokens and `text` turns them into characters. `calibrate`
+//! watches the model's inputs. A test checks that no module looks upstream.
 
+pub mod calibrate;
 pub mod counts;
 pub mod engine;
 pub mod estimate;

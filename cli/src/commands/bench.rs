@@ -2,13 +2,14 @@
 
 use clap::Subcommand;
 
-use super::{bench_decode, bench_disk};
+use super::{bench_decode, bench_disk, bench_kernels};
 use crate::error::CliError;
 
 const EXAMPLES: &str = "\
 Examples:
   sluice bench disk r1.sluice            what the drive gives, and how it is best read
   sluice bench disk /mnt/fast            the same, with a file made for it
+  sluice bench kernels                   how fast weights of each type are multiplied
   sluice bench decode r1.sluice          tokens per second, and how close that is to what the machine allows";
 
 /// Measure this machine
@@ -23,11 +24,13 @@ pub(crate) struct Args {
 enum What {
     Disk(bench_disk::Args),
     Decode(bench_decode::Args),
+    Kernels(bench_kernels::Args),
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     match &args.what {
         What::Disk(args) => bench_disk::run(args),
         What::Decode(args) => bench_decode::run(args),
+        What::Kernels(args) => bench_kernels::run(args),
     }
 }

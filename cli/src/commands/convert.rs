@@ -27,6 +27,7 @@ Examples:
   sluice convert DeepSeek-R1/ r1.sluice
   sluice convert DeepSeek-R1/ r1.sluice --dry-run
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8
+  sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --imatrix my-moe.imatrix
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
 
 /// Convert a Hugging Face checkpoint (a folder with config.json and safetensors) into a model file
@@ -46,6 +47,10 @@ pub(crate) struct Args {
     /// Type of everything else [default: keep]
     #[arg(long, value_name = "TYPE", value_parser = type_parser())]
     dense_type: Option<TypeChoice>,
+
+    /// What `sluice calibrate` measured: spend the bits of q4 and q3 where the activations are large
+    #[arg(long, value_name = "FILE")]
+    imatrix: Option<PathBuf>,
 
     /// Alignment of everything in the file, in bytes; 16384 for Apple silicon
     #[arg(long, value_name = "BYTES", default_value = "4096", value_parser = page_size_parser())]
@@ -78,6 +83,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         expert_type: args.expert_type.unwrap_or_default(),
         dense_type: args.dense_type.unwrap_or_default(),
         page_size: args.page_size,
+        importance: args.imatrix.clone(),
         overwrite: args.overwrite,
     };
     if args.dry_run {

@@ -3,6 +3,8 @@
 pub(crate) mod bench;
 pub(crate) mod bench_decode;
 pub(crate) mod bench_disk;
+pub(crate) mod bench_kernels;
+pub(crate) mod calibrate;
 pub(crate) mod convert;
 pub(crate) mod demo;
 pub(crate) mod inspect;

@@ -1,6 +1,6 @@
 //! `sluice perplexity`: how well the model predicts a text.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::value_parser;
 use serde::Serialize;
@@ -50,22 +50,8 @@ struct Score {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    let text = std::fs::read_to_string(&args.text).map_err(CliError::file(&args.text, "read the text"))?;
     let window = args.window as usize;
-    let file = ModelFile::open(&args.file)?;
-    if window > file.spec().max_positions {
-        let most = file.spec().max_positions;
-        return Err(CliError::Usage(format!("--window is {window}, the model takes at most {most} tokens")));
-    }
-    let mute = || CliError::Failure(format!("{} has no tokenizer, so it cannot read text", args.file.display()));
-    let ids = tokenizer(&file)?.ok_or_else(mute)?.encode(&text, true)?;
-    if ids.len() < 2 {
-        return Err(CliError::Failure(format!(
-            "{} has {} tokens: at least two are needed, one to start from and one to score",
-            args.text.display(),
-            ids.len()
-        )));
-    }
+    let ids = read_ids(&args.file, &args.text, window)?;
     let mut engine = args.engine.open(&args.file, window)?;
     let score = score(&mut engine, &ids, window)?;
     if args.json {
@@ -73,6 +59,26 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     }
     let Score { perplexity, nll, tokens } = score;
     print(&format!("perplexity {perplexity:.4} over {tokens} tokens in windows of {window} (nll {nll:.3} nats)\n"))
+}
+
+/// The tokens of a text: two at least, to be run in windows that the model must be able to take.
+pub(crate) fn read_ids(model: &Path, text_file: &Path, window: usize) -> Result<Vec<u32>, CliError> {
+    let text = std::fs::read_to_string(text_file).map_err(CliError::file(text_file, "read the text"))?;
+    let file = ModelFile::open(model)?;
+    if window > file.spec().max_positions {
+        let most = file.spec().max_positions;
+        return Err(CliError::Usage(format!("--window is {window}, the model takes at most {most} tokens")));
+    }
+    let mute = || CliError::Failure(format!("{} has no tokenizer, so it cannot read text", model.display()));
+    let ids = tokenizer(&file)?.ok_or_else(mute)?.encode(&text, true)?;
+    if ids.len() < 2 {
+        return Err(CliError::Failure(format!(
+            "{} has {} tokens: at least two are needed, one to start from and one to score",
+            text_file.display(),
+            ids.len()
+        )));
+    }
+    Ok(ids)
 }
 
 fn score(engine: &mut Engine, ids: &[u32], window: usize) -> Result<Score, CliError> {

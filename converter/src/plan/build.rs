@@ -142,8 +142,16 @@ impl Builder<'_> {
             self.note_widened(kind, layer, tensor.name, chosen);
             let group = self.group(kind, tensor.name);
             for (extent, sources) in self.out.extents[first..].iter_mut().zip(sources) {
-                let (layout, shape) = (tensor.layout, tensor.shape);
-                extent.push(TensorPlan { group, weight_type: chosen.weight_type, layout, shape, offset, sources });
+                let TensorShape { name, layout, shape } = *tensor;
+                extent.push(TensorPlan {
+                    group,
+                    name,
+                    weight_type: chosen.weight_type,
+                    layout,
+                    shape,
+                    offset,
+                    sources,
+                });
             }
             let index = if kind == ExtentKind::Expert { ANY_INDEX } else { indices[0] };
             let record = record(kind, layer, index, tensor, chosen.weight_type, offset)?;
@@ -184,8 +192,8 @@ impl Builder<'_> {
             self.out.records.push(record);
             let strides = Strides::rows(first_row, shape[1], cols);
             let sources = vec![Source { strides, ..whole.clone() }];
-            let weight_type = chosen.weight_type;
-            self.out.extents.push(vec![TensorPlan { group, weight_type, layout, shape, offset: 0, sources }]);
+            let (name, weight_type) = (kind.name(), chosen.weight_type);
+            self.out.extents.push(vec![TensorPlan { group, name, weight_type, layout, shape, offset: 0, sources }]);
         }
         Ok(())
     }

@@ -12,8 +12,8 @@ use std::path::Path;
 
 use serde::Serialize;
 use sluice_format::{
-    ExtentKind, ExtentRecord, FileLayout, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB,
-    TOKENIZER_BLOB, TensorRecord, WeightType,
+    ExtentKind, ExtentRecord, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB,
+    SPEC_BLOB, TOKENIZER_BLOB, TensorRecord, WeightType,
 };
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
@@ -45,6 +45,8 @@ const PROVENANCE_ROOM: u64 = 64 << 10;
 pub(crate) struct TensorPlan {
     /// Number in [`Plan::groups`].
     pub(crate) group: usize,
+    /// Canonical name.
+    pub(crate) name: &'static str,
     pub(crate) weight_type: WeightType,
     pub(crate) layout: Layout,
     /// `[batch, rows, cols]`.
@@ -93,6 +95,7 @@ pub struct Plan {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) spec: ModelSpec,
     pub(crate) options: Options,
+    pub(crate) importance: Option<Importance>,
     pub(crate) layout: FileLayout,
     /// The tensors of each extent of the layout.
     pub(crate) extents: Vec<Vec<TensorPlan>>,
@@ -124,6 +127,7 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     let spec = family.spec(text)?;
     spec.validate()
         .map_err(|problem| config.refuse("model_type", format!("describes an impossible model: {problem}")))?;
+    let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
     let tied = text.bool_or("tie_word_embeddings", config.bool_or("tie_word_embeddings", false)?)?;
     let inventory = inventory::take(&checkpoint, family, &spec, tied)?;
     let built = build::build(&checkpoint, family, &spec, options, scheme, &inventory.head)?;
@@ -137,6 +141,7 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
         checkpoint,
         spec,
         options: options.clone(),
+        importance,
         layout,
         extents: built.extents,
         records: built.records,
@@ -238,6 +243,7 @@ impl Plan {
         add(&self.options.page_size.to_le_bytes());
         add(self.options.expert_type.to_string().as_bytes());
         add(self.options.dense_type.to_string().as_bytes());
+        add(&self.importance.as_ref().map_or(0, Importance::digest).to_le_bytes());
         for f in &self.checkpoint.files {
             add(f.name.as_bytes());
             add(&f.len.to_le_bytes());

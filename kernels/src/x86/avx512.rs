@@ -7,7 +7,8 @@ mod codebook;
 
 use super::avx2::Avx2;
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q3, Q4, Q8};
-use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, parts, quantised_rows, rows, unit, words};
+use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, parts, quantised_rows, rows};
+use super::{scale_bytes, unit, words};
 use crate::activations::{Activations, QuantisedRow};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
@@ -51,6 +52,48 @@ impl Avx512 {
 
 /// Two adjacent row groups.
 type Pair<'a> = [Group<'a>; 2];
+
+/// Asks for bytes that will be needed soon. Two groups are read side by side, then the two behind them: what lies a certain
+/// distance ahead is in the same groups or, beyond their end, in those. Behind the last it is a hint to nowhere.
+struct Ahead<'a> {
+    values: [&'a [u8]; 2],
+    scales: [&'a [u8]; 2],
+    /// From a group to the one that takes its place.
+    next: usize,
+    distance: usize,
+}
+
+impl<'a> Ahead<'a> {
+    #[inline(always)]
+    fn new(w: &Pair<'a>) -> Self {
+        let next = 2 * (w[1].values.as_ptr().addr() - w[0].values.as_ptr().addr());
+        let distance = AHEAD.min(w[0].values.len());
+        Ahead { values: [w[0].values, w[1].values], scales: [w[0].scales, w[1].scales], next, distance }
+    }
+
+    /// What `len` bytes at `at` in both value planes are to be followed by.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn values(&self, at: usize, len: usize) {
+        let end = self.values[0].len();
+        let ahead = at + self.distance;
+        let ahead = if ahead < end { ahead } else { ahead - end + self.next };
+        for values in self.values {
+            for line in (0..len).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().wrapping_add(ahead + line).cast());
+            }
+        }
+    }
+
+    /// The scales of the next groups, from `at` on.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn scales(&self, at: usize) {
+        for scales in self.scales {
+            _mm_prefetch::<_MM_HINT_T0>(scales.as_ptr().wrapping_add(self.next + at).cast());
+        }
+    }
+}
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
@@ -221,10 +264,10 @@ fn block_scales<const TY: u8>(w: &Pair<'_>, g: usize) -> __m512 {
         INT4 => _mm512_castsi512_ps(widen_bf16(load16x2(a, b, g * 16))),
         _ => {
             let (a, b) = (i64::from_le_bytes(*bytes(a, g * 8)), i64::from_le_bytes(*bytes(b, g * 8)));
-            let e = _mm512_cvtepu8_epi32(_mm_set_epi64x(b, a));
+            let e8 = _mm_set_epi64x(b, a);
+            let e = _mm512_cvtepu8_epi32(e8);
             // Codes 0 and 255 are a subnormal and NaN: the exponent alone would say 0 and infinity.
-            let odd =
-                _mm512_cmpeq_epi32_mask(e, _mm512_setzero_si512()) | _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
+            let odd = _mm_cmplt_epu8_mask(_mm_add_epi8(e8, _mm_set1_epi8(1)), _mm_set1_epi8(2));
             let bits = _mm512_slli_epi32::<23>(e);
             _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, odd, bits, _mm512_set1_epi32(0x0040_0000)))
         }
@@ -238,9 +281,10 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>;
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm512_setzero_ps(); T];
     let mut other = s;
+    let ahead = Ahead::new(w);
     for (g, (a, b)) in w[0].values.chunks_exact(len).zip(w[1].values.chunks_exact(len)).enumerate() {
-        prefetch(a);
-        prefetch(b);
+        ahead.values(g * len, len);
+        ahead.scales(g * const { scale_bytes(TY) });
         let words = words(&x, g);
         // Integers are made unsigned by their bias, which the sum of x takes out again.
         let mut dots = each!(_mm512_setzero_si512(); T, t => _mm512_set1_epi32(const { -bias(TY) } * x[t].sums[g][0]));

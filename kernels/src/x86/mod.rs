@@ -61,6 +61,15 @@ const fn block_bytes(ty: u8) -> usize {
     }
 }
 
+/// Bytes of the scales of 32 columns of a row group of a blocked type.
+const fn scale_bytes(ty: u8) -> usize {
+    match ty {
+        Q8 | INT4 | Q3 => 16,
+        MXFP4 | Q4 => 8,
+        _ => panic!("not blocked"),
+    }
+}
+
 /// What is added to the integers of a blocked type to make them unsigned.
 const fn bias(ty: u8) -> i32 {
     match ty {

@@ -13,7 +13,7 @@ use super::weights::ExtentTensors;
 #[derive(Debug)]
 pub enum Attention {
     /// Multi-head latent attention.
-    Mla(Mla),
+    Mla(Box<Mla>),
     /// Grouped-query attention.
     Gqa(Gqa),
     /// Gated delta net.
@@ -83,7 +83,7 @@ pub fn scratch_width(spec: &AttentionSpec) -> usize {
 impl Attention {
     pub(super) fn new(spec: &AttentionSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
         Ok(match spec {
-            AttentionSpec::Mla(m) => Attention::Mla(Mla::new(m, tensors)?),
+            AttentionSpec::Mla(m) => Attention::Mla(Box::new(Mla::new(m, tensors)?)),
             AttentionSpec::Gqa(g) => Attention::Gqa(Gqa::new(g, tensors)?),
             AttentionSpec::Delta(d) => Attention::Delta(Delta::new(d, tensors)?),
         })

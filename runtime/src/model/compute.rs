@@ -1,11 +1,21 @@
 //! What every layer needs to compute: kernels, threads, precision.
 
 use std::cell::RefCell;
+use std::fmt;
+use std::sync::Arc;
 
 use sluice_kernels::{Activations, Kernels, Precision, ThreadPool};
 
+use super::weights::{MatrixPlace, MatrixRef};
+
+/// Sees what every matrix is multiplied with.
+pub trait InputObserver: Send + Sync {
+    /// `x` is about to meet a matrix. `index`: the expert, or the number of the matrix in a batch; otherwise 0. Matrices of
+    /// a batch are seen from several threads, each matrix from one at a time.
+    fn inputs(&self, place: MatrixPlace, index: u32, x: &Activations);
+}
+
 /// Kernels, threads and precision of an opened model.
-#[derive(Debug)]
 pub struct Compute {
     /// Kernels of the CPU's instruction set.
     pub kernels: Kernels,
@@ -13,6 +23,35 @@ pub struct Compute {
     pub threads: ThreadPool,
     /// Whether quantised weights meet f32 or int8 activations.
     pub precision: Precision,
+    /// Sees the inputs of every quantisable matrix.
+    pub observer: Option<Arc<dyn InputObserver>>,
+}
+
+impl fmt::Debug for Compute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Compute { kernels, threads, precision, .. } = self;
+        f.debug_struct("Compute")
+            .field("kernels", kernels)
+            .field("threads", threads)
+            .field("precision", precision)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Compute {
+    /// Shows the observer, if there is one, what `matrix` is about to be multiplied with.
+    #[inline]
+    pub fn observe(&self, matrix: &MatrixRef, index: u32, x: &Activations) {
+        if let Some(observer) = &self.observer {
+            observer.inputs(matrix.place(), index, x);
+        }
+    }
+
+    /// `out` `[n, rows]` = `matrix` · `x`, on all threads.
+    pub fn multiply(&self, matrix: &MatrixRef, extent: &[u8], x: &Activations, out: &mut [f32]) {
+        self.observe(matrix, 0, x);
+        self.kernels.matmul(&self.threads, matrix.view(extent), x, out);
+    }
 }
 
 /// What one thread needs to compute an attention head by itself.

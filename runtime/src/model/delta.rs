@@ -176,7 +176,7 @@ impl Delta {
         self.gate_output(extent, n, scratch);
         let width = self.spec.value_heads * self.spec.value_head_dim;
         scratch.activations.set(&scratch.out[..n * width], n, width);
-        compute.kernels.matmul(&compute.threads, self.o.view(extent), &scratch.activations, out);
+        compute.multiply(&self.o, extent, &scratch.activations, out);
     }
 
     /// Leaves the convolution's new inputs, and the projections of decay, writing strength and output gate, in the scratch.
@@ -184,22 +184,21 @@ impl Delta {
         let s = &self.spec;
         let (channels, before) = (s.conv_channels(), s.conv_width - 1);
         let DeltaScratch { activations, part, inputs, a, b, z, .. } = scratch;
-        let (kernels, threads) = (&compute.kernels, &compute.threads);
         let inputs = sized(inputs, (before + n) * channels);
         let mut first = 0;
         for matrix in &self.qkv {
             let width = matrix.rows();
             let part = sized(part, n * width);
-            kernels.matmul(threads, matrix.view(extent), activations, part);
+            compute.multiply(matrix, extent, activations, part);
             for (row, part) in inputs[before * channels..].chunks_exact_mut(channels).zip(part.chunks_exact(width)) {
                 row[first..first + width].copy_from_slice(part);
             }
             first += width;
         }
-        kernels.matmul(threads, self.a.view(extent), activations, sized(a, n * s.value_heads));
-        kernels.matmul(threads, self.b.view(extent), activations, sized(b, n * s.value_heads));
+        compute.multiply(&self.a, extent, activations, sized(a, n * s.value_heads));
+        compute.multiply(&self.b, extent, activations, sized(b, n * s.value_heads));
         let width = s.value_heads * s.value_head_dim;
-        kernels.matmul(threads, self.z.view(extent), activations, sized(z, n * width));
+        compute.multiply(&self.z, extent, activations, sized(z, n * width));
     }
 
     /// Causal convolution of each channel by itself, then SiLU.

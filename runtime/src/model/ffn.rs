@@ -49,8 +49,17 @@ impl GatedFfn {
         Ok(GatedFfn { gate_up: tensors.matrix("gate_up")?, down: tensors.matrix("down")?, bias, width, activation })
     }
 
-    /// `out` `[n, hidden]` = down · act(gate · x, up · x).
-    fn forward(&self, compute: &Compute, extent: &[u8], x: &Activations, s: &mut GatedScratch, out: &mut [f32]) {
+    /// `out` `[n, hidden]` = down · act(gate · x, up · x). `index`: the expert, if it is one.
+    fn forward(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        index: u32,
+        x: &Activations,
+        s: &mut GatedScratch,
+        out: &mut [f32],
+    ) {
+        compute.observe(&self.gate_up, index, x);
         let (kernels, threads) = (&compute.kernels, &compute.threads);
         let n = x.n();
         match &self.bias {
@@ -61,6 +70,7 @@ impl GatedFfn {
             Some(bias) => self.biased_gate_up(compute, extent, bias, x, s),
         }
         s.activations.set(&s.hidden[..n * self.width], n, self.width);
+        compute.observe(&self.down, index, &s.activations);
         kernels.matmul(threads, self.down.view(extent), &s.activations, out);
         if let Some(bias) = &self.bias {
             bias.down.read(extent, &mut s.gate_bias);
@@ -269,7 +279,7 @@ impl Ffn {
         // The reads are under way: what every token needs is computed meanwhile.
         match (&self.dense, extents.dense) {
             (Some(dense), Some(bytes)) => {
-                dense.forward(compute, bytes, &scratch.x, &mut scratch.gated, out);
+                dense.forward(compute, bytes, 0, &scratch.x, &mut scratch.gated, out);
                 self.gate_dense(compute, bytes, n, scratch, out);
             }
             _ => out.fill(0.0),
@@ -290,7 +300,7 @@ impl Ffn {
     fn gate_dense(&self, compute: &Compute, extent: &[u8], n: usize, scratch: &mut FfnScratch, out: &mut [f32]) {
         let Some(matrix) = &self.dense_gate else { return };
         let gate = sized(&mut scratch.gate, n);
-        compute.kernels.matmul(&compute.threads, matrix.view(extent), &scratch.x, gate);
+        compute.multiply(matrix, extent, &scratch.x, gate);
         for (row, gate) in out.chunks_exact_mut(out.len() / n).zip(gate) {
             let gate = sigmoid(*gate);
             row.iter_mut().for_each(|o| *o *= gate);
@@ -371,7 +381,7 @@ impl Routed {
             s.tokens.extend(uses.iter().map(|a| a.token));
             s.gathered.gather(&s.x, &s.tokens);
             let output = sized(&mut s.output, uses.len() * hidden);
-            self.expert.forward(compute, expert.bytes(), &s.gathered, &mut s.gated, output);
+            self.expert.forward(compute, expert.bytes(), expert.expert(), &s.gathered, &mut s.gated, output);
             for (a, row) in uses.iter().zip(output.chunks_exact(hidden)) {
                 outputs[a.choice as usize * hidden..][..hidden].copy_from_slice(row);
             }

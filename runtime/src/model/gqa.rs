@@ -38,7 +38,7 @@ impl Projection {
 
     /// `out` `[n, rows]` = matrix · x + bias.
     fn apply(&self, compute: &Compute, extent: &[u8], x: &Activations, vector: &mut Vec<f32>, out: &mut [f32]) {
-        compute.kernels.matmul(&compute.threads, self.matrix.view(extent), x, out);
+        compute.multiply(&self.matrix, extent, x, out);
         if let Some(bias) = &self.bias {
             bias.read(extent, vector);
             for row in out.chunks_exact_mut(vector.len()) {
@@ -274,7 +274,7 @@ impl Gqa {
         }
         if let Some(matrix) = &self.gate {
             let gate = sized(gate, n * heads * width);
-            compute.kernels.matmul(&compute.threads, matrix.view(extent), activations, gate);
+            compute.multiply(matrix, extent, activations, gate);
             by_token.iter_mut().zip(gate).for_each(|(o, g)| *o *= sigmoid(*g));
         }
     }

@@ -112,7 +112,7 @@ impl Indexer {
         let width = self.spec.index_head_dim;
         let IndexScratch { key, weights, norm, bias, angles, .. } = scratch;
         let key = sized(key, n * width);
-        compute.kernels.matmul(&compute.threads, self.k.view(extent), x, key);
+        compute.multiply(&self.k, extent, x, key);
         self.k_norm.read(extent, norm);
         self.k_norm_bias.read(extent, bias);
         self.rope.angles(start, n, angles);
@@ -124,7 +124,7 @@ impl Indexer {
         }
         // The weights follow from the same input, which is gone when the queries are known.
         let weights = sized(weights, n * self.spec.index_heads);
-        compute.kernels.matmul(&compute.threads, self.weights.view(extent), x, weights);
+        compute.multiply(&self.weights, extent, x, weights);
     }
 
     /// Chooses for each of the `n` tokens; [`Indexer::extend`] has seen them. `latent`: their low-rank queries, normalised.
@@ -153,7 +153,7 @@ impl Indexer {
         let IndexScratch { query, weights, angles, chosen, .. } = scratch;
         let (heads, width) = (s.index_heads, s.index_head_dim);
         let query = sized(query, n * heads * width);
-        compute.kernels.matmul(&compute.threads, self.q.view(extent), latent, query);
+        compute.multiply(&self.q, extent, latent, query);
         for (i, head) in query.chunks_exact_mut(width).enumerate() {
             self.rope.rotate(&mut head[..self.rotated], angles, i / heads);
         }

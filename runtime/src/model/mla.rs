@@ -168,7 +168,7 @@ impl Mla {
             }
         }
         activations.set(by_token, n, heads * width);
-        compute.kernels.matmul(&compute.threads, self.o.view(extent), activations, out);
+        compute.multiply(&self.o, extent, activations, out);
     }
 
     fn extend_cache(
@@ -184,7 +184,7 @@ impl Mla {
         let width = latent_width(&self.spec);
         let rank = self.spec.kv_lora_rank;
         let kv = sized(kv, n * width);
-        compute.kernels.matmul(&compute.threads, self.kv_a.view(extent), activations, kv);
+        compute.multiply(&self.kv_a, extent, activations, kv);
         self.kv_a_norm.read(extent, norm);
         for (t, kv) in kv.chunks_exact(width).enumerate() {
             let row = cache.row_mut(start + t);
@@ -199,20 +199,19 @@ impl Mla {
         let MlaScratch { activations, norm, latent, query, .. } = scratch;
         let width = self.spec.heads * (self.spec.qk_nope_head_dim + self.spec.qk_rope_head_dim);
         let query = sized(query, n * width);
-        let (threads, kernels) = (&compute.threads, &compute.kernels);
         match &self.query {
-            Query::Full(q) => kernels.matmul(threads, q.view(extent), activations, query),
+            Query::Full(q) => compute.multiply(q, extent, activations, query),
             Query::LowRank { a, norm: weight, b } => {
                 let rank = a.rows();
                 // Two halves: the product, and its normalised copy.
                 let (raw, normed) = sized(latent, 2 * n * rank).split_at_mut(n * rank);
-                kernels.matmul(threads, a.view(extent), activations, raw);
+                compute.multiply(a, extent, activations, raw);
                 weight.read(extent, norm);
                 for (raw, normed) in raw.chunks_exact(rank).zip(normed.chunks_exact_mut(rank)) {
                     rms_norm(raw, norm, self.spec.latent_norm_eps, normed);
                 }
                 activations.set(normed, n, rank);
-                kernels.matmul(threads, b.view(extent), activations, query);
+                compute.multiply(b, extent, activations, query);
             }
         }
     }
@@ -243,6 +242,7 @@ impl Mla {
                 let activations = &mut scratch.activations;
                 activations.set(&input[..n * nope], n, nope);
                 let absorbed = sized(&mut scratch.product, n * rank);
+                compute.observe(&self.k_b, h as u32, activations);
                 let k_b = self.k_b.view_of_batch(extent, h);
                 compute.kernels.matmul(&scratch.serial, k_b, activations, absorbed);
 
@@ -273,6 +273,7 @@ impl Mla {
                     }
                 }
                 activations.set(&input[..n * rank], n, rank);
+                compute.observe(&self.v_b, h as u32, activations);
                 let v_b = self.v_b.view_of_batch(extent, h);
                 compute.kernels.matmul(&scratch.serial, v_b, activations, out);
             });

@@ -376,6 +376,10 @@ impl Model {
             for (handle, matrix) in &self.head {
                 let extent = dense.dense(*handle)?;
                 let part = sized(part, n * matrix.rows());
+                // The parts of the head are one matrix, which its input meets once.
+                if row == 0 {
+                    compute.observe(matrix, 0, head_input);
+                }
                 compute.kernels.matmul(&compute.threads, matrix.view(extent.bytes()), head_input, part);
                 for (part, logits) in part.chunks_exact(matrix.rows()).zip(logits.chunks_exact_mut(vocab)) {
                     logits[row..row + matrix.rows()].copy_from_slice(part);

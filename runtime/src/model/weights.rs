@@ -20,9 +20,21 @@ pub fn kernel_type(stored: StoredType) -> WeightType {
     }
 }
 
+/// Which matrix of the model this is; an expert's stands for those of all experts of its layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MatrixPlace {
+    /// Kind of the extent.
+    pub kind: ExtentKind,
+    /// Layer, or [`sluice_format::NO_LAYER`].
+    pub layer: u32,
+    /// Canonical name of the tensor.
+    pub name: &'static str,
+}
+
 /// A matrix, or a batch of equal ones, inside an extent.
 #[derive(Clone, Copy, Debug)]
 pub struct MatrixRef {
+    place: MatrixPlace,
     ty: WeightType,
     rows: usize,
     cols: usize,
@@ -32,6 +44,11 @@ pub struct MatrixRef {
 }
 
 impl MatrixRef {
+    /// Which matrix of the model this is.
+    pub fn place(&self) -> MatrixPlace {
+        self.place
+    }
+
     /// Rows of one matrix of the batch.
     pub fn rows(&self) -> usize {
         self.rows
@@ -49,7 +66,7 @@ impl MatrixRef {
             .expect("the file's reader has checked this tensor's length against its shape")
     }
 
-    fn from_record(t: &TensorRecord) -> Option<Self> {
+    fn from_record(place: MatrixPlace, t: &TensorRecord) -> Option<Self> {
         let [_, rows, cols] = t.shape.map(|d| d as usize);
         let rows = match t.layout {
             Layout::Tiled => rows,
@@ -57,7 +74,7 @@ impl MatrixRef {
             Layout::Plain => return None,
         };
         let ty = kernel_type(t.weight_type);
-        Some(MatrixRef { ty, rows, cols, offset: t.offset as usize, len: packed_len(ty, rows, cols)? })
+        Some(MatrixRef { place, ty, rows, cols, offset: t.offset as usize, len: packed_len(ty, rows, cols)? })
     }
 }
 
@@ -96,7 +113,8 @@ impl ExtentTensors<'_> {
 
     pub(super) fn matrix(&self, name: &'static str) -> Result<MatrixRef, ModelError> {
         let record = self.record(name)?;
-        MatrixRef::from_record(record).ok_or_else(|| ModelError::MissingTensor {
+        let place = MatrixPlace { kind: self.kind, layer: self.layer, name };
+        MatrixRef::from_record(place, record).ok_or_else(|| ModelError::MissingTensor {
             path: self.file.path().to_owned(),
             extent: sluice_format::extent_name(self.kind, self.layer, self.index),
             tensor: name,

@@ -1,10 +1,10 @@
 //! `q4` and `q3` with int8 activations, in the order of `quant::product`.
 
-use super::{Pair, load16, load32x2, prefetch, put};
+use super::{Ahead, Pair, load16, load32x2, put};
 use crate::activations::{Activations, QuantisedRow};
 use crate::matmul::{Tile, TileShape};
 use crate::quant::UNIT;
-use crate::x86::{Q4, block_bytes, bytes, levels, offset_base, quantised_rows, words};
+use crate::x86::{Q4, block_bytes, bytes, levels, offset_base, quantised_rows, scale_bytes, words};
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -61,9 +61,10 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>;
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm512_setzero_ps(); T];
     let mut other = s;
+    let ahead = Ahead::new(w);
     for (g, (a, b)) in w[0].values.chunks_exact(len).zip(w[1].values.chunks_exact(len)).enumerate() {
-        prefetch(a);
-        prefetch(b);
+        ahead.values(g * len, len);
+        ahead.scales(32 + g * const { scale_bytes(TY) });
         let words = words(&x, g);
         if TY == Q4 {
             let mut dots = biased::<TY, T>(w, g, &each!(0; T, t => x[t].sums[g][0]));

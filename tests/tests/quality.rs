@@ -1,0 +1,128 @@
+//! What quantising costs, on a trained model and a text that it was not trained on.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use sluice_converter::{Options, TypeChoice, convert};
+use sluice_format::WeightType;
+use sluice_runtime::calibrate::Calibration;
+use sluice_runtime::{Engine, EngineOptions};
+use sluice_tests::{Converted, fixture};
+use tempfile::TempDir;
+
+const MODEL: &str = "demo-model";
+const WINDOW: usize = 256;
+
+/// Logits behind every token of a text, `[tokens, vocabulary]`, computed in windows.
+struct Scores {
+    ids: Vec<u32>,
+    rows: Vec<Vec<f32>>,
+}
+
+fn eval_text() -> String {
+    fs::read_to_string(fixture(MODEL).join("eval.txt")).unwrap()
+}
+
+/// The text in two parts, cut at a line.
+fn halves(text: &str) -> (&str, &str) {
+    text.split_at(text[..text.len() / 2].rfind('\n').unwrap() + 1)
+}
+
+fn scores(model: &Path, text: &str, exact: bool) -> Scores {
+    let mut engine = Engine::open(model, &EngineOptions { exact, ..EngineOptions::default() }).unwrap();
+    let ids = engine.tokenizer().unwrap().unwrap().encode(text, true).unwrap();
+    let mut session = engine.new_session();
+    let mut rows = Vec::new();
+    for ids in ids.chunks(WINDOW) {
+        session.clear();
+        engine.forward_all(&mut session, ids, &mut |_, row| rows.push(row.to_vec())).unwrap();
+    }
+    Scores { ids, rows }
+}
+
+fn log_probabilities(row: &[f32]) -> Vec<f64> {
+    let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = row.iter().map(|&l| (f64::from(l) - max).exp()).sum();
+    row.iter().map(|&l| f64::from(l) - max - sum.ln()).collect()
+}
+
+impl Scores {
+    fn perplexity(&self) -> f64 {
+        let scored = || (1..self.ids.len()).filter(|i| i % WINDOW != 0);
+        let nll: f64 = scored().map(|i| -log_probabilities(&self.rows[i - 1])[self.ids[i] as usize]).sum();
+        (nll / scored().count() as f64).exp()
+    }
+
+    /// Mean Kullback-Leibler divergence from what another model says.
+    fn divergence(&self, truth: &Scores) -> f64 {
+        let one = |(truth, other): (&Vec<f32>, &Vec<f32>)| -> f64 {
+            let (p, q) = (log_probabilities(truth), log_probabilities(other));
+            p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
+        };
+        truth.rows.iter().zip(&self.rows).map(one).sum::<f64>() / self.rows.len() as f64
+    }
+}
+
+/// Converts with one type throughout.
+fn quantised(folder: &TempDir, ty: WeightType, importance: Option<&Path>) -> std::path::PathBuf {
+    let path = folder.path().join(format!("{ty}-{}.sluice", importance.is_some()));
+    let choice = TypeChoice::Type(ty);
+    let importance = importance.map(Path::to_owned);
+    let options = Options { expert_type: choice, dense_type: choice, importance, ..Options::default() };
+    convert(&fixture(MODEL), &path, &options, &()).unwrap();
+    path
+}
+
+#[test]
+fn perplexity_stays_near_that_of_f32() {
+    let (text, folder) = (eval_text(), tempfile::tempdir().unwrap());
+    let f32_model = Converted::new(MODEL, Some(WeightType::F32));
+    let truth = scores(&f32_model.path, &text, true);
+    let reference = truth.perplexity();
+    for (ty, bound) in [(WeightType::Q8, 0.001), (WeightType::Q4, 0.015), (WeightType::Q3, 0.05)] {
+        let model = quantised(&folder, ty, None);
+        for exact in [false, true] {
+            let scores = scores(&model, &text, exact);
+            let (perplexity, divergence) = (scores.perplexity(), scores.divergence(&truth));
+            println!("{ty}, exact {exact}: {perplexity:.4} beside {reference:.4}, divergence {divergence:.5}");
+            assert!(perplexity <= reference * (1.0 + bound), "{ty}: {perplexity} beside {reference}");
+        }
+    }
+}
+
+/// Measures importance on a text and saves it.
+fn calibrate(model: &Path, text: &str, out: &Path) {
+    let mut engine = Engine::open(model, &EngineOptions { exact: true, ..EngineOptions::default() }).unwrap();
+    let ids = engine.tokenizer().unwrap().unwrap().encode(text, true).unwrap();
+    let calibration = Arc::new(Calibration::new());
+    engine.observe_inputs(Some(calibration.clone()));
+    let mut session = engine.new_session();
+    for ids in ids.chunks(WINDOW) {
+        session.clear();
+        engine.forward_all(&mut session, ids, &mut |_, _| ()).unwrap();
+    }
+    calibration.importance(engine.spec(), ids.len() as u64).unwrap().save(out).unwrap();
+}
+
+#[test]
+fn importance_from_other_text_helps() {
+    let (text, folder) = (eval_text(), tempfile::tempdir().unwrap());
+    let f32_model = Converted::new(MODEL, Some(WeightType::F32));
+    let imatrix = folder.path().join("imatrix.bin");
+    let (first, second) = halves(&text);
+    for (seen, unseen) in [(first, second), (second, first)] {
+        calibrate(&f32_model.path, seen, &imatrix);
+        let truth = scores(&f32_model.path, unseen, true);
+        for ty in [WeightType::Q4, WeightType::Q3] {
+            let [plain, weighted] = [None, Some(imatrix.as_path())].map(|importance| {
+                let path = quantised(&folder, ty, importance);
+                let scores = scores(&path, unseen, true);
+                fs::remove_file(path).unwrap();
+                (scores.divergence(&truth), scores.perplexity())
+            });
+            println!("{ty}: {plain:?} without, {weighted:?} with; f32 {}", truth.perplexity());
+            assert!(weighted.0 < plain.0, "{ty}");
+        }
+    }
+}
