@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 
 use clap::ValueEnum;
-use sluice_format::{ModelFile, TOKENIZER_BLOB};
+use sluice_format::ModelFile;
 use sluice_runtime::pool::PolicyKind;
 use sluice_runtime::text::{TextError, Tokenizer};
 use sluice_runtime::{Engine, EngineOptions, Prefetch, ReadEngineKind};
@@ -93,5 +93,5 @@ impl EngineArgs {
 
 /// The model's tokenizer, if it has one: whatever is wrong with a text should be said before the weights are read.
 pub(crate) fn tokenizer(file: &ModelFile) -> Result<Option<Tokenizer>, TextError> {
-    file.metadata().get(TOKENIZER_BLOB).map(Tokenizer::from_json).transpose()
+    Tokenizer::find(|name| file.metadata().get(name))
 }

@@ -7,15 +7,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, TOKENIZER_BLOB};
+use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
 use sluice_kernels::{IsaError, Kernels, Precision, ThreadPool};
 
 use crate::counts;
 use crate::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
 use crate::memory::{BudgetError, MemoryPlan};
 use crate::model::compute::{Compute, InputObserver};
-use crate::model::router::Choice;
-use crate::model::{KvCache, LayerTimes, Model, ModelError, Weights, dense_extents};
+use crate::model::{
+    HiddenObserver, KvCache, LayerTimes, Model, ModelError, Observers, RoutingObserver, Weights, dense_extents,
+};
 use crate::pool::{
     DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, PolicyKind, PoolError, Storage, StorageConfig,
 };
@@ -127,10 +128,8 @@ pub struct Engine {
     model: Model,
     tokens: u64,
     time: Duration,
-    observers: Vec<Box<RoutingSink>>,
+    observers: Observers,
 }
-
-type RoutingSink = dyn FnMut(usize, usize, usize, &[Choice]);
 
 /// One generation: the tokens so far and what the layers remember of them.
 #[derive(Clone, Debug)]
@@ -182,7 +181,7 @@ impl Engine {
         }
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
         let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto)?;
-        let (tokens, time, observers) = (0, Duration::ZERO, Vec::new());
+        let (tokens, time, observers) = (0, Duration::ZERO, Observers::default());
         Ok(Engine { file, memory, compute, storage, tuning, model, tokens, time, observers })
     }
 
@@ -236,9 +235,9 @@ impl Engine {
     /// The tokenizer, if the checkpoint had one.
     ///
     /// # Errors
-    /// [`RuntimeError::Text`] when its tokenizer.json is not usable.
+    /// [`RuntimeError::Text`] when its files are not usable.
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>, RuntimeError> {
-        Ok(self.file.metadata().get(TOKENIZER_BLOB).map(Tokenizer::from_json).transpose()?)
+        Ok(Tokenizer::find(|name| self.file.metadata().get(name))?)
     }
 
     /// Stop tokens and sampling defaults of the checkpoint.
@@ -252,8 +251,14 @@ impl Engine {
 
     /// Also calls `sink` with the routing of every layer from now on: layer, position of the first token, top-k, choices
     /// `[tokens, top_k]`.
-    pub fn observe_routing(&mut self, sink: Box<RoutingSink>) {
-        self.observers.push(sink);
+    pub fn observe_routing(&mut self, sink: Box<RoutingObserver>) {
+        self.observers.routing.push(sink);
+    }
+
+    /// Also calls `sink` with the residual stream `[tokens, hidden]` from now on: before layer 0, and behind every layer,
+    /// with the number of layers that have run.
+    pub fn observe_hidden(&mut self, sink: Box<HiddenObserver>) {
+        self.observers.hidden.push(sink);
     }
 
     /// Keeps what the eviction policy has learned beside the model, for the next start.
@@ -325,13 +330,10 @@ impl Engine {
         if wanted > session.capacity() {
             return Err(ModelError::ContextFull { capacity: session.capacity(), wanted }.into());
         }
-        let mut observe = |layer: usize, position: usize, top_k: usize, choices: &[Choice]| {
-            observers.iter_mut().for_each(|sink| sink(layer, position, top_k, choices));
-        };
         for (i, chunk) in tokens.chunks(self.memory.chunk).enumerate() {
             let base = i * self.memory.chunk;
             let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
-            model.forward(compute, &mut weights, &mut session.cache, chunk, &mut observe)?;
+            model.forward(compute, &mut weights, &mut session.cache, chunk, observers)?;
             let first = first_logit.saturating_sub(base);
             if first < chunk.len() {
                 model.logits(compute, &storage.dense, first..chunk.len(), &mut |t, row| sink(base + t, row))?;

@@ -1,6 +1,9 @@
 //! Every family in every form: what Hugging Face transformers computes from the golden checkpoints is what comes out, also
 //! when the budget holds few of the experts.
 
+use std::cell::RefCell;
+use std::rc::Rc;
+
 use sluice_runtime::{Engine, EngineOptions, RuntimeError};
 use sluice_tests::{Converted, Golden, fixture, greedy, relative_error};
 
@@ -14,6 +17,7 @@ fn check(folder: &str) {
     let error = relative_error(&prefill, &golden.array("logits").data);
     println!("{folder}: relative error {error:.1e}");
     assert!(error < 1e-4, "{folder}: prefill logits differ by {error:e}");
+    check_layers(folder, &golden, &mut engine, &prompt);
     let stepped = logits(&mut engine, &prompt, 1);
     assert!(stepped == prefill, "{folder}: a token at a time gives other bits than all at once");
 
@@ -27,6 +31,24 @@ fn check(folder: &str) {
     let streamed = greedy(&mut engine, &prompt, expected.len());
     assert_eq!(streamed.0, ids, "{folder}, streamed");
     assert!(streamed.1 == rows, "{folder}: streaming gives other bits");
+}
+
+/// The residual stream behind every layer, so that a wrong layer is named.
+fn check_layers(folder: &str, golden: &Golden, engine: &mut Engine, prompt: &[u32]) {
+    let streams: Rc<RefCell<Vec<Vec<f32>>>> = Rc::default();
+    let sink = Rc::clone(&streams);
+    engine.observe_hidden(Box::new(move |layers, stream| {
+        let mut streams = sink.borrow_mut();
+        let known = streams.len().max(layers + 1);
+        streams.resize_with(known, Vec::new);
+        streams[layers].extend_from_slice(stream);
+    }));
+    logits(engine, prompt, prompt.len());
+    let streams = std::mem::take(&mut *streams.borrow_mut());
+    for (layers, stream) in streams.iter().enumerate() {
+        let error = relative_error(stream, &golden.array(&format!("hidden.{layers}")).data);
+        assert!(error < 1e-4, "{folder}: the first layer that is wrong is {}: error {error:e}", layers as i64 - 1);
+    }
 }
 
 fn exact(budget: Option<u64>) -> EngineOptions {

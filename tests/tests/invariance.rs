@@ -1,7 +1,10 @@
 //! Same file, same CPU, same prompt: same bits, whatever the budget, the read engine or the number of threads.
 
+use proptest::prelude::*;
 use sluice_format::WeightType;
-use sluice_runtime::{EngineOptions, ReadEngineKind, RuntimeError};
+use sluice_runtime::io::IoConfig;
+use sluice_runtime::pool::PolicyKind;
+use sluice_runtime::{EngineOptions, Prefetch, ReadEngineKind, RuntimeError};
 use sluice_tests::{Converted, Golden, greedy};
 
 /// The smallest budget that works, from the error that a budget of one byte gives.
@@ -80,4 +83,45 @@ fn prefill_reads_each_expert_once() {
     let distinct = touched.borrow().len() as u64 * memory.slot_len;
     let read = engine.stats().expert_bytes_read;
     assert!(read as f64 <= 1.05 * distinct as f64, "{read} bytes read for {distinct} bytes of distinct experts");
+}
+
+/// Everything about storage that a user or a calibration can change.
+fn any_storage(least: u64, everything: u64) -> impl Strategy<Value = EngineOptions> {
+    let engine = prop_oneof![Just(ReadEngineKind::Auto), Just(ReadEngineKind::Pread)];
+    let policy = proptest::sample::select(PolicyKind::ONLINE.to_vec());
+    let prefetch = prop_oneof![Just(Prefetch::Auto), Just(Prefetch::Off)];
+    let io = (1usize..=64, 1usize..=32, any::<bool>()).prop_map(|(pages, depth, verify)| IoConfig {
+        chunk_bytes: 4096 * pages,
+        depth,
+        prefetch_depth: depth.div_ceil(2),
+        verify,
+    });
+    (least..=everything, engine, policy, prefetch, io, 1usize..=3).prop_map(
+        |(budget, engine, policy, prefetch, io, threads)| EngineOptions {
+            budget: Some(budget),
+            read_engine: Some(engine),
+            policy,
+            prefetch,
+            io: Some(io),
+            threads: Some(threads),
+            forget: true,
+            ..EngineOptions::default()
+        },
+    )
+}
+
+#[test]
+fn engine_policy_prefetch_and_budget_never_change_a_bit() {
+    let model = Converted::new("demo-model", Some(WeightType::Q4));
+    let least = least_budget(&model);
+    let prompt: Vec<u32> = (0..40).map(|i| (i * 7919 + 13) % 1536).collect();
+    let reference = greedy(&mut model.open(&EngineOptions::default()), &prompt, 24);
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig { cases: 60, ..ProptestConfig::default() });
+    let outcome = runner.run(&any_storage(least, 4 * least), |options| {
+        let (ids, rows) = greedy(&mut model.open(&options), &prompt, 24);
+        prop_assert_eq!(&ids, &reference.0);
+        prop_assert!(rows == reference.1, "other logits");
+        Ok(())
+    });
+    outcome.unwrap();
 }

@@ -2,13 +2,15 @@
 
 use std::io::{self, IsTerminal, Read};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 use sluice_format::{ModelFile, ModelSpec, SOURCE_CONFIG_BLOB};
 use sluice_runtime::Engine;
 use sluice_runtime::sampler::SamplerConfig;
-use sluice_runtime::text::{GenerationDefaults, StopCondition, Tokenizer};
+use sluice_runtime::text::{
+    ChatTemplate, GenerationDefaults, Message, RenderOptions, StopCondition, Tokenizer, encode_chat,
+};
 
 use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
@@ -60,6 +62,14 @@ pub(crate) struct Args {
     /// Go on when the model says that it is done
     #[arg(long)]
     ignore_eos: bool,
+
+    /// Give the prompt as a user's message, in the chat template that came with the checkpoint
+    #[arg(long, conflicts_with = "prompt_ids")]
+    chat: bool,
+
+    /// System message before the user's
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
 
     /// Print the generated token ids instead of text: one line, separated by commas
     #[arg(long, conflicts_with = "json", help_heading = "Output")]
@@ -140,7 +150,7 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
     sampling.validate()?;
     let eos = if args.ignore_eos { Default::default() } else { defaults.eos };
     let stop = StopCondition::new(eos, args.stop.clone())?;
-    let prompt = prompt(args, tokenizer.as_ref(), file.spec())?;
+    let prompt = prompt(args, tokenizer.as_ref(), &file)?;
     let context = context(args, prompt.len(), file.spec())?;
     Ok(Prepared { tokenizer, prompt, context, sampling, stop })
 }
@@ -188,7 +198,7 @@ fn report(args: &Args, request: &Request<'_>, done: &Generation, profile: &Profi
 }
 
 /// The tokens to continue.
-fn prompt(args: &Args, tokenizer: Option<&Tokenizer>, spec: &ModelSpec) -> Result<Vec<u32>, CliError> {
+fn prompt(args: &Args, tokenizer: Option<&Tokenizer>, file: &ModelFile) -> Result<Vec<u32>, CliError> {
     let ids = match &args.prompt_ids {
         Some(TokenIds(ids)) => ids.clone(),
         None => {
@@ -199,14 +209,28 @@ fn prompt(args: &Args, tokenizer: Option<&Tokenizer>, spec: &ModelSpec) -> Resul
                     args.file.display()
                 ))
             })?;
-            tokenizer.encode(&text, true)?
+            if args.chat { chat(args, tokenizer, file, &text)? } else { tokenizer.encode(&text, true)? }
         }
     };
     if ids.is_empty() {
         return Err(CliError::Usage("the prompt is empty: give at least one token to continue".into()));
     }
-    check_ids(&ids, spec.vocab_size)?;
+    check_ids(&ids, file.spec().vocab_size)?;
     Ok(ids)
+}
+
+/// The prompt as a user's message in the model's own chat template. Nothing in it is taken for a control token.
+fn chat(args: &Args, tokenizer: &Tokenizer, file: &ModelFile, text: &str) -> Result<Vec<u32>, CliError> {
+    let template = ChatTemplate::find(|name| file.metadata().get(name))?;
+    let template = template.ok_or_else(|| {
+        let path = args.file.display();
+        CliError::Usage(format!("{path} has no chat template: leave --chat away to continue the text as it is"))
+    })?;
+    let system = args.system.as_deref().map(|text| Message::new("system", text));
+    let messages: Vec<_> = system.into_iter().chain([Message::new("user", text.trim_end_matches('\n'))]).collect();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
+    let options = RenderOptions { add_generation_prompt: true, now, ..RenderOptions::default() };
+    Ok(encode_chat(tokenizer, &template, &messages, &options)?)
 }
 
 fn prompt_text(args: &Args) -> Result<String, CliError> {

@@ -177,7 +177,20 @@ pub struct Weights<'a> {
 const LOGIT_ROWS: usize = 16;
 
 /// Sees the routing of every layer: layer, position of the first token, top-k, choices `[tokens, top_k]`.
-pub type RoutingObserver<'a> = dyn FnMut(usize, usize, usize, &[Choice]) + 'a;
+pub type RoutingObserver = dyn FnMut(usize, usize, usize, &[Choice]);
+
+/// Sees the residual stream `[tokens, hidden]`: before layer 0, and then behind every layer. Gets the number of layers that
+/// have run, and the stream.
+pub type HiddenObserver = dyn FnMut(usize, &[f32]);
+
+/// Who watches the model compute.
+#[derive(Default)]
+pub struct Observers {
+    /// Of the routing.
+    pub routing: Vec<Box<RoutingObserver>>,
+    /// Of the residual stream.
+    pub hidden: Vec<Box<HiddenObserver>>,
+}
 
 /// The extents of a file that every token needs, in the order in which a token needs them. The position in this list is
 /// the handle.
@@ -281,7 +294,7 @@ impl Model {
         weights: &mut Weights<'_>,
         cache: &mut KvCache,
         tokens: &[u32],
-        observer: &mut RoutingObserver<'_>,
+        observers: &mut Observers,
     ) -> Result<(), ModelError> {
         let (n, start, hidden) = (tokens.len(), cache.position, self.spec.hidden_size);
         if n == 0 {
@@ -291,11 +304,17 @@ impl Model {
             return Err(ModelError::ContextFull { capacity: cache.capacity, wanted: start + n });
         }
         self.embedding.rows(weights.file, tokens, sized(&mut self.scratch.x, n * hidden))?;
+        let hidden_of = |scratch: &Scratch, layers: usize, observers: &mut Observers| {
+            observers.hidden.iter_mut().for_each(|sink| sink(layers, &scratch.x[..n * hidden]));
+        };
+        hidden_of(&self.scratch, 0, observers);
         for i in 0..self.layers.len() {
             self.layer(compute, weights, &mut cache.layers[i], i, start, n)?;
             if let Some(moe) = &self.spec.layers[i].ffn.moe {
-                observer(i, start, moe.top_k, self.scratch.ffn.choices());
+                let choices = self.scratch.ffn.choices();
+                observers.routing.iter_mut().for_each(|sink| sink(i, start, moe.top_k, choices));
             }
+            hidden_of(&self.scratch, i + 1, observers);
         }
         cache.position += n;
         Ok(())

@@ -58,6 +58,19 @@ impl Tokenizer {
         guard("reading tokenizer.json", || Self::load(bytes))?
     }
 
+    /// The tokenizer of a checkpoint, by the files that it has: `tokenizer.json`, else `tiktoken.model` with
+    /// `tokenizer_config.json`. `file` gives the bytes of a file by its name. `None` if it has neither.
+    ///
+    /// # Errors
+    /// When the files are damaged.
+    pub fn find<'f>(file: impl Fn(&str) -> Option<&'f [u8]>) -> Result<Option<Self>, TextError> {
+        if let Some(json) = file("tokenizer.json") {
+            return Self::from_json(json).map(Some);
+        }
+        let Some(ranks) = file("tiktoken.model") else { return Ok(None) };
+        Self::from_tiktoken(ranks, file("tokenizer_config.json")).map(Some)
+    }
+
     /// Converts the vocabulary of models that ship `tiktoken.model` (Kimi): lines of a token in
     /// base 64 and its rank, byte-level BPE. The names of the 256 special tokens behind the ranks
     /// come from tokenizer_config.json's `added_tokens_decoder`; the others are called
