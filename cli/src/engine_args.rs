@@ -71,7 +71,8 @@ impl EngineArgs {
         Ok(engine?)
     }
 
-    fn options(&self, context: usize) -> EngineOptions {
+    /// What the arguments say, for sessions of `context` tokens.
+    pub(crate) fn options(&self, context: usize) -> EngineOptions {
         EngineOptions {
             policy: self.policy,
             forget: self.forget,

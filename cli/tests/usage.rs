@@ -7,8 +7,13 @@ use std::process::{Command, Stdio};
 
 use common::{assert_fails, demo_model, sluice, sluice_with_input, stdout};
 
+<<<<<<< HEAD
 const COMMANDS: [&str; 9] =
     ["convert", "inspect", "verify", "run", "logits", "perplexity", "calibrate", "bench", "demo"];
+=======
+const COMMANDS: [&str; 10] =
+    ["convert", "inspect", "verify", "run", "logits", "perplexity", "bench", "demo", "plan", "synth"];
+>>>>>>> main
 
 #[test]
 fn help() {
@@ -49,7 +54,7 @@ fn wrong_usage_is_2() {
 #[test]
 fn failures_are_1() {
     let model = demo_model();
-    assert_fails(&sluice(&["run", model, "--prompt", "a", "--budget", "1MiB"]), 1, &["1.0 MiB", "at least"]);
+    assert_fails(&sluice(&["run", model, "--prompt", "a", "--budget", "1MiB"]), 1, &["1048576 bytes", "at least"]);
     assert_fails(&sluice(&["run", model, "--prompt-file", "/no/such/file"]), 1, &["/no/such/file"]);
     assert_fails(&sluice(&["perplexity", model, "--text", "/no/such/file"]), 1, &["/no/such/file"]);
     let calibrate = ["calibrate", model, "--text", file!(), "--out", "/no/such/folder/imatrix.bin"];

@@ -14,6 +14,7 @@
 //! | `load`, `decode`, `fp8`, `pack` | bytes of the source → rows of numbers → row groups of the file |
 //! | `journal`, `partial`, `execute` | crash safety, disk space, threads |
 //! | `report` | provenance and summary |
+//! | [`mod@synth`] | model files with random weights, to measure machines |
 
 mod decode;
 mod error;
@@ -28,6 +29,7 @@ mod partial;
 mod plan;
 mod report;
 mod source;
+pub mod synth;
 
 use std::path::Path;
 

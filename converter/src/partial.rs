@@ -38,7 +38,8 @@ pub(crate) struct Opened {
     pub(crate) restarted: bool,
 }
 
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+/// `path` with something behind its name.
+pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name: OsString = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
@@ -88,6 +89,12 @@ fn refuse_existing(destination: &Path, plan: &Plan) -> Result<(), ConvertError> 
 /// Opens and locks the partial file. The lock belongs to the open file and vanishes with the process, however it ends.
 fn lock(path: &Path, plan: &Plan) -> Result<(FileWriter, File), ConvertError> {
     let writer = FileWriter::open(path, plan.layout.clone())?;
+    let lock = lock_file(path, &writer)?;
+    Ok((writer, lock))
+}
+
+/// Locks the partial file at `path` that `writer` has opened; the lock is held as long as what this returns.
+pub(crate) fn lock_file(path: &Path, writer: &FileWriter) -> Result<File, ConvertError> {
     let file = writer.file().try_clone().map_err(ConvertError::io(path, "open it"))?;
     match file.try_lock() {
         Ok(()) => {}
@@ -97,7 +104,7 @@ fn lock(path: &Path, plan: &Plan) -> Result<(FileWriter, File), ConvertError> {
     // Between opening and locking, its owner may have finished and renamed it: then this is somebody's finished file.
     let ours = file.metadata().map_err(ConvertError::io(path, "read its state"))?;
     match fs::metadata(path) {
-        Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => Ok((writer, file)),
+        Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => Ok(file),
         _ => Err(ConvertError::Locked { path: path.to_owned() }),
     }
 }
@@ -125,11 +132,7 @@ impl Partial {
     /// Checks that the drive has room and takes it.
     fn reserve(&self, plan: &Plan) -> Result<(), ConvertError> {
         let occupied = self.stat()?.blocks() * STAT_BLOCK;
-        let folder = folder_of(&self.path);
-        let stats = statvfs(folder).map_err(|e| ConvertError::io(folder, "read the free space of")(e.into()))?;
-        // The field types differ between systems.
-        #[allow(clippy::unnecessary_cast)]
-        let available = stats.blocks_available() as u64 * stats.fragment_size() as u64;
+        let available = free_space(&self.path)?;
         let needed = plan.file_bytes().saturating_sub(occupied);
         let no_space = || ConvertError::NoSpace { path: self.destination.clone(), needed, available };
         let result = if needed > available {
@@ -164,12 +167,30 @@ impl Partial {
     }
 }
 
+/// Bytes that are free on the drive of `path`.
+fn free_space(path: &Path) -> Result<u64, ConvertError> {
+    let folder = folder_of(path);
+    let stats = statvfs(folder).map_err(|e| ConvertError::io(folder, "read the free space of")(e.into()))?;
+    // The field types differ between systems.
+    #[allow(clippy::unnecessary_cast)]
+    Ok(stats.blocks_available() as u64 * stats.fragment_size() as u64)
+}
+
+/// Refuses to begin a file of `needed` bytes at `path` where they are not free.
+pub(crate) fn check_space(path: &Path, needed: u64) -> Result<(), ConvertError> {
+    let available = free_space(path)?;
+    if needed > available {
+        return Err(ConvertError::NoSpace { path: path.to_owned(), needed, available });
+    }
+    Ok(())
+}
+
 fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Makes the names in the folder of `path` durable.
-fn sync_folder(path: &Path) -> Result<(), ConvertError> {
+pub(crate) fn sync_folder(path: &Path) -> Result<(), ConvertError> {
     let folder = folder_of(path);
     let result = File::open(folder).and_then(|f| f.sync_all());
     result.map_err(ConvertError::io(folder, "sync the folder"))

@@ -228,6 +228,11 @@ impl Engine {
         &self.tuning
     }
 
+    /// Chunks and depth of the reads.
+    pub fn io_config(&self) -> &IoConfig {
+        &self.tuning.config
+    }
+
     /// The tokenizer, if the checkpoint had one.
     ///
     /// # Errors
@@ -372,7 +377,7 @@ fn open_storage(
     let location =
         |e: &ExtentRecord| ExtentLocation { file: e.volume, offset: e.offset, len: e.stored_len, checksum: e.checksum };
     let dense: Vec<_> =
-        dense_extents(file).iter().map(|e| DenseLocation { extent: location(e), name: name(e) }).collect();
+        dense_extents(file.extents()).iter().map(|e| DenseLocation { extent: location(e), name: name(e) }).collect();
     let layers = file.spec().layers.iter().enumerate().map(|(layer, spec)| {
         let count = spec.ffn.moe.as_ref().map_or(0, |m| m.experts as u32);
         let experts = (0..count).filter_map(|e| file.extent(ExtentKind::Expert, layer as u32, e));

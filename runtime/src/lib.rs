@@ -7,6 +7,7 @@
 pub mod calibrate;
 pub mod counts;
 pub mod engine;
+pub mod estimate;
 pub mod io;
 pub mod memory;
 pub mod model;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use sluice_format::{ExtentKind, ModelFile};
+use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec};
 
 use crate::model::{KvCache, Model, dense_extents};
 use crate::pool::RING_SLOTS;
@@ -88,16 +88,21 @@ impl MemoryPlan {
     /// # Errors
     /// [`BudgetError`] when the least plan does not fit.
     pub fn new(file: &ModelFile, requested: Option<u64>, context: usize) -> Result<Self, BudgetError> {
-        Self::with_available(file, requested, context, available_memory())
+        Self::of_extents(file.spec(), file.extents(), requested, context, available_memory())
     }
 
-    fn with_available(
-        file: &ModelFile,
+    /// Plans for a file of these extents on a machine with `available` bytes: the file need not exist.
+    ///
+    /// # Errors
+    /// As [`MemoryPlan::new`].
+    pub fn of_extents(
+        spec: &ModelSpec,
+        extents: &[ExtentRecord],
         requested: Option<u64>,
         context: usize,
         available: u64,
     ) -> Result<Self, BudgetError> {
-        let need = Need::of(file, context);
+        let need = Need::of(spec, extents, context);
         let headroom = (available / HEADROOM.0).max(HEADROOM.1);
         let everything = need.dense_total() + need.kv_cache + need.scratch(need.largest_chunk()) + need.all_slots();
         let effective = requested.map_or(everything.min(available.saturating_sub(headroom)), |r| r.min(available));
@@ -158,7 +163,7 @@ impl MemoryPlan {
 
 /// What a model asks of memory.
 struct Need<'a> {
-    file: &'a ModelFile,
+    spec: &'a ModelSpec,
     context: usize,
     /// Lengths of the dense extents in the order of use.
     dense: Vec<(ExtentKind, u64)>,
@@ -186,16 +191,16 @@ impl Pinning {
 }
 
 impl Need<'_> {
-    fn of(file: &ModelFile, context: usize) -> Need<'_> {
-        let experts = file.extents().iter().filter(|e| e.kind == ExtentKind::Expert);
+    fn of<'a>(spec: &'a ModelSpec, extents: &[ExtentRecord], context: usize) -> Need<'a> {
+        let experts = extents.iter().filter(|e| e.kind == ExtentKind::Expert);
         let (count, slot_len) = experts.fold((0, 0), |(n, len), e| (n + 1, e.stored_len.max(len)));
-        let top_k = file.spec().layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).max();
+        let top_k = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).max();
         Need {
-            file,
+            spec,
             context,
-            dense: dense_extents(file).iter().map(|e| (e.kind, e.stored_len)).collect(),
-            kv_cache: KvCache::memory(file.spec(), context),
-            embedding: Model::embedding_memory(file),
+            dense: dense_extents(extents).iter().map(|e| (e.kind, e.stored_len)).collect(),
+            kv_cache: KvCache::memory(spec, context),
+            embedding: Model::embedding_memory(extents),
             experts: count,
             slot_len,
             top_k: top_k.unwrap_or(0),
@@ -219,7 +224,7 @@ impl Need<'_> {
     }
 
     fn scratch(&self, chunk: usize) -> u64 {
-        (Model::scratch_memory(self.file.spec(), chunk) + self.embedding).saturating_sub(FREE_SCRATCH)
+        (Model::scratch_memory(self.spec, chunk) + self.embedding).saturating_sub(FREE_SCRATCH)
     }
 
     /// Pins as many bytes of dense extents as `budget` holds beside the ring for the others. Routers stay first, because

@@ -18,7 +18,7 @@ const CRATES: [(&str, &[&str]); 5] = [
 ];
 
 /// Modules of the runtime that a module may use. `engine` is the top and may use all.
-const MODULES: [(&str, &[&str]); 9] = [
+const MODULES: [(&str, &[&str]); 10] = [
     ("io", &[]),
     ("pool", &["io"]),
     ("model", &["pool"]),
@@ -27,6 +27,7 @@ const MODULES: [(&str, &[&str]); 9] = [
     ("sampler", &[]),
     ("memory", &["model", "pool"]),
     ("calibrate", &["model"]),
+    ("estimate", &["memory"]),
     ("counts", &[]),
 ];
 

@@ -94,17 +94,22 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let bar = Bar(byte_bar("converting", 0));
     let outcome = convert(&args.src, &args.dst, &options, &bar);
     bar.0.finish_and_clear();
-    let summary = outcome.map_err(|e| match e {
+    let summary = outcome.map_err(explain)?;
+    if args.json {
+        return print_json(&summary);
+    }
+    print(&describe(&args.dst, &summary, started.elapsed().as_secs_f64()))
+}
+
+/// The same error, in words of the command line.
+pub(crate) fn explain(error: ConvertError) -> CliError {
+    match error {
         ConvertError::Exists { path } => {
             let path = path.display();
             CliError::Failure(format!("{path} exists already. Choose another name, or replace it with --overwrite"))
         }
         other => other.into(),
-    })?;
-    if args.json {
-        return print_json(&summary);
     }
-    print(&describe(&args.dst, &summary, started.elapsed().as_secs_f64()))
 }
 
 /// The converter's progress on the terminal.

@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub(crate) mod bench;
+pub(crate) mod bench_decode;
 pub(crate) mod bench_disk;
 pub(crate) mod bench_kernels;
 pub(crate) mod calibrate;
@@ -9,6 +10,8 @@ pub(crate) mod demo;
 pub(crate) mod inspect;
 pub(crate) mod logits;
 pub(crate) mod perplexity;
+pub(crate) mod plan;
 pub(crate) mod run;
+pub(crate) mod synth;
 pub(crate) mod trace;
 pub(crate) mod verify;

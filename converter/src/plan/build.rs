@@ -178,8 +178,7 @@ impl Builder<'_> {
         let chosen = choose(kind, layout, [1, rows, cols], self.choice(kind), std::iter::once(&whole));
         self.note_widened(kind, NO_LAYER, kind.name(), chosen);
         let height = if embedding {
-            let row = cols * chosen.weight_type.plain_element_len().expect("an embedding's type is plain");
-            (EMBEDDING_PART / row).max(1)
+            embedding_part_rows(chosen.weight_type, cols)
         } else {
             head_part_rows(chosen.weight_type, cols)?
         };
@@ -207,8 +206,14 @@ impl Builder<'_> {
     }
 }
 
+/// Rows of a part of the embedding, whose type is a plain one.
+pub(crate) fn embedding_part_rows(ty: WeightType, cols: usize) -> usize {
+    let row = cols * ty.plain_element_len().expect("an embedding's type is plain");
+    (EMBEDDING_PART / row).max(1)
+}
+
 /// Rows of a part of the head: as many as fit, in whole scale blocks if there is room for one, else in whole row groups.
-fn head_part_rows(ty: WeightType, cols: usize) -> Result<usize, ConvertError> {
+pub(crate) fn head_part_rows(ty: WeightType, cols: usize) -> Result<usize, ConvertError> {
     let group = ty.row_group_len(cols).ok_or_else(|| too_large("head"))?;
     let rows = (HEAD_PART / group).max(1) * ROW_GROUP;
     Ok(if rows >= SCALE_BLOCK { rows - rows % SCALE_BLOCK } else { rows })

@@ -1,6 +1,6 @@
 //! The plan: which extent holds which tensor, as what, where, and from where. Nothing is written here.
 
-mod build;
+pub(crate) mod build;
 mod form;
 mod inventory;
 pub(crate) mod resolve;
@@ -12,7 +12,11 @@ use std::path::Path;
 
 use serde::Serialize;
 use sluice_format::{
+<<<<<<< HEAD
     ExtentKind, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB,
+=======
+    ExtentKind, ExtentRecord, FileLayout, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB,
+>>>>>>> main
     TOKENIZER_BLOB, TensorRecord, WeightType,
 };
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
@@ -77,6 +81,16 @@ pub struct KindSize {
     pub extents: usize,
     /// Their bytes in the file.
     pub bytes: u64,
+}
+
+/// Extents and bytes by kind, in file order; kinds that do not occur are left out.
+pub(crate) fn kind_sizes(extents: &[ExtentRecord]) -> Vec<KindSize> {
+    let size = |kind: ExtentKind| {
+        let of_kind = extents.iter().filter(|e| e.kind == kind);
+        let (extents, bytes) = of_kind.fold((0, 0), |(n, bytes), e| (n + 1, bytes + e.stored_len));
+        KindSize { kind: kind.to_string(), extents, bytes }
+    };
+    ExtentKind::ALL.into_iter().map(size).filter(|s| s.extents > 0).collect()
 }
 
 /// What a conversion will do.
@@ -182,12 +196,7 @@ impl Plan {
 
     /// Extents and bytes by kind, in file order; kinds that do not occur are left out.
     pub fn sizes(&self) -> Vec<KindSize> {
-        let size = |kind: ExtentKind| {
-            let of_kind = self.layout.extents().iter().filter(|e| e.kind == kind);
-            let (extents, bytes) = of_kind.fold((0, 0), |(n, bytes), e| (n + 1, bytes + e.stored_len));
-            KindSize { kind: kind.to_string(), extents, bytes }
-        };
-        ExtentKind::ALL.into_iter().map(size).filter(|s| s.extents > 0).collect()
+        kind_sizes(self.layout.extents())
     }
 
     /// Types by tensor group, such as `expert.gate_up`: more than one where layers differ.

@@ -32,6 +32,11 @@ struct CachedPart {
     bytes: Vec<u8>,
 }
 
+/// Most bytes that the cached parts can take, where there are `parts` of which the longest has `longest` bytes.
+pub fn cache_memory(parts: usize, longest: u64) -> u64 {
+    longest * parts.min(CACHED_PARTS) as u64
+}
+
 impl Embedding {
     /// The table of a file. Reads nothing yet.
     pub fn new(file: &ModelFile) -> Self {
@@ -44,12 +49,6 @@ impl Embedding {
         });
         let parts = parts.collect();
         Embedding { parts, rows_per_part, width: file.spec().hidden_size, cached: Vec::new(), clock: 0, bytes_read: 0 }
-    }
-
-    /// Most bytes that the cached parts can take.
-    pub fn memory(&self) -> u64 {
-        let longest = self.parts.iter().map(|p| p.extent.stored_len).max().unwrap_or(0);
-        longest * self.parts.len().min(CACHED_PARTS) as u64
     }
 
     /// Bytes read from the file so far.

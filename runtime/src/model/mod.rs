@@ -179,16 +179,21 @@ const LOGIT_ROWS: usize = 16;
 /// Sees the routing of every layer: layer, position of the first token, top-k, choices `[tokens, top_k]`.
 pub type RoutingObserver<'a> = dyn FnMut(usize, usize, usize, &[Choice]) + 'a;
 
-/// The extents that every token needs, in the order in which a token needs them. The position in this list is the handle.
-pub fn dense_extents(file: &ModelFile) -> Vec<ExtentRecord> {
-    let layers = 0..file.spec().layers.len() as u32;
-    let of_layer = |layer| {
-        [ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense]
-            .into_iter()
-            .filter_map(move |kind| file.extent(kind, layer, 0).copied())
+/// The extents of a file that every token needs, in the order in which a token needs them. The position in this list is
+/// the handle.
+pub fn dense_extents(extents: &[ExtentRecord]) -> Vec<ExtentRecord> {
+    // A layer's parts follow each other; NO_LAYER sorts the final norm and the head behind all layers.
+    let order = |kind| match kind {
+        ExtentKind::Attention => Some(0),
+        ExtentKind::Router => Some(1),
+        ExtentKind::Dense => Some(2),
+        ExtentKind::FinalNorm => Some(3),
+        ExtentKind::Head => Some(4),
+        ExtentKind::Embedding | ExtentKind::Expert => None,
     };
-    let tail = file.extent(ExtentKind::FinalNorm, NO_LAYER, 0).copied();
-    layers.flat_map(of_layer).chain(tail).chain(file.parts(ExtentKind::Head).map(|(e, _)| *e)).collect()
+    let mut dense: Vec<_> = extents.iter().filter(|e| order(e.kind).is_some()).copied().collect();
+    dense.sort_by_key(|e| (e.layer, order(e.kind), e.index));
+    dense
 }
 
 impl Model {
@@ -402,9 +407,11 @@ impl Model {
         (widest + 8 * hidden) * 4 * tokens as u64 + (2 * LOGIT_ROWS.min(tokens) * spec.vocab_size * 4) as u64
     }
 
-    /// Bytes that the cached parts of the embedding may take.
-    pub fn embedding_memory(file: &ModelFile) -> u64 {
-        Embedding::new(file).memory()
+    /// Bytes that the cached parts of the embedding may take, in a file of these extents.
+    pub fn embedding_memory(extents: &[ExtentRecord]) -> u64 {
+        let parts = extents.iter().filter(|e| e.kind == ExtentKind::Embedding);
+        let (count, longest) = parts.fold((0, 0), |(n, longest), e| (n + 1, e.stored_len.max(longest)));
+        embedding::cache_memory(count, longest)
     }
 }
 

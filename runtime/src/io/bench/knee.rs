@@ -100,7 +100,7 @@ mod tests {
         let slow = knee(0.1, 500.0);
         let fast = knee(0.1, 14_000.0);
         assert_eq!((slow.block_bytes, slow.depth), (512 << 10, 4));
-        assert_eq!((fast.block_bytes, fast.depth), (512 << 10, 8));
+        assert_eq!((fast.block_bytes, fast.depth), (512 << 10, 4));
         assert!(knee(1.0, 14_000.0).in_flight_bytes() >= 14 << 20);
     }
 

@@ -1,0 +1,388 @@
+//! `sluice bench decode`: how fast tokens come, and how close that is to what drive and memory allow.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use serde::Serialize;
+use sluice_converter::synth::token_stream;
+use sluice_runtime::io::bench::{BenchEngine, DiskBench, Pattern, Point};
+use sluice_runtime::io::{DirectMode, IoConfig};
+use sluice_runtime::memory::Bytes;
+use sluice_runtime::{Engine, EngineOptions, Prefetch, ReadEngineKind, Session, Stats};
+
+use crate::engine_args::EngineArgs;
+use crate::error::CliError;
+use crate::plot::{LineChart, Series};
+use crate::size::parse_size;
+use crate::terminal::{print, print_json, step_bar};
+
+const EXAMPLES: &str = "\
+Decodes a fixed stream of tokens whose topic changes slowly, as text does, and measures the drive before, between and \
+after: random direct reads in the chunks and at the depth that the decoder uses.
+
+Examples:
+  sluice bench decode r1.sluice --budget 16GiB -n 32
+  sluice bench decode r1.sluice --budgets 8GiB,16GiB,32GiB --plot decode.svg
+  sluice bench decode r1.sluice --budget 8GiB --compare prefetch --pairs 8";
+
+/// Tokens per second, bytes per token, and achieved against attainable bandwidth
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Model file
+    file: PathBuf,
+
+    /// Tokens that are decoded and measured, for each budget
+    #[arg(short, long, value_name = "N", default_value_t = 64)]
+    n: usize,
+
+    /// Tokens that are decoded first, to fill the cache
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    warm_up: usize,
+
+    /// Several budgets, one after the other
+    #[arg(long, value_name = "LIST", value_parser = parse_size, value_delimiter = ',', conflicts_with = "budget")]
+    budgets: Vec<u64>,
+
+    /// Compare two ways in alternating pairs: the one that is asked for, and the other
+    #[arg(long, value_name = "WHAT")]
+    compare: Option<Compare>,
+
+    /// Pairs to compare
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pairs: usize,
+
+    /// Write a chart of tokens per second over budgets
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+/// What is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Compare {
+    /// Reading ahead of the router, against not
+    Prefetch,
+    /// Verifying checksums, against not
+    Checksums,
+    /// io_uring, against a pool of threads
+    Engine,
+}
+
+/// What one run gave. Rates are in bytes per second.
+#[derive(Clone, Debug, Serialize)]
+struct Outcome {
+    budget: Option<u64>,
+    memory_used: u64,
+    slots: usize,
+    experts: usize,
+    tokens: u64,
+    tokens_per_second: f64,
+    bytes_per_token: f64,
+    hit_rate: f64,
+    prefetched: u64,
+    prefetched_used: u64,
+    /// Bytes read ÷ time.
+    achieved: f64,
+    /// What the drive gives to random direct reads, measured around the decoding: median.
+    attainable: f64,
+    achieved_of_attainable: f64,
+    /// Milliseconds per token.
+    milliseconds: Split,
+    /// Token time ÷ the larger of computing and reading.
+    time_over_roof: f64,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Split {
+    total: f64,
+    io_wait: f64,
+    attention: f64,
+    experts: f64,
+    head: f64,
+    other: f64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    if args.n == 0 || args.pairs == 0 {
+        return Err(CliError::Usage("-n and --pairs must be at least 1".into()));
+    }
+    if let Some(what) = args.compare {
+        return compare(args, what);
+    }
+    let budgets = match args.budgets.as_slice() {
+        [] => vec![args.engine.budget],
+        several => several.iter().map(|b| Some(*b)).collect(),
+    };
+    let mut outcomes = Vec::with_capacity(budgets.len());
+    for budget in budgets {
+        outcomes.push(measure(args, budget)?);
+    }
+    if let Some(path) = &args.plot {
+        std::fs::write(path, chart(&outcomes).to_svg()).map_err(CliError::file(path, "write the chart"))?;
+    }
+    if args.json { print_json(&outcomes) } else { print(&table(&outcomes)) }
+}
+
+/// A model that decodes a stream of tokens.
+struct Decoder {
+    engine: Engine,
+    session: Session,
+    stream: Vec<u32>,
+    logits: Vec<f32>,
+}
+
+impl Decoder {
+    fn open(file: &Path, options: &EngineOptions, tokens: usize) -> Result<Self, CliError> {
+        let engine = Engine::open(file, &EngineOptions { context: Some(tokens), ..options.clone() })?;
+        let stream = token_stream(0, tokens, engine.spec().vocab_size);
+        Ok(Decoder { session: engine.new_session(), engine, stream, logits: Vec::new() })
+    }
+
+    /// Decodes the next `n` tokens of the stream; the time that took.
+    fn decode(&mut self, n: usize, each: &dyn Fn()) -> Result<Duration, CliError> {
+        let started = Instant::now();
+        for _ in 0..n {
+            let token = self.stream[self.session.position() % self.stream.len()];
+            self.engine.forward(&mut self.session, &[token], &mut self.logits)?;
+            each();
+        }
+        Ok(started.elapsed())
+    }
+}
+
+fn measure(args: &Args, budget: Option<u64>) -> Result<Outcome, CliError> {
+    let total = args.warm_up + args.n;
+    let options = EngineOptions { budget, ..args.engine.options(total) };
+    let mut decoder = Decoder::open(&args.file, &options, total)?;
+    let bar = step_bar("decoding", total as u64);
+    let mut drive = Drive::open(&args.file, decoder.engine.io_config())?;
+    decoder.decode(args.warm_up, &|| bar.inc(1))?;
+    // The drive's speed changes within seconds on shared machines: measured before, between and after.
+    let parts = args.n.min(4);
+    let before = decoder.engine.stats();
+    let mut elapsed = Duration::ZERO;
+    drive.visit()?;
+    for part in 0..parts {
+        let n = args.n * (part + 1) / parts - args.n * part / parts;
+        elapsed += decoder.decode(n, &|| bar.inc(1))?;
+        drive.visit()?;
+    }
+    bar.finish_and_clear();
+    Ok(outcome(&decoder.engine, budget, &before, elapsed, drive.median()))
+}
+
+fn outcome(engine: &Engine, budget: Option<u64>, before: &Stats, elapsed: Duration, attainable: f64) -> Outcome {
+    let after = engine.stats();
+    let seconds = elapsed.as_secs_f64();
+    let tokens = after.tokens - before.tokens;
+    let per_token = |a: f64, b: f64| 1e3 * (a - b) / tokens as f64;
+    let (hits, misses) = (after.hits - before.hits, after.misses - before.misses);
+    let expert_bytes = after.expert_bytes_read - before.expert_bytes_read;
+    let bytes = (expert_bytes + after.dense_bytes_read - before.dense_bytes_read) as f64;
+    let io_wait = per_token(after.io_wait_seconds, before.io_wait_seconds);
+    let total = 1e3 * seconds / tokens as f64;
+    let reading = 1e3 * bytes / attainable / tokens as f64;
+    let attention = per_token(after.attention_seconds, before.attention_seconds);
+    let experts = per_token(after.expert_seconds, before.expert_seconds);
+    let head = per_token(after.head_seconds, before.head_seconds);
+    Outcome {
+        budget,
+        memory_used: engine.memory().used(),
+        slots: engine.memory().slots,
+        experts: engine.memory().experts,
+        tokens,
+        tokens_per_second: tokens as f64 / seconds,
+        bytes_per_token: bytes / tokens as f64,
+        hit_rate: hits as f64 / (hits + misses).max(1) as f64,
+        prefetched: after.prefetched - before.prefetched,
+        prefetched_used: after.prefetched_used - before.prefetched_used,
+        achieved: bytes / seconds,
+        attainable,
+        achieved_of_attainable: bytes / seconds / attainable,
+        milliseconds: Split {
+            total,
+            io_wait,
+            attention,
+            experts,
+            head,
+            other: total - io_wait - attention - experts - head,
+        },
+        time_over_roof: total / reading.max(total - io_wait),
+    }
+}
+
+/// Random direct reads of the model file, as the decoder makes them.
+struct Drive {
+    bench: DiskBench,
+    point: Point,
+    rates: Vec<f64>,
+}
+
+impl Drive {
+    fn open(file: &Path, config: &IoConfig) -> Result<Self, CliError> {
+        let engine = if cfg!(target_os = "linux") { BenchEngine::Uring } else { BenchEngine::Pread };
+        let point = Point { engine, pattern: Pattern::Random, block_bytes: config.chunk_bytes, depth: config.depth };
+        Ok(Drive { bench: DiskBench::open(file, DirectMode::default())?, point, rates: Vec::new() })
+    }
+
+    fn visit(&mut self) -> Result<(), CliError> {
+        let visit = self.bench.visit(&self.point, Duration::from_millis(700))?;
+        self.rates.push(visit.bytes as f64 / visit.elapsed.as_secs_f64());
+        Ok(())
+    }
+
+    fn median(&self) -> f64 {
+        median(&self.rates)
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => sorted[n / 2],
+        n => (sorted[n / 2 - 1] + sorted[n / 2]) / 2.0,
+    }
+}
+
+/// The pairs of a comparison: tokens per second of both ways, and the ratio.
+#[derive(Debug, Serialize)]
+struct Comparison {
+    compare: Compare,
+    with: String,
+    without: String,
+    pairs: Vec<(f64, f64)>,
+    median_with: f64,
+    median_without: f64,
+    median_ratio: f64,
+}
+
+fn compare(args: &Args, what: Compare) -> Result<(), CliError> {
+    let total = args.warm_up + args.n * args.pairs;
+    let asked = args.engine.options(total);
+    let io = |verify| Some(IoConfig { verify, ..asked.io.clone().unwrap_or_default() });
+    let (with, without, other) = match what {
+        Compare::Prefetch => ("prefetch", "no prefetch", EngineOptions { prefetch: Prefetch::Off, ..asked.clone() }),
+        Compare::Checksums => ("checksums", "no checksums", EngineOptions { io: io(false), ..asked.clone() }),
+        Compare::Engine => {
+            ("uring", "pread", EngineOptions { read_engine: Some(ReadEngineKind::Pread), ..asked.clone() })
+        }
+    };
+    let first = match what {
+        Compare::Prefetch => asked,
+        Compare::Checksums => EngineOptions { io: io(true), ..asked },
+        Compare::Engine => EngineOptions { read_engine: Some(ReadEngineKind::Uring), ..asked },
+    };
+    let mut a = Decoder::open(&args.file, &first, total)?;
+    let mut b = Decoder::open(&args.file, &other, total)?;
+    let bar = step_bar("decoding", 2 * total as u64);
+    a.decode(args.warm_up, &|| bar.inc(1))?;
+    b.decode(args.warm_up, &|| bar.inc(1))?;
+    let rate = |elapsed: Duration| args.n as f64 / elapsed.as_secs_f64();
+    let mut pairs = Vec::with_capacity(args.pairs);
+    for pair in 0..args.pairs {
+        // Who goes first alternates, so that a drift of the machine hits both alike.
+        let run = |d: &mut Decoder| d.decode(args.n, &|| bar.inc(1)).map(rate);
+        pairs.push(if pair % 2 == 0 {
+            let first = run(&mut a)?;
+            (first, run(&mut b)?)
+        } else {
+            let first = run(&mut b)?;
+            (run(&mut a)?, first)
+        });
+    }
+    bar.finish_and_clear();
+    let of = |f: &dyn Fn(&(f64, f64)) -> f64| median(&pairs.iter().map(f).collect::<Vec<_>>());
+    let result = Comparison {
+        compare: what,
+        with: with.into(),
+        without: without.into(),
+        median_with: of(&|p| p.0),
+        median_without: of(&|p| p.1),
+        median_ratio: of(&|p| p.0 / p.1),
+        pairs,
+    };
+    if args.json {
+        return print_json(&result);
+    }
+    let mut out = format!("{:>4}  {with:>14}  {without:>14}  ratio\n", "pair");
+    for (i, (x, y)) in result.pairs.iter().enumerate() {
+        out += &format!("{:>4}  {x:>10.2} t/s  {y:>10.2} t/s  {:.3}\n", i + 1, x / y);
+    }
+    let (x, y) = (result.median_with, result.median_without);
+    print(&format!("{out}\nmedian  {x:.2} against {y:.2} tokens/s; median ratio {:.3}\n", result.median_ratio))
+}
+
+fn table(outcomes: &[Outcome]) -> String {
+    let mut out = String::new();
+    for o in outcomes {
+        let budget = o.budget.map_or("as much as is useful".into(), |b| Bytes(b).to_string());
+        let rate = |r: f64| format!("{:.2} GB/s", r / 1e9);
+        out += &format!(
+            "budget {budget}: {} in use, {} of {} experts fit\n  {:.2} tokens/s, {} read per token, {:.1} % of experts \
+             in memory\n",
+            Bytes(o.memory_used),
+            o.slots,
+            o.experts,
+            o.tokens_per_second,
+            Bytes(o.bytes_per_token as u64),
+            100.0 * o.hit_rate,
+        );
+        out += &format!(
+            "  {} of {} that the drive gives: {:.1} %; token time is {:.2} of the roof\n",
+            rate(o.achieved),
+            rate(o.attainable),
+            100.0 * o.achieved_of_attainable,
+            o.time_over_roof,
+        );
+        let s = o.milliseconds;
+        out += &format!(
+            "  {:.1} ms per token: {:.1} waiting for the drive, {:.1} experts, {:.1} attention, {:.1} head, {:.1} other\n",
+            s.total, s.io_wait, s.experts, s.attention, s.head, s.other
+        );
+        out += &format!("  {} experts read ahead, {} of them used\n", o.prefetched, o.prefetched_used);
+    }
+    out
+}
+
+fn chart(outcomes: &[Outcome]) -> LineChart {
+    let gib = |o: &Outcome| o.memory_used as f64 / (1u64 << 30) as f64;
+    let line = |name: &str, group, value: &dyn Fn(&Outcome) -> f64| Series {
+        name: name.into(),
+        points: outcomes.iter().map(|o| (gib(o), value(o))).collect(),
+        group,
+        dashed: group > 0,
+    };
+    LineChart {
+        title: "Decoding".into(),
+        x_label: "memory in use (GiB)".into(),
+        y_label: "tokens per second".into(),
+        series: vec![
+            line("measured", 0, &|o| o.tokens_per_second),
+            line("roof of the drive", 1, &|o| o.attainable / o.bytes_per_token),
+        ],
+        ..LineChart::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert!(median(&[]).is_nan());
+    }
+}

@@ -1,0 +1,326 @@
+//! `sluice plan`: what a model needs, and how fast it can be on a machine.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use clap::value_parser;
+use serde::Serialize;
+use sluice_converter::synth::{Geometry, Layout, WeightTypes};
+use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec, PAGE_SIZES, WeightType};
+use sluice_runtime::estimate::{Bound, HIT_RATE_SPREAD, Machine, Needs, Speed};
+use sluice_runtime::memory::{Bytes, available_memory};
+
+use super::synth::type_parser;
+use crate::error::CliError;
+use crate::size::parse_size;
+use crate::terminal::{print, print_json, seconds};
+
+const EXAMPLES: &str = "\
+TARGET is a model file, or the name of a model that `sluice synth` knows (deepseek-r1, kimi-k2, glm-4.6, qwen3-235b, \
+qwen3-30b, gpt-oss-120b, mixtral-8x7b), or a config.json or the folder with one. Nothing is read but sizes.
+
+The speed is arithmetic, an upper bound of what can be expected: the slower of drive and memory, without computation. \
+`sluice synth` and a run measure.
+
+Examples:
+  sluice plan deepseek-r1
+  sluice plan kimi-k2 --ram 128GiB --ssd 7GB/s --mem-bandwidth 80GB/s
+  sluice plan qwen3-30b --type q8 --ram 8GiB
+  sluice plan r1.sluice --context 16384
+  sluice plan deepseek-r1 --json | jq .speed.tokens_per_second";
+
+/// Metadata besides configuration and spec, for the size of a file that does not exist.
+const PROVENANCE_ROOM: usize = 1 << 10;
+
+/// Say what a model needs, and how fast it can be on a machine
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// A model file, a known model, or a config.json
+    target: String,
+
+    /// Memory that is available [default: what is available here]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    ram: Option<u64>,
+
+    /// What the drive reads
+    #[arg(long, value_name = "SPEED", default_value = "3GB/s", value_parser = parse_speed)]
+    ssd: u64,
+
+    /// What the memory reads
+    #[arg(long, value_name = "SPEED", default_value = "50GB/s", value_parser = parse_speed)]
+    mem_bandwidth: u64,
+
+    /// Type of the routed experts, of a model that is no file yet [default: int4; for gpt-oss mxfp4]
+    #[arg(long = "type", value_name = "TYPE", value_parser = type_parser())]
+    expert_type: Option<WeightType>,
+
+    /// Type of everything else [default: q8]
+    #[arg(long, value_name = "TYPE", value_parser = type_parser())]
+    dense_type: Option<WeightType>,
+
+    /// Context, in tokens
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = value_parser!(u32).range(1..))]
+    context: u32,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// The answer. All sizes in bytes.
+#[derive(Debug, Serialize)]
+struct Report {
+    target: String,
+    family: String,
+    layers: usize,
+    moe_layers: usize,
+    /// Types of the routed experts and of the rest, without what is always plain.
+    expert_types: Vec<&'static str>,
+    dense_types: Vec<&'static str>,
+    context: usize,
+    disk_bytes: u64,
+    #[serde(flatten)]
+    needs: Needs,
+    machine: Machine,
+    /// None when the memory does not suffice.
+    speed: Option<Speed>,
+    warnings: Vec<String>,
+}
+
+/// A rate such as `3GB/s`.
+fn parse_speed(text: &str) -> Result<u64, String> {
+    let size = text.trim().strip_suffix("/s").unwrap_or(text);
+    match parse_size(size) {
+        Ok(0) => Err("nothing could ever be read at that speed".into()),
+        Ok(speed) => Ok(speed),
+        Err(_) => Err(format!("`{text}` is not a speed: write a number and a unit, such as 3GB/s or 800MB/s")),
+    }
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    let report = if is_geometry(&args.target) { of_geometry(args)? } else { of_file(args)? };
+    if args.json { print_json(&report) } else { print(&describe(&report)) }
+}
+
+/// Everything that is not a known name, a folder or a `.json` file is taken for a model file.
+fn is_geometry(target: &str) -> bool {
+    let path = Path::new(target);
+    Geometry::presets().any(|name| name == target)
+        || path.is_dir()
+        || path.extension().is_some_and(|e| e == "json")
+        || !path.exists()
+}
+
+fn of_geometry(args: &Args) -> Result<Report, CliError> {
+    let geometry = Geometry::load(&args.target, None)?;
+    let types = WeightTypes {
+        experts: args.expert_type.unwrap_or_else(|| geometry.usual_expert_type()),
+        dense: args.dense_type.unwrap_or(WeightType::Q8),
+    };
+    let spec = geometry.spec();
+    let layout = Layout::new(spec, types, PAGE_SIZES[0])?;
+    let disk_bytes = layout.file_bytes(spec.to_json().len() + geometry.config().len() + PROVENANCE_ROOM);
+    Ok(report(args, spec, layout.extents(), disk_bytes, (vec![types.experts.name()], vec![types.dense.name()])))
+}
+
+fn of_file(args: &Args) -> Result<Report, CliError> {
+    if args.expert_type.is_some() || args.dense_type.is_some() {
+        let target = &args.target;
+        return Err(CliError::Usage(format!(
+            "{target} is a model file, whose types are what they are: leave out --type"
+        )));
+    }
+    let file = ModelFile::open(Path::new(&args.target))?;
+    let types = |kinds: &[ExtentKind]| {
+        let all: BTreeSet<_> = kinds.iter().flat_map(|&kind| file.weight_types(kind)).map(|t| t.weight_type).collect();
+        all.into_iter().map(WeightType::name).collect::<Vec<_>>()
+    };
+    let types = (types(&[ExtentKind::Expert]), types(&[ExtentKind::Attention, ExtentKind::Dense, ExtentKind::Head]));
+    Ok(report(args, file.spec(), file.extents(), file.superblock().file_len, types))
+}
+
+type TypeNames = Vec<&'static str>;
+
+fn report(
+    args: &Args,
+    spec: &ModelSpec,
+    extents: &[ExtentRecord],
+    disk_bytes: u64,
+    (expert_types, dense_types): (TypeNames, TypeNames),
+) -> Report {
+    let context = (args.context as usize).clamp(1, spec.max_positions.max(1));
+    let ram = args.ram.unwrap_or_else(available_memory);
+    let machine = Machine { ram, ssd: args.ssd, memory_bandwidth: args.mem_bandwidth };
+    let needs = Needs::of(spec, extents, context);
+    let speed = Speed::of(spec, extents, machine, context);
+    let warnings = warnings(&needs, &speed);
+    Report {
+        target: args.target.clone(),
+        family: spec.family.clone(),
+        layers: spec.layers.len(),
+        moe_layers: spec.layers.iter().filter(|l| l.ffn.moe.is_some()).count(),
+        expert_types,
+        dense_types,
+        context,
+        disk_bytes,
+        needs,
+        machine,
+        speed: speed.ok(),
+        warnings,
+    }
+}
+
+fn warnings(needs: &Needs, speed: &Result<Speed, sluice_runtime::memory::BudgetError>) -> Vec<String> {
+    let mut warnings = Vec::new();
+    match speed {
+        Err(refused) => warnings.push(format!(
+            "this memory does not suffice: beside what is left to the system, the model needs at least {}",
+            Bytes(refused.least)
+        )),
+        Ok(speed) => {
+            if speed.curve.is_some() && speed.cached_cycles < 1.0 {
+                warnings.push(format!(
+                    "less than one token cycle of experts fits ({:.2}): most experts are gone before the next token \
+                     needs them, and every token waits for the drive",
+                    speed.cached_cycles
+                ));
+            }
+            if speed.streamed_bytes > 0 {
+                warnings.push(format!(
+                    "{} of the dense parts do not fit and are read again for every token: a smaller --dense-type or more \
+                     memory helps most",
+                    gigabytes(speed.streamed_bytes)
+                ));
+            }
+        }
+    }
+    if needs.experts == 0 {
+        warnings.push("the model has no routed experts: what does not fit is read again for every token".into());
+    }
+    warnings
+}
+
+/// Speeds are given in powers of ten, so sizes are too where one is divided by the other.
+fn gigabytes(bytes: u64) -> String {
+    match bytes as f64 {
+        b if b < 1e9 => format!("{:.1} MB", b / 1e6),
+        b => format!("{:.2} GB", b / 1e9),
+    }
+}
+
+/// For people.
+fn describe(r: &Report) -> String {
+    let mut out = String::new();
+    let n = &r.needs;
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(out, "{name:<16} {value}");
+    };
+    line(
+        "model",
+        format!(
+            "{}, {} layers, of which {} with experts; experts {}, the rest {}",
+            r.family,
+            r.layers,
+            r.moe_layers,
+            r.expert_types.join(", "),
+            r.dense_types.join(", ")
+        ),
+    );
+    line("on the drive", gigabytes(r.disk_bytes));
+    line("memory", format!("at least {}; with {} nothing is read twice", Bytes(n.least_memory), Bytes(n.best_memory)));
+    line(
+        "machine",
+        format!(
+            "{} of memory, drive {}/s, memory {}/s",
+            Bytes(r.machine.ram),
+            gigabytes(r.machine.ssd),
+            gigabytes(r.machine.memory_bandwidth)
+        ),
+    );
+    out.push_str("\na token reads\n");
+    let mut part = |name: &str, bytes: u64, what: String| {
+        let _ = writeln!(out, "  {name:<16} {:>10}  {what}", gigabytes(bytes));
+    };
+    part("dense parts", n.dense_bytes, "attention, routers, shared experts, output head".into());
+    let each = gigabytes(n.expert_bytes);
+    part("experts", n.token_cycle_bytes, format!("the token cycle: {} of {each} each", n.experts_per_token));
+    part("keys and values", n.kv_cache_bytes, format!("when all {} tokens of context are there", r.context));
+    if let Some(speed) = &r.speed {
+        out.push_str(&describe_speed(r, speed));
+    }
+    for warning in &r.warnings {
+        let _ = writeln!(out, "\nwarning: {warning}");
+    }
+    out
+}
+
+fn describe_speed(r: &Report, s: &Speed) -> String {
+    let n = &r.needs;
+    let mut out = String::from("\nin memory\n");
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(out, "  {name:<16} {value}");
+    };
+    line("dense parts", format!("{} of {}", Bytes(s.memory.dense), Bytes(s.memory.dense + s.memory.dense_streamed)));
+    line(
+        "experts",
+        format!("{} of {} ({:.1} %), {:.1} token cycles", s.memory.slots, n.experts, 100.0 * s.cached, s.cached_cycles),
+    );
+    let source = match s.curve {
+        Some(trace) => format!("what a trace of {trace} gives for that part of the experts"),
+        None => "everything fits".into(),
+    };
+    line("hit rate", format!("{:.0} %: {source}", 100.0 * s.hit_rate));
+    let _ = writeln!(out, "\nso a token takes");
+    let ssd = gigabytes(r.machine.ssd);
+    let streamed = match s.streamed_bytes {
+        0 => String::new(),
+        bytes => format!(" + {} of dense parts", gigabytes(bytes)),
+    };
+    let _ = writeln!(
+        out,
+        "  {:<16} {:>10}  ({:.0} % of {} = {}{streamed}) / {ssd}/s",
+        "off the drive",
+        seconds(s.drive_seconds),
+        100.0 * (1.0 - s.hit_rate),
+        gigabytes(n.token_cycle_bytes),
+        gigabytes(s.missed_bytes)
+    );
+    let _ = writeln!(
+        out,
+        "  {:<16} {:>10}  {} / {}/s",
+        "through memory",
+        seconds(s.memory_seconds),
+        gigabytes(s.touched_bytes),
+        gigabytes(r.machine.memory_bandwidth)
+    );
+    let bound = match s.bound {
+        Bound::Drive => "the drive",
+        Bound::Memory => "the memory",
+    };
+    let _ = writeln!(out, "\nexpect at most {:.2} tokens/s: {bound} is the limit", s.tokens_per_second);
+    if s.curve.is_some() {
+        let [low, high] = s.tokens_per_second_range;
+        let points = 100.0 * HIT_RATE_SPREAD;
+        let _ = writeln!(
+            out,
+            "hit rates differ between models and texts: {points:.0} points less or more make it {low:.2} or {high:.2}"
+        );
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn speeds() {
+        assert_eq!(parse_speed("3GB/s"), Ok(3_000_000_000));
+        assert_eq!(parse_speed("800MB"), Ok(800_000_000));
+        for wrong in ["0", "fast", "3GB/h", ""] {
+            assert!(parse_speed(wrong).is_err(), "{wrong}");
+        }
+    }
+}

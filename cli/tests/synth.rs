@@ -1,0 +1,105 @@
+//! The commands about models that are not there: plan, synth.
+
+mod common;
+
+use std::fs;
+
+use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
+
+#[test]
+fn synth_writes_a_file_that_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.sluice");
+    let (demo, path) = (demo_checkpoint(), path.to_str().unwrap());
+    let args = ["synth", demo.to_str().unwrap(), path, "--layers", "3", "--type", "q4", "--dense-type", "bf16"];
+    let text = stdout(&sluice(&args));
+    for word in ["random weights", "deepseek_v3", "experts q4", "the rest bf16", "expert"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    assert_eq!(json(&sluice(&["verify", path, "--json"]))["intact"], true);
+    let inspected = json(&sluice(&["inspect", path, "--json"]));
+    assert_eq!((&inspected["layers"], &inspected["provenance"]["synthetic"]), (&3.into(), &true.into()));
+    let run = json(&sluice(&["run", path, "--prompt-ids", "1,2,3", "-n", "4", "--json"]));
+    assert_eq!(run["ids"].as_array().unwrap().len(), 4);
+
+    assert_fails(&sluice(&args), 1, &["exists", "--overwrite"]);
+    let again = json(&sluice(&[&args[..], &["--overwrite", "--json"]].concat()));
+    assert_eq!(again["model_id"], inspected["model_id"]);
+    assert_eq!(again["file_bytes"], fs::metadata(path).unwrap().len());
+    assert_eq!((&again["family"], &again["hole_bytes"]), (&"deepseek_v3".into(), &0.into()));
+    assert!(again["sizes"].as_array().unwrap().iter().any(|s| s["kind"] == "expert"));
+}
+
+#[test]
+fn synth_refuses() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.sluice");
+    let path = path.to_str().unwrap();
+    assert_fails(&sluice(&["synth", "no-such-model", path]), 2, &["no-such-model", "deepseek-r1", "config.json"]);
+    assert_fails(&sluice(&["synth", "bench-34x128", path, "--layers", "35"]), 2, &["34 layers"]);
+    assert_fails(&sluice(&["synth", "bench-34x128", path, "--skew=-1"]), 2, &["skew", "0 to 100"]);
+    assert_fails(&sluice(&["synth", "bench-34x128", path, "--type", "f16"]), 2, &["f16", "int4"]);
+    let config = folder.path().join("other.json");
+    fs::write(&config, r#"{"model_type": "no_such_family"}"#).unwrap();
+    assert_fails(
+        &sluice(&["synth", config.to_str().unwrap(), path]),
+        1,
+        &["no_such_family", "supported", "deepseek_v3"],
+    );
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_plan_of_a_known_model() {
+    let args = ["plan", "deepseek-r1", "--ram", "64GiB", "--ssd", "3GB/s", "--mem-bandwidth", "50GB/s"];
+    let text = stdout(&sluice(&args));
+    for word in
+        ["deepseek_v3", "11.49 GB", "token cycle: 464 of 24.8 MB", "trace of qwen3-30b-a3b", "the drive is the limit"]
+    {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    let plan = json(&sluice(&[&args[..], &["--json"]].concat()));
+    assert_eq!(plan["token_cycle_bytes"], 24_772_608u64 * 464);
+    assert!((370e9..400e9).contains(&plan["disk_bytes"].as_f64().unwrap()));
+    let number = |key: &str| plan["speed"][key].as_f64().unwrap_or_else(|| panic!("{key} in {plan}"));
+    assert!((number("drive_seconds") - number("missed_bytes") / 3e9).abs() < 1e-9);
+    assert!((number("memory_seconds") - number("touched_bytes") / 50e9).abs() < 1e-9);
+    assert!((number("tokens_per_second") * number("drive_seconds") - 1.0).abs() < 1e-9);
+    assert_eq!((&plan["speed"]["bound"], &plan["warnings"]), (&"drive".into(), &serde_json::json!([])));
+    assert!(plan["speed"]["memory"]["slots"].as_u64().unwrap() > 464);
+
+    // Wider experts take longer.
+    let wide = json(&sluice(&[&args[..], &["--type", "q8", "--json"]].concat()));
+    assert!(wide["speed"]["tokens_per_second"].as_f64() < plan["speed"]["tokens_per_second"].as_f64());
+}
+
+#[test]
+fn a_plan_warns() {
+    let below = json(&sluice(&["plan", "deepseek-r1", "--ram", "24GiB", "--json"]));
+    assert!(below["warnings"][0].as_str().unwrap().contains("less than one token cycle"), "{below}");
+    let streamed = json(&sluice(&["plan", "deepseek-r1", "--ram", "8GiB", "--json"]));
+    assert!(streamed["speed"]["streamed_bytes"].as_u64().unwrap() > 0);
+    assert!(streamed["warnings"][1].as_str().unwrap().contains("dense parts do not fit"), "{streamed}");
+    let refused = json(&sluice(&["plan", "deepseek-r1", "--ram", "1GiB", "--json"]));
+    assert!(refused["speed"].is_null() && refused["warnings"][0].as_str().unwrap().contains("at least"));
+    let text = stdout(&sluice(&["plan", "deepseek-r1", "--ram", "1GiB"]));
+    assert!(text.contains("warning: this memory does not suffice"), "{text}");
+}
+
+#[test]
+fn a_plan_of_a_file() {
+    let plan = json(&sluice(&["plan", demo_model(), "--ram", "4GiB", "--json"]));
+    let inspected = json(&sluice(&["inspect", demo_model(), "--json"]));
+    for (ours, theirs) in
+        [("disk_bytes", "file_bytes"), ("token_cycle_bytes", "token_cycle_bytes"), ("least_memory", "least_budget")]
+    {
+        assert_eq!(plan[ours], inspected[theirs], "{ours}");
+    }
+    assert_eq!((&plan["speed"]["hit_rate"], &plan["speed"]["curve"]), (&1.0.into(), &serde_json::Value::Null));
+    assert_eq!(plan["expert_types"], serde_json::json!(["f32"]));
+    assert!(stdout(&sluice(&["plan", demo_model(), "--ram", "4GiB"])).contains("everything fits"));
+    assert_fails(&sluice(&["plan", demo_model(), "--type", "q8"]), 2, &["--type"]);
+    assert_fails(&sluice(&["plan", "no-such-model"]), 2, &["no-such-model", "deepseek-r1"]);
+    assert_fails(&sluice(&["plan", "deepseek-r1", "--ssd", "fast"]), 2, &["fast", "3GB/s"]);
+    assert!(stderr(&sluice(&["plan", demo_model()])).is_empty());
+}

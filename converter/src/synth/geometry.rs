@@ -1,0 +1,192 @@
+//! What a model looks like without its weights.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use sluice_format::{ModelSpec, WeightType};
+
+use crate::error::ConvertError;
+use crate::family::{self, config::Config};
+use crate::source::CONFIG;
+
+/// A model that is known by name.
+struct Preset {
+    name: &'static str,
+    config: &'static str,
+}
+
+macro_rules! presets {
+    ($($name:literal),+ $(,)?) => {
+        [$(Preset { name: $name, config: include_str!(concat!("presets/", $name, ".json")) }),+]
+    };
+}
+
+static PRESETS: [Preset; 8] = presets![
+    "deepseek-r1",
+    "kimi-k2",
+    "glm-4.6",
+    "qwen3-235b",
+    "qwen3-30b",
+    "gpt-oss-120b",
+    "mixtral-8x7b",
+    "bench-34x128",
+];
+
+/// What a model looks like: its configuration, and what follows from it.
+#[derive(Clone, Debug)]
+pub struct Geometry {
+    name: String,
+    spec: ModelSpec,
+    config: Vec<u8>,
+}
+
+impl Geometry {
+    /// Names of the models that are known without a file.
+    pub fn presets() -> impl Iterator<Item = &'static str> {
+        PRESETS.iter().map(|p| p.name)
+    }
+
+    /// Loads a preset by its name, or a `config.json`, or the one in a folder. `layers` keeps only as many layers, the
+    /// first ones.
+    ///
+    /// # Errors
+    /// [`ConvertError::Options`] when `source` is neither, or has fewer layers; [`ConvertError::Config`] for a family that
+    /// is not supported, and everything else that a conversion would refuse in a configuration.
+    pub fn load(source: &str, layers: Option<usize>) -> Result<Self, ConvertError> {
+        match PRESETS.iter().find(|p| p.name == source) {
+            Some(preset) => {
+                let path = PathBuf::from(format!("preset {source}"));
+                Self::parse(source, &path, preset.config.as_bytes().to_vec(), layers)
+            }
+            None => {
+                let path = config_path(source)?;
+                let bytes = fs::read(&path).map_err(ConvertError::io(&path, "read it"))?;
+                Self::parse(source, &path, bytes, layers)
+            }
+        }
+    }
+
+    fn parse(name: &str, path: &Path, mut config: Vec<u8>, layers: Option<usize>) -> Result<Self, ConvertError> {
+        let mut spec = read_spec(path, &config)?;
+        if let Some(layers) = layers.filter(|&l| l != spec.layers.len()) {
+            let all = spec.layers.len();
+            if layers == 0 || layers > all {
+                return Err(ConvertError::Options(format!("{name} has {all} layers: --layers can be 1 to {all}")));
+            }
+            config = with_layers(&config, all, layers);
+            spec = read_spec(path, &config)?;
+        }
+        Ok(Geometry { name: name.to_owned(), spec, config })
+    }
+
+    /// The name or path that it was loaded from.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the model computes.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Its `config.json`.
+    pub fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    /// The type of routed experts when none is asked for: four bits, as the family's own releases have them.
+    pub fn usual_expert_type(&self) -> WeightType {
+        if self.spec.family == "gpt_oss" { WeightType::Mxfp4 } else { WeightType::Int4 }
+    }
+}
+
+fn config_path(source: &str) -> Result<PathBuf, ConvertError> {
+    let path = PathBuf::from(source);
+    let path = if path.is_dir() { path.join(CONFIG) } else { path };
+    if path.exists() {
+        return Ok(path);
+    }
+    let names = Geometry::presets().collect::<Vec<_>>().join(", ");
+    Err(ConvertError::Options(format!(
+        "`{source}` is neither a file nor a known model: use a config.json or one of {names}"
+    )))
+}
+
+fn read_spec(path: &Path, bytes: &[u8]) -> Result<ModelSpec, ConvertError> {
+    let config = Config::parse(path, bytes)?;
+    let family = family::find(&config)?;
+    let text = family::text(family, &config)?;
+    let spec = family.spec(text.as_ref().unwrap_or(&config))?;
+    let impossible = |problem| config.refuse("model_type", format!("describes an impossible model: {problem}"));
+    spec.validate().map_err(impossible)?;
+    Ok(spec)
+}
+
+/// The configuration of a model that is cut to its first `layers` of `all` layers: their number, and the lists that have one
+/// entry per layer, here and in sections.
+fn with_layers(config: &[u8], all: usize, layers: usize) -> Vec<u8> {
+    fn cut(value: &mut Value, all: usize, layers: usize) {
+        let Value::Object(keys) = value else { return };
+        for (key, value) in keys {
+            match value {
+                Value::Array(list) if list.len() == all => list.truncate(layers),
+                Value::Number(_) if key == "num_hidden_layers" => *value = layers.into(),
+                section => cut(section, all, layers),
+            }
+        }
+    }
+    let mut value: Value = serde_json::from_slice(config).expect("it was parsed before");
+    // Without the key, the family's default number of layers would come back.
+    if value.get("text_config").is_none() {
+        value["num_hidden_layers"] = layers.into();
+    }
+    cut(&mut value, all, layers);
+    serde_json::to_vec_pretty(&value).expect("a JSON value serialises")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Millions of weights in all routed experts, and of one: layers × experts × 3 × hidden size × width as published.
+    #[test]
+    fn presets_are_the_models_that_they_name() {
+        for (name, experts, one) in [
+            ("deepseek-r1", 653_909, 44.04),
+            ("kimi-k2", 1_014_686, 44.04),
+            ("glm-4.6", 335_964, 23.59),
+            ("qwen3-235b", 227_096, 18.87),
+            ("qwen3-30b", 28_991, 4.72),
+            ("gpt-oss-120b", 114_662, 24.88),
+            ("mixtral-8x7b", 45_097, 176.16),
+            ("bench-34x128", 20_535, 4.72),
+        ] {
+            let geometry = Geometry::load(name, None).unwrap();
+            let spec = geometry.spec();
+            let moe: Vec<_> = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).collect();
+            let weights = |width: usize| 3.0 * (width * spec.hidden_size) as f64 / 1e6;
+            let all: f64 = moe.iter().map(|m| m.experts as f64 * weights(m.width)).sum();
+            assert_eq!(all.round(), f64::from(experts), "{name}");
+            assert!((weights(moe[0].width) - one).abs() < 0.005, "{name}");
+        }
+        assert_eq!(Geometry::presets().count(), 8);
+    }
+
+    #[test]
+    fn layers_are_cut_from_the_end() {
+        let cut = Geometry::load("deepseek-r1", Some(5)).unwrap();
+        let whole = Geometry::load("deepseek-r1", None).unwrap();
+        assert_eq!(cut.spec().layers, whole.spec().layers[..5]);
+        assert_eq!(serde_json::from_slice::<Value>(cut.config()).unwrap()["num_hidden_layers"], 5);
+        for layers in [0, 62] {
+            assert!(Geometry::load("deepseek-r1", Some(layers)).unwrap_err().to_string().contains("1 to 61"));
+        }
+    }
+
+    #[test]
+    fn unknown_names_list_the_known_ones() {
+        let message = Geometry::load("no-such-model", None).unwrap_err().to_string();
+        assert!(message.contains("no-such-model") && message.contains("deepseek-r1"), "{message}");
+    }
+}

@@ -1,0 +1,162 @@
+//! Places and sizes of everything in a model file, from the spec and the types alone.
+
+use std::ops::Range;
+
+use sluice_format::{
+    ANY_INDEX, EXTENT_RECORD_LEN, ExtentKind, ExtentRecord, FileLayout, FormatError, ModelSpec, NO_LAYER,
+    PlannedExtent, TENSOR_RECORD_LEN, TensorRecord, TensorShape, WeightType, pack_tensors,
+};
+
+use super::values::TYPES;
+use crate::error::ConvertError;
+use crate::plan::build::{embedding_part_rows, head_part_rows};
+
+/// Types of the weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WeightTypes {
+    /// Of the routed experts.
+    pub experts: WeightType,
+    /// Of everything else that is a matrix. Router and embedding are bf16, or f32 if this is; norms and biases are f32.
+    pub dense: WeightType,
+}
+
+impl WeightTypes {
+    /// What can be asked for, by name.
+    pub fn parse(name: &str) -> Result<WeightType, String> {
+        TYPES.into_iter().find(|t| t.name() == name).ok_or_else(|| {
+            let names: Vec<_> = TYPES.iter().map(|t| t.name()).collect();
+            format!("unknown type `{name}`: use one of {}", names.join(", "))
+        })
+    }
+
+    fn of(self, kind: ExtentKind) -> WeightType {
+        let unquantised = if self.dense == WeightType::F32 { WeightType::F32 } else { WeightType::Bf16 };
+        match kind {
+            ExtentKind::Expert => self.experts,
+            ExtentKind::Embedding | ExtentKind::Router => unquantised,
+            _ => self.dense,
+        }
+    }
+}
+
+/// The extents of a file and what they hold: as a conversion to these types would place them.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    pub(super) file: FileLayout,
+    pub(super) records: Vec<TensorRecord>,
+    /// For each extent, its records.
+    pub(super) tensors: Vec<Range<usize>>,
+}
+
+impl Layout {
+    /// Lays out a file.
+    ///
+    /// # Errors
+    /// [`ConvertError::Options`] for a type that weights cannot be made in; [`ConvertError::Format`] for a page size that
+    /// the format does not allow, or a model that it cannot hold.
+    pub fn new(spec: &ModelSpec, types: WeightTypes, page_size: u32) -> Result<Self, ConvertError> {
+        for ty in [types.experts, types.dense] {
+            WeightTypes::parse(ty.name()).map_err(ConvertError::Options)?;
+        }
+        let mut b = Builder { spec, types, planned: Vec::new(), records: Vec::new(), tensors: Vec::new() };
+        b.extents(ExtentKind::FinalNorm, NO_LAYER, usize::MAX)?;
+        b.parts(ExtentKind::Embedding)?;
+        b.parts(ExtentKind::Head)?;
+        for layer in 0..spec.layers.len() {
+            for kind in [ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense] {
+                b.extents(kind, layer as u32, layer)?;
+            }
+        }
+        for layer in 0..spec.layers.len() {
+            b.extents(ExtentKind::Expert, layer as u32, layer)?;
+        }
+        let file = FileLayout::new(page_size, &b.planned)?;
+        file.check(&b.records, spec)?;
+        Ok(Layout { file, records: b.records, tensors: b.tensors })
+    }
+
+    /// The extents with their places; their checksums are 0.
+    pub fn extents(&self) -> &[ExtentRecord] {
+        self.file.extents()
+    }
+
+    /// Bytes of all extents.
+    pub fn extent_bytes(&self) -> u64 {
+        self.file.extents_end() - u64::from(self.file.page_size())
+    }
+
+    /// Length of the file with `metadata_bytes` of metadata.
+    pub fn file_bytes(&self, metadata_bytes: usize) -> u64 {
+        let extents = self.extents().len() * EXTENT_RECORD_LEN;
+        let tensors = self.records.len() * TENSOR_RECORD_LEN;
+        let page = self.file.page_size() as usize;
+        let tables: usize = [extents, tensors, metadata_bytes].iter().map(|n| n.max(&1).next_multiple_of(page)).sum();
+        self.file.extents_end() + tables as u64
+    }
+}
+
+struct Builder<'a> {
+    spec: &'a ModelSpec,
+    types: WeightTypes,
+    planned: Vec<PlannedExtent>,
+    records: Vec<TensorRecord>,
+    tensors: Vec<Range<usize>>,
+}
+
+impl Builder<'_> {
+    fn record(&self, kind: ExtentKind, layer: u32, index: u32, tensor: TensorShape) -> TensorRecord {
+        let vector = tensor.layout == sluice_format::Layout::Plain && kind != ExtentKind::Embedding;
+        TensorRecord {
+            kind,
+            weight_type: if vector { WeightType::F32 } else { self.types.of(kind) },
+            layout: tensor.layout,
+            layer,
+            index,
+            shape: tensor.shape.map(|d| d as u64),
+            offset: 0,
+            len: 0,
+            name: tensor.name.to_owned(),
+        }
+    }
+
+    /// All extents of a kind in a layer, which hold equal tensors.
+    fn extents(&mut self, kind: ExtentKind, layer: u32, spec_layer: usize) -> Result<(), ConvertError> {
+        let count = self.spec.extent_count(kind, spec_layer);
+        if count == 0 {
+            return Ok(());
+        }
+        let index = if kind == ExtentKind::Expert { ANY_INDEX } else { 0 };
+        let tensors = self.spec.tensors(kind, spec_layer);
+        let records = tensors.into_iter().map(|t| self.record(kind, layer, index, t)).collect();
+        let (range, logical_len) = self.add(records)?;
+        for index in 0..count as u32 {
+            self.planned.push(PlannedExtent { kind, layer, index, logical_len });
+            self.tensors.push(range.clone());
+        }
+        Ok(())
+    }
+
+    /// Embedding or head, in parts.
+    fn parts(&mut self, kind: ExtentKind) -> Result<(), ConvertError> {
+        let (vocab, hidden) = (self.spec.vocab_size, self.spec.hidden_size);
+        let ty = self.types.of(kind);
+        let height =
+            if kind == ExtentKind::Embedding { embedding_part_rows(ty, hidden) } else { head_part_rows(ty, hidden)? };
+        for (part, first) in (0..vocab).step_by(height).enumerate() {
+            let Some(tensor) = self.spec.part_tensor(kind, height.min(vocab - first)) else { return Ok(()) };
+            let index = part as u32;
+            let (range, logical_len) = self.add(vec![self.record(kind, NO_LAYER, index, tensor)])?;
+            self.planned.push(PlannedExtent { kind, layer: NO_LAYER, index, logical_len });
+            self.tensors.push(range);
+        }
+        Ok(())
+    }
+
+    /// Packs the tensors of an extent; returns their records and the extent's logical length.
+    fn add(&mut self, mut records: Vec<TensorRecord>) -> Result<(Range<usize>, u64), ConvertError> {
+        let len = pack_tensors(&mut records).map_err(FormatError::Layout)?;
+        let first = self.records.len();
+        self.records.extend(records);
+        Ok((first..self.records.len(), len))
+    }
+}

@@ -1,0 +1,18 @@
+//! Model files with random weights in the geometry of real models: to measure a machine before the download of a real one.
+//!
+//! [`Geometry`] says what a model looks like, [`Layout`] how large everything in its file is, and [`synth()`] writes the
+//! file. What is random depends on the seed alone, not on the number of threads. Routing is like that of a real model when
+//! the tokens come from [`token_stream`].
+
+mod geometry;
+mod layout;
+mod random;
+mod topics;
+mod values;
+mod write;
+
+pub use geometry::Geometry;
+pub use layout::{Layout, WeightTypes};
+pub use topics::token_stream;
+pub use values::TYPES;
+pub use write::{SynthOptions, SynthSummary, synth};

@@ -1,0 +1,315 @@
+//! Writing the file: extents over the threads of the current rayon pool, then tables and superblock.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use serde::Serialize;
+use serde_json::json;
+use sluice_format::{
+    ExtentKind, ExtentRecord, FileWriter, Layout as Arrangement, Metadata, PROVENANCE_BLOB, ROW_GROUP,
+    SOURCE_CONFIG_BLOB, SPEC_BLOB, TensorRecord, WeightType,
+};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::geometry::Geometry;
+use super::layout::{Layout, WeightTypes};
+use super::random::Random;
+use super::topics::Embeddings;
+use super::values::{Filler, truncate_to_bf16};
+use crate::Progress;
+use crate::error::ConvertError;
+use crate::partial::{check_space, lock_file, sync_folder, with_suffix};
+use crate::plan::{CONVERTER, KindSize, kind_sizes};
+
+/// Bytes that are made before they are written.
+const BATCH: usize = 1 << 20;
+/// Standard deviation of what a layer's parts add to the residual stream, whose embedding has 1: the stream changes from
+/// layer to layer, but slowly, as in real models, where a router applied one layer early names most of the right experts.
+const RESIDUAL: f32 = 0.25;
+
+/// What the caller may choose.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SynthOptions {
+    /// Types of the weights.
+    pub types: WeightTypes,
+    /// How much routing repeats itself: 0 not at all, 1 like a real model.
+    pub skew: f32,
+    /// Where the random numbers start.
+    pub seed: u64,
+    /// Holes instead of weights: a file of any size that takes almost no space, all of whose weights are zero.
+    pub sparse: bool,
+    /// Page size of the file, one of [`sluice_format::PAGE_SIZES`].
+    pub page_size: u32,
+    /// Whether an existing destination is replaced, once the new file is complete.
+    pub overwrite: bool,
+}
+
+impl SynthOptions {
+    /// Weights of these types with the routing of a real model.
+    pub fn new(types: WeightTypes) -> Self {
+        let page_size = sluice_format::PAGE_SIZES[0];
+        SynthOptions { types, skew: 1.0, seed: 0, sparse: false, page_size, overwrite: false }
+    }
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SynthSummary {
+    /// The name or path of the geometry.
+    pub geometry: String,
+    /// Its `model_type`.
+    pub family: String,
+    /// Identity of the file: a hash of its content.
+    pub model_id: String,
+    /// Its length.
+    pub file_bytes: u64,
+    /// Of which holes.
+    pub hole_bytes: u64,
+    /// Extents and bytes by kind.
+    pub sizes: Vec<KindSize>,
+}
+
+/// Writes a model file with random weights to `dst`. It is written as `dst.partial` first; what an earlier run left there
+/// is thrown away.
+///
+/// # Errors
+/// [`ConvertError::Options`] for a skew that is no number from 0 to 100 or a type that cannot be made, [`ConvertError::Exists`],
+/// [`ConvertError::Locked`], [`ConvertError::NoSpace`], [`ConvertError::Io`], [`ConvertError::Format`]. `dst` is then what it
+/// was.
+pub fn synth(
+    geometry: &Geometry,
+    dst: &Path,
+    options: &SynthOptions,
+    progress: &dyn Progress,
+) -> Result<SynthSummary, ConvertError> {
+    if !(0.0..=100.0).contains(&options.skew) {
+        return Err(ConvertError::Options(format!("the skew is {}: use a number from 0 to 100", options.skew)));
+    }
+    let layout = Layout::new(geometry.spec(), options.types, options.page_size)?;
+    let metadata = metadata(geometry, options);
+    let refuse_existing = || match dst.symlink_metadata() {
+        Ok(_) if !options.overwrite => Err(ConvertError::Exists { path: dst.to_owned() }),
+        _ => Ok(()),
+    };
+    refuse_existing()?;
+    let path = with_suffix(dst, ".partial");
+    let writer = FileWriter::open(&path, layout.file.clone())?;
+    let lock = lock_file(&path, &writer)?;
+    refuse_existing()?;
+    writer.file().set_len(0).map_err(ConvertError::io(&path, "empty it"))?;
+    let written = prepare(&path, &writer, &layout, options).and_then(|()| {
+        progress.started(layout.extent_bytes(), 0);
+        let checksums = if options.sparse {
+            holes(&layout, progress)
+        } else {
+            Synthesis::new(geometry, &layout, options).run(&writer, progress)?
+        };
+        Ok(writer.finish(&checksums, &layout.records, &metadata)?)
+    });
+    // Nothing in it is worth keeping: it can be made again at any time.
+    let model_id = written.inspect_err(|_| drop(fs::remove_file(&path)))?;
+    let file_bytes = lock.metadata().map_err(ConvertError::io(&path, "read its length"))?.len();
+    fs::rename(&path, dst).map_err(ConvertError::io(&path, "rename it"))?;
+    sync_folder(dst)?;
+    Ok(SynthSummary {
+        geometry: geometry.name().to_owned(),
+        family: geometry.spec().family.clone(),
+        model_id: model_id.to_string(),
+        file_bytes,
+        hole_bytes: if options.sparse { layout.extent_bytes() } else { 0 },
+        sizes: kind_sizes(layout.extents()),
+    })
+}
+
+/// Gives the file its length, and unless it is to be sparse, its space.
+fn prepare(path: &Path, writer: &FileWriter, layout: &Layout, options: &SynthOptions) -> Result<(), ConvertError> {
+    let len = layout.file.extents_end();
+    if !options.sparse {
+        check_space(path, layout.file_bytes(BATCH))?;
+    }
+    writer.file().set_len(len).map_err(ConvertError::io(path, "give it its length (does the file system allow it?)"))
+}
+
+fn metadata(geometry: &Geometry, options: &SynthOptions) -> Metadata {
+    let provenance = json!({
+        "converter": CONVERTER,
+        "synthetic": true,
+        "geometry": geometry.spec().family,
+        "expert_type": options.types.experts.name(),
+        "dense_type": options.types.dense.name(),
+        "skew": options.skew,
+        "seed": options.seed,
+        "sparse": options.sparse,
+    });
+    let mut metadata = Metadata::default();
+    metadata.insert(SPEC_BLOB, geometry.spec().to_json());
+    metadata.insert(PROVENANCE_BLOB, serde_json::to_vec_pretty(&provenance).expect("a JSON value serialises"));
+    metadata.insert(SOURCE_CONFIG_BLOB, geometry.config().to_vec());
+    metadata
+}
+
+/// Checksums of extents that are nothing but zeros: one computation per length.
+fn holes(layout: &Layout, progress: &dyn Progress) -> Vec<u64> {
+    let mut known: HashMap<u64, u64> = HashMap::new();
+    let checksum = |e: &ExtentRecord| {
+        progress.advanced(e.stored_len);
+        *known.entry(e.stored_len).or_insert_with(|| checksum_of_zeros(e.stored_len))
+    };
+    layout.extents().iter().map(checksum).collect()
+}
+
+fn checksum_of_zeros(len: u64) -> u64 {
+    let zeros = [0; 1 << 14];
+    let mut hash = Xxh3::new();
+    let mut left = len;
+    while left > 0 {
+        let step = left.min(zeros.len() as u64);
+        hash.update(&zeros[..step as usize]);
+        left -= step;
+    }
+    hash.digest()
+}
+
+struct Synthesis<'a> {
+    layout: &'a Layout,
+    seed: u64,
+    embeddings: Embeddings,
+    /// Rows of all parts of the embedding but the last.
+    part_rows: usize,
+}
+
+impl<'a> Synthesis<'a> {
+    fn new(geometry: &Geometry, layout: &'a Layout, options: &SynthOptions) -> Self {
+        let spec = geometry.spec();
+        let embeddings = Embeddings::new(options.seed, spec.vocab_size, spec.hidden_size, options.skew);
+        let first = layout.records.iter().find(|r| r.kind == ExtentKind::Embedding);
+        Synthesis { layout, seed: options.seed, embeddings, part_rows: first.map_or(0, |r| r.shape[1] as usize) }
+    }
+
+    /// Writes all extents; returns their checksums.
+    fn run(&self, writer: &FileWriter, progress: &dyn Progress) -> Result<Vec<u64>, ConvertError> {
+        let checksums = Mutex::new(vec![0; self.layout.extents().len()]);
+        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let results = rayon::broadcast(|_| {
+            let mut batch = Vec::with_capacity(BATCH);
+            while !failed.load(Ordering::Relaxed) {
+                let extent = next.fetch_add(1, Ordering::Relaxed);
+                if extent >= self.layout.extents().len() {
+                    break;
+                }
+                let checksum = self.extent(extent, writer, &mut batch, progress).inspect_err(|_| {
+                    failed.store(true, Ordering::Relaxed);
+                })?;
+                checksums.lock().unwrap_or_else(PoisonError::into_inner)[extent] = checksum;
+            }
+            Ok(())
+        });
+        results.into_iter().collect::<Result<(), ConvertError>>()?;
+        Ok(checksums.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn extent(
+        &self,
+        number: usize,
+        writer: &FileWriter,
+        batch: &mut Vec<u8>,
+        progress: &dyn Progress,
+    ) -> Result<u64, ConvertError> {
+        let record = &self.layout.extents()[number];
+        let mut random = Random::new(self.seed, [record.kind as u32, record.layer, record.index]);
+        let mut out = writer.extent(number);
+        for tensor in &self.layout.records[self.layout.tensors[number].clone()] {
+            let gap = tensor.offset - out.position();
+            out.write(&vec![0; gap as usize])?;
+            let mut write = |batch: &mut Vec<u8>| {
+                out.write(batch)?;
+                progress.advanced(batch.len() as u64);
+                batch.clear();
+                Ok(())
+            };
+            batch.clear();
+            match (record.kind, tensor.layout) {
+                (ExtentKind::Embedding, _) => self.embedding(record.index, tensor, batch, &mut write)?,
+                (_, Arrangement::Plain) => vector(tensor, &mut random, batch),
+                (_, Arrangement::Tiled | Arrangement::TiledPair) => matrix(tensor, &mut random, batch, &mut write)?,
+            }
+            write(batch)?;
+        }
+        let written = out.position();
+        let checksum = out.finish()?;
+        progress.advanced(record.stored_len - written);
+        Ok(checksum)
+    }
+
+    fn embedding(
+        &self,
+        part: u32,
+        tensor: &TensorRecord,
+        batch: &mut Vec<u8>,
+        write: &mut dyn FnMut(&mut Vec<u8>) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        let [_, rows, cols] = tensor.shape.map(|d| d as usize);
+        let mut row = vec![0.0; cols];
+        for r in 0..rows {
+            self.embeddings.row(part as usize * self.part_rows + r, &mut row);
+            match tensor.weight_type {
+                WeightType::F32 => batch.extend(row.iter().flat_map(|v| v.to_le_bytes())),
+                _ => batch.extend(row.iter().flat_map(|&v| truncate_to_bf16(v).to_le_bytes())),
+            }
+            if batch.len() >= BATCH {
+                write(batch)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Norms are 1, taps of convolutions random; everything else that is a vector is a bias, or the like, and 0.
+fn vector(tensor: &TensorRecord, random: &mut Random, batch: &mut Vec<u8>) {
+    let value: f32 = if tensor.name.ends_with("norm") { 1.0 } else { 0.0 };
+    (0..tensor.shape[2]).for_each(|_| batch.extend(value.to_le_bytes()));
+    if tensor.name == "conv" {
+        for four in batch.chunks_mut(16) {
+            four.as_chunks_mut::<4>().0.iter_mut().zip(random.uniform()).for_each(|(slot, v)| *slot = v.to_le_bytes());
+        }
+    }
+}
+
+/// A matrix, a pair, or a batch: all of them are row groups one after the other.
+fn matrix(
+    tensor: &TensorRecord,
+    random: &mut Random,
+    batch: &mut Vec<u8>,
+    write: &mut dyn FnMut(&mut Vec<u8>) -> Result<(), ConvertError>,
+) -> Result<(), ConvertError> {
+    let [count, rows, cols] = tensor.shape.map(|d| d as usize);
+    let twins = if tensor.layout == Arrangement::TiledPair { 2 } else { 1 };
+    let group_len = tensor.weight_type.row_group_len(cols).expect("the layout computed the tensor's length from it");
+    let filler = Filler::new(tensor.weight_type, cols, deviation(&tensor.name, rows, cols));
+    for _ in 0..count {
+        for first in (0..rows).step_by(ROW_GROUP) {
+            for _ in 0..twins {
+                let start = batch.len();
+                batch.resize(start + group_len, 0);
+                filler.row_group(random, (rows - first).min(ROW_GROUP), &mut batch[start..]);
+                if batch.len() >= BATCH {
+                    write(batch)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A product with a unit-variance vector has unit variance, but for what is added to the residual stream.
+fn deviation(name: &str, rows: usize, cols: usize) -> f32 {
+    match name {
+        // Stored transposed: the key is the product with the rows.
+        "k_b" => (rows as f32).sqrt().recip(),
+        "o" | "down" => RESIDUAL / (cols as f32).sqrt(),
+        _ => (cols as f32).sqrt().recip(),
+    }
+}
