@@ -7,13 +7,8 @@ use std::process::{Command, Stdio};
 
 use common::{assert_fails, demo_model, sluice, sluice_with_input, stdout};
 
-<<<<<<< HEAD
-const COMMANDS: [&str; 9] =
-    ["convert", "inspect", "verify", "run", "logits", "perplexity", "calibrate", "bench", "demo"];
-=======
-const COMMANDS: [&str; 10] =
-    ["convert", "inspect", "verify", "run", "logits", "perplexity", "bench", "demo", "plan", "synth"];
->>>>>>> main
+const COMMANDS: [&str; 11] =
+    ["convert", "inspect", "verify", "run", "logits", "perplexity", "calibrate", "bench", "demo", "plan", "synth"];
 
 #[test]
 fn help() {

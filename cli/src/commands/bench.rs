@@ -2,22 +2,15 @@
 
 use clap::Subcommand;
 
-<<<<<<< HEAD
-use super::{bench_disk, bench_kernels};
-=======
-use super::{bench_decode, bench_disk};
->>>>>>> main
+use super::{bench_decode, bench_disk, bench_kernels};
 use crate::error::CliError;
 
 const EXAMPLES: &str = "\
 Examples:
   sluice bench disk r1.sluice            what the drive gives, and how it is best read
   sluice bench disk /mnt/fast            the same, with a file made for it
-<<<<<<< HEAD
-  sluice bench kernels                   how fast weights of each type are multiplied";
-=======
+  sluice bench kernels                   how fast weights of each type are multiplied
   sluice bench decode r1.sluice          tokens per second, and how close that is to what the machine allows";
->>>>>>> main
 
 /// Measure this machine
 #[derive(Debug, clap::Args)]
@@ -30,20 +23,14 @@ pub(crate) struct Args {
 #[derive(Debug, Subcommand)]
 enum What {
     Disk(bench_disk::Args),
-<<<<<<< HEAD
     Kernels(bench_kernels::Args),
-=======
     Decode(bench_decode::Args),
->>>>>>> main
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     match &args.what {
         What::Disk(args) => bench_disk::run(args),
-<<<<<<< HEAD
         What::Kernels(args) => bench_kernels::run(args),
-=======
         What::Decode(args) => bench_decode::run(args),
->>>>>>> main
     }
 }

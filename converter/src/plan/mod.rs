@@ -12,11 +12,8 @@ use std::path::Path;
 
 use serde::Serialize;
 use sluice_format::{
-<<<<<<< HEAD
-    ExtentKind, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB,
-=======
-    ExtentKind, ExtentRecord, FileLayout, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB,
->>>>>>> main
+    ExtentKind, ExtentRecord, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB,
+    SPEC_BLOB,
     TOKENIZER_BLOB, TensorRecord, WeightType,
 };
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
