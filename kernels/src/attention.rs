@@ -49,16 +49,12 @@ impl Kernels {
         out: &mut [f32],
     ) {
         let scores = &mut scores[..s + usize::from(sink.is_some())];
-        for (j, score) in scores[..s].iter_mut().enumerate() {
-            *score = self.dot(q, &keys[j * k_stride..][..q.len()]) * scale;
-        }
+        self.dots(q, keys, k_stride, &mut scores[..s]);
+        scores[..s].iter_mut().for_each(|score| *score *= scale);
         if let Some(sink) = sink {
             scores[s] = sink;
         }
         softmax(scores);
-        out.fill(0.0);
-        for (j, &p) in scores[..s].iter().enumerate() {
-            self.axpy(p, &values[j * v_stride..][..out.len()], out);
-        }
+        self.weighted_sum(&scores[..s], values, v_stride, out);
     }
 }

@@ -134,6 +134,44 @@ impl Kernels {
         }
     }
 
+    /// [`dot`](Self::dot) of `a` with each row of a matrix whose row `j` begins at `j·stride`, one per element of `out`.
+    ///
+    /// # Panics
+    /// If the rows end before `out` does.
+    pub(crate) fn dots(&self, a: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+        match self.isa {
+            Isa::Scalar => {
+                for (j, out) in out.iter_mut().enumerate() {
+                    *out = scalar::dot(a, &rows[j * stride..][..a.len()]);
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(isa) => isa.dots(a, rows, stride, out),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(isa) => isa.dots(a, rows, stride, out),
+        }
+    }
+
+    /// `out` becomes zero, then [`axpy`](Self::axpy) adds `p[j]` times row `j` of a matrix whose row `j` begins at
+    /// `j·stride`, for `j` ascending.
+    ///
+    /// # Panics
+    /// If the rows end before `p` does.
+    pub(crate) fn weighted_sum(&self, p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+        match self.isa {
+            Isa::Scalar => {
+                out.fill(0.0);
+                for (j, &p) in p.iter().enumerate() {
+                    scalar::axpy(p, &rows[j * stride..][..out.len()], out);
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(isa) => isa.weighted_sum(p, rows, stride, out),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(isa) => isa.weighted_sum(p, rows, stride, out),
+        }
+    }
+
     /// Multiplies one or two adjacent row groups with up to eight tokens.
     pub(crate) fn tile(&self, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
         match self.isa {

@@ -207,7 +207,8 @@ fn dot_axpy_and_attend() {
             assert_same(&got, &y, &len);
         }
     }
-    for (s, k_dim, v_dim, stride) in [(0, 8, 8, 8), (1, 5, 3, 9), (37, 64, 64, 80), (130, 576, 512, 576)] {
+    let shapes = [(0, 8, 8, 8), (1, 5, 3, 9), (6, 96, 200, 200), (9, 33, 17, 40), (7, 128, 131, 131)];
+    for (s, k_dim, v_dim, stride) in shapes.into_iter().chain([(37, 64, 64, 80), (130, 576, 512, 576)]) {
         let (q, cache) = (rng.vec(k_dim), rng.vec(s * stride));
         let mut results = Vec::new();
         for k in Kernels::available() {

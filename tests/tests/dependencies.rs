@@ -26,8 +26,13 @@ const MODULES: [(&str, &[&str]); 10] = [
     ("text", &[]),
     ("sampler", &[]),
     ("memory", &["model", "pool"]),
+<<<<<<< HEAD
     ("estimate", &["memory"]),
     ("calibrate", &["model"]),
+=======
+    ("calibrate", &["model"]),
+    ("estimate", &["memory"]),
+>>>>>>> k4
     ("counts", &[]),
 ];
 
