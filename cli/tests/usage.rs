@@ -7,7 +7,6 @@ use std::process::{Command, Stdio};
 
 use common::{assert_fails, demo_model, sluice, sluice_with_input, stdout};
 
-<<<<<<< HEAD
 const COMMANDS: [&str; 12] = [
     "convert",
     "inspect",
@@ -22,10 +21,6 @@ const COMMANDS: [&str; 12] = [
     "plan",
     "synth",
 ];
-=======
-const COMMANDS: [&str; 11] =
-    ["convert", "inspect", "verify", "run", "logits", "perplexity", "calibrate", "bench", "demo", "plan", "synth"];
->>>>>>> k4
 
 #[test]
 fn help() {
@@ -69,9 +64,17 @@ fn failures_are_1() {
     assert_fails(&sluice(&["run", model, "--prompt", "a", "--budget", "1MiB"]), 1, &["1048576 bytes", "at least"]);
     assert_fails(&sluice(&["run", model, "--prompt-file", "/no/such/file"]), 1, &["/no/such/file"]);
     assert_fails(&sluice(&["perplexity", model, "--text", "/no/such/file"]), 1, &["/no/such/file"]);
-    let calibrate = ["calibrate", model, "--text", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"), "--out", "/no/such/folder/imatrix.bin"];
+    let calibrate = [
+        "calibrate",
+        model,
+        "--text",
+        concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"),
+        "--out",
+        "/no/such/folder/imatrix.bin",
+    ];
     assert_fails(&sluice(&calibrate), 1, &["imatrix.bin"]);
-    let convert = ["convert", "/no/such/folder", "/dev/null", "--imatrix", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")];
+    let convert =
+        ["convert", "/no/such/folder", "/dev/null", "--imatrix", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")];
     assert_fails(&sluice(&convert), 1, &["/no/such/folder"]);
     assert_fails(&sluice(&["logits", model, "--ids", "1", "--out", "/no/such/folder/f.npy"]), 1, &["f.npy"]);
     assert_fails(&sluice_with_input(&["run", model], &[0xff, 0xfe]), 1, &["standard input"]);

@@ -26,13 +26,8 @@ const MODULES: [(&str, &[&str]); 10] = [
     ("text", &[]),
     ("sampler", &[]),
     ("memory", &["model", "pool"]),
-<<<<<<< HEAD
     ("estimate", &["memory"]),
     ("calibrate", &["model"]),
-=======
-    ("calibrate", &["model"]),
-    ("estimate", &["memory"]),
->>>>>>> k4
     ("counts", &[]),
 ];
 

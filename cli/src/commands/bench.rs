@@ -23,24 +23,14 @@ pub(crate) struct Args {
 #[derive(Debug, Subcommand)]
 enum What {
     Disk(bench_disk::Args),
-<<<<<<< HEAD
     Decode(bench_decode::Args),
     Kernels(bench_kernels::Args),
-=======
-    Kernels(bench_kernels::Args),
-    Decode(bench_decode::Args),
->>>>>>> k4
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     match &args.what {
         What::Disk(args) => bench_disk::run(args),
-<<<<<<< HEAD
         What::Decode(args) => bench_decode::run(args),
         What::Kernels(args) => bench_kernels::run(args),
-=======
-        What::Kernels(args) => bench_kernels::run(args),
-        What::Decode(args) => bench_decode::run(args),
->>>>>>> k4
     }
 }

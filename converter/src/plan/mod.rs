@@ -13,12 +13,7 @@ use std::path::Path;
 use serde::Serialize;
 use sluice_format::{
     ExtentKind, ExtentRecord, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB,
-<<<<<<< HEAD
     SPEC_BLOB, TOKENIZER_BLOB, TensorRecord, WeightType,
-=======
-    SPEC_BLOB,
-    TOKENIZER_BLOB, TensorRecord, WeightType,
->>>>>>> k4
 };
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
