@@ -139,13 +139,12 @@ def write_gguf(path, made, type_name):
 
 def run_llama(path, threads, inner):
     """One line of JSON per measured run, as the other program prints them. Runs inside the virtual environment."""
-    import ctypes
     import time
 
+    # Else this file, whose name is the package's, would import itself.
+    sys.path = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
     import llama_cpp as ll
 
-    quiet = ll.llama_log_callback(lambda *_: None)
-    ll.llama_log_set(quiet, ctypes.c_void_p(0))
     ll.llama_backend_init()
     model_params = ll.llama_model_default_params()
     model_params.n_gpu_layers = 0
@@ -174,7 +173,10 @@ def run_llama(path, threads, inner):
 
 
 def lines(command):
-    result = subprocess.run([str(c) for c in command], check=True, stdout=subprocess.PIPE, text=True)
+    # llama.cpp talks on standard error: only worth reading when it fails.
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))}:\n{result.stderr[-2000:]}")
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
