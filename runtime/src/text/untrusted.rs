@@ -9,7 +9,9 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::LazyLock;
 
+use regex::Regex;
 use tokenizers::tokenizer::normalizer::Range as In;
 use tokenizers::tokenizer::{
     Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Result, Token,
@@ -195,7 +197,9 @@ fn search(patterns: &Patterns, text: &str, is_untrusted: impl Fn(Range<usize>) -
 
 /// Whether a token is no part of a longer word.
 fn stands_alone(text: &str, start: usize, stop: usize) -> bool {
-    let is_word = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+    // What is a word is the `tokenizers` crate's question; the standard library has another answer for some digits.
+    static WORD: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\w").expect("a fixed pattern"));
+    let is_word = |c: Option<char>| c.is_some_and(|c| WORD.is_match(c.encode_utf8(&mut [0; 4])));
     !is_word(text[..start].chars().next_back()) && !is_word(text[stop..].chars().next())
 }
 
