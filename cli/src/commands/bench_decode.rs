@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 use serde::Serialize;
 use sluice_converter::synth::token_stream;
-use sluice_runtime::io::bench::{BenchEngine, DiskBench, Pattern, Point};
+use sluice_runtime::io::bench::{BenchEngine, DiskBench, Pattern, Point, median};
 use sluice_runtime::io::{DirectMode, IoConfig};
 use sluice_runtime::memory::Bytes;
 use sluice_runtime::{Engine, EngineOptions, Prefetch, ReadEngineKind, Session, Stats};
@@ -245,16 +245,6 @@ impl Drive {
     }
 }
 
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    match sorted.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => sorted[n / 2],
-        n => (sorted[n / 2 - 1] + sorted[n / 2]) / 2.0,
-    }
-}
-
 /// The pairs of a comparison: tokens per second of both ways, and the ratio.
 #[derive(Debug, Serialize)]
 struct Comparison {
@@ -372,17 +362,5 @@ fn chart(outcomes: &[Outcome]) -> LineChart {
             line("roof of the drive", 1, &|o| o.attainable / o.bytes_per_token),
         ],
         ..LineChart::default()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn medians() {
-        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert!(median(&[]).is_nan());
     }
 }

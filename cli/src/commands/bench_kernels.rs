@@ -9,6 +9,7 @@ use std::time::Instant;
 use serde::Serialize;
 use sluice_kernels::{Activations, Kernels, Matrix, Precision, ROW_GROUP, ThreadPool, WeightType, row_group_len};
 use sluice_runtime::RuntimeError;
+use sluice_runtime::io::bench::median;
 
 use crate::error::CliError;
 use crate::size::parse_size;
@@ -87,7 +88,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let measure = |&threads: &usize| {
         let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
         let types: Vec<_> = WeightType::ALL.map(|ty| (bench.speed(ty), bar.inc(1)).0).into();
-        let read_gb_per_s = median(types.iter().map(|t| t.read_gb_per_s).collect());
+        let read_gb_per_s = median(&types.iter().map(|t| t.read_gb_per_s).collect::<Vec<_>>());
         Run { threads, read_gb_per_s, types }
     };
     let report = Report { isa: kernels.isa_name(), runs: counts.iter().map(measure).collect() };
@@ -141,7 +142,7 @@ impl Bench<'_> {
                 gemv.push(pair.1);
             }
         }
-        let rate = |seconds: Vec<f64>| weights.len() as f64 / median(seconds) / 1e9;
+        let rate = |seconds: Vec<f64>| weights.len() as f64 / median(&seconds) / 1e9;
         let [gemm_64_gop_per_s, gemm_512_gop_per_s] = GEMM_TOKENS.map(|n| self.gemm(ty, n));
         let (name, gemv_gb_per_s) = (format!("{ty:?}").to_lowercase(), rate(gemv));
         TypeSpeed { name, gemv_gb_per_s, read_gb_per_s: rate(read), gemm_64_gop_per_s, gemm_512_gop_per_s }
@@ -173,7 +174,7 @@ impl Bench<'_> {
         x.set(&vec![0.5; n * COLS], n, COLS);
         let mut y = vec![0.0; n * rows];
         let times = (0..GEMM_ROUNDS).map(|_| seconds(|| self.kernels.matmul(&self.pool, w, &x, &mut y)));
-        2.0 * (n * rows * COLS) as f64 / median(times.collect()) / 1e9
+        2.0 * (n * rows * COLS) as f64 / median(&times.collect::<Vec<_>>()) / 1e9
     }
 }
 
@@ -181,9 +182,4 @@ fn seconds(f: impl FnOnce()) -> f64 {
     let start = Instant::now();
     f();
     start.elapsed().as_secs_f64()
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

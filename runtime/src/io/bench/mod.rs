@@ -26,7 +26,7 @@ use super::{
 pub use knee::{Knee, find_knee};
 pub use proof::Proof;
 pub use scratch::Scratch;
-pub use sweep::{Measured, Sweep, SweepOptions, sweep};
+pub use sweep::{Measured, Sweep, SweepOptions, median, sweep};
 
 /// Of a file's bytes, those that the filesystem has stored at least for its figures to count.
 const STORED_LEAST: f64 = 0.95;

@@ -230,7 +230,9 @@ fn visit_all(
     Ok(())
 }
 
-fn median(values: &[f64]) -> f64 {
+/// The middle value, or the mean of the two middle ones; 0 for none.
+#[must_use]
+pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     match sorted.len() {
