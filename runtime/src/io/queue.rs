@@ -1,8 +1,7 @@
 //! The order in which chunks are issued. Pure: events in, next chunk out; no file, no clock.
 //!
-//! Demand before prefetch. Within a class, the first chunk of every extent comes first, so that
-//! compute can start on any of them; then the rest, extent by extent in the order of arrival, so
-//! that extents complete one after the other instead of all at the end.
+//! Demand before prefetch. Within a class in the order of arrival, extent by extent: experts are computed one after the
+//! other, so they should arrive one after the other, not all at the end.
 
 use std::collections::VecDeque;
 
@@ -19,13 +18,8 @@ pub enum Issuable {
     Blocked,
 }
 
-#[derive(Debug, Default)]
-struct Lane {
-    /// Requests of which no chunk has been issued.
-    fresh: VecDeque<u32>,
-    /// Requests of which some chunks have been issued, but not all.
-    rest: VecDeque<u32>,
-}
+/// In the order in which they are to be issued.
+type Lane = VecDeque<u32>;
 
 /// Requests with chunks still to be issued, in the order in which they are to be issued.
 #[derive(Debug, Default)]
@@ -38,8 +32,7 @@ impl ChunkQueue {
     /// An empty queue with room for `requests` requests.
     #[must_use]
     pub fn with_capacity(requests: usize) -> Self {
-        let lane = || Lane { fresh: VecDeque::with_capacity(requests), rest: VecDeque::with_capacity(requests) };
-        Self { demand: lane(), prefetch: lane() }
+        Self { demand: Lane::with_capacity(requests), prefetch: Lane::with_capacity(requests) }
     }
 
     fn lane(&mut self, class: Class) -> &mut Lane {
@@ -51,53 +44,39 @@ impl ChunkQueue {
 
     /// Adds a request of which nothing has been issued.
     pub fn add(&mut self, request: u32, class: Class) {
-        self.lane(class).fresh.push_back(request);
+        self.lane(class).push_back(request);
     }
 
     /// Removes a request, wherever it is. Does nothing if it is not queued.
     pub fn remove(&mut self, request: u32) {
         for lane in [&mut self.demand, &mut self.prefetch] {
-            lane.fresh.retain(|&queued| queued != request);
-            lane.rest.retain(|&queued| queued != request);
+            lane.retain(|&queued| queued != request);
         }
     }
 
     /// Turns a prefetch into a demand: it goes behind the demands that are waiting.
     pub fn promote(&mut self, request: u32) {
-        let Lane { fresh, rest } = &mut self.prefetch;
-        for (from, to) in [(fresh, &mut self.demand.fresh), (rest, &mut self.demand.rest)] {
-            if let Some(at) = from.iter().position(|&queued| queued == request) {
-                from.remove(at);
-                to.push_back(request);
-            }
+        if let Some(at) = self.prefetch.iter().position(|&queued| queued == request) {
+            self.prefetch.remove(at);
+            self.demand.push_back(request);
         }
     }
 
     /// True if no demand is waiting to be issued.
     #[must_use]
     pub fn demand_is_empty(&self) -> bool {
-        self.demand.fresh.is_empty() && self.demand.rest.is_empty()
+        self.demand.is_empty()
     }
 
     /// The request whose next chunk is to be issued now, among those of `class`.
     /// The caller issues it: the queue takes note of that.
     pub fn next(&mut self, class: Class, mut issuable: impl FnMut(u32) -> Issuable) -> Option<u32> {
         let lane = self.lane(class);
-        if let Some(&request) = lane.fresh.front() {
-            let answer = issuable(request);
-            if answer != Issuable::Blocked {
-                lane.fresh.pop_front();
-                if answer == Issuable::More {
-                    lane.rest.push_back(request);
-                }
-                return Some(request);
-            }
-        }
-        for at in 0..lane.rest.len() {
-            let request = lane.rest[at];
+        for at in 0..lane.len() {
+            let request = lane[at];
             match issuable(request) {
                 Issuable::More => return Some(request),
-                Issuable::Last => return lane.rest.remove(at),
+                Issuable::Last => return lane.remove(at),
                 Issuable::Blocked => {}
             }
         }
@@ -124,14 +103,14 @@ mod tests {
     }
 
     #[test]
-    fn first_chunks_first_then_extent_by_extent_demand_before_prefetch() {
+    fn demand_before_prefetch_then_extent_by_extent() {
         let mut queue = ChunkQueue::with_capacity(4);
         queue.add(0, Class::Prefetch);
         queue.add(1, Class::Demand);
         queue.add(2, Class::Demand);
         queue.add(3, Class::Demand);
         let order = drain(&mut queue, &mut [2, 3, 1, 2]);
-        assert_eq!(order, [1, 2, 3, 1, 1, 3, 0, 0]);
+        assert_eq!(order, [1, 1, 1, 2, 3, 3, 0, 0]);
         assert!(queue.demand_is_empty());
     }
 
@@ -145,7 +124,7 @@ mod tests {
         queue.promote(1);
         queue.promote(0);
         queue.remove(2);
-        assert_eq!(drain(&mut queue, &mut [1, 2, 9]), [1, 0, 1]);
+        assert_eq!(drain(&mut queue, &mut [1, 2, 9]), [1, 1, 0]);
     }
 
     #[test]
@@ -154,7 +133,6 @@ mod tests {
         queue.add(0, Class::Demand);
         queue.add(1, Class::Demand);
         assert_eq!(queue.next(Class::Demand, |_| Issuable::More), Some(0));
-        assert_eq!(queue.next(Class::Demand, |_| Issuable::More), Some(1));
         let one_blocked = |request| {
             if request == 0 { Issuable::Blocked } else { Issuable::Last }
         };

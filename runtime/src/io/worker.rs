@@ -16,10 +16,10 @@ use super::error::ReadError;
 use super::fill::{ChunkMem, Filling};
 use super::queue::{ChunkQueue, Issuable};
 use super::scheduler::{Class, Command, ExtentRead, IoConfig, Shared};
-use super::{ChunkRead, Completion, ReadEngine, Wait};
+use super::{ChunkRead, Completion, ReadEngine, Wait, sys};
 
-/// Bytes hashed between two looks at the engine: about 50 µs of work.
-const HASH_STEP_BYTES: usize = 1 << 20;
+/// Bytes hashed between two looks at the engine: about 20 µs of work. To look costs far less when nothing has come.
+const HASH_STEP_BYTES: usize = 256 << 10;
 
 /// Reads in a row that may bring nothing forward (interrupted, or less than a page) before the
 /// file is taken for cut off.
@@ -94,6 +94,7 @@ struct Worker<'a> {
 pub(crate) fn run(engine: Box<dyn ReadEngine>, shared: Arc<Shared>, config: &IoConfig) {
     // Declared first, so that it runs last, also in a panic: by then every fill has ended.
     let _farewell = Farewell { shared: &shared };
+    sys::ask_for_short_slices();
     let mut worker = Worker::new(engine, &shared, config);
     let reason = match worker.run() {
         Ok(()) => "it was shut down".to_owned(),

@@ -10,7 +10,7 @@ pub const TOLERANCE: f64 = 0.04;
 /// Smallest block that becomes a chunk size: below, the processor works for the drive instead of the model.
 const BLOCK_LEAST: usize = 512 << 10;
 
-/// Largest: experts have 2 MiB and more, and computing starts with the first chunk of one.
+/// Largest: experts have 2 MiB and more, and hashing starts with the first chunk of one.
 const BLOCK_MOST: usize = 2 << 20;
 
 /// Fewest reads in flight: with fewer, one slow read leaves the drive idle.

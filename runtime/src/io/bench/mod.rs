@@ -8,6 +8,7 @@ mod proof;
 pub mod scratch;
 mod sweep;
 
+use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -30,6 +31,13 @@ pub use sweep::{Measured, Sweep, SweepOptions, median, sweep};
 
 /// Of a file's bytes, those that the filesystem has stored at least for its figures to count.
 const STORED_LEAST: f64 = 0.95;
+
+/// Reads go to this much memory in turns, though far less is in flight: the same few megabytes again and again would stay in
+/// the processor's cache, where a drive (a virtual one above all) writes faster than to memory. Weights go to memory.
+const SLOT_BYTES: usize = 16 << 20;
+const SLOTS_LEAST: usize = 8;
+/// As many chunks as a slot can have in flight.
+const SLOT_BLOCKS_MAX: usize = 128;
 
 /// Which code reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -174,8 +182,8 @@ pub enum BenchError {
 pub struct DiskBench {
     file: DataFile,
     device: DeviceId,
-    /// Where all reads go; there between two visits.
-    slot: Option<Slot>,
+    /// Where reads go, in turns; there between two visits.
+    slots: Vec<Slot>,
     region: Option<Region>,
     offsets: Offsets,
     proof: proof::Watch,
@@ -210,7 +218,7 @@ impl DiskBench {
         }
         let device = DeviceId::of(&file).map_err(|source| IoError::Open { path: path.to_owned(), source })?;
         let proof = proof::Watch::start(&file);
-        Ok(DiskBench { file, device, slot: None, region: None, offsets: Offsets::default(), proof })
+        Ok(DiskBench { file, device, slots: Vec::new(), region: None, offsets: Offsets::default(), proof })
     }
 
     /// Path as it was given.
@@ -237,15 +245,16 @@ impl DiskBench {
         self.file.direct()
     }
 
-    /// Makes room for points with up to this many bytes in flight.
+    /// Makes room for what a point reads.
     ///
     /// # Errors
     /// [`BenchError::Io`] if the system does not give the memory.
-    pub fn reserve(&mut self, in_flight_bytes: usize) -> Result<(), BenchError> {
-        if self.slot.as_ref().is_none_or(|slot| slot.capacity() < in_flight_bytes) {
-            let arena = Arena::uniform(in_flight_bytes, 1, "reads")?;
+    pub fn reserve(&mut self, point: &Point) -> Result<(), BenchError> {
+        let slots = point.depth.div_ceil(blocks_of_slot(point.block_bytes)).max(SLOTS_LEAST);
+        if self.slots.len() < slots {
+            let arena = Arena::uniform(SLOT_BYTES, slots, "reads")?;
             self.region = Some(arena.region());
-            self.slot = arena.into_slots().pop();
+            self.slots = arena.into_slots();
         }
         Ok(())
     }
@@ -254,7 +263,7 @@ impl DiskBench {
     /// is hundreds of pieces for the drive, and some drives (virtual ones above all) take a multiple of the time.
     #[must_use]
     pub fn memory(&self) -> (usize, Option<u64>) {
-        let bytes = self.slot.as_ref().map_or(0, Slot::capacity);
+        let bytes = self.slots.iter().map(Slot::capacity).sum();
         (bytes, proof::huge_page_bytes().map(|huge| huge.min(bytes as u64)))
     }
 
@@ -265,7 +274,7 @@ impl DiskBench {
     pub fn engine_note(&mut self, engine: BenchEngine) -> Result<String, BenchError> {
         let point =
             Point { engine, pattern: Pattern::Random, block_bytes: PAGE_BYTES, depth: IoConfig::default().depth };
-        self.reserve(point.in_flight_bytes())?;
+        self.reserve(&point)?;
         Ok(self.engine(&point)?.info().note.clone())
     }
 
@@ -281,11 +290,17 @@ impl DiskBench {
             let reason = format!("it is smaller than a block of {} bytes", point.block_bytes);
             return Err(BenchError::Unsuitable { path: self.path().to_owned(), reason });
         }
-        self.reserve(point.in_flight_bytes())?;
+        self.reserve(point)?;
         let mut engine = self.engine(point)?;
-        let Some(slot) = self.slot.take() else { unreachable!("reserved above") };
-        let (mut filling, arriving) = Filling::begin(slot, point.in_flight_bytes(), point.block_bytes);
-        let memory: Vec<_> = std::iter::from_fn(|| filling.next_chunk()).map(|(_, chunk)| chunk).collect();
+        let len = blocks_of_slot(point.block_bytes) * point.block_bytes;
+        let begin = |slot| Filling::begin(slot, len, point.block_bytes);
+        let (mut fillings, arriving): (Vec<_>, Vec<_>) = self.slots.drain(..).map(begin).unzip();
+        // Slot by slot, so that a piece comes round again only after all others.
+        let mut memory = VecDeque::new();
+        for (slot, filling) in fillings.iter_mut().enumerate() {
+            memory
+                .extend(std::iter::from_fn(|| filling.next_chunk()).map(|(number, mem)| (Home { slot, number }, mem)));
+        }
         let before = cpu_time();
         let mut run = Run { point, offsets: &mut self.offsets, blocks, window, bytes: 0 };
         let (memory, elapsed) = run.read(engine.as_mut(), memory).map_err(|(offset, source)| BenchError::Read {
@@ -296,12 +311,12 @@ impl DiskBench {
         })?;
         let (bytes, cpu) = (run.bytes, cpu_time().saturating_sub(before));
         drop(engine);
-        for (number, mut chunk) in (0u32..).zip(memory) {
-            chunk.advance(chunk.len());
-            filling.give_back(number, chunk);
+        for (Home { slot, number }, mut mem) in memory {
+            mem.advance(mem.len());
+            fillings[slot].give_back(number, mem);
         }
-        filling.end(Ok(()), 0);
-        self.slot = arriving.finish().ok();
+        fillings.into_iter().for_each(|filling| filling.end(Ok(()), 0));
+        self.slots = arriving.into_iter().filter_map(|arriving| arriving.finish().ok()).collect();
         self.proof.count(bytes);
         Ok(Visit { bytes, elapsed, cpu })
     }
@@ -327,6 +342,20 @@ impl DiskBench {
     }
 }
 
+/// Where a piece of memory belongs: to which slot, as which of its chunks.
+#[derive(Clone, Copy, Debug)]
+struct Home {
+    slot: usize,
+    number: u32,
+}
+
+type Piece = (Home, ChunkMem);
+
+/// Blocks that a slot is cut into.
+fn blocks_of_slot(block_bytes: usize) -> usize {
+    (SLOT_BYTES / block_bytes).min(SLOT_BLOCKS_MAX)
+}
+
 /// One visit.
 struct Run<'a> {
     point: &'a Point,
@@ -337,46 +366,55 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Reads into each piece of memory again and again; returns them in order, and the time. An error comes with the
-    /// offset of the read that failed.
+    /// Reads into the pieces of memory in turns; returns them, and the time. An error comes with the offset of the read
+    /// that failed.
     fn read(
         &mut self,
         engine: &mut dyn ReadEngine,
-        memory: Vec<ChunkMem>,
-    ) -> Result<(Vec<ChunkMem>, Duration), (u64, io::Error)> {
-        let mut offsets = vec![0; memory.len()];
-        let mut home: Vec<Option<ChunkMem>> = memory.iter().map(|_| None).collect();
-        let mut ended: Vec<Completion> = Vec::with_capacity(memory.len());
-        let mut in_flight = memory.len();
+        mut memory: VecDeque<Piece>,
+    ) -> Result<(VecDeque<Piece>, Duration), (u64, io::Error)> {
+        let mut flights = vec![None; self.point.depth];
+        let mut ended: Vec<Completion> = Vec::with_capacity(flights.len());
+        let mut in_flight = flights.len();
         let start = Instant::now();
-        for (tag, mem) in (0u32..).zip(memory) {
-            self.submit(engine, tag, mem, &mut offsets);
+        for tag in 0..in_flight {
+            self.submit(engine, tag as u32, &mut memory, &mut flights);
         }
         while in_flight > 0 {
-            engine.complete(&mut ended, Wait::Forever).map_err(|error| (offsets[0], error))?;
+            engine.complete(&mut ended, Wait::Forever).map_err(|error| (0, error))?;
             let go_on = start.elapsed() < self.window;
             for Completion { tag, mem, result } in ended.drain(..) {
-                let failed = |error| (offsets[tag as usize], error);
-                let read = result.map_err(failed)?;
+                let Some((home, offset)) = flights[tag as usize].take() else {
+                    unreachable!("a completion of a read that was not in flight")
+                };
+                let read = result.map_err(|error| (offset, error))?;
                 if read != self.point.block_bytes {
-                    return Err(failed(io::Error::new(io::ErrorKind::UnexpectedEof, format!("it gave {read} bytes"))));
+                    let error = io::Error::new(io::ErrorKind::UnexpectedEof, format!("it gave {read} bytes"));
+                    return Err((offset, error));
                 }
                 self.bytes += read as u64;
+                memory.push_back((home, mem));
                 if go_on {
-                    self.submit(engine, tag, mem, &mut offsets);
+                    self.submit(engine, tag, &mut memory, &mut flights);
                 } else {
-                    home[tag as usize] = Some(mem);
                     in_flight -= 1;
                 }
             }
         }
-        let elapsed = start.elapsed();
-        Ok((home.into_iter().flatten().collect(), elapsed))
+        Ok((memory, start.elapsed()))
     }
 
-    fn submit(&mut self, engine: &mut dyn ReadEngine, tag: u32, mem: ChunkMem, offsets: &mut [u64]) {
+    /// Reads into the piece of memory that was not read into for longest.
+    fn submit(
+        &mut self,
+        engine: &mut dyn ReadEngine,
+        tag: u32,
+        memory: &mut VecDeque<Piece>,
+        flights: &mut [Option<(Home, u64)>],
+    ) {
+        let Some((home, mem)) = memory.pop_front() else { unreachable!("more memory is reserved than is in flight") };
         let offset = self.offsets.next(self.point.pattern, self.blocks) * self.point.block_bytes as u64;
-        offsets[tag as usize] = offset;
+        flights[tag as usize] = Some((home, offset));
         engine.submit(ChunkRead { tag, file: 0, offset, mem });
     }
 }

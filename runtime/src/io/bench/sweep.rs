@@ -158,7 +158,7 @@ pub fn sweep(
     let start = Instant::now();
     let mut tick = || progress((start.elapsed().as_secs_f64() / options.time.as_secs_f64().max(1e-9)).min(1.0));
     let mut points: Vec<_> = options.points().into_iter().map(Measured::new).collect();
-    bench.reserve(points.iter().map(|m| m.point.in_flight_bytes()).max().unwrap_or(0))?;
+    points.iter().try_for_each(|m| bench.reserve(&m.point))?;
     let first = if options.is_full() { options.time.mul_f64(1.0 - FINAL_PART) } else { options.time };
     visit_all(bench, &mut points, start + first, &mut tick)?;
     let mut finalists = if options.is_full() { finalists(&points) } else { Vec::new() };
