@@ -32,6 +32,9 @@ mod scalar;
 mod threads;
 mod top_k;
 #[cfg(target_arch = "x86_64")]
+#[macro_use]
+mod vector;
+#[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub use activations::{Activations, Precision};

@@ -1,65 +1,17 @@
 //! Kernels for x86-64, and the tokens that prove the CPU has their instructions.
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
-/// An array of `n` values, one per index, as a plain loop.
-///
-/// `array::from_fn` and `map` are compiled without the caller's target features, so what their closures do is not
-/// inlined into a kernel.
-macro_rules! each {
-    ($init:expr; $n:expr, $i:ident => $value:expr) => {{
-        let mut all = [$init; $n];
-        for $i in 0..$n {
-            all[$i] = $value;
-        }
-        all
-    }};
-}
-
 mod avx2;
 mod avx512;
 
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 
-use crate::activations::{Activations, QuantisedRow};
-use crate::matrix::WeightType;
-use crate::number::E2M1_DOUBLED;
-use crate::quant::Codebook;
-use std::array::from_fn;
-
-// Weight types as constant parameters, which enums cannot be yet.
-const F32: u8 = WeightType::F32 as u8;
-const F16: u8 = WeightType::F16 as u8;
-const BF16: u8 = WeightType::Bf16 as u8;
-const FP8: u8 = WeightType::Fp8 as u8;
-const Q8: u8 = WeightType::Q8 as u8;
-const INT4: u8 = WeightType::Int4 as u8;
-const MXFP4: u8 = WeightType::Mxfp4 as u8;
-const Q4: u8 = WeightType::Q4 as u8;
-const Q3: u8 = WeightType::Q3 as u8;
+use crate::activations::QuantisedRow;
+use crate::vector::*;
 
 /// How many bytes ahead of the arithmetic a stream is asked for. Measured: one page is better than a quarter or two.
 const AHEAD: usize = 4096;
-
-/// Bytes of four columns of a row group of an unblocked type.
-const fn four_columns(ty: u8) -> usize {
-    match ty {
-        F32 => 128,
-        F16 | BF16 => 64,
-        FP8 => 32,
-        _ => panic!("blocked"),
-    }
-}
-
-/// Bytes of 32 columns of a row group of a blocked type.
-const fn block_bytes(ty: u8) -> usize {
-    match ty {
-        Q8 => 256,
-        INT4 | MXFP4 | Q4 => 128,
-        Q3 => 96,
-        _ => panic!("not blocked"),
-    }
-}
 
 /// Bytes of the scales of 32 columns of a row group of a blocked type.
 const fn scale_bytes(ty: u8) -> usize {
@@ -78,85 +30,6 @@ const fn bias(ty: u8) -> i32 {
         MXFP4 => 12,
         _ => panic!("not blocked"),
     }
-}
-
-/// What the integers of a blocked type are multiples of.
-const fn unit(ty: u8) -> f32 {
-    if ty == MXFP4 { 0.5 } else { 1.0 }
-}
-
-/// The `N` bytes from `at`, for a load of their width.
-#[inline(always)]
-fn bytes<const N: usize>(from: &[u8], at: usize) -> &[u8; N] {
-    from[at..].first_chunk().expect("planes hold whole vectors")
-}
-
-/// Doubled e2m1 values, `bias` added.
-const fn e2m1_table(bias: i8) -> [u8; 16] {
-    let mut table = [0; 16];
-    let mut i = 0;
-    while i < 16 {
-        table[i] = (E2M1_DOUBLED[i] + bias) as u8;
-        i += 1;
-    }
-    table
-}
-
-/// The codebook of `q4` or `q3`.
-const fn codebook(ty: u8) -> &'static Codebook {
-    match ty {
-        Q4 => &Codebook::Q4,
-        Q3 => &Codebook::Q3,
-        _ => panic!("no codebook"),
-    }
-}
-
-/// The levels of a codebook, `bias` added.
-const fn levels(ty: u8, bias: i32) -> [u8; 16] {
-    let mut levels = [0; 16];
-    let mut i = 0;
-    while i < 16 {
-        levels[i] = (codebook(ty).levels[i] as i32 + bias) as u8;
-        i += 1;
-    }
-    levels
-}
-
-/// What an offset is above the lowest, whose byte is zero.
-const fn offset_base(ty: u8) -> i32 {
-    -codebook(ty).offset(0)
-}
-
-fn rows<const T: usize>(x: &Activations, first: usize) -> [&[f32]; T] {
-    from_fn(|t| x.row(first + t))
-}
-
-fn padded_rows<const T: usize>(x: &Activations, first: usize) -> [&[f32]; T] {
-    from_fn(|t| x.padded_row(first + t))
-}
-
-fn quantised_rows<const T: usize>(x: &Activations, first: usize) -> [QuantisedRow<'_>; T] {
-    from_fn(|t| x.quantised_row(first + t))
-}
-
-/// Columns `first..first + len` of each row.
-#[inline(always)]
-fn parts<'a, const T: usize>(x: &[&'a [f32]; T], first: usize, len: usize) -> [&'a [f32]; T] {
-    let mut parts = *x;
-    for part in &mut parts {
-        *part = &part[first..first + len];
-    }
-    parts
-}
-
-/// The first `len` columns of each row in fours.
-#[inline(always)]
-fn in_fours<'a, const T: usize>(x: &[&'a [f32]; T], len: usize) -> [&'a [[f32; 4]]; T] {
-    let mut fours: [&[[f32; 4]]; T] = [&[]; T];
-    for t in 0..T {
-        fours[t] = &x[t].as_chunks().0[..len / 4];
-    }
-    fours
 }
 
 /// Block `g` of each row.
