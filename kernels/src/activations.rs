@@ -206,7 +206,10 @@ fn quantise_block(block: &[f32; BLOCK]) -> ([i32; 8], f32, [i32; 2]) {
 pub(crate) struct QuantisedRow<'a> {
     pub(crate) words: &'a [[i32; 8]],
     pub(crate) scales: &'a [f32],
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only biased integers need it"))]
+    #[cfg_attr(
+        not(any(target_arch = "x86_64", target_arch = "aarch64")),
+        expect(dead_code, reason = "only integers without their bias or offset need it")
+    )]
     /// The sum of each block and that of its first half.
     pub(crate) sums: &'a [[i32; 2]],
 }

@@ -3,6 +3,8 @@
 use crate::activations::Activations;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Matrix;
+#[cfg(target_arch = "aarch64")]
+use crate::neon::{I8mm, Neon};
 use crate::scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::x86::{Avx2, Avx512};
@@ -10,12 +12,15 @@ use crate::x86::{Avx2, Avx512};
 /// The environment variable that overrides the choice.
 const OVERRIDE: &str = "SLUICE_ISA";
 
+/// Names of what is not on every CPU.
+const OPTIONAL: [&str; 4] = ["avx2", "avx512", "neon", "i8mm"];
+
 /// Why an instruction set asked for by `SLUICE_ISA` cannot be used.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IsaError {
     /// No kernels go by this name.
-    #[error("SLUICE_ISA={name:?} names no instruction set; known are scalar, avx2 and avx512")]
+    #[error("SLUICE_ISA={name:?} names no instruction set; known are scalar, avx2, avx512, neon and i8mm")]
     Unknown {
         /// The name asked for.
         name: String,
@@ -38,6 +43,10 @@ enum Isa {
     Avx2(Avx2),
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
+    #[cfg(target_arch = "aarch64")]
+    I8mm(I8mm),
 }
 
 /// The kernels of one instruction set. All instruction sets give the same bits.
@@ -48,7 +57,7 @@ pub struct Kernels {
 
 impl Kernels {
     /// The fastest kernels of this CPU, or those that the environment variable `SLUICE_ISA` names
-    /// (`scalar`, `avx2`, `avx512`).
+    /// (`scalar`; `avx2`, `avx512` on x86-64; `neon`, `i8mm` on aarch64).
     ///
     /// # Errors
     /// If `SLUICE_ISA` names an unknown or an unavailable instruction set.
@@ -69,7 +78,7 @@ impl Kernels {
             return Ok(*kernels);
         }
         let name = name.to_owned();
-        if ["avx2", "avx512"].contains(&name.as_str()) {
+        if OPTIONAL.contains(&name.as_str()) {
             let names: Vec<_> = available.iter().map(Kernels::isa_name).collect();
             return Err(IsaError::Unavailable { name, available: names.join(", ") });
         }
@@ -83,17 +92,22 @@ impl Kernels {
 
     /// The kernels of every instruction set of this CPU, slowest first.
     pub fn available() -> Vec<Kernels> {
-        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
+        #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(unused_mut))]
         let mut all = vec![Self::scalar()];
         #[cfg(target_arch = "x86_64")]
         {
             all.extend(Avx2::new().map(|token| Kernels { isa: Isa::Avx2(token) }));
             all.extend(Avx512::new().map(|token| Kernels { isa: Isa::Avx512(token) }));
         }
+        #[cfg(target_arch = "aarch64")]
+        {
+            all.extend(Neon::new().map(|token| Kernels { isa: Isa::Neon(token) }));
+            all.extend(I8mm::new().map(|token| Kernels { isa: Isa::I8mm(token) }));
+        }
         all
     }
 
-    /// `scalar`, `avx2` or `avx512`.
+    /// `scalar`, `avx2`, `avx512`, `neon` or `i8mm`.
     pub fn isa_name(&self) -> &'static str {
         match self.isa {
             Isa::Scalar => "scalar",
@@ -101,6 +115,10 @@ impl Kernels {
             Isa::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(_) => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Isa::I8mm(_) => "i8mm",
         }
     }
 
@@ -116,6 +134,8 @@ impl Kernels {
             Isa::Avx2(isa) => isa.dot(a, b),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.dot(a, b),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(neon) | Isa::I8mm(I8mm { neon, .. }) => neon.dot(a, b),
         }
     }
 
@@ -131,6 +151,8 @@ impl Kernels {
             Isa::Avx2(isa) => isa.axpy(a, x, y),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.axpy(a, x, y),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(neon) | Isa::I8mm(I8mm { neon, .. }) => neon.axpy(a, x, y),
         }
     }
 
@@ -149,6 +171,8 @@ impl Kernels {
             Isa::Avx2(isa) => isa.dots(a, rows, stride, out),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.dots(a, rows, stride, out),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(neon) | Isa::I8mm(I8mm { neon, .. }) => neon.dots(a, rows, stride, out),
         }
     }
 
@@ -169,6 +193,8 @@ impl Kernels {
             Isa::Avx2(isa) => isa.weighted_sum(p, rows, stride, out),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.weighted_sum(p, rows, stride, out),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(neon) | Isa::I8mm(I8mm { neon, .. }) => neon.weighted_sum(p, rows, stride, out),
         }
     }
 
@@ -186,6 +212,10 @@ impl Kernels {
             Isa::Avx2(isa) => isa.tile(w, x, shape, out),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.tile(w, x, shape, out),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(isa) => isa.tile(w, x, shape, out),
+            #[cfg(target_arch = "aarch64")]
+            Isa::I8mm(isa) => isa.tile(w, x, shape, out),
         }
     }
 }
@@ -200,7 +230,7 @@ mod tests {
         let unknown = Kernels::named("sse9").unwrap_err();
         assert_eq!(unknown, IsaError::Unknown { name: "sse9".into() });
         let names: Vec<_> = Kernels::available().iter().map(Kernels::isa_name).collect();
-        for name in ["avx2", "avx512"] {
+        for name in OPTIONAL {
             match Kernels::named(name) {
                 Ok(k) => assert_eq!(k.isa_name(), name),
                 Err(e) => assert!(!names.contains(&name) && matches!(e, IsaError::Unavailable { .. })),
@@ -218,10 +248,21 @@ mod tests {
         }
     }
 
+    /// Started as cargo has started it: what an emulator runs cannot start itself.
+    fn this_program() -> std::process::Command {
+        let program = std::env::current_exe().unwrap();
+        let runner = std::env::var("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER").unwrap_or_default();
+        let mut words = runner.split_whitespace().filter(|_| cfg!(target_arch = "aarch64"));
+        let Some(runner) = words.next() else { return std::process::Command::new(program) };
+        let mut command = std::process::Command::new(runner);
+        command.args(words).arg(program);
+        command
+    }
+
     #[test]
     fn the_environment_overrides() {
         let run = |name: &str| {
-            let output = std::process::Command::new(std::env::current_exe().unwrap())
+            let output = this_program()
                 .args(["--exact", "isa::tests::say_what_is_detected", "--ignored", "--nocapture"])
                 .env(OVERRIDE, name)
                 .output()

@@ -13,9 +13,9 @@
 //!
 //! # Instruction sets
 //!
-//! The safe scalar code is the specification. AVX2 and AVX-512 kernels must agree with it bit for bit (NaN payloads
-//! excepted) and are chosen once, by [`Kernels::detect`], through tokens that can only be made where the CPU has the
-//! instructions. `unsafe` is confined to `x86/`, `threads.rs` and `par_slice.rs`.
+//! The safe scalar code is the specification. AVX2, AVX-512, NEON and i8mm kernels must agree with it bit for bit (NaN
+//! payloads excepted) and are chosen once, by [`Kernels::detect`], through tokens that can only be made where the CPU
+//! has the instructions. `unsafe` is confined to `x86/`, `neon/`, `threads.rs` and `par_slice.rs`.
 
 mod activations;
 mod attention;
@@ -31,9 +31,11 @@ mod quant;
 mod scalar;
 mod threads;
 mod top_k;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[macro_use]
 mod vector;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 

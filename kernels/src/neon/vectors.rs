@@ -1,0 +1,117 @@
+//! Inner products and weighted sums of rows of f32, which attention is made of.
+
+use super::{load, store};
+use crate::scalar::{DOT_LANES, fold_lanes};
+use std::arch::aarch64::*;
+
+/// Vectors that hold the lanes of [`dot`].
+const VECTORS: usize = DOT_LANES / 4;
+
+#[target_feature(enable = "neon,dotprod")]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let (a_chunks, a_rest) = a.as_chunks::<DOT_LANES>();
+    let (b_chunks, b_rest) = b.as_chunks::<DOT_LANES>();
+    let mut s = [vdupq_n_f32(0.0); VECTORS];
+    for (a, b) in a_chunks.iter().zip(b_chunks) {
+        let (a, b) = (a.as_chunks::<4>().0, b.as_chunks::<4>().0);
+        for j in 0..VECTORS {
+            s[j] = vfmaq_f32(s[j], load(&a[j]), load(&b[j]));
+        }
+    }
+    let mut lanes = [0.0; DOT_LANES];
+    for (lanes, s) in lanes.as_chunks_mut::<4>().0.iter_mut().zip(s) {
+        store(lanes, s);
+    }
+    for (lane, (&a, &b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *lane = a.mul_add(b, *lane);
+    }
+    fold_lanes(lanes)
+}
+
+#[target_feature(enable = "neon,dotprod")]
+pub(super) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+    let (x_chunks, x_rest) = x.as_chunks::<4>();
+    let (y_chunks, y_rest) = y.as_chunks_mut::<4>();
+    for (y, x) in y_chunks.iter_mut().zip(x_chunks) {
+        store(y, vfmaq_n_f32(load(y), load(x), a));
+    }
+    for (y, &x) in y_rest.iter_mut().zip(x_rest) {
+        *y = a.mul_add(x, *y);
+    }
+}
+
+#[target_feature(enable = "neon,dotprod")]
+pub(super) fn dots(a: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+    let row = |j: usize| &rows[j * stride..][..a.len()];
+    let whole = a.len().is_multiple_of(DOT_LANES);
+    let (several, rest) = out.as_chunks_mut::<2>();
+    let first_of_rest = 2 * several.len();
+    for (i, out) in several.iter_mut().enumerate() {
+        let keys = [row(2 * i), row(2 * i + 1)];
+        *out = if whole { several_dots(a, keys) } else { [dot(a, keys[0]), dot(a, keys[1])] };
+    }
+    for (j, out) in rest.iter_mut().enumerate() {
+        *out = dot(a, row(first_of_rest + j));
+    }
+}
+
+/// The products of [`dot`] for vectors of whole lanes: `a` is loaded once for all.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn several_dots<const T: usize>(a: &[f32], keys: [&[f32]; T]) -> [f32; T] {
+    let mut s = [[vdupq_n_f32(0.0); VECTORS]; T];
+    for (c, a) in a.as_chunks::<DOT_LANES>().0.iter().enumerate() {
+        let a = a.as_chunks::<4>().0;
+        for t in 0..T {
+            let key = keys[t][c * DOT_LANES..][..DOT_LANES].as_chunks::<4>().0;
+            for j in 0..VECTORS {
+                s[t][j] = vfmaq_f32(s[t][j], load(&a[j]), load(&key[j]));
+            }
+        }
+    }
+    each!(0.0; T, t => fold_sums(s[t]))
+}
+
+/// Folds the 32 lanes of [`dot`] in halves.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn fold_sums(s: [float32x4_t; VECTORS]) -> f32 {
+    let sixteen = each!(s[0]; 4, j => vaddq_f32(s[j], s[j + 4]));
+    let four = vaddq_f32(vaddq_f32(sixteen[0], sixteen[2]), vaddq_f32(sixteen[1], sixteen[3]));
+    vpadds_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)))
+}
+
+#[target_feature(enable = "neon,dotprod")]
+pub(super) fn weighted_sum(p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+    let (len, mut at) = (out.len(), 0);
+    while len - at >= 64 {
+        weighted_columns::<16>(p, rows, stride, at, &mut out[at..]);
+        at += 64;
+    }
+    while len - at >= 4 {
+        weighted_columns::<1>(p, rows, stride, at, &mut out[at..]);
+        at += 4;
+    }
+    for (i, out) in out[at..].iter_mut().enumerate() {
+        *out = 0.0;
+        for (j, &p) in p.iter().enumerate() {
+            *out = p.mul_add(rows[j * stride + at + i], *out);
+        }
+    }
+}
+
+/// `N` vectors of columns from `at` on, whose sums stay in registers.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn weighted_columns<const N: usize>(p: &[f32], rows: &[f32], stride: usize, at: usize, out: &mut [f32]) {
+    let mut sums = [vdupq_n_f32(0.0); N];
+    for (j, &p) in p.iter().enumerate() {
+        let row = rows[j * stride + at..][..4 * N].as_chunks::<4>().0;
+        for i in 0..N {
+            sums[i] = vfmaq_n_f32(sums[i], load(&row[i]), p);
+        }
+    }
+    for (out, sum) in out.as_chunks_mut::<4>().0.iter_mut().zip(sums) {
+        store(out, sum);
+    }
+}
