@@ -29,13 +29,22 @@ pub(super) fn tile<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShap
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn blocks<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>; T]) -> [Lanes; T] {
     let mut s = [[zero(); 2]; T];
-    for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
+    let n = w.values.len() / const { block_bytes(TY) };
+    let x = first_blocks(&x, n);
+    for (g, values) in (0..n).zip(w.values.chunks_exact(const { block_bytes(TY) })) {
         for part in 0..const { scales_per_block(TY) } {
             let dots = dots::<TY, T>(values, &x, g, part);
             add::<TY, T>(&mut s, &dots, w, &x, g, part);
         }
     }
     total::<TY, T>(&s, w)
+}
+
+/// The first `n` blocks of each row, all there are: what is cut to one length is checked once.
+#[inline(always)]
+pub(super) fn first_blocks<'a, const T: usize>(x: &[QuantisedRow<'a>; T], n: usize) -> [QuantisedRow<'a>; T] {
+    let cut = |x: &QuantisedRow<'a>| QuantisedRow { words: &x.words[..n], scales: &x.scales[..n], sums: &x.sums[..n] };
+    each!(x[0]; T, t => cut(&x[t]))
 }
 
 #[inline]
