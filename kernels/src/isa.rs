@@ -4,7 +4,7 @@ use crate::activations::Activations;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Matrix;
 #[cfg(target_arch = "aarch64")]
-use crate::neon::{I8mm, Neon};
+use crate::neon::Neon;
 use crate::scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::x86::{Avx2, Avx512};
@@ -13,14 +13,14 @@ use crate::x86::{Avx2, Avx512};
 const OVERRIDE: &str = "SLUICE_ISA";
 
 /// Names of what is not on every CPU.
-const OPTIONAL: [&str; 4] = ["avx2", "avx512", "neon", "i8mm"];
+const OPTIONAL: [&str; 3] = ["avx2", "avx512", "neon"];
 
 /// Why an instruction set asked for by `SLUICE_ISA` cannot be used.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IsaError {
     /// No kernels go by this name.
-    #[error("SLUICE_ISA={name:?} names no instruction set; known are scalar, avx2, avx512, neon and i8mm")]
+    #[error("SLUICE_ISA={name:?} names no instruction set; known are scalar, avx2, avx512 and neon")]
     Unknown {
         /// The name asked for.
         name: String,
@@ -45,8 +45,6 @@ enum Isa {
     Avx512(Avx512),
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
-    #[cfg(target_arch = "aarch64")]
-    I8mm(I8mm),
 }
 
 /// The kernels of one instruction set. All instruction sets give the same bits.
@@ -57,7 +55,7 @@ pub struct Kernels {
 
 impl Kernels {
     /// The fastest kernels of this CPU, or those that the environment variable `SLUICE_ISA` names
-    /// (`scalar`; `avx2`, `avx512` on x86-64; `neon`, `i8mm` on aarch64).
+    /// (`scalar`; `avx2`, `avx512` on x86-64; `neon` on aarch64).
     ///
     /// # Errors
     /// If `SLUICE_ISA` names an unknown or an unavailable instruction set.
@@ -100,14 +98,11 @@ impl Kernels {
             all.extend(Avx512::new().map(|token| Kernels { isa: Isa::Avx512(token) }));
         }
         #[cfg(target_arch = "aarch64")]
-        {
-            all.extend(Neon::new().map(|token| Kernels { isa: Isa::Neon(token) }));
-            all.extend(I8mm::new().map(|token| Kernels { isa: Isa::I8mm(token) }));
-        }
+        all.extend(Neon::new().map(|token| Kernels { isa: Isa::Neon(token) }));
         all
     }
 
-    /// `scalar`, `avx2`, `avx512`, `neon` or `i8mm`.
+    /// `scalar`, `avx2`, `avx512` or `neon`.
     pub fn isa_name(&self) -> &'static str {
         match self.isa {
             Isa::Scalar => "scalar",
@@ -117,8 +112,6 @@ impl Kernels {
             Isa::Avx512(_) => "avx512",
             #[cfg(target_arch = "aarch64")]
             Isa::Neon(_) => "neon",
-            #[cfg(target_arch = "aarch64")]
-            Isa::I8mm(_) => "i8mm",
         }
     }
 
@@ -135,7 +128,7 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.dot(a, b),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon(neon) | Isa::I8mm(I8mm { neon, .. }) => neon.dot(a, b),
+            Isa::Neon(isa) => isa.dot(a, b),
         }
     }
 
@@ -152,7 +145,7 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.axpy(a, x, y),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon(neon) | Isa::I8mm(I8mm { neon, .. }) => neon.axpy(a, x, y),
+            Isa::Neon(isa) => isa.axpy(a, x, y),
         }
     }
 
@@ -172,7 +165,7 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.dots(a, rows, stride, out),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon(neon) | Isa::I8mm(I8mm { neon, .. }) => neon.dots(a, rows, stride, out),
+            Isa::Neon(isa) => isa.dots(a, rows, stride, out),
         }
     }
 
@@ -194,7 +187,7 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.weighted_sum(p, rows, stride, out),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon(neon) | Isa::I8mm(I8mm { neon, .. }) => neon.weighted_sum(p, rows, stride, out),
+            Isa::Neon(isa) => isa.weighted_sum(p, rows, stride, out),
         }
     }
 
@@ -214,8 +207,6 @@ impl Kernels {
             Isa::Avx512(isa) => isa.tile(w, x, shape, out),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon(isa) => isa.tile(w, x, shape, out),
-            #[cfg(target_arch = "aarch64")]
-            Isa::I8mm(isa) => isa.tile(w, x, shape, out),
         }
     }
 }

@@ -13,7 +13,7 @@
 //!
 //! # Instruction sets
 //!
-//! The safe scalar code is the specification. AVX2, AVX-512, NEON and i8mm kernels must agree with it bit for bit (NaN
+//! The safe scalar code is the specification. AVX2, AVX-512 and NEON kernels must agree with it bit for bit (NaN
 //! payloads excepted) and are chosen once, by [`Kernels::detect`], through tokens that can only be made where the CPU
 //! has the instructions. `unsafe` is confined to `x86/`, `neon/`, `threads.rs` and `par_slice.rs`.
 

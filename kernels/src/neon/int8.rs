@@ -27,7 +27,7 @@ pub(super) fn tile<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShap
 
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn blocks<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>; T]) -> [Lanes; T] {
+fn blocks<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>; T]) -> [Lanes; T] {
     let mut s = [[zero(); 2]; T];
     let n = w.values.len() / const { block_bytes(TY) };
     let x = first_blocks(&x, n);
@@ -42,7 +42,7 @@ pub(super) fn blocks<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedR
 
 /// The first `n` blocks of each row, all there are: what is cut to one length is checked once.
 #[inline(always)]
-pub(super) fn first_blocks<'a, const T: usize>(x: &[QuantisedRow<'a>; T], n: usize) -> [QuantisedRow<'a>; T] {
+fn first_blocks<'a, const T: usize>(x: &[QuantisedRow<'a>; T], n: usize) -> [QuantisedRow<'a>; T] {
     let cut = |x: &QuantisedRow<'a>| QuantisedRow { words: &x.words[..n], scales: &x.scales[..n], sums: &x.sums[..n] };
     each!(x[0]; T, t => cut(&x[t]))
 }
@@ -100,7 +100,7 @@ fn sdot<const V: usize>(mut sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int3
 /// Adds part `part` of block `g`, whose products of integers are `dots`, to the sum whose turn it is.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn add<const TY: u8, const T: usize>(
+fn add<const TY: u8, const T: usize>(
     s: &mut [[Lanes; 2]; T],
     dots: &[IntLanes; T],
     w: &Group<'_>,
@@ -132,7 +132,7 @@ pub(super) fn add<const TY: u8, const T: usize>(
 
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn total<const TY: u8, const T: usize>(s: &[[Lanes; 2]; T], w: &Group<'_>) -> [Lanes; T] {
+fn total<const TY: u8, const T: usize>(s: &[[Lanes; 2]; T], w: &Group<'_>) -> [Lanes; T] {
     let mut total = [zero(); T];
     for t in 0..T {
         let sum = each!(total[t][0]; 2, h => vaddq_f32(s[t][0][h], s[t][1][h]));
