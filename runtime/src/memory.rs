@@ -273,7 +273,10 @@ fn meminfo_available() -> Option<u64> {
 
 fn physical_memory() -> Option<u64> {
     use nix::unistd::{SysconfVar, sysconf};
+    #[cfg(not(target_os = "macos"))]
     let pages = sysconf(SysconfVar::_PHYS_PAGES).ok()??;
+    #[cfg(target_os = "macos")]
+    let pages = crate::io::physical_pages()?;
     let page = sysconf(SysconfVar::PAGE_SIZE).ok()??;
     u64::try_from(pages).ok()?.checked_mul(u64::try_from(page).ok()?)
 }

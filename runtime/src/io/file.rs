@@ -11,6 +11,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+#[cfg_attr(not(target_os = "linux"), allow(unused_imports, reason = "elsewhere only comments and tests name it"))]
 use super::arena::PAGE_BYTES;
 use super::error::{FileInfo, IoError};
 use super::sys;

@@ -43,6 +43,8 @@ pub use error::{ExtentName, FileInfo, IoError, ReadError};
 pub use file::{DataFile, DirectIo, DirectMode};
 pub use fill::{ChunkMem, ReadPhase};
 pub use scheduler::{Class, ExtentRead, IoConfig, IoStats, PendingRead, Prefix, ReadFailure, Scheduler};
+#[cfg(target_os = "macos")]
+pub(crate) use sys::physical_pages;
 
 /// Most chunks in flight at once. More has no use on any drive: 128 × 1 MiB is a second of work
 /// for a slow one.

@@ -66,6 +66,14 @@ pub(crate) fn set_no_cache(file: &File) -> io::Result<()> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Pages of memory that the machine has; nix knows this question on other systems only.
+#[cfg(target_os = "macos")]
+pub(crate) fn physical_pages() -> Option<i64> {
+    // SAFETY: sysconf takes an integer and touches no memory of ours.
+    let pages = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) };
+    (pages > 0).then_some(pages)
+}
+
 /// A non-blocking event counter: written by wakers, polled by the ring.
 #[cfg(target_os = "linux")]
 pub(crate) fn event_fd() -> io::Result<File> {
