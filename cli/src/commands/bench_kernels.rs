@@ -17,7 +17,7 @@ use crate::terminal::{print, print_json, step_bar};
 
 const EXAMPLES: &str = "\
 Every measurement takes turns with reading the same memory without computing anything, and the median counts: on a \
-busy machine both suffer alike. SLUICE_ISA=avx2 or scalar measures other instructions.
+busy machine both suffer alike. SLUICE_ISA (scalar, avx2, avx512, neon) measures other instructions.
 
 Examples:
   sluice bench kernels
