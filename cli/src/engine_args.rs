@@ -4,14 +4,15 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 
 use clap::ValueEnum;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use sluice_format::ModelFile;
 use sluice_runtime::pool::PolicyKind;
 use sluice_runtime::text::{TextError, Tokenizer};
-use sluice_runtime::{Engine, EngineOptions, Prefetch, ReadEngineKind};
+use sluice_runtime::{Engine, EngineOptions, KvType, Prefetch, ReadEngineKind};
 
 use crate::error::CliError;
 use crate::size::parse_size;
-use crate::terminal::spinner;
+use crate::terminal::{note, spinner};
 
 /// How the model is opened.
 #[derive(Debug, clap::Args)]
@@ -35,6 +36,12 @@ pub(crate) struct EngineArgs {
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
+
+    /// How keys and values are kept
+    ///
+    /// Anything but f32 takes less memory and changes the result a little: `docs/QUANTISATION.md` says how much.
+    #[arg(long, value_name = "TYPE", default_value_t, value_parser = kv_type_parser())]
+    pub(crate) kv_type: KvType,
 
     /// Who leaves the expert cache: next-use, lru or lfu
     #[arg(long, value_name = "POLICY", default_value_t, hide_short_help = true)]
@@ -68,7 +75,16 @@ impl EngineArgs {
         let spinner = spinner("opening the model");
         let engine = Engine::open(path, &self.options(context));
         spinner.finish_and_clear();
-        Ok(engine?)
+        let engine = engine?;
+        self.say_what_is_lossy();
+        Ok(engine)
+    }
+
+    /// A remark on standard error if the results are not those of the file's weights alone.
+    pub(crate) fn say_what_is_lossy(&self) {
+        if self.kv_type.is_lossy() {
+            note(&format_args!("note: keys and values are rounded to {}: results differ from those with f32", self.kv_type));
+        }
     }
 
     /// What the arguments say, for sessions of `context` tokens.
@@ -87,8 +103,21 @@ impl EngineArgs {
             threads: self.threads.map(NonZeroUsize::get),
             exact: self.exact,
             context: Some(context),
+            kv_type: self.kv_type,
         }
     }
+}
+
+/// Names of the types of a key-value cache.
+pub(crate) fn kv_type_parser() -> impl TypedValueParser<Value = KvType> {
+    let help = |ty: KvType| match ty {
+        KvType::F32 => "as computed",
+        KvType::F16 => "half the memory: three digits, magnitudes up to 65504",
+        KvType::Bf16 => "half the memory: two digits, any magnitude",
+        KvType::Q8 => "a quarter of the memory: int8 with one scale per 32 numbers",
+    };
+    let values = KvType::ALL.map(|ty| PossibleValue::new(ty.name()).help(help(ty)));
+    PossibleValuesParser::new(values).try_map(|name| name.parse::<KvType>())
 }
 
 /// The model's tokenizer, if it has one: whatever is wrong with a text should be said before the weights are read.

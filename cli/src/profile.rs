@@ -198,12 +198,13 @@ impl Profile {
         let requested = memory.requested.map_or("not limited".to_owned(), |r| Bytes(r).to_string());
         let _ = writeln!(
             out,
-            "memory    requested {requested}, effective {}, used {}: dense {}, key-value cache {},\n          \
+            "memory    requested {requested}, effective {}, used {}: dense {}, key-value cache {} ({}),\n          \
              scratch {}, {} of {} experts of {}",
             Bytes(memory.effective),
             Bytes(memory.used()),
             Bytes(memory.dense),
             Bytes(memory.kv_cache),
+            memory.kv_type,
             Bytes(memory.scratch),
             memory.slots,
             memory.experts,

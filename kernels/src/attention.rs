@@ -1,47 +1,28 @@
 //! Attention of one query over cached keys and values.
 
 use crate::elementwise::softmax;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Isa;
 use crate::isa::Kernels;
+use crate::kv::KvRows;
+use crate::scalar;
 
 impl Kernels {
-    /// `out = Σⱼ softmaxⱼ(scale · q·kⱼ) vⱼ` over `s` cached positions, on the calling thread.
+    /// `out = Σⱼ softmaxⱼ(scale · q·kⱼ) vⱼ` over the first `s` rows of `keys` and `values`, on the calling thread.
     ///
-    /// `q` is as long as a key, `out` as long as a value. Row `j` of `keys` begins at `j·k_stride`, row `j` of `values`
-    /// at `j·v_stride`; both may be the same buffer, as with latent attention. `scores` is scratch. Products are
-    /// [`dot`](Self::dot), sums over positions run in order of `j`, one fused multiply-add each. With `s = 0` the
-    /// output is zero.
+    /// `q` is as long as a key, `out` as long as a value; rows may be longer, and both may be the same, as with latent
+    /// attention. A `sink` is one more logit, already scaled, that takes its part of the softmax and has no value (gpt-oss).
+    /// `scores` is scratch. Products are [`dot`](Self::dot), sums over positions run in order of `j`, one fused multiply-add
+    /// each. The result is, bit for bit, that of plain rows with the same numbers. With `s = 0` the output is zero.
     ///
     /// # Panics
-    /// If `keys` or `values` end before row `s`, or `scores` is shorter than `s`.
-    #[expect(clippy::too_many_arguments, reason = "two strided matrices, a query, and where to put the result")]
+    /// If `keys` or `values` end before row `s`, or `scores` is shorter than `s`, or than `s + 1` with a sink.
+    #[expect(clippy::too_many_arguments, reason = "two sets of rows, a query, and where to put the result")]
     pub fn attend(
         &self,
         q: &[f32],
-        keys: &[f32],
-        k_stride: usize,
-        values: &[f32],
-        v_stride: usize,
-        s: usize,
-        scale: f32,
-        scores: &mut [f32],
-        out: &mut [f32],
-    ) {
-        self.attend_with_sink(q, keys, k_stride, values, v_stride, s, scale, None, scores, out);
-    }
-
-    /// As [`attend`](Self::attend); a `sink` is one more logit, already scaled, that takes its part of the softmax and has no
-    /// value (gpt-oss).
-    ///
-    /// # Panics
-    /// As [`attend`](Self::attend), where `scores` needs one more element with a sink.
-    #[expect(clippy::too_many_arguments, reason = "two strided matrices, a query, and where to put the result")]
-    pub fn attend_with_sink(
-        &self,
-        q: &[f32],
-        keys: &[f32],
-        k_stride: usize,
-        values: &[f32],
-        v_stride: usize,
+        keys: KvRows<'_>,
+        values: KvRows<'_>,
         s: usize,
         scale: f32,
         sink: Option<f32>,
@@ -49,12 +30,41 @@ impl Kernels {
         out: &mut [f32],
     ) {
         let scores = &mut scores[..s + usize::from(sink.is_some())];
-        self.dots(q, keys, k_stride, &mut scores[..s]);
+        self.dots(q, &keys, &mut scores[..s]);
         scores[..s].iter_mut().for_each(|score| *score *= scale);
         if let Some(sink) = sink {
             scores[s] = sink;
         }
         softmax(scores);
-        self.weighted_sum(&scores[..s], values, v_stride, out);
+        self.weighted_sum(&scores[..s], &values, out);
+    }
+
+    /// [`dot`](Self::dot) of `a` with the beginning of each row, one per element of `out`. An instruction set without
+    /// kernels of its own for this has the scalar ones.
+    ///
+    /// # Panics
+    /// If the rows end before `out` does.
+    fn dots(&self, a: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(isa) => isa.dots(a, rows, out),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(isa) => isa.dots(a, rows, out),
+            _ => scalar::dots(a, rows, out),
+        }
+    }
+
+    /// `out` becomes zero, then [`axpy`](Self::axpy) adds `p[j]` times the beginning of row `j`, for `j` ascending.
+    ///
+    /// # Panics
+    /// If the rows end before `p` does.
+    fn weighted_sum(&self, p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(isa) => isa.weighted_sum(p, rows, out),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(isa) => isa.weighted_sum(p, rows, out),
+            _ => scalar::weighted_sum(p, rows, out),
+        }
     }
 }

@@ -37,7 +37,7 @@ pub enum IsaError {
 
 /// Whoever holds a variant may execute its instructions: the tokens inside exist only where the CPU has them.
 #[derive(Clone, Copy, Debug)]
-enum Isa {
+pub(crate) enum Isa {
     Scalar,
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
@@ -50,7 +50,7 @@ enum Isa {
 /// The kernels of one instruction set. All instruction sets give the same bits.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
-    isa: Isa,
+    pub(crate) isa: Isa,
 }
 
 impl Kernels {
@@ -146,48 +146,6 @@ impl Kernels {
             Isa::Avx512(isa) => isa.axpy(a, x, y),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon(isa) => isa.axpy(a, x, y),
-        }
-    }
-
-    /// [`dot`](Self::dot) of `a` with each row of a matrix whose row `j` begins at `j·stride`, one per element of `out`.
-    ///
-    /// # Panics
-    /// If the rows end before `out` does.
-    pub(crate) fn dots(&self, a: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
-        match self.isa {
-            Isa::Scalar => {
-                for (j, out) in out.iter_mut().enumerate() {
-                    *out = scalar::dot(a, &rows[j * stride..][..a.len()]);
-                }
-            }
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2(isa) => isa.dots(a, rows, stride, out),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(isa) => isa.dots(a, rows, stride, out),
-            #[cfg(target_arch = "aarch64")]
-            Isa::Neon(isa) => isa.dots(a, rows, stride, out),
-        }
-    }
-
-    /// `out` becomes zero, then [`axpy`](Self::axpy) adds `p[j]` times row `j` of a matrix whose row `j` begins at
-    /// `j·stride`, for `j` ascending.
-    ///
-    /// # Panics
-    /// If the rows end before `p` does.
-    pub(crate) fn weighted_sum(&self, p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
-        match self.isa {
-            Isa::Scalar => {
-                out.fill(0.0);
-                for (j, &p) in p.iter().enumerate() {
-                    scalar::axpy(p, &rows[j * stride..][..out.len()], out);
-                }
-            }
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2(isa) => isa.weighted_sum(p, rows, stride, out),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(isa) => isa.weighted_sum(p, rows, stride, out),
-            #[cfg(target_arch = "aarch64")]
-            Isa::Neon(isa) => isa.weighted_sum(p, rows, stride, out),
         }
     }
 

@@ -67,7 +67,7 @@ pub fn pack_row_group(ty: WeightType, src: &[f32], n_rows: usize, cols: usize, o
 }
 
 /// The f16 bits of a block's scale.
-fn q8_scale(block: &[f32]) -> u16 {
+pub(crate) fn q8_scale(block: &[f32]) -> u16 {
     const LARGEST: u16 = 0x7bff;
     const NAN: u16 = 0x7e00;
     if block.iter().any(|w| !w.is_finite()) {
@@ -83,7 +83,7 @@ fn q8_scale(block: &[f32]) -> u16 {
 }
 
 /// The bytes of a block, zeros behind its end.
-fn q8_values(block: &[f32], scale: f32) -> [u8; BLOCK] {
+pub(crate) fn q8_values(block: &[f32], scale: f32) -> [u8; BLOCK] {
     let mut bytes = [0; BLOCK];
     if scale != 0.0 && !scale.is_nan() {
         for (byte, &w) in bytes.iter_mut().zip(block) {

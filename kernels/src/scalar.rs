@@ -20,8 +20,12 @@
 //!
 //! **`dot`**: `s[k mod 32] = fma(a[k], b[k], s[k mod 32])`; then 32 lanes are folded in halves, `s[i] + s[i + 16]`,
 //! `s[i] + s[i + 8]`, down to one. **`axpy`**: `y[i] = fma(a, x[i], y[i])`.
+//!
+//! **Attention** reads every cached number as the f32 that it stands for (`kv` module) and goes on as if the cache held
+//! that: a score is the `dot` of query and key; the sum of values is an `axpy` per row, in order, on zeros.
 
 use crate::activations::{Activations, QuantisedRow};
+use crate::kv::KvRows;
 use crate::matrix::{BLOCK, FP8_BLOCK, Group, ROW_GROUP, WeightType};
 use crate::number::{E2M1_DOUBLED, bf16_to_f32, e4m3_over_256, e8m0_to_f32, f16_to_f32};
 use crate::quant;
@@ -188,5 +192,28 @@ pub(crate) fn fold_lanes(mut lanes: [f32; DOT_LANES]) -> f32 {
 pub(crate) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     for (y, &x) in y.iter_mut().zip(x) {
         *y = a.mul_add(x, *y);
+    }
+}
+
+/// [`dot`] of `a` with the beginning of each row, one per element of `out`.
+pub(crate) fn dots(a: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
+    for (j, out) in out.iter_mut().enumerate() {
+        let row = rows.row(j, a.len());
+        let mut lanes = [0.0; DOT_LANES];
+        for (k, &a) in a.iter().enumerate() {
+            lanes[k % DOT_LANES] = a.mul_add(row.value(rows.ty(), k), lanes[k % DOT_LANES]);
+        }
+        *out = fold_lanes(lanes);
+    }
+}
+
+/// `out` becomes zero, then [`axpy`] adds `p[j]` times the beginning of row `j`, for `j` ascending.
+pub(crate) fn weighted_sum(p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
+    out.fill(0.0);
+    for (j, &p) in p.iter().enumerate() {
+        let row = rows.row(j, out.len());
+        for (k, out) in out.iter_mut().enumerate() {
+            *out = p.mul_add(row.value(rows.ty(), k), *out);
+        }
     }
 }

@@ -118,14 +118,42 @@ fn vectors_stay_inside() {
         let mut out = Vec::new();
         top_k(a.f32s(), 4, &mut out);
     }
-    for (s, k_dim, v_dim, stride) in [(1, 3, 2, 3), (5, 33, 31, 40), (9, 64, 64, 64)] {
+}
+
+#[test]
+fn attention_stays_inside() {
+    let mut rng = Rng(3);
+    for (s, k_dim, v_dim, stride) in
+        [(1, 3, 2, 3), (5, 33, 31, 40), (9, 64, 64, 64), (6, 96, 72, 100), (3, 577, 515, 577)]
+    {
+        let (q, mut out) = (Guarded::floats(&rng.vec(k_dim)), Guarded::floats(&vec![0.0; v_dim]));
+        let mut scores = Guarded::floats(&vec![0.0; s + 1]);
         // The last row ends where what is used of it ends.
-        let keys = Guarded::floats(&rng.vec((s - 1) * stride + k_dim));
-        let values = Guarded::floats(&rng.vec((s - 1) * stride + v_dim));
-        let (q, mut scores, mut out) =
-            (Guarded::floats(&rng.vec(k_dim)), Guarded::floats(&vec![0.0; s]), Guarded::floats(&vec![0.0; v_dim]));
+        let numbers = |width: usize, rng: &mut Rng| Guarded::floats(&rng.vec((s - 1) * stride + width));
+        let (keys, values) = (numbers(k_dim, &mut rng), numbers(v_dim, &mut rng));
+        let (keys, values) = (KvRows::plain(keys.f32s(), stride), KvRows::plain(values.f32s(), stride));
         for k in Kernels::available() {
-            k.attend(q.f32s(), keys.f32s(), stride, values.f32s(), stride, s, 1.0, scores.f32s_mut(), out.f32s_mut());
+            k.attend(q.f32s(), keys, values, s, 1.0, Some(0.1), scores.f32s_mut(), out.f32s_mut());
+            assert!(out.f32s().iter().all(|v| v.is_finite()));
+        }
+        for ty in [KvType::F16, KvType::Bf16, KvType::Q8] {
+            let (values_len, scales_len) = packed_row(ty, stride);
+            let part = |width: usize, rng: &mut Rng| {
+                let (values, scales) = packed_row(ty, width);
+                let codes = small_numbers(ty, (s - 1) * values_len + values, rng);
+                (Guarded::new(&codes), Guarded::new(&small_scales((s - 1) * scales_len + scales, rng)))
+            };
+            let (keys, values) = (part(k_dim, &mut rng), part(v_dim, &mut rng));
+            let keys = KvRows::packed(ty, stride, keys.0.bytes(), keys.1.bytes());
+            let values = KvRows::packed(ty, stride, values.0.bytes(), values.1.bytes());
+            let chosen: Vec<u32> = (0..s as u32).step_by(2).collect();
+            for k in Kernels::available() {
+                k.attend(q.f32s(), keys, values, s, 1.0, None, &mut scores.f32s_mut()[..s], out.f32s_mut());
+                assert!(out.f32s().iter().all(|v| v.is_finite()));
+                let (keys, values) = (keys.only(&chosen), values.only(&chosen));
+                k.attend(q.f32s(), keys, values, chosen.len(), 1.0, None, scores.f32s_mut(), out.f32s_mut());
+                assert!(out.f32s().iter().all(|v| v.is_finite()));
+            }
         }
     }
 }

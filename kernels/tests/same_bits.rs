@@ -192,7 +192,7 @@ fn products_are_close_to_f64() {
 }
 
 #[test]
-fn dot_axpy_and_attend() {
+fn dot_and_axpy() {
     let mut rng = Rng(5);
     for len in (0..140).chain([576, 1001]) {
         let (a, b) = (rng.vec(len), rng.vec(len));
@@ -207,27 +207,101 @@ fn dot_axpy_and_attend() {
             assert_same(&got, &y, &len);
         }
     }
-    let shapes = [(0, 8, 8, 8), (1, 5, 3, 9), (6, 96, 200, 200), (9, 33, 17, 40), (7, 128, 131, 131)];
-    for (s, k_dim, v_dim, stride) in shapes.into_iter().chain([(37, 64, 64, 80), (130, 576, 512, 576)]) {
+}
+
+/// Cached rows, length of a key and of a value, width of a row.
+const ATTENTION_SHAPES: [(usize, usize, usize, usize); 12] = [
+    (0, 8, 8, 8),
+    (1, 5, 3, 9),
+    (2, 1, 1, 1),
+    (3, 31, 30, 31),
+    (4, 32, 8, 32),
+    (5, 48, 17, 65),
+    (6, 96, 200, 200),
+    (9, 33, 17, 40),
+    (7, 128, 131, 131),
+    (11, 250, 129, 251),
+    (37, 64, 64, 80),
+    (130, 576, 512, 576),
+];
+
+#[test]
+fn attention_is_what_it_says() {
+    let mut rng = Rng(6);
+    for (s, k_dim, v_dim, stride) in ATTENTION_SHAPES {
         let (q, cache) = (rng.vec(k_dim), rng.vec(s * stride));
-        let mut results = Vec::new();
-        for k in Kernels::available() {
+        let rows = KvRows::plain(&cache, stride);
+        for sink in [None, Some(0.3f32)] {
             let (mut scores, mut out) = (vec![0.0; s + 1], vec![f32::NAN; v_dim]);
-            k.attend(&q, &cache, stride, &cache, stride, s, 0.2, &mut scores, &mut out);
-            results.push(out);
+            Kernels::scalar().attend(&q, rows, rows, s, 0.2, sink, &mut scores, &mut out);
+            let mut scores: Vec<f64> = (0..s)
+                .map(|j| (0..k_dim).map(|i| f64::from(q[i]) * f64::from(cache[j * stride + i])).sum::<f64>() * 0.2)
+                .map(f64::exp)
+                .collect();
+            let sum: f64 = scores.iter().sum::<f64>() + sink.map_or(0.0, |s| f64::from(s).exp());
+            scores.iter_mut().for_each(|p| *p /= sum);
+            for i in 0..v_dim {
+                let want: f64 = (0..s).map(|j| scores[j] * f64::from(cache[j * stride + i])).sum();
+                assert!((f64::from(out[i]) - want).abs() < 1e-5);
+            }
         }
-        let mut scores: Vec<f64> = (0..s)
-            .map(|j| (0..k_dim).map(|i| f64::from(q[i]) * f64::from(cache[j * stride + i])).sum::<f64>() * 0.2)
-            .map(f64::exp)
-            .collect();
-        let sum: f64 = scores.iter().sum();
-        scores.iter_mut().for_each(|p| *p /= sum);
-        for i in 0..v_dim {
-            let want: f64 = (0..s).map(|j| scores[j] * f64::from(cache[j * stride + i])).sum();
-            assert!((f64::from(results[0][i]) - want).abs() < 1e-5);
+    }
+}
+
+/// Attention over `rows` on every instruction set is scalar attention over the f32 numbers that they stand for.
+#[track_caller]
+fn check_attention(q: &[f32], rows: KvRows<'_>, shape: (usize, usize, usize, usize), chosen: &[u32]) {
+    let (s, _, v_dim, stride) = shape;
+    let mut numbers = vec![0.0; s * stride];
+    for j in 0..s {
+        rows.read(j, &mut numbers[j * stride..][..stride]);
+    }
+    let plain = KvRows::plain(&numbers, stride);
+    let attend = |k: Kernels, rows: KvRows<'_>, s: usize, sink| {
+        let (mut scores, mut out) = (vec![0.0; s + 1], vec![f32::NAN; v_dim]);
+        k.attend(q, rows, rows, s, 0.2, sink, &mut scores, &mut out);
+        out
+    };
+    for sink in [None, Some(-0.4)] {
+        let want = attend(Kernels::scalar(), plain, s, sink);
+        let gathered: Vec<f32> =
+            chosen.iter().flat_map(|&j| &numbers[j as usize * stride..][..stride]).copied().collect();
+        let want_chosen = attend(Kernels::scalar(), KvRows::plain(&gathered, stride), chosen.len(), sink);
+        for k in Kernels::available() {
+            let what = format!("{} {} {shape:?}", k.isa_name(), rows.ty());
+            assert_same(&attend(k, rows, s, sink), &want, &what);
+            assert_same(&attend(k, rows.only(chosen), chosen.len(), sink), &want_chosen, &what);
         }
-        for result in &results[1..] {
-            assert_same(result, &results[0], &s);
+    }
+}
+
+#[test]
+fn attention_over_every_type_equals_attention_over_its_numbers() {
+    let mut rng = Rng(8);
+    for shape in ATTENTION_SHAPES {
+        let (s, k_dim, _, stride) = shape;
+        let q = rng.vec(k_dim);
+        let chosen: Vec<u32> = (0..s as u32).filter(|_| rng.below(3) > 0).collect();
+        for ty in KvType::ALL {
+            let mut buffer = KvBuffer::new(ty, s + 2, stride);
+            for row in 0..s + 2 {
+                buffer.set(row, &rng.vec(stride));
+            }
+            check_attention(&q, buffer.rows(1..s + 1), shape, &chosen);
+        }
+    }
+}
+
+#[test]
+fn attention_over_arbitrary_bytes() {
+    let mut rng = Rng(9);
+    for shape in ATTENTION_SHAPES {
+        let (s, k_dim, _, stride) = shape;
+        let q = rng.vec(k_dim);
+        for ty in [KvType::F16, KvType::Bf16, KvType::Q8] {
+            let (values, scales) = packed_row(ty, stride);
+            let (values, scales) = (rng.bytes(s * values), rng.bytes(s * scales));
+            check_attention(&q, KvRows::packed(ty, stride, &values, &scales), shape, &[]);
         }
     }
 }

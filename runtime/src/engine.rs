@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
-use sluice_kernels::{IsaError, Kernels, Precision, ThreadPool};
+use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
 use crate::counts;
 use crate::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
@@ -45,6 +45,8 @@ pub struct EngineOptions {
     pub forget: bool,
     /// Tokens that a session can hold; `None`: 4096, or the model's own maximum if that is less.
     pub context: Option<usize>,
+    /// How keys and values are kept; anything but f32 changes results.
+    pub kv_type: KvType,
 }
 
 pub use crate::io::EngineKind as ReadEngineKind;
@@ -148,6 +150,11 @@ impl Session {
         self.cache.capacity()
     }
 
+    /// Bytes of keys, values and states.
+    pub fn bytes(&self) -> u64 {
+        self.cache.bytes()
+    }
+
     /// Forgets all tokens.
     pub fn clear(&mut self) {
         self.cache.clear();
@@ -162,7 +169,7 @@ impl Engine {
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Self, RuntimeError> {
         let file = ModelFile::open(path)?;
         let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
-        let memory = MemoryPlan::new(&file, options.budget, context)?;
+        let memory = MemoryPlan::new(&file, options.budget, context, options.kv_type)?;
         let threads = options.threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, Into::into));
         let compute = Compute {
             kernels: Kernels::detect()?,
@@ -280,7 +287,7 @@ impl Engine {
 
     /// An empty session for as many tokens as the memory plan has room for.
     pub fn new_session(&self) -> Session {
-        Session { cache: KvCache::new(self.model.spec(), self.memory.context) }
+        Session { cache: KvCache::new(self.model.spec(), self.memory.context, self.memory.kv_type) }
     }
 
     /// Appends `tokens` to the session and writes the logits of the last one, `[vocab]`.

@@ -6,6 +6,7 @@
 
 use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, ModelSpec};
+use sluice_kernels::KvType;
 
 use crate::memory::{BudgetError, MemoryPlan};
 
@@ -147,10 +148,10 @@ pub struct Speed {
 }
 
 impl Needs {
-    /// What a model of these extents needs for `context` tokens.
-    pub fn of(spec: &ModelSpec, extents: &[ExtentRecord], context: usize) -> Self {
-        let least = MemoryPlan::of_extents(spec, extents, Some(0), context, u64::MAX / 2);
-        let best = MemoryPlan::of_extents(spec, extents, None, context, u64::MAX / 2);
+    /// What a model of these extents needs for `context` tokens, with keys and values of type `kv_type`.
+    pub fn of(spec: &ModelSpec, extents: &[ExtentRecord], context: usize, kv_type: KvType) -> Self {
+        let least = MemoryPlan::of_extents(spec, extents, Some(0), context, kv_type, u64::MAX / 2);
+        let best = MemoryPlan::of_extents(spec, extents, None, context, kv_type, u64::MAX / 2);
         let bytes_of = |wanted: &dyn Fn(ExtentKind) -> bool| -> u64 {
             extents.iter().filter(|e| wanted(e.kind)).map(|e| e.stored_len).sum()
         };
@@ -172,7 +173,8 @@ impl Needs {
 }
 
 impl Speed {
-    /// How fast `machine` can decode a model of these extents with `context` tokens in memory.
+    /// How fast `machine` can decode a model of these extents with `context` tokens in memory, their keys and values of
+    /// type `kv_type`.
     ///
     /// # Errors
     /// [`BudgetError`] when the machine's memory does not suffice.
@@ -181,9 +183,10 @@ impl Speed {
         extents: &[ExtentRecord],
         machine: Machine,
         context: usize,
+        kv_type: KvType,
     ) -> Result<Self, BudgetError> {
-        let needs = Needs::of(spec, extents, context);
-        let memory = MemoryPlan::of_extents(spec, extents, None, context, machine.ram)?;
+        let needs = Needs::of(spec, extents, context, kv_type);
+        let memory = MemoryPlan::of_extents(spec, extents, None, context, kv_type, machine.ram)?;
         let cached = if needs.experts == 0 { 1.0 } else { memory.slots as f64 / needs.experts as f64 };
         let moe = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).max_by_key(|m| m.experts);
         let curve = moe.filter(|_| cached < 1.0).map(|m| Curve::nearest(m.top_k, m.experts));

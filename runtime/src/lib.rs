@@ -17,3 +17,4 @@ pub mod text;
 pub mod trace;
 
 pub use engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, Session, Stats};
+pub use sluice_kernels::KvType;

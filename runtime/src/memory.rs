@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec};
+use sluice_kernels::KvType;
 
 use crate::model::{KvCache, Model, dense_extents};
 use crate::pool::RING_SLOTS;
@@ -43,6 +44,9 @@ pub struct MemoryPlan {
     pub pinned: Vec<bool>,
     /// Keys and values of one session.
     pub kv_cache: u64,
+    /// How those are stored.
+    #[serde(serialize_with = "name_of_kv_type")]
+    pub kv_type: KvType,
     /// Tokens of that session.
     pub context: usize,
     /// Scratch and cached embedding rows, as far as they are charged.
@@ -83,12 +87,17 @@ pub struct BudgetError {
 }
 
 impl MemoryPlan {
-    /// Plans the memory of one session of `context` tokens.
+    /// Plans the memory of one session of `context` tokens, with keys and values of type `kv_type`.
     ///
     /// # Errors
     /// [`BudgetError`] when the least plan does not fit.
-    pub fn new(file: &ModelFile, requested: Option<u64>, context: usize) -> Result<Self, BudgetError> {
-        Self::of_extents(file.spec(), file.extents(), requested, context, available_memory())
+    pub fn new(
+        file: &ModelFile,
+        requested: Option<u64>,
+        context: usize,
+        kv_type: KvType,
+    ) -> Result<Self, BudgetError> {
+        Self::of_extents(file.spec(), file.extents(), requested, context, kv_type, available_memory())
     }
 
     /// Plans for a file of these extents on a machine with `available` bytes: the file need not exist.
@@ -100,9 +109,10 @@ impl MemoryPlan {
         extents: &[ExtentRecord],
         requested: Option<u64>,
         context: usize,
+        kv_type: KvType,
         available: u64,
     ) -> Result<Self, BudgetError> {
-        let need = Need::of(spec, extents, context);
+        let need = Need::of(spec, extents, context, kv_type);
         let headroom = (available / HEADROOM.0).max(HEADROOM.1);
         let everything = need.dense_total() + need.kv_cache + need.scratch(need.largest_chunk()) + need.all_slots();
         let effective = requested.map_or(everything.min(available.saturating_sub(headroom)), |r| r.min(available));
@@ -146,6 +156,7 @@ impl MemoryPlan {
             dense_ring: dense.ring,
             pinned: dense.pinned,
             kv_cache: need.kv_cache,
+            kv_type,
             context,
             scratch,
             chunk,
@@ -159,6 +170,10 @@ impl MemoryPlan {
     pub fn used(&self) -> u64 {
         self.dense + self.dense_ring + self.kv_cache + self.scratch + self.slots as u64 * self.slot_len
     }
+}
+
+fn name_of_kv_type<S: serde::Serializer>(ty: &KvType, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(ty.name())
 }
 
 /// What a model asks of memory.
@@ -191,7 +206,7 @@ impl Pinning {
 }
 
 impl Need<'_> {
-    fn of<'a>(spec: &'a ModelSpec, extents: &[ExtentRecord], context: usize) -> Need<'a> {
+    fn of<'a>(spec: &'a ModelSpec, extents: &[ExtentRecord], context: usize, kv_type: KvType) -> Need<'a> {
         let experts = extents.iter().filter(|e| e.kind == ExtentKind::Expert);
         let (count, slot_len) = experts.fold((0, 0), |(n, len), e| (n + 1, e.stored_len.max(len)));
         let top_k = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).max();
@@ -199,7 +214,7 @@ impl Need<'_> {
             spec,
             context,
             dense: dense_extents(extents).iter().map(|e| (e.kind, e.stored_len)).collect(),
-            kv_cache: KvCache::memory(spec, context),
+            kv_cache: KvCache::memory(spec, context, kv_type),
             embedding: Model::embedding_memory(extents),
             experts: count,
             slot_len,

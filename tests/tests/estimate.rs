@@ -2,6 +2,7 @@
 
 use sluice_converter::synth::{Geometry, Layout, WeightTypes};
 use sluice_format::WeightType;
+use sluice_runtime::KvType;
 use sluice_runtime::estimate::{Bound, CURVES, Machine, Needs, Speed};
 use sluice_runtime::pool::policy::PolicyKind;
 use sluice_runtime::trace::{Replay, Trace};
@@ -29,7 +30,7 @@ fn figures_of_deepseek_r1() {
     let geometry = Geometry::load("deepseek-r1", None).unwrap();
     let layout = Layout::new(geometry.spec(), FOUR_BITS, 4096).unwrap();
     let (spec, extents) = (geometry.spec(), layout.extents());
-    let needs = Needs::of(spec, extents, 4096);
+    let needs = Needs::of(spec, extents, 4096, KvType::F32);
     assert_eq!(needs.expert_bytes, 24_772_608);
     assert_eq!((needs.experts, needs.experts_per_token), (58 * 256, 58 * 8));
     assert_eq!(needs.token_cycle_bytes, 24_772_608 * 464);
@@ -39,10 +40,16 @@ fn figures_of_deepseek_r1() {
     assert!((17.0e9..18.5e9).contains(&(needs.dense_bytes as f64)), "{}", needs.dense_bytes);
     // Latents of 576 f32 in 61 layers.
     assert_eq!(needs.kv_cache_bytes, 4096 * 576 * 4 * 61);
+    // A row of 576 has 18 scales of two bytes.
+    for (kv_type, row) in [(KvType::F16, 2 * 576), (KvType::Bf16, 2 * 576), (KvType::Q8, 576 + 2 * 18)] {
+        let narrow = Needs::of(spec, extents, 4096, kv_type);
+        assert_eq!(narrow.kv_cache_bytes, 4096 * row * 61);
+        assert_eq!(needs.least_memory - narrow.least_memory, needs.kv_cache_bytes - narrow.kv_cache_bytes);
+    }
 
     let gib = |n: u64| n << 30;
     let machine = Machine { ram: gib(64), ssd: 3_000_000_000, memory_bandwidth: 50_000_000_000 };
-    let speed = Speed::of(spec, extents, machine, 4096).unwrap();
+    let speed = Speed::of(spec, extents, machine, 4096, KvType::F32).unwrap();
     assert_eq!(speed.bound, Bound::Drive);
     assert_eq!(speed.streamed_bytes, 0);
     assert!((speed.cached - speed.memory.slots as f64 / 14_848.0).abs() < 1e-12);
@@ -55,9 +62,9 @@ fn figures_of_deepseek_r1() {
     assert!((speed.memory_seconds - touched as f64 / 50e9).abs() < 1e-9);
 
     // With room for everything nothing is read from the drive any more.
-    let all = Speed::of(spec, extents, Machine { ram: gib(1024), ..machine }, 4096).unwrap();
+    let all = Speed::of(spec, extents, Machine { ram: gib(1024), ..machine }, 4096, KvType::F32).unwrap();
     assert_eq!((all.hit_rate, all.missed_bytes, all.bound), (1.0, 0, Bound::Memory));
     assert_eq!(all.memory.effective, needs.best_memory);
-    let none = Speed::of(spec, extents, Machine { ram: gib(1), ..machine }, 4096).unwrap_err();
+    let none = Speed::of(spec, extents, Machine { ram: gib(1), ..machine }, 4096, KvType::F32).unwrap_err();
     assert_eq!(none.least, needs.least_memory);
 }

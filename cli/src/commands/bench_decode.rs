@@ -115,6 +115,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if args.n == 0 || args.pairs == 0 {
         return Err(CliError::Usage("-n and --pairs must be at least 1".into()));
     }
+    args.engine.say_what_is_lossy();
     if let Some(what) = args.compare {
         return compare(args, what);
     }

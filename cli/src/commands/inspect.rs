@@ -2,14 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::value_parser;
 use serde::Serialize;
 use serde_json::Value;
 use sluice_format::{ExtentKind, ModelFile, PROVENANCE_BLOB, TOKENIZER_BLOB};
+use sluice_runtime::KvType;
 use sluice_runtime::memory::{Bytes, MemoryPlan};
+use sluice_runtime::model::KvCache;
 
+use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
 use crate::terminal::{print, print_json};
 
@@ -36,6 +39,10 @@ pub(crate) struct Args {
     /// Context, in tokens, that the memory figures are for
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = value_parser!(u32).range(1..))]
     context: u32,
+
+    /// How keys and values are kept, for the memory figures
+    #[arg(long, value_name = "TYPE", default_value_t, value_parser = kv_type_parser())]
+    kv_type: KvType,
 
     /// Print JSON
     #[arg(long)]
@@ -70,6 +77,9 @@ struct Report {
     /// Least budget for `context` tokens.
     least_budget: u64,
     context: usize,
+    /// Keys, values and states of `context` tokens, and how keys and values are kept.
+    kv_cache_bytes: u64,
+    kv_type: &'static str,
     has_tokenizer: bool,
     provenance: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -98,18 +108,18 @@ struct Extent {
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let file = ModelFile::open(&args.file)?;
-    let report = examine(&args.file, &file, args.context as usize, args.extents);
+    let report = examine(args, &file);
     if args.json { print_json(&report) } else { print(&describe(&report)) }
 }
 
-fn examine(path: &Path, file: &ModelFile, context: usize, list_extents: bool) -> Report {
+fn examine(args: &Args, file: &ModelFile) -> Report {
     let spec = file.spec();
     let superblock = file.superblock();
     let moe: Vec<_> = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).collect();
-    let context = context.clamp(1, spec.max_positions.max(1));
+    let context = (args.context as usize).clamp(1, spec.max_positions.max(1));
     let provenance = file.metadata().get(PROVENANCE_BLOB).and_then(|b| serde_json::from_slice(b).ok());
     Report {
-        file: path.display().to_string(),
+        file: args.file.display().to_string(),
         family: spec.family.clone(),
         model_id: superblock.model_id.to_string(),
         format_version: sluice_format::FORMAT_VERSION,
@@ -133,17 +143,19 @@ fn examine(path: &Path, file: &ModelFile, context: usize, list_extents: bool) ->
         experts_per_token: spec.routed_per_token(),
         token_cycle_bytes: file.token_cycle_bytes(),
         kinds: kinds(file),
-        least_budget: least_budget(file, context),
+        least_budget: least_budget(file, context, args.kv_type),
         context,
+        kv_cache_bytes: KvCache::memory(spec, context, args.kv_type),
+        kv_type: args.kv_type.name(),
         has_tokenizer: file.metadata().get(TOKENIZER_BLOB).is_some(),
         provenance,
-        extents: list_extents.then(|| extents(file)),
+        extents: args.extents.then(|| extents(file)),
     }
 }
 
 /// The smallest budget that opens the model: a budget of nothing is refused with it.
-fn least_budget(file: &ModelFile, context: usize) -> u64 {
-    MemoryPlan::new(file, Some(0), context).map_or_else(|refused| refused.least, |plan| plan.effective)
+fn least_budget(file: &ModelFile, context: usize, kv_type: KvType) -> u64 {
+    MemoryPlan::new(file, Some(0), context, kv_type).map_or_else(|refused| refused.least, |plan| plan.effective)
 }
 
 fn kinds(file: &ModelFile) -> Vec<Kind> {
@@ -210,6 +222,7 @@ fn describe(r: &Report) -> String {
     );
     let tokens = r.context;
     line("least budget", format!("{} for a context of {tokens} tokens", Bytes(r.least_budget)));
+    line("of which", format!("{} for their keys and values in {}", Bytes(r.kv_cache_bytes), r.kv_type));
     line("tokenizer", if r.has_tokenizer { "yes".into() } else { "none: token ids only".into() });
     let _ = writeln!(out, "\n{:<12} {:>8} {:>12}  types", "part", "extents", "size");
     for kind in &r.kinds {

@@ -8,10 +8,12 @@ use clap::value_parser;
 use serde::Serialize;
 use sluice_converter::synth::{Geometry, Layout, WeightTypes};
 use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec, PAGE_SIZES, WeightType};
+use sluice_runtime::KvType;
 use sluice_runtime::estimate::{Bound, HIT_RATE_SPREAD, Machine, Needs, Speed};
 use sluice_runtime::memory::{Bytes, available_memory};
 
 use super::synth::type_parser;
+use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
 use crate::size::parse_size;
 use crate::terminal::{print, print_json, seconds};
@@ -64,6 +66,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = value_parser!(u32).range(1..))]
     context: u32,
 
+    /// How keys and values are kept
+    #[arg(long, value_name = "TYPE", default_value_t, value_parser = kv_type_parser())]
+    kv_type: KvType,
+
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -80,6 +86,7 @@ struct Report {
     expert_types: Vec<&'static str>,
     dense_types: Vec<&'static str>,
     context: usize,
+    kv_type: &'static str,
     disk_bytes: u64,
     #[serde(flatten)]
     needs: Needs,
@@ -153,8 +160,8 @@ fn report(
     let context = (args.context as usize).clamp(1, spec.max_positions.max(1));
     let ram = args.ram.unwrap_or_else(available_memory);
     let machine = Machine { ram, ssd: args.ssd, memory_bandwidth: args.mem_bandwidth };
-    let needs = Needs::of(spec, extents, context);
-    let speed = Speed::of(spec, extents, machine, context);
+    let needs = Needs::of(spec, extents, context, args.kv_type);
+    let speed = Speed::of(spec, extents, machine, context, args.kv_type);
     let warnings = warnings(&needs, &speed);
     Report {
         target: args.target.clone(),
@@ -164,6 +171,7 @@ fn report(
         expert_types,
         dense_types,
         context,
+        kv_type: args.kv_type.name(),
         disk_bytes,
         needs,
         machine,
@@ -246,7 +254,7 @@ fn describe(r: &Report) -> String {
     part("dense parts", n.dense_bytes, "attention, routers, shared experts, output head".into());
     let each = gigabytes(n.expert_bytes);
     part("experts", n.token_cycle_bytes, format!("the token cycle: {} of {each} each", n.experts_per_token));
-    part("keys and values", n.kv_cache_bytes, format!("when all {} tokens of context are there", r.context));
+    part("keys and values", n.kv_cache_bytes, format!("in {}, when all {} tokens of context are there", r.kv_type, r.context));
     if let Some(speed) = &r.speed {
         out.push_str(&describe_speed(r, speed));
     }

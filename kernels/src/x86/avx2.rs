@@ -2,12 +2,14 @@
 //!
 //! Each function follows the operation of the same name in the `scalar` module; lanes are rows.
 
+mod attention;
 mod codebook;
 
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q3, Q4, Q8};
 use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows, rows};
 use super::{unit, words};
 use crate::activations::{Activations, QuantisedRow};
+use crate::kv::KvRows;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
@@ -41,14 +43,14 @@ impl Avx2 {
         unsafe { axpy(a, x, y) }
     }
 
-    pub(crate) fn dots(self, a: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+    pub(crate) fn dots(self, a: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
         // SAFETY: as above.
-        unsafe { dots(a, rows, stride, out) }
+        unsafe { attention::dots(a, rows, out) }
     }
 
-    pub(crate) fn weighted_sum(self, p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+    pub(crate) fn weighted_sum(self, p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
         // SAFETY: as above.
-        unsafe { weighted_sum(p, rows, stride, out) }
+        unsafe { attention::weighted_sum(p, rows, out) }
     }
 }
 
@@ -393,84 +395,6 @@ fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     }
     for (y, &x) in y_rest.iter_mut().zip(x_rest) {
         *y = a.mul_add(x, *y);
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn dots(a: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
-    let row = |j: usize| &rows[j * stride..][..a.len()];
-    let whole = a.len().is_multiple_of(DOT_LANES);
-    let (several, rest) = out.as_chunks_mut::<2>();
-    let first_of_rest = 2 * several.len();
-    for (i, out) in several.iter_mut().enumerate() {
-        let keys = each!(&a[..0]; 2, t => row(2 * i + t));
-        *out = if whole { several_dots(a, keys) } else { each!(0.0; 2, t => dot(a, keys[t])) };
-    }
-    for (j, out) in rest.iter_mut().enumerate() {
-        *out = dot(a, row(first_of_rest + j));
-    }
-}
-
-/// The products of [`dot`] for vectors of whole lanes: `a` is loaded once for all.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn several_dots<const T: usize>(a: &[f32], keys: [&[f32]; T]) -> [f32; T] {
-    let mut s = [[_mm256_setzero_ps(); 4]; T];
-    for (c, a) in a.as_chunks::<DOT_LANES>().0.iter().enumerate() {
-        let a = a.as_chunks::<8>().0;
-        for t in 0..T {
-            let key = keys[t][c * DOT_LANES..][..DOT_LANES].as_chunks::<8>().0;
-            for j in 0..4 {
-                s[t][j] = _mm256_fmadd_ps(load(&a[j]), load(&key[j]), s[t][j]);
-            }
-        }
-    }
-    each!(0.0; T, t => fold_sums(s[t]))
-}
-
-/// Folds the 32 lanes of [`dot`] in halves.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn fold_sums(s: [__m256; 4]) -> f32 {
-    let eight = _mm256_add_ps(_mm256_add_ps(s[0], s[2]), _mm256_add_ps(s[1], s[3]));
-    let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
-    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn weighted_sum(p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
-    let (len, mut at) = (out.len(), 0);
-    while len - at >= 64 {
-        weighted_columns::<8>(p, rows, stride, at, &mut out[at..]);
-        at += 64;
-    }
-    while len - at >= 8 {
-        weighted_columns::<1>(p, rows, stride, at, &mut out[at..]);
-        at += 8;
-    }
-    for (i, out) in out[at..].iter_mut().enumerate() {
-        *out = 0.0;
-        for (j, &p) in p.iter().enumerate() {
-            *out = p.mul_add(rows[j * stride + at + i], *out);
-        }
-    }
-}
-
-/// `N` vectors of columns from `at` on, whose sums stay in registers.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn weighted_columns<const N: usize>(p: &[f32], rows: &[f32], stride: usize, at: usize, out: &mut [f32]) {
-    let mut sums = [_mm256_setzero_ps(); N];
-    for (j, &p) in p.iter().enumerate() {
-        let row = rows[j * stride + at..][..8 * N].as_chunks::<8>().0;
-        let p = _mm256_set1_ps(p);
-        for i in 0..N {
-            sums[i] = _mm256_fmadd_ps(p, load(&row[i]), sums[i]);
-        }
-    }
-    for (out, sum) in out.as_chunks_mut::<8>().0.iter_mut().zip(sums) {
-        store(out, sum);
     }
 }
 

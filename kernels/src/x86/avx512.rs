@@ -3,6 +3,7 @@
 //! Lanes are rows, as with AVX2, so each sum is formed in the same order and a group without a partner is left to the
 //! AVX2 kernels, as are blocked types with f32 activations.
 
+mod attention;
 mod codebook;
 
 use super::avx2::Avx2;
@@ -10,6 +11,7 @@ use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q3, Q4, Q8};
 use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, parts, quantised_rows, rows};
 use super::{scale_bytes, unit, words};
 use crate::activations::{Activations, QuantisedRow};
+use crate::kv::KvRows;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
@@ -49,14 +51,14 @@ impl Avx512 {
         unsafe { axpy(a, x, y) }
     }
 
-    pub(crate) fn dots(self, a: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+    pub(crate) fn dots(self, a: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
         // SAFETY: as above.
-        unsafe { dots(a, rows, stride, out) }
+        unsafe { attention::dots(a, rows, out) }
     }
 
-    pub(crate) fn weighted_sum(self, p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+    pub(crate) fn weighted_sum(self, p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
         // SAFETY: as above.
-        unsafe { weighted_sum(p, rows, stride, out) }
+        unsafe { attention::weighted_sum(p, rows, out) }
     }
 }
 
@@ -361,85 +363,6 @@ fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     }
     for (y, &x) in y_rest.iter_mut().zip(x_rest) {
         *y = a.mul_add(x, *y);
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn dots(a: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
-    let row = |j: usize| &rows[j * stride..][..a.len()];
-    let whole = a.len().is_multiple_of(DOT_LANES);
-    let (several, rest) = out.as_chunks_mut::<4>();
-    let first_of_rest = 4 * several.len();
-    for (i, out) in several.iter_mut().enumerate() {
-        let keys = each!(&a[..0]; 4, t => row(4 * i + t));
-        *out = if whole { several_dots(a, keys) } else { each!(0.0; 4, t => dot(a, keys[t])) };
-    }
-    for (j, out) in rest.iter_mut().enumerate() {
-        *out = dot(a, row(first_of_rest + j));
-    }
-}
-
-/// The products of [`dot`] for vectors of whole lanes: `a` is loaded once for all.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn several_dots<const T: usize>(a: &[f32], keys: [&[f32]; T]) -> [f32; T] {
-    let mut s = [[_mm512_setzero_ps(); 2]; T];
-    for (c, a) in a.as_chunks::<DOT_LANES>().0.iter().enumerate() {
-        let a = a.as_chunks::<16>().0;
-        for t in 0..T {
-            let key = keys[t][c * DOT_LANES..][..DOT_LANES].as_chunks::<16>().0;
-            for j in 0..2 {
-                s[t][j] = _mm512_fmadd_ps(load(&a[j]), load(&key[j]), s[t][j]);
-            }
-        }
-    }
-    each!(0.0; T, t => fold_sums(s[t]))
-}
-
-/// Folds the 32 lanes of [`dot`] in halves.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn fold_sums(s: [__m512; 2]) -> f32 {
-    let sixteen = _mm512_add_ps(s[0], s[1]);
-    let eight = _mm256_add_ps(_mm512_castps512_ps256(sixteen), _mm512_extractf32x8_ps::<1>(sixteen));
-    let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
-    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
-}
-
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn weighted_sum(p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
-    let (len, mut at) = (out.len(), 0);
-    while len - at >= 128 {
-        weighted_columns::<8>(p, rows, stride, at, &mut out[at..]);
-        at += 128;
-    }
-    while len - at >= 16 {
-        weighted_columns::<1>(p, rows, stride, at, &mut out[at..]);
-        at += 16;
-    }
-    for (i, out) in out[at..].iter_mut().enumerate() {
-        *out = 0.0;
-        for (j, &p) in p.iter().enumerate() {
-            *out = p.mul_add(rows[j * stride + at + i], *out);
-        }
-    }
-}
-
-/// `N` vectors of columns from `at` on, whose sums stay in registers.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn weighted_columns<const N: usize>(p: &[f32], rows: &[f32], stride: usize, at: usize, out: &mut [f32]) {
-    let mut sums = [_mm512_setzero_ps(); N];
-    for (j, &p) in p.iter().enumerate() {
-        let row = rows[j * stride + at..][..16 * N].as_chunks::<16>().0;
-        let p = _mm512_set1_ps(p);
-        for i in 0..N {
-            sums[i] = _mm512_fmadd_ps(p, load(&row[i]), sums[i]);
-        }
-    }
-    for (out, sum) in out.as_chunks_mut::<16>().0.iter_mut().zip(sums) {
-        store(out, sum);
     }
 }
 

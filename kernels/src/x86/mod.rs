@@ -8,7 +8,19 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 
 use crate::activations::QuantisedRow;
+use crate::kv::KvType;
 use crate::vector::*;
+
+/// The type of cached numbers behind a constant.
+const fn kv_type(ty: u8) -> KvType {
+    match ty {
+        F32 => KvType::F32,
+        F16 => KvType::F16,
+        BF16 => KvType::Bf16,
+        Q8 => KvType::Q8,
+        _ => panic!("not a type of cached numbers"),
+    }
+}
 
 /// How many bytes ahead of the arithmetic a stream is asked for. Measured: one page is better than a quarter or two.
 const AHEAD: usize = 4096;

@@ -85,3 +85,23 @@ pub(crate) fn assert_same(got: &[f32], want: &[f32], what: &dyn std::fmt::Displa
 }
 
 pub(crate) const PRECISIONS: [Precision; 2] = [Precision::Exact, Precision::Int8];
+
+/// Bytes of values and of scales of one cached row.
+pub(crate) fn packed_row(ty: KvType, width: usize) -> (usize, usize) {
+    let values = if ty == KvType::Q8 { width } else { 2 * width };
+    (values, KvBuffer::row_bytes(ty, width) - values)
+}
+
+/// Values of cached rows, finite and no larger than a few.
+pub(crate) fn small_numbers(ty: KvType, bytes: usize, rng: &mut Rng) -> Vec<u8> {
+    let narrow = if ty == KvType::F16 { f32_to_f16 } else { f32_to_bf16 };
+    match ty {
+        KvType::Q8 => rng.bytes(bytes),
+        _ => (0..bytes / 2).flat_map(|_| narrow(3.0 * rng.f32()).to_le_bytes()).collect(),
+    }
+}
+
+/// Scales of cached rows.
+pub(crate) fn small_scales(bytes: usize, rng: &mut Rng) -> Vec<u8> {
+    (0..bytes / 2).flat_map(|_| f32_to_f16(0.02 * rng.f32()).to_le_bytes()).collect()
+}

@@ -1,6 +1,7 @@
 //! The token mixer of a layer, whichever it is.
 
 use sluice_format::AttentionSpec;
+use sluice_kernels::KvType;
 
 use super::ModelError;
 use super::compute::Compute;
@@ -51,23 +52,33 @@ impl AttentionScratch {
 }
 
 impl LayerCache {
-    /// An empty cache for `max_tokens` positions.
-    pub fn new(spec: &AttentionSpec, max_tokens: usize) -> Self {
+    /// An empty cache for `max_tokens` positions, with keys and values of type `ty`. A recurrent state is always f32: it
+    /// does not grow with the context, and its errors would add up.
+    pub fn new(spec: &AttentionSpec, max_tokens: usize, ty: KvType) -> Self {
         match spec {
-            AttentionSpec::Mla(m) => LayerCache::Latent(LatentCache::new(m, max_tokens)),
-            AttentionSpec::Gqa(g) => LayerCache::KeyValue(KeyValueCache::new(g, max_tokens)),
+            AttentionSpec::Mla(m) => LayerCache::Latent(LatentCache::new(m, max_tokens, ty)),
+            AttentionSpec::Gqa(g) => LayerCache::KeyValue(KeyValueCache::new(g, max_tokens, ty)),
             AttentionSpec::Delta(d) => LayerCache::State(DeltaState::new(d)),
         }
     }
 
+    /// Bytes that are allocated.
+    pub fn bytes(&self) -> usize {
+        match self {
+            LayerCache::Latent(cache) => cache.bytes(),
+            LayerCache::KeyValue(cache) => cache.bytes(),
+            LayerCache::State(state) => state.bytes(),
+        }
+    }
+
     /// Bytes of a cache for `max_tokens` positions.
-    pub fn memory(spec: &AttentionSpec, max_tokens: usize) -> u64 {
-        let width = match spec {
-            AttentionSpec::Mla(m) => mla::cache_width(m),
-            AttentionSpec::Gqa(g) => gqa::cache_width(g),
+    pub fn memory(spec: &AttentionSpec, max_tokens: usize, ty: KvType) -> u64 {
+        let per_token = match spec {
+            AttentionSpec::Mla(m) => mla::cache_bytes(m, ty),
+            AttentionSpec::Gqa(g) => gqa::cache_bytes(g, ty),
             AttentionSpec::Delta(d) => return delta::state_memory(d),
         };
-        (4 * width as u64).saturating_mul(max_tokens as u64)
+        (per_token as u64).saturating_mul(max_tokens as u64)
     }
 }
 

@@ -57,6 +57,11 @@ impl DeltaState {
         DeltaState { places: [place.clone(), place] }
     }
 
+    /// Bytes that are allocated.
+    pub fn bytes(&self) -> usize {
+        self.places.iter().map(|p| 4 * (p.inputs.len() + p.heads.len())).sum()
+    }
+
     /// The state at `position` and the place for the next one.
     fn step(&mut self, position: usize) -> (&StateAt, &mut StateAt) {
         let [first, second] = &mut self.places;

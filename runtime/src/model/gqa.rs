@@ -2,7 +2,7 @@
 //! biases, a sliding window, attention sinks, an output gate.
 
 use sluice_format::{GqaSpec, QkNormScope};
-use sluice_kernels::{Activations, rms_norm, sigmoid};
+use sluice_kernels::{Activations, KvBuffer, KvType, rms_norm, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, sized, with_head_scratch};
@@ -51,31 +51,37 @@ impl Projection {
 /// Keys and values of one layer and one session: `[kv_heads, max_tokens, width]` each, so that a head's are contiguous.
 #[derive(Clone, Debug)]
 pub struct KeyValueCache {
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    keys: KvBuffer,
+    values: KvBuffer,
     max_tokens: usize,
 }
 
 impl KeyValueCache {
     /// An empty cache for `max_tokens` positions.
-    pub fn new(spec: &GqaSpec, max_tokens: usize) -> Self {
+    pub fn new(spec: &GqaSpec, max_tokens: usize, ty: KvType) -> Self {
         KeyValueCache {
-            keys: vec![0.0; spec.kv_heads * max_tokens * spec.head_dim],
-            values: vec![0.0; spec.kv_heads * max_tokens * spec.v_head_dim],
+            keys: KvBuffer::new(ty, spec.kv_heads * max_tokens, spec.head_dim),
+            values: KvBuffer::new(ty, spec.kv_heads * max_tokens, spec.v_head_dim),
             max_tokens,
         }
     }
+
+    /// Bytes that are allocated.
+    pub fn bytes(&self) -> usize {
+        self.keys.bytes() + self.values.bytes()
+    }
 }
 
-/// f32 values that the cache holds per token.
-pub fn cache_width(spec: &GqaSpec) -> usize {
-    spec.kv_heads * (spec.head_dim + spec.v_head_dim)
+/// Bytes that the cache holds per token.
+pub fn cache_bytes(spec: &GqaSpec, ty: KvType) -> usize {
+    spec.kv_heads * (KvBuffer::row_bytes(ty, spec.head_dim) + KvBuffer::row_bytes(ty, spec.v_head_dim))
 }
 
 /// f32 values of scratch per token.
 pub fn scratch_width(spec: &GqaSpec) -> usize {
     let gate = if spec.output_gate { spec.heads * spec.v_head_dim } else { 0 };
-    spec.heads * (spec.head_dim + 2 * spec.v_head_dim) + cache_width(spec) + gate
+    let key_value = spec.kv_heads * (spec.head_dim + spec.v_head_dim);
+    spec.heads * (spec.head_dim + 2 * spec.v_head_dim) + key_value + gate
 }
 
 /// Buffers that grouped-query attention reuses from call to call.
@@ -209,7 +215,7 @@ impl Gqa {
         {
             for (i, row) in from[..n * s.kv_heads * width].chunks_exact(width).enumerate() {
                 let (token, head) = (i / s.kv_heads, i % s.kv_heads);
-                to[(head * capacity + start + token) * width..][..width].copy_from_slice(row);
+                to.set(head * capacity + start + token, row);
             }
         }
     }
@@ -233,30 +239,19 @@ impl Gqa {
         let by_head = sized(by_head, s.heads * n * s.v_head_dim);
         compute.threads.for_each_chunk(by_head, n * s.v_head_dim, &|h, out| {
             let kv_head = h / (s.heads / s.kv_heads);
-            let keys = &cache.keys[kv_head * cache.max_tokens * s.head_dim..][..cache.max_tokens * s.head_dim];
-            let values = &cache.values[kv_head * cache.max_tokens * s.v_head_dim..][..cache.max_tokens * s.v_head_dim];
+            let of_head = kv_head * cache.max_tokens;
             let sink = self.sinks.map(|_| sinks[h]);
             with_head_scratch(|scratch| {
                 for (t, out) in out.chunks_exact_mut(s.v_head_dim).enumerate() {
                     let end = start + t + 1;
                     let first = s.window.map_or(0, |w| end.saturating_sub(w));
-                    let (keys, values) = (&keys[first * s.head_dim..], &values[first * s.v_head_dim..]);
+                    let rows = of_head + first..of_head + end;
+                    let (keys, values) = (cache.keys.rows(rows.clone()), cache.values.rows(rows));
                     let seen = end - first;
                     // One more score than keys: a sink takes part in the softmax and has no value.
                     let scores = sized(&mut scratch.scores, seen + 1);
                     let q = &query[(t * s.heads + h) * s.head_dim..][..s.head_dim];
-                    compute.kernels.attend_with_sink(
-                        q,
-                        keys,
-                        s.head_dim,
-                        values,
-                        s.v_head_dim,
-                        seen,
-                        s.softmax_scale,
-                        sink,
-                        scores,
-                        out,
-                    );
+                    compute.kernels.attend(q, keys, values, seen, s.softmax_scale, sink, scores, out);
                 }
             });
         });

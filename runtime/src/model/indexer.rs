@@ -35,6 +35,11 @@ impl IndexCache {
     pub fn new(spec: &IndexerSpec, max_tokens: usize) -> Self {
         IndexCache { keys: vec![0.0; cache_width(spec) * max_tokens] }
     }
+
+    /// Bytes that are allocated.
+    pub fn bytes(&self) -> usize {
+        4 * self.keys.len()
+    }
 }
 
 /// f32 values that the cache holds per token.

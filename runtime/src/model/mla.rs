@@ -4,7 +4,7 @@
 //! halves of the up-projection of a head: `score = (k_b · q_nope) · c + q_pe · k_pe`, `out = v_b · Σ softmax(score) c`.
 
 use sluice_format::MlaSpec;
-use sluice_kernels::{Activations, rms_norm, softmax};
+use sluice_kernels::{Activations, KvBuffer, KvType, rms_norm};
 
 use super::ModelError;
 use super::compute::{Compute, sized, with_head_scratch};
@@ -35,22 +35,21 @@ enum Query {
 /// Keys and values of one layer and one session: `[max_tokens, kv_lora_rank + qk_rope_head_dim]`.
 #[derive(Clone, Debug)]
 pub struct LatentCache {
-    rows: Vec<f32>,
-    width: usize,
+    rows: KvBuffer,
     /// Keys of the indexer, in layers that have one.
     index: Option<IndexCache>,
 }
 
 impl LatentCache {
     /// An empty cache for `max_tokens` positions.
-    pub fn new(spec: &MlaSpec, max_tokens: usize) -> Self {
-        let width = latent_width(spec);
+    pub fn new(spec: &MlaSpec, max_tokens: usize, ty: KvType) -> Self {
         let index = spec.indexer.as_ref().map(|i| IndexCache::new(i, max_tokens));
-        LatentCache { rows: vec![0.0; max_tokens * width], width, index }
+        LatentCache { rows: KvBuffer::new(ty, max_tokens, latent_width(spec)), index }
     }
 
-    fn row_mut(&mut self, position: usize) -> &mut [f32] {
-        &mut self.rows[position * self.width..(position + 1) * self.width]
+    /// Bytes that are allocated.
+    pub fn bytes(&self) -> usize {
+        self.rows.bytes() + self.index.as_ref().map_or(0, IndexCache::bytes)
     }
 }
 
@@ -61,9 +60,9 @@ pub fn scratch_width(spec: &MlaSpec) -> usize {
     spec.heads * head + 2 * spec.q_lora_rank.unwrap_or(0) + 4 * latent_width(spec) + index
 }
 
-/// f32 values that the cache holds per token.
-pub fn cache_width(spec: &MlaSpec) -> usize {
-    latent_width(spec) + spec.indexer.as_ref().map_or(0, indexer::cache_width)
+/// Bytes that the cache holds per token. Index keys are f32 whatever `ty` is: they decide what is attended to.
+pub fn cache_bytes(spec: &MlaSpec, ty: KvType) -> usize {
+    KvBuffer::row_bytes(ty, latent_width(spec)) + 4 * spec.indexer.as_ref().map_or(0, indexer::cache_width)
 }
 
 /// Width of a latent with its rotated key.
@@ -180,17 +179,18 @@ impl Mla {
         n: usize,
         scratch: &mut MlaScratch,
     ) {
-        let MlaScratch { activations, norm, kv, angles, .. } = scratch;
+        let MlaScratch { activations, norm, latent, kv, angles, .. } = scratch;
         let width = latent_width(&self.spec);
         let rank = self.spec.kv_lora_rank;
         let kv = sized(kv, n * width);
         compute.multiply(&self.kv_a, extent, activations, kv);
         self.kv_a_norm.read(extent, norm);
+        let row = sized(latent, width);
         for (t, kv) in kv.chunks_exact(width).enumerate() {
-            let row = cache.row_mut(start + t);
             rms_norm(&kv[..rank], norm, self.spec.latent_norm_eps, &mut row[..rank]);
             row[rank..].copy_from_slice(&kv[rank..]);
             self.rope.rotate(&mut row[rank..], angles, t);
+            cache.rows.set(start + t, row);
         }
     }
 
@@ -254,23 +254,12 @@ impl Mla {
                     let seen = start + t + 1;
                     let scores = sized(&mut scratch.scores, seen);
                     let latent = &mut input[t * rank..][..rank];
-                    let rows = &cache.rows;
-                    match s.indexer.as_ref().and_then(|_| index.chosen(t)) {
-                        Some(chosen) => self.attend_to(compute, chosen, full, rows, scores, latent),
-                        None => {
-                            compute.kernels.attend(
-                                full,
-                                rows,
-                                width,
-                                rows,
-                                width,
-                                seen,
-                                s.softmax_scale,
-                                scores,
-                                latent,
-                            );
-                        }
-                    }
+                    let rows = cache.rows.rows(0..seen);
+                    let (rows, seen) = match s.indexer.as_ref().and_then(|_| index.chosen(t)) {
+                        Some(chosen) => (rows.only(chosen), chosen.len()),
+                        None => (rows, seen),
+                    };
+                    compute.kernels.attend(full, rows, rows, seen, s.softmax_scale, None, scores, latent);
                 }
                 activations.set(&input[..n * rank], n, rank);
                 compute.observe(&self.v_b, h as u32, activations);
@@ -278,29 +267,5 @@ impl Mla {
                 compute.kernels.matmul(&scratch.serial, v_b, activations, out);
             });
         });
-    }
-
-    /// Attention of one query over chosen positions, ascending, as [`Kernels::attend`](sluice_kernels::Kernels::attend)
-    /// does it over all.
-    fn attend_to(
-        &self,
-        compute: &Compute,
-        chosen: &[u32],
-        query: &[f32],
-        rows: &[f32],
-        scores: &mut [f32],
-        out: &mut [f32],
-    ) {
-        let width = query.len();
-        let row = |position: &u32| &rows[*position as usize * width..][..width];
-        let scores = &mut scores[..chosen.len()];
-        for (score, position) in scores.iter_mut().zip(chosen) {
-            *score = compute.kernels.dot(query, row(position)) * self.spec.softmax_scale;
-        }
-        softmax(scores);
-        out.fill(0.0);
-        for (p, position) in scores.iter().zip(chosen) {
-            compute.kernels.axpy(*p, &row(position)[..out.len()], out);
-        }
     }
 }

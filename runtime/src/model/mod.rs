@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
-use sluice_kernels::{Activations, rms_norm};
+use sluice_kernels::{Activations, KvType, rms_norm};
 
 use self::attention::{Attention, AttentionScratch, LayerCache};
 use self::compute::{Compute, sized};
@@ -81,15 +81,20 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// An empty cache for `capacity` tokens.
-    pub fn new(spec: &ModelSpec, capacity: usize) -> Self {
-        let layers = spec.layers.iter().map(|l| LayerCache::new(&l.attention, capacity));
+    /// An empty cache for `capacity` tokens, with keys and values of type `ty`.
+    pub fn new(spec: &ModelSpec, capacity: usize, ty: KvType) -> Self {
+        let layers = spec.layers.iter().map(|l| LayerCache::new(&l.attention, capacity, ty));
         KvCache { layers: layers.collect(), position: 0, capacity }
     }
 
     /// Bytes of a cache for `capacity` tokens.
-    pub fn memory(spec: &ModelSpec, capacity: usize) -> u64 {
-        spec.layers.iter().map(|l| LayerCache::memory(&l.attention, capacity)).fold(0, u64::saturating_add)
+    pub fn memory(spec: &ModelSpec, capacity: usize, ty: KvType) -> u64 {
+        spec.layers.iter().map(|l| LayerCache::memory(&l.attention, capacity, ty)).fold(0, u64::saturating_add)
+    }
+
+    /// Bytes that are allocated.
+    pub fn bytes(&self) -> u64 {
+        self.layers.iter().map(|l| l.bytes() as u64).sum()
     }
 
     /// Tokens seen so far.

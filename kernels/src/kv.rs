@@ -1,0 +1,328 @@
+//! Rows of a key-value cache: how their numbers are stored, and how attention reads them.
+//!
+//! `f32` keeps what is put in. The others round once, when a row is put in: `f16` and `bf16` to nearest, ties to even;
+//! `q8` as the weight type of that name, int8 with one f16 scale per row and 32 columns, `scale = absmax/127`. What comes
+//! out is exact: every stored number is an f32, the product of an int8 and a binary16 included. So attention over a cache
+//! is, bit for bit, attention over the f32 numbers that it stands for.
+
+use std::ops::Range;
+use std::str::FromStr;
+
+use crate::matrix::BLOCK;
+use crate::number::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+use crate::pack::{q8_scale, q8_values};
+
+/// How the numbers of a cache are stored.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum KvType {
+    /// IEEE binary32: as computed.
+    #[default]
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// int8 with one f16 scale per row and 32 columns.
+    Q8,
+}
+
+impl KvType {
+    /// Every type.
+    pub const ALL: [KvType; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Q8];
+
+    /// `f32`, `f16`, `bf16` or `q8`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Q8 => "q8",
+        }
+    }
+
+    /// Whether what comes out of a cache can differ from what was put in.
+    pub fn is_lossy(self) -> bool {
+        self != Self::F32
+    }
+
+    /// Bytes of a number without its scale.
+    const fn value_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Q8 => 1,
+        }
+    }
+
+    /// Bytes of the scales of `width` numbers.
+    const fn scale_bytes(self, width: usize) -> usize {
+        match self {
+            Self::Q8 => 2 * width.div_ceil(BLOCK),
+            _ => 0,
+        }
+    }
+}
+
+impl std::fmt::Display for KvType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// No type of a cache has this name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("keys and values cannot be kept in `{0}`: choose f32, f16, bf16 or q8")]
+pub struct UnknownKvType(pub String);
+
+impl FromStr for KvType {
+    type Err = UnknownKvType;
+
+    fn from_str(name: &str) -> Result<Self, UnknownKvType> {
+        Self::ALL.into_iter().find(|ty| ty.name() == name).ok_or_else(|| UnknownKvType(name.to_owned()))
+    }
+}
+
+/// Rows of a cache, `[rows, width]`, allocated once.
+#[derive(Clone, Debug)]
+pub struct KvBuffer {
+    ty: KvType,
+    width: usize,
+    plain: Vec<f32>,
+    values: Vec<u8>,
+    scales: Vec<u8>,
+}
+
+impl KvBuffer {
+    /// `rows` rows of zeros.
+    pub fn new(ty: KvType, rows: usize, width: usize) -> Self {
+        let plain = if ty == KvType::F32 { rows * width } else { 0 };
+        let values = if ty == KvType::F32 { 0 } else { rows * width * ty.value_bytes() };
+        KvBuffer {
+            ty,
+            width,
+            plain: vec![0.0; plain],
+            values: vec![0; values],
+            scales: vec![0; rows * ty.scale_bytes(width)],
+        }
+    }
+
+    /// Bytes of a row of `width` numbers.
+    pub const fn row_bytes(ty: KvType, width: usize) -> usize {
+        width * ty.value_bytes() + ty.scale_bytes(width)
+    }
+
+    /// Bytes that are allocated.
+    pub fn bytes(&self) -> usize {
+        4 * self.plain.len() + self.values.len() + self.scales.len()
+    }
+
+    /// Puts a row in; this is where numbers are rounded. Numbers that are not finite make their block of a `q8` row NaN.
+    ///
+    /// # Panics
+    /// If `x` is not as long as a row, or there is no row `row`.
+    pub fn set(&mut self, row: usize, x: &[f32]) {
+        assert_eq!(x.len(), self.width, "a row is put in as a whole");
+        let values = row * self.width * self.ty.value_bytes();
+        match self.ty {
+            KvType::F32 => self.plain[row * self.width..][..self.width].copy_from_slice(x),
+            KvType::F16 => put_u16(&mut self.values[values..][..2 * x.len()], x, f32_to_f16),
+            KvType::Bf16 => put_u16(&mut self.values[values..][..2 * x.len()], x, f32_to_bf16),
+            KvType::Q8 => {
+                let scales = self.ty.scale_bytes(self.width);
+                let scales = self.scales[row * scales..][..scales].as_chunks_mut::<2>().0;
+                let values = &mut self.values[values..][..x.len()];
+                for ((block, values), scale) in x.chunks(BLOCK).zip(values.chunks_mut(BLOCK)).zip(scales) {
+                    let bits = q8_scale(block);
+                    *scale = bits.to_le_bytes();
+                    values.copy_from_slice(&q8_values(block, f16_to_f32(bits))[..block.len()]);
+                }
+            }
+        }
+    }
+
+    /// Some adjacent rows.
+    ///
+    /// # Panics
+    /// If they are not all there.
+    pub fn rows(&self, rows: Range<usize>) -> KvRows<'_> {
+        let part = |per_row: usize| rows.start * per_row..rows.end * per_row;
+        let values = self.width * self.ty.value_bytes();
+        let (plain, values) = match self.ty {
+            KvType::F32 => (&self.plain[part(self.width)], &self.values[..]),
+            _ => (&self.plain[..], &self.values[part(values)]),
+        };
+        let scales = &self.scales[part(self.ty.scale_bytes(self.width))];
+        KvRows { ty: self.ty, stride: self.width, plain, values, scales, chosen: None }
+    }
+}
+
+fn put_u16(out: &mut [u8], x: &[f32], narrow: impl Fn(f32) -> u16) {
+    out.as_chunks_mut::<2>().0.iter_mut().zip(x).for_each(|(out, &x)| *out = narrow(x).to_le_bytes());
+}
+
+/// Cached rows as attention reads them: of one type, at equal distances, all or only chosen ones.
+#[derive(Clone, Copy, Debug)]
+pub struct KvRows<'a> {
+    ty: KvType,
+    stride: usize,
+    plain: &'a [f32],
+    values: &'a [u8],
+    scales: &'a [u8],
+    chosen: Option<&'a [u32]>,
+}
+
+impl<'a> KvRows<'a> {
+    /// Rows of f32 numbers; row `j` begins at `j·stride`.
+    pub fn plain(numbers: &'a [f32], stride: usize) -> Self {
+        KvRows { ty: KvType::F32, stride, plain: numbers, values: &[], scales: &[], chosen: None }
+    }
+
+    /// Rows of `width` numbers of a narrower type, as [`KvBuffer`] stores them: `values` are little-endian binary16 or
+    /// bfloat16 numbers or int8 codes, row behind row; `scales`, for `q8` alone, little-endian binary16 numbers, one per 32
+    /// columns or begun 32 columns, row behind row.
+    ///
+    /// # Panics
+    /// For `f32`, which is not stored in bytes.
+    pub fn packed(ty: KvType, width: usize, values: &'a [u8], scales: &'a [u8]) -> Self {
+        assert_ne!(ty, KvType::F32, "f32 rows are plain");
+        KvRows { ty, stride: width, plain: &[], values, scales, chosen: None }
+    }
+
+    /// Of these rows those with the numbers in `chosen`: row `j` is now what row `chosen[j]` was.
+    #[must_use]
+    pub fn only(self, chosen: &'a [u32]) -> Self {
+        debug_assert!(self.chosen.is_none(), "rows are chosen once");
+        KvRows { chosen: Some(chosen), ..self }
+    }
+
+    /// The type.
+    pub fn ty(&self) -> KvType {
+        self.ty
+    }
+
+    /// The first `len` numbers of row `j`.
+    ///
+    /// # Panics
+    /// If they are not there.
+    pub(crate) fn row(&self, j: usize, len: usize) -> Row<'a> {
+        self.row_of(self.ty, j, len)
+    }
+
+    /// The same where the type is known when compiling.
+    #[inline(always)]
+    pub(crate) fn row_of(&self, ty: KvType, j: usize, len: usize) -> Row<'a> {
+        let j = self.chosen.map_or(j, |chosen| chosen[j] as usize);
+        if ty == KvType::F32 {
+            return Row { plain: &self.plain[j * self.stride..][..len], ..Row::NONE };
+        }
+        let (value, scales) = (ty.value_bytes(), ty.scale_bytes(self.stride));
+        Row {
+            values: &self.values[j * self.stride * value..][..len * value],
+            scales: &self.scales[j * scales..][..ty.scale_bytes(len)],
+            ..Row::NONE
+        }
+    }
+
+    /// The first numbers of row `j`, as many as `out` has.
+    ///
+    /// # Panics
+    /// If they are not there.
+    pub fn read(&self, j: usize, out: &mut [f32]) {
+        let row = self.row(j, out.len());
+        out.iter_mut().enumerate().for_each(|(i, out)| *out = row.value(self.ty, i));
+    }
+}
+
+/// The beginning of one row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Row<'a> {
+    pub(crate) plain: &'a [f32],
+    pub(crate) values: &'a [u8],
+    pub(crate) scales: &'a [u8],
+}
+
+impl Row<'_> {
+    /// The beginning of no row.
+    pub(crate) const NONE: Self = Row { plain: &[], values: &[], scales: &[] };
+
+    /// Number `i`: exactly what is stored.
+    #[inline(always)]
+    pub(crate) fn value(&self, ty: KvType, i: usize) -> f32 {
+        match ty {
+            KvType::F32 => self.plain[i],
+            KvType::F16 => f16_to_f32(u16_at(self.values, i)),
+            KvType::Bf16 => bf16_to_f32(u16_at(self.values, i)),
+            KvType::Q8 => f32::from(self.values[i] as i8) * f16_to_f32(u16_at(self.scales, i / BLOCK)),
+        }
+    }
+}
+
+/// The `i`-th little-endian u16.
+#[inline(always)]
+pub(crate) fn u16_at(bytes: &[u8], i: usize) -> u16 {
+    u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip() {
+        for ty in KvType::ALL {
+            assert_eq!(ty.name().parse(), Ok(ty));
+            assert_eq!(ty.is_lossy(), ty != KvType::F32);
+        }
+        assert_eq!("q4".parse::<KvType>(), Err(UnknownKvType("q4".into())));
+    }
+
+    #[test]
+    fn rows_take_the_bytes_that_are_stated() {
+        let per_row = |ty| KvBuffer::row_bytes(ty, 70);
+        assert_eq!(KvType::ALL.map(per_row), [280, 140, 140, 70 + 3 * 2]);
+        for ty in KvType::ALL {
+            assert_eq!(KvBuffer::new(ty, 5, 70).bytes(), 5 * per_row(ty));
+        }
+    }
+
+    #[test]
+    fn rows_come_out_rounded_once() {
+        let x: Vec<f32> = (0..70).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
+        for ty in KvType::ALL {
+            let mut buffer = KvBuffer::new(ty, 3, 70);
+            buffer.set(1, &x);
+            let (mut out, mut twice) = (vec![0.0; 70], vec![0.0; 70]);
+            buffer.rows(1..3).read(0, &mut out);
+            let step = [0.0, 2f32.powi(-11), 2f32.powi(-8), 0.5 / 127.0][ty as usize];
+            for (block, (x, out)) in x.chunks(BLOCK).zip(out.chunks(BLOCK)).enumerate() {
+                let largest = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                for (x, out) in x.iter().zip(out) {
+                    let size = if ty == KvType::Q8 { largest * 1.001 } else { x.abs() };
+                    assert!((x - out).abs() <= step * size, "{ty}, block {block}: {x} became {out}");
+                }
+            }
+            buffer.set(2, &out);
+            buffer.rows(0..3).only(&[2]).read(0, &mut twice);
+            if ty != KvType::Q8 {
+                assert_eq!(out, twice);
+            }
+            buffer.rows(0..3).read(0, &mut twice);
+            assert_eq!(twice, [0.0; 70]);
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_visible() {
+        for ty in KvType::ALL {
+            for bad in [f32::NAN, f32::INFINITY] {
+                let mut buffer = KvBuffer::new(ty, 1, 40);
+                let mut x = [1.0; 40];
+                x[3] = bad;
+                buffer.set(0, &x);
+                let mut out = [0.0; 40];
+                buffer.rows(0..1).read(0, &mut out);
+                assert!(!out[3].is_finite() && (out[39] - 1.0).abs() < 1e-3, "{ty}: {out:?}");
+            }
+        }
+    }
+}
