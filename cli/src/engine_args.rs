@@ -83,7 +83,10 @@ impl EngineArgs {
     /// A remark on standard error if the results are not those of the file's weights alone.
     pub(crate) fn say_what_is_lossy(&self) {
         if self.kv_type.is_lossy() {
-            note(&format_args!("note: keys and values are rounded to {}: results differ from those with f32", self.kv_type));
+            note(&format_args!(
+                "note: keys and values are rounded to {}: results differ from those with f32",
+                self.kv_type
+            ));
         }
     }
 

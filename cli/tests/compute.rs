@@ -57,6 +57,32 @@ fn the_profile_adds_up() {
 }
 
 #[test]
+fn narrow_keys_and_values_are_asked_for_and_said() {
+    let run = |kv_type: &str| {
+        let args = ["run", demo_model(), "--prompt", "ROMEO:\n", "-n", "8", "--temperature", "0", "--context", "64"];
+        sluice(&[&args[..], &["--json", "--profile", "--kv-type", kv_type]].concat())
+    };
+    let cache_bytes = |kv_type: &str| {
+        let output = run(kv_type);
+        let memory = &json(&output)["profile"]["memory"];
+        assert_eq!(memory["kv_type"], kv_type);
+        let note = format!("keys and values are rounded to {kv_type}");
+        assert_eq!(stderr(&output).contains(&note), kv_type != "f32", "{}", stderr(&output));
+        assert!(stderr(&output).contains(&format!("({kv_type})")));
+        for command in ["inspect", "plan"] {
+            let report = json(&sluice(&[command, demo_model(), "--json", "--context", "64", "--kv-type", kv_type]));
+            assert_eq!((&report["kv_cache_bytes"], &report["kv_type"]), (&memory["kv_cache"], &kv_type.into()));
+        }
+        memory["kv_cache"].as_u64().unwrap()
+    };
+    let plain = cache_bytes("f32");
+    assert_eq!((cache_bytes("f16"), cache_bytes("bf16")), (plain / 2, plain / 2));
+    let q8 = cache_bytes("q8");
+    assert!(plain / 4 < q8 && q8 <= plain * 9 / 32, "{q8} of {plain}");
+    assert_fails(&run("q4"), 2, &["--kv-type", "q8"]);
+}
+
+#[test]
 fn sampling_follows_the_seed() {
     let text =
         |more: &[&str]| stdout(&sluice(&[&["run", demo_model(), "--prompt", "JULIET:", "-n", "24"], more].concat()));

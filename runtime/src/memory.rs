@@ -91,12 +91,7 @@ impl MemoryPlan {
     ///
     /// # Errors
     /// [`BudgetError`] when the least plan does not fit.
-    pub fn new(
-        file: &ModelFile,
-        requested: Option<u64>,
-        context: usize,
-        kv_type: KvType,
-    ) -> Result<Self, BudgetError> {
+    pub fn new(file: &ModelFile, requested: Option<u64>, context: usize, kv_type: KvType) -> Result<Self, BudgetError> {
         Self::of_extents(file.spec(), file.extents(), requested, context, kv_type, available_memory())
     }
 

@@ -4,8 +4,8 @@ use proptest::prelude::*;
 use sluice_format::WeightType;
 use sluice_runtime::io::IoConfig;
 use sluice_runtime::pool::PolicyKind;
-use sluice_runtime::{EngineOptions, Prefetch, ReadEngineKind, RuntimeError};
-use sluice_tests::{Converted, Golden, greedy};
+use sluice_runtime::{EngineOptions, KvType, Prefetch, ReadEngineKind, RuntimeError};
+use sluice_tests::{Converted, Golden, greedy, relative_error};
 
 /// The smallest budget that works, from the error that a budget of one byte gives.
 fn least_budget(model: &Converted) -> u64 {
@@ -124,4 +124,51 @@ fn engine_policy_prefetch_and_budget_never_change_a_bit() {
         Ok(())
     });
     outcome.unwrap();
+}
+
+/// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
+/// and keys beside recurrent states.
+const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next"];
+
+/// How far the logits of half of the tokens may be from those with f32. The others may be further: the models are tiny and
+/// random, so that a rounding now and then turns a choice of the router or the indexer.
+const KV_ERROR: [(KvType, f64); 4] =
+    [(KvType::F32, 0.0), (KvType::F16, 0.005), (KvType::Bf16, 0.02), (KvType::Q8, 0.1)];
+
+#[test]
+fn keys_and_values_of_every_type_keep_their_bits() {
+    for family in ATTENTIONS {
+        let model = Converted::new(&format!("golden/{family}"), None);
+        let ids = Golden::load(family).ids("input_ids");
+        let prompt: Vec<u32> = ids.iter().chain(ids.iter().rev()).copied().take(30).collect();
+        let least = least_budget(&model);
+        let mut with_f32 = Vec::new();
+        for (kv_type, bound) in KV_ERROR {
+            let mut reference: Option<Vec<f32>> = None;
+            for (step, threads, budget) in [(1, 1, None), (prompt.len(), 2, None), (7, 3, None), (11, 2, Some(least))] {
+                let threads = Some(threads);
+                let mut engine = model.open(&EngineOptions { kv_type, threads, budget, ..EngineOptions::default() });
+                let mut session = engine.new_session();
+                assert_eq!(session.bytes(), engine.memory().kv_cache, "{family} {kv_type}");
+                let mut logits = Vec::new();
+                for tokens in prompt.chunks(step) {
+                    engine.forward_all(&mut session, tokens, &mut |_, row| logits.extend_from_slice(row)).unwrap();
+                }
+                let reference = reference.get_or_insert_with(|| logits.clone());
+                assert!(*reference == logits, "{family} {kv_type}: {step} tokens at a time give other bits");
+            }
+            let logits = reference.expect("computed");
+            if kv_type == KvType::F32 {
+                with_f32 = logits;
+                continue;
+            }
+            let vocab = logits.len() / prompt.len();
+            let rows = logits.chunks_exact(vocab).zip(with_f32.chunks_exact(vocab));
+            let mut errors: Vec<f64> = rows.map(|(row, with_f32)| relative_error(row, with_f32)).collect();
+            errors.sort_by(f64::total_cmp);
+            let (median, largest) = (errors[errors.len() / 2], errors[errors.len() - 1]);
+            println!("{family} {kv_type}: median {median:.1e}, largest {largest:.1e}");
+            assert!(largest > 0.0 && median < bound, "{family} {kv_type}: logits differ by {median:e}");
+        }
+    }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use sluice_converter::{Options, TypeChoice, convert};
 use sluice_format::WeightType;
 use sluice_runtime::calibrate::Calibration;
-use sluice_runtime::{Engine, EngineOptions};
+use sluice_runtime::{Engine, EngineOptions, KvType};
 use sluice_tests::{Converted, fixture};
 use tempfile::TempDir;
 
@@ -30,7 +30,11 @@ fn halves(text: &str) -> (&str, &str) {
 }
 
 fn scores(model: &Path, text: &str, exact: bool) -> Scores {
-    let mut engine = Engine::open(model, &EngineOptions { exact, ..EngineOptions::default() }).unwrap();
+    scores_with(model, text, &EngineOptions { exact, ..EngineOptions::default() })
+}
+
+fn scores_with(model: &Path, text: &str, options: &EngineOptions) -> Scores {
+    let mut engine = Engine::open(model, options).unwrap();
     let ids = engine.tokenizer().unwrap().unwrap().encode(text, true).unwrap();
     let mut session = engine.new_session();
     let mut rows = Vec::new();
@@ -88,6 +92,23 @@ fn perplexity_stays_near_that_of_f32() {
             println!("{ty}, exact {exact}: {perplexity:.4} beside {reference:.4}, divergence {divergence:.5}");
             assert!(perplexity <= reference * (1.0 + bound), "{ty}: {perplexity} beside {reference}");
         }
+    }
+}
+
+#[test]
+fn narrow_keys_and_values_cost_little() {
+    let text = eval_text();
+    let model = Converted::new(MODEL, Some(WeightType::F32));
+    let with = |kv_type| scores_with(&model.path, &text, &EngineOptions { exact: true, kv_type, ..Default::default() });
+    let truth = with(KvType::F32);
+    let reference = truth.perplexity();
+    for (kv_type, bound, most) in [(KvType::F16, 0.0005, 2e-4), (KvType::Bf16, 0.002, 5e-3), (KvType::Q8, 0.002, 8e-3)]
+    {
+        let scores = with(kv_type);
+        let (perplexity, divergence) = (scores.perplexity(), scores.divergence(&truth));
+        println!("{kv_type}: {perplexity:.4} beside {reference:.4}, divergence {divergence:.2e}");
+        assert!((perplexity / reference - 1.0).abs() < bound, "{kv_type}: {perplexity} beside {reference}");
+        assert!(divergence > 0.0 && divergence < most, "{kv_type}: {divergence}");
     }
 }
 

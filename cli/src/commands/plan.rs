@@ -254,7 +254,11 @@ fn describe(r: &Report) -> String {
     part("dense parts", n.dense_bytes, "attention, routers, shared experts, output head".into());
     let each = gigabytes(n.expert_bytes);
     part("experts", n.token_cycle_bytes, format!("the token cycle: {} of {each} each", n.experts_per_token));
-    part("keys and values", n.kv_cache_bytes, format!("in {}, when all {} tokens of context are there", r.kv_type, r.context));
+    part(
+        "keys and values",
+        n.kv_cache_bytes,
+        format!("in {}, when all {} tokens of context are there", r.kv_type, r.context),
+    );
     if let Some(speed) = &r.speed {
         out.push_str(&describe_speed(r, speed));
     }
