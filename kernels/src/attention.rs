@@ -4,7 +4,7 @@ use crate::elementwise::softmax;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Isa;
 use crate::isa::Kernels;
-use crate::kv::KvRows;
+use crate::kv::{KvRows, KvType};
 use crate::scalar;
 
 impl Kernels {
@@ -40,7 +40,7 @@ impl Kernels {
     }
 
     /// [`dot`](Self::dot) of `a` with the beginning of each row, one per element of `out`. An instruction set without
-    /// kernels of its own for this has the scalar ones.
+    /// kernels of its own for this has its `dot` for plain rows and the scalar ones for others.
     ///
     /// # Panics
     /// If the rows end before `out` does.
@@ -50,6 +50,11 @@ impl Kernels {
             Isa::Avx2(isa) => isa.dots(a, rows, out),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.dots(a, rows, out),
+            _ if rows.ty() == KvType::F32 => {
+                for (j, out) in out.iter_mut().enumerate() {
+                    *out = self.dot(a, rows.row(j, a.len()).plain);
+                }
+            }
             _ => scalar::dots(a, rows, out),
         }
     }
@@ -64,6 +69,12 @@ impl Kernels {
             Isa::Avx2(isa) => isa.weighted_sum(p, rows, out),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.weighted_sum(p, rows, out),
+            _ if rows.ty() == KvType::F32 => {
+                out.fill(0.0);
+                for (j, &p) in p.iter().enumerate() {
+                    self.axpy(p, rows.row(j, out.len()).plain, out);
+                }
+            }
             _ => scalar::weighted_sum(p, rows, out),
         }
     }

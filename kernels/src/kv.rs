@@ -205,20 +205,22 @@ impl<'a> KvRows<'a> {
     /// # Panics
     /// If they are not there.
     pub(crate) fn row(&self, j: usize, len: usize) -> Row<'a> {
-        self.row_of(self.ty, j, len)
+        self.part(self.ty, j, 0, len)
     }
 
-    /// The same where the type is known when compiling.
+    /// Numbers `at..at + len` of row `j`, where the type is known when compiling. They lie in one block, or `at` is where a
+    /// block begins.
     #[inline(always)]
-    pub(crate) fn row_of(&self, ty: KvType, j: usize, len: usize) -> Row<'a> {
+    pub(crate) fn part(&self, ty: KvType, j: usize, at: usize, len: usize) -> Row<'a> {
         let j = self.chosen.map_or(j, |chosen| chosen[j] as usize);
+        let first = j * self.stride + at;
         if ty == KvType::F32 {
-            return Row { plain: &self.plain[j * self.stride..][..len], ..Row::NONE };
+            return Row { plain: &self.plain[first..][..len], ..Row::NONE };
         }
         let (value, scales) = (ty.value_bytes(), ty.scale_bytes(self.stride));
         Row {
-            values: &self.values[j * self.stride * value..][..len * value],
-            scales: &self.scales[j * scales..][..ty.scale_bytes(len)],
+            values: &self.values[first * value..][..len * value],
+            scales: &self.scales[j * scales + ty.scale_bytes(at / BLOCK * BLOCK)..][..ty.scale_bytes(len)],
             ..Row::NONE
         }
     }
@@ -233,7 +235,7 @@ impl<'a> KvRows<'a> {
     }
 }
 
-/// The beginning of one row.
+/// Adjacent numbers of one row.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Row<'a> {
     pub(crate) plain: &'a [f32],

@@ -38,26 +38,32 @@ pub(super) fn weighted_sum(p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dots_of<const TY: u8>(a: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
+    let ty = const { kv_type(TY) };
+    if !a.len().is_multiple_of(DOT_LANES) {
+        for (j, out) in out.iter_mut().enumerate() {
+            *out = odd_dot::<TY>(a, rows.part(ty, j, 0, a.len()));
+        }
+        return;
+    }
     let (several, rest) = out.as_chunks_mut::<TOGETHER>();
     let first_of_rest = TOGETHER * several.len();
     for (i, out) in several.iter_mut().enumerate() {
-        *out = several_dots::<TY, TOGETHER>(
-            a,
-            each!(Row::NONE; TOGETHER, t => rows.row_of(const { kv_type(TY) }, TOGETHER * i + t, a.len())),
-        );
+        let keys = each!(Row::NONE; TOGETHER, t => rows.part(ty, TOGETHER * i + t, 0, a.len()));
+        let sums = several_dots::<TY, TOGETHER>(a, keys);
+        *out = each!(0.0; TOGETHER, t => fold_sums(sums[t]));
     }
     for (j, out) in rest.iter_mut().enumerate() {
-        [*out] = several_dots::<TY, 1>(a, [rows.row_of(const { kv_type(TY) }, first_of_rest + j, a.len())]);
+        let [sums] = several_dots::<TY, 1>(a, [rows.part(ty, first_of_rest + j, 0, a.len())]);
+        *out = fold_sums(sums);
     }
 }
 
-/// Products with several rows: `a` is loaded once for all.
+/// The lanes of the products with several rows, without what is behind the last whole lanes: `a` is loaded once for all.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn several_dots<const TY: u8, const T: usize>(a: &[f32], keys: [Row<'_>; T]) -> [f32; T] {
-    let (chunks, rest) = a.as_chunks::<DOT_LANES>();
+fn several_dots<const TY: u8, const T: usize>(a: &[f32], keys: [Row<'_>; T]) -> [[__m256; VECS]; T] {
     let mut s = [[_mm256_setzero_ps(); VECS]; T];
-    for (c, a) in chunks.iter().enumerate() {
+    for (c, a) in a.as_chunks::<DOT_LANES>().0.iter().enumerate() {
         let a = a.as_chunks::<WIDTH>().0;
         for t in 0..T {
             let key = vectors::<TY, VECS>(&keys[t], c * DOT_LANES);
@@ -66,19 +72,23 @@ fn several_dots<const TY: u8, const T: usize>(a: &[f32], keys: [Row<'_>; T]) -> 
             }
         }
     }
-    if rest.is_empty() {
-        return each!(0.0; T, t => fold_sums(s[t]));
+    s
+}
+
+/// The product with a row of any length.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn odd_dot<const TY: u8>(a: &[f32], key: Row<'_>) -> f32 {
+    let [sums] = several_dots::<TY, 1>(a, [key]);
+    let mut lanes = [0.0; DOT_LANES];
+    for (lanes, sum) in lanes.as_chunks_mut::<WIDTH>().0.iter_mut().zip(sums) {
+        store(lanes, sum);
     }
-    each!(0.0; T, t => {
-        let mut lanes = [0.0; DOT_LANES];
-        for (lanes, s) in lanes.as_chunks_mut::<WIDTH>().0.iter_mut().zip(s[t]) {
-            store(lanes, s);
-        }
-        for (i, (lane, a)) in lanes.iter_mut().zip(rest).enumerate() {
-            *lane = a.mul_add(keys[t].value(const { kv_type(TY) }, chunks.len() * DOT_LANES + i), *lane);
-        }
-        fold_lanes(lanes)
-    })
+    let rest = a.as_chunks::<DOT_LANES>().1;
+    let first = a.len() - rest.len();
+    for (i, (lane, a)) in lanes.iter_mut().zip(rest).enumerate() {
+        *lane = a.mul_add(key.value(const { kv_type(TY) }, first + i), *lane);
+    }
+    fold_lanes(lanes)
 }
 
 /// Folds the 32 lanes of a product in halves.
@@ -107,8 +117,7 @@ fn weighted_sum_of<const TY: u8>(p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) 
     for (i, out) in rest.iter_mut().enumerate() {
         *out = 0.0;
         for (j, &p) in p.iter().enumerate() {
-            *out =
-                p.mul_add(rows.row_of(const { kv_type(TY) }, j, at + i + 1).value(const { kv_type(TY) }, at + i), *out);
+            *out = p.mul_add(rows.part(const { kv_type(TY) }, j, at + i, 1).value(const { kv_type(TY) }, 0), *out);
         }
     }
 }
@@ -119,7 +128,7 @@ fn weighted_sum_of<const TY: u8>(p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) 
 fn weighted_columns<const TY: u8, const N: usize>(p: &[f32], rows: &KvRows<'_>, at: usize, out: &mut [f32]) {
     let mut sums = [_mm256_setzero_ps(); N];
     for (j, &p) in p.iter().enumerate() {
-        let values = vectors::<TY, N>(&rows.row_of(const { kv_type(TY) }, j, at + WIDTH * N), at);
+        let values = vectors::<TY, N>(&rows.part(const { kv_type(TY) }, j, at, WIDTH * N), 0);
         let p = _mm256_set1_ps(p);
         for i in 0..N {
             sums[i] = _mm256_fmadd_ps(p, values[i], sums[i]);
