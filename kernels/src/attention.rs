@@ -1,7 +1,7 @@
 //! Attention of one query over cached keys and values.
 
 use crate::elementwise::softmax;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::isa::Isa;
 use crate::isa::Kernels;
 use crate::kv::{KvRows, KvType};
@@ -55,6 +55,11 @@ impl Kernels {
                     *out = self.dot(a, rows.row(j, a.len()).plain);
                 }
             }
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(isa) => match rows.all_plain() {
+                Some((numbers, stride)) => isa.dots(a, numbers, stride, out),
+                None => scalar::dots(a, rows, out),
+            },
             _ => scalar::dots(a, rows, out),
         }
     }
@@ -75,6 +80,11 @@ impl Kernels {
                     self.axpy(p, rows.row(j, out.len()).plain, out);
                 }
             }
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(isa) => match rows.all_plain() {
+                Some((numbers, stride)) => isa.weighted_sum(p, numbers, stride, out),
+                None => scalar::weighted_sum(p, rows, out),
+            },
             _ => scalar::weighted_sum(p, rows, out),
         }
     }

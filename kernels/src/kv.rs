@@ -200,6 +200,12 @@ impl<'a> KvRows<'a> {
         self.ty
     }
 
+    /// All rows as f32 numbers and the distance between them, if that is how they are stored.
+    #[cfg(target_arch = "aarch64")]
+    pub(crate) fn all_plain(&self) -> Option<(&'a [f32], usize)> {
+        (self.ty == KvType::F32 && self.chosen.is_none()).then_some((self.plain, self.stride))
+    }
+
     /// The first `len` numbers of row `j`.
     ///
     /// # Panics

@@ -97,7 +97,7 @@ fn perplexity_stays_near_that_of_f32() {
 
 #[test]
 fn narrow_keys_and_values_cost_little() {
-    let text = eval_text();
+    let text = text("eval.txt");
     let model = Converted::new(MODEL, Some(WeightType::F32));
     let with = |kv_type| scores_with(&model.path, &text, &EngineOptions { exact: true, kv_type, ..Default::default() });
     let truth = with(KvType::F32);
