@@ -62,6 +62,11 @@ impl Avx512 {
     }
 }
 
+/// How far ahead blocked types are asked for, in each of two groups. Into the second-level cache: the few requests that the
+/// first can have outstanding would then be all there are, and one core read half as fast (Zen 4, 4-bit types: 13 against
+/// 25 GB/s of 31). Half or twice the distance makes no difference that shows.
+const BLOCKED_AHEAD: usize = 8192;
+
 /// Two adjacent row groups.
 type Pair<'a> = [Group<'a>; 2];
 
@@ -79,7 +84,7 @@ impl<'a> Ahead<'a> {
     #[inline(always)]
     fn new(w: &Pair<'a>) -> Self {
         let next = 2 * (w[1].values.as_ptr().addr() - w[0].values.as_ptr().addr());
-        let distance = AHEAD.min(w[0].values.len());
+        let distance = BLOCKED_AHEAD.min(w[0].values.len());
         Ahead { values: [w[0].values, w[1].values], scales: [w[0].scales, w[1].scales], next, distance }
     }
 
@@ -92,7 +97,7 @@ impl<'a> Ahead<'a> {
         let ahead = if ahead < end { ahead } else { ahead - end + self.next };
         for values in self.values {
             for line in (0..len).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().wrapping_add(ahead + line).cast());
+                _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().wrapping_add(ahead + line).cast());
             }
         }
     }
