@@ -25,7 +25,7 @@ const MODULES: [(&str, &[&str]); 10] = [
     ("trace", &["pool"]),
     ("text", &[]),
     ("sampler", &[]),
-    ("memory", &["model", "pool"]),
+    ("memory", &["model", "pool", "io"]),
     ("estimate", &["memory"]),
     ("calibrate", &["model"]),
     ("counts", &[]),
