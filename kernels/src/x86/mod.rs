@@ -1,6 +1,8 @@
 //! Kernels for x86-64, and the tokens that prove the CPU has their instructions.
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
+#[macro_use]
+mod attention;
 mod avx2;
 mod avx512;
 
