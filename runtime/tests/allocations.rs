@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use sluice_runtime::io::{Arena, DataFile, DirectMode, EngineKind, IoConfig, PAGE_BYTES, Scheduler, open_engine};
-use sluice_runtime::pool::{Choice, ExpertDirectory, ExtentLocation, PolicyKind, Pool, Routing};
+use sluice_runtime::pool::{Arrival, Choice, ExpertDirectory, ExtentLocation, PolicyKind, Pool, Routing};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Counts what the system allocator is asked for.
@@ -47,6 +47,15 @@ fn sweep(pool: &mut Pool, rounds: usize) {
         let routing = Routing { tokens: 1, prefill: false, choices: &choices[first..] };
         let mut pass = pool.begin_layer(0, &wanted[first..], &routing).expect("begun");
         let mut seen = 0;
+        // With parts and without.
+        while round % 2 == 0
+            && let Some(arrival) = pass.arrival(PAGE_BYTES).expect("no faults")
+        {
+            match arrival {
+                Arrival::Part(part) => part.more_at(None),
+                Arrival::Whole(_) => seen += 1,
+            }
+        }
         while let Some(guard) = pass.next().expect("no faults") {
             assert_eq!(guard.bytes()[0], guard.expert() as u8);
             seen += 1;

@@ -2,111 +2,19 @@
 
 use std::time::{Duration, Instant};
 
-use sluice_format::{ActivationSpec, FfnSpec, MoeSpec};
-use sluice_kernels::{Activation, Activations, ROW_GROUP, sigmoid};
+use sluice_format::{FfnSpec, MoeSpec};
+use sluice_kernels::{Activations, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, sized};
 use super::foresight::{Foresight, NextLayer};
+use super::gated::{GatedFfn, GatedScratch, Progress};
 use super::router::{Choice, RouterScratch, route};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
-use crate::pool::{LayerPass, Pool, Routing};
+use crate::pool::{Arrival, ExpertGuard, ExpertPart, LayerPass, Pool, Routing};
 
-/// A gated feed-forward network inside an extent: the dense part or one expert.
-#[derive(Clone, Copy, Debug)]
-pub struct GatedFfn {
-    gate_up: MatrixRef,
-    down: MatrixRef,
-    bias: Option<FfnBias>,
-    width: usize,
-    activation: Activation,
-}
-
-/// Biases of gate, up and down projection.
-#[derive(Clone, Copy, Debug)]
-struct FfnBias {
-    gate: VectorRef,
-    up: VectorRef,
-    down: VectorRef,
-}
-
-impl GatedFfn {
-    pub(super) fn new(
-        width: usize,
-        spec: ActivationSpec,
-        bias: bool,
-        tensors: &ExtentTensors<'_>,
-    ) -> Result<Self, ModelError> {
-        let activation = match spec {
-            ActivationSpec::Silu => Activation::Silu,
-            ActivationSpec::SwigluOai { alpha, limit } => Activation::SwigluOai { alpha, limit },
-        };
-        let vector = |name| tensors.vector(name);
-        let bias = match bias {
-            true => Some(FfnBias { gate: vector("gate_bias")?, up: vector("up_bias")?, down: vector("down_bias")? }),
-            false => None,
-        };
-        Ok(GatedFfn { gate_up: tensors.matrix("gate_up")?, down: tensors.matrix("down")?, bias, width, activation })
-    }
-
-    /// `out` `[n, hidden]` = down · act(gate · x, up · x). `index`: the expert, if it is one.
-    fn forward(
-        &self,
-        compute: &Compute,
-        extent: &[u8],
-        index: u32,
-        x: &Activations,
-        s: &mut GatedScratch,
-        out: &mut [f32],
-    ) {
-        compute.observe(&self.gate_up, index, x);
-        let (kernels, threads) = (&compute.kernels, &compute.threads);
-        let n = x.n();
-        match &self.bias {
-            None => {
-                let h = sized(&mut s.hidden, n * self.width);
-                kernels.gate_up(threads, self.gate_up.view(extent), self.width, self.activation, x, h);
-            }
-            Some(bias) => self.biased_gate_up(compute, extent, bias, x, s),
-        }
-        s.activations.set(&s.hidden[..n * self.width], n, self.width);
-        compute.observe(&self.down, index, &s.activations);
-        kernels.matmul(threads, self.down.view(extent), &s.activations, out);
-        if let Some(bias) = &self.bias {
-            bias.down.read(extent, &mut s.gate_bias);
-            for row in out.chunks_exact_mut(s.gate_bias.len()) {
-                row.iter_mut().zip(&s.gate_bias).for_each(|(o, b)| *o += b);
-            }
-        }
-    }
-
-    /// Leaves `act(gate · x + gate_bias, up · x + up_bias)` in `s.hidden`.
-    fn biased_gate_up(&self, compute: &Compute, extent: &[u8], bias: &FfnBias, x: &Activations, s: &mut GatedScratch) {
-        let rows = self.gate_up.rows();
-        let pair = sized(&mut s.pair, x.n() * rows);
-        compute.kernels.matmul(&compute.threads, self.gate_up.view(extent), x, pair);
-        bias.gate.read(extent, &mut s.gate_bias);
-        bias.up.read(extent, &mut s.up_bias);
-        let hidden = sized(&mut s.hidden, x.n() * self.width);
-        for (pair, hidden) in pair.chunks_exact(rows).zip(hidden.chunks_exact_mut(self.width)) {
-            for (i, h) in hidden.iter_mut().enumerate() {
-                // Row groups alternate: gate, up, gate, up.
-                let gate = pair[i / ROW_GROUP * 2 * ROW_GROUP + i % ROW_GROUP] + s.gate_bias[i];
-                let up = pair[(i / ROW_GROUP * 2 + 1) * ROW_GROUP + i % ROW_GROUP] + s.up_bias[i];
-                *h = self.activation.apply(gate, up);
-            }
-        }
-    }
-}
-
-#[derive(Debug)]
-struct GatedScratch {
-    hidden: Vec<f32>,
-    pair: Vec<f32>,
-    gate_bias: Vec<f32>,
-    up_bias: Vec<f32>,
-    activations: Activations,
-}
+/// Bytes of an expert that are worth computing with before the next ones are there: some 20 µs of work for two cores.
+const PART_BYTES: usize = 512 << 10;
 
 /// Router matrix and its bias, as places in the router extent.
 #[derive(Debug)]
@@ -141,12 +49,38 @@ struct Assignment {
     choice: u32,
 }
 
+/// An expert that is computed while it is still being read.
+#[derive(Debug)]
+struct Early {
+    /// Which one, and in which attempt to read it.
+    expert: (u32, u32),
+    progress: Progress,
+    gated: GatedScratch,
+    /// Its output, `[hidden]`.
+    output: Vec<f32>,
+    /// Experts of the current pass, and the attempts, whose output is in its place before they came as a whole.
+    computed: Vec<(u32, u32)>,
+}
+
+impl Early {
+    fn new(compute: &Compute) -> Self {
+        Early {
+            expert: (u32::MAX, 0),
+            progress: Progress::default(),
+            gated: GatedScratch::new(compute),
+            output: Vec::new(),
+            computed: Vec::new(),
+        }
+    }
+}
+
 /// Buffers that the feed-forward part reuses from call to call.
 #[derive(Debug)]
 pub struct FfnScratch {
     x: Activations,
     gathered: Activations,
     gated: GatedScratch,
+    early: Early,
     gate: Vec<f32>,
     logits: Vec<f32>,
     bias: Vec<f32>,
@@ -169,13 +103,8 @@ impl FfnScratch {
         FfnScratch {
             x: activations(),
             gathered: activations(),
-            gated: GatedScratch {
-                hidden: Vec::new(),
-                pair: Vec::new(),
-                gate_bias: Vec::new(),
-                up_bias: Vec::new(),
-                activations: activations(),
-            },
+            gated: GatedScratch::new(compute),
+            early: Early::new(compute),
             gate: Vec::new(),
             logits: Vec::new(),
             bias: Vec::new(),
@@ -371,23 +300,88 @@ impl Routed {
         s: &mut FfnScratch,
     ) -> Result<Duration, ModelError> {
         let mut time = Duration::ZERO;
-        let outputs = sized(&mut s.outputs, n * self.spec.top_k * hidden);
-        while let Some(expert) = pass.next()? {
+        sized(&mut s.outputs, n * self.spec.top_k * hidden);
+        self.expect_parts(hidden, s);
+        // Who observes inputs keeps what it sees: that has to be right at once.
+        let in_parts = n == 1 && compute.observer.is_none();
+        let least = PART_BYTES.min(self.expert.end());
+        loop {
+            let arrival = match in_parts {
+                true => pass.arrival(least)?,
+                false => pass.next()?.map(Arrival::Whole),
+            };
             let started = Instant::now();
-            let first = s.assignments.partition_point(|a| a.expert < expert.expert());
-            let last = s.assignments.partition_point(|a| a.expert <= expert.expert());
-            let uses = &s.assignments[first..last];
-            s.tokens.clear();
-            s.tokens.extend(uses.iter().map(|a| a.token));
-            s.gathered.gather(&s.x, &s.tokens);
-            let output = sized(&mut s.output, uses.len() * hidden);
-            self.expert.forward(compute, expert.bytes(), expert.expert(), &s.gathered, &mut s.gated, output);
-            for (a, row) in uses.iter().zip(output.chunks_exact(hidden)) {
-                outputs[a.choice as usize * hidden..][..hidden].copy_from_slice(row);
+            match arrival {
+                Some(Arrival::Whole(expert)) => self.compute_whole(compute, &expert, hidden, s),
+                Some(Arrival::Part(part)) => self.compute_part(compute, part, hidden, s),
+                None => return Ok(time),
             }
             time += started.elapsed();
         }
-        Ok(time)
+    }
+
+    /// Makes room for parts, whether any come or not: when they do is a matter of time, and must not cost an allocation.
+    fn expect_parts(&self, hidden: usize, s: &mut FfnScratch) {
+        let early = &mut s.early;
+        early.expert = (u32::MAX, 0);
+        early.computed.clear();
+        if early.output.len() < hidden {
+            sized(&mut early.output, hidden);
+            early.computed.reserve(self.spec.top_k);
+            self.expert.reserve(&mut early.gated);
+        }
+    }
+
+    fn compute_whole(&self, compute: &Compute, expert: &ExpertGuard<'_>, hidden: usize, s: &mut FfnScratch) {
+        let id = expert.expert();
+        let attempt = (id, expert.attempt());
+        if s.early.computed.contains(&attempt) {
+            return;
+        }
+        if s.early.expert == attempt {
+            self.advance_early(compute, expert.bytes(), hidden, s);
+            return;
+        }
+        let first = s.assignments.partition_point(|a| a.expert < id);
+        let last = s.assignments.partition_point(|a| a.expert <= id);
+        let uses = &s.assignments[first..last];
+        s.tokens.clear();
+        s.tokens.extend(uses.iter().map(|a| a.token));
+        s.gathered.gather(&s.x, &s.tokens);
+        let output = sized(&mut s.output, uses.len() * hidden);
+        self.expert.forward(compute, expert.bytes(), id, &s.gathered, &mut s.gated, output);
+        for (a, row) in uses.iter().zip(output.chunks_exact(hidden)) {
+            s.outputs[a.choice as usize * hidden..][..hidden].copy_from_slice(row);
+        }
+    }
+
+    /// Goes on with an expert of which more has arrived.
+    fn compute_part(&self, compute: &Compute, part: ExpertPart<'_>, hidden: usize, s: &mut FfnScratch) {
+        let bytes = part.bytes();
+        let attempt = (part.expert(), bytes.attempt());
+        if s.early.expert != attempt {
+            s.early.expert = attempt;
+            s.early.progress = Progress::default();
+        }
+        self.advance_early(compute, &bytes, hidden, s);
+        let more_at = (!s.early.progress.is_done()).then_some((bytes.len() + PART_BYTES).min(self.expert.end()));
+        drop(bytes);
+        part.more_at(more_at);
+    }
+
+    /// Computes what `prefix` allows of the expert in `s.early`; when that is all of it, puts its output into its place.
+    fn advance_early(&self, compute: &Compute, prefix: &[u8], hidden: usize, s: &mut FfnScratch) {
+        let early = &mut s.early;
+        let output = &mut early.output[..hidden];
+        self.expert.advance(compute, prefix, &s.x, &mut early.progress, &mut early.gated, output);
+        if !early.progress.is_done() {
+            return;
+        }
+        let at = s.assignments.partition_point(|a| a.expert < early.expert.0);
+        let choice = s.assignments[at].choice as usize;
+        s.outputs[choice * hidden..][..hidden].copy_from_slice(output);
+        early.computed.push(early.expert);
+        early.expert = (u32::MAX, 0);
     }
 
     /// Adds the weighted outputs in ascending order of expert, then the dense part that `out` already holds.

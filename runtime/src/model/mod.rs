@@ -8,6 +8,7 @@ mod delta;
 mod embedding;
 mod ffn;
 mod foresight;
+mod gated;
 mod gqa;
 mod indexer;
 mod mla;

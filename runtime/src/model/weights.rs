@@ -1,7 +1,9 @@
 //! Where the tensors lie inside their extents.
 
+use std::ops::Range;
+
 use sluice_format::{ExtentKind, Layout, ModelFile, TensorRecord, WeightType as StoredType};
-use sluice_kernels::{Matrix, WeightType, packed_len};
+use sluice_kernels::{Matrix, ROW_GROUP, WeightType, packed_len};
 
 use super::ModelError;
 
@@ -54,6 +56,34 @@ impl MatrixRef {
         self.rows
     }
 
+    /// Row groups of one matrix of the batch.
+    pub fn groups(&self) -> usize {
+        self.rows.div_ceil(ROW_GROUP)
+    }
+
+    /// Row groups that lie within the first `bytes` of the extent.
+    pub fn groups_within(&self, bytes: usize) -> usize {
+        (bytes.saturating_sub(self.offset) / self.group_len()).min(self.groups())
+    }
+
+    /// Some row groups, as a matrix of their rows. Bytes of the extent beyond them need not be there.
+    pub fn view_of_groups<'a>(&self, extent: &'a [u8], groups: Range<usize>) -> Matrix<'a> {
+        let rows = (groups.end * ROW_GROUP).min(self.rows) - groups.start * ROW_GROUP;
+        let (start, end) = (groups.start * self.group_len(), groups.end * self.group_len());
+        Matrix::new(self.ty, rows, self.cols, &extent[self.offset + start..self.offset + end])
+            .expect("the file's reader has checked this tensor's length against its shape")
+    }
+
+    /// Byte of the extent at which the first matrix of the batch ends.
+    pub fn end(&self) -> usize {
+        self.offset + self.len
+    }
+
+    /// Bytes of one row group.
+    fn group_len(&self) -> usize {
+        self.len / self.groups()
+    }
+
     /// The matrix inside its extent's bytes.
     pub fn view<'a>(&self, extent: &'a [u8]) -> Matrix<'a> {
         self.view_of_batch(extent, 0)
@@ -66,11 +96,12 @@ impl MatrixRef {
             .expect("the file's reader has checked this tensor's length against its shape")
     }
 
-    fn from_record(place: MatrixPlace, t: &TensorRecord) -> Option<Self> {
+    /// `None` if the record is no matrix, or larger than memory can be.
+    pub(super) fn from_record(place: MatrixPlace, t: &TensorRecord) -> Option<Self> {
         let [_, rows, cols] = t.shape.map(|d| d as usize);
         let rows = match t.layout {
             Layout::Tiled => rows,
-            Layout::TiledPair => 2 * rows.next_multiple_of(sluice_kernels::ROW_GROUP),
+            Layout::TiledPair => 2 * rows.next_multiple_of(ROW_GROUP),
             Layout::Plain => return None,
         };
         let ty = kernel_type(t.weight_type);
@@ -86,6 +117,20 @@ pub struct VectorRef {
 }
 
 impl VectorRef {
+    pub(super) fn from_record(t: &TensorRecord) -> Self {
+        VectorRef { offset: t.offset as usize, len: t.shape[2] as usize }
+    }
+
+    /// Its numbers.
+    pub fn count(&self) -> usize {
+        self.len
+    }
+
+    /// Byte of the extent at which it ends.
+    pub fn end(&self) -> usize {
+        self.offset + 4 * self.len
+    }
+
     /// Copies the vector out of its extent's bytes.
     pub fn read(&self, extent: &[u8], out: &mut Vec<f32>) {
         let bytes = &extent[self.offset..self.offset + 4 * self.len];
@@ -122,7 +167,6 @@ impl ExtentTensors<'_> {
     }
 
     pub(super) fn vector(&self, name: &'static str) -> Result<VectorRef, ModelError> {
-        let record = self.record(name)?;
-        Ok(VectorRef { offset: record.offset as usize, len: record.shape[2] as usize })
+        Ok(VectorRef::from_record(self.record(name)?))
     }
 }

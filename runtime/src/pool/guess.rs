@@ -4,6 +4,7 @@
 //! idle. When the layer comes, guesses that were right are used, wherever their reads are; those that were wrong and are
 //! still being read are given up. What remains of wrong guesses are experts in memory like all others.
 
+use super::parts::Pending;
 use super::policy::Key;
 use super::{ABSENT, Content, ExpertKey, Pool};
 use crate::io::Class;
@@ -89,7 +90,7 @@ impl Pool {
         if let Content::Loading { read, .. } = &self.slots[number as usize] {
             read.promote();
         }
-        self.pass.pending.push(number);
+        self.pass.pending.push(Pending::new(number));
         self.count_used(index);
     }
 

@@ -3,7 +3,8 @@
 //! A layer asks for all the experts it needs at once ([`Pool::begin_layer`]). Those that are
 //! resident are pinned, reads are submitted for all others that slots can be had for, and
 //! [`LayerPass::next`] yields experts as they are ready. One expert at a time is handed out, so
-//! a pass makes progress with a single slot, whatever the number of experts.
+//! a pass makes progress with a single slot, whatever the number of experts. Who can use the first
+//! bytes of an expert before the last are there asks [`LayerPass::arrival`] instead.
 //!
 //! Everything is allocated when the pool is made; a pass allocates nothing.
 
@@ -11,20 +12,22 @@ mod dense;
 mod directory;
 mod error;
 mod guess;
+mod parts;
 pub mod policy;
 mod storage;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
 
 pub use dense::{DenseGuard, DenseHandle, DenseParts, DenseStats, RING_SLOTS};
 pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation};
 pub use error::PoolError;
+pub use parts::{Arrival, ExpertPart};
 pub use policy::{Choice, Key, Policy, PolicyKind};
 pub use storage::{Storage, StorageConfig};
 
 use self::guess::Guesses;
+use self::parts::{Event, Pending, Progressed};
 use self::policy::Pass;
 use crate::io::{Arena, Class, ExtentName, ExtentRead, PendingRead, ReadFailure, Scheduler, Slot};
 
@@ -42,7 +45,7 @@ pub struct PoolStats {
     pub bytes_read: u64,
     /// Experts that lost their slot to another.
     pub evictions: u64,
-    /// Nanoseconds in which [`LayerPass::next`] was blocked.
+    /// Nanoseconds in which [`LayerPass::next`] or [`LayerPass::arrival`] was blocked.
     pub wait_ns: u64,
     /// Experts whose reading was started on a guess.
     pub guessed: u64,
@@ -98,7 +101,7 @@ struct PassState {
     /// Slots of experts that are pinned for this pass and not handed out yet.
     ready: VecDeque<u32>,
     /// Slots that are being read into.
-    pending: Vec<u32>,
+    pending: Vec<Pending>,
     /// Experts that have no slot yet.
     todo: VecDeque<Key>,
     /// An error that occurred while no one could be told.
@@ -253,7 +256,7 @@ impl Pool {
             let Some(number) = self.vacate() else { return };
             self.pass.todo.pop_front();
             match self.start_read(number, expert, Class::Demand) {
-                Ok(()) => self.pass.pending.push(number),
+                Ok(()) => self.pass.pending.push(Pending::new(number)),
                 Err(error) => {
                     self.pass.failed = Some(error);
                     self.pass.todo.clear();
@@ -340,37 +343,14 @@ impl Pool {
         }
     }
 
-    /// Waits for the pending read that ends first, and removes it from the pending ones.
-    fn wait_for_one(&mut self) -> u32 {
-        let (slots, pending) = (&self.slots, &self.pass.pending);
-        let ended_first = || {
-            let order = |&(_, &number): &(usize, &u32)| match &slots[number as usize] {
-                Content::Loading { read, .. } if read.is_done() => Some(read.order()),
-                _ => None,
-            };
-            let ended = pending.iter().enumerate().filter_map(|at| Some((order(&at)?, at.0)));
-            ended.min().map(|(_, at)| at)
-        };
-        let at = match ended_first() {
-            Some(at) => at,
-            None => {
-                let start = Instant::now();
-                let at = self.io.wait(ended_first);
-                let waited_ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-                self.stats.wait_ns += waited_ns;
-                at
-            }
-        };
-        self.pass.pending.swap_remove(at)
-    }
-
-    /// The slot of the next expert of the pass, pinned; `None` when all have been handed out.
-    fn next_slot(&mut self) -> Result<Option<u32>, PoolError> {
+    /// What comes next in the pass, or `None` when all experts have been handed out. `parts`: whether a part of an expert
+    /// may, and the bytes that it must have at first.
+    fn next_event(&mut self, parts: Option<usize>) -> Result<Option<Event>, PoolError> {
         if let Some(error) = self.pass.failed.take() {
             return Err(error);
         }
         if let Some(number) = self.pass.ready.pop_front() {
-            return Ok(Some(number));
+            return Ok(Some(Event::Whole { slot: number, attempt: 0 }));
         }
         while self.pass.pending.is_empty() {
             // Nothing is handed out, pinned or in flight but guesses, so a slot can be had, unless all memory was lost with
@@ -389,9 +369,23 @@ impl Pool {
                 return Err(PoolError::NoSlots);
             }
         }
-        let number = self.wait_for_one();
-        self.finish_read(number, 1)?;
-        Ok(Some(number))
+        match self.wait_for_one(parts) {
+            Progressed::Ended(at) => {
+                let number = self.pass.pending.swap_remove(at).slot;
+                let attempt = self.attempt(number);
+                self.finish_read(number, 1)?;
+                Ok(Some(Event::Whole { slot: number, attempt }))
+            }
+            Progressed::Part(at) => Ok(Some(Event::Part(at))),
+        }
+    }
+
+    /// How often the expert that is being read into a slot had to be read again.
+    fn attempt(&self, number: u32) -> u32 {
+        match &self.slots[number as usize] {
+            Content::Loading { read, .. } => read.attempt(),
+            _ => 0,
+        }
     }
 
     fn unpin(&mut self, number: u32) {
@@ -411,12 +405,12 @@ impl Pool {
         while let Some(number) = self.pass.ready.pop_front() {
             self.unpin(number);
         }
-        for &number in &self.pass.pending {
-            if let Content::Loading { read, .. } = &self.slots[number as usize] {
+        for pending in &self.pass.pending {
+            if let Content::Loading { read, .. } = &self.slots[pending.slot as usize] {
                 read.cancel();
             }
         }
-        while let Some(number) = self.pass.pending.pop() {
+        while let Some(Pending { slot: number, .. }) = self.pass.pending.pop() {
             // Whatever went wrong with an expert that nobody waits for will be reported when
             // somebody does.
             let _ = self.finish_read(number, 0);
@@ -438,14 +432,15 @@ impl LayerPass<'_> {
     /// that are left are cancelled, and `next` yields nothing more.
     #[expect(clippy::should_implement_trait, reason = "a guard borrows the pass: no iterator can")]
     pub fn next(&mut self) -> Result<Option<ExpertGuard<'_>>, PoolError> {
-        match self.pool.next_slot() {
-            Ok(None) => Ok(None),
-            Ok(Some(number)) => Ok(Some(ExpertGuard { pool: self.pool, number })),
-            Err(error) => {
-                self.pool.end_pass();
-                Err(error)
-            }
+        match self.event(None)? {
+            Some(Event::Whole { slot, attempt }) => Ok(Some(ExpertGuard { pool: self.pool, number: slot, attempt })),
+            Some(Event::Part(_)) => unreachable!("parts were not asked for"),
+            None => Ok(None),
         }
+    }
+
+    fn event(&mut self, parts: Option<usize>) -> Result<Option<Event>, PoolError> {
+        self.pool.next_event(parts).inspect_err(|_| self.pool.end_pass())
     }
 
     /// Starts reading experts that a later layer is likely to need, most likely first, into slots that this pass does not
@@ -478,6 +473,7 @@ impl Drop for LayerPass<'_> {
 pub struct ExpertGuard<'a> {
     pool: &'a mut Pool,
     number: u32,
+    attempt: u32,
 }
 
 impl ExpertGuard<'_> {
@@ -498,6 +494,12 @@ impl ExpertGuard<'_> {
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         self.content().1.bytes()
+    }
+
+    /// How often it had to be read again: only parts with the same number had these bytes.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.attempt
     }
 }
 

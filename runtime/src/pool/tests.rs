@@ -1,6 +1,6 @@
 //! The pool against a simple model of itself, on the simulated drive and on a real one.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 use xxhash_rust::xxh3::xxh3_64;
@@ -304,4 +304,95 @@ proptest! {
             prop_assert!(stats.guessed_used + stats.guessed_wasted <= stats.guessed);
         }
     }
+}
+
+/// What a test has seen of an expert while it was being read.
+struct Seen {
+    attempt: u32,
+    bytes: Vec<u8>,
+}
+
+/// Runs a pass in parts of at least `least` bytes, wanting `step` more each time; how many parts there were.
+fn run_in_parts(
+    pool: &mut Pool,
+    layer: u32,
+    experts: &[u32],
+    least: usize,
+    step: usize,
+) -> Result<usize, TestCaseError> {
+    let chosen = choices(experts);
+    let mut pass = pool.begin_layer(layer, experts, &routing(&chosen)).expect("begun");
+    let mut seen: BTreeMap<u32, Seen> = BTreeMap::new();
+    let mut begun: Option<(u32, usize)> = None;
+    let (mut parts, mut whole) = (0, BTreeSet::new());
+    while let Some(arrival) = pass.arrival(least).expect("the fault does not last") {
+        match arrival {
+            Arrival::Part(part) => {
+                let (id, bytes) = (part.expert(), part.bytes());
+                let (attempt, prefix) = (bytes.attempt(), bytes.to_vec());
+                drop(bytes);
+                prop_assert!(!whole.contains(&id), "a part of an expert that has come");
+                if let Some((expert, wanted)) = begun {
+                    prop_assert_eq!(id, expert, "another one had been begun");
+                    // Fewer only while the expert is just being read again.
+                    let again = seen.get(&id).is_none_or(|seen| seen.attempt != attempt) || prefix.is_empty();
+                    prop_assert!(prefix.len() >= wanted || again);
+                }
+                let more = (prefix.len() < 3 * PAGE_BYTES).then_some(prefix.len() + step);
+                begun = more.map(|bytes| (id, bytes));
+                part.more_at(more);
+                seen.insert(id, Seen { attempt, bytes: prefix });
+                parts += 1;
+            }
+            Arrival::Whole(guard) => {
+                let id = guard.expert();
+                prop_assert!(guard.bytes().iter().all(|&byte| byte == content(layer, id)));
+                if let Some(seen) = seen.get(&id).filter(|seen| seen.attempt == guard.attempt()) {
+                    prop_assert!(guard.bytes().starts_with(&seen.bytes), "other bytes with the same attempt");
+                }
+                prop_assert!(whole.insert(id), "an expert came twice");
+                begun = begun.filter(|begun| begun.0 != id);
+            }
+        }
+    }
+    prop_assert_eq!(whole, experts.iter().copied().collect::<BTreeSet<_>>());
+    Ok(parts)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Parts are looked at before they are verified: a bit that was wrong once must not be taken for right.
+    #[test]
+    fn parts_are_what_the_whole_is_or_of_another_attempt(
+        passes in passes(),
+        slots in 2usize..16,
+        seed in any::<u64>(),
+        short in prop_oneof![Just(0u32), Just(200)],
+        bad in (1..=LAYERS, 0..EXPERTS),
+        (least, step) in (1usize..4, 1usize..3),
+    ) {
+        let (file, layers) = model();
+        let drive = SimDrive::new(vec![file]);
+        drive.set_short_reads(short);
+        let location = layers[bad.0 as usize][bad.1 as usize];
+        let range = location.offset..location.offset + location.len;
+        drive.add_fault(Fault { kind: FaultKind::Flip, file: 0, range, times: 1 });
+        let mut pool = pool(&drive, slots, seed);
+        for (layer, experts) in passes {
+            let wanted: Vec<u32> = experts.into_iter().collect();
+            run_in_parts(&mut pool, layer, &wanted, least * PAGE_BYTES, step * PAGE_BYTES)?;
+        }
+    }
+}
+
+#[test]
+fn a_part_comes_while_the_rest_is_being_read() {
+    let mut parts = 0;
+    for seed in 0..200 {
+        let drive = SimDrive::new(vec![model().0]);
+        let mut pool = pool(&drive, 4, seed);
+        parts += run_in_parts(&mut pool, 1, &[0, 2, 3, 8], PAGE_BYTES, PAGE_BYTES).expect("right");
+    }
+    assert!(parts > 0, "no expert of 200 passes was seen before it was whole");
 }

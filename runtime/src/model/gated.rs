@@ -1,0 +1,345 @@
+//! One gated feed-forward network inside an extent: the dense part of a layer, or an expert.
+//!
+//! Rows are stored in file order and never added to each other, so that an extent which is still being read can be computed
+//! as far as it is there: first rows of gate and up, then rows of down. The result has the same bits.
+
+use std::ops::Range;
+
+use sluice_format::ActivationSpec;
+use sluice_kernels::{Activation, Activations, ROW_GROUP};
+
+use super::ModelError;
+use super::compute::{Compute, sized};
+use super::weights::{ExtentTensors, MatrixRef, VectorRef};
+
+/// A gated feed-forward network inside an extent: the dense part or one expert.
+#[derive(Clone, Copy, Debug)]
+pub struct GatedFfn {
+    gate_up: MatrixRef,
+    down: MatrixRef,
+    bias: Option<FfnBias>,
+    width: usize,
+    activation: Activation,
+}
+
+/// Biases of gate, up and down projection.
+#[derive(Clone, Copy, Debug)]
+struct FfnBias {
+    gate: VectorRef,
+    up: VectorRef,
+    down: VectorRef,
+}
+
+/// How far a network has been computed.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Progress {
+    /// Row groups of gate, and as many of up, that are computed.
+    gate_up: usize,
+    /// Row groups of down that are computed.
+    down: usize,
+    /// The bias of down has been added: nothing is left to do.
+    done: bool,
+}
+
+impl Progress {
+    /// Whether the output is complete.
+    pub fn is_done(&self) -> bool {
+        self.done
+    }
+}
+
+/// Buffers of one network.
+#[derive(Debug)]
+pub(super) struct GatedScratch {
+    hidden: Vec<f32>,
+    pair: Vec<f32>,
+    gate_bias: Vec<f32>,
+    up_bias: Vec<f32>,
+    activations: Activations,
+}
+
+impl GatedScratch {
+    pub fn new(compute: &Compute) -> Self {
+        GatedScratch {
+            hidden: Vec::new(),
+            pair: Vec::new(),
+            gate_bias: Vec::new(),
+            up_bias: Vec::new(),
+            activations: Activations::new(compute.precision),
+        }
+    }
+}
+
+impl GatedFfn {
+    pub(super) fn new(
+        width: usize,
+        spec: ActivationSpec,
+        bias: bool,
+        tensors: &ExtentTensors<'_>,
+    ) -> Result<Self, ModelError> {
+        let activation = match spec {
+            ActivationSpec::Silu => Activation::Silu,
+            ActivationSpec::SwigluOai { alpha, limit } => Activation::SwigluOai { alpha, limit },
+        };
+        let vector = |name| tensors.vector(name);
+        let bias = match bias {
+            true => Some(FfnBias { gate: vector("gate_bias")?, up: vector("up_bias")?, down: vector("down_bias")? }),
+            false => None,
+        };
+        Ok(GatedFfn { gate_up: tensors.matrix("gate_up")?, down: tensors.matrix("down")?, bias, width, activation })
+    }
+
+    /// `out` `[n, hidden]` = down · act(gate · x, up · x). `index`: the expert, if it is one.
+    pub(super) fn forward(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        index: u32,
+        x: &Activations,
+        s: &mut GatedScratch,
+        out: &mut [f32],
+    ) {
+        compute.observe(&self.gate_up, index, x);
+        self.gate_up_rows(compute, extent, 0..self.gate_up.groups() / 2, x, s);
+        self.activate(extent, x.n(), s);
+        compute.observe(&self.down, index, &s.activations);
+        self.down_rows(compute, extent, 0..self.down.groups(), s, out);
+        self.add_down_bias(extent, s, out);
+    }
+
+    /// Goes on with one token's `out` `[hidden]` as far as `prefix`, the first bytes of the extent, allows. `s` and `out` are
+    /// those of the call before. Tells nobody what it sees, since the bytes may turn out to be damaged.
+    pub(super) fn advance(
+        &self,
+        compute: &Compute,
+        prefix: &[u8],
+        x: &Activations,
+        progress: &mut Progress,
+        s: &mut GatedScratch,
+        out: &mut [f32],
+    ) {
+        assert_eq!(x.n(), 1, "the rows of several tokens do not lie together");
+        if progress.done || self.biases_end() > prefix.len() {
+            return;
+        }
+        let pairs = self.gate_up.groups() / 2;
+        let there = self.gate_up.groups_within(prefix.len()) / 2;
+        if there > progress.gate_up {
+            self.gate_up_rows(compute, prefix, progress.gate_up..there, x, s);
+            progress.gate_up = there;
+            if there == pairs {
+                self.activate(prefix, 1, s);
+            }
+        }
+        if progress.gate_up < pairs {
+            return;
+        }
+        let there = self.down.groups_within(prefix.len());
+        if there > progress.down {
+            self.down_rows(compute, prefix, progress.down..there, s, out);
+            progress.down = there;
+        }
+        if there == self.down.groups() {
+            self.add_down_bias(prefix, s, out);
+            progress.done = true;
+        }
+    }
+
+    /// Makes room in `s` for one token, so that a later call allocates nothing.
+    pub(super) fn reserve(&self, s: &mut GatedScratch) {
+        let hidden = sized(&mut s.hidden, self.width);
+        s.activations.set(hidden, 1, self.width);
+        if let Some(bias) = &self.bias {
+            sized(&mut s.pair, self.gate_up.rows());
+            s.gate_bias.reserve(bias.gate.count().max(bias.down.count()));
+            s.up_bias.reserve(bias.up.count());
+        }
+    }
+
+    /// Byte of the extent at which the last tensor ends.
+    pub(super) fn end(&self) -> usize {
+        self.gate_up.end().max(self.down.end()).max(self.biases_end())
+    }
+
+    /// Byte of the extent at which the last bias ends.
+    fn biases_end(&self) -> usize {
+        self.bias.map_or(0, |bias| bias.gate.end().max(bias.up.end()).max(bias.down.end()))
+    }
+
+    /// Computes the rows of these groups, of gate and up each: of all groups, or for one token of any.
+    fn gate_up_rows(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        groups: Range<usize>,
+        x: &Activations,
+        s: &mut GatedScratch,
+    ) {
+        let (kernels, threads) = (&compute.kernels, &compute.threads);
+        let matrix = self.gate_up.view_of_groups(extent, 2 * groups.start..2 * groups.end);
+        if self.bias.is_none() {
+            let hidden = sized(&mut s.hidden, x.n() * self.width);
+            let (rows, hidden) = rows_of(hidden, x.n(), &groups, self.width);
+            kernels.gate_up(threads, matrix, rows, self.activation, x, hidden);
+        } else {
+            let pair = sized(&mut s.pair, x.n() * self.gate_up.rows());
+            let (_, pair) = rows_of(pair, x.n(), &(2 * groups.start..2 * groups.end), self.gate_up.rows());
+            kernels.matmul(threads, matrix, x, pair);
+        }
+    }
+
+    /// From what `gate_up_rows` has left to the input of `down`.
+    fn activate(&self, extent: &[u8], n: usize, s: &mut GatedScratch) {
+        let hidden = sized(&mut s.hidden, n * self.width);
+        if let Some(bias) = &self.bias {
+            bias.gate.read(extent, &mut s.gate_bias);
+            bias.up.read(extent, &mut s.up_bias);
+            for (pair, hidden) in s.pair.chunks_exact(self.gate_up.rows()).zip(hidden.chunks_exact_mut(self.width)) {
+                for (i, h) in hidden.iter_mut().enumerate() {
+                    // Row groups alternate: gate, up, gate, up.
+                    let gate = pair[i / ROW_GROUP * 2 * ROW_GROUP + i % ROW_GROUP] + s.gate_bias[i];
+                    let up = pair[(i / ROW_GROUP * 2 + 1) * ROW_GROUP + i % ROW_GROUP] + s.up_bias[i];
+                    *h = self.activation.apply(gate, up);
+                }
+            }
+        }
+        s.activations.set(hidden, n, self.width);
+    }
+
+    fn down_rows(&self, compute: &Compute, extent: &[u8], groups: Range<usize>, s: &mut GatedScratch, out: &mut [f32]) {
+        let matrix = self.down.view_of_groups(extent, groups.clone());
+        let (_, out) = rows_of(out, s.activations.n(), &groups, self.down.rows());
+        compute.kernels.matmul(&compute.threads, matrix, &s.activations, out);
+    }
+
+    fn add_down_bias(&self, extent: &[u8], s: &mut GatedScratch, out: &mut [f32]) {
+        let Some(bias) = &self.bias else { return };
+        bias.down.read(extent, &mut s.gate_bias);
+        for row in out.chunks_exact_mut(s.gate_bias.len()) {
+            row.iter_mut().zip(&s.gate_bias).for_each(|(o, b)| *o += b);
+        }
+    }
+}
+
+/// The part of `out` `[n, rows]` that these row groups make, and how many rows that is: all of them, unless `n` is 1.
+fn rows_of<'a>(out: &'a mut [f32], n: usize, groups: &Range<usize>, rows: usize) -> (usize, &'a mut [f32]) {
+    let (first, end) = (groups.start * ROW_GROUP, (groups.end * ROW_GROUP).min(rows));
+    if n == 1 {
+        return (end - first, &mut out[first..end]);
+    }
+    assert_eq!((first, end), (0, rows), "the rows of several tokens do not lie together");
+    (rows, out)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use sluice_format::{ExtentKind, Layout, TensorRecord, WeightType as Stored, pack_tensors};
+    use sluice_kernels::{Kernels, Precision, ThreadPool, WeightType, pack_row_group, row_group_len};
+
+    use super::super::weights::{MatrixPlace, kernel_type};
+    use super::*;
+
+    fn record(name: &str, weight_type: Stored, layout: Layout, rows: usize, cols: usize) -> TensorRecord {
+        TensorRecord {
+            kind: ExtentKind::Expert,
+            weight_type,
+            layout,
+            layer: 0,
+            index: 0,
+            shape: [1, rows as u64, cols as u64],
+            offset: 0,
+            len: 0,
+            name: name.to_owned(),
+        }
+    }
+
+    fn compute() -> Compute {
+        Compute {
+            kernels: Kernels::detect().expect("an instruction set"),
+            threads: ThreadPool::new(2),
+            precision: Precision::Int8,
+            observer: None,
+        }
+    }
+
+    /// Numbers from -1 to 1, always the same.
+    fn numbers(count: usize) -> impl Iterator<Item = f32> {
+        (0..count as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0)
+    }
+
+    fn fill_matrix(extent: &mut [u8], record: &TensorRecord, ty: WeightType) {
+        let cols = record.shape[2] as usize;
+        let values: Vec<f32> = numbers(ROW_GROUP * cols).collect();
+        let bytes = &mut extent[record.offset as usize..][..record.len as usize];
+        for (i, group) in bytes.chunks_exact_mut(row_group_len(ty, cols).expect("small")).enumerate() {
+            let scaled: Vec<f32> = values.iter().map(|v| v * (i + 1) as f32).collect();
+            pack_row_group(ty, &scaled, ROW_GROUP, cols, group);
+        }
+    }
+
+    /// An expert and the bytes of its extent, whole pages.
+    fn network(stored: Stored, width: usize, hidden: usize, bias: bool) -> (GatedFfn, Vec<u8>) {
+        let vector = |name, n| record(name, Stored::F32, Layout::Plain, 1, n);
+        let mut records = match bias {
+            true => vec![vector("gate_bias", width), vector("up_bias", width), vector("down_bias", hidden)],
+            false => Vec::new(),
+        };
+        records.push(record("gate_up", stored, Layout::TiledPair, width, hidden));
+        records.push(record("down", stored, Layout::Tiled, hidden, width));
+        let len = pack_tensors(&mut records).expect("possible") as usize;
+        let mut extent = vec![0; len.next_multiple_of(4096)];
+        let (biases, matrices) = records.split_at(records.len() - 2);
+        for record in biases {
+            let bytes = &mut extent[record.offset as usize..][..record.len as usize];
+            bytes.chunks_exact_mut(4).zip(numbers(usize::MAX)).for_each(|(b, v)| b.copy_from_slice(&v.to_le_bytes()));
+        }
+        let matrix = |record: &TensorRecord, name| {
+            let place = MatrixPlace { kind: ExtentKind::Expert, layer: 0, name };
+            MatrixRef::from_record(place, record).expect("a matrix")
+        };
+        matrices.iter().for_each(|record| fill_matrix(&mut extent, record, kernel_type(stored)));
+        let bias = bias.then(|| FfnBias {
+            gate: VectorRef::from_record(&biases[0]),
+            up: VectorRef::from_record(&biases[1]),
+            down: VectorRef::from_record(&biases[2]),
+        });
+        let (gate_up, down) = (matrix(&matrices[0], "gate_up"), matrix(&matrices[1], "down"));
+        (GatedFfn { gate_up, down, bias, width, activation: Activation::Silu }, extent)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+        /// In whatever portions an extent arrives, and whatever was in the buffers before: the same bits.
+        #[test]
+        fn portions_give_what_the_whole_gives(
+            stored in prop_oneof![Just(Stored::F32), Just(Stored::Bf16), Just(Stored::Q8), Just(Stored::Q4)],
+            (width, hidden) in (1usize..100, 1usize..100),
+            bias in any::<bool>(),
+            cuts in proptest::collection::vec(0.0f64..1.0, 0..8),
+        ) {
+            let compute = compute();
+            let (network, extent) = network(stored, width, hidden, bias);
+            prop_assert!(network.end() <= extent.len());
+            let mut x = Activations::new(compute.precision);
+            x.set(&numbers(hidden).collect::<Vec<_>>(), 1, hidden);
+            let mut whole = vec![f32::NAN; hidden];
+            let mut scratch = GatedScratch::new(&compute);
+            network.forward(&compute, &extent, 0, &x, &mut scratch, &mut whole);
+            prop_assert!(whole.iter().all(|v| v.is_finite()));
+
+            let mut ends: Vec<usize> = cuts.iter().map(|cut| (cut * extent.len() as f64) as usize).collect();
+            ends.sort_unstable();
+            ends.push(network.end());
+            let (mut progress, mut portions) = (Progress::default(), vec![f32::NAN; hidden]);
+            for end in ends {
+                prop_assert!(!progress.is_done() || end >= network.end());
+                network.advance(&compute, &extent[..end], &x, &mut progress, &mut scratch, &mut portions);
+            }
+            prop_assert!(progress.is_done());
+            let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            prop_assert_eq!(bits(&portions), bits(&whole));
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Experts that are not there yet: waiting for them, and looking at the part that has arrived.
+//!
+//! Parts are bytes that nobody has verified. What was made of them counts only if the expert then comes whole, after the same
+//! number of attempts to read it: a checksum that fails makes the I/O thread read again, and the bytes may be others.
+
+use std::time::Instant;
+
+use super::{Content, ExpertGuard, LayerPass, Pool, PoolError};
+use crate::io::{PendingRead, Prefix};
+
+/// An expert of the pass that is being read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pending {
+    /// Where it is read to.
+    pub slot: u32,
+    /// Whether a part of it has been handed out, and more of it is wanted.
+    begun: bool,
+    /// Bytes that must be there before a part is handed out (again); `None` until one has been.
+    wanted: Option<usize>,
+}
+
+impl Pending {
+    pub fn new(slot: u32) -> Self {
+        Pending { slot, begun: false, wanted: None }
+    }
+}
+
+/// What has happened to the pending ones, by their place in the list.
+pub(super) enum Progressed {
+    /// The read has ended.
+    Ended(usize),
+    /// Enough of it is there.
+    Part(usize),
+}
+
+/// What a pass has to hand out.
+pub(super) enum Event {
+    /// The expert in this slot, pinned.
+    Whole { slot: u32, attempt: u32 },
+    /// A part of this pending one.
+    Part(usize),
+}
+
+/// What [`LayerPass::arrival`] hands out.
+pub enum Arrival<'a> {
+    /// An expert, verified.
+    Whole(ExpertGuard<'a>),
+    /// The first bytes of an expert, not verified.
+    Part(ExpertPart<'a>),
+}
+
+/// The first bytes of an expert that is being read.
+pub struct ExpertPart<'a> {
+    pool: &'a mut Pool,
+    at: usize,
+}
+
+impl ExpertPart<'_> {
+    fn read(&self) -> &PendingRead {
+        match &self.pool.slots[self.pool.pass.pending[self.at].slot as usize] {
+            Content::Loading { read, .. } => read,
+            _ => unreachable!("a pending slot is loading"),
+        }
+    }
+
+    /// The expert within its layer.
+    #[must_use]
+    pub fn expert(&self) -> u32 {
+        let slot = self.pool.pass.pending[self.at].slot;
+        match &self.pool.slots[slot as usize] {
+            Content::Loading { expert, .. } => self.pool.directory.key(*expert).expert,
+            _ => unreachable!("a pending slot is loading"),
+        }
+    }
+
+    /// The bytes, and the attempt that they belong to. They may be fewer than were asked for, if the expert is just being
+    /// read again.
+    #[must_use]
+    pub fn bytes(&self) -> Prefix<'_> {
+        self.read().prefix()
+    }
+
+    /// Says when the next part of this expert is wanted: when it has this many bytes. Until then, no part of another is handed
+    /// out; with `None`, this one comes again only as a whole.
+    pub fn more_at(self, bytes: Option<usize>) {
+        let pending = &mut self.pool.pass.pending[self.at];
+        pending.begun = bytes.is_some();
+        pending.wanted = Some(bytes.unwrap_or(usize::MAX));
+    }
+}
+
+impl LayerPass<'_> {
+    /// Like [`next`](LayerPass::next), but while no expert is ready, also hands out a part of one that has at least `least`
+    /// bytes, the one of which most is there. Every expert still comes as a whole, once.
+    ///
+    /// # Errors
+    /// As [`next`](LayerPass::next).
+    pub fn arrival(&mut self, least: usize) -> Result<Option<Arrival<'_>>, PoolError> {
+        Ok(match self.event(Some(least))? {
+            Some(Event::Whole { slot, attempt }) => {
+                Some(Arrival::Whole(ExpertGuard { pool: self.pool, number: slot, attempt }))
+            }
+            Some(Event::Part(at)) => Some(Arrival::Part(ExpertPart { pool: self.pool, at })),
+            None => None,
+        })
+    }
+}
+
+impl Pool {
+    /// Waits until a pending read has ended, the one that ended first if several have, or there is a part to hand out.
+    pub(super) fn wait_for_one(&mut self, parts: Option<usize>) -> Progressed {
+        if let Some(progressed) = self.progressed(parts) {
+            return progressed;
+        }
+        let start = Instant::now();
+        let progressed = self.io.wait(|| self.progressed(parts));
+        self.stats.wait_ns += u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        progressed
+    }
+
+    fn progressed(&self, parts: Option<usize>) -> Option<Progressed> {
+        let pending = || {
+            self.pass.pending.iter().enumerate().filter_map(|(at, pending)| match &self.slots[pending.slot as usize] {
+                Content::Loading { read, .. } => Some((at, pending, read)),
+                _ => None,
+            })
+        };
+        let ended = pending().filter(|(.., read)| read.is_done()).min_by_key(|(.., read)| read.order());
+        if let Some((at, ..)) = ended {
+            return Some(Progressed::Ended(at));
+        }
+        let least = parts?;
+        let begun = self.pass.pending.iter().any(|pending| pending.begun);
+        let enough = |(_, pending, read): &(usize, &Pending, &PendingRead)| {
+            pending.begun == begun && read.arrived_prefix() >= pending.wanted.unwrap_or(least)
+        };
+        let part = pending().filter(enough).max_by_key(|(.., read)| read.arrived_prefix());
+        part.map(|(at, ..)| Progressed::Part(at))
+    }
+}
