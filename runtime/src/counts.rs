@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use sluice_format::ModelId;
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 const MAGIC: [u8; 8] = *b"SLCOUNT1";
 /// Bytes of a model id.
@@ -30,7 +30,7 @@ pub fn load(model: &Path, id: ModelId) -> Option<Vec<u8>> {
     let limit = (HEADER + MAX_COUNTS + 8) as u64;
     fs::File::open(path_of(model)).ok()?.take(limit).read_to_end(&mut bytes).ok()?;
     let (content, sum) = bytes.split_last_chunk::<8>()?;
-    if xxh3_64(content) != u64::from_le_bytes(*sum) || content.len() < HEADER {
+    if XxHash3_64::oneshot(content) != u64::from_le_bytes(*sum) || content.len() < HEADER {
         return None;
     }
     let (header, counts) = content.split_at(HEADER);
@@ -45,7 +45,7 @@ pub fn load(model: &Path, id: ModelId) -> Option<Vec<u8>> {
 /// What the file system says, for instance that the folder cannot be written.
 pub fn save(model: &Path, id: ModelId, counts: &[u8]) -> io::Result<()> {
     let mut bytes = [&MAGIC[..], &id.0, &(counts.len() as u64).to_le_bytes(), counts].concat();
-    bytes.extend(xxh3_64(&bytes).to_le_bytes());
+    bytes.extend(XxHash3_64::oneshot(&bytes).to_le_bytes());
     let path = path_of(model);
     let mut partial = path.clone().into_os_string();
     partial.push(format!(".{}", std::process::id()));

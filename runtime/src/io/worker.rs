@@ -4,12 +4,13 @@
 //! hash a piece of what has arrived. Hashing never delays a chunk that could be issued.
 
 use std::collections::VecDeque;
+use std::hash::Hasher;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering::Relaxed, Ordering::SeqCst};
 use std::time::Instant;
 
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::xxhash3_64::{DEFAULT_SECRET_LENGTH, RawHasher, SecretBuffer};
 
 use super::arena::PAGE_BYTES;
 use super::error::ReadError;
@@ -28,12 +29,20 @@ const STALLS_MAX: u32 = 64;
 /// Requests for which room is made at start, so that the tables do not grow later.
 const REQUESTS: usize = 1024;
 
+/// xxh3-64 that allocates nothing. Of the well-kept implementations the one that finds out at run time which vector
+/// instructions there are: hashing is the largest part of this thread's work.
+type Checksum = RawHasher<&'static [u8; DEFAULT_SECRET_LENGTH]>;
+
+fn new_checksum() -> Checksum {
+    RawHasher::new(SecretBuffer::default())
+}
+
 /// A request that has not ended.
 struct Active {
     id: u64,
     filling: Filling,
     read: ExtentRead,
-    hasher: Xxh3,
+    hasher: Checksum,
     hashed: usize,
     /// The extent has been read again because its checksum was wrong.
     read_again: bool,
@@ -200,7 +209,7 @@ impl<'a> Worker<'a> {
             id,
             filling,
             read,
-            hasher: Xxh3::new(),
+            hasher: new_checksum(),
             hashed: 0,
             read_again: false,
             waits_for_readers: false,
@@ -485,7 +494,7 @@ impl<'a> Worker<'a> {
         let arrived = active.filling.arrived_bytes();
         if verify {
             let end = arrived.min(active.hashed + HASH_STEP_BYTES);
-            active.hasher.update(&active.filling.prefix()[active.hashed..end]);
+            active.hasher.write(&active.filling.prefix()[active.hashed..end]);
             active.hashed = end;
         } else {
             active.hashed = arrived;
@@ -493,7 +502,7 @@ impl<'a> Worker<'a> {
         if active.hashed < active.filling.len() {
             return;
         }
-        let (expected, got) = (active.read.checksum, active.hasher.digest());
+        let (expected, got) = (active.read.checksum, active.hasher.finish());
         if !verify || got == expected {
             self.shared.counters.extents.fetch_add(1, Relaxed);
             self.end(request, Ok(()));
@@ -506,7 +515,7 @@ impl<'a> Worker<'a> {
             active.read_again = true;
             active.waits_for_readers = true;
             active.hashed = 0;
-            active.hasher.reset();
+            active.hasher = new_checksum();
             active.filling.retract();
             self.shared.counters.checksum_retries.fetch_add(1, Relaxed);
             self.shared.announce();
