@@ -19,7 +19,8 @@ use crate::terminal::{print, print_json, step_bar};
 
 const EXAMPLES: &str = "\
 Decodes a fixed stream of tokens whose topic changes slowly, as text does, and measures the drive before, between and \
-after: random direct reads in the chunks and at the depth that the decoder uses.
+after: random direct reads in the chunks and at the depth that the decoder uses. The roof of a token is the larger of \
+the time it computes and the time the drive needs for what it reads.
 
 Examples:
   sluice bench decode r1.sluice --budget 16GiB -n 32
@@ -97,8 +98,61 @@ struct Outcome {
     achieved_of_attainable: f64,
     /// Milliseconds per token.
     milliseconds: Split,
-    /// Token time ÷ the larger of computing and reading.
+    /// Token time ÷ the larger of computing and reading, over all tokens.
     time_over_roof: f64,
+    /// Tokens whose reading takes at least [`DRIVE_BOUND`] times as long as their computing.
+    drive_bound: Regime,
+    /// All others.
+    balanced: Regime,
+}
+
+/// Reading must take this many times as long as computing for a token to count as limited by the drive.
+const DRIVE_BOUND: f64 = 1.5;
+
+/// Tokens that are limited by the same thing. Misses come in bursts, so that one run has both kinds.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+struct Regime {
+    tokens: usize,
+    /// Of their time together.
+    achieved_of_attainable: Option<f64>,
+    /// Their time ÷ the sum over tokens of the larger of computing and reading.
+    time_over_roof: Option<f64>,
+}
+
+/// One decoded token.
+#[derive(Clone, Copy, Debug)]
+struct Token {
+    seconds: f64,
+    waited: f64,
+    bytes: f64,
+}
+
+impl Regime {
+    fn of<'a>(tokens: impl Iterator<Item = &'a Token>, attainable: f64) -> Self {
+        let (mut count, mut seconds, mut reading, mut roof) = (0, 0.0, 0.0, 0.0);
+        for token in tokens {
+            count += 1;
+            seconds += token.seconds;
+            reading += token.bytes / attainable;
+            roof += token.roof(attainable);
+        }
+        let ratio = |a: f64, b: f64| (count > 0).then_some(a / b);
+        Regime { tokens: count, achieved_of_attainable: ratio(reading, seconds), time_over_roof: ratio(seconds, roof) }
+    }
+}
+
+impl Token {
+    fn computing(&self) -> f64 {
+        self.seconds - self.waited
+    }
+
+    fn roof(&self, attainable: f64) -> f64 {
+        self.computing().max(self.bytes / attainable)
+    }
+
+    fn is_drive_bound(&self, attainable: f64) -> bool {
+        self.bytes / attainable >= DRIVE_BOUND * self.computing()
+    }
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -149,7 +203,7 @@ impl Decoder {
     }
 
     /// Decodes the next `n` tokens of the stream; the time that took.
-    fn decode(&mut self, n: usize, each: &dyn Fn()) -> Result<Duration, CliError> {
+    fn decode(&mut self, n: usize, mut each: impl FnMut()) -> Result<Duration, CliError> {
         let started = Instant::now();
         for _ in 0..n {
             let token = self.stream[self.session.position() % self.stream.len()];
@@ -157,6 +211,22 @@ impl Decoder {
             each();
         }
         Ok(started.elapsed())
+    }
+
+    /// Decodes the next `n` tokens of the stream, and says of each what it took.
+    fn observe(&mut self, n: usize, tokens: &mut Vec<Token>, each: &dyn Fn()) -> Result<(), CliError> {
+        let mut before = self.engine.stats();
+        for _ in 0..n {
+            let elapsed = self.decode(1, each)?;
+            let after = self.engine.stats();
+            tokens.push(Token {
+                seconds: elapsed.as_secs_f64(),
+                waited: after.io_wait_seconds - before.io_wait_seconds,
+                bytes: bytes_read(&before, &after),
+            });
+            before = after;
+        }
+        Ok(())
     }
 }
 
@@ -166,29 +236,34 @@ fn measure(args: &Args, budget: Option<u64>) -> Result<Outcome, CliError> {
     let mut decoder = Decoder::open(&args.file, &options, total)?;
     let bar = step_bar("decoding", total as u64);
     let mut drive = Drive::open(&args.file, decoder.engine.io_config())?;
-    decoder.decode(args.warm_up, &|| bar.inc(1))?;
+    decoder.decode(args.warm_up, || bar.inc(1))?;
     // The drive's speed changes within seconds on shared machines: measured before, between and after.
     let parts = args.n.min(4);
     let before = decoder.engine.stats();
-    let mut elapsed = Duration::ZERO;
+    let mut tokens = Vec::with_capacity(args.n);
     drive.visit()?;
     for part in 0..parts {
         let n = args.n * (part + 1) / parts - args.n * part / parts;
-        elapsed += decoder.decode(n, &|| bar.inc(1))?;
+        decoder.observe(n, &mut tokens, &|| bar.inc(1))?;
         drive.visit()?;
     }
     bar.finish_and_clear();
-    Ok(outcome(&decoder.engine, budget, &before, elapsed, drive.median()))
+    Ok(outcome(&decoder.engine, budget, &before, &tokens, drive.median()))
 }
 
-fn outcome(engine: &Engine, budget: Option<u64>, before: &Stats, elapsed: Duration, attainable: f64) -> Outcome {
+/// Bytes of weights that came off the drive.
+fn bytes_read(before: &Stats, after: &Stats) -> f64 {
+    let expert_bytes = after.expert_bytes_read - before.expert_bytes_read;
+    (expert_bytes + after.dense_bytes_read - before.dense_bytes_read) as f64
+}
+
+fn outcome(engine: &Engine, budget: Option<u64>, before: &Stats, each: &[Token], attainable: f64) -> Outcome {
     let after = engine.stats();
-    let seconds = elapsed.as_secs_f64();
+    let seconds: f64 = each.iter().map(|token| token.seconds).sum();
     let tokens = after.tokens - before.tokens;
     let per_token = |a: f64, b: f64| 1e3 * (a - b) / tokens as f64;
     let (hits, misses) = (after.hits - before.hits, after.misses - before.misses);
-    let expert_bytes = after.expert_bytes_read - before.expert_bytes_read;
-    let bytes = (expert_bytes + after.dense_bytes_read - before.dense_bytes_read) as f64;
+    let bytes = bytes_read(before, &after);
     let io_wait = per_token(after.io_wait_seconds, before.io_wait_seconds);
     let total = 1e3 * seconds / tokens as f64;
     let reading = 1e3 * bytes / attainable / tokens as f64;
@@ -218,6 +293,8 @@ fn outcome(engine: &Engine, budget: Option<u64>, before: &Stats, elapsed: Durati
             other: total - io_wait - attention - experts - head,
         },
         time_over_roof: total / reading.max(total - io_wait),
+        drive_bound: Regime::of(each.iter().filter(|token| token.is_drive_bound(attainable)), attainable),
+        balanced: Regime::of(each.iter().filter(|token| !token.is_drive_bound(attainable)), attainable),
     }
 }
 
@@ -277,13 +354,13 @@ fn compare(args: &Args, what: Compare) -> Result<(), CliError> {
     let mut a = Decoder::open(&args.file, &first, total)?;
     let mut b = Decoder::open(&args.file, &other, total)?;
     let bar = step_bar("decoding", 2 * total as u64);
-    a.decode(args.warm_up, &|| bar.inc(1))?;
-    b.decode(args.warm_up, &|| bar.inc(1))?;
+    a.decode(args.warm_up, || bar.inc(1))?;
+    b.decode(args.warm_up, || bar.inc(1))?;
     let rate = |elapsed: Duration| args.n as f64 / elapsed.as_secs_f64();
     let mut pairs = Vec::with_capacity(args.pairs);
     for pair in 0..args.pairs {
         // Who goes first alternates, so that a drift of the machine hits both alike.
-        let run = |d: &mut Decoder| d.decode(args.n, &|| bar.inc(1)).map(rate);
+        let run = |d: &mut Decoder| d.decode(args.n, || bar.inc(1)).map(rate);
         pairs.push(if pair % 2 == 0 {
             let first = run(&mut a)?;
             (first, run(&mut b)?)
@@ -342,6 +419,24 @@ fn table(outcomes: &[Outcome]) -> String {
             s.total, s.io_wait, s.experts, s.attention, s.head, s.other
         );
         out += &format!("  {} experts read ahead, {} of them used\n", o.prefetched, o.prefetched_used);
+        out += &regimes(o);
+    }
+    out
+}
+
+/// Tokens that wait for the drive and tokens that do not, each against their own roof.
+fn regimes(o: &Outcome) -> String {
+    let mut out = String::new();
+    let Regime { tokens, achieved_of_attainable, time_over_roof } = o.drive_bound;
+    if let (Some(achieved), Some(roof)) = (achieved_of_attainable, time_over_roof) {
+        out += &format!(
+            "  {tokens} tokens that read {DRIVE_BOUND} times as long as they compute: {:.1} % of the drive, {roof:.2} of \
+             their roofs\n",
+            100.0 * achieved
+        );
+    }
+    if let Some(roof) = o.balanced.time_over_roof {
+        out += &format!("  {} other tokens: {roof:.2} of their roofs\n", o.balanced.tokens);
     }
     out
 }
