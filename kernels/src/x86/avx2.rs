@@ -5,8 +5,12 @@
 mod attention;
 mod codebook;
 
+use super::ahead::Ahead;
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q3, Q4, Q8};
-use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows, rows};
+use super::{
+    bias, block_bytes, blocks_of, bytes, cut, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows,
+    rows,
+};
 use super::{unit, words};
 use crate::activations::{Activations, QuantisedRow};
 use crate::kv::KvRows;
@@ -297,10 +301,14 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm256_setzero_ps(); T];
     let mut other = s;
-    for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
-        prefetch(values);
+    let (len, blocks) = (const { block_bytes(TY) }, w.values.len() / const { block_bytes(TY) });
+    let x = cut(&x, blocks);
+    let ahead = Ahead::new(&[*w], len);
+    for (g, (values, scales)) in (0..blocks).zip(blocks_of::<TY>(w)) {
+        ahead.values(g, [values]);
+        ahead.scales([scales]);
         let dots = if TY == Q8 { dots_q8(values, &x, g) } else { dots_nibbles::<TY, T>(values, &x, g) };
-        let scale = block_scales::<TY>(w.scales, g);
+        let scale = block_scales::<TY>(scales, 0);
         for t in 0..T {
             let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[t].scales[g] * const { unit(TY) }));
             let next = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t]), scale, s[t]);

@@ -6,10 +6,13 @@
 mod attention;
 mod codebook;
 
+use super::ahead::Ahead;
 use super::avx2::Avx2;
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q3, Q4, Q8};
-use super::{bias, block_bytes, bytes, e2m1_table, four_columns, in_fours, parts, quantised_rows, rows};
-use super::{scale_bytes, unit, words};
+use super::{
+    bias, block_bytes, blocks_of, bytes, cut, e2m1_table, four_columns, in_fours, parts, quantised_rows, rows,
+};
+use super::{unit, words};
 use crate::activations::{Activations, QuantisedRow};
 use crate::kv::KvRows;
 use crate::matmul::{Tile, TileShape};
@@ -62,55 +65,8 @@ impl Avx512 {
     }
 }
 
-/// How far ahead blocked types are asked for, in each of two groups. Into the second-level cache: the few requests that the
-/// first can have outstanding would then be all there are, and one core read half as fast (Zen 4, 4-bit types: 13 against
-/// 25 GB/s of 31). Half or twice the distance makes no difference that shows.
-const BLOCKED_AHEAD: usize = 8192;
-
 /// Two adjacent row groups.
 type Pair<'a> = [Group<'a>; 2];
-
-/// Asks for bytes that will be needed soon. Two groups are read side by side, then the two behind them: what lies a certain
-/// distance ahead is in the same groups or, beyond their end, in those. Behind the last it is a hint to nowhere.
-struct Ahead<'a> {
-    values: [&'a [u8]; 2],
-    scales: [&'a [u8]; 2],
-    /// From a group to the one that takes its place.
-    next: usize,
-    distance: usize,
-}
-
-impl<'a> Ahead<'a> {
-    #[inline(always)]
-    fn new(w: &Pair<'a>) -> Self {
-        let next = 2 * (w[1].values.as_ptr().addr() - w[0].values.as_ptr().addr());
-        let distance = BLOCKED_AHEAD.min(w[0].values.len());
-        Ahead { values: [w[0].values, w[1].values], scales: [w[0].scales, w[1].scales], next, distance }
-    }
-
-    /// What `len` bytes at `at` in both value planes are to be followed by.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn values(&self, at: usize, len: usize) {
-        let end = self.values[0].len();
-        let ahead = at + self.distance;
-        let ahead = if ahead < end { ahead } else { ahead - end + self.next };
-        for values in self.values {
-            for line in (0..len).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().wrapping_add(ahead + line).cast());
-            }
-        }
-    }
-
-    /// The scales of the next groups, from `at` on.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn scales(&self, at: usize) {
-        for scales in self.scales {
-            _mm_prefetch::<_MM_HINT_T0>(scales.as_ptr().wrapping_add(self.next + at).cast());
-        }
-    }
-}
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
@@ -271,17 +227,15 @@ fn e4m3_to_f16(codes: __m256i) -> __m512i {
     _mm512_mask_mov_epi16(bits, nan, _mm512_set1_epi16(0x7e00))
 }
 
-/// The scales of block `g`.
+/// The scales of a block.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn block_scales<const TY: u8>(w: &Pair<'_>, g: usize) -> __m512 {
-    let [a, b] = [w[0].scales, w[1].scales];
+fn block_scales<const TY: u8>(a: &[u8], b: &[u8]) -> __m512 {
     match TY {
-        Q8 => _mm512_cvtph_ps(load16x2(a, b, g * 16)),
-        INT4 => _mm512_castsi512_ps(widen_bf16(load16x2(a, b, g * 16))),
+        Q8 => _mm512_cvtph_ps(load16x2(a, b, 0)),
+        INT4 => _mm512_castsi512_ps(widen_bf16(load16x2(a, b, 0))),
         _ => {
-            let (a, b) = (i64::from_le_bytes(*bytes(a, g * 8)), i64::from_le_bytes(*bytes(b, g * 8)));
-            let e8 = _mm_set_epi64x(b, a);
+            let e8 = load8x2(a, b, 0);
             let e = _mm512_cvtepu8_epi32(e8);
             // Codes 0 and 255 are a subnormal and NaN: the exponent alone would say 0 and infinity.
             let odd = _mm_cmplt_epu8_mask(_mm_add_epi8(e8, _mm_set1_epi8(1)), _mm_set1_epi8(2));
@@ -291,32 +245,56 @@ fn block_scales<const TY: u8>(w: &Pair<'_>, g: usize) -> __m512 {
     }
 }
 
+/// Adds the products of columns `4q..4q + 4` of a block, whose integers are unsigned here.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn multiply<const T: usize>(dots: &mut [__m512i; T], unsigned: __m512i, words: &[&[i32; 8]; T], q: usize) {
+    for t in 0..T {
+        dots[t] = _mm512_dpbusd_epi32(dots[t], unsigned, _mm512_set1_epi32(words[t][q]));
+    }
+}
+
+/// Adds a block, multiplied by its scales and those of block `g` of `x` times `unit`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn add<const T: usize>(
+    dots: &[__m512i; T],
+    scale: __m512,
+    x: &[QuantisedRow<'_>; T],
+    g: usize,
+    unit: f32,
+    s: &[__m512; T],
+) -> [__m512; T] {
+    let mut next = *s;
+    for t in 0..T {
+        let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x[t].scales[g] * unit));
+        next[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), scale, s[t]);
+    }
+    next
+}
+
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>; T]) -> [__m512; T] {
     let len = const { block_bytes(TY) };
+    let blocks = w[0].values.len() / len;
+    let x = cut(&x, blocks);
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm512_setzero_ps(); T];
     let mut other = s;
-    let ahead = Ahead::new(w);
-    for (g, (a, b)) in w[0].values.chunks_exact(len).zip(w[1].values.chunks_exact(len)).enumerate() {
-        ahead.values(g * len, len);
-        ahead.scales(g * const { scale_bytes(TY) });
+    let ahead = Ahead::new(w, len);
+    let pairs = blocks_of::<TY>(&w[0]).zip(blocks_of::<TY>(&w[1]));
+    for (g, ((a, a_scales), (b, b_scales))) in (0..blocks).zip(pairs) {
+        ahead.values(g, [a, b]);
+        ahead.scales([a_scales, b_scales]);
         let words = words(&x, g);
         // Integers are made unsigned by their bias, which the sum of x takes out again.
         let mut dots = each!(_mm512_setzero_si512(); T, t => _mm512_set1_epi32(const { -bias(TY) } * x[t].sums[g][0]));
         for q in 0..8 {
-            let unsigned = block_integers::<TY>(a, b, q);
-            for t in 0..T {
-                dots[t] = _mm512_dpbusd_epi32(dots[t], unsigned, _mm512_set1_epi32(words[t][q]));
-            }
+            multiply(&mut dots, block_integers::<TY>(a, b, q), &words, q);
         }
-        let scale = block_scales::<TY>(w, g);
-        for t in 0..T {
-            let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x[t].scales[g] * const { unit(TY) }));
-            let next = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), scale, s[t]);
-            (s[t], other[t]) = (other[t], next);
-        }
+        let next = add(&dots, block_scales::<TY>(a_scales, b_scales), &x, g, const { unit(TY) }, &s);
+        (s, other) = (other, next);
     }
     each!(_mm512_setzero_ps(); T, t => _mm512_add_ps(s[t], other[t]))
 }
@@ -390,6 +368,12 @@ fn load32x2(a: &[u8], b: &[u8], at: usize) -> __m512i {
 #[target_feature(enable = "avx2")]
 fn load16x2(a: &[u8], b: &[u8], at: usize) -> __m256i {
     _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(load16(a, at)), load16(b, at))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load8x2(a: &[u8], b: &[u8], at: usize) -> __m128i {
+    _mm_set_epi64x(i64::from_le_bytes(*bytes(b, at)), i64::from_le_bytes(*bytes(a, at)))
 }
 
 #[inline]

@@ -3,6 +3,7 @@
 
 #[macro_use]
 mod attention;
+mod ahead;
 mod avx2;
 mod avx512;
 
@@ -11,7 +12,10 @@ pub(crate) use avx512::Avx512;
 
 use crate::activations::QuantisedRow;
 use crate::kv::KvType;
+use crate::matrix::Group;
 use crate::vector::*;
+use std::iter::Zip;
+use std::slice::ChunksExact;
 
 /// The type of cached numbers behind a constant.
 const fn kv_type(ty: u8) -> KvType {
@@ -44,6 +48,28 @@ const fn bias(ty: u8) -> i32 {
         MXFP4 => 12,
         _ => panic!("not blocked"),
     }
+}
+
+/// Bytes before the scales of the first block.
+const fn scales_from(ty: u8) -> usize {
+    if matches!(ty, Q4 | Q3) { 32 } else { 0 }
+}
+
+/// Values and scales of a row group, block by block. Chunks of known length leave no checks in the loops over them.
+#[inline(always)]
+fn blocks_of<'a, const TY: u8>(w: &Group<'a>) -> Zip<ChunksExact<'a, u8>, ChunksExact<'a, u8>> {
+    let scales = &w.scales[const { scales_from(TY) }..];
+    w.values.chunks_exact(const { block_bytes(TY) }).zip(scales.chunks_exact(const { scale_bytes(TY) }))
+}
+
+/// The first `len` blocks of each row, of which there are as many: what is read below `len` is not checked again.
+#[inline(always)]
+fn cut<'a, const T: usize>(x: &[QuantisedRow<'a>; T], len: usize) -> [QuantisedRow<'a>; T] {
+    let mut cut = *x;
+    for x in &mut cut {
+        *x = QuantisedRow { words: &x.words[..len], scales: &x.scales[..len], sums: &x.sums[..len] };
+    }
+    cut
 }
 
 /// Block `g` of each row.

@@ -5,7 +5,10 @@ use crate::activations::{Activations, QuantisedRow};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;
 use crate::quant::UNIT;
-use crate::x86::{Q4, block_bytes, bytes, levels, offset_base, padded_rows, parts, quantised_rows, words};
+use crate::x86::ahead::Ahead;
+use crate::x86::{
+    Q4, block_bytes, blocks_of, bytes, cut, levels, offset_base, padded_rows, parts, quantised_rows, words,
+};
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -58,11 +61,11 @@ fn look_up<const TY: u8>(table: __m256i, nibbles: __m256i, high: bool) -> __m256
     _mm256_shuffle_epi8(table, if TY == Q4 { _mm256_and_si256(moved, _mm256_set1_epi8(15)) } else { moved })
 }
 
-/// Scale over `UNIT` and offset plus its base, of block `b`.
+/// Scale over `UNIT` and offset plus its base, of the block whose bytes are at `at`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn scale_and_offset<const TY: u8>(scales: &[u8], b: usize) -> (__m256, __m256i) {
-    let codes = _mm_cvtsi64_si128(i64::from_le_bytes(*bytes(scales, 32 + 8 * b)));
+fn scale_and_offset<const TY: u8>(codes: &[u8], at: usize) -> (__m256, __m256i) {
+    let codes = _mm_cvtsi64_si128(i64::from_le_bytes(*bytes(codes, at)));
     let scale = _mm_and_si128(_mm_cvtepu8_epi16(codes), _mm_set1_epi16(31));
     let wide = _mm256_cvtepu8_epi32(codes);
     let offset = if TY == Q4 {
@@ -86,8 +89,12 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm256_setzero_ps(); T];
     let mut other = s;
-    for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
-        prefetch(values);
+    let (len, blocks) = (const { block_bytes(TY) }, w.values.len() / const { block_bytes(TY) });
+    let x = cut(&x, blocks);
+    let ahead = Ahead::new(&[*w], len);
+    for (g, (values, codes)) in (0..blocks).zip(blocks_of::<TY>(w)) {
+        ahead.values(g, [values]);
+        ahead.scales([codes]);
         let words = words(&x, g);
         if TY == Q4 {
             let mut dots = [_mm256_setzero_si256(); T];
@@ -96,7 +103,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>
                 dot(&mut dots, look_up::<TY>(table, nibbles, false), &words, v);
                 dot(&mut dots, look_up::<TY>(table, nibbles, true), &words, v + 4);
             }
-            let next = add::<TY, T>(w.scales, g, &dots, &each!(0; T, t => x[t].sums[g][0]), &x, g, &s);
+            let next = add::<TY, T>(codes, 0, &dots, &each!(0; T, t => x[t].sums[g][0]), &x, g, &s);
             (s, other) = (other, next);
             continue;
         }
@@ -105,12 +112,12 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>
         for v in 0..4 {
             dot(&mut low, look_up::<TY>(table, nibbles[v], false), &words, v);
         }
-        s = add::<TY, T>(w.scales, 2 * g, &low, &each!(0; T, t => x[t].sums[g][1]), &x, g, &s);
+        s = add::<TY, T>(codes, 0, &low, &each!(0; T, t => x[t].sums[g][1]), &x, g, &s);
         for v in 0..4 {
             dot(&mut high, look_up::<TY>(table, nibbles[v], true), &words, v + 4);
         }
         let rest = each!(0; T, t => x[t].sums[g][0] - x[t].sums[g][1]);
-        other = add::<TY, T>(w.scales, 2 * g + 1, &high, &rest, &x, g, &other);
+        other = add::<TY, T>(codes, 8, &high, &rest, &x, g, &other);
     }
     let scales = row_scales(w.scales);
     each!(_mm256_setzero_ps(); T, t => _mm256_mul_ps(_mm256_add_ps(s[t], other[t]), scales))
@@ -126,20 +133,20 @@ fn dot<const T: usize>(dots: &mut [__m256i; T], level: __m256i, words: &[&[i32; 
     }
 }
 
-/// Adds block `b`, whose columns of `x` add up to `sums`. The sums fit in 16 bits, so that one multiplication of
+/// Adds the block whose bytes are at `at`, whose columns of `x` add up to `sums`. The sums fit in 16 bits, so that one multiplication of
 /// 16-bit pairs, the upper one with zero, applies offset and bias.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add<const TY: u8, const T: usize>(
-    scales: &[u8],
-    b: usize,
+    codes: &[u8],
+    at: usize,
     dots: &[__m256i; T],
     sums: &[i32; T],
     x: &[QuantisedRow<'_>; T],
     g: usize,
     s: &[__m256; T],
 ) -> [__m256; T] {
-    let (scale, offset) = scale_and_offset::<TY>(scales, b);
+    let (scale, offset) = scale_and_offset::<TY>(codes, at);
     let bias = _mm256_sub_epi32(offset, _mm256_set1_epi32(const { 64 + offset_base(TY) }));
     let mut next = *s;
     for t in 0..T {
@@ -162,7 +169,7 @@ fn blocks_f32<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [_
         let mut s = [[_mm256_setzero_ps(); 4]; T];
         for half in 0..2 {
             let b = if TY == Q4 { g } else { 2 * g + half };
-            let (scale, offset) = scale_and_offset::<TY>(w.scales, b);
+            let (scale, offset) = scale_and_offset::<TY>(w.scales, 32 + 8 * b);
             let offset = _mm256_sub_epi32(offset, _mm256_set1_epi32(const { offset_base(TY) }));
             for v in 0..4 {
                 let level = look_up::<TY>(table, nibbles[v], half == 1);

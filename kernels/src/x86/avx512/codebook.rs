@@ -1,10 +1,11 @@
 //! `q4` and `q3` with int8 activations, in the order of `quant::product`.
 
-use super::{Ahead, Pair, load16, load32x2, put};
+use super::{Pair, add, load, load8x2, load16, load32, load32x2, multiply, put};
 use crate::activations::{Activations, QuantisedRow};
 use crate::matmul::{Tile, TileShape};
 use crate::quant::UNIT;
-use crate::x86::{Q4, block_bytes, bytes, levels, offset_base, quantised_rows, scale_bytes, words};
+use crate::x86::ahead::Ahead;
+use crate::x86::{Q4, block_bytes, blocks_of, codebook, cut, levels, quantised_rows, words};
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -58,95 +59,89 @@ fn look_up<const TY: u8>(table: __m512i, nibbles: __m512i, high: bool) -> __m512
 fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>; T]) -> [__m512; T] {
     let len = const { block_bytes(TY) };
     let table = _mm512_broadcast_i32x4(load16(&const { levels(TY, 64) }, 0));
+    let blocks = w[0].values.len() / len;
+    let x = cut(&x, blocks);
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm512_setzero_ps(); T];
     let mut other = s;
-    let ahead = Ahead::new(w);
-    for (g, (a, b)) in w[0].values.chunks_exact(len).zip(w[1].values.chunks_exact(len)).enumerate() {
-        ahead.values(g * len, len);
-        ahead.scales(32 + g * const { scale_bytes(TY) });
+    let ahead = Ahead::new(w, len);
+    let pairs = blocks_of::<TY>(&w[0]).zip(blocks_of::<TY>(&w[1]));
+    for (g, ((a, a_codes), (b, b_codes))) in (0..blocks).zip(pairs) {
+        ahead.values(g, [a, b]);
+        ahead.scales([a_codes, b_codes]);
         let words = words(&x, g);
+        let codes = _mm512_cvtepu8_epi32(load8x2(a_codes, b_codes, 0));
         if TY == Q4 {
-            let mut dots = biased::<TY, T>(w, g, &each!(0; T, t => x[t].sums[g][0]));
+            let mut dots = biased::<TY, T>(codes, &each!(0; T, t => x[t].sums[g][0]));
             for v in 0..4 {
                 let nibbles = load32x2(a, b, 32 * v);
-                dot(&mut dots, look_up::<TY>(table, nibbles, false), &words, v);
-                dot(&mut dots, look_up::<TY>(table, nibbles, true), &words, v + 4);
+                multiply(&mut dots, look_up::<TY>(table, nibbles, false), &words, v);
+                multiply(&mut dots, look_up::<TY>(table, nibbles, true), &words, v + 4);
             }
-            let next = add(&dots, scale(w, g), &x, g, &s);
+            let next = add(&dots, scale(codes), &x, g, UNIT, &s);
             (s, other) = (other, next);
             continue;
         }
         let nibbles = nibbles::<TY>(a, b);
-        let mut low = biased::<TY, T>(w, 2 * g, &each!(0; T, t => x[t].sums[g][1]));
+        let mut low = biased::<TY, T>(codes, &each!(0; T, t => x[t].sums[g][1]));
         for v in 0..4 {
-            dot(&mut low, look_up::<TY>(table, nibbles[v], false), &words, v);
+            multiply(&mut low, look_up::<TY>(table, nibbles[v], false), &words, v);
         }
-        s = add(&low, scale(w, 2 * g), &x, g, &s);
-        let mut high = biased::<TY, T>(w, 2 * g + 1, &each!(0; T, t => x[t].sums[g][0] - x[t].sums[g][1]));
+        s = add(&low, scale(codes), &x, g, UNIT, &s);
+        let codes = _mm512_cvtepu8_epi32(load8x2(a_codes, b_codes, 8));
+        let mut high = biased::<TY, T>(codes, &each!(0; T, t => x[t].sums[g][0] - x[t].sums[g][1]));
         for v in 0..4 {
-            dot(&mut high, look_up::<TY>(table, nibbles[v], true), &words, v + 4);
+            multiply(&mut high, look_up::<TY>(table, nibbles[v], true), &words, v + 4);
         }
-        other = add(&high, scale(w, 2 * g + 1), &x, g, &other);
+        other = add(&high, scale(codes), &x, g, UNIT, &other);
     }
     let scales = _mm512_castsi512_ps(load32x2(w[0].scales, w[1].scales, 0));
     each!(_mm512_setzero_ps(); T, t => _mm512_mul_ps(_mm512_add_ps(s[t], other[t]), scales))
 }
 
-/// Adds the products of four columns with unsigned levels.
+/// The scales over `UNIT` of a block whose bytes are `codes`. Only five bits of an index count.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn dot<const T: usize>(dots: &mut [__m512i; T], level: __m512i, words: &[&[i32; 8]; T], q: usize) {
-    for t in 0..T {
-        dots[t] = _mm512_dpbusd_epi32(dots[t], level, _mm512_set1_epi32(words[t][q]));
-    }
+fn scale(codes: __m512i) -> __m512 {
+    const SCALES: [[f32; 16]; 2] = scales_over_unit();
+    _mm512_permutex2var_ps(load(&SCALES[0]), codes, load(&SCALES[1]))
 }
 
-/// The bytes of block `b`.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn codes(w: &Pair<'_>, b: usize) -> __m128i {
-    let at = 32 + 8 * b;
-    let (low, high) = (i64::from_le_bytes(*bytes(w[0].scales, at)), i64::from_le_bytes(*bytes(w[1].scales, at)));
-    _mm_set_epi64x(high, low)
-}
-
-/// The scale of block `b` over `UNIT`.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn scale(w: &Pair<'_>, b: usize) -> __m512 {
-    let scale = _mm256_and_si256(_mm256_cvtepu8_epi16(codes(w, b)), _mm256_set1_epi16(31));
-    _mm512_cvtph_ps(_mm256_slli_epi16::<7>(scale))
-}
-
-/// What the offset of block `b` and the bias of the levels contribute, for columns of `x` that add up to `sums`. The
+/// What the offsets of a block and the bias of the levels contribute, for columns of `x` that add up to `sums`. The
 /// sums fit in 16 bits, so that one multiplication of 16-bit pairs, the upper one with zero, is enough.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn biased<const TY: u8, const T: usize>(w: &Pair<'_>, b: usize, sums: &[i32; T]) -> [__m512i; T] {
-    let wide = _mm512_cvtepu8_epi32(codes(w, b));
-    let offset = if TY == Q4 {
-        _mm512_and_si512(_mm512_srli_epi32::<4>(wide), _mm512_set1_epi32(14))
-    } else {
-        _mm512_and_si512(_mm512_srli_epi32::<3>(wide), _mm512_set1_epi32(28))
-    };
-    let bias = _mm512_sub_epi32(offset, _mm512_set1_epi32(const { 64 + offset_base(TY) }));
+fn biased<const TY: u8, const T: usize>(codes: __m512i, sums: &[i32; T]) -> [__m512i; T] {
+    let biases = _mm512_broadcast_i32x8(load32(&const { biases(TY) }, 0));
+    let bias = _mm512_permutexvar_epi32(_mm512_srli_epi32::<5>(codes), biases);
     each!(_mm512_setzero_si512(); T, t => _mm512_madd_epi16(bias, _mm512_set1_epi32(sums[t] & 0xffff)))
 }
 
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn add<const T: usize>(
-    dots: &[__m512i; T],
-    scale: __m512,
-    x: &[QuantisedRow<'_>; T],
-    g: usize,
-    s: &[__m512; T],
-) -> [__m512; T] {
-    let mut next = *s;
-    for t in 0..T {
-        let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x[t].scales[g] * UNIT));
-        next[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), scale, s[t]);
+/// What the three bits of an offset and the bias of the levels add to each level, as eight little-endian numbers.
+const fn biases(ty: u8) -> [u8; 32] {
+    let mut bytes = [0; 32];
+    let mut i = 0;
+    while i < 8 {
+        let bias = (codebook(ty).offset((i as u8) << 5) - 64).to_le_bytes();
+        let mut b = 0;
+        while b < 4 {
+            bytes[4 * i + b] = bias[b];
+            b += 1;
+        }
+        i += 1;
     }
-    next
+    bytes
+}
+
+/// What the 32 scales are worth, over `UNIT`: binary16 numbers with two bits of exponent and three of fraction.
+const fn scales_over_unit() -> [[f32; 16]; 2] {
+    let mut scales = [[0.0; 16]; 2];
+    let mut code = 0;
+    while code < 32 {
+        let (exponent, fraction) = (code >> 3, code & 7);
+        let value = if exponent == 0 { fraction } else { (8 + fraction) << (exponent - 1) };
+        scales[code >> 4][code & 15] = value as f32 / UNIT;
+        code += 1;
+    }
+    scales
 }
