@@ -301,12 +301,11 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm256_setzero_ps(); T];
     let mut other = s;
-    let (len, blocks) = (const { block_bytes(TY) }, w.values.len() / const { block_bytes(TY) });
+    let blocks = w.values.len() / const { block_bytes(TY) };
     let x = cut(&x, blocks);
-    let ahead = Ahead::new(&[*w], len);
+    let ahead = Ahead::new(&[*w]);
     for (g, (values, scales)) in (0..blocks).zip(blocks_of::<TY>(w)) {
-        ahead.values(g, [values]);
-        ahead.scales([scales]);
+        ahead.block::<TY, 1>(g);
         let dots = if TY == Q8 { dots_q8(values, &x, g) } else { dots_nibbles::<TY, T>(values, &x, g) };
         let scale = block_scales::<TY>(scales, 0);
         for t in 0..T {

@@ -276,17 +276,15 @@ fn add<const T: usize>(
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>; T]) -> [__m512; T] {
-    let len = const { block_bytes(TY) };
-    let blocks = w[0].values.len() / len;
+    let blocks = w[0].values.len() / const { block_bytes(TY) };
     let x = cut(&x, blocks);
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm512_setzero_ps(); T];
     let mut other = s;
-    let ahead = Ahead::new(w, len);
+    let ahead = Ahead::new(w);
     let pairs = blocks_of::<TY>(&w[0]).zip(blocks_of::<TY>(&w[1]));
     for (g, ((a, a_scales), (b, b_scales))) in (0..blocks).zip(pairs) {
-        ahead.values(g, [a, b]);
-        ahead.scales([a_scales, b_scales]);
+        ahead.block::<TY, 2>(g);
         let words = words(&x, g);
         // Integers are made unsigned by their bias, which the sum of x takes out again.
         let mut dots = each!(_mm512_setzero_si512(); T, t => _mm512_set1_epi32(const { -bias(TY) } * x[t].sums[g][0]));

@@ -89,12 +89,11 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm256_setzero_ps(); T];
     let mut other = s;
-    let (len, blocks) = (const { block_bytes(TY) }, w.values.len() / const { block_bytes(TY) });
+    let blocks = w.values.len() / const { block_bytes(TY) };
     let x = cut(&x, blocks);
-    let ahead = Ahead::new(&[*w], len);
+    let ahead = Ahead::new(&[*w]);
     for (g, (values, codes)) in (0..blocks).zip(blocks_of::<TY>(w)) {
-        ahead.values(g, [values]);
-        ahead.scales([codes]);
+        ahead.block::<TY, 1>(g);
         let words = words(&x, g);
         if TY == Q4 {
             let mut dots = [_mm256_setzero_si256(); T];
@@ -133,8 +132,8 @@ fn dot<const T: usize>(dots: &mut [__m256i; T], level: __m256i, words: &[&[i32; 
     }
 }
 
-/// Adds the block whose bytes are at `at`, whose columns of `x` add up to `sums`. The sums fit in 16 bits, so that one multiplication of
-/// 16-bit pairs, the upper one with zero, applies offset and bias.
+/// Adds the block whose bytes are at `at` and whose columns of `x` add up to `sums`. The sums fit in 16 bits, so that one
+/// multiplication of 16-bit pairs, the upper one with zero, applies offset and bias.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add<const TY: u8, const T: usize>(

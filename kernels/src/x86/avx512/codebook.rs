@@ -57,18 +57,16 @@ fn look_up<const TY: u8>(table: __m512i, nibbles: __m512i, high: bool) -> __m512
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>; T]) -> [__m512; T] {
-    let len = const { block_bytes(TY) };
     let table = _mm512_broadcast_i32x4(load16(&const { levels(TY, 64) }, 0));
-    let blocks = w[0].values.len() / len;
+    let blocks = w[0].values.len() / const { block_bytes(TY) };
     let x = cut(&x, blocks);
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm512_setzero_ps(); T];
     let mut other = s;
-    let ahead = Ahead::new(w, len);
+    let ahead = Ahead::new(w);
     let pairs = blocks_of::<TY>(&w[0]).zip(blocks_of::<TY>(&w[1]));
     for (g, ((a, a_codes), (b, b_codes))) in (0..blocks).zip(pairs) {
-        ahead.values(g, [a, b]);
-        ahead.scales([a_codes, b_codes]);
+        ahead.block::<TY, 2>(g);
         let words = words(&x, g);
         let codes = _mm512_cvtepu8_epi32(load8x2(a_codes, b_codes, 0));
         if TY == Q4 {
