@@ -1,16 +1,27 @@
 #!/usr/bin/env python3
-"""The same random mixture-of-experts weights in llama.cpp and in Sluice: decode and prefill, in turns, side by side.
+"""The same random mixture-of-experts weights in llama.cpp and in Sluice: speed and logits, side by side.
 
     python3 tests/bench/llama_cpp.py --scratch DIR [--rounds N] [--types q8,q4] [--threads 2]
 
 Builds nothing of Sluice: run `cargo build --release -p sluice` and `cargo build --release -p sluice-runtime --example
 throughput` first, and give their folder with --bin (default target/release). The scratch folder, outside the repository,
-gets a virtual environment with llama-cpp-python and gguf from PyPI and some gigabytes of weights; they are made once.
+gets a virtual environment with llama-cpp-python and gguf from PyPI, which compiles llama.cpp for this processor (minutes;
+needs a C++ compiler), and model files, all made once: 7 GB, and up to 11 GB while they are made, or with one of the types
+at a time, in different folders, 4 and 7 GB.
 
 The model has the shape of Qwen3-MoE: hidden size 1024, 16 layers, 64 experts of width 512, 8 of them per token, 16 heads
-and 4 key-value heads of 128, vocabulary 32768. All layers have the same random weights: speed does not depend on numbers,
-and they are quantised once. Each program loads its file, runs once unmeasured, then --inner times measured; the programs
-take turns, and medians are printed.
+and 4 key-value heads of 128, vocabulary 32768. All layers have the same random weights: speed does not depend on numbers.
+Both programs get them in 16 bits, and each quantises them itself: llama.cpp to Q8_0 and Q4_0 throughout, as ours are, and
+to the mixture that it calls Q4_K_M.
+
+Logits of one prompt, all in memory and before any quantising, say whether both compute the same model; then those of
+every type, against the same program's own in 16 bits, what it loses. Random weights are kinder to simple types than trained
+ones. For speed, each program loads its file, runs once unmeasured, then --inner times measured; the programs take turns,
+and medians are printed, with the range of all runs. --json adds every run.
+
+    python3 tests/bench/llama_cpp.py --scratch OTHER --layers 2 --source F32 --types '' --rounds 0
+
+compares logits of a smaller model whose weights llama.cpp holds in f32, so that neither program rounds activations.
 """
 
 import argparse
@@ -23,17 +34,17 @@ import sys
 import venv
 from pathlib import Path
 
-HIDDEN, LAYERS, EXPERTS, TOP_K, WIDTH, VOCAB = 1024, 16, 64, 8, 512, 32768
+HIDDEN, EXPERTS, TOP_K, WIDTH, VOCAB = 1024, 64, 8, 512, 32768
 HEADS, KV_HEADS, HEAD_DIM, ROPE_BASE, EPS = 16, 4, 128, 1e6, 1e-6
 PROMPT, DECODE = 128, 64
-PAIRS = {"q8": ["Q8_0"], "q4": ["Q4_0"]}
+PAIRS = {"q8": ["Q8_0"], "q4": ["Q4_0", "Q4_K_M"]}
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "torch_dtype": "bfloat16",
     "attention_bias": False, "decoder_sparse_step": 1, "head_dim": HEAD_DIM, "hidden_act": "silu",
     "hidden_size": HIDDEN, "intermediate_size": 4 * WIDTH, "max_position_embeddings": 4096, "mlp_only_layers": [],
     "moe_intermediate_size": WIDTH, "norm_topk_prob": True, "num_attention_heads": HEADS, "num_experts": EXPERTS,
-    "num_experts_per_tok": TOP_K, "num_hidden_layers": LAYERS, "num_key_value_heads": KV_HEADS, "rms_norm_eps": EPS,
+    "num_experts_per_tok": TOP_K, "num_key_value_heads": KV_HEADS, "rms_norm_eps": EPS,
     "rope_scaling": None, "rope_theta": ROPE_BASE, "sliding_window": None, "tie_word_embeddings": False,
     "use_sliding_window": False, "vocab_size": VOCAB,
 }
@@ -71,12 +82,12 @@ def weights():
     return made
 
 
-def write_checkpoint(folder, made):
+def write_checkpoint(folder, made, layers):
     """Safetensors with the names of the hub."""
     import numpy as np
     entries = [("model.embed_tokens.weight", made["token_embd"]), ("lm_head.weight", made["output"]),
                ("model.norm.weight", np.ones(HIDDEN, np.float32))]
-    for i in range(LAYERS):
+    for i in range(layers):
         prefix = f"model.layers.{i}."
         entries += [(f"{prefix}{hub}.weight", made[gguf]) for hub, gguf, _ in layer_tensors() + NORMS]
         entries.append((f"{prefix}mlp.gate.weight", made["ffn_gate_inp"]))
@@ -93,16 +104,16 @@ def write_checkpoint(folder, made):
         out.write(struct.pack("<Q", len(text)) + text)
         for _, x in entries:
             out.write((x.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
 
 
-def write_gguf(path, made, type_name):
-    """The file that llama.cpp reads; norms and routers in f32, all other tensors in one type."""
+def write_gguf(path, made, layers, type_name):
+    """The file that llama.cpp reads and quantises: F32, F16 or BF16, norms and routers in f32 always."""
     import gguf
     import numpy as np
     kind = gguf.GGMLQuantizationType[type_name]
     w = gguf.GGUFWriter(str(path), "qwen3moe")
-    w.add_block_count(LAYERS)
+    w.add_block_count(layers)
     w.add_context_length(4096)
     w.add_embedding_length(HIDDEN)
     w.add_feed_forward_length(4 * WIDTH)
@@ -115,6 +126,7 @@ def write_gguf(path, made, type_name):
     w.add_expert_count(EXPERTS)
     w.add_expert_used_count(TOP_K)
     w.add_expert_feed_forward_length(WIDTH)
+    w.add_file_type(gguf.LlamaFileType["ALL_F32" if type_name == "F32" else f"MOSTLY_{type_name}"])
     w.add_vocab_size(VOCAB)
     w.add_tokenizer_model("none")
     packed = {n: gguf.quants.quantize(x, kind) for n, x in made.items() if x.ndim > 1 and n != "ffn_gate_inp"}
@@ -128,7 +140,7 @@ def write_gguf(path, made, type_name):
     add("token_embd", "token_embd")
     add("output", "output")
     w.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
-    for i in range(LAYERS):
+    for i in range(layers):
         for name in made.keys() - {"token_embd", "output"}:
             add(f"blk.{i}.{name}", name)
     w.write_header_to_file()
@@ -137,15 +149,22 @@ def write_gguf(path, made, type_name):
     w.close()
 
 
-def run_llama(path, threads, inner):
-    """One line of JSON per measured run, as the other program prints them. Runs inside the virtual environment."""
-    import time
-
+def llama():
+    """The bindings. Everything that calls this runs inside the virtual environment."""
     # Else this file, whose name is the package's, would import itself.
     sys.path = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
-    import llama_cpp as ll
+    import llama_cpp
+    llama_cpp.llama_backend_init()
+    return llama_cpp
 
-    ll.llama_backend_init()
+
+def prompt():
+    """Token ids without meaning; the program that measures ours makes the same."""
+    return [(i * 7919 + 13) % VOCAB for i in range(PROMPT)]
+
+
+def open_llama(ll, path, threads, **options):
+    """A context with the model in memory, on the CPU, for prompts of up to 512 tokens."""
     model_params = ll.llama_model_default_params()
     model_params.n_gpu_layers = 0
     model = ll.llama_model_load_from_file(str(path).encode(), model_params)
@@ -153,17 +172,26 @@ def run_llama(path, threads, inner):
     params = ll.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 512, 512, 512
     params.n_threads = params.n_threads_batch = threads
-    context = ll.llama_init_from_model(model, params)
+    for name, value in options.items():
+        setattr(params, name, value)
+    return ll.llama_init_from_model(model, params)
+
+
+def time_llama(path, threads, inner):
+    """One line of JSON per measured run, in tokens/s, as the other program prints them."""
+    import time
+    ll = llama()
+    context = open_llama(ll, path, int(threads))
 
     def decode(ids):
         array = (ll.llama_token * len(ids))(*ids)
         assert ll.llama_decode(context, ll.llama_batch_get_one(array, len(ids))) == 0
         ll.llama_get_logits_ith(context, -1)
 
-    for i in range(inner + 1):
+    for i in range(int(inner) + 1):
         ll.llama_memory_clear(ll.llama_get_memory(context), True)
         start = time.perf_counter()
-        decode([(i * 7919 + 13) % VOCAB for i in range(PROMPT)])
+        decode(prompt())
         middle = time.perf_counter()
         for t in range(DECODE):
             decode([(t * 104729 + 7) % VOCAB])
@@ -172,71 +200,235 @@ def run_llama(path, threads, inner):
             print(json.dumps({"prefill": PROMPT / (middle - start), "decode": DECODE / (end - middle)}), flush=True)
 
 
+def llama_logits(path, threads, out):
+    """Writes the logits of every position of the prompt: f32, [tokens, vocabulary].
+
+    Keys and values are kept in f32, and attention is the plain one: flash attention rounds to f16 on the way.
+    """
+    import numpy as np
+    ll = llama()
+    f32, flash = 0, ll.LLAMA_FLASH_ATTN_TYPE_DISABLED  # GGML_TYPE_F32
+    context = open_llama(ll, path, int(threads), type_k=f32, type_v=f32, flash_attn_type=flash)
+    batch = ll.llama_batch_init(PROMPT, 0, 1)
+    batch.n_tokens = PROMPT
+    for i, token in enumerate(prompt()):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, 1
+    assert ll.llama_decode(context, batch) == 0
+    np.save(out, np.stack([np.ctypeslib.as_array(ll.llama_get_logits_ith(context, i), (VOCAB,)) for i in range(PROMPT)]))
+
+
+def quantise(source, target, type_name):
+    """Quantises a GGUF with llama.cpp: _0 types throughout, output and embedding included; others as it mixes them."""
+    ll = llama()
+    params = ll.llama_model_quantize_default_params()
+    params.ftype = getattr(ll, f"LLAMA_FTYPE_MOSTLY_{type_name}")
+    params.pure = type_name.endswith("_0")
+    part = target + ".part"
+    assert ll.llama_model_quantize(source.encode(), part.encode(), params) == 0, "llama.cpp cannot quantise"
+    os.rename(part, target)
+
+
+def census(path):
+    """Prints how many weights a GGUF holds in each type, as JSON; vectors and routers, all f32, aside."""
+    import gguf
+    counts = {}
+    for t in gguf.GGUFReader(path).tensors:
+        if len(t.shape) > 1 and "gate_inp" not in t.name:
+            counts[t.tensor_type.name] = counts.get(t.tensor_type.name, 0) + int(t.n_elements)
+    print(json.dumps(counts))
+
+
+def differences(reference, other):
+    """Prints how far logits are from the reference, as JSON.
+
+    largest: of the differences, divided by the largest logit; median: the median over positions of the same. rms: root mean
+    square of the differences, divided by that of the logits. divergence: mean Kullback-Leibler divergence from what the reference says, in nats. top1: share of the
+    positions where both put the same token first.
+    """
+    import numpy as np
+    a, b = (np.load(path).astype(np.float64) for path in [reference, other])
+
+    def log_softmax(x):
+        x = x - x.max(1, keepdims=True)
+        return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+    p, q, rows = log_softmax(a), log_softmax(b), np.abs(a - b).max(1) / np.abs(a).max()
+    print(json.dumps({
+        "largest": float(rows.max()),
+        "median": float(np.median(rows)),
+        "rms": float(((a - b) ** 2).mean() ** 0.5 / (a ** 2).mean() ** 0.5),
+        "divergence": float((np.exp(p) * (p - q)).sum(1).mean()),
+        "top1": float((a.argmax(1) == b.argmax(1)).mean()),
+    }))
+
+
+def make(what, path, layers, source):
+    """Writes the weights where the one or the other program reads them."""
+    if what == "checkpoint":
+        write_checkpoint(Path(path), weights(), int(layers))
+    else:
+        write_gguf(Path(path), weights(), int(layers), source)
+
+
+INSIDE = {f.__name__: f for f in [make, time_llama, llama_logits, quantise, census, differences]}
+
+
 def lines(command):
-    # llama.cpp talks on standard error: only worth reading when it fails.
+    """Runs a program; the JSON that it printed. Both talk on standard error, which is only worth reading on failure."""
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}:\n{result.stderr[-2000:]}")
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
-def prepare(args):
-    """Everything that is made once: environment, weights, conversions."""
-    scratch = args.scratch
-    scratch.mkdir(parents=True, exist_ok=True)
-    python = scratch / "venv/bin/python"
-    if not python.exists():
-        venv.create(scratch / "venv", with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "llama-cpp-python", "gguf", "numpy"], check=True)
-    names = [name for ours in args.types for name in PAIRS[ours]]
-    if not (scratch / "checkpoint/config.json").exists() or not all((scratch / f"{n}.gguf").exists() for n in names):
-        subprocess.run([python, __file__, "--make", scratch, "--types", ",".join(args.types)], check=True)
-    for ours in args.types:
-        path = scratch / f"{ours}.sluice"
-        if not path.exists():
-            command = [args.bin / "sluice", "convert", scratch / "checkpoint", path, "--type", ours, "--dense-type", ours]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+def install(folder):
+    """Python of a virtual environment with what this needs, made once: llama.cpp is compiled for this very processor."""
+    python = folder / "bin/python"
+    # Asked for by importing: an installation that was interrupted is repaired.
+    check = [python, "-c", "import llama_cpp, gguf, numpy"]
+    if not python.exists() or subprocess.run(check, cwd=folder, stderr=subprocess.DEVNULL).returncode != 0:
+        venv.create(folder, with_pip=True)
+        # A wheel would be built for any processor. OpenMP and repacking at load time are what llama.cpp does by default.
+        flags = "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DGGML_CPU_REPACK=ON -DLLAVA_BUILD=OFF " + os.environ.get("CMAKE_ARGS", "")
+        pip = [python, "-m", "pip", "install", "-q", "--no-binary", "llama-cpp-python", "llama-cpp-python", "gguf", "numpy"]
+        subprocess.run(pip, env=os.environ | {"CMAKE_ARGS": flags}, check=True)
+        subprocess.run(check, cwd=folder, check=True)
     return python
 
 
-def compare(args):
-    python = prepare(args)
-    for ours in args.types:
-        for theirs in PAIRS[ours]:
-            results = {"sluice": [], "llama.cpp": []}
-            for _ in range(args.rounds):
-                model = args.scratch / f"{ours}.sluice"
-                command = [args.bin / "examples/throughput", model, args.threads, PROMPT, DECODE, args.inner]
-                results["sluice"] += lines(command)
-                command = [python, __file__, "--llama", args.scratch / f"{theirs}.gguf", "--threads", args.threads]
-                results["llama.cpp"] += lines(command + ["--inner", args.inner])
-            for what in ["decode", "prefill"]:
-                a, b = (statistics.median(r[what] for r in results[side]) for side in ["sluice", "llama.cpp"])
-                print(f"{what:8} sluice {ours} {a:8.1f} tokens/s   llama.cpp {theirs} {b:8.1f} tokens/s   {a / b:.2f}x")
-            sys.stdout.flush()
+class Scratch:
+    """Files in the scratch folder, each made when it is first asked for."""
+
+    def __init__(self, args):
+        self.folder, self.bin, self.threads, self.layers, self.source = (
+            args.scratch, args.bin, args.threads, args.layers, args.source)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.python = install(self.folder / "venv")
+
+    def inside(self, function, *args):
+        """Runs a function of this file in the virtual environment."""
+        return lines([self.python, __file__, "--inside", function, *args])
+
+    def checkpoint(self):
+        path = self.folder / "checkpoint"
+        if not (path / "config.json").exists():
+            self.inside("make", "checkpoint", path, self.layers, self.source)
+        return path
+
+    def sluice(self, type_name):
+        path = self.folder / f"{type_name}.sluice"
+        if not path.exists():
+            types = ["--type", type_name, "--dense-type", type_name]
+            lines([self.bin / "sluice", "convert", self.checkpoint(), path, *types])
+        return path
+
+    def gguf(self, type_name):
+        path = self.folder / f"{type_name}.gguf"
+        if not path.exists() and type_name == self.source:
+            part = path.with_suffix(".part")
+            self.inside("make", "gguf", part, self.layers, self.source)
+            part.rename(path)
+        elif not path.exists():
+            self.inside("quantise", self.gguf(self.source), path, type_name)
+        return path
+
+    def sluice_logits(self, type_name, *options):
+        out = self.folder / f"sluice-{type_name}{''.join(options)}.npy"
+        if not out.exists():
+            ids = ",".join(map(str, prompt()))
+            lines([self.bin / "sluice", "logits", self.sluice(type_name), "--ids", ids, "--out", out, *options])
+        return out
+
+    def llama_logits(self, type_name):
+        out = self.folder / f"llama-{type_name}.npy"
+        if not out.exists():
+            self.inside("llama_logits", self.gguf(type_name), self.threads, out)
+        return out
+
+    def forget(self, *names):
+        """Large files that others were made of go as soon as they are not needed."""
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def prepare(scratch, types):
+    """Makes all files that are missing; the order keeps few of the large ones at a time. Gives the logits in 16 bits."""
+    ours = scratch.sluice_logits("bf16", "--exact")
+    scratch.forget("bf16.sluice")
+    for type_name in types:
+        scratch.sluice(type_name)
+    scratch.forget("checkpoint/config.json", "checkpoint/model.safetensors")
+    theirs = scratch.llama_logits(scratch.source)
+    for type_name in types:
+        for name in PAIRS[type_name]:
+            scratch.gguf(name)
+    scratch.forget(f"{scratch.source}.gguf")
+    return ours, theirs
+
+
+def weight_count(layers):
+    """Weights in matrices, routers aside."""
+    layer = sum(rows * cols for _, _, (rows, cols) in layer_tensors())
+    experts = EXPERTS * sum(rows * cols for _, _, (rows, cols) in EXPERT_PARTS)
+    return layers * (layer + experts) + 2 * VOCAB * HIDDEN
+
+
+def compare_logits(scratch, types, reference, theirs):
+    """Prints how far the programs are from each other, and every type from the weights as they were."""
+    def show(name, file, logits):
+        bits = f"{8 * file.stat().st_size / weight_count(scratch.layers):.2f} bits per weight" if file else ""
+        d = scratch.inside("differences", reference, logits)[0]
+        print(f"{name:18}{bits:22}largest difference {d['largest']:.1e} (median position {d['median']:.1e}), rms {d['rms']:.1e}, "
+              f"divergence {d['divergence']:.1e} nats, same first token {100 * d['top1']:.0f} %", flush=True)
+
+    print(f"Logits of {PROMPT} positions beside sluice bf16 with f32 activations:")
+    show(f"llama.cpp {scratch.source}", None, theirs)
+    for type_name in types:
+        show(f"sluice {type_name}", scratch.sluice(type_name), scratch.sluice_logits(type_name))
+        for name in PAIRS[type_name]:
+            show(f"llama.cpp {name}", scratch.gguf(name), scratch.llama_logits(name))
+    for name in [name for type_name in types for name in PAIRS[type_name]]:
+        counts = scratch.inside("census", scratch.gguf(name))[0]
+        print(f"{name}: " + ", ".join(f"{100 * n / sum(counts.values()):.1f} % {t}" for t, n in counts.items()))
+
+
+def compare_speed(scratch, type_name, name, args):
+    """Both programs in turns; prints medians in tokens/s, ranges and the ratio of medians."""
+    ours = [args.bin / "examples/throughput", scratch.sluice(type_name), args.threads, PROMPT, DECODE, args.inner]
+    results = {"sluice": [], "llama.cpp": []}
+    for _ in range(args.rounds):
+        results["sluice"] += lines(ours)
+        results["llama.cpp"] += scratch.inside("time_llama", scratch.gguf(name), args.threads, args.inner)
+    for what in ["decode", "prefill"]:
+        runs = {side: sorted(r[what] for r in rows) for side, rows in results.items()}
+        a, b = (f"{statistics.median(r):7.1f} ({r[0]:.1f} to {r[-1]:.1f})" for r in runs.values())
+        ratio = statistics.median(runs["sluice"]) / statistics.median(runs["llama.cpp"])
+        print(f"{what:8} tokens/s   sluice {type_name} {a}   llama.cpp {name} {b}   {ratio:.2f}x", flush=True)
+    if args.json:
+        print(json.dumps({"pair": [type_name, name]} | results), flush=True)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--scratch", type=Path, help="folder outside the repository")
+    p.add_argument("--scratch", type=lambda s: Path(s).resolve(), help="folder outside the repository")
     p.add_argument("--bin", type=Path, default=Path("target/release"), help="folder of the release build")
-    p.add_argument("--types", type=lambda s: s.split(","), default=["q8", "q4"])
+    p.add_argument("--types", type=lambda s: [t for t in s.split(",") if t], default=["q8", "q4"])
+    p.add_argument("--source", choices=["F32", "F16", "BF16"], default="F16", help="what llama.cpp quantises")
+    p.add_argument("--layers", type=int, default=16)
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--rounds", type=int, default=5, help="turns of each program")
-    p.add_argument("--inner", type=int, default=3, help="measured runs per turn")
-    p.add_argument("--make", type=Path, help=argparse.SUPPRESS)
-    p.add_argument("--llama", type=Path, help=argparse.SUPPRESS)
+    p.add_argument("--rounds", type=int, default=6, help="turns of each program; 0 compares logits only")
+    p.add_argument("--inner", type=int, default=2, help="measured runs per turn")
+    p.add_argument("--json", action="store_true", help="print every run as well")
+    p.add_argument("--inside", nargs="+", help=argparse.SUPPRESS)
     args = p.parse_args()
-    if args.make:
-        made = weights()
-        write_checkpoint(args.make / "checkpoint", made)
-        for name in [name for ours in args.types for name in PAIRS[ours]]:
-            write_gguf(args.make / f"{name}.gguf", made, name)
-    elif args.llama:
-        run_llama(args.llama, args.threads, args.inner)
+    if args.inside:
+        INSIDE[args.inside[0]](*args.inside[1:])
     elif args.scratch:
-        args.scratch = args.scratch.resolve()
-        compare(args)
+        scratch = Scratch(args)
+        compare_logits(scratch, args.types, *prepare(scratch, args.types))
+        for type_name in args.types if args.rounds else []:
+            for name in PAIRS[type_name]:
+                compare_speed(scratch, type_name, name, args)
     else:
         p.error("give a scratch folder outside the repository with --scratch")
 
