@@ -46,7 +46,7 @@ pub struct IoConfig {
 
 impl Default for IoConfig {
     fn default() -> Self {
-        Self { chunk_bytes: 1 << 20, depth: 16, prefetch_depth: 8, verify: true }
+        Self { chunk_bytes: 1 << 20, depth: 4, prefetch_depth: 4, verify: true }
     }
 }
 

@@ -4,8 +4,9 @@ use serde::Serialize;
 
 use super::{BenchEngine, Point};
 
-/// Bandwidth that a setting may stay below the best one.
-pub const TOLERANCE: f64 = 0.04;
+/// Bandwidth that a setting may stay below the best one. Generous, because decoding gains more from little in flight: of 2.65 MB
+/// experts, 2 MiB × 2 decoded 1.19 times as many tokens as 1 MiB × 8, which gave a few per cent more in a sweep.
+pub const TOLERANCE: f64 = 0.1;
 
 /// Smallest block that becomes a chunk size: below, the processor works for the drive instead of the model.
 const BLOCK_LEAST: usize = 512 << 10;
@@ -13,8 +14,8 @@ const BLOCK_LEAST: usize = 512 << 10;
 /// Largest: experts have 2 MiB and more, and hashing starts with the first chunk of one.
 const BLOCK_MOST: usize = 2 << 20;
 
-/// Fewest reads in flight: with fewer, one slow read leaves the drive idle.
-const DEPTH_LEAST: usize = 4;
+/// Fewest reads in flight: with one, the drive idles while its end is noticed and the next is asked for.
+const DEPTH_LEAST: usize = 2;
 
 /// What was measured at a point.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -85,7 +86,7 @@ mod tests {
     fn drive(latency_ms: f64, megabytes: f64) -> Vec<Knee> {
         let mut table = Vec::new();
         for block_kib in [128, 256, 512, 1024, 2048, 4096] {
-            for depth in [1, 4, 8, 16, 32, 64] {
+            for depth in [1, 2, 4, 8, 16, 32, 64] {
                 let in_flight = (block_kib * depth) as f64 / 1000.0;
                 let alone = latency_ms + block_kib as f64 / megabytes;
                 table.push(uring(block_kib, depth, megabytes.min(in_flight / alone * 1000.0)));
@@ -99,9 +100,9 @@ mod tests {
         let knee = |latency, megabytes| find_knee(&drive(latency, megabytes), TOLERANCE).expect("a knee").point;
         let slow = knee(0.1, 500.0);
         let fast = knee(0.1, 14_000.0);
-        assert_eq!((slow.block_bytes, slow.depth), (512 << 10, 4));
+        assert_eq!((slow.block_bytes, slow.depth), (512 << 10, 2));
         assert_eq!((fast.block_bytes, fast.depth), (512 << 10, 4));
-        assert!(knee(1.0, 14_000.0).in_flight_bytes() >= 14 << 20);
+        assert!(knee(1.0, 14_000.0).in_flight_bytes() >= 12 << 20);
     }
 
     #[test]
@@ -129,7 +130,7 @@ mod tests {
         // Noise must not decide for the engine that takes the processor from the model.
         table[2].cpu_seconds_per_gb = 0.3;
         table[3].cpu_seconds_per_gb = 0.3;
-        assert_eq!(find_knee(&table, TOLERANCE), Some(table[1]));
+        assert_eq!(find_knee(&table, TOLERANCE), Some(table[0]));
         table[0].cpu_seconds_per_gb = 0.5;
         table[1].cpu_seconds_per_gb = 0.5;
         assert_eq!(find_knee(&table, TOLERANCE), Some(table[2]));

@@ -11,7 +11,7 @@ use super::{BenchEngine, BenchError, DiskBench, Knee, Pattern, Point, Proof, Vis
 /// Blocks of the sweep, in bytes.
 pub const BLOCKS: [usize; 6] = [128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20];
 /// Depths of the sweep.
-pub const DEPTHS: [usize; 6] = [1, 4, 8, 16, 32, 64];
+pub const DEPTHS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 
 /// Points of the sweep have at most this many bytes in flight: more only makes urgent reads wait.
 const IN_FLIGHT_BYTES_MAX: usize = 32 << 20;
@@ -31,7 +31,7 @@ const VISIT_LEAST: Duration = Duration::from_millis(15);
 /// Part of the time for visiting the best points again before one of them becomes the knee.
 const FINAL_PART: f64 = 0.35;
 /// Points below the best one by less than this take part in that, at most so many of each engine.
-const FINAL_TOLERANCE: f64 = 2.5 * TOLERANCE;
+const FINAL_TOLERANCE: f64 = 1.5 * TOLERANCE;
 const FINALISTS: usize = 4;
 
 /// What to measure.
