@@ -26,7 +26,7 @@ pub enum Activation {
 
 impl Activation {
     /// The activation of one gate and one up value. NaN in, NaN out.
-    #[inline]
+    #[inline(always)]
     pub fn apply(self, gate: f32, up: f32) -> f32 {
         match self {
             Activation::Silu => silu(gate) * up,
@@ -37,13 +37,39 @@ impl Activation {
             Activation::SiluClamped { limit } => silu(at_most(gate, limit)) * within(up, limit),
         }
     }
+
+    /// [`apply`](Self::apply) to as many gates and ups, with the same bits.
+    #[inline]
+    pub(crate) fn apply_all<const N: usize>(self, gate: &[f32; N], up: &[f32; N]) -> [f32; N] {
+        // With the variant known outside of the loop, the loop is arithmetic alone, which compilers make vectors of.
+        match self {
+            Activation::Silu => join(gate, up, |g, u| Activation::Silu.apply(g, u)),
+            Activation::SwigluOai { alpha, limit } => {
+                join(gate, up, |g, u| Activation::SwigluOai { alpha, limit }.apply(g, u))
+            }
+            Activation::SiluClamped { limit } => join(gate, up, |g, u| Activation::SiluClamped { limit }.apply(g, u)),
+        }
+    }
+}
+
+/// `f` of each gate and up. What it calls is inlined whatever its size, since a loop with a call stays a loop over numbers;
+/// `array::from_fn` makes such calls.
+#[inline(always)]
+fn join<const N: usize>(gate: &[f32; N], up: &[f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
+    let mut out = [0.0; N];
+    for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+        *out = f(gate, up);
+    }
+    out
 }
 
 /// `min`, but NaN stays NaN.
+#[inline(always)]
 fn at_most(x: f32, limit: f32) -> f32 {
     if x > limit { limit } else { x }
 }
 
+#[inline(always)]
 fn within(x: f32, limit: f32) -> f32 {
     if x < -limit { -limit } else { at_most(x, limit) }
 }
@@ -133,6 +159,7 @@ pub fn rope(x: &mut [f32], cos: &[f32], sin: &[f32], pairing: RopePairing) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::array;
 
     #[test]
     fn rms_norm_of_a_known_row() {
@@ -180,6 +207,26 @@ mod tests {
         for act in [Activation::Silu, oai, clamped] {
             assert!(act.apply(f32::NAN, 1.0).is_nan());
             assert!(act.apply(1.0, f32::NAN).is_nan());
+        }
+    }
+
+    #[test]
+    fn activations_of_many_are_those_of_each() {
+        let odd = [0.0, -0.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e-40, f32::MAX, -104.5];
+        let steps = |i: i32| (i as f32).mul_add(0.37, -90.0);
+        let values: Vec<f32> = odd.into_iter().chain((0..500).map(steps)).collect();
+        let oai = Activation::SwigluOai { alpha: 1.702, limit: 7.0 };
+        for act in [Activation::Silu, oai, Activation::SiluClamped { limit: 7.0 }] {
+            for shift in 0..values.len() {
+                let at = |i: usize| values[i % values.len()];
+                let (gate, up): ([f32; 8], [f32; 8]) = (array::from_fn(at), array::from_fn(|i| at(i + shift)));
+                let gate = if shift % 2 == 0 { gate } else { array::from_fn(|i| at(i * 61 + shift)) };
+                for (i, v) in act.apply_all(&gate, &up).into_iter().enumerate() {
+                    let one = act.apply(gate[i], up[i]);
+                    let same = v.to_bits() == one.to_bits() || v.is_nan() && one.is_nan();
+                    assert!(same, "{act:?} of {} and {}: {v}, not {one}", gate[i], up[i]);
+                }
+            }
         }
     }
 }

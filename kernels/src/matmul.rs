@@ -80,8 +80,8 @@ impl Kernels {
             let first = shape.group / 2 * ROW_GROUP;
             let rows = (width - first).min(ROW_GROUP);
             for (t, values) in tile[..shape.tokens].iter().enumerate() {
-                let (gate, up) = values.split_at(ROW_GROUP);
-                let joined: [f32; ROW_GROUP] = std::array::from_fn(|r| act.apply(gate[r], up[r]));
+                let [gate, up] = values.as_chunks::<ROW_GROUP>().0 else { unreachable!("a tile has two row groups") };
+                let joined = act.apply_all(gate, up);
                 h.write((shape.token + t) * width + first, &joined[..rows]);
             }
         });
