@@ -110,7 +110,7 @@ struct Outcome {
 const DRIVE_BOUND: f64 = 1.5;
 
 /// Tokens that are limited by the same thing. Misses come in bursts, so that one run has both kinds.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize)]
 struct Regime {
     tokens: usize,
     /// Of their time together.
@@ -133,7 +133,7 @@ impl Regime {
         for token in tokens {
             count += 1;
             seconds += token.seconds;
-            reading += token.bytes / attainable;
+            reading += token.reading(attainable);
             roof += token.roof(attainable);
         }
         let ratio = |a: f64, b: f64| (count > 0).then_some(a / b);
@@ -146,12 +146,16 @@ impl Token {
         self.seconds - self.waited
     }
 
+    fn reading(&self, attainable: f64) -> f64 {
+        self.bytes / attainable
+    }
+
     fn roof(&self, attainable: f64) -> f64 {
-        self.computing().max(self.bytes / attainable)
+        self.computing().max(self.reading(attainable))
     }
 
     fn is_drive_bound(&self, attainable: f64) -> bool {
-        self.bytes / attainable >= DRIVE_BOUND * self.computing()
+        self.reading(attainable) >= DRIVE_BOUND * self.computing()
     }
 }
 
@@ -203,7 +207,7 @@ impl Decoder {
     }
 
     /// Decodes the next `n` tokens of the stream; the time that took.
-    fn decode(&mut self, n: usize, mut each: impl FnMut()) -> Result<Duration, CliError> {
+    fn decode(&mut self, n: usize, each: &dyn Fn()) -> Result<Duration, CliError> {
         let started = Instant::now();
         for _ in 0..n {
             let token = self.stream[self.session.position() % self.stream.len()];
@@ -236,7 +240,7 @@ fn measure(args: &Args, budget: Option<u64>) -> Result<Outcome, CliError> {
     let mut decoder = Decoder::open(&args.file, &options, total)?;
     let bar = step_bar("decoding", total as u64);
     let mut drive = Drive::open(&args.file, decoder.engine.io_config())?;
-    decoder.decode(args.warm_up, || bar.inc(1))?;
+    decoder.decode(args.warm_up, &|| bar.inc(1))?;
     // The drive's speed changes within seconds on shared machines: measured before, between and after.
     let parts = args.n.min(4);
     let before = decoder.engine.stats();
@@ -354,13 +358,13 @@ fn compare(args: &Args, what: Compare) -> Result<(), CliError> {
     let mut a = Decoder::open(&args.file, &first, total)?;
     let mut b = Decoder::open(&args.file, &other, total)?;
     let bar = step_bar("decoding", 2 * total as u64);
-    a.decode(args.warm_up, || bar.inc(1))?;
-    b.decode(args.warm_up, || bar.inc(1))?;
+    a.decode(args.warm_up, &|| bar.inc(1))?;
+    b.decode(args.warm_up, &|| bar.inc(1))?;
     let rate = |elapsed: Duration| args.n as f64 / elapsed.as_secs_f64();
     let mut pairs = Vec::with_capacity(args.pairs);
     for pair in 0..args.pairs {
         // Who goes first alternates, so that a drift of the machine hits both alike.
-        let run = |d: &mut Decoder| d.decode(args.n, || bar.inc(1)).map(rate);
+        let run = |d: &mut Decoder| d.decode(args.n, &|| bar.inc(1)).map(rate);
         pairs.push(if pair % 2 == 0 {
             let first = run(&mut a)?;
             (first, run(&mut b)?)

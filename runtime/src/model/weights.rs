@@ -70,8 +70,7 @@ impl MatrixRef {
     pub fn view_of_groups<'a>(&self, extent: &'a [u8], groups: Range<usize>) -> Matrix<'a> {
         let rows = (groups.end * ROW_GROUP).min(self.rows) - groups.start * ROW_GROUP;
         let (start, end) = (groups.start * self.group_len(), groups.end * self.group_len());
-        Matrix::new(self.ty, rows, self.cols, &extent[self.offset + start..self.offset + end])
-            .expect("the file's reader has checked this tensor's length against its shape")
+        self.matrix(rows, &extent[self.offset + start..self.offset + end])
     }
 
     /// Byte of the extent at which the first matrix of the batch ends.
@@ -92,7 +91,11 @@ impl MatrixRef {
     /// Matrix `index` of a batch.
     pub fn view_of_batch<'a>(&self, extent: &'a [u8], index: usize) -> Matrix<'a> {
         let start = self.offset + index * self.len;
-        Matrix::new(self.ty, self.rows, self.cols, &extent[start..start + self.len])
+        self.matrix(self.rows, &extent[start..start + self.len])
+    }
+
+    fn matrix<'a>(&self, rows: usize, bytes: &'a [u8]) -> Matrix<'a> {
+        Matrix::new(self.ty, rows, self.cols, bytes)
             .expect("the file's reader has checked this tensor's length against its shape")
     }
 

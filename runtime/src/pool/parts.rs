@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use super::{Content, ExpertGuard, LayerPass, Pool, PoolError};
+use super::{Content, ExpertGuard, Key, LayerPass, Pool, PoolError};
 use crate::io::{PendingRead, Prefix};
 
 /// An expert of the pass that is being read.
@@ -56,9 +56,9 @@ pub struct ExpertPart<'a> {
 }
 
 impl ExpertPart<'_> {
-    fn read(&self) -> &PendingRead {
+    fn content(&self) -> (Key, &PendingRead) {
         match &self.pool.slots[self.pool.pass.pending[self.at].slot as usize] {
-            Content::Loading { read, .. } => read,
+            Content::Loading { expert, read } => (*expert, read),
             _ => unreachable!("a pending slot is loading"),
         }
     }
@@ -66,18 +66,14 @@ impl ExpertPart<'_> {
     /// The expert within its layer.
     #[must_use]
     pub fn expert(&self) -> u32 {
-        let slot = self.pool.pass.pending[self.at].slot;
-        match &self.pool.slots[slot as usize] {
-            Content::Loading { expert, .. } => self.pool.directory.key(*expert).expert,
-            _ => unreachable!("a pending slot is loading"),
-        }
+        self.pool.directory.key(self.content().0).expert
     }
 
     /// The bytes, and the attempt that they belong to. They may be fewer than were asked for, if the expert is just being
     /// read again.
     #[must_use]
     pub fn bytes(&self) -> Prefix<'_> {
-        self.read().prefix()
+        self.content().1.prefix()
     }
 
     /// Says when the next part of this expert is wanted: when it has this many bytes. Until then, no part of another is handed
