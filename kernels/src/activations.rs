@@ -26,28 +26,51 @@ pub struct Activations {
     n: usize,
     cols: usize,
     rows: Vec<f32>,
-    /// Whether the three below belong to `rows`.
+    /// Whether `blocks` belongs to `rows`.
     quantised: bool,
-    /// Per token and block, eight words of four int8 values, the lowest column in the lowest byte.
-    words: Vec<[i32; 8]>,
-    scales: Vec<f32>,
-    /// Per token and block, the sum of all values and that of the first half.
-    sums: Vec<[i32; 2]>,
+    /// The int8 form, per token and block.
+    blocks: Vec<QuantisedBlock>,
+}
+
+/// The int8 form of 32 columns of one token. All that belongs to a block lies together, so that a kernel needs one address
+/// per token.
+#[derive(Clone, Copy, Default, PartialEq, Debug)]
+pub(crate) struct QuantisedBlock {
+    /// Eight words of four values, the lowest column in the lowest byte.
+    pub(crate) words: [i32; 8],
+    pub(crate) scale: f32,
+    /// The sum of all values.
+    pub(crate) sum: i32,
+    /// The sums of the first half of the columns and of the second.
+    pub(crate) halves: Packed,
+    /// The sums of columns 0 and 1 of each word, and of columns 2 and 3.
+    pub(crate) pairs: Packed,
+}
+
+/// Two numbers of 16 bits, the first in the lower half: an operand of instructions that multiply pairs of such numbers.
+#[derive(Clone, Copy, Default, PartialEq, Debug)]
+pub(crate) struct Packed(pub(crate) i32);
+
+impl Packed {
+    fn new(first: i32, second: i32) -> Self {
+        Packed(first & 0xffff | second << 16)
+    }
+
+    #[inline(always)]
+    pub(crate) fn first(self) -> i32 {
+        i32::from(self.0 as i16)
+    }
+
+    #[inline(always)]
+    pub(crate) fn second(self) -> i32 {
+        self.0 >> 16
+    }
 }
 
 impl Activations {
     /// Empty activations of this precision.
     pub fn new(precision: Precision) -> Self {
-        Activations {
-            precision,
-            n: 0,
-            cols: 0,
-            rows: Vec::new(),
-            quantised: false,
-            words: Vec::new(),
-            scales: Vec::new(),
-            sums: Vec::new(),
-        }
+        Activations { precision, n: 0, cols: 0, rows: Vec::new(), quantised: false, blocks: Vec::new() }
     }
 
     /// Takes `x`, row-major `[n, cols]`. Allocates only to grow.
@@ -80,7 +103,7 @@ impl Activations {
     /// If an index is not below `src.n()`.
     pub fn gather(&mut self, src: &Activations, indices: &[u32]) {
         self.shape(indices.len(), src.cols);
-        let (padded, blocks) = (self.padded(), self.blocks());
+        let (padded, blocks) = (self.padded(), self.blocks_per_row());
         for (i, &from) in indices.iter().enumerate() {
             let from = from as usize;
             assert!(from < src.n, "token {from} of {}", src.n);
@@ -94,10 +117,7 @@ impl Activations {
         }
         self.resize_blocks();
         for (i, &from) in indices.iter().enumerate() {
-            let (to, from) = (i * blocks..(i + 1) * blocks, from as usize * blocks..(from as usize + 1) * blocks);
-            self.words[to.clone()].copy_from_slice(&src.words[from.clone()]);
-            self.scales[to.clone()].copy_from_slice(&src.scales[from.clone()]);
-            self.sums[to].copy_from_slice(&src.sums[from]);
+            self.blocks[i * blocks..][..blocks].copy_from_slice(&src.blocks[from as usize * blocks..][..blocks]);
         }
         self.quantised = true;
     }
@@ -138,19 +158,18 @@ impl Activations {
     }
 
     /// The int8 form of token `i`.
-    pub(crate) fn quantised_row(&self, i: usize) -> QuantisedRow<'_> {
+    pub(crate) fn quantised_row(&self, i: usize) -> &[QuantisedBlock] {
         assert!(i < self.n && self.quantised, "token {i} of {}, quantised: {}", self.n, self.quantised);
-        let blocks = self.blocks();
-        let at = i * blocks..(i + 1) * blocks;
-        QuantisedRow { words: &self.words[at.clone()], scales: &self.scales[at.clone()], sums: &self.sums[at] }
+        let blocks = self.blocks_per_row();
+        &self.blocks[i * blocks..][..blocks]
     }
 
-    fn blocks(&self) -> usize {
+    fn blocks_per_row(&self) -> usize {
         self.cols.div_ceil(BLOCK)
     }
 
     fn padded(&self) -> usize {
-        self.blocks() * BLOCK
+        self.blocks_per_row() * BLOCK
     }
 
     fn shape(&mut self, n: usize, cols: usize) {
@@ -159,41 +178,38 @@ impl Activations {
     }
 
     fn resize_blocks(&mut self) {
-        let len = self.n * self.blocks();
-        self.words.resize(len, [0; 8]);
-        self.scales.resize(len, 0.0);
-        self.sums.resize(len, [0; 2]);
+        self.blocks.resize(self.n * self.blocks_per_row(), QuantisedBlock::default());
     }
 
     fn quantise(&mut self) {
         self.resize_blocks();
-        let (blocks, _) = self.rows.as_chunks::<BLOCK>();
-        for (b, block) in blocks.iter().enumerate() {
-            (self.words[b], self.scales[b], self.sums[b]) = quantise_block(block);
+        for (to, block) in self.blocks.iter_mut().zip(self.rows.as_chunks::<BLOCK>().0) {
+            *to = quantise_block(block);
         }
         self.quantised = true;
     }
 }
 
-/// Words, scale, and the sums of all values and of the first half, of one block.
-fn quantise_block(block: &[f32; BLOCK]) -> ([i32; 8], f32, [i32; 2]) {
+fn quantise_block(block: &[f32; BLOCK]) -> QuantisedBlock {
     // Magnitudes order as their bits do, and NaN above all, so an integer maximum loses nothing.
     let top = block.iter().fold(0, |m: i32, v| m.max((v.to_bits() & 0x7fff_ffff) as i32));
     let absmax = f32::from_bits(top as u32);
     if !absmax.is_finite() {
-        return ([0; 8], f32::NAN, [0; 2]);
+        return QuantisedBlock { scale: f32::NAN, ..QuantisedBlock::default() };
     }
     if absmax < SMALLEST {
-        return ([0; 8], 0.0, [0; 2]);
+        return QuantisedBlock::default();
     }
     let inverse = 127.0 / absmax;
-    // One thing per loop: these become vector instructions, a loop that also sorts values into halves does not.
+    // One thing per loop: these become vector instructions.
     let mut values = [0i32; BLOCK];
     for (i, &v) in values.iter_mut().zip(block) {
         *i = (v * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
     }
     let (first, second) = values.split_at(BLOCK / 2);
-    let sums = [first.iter().sum::<i32>(), second.iter().sum::<i32>()];
+    let (first, second) = (sums_of_fours(first), sums_of_fours(second));
+    let fours: [i32; 4] = std::array::from_fn(|i| first[i] + second[i]);
+    let (halves, pairs) = ([first.iter().sum(), second.iter().sum()], [fours[0] + fours[1], fours[2] + fours[3]]);
     let mut bytes = [0u8; BLOCK];
     for (byte, &i) in bytes.iter_mut().zip(&values) {
         *byte = i as u8;
@@ -202,20 +218,24 @@ fn quantise_block(block: &[f32; BLOCK]) -> ([i32; 8], f32, [i32; 2]) {
     for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
         *word = i32::from_le_bytes(*bytes);
     }
-    (words, absmax / 127.0, [sums[0] + sums[1], sums[0]])
+    QuantisedBlock {
+        words,
+        scale: absmax / 127.0,
+        sum: pairs[0] + pairs[1],
+        halves: Packed::new(halves[0], halves[1]),
+        pairs: Packed::new(pairs[0], pairs[1]),
+    }
 }
 
-/// The int8 form of one token, by 32-column blocks.
-#[derive(Clone, Copy)]
-pub(crate) struct QuantisedRow<'a> {
-    pub(crate) words: &'a [[i32; 8]],
-    pub(crate) scales: &'a [f32],
-    #[cfg_attr(
-        not(any(target_arch = "x86_64", target_arch = "aarch64")),
-        expect(dead_code, reason = "only integers without their bias or offset need it")
-    )]
-    /// The sum of each block and that of its first half.
-    pub(crate) sums: &'a [[i32; 2]],
+/// The sums of the first of every four values, of the second, and so on.
+fn sums_of_fours(values: &[i32]) -> [i32; 4] {
+    let mut sums = [0; 4];
+    for four in values.as_chunks::<4>().0 {
+        for i in 0..4 {
+            sums[i] += four[i];
+        }
+    }
+    sums
 }
 
 #[cfg(test)]
@@ -230,24 +250,35 @@ mod tests {
     fn rounding_is_to_nearest_even() {
         let mut block = [0.0; BLOCK];
         block[..6].copy_from_slice(&[127.0, 0.5, 1.5, -2.5, -126.6, 3.2]);
-        let (words, scale, sums) = quantise_block(&block);
-        assert_eq!(scale, 1.0);
-        assert_eq!(values(&words)[..6], [127, 0, 2, -2, -127, 3]);
-        assert_eq!(sums, [3; 2]);
+        let block = quantise_block(&block);
+        assert_eq!(block.scale, 1.0);
+        assert_eq!(values(&block.words)[..6], [127, 0, 2, -2, -127, 3]);
+    }
+
+    #[test]
+    fn sums_belong_to_their_columns() {
+        let mut block = [0.0; BLOCK];
+        (block[0], block[3], block[13], block[18], block[30]) = (127.0, -2.0, -5.0, 40.0, -99.0);
+        let block = quantise_block(&block);
+        assert_eq!(block.sum, 61);
+        assert_eq!((block.halves.first(), block.halves.second()), (120, -59));
+        assert_eq!((block.pairs.first(), block.pairs.second()), (122, -61));
+        let lowest = quantise_block(&[-1.0; BLOCK]);
+        assert_eq!((lowest.sum, lowest.halves.first(), lowest.pairs.second()), (-4064, -2032, -2032));
     }
 
     #[test]
     fn odd_blocks() {
-        assert_eq!(quantise_block(&[0.0; BLOCK]), ([0; 8], 0.0, [0; 2]));
-        assert_eq!(quantise_block(&[1e-38; BLOCK]), ([0; 8], 0.0, [0; 2]));
+        assert_eq!(quantise_block(&[0.0; BLOCK]), QuantisedBlock::default());
+        assert_eq!(quantise_block(&[1e-38; BLOCK]), QuantisedBlock::default());
         for bad in [f32::NAN, f32::INFINITY, -f32::NAN] {
             let mut block = [1.0; BLOCK];
             block[31] = bad;
-            let (words, scale, _) = quantise_block(&block);
-            assert!(scale.is_nan() && words == [0; 8]);
+            let block = quantise_block(&block);
+            assert!(block.scale.is_nan() && block.words == [0; 8]);
         }
-        let (words, scale, _) = quantise_block(&[f32::MAX; BLOCK]);
-        assert!(scale.is_finite() && values(&words) == [127; BLOCK]);
+        let block = quantise_block(&[f32::MAX; BLOCK]);
+        assert!(block.scale.is_finite() && values(&block.words) == [127; BLOCK]);
     }
 
     #[test]
@@ -260,7 +291,7 @@ mod tests {
             let (mut a, mut b) = (Activations::new(Precision::Int8), Activations::new(Precision::Int8));
             a.gather(&src, &[4, 0, 4]);
             b.set(&picked, 3, 45);
-            assert_eq!((a.rows, a.words, a.scales, a.sums), (b.rows, b.words, b.scales, b.sums));
+            assert_eq!((a.rows, a.blocks), (b.rows, b.blocks));
         }
     }
 
@@ -268,10 +299,10 @@ mod tests {
     fn buffers_are_reused() {
         let mut a = Activations::new(Precision::Int8);
         a.set(&[1.0; 640], 4, 160);
-        let before = (a.rows.as_ptr(), a.words.as_ptr(), a.scales.as_ptr(), a.sums.as_ptr());
+        let before = (a.rows.as_ptr(), a.blocks.as_ptr());
         a.set(&[2.0; 66], 2, 33);
         assert!(a.padded_row(1)[33..].iter().all(|&v| v == 0.0), "padding is zero, not an old value");
         a.set(&[3.0; 640], 4, 160);
-        assert_eq!(before, (a.rows.as_ptr(), a.words.as_ptr(), a.scales.as_ptr(), a.sums.as_ptr()));
+        assert_eq!(before, (a.rows.as_ptr(), a.blocks.as_ptr()));
     }
 }

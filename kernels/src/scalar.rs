@@ -24,7 +24,7 @@
 //! **Attention** reads every cached number as the f32 that it stands for (`kv` module) and goes on as if the cache held
 //! that: a score is the `dot` of query and key; the sum of values is an `axpy` per row, in order, on zeros.
 
-use crate::activations::{Activations, QuantisedRow};
+use crate::activations::{Activations, QuantisedBlock};
 use crate::kv::KvRows;
 use crate::matrix::{BLOCK, FP8_BLOCK, Group, ROW_GROUP, WeightType};
 use crate::number::{E2M1_DOUBLED, bf16_to_f32, e4m3_over_256, e8m0_to_f32, f16_to_f32};
@@ -148,19 +148,19 @@ fn blocks_f32(w: &Group<'_>, x: &[f32]) -> Rows {
     total
 }
 
-fn blocks_int8(w: &Group<'_>, x: QuantisedRow<'_>) -> Rows {
+fn blocks_int8(w: &Group<'_>, x: &[QuantisedBlock]) -> Rows {
     let unit = unit(w.ty);
     let mut s = [[0.0; ROW_GROUP]; 2];
-    for (g, words) in x.words.iter().enumerate() {
+    for (g, x) in x.iter().enumerate() {
         let mut dot = [0i32; ROW_GROUP];
         for k in 0..BLOCK {
-            let x = words[k / 4].to_le_bytes()[k % 4] as i8;
+            let x = x.words[k / 4].to_le_bytes()[k % 4] as i8;
             let column = block_column(w, g, k);
             for r in 0..ROW_GROUP {
                 dot[r] += i32::from(column[r]) * i32::from(x);
             }
         }
-        let (scale, x_scale) = (block_scales(w, g), x.scales[g] * unit);
+        let (scale, x_scale) = (block_scales(w, g), x.scale * unit);
         for r in 0..ROW_GROUP {
             s[g % 2][r] = (dot[r] as f32).mul_add(scale[r] * x_scale, s[g % 2][r]);
         }

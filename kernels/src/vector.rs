@@ -1,7 +1,7 @@
 //! What the vector kernels of all architectures share: the layout as constants, and views of their operands.
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
-use crate::activations::{Activations, QuantisedRow};
+use crate::activations::{Activations, QuantisedBlock};
 use crate::matrix::WeightType;
 use crate::number::E2M1_DOUBLED;
 use crate::quant::Codebook;
@@ -107,7 +107,7 @@ pub(crate) fn padded_rows<const T: usize>(x: &Activations, first: usize) -> [&[f
     from_fn(|t| x.padded_row(first + t))
 }
 
-pub(crate) fn quantised_rows<const T: usize>(x: &Activations, first: usize) -> [QuantisedRow<'_>; T] {
+pub(crate) fn quantised_rows<const T: usize>(x: &Activations, first: usize) -> [&[QuantisedBlock]; T] {
     from_fn(|t| x.quantised_row(first + t))
 }
 

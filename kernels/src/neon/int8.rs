@@ -2,7 +2,7 @@
 
 use super::blocked::{block_scales, factor, halves, has_offset, integers, offsets, scales_per_block, times_row_scales};
 use super::{IntLanes, Lanes, Q3, load_words, put, zero};
-use crate::activations::{Activations, QuantisedRow};
+use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;
 use crate::vector::{block_bytes, quantised_rows};
@@ -27,7 +27,7 @@ pub(super) fn tile<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShap
 
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn blocks<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>; T]) -> [Lanes; T] {
+fn blocks<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[QuantisedBlock]; T]) -> [Lanes; T] {
     let mut s = [[zero(); 2]; T];
     let n = w.values.len() / const { block_bytes(TY) };
     let x = first_blocks(&x, n);
@@ -42,16 +42,15 @@ fn blocks<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>; T])
 
 /// The first `n` blocks of each row, all there are: what is cut to one length is checked once.
 #[inline(always)]
-fn first_blocks<'a, const T: usize>(x: &[QuantisedRow<'a>; T], n: usize) -> [QuantisedRow<'a>; T] {
-    let cut = |x: &QuantisedRow<'a>| QuantisedRow { words: &x.words[..n], scales: &x.scales[..n], sums: &x.sums[..n] };
-    each!(x[0]; T, t => cut(&x[t]))
+fn first_blocks<'a, const T: usize>(x: &[&'a [QuantisedBlock]; T], n: usize) -> [&'a [QuantisedBlock]; T] {
+    each!(x[0]; T, t => &x[t][..n])
 }
 
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn dots<const TY: u8, const T: usize>(
     values: &[u8],
-    x: &[QuantisedRow<'_>; T],
+    x: &[&[QuantisedBlock]; T],
     g: usize,
     part: usize,
 ) -> [IntLanes; T] {
@@ -69,14 +68,14 @@ fn dots<const TY: u8, const T: usize>(
 fn dot_columns<const TY: u8, const T: usize, const V: usize>(
     dots: &mut [IntLanes; T],
     values: &[u8],
-    x: &[QuantisedRow<'_>; T],
+    x: &[&[QuantisedBlock]; T],
     g: usize,
     part: usize,
 ) {
     for half in halves::<TY>(part) {
         let w = integers::<TY>(values, half, V);
         for t in 0..T {
-            let words = load_words(&x[t].words[g].as_chunks::<4>().0[half]);
+            let words = load_words(&x[t][g].words.as_chunks::<4>().0[half]);
             for h in 0..2 {
                 dots[t][h] = sdot::<V>(dots[t][h], w[h], words);
             }
@@ -104,20 +103,19 @@ fn add<const TY: u8, const T: usize>(
     s: &mut [[Lanes; 2]; T],
     dots: &[IntLanes; T],
     w: &Group<'_>,
-    x: &[QuantisedRow<'_>; T],
+    x: &[&[QuantisedBlock]; T],
     g: usize,
     part: usize,
 ) {
     let b = g * const { scales_per_block(TY) } + part;
     let (scale, offset) = (block_scales::<TY>(w.scales, b), offsets::<TY>(w.scales, b));
     for t in 0..T {
-        let [all, first_half] = x[t].sums[g];
         let sum = match (TY, part) {
-            (Q3, 0) => first_half,
-            (Q3, _) => all - first_half,
-            _ => all,
+            (Q3, 0) => x[t][g].halves.first(),
+            (Q3, _) => x[t][g].halves.second(),
+            _ => x[t][g].sum,
         };
-        let x_scale = x[t].scales[g] * const { factor(TY) };
+        let x_scale = x[t][g].scale * const { factor(TY) };
         for h in 0..2 {
             let dot = if const { has_offset(TY) } { vmlaq_n_s32(dots[t][h], offset[h], sum) } else { dots[t][h] };
             let scale = vmulq_n_f32(scale[h], x_scale);

@@ -1,7 +1,7 @@
 //! The specification of products with `q4` and `q3`, in the order that the `scalar` module documents.
 
 use super::codebook::{Codebook, UNIT, scale_over_unit};
-use crate::activations::QuantisedRow;
+use crate::activations::QuantisedBlock;
 use crate::matrix::{BLOCK, Group, ROW_GROUP, WeightType};
 use crate::scalar::{Rows, f32_at, fold4, nibbles};
 
@@ -58,20 +58,20 @@ pub(crate) fn group_f32(w: &Group<'_>, x: &[f32]) -> Rows {
 }
 
 /// A row group times a row of int8.
-pub(crate) fn group_int8(w: &Group<'_>, x: QuantisedRow<'_>) -> Rows {
+pub(crate) fn group_int8(w: &Group<'_>, x: &[QuantisedBlock]) -> Rows {
     let book = Codebook::of(w.ty);
     let mut s = [[0.0; ROW_GROUP]; 2];
-    for b in 0..x.words.len() * BLOCK / book.block {
+    for b in 0..x.len() * BLOCK / book.block {
         let (bytes, g) = (block_bytes(w, b), b * book.block / BLOCK);
         let mut dot = [0i32; ROW_GROUP];
         for k in b * book.block..(b + 1) * book.block {
-            let x = x.words[g][k % BLOCK / 4].to_le_bytes()[k % 4] as i8;
+            let x = x[g].words[k % BLOCK / 4].to_le_bytes()[k % 4] as i8;
             let column = integers(w, book, &bytes, k);
             for r in 0..ROW_GROUP {
                 dot[r] += column[r] * i32::from(x);
             }
         }
-        let x_scale = x.scales[g] * UNIT;
+        let x_scale = x[g].scale * UNIT;
         for r in 0..ROW_GROUP {
             s[b % 2][r] = (dot[r] as f32).mul_add(scale_over_unit(bytes[r]) * x_scale, s[b % 2][r]);
         }

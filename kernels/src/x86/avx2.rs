@@ -4,6 +4,7 @@
 
 mod attention;
 mod codebook;
+mod many;
 
 use super::ahead::Ahead;
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q3, Q4, Q8};
@@ -12,7 +13,7 @@ use super::{
     rows,
 };
 use super::{unit, words};
-use crate::activations::{Activations, QuantisedRow};
+use crate::activations::{Activations, QuantisedBlock};
 use crate::kv::KvRows;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
@@ -60,6 +61,16 @@ impl Avx2 {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+    if shape.int8 && shape.tokens > 1 {
+        return match w.ty() {
+            WeightType::Q8 => many::<Q8>(w, x, shape, out),
+            WeightType::Int4 => many::<INT4>(w, x, shape, out),
+            WeightType::Mxfp4 => many::<MXFP4>(w, x, shape, out),
+            WeightType::Q4 => many::<Q4>(w, x, shape, out),
+            WeightType::Q3 => many::<Q3>(w, x, shape, out),
+            _ => unreachable!("unblocked types have no integers"),
+        };
+    }
     for g in 0..shape.groups {
         let group = w.group(shape.group + g);
         match (w.ty(), shape.int8) {
@@ -76,6 +87,15 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
             (WeightType::Int4, true) => blocked_int8::<INT4>(&group, x, shape, g, out),
             (WeightType::Mxfp4, true) => blocked_int8::<MXFP4>(&group, x, shape, g, out),
         }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn many<const TY: u8>(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+    if shape.groups == 2 {
+        many::tile::<TY, 2>(&[w.group(shape.group), w.group(shape.group + 1)], x, shape, out);
+    } else {
+        many::tile::<TY, 1>(&[w.group(shape.group)], x, shape, out);
     }
 }
 
@@ -107,15 +127,7 @@ fn blocked_f32<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn blocked_int8<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
-    let mut t = 0;
-    while shape.tokens - t >= 4 {
-        put(blocks_int8::<TY, 4>(w, quantised_rows(x, shape.token + t)), &mut out[t..], g);
-        t += 4;
-    }
-    while t < shape.tokens {
-        put(blocks_int8::<TY, 1>(w, quantised_rows(x, shape.token + t)), &mut out[t..], g);
-        t += 1;
-    }
+    put(blocks_int8::<TY, 1>(w, quantised_rows(x, shape.token)), out, g);
 }
 
 #[inline]
@@ -297,7 +309,7 @@ fn blocks_f32<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [_
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>; T]) -> [__m256; T] {
+fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[QuantisedBlock]; T]) -> [__m256; T] {
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm256_setzero_ps(); T];
     let mut other = s;
@@ -309,7 +321,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>
         let dots = if TY == Q8 { dots_q8(values, &x, g) } else { dots_nibbles::<TY, T>(values, &x, g) };
         let scale = block_scales::<TY>(scales, 0);
         for t in 0..T {
-            let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[t].scales[g] * const { unit(TY) }));
+            let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[t][g].scale * const { unit(TY) }));
             let next = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t]), scale, s[t]);
             (s[t], other[t]) = (other[t], next);
         }
@@ -321,7 +333,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>
 /// 2·128·127 = 32512, so nothing saturates.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dots_q8<const T: usize>(values: &[u8], x: &[QuantisedRow<'_>; T], g: usize) -> [__m256i; T] {
+fn dots_q8<const T: usize>(values: &[u8], x: &[&[QuantisedBlock]; T], g: usize) -> [__m256i; T] {
     let words = words(x, g);
     let ones = _mm256_set1_epi16(1);
     let mut dots = [_mm256_setzero_si256(); T];
@@ -341,7 +353,7 @@ fn dots_q8<const T: usize>(values: &[u8], x: &[QuantisedRow<'_>; T], g: usize) -
 /// eight pair sums of at most 2·15·127, mxfp4 four of at most 2·24·127: both below 2^15.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dots_nibbles<const TY: u8, const T: usize>(values: &[u8], x: &[QuantisedRow<'_>; T], g: usize) -> [__m256i; T] {
+fn dots_nibbles<const TY: u8, const T: usize>(values: &[u8], x: &[&[QuantisedBlock]; T], g: usize) -> [__m256i; T] {
     let words = words(x, g);
     let ones = _mm256_set1_epi16(1);
     let table = _mm256_broadcastsi128_si256(load16(&const { e2m1_table(bias(MXFP4) as i8) }, 0));
@@ -366,7 +378,7 @@ fn dots_nibbles<const TY: u8, const T: usize>(values: &[u8], x: &[QuantisedRow<'
         } else {
             _mm256_add_epi32(_mm256_madd_epi16(lows[t], ones), _mm256_madd_epi16(highs[t], ones))
         };
-        dots[t] = _mm256_sub_epi32(dot, _mm256_set1_epi32(const { bias(TY) } * x[t].sums[g][0]));
+        dots[t] = _mm256_sub_epi32(dot, _mm256_set1_epi32(const { bias(TY) } * x[t][g].sum));
     }
     dots
 }

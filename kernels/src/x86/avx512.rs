@@ -13,7 +13,7 @@ use super::{
     bias, block_bytes, blocks_of, bytes, cut, e2m1_table, four_columns, in_fours, parts, quantised_rows, rows,
 };
 use super::{unit, words};
-use crate::activations::{Activations, QuantisedRow};
+use crate::activations::{Activations, QuantisedBlock};
 use crate::kv::KvRows;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
@@ -260,14 +260,14 @@ fn multiply<const T: usize>(dots: &mut [__m512i; T], unsigned: __m512i, words: &
 fn add<const T: usize>(
     dots: &[__m512i; T],
     scale: __m512,
-    x: &[QuantisedRow<'_>; T],
+    x: &[&[QuantisedBlock]; T],
     g: usize,
     unit: f32,
     s: &[__m512; T],
 ) -> [__m512; T] {
     let mut next = *s;
     for t in 0..T {
-        let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x[t].scales[g] * unit));
+        let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x[t][g].scale * unit));
         next[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), scale, s[t]);
     }
     next
@@ -275,7 +275,7 @@ fn add<const T: usize>(
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>; T]) -> [__m512; T] {
+fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]; T]) -> [__m512; T] {
     let blocks = w[0].values.len() / const { block_bytes(TY) };
     let x = cut(&x, blocks);
     // The sums of even and odd blocks take turns; in the end their order does not matter.
@@ -287,7 +287,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>;
         ahead.block::<TY, 2>(g);
         let words = words(&x, g);
         // Integers are made unsigned by their bias, which the sum of x takes out again.
-        let mut dots = each!(_mm512_setzero_si512(); T, t => _mm512_set1_epi32(const { -bias(TY) } * x[t].sums[g][0]));
+        let mut dots = each!(_mm512_setzero_si512(); T, t => _mm512_set1_epi32(const { -bias(TY) } * x[t][g].sum));
         for q in 0..8 {
             multiply(&mut dots, block_integers::<TY>(a, b, q), &words, q);
         }

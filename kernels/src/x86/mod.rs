@@ -10,7 +10,7 @@ mod avx512;
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 
-use crate::activations::QuantisedRow;
+use crate::activations::QuantisedBlock;
 use crate::kv::KvType;
 use crate::matrix::Group;
 use crate::vector::*;
@@ -64,20 +64,20 @@ fn blocks_of<'a, const TY: u8>(w: &Group<'a>) -> Zip<ChunksExact<'a, u8>, Chunks
 
 /// The first `len` blocks of each row, of which there are as many: what is read below `len` is not checked again.
 #[inline(always)]
-fn cut<'a, const T: usize>(x: &[QuantisedRow<'a>; T], len: usize) -> [QuantisedRow<'a>; T] {
+fn cut<'a, const T: usize>(x: &[&'a [QuantisedBlock]; T], len: usize) -> [&'a [QuantisedBlock]; T] {
     let mut cut = *x;
     for x in &mut cut {
-        *x = QuantisedRow { words: &x.words[..len], scales: &x.scales[..len], sums: &x.sums[..len] };
+        *x = &x[..len];
     }
     cut
 }
 
 /// Block `g` of each row.
 #[inline(always)]
-fn words<'a, const T: usize>(x: &[QuantisedRow<'a>; T], g: usize) -> [&'a [i32; 8]; T] {
+fn words<'a, const T: usize>(x: &[&'a [QuantisedBlock]; T], g: usize) -> [&'a [i32; 8]; T] {
     let mut words = [&[0; 8]; T];
     for t in 0..T {
-        words[t] = &x[t].words[g];
+        words[t] = &x[t][g].words;
     }
     words
 }

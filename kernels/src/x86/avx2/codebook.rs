@@ -1,7 +1,7 @@
 //! `q4` and `q3`: nibbles that `vpshufb` turns into integers, in the order of `quant::product`.
 
 use super::{fold4, load16, load32, prefetch, put};
-use crate::activations::{Activations, QuantisedRow};
+use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;
 use crate::quant::UNIT;
@@ -24,20 +24,13 @@ pub(super) fn tile<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShap
         }
         return;
     }
-    while shape.tokens - t >= 4 {
-        put(blocks_int8::<TY, 4>(w, quantised_rows(x, shape.token + t)), &mut out[t..], g);
-        t += 4;
-    }
-    while t < shape.tokens {
-        put(blocks_int8::<TY, 1>(w, quantised_rows(x, shape.token + t)), &mut out[t..], g);
-        t += 1;
-    }
+    put(blocks_int8::<TY, 1>(w, quantised_rows(x, shape.token)), out, g);
 }
 
 /// 32 columns as four vectors of nibbles. In those of `q3` the fourth bit is zero.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn nibbles<const TY: u8>(w: &[u8]) -> [__m256i; 4] {
+pub(super) fn nibbles<const TY: u8>(w: &[u8]) -> [__m256i; 4] {
     let [a, b, c] = [load32(w, 0), load32(w, 32), load32(w, 64)];
     if TY == Q4 {
         return [a, b, c, load32(w, 96)];
@@ -56,7 +49,7 @@ fn nibbles<const TY: u8>(w: &[u8]) -> [__m256i; 4] {
 /// What the low or the high nibbles stand for. Without fourth bits, bits above a nibble do not disturb the look-up.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn look_up<const TY: u8>(table: __m256i, nibbles: __m256i, high: bool) -> __m256i {
+pub(super) fn look_up<const TY: u8>(table: __m256i, nibbles: __m256i, high: bool) -> __m256i {
     let moved = if high { _mm256_srli_epi16::<4>(nibbles) } else { nibbles };
     _mm256_shuffle_epi8(table, if TY == Q4 { _mm256_and_si256(moved, _mm256_set1_epi8(15)) } else { moved })
 }
@@ -64,7 +57,7 @@ fn look_up<const TY: u8>(table: __m256i, nibbles: __m256i, high: bool) -> __m256
 /// Scale over `UNIT` and offset plus its base, of the block whose bytes are at `at`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn scale_and_offset<const TY: u8>(codes: &[u8], at: usize) -> (__m256, __m256i) {
+pub(super) fn scale_and_offset<const TY: u8>(codes: &[u8], at: usize) -> (__m256, __m256i) {
     let codes = _mm_cvtsi64_si128(i64::from_le_bytes(*bytes(codes, at)));
     let scale = _mm_and_si128(_mm_cvtepu8_epi16(codes), _mm_set1_epi16(31));
     let wide = _mm256_cvtepu8_epi32(codes);
@@ -78,13 +71,13 @@ fn scale_and_offset<const TY: u8>(codes: &[u8], at: usize) -> (__m256, __m256i) 
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn row_scales(scales: &[u8]) -> __m256 {
+pub(super) fn row_scales(scales: &[u8]) -> __m256 {
     _mm256_castsi256_ps(load32(scales, 0))
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>; T]) -> [__m256; T] {
+fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[QuantisedBlock]; T]) -> [__m256; T] {
     let table = _mm256_broadcastsi128_si256(load16(&const { levels(TY, 64) }, 0));
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm256_setzero_ps(); T];
@@ -102,7 +95,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>
                 dot(&mut dots, look_up::<TY>(table, nibbles, false), &words, v);
                 dot(&mut dots, look_up::<TY>(table, nibbles, true), &words, v + 4);
             }
-            let next = add::<TY, T>(codes, 0, &dots, &each!(0; T, t => x[t].sums[g][0]), &x, g, &s);
+            let next = add::<TY, T>(codes, 0, &dots, &each!(0; T, t => x[t][g].sum), &x, g, &s);
             (s, other) = (other, next);
             continue;
         }
@@ -111,11 +104,11 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [QuantisedRow<'_>
         for v in 0..4 {
             dot(&mut low, look_up::<TY>(table, nibbles[v], false), &words, v);
         }
-        s = add::<TY, T>(codes, 0, &low, &each!(0; T, t => x[t].sums[g][1]), &x, g, &s);
+        s = add::<TY, T>(codes, 0, &low, &each!(0; T, t => x[t][g].halves.first()), &x, g, &s);
         for v in 0..4 {
             dot(&mut high, look_up::<TY>(table, nibbles[v], true), &words, v + 4);
         }
-        let rest = each!(0; T, t => x[t].sums[g][0] - x[t].sums[g][1]);
+        let rest = each!(0; T, t => x[t][g].halves.second());
         other = add::<TY, T>(codes, 8, &high, &rest, &x, g, &other);
     }
     let scales = row_scales(w.scales);
@@ -141,7 +134,7 @@ fn add<const TY: u8, const T: usize>(
     at: usize,
     dots: &[__m256i; T],
     sums: &[i32; T],
-    x: &[QuantisedRow<'_>; T],
+    x: &[&[QuantisedBlock]; T],
     g: usize,
     s: &[__m256; T],
 ) -> [__m256; T] {
@@ -150,7 +143,7 @@ fn add<const TY: u8, const T: usize>(
     let mut next = *s;
     for t in 0..T {
         let dot = _mm256_add_epi32(dots[t], _mm256_madd_epi16(bias, _mm256_set1_epi32(sums[t] & 0xffff)));
-        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[t].scales[g] * UNIT));
+        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[t][g].scale * UNIT));
         next[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, s[t]);
     }
     next

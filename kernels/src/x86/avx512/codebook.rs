@@ -1,7 +1,7 @@
 //! `q4` and `q3` with int8 activations, in the order of `quant::product`.
 
 use super::{Pair, add, load, load8x2, load16, load32, load32x2, multiply, put};
-use crate::activations::{Activations, QuantisedRow};
+use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::quant::UNIT;
 use crate::x86::ahead::Ahead;
@@ -56,7 +56,7 @@ fn look_up<const TY: u8>(table: __m512i, nibbles: __m512i, high: bool) -> __m512
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>; T]) -> [__m512; T] {
+fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]; T]) -> [__m512; T] {
     let table = _mm512_broadcast_i32x4(load16(&const { levels(TY, 64) }, 0));
     let blocks = w[0].values.len() / const { block_bytes(TY) };
     let x = cut(&x, blocks);
@@ -70,7 +70,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>;
         let words = words(&x, g);
         let codes = _mm512_cvtepu8_epi32(load8x2(a_codes, b_codes, 0));
         if TY == Q4 {
-            let mut dots = biased::<TY, T>(codes, &each!(0; T, t => x[t].sums[g][0]));
+            let mut dots = biased::<TY, T>(codes, &each!(0; T, t => x[t][g].sum));
             for v in 0..4 {
                 let nibbles = load32x2(a, b, 32 * v);
                 multiply(&mut dots, look_up::<TY>(table, nibbles, false), &words, v);
@@ -81,13 +81,13 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [QuantisedRow<'_>;
             continue;
         }
         let nibbles = nibbles::<TY>(a, b);
-        let mut low = biased::<TY, T>(codes, &each!(0; T, t => x[t].sums[g][1]));
+        let mut low = biased::<TY, T>(codes, &each!(0; T, t => x[t][g].halves.first()));
         for v in 0..4 {
             multiply(&mut low, look_up::<TY>(table, nibbles[v], false), &words, v);
         }
         s = add(&low, scale(codes), &x, g, UNIT, &s);
         let codes = _mm512_cvtepu8_epi32(load8x2(a_codes, b_codes, 8));
-        let mut high = biased::<TY, T>(codes, &each!(0; T, t => x[t].sums[g][0] - x[t].sums[g][1]));
+        let mut high = biased::<TY, T>(codes, &each!(0; T, t => x[t][g].halves.second()));
         for v in 0..4 {
             multiply(&mut high, look_up::<TY>(table, nibbles[v], true), &words, v + 4);
         }

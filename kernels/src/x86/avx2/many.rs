@@ -1,0 +1,237 @@
+//! Several tokens of int8 times one or two row groups.
+//!
+//! The integers of a block are unpacked once for all tokens of a tile. Then each vector of them meets four tokens, and each
+//! word of a token both row groups, before the next: sums stay in registers, and what is loaded serves several products.
+
+use super::codebook::{look_up, nibbles, row_scales, scale_and_offset};
+use super::{block_scales, load16, load32, put};
+use crate::activations::{Activations, QuantisedBlock};
+use crate::matmul::{TILE_TOKENS, Tile, TileShape};
+use crate::matrix::Group;
+use crate::quant::UNIT;
+use crate::x86::ahead::Ahead;
+use crate::x86::{
+    INT4, MXFP4, Q3, Q4, Q8, bias, block_bytes, e2m1_table, levels, offset_base, scale_bytes, scales_from, unit,
+};
+use std::arch::x86_64::*;
+use std::hint::black_box;
+
+/// Tokens that a vector of weights meets: with two row groups, as many as leave their sums in the 16 registers.
+const PASS: usize = 4;
+
+/// What makes the levels of `q4` and `q3` unsigned.
+const LEVEL_BIAS: i32 = 64;
+
+/// The sums of a tile, by token and row group, for even and for odd blocks.
+type Sums<const G: usize> = [[[__m256; G]; TILE_TOKENS]; 2];
+
+/// One block of a row group.
+#[derive(Clone, Copy)]
+struct Block<'a> {
+    values: &'a [u8],
+    scales: &'a [u8],
+    /// Eight vectors of unsigned integers, four columns each; unused if they are stored as such.
+    integers: [__m256i; 8],
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn tile<const TY: u8, const G: usize>(
+    w: &[Group<'_>; G],
+    x: &Activations,
+    shape: TileShape,
+    out: &mut Tile,
+) {
+    let blocks = w[0].values.len() / const { block_bytes(TY) };
+    let mut rows: [&[QuantisedBlock]; TILE_TOKENS] = [&[]; TILE_TOKENS];
+    for (t, row) in rows[..shape.tokens].iter_mut().enumerate() {
+        *row = &x.quantised_row(shape.token + t)[..blocks];
+    }
+    let rows = &rows[..shape.tokens];
+    let mut sums: Sums<G> = [[[_mm256_setzero_ps(); G]; TILE_TOKENS]; 2];
+    let ahead = Ahead::new(w);
+    // A number of steps that the compiler does not know keeps the loop over them, and with it the order that this is about.
+    let steps = black_box(const { if TY == Q3 { 2 } else { 4 } });
+    for g in 0..blocks {
+        ahead.block::<TY, G>(g);
+        let block = each!(block::<TY>(&w[0], g); G, i => block::<TY>(&w[i], g));
+        let (full, rest) = rows.as_chunks::<PASS>();
+        for (p, x) in full.iter().enumerate() {
+            pass::<TY, G, PASS>(&block, x, g, steps, &mut sums, PASS * p);
+        }
+        let first = PASS * full.len();
+        match *rest {
+            [a, b, c] => pass::<TY, G, 3>(&block, &[a, b, c], g, steps, &mut sums, first),
+            [a, b] => pass::<TY, G, 2>(&block, &[a, b], g, steps, &mut sums, first),
+            [a] => pass::<TY, G, 1>(&block, &[a], g, steps, &mut sums, first),
+            _ => {}
+        }
+    }
+    for (t, out) in out[..shape.tokens].iter_mut().enumerate() {
+        for i in 0..G {
+            let sum = _mm256_add_ps(sums[0][t][i], sums[1][t][i]);
+            let sum = if matches!(TY, Q4 | Q3) { _mm256_mul_ps(sum, row_scales(w[i].scales)) } else { sum };
+            put([sum], std::slice::from_mut(out), i);
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn block<'a, const TY: u8>(w: &Group<'a>, g: usize) -> Block<'a> {
+    let (len, scale_len) = const { (block_bytes(TY), scale_bytes(TY)) };
+    let values = &w.values[g * len..][..len];
+    let scales = &w.scales[const { scales_from(TY) } + g * scale_len..][..scale_len];
+    Block { values, scales, integers: unpack::<TY>(values) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn unpack<const TY: u8>(values: &[u8]) -> [__m256i; 8] {
+    let mut integers = [_mm256_setzero_si256(); 8];
+    if TY == Q8 {
+        return integers;
+    }
+    let table = _mm256_broadcastsi128_si256(load16(&const { table(TY) }, 0));
+    if matches!(TY, Q4 | Q3) {
+        let nibbles = nibbles::<TY>(values);
+        for v in 0..4 {
+            integers[v] = look_up::<TY>(table, nibbles[v], false);
+            integers[v + 4] = look_up::<TY>(table, nibbles[v], true);
+        }
+        return integers;
+    }
+    for v in 0..4 {
+        let (low, high) = super::nibbles(load32(values, 32 * v));
+        (integers[v], integers[v + 4]) =
+            if TY == MXFP4 { (_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high)) } else { (low, high) };
+    }
+    integers
+}
+
+/// What the nibbles of a type stand for, made unsigned.
+const fn table(ty: u8) -> [u8; 16] {
+    match ty {
+        MXFP4 => e2m1_table(bias(MXFP4) as i8),
+        Q4 | Q3 => levels(ty, LEVEL_BIAS),
+        _ => [0; 16],
+    }
+}
+
+/// Adds block `g` of `T` tokens, whose sums are those from `first`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn pass<const TY: u8, const G: usize, const T: usize>(
+    w: &[Block<'_>; G],
+    x: &[&[QuantisedBlock]; T],
+    g: usize,
+    steps: usize,
+    sums: &mut Sums<G>,
+    first: usize,
+) {
+    let x: [&QuantisedBlock; T] = each!(&x[0][g]; T, t => &x[t][g]);
+    if TY == Q3 {
+        let [even, odd] = sums;
+        part::<TY, G, T, 0>(w, &x, steps, (&mut even[first..]).first_chunk_mut().expect("a tile has all tokens"));
+        part::<TY, G, T, 1>(w, &x, steps, (&mut odd[first..]).first_chunk_mut().expect("a tile has all tokens"));
+    } else {
+        part::<TY, G, T, 0>(
+            w,
+            &x,
+            steps,
+            (&mut sums[g % 2][first..]).first_chunk_mut().expect("a tile has all tokens"),
+        );
+    }
+}
+
+/// Adds the columns that share a scale: all of a block, or a half of it.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn part<const TY: u8, const G: usize, const T: usize, const P: usize>(
+    w: &[Block<'_>; G],
+    x: &[&QuantisedBlock; T],
+    steps: usize,
+    sums: &mut [[__m256; G]; T],
+) {
+    let mut dots = [[_mm256_setzero_si256(); G]; T];
+    if matches!(TY, INT4 | MXFP4) {
+        for t in 0..T {
+            let start =
+                _mm256_mullo_epi16(_mm256_set1_epi32(x[t].pairs.0), _mm256_set1_epi16(const { -bias_of(TY) as i16 }));
+            dots[t] = [start; G];
+        }
+    }
+    for step in 0..steps {
+        for q in [2 * step, 2 * step + 1] {
+            let q = 4 * P + q;
+            let vector = each!(_mm256_setzero_si256(); G, i => {
+                if TY == Q8 { load32(w[i].values, 32 * (q % 8)) } else { w[i].integers[q % 8] }
+            });
+            for t in 0..T {
+                let x = _mm256_set1_epi32(x[t].words[q % 8]);
+                for i in 0..G {
+                    dots[t][i] = add_products::<TY>(dots[t][i], vector[i], x);
+                }
+            }
+        }
+    }
+    for i in 0..G {
+        let (scale, bias) = scale_and_bias::<TY, P>(w[i].scales);
+        for t in 0..T {
+            let dot = match TY {
+                INT4 | MXFP4 => _mm256_madd_epi16(dots[t][i], _mm256_set1_epi16(1)),
+                Q4 => _mm256_add_epi32(dots[t][i], _mm256_madd_epi16(bias, _mm256_set1_epi32(x[t].sum))),
+                Q3 => _mm256_add_epi32(dots[t][i], _mm256_madd_epi16(bias, _mm256_set1_epi32(x[t].halves.0))),
+                _ => dots[t][i],
+            };
+            let x_scale = _mm256_mul_ps(_mm256_set1_ps(x[t].scale), _mm256_set1_ps(const { factor(TY) }));
+            sums[t][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(scale, x_scale), sums[t][i]);
+        }
+    }
+}
+
+/// What was added to the integers, apart from offsets that differ by block.
+const fn bias_of(ty: u8) -> i32 {
+    match ty {
+        INT4 | MXFP4 => bias(ty),
+        Q4 | Q3 => LEVEL_BIAS + offset_base(ty),
+        _ => 0,
+    }
+}
+
+/// What the scale of the activations is multiplied by.
+const fn factor(ty: u8) -> f32 {
+    if matches!(ty, Q4 | Q3) { UNIT } else { unit(ty) }
+}
+
+/// Adds the products of four columns.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_products<const TY: u8>(dots: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    match TY {
+        INT4 | MXFP4 => _mm256_add_epi16(dots, _mm256_maddubs_epi16(w, x)),
+        Q8 => {
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+            _mm256_add_epi32(dots, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+        _ => {
+            let pairs = _mm256_maddubs_epi16(w, x);
+            _mm256_add_epi32(dots, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+}
+
+/// The scales of part `P` of a block, and what multiplies a pair of sums of columns to apply offset and bias.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn scale_and_bias<const TY: u8, const P: usize>(scales: &[u8]) -> (__m256, __m256i) {
+    if !matches!(TY, Q4 | Q3) {
+        return (block_scales::<TY>(scales, 0), _mm256_setzero_si256());
+    }
+    let (scale, offset) = scale_and_offset::<TY>(scales, 8 * P);
+    let bias = _mm256_sub_epi32(
+        offset,
+        _mm256_set1_epi32(const { if matches!(TY, Q4 | Q3) { 64 + offset_base(TY) } else { 0 } }),
+    );
+    let bias = if P == 0 { _mm256_and_si256(bias, _mm256_set1_epi32(0xffff)) } else { _mm256_slli_epi32::<16>(bias) };
+    (scale, bias)
+}
