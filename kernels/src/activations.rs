@@ -43,8 +43,8 @@ pub(crate) struct QuantisedBlock {
     pub(crate) sum: i32,
     /// The sums of the first half of the columns and of the second.
     pub(crate) halves: Packed,
-    /// The sums of columns 0 and 1 of each word, and of columns 2 and 3.
-    pub(crate) pairs: Packed,
+    /// The sums of columns 0 and 1 of each word, and of columns 2 and 3, both negated.
+    pub(crate) minus_pairs: Packed,
 }
 
 /// Two numbers of 16 bits, the first in the lower half: an operand of instructions that multiply pairs of such numbers.
@@ -103,7 +103,7 @@ impl Activations {
     /// If an index is not below `src.n()`.
     pub fn gather(&mut self, src: &Activations, indices: &[u32]) {
         self.shape(indices.len(), src.cols);
-        let (padded, blocks) = (self.padded(), self.blocks_per_row());
+        let (padded, stride) = (self.padded(), self.stride());
         for (i, &from) in indices.iter().enumerate() {
             let from = from as usize;
             assert!(from < src.n, "token {from} of {}", src.n);
@@ -117,7 +117,7 @@ impl Activations {
         }
         self.resize_blocks();
         for (i, &from) in indices.iter().enumerate() {
-            self.blocks[i * blocks..][..blocks].copy_from_slice(&src.blocks[from as usize * blocks..][..blocks]);
+            self.blocks[i * stride..][..stride].copy_from_slice(&src.blocks[from as usize * stride..][..stride]);
         }
         self.quantised = true;
     }
@@ -160,12 +160,17 @@ impl Activations {
     /// The int8 form of token `i`.
     pub(crate) fn quantised_row(&self, i: usize) -> &[QuantisedBlock] {
         assert!(i < self.n && self.quantised, "token {i} of {}, quantised: {}", self.n, self.quantised);
-        let blocks = self.blocks_per_row();
-        &self.blocks[i * blocks..][..blocks]
+        &self.blocks[i * self.stride()..][..self.blocks_per_row()]
     }
 
     fn blocks_per_row(&self) -> usize {
         self.cols.div_ceil(BLOCK)
+    }
+
+    /// Blocks from one token to the next: an odd number, so that blocks of the same columns lie in different sets of a cache,
+    /// however many tokens are multiplied together.
+    fn stride(&self) -> usize {
+        self.blocks_per_row() | 1
     }
 
     fn padded(&self) -> usize {
@@ -178,15 +183,21 @@ impl Activations {
     }
 
     fn resize_blocks(&mut self) {
-        self.blocks.resize(self.n * self.blocks_per_row(), QuantisedBlock::default());
+        self.blocks.resize(self.n * self.stride(), QuantisedBlock::default());
     }
 
     fn quantise(&mut self) {
         self.resize_blocks();
-        for (to, block) in self.blocks.iter_mut().zip(self.rows.as_chunks::<BLOCK>().0) {
-            *to = quantise_block(block);
-        }
         self.quantised = true;
+        if self.cols == 0 {
+            return;
+        }
+        let (stride, padded) = (self.stride(), self.padded());
+        for (to, row) in self.blocks.chunks_exact_mut(stride).zip(self.rows.chunks_exact(padded)) {
+            for (to, block) in to.iter_mut().zip(row.as_chunks().0) {
+                *to = quantise_block(block);
+            }
+        }
     }
 }
 
@@ -223,7 +234,7 @@ fn quantise_block(block: &[f32; BLOCK]) -> QuantisedBlock {
         scale: absmax / 127.0,
         sum: pairs[0] + pairs[1],
         halves: Packed::new(halves[0], halves[1]),
-        pairs: Packed::new(pairs[0], pairs[1]),
+        minus_pairs: Packed::new(-pairs[0], -pairs[1]),
     }
 }
 
@@ -262,9 +273,9 @@ mod tests {
         let block = quantise_block(&block);
         assert_eq!(block.sum, 61);
         assert_eq!((block.halves.first(), block.halves.second()), (120, -59));
-        assert_eq!((block.pairs.first(), block.pairs.second()), (122, -61));
+        assert_eq!((block.minus_pairs.first(), block.minus_pairs.second()), (-122, 61));
         let lowest = quantise_block(&[-1.0; BLOCK]);
-        assert_eq!((lowest.sum, lowest.halves.first(), lowest.pairs.second()), (-4064, -2032, -2032));
+        assert_eq!((lowest.sum, lowest.halves.first(), lowest.minus_pairs.second()), (-4064, -2032, 2032));
     }
 
     #[test]

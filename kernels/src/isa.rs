@@ -1,7 +1,7 @@
 //! The choice of an instruction set, made once.
 
 use crate::activations::Activations;
-use crate::matmul::{Tile, TileShape};
+use crate::matmul::{TILE_TOKENS, Tile, TileShape};
 use crate::matrix::Matrix;
 #[cfg(target_arch = "aarch64")]
 use crate::neon::Neon;
@@ -149,7 +149,16 @@ impl Kernels {
         }
     }
 
-    /// Multiplies one or two adjacent row groups with up to eight tokens.
+    /// Tokens of a tile: as many as AVX-512 keeps in registers. AVX2 keeps sums in memory and unpacks weights for all.
+    pub(crate) fn tile_tokens(&self) -> usize {
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(_) => TILE_TOKENS,
+            _ => 8,
+        }
+    }
+
+    /// Multiplies one or two adjacent row groups with up to [`tile_tokens`](Self::tile_tokens) tokens.
     pub(crate) fn tile(&self, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
         match self.isa {
             Isa::Scalar => {

@@ -1,7 +1,6 @@
 //! Matrix products: which row groups meet which tokens, on which thread.
 //!
-//! Nothing here adds two numbers. A tile, one or two row groups times up to eight tokens, is computed whole by a
-//! kernel, so the order of tiles and their distribution over threads cannot change a bit.
+//! Nothing here adds two numbers. A tile, one or two row groups times a few tokens, is computed whole by a kernel, so the order of tiles and their distribution over threads cannot change a bit.
 
 use crate::activations::Activations;
 use crate::elementwise::Activation;
@@ -11,10 +10,10 @@ use crate::par_slice::SharedRows;
 use crate::threads::ThreadPool;
 use std::ops::Range;
 
-/// Tokens of a tile: as many as the widest kernel keeps in registers.
-pub(crate) const TILE_TOKENS: usize = 8;
+/// The most tokens of a tile; how many a kernel takes it says itself.
+pub(crate) const TILE_TOKENS: usize = 16;
 
-/// Products of up to eight tokens with two row groups, the second in lanes 8..16.
+/// Products of a few tokens with two row groups, the second in lanes 8..16.
 pub(crate) type Tile = [[f32; 2 * ROW_GROUP]; TILE_TOKENS];
 
 /// What a tile is made of.
@@ -117,13 +116,14 @@ impl Kernels {
 
     fn tiles_of(&self, w: &Matrix<'_>, x: &Activations, pairs: Range<usize>, write: &dyn Fn(TileShape, &Tile)) {
         let int8 = x.quantised() && w.ty().is_blocked();
+        let tile_tokens = self.tile_tokens();
         let mut tile = [[0.0; 2 * ROW_GROUP]; TILE_TOKENS];
         for panel in (0..x.n()).step_by(TOKEN_PANEL) {
             let panel_end = (panel + TOKEN_PANEL).min(x.n());
             for pair in pairs.clone() {
                 let groups = (w.groups() - 2 * pair).min(2);
-                for token in (panel..panel_end).step_by(TILE_TOKENS) {
-                    let tokens = (panel_end - token).min(TILE_TOKENS);
+                for token in (panel..panel_end).step_by(tile_tokens) {
+                    let tokens = (panel_end - token).min(tile_tokens);
                     let shape = TileShape { group: 2 * pair, groups, token, tokens, int8 };
                     self.tile(w, x, shape, &mut tile);
                     write(shape, &tile);

@@ -29,7 +29,8 @@ type Sums<const G: usize> = [[[__m256; G]; TILE_TOKENS]; 2];
 #[derive(Clone, Copy)]
 struct Block<'a> {
     values: &'a [u8],
-    scales: &'a [u8],
+    /// Scales of its parts, and what multiplies a pair of sums of columns to apply offset and bias.
+    terms: [(__m256, __m256i); 2],
     /// Eight vectors of unsigned integers, four columns each; unused if they are stored as such.
     integers: [__m256i; 8],
 }
@@ -50,7 +51,7 @@ pub(super) fn tile<const TY: u8, const G: usize>(
     let mut sums: Sums<G> = [[[_mm256_setzero_ps(); G]; TILE_TOKENS]; 2];
     let ahead = Ahead::new(w);
     // A number of steps that the compiler does not know keeps the loop over them, and with it the order that this is about.
-    let steps = black_box(const { if TY == Q3 { 2 } else { 4 } });
+    let steps = black_box(const { steps_of(TY) });
     for g in 0..blocks {
         ahead.block::<TY, G>(g);
         let block = each!(block::<TY>(&w[0], g); G, i => block::<TY>(&w[i], g));
@@ -81,7 +82,9 @@ fn block<'a, const TY: u8>(w: &Group<'a>, g: usize) -> Block<'a> {
     let (len, scale_len) = const { (block_bytes(TY), scale_bytes(TY)) };
     let values = &w.values[g * len..][..len];
     let scales = &w.scales[const { scales_from(TY) } + g * scale_len..][..scale_len];
-    Block { values, scales, integers: unpack::<TY>(values) }
+    let first = scale_and_bias::<TY, 0>(scales);
+    let second = if TY == Q3 { scale_and_bias::<TY, 1>(scales) } else { first };
+    Block { values, terms: [first, second], integers: unpack::<TY>(values) }
 }
 
 #[inline]
@@ -131,16 +134,18 @@ fn pass<const TY: u8, const G: usize, const T: usize>(
     let x: [&QuantisedBlock; T] = each!(&x[0][g]; T, t => &x[t][g]);
     if TY == Q3 {
         let [even, odd] = sums;
-        part::<TY, G, T, 0>(w, &x, steps, (&mut even[first..]).first_chunk_mut().expect("a tile has all tokens"));
-        part::<TY, G, T, 1>(w, &x, steps, (&mut odd[first..]).first_chunk_mut().expect("a tile has all tokens"));
+        part::<TY, G, T, 0>(w, &x, steps, even[first..].first_chunk_mut().expect(PASS_FITS));
+        part::<TY, G, T, 1>(w, &x, steps, odd[first..].first_chunk_mut().expect(PASS_FITS));
     } else {
-        part::<TY, G, T, 0>(
-            w,
-            &x,
-            steps,
-            (&mut sums[g % 2][first..]).first_chunk_mut().expect("a tile has all tokens"),
-        );
+        part::<TY, G, T, 0>(w, &x, steps, sums[g % 2][first..].first_chunk_mut().expect(PASS_FITS));
     }
+}
+
+const PASS_FITS: &str = "a tile has sums for all its tokens";
+
+/// Pairs of vectors of weights in a part.
+const fn steps_of(ty: u8) -> usize {
+    if ty == Q3 { 2 } else { 4 }
 }
 
 /// Adds the columns that share a scale: all of a block, or a half of it.
@@ -153,21 +158,26 @@ fn part<const TY: u8, const G: usize, const T: usize, const P: usize>(
     sums: &mut [[__m256; G]; T],
 ) {
     let mut dots = [[_mm256_setzero_si256(); G]; T];
+    // Sums of 16 bits may wrap on the way, but without their bias they end within 16·8·127 or 16·12·127.
     if matches!(TY, INT4 | MXFP4) {
         for t in 0..T {
-            let start =
-                _mm256_mullo_epi16(_mm256_set1_epi32(x[t].pairs.0), _mm256_set1_epi16(const { -bias_of(TY) as i16 }));
+            let start = _mm256_mullo_epi16(
+                _mm256_set1_epi32(x[t].minus_pairs.0),
+                _mm256_set1_epi16(const { bias_of(TY) as i16 }),
+            );
             dots[t] = [start; G];
         }
     }
     for step in 0..steps {
+        // Says that it is in bounds without telling the compiler how many steps there are.
+        let step = step % const { steps_of(TY) };
         for q in [2 * step, 2 * step + 1] {
             let q = 4 * P + q;
             let vector = each!(_mm256_setzero_si256(); G, i => {
-                if TY == Q8 { load32(w[i].values, 32 * (q % 8)) } else { w[i].integers[q % 8] }
+                if TY == Q8 { load32(w[i].values, 32 * q) } else { w[i].integers[q] }
             });
             for t in 0..T {
-                let x = _mm256_set1_epi32(x[t].words[q % 8]);
+                let x = _mm256_set1_epi32(x[t].words[q]);
                 for i in 0..G {
                     dots[t][i] = add_products::<TY>(dots[t][i], vector[i], x);
                 }
@@ -175,7 +185,7 @@ fn part<const TY: u8, const G: usize, const T: usize, const P: usize>(
         }
     }
     for i in 0..G {
-        let (scale, bias) = scale_and_bias::<TY, P>(w[i].scales);
+        let (scale, bias) = w[i].terms[P];
         for t in 0..T {
             let dot = match TY {
                 INT4 | MXFP4 => _mm256_madd_epi16(dots[t][i], _mm256_set1_epi16(1)),
@@ -200,10 +210,11 @@ const fn bias_of(ty: u8) -> i32 {
 
 /// What the scale of the activations is multiplied by.
 const fn factor(ty: u8) -> f32 {
-    if matches!(ty, Q4 | Q3) { UNIT } else { unit(ty) }
+    if matches!(ty, Q4 | Q3) { UNIT } else { 1.0 }
 }
 
-/// Adds the products of four columns.
+/// Adds the products of four columns: to pairs of sums of 16 bits, or to sums of 32. Sums of two products stay within
+/// 2·128·127 = 32512, so nothing saturates. `q8` has no bias: the other operand takes over the sign.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_products<const TY: u8>(dots: __m256i, w: __m256i, x: __m256i) -> __m256i {
@@ -225,13 +236,12 @@ fn add_products<const TY: u8>(dots: __m256i, w: __m256i, x: __m256i) -> __m256i 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn scale_and_bias<const TY: u8, const P: usize>(scales: &[u8]) -> (__m256, __m256i) {
     if !matches!(TY, Q4 | Q3) {
-        return (block_scales::<TY>(scales, 0), _mm256_setzero_si256());
+        // Powers of two from 2^-127 have halves, so that it does not matter which scale the unit is applied to.
+        let scale = _mm256_mul_ps(block_scales::<TY>(scales, 0), _mm256_set1_ps(const { unit(TY) }));
+        return (scale, _mm256_setzero_si256());
     }
     let (scale, offset) = scale_and_offset::<TY>(scales, 8 * P);
-    let bias = _mm256_sub_epi32(
-        offset,
-        _mm256_set1_epi32(const { if matches!(TY, Q4 | Q3) { 64 + offset_base(TY) } else { 0 } }),
-    );
+    let bias = _mm256_sub_epi32(offset, _mm256_set1_epi32(const { bias_of(TY) }));
     let bias = if P == 0 { _mm256_and_si256(bias, _mm256_set1_epi32(0xffff)) } else { _mm256_slli_epi32::<16>(bias) };
     (scale, bias)
 }
