@@ -1,6 +1,7 @@
 //! Matrix products: which row groups meet which tokens, on which thread.
 //!
-//! Nothing here adds two numbers. A tile, one or two row groups times a few tokens, is computed whole by a kernel, so the order of tiles and their distribution over threads cannot change a bit.
+//! Nothing here adds two numbers. A tile, one or two row groups times a few tokens, is computed whole by a kernel, so
+//! the order of tiles and their distribution over threads cannot change a bit.
 
 use crate::activations::Activations;
 use crate::elementwise::Activation;
