@@ -18,9 +18,9 @@ use crate::pool::LayerPass;
 const EXTRA_RANKS: usize = 4;
 /// Weight of one observation in the learned probabilities: the last hundred or so count.
 const LEARNING_RATE: f32 = 1.0 / 64.0;
-/// A guess must be right more often than not. A wrong one costs only idle time of the drive, but also a slot, and the chunk
-/// in flight when a demand read arrives.
-const LEAST_PROBABILITY: f32 = 0.5;
+/// How sure a guess must be. A wrong one is read while the drive would idle, but takes a slot, the chunk in flight when a
+/// demand read arrives, and, where cores are scarce, what the cores could have computed instead.
+const LEAST_PROBABILITY: f32 = 0.75;
 /// What is believed of the router's top-k and of the ranks beyond it before anything was observed.
 const FIRST_BELIEF: (f32, f32) = (0.6, 0.3);
 
