@@ -342,20 +342,21 @@ struct Comparison {
 fn compare(args: &Args, what: Compare) -> Result<(), CliError> {
     let total = args.warm_up + args.n * args.pairs;
     let asked = args.engine.options(total);
-    let io = |verify| Some(IoConfig { verify, ..asked.io.clone().unwrap_or_default() });
-    let (with, without, other) = match what {
-        Compare::Prefetch => ("prefetch", "no prefetch", EngineOptions { prefetch: Prefetch::Off, ..asked.clone() }),
-        Compare::Checksums => ("checksums", "no checksums", EngineOptions { io: io(false), ..asked.clone() }),
-        Compare::Engine => {
-            ("uring", "pread", EngineOptions { read_engine: Some(ReadEngineKind::Pread), ..asked.clone() })
-        }
-    };
     let first = match what {
-        Compare::Prefetch => asked,
-        Compare::Checksums => EngineOptions { io: io(true), ..asked },
+        Compare::Prefetch | Compare::Checksums => asked,
         Compare::Engine => EngineOptions { read_engine: Some(ReadEngineKind::Uring), ..asked },
     };
     let mut a = Decoder::open(&args.file, &first, total)?;
+    let (with, without, other) = match what {
+        Compare::Prefetch => ("prefetch", "no prefetch", EngineOptions { prefetch: Prefetch::Off, ..first }),
+        Compare::Checksums => {
+            // Chunks and depth of the calibration on both sides, not only where they are not asked for.
+            let unverified = IoConfig { verify: false, ..a.engine.io_config().clone() };
+            let read_engine = Some(a.engine.tuning().engine);
+            ("checksums", "no checksums", EngineOptions { io: Some(unverified), read_engine, ..first })
+        }
+        Compare::Engine => ("uring", "pread", EngineOptions { read_engine: Some(ReadEngineKind::Pread), ..first }),
+    };
     let mut b = Decoder::open(&args.file, &other, total)?;
     let bar = step_bar("decoding", 2 * total as u64);
     a.decode(args.warm_up, &|| bar.inc(1))?;
