@@ -424,6 +424,11 @@ def main():
     if args.inside:
         INSIDE[args.inside[0]](*args.inside[1:])
     elif args.scratch:
+        # Found out now, not after ten minutes of compiling.
+        needed = ["sluice"] + ["examples/throughput"] * bool(args.types and args.rounds)
+        missing = [str(args.bin / name) for name in needed if not (args.bin / name).exists()]
+        if missing:
+            p.error(f"not built: {', '.join(missing)}; the beginning of this file says how")
         scratch = Scratch(args)
         compare_logits(scratch, args.types, *prepare(scratch, args.types))
         for type_name in args.types if args.rounds else []:
