@@ -551,9 +551,11 @@ impl Deref for Prefix<'_> {
 
 impl Drop for Prefix<'_> {
     fn drop(&mut self) {
+        // Taken after the prefix was retracted, it has the new attempt, and nothing in it.
+        let was_empty = self.is_empty();
         self.bytes = None;
         // The I/O thread may be waiting for this guard before it reads the extent again.
-        if self.arriving.attempt() != self.attempt {
+        if was_empty || self.arriving.attempt() != self.attempt {
             self.shared.wake_thread();
         }
     }

@@ -435,6 +435,37 @@ fn a_reader_of_the_prefix_never_sees_bytes_change() {
     }
 }
 
+/// A guard that was taken between the retraction of damaged bytes and the second reading holds that up like an older one.
+#[test]
+fn the_last_of_several_readers_lets_the_second_reading_begin() {
+    let (contents, extents) = files();
+    let drive = SimDrive::new(contents);
+    drive.add_fault(fault(FaultKind::Flip, &extents[6], 1));
+    drive.hold();
+    let io = sim(&drive, 1, &config(64 << 10, 4));
+    let slot = Arena::uniform(extents[6].len, 1, "test").expect("memory").into_slots().remove(0);
+    let read = io.submit(slot, extents[6]).expect("accepted");
+    let before = read.prefix();
+    drive.release();
+    let soon = |what: &str, ready: &dyn Fn() -> bool| {
+        let tries = (0..10_000).find(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            ready()
+        });
+        assert!(tries.is_some(), "{what}");
+    };
+    soon("the damage is not found", &|| read.attempt() == 1);
+    let after = read.prefix();
+    assert!(after.is_empty() && after.attempt() == 1);
+    drop(before);
+    // Time for the I/O thread to see that there is another reader, and to sleep again.
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!read.is_done() && read.arrived_prefix() == 0);
+    drop(after);
+    soon("the extent is not read again", &|| read.is_done());
+    assert_eq!(xxh3_64(read.finish().expect("ready").bytes()), extents[6].checksum);
+}
+
 #[test]
 fn without_verification_damage_passes_and_nothing_else_changes() {
     let (_, mut extents) = files();
