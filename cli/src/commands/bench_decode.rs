@@ -350,7 +350,7 @@ fn compare(args: &Args, what: Compare) -> Result<(), CliError> {
     let (with, without, other) = match what {
         Compare::Prefetch => ("prefetch", "no prefetch", EngineOptions { prefetch: Prefetch::Off, ..first }),
         Compare::Checksums => {
-            // Chunks and depth of the calibration on both sides, not only where they are not asked for.
+            // As the other one reads, which is as the calibration says: only the checksums are to differ.
             let unverified = IoConfig { verify: false, ..a.engine.io_config().clone() };
             let read_engine = Some(a.engine.tuning().engine);
             ("checksums", "no checksums", EngineOptions { io: Some(unverified), read_engine, ..first })
