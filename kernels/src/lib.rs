@@ -32,6 +32,7 @@ mod quant;
 mod scalar;
 mod threads;
 mod top_k;
+mod xxh3;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[macro_use]
 mod vector;
@@ -45,7 +46,7 @@ pub use elementwise::{Activation, RopePairing, rms_norm, rope, softmax};
 pub use isa::{IsaError, Kernels};
 pub use kv::{KvBuffer, KvRows, KvType, UnknownKvType};
 pub use math::{exp, sigmoid, silu};
-pub use matrix::{BLOCK, FP8_BLOCK, Matrix, ROW_GROUP, ShapeError, WeightType, packed_len, row_group_len};
+pub use matrix::{BLOCK, FP8_BLOCK, Matrix, ROW_GROUP, ShapeError, Watch, WeightType, packed_len, row_group_len};
 pub use number::{E2M1, bf16_to_f32, e4m3_to_f32, e8m0_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use pack::{
     pack_row_group, pack_row_group_fp8, pack_row_group_int4, pack_row_group_mxfp4, pack_row_group_u16, unpack,
@@ -53,3 +54,4 @@ pub use pack::{
 pub use quant::pack_row_group_weighted;
 pub use threads::ThreadPool;
 pub use top_k::top_k;
+pub use xxh3::{XXH3_BLOCK_BYTES, Xxh3Sum, xxh3_of_sums};

@@ -6,7 +6,7 @@
 use crate::activations::Activations;
 use crate::elementwise::Activation;
 use crate::isa::Kernels;
-use crate::matrix::{Matrix, ROW_GROUP};
+use crate::matrix::{Matrix, ROW_GROUP, Watch};
 use crate::par_slice::SharedRows;
 use crate::threads::ThreadPool;
 use std::ops::Range;
@@ -40,6 +40,9 @@ const TASK_BYTES_MIN: usize = 64 << 10;
 
 /// Tasks per thread: more than one, so that a thread that was descheduled does not hold up the rest.
 const TASKS_PER_THREAD: usize = 4;
+
+/// Bytes that are multiplied before a watch is told of them: they have to be in the L2 cache then.
+const WATCHED_BYTES: usize = 128 << 10;
 
 impl Kernels {
     /// `y = x Wᵀ`: `y` is row-major `[x.n(), w.rows()]`. Parallel over row groups.
@@ -111,8 +114,29 @@ impl Kernels {
         let tasks = (work / TASK_BYTES_MIN).clamp(1, pool.threads() * TASKS_PER_THREAD).min(pairs.max(1));
         pool.run(tasks, &|task| {
             let range = task * pairs / tasks..(task + 1) * pairs / tasks;
-            self.tiles_of(w, x, range, write);
+            match w.watch() {
+                None => self.tiles_of(w, x, range, write),
+                Some(watch) => self.watched_tiles_of(w, x, range, write, watch),
+            }
         });
+    }
+
+    /// In steps that leave the bytes in the cache for the watch.
+    fn watched_tiles_of(
+        &self,
+        w: &Matrix<'_>,
+        x: &Activations,
+        pairs: Range<usize>,
+        write: &dyn Fn(TileShape, &Tile),
+        watch: &dyn Watch,
+    ) {
+        let group = w.group_bytes();
+        let step = (WATCHED_BYTES / (2 * group).max(1)).max(1);
+        for first in pairs.clone().step_by(step) {
+            let end = (first + step).min(pairs.end);
+            self.tiles_of(w, x, first..end, write);
+            watch.seen(2 * first * group..(2 * end).min(w.groups()) * group);
+        }
     }
 
     fn tiles_of(&self, w: &Matrix<'_>, x: &Activations, pairs: Range<usize>, write: &dyn Fn(TileShape, &Tile)) {

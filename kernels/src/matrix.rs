@@ -1,5 +1,8 @@
 //! Weight types, the sizes of their planes, and matrices whose length has been checked.
 
+use std::fmt;
+use std::ops::Range;
+
 /// Rows that are stored and computed together.
 pub const ROW_GROUP: usize = 8;
 /// Columns that share one scale in the `q8`, `int4` and `mxfp4` types, and in quantised activations.
@@ -120,14 +123,28 @@ pub enum ShapeError {
     },
 }
 
+/// Is told what is read of a matrix, to do something else with the same bytes while they are in a cache.
+pub trait Watch: Sync {
+    /// The calling thread has just multiplied these bytes of the matrix, whole row groups.
+    fn seen(&self, bytes: Range<usize>);
+}
+
 /// Packed weights of known shape, borrowed; the length of the data has been checked.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Matrix<'a> {
     ty: WeightType,
     rows: usize,
     cols: usize,
     planes: Planes,
     data: &'a [u8],
+    watch: Option<&'a dyn Watch>,
+}
+
+impl fmt::Debug for Matrix<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Matrix { ty, rows, cols, .. } = self;
+        f.debug_struct("Matrix").field("ty", ty).field("rows", rows).field("cols", cols).finish_non_exhaustive()
+    }
 }
 
 impl<'a> Matrix<'a> {
@@ -161,7 +178,17 @@ impl<'a> Matrix<'a> {
         if data.len() != expected {
             return Err(ShapeError::Length { ty, rows, cols, expected, actual: data.len() });
         }
-        Ok(Matrix { ty, rows, cols, planes, data: &data[index * one..(index + 1) * one] })
+        Ok(Matrix { ty, rows, cols, planes, data: &data[index * one..(index + 1) * one], watch: None })
+    }
+
+    /// The same matrix, but `watch` is told of every byte of it, once for every product.
+    #[must_use]
+    pub fn watched_by(self, watch: Option<&'a dyn Watch>) -> Self {
+        Matrix { watch, ..self }
+    }
+
+    pub(crate) fn watch(&self) -> Option<&'a dyn Watch> {
+        self.watch
     }
 
     /// Output features.

@@ -234,7 +234,7 @@ impl Need<'_> {
     }
 
     fn scratch(&self, chunk: usize) -> u64 {
-        (Model::scratch_memory(self.spec, chunk) + self.embedding).saturating_sub(FREE_SCRATCH)
+        (Model::scratch_memory(self.spec, chunk, self.slot_len) + self.embedding).saturating_sub(FREE_SCRATCH)
     }
 
     /// Pins as many bytes of dense extents as `budget` holds beside the ring for the others. Routers stay first, because

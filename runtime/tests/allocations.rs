@@ -49,7 +49,7 @@ fn sweep(pool: &mut Pool, rounds: usize) {
         let mut seen = 0;
         // With parts and without.
         while round % 2 == 0
-            && let Some(arrival) = pass.arrival(PAGE_BYTES).expect("no faults")
+            && let Some(arrival) = pass.arrival(Some(PAGE_BYTES)).expect("no faults")
         {
             match arrival {
                 Arrival::Part(part) => part.more_at(None),

@@ -9,7 +9,7 @@ use sluice_converter::ConvertError;
 use sluice_converter::synth::{Geometry, Layout, SynthOptions, TYPES, WeightTypes, synth, token_stream};
 use sluice_format::{ExtentKind, ModelFile, WeightType};
 use sluice_runtime::io::{
-    Arena, Class, DataFile, DirectMode, EngineKind, ExtentName, ExtentRead, IoConfig, Scheduler, open_engine,
+    Arena, Check, Class, DataFile, DirectMode, EngineKind, ExtentName, ExtentRead, IoConfig, Scheduler, open_engine,
 };
 use sluice_runtime::pool::policy::PolicyKind;
 use sluice_runtime::trace::{Choice, Replay, Stats, Trace, TraceWriter};
@@ -207,6 +207,7 @@ fn a_sparse_file_of_380_gigabytes_is_served() {
                 len: extent.stored_len as usize,
                 checksum: extent.checksum,
                 class: Class::Demand,
+                check: Check::Here,
                 name: ExtentName::expert(extent.layer, extent.index),
             };
             slot = scheduler.submit(slot, read).unwrap().finish().unwrap();

@@ -18,6 +18,7 @@ use crate::kv::KvRows;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
+use crate::xxh3::{XXH3_BLOCK_BYTES, Xxh3Sum};
 use std::arch::x86_64::*;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI besides what [`Avx2`] proves.
@@ -62,6 +63,10 @@ impl Avx512 {
     pub(crate) fn weighted_sum(self, p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
         // SAFETY: as above.
         unsafe { attention::weighted_sum(p, rows, out) }
+    }
+
+    pub(crate) fn xxh3_sums(self, blocks: &[[u8; XXH3_BLOCK_BYTES]], sums: &mut [Xxh3Sum]) {
+        self.avx2.xxh3_sums(blocks, sums);
     }
 }
 

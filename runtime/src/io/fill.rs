@@ -2,13 +2,12 @@
 //!
 //! A fill has two ends. `Filling` belongs to the I/O thread: it cuts the slot into chunks,
 //! hands each out as a [`ChunkMem`] (the exclusive right to write one range), takes it back, and
-//! knows how far the bytes are contiguous. `Arriving` belongs to whoever waits: it can read
-//! the contiguous prefix, and gives the slot back once the fill has ended. The rules that make
-//! this sound, all enforced in this file:
+//! knows how far the bytes are contiguous. `Arriving` belongs to whoever waits: if the fill is an
+//! open one it can read the contiguous prefix, and it gives the slot back once the fill has ended.
+//! The rules that make this sound, all enforced in this file:
 //!
 //! - a byte is covered by at most one `ChunkMem`, and by none once it is part of the prefix;
-//! - the prefix shrinks only in `Filling::try_restart`, which waits until every `PrefixBytes`
-//!   guard is gone, and no new guard can see old bytes;
+//! - the prefix shrinks only in `Filling::retract`, which open fills refuse, and only they show it;
 //! - a fill ends only when all its `ChunkMem`s have been given back. One that is lost (the I/O
 //!   thread died) takes its slot with it: memory that a drive may write is never reused.
 
@@ -39,12 +38,8 @@ pub enum ReadPhase {
 #[derive(Debug, Default)]
 pub(crate) struct FillState {
     phase: AtomicU32,
-    /// Bytes contiguous from the start.
+    /// Bytes contiguous from the start, as far as `Arriving` may see them: those of an open fill.
     arrived: AtomicUsize,
-    /// How often the extent had to be read again from its first byte.
-    attempt: AtomicU32,
-    /// `PrefixBytes` guards alive.
-    readers: AtomicUsize,
     /// Position in the order in which fills ended; valid once the fill has ended.
     finished: AtomicU64,
     error: Mutex<Option<Box<ReadError>>>,
@@ -118,6 +113,8 @@ pub(crate) struct Filling {
     start: usize,
     len: usize,
     chunk_bytes: usize,
+    /// The prefix is shown to the other end, and so is never taken back.
+    open: bool,
     /// Chunks handed out so far in this attempt.
     issued: u32,
     /// Chunks that are contiguous from the start.
@@ -130,17 +127,17 @@ pub(crate) struct Filling {
 }
 
 impl Filling {
-    /// Splits a slot into the two ends of a fill of `len` bytes.
+    /// Splits a slot into the two ends of a fill of `len` bytes. `open`: the other end may look at the prefix, and the bytes
+    /// are read only once.
     ///
     /// # Panics
     /// If `len` does not fit the slot or is not whole pages, or `chunk_bytes` is not whole pages.
-    pub(crate) fn begin(mut slot: Slot, len: usize, chunk_bytes: usize) -> (Filling, Arriving) {
+    pub(crate) fn begin(mut slot: Slot, len: usize, chunk_bytes: usize, open: bool) -> (Filling, Arriving) {
         assert!(len > 0 && len <= slot.capacity && len.is_multiple_of(PAGE_BYTES));
         assert!(chunk_bytes > 0 && chunk_bytes.is_multiple_of(PAGE_BYTES));
         assert!(u32::try_from(len / chunk_bytes).is_ok(), "more chunks than can be counted");
         let state = Arc::clone(&slot.state);
         state.arrived.store(0, SeqCst);
-        state.attempt.store(0, SeqCst);
         state.phase.store(ReadPhase::Reading as u32, SeqCst);
         *state.error.lock().unwrap_or_else(PoisonError::into_inner) = None;
         slot.len = 0;
@@ -150,6 +147,7 @@ impl Filling {
             start: slot.start,
             len,
             chunk_bytes,
+            open,
             issued: 0,
             arrived: 0,
             window: 0,
@@ -223,7 +221,9 @@ impl Filling {
         let contiguous = self.window.trailing_ones();
         self.window = self.window.checked_shr(contiguous).unwrap_or(0);
         self.arrived += contiguous;
-        self.state.arrived.store(self.arrived_bytes(), SeqCst);
+        if self.open {
+            self.state.arrived.store(self.arrived_bytes(), SeqCst);
+        }
     }
 
     /// Bytes contiguous from the start.
@@ -238,38 +238,16 @@ impl Filling {
         unsafe { self.map.bytes(self.start, self.arrived_bytes()) }
     }
 
-    /// Takes the prefix away from readers, to read the extent again from its first byte.
+    /// Begins again: all chunks can be handed out a second time.
     ///
     /// # Panics
-    /// If chunks are outstanding.
+    /// If chunks are outstanding, or the fill is open: someone may be looking at the prefix.
     pub(crate) fn retract(&mut self) {
         assert_eq!(self.outstanding, 0, "chunks are in flight");
+        assert!(!self.open, "what has been shown is not taken back");
         self.issued = 0;
         self.arrived = 0;
         self.window = 0;
-        self.state.arrived.store(0, SeqCst);
-        self.state.attempt.fetch_add(1, SeqCst);
-        // Until `try_restart` agrees, nothing may be handed out.
-        self.issued = self.chunk_count();
-    }
-
-    /// After `retract`: allows chunks to be handed out again, once no reader
-    /// holds old bytes. A reader that goes later wakes the I/O thread.
-    pub(crate) fn try_restart(&mut self) -> bool {
-        assert_eq!(self.outstanding, 0, "chunks are in flight");
-        let free = !self.has_readers();
-        if free {
-            self.issued = 0;
-        }
-        free
-    }
-
-    /// True if someone holds a `PrefixBytes`.
-    ///
-    /// A reader counts itself before it loads `arrived`, and `retract` clears `arrived` before
-    /// this load. So a reader that is not counted here sees an empty prefix.
-    pub(crate) fn has_readers(&self) -> bool {
-        self.state.readers.load(SeqCst) > 0
     }
 
     /// Ends the fill; the other end gets the slot back. `order` counts ended fills.
@@ -303,7 +281,7 @@ impl Drop for Filling {
     }
 }
 
-/// The waiter's end of a fill. Owns the slot, but shows only what has arrived.
+/// The waiter's end of a fill. Owns the slot, but shows only what has arrived, and only of an open fill.
 #[derive(Debug)]
 pub(crate) struct Arriving {
     slot: Slot,
@@ -323,21 +301,17 @@ impl Arriving {
         self.slot.state.arrived.load(SeqCst)
     }
 
-    pub(crate) fn attempt(&self) -> u32 {
-        self.slot.state.attempt.load(SeqCst)
-    }
-
     /// Position in the order in which fills ended; meaningful once the fill has ended.
     pub(crate) fn finished(&self) -> u64 {
         self.slot.state.finished.load(SeqCst)
     }
 
-    pub(crate) fn prefix(&self) -> PrefixBytes<'_> {
-        let state = &self.slot.state;
-        state.readers.fetch_add(1, SeqCst);
-        let attempt = state.attempt.load(SeqCst);
-        let len = state.arrived.load(SeqCst);
-        PrefixBytes { arriving: self, len, attempt }
+    /// The bytes that have arrived contiguously; none of a fill that is not open.
+    pub(crate) fn prefix(&self) -> &[u8] {
+        let len = self.arrived_bytes();
+        // SAFETY: these bytes had arrived in an open fill: no `ChunkMem` covers them, and as such a fill is not retracted,
+        // none will. The slot leaves `self` only when this borrow has ended.
+        unsafe { self.slot.map.bytes(self.slot.start, len) }
     }
 
     /// Ends the waiter's side.
@@ -362,34 +336,6 @@ impl Arriving {
     }
 }
 
-/// Holds back a re-read while someone looks at the prefix.
-#[derive(Debug)]
-pub(crate) struct PrefixBytes<'a> {
-    arriving: &'a Arriving,
-    len: usize,
-    attempt: u32,
-}
-
-impl PrefixBytes<'_> {
-    pub(crate) fn bytes(&self) -> &[u8] {
-        let slot = &self.arriving.slot;
-        // SAFETY: the first `len` bytes had arrived when this guard was made, after it counted
-        // itself as a reader. They are written again only after `try_restart` has seen no
-        // reader, and the slot leaves `Arriving` only when this borrow has ended.
-        unsafe { slot.map.bytes(slot.start, self.len) }
-    }
-
-    pub(crate) fn attempt(&self) -> u32 {
-        self.attempt
-    }
-}
-
-impl Drop for PrefixBytes<'_> {
-    fn drop(&mut self) {
-        self.arriving.slot.state.readers.fetch_sub(1, SeqCst);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -406,7 +352,7 @@ mod tests {
 
     #[test]
     fn the_prefix_grows_only_over_contiguous_chunks() {
-        let (mut filling, arriving) = Filling::begin(slot(5 * 4096), 5 * 4096, 2 * 4096);
+        let (mut filling, arriving) = Filling::begin(slot(5 * 4096), 5 * 4096, 2 * 4096, true);
         let mut chunks: Vec<_> = std::iter::from_fn(|| filling.next_chunk()).collect();
         assert_eq!(chunks.iter().map(|c| c.1.len()).collect::<Vec<_>>(), [8192, 8192, 4096]);
         for (number, expect) in [(2, 0), (0, 8192), (1, 5 * 4096)] {
@@ -415,7 +361,7 @@ mod tests {
             fill(&mut chunk, number as u8 + 1);
             filling.give_back(number, chunk);
             assert_eq!(arriving.arrived_bytes(), expect);
-            assert_eq!(arriving.prefix().bytes().len(), expect);
+            assert_eq!(arriving.prefix().len(), expect);
         }
         filling.end(Ok(()), 1);
         let slot = arriving.finish().expect("ready");
@@ -425,29 +371,41 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_holds_back_a_second_reading() {
-        let (mut filling, arriving) = Filling::begin(slot(8192), 8192, 4096);
+    fn only_a_closed_fill_can_begin_again_and_it_shows_nothing() {
+        let (mut filling, arriving) = Filling::begin(slot(8192), 8192, 4096, false);
         for byte in [1, 2] {
             let (number, mut chunk) = filling.next_chunk().expect("a chunk");
             fill(&mut chunk, byte);
             filling.give_back(number, chunk);
         }
-        let guard = arriving.prefix();
+        assert_eq!((filling.arrived_bytes(), arriving.arrived_bytes()), (8192, 0));
+        assert!(arriving.prefix().is_empty());
         filling.retract();
-        assert!(!filling.try_restart());
-        assert!(filling.next_chunk().is_none());
-        assert_ne!(guard.attempt(), arriving.attempt());
-        assert_eq!(guard.bytes()[4096], 2);
-        drop(guard);
-        assert!(filling.try_restart());
-        assert_eq!(filling.next_chunk().expect("a chunk").0, 0);
-        assert!(arriving.prefix().bytes().is_empty());
+        assert_eq!(filling.arrived_bytes(), 0);
+        for byte in [3, 4] {
+            let (number, mut chunk) = filling.next_chunk().expect("a chunk");
+            fill(&mut chunk, byte);
+            filling.give_back(number, chunk);
+        }
+        filling.end(Ok(()), 1);
+        let slot = arriving.finish().expect("ready");
+        assert_eq!((slot.bytes()[0], slot.bytes()[4096]), (3, 4));
+    }
+
+    #[test]
+    #[should_panic(expected = "what has been shown")]
+    fn an_open_fill_does_not_begin_again() {
+        let (mut filling, _arriving) = Filling::begin(slot(4096), 4096, 4096, true);
+        let (number, mut chunk) = filling.next_chunk().expect("a chunk");
+        fill(&mut chunk, 1);
+        filling.give_back(number, chunk);
+        filling.retract();
     }
 
     #[test]
     fn chunks_are_not_handed_out_beyond_the_window() {
         let pages = 300;
-        let (mut filling, _arriving) = Filling::begin(slot(pages * 4096), pages * 4096, 4096);
+        let (mut filling, _arriving) = Filling::begin(slot(pages * 4096), pages * 4096, 4096, false);
         let mut chunks: Vec<_> = std::iter::from_fn(|| filling.next_chunk()).collect();
         assert_eq!(chunks.len(), 128);
         let (number, mut first) = chunks.remove(0);
@@ -465,7 +423,7 @@ mod tests {
 
     #[test]
     fn a_lost_fill_keeps_its_slot() {
-        let (mut filling, arriving) = Filling::begin(slot(4096), 4096, 4096);
+        let (mut filling, arriving) = Filling::begin(slot(4096), 4096, 4096, false);
         let _chunk = filling.next_chunk();
         drop(filling);
         assert_eq!(arriving.phase(), ReadPhase::Lost);

@@ -42,7 +42,7 @@ pub use calibration::{Calibration, CalibrationStore, Tuning, TuningSource};
 pub use error::{ExtentName, FileInfo, IoError, ReadError};
 pub use file::{DataFile, DirectIo, DirectMode};
 pub use fill::{ChunkMem, ReadPhase};
-pub use scheduler::{Class, ExtentRead, IoConfig, IoStats, PendingRead, Prefix, ReadFailure, Scheduler};
+pub use scheduler::{Check, Class, ExtentRead, IoConfig, IoStats, PendingRead, ReadFailure, Scheduler};
 #[cfg(target_os = "macos")]
 pub(crate) use sys::physical_pages;
 

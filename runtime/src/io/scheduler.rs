@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -10,7 +9,7 @@ use std::time::Instant;
 
 use super::arena::{PAGE_BYTES, Slot};
 use super::error::{ExtentName, FileInfo, IoError, ReadError};
-use super::fill::{Arriving, Filling, PrefixBytes, ReadPhase};
+use super::fill::{Arriving, Filling, ReadPhase};
 use super::{DEPTH_MAX, EngineInfo, ReadEngine, Wake, worker};
 
 /// Largest chunk: one registered buffer overlaps the next by this much.
@@ -29,6 +28,17 @@ pub enum Class {
     Demand,
     /// We guess that it will be asked for.
     Prefetch,
+}
+
+/// Who compares an extent's bytes with its checksum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// The I/O thread, before the read ends. Damaged bytes are read once more.
+    Here,
+    /// The I/O thread, and it is the second reading already: the first one's bytes were damaged.
+    Again,
+    /// Whoever receives the bytes. They can be looked at while the read goes on.
+    ByReceiver,
 }
 
 /// How extents are read. Sizes come from a calibration of the drive where there is one.
@@ -84,6 +94,8 @@ pub struct ExtentRead {
     pub checksum: u64,
     /// Who wants it.
     pub class: Class,
+    /// Who verifies it; nobody if [`IoConfig::verify`] is off.
+    pub check: Check,
     /// What it is, for messages.
     pub name: ExtentName,
 }
@@ -330,7 +342,8 @@ impl Scheduler {
             return Err(ReadFailure { error, slot: Some(slot) });
         }
         let id = self.shared.next_id.fetch_add(1, Relaxed);
-        let (filling, arriving) = Filling::begin(slot, read.len, self.config.chunk_bytes);
+        let open = read.check == Check::ByReceiver;
+        let (filling, arriving) = Filling::begin(slot, read.len, self.config.chunk_bytes, open);
         inbox.commands.push_back(Command::Read { id, filling, read });
         drop(inbox);
         self.shared.wake_thread();
@@ -450,27 +463,16 @@ impl PendingRead {
         self.arriving().finished()
     }
 
-    /// How often the extent is being read again from its start. What was computed from a prefix
-    /// of an earlier attempt is to be forgotten.
-    #[must_use]
-    pub fn attempt(&self) -> u32 {
-        self.arriving().attempt()
-    }
-
-    /// Bytes that are in memory, contiguous from the start; not verified before the end.
+    /// Bytes that are in memory, contiguous from the start, of an extent that its receiver verifies; of others 0.
     #[must_use]
     pub fn arrived_prefix(&self) -> usize {
         self.arriving().arrived_bytes()
     }
 
-    /// The bytes of the arrived prefix. Whatever is computed from them counts only if the read
-    /// ends well with the same [`attempt`](Self::attempt). Hold it briefly: it holds back a
-    /// second reading.
+    /// The bytes of the arrived prefix. Nobody has verified them.
     #[must_use]
-    pub fn prefix(&self) -> Prefix<'_> {
-        let arriving = self.arriving();
-        let bytes = arriving.prefix();
-        Prefix { attempt: bytes.attempt(), bytes: Some(bytes), arriving, shared: &self.shared }
+    pub fn prefix(&self) -> &[u8] {
+        self.arriving().prefix()
     }
 
     /// Blocks until at least `bytes` have arrived, or the read has ended.
@@ -499,7 +501,7 @@ impl PendingRead {
         }
     }
 
-    /// Blocks until the read has ended, and returns the slot with its verified bytes.
+    /// Blocks until the read has ended, and returns the slot with its bytes, verified as was asked for.
     ///
     /// # Errors
     /// [`ReadFailure`] with the reason, and the slot to be used again.
@@ -519,44 +521,6 @@ impl Drop for PendingRead {
     fn drop(&mut self) {
         if self.arriving.is_some() {
             self.cancel();
-        }
-    }
-}
-
-/// A look at the part of an extent that has arrived.
-#[derive(Debug)]
-pub struct Prefix<'a> {
-    /// Always there, until the guard is dropped.
-    bytes: Option<PrefixBytes<'a>>,
-    arriving: &'a Arriving,
-    attempt: u32,
-    shared: &'a Shared,
-}
-
-impl Prefix<'_> {
-    /// The attempt that these bytes belong to; see [`PendingRead::attempt`].
-    #[must_use]
-    pub fn attempt(&self) -> u32 {
-        self.attempt
-    }
-}
-
-impl Deref for Prefix<'_> {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        self.bytes.as_ref().map_or(&[], PrefixBytes::bytes)
-    }
-}
-
-impl Drop for Prefix<'_> {
-    fn drop(&mut self) {
-        // Taken after the prefix was retracted, it has the new attempt, and nothing in it.
-        let was_empty = self.is_empty();
-        self.bytes = None;
-        // The I/O thread may be waiting for this guard before it reads the extent again.
-        if was_empty || self.arriving.attempt() != self.attempt {
-            self.shared.wake_thread();
         }
     }
 }

@@ -31,6 +31,7 @@ fn files() -> (Vec<Vec<u8>>, Vec<ExtentRead>) {
                 len,
                 checksum: xxh3_64(&bytes[offset..offset + len]),
                 class: Class::Demand,
+                check: Check::Here,
                 name: ExtentName::expert(u32::from(file), index as u32),
             });
             offset += len;
@@ -255,7 +256,7 @@ fn an_engine_gives_back_what_it_has_not_issued() {
     drive.hold();
     let mut engine = drive.engine(4, 1);
     let slot = Arena::uniform(3 * 4096, 1, "test").expect("memory").into_slots().remove(0);
-    let (mut filling, _arriving) = fill::Filling::begin(slot, 3 * 4096, 4096);
+    let (mut filling, _arriving) = fill::Filling::begin(slot, 3 * 4096, 4096, false);
     for tag in 0..3 {
         let (_, mem) = filling.next_chunk().expect("a chunk");
         engine.submit(ChunkRead { tag, file: 0, offset: u64::from(tag) * 4096, mem });
@@ -412,58 +413,46 @@ fn extents_are_read_one_after_the_other() {
 }
 
 #[test]
-fn a_reader_of_the_prefix_never_sees_bytes_change() {
+fn a_receiver_that_verifies_sees_the_prefix_and_gets_what_was_read() {
     let (contents, extents) = files();
     for seed in 0..10 {
         let drive = SimDrive::new(contents.clone());
         drive.add_fault(fault(FaultKind::Flip, &extents[6], 1));
-        let io = Arc::new(sim(&drive, seed, &config(64 << 10, 4)));
-        let slot = Arena::uniform(extents[6].len, 1, "test").expect("memory").into_slots();
-        let read = io.submit(slot.into_iter().next().expect("one"), extents[6]).expect("accepted");
-        let mut seen = 0;
-        while !read.is_done() && seen < 100_000 {
-            let prefix = read.prefix();
-            let before = xxh3_64(&prefix);
-            std::thread::yield_now();
-            assert_eq!(xxh3_64(&prefix), before, "seed {seed}");
-            drop(prefix);
-            read.wait_prefix(4096);
-            seen += 1;
+        let io = sim(&drive, seed, &config(64 << 10, 4));
+        let slot = Arena::uniform(extents[6].len, 1, "test").expect("memory").into_slots().remove(0);
+        let first = ExtentRead { check: Check::ByReceiver, ..extents[6] };
+        let read = io.submit(slot, first).expect("accepted");
+        let mut seen = Vec::new();
+        while !read.is_done() {
+            read.wait_prefix(seen.len() + 4096);
+            assert!(read.prefix().starts_with(&seen), "seed {seed}: bytes have changed");
+            seen = read.prefix().to_vec();
         }
-        assert_eq!(read.attempt(), 1);
+        let slot = read.finish().expect("all bytes came");
+        assert!(slot.bytes().starts_with(&seen));
+        assert_ne!(xxh3_64(slot.bytes()), extents[6].checksum);
+        assert_eq!(io.stats().checksum_retries, 0);
+        // The second reading is the last one, and shows nothing before it is verified.
+        let read = io.submit(slot, ExtentRead { check: Check::Again, ..extents[6] }).expect("accepted");
+        while !read.is_done() {
+            assert!(read.prefix().is_empty());
+            std::thread::yield_now();
+        }
         assert_eq!(xxh3_64(read.finish().expect("ready").bytes()), extents[6].checksum);
+        assert_eq!(io.stats().checksum_retries, 1);
     }
 }
 
-/// A guard that was taken between the retraction of damaged bytes and the second reading holds that up like an older one.
 #[test]
-fn the_last_of_several_readers_lets_the_second_reading_begin() {
+fn a_second_reading_is_not_followed_by_a_third() {
     let (contents, extents) = files();
     let drive = SimDrive::new(contents);
-    drive.add_fault(fault(FaultKind::Flip, &extents[6], 1));
-    drive.hold();
+    drive.add_fault(fault(FaultKind::Flip, &extents[3], 1));
     let io = sim(&drive, 1, &config(64 << 10, 4));
-    let slot = Arena::uniform(extents[6].len, 1, "test").expect("memory").into_slots().remove(0);
-    let read = io.submit(slot, extents[6]).expect("accepted");
-    let before = read.prefix();
-    drive.release();
-    let soon = |what: &str, ready: &dyn Fn() -> bool| {
-        let tries = (0..10_000).find(|_| {
-            std::thread::sleep(Duration::from_millis(1));
-            ready()
-        });
-        assert!(tries.is_some(), "{what}");
-    };
-    soon("the damage is not found", &|| read.attempt() == 1);
-    let after = read.prefix();
-    assert!(after.is_empty() && after.attempt() == 1);
-    drop(before);
-    // Time for the I/O thread to see that there is another reader, and to sleep again.
-    std::thread::sleep(Duration::from_millis(50));
-    assert!(!read.is_done() && read.arrived_prefix() == 0);
-    drop(after);
-    soon("the extent is not read again", &|| read.is_done());
-    assert_eq!(xxh3_64(read.finish().expect("ready").bytes()), extents[6].checksum);
+    let slot = Arena::uniform(extents[3].len, 1, "test").expect("memory").into_slots().remove(0);
+    let read = io.submit(slot, ExtentRead { check: Check::Again, ..extents[3] }).expect("accepted");
+    let failure = read.finish().expect_err("damaged");
+    assert!(matches!(*failure.error, ReadError::Checksum { .. }), "{}", failure.error);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use super::arena::PAGE_BYTES;
 use super::error::ReadError;
 use super::fill::{ChunkMem, Filling};
 use super::queue::{ChunkQueue, Issuable};
-use super::scheduler::{Class, Command, ExtentRead, IoConfig, Shared};
+use super::scheduler::{Check, Class, Command, ExtentRead, IoConfig, Shared};
 use super::{ChunkRead, Completion, ReadEngine, Wait, sys};
 
 /// Bytes hashed between two looks at the engine: about 20 µs of work. To look costs far less when nothing has come.
@@ -46,8 +46,6 @@ struct Active {
     hashed: usize,
     /// The extent has been read again because its checksum was wrong.
     read_again: bool,
-    /// To be read again as soon as nobody looks at the old bytes.
-    waits_for_readers: bool,
     /// Why it is going to end, once its chunks are back.
     stop: Option<ReadError>,
 }
@@ -155,7 +153,6 @@ impl<'a> Worker<'a> {
             if closing && self.live.is_empty() {
                 return Ok(());
             }
-            self.restart_free_readings();
             self.issue();
             let hash_next = self.hash_candidate().is_some();
             self.collect(!hash_next)?;
@@ -205,16 +202,9 @@ impl<'a> Worker<'a> {
     }
 
     fn admit(&mut self, id: u64, filling: Filling, read: ExtentRead) {
-        let active = Active {
-            id,
-            filling,
-            read,
-            hasher: new_checksum(),
-            hashed: 0,
-            read_again: false,
-            waits_for_readers: false,
-            stop: None,
-        };
+        let read_again = read.check == Check::Again;
+        self.shared.counters.checksum_retries.fetch_add(u64::from(read_again), Relaxed);
+        let active = Active { id, filling, read, hasher: new_checksum(), hashed: 0, read_again, stop: None };
         let request = match self.free.pop() {
             Some(request) => request,
             None => {
@@ -243,27 +233,6 @@ impl<'a> Worker<'a> {
         let extent = self.request(request).read.name;
         self.shared.counters.cancelled.fetch_add(1, Relaxed);
         self.stop(request, ReadError::Cancelled { extent });
-    }
-
-    /// True if some second reading was only waiting for readers who are gone now.
-    fn reading_can_restart(&self) -> bool {
-        self.live.iter().any(|&request| {
-            let active = self.active[request as usize].as_ref();
-            active.is_some_and(|active| active.waits_for_readers && !active.filling.has_readers())
-        })
-    }
-
-    /// Starts second readings whose old bytes nobody looks at any more.
-    fn restart_free_readings(&mut self) {
-        for at in 0..self.live.len() {
-            let request = self.live[at];
-            let active = self.request(request);
-            if active.waits_for_readers && active.stop.is_none() && active.filling.try_restart() {
-                active.waits_for_readers = false;
-                let class = active.read.class;
-                self.queue.add(request, class);
-            }
-        }
     }
 
     /// Fills the engine up to its depth. True if anything was issued.
@@ -329,9 +298,8 @@ impl<'a> Worker<'a> {
             self.shared.asleep.store(true, SeqCst);
             // Whoever acts after `asleep` was set wakes the engine; what happened before is seen
             // here. A closing thread with nothing in flight must look at its messages again.
-            let can_restart = self.reading_can_restart();
             let inbox = self.shared.lock_inbox();
-            if inbox.commands.is_empty() && (!inbox.closing || in_flight) && !can_restart {
+            if inbox.commands.is_empty() && (!inbox.closing || in_flight) {
                 wait = Wait::Forever;
             }
         }
@@ -489,8 +457,9 @@ impl<'a> Worker<'a> {
 
     /// Hashes a piece of what has arrived; at the end of the extent, judges it.
     fn hash(&mut self, request: u32) {
-        let verify = self.config.verify;
+        let verifying = self.config.verify;
         let active = self.request(request);
+        let verify = verifying && active.read.check != Check::ByReceiver;
         let arrived = active.filling.arrived_bytes();
         if verify {
             let end = arrived.min(active.hashed + HASH_STEP_BYTES);
@@ -513,12 +482,12 @@ impl<'a> Worker<'a> {
             self.stop(request, error);
         } else {
             active.read_again = true;
-            active.waits_for_readers = true;
             active.hashed = 0;
             active.hasher = new_checksum();
             active.filling.retract();
+            let class = active.read.class;
             self.shared.counters.checksum_retries.fetch_add(1, Relaxed);
-            self.shared.announce();
+            self.queue.add(request, class);
         }
     }
 }

@@ -10,6 +10,7 @@ use super::compute::{Compute, sized};
 use super::foresight::{Foresight, NextLayer};
 use super::gated::{GatedFfn, GatedScratch, Progress};
 use super::router::{Choice, RouterScratch, route};
+use super::tally::{Tallied, Tally};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 use crate::pool::{Arrival, ExpertGuard, ExpertPart, LayerPass, Pool, Routing};
 
@@ -39,6 +40,8 @@ pub(super) struct Routed {
     spec: MoeSpec,
     router: Router,
     expert: GatedFfn,
+    /// Bytes of an expert's extent.
+    expert_len: usize,
 }
 
 /// One use of an expert: which token, and which of its choices.
@@ -52,21 +55,24 @@ struct Assignment {
 /// An expert that is computed while it is still being read.
 #[derive(Debug)]
 struct Early {
-    /// Which one, and in which attempt to read it.
-    expert: (u32, u32),
+    /// Which one.
+    expert: Option<u32>,
     progress: Progress,
+    tally: Tally,
     gated: GatedScratch,
     /// Its output, `[hidden]`.
     output: Vec<f32>,
-    /// Experts of the current pass, and the attempts, whose output is in its place before they came as a whole.
-    computed: Vec<(u32, u32)>,
+    /// Experts of the current pass whose output is in its place before they came as a whole, and their checksums, unless
+    /// nobody wants to know them.
+    computed: Vec<(u32, Option<u64>)>,
 }
 
 impl Early {
     fn new(compute: &Compute) -> Self {
         Early {
-            expert: (u32::MAX, 0),
+            expert: None,
             progress: Progress::default(),
+            tally: Tally::default(),
             gated: GatedScratch::new(compute),
             output: Vec::new(),
             computed: Vec::new(),
@@ -80,6 +86,7 @@ pub struct FfnScratch {
     x: Activations,
     gathered: Activations,
     gated: GatedScratch,
+    tally: Tally,
     early: Early,
     gate: Vec<f32>,
     logits: Vec<f32>,
@@ -104,6 +111,7 @@ impl FfnScratch {
             x: activations(),
             gathered: activations(),
             gated: GatedScratch::new(compute),
+            tally: Tally::default(),
             early: Early::new(compute),
             gate: Vec::new(),
             logits: Vec::new(),
@@ -128,6 +136,26 @@ impl FfnScratch {
     pub fn choices(&self) -> &[Choice] {
         &self.choices
     }
+}
+
+/// Bytes of memory for the checksums of experts of `len` bytes: of one that is there and of one that is being read.
+pub(super) fn tally_memory(len: u64) -> u64 {
+    2 * Tally::memory(len)
+}
+
+/// Verifies an expert before it is computed.
+fn settle_first(compute: &Compute, expert: &mut ExpertGuard<'_>, tally: &mut Tally) -> bool {
+    if expert.is_verified() {
+        return true;
+    }
+    let bytes = expert.bytes();
+    let tally = tally.begin(bytes.len());
+    compute.threads.run(bytes.len().div_ceil(PART_BYTES), &|piece| {
+        let range = piece * PART_BYTES..((piece + 1) * PART_BYTES).min(bytes.len());
+        tally.add(&compute.kernels, bytes, range);
+    });
+    let checksum = tally.checksum();
+    expert.settle(checksum)
 }
 
 /// The dense parts of a layer in memory.
@@ -156,6 +184,7 @@ impl Ffn {
                     choice_bias: moe.router.choice_bias.then(|| router.vector("router_bias")).transpose()?,
                 },
                 expert: GatedFfn::new(moe.width, spec.activation, moe.expert_bias, expert)?,
+                expert_len: expert.extent_len(),
             }),
         };
         let dense_gate = spec.dense_gate.then(|| dense.matrix("dense_gate")).transpose()?;
@@ -208,7 +237,7 @@ impl Ffn {
         // The reads are under way: what every token needs is computed meanwhile.
         match (&self.dense, extents.dense) {
             (Some(dense), Some(bytes)) => {
-                dense.forward(compute, bytes, 0, &scratch.x, &mut scratch.gated, out);
+                dense.forward(compute, Tallied::not(bytes), 0, &scratch.x, &mut scratch.gated, out);
                 self.gate_dense(compute, bytes, n, scratch, out);
             }
             _ => out.fill(0.0),
@@ -301,18 +330,19 @@ impl Routed {
     ) -> Result<Duration, ModelError> {
         let mut time = Duration::ZERO;
         sized(&mut s.outputs, n * self.spec.top_k * hidden);
-        self.expect_parts(hidden, s);
+        self.prepare(hidden, s);
         // Who observes inputs keeps what it sees: that has to be right at once.
-        let in_parts = n == 1 && compute.observer.is_none();
-        let least = PART_BYTES.min(self.expert.end());
+        let observed = compute.observer.is_some();
+        let parts = (n == 1 && !observed).then_some(PART_BYTES.min(self.expert_len / 2));
         loop {
-            let arrival = match in_parts {
-                true => pass.arrival(least)?,
-                false => pass.next()?.map(Arrival::Whole),
-            };
+            let arrival = pass.arrival(parts)?;
             let started = Instant::now();
             match arrival {
-                Some(Arrival::Whole(expert)) => self.compute_whole(compute, &expert, hidden, s),
+                Some(Arrival::Whole(mut expert)) => {
+                    if !observed || settle_first(compute, &mut expert, &mut s.tally) {
+                        self.compute_whole(compute, expert, hidden, s);
+                    }
+                }
                 Some(Arrival::Part(part)) => self.compute_part(compute, part, hidden, s),
                 None => return Ok(time),
             }
@@ -320,26 +350,33 @@ impl Routed {
         }
     }
 
-    /// Makes room for parts, whether any come or not: when they do is a matter of time, and must not cost an allocation.
-    fn expect_parts(&self, hidden: usize, s: &mut FfnScratch) {
+    /// Makes room for parts and tallies, whether any come or not: when they do is a matter of time, and must not cost an
+    /// allocation.
+    fn prepare(&self, hidden: usize, s: &mut FfnScratch) {
         let early = &mut s.early;
-        early.expert = (u32::MAX, 0);
+        early.expert = None;
         early.computed.clear();
         if early.output.len() < hidden {
             sized(&mut early.output, hidden);
             early.computed.reserve(self.spec.top_k);
             self.expert.reserve(&mut early.gated);
         }
+        early.tally.reserve(self.expert_len);
+        s.tally.reserve(self.expert_len);
     }
 
-    fn compute_whole(&self, compute: &Compute, expert: &ExpertGuard<'_>, hidden: usize, s: &mut FfnScratch) {
+    /// Computes an expert that is there, and its checksum if it is not known to be right. If it turns out to be wrong, the
+    /// pool reads the expert again, and it comes once more.
+    fn compute_whole(&self, compute: &Compute, mut expert: ExpertGuard<'_>, hidden: usize, s: &mut FfnScratch) {
         let id = expert.expert();
-        let attempt = (id, expert.attempt());
-        if s.early.computed.contains(&attempt) {
-            return;
+        if s.early.expert == Some(id) {
+            let wanted = !expert.is_verified();
+            self.advance_early(compute, expert.bytes(), expert.bytes().len(), wanted, hidden, s);
         }
-        if s.early.expert == attempt {
-            self.advance_early(compute, expert.bytes(), hidden, s);
+        if let Some(at) = s.early.computed.iter().position(|computed| computed.0 == id) {
+            if let (_, Some(checksum)) = s.early.computed.swap_remove(at) {
+                expert.settle(checksum);
+            }
             return;
         }
         let first = s.assignments.partition_point(|a| a.expert < id);
@@ -349,39 +386,55 @@ impl Routed {
         s.tokens.extend(uses.iter().map(|a| a.token));
         s.gathered.gather(&s.x, &s.tokens);
         let output = sized(&mut s.output, uses.len() * hidden);
-        self.expert.forward(compute, expert.bytes(), id, &s.gathered, &mut s.gated, output);
+        let tally = (!expert.is_verified()).then(|| s.tally.begin(expert.bytes().len()));
+        let extent = Tallied { bytes: expert.bytes(), tally };
+        self.expert.forward(compute, extent, id, &s.gathered, &mut s.gated, output);
+        let checksum = extent.tally.map(Tally::checksum);
         for (a, row) in uses.iter().zip(output.chunks_exact(hidden)) {
             s.outputs[a.choice as usize * hidden..][..hidden].copy_from_slice(row);
+        }
+        if let Some(checksum) = checksum {
+            expert.settle(checksum);
         }
     }
 
     /// Goes on with an expert of which more has arrived.
     fn compute_part(&self, compute: &Compute, part: ExpertPart<'_>, hidden: usize, s: &mut FfnScratch) {
-        let bytes = part.bytes();
-        let attempt = (part.expert(), bytes.attempt());
-        if s.early.expert != attempt {
-            s.early.expert = attempt;
+        let (bytes, len) = (part.bytes(), part.len());
+        if s.early.expert != Some(part.expert()) {
+            s.early.expert = Some(part.expert());
             s.early.progress = Progress::default();
+            s.early.tally.begin(len);
         }
-        self.advance_early(compute, &bytes, hidden, s);
-        let more_at = (!s.early.progress.is_done()).then_some((bytes.len() + PART_BYTES).min(self.expert.end()));
-        drop(bytes);
+        self.advance_early(compute, bytes, len, !part.is_verified(), hidden, s);
+        let more_at = s.early.expert.map(|_| (bytes.len() + PART_BYTES).min(len));
         part.more_at(more_at);
     }
 
-    /// Computes what `prefix` allows of the expert in `s.early`; when that is all of it, puts its output into its place.
-    fn advance_early(&self, compute: &Compute, prefix: &[u8], hidden: usize, s: &mut FfnScratch) {
-        let early = &mut s.early;
-        let output = &mut early.output[..hidden];
-        self.expert.advance(compute, prefix, &s.x, &mut early.progress, &mut early.gated, output);
-        if !early.progress.is_done() {
+    /// Computes what `prefix` allows of the expert in `s.early`, whose extent has `len` bytes; when that is all of it, puts its
+    /// output into its place. `tallied`: the checksum is wanted.
+    fn advance_early(
+        &self,
+        compute: &Compute,
+        prefix: &[u8],
+        len: usize,
+        tallied: bool,
+        hidden: usize,
+        s: &mut FfnScratch,
+    ) {
+        let Early { expert, progress, tally, gated, output, computed } = &mut s.early;
+        let Some(id) = *expert else { return };
+        let output = &mut output[..hidden];
+        let prefix = Tallied { bytes: prefix, tally: tallied.then_some(&*tally) };
+        self.expert.advance(compute, prefix, len, &s.x, progress, gated, output);
+        if !progress.is_done() {
             return;
         }
-        let at = s.assignments.partition_point(|a| a.expert < early.expert.0);
+        let at = s.assignments.partition_point(|a| a.expert < id);
         let choice = s.assignments[at].choice as usize;
         s.outputs[choice * hidden..][..hidden].copy_from_slice(output);
-        early.computed.push(early.expert);
-        early.expert = (u32::MAX, 0);
+        computed.push((id, prefix.tally.map(Tally::checksum)));
+        *expert = None;
     }
 
     /// Adds the weighted outputs in ascending order of expert, then the dense part that `out` already holds.

@@ -6,10 +6,11 @@
 use std::ops::Range;
 
 use sluice_format::ActivationSpec;
-use sluice_kernels::{Activation, Activations, ROW_GROUP};
+use sluice_kernels::{Activation, Activations, ROW_GROUP, Watch};
 
 use super::ModelError;
 use super::compute::{Compute, sized};
+use super::tally::Tallied;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
 /// A gated feed-forward network inside an extent: the dense part or one expert.
@@ -93,7 +94,7 @@ impl GatedFfn {
     pub(super) fn forward(
         &self,
         compute: &Compute,
-        extent: &[u8],
+        extent: Tallied<'_>,
         index: u32,
         x: &Activations,
         s: &mut GatedScratch,
@@ -101,46 +102,61 @@ impl GatedFfn {
     ) {
         compute.observe(&self.gate_up, index, x);
         self.gate_up_rows(compute, extent, 0..self.gate_up.groups() / 2, x, s);
-        self.activate(extent, x.n(), s);
+        self.activate(extent.bytes, x.n(), s);
         compute.observe(&self.down, index, &s.activations);
         self.down_rows(compute, extent, 0..self.down.groups(), s, out);
-        self.add_down_bias(extent, s, out);
+        self.add_down_bias(extent.bytes, s, out);
+        self.tally_rest(compute, extent);
     }
 
-    /// Goes on with one token's `out` `[hidden]` as far as `prefix`, the first bytes of the extent, allows. `s` and `out` are
-    /// those of the call before. Tells nobody what it sees, since the bytes may turn out to be damaged.
+    /// Adds what is in no matrix to the tally of a whole extent: every byte is in it then.
+    fn tally_rest(&self, compute: &Compute, extent: Tallied<'_>) {
+        let matrix = |m: &MatrixRef| m.group_start(0)..m.end();
+        let (a, b) = (matrix(&self.gate_up), matrix(&self.down));
+        let (first, second) = if a.start < b.start { (a, b) } else { (b, a) };
+        for rest in [0..first.start, first.end..second.start, second.end..extent.bytes.len()] {
+            extent.add(&compute.kernels, rest);
+        }
+    }
+
+    /// Goes on with one token's `out` `[hidden]` as far as `prefix`, the first bytes of an extent of `len` bytes, allows. `s` and
+    /// `out` are those of the call before. Tells no observer what it sees, since the bytes may turn out to be damaged.
+    #[expect(clippy::too_many_arguments, reason = "input, state and output of one step; a struct would only rename them")]
     pub(super) fn advance(
         &self,
         compute: &Compute,
-        prefix: &[u8],
+        prefix: Tallied<'_>,
+        len: usize,
         x: &Activations,
         progress: &mut Progress,
         s: &mut GatedScratch,
         out: &mut [f32],
     ) {
         assert_eq!(x.n(), 1, "the rows of several tokens do not lie together");
-        if progress.done || self.biases_end() > prefix.len() {
+        let bytes = prefix.bytes;
+        if progress.done || self.biases_end() > bytes.len() {
             return;
         }
         let pairs = self.gate_up.groups() / 2;
-        let there = self.gate_up.groups_within(prefix.len()) / 2;
+        let there = self.gate_up.groups_within(bytes.len()) / 2;
         if there > progress.gate_up {
             self.gate_up_rows(compute, prefix, progress.gate_up..there, x, s);
             progress.gate_up = there;
             if there == pairs {
-                self.activate(prefix, 1, s);
+                self.activate(bytes, 1, s);
             }
         }
         if progress.gate_up < pairs {
             return;
         }
-        let there = self.down.groups_within(prefix.len());
+        let there = self.down.groups_within(bytes.len());
         if there > progress.down {
             self.down_rows(compute, prefix, progress.down..there, s, out);
             progress.down = there;
         }
-        if there == self.down.groups() {
-            self.add_down_bias(prefix, s, out);
+        if there == self.down.groups() && bytes.len() == len {
+            self.add_down_bias(bytes, s, out);
+            self.tally_rest(compute, prefix);
             progress.done = true;
         }
     }
@@ -156,11 +172,6 @@ impl GatedFfn {
         }
     }
 
-    /// Byte of the extent at which the last tensor ends.
-    pub(super) fn end(&self) -> usize {
-        self.gate_up.end().max(self.down.end()).max(self.biases_end())
-    }
-
     /// Byte of the extent at which the last bias ends.
     fn biases_end(&self) -> usize {
         self.bias.map_or(0, |bias| bias.gate.end().max(bias.up.end()).max(bias.down.end()))
@@ -170,13 +181,15 @@ impl GatedFfn {
     fn gate_up_rows(
         &self,
         compute: &Compute,
-        extent: &[u8],
+        extent: Tallied<'_>,
         groups: Range<usize>,
         x: &Activations,
         s: &mut GatedScratch,
     ) {
         let (kernels, threads) = (&compute.kernels, &compute.threads);
-        let matrix = self.gate_up.view_of_groups(extent, 2 * groups.start..2 * groups.end);
+        let watch = extent.watch(kernels, self.gate_up.group_start(2 * groups.start));
+        let matrix = self.gate_up.view_of_groups(extent.bytes, 2 * groups.start..2 * groups.end);
+        let matrix = matrix.watched_by(watch.as_ref().map(|watch| watch as &dyn Watch));
         if self.bias.is_none() {
             let hidden = sized(&mut s.hidden, x.n() * self.width);
             let (rows, hidden) = rows_of(hidden, x.n(), &groups, self.width);
@@ -206,8 +219,17 @@ impl GatedFfn {
         s.activations.set(hidden, n, self.width);
     }
 
-    fn down_rows(&self, compute: &Compute, extent: &[u8], groups: Range<usize>, s: &mut GatedScratch, out: &mut [f32]) {
-        let matrix = self.down.view_of_groups(extent, groups.clone());
+    fn down_rows(
+        &self,
+        compute: &Compute,
+        extent: Tallied<'_>,
+        groups: Range<usize>,
+        s: &mut GatedScratch,
+        out: &mut [f32],
+    ) {
+        let watch = extent.watch(&compute.kernels, self.down.group_start(groups.start));
+        let matrix = self.down.view_of_groups(extent.bytes, groups.clone());
+        let matrix = matrix.watched_by(watch.as_ref().map(|watch| watch as &dyn Watch));
         let (_, out) = rows_of(out, s.activations.n(), &groups, self.down.rows());
         compute.kernels.matmul(&compute.threads, matrix, &s.activations, out);
     }
@@ -237,6 +259,9 @@ mod tests {
     use sluice_format::{ExtentKind, Layout, TensorRecord, WeightType as Stored, pack_tensors};
     use sluice_kernels::{Kernels, Precision, ThreadPool, WeightType, pack_row_group, row_group_len};
 
+    use xxhash_rust::xxh3::xxh3_64;
+
+    use super::super::tally::Tally;
     use super::super::weights::{MatrixPlace, kernel_type};
     use super::*;
 
@@ -311,7 +336,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-        /// In whatever portions an extent arrives, and whatever was in the buffers before: the same bits.
+        /// In whatever portions an extent arrives, and whatever was in the buffers before: the same bits, and its checksum.
         #[test]
         fn portions_give_what_the_whole_gives(
             stored in prop_oneof![Just(Stored::F32), Just(Stored::Bf16), Just(Stored::Q8), Just(Stored::Q4)],
@@ -321,22 +346,28 @@ mod tests {
         ) {
             let compute = compute();
             let (network, extent) = network(stored, width, hidden, bias);
-            prop_assert!(network.end() <= extent.len());
             let mut x = Activations::new(compute.precision);
             x.set(&numbers(hidden).collect::<Vec<_>>(), 1, hidden);
             let mut whole = vec![f32::NAN; hidden];
             let mut scratch = GatedScratch::new(&compute);
-            network.forward(&compute, &extent, 0, &x, &mut scratch, &mut whole);
+            let mut tally = Tally::default();
+            let tallied = Tallied { bytes: &extent, tally: Some(tally.begin(extent.len())) };
+            network.forward(&compute, tallied, 0, &x, &mut scratch, &mut whole);
             prop_assert!(whole.iter().all(|v| v.is_finite()));
+            prop_assert_eq!(tally.checksum(), xxh3_64(&extent));
 
-            let mut ends: Vec<usize> = cuts.iter().map(|cut| (cut * extent.len() as f64) as usize).collect();
+            let pages = extent.len() / 4096;
+            let mut ends: Vec<usize> = cuts.iter().map(|cut| (cut * pages as f64) as usize * 4096).collect();
             ends.sort_unstable();
-            ends.push(network.end());
+            ends.push(extent.len());
             let (mut progress, mut portions) = (Progress::default(), vec![f32::NAN; hidden]);
+            let tally = tally.begin(extent.len());
             for end in ends {
-                prop_assert!(!progress.is_done() || end >= network.end());
-                network.advance(&compute, &extent[..end], &x, &mut progress, &mut scratch, &mut portions);
+                prop_assert!(!progress.is_done());
+                let prefix = Tallied { bytes: &extent[..end], tally: Some(tally) };
+                network.advance(&compute, prefix, extent.len(), &x, &mut progress, &mut scratch, &mut portions);
             }
+            prop_assert_eq!(tally.checksum(), xxh3_64(&extent));
             prop_assert!(progress.is_done());
             let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
             prop_assert_eq!(bits(&portions), bits(&whole));

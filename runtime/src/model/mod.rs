@@ -14,6 +14,7 @@ mod indexer;
 mod mla;
 mod rope;
 pub mod router;
+mod tally;
 pub mod weights;
 
 use std::path::PathBuf;
@@ -418,8 +419,8 @@ impl Model {
         Ok(())
     }
 
-    /// Bytes of scratch for chunks of `tokens` tokens, at most.
-    pub fn scratch_memory(spec: &ModelSpec, tokens: usize) -> u64 {
+    /// Bytes of scratch for chunks of `tokens` tokens and experts of `expert_len` bytes, at most.
+    pub fn scratch_memory(spec: &ModelSpec, tokens: usize, expert_len: u64) -> u64 {
         let hidden = spec.hidden_size as u64;
         let layer = |l: &sluice_format::LayerSpec| {
             let attention = attention::scratch_width(&l.attention) as u64;
@@ -429,7 +430,8 @@ impl Model {
             attention + 2 * widest + routed
         };
         let widest = spec.layers.iter().map(layer).max().unwrap_or(0);
-        (widest + 8 * hidden) * 4 * tokens as u64 + (2 * LOGIT_ROWS.min(tokens) * spec.vocab_size * 4) as u64
+        let logits = (2 * LOGIT_ROWS.min(tokens) * spec.vocab_size * 4) as u64;
+        (widest + 8 * hidden) * 4 * tokens as u64 + logits + ffn::tally_memory(expert_len)
     }
 
     /// Bytes that the cached parts of the embedding may take, in a file of these extents.

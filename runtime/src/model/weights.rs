@@ -69,8 +69,12 @@ impl MatrixRef {
     /// Some row groups, as a matrix of their rows. Bytes of the extent beyond them need not be there.
     pub fn view_of_groups<'a>(&self, extent: &'a [u8], groups: Range<usize>) -> Matrix<'a> {
         let rows = (groups.end * ROW_GROUP).min(self.rows) - groups.start * ROW_GROUP;
-        let (start, end) = (groups.start * self.group_len(), groups.end * self.group_len());
-        self.matrix(rows, &extent[self.offset + start..self.offset + end])
+        self.matrix(rows, &extent[self.group_start(groups.start)..self.group_start(groups.end)])
+    }
+
+    /// Byte of the extent at which row group `group` of the first matrix of the batch begins.
+    pub fn group_start(&self, group: usize) -> usize {
+        self.offset + group * self.group_len()
     }
 
     /// Byte of the extent at which the first matrix of the batch ends.
@@ -167,6 +171,11 @@ impl ExtentTensors<'_> {
             extent: sluice_format::extent_name(self.kind, self.layer, self.index),
             tensor: name,
         })
+    }
+
+    /// Bytes that the extent takes in the file.
+    pub(super) fn extent_len(&self) -> usize {
+        self.file.extent(self.kind, self.layer, self.index).map_or(0, |extent| extent.stored_len as usize)
     }
 
     pub(super) fn vector(&self, name: &'static str) -> Result<VectorRef, ModelError> {

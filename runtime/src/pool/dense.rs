@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{DenseLocation, PoolError};
-use crate::io::{Arena, Class, ExtentRead, PendingRead, ReadFailure, Scheduler, Slot};
+use crate::io::{Arena, Check, Class, ExtentRead, PendingRead, ReadFailure, Scheduler, Slot};
 
 /// Slots of the ring: one in use by each of the two extents that a feed-forward part needs at once, and two that are being
 /// filled meanwhile.
@@ -219,6 +219,7 @@ fn submit(io: &Scheduler, slot: Slot, location: &DenseLocation, class: Class) ->
         len: extent.len as usize,
         checksum: extent.checksum,
         class,
+        check: Check::Here,
         name,
     };
     io.submit(slot, read).map_err(|failure| (*failure.error).into())

@@ -7,7 +7,7 @@
 use super::parts::Pending;
 use super::policy::Key;
 use super::{ABSENT, Content, ExpertKey, Pool};
-use crate::io::Class;
+use crate::io::{Check, Class};
 
 /// Most guesses that are read at once: more than a layer's worth would only be guesses about guesses.
 const OPEN_MAX: usize = 16;
@@ -51,7 +51,7 @@ impl Pool {
             }
             let Some(number) = self.vacate() else { return };
             // A read that cannot be submitted now fails again, with someone to tell, when the expert is requested.
-            if self.start_read(number, index, Class::Prefetch).is_ok() {
+            if self.start_read(number, index, Class::Prefetch, Check::ByReceiver).is_ok() {
                 self.guesses.open.push(number);
                 self.guesses.unproven[index.index()] = true;
                 self.stats.guessed += 1;
@@ -97,7 +97,7 @@ impl Pool {
     /// Gives up the guesses about a layer whose router has spoken.
     pub(super) fn give_up_guesses(&mut self, routed_layer: u32) {
         for &number in &self.guesses.open {
-            if let Content::Loading { expert, read } = &self.slots[number as usize]
+            if let Content::Loading { expert, read, .. } = &self.slots[number as usize]
                 && self.directory.shape().expert(*expert).0 == routed_layer
             {
                 read.cancel();

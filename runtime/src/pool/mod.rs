@@ -6,6 +6,10 @@
 //! a pass makes progress with a single slot, whatever the number of experts. Who can use the first
 //! bytes of an expert before the last are there asks [`LayerPass::arrival`] instead.
 //!
+//! Experts are verified by whoever computes with them, once, when their bytes are in its cache anyway
+//! ([`ExpertGuard::settle`]): to read them from memory only for that would cost as much as half of
+//! multiplying them. What was read and never used is never verified.
+//!
 //! Everything is allocated when the pool is made; a pass allocates nothing.
 
 mod dense;
@@ -19,6 +23,8 @@ mod storage;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use twox_hash::XxHash3_64;
+
 pub use dense::{DenseGuard, DenseHandle, DenseParts, DenseStats, RING_SLOTS};
 pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation};
 pub use error::PoolError;
@@ -29,7 +35,7 @@ pub use storage::{Storage, StorageConfig};
 use self::guess::Guesses;
 use self::parts::{Event, Pending, Progressed};
 use self::policy::Pass;
-use crate::io::{Arena, Class, ExtentName, ExtentRead, PendingRead, ReadFailure, Scheduler, Slot};
+use crate::io::{Arena, Check, Class, ExtentName, ExtentRead, PendingRead, ReadFailure, Scheduler, Slot};
 
 /// The table's entry for an expert that has no slot.
 const ABSENT: u32 = u32::MAX;
@@ -41,7 +47,7 @@ pub struct PoolStats {
     pub hits: u64,
     /// Requested experts that had to be read, or waited for.
     pub misses: u64,
-    /// Bytes of experts read and verified.
+    /// Bytes of experts read.
     pub bytes_read: u64,
     /// Experts that lost their slot to another.
     pub evictions: u64,
@@ -70,8 +76,8 @@ pub struct Routing<'a> {
 #[derive(Debug)]
 enum Content {
     Empty(Slot),
-    Loading { expert: Key, read: PendingRead },
-    Resident { expert: Key, slot: Slot, pins: u32 },
+    Loading { expert: Key, read: PendingRead, check: Check },
+    Resident { expert: Key, slot: Slot, pins: u32, verified: bool },
     Lost,
 }
 
@@ -173,7 +179,7 @@ impl Pool {
         self.slots.iter().filter(is_resident).count()
     }
 
-    /// True if the expert is in memory and verified.
+    /// True if the expert is in memory.
     #[must_use]
     pub fn is_resident(&self, key: ExpertKey) -> bool {
         let slot = self.table[self.directory.index(key).index()];
@@ -255,7 +261,7 @@ impl Pool {
         while let Some(&expert) = self.pass.todo.front() {
             let Some(number) = self.vacate() else { return };
             self.pass.todo.pop_front();
-            match self.start_read(number, expert, Class::Demand) {
+            match self.start_read(number, expert, Class::Demand, Check::ByReceiver) {
                 Ok(()) => self.pass.pending.push(Pending::new(number)),
                 Err(error) => {
                     self.pass.failed = Some(error);
@@ -266,7 +272,7 @@ impl Pool {
     }
 
     /// Starts reading an expert into an empty slot; it is pinned until the read ends.
-    fn start_read(&mut self, number: u32, expert: Key, class: Class) -> Result<(), PoolError> {
+    fn start_read(&mut self, number: u32, expert: Key, class: Class, check: Check) -> Result<(), PoolError> {
         let Content::Empty(slot) = self.slots[number as usize].take() else { unreachable!("a vacated slot is empty") };
         let location = self.directory.location(expert);
         let ExpertKey { layer, expert: id } = self.directory.key(expert);
@@ -276,11 +282,12 @@ impl Pool {
             len: usize::try_from(location.len).unwrap_or(usize::MAX),
             checksum: location.checksum,
             class,
+            check,
             name: ExtentName::expert(layer, id),
         };
         match self.io.submit(slot, read) {
             Ok(read) => {
-                self.slots[number as usize] = Content::Loading { expert, read };
+                self.slots[number as usize] = Content::Loading { expert, read, check };
                 self.table[expert.index()] = number;
                 self.policy.insert(expert);
                 self.policy.pin(expert);
@@ -321,9 +328,10 @@ impl Pool {
 
     /// Ends the read into a slot, waiting for it if need be. The expert gets `pins` pins.
     fn finish_read(&mut self, number: u32, pins: u32) -> Result<(), PoolError> {
-        let Content::Loading { expert, read } = self.slots[number as usize].take() else {
+        let Content::Loading { expert, read, check } = self.slots[number as usize].take() else {
             unreachable!("a pending slot is loading")
         };
+        let verified = check != Check::ByReceiver || !self.io.config().verify;
         let finished = read.finish();
         if pins == 0 || finished.is_err() {
             self.policy.unpin(expert);
@@ -331,7 +339,7 @@ impl Pool {
         match finished {
             Ok(slot) => {
                 self.stats.bytes_read += slot.bytes().len() as u64;
-                self.slots[number as usize] = Content::Resident { expert, slot, pins };
+                self.slots[number as usize] = Content::Resident { expert, slot, pins, verified };
                 Ok(())
             }
             Err(ReadFailure { error, slot }) => {
@@ -350,7 +358,7 @@ impl Pool {
             return Err(error);
         }
         if let Some(number) = self.pass.ready.pop_front() {
-            return Ok(Some(Event::Whole { slot: number, attempt: 0 }));
+            return Ok(Some(Event::Whole(number)));
         }
         while self.pass.pending.is_empty() {
             // Nothing is handed out, pinned or in flight but guesses, so a slot can be had, unless all memory was lost with
@@ -372,19 +380,45 @@ impl Pool {
         match self.wait_for_one(parts) {
             Progressed::Ended(at) => {
                 let number = self.pass.pending.swap_remove(at).slot;
-                let attempt = self.attempt(number);
                 self.finish_read(number, 1)?;
-                Ok(Some(Event::Whole { slot: number, attempt }))
+                Ok(Some(Event::Whole(number)))
             }
             Progressed::Part(at) => Ok(Some(Event::Part(at))),
         }
     }
 
-    /// How often the expert that is being read into a slot had to be read again.
-    fn attempt(&self, number: u32) -> u32 {
-        match &self.slots[number as usize] {
-            Content::Loading { read, .. } => read.attempt(),
-            _ => 0,
+    /// Takes note of the checksum of what is in a slot that is pinned. False if the bytes are damaged.
+    fn settle(&mut self, number: u32, got: u64) -> bool {
+        let Content::Resident { expert, verified, .. } = &mut self.slots[number as usize] else {
+            unreachable!("a pinned slot is resident")
+        };
+        *verified = self.directory.location(*expert).checksum == got;
+        *verified
+    }
+
+    /// Verifies what is in a slot that is pinned, here and now; if it is damaged, reads it again. True if it can be used.
+    fn verify(&mut self, number: u32) -> bool {
+        let Content::Resident { slot, verified: false, .. } = &self.slots[number as usize] else { return true };
+        let got = XxHash3_64::oneshot(slot.bytes());
+        let right = self.settle(number, got);
+        if !right {
+            self.read_again(number);
+        }
+        right
+    }
+
+    /// Reads an expert of the pass again, whose bytes are damaged. This time it is verified before anyone sees it.
+    fn read_again(&mut self, number: u32) {
+        let Content::Resident { expert, slot, .. } = self.slots[number as usize].take() else {
+            unreachable!("a pinned slot is resident")
+        };
+        self.slots[number as usize] = Content::Empty(slot);
+        self.table[expert.index()] = ABSENT;
+        self.policy.unpin(expert);
+        self.policy.evict(expert);
+        match self.start_read(number, expert, Class::Demand, Check::Again) {
+            Ok(()) => self.pass.pending.push(Pending::new(number)),
+            Err(error) => self.pass.failed = Some(error),
         }
     }
 
@@ -424,19 +458,26 @@ pub struct LayerPass<'p> {
 }
 
 impl LayerPass<'_> {
-    /// The next expert that is ready: resident ones first, then in the order of arrival. Blocks
-    /// only while none is ready. Every expert of the pass is yielded once, then `None`.
+    /// The next expert that is ready, verified: resident ones first, then in the order of arrival.
+    /// Blocks only while none is ready. Every expert of the pass is yielded once, then `None`.
     ///
     /// # Errors
     /// [`PoolError::Read`] names the expert that cannot be read. The pass is over then: reads
     /// that are left are cancelled, and `next` yields nothing more.
     #[expect(clippy::should_implement_trait, reason = "a guard borrows the pass: no iterator can")]
     pub fn next(&mut self) -> Result<Option<ExpertGuard<'_>>, PoolError> {
-        match self.event(None)? {
-            Some(Event::Whole { slot, attempt }) => Ok(Some(ExpertGuard { pool: self.pool, number: slot, attempt })),
-            Some(Event::Part(_)) => unreachable!("parts were not asked for"),
-            None => Ok(None),
+        loop {
+            match self.event(None)? {
+                Some(Event::Whole(number)) if self.pool.verify(number) => return Ok(Some(self.guard(number))),
+                Some(Event::Whole(_)) => {}
+                Some(Event::Part(_)) => unreachable!("parts were not asked for"),
+                None => return Ok(None),
+            }
         }
+    }
+
+    fn guard(&mut self, number: u32) -> ExpertGuard<'_> {
+        ExpertGuard { pool: self.pool, number, damaged: false }
     }
 
     fn event(&mut self, parts: Option<usize>) -> Result<Option<Event>, PoolError> {
@@ -469,17 +510,17 @@ impl Drop for LayerPass<'_> {
     }
 }
 
-/// One expert, in memory and verified. Dropping it releases its slot to the rest of the pass.
+/// One expert, in memory. Dropping it releases its slot to the rest of the pass.
 pub struct ExpertGuard<'a> {
     pool: &'a mut Pool,
     number: u32,
-    attempt: u32,
+    damaged: bool,
 }
 
 impl ExpertGuard<'_> {
-    fn content(&self) -> (Key, &Slot) {
+    fn content(&self) -> (Key, &Slot, bool) {
         match &self.pool.slots[self.number as usize] {
-            Content::Resident { expert, slot, .. } => (*expert, slot),
+            Content::Resident { expert, slot, verified, .. } => (*expert, slot, *verified),
             _ => unreachable!("a pinned slot is resident"),
         }
     }
@@ -496,16 +537,26 @@ impl ExpertGuard<'_> {
         self.content().1.bytes()
     }
 
-    /// How often it had to be read again: only parts with the same number had these bytes.
+    /// True unless someone still has to [`settle`](Self::settle) whether the bytes are the right ones.
     #[must_use]
-    pub fn attempt(&self) -> u32 {
-        self.attempt
+    pub fn is_verified(&self) -> bool {
+        self.content().2
+    }
+
+    /// Says what xxh3-64 the bytes have. False if that is not the file's: then whatever was made of them, also of parts
+    /// of them, is to be forgotten, and the pass yields the expert again, once more read.
+    pub fn settle(&mut self, checksum: u64) -> bool {
+        self.damaged = !self.pool.settle(self.number, checksum);
+        !self.damaged
     }
 }
 
 impl Drop for ExpertGuard<'_> {
     fn drop(&mut self) {
-        self.pool.unpin(self.number);
+        match self.damaged {
+            true => self.pool.read_again(self.number),
+            false => self.pool.unpin(self.number),
+        }
         self.pool.submit_missing();
     }
 }

@@ -1,12 +1,12 @@
 //! Experts that are not there yet: waiting for them, and looking at the part that has arrived.
 //!
-//! Parts are bytes that nobody has verified. What was made of them counts only if the expert then comes whole, after the same
-//! number of attempts to read it: a checksum that fails makes the I/O thread read again, and the bytes may be others.
+//! Parts are bytes that nobody has verified. What was made of them counts only once the expert has come whole and its checksum
+//! has been settled. An expert that is read a second time comes only whole.
 
 use std::time::Instant;
 
 use super::{Content, ExpertGuard, Key, LayerPass, Pool, PoolError};
-use crate::io::{PendingRead, Prefix};
+use crate::io::PendingRead;
 
 /// An expert of the pass that is being read.
 #[derive(Clone, Copy, Debug)]
@@ -36,14 +36,14 @@ pub(super) enum Progressed {
 /// What a pass has to hand out.
 pub(super) enum Event {
     /// The expert in this slot, pinned.
-    Whole { slot: u32, attempt: u32 },
+    Whole(u32),
     /// A part of this pending one.
     Part(usize),
 }
 
 /// What [`LayerPass::arrival`] hands out.
 pub enum Arrival<'a> {
-    /// An expert, verified.
+    /// An expert. Whoever takes it settles its checksum, unless it is verified.
     Whole(ExpertGuard<'a>),
     /// The first bytes of an expert, not verified.
     Part(ExpertPart<'a>),
@@ -58,7 +58,7 @@ pub struct ExpertPart<'a> {
 impl ExpertPart<'_> {
     fn content(&self) -> (Key, &PendingRead) {
         match &self.pool.slots[self.pool.pass.pending[self.at].slot as usize] {
-            Content::Loading { expert, read } => (*expert, read),
+            Content::Loading { expert, read, .. } => (*expert, read),
             _ => unreachable!("a pending slot is loading"),
         }
     }
@@ -69,11 +69,28 @@ impl ExpertPart<'_> {
         self.pool.directory.key(self.content().0).expert
     }
 
-    /// The bytes, and the attempt that they belong to. They may be fewer than were asked for, if the expert is just being
-    /// read again.
+    /// The bytes that are there.
     #[must_use]
-    pub fn bytes(&self) -> Prefix<'_> {
+    pub fn bytes(&self) -> &[u8] {
         self.content().1.prefix()
+    }
+
+    /// Bytes of the whole.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.content().1.len()
+    }
+
+    /// Never true: an expert has at least a page.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether someone will have to settle the checksum of the whole.
+    #[must_use]
+    pub fn is_verified(&self) -> bool {
+        !self.pool.io.config().verify
     }
 
     /// Says when the next part of this expert is wanted: when it has this many bytes. Until then, no part of another is handed
@@ -86,16 +103,15 @@ impl ExpertPart<'_> {
 }
 
 impl LayerPass<'_> {
-    /// Like [`next`](LayerPass::next), but while no expert is ready, also hands out a part of one that has at least `least`
-    /// bytes, the one of which most is there. Every expert still comes as a whole, once.
+    /// Like [`next`](LayerPass::next), but leaves it to the caller to verify experts. With `parts`, while no expert is ready, it
+    /// also hands out a part of one that has at least so many bytes, the one of which most is there. Every expert still comes
+    /// as a whole, and only once unless it was damaged.
     ///
     /// # Errors
     /// As [`next`](LayerPass::next).
-    pub fn arrival(&mut self, least: usize) -> Result<Option<Arrival<'_>>, PoolError> {
-        Ok(match self.event(Some(least))? {
-            Some(Event::Whole { slot, attempt }) => {
-                Some(Arrival::Whole(ExpertGuard { pool: self.pool, number: slot, attempt }))
-            }
+    pub fn arrival(&mut self, parts: Option<usize>) -> Result<Option<Arrival<'_>>, PoolError> {
+        Ok(match self.event(parts)? {
+            Some(Event::Whole(number)) => Some(Arrival::Whole(self.guard(number))),
             Some(Event::Part(at)) => Some(Arrival::Part(ExpertPart { pool: self.pool, at })),
             None => None,
         })

@@ -293,7 +293,7 @@ impl DiskBench {
         self.reserve(point)?;
         let mut engine = self.engine(point)?;
         let len = blocks_of_slot(point.block_bytes) * point.block_bytes;
-        let begin = |slot| Filling::begin(slot, len, point.block_bytes);
+        let begin = |slot| Filling::begin(slot, len, point.block_bytes, false);
         let (mut fillings, arriving): (Vec<_>, Vec<_>) = self.slots.drain(..).map(begin).unzip();
         // Slot by slot, so that a piece comes round again only after all others.
         let mut memory = VecDeque::new();

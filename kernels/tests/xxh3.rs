@@ -1,0 +1,47 @@
+//! Checksums made of sums of blocks are those of the library.
+
+mod common;
+
+use common::*;
+use sluice_kernels::*;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// The checksum of `bytes`, formed in pieces of `blocks` blocks, the last piece first.
+fn in_pieces(kernels: Kernels, bytes: &[u8], blocks: usize) -> u64 {
+    let mut sums = vec![[0; 8]; bytes.len() / XXH3_BLOCK_BYTES];
+    let mut end = sums.len();
+    while end > 0 {
+        let start = (end - 1) / blocks * blocks;
+        let piece = &bytes[start * XXH3_BLOCK_BYTES..end * XXH3_BLOCK_BYTES];
+        kernels.xxh3_sums(piece, end * XXH3_BLOCK_BYTES == bytes.len(), &mut sums[start..end]);
+        end = start;
+    }
+    xxh3_of_sums(sums.into_iter())
+}
+
+#[test]
+fn sums_in_any_order_make_the_checksum() {
+    let mut rng = Rng(1);
+    for len in [1, 2, 3, 4, 7, 64, 257] {
+        let bytes = rng.bytes(len * XXH3_BLOCK_BYTES);
+        for kernels in Kernels::available() {
+            for blocks in [1, 3, 16, 1000] {
+                let what = format!("{}, {len} blocks in pieces of {blocks}", kernels.isa_name());
+                assert_eq!(in_pieces(kernels, &bytes, blocks), xxh3_64(&bytes), "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_bit_counts() {
+    let mut bytes = Rng(2).bytes(4 * XXH3_BLOCK_BYTES);
+    let right = xxh3_64(&bytes);
+    for bit in (0..8 * bytes.len()).step_by(97) {
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        for kernels in Kernels::available() {
+            assert_ne!(in_pieces(kernels, &bytes, 2), right, "bit {bit}");
+        }
+        bytes[bit / 8] ^= 1 << (bit % 8);
+    }
+}

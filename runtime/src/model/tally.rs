@@ -1,0 +1,113 @@
+//! The checksum of an expert, formed by the threads that multiply it, out of their caches.
+//!
+//! An expert is read from memory once either way. Sums of its blocks cost a tenth of multiplying then; to read it once more
+//! for them would cost as much as half of multiplying, since both go at the speed of memory.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+use sluice_kernels::{Kernels, Watch, XXH3_BLOCK_BYTES, xxh3_of_sums};
+
+/// Sums that are formed before they are put into their places.
+const BATCH: usize = 16;
+
+/// Sums of the blocks of one extent. Each block is summed by whoever reads its first byte.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    /// Stores are relaxed: the pool of threads orders them before whatever follows the job.
+    sums: Vec<[AtomicU64; 8]>,
+    blocks: usize,
+    /// Blocks that have been summed.
+    summed: AtomicUsize,
+}
+
+impl Tally {
+    /// Bytes of memory for extents of `len` bytes.
+    pub fn memory(len: u64) -> u64 {
+        len / XXH3_BLOCK_BYTES as u64 * size_of::<[AtomicU64; 8]>() as u64
+    }
+
+    /// Makes room for extents of `len` bytes, so that a later call allocates nothing.
+    pub fn reserve(&mut self, len: usize) {
+        let blocks = len / XXH3_BLOCK_BYTES;
+        if self.sums.len() < blocks {
+            self.sums.resize_with(blocks, Default::default);
+        }
+    }
+
+    /// Begins anew, for an extent of `len` bytes, whole pages.
+    pub fn begin(&mut self, len: usize) -> &Self {
+        self.reserve(len);
+        self.blocks = len / XXH3_BLOCK_BYTES;
+        *self.summed.get_mut() = 0;
+        self
+    }
+
+    /// Sums the blocks that begin in `range`; `bytes`: as much of the extent as there is, whole pages.
+    pub fn add(&self, kernels: &Kernels, bytes: &[u8], range: Range<usize>) {
+        let blocks = range.start.div_ceil(XXH3_BLOCK_BYTES)..range.end.div_ceil(XXH3_BLOCK_BYTES);
+        let mut batch = [[0; 8]; BATCH];
+        for first in blocks.clone().step_by(BATCH) {
+            let end = (first + BATCH).min(blocks.end);
+            let batch = &mut batch[..end - first];
+            let bytes = &bytes[first * XXH3_BLOCK_BYTES..end * XXH3_BLOCK_BYTES];
+            kernels.xxh3_sums(bytes, end == self.blocks, batch);
+            for (to, from) in self.sums[first..end].iter().zip(batch) {
+                to.iter().zip(from).for_each(|(to, from)| to.store(*from, Relaxed));
+            }
+        }
+        self.summed.fetch_add(blocks.len(), Relaxed);
+    }
+
+    /// The xxh3-64 of the extent.
+    ///
+    /// # Panics
+    /// Unless every block has been summed once.
+    pub fn checksum(&self) -> u64 {
+        assert_eq!(self.summed.load(Relaxed), self.blocks, "blocks of the extent have not been summed");
+        let sums = self.sums[..self.blocks].iter();
+        xxh3_of_sums(sums.map(|sum| std::array::from_fn(|i| sum[i].load(Relaxed))))
+    }
+}
+
+/// Bytes of an extent, from its first on, and the tally that is kept of them, if there is one.
+#[derive(Clone, Copy)]
+pub(super) struct Tallied<'a> {
+    /// The bytes: all of the extent, or as many as have arrived.
+    pub bytes: &'a [u8],
+    /// Sees every byte that is multiplied.
+    pub tally: Option<&'a Tally>,
+}
+
+impl<'a> Tallied<'a> {
+    /// Bytes that nobody adds up.
+    pub fn not(bytes: &'a [u8]) -> Self {
+        Tallied { bytes, tally: None }
+    }
+
+    /// Adds bytes that no product reads.
+    pub fn add(&self, kernels: &Kernels, range: Range<usize>) {
+        if let Some(tally) = self.tally {
+            tally.add(kernels, self.bytes, range);
+        }
+    }
+
+    /// To watch a product with a matrix that begins at byte `offset` of the extent.
+    pub fn watch(&self, kernels: &'a Kernels, offset: usize) -> Option<TallyWatch<'a>> {
+        self.tally.map(|tally| TallyWatch { tally, kernels, bytes: self.bytes, offset })
+    }
+}
+
+/// Adds what a product has read to a tally.
+pub(super) struct TallyWatch<'a> {
+    tally: &'a Tally,
+    kernels: &'a Kernels,
+    bytes: &'a [u8],
+    offset: usize,
+}
+
+impl Watch for TallyWatch<'_> {
+    fn seen(&self, bytes: Range<usize>) {
+        self.tally.add(self.kernels, self.bytes, self.offset + bytes.start..self.offset + bytes.end);
+    }
+}
