@@ -112,13 +112,15 @@ impl Kernels {
         let pairs = w.groups().div_ceil(2);
         let work = w.group_bytes().saturating_mul(w.groups()).saturating_mul(x.n());
         let tasks = (work / TASK_BYTES_MIN).clamp(1, pool.threads() * TASKS_PER_THREAD).min(pairs.max(1));
-        pool.run(tasks, &|task| {
+        let run = |task| {
             let range = task * pairs / tasks..(task + 1) * pairs / tasks;
             match w.watch() {
                 None => self.tiles_of(w, x, range, write),
                 Some(watch) => self.watched_tiles_of(w, x, range, write, watch),
             }
-        });
+        };
+        // Memory limits the product with one token, computing that with several.
+        if x.n() == 1 { pool.run_sparing(tasks, &run) } else { pool.run(tasks, &run) }
     }
 
     /// In steps that leave the bytes in the cache for the watch.

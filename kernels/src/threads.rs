@@ -8,7 +8,7 @@ use crate::par_slice::Pieces;
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -32,6 +32,8 @@ struct Shared {
     task: UnsafeCell<Option<Task>>,
     tasks: AtomicUsize,
     next: AtomicUsize,
+    /// Workers that may join the job. Written like `task`.
+    seats: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     /// Workers that sleep or are about to, and the caller if it does.
     sleepers: AtomicUsize,
@@ -54,6 +56,8 @@ pub struct ThreadPool {
     workers: Vec<JoinHandle<()>>,
     /// Held by the thread whose job is running.
     caller: Mutex<()>,
+    /// While it is set, [`run_sparing`](ThreadPool::run_sparing) leaves a core to others.
+    busy: Option<Arc<AtomicBool>>,
 }
 
 /// A poisoned lock is as good as any here: the data behind it are valid at every instant.
@@ -70,6 +74,7 @@ impl ThreadPool {
             task: UnsafeCell::new(None),
             tasks: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
+            seats: AtomicUsize::new(0),
             panic: Mutex::new(None),
             sleepers: AtomicUsize::new(0),
             caller_sleeps: AtomicUsize::new(0),
@@ -83,7 +88,14 @@ impl ThreadPool {
                 std::thread::Builder::new().name(format!("kernels-{i}")).spawn(move || shared.work()).ok()
             })
             .collect();
-        ThreadPool { shared, workers, caller: Mutex::new(()) }
+        ThreadPool { shared, workers, caller: Mutex::new(()), busy: None }
+    }
+
+    /// The same pool, whose [`run_sparing`](Self::run_sparing) leaves one thread out while `busy` is set.
+    #[must_use]
+    pub fn sparing_while(mut self, busy: Arc<AtomicBool>) -> Self {
+        self.busy = Some(busy);
+        self
     }
 
     /// Threads that work on a job, the caller included.
@@ -99,9 +111,25 @@ impl ThreadPool {
     /// # Panics
     /// If a task panics, with its payload, after the running tasks have ended; the remaining ones are not started.
     pub fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
-        let guard = if tasks > 1 && !self.workers.is_empty() { self.caller.try_lock().ok() } else { None };
+        self.run_with(self.workers.len(), tasks, f);
+    }
+
+    /// Like [`run`](Self::run), for tasks that wait for memory more than they compute: while something else keeps a core
+    /// busy ([`sparing_while`](Self::sparing_while)), one thread takes no part. It would add little, and would be waited
+    /// for whenever the system takes its core away.
+    ///
+    /// # Panics
+    /// As [`run`](Self::run) does.
+    pub fn run_sparing(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+        let busy = self.busy.as_ref().is_some_and(|busy| busy.load(Ordering::Relaxed));
+        self.run_with(self.workers.len().saturating_sub(usize::from(busy)), tasks, f);
+    }
+
+    /// Runs a job on the calling thread and up to `seats` workers.
+    fn run_with(&self, seats: usize, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+        let guard = if tasks > 1 && seats > 0 { self.caller.try_lock().ok() } else { None };
         match guard {
-            Some(_guard) => self.run_shared(tasks, f),
+            Some(_guard) => self.run_shared(seats, tasks, f),
             None => (0..tasks).for_each(f),
         }
     }
@@ -123,7 +151,7 @@ impl ThreadPool {
     }
 
     /// One job; the caller holds `self.caller`.
-    fn run_shared(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+    fn run_shared(&self, seats: usize, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes. The pointer is used by threads that joined the job, and this function does
         // not return before the job is closed and they have all left it.
@@ -132,6 +160,7 @@ impl ThreadPool {
         unsafe { *shared.task.get() = Some(task) };
         shared.tasks.store(tasks, Ordering::Relaxed);
         shared.next.store(0, Ordering::Relaxed);
+        shared.seats.store(seats, Ordering::Relaxed);
         // The next job number, open, nobody joined. SeqCst pairs with the sleepers' check.
         shared.state.fetch_add(JOB_ONE | OPEN, Ordering::SeqCst);
         if shared.sleepers.load(Ordering::SeqCst) > 0 {
@@ -191,6 +220,10 @@ impl Shared {
             let state = self.wait_for_news(last);
             if state & END != 0 {
                 return;
+            }
+            if (state & JOINED_MASK) / JOINED_ONE >= self.seats.load(Ordering::Relaxed) {
+                last = state / JOB_ONE;
+                continue;
             }
             // Joining only succeeds while exactly this job is open, so the closure read below is its own.
             let joined = state + JOINED_ONE;
@@ -282,6 +315,28 @@ mod tests {
                 let mut counts = vec![0u8; tasks];
                 pool.for_each_chunk(&mut counts, 1, &|_, c| c[0] += 1);
                 assert!(counts.iter().all(|&c| c == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn one_thread_is_left_out_while_something_else_is_busy() {
+        let busy = Arc::new(AtomicBool::new(false));
+        for threads in 1..5 {
+            let pool = ThreadPool::new(threads).sparing_while(Arc::clone(&busy));
+            for spare in [true, false] {
+                busy.store(spare, Ordering::Relaxed);
+                let at_once = AtomicUsize::new(0);
+                let most = AtomicUsize::new(0);
+                let sum = AtomicUsize::new(0);
+                pool.run_sparing(40, &|i| {
+                    most.fetch_max(at_once.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                    std::thread::sleep(Duration::from_micros(200));
+                    at_once.fetch_sub(1, Ordering::SeqCst);
+                    sum.fetch_add(i, Ordering::Relaxed);
+                });
+                assert_eq!(sum.into_inner(), 780);
+                assert!(most.into_inner() <= (threads - usize::from(spare)).max(1), "{threads} threads");
             }
         }
     }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -170,16 +171,13 @@ impl Engine {
         let file = ModelFile::open(path)?;
         let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
         let memory = MemoryPlan::new(&file, options.budget, context, options.kv_type)?;
-        let threads = options.threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, Into::into));
-        let compute = Compute {
-            kernels: Kernels::detect()?,
-            threads: ThreadPool::new(threads.max(1)),
-            precision: if options.exact { Precision::Exact } else { Precision::Int8 },
-            observer: None,
-        };
+        let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
         let tuning = Tuning::choose(file.path(), options.io.as_ref(), options.read_engine, store.as_ref());
         let mut storage = open_storage(&file, &memory, options.policy, &tuning)?;
+        let precision = if options.exact { Precision::Exact } else { Precision::Int8 };
+        let threads = compute_threads(options.threads, storage.io.reading());
+        let compute = Compute { kernels, threads, precision, observer: None };
         if !options.forget
             && let Some(counts) = counts::load(path, file.superblock().model_id)
         {
@@ -374,6 +372,14 @@ impl Engine {
             dense_bytes_read: self.storage.dense.stats().bytes_read + self.model.embedding_bytes_read(),
         }
     }
+}
+
+/// As many threads as were asked for, or one per core. If they take all cores, decoding leaves one to reading while there
+/// are reads in flight: the I/O thread needs it, and in a virtual machine so may the host that moves the bytes.
+fn compute_threads(asked: Option<usize>, reading: Arc<AtomicBool>) -> ThreadPool {
+    let cores = thread::available_parallelism().map_or(1, Into::into);
+    let pool = ThreadPool::new(asked.unwrap_or(cores).max(1));
+    if pool.threads() < cores { pool } else { pool.sparing_while(reading) }
 }
 
 /// Opens the storage: dense parts in memory, as many expert slots as the plan has.

@@ -137,6 +137,8 @@ pub(crate) struct Shared {
     sleep: Mutex<()>,
     event: Condvar,
     next_id: AtomicU64,
+    /// Whether any chunk is in flight.
+    pub(crate) reading: Arc<AtomicBool>,
     pub(crate) counters: Counters,
     pub(crate) files: Vec<FileInfo>,
 }
@@ -304,6 +306,7 @@ impl Scheduler {
             sleep: Mutex::new(()),
             event: Condvar::new(),
             next_id: AtomicU64::new(0),
+            reading: Arc::new(AtomicBool::new(false)),
             counters: Counters::default(),
             files: info.files.clone(),
         });
@@ -325,6 +328,12 @@ impl Scheduler {
     #[must_use]
     pub fn config(&self) -> &IoConfig {
         &self.config
+    }
+
+    /// Says at any time whether reads are in flight.
+    #[must_use]
+    pub fn reading(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.shared.reading)
     }
 
     /// Queues the read of an extent into a slot. Returns at once.

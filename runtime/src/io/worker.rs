@@ -292,6 +292,7 @@ impl<'a> Worker<'a> {
         let in_flight = self.free_tags.len() < self.flights.len();
         if in_flight && self.busy_since.is_none() {
             self.busy_since = Some(Instant::now());
+            self.shared.reading.store(true, Relaxed);
         }
         let mut wait = Wait::Poll;
         if may_block {
@@ -321,6 +322,9 @@ impl<'a> Worker<'a> {
         self.shared.counters.busy_ns.fetch_add(busy_ns, Relaxed);
         let in_flight = self.free_tags.len() < self.flights.len();
         self.busy_since = in_flight.then_some(now);
+        if !in_flight {
+            self.shared.reading.store(false, Relaxed);
+        }
     }
 
     fn completed(&mut self, completion: Completion) {
