@@ -41,8 +41,8 @@ const TASK_BYTES_MIN: usize = 64 << 10;
 /// Tasks per thread: more than one, so that a thread that was descheduled does not hold up the rest.
 const TASKS_PER_THREAD: usize = 4;
 
-/// Bytes that are multiplied before a watch is told of them: they have to be in the L2 cache then.
-const WATCHED_BYTES: usize = 128 << 10;
+/// Bytes that are multiplied before a watch is told of them, at least a pair of row groups: they should be in the L1 cache then.
+const WATCHED_BYTES: usize = 16 << 10;
 
 impl Kernels {
     /// `y = x Wᵀ`: `y` is row-major `[x.n(), w.rows()]`. Parallel over row groups.

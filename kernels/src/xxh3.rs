@@ -14,11 +14,11 @@ const STRIPE: usize = 64;
 /// Where the secret of the last stripe of an input begins.
 const LAST_STRIPE_SECRET: usize = 192 - STRIPE - 7;
 /// Where the secret of the scrambling begins.
-const SCRAMBLE_SECRET: usize = 192 - STRIPE;
+pub(crate) const SCRAMBLE_SECRET: usize = 192 - STRIPE;
 /// Where the secret of the merging begins.
 const MERGE_SECRET: usize = 11;
 
-const PRIME32: [u64; 3] = [0x9e37_79b1, 0x85eb_ca77, 0xc2b2_ae3d];
+pub(crate) const PRIME32: [u64; 3] = [0x9e37_79b1, 0x85eb_ca77, 0xc2b2_ae3d];
 const PRIME64: [u64; 5] = [
     0x9e37_79b1_85eb_ca87,
     0xc2b2_ae3d_27d4_eb4f,
@@ -91,21 +91,43 @@ fn secret_word(at: usize) -> u64 {
     u64::from_le_bytes(*SECRET[at..].first_chunk().expect("inside the secret"))
 }
 
-/// The checksum of the input whose blocks, all of them and in order, have these sums.
-pub fn xxh3_of_sums(sums: impl ExactSizeIterator<Item = Xxh3Sum>) -> u64 {
-    let blocks = sums.len();
-    let mut state =
-        [PRIME32[2], PRIME64[0], PRIME64[1], PRIME64[2], PRIME64[3], PRIME32[1], PRIME64[4], PRIME32[0]];
+/// The specification of what kernels do with the sums of blocks that are not the last: they are added and scrambled.
+fn absorb(state: &mut Xxh3Sum, sums: &[Xxh3Sum]) {
     let keys: [u64; 8] = std::array::from_fn(|j| secret_word(SCRAMBLE_SECRET + 8 * j));
-    for (i, sum) in sums.enumerate() {
+    for sum in sums {
         for j in 0..8 {
-            state[j] = state[j].wrapping_add(sum[j]);
-            if i + 1 < blocks {
-                state[j] = (state[j] ^ (state[j] >> 47) ^ keys[j]).wrapping_mul(PRIME32[0]);
-            }
+            let word = state[j].wrapping_add(sum[j]);
+            state[j] = (word ^ (word >> 47) ^ keys[j]).wrapping_mul(PRIME32[0]);
         }
     }
-    let len = (blocks * XXH3_BLOCK_BYTES) as u64;
+}
+
+impl Kernels {
+    /// The checksum of the input whose blocks, all of them and in order, have these sums.
+    pub fn xxh3_of_sums(&self, mut sums: impl ExactSizeIterator<Item = Xxh3Sum>) -> u64 {
+        let len = sums.len() * XXH3_BLOCK_BYTES;
+        let mut state = [PRIME32[2], PRIME64[0], PRIME64[1], PRIME64[2], PRIME64[3], PRIME32[1], PRIME64[4], PRIME32[0]];
+        let mut batch = [[0; 8]; 16];
+        while sums.len() > 1 {
+            let count = (sums.len() - 1).min(batch.len());
+            batch.iter_mut().zip(sums.by_ref().take(count)).for_each(|(to, sum)| *to = sum);
+            match self.isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2(isa) => isa.xxh3_absorb(&mut state, &batch[..count]),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512(isa) => isa.xxh3_absorb(&mut state, &batch[..count]),
+                _ => absorb(&mut state, &batch[..count]),
+            }
+        }
+        for sum in sums {
+            state.iter_mut().zip(sum).for_each(|(word, sum)| *word = word.wrapping_add(sum));
+        }
+        merge(&state, len as u64)
+    }
+}
+
+/// From the accumulators after the last block of `len` bytes to the checksum.
+fn merge(state: &Xxh3Sum, len: u64) -> u64 {
     let mut hash = len.wrapping_mul(PRIME64[0]);
     for (i, pair) in state.as_chunks::<2>().0.iter().enumerate() {
         let at = MERGE_SECRET + 16 * i;

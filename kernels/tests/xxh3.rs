@@ -16,7 +16,7 @@ fn in_pieces(kernels: Kernels, bytes: &[u8], blocks: usize) -> u64 {
         kernels.xxh3_sums(piece, end * XXH3_BLOCK_BYTES == bytes.len(), &mut sums[start..end]);
         end = start;
     }
-    xxh3_of_sums(sums.into_iter())
+    kernels.xxh3_of_sums(sums.into_iter())
 }
 
 #[test]

@@ -60,6 +60,11 @@ impl Avx2 {
         unsafe { attention::weighted_sum(p, rows, out) }
     }
 
+    pub(crate) fn xxh3_absorb(self, state: &mut Xxh3Sum, sums: &[Xxh3Sum]) {
+        // SAFETY: as above.
+        unsafe { xxh3::absorb(state, sums) }
+    }
+
     pub(crate) fn xxh3_sums(self, blocks: &[[u8; XXH3_BLOCK_BYTES]], sums: &mut [Xxh3Sum]) {
         // SAFETY: as above.
         unsafe { xxh3::sums(blocks, sums) }
@@ -459,6 +464,13 @@ fn load(from: &[f32; 8]) -> __m256 {
 fn store(to: &mut [f32; 8], v: __m256) {
     // SAFETY: the reference covers the 8 numbers; the store has no alignment.
     unsafe { _mm256_storeu_ps(to.as_mut_ptr(), v) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_words(from: &[u64; 4]) -> __m256i {
+    // SAFETY: the reference covers the 32 bytes; the load has no alignment.
+    unsafe { _mm256_loadu_si256(from.as_ptr().cast()) }
 }
 
 #[inline]

@@ -65,6 +65,10 @@ impl Avx512 {
         unsafe { attention::weighted_sum(p, rows, out) }
     }
 
+    pub(crate) fn xxh3_absorb(self, state: &mut Xxh3Sum, sums: &[Xxh3Sum]) {
+        self.avx2.xxh3_absorb(state, sums);
+    }
+
     pub(crate) fn xxh3_sums(self, blocks: &[[u8; XXH3_BLOCK_BYTES]], sums: &mut [Xxh3Sum]) {
         self.avx2.xxh3_sums(blocks, sums);
     }

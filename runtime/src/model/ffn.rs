@@ -154,7 +154,7 @@ fn settle_first(compute: &Compute, expert: &mut ExpertGuard<'_>, tally: &mut Tal
         let range = piece * PART_BYTES..((piece + 1) * PART_BYTES).min(bytes.len());
         tally.add(&compute.kernels, bytes, range);
     });
-    let checksum = tally.checksum();
+    let checksum = tally.checksum(&compute.kernels);
     expert.settle(checksum)
 }
 
@@ -389,7 +389,7 @@ impl Routed {
         let tally = (!expert.is_verified()).then(|| s.tally.begin(expert.bytes().len()));
         let extent = Tallied { bytes: expert.bytes(), tally };
         self.expert.forward(compute, extent, id, &s.gathered, &mut s.gated, output);
-        let checksum = extent.tally.map(Tally::checksum);
+        let checksum = extent.tally.map(|tally| tally.checksum(&compute.kernels));
         for (a, row) in uses.iter().zip(output.chunks_exact(hidden)) {
             s.outputs[a.choice as usize * hidden..][..hidden].copy_from_slice(row);
         }
@@ -433,7 +433,7 @@ impl Routed {
         let at = s.assignments.partition_point(|a| a.expert < id);
         let choice = s.assignments[at].choice as usize;
         s.outputs[choice * hidden..][..hidden].copy_from_slice(output);
-        computed.push((id, prefix.tally.map(Tally::checksum)));
+        computed.push((id, prefix.tally.map(|tally| tally.checksum(&compute.kernels))));
         *expert = None;
     }
 

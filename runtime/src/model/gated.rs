@@ -354,7 +354,7 @@ mod tests {
             let tallied = Tallied { bytes: &extent, tally: Some(tally.begin(extent.len())) };
             network.forward(&compute, tallied, 0, &x, &mut scratch, &mut whole);
             prop_assert!(whole.iter().all(|v| v.is_finite()));
-            prop_assert_eq!(tally.checksum(), xxh3_64(&extent));
+            prop_assert_eq!(tally.checksum(&compute.kernels), xxh3_64(&extent));
 
             let pages = extent.len() / 4096;
             let mut ends: Vec<usize> = cuts.iter().map(|cut| (cut * pages as f64) as usize * 4096).collect();
@@ -367,7 +367,7 @@ mod tests {
                 let prefix = Tallied { bytes: &extent[..end], tally: Some(tally) };
                 network.advance(&compute, prefix, extent.len(), &x, &mut progress, &mut scratch, &mut portions);
             }
-            prop_assert_eq!(tally.checksum(), xxh3_64(&extent));
+            prop_assert_eq!(tally.checksum(&compute.kernels), xxh3_64(&extent));
             prop_assert!(progress.is_done());
             let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
             prop_assert_eq!(bits(&portions), bits(&whole));

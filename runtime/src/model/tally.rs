@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
-use sluice_kernels::{Kernels, Watch, XXH3_BLOCK_BYTES, xxh3_of_sums};
+use sluice_kernels::{Kernels, Watch, XXH3_BLOCK_BYTES};
 
 /// Sums that are formed before they are put into their places.
 const BATCH: usize = 16;
@@ -63,10 +63,10 @@ impl Tally {
     ///
     /// # Panics
     /// Unless every block has been summed once.
-    pub fn checksum(&self) -> u64 {
+    pub fn checksum(&self, kernels: &Kernels) -> u64 {
         assert_eq!(self.summed.load(Relaxed), self.blocks, "blocks of the extent have not been summed");
         let sums = self.sums[..self.blocks].iter();
-        xxh3_of_sums(sums.map(|sum| std::array::from_fn(|i| sum[i].load(Relaxed))))
+        kernels.xxh3_of_sums(sums.map(|sum| std::array::from_fn(|i| sum[i].load(Relaxed))))
     }
 }
 
