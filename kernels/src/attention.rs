@@ -7,6 +7,9 @@ use crate::isa::Kernels;
 use crate::kv::{KvRows, KvType};
 use crate::scalar;
 
+/// Bytes of rows, taken as f32, that all queries meet before the next ones: they have to stay in a near cache.
+const ROWS_BYTES: usize = 32 << 10;
+
 impl Kernels {
     /// `out = Σⱼ softmaxⱼ(scale · q·kⱼ) vⱼ` over the first `s` rows of `keys` and `values`, on the calling thread.
     ///
@@ -29,14 +32,59 @@ impl Kernels {
         scores: &mut [f32],
         out: &mut [f32],
     ) {
-        let scores = &mut scores[..s + usize::from(sink.is_some())];
-        self.dots(q, &keys, &mut scores[..s]);
-        scores[..s].iter_mut().for_each(|score| *score *= scale);
-        if let Some(sink) = sink {
-            scores[s] = sink;
+        self.attend_together(q, 1, keys, values, s, scale, sink.as_slice(), scores, out);
+    }
+
+    /// [`attend`](Self::attend) of several `queries`, `[n, key]`, over the same rows: the same bits, but the rows come from
+    /// memory once. `sinks`: none, or one per query; `scores` has room for those of all queries; `out` is `[n, value]`.
+    ///
+    /// # Panics
+    /// As [`attend`](Self::attend), or if `queries` or `out` are not `n` of equal length, or `n` is 0.
+    #[expect(clippy::too_many_arguments, reason = "two sets of rows, queries, and where to put the result")]
+    pub fn attend_together(
+        &self,
+        queries: &[f32],
+        n: usize,
+        keys: KvRows<'_>,
+        values: KvRows<'_>,
+        s: usize,
+        scale: f32,
+        sinks: &[f32],
+        scores: &mut [f32],
+        out: &mut [f32],
+    ) {
+        assert!(sinks.is_empty() || sinks.len() == n, "{} sinks for {n} queries", sinks.len());
+        assert!(queries.len().is_multiple_of(n) && out.len().is_multiple_of(n), "{n} queries");
+        out.fill(0.0);
+        if queries.is_empty() || out.is_empty() {
+            return;
         }
-        softmax(scores);
-        self.weighted_sum(&scores[..s], &values, out);
+        let (key, value) = (queries.len() / n, out.len() / n);
+        let seen = s + usize::from(!sinks.is_empty());
+        let scores = &mut scores[..n * seen];
+        // One query alone gains nothing from portions.
+        let portion = |width: usize| if n == 1 { s.max(1) } else { (ROWS_BYTES / (4 * width)).max(8) };
+        for first in (0..s).step_by(portion(key)) {
+            let rows = keys.skip(first);
+            let end = (first + portion(key)).min(s);
+            for (q, scores) in queries.chunks_exact(key).zip(scores.chunks_exact_mut(seen)) {
+                self.dots(q, &rows, &mut scores[first..end]);
+            }
+        }
+        for (i, scores) in scores.chunks_exact_mut(seen.max(1)).enumerate() {
+            scores[..s].iter_mut().for_each(|score| *score *= scale);
+            if let Some(sink) = sinks.get(i) {
+                scores[s] = *sink;
+            }
+            softmax(scores);
+        }
+        for first in (0..s).step_by(portion(value)) {
+            let rows = values.skip(first);
+            let end = (first + portion(value)).min(s);
+            for (p, out) in scores.chunks_exact(seen).zip(out.chunks_exact_mut(value)) {
+                self.add_weighted(&p[first..end], &rows, out);
+            }
+        }
     }
 
     /// [`dot`](Self::dot) of `a` with the beginning of each row, one per element of `out`. An instruction set without
@@ -64,28 +112,27 @@ impl Kernels {
         }
     }
 
-    /// `out` becomes zero, then [`axpy`](Self::axpy) adds `p[j]` times the beginning of row `j`, for `j` ascending.
+    /// [`axpy`](Self::axpy) of `p[j]` and the beginning of row `j` to `out`, for `j` ascending.
     ///
     /// # Panics
     /// If the rows end before `p` does.
-    fn weighted_sum(&self, p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
+    fn add_weighted(&self, p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
         match self.isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2(isa) => isa.weighted_sum(p, rows, out),
+            Isa::Avx2(isa) => isa.add_weighted(p, rows, out),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(isa) => isa.weighted_sum(p, rows, out),
+            Isa::Avx512(isa) => isa.add_weighted(p, rows, out),
             _ if rows.ty() == KvType::F32 => {
-                out.fill(0.0);
                 for (j, &p) in p.iter().enumerate() {
                     self.axpy(p, rows.row(j, out.len()).plain, out);
                 }
             }
             #[cfg(target_arch = "aarch64")]
             Isa::Neon(isa) => match rows.all_plain() {
-                Some((numbers, stride)) => isa.weighted_sum(p, numbers, stride, out),
-                None => scalar::weighted_sum(p, rows, out),
+                Some((numbers, stride)) => isa.add_weighted(p, numbers, stride, out),
+                None => scalar::add_weighted(p, rows, out),
             },
-            _ => scalar::weighted_sum(p, rows, out),
+            _ => scalar::add_weighted(p, rows, out),
         }
     }
 }

@@ -195,6 +195,21 @@ impl<'a> KvRows<'a> {
         KvRows { chosen: Some(chosen), ..self }
     }
 
+    /// The rows behind the first `rows`.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub(crate) fn skip(self, rows: usize) -> Self {
+        if let Some(chosen) = self.chosen {
+            return KvRows { chosen: Some(&chosen[rows..]), ..self };
+        }
+        let (value, scales) = (self.stride * self.ty.value_bytes(), self.ty.scale_bytes(self.stride));
+        match self.ty {
+            KvType::F32 => KvRows { plain: &self.plain[rows * self.stride..], ..self },
+            _ => KvRows { values: &self.values[rows * value..], scales: &self.scales[rows * scales..], ..self },
+        }
+    }
+
     /// The type.
     pub fn ty(&self) -> KvType {
         self.ty

@@ -207,9 +207,8 @@ pub(crate) fn dots(a: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
     }
 }
 
-/// `out` becomes zero, then [`axpy`] adds `p[j]` times the beginning of row `j`, for `j` ascending.
-pub(crate) fn weighted_sum(p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
-    out.fill(0.0);
+/// [`axpy`] of `p[j]` and the beginning of row `j` to `out`, for `j` ascending.
+pub(crate) fn add_weighted(p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
     for (j, &p) in p.iter().enumerate() {
         let row = rows.row(j, out.len());
         for (k, out) in out.iter_mut().enumerate() {

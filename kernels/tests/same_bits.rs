@@ -273,6 +273,27 @@ fn check_attention(q: &[f32], rows: KvRows<'_>, shape: (usize, usize, usize, usi
             assert_same(&attend(k, rows.only(chosen), chosen.len(), sink), &want_chosen, &what);
         }
     }
+    for k in Kernels::available() {
+        check_queries_together(k, q, rows, s, v_dim);
+        check_queries_together(k, q, rows.only(chosen), chosen.len(), v_dim);
+    }
+}
+
+/// Several queries together have the bits that each has alone.
+#[track_caller]
+fn check_queries_together(k: Kernels, q: &[f32], rows: KvRows<'_>, s: usize, v_dim: usize) {
+    for n in [1, 2, 5] {
+        let queries: Vec<f32> = (0..n).flat_map(|i| q.iter().map(move |v| v * (i as f32 - 1.3))).collect();
+        for sinks in [&[][..], &[0.2, -0.4, 0.1, 3.0, 0.0][..n]] {
+            let (mut scores, mut together) = (vec![f32::NAN; n * (s + 1)], vec![f32::NAN; n * v_dim]);
+            k.attend_together(&queries, n, rows, rows, s, 0.2, sinks, &mut scores, &mut together);
+            for (i, (q, together)) in queries.chunks(q.len()).zip(together.chunks(v_dim)).enumerate() {
+                let mut alone = vec![f32::NAN; v_dim];
+                k.attend(q, rows, rows, s, 0.2, sinks.get(i).copied(), &mut scores, &mut alone);
+                assert_same(together, &alone, &format!("{} {} query {i} of {n}, {s} rows", k.isa_name(), rows.ty()));
+            }
+        }
+    }
 }
 
 #[test]

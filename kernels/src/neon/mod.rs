@@ -56,9 +56,9 @@ impl Neon {
         unsafe { vectors::dots(a, rows, stride, out) }
     }
 
-    pub(crate) fn weighted_sum(self, p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+    pub(crate) fn add_weighted(self, p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
         // SAFETY: as above.
-        unsafe { vectors::weighted_sum(p, rows, stride, out) }
+        unsafe { vectors::add_weighted(p, rows, stride, out) }
     }
 }
 

@@ -82,7 +82,7 @@ fn fold_sums(s: [float32x4_t; VECTORS]) -> f32 {
 }
 
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn weighted_sum(p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+pub(super) fn add_weighted(p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
     let (len, mut at) = (out.len(), 0);
     while len - at >= 64 {
         weighted_columns::<16>(p, rows, stride, at, &mut out[at..]);
@@ -93,7 +93,6 @@ pub(super) fn weighted_sum(p: &[f32], rows: &[f32], stride: usize, out: &mut [f3
         at += 4;
     }
     for (i, out) in out[at..].iter_mut().enumerate() {
-        *out = 0.0;
         for (j, &p) in p.iter().enumerate() {
             *out = p.mul_add(rows[j * stride + at + i], *out);
         }
@@ -104,14 +103,15 @@ pub(super) fn weighted_sum(p: &[f32], rows: &[f32], stride: usize, out: &mut [f3
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn weighted_columns<const N: usize>(p: &[f32], rows: &[f32], stride: usize, at: usize, out: &mut [f32]) {
-    let mut sums = [vdupq_n_f32(0.0); N];
+    let out = &mut out.as_chunks_mut::<4>().0[..N];
+    let mut sums = each!(vdupq_n_f32(0.0); N, i => load(&out[i]));
     for (j, &p) in p.iter().enumerate() {
         let row = rows[j * stride + at..][..4 * N].as_chunks::<4>().0;
         for i in 0..N {
             sums[i] = vfmaq_n_f32(sums[i], load(&row[i]), p);
         }
     }
-    for (out, sum) in out.as_chunks_mut::<4>().0.iter_mut().zip(sums) {
+    for (out, sum) in out.iter_mut().zip(sums) {
         store(out, sum);
     }
 }

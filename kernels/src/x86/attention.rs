@@ -1,6 +1,6 @@
 //! Attention over cached rows of every type, whatever the width of a vector.
 
-/// The kernels `dots` and `weighted_sum` for one instruction set.
+/// The kernels `dots` and `add_weighted` for one instruction set.
 ///
 /// A macro, since functions take on the target features that they are written with, not those of their type parameters. Who
 /// calls it provides `WIDTH` (numbers of a vector), `VECS` (vectors of the lanes of one product), `TOGETHER` (keys that are
@@ -19,12 +19,12 @@ macro_rules! attention {
         }
 
         #[target_feature(enable = $features)]
-        pub(super) fn weighted_sum(p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
+        pub(super) fn add_weighted(p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
             match rows.ty() {
-                KvType::F32 => weighted_sum_of::<F32>(p, rows, out),
-                KvType::F16 => weighted_sum_of::<F16>(p, rows, out),
-                KvType::Bf16 => weighted_sum_of::<BF16>(p, rows, out),
-                KvType::Q8 => weighted_sum_of::<Q8>(p, rows, out),
+                KvType::F32 => add_weighted_of::<F32>(p, rows, out),
+                KvType::F16 => add_weighted_of::<F16>(p, rows, out),
+                KvType::Bf16 => add_weighted_of::<BF16>(p, rows, out),
+                KvType::Q8 => add_weighted_of::<Q8>(p, rows, out),
             }
         }
 
@@ -84,7 +84,7 @@ macro_rules! attention {
         }
 
         #[target_feature(enable = $features)]
-        fn weighted_sum_of<const TY: u8>(p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
+        fn add_weighted_of<const TY: u8>(p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
             let mut at = 0;
             let (wide, rest) = out.as_chunks_mut::<COLUMNS>();
             for out in wide {
@@ -97,7 +97,6 @@ macro_rules! attention {
                 at += WIDTH;
             }
             for (i, out) in rest.iter_mut().enumerate() {
-                *out = 0.0;
                 for (j, &p) in p.iter().enumerate() {
                     *out = p.mul_add(rows.part(const { kv_type(TY) }, j, at + i, 1).value(const { kv_type(TY) }, 0), *out);
                 }
@@ -108,7 +107,8 @@ macro_rules! attention {
         #[inline]
         #[target_feature(enable = $features)]
         fn weighted_columns<const TY: u8, const N: usize>(p: &[f32], rows: &KvRows<'_>, at: usize, out: &mut [f32]) {
-            let mut sums = [$zero(); N];
+            let out = &mut out.as_chunks_mut::<WIDTH>().0[..N];
+            let mut sums = each!($zero(); N, i => load(&out[i]));
             for (j, &p) in p.iter().enumerate() {
                 let values = vectors::<TY, N>(&rows.part(const { kv_type(TY) }, j, at, WIDTH * N), 0);
                 let p = $splat(p);
@@ -116,7 +116,7 @@ macro_rules! attention {
                     sums[i] = $fmadd(p, values[i], sums[i]);
                 }
             }
-            for (out, sum) in out.as_chunks_mut::<WIDTH>().0.iter_mut().zip(sums) {
+            for (out, sum) in out.iter_mut().zip(sums) {
                 store(out, sum);
             }
         }

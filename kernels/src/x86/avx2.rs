@@ -55,9 +55,9 @@ impl Avx2 {
         unsafe { attention::dots(a, rows, out) }
     }
 
-    pub(crate) fn weighted_sum(self, p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
+    pub(crate) fn add_weighted(self, p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
         // SAFETY: as above.
-        unsafe { attention::weighted_sum(p, rows, out) }
+        unsafe { attention::add_weighted(p, rows, out) }
     }
 
     pub(crate) fn xxh3_absorb(self, state: &mut Xxh3Sum, sums: &[Xxh3Sum]) {

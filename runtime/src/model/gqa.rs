@@ -220,7 +220,16 @@ impl Gqa {
         }
     }
 
-    /// Leaves the heads' outputs in `scratch.by_head`, `[heads, n, v_head_dim]`. One task per head.
+    /// Heads that one task computes: they share keys and values, so that these are read once for all of them. Fewer where
+    /// there would be too few tasks for the threads.
+    fn heads_together(&self, threads: usize) -> usize {
+        let (heads, kv_heads) = (self.spec.heads, self.spec.kv_heads);
+        let group = heads / kv_heads;
+        let tasks = if threads == 1 { 1 } else { 2 * threads };
+        (1..=group).rev().find(|&n| group.is_multiple_of(n) && heads / n >= tasks).unwrap_or(1)
+    }
+
+    /// Leaves the heads' outputs in `scratch.by_head`, `[heads / together, n, together, v_head_dim]`.
     fn attend(
         &self,
         compute: &Compute,
@@ -236,22 +245,24 @@ impl Gqa {
             sink.read(extent, sinks);
         }
         let (query, sinks) = (&*query, &*sinks);
+        let together = self.heads_together(compute.threads.threads());
         let by_head = sized(by_head, s.heads * n * s.v_head_dim);
-        compute.threads.for_each_chunk(by_head, n * s.v_head_dim, &|h, out| {
-            let kv_head = h / (s.heads / s.kv_heads);
-            let of_head = kv_head * cache.max_tokens;
-            let sink = self.sinks.map(|_| sinks[h]);
+        compute.threads.for_each_chunk(by_head, n * together * s.v_head_dim, &|task, out| {
+            let h = task * together;
+            let of_head = h / (s.heads / s.kv_heads) * cache.max_tokens;
+            let sinks = if self.sinks.is_some() { &sinks[h..h + together] } else { &[] };
             with_head_scratch(|scratch| {
-                for (t, out) in out.chunks_exact_mut(s.v_head_dim).enumerate() {
+                for (t, out) in out.chunks_exact_mut(together * s.v_head_dim).enumerate() {
                     let end = start + t + 1;
                     let first = s.window.map_or(0, |w| end.saturating_sub(w));
                     let rows = of_head + first..of_head + end;
                     let (keys, values) = (cache.keys.rows(rows.clone()), cache.values.rows(rows));
                     let seen = end - first;
                     // One more score than keys: a sink takes part in the softmax and has no value.
-                    let scores = sized(&mut scratch.scores, seen + 1);
-                    let q = &query[(t * s.heads + h) * s.head_dim..][..s.head_dim];
-                    compute.kernels.attend(q, keys, values, seen, s.softmax_scale, sink, scores, out);
+                    let scores = sized(&mut scratch.scores, together * (seen + 1));
+                    let q = &query[(t * s.heads + h) * s.head_dim..][..together * s.head_dim];
+                    let scale = s.softmax_scale;
+                    compute.kernels.attend_together(q, together, keys, values, seen, scale, sinks, scores, out);
                 }
             });
         });
@@ -263,9 +274,10 @@ impl Gqa {
         let GqaScratch { activations, by_head, by_token, gate, .. } = scratch;
         let (heads, width) = (s.heads, s.v_head_dim);
         let by_token = sized(by_token, n * heads * width);
-        for (i, row) in by_token.chunks_exact_mut(width).enumerate() {
-            let (t, h) = (i / heads, i % heads);
-            row.copy_from_slice(&by_head[(h * n + t) * width..][..width]);
+        let together = self.heads_together(compute.threads.threads());
+        for (i, rows) in by_token.chunks_exact_mut(together * width).enumerate() {
+            let (t, task) = (i / (heads / together), i % (heads / together));
+            rows.copy_from_slice(&by_head[(task * n + t) * together * width..][..together * width]);
         }
         if let Some(matrix) = &self.gate {
             let gate = sized(gate, n * heads * width);

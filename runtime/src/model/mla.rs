@@ -3,14 +3,19 @@
 //! The cache holds one latent `c` and one rotated key `k_pe` per token, shared by all heads. With `k_b` and `v_b` the two
 //! halves of the up-projection of a head: `score = (k_b · q_nope) · c + q_pe · k_pe`, `out = v_b · Σ softmax(score) c`.
 
+use std::ops::Range;
+
 use sluice_format::MlaSpec;
 use sluice_kernels::{Activations, KvBuffer, KvType, rms_norm};
 
 use super::ModelError;
-use super::compute::{Compute, sized, with_head_scratch};
+use super::compute::{Compute, HeadScratch, sized, with_head_scratch};
 use super::indexer::{self, IndexCache, IndexScratch, Indexer};
 use super::rope::{Rope, RopeAngles};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
+
+/// Heads whose queries and latents still fit the second-level cache together.
+const MOST_HEADS_TOGETHER: usize = 16;
 
 /// Weights of one layer's latent attention, as places in its extent.
 #[derive(Debug)]
@@ -216,7 +221,17 @@ impl Mla {
         }
     }
 
-    /// Leaves the heads' outputs in `scratch.by_head`. One task per head: absorb the query, attend, expand the value.
+    /// Heads that one task computes, so that the latents, which all heads share, are read once for all of them. Of several
+    /// tokens, each head's are taken together instead, which reads the head's weights once.
+    fn heads_together(&self, threads: usize, n: usize) -> usize {
+        let heads = self.spec.heads;
+        let tasks = if threads == 1 { 1 } else { 2 * threads };
+        let most = if n == 1 { MOST_HEADS_TOGETHER } else { 1 };
+        (1..=most).rev().find(|&n| heads.is_multiple_of(n) && heads / n >= tasks).unwrap_or(1)
+    }
+
+    /// Leaves the heads' outputs in `scratch.by_head`. A task, for one head or some: absorb the queries, attend, expand the
+    /// values.
     fn attend(
         &self,
         compute: &Compute,
@@ -228,44 +243,101 @@ impl Mla {
     ) {
         let MlaScratch { query, by_head, angles, index, .. } = scratch;
         let s = &self.spec;
-        let (nope, rank, width) = (s.qk_nope_head_dim, s.kv_lora_rank, latent_width(s));
-        let head_width = nope + s.qk_rope_head_dim;
-        let (query, angles, index) = (&query[..n * s.heads * head_width], &*angles, &*index);
+        let head_width = s.qk_nope_head_dim + s.qk_rope_head_dim;
+        let query = &query[..n * s.heads * head_width];
+        let (angles, index) = (&*angles, &*index);
+        let together = self.heads_together(compute.threads.threads(), n);
         let by_head = sized(by_head, s.heads * n * s.v_head_dim);
-        compute.threads.for_each_chunk(by_head, n * s.v_head_dim, &|h, out| {
+        compute.threads.for_each_chunk(by_head, together * n * s.v_head_dim, &|task, out| {
+            let heads = task * together..(task + 1) * together;
             with_head_scratch(|scratch| {
-                let of_token = |t: usize| &query[(t * s.heads + h) * head_width..][..head_width];
-                let input = sized(&mut scratch.input, n * nope.max(rank));
-                for t in 0..n {
-                    input[t * nope..][..nope].copy_from_slice(&of_token(t)[..nope]);
-                }
-                let activations = &mut scratch.activations;
-                activations.set(&input[..n * nope], n, nope);
-                let absorbed = sized(&mut scratch.product, n * rank);
-                compute.observe(&self.k_b, h as u32, activations);
-                let k_b = self.k_b.view_of_batch(extent, h);
-                compute.kernels.matmul(&scratch.serial, k_b, activations, absorbed);
-
-                let full = sized(&mut scratch.query, width);
-                for t in 0..n {
-                    full[..rank].copy_from_slice(&absorbed[t * rank..][..rank]);
-                    full[rank..].copy_from_slice(&of_token(t)[nope..]);
-                    self.rope.rotate(&mut full[rank..], angles, t);
-                    let seen = start + t + 1;
-                    let scores = sized(&mut scratch.scores, seen);
-                    let latent = &mut input[t * rank..][..rank];
-                    let rows = cache.rows.rows(0..seen);
-                    let (rows, seen) = match s.indexer.as_ref().and_then(|_| index.chosen(t)) {
-                        Some(chosen) => (rows.only(chosen), chosen.len()),
-                        None => (rows, seen),
-                    };
-                    compute.kernels.attend(full, rows, rows, seen, s.softmax_scale, None, scores, latent);
-                }
-                activations.set(&input[..n * rank], n, rank);
-                compute.observe(&self.v_b, h as u32, activations);
-                let v_b = self.v_b.view_of_batch(extent, h);
-                compute.kernels.matmul(&scratch.serial, v_b, activations, out);
+                self.absorb(compute, extent, heads.clone(), n, query, scratch);
+                self.attend_heads(compute, cache, heads.clone(), start, n, (query, angles, index), scratch);
+                self.expand(compute, extent, heads, n, scratch, out);
             });
         });
+    }
+
+    /// `scratch.product` `[heads, n, rank]`: the parts without positions of these heads' queries, in terms of latents.
+    fn absorb(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        heads: Range<usize>,
+        n: usize,
+        query: &[f32],
+        scratch: &mut HeadScratch,
+    ) {
+        let s = &self.spec;
+        let (nope, rank, head_width) = (s.qk_nope_head_dim, s.kv_lora_rank, s.qk_nope_head_dim + s.qk_rope_head_dim);
+        let HeadScratch { serial, activations, input, product, .. } = scratch;
+        let product = sized(product, heads.len() * n * rank);
+        for (h, absorbed) in heads.zip(product.chunks_exact_mut(n * rank)) {
+            let input = sized(input, n * nope);
+            for (t, input) in input.chunks_exact_mut(nope).enumerate() {
+                input.copy_from_slice(&query[(t * s.heads + h) * head_width..][..nope]);
+            }
+            activations.set(input, n, nope);
+            compute.observe(&self.k_b, h as u32, activations);
+            compute.kernels.matmul(serial, self.k_b.view_of_batch(extent, h), activations, absorbed);
+        }
+    }
+
+    /// `scratch.input` `[n, heads, rank]`: the latents that these heads see.
+    #[expect(clippy::too_many_arguments, reason = "what, where to and for which heads and tokens")]
+    fn attend_heads(
+        &self,
+        compute: &Compute,
+        cache: &LatentCache,
+        heads: Range<usize>,
+        start: usize,
+        n: usize,
+        (query, angles, index): (&[f32], &RopeAngles, &IndexScratch),
+        scratch: &mut HeadScratch,
+    ) {
+        let s = &self.spec;
+        let (nope, rank, width) = (s.qk_nope_head_dim, s.kv_lora_rank, latent_width(s));
+        let head_width = nope + s.qk_rope_head_dim;
+        let HeadScratch { input, product, query: full, scores, .. } = scratch;
+        let latents = sized(input, n * heads.len() * rank);
+        for (t, latents) in latents.chunks_exact_mut(heads.len() * rank).enumerate() {
+            let full = sized(full, heads.len() * width);
+            for (i, full) in full.chunks_exact_mut(width).enumerate() {
+                full[..rank].copy_from_slice(&product[(i * n + t) * rank..][..rank]);
+                full[rank..].copy_from_slice(&query[(t * s.heads + heads.start + i) * head_width..][nope..head_width]);
+                self.rope.rotate(&mut full[rank..], angles, t);
+            }
+            let seen = start + t + 1;
+            let rows = cache.rows.rows(0..seen);
+            let (rows, seen) = match s.indexer.as_ref().and_then(|_| index.chosen(t)) {
+                Some(chosen) => (rows.only(chosen), chosen.len()),
+                None => (rows, seen),
+            };
+            let scores = sized(scores, heads.len() * seen);
+            let n = heads.len();
+            compute.kernels.attend_together(full, n, rows, rows, seen, s.softmax_scale, &[], scores, latents);
+        }
+    }
+
+    /// `out` `[heads, n, v_head_dim]`: the values that these heads' latents stand for.
+    fn expand(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        heads: Range<usize>,
+        n: usize,
+        scratch: &mut HeadScratch,
+        out: &mut [f32],
+    ) {
+        // A head's tokens lie together: there is one of them, or one head.
+        debug_assert!(n == 1 || heads.len() == 1, "{n} tokens of {} heads", heads.len());
+        let rank = self.spec.kv_lora_rank;
+        let HeadScratch { serial, activations, input, .. } = scratch;
+        let out = out.chunks_exact_mut(n * self.spec.v_head_dim);
+        for ((h, latents), out) in heads.zip(input.chunks_exact(n * rank)).zip(out) {
+            activations.set(latents, n, rank);
+            compute.observe(&self.v_b, h as u32, activations);
+            compute.kernels.matmul(serial, self.v_b.view_of_batch(extent, h), activations, out);
+        }
     }
 }
