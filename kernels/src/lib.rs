@@ -54,4 +54,4 @@ pub use pack::{
 pub use quant::pack_row_group_weighted;
 pub use threads::ThreadPool;
 pub use top_k::top_k;
-pub use xxh3::{XXH3_BLOCK_BYTES, Xxh3Sum};
+pub use xxh3::{XXH3_BLOCK_BYTES, Xxh3State, Xxh3Sum};

@@ -102,27 +102,44 @@ fn absorb(state: &mut Xxh3Sum, sums: &[Xxh3Sum]) {
     }
 }
 
+/// A checksum in the making: what the first blocks of an input have left in the accumulators.
+#[derive(Clone, Debug)]
+pub struct Xxh3State {
+    state: Xxh3Sum,
+    blocks: usize,
+}
+
+impl Default for Xxh3State {
+    fn default() -> Self {
+        let [p1, p2, p3, p4, p5] = PRIME64;
+        Xxh3State { state: [PRIME32[2], p1, p2, p3, p4, PRIME32[1], p5, PRIME32[0]], blocks: 0 }
+    }
+}
+
+impl Xxh3State {
+    /// Blocks whose sums have been absorbed.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// The checksum of an input that ends with one more block, whose sums these are.
+    pub fn finish(mut self, last: Xxh3Sum) -> u64 {
+        self.state.iter_mut().zip(last).for_each(|(word, sum)| *word = word.wrapping_add(sum));
+        merge(&self.state, ((self.blocks + 1) * XXH3_BLOCK_BYTES) as u64)
+    }
+}
+
 impl Kernels {
-    /// The checksum of the input whose blocks, all of them and in order, have these sums.
-    pub fn xxh3_of_sums(&self, mut sums: impl ExactSizeIterator<Item = Xxh3Sum>) -> u64 {
-        let len = sums.len() * XXH3_BLOCK_BYTES;
-        let mut state = [PRIME32[2], PRIME64[0], PRIME64[1], PRIME64[2], PRIME64[3], PRIME32[1], PRIME64[4], PRIME32[0]];
-        let mut batch = [[0; 8]; 16];
-        while sums.len() > 1 {
-            let count = (sums.len() - 1).min(batch.len());
-            batch.iter_mut().zip(sums.by_ref().take(count)).for_each(|(to, sum)| *to = sum);
-            match self.isa {
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx2(isa) => isa.xxh3_absorb(&mut state, &batch[..count]),
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx512(isa) => isa.xxh3_absorb(&mut state, &batch[..count]),
-                _ => absorb(&mut state, &batch[..count]),
-            }
+    /// Takes the sums of the next blocks, none of which is the last of the input.
+    pub fn xxh3_absorb(&self, hash: &mut Xxh3State, sums: &[Xxh3Sum]) {
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(isa) => isa.xxh3_absorb(&mut hash.state, sums),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(isa) => isa.xxh3_absorb(&mut hash.state, sums),
+            _ => absorb(&mut hash.state, sums),
         }
-        for sum in sums {
-            state.iter_mut().zip(sum).for_each(|(word, sum)| *word = word.wrapping_add(sum));
-        }
-        merge(&state, len as u64)
+        hash.blocks += sums.len();
     }
 }
 

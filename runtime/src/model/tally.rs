@@ -5,20 +5,25 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
-use sluice_kernels::{Kernels, Watch, XXH3_BLOCK_BYTES};
+use sluice_kernels::{Kernels, Watch, XXH3_BLOCK_BYTES, Xxh3State, Xxh3Sum};
 
 /// Sums that are formed before they are put into their places.
 const BATCH: usize = 16;
 
-/// Sums of the blocks of one extent. Each block is summed by whoever reads its first byte.
+/// The checksum of one extent in the making. Each block is summed by whoever reads its first byte.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
-    /// Stores are relaxed: the pool of threads orders them before whatever follows the job.
+    /// Sums that came before those of the blocks before them, and that of the last block. Stores are relaxed: the pool of
+    /// threads orders them before whatever follows the job.
     sums: Vec<[AtomicU64; 8]>,
     blocks: usize,
     /// Blocks that have been summed.
     summed: AtomicUsize,
+    /// All blocks before this one are in `head`.
+    next: AtomicUsize,
+    head: Mutex<Xxh3State>,
 }
 
 impl Tally {
@@ -40,6 +45,8 @@ impl Tally {
         self.reserve(len);
         self.blocks = len / XXH3_BLOCK_BYTES;
         *self.summed.get_mut() = 0;
+        *self.next.get_mut() = 0;
+        *self.head.get_mut().unwrap_or_else(PoisonError::into_inner) = Xxh3State::default();
         self
     }
 
@@ -52,11 +59,26 @@ impl Tally {
             let batch = &mut batch[..end - first];
             let bytes = &bytes[first * XXH3_BLOCK_BYTES..end * XXH3_BLOCK_BYTES];
             kernels.xxh3_sums(bytes, end == self.blocks, batch);
-            for (to, from) in self.sums[first..end].iter().zip(batch) {
-                to.iter().zip(from).for_each(|(to, from)| to.store(*from, Relaxed));
-            }
+            self.take(kernels, first, batch);
         }
         self.summed.fetch_add(blocks.len(), Relaxed);
+    }
+
+    /// Absorbs the sums of the blocks from `first` on if they are the next ones, and keeps them for later if not.
+    fn take(&self, kernels: &Kernels, first: usize, mut sums: &[Xxh3Sum]) {
+        let mut at = first;
+        // Only who has the next blocks moves `next`, so nobody else does until that is done.
+        if self.next.load(Relaxed) == first {
+            let count = sums.len().min(self.blocks - 1 - first);
+            let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
+            kernels.xxh3_absorb(&mut head, &sums[..count]);
+            sums = &sums[count..];
+            at += count;
+            self.next.store(at, Relaxed);
+        }
+        for (to, from) in self.sums[at..].iter().zip(sums) {
+            to.iter().zip(from).for_each(|(to, from)| to.store(*from, Relaxed));
+        }
     }
 
     /// The xxh3-64 of the extent.
@@ -65,8 +87,17 @@ impl Tally {
     /// Unless every block has been summed once.
     pub fn checksum(&self, kernels: &Kernels) -> u64 {
         assert_eq!(self.summed.load(Relaxed), self.blocks, "blocks of the extent have not been summed");
-        let sums = self.sums[..self.blocks].iter();
-        kernels.xxh3_of_sums(sums.map(|sum| std::array::from_fn(|i| sum[i].load(Relaxed))))
+        let sum = |sums: &[AtomicU64; 8]| -> Xxh3Sum { std::array::from_fn(|i| sums[i].load(Relaxed)) };
+        let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let last = self.blocks - 1;
+        let mut batch = [[0; 8]; BATCH];
+        while head.blocks() < last {
+            let count = (last - head.blocks()).min(BATCH);
+            let sums = &self.sums[head.blocks()..][..count];
+            batch.iter_mut().zip(sums).for_each(|(to, sums)| *to = sum(sums));
+            kernels.xxh3_absorb(&mut head, &batch[..count]);
+        }
+        head.finish(sum(&self.sums[last]))
     }
 }
 
