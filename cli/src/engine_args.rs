@@ -33,7 +33,7 @@ pub(crate) struct EngineArgs {
     #[arg(long)]
     pub(crate) no_calibration: bool,
 
-    /// Threads that compute [default: one per core]
+    /// Threads that compute [default: one per core, of which decoding leaves one out while the drive is read]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
 
