@@ -19,13 +19,8 @@ pub(crate) const SCRAMBLE_SECRET: usize = 192 - STRIPE;
 const MERGE_SECRET: usize = 11;
 
 pub(crate) const PRIME32: [u64; 3] = [0x9e37_79b1, 0x85eb_ca77, 0xc2b2_ae3d];
-const PRIME64: [u64; 5] = [
-    0x9e37_79b1_85eb_ca87,
-    0xc2b2_ae3d_27d4_eb4f,
-    0x1656_67b1_9e37_79f9,
-    0x85eb_ca77_c2b2_ae63,
-    0x27d4_eb2f_1656_67c5,
-];
+const PRIME64: [u64; 5] =
+    [0x9e37_79b1_85eb_ca87, 0xc2b2_ae3d_27d4_eb4f, 0x1656_67b1_9e37_79f9, 0x85eb_ca77_c2b2_ae63, 0x27d4_eb2f_1656_67c5];
 const PRIME_MX1: u64 = 0x1656_6791_9e37_79f9;
 
 /// The secret of the specification, which belongs to the seed 0.

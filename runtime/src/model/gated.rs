@@ -121,7 +121,10 @@ impl GatedFfn {
 
     /// Goes on with one token's `out` `[hidden]` as far as `prefix`, the first bytes of an extent of `len` bytes, allows. `s` and
     /// `out` are those of the call before. Tells no observer what it sees, since the bytes may turn out to be damaged.
-    #[expect(clippy::too_many_arguments, reason = "input, state and output of one step; a struct would only rename them")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "input, state and output of one step; a struct would only rename them"
+    )]
     pub(super) fn advance(
         &self,
         compute: &Compute,
