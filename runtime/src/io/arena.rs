@@ -250,7 +250,7 @@ impl Arena {
 
 /// Exclusive owner of a page-aligned piece of an arena.
 ///
-/// Holds nothing, or the verified bytes of the extent that was last read into it.
+/// Holds nothing, or the bytes of the extent that was last read into it.
 pub struct Slot {
     pub(crate) map: Arc<Mapping>,
     pub(crate) state: Arc<FillState>,
@@ -266,7 +266,7 @@ impl Slot {
         self.capacity
     }
 
-    /// The extent that was last read into the slot, verified; empty if there is none.
+    /// The extent that was last read into the slot, verified unless that was left to its receiver; empty if there is none.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         debug_assert!(self.len <= self.capacity);

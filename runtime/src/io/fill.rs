@@ -24,9 +24,9 @@ const WINDOW_CHUNKS: u32 = u128::BITS;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum ReadPhase {
-    /// Bytes are outstanding or not yet verified.
+    /// Bytes are outstanding, or the I/O thread has yet to verify them.
     Reading = 1,
-    /// All bytes are in memory and verified.
+    /// All bytes are in memory, and verified unless that is left to their receiver.
     Ready = 2,
     /// The read ended without the extent.
     Failed = 3,

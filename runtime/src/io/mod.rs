@@ -3,7 +3,7 @@
 //! ```text
 //! pool ── submit(slot, extent) ──▶ Scheduler ── chunks ──▶ ReadEngine ──▶ drive
 //!      ◀─ PendingRead: prefix, ──  I/O thread ◀─ completions ──  uring | pread | sim
-//!         then slot, verified
+//!         then slot
 //! ```
 //!
 //! - [`arena`]: the memory. A [`Slot`] owns its bytes; while a read is in flight, the read does.

@@ -1,4 +1,4 @@
-//! The I/O thread: keeps the drive busy, and turns chunks into verified extents.
+//! The I/O thread: keeps the drive busy, and turns chunks into extents, verified where their receiver does not do that.
 //!
 //! One loop: take messages, fill the engine up to its depth, wait for completions, refill, then
 //! hash a piece of what has arrived. Hashing never delays a chunk that could be issued.
