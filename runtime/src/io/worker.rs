@@ -461,9 +461,9 @@ impl<'a> Worker<'a> {
 
     /// Hashes a piece of what has arrived; at the end of the extent, judges it.
     fn hash(&mut self, request: u32) {
-        let verifying = self.config.verify;
+        let config = self.config;
         let active = self.request(request);
-        let verify = verifying && active.read.check != Check::ByReceiver;
+        let verify = config.verify && active.read.check != Check::ByReceiver;
         let arrived = active.filling.arrived_bytes();
         if verify {
             let end = arrived.min(active.hashed + HASH_STEP_BYTES);

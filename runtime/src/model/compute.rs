@@ -47,6 +47,14 @@ impl Compute {
         }
     }
 
+    /// Of `heads` heads, how many one task computes so that what they share is read once for all of them: up to `most` of the
+    /// `sharing` heads that have the same keys and values. Fewer where there would be too few tasks for the threads.
+    pub fn heads_together(&self, heads: usize, sharing: usize, most: usize) -> usize {
+        let threads = self.threads.threads();
+        let tasks = if threads == 1 { 1 } else { 2 * threads };
+        (1..=most).rev().find(|&n| sharing.is_multiple_of(n) && heads / n >= tasks).unwrap_or(1)
+    }
+
     /// `out` `[n, rows]` = `matrix` · `x`, on all threads.
     pub fn multiply(&self, matrix: &MatrixRef, extent: &[u8], x: &Activations, out: &mut [f32]) {
         self.observe(matrix, 0, x);

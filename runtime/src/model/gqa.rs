@@ -220,13 +220,10 @@ impl Gqa {
         }
     }
 
-    /// Heads that one task computes: they share keys and values, so that these are read once for all of them. Fewer where
-    /// there would be too few tasks for the threads.
-    fn heads_together(&self, threads: usize) -> usize {
-        let (heads, kv_heads) = (self.spec.heads, self.spec.kv_heads);
-        let group = heads / kv_heads;
-        let tasks = if threads == 1 { 1 } else { 2 * threads };
-        (1..=group).rev().find(|&n| group.is_multiple_of(n) && heads / n >= tasks).unwrap_or(1)
+    /// Heads that one task computes.
+    fn heads_together(&self, compute: &Compute) -> usize {
+        let group = self.spec.heads / self.spec.kv_heads;
+        compute.heads_together(self.spec.heads, group, group)
     }
 
     /// Leaves the heads' outputs in `scratch.by_head`, `[heads / together, n, together, v_head_dim]`.
@@ -245,7 +242,7 @@ impl Gqa {
             sink.read(extent, sinks);
         }
         let (query, sinks) = (&*query, &*sinks);
-        let together = self.heads_together(compute.threads.threads());
+        let together = self.heads_together(compute);
         let by_head = sized(by_head, s.heads * n * s.v_head_dim);
         compute.threads.for_each_chunk(by_head, n * together * s.v_head_dim, &|task, out| {
             let h = task * together;
@@ -274,7 +271,7 @@ impl Gqa {
         let GqaScratch { activations, by_head, by_token, gate, .. } = scratch;
         let (heads, width) = (s.heads, s.v_head_dim);
         let by_token = sized(by_token, n * heads * width);
-        let together = self.heads_together(compute.threads.threads());
+        let together = self.heads_together(compute);
         for (i, rows) in by_token.chunks_exact_mut(together * width).enumerate() {
             let (t, task) = (i / (heads / together), i % (heads / together));
             rows.copy_from_slice(&by_head[(task * n + t) * together * width..][..together * width]);

@@ -221,15 +221,6 @@ impl Mla {
         }
     }
 
-    /// Heads that one task computes, so that the latents, which all heads share, are read once for all of them. Of several
-    /// tokens, each head's are taken together instead, which reads the head's weights once.
-    fn heads_together(&self, threads: usize, n: usize) -> usize {
-        let heads = self.spec.heads;
-        let tasks = if threads == 1 { 1 } else { 2 * threads };
-        let most = if n == 1 { MOST_HEADS_TOGETHER } else { 1 };
-        (1..=most).rev().find(|&n| heads.is_multiple_of(n) && heads / n >= tasks).unwrap_or(1)
-    }
-
     /// Leaves the heads' outputs in `scratch.by_head`. A task, for one head or some: absorb the queries, attend, expand the
     /// values.
     fn attend(
@@ -246,7 +237,9 @@ impl Mla {
         let head_width = s.qk_nope_head_dim + s.qk_rope_head_dim;
         let query = &query[..n * s.heads * head_width];
         let (angles, index) = (&*angles, &*index);
-        let together = self.heads_together(compute.threads.threads(), n);
+        // All heads share the latents. Of several tokens, each head's are taken together instead, which reads the head's
+        // weights once.
+        let together = compute.heads_together(s.heads, s.heads, if n == 1 { MOST_HEADS_TOGETHER } else { 1 });
         let by_head = sized(by_head, s.heads * n * s.v_head_dim);
         compute.threads.for_each_chunk(by_head, together * n * s.v_head_dim, &|task, out| {
             let heads = task * together..(task + 1) * together;
