@@ -65,6 +65,11 @@ impl Avx2 {
         unsafe { xxh3::absorb(state, sums) }
     }
 
+    pub(crate) fn xxh3_update(self, state: &mut Xxh3Sum, blocks: &[[u8; XXH3_BLOCK_BYTES]]) {
+        // SAFETY: as above.
+        unsafe { xxh3::update(state, blocks) }
+    }
+
     pub(crate) fn xxh3_sums(self, blocks: &[[u8; XXH3_BLOCK_BYTES]], sums: &mut [Xxh3Sum]) {
         // SAFETY: as above.
         unsafe { xxh3::sums(blocks, sums) }

@@ -69,6 +69,10 @@ impl Avx512 {
         self.avx2.xxh3_absorb(state, sums);
     }
 
+    pub(crate) fn xxh3_update(self, state: &mut Xxh3Sum, blocks: &[[u8; XXH3_BLOCK_BYTES]]) {
+        self.avx2.xxh3_update(state, blocks);
+    }
+
     pub(crate) fn xxh3_sums(self, blocks: &[[u8; XXH3_BLOCK_BYTES]], sums: &mut [Xxh3Sum]) {
         self.avx2.xxh3_sums(blocks, sums);
     }

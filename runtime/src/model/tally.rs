@@ -53,32 +53,30 @@ impl Tally {
     /// Sums the blocks that begin in `range`; `bytes`: as much of the extent as there is, whole pages.
     pub fn add(&self, kernels: &Kernels, bytes: &[u8], range: Range<usize>) {
         let blocks = range.start.div_ceil(XXH3_BLOCK_BYTES)..range.end.div_ceil(XXH3_BLOCK_BYTES);
+        self.summed.fetch_add(blocks.len(), Relaxed);
+        let kept = self.absorb(kernels, bytes, blocks.start, blocks.end.min(self.blocks - 1));
         let mut batch = [[0; 8]; BATCH];
-        for first in blocks.clone().step_by(BATCH) {
+        for first in (kept..blocks.end).step_by(BATCH) {
             let end = (first + BATCH).min(blocks.end);
             let batch = &mut batch[..end - first];
             let bytes = &bytes[first * XXH3_BLOCK_BYTES..end * XXH3_BLOCK_BYTES];
             kernels.xxh3_sums(bytes, end == self.blocks, batch);
-            self.take(kernels, first, batch);
+            for (to, from) in self.sums[first..].iter().zip(batch) {
+                to.iter().zip(from).for_each(|(to, from)| to.store(*from, Relaxed));
+            }
         }
-        self.summed.fetch_add(blocks.len(), Relaxed);
     }
 
-    /// Absorbs the sums of the blocks from `first` on if they are the next ones, and keeps them for later if not.
-    fn take(&self, kernels: &Kernels, first: usize, mut sums: &[Xxh3Sum]) {
-        let mut at = first;
+    /// Takes the blocks from `first` to `end` if they are the next ones. Returns the first that has to be kept for later.
+    fn absorb(&self, kernels: &Kernels, bytes: &[u8], first: usize, end: usize) -> usize {
         // Only who has the next blocks moves `next`, so nobody else does until that is done.
-        if self.next.load(Relaxed) == first {
-            let count = sums.len().min(self.blocks - 1 - first);
-            let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
-            kernels.xxh3_absorb(&mut head, &sums[..count]);
-            sums = &sums[count..];
-            at += count;
-            self.next.store(at, Relaxed);
+        if end <= first || self.next.load(Relaxed) != first {
+            return first;
         }
-        for (to, from) in self.sums[at..].iter().zip(sums) {
-            to.iter().zip(from).for_each(|(to, from)| to.store(*from, Relaxed));
-        }
+        let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
+        kernels.xxh3_update(&mut head, &bytes[first * XXH3_BLOCK_BYTES..end * XXH3_BLOCK_BYTES]);
+        self.next.store(end, Relaxed);
+        end
     }
 
     /// The xxh3-64 of the extent.
