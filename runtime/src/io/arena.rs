@@ -24,6 +24,12 @@ const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// Mappings are multiples of this: the largest page size of a supported system (Apple silicon).
 pub(crate) const MAP_GRANULE_BYTES: usize = 16 << 10;
 
+/// Most threads that fault in one mapping: memory, or the host of a VM, limits more of them.
+const FAULT_THREADS_MAX: usize = 8;
+
+/// Bytes below which a thread of its own is not worth starting.
+const FAULT_BYTES_MIN: usize = 256 << 20;
+
 /// One anonymous mapping. Unmapped when the last slot, chunk and engine that know it are gone.
 #[derive(Debug)]
 pub(crate) struct Mapping {
@@ -41,6 +47,15 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new(bytes: usize, what: &'static str) -> Result<Self, IoError> {
+        let mapping = Self::reserve(bytes, what)?;
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let threads = cores.min(FAULT_THREADS_MAX).min(mapping.len / FAULT_BYTES_MIN);
+        mapping.fault_in(threads).map_err(|source| IoError::Memory { bytes, what, source })?;
+        Ok(mapping)
+    }
+
+    /// Address space of which no page is present.
+    fn reserve(bytes: usize, what: &'static str) -> Result<Self, IoError> {
         let error = |source: std::io::Error| IoError::Memory { bytes, what, source };
         let overflow = || error(std::io::ErrorKind::OutOfMemory.into());
         let len = bytes.max(1).checked_next_multiple_of(MAP_GRANULE_BYTES).ok_or_else(overflow)?;
@@ -53,17 +68,32 @@ impl Mapping {
         let raw = unsafe { mmap_anonymous(None, length, protection, MapFlags::MAP_PRIVATE) };
         let raw = raw.map_err(|errno| error(errno.into()))?.cast::<u8>();
         let base = trim(raw, padded, align, len);
-        let mapping = Self { base, len, huge_pages: advise_huge_pages(base, len) };
-        mapping.fault_in().map_err(error)?;
-        Ok(mapping)
+        Ok(Self { base, len, huge_pages: advise_huge_pages(base, len) })
     }
 
-    /// Makes every page present, so that no read and no kernel ever takes a page fault.
-    fn fault_in(&self) -> std::io::Result<()> {
+    /// Makes every page present, so that no read and no kernel ever takes a page fault. The kernel zeroes them, at a few GB/s
+    /// for each thread that asks.
+    fn fault_in(&self, threads: usize) -> std::io::Result<()> {
+        let part = self.len.div_ceil(threads.max(1)).next_multiple_of(HUGE_PAGE_BYTES);
+        std::thread::scope(|scope| {
+            let parts: Vec<_> = (part..self.len)
+                .step_by(part)
+                .map(|start| scope.spawn(move || self.fault_in_part(start, part.min(self.len - start))))
+                .collect();
+            let first = self.fault_in_part(0, part.min(self.len));
+            parts.into_iter().fold(first, |result, part| {
+                let part = part.join().unwrap_or_else(|_| Err(std::io::Error::other("a thread panicked")));
+                result.and(part)
+            })
+        })
+    }
+
+    fn fault_in_part(&self, start: usize, len: usize) -> std::io::Result<()> {
+        let address = self.address(start, len);
         #[cfg(target_os = "linux")]
         {
-            // SAFETY: the range is exactly this mapping; populating changes no byte.
-            let result = unsafe { libc::madvise(self.base.as_ptr().cast(), self.len, libc::MADV_POPULATE_WRITE) };
+            // SAFETY: the range is inside this mapping; populating changes no byte.
+            let result = unsafe { libc::madvise(address.as_ptr().cast(), len, libc::MADV_POPULATE_WRITE) };
             if result == 0 {
                 return Ok(());
             }
@@ -73,10 +103,10 @@ impl Mapping {
             }
         }
         // Linux before 5.14, and macOS: write one zero to every page.
-        for offset in (0..self.len).step_by(PAGE_BYTES) {
-            // SAFETY: `offset` is inside the mapping, which is still private to this call and
+        for offset in (0..len).step_by(PAGE_BYTES) {
+            // SAFETY: `offset` is inside the range, which is still private to this call and
             // full of zeros, so that writing a zero changes nothing.
-            unsafe { self.base.as_ptr().add(offset).write_volatile(0) };
+            unsafe { address.as_ptr().add(offset).write_volatile(0) };
         }
         Ok(())
     }
@@ -285,6 +315,23 @@ impl fmt::Debug for Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn every_page_is_faulted_in_whatever_the_number_of_threads() {
+        for threads in [0, 1, 2, 3, 9] {
+            for bytes in [1, HUGE_PAGE_BYTES, 5 * HUGE_PAGE_BYTES + 1] {
+                let mapping = Mapping::reserve(bytes, "test").expect("address space");
+                mapping.fault_in(threads).expect("memory");
+                let mut present = vec![0u8; mapping.len().div_ceil(PAGE_BYTES)];
+                let address = mapping.address(0, mapping.len()).as_ptr().cast();
+                // SAFETY: the range is the whole mapping, and `present` has a byte for each of its pages.
+                let result = unsafe { libc::mincore(address, mapping.len(), present.as_mut_ptr()) };
+                assert_eq!(result, 0);
+                assert!(present.iter().all(|page| page & 1 == 1), "{bytes} bytes, {threads} threads");
+            }
+        }
+    }
 
     #[test]
     fn slots_are_disjoint_aligned_and_sized() {
