@@ -70,6 +70,11 @@ pub(crate) struct Args {
     #[arg(long)]
     buffered: bool,
 
+    /// Read again and again into as much memory as is in flight, as fio does: it stays in the processor's cache, and the
+    /// figures may be more than weights can get
+    #[arg(long)]
+    reuse_memory: bool,
+
     /// Do not keep the knee for `sluice run`
     #[arg(long)]
     no_save: bool,
@@ -112,6 +117,7 @@ struct Report<'a> {
     file_bytes: u64,
     scratch: bool,
     buffered: bool,
+    reuse_memory: bool,
     device: &'a sluice_runtime::io::calibration::DeviceId,
     engines: &'a [EngineNote],
     #[serde(flatten)]
@@ -138,6 +144,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let path = scratch.as_ref().map_or(args.path.as_path(), Scratch::path);
     let mode = if args.buffered { DirectMode::Never } else { DirectMode::Prefer };
     let mut bench = DiskBench::open(path, mode)?;
+    bench.reuse_memory(args.reuse_memory);
     // An open file stays readable without its name, and nothing is left behind when the program is killed.
     let is_scratch = scratch.is_some();
     drop(scratch);
@@ -155,6 +162,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         file_bytes: bench.file_bytes(),
         scratch: is_scratch,
         buffered: args.buffered,
+        reuse_memory: args.reuse_memory,
         device: bench.device(),
         engines: &engines,
         sweep: &sweep,
@@ -230,7 +238,7 @@ fn options(args: &Args, engines: &[EngineNote]) -> Result<SweepOptions, CliError
 
 /// The calibration that the sweep means, if it means one.
 fn calibration(args: &Args, options: &SweepOptions, bench: &DiskBench, sweep: &Sweep) -> Option<Calibration> {
-    if !options.is_full() || args.buffered {
+    if !options.is_full() || args.buffered || args.reuse_memory {
         return None;
     }
     if bench.file_bytes() < KEPT_LEAST {
@@ -270,9 +278,10 @@ fn describe(report: &Report<'_>) -> String {
     if let Some(huge) = report.huge_page_bytes {
         let _ = writeln!(
             out,
-            "Memory     {} for reads, {} of it in huge pages",
+            "Memory     {} for reads, {} of it in huge pages{}",
             Bytes(report.memory_bytes as u64),
-            Bytes(huge)
+            Bytes(huge),
+            if report.reuse_memory { "; only as much as is in flight is used" } else { "" }
         );
     }
     for EngineNote { name, note, .. } in report.engines {

@@ -186,6 +186,7 @@ pub struct DiskBench {
     slots: Vec<Slot>,
     region: Option<Region>,
     offsets: Offsets,
+    reuse_memory: bool,
     proof: proof::Watch,
 }
 
@@ -218,7 +219,15 @@ impl DiskBench {
         }
         let device = DeviceId::of(&file).map_err(|source| IoError::Open { path: path.to_owned(), source })?;
         let proof = proof::Watch::start(&file);
-        Ok(DiskBench { file, device, slots: Vec::new(), region: None, offsets: Offsets::default(), proof })
+        Ok(DiskBench {
+            file,
+            device,
+            slots: Vec::new(),
+            region: None,
+            offsets: Offsets::default(),
+            reuse_memory: false,
+            proof,
+        })
     }
 
     /// Path as it was given.
@@ -243,6 +252,12 @@ impl DiskBench {
     #[must_use]
     pub fn direct(&self) -> &DirectIo {
         self.file.direct()
+    }
+
+    /// Whether a read goes where the last one that ended went, as with fio, instead of where the oldest one went. That
+    /// memory stays in the processor's cache, where some drives write faster than weights can ever come.
+    pub fn reuse_memory(&mut self, reuse: bool) {
+        self.reuse_memory = reuse;
     }
 
     /// Makes room for what a point reads.
@@ -301,6 +316,7 @@ impl DiskBench {
             memory
                 .extend(std::iter::from_fn(|| filling.next_chunk()).map(|(number, mem)| (Home { slot, number }, mem)));
         }
+        let unused = memory.split_off(if self.reuse_memory { point.depth } else { memory.len() });
         let before = cpu_time();
         let mut run = Run { point, offsets: &mut self.offsets, blocks, window, bytes: 0 };
         let (memory, elapsed) = run.read(engine.as_mut(), memory).map_err(|(offset, source)| BenchError::Read {
@@ -311,7 +327,7 @@ impl DiskBench {
         })?;
         let (bytes, cpu) = (run.bytes, cpu_time().saturating_sub(before));
         drop(engine);
-        for (Home { slot, number }, mut mem) in memory {
+        for (Home { slot, number }, mut mem) in memory.into_iter().chain(unused) {
             mem.advance(mem.len());
             fillings[slot].give_back(number, mem);
         }
