@@ -156,9 +156,6 @@ impl<'a> Worker<'a> {
             self.issue();
             let hash_next = self.hash_candidate().is_some();
             self.collect(!hash_next)?;
-            if self.hash_candidate().is_none() {
-                continue;
-            }
             // The drive must not idle while this thread hashes, nor read what is less urgent than a new message.
             self.take_commands();
             if self.issue() {
