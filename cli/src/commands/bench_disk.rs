@@ -26,7 +26,7 @@ PATH is a file, which is only read, or a folder (or a new name), where a scratch
 model file is best: a small file may fit into the drive's own memory. Reads bypass the page cache, and the output says \
 how that is known; where they cannot, nothing is measured.
 
-The knee is the setting with the fewest bytes in flight within 4 % of the best random bandwidth. It is kept per drive \
+The knee is the setting with the fewest bytes in flight within 10 % of the best random bandwidth. It is kept per drive \
 in ~/.cache/sluice/io.json, and `sluice run` reads that way from then on.
 
 Examples:
