@@ -47,6 +47,21 @@ fn every_engine_reads_for_a_while_and_stops() {
 }
 
 #[test]
+fn memory_is_read_into_in_turns_or_again_and_again() {
+    let file = noise();
+    for reuse in [false, true] {
+        let mut bench = open(file.path());
+        bench.reuse_memory(reuse);
+        let point = Point { engine: BenchEngine::Pread, pattern: Pattern::Random, block_bytes: 64 << 10, depth: 16 };
+        let visit = bench.visit(&point, Duration::from_millis(20)).expect("measured");
+        let pieces = || bench.slots.iter().flat_map(|slot| slot.bytes().chunks_exact(point.block_bytes));
+        let read_into = pieces().filter(|piece| piece.iter().any(|&byte| byte != 0)).count();
+        let reads = usize::try_from(visit.bytes).expect("few") / point.block_bytes;
+        assert_eq!(read_into, if reuse { point.depth } else { reads.min(pieces().count()) });
+    }
+}
+
+#[test]
 fn a_sweep_measures_every_point_and_proves_itself() {
     let file = noise();
     let mut bench = open(file.path());
