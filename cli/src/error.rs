@@ -1,6 +1,7 @@
 //! Why a command failed, and the exit code that follows.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use sluice_converter::ConvertError;
@@ -57,6 +58,20 @@ impl CliError {
     /// An adapter for `map_err`.
     pub(crate) fn file(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> CliError {
         move |source| CliError::File { path: path.to_owned(), action, source }
+    }
+
+    /// Refuses to write to `out` if it is one of the files that are read, under whatever name.
+    pub(crate) fn refuse_inputs(out: &Path, inputs: &[&Path]) -> Result<(), CliError> {
+        let identity = |path: &Path| path.metadata().ok().map(|m| (m.dev(), m.ino()));
+        let Some(target) = identity(out) else { return Ok(()) };
+        match inputs.iter().find(|input| identity(input) == Some(target)) {
+            None => Ok(()),
+            Some(input) => Err(CliError::Usage(format!(
+                "{} is the file {} that is read: choose another name to write to",
+                out.display(),
+                input.display()
+            ))),
+        }
     }
 
     /// 2 when the command line must change, else 1.

@@ -132,3 +132,38 @@ fn files_that_are_no_models() {
         assert!(report["error"].as_str().unwrap().contains(words), "{report}");
     }
 }
+
+#[test]
+fn what_is_read_is_never_written_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (checkpoint, model, text) = (at("checkpoint"), at("m.sluice"), at("t.txt"));
+    fs::create_dir(&checkpoint).unwrap();
+    for file in fs::read_dir(demo_checkpoint()).unwrap().map(|entry| entry.unwrap().path()) {
+        fs::copy(&file, folder.path().join("checkpoint").join(file.file_name().unwrap())).unwrap();
+    }
+    fs::copy(demo_model(), &model).unwrap();
+    fs::write(&text, "To be, or not to be: that is the question. ".repeat(4)).unwrap();
+    let link = at("link.sluice");
+    std::os::unix::fs::symlink(&model, &link).unwrap();
+
+    for name in ["model.safetensors", "config.json", "."] {
+        let target = format!("{checkpoint}/{name}");
+        let before = fs::read(&target).ok();
+        assert_fails(&sluice(&["convert", &checkpoint, &target, "--overwrite"]), 1, &["no model file", &target]);
+        assert_eq!(fs::read(&target).ok(), before);
+    }
+    let before = fs::read(&model).unwrap();
+    for commands in [
+        vec!["logits", &model, "--ids", "1,2", "--out", &link],
+        vec!["run", &model, "--prompt-ids", "1,2", "--ids", "--trace", &model],
+        vec!["run", &model, "--prompt-file", &text, "--trace", &text],
+        vec!["calibrate", &model, "--text", &text, "--out", &model],
+        vec!["calibrate", &model, "--text", &text, "--out", &text],
+        vec!["bench", "decode", &model, "-n", "2", "--plot", &link],
+        vec!["bench", "disk", &model, "--plot", &model],
+    ] {
+        assert_fails(&sluice(&commands), 2, &["that is read"]);
+    }
+    assert!(fs::read(&model).unwrap() == before && fs::read_to_string(&text).unwrap().starts_with("To be"));
+}

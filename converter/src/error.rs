@@ -123,6 +123,14 @@ pub enum ConvertError {
         /// The destination.
         path: PathBuf,
     },
+    /// The destination exists, and it is none of our files: it may be one that is read, or a device.
+    #[error(
+        "{path} exists and is no model file of ours, so it is not overwritten. Choose another name, or remove it first"
+    )]
+    NotOurs {
+        /// The destination.
+        path: PathBuf,
+    },
     /// Another conversion is writing there.
     #[error("{path} is being written by another conversion. Wait for it, or stop it")]
     Locked {

@@ -2,13 +2,13 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
-use sluice_format::{FileWriter, ModelId};
+use sluice_format::{FileWriter, MAGIC, ModelId};
 
 use crate::error::ConvertError;
 use crate::journal::{Found, Identity, Journal};
@@ -47,12 +47,12 @@ pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 
 /// Opens the partial file for `destination`. When this returns, its space is allocated and its journal exists.
 pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertError> {
-    refuse_existing(destination, plan)?;
+    refuse_existing(destination, plan.options.overwrite)?;
     let path = with_suffix(destination, ".partial");
     let journal_path = with_suffix(destination, ".partial.journal");
     let (writer, lock) = lock(&path, plan)?;
     // Another conversion may have finished while this one waited to open the file.
-    refuse_existing(destination, plan)?;
+    refuse_existing(destination, plan.options.overwrite)?;
     let partial = Partial { destination: destination.to_owned(), path, journal_path, writer, lock };
     let identity =
         Identity { plan_hash: plan.hash, tensors_per_extent: plan.tensors_per_extent(), extents: plan.extents.len() };
@@ -79,11 +79,19 @@ pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertErr
     Ok(Opened { partial, journal, done, restarted })
 }
 
-fn refuse_existing(destination: &Path, plan: &Plan) -> Result<(), ConvertError> {
-    if !plan.options.overwrite && destination.symlink_metadata().is_ok() {
-        return Err(ConvertError::Exists { path: destination.to_owned() });
+/// Whether a finished file may take the place of what is at `destination`, if anything is. Only model files are ever
+/// replaced: a checkpoint, a folder or a device that was named by mistake stays what it is.
+pub(crate) fn refuse_existing(destination: &Path, overwrite: bool) -> Result<(), ConvertError> {
+    let Ok(found) = destination.symlink_metadata() else { return Ok(()) };
+    let path = destination.to_owned();
+    if !overwrite {
+        return Err(ConvertError::Exists { path });
     }
-    Ok(())
+    let is_ours = || {
+        let mut magic = [0; MAGIC.len()];
+        File::open(destination).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == MAGIC
+    };
+    if found.is_file() && (found.len() == 0 || is_ours()) { Ok(()) } else { Err(ConvertError::NotOurs { path }) }
 }
 
 /// Opens and locks the partial file. The lock belongs to the open file and vanishes with the process, however it ends.

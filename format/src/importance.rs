@@ -250,6 +250,12 @@ impl Importance {
     /// [`ImportanceError::Io`].
     pub fn save(&self, path: &Path) -> Result<(), ImportanceError> {
         let error = |action| move |source| ImportanceError::Io { path: path.to_owned(), action, source };
+        // Where a link leads to; and what is no file, such as a pipe, is written to and not replaced.
+        let place = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let path = place.as_path();
+        if path.metadata().is_ok_and(|found| !found.is_file()) {
+            return fs::write(path, self.to_bytes()).map_err(error("write the importance"));
+        }
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(".partial");
         let partial = path.with_file_name(name);

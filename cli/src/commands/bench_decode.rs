@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 use serde::Serialize;
 use sluice_converter::synth::token_stream;
+use sluice_format::ModelFile;
 use sluice_runtime::io::bench::{BenchEngine, DiskBench, Pattern, Point, median};
 use sluice_runtime::io::{DirectMode, IoConfig};
 use sluice_runtime::memory::Bytes;
@@ -170,6 +171,9 @@ struct Split {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    if let Some(plot) = &args.plot {
+        CliError::refuse_inputs(plot, &[&args.file])?;
+    }
     if args.n == 0 || args.pairs == 0 {
         return Err(CliError::Usage("-n and --pairs must be at least 1".into()));
     }
@@ -234,8 +238,19 @@ impl Decoder {
     }
 }
 
+/// Tokens of a run that measures `measured` of them, as far as the model can take them.
+fn total_tokens(args: &Args, measured: Option<usize>) -> Result<usize, CliError> {
+    let most = ModelFile::open(&args.file)?.spec().max_positions;
+    let total = measured.and_then(|n| n.checked_add(args.warm_up)).filter(|total| *total <= most);
+    total.ok_or_else(|| {
+        CliError::Usage(format!(
+            "the model takes at most {most} tokens, warm-up included: lower -n, --warm-up or --pairs"
+        ))
+    })
+}
+
 fn measure(args: &Args, budget: Option<u64>) -> Result<Outcome, CliError> {
-    let total = args.warm_up + args.n;
+    let total = total_tokens(args, Some(args.n))?;
     let options = EngineOptions { budget, ..args.engine.options(total) };
     let mut decoder = Decoder::open(&args.file, &options, total)?;
     let bar = step_bar("decoding", total as u64);
@@ -340,7 +355,7 @@ struct Comparison {
 }
 
 fn compare(args: &Args, what: Compare) -> Result<(), CliError> {
-    let total = args.warm_up + args.n * args.pairs;
+    let total = total_tokens(args, args.n.checked_mul(args.pairs))?;
     let asked = args.engine.options(total);
     let first = match what {
         Compare::Prefetch | Compare::Checksums => asked,

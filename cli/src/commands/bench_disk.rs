@@ -140,6 +140,9 @@ struct EngineNote {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    if let Some(plot) = &args.plot {
+        CliError::refuse_inputs(plot, &[&args.path])?;
+    }
     let scratch = scratch_file(args)?;
     let path = scratch.as_ref().map_or(args.path.as_path(), Scratch::path);
     let mode = if args.buffered { DirectMode::Never } else { DirectMode::Prefer };

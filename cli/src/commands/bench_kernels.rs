@@ -10,6 +10,7 @@ use serde::Serialize;
 use sluice_kernels::{Activations, Kernels, Matrix, Precision, ROW_GROUP, ThreadPool, WeightType, row_group_len};
 use sluice_runtime::RuntimeError;
 use sluice_runtime::io::bench::median;
+use sluice_runtime::memory::Bytes;
 
 use crate::error::CliError;
 use crate::size::parse_size;
@@ -82,7 +83,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         return Err(CliError::Usage("--bytes must be at least 256KiB".into()));
     }
     // No scale or number among these bytes is NaN or subnormal.
-    let data = vec![0x2b_u8; bytes];
+    let mut data = Vec::new();
+    data.try_reserve_exact(bytes)
+        .map_err(|_| CliError::Failure(format!("the system has no {} of memory: lower --bytes", Bytes(args.bytes))))?;
+    data.resize(bytes, 0x2b_u8);
     let counts = if all == 1 { vec![1] } else { vec![1, all] };
     let bar = step_bar("measuring", (counts.len() * WeightType::ALL.len()) as u64);
     let measure = |&threads: &usize| {

@@ -22,7 +22,7 @@ use crate::sampling::SamplingArgs;
 use crate::terminal::{note, print, print_json};
 
 const EXAMPLES: &str = "\
-The prompt is passed to the model as it is: no chat template is applied. Text appears as it is generated; \
+The prompt is passed to the model as it is; --chat puts it into the model's chat template. Text appears as it is generated; \
 the report of --profile goes to standard error.
 
 Examples:
@@ -109,6 +109,10 @@ struct Prepared {
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let started = Instant::now();
+    if let Some(trace) = &args.trace {
+        let prompt = args.prompt_file.as_deref().unwrap_or(&args.file);
+        CliError::refuse_inputs(trace, &[&args.file, prompt])?;
+    }
     let prepared = prepare(args)?;
     let mut engine = args.engine.open(&args.file, prepared.context)?;
     let open_seconds = started.elapsed().as_secs_f64();

@@ -21,7 +21,7 @@ use super::topics::Embeddings;
 use super::values::{Filler, truncate_to_bf16};
 use crate::Progress;
 use crate::error::ConvertError;
-use crate::partial::{check_space, lock_file, sync_folder, with_suffix};
+use crate::partial::{check_space, lock_file, refuse_existing, sync_folder, with_suffix};
 use crate::plan::{CONVERTER, KindSize, kind_sizes};
 
 /// Bytes that are made before they are written.
@@ -77,6 +77,7 @@ pub struct SynthSummary {
 ///
 /// # Errors
 /// [`ConvertError::Options`] for a skew that is no number from 0 to 100 or a type that cannot be made, [`ConvertError::Exists`],
+/// [`ConvertError::NotOurs`],
 /// [`ConvertError::Locked`], [`ConvertError::NoSpace`], [`ConvertError::Io`], [`ConvertError::Format`]. `dst` is then what it
 /// was.
 pub fn synth(
@@ -90,15 +91,11 @@ pub fn synth(
     }
     let layout = Layout::new(geometry.spec(), options.types, options.page_size)?;
     let metadata = metadata(geometry, options);
-    let refuse_existing = || match dst.symlink_metadata() {
-        Ok(_) if !options.overwrite => Err(ConvertError::Exists { path: dst.to_owned() }),
-        _ => Ok(()),
-    };
-    refuse_existing()?;
+    refuse_existing(dst, options.overwrite)?;
     let path = with_suffix(dst, ".partial");
     let writer = FileWriter::open(&path, layout.file.clone())?;
     let lock = lock_file(&path, &writer)?;
-    refuse_existing()?;
+    refuse_existing(dst, options.overwrite)?;
     writer.file().set_len(0).map_err(ConvertError::io(&path, "empty it"))?;
     let written = prepare(&path, &writer, &layout, options).and_then(|()| {
         progress.started(layout.extent_bytes(), 0);
