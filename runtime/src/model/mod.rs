@@ -118,13 +118,13 @@ impl KvCache {
 /// Where the time of a forward pass went.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LayerTimes {
-    /// Attention with its projections.
+    /// Attention with its projections, without waiting for weights.
     pub attention: Duration,
     /// Routed experts, without waiting for them.
     pub experts: Duration,
     /// Router, dense parts, sums, waiting for experts.
     pub feed_forward: Duration,
-    /// Final norm and output head.
+    /// Final norm and output head, without waiting for weights.
     pub head: Duration,
 }
 
@@ -342,8 +342,8 @@ impl Model {
         let (x, normed, delta) = (&mut x[..len], sized(normed, len), sized(delta, len));
         let layer = &self.layers[index];
 
-        let started = Instant::now();
         let dense_parts = weights.dense;
+        let (started, waited) = (Instant::now(), dense_parts.stats().wait());
         let attention = dense_parts.dense(layer.extents.attention)?;
         layer.attn_norm.read(attention.bytes(), norm);
         norm_rows(x, norm, eps, normed);
@@ -351,7 +351,7 @@ impl Model {
         drop(attention);
         add(x, delta);
         let attended = Instant::now();
-        self.times.attention += attended - started;
+        self.times.attention += (attended - started).saturating_sub(dense_parts.stats().wait() - waited);
 
         let router = dense_parts.dense(layer.extents.router)?;
         let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
@@ -387,7 +387,7 @@ impl Model {
         range: std::ops::Range<usize>,
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), ModelError> {
-        let started = Instant::now();
+        let (mut started, waited) = (Instant::now(), dense.stats().wait());
         let (hidden, vocab) = (self.spec.hidden_size, self.spec.vocab_size);
         let Scratch { x, normed, norm, head_input, part, logits, .. } = &mut self.scratch;
         self.final_norm.1.read(dense.dense(self.final_norm.0)?.bytes(), norm);
@@ -415,7 +415,9 @@ impl Model {
             self.times.head += started.elapsed();
             logits.chunks_exact(vocab).enumerate().for_each(|(i, row)| sink(first + i, row));
             first += n;
+            started = Instant::now();
         }
+        self.times.head = self.times.head.saturating_sub(dense.stats().wait() - waited);
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{DenseLocation, PoolError};
 use crate::io::{Arena, Check, Class, ExtentRead, PendingRead, ReadFailure, Scheduler, Slot};
@@ -59,6 +59,14 @@ pub struct DenseStats {
     pub bytes_read: u64,
     /// Nanoseconds in which [`DenseParts::dense`] was blocked.
     pub wait_ns: u64,
+}
+
+impl DenseStats {
+    /// Time in which [`DenseParts::dense`] was blocked.
+    #[must_use]
+    pub fn wait(&self) -> Duration {
+        Duration::from_nanos(self.wait_ns)
+    }
 }
 
 impl DenseParts {
