@@ -317,6 +317,22 @@ fn control_group_limits() -> impl Iterator<Item = u64> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bytes(pub u64);
 
+impl Bytes {
+    /// At least so many, rounded up to what is shown: the text, taken as a number, is enough.
+    #[must_use]
+    pub fn at_least(bytes: u64) -> Bytes {
+        let mut unit = 1024;
+        while bytes >= unit * 1024 && unit < 1 << 40 {
+            unit *= 1024;
+        }
+        if bytes < 1024 {
+            return Bytes(bytes);
+        }
+        let tenths = (u128::from(bytes) * 10).div_ceil(u128::from(unit));
+        Bytes((tenths * u128::from(unit)).div_ceil(10).try_into().unwrap_or(u64::MAX))
+    }
+}
+
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let units = ["KiB", "MiB", "GiB", "TiB"];
@@ -336,6 +352,16 @@ impl fmt::Display for Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_needed_is_rounded_up() {
+        let shown = |bytes| Bytes::at_least(bytes).to_string();
+        assert_eq!([0, 1023, 1024, 1025].map(shown), ["0 B", "1023 B", "1.0 KiB", "1.1 KiB"]);
+        assert_eq!([1_048_576, 1_064_960, (1 << 30) - 1].map(shown), ["1.0 MiB", "1.1 MiB", "1.0 GiB"]);
+        for bytes in [1_048_577, 85_630_976, 757_703_680, u64::MAX] {
+            assert!(Bytes::at_least(bytes).0 >= bytes);
+        }
+    }
 
     #[test]
     fn bytes_read_well() {

@@ -221,7 +221,7 @@ fn describe(r: &Report) -> String {
         ),
     );
     let tokens = r.context;
-    line("least budget", format!("{} for a context of {tokens} tokens", Bytes(r.least_budget)));
+    line("least budget", format!("{} for a context of {tokens} tokens", Bytes::at_least(r.least_budget)));
     line("of which", format!("{} for their keys and values in {}", Bytes(r.kv_cache_bytes), r.kv_type));
     line("tokenizer", if r.has_tokenizer { "yes".into() } else { "none: token ids only".into() });
     let _ = writeln!(out, "\n{:<12} {:>8} {:>12}  types", "part", "extents", "size");

@@ -185,7 +185,7 @@ fn warnings(needs: &Needs, speed: &Result<Speed, sluice_runtime::memory::BudgetE
     match speed {
         Err(refused) => warnings.push(format!(
             "this memory does not suffice: beside what is left to the system, the model needs at least {}",
-            Bytes(refused.least)
+            Bytes::at_least(refused.least)
         )),
         Ok(speed) => {
             if speed.curve.is_some() && speed.cached_cycles < 1.0 {
@@ -237,7 +237,10 @@ fn describe(r: &Report) -> String {
         ),
     );
     line("on the drive", gigabytes(r.disk_bytes));
-    line("memory", format!("at least {}; with {} nothing is read twice", Bytes(n.least_memory), Bytes(n.best_memory)));
+    line(
+        "memory",
+        format!("at least {}; with {} nothing is read twice", Bytes::at_least(n.least_memory), Bytes(n.best_memory)),
+    );
     line(
         "machine",
         format!(

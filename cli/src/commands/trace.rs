@@ -1,6 +1,6 @@
 //! `sluice trace`: what recorded routing says about caches.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Subcommand;
@@ -8,7 +8,7 @@ use sluice_runtime::pool::PolicyKind;
 use sluice_runtime::trace::{Replay, Row, Stats, Trace};
 
 use crate::error::CliError;
-use crate::terminal::{print, print_json};
+use crate::terminal::{note, print, print_json};
 
 const EXAMPLES: &str = "\
 A trace has one JSON object a line and a token: {\"tok\": 0, \"layers\": [[expert ids of layer 0], …]}. \
@@ -122,7 +122,7 @@ fn replay(args: &ReplayArgs) -> Result<(), CliError> {
     let mut rows = Vec::new();
     for path in &args.traces {
         let name = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy();
-        let replay = Replay::new(&Trace::open(path)?, args.experts)?;
+        let replay = Replay::new(&open(path)?, args.experts)?;
         rows.extend(replay.report(&name, &policies, &caches));
     }
     if args.json { print_json(&rows) } else { print(&table(&rows)) }
@@ -146,8 +146,18 @@ fn table(rows: &[Row]) -> String {
     out + "* what `sluice run` uses\n"
 }
 
+/// Reads a trace, and says if its end is missing.
+fn open(path: &Path) -> Result<Trace, CliError> {
+    let trace = Trace::open(path)?;
+    if trace.is_cut_short() {
+        let (path, tokens) = (path.display(), trace.tokens().len());
+        note(&format_args!("note: {path} ends within a line, which is left out: {tokens} tokens are complete"));
+    }
+    Ok(trace)
+}
+
 fn stats(args: &StatsArgs) -> Result<(), CliError> {
-    let stats = Stats::new(&Trace::open(&args.trace)?, args.experts)?;
+    let stats = Stats::new(&open(&args.trace)?, args.experts)?;
     if args.json { print_json(&stats) } else { print(&describe(&stats)) }
 }
 

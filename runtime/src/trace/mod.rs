@@ -94,9 +94,15 @@ pub struct Trace {
     choices: Vec<Choice>,
     layers: usize,
     largest: Option<u32>,
+    cut_short: bool,
 }
 
 impl Trace {
+    /// Whether the last line is not complete, and left out: whoever wrote it was interrupted.
+    pub fn is_cut_short(&self) -> bool {
+        self.cut_short
+    }
+
     /// The first line, if it is a header.
     pub fn header(&self) -> Option<&Header> {
         self.header.as_ref()

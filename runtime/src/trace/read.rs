@@ -115,7 +115,7 @@ impl Trace {
         }
     }
 
-    /// Reads lines; `name` is for messages. Memory stays within a small multiple of what is read, line by line.
+    /// Reads lines; `name` is for messages. A last line that ends before its time is left out. Memory stays within a small multiple of what is read, line by line.
     ///
     /// # Errors
     /// [`TraceError`] with the first line that cannot be used.
@@ -130,6 +130,14 @@ impl Trace {
                 Ok(_) => trace.line(text.trim_ascii(), line == 1),
                 Err(e) => Err(Problem::Io(e)),
             };
+            if let Err(Problem::Json(error)) = &result
+                && error.is_eof()
+                && !trace.tokens.is_empty()
+                && !text.ends_with(b"\n")
+            {
+                trace.cut_short = true;
+                break;
+            }
             result.map_err(|problem| TraceError { name: name.to_owned(), line, problem })?;
         }
         Ok(trace)

@@ -158,7 +158,7 @@ fn damaged_lines_are_named() {
     let ok = "{\"layers\":[[1]]}\n";
     let header = "{\"sluice_trace\":1,\"layers\":1,\"experts\":4}\n";
     for (text, expected) in [
-        (format!("{ok}{{\"layers\":[[1]"), "t.jsonl, line 2: not a token of a routing trace: EOF"),
+        (format!("{ok}{{\"layers\":[[1]\n"), "t.jsonl, line 2: not a token of a routing trace: EOF"),
         (format!("{ok}[1]"), "t.jsonl, line 2: not a token"),
         (format!("{ok}{{\"tok\":3}}"), "t.jsonl, line 2: not a token of a routing trace: missing field `layers`"),
         ("\u{0}\u{1}".into(), "t.jsonl, line 1: not a token"),
@@ -270,6 +270,20 @@ fn fewest_misses(trace: &Trace, slots: usize) -> u64 {
         }
     }
     states.into_values().min().unwrap()
+}
+
+#[test]
+fn a_line_that_was_not_finished_is_left_out() {
+    let line = "{\"layers\":[[1,2],[3]]}\n";
+    let complete = read(&line.repeat(2)).expect("complete");
+    assert!(!complete.is_cut_short());
+    for end in 1..line.len() - 1 {
+        let cut = read(&format!("{}{}", line.repeat(2), &line[..end])).expect("the end does not matter");
+        assert!(cut.is_cut_short() && cut.tokens() == complete.tokens(), "{end}");
+    }
+    assert!(read(&line[..9]).is_err(), "nothing is complete");
+    assert!(read(&format!("{}\n{line}", &line[..9])).is_err(), "not the last line");
+    assert!(read(&format!("{line}{}\n", &line[..9])).is_err(), "an end of a line was written");
 }
 
 proptest! {
