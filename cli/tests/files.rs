@@ -150,7 +150,7 @@ fn what_is_read_is_never_written_to() {
     for name in ["model.safetensors", "config.json", "."] {
         let target = format!("{checkpoint}/{name}");
         let before = fs::read(&target).ok();
-        assert_fails(&sluice(&["convert", &checkpoint, &target, "--overwrite"]), 1, &["no model file", &target]);
+        assert_fails(&sluice(&["convert", &checkpoint, &target, "--overwrite"]), 1, &["not overwritten", &target]);
         assert_eq!(fs::read(&target).ok(), before);
     }
     let before = fs::read(&model).unwrap();

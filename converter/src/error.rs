@@ -123,11 +123,9 @@ pub enum ConvertError {
         /// The destination.
         path: PathBuf,
     },
-    /// The destination exists, and it is none of our files: it may be one that is read, or a device.
-    #[error(
-        "{path} exists and is no model file of ours, so it is not overwritten. Choose another name, or remove it first"
-    )]
-    NotOurs {
+    /// The destination exists and may not be replaced, whatever was asked for.
+    #[error("{path} is a part of the checkpoint, or no file at all, so it is not overwritten. Choose another name")]
+    NotReplaced {
         /// The destination.
         path: PathBuf,
     },

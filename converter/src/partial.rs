@@ -47,12 +47,12 @@ pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 
 /// Opens the partial file for `destination`. When this returns, its space is allocated and its journal exists.
 pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertError> {
-    refuse_existing(destination, plan.options.overwrite)?;
+    refuse_existing(destination, plan.options.overwrite, Some(&plan.checkpoint.dir))?;
     let path = with_suffix(destination, ".partial");
     let journal_path = with_suffix(destination, ".partial.journal");
     let (writer, lock) = lock(&path, plan)?;
     // Another conversion may have finished while this one waited to open the file.
-    refuse_existing(destination, plan.options.overwrite)?;
+    refuse_existing(destination, plan.options.overwrite, Some(&plan.checkpoint.dir))?;
     let partial = Partial { destination: destination.to_owned(), path, journal_path, writer, lock };
     let identity =
         Identity { plan_hash: plan.hash, tensors_per_extent: plan.tensors_per_extent(), extents: plan.extents.len() };
@@ -79,19 +79,24 @@ pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertErr
     Ok(Opened { partial, journal, done, restarted })
 }
 
-/// Whether a finished file may take the place of what is at `destination`, if anything is. Only model files are ever
-/// replaced: a checkpoint, a folder or a device that was named by mistake stays what it is.
-pub(crate) fn refuse_existing(destination: &Path, overwrite: bool) -> Result<(), ConvertError> {
+/// Whether a finished file may take the place of what is at `destination`, if anything is: not of a folder or a device, and
+/// not of a file in `source`, the folder of the checkpoint, unless that is a model file of ours.
+pub(crate) fn refuse_existing(destination: &Path, overwrite: bool, source: Option<&Path>) -> Result<(), ConvertError> {
     let Ok(found) = destination.symlink_metadata() else { return Ok(()) };
     let path = destination.to_owned();
     if !overwrite {
         return Err(ConvertError::Exists { path });
     }
+    let is_found = |entry: io::Result<fs::DirEntry>| {
+        let read = entry.and_then(|entry| fs::metadata(entry.path()));
+        read.is_ok_and(|read| (read.dev(), read.ino()) == (found.dev(), found.ino()))
+    };
+    let is_read = || source.and_then(|folder| fs::read_dir(folder).ok()).is_some_and(|mut all| all.any(is_found));
     let is_ours = || {
         let mut magic = [0; MAGIC.len()];
         File::open(destination).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == MAGIC
     };
-    if found.is_file() && (found.len() == 0 || is_ours()) { Ok(()) } else { Err(ConvertError::NotOurs { path }) }
+    if !found.is_file() || (is_read() && !is_ours()) { Err(ConvertError::NotReplaced { path }) } else { Ok(()) }
 }
 
 /// Opens and locks the partial file. The lock belongs to the open file and vanishes with the process, however it ends.

@@ -77,6 +77,7 @@ pub(super) fn type_parser() -> impl TypedValueParser<Value = WeightType> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    CliError::refuse_inputs(&args.dst, &[args.geometry.as_ref()])?;
     let geometry = Geometry::load(&args.geometry, args.layers)?;
     let experts = args.expert_type.unwrap_or_else(|| geometry.usual_expert_type());
     let options = SynthOptions {

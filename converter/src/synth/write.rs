@@ -77,7 +77,7 @@ pub struct SynthSummary {
 ///
 /// # Errors
 /// [`ConvertError::Options`] for a skew that is no number from 0 to 100 or a type that cannot be made, [`ConvertError::Exists`],
-/// [`ConvertError::NotOurs`],
+/// [`ConvertError::NotReplaced`],
 /// [`ConvertError::Locked`], [`ConvertError::NoSpace`], [`ConvertError::Io`], [`ConvertError::Format`]. `dst` is then what it
 /// was.
 pub fn synth(
@@ -91,11 +91,11 @@ pub fn synth(
     }
     let layout = Layout::new(geometry.spec(), options.types, options.page_size)?;
     let metadata = metadata(geometry, options);
-    refuse_existing(dst, options.overwrite)?;
+    refuse_existing(dst, options.overwrite, None)?;
     let path = with_suffix(dst, ".partial");
     let writer = FileWriter::open(&path, layout.file.clone())?;
     let lock = lock_file(&path, &writer)?;
-    refuse_existing(dst, options.overwrite)?;
+    refuse_existing(dst, options.overwrite, None)?;
     writer.file().set_len(0).map_err(ConvertError::io(&path, "empty it"))?;
     let written = prepare(&path, &writer, &layout, options).and_then(|()| {
         progress.started(layout.extent_bytes(), 0);
