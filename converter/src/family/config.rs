@@ -97,14 +97,6 @@ impl Config {
         self.read(key, default, "true or false", Value::as_bool)
     }
 
-    /// A truth value that may be missing or null.
-    pub(crate) fn opt_bool(&self, key: &str) -> Result<Option<bool>, ConvertError> {
-        self.read(key, None, "true, false or null", |v| match v {
-            Value::Null => Some(None),
-            v => v.as_bool().map(Some),
-        })
-    }
-
     /// A text that may be missing or null.
     pub(crate) fn opt_str(&self, key: &str) -> Result<Option<&str>, ConvertError> {
         match self.keys.get(key) {

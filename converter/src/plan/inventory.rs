@@ -45,19 +45,19 @@ pub(crate) fn take(
     checkpoint: &Checkpoint,
     family: &dyn Family,
     spec: &ModelSpec,
-    tied: Option<bool>,
+    tied: bool,
 ) -> Result<Inventory, ConvertError> {
     let names = family.names();
     let mut notes = Vec::new();
     let stored_head = form::find(checkpoint, names.head);
     let head = match (tied, &stored_head) {
-        (Some(false), _) | (None, Some(_)) => names.head.to_owned(),
+        (false, Some(_)) => names.head.to_owned(),
         // Many tied checkpoints do not say so; the absent tensor does.
-        (None, None) => {
+        (false, None) => {
             notes.push(format!("there is no `{}`: the token embedding is also the output head", names.head));
             names.embedding()
         }
-        (Some(true), _) => names.embedding(),
+        (true, _) => names.embedding(),
     };
     let mut ledger = Ledger { checkpoint, used: vec![false; checkpoint.tensors.len()], missing: Vec::new() };
     for name in [&names.embedding(), &head, &names.final_norm(spec.hidden_size).tensor] {
@@ -80,7 +80,7 @@ pub(crate) fn take(
             names: first_few(&ledger.missing),
         });
     }
-    if let (Some(true), Some(copy)) = (tied, stored_head) {
+    if let (true, Some(copy)) = (tied, stored_head) {
         copy.tensors.into_iter().for_each(|tensor| ledger.used[tensor] = true);
         notes.push(format!(
             "`tie_word_embeddings` is true: `{}` is ignored, the token embedding is the head",

@@ -128,10 +128,7 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     spec.validate()
         .map_err(|problem| config.refuse("model_type", format!("describes an impossible model: {problem}")))?;
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
-    let tied = match text.opt_bool("tie_word_embeddings")? {
-        None => config.opt_bool("tie_word_embeddings")?,
-        said => said,
-    };
+    let tied = text.bool_or("tie_word_embeddings", config.bool_or("tie_word_embeddings", false)?)?;
     let inventory = inventory::take(&checkpoint, family, &spec, tied)?;
     let built = build::build(&checkpoint, family, &spec, options, scheme, &inventory.head)?;
     let layout = FileLayout::new(options.page_size, &built.planned)?;
