@@ -353,7 +353,7 @@ impl Engine {
     pub fn stats(&self) -> Stats {
         let pool = self.storage.pool.stats();
         let LayerTimes { attention, experts, head, .. } = self.model.times();
-        let wait = Duration::from_nanos(pool.wait_ns + self.storage.dense.stats().wait_ns);
+        let wait = Duration::from_nanos(pool.wait_ns) + self.storage.dense.stats().wait;
         let accounted = attention + experts + wait + head;
         Stats {
             tokens: self.tokens,

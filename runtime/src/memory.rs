@@ -321,31 +321,24 @@ impl Bytes {
     /// At least so many, rounded up to what is shown: the text, taken as a number, is enough.
     #[must_use]
     pub fn at_least(bytes: u64) -> Bytes {
-        let mut unit = 1024;
-        while bytes >= unit * 1024 && unit < 1 << 40 {
-            unit *= 1024;
-        }
-        if bytes < 1024 {
-            return Bytes(bytes);
-        }
+        let Some((unit, _)) = Bytes(bytes).unit() else { return Bytes(bytes) };
         let tenths = (u128::from(bytes) * 10).div_ceil(u128::from(unit));
         Bytes((tenths * u128::from(unit)).div_ceil(10).try_into().unwrap_or(u64::MAX))
+    }
+
+    /// The largest unit that there is one of, and its name; none for a few bytes.
+    fn unit(self) -> Option<(u64, &'static str)> {
+        let units = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+        units.into_iter().find(|(unit, _)| self.0 >= *unit)
     }
 }
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let units = ["KiB", "MiB", "GiB", "TiB"];
-        if self.0 < 1024 {
-            return write!(f, "{} B", self.0);
+        match self.unit() {
+            None => write!(f, "{} B", self.0),
+            Some((unit, name)) => write!(f, "{:.1} {name}", self.0 as f64 / unit as f64),
         }
-        let mut value = self.0 as f64 / 1024.0;
-        let mut unit = 0;
-        while value >= 1024.0 && unit + 1 < units.len() {
-            value /= 1024.0;
-            unit += 1;
-        }
-        write!(f, "{value:.1} {}", units[unit])
     }
 }
 

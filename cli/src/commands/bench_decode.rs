@@ -177,9 +177,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if args.n == 0 || args.pairs == 0 {
         return Err(CliError::Usage("-n and --pairs must be at least 1".into()));
     }
+    let total = total_tokens(args)?;
     args.engine.say_what_is_lossy();
     if let Some(what) = args.compare {
-        return compare(args, what);
+        return compare(args, what, total);
     }
     let budgets = match args.budgets.as_slice() {
         [] => vec![args.engine.budget],
@@ -187,7 +188,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     };
     let mut outcomes = Vec::with_capacity(budgets.len());
     for budget in budgets {
-        outcomes.push(measure(args, budget)?);
+        outcomes.push(measure(args, budget, total)?);
     }
     if let Some(path) = &args.plot {
         std::fs::write(path, chart(&outcomes).to_svg()).map_err(CliError::file(path, "write the chart"))?;
@@ -238,9 +239,10 @@ impl Decoder {
     }
 }
 
-/// Tokens of a run that measures `measured` of them, as far as the model can take them.
-fn total_tokens(args: &Args, measured: Option<usize>) -> Result<usize, CliError> {
+/// Tokens that go through one session, warm-up included, as far as the model can take them.
+fn total_tokens(args: &Args) -> Result<usize, CliError> {
     let most = ModelFile::open(&args.file)?.spec().max_positions;
+    let measured = if args.compare.is_some() { args.n.checked_mul(args.pairs) } else { Some(args.n) };
     let total = measured.and_then(|n| n.checked_add(args.warm_up)).filter(|total| *total <= most);
     total.ok_or_else(|| {
         CliError::Usage(format!(
@@ -249,8 +251,7 @@ fn total_tokens(args: &Args, measured: Option<usize>) -> Result<usize, CliError>
     })
 }
 
-fn measure(args: &Args, budget: Option<u64>) -> Result<Outcome, CliError> {
-    let total = total_tokens(args, Some(args.n))?;
+fn measure(args: &Args, budget: Option<u64>, total: usize) -> Result<Outcome, CliError> {
     let options = EngineOptions { budget, ..args.engine.options(total) };
     let mut decoder = Decoder::open(&args.file, &options, total)?;
     let bar = step_bar("decoding", total as u64);
@@ -354,8 +355,7 @@ struct Comparison {
     median_ratio: f64,
 }
 
-fn compare(args: &Args, what: Compare) -> Result<(), CliError> {
-    let total = total_tokens(args, args.n.checked_mul(args.pairs))?;
+fn compare(args: &Args, what: Compare, total: usize) -> Result<(), CliError> {
     let asked = args.engine.options(total);
     let first = match what {
         Compare::Prefetch | Compare::Checksums => asked,

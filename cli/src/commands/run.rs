@@ -22,8 +22,8 @@ use crate::sampling::SamplingArgs;
 use crate::terminal::{note, print, print_json};
 
 const EXAMPLES: &str = "\
-The prompt is passed to the model as it is; --chat puts it into the model's chat template. Text appears as it is generated; \
-the report of --profile goes to standard error.
+The prompt is passed to the model as it is; --chat puts it into the model's chat template. Text appears as it is \
+generated; the report of --profile goes to standard error.
 
 Examples:
   sluice run r1.sluice --prompt 'The capital of France is' -n 32

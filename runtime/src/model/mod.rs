@@ -343,7 +343,7 @@ impl Model {
         let layer = &self.layers[index];
 
         let dense_parts = weights.dense;
-        let (started, waited) = (Instant::now(), dense_parts.stats().wait());
+        let (started, waited) = (Instant::now(), dense_parts.stats().wait);
         let attention = dense_parts.dense(layer.extents.attention)?;
         layer.attn_norm.read(attention.bytes(), norm);
         norm_rows(x, norm, eps, normed);
@@ -351,7 +351,7 @@ impl Model {
         drop(attention);
         add(x, delta);
         let attended = Instant::now();
-        self.times.attention += (attended - started).saturating_sub(dense_parts.stats().wait() - waited);
+        self.times.attention += (attended - started).saturating_sub(dense_parts.stats().wait - waited);
 
         let router = dense_parts.dense(layer.extents.router)?;
         let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
@@ -387,7 +387,7 @@ impl Model {
         range: std::ops::Range<usize>,
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), ModelError> {
-        let (mut started, waited) = (Instant::now(), dense.stats().wait());
+        let (mut started, waited) = (Instant::now(), dense.stats().wait);
         let (hidden, vocab) = (self.spec.hidden_size, self.spec.vocab_size);
         let Scratch { x, normed, norm, head_input, part, logits, .. } = &mut self.scratch;
         self.final_norm.1.read(dense.dense(self.final_norm.0)?.bytes(), norm);
@@ -417,7 +417,7 @@ impl Model {
             first += n;
             started = Instant::now();
         }
-        self.times.head = self.times.head.saturating_sub(dense.stats().wait() - waited);
+        self.times.head = self.times.head.saturating_sub(dense.stats().wait - waited);
         Ok(())
     }
 

@@ -42,7 +42,7 @@ struct Stream {
     /// Position in `order` of the extent to be read next.
     next: usize,
     bytes_read: u64,
-    wait_ns: u64,
+    wait: Duration,
 }
 
 /// Memory for dense extents, before they are read.
@@ -57,16 +57,8 @@ pub struct DenseMemory {
 pub struct DenseStats {
     /// Bytes of dense extents read, the first reading included.
     pub bytes_read: u64,
-    /// Nanoseconds in which [`DenseParts::dense`] was blocked.
-    pub wait_ns: u64,
-}
-
-impl DenseStats {
     /// Time in which [`DenseParts::dense`] was blocked.
-    #[must_use]
-    pub fn wait(&self) -> Duration {
-        Duration::from_nanos(self.wait_ns)
-    }
+    pub wait: Duration,
 }
 
 impl DenseParts {
@@ -150,7 +142,7 @@ impl DenseParts {
         read.promote();
         let finished = read.finish();
         let mut stream = self.stream.borrow_mut();
-        stream.wait_ns += u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        stream.wait += started.elapsed();
         match finished {
             Ok(slot) => {
                 stream.bytes_read += slot.bytes().len() as u64;
@@ -203,7 +195,7 @@ impl DenseParts {
     #[must_use]
     pub fn stats(&self) -> DenseStats {
         let stream = self.stream.borrow();
-        DenseStats { bytes_read: stream.bytes_read, wait_ns: stream.wait_ns }
+        DenseStats { bytes_read: stream.bytes_read, wait: stream.wait }
     }
 
     /// Extents in all.

@@ -115,7 +115,8 @@ impl Trace {
         }
     }
 
-    /// Reads lines; `name` is for messages. A last line that ends before its time is left out. Memory stays within a small multiple of what is read, line by line.
+    /// Reads lines; `name` is for messages. A last line that ends before its time is left out. Memory stays within a small
+    /// multiple of what is read, line by line.
     ///
     /// # Errors
     /// [`TraceError`] with the first line that cannot be used.
