@@ -34,3 +34,21 @@ impl Ahead {
         }
     }
 }
+
+/// How far ahead [`in_streams`] asks: few enough bytes to wait in the second-level cache.
+const SPAN: usize = 64 << 10;
+const STREAMS: usize = 4;
+
+/// Asks for as many bytes of the next span as `bytes` are of theirs. Their lines take turns among the four parts of that span:
+/// one core is given more by four streams than by one (Zen 3, one thread: `q8` 0.98 to 1.33, bf16 1.25 to 1.37, f32 1.17 to
+/// 1.30 of one stream, f16 the same; two threads 1.0 to 1.2). Types of 4 bits and `fp8`, whose kernels compute more, gain nothing.
+#[inline]
+#[target_feature(enable = "sse")]
+pub(super) fn in_streams(bytes: &[u8]) {
+    for line in (0..bytes.len()).step_by(64) {
+        let at = bytes.as_ptr().wrapping_add(line);
+        let from = at.addr() % SPAN / 64;
+        let to = from % STREAMS * (SPAN / 64 / STREAMS) + from / STREAMS;
+        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(SPAN + 64 * to).wrapping_sub(64 * from).cast());
+    }
+}

@@ -7,7 +7,7 @@ mod codebook;
 mod many;
 mod xxh3;
 
-use super::ahead::Ahead;
+use super::ahead::{Ahead, in_streams};
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q3, Q4, Q8};
 use super::{
     bias, block_bytes, blocks_of, bytes, cut, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows,
@@ -181,7 +181,11 @@ fn columns<const TY: u8, const T: usize>(values: &[u8], x: [&[f32]; T]) -> [__m2
     let quads = in_fours(&x, cols);
     let mut s = [[_mm256_setzero_ps(); 4]; T];
     for (i, w) in values.chunks_exact(step).take(cols / 4).enumerate() {
-        prefetch(w);
+        if const { TY == FP8 } {
+            prefetch(w)
+        } else {
+            in_streams(w)
+        }
         let w = four::<TY>(w);
         for t in 0..T {
             for j in 0..4 {
@@ -334,7 +338,11 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[QuantisedBlock
     let x = cut(&x, blocks);
     let ahead = Ahead::new(&[*w]);
     for (g, (values, scales)) in (0..blocks).zip(blocks_of::<TY>(w)) {
-        ahead.block::<TY, 1>(g);
+        if TY == Q8 {
+            in_streams(values)
+        } else {
+            ahead.block::<TY, 1>(g)
+        }
         let dots = if TY == Q8 { dots_q8(values, &x, g) } else { dots_nibbles::<TY, T>(values, &x, g) };
         let scale = block_scales::<TY>(scales, 0);
         for t in 0..T {
