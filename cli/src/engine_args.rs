@@ -6,6 +6,7 @@ use std::path::Path;
 use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use sluice_format::ModelFile;
+use sluice_runtime::memory::Bytes;
 use sluice_runtime::pool::PolicyKind;
 use sluice_runtime::text::{TextError, Tokenizer};
 use sluice_runtime::{Engine, EngineOptions, KvType, Prefetch, ReadEngineKind};
@@ -77,6 +78,14 @@ impl EngineArgs {
         spinner.finish_and_clear();
         let engine = engine?;
         self.say_what_is_lossy();
+        let memory = engine.memory();
+        if let Some(requested) = memory.requested.filter(|&requested| memory.effective < requested) {
+            note(&format_args!(
+                "note: the budget is {} instead of {}: no more memory is available",
+                Bytes(memory.effective),
+                Bytes(requested)
+            ));
+        }
         Ok(engine)
     }
 

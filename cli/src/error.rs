@@ -50,14 +50,31 @@ pub(crate) enum CliError {
     Sampler(#[from] SamplerError),
     #[error(transparent)]
     Trace(#[from] TraceError),
-    #[error(transparent)]
-    Replay(#[from] ReplayError),
+    /// A trace that has been read has nothing to replay.
+    #[error("{path}: {source}")]
+    Replay {
+        /// The trace.
+        path: PathBuf,
+        /// Why.
+        source: ReplayError,
+    },
+    /// The model computes infinities or worse.
+    #[error("{file}: the model's output is not a number; check the file with `sluice verify`")]
+    NotANumber {
+        /// The model file.
+        file: PathBuf,
+    },
 }
 
 impl CliError {
     /// An adapter for `map_err`.
     pub(crate) fn file(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> CliError {
         move |source| CliError::File { path: path.to_owned(), action, source }
+    }
+
+    /// An adapter for `map_err`.
+    pub(crate) fn replay(path: &Path) -> impl FnOnce(ReplayError) -> CliError {
+        move |source| CliError::Replay { path: path.to_owned(), source }
     }
 
     /// Refuses to write to `out` if it is one of the files that are read, under whatever name.

@@ -218,7 +218,7 @@ impl Profile {
             self.isa,
             self.threads,
             seconds(self.open_seconds),
-            Bytes(self.dense_bytes_read),
+            Bytes(memory.dense),
         );
         out
     }

@@ -3,6 +3,7 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
 
 use common::{assert_fails, demo_checkpoint, demo_model, expected, json, sluice, sluice_with_input, stderr, stdout};
 use serde_json::Value;
@@ -177,6 +178,35 @@ fn logits_are_a_numpy_array() {
     let best = (0..last.len()).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
     assert_eq!(best as u64, case["ids"][0].as_u64().unwrap());
     assert_eq!(write("b.npy", &["--step", "--threads", "1"]), (header, at_once));
+}
+
+#[test]
+fn output_that_is_not_a_number_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (checkpoint, model, out) = (path("checkpoint"), path("model.sluice"), path("logits.npy"));
+    fs::create_dir(&checkpoint).unwrap();
+    for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+        fs::copy(demo_checkpoint().join(file), Path::new(&checkpoint).join(file)).unwrap();
+    }
+    // Weights of the last norm as large as bf16 can say: each is a number, but what they make is none.
+    let weights = Path::new(&checkpoint).join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..data]).unwrap();
+    let norm = &header["model.norm.weight"];
+    assert_eq!(norm["dtype"], "BF16");
+    let at = |i: usize| data + norm["data_offsets"][i].as_u64().unwrap() as usize;
+    for weight in bytes[at(0)..at(1)].chunks_mut(2) {
+        weight.copy_from_slice(&[0x7f, 0x7f]);
+    }
+    fs::write(&weights, bytes).unwrap();
+    stdout(&sluice(&["convert", &checkpoint, &model, "--type", "f32", "--dense-type", "f32"]));
+    assert_fails(&sluice(&["logits", &model, "--ids", "1,2", "--exact", "--out", &out]), 1, &[&model, "not a number"]);
+    assert!(!Path::new(&out).exists());
+    let eval = demo_checkpoint().join("eval.txt");
+    let args = ["perplexity", &model, "--text", eval.to_str().unwrap(), "--exact"];
+    assert_fails(&sluice(&args), 1, &[&model, "not a number"]);
 }
 
 #[test]

@@ -167,3 +167,13 @@ fn what_is_read_is_never_written_to() {
     }
     assert!(fs::read(&model).unwrap() == before && fs::read_to_string(&text).unwrap().starts_with("To be"));
 }
+
+#[test]
+fn a_trace_without_routing_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let trace = folder.path().join("empty.jsonl");
+    fs::write(&trace, "{\"layers\": [[], []]}\n").unwrap();
+    for command in ["replay", "stats"] {
+        assert_fails(&sluice(&["trace", command, trace.to_str().unwrap()]), 1, &["empty.jsonl", "no routing"]);
+    }
+}

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::path::Path;
+
 use std::fs;
 
 use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
@@ -102,4 +104,15 @@ fn a_plan_of_a_file() {
     assert_fails(&sluice(&["plan", "no-such-model"]), 2, &["no-such-model", "deepseek-r1"]);
     assert_fails(&sluice(&["plan", "deepseek-r1", "--ssd", "fast"]), 2, &["fast", "3GB/s"]);
     assert!(stderr(&sluice(&["plan", demo_model()])).is_empty());
+}
+
+#[test]
+fn a_plan_of_a_dense_model_does_not_speak_of_experts() {
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/llama/config.json");
+    let text = stdout(&sluice(&["plan", config.to_str().unwrap(), "--ram", "4GiB"]));
+    let (facts, warning) = text.split_once("\nwarning: ").unwrap();
+    assert!(facts.contains("none with experts; all q8") && warning.contains("no routed experts"), "{text}");
+    for word in ["experts ", "hit rate", "token cycle"] {
+        assert!(!facts.contains(word), "`{word}`: {text}");
+    }
 }

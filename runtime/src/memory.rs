@@ -1,8 +1,8 @@
 //! How the budget is spent: everything large is allocated from it at the start.
 
+mod available;
+
 use std::fmt;
-use std::fs;
-use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec};
@@ -10,6 +10,8 @@ use sluice_kernels::KvType;
 
 use crate::model::{KvCache, Model, dense_extents};
 use crate::pool::RING_SLOTS;
+
+pub use available::available_memory;
 
 /// Memory outside the budget: the program itself, its tokenizer and small buffers, in bytes.
 pub const OVERHEAD: u64 = 64 << 20;
@@ -21,7 +23,8 @@ const MAX_CHUNK: usize = 512;
 const MIN_CHUNK: usize = 16;
 /// Slots without which no layer can run: one is computed while one is read.
 const MIN_SLOTS: usize = 2;
-/// Part of the available memory that is left to the system when no budget is given, and the least of it in bytes.
+/// What is left to the system when no budget is given: this part of the available memory, but this many bytes at least, of
+/// which no more than half, so that a small machine has a budget at all.
 const HEADROOM: (u64, u64) = (10, 512 << 20);
 
 /// How a budget is spent. All figures in bytes unless named otherwise.
@@ -64,13 +67,17 @@ pub struct MemoryPlan {
 /// The budget cannot hold what the model needs at least.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the budget of {effective} bytes is too small: this model needs at least {least} bytes ({}: {} for dense parts, {} \
-     key-value cache for {context} tokens, {} scratch, {} for {MIN_SLOTS} experts). Raise --budget, lower --context, or \
-     convert to a smaller type",
+    "{}: this model needs at least {least} bytes ({}: {} for dense parts, {} key-value cache for {context} tokens, {} \
+     scratch, {} for {MIN_SLOTS} experts). A smaller weight type takes less, and so do fewer tokens of context",
+    too_small(*.requested, *.available, *.effective),
     Bytes(*.least), Bytes(*.dense), Bytes(*.kv_cache), Bytes(*.scratch), Bytes(*.slots)
 )]
 pub struct BudgetError {
-    /// The budget.
+    /// What the user asked for.
+    pub requested: Option<u64>,
+    /// What the system allows.
+    pub available: u64,
+    /// The budget: of the two, what remains.
     pub effective: u64,
     /// The smallest budget that works.
     pub least: u64,
@@ -84,6 +91,23 @@ pub struct BudgetError {
     pub scratch: u64,
     /// Of which expert slots.
     pub slots: u64,
+}
+
+/// Which of what the user asked for and what the system allows makes the budget too small, and what raises it.
+fn too_small(requested: Option<u64>, available: u64, effective: u64) -> String {
+    let available = Bytes(available);
+    match requested {
+        Some(requested) if requested == effective => {
+            format!("the budget of {effective} bytes is too small; raise --budget")
+        }
+        Some(_) => {
+            format!("the {available} of memory that are available allow a budget of {effective} bytes; free memory")
+        }
+        None => format!(
+            "of the {available} of memory that are available {effective} bytes are used, too few; free memory, or say with \
+             --budget how much of it may be used"
+        ),
+    }
 }
 
 impl MemoryPlan {
@@ -108,9 +132,13 @@ impl MemoryPlan {
         available: u64,
     ) -> Result<Self, BudgetError> {
         let need = Need::of(spec, extents, context, kv_type);
-        let headroom = (available / HEADROOM.0).max(HEADROOM.1);
+        let headroom = (available / HEADROOM.0).max(HEADROOM.1.min(available / 2));
         let everything = need.dense_total() + need.kv_cache + need.scratch(need.largest_chunk()) + need.all_slots();
-        let effective = requested.map_or(everything.min(available.saturating_sub(headroom)), |r| r.min(available));
+        // Whoever states a budget knows what else the machine does, but not that the program itself takes memory too.
+        let effective = match requested {
+            None => everything.min(available.saturating_sub(headroom)),
+            Some(requested) => requested.min(available.saturating_sub(OVERHEAD)),
+        };
 
         // Everything at its least: no dense part stays unless all of them take less than the ring would.
         let chunk = need.smallest_chunk();
@@ -119,6 +147,8 @@ impl MemoryPlan {
         let least = least_dense.bytes() + need.kv_cache + need.scratch(chunk) + least_slots;
         if effective < least {
             return Err(BudgetError {
+                requested,
+                available,
                 effective,
                 least,
                 dense: least_dense.bytes(),
@@ -268,51 +298,6 @@ impl Need<'_> {
     }
 }
 
-/// Bytes that this process may take: available memory, and what every control group above it still allows.
-pub fn available_memory() -> u64 {
-    let system = meminfo_available().or_else(physical_memory).unwrap_or(u64::MAX);
-    control_group_limits().fold(system, u64::min)
-}
-
-fn meminfo_available() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
-}
-
-fn physical_memory() -> Option<u64> {
-    use nix::unistd::{SysconfVar, sysconf};
-    #[cfg(not(target_os = "macos"))]
-    let pages = sysconf(SysconfVar::_PHYS_PAGES).ok()??;
-    #[cfg(target_os = "macos")]
-    let pages = crate::io::physical_pages()?;
-    let page = sysconf(SysconfVar::PAGE_SIZE).ok()??;
-    u64::try_from(pages).ok()?.checked_mul(u64::try_from(page).ok()?)
-}
-
-/// Limits of the control groups (v1 and v2) that hold this process, from its own up to the root.
-fn control_group_limits() -> impl Iterator<Item = u64> {
-    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let mut files = Vec::new();
-    for line in groups.lines() {
-        let mut fields = line.splitn(3, ':');
-        let (Some(_), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else { continue };
-        let (root, file) = match controllers {
-            "" => ("/sys/fs/cgroup", "memory.max"),
-            c if c.split(',').any(|c| c == "memory") => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
-            _ => continue,
-        };
-        let own = PathBuf::from(format!("{root}{path}"));
-        let up = own.ancestors().take_while(|p| p.starts_with(root));
-        files.extend(up.map(|p| p.join(file)));
-        // In a container the path is the host's; the container's own group is mounted at the root.
-        files.push(Path::new(root).join(file));
-    }
-    // "max" and v1's "no limit" (near 2^63) do not bind.
-    files.into_iter().filter_map(|f| fs::read_to_string(f).ok()?.trim().parse().ok())
-}
-
 /// A number of bytes for people: `3.2 GiB`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bytes(pub u64);
@@ -360,10 +345,5 @@ mod tests {
     fn bytes_read_well() {
         let shown: Vec<_> = [0, 1023, 1024, 1536, 5 << 30].into_iter().map(|b| Bytes(b).to_string()).collect();
         assert_eq!(shown, ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "5.0 GiB"]);
-    }
-
-    #[test]
-    fn some_memory_is_available() {
-        assert!(available_memory() > 1 << 20);
     }
 }

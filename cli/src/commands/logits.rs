@@ -53,7 +53,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     }
     let mut engine = args.engine.open(&args.file, ids.len())?;
     let out = Rows::create(&args.out, ids.len(), spec.vocab_size)?;
-    let outcome = compute(&mut engine, ids, args.step, out);
+    let outcome = compute(&mut engine, &args.file, ids, args.step, out);
     // A header that promises more than follows would be found out much later.
     if outcome.is_err() && args.out.is_file() {
         let _ = fs::remove_file(&args.out);
@@ -61,12 +61,17 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     outcome
 }
 
-fn compute(engine: &mut Engine, ids: &[u32], step: bool, mut out: Rows<'_>) -> Result<(), CliError> {
+fn compute(engine: &mut Engine, model: &Path, ids: &[u32], step: bool, mut out: Rows<'_>) -> Result<(), CliError> {
     let mut session = engine.new_session();
+    let mut finite = true;
     for part in ids.chunks(if step { 1 } else { ids.len() }) {
-        engine.forward_all(&mut session, part, &mut |_, row| out.push(row))?;
+        engine.forward_all(&mut session, part, &mut |_, row| {
+            finite &= row.iter().all(|x| x.is_finite());
+            out.push(row);
+        })?;
     }
-    out.finish()
+    out.finish()?;
+    if finite { Ok(()) } else { Err(CliError::NotANumber { file: model.to_owned() }) }
 }
 
 /// The array, written row by row. The first failure is kept until somebody can be told.

@@ -54,6 +54,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let ids = read_ids(&args.file, &args.text, window)?;
     let mut engine = args.engine.open(&args.file, window)?;
     let score = score(&mut engine, &ids, window)?;
+    if !score.nll.is_finite() {
+        return Err(CliError::NotANumber { file: args.file.clone() });
+    }
     if args.json {
         return print_json(&score);
     }
@@ -97,10 +100,6 @@ fn score(engine: &mut Engine, ids: &[u32], window: usize) -> Result<Score, CliEr
     }
     bar.finish_and_clear();
     let perplexity = (nll / tokens as f64).exp();
-    if !nll.is_finite() {
-        let message = "the model's output is not a number; check the file with `sluice verify`";
-        return Err(CliError::Failure(message.into()));
-    }
     Ok(Score { perplexity, nll, tokens })
 }
 

@@ -225,16 +225,16 @@ fn describe(r: &Report) -> String {
     let mut line = |name: &str, value: String| {
         let _ = writeln!(out, "{name:<16} {value}");
     };
+    let (experts, dense) = (r.expert_types.join(", "), r.dense_types.join(", "));
     line(
         "model",
-        format!(
-            "{}, {} layers, of which {} with experts; experts {}, the rest {}",
-            r.family,
-            r.layers,
-            r.moe_layers,
-            r.expert_types.join(", "),
-            r.dense_types.join(", ")
-        ),
+        match r.moe_layers {
+            0 => format!("{}, {} layers, none with experts; all {dense}", r.family, r.layers),
+            n => format!(
+                "{}, {} layers, of which {n} with experts; experts {experts}, the rest {dense}",
+                r.family, r.layers
+            ),
+        },
     );
     line("on the drive", gigabytes(r.disk_bytes));
     line(
@@ -254,9 +254,12 @@ fn describe(r: &Report) -> String {
     let mut part = |name: &str, bytes: u64, what: String| {
         let _ = writeln!(out, "  {name:<16} {:>10}  {what}", gigabytes(bytes));
     };
-    part("dense parts", n.dense_bytes, "attention, routers, shared experts, output head".into());
-    let each = gigabytes(n.expert_bytes);
-    part("experts", n.token_cycle_bytes, format!("the token cycle: {} of {each} each", n.experts_per_token));
+    let dense = if n.experts > 0 { "routers, shared experts" } else { "feed-forward" };
+    part("dense parts", n.dense_bytes, format!("attention, {dense}, output head"));
+    if n.experts > 0 {
+        let each = gigabytes(n.expert_bytes);
+        part("experts", n.token_cycle_bytes, format!("the token cycle: {} of {each} each", n.experts_per_token));
+    }
     part(
         "keys and values",
         n.kv_cache_bytes,
@@ -278,30 +281,26 @@ fn describe_speed(r: &Report, s: &Speed) -> String {
         let _ = writeln!(out, "  {name:<16} {value}");
     };
     line("dense parts", format!("{} of {}", Bytes(s.memory.dense), Bytes(s.memory.dense + s.memory.dense_streamed)));
-    line(
-        "experts",
-        format!("{} of {} ({:.1} %), {:.1} token cycles", s.memory.slots, n.experts, 100.0 * s.cached, s.cached_cycles),
-    );
-    let source = match s.curve {
-        Some(trace) => format!("what a trace of {trace} gives for that part of the experts"),
-        None => "everything fits".into(),
-    };
-    line("hit rate", format!("{:.0} %: {source}", 100.0 * s.hit_rate));
+    if n.experts > 0 {
+        let (slots, cycles) = (s.memory.slots, s.cached_cycles);
+        line("experts", format!("{slots} of {} ({:.1} %), {cycles:.1} token cycles", n.experts, 100.0 * s.cached));
+        let source = match s.curve {
+            Some(trace) => format!("what a trace of {trace} gives for that part of the experts"),
+            None => "everything fits".into(),
+        };
+        line("hit rate", format!("{:.0} %: {source}", 100.0 * s.hit_rate));
+    }
     let _ = writeln!(out, "\nso a token takes");
     let ssd = gigabytes(r.machine.ssd);
-    let streamed = match s.streamed_bytes {
-        0 => String::new(),
-        bytes => format!(" + {} of dense parts", gigabytes(bytes)),
+    let (missed, cycle) = (gigabytes(s.missed_bytes), gigabytes(n.token_cycle_bytes));
+    let experts = format!("{:.0} % of {cycle} = {missed}", 100.0 * (1.0 - s.hit_rate));
+    let dense = format!("{} of dense parts", gigabytes(s.streamed_bytes));
+    let read = match (n.experts, s.streamed_bytes) {
+        (0, _) => dense,
+        (_, 0) => format!("({experts})"),
+        _ => format!("({experts} + {dense})"),
     };
-    let _ = writeln!(
-        out,
-        "  {:<16} {:>10}  ({:.0} % of {} = {}{streamed}) / {ssd}/s",
-        "off the drive",
-        seconds(s.drive_seconds),
-        100.0 * (1.0 - s.hit_rate),
-        gigabytes(n.token_cycle_bytes),
-        gigabytes(s.missed_bytes)
-    );
+    let _ = writeln!(out, "  {:<16} {:>10}  {read} / {ssd}/s", "off the drive", seconds(s.drive_seconds));
     let _ = writeln!(
         out,
         "  {:<16} {:>10}  {} / {}/s",

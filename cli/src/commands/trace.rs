@@ -122,7 +122,7 @@ fn replay(args: &ReplayArgs) -> Result<(), CliError> {
     let mut rows = Vec::new();
     for path in &args.traces {
         let name = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy();
-        let replay = Replay::new(&open(path)?, args.experts)?;
+        let replay = Replay::new(&open(path)?, args.experts).map_err(CliError::replay(path))?;
         rows.extend(replay.report(&name, &policies, &caches));
     }
     if args.json { print_json(&rows) } else { print(&table(&rows)) }
@@ -157,7 +157,7 @@ fn open(path: &Path) -> Result<Trace, CliError> {
 }
 
 fn stats(args: &StatsArgs) -> Result<(), CliError> {
-    let stats = Stats::new(&open(&args.trace)?, args.experts)?;
+    let stats = Stats::new(&open(&args.trace)?, args.experts).map_err(CliError::replay(&args.trace))?;
     if args.json { print_json(&stats) } else { print(&describe(&stats)) }
 }
 
