@@ -22,8 +22,8 @@ use crate::terminal::{byte_bar, note, print, print_json, step_bar};
 const KEPT_LEAST: u64 = 256 << 20;
 
 const EXAMPLES: &str = "\
-PATH is a file, which is only read, or a folder (or a new name), where a scratch file is made and removed again. A large \
-model file is best: a small file may fit into the drive's own memory. Reads bypass the page cache, and the output says \
+PATH is a file, which is only read, or a folder (or a new name), where a scratch file is made. It loses its name at \
+once, so that nothing is left behind, however the program ends. A large model file is best: a small file may fit into the drive's own memory. Reads bypass the page cache, and the output says \
 how that is known; where they cannot, nothing is measured.
 
 The knee is the setting with the fewest bytes in flight within 10 % of the best random bandwidth. It is kept per drive \
@@ -144,13 +144,12 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         CliError::refuse_inputs(plot, &[&args.path])?;
     }
     let scratch = scratch_file(args)?;
-    let path = scratch.as_ref().map_or(args.path.as_path(), Scratch::path);
     let mode = if args.buffered { DirectMode::Never } else { DirectMode::Prefer };
-    let mut bench = DiskBench::open(path, mode)?;
+    let mut bench = match &scratch {
+        Some(scratch) => DiskBench::open_scratch(scratch, mode)?,
+        None => DiskBench::open(&args.path, mode)?,
+    };
     bench.reuse_memory(args.reuse_memory);
-    // An open file stays readable without its name, and nothing is left behind when the program is killed.
-    let is_scratch = scratch.is_some();
-    drop(scratch);
     let engines = engines(args, &mut bench)?;
     let options = options(args, &engines)?;
     let bar = step_bar("measuring", 1000);
@@ -163,7 +162,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let report = Report {
         path: args.path.display().to_string(),
         file_bytes: bench.file_bytes(),
-        scratch: is_scratch,
+        scratch: scratch.is_some(),
         buffered: args.buffered,
         reuse_memory: args.reuse_memory,
         device: bench.device(),

@@ -83,12 +83,17 @@ impl DataFile {
     /// [`IoError::Open`] if it cannot be opened or not be read. A filesystem without direct I/O
     /// is not an error: see [`direct`](Self::direct).
     pub fn open(path: &Path, mode: DirectMode) -> Result<DataFile, IoError> {
+        Self::open_as(path, path, mode)
+    }
+
+    /// Opens the file at `place`, which messages call `path`.
+    pub(crate) fn open_as(place: &Path, path: &Path, mode: DirectMode) -> Result<DataFile, IoError> {
         let failed = |source| IoError::Open { path: path.to_owned(), source };
-        let buffered = File::open(path).map_err(failed)?;
+        let buffered = File::open(place).map_err(failed)?;
         let len = buffered.metadata().map_err(failed)?.len();
         let (file, direct) = match mode {
             DirectMode::Never => (buffered, DirectIo::refused("direct I/O is turned off")),
-            DirectMode::Prefer => engage(path, buffered, len).map_err(failed)?,
+            DirectMode::Prefer => engage(place, buffered, len).map_err(failed)?,
         };
         if !direct.is_engaged() {
             advise_random(&file);

@@ -197,7 +197,19 @@ impl DiskBench {
     /// [`BenchError::NotDirect`] if reads would go through the page cache and `mode` is [`DirectMode::Prefer`],
     /// [`BenchError::Unsuitable`] for files with holes and for what is no file, [`BenchError::Io`].
     pub fn open(path: &Path, mode: DirectMode) -> Result<DiskBench, BenchError> {
-        let file = DataFile::open(path, mode)?;
+        Self::of(DataFile::open(path, mode)?, mode)
+    }
+
+    /// Opens a scratch file to measure the drive below it; [`Scratch`] may be dropped then.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_scratch(scratch: &Scratch, mode: DirectMode) -> Result<DiskBench, BenchError> {
+        Self::of(DataFile::open_as(&scratch.handle(), scratch.path(), mode)?, mode)
+    }
+
+    fn of(file: DataFile, mode: DirectMode) -> Result<DiskBench, BenchError> {
+        let path = file.path();
         let metadata = file.metadata().map_err(|source| IoError::Open { path: path.to_owned(), source })?;
         let unsuitable = |reason: String| BenchError::Unsuitable { path: path.to_owned(), reason };
         if !metadata.is_file() {

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use super::{BenchError, splitmix};
@@ -15,16 +16,17 @@ pub const LEAST_BYTES: u64 = 64 << 20;
 /// Bytes written at a time.
 const PIECE_BYTES: usize = 4 << 20;
 
-/// A file full of noise, deleted when this is dropped.
+/// A file full of noise that has no name: however the program ends, the system takes the file back.
 #[derive(Debug)]
 pub struct Scratch {
     path: PathBuf,
+    file: File,
 }
 
 impl Scratch {
-    /// Writes a scratch file at `path`, which must not exist: `bytes` of noise that no drive can compress, on the drive
-    /// and not in the page cache. Without `bytes`, [`DEFAULT_BYTES`], or half of the free space if that is less.
-    /// `progress` hears of bytes written and the whole.
+    /// Makes a scratch file at `path`, which must not exist, and takes the name away again before the first byte is
+    /// written: `bytes` of noise that no drive can compress, on the drive and not in the page cache. Without `bytes`,
+    /// [`DEFAULT_BYTES`], or half of the free space if that is less. `progress` hears of bytes written and the whole.
     ///
     /// # Errors
     /// [`BenchError::Unsuitable`] if there is too little space, [`BenchError::Scratch`].
@@ -33,8 +35,9 @@ impl Scratch {
             let path = path.to_owned();
             move |source| BenchError::Scratch { path, action, source }
         };
-        let mut file = File::create_new(path).map_err(failed("create"))?;
-        let scratch = Scratch { path: path.to_owned() };
+        // Readable too: on some systems whoever opens it once more gets no more than this descriptor has.
+        let mut file = File::options().read(true).write(true).create_new(true).open(path).map_err(failed("create"))?;
+        fs::remove_file(path).map_err(failed("take its name from"))?;
         let bytes = match bytes {
             Some(bytes) => bytes,
             None => DEFAULT_BYTES.min(free_bytes(&file).unwrap_or(u64::MAX) / 2),
@@ -49,23 +52,23 @@ impl Scratch {
                 write_noise(&mut file, bytes, progress).map_err(failed("write"))?;
                 file.sync_all().map_err(failed("write"))?;
                 forget_pages(&file);
-                return Ok(scratch);
+                return Ok(Scratch { path: path.to_owned(), file });
             }
         };
         Err(BenchError::Unsuitable { path: path.to_owned(), reason })
     }
 
-    /// Where it is.
+    /// Where it was made, for messages.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
-}
 
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // It may be gone already: see below. Otherwise nothing can be done here.
-        let _ = fs::remove_file(&self.path);
+    /// What opens it while this lives.
+    pub(super) fn handle(&self) -> PathBuf {
+        // Not `/dev/fd` on Linux, which is a link that some containers lack.
+        let folder = if cfg!(target_os = "linux") { "/proc/self/fd" } else { "/dev/fd" };
+        Path::new(folder).join(self.file.as_raw_fd().to_string())
     }
 }
 

@@ -152,10 +152,20 @@ fn a_scratch_file_is_on_the_drive() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("scratch");
     let mut heard = 0;
-    let made = Scratch::create(&path, Some(scratch::LEAST_BYTES), &mut |done, _| heard = done);
+    let made = Scratch::create(&path, Some(scratch::LEAST_BYTES), &mut |done, _| {
+        heard = done;
+        assert!(!path.exists(), "whoever kills the program now would find it");
+    });
     let Ok(scratch) = made else { return };
     assert_eq!(heard, scratch::LEAST_BYTES);
-    assert_eq!(open(scratch.path()).file_bytes(), scratch::LEAST_BYTES);
+    let open = |mode| DiskBench::open_scratch(&scratch, mode);
+    let mut bench = open(DirectMode::Prefer).or_else(|_| open(DirectMode::Never)).expect("one of the two");
     drop(scratch);
-    assert!(!path.exists());
+    assert_eq!((bench.file_bytes(), bench.path()), (scratch::LEAST_BYTES, path.as_path()));
+    for engine in engines(&mut bench) {
+        let point = Point { engine, pattern: Pattern::Random, block_bytes: 1 << 20, depth: 4 };
+        assert!(bench.visit(&point, Duration::from_millis(5)).expect("measured").bytes > 0);
+    }
+    let proof = bench.proof().expect("the drive has answered");
+    assert_eq!(proof.direct, bench.direct().is_engaged());
 }
