@@ -65,7 +65,9 @@ fn what_cannot_be_measured_says_why() {
     let model = demo_model();
     assert_fails(&sluice(&["bench", "disk", "/no/such/folder/file"]), 1, &["/no/such/folder/file"]);
     assert_fails(&sluice(&["bench", "disk", model, "--size", "1GiB"]), 2, &["--size", "folder"]);
-    assert_fails(&sluice(&["bench", "disk", model, "--block", "1000"]), 2, &["1000", "4096"]);
+    for block in ["1000", "0", "32MiB", "64MiB", "1MiB,64MiB"] {
+        assert_fails(&sluice(&["bench", "disk", model, "--block", block]), 2, &["--block", "4096", "16MiB"]);
+    }
     assert_fails(&sluice(&["bench", "disk", model, "--depth", "1000"]), 2, &["1000"]);
     assert_fails(&sluice(&["bench", "disk", model, "--seconds", "nan"]), 2, &["seconds"]);
     assert_fails(&sluice(&["bench", "disk", "/dev/null"]), 1, &["not a regular file"]);

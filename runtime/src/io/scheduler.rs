@@ -13,7 +13,7 @@ use super::fill::{Arriving, Filling, ReadPhase};
 use super::{DEPTH_MAX, EngineInfo, ReadEngine, Wake, worker};
 
 /// Largest chunk: one registered buffer overlaps the next by this much.
-const CHUNK_BYTES_MAX: usize = 16 << 20;
+pub const CHUNK_BYTES_MAX: usize = 16 << 20;
 
 /// Looks at the state this many times before a waiter goes to sleep.
 const SPINS: usize = 200;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::super::IoError;
+use super::super::{IoConfig, IoError};
 use super::knee::{TOLERANCE, is_eligible};
 use super::{BenchEngine, BenchError, DiskBench, Knee, Pattern, Point, Proof, Visit, find_knee};
 
@@ -61,7 +61,11 @@ impl SweepOptions {
     /// # Errors
     /// [`IoError::Config`] names the first that is not possible.
     pub fn validate(&self) -> Result<(), IoError> {
-        self.points().iter().try_for_each(|point| point.config().validate())
+        // Not by the points: what is too large may have none.
+        let usual = IoConfig { prefetch_depth: 1, ..IoConfig::default() };
+        let block = |&chunk_bytes: &usize| IoConfig { chunk_bytes, ..usual.clone() }.validate();
+        let depth = |&depth: &usize| IoConfig { depth, ..usual.clone() }.validate();
+        self.blocks.iter().try_for_each(block).and_then(|()| self.depths.iter().try_for_each(depth))
     }
 
     fn points(&self) -> Vec<Point> {
@@ -149,12 +153,13 @@ pub struct Sweep {
 /// Measures. `progress` hears the part of the time that has passed, 0 to 1.
 ///
 /// # Errors
-/// As [`DiskBench::visit`] and [`DiskBench::proof`].
+/// As [`SweepOptions::validate`], [`DiskBench::visit`] and [`DiskBench::proof`].
 pub fn sweep(
     bench: &mut DiskBench,
     options: &SweepOptions,
     progress: &mut dyn FnMut(f64),
 ) -> Result<Sweep, BenchError> {
+    options.validate()?;
     let start = Instant::now();
     let mut tick = || progress((start.elapsed().as_secs_f64() / options.time.as_secs_f64().max(1e-9)).min(1.0));
     let mut points: Vec<_> = options.points().into_iter().map(Measured::new).collect();
@@ -267,6 +272,16 @@ mod tests {
         assert!(!one.is_full());
         assert_eq!(one.points().len(), 4);
         assert!(options(&[4 << 20], &[]).points().iter().all(|p| p.depth <= 8));
+    }
+
+    #[test]
+    fn what_cannot_be_measured_is_refused_even_where_nothing_would_be() {
+        let largest = options(&[16 << 20], &[]);
+        assert!(largest.validate().is_ok() && !largest.points().is_empty());
+        for blocks in [&[64 << 20][..], &[1 << 20, 64 << 20], &[0], &[1000]] {
+            assert!(matches!(options(blocks, &[]).validate(), Err(IoError::Config { .. })), "{blocks:?}");
+        }
+        assert!(options(&[], &[1000]).validate().is_err());
     }
 
     #[test]
