@@ -312,11 +312,7 @@ impl DiskBench {
     /// block, [`BenchError::Read`].
     pub fn visit(&mut self, point: &Point, window: Duration) -> Result<Visit, BenchError> {
         point.config().validate()?;
-        let blocks = self.file.len() / point.block_bytes as u64;
-        if blocks == 0 {
-            let reason = format!("it is smaller than a block of {} bytes", point.block_bytes);
-            return Err(BenchError::Unsuitable { path: self.path().to_owned(), reason });
-        }
+        let blocks = self.blocks(point.block_bytes)?;
         self.reserve(point)?;
         let mut engine = self.engine(point)?;
         let len = blocks_of_slot(point.block_bytes) * point.block_bytes;
@@ -347,6 +343,21 @@ impl DiskBench {
         self.slots = arriving.into_iter().filter_map(|arriving| arriving.finish().ok()).collect();
         self.proof.count(bytes);
         Ok(Visit { bytes, elapsed, cpu })
+    }
+
+    /// Blocks that the file has, which is at least one.
+    fn blocks(&self, block_bytes: usize) -> Result<u64, BenchError> {
+        match self.file.len() / block_bytes as u64 {
+            0 => {
+                let reason = format!(
+                    "it has {} bytes, and blocks of up to {block_bytes} are to be read. Name a file of at least as many \
+                     (better: of a gigabyte or more), or smaller blocks with --block",
+                    self.file.len()
+                );
+                Err(BenchError::Unsuitable { path: self.path().to_owned(), reason })
+            }
+            blocks => Ok(blocks),
+        }
     }
 
     /// What shows that the drive has answered; to be asked after the last visit.

@@ -163,6 +163,10 @@ pub fn sweep(
     let start = Instant::now();
     let mut tick = || progress((start.elapsed().as_secs_f64() / options.time.as_secs_f64().max(1e-9)).min(1.0));
     let mut points: Vec<_> = options.points().into_iter().map(Measured::new).collect();
+    // Those that come last may not be visited in a short time, which must not decide whether there is an error.
+    if let Some(largest) = points.iter().map(|m| m.point.block_bytes).max() {
+        bench.blocks(largest)?;
+    }
     points.iter().try_for_each(|m| bench.reserve(&m.point))?;
     let first = if options.is_full() { options.time.mul_f64(1.0 - FINAL_PART) } else { options.time };
     visit_all(bench, &mut points, start + first, &mut tick)?;

@@ -103,6 +103,26 @@ fn a_sweep_without_time_still_ends() {
 }
 
 #[test]
+fn whether_a_file_is_too_small_does_not_depend_on_time() {
+    let file = noise();
+    file.as_file().set_len((4 << 20) - 1).expect("cut");
+    let mut bench = open(file.path());
+    for milliseconds in [0, 10, 5000] {
+        let options = SweepOptions {
+            engines: vec![BenchEngine::Pread],
+            patterns: vec![Pattern::Random],
+            blocks: Vec::new(),
+            depths: Vec::new(),
+            time: Duration::from_millis(milliseconds),
+        };
+        let error = sweep(&mut bench, &options, &mut |_| ()).expect_err("too small").to_string();
+        assert!(error.contains("4194303 bytes") && error.contains("up to 4194304"), "{error}");
+        let smaller = SweepOptions { blocks: vec![2 << 20], depths: vec![1], ..options };
+        assert!(milliseconds > 1000 || sweep(&mut bench, &smaller, &mut |_| ()).is_ok());
+    }
+}
+
+#[test]
 fn what_cannot_be_measured_says_why() {
     let refused = |path: &Path| DiskBench::open(path, DirectMode::Never).err().expect("refused").to_string();
     let folder = tempfile::tempdir().expect("a folder");
@@ -115,7 +135,7 @@ fn what_cannot_be_measured_says_why() {
     let file = noise();
     let point = Point { engine: BenchEngine::Pread, pattern: Pattern::Random, block_bytes: 16 << 20, depth: 1 };
     let error = open(file.path()).visit(&point, Duration::ZERO).expect_err("too large").to_string();
-    assert!(error.contains("smaller than a block"), "{error}");
+    assert!(error.contains("8388608 bytes") && error.contains("up to 16777216"), "{error}");
     let mut bench = open(file.path());
     let point = Point { block_bytes: 100, ..point };
     assert!(matches!(bench.visit(&point, Duration::ZERO), Err(BenchError::Io(IoError::Config { .. }))));
