@@ -96,6 +96,7 @@ impl CliError {
         match self {
             CliError::Usage(_)
             | CliError::Convert(ConvertError::Options(_))
+            | CliError::Bench(BenchError::ScratchSize { .. })
             | CliError::Sampler(SamplerError::Config { .. })
             | CliError::Text(TextError::EmptyStopString { .. } | TextError::StopStringTooLong { .. }) => 2,
             _ => 1,

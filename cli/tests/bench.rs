@@ -65,6 +65,10 @@ fn what_cannot_be_measured_says_why() {
     let model = demo_model();
     assert_fails(&sluice(&["bench", "disk", "/no/such/folder/file"]), 1, &["/no/such/folder/file"]);
     assert_fails(&sluice(&["bench", "disk", model, "--size", "1GiB"]), 2, &["--size", "folder"]);
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path().to_str().unwrap();
+    assert_fails(&sluice(&["bench", "disk", folder, "--size", "16MiB"]), 2, &["--size", "64MiB"]);
+    assert_eq!(fs::read_dir(folder).unwrap().count(), 0);
     for block in ["1000", "0", "32MiB", "64MiB", "1MiB,64MiB"] {
         assert_fails(&sluice(&["bench", "disk", model, "--block", block]), 2, &["--block", "4096", "16MiB"]);
     }

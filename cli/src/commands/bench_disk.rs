@@ -63,7 +63,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=DEPTH_MAX as i64))]
     depth: Vec<u32>,
 
-    /// Size of the scratch file [default: 2GiB, or half of the free space]
+    /// Size of the scratch file, at least 64MiB [default: 2GiB, or half of the free space]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     size: Option<u64>,
 

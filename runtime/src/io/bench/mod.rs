@@ -166,6 +166,15 @@ pub enum BenchError {
         /// What the system said.
         source: io::Error,
     },
+    /// A scratch file is asked for that is too small.
+    #[error(
+        "a scratch file of {bytes} bytes is too small to be read at random places: give a --size of at least {} (64MiB)",
+        scratch::LEAST_BYTES
+    )]
+    ScratchSize {
+        /// Bytes that were asked for.
+        bytes: u64,
+    },
     /// The scratch file could not be made.
     #[error("cannot {action} the scratch file {path}: {source}")]
     Scratch {

@@ -29,8 +29,12 @@ impl Scratch {
     /// [`DEFAULT_BYTES`], or half of the free space if that is less. `progress` hears of bytes written and the whole.
     ///
     /// # Errors
-    /// [`BenchError::Unsuitable`] if there is too little space, [`BenchError::Scratch`].
+    /// [`BenchError::ScratchSize`] if `bytes` are less than [`LEAST_BYTES`], [`BenchError::Unsuitable`] if there is too
+    /// little space, [`BenchError::Scratch`].
     pub fn create(path: &Path, bytes: Option<u64>, progress: &mut dyn FnMut(u64, u64)) -> Result<Scratch, BenchError> {
+        if let Some(bytes) = bytes.filter(|bytes| *bytes < LEAST_BYTES) {
+            return Err(BenchError::ScratchSize { bytes });
+        }
         let failed = |action| {
             let path = path.to_owned();
             move |source| BenchError::Scratch { path, action, source }
@@ -38,16 +42,14 @@ impl Scratch {
         // Readable too: on some systems whoever opens it once more gets no more than this descriptor has.
         let mut file = File::options().read(true).write(true).create_new(true).open(path).map_err(failed("create"))?;
         fs::remove_file(path).map_err(failed("take its name from"))?;
-        let bytes = match bytes {
-            Some(bytes) => bytes,
-            None => DEFAULT_BYTES.min(free_bytes(&file).unwrap_or(u64::MAX) / 2),
-        };
         let free = free_bytes(&file).unwrap_or(u64::MAX);
+        let bytes = bytes.unwrap_or(DEFAULT_BYTES.min(free / 2));
         let reason = match bytes {
             _ if bytes > free => format!("{bytes} bytes are asked for, {free} are free. Give a smaller --size"),
-            _ if bytes < LEAST_BYTES => {
-                format!("a scratch file of {bytes} bytes is too small: {LEAST_BYTES} are needed. Free some space")
-            }
+            _ if bytes < LEAST_BYTES => format!(
+                "a scratch file takes half of the free space at most, which is {bytes} bytes: {LEAST_BYTES} are needed. \
+                 Free some space"
+            ),
             _ => {
                 write_noise(&mut file, bytes, progress).map_err(failed("write"))?;
                 file.sync_all().map_err(failed("write"))?;
