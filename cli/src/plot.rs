@@ -1,6 +1,10 @@
 //! Line charts as SVG, without a dependency.
 
 use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::path::Path;
+
+use crate::error::CliError;
 
 /// Width and height of the picture, and the space around the axes: left, right, top, bottom. In pixels.
 const SIZE: (f64, f64) = (860.0, 480.0);
@@ -38,6 +42,23 @@ pub(crate) struct LineChart {
     pub(crate) mark: Option<(f64, f64, String)>,
 }
 
+/// Says before minutes of measuring that a chart of `input` could not be written to `file` afterwards. What is there stays
+/// as it is until then.
+pub(crate) fn check_target(file: Option<&Path>, input: &Path) -> Result<(), CliError> {
+    let Some(file) = file else { return Ok(()) };
+    CliError::refuse_inputs(file, &[input])?;
+    if file.metadata().is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+        // Whoever reads from a pipe would see it end.
+        return Ok(());
+    }
+    // Not through links: the one who made one wants to keep it.
+    let is_new = file.symlink_metadata().is_err();
+    let opened = File::options().write(true).create(true).truncate(false).open(file);
+    opened.and_then(|_| if is_new { fs::remove_file(file) } else { Ok(()) }).map_err(CliError::file(file, WRITE))
+}
+
+const WRITE: &str = "write the chart";
+
 /// Where values lie in the picture.
 struct Scale {
     log2: bool,
@@ -73,6 +94,10 @@ impl Scale {
 }
 
 impl LineChart {
+    pub(crate) fn write(&self, file: &Path) -> Result<(), CliError> {
+        fs::write(file, self.to_svg()).map_err(CliError::file(file, WRITE))
+    }
+
     /// The chart as an SVG document.
     pub(crate) fn to_svg(&self) -> String {
         let scale = Scale::of(self);

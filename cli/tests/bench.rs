@@ -1,4 +1,4 @@
-//! `sluice bench disk`, and what it leaves behind for `sluice run`.
+//! `sluice bench disk`, what it leaves behind for `sluice run`, and the command line of `sluice bench`.
 
 mod common;
 
@@ -78,6 +78,29 @@ fn what_cannot_be_measured_says_why() {
     let Ok(file) = tempfile::NamedTempFile::new_in("/dev/shm") else { return };
     fs::write(file.path(), vec![1; 1 << 20]).unwrap();
     assert_fails(&sluice(&["bench", "disk", file.path().to_str().unwrap()]), 1, &["tmpfs", "--buffered"]);
+}
+
+#[test]
+fn a_plot_that_cannot_be_written_is_known_before_measuring() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (missing, here, new) = (at("missing/plot.svg"), at("."), at("new.svg"));
+    // Nothing can be measured either, but that is found out later.
+    for plot in [&missing, &here] {
+        for what in ["disk", "decode"] {
+            let output = sluice(&["bench", what, "/dev/null", "--plot", plot]);
+            assert_fails(&output, 1, &[plot, "write the chart"]);
+        }
+    }
+    // A file that is there is as it was, and none is left that was not.
+    let old = at("old.svg");
+    fs::write(&old, "precious").unwrap();
+    for plot in [&old, &new] {
+        assert_fails(&sluice(&["bench", "disk", "/dev/null", "--plot", plot]), 1, &["not a regular file"]);
+        assert_fails(&sluice(&["bench", "decode", "/dev/null", "--plot", plot]), 1, &["/dev/null"]);
+    }
+    assert_eq!(fs::read_to_string(&old).unwrap(), "precious");
+    assert!(!Path::new(&new).exists());
 }
 
 #[test]

@@ -14,7 +14,7 @@ use sluice_runtime::{Engine, EngineOptions, Prefetch, ReadEngineKind, Session, S
 
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
-use crate::plot::{LineChart, Series};
+use crate::plot::{self, LineChart, Series};
 use crate::size::parse_size;
 use crate::terminal::{print, print_json, step_bar};
 
@@ -171,9 +171,7 @@ struct Split {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    if let Some(plot) = &args.plot {
-        CliError::refuse_inputs(plot, &[&args.file])?;
-    }
+    plot::check_target(args.plot.as_deref(), &args.file)?;
     if args.n == 0 || args.pairs == 0 {
         return Err(CliError::Usage("-n and --pairs must be at least 1".into()));
     }
@@ -191,7 +189,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         outcomes.push(measure(args, budget, total)?);
     }
     if let Some(path) = &args.plot {
-        std::fs::write(path, chart(&outcomes).to_svg()).map_err(CliError::file(path, "write the chart"))?;
+        chart(&outcomes).write(path)?;
     }
     if args.json { print_json(&outcomes) } else { print(&table(&outcomes)) }
 }

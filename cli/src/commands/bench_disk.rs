@@ -15,7 +15,7 @@ use sluice_runtime::io::{Calibration, CalibrationStore, DEPTH_MAX, DirectMode, P
 use sluice_runtime::memory::Bytes;
 
 use crate::error::CliError;
-use crate::plot::{LineChart, Series};
+use crate::plot::{self, LineChart, Series};
 use crate::size::parse_size;
 use crate::terminal::{byte_bar, note, print, print_json, step_bar};
 
@@ -141,9 +141,7 @@ struct EngineNote {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    if let Some(plot) = &args.plot {
-        CliError::refuse_inputs(plot, &[&args.path])?;
-    }
+    plot::check_target(args.plot.as_deref(), &args.path)?;
     let scratch = scratch_file(args)?;
     let mode = if args.buffered { DirectMode::Never } else { DirectMode::Prefer };
     let mut bench = match &scratch {
@@ -175,7 +173,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         saved,
     };
     if let Some(file) = &args.plot {
-        std::fs::write(file, chart(&report).to_svg()).map_err(CliError::file(file, "write the plot"))?;
+        chart(&report).write(file)?;
     }
     if args.json { print_json(&report) } else { print(&describe(&report)) }
 }
