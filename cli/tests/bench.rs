@@ -104,6 +104,22 @@ fn a_plot_that_cannot_be_written_is_known_before_measuring() {
 }
 
 #[test]
+fn a_comparison_takes_no_options_that_it_would_ignore() {
+    for (options, word) in [
+        (&["--compare", "prefetch", "--budgets", "8MiB,16MiB"][..], "--budgets"),
+        (&["--compare", "checksums", "--plot", "/dev/null"], "--plot"),
+        (&["--compare", "prefetch", "--no-prefetch"], "--no-prefetch"),
+        (&["--compare", "engine", "--engine", "pread"], "--engine"),
+        (&["--pairs", "3"], "--compare"),
+    ] {
+        let output = sluice(&[&["bench", "decode", demo_model(), "-n", "1", "--warm-up", "1"], options].concat());
+        assert_fails(&output, 2, &[word]);
+    }
+    let args = ["bench", "decode", demo_model(), "-n", "1", "--warm-up", "1", "--compare", "prefetch", "--json"];
+    assert_eq!(json(&sluice(&args))["pairs"].as_array().unwrap().len(), 8);
+}
+
+#[test]
 fn run_uses_a_calibration_and_survives_a_broken_one() {
     let cache = tempfile::tempdir().unwrap();
     let run = |extra: &[&str]| {

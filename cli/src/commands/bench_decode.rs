@@ -47,12 +47,12 @@ pub(crate) struct Args {
     #[arg(long, value_name = "LIST", value_parser = parse_size, value_delimiter = ',', conflicts_with = "budget")]
     budgets: Vec<u64>,
 
-    /// Compare two ways in alternating pairs: the one that is asked for, and the other
-    #[arg(long, value_name = "WHAT")]
+    /// Compare two ways in alternating pairs: the one that is asked for, and the other; with one budget
+    #[arg(long, value_name = "WHAT", conflicts_with_all = ["budgets", "plot"])]
     compare: Option<Compare>,
 
     /// Pairs to compare
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "compare")]
     pairs: usize,
 
     /// Write a chart of tokens per second over budgets
@@ -175,6 +175,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if args.n == 0 || args.pairs == 0 {
         return Err(CliError::Usage("-n and --pairs must be at least 1".into()));
     }
+    refuse_one_sided(args)?;
     let total = total_tokens(args)?;
     args.engine.say_what_is_lossy();
     if let Some(what) = args.compare {
@@ -192,6 +193,16 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         chart(&outcomes).write(path)?;
     }
     if args.json { print_json(&outcomes) } else { print(&table(&outcomes)) }
+}
+
+/// Refuses options that say which of the two ways is meant, where both are measured.
+fn refuse_one_sided(args: &Args) -> Result<(), CliError> {
+    let option = match args.compare {
+        Some(Compare::Prefetch) if args.engine.no_prefetch => "--no-prefetch",
+        Some(Compare::Engine) if args.engine.engine.is_some() => "--engine",
+        _ => return Ok(()),
+    };
+    Err(CliError::Usage(format!("--compare measures with and without what {option} chooses: leave {option} out")))
 }
 
 /// A model that decodes a stream of tokens.
