@@ -251,6 +251,9 @@ fn bench_kernels_prints_every_type() {
         assert!(side["types"][0]["gemv_gb_per_s"].as_f64().unwrap() > 0.0);
     }
     assert!(stdout(&sluice(&args)).contains("plain reading"));
+    let many = json(&sluice(&["bench", "kernels", "--threads", "1000000", "--bytes", "256KiB", "--json"]));
+    let threads = many["runs"][1]["threads"].as_u64().unwrap();
+    assert!((1..=1024).contains(&threads), "{threads} is what the pool has, not what was asked for");
 }
 
 #[test]

@@ -18,7 +18,8 @@ use crate::terminal::{print, print_json, step_bar};
 
 const EXAMPLES: &str = "\
 Every measurement takes turns with reading the same memory without computing anything, and the median counts: on a \
-busy machine both suffer alike. SLUICE_ISA (scalar, avx2, avx512, neon) measures other instructions.
+busy machine both suffer alike. SLUICE_ISA (scalar, avx2, avx512, neon) measures other instructions. Products that \
+take long are cut to a part of their rows, so that the default takes less than a minute.
 
 Examples:
   sluice bench kernels
@@ -28,11 +29,11 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Threads, beside one alone [default: one per core]
+    /// Threads, beside one alone; at most 1024 are started [default: one per core]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
 
-    /// Weights that one product with one token reads; more than the caches hold
+    /// Weights that one product with one token reads, at least 256KiB; more than the caches hold
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256MiB")]
     bytes: u64,
 
@@ -49,6 +50,8 @@ const GEMM_TOKENS: [usize; 2] = [64, 512];
 /// Measurements of which the median is taken.
 const ROUNDS: usize = 9;
 const GEMM_ROUNDS: usize = 5;
+/// Seconds for one product: there are hundreds of them, and scalar code would take ten minutes for all.
+const PRODUCT_SECONDS: f64 = 0.08;
 
 #[derive(Serialize)]
 struct Report {
@@ -93,7 +96,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
         let types: Vec<_> = WeightType::ALL.map(|ty| (bench.speed(ty), bar.inc(1)).0).into();
         let read_gb_per_s = median(&types.iter().map(|t| t.read_gb_per_s).collect::<Vec<_>>());
-        Run { threads, read_gb_per_s, types }
+        // The pool has its own limit, and the system may refuse threads.
+        Run { threads: bench.pool.threads(), read_gb_per_s, types }
     };
     let report = Report { isa: kernels.isa_name(), runs: counts.iter().map(measure).collect() };
     bar.finish_and_clear();
@@ -109,11 +113,9 @@ fn describe(report: &Report) -> String {
         let _ = writeln!(out, "{:<6} {:>17} {:>18} {:>12}", "type", "1 token", "64 tokens", "512 tokens");
         for t in types {
             let share = 100.0 * t.gemv_gb_per_s / t.read_gb_per_s;
-            let _ = writeln!(
-                out,
-                "{:<6} {:>6.1} GB/s {share:>3.0} % {:>12.0} GOP/s {:>6.0} GOP/s",
-                t.name, t.gemv_gb_per_s, t.gemm_64_gop_per_s, t.gemm_512_gop_per_s
-            );
+            let [gemv, few, many] = [(t.gemv_gb_per_s, 1), (t.gemm_64_gop_per_s, 0), (t.gemm_512_gop_per_s, 0)]
+                .map(|(speed, places)| format!("{speed:.*}", if speed < 1.0 { 2 } else { places }));
+            let _ = writeln!(out, "{:<6} {gemv:>6} GB/s {share:>3.0} % {few:>12} GOP/s {many:>6} GOP/s", t.name);
         }
         out.push('\n');
     }
@@ -129,27 +131,29 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn speed(&self, ty: WeightType) -> TypeSpeed {
-        let group = row_group_len(ty, COLS).expect("small");
-        let groups = self.data.len() / group;
-        let weights = &self.data[..groups * group];
-        let rows = groups * ROW_GROUP;
-        let w = Matrix::new(ty, rows, COLS, weights).expect("cut to fit");
-        let mut x = Activations::new(Precision::Int8);
-        x.set(&[0.5; COLS], 1, COLS);
-        let mut y = vec![0.0; rows];
-        let (mut gemv, mut read) = (Vec::new(), Vec::new());
-        for round in 0..=ROUNDS {
-            let pair = (self.read(weights), seconds(|| self.kernels.matmul(&self.pool, w, &x, &mut y)));
-            // The first round fills the caches of addresses and wakes the threads.
-            if round > 0 {
-                read.push(pair.0);
-                gemv.push(pair.1);
-            }
-        }
-        let rate = |seconds: Vec<f64>| weights.len() as f64 / median(&seconds) / 1e9;
+        let mut product = self.product(ty, self.data, 1);
+        let groups = fitting(self.data.len() / product.group, &mut |groups| product.seconds(groups));
+        // Always all bytes: a part of them may be in a cache, which does not help products that are so slow.
+        let pairs = (0..ROUNDS).map(|_| (self.read(self.data), product.seconds(groups)));
+        let (read, gemv): (Vec<_>, Vec<_>) = pairs.unzip();
+        let rate = |bytes: usize, seconds: &[f64]| bytes as f64 / median(seconds) / 1e9;
         let [gemm_64_gop_per_s, gemm_512_gop_per_s] = GEMM_TOKENS.map(|n| self.gemm(ty, n));
-        let (name, gemv_gb_per_s) = (format!("{ty:?}").to_lowercase(), rate(gemv));
-        TypeSpeed { name, gemv_gb_per_s, read_gb_per_s: rate(read), gemm_64_gop_per_s, gemm_512_gop_per_s }
+        TypeSpeed {
+            name: format!("{ty:?}").to_lowercase(),
+            gemv_gb_per_s: rate(groups * product.group, &gemv),
+            read_gb_per_s: rate(self.data.len(), &read),
+            gemm_64_gop_per_s,
+            gemm_512_gop_per_s,
+        }
+    }
+
+    /// Products of weights out of `data` with `n` tokens.
+    fn product<'b>(&'b self, ty: WeightType, data: &'b [u8], n: usize) -> Product<'b> {
+        let group = row_group_len(ty, COLS).expect("small");
+        let mut x = Activations::new(Precision::Int8);
+        x.set(&vec![0.5; n * COLS], n, COLS);
+        let y = vec![0.0; data.len() / group * ROW_GROUP * n];
+        Product { bench: self, ty, group, data, n, x, y }
     }
 
     /// Seconds that it takes to look at all bytes.
@@ -171,19 +175,74 @@ impl Bench<'_> {
     /// Billions of multiplications and additions per second with `n` tokens.
     fn gemm(&self, ty: WeightType, n: usize) -> f64 {
         let group = row_group_len(ty, COLS).expect("small");
-        let rows = GEMM_ROWS.min(self.data.len() / group * ROW_GROUP);
-        let weights = vec![0x2b; rows / ROW_GROUP * group];
-        let w = Matrix::new(ty, rows, COLS, &weights).expect("made to fit");
-        let mut x = Activations::new(Precision::Int8);
-        x.set(&vec![0.5; n * COLS], n, COLS);
-        let mut y = vec![0.0; n * rows];
-        let times = (0..GEMM_ROUNDS).map(|_| seconds(|| self.kernels.matmul(&self.pool, w, &x, &mut y)));
-        2.0 * (n * rows * COLS) as f64 / median(&times.collect::<Vec<_>>()) / 1e9
+        let all = (GEMM_ROWS / ROW_GROUP).min(self.data.len() / group);
+        let mut product = self.product(ty, &self.data[..all * group], n);
+        let groups = fitting(all, &mut |groups| product.seconds(groups));
+        let times: Vec<_> = (0..GEMM_ROUNDS).map(|_| product.seconds(groups)).collect();
+        2.0 * (n * groups * ROW_GROUP * COLS) as f64 / median(&times) / 1e9
     }
+}
+
+/// A product of which any part of the rows can be computed.
+struct Product<'a> {
+    bench: &'a Bench<'a>,
+    ty: WeightType,
+    /// Bytes of a row group.
+    group: usize,
+    data: &'a [u8],
+    n: usize,
+    x: Activations,
+    y: Vec<f32>,
+}
+
+impl Product<'_> {
+    /// Seconds that the first so many row groups take.
+    fn seconds(&mut self, groups: usize) -> f64 {
+        let rows = groups * ROW_GROUP;
+        let w = Matrix::new(self.ty, rows, COLS, &self.data[..groups * self.group]).expect("cut to fit");
+        let y = &mut self.y[..rows * self.n];
+        seconds(|| self.bench.kernels.matmul(&self.bench.pool, w, &self.x, y))
+    }
+}
+
+/// How many row groups to measure, of `all`: so many that one product takes about [`PRODUCT_SECONDS`]. `seconds` measures
+/// so many; that fills the caches of addresses and wakes the threads, too.
+fn fitting(all: usize, seconds: &mut dyn FnMut(usize) -> f64) -> usize {
+    let mut groups = 1;
+    // Twice, because the first time may have been taken by something else.
+    let mut is_enough = |groups| (0..2).all(|_| seconds(groups) > PRODUCT_SECONDS / 2.0);
+    while groups < all && !is_enough(groups) {
+        groups = (2 * groups).min(all);
+    }
+    groups
 }
 
 fn seconds(f: impl FnOnce()) -> f64 {
     let start = Instant::now();
     f();
     start.elapsed().as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slow_products_are_measured_in_part() {
+        let mut spent = 0.0;
+        for (all, group_seconds) in [(64, 0.4), (64, 0.01), (50_000, 1e-4), (50_000, 1e-6), (3, 1e-9), (1, 9.0)] {
+            let mut asked = 0;
+            let groups = fitting(all, &mut |groups| {
+                // The first time something is in the way.
+                asked += 1;
+                spent += groups as f64 * group_seconds;
+                groups as f64 * group_seconds + if asked == 1 { 1.0 } else { 0.0 }
+            });
+            let seconds = groups as f64 * group_seconds;
+            assert!((1..=all).contains(&groups));
+            assert!(groups == 1 || seconds <= PRODUCT_SECONDS, "{groups} groups take {seconds} s");
+            assert!(groups == all || seconds > PRODUCT_SECONDS / 2.0, "{groups} of {all} groups take {seconds} s");
+        }
+        assert!(spent < 2.0, "{spent} s");
+    }
 }
