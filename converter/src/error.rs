@@ -72,6 +72,22 @@ pub enum ConvertError {
         /// The model type.
         family: String,
     },
+    /// Decoder layers that the configuration does not count: without them the model would compute something else.
+    #[error(
+        "{path}: {count} tensors belong to layers behind the {layers} that `num_hidden_layers` counts: {names}. \
+         They are not of layers that predict further tokens either, which have an `eh_proj`. \
+         Check that `config.json` belongs to these weights"
+    )]
+    SurplusLayers {
+        /// The folder.
+        path: PathBuf,
+        /// How many tensors.
+        count: usize,
+        /// The first few.
+        names: String,
+        /// Layers of the model as configured.
+        layers: usize,
+    },
     /// A tensor's shape is not what the configuration implies.
     #[error("{path}: `{tensor}` has shape {found:?}, `config.json` implies {expected:?}")]
     Shape {

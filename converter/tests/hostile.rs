@@ -49,6 +49,30 @@ fn missing_unknown_and_misshapen_tensors_are_named() {
 }
 
 #[test]
+fn layers_that_the_configuration_does_not_count_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let shape = Synthetic::default();
+    let mut tensors = shape.tensors();
+    let mut config = shape.config();
+    config["num_hidden_layers"] = json!(2);
+    // Whatever is announced: layer 2 has no mark of a prediction layer.
+    for announced in [json!(null), json!(0), json!(1)] {
+        config["num_nextn_predict_layers"] = announced;
+        write_dir(dir.path(), &config, &tensors, 1);
+        let error = plan(dir.path(), &Options::default()).unwrap_err();
+        assert!(matches!(error, ConvertError::SurplusLayers { layers: 2, .. }), "{error}");
+        assert_names(&error.to_string(), &["`model.layers.2.", "num_hidden_layers", "config.json"]);
+    }
+    tensors.insert("model.layers.2.eh_proj.weight".into(), Tensor::f32(&[1], [0.0]));
+    for announced in [json!(null), json!(0), json!(1)] {
+        config["num_nextn_predict_layers"] = announced;
+        write_dir(dir.path(), &config, &tensors, 1);
+        let plan = plan(dir.path(), &Options::default()).unwrap();
+        assert_eq!(plan.left_out()[0].reason, "multi-token prediction layers");
+    }
+}
+
+#[test]
 fn types_that_are_not_supported_are_named_with_those_that_are() {
     let error = error_after("BF16", |t| {
         t.insert(UP.into(), Tensor { dtype: "I8".into(), shape: vec![40, 72], bytes: vec![0; 40 * 72] });

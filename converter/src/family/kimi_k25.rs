@@ -29,8 +29,8 @@ impl Family for KimiK25 {
         Names { prefix: "language_model.model.", head: "language_model.lm_head.weight", ..Names::USUAL }
     }
 
-    fn unused(&self, spec: &ModelSpec, name: &str) -> Option<Unused> {
+    fn unused(&self, name: &str) -> Option<Unused> {
         let vision = ["vision_tower.", "mm_projector."].iter().any(|prefix| name.starts_with(prefix));
-        if vision { Some(Unused::Vision) } else { usually_unused(self.names(), spec, name) }
+        if vision { Some(Unused::Vision) } else { usually_unused(name) }
     }
 }

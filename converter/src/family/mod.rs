@@ -84,9 +84,9 @@ pub(crate) trait Family: Sync {
         self.names().origin(spec, place, tensor)
     }
 
-    /// Why a tensor that no extent uses may be left out; `None`: it is unknown.
-    fn unused(&self, spec: &ModelSpec, name: &str) -> Option<Unused> {
-        usually_unused(self.names(), spec, name)
+    /// Why a tensor that no extent uses may be left out; `None`: it is unknown. Not asked for layers behind the decoder's.
+    fn unused(&self, name: &str) -> Option<Unused> {
+        usually_unused(name)
     }
 }
 
@@ -129,10 +129,9 @@ impl Unused {
 /// Ends of names of tensors that quantise activations or the KV cache.
 const ACTIVATION_SCALES: [&str; 5] = [".input_scale", ".input_global_scale", ".k_scale", ".v_scale", ".q_scale"];
 
-/// Prediction layers stand behind the decoder's layers or under `mtp.`; old checkpoints carry rotary frequencies.
-fn usually_unused(names: Names, spec: &ModelSpec, name: &str) -> Option<Unused> {
-    let beyond = names.layer_of(name).is_some_and(|layer| layer >= spec.layers.len());
-    if beyond || name.starts_with("mtp.") || name.starts_with("model.mtp.") {
+/// Some families keep prediction layers under `mtp.`; old checkpoints carry rotary frequencies.
+fn usually_unused(name: &str) -> Option<Unused> {
+    if name.starts_with("mtp.") || name.starts_with("model.mtp.") {
         return Some(Unused::MultiTokenPrediction);
     }
     if ACTIVATION_SCALES.iter().any(|end| name.ends_with(end)) {

@@ -62,6 +62,13 @@ impl Names {
         number.parse().ok()
     }
 
+    /// The layer, if this is what marks it as one that predicts further tokens: the projection of a token's embedding beside
+    /// a hidden state, which no layer of a decoder has.
+    pub(crate) fn prediction_layer_of(self, name: &str) -> Option<usize> {
+        let layer = self.layer_of(name)?;
+        name.starts_with(&self.layer(layer, "eh_proj.")).then_some(layer)
+    }
+
     fn norm(self, tensor: String, len: usize) -> View {
         View { plus_one: self.zero_centred, ..View::vector(tensor, len) }
     }

@@ -88,9 +88,9 @@ impl Family for Qwen35Moe {
         Names { prefix: "model.language_model.", ..Qwen3Next.names() }
     }
 
-    fn unused(&self, spec: &ModelSpec, name: &str) -> Option<Unused> {
+    fn unused(&self, name: &str) -> Option<Unused> {
         let vision = name.starts_with("model.visual.");
-        if vision { Some(Unused::Vision) } else { usually_unused(self.names(), spec, name) }
+        if vision { Some(Unused::Vision) } else { usually_unused(name) }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Taking stock: every tensor that the model needs is there, and every tensor that is there is accounted for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use sluice_format::ModelSpec;
 
@@ -98,18 +98,40 @@ fn account_for_rest(
     spec: &ModelSpec,
     used: &[bool],
 ) -> Result<Vec<LeftOut>, ConvertError> {
+    let names = family.names();
     let mut left_out: BTreeMap<Unused, LeftOut> = BTreeMap::new();
-    let mut unknown = Vec::new();
+    let (mut unknown, mut surplus) = (Vec::new(), Vec::new());
+    // Not as many as `num_nextn_predict_layers` says: published files say 0 there and have such a layer all the same.
+    let predicting: BTreeSet<usize> =
+        checkpoint.tensors.iter().filter_map(|t| names.prediction_layer_of(&t.name)).collect();
     let rest = checkpoint.tensors.iter().zip(used).filter(|(_, used)| !**used);
     for (tensor, _) in rest {
-        let Some(reason) = family.unused(spec, &tensor.name) else {
-            unknown.push(tensor.name.clone());
-            continue;
+        let reason = match names.layer_of(&tensor.name).filter(|&layer| layer >= spec.layers.len()) {
+            Some(layer) if predicting.contains(&layer) => Unused::MultiTokenPrediction,
+            Some(_) => {
+                surplus.push(tensor.name.clone());
+                continue;
+            }
+            None => match family.unused(&tensor.name) {
+                Some(reason) => reason,
+                None => {
+                    unknown.push(tensor.name.clone());
+                    continue;
+                }
+            },
         };
         let entry = left_out.entry(reason);
         let entry = entry.or_insert_with(|| LeftOut { reason: reason.name().to_owned(), tensors: 0, bytes: 0 });
         entry.tensors += 1;
         entry.bytes += tensor.len;
+    }
+    if !surplus.is_empty() {
+        return Err(ConvertError::SurplusLayers {
+            path: checkpoint.dir.clone(),
+            count: surplus.len(),
+            names: first_few(&surplus),
+            layers: spec.layers.len(),
+        });
     }
     if !unknown.is_empty() {
         return Err(ConvertError::UnknownTensors {
