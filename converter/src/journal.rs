@@ -13,12 +13,12 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::pack::{ErrorSums, Outcome};
 
-const MAGIC: [u8; 8] = *b"SLJRNL\x01\n";
+const MAGIC: [u8; 8] = *b"SLJRNL\x02\n";
 /// Magic, plan hash, tensors per extent, extents, checksum.
 const HEADER_LEN: usize = 8 + 16 + 8 + 8 + 8;
 /// Extent, checksum, digest, source bytes, and the record's own checksum; the errors come between.
 const RECORD_FIXED: usize = 8 + 8 + 16 + 8 + 8;
-const ERROR_LEN: usize = 16;
+const ERROR_LEN: usize = 24;
 
 /// What a journal belongs to.
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +58,7 @@ impl Identity {
             let sums = outcome.errors.get(i).unwrap_or(&unused);
             b.extend(sums.error.to_bits().to_le_bytes());
             b.extend(sums.magnitude.to_bits().to_le_bytes());
+            b.extend(sums.vanished.to_le_bytes());
         }
         b.extend(self.record_checksum(&b).to_le_bytes());
         b
@@ -70,8 +71,9 @@ impl Identity {
         }
         let u64_at = |at: usize| body.get(at..)?.first_chunk().map(|b| u64::from_le_bytes(*b));
         let errors = body.get(40..)?.chunks_exact(ERROR_LEN).map(|b| {
-            let bits = |at: usize| b[at..].first_chunk().map(|b| f64::from_bits(u64::from_le_bytes(*b)));
-            Some(ErrorSums { error: bits(0)?, magnitude: bits(8)? })
+            let bits = |at: usize| b[at..].first_chunk().map(|b| u64::from_le_bytes(*b));
+            let number = |at: usize| bits(at).map(f64::from_bits);
+            Some(ErrorSums { error: number(0)?, magnitude: number(8)?, vanished: bits(16)? })
         });
         let extent = usize::try_from(u64_at(0)?).ok().filter(|&e| e < self.extents)?;
         Some(Outcome {
@@ -152,7 +154,7 @@ mod tests {
     const IDENTITY: Identity = Identity { plan_hash: 7, tensors_per_extent: 3, extents: 9 };
 
     fn outcome(extent: usize) -> Outcome {
-        let sums = |x: f64| ErrorSums { error: x, magnitude: x * 2.0 };
+        let sums = |x: f64| ErrorSums { error: x, magnitude: x * 2.0, vanished: 5 };
         let errors = vec![sums(0.5), sums(-0.0), sums(1e300)];
         Outcome { extent, checksum: 11 << 40, source_digest: 13 << 100, source_bytes: 17, errors }
     }

@@ -81,6 +81,8 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
     let outcomes = execute::run(plan, &partial, journal, done, progress)?;
     let checksums: Vec<u64> = outcomes.iter().map(|o| o.checksum).collect();
     let (model_id, file_bytes) = partial.finish(plan, &checksums, report::provenance(plan, &outcomes))?;
+    let vanished = report::vanished(plan, &outcomes);
+    vanished.iter().for_each(|note| progress.note(note));
     Ok(Summary {
         family: plan.spec.family.clone(),
         model_id: model_id.to_string(),
@@ -90,7 +92,7 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
         errors: report::errors(plan, &outcomes),
         widened: plan.widened.clone(),
         left_out: plan.left_out.clone(),
-        notes: plan.notes.clone(),
+        notes: plan.notes.iter().cloned().chain(vanished).collect(),
         bytes_read: outcomes.iter().map(|o| o.source_bytes).sum::<u64>() - resumed_read,
         bytes_written: plan.extent_bytes() - resumed_bytes,
         resumed_extents,

@@ -12,11 +12,16 @@ use crate::plan::{Plan, Source, Storage, TensorPlan, is_lossy};
 /// Elements that are in memory at once, per thread and tensor. Fixed: the sums of errors follow the order of blocks.
 const BLOCK_ELEMENTS: usize = 1 << 20;
 
+/// The largest magnitude that `q8` holds: half a step beyond the last one of the largest scale that f16 has.
+const Q8_LARGEST: f32 = 127.5 * 65504.0;
+
 /// Squared error and squared magnitude, summed over the elements of a tensor.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct ErrorSums {
     pub(crate) error: f64,
     pub(crate) magnitude: f64,
+    /// Blocks that became zero although their weights are not: f16 has no scale that small.
+    pub(crate) vanished: u64,
 }
 
 /// What is known of an extent once it is written; the journal keeps it.
@@ -253,21 +258,36 @@ impl<'a> Packer<'a> {
                 if lossy {
                     let matrix = kernels::Matrix::new(kernel_type(ty), n, rows.cols, out);
                     let stored = kernels::unpack(matrix.expect("the slot has a row group's length"));
-                    values.iter().zip(stored).for_each(|(&value, stored)| job.sums.add(value, stored));
+                    values.iter().zip(&stored).for_each(|(&value, &stored)| job.sums.add(value, stored));
+                    if ty == WeightType::Q8 {
+                        job.sums.vanished += vanished(values, &stored, rows.cols);
+                    }
                 }
             }
+        }
+        if ty == WeightType::Q8 && self.values.iter().any(|v| v.abs() > Q8_LARGEST) {
+            return Err(self.too_large(job, source));
         }
         self.check_sums(job, source)
     }
 
     /// What was finite in the source must be finite in the file.
     fn check_sums(&self, job: &Job<'_>, source: &Source) -> Result<(), ConvertError> {
-        if job.sums.error.is_finite() {
-            return Ok(());
-        }
-        let tensor = self.plan.checkpoint.tensors[source.tensor].name.clone();
-        Err(ConvertError::TooLarge { tensor, weight_type: job.tensor.weight_type })
+        if job.sums.error.is_finite() { Ok(()) } else { Err(self.too_large(job, source)) }
     }
+
+    fn too_large(&self, job: &Job<'_>, source: &Source) -> ConvertError {
+        let tensor = self.plan.checkpoint.tensors[source.tensor].name.clone();
+        ConvertError::TooLarge { tensor, weight_type: job.tensor.weight_type }
+    }
+}
+
+/// Blocks of rows of `cols` columns that are zero as stored and nowhere else.
+fn vanished(values: &[f32], stored: &[f32], cols: usize) -> u64 {
+    let zero = |block: &[f32]| block.iter().all(|&v| v == 0.0);
+    let rows = values.chunks_exact(cols).zip(stored.chunks_exact(cols));
+    let blocks = rows.flat_map(|(values, stored)| values.chunks(BLOCK).zip(stored.chunks(BLOCK)));
+    blocks.filter(|(values, stored)| zero(stored) && !zero(values)).count() as u64
 }
 
 impl ErrorSums {

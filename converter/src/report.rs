@@ -86,6 +86,21 @@ pub(crate) fn errors(plan: &Plan, outcomes: &[Outcome]) -> BTreeMap<String, f64>
     named.map(|(group, s)| (group.clone(), (s.error / s.magnitude).sqrt())).collect()
 }
 
+/// A remark on weights that became zero because `q8` has no scale for them.
+pub(crate) fn vanished(plan: &Plan, outcomes: &[Outcome]) -> Option<String> {
+    let (mut blocks, mut first) = (0, None);
+    for (tensors, outcome) in plan.extents.iter().zip(outcomes) {
+        for (tensor, sums) in tensors.iter().zip(&outcome.errors).filter(|(_, sums)| sums.vanished > 0) {
+            blocks += sums.vanished;
+            first.get_or_insert_with(|| format!("{} {}", plan.layout.extents()[outcome.extent].name(), tensor.name));
+        }
+    }
+    let first = first?;
+    Some(format!(
+        "{blocks} blocks of 32 weights are too small for the scales of q8, and became zero; the first are in `{first}`"
+    ))
+}
+
 /// The provenance blob.
 pub(crate) fn provenance(plan: &Plan, outcomes: &[Outcome]) -> Vec<u8> {
     let mut digest = Xxh3::new();

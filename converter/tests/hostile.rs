@@ -136,6 +136,32 @@ fn what_does_not_fit_the_type_is_named() {
     let error = convert(dir.path(), &dst, &options("bf16", "keep"), &()).unwrap_err();
     assert!(matches!(error, ConvertError::TooLarge { .. }), "{error}");
     assert_names(&error.to_string(), &[UP, "bf16"]);
+    // Half a step beyond ±127 times f16's largest number is the last that q8 holds.
+    for (value, holds) in [(8_351_760.0, true), (8_351_761.0, false)] {
+        tensors.insert(UP.into(), Tensor::f32(&[40, 72], vec![value; 40 * 72]));
+        write_dir(dir.path(), &shape.config(), &tensors, 1);
+        match convert(dir.path(), &dst, &Options { overwrite: true, ..options("q8", "keep") }, &()) {
+            Ok(summary) => assert!(holds && summary.notes.is_empty(), "{:?}", summary.notes),
+            Err(error) => {
+                assert!(!holds && matches!(error, ConvertError::TooLarge { .. }), "{error}");
+                assert_names(&error.to_string(), &[UP, "q8"]);
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_that_are_too_small_for_q8_are_counted_and_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let shape = Synthetic { dtype: "F32", ..Synthetic::default() };
+    let mut tensors = shape.tensors();
+    // Three blocks of each row of 72: one that becomes zero, one that is zero, one that stays.
+    let row = [vec![2e-8; 32], vec![0.0; 32], vec![5e-8; 8]].concat();
+    tensors.insert(UP.into(), Tensor::f32(&[40, 72], row.repeat(40)));
+    write_dir(dir.path(), &shape.config(), &tensors, 1);
+    let summary = convert(dir.path(), &dir.path().join("m"), &options("q8", "keep"), &()).unwrap();
+    let [note] = summary.notes.as_slice() else { panic!("{:?}", summary.notes) };
+    assert_names(note, &["40 blocks", "q8", "`layer 2 expert 4 gate_up`"]);
 }
 
 #[test]
