@@ -45,6 +45,33 @@ fn convert_refuses() {
 }
 
 #[test]
+fn convert_refuses_what_run_could_not_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("checkpoint");
+    fs::create_dir(&source).unwrap();
+    for file in fs::read_dir(demo_checkpoint()).unwrap().map(|f| f.unwrap().path()).filter(|f| f.is_file()) {
+        fs::copy(&file, source.join(file.file_name().unwrap())).unwrap();
+    }
+    let target = folder.path().join("m.sluice");
+    let args = ["convert", source.to_str().unwrap(), target.to_str().unwrap(), "--dry-run"];
+    stdout(&sluice(&args));
+    for (name, content, word) in [
+        ("generation_config.json", r#"{"temperature": "hot"}"#, "`temperature`"),
+        ("tokenizer.json", r#"{"version": "1.0"}"#, "cannot be used"),
+        ("tokenizer.json", r#"{"version": "#, "not a JSON object"),
+    ] {
+        let whole = fs::read(source.join(name)).unwrap();
+        fs::write(source.join(name), content).unwrap();
+        assert_fails(&sluice(&args), 1, &["checkpoint", name, word]);
+        fs::write(source.join(name), whole).unwrap();
+    }
+    // None at all is fine: the model takes token ids then.
+    fs::remove_file(source.join("generation_config.json")).unwrap();
+    fs::remove_file(source.join("tokenizer.json")).unwrap();
+    stdout(&sluice(&args));
+}
+
+#[test]
 fn inspect_describes() {
     let text = stdout(&sluice(&["inspect", demo_model()]));
     for word in ["deepseek_v3", "token cycle", "least budget", "expert"] {

@@ -189,6 +189,22 @@ fn folders_that_are_no_checkpoints() {
     assert_names(&fail(), &["`model_type` is missing", "deepseek_v3"]);
 }
 
+#[test]
+fn side_files_that_are_no_json_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    Synthetic::default().write(dir.path(), 1);
+    for name in ["tokenizer.json", "generation_config.json", "tokenizer_config.json"] {
+        for broken in ["", "[1]", "{\"a\": [1, 2"] {
+            std::fs::write(dir.path().join(name), broken).unwrap();
+            let error = plan(dir.path(), &Options::default()).unwrap_err();
+            assert!(matches!(error, ConvertError::Damaged { .. }), "{error}");
+            assert_names(&error.to_string(), &[name, "JSON object"]);
+        }
+        std::fs::remove_file(dir.path().join(name)).unwrap();
+    }
+    plan(dir.path(), &Options::default()).unwrap();
+}
+
 /// A tiny checkpoint in one file, for mutations.
 fn tiny() -> (Synthetic, Vec<u8>) {
     let shape = Synthetic { layers: 2, experts: 2, hidden: 8, width: 8, vocab: 9, ..Synthetic::default() };

@@ -9,8 +9,12 @@ use clap::builder::PossibleValuesParser;
 use clap::builder::TypedValueParser as _;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
-use sluice_converter::{ConvertError, KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, convert, plan};
+use sluice_converter::{
+    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, convert_plan, plan,
+};
+use sluice_format::SOURCE_CONFIG_BLOB;
 use sluice_runtime::memory::Bytes;
+use sluice_runtime::text::{GenerationDefaults, TextError, Tokenizer};
 
 use crate::error::CliError;
 use crate::terminal::{byte_bar, note, print, print_json, seconds};
@@ -86,19 +90,27 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         importance: args.imatrix.clone(),
         overwrite: args.overwrite,
     };
+    let started = Instant::now();
+    let plan = plan(&args.src, &options)?;
+    check_text(&plan).map_err(|e| CliError::Failure(format!("{}: {e}", args.src.display())))?;
     if args.dry_run {
-        let plan = plan(&args.src, &options)?;
         return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan)) };
     }
-    let started = Instant::now();
     let bar = Bar(byte_bar("converting", 0));
-    let outcome = convert(&args.src, &args.dst, &options, &bar);
+    let outcome = convert_plan(&plan, &args.dst, &bar);
     bar.0.finish_and_clear();
     let summary = outcome.map_err(explain)?;
     if args.json {
         return print_json(&summary);
     }
     print(&describe(&args.dst, &summary, started.elapsed().as_secs_f64()))
+}
+
+/// Reads tokenizer and sampling defaults as `run` will: a conversion can take hours, and would end in a file without text.
+fn check_text(plan: &Plan) -> Result<(), TextError> {
+    Tokenizer::find(|name| plan.side_file(name))?;
+    let generation = plan.side_file("generation_config.json");
+    GenerationDefaults::parse(generation, plan.side_file(SOURCE_CONFIG_BLOB)).map(|_| ())
 }
 
 /// The same error, in words of the command line.

@@ -210,6 +210,11 @@ impl Plan {
         &self.left_out
     }
 
+    /// The bytes of a file of the checkpoint that the model file will hold too, such as `tokenizer.json`, by its name.
+    pub fn side_file(&self, name: &str) -> Option<&[u8]> {
+        self.blobs.iter().find(|(blob, _)| *blob == name).map(|(_, bytes)| bytes.as_slice())
+    }
+
     /// Remarks for the user.
     pub fn notes(&self) -> &[String] {
         &self.notes

@@ -13,6 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 pub(crate) use dtype::{Dtype, FLOATS, WIDE_FLOATS};
@@ -147,9 +148,18 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Reads a small file of the folder, or `None` if it does not exist.
+    /// Reads a small file of the folder, or `None` if it does not exist. JSON must be an object: a file that was cut short
+    /// would only be noticed when the model is run.
     pub(crate) fn side_file(&self, name: &str) -> Result<Option<Vec<u8>>, ConvertError> {
-        side_file(&self.dir, name)
+        let Some(bytes) = side_file(&self.dir, name)? else { return Ok(None) };
+        if name.ends_with(".json") {
+            let object = serde_json::from_slice::<BTreeMap<String, IgnoredAny>>(&bytes);
+            object.map_err(|e| ConvertError::Damaged {
+                path: self.dir.join(name),
+                problem: format!("it is not a JSON object: {e}"),
+            })?;
+        }
+        Ok(Some(bytes))
     }
 }
 
