@@ -45,6 +45,14 @@ pub enum ConvertError {
         /// What is wrong with it, and what is supported.
         problem: String,
     },
+    /// Values of `config.json` that are possible one by one do not fit together.
+    #[error("{path} describes an impossible model: {problem}")]
+    Impossible {
+        /// `config.json`.
+        path: PathBuf,
+        /// What does not fit, in the words of the specification.
+        problem: String,
+    },
     /// Tensors that the model needs are not in the checkpoint.
     #[error(
         "{path}: {count} tensors that `config.json` implies are missing: {names}. Check that the download is complete"

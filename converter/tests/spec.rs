@@ -6,6 +6,7 @@ use std::path::Path;
 
 use common::{Synthetic, fixture, options};
 use serde_json::{Value, json};
+use sluice_converter::synth::Geometry;
 use sluice_converter::{ConvertError, plan};
 use sluice_format::{AttentionSpec, MlaSpec, ModelSpec, RopePairing, RopeScaling};
 
@@ -101,8 +102,31 @@ fn what_is_not_supported_is_named_with_what_is() {
         (json!({"hidden_size": "72"}), vec!["`hidden_size`", "\"72\"", "whole number"]),
         (json!({"hidden_size": -72}), vec!["`hidden_size`", "-72"]),
         (json!({"num_hidden_layers": 1u64 << 40}), vec!["`num_hidden_layers`"]),
-        (json!({"qk_nope_head_dim": u64::MAX}), vec!["impossible", "qk_nope_head_dim"]),
-        (json!({"moe_intermediate_size": u64::MAX}), vec!["impossible"]),
+        (json!({"num_hidden_layers": 0}), vec!["`num_hidden_layers` is 0"]),
+        (json!({"vocab_size": 0}), vec!["`vocab_size` is 0"]),
+        (json!({"hidden_size": 0}), vec!["`hidden_size` is 0"]),
+        (json!({"num_attention_heads": 0}), vec!["`num_attention_heads` is 0"]),
+        (json!({"intermediate_size": 0}), vec!["`intermediate_size` is 0"]),
+        (json!({"max_position_embeddings": 1u64 << 40}), vec!["`max_position_embeddings`", "1 to 16777216"]),
+        (json!({"rms_norm_eps": -1.0}), vec!["`rms_norm_eps` is -1"]),
+        (json!({"rope_theta": 0.5}), vec!["`rope_theta` is 0.5"]),
+        (json!({"qk_rope_head_dim": 5}), vec!["`qk_rope_head_dim` is 5", "even"]),
+        (json!({"qk_nope_head_dim": u64::MAX}), vec!["`qk_nope_head_dim`"]),
+        (json!({"q_lora_rank": 0}), vec!["`q_lora_rank` is 0"]),
+        (json!({"moe_intermediate_size": u64::MAX}), vec!["`moe_intermediate_size`"]),
+        (json!({"n_shared_experts": u64::MAX}), vec!["`n_shared_experts`"]),
+        (json!({"n_routed_experts": 0}), vec!["`n_routed_experts` is 0"]),
+        (json!({"num_experts_per_tok": 0}), vec!["`num_experts_per_tok` is 0", "1 to 6"]),
+        (json!({"num_experts_per_tok": 7}), vec!["`num_experts_per_tok` is 7", "1 to 6"]),
+        (json!({"n_group": 0}), vec!["`n_group` is 0"]),
+        (json!({"n_group": 4}), vec!["`n_group` is 4", "6 experts"]),
+        (json!({"n_group": 6}), vec!["`n_group` is 6", "two best"]),
+        (json!({"topk_group": 0}), vec!["`topk_group` is 0"]),
+        (json!({"n_group": 2, "topk_group": 3}), vec!["`topk_group` is 3", "1 to 2"]),
+        (json!({"n_group": 3, "num_experts_per_tok": 3}), vec!["`topk_group` is 1", "3 of `num_experts_per_tok`"]),
+        (json!({"routed_scaling_factor": 1e300}), vec!["`routed_scaling_factor`"]),
+        // Each is possible; together they are not. No single key is to blame.
+        (json!({"num_attention_heads": 1 << 20}), vec!["impossible model", "heads × head width"]),
         (json!({"rope_scaling": {"type": "longrope"}}), vec!["`rope_scaling.type`", "longrope", "yarn"]),
         (json!({"rope_scaling": {"rope_type": "yarn"}}), vec!["`rope_scaling.factor`"]),
         (
@@ -118,5 +142,38 @@ fn what_is_not_supported_is_named_with_what_is() {
         let error = with(changes.clone()).unwrap_err().to_string();
         assert!(!error.contains('\n') && error.contains("config.json"), "{error}");
         words.iter().for_each(|w| assert!(error.contains(w), "{changes}: {error} lacks {w}"));
+    }
+}
+
+#[test]
+fn impossible_values_of_other_families_are_named_by_their_keys() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.json");
+    for (config, words) in [
+        (
+            json!({"model_type": "llama", "num_key_value_heads": 3}),
+            ["`num_key_value_heads` is 3", "`num_attention_heads`"],
+        ),
+        (json!({"model_type": "llama", "head_dim": 0}), ["`head_dim` is 0", ""]),
+        (json!({"model_type": "llama", "intermediate_size": 0}), ["`intermediate_size` is 0", ""]),
+        (json!({"model_type": "mistral", "sliding_window": 0}), ["`sliding_window` is 0", ""]),
+        (json!({"model_type": "glm4_moe", "head_dim": 6}), ["`partial_rotary_factor` is 0.5", "pairs"]),
+        (json!({"model_type": "minimax_m2", "rotary_dim": 63}), ["`rotary_dim` is 63", "even"]),
+        (json!({"model_type": "qwen3_next", "linear_num_key_heads": 5}), ["`linear_num_value_heads` is 32", "5"]),
+        (json!({"model_type": "qwen3_moe", "num_experts": 4}), ["`num_experts_per_tok` is 8", "1 to 4"]),
+        (json!({"model_type": "mixtral", "num_local_experts": 0}), ["`num_local_experts` is 0", ""]),
+        (
+            json!({"model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "n_group": 0}),
+            ["`n_group` is 0", ""],
+        ),
+        (
+            json!({"model_type": "llama", "rope_scaling": {"type": "yarn", "factor": -1}}),
+            ["`rope_scaling.factor` is -1", ""],
+        ),
+    ] {
+        std::fs::write(&path, config.to_string()).unwrap();
+        let error = Geometry::load(path.to_str().unwrap(), None).unwrap_err().to_string();
+        words.iter().for_each(|w| assert!(error.contains(w), "{config}: {error} lacks {w}"));
+        assert!(!error.contains("model_type"), "{error}");
     }
 }

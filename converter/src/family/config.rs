@@ -30,6 +30,11 @@ impl Config {
         ConvertError::Config { path: self.path.clone(), key: format!("{}{key}", self.prefix), problem: problem.into() }
     }
 
+    /// An error about values of which each is possible, but not all together.
+    pub(crate) fn impossible(&self, problem: String) -> ConvertError {
+        ConvertError::Impossible { path: self.path.clone(), problem }
+    }
+
     /// The object under `key`; `None` if it is missing or null.
     pub(crate) fn section(&self, key: &str) -> Result<Option<Config>, ConvertError> {
         match self.keys.get(key) {
@@ -65,10 +70,32 @@ impl Config {
         self.read(key, default, "a whole number", as_usize)
     }
 
-    /// The count under the first of `keys` that exists, or `default`: families spell some keys differently.
-    pub(crate) fn first_usize_or(&self, keys: &[&str], default: usize) -> Result<usize, ConvertError> {
-        let key = keys.iter().find(|key| self.keys.get(**key).is_some_and(|v| !v.is_null()));
-        key.map_or(Ok(default), |key| self.usize_or(key, default))
+    /// The first of `keys` that has a value, else the first of all: families spell some keys differently.
+    pub(crate) fn first_of<'k>(&self, keys: &[&'k str]) -> &'k str {
+        keys.iter().find(|key| self.keys.get(**key).is_some_and(|v| !v.is_null())).unwrap_or(&keys[0])
+    }
+
+    /// A count from 1 to `most`, or `default` when the key is missing.
+    pub(crate) fn size_or(&self, key: &str, default: usize, most: usize) -> Result<usize, ConvertError> {
+        self.check_size(key, self.usize_or(key, default)?, most)
+    }
+
+    /// A count from 1 to `most` that may be null; `default` when the key is missing.
+    pub(crate) fn opt_size_or(
+        &self,
+        key: &str,
+        default: Option<usize>,
+        most: usize,
+    ) -> Result<Option<usize>, ConvertError> {
+        self.opt_usize_or(key, default)?.map(|value| self.check_size(key, value, most)).transpose()
+    }
+
+    /// Refuses a count under `key` that is not from 1 to `most`.
+    pub(crate) fn check_size(&self, key: &str, value: usize, most: usize) -> Result<usize, ConvertError> {
+        if value == 0 || value > most {
+            return Err(self.refuse(key, format!("is {value}, expected 1 to {most}")));
+        }
+        Ok(value)
     }
 
     /// A count that may be null; `default` when the key is missing.
@@ -82,6 +109,24 @@ impl Config {
     /// A number, or `default` when the key is missing.
     pub(crate) fn f64_or(&self, key: &str, default: f64) -> Result<f64, ConvertError> {
         self.read(key, default, "a number", Value::as_f64)
+    }
+
+    /// A number that is not negative and that f32 can hold, or `default` when the key is missing.
+    pub(crate) fn f32_or(&self, key: &str, default: f64) -> Result<f32, ConvertError> {
+        let value = self.f64_or(key, default)?;
+        let narrow = value as f32;
+        if narrow.is_finite() && narrow >= 0.0 {
+            return Ok(narrow);
+        }
+        Err(self.refuse(key, format!("is {value}, expected a number that is not negative and not too large for f32")))
+    }
+
+    /// Refuses a number under `key` unless it is greater than `least`.
+    pub(crate) fn check_above(&self, key: &str, value: f64, least: f64) -> Result<f64, ConvertError> {
+        if value.is_finite() && value > least {
+            return Ok(value);
+        }
+        Err(self.refuse(key, format!("is {value}, expected more than {least}")))
     }
 
     /// A number that may be missing or null.

@@ -1,5 +1,6 @@
 //! What every decoder's `config.json` says.
 
+use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{ActivationSpec, AttentionSpec, FfnSpec, LayerSpec, ModelSpec, SPEC_VERSION};
 
 use super::config::Config;
@@ -37,23 +38,18 @@ pub(crate) struct Decoder<'a> {
 impl<'a> Decoder<'a> {
     pub(crate) fn read(config: &'a Config, defaults: &Defaults) -> Result<Self, ConvertError> {
         config.require_str("hidden_act", &["silu", "swish"])?;
-        let layers = config.usize_or("num_hidden_layers", defaults.layers)?;
-        if layers == 0 || layers > ModelSpec::MAX_LAYERS {
-            let problem = format!("is {layers}, expected 1 to {}", ModelSpec::MAX_LAYERS);
-            return Err(config.refuse("num_hidden_layers", problem));
-        }
-        let heads = config.usize_or("num_attention_heads", defaults.heads)?;
+        let heads = config.size_or("num_attention_heads", defaults.heads, MAX_WIDTH)?;
         Ok(Decoder {
             config,
-            vocab: config.usize_or("vocab_size", defaults.vocab)?,
-            hidden: config.usize_or("hidden_size", defaults.hidden)?,
+            vocab: config.size_or("vocab_size", defaults.vocab, MAX_LENGTH)?,
+            hidden: config.size_or("hidden_size", defaults.hidden, MAX_WIDTH)?,
             intermediate: config.usize_or("intermediate_size", defaults.intermediate)?,
-            layers,
+            layers: config.size_or("num_hidden_layers", defaults.layers, ModelSpec::MAX_LAYERS)?,
             heads,
             // Null means that keys and values are not shared.
             kv_heads: config.opt_usize_or("num_key_value_heads", Some(defaults.kv_heads))?.unwrap_or(heads),
-            max_positions: config.usize_or("max_position_embeddings", defaults.max_positions)?,
-            norm_eps: config.f64_or("rms_norm_eps", defaults.norm_eps)? as f32,
+            max_positions: config.size_or("max_position_embeddings", defaults.max_positions, MAX_LENGTH)?,
+            norm_eps: config.f32_or("rms_norm_eps", defaults.norm_eps)?,
             theta: defaults.theta,
         })
     }
@@ -65,6 +61,10 @@ impl<'a> Decoder<'a> {
 
     /// The model that has these layers.
     pub(crate) fn model(&self, layers: Vec<LayerSpec>) -> Result<ModelSpec, ConvertError> {
+        if layers.iter().any(|layer| layer.ffn.moe.is_none()) {
+            // A model whose layers all have experts may say anything here.
+            self.config.check_size("intermediate_size", self.intermediate, MAX_WIDTH)?;
+        }
         Ok(ModelSpec {
             version: SPEC_VERSION,
             family: self.config.opt_str("model_type")?.unwrap_or_default().to_owned(),

@@ -39,7 +39,7 @@ impl Family for DeepSeekV2 {
         config.require_bool("norm_topk_prob", false)?;
         let limited = config.opt_str("topk_method")? == Some("group_limited_greedy");
         let groups = if limited { moe::groups(&decoder, &EXPERTS, GroupScore::Max)? } else { None };
-        let scale = config.f64_or("routed_scaling_factor", EXPERTS.scale)? as f32;
+        let scale = config.f32_or("routed_scaling_factor", EXPERTS.scale)?;
         let router = RouterSpec { groups, scale, ..moe::softmax_router(false) };
         let sparse = moe::with_shared(&decoder, &EXPERTS, router)?;
         decoder.uniform(attention, &sparse, &moe::after_dense(&decoder, 0)?)

@@ -1,6 +1,7 @@
 //! Gated delta net: keys of `config.json`, and the tensors of a layer in the arrangements of Qwen3-Next and Qwen3.5.
 
 use sluice_format::DeltaSpec;
+use sluice_format::limits::MAX_WIDTH;
 
 use super::decoder::Decoder;
 use super::view::{Origin, Strides, View};
@@ -9,12 +10,18 @@ use crate::error::ConvertError;
 /// Reads the linear attention of Qwen3-Next and Qwen3.5, whose values for missing keys are the same.
 pub(crate) fn read(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
     let config = decoder.config;
+    let size = |key: &str, default: usize| config.size_or(key, default, MAX_WIDTH);
+    let (key_heads, value_heads) = (size("linear_num_key_heads", 16)?, size("linear_num_value_heads", 32)?);
+    if !value_heads.is_multiple_of(key_heads) {
+        let problem = format!("is {value_heads}, not a multiple of `linear_num_key_heads`, {key_heads}");
+        return Err(config.refuse("linear_num_value_heads", problem));
+    }
     Ok(DeltaSpec {
-        key_heads: config.usize_or("linear_num_key_heads", 16)?,
-        value_heads: config.usize_or("linear_num_value_heads", 32)?,
-        key_head_dim: config.usize_or("linear_key_head_dim", 128)?,
-        value_head_dim: config.usize_or("linear_value_head_dim", 128)?,
-        conv_width: config.usize_or("linear_conv_kernel_dim", 4)?,
+        key_heads,
+        value_heads,
+        key_head_dim: size("linear_key_head_dim", 128)?,
+        value_head_dim: size("linear_value_head_dim", 128)?,
+        conv_width: size("linear_conv_kernel_dim", 4)?,
         norm_eps: decoder.norm_eps,
     })
 }

@@ -1,5 +1,6 @@
 //! Grouped-query attention: keys of `config.json`, and the tensors of a layer.
 
+use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{GqaSpec, QkNorm, QkNormScope, RopePairing};
 
 use super::decoder::Decoder;
@@ -26,11 +27,17 @@ pub(crate) fn read(decoder: &Decoder<'_>, heads: Heads) -> Result<GqaSpec, Conve
     let config = decoder.config;
     let default = heads.head_dim.unwrap_or(decoder.hidden / decoder.heads.max(1));
     let head_dim = config.opt_usize_or("head_dim", Some(default))?.unwrap_or(default);
+    config.check_size("head_dim", head_dim, MAX_WIDTH / decoder.heads)?;
+    let kv_heads = config.check_size("num_key_value_heads", decoder.kv_heads, decoder.heads)?;
+    if !decoder.heads.is_multiple_of(kv_heads) {
+        let problem = format!("is {kv_heads}, which does not divide `num_attention_heads`, {}", decoder.heads);
+        return Err(config.refuse("num_key_value_heads", problem));
+    }
     let rotated = rope::width(config, head_dim, heads.rotary_factor)?;
     let rope = rope::read(config, rotated, RopePairing::Half, decoder.theta, decoder.max_positions)?;
     Ok(GqaSpec {
         heads: decoder.heads,
-        kv_heads: decoder.kv_heads,
+        kv_heads,
         head_dim,
         v_head_dim: head_dim,
         softmax_scale: (head_dim as f64).powf(-0.5) as f32,
@@ -52,7 +59,7 @@ pub(crate) fn qk_norm(decoder: &Decoder<'_>, scope: QkNormScope) -> Option<QkNor
 
 /// The window that every layer has under `sliding_window`, if it is a number.
 pub(crate) fn window(decoder: &Decoder<'_>, default: Option<usize>) -> Result<Option<usize>, ConvertError> {
-    decoder.config.opt_usize_or("sliding_window", default)
+    decoder.config.opt_size_or("sliding_window", default, MAX_LENGTH)
 }
 
 /// Where a tensor of grouped-query attention comes from; `layer` completes names.

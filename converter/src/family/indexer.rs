@@ -1,5 +1,6 @@
 //! The indexer of DeepSeek's sparse attention: keys of `config.json`, and the tensors of a layer.
 
+use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{IndexerSpec, RopePairing};
 
 use super::decoder::Decoder;
@@ -25,9 +26,9 @@ pub(crate) fn read(
     let config = decoder.config;
     Ok(IndexerSpec {
         shared: false,
-        index_heads: config.usize_or("index_n_heads", defaults.heads)?,
-        index_head_dim: config.usize_or("index_head_dim", defaults.head_dim)?,
-        index_top_k: config.usize_or("index_topk", defaults.top_k)?,
+        index_heads: config.size_or("index_n_heads", defaults.heads, MAX_WIDTH)?,
+        index_head_dim: config.size_or("index_head_dim", defaults.head_dim, MAX_WIDTH)?,
+        index_top_k: config.size_or("index_topk", defaults.top_k, MAX_LENGTH)?,
         pairing,
         key_norm_eps: KEY_NORM_EPS,
     })

@@ -5,7 +5,7 @@ use sluice_format::{AttentionSpec, FfnSpec, GqaSpec, ModelSpec, MoeSpec, QkNormS
 use super::config::Config;
 use super::decoder::{Decoder, Defaults};
 use super::names::Names;
-use super::{Family, gqa, moe};
+use super::{Family, gqa, moe, rope};
 use crate::error::ConvertError;
 
 /// The family.
@@ -54,7 +54,9 @@ impl Family for MiniMaxM2 {
             ..gqa::read(&decoder, gqa::Heads { head_dim: Some(HEAD_DIM), ..gqa::Heads::USUAL })?
         };
         // The rotated width is given as such, not as a part of the head's.
-        if let (Some(rope), Some(width)) = (&mut attention.rope, config.opt_usize_or("rotary_dim", None)?) {
+        let width = config.opt_size_or("rotary_dim", None, attention.head_dim)?;
+        if let (Some(rope), Some(width)) = (&mut attention.rope, width) {
+            rope::check_even(config, "rotary_dim", width)?;
             rope.dim = width;
         }
         let routed = moe::softmax_experts(&decoder, &EXPERTS, "intermediate_size", true)?;

@@ -1,5 +1,6 @@
 //! Multi-head latent attention: keys of `config.json`, and the tensors of a layer.
 
+use sluice_format::limits::MAX_WIDTH;
 use sluice_format::{MlaSpec, RopePairing};
 
 use super::config::Config;
@@ -30,18 +31,20 @@ impl Defaults {
 pub(crate) fn read(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<MlaSpec, ConvertError> {
     let config: &Config = decoder.config;
     config.require_bool("attention_bias", false)?;
-    let qk_nope_head_dim = config.usize_or("qk_nope_head_dim", defaults.qk_nope_head_dim)?;
-    let qk_rope_head_dim = config.usize_or("qk_rope_head_dim", defaults.qk_rope_head_dim)?;
+    let size = |key: &str, default: usize| config.size_or(key, default, MAX_WIDTH);
+    let qk_nope_head_dim = size("qk_nope_head_dim", defaults.qk_nope_head_dim)?;
+    let qk_rope_head_dim = size("qk_rope_head_dim", defaults.qk_rope_head_dim)?;
+    rope::check_even(config, "qk_rope_head_dim", qk_rope_head_dim)?;
     let pairing = if config.bool_or("rope_interleave", true)? { RopePairing::Interleaved } else { RopePairing::Half };
     let rope = rope::read(config, qk_rope_head_dim, pairing, decoder.theta, decoder.max_positions)?;
     let head_dim = qk_nope_head_dim.saturating_add(qk_rope_head_dim) as f64;
     Ok(MlaSpec {
         heads: decoder.heads,
-        q_lora_rank: config.opt_usize_or("q_lora_rank", Some(defaults.q_lora_rank))?,
-        kv_lora_rank: config.usize_or("kv_lora_rank", defaults.kv_lora_rank)?,
+        q_lora_rank: config.opt_size_or("q_lora_rank", Some(defaults.q_lora_rank), MAX_WIDTH)?,
+        kv_lora_rank: size("kv_lora_rank", defaults.kv_lora_rank)?,
         qk_nope_head_dim,
         qk_rope_head_dim,
-        v_head_dim: config.usize_or("v_head_dim", defaults.v_head_dim)?,
+        v_head_dim: size("v_head_dim", defaults.v_head_dim)?,
         latent_norm_eps: LATENT_NORM_EPS,
         softmax_scale: (head_dim.powf(-0.5) * rope.score_mscale * rope.score_mscale) as f32,
         rope: rope.spec,

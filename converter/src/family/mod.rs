@@ -150,6 +150,13 @@ pub(crate) fn find(config: &Config) -> Result<&'static dyn Family, ConvertError>
     found.ok_or_else(|| config.refuse("model_type", format!("is \"{model_type}\"; supported: {}", supported())))
 }
 
+/// What the model that `text` describes computes, valid.
+pub(crate) fn spec(family: &dyn Family, text: &Config) -> Result<ModelSpec, ConvertError> {
+    let spec = family.spec(text)?;
+    spec.validate().map_err(|problem| text.impossible(problem))?;
+    Ok(spec)
+}
+
 /// The part of `config.json` that describes the text model; `None`: all of it.
 pub(crate) fn text(family: &dyn Family, config: &Config) -> Result<Option<Config>, ConvertError> {
     let Some(key) = family.text_section() else { return Ok(None) };

@@ -1,5 +1,6 @@
 //! Routed experts: keys of `config.json`.
 
+use sluice_format::limits::{MAX_EXPERTS, MAX_WIDTH};
 use sluice_format::{ActivationSpec, FfnSpec, GroupScore, MoeSpec, RouterGroups, RouterScore, RouterSpec};
 
 use super::decoder::Decoder;
@@ -21,9 +22,12 @@ pub(crate) struct Defaults {
     pub(crate) scale: f64,
 }
 
-/// Number of experts, under the names that families have for it.
-pub(crate) fn experts(decoder: &Decoder<'_>, default: usize) -> Result<usize, ConvertError> {
-    decoder.config.first_usize_or(&["n_routed_experts", "num_experts", "num_local_experts"], default)
+/// Number of experts, under the names that families have for it, and how many of them a token has.
+fn experts(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<(usize, usize), ConvertError> {
+    let config = decoder.config;
+    let key = config.first_of(&["n_routed_experts", "num_experts", "num_local_experts"]);
+    let experts = config.opt_size_or(key, Some(defaults.experts), MAX_EXPERTS)?.unwrap_or(defaults.experts);
+    Ok((experts, config.size_or("num_experts_per_tok", defaults.top_k, experts)?))
 }
 
 /// Softmax over all experts; the chosen weights are divided by their sum if `renormalise`.
@@ -45,14 +49,9 @@ pub(crate) fn softmax_experts(
     width_key: &str,
     renormalise: bool,
 ) -> Result<FfnSpec, ConvertError> {
-    let config = decoder.config;
-    let moe = MoeSpec {
-        experts: experts(decoder, defaults.experts)?,
-        top_k: config.usize_or("num_experts_per_tok", defaults.top_k)?,
-        width: config.usize_or(width_key, defaults.width)?,
-        expert_bias: false,
-        router: softmax_router(renormalise),
-    };
+    let (experts, top_k) = experts(decoder, defaults)?;
+    let width = decoder.config.size_or(width_key, defaults.width, MAX_WIDTH)?;
+    let moe = MoeSpec { experts, top_k, width, expert_bias: false, router: softmax_router(renormalise) };
     Ok(FfnSpec { activation: ActivationSpec::Silu, dense_width: 0, dense_gate: false, moe: Some(moe) })
 }
 
@@ -68,7 +67,7 @@ pub(crate) fn deepseek_v3(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<
         choice_bias: true,
         groups: groups(decoder, defaults, GroupScore::TopTwoSum)?,
         renormalise,
-        scale: config.f64_or("routed_scaling_factor", defaults.scale)? as f32,
+        scale: config.f32_or("routed_scaling_factor", defaults.scale)?,
     };
     with_shared(decoder, defaults, router)
 }
@@ -79,9 +78,28 @@ pub(crate) fn groups(
     defaults: &Defaults,
     score: GroupScore,
 ) -> Result<Option<RouterGroups>, ConvertError> {
-    let count = decoder.config.opt_usize_or("n_group", Some(defaults.groups))?.unwrap_or(1);
-    let keep = decoder.config.opt_usize_or("topk_group", Some(defaults.groups_kept))?.unwrap_or(count);
-    Ok((count > 1).then_some(RouterGroups { count, keep, score }))
+    let config = decoder.config;
+    let (experts, top_k) = experts(decoder, defaults)?;
+    let count = config.opt_size_or("n_group", Some(defaults.groups), experts)?.unwrap_or(1);
+    let keep = config.opt_size_or("topk_group", Some(defaults.groups_kept.min(count)), count)?.unwrap_or(count);
+    if !experts.is_multiple_of(count) {
+        return Err(config.refuse("n_group", format!("is {count}, which does not divide the {experts} experts")));
+    }
+    if count == 1 {
+        return Ok(None);
+    }
+    if score == GroupScore::TopTwoSum {
+        let members = experts / count;
+        if members == 1 {
+            let problem = format!("is {count}: a group of one expert has no two best scores");
+            return Err(config.refuse("n_group", problem));
+        }
+        if keep * members < top_k {
+            let problem = format!("is {keep}: that many groups hold fewer than the {top_k} of `num_experts_per_tok`");
+            return Err(config.refuse("topk_group", problem));
+        }
+    }
+    Ok(Some(RouterGroups { count, keep, score }))
 }
 
 /// Experts with DeepSeek's keys, and the shared expert, which is as wide as `n_shared_experts` of them.
@@ -91,16 +109,14 @@ pub(crate) fn with_shared(
     router: RouterSpec,
 ) -> Result<FfnSpec, ConvertError> {
     let config = decoder.config;
-    let width = config.usize_or("moe_intermediate_size", defaults.width)?;
+    let (experts, top_k) = experts(decoder, defaults)?;
+    let width = config.size_or("moe_intermediate_size", defaults.width, MAX_WIDTH)?;
     let shared = config.opt_usize_or("n_shared_experts", Some(defaults.shared))?.unwrap_or(0);
-    let moe = MoeSpec {
-        experts: experts(decoder, defaults.experts)?,
-        top_k: config.usize_or("num_experts_per_tok", defaults.top_k)?,
-        width,
-        expert_bias: false,
-        router,
-    };
+    let moe = MoeSpec { experts, top_k, width, expert_bias: false, router };
     let dense_width = width.saturating_mul(shared);
+    if dense_width > MAX_WIDTH {
+        return Err(config.refuse("n_shared_experts", format!("is {shared}: together wider than {MAX_WIDTH}")));
+    }
     Ok(FfnSpec { activation: ActivationSpec::Silu, dense_width, dense_gate: false, moe: Some(moe) })
 }
 

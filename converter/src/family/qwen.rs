@@ -1,6 +1,7 @@
 //! What the Qwen families share.
 
 use sluice_format::FfnSpec;
+use sluice_format::limits::MAX_WIDTH;
 
 use super::decoder::Decoder;
 use crate::error::ConvertError;
@@ -16,6 +17,10 @@ pub(crate) fn with_gated_shared(
     ffn: FfnSpec,
     default_width: usize,
 ) -> Result<FfnSpec, ConvertError> {
-    let dense_width = decoder.config.usize_or("shared_expert_intermediate_size", default_width)?;
+    let key = "shared_expert_intermediate_size";
+    let dense_width = decoder.config.usize_or(key, default_width)?;
+    if dense_width > 0 {
+        decoder.config.check_size(key, dense_width, MAX_WIDTH)?;
+    }
     Ok(FfnSpec { dense_width, dense_gate: dense_width > 0, ..ffn })
 }

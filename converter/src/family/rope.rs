@@ -1,5 +1,6 @@
 //! Rotary position embedding, in the spelling of either generation of configuration files.
 
+use sluice_format::limits::MAX_LENGTH;
 use sluice_format::{RopePairing, RopeScaling, RopeSpec};
 
 use super::config::Config;
@@ -30,7 +31,21 @@ fn checked_width(config: &Config, head_dim: usize, factor: f64) -> Result<usize,
     if !(factor > 0.0 && factor <= 1.0) {
         return Err(config.refuse("partial_rotary_factor", format!("is {factor}, expected more than 0 and at most 1")));
     }
-    Ok((head_dim as f64 * factor) as usize)
+    let width = (head_dim as f64 * factor) as usize;
+    if width == 0 || !width.is_multiple_of(2) {
+        let problem = format!("is {factor}: {width} of the {head_dim} elements of a head, which do not make pairs");
+        return Err(config.refuse("partial_rotary_factor", problem));
+    }
+    Ok(width)
+}
+
+/// Refuses an odd number of rotated elements under `key`: they turn in pairs.
+pub(crate) fn check_even(config: &Config, key: &str, width: usize) -> Result<(), ConvertError> {
+    if width.is_multiple_of(2) {
+        Ok(())
+    } else {
+        Err(config.refuse(key, format!("is {width}, expected an even number")))
+    }
 }
 
 /// Reads the rotation of `dim` elements. Newer files keep everything in `rope_parameters`, older ones have `rope_theta` and
@@ -43,6 +58,7 @@ pub(crate) fn read(
     max_positions: usize,
 ) -> Result<Rope, ConvertError> {
     let outer_theta = config.opt_f64("rope_theta")?.unwrap_or(default_theta);
+    config.check_above("rope_theta", outer_theta, 1.0)?;
     let section = match config.section("rope_parameters")? {
         Some(section) => Some(section),
         None => config.section("rope_scaling")?,
@@ -59,6 +75,7 @@ pub(crate) fn read(
         }
     }
     let theta = section.opt_f64("rope_theta")?.unwrap_or(outer_theta);
+    section.check_above("rope_theta", theta, 1.0)?;
     // `type` is what the key was called before it became `rope_type`.
     let (key, kind) = match section.opt_str("rope_type")? {
         Some(kind) => ("rope_type", kind),
@@ -74,7 +91,9 @@ pub(crate) fn read(
 }
 
 fn yarn(section: &Config, max_positions: usize) -> Result<(RopeScaling, f64), ConvertError> {
+    let positive = |key: &str, value: f64| section.check_above(key, value, 0.0);
     let factor = section.opt_f64("factor")?.ok_or_else(|| section.refuse("factor", "is missing"))?;
+    positive("factor", factor)?;
     let set = |v: Option<f64>| v.filter(|&v| v != 0.0);
     let mscale = set(section.opt_f64("mscale")?);
     let mscale_all_dim = set(section.opt_f64("mscale_all_dim")?);
@@ -83,26 +102,30 @@ fn yarn(section: &Config, max_positions: usize) -> Result<(RopeScaling, f64), Co
         (None, Some(m), Some(all)) => magnitude(factor, m) / magnitude(factor, all),
         (None, _, _) => magnitude(factor, 1.0),
     };
-    let original = section.opt_usize_or("original_max_position_embeddings", None)?;
+    let original = section.opt_size_or("original_max_position_embeddings", None, MAX_LENGTH)?;
     let scaling = RopeScaling::Yarn {
         factor,
         original_max_positions: original.unwrap_or(max_positions),
-        beta_fast: section.opt_f64("beta_fast")?.unwrap_or(32.0),
-        beta_slow: section.opt_f64("beta_slow")?.unwrap_or(1.0),
+        beta_fast: positive("beta_fast", section.opt_f64("beta_fast")?.unwrap_or(32.0))?,
+        beta_slow: positive("beta_slow", section.opt_f64("beta_slow")?.unwrap_or(1.0))?,
         truncate: section.bool_or("truncate", true)?,
-        attention_factor,
+        attention_factor: positive("attention_factor", attention_factor)?,
     };
     Ok((scaling, mscale_all_dim.map_or(1.0, |m| magnitude(factor, m))))
 }
 
 fn llama3(section: &Config, max_positions: usize) -> Result<RopeScaling, ConvertError> {
-    let number = |key: &str| section.opt_f64(key)?.ok_or_else(|| section.refuse(key, "is missing"));
-    let original = section.opt_usize_or("original_max_position_embeddings", None)?;
+    let number = |key: &str, least: f64| {
+        let value = section.opt_f64(key)?.ok_or_else(|| section.refuse(key, "is missing"))?;
+        section.check_above(key, value, least)
+    };
+    let original = section.opt_size_or("original_max_position_embeddings", None, MAX_LENGTH)?;
+    let low_freq_factor = number("low_freq_factor", 0.0)?;
     Ok(RopeScaling::Llama3 {
-        factor: number("factor")?,
+        factor: number("factor", 0.0)?,
         original_max_positions: original.unwrap_or(max_positions),
-        low_freq_factor: number("low_freq_factor")?,
-        high_freq_factor: number("high_freq_factor")?,
+        low_freq_factor,
+        high_freq_factor: number("high_freq_factor", low_freq_factor)?,
     })
 }
 

@@ -124,9 +124,7 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     let text = family::text(family, &config)?;
     let text = text.as_ref().unwrap_or(&config);
     let scheme = scheme::read(text, &config)?;
-    let spec = family.spec(text)?;
-    spec.validate()
-        .map_err(|problem| config.refuse("model_type", format!("describes an impossible model: {problem}")))?;
+    let spec = family::spec(family, text)?;
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
     let tied = text.bool_or("tie_word_embeddings", config.bool_or("tie_word_embeddings", false)?)?;
     let inventory = inventory::take(&checkpoint, family, &spec, tied)?;

@@ -117,10 +117,7 @@ fn read_spec(path: &Path, bytes: &[u8]) -> Result<ModelSpec, ConvertError> {
     let config = Config::parse(path, bytes)?;
     let family = family::find(&config)?;
     let text = family::text(family, &config)?;
-    let spec = family.spec(text.as_ref().unwrap_or(&config))?;
-    let impossible = |problem| config.refuse("model_type", format!("describes an impossible model: {problem}"));
-    spec.validate().map_err(impossible)?;
-    Ok(spec)
+    family::spec(family, text.as_ref().unwrap_or(&config))
 }
 
 /// The configuration of a model that is cut to its first `layers` of `all` layers: their number, and the lists that have one
