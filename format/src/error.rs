@@ -88,7 +88,8 @@ pub enum FormatError {
     },
     /// The file is shorter or longer than its superblock says.
     #[error(
-        "{path} has {actual} bytes, its superblock says {expected}. The copy is incomplete: copy or convert it again"
+        "{path} has {actual} bytes, its superblock says {expected}. {}: copy or convert it again",
+        if actual < expected { "The copy is incomplete" } else { "It has bytes behind its end" }
     )]
     FileLength {
         /// The file.

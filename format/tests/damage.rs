@@ -58,10 +58,13 @@ fn every_wrong_length_is_noticed() {
         let error = open_bytes(&path, &file[..len]).expect_err("the file is cut");
         let expected = if len < 152 { "NotSluice" } else { "FileLength" };
         assert_eq!(variant(&error), expected, "{len} bytes");
+        assert!(len < 152 || error.to_string().contains("incomplete"), "{error}");
     }
     for extra in [1, 2, 4095, 4096, 4097] {
         let longer = [file.as_slice(), &vec![0; extra]].concat();
-        assert_eq!(variant(&open_bytes(&path, &longer).unwrap_err()), "FileLength", "{extra} bytes more");
+        let error = open_bytes(&path, &longer).unwrap_err();
+        assert_eq!(variant(&error), "FileLength", "{extra} bytes more");
+        assert!(error.to_string().contains("behind its end"), "{error}");
     }
 }
 
