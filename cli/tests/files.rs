@@ -3,6 +3,8 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 
 use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 
@@ -141,12 +143,14 @@ fn files_that_are_no_models() {
     flipped[17] ^= 4;
     let flipped = path("flipped", &flipped);
     let missing = folder.path().join("missing");
+    let pipe = pipe(folder.path(), "pipe");
     let cases = [
         (text.as_str(), "not a Sluice model"),
         (&zeros, "unfinished conversion"),
         (&short, "incomplete"),
         (&flipped, "superblock"),
         (missing.to_str().unwrap(), "cannot open"),
+        (&pipe, "not a regular file"),
     ];
     for (path, words) in cases {
         for command in [&["inspect", path][..], &["verify", path], &["run", path, "--prompt", "x"]] {
@@ -158,6 +162,46 @@ fn files_that_are_no_models() {
         assert_eq!(report["intact"], false);
         assert!(report["error"].as_str().unwrap().contains(words), "{report}");
     }
+}
+
+/// A named pipe that nobody writes to.
+fn pipe(folder: &Path, name: &str) -> String {
+    let path = folder.join(name);
+    let _ = fs::remove_file(&path);
+    assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn pipes_are_refused_where_a_file_is_needed() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("m.sluice");
+    for name in ["model.safetensors", "config.json", "tokenizer.json"] {
+        let source = tempfile::tempdir().unwrap();
+        for file in ["model.safetensors", "config.json"] {
+            fs::copy(demo_checkpoint().join(file), source.path().join(file)).unwrap();
+        }
+        let pipe = pipe(source.path(), name);
+        let args = ["convert", source.path().to_str().unwrap(), target.to_str().unwrap()];
+        assert_fails(&sluice(&args), 1, &[&pipe, "not a regular file"]);
+    }
+    let path = pipe(folder.path(), "pipe");
+    assert_fails(&sluice(&["bench", "disk", &path]), 1, &[&path, "not a regular file"]);
+    let path = pipe(folder.path(), "config.json");
+    assert_fails(&sluice(&["plan", &path]), 1, &[&path, "not a regular file"]);
+}
+
+#[test]
+fn a_prompt_may_come_through_a_pipe() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = pipe(folder.path(), "prompt");
+    let writer = std::thread::spawn({
+        let path = path.clone();
+        move || fs::write(path, "To be").unwrap()
+    });
+    let piped = stdout(&sluice(&["run", demo_model(), "--prompt-file", &path, "-n", "4", "--temperature", "0"]));
+    writer.join().unwrap();
+    assert_eq!(piped, stdout(&sluice(&["run", demo_model(), "--prompt", "To be", "-n", "4", "--temperature", "0"])));
 }
 
 #[test]

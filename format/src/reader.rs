@@ -1,6 +1,6 @@
 //! Opening a model file: a ladder of checks, cheapest first, before anything is believed.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ impl ModelFile {
     /// The first check that fails, as its own variant of [`FormatError`].
     pub fn open(path: &Path) -> Result<Self, FormatError> {
         let io = |action| move |source| FormatError::Io { path: path.to_owned(), action, source };
-        let file = File::open(path).map_err(io("open it"))?;
+        let file = open_regular(path).map_err(io("open it"))?;
         let actual = file.metadata().map_err(io("read its length"))?.len();
         let sb = read_superblock(path, &file, actual)?;
         let read = |region, table| read_table(path, &file, &sb, region, table);
@@ -128,6 +128,18 @@ impl ModelFile {
     pub(crate) fn extent_read(&self, extent: &ExtentRecord, source: io::Error) -> FormatError {
         FormatError::ExtentRead { path: self.path.clone(), extent: extent.name(), offset: extent.offset, source }
     }
+}
+
+/// Opens a file for reading; an error if it is not a regular one. Opening a named pipe would wait for somebody to write to it,
+/// which may be for ever.
+///
+/// # Errors
+/// The operating system's, or that it is not a regular file.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
+    }
+    File::open(path)
 }
 
 /// Resizes to a length from a file; an error, not an abort, where memory does not suffice.

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use sluice_format::open_regular;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 pub(crate) use dtype::{Dtype, FLOATS, WIDE_FLOATS};
@@ -184,13 +185,9 @@ fn drop_behind(_file: &File, _offset: u64, _len: usize) {}
 
 /// Opens a safetensors file; returns it with its length and its header, length field included.
 fn open_safetensors(path: &Path) -> Result<(File, u64, Vec<u8>), ConvertError> {
-    let file = File::open(path).map_err(ConvertError::io(path, "open it"))?;
-    let meta = file.metadata().map_err(ConvertError::io(path, "read its length"))?;
+    let file = open_regular(path).map_err(ConvertError::io(path, "open it"))?;
+    let len = file.metadata().map_err(ConvertError::io(path, "read its length"))?.len();
     let damaged = |problem: String| ConvertError::Damaged { path: path.to_owned(), problem };
-    if !meta.is_file() {
-        return Err(damaged("it is not a regular file".into()));
-    }
-    let len = meta.len();
     if len < header::LENGTH_FIELD {
         return Err(damaged(format!("it has only {len} bytes")));
     }
@@ -228,10 +225,11 @@ fn is_plain_name(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
 }
 
-fn read_side_file(path: &Path) -> Result<Vec<u8>, ConvertError> {
-    let file = File::open(path).map_err(ConvertError::io(path, "open it"))?;
+/// Reads a small file whole.
+pub(crate) fn read_side_file(path: &Path) -> Result<Vec<u8>, ConvertError> {
+    let file = open_regular(path).map_err(ConvertError::io(path, "open it"))?;
     let mut bytes = Vec::new();
-    // Bounded by what is read, not by what the file system says: special files have no length.
+    // Bounded by what is read, not by what the file system says: files of /proc have no length.
     file.take(MAX_SIDE_FILE + 1).read_to_end(&mut bytes).map_err(ConvertError::io(path, "read it"))?;
     if bytes.len() as u64 > MAX_SIDE_FILE {
         let problem = format!("it has more than {MAX_SIDE_FILE} bytes");

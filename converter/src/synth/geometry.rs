@@ -1,6 +1,5 @@
 //! What a model looks like without its weights.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -8,7 +7,7 @@ use sluice_format::{ModelSpec, WeightType};
 
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
-use crate::source::CONFIG;
+use crate::source::{CONFIG, read_side_file};
 
 /// A model that is known by name.
 struct Preset {
@@ -61,7 +60,7 @@ impl Geometry {
             }
             None => {
                 let path = config_path(source)?;
-                let bytes = fs::read(&path).map_err(ConvertError::io(&path, "read it"))?;
+                let bytes = read_side_file(&path)?;
                 Self::parse(source, &path, bytes, layers)
             }
         }

@@ -9,6 +9,7 @@ pub mod scratch;
 mod sweep;
 
 use std::collections::VecDeque;
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -206,7 +207,7 @@ impl DiskBench {
     /// [`BenchError::NotDirect`] if reads would go through the page cache and `mode` is [`DirectMode::Prefer`],
     /// [`BenchError::Unsuitable`] for files with holes and for what is no file, [`BenchError::Io`].
     pub fn open(path: &Path, mode: DirectMode) -> Result<DiskBench, BenchError> {
-        Self::of(DataFile::open(path, mode)?, mode)
+        Self::open_as(path, path, mode)
     }
 
     /// Opens a scratch file to measure the drive below it; [`Scratch`] may be dropped then.
@@ -214,16 +215,18 @@ impl DiskBench {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_scratch(scratch: &Scratch, mode: DirectMode) -> Result<DiskBench, BenchError> {
-        Self::of(DataFile::open_as(&scratch.handle(), scratch.path(), mode)?, mode)
+        Self::open_as(&scratch.handle(), scratch.path(), mode)
     }
 
-    fn of(file: DataFile, mode: DirectMode) -> Result<DiskBench, BenchError> {
-        let path = file.path();
-        let metadata = file.metadata().map_err(|source| IoError::Open { path: path.to_owned(), source })?;
+    /// Opens the file at `place`, which messages call `path`.
+    fn open_as(place: &Path, path: &Path, mode: DirectMode) -> Result<DiskBench, BenchError> {
+        // Looked at before it is opened: opening a named pipe waits for somebody to write to it.
+        let metadata = fs::metadata(place).map_err(|source| IoError::Open { path: path.to_owned(), source })?;
         let unsuitable = |reason: String| BenchError::Unsuitable { path: path.to_owned(), reason };
         if !metadata.is_file() {
             return Err(unsuitable("it is not a regular file. Name a file, or a folder for a scratch file".to_owned()));
         }
+        let file = DataFile::open_as(place, path, mode)?;
         if file.len() < PAGE_BYTES as u64 {
             return Err(unsuitable(format!("it has {} bytes. Name a file of a gigabyte or more", file.len())));
         }
