@@ -164,6 +164,24 @@ fn files_that_are_no_models() {
     }
 }
 
+#[test]
+fn names_in_files_cannot_command_the_terminal() {
+    let source = tempfile::tempdir().unwrap();
+    fs::copy(demo_checkpoint().join("config.json"), source.path().join("config.json")).unwrap();
+    let header = r#"{"a\u001b[2J\u009b":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#;
+    let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 4]].concat();
+    fs::write(source.path().join("model.safetensors"), bytes).unwrap();
+    let output = sluice(&["convert", source.path().to_str().unwrap(), "never-written.sluice"]);
+    assert_fails(&output, 1, &["model.safetensors", r"a\u{1b}[2J\u{9b}"]);
+    assert!(!stderr(&output).trim_end().contains(char::is_control));
+
+    let trace = source.path().join("trace.jsonl");
+    let header = r#"{"sluice_trace":1,"layers":1,"experts":4,"top_k":2,"model":"a\u001b[2J"}"#;
+    fs::write(&trace, format!("{header}\n{}\n", r#"{"tok":0,"layers":[[0,1]]}"#)).unwrap();
+    let stats = stdout(&sluice(&["trace", "stats", trace.to_str().unwrap()]));
+    assert!(stats.contains(r"a\u{1b}[2J") && !stats.contains('\u{1b}'), "{stats}");
+}
+
 /// A named pipe that nobody writes to.
 fn pipe(folder: &Path, name: &str) -> String {
     let path = folder.join(name);

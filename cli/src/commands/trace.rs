@@ -8,7 +8,7 @@ use sluice_runtime::pool::PolicyKind;
 use sluice_runtime::trace::{Replay, Row, Stats, Trace};
 
 use crate::error::CliError;
-use crate::terminal::{note, print, print_json};
+use crate::terminal::{note, print, print_json, printable};
 
 const EXAMPLES: &str = "\
 A trace has one JSON object a line and a token: {\"tok\": 0, \"layers\": [[expert ids of layer 0], …]}. \
@@ -166,7 +166,7 @@ fn describe(s: &Stats) -> String {
     let mut out = String::new();
     let mut line = |name: &str, value: String| out += &format!("{name:<28}{value}\n");
     if let Some(model) = &s.model {
-        line("Model", model.clone());
+        line("Model", printable(model));
     }
     line("Tokens", format!("{}, {} of them known to be of a prompt", s.tokens, s.prefill));
     line("Routed layers", s.layers.len().to_string());
