@@ -92,7 +92,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     };
     let started = Instant::now();
     let plan = plan(&args.src, &options)?;
-    check_text(&plan).map_err(|e| CliError::Failure(format!("{}: {e}", args.src.display())))?;
+    check_text(&plan).map_err(|e| {
+        let src = args.src.display();
+        CliError::Failure(format!("{src}: {e}. Mend the file, or remove it to convert without"))
+    })?;
     if args.dry_run {
         return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan)) };
     }
