@@ -5,7 +5,10 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::{assert_fails, demo_checkpoint, demo_model, expected, json, sluice, sluice_with_input, stderr, stdout};
+use common::{
+    assert_fails, copy_checkpoint, demo_checkpoint, demo_model, expected, json, sluice, sluice_with_input, stderr,
+    stdout,
+};
 use serde_json::Value;
 
 fn list(ids: &Value) -> String {
@@ -110,10 +113,7 @@ fn generation_stops() {
 /// The demo checkpoint without a tokenizer, converted.
 fn mute_model(folder: &std::path::Path) -> String {
     let checkpoint = folder.join("mute");
-    fs::create_dir(&checkpoint).unwrap();
-    for name in ["config.json", "model.safetensors"] {
-        fs::copy(demo_checkpoint().join(name), checkpoint.join(name)).unwrap();
-    }
+    copy_checkpoint(&checkpoint, Some(&["config.json", "model.safetensors"]));
     let model = folder.join("mute.sluice").to_str().unwrap().to_owned();
     stdout(&sluice(&["convert", checkpoint.to_str().unwrap(), &model, "--type", "f32", "--dense-type", "f32"]));
     model
@@ -185,10 +185,7 @@ fn output_that_is_not_a_number_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (checkpoint, model, out) = (path("checkpoint"), path("model.sluice"), path("logits.npy"));
-    fs::create_dir(&checkpoint).unwrap();
-    for file in ["config.json", "tokenizer.json", "model.safetensors"] {
-        fs::copy(demo_checkpoint().join(file), Path::new(&checkpoint).join(file)).unwrap();
-    }
+    copy_checkpoint(Path::new(&checkpoint), None);
     // Weights of the last norm as large as bf16 can say: each is a number, but what they make is none.
     let weights = Path::new(&checkpoint).join("model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();

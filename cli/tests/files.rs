@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
+use common::{assert_fails, copy_checkpoint, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 
 #[test]
 fn convert_says_what_it_did() {
@@ -50,10 +50,7 @@ fn convert_refuses() {
 fn convert_refuses_what_run_could_not_read() {
     let folder = tempfile::tempdir().unwrap();
     let source = folder.path().join("checkpoint");
-    fs::create_dir(&source).unwrap();
-    for file in fs::read_dir(demo_checkpoint()).unwrap().map(|f| f.unwrap().path()).filter(|f| f.is_file()) {
-        fs::copy(&file, source.join(file.file_name().unwrap())).unwrap();
-    }
+    copy_checkpoint(&source, None);
     let target = folder.path().join("m.sluice");
     let args = ["convert", source.to_str().unwrap(), target.to_str().unwrap(), "--dry-run"];
     stdout(&sluice(&args));
@@ -167,7 +164,7 @@ fn files_that_are_no_models() {
 #[test]
 fn names_in_files_cannot_command_the_terminal() {
     let source = tempfile::tempdir().unwrap();
-    fs::copy(demo_checkpoint().join("config.json"), source.path().join("config.json")).unwrap();
+    copy_checkpoint(source.path(), Some(&["config.json"]));
     let header = r#"{"a\u001b[2J\u009b":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#;
     let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 4]].concat();
     fs::write(source.path().join("model.safetensors"), bytes).unwrap();
@@ -196,9 +193,7 @@ fn pipes_are_refused_where_a_file_is_needed() {
     let target = folder.path().join("m.sluice");
     for name in ["model.safetensors", "config.json", "tokenizer.json"] {
         let source = tempfile::tempdir().unwrap();
-        for file in ["model.safetensors", "config.json"] {
-            fs::copy(demo_checkpoint().join(file), source.path().join(file)).unwrap();
-        }
+        copy_checkpoint(source.path(), Some(&["model.safetensors", "config.json"]));
         let pipe = pipe(source.path(), name);
         let args = ["convert", source.path().to_str().unwrap(), target.to_str().unwrap()];
         assert_fails(&sluice(&args), 1, &[&pipe, "not a regular file"]);
@@ -227,10 +222,7 @@ fn what_is_read_is_never_written_to() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (checkpoint, model, text) = (at("checkpoint"), at("m.sluice"), at("t.txt"));
-    fs::create_dir(&checkpoint).unwrap();
-    for file in fs::read_dir(demo_checkpoint()).unwrap().map(|entry| entry.unwrap().path()) {
-        fs::copy(&file, folder.path().join("checkpoint").join(file.file_name().unwrap())).unwrap();
-    }
+    copy_checkpoint(Path::new(&checkpoint), None);
     fs::copy(demo_model(), &model).unwrap();
     fs::write(&text, "To be, or not to be: that is the question. ".repeat(4)).unwrap();
     let link = at("link.sluice");

@@ -14,6 +14,17 @@ pub fn demo_checkpoint() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/demo-model")
 }
 
+/// Its files of these names, or all, in a folder that is made if need be.
+pub fn copy_checkpoint(to: &Path, names: Option<&[&str]>) {
+    fs::create_dir_all(to).unwrap();
+    for file in fs::read_dir(demo_checkpoint()).unwrap().map(|entry| entry.unwrap().path()) {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        if names.is_none_or(|names| names.contains(&name)) {
+            fs::copy(&file, to.join(name)).unwrap();
+        }
+    }
+}
+
 /// What the reference implementation computes from it.
 pub fn expected() -> Value {
     serde_json::from_slice(&fs::read(demo_checkpoint().join("expected.json")).unwrap()).unwrap()

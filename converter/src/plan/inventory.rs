@@ -106,19 +106,15 @@ fn account_for_rest(
         checkpoint.tensors.iter().filter_map(|t| names.prediction_layer_of(&t.name)).collect();
     let rest = checkpoint.tensors.iter().zip(used).filter(|(_, used)| !**used);
     for (tensor, _) in rest {
-        let reason = match names.layer_of(&tensor.name).filter(|&layer| layer >= spec.layers.len()) {
-            Some(layer) if predicting.contains(&layer) => Unused::MultiTokenPrediction,
-            Some(_) => {
-                surplus.push(tensor.name.clone());
-                continue;
-            }
-            None => match family.unused(&tensor.name) {
-                Some(reason) => reason,
-                None => {
-                    unknown.push(tensor.name.clone());
-                    continue;
-                }
-            },
+        let surplus_layer = names.layer_of(&tensor.name).filter(|&layer| layer >= spec.layers.len());
+        let reason = match surplus_layer {
+            Some(layer) => predicting.contains(&layer).then_some(Unused::MultiTokenPrediction),
+            None => family.unused(&tensor.name),
+        };
+        let Some(reason) = reason else {
+            let list = if surplus_layer.is_some() { &mut surplus } else { &mut unknown };
+            list.push(tensor.name.clone());
+            continue;
         };
         let entry = left_out.entry(reason);
         let entry = entry.or_insert_with(|| LeftOut { reason: reason.name().to_owned(), tensors: 0, bytes: 0 });
