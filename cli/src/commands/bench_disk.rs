@@ -10,8 +10,7 @@ use serde::Serialize;
 use sluice_runtime::io::bench::{
     BenchEngine, BenchError, DiskBench, Knee, Measured, Pattern, Point, Scratch, Sweep, SweepOptions, scratch, sweep,
 };
-use sluice_runtime::io::scheduler::CHUNK_BYTES_MAX;
-use sluice_runtime::io::{Calibration, CalibrationStore, DEPTH_MAX, DirectMode, PAGE_BYTES};
+use sluice_runtime::io::{Calibration, CalibrationStore, DEPTH_MAX, DirectMode, IoConfig, IoError};
 use sluice_runtime::memory::Bytes;
 
 use crate::error::CliError;
@@ -24,8 +23,9 @@ const KEPT_LEAST: u64 = 256 << 20;
 
 const EXAMPLES: &str = "\
 PATH is a file, which is only read, or a folder (or a new name), where a scratch file is made. It loses its name at \
-once, so that nothing is left behind, however the program ends. A large model file is best: a small file may fit into the drive's own memory. Reads bypass the page cache, and the output says \
-how that is known; where they cannot, nothing is measured.
+once, so that nothing is left behind, however the program ends. A large model file is best: a small file may fit into \
+the drive's own memory. Reads bypass the page cache, and the output says how that is known; where they cannot, nothing \
+is measured.
 
 The knee is the setting with the fewest bytes in flight within 10 % of the best random bandwidth. It is kept per drive \
 in ~/.cache/sluice/io.json, and `sluice run` reads that way from then on.
@@ -397,10 +397,12 @@ fn chart(report: &Report<'_>) -> LineChart {
 
 /// A block that an engine can read: whoever asks for another one should hear of it before a scratch file is written.
 fn parse_block(text: &str) -> Result<usize, String> {
-    let bytes = usize::try_from(parse_size(text)?).ok();
-    bytes
-        .filter(|&b| b > 0 && b <= CHUNK_BYTES_MAX && b.is_multiple_of(PAGE_BYTES))
-        .ok_or_else(|| format!("a block is a multiple of {PAGE_BYTES} bytes, at most {}", size(CHUNK_BYTES_MAX)))
+    let chunk_bytes = usize::try_from(parse_size(text)?).unwrap_or(usize::MAX);
+    match (IoConfig { chunk_bytes, prefetch_depth: 1, ..IoConfig::default() }).validate() {
+        Ok(()) => Ok(chunk_bytes),
+        Err(IoError::Config { rule, .. }) => Err(format!("a block is {rule}")),
+        Err(other) => Err(other.to_string()),
+    }
 }
 
 /// A time that is worth measuring for.

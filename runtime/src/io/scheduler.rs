@@ -13,7 +13,7 @@ use super::fill::{Arriving, Filling, ReadPhase};
 use super::{DEPTH_MAX, EngineInfo, ReadEngine, Wake, worker};
 
 /// Largest chunk: one registered buffer overlaps the next by this much.
-pub const CHUNK_BYTES_MAX: usize = 16 << 20;
+const CHUNK_BYTES_MAX: usize = 16 << 20;
 
 /// Looks at the state this many times before a waiter goes to sleep.
 const SPINS: usize = 200;
@@ -69,7 +69,7 @@ impl IoConfig {
         let refuse = |name, value, rule| Err(IoError::Config { name, value, rule });
         let chunk = self.chunk_bytes;
         if chunk == 0 || chunk > CHUNK_BYTES_MAX || !chunk.is_multiple_of(PAGE_BYTES) {
-            return refuse("chunk_bytes", chunk, "a multiple of 4096, at most 16 MiB");
+            return refuse("chunk_bytes", chunk, "a multiple of 4096 bytes, at most 16MiB");
         }
         if self.depth == 0 || self.depth > DEPTH_MAX {
             return refuse("depth", self.depth, "1 to 128");
