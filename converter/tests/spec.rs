@@ -163,7 +163,7 @@ fn impossible_values_of_other_families_are_named_by_their_keys() {
         (json!({"model_type": "qwen3_moe", "num_experts": 4}), ["`num_experts_per_tok` is 8", "1 to 4"]),
         (json!({"model_type": "mixtral", "num_local_experts": 0}), ["`num_local_experts` is 0", ""]),
         (
-            json!({"model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "n_group": 0}),
+            json!({"model_type": "deepseek_v2", "num_experts_per_tok": 6, "topk_method": "group_limited_greedy", "n_group": 0}),
             ["`n_group` is 0", ""],
         ),
         (
@@ -176,4 +176,121 @@ fn impossible_values_of_other_families_are_named_by_their_keys() {
         words.iter().for_each(|w| assert!(error.contains(w), "{config}: {error} lacks {w}"));
         assert!(!error.contains("model_type"), "{error}");
     }
+}
+
+/// What `config.json` gives where it says nothing but its family: the values of the configuration classes of transformers
+/// 4.57 and 5, which are the same but where noted. Checkpoints are saved without keys that have these values.
+#[test]
+fn missing_keys_mean_what_they_mean_in_transformers() {
+    /// Vocabulary, hidden size, layers, heads, heads of keys and values, width of a head, positions, norm epsilon, theta.
+    type Basics = (usize, usize, usize, usize, usize, usize, usize, f32, f64);
+    /// Routed experts, experts per token, width of an expert, whether weights are divided by their sum, scale.
+    type Experts = Option<(usize, usize, usize, bool, f32)>;
+    let table: [(&str, Basics, Experts); 18] = [
+        // Vocabulary of version 5; 4.57 had 32,000.
+        ("deepseek_v2", (102_400, 4096, 32, 32, 32, 192, 2048, 1e-6, 1e4), Some((64, 6, 1407, false, 1.0))),
+        ("deepseek_v3", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
+        ("kimi_k2", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
+        ("glm4_moe", (151_552, 4096, 46, 96, 8, 128, 131_072, 1e-5, 1e4), Some((128, 8, 1408, true, 1.0))),
+        ("glm4_moe_lite", (154_880, 2048, 47, 20, 20, 256, 202_752, 1e-5, 1e4), Some((64, 4, 1536, true, 1.8))),
+        ("glm_moe_dsa", (154_880, 6144, 78, 64, 64, 256, 202_752, 1e-5, 1e4), Some((256, 8, 2048, true, 2.5))),
+        ("gpt_oss", (201_088, 2880, 36, 64, 8, 64, 131_072, 1e-5, 150_000.0), Some((128, 4, 2880, false, 1.0))),
+        ("qwen2_moe", (151_936, 2048, 24, 16, 16, 128, 32_768, 1e-6, 1e4), Some((60, 4, 1408, false, 1.0))),
+        ("qwen3_moe", (151_936, 2048, 24, 32, 4, 64, 32_768, 1e-6, 1e4), Some((128, 8, 768, false, 1.0))),
+        ("qwen3_next", (151_936, 2048, 48, 16, 2, 256, 32_768, 1e-6, 1e4), Some((512, 10, 512, true, 1.0))),
+        ("qwen3_5_moe_text", (248_320, 2048, 40, 16, 2, 256, 32_768, 1e-6, 1e4), Some((256, 8, 512, true, 1.0))),
+        ("minimax_m2", (200_064, 3072, 62, 48, 8, 128, 196_608, 1e-6, 5e6), Some((256, 8, 1536, true, 1.0))),
+        ("mixtral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-5, 1e6), Some((8, 2, 14_336, true, 1.0))),
+        ("olmoe", (50_304, 2048, 16, 16, 16, 128, 4096, 1e-5, 1e4), Some((64, 8, 2048, false, 1.0))),
+        ("llama", (32_000, 4096, 32, 32, 32, 128, 2048, 1e-6, 1e4), None),
+        ("mistral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-6, 1e4), None),
+        ("qwen3", (151_936, 4096, 32, 32, 32, 128, 32_768, 1e-6, 1e4), None),
+        // Where the class knows no number, as many as heads.
+        ("llama 40", (32_000, 4096, 32, 40, 40, 102, 2048, 1e-6, 1e4), None),
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    for (name, basics, experts) in table {
+        let (model_type, heads) = name.split_once(' ').map_or((name, None), |(m, heads)| (m, Some(heads)));
+        let mut config = json!({"model_type": model_type});
+        if let Some(heads) = heads {
+            config["num_attention_heads"] = heads.parse::<usize>().unwrap().into();
+        }
+        match model_type {
+            // Without a value in the class.
+            "deepseek_v2" => config["num_experts_per_tok"] = json!(6),
+            // What follows from the other values, 42, cannot be rotated.
+            "glm4_moe" => config["head_dim"] = json!(128),
+            _ => {}
+        }
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, config.to_string()).unwrap();
+        let geometry = Geometry::load(path.to_str().unwrap(), None).unwrap();
+        let spec = geometry.spec();
+        // The last layer is one with experts and full attention in every family that mixes.
+        let last = spec.layers.last().unwrap();
+        let (heads, kv_heads, width, theta) = match &last.attention {
+            AttentionSpec::Mla(m) => (m.heads, m.heads, m.qk_nope_head_dim + m.qk_rope_head_dim, m.rope.theta),
+            AttentionSpec::Gqa(g) => (g.heads, g.kv_heads, g.head_dim, g.rope.as_ref().unwrap().theta),
+            AttentionSpec::Delta(_) => panic!("{name}"),
+        };
+        let sizes = (spec.vocab_size, spec.hidden_size, spec.layers.len(), heads, kv_heads, width, spec.max_positions);
+        let found = (sizes.0, sizes.1, sizes.2, sizes.3, sizes.4, sizes.5, sizes.6, spec.norm_eps, theta);
+        assert_eq!(found, basics, "{name}");
+        let moe = last.ffn.moe.as_ref();
+        let found = moe.map(|m| (m.experts, m.top_k, m.width, m.router.renormalise.is_some(), m.router.scale));
+        assert_eq!(found, experts, "{name}");
+    }
+}
+
+#[test]
+fn no_key_of_heads_means_as_many_as_heads() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.json");
+    for (family, key) in
+        [("llama", json!(null)), ("olmoe", json!(null)), ("mistral", json!(null)), ("mixtral", json!(null))]
+    {
+        std::fs::write(&path, json!({"model_type": family, "num_key_value_heads": key}).to_string()).unwrap();
+        let geometry = Geometry::load(path.to_str().unwrap(), None).unwrap();
+        let AttentionSpec::Gqa(gqa) = &geometry.spec().layers[0].attention else { panic!() };
+        assert_eq!(gqa.kv_heads, gqa.heads, "{family}");
+    }
+    std::fs::write(&path, json!({"model_type": "deepseek_v2"}).to_string()).unwrap();
+    let error = Geometry::load(path.to_str().unwrap(), None).unwrap_err().to_string();
+    assert!(error.contains("`num_experts_per_tok` is missing"), "{error}");
+}
+
+#[test]
+fn gpt_oss_that_does_not_mention_yarn_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.json");
+    let rope = |config: Value| {
+        std::fs::write(&path, config.to_string()).unwrap();
+        let geometry = Geometry::load(path.to_str().unwrap(), None).unwrap();
+        let AttentionSpec::Gqa(gqa) = &geometry.spec().layers[0].attention else { panic!() };
+        gqa.rope.clone().unwrap()
+    };
+    let said = json!({"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": false,
+        "original_max_position_embeddings": 4096});
+    let silent = rope(json!({"model_type": "gpt_oss"}));
+    assert_eq!(silent, rope(json!({"model_type": "gpt_oss", "rope_scaling": said})));
+    assert!(matches!(silent.scaling, RopeScaling::Yarn { .. }));
+    let plain = rope(json!({"model_type": "gpt_oss", "rope_parameters": {"rope_type": "default"}}));
+    assert_eq!(plain.scaling, RopeScaling::None);
+}
+
+/// Model cards say how to switch YaRN on, and leave `max_position_embeddings` as it is.
+#[test]
+fn yarn_extends_the_positions_that_may_be_asked_for() {
+    let yarn = |factor: Value, original: Value| json!({"rope_scaling": {"type": "yarn", "factor": factor, "original_max_position_embeddings": original}});
+    let positions = |config: Value| with(config).unwrap().max_positions;
+    assert_eq!(positions(json!({})), 128);
+    assert_eq!(positions(yarn(json!(4.0), json!(100))), 400);
+    // Without the original positions, the given ones are extended; what is larger already stays.
+    assert_eq!(positions(yarn(json!(2.5), json!(null))), 320);
+    assert_eq!(positions(yarn(json!(1.5), json!(64))), 128);
+    // Without a factor, it follows from both.
+    let spec = with(yarn(json!(null), json!(32))).unwrap();
+    let RopeScaling::Yarn { factor, original_max_positions, .. } = mla(&spec).rope.scaling else { panic!() };
+    assert_eq!((factor, original_max_positions, spec.max_positions), (4.0, 32, 128));
+    assert_eq!(positions(yarn(json!(1e300), json!(100))), 1 << 24);
 }

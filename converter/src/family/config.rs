@@ -48,6 +48,11 @@ impl Config {
         }
     }
 
+    /// Whether there is a value under `key`; null is none.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.keys.get(key).is_some_and(|value| !value.is_null())
+    }
+
     /// Names of the keys.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.keys.keys().map(String::as_str)
@@ -72,7 +77,7 @@ impl Config {
 
     /// The first of `keys` that has a value, else the first of all: families spell some keys differently.
     pub(crate) fn first_of<'k>(&self, keys: &[&'k str]) -> &'k str {
-        keys.iter().find(|key| self.keys.get(**key).is_some_and(|v| !v.is_null())).unwrap_or(&keys[0])
+        keys.iter().find(|key| self.has(key)).unwrap_or(&keys[0])
     }
 
     /// A count from 1 to `most`, or `default` when the key is missing.

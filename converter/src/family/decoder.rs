@@ -1,7 +1,9 @@
 //! What every decoder's `config.json` says.
 
 use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
-use sluice_format::{ActivationSpec, AttentionSpec, FfnSpec, LayerSpec, ModelSpec, SPEC_VERSION};
+use sluice_format::{
+    ActivationSpec, AttentionSpec, FfnSpec, LayerSpec, ModelSpec, RopeScaling, RopeSpec, SPEC_VERSION,
+};
 
 use super::config::Config;
 use crate::error::ConvertError;
@@ -13,7 +15,8 @@ pub(crate) struct Defaults {
     pub(crate) intermediate: usize,
     pub(crate) layers: usize,
     pub(crate) heads: usize,
-    pub(crate) kv_heads: usize,
+    /// `None`: as many as heads of queries.
+    pub(crate) kv_heads: Option<usize>,
     pub(crate) max_positions: usize,
     pub(crate) norm_eps: f64,
     pub(crate) theta: f64,
@@ -47,7 +50,7 @@ impl<'a> Decoder<'a> {
             layers: config.size_or("num_hidden_layers", defaults.layers, ModelSpec::MAX_LAYERS)?,
             heads,
             // Null means that keys and values are not shared.
-            kv_heads: config.opt_usize_or("num_key_value_heads", Some(defaults.kv_heads))?.unwrap_or(heads),
+            kv_heads: config.opt_usize_or("num_key_value_heads", defaults.kv_heads)?.unwrap_or(heads),
             max_positions: config.size_or("max_position_embeddings", defaults.max_positions, MAX_LENGTH)?,
             norm_eps: config.f32_or("rms_norm_eps", defaults.norm_eps)?,
             theta: defaults.theta,
@@ -70,7 +73,7 @@ impl<'a> Decoder<'a> {
             family: self.config.opt_str("model_type")?.unwrap_or_default().to_owned(),
             vocab_size: self.vocab,
             hidden_size: self.hidden,
-            max_positions: self.max_positions,
+            max_positions: self.max_positions.max(extended_positions(&layers)),
             norm_eps: self.norm_eps,
             layers,
         })
@@ -105,4 +108,19 @@ impl<'a> Decoder<'a> {
         };
         list.iter().map(is_yes).collect::<Result<_, _>>().map(Some)
     }
+}
+
+/// The positions that YaRN extends a context to, as vLLM counts them: users switch it on as model cards say, in
+/// `rope_scaling` alone, and leave `max_position_embeddings` as it is.
+fn extended_positions(layers: &[LayerSpec]) -> usize {
+    let rope = |layer: &LayerSpec| match &layer.attention {
+        AttentionSpec::Mla(mla) => Some(mla.rope.clone()),
+        AttentionSpec::Gqa(gqa) => gqa.rope.clone(),
+        AttentionSpec::Delta(_) => None,
+    };
+    let extended = |rope: RopeSpec| match rope.scaling {
+        RopeScaling::Yarn { factor, original_max_positions, .. } => (original_max_positions as f64 * factor) as usize,
+        _ => 0,
+    };
+    layers.iter().filter_map(rope).map(extended).max().unwrap_or(0).min(MAX_LENGTH)
 }

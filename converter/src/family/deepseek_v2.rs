@@ -16,7 +16,7 @@ const DEFAULTS: Defaults = Defaults {
     intermediate: 11_008,
     layers: 32,
     heads: 32,
-    kv_heads: 32,
+    kv_heads: None,
     max_positions: 2048,
     norm_eps: 1e-6,
     theta: 1e4,
@@ -32,6 +32,10 @@ impl Family for DeepSeekV2 {
 
     fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError> {
         let decoder = Decoder::read(config, &DEFAULTS)?;
+        // In transformers it has no value where the key is missing.
+        if !config.has("num_experts_per_tok") {
+            return Err(config.refuse("num_experts_per_tok", "is missing"));
+        }
         let attention = AttentionSpec::Mla(mla::read(&decoder, &mla::Defaults::DEEPSEEK)?);
         config.require_str("scoring_func", &["softmax"])?;
         config.require_str("topk_method", &["greedy", "group_limited_greedy"])?;

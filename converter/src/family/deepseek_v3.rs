@@ -16,7 +16,7 @@ pub(crate) const DEFAULTS: Defaults = Defaults {
     intermediate: 18_432,
     layers: 61,
     heads: 128,
-    kv_heads: 128,
+    kv_heads: Some(128),
     max_positions: 4096,
     norm_eps: 1e-6,
     theta: 1e4,

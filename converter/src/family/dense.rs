@@ -16,7 +16,7 @@ const LLAMA: Defaults = Defaults {
     intermediate: 11_008,
     layers: 32,
     heads: 32,
-    kv_heads: 32,
+    kv_heads: None,
     max_positions: 2048,
     norm_eps: 1e-6,
     theta: 1e4,
@@ -39,7 +39,7 @@ impl Family for Llama {
 /// Mistral, with or without a window.
 pub(crate) struct Mistral;
 
-const MISTRAL: Defaults = Defaults { intermediate: 14_336, kv_heads: 8, max_positions: 131_072, ..LLAMA };
+const MISTRAL: Defaults = Defaults { intermediate: 14_336, kv_heads: Some(8), max_positions: 131_072, ..LLAMA };
 
 /// The window where `sliding_window` is missing; files of models without one say null.
 const MISTRAL_WINDOW: usize = 4096;
@@ -59,7 +59,8 @@ impl Family for Mistral {
 /// Qwen3 without experts.
 pub(crate) struct Qwen3;
 
-const QWEN3: Defaults = Defaults { vocab: 151_936, intermediate: 22_016, max_positions: 32_768, ..LLAMA };
+const QWEN3: Defaults =
+    Defaults { vocab: 151_936, intermediate: 22_016, kv_heads: Some(32), max_positions: 32_768, ..LLAMA };
 const QWEN3_HEAD_DIM: usize = 128;
 
 impl Family for Qwen3 {

@@ -16,7 +16,7 @@ const DEFAULTS: Defaults = Defaults {
     intermediate: 10_944,
     layers: 46,
     heads: 96,
-    kv_heads: 8,
+    kv_heads: Some(8),
     max_positions: 131_072,
     norm_eps: 1e-5,
     theta: 1e4,

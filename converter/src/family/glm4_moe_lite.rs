@@ -16,7 +16,7 @@ const DEFAULTS: Defaults = Defaults {
     intermediate: 10_240,
     layers: 47,
     heads: 20,
-    kv_heads: 20,
+    kv_heads: Some(20),
     max_positions: 202_752,
     norm_eps: 1e-5,
     theta: 1e4,

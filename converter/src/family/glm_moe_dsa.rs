@@ -16,7 +16,7 @@ const DEFAULTS: Defaults = Defaults {
     intermediate: 12_288,
     layers: 78,
     heads: 64,
-    kv_heads: 64,
+    kv_heads: Some(64),
     max_positions: 202_752,
     norm_eps: 1e-5,
     theta: 1e4,

@@ -10,7 +10,7 @@ use super::config::Config;
 use super::decoder::{Decoder, Defaults};
 use super::names::Names;
 use super::view::{Origin, Strides, View};
-use super::{Family, Place, gqa, moe};
+use super::{Family, Place, gqa, moe, rope};
 use crate::error::ConvertError;
 
 /// The family.
@@ -22,7 +22,7 @@ const DEFAULTS: Defaults = Defaults {
     intermediate: 2880,
     layers: 36,
     heads: 64,
-    kv_heads: 8,
+    kv_heads: Some(8),
     max_positions: 131_072,
     norm_eps: 1e-5,
     theta: 150_000.0,
@@ -40,6 +40,9 @@ const EXPERTS: moe::Defaults = moe::Defaults {
 
 const HEAD_DIM: usize = 64;
 const WINDOW: usize = 128;
+/// YaRN where the configuration does not mention the rotation: transformers 5 has it there.
+const YARN_FACTOR: f64 = 32.0;
+const YARN_POSITIONS: usize = 4096;
 const ALPHA: f64 = 1.702;
 const LIMIT: f64 = 7.0;
 
@@ -51,12 +54,17 @@ impl Family for GptOss {
     fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError> {
         let decoder = Decoder::read(config, &DEFAULTS)?;
         let bias = config.bool_or("attention_bias", true)?;
-        let full = GqaSpec {
+        let mut full = GqaSpec {
             qkv_bias: bias,
             o_bias: bias,
             sinks: true,
             ..gqa::read(&decoder, gqa::Heads { head_dim: Some(HEAD_DIM), ..gqa::Heads::USUAL })?
         };
+        if let Some(rope) = &mut full.rope
+            && !["rope_parameters", "rope_scaling"].iter().any(|key| config.has(key))
+        {
+            rope.scaling = rope::untruncated_yarn(YARN_FACTOR, YARN_POSITIONS);
+        }
         let sliding = GqaSpec { window: gqa::window(&decoder, Some(WINDOW))?, ..full.clone() };
         let slides = decoder.layer_list("layer_types", ["sliding_attention", "full_attention"])?;
         // Without a list, layers alternate and the first one slides.

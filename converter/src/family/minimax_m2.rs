@@ -17,7 +17,7 @@ const DEFAULTS: Defaults = Defaults {
     intermediate: 1536,
     layers: 62,
     heads: 48,
-    kv_heads: 8,
+    kv_heads: Some(8),
     max_positions: 196_608,
     norm_eps: 1e-6,
     theta: 5e6,

@@ -17,7 +17,7 @@ const DEFAULTS: Defaults = Defaults {
     intermediate: 14_336,
     layers: 32,
     heads: 32,
-    kv_heads: 8,
+    kv_heads: Some(8),
     max_positions: 131_072,
     norm_eps: 1e-5,
     theta: 1e6,

@@ -16,7 +16,7 @@ const DEFAULTS: Defaults = Defaults {
     intermediate: 2048,
     layers: 16,
     heads: 16,
-    kv_heads: 16,
+    kv_heads: None,
     max_positions: 4096,
     norm_eps: 1e-5,
     theta: 1e4,

@@ -17,7 +17,7 @@ const DEFAULTS: Defaults = Defaults {
     intermediate: 5632,
     layers: 24,
     heads: 16,
-    kv_heads: 16,
+    kv_heads: Some(16),
     max_positions: 32_768,
     norm_eps: 1e-6,
     theta: 1e4,

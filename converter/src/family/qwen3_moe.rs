@@ -16,7 +16,7 @@ const DEFAULTS: Defaults = Defaults {
     intermediate: 6144,
     layers: 24,
     heads: 32,
-    kv_heads: 4,
+    kv_heads: Some(4),
     max_positions: 32_768,
     norm_eps: 1e-6,
     theta: 1e4,

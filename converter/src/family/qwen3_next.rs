@@ -17,7 +17,7 @@ const NEXT: Defaults = Defaults {
     intermediate: 5632,
     layers: 48,
     heads: 16,
-    kv_heads: 2,
+    kv_heads: Some(2),
     max_positions: 32_768,
     norm_eps: 1e-6,
     theta: 1e4,

@@ -6,6 +6,11 @@ use sluice_format::{RopePairing, RopeScaling, RopeSpec};
 use super::config::Config;
 use crate::error::ConvertError;
 
+/// Rotations within the original context beyond which a frequency stays as it is, and below which it is divided by the
+/// factor, where nothing is said (arXiv:2309.00071, section 3.2).
+const BETA_FAST: f64 = 32.0;
+const BETA_SLOW: f64 = 1.0;
+
 /// What a configuration says about rotation.
 pub(crate) struct Rope {
     /// The rotation.
@@ -92,7 +97,13 @@ pub(crate) fn read(
 
 fn yarn(section: &Config, max_positions: usize) -> Result<(RopeScaling, f64), ConvertError> {
     let positive = |key: &str, value: f64| section.check_above(key, value, 0.0);
-    let factor = section.opt_f64("factor")?.ok_or_else(|| section.refuse("factor", "is missing"))?;
+    let original = section.opt_size_or("original_max_position_embeddings", None, MAX_LENGTH)?;
+    // Without a factor, the context that is given is the extended one.
+    let factor = match (section.opt_f64("factor")?, original) {
+        (Some(factor), _) => factor,
+        (None, Some(original)) => max_positions as f64 / original as f64,
+        (None, None) => return Err(section.refuse("factor", "is missing")),
+    };
     positive("factor", factor)?;
     let set = |v: Option<f64>| v.filter(|&v| v != 0.0);
     let mscale = set(section.opt_f64("mscale")?);
@@ -102,16 +113,27 @@ fn yarn(section: &Config, max_positions: usize) -> Result<(RopeScaling, f64), Co
         (None, Some(m), Some(all)) => magnitude(factor, m) / magnitude(factor, all),
         (None, _, _) => magnitude(factor, 1.0),
     };
-    let original = section.opt_size_or("original_max_position_embeddings", None, MAX_LENGTH)?;
     let scaling = RopeScaling::Yarn {
         factor,
         original_max_positions: original.unwrap_or(max_positions),
-        beta_fast: positive("beta_fast", section.opt_f64("beta_fast")?.unwrap_or(32.0))?,
-        beta_slow: positive("beta_slow", section.opt_f64("beta_slow")?.unwrap_or(1.0))?,
+        beta_fast: positive("beta_fast", set(section.opt_f64("beta_fast")?).unwrap_or(BETA_FAST))?,
+        beta_slow: positive("beta_slow", set(section.opt_f64("beta_slow")?).unwrap_or(BETA_SLOW))?,
         truncate: section.bool_or("truncate", true)?,
         attention_factor: positive("attention_factor", attention_factor)?,
     };
     Ok((scaling, mscale_all_dim.map_or(1.0, |m| magnitude(factor, m))))
+}
+
+/// YaRN with nothing said but how far it extends.
+pub(crate) fn untruncated_yarn(factor: f64, original_max_positions: usize) -> RopeScaling {
+    RopeScaling::Yarn {
+        factor,
+        original_max_positions,
+        beta_fast: BETA_FAST,
+        beta_slow: BETA_SLOW,
+        truncate: false,
+        attention_factor: magnitude(factor, 1.0),
+    }
 }
 
 fn llama3(section: &Config, max_positions: usize) -> Result<RopeScaling, ConvertError> {
