@@ -64,10 +64,18 @@ pub(crate) fn scale_len(ty: ScaleType) -> usize {
     }
 }
 
-/// Appends codes, one per byte.
+/// Appends codes, one per byte. Those of 3, 5 and 6 bits run across the bytes of a row; a row has whole bytes.
 pub(crate) fn unpack_codes(code: Code, packed: &[u8], out: &mut Vec<u8>) {
     let bits = code.bits();
     let mask = ((1u32 << bits) - 1) as u8;
+    if !8usize.is_multiple_of(bits) {
+        // `bits` bytes hold eight codes, in whole words as in whole rows.
+        for bytes in packed.chunks(bits) {
+            let word = bytes.iter().rev().fold(0u64, |word, &byte| word << 8 | u64::from(byte));
+            out.extend((0..bytes.len() * 8 / bits).map(|i| (word >> (i * bits)) as u8 & mask));
+        }
+        return;
+    }
     out.extend(packed.iter().flat_map(|byte| (0..8 / bits).map(move |i| byte >> (i * bits) & mask)));
 }
 
@@ -94,6 +102,8 @@ pub(crate) fn grouped(
 ) {
     let value: [f32; 256] = std::array::from_fn(|code| match g.code {
         Code::Offset4 => code as f32 - 8.0,
+        Code::Offset8 => code as f32 - 128.0,
+        Code::Signed8 => f32::from(code as u8 as i8),
         Code::E2m1 => E2M1[code & 15],
         Code::E4m3 => fp8::E4M3[code],
         Code::Unsigned { .. } => code as f32,
@@ -115,7 +125,8 @@ pub(crate) fn grouped(
 /// Zeros and scales of an AWQ or GPTQ matrix, `[group, output]`, and the group of each input.
 #[derive(Debug)]
 pub(crate) struct ColumnarScales {
-    zeros: Vec<u8>,
+    /// Up to 256: version 1 of GPTQ stores one less.
+    zeros: Vec<u16>,
     scales: Vec<f32>,
     groups: Vec<usize>,
 }
@@ -123,8 +134,9 @@ pub(crate) struct ColumnarScales {
 /// AWQ: nibble `i` of a word belongs to this output of eight.
 const AWQ_ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 
-fn nibble(word: u32, i: usize) -> u8 {
-    (word >> (4 * i)) as u8 & 15
+/// Code `i` of a word.
+fn code_of(word: u32, i: usize, bits: usize) -> u16 {
+    ((word >> (bits * i)) & ((1 << bits) - 1)) as u16
 }
 
 impl ColumnarScales {
@@ -136,12 +148,13 @@ impl ColumnarScales {
         scales: Vec<f32>,
         groups: Option<&[u32]>,
     ) -> Result<Self, String> {
-        let mut unpacked = vec![0; zeros.len() * 8];
-        for (word, out) in zeros.iter().zip(unpacked.chunks_exact_mut(8)) {
-            for i in 0..8 {
+        let (bits, per_word) = (tensors.bits, 32 / tensors.bits);
+        let mut unpacked = vec![0; zeros.len() * per_word];
+        for (word, out) in zeros.iter().zip(unpacked.chunks_exact_mut(per_word)) {
+            for i in 0..per_word {
                 match tensors.kind {
-                    Columnar::Awq => out[AWQ_ORDER[i]] = nibble(*word, i),
-                    Columnar::Gptq { zero_offset } => out[i] = nibble(*word, i) + zero_offset,
+                    Columnar::Awq => out[AWQ_ORDER[i]] = code_of(*word, i, bits),
+                    Columnar::Gptq { zero_offset } => out[i] = code_of(*word, i, bits) + u16::from(zero_offset),
                 }
             }
         }
@@ -185,7 +198,7 @@ pub(crate) fn columnar_words(tensors: &ColumnarTensors, inputs: usize, lines: Li
     let (first_output, end) = (lines.first / 8 * 8, (last + 1).next_multiple_of(8));
     let (rows, per_word) = match tensors.kind {
         Columnar::Awq => (inputs, 8),
-        Columnar::Gptq { .. } => (inputs / 8, 1),
+        Columnar::Gptq { .. } => (inputs * tensors.bits / 32, 1),
     };
     ColumnarWords {
         rows,
@@ -210,6 +223,7 @@ pub(crate) fn columnar(
     out.resize(lines.count * inputs, 0.0);
     let awq_place: [usize; 8] =
         std::array::from_fn(|output| AWQ_ORDER.iter().position(|&o| o == output).expect("a permutation"));
+    let (bits, per_word) = (tensors.bits, 32 / tensors.bits);
     let word_at = |row: usize, word: usize| {
         let at = row * words.line_bytes + word * 4;
         u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
@@ -219,8 +233,8 @@ pub(crate) fn columnar(
         let local = output - words.first_output;
         for (input, out) in out.iter_mut().enumerate() {
             let code = match tensors.kind {
-                Columnar::Awq => nibble(word_at(input, local / 8), awq_place[local % 8]),
-                Columnar::Gptq { .. } => nibble(word_at(input / 8, local), input % 8),
+                Columnar::Awq => code_of(word_at(input, local / 8), awq_place[local % 8], bits),
+                Columnar::Gptq { .. } => code_of(word_at(input / per_word, local), input % per_word, bits),
             };
             let at = scales.groups[input] * tensors.outputs + output;
             *out = (f32::from(code) - f32::from(scales.zeros[at])) * scales.scales[at];

@@ -27,6 +27,78 @@ pub enum ConvertError {
         /// What is missing.
         problem: String,
     },
+    /// A file is of another kind than was asked for.
+    #[error("{path} is {what}. {advice}")]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// Files of the checkpoint are Git LFS pointers.
+    #[error(
+        "{path}: {count} of {total} safetensors files are Git LFS pointers, which stand for files that have not been \
+         downloaded: {}. Run `git lfs pull` in the folder, or download the model with `hf download`",
+        first_few(names)
+    )]
+    Pointers {
+        /// The folder.
+        path: PathBuf,
+        /// How many are.
+        count: usize,
+        /// Of how many.
+        total: usize,
+        /// Those.
+        names: Vec<String>,
+    },
+    /// Files of the checkpoint are missing.
+    #[error(
+        "{path}: {missing} of {total} safetensors files are missing: {names}{unfinished}. The download is not complete: \
+         repeat `hf download` with this folder as `--local-dir`, which fetches what is missing"
+    )]
+    Incomplete {
+        /// The folder.
+        path: PathBuf,
+        /// How many are missing.
+        missing: usize,
+        /// Of how many.
+        total: usize,
+        /// The first few.
+        names: String,
+        /// What is left of downloads that have not ended, or nothing.
+        unfinished: String,
+    },
+    /// Two files hold a tensor of the same name.
+    #[error(
+        "{path}: `{tensor}` is in {} and in {}, and no index says which of them counts. Move away what does not belong \
+         to the model", files[0], files[1]
+    )]
+    Double {
+        /// The folder.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The first two files.
+        files: [String; 2],
+    },
+    /// There is no output head, and the configuration does not say that the token embedding is one.
+    #[error(
+        "{path}: there is no `{head}`, and `tie_word_embeddings` is {said}, so the token embedding is not the output \
+         head{hint}. Check that the download is complete. If the head is the token embedding all the same, write \
+         `\"tie_word_embeddings\": true` into `config.json`"
+    )]
+    NoHead {
+        /// The folder.
+        path: PathBuf,
+        /// The tensor.
+        head: String,
+        /// What the configuration says, or what its silence means.
+        said: &'static str,
+        /// What may explain it, or nothing.
+        hint: String,
+    },
     /// A file of the checkpoint is damaged or lies.
     #[error("{path} is damaged: {problem}. Download it again")]
     Damaged {
@@ -55,7 +127,7 @@ pub enum ConvertError {
     },
     /// Tensors that the model needs are not in the checkpoint.
     #[error(
-        "{path}: {count} tensors that `config.json` implies are missing: {names}. Check that the download is complete"
+        "{path}: {count} tensors that `config.json` implies are missing: {names}{hint}. Check that the download is complete"
     )]
     MissingTensors {
         /// The folder.
@@ -64,6 +136,8 @@ pub enum ConvertError {
         count: usize,
         /// The first few.
         names: String,
+        /// What may explain it, as a sentence, or nothing.
+        hint: String,
     },
     /// Tensors that nothing would use; leaving them out silently could change what the model computes.
     #[error(
@@ -79,6 +153,28 @@ pub enum ConvertError {
         names: String,
         /// The model type.
         family: String,
+    },
+    /// Tensors are partly as the family's releases have them, partly as MLX has them, and what that means cannot be told.
+    #[error(
+        "{path}: {problem}. Norms of this family are stored as what is added to one; MLX stores the sum. Which it is \
+         cannot be told here, and the wrong one would change what the model says. Convert the original release"
+    )]
+    Mixture {
+        /// The folder.
+        path: PathBuf,
+        /// What contradicts what.
+        problem: String,
+    },
+    /// A tensor that would only be without effect if it were zero.
+    #[error(
+        "{path}: `{tensor}` holds numbers that are not zero, and the model as `config.json` describes it adds nothing \
+         there. Check that `config.json` belongs to these weights"
+    )]
+    NotZero {
+        /// The safetensors file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
     },
     /// Decoder layers that the configuration does not count: without them the model would compute something else.
     #[error(

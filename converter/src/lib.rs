@@ -37,6 +37,7 @@ pub use error::ConvertError;
 pub use options::{Options, TypeChoice};
 pub use plan::{KindSize, LeftOut, Plan, plan};
 pub use report::Summary;
+pub use source::recognise::no_model;
 
 /// Hears how a conversion goes. Called from several threads.
 pub trait Progress: Sync {

@@ -39,10 +39,13 @@ fn words(dtype: &str, shape: &[usize], words: Vec<u32>) -> Tensor {
     tensor(dtype, shape, words.iter().flat_map(|w| w.to_le_bytes()).collect())
 }
 
-/// Codes of `bits` bits in words, the first in the low bits.
+/// Codes of `bits` bits as one stream of bits, the first in the low bits of the first word.
 fn pack(codes: &[u32], bits: usize) -> Vec<u32> {
-    let word = |c: &[u32]| c.iter().enumerate().fold(0, |w, (i, &c)| w | c << (i * bits));
-    codes.chunks(32 / bits).map(word).collect()
+    let mut words = vec![0; (codes.len() * bits).div_ceil(32)];
+    for bit in 0..codes.len() * bits {
+        words[bit / 32] |= (codes[bit / bits] >> (bit % bits) & 1) << (bit % 32);
+    }
+    words
 }
 
 fn bytes_of(words: &[u32]) -> Vec<u8> {
@@ -122,6 +125,28 @@ fn mlx_affine(noise: &mut Noise, [r, c]: [usize; 2], bits: usize) -> Encoded {
     (parts, values)
 }
 
+fn mlx_nvfp4(noise: &mut Noise, [r, c]: [usize; 2]) -> Encoded {
+    let (q, s) = (codes(noise, r * c, 4), fp8_codes(noise, r * c / 16));
+    let values = q.iter().enumerate().map(|(i, &q)| e2m1(q) * e4m3(s[i / 16])).collect();
+    let parts = vec![(".weight", words("U32", &[r, c / 8], pack(&q, 4))), (".scales", tensor("U8", &[r, c / 16], s))];
+    (parts, values)
+}
+
+/// Eight bits per integer and a scale per row: packed, with 128 added, or as they are.
+fn int8(noise: &mut Noise, [r, c]: [usize; 2], packed: bool) -> Encoded {
+    let (q, s) = (codes(noise, r * c, 8), scales(noise, r));
+    let values = q.iter().enumerate().map(|(i, &q)| (q as f32 - 128.0) * s[i / c]).collect();
+    let scale = (".weight_scale", Tensor::bf16(&[r, 1], s));
+    let parts = if packed {
+        let shape = words("I32", &[2], vec![r as u32, c as u32]);
+        vec![(".weight_packed", words("I32", &[r, c / 4], pack(&q, 8))), scale, (".weight_shape", shape)]
+    } else {
+        let bytes = q.iter().map(|&q| (q as i32 - 128) as i8 as u8).collect();
+        vec![(".weight", tensor("I8", &[r, c], bytes)), scale]
+    };
+    (parts, values)
+}
+
 /// One scale per row, or one in all.
 fn fp8(noise: &mut Noise, [r, c]: [usize; 2], per_row: bool) -> Encoded {
     let (q, s) = (fp8_codes(noise, r * c), scales(noise, if per_row { r } else { 1 }));
@@ -146,9 +171,9 @@ fn awq(noise: &mut Noise, [out, inputs]: [usize; 2]) -> Encoded {
 }
 
 /// `offset`: what version 1 subtracts from zeros. The groups are in disorder, as `desc_act` makes them.
-fn gptq(noise: &mut Noise, [out, inputs]: [usize; 2], offset: u32) -> Encoded {
-    let groups = inputs / 32;
-    let (q, z) = (codes(noise, inputs * out, 4), codes(noise, groups * out, 4));
+fn gptq(noise: &mut Noise, [out, inputs]: [usize; 2], bits: usize, offset: u32) -> Encoded {
+    let (groups, per_word) = (inputs / 32, 32 / bits);
+    let (q, z) = (codes(noise, inputs * out, bits), codes(noise, groups * out, bits));
     let s: Vec<f32> = scales(noise, groups * out);
     let group: Vec<usize> = (0..inputs).map(|i| (i * 7 + 3) % groups).collect();
     let at = |o: usize, i: usize| {
@@ -156,12 +181,12 @@ fn gptq(noise: &mut Noise, [out, inputs]: [usize; 2], offset: u32) -> Encoded {
         (q[i * out + o] as f32 - (z[g] + offset) as f32) * s[g]
     };
     let values = (0..out).flat_map(|o| (0..inputs).map(move |i| at(o, i))).collect();
-    // Eight inputs in a word.
-    let word = |i: usize, o: usize| (0..8).fold(0, |w, k| w | q[(8 * i + k) * out + o] << (4 * k));
-    let packed = (0..inputs / 8).flat_map(|i| (0..out).map(move |o| word(i, o))).collect();
+    // Several inputs in a word.
+    let word = |i: usize, o: usize| (0..per_word).fold(0, |w, k| w | q[(per_word * i + k) * out + o] << (bits * k));
+    let packed = (0..inputs / per_word).flat_map(|i| (0..out).map(move |o| word(i, o))).collect();
     let parts = vec![
-        (".qweight", words("I32", &[inputs / 8, out], packed)),
-        (".qzeros", words("I32", &[groups, out / 8], pack(&z, 4))),
+        (".qweight", words("I32", &[inputs / per_word, out], packed)),
+        (".qzeros", words("I32", &[groups, out / per_word], pack(&z, bits))),
         (".scales", Tensor::f16(&[groups, out], s)),
         (".g_idx", words("I32", &[inputs], group.iter().map(|g| *g as u32).collect())),
     ];
@@ -250,7 +275,7 @@ fn forms_that_a_type_fits_are_carried() {
 
 #[test]
 fn forms_that_no_type_fits_are_widened_and_named() {
-    let forms: [(&str, Value, Encoder<'_>); 9] = [
+    let forms: [(&str, Value, Encoder<'_>); 20] = [
         ("fp8 per row", compressed("float-quantized"), &|noise, shape| fp8(noise, shape, true)),
         (
             "nvfp4",
@@ -261,12 +286,26 @@ fn forms_that_no_type_fits_are_widened_and_named() {
         ("mlx 2", json!({"quantization": {"bits": 2}}), &|noise, shape| mlx_affine(noise, shape, 2)),
         ("mlx 4", json!({"quantization": {"bits": 4}}), &|noise, shape| mlx_affine(noise, shape, 4)),
         ("mlx 8", json!({"quantization": {"bits": 8}}), &|noise, shape| mlx_affine(noise, shape, 8)),
-        ("awq", method("awq"), &awq),
-        ("gptq", method("gptq"), &|noise, shape| gptq(noise, shape, 1)),
+        ("mlx 3", json!({"quantization": {"bits": 3}}), &|noise, shape| mlx_affine(noise, shape, 3)),
+        ("mlx 5", json!({"quantization": {"bits": 5}}), &|noise, shape| mlx_affine(noise, shape, 5)),
+        ("mlx 6", json!({"quantization": {"bits": 6}}), &|noise, shape| mlx_affine(noise, shape, 6)),
+        ("mlx nvfp4", json!({"quantization": {"bits": 4, "group_size": 16, "mode": "nvfp4"}}), &mlx_nvfp4),
+        // Widths that the configuration gives for most layers are not those of all.
+        ("mlx 8 among 4", json!({"quantization": {"bits": 4}}), &|noise, shape| mlx_affine(noise, shape, 8)),
+        ("gptq 8 among 4", json!({"quantization_config": {"quant_method": "GPTQ", "bits": 4}}), &|n, s| {
+            gptq(n, s, 8, 1)
+        }),
+        ("gptq 2", json!({"quantization_config": {"quant_method": "gptq", "bits": 2}}), &|n, s| gptq(n, s, 2, 1)),
+        ("gptq that does not say so", json!({"quantization_config": {"bits": 4}}), &|n, s| gptq(n, s, 4, 1)),
+        ("int8 packed", compressed("pack-quantized"), &|noise, shape| int8(noise, shape, true)),
+        ("int8", compressed("int-quantized"), &|noise, shape| int8(noise, shape, false)),
+        ("awq that does not say so", json!({}), &awq),
+        ("awq", method("AWQ"), &awq),
+        ("gptq", method("gptq"), &|noise, shape| gptq(noise, shape, 4, 1)),
         (
             "gptq v2",
             json!({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}}),
-            &|n, s| gptq(n, s, 0),
+            &|n, s| gptq(n, s, 4, 0),
         ),
     ];
     for (name, quantisation, encode) in forms {
@@ -321,7 +360,7 @@ fn broken_forms_are_refused() {
         (|t, _| t.get_mut(&format!("{X}.weight_packed")).unwrap().shape = vec![64, 16], "down_proj.weight_packed"),
         (|t, _| t.get_mut(&format!("{X}.weight_scale")).unwrap().shape = vec![64, 4], "down_proj.weight_scale"),
         (|t, _| t.get_mut(&format!("{X}.weight_scale")).unwrap().bytes.fill(0x7f), "down_proj.weight"),
-        (|t, _| drop(t.insert(format!("{X}.weight_zero_point"), Tensor::f32(&[1], [0.0]))), "weight_zero_point"),
+        (|t, _| drop(t.insert(format!("{X}.weight_zero_point"), Tensor::f32(&[1], [2.0]))), "weight_zero_point"),
         (
             |_, c| c["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = json!(false),
             "symmetric",

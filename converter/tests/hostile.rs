@@ -168,7 +168,7 @@ fn weights_that_are_too_small_for_q8_are_counted_and_named() {
 fn an_index_cannot_lead_out_of_the_folder() {
     for file in ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b"] {
         let dir = tempfile::tempdir().unwrap();
-        Synthetic::default().write(dir.path(), 1);
+        Synthetic::default().write(dir.path(), 2);
         let index = json!({"weight_map": {"model.norm.weight": file}}).to_string();
         std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
         let error = plan(dir.path(), &Options::default()).unwrap_err().to_string();

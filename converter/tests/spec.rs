@@ -130,12 +130,8 @@ fn what_is_not_supported_is_named_with_what_is() {
         (json!({"rope_scaling": {"type": "longrope"}}), vec!["`rope_scaling.type`", "longrope", "yarn"]),
         (json!({"rope_scaling": {"rope_type": "yarn"}}), vec!["`rope_scaling.factor`"]),
         (
-            json!({"quantization_config": {"quant_method": "hqq"}}),
-            vec!["`quantization_config.quant_method`", "fp8", "awq"],
-        ),
-        (
-            json!({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}),
-            vec!["weight_block_size", "[64,64]", "[128,128]"],
+            json!({"quantization_config": {"transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}}}),
+            vec!["`quantization_config.transform_config.config_groups.R4`", "not supported"],
         ),
         (json!({"mlp_layer_types": ["dense"]}), vec!["`mlp_layer_types`"]),
     ] {

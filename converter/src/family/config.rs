@@ -53,6 +53,11 @@ impl Config {
         self.keys.get(key).is_some_and(|value| !value.is_null())
     }
 
+    /// The object under `key`; `None` if there is something else, or nothing.
+    pub(crate) fn object(&self, key: &str) -> Option<Config> {
+        self.section(key).ok().flatten()
+    }
+
     /// Names of the keys.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.keys.keys().map(String::as_str)

@@ -7,6 +7,14 @@ use super::decoder::Decoder;
 use super::view::{Origin, Strides, View};
 use crate::error::ConvertError;
 
+/// The convolution's module and tensor inside the layer's.
+const CONV: &str = "conv1d.weight";
+
+/// The convolution of a layer.
+pub(crate) fn conv(layer: impl Fn(&str) -> String) -> String {
+    layer(&format!("linear_attn.{CONV}"))
+}
+
 /// Reads the linear attention of Qwen3-Next and Qwen3.5, whose values for missing keys are the same.
 pub(crate) fn read(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
     let config = decoder.config;
@@ -39,7 +47,14 @@ pub(crate) fn linear_layers(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertE
 }
 
 /// Where a tensor comes from: projections apart, as in Qwen3.5, or grouped by key head, as in Qwen3-Next.
-pub(crate) fn origin(delta: &DeltaSpec, layer: &dyn Fn(&str) -> String, name: &str, shape: [usize; 3]) -> Origin {
+/// `conv_last`: the convolution is in MLX's arrangement.
+pub(crate) fn origin(
+    delta: &DeltaSpec,
+    conv_last: bool,
+    layer: &dyn Fn(&str) -> String,
+    name: &str,
+    shape: [usize; 3],
+) -> Origin {
     let [_, rows, cols] = shape;
     let tensor = |rest: &str| layer(&format!("linear_attn.{rest}"));
     let one = |view: View| vec![vec![view]];
@@ -47,8 +62,9 @@ pub(crate) fn origin(delta: &DeltaSpec, layer: &dyn Fn(&str) -> String, name: &s
     let vector = |rest: &str| one(View::vector(tensor(rest), cols));
     match name {
         "conv" => {
-            let channels = delta.conv_channels();
-            one(View::new(tensor("conv1d.weight"), &[channels, 1, delta.conv_width], Strides::rows(0, 1, cols)))
+            let (channels, width) = (delta.conv_channels(), delta.conv_width);
+            let shape = if conv_last { [channels, width, 1] } else { [channels, 1, width] };
+            one(View::new(tensor(CONV), &shape, Strides::rows(0, 1, cols)))
         }
         "a_log" => vector("A_log"),
         "dt_bias" => vector("dt_bias"),

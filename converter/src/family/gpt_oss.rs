@@ -81,8 +81,7 @@ impl Family for GptOss {
         Names { router: "router", ..Names::USUAL }
     }
 
-    fn origin(&self, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
-        let names = self.names();
+    fn origin(&self, names: Names, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
         let experts = spec.layers[place.layer].ffn.moe.as_ref();
         match (place.kind, experts) {
             (ExtentKind::Expert, Some(moe)) => {
@@ -110,7 +109,8 @@ fn experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
 }
 
 /// The published MXFP4 tensors hold one output feature per row, `[experts, rows, cols]`; the bf16 form is transposed. In
-/// both, as in the biases, gate is every other feature from the first on, and up every other from the second on.
+/// both, as in the biases, gate is every other feature from the first on, and up every other from the second on. MLX has
+/// gate and up apart, one output feature per row.
 fn expert_origin(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Origin {
     let [_, rows, cols] = tensor.shape;
     let pair = |first: usize| {
@@ -125,12 +125,15 @@ fn expert_origin(module: &str, experts: usize, index: usize, tensor: &TensorShap
     };
     let bias = |name: &str, len: usize, start: usize, col_step: usize| {
         let strides = Strides { start, run: 1, run_step: 0, row_step: 0, col_step };
-        vec![vec![View::new(format!("{module}.{name}"), &[experts, len], strides)]]
+        vec![View::new(format!("{module}.{name}"), &[experts, len], strides)]
     };
+    let apart =
+        |part: &str| View::of_stack(format!("{module}.{part}_proj.weight"), [experts, rows, cols], index, 0, rows);
+    let bias_apart = |part: &str| bias(&format!("{part}_proj.bias"), cols, index * cols, 1);
     match tensor.name {
         "gate_up" => {
             let ([gate_blocks, gate], [up_blocks, up]) = (pair(0), pair(1));
-            vec![vec![gate_blocks, up_blocks], vec![gate, up]]
+            vec![vec![gate_blocks, up_blocks], vec![gate, up], vec![apart("gate"), apart("up")]]
         }
         "down" => {
             let name = format!("{module}.down_proj");
@@ -139,11 +142,12 @@ fn expert_origin(module: &str, experts: usize, index: usize, tensor: &TensorShap
             vec![
                 vec![View::of_stack(format!("{name}_blocks"), [experts, rows, cols], index, 0, rows)],
                 vec![View::new(name, &[experts, cols, rows], by_col)],
+                vec![apart("down")],
             ]
         }
-        "gate_bias" => bias("gate_up_proj_bias", 2 * cols, index * 2 * cols, 2),
-        "up_bias" => bias("gate_up_proj_bias", 2 * cols, index * 2 * cols + 1, 2),
-        "down_bias" => bias("down_proj_bias", cols, index * cols, 1),
+        "gate_bias" => vec![bias("gate_up_proj_bias", 2 * cols, index * 2 * cols, 2), bias_apart("gate")],
+        "up_bias" => vec![bias("gate_up_proj_bias", 2 * cols, index * 2 * cols + 1, 2), bias_apart("up")],
+        "down_bias" => vec![bias("down_proj_bias", cols, index * cols, 1), bias_apart("down")],
         other => unreachable!("an expert has no `{other}`"),
     }
 }

@@ -30,7 +30,9 @@ impl Family for KimiK25 {
     }
 
     fn unused(&self, name: &str) -> Option<Unused> {
-        let vision = ["vision_tower.", "mm_projector."].iter().any(|prefix| name.starts_with(prefix));
+        let vision = ["vision_tower.", "vision_model.", "mm_projector.", "multi_modal_projector."]
+            .iter()
+            .any(|prefix| name.starts_with(prefix));
         if vision { Some(Unused::Vision) } else { usually_unused(name) }
     }
 }

@@ -5,7 +5,7 @@ use sluice_format::{MlaSpec, RopePairing};
 
 use super::config::Config;
 use super::decoder::Decoder;
-use super::view::{Strides, View};
+use super::view::{Origin, Strides, View};
 use super::{indexer, rope};
 use crate::error::ConvertError;
 
@@ -53,7 +53,20 @@ pub(crate) fn read(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<MlaSpec
 }
 
 /// Where a tensor of latent attention comes from; `layer` completes names.
-pub(crate) fn origin(mla: &MlaSpec, layer: &dyn Fn(&str) -> String, name: &str, shape: [usize; 3]) -> View {
+pub(crate) fn origin(mla: &MlaSpec, layer: &dyn Fn(&str) -> String, name: &str, shape: [usize; 3]) -> Origin {
+    if let "k_b" | "v_b" = name {
+        let (keys, module) = (name == "k_b", if name == "k_b" { "embed_q" } else { "unembed_out" });
+        let both = kv_b_half(mla, layer("self_attn.kv_b_proj.weight"), keys);
+        // MLX since 2026 keeps the halves apart, head by head, and that of keys transposed, as they are wanted here.
+        let [heads, rows, cols] = shape;
+        let apart = layer(&format!("self_attn.{module}.weight"));
+        let apart = View::new(apart, &shape, Strides::rows(0, heads * rows, cols));
+        return vec![vec![both], vec![apart]];
+    }
+    vec![vec![single(layer, name, shape)]]
+}
+
+fn single(layer: &dyn Fn(&str) -> String, name: &str, shape: [usize; 3]) -> View {
     let [_, rows, cols] = shape;
     let matrix = |module: &str| View::whole(layer(&format!("self_attn.{module}.weight")), rows, cols);
     let norm = |module: &str| View::vector(layer(&format!("self_attn.{module}.weight")), cols);
@@ -64,7 +77,6 @@ pub(crate) fn origin(mla: &MlaSpec, layer: &dyn Fn(&str) -> String, name: &str, 
         "q_b" => matrix("q_b_proj"),
         "kv_a" => matrix("kv_a_proj_with_mqa"),
         "kv_a_norm" => norm("kv_a_layernorm"),
-        "k_b" | "v_b" => kv_b_half(mla, layer("self_attn.kv_b_proj.weight"), name == "k_b"),
         "o" => matrix("o_proj"),
         index if index.starts_with("index_") => indexer::origin(layer, index, shape),
         other => unreachable!("latent attention has no `{other}`"),

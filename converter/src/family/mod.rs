@@ -8,7 +8,7 @@ mod decoder;
 mod deepseek_v2;
 mod deepseek_v3;
 mod deepseek_v32;
-mod delta;
+pub(crate) mod delta;
 mod dense;
 mod glm4_moe;
 mod glm4_moe_lite;
@@ -21,7 +21,7 @@ mod minimax_m2;
 mod mixtral;
 mod mla;
 mod moe;
-mod names;
+pub(crate) mod names;
 mod olmoe;
 mod qwen;
 mod qwen2_moe;
@@ -78,10 +78,15 @@ pub(crate) trait Family: Sync {
         Names::USUAL
     }
 
-    /// Where a tensor of an extent comes from. Asked for what [`ModelSpec::tensors`] lists in layers, not for embedding,
-    /// head and final norm.
-    fn origin(&self, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
-        self.names().origin(spec, place, tensor)
+    /// Everything that tensors may be called: that of the family's own releases first.
+    fn spellings(&self) -> Vec<Names> {
+        vec![self.names()]
+    }
+
+    /// Where a tensor of an extent comes from, in one of the family's spellings. Asked for what [`ModelSpec::tensors`] lists
+    /// in layers, not for embedding, head and final norm.
+    fn origin(&self, names: Names, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
+        names.origin(spec, place, tensor)
     }
 
     /// Why a tensor that no extent uses may be left out; `None`: it is unknown. Not asked for layers behind the decoder's.
@@ -112,6 +117,10 @@ pub(crate) enum Unused {
     ActivationScales,
     /// Constants that follow from the configuration.
     Derived,
+    /// Biases and zero points of zeros.
+    Zeros,
+    /// What neither the index nor the model knows.
+    Unindexed,
 }
 
 impl Unused {
@@ -122,22 +131,45 @@ impl Unused {
             Unused::Vision => "encoders of images and sound",
             Unused::ActivationScales => "scales of quantised activations",
             Unused::Derived => "constants that follow from the configuration",
+            Unused::Zeros => "biases and zero points that are zero",
+            Unused::Unindexed => "tensors that neither the index nor the model knows",
         }
     }
 }
 
 /// Ends of names of tensors that quantise activations or the KV cache.
-const ACTIVATION_SCALES: [&str; 5] = [".input_scale", ".input_global_scale", ".k_scale", ".v_scale", ".q_scale"];
+const ACTIVATION_SCALES: [&str; 16] = [
+    ".input_scale",
+    ".input_scale_ub",
+    ".input_global_scale",
+    ".input_zero_point",
+    ".output_scale",
+    ".output_zero_point",
+    ".activation_scale",
+    ".kv_scale",
+    ".kv_cache_scale",
+    ".k_scale",
+    ".v_scale",
+    ".q_scale",
+    ".k_zero_point",
+    ".v_zero_point",
+    ".prob_scale",
+    ".prob_output_scale",
+];
+
+/// Ends of names of constants that old versions of transformers saved.
+const DERIVED: [&str; 5] =
+    ["rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".position_ids", ".attn.masked_bias"];
 
 /// Some families keep prediction layers under `mtp.`; old checkpoints carry rotary frequencies.
 fn usually_unused(name: &str) -> Option<Unused> {
-    if name.starts_with("mtp.") || name.starts_with("model.mtp.") {
+    if ["mtp.", "model.mtp.", "language_model.mtp."].iter().any(|prefix| name.starts_with(prefix)) {
         return Some(Unused::MultiTokenPrediction);
     }
     if ACTIVATION_SCALES.iter().any(|end| name.ends_with(end)) {
         return Some(Unused::ActivationScales);
     }
-    name.ends_with("rotary_emb.inv_freq").then_some(Unused::Derived)
+    DERIVED.iter().any(|end| name.ends_with(end)).then_some(Unused::Derived)
 }
 
 /// The family that `config.json` names.

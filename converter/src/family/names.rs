@@ -23,6 +23,9 @@ pub(crate) struct Names {
     pub(crate) shared: &'static str,
     /// Whether norms are stored around zero: the model multiplies by one more.
     pub(crate) zero_centred: bool,
+    /// Whether convolutions are `[channels, width, 1]`, as MLX has them, not `[channels, 1, width]`. The numbers lie in the
+    /// same order.
+    pub(crate) conv_last: bool,
 }
 
 impl Names {
@@ -35,6 +38,7 @@ impl Names {
         expert: ["gate_proj", "up_proj", "down_proj"],
         shared: "shared_experts",
         zero_centred: false,
+        conv_last: false,
     };
 
     /// The names of Mixtral and its descendants.
@@ -69,6 +73,22 @@ impl Names {
         name.starts_with(&self.layer(layer, "eh_proj.")).then_some(layer)
     }
 
+    /// Vectors that are stored around zero where norms are.
+    pub(crate) fn centred_norms(self, spec: &ModelSpec) -> Vec<String> {
+        let of_layer = |(layer, spec): (usize, &LayerSpec)| {
+            let heads: &[&str] = match &spec.attention {
+                AttentionSpec::Gqa(gqa) if gqa.qk_norm.is_some() => {
+                    &["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+                }
+                _ => &[],
+            };
+            let both = ["input_layernorm.weight", "post_attention_layernorm.weight"];
+            both.iter().chain(heads).map(|rest| self.layer(layer, rest)).collect::<Vec<_>>()
+        };
+        let layers = spec.layers.iter().enumerate().flat_map(of_layer);
+        layers.chain([self.final_norm(spec.hidden_size).tensor]).collect()
+    }
+
     fn norm(self, tensor: String, len: usize) -> View {
         View { plus_one: self.zero_centred, ..View::vector(tensor, len) }
     }
@@ -91,13 +111,13 @@ impl Names {
         let one = |view: View| vec![vec![view]];
         match (name, &spec.attention) {
             ("attn_norm", _) => one(self.norm(layer("input_layernorm.weight"), shape[2])),
-            (_, AttentionSpec::Mla(spec)) => one(mla::origin(spec, layer, name, shape)),
+            (_, AttentionSpec::Mla(spec)) => mla::origin(spec, layer, name, shape),
             (_, AttentionSpec::Gqa(spec)) => {
                 let plus_one = self.zero_centred && name.ends_with("_norm");
                 one(View { plus_one, ..gqa::origin(spec, layer, name, shape) })
             }
             // The norm inside is not zero-centred, even where the others are.
-            (_, AttentionSpec::Delta(spec)) => delta::origin(spec, layer, name, shape),
+            (_, AttentionSpec::Delta(spec)) => delta::origin(spec, self.conv_last, layer, name, shape),
         }
     }
 

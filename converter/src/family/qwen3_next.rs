@@ -68,7 +68,20 @@ impl Family for Qwen35MoeText {
     fn names(&self) -> Names {
         Qwen3Next.names()
     }
+
+    fn spellings(&self) -> Vec<Names> {
+        vec![self.names(), MLX]
+    }
 }
+
+/// MLX's names, with or without a vision model around.
+const MLX: Names = Names {
+    prefix: "language_model.model.",
+    head: "language_model.lm_head.weight",
+    shared: "shared_expert",
+    zero_centred: true,
+    ..Names::USUAL
+};
 
 impl Family for Qwen35Moe {
     fn model_types(&self) -> &'static [&'static str] {
@@ -88,8 +101,12 @@ impl Family for Qwen35Moe {
         Names { prefix: "model.language_model.", ..Qwen3Next.names() }
     }
 
+    fn spellings(&self) -> Vec<Names> {
+        vec![self.names(), MLX]
+    }
+
     fn unused(&self, name: &str) -> Option<Unused> {
-        let vision = name.starts_with("model.visual.");
+        let vision = ["model.visual.", "visual.", "vision_tower."].iter().any(|prefix| name.starts_with(prefix));
         if vision { Some(Unused::Vision) } else { usually_unused(name) }
     }
 }

@@ -12,6 +12,7 @@ use super::resolve::{SCALE_BLOCK, Source, pick, resolve};
 use super::scheme::Scheme;
 use super::types::{Chosen, choose};
 use crate::error::ConvertError;
+use crate::family::names::Names;
 use crate::family::{Family, Origin, Place, Strides, View};
 use crate::options::{Options, TypeChoice};
 use crate::source::Checkpoint;
@@ -62,6 +63,7 @@ fn expert_places(spec: &ModelSpec, layer: usize) -> impl Iterator<Item = Place> 
 pub(crate) fn build(
     checkpoint: &Checkpoint,
     family: &dyn Family,
+    names: Names,
     spec: &ModelSpec,
     options: &Options,
     scheme: Scheme,
@@ -75,7 +77,6 @@ pub(crate) fn build(
         widened: Vec::new(),
     };
     let mut b = Builder { checkpoint, options, scheme, out: empty };
-    let names = family.names();
     let norm = spec.tensors(ExtentKind::FinalNorm, usize::MAX);
     let norm_view = names.final_norm(spec.hidden_size);
     b.extents(ExtentKind::FinalNorm, NO_LAYER, &[0], &norm, |_, _| vec![vec![norm_view.clone()]])?;
@@ -83,13 +84,13 @@ pub(crate) fn build(
     b.parts(ExtentKind::Head, head, spec)?;
     for place in dense_places(spec) {
         let tensors = spec.tensors(place.kind, place.layer);
-        b.extents(place.kind, place.layer as u32, &[0], &tensors, |_, t| family.origin(spec, place, t))?;
+        b.extents(place.kind, place.layer as u32, &[0], &tensors, |_, t| family.origin(names, spec, place, t))?;
     }
     for layer in 0..spec.layers.len() {
         let indices: Vec<u32> = expert_places(spec, layer).map(|p| p.index as u32).collect();
         let tensors = spec.tensors(ExtentKind::Expert, layer);
         let origin = |index: u32, t: &TensorShape| {
-            family.origin(spec, Place { kind: ExtentKind::Expert, layer, index: index as usize }, t)
+            family.origin(names, spec, Place { kind: ExtentKind::Expert, layer, index: index as usize }, t)
         };
         b.extents(ExtentKind::Expert, layer as u32, &indices, &tensors, origin)?;
     }

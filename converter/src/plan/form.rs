@@ -17,6 +17,8 @@ pub(crate) enum Form {
     PackedNvfp4,
     /// modelopt: e2m1 codes, e4m3 scales, and one number to multiply those by.
     Nvfp4,
+    /// compressed-tensors: eight-bit integers, and a scale per row or group.
+    Int8,
     /// gpt-oss: e2m1 codes in blocks and power-of-two scales.
     Blocks,
     /// MLX: integers, scales and, unless the scales are powers of two, biases per group.
@@ -74,6 +76,9 @@ fn found(checkpoint: &Checkpoint, name: &str, stem: &str, tensor: usize) -> Part
         }
         Dtype::Other(dtype) if dtype == "U8" => {
             parts(checkpoint, Form::Nvfp4, tensor, &[after("_scale"), after("_scale_2")])
+        }
+        Dtype::Other(dtype) if dtype == "I8" && checkpoint.find(&after("_scale")).is_some() => {
+            parts(checkpoint, Form::Int8, tensor, &[after("_scale")])
         }
         Dtype::Other(dtype) if dtype == "U32" => {
             let mut parts = parts(checkpoint, Form::Mlx, tensor, &[format!("{stem}.scales")]);

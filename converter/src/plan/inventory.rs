@@ -3,17 +3,27 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use sluice_format::ModelSpec;
+use xxhash_rust::xxh3::Xxh3;
 
 use super::LeftOut;
 use super::build::places;
 use super::form;
+use super::harmless::{self, Harmless};
 use super::resolve::pick;
 use crate::error::{ConvertError, first_few};
+use crate::family::config::Config;
+use crate::family::names::Names;
 use crate::family::{Family, Unused};
-use crate::source::Checkpoint;
+use crate::source::recognise::unfinished;
+use crate::source::{AbsentTensor, Checkpoint, INDEX};
 
 /// Missing names are counted up to this many: a hostile configuration can imply billions.
 const MAX_MISSING: usize = 10_000;
+/// Pieces of embedding and head that are compared, and their bytes.
+const PIECES: u64 = 9;
+const COMPARED: u64 = 64 << 10;
+/// The key that says whether the token embedding is also the output head.
+const TIE: &str = "tie_word_embeddings";
 
 /// What taking stock found.
 pub(crate) struct Inventory {
@@ -23,8 +33,32 @@ pub(crate) struct Inventory {
     pub(crate) notes: Vec<String>,
 }
 
+/// What the configuration says of the output head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tied {
+    /// It is the token embedding.
+    Yes,
+    /// It is a tensor of its own.
+    No,
+    /// Nothing, which means the same in the configuration class of every family here.
+    Unsaid,
+}
+
+impl Tied {
+    /// Of the text model, or else of the whole.
+    pub(crate) fn read(text: &Config, whole: &Config) -> Result<Self, ConvertError> {
+        let Some(config) = [text, whole].into_iter().find(|c| c.has(TIE)) else { return Ok(Tied::Unsaid) };
+        Ok(if config.bool_or(TIE, false)? { Tied::Yes } else { Tied::No })
+    }
+}
+
 struct Ledger<'a> {
     checkpoint: &'a Checkpoint,
+    names: Names,
+    /// Layers of the model as configured.
+    layers: usize,
+    /// Layers that predict further tokens.
+    predicting: BTreeSet<usize>,
     used: Vec<bool>,
     missing: Vec<String>,
 }
@@ -39,33 +73,68 @@ impl Ledger<'_> {
         parts.tensors.into_iter().for_each(|tensor| self.used[tensor] = true);
         self.missing.extend(parts.missing);
     }
+
+    /// The layer of a tensor, if it is behind those that the configuration counts.
+    fn surplus_layer(&self, tensor: &str) -> Option<usize> {
+        self.names.layer_of(tensor).filter(|&layer| layer >= self.layers)
+    }
+
+    /// Why a tensor that no extent uses may be left out.
+    fn unused(&self, family: &dyn Family, tensor: &str) -> Option<Unused> {
+        match self.surplus_layer(tensor) {
+            Some(layer) => self.predicting.contains(&layer).then_some(Unused::MultiTokenPrediction),
+            None => family.unused(tensor),
+        }
+    }
+
+    /// What may explain that tensors are missing, as the continuation of a sentence.
+    fn hint(&self, missing: &[String]) -> String {
+        let missing: BTreeSet<&String> = missing.iter().collect();
+        let placed = self.checkpoint.absent.iter().find(|a| missing.contains(&a.tensor));
+        let placed = placed.map(|a| format!("`{INDEX}` places `{}` in `{}`, which does not hold it", a.tensor, a.file));
+        placed.or_else(|| self.checkpoint.hint.clone()).map_or(String::new(), |hint| format!(". {hint}"))
+    }
 }
 
 pub(crate) fn take(
     checkpoint: &Checkpoint,
     family: &dyn Family,
+    names: Names,
     spec: &ModelSpec,
-    tied: bool,
+    tied: Tied,
 ) -> Result<Inventory, ConvertError> {
-    let names = family.names();
-    let mut notes = Vec::new();
-    let stored_head = form::find(checkpoint, names.head);
-    let head = match (tied, &stored_head) {
-        (false, Some(_)) => names.head.to_owned(),
-        // Many tied checkpoints do not say so; the absent tensor does.
-        (false, None) => {
-            notes.push(format!("there is no `{}`: the token embedding is also the output head", names.head));
-            names.embedding()
-        }
-        (true, _) => names.embedding(),
+    // Not as many as `num_nextn_predict_layers` says: published files say 0 there and have such a layer all the same.
+    let all = checkpoint.tensors.iter().map(|t| &t.name).chain(checkpoint.absent.iter().map(|a| &a.tensor));
+    let mut ledger = Ledger {
+        checkpoint,
+        names,
+        layers: spec.layers.len(),
+        predicting: all.filter_map(|name| names.prediction_layer_of(name)).collect(),
+        used: vec![false; checkpoint.tensors.len()],
+        missing: Vec::new(),
     };
-    let mut ledger = Ledger { checkpoint, used: vec![false; checkpoint.tensors.len()], missing: Vec::new() };
+    let mut notes = checkpoint.notes.clone();
+    notes.extend(absent_files(&ledger, family)?);
+    let stored_head = form::find(checkpoint, names.head);
+    let untied = tied == Tied::Yes && holds_other_numbers(checkpoint, names)?;
+    if untied {
+        notes.push(format!(
+            "`{TIE}` is true, but `{}` holds other numbers than the token embedding: it is the head, as for transformers 5 \
+             (version 4 takes the embedding)",
+            names.head
+        ));
+    }
+    let head = match (tied, &stored_head) {
+        (Tied::Yes, _) if !untied => names.embedding(),
+        (_, Some(_)) => names.head.to_owned(),
+        (_, None) => return Err(no_head(&ledger, tied)),
+    };
     for name in [&names.embedding(), &head, &names.final_norm(spec.hidden_size).tensor] {
         ledger.need(name);
     }
     for place in places(spec) {
         for tensor in spec.tensors(place.kind, place.layer) {
-            let views = pick(checkpoint, family.origin(spec, place, &tensor));
+            let views = pick(checkpoint, family.origin(names, spec, place, &tensor));
             views.iter().for_each(|view| ledger.need(&view.tensor));
         }
         if ledger.missing.len() >= MAX_MISSING {
@@ -78,48 +147,127 @@ pub(crate) fn take(
             path: checkpoint.dir.clone(),
             count: ledger.missing.len(),
             names: first_few(&ledger.missing),
+            hint: ledger.hint(&ledger.missing),
         });
     }
-    if let (true, Some(copy)) = (tied, stored_head) {
+    if let (Tied::Yes, false, Some(copy)) = (tied, untied, stored_head) {
         copy.tensors.into_iter().for_each(|tensor| ledger.used[tensor] = true);
-        notes.push(format!(
-            "`tie_word_embeddings` is true: `{}` is ignored, the token embedding is the head",
-            names.head
-        ));
+        notes.push(format!("`{TIE}` is true: `{}` is ignored, the token embedding is the head", names.head));
     }
-    let left_out = account_for_rest(checkpoint, family, spec, &ledger.used)?;
+    notes.extend(used_unindexed(&ledger));
+    let left_out = account_for_rest(&ledger, family, spec, &mut notes)?;
     Ok(Inventory { head, left_out, notes })
+}
+
+/// Whether embedding and head are there in the same form with different numbers: a head that was trained apart differs
+/// everywhere, so pieces tell.
+fn holds_other_numbers(checkpoint: &Checkpoint, names: Names) -> Result<bool, ConvertError> {
+    let (Some(embedding), Some(head)) = (checkpoint.find(&names.embedding()), checkpoint.find(names.head)) else {
+        return Ok(false);
+    };
+    let [a, b] = [embedding, head].map(|tensor| &checkpoint.tensors[tensor]);
+    if (&a.dtype, &a.shape) != (&b.dtype, &b.shape) {
+        return Ok(false);
+    }
+    let piece = a.len.min(COMPARED);
+    let mut bytes = [vec![0; piece as usize], vec![0; piece as usize]];
+    for part in 0..PIECES {
+        let at = (a.len - piece) / (PIECES - 1) * part;
+        for (tensor, out) in [embedding, head].into_iter().zip(&mut bytes) {
+            checkpoint.read(tensor, at, out, &mut Xxh3::new())?;
+        }
+        if bytes[0] != bytes[1] {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn no_head(ledger: &Ledger<'_>, tied: Tied) -> ConvertError {
+    let head = ledger.names.head.to_owned();
+    let said = if tied == Tied::No { "false" } else { "not given, which means false" };
+    let hint = ledger.hint(std::slice::from_ref(&head));
+    ConvertError::NoHead { path: ledger.checkpoint.dir.clone(), head, said, hint }
+}
+
+/// Files that the index names and that are not there are an unfinished download, unless everything in them would be left
+/// out. Says which are not needed.
+fn absent_files(ledger: &Ledger<'_>, family: &dyn Family) -> Result<Vec<String>, ConvertError> {
+    let mut files: BTreeMap<&str, Vec<&AbsentTensor>> = BTreeMap::new();
+    for absent in ledger.checkpoint.absent.iter().filter(|a| a.file_is_absent) {
+        files.entry(&absent.file).or_default().push(absent);
+    }
+    let needed = |tensors: &Vec<&AbsentTensor>| tensors.iter().any(|a| ledger.unused(family, &a.tensor).is_none());
+    let needed: Vec<String> = files.iter().filter(|(_, t)| needed(t)).map(|(file, _)| (*file).to_owned()).collect();
+    if !needed.is_empty() {
+        return Err(ConvertError::Incomplete {
+            path: ledger.checkpoint.dir.clone(),
+            missing: files.len(),
+            total: ledger.checkpoint.files.len() + files.len(),
+            names: first_few(&needed),
+            unfinished: unfinished(&ledger.checkpoint.dir),
+        });
+    }
+    let note = |(file, tensors): (&str, Vec<&AbsentTensor>)| {
+        let reasons: BTreeSet<&str> =
+            tensors.iter().filter_map(|a| ledger.unused(family, &a.tensor)).map(Unused::name).collect();
+        let reasons = reasons.into_iter().collect::<Vec<_>>().join(", ");
+        let count = tensors.len();
+        format!("`{file}` is not there and not needed: its {count} tensors would be left out, by `{INDEX}` ({reasons})")
+    };
+    Ok(files.into_iter().map(note).collect())
+}
+
+/// A remark on tensors that are used though the index does not name them, as transformers does.
+fn used_unindexed(ledger: &Ledger<'_>) -> Option<String> {
+    let tensors = ledger.checkpoint.tensors.iter().zip(&ledger.used);
+    let names: Vec<String> = tensors.filter(|(t, used)| !t.indexed && **used).map(|(t, _)| t.name.clone()).collect();
+    if names.is_empty() {
+        return None;
+    }
+    let (count, first) = (names.len(), first_few(&names));
+    Some(format!("{count} tensors are used that the files hold and `{INDEX}` does not name: {first}"))
 }
 
 /// Sorts what is not used into what may be left out and what is unknown.
 fn account_for_rest(
-    checkpoint: &Checkpoint,
+    ledger: &Ledger<'_>,
     family: &dyn Family,
     spec: &ModelSpec,
-    used: &[bool],
+    notes: &mut Vec<String>,
 ) -> Result<Vec<LeftOut>, ConvertError> {
-    let names = family.names();
+    let checkpoint = ledger.checkpoint;
     let mut left_out: BTreeMap<Unused, LeftOut> = BTreeMap::new();
-    let (mut unknown, mut surplus) = (Vec::new(), Vec::new());
-    // Not as many as `num_nextn_predict_layers` says: published files say 0 there and have such a layer all the same.
-    let predicting: BTreeSet<usize> =
-        checkpoint.tensors.iter().filter_map(|t| names.prediction_layer_of(&t.name)).collect();
-    let rest = checkpoint.tensors.iter().zip(used).filter(|(_, used)| !**used);
-    for (tensor, _) in rest {
-        let surplus_layer = names.layer_of(&tensor.name).filter(|&layer| layer >= spec.layers.len());
-        let reason = match surplus_layer {
-            Some(layer) => predicting.contains(&layer).then_some(Unused::MultiTokenPrediction),
-            None => family.unused(&tensor.name),
+    let (mut unknown, mut surplus, mut unindexed) = (Vec::new(), Vec::new(), Vec::new());
+    for (number, tensor) in checkpoint.tensors.iter().enumerate().filter(|(number, _)| !ledger.used[*number]) {
+        let known = match ledger.unused(family, &tensor.name) {
+            Some(reason) => Some(reason),
+            None => match harmless::look(checkpoint, &ledger.used, number)? {
+                Harmless::Yes(reason) => Some(reason),
+                Harmless::Unknown => None,
+            },
         };
-        let Some(reason) = reason else {
-            let list = if surplus_layer.is_some() { &mut surplus } else { &mut unknown };
-            list.push(tensor.name.clone());
-            continue;
+        let reason = match known {
+            Some(reason) => reason,
+            // Whoever wrote the index did not count it as part of the model.
+            None if !tensor.indexed => {
+                unindexed.push(tensor.name.clone());
+                Unused::Unindexed
+            }
+            None => {
+                let behind = ledger.surplus_layer(&tensor.name).is_some();
+                if behind { &mut surplus } else { &mut unknown }.push(tensor.name.clone());
+                continue;
+            }
         };
         let entry = left_out.entry(reason);
         let entry = entry.or_insert_with(|| LeftOut { reason: reason.name().to_owned(), tensors: 0, bytes: 0 });
         entry.tensors += 1;
         entry.bytes += tensor.len;
+    }
+    if !unindexed.is_empty() {
+        let (count, first) = (unindexed.len(), first_few(&unindexed));
+        notes.push(format!("{count} tensors are left out that neither `{INDEX}` nor the model knows: {first}"));
     }
     if !surplus.is_empty() {
         return Err(ConvertError::SurplusLayers {

@@ -1,13 +1,15 @@
 //! The plan: which extent holds which tensor, as what, where, and from where. Nothing is written here.
 
+mod arrangement;
 pub(crate) mod build;
-mod form;
+pub(crate) mod form;
+mod harmless;
 mod inventory;
 pub(crate) mod resolve;
 pub(crate) mod scheme;
 mod types;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::Serialize;
@@ -20,7 +22,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
 use crate::options::Options;
-use crate::source::{CONFIG, Checkpoint};
+use crate::source::{CONFIG, Checkpoint, recognise};
 pub(crate) use resolve::{Source, Storage};
 pub(crate) use types::is_lossy;
 
@@ -117,18 +119,23 @@ pub struct Plan {
 /// Everything that can be known beforehand: unsupported models and options, missing and unknown tensors, damaged headers.
 pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     options.check()?;
-    let config_bytes = side_file(src, CONFIG)?;
+    if !src.is_dir() {
+        return Err(recognise::no_folder(src));
+    }
+    let config_bytes = crate::source::side_file(src, CONFIG)?
+        .ok_or_else(|| ConvertError::NotACheckpoint { path: src.to_owned(), problem: recognise::no_config(src) })?;
     let checkpoint = Checkpoint::open(src)?;
     let config = Config::parse(&src.join(CONFIG), &config_bytes)?;
     let family = family::find(&config)?;
     let text = family::text(family, &config)?;
     let text = text.as_ref().unwrap_or(&config);
-    let scheme = scheme::read(text, &config)?;
+    let scheme = scheme::read(text, &config, &checkpoint)?;
     let spec = family::spec(family, text)?;
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
-    let tied = text.bool_or("tie_word_embeddings", config.bool_or("tie_word_embeddings", false)?)?;
-    let inventory = inventory::take(&checkpoint, family, &spec, tied)?;
-    let built = build::build(&checkpoint, family, &spec, options, scheme, &inventory.head)?;
+    let tied = inventory::Tied::read(text, &config)?;
+    let names = arrangement::names(&checkpoint, family, &spec)?;
+    let inventory = inventory::take(&checkpoint, family, names, &spec, tied)?;
+    let built = build::build(&checkpoint, family, names, &spec, options, scheme, &inventory.head)?;
     let layout = FileLayout::new(options.page_size, &built.planned)?;
     let mut blobs = vec![(SOURCE_CONFIG_BLOB, config_bytes)];
     for name in SIDE_FILES {
@@ -155,12 +162,6 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     Ok(plan)
 }
 
-/// `config.json`, without which a folder is no checkpoint.
-fn side_file(src: &Path, name: &'static str) -> Result<Vec<u8>, ConvertError> {
-    crate::source::side_file(src, name)?
-        .ok_or_else(|| ConvertError::NotACheckpoint { path: src.to_owned(), problem: format!("it has no `{name}`") })
-}
-
 impl Plan {
     /// What the model computes.
     pub fn spec(&self) -> &ModelSpec {
@@ -181,6 +182,17 @@ impl Plan {
         let tensors = (self.records.len() * sluice_format::TENSOR_RECORD_LEN) as u64;
         let tables: u64 = [metadata, extents, tensors].iter().map(|n| n.next_multiple_of(page)).sum();
         self.layout.extents_end() + tables
+    }
+
+    /// The extents of the file; their checksums are 0.
+    pub fn extents(&self) -> &[ExtentRecord] {
+        self.layout.extents()
+    }
+
+    /// Types of the matrices in extents of these kinds.
+    pub fn weight_types(&self, kinds: &[ExtentKind]) -> BTreeSet<WeightType> {
+        let matrices = self.records.iter().filter(|r| kinds.contains(&r.kind) && r.layout != Layout::Plain);
+        matrices.map(|r| r.weight_type).collect()
     }
 
     /// Bytes of all files of the checkpoint.
@@ -259,6 +271,11 @@ impl Plan {
         add(&self.spec.to_json());
         self.layout.extents().iter().for_each(|e| add(&e.to_bytes()));
         self.records.iter().for_each(|r| add(&r.to_bytes()));
+        // What is read for each tensor: the same files can be understood in another way, by another configuration or version.
+        for source in self.extents.iter().flatten().flat_map(|tensor| &tensor.sources) {
+            add(self.checkpoint.tensors[source.tensor].name.as_bytes());
+            add(format!("{:?}", (source.storage, source.strides, source.plus_one)).as_bytes());
+        }
         hash.digest128()
     }
 }

@@ -59,6 +59,10 @@ pub(crate) struct Grouped {
 pub(crate) enum Code {
     /// Four bits, eight more than the value.
     Offset4,
+    /// Eight bits, 128 more than the value.
+    Offset8,
+    /// Eight bits, two's complement.
+    Signed8,
     /// Four bits: the float e2m1.
     E2m1,
     /// Eight bits: the float e4m3.
@@ -71,7 +75,7 @@ impl Code {
     pub(crate) fn bits(self) -> usize {
         match self {
             Code::Offset4 | Code::E2m1 => 4,
-            Code::E4m3 => 8,
+            Code::E4m3 | Code::Offset8 | Code::Signed8 => 8,
             Code::Unsigned { bits } => bits,
         }
     }
@@ -100,6 +104,8 @@ pub(crate) struct Global {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ColumnarTensors {
     pub(crate) kind: Columnar,
+    /// Of a code: 2, 4 or 8.
+    pub(crate) bits: usize,
     pub(crate) zeros: usize,
     pub(crate) scales: usize,
     /// Group of each input feature; `None`: groups follow one another.
@@ -156,6 +162,7 @@ pub(crate) fn resolve(
         path: checkpoint.dir.clone(),
         count: 1,
         names: format!("`{}`", view.tensor),
+        hint: String::new(),
     })?;
     let tensor = parts.tensors[0];
     let dtype = &checkpoint.tensors[tensor].dtype;
@@ -166,7 +173,7 @@ pub(crate) fn resolve(
         (Form::Single, Dtype::Bf16) => Storage::Bf16,
         (Form::Single, _) => return Err(dtype_error(checkpoint, tensor, if plain { WIDE_FLOATS } else { FLOATS })),
         _ if plain => return Err(dtype_error(checkpoint, tensor, WIDE_FLOATS)),
-        (Form::Fp8, _) => Storage::Fp8(fp8(checkpoint, shape, parts.tensors[1])?),
+        (Form::Fp8, _) => Storage::Fp8(fp8(checkpoint, scheme.fp8_block, shape, parts.tensors[1])?),
         (Form::Columnar, _) => Storage::Columnar(columnar(checkpoint, scheme, shape, &parts)?),
         _ => Storage::Grouped(grouped(checkpoint, shape, &parts)?),
     };
@@ -178,7 +185,7 @@ pub(crate) fn resolve(
 }
 
 /// Scales per block as in DeepSeek's checkpoints, per row, or one: their shape tells.
-fn fp8(checkpoint: &Checkpoint, shape: &[usize], scales: usize) -> Result<Fp8Scales, ConvertError> {
+fn fp8(checkpoint: &Checkpoint, block: [usize; 2], shape: &[usize], scales: usize) -> Result<Fp8Scales, ConvertError> {
     let wide = [Dtype::F32, Dtype::F16, Dtype::Bf16].contains(&checkpoint.tensors[scales].dtype);
     if !wide {
         return Err(dtype_error(checkpoint, scales, WIDE_FLOATS));
@@ -188,9 +195,9 @@ fn fp8(checkpoint: &Checkpoint, shape: &[usize], scales: usize) -> Result<Fp8Sca
     let with = |grid: [usize; 2], block: [usize; 2]| {
         Ok(Fp8Scales { tensor: scales, matrix_rows: *rows, block: block.map(|n| n.max(1)), grid })
     };
-    let blocks = [rows.div_ceil(SCALE_BLOCK), cols.div_ceil(SCALE_BLOCK)];
+    let blocks = [rows.div_ceil(block[0]), cols.div_ceil(block[1])];
     if found == [stack, &blocks].concat() {
-        return with(blocks, [SCALE_BLOCK, SCALE_BLOCK]);
+        return with(blocks, block);
     }
     if found == [stack, &[*rows, 1]].concat() || found == [stack, &[*rows]].concat() {
         return with([*rows, 1], [1, *cols]);
@@ -205,17 +212,20 @@ fn fp8(checkpoint: &Checkpoint, shape: &[usize], scales: usize) -> Result<Fp8Sca
 fn grouped(checkpoint: &Checkpoint, shape: &[usize], parts: &Parts) -> Result<Grouped, ConvertError> {
     let (codes, scales) = (parts.tensors[0], parts.tensors[1]);
     let third = parts.tensors.get(2).copied();
-    let scale_type = scale_type(checkpoint, scales, parts)?;
     let (cols, lead) = shape.split_last().expect("a view has columns");
     let scale_shape = &checkpoint.tensors[scales].shape;
-    let groups = scale_shape.last().copied().unwrap_or(0);
-    let fits = scale_shape.len() == shape.len() && scale_shape.starts_with(lead);
+    // One scale per row may stand without a dimension of its own.
+    let per_row = parts.form == Form::Int8 && scale_shape == lead;
+    let groups = if per_row { 1 } else { scale_shape.last().copied().unwrap_or(0) };
+    let fits = per_row || scale_shape.len() == shape.len() && scale_shape.starts_with(lead);
     if !fits || groups == 0 || !cols.is_multiple_of(groups) {
         return Err(shape_error(checkpoint, scales, &[lead, &[cols.div_ceil(32)]].concat()));
     }
     let group = cols / groups;
+    let scale_type = scale_type(checkpoint, scales, parts, group)?;
     let (code, word, global, biases) = match parts.form {
-        Form::PackedInt => (Code::Offset4, 4, None, None),
+        Form::PackedInt => (packed_int_code(checkpoint, codes, *cols), 4, None, None),
+        Form::Int8 => (Code::Signed8, 1, None, None),
         Form::PackedMxfp4 | Form::Blocks => (Code::E2m1, 1, None, None),
         Form::PackedNvfp4 | Form::Nvfp4 => {
             let global = third.map(|tensor| Global { tensor, divides: parts.form == Form::PackedNvfp4 });
@@ -229,12 +239,11 @@ fn grouped(checkpoint: &Checkpoint, shape: &[usize], parts: &Parts) -> Result<Gr
         }
         Err(dtype_error(checkpoint, codes, "U8 or 32-bit words of packed codes"))
     };
-    check_word(if word == 1 {
-        "U8"
-    } else if parts.form == Form::Mlx {
-        "U32"
-    } else {
-        "I32"
+    check_word(match parts.form {
+        Form::Int8 => "I8",
+        Form::Mlx => "U32",
+        _ if word == 1 => "U8",
+        _ => "I32",
     })?;
     let row_bits = cols * code.bits();
     if !row_bits.is_multiple_of(8 * word) {
@@ -260,11 +269,19 @@ fn grouped(checkpoint: &Checkpoint, shape: &[usize], parts: &Parts) -> Result<Gr
     Ok(Grouped { code, group, scales, scale_type, biases, global })
 }
 
-fn scale_type(checkpoint: &Checkpoint, scales: usize, parts: &Parts) -> Result<ScaleType, ConvertError> {
+/// Eight bits where that is what fills the words, else four.
+fn packed_int_code(checkpoint: &Checkpoint, codes: usize, cols: usize) -> Code {
+    let words = checkpoint.tensors[codes].shape.last().copied().unwrap_or(0);
+    if words.checked_mul(4) == Some(cols) { Code::Offset8 } else { Code::Offset4 }
+}
+
+fn scale_type(checkpoint: &Checkpoint, scales: usize, parts: &Parts, group: usize) -> Result<ScaleType, ConvertError> {
     let nvfp4 = matches!(parts.form, Form::Nvfp4 | Form::PackedNvfp4);
     let powers = matches!(parts.form, Form::Blocks | Form::PackedMxfp4 | Form::Mlx);
     match checkpoint.tensors[scales].dtype.name() {
         "F8_E4M3" if nvfp4 => Ok(ScaleType::E4m3),
+        // MLX's nvfp4, by its groups of 16, has no global scale.
+        "U8" if parts.form == Form::Mlx && parts.tensors.len() == 2 && group == 16 => Ok(ScaleType::E4m3),
         "U8" | "F8_E8M0" if powers && parts.tensors.len() == 2 => Ok(ScaleType::E8m0),
         "F32" if !nvfp4 => Ok(ScaleType::F32),
         "F16" if !nvfp4 => Ok(ScaleType::F16),
@@ -273,7 +290,7 @@ fn scale_type(checkpoint: &Checkpoint, scales: usize, parts: &Parts) -> Result<S
     }
 }
 
-/// MLX's affine mode has biases and codes of 2, 4 or 8 bits; its modes mxfp4 and mxfp8 have none.
+/// MLX's affine mode has biases and codes of 2 to 8 bits but 7; its modes mxfp4, nvfp4 and mxfp8 have none.
 fn mlx_code(
     checkpoint: &Checkpoint,
     codes: usize,
@@ -284,10 +301,14 @@ fn mlx_code(
     let words = checkpoint.tensors[codes].shape.last().copied().unwrap_or(0);
     let bits = words.saturating_mul(32) / cols.max(1);
     match (biases, bits, group) {
-        (Some(_), 2 | 4 | 8, _) => Ok(Code::Unsigned { bits }),
-        (None, 4, 32) => Ok(Code::E2m1),
+        (Some(_), 2..=6 | 8, _) => Ok(Code::Unsigned { bits }),
+        (None, 4, 16 | 32) => Ok(Code::E2m1),
         (None, 8, 32) => Ok(Code::E4m3),
-        _ => Err(dtype_error(checkpoint, codes, "MLX's affine codes of 2, 4 and 8 bits, mxfp4 and mxfp8")),
+        _ => Err(dtype_error(
+            checkpoint,
+            codes,
+            "MLX's affine codes of 2, 3, 4, 5, 6 and 8 bits, mxfp4, nvfp4 and mxfp8",
+        )),
     }
 }
 
@@ -298,19 +319,30 @@ fn columnar(
     parts: &Parts,
 ) -> Result<ColumnarTensors, ConvertError> {
     let (codes, zeros, scales) = (parts.tensors[0], parts.tensors[1], parts.tensors[2]);
-    let Some(kind) = scheme.columnar else {
-        return Err(dtype_error(checkpoint, codes, "`qweight` where `quant_method` is awq or gptq"));
-    };
     let &[outputs, inputs] = shape else { return Err(shape_error(checkpoint, codes, shape)) };
     let count = checkpoint.tensors[scales].shape.first().copied().unwrap_or(0);
     if count == 0 || !inputs.is_multiple_of(count) || !outputs.is_multiple_of(8) || !inputs.is_multiple_of(8) {
         return Err(shape_error(checkpoint, scales, &[inputs.div_ceil(128), outputs]));
     }
+    let found = checkpoint.tensors[codes].shape.as_slice();
+    // Where the configuration is silent, the shape tells, and GPTQ is of version 1, which does not name itself.
+    let awq = scheme.columnar.map_or(found == [inputs, outputs / 8], |kind| kind == Columnar::Awq);
+    let kind = scheme.columnar.unwrap_or(if awq { Columnar::Awq } else { Columnar::Gptq { zero_offset: 1 } });
+    let rows = found.first().copied().unwrap_or(0);
+    // GPTQ may have other widths for some layers, which its shape tells.
+    let bits = match rows.saturating_mul(32) / inputs {
+        bits @ (2 | 8) if !awq => bits,
+        _ => 4,
+    };
     check_shape(checkpoint, scales, &[count, outputs])?;
-    check_shape(checkpoint, zeros, &[count, outputs / 8])?;
+    check_shape(checkpoint, zeros, &[count, outputs * bits / 32])?;
     match kind {
         Columnar::Awq => check_shape(checkpoint, codes, &[inputs, outputs / 8])?,
-        Columnar::Gptq { .. } => check_shape(checkpoint, codes, &[inputs / 8, outputs])?,
+        Columnar::Gptq { .. } => check_shape(checkpoint, codes, &[inputs * bits / 32, outputs])?,
+    }
+    // Codes of two bits are sixteen in a word.
+    if !inputs.is_multiple_of(32 / bits) || !outputs.is_multiple_of(32 / bits) {
+        return Err(shape_error(checkpoint, codes, &[inputs.div_ceil(32 / bits), outputs]));
     }
     let groups = parts.tensors.get(3).copied();
     groups.map_or(Ok(()), |groups| check_shape(checkpoint, groups, &[inputs]))?;
@@ -322,7 +354,7 @@ fn columnar(
     if ![Dtype::F16, Dtype::Bf16, Dtype::F32].contains(&checkpoint.tensors[scales].dtype) {
         return Err(dtype_error(checkpoint, scales, WIDE_FLOATS));
     }
-    Ok(ColumnarTensors { kind, zeros, scales, groups, count, outputs })
+    Ok(ColumnarTensors { kind, bits, zeros, scales, groups, count, outputs })
 }
 
 fn check_shape(checkpoint: &Checkpoint, tensor: usize, expected: &[usize]) -> Result<(), ConvertError> {

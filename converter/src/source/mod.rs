@@ -5,23 +5,26 @@
 
 mod dtype;
 mod header;
+mod locate;
+pub(crate) mod recognise;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde::de::IgnoredAny;
 use sluice_format::open_regular;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 pub(crate) use dtype::{Dtype, FLOATS, WIDE_FLOATS};
 
-use crate::error::ConvertError;
+use crate::error::{ConvertError, first_few};
+use locate::{Located, locate};
+use recognise::Foreign;
 
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
 pub(crate) const CONFIG: &str = "config.json";
 /// Longest JSON or tokenizer file that is read into memory. The largest known are about 35 MB.
@@ -53,7 +56,19 @@ pub(crate) struct SourceTensor {
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
     pub(crate) len: u64,
+    /// Whether the index names it, if there is one.
+    pub(crate) indexed: bool,
     start: u64,
+}
+
+/// A tensor that the index names and that no file holds.
+#[derive(Clone, Debug)]
+pub(crate) struct AbsentTensor {
+    pub(crate) tensor: String,
+    /// Where the index places it.
+    pub(crate) file: String,
+    /// Whether that file is not there.
+    pub(crate) file_is_absent: bool,
 }
 
 /// An opened checkpoint.
@@ -63,59 +78,78 @@ pub(crate) struct Checkpoint {
     pub(crate) files: Vec<SourceFile>,
     /// In the order of their names.
     pub(crate) tensors: Vec<SourceTensor>,
+    /// What the index names and no file holds.
+    pub(crate) absent: Vec<AbsentTensor>,
+    /// Remarks for the user.
+    pub(crate) notes: Vec<String>,
+    /// What may explain that a tensor is not found.
+    pub(crate) hint: Option<String>,
     by_name: HashMap<String, usize>,
 }
 
-#[derive(Deserialize)]
-struct ShardIndex {
-    weight_map: BTreeMap<String, String>,
-}
-
 impl Checkpoint {
-    /// Opens all files of the checkpoint in `dir` and checks their headers.
+    /// Opens all files of the checkpoint in `dir` and checks their headers. Tensors count wherever they are: as
+    /// transformers and vLLM do, everything that the files hold is taken, also what the index does not name.
     pub(crate) fn open(dir: &Path) -> Result<Self, ConvertError> {
-        let not_a_checkpoint =
-            |problem: &str| ConvertError::NotACheckpoint { path: dir.to_owned(), problem: problem.into() };
         if !dir.is_dir() {
-            return Err(not_a_checkpoint("it is not a folder. Name the folder that holds `config.json`"));
+            return Err(recognise::no_folder(dir));
         }
-        let (index, single) = (dir.join(INDEX), dir.join(SINGLE));
-        let tensors_by_file = if index.exists() {
-            Some(read_index(&index)?)
-        } else if single.exists() {
-            None
-        } else {
-            return Err(not_a_checkpoint("it has neither `model.safetensors` nor `model.safetensors.index.json`"));
+        let Located { files, places, absent, notes, hint } = locate(dir)?;
+        let mut checkpoint = Checkpoint {
+            dir: dir.to_owned(),
+            files: Vec::new(),
+            tensors: Vec::new(),
+            by_name: HashMap::new(),
+            absent: Vec::new(),
+            notes,
+            hint,
         };
-        let mut checkpoint =
-            Checkpoint { dir: dir.to_owned(), files: Vec::new(), tensors: Vec::new(), by_name: HashMap::new() };
-        match tensors_by_file {
-            None => checkpoint.add_file(SINGLE, None)?,
-            Some(map) => {
-                map.iter().try_for_each(|(file, names)| checkpoint.add_file(file, Some(names)))?;
-            }
-        }
+        checkpoint.add_files(&files, places.as_ref())?;
         checkpoint.tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        checkpoint.decide_doubles(places.as_ref())?;
         checkpoint.by_name = checkpoint.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        if let Some(places) = places {
+            let gone = places.into_iter().filter(|(tensor, _)| checkpoint.find(tensor).is_none());
+            let gone = gone.map(|(tensor, file)| AbsentTensor { file_is_absent: absent.contains(&file), tensor, file });
+            checkpoint.absent = gone.collect();
+            let holds: HashSet<&str> = checkpoint.absent.iter().map(|a| a.file.as_str()).collect();
+            let empty = absent.iter().filter(|file| !holds.contains(file.as_str()));
+            checkpoint.notes.extend(
+                empty.map(|file| format!("`{file}` is not there: what `{INDEX}` places in it is in other files")),
+            );
+        }
         Ok(checkpoint)
     }
 
-    /// Opens one file. `wanted`: the tensors that the index places there; what else it holds is not part of the model.
-    fn add_file(&mut self, name: &str, wanted: Option<&Vec<String>>) -> Result<(), ConvertError> {
+    /// Opens all files. If one is damaged, says how many others are: a download may have to be repeated as a whole.
+    fn add_files(&mut self, files: &[String], places: Option<&BTreeMap<String, String>>) -> Result<(), ConvertError> {
+        let (mut first, mut others) = (None, Vec::new());
+        for name in files {
+            match self.add_file(name, places) {
+                Ok(()) => {}
+                Err(ConvertError::Damaged { path, problem }) if first.is_none() => first = Some((path, problem)),
+                Err(ConvertError::Damaged { .. }) => others.push(name.clone()),
+                Err(other) => return Err(other),
+            }
+        }
+        let Some((path, mut problem)) = first else { return Ok(()) };
+        if !others.is_empty() {
+            let (count, total) = (others.len(), files.len());
+            problem += &format!(". So are {count} more of the {total} files: {}", first_few(&others));
+        }
+        Err(ConvertError::Damaged { path, problem })
+    }
+
+    /// Opens one file.
+    fn add_file(&mut self, name: &str, places: Option<&BTreeMap<String, String>>) -> Result<(), ConvertError> {
         let path = self.dir.join(name);
         let (file, len, header) = open_safetensors(&path)?;
         let damaged = |problem| ConvertError::Damaged { path: path.clone(), problem };
         let json = &header[header::LENGTH_FIELD as usize..];
-        let mut entries = header::parse(json, len).map_err(damaged)?;
-        if let Some(wanted) = wanted {
-            let have: HashMap<&str, ()> = entries.iter().map(|e| (e.name.as_str(), ())).collect();
-            if let Some(gone) = wanted.iter().find(|n| !have.contains_key(n.as_str())) {
-                return Err(damaged(format!("it does not hold `{gone}`, which `{INDEX}` places there")));
-            }
-            entries.retain(|e| wanted.binary_search(&e.name).is_ok());
-        }
+        let entries = header::parse(json, len).map_err(damaged)?;
         let number = self.files.len();
         self.tensors.extend(entries.into_iter().map(|e| SourceTensor {
+            indexed: places.is_none_or(|places| places.contains_key(&e.name)),
             name: e.name,
             file: number,
             dtype: e.dtype,
@@ -124,6 +158,38 @@ impl Checkpoint {
             start: e.start,
         }));
         self.files.push(SourceFile { name: name.to_owned(), path, len, header_digest: xxh3_128(&header), file });
+        Ok(())
+    }
+
+    /// Of tensors that several files hold, keeps the one that the index means.
+    fn decide_doubles(&mut self, places: Option<&BTreeMap<String, String>>) -> Result<(), ConvertError> {
+        let files = &self.files;
+        let mut doubles: Vec<String> = Vec::new();
+        for pair in self.tensors.windows(2).filter(|pair| pair[0].name == pair[1].name) {
+            let [first, second] = [&pair[0], &pair[1]].map(|t| files[t.file].name.clone());
+            let tensor = pair[0].name.clone();
+            if !places.and_then(|p| p.get(&tensor)).is_some_and(|place| files.iter().any(|f| f.name == *place)) {
+                return Err(ConvertError::Double { path: self.dir.clone(), tensor, files: [first, second] });
+            }
+            doubles.push(tensor);
+        }
+        doubles.dedup();
+        if doubles.is_empty() {
+            return Ok(());
+        }
+        let is_double = |name: &String| doubles.binary_search(name).is_ok();
+        let holds = |t: &SourceTensor| places.and_then(|p| p.get(&t.name)).is_some_and(|p| *p == files[t.file].name);
+        let (mut kept, tensors) = (Vec::with_capacity(self.tensors.len()), std::mem::take(&mut self.tensors));
+        kept.extend(tensors.into_iter().filter(|t| !is_double(&t.name) || holds(t)));
+        if let Some(lost) = doubles.iter().find(|name| kept.binary_search_by(|t| t.name.cmp(name)).is_err()) {
+            let problem = format!("it places `{lost}` in a file that does not hold it, while several others do");
+            return Err(ConvertError::Damaged { path: self.dir.join(INDEX), problem });
+        }
+        self.tensors = kept;
+        let (count, names) = (doubles.len(), first_few(&doubles));
+        self.notes.push(format!(
+            "{count} tensors are in several files, and taken from the one that `{INDEX}` names: {names}"
+        ));
         Ok(())
     }
 
@@ -191,39 +257,17 @@ fn open_safetensors(path: &Path) -> Result<(File, u64, Vec<u8>), ConvertError> {
     if len < header::LENGTH_FIELD {
         return Err(damaged(format!("it has only {len} bytes")));
     }
+    let mut head = vec![0; len.min(64) as usize];
+    file.read_exact_at(&mut head, 0).map_err(ConvertError::io(path, "read its header"))?;
+    if let Some(foreign) = Foreign::of_bytes(&head) {
+        return Err(foreign.error(path));
+    }
     let mut field = [0; header::LENGTH_FIELD as usize];
     file.read_exact_at(&mut field, 0).map_err(ConvertError::io(path, "read its header"))?;
     let header_len = header::header_len(field, len).map_err(damaged)?;
     let mut header = vec![0; (header::LENGTH_FIELD + header_len) as usize];
     file.read_exact_at(&mut header, 0).map_err(ConvertError::io(path, "read its header"))?;
     Ok((file, len, header))
-}
-
-/// File name → sorted names of its tensors.
-fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, ConvertError> {
-    let damaged = |problem: String| ConvertError::Damaged { path: path.to_owned(), problem };
-    let bytes = read_side_file(path)?;
-    let index: ShardIndex =
-        sluice_format::json::from_slice(&bytes).map_err(|e| damaged(format!("it is not valid: {e}")))?;
-    let mut by_file: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (tensor, file) in index.weight_map {
-        if !is_plain_name(&file) {
-            return Err(damaged(format!(
-                "it places `{tensor}` in {file:?}, which is not a name of a file in this folder"
-            )));
-        }
-        // A BTreeMap yields tensors sorted, so each file's list is sorted too.
-        by_file.entry(file).or_default().push(tensor);
-    }
-    if by_file.is_empty() || by_file.len() > MAX_FILES {
-        return Err(damaged(format!("it names {} files", by_file.len())));
-    }
-    Ok(by_file)
-}
-
-/// Whether `name` names a file directly inside a folder: an index must not lead anywhere else.
-fn is_plain_name(name: &str) -> bool {
-    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
 }
 
 /// Reads a small file whole.
@@ -236,5 +280,8 @@ pub(crate) fn read_side_file(path: &Path) -> Result<Vec<u8>, ConvertError> {
         let problem = format!("it has more than {MAX_SIDE_FILE} bytes");
         return Err(ConvertError::Damaged { path: path.to_owned(), problem });
     }
-    Ok(bytes)
+    match Foreign::of_bytes(&bytes) {
+        Some(foreign) => Err(foreign.error(path)),
+        None => Ok(bytes),
+    }
 }

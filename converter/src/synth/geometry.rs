@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use sluice_format::{ModelSpec, WeightType};
 
+use super::release::{self, Release};
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
-use crate::source::{CONFIG, read_side_file};
+use crate::source::{CONFIG, read_side_file, recognise};
 
 /// A model that is known by name.
 struct Preset {
@@ -94,6 +95,14 @@ impl Geometry {
         &self.config
     }
 
+    /// The types of the model's own release, which a conversion keeps; `None` for what was never released.
+    pub fn release(&self) -> Option<Release> {
+        let config = sluice_format::json::from_slice(&self.config).expect("it was parsed before");
+        let release = release::read(&config);
+        let made_up = PRESETS.iter().any(|p| p.name == self.name) && !release.said;
+        (!made_up).then_some(release)
+    }
+
     /// The type of routed experts when none is asked for: four bits, as the family's own releases have them.
     pub fn usual_expert_type(&self) -> WeightType {
         if self.spec.family == "gpt_oss" { WeightType::Mxfp4 } else { WeightType::Int4 }
@@ -105,6 +114,13 @@ fn config_path(source: &str) -> Result<PathBuf, ConvertError> {
     let path = if path.is_dir() { path.join(CONFIG) } else { path };
     if path.exists() {
         return Ok(path);
+    }
+    if Path::new(source).is_dir() {
+        let problem = recognise::no_config(Path::new(source));
+        return Err(ConvertError::NotACheckpoint { path: PathBuf::from(source), problem });
+    }
+    if let Some(hint) = recognise::on_hub(Path::new(source), Some(CONFIG)) {
+        return Err(ConvertError::Options(format!("`{source}`: {hint}")));
     }
     let names = Geometry::presets().collect::<Vec<_>>().join(", ");
     Err(ConvertError::Options(format!(

@@ -29,11 +29,32 @@ impl WeightTypes {
         })
     }
 
+    /// The same, by what they hold.
+    pub fn by_kind(self) -> KindTypes {
+        let plain = if self.dense == WeightType::F32 { WeightType::F32 } else { WeightType::Bf16 };
+        KindTypes { experts: self.experts, dense: self.dense, head: self.dense, plain }
+    }
+}
+
+/// Types by what they hold, as a conversion may carry them from a release.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KindTypes {
+    /// Of the routed experts.
+    pub experts: WeightType,
+    /// Of attention, shared experts and dense feed-forward networks.
+    pub dense: WeightType,
+    /// Of the output head.
+    pub head: WeightType,
+    /// Of routers and the embedding: f32, f16 or bf16.
+    pub plain: WeightType,
+}
+
+impl KindTypes {
     fn of(self, kind: ExtentKind) -> WeightType {
-        let unquantised = if self.dense == WeightType::F32 { WeightType::F32 } else { WeightType::Bf16 };
         match kind {
             ExtentKind::Expert => self.experts,
-            ExtentKind::Embedding | ExtentKind::Router => unquantised,
+            ExtentKind::Embedding | ExtentKind::Router => self.plain,
+            ExtentKind::Head => self.head,
             _ => self.dense,
         }
     }
@@ -58,6 +79,14 @@ impl Layout {
         for ty in [types.experts, types.dense] {
             WeightTypes::parse(ty.name()).map_err(ConvertError::Options)?;
         }
+        Self::by_kind(spec, types.by_kind(), page_size)
+    }
+
+    /// Lays out a file with types that weights may not be made in, but carried.
+    ///
+    /// # Errors
+    /// [`ConvertError::Format`] as [`Layout::new`].
+    pub fn by_kind(spec: &ModelSpec, types: KindTypes, page_size: u32) -> Result<Self, ConvertError> {
         let mut b = Builder { spec, types, planned: Vec::new(), records: Vec::new(), tensors: Vec::new() };
         b.extents(ExtentKind::FinalNorm, NO_LAYER, usize::MAX)?;
         b.parts(ExtentKind::Embedding)?;
@@ -97,7 +126,7 @@ impl Layout {
 
 struct Builder<'a> {
     spec: &'a ModelSpec,
-    types: WeightTypes,
+    types: KindTypes,
     planned: Vec<PlannedExtent>,
     records: Vec<TensorRecord>,
     tensors: Vec<Range<usize>>,

@@ -7,12 +7,14 @@
 mod geometry;
 mod layout;
 mod random;
+mod release;
 mod topics;
 mod values;
 mod write;
 
 pub use geometry::Geometry;
-pub use layout::{Layout, WeightTypes};
+pub use layout::{KindTypes, Layout, WeightTypes};
+pub use release::Release;
 pub use topics::token_stream;
 pub use values::TYPES;
 pub use write::{SynthOptions, SynthSummary, synth};
