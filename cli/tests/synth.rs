@@ -53,11 +53,18 @@ fn synth_refuses() {
 
 #[test]
 fn a_plan_of_a_known_model() {
-    let args = ["plan", "deepseek-r1", "--ram", "64GiB", "--ssd", "3GB/s", "--mem-bandwidth", "50GB/s"];
+    let asked = ["--type", "int4", "--dense-type", "q8"];
+    let machine = ["--ram", "64GiB", "--ssd", "3GB/s", "--mem-bandwidth", "50GB/s"];
+    let args = [&["plan", "deepseek-r1"], &asked[..], &machine].concat();
     let text = stdout(&sluice(&args));
-    for word in
-        ["deepseek_v3", "11.49 GB", "token cycle: 464 of 24.8 MB", "trace of qwen3-30b-a3b", "the drive is the limit"]
-    {
+    for word in [
+        "deepseek_v3",
+        "11.49 GB",
+        "token cycle: 464 of 24.8 MB",
+        "trace of qwen3-30b-a3b",
+        "the drive is the limit",
+        "as asked for",
+    ] {
         assert!(text.contains(word), "{word}: {text}");
     }
     let plan = json(&sluice(&[&args[..], &["--json"]].concat()));
@@ -71,20 +78,99 @@ fn a_plan_of_a_known_model() {
     assert!(plan["speed"]["memory"]["slots"].as_u64().unwrap() > 464);
 
     // Wider experts take longer.
-    let wide = json(&sluice(&[&args[..], &["--type", "q8", "--json"]].concat()));
+    let wide = [&["plan", "deepseek-r1", "--type", "q8", "--dense-type", "q8", "--json"], &machine[..]].concat();
+    let wide = json(&sluice(&wide));
     assert!(wide["speed"]["tokens_per_second"].as_f64() < plan["speed"]["tokens_per_second"].as_f64());
+}
+
+/// Without types, a plan is of what `convert` writes: as published, and the plan says so.
+#[test]
+fn a_plan_is_of_what_convert_writes() {
+    let planned =
+        |target: &str, more: &[&str]| json(&sluice(&[&["plan", target, "--ram", "64GiB", "--json"], more].concat()));
+    for (name, experts, dense, bytes) in [
+        ("deepseek-r1", "fp8", vec!["fp8", "bf16"], 675.9),
+        ("kimi-k2", "fp8", vec!["fp8", "bf16"], 1033.3),
+        ("gpt-oss-120b", "mxfp4", vec!["bf16"], 65.6),
+        ("qwen3-30b", "bf16", vec!["bf16"], 61.1),
+        // Which nobody has released.
+        ("bench-34x128", "int4", vec!["q8"], 12.5),
+    ] {
+        let plan = planned(name, &[]);
+        let (expert_types, dense_types) = (serde_json::json!([experts]), serde_json::json!(dense));
+        assert_eq!((&plan["expert_types"], &plan["dense_types"]), (&expert_types, &dense_types), "{name}");
+        assert!((plan["disk_bytes"].as_f64().unwrap() / 1e9 - bytes).abs() < 0.05, "{name}: {plan}");
+    }
+    assert!(planned("deepseek-r1", &[])["types_from"].as_str().unwrap().contains("as published, fp8"));
+    assert!(stdout(&sluice(&["plan", "deepseek-r1"])).contains("as published, fp8, which `sluice convert` keeps"));
+    let q4 = planned("deepseek-r1", &["--type", "q4"]);
+    assert_eq!(
+        (&q4["expert_types"], &q4["dense_types"]),
+        (&serde_json::json!(["q4"]), &serde_json::json!(["fp8", "bf16"]))
+    );
+    assert!(q4["types_from"].as_str().unwrap().starts_with("experts as asked for, the rest as published"));
+
+    // A checkpoint, to the byte but for the provenance.
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden");
+    let folder = tempfile::tempdir().unwrap();
+    for (family, more) in [("deepseek_v3_fp8", &[][..]), ("qwen3_moe_gptq", &[]), ("kimi_k2_int4", &["--type", "q8"])] {
+        let (source, file) = (golden.join(family), folder.path().join(family));
+        let (source, file) = (source.to_str().unwrap(), file.to_str().unwrap());
+        let plan = planned(source, more);
+        json(&sluice(&[&["convert", source, file, "--json"], more].concat()));
+        let made = planned(file, &[]);
+        for key in ["expert_types", "dense_types", "token_cycle_bytes", "dense_bytes", "least_memory"] {
+            assert_eq!(plan[key], made[key], "{family}: {key}");
+        }
+        let [plan, made] = [&plan, &made].map(|p| p["disk_bytes"].as_u64().unwrap());
+        assert!(plan >= made && plan - made <= 128 << 10, "{family}: {plan} {made}");
+    }
+    // With nothing but `config.json`, what that says.
+    let config = golden.join("deepseek_v3_fp8/config.json");
+    let alone = planned(config.to_str().unwrap(), &[]);
+    assert_eq!(alone["expert_types"], serde_json::json!(["fp8"]));
+    // One that convert would refuse is planned all the same, and why is said.
+    let broken = folder.path().join("broken");
+    fs::create_dir(&broken).unwrap();
+    fs::copy(&config, broken.join("config.json")).unwrap();
+    fs::copy(
+        golden.join("deepseek_v3_fp8/model-00001-of-00002.safetensors"),
+        broken.join("model-00001-of-00002.safetensors"),
+    )
+    .unwrap();
+    let plan = planned(broken.to_str().unwrap(), &[]);
+    assert_eq!(plan["disk_bytes"], alone["disk_bytes"]);
+    let warning = plan["warnings"][0].as_str().unwrap();
+    assert!(warning.contains("config.json alone") && warning.contains("1 of 2"), "{warning}");
+}
+
+#[test]
+fn a_plan_of_what_is_no_model_says_what_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::write(path("m.gguf"), b"GGUF\x03\0\0\0").unwrap();
+    fs::write(path("config.json"), "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n").unwrap();
+    assert_fails(&sluice(&["plan", &path("m.gguf")]), 1, &["m.gguf", "GGUF", "original checkpoint"]);
+    assert_fails(&sluice(&["plan", &path("config.json")]), 1, &["config.json", "Git LFS"]);
+    let hub = sluice(&["plan", "some-owner/Some-Model"]);
+    assert_fails(&hub, 2, &["`hf download some-owner/Some-Model config.json --local-dir Some-Model`"]);
+    let hub = sluice(&["convert", "some-owner/Some-Model", &path("out")]);
+    assert_fails(&hub, 1, &["`hf download some-owner/Some-Model --local-dir Some-Model`"]);
 }
 
 #[test]
 fn a_plan_warns() {
-    let below = json(&sluice(&["plan", "deepseek-r1", "--ram", "24GiB", "--json"]));
+    let below =
+        json(&sluice(&["plan", "deepseek-r1", "--type", "int4", "--dense-type", "q8", "--ram", "24GiB", "--json"]));
     assert!(below["warnings"][0].as_str().unwrap().contains("less than one token cycle"), "{below}");
-    let streamed = json(&sluice(&["plan", "deepseek-r1", "--ram", "8GiB", "--json"]));
+    let streamed =
+        json(&sluice(&["plan", "deepseek-r1", "--type", "int4", "--dense-type", "q8", "--ram", "8GiB", "--json"]));
     assert!(streamed["speed"]["streamed_bytes"].as_u64().unwrap() > 0);
     assert!(streamed["warnings"][1].as_str().unwrap().contains("dense parts do not fit"), "{streamed}");
-    let refused = json(&sluice(&["plan", "deepseek-r1", "--ram", "1GiB", "--json"]));
+    let refused =
+        json(&sluice(&["plan", "deepseek-r1", "--type", "int4", "--dense-type", "q8", "--ram", "1GiB", "--json"]));
     assert!(refused["speed"].is_null() && refused["warnings"][0].as_str().unwrap().contains("at least"));
-    let text = stdout(&sluice(&["plan", "deepseek-r1", "--ram", "1GiB"]));
+    let text = stdout(&sluice(&["plan", "deepseek-r1", "--type", "int4", "--dense-type", "q8", "--ram", "1GiB"]));
     assert!(text.contains("warning: this memory does not suffice"), "{text}");
 }
 
@@ -111,7 +197,7 @@ fn a_plan_of_a_dense_model_does_not_speak_of_experts() {
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/llama/config.json");
     let text = stdout(&sluice(&["plan", config.to_str().unwrap(), "--ram", "4GiB"]));
     let (facts, warning) = text.split_once("\nwarning: ").unwrap();
-    assert!(facts.contains("none with experts; all q8") && warning.contains("no routed experts"), "{text}");
+    assert!(facts.contains("none with experts; all bf16") && warning.contains("no routed experts"), "{text}");
     for word in ["experts ", "hit rate", "token cycle"] {
         assert!(!facts.contains(word), "`{word}`: {text}");
     }

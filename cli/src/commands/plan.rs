@@ -6,8 +6,9 @@ use std::path::Path;
 
 use clap::value_parser;
 use serde::Serialize;
-use sluice_converter::synth::{Geometry, Layout, WeightTypes};
-use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec, PAGE_SIZES, WeightType};
+use sluice_converter::synth::{Geometry, KindTypes, Layout, Release, WeightTypes};
+use sluice_converter::{self as converter, Options, TypeChoice, no_model};
+use sluice_format::{ExtentKind, ExtentRecord, Layout as Arrangement, ModelFile, ModelSpec, PAGE_SIZES, WeightType};
 use sluice_runtime::KvType;
 use sluice_runtime::estimate::{Bound, HIT_RATE_SPREAD, Machine, Needs, Speed};
 use sluice_runtime::memory::{Bytes, available_memory};
@@ -19,8 +20,10 @@ use crate::size::parse_size;
 use crate::terminal::{print, print_json, seconds};
 
 const EXAMPLES: &str = "\
-TARGET is a model file, or the name of a model that `sluice synth` knows (deepseek-r1, kimi-k2, glm-4.6, qwen3-235b, \
-qwen3-30b, gpt-oss-120b, mixtral-8x7b), or a config.json or the folder with one. Nothing is read but sizes.
+TARGET is a model file, or a checkpoint's folder, or the name of a model that `sluice synth` knows (deepseek-r1, kimi-k2, \
+glm-4.6, qwen3-235b, qwen3-30b, gpt-oss-120b, mixtral-8x7b), or a config.json or a folder with nothing else. Weights are not \
+read. What is no model file yet is planned as `sluice convert` would write it: as published, bit for bit, unless --type and \
+--dense-type say otherwise.
 
 The speed is arithmetic, an upper bound of what can be expected: the slower of drive and memory, without computation. \
 `sluice synth` and a run measure.
@@ -28,7 +31,8 @@ The speed is arithmetic, an upper bound of what can be expected: the slower of d
 Examples:
   sluice plan deepseek-r1
   sluice plan kimi-k2 --ram 128GiB --ssd 7GB/s --mem-bandwidth 80GB/s
-  sluice plan qwen3-30b --type q8 --ram 8GiB
+  sluice plan qwen3-30b --type q4 --dense-type q8 --ram 8GiB
+  sluice plan DeepSeek-R1/
   sluice plan r1.sluice --context 16384
   sluice plan deepseek-r1 --json | jq .speed.tokens_per_second";
 
@@ -39,7 +43,7 @@ const PROVENANCE_ROOM: usize = 1 << 10;
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// A model file, a known model, or a config.json
+    /// A model file, a checkpoint, a known model, or a config.json
     target: String,
 
     /// Memory that is available [default: what is available here]
@@ -54,11 +58,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SPEED", default_value = "50GB/s", value_parser = parse_speed)]
     mem_bandwidth: u64,
 
-    /// Type of the routed experts, of a model that is no file yet [default: int4; for gpt-oss mxfp4]
+    /// Type of the routed experts, of a model that is no file yet [default: as published]
     #[arg(long = "type", value_name = "TYPE", value_parser = type_parser())]
     expert_type: Option<WeightType>,
 
-    /// Type of everything else [default: q8]
+    /// Type of everything else [default: as published]
     #[arg(long, value_name = "TYPE", value_parser = type_parser())]
     dense_type: Option<WeightType>,
 
@@ -85,6 +89,8 @@ struct Report {
     /// Types of the routed experts and of the rest, without what is always plain.
     expert_types: Vec<&'static str>,
     dense_types: Vec<&'static str>,
+    /// Why it has these types.
+    types_from: String,
     context: usize,
     kv_type: &'static str,
     disk_bytes: u64,
@@ -107,7 +113,14 @@ fn parse_speed(text: &str) -> Result<u64, String> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    let report = if is_geometry(&args.target) { of_geometry(args)? } else { of_file(args)? };
+    let target = Path::new(&args.target);
+    let report = if target.is_dir() && has_weights(target) {
+        of_checkpoint(args)?
+    } else if is_geometry(&args.target) {
+        of_geometry(args)?
+    } else {
+        of_file(args)?
+    };
     if args.json { print_json(&report) } else { print(&describe(&report)) }
 }
 
@@ -120,16 +133,77 @@ fn is_geometry(target: &str) -> bool {
         || !path.exists()
 }
 
+/// Whether a folder has files of weights: what they are is the converter's to say.
+fn has_weights(folder: &Path) -> bool {
+    let is_weights = |name: &str| name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
+    let mut entries = folder.read_dir().into_iter().flatten().flatten();
+    entries.any(|entry| entry.file_name().to_str().is_some_and(is_weights))
+}
+
+/// Exactly what `convert` would write. A checkpoint that it would refuse is planned from its `config.json`, with a warning.
+fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
+    // Types such as int4 can be carried, but not asked for: those are planned from the configuration.
+    let choice = |ty: Option<WeightType>| ty.map_or(Some(TypeChoice::Keep), |ty| ty.name().parse().ok());
+    let (Some(expert_type), Some(dense_type)) = (choice(args.expert_type), choice(args.dense_type)) else {
+        return of_geometry(args);
+    };
+    let options = Options { expert_type, dense_type, ..Options::default() };
+    match converter::plan(Path::new(&args.target), &options) {
+        Ok(plan) => {
+            let names = |kinds: &[ExtentKind]| plan.weight_types(kinds).into_iter().map(WeightType::name).collect();
+            let types = Types {
+                experts: names(&[ExtentKind::Expert]),
+                dense: names(DENSE),
+                from: "what `sluice convert` would write of this checkpoint".into(),
+            };
+            Ok(report(args, plan.spec(), plan.extents(), plan.file_bytes(), types))
+        }
+        Err(refused) => {
+            let mut report = of_geometry(args)?;
+            report
+                .warnings
+                .insert(0, format!("planned from config.json alone, since the checkpoint is refused: {refused}"));
+            Ok(report)
+        }
+    }
+}
+
 fn of_geometry(args: &Args) -> Result<Report, CliError> {
     let geometry = Geometry::load(&args.target, None)?;
-    let types = WeightTypes {
-        experts: args.expert_type.unwrap_or_else(|| geometry.usual_expert_type()),
-        dense: args.dense_type.unwrap_or(WeightType::Q8),
-    };
     let spec = geometry.spec();
-    let layout = Layout::new(spec, types, PAGE_SIZES[0])?;
+    let release = geometry.release();
+    // What was never released is what `synth` makes.
+    let usual = WeightTypes { experts: geometry.usual_expert_type(), dense: WeightType::Q8 };
+    let kept = release.map_or_else(|| usual.by_kind(), |r| r.types);
+    let types = KindTypes {
+        experts: args.expert_type.unwrap_or(kept.experts),
+        dense: args.dense_type.unwrap_or(kept.dense),
+        head: args.dense_type.unwrap_or(kept.head),
+        plain: args.dense_type.filter(|ty| *ty == WeightType::F32).unwrap_or(kept.plain),
+    };
+    let layout = Layout::by_kind(spec, types, PAGE_SIZES[0])?;
     let disk_bytes = layout.file_bytes(spec.to_json().len() + geometry.config().len() + PROVENANCE_ROOM);
-    Ok(report(args, spec, layout.extents(), disk_bytes, (vec![types.experts.name()], vec![types.dense.name()])))
+    let mut dense = vec![types.dense.name()];
+    dense.extend(Some(types.head.name()).filter(|head| *head != types.dense.name()));
+    let types = Types { experts: vec![types.experts.name()], dense, from: types_from(args, release) };
+    Ok(report(args, spec, layout.extents(), disk_bytes, types))
+}
+
+/// Why a model that is no file yet is planned with its types.
+fn types_from(args: &Args, release: Option<Release>) -> String {
+    let kept = match release {
+        None => "as `sluice synth` makes it".to_owned(),
+        Some(Release { form, said: true, .. }) => format!("as published, {form}, which `sluice convert` keeps"),
+        Some(Release { form, said: false, .. }) => {
+            format!("as published, which `sluice convert` keeps; {form} is assumed, since config.json does not say")
+        }
+    };
+    match (args.expert_type, args.dense_type) {
+        (None, None) => kept,
+        (Some(_), Some(_)) => "as asked for".to_owned(),
+        (Some(_), None) => format!("experts as asked for, the rest {kept}"),
+        (None, Some(_)) => format!("experts {kept}; the rest as asked for"),
+    }
 }
 
 fn of_file(args: &Args) -> Result<Report, CliError> {
@@ -139,24 +213,31 @@ fn of_file(args: &Args) -> Result<Report, CliError> {
             "{target} is a model file, whose types are what they are: leave out --type"
         )));
     }
-    let file = ModelFile::open(Path::new(&args.target))?;
+    let path = Path::new(&args.target);
+    if let Some(error) = no_model(path) {
+        return Err(error.into());
+    }
+    let file = ModelFile::open(path)?;
     let types = |kinds: &[ExtentKind]| {
-        let all: BTreeSet<_> = kinds.iter().flat_map(|&kind| file.weight_types(kind)).map(|t| t.weight_type).collect();
-        all.into_iter().map(WeightType::name).collect::<Vec<_>>()
+        let matrices = file.tensors().iter().filter(|t| kinds.contains(&t.kind) && t.layout != Arrangement::Plain);
+        let types: BTreeSet<WeightType> = matrices.map(|t| t.weight_type).collect();
+        types.into_iter().map(WeightType::name).collect::<Vec<_>>()
     };
-    let types = (types(&[ExtentKind::Expert]), types(&[ExtentKind::Attention, ExtentKind::Dense, ExtentKind::Head]));
+    let types = Types { experts: types(&[ExtentKind::Expert]), dense: types(DENSE), from: "those of the file".into() };
     Ok(report(args, file.spec(), file.extents(), file.superblock().file_len, types))
 }
 
-type TypeNames = Vec<&'static str>;
+/// Kinds of extents that are neither experts nor always plain.
+const DENSE: &[ExtentKind] = &[ExtentKind::Attention, ExtentKind::Dense, ExtentKind::Head];
 
-fn report(
-    args: &Args,
-    spec: &ModelSpec,
-    extents: &[ExtentRecord],
-    disk_bytes: u64,
-    (expert_types, dense_types): (TypeNames, TypeNames),
-) -> Report {
+/// Names of types, and why they are these.
+struct Types {
+    experts: Vec<&'static str>,
+    dense: Vec<&'static str>,
+    from: String,
+}
+
+fn report(args: &Args, spec: &ModelSpec, extents: &[ExtentRecord], disk_bytes: u64, types: Types) -> Report {
     let context = (args.context as usize).clamp(1, spec.max_positions.max(1));
     let ram = args.ram.unwrap_or_else(available_memory);
     let machine = Machine { ram, ssd: args.ssd, memory_bandwidth: args.mem_bandwidth };
@@ -168,8 +249,9 @@ fn report(
         family: spec.family.clone(),
         layers: spec.layers.len(),
         moe_layers: spec.layers.iter().filter(|l| l.ffn.moe.is_some()).count(),
-        expert_types,
-        dense_types,
+        expert_types: types.experts,
+        dense_types: types.dense,
+        types_from: types.from,
         context,
         kv_type: args.kv_type.name(),
         disk_bytes,
@@ -236,6 +318,7 @@ fn describe(r: &Report) -> String {
             ),
         },
     );
+    line("types", r.types_from.clone());
     line("on the drive", gigabytes(r.disk_bytes));
     line(
         "memory",
