@@ -302,3 +302,11 @@ pub(crate) fn first_few(names: &[String]) -> String {
     let more = if names.len() > SHOWN { ", …" } else { "" };
     shown.join(", ") + more
 }
+
+/// The first few of tensors' names, and how many there are if they are several.
+pub(crate) fn counted(names: &[String]) -> String {
+    match names.len() {
+        1 => first_few(names),
+        n => format!("{n} tensors, {}", first_few(names)),
+    }
+}

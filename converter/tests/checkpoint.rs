@@ -63,7 +63,7 @@ fn what_the_index_does_not_name_is_used_or_named() {
     change_index(dir.path(), |map| assert!(map.remove(HEAD).is_some()));
     let (summary, found) = converted(dir.path()).unwrap();
     assert!(found == want);
-    assert_says(note(&summary), &["1 tensors are used", INDEX, HEAD]);
+    assert_says(note(&summary), &["used all the same", INDEX, HEAD]);
 
     // What nobody knows, not even the index, is left out by name; in the index it is an error.
     let (dir, _, mut tensors) = two_shards();
@@ -73,7 +73,7 @@ fn what_the_index_does_not_name_is_used_or_named() {
     change_index(dir.path(), |map| assert!(map.remove("extra.weight").is_some()));
     let (summary, found) = converted(dir.path()).unwrap();
     assert!(found == want);
-    assert_says(note(&summary), &["1 tensors are left out", "`extra.weight`"]);
+    assert_says(note(&summary), &["left out", "`extra.weight`"]);
     assert_eq!((summary.left_out[0].tensors, summary.left_out[0].bytes), (1, 8));
 }
 

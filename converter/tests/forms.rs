@@ -299,7 +299,7 @@ fn forms_that_no_type_fits_are_widened_and_named() {
         ("gptq that does not say so", json!({"quantization_config": {"bits": 4}}), &|n, s| gptq(n, s, 4, 1)),
         ("int8 packed", compressed("pack-quantized"), &|noise, shape| int8(noise, shape, true)),
         ("int8", compressed("int-quantized"), &|noise, shape| int8(noise, shape, false)),
-        ("awq that does not say so", json!({}), &awq),
+        ("awq that does not say so", json!({"quantization_config": {"bits": 4, "zero_point": true}}), &awq),
         ("awq", method("AWQ"), &awq),
         ("gptq", method("gptq"), &|noise, shape| gptq(noise, shape, 4, 1)),
         (

@@ -50,6 +50,12 @@ fn biases_of_zeros_are_left_out_and_others_are_refused_by_name() {
     assert!(matches!(&error, ConvertError::NotZero { tensor, .. } if *tensor == name), "{error}");
     assert!(error.to_string().contains(&name) && error.to_string().contains(".safetensors"), "{error}");
 
+    // Whose zeros they are cannot be told without the configuration.
+    let mut silent = config.clone();
+    silent.as_object_mut().unwrap().remove("quantization_config");
+    let error = converted(&silent, &tensors).unwrap_err().to_string();
+    assert!(error.contains("qweight") && error.contains("`quant_method`"), "{error}");
+
     // A bias of what the model does not have is unknown, zero or not.
     let mut stray = tensors.clone();
     stray.insert("model.layers.0.extra.bias".into(), Tensor::f32(&[1], [0.0]));

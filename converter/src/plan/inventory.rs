@@ -10,7 +10,7 @@ use super::build::places;
 use super::form;
 use super::harmless::{self, Harmless};
 use super::resolve::pick;
-use crate::error::{ConvertError, first_few};
+use crate::error::{ConvertError, counted, first_few};
 use crate::family::config::Config;
 use crate::family::names::Names;
 use crate::family::{Family, Unused};
@@ -225,8 +225,8 @@ fn used_unindexed(ledger: &Ledger<'_>) -> Option<String> {
     if names.is_empty() {
         return None;
     }
-    let (count, first) = (names.len(), first_few(&names));
-    Some(format!("{count} tensors are used that the files hold and `{INDEX}` does not name: {first}"))
+    let named = counted(&names);
+    Some(format!("`{INDEX}` does not name {named}, which the files hold and the model needs: used all the same"))
 }
 
 /// Sorts what is not used into what may be left out and what is unknown.
@@ -266,8 +266,7 @@ fn account_for_rest(
         entry.bytes += tensor.len;
     }
     if !unindexed.is_empty() {
-        let (count, first) = (unindexed.len(), first_few(&unindexed));
-        notes.push(format!("{count} tensors are left out that neither `{INDEX}` nor the model knows: {first}"));
+        notes.push(format!("left out, as neither `{INDEX}` nor the model knows it: {}", counted(&unindexed)));
     }
     if !surplus.is_empty() {
         return Err(ConvertError::SurplusLayers {

@@ -325,9 +325,13 @@ fn columnar(
         return Err(shape_error(checkpoint, scales, &[inputs.div_ceil(128), outputs]));
     }
     let found = checkpoint.tensors[codes].shape.as_slice();
-    // Where the configuration is silent, the shape tells, and GPTQ is of version 1, which does not name itself.
-    let awq = scheme.columnar.map_or(found == [inputs, outputs / 8], |kind| kind == Columnar::Awq);
-    let kind = scheme.columnar.unwrap_or(if awq { Columnar::Awq } else { Columnar::Gptq { zero_offset: 1 } });
+    // The shape tells AWQ, which packs along the other axis. It does not tell the versions of GPTQ apart.
+    let awq_by_shape = (found == [inputs, outputs / 8]).then_some(Columnar::Awq);
+    let Some(kind) = awq_by_shape.or(scheme.columnar) else {
+        let supported = "`qweight` of GPTQ where `quantization_config` says that it is, with `quant_method`";
+        return Err(dtype_error(checkpoint, codes, supported));
+    };
+    let awq = kind == Columnar::Awq;
     let rows = found.first().copied().unwrap_or(0);
     // GPTQ may have other widths for some layers, which its shape tells.
     let bits = match rows.saturating_mul(32) / inputs {

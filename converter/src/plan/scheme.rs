@@ -12,7 +12,7 @@ use crate::source::{Checkpoint, Dtype};
 /// What tensors cannot say themselves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Scheme {
-    /// The meaning of `qweight` and `qzeros`; `None`: their shapes tell.
+    /// The meaning of `qweight` and `qzeros`; `None`: that of AWQ if their shapes are, and nobody's else.
     pub(crate) columnar: Option<Columnar>,
     /// Rows and columns that share a scale where fp8 has scales by block.
     pub(crate) fp8_block: [usize; 2],
@@ -94,7 +94,7 @@ fn compressed_tensors(section: &Config, packed: bool, zero_points: bool) -> Resu
 /// AWQ or GPTQ, as the configuration says; the number of bits is in the shapes.
 fn columnar(section: &Config) -> Result<Option<Columnar>, ConvertError> {
     let method = section.opt_str("quant_method")?.map(str::to_ascii_lowercase);
-    let gptq_only = ["desc_act", "checkpoint_format"].iter().any(|key| section.has(key));
+    let gptq_only = ["bits", "desc_act", "checkpoint_format"].iter().any(|key| section.has(key));
     match method.as_deref() {
         Some("awq") => {
             let version = section.opt_str("version")?.map(str::to_ascii_lowercase);

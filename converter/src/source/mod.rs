@@ -20,7 +20,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 pub(crate) use dtype::{Dtype, FLOATS, WIDE_FLOATS};
 
-use crate::error::{ConvertError, first_few};
+use crate::error::{ConvertError, counted, first_few};
 use locate::{Located, locate};
 use recognise::Foreign;
 
@@ -186,10 +186,8 @@ impl Checkpoint {
             return Err(ConvertError::Damaged { path: self.dir.join(INDEX), problem });
         }
         self.tensors = kept;
-        let (count, names) = (doubles.len(), first_few(&doubles));
-        self.notes.push(format!(
-            "{count} tensors are in several files, and taken from the one that `{INDEX}` names: {names}"
-        ));
+        let names = counted(&doubles);
+        self.notes.push(format!("in several files, and taken from the one that `{INDEX}` names: {names}"));
         Ok(())
     }
 
