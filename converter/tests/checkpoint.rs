@@ -244,7 +244,7 @@ fn what_an_index_promises_and_no_file_holds() {
 
 #[test]
 fn a_tensor_in_two_files() {
-    let (dir, shape, tensors) = two_shards();
+    let (dir, _, tensors) = two_shards();
     let (_, want) = converted(dir.path()).unwrap();
     let shard = |n: usize| format!("model-{n:05}-of-000002.safetensors");
     let holder = read_index(dir.path())["weight_map"][HEAD].as_str().unwrap().to_owned();
@@ -266,7 +266,6 @@ fn a_tensor_in_two_files() {
     let text = format!("{{\"weight_map\": {{\"{HEAD}\": \"{}\", \"{HEAD}\": \"{}\"}}}}", shard(1), shard(2));
     fs::write(dir.path().join(INDEX), text).unwrap();
     assert_says(&self::error(dir.path()).to_string(), &[INDEX, HEAD, &shard(1), &shard(2)]);
-    drop(shape);
 }
 
 #[test]
@@ -284,6 +283,10 @@ fn unfinished_downloads_say_how_much_is_missing() {
     fs::write(cache.join("model-00001-of-000005.safetensors.metadata"), "").unwrap();
     let words = ["2 of 5", "model-00002-of-000005", "model-00004-of-000005", "not ended: 1,", "hf download"];
     assert_says(&error(dir.path()).to_string(), &words);
+    // An index of other shards than those that are there.
+    fs::rename(shard(3), dir.path().join("model-00001-of-000007.safetensors")).unwrap();
+    assert_says(&error(dir.path()).to_string(), &["3 of 5", "does not name `model-00001-of-000007.safetensors`"]);
+    fs::rename(dir.path().join("model-00001-of-000007.safetensors"), shard(3)).unwrap();
     // Without an index, their names tell.
     fs::remove_file(dir.path().join(INDEX)).unwrap();
     assert_says(&error(dir.path()).to_string(), &words);

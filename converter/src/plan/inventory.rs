@@ -205,7 +205,7 @@ fn absent_files(ledger: &Ledger<'_>, family: &dyn Family) -> Result<Vec<String>,
             missing: files.len(),
             total: ledger.checkpoint.files.len() + files.len(),
             names: first_few(&needed),
-            unfinished: unfinished(&ledger.checkpoint.dir),
+            unfinished: format!("{}{}", unfinished(&ledger.checkpoint.dir), ledger.hint(&[])),
         });
     }
     let note = |(file, tensors): (&str, Vec<&AbsentTensor>)| {
