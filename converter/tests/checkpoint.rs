@@ -281,7 +281,7 @@ fn unfinished_downloads_say_how_much_is_missing() {
     fs::create_dir_all(&cache).unwrap();
     fs::write(cache.join("model-00002-of-000005.safetensors.0a1b.incomplete"), "half").unwrap();
     fs::write(cache.join("model-00001-of-000005.safetensors.metadata"), "").unwrap();
-    let words = ["2 of 5", "model-00002-of-000005", "model-00004-of-000005", "not ended: 1,", "hf download"];
+    let words = ["2 of 5", "model-00002-of-000005", "model-00004-of-000005", "not ended: 1, `.cache/", "hf download"];
     assert_says(&error(dir.path()).to_string(), &words);
     // An index of other shards than those that are there.
     fs::rename(shard(3), dir.path().join("model-00001-of-000007.safetensors")).unwrap();
@@ -299,7 +299,9 @@ fn unfinished_downloads_say_how_much_is_missing() {
     for n in 1..=5 {
         fs::remove_file(shard(n)).unwrap();
     }
-    assert_says(&error(dir.path()).to_string(), &["neither", "not ended: 1,"]);
+    assert_says(&error(dir.path()).to_string(), &["neither", "not ended: 1, `.cache/huggingface/download/model-00002"]);
+    fs::write(dir.path().join("model.safetensors.part"), "half").unwrap();
+    assert_says(&error(dir.path()).to_string(), &["not ended: 2, `model.safetensors.part`"]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use sluice_format::{MAGIC, open_regular};
 
 use super::{CONFIG, INDEX, SINGLE};
-use crate::error::ConvertError;
+use crate::error::{ConvertError, first_few};
 
 /// Bytes that tell the kind of a file.
 const HEAD: u64 = 256;
@@ -214,7 +214,7 @@ pub(crate) fn no_weights(dir: &Path) -> String {
     let others: Vec<String> = names.iter().filter(|n| n.ends_with(".safetensors")).cloned().collect();
     let found = match others.as_slice() {
         [] => String::new(),
-        names => format!(", only {}", crate::error::first_few(names)),
+        names => format!(", only {}", first_few(names)),
     };
     format!("it has neither `{SINGLE}` nor `{INDEX}`{found}{}", unfinished(dir))
 }
@@ -225,12 +225,16 @@ fn gguf_folder() -> String {
         .to_owned()
 }
 
-/// What `hf download` left of downloads that have not ended, as the end of a sentence.
+/// What is left of downloads that have not ended, by `hf download` or other programs, as the end of a sentence.
 pub(crate) fn unfinished(dir: &Path) -> String {
-    let left = entries(&dir.join(".cache/huggingface/download"));
-    match left.iter().filter(|n| n.ends_with(".incomplete")).count() {
-        0 => String::new(),
-        n => format!(". Downloads that have not ended: {n}, in `.cache/huggingface`; run `hf download` again to go on"),
+    const ENDS: [&str; 4] = [".incomplete", ".part", ".aria2", ".crdownload"];
+    const CACHE: &str = ".cache/huggingface/download";
+    let under_way = |name: &String| ENDS.iter().any(|end| name.ends_with(end));
+    let of_cache = entries(&dir.join(CACHE)).into_iter().filter(under_way).map(|name| format!("{CACHE}/{name}"));
+    let left: Vec<String> = entries(dir).into_iter().filter(under_way).chain(of_cache).collect();
+    match left.as_slice() {
+        [] => String::new(),
+        names => format!(". Downloads that have not ended: {}, {}", names.len(), first_few(names)),
     }
 }
 
