@@ -152,26 +152,28 @@ impl Identity {
         let (mut extents_seen, mut parts_seen) = (vec![false; self.extents], vec![false; self.parts]);
         let mut end = 0;
         while let Some((body, len)) = self.record(&bytes[end..]) {
-            // Nobody writes a number twice: what follows is not to be trusted.
             let fresh = if body[0] == EXTENT {
-                let Some(outcome) = self.parse_extent(body) else { break };
-                let seen = std::mem::replace(&mut extents_seen[outcome.extent], true);
-                outcomes.push(outcome);
-                !seen
+                self.parse_extent(body).is_some_and(|o| push_once(&mut outcomes, &mut extents_seen, o.extent, o))
             } else {
-                let Some(part) = self.parse_part(body) else { break };
-                let seen = std::mem::replace(&mut parts_seen[part.0], true);
-                parts.push(part);
-                !seen
+                self.parse_part(body).is_some_and(|p| push_once(&mut parts, &mut parts_seen, p.0, p))
             };
+            // Nobody writes a number twice: what follows is not to be trusted.
             if !fresh {
-                _ = if body[0] == EXTENT { outcomes.pop().map(drop) } else { parts.pop().map(drop) };
                 break;
             }
             end += len;
         }
         (outcomes, parts, end)
     }
+}
+
+/// Adds what has a number to a list, and says whether that number was new.
+fn push_once<T>(list: &mut Vec<T>, seen: &mut [bool], number: usize, item: T) -> bool {
+    let fresh = !std::mem::replace(&mut seen[number], true);
+    if fresh {
+        list.push(item);
+    }
+    fresh
 }
 
 fn u64_at(b: &[u8], at: usize) -> Option<u64> {
@@ -211,11 +213,12 @@ impl Journal {
         if bytes.starts_with(FAMILY) && !bytes.starts_with(&MAGIC) {
             return Ok(Found::OtherPlan);
         }
-        let Some((header, records)) = bytes.split_at_checked(identity.header_len()) else { return Ok(Found::Nothing) };
+        let other = || if is_of_other_plan(&bytes, &identity) { Found::OtherPlan } else { Found::Nothing };
+        let Some((header, records)) = bytes.split_at_checked(identity.header_len()) else { return Ok(other()) };
         let (stamps, _) = header[HEADER_FIXED..header.len() - CHECKSUM].as_chunks::<{ Stamp::LEN }>();
         let stamps: Vec<Stamp> = stamps.iter().map(Stamp::from_bytes).collect();
         if header != identity.header(&stamps) {
-            return Ok(if is_of_other_plan(&bytes, &identity) { Found::OtherPlan } else { Found::Nothing });
+            return Ok(other());
         }
         let (outcomes, parts, len) = identity.records(records);
         let end = (header.len() + len) as u64;
