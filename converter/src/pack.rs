@@ -372,11 +372,7 @@ fn blocks(tensor: &TensorPlan) -> impl Iterator<Item = Rows> + use<> {
 /// Whether the codes of a source are stored as they are.
 fn carries_codes(tensor: &TensorPlan, source: &Source) -> bool {
     let tiled = tensor.layout != Layout::Plain;
-    tiled
-        && matches!(
-            (source.storage, tensor.weight_type),
-            (Storage::Grouped(_), WeightType::Int4 | WeightType::Mxfp4)
-        )
+    tiled && matches!((source.storage, tensor.weight_type), (Storage::Grouped(_), WeightType::Int4 | WeightType::Mxfp4))
 }
 
 fn carries_halves(storage: Storage, ty: WeightType) -> bool {

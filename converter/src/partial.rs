@@ -53,6 +53,8 @@ pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertErr
     refuse_existing(destination, plan.options.overwrite, source)?;
     let path = with_suffix(destination, ".partial");
     let journal_path = with_suffix(destination, ".partial.journal");
+    // First, so that nothing is left behind where it is in the way.
+    open_own(&journal_path, false)?;
     let mut notes = Vec::new();
     let lock = claim(&path, &journal_path, &mut notes)?;
     // Another conversion may have finished while this one waited to open the file.

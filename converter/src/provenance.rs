@@ -2,11 +2,10 @@
 //!
 //! `docs/FORMAT.md` describes both blobs, and what the digests cover.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-
-use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -147,7 +146,8 @@ impl Comparison {
     /// # Errors
     /// [`ConvertError::NoProvenance`] if it does not say enough, [`ConvertError::NotACheckpoint`] if there is no such folder.
     pub fn new(model: &ModelFile, folder: &Path) -> Result<Self, ConvertError> {
-        let lacks = |problem: &str| ConvertError::NoProvenance { path: model.path().to_owned(), problem: problem.into() };
+        let lacks =
+            |problem: &str| ConvertError::NoProvenance { path: model.path().to_owned(), problem: problem.into() };
         let blob = model.metadata().get(PROVENANCE_BLOB).ok_or_else(|| lacks("it does not say what it was made of"))?;
         let unreadable = |e| lacks(&format!("what it says of its source cannot be read: {e}"));
         let sources: Sources = serde_json::from_slice(blob).map_err(unreadable)?;

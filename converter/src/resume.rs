@@ -49,7 +49,9 @@ pub(crate) fn start<'a>(
     let damaged = all - done.len();
     if damaged > 0 {
         let path = partial.path.display();
-        note(format!("{path}: {damaged} of {all} extents of an interrupted conversion are damaged; they are made again"));
+        note(format!(
+            "{path}: {damaged} of {all} extents of an interrupted conversion are damaged; they are made again"
+        ));
     }
     if stamps == content.stamps {
         let contents = Contents::new(&plan.checkpoint, &content.parts);
@@ -64,13 +66,18 @@ pub(crate) fn start<'a>(
     let contents = Contents::new(&plan.checkpoint, &[]);
     let intact = done.len();
     if intact > 0 {
-        note("the checkpoint is not the one of the interrupted conversion, or its files were touched: it is compared".into());
+        note(
+            "the checkpoint is not the one of the interrupted conversion, or its files were touched: it is compared"
+                .into(),
+        );
     }
     done = keep_with(done, || Packer::new(plan, &contents), |packer, o| has_same_source(packer, o));
     plan.checkpoint.check_unchanged()?;
     if done.len() < intact {
         let other = intact - done.len();
-        note(format!("{other} of {all} extents of an interrupted conversion were made of other weights; they are made again"));
+        note(format!(
+            "{other} of {all} extents of an interrupted conversion were made of other weights; they are made again"
+        ));
     }
     let parts = contents.take_news();
     let journal = create(&Content { stamps, outcomes: done.clone(), parts })?;

@@ -223,11 +223,14 @@ impl<'a> World<'a> {
         } else {
             assert!(!dst.exists() || fs::read(&dst).unwrap().is_empty(), "{:#?}", self.log);
         }
-        self.log.push(format!("run: {}", match &end {
-            End::Done(s) => format!("done, {} extents kept", s.resumed_extents),
-            End::Killed => "killed".into(),
-            End::Failed(e) => format!("failed: {e}"),
-        }));
+        self.log.push(format!(
+            "run: {}",
+            match &end {
+                End::Done(s) => format!("done, {} extents kept", s.resumed_extents),
+                End::Killed => "killed".into(),
+                End::Failed(e) => format!("failed: {e}"),
+            }
+        ));
         (end, fault.has_happened.load(Ordering::Relaxed))
     }
 
@@ -514,7 +517,6 @@ fn the_result_is_the_clean_file_or_an_error() {
     }
 }
 
-/// Kept for the eyes: what the variants are.
 #[test]
 fn the_variants_have_one_shape_and_different_weights() {
     let dir = tempfile::tempdir().unwrap();
