@@ -3,9 +3,9 @@
 //!
 //! Two things are proven of each extent. Its bytes are in the partial file: they are read again and must have the journal's
 //! checksum. And they were made of the bytes that the source holds now: where every file of the source has the identity that
-//! the journal names, its bytes are the same; where any differs (a download was mended, the folder was copied, another
-//! checkpoint is converted to the same place, a file was touched), the source bytes of every extent are read again and must have
-//! the journal's digest. Extents of which either is not true are made again.
+//! the journal names, its bytes are the same, which a few samples confirm; where any differs (a download was mended, the folder
+//! was copied, another checkpoint is converted to the same place, a file was touched), the source bytes of every extent are read
+//! again and must have the journal's digest. Extents of which either is not true are made again.
 
 use rayon::prelude::*;
 
@@ -15,6 +15,10 @@ use crate::journal::{Content, Found, Identity, Journal};
 use crate::pack::{Outcome, Packer};
 use crate::partial::Partial;
 use crate::plan::Plan;
+
+/// Extents whose source is read again although no file has changed: images of file systems that were built to be reproducible
+/// can give the same identity to files of two checkpoints.
+const SAMPLES: usize = 16;
 
 /// Where a conversion begins.
 pub(crate) struct Start<'a> {
@@ -53,7 +57,7 @@ pub(crate) fn start<'a>(
             "{path}: {damaged} of {all} extents of an interrupted conversion are damaged; they are made again"
         ));
     }
-    if stamps == content.stamps {
+    if stamps == content.stamps && samples_match(plan, &done) {
         let contents = Contents::new(&plan.checkpoint, &content.parts);
         let journal = if damaged == 0 {
             journal
@@ -82,6 +86,15 @@ pub(crate) fn start<'a>(
     let parts = contents.take_news();
     let journal = create(&Content { stamps, outcomes: done.clone(), parts })?;
     Ok(Start { journal, contents, done })
+}
+
+/// Whether some extents, all over the file, were made of what the source holds now.
+fn samples_match(plan: &Plan, done: &[Outcome]) -> bool {
+    let contents = Contents::new(&plan.checkpoint, &[]);
+    let step = done.len().div_ceil(SAMPLES).max(1);
+    let samples: Vec<&Outcome> = done.iter().step_by(step).collect();
+    let matches = |packer: &mut Packer<'_>, outcome: &Outcome| has_same_source(packer, outcome);
+    samples.into_par_iter().map_init(|| Packer::new(plan, &contents), matches).all(|same| same)
 }
 
 /// Whether the source has the bytes that an extent was made of. What cannot be read it has not; making the extent says why.

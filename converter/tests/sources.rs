@@ -201,6 +201,33 @@ fn a_source_that_changes_while_it_is_read_is_named_and_nothing_of_it_is_believed
     }
 }
 
+/// Two images of file systems can give the same identity to different files.
+#[test]
+fn a_journal_that_names_these_files_and_was_made_of_others_is_not_believed() {
+    let (dir, src) = source();
+    let (other, dst, second) = (dir.path().join("other"), dir.path().join("m"), dir.path().join("second"));
+    fs::create_dir(&other).unwrap();
+    for file in fs::read_dir(&src).unwrap().map(|f| f.unwrap()) {
+        let mut bytes = fs::read(file.path()).unwrap();
+        if file.file_name().to_str().unwrap().ends_with(".safetensors") {
+            let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            bytes[data..].iter_mut().skip(1).step_by(2).for_each(|b| *b ^= 0x80);
+        }
+        fs::write(other.join(file.file_name()), bytes).unwrap();
+    }
+    stop_at_the_end(&src, &dst, &test_options());
+    stop_at_the_end(&other, &second, &test_options());
+    // The header of the journal names the files of the second.
+    let header = 8 + 16 + 4 * 8 + 2 * 56 + 8;
+    let journal = dir.path().join("m.partial.journal");
+    let theirs = fs::read(dir.path().join("second.partial.journal")).unwrap();
+    File::options().write(true).open(journal).unwrap().write_all_at(&theirs[..header], 0).unwrap();
+    let listener = Meddler::new(|| ());
+    let summary = convert(&other, &dst, &test_options(), &listener).unwrap();
+    assert!(summary.resumed_extents == 0 && listener.heard("were made of other weights"));
+    assert!(fs::read(&dst).unwrap() == clean(&other, dir.path(), &test_options()));
+}
+
 #[test]
 fn an_index_that_names_the_other_copy_of_a_tensor_is_another_source() {
     let (dir, src) = source();
