@@ -117,9 +117,9 @@ impl Identity {
 
     /// The body of the record that `bytes` begin with, and its whole length; `None` if it is not whole.
     fn record<'b>(&self, bytes: &'b [u8]) -> Option<(&'b [u8], usize)> {
-        let len = match bytes.first()? {
-            &EXTENT => self.extent_len(),
-            &PART => PART_LEN,
+        let len = match *bytes.first()? {
+            EXTENT => self.extent_len(),
+            PART => PART_LEN,
             _ => return None,
         };
         let (body, checksum) = bytes.get(..len)?.split_last_chunk::<CHECKSUM>()?;
