@@ -316,7 +316,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
         let outcomes: Vec<_> = (0..4).map(outcome).collect();
-        let parts = vec![(3, 5 << 90), (0, 6)];
+        let parts = [(3, 5 << 90), (0, 6)];
         let mut journal = create(&path, IDENTITY, &empty());
         journal.append(&outcomes[..1], &parts[..1]).unwrap();
         journal.append(&outcomes[1..], &parts[1..]).unwrap();

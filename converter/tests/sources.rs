@@ -147,6 +147,27 @@ fn the_same_bytes_with_another_identity_are_all_kept() {
 }
 
 #[test]
+fn a_mended_tokenizer_costs_nothing_and_another_config_everything() {
+    let (dir, src) = source();
+    let dst = dir.path().join("m");
+    fs::write(src.join("tokenizer.json"), r#"{"version": "1.0"}"#).unwrap();
+    stop_at_the_end(&src, &dst, &test_options());
+    fs::write(src.join("tokenizer.json"), r#"{"version": "1.1"}"#).unwrap();
+    let (summary, bytes) = resume(&src, &dst, &test_options());
+    assert_eq!(summary.bytes_written, 0);
+    assert!(bytes == clean(&src, dir.path(), &test_options()));
+    assert_eq!(ModelFile::open(&dst).unwrap().metadata().get("tokenizer.json").unwrap(), br#"{"version": "1.1"}"#);
+
+    fs::remove_file(&dst).unwrap();
+    stop_at_the_end(&src, &dst, &test_options());
+    let config = fs::read_to_string(src.join("config.json")).unwrap();
+    fs::write(src.join("config.json"), config.replace("10000", "20000")).unwrap();
+    let (summary, bytes) = resume(&src, &dst, &test_options());
+    assert!(summary.restarted && summary.resumed_extents == 0);
+    assert!(bytes == clean(&src, dir.path(), &test_options()));
+}
+
+#[test]
 fn damage_of_the_partial_file_is_mended() {
     let (dir, src) = source();
     let (dst, partial) = (dir.path().join("m"), dir.path().join("m.partial"));

@@ -15,7 +15,7 @@ use sluice_format::{
     ExtentKind, ExtentRecord, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB,
     SOURCE_DIGESTS_BLOB, SPEC_BLOB, TOKENIZER_BLOB, TensorRecord, WeightType,
 };
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
@@ -240,8 +240,8 @@ impl Plan {
         metadata
     }
 
-    /// A hash of everything that the file depends on but the bytes of the weights: what a resumed conversion must share
-    /// with the one that was interrupted.
+    /// A hash of everything that the extents of the file depend on but the bytes of the weights: what a resumed conversion must
+    /// share with the one that was interrupted.
     fn digest(&self) -> u128 {
         let mut hash = Xxh3::new();
         let mut add = |bytes: &[u8]| {
@@ -264,10 +264,8 @@ impl Plan {
             add(&(t.file as u64).to_le_bytes());
             add(&t.start.to_le_bytes());
         }
-        for (name, blob) in &self.blobs {
-            add(name.as_bytes());
-            add(&xxh3_128(blob).to_le_bytes());
-        }
+        // What it says of the weights, such as their quantisation, is not all in what follows. The other files are only carried.
+        add(self.side_file(SOURCE_CONFIG_BLOB).unwrap_or_default());
         add(&self.spec.to_json());
         self.layout.extents().iter().for_each(|e| add(&e.to_bytes()));
         self.records.iter().for_each(|r| add(&r.to_bytes()));
