@@ -107,6 +107,23 @@ pub enum ConvertError {
         /// What is wrong.
         problem: String,
     },
+    /// A file of the checkpoint changed between the beginning and the end of the conversion.
+    #[error(
+        "{path} was changed, moved or replaced while it was read. Nothing that was made of it since is trusted. Run the \
+         same command again once nothing writes to the checkpoint"
+    )]
+    SourceChanged {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A model file does not say what it was made of.
+    #[error("{path}: {problem}")]
+    NoProvenance {
+        /// The model file.
+        path: PathBuf,
+        /// What is missing, and what to do.
+        problem: String,
+    },
     /// A key of `config.json` is missing or has a value that this program does not support.
     #[error("{path}: `{key}` {problem}")]
     Config {
@@ -248,6 +265,14 @@ pub enum ConvertError {
     NotReplaced {
         /// The destination.
         path: PathBuf,
+    },
+    /// Where a file has to be written is something that no conversion has left there.
+    #[error("{path} is in the way: {problem}. Remove it, or choose another name for the model file")]
+    InTheWay {
+        /// The partial file or its journal.
+        path: PathBuf,
+        /// What it is.
+        problem: &'static str,
     },
     /// Another conversion is writing there.
     #[error("{path} is being written by another conversion. Wait for it, or stop it")]

@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 use sluice_format::FileWriter;
 
 use crate::Progress;
+use crate::contents::Contents;
 use crate::error::ConvertError;
 use crate::journal::Journal;
 use crate::pack::{Outcome, Packer};
 use crate::partial::Partial;
 use crate::plan::Plan;
+use crate::resume::Start;
 
 /// Finished extents are journaled in batches, because each batch waits for the drive: this many, …
 const BATCH_EXTENTS: usize = 64;
@@ -34,6 +36,7 @@ struct Execution<'a> {
     /// Of the partial file, for messages.
     path: &'a Path,
     progress: &'a dyn Progress,
+    contents: &'a Contents<'a>,
     /// By extent.
     outcomes: Mutex<Vec<Option<Outcome>>>,
     pending: Mutex<Pending>,
@@ -43,14 +46,22 @@ struct Execution<'a> {
     failed: AtomicBool,
 }
 
-/// Writes all extents that `done` does not list; returns the outcomes of all. Runs on the current rayon pool.
+/// What a conversion has found out when all extents are written.
+pub(crate) struct Finished {
+    /// By extent.
+    pub(crate) outcomes: Vec<Outcome>,
+    /// Digests of the parts of the source.
+    pub(crate) parts: Vec<u128>,
+}
+
+/// Writes all extents that are not done. Runs on the current rayon pool.
 pub(crate) fn run(
     plan: &Plan,
     partial: &Partial,
-    journal: Journal,
-    done: Vec<Outcome>,
+    start: Start<'_>,
     progress: &dyn Progress,
-) -> Result<Vec<Outcome>, ConvertError> {
+) -> Result<Finished, ConvertError> {
+    let Start { journal, contents, done } = start;
     let mut outcomes = vec![None; plan.extents.len()];
     for outcome in done {
         let extent = outcome.extent;
@@ -62,6 +73,7 @@ pub(crate) fn run(
         writer: &partial.writer,
         path: &partial.path,
         progress,
+        contents: &contents,
         outcomes: Mutex::new(outcomes),
         pending: Mutex::new(Pending { outcomes: Vec::new(), bytes: 0, since: Instant::now() }),
         journal: Mutex::new(journal),
@@ -73,15 +85,21 @@ pub(crate) fn run(
     let results = rayon::broadcast(|_| execution.work(&todo));
     // Extents that other threads finished before an error are journaled too: they need not be done again.
     let flushed = execution.flush();
+    // Before any other error: what changes while it is read can look like anything.
+    execution.check_source()?;
     results.into_iter().collect::<Result<(), _>>()?;
     flushed?;
+    contents.complete().or_else(|e| execution.check_source().and(Err(e)))?;
+    // The last look: all that was read, by whichever run, is what the files hold.
+    execution.check_source()?;
     let outcomes = execution.outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
-    Ok(outcomes.into_iter().map(|o| o.expect("every extent was done or is an error")).collect())
+    let outcomes = outcomes.into_iter().map(|o| o.expect("every extent was done or is an error")).collect();
+    Ok(Finished { outcomes, parts: contents.digests() })
 }
 
 impl Execution<'_> {
     fn work(&self, todo: &[usize]) -> Result<(), ConvertError> {
-        let mut packer = Packer::new(self.plan);
+        let mut packer = Packer::new(self.plan, self.contents);
         while !self.failed.load(Ordering::Relaxed) {
             let Some(&extent) = todo.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
             let written = |bytes| self.progress.advanced(bytes);
@@ -107,20 +125,34 @@ impl Execution<'_> {
         if full { self.flush() } else { Ok(()) }
     }
 
+    /// Fails if the source is not what it was when it was opened.
+    fn check_source(&self) -> Result<(), ConvertError> {
+        let checkpoint = &self.plan.checkpoint;
+        checkpoint.check_unchanged()?;
+        self.contents.torn().map_or(Ok(()), |file| Err(checkpoint.changed(&checkpoint.files[file])))
+    }
+
     /// Syncs the data of all pending extents, then journals them. Other threads go on meanwhile.
     fn flush(&self) -> Result<(), ConvertError> {
         let mut journal = lock(&self.journal);
+        // Before the extents are taken: a part that became known later belongs to the next batch, whose source is looked at
+        // again.
+        let parts = self.contents.take_news();
         let outcomes = {
             let mut pending = lock(&self.pending);
             pending.bytes = 0;
             pending.since = Instant::now();
             std::mem::take(&mut pending.outcomes)
         };
-        if outcomes.is_empty() {
+        if outcomes.is_empty() && parts.is_empty() {
             return Ok(());
         }
-        self.writer.file().sync_data().map_err(ConvertError::io(self.path, "sync it"))?;
-        journal.append(&outcomes).map_err(ConvertError::io(self.path, "write its journal"))
+        // All bytes that these were made of have been read: if the source is still what it was, they were its bytes, and the
+        // journal, which names this identity, may say so. Else they are not journaled.
+        self.check_source()?;
+        let syncer = self.writer.syncer();
+        syncer.data(self.writer.file()).map_err(ConvertError::io(self.path, "sync it"))?;
+        journal.append(&outcomes, &parts)
     }
 }
 

@@ -1,24 +1,40 @@
-//! The journal of a conversion: which extents are safely in the partial file.
+//! The journal of a conversion: which extents are safely in the partial file, and what they were made of.
 //!
-//! A header that names the plan, then one record of fixed size per finished extent, each with its own checksum. A record is
-//! written only after the extent's data are on the drive. Whatever follows the last whole record, such as the half of one
-//! that a power cut left, is cut off.
+//! A header that names the plan and the identity of every source file before anything of it was read. Then records, each with
+//! its own checksum: one per finished extent, with the digest of the source bytes that it was made of, and one per tensor of the
+//! source whose digest is known. Records are written only after the extents' data are on the drive, and after the sources have
+//! been seen unchanged: so what a journal says holds for the sources that its header names. Whatever follows the last whole
+//! record, such as the half of one that a power cut left, is cut off.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use sluice_format::Syncer;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
+use crate::error::ConvertError;
 use crate::pack::{ErrorSums, Outcome};
+use crate::partial::{open_own, with_suffix};
+use crate::source::Stamp;
 
-const MAGIC: [u8; 8] = *b"SLJRNL\x02\n";
-/// Magic, plan hash, tensors per extent, extents, checksum.
-const HEADER_LEN: usize = 8 + 16 + 8 + 8 + 8;
-/// Extent, checksum, digest, source bytes, and the record's own checksum; the errors come between.
-const RECORD_FIXED: usize = 8 + 8 + 16 + 8 + 8;
+/// What all versions begin with.
+const FAMILY: &[u8; 6] = b"SLJRNL";
+/// The version is to change with the records, and with everything that makes extents from the same source and options others
+/// than before.
+const MAGIC: [u8; 8] = *b"SLJRNL\x03\n";
+/// Magic, plan hash, tensors per extent, extents, parts, files; then a stamp per file, and a checksum.
+const HEADER_FIXED: usize = 8 + 16 + 4 * 8;
+const CHECKSUM: usize = 8;
+/// What a record is, in its first byte.
+const EXTENT: u8 = 1;
+const PART: u8 = 2;
+/// Kind, extent, checksum, digest, source bytes; the errors and the record's own checksum follow.
+const EXTENT_FIXED: usize = 1 + 8 + 8 + 16 + 8;
 const ERROR_LEN: usize = 24;
+/// Kind, part, digest, and the record's own checksum.
+const PART_LEN: usize = 1 + 8 + 16 + CHECKSUM;
 
 /// What a journal belongs to.
 #[derive(Clone, Copy, Debug)]
@@ -26,29 +42,57 @@ pub(crate) struct Identity {
     pub(crate) plan_hash: u128,
     pub(crate) tensors_per_extent: usize,
     pub(crate) extents: usize,
+    /// Parts of the source.
+    pub(crate) parts: usize,
+    /// Files of the source.
+    pub(crate) files: usize,
+}
+
+/// What a journal says.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Content {
+    /// Identity of every source file before anything was read.
+    pub(crate) stamps: Vec<Stamp>,
+    /// Finished extents, each once.
+    pub(crate) outcomes: Vec<Outcome>,
+    /// Digests of parts of the source, by number.
+    pub(crate) parts: Vec<(usize, u128)>,
 }
 
 impl Identity {
-    fn header(&self) -> Vec<u8> {
+    fn header(&self, stamps: &[Stamp]) -> Vec<u8> {
         let mut b = MAGIC.to_vec();
         b.extend(self.plan_hash.to_le_bytes());
-        b.extend((self.tensors_per_extent as u64).to_le_bytes());
-        b.extend((self.extents as u64).to_le_bytes());
+        for n in [self.tensors_per_extent, self.extents, self.parts, self.files] {
+            b.extend((n as u64).to_le_bytes());
+        }
+        b.extend(stamps.iter().flat_map(|s| s.to_bytes()));
         b.extend(xxh3_64(&b).to_le_bytes());
         b
     }
 
-    fn record_len(&self) -> usize {
-        RECORD_FIXED + self.tensors_per_extent * ERROR_LEN
+    fn header_len(&self) -> usize {
+        HEADER_FIXED + self.files * Stamp::LEN + CHECKSUM
+    }
+
+    fn extent_len(&self) -> usize {
+        EXTENT_FIXED + self.tensors_per_extent * ERROR_LEN + CHECKSUM
+    }
+
+    /// No journal of ours is longer.
+    fn longest(&self) -> usize {
+        self.header_len() + self.extents * self.extent_len() + self.parts * PART_LEN
     }
 
     /// The checksum of a record is bound to the plan, so that no record is taken for one of another plan.
-    fn record_checksum(&self, body: &[u8]) -> u64 {
-        xxh3_64_with_seed(body, self.plan_hash as u64)
+    fn sealed(&self, mut body: Vec<u8>) -> Vec<u8> {
+        body.extend(xxh3_64_with_seed(&body, self.plan_hash as u64).to_le_bytes());
+        body
     }
 
-    fn encode(&self, outcome: &Outcome) -> Vec<u8> {
-        let mut b = Vec::with_capacity(self.record_len());
+    fn extent(&self, outcome: &Outcome) -> Vec<u8> {
+        let mut b = Vec::with_capacity(self.extent_len());
+        b.push(EXTENT);
         b.extend((outcome.extent as u64).to_le_bytes());
         b.extend(outcome.checksum.to_le_bytes());
         b.extend(outcome.source_digest.to_le_bytes());
@@ -60,45 +104,100 @@ impl Identity {
             b.extend(sums.magnitude.to_bits().to_le_bytes());
             b.extend(sums.vanished.to_le_bytes());
         }
-        b.extend(self.record_checksum(&b).to_le_bytes());
-        b
+        self.sealed(b)
     }
 
-    fn decode(&self, record: &[u8]) -> Option<Outcome> {
-        let (body, checksum) = record.split_last_chunk::<8>()?;
-        if u64::from_le_bytes(*checksum) != self.record_checksum(body) {
-            return None;
-        }
-        let u64_at = |at: usize| body.get(at..)?.first_chunk().map(|b| u64::from_le_bytes(*b));
-        let errors = body.get(40..)?.chunks_exact(ERROR_LEN).map(|b| {
-            let bits = |at: usize| b[at..].first_chunk().map(|b| u64::from_le_bytes(*b));
-            let number = |at: usize| bits(at).map(f64::from_bits);
-            Some(ErrorSums { error: number(0)?, magnitude: number(8)?, vanished: bits(16)? })
+    fn part(&self, &(part, digest): &(usize, u128)) -> Vec<u8> {
+        let mut b = Vec::with_capacity(PART_LEN);
+        b.push(PART);
+        b.extend((part as u64).to_le_bytes());
+        b.extend(digest.to_le_bytes());
+        self.sealed(b)
+    }
+
+    /// The body of the record that `bytes` begin with, and its whole length; `None` if it is not whole.
+    fn record<'b>(&self, bytes: &'b [u8]) -> Option<(&'b [u8], usize)> {
+        let len = match *bytes.first()? {
+            EXTENT => self.extent_len(),
+            PART => PART_LEN,
+            _ => return None,
+        };
+        let (body, checksum) = bytes.get(..len)?.split_last_chunk::<CHECKSUM>()?;
+        let whole = u64::from_le_bytes(*checksum) == xxh3_64_with_seed(body, self.plan_hash as u64);
+        whole.then_some((body, len))
+    }
+
+    fn parse_extent(&self, body: &[u8]) -> Option<Outcome> {
+        let errors = body.get(EXTENT_FIXED..)?.chunks_exact(ERROR_LEN).map(|b| {
+            let number = |at: usize| u64_at(b, at).map(f64::from_bits);
+            Some(ErrorSums { error: number(0)?, magnitude: number(8)?, vanished: u64_at(b, 16)? })
         });
-        let extent = usize::try_from(u64_at(0)?).ok().filter(|&e| e < self.extents)?;
         Some(Outcome {
-            extent,
-            checksum: u64_at(8)?,
-            source_digest: u128::from_le_bytes(*body.get(16..)?.first_chunk()?),
-            source_bytes: u64_at(32)?,
+            extent: usize::try_from(u64_at(body, 1)?).ok().filter(|&e| e < self.extents)?,
+            checksum: u64_at(body, 9)?,
+            source_digest: u128_at(body, 17)?,
+            source_bytes: u64_at(body, 33)?,
             errors: errors.collect::<Option<_>>()?,
         })
     }
+
+    fn parse_part(&self, body: &[u8]) -> Option<(usize, u128)> {
+        let part = usize::try_from(u64_at(body, 1)?).ok().filter(|&p| p < self.parts)?;
+        Some((part, u128_at(body, 9)?))
+    }
+
+    /// The whole records that `bytes` begin with, and their length in all.
+    fn records(&self, bytes: &[u8]) -> (Vec<Outcome>, Vec<(usize, u128)>, usize) {
+        let (mut outcomes, mut parts) = (Vec::new(), Vec::new());
+        let (mut extents_seen, mut parts_seen) = (vec![false; self.extents], vec![false; self.parts]);
+        let mut end = 0;
+        while let Some((body, len)) = self.record(&bytes[end..]) {
+            let fresh = if body[0] == EXTENT {
+                self.parse_extent(body).is_some_and(|o| push_once(&mut outcomes, &mut extents_seen, o.extent, o))
+            } else {
+                self.parse_part(body).is_some_and(|p| push_once(&mut parts, &mut parts_seen, p.0, p))
+            };
+            // Nobody writes a number twice: what follows is not to be trusted.
+            if !fresh {
+                break;
+            }
+            end += len;
+        }
+        (outcomes, parts, end)
+    }
+}
+
+/// Adds what has a number to a list, and says whether that number was new.
+fn push_once<T>(list: &mut Vec<T>, seen: &mut [bool], number: usize, item: T) -> bool {
+    let fresh = !std::mem::replace(&mut seen[number], true);
+    if fresh {
+        list.push(item);
+    }
+    fresh
+}
+
+fn u64_at(b: &[u8], at: usize) -> Option<u64> {
+    b.get(at..)?.first_chunk().map(|b| u64::from_le_bytes(*b))
+}
+
+fn u128_at(b: &[u8], at: usize) -> Option<u128> {
+    b.get(at..)?.first_chunk().map(|b| u128::from_le_bytes(*b))
 }
 
 /// What an existing journal says.
 pub(crate) enum Found {
     /// There is none, or nothing of it can be used.
     Nothing,
-    /// It belongs to another plan.
+    /// It belongs to another plan, or another version of this program wrote it.
     OtherPlan,
     /// It belongs to this plan.
-    Same { journal: Journal, outcomes: Vec<Outcome> },
+    Same { journal: Journal, content: Content },
 }
 
 /// An open journal, to which records are appended.
 #[derive(Debug)]
 pub(crate) struct Journal {
+    path: PathBuf,
     file: File,
     identity: Identity,
     end: u64,
@@ -106,52 +205,89 @@ pub(crate) struct Journal {
 
 impl Journal {
     /// Reads the journal at `path` and cuts off what is not a whole record.
-    pub(crate) fn open(path: &Path, identity: Identity) -> io::Result<Found> {
-        let mut file = match OpenOptions::new().read(true).write(true).open(path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Found::Nothing),
-            Err(e) => return Err(e),
-        };
-        let longest = HEADER_LEN + identity.extents * identity.record_len();
+    pub(crate) fn open(path: &Path, identity: Identity) -> Result<Found, ConvertError> {
+        let Some(mut file) = open_own(path, false)? else { return Ok(Found::Nothing) };
         let mut bytes = Vec::new();
-        file.by_ref().take(longest as u64).read_to_end(&mut bytes)?;
-        let Some((header, records)) = bytes.split_at_checked(HEADER_LEN) else { return Ok(Found::Nothing) };
-        if header != identity.header() {
-            let whole =
-                header.starts_with(&MAGIC) && header.ends_with(&xxh3_64(&header[..HEADER_LEN - 8]).to_le_bytes());
-            return Ok(if whole { Found::OtherPlan } else { Found::Nothing });
+        let read = file.by_ref().take(identity.longest() as u64).read_to_end(&mut bytes);
+        read.map_err(ConvertError::io(path, "read the journal"))?;
+        if bytes.starts_with(FAMILY) && !bytes.starts_with(&MAGIC) {
+            return Ok(Found::OtherPlan);
         }
-        let records = records.chunks_exact(identity.record_len());
-        let mut seen = vec![false; identity.extents];
-        let fresh = |o: &Outcome| !std::mem::replace(&mut seen[o.extent], true);
-        let outcomes: Vec<Outcome> = records.map_while(|r| identity.decode(r)).take_while(fresh).collect();
-        let end = (HEADER_LEN + outcomes.len() * identity.record_len()) as u64;
-        file.set_len(end)?;
-        Ok(Found::Same { journal: Journal { file, identity, end }, outcomes })
+        let other = || if is_of_other_plan(&bytes, &identity) { Found::OtherPlan } else { Found::Nothing };
+        let Some((header, records)) = bytes.split_at_checked(identity.header_len()) else { return Ok(other()) };
+        let (stamps, _) = header[HEADER_FIXED..header.len() - CHECKSUM].as_chunks::<{ Stamp::LEN }>();
+        let stamps: Vec<Stamp> = stamps.iter().map(Stamp::from_bytes).collect();
+        if header != identity.header(&stamps) {
+            return Ok(other());
+        }
+        let (outcomes, parts, len) = identity.records(records);
+        let end = (header.len() + len) as u64;
+        file.set_len(end).map_err(ConvertError::io(path, "cut the journal"))?;
+        let journal = Journal { path: path.to_owned(), file, identity, end };
+        Ok(Found::Same { journal, content: Content { stamps, outcomes, parts } })
     }
 
-    /// Starts an empty journal at `path`.
-    pub(crate) fn create(path: &Path, identity: Identity) -> io::Result<Self> {
-        let file = OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
-        file.write_all_at(&identity.header(), 0)?;
-        file.sync_all()?;
-        Ok(Journal { file, identity, end: HEADER_LEN as u64 })
+    /// Starts a journal at `path` that says `content`, in the place of what is there: it has its name only once it is whole.
+    pub(crate) fn create(
+        path: &Path,
+        identity: Identity,
+        content: &Content,
+        syncer: &Syncer,
+    ) -> Result<Self, ConvertError> {
+        let new = with_suffix(path, ".new");
+        // Whatever has this name, it is removed and not followed; the lock of the partial file keeps others away.
+        match fs::remove_file(&new) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(ConvertError::io(&new, "remove what an interrupted conversion has left")(e));
+            }
+            _ => {}
+        }
+        let io = |action| ConvertError::io(&new, action);
+        let file = File::options().read(true).write(true).create_new(true).open(&new);
+        let file = file.map_err(io("create the journal"))?;
+        let header = identity.header(&content.stamps);
+        let end = header.len() as u64;
+        file.write_all_at(&header, 0).map_err(io("write the journal"))?;
+        let mut journal = Journal { path: path.to_owned(), file, identity, end };
+        journal.append(&content.outcomes, &content.parts)?;
+        syncer.all(&journal.file).map_err(io("sync the journal"))?;
+        fs::rename(&new, path).map_err(io("rename the journal"))?;
+        Ok(journal)
     }
 
-    /// Appends records in one write. Their data must be on the drive already.
-    pub(crate) fn append(&mut self, outcomes: &[Outcome]) -> io::Result<()> {
-        let bytes: Vec<u8> = outcomes.iter().flat_map(|o| self.identity.encode(o)).collect();
-        self.file.write_all_at(&bytes, self.end)?;
+    /// Appends records in one write. The data of extents must be on the drive already.
+    pub(crate) fn append(&mut self, outcomes: &[Outcome], parts: &[(usize, u128)]) -> Result<(), ConvertError> {
+        let mut bytes: Vec<u8> = outcomes.iter().flat_map(|o| self.identity.extent(o)).collect();
+        bytes.extend(parts.iter().flat_map(|p| self.identity.part(p)));
+        self.file.write_all_at(&bytes, self.end).map_err(ConvertError::io(&self.path, "write the journal"))?;
         self.end += bytes.len() as u64;
         Ok(())
     }
+}
+
+/// Whether `bytes` begin with the sound header of another plan: its length is in it.
+fn is_of_other_plan(bytes: &[u8], identity: &Identity) -> bool {
+    let files = u64_at(bytes, HEADER_FIXED - 8).and_then(|n| usize::try_from(n).ok());
+    let len = files.and_then(|n| n.checked_mul(Stamp::LEN)).and_then(|n| n.checked_add(HEADER_FIXED));
+    let header = len.and_then(|len| bytes.get(..len));
+    // One that is longer than any journal of this plan was not read whole; its magic must do.
+    let too_long = len.is_some_and(|len| len + CHECKSUM > identity.longest());
+    let whole = header.is_some_and(|header| u64_at(bytes, header.len()) == Some(xxh3_64(header)));
+    bytes.starts_with(&MAGIC) && (whole || too_long)
+}
+
+/// Whether a conversion of any version has written the file at `path`.
+pub(crate) fn is_journal(path: &Path) -> bool {
+    let mut start = [0; FAMILY.len()];
+    let is_file = path.symlink_metadata().is_ok_and(|m| m.is_file());
+    is_file && File::open(path).and_then(|mut f| f.read_exact(&mut start)).is_ok() && start == *FAMILY
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const IDENTITY: Identity = Identity { plan_hash: 7, tensors_per_extent: 3, extents: 9 };
+    const IDENTITY: Identity = Identity { plan_hash: 7, tensors_per_extent: 3, extents: 9, parts: 4, files: 2 };
 
     fn outcome(extent: usize) -> Outcome {
         let sums = |x: f64| ErrorSums { error: x, magnitude: x * 2.0, vanished: 5 };
@@ -159,40 +295,107 @@ mod tests {
         Outcome { extent, checksum: 11 << 40, source_digest: 13 << 100, source_bytes: 17, errors }
     }
 
+    fn stamps() -> Vec<Stamp> {
+        [3u8, 4].map(|n| Stamp::from_bytes(&[n; Stamp::LEN])).to_vec()
+    }
+
+    fn empty() -> Content {
+        Content { stamps: stamps(), ..Content::default() }
+    }
+
+    fn create(path: &Path, identity: Identity, content: &Content) -> Journal {
+        Journal::create(path, identity, content, &Syncer::default()).unwrap()
+    }
+
+    fn open(path: &Path) -> Found {
+        Journal::open(path, IDENTITY).unwrap()
+    }
+
     #[test]
     fn every_torn_tail_leaves_the_whole_records() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
-        let mut journal = Journal::create(&path, IDENTITY).unwrap();
         let outcomes: Vec<_> = (0..4).map(outcome).collect();
-        journal.append(&outcomes[..1]).unwrap();
-        journal.append(&outcomes[1..]).unwrap();
+        let parts = [(3, 5 << 90), (0, 6)];
+        let mut journal = create(&path, IDENTITY, &empty());
+        journal.append(&outcomes[..1], &parts[..1]).unwrap();
+        journal.append(&outcomes[1..], &parts[1..]).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         for len in 0..=bytes.len() {
             // Half of the cases: the file has its length but the tail was never written.
             let mut torn = bytes[..len].to_vec();
             torn.resize(if len % 2 == 0 { bytes.len() } else { len }, 0);
             std::fs::write(&path, torn).unwrap();
-            let whole = len.saturating_sub(HEADER_LEN) / IDENTITY.record_len();
-            match Journal::open(&path, IDENTITY).unwrap() {
-                // The last byte of a checksum may be zero anyway.
-                Found::Same { outcomes: found, .. } => {
-                    assert!(found == outcomes[..found.len()] && found.len() >= whole)
+            let whole = len.saturating_sub(IDENTITY.header_len());
+            match open(&path) {
+                Found::Same { content, journal } => {
+                    assert_eq!(content.stamps, stamps());
+                    let (extents, sources) = (content.outcomes.len(), content.parts.len());
+                    assert!(content.outcomes == outcomes[..extents] && content.parts == parts[..sources]);
+                    // The last byte of a checksum may be zero anyway.
+                    let kept = extents * IDENTITY.extent_len() + sources * PART_LEN;
+                    assert!(kept + IDENTITY.extent_len() > whole, "{len}");
+                    assert_eq!(journal.end, std::fs::metadata(&path).unwrap().len());
                 }
-                Found::Nothing => assert!(len < HEADER_LEN),
-                Found::OtherPlan => panic!("{len}"),
+                Found::Nothing => assert!(len < IDENTITY.header_len()),
+                Found::OtherPlan => assert!(len < MAGIC.len(), "{len}"),
             }
         }
+    }
+
+    #[test]
+    fn no_changed_byte_is_believed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let content = Content { outcomes: vec![outcome(2), outcome(1)], parts: vec![(1, 9)], ..empty() };
+        create(&path, IDENTITY, &content);
+        let bytes = std::fs::read(&path).unwrap();
+        assert!(matches!(open(&path), Found::Same { content: found, .. } if found == content));
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1 << (at % 8);
+            std::fs::write(&path, damaged).unwrap();
+            if let Found::Same { content: found, .. } = open(&path) {
+                assert!(at >= IDENTITY.header_len() && found != content, "byte {at}");
+                assert!(content.outcomes.starts_with(&found.outcomes) && content.parts.starts_with(&found.parts));
+            }
+        }
+        // A number that comes twice ends the trust.
+        let mut journal = create(&path, IDENTITY, &content);
+        journal.append(&[outcome(2), outcome(3)], &[]).unwrap();
+        assert!(matches!(open(&path), Found::Same { content: found, .. } if found == content));
     }
 
     #[test]
     fn another_plan_is_told_from_garbage() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
-        assert!(matches!(Journal::open(&path, IDENTITY).unwrap(), Found::Nothing));
-        Journal::create(&path, Identity { plan_hash: 8, ..IDENTITY }).unwrap();
-        assert!(matches!(Journal::open(&path, IDENTITY).unwrap(), Found::OtherPlan));
+        assert!(matches!(open(&path), Found::Nothing));
+        create(&path, Identity { plan_hash: 8, ..IDENTITY }, &empty());
+        assert!(matches!(open(&path), Found::OtherPlan));
+        for files in [0, 1, 3, 100] {
+            let stamps = vec![stamps()[0]; files];
+            create(&path, Identity { files, ..IDENTITY }, &Content { stamps, ..Content::default() });
+            assert!(matches!(open(&path), Found::OtherPlan), "{files} files");
+        }
+        std::fs::write(&path, [&b"SLJRNL\x02\n"[..], &[0; 40]].concat()).unwrap();
+        assert!(matches!(open(&path), Found::OtherPlan), "an older version");
         std::fs::write(&path, [3; 200]).unwrap();
-        assert!(matches!(Journal::open(&path, IDENTITY).unwrap(), Found::Nothing));
+        assert!(matches!(open(&path), Found::Nothing));
+    }
+
+    #[test]
+    fn links_are_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, precious) = (dir.path().join("journal"), dir.path().join("precious"));
+        std::fs::write(&precious, "precious").unwrap();
+        for name in ["journal", "journal.new"] {
+            std::os::unix::fs::symlink(&precious, dir.path().join(name)).unwrap();
+        }
+        let found = Journal::open(&path, IDENTITY);
+        assert!(matches!(found, Err(ConvertError::InTheWay { .. })));
+        create(&path, IDENTITY, &empty());
+        assert_eq!(std::fs::read(&precious).unwrap(), b"precious");
+        assert!(matches!(open(&path), Found::Same { .. }));
     }
 }

@@ -12,10 +12,12 @@
 //! | `family` | knows what `config.json` means and what tensors are called, one file per family |
 //! | `plan` | chooses types, lays out extents, checks that every tensor is accounted for |
 //! | `load`, `decode`, `fp8`, `pack` | bytes of the source → rows of numbers → row groups of the file |
-//! | `journal`, `partial`, `execute` | crash safety, disk space, threads |
-//! | `report` | provenance and summary |
+//! | `journal`, `partial`, `resume`, `execute` | crash safety, disk space, threads |
+//! | `contents`, [`mod@provenance`] | which bytes the source holds; whether a model file was made of them |
+//! | `report` | summary |
 //! | [`mod@synth`] | model files with random weights, to measure machines |
 
+mod contents;
 mod decode;
 mod error;
 mod execute;
@@ -27,7 +29,9 @@ mod options;
 mod pack;
 mod partial;
 mod plan;
+pub mod provenance;
 mod report;
+mod resume;
 mod source;
 pub mod synth;
 
@@ -71,17 +75,25 @@ pub fn convert(src: &Path, dst: &Path, options: &Options, progress: &dyn Progres
 /// # Errors
 /// As [`convert`].
 pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<Summary, ConvertError> {
-    let partial::Opened { partial, journal, done, restarted } = partial::open(dst, plan)?;
-    plan.notes().iter().for_each(|note| progress.note(note));
+    let partial::Opened { partial, identity, found, notes: mut remarks } = partial::open(dst, plan)?;
+    let restarted = matches!(found, journal::Found::OtherPlan);
     if restarted {
         progress.note("an interrupted conversion with other options or from another source was there; it starts over");
     }
-    let (resumed_extents, resumed_read) = (done.len(), done.iter().map(|o| o.source_bytes).sum::<u64>());
-    let resumed_bytes: u64 = done.iter().map(|o| plan.layout.extents()[o.extent].stored_len).sum();
+    remarks.extend(partial::sync_note(dst, &partial.writer));
+    plan.notes().iter().chain(&remarks).for_each(|note| progress.note(note));
+    let mut note = |text: String| {
+        progress.note(&text);
+        remarks.push(text);
+    };
+    let start = resume::start(plan, &partial, identity, found, &mut note)?;
+    let (resumed_extents, resumed_read) = (start.done.len(), start.done.iter().map(|o| o.source_bytes).sum::<u64>());
+    let resumed_bytes: u64 = start.done.iter().map(|o| plan.layout.extents()[o.extent].stored_len).sum();
     progress.started(plan.extent_bytes(), resumed_bytes);
-    let outcomes = execute::run(plan, &partial, journal, done, progress)?;
+    let execute::Finished { outcomes, parts } = execute::run(plan, &partial, start, progress)?;
     let checksums: Vec<u64> = outcomes.iter().map(|o| o.checksum).collect();
-    let (model_id, file_bytes) = partial.finish(plan, &checksums, report::provenance(plan, &outcomes))?;
+    let metadata = plan.metadata(provenance::blob(plan, &outcomes, &parts), &parts);
+    let (model_id, file_bytes) = partial.finish(plan, &checksums, &metadata)?;
     let vanished = report::vanished(plan, &outcomes);
     vanished.iter().for_each(|note| progress.note(note));
     Ok(Summary {
@@ -93,7 +105,7 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
         errors: report::errors(plan, &outcomes),
         widened: plan.widened.clone(),
         left_out: plan.left_out.clone(),
-        notes: plan.notes.iter().cloned().chain(vanished).collect(),
+        notes: plan.notes.iter().cloned().chain(remarks).chain(vanished).collect(),
         bytes_read: outcomes.iter().map(|o| o.source_bytes).sum::<u64>() - resumed_read,
         bytes_written: plan.extent_bytes() - resumed_bytes,
         resumed_extents,

@@ -4,7 +4,8 @@ use xxhash_rust::xxh3::Xxh3;
 
 use sluice_kernels::{bf16_to_f32, f16_to_f32};
 
-use crate::decode::{self, ColumnarScales, Lines};
+use crate::contents::{Contents, Follower};
+use crate::decode::{self, ColumnarScales, ColumnarWords, Lines};
 use crate::error::ConvertError;
 use crate::fp8;
 use crate::plan::resolve::{Fp8Scales, Grouped};
@@ -38,6 +39,7 @@ impl BlockScales {
 /// Reads rows of sources, counts and hashes the bytes. Buffers are reused.
 pub(crate) struct Loader<'a> {
     checkpoint: &'a Checkpoint,
+    follower: Follower<'a>,
     raw: Vec<u8>,
     segment: Vec<u8>,
     lines: Vec<f32>,
@@ -55,13 +57,15 @@ pub(crate) struct Rows {
 }
 
 impl<'a> Loader<'a> {
-    pub(crate) fn new(checkpoint: &'a Checkpoint) -> Self {
+    pub(crate) fn new(checkpoint: &'a Checkpoint, contents: &'a Contents<'a>) -> Self {
         let (raw, segment, lines) = (Vec::new(), Vec::new(), Vec::new());
-        Loader { checkpoint, raw, segment, lines, digest: Xxh3::new(), bytes: 0 }
+        let follower = Follower::new(contents);
+        Loader { checkpoint, follower, raw, segment, lines, digest: Xxh3::new(), bytes: 0 }
     }
 
     /// Digest (xxh3-128) and number of the bytes read since the last call.
     pub(crate) fn take_digest(&mut self) -> (u128, u64) {
+        self.follower.reset();
         let digest = std::mem::take(&mut self.digest).digest128();
         (digest, std::mem::take(&mut self.bytes))
     }
@@ -166,6 +170,25 @@ impl<'a> Loader<'a> {
         if out.iter().all(|v| v.is_finite()) { Ok(()) } else { Err(self.not_finite(source.tensor)) }
     }
 
+    /// Reads what [`Loader::codes`] (for `codes`), [`Loader::raw`] or [`Loader::f32`] read for these rows, in the same order, for
+    /// the digest alone.
+    pub(crate) fn skim(&mut self, source: &Source, codes: bool, rows: Rows) -> Result<(), ConvertError> {
+        match source.storage {
+            Storage::F32 | Storage::F16 | Storage::Bf16 | Storage::Fp8(_) => self.raw(source, rows).map(drop),
+            Storage::Grouped(grouped) => {
+                let pieces = if codes { decode::lines_of_rows(source, rows) } else { pieces(source, rows) };
+                pieces.into_iter().try_for_each(|lines| {
+                    self.grouped_lines(source, &grouped, lines)?;
+                    if codes { Ok(()) } else { self.bias_lines(source, &grouped, lines).map(drop) }
+                })
+            }
+            Storage::Columnar(tensors) => pieces(source, rows).into_iter().try_for_each(|lines| {
+                let words = decode::columnar_words(&tensors, source.cols, lines);
+                self.read_words(source, &words).map(drop)
+            }),
+        }
+    }
+
     /// Elements of packed sources: decodes the source's rows that hold them, then picks.
     fn decoded(
         &mut self,
@@ -177,11 +200,9 @@ impl<'a> Loader<'a> {
         let mut lines = std::mem::take(&mut self.lines);
         out.clear();
         out.resize(rows.count * rows.cols, 0.0);
-        let transposed = source.strides.col_step != 1;
-        let pieces =
-            if transposed { decode::lines_of_columns(source, rows) } else { decode::lines_of_rows(source, rows) };
+        let transposed = is_transposed(source);
         let mut row = 0;
-        for piece in pieces {
+        for piece in pieces(source, rows) {
             self.line_values(source, scales, piece, &mut lines)?;
             let values = lines.chunks_exact(source.cols);
             if transposed {
@@ -215,23 +236,36 @@ impl<'a> Loader<'a> {
         match (source.storage, scales) {
             (Storage::Grouped(grouped), Scales::Global(global)) => {
                 let (packed, of_groups) = self.grouped_lines(source, &grouped, lines)?;
-                let biases = grouped.biases.map(|biases| {
-                    let row = source.cols / grouped.group * decode::scale_len(grouped.scale_type);
-                    self.read_lines(biases, row, lines)
-                });
-                decode::grouped(&grouped, *global, &packed, &of_groups, biases.transpose()?.as_deref(), out);
+                let biases = self.bias_lines(source, &grouped, lines)?;
+                decode::grouped(&grouped, *global, &packed, &of_groups, biases.as_deref(), out);
             }
             (Storage::Columnar(tensors), Scales::Columnar(scales)) => {
                 let words = decode::columnar_words(&tensors, source.cols, lines);
-                let mut bytes = vec![0; words.len() * words.line_bytes];
-                for (at, line) in words.offsets().zip(bytes.chunks_exact_mut(words.line_bytes)) {
-                    self.read(source.tensor, at, line)?;
-                }
+                let bytes = self.read_words(source, &words)?;
                 decode::columnar(&tensors, scales, &words, &bytes, lines, source.cols, out);
             }
             _ => unreachable!("scales are read for the storage of their source"),
         }
         Ok(())
+    }
+
+    /// Biases of the groups of whole rows, where there are any.
+    fn bias_lines(
+        &mut self,
+        source: &Source,
+        grouped: &Grouped,
+        lines: Lines,
+    ) -> Result<Option<Vec<u8>>, ConvertError> {
+        let row = source.cols / grouped.group * decode::scale_len(grouped.scale_type);
+        grouped.biases.map(|biases| self.read_lines(biases, row, lines)).transpose()
+    }
+
+    fn read_words(&mut self, source: &Source, words: &ColumnarWords) -> Result<Vec<u8>, ConvertError> {
+        let mut bytes = vec![0; words.len() * words.line_bytes];
+        for (at, line) in words.offsets().zip(bytes.chunks_exact_mut(words.line_bytes)) {
+            self.read(source.tensor, at, line)?;
+        }
+        Ok(bytes)
     }
 
     /// Packed codes and scales of whole rows.
@@ -314,8 +348,20 @@ impl<'a> Loader<'a> {
 
     fn read(&mut self, tensor: usize, at: u64, out: &mut [u8]) -> Result<(), ConvertError> {
         self.bytes += out.len() as u64;
-        self.checkpoint.read(tensor, at, out, &mut self.digest)
+        self.checkpoint.read(tensor, at, out, &mut self.digest)?;
+        self.follower.read(self.checkpoint.part_of(tensor), at, out);
+        Ok(())
     }
+}
+
+/// Whether the columns of a packed source are what lies together.
+fn is_transposed(source: &Source) -> bool {
+    source.strides.col_step != 1
+}
+
+/// The source rows that hold `rows` of a packed source.
+fn pieces(source: &Source, rows: Rows) -> Vec<Lines> {
+    if is_transposed(source) { decode::lines_of_columns(source, rows) } else { decode::lines_of_rows(source, rows) }
 }
 
 fn element_len(storage: Storage) -> usize {

@@ -3,6 +3,7 @@
 use sluice_format::{BLOCK, ExtentKind, ExtentWriter, Layout, ROW_GROUP, WeightType};
 use sluice_kernels as kernels;
 
+use crate::contents::Contents;
 use crate::error::ConvertError;
 use crate::fp8;
 use crate::load::{BlockScales, Loader, Rows, Scales};
@@ -72,8 +73,29 @@ struct Job<'a> {
 }
 
 impl<'a> Packer<'a> {
-    pub(crate) fn new(plan: &'a Plan) -> Self {
-        Packer { plan, loader: Loader::new(&plan.checkpoint), values: Vec::new(), packed: Vec::new() }
+    pub(crate) fn new(plan: &'a Plan, contents: &'a Contents<'a>) -> Self {
+        let loader = Loader::new(&plan.checkpoint, contents);
+        Packer { plan, loader, values: Vec::new(), packed: Vec::new() }
+    }
+
+    /// Digest and number of the source bytes of an extent as [`Packer::extent`] finds them, without packing anything.
+    pub(crate) fn source_digest(&mut self, extent: usize) -> Result<(u128, u64), ConvertError> {
+        for tensor in &self.plan.extents[extent] {
+            for source in &tensor.sources {
+                self.loader.scales(source)?;
+            }
+            for rows in blocks(tensor) {
+                for source in &tensor.sources {
+                    self.loader.skim(source, carries_codes(tensor, source), rows)?;
+                }
+            }
+        }
+        Ok(self.loader.take_digest())
+    }
+
+    /// Forgets what was read of an extent that failed.
+    pub(crate) fn reset(&mut self) {
+        self.loader.take_digest();
     }
 
     /// Writes extent number `extent` and reports the bytes as they are written.
@@ -345,6 +367,12 @@ fn blocks(tensor: &TensorPlan) -> impl Iterator<Item = Rows> + use<> {
         cols,
     };
     (0..batch).flat_map(starts).map(block)
+}
+
+/// Whether the codes of a source are stored as they are.
+fn carries_codes(tensor: &TensorPlan, source: &Source) -> bool {
+    let tiled = tensor.layout != Layout::Plain;
+    tiled && matches!((source.storage, tensor.weight_type), (Storage::Grouped(_), WeightType::Int4 | WeightType::Mxfp4))
 }
 
 fn carries_halves(storage: Storage, ty: WeightType) -> bool {

@@ -3,26 +3,29 @@
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read as _};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::statvfs::statvfs;
-use sluice_format::{FileWriter, MAGIC, ModelId};
+use sluice_format::{ExtentRecord, FileWriter, MAGIC, Metadata, ModelId};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::ConvertError;
-use crate::journal::{Found, Identity, Journal};
-use crate::pack::Outcome;
+use crate::journal::{Found, Identity, Journal, is_journal};
 use crate::plan::Plan;
 
 /// Unit of `st_blocks`, whatever the file system's blocks are.
 const STAT_BLOCK: u64 = 512;
+/// Bytes read at once of an extent that an earlier run has written.
+const PIECE: usize = 1 << 20;
 
 /// A partial file, exclusively ours.
 pub(crate) struct Partial {
     destination: PathBuf,
     pub(crate) path: PathBuf,
-    journal_path: PathBuf,
+    pub(crate) journal_path: PathBuf,
     pub(crate) writer: FileWriter,
     /// Holds the lock until the file has its name: a duplicate keeps the lock when the writer closes its own.
     lock: File,
@@ -31,11 +34,10 @@ pub(crate) struct Partial {
 /// What opening found.
 pub(crate) struct Opened {
     pub(crate) partial: Partial,
-    pub(crate) journal: Journal,
-    /// Extents that an earlier run finished.
-    pub(crate) done: Vec<Outcome>,
-    /// Whether an earlier run's work was thrown away because it followed another plan.
-    pub(crate) restarted: bool,
+    pub(crate) identity: Identity,
+    pub(crate) found: Found,
+    /// What this file system cannot do, for the user.
+    pub(crate) notes: Vec<String>,
 }
 
 /// `path` with something behind its name.
@@ -45,38 +47,34 @@ pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// Opens the partial file for `destination`. When this returns, its space is allocated and its journal exists.
+/// Opens the partial file for `destination`, gives it its space, and reads its journal.
 pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertError> {
-    refuse_existing(destination, plan.options.overwrite, Some(&plan.checkpoint.dir))?;
+    let source = Some(plan.checkpoint.dir.as_path());
+    refuse_existing(destination, plan.options.overwrite, source)?;
     let path = with_suffix(destination, ".partial");
     let journal_path = with_suffix(destination, ".partial.journal");
-    let (writer, lock) = lock(&path, plan)?;
+    // First, so that nothing is left behind where it is in the way.
+    open_own(&journal_path, false)?;
+    let mut notes = Vec::new();
+    let lock = claim(&path, &journal_path, &mut notes)?;
     // Another conversion may have finished while this one waited to open the file.
-    refuse_existing(destination, plan.options.overwrite, Some(&plan.checkpoint.dir))?;
-    let partial = Partial { destination: destination.to_owned(), path, journal_path, writer, lock };
-    let identity =
-        Identity { plan_hash: plan.hash, tensors_per_extent: plan.tensors_per_extent(), extents: plan.extents.len() };
-    let journal_io = |action| ConvertError::io(&partial.journal_path, action);
-    let found = Journal::open(&partial.journal_path, identity).map_err(journal_io("read the journal"))?;
-    // A journal speaks only of a file that has all its space, because it is created after it.
-    let complete = partial.stat()?.len() >= plan.layout.extents_end();
-    let (resumed, restarted) = match found {
-        Found::Same { journal, outcomes } if complete => (Some((journal, outcomes)), false),
-        Found::OtherPlan => (None, true),
-        _ => (None, false),
+    refuse_existing(destination, plan.options.overwrite, source)?;
+    let identity = Identity {
+        plan_hash: plan.hash,
+        tensors_per_extent: plan.tensors_per_extent(),
+        extents: plan.extents.len(),
+        parts: plan.checkpoint.parts.len(),
+        files: plan.checkpoint.files.len(),
     };
-    if resumed.is_none() {
+    let found = Journal::open(&journal_path, identity)?;
+    let file = lock.try_clone().map_err(ConvertError::io(&path, "open it"))?;
+    let writer = FileWriter::of_file(&path, file, plan.layout.clone())?;
+    let partial = Partial { destination: destination.to_owned(), path, journal_path, writer, lock };
+    if !matches!(found, Found::Same { .. }) {
         partial.clear()?;
     }
-    partial.reserve(plan)?;
-    let (journal, done) = match resumed {
-        Some(resumed) => resumed,
-        None => {
-            let journal = Journal::create(&partial.journal_path, identity);
-            (journal.map_err(journal_io("create the journal"))?, Vec::new())
-        }
-    };
-    Ok(Opened { partial, journal, done, restarted })
+    partial.reserve(plan, &mut notes)?;
+    Ok(Opened { partial, identity, found, notes })
 }
 
 /// Whether a finished file may take the place of what is at `destination`, if anything is: not of a folder or a device, and
@@ -99,27 +97,93 @@ pub(crate) fn refuse_existing(destination: &Path, overwrite: bool, source: Optio
     if !found.is_file() || (is_read() && !is_ours()) { Err(ConvertError::NotReplaced { path }) } else { Ok(()) }
 }
 
-/// Opens and locks the partial file. The lock belongs to the open file and vanishes with the process, however it ends.
-fn lock(path: &Path, plan: &Plan) -> Result<(FileWriter, File), ConvertError> {
-    let writer = FileWriter::open(path, plan.layout.clone())?;
-    let lock = lock_file(path, &writer)?;
-    Ok((writer, lock))
-}
-
-/// Locks the partial file at `path` that `writer` has opened; the lock is held as long as what this returns.
-pub(crate) fn lock_file(path: &Path, writer: &FileWriter) -> Result<File, ConvertError> {
-    let file = writer.file().try_clone().map_err(ConvertError::io(path, "open it"))?;
+/// Opens the partial file at `path` and locks it. The lock belongs to the open file and vanishes with the process, however it
+/// ends. A file that no conversion has left there is not touched.
+pub(crate) fn claim(path: &Path, journal_path: &Path, notes: &mut Vec<String>) -> Result<File, ConvertError> {
+    let file = open_own(path, true)?.ok_or_else(|| ConvertError::Locked { path: path.to_owned() })?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Err(ConvertError::Locked { path: path.to_owned() }),
+        Err(TryLockError::Error(e)) if has_no_locks(&e) => notes.push(format!(
+            "{}: this file system cannot lock files ({e}): do not run a second conversion to the same place meanwhile",
+            path.display()
+        )),
         Err(TryLockError::Error(e)) => return Err(ConvertError::io(path, "lock it")(e)),
     }
     // Between opening and locking, its owner may have finished and renamed it: then this is somebody's finished file.
-    let ours = file.metadata().map_err(ConvertError::io(path, "read its state"))?;
-    match fs::metadata(path) {
-        Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => Ok(file),
-        _ => Err(ConvertError::Locked { path: path.to_owned() }),
+    if !has_name(&file, path)? {
+        return Err(ConvertError::Locked { path: path.to_owned() });
     }
+    if !is_partial(&file).map_err(ConvertError::io(path, "read it"))? && !is_journal(journal_path) {
+        let problem = "it is not what a conversion leaves when it is interrupted";
+        return Err(ConvertError::InTheWay { path: path.to_owned(), problem });
+    }
+    Ok(file)
+}
+
+/// Whether `path` still names an open file, itself and not through a link.
+fn has_name(file: &File, path: &Path) -> Result<bool, ConvertError> {
+    let ours = file.metadata().map_err(ConvertError::io(path, "read its state"))?;
+    Ok(path.symlink_metadata().is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())))
+}
+
+/// Whether a file begins as unfinished and finished model files do, as far as it goes.
+fn is_partial(file: &File) -> io::Result<bool> {
+    let mut start = [0; MAGIC.len()];
+    let len = file.metadata()?.len().min(start.len() as u64) as usize;
+    file.read_exact_at(&mut start[..len], 0)?;
+    Ok(start == [0; MAGIC.len()] || start == MAGIC)
+}
+
+/// Opens a file for reading and writing that only this program writes; `None` if there is none and it is not to be created.
+/// Never follows a link, nor opens anything but a regular file of a single name: what else is there stays as it is.
+pub(crate) fn open_own(path: &Path, create: bool) -> Result<Option<File>, ConvertError> {
+    let in_the_way = |problem| Err(ConvertError::InTheWay { path: path.to_owned(), problem });
+    match path.symlink_metadata() {
+        Ok(found) => {
+            if let Some(problem) = obstacle(&found) {
+                return in_the_way(problem);
+            }
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(ConvertError::io(path, "read its state")(e)),
+    }
+    // Whatever takes its place in this moment: no link is followed, and no pipe waited for.
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let file =
+        File::options().read(true).write(true).create(create).truncate(false).custom_flags(flags.bits()).open(path);
+    let file = match file {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound && !create => return Ok(None),
+        Err(e) => return Err(ConvertError::io(path, if create { "create it" } else { "open it" })(e)),
+    };
+    let opened = file.metadata().map_err(ConvertError::io(path, "read its state"))?;
+    obstacle(&opened).map_or(Ok(Some(file)), in_the_way)
+}
+
+/// Why something is no file that this program has made.
+fn obstacle(found: &fs::Metadata) -> Option<&'static str> {
+    let kind = found.file_type();
+    if kind.is_symlink() {
+        Some("it is a link, which is not followed")
+    } else if kind.is_dir() {
+        Some("it is a folder")
+    } else if kind.is_fifo() || kind.is_socket() {
+        Some("it is a pipe or a socket")
+    } else if !kind.is_file() {
+        Some("it is a device")
+    } else if found.nlink() > 1 {
+        Some("it has another name too (a hard link), whose content would change with it")
+    } else {
+        None
+    }
+}
+
+/// Whether an error says that there are no locks here: not every file system has them.
+fn has_no_locks(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    error.kind() == io::ErrorKind::Unsupported
+        || matches!(errno, Some(Errno::ENOSYS | Errno::ENOLCK | Errno::EOPNOTSUPP))
 }
 
 impl Partial {
@@ -135,7 +199,7 @@ impl Partial {
     /// data that no longer exist.
     fn clear(&self) -> Result<(), ConvertError> {
         match fs::remove_file(&self.journal_path) {
-            Ok(()) => sync_folder(&self.path)?,
+            Ok(()) => self.sync_folder()?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(ConvertError::io(&self.journal_path, "remove the journal")(e)),
         }
@@ -143,9 +207,9 @@ impl Partial {
     }
 
     /// Checks that the drive has room and takes it.
-    fn reserve(&self, plan: &Plan) -> Result<(), ConvertError> {
+    fn reserve(&self, plan: &Plan, notes: &mut Vec<String>) -> Result<(), ConvertError> {
         let occupied = self.stat()?.blocks() * STAT_BLOCK;
-        let available = free_space(&self.path)?;
+        let available = free_space(&self.path, notes)?.unwrap_or(u64::MAX);
         let needed = plan.file_bytes().saturating_sub(occupied);
         let no_space = || ConvertError::NoSpace { path: self.destination.clone(), needed, available };
         let result = if needed > available {
@@ -163,50 +227,98 @@ impl Partial {
         result
     }
 
-    /// Writes tables and superblock and gives the file its name.
+    /// Whether the bytes of an extent that an earlier run has written are still those of its checksum. What cannot be read is
+    /// not.
+    pub(crate) fn is_intact(&self, extent: &ExtentRecord, checksum: u64) -> bool {
+        let mut hash = Xxh3::new();
+        let mut buffer = vec![0; PIECE.min(extent.stored_len as usize)];
+        let mut done = 0;
+        while done < extent.stored_len {
+            let piece = &mut buffer[..PIECE.min((extent.stored_len - done) as usize)];
+            if self.lock.read_exact_at(piece, extent.offset + done).is_err() {
+                return false;
+            }
+            hash.update(piece);
+            done += piece.len() as u64;
+        }
+        hash.digest() == checksum
+    }
+
+    fn sync_folder(&self) -> Result<(), ConvertError> {
+        let folder = folder_of(&self.path);
+        self.writer.syncer().folder(folder).map_err(ConvertError::io(folder, "sync the folder"))
+    }
+
+    /// Writes tables and superblock and gives the file its name; returns its id and its length.
     pub(crate) fn finish(
         self,
         plan: &Plan,
         checksums: &[u64],
-        provenance: Vec<u8>,
+        metadata: &Metadata,
     ) -> Result<(ModelId, u64), ConvertError> {
-        let id = self.writer.finish(checksums, &plan.records, &plan.metadata(provenance))?;
-        let len = self.lock.metadata().map_err(ConvertError::io(&self.path, "read its length"))?.len();
-        fs::rename(&self.path, &self.destination).map_err(ConvertError::io(&self.path, "rename it"))?;
-        sync_folder(&self.destination)?;
-        fs::remove_file(&self.journal_path).map_err(ConvertError::io(&self.journal_path, "remove the journal"))?;
-        drop(self.lock);
-        Ok((id, len))
+        let Partial { destination, path, journal_path, writer, lock } = self;
+        let syncer = writer.syncer().clone();
+        let id = writer.finish(checksums, &plan.records, metadata)?;
+        let len = lock.metadata().map_err(ConvertError::io(&path, "read its length"))?.len();
+        refuse_existing(&destination, plan.options.overwrite, Some(&plan.checkpoint.dir))?;
+        publish(&lock, &path, &destination)?;
+        let folder = folder_of(&destination);
+        syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
+        match fs::remove_file(&journal_path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(ConvertError::io(&journal_path, "remove the journal")(e))
+            }
+            _ => Ok((id, len)),
+        }
     }
 }
 
-/// Bytes that are free on the drive of `path`.
-fn free_space(path: &Path) -> Result<u64, ConvertError> {
+/// Gives a finished file its name. `file` is the one that was written to as `path`.
+pub(crate) fn publish(file: &File, path: &Path, destination: &Path) -> Result<(), ConvertError> {
+    if !has_name(file, path)? {
+        let problem = "it has taken the place of the file that was being written";
+        return Err(ConvertError::InTheWay { path: path.to_owned(), problem });
+    }
+    fs::rename(path, destination).map_err(ConvertError::io(path, "rename it"))
+}
+
+/// Bytes that are free on the drive of `path`; `None`, and a remark, where the system cannot tell.
+fn free_space(path: &Path, notes: &mut Vec<String>) -> Result<Option<u64>, ConvertError> {
     let folder = folder_of(path);
-    let stats = statvfs(folder).map_err(|e| ConvertError::io(folder, "read the free space of")(e.into()))?;
-    // The field types differ between systems.
-    #[allow(clippy::unnecessary_cast)]
-    Ok(stats.blocks_available() as u64 * stats.fragment_size() as u64)
+    match statvfs(folder) {
+        // The field types differ between systems.
+        #[allow(clippy::unnecessary_cast)]
+        Ok(stats) => Ok(Some(stats.blocks_available() as u64 * stats.fragment_size() as u64)),
+        Err(e @ (Errno::ENOSYS | Errno::EOPNOTSUPP)) => {
+            let folder = folder.display();
+            notes.push(format!("{folder}: the system does not say how much space is free ({e}): it is not checked"));
+            Ok(None)
+        }
+        Err(e) => Err(ConvertError::io(folder, "read the free space of")(e.into())),
+    }
 }
 
 /// Refuses to begin a file of `needed` bytes at `path` where they are not free.
-pub(crate) fn check_space(path: &Path, needed: u64) -> Result<(), ConvertError> {
-    let available = free_space(path)?;
-    if needed > available {
-        return Err(ConvertError::NoSpace { path: path.to_owned(), needed, available });
+pub(crate) fn check_space(path: &Path, needed: u64, notes: &mut Vec<String>) -> Result<(), ConvertError> {
+    match free_space(path, notes)? {
+        Some(available) if needed > available => {
+            Err(ConvertError::NoSpace { path: path.to_owned(), needed, available })
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
-fn folder_of(path: &Path) -> &Path {
+/// The remark that a file may be lost with the power, if its file system could not sync it.
+pub(crate) fn sync_note(path: &Path, writer: &FileWriter) -> Option<String> {
+    let refusal = writer.syncer().refusal()?;
+    Some(format!(
+        "{}: this file system cannot sync files ({refusal}): what is written may be lost if the power fails soon after",
+        path.display()
+    ))
+}
+
+pub(crate) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// Makes the names in the folder of `path` durable.
-pub(crate) fn sync_folder(path: &Path) -> Result<(), ConvertError> {
-    let folder = folder_of(path);
-    let result = File::open(folder).and_then(|f| f.sync_all());
-    result.map_err(ConvertError::io(folder, "sync the folder"))
 }
 
 /// Allocates blocks where the file system can, so that the drive cannot fill up halfway; else sets the length.

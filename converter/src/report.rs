@@ -1,13 +1,11 @@
-//! What a conversion did: for the file, and for the user.
+//! What a conversion did, for the user.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use xxhash_rust::xxh3::Xxh3;
 
-use crate::options::TypeChoice;
 use crate::pack::{ErrorSums, Outcome};
-use crate::plan::{CONVERTER, KindSize, LeftOut, Plan};
+use crate::plan::{KindSize, LeftOut, Plan};
 
 /// What a conversion did.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -40,38 +38,6 @@ pub struct Summary {
     pub restarted: bool,
 }
 
-/// One file of the source.
-#[derive(Serialize)]
-struct SourceFileRecord {
-    name: String,
-    bytes: u64,
-    header_xxh3_128: String,
-}
-
-#[derive(Serialize)]
-struct Recipe {
-    expert_type: TypeChoice,
-    dense_type: TypeChoice,
-    page_size: u32,
-    /// xxh3-64 of the importance file, if there was one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    importance_xxh3_64: Option<String>,
-}
-
-/// The blob that says where the weights came from. Nothing in it depends on when, where or how fast the conversion ran.
-#[derive(Serialize)]
-struct Provenance<'a> {
-    converter: &'static str,
-    recipe: Recipe,
-    source_files: Vec<SourceFileRecord>,
-    /// Over the digests of what each extent was made from, in file order.
-    source_xxh3_128: String,
-    types: &'a BTreeMap<String, Vec<String>>,
-    relative_rms_error: BTreeMap<String, f64>,
-    widened: &'a [String],
-    left_out: &'a [LeftOut],
-}
-
 /// Relative RMS error by group; groups without error are left out. The sums run in file order, whoever computed the parts.
 pub(crate) fn errors(plan: &Plan, outcomes: &[Outcome]) -> BTreeMap<String, f64> {
     let mut sums = vec![ErrorSums::default(); plan.groups.len()];
@@ -99,31 +65,4 @@ pub(crate) fn vanished(plan: &Plan, outcomes: &[Outcome]) -> Option<String> {
     Some(format!(
         "{blocks} blocks of 32 weights are too small for the scales of q8, and became zero; the first are in `{first}`"
     ))
-}
-
-/// The provenance blob.
-pub(crate) fn provenance(plan: &Plan, outcomes: &[Outcome]) -> Vec<u8> {
-    let mut digest = Xxh3::new();
-    outcomes.iter().for_each(|o| digest.update(&o.source_digest.to_le_bytes()));
-    let files = plan.checkpoint.files.iter().map(|f| SourceFileRecord {
-        name: f.name.clone(),
-        bytes: f.len,
-        header_xxh3_128: format!("{:032x}", f.header_digest),
-    });
-    let provenance = Provenance {
-        converter: CONVERTER,
-        recipe: Recipe {
-            expert_type: plan.options.expert_type,
-            dense_type: plan.options.dense_type,
-            page_size: plan.options.page_size,
-            importance_xxh3_64: plan.importance.as_ref().map(|i| format!("{:016x}", i.digest())),
-        },
-        source_files: files.collect(),
-        source_xxh3_128: format!("{:032x}", digest.digest128()),
-        types: &plan.types,
-        relative_rms_error: errors(plan, outcomes),
-        widened: &plan.widened,
-        left_out: &plan.left_out,
-    };
-    serde_json::to_vec_pretty(&provenance).expect("plain data with string keys always serialises")
 }

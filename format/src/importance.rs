@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::bytes::{array, get_u16, get_u32, get_u64};
+use crate::durable::replace_file;
 use crate::extent::{ExtentKind, NO_LAYER};
 use crate::fields::{importance as at, importance_entry as entry, reserved_in_use};
 use crate::spec::ModelSpec;
@@ -256,11 +257,7 @@ impl Importance {
         if path.metadata().is_ok_and(|found| !found.is_file()) {
             return fs::write(path, self.to_bytes()).map_err(error("write the importance"));
         }
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(".partial");
-        let partial = path.with_file_name(name);
-        let written = fs::write(&partial, self.to_bytes()).and_then(|()| fs::rename(&partial, path));
-        written.inspect_err(|_| _ = fs::remove_file(&partial)).map_err(error("write the importance file"))
+        replace_file(path, &self.to_bytes()).map_err(error("write the importance file"))
     }
 
     /// Reads and checks a file that belongs to a model of this spec.

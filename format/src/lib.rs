@@ -15,6 +15,7 @@
 
 mod bytes;
 mod catalog;
+mod durable;
 mod error;
 mod extent;
 pub mod fields;
@@ -32,13 +33,14 @@ mod verify;
 mod weight;
 mod writer;
 
+pub use durable::{Syncer, replace_file};
 pub use error::{FormatError, Region};
 pub use extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER, extent_name};
 pub use fields::extent::LEN as EXTENT_RECORD_LEN;
 pub use fields::tensor::LEN as TENSOR_RECORD_LEN;
 pub use importance::{ColumnMeans, IMPORTANCE_MAGIC, IMPORTANCE_VERSION, Importance, ImportanceError, MatrixKey};
 pub use inspect::{KindSize, TypeSize};
-pub use metadata::{Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB, TOKENIZER_BLOB};
+pub use metadata::{Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SOURCE_DIGESTS_BLOB, SPEC_BLOB, TOKENIZER_BLOB};
 pub use reader::{ModelFile, open_regular, verify_extent};
 pub use schema::TensorShape;
 pub use spec::*;

@@ -7,6 +7,8 @@ use crate::limits::{MAX_BLOB_NAME, MAX_BLOBS};
 pub const SPEC_BLOB: &str = "sluice/spec.json";
 /// Blob that says where the weights came from: source files, digests, recipe, errors.
 pub const PROVENANCE_BLOB: &str = "sluice/provenance.json";
+/// Blob of one xxh3-128 (16 bytes, little-endian) per tensor of the source, in the order of files and places.
+pub const SOURCE_DIGESTS_BLOB: &str = "sluice/source_digests";
 /// The source's `config.json`.
 pub const SOURCE_CONFIG_BLOB: &str = "config.json";
 /// The source's `tokenizer.json`.

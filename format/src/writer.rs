@@ -4,12 +4,14 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::bytes::round_up;
 use crate::catalog::{Catalog, check_tiling};
 use crate::checksum;
+use crate::durable::Syncer;
 use crate::error::{FormatError, Region};
 use crate::extent::{Codec, ExtentKind, ExtentRecord};
 use crate::limits::MAX_SPEC_BYTES;
@@ -113,6 +115,7 @@ pub struct FileWriter {
     path: PathBuf,
     file: File,
     layout: FileLayout,
+    syncer: Arc<Syncer>,
 }
 
 impl FileWriter {
@@ -124,7 +127,16 @@ impl FileWriter {
     pub fn open(path: &Path, layout: FileLayout) -> Result<Self, FormatError> {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(|source| FormatError::Io { path: path.to_owned(), action: "create it", source })?;
-        let writer = FileWriter { path: path.to_owned(), file, layout };
+        Self::of_file(path, file, layout)
+    }
+
+    /// As [`FileWriter::open`], of a file that the caller has opened for reading and writing, and locked if need be: `path` is
+    /// for messages.
+    ///
+    /// # Errors
+    /// [`FormatError::Io`].
+    pub fn of_file(path: &Path, file: File, layout: FileLayout) -> Result<Self, FormatError> {
+        let writer = FileWriter { path: path.to_owned(), file, layout, syncer: Arc::default() };
         writer.io("clear its superblock", writer.clear_superblock())?;
         Ok(writer)
     }
@@ -133,7 +145,7 @@ impl FileWriter {
     fn clear_superblock(&self) -> io::Result<()> {
         let page = vec![0; self.layout.page_size as usize];
         self.file.write_all_at(&page, 0)?;
-        self.file.sync_data()
+        self.syncer.data(&self.file)
     }
 
     /// The places.
@@ -141,9 +153,14 @@ impl FileWriter {
         &self.layout
     }
 
-    /// The file, for locking, preallocation and syncing.
+    /// The file, for preallocation and for what was written to it before.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// What syncs the file, and knows whether the system could.
+    pub fn syncer(&self) -> &Arc<Syncer> {
+        &self.syncer
     }
 
     /// Starts writing extent number `index` of the layout from its beginning.
@@ -151,7 +168,7 @@ impl FileWriter {
         ExtentWriter { writer: self, record: self.layout.extents[index], written: 0, hash: Box::default() }
     }
 
-    /// Writes tables and metadata behind the extents, syncs, writes the superblock, syncs again.
+    /// Writes tables and metadata behind the extents, syncs, writes the superblock, syncs again, as far as the system can.
     /// `checksums` has one entry per extent of the layout, from [`ExtentWriter::finish`].
     /// Returns the model's id, which is a hash of all content: equal content, equal file.
     ///
@@ -177,7 +194,7 @@ impl FileWriter {
         let mut put = |bytes| self.write_table(bytes, &mut offset);
         let (extents, tensors, metadata) = (put(extents)?, put(tensors)?, put(metadata)?);
         self.io("cut it to length", self.file.set_len(offset))?;
-        self.io("sync it", self.file.sync_all())?;
+        self.io("sync it", self.syncer.all(&self.file))?;
         let superblock = Superblock {
             page_size: self.layout.page_size,
             model_id,
@@ -195,7 +212,7 @@ impl FileWriter {
         }
         check_tiling(&superblock, &records).map_err(|e| layout_error(Region::ExtentTable, &e))?;
         self.io("write its superblock", self.file.write_all_at(&superblock.to_page(), 0))?;
-        self.io("sync it", self.file.sync_all())?;
+        self.io("sync it", self.syncer.all(&self.file))?;
         Ok(model_id)
     }
 

@@ -89,7 +89,10 @@ fn constants_in_prose() {
     assert!(table("extent")[2][3].contains(&NO_LAYER.to_string()));
     assert!(table("tensor")[5][3].contains(&ANY_INDEX.to_string()));
     assert!(table("blobs")[0][1].ends_with(&format!("version {SPEC_VERSION}")));
-    assert_eq!(columns("blobs", 1), [SPEC_BLOB, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, TOKENIZER_BLOB]);
+    assert_eq!(
+        columns("blobs", 1),
+        [SPEC_BLOB, PROVENANCE_BLOB, SOURCE_DIGESTS_BLOB, SOURCE_CONFIG_BLOB, TOKENIZER_BLOB]
+    );
     assert!(text.contains(&format!("each other one at the next multiple of {PLANE_ALIGN}")));
     assert_eq!(table("importance")[0][3].as_bytes(), IMPORTANCE_MAGIC);
     assert_eq!(table("importance")[1][3], IMPORTANCE_VERSION.to_string());

@@ -4,10 +4,10 @@
 //! Little-endian. It only ever changes speed: a file that is missing, damaged or of another model is ignored.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use sluice_format::ModelId;
+use sluice_format::{ModelId, replace_file};
 use twox_hash::XxHash3_64;
 
 const MAGIC: [u8; 8] = *b"SLCOUNT1";
@@ -46,19 +46,7 @@ pub fn load(model: &Path, id: ModelId) -> Option<Vec<u8>> {
 pub fn save(model: &Path, id: ModelId, counts: &[u8]) -> io::Result<()> {
     let mut bytes = [&MAGIC[..], &id.0, &(counts.len() as u64).to_le_bytes(), counts].concat();
     bytes.extend(XxHash3_64::oneshot(&bytes).to_le_bytes());
-    let path = path_of(model);
-    let mut partial = path.clone().into_os_string();
-    partial.push(format!(".{}", std::process::id()));
-    let written = fs::File::create(&partial).and_then(|mut file| {
-        file.write_all(&bytes)?;
-        file.sync_all()
-    });
-    let renamed = written.and_then(|()| fs::rename(&partial, &path));
-    if renamed.is_err() {
-        // What cannot be renamed is of no use; if it cannot be removed either, the first error says more.
-        let _ = fs::remove_file(&partial);
-    }
-    renamed
+    replace_file(&path_of(model), &bytes)
 }
 
 #[cfg(test)]

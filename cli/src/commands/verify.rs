@@ -1,8 +1,9 @@
-//! `sluice verify`: every checksum of a model file.
+//! `sluice verify`: every checksum of a model file, and whether it was made of a checkpoint.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use sluice_converter::provenance::{Comparison, SourceFile};
 use sluice_format::{FormatError, ModelFile};
 use sluice_runtime::memory::Bytes;
 
@@ -13,21 +14,32 @@ const EXAMPLES: &str = "\
 Reads the whole file. `sluice run` also checks every byte that it reads; this command finds damage before it \
 is needed, and names all of it.
 
+With --source it also reads the checkpoint, once, and says which of its files and tensors are not those that the model \
+file was made of. Every byte of the safetensors files counts, and the files that the model file holds verbatim.
+
 Examples:
   sluice verify r1.sluice
+  sluice verify r1.sluice --source DeepSeek-R1/
   sluice verify r1.sluice --json | jq .damaged";
 
-/// Check every checksum of a model file; name what is damaged
+/// Check every checksum of a model file, name what is damaged; compare it with its checkpoint
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// The model file
     file: PathBuf,
 
+    /// Also compare the model file with the checkpoint in this folder
+    #[arg(long, value_name = "DIR")]
+    source: Option<PathBuf>,
+
     /// Print JSON
     #[arg(long)]
     json: bool,
 }
+
+/// Tensors of a file that are named to people.
+const TENSORS_SHOWN: usize = 8;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -36,9 +48,20 @@ struct Report {
     extents: usize,
     bytes: u64,
     damaged: Vec<Damage>,
+    /// How the checkpoint compares, if one was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<Source>,
     /// Why the file could not even be opened.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
+}
+
+/// A checkpoint beside what the model file was made of.
+#[derive(Debug, Serialize)]
+struct Source {
+    folder: String,
+    same: bool,
+    files: Vec<SourceFile>,
 }
 
 #[derive(Debug, Serialize)]
@@ -49,43 +72,64 @@ pub(crate) struct Damage {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    let file = ModelFile::open(&args.file);
     let mut report = Report {
         file: args.file.display().to_string(),
         intact: false,
         extents: 0,
         bytes: 0,
         damaged: Vec::new(),
+        source: None,
         error: None,
     };
-    match file {
-        Ok(file) => {
-            report.extents = file.extents().len();
-            report.bytes = file.superblock().file_len;
-            report.damaged = damage(&file);
-            report.intact = report.damaged.is_empty();
-        }
-        Err(e) if args.json => {
+    if let Err(e) = examine(args, &mut report) {
+        if args.json {
             report.error = Some(e.to_string());
             print_json(&report)?;
-            return Err(e.into());
         }
-        Err(e) => return Err(e.into()),
+        return Err(e);
     }
     if args.json {
         print_json(&report)?;
     } else {
         print(&describe(&report))?;
     }
-    if report.intact {
-        return Ok(());
+    if !report.intact {
+        let (damaged, extents) = (report.damaged.len(), report.extents);
+        return Err(CliError::Failure(format!(
+            "{}: {damaged} of {extents} extents are damaged. Copy the file again or convert it again",
+            report.file
+        )));
     }
-    Err(CliError::Failure(format!(
-        "{}: {} of {} extents are damaged. Copy the file again or convert it again",
-        report.file,
-        report.damaged.len(),
-        report.extents
-    )))
+    match report.source {
+        Some(Source { folder, same: false, .. }) => Err(CliError::Failure(format!(
+            "{folder} is not what {} was made of. Convert it again, or find the checkpoint that it was made of",
+            report.file
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn examine(args: &Args, report: &mut Report) -> Result<(), CliError> {
+    let file = ModelFile::open(&args.file)?;
+    // Before the file is read: it may not say enough to compare.
+    let comparison = args.source.as_deref().map(|folder| Comparison::new(&file, folder)).transpose()?;
+    report.extents = file.extents().len();
+    report.bytes = file.superblock().file_len;
+    report.damaged = damage(&file);
+    report.intact = report.damaged.is_empty();
+    if let (Some(comparison), Some(folder)) = (comparison, &args.source) {
+        report.source = Some(compare(&comparison, folder)?);
+    }
+    Ok(())
+}
+
+fn compare(comparison: &Comparison, folder: &Path) -> Result<Source, CliError> {
+    let bar = byte_bar("comparing", comparison.bytes());
+    let files = comparison.run(&|bytes| bar.inc(bytes));
+    bar.finish_and_clear();
+    let files = files?;
+    let same = files.iter().all(|f| f.difference.is_none());
+    Ok(Source { folder: folder.display().to_string(), same, files })
 }
 
 /// All damaged extents. Superblock, tables and metadata were checked when the file was opened.
@@ -112,10 +156,27 @@ impl From<FormatError> for Damage {
 }
 
 fn describe(report: &Report) -> String {
+    let mut out = String::new();
     if report.intact {
         let (extents, bytes) = (report.extents, Bytes(report.bytes));
-        return format!("{}: intact; {extents} extents, {bytes}, every checksum matches\n", report.file);
+        out = format!("{}: intact; {extents} extents, {bytes}, every checksum matches\n", report.file);
     }
-    let line = |d: &Damage| format!("damaged: {} at offset {}: {}\n", d.extent, d.offset, d.problem);
-    report.damaged.iter().map(line).collect()
+    for d in &report.damaged {
+        out += &format!("damaged: {} at offset {}: {}\n", d.extent, d.offset, d.problem);
+    }
+    let Some(source) = &report.source else { return out };
+    if source.same {
+        out += &format!("{}: what it was made of; all {} files are the same\n", source.folder, source.files.len());
+    }
+    for f in &source.files {
+        let Some(difference) = &f.difference else { continue };
+        out += &format!("differs: {}: {difference}\n", f.name);
+        for tensor in f.tensors.iter().take(TENSORS_SHOWN) {
+            out += &format!("         {tensor}\n");
+        }
+        if f.tensors.len() > TENSORS_SHOWN {
+            out += &format!("         and {} more, which --json lists\n", f.tensors.len() - TENSORS_SHOWN);
+        }
+    }
+    out
 }

@@ -15,9 +15,9 @@ use std::path::Path;
 use serde::Serialize;
 use sluice_format::{
     ExtentKind, ExtentRecord, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB,
-    SPEC_BLOB, TOKENIZER_BLOB, TensorRecord, WeightType,
+    SOURCE_DIGESTS_BLOB, SPEC_BLOB, TOKENIZER_BLOB, TensorRecord, WeightType,
 };
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
@@ -41,6 +41,9 @@ const SIDE_FILES: [&str; 6] = [
 
 /// Room for the parts of tables whose length is only known at the end, in the estimate of the file's length.
 const PROVENANCE_ROOM: u64 = 64 << 10;
+
+/// The same, for each file of the checkpoint.
+const FILE_ROOM: u64 = 512;
 
 /// One tensor of an extent.
 #[derive(Clone, Debug)]
@@ -177,7 +180,9 @@ impl Plan {
     pub fn file_bytes(&self) -> u64 {
         let page = u64::from(self.layout.page_size());
         let blobs: u64 = self.blobs.iter().map(|(_, b)| b.len() as u64).sum();
-        let metadata = blobs + self.spec.to_json().len() as u64 + PROVENANCE_ROOM;
+        let provenance = PROVENANCE_ROOM + FILE_ROOM * self.checkpoint.files.len() as u64;
+        let digests = (self.checkpoint.parts.len() * size_of::<u128>()) as u64;
+        let metadata = blobs + self.spec.to_json().len() as u64 + provenance + digests;
         let extents = (self.layout.extents().len() * sluice_format::EXTENT_RECORD_LEN) as u64;
         let tensors = (self.records.len() * sluice_format::TENSOR_RECORD_LEN) as u64;
         let tables: u64 = [metadata, extents, tensors].iter().map(|n| n.next_multiple_of(page)).sum();
@@ -236,18 +241,19 @@ impl Plan {
     }
 
     /// The blobs of the file.
-    pub(crate) fn metadata(&self, provenance: Vec<u8>) -> Metadata {
+    pub(crate) fn metadata(&self, provenance: Vec<u8>, source_digests: &[u128]) -> Metadata {
         let mut metadata = Metadata::default();
         metadata.insert(SPEC_BLOB, self.spec.to_json());
         metadata.insert(PROVENANCE_BLOB, provenance);
+        metadata.insert(SOURCE_DIGESTS_BLOB, source_digests.iter().flat_map(|d| d.to_le_bytes()).collect());
         for (name, blob) in &self.blobs {
             metadata.insert(name, blob.clone());
         }
         metadata
     }
 
-    /// A hash of everything that the file depends on but the bytes of the weights: what a resumed conversion must share
-    /// with the one that was interrupted.
+    /// A hash of everything that the extents of the file depend on but the bytes of the weights: what a resumed conversion must
+    /// share with the one that was interrupted.
     fn digest(&self) -> u128 {
         let mut hash = Xxh3::new();
         let mut add = |bytes: &[u8]| {
@@ -264,10 +270,14 @@ impl Plan {
             add(&f.len.to_le_bytes());
             add(&f.header_digest.to_le_bytes());
         }
-        for (name, blob) in &self.blobs {
-            add(name.as_bytes());
-            add(&xxh3_128(blob).to_le_bytes());
+        // Which file a tensor is read from: an index that is mended can name another one that holds its name too.
+        for t in &self.checkpoint.tensors {
+            add(t.name.as_bytes());
+            add(&(t.file as u64).to_le_bytes());
+            add(&t.start.to_le_bytes());
         }
+        // What it says of the weights, such as their quantisation, is not all in what follows. The other files are only carried.
+        add(self.side_file(SOURCE_CONFIG_BLOB).unwrap_or_default());
         add(&self.spec.to_json());
         self.layout.extents().iter().for_each(|e| add(&e.to_bytes()));
         self.records.iter().for_each(|r| add(&r.to_bytes()));

@@ -196,6 +196,6 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, ConvertError> {
 }
 
 /// Whether `name` names a file directly inside a folder: an index must not lead anywhere else.
-fn is_plain_name(name: &str) -> bool {
+pub(crate) fn is_plain_name(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
 }

@@ -4,9 +4,10 @@
 //! depend on the size of the checkpoint, and a file that is cut short while it is read is an error instead of a signal.
 
 mod dtype;
-mod header;
+pub(crate) mod header;
 mod locate;
 pub(crate) mod recognise;
+mod stamp;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
@@ -19,8 +20,11 @@ use sluice_format::open_regular;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 pub(crate) use dtype::{Dtype, FLOATS, WIDE_FLOATS};
+pub(crate) use stamp::Stamp;
 
+use crate::contents::{Part, parts_of};
 use crate::error::{ConvertError, counted, first_few};
+pub(crate) use locate::is_plain_name;
 use locate::{Located, locate};
 use recognise::Foreign;
 
@@ -44,6 +48,8 @@ pub(crate) struct SourceFile {
     pub(crate) len: u64,
     /// xxh3-128 of length field and header.
     pub(crate) header_digest: u128,
+    /// Its identity before anything of it was read.
+    pub(crate) stamp: Stamp,
     file: File,
 }
 
@@ -58,7 +64,8 @@ pub(crate) struct SourceTensor {
     pub(crate) len: u64,
     /// Whether the index names it, if there is one.
     pub(crate) indexed: bool,
-    start: u64,
+    /// First byte in its file.
+    pub(crate) start: u64,
 }
 
 /// A tensor that the index names and that no file holds.
@@ -78,6 +85,8 @@ pub(crate) struct Checkpoint {
     pub(crate) files: Vec<SourceFile>,
     /// In the order of their names.
     pub(crate) tensors: Vec<SourceTensor>,
+    /// All bytes of all files behind their headers, in the order of files and places.
+    pub(crate) parts: Vec<Part>,
     /// What the index names and no file holds.
     pub(crate) absent: Vec<AbsentTensor>,
     /// Remarks for the user.
@@ -99,6 +108,7 @@ impl Checkpoint {
             dir: dir.to_owned(),
             files: Vec::new(),
             tensors: Vec::new(),
+            parts: Vec::new(),
             by_name: HashMap::new(),
             absent: Vec::new(),
             notes,
@@ -143,11 +153,12 @@ impl Checkpoint {
     /// Opens one file.
     fn add_file(&mut self, name: &str, places: Option<&BTreeMap<String, String>>) -> Result<(), ConvertError> {
         let path = self.dir.join(name);
-        let (file, len, header) = open_safetensors(&path)?;
+        let (file, stamp, len, header) = open_safetensors(&path)?;
         let damaged = |problem| ConvertError::Damaged { path: path.clone(), problem };
         let json = &header[header::LENGTH_FIELD as usize..];
         let entries = header::parse(json, len).map_err(damaged)?;
         let number = self.files.len();
+        self.parts.extend(parts_of(number, entries.iter().map(|e| (e.start, e.len)), header.len() as u64, len));
         self.tensors.extend(entries.into_iter().map(|e| SourceTensor {
             indexed: places.is_none_or(|places| places.contains_key(&e.name)),
             name: e.name,
@@ -157,7 +168,7 @@ impl Checkpoint {
             len: e.len,
             start: e.start,
         }));
-        self.files.push(SourceFile { name: name.to_owned(), path, len, header_digest: xxh3_128(&header), file });
+        self.files.push(SourceFile { name: name.to_owned(), path, len, header_digest: xxh3_128(&header), stamp, file });
         Ok(())
     }
 
@@ -206,11 +217,50 @@ impl Checkpoint {
         let t = &self.tensors[tensor];
         // The plan only asks for ranges inside the tensor; the header's check put the tensor inside the file.
         assert!(at + out.len() as u64 <= t.len, "`{}` has {} bytes", t.name, t.len);
-        let source = &self.files[t.file];
-        source.file.read_exact_at(out, t.start + at).map_err(ConvertError::io(&source.path, "read its weights"))?;
+        self.read_file(t.file, t.start + at, out)?;
         digest.update(out);
-        drop_behind(&source.file, t.start + at, out.len());
         Ok(())
+    }
+
+    /// Reads bytes of a part from its byte `at` on.
+    pub(crate) fn read_part(&self, part: usize, at: u64, out: &mut [u8]) -> Result<(), ConvertError> {
+        let part = &self.parts[part];
+        assert!(at + out.len() as u64 <= part.len, "the part has {} bytes", part.len);
+        self.read_file(part.file, part.start + at, out)
+    }
+
+    fn read_file(&self, file: usize, at: u64, out: &mut [u8]) -> Result<(), ConvertError> {
+        let source = &self.files[file];
+        source.file.read_exact_at(out, at).map_err(ConvertError::io(&source.path, "read its weights"))?;
+        drop_behind(&source.file, at, out.len());
+        Ok(())
+    }
+
+    /// The part that is a tensor's data; any for a tensor without data.
+    pub(crate) fn part_of(&self, tensor: usize) -> usize {
+        let t = &self.tensors[tensor];
+        self.parts.partition_point(|part| (part.file, part.start) < (t.file, t.start))
+    }
+
+    /// The identity of every file before anything was read.
+    pub(crate) fn stamps(&self) -> Vec<Stamp> {
+        self.files.iter().map(|f| f.stamp).collect()
+    }
+
+    /// Checks that no file has changed since it was opened: what has been read is what the files hold.
+    pub(crate) fn check_unchanged(&self) -> Result<(), ConvertError> {
+        for f in &self.files {
+            let now = Stamp::of(&f.file).map_err(ConvertError::io(&f.path, "read its state"))?;
+            if now != f.stamp {
+                return Err(self.changed(f));
+            }
+        }
+        Ok(())
+    }
+
+    /// The error that a file was changed while it was read.
+    pub(crate) fn changed(&self, file: &SourceFile) -> ConvertError {
+        ConvertError::SourceChanged { path: file.path.clone() }
     }
 
     /// Reads a small file of the folder, or `None` if it does not exist. JSON must be an object: a file that was cut short
@@ -236,7 +286,7 @@ pub(crate) fn side_file(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, Conve
 
 /// What has been converted is not read again: its pages would only push out those of other programs.
 #[cfg(target_os = "linux")]
-fn drop_behind(file: &File, offset: u64, len: usize) {
+pub(crate) fn drop_behind(file: &File, offset: u64, len: usize) {
     use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
     if len >= DROP_BEHIND {
         // Advice: where the system does not take it, nothing is lost but cache.
@@ -245,11 +295,13 @@ fn drop_behind(file: &File, offset: u64, len: usize) {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn drop_behind(_file: &File, _offset: u64, _len: usize) {}
+pub(crate) fn drop_behind(_file: &File, _offset: u64, _len: usize) {}
 
-/// Opens a safetensors file; returns it with its length and its header, length field included.
-fn open_safetensors(path: &Path) -> Result<(File, u64, Vec<u8>), ConvertError> {
+/// Opens a safetensors file; returns it with its identity, its length and its header, length field included.
+pub(crate) fn open_safetensors(path: &Path) -> Result<(File, Stamp, u64, Vec<u8>), ConvertError> {
     let file = open_regular(path).map_err(ConvertError::io(path, "open it"))?;
+    // First of all, so that whatever changes from here on shows.
+    let stamp = Stamp::settled(&file).map_err(ConvertError::io(path, "read its state"))?;
     let len = file.metadata().map_err(ConvertError::io(path, "read its length"))?.len();
     let damaged = |problem: String| ConvertError::Damaged { path: path.to_owned(), problem };
     if len < header::LENGTH_FIELD {
@@ -265,7 +317,7 @@ fn open_safetensors(path: &Path) -> Result<(File, u64, Vec<u8>), ConvertError> {
     let header_len = header::header_len(field, len).map_err(damaged)?;
     let mut header = vec![0; (header::LENGTH_FIELD + header_len) as usize];
     file.read_exact_at(&mut header, 0).map_err(ConvertError::io(path, "read its header"))?;
-    Ok((file, len, header))
+    Ok((file, stamp, len, header))
 }
 
 /// Reads a small file whole.

@@ -21,7 +21,7 @@ use super::topics::Embeddings;
 use super::values::{Filler, truncate_to_bf16};
 use crate::Progress;
 use crate::error::ConvertError;
-use crate::partial::{check_space, lock_file, refuse_existing, sync_folder, with_suffix};
+use crate::partial::{check_space, claim, folder_of, publish, refuse_existing, sync_note, with_suffix};
 use crate::plan::{CONVERTER, KindSize, kind_sizes};
 
 /// Bytes that are made before they are written.
@@ -93,24 +93,31 @@ pub fn synth(
     let metadata = metadata(geometry, options);
     refuse_existing(dst, options.overwrite, None)?;
     let path = with_suffix(dst, ".partial");
-    let writer = FileWriter::open(&path, layout.file.clone())?;
-    let lock = lock_file(&path, &writer)?;
+    let mut notes = Vec::new();
+    let lock = claim(&path, &with_suffix(dst, ".partial.journal"), &mut notes)?;
     refuse_existing(dst, options.overwrite, None)?;
+    let file = lock.try_clone().map_err(ConvertError::io(&path, "open it"))?;
+    let writer = FileWriter::of_file(&path, file, layout.file.clone())?;
+    let syncer = writer.syncer().clone();
+    notes.extend(sync_note(dst, &writer));
     writer.file().set_len(0).map_err(ConvertError::io(&path, "empty it"))?;
-    let written = prepare(&path, &writer, &layout, options).and_then(|()| {
+    let written = prepare(&path, &writer, &layout, options, &mut notes).and_then(|()| {
+        notes.iter().for_each(|note| progress.note(note));
         progress.started(layout.extent_bytes(), 0);
         let checksums = if options.sparse {
             holes(&layout, progress)
         } else {
             Synthesis::new(geometry, &layout, options).run(&writer, progress)?
         };
-        Ok(writer.finish(&checksums, &layout.records, &metadata)?)
+        let id = writer.finish(&checksums, &layout.records, &metadata)?;
+        refuse_existing(dst, options.overwrite, None)?;
+        Ok(id)
     });
     // Nothing in it is worth keeping: it can be made again at any time.
     let model_id = written.inspect_err(|_| drop(fs::remove_file(&path)))?;
     let file_bytes = lock.metadata().map_err(ConvertError::io(&path, "read its length"))?.len();
-    fs::rename(&path, dst).map_err(ConvertError::io(&path, "rename it"))?;
-    sync_folder(dst)?;
+    publish(&lock, &path, dst)?;
+    syncer.folder(folder_of(dst)).map_err(ConvertError::io(folder_of(dst), "sync the folder"))?;
     Ok(SynthSummary {
         geometry: geometry.name().to_owned(),
         family: geometry.spec().family.clone(),
@@ -122,10 +129,16 @@ pub fn synth(
 }
 
 /// Gives the file its length, and unless it is to be sparse, its space.
-fn prepare(path: &Path, writer: &FileWriter, layout: &Layout, options: &SynthOptions) -> Result<(), ConvertError> {
+fn prepare(
+    path: &Path,
+    writer: &FileWriter,
+    layout: &Layout,
+    options: &SynthOptions,
+    notes: &mut Vec<String>,
+) -> Result<(), ConvertError> {
     let len = layout.file.extents_end();
     if !options.sparse {
-        check_space(path, layout.file_bytes(BATCH))?;
+        check_space(path, layout.file_bytes(BATCH), notes)?;
     }
     writer.file().set_len(len).map_err(ConvertError::io(path, "give it its length (does the file system allow it?)"))
 }

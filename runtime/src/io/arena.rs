@@ -98,11 +98,11 @@ impl Mapping {
                 return Ok(());
             }
             let error = std::io::Error::last_os_error();
-            if error.raw_os_error() != Some(libc::EINVAL) {
+            if !matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) {
                 return Err(error);
             }
         }
-        // Linux before 5.14, and macOS: write one zero to every page.
+        // Linux before 5.14, what imitates it, and macOS: write one zero to every page.
         for offset in (0..len).step_by(PAGE_BYTES) {
             // SAFETY: `offset` is inside the range, which is still private to this call and
             // full of zeros, so that writing a zero changes nothing.

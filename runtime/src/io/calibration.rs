@@ -4,11 +4,12 @@
 //! computes depends on it.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use sluice_format::replace_file;
 
 use super::bench::{BenchEngine, Knee};
 use super::{DataFile, DirectMode, EngineKind, IoConfig, IoError};
@@ -37,7 +38,7 @@ impl DeviceId {
     /// The system's.
     pub fn of(file: &DataFile) -> io::Result<DeviceId> {
         let device = device_number(file.metadata()?.dev());
-        let filesystem = format!("{:016x}", file.filesystem_id()?);
+        let filesystem = format!("{:016x}", file.filesystem_id());
         let model = model(&device);
         Ok(DeviceId { filesystem, device, model })
     }
@@ -229,19 +230,10 @@ impl CalibrationStore {
     }
 }
 
-/// Writes a file next to its place and moves it there.
+/// Writes the file, and its folder if there is none yet.
 fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
-    let new = path.with_extension(format!("{}.new", std::process::id()));
-    let written = fs::File::create(&new).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()
-    });
-    written.and_then(|()| fs::rename(&new, path)).inspect_err(|_| {
-        // The error that is being returned says more than a second one would.
-        let _ = fs::remove_file(&new);
-    })
+    fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+    replace_file(path, bytes)
 }
 
 /// Where the numbers in a [`Tuning`] come from.

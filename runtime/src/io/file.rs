@@ -148,9 +148,11 @@ impl DataFile {
         self.file.metadata()
     }
 
-    /// The id of the filesystem; 0 where it has none.
-    pub(crate) fn filesystem_id(&self) -> io::Result<u64> {
-        Ok(nix::sys::statvfs::fstatvfs(&self.file)?.filesystem_id() as u64)
+    /// The id of the filesystem; 0 where it has none, or where nobody can tell.
+    pub(crate) fn filesystem_id(&self) -> u64 {
+        // The type differs between systems.
+        #[allow(clippy::unnecessary_cast)]
+        nix::sys::statvfs::fstatvfs(&self.file).map_or(0, |fs| fs.filesystem_id() as u64)
     }
 
     /// True if the page at `offset`, a multiple of [`PAGE_BYTES`], is in the page cache; `None` where nobody can tell.
@@ -193,7 +195,7 @@ fn engage(path: &Path, buffered: File, len: u64) -> io::Result<(File, DirectIo)>
     let mut options = File::options();
     let direct = match options.read(true).custom_flags(libc::O_DIRECT).open(path) {
         Ok(direct) => direct,
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+        Err(error) if is_refusal(&error) => {
             let reason = "the filesystem does not accept O_DIRECT";
             return Ok((buffered, DirectIo::refused(reason)));
         }
@@ -214,6 +216,12 @@ fn engage(path: &Path, buffered: File, len: u64) -> io::Result<(File, DirectIo)>
     Ok((file, verdict))
 }
 
+/// Whether this is how a filesystem says that it has no direct I/O: `EINVAL` by custom, others in filesystems of user space.
+#[cfg(target_os = "linux")]
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS))
+}
+
 /// Reads a page directly and looks whether it went through the page cache.
 #[cfg(target_os = "linux")]
 fn prove(direct: &File, buffered: &File, len: u64, alignment: Option<sys::DirectAlignment>) -> io::Result<DirectIo> {
@@ -232,7 +240,7 @@ fn prove(direct: &File, buffered: &File, len: u64, alignment: Option<sys::Direct
     for offset in [len / 2, len - page, 0].map(|at| at / page * page) {
         match direct.read_at(&mut buffer.0, offset) {
             Ok(_) => {}
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            Err(error) if is_refusal(&error) => {
                 return Ok(DirectIo::refused("the filesystem refuses direct reads of a page"));
             }
             Err(error) => return Err(error),

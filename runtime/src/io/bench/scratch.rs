@@ -5,6 +5,8 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
+use sluice_format::Syncer;
+
 use super::{BenchError, splitmix};
 
 /// Bytes of a scratch file when nothing else is asked for: more than the memory of most drives.
@@ -52,7 +54,7 @@ impl Scratch {
             ),
             _ => {
                 write_noise(&mut file, bytes, progress).map_err(failed("write"))?;
-                file.sync_all().map_err(failed("write"))?;
+                Syncer::default().all(&file).map_err(failed("write"))?;
                 forget_pages(&file);
                 return Ok(Scratch { path: path.to_owned(), file });
             }

@@ -1,0 +1,274 @@
+//! Where the weights of a model file came from: written by a conversion, and compared with a checkpoint.
+//!
+//! `docs/FORMAT.md` describes both blobs, and what the digests cover.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sluice_format::{ModelFile, PROVENANCE_BLOB, SOURCE_DIGESTS_BLOB};
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::contents::{LEAF, Part, PartDigest, digest_of, parts_of};
+use crate::error::ConvertError;
+use crate::options::TypeChoice;
+use crate::pack::Outcome;
+use crate::plan::{CONVERTER, LeftOut, Plan};
+use crate::report::errors;
+use crate::source::{Stamp, drop_behind, header, is_plain_name, open_safetensors, side_file};
+
+/// Bytes read at once to compare: whole leaves.
+const PIECE: u64 = 64 * LEAF;
+/// Blobs of this program's own; all others are files of the checkpoint.
+const OWN_BLOBS: &str = "sluice/";
+
+/// One file of the source.
+#[derive(Debug, Serialize, Deserialize)]
+struct SourceFileRecord {
+    name: String,
+    bytes: u64,
+    header_xxh3_128: String,
+    /// Digests of the file in the blob of digests.
+    #[serde(default)]
+    digests: usize,
+    /// Of header and all tensors. Older files do not have it.
+    xxh3_128: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Recipe {
+    expert_type: TypeChoice,
+    dense_type: TypeChoice,
+    page_size: u32,
+    /// xxh3-64 of the importance file, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    importance_xxh3_64: Option<String>,
+}
+
+/// The blob that says where the weights came from. Nothing in it depends on when, where or how fast the conversion ran.
+#[derive(Serialize)]
+struct Provenance<'a> {
+    converter: &'static str,
+    recipe: Recipe,
+    source_files: Vec<SourceFileRecord>,
+    /// Over the digests of what each extent was made from, in file order.
+    source_xxh3_128: String,
+    types: &'a BTreeMap<String, Vec<String>>,
+    relative_rms_error: BTreeMap<String, f64>,
+    widened: &'a [String],
+    left_out: &'a [LeftOut],
+}
+
+fn hex(digest: u128) -> String {
+    format!("{digest:032x}")
+}
+
+/// The digest of a file from that of its header and those of its parts.
+fn file_digest(header: u128, parts: &[u128]) -> u128 {
+    digest_of(std::iter::once(&header).chain(parts))
+}
+
+/// The provenance blob; `parts` are the digests of the source's parts.
+pub(crate) fn blob(plan: &Plan, outcomes: &[Outcome], parts: &[u128]) -> Vec<u8> {
+    let of_file = plan.checkpoint.parts.chunk_by(|a, b| a.file == b.file);
+    let mut counts = vec![0; plan.checkpoint.files.len()];
+    of_file.for_each(|group| counts[group[0].file] = group.len());
+    let mut rest = parts;
+    let files = plan.checkpoint.files.iter().zip(counts).map(|(f, count)| {
+        let (own, others) = rest.split_at(count);
+        rest = others;
+        SourceFileRecord {
+            name: f.name.clone(),
+            bytes: f.len,
+            header_xxh3_128: hex(f.header_digest),
+            digests: count,
+            xxh3_128: Some(hex(file_digest(f.header_digest, own))),
+        }
+    });
+    let provenance = Provenance {
+        converter: CONVERTER,
+        recipe: Recipe {
+            expert_type: plan.options.expert_type,
+            dense_type: plan.options.dense_type,
+            page_size: plan.options.page_size,
+            importance_xxh3_64: plan.importance.as_ref().map(|i| format!("{:016x}", i.digest())),
+        },
+        source_files: files.collect(),
+        source_xxh3_128: hex(digest_of(outcomes.iter().map(|o| &o.source_digest))),
+        types: &plan.types,
+        relative_rms_error: errors(plan, outcomes),
+        widened: &plan.widened,
+        left_out: &plan.left_out,
+    };
+    serde_json::to_vec_pretty(&provenance).expect("plain data with string keys always serialises")
+}
+
+/// What of a provenance a comparison needs.
+#[derive(Deserialize)]
+struct Sources {
+    #[serde(default)]
+    synthetic: bool,
+    #[serde(default)]
+    source_files: Vec<SourceFileRecord>,
+}
+
+/// How a file of a checkpoint compares with what a model file was made of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SourceFile {
+    /// Its name inside the folder.
+    pub name: String,
+    /// How it differs; `None` if it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub difference: Option<String>,
+    /// The tensors in it that differ, where its header is the same.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tensors: Vec<String>,
+}
+
+/// A model file beside a checkpoint.
+#[derive(Debug)]
+pub struct Comparison {
+    model: PathBuf,
+    folder: PathBuf,
+    records: Vec<SourceFileRecord>,
+    /// Of each record.
+    digests: Vec<Vec<u128>>,
+    /// Name and content of the files that the model file holds verbatim.
+    verbatim: Vec<(String, Vec<u8>)>,
+}
+
+impl Comparison {
+    /// Reads what `model` says of its source, to compare it with the checkpoint in `folder`.
+    ///
+    /// # Errors
+    /// [`ConvertError::NoProvenance`] if it does not say enough, [`ConvertError::NotACheckpoint`] if there is no such folder.
+    pub fn new(model: &ModelFile, folder: &Path) -> Result<Self, ConvertError> {
+        let lacks =
+            |problem: &str| ConvertError::NoProvenance { path: model.path().to_owned(), problem: problem.into() };
+        let blob = model.metadata().get(PROVENANCE_BLOB).ok_or_else(|| lacks("it does not say what it was made of"))?;
+        let unreadable = |e| lacks(&format!("what it says of its source cannot be read: {e}"));
+        let sources: Sources = serde_json::from_slice(blob).map_err(unreadable)?;
+        if sources.synthetic {
+            return Err(lacks("it has random weights of `sluice synth`, and no source"));
+        }
+        let records = sources.source_files;
+        let bytes = model.metadata().get(SOURCE_DIGESTS_BLOB);
+        let (Some(bytes), false) = (bytes, records.is_empty() || records.iter().any(|r| r.xxh3_128.is_none())) else {
+            return Err(lacks(
+                "an older version has converted it, which kept no digests of its source. Convert the checkpoint again to \
+                 be able to compare them",
+            ));
+        };
+        let mut rest = bytes.as_chunks::<16>().0.iter().map(|b| u128::from_le_bytes(*b));
+        let digests: Vec<Vec<u128>> = records.iter().map(|r| rest.by_ref().take(r.digests).collect()).collect();
+        let sound = |(r, own): (&SourceFileRecord, &Vec<u128>)| own.len() == r.digests && is_plain_name(&r.name);
+        if rest.next().is_some() || !records.iter().zip(&digests).all(sound) {
+            return Err(lacks("what it says of its source contradicts itself"));
+        }
+        if !folder.is_dir() {
+            let problem = "it is not a folder".to_owned();
+            return Err(ConvertError::NotACheckpoint { path: folder.to_owned(), problem });
+        }
+        let blobs = model.metadata().iter().filter(|(name, _)| !name.starts_with(OWN_BLOBS) && is_plain_name(name));
+        let verbatim = blobs.map(|(name, blob)| (name.to_owned(), blob.to_vec())).collect();
+        Ok(Comparison { model: model.path().to_owned(), folder: folder.to_owned(), records, digests, verbatim })
+    }
+
+    /// Bytes that the source's weights had.
+    pub fn bytes(&self) -> u64 {
+        self.records.iter().fold(0, |sum, r| sum.saturating_add(r.bytes))
+    }
+
+    /// Compares every file, and reads each once. `read` is told of bytes as they are read, by several threads.
+    ///
+    /// # Errors
+    /// [`ConvertError::Io`] for files that cannot be read, and [`ConvertError::SourceChanged`] for one that changes meanwhile:
+    /// that says nothing of what they hold.
+    pub fn run(&self, read: &(dyn Fn(u64) + Sync)) -> Result<Vec<SourceFile>, ConvertError> {
+        let mut all = Vec::new();
+        for (record, digests) in self.records.iter().zip(&self.digests) {
+            all.push(self.shard(record, digests, read)?);
+        }
+        for (name, blob) in &self.verbatim {
+            let difference = match side_file(&self.folder, name)? {
+                None => Some("it is missing".to_owned()),
+                Some(bytes) if bytes != *blob => Some("it is not the one that the model file holds".to_owned()),
+                Some(_) => None,
+            };
+            all.push(SourceFile { name: name.clone(), difference, tensors: Vec::new() });
+        }
+        Ok(all)
+    }
+
+    fn shard(
+        &self,
+        record: &SourceFileRecord,
+        digests: &[u128],
+        read: &(dyn Fn(u64) + Sync),
+    ) -> Result<SourceFile, ConvertError> {
+        let of = |difference| SourceFile { name: record.name.clone(), difference, tensors: Vec::new() };
+        let differs = |problem: String| Ok(of(Some(problem)));
+        let path = self.folder.join(&record.name);
+        if !path.exists() {
+            return differs("it is missing".into());
+        }
+        let (file, stamp, len, head) = match open_safetensors(&path) {
+            Ok(opened) => opened,
+            Err(ConvertError::Damaged { problem, .. }) => return differs(problem),
+            Err(e) => return Err(e),
+        };
+        if len != record.bytes {
+            return differs(format!("it has {len} bytes, the one that was converted had {}", record.bytes));
+        }
+        if hex(xxh3_128(&head)) != record.header_xxh3_128 {
+            return differs("its header differs: it holds other tensors, or in another order".into());
+        }
+        let entries = match header::parse(&head[header::LENGTH_FIELD as usize..], len) {
+            Ok(entries) => entries,
+            Err(problem) => return differs(problem),
+        };
+        let parts = parts_of(0, entries.iter().map(|e| (e.start, e.len)), head.len() as u64, len);
+        let digest = |part: &Part| part_digest(&file, &path, part, read);
+        let found: Vec<u128> = parts.par_iter().map(digest).collect::<Result<_, _>>()?;
+        if Stamp::of(&file).map_err(ConvertError::io(&path, "read its state"))? != stamp {
+            return Err(ConvertError::SourceChanged { path });
+        }
+        let contradiction = || ConvertError::NoProvenance {
+            path: self.model.clone(),
+            problem: format!("what it says of `{}` contradicts itself", record.name),
+        };
+        if found.len() != digests.len() {
+            return Err(contradiction());
+        }
+        let name_of = |part: &Part| {
+            let entry = entries.iter().find(|e| e.start == part.start && e.len > 0);
+            entry.map_or_else(|| format!("bytes at {}", part.start), |e| e.name.clone())
+        };
+        let other = parts.iter().zip(found.iter().zip(digests)).filter(|(_, (found, kept))| found != kept);
+        let tensors: Vec<String> = other.map(|(part, _)| name_of(part)).collect();
+        if tensors.is_empty() {
+            let whole = Some(hex(file_digest(xxh3_128(&head), &found))) == record.xxh3_128;
+            return if whole { Ok(of(None)) } else { Err(contradiction()) };
+        }
+        let difference = Some(format!("{} of {} tensors differ", tensors.len(), parts.len()));
+        Ok(SourceFile { name: record.name.clone(), difference, tensors })
+    }
+}
+
+fn part_digest(file: &File, path: &Path, part: &Part, read: &(dyn Fn(u64) + Sync)) -> Result<u128, ConvertError> {
+    let mut digest = PartDigest::default();
+    let mut buffer = vec![0; PIECE.min(part.len) as usize];
+    let mut done = 0;
+    while done < part.len {
+        let piece = &mut buffer[..PIECE.min(part.len - done) as usize];
+        file.read_exact_at(piece, part.start + done).map_err(ConvertError::io(path, "read its weights"))?;
+        digest.update(piece);
+        drop_behind(file, part.start + done, piece.len());
+        done += piece.len() as u64;
+        read(piece.len() as u64);
+    }
+    Ok(digest.finish())
+}

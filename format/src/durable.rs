@@ -1,0 +1,129 @@
+//! What becomes durable, as far as the system can do that: some file systems, most of them networked or in user space, cannot
+//! sync, and a file on them is none the worse for it until the power fails.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::sync::OnceLock;
+
+/// Names that are tried for a new file beside another one.
+const NAMES: usize = 100;
+
+/// Whether a sync failed because it does not exist here. Data that could not be written is another matter (`EIO`, `ENOSPC`).
+fn is_unsupported(error: &io::Error) -> bool {
+    // ENOSYS and EOPNOTSUPP; and EINVAL, which stands for a descriptor that cannot be synced.
+    matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput)
+}
+
+/// Syncs files where the system can, and remembers that it could not.
+#[derive(Debug, Default)]
+pub struct Syncer {
+    refusal: OnceLock<io::Error>,
+}
+
+impl Syncer {
+    /// Makes a file's content and its state durable.
+    ///
+    /// # Errors
+    /// The operating system's, but that it cannot sync such a file: that is no error.
+    pub fn all(&self, file: &File) -> io::Result<()> {
+        self.tolerate(file.sync_all())
+    }
+
+    /// Makes a file's content durable.
+    ///
+    /// # Errors
+    /// As [`Syncer::all`].
+    pub fn data(&self, file: &File) -> io::Result<()> {
+        self.tolerate(file.sync_data())
+    }
+
+    /// Makes the names in a folder durable.
+    ///
+    /// # Errors
+    /// As [`Syncer::all`].
+    pub fn folder(&self, folder: &Path) -> io::Result<()> {
+        self.all(&File::open(folder)?)
+    }
+
+    fn tolerate(&self, result: io::Result<()>) -> io::Result<()> {
+        match result {
+            Err(e) if is_unsupported(&e) => {
+                // The first says it all.
+                let _ = self.refusal.set(e);
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// What the system said when it could not sync, if that has happened.
+    pub fn refusal(&self) -> Option<&io::Error> {
+        self.refusal.get()
+    }
+}
+
+/// Writes a file whole or not at all: under a name of its own beside `path`, synced where the system can, and then under its
+/// name. What lies under other names there, links too, is left alone; what has the name is replaced, and not followed.
+///
+/// # Errors
+/// What the file system says. `path` is then what it was.
+pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+    name.push(format!(".{}", std::process::id()));
+    for number in 0..NAMES {
+        let mut name = name.clone();
+        name.push(format!("-{number}"));
+        let beside = path.with_file_name(name);
+        // A name that is taken is somebody's file, or a trap: `create_new` does not follow links.
+        let mut file = match File::options().write(true).create_new(true).open(&beside) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
+            file => file?,
+        };
+        let written = file.write_all(bytes).and_then(|()| Syncer::default().all(&file));
+        return written.and_then(|()| fs::rename(&beside, path)).inspect_err(|_| {
+            // The error that is being returned says more than a second one would.
+            let _ = fs::remove_file(&beside);
+        });
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_synced_is_told_from_what_was_lost() {
+        let syncer = Syncer::default();
+        for errno in [22, 95, 38] {
+            let unsupported = io::Error::from_raw_os_error(errno);
+            // Numbers differ between systems; the kinds are what counts.
+            if is_unsupported(&unsupported) {
+                syncer.tolerate(Err(unsupported)).unwrap();
+            }
+        }
+        assert_eq!(syncer.refusal().map(io::Error::kind), Some(io::ErrorKind::InvalidInput));
+        for errno in [5, 28] {
+            let lost = syncer.tolerate(Err(io::Error::from_raw_os_error(errno)));
+            assert_eq!(lost.unwrap_err().raw_os_error(), Some(errno));
+        }
+    }
+
+    #[test]
+    fn a_file_is_replaced_and_its_neighbours_are_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        let trap = folder.path().join(format!("f.{}-0", std::process::id()));
+        fs::write(folder.path().join("precious"), "precious").unwrap();
+        std::os::unix::fs::symlink("precious", &trap).unwrap();
+        for content in ["one", "two"] {
+            replace_file(&path, content.as_bytes()).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), content);
+        }
+        assert_eq!(fs::read_to_string(folder.path().join("precious")).unwrap(), "precious");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3, "nothing is left beside it");
+        assert!(replace_file(&folder.path().join("missing/f"), b"x").is_err());
+        assert!(replace_file(Path::new("/"), b"x").is_err());
+    }
+}
