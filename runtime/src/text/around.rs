@@ -78,11 +78,12 @@ impl Around {
     fn check(&self, more: usize) -> Result<(), TextError> {
         match self.before.len() + self.after.len() + more <= MAX_AROUND {
             true => Ok(()),
-            false => Err(unsupported(&format!("a post_processor that adds more than {MAX_AROUND} tokens to every text"))),
+            false => {
+                Err(unsupported(&format!("a post_processor that adds more than {MAX_AROUND} tokens to every text")))
+            }
         }
     }
 }
-
 
 fn token_id(value: &Value) -> Result<u32, TextError> {
     let id = value.as_u64().and_then(|id| u32::try_from(id).ok()).filter(|&id| id <= MAX_TOKEN_ID);

@@ -33,8 +33,7 @@ const ADDED_TOKENS: &str = "added_tokens.json";
 const CONFIG: &str = "config.json";
 
 /// The fields that every tokenizer's class knows, in the order in which tokens are added.
-const NAMES: [&str; 7] =
-    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 /// What a class of transformers does besides what its files say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -164,8 +163,7 @@ impl Effective {
             self.around = Some((bos.unwrap_or(default), eos.unwrap_or(false)));
             self.bos_is_asked_for = bos == Some(true);
         }
-        self.default_names =
-            class.names.iter().filter(|(name, _)| !config.contains_key(*name)).copied().collect();
+        self.default_names = class.names.iter().filter(|(name, _)| !config.contains_key(*name)).copied().collect();
         self.prefix_space = flag("add_prefix_space")?;
         if class.sentencepiece {
             self.sentencepiece = Some(flag("legacy")?.unwrap_or(true));

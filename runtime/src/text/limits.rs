@@ -219,7 +219,14 @@ mod tests {
     fn patterns_that_never_end_are_stopped() {
         let text = "a".repeat(2000) + "!";
         // The last ones never fail, so that only the size of the stack can tell.
-        for pattern in ["(a+)+$", "(?:a|a)*b", "(a*)*b", "(?:(?:){9999}){9999}", "(((a?){999}){999}){999}", "((((){999}){999}){999}){999}"] {
+        for pattern in [
+            "(a+)+$",
+            "(?:a|a)*b",
+            "(a*)*b",
+            "(?:(?:){9999}){9999}",
+            "(((a?){999}){999}){999}",
+            "((((){999}){999}){999}){999}",
+        ] {
             let search = Search::new(pattern, false).unwrap();
             let started = Instant::now();
             let limits = Limits::of(text.len());

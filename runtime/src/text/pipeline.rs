@@ -38,8 +38,7 @@ pub(super) fn part<T: DeserializeOwned>(name: &str, value: &Value) -> std::resul
         let what = format!("a {name} with more than {MAX_PATTERNS} patterns, or one above {MAX_PATTERN_BYTES} bytes");
         return Err(TextError::UnsupportedTokenizer { what });
     }
-    serde_json::from_value(value.clone())
-        .map_err(|e| TextError::BadTokenizer { reason: clip(&format!("{name}: {e}")) })
+    serde_json::from_value(value.clone()).map_err(|e| TextError::BadTokenizer { reason: clip(&format!("{name}: {e}")) })
 }
 
 fn nesting(value: &Value) -> usize {

@@ -125,10 +125,8 @@ fn merges(tokens: &[Vec<u8>]) -> impl Iterator<Item = (&[u8], &[u8])> {
 fn specials(first: usize, config: Option<&[u8]>) -> Result<Vec<Value>, TextError> {
     let file = "tokenizer_config.json";
     let config: Map<String, Value> = match config {
-        Some(bytes) => {
-            sluice_format::json::from_slice(bytes)
-                .map_err(|e| TextError::BadConfig { file, reason: clip(&e.to_string()) })?
-        }
+        Some(bytes) => sluice_format::json::from_slice(bytes)
+            .map_err(|e| TextError::BadConfig { file, reason: clip(&e.to_string()) })?,
         None => Map::new(),
     };
     let named = config.get("added_tokens_decoder").and_then(Value::as_object);

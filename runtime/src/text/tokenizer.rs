@@ -137,11 +137,7 @@ impl Tokenizer {
     }
 
     /// Reads tokenizer.json, and applies the other files. Those add tokens only where `adds_tokens`.
-    fn build<'f>(
-        bytes: &[u8],
-        file: &impl Fn(&str) -> Option<&'f [u8]>,
-        adds_tokens: bool,
-    ) -> Result<Self, TextError> {
+    fn build<'f>(bytes: &[u8], file: &impl Fn(&str) -> Option<&'f [u8]>, adds_tokens: bool) -> Result<Self, TextError> {
         if bytes.len() > MAX_TOKENIZER_BYTES {
             return Err(TextError::TokenizerTooLarge { bytes: bytes.len(), limit: MAX_TOKENIZER_BYTES });
         }
@@ -313,7 +309,14 @@ impl Tokenizer {
     pub fn check(&self) -> Result<(), TextError> {
         let long_word = "a".repeat(4096);
         let all_ascii: String = (' '..='~').chain(['\n', '\t']).collect();
-        for text in ["", "a", "Hello, world! 123\n", "\u{4f60}\u{597d}\u{ff0c}e\u{301}\u{1f980} \u{fdfa}", &long_word, &all_ascii] {
+        for text in [
+            "",
+            "a",
+            "Hello, world! 123\n",
+            "\u{4f60}\u{597d}\u{ff0c}e\u{301}\u{1f980} \u{fdfa}",
+            &long_word,
+            &all_ascii,
+        ] {
             match self.encode(text, true) {
                 // Some vocabularies lack characters, and say so when one is asked for.
                 Err(TextError::Encode { .. }) if !text.is_ascii() => {}
@@ -404,7 +407,9 @@ fn check_model(model: &mut ModelWrapper) -> Result<(), TextError> {
         _ => [None, None],
     };
     match affixes.iter().flatten().any(|affix| affix.len() > MAX_AFFIX_BYTES) {
-        true => Err(TextError::UnsupportedTokenizer { what: format!("a prefix or suffix above {MAX_AFFIX_BYTES} bytes") }),
+        true => {
+            Err(TextError::UnsupportedTokenizer { what: format!("a prefix or suffix above {MAX_AFFIX_BYTES} bytes") })
+        }
         false => Ok(()),
     }
 }
