@@ -140,9 +140,9 @@ impl AddedTokens {
         self.ids.values().copied()
     }
 
-    /// The tokens as they were described, by id.
-    pub(super) fn described(&self) -> &HashMap<u32, AddedToken> {
-        &self.by_id
+    /// Whether this is an added token.
+    pub(super) fn has(&self, spelling: &str) -> bool {
+        self.ids.contains_key(spelling)
     }
 
     /// Whether a token of this spelling is special: no part of the text that a reader sees.

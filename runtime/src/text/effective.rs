@@ -17,7 +17,7 @@
 //! written (they have a `backend`). A class that is not named, but only follows from the model's type, counts where the flag
 //! is there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
@@ -129,9 +129,10 @@ impl Effective {
         let mut effective = Self { names: SpecialTokens::of(&config), ..Self::default() };
         let special = named_tokens(&config)?;
         if let Some(own) = own {
-            let decoder = listed_tokens(file, &config, own, &special)?;
+            let named: HashSet<&str> = special.iter().map(|token| token.content.as_str()).collect();
+            let decoder = listed_tokens(file, &config, own, &named)?;
             for (id, (mut token, file)) in decoder {
-                token.special |= special.iter().any(|named| named.content == token.content);
+                token.special |= named.contains(token.content.as_str());
                 if file != TOKENIZER {
                     effective.listed.push(Listed { id, content: token.content.clone(), file });
                 }
@@ -188,7 +189,7 @@ fn named_fields<'f>(file: &impl Fn(&str) -> Option<&'f [u8]>) -> Result<Map<Stri
         match (old, value) {
             // Lists come together, everything else is replaced.
             (Some(old), Value::Array(new)) => {
-                let new: Vec<Value> = new.into_iter().filter(|token| !old.contains(token)).collect();
+                // Tokens that are named twice count once.
                 old.extend(new);
             }
             (_, value) => {
@@ -205,7 +206,7 @@ fn has_decoder(config: &Map<String, Value>) -> bool {
 
 /// Tokens that have names: special, and added if nothing else adds them.
 fn named_tokens(config: &Map<String, Value>) -> Result<Vec<AddedToken>, TextError> {
-    let mut tokens: Vec<AddedToken> = Vec::new();
+    let (mut tokens, mut seen) = (Vec::new(), HashSet::new());
     let mut push = |field: &'static str, value: &Value| {
         let Some(mut token) = token(value) else {
             return match value {
@@ -214,7 +215,7 @@ fn named_tokens(config: &Map<String, Value>) -> Result<Vec<AddedToken>, TextErro
             };
         };
         token.special = true;
-        if !token.content.is_empty() && tokens.iter().all(|t| t.content != token.content) {
+        if !token.content.is_empty() && seen.insert(token.content.clone()) {
             tokens.push(token);
         }
         Ok(())
@@ -237,7 +238,7 @@ fn listed_tokens<'f>(
     file: &impl Fn(&str) -> Option<&'f [u8]>,
     config: &Map<String, Value>,
     own: &[(u32, AddedToken)],
-    special: &[AddedToken],
+    special: &HashSet<&str>,
 ) -> Result<BTreeMap<u32, (AddedToken, &'static str)>, TextError> {
     let mut tokens = BTreeMap::new();
     if has_decoder(config) {
@@ -254,7 +255,7 @@ fn listed_tokens<'f>(
     for (content, id) in object(file, ADDED_TOKENS)?.unwrap_or_default() {
         let bad = || bad_field(ADDED_TOKENS, "an entry", "a token and its id", &id);
         let id = id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(bad)?;
-        let is_special = special.iter().any(|token| token.content == content);
+        let is_special = special.contains(content.as_str());
         let token = AddedToken::from(content, is_special);
         if let Some((other, _)) = tokens.insert(id, (token, ADDED_TOKENS)) {
             return Err(contradiction(ADDED_TOKENS, &other.content, id, ADDED_TOKENS));
@@ -322,4 +323,99 @@ fn bad_field(file: &'static str, field: &'static str, expected: &'static str, fo
         text.push('…');
     }
     TextError::BadConfigField { file, field, expected, found: text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::{Tokenizer, fixtures};
+    use serde_json::json;
+
+    /// The tokenizer of the byte-level fixture, whose last added token has the id 266, and of these files.
+    fn find(files: &[(&str, Value)]) -> Result<Tokenizer, TextError> {
+        let tokenizer = fixtures::byte_level().into_bytes();
+        let mut all = vec![(TOKENIZER, tokenizer)];
+        all.extend(files.iter().map(|(name, value)| (*name, value.to_string().into_bytes())));
+        let file = |name: &str| all.iter().rev().find(|(n, _)| *n == name).map(|(_, bytes)| bytes.as_slice());
+        Tokenizer::find(file).map(|found| found.expect("a tokenizer"))
+    }
+
+    #[test]
+    fn contradictions_name_the_files() {
+        let refused = |files: &[(&str, Value)], words: &[&str]| {
+            let error = find(files).unwrap_err();
+            assert!(matches!(error, TextError::TokenContradiction { .. }), "{error}");
+            let message = error.to_string();
+            assert!(words.iter().all(|word| message.contains(word)), "{message}");
+        };
+        let decoder = |id: &str, content: &str| json!({"added_tokens_decoder": {(id): {"content": content}}});
+        refused(&[(TOKENIZER_CONFIG, decoder("5", "<|end|>"))], &[TOKENIZER_CONFIG, "<|end|>", "id 5", TOKENIZER]);
+        refused(&[(TOKENIZER_CONFIG, decoder("300", "<new>"))], &[TOKENIZER_CONFIG, "<new>", "300", "267"]);
+        refused(&[(ADDED_TOKENS, json!({"<new>": 263}))], &[ADDED_TOKENS, "<new>", "263", TOKENIZER]);
+        refused(&[(ADDED_TOKENS, json!({"<new>": 270, "<other>": 270}))], &[ADDED_TOKENS, "270"]);
+        // The next free id is no contradiction.
+        let tokenizer = find(&[(TOKENIZER_CONFIG, decoder("267", "<new>"))]).unwrap();
+        assert_eq!(tokenizer.encode("<new>", false).unwrap(), [267]);
+    }
+
+    #[test]
+    fn flags_around_texts_follow_the_class() {
+        let before = |config: Value, model: Value| {
+            let files = [(TOKENIZER_CONFIG, config), (CONFIG, model)];
+            find(&files).map(|tokenizer| tokenizer.encode("h", true).unwrap().len() - 1)
+        };
+        let bos = |more: Value| {
+            let mut config = json!({"bos_token": "<|end|>", "eos_token": "<|end|>"});
+            config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            config
+        };
+        let deepseek = || json!({"model_type": "deepseek_v3"});
+        let llama = "LlamaTokenizerFast";
+        assert_eq!(before(bos(json!({"tokenizer_class": llama})), json!({})).unwrap(), 1);
+        assert_eq!(before(bos(json!({})), json!({"tokenizer_class": llama})).unwrap(), 1);
+        assert_eq!(before(bos(json!({"tokenizer_class": llama, "add_bos_token": false})), json!({})).unwrap(), 0);
+        assert_eq!(before(bos(json!({"tokenizer_class": llama, "add_eos_token": true})), json!({})).unwrap(), 2);
+        // A class that follows from the model's type counts where a flag does.
+        assert_eq!(before(bos(json!({})), deepseek()).unwrap(), 0);
+        assert_eq!(before(bos(json!({"add_bos_token": true})), deepseek()).unwrap(), 1);
+        // Other classes, and files by version 5, keep to tokenizer.json.
+        let other = json!({"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": true});
+        assert_eq!(before(bos(other), deepseek()).unwrap(), 0);
+        let by_5 = json!({"tokenizer_class": "LlamaTokenizer", "add_bos_token": true, "backend": "tokenizers"});
+        assert_eq!(before(bos(by_5), deepseek()).unwrap(), 0);
+        // Asked for in so many words, but there is none.
+        let missing = json!({"tokenizer_class": llama, "add_bos_token": true});
+        let error = before(missing, json!({})).unwrap_err();
+        assert!(matches!(error, TextError::BadConfigField { field: "bos_token", .. }), "{error}");
+    }
+
+    #[test]
+    fn python_s_infinity_does_no_harm() {
+        let json = fixtures::byte_level();
+        let config: &[u8] = br#"{"model_max_length": Infinity, "eos_token": "<|end|>"}"#;
+        let file = |name: &str| match name {
+            TOKENIZER => Some(json.as_bytes()),
+            TOKENIZER_CONFIG => Some(config),
+            _ => None,
+        };
+        let tokenizer = Tokenizer::find(file).unwrap().unwrap();
+        assert_eq!(tokenizer.end_token(), tokenizer.token_id("<|end|>"));
+    }
+
+    #[test]
+    fn nonsense_is_named_and_short() {
+        for (name, value) in [
+            (TOKENIZER_CONFIG, json!(["x".repeat(100_000)])),
+            (TOKENIZER_CONFIG, json!({"bos_token": ["x".repeat(100_000)]})),
+            (TOKENIZER_CONFIG, json!({"added_tokens_decoder": {("x".repeat(100_000)): {"content": "a"}}})),
+            (TOKENIZER_CONFIG, json!({"added_tokens_decoder": {"1": "a"}})),
+            (TOKENIZER_CONFIG, json!({"added_tokens_decoder": 5})),
+            (TOKENIZER_CONFIG, json!({"add_prefix_space": "yes"})),
+            (ADDED_TOKENS, json!({"a": -1})),
+            (SPECIAL_TOKENS_MAP, json!({"eos_token": 5})),
+        ] {
+            let message = find(&[(name, value)]).unwrap_err().to_string();
+            assert!(message.len() < 1000, "{}", message.len());
+        }
+    }
 }

@@ -20,9 +20,12 @@ use super::limits::{Cutting, Limits, Search, clip};
 /// Deepest nesting of a step's description. Real ones are sequences of flat steps.
 const MAX_NESTING: usize = 12;
 
+/// Most steps of one part. Real ones have up to ten.
+const MAX_STEPS: usize = 64;
+
 /// Longest pattern, and most patterns, of one part. The longest in use has about 500 bytes, and no part has ten.
 const MAX_PATTERN_BYTES: usize = 16 << 10;
-const MAX_PATTERNS: usize = 64;
+const MAX_PATTERNS: usize = 32;
 
 /// Longest replacement in the table of a precompiled normalizer. SentencePiece's own tables stay below.
 const MAX_TABLE_ENTRY: usize = 64;
@@ -32,11 +35,14 @@ pub(super) fn part<T: DeserializeOwned>(name: &str, value: &Value) -> std::resul
     if nesting(value) > MAX_NESTING {
         return Err(TextError::UnsupportedTokenizer { what: format!("a {name} nested more than {MAX_NESTING} deep") });
     }
-    let mut patterns = 0;
-    count_patterns(value, &mut patterns);
+    let (mut patterns, mut steps) = (0, 0);
+    count(value, &mut patterns, &mut steps);
     if patterns > MAX_PATTERNS {
         let what = format!("a {name} with more than {MAX_PATTERNS} patterns, or one above {MAX_PATTERN_BYTES} bytes");
         return Err(TextError::UnsupportedTokenizer { what });
+    }
+    if steps > MAX_STEPS {
+        return Err(TextError::UnsupportedTokenizer { what: format!("a {name} of more than {MAX_STEPS} steps") });
     }
     serde_json::from_value(value.clone()).map_err(|e| TextError::BadTokenizer { reason: clip(&format!("{name}: {e}")) })
 }
@@ -50,18 +56,25 @@ fn nesting(value: &Value) -> usize {
     1 + deepest.unwrap_or(0)
 }
 
-/// Counts patterns: compiling one takes some hundred times its length. One that is too long counts as too many.
-fn count_patterns(value: &Value, count: &mut usize) {
+/// Counts patterns and steps. Compiling a pattern takes some hundred times its length: one that is too long counts as too many.
+fn count(value: &Value, patterns: &mut usize, steps: &mut usize) {
     match value {
-        Value::Array(list) => list.iter().for_each(|inner| count_patterns(inner, count)),
+        Value::Array(list) => list.iter().for_each(|inner| count(inner, patterns, steps)),
         Value::Object(map) => {
             let pattern = map.get("Regex").or(map.get("String")).and_then(Value::as_str);
-            *count += pattern.map_or(0, |p| if p.len() > MAX_PATTERN_BYTES { MAX_PATTERNS + 1 } else { 1 });
-            map.values().for_each(|inner| count_patterns(inner, count));
+            *patterns += pattern.map_or(0, |p| if p.len() > MAX_PATTERN_BYTES { MAX_PATTERNS + 1 } else { 1 });
+            for (key, inner) in map {
+                let list = inner.as_array().filter(|_| STEP_LISTS.contains(&key.as_str()));
+                *steps += list.map_or(0, Vec::len);
+                count(inner, patterns, steps);
+            }
         }
         _ => {}
     }
 }
+
+/// The fields that hold the steps of a sequence.
+const STEP_LISTS: [&str; 4] = ["normalizers", "pretokenizers", "decoders", "processors"];
 
 /// A pattern and what replaces it.
 #[derive(Debug)]
@@ -254,7 +267,7 @@ impl Decoding {
     /// The text of tokens.
     pub(super) fn run(&self, mut tokens: Vec<String>) -> Result<String> {
         let bytes = |tokens: &[String]| tokens.iter().map(String::len).sum();
-        let limits = Limits::of(bytes(&tokens));
+        let limits = Limits::of_tokens(bytes(&tokens));
         let Some(steps) = &self.steps else { return Ok(tokens.join(" ")) };
         for step in steps {
             limits.check_time()?;

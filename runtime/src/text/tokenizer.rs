@@ -161,8 +161,8 @@ impl Tokenizer {
         let own: Vec<AddedToken> = file.added_tokens.into_iter().map(|t| t.token).collect();
         added.add(&own, &model);
         added.add(&effective.add, &model);
-        let missing = |t: &&AddedToken| !added.described().values().any(|other| other.content == t.content);
-        let missing: Vec<AddedToken> = effective.add_missing.iter().filter(missing).cloned().collect();
+        let missing: Vec<AddedToken> =
+            effective.add_missing.iter().filter(|token| !added.has(&token.content)).cloned().collect();
         added.add(&missing, &model);
         for listed in effective.listed.iter().filter(|l| !l.content.is_empty()) {
             let id = added.id(&listed.content, &model);
@@ -521,6 +521,82 @@ mod tests {
         let want = plain.encode(text, false).unwrap();
         for _ in 0..8 {
             assert_eq!(odd.encode(text, false).unwrap(), want);
+        }
+    }
+
+    /// The byte-level fixture with one part exchanged.
+    fn with(part: &str, value: Value) -> Result<Tokenizer, TextError> {
+        let mut json: Value = serde_json::from_str(&fixtures::byte_level()).unwrap();
+        json[part] = value;
+        Tokenizer::from_json(json.to_string().as_bytes())
+    }
+
+    #[test]
+    fn tokenizers_that_grow_text_or_never_end_are_stopped() {
+        let replace =
+            |pattern: Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
+        let text = |pattern: &str| json!({"String": pattern});
+        let regex = |pattern: &str| json!({"Regex": pattern});
+        let normalizers = |steps: Vec<Value>| json!({"type": "Sequence", "normalizers": steps});
+        let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        for (part, value) in [
+            ("normalizer", normalizers(vec![replace(text("a"), "aa"); 24])),
+            ("normalizer", replace(text("a"), &"b".repeat(1_000_000))),
+            ("normalizer", replace(regex(""), &"b".repeat(1_000_000))),
+            ("normalizer", normalizers(vec![json!({"type": "Prepend", "prepend": "x".repeat(60_000)}); 9])),
+            ("normalizer", replace(regex("(a+)+$"), "x")),
+            ("pre_tokenizer", split("(?:a*a*a*a*b)|a")),
+            ("pre_tokenizer", json!({"type": "Sequence", "pretokenizers": vec![bytes; 40]})),
+            ("decoder", json!({"type": "Sequence", "decoders": vec![replace(text("a"), "aa"); 24]})),
+        ] {
+            let outcome = with(part, value).and_then(|tokenizer| {
+                tokenizer.check()?;
+                tokenizer.encode(&("a".repeat(3000) + "!"), true)
+            });
+            let error = outcome.expect_err(part);
+            assert!(matches!(error, TextError::Stopped { .. }), "{part}: {error}");
+        }
+    }
+
+    #[test]
+    fn tokenizers_larger_than_any_real_one_are_refused() {
+        let template = |single: Vec<Value>| {
+            json!({"type": "TemplateProcessing", "single": single, "pair": [],
+            "special_tokens": {"X": {"id": "X", "ids": vec![1; 40], "tokens": vec!["x"; 40]}}})
+        };
+        let (token, body) =
+            (json!({"SpecialToken": {"id": "X", "type_id": 0}}), json!({"Sequence": {"id": "A", "type_id": 0}}));
+        let nested = |leaf: Value| (0..20).fold(leaf, |inner, _| json!({"type": "Sequence", "normalizers": [inner]}));
+        let added = json!({"id": 263, "content": "x".repeat(5 << 20), "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": true, "special": false});
+        for (part, value) in [
+            ("post_processor", template(vec![token.clone(), body.clone(), token.clone()])),
+            ("post_processor", template(vec![body.clone(), body.clone()])),
+            ("post_processor", template(vec![token])),
+            ("post_processor", json!({"type": "Sequence", "processors": vec![template(vec![body]); 100]})),
+            ("normalizer", nested(json!({"type": "NFC"}))),
+            ("normalizer", json!({"type": "Sequence", "normalizers": vec![json!({"type": "NFC"}); 100]})),
+            ("pre_tokenizer", json!({"type": "FixedLength", "length": 0})),
+            ("added_tokens", json!([added])),
+        ] {
+            let outcome = with(part, value);
+            assert!(matches!(outcome, Err(TextError::UnsupportedTokenizer { .. })), "{part}: {outcome:?}");
+        }
+        let wide = json!({"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 1_000_000, "vocab": {"a": 0}});
+        assert!(matches!(with("model", wide), Err(TextError::UnsupportedTokenizer { .. })));
+    }
+
+    #[test]
+    fn messages_do_not_repeat_the_file() {
+        for json in [
+            json!({"version": "9".repeat(1_000_000), "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}),
+            json!({"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["x".repeat(1_000_000), "y"]]}}),
+            json!({"version": "1.0", "normalizer": {"type": "x".repeat(1_000_000)}, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}),
+        ] {
+            let message = Tokenizer::from_json(json.to_string().as_bytes()).unwrap_err().to_string();
+            assert!(message.len() < 1000, "{}", message.len());
         }
     }
 
