@@ -5,7 +5,7 @@ use std::time::Instant;
 use serde::Serialize;
 use sluice_runtime::Engine;
 use sluice_runtime::sampler::{Sampler, SamplerConfig};
-use sluice_runtime::text::{Detokenizer, StopCondition, Tokenizer};
+use sluice_runtime::text::{Detokenizer, Emit, Special, StopCondition, StopMatcher, Tokenizer};
 
 use crate::error::CliError;
 use crate::profile::Phase;
@@ -24,6 +24,8 @@ pub(crate) struct Request<'a> {
     pub(crate) stop: &'a StopCondition,
     /// Turns tokens into text; without it there is no text.
     pub(crate) tokenizer: Option<&'a Tokenizer>,
+    /// What becomes of special tokens in the text.
+    pub(crate) special: Special,
 }
 
 /// Why a generation ended.
@@ -45,7 +47,7 @@ pub(crate) enum Finish {
 pub(crate) struct Generation {
     /// The tokens, an end token included.
     pub(crate) ids: Vec<u32>,
-    /// Their text, without end token and stop string; `None` without a tokenizer.
+    /// Their text, without stop string, and without end token unless special tokens are shown; `None` without a tokenizer.
     pub(crate) text: Option<String>,
     pub(crate) finish: Finish,
     pub(crate) prefill: Phase,
@@ -89,7 +91,10 @@ pub(crate) fn generate(
         let id = sampler.sample(&logits, &history)?;
         history.push(id);
         if request.stop.is_eos(id) {
-            sink(Some(id), "")?;
+            match request.special {
+                Special::Shown => stream.push(id, &mut |text| sink(Some(id), text)).map(|_| ())?,
+                Special::Markup | Special::Hidden => sink(Some(id), "")?,
+            }
             break Finish::EndToken;
         }
         let stopped = stream.push(id, &mut |text| sink(Some(id), text))?;
@@ -122,17 +127,19 @@ fn watch_prefill(engine: &mut Engine, tokens: usize) -> indicatif::ProgressBar {
 }
 
 /// Tokens to text, up to a stop string.
-struct TextStream {
-    detokenizer: Option<Detokenizer>,
-    matcher: sluice_runtime::text::StopMatcher,
+struct TextStream<'a> {
+    tokenizer: Option<(&'a Tokenizer, Detokenizer)>,
+    stop: &'a StopCondition,
+    matcher: StopMatcher,
     text: String,
     stopped: bool,
 }
 
-impl TextStream {
-    fn new(request: &Request<'_>) -> Self {
+impl<'a> TextStream<'a> {
+    fn new(request: &Request<'a>) -> Self {
         TextStream {
-            detokenizer: request.tokenizer.map(Detokenizer::new),
+            tokenizer: request.tokenizer.map(|t| (t, Detokenizer::with_special(t, request.special))),
+            stop: request.stop,
             matcher: request.stop.matcher(),
             text: String::new(),
             stopped: false,
@@ -141,8 +148,21 @@ impl TextStream {
 
     /// Adds a token; whether a stop string was found.
     fn push(&mut self, id: u32, sink: &mut dyn FnMut(&str) -> Result<(), CliError>) -> Result<bool, CliError> {
-        let piece = self.detokenizer.as_mut().map_or(Ok(String::new()), |d| d.push(id))?;
-        let emit = self.matcher.push(&piece);
+        let emit = match &mut self.tokenizer {
+            None => Emit::default(),
+            Some((tokenizer, detokenizer)) if detokenizer.hides(id) => {
+                // Nobody sees it, but it may be what the user wants to stop at.
+                let spelling = tokenizer.token_text(id).unwrap_or_default();
+                let mut emit = self.matcher.push_hidden(&spelling);
+                let length = self.matcher.matched().map_or(usize::MAX, |index| self.stop.strings()[index].len());
+                if emit.stopped && length <= spelling.len() {
+                    // The whole stop string is in the token, so all text before it counts.
+                    emit.text += &detokenizer.finish()?;
+                }
+                emit
+            }
+            Some((_, detokenizer)) => self.matcher.push(&detokenizer.push(id)?),
+        };
         self.text += &emit.text;
         self.stopped |= emit.stopped;
         sink(&emit.text)?;
@@ -154,7 +174,7 @@ impl TextStream {
         if self.stopped {
             return Ok(true);
         }
-        let piece = self.detokenizer.as_mut().map_or(Ok(String::new()), Detokenizer::finish)?;
+        let piece = self.tokenizer.as_mut().map_or(Ok(String::new()), |(_, d)| d.finish())?;
         let emit = self.matcher.push(&piece);
         let mut rest = emit.text;
         if !emit.stopped {

@@ -40,7 +40,9 @@ pub use fields::extent::LEN as EXTENT_RECORD_LEN;
 pub use fields::tensor::LEN as TENSOR_RECORD_LEN;
 pub use importance::{ColumnMeans, IMPORTANCE_MAGIC, IMPORTANCE_VERSION, Importance, ImportanceError, MatrixKey};
 pub use inspect::{KindSize, TypeSize};
-pub use metadata::{Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SOURCE_DIGESTS_BLOB, SPEC_BLOB, TOKENIZER_BLOB};
+pub use metadata::{
+    Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TOKENIZER_BLOB,
+};
 pub use reader::{ModelFile, open_regular, verify_extent};
 pub use schema::TensorShape;
 pub use spec::*;

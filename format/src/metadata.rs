@@ -14,6 +14,19 @@ pub const SOURCE_CONFIG_BLOB: &str = "config.json";
 /// The source's `tokenizer.json`.
 pub const TOKENIZER_BLOB: &str = "tokenizer.json";
 
+/// Files of a checkpoint that say how text becomes tokens, how a conversation becomes text, and how a generation goes: carried
+/// verbatim under their own names, and read from there by whoever runs the model.
+pub const TEXT_FILES: [&str; 8] = [
+    TOKENIZER_BLOB,
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "tiktoken.model",
+    "added_tokens.json",
+    "additional_chat_templates/tool_use.jinja",
+];
+
 /// Reports print the names of blobs: a control character in one could rewrite the terminal.
 fn is_blob_name(name: &str) -> bool {
     (1..=MAX_BLOB_NAME).contains(&name.len()) && !name.contains(char::is_control)

@@ -111,7 +111,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 
 /// Reads tokenizer and sampling defaults as `run` will: a conversion can take hours, and would end in a file without text.
 fn check_text(plan: &Plan) -> Result<(), TextError> {
-    Tokenizer::find(|name| plan.side_file(name))?;
+    if let Some(tokenizer) = Tokenizer::find(|name| plan.side_file(name))? {
+        tokenizer.check()?;
+    }
     let generation = plan.side_file("generation_config.json");
     GenerationDefaults::parse(generation, plan.side_file(SOURCE_CONFIG_BLOB)).map(|_| ())
 }

@@ -9,7 +9,7 @@ use sluice_converter::{Options, TypeChoice, convert};
 use sluice_format::{ModelFile, WeightType};
 use sluice_runtime::memory::{Bytes, MemoryPlan};
 use sluice_runtime::sampler::SamplerConfig;
-use sluice_runtime::text::StopCondition;
+use sluice_runtime::text::{Special, StopCondition};
 use sluice_runtime::{Engine, EngineOptions, KvType};
 
 use crate::commands::convert::Bar;
@@ -216,6 +216,7 @@ fn speak(engine: &mut Engine, sink: &mut dyn FnMut(&str) -> Result<(), CliError>
         sampling: SamplerConfig { temperature: 0.6, top_p: 0.9, seed: SEED, ..SamplerConfig::default() },
         stop: &stop,
         tokenizer: Some(&tokenizer),
+        special: Special::Markup,
     };
     generate(engine, &request, &mut |_, text| sink(text))
 }

@@ -13,5 +13,6 @@ pub(crate) mod perplexity;
 pub(crate) mod plan;
 pub(crate) mod run;
 pub(crate) mod synth;
+pub(crate) mod tokenize;
 pub(crate) mod trace;
 pub(crate) mod verify;

@@ -9,7 +9,7 @@ use sluice_format::{ModelFile, ModelSpec, SOURCE_CONFIG_BLOB};
 use sluice_runtime::Engine;
 use sluice_runtime::sampler::SamplerConfig;
 use sluice_runtime::text::{
-    ChatTemplate, GenerationDefaults, Message, RenderOptions, StopCondition, Tokenizer, encode_chat,
+    ChatTemplate, GenerationDefaults, Message, RenderOptions, Special, StopCondition, Tokenizer, encode_chat,
 };
 
 use crate::engine_args::{EngineArgs, tokenizer};
@@ -71,6 +71,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TEXT", requires = "chat")]
     system: Option<String>,
 
+    /// Show special tokens in the text, the end token included
+    #[arg(long, help_heading = "Output")]
+    special: bool,
+
     /// Print the generated token ids instead of text: one line, separated by commas
     #[arg(long, conflicts_with = "json", help_heading = "Output")]
     ids: bool,
@@ -122,6 +126,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         sampling: prepared.sampling,
         stop: &prepared.stop,
         tokenizer: prepared.tokenizer.as_ref(),
+        special: if args.special { Special::Shown } else { Special::Markup },
     };
     let recorder = args.trace.as_deref().map(|path| Recorder::start(path, &mut engine)).transpose()?;
     let generation = stream(args, &mut engine, &request)?;
@@ -152,7 +157,12 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
     let recommended = if args.ids { GenerationDefaults::default() } else { defaults.clone() };
     let sampling = args.sampling.config(&recommended);
     sampling.validate()?;
-    let eos = if args.ignore_eos { Default::default() } else { defaults.eos };
+    let mut eos = defaults.eos;
+    // Fine-tuned models often name a new end token in the tokenizer's files only.
+    eos.extend(tokenizer.as_ref().and_then(Tokenizer::end_token));
+    if args.ignore_eos {
+        eos.clear();
+    }
     let stop = StopCondition::new(eos, args.stop.clone())?;
     let prompt = prompt(args, tokenizer.as_ref(), &file)?;
     let context = context(args, prompt.len(), file.spec())?;

@@ -15,7 +15,7 @@ use std::path::Path;
 use serde::Serialize;
 use sluice_format::{
     ExtentKind, ExtentRecord, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB,
-    SOURCE_DIGESTS_BLOB, SPEC_BLOB, TOKENIZER_BLOB, TensorRecord, WeightType,
+    SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TensorRecord, WeightType,
 };
 use xxhash_rust::xxh3::Xxh3;
 
@@ -28,16 +28,6 @@ pub(crate) use types::is_lossy;
 
 /// Name and version of this converter, part of every file that it writes.
 pub(crate) const CONVERTER: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
-
-/// Files of the checkpoint that are kept verbatim where they exist.
-const SIDE_FILES: [&str; 6] = [
-    TOKENIZER_BLOB,
-    "tokenizer_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "tiktoken.model",
-];
 
 /// Room for the parts of tables whose length is only known at the end, in the estimate of the file's length.
 const PROVENANCE_ROOM: u64 = 64 << 10;
@@ -141,7 +131,7 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     let built = build::build(&checkpoint, family, names, &spec, options, scheme, &inventory.head)?;
     let layout = FileLayout::new(options.page_size, &built.planned)?;
     let mut blobs = vec![(SOURCE_CONFIG_BLOB, config_bytes)];
-    for name in SIDE_FILES {
+    for name in TEXT_FILES {
         blobs.extend(checkpoint.side_file(name)?.map(|bytes| (name, bytes)));
     }
     let types = built.types();

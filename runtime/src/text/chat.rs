@@ -51,11 +51,10 @@ use std::sync::Arc;
 use minijinja::value::Value;
 use serde_json::{Map, Value as Json};
 
+use super::effective::{self, TOKENIZER_CONFIG};
 use super::{TextError, Tokenizer};
 use marks::{Marker, Marks};
 use source::Source;
-
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// One message of a conversation: an object with `role` and, mostly, `content`. Templates may look
 /// at any field (`tool_calls`, `reasoning_content`, `name`, …).
@@ -103,25 +102,31 @@ impl SpecialTokens {
     /// # Errors
     /// When the file is not a JSON object.
     pub fn from_config(tokenizer_config: &[u8]) -> Result<Self, TextError> {
-        Ok(Self::of(&object(tokenizer_config)?))
+        effective::names(&|name: &str| (name == TOKENIZER_CONFIG).then_some(tokenizer_config))
     }
 
-    fn of(config: &Map<String, Json>) -> Self {
+    /// Names a token by the name of its field, such as `bos_token`.
+    pub(super) fn set(&mut self, name: &str, text: &str) {
+        let text = text.to_owned();
+        match name {
+            "bos_token" => self.bos = Some(text),
+            "eos_token" => self.eos = Some(text),
+            "pad_token" => self.pad = Some(text),
+            "unk_token" => self.unk = Some(text),
+            _ => {
+                self.others.insert(name.to_owned(), text.into());
+            }
+        }
+    }
+
+    pub(super) fn of(config: &Map<String, Json>) -> Self {
         let mut tokens = Self::default();
         for (name, value) in config {
             let Some(text) = value.as_str().or_else(|| value["content"].as_str()) else {
                 continue;
             };
-            let text = text.to_owned();
-            match name.as_str() {
-                "bos_token" => tokens.bos = Some(text),
-                "eos_token" => tokens.eos = Some(text),
-                "pad_token" => tokens.pad = Some(text),
-                "unk_token" => tokens.unk = Some(text),
-                _ if name.ends_with("_token") => {
-                    tokens.others.insert(name.clone(), text.into());
-                }
-                _ => {}
+            if name.ends_with("_token") {
+                tokens.set(name, text);
             }
         }
         tokens
@@ -167,7 +172,7 @@ impl ChatTemplate {
     }
 
     /// Finds a model's template among its files: `chat_template.jinja` if there is one, else what
-    /// `tokenizer_config.json` says, which also has the special tokens. `file` gives a file's bytes.
+    /// `tokenizer_config.json` says. That also has the special tokens, or `special_tokens_map.json` has. `file` gives a file's bytes.
     /// `None` if the model has no template.
     ///
     /// Of several templates, the one called `default` counts, and `tool_use` when there are tools.
@@ -175,11 +180,8 @@ impl ChatTemplate {
     /// # Errors
     /// When a file cannot be read for what it should be.
     pub fn find<'f>(file: impl Fn(&str) -> Option<&'f [u8]>) -> Result<Option<Self>, TextError> {
-        let config = match file(TOKENIZER_CONFIG) {
-            Some(bytes) => object(bytes)?,
-            None => Map::new(),
-        };
-        let tokens = SpecialTokens::of(&config);
+        let tokens = effective::names(&file)?;
+        let config = effective::object(&file, TOKENIZER_CONFIG)?.unwrap_or_default();
         if let Some(bytes) = file("chat_template.jinja") {
             let mut template = Self::new(utf8(bytes)?, tokens)?;
             if let Some(bytes) = file("additional_chat_templates/tool_use.jinja") {
@@ -352,8 +354,4 @@ fn parse(source: &str) -> Result<Source, TextError> {
 
 fn utf8(bytes: &[u8]) -> Result<&str, TextError> {
     std::str::from_utf8(bytes).map_err(|e| TextError::ChatTemplate { line: None, reason: e.to_string() })
-}
-
-fn object(bytes: &[u8]) -> Result<Map<String, Json>, TextError> {
-    serde_json::from_slice(bytes).map_err(|e| TextError::BadConfig { file: TOKENIZER_CONFIG, reason: e.to_string() })
 }

@@ -37,6 +37,41 @@ pub enum TextError {
         what: String,
     },
 
+    /// Two files disagree about a token.
+    #[error(
+        "{file} gives the token {token:?} the id {id}, {reason}; one of the files belongs to another model or is damaged: \
+         fetch them again from the model's repository"
+    )]
+    TokenContradiction {
+        /// Which file.
+        file: &'static str,
+        /// The token's spelling, shortened.
+        token: String,
+        /// The id that the file gives.
+        id: u32,
+        /// What the other file says, and which it is.
+        reason: String,
+    },
+
+    /// The tokenizer was stopped, because it takes more than any real one.
+    #[error(
+        "the tokenizer was stopped: {what}. Published tokenizers stay far below this limit: tokenizer.json is damaged or \
+         made to do harm"
+    )]
+    Stopped {
+        /// Which limit it reached.
+        what: String,
+    },
+
+    /// A text that is too long to be tokenised at once.
+    #[error("the text has {bytes} bytes; at most {limit} are tokenised at once: give it in parts")]
+    TextTooLong {
+        /// Its length.
+        bytes: usize,
+        /// The longest accepted.
+        limit: usize,
+    },
+
     /// The tokenizer refuses this text.
     #[error(
         "this text cannot be tokenised: {reason}; the model's vocabulary may lack an unknown \

@@ -9,11 +9,17 @@
 //! Nothing here knows a model, a file or a pool; all inputs are slices. All of them may come from
 //! files of strangers, so every function answers with a [`TextError`] and never panics.
 
+mod added;
+mod around;
 pub mod chat;
+mod effective;
 mod error;
 #[cfg(test)]
 pub(crate) mod fixtures;
 mod generation_config;
+mod guard;
+mod limits;
+mod pipeline;
 mod stop;
 mod stream;
 mod tiktoken;
@@ -23,6 +29,7 @@ mod untrusted;
 pub use chat::{ChatTemplate, Message, RenderOptions, SpecialTokens, encode_chat};
 pub use error::TextError;
 pub use generation_config::GenerationDefaults;
+pub use limits::MAX_TEXT_BYTES;
 pub use stop::{Emit, StopCondition, StopMatcher};
-pub use stream::Detokenizer;
+pub use stream::{Detokenizer, Special};
 pub use tokenizer::{MAX_TOKEN_ID, MAX_TOKENIZER_BYTES, Tokenizer};

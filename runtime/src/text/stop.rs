@@ -51,7 +51,7 @@ impl StopCondition {
     pub fn matcher(&self) -> StopMatcher {
         StopMatcher {
             patterns: self.strings.iter().map(|s| Pattern::new(s)).collect(),
-            held: String::new(),
+            held: Vec::new(),
             matched: None,
         }
     }
@@ -69,15 +69,25 @@ pub struct Emit {
 /// Looks for stop strings in a stream of text pieces.
 ///
 /// The text ends at the first stop string to be *complete*; of several that are complete at the
-/// same character, the longest counts. What comes out is the text before it, and depends only on
+/// same character, the one that began first counts. What comes out is the text before it, and depends only on
 /// the text that went in, not on how it was cut into pieces.
+///
+/// Pieces can be hidden: special tokens that a reader does not see. They never come out, but stop strings are looked for in the
+/// text with them and in the text without them, and end either.
 #[derive(Debug, Clone)]
 pub struct StopMatcher {
     patterns: Vec<Pattern>,
-    /// The end of the text so far that may be the beginning of a stop string.
-    held: String,
+    /// The end of the text so far that may be the beginning of a stop string, hidden pieces included.
+    held: Vec<Held>,
     /// Which stop string was found.
     matched: Option<usize>,
+}
+
+/// A byte that is held back.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    byte: u8,
+    hidden: bool,
 }
 
 /// Knuth-Morris-Pratt: constant time per byte, however the stop string repeats itself.
@@ -86,9 +96,13 @@ struct Pattern {
     bytes: Vec<u8>,
     /// `border[n]`: length of the longest proper prefix of the first `n` bytes that also ends them.
     border: Vec<usize>,
-    /// How many bytes of the pattern the text so far ends with.
-    state: usize,
+    /// How many bytes of the pattern the text so far ends with: all of the text, and without hidden pieces.
+    state: [usize; 2],
 }
+
+/// Index of [`Pattern::state`] for the text with hidden pieces, and for that without.
+const ALL: usize = 0;
+const SHOWN: usize = 1;
 
 impl Pattern {
     fn new(string: &str) -> Self {
@@ -104,48 +118,76 @@ impl Pattern {
             }
             border[at + 1] = length;
         }
-        Self { bytes, border, state: 0 }
+        Self { bytes, border, state: [0; 2] }
     }
 
-    /// Takes one byte of text; true when the pattern is complete, after which it must not be
+    /// Takes one byte of one of the texts; true when the pattern is complete, after which it must not be
     /// called again.
-    fn step(&mut self, byte: u8) -> bool {
-        while self.state > 0 && self.bytes[self.state] != byte {
-            self.state = self.border[self.state];
+    fn step(&mut self, text: usize, byte: u8) -> bool {
+        let state = &mut self.state[text];
+        while *state > 0 && self.bytes[*state] != byte {
+            *state = self.border[*state];
         }
-        if self.bytes[self.state] == byte {
-            self.state += 1;
+        if self.bytes[*state] == byte {
+            *state += 1;
         }
-        self.state == self.bytes.len()
+        *state == self.bytes.len()
     }
 }
 
 impl StopMatcher {
     /// Adds a piece of text. After a stop, text is swallowed.
     pub fn push(&mut self, piece: &str) -> Emit {
+        self.take(piece, false)
+    }
+
+    /// Adds a piece that a reader does not see: the spelling of a special token.
+    pub fn push_hidden(&mut self, piece: &str) -> Emit {
+        self.take(piece, true)
+    }
+
+    fn take(&mut self, piece: &str, hidden: bool) -> Emit {
         if self.matched.is_some() {
             return Emit { text: String::new(), stopped: true };
         }
-        let before = self.held.len();
-        self.held.push_str(piece);
-        for (at, &byte) in piece.as_bytes().iter().enumerate() {
-            let mut longest = 0;
-            for (index, pattern) in self.patterns.iter_mut().enumerate() {
-                if pattern.step(byte) && pattern.bytes.len() > longest {
-                    longest = pattern.bytes.len();
-                    self.matched = Some(index);
+        for &byte in piece.as_bytes() {
+            self.held.push(Held { byte, hidden });
+            let mut start = None;
+            for index in 0..self.patterns.len() {
+                let pattern = &mut self.patterns[index];
+                let length = pattern.bytes.len();
+                let in_all = pattern.step(ALL, byte);
+                let in_shown = !hidden && pattern.step(SHOWN, byte);
+                let begins = [in_all.then(|| self.held.len() - length), in_shown.then(|| self.last_shown(length))];
+                for at in begins.into_iter().flatten() {
+                    if start.is_none_or(|earlier| at < earlier) {
+                        start = Some(at);
+                        self.matched = Some(index);
+                    }
                 }
             }
-            if self.matched.is_some() {
-                self.held.truncate(before + at + 1 - longest);
-                return Emit { text: std::mem::take(&mut self.held), stopped: true };
+            if let Some(start) = start {
+                self.held.truncate(start);
+                return Emit { text: shown(&std::mem::take(&mut self.held)), stopped: true };
             }
         }
         // A stop string begins with the first byte of a character, and so does its beginning in
         // the text: this never cuts a character.
-        let keep = self.patterns.iter().map(|p| p.state).max().unwrap_or(0);
-        let rest = self.held.split_off(self.held.len() - keep);
-        Emit { text: std::mem::replace(&mut self.held, rest), stopped: false }
+        let longest = |text: usize| self.patterns.iter().map(|p| p.state[text]).max().unwrap_or(0);
+        let keep = (self.held.len() - longest(ALL)).min(self.last_shown(longest(SHOWN)));
+        let rest = self.held.split_off(keep);
+        Emit { text: shown(&std::mem::replace(&mut self.held, rest)), stopped: false }
+    }
+
+    /// Where the last `count` bytes that are not hidden begin.
+    fn last_shown(&self, count: usize) -> usize {
+        let mut left = count;
+        let mut at = self.held.len();
+        while left > 0 && at > 0 {
+            at -= 1;
+            left -= usize::from(!self.held[at].hidden);
+        }
+        at
     }
 
     /// Ends the text and returns what was held back: it turned out not to be a stop string. The
@@ -153,15 +195,21 @@ impl StopMatcher {
     pub fn finish(&mut self) -> String {
         self.matched = None;
         for pattern in &mut self.patterns {
-            pattern.state = 0;
+            pattern.state = [0; 2];
         }
-        std::mem::take(&mut self.held)
+        shown(&std::mem::take(&mut self.held))
     }
 
     /// Which stop string ended the text, as its position in [`StopCondition::strings`].
     pub fn matched(&self) -> Option<usize> {
         self.matched
     }
+}
+
+/// The text of bytes that are not hidden. They are whole characters: pieces are, and cuts are made between characters.
+fn shown(held: &[Held]) -> String {
+    let bytes = held.iter().filter(|held| !held.hidden).map(|held| held.byte).collect();
+    String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned())
 }
 
 #[cfg(test)]
@@ -222,6 +270,35 @@ mod tests {
         assert_eq!(matcher.matched(), Some(0));
         assert_eq!(matcher.push("more"), Emit { text: String::new(), stopped: true });
         assert_eq!(matcher.finish(), "");
+    }
+
+    #[test]
+    fn hidden_pieces_stop_and_do_not_show() {
+        let run = |strings: &[&str], pieces: &[(&str, bool)]| {
+            let mut matcher = condition(strings).matcher();
+            let mut text = String::new();
+            for &(piece, hidden) in pieces {
+                let emit = if hidden { matcher.push_hidden(piece) } else { matcher.push(piece) };
+                text += &emit.text;
+                if emit.stopped {
+                    return (text, true);
+                }
+            }
+            (text + &matcher.finish(), false)
+        };
+        let pieces = [("Hello", false), ("<end>", true), ("\nUser", false), ("<end>", true)];
+        assert_eq!(run(&["<end>"], &pieces), ("Hello".into(), true));
+        assert_eq!(run(&["lo<end>\nU"], &pieces), ("Hel".into(), true));
+        assert_eq!(run(&["User<end>"], &pieces), ("Hello\n".into(), true));
+        // In the text that a reader sees, `lo` and the line end are neighbours.
+        assert_eq!(run(&["lo\nUs"], &pieces), ("Hel".into(), true));
+        assert_eq!(run(&["<end><end>", "<end>x"], &pieces), ("Hello\nUser".into(), false));
+        assert_eq!(run(&[], &pieces), ("Hello\nUser".into(), false));
+        // What may be the beginning of a stop string stays back behind a hidden piece too.
+        let mut matcher = condition(&["lo there"]).matcher();
+        assert_eq!(matcher.push("Hello").text, "Hel");
+        assert_eq!(matcher.push_hidden("<end>").text, "");
+        assert_eq!(matcher.push(" they").text, "lo they");
     }
 
     #[test]

@@ -21,7 +21,7 @@
 use serde_json::Value;
 
 use super::TextError;
-use super::tokenizer::{Tokenizer, decode_with};
+use super::tokenizer::Tokenizer;
 
 /// How a tokenizer's text can be produced piece by piece.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,12 +42,15 @@ pub(super) enum Cuts {
 }
 
 impl Cuts {
-    /// Finds them for a tokenizer whose vocabulary has exactly `ids`.
-    pub(super) fn of(tokenizer: &tokenizers::Tokenizer, ids: &[u32]) -> Result<Self, TextError> {
-        let decoder = serde_json::to_value(tokenizer.get_decoder())
-            .map_err(|e| TextError::BadTokenizer { reason: e.to_string() })?;
+    /// Finds them for a tokenizer with this `decoder`, whose vocabulary has exactly `ids`.
+    pub(super) fn of(
+        decoder: &Value,
+        ids: &[u32],
+        spelling: impl Fn(u32) -> Option<String>,
+        decode: impl Fn(&[u32]) -> Result<String, TextError>,
+    ) -> Result<Self, TextError> {
         let mut parts = Vec::new();
-        flatten(&decoder, &mut parts);
+        flatten(decoder, &mut parts);
         // The crate computes `length - stop - 1` without looking: a crash for short texts.
         if parts.iter().any(|p| kind(p) == "Strip" && p["stop"] != 0) {
             return Err(TextError::UnsupportedTokenizer { what: "a `Strip` decoder with `stop` above 0".into() });
@@ -63,11 +66,11 @@ impl Cuts {
         }
         let byte_fallback = parts.iter().any(|p| kind(p) == "ByteFallback");
         for &id in ids {
-            if tokenizer.id_to_token(id).is_none_or(|t| byte_fallback && is_byte_token(&t)) {
+            if spelling(id).is_none_or(|t| byte_fallback && is_byte_token(&t)) {
                 continue;
             }
             // An anchor without text might let the start's treatment through to its successor.
-            let text = decode_with(tokenizer, &[id], false)?;
+            let text = decode(&[id])?;
             if !text.is_empty() {
                 return Ok(Self::Segments { anchor: id, anchor_len: text.len(), byte_fallback });
             }
@@ -131,16 +134,28 @@ fn alphabet_byte(c: char) -> Option<u8> {
     }
 }
 
+/// What becomes of special tokens in text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Special {
+    /// All are left out, as by Hugging Face's `skip_special_tokens`.
+    Hidden,
+    /// All are left out but those without which a reader cannot tell a model's answer from the rest
+    /// ([`Tokenizer::is_markup`]).
+    Markup,
+    /// All are shown.
+    Shown,
+}
+
 /// Turns one stream of token ids into text, piece by piece.
 ///
 /// The pieces returned by [`push`](Self::push) and [`finish`](Self::finish), put together, equal
-/// [`Tokenizer::decode`] of all ids. No piece ends inside a character. Memory and time per token
+/// [`Tokenizer::decode`] of all ids that are not hidden. No piece ends inside a character. Memory and time per token
 /// do not grow with the length of the stream (for decoders that are not understood, text comes at
 /// the end, and memory does grow).
 #[derive(Debug, Clone)]
 pub struct Detokenizer {
     tokenizer: Tokenizer,
-    skip_special: bool,
+    special: Special,
     /// [`Cuts::Bytes`]: the unfinished character.
     bytes: Vec<u8>,
     /// Otherwise: tokens that have not become text yet.
@@ -150,14 +165,23 @@ pub struct Detokenizer {
 }
 
 impl Detokenizer {
-    /// A stream that leaves special tokens out, as a reader wants it.
+    /// A stream as a reader wants it: [`Special::Markup`].
     pub fn new(tokenizer: &Tokenizer) -> Self {
-        Self::with_special(tokenizer, true)
+        Self::with_special(tokenizer, Special::Markup)
     }
 
-    /// A stream that leaves special tokens out, or not.
-    pub fn with_special(tokenizer: &Tokenizer, skip_special: bool) -> Self {
-        Self { tokenizer: tokenizer.clone(), skip_special, bytes: Vec::new(), pending: Vec::new(), started: false }
+    /// A stream with, or without, special tokens.
+    pub fn with_special(tokenizer: &Tokenizer, special: Special) -> Self {
+        Self { tokenizer: tokenizer.clone(), special, bytes: Vec::new(), pending: Vec::new(), started: false }
+    }
+
+    /// Whether this token is left out.
+    pub fn hides(&self, id: u32) -> bool {
+        match self.special {
+            Special::Shown => false,
+            Special::Markup => self.tokenizer.is_special(id) && !self.tokenizer.is_markup(id),
+            Special::Hidden => self.tokenizer.is_special(id),
+        }
     }
 
     /// Adds a token and returns the text that became certain with it; often none. Ids outside the
@@ -170,7 +194,7 @@ impl Detokenizer {
         let Some(token) = self.tokenizer.token_text(id) else {
             return Ok(String::new());
         };
-        if self.skip_special && self.tokenizer.is_special(&token) {
+        if self.hides(id) {
             return Ok(String::new());
         }
         match *self.tokenizer.cuts() {
@@ -296,7 +320,8 @@ mod tests {
 
     /// Streams ids; checks against batch decoding and returns the pieces.
     fn stream(tokenizer: &Tokenizer, ids: &[u32], skip: bool) -> Vec<String> {
-        let mut detokenizer = Detokenizer::with_special(tokenizer, skip);
+        let special = if skip { Special::Hidden } else { Special::Shown };
+        let mut detokenizer = Detokenizer::with_special(tokenizer, special);
         let mut pieces: Vec<String> = ids.iter().map(|&id| detokenizer.push(id).unwrap()).collect();
         pieces.push(detokenizer.finish().unwrap());
         assert_eq!(pieces.concat(), tokenizer.decode(ids, skip).unwrap(), "{ids:?}");
@@ -400,6 +425,33 @@ mod tests {
             }
         }
         assert!(seen.iter().all(|&s| s));
+    }
+
+    #[test]
+    fn markers_of_the_harmony_format_are_shown() {
+        let mut json: Value = serde_json::from_str(&fixtures::byte_level()).unwrap();
+        let tokens = json["added_tokens"].as_array_mut().unwrap();
+        let markers = ["<|start|>", "<|channel|>", "<|message|>"];
+        for (id, content) in (tokens[0]["id"].as_u64().unwrap() + 4..).zip(markers) {
+            tokens.push(json!({"id": id, "content": content, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true}));
+        }
+        let harmony = load(&json.to_string());
+        let text = "<|channel|>analysis<|message|>We need…<|end|><|start|>assistant<|channel|>final<|message|>Hello";
+        let ids = harmony.encode(text, false).unwrap();
+        let show = |special: Special| -> String {
+            let mut detokenizer = Detokenizer::with_special(&harmony, special);
+            let text: String = ids.iter().map(|&id| detokenizer.push(id).unwrap()).collect();
+            text + &detokenizer.finish().unwrap()
+        };
+        assert_eq!(show(Special::Markup), text);
+        assert_eq!(show(Special::Shown), text);
+        assert_eq!(show(Special::Hidden), "analysisWe need…assistantfinalHello");
+
+        // Elsewhere, `<|end|>` is an end token like any other.
+        let plain = load(&fixtures::byte_level());
+        let end = plain.token_id("<|end|>").unwrap();
+        assert!(Detokenizer::new(&plain).hides(end) && !Detokenizer::new(&harmony).hides(end));
     }
 
     #[test]

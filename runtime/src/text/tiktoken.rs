@@ -13,6 +13,7 @@ use std::collections::{HashMap, HashSet};
 use serde_json::{Map, Value, json};
 
 use super::TextError;
+use super::limits::clip;
 
 /// Kimi's pattern. Hugging Face's generic converter uses another one, without the rules for Han,
 /// and splits Chinese text wrongly.
@@ -124,9 +125,8 @@ fn merges(tokens: &[Vec<u8>]) -> impl Iterator<Item = (&[u8], &[u8])> {
 fn specials(first: usize, config: Option<&[u8]>) -> Result<Vec<Value>, TextError> {
     let file = "tokenizer_config.json";
     let config: Map<String, Value> = match config {
-        Some(bytes) => {
-            serde_json::from_slice(bytes).map_err(|e| TextError::BadConfig { file, reason: e.to_string() })?
-        }
+        Some(bytes) => sluice_format::json::from_slice(bytes)
+            .map_err(|e| TextError::BadConfig { file, reason: clip(&e.to_string()) })?,
         None => Map::new(),
     };
     let named = config.get("added_tokens_decoder").and_then(Value::as_object);
@@ -159,7 +159,7 @@ fn alphabet_char(byte: u8) -> char {
 }
 
 /// The bytes of a text in base 64, with or without its padding.
-fn base64(text: &str) -> Option<Vec<u8>> {
+pub(super) fn base64(text: &str) -> Option<Vec<u8>> {
     let text = text.trim_end_matches('=');
     let mut bytes = Vec::with_capacity(text.len() * 3 / 4);
     let (mut bits, mut held) = (0u32, 0u32);

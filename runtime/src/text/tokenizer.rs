@@ -1,19 +1,30 @@
 //! The model's tokenizer: text to token ids and back.
 //!
-//! A thin shell around the `tokenizers` crate, so that results equal Hugging Face's by
-//! construction. The shell is there because tokenizer.json comes from strangers: it bounds sizes,
-//! refuses what is known to crash the crate, switches off what would make prompts differ from run
-//! to run, and turns a panic of the crate into a typed error.
+//! A shell around the parts of the `tokenizers` crate, so that results equal Hugging Face's by construction. The shell is
+//! there because the files come from strangers, and because there are several of them: it puts together what they say
+//! ([`super::effective`]), bounds what the file's own program may take ([`super::limits`], [`super::pipeline`]), refuses what is
+//! known to crash the crate, switches off what would make prompts differ from run to run, and turns a panic of the crate into
+//! a typed error.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ops::Range;
 use std::sync::Arc;
 
+use serde::Deserialize;
+use serde_json::{Value, json};
 use tokenizers::models::ModelWrapper;
+use tokenizers::{AddedToken, Model};
 
 use super::TextError;
+use super::added::AddedTokens;
+use super::around::Around;
+use super::chat::SpecialTokens;
+use super::effective::{Effective, TOKENIZER_CONFIG};
+use super::guard::guard;
+use super::limits::{Limits, MAX_TEXT_BYTES, clip, explain};
+use super::pipeline::{Decoding, Normalization, Splitting};
 use super::stream::Cuts;
 use super::tiktoken;
-use super::untrusted::{AddedTokens, encode_with};
+use super::untrusted::encode_with;
 
 /// Largest tokenizer.json accepted. The largest published ones have about 35 MB.
 pub const MAX_TOKENIZER_BYTES: usize = 256 << 20;
@@ -22,19 +33,36 @@ pub const MAX_TOKENIZER_BYTES: usize = 256 << 20;
 /// tables by [`Tokenizer::vocab_size`] without trusting the file.
 pub const MAX_TOKEN_ID: u32 = (1 << 24) - 1;
 
+/// Longest spelling of a token accepted, in bytes. The longest of published ones have a few hundred.
+const MAX_TOKEN_BYTES: usize = 16 << 10;
+
+/// Most characters that a WordPiece model may look at as one word: it takes time by their square. Real ones say 100.
+const MAX_WORDPIECE_CHARS: usize = 1000;
+
+/// Longest affix that a model may put on every character or word, in bytes. Real ones have two or four.
+const MAX_AFFIX_BYTES: usize = 64;
+
 /// A model's tokenizer. Immutable, cheap to clone, usable from many threads.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<Inner>,
 }
 
-struct Inner {
-    tokenizer: tokenizers::Tokenizer,
+/// The parts, in the order in which a text meets them.
+pub(super) struct Inner {
+    /// The tokens that are found before the model sees the text.
+    pub(super) added: AddedTokens,
+    pub(super) normalization: Normalization,
+    pub(super) splitting: Splitting,
+    pub(super) model: ModelWrapper,
+    around: Around,
+    decoding: Decoding,
     vocab_size: usize,
     /// How to decode piece by piece; found once, because finding it reads the whole decoder.
     cuts: Cuts,
-    /// The tokens that are found before the model sees the text.
-    added: AddedTokens,
+    names: SpecialTokens,
+    /// Whether the special tokens are those of OpenAI's harmony format.
+    harmony: bool,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -43,8 +71,32 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
+/// tokenizer.json, as far as it is used: truncation and padding are not.
+#[derive(Deserialize)]
+struct File {
+    version: Option<String>,
+    #[serde(default)]
+    added_tokens: Vec<FileToken>,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    post_processor: Value,
+    #[serde(default)]
+    decoder: Value,
+    model: ModelWrapper,
+}
+
+#[derive(Deserialize)]
+struct FileToken {
+    id: u32,
+    #[serde(flatten)]
+    token: AddedToken,
+}
+
 impl Tokenizer {
-    /// Reads a tokenizer.json.
+    /// Reads a tokenizer.json that stands alone.
     ///
     /// Truncation and padding settings in the file are ignored (a prompt must never be shortened
     /// silently), and so is BPE dropout, a training device that makes encoding random.
@@ -52,23 +104,25 @@ impl Tokenizer {
     /// # Errors
     /// When the file is not a usable tokenizer, whatever its bytes are.
     pub fn from_json(bytes: &[u8]) -> Result<Self, TextError> {
-        if bytes.len() > MAX_TOKENIZER_BYTES {
-            return Err(TextError::TokenizerTooLarge { bytes: bytes.len(), limit: MAX_TOKENIZER_BYTES });
-        }
-        guard("reading tokenizer.json", || Self::load(bytes))?
+        Self::build(bytes, &|_| None, true)
     }
 
-    /// The tokenizer of a checkpoint, by the files that it has: `tokenizer.json`, else `tiktoken.model` with
-    /// `tokenizer_config.json`. `file` gives the bytes of a file by its name. `None` if it has neither.
+    /// The tokenizer of a checkpoint, by the files that it has: `tokenizer.json`, else `tiktoken.model`, with what
+    /// `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json` and `config.json` say about it. `file` gives the
+    /// bytes of a file by its name. `None` if it has neither of the first two.
+    ///
+    /// The result is what Hugging Face's transformers builds of these files; where its versions 4 and 5 differ, what models
+    /// were trained with. `docs/USAGE.md` says where that is.
     ///
     /// # Errors
-    /// When the files are damaged.
+    /// When the files are damaged, contradict each other, or ask for too much.
     pub fn find<'f>(file: impl Fn(&str) -> Option<&'f [u8]>) -> Result<Option<Self>, TextError> {
         if let Some(json) = file("tokenizer.json") {
-            return Self::from_json(json).map(Some);
+            return Self::build(json, &file, true).map(Some);
         }
         let Some(ranks) = file("tiktoken.model") else { return Ok(None) };
-        Self::from_tiktoken(ranks, file("tokenizer_config.json")).map(Some)
+        let json = tiktoken::to_tokenizer_json(ranks, file(TOKENIZER_CONFIG))?;
+        Self::build(json.as_bytes(), &file, false).map(Some)
     }
 
     /// Converts the vocabulary of models that ship `tiktoken.model` (Kimi): lines of a token in
@@ -82,34 +136,77 @@ impl Tokenizer {
         Self::from_json(tiktoken::to_tokenizer_json(model, config)?.as_bytes())
     }
 
-    fn load(bytes: &[u8]) -> Result<Self, TextError> {
-        let bad = |e: tokenizers::Error| TextError::BadTokenizer { reason: e.to_string() };
-        // Checked first because the crate reports some malformed JSON on standard output, which
-        // belongs to the generated text.
-        let json = std::str::from_utf8(bytes).map_err(|e| bad(e.into()))?;
-        serde_json::from_str::<serde::de::IgnoredAny>(json).map_err(|e| bad(e.into()))?;
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(bad)?;
-        tokenizer.with_truncation(None).map_err(bad)?;
-        tokenizer.with_padding(None);
-        if let ModelWrapper::BPE(bpe) = tokenizer.get_model()
-            && bpe.dropout.is_some()
-        {
-            let mut bpe = bpe.clone();
-            bpe.dropout = None;
-            tokenizer.with_model(ModelWrapper::BPE(bpe));
+    /// Reads tokenizer.json, and applies the other files. Those add tokens only where `adds_tokens`.
+    fn build<'f>(bytes: &[u8], file: &impl Fn(&str) -> Option<&'f [u8]>, adds_tokens: bool) -> Result<Self, TextError> {
+        if bytes.len() > MAX_TOKENIZER_BYTES {
+            return Err(TextError::TokenizerTooLarge { bytes: bytes.len(), limit: MAX_TOKENIZER_BYTES });
         }
+        guard("reading tokenizer.json", || {
+            let parsed = read(bytes)?;
+            let own: Vec<_> = parsed.added_tokens.iter().map(|t| (t.id, t.token.clone())).collect();
+            let effective = Effective::read(file, adds_tokens.then_some(&own))?;
+            Self::put_together(parsed, effective)
+        })?
+    }
 
-        let mut ids: Vec<u32> = tokenizer.get_vocab(true).into_values().collect();
-        ids.sort_unstable();
-        let Some(&highest) = ids.last() else {
-            return Err(TextError::BadTokenizer { reason: "its vocabulary is empty".into() });
-        };
-        if highest > MAX_TOKEN_ID {
-            return Err(TextError::BadTokenizer { reason: format!("token id {highest} is above {MAX_TOKEN_ID}") });
+    fn put_together(mut file: File, effective: Effective) -> Result<Self, TextError> {
+        check_model(&mut file.model)?;
+        apply_prefix_space(&mut file, &effective);
+        let model = file.model;
+        let normalization = Normalization::read(&file.normalizer)?;
+        let splitting = Splitting::read(&file.pre_tokenizer)?;
+        let decoding = Decoding::read(&file.decoder)?;
+
+        let mut added = AddedTokens::default();
+        let own: Vec<AddedToken> = file.added_tokens.into_iter().map(|t| t.token).collect();
+        added.add(&own, &model);
+        added.add(&effective.add, &model);
+        let missing: Vec<AddedToken> =
+            effective.add_missing.iter().filter(|token| !added.has(&token.content)).cloned().collect();
+        added.add(&missing, &model);
+        for listed in effective.listed.iter().filter(|l| !l.content.is_empty()) {
+            let id = added.id(&listed.content, &model);
+            if id != Some(listed.id) {
+                return Err(TextError::TokenContradiction {
+                    file: listed.file,
+                    token: clip(&listed.content),
+                    id: listed.id,
+                    reason: format!("but with tokenizer.json its id is {}", id.unwrap_or_default()),
+                });
+            }
         }
-        let cuts = Cuts::of(&tokenizer, &ids)?;
-        let added = AddedTokens::of(&tokenizer);
-        Ok(Self { inner: Arc::new(Inner { tokenizer, vocab_size: highest as usize + 1, cuts, added }) })
+        added.prepare(&normalization)?;
+
+        let mut names = effective.names;
+        for (name, token) in effective.default_names {
+            if added.id(token, &model).is_some() {
+                names.set(name, token);
+            }
+        }
+        let mut around = Around::read(&file.post_processor)?;
+        if let Some((bos, eos)) = effective.around {
+            let id = |token: &Option<String>| token.as_deref().and_then(|token| added.id(token, &model));
+            around = Around {
+                before: id(&names.bos).filter(|_| bos).into_iter().collect(),
+                after: id(&names.eos).filter(|_| eos).into_iter().collect(),
+            };
+            if effective.bos_is_asked_for && around.before.is_empty() {
+                return Err(TextError::BadConfigField {
+                    file: TOKENIZER_CONFIG,
+                    field: "bos_token",
+                    expected: "a token of the vocabulary, as `add_bos_token` asks for it",
+                    found: names.bos.map_or("missing".into(), |token| clip(&format!("{token:?}"))),
+                });
+            }
+        }
+        let ids = all_ids(&model, &added)?;
+        let vocab_size = ids.last().map_or(0, |&highest| highest as usize + 1);
+        let harmony = HARMONY.iter().all(|token| added.is_special(token));
+        let cuts = Cuts::Whole;
+        let mut inner =
+            Inner { added, normalization, splitting, model, around, decoding, vocab_size, cuts, names, harmony };
+        inner.cuts = Cuts::of(&file.decoder, &ids, |id| inner.spelling(id), |ids| inner.decode(ids))?;
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Token ids of `text`. Added tokens such as `<|im_end|>` are recognised wherever they stand in
@@ -117,15 +214,14 @@ impl Tokenizer {
     /// begin-of-sequence token). Text from a chat template usually has that already.
     ///
     /// # Errors
-    /// When the vocabulary cannot express the text, or the tokenizer is broken.
+    /// When the vocabulary cannot express the text, or the tokenizer is broken or takes too much.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
-        guard("tokenising", || {
-            self.inner
-                .tokenizer
-                .encode_fast(text, add_special)
-                .map(|encoding| encoding.get_ids().to_vec())
-                .map_err(|e| TextError::Encode { reason: e.to_string() })
-        })?
+        let ids = self.encode_untrusted(text, &[])?;
+        let Around { before, after } = &self.inner.around;
+        Ok(match add_special {
+            true => [before.as_slice(), &ids, after].concat(),
+            false => ids,
+        })
     }
 
     /// Token ids of a text with parts (ranges of its bytes) that strangers wrote. As
@@ -135,10 +231,14 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`encode`](Self::encode).
-    pub fn encode_untrusted(&self, text: &str, untrusted: &[std::ops::Range<usize>]) -> Result<Vec<u32>, TextError> {
+    pub fn encode_untrusted(&self, text: &str, untrusted: &[Range<usize>]) -> Result<Vec<u32>, TextError> {
+        if text.len() > MAX_TEXT_BYTES {
+            return Err(TextError::TextTooLong { bytes: text.len(), limit: MAX_TEXT_BYTES });
+        }
         guard("tokenising", || {
-            encode_with(&self.inner.tokenizer, &self.inner.added, text, untrusted)
-                .map_err(|e| TextError::Encode { reason: e.to_string() })
+            let limits = Limits::of(text.len());
+            encode_with(&self.inner, text, untrusted, &limits)
+                .map_err(|e| explain(&e, |reason| TextError::Encode { reason }))
         })?
     }
 
@@ -153,25 +253,21 @@ impl Tokenizer {
     /// U+FFFD. With `skip_special`, tokens marked special are left out.
     ///
     /// # Errors
-    /// When the tokenizer's decoder is broken.
+    /// When the tokenizer's decoder is broken or takes too much.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
-        let counts = |&id: &u32| self.token_text(id).is_some_and(|token| !(skip_special && self.is_special(&token)));
-        // Some of the crate's decoders compute "number of tokens - 1" without looking.
-        if !ids.iter().any(counts) {
-            return Ok(String::new());
-        }
-        decode_with(&self.inner.tokenizer, ids, skip_special)
+        let shown: Vec<u32> = ids.iter().copied().filter(|&id| !(skip_special && self.is_special(id))).collect();
+        self.inner.decode(&shown)
     }
 
     /// The vocabulary's own spelling of a token (`Ġhello`, `<0x0A>`), or `None` for an id outside
     /// the vocabulary. For text to show, use [`Tokenizer::decode`].
     pub fn token_text(&self, id: u32) -> Option<String> {
-        guard("looking up a token", || self.inner.tokenizer.id_to_token(id)).ok().flatten()
+        guard("looking up a token", || self.inner.spelling(id)).ok().flatten()
     }
 
     /// The id of a token by its spelling in the vocabulary, added tokens included.
     pub fn token_id(&self, text: &str) -> Option<u32> {
-        guard("looking up a token", || self.inner.tokenizer.token_to_id(text)).ok().flatten()
+        guard("looking up a token", || self.inner.added.id(text, &self.inner.model)).ok().flatten()
     }
 
     /// One more than the highest token id; at most [`MAX_TOKEN_ID`] + 1. A model may have more
@@ -180,9 +276,60 @@ impl Tokenizer {
         self.inner.vocab_size
     }
 
-    /// Whether the token with this spelling is left out by `skip_special`.
-    pub(super) fn is_special(&self, spelling: &str) -> bool {
-        self.inner.tokenizer.get_added_vocabulary().is_special_token(spelling)
+    /// Names of tokens, as the files give them: `bos_token`, `eos_token` and so on.
+    pub fn names(&self) -> &SpecialTokens {
+        &self.inner.names
+    }
+
+    /// The token by which the tokenizer's files say that a text ends, besides those that generation_config.json and config.json
+    /// name: fine-tuned models often have a new one that is named here only.
+    pub fn end_token(&self) -> Option<u32> {
+        self.token_id(self.inner.names.eos.as_deref()?)
+    }
+
+    /// Whether a token is special: left out of text by `skip_special`.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.inner.added.spelling(id).is_some_and(|spelling| self.inner.added.is_special(spelling))
+    }
+
+    /// Whether a reader needs this token, although it is special: the markers of OpenAI's harmony format (gpt-oss), without which
+    /// a chain of thought and the answer behind it are one text, and those of Mistral's models.
+    pub fn is_markup(&self, id: u32) -> bool {
+        self.inner.added.spelling(id).is_some_and(|token| {
+            let is_one_of = |list: &[&str]| list.contains(&token);
+            is_one_of(&MARKUP) || self.inner.harmony && (is_one_of(&HARMONY) || is_one_of(&HARMONY_MORE))
+        })
+    }
+
+    /// Tries the tokenizer: text must become tokens, and tokens text, within the limits. To be called before hours are spent on
+    /// a model's weights.
+    ///
+    /// # Errors
+    /// What [`encode`](Self::encode) or [`decode`](Self::decode) would say.
+    pub fn check(&self) -> Result<(), TextError> {
+        let long_word = "a".repeat(4096);
+        let all_ascii: String = (' '..='~').chain(['\n', '\t']).collect();
+        for text in [
+            "",
+            "a",
+            "Hello, world! 123\n",
+            "\u{4f60}\u{597d}\u{ff0c}e\u{301}\u{1f980} \u{fdfa}",
+            &long_word,
+            &all_ascii,
+        ] {
+            match self.encode(text, true) {
+                // Some vocabularies lack characters, and say so when one is asked for.
+                Err(TextError::Encode { .. }) if !text.is_ascii() => {}
+                Err(e) => return Err(e),
+                Ok(ids) => {
+                    self.decode(&ids, false)?;
+                }
+            }
+        }
+        let last = u32::try_from(self.inner.vocab_size).unwrap_or(u32::MAX);
+        let step = (last / 1024).max(1) as usize;
+        let sample: Vec<u32> = (0..last).step_by(step).collect();
+        self.decode(&sample, true).map(|_| ())
     }
 
     pub(super) fn cuts(&self) -> &Cuts {
@@ -190,28 +337,130 @@ impl Tokenizer {
     }
 }
 
-/// Decodes with the bare crate; shared with the search for [`Cuts`], which runs before a
-/// [`Tokenizer`] exists.
-pub(super) fn decode_with(
-    tokenizer: &tokenizers::Tokenizer,
-    ids: &[u32],
-    skip_special: bool,
-) -> Result<String, TextError> {
-    guard("decoding", || tokenizer.decode(ids, skip_special).map_err(|e| TextError::Decode { reason: e.to_string() }))?
+/// Markers of OpenAI's harmony format, by which it is known, and the others that it has.
+const HARMONY: [&str; 3] = ["<|channel|>", "<|message|>", "<|start|>"];
+const HARMONY_MORE: [&str; 4] = ["<|end|>", "<|constrain|>", "<|call|>", "<|return|>"];
+
+/// Other special tokens that structure what a model writes. Most models make such tokens ordinary ones.
+const MARKUP: [&str; 9] = [
+    "[THINK]",
+    "[/THINK]",
+    "[TOOL_CALLS]",
+    "[CALL_ID]",
+    "[ARGS]",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+];
+
+impl Inner {
+    /// The spelling of a token.
+    fn spelling(&self, id: u32) -> Option<String> {
+        self.added.spelling(id).map(str::to_owned).or_else(|| self.model.id_to_token(id))
+    }
+
+    fn decode(&self, ids: &[u32]) -> Result<String, TextError> {
+        guard("decoding", || {
+            let tokens: Vec<String> = ids.iter().filter_map(|&id| self.spelling(id)).collect();
+            // Some of the crate's decoders compute "number of tokens - 1" without looking.
+            if tokens.is_empty() {
+                return Ok(String::new());
+            }
+            self.decoding.run(tokens).map_err(|e| explain(&e, |reason| TextError::Decode { reason }))
+        })?
+    }
 }
 
-/// Runs foreign code and turns its panic into an error. The crate indexes and unwraps on values
-/// from the file in places we cannot all know. Sound without `unsafe`: the crate's state is read
-/// only here, apart from a cache that it guards with locks.
-fn guard<T>(during: &'static str, work: impl FnOnce() -> T) -> Result<T, TextError> {
-    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
-        let reason = panic
-            .downcast_ref::<&str>()
-            .map(|s| (*s).to_owned())
-            .or_else(|| panic.downcast_ref::<String>().cloned())
-            .unwrap_or_else(|| "no message".to_owned());
-        TextError::Crashed { during, reason }
-    })
+fn bad(reason: &str) -> TextError {
+    TextError::BadTokenizer { reason: clip(reason) }
+}
+
+/// Reads tokenizer.json.
+fn read(bytes: &[u8]) -> Result<File, TextError> {
+    // Checked first because the crate reports some malformed JSON on standard output, which
+    // belongs to the generated text.
+    let json = std::str::from_utf8(bytes).map_err(|e| bad(&e.to_string()))?;
+    serde_json::from_str::<serde::de::IgnoredAny>(json).map_err(|e| bad(&e.to_string()))?;
+    let file: File = serde_json::from_str(json).map_err(|e| bad(&e.to_string()))?;
+    match file.version.as_deref() {
+        None | Some("1.0") => Ok(file),
+        Some(version) => Err(bad(&format!("its version is {version:?}, which is unknown"))),
+    }
+}
+
+/// Bounds what the model may take, and makes it deterministic.
+fn check_model(model: &mut ModelWrapper) -> Result<(), TextError> {
+    let affixes = match model {
+        ModelWrapper::BPE(bpe) => {
+            bpe.dropout = None;
+            [bpe.continuing_subword_prefix.as_deref(), bpe.end_of_word_suffix.as_deref()]
+        }
+        ModelWrapper::WordPiece(wordpiece) => {
+            let most = wordpiece.max_input_chars_per_word;
+            if most > MAX_WORDPIECE_CHARS {
+                let what = format!("words of {most} characters, more than {MAX_WORDPIECE_CHARS}");
+                return Err(TextError::UnsupportedTokenizer { what });
+            }
+            [Some(wordpiece.continuing_subword_prefix.as_str()), None]
+        }
+        _ => [None, None],
+    };
+    match affixes.iter().flatten().any(|affix| affix.len() > MAX_AFFIX_BYTES) {
+        true => {
+            Err(TextError::UnsupportedTokenizer { what: format!("a prefix or suffix above {MAX_AFFIX_BYTES} bytes") })
+        }
+        false => Ok(()),
+    }
+}
+
+/// All token ids in their order.
+fn all_ids(model: &ModelWrapper, added: &AddedTokens) -> Result<Vec<u32>, TextError> {
+    let vocab = model.get_vocab();
+    if let Some(longest) = vocab.keys().map(String::len).max().filter(|&len| len > MAX_TOKEN_BYTES) {
+        return Err(bad(&format!("a token has {longest} bytes, more than {MAX_TOKEN_BYTES}")));
+    }
+    let mut ids: Vec<u32> = vocab.into_values().chain(added.all_ids()).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    match ids.last() {
+        None => Err(bad("its vocabulary is empty")),
+        Some(&highest) if highest > MAX_TOKEN_ID => Err(bad(&format!("token id {highest} is above {MAX_TOKEN_ID}"))),
+        Some(_) => Ok(ids),
+    }
+}
+
+/// Applies `add_prefix_space`, where a file has it.
+fn apply_prefix_space(file: &mut File, effective: &Effective) {
+    let Some(prefix) = effective.prefix_space else { return };
+    let is_sentencepiece = matches!(&file.model, ModelWrapper::BPE(bpe) if bpe.byte_fallback);
+    match effective.sentencepiece {
+        // What transformers' `LlamaConverter` writes.
+        Some(legacy) if is_sentencepiece => {
+            let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"});
+            let prepend = json!({"type": "Prepend", "prepend": "\u{2581}"});
+            let back = json!({"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "});
+            let strip = json!({"type": "Strip", "content": " ", "start": 1, "stop": 0});
+            let scheme = if prefix { "first" } else { "never" };
+            let metaspace =
+                json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": scheme, "split": false});
+            let normalizers = if prefix { json!([prepend, replace]) } else { json!([replace]) };
+            (file.normalizer, file.pre_tokenizer) = match legacy {
+                true => (json!({"type": "Sequence", "normalizers": normalizers}), Value::Null),
+                false => (Value::Null, metaspace),
+            };
+            let mut decoders = vec![back, json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
+            if prefix {
+                decoders.push(strip);
+            }
+            file.decoder = json!({"type": "Sequence", "decoders": decoders});
+        }
+        _ => {
+            if let Some(own) = file.pre_tokenizer.get_mut("add_prefix_space") {
+                *own = prefix.into();
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -275,6 +524,82 @@ mod tests {
         }
     }
 
+    /// The byte-level fixture with one part exchanged.
+    fn with(part: &str, value: Value) -> Result<Tokenizer, TextError> {
+        let mut json: Value = serde_json::from_str(&fixtures::byte_level()).unwrap();
+        json[part] = value;
+        Tokenizer::from_json(json.to_string().as_bytes())
+    }
+
+    #[test]
+    fn tokenizers_that_grow_text_or_never_end_are_stopped() {
+        let replace =
+            |pattern: Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
+        let text = |pattern: &str| json!({"String": pattern});
+        let regex = |pattern: &str| json!({"Regex": pattern});
+        let normalizers = |steps: Vec<Value>| json!({"type": "Sequence", "normalizers": steps});
+        let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        for (part, value) in [
+            ("normalizer", normalizers(vec![replace(text("a"), "aa"); 24])),
+            ("normalizer", replace(text("a"), &"b".repeat(1_000_000))),
+            ("normalizer", replace(regex(""), &"b".repeat(1_000_000))),
+            ("normalizer", normalizers(vec![json!({"type": "Prepend", "prepend": "x".repeat(60_000)}); 9])),
+            ("normalizer", replace(regex("(a+)+$"), "x")),
+            ("pre_tokenizer", split("(?:a*a*a*a*b)|a")),
+            ("pre_tokenizer", json!({"type": "Sequence", "pretokenizers": vec![bytes; 40]})),
+            ("decoder", json!({"type": "Sequence", "decoders": vec![replace(text("a"), "aa"); 24]})),
+        ] {
+            let outcome = with(part, value).and_then(|tokenizer| {
+                tokenizer.check()?;
+                tokenizer.encode(&("a".repeat(3000) + "!"), true)
+            });
+            let error = outcome.expect_err(part);
+            assert!(matches!(error, TextError::Stopped { .. }), "{part}: {error}");
+        }
+    }
+
+    #[test]
+    fn tokenizers_larger_than_any_real_one_are_refused() {
+        let template = |single: Vec<Value>| {
+            json!({"type": "TemplateProcessing", "single": single, "pair": [],
+            "special_tokens": {"X": {"id": "X", "ids": vec![1; 40], "tokens": vec!["x"; 40]}}})
+        };
+        let (token, body) =
+            (json!({"SpecialToken": {"id": "X", "type_id": 0}}), json!({"Sequence": {"id": "A", "type_id": 0}}));
+        let nested = |leaf: Value| (0..20).fold(leaf, |inner, _| json!({"type": "Sequence", "normalizers": [inner]}));
+        let added = json!({"id": 263, "content": "x".repeat(5 << 20), "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": true, "special": false});
+        for (part, value) in [
+            ("post_processor", template(vec![token.clone(), body.clone(), token.clone()])),
+            ("post_processor", template(vec![body.clone(), body.clone()])),
+            ("post_processor", template(vec![token])),
+            ("post_processor", json!({"type": "Sequence", "processors": vec![template(vec![body]); 100]})),
+            ("normalizer", nested(json!({"type": "NFC"}))),
+            ("normalizer", json!({"type": "Sequence", "normalizers": vec![json!({"type": "NFC"}); 100]})),
+            ("pre_tokenizer", json!({"type": "FixedLength", "length": 0})),
+            ("added_tokens", json!([added])),
+        ] {
+            let outcome = with(part, value);
+            assert!(matches!(outcome, Err(TextError::UnsupportedTokenizer { .. })), "{part}: {outcome:?}");
+        }
+        let wide = json!({"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 1_000_000, "vocab": {"a": 0}});
+        assert!(matches!(with("model", wide), Err(TextError::UnsupportedTokenizer { .. })));
+    }
+
+    #[test]
+    fn messages_do_not_repeat_the_file() {
+        for json in [
+            json!({"version": "9".repeat(1_000_000), "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}),
+            json!({"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["x".repeat(1_000_000), "y"]]}}),
+            json!({"version": "1.0", "normalizer": {"type": "x".repeat(1_000_000)}, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}),
+        ] {
+            let message = Tokenizer::from_json(json.to_string().as_bytes()).unwrap_err().to_string();
+            assert!(message.len() < 1000, "{}", message.len());
+        }
+    }
+
     #[test]
     fn hopeless_files_are_refused() {
         let refused = |json: &str| Tokenizer::from_json(json.as_bytes()).unwrap_err();
@@ -288,13 +613,6 @@ mod tests {
         let mut strip: serde_json::Value = serde_json::from_str(&fixtures::byte_level()).unwrap();
         strip["decoder"] = serde_json::json!({"type": "Strip", "content": "a", "start": 0, "stop": 9});
         assert!(matches!(refused(&strip.to_string()), TextError::UnsupportedTokenizer { .. }));
-    }
-
-    #[test]
-    fn a_panic_of_the_library_becomes_an_error() {
-        let error = guard("testing", || -> u32 { panic!("on {}", "purpose") }).unwrap_err();
-        let want = TextError::Crashed { during: "testing", reason: "on purpose".into() };
-        assert_eq!(error, want);
     }
 
     proptest! {

@@ -1,111 +1,31 @@
-//! Tokenising text of which a part is a stranger's, so that no stranger's text becomes a control
+//! Turning text into tokens, of which a part may be a stranger's, so that no stranger's text becomes a control
 //! token.
 //!
-//! The crate looks for added tokens first, and hands what lies between them to the normaliser, the
-//! pre-tokeniser and the model. Its search cannot be told to skip places, so it is done here again,
-//! in the same two rounds (added tokens of the text as it is, then those of normalised text), with
-//! one question more: whether a stranger wrote any part of the match. The rest is the crate's own
-//! work on the crate's own types, so that without strangers the ids equal the crate's.
+//! First added tokens are looked for in the text as it is, then the rest is normalised, and others are looked for in what
+//! comes out; what lies between them is split into words, and the model makes tokens of those. The
+//! `tokenizers` crate goes the same way, but its search cannot be told to skip places, and its steps cannot be stopped. So
+//! the way is walked here, with one question more (whether a stranger wrote any part of an added token) and with limits. The steps
+//! are the crate's own, on the crate's own types, so that without strangers the ids equal the crate's.
 
-use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::LazyLock;
 
-use regex::Regex;
 use tokenizers::tokenizer::normalizer::Range as In;
 use tokenizers::tokenizer::{
-    Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Result, Token,
+    Model, NormalizedString, OffsetReferential, OffsetType, PreTokenizedString, Result, Token,
 };
 
-/// One added token.
-#[derive(Debug, Clone)]
-struct Added {
-    /// What is searched for: the spelling, normalised where the token asks for that.
-    pattern: String,
-    id: u32,
-    single_word: bool,
-    lstrip: bool,
-    rstrip: bool,
-    /// Whether a stranger's text may contain it.
-    is_space: bool,
-}
-
-/// Added tokens, by the first character of their pattern, the longest first.
-type Patterns = HashMap<char, Vec<Added>>;
-
-/// A tokenizer's added tokens.
-#[derive(Debug, Clone, Default)]
-pub(super) struct AddedTokens {
-    /// Those that are searched for in the text as it is.
-    literal: Patterns,
-    /// Those that are searched for in normalised text.
-    normalized: Patterns,
-    /// Spellings by id, of all but white space.
-    control_ids: HashMap<u32, String>,
-    controls: Vec<String>,
-}
-
-impl AddedTokens {
-    /// Reads them from a tokenizer.
-    pub(super) fn of(tokenizer: &tokenizers::Tokenizer) -> Self {
-        let vocabulary = tokenizer.get_added_vocabulary();
-        let by_id = vocabulary.get_added_tokens_decoder();
-        let mut added = Self::default();
-        let mut spellings: Vec<_> = vocabulary.get_vocab().iter().collect();
-        spellings.sort();
-        for (spelling, &id) in spellings {
-            let Some(token) = by_id.get(&id) else {
-                continue;
-            };
-            let is_space = spelling.chars().all(char::is_whitespace);
-            if !is_space {
-                added.control_ids.insert(id, spelling.clone());
-                added.controls.push(spelling.clone());
-            }
-            let mut pattern = NormalizedString::from(spelling.as_str());
-            if token.normalized
-                && let Some(normalizer) = tokenizer.get_normalizer()
-                && normalizer.normalize(&mut pattern).is_err()
-            {
-                continue;
-            }
-            let Some(first) = pattern.get().chars().next() else {
-                continue;
-            };
-            let patterns = match token.normalized {
-                true => &mut added.normalized,
-                false => &mut added.literal,
-            };
-            patterns.entry(first).or_default().push(Added {
-                pattern: pattern.get().to_owned(),
-                id,
-                single_word: token.single_word,
-                lstrip: token.lstrip,
-                rstrip: token.rstrip,
-                is_space,
-            });
-        }
-        for patterns in [&mut added.literal, &mut added.normalized] {
-            for list in patterns.values_mut() {
-                list.sort_by_key(|token| std::cmp::Reverse(token.pattern.len()));
-            }
-        }
-        added
-    }
-
-    /// Spellings of the tokens that are not white space, in their order.
-    pub(super) fn controls(&self) -> &[String] {
-        &self.controls
-    }
-}
+use super::added::{AddedTokens, Part, search};
+use super::limits::Limits;
+use super::tokenizer::Inner;
 
 /// Token ids of `text`, in which `untrusted` ranges of bytes are a stranger's.
 pub(super) fn encode_with(
-    tokenizer: &tokenizers::Tokenizer,
-    added: &AddedTokens,
+    tokenizer: &Inner,
     text: &str,
     untrusted: &[Range<usize>],
+    limits: &Limits,
 ) -> Result<Vec<u32>> {
+    let Inner { added, model, .. } = tokenizer;
     let mut untrusted: Vec<Range<usize>> = untrusted.to_vec();
     untrusted.retain(|range| !range.is_empty());
     untrusted.sort_by_key(|range| range.start);
@@ -125,10 +45,11 @@ pub(super) fn encode_with(
         let found = search(&added.literal, piece.get(), touched);
         cut(&piece, found)
     })?;
+    let mut total = 0;
     pieces.split(|_, mut piece| {
-        if let Some(normalizer) = tokenizer.get_normalizer() {
-            normalizer.normalize(&mut piece)?;
-        }
+        tokenizer.normalization.run(&mut piece, limits)?;
+        total += piece.get().len();
+        limits.check_size(total)?;
         let start = piece.offsets_original().0;
         let found = search(&added.normalized, piece.get(), |range| {
             let original = piece.convert_offsets(In::Normalized(range));
@@ -136,11 +57,9 @@ pub(super) fn encode_with(
         });
         cut(&piece, found)
     })?;
-    if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
-        pre_tokenizer.pre_tokenize(&mut pieces)?;
-    }
-    let model = tokenizer.get_model();
+    tokenizer.splitting.run(&mut pieces, limits)?;
     pieces.tokenize(|piece| {
+        limits.check_time()?;
         let (start, end) = piece.offsets_original();
         let tokens = model.tokenize(piece.get())?;
         match touched(start..end) {
@@ -150,57 +69,6 @@ pub(super) fn encode_with(
     })?;
     let splits = pieces.get_splits(OffsetReferential::Normalized, OffsetType::Byte);
     Ok(splits.into_iter().flat_map(|(_, _, tokens)| tokens.iter().flatten()).map(|token| token.id).collect())
-}
-
-/// A part of a text: a token with this id, or text.
-type Part = (Option<u32>, Range<usize>);
-
-/// Finds added tokens, leftmost first and then longest, as the crate does, but for those that
-/// `is_untrusted`.
-fn search(patterns: &Patterns, text: &str, is_untrusted: impl Fn(Range<usize>) -> bool) -> Vec<Part> {
-    let mut parts: Vec<Part> = Vec::new();
-    // Where the search goes on, and where the last token's white space ended.
-    let (mut next, mut done) = (0, 0);
-    for (at, first) in text.char_indices() {
-        let Some(candidates) = patterns.get(&first).filter(|_| at >= next) else {
-            continue;
-        };
-        let found = candidates.iter().find(|token| {
-            let range = at..at + token.pattern.len();
-            text[at..].starts_with(&token.pattern) && (token.is_space || !is_untrusted(range))
-        });
-        let Some(token) = found else {
-            continue;
-        };
-        next = at + token.pattern.len();
-        let (mut start, mut stop) = (at, next);
-        if token.single_word && !stands_alone(text, start, stop) {
-            continue;
-        }
-        if token.lstrip {
-            start = text[..start].trim_end().len().max(done);
-        }
-        if token.rstrip {
-            stop = text.len() - text[stop..].trim_start().len();
-        }
-        if done < start {
-            parts.push((None, done..start));
-        }
-        parts.push((Some(token.id), start..stop));
-        done = stop;
-    }
-    if done != text.len() || text.is_empty() {
-        parts.push((None, done..text.len()));
-    }
-    parts
-}
-
-/// Whether a token is no part of a longer word.
-fn stands_alone(text: &str, start: usize, stop: usize) -> bool {
-    // What is a word is the `tokenizers` crate's question; the standard library has another answer for some digits.
-    static WORD: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\w").expect("a fixed pattern"));
-    let is_word = |c: Option<char>| c.is_some_and(|c| WORD.is_match(c.encode_utf8(&mut [0; 4])));
-    !is_word(text[..start].chars().next_back()) && !is_word(text[stop..].chars().next())
 }
 
 /// The parts of a piece, as the crate wants them.
@@ -223,7 +91,7 @@ fn cut(piece: &NormalizedString, parts: Vec<Part>) -> Result<Vec<(NormalizedStri
 fn without_controls(model: &impl Model, added: &AddedTokens, text: &str, tokens: Vec<Token>) -> Result<Vec<Token>> {
     let forged = |token: &Token| {
         let spelled = text.get(token.offsets.0..token.offsets.1);
-        let control = added.control_ids.contains_key(&token.id);
+        let control = added.is_control(token.id);
         // The unknown token stands for other text than its own spelling.
         control && spelled == Some(token.value.as_str())
     };
