@@ -23,8 +23,10 @@ mod inspect;
 pub mod limits;
 mod metadata;
 mod reader;
+mod rewrite;
 mod schema;
 mod spec;
+mod state_id;
 mod superblock;
 mod tensor;
 mod verify;
@@ -37,10 +39,14 @@ pub use fields::extent::LEN as EXTENT_RECORD_LEN;
 pub use fields::tensor::LEN as TENSOR_RECORD_LEN;
 pub use importance::{ColumnMeans, IMPORTANCE_MAGIC, IMPORTANCE_VERSION, Importance, ImportanceError, MatrixKey};
 pub use inspect::{KindSize, TypeSize};
-pub use metadata::{Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB, TOKENIZER_BLOB};
+pub use metadata::{
+    Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SPEC_BLOB, TOKENIZER_BLOB, TOKENIZER_BLOBS, TOKENIZER_CONFIG_BLOB,
+};
 pub use reader::{ModelFile, open_regular, verify_extent};
+pub use rewrite::{REWRITE_MAGIC, REWRITE_VERSION, Recovery, recover, rewrite_metadata};
 pub use schema::TensorShape;
 pub use spec::*;
+pub use state_id::StateId;
 pub use superblock::{FORMAT_VERSION, MAGIC, ModelId, PAGE_SIZES, Superblock, TableRef};
 pub use tensor::{ANY_INDEX, Layout, TensorRecord, pack_tensors};
 pub use weight::{BLOCK, FP8_BLOCK, PLANE_ALIGN, ROW_GROUP, WeightType};

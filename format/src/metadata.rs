@@ -12,6 +12,12 @@ pub const SOURCE_CONFIG_BLOB: &str = "config.json";
 /// The source's `tokenizer.json`.
 pub const TOKENIZER_BLOB: &str = "tokenizer.json";
 
+/// The source's `tokenizer_config.json`.
+pub const TOKENIZER_CONFIG_BLOB: &str = "tokenizer_config.json";
+/// The files that a tokenizer is made of. A checkpoint has some of them.
+pub const TOKENIZER_BLOBS: [&str; 5] =
+    [TOKENIZER_BLOB, "tiktoken.model", TOKENIZER_CONFIG_BLOB, "added_tokens.json", "special_tokens_map.json"];
+
 /// Reports print the names of blobs: a control character in one could rewrite the terminal.
 fn is_blob_name(name: &str) -> bool {
     (1..=MAX_BLOB_NAME).contains(&name.len()) && !name.contains(char::is_control)
@@ -38,6 +44,11 @@ impl Metadata {
             Some((_, old)) => *old = blob,
             None => self.blobs.push((name.to_owned(), blob)),
         }
+    }
+
+    /// Removes the blob of that name, if there is one.
+    pub fn remove(&mut self, name: &str) {
+        self.blobs.retain(|(n, _)| n != name);
     }
 
     /// The blob of that name.
