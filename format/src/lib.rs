@@ -20,6 +20,7 @@ mod extent;
 pub mod fields;
 mod importance;
 mod inspect;
+pub mod json;
 pub mod limits;
 mod metadata;
 mod reader;

@@ -18,7 +18,7 @@ pub(crate) struct Config {
 impl Config {
     /// Parses the file's bytes; `path` is for messages.
     pub(crate) fn parse(path: &Path, bytes: &[u8]) -> Result<Self, ConvertError> {
-        let keys = serde_json::from_slice(bytes).map_err(|e| ConvertError::Damaged {
+        let keys = sluice_format::json::from_slice(bytes).map_err(|e| ConvertError::Damaged {
             path: path.to_owned(),
             problem: format!("it is not a JSON object: {e}"),
         })?;

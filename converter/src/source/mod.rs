@@ -154,7 +154,7 @@ impl Checkpoint {
     pub(crate) fn side_file(&self, name: &str) -> Result<Option<Vec<u8>>, ConvertError> {
         let Some(bytes) = side_file(&self.dir, name)? else { return Ok(None) };
         if name.ends_with(".json") {
-            let object = serde_json::from_slice::<BTreeMap<String, IgnoredAny>>(&bytes);
+            let object = sluice_format::json::from_slice::<BTreeMap<String, IgnoredAny>>(&bytes);
             object.map_err(|e| ConvertError::Damaged {
                 path: self.dir.join(name),
                 problem: format!("it is not a JSON object: {e}"),
@@ -203,7 +203,8 @@ fn open_safetensors(path: &Path) -> Result<(File, u64, Vec<u8>), ConvertError> {
 fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, ConvertError> {
     let damaged = |problem: String| ConvertError::Damaged { path: path.to_owned(), problem };
     let bytes = read_side_file(path)?;
-    let index: ShardIndex = serde_json::from_slice(&bytes).map_err(|e| damaged(format!("it is not valid: {e}")))?;
+    let index: ShardIndex =
+        sluice_format::json::from_slice(&bytes).map_err(|e| damaged(format!("it is not valid: {e}")))?;
     let mut by_file: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (tensor, file) in index.weight_map {
         if !is_plain_name(&file) {

@@ -132,7 +132,7 @@ fn with_layers(config: &[u8], all: usize, layers: usize) -> Vec<u8> {
             }
         }
     }
-    let mut value: Value = serde_json::from_slice(config).expect("it was parsed before");
+    let mut value: Value = sluice_format::json::from_slice(config).expect("it was parsed before");
     // Without the key, the family's default number of layers would come back.
     if value.get("text_config").is_none() {
         value["num_hidden_layers"] = layers.into();
