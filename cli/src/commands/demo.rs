@@ -16,7 +16,7 @@ use crate::commands::convert::Bar;
 use crate::commands::verify;
 use crate::error::CliError;
 use crate::generate::{Generation, Request, generate};
-use crate::terminal::{byte_bar, print, seconds};
+use crate::terminal::{byte_bar, print, print_as_is, print_text, printable, seconds};
 
 const EXAMPLES: &str = "\
 The model has 5.1 million weights, the architecture of DeepSeek-V3, and has read Shakespeare: its verse scans \
@@ -87,8 +87,8 @@ impl Show {
     fn line(&self, title: &str, rest: &str) -> Result<(), CliError> {
         let title = if rest.is_empty() { title.to_owned() } else { format!("{title:<10}") };
         let (on, off) = if self.bold { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
-        print(format!("{on}{title}{off} {rest}").trim_end())?;
-        print("\n")
+        print_as_is(format!("{on}{title}{off} {}", printable(&rest)).trim_end())?;
+        print_as_is("\n")
     }
 
     fn more(&self, rest: &str) -> Result<(), CliError> {
@@ -163,7 +163,7 @@ fn stream(show: &Show, model: &Path) -> Result<Generation, CliError> {
     show.more(&format!("reads: {}", engine.read_path()))?;
     show.more(&format!("kernels: {}, {} threads", engine.isa(), engine.threads()))?;
     print(&format!("\n    {}", indent(PROMPT)))?;
-    let done = speak(&mut engine, &mut |text| print(&indent(text)))?;
+    let done = speak(&mut engine, &mut |text| print_text(&indent(text)))?;
     print("\n\n")?;
     let decode = &done.decode;
     show.line(

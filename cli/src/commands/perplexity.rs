@@ -9,6 +9,7 @@ use sluice_runtime::Engine;
 
 use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
+use crate::input::read_text;
 use crate::terminal::{print, print_json, step_bar};
 
 const EXAMPLES: &str = "\
@@ -66,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 
 /// The tokens of a text: two at least, to be run in windows that the model must be able to take.
 pub(crate) fn read_ids(model: &Path, text_file: &Path, window: usize) -> Result<Vec<u32>, CliError> {
-    let text = std::fs::read_to_string(text_file).map_err(CliError::file(text_file, "read the text"))?;
+    let text = read_text(text_file, "read the text")?;
     let file = ModelFile::open(model)?;
     if window > file.spec().max_positions {
         let most = file.spec().max_positions;

@@ -50,6 +50,7 @@ use std::sync::Arc;
 
 use minijinja::value::Value;
 use serde_json::{Map, Value as Json};
+use sluice_format::json;
 
 use super::{TextError, Tokenizer};
 use marks::{Marker, Marks};
@@ -170,7 +171,8 @@ impl ChatTemplate {
     /// `tokenizer_config.json` says, which also has the special tokens. `file` gives a file's bytes.
     /// `None` if the model has no template.
     ///
-    /// Of several templates, the one called `default` counts, and `tool_use` when there are tools.
+    /// Of several templates, the one called `default` counts, and `tool_use` when there are tools. A single one counts whatever
+    /// it is called.
     ///
     /// # Errors
     /// When a file cannot be read for what it should be.
@@ -195,7 +197,8 @@ impl ChatTemplate {
                     let entry = list.iter().find(|entry| entry["name"] == name);
                     entry.and_then(|entry| entry["template"].as_str())
                 };
-                (named("default"), named("tool_use"))
+                let only = || list.first().filter(|_| list.len() == 1).and_then(|entry| entry["template"].as_str());
+                (named("default").or_else(only), named("tool_use"))
             }
             Some(_) => (None, None),
         };
@@ -355,5 +358,5 @@ fn utf8(bytes: &[u8]) -> Result<&str, TextError> {
 }
 
 fn object(bytes: &[u8]) -> Result<Map<String, Json>, TextError> {
-    serde_json::from_slice(bytes).map_err(|e| TextError::BadConfig { file: TOKENIZER_CONFIG, reason: e.to_string() })
+    json::from_slice(bytes).map_err(|e| TextError::BadConfig { file: TOKENIZER_CONFIG, reason: e.to_string() })
 }

@@ -22,7 +22,7 @@ mod untrusted;
 
 pub use chat::{ChatTemplate, Message, RenderOptions, SpecialTokens, encode_chat};
 pub use error::TextError;
-pub use generation_config::GenerationDefaults;
+pub use generation_config::{GenerationDefaults, Remark};
 pub use stop::{Emit, StopCondition, StopMatcher};
 pub use stream::Detokenizer;
 pub use tokenizer::{MAX_TOKEN_ID, MAX_TOKENIZER_BYTES, Tokenizer};
