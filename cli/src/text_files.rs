@@ -64,7 +64,7 @@ pub(crate) fn examine<'f>(
             vocabulary.saturating_sub(1)
         ));
     }
-    let mend = format!("give another with `run --chat-template FILE`, or for good: {set} --chat-template FILE");
+    let mend = format!("give one with `run --chat-template FILE`, or for good: {set} --chat-template FILE");
     let broken_template = match try_template(&file) {
         Ok(true) => None,
         Ok(false) => {

@@ -61,7 +61,7 @@ fn wrong_usage_is_2() {
 #[test]
 fn failures_are_1() {
     let model = demo_model();
-    assert_fails(&sluice(&["run", model, "--prompt", "a", "--budget", "1MiB"]), 1, &["1048576 bytes", "at least"]);
+    assert_fails(&sluice(&["run", model, "--prompt", "a", "--budget", "1MiB"]), 1, &["budget of 1.0 MiB", "at least"]);
     assert_fails(&sluice(&["run", model, "--prompt-file", "/no/such/file"]), 1, &["/no/such/file"]);
     assert_fails(&sluice(&["perplexity", model, "--text", "/no/such/file"]), 1, &["/no/such/file"]);
     let calibrate = [

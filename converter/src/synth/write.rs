@@ -1,7 +1,8 @@
 //! Writing the file: extents over the threads of the current rayon pool, then tables and superblock.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -9,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::Serialize;
 use serde_json::json;
 use sluice_format::{
-    ExtentKind, ExtentRecord, FileWriter, Layout as Arrangement, Metadata, PROVENANCE_BLOB, ROW_GROUP,
+    ExtentKind, ExtentRecord, FileWriter, Layout as Arrangement, MAGIC, Metadata, PROVENANCE_BLOB, ROW_GROUP,
     SOURCE_CONFIG_BLOB, SPEC_BLOB, TensorRecord, WeightType,
 };
 use xxhash_rust::xxh3::Xxh3;
@@ -93,6 +94,7 @@ pub fn synth(
     let metadata = metadata(geometry, options);
     refuse_existing(dst, options.overwrite, None)?;
     let path = with_suffix(dst, ".partial");
+    refuse_foreign(&path)?;
     let writer = FileWriter::open(&path, layout.file.clone())?;
     let lock = lock_file(&path, &writer)?;
     refuse_existing(dst, options.overwrite, None)?;
@@ -121,6 +123,18 @@ pub fn synth(
     })
 }
 
+/// What an earlier run left begins with zeros, where its superblock would be. Anything else is not thrown away, and a link is
+/// not followed.
+fn refuse_foreign(partial: &Path) -> Result<(), ConvertError> {
+    let Ok(found) = partial.symlink_metadata() else { return Ok(()) };
+    let mut head = [0; MAGIC.len()];
+    let mut read = || File::open(partial).and_then(|mut file| file.read(&mut head)).is_ok();
+    if found.is_file() && read() && (head == [0; MAGIC.len()] || head == MAGIC) {
+        return Ok(());
+    }
+    Err(ConvertError::NotReplaced { path: partial.to_owned() })
+}
+
 /// Gives the file its length, and unless it is to be sparse, its space.
 fn prepare(path: &Path, writer: &FileWriter, layout: &Layout, options: &SynthOptions) -> Result<(), ConvertError> {
     let len = layout.file.extents_end();
@@ -137,7 +151,8 @@ fn metadata(geometry: &Geometry, options: &SynthOptions) -> Metadata {
         "geometry": geometry.spec().family,
         "expert_type": options.types.experts.name(),
         "dense_type": options.types.dense.name(),
-        "skew": options.skew,
+        // As it was given: 0.7, and not the nearest number of single precision with all its digits.
+        "skew": options.skew.to_string().parse::<f64>().unwrap_or_default(),
         "seed": options.seed,
         "sparse": options.sparse,
     });

@@ -372,6 +372,14 @@ impl DiskBench {
         }
     }
 
+    /// Whether [`proof`](Self::proof) could succeed; to be asked before the first visit.
+    ///
+    /// # Errors
+    /// [`BenchError::NotTheDrive`] if much of the file is in the page cache, unless that was asked for.
+    pub fn check(&self) -> Result<(), BenchError> {
+        self.proof.check(&self.file)
+    }
+
     /// What shows that the drive has answered; to be asked after the last visit.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ fn noise() -> tempfile::NamedTempFile {
     let bytes: Vec<u8> = (0..1 << 20).flat_map(|_| splitmix(&mut state).to_le_bytes()).collect();
     std::fs::write(file.path(), bytes).expect("written");
     file.as_file().sync_all().expect("synced");
+    scratch::forget_pages(file.as_file());
     file
 }
 
@@ -151,6 +152,26 @@ fn a_file_in_memory_is_refused() {
     assert!(text.contains("tmpfs") && text.contains("--buffered"), "{text}");
     let bench = DiskBench::open(file.path(), DirectMode::Never).expect("asked for");
     assert!(bench.proof().expect("none needed").summary().starts_with("BUFFERED"));
+}
+
+#[test]
+fn what_is_in_the_page_cache_is_not_measured() {
+    let file = noise();
+    let options = SweepOptions {
+        engines: vec![BenchEngine::Pread],
+        patterns: vec![Pattern::Random],
+        blocks: vec![1 << 20],
+        depths: vec![1],
+        time: Duration::from_millis(50),
+    };
+    std::fs::read(file.path()).expect("read through the page cache");
+    let mut bench = open(file.path());
+    if bench.direct().is_engaged() && bench.file.is_cached(0) == Some(true) {
+        let error = sweep(&mut bench, &options, &mut |_| ()).expect_err("cached").to_string();
+        assert!(error.contains("page cache") && error.contains("--buffered"), "{error}");
+    }
+    let mut buffered = DiskBench::open(file.path(), DirectMode::Never).expect("asked for");
+    sweep(&mut buffered, &options, &mut |_| ()).expect("the page cache is what is measured");
 }
 
 #[test]
