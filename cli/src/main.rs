@@ -179,7 +179,8 @@ mod tests {
                 // Names of variables in quotes, as they are asked for.
                 for (at, _) in text.match_indices(concat!("\"", "SLUICE_")) {
                     let name = text[at + 1..].split('"').next().unwrap();
-                    if name.chars().all(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_') {
+                    let is_name = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
+                    if name.chars().all(is_name) && !name.ends_with('_') {
                         found.insert(name.to_owned());
                     }
                 }

@@ -55,6 +55,8 @@ struct Report {
     file: String,
     family: String,
     model_id: String,
+    /// Of weights, specification and tokenizer.
+    state_id: String,
     format_version: u32,
     page_size: u32,
     file_bytes: u64,
@@ -122,6 +124,7 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         file: args.file.display().to_string(),
         family: spec.family.clone(),
         model_id: superblock.model_id.to_string(),
+        state_id: file.state_id().to_string(),
         format_version: sluice_format::FORMAT_VERSION,
         page_size: superblock.page_size,
         file_bytes: superblock.file_len,
@@ -147,7 +150,7 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         context,
         kv_cache_bytes: KvCache::memory(spec, context, args.kv_type),
         kv_type: args.kv_type.name(),
-        has_tokenizer: file.metadata().get(TOKENIZER_BLOB).is_some(),
+        has_tokenizer: [TOKENIZER_BLOB, "tiktoken.model"].iter().any(|name| file.metadata().get(name).is_some()),
         provenance,
         extents: args.extents.then(|| extents(file)),
     }
