@@ -8,8 +8,9 @@ use sluice_runtime::memory::Bytes;
 
 use crate::error::CliError;
 
-/// Most bytes of a text: a prompt, or what a model is measured on. More tokens than any model takes.
-pub(crate) const MAX_TEXT: u64 = 64 << 20;
+/// Most bytes of a text: a prompt, or what a model is measured on. Two million tokens of English, more than models take; cutting
+/// it into tokens takes some 150 times its size.
+pub(crate) const MAX_TEXT: u64 = 8 << 20;
 /// Most bytes of a file that becomes a part of a model file's metadata.
 pub(crate) const MAX_SIDE_FILE: u64 = 128 << 20;
 
@@ -51,7 +52,7 @@ mod tests {
         let endless = || io::repeat(b'a');
         assert_eq!(text_of(endless().take(10), 10).unwrap(), "aaaaaaaaaa");
         assert_eq!(text_of(endless(), 10).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
-        assert!(read_text(Path::new("/dev/zero"), "read it").unwrap_err().to_string().contains("64.0 MiB"));
+        assert!(read_text(Path::new("/dev/zero"), "read it").unwrap_err().to_string().contains("8.0 MiB"));
         assert!(read_side_file(Path::new("/dev/zero")).is_err());
         assert_eq!(text_of(&[0xff][..], 10).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }

@@ -58,8 +58,8 @@ impl SamplingArgs {
         }
     }
 
-    /// What the model's files say in vain and would matter to this run, and which option overrides it.
-    pub(crate) fn remarks<'a>(&self, model: &'a GenerationDefaults) -> Vec<(&'a Remark, &'static str)> {
+    /// What the model's files say in vain and would matter to this run, and the option that overrides it, if one does.
+    pub(crate) fn remarks<'a>(&self, model: &'a GenerationDefaults) -> Vec<(&'a Remark, Option<&'static str>)> {
         let greedy = self.config(model).temperature == 0.0;
         let matters = |remark: &&Remark| match remark.field {
             "temperature" => !greedy && self.temperature.is_none(),
@@ -71,12 +71,12 @@ impl SamplingArgs {
             _ => true,
         };
         let option = |remark: &Remark| match remark.field {
-            "temperature" | "do_sample" => "--temperature",
-            "top_k" => "--top-k",
-            "top_p" => "--top-p",
-            "min_p" => "--min-p",
-            "repetition_penalty" => "--repetition-penalty",
-            _ => "--stop",
+            "temperature" | "do_sample" => Some("--temperature"),
+            "top_k" => Some("--top-k"),
+            "top_p" => Some("--top-p"),
+            "min_p" => Some("--min-p"),
+            "repetition_penalty" => Some("--repetition-penalty"),
+            _ => None,
         };
         model.remarks.iter().filter(matters).map(|remark| (remark, option(remark))).collect()
     }
@@ -101,7 +101,7 @@ mod tests {
         let model = |json: &str| GenerationDefaults::parse(Some(json.as_bytes()), None).unwrap();
         let fields = |args: &SamplingArgs, json: &str| -> Vec<_> {
             let model = model(json);
-            args.remarks(&model).into_iter().map(|(remark, option)| (remark.field, option)).collect()
+            args.remarks(&model).into_iter().map(|(remark, option)| (remark.field, option.unwrap_or(""))).collect()
         };
         let own = SamplingArgs::default();
         let sampled = r#"{"do_sample": true, "top_p": 1.2, "min_p": 2, "temperature": -1}"#;

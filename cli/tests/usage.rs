@@ -84,13 +84,13 @@ fn failures_are_1() {
 #[test]
 fn what_has_no_end_is_refused() {
     let model = demo_model();
-    let limit = &["/dev/zero", "more than 64.0 MiB"];
+    let limit = &["/dev/zero", "more than 8.0 MiB"];
     assert_fails(&sluice(&["run", model, "--prompt-file", "/dev/zero"]), 1, limit);
     assert_fails(&sluice(&["perplexity", model, "--text", "/dev/zero"]), 1, limit);
     assert_fails(&sluice(&["calibrate", model, "--text", "/dev/zero", "--out", "/dev/null"]), 1, limit);
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
     let endless = command.args(["run", model]).stdin(std::fs::File::open("/dev/zero").unwrap()).output().unwrap();
-    assert_fails(&endless, 1, &["standard input", "more than 64.0 MiB"]);
+    assert_fails(&endless, 1, &["standard input", "more than 8.0 MiB"]);
     assert_fails(&sluice(&["trace", "stats", "/dev/zero"]), 1, &["/dev/zero"]);
     assert_fails(&sluice(&["plan", "/dev/zero"]), 1, &["/dev/zero"]);
     assert_fails(&sluice(&["synth", "/dev/zero", "/no/such/folder/f"]), 1, &["/dev/zero"]);

@@ -59,7 +59,10 @@ pub enum FormatError {
         path: PathBuf,
     },
     /// Its metadata was being replaced ([`crate::rewrite_metadata`]).
-    #[error("{path}: `sluice set` was interrupted while it changed this file. Run `sluice set {path}` to finish it")]
+    #[error(
+        "{path}: `sluice set` was interrupted while it changed this file, or is still at work. Once it is not, `sluice set \
+         {path}` finishes it"
+    )]
     Interrupted {
         /// The file.
         path: PathBuf,

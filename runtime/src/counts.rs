@@ -48,7 +48,7 @@ pub fn save(model: &Path, id: StateId, counts: &[u8]) -> io::Result<()> {
     let mut bytes = [&MAGIC[..], &id.0, &(counts.len() as u64).to_le_bytes(), counts].concat();
     bytes.extend(XxHash3_64::oneshot(&bytes).to_le_bytes());
     let path = path_of(model);
-    if !may_replace(&path) {
+    if !may_replace(&path)? {
         let problem = format!("{} is there already and is something else", path.display());
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, problem));
     }
@@ -70,14 +70,15 @@ pub fn save(model: &Path, id: StateId, counts: &[u8]) -> io::Result<()> {
 
 /// Whether nothing would be lost: there is no file, or an empty one, or counts, perhaps damaged. A link is replaced, not
 /// what it leads to.
-fn may_replace(path: &Path) -> bool {
-    let Ok(found) = fs::symlink_metadata(path) else { return true };
-    if found.is_symlink() {
-        return true;
+fn may_replace(path: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_file() => {}
+        Ok(found) => return Ok(found.is_symlink()),
+        Err(_) => return Ok(true),
     }
     let mut magic = Vec::new();
-    let read = open_regular(path).and_then(|file| file.take(MAGIC.len() as u64).read_to_end(&mut magic));
-    read.is_ok() && (magic.is_empty() || magic == MAGIC)
+    open_regular(path)?.take(MAGIC.len() as u64).read_to_end(&mut magic)?;
+    Ok(magic.is_empty() || magic == MAGIC)
 }
 
 #[cfg(test)]

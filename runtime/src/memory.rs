@@ -69,7 +69,7 @@ pub struct MemoryPlan {
 #[error(
     "{}: this model needs at least {} ({} for dense parts, {} key-value cache for {context} tokens, {} scratch, {} for \
      {MIN_SLOTS} experts). A smaller weight type takes less, and so do fewer tokens of context",
-    too_small(*.requested, *.available, *.effective),
+    too_small(*.requested, *.available, *.effective, *.least),
     Bytes::at_least(*.least), Bytes(*.dense), Bytes(*.kv_cache), Bytes(*.scratch), Bytes(*.slots)
 )]
 pub struct BudgetError {
@@ -94,18 +94,21 @@ pub struct BudgetError {
 }
 
 /// Which of what the user asked for and what the system allows makes the budget too small, and what raises it.
-fn too_small(requested: Option<u64>, available: u64, effective: u64) -> String {
-    let same = requested == Some(effective);
+fn too_small(requested: Option<u64>, available: u64, effective: u64, least: u64) -> String {
+    let enough = available.saturating_sub(OVERHEAD);
+    // A larger budget than there is memory for helps nobody.
+    let raise = requested == Some(effective) && least <= enough;
     let (available, effective) = (Bytes(available), Bytes(effective));
     match requested {
-        Some(_) if same => format!("the budget of {effective} is too small; raise --budget"),
+        Some(_) if raise => format!("the budget of {effective} is too small; raise --budget"),
         Some(_) => {
             format!("the {available} of memory that are available allow a budget of {effective}; free memory")
         }
-        None => format!(
+        None if least <= enough => format!(
             "of the {available} of memory that are available {effective} are used, too little; free memory, or say with \
              --budget how much of it may be used"
         ),
+        None => format!("only {available} of memory are available; free memory"),
     }
 }
 

@@ -73,7 +73,12 @@ pub(crate) fn read_ids(model: &Path, text_file: &Path, window: usize) -> Result<
         let most = file.spec().max_positions;
         return Err(CliError::Usage(format!("--window is {window}, the model takes at most {most} tokens")));
     }
-    let mute = || CliError::Failure(format!("{} has no tokenizer, so it cannot read text", model.display()));
+    let mute = || {
+        let name = model.display();
+        CliError::Failure(format!(
+            "{name} has no tokenizer, so it cannot read text: add one with `sluice set {name} --tokenizer FILE`"
+        ))
+    };
     let ids = tokenizer(&file)?.ok_or_else(mute)?.encode(&text, true)?;
     if ids.len() < 2 {
         return Err(CliError::Failure(format!(

@@ -199,7 +199,7 @@ fn warnings(needs: &Needs, speed: &Result<Speed, sluice_runtime::memory::BudgetE
             }
             if speed.streamed_bytes > 0 {
                 warnings.push(format!(
-                    "{} of the dense parts do not fit and are read again for every token: a smaller --dense-type or more \
+                    "{} of the dense parts do not fit and are read again for every token: a smaller type for them or more \
                      memory helps most",
                     gigabytes(speed.streamed_bytes)
                 ));

@@ -168,7 +168,8 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
     let sampling = args.sampling.config(&recommended);
     sampling.validate()?;
     for (remark, option) in args.sampling.remarks(&recommended) {
-        note(&format_args!("note: {remark}; {option} overrides it"));
+        let overrides = option.map(|option| format!("; {option} overrides it")).unwrap_or_default();
+        note(&format_args!("note: {remark}{overrides}"));
     }
     let eos = if args.ignore_eos { Default::default() } else { defaults.eos };
     let stop = StopCondition::new(eos, args.stop.clone())?;
