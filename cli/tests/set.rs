@@ -10,8 +10,11 @@ use serde_json::{Value, json};
 
 const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
 
+/// Files by name, with their new content, or without any.
+type Files<'a> = &'a [(&'a str, Option<&'a str>)];
+
 /// A folder with the demo checkpoint, some of whose files are replaced or, with `None`, missing.
-fn checkpoint(folder: &Path, files: &[(&str, Option<&str>)]) -> PathBuf {
+fn checkpoint(folder: &Path, files: Files<'_>) -> PathBuf {
     let source = folder.join("checkpoint");
     let _ = fs::remove_dir_all(&source);
     copy_checkpoint(&source, None);
@@ -25,7 +28,7 @@ fn checkpoint(folder: &Path, files: &[(&str, Option<&str>)]) -> PathBuf {
 }
 
 /// Converts it; returns the model file, and what was said on the way.
-fn convert(folder: &Path, files: &[(&str, Option<&str>)]) -> (String, String) {
+fn convert(folder: &Path, files: Files<'_>) -> (String, String) {
     let model = folder.join("m.sluice").to_str().unwrap().to_owned();
     let output = sluice(&["convert", checkpoint(folder, files).to_str().unwrap(), &model, "--overwrite"]);
     stdout(&output);
@@ -58,7 +61,7 @@ fn convert_says_what_run_would_find() {
     let no_json = ("tokenizer.json", None);
     let broken = "{% for m in messages %}{{ m.content }";
     let named = r#"{"chat_template": [{"name": "a", "template": "x"}, {"name": "b", "template": "y"}]}"#;
-    let cases: [(&[(&str, Option<&str>)], &[&str]); 9] = [
+    let cases: [(Files<'_>, &[&str]); 9] = [
         (&[no_json], &["no tokenizer", "m.sluice --tokenizer FILE"]),
         (
             &[no_json, ("vocab.json", Some("{}")), ("merges.txt", Some("x"))],

@@ -67,6 +67,14 @@ struct Pending {
 }
 
 impl Pending {
+    /// Puts the log behind all that is there and all that will be. What is between is written too: that the drive is full must be
+    /// known before anything changes.
+    fn prepare(&self, old_len: u64) -> Vec<Step> {
+        let log_offset = old_len.max(self.superblock.file_len);
+        let between = vec![0; (log_offset - old_len) as usize];
+        vec![Step::Write(old_len, between), Step::Write(log_offset, self.log(log_offset)), Step::Sync]
+    }
+
     /// What remains to be done once the log is on the drive. Doing it twice does no harm.
     fn redo(&self) -> Vec<Step> {
         let sb = &self.superblock;
@@ -167,9 +175,8 @@ pub fn rewrite_metadata(model: &ModelFile, metadata: &Metadata) -> Result<ModelF
         return Err(FormatError::Layout(format!("{} has changed meanwhile: try again", path.display())));
     }
     let io = |action| move |source| FormatError::Io { path: path.to_owned(), action, source };
-    let (old_len, log_offset) = (model.superblock().file_len, log_offset(model.superblock(), &pending.superblock));
-    let logged = [Step::Write(log_offset, pending.log(log_offset)), Step::Sync];
-    logged.iter().try_for_each(|step| step.apply(&file)).map_err(|source| {
+    let old_len = model.superblock().file_len;
+    pending.prepare(old_len).iter().try_for_each(|step| step.apply(&file)).map_err(|source| {
         // Nothing that the file needs has changed yet. Where even this fails, `recover` does the same.
         let _ = file.set_len(old_len);
         io("write the new metadata behind its end")(source)
@@ -224,11 +231,6 @@ fn open_locked(path: &Path) -> Result<File, FormatError> {
         // A filesystem without locks is no reason not to go on: they only keep two of us apart.
         _ => Ok(file),
     }
-}
-
-/// The log begins behind all that is there and all that will be.
-fn log_offset(old: &Superblock, new: &Superblock) -> u64 {
-    old.file_len.max(new.file_len)
 }
 
 /// The new superblock and the new metadata's stored bytes, checked as the reader will.
@@ -372,7 +374,7 @@ mod tests {
         #[test]
         fn a_power_cut_at_any_moment_leaves_the_old_file_or_the_new_one(
             len in prop::sample::select(vec![0usize, 100, 4_000, 9_000, 60_000]),
-            cut in 0usize..9,
+            cut in 0usize..10,
             odds in 0u32..=4,
             seed in any::<u64>(),
             again in 0usize..7,
@@ -380,8 +382,7 @@ mod tests {
             let (_dir, path) = small();
             let model = ModelFile::open(&path).unwrap();
             let pending = plan(&model, &with_tokenizer(&model, len)).unwrap();
-            let log_at = log_offset(model.superblock(), &pending.superblock);
-            let mut steps = vec![Step::Write(log_at, pending.log(log_at)), Step::Sync];
+            let mut steps = pending.prepare(SMALL.len() as u64);
             steps.extend(pending.redo());
             let mut whole = SMALL.to_vec();
             steps.iter().for_each(|step| tear(&mut whole, step, &mut || true));
