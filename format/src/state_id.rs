@@ -35,7 +35,7 @@ impl StateId {
 
 /// `tokenizer_config.json` as JSON without white space and chat template; `None` if there is nothing to leave out.
 fn without_template(config: &[u8]) -> Option<Vec<u8>> {
-    let mut config: Map<String, Value> = serde_json::from_slice(config).ok()?;
+    let mut config: Map<String, Value> = crate::json::from_slice(config).ok()?;
     // Not `remove`, which would change the order of what stays.
     config.shift_remove("chat_template")?;
     serde_json::to_vec(&config).ok()
