@@ -11,6 +11,7 @@ use sluice_format::{ExtentKind, ModelFile, PROVENANCE_BLOB, TOKENIZER_BLOB};
 use sluice_runtime::KvType;
 use sluice_runtime::memory::{Bytes, MemoryPlan};
 use sluice_runtime::model::KvCache;
+use sluice_runtime::text::ChatTemplate;
 
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
@@ -83,6 +84,7 @@ struct Report {
     kv_cache_bytes: u64,
     kv_type: &'static str,
     has_tokenizer: bool,
+    has_chat_template: bool,
     provenance: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     extents: Option<Vec<Extent>>,
@@ -151,6 +153,7 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         kv_cache_bytes: KvCache::memory(spec, context, args.kv_type),
         kv_type: args.kv_type.name(),
         has_tokenizer: [TOKENIZER_BLOB, "tiktoken.model"].iter().any(|name| file.metadata().get(name).is_some()),
+        has_chat_template: matches!(ChatTemplate::find(|name| file.metadata().get(name)), Ok(Some(_))),
         provenance,
         extents: args.extents.then(|| extents(file)),
     }
@@ -227,6 +230,7 @@ fn describe(r: &Report) -> String {
     line("least budget", format!("{} for a context of {tokens} tokens", Bytes::at_least(r.least_budget)));
     line("of which", format!("{} for their keys and values in {}", Bytes(r.kv_cache_bytes), r.kv_type));
     line("tokenizer", if r.has_tokenizer { "yes".into() } else { "none: token ids only".into() });
+    line("chat template", if r.has_chat_template { "yes".into() } else { "none that works".into() });
     let _ = writeln!(out, "\n{:<12} {:>8} {:>12}  types", "part", "extents", "size");
     for kind in &r.kinds {
         let types = types(&kind.types);
