@@ -96,6 +96,8 @@ fn replace(args: &Args, metadata: &mut Metadata) -> Result<Vec<&'static str>, Cl
     }
     if let Some(path) = &args.chat_template {
         metadata.insert(CHAT_TEMPLATE, read_template(path)?);
+        // The old one's companion for conversations with tools, which would go before it there.
+        metadata.remove("additional_chat_templates/tool_use.jinja");
         replaced.push(CHAT_TEMPLATE);
     }
     if let Some(path) = &args.generation_config {
