@@ -7,6 +7,7 @@ mod engine_args;
 mod error;
 mod generate;
 mod ids;
+mod input;
 mod npy;
 mod plot;
 mod profile;
@@ -14,6 +15,7 @@ mod recorder;
 mod sampling;
 mod size;
 mod terminal;
+mod text_files;
 
 use std::process::ExitCode;
 
@@ -47,6 +49,7 @@ enum Command {
     Verify(commands::verify::Args),
     Plan(commands::plan::Args),
     Synth(commands::synth::Args),
+    Set(commands::set::Args),
     Run(Box<commands::run::Args>),
     Logits(commands::logits::Args),
     Perplexity(commands::perplexity::Args),
@@ -58,12 +61,17 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(refused) => return refuse(&refused),
+    };
+    let outcome = match cli.command {
         Command::Convert(args) => commands::convert::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Verify(args) => commands::verify::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
         Command::Synth(args) => commands::synth::run(&args),
+        Command::Set(args) => commands::set::run(&args),
         Command::Run(args) => commands::run::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
@@ -81,6 +89,16 @@ fn main() -> ExitCode {
             ExitCode::from(e.exit_code())
         }
     }
+}
+
+/// Prints help, the version, or what is wrong with the command line, whose words may come from a folder of strangers' files.
+fn refuse(refused: &clap::Error) -> ExitCode {
+    if !refused.use_stderr() {
+        refused.exit();
+    }
+    let text = refused.render().to_string();
+    terminal::error(&text.strip_prefix("error: ").unwrap_or(&text).trim_end());
+    ExitCode::from(2)
 }
 
 #[cfg(test)]
@@ -105,5 +123,74 @@ mod tests {
             command.get_subcommands_mut().filter(|c| c.get_name() != "help").for_each(check);
         }
         Cli::command().get_subcommands_mut().for_each(check);
+    }
+
+    const USAGE: &str = include_str!("../../docs/USAGE.md");
+
+    /// The section of a command, and those that it sends its readers to.
+    fn section(title: &str) -> &'static str {
+        let start = USAGE.find(&format!("\n## {title}\n")).unwrap_or_else(|| panic!("no section `{title}`"));
+        let rest = &USAGE[start + 1..];
+        &rest[..rest[1..].find("\n## ").map_or(rest.len(), |end| end + 1)]
+    }
+
+    #[test]
+    fn every_option_is_in_usage_md() {
+        fn check(command: &clap::Command, title: &str) {
+            let shared = section("Options of all commands that compute");
+            let own = section(title);
+            for argument in command.get_arguments().filter_map(|a| a.get_long()) {
+                if matches!(argument, "help" | "version") {
+                    continue;
+                }
+                let option = format!("--{argument}");
+                let named = |text: &str| {
+                    let ends = |rest: &str| !rest.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '-');
+                    text.match_indices(&option).any(|(at, _)| ends(&text[at + option.len()..]))
+                };
+                let computes = command.get_arguments().any(|a| a.get_long() == Some("no-calibration"))
+                    && own.contains("#options-of-all-commands-that-compute");
+                assert!(named(own) || (computes && named(shared)), "docs/USAGE.md: `{title}` lacks {option}");
+            }
+        }
+        for command in Cli::command().get_subcommands() {
+            let name = command.get_name();
+            // Commands of one section: `trace replay` and `trace stats` are in `trace`.
+            check(command, name);
+            for inner in command.get_subcommands() {
+                let title = format!("{name} {}", inner.get_name());
+                let own_section = USAGE.contains(&format!("\n## {title}\n"));
+                check(inner, if own_section { &title } else { name });
+            }
+        }
+    }
+
+    #[test]
+    fn every_variable_is_in_usage_md() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut folders: Vec<_> =
+            ["cli", "converter", "format", "kernels", "runtime"].map(|c| root.join(c).join("src")).into();
+        let mut found = std::collections::BTreeSet::new();
+        while let Some(folder) = folders.pop() {
+            for path in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+                if path.is_dir() {
+                    folders.push(path);
+                    continue;
+                }
+                let Ok(text) = std::fs::read_to_string(path) else { continue };
+                // Names of variables in quotes, as they are asked for.
+                for (at, _) in text.match_indices(concat!("\"", "SLUICE_")) {
+                    let name = text[at + 1..].split('"').next().unwrap();
+                    let is_name = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
+                    if name.chars().all(is_name) && !name.ends_with('_') {
+                        found.insert(name.to_owned());
+                    }
+                }
+            }
+        }
+        assert!(found.contains("SLUICE_ISA"), "{found:?}");
+        for name in found.iter().map(String::as_str).chain(["XDG_CACHE_HOME", "HOME", "TMPDIR"]) {
+            assert!(section("Environment variables").contains(&format!("`{name}`")), "docs/USAGE.md lacks {name}");
+        }
     }
 }

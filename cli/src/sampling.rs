@@ -1,7 +1,7 @@
 //! Sampling options, and what follows from them and the model's own recommendation.
 
 use sluice_runtime::sampler::SamplerConfig;
-use sluice_runtime::text::GenerationDefaults;
+use sluice_runtime::text::{GenerationDefaults, Remark};
 
 /// How the next token is chosen. Whatever is not given comes from the model's generation_config.json; without one, and
 /// with --ids, the likeliest token is taken.
@@ -57,6 +57,29 @@ impl SamplingArgs {
             seed: self.seed,
         }
     }
+
+    /// What the model's files say in vain and would matter to this run, and the option that overrides it, if one does.
+    pub(crate) fn remarks<'a>(&self, model: &'a GenerationDefaults) -> Vec<(&'a Remark, Option<&'static str>)> {
+        let greedy = self.config(model).temperature == 0.0;
+        let matters = |remark: &&Remark| match remark.field {
+            "temperature" => !greedy && self.temperature.is_none(),
+            "top_k" => !greedy && self.top_k.is_none(),
+            "top_p" => !greedy && self.top_p.is_none(),
+            "min_p" => !greedy && self.min_p.is_none(),
+            "repetition_penalty" => self.repetition_penalty.is_none(),
+            "do_sample" => self.temperature.is_none(),
+            _ => true,
+        };
+        let option = |remark: &Remark| match remark.field {
+            "temperature" | "do_sample" => Some("--temperature"),
+            "top_k" => Some("--top-k"),
+            "top_p" => Some("--top-p"),
+            "min_p" => Some("--min-p"),
+            "repetition_penalty" => Some("--repetition-penalty"),
+            _ => None,
+        };
+        model.remarks.iter().filter(matters).map(|remark| (remark, option(remark))).collect()
+    }
 }
 
 #[cfg(test)]
@@ -71,6 +94,29 @@ mod tests {
         assert_eq!(seeded.config(&silent).temperature, 0.0);
         let narrowed = SamplingArgs { top_p: Some(0.9), ..SamplingArgs::default() };
         assert_eq!(narrowed.config(&silent).temperature, 1.0);
+    }
+
+    #[test]
+    fn remarks_only_of_what_matters() {
+        let model = |json: &str| GenerationDefaults::parse(Some(json.as_bytes()), None).unwrap();
+        let fields = |args: &SamplingArgs, json: &str| -> Vec<_> {
+            let model = model(json);
+            args.remarks(&model).into_iter().map(|(remark, option)| (remark.field, option.unwrap_or(""))).collect()
+        };
+        let own = SamplingArgs::default();
+        let sampled = r#"{"do_sample": true, "top_p": 1.2, "min_p": 2, "temperature": -1}"#;
+        let all = [("min_p", "--min-p"), ("temperature", "--temperature"), ("top_p", "--top-p")];
+        let mut found = fields(&own, sampled);
+        found.sort_unstable();
+        assert_eq!(found, all);
+        assert_eq!(fields(&own, r#"{"do_sample": false, "top_p": 1.2}"#), []);
+        let greedy = SamplingArgs { temperature: Some(0.0), ..SamplingArgs::default() };
+        assert_eq!(fields(&greedy, sampled), []);
+        let given = SamplingArgs { top_p: Some(0.9), min_p: Some(0.0), ..SamplingArgs::default() };
+        assert_eq!(fields(&given, sampled), [("temperature", "--temperature")]);
+        let penalty = r#"{"do_sample": false, "repetition_penalty": 0}"#;
+        assert_eq!(fields(&greedy, penalty), [("repetition_penalty", "--repetition-penalty")]);
+        assert!(own.config(&model(penalty)).validate().is_ok());
     }
 
     #[test]

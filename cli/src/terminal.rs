@@ -9,18 +9,65 @@ use serde::Serialize;
 
 use crate::error::CliError;
 
+/// Most lines of an error or remark, and most characters of a line: about a screenful. Whoever writes a file can make a name
+/// in it as long as he likes.
+const MOST_LINES: usize = 24;
+const MOST_CHARACTERS: usize = 1200;
+
+/// Whether a terminal may be told to do something by it, other than to begin a line: control characters, and those that
+/// change the order in which others are shown.
+fn is_command(c: char) -> bool {
+    let reorders = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    c != '\n' && (c.is_control() || reorders || matches!(c, '\u{2028}' | '\u{2029}'))
+}
+
 /// A message without control characters other than line ends: names in files come from strangers, and an escape sequence in
 /// one could rewrite the terminal.
 pub(crate) fn printable(message: &dyn Display) -> String {
-    let mut out = String::new();
-    for c in message.to_string().chars() {
-        match c {
-            '\n' => out.push(c),
-            c if c.is_control() => out.extend(c.escape_default()),
-            c => out.push(c),
+    shown(&message.to_string(), is_command)
+}
+
+/// The text with the characters in question as escapes, such as `\u{1b}`.
+fn shown(text: &str, hidden: impl Fn(char) -> bool) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match hidden(c) {
+            true if c.is_control() => out.extend(c.escape_default()),
+            true => out.extend(c.escape_unicode()),
+            false => out.push(c),
         }
     }
     out
+}
+
+/// A printable message of a screenful at most: of long lines and of many lines the middle is left out, for what is wrong
+/// stands at the beginning and what to do about it at the end.
+fn screenful(message: &dyn Display) -> String {
+    let text = printable(message);
+    let lines: Vec<&str> = text.lines().collect();
+    let (head, tail) = match lines.len().checked_sub(MOST_LINES) {
+        None | Some(0) => (lines.as_slice(), &[][..]),
+        Some(_) => (&lines[..MOST_LINES / 2], &lines[lines.len() - MOST_LINES / 2..]),
+    };
+    let mut out: Vec<_> = head.iter().map(|line| shortened(line)).collect();
+    if !tail.is_empty() {
+        out.push(format!("[… {} lines …]", lines.len() - head.len() - tail.len()));
+        out.extend(tail.iter().map(|line| shortened(line)));
+    }
+    let joined = out.join("\n");
+    // Many long lines are a long line.
+    if joined.chars().count() > 2 * MOST_CHARACTERS { shortened(&joined) } else { joined }
+}
+
+/// A text without its middle, if it is too long.
+fn shortened(text: &str) -> String {
+    let count = text.chars().count();
+    if count <= MOST_CHARACTERS {
+        return text.to_owned();
+    }
+    let (head, tail) = (MOST_CHARACTERS * 2 / 3, MOST_CHARACTERS / 3);
+    let at = |n: usize| text.char_indices().nth(n).map_or(text.len(), |(at, _)| at);
+    format!("{}[… {} characters …]{}", &text[..at(head)], count - head - tail, &text[at(count - tail)..])
 }
 
 /// Prints an error as one paragraph on standard error.
@@ -28,16 +75,38 @@ pub(crate) fn error(message: &dyn Display) {
     let mut err = io::stderr().lock();
     let prefix = if err.is_terminal() { "\x1b[1;31merror:\x1b[0m" } else { "error:" };
     // Nobody is left to tell when this fails.
-    let _ = writeln!(err, "{prefix} {}", printable(message));
+    let _ = writeln!(err, "{prefix} {}", screenful(message));
 }
 
 /// Prints a remark on standard error.
 pub(crate) fn note(message: &dyn Display) {
-    let _ = writeln!(io::stderr().lock(), "{}", printable(message));
+    let _ = writeln!(io::stderr().lock(), "{}", screenful(message));
 }
 
-/// Writes to standard output and flushes, so that a reader sees text as it comes.
-pub(crate) fn print(text: &str) -> Result<(), CliError> {
+/// Prints a whole report on standard error.
+pub(crate) fn report(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{}", printable(&text));
+}
+
+/// Writes a report to standard output. Names in it may be strangers'.
+pub(crate) fn print(report: &str) -> Result<(), CliError> {
+    print_as_is(&printable(&report))
+}
+
+/// Writes what a model says to standard output and flushes, so that a reader sees text as it comes. A program that reads it
+/// gets every byte; a terminal gets nothing that it would obey: models repeat what they have read, and somebody may have
+/// written it for this.
+pub(crate) fn print_text(text: &str) -> Result<(), CliError> {
+    if io::stdout().is_terminal() { print_as_is(&text_for_terminal(text)) } else { print_as_is(text) }
+}
+
+/// Tabs and line ends are text; other control characters are shown.
+fn text_for_terminal(text: &str) -> String {
+    shown(text, |c| c != '\t' && is_command(c))
+}
+
+/// Writes to standard output what is known to be harmless.
+pub(crate) fn print_as_is(text: &str) -> Result<(), CliError> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(CliError::Output)
 }
@@ -45,7 +114,12 @@ pub(crate) fn print(text: &str) -> Result<(), CliError> {
 /// Writes one JSON value and a line end to standard output.
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), CliError> {
     let json = serde_json::to_string_pretty(value).map_err(|e| CliError::Failure(format!("cannot write JSON: {e}")))?;
-    print(&(escape_json(&json) + "\n"))
+    print_as_is(&(escape_json(&json) + "\n"))
+}
+
+/// A number of single precision for JSON: the shortest that means it, as it was given, and not 0.699999988079071.
+pub(crate) fn json_number(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(f64::from(value))
 }
 
 /// JSON without the control characters beyond ASCII and the DEL that serde leaves as they are: terminals obey some of them. All
@@ -122,6 +196,29 @@ mod tests {
         let json = escape_json(&serde_json::to_string(hostile).unwrap());
         assert!(!json.contains(char::is_control), "{json}");
         assert_eq!(serde_json::from_str::<String>(&json).unwrap(), hostile);
+        assert_eq!(printable(&"a\u{202e}b\u{2066}"), "a\\u{202e}b\\u{2066}");
+        assert_eq!(text_for_terminal("\ta\u{1b}]0;x\u{7}\r\nb\u{9d}\u{e4}"), "\ta\\u{1b}]0;x\\u{7}\\r\nb\\u{9d}\u{e4}");
+    }
+
+    #[test]
+    fn messages_are_cut_to_a_screenful() {
+        assert_eq!(screenful(&"short\n  and whole"), "short\n  and whole");
+        let long = screenful(&format!("begin{}end", "x".repeat(1 << 20)));
+        assert!(long.starts_with("begin") && long.ends_with("end") && long.contains("characters"), "{long}");
+        assert!(long.chars().count() < MOST_CHARACTERS + 40);
+        let tall = screenful(&(0..10_000).map(|i| format!("line {i}\n")).collect::<String>());
+        assert!(tall.starts_with("line 0\n") && tall.ends_with("line 9999") && tall.lines().count() < 30, "{tall}");
+        let both = screenful(&format!("{}\n", "y".repeat(5_000)).repeat(500));
+        assert!(both.chars().count() < 2 * MOST_CHARACTERS + 100);
+        let escapes = screenful(&"\u{1b}".repeat(1 << 16));
+        assert!(escapes.len() < 2 * MOST_CHARACTERS);
+    }
+
+    #[test]
+    fn single_precision_is_shown_as_it_was_given() {
+        assert_eq!(json_number(0.7).to_string(), "0.7");
+        assert_eq!(json_number(1.0), 1.0);
+        assert_eq!(json_number(f32::MIN_POSITIVE) as f32, f32::MIN_POSITIVE);
     }
 
     #[test]

@@ -202,3 +202,37 @@ fn a_plan_of_a_dense_model_does_not_speak_of_experts() {
         assert!(!facts.contains(word), "`{word}`: {text}");
     }
 }
+
+#[test]
+fn synth_replaces_only_model_files() {
+    let folder = tempfile::tempdir().unwrap();
+    common::copy_checkpoint(folder.path(), Some(&["config.json"]));
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let config = std::fs::read(path("config.json")).unwrap();
+    let synth = |to: &str| sluice(&["synth", folder.path().to_str().unwrap(), &path(to), "--overwrite"]);
+    assert_fails(&synth("config.json"), 2, &["config.json", "is read"]);
+    assert_eq!(std::fs::read(path("config.json")).unwrap(), config);
+    for name in ["letter.txt", "new.sluice.partial"] {
+        std::fs::write(path(name), "mine").unwrap();
+        assert_fails(&synth(name.trim_end_matches(".partial")), 1, &[name]);
+        assert_eq!(std::fs::read(path(name)).unwrap(), b"mine");
+    }
+    std::fs::remove_file(path("new.sluice.partial")).unwrap();
+    std::os::unix::fs::symlink("letter.txt", path("new.sluice.partial")).unwrap();
+    assert_fails(&synth("new.sluice"), 1, &["new.sluice.partial"]);
+    assert_eq!(std::fs::read(path("letter.txt")).unwrap(), b"mine");
+    std::fs::remove_file(path("new.sluice.partial")).unwrap();
+    for _ in 0..2 {
+        stdout(&synth("new.sluice"));
+    }
+}
+
+#[test]
+fn speeds_need_their_unit() {
+    for option in ["--ssd", "--mem-bandwidth"] {
+        assert_fails(&sluice(&["plan", "deepseek-r1", option, "3"]), 2, &[option, "3GB/s"]);
+    }
+    let plan = ["plan", "deepseek-r1", "--ram", "64GiB", "--ssd", "3GB/s"];
+    let text = stdout(&sluice(&plan));
+    assert!(!text.contains("iB"), "units of one kind: {text}");
+}

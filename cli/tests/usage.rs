@@ -5,9 +5,9 @@ mod common;
 use std::io::Read as _;
 use std::process::{Command, Stdio};
 
-use common::{assert_fails, demo_model, sluice, sluice_with_input, stdout};
+use common::{assert_fails, demo_model, sluice, sluice_with_input, stderr, stdout};
 
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 13] = [
     "convert",
     "inspect",
     "verify",
@@ -20,6 +20,7 @@ const COMMANDS: [&str; 12] = [
     "demo",
     "plan",
     "synth",
+    "set",
 ];
 
 #[test]
@@ -61,7 +62,7 @@ fn wrong_usage_is_2() {
 #[test]
 fn failures_are_1() {
     let model = demo_model();
-    assert_fails(&sluice(&["run", model, "--prompt", "a", "--budget", "1MiB"]), 1, &["1048576 bytes", "at least"]);
+    assert_fails(&sluice(&["run", model, "--prompt", "a", "--budget", "1MiB"]), 1, &["budget of 1.0 MiB", "at least"]);
     assert_fails(&sluice(&["run", model, "--prompt-file", "/no/such/file"]), 1, &["/no/such/file"]);
     assert_fails(&sluice(&["perplexity", model, "--text", "/no/such/file"]), 1, &["/no/such/file"]);
     let calibrate = [
@@ -78,6 +79,87 @@ fn failures_are_1() {
     assert_fails(&sluice(&convert), 1, &["/no/such/folder"]);
     assert_fails(&sluice(&["logits", model, "--ids", "1", "--out", "/no/such/folder/f.npy"]), 1, &["f.npy"]);
     assert_fails(&sluice_with_input(&["run", model], &[0xff, 0xfe]), 1, &["standard input"]);
+}
+
+#[test]
+fn what_has_no_end_is_refused() {
+    let model = demo_model();
+    let limit = &["/dev/zero", "more than 8.0 MiB"];
+    assert_fails(&sluice(&["run", model, "--prompt-file", "/dev/zero"]), 1, limit);
+    assert_fails(&sluice(&["perplexity", model, "--text", "/dev/zero"]), 1, limit);
+    assert_fails(&sluice(&["calibrate", model, "--text", "/dev/zero", "--out", "/dev/null"]), 1, limit);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+    let endless = command.args(["run", model]).stdin(std::fs::File::open("/dev/zero").unwrap()).output().unwrap();
+    assert_fails(&endless, 1, &["standard input", "more than 8.0 MiB"]);
+    assert_fails(&sluice(&["trace", "stats", "/dev/zero"]), 1, &["/dev/zero"]);
+    assert_fails(&sluice(&["plan", "/dev/zero"]), 1, &["/dev/zero"]);
+    assert_fails(&sluice(&["synth", "/dev/zero", "/no/such/folder/f"]), 1, &["/dev/zero"]);
+}
+
+#[test]
+fn a_pipe_in_the_place_of_counts_is_neither_waited_for_nor_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("m.sluice");
+    std::fs::copy(demo_model(), &model).unwrap();
+    let counts = folder.path().join("m.sluice.counts");
+    assert!(Command::new("mkfifo").arg(&counts).status().unwrap().success());
+    let output = sluice(&["run", model.to_str().unwrap(), "--prompt", "a", "-n", "3"]);
+    stdout(&output);
+    let said = stderr(&output);
+    assert!(said.contains("m.sluice.counts is there already") && said.lines().count() == 1, "{said}");
+    assert!(!counts.symlink_metadata().unwrap().is_file());
+}
+
+#[test]
+fn words_of_the_command_line_are_shown_not_obeyed() {
+    let output = sluice(&["verify", "a", "b\u{1b}]0;owned\u{7}"]);
+    assert_fails(&output, 2, &["unexpected argument"]);
+    assert!(!output.stderr.contains(&0x1b) && !output.stderr.contains(&7));
+    let long = "x".repeat(100_000);
+    let output = sluice(&["inspect", &long]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stderr.len() < 3000, "{}", output.stderr.len());
+}
+
+#[test]
+fn as_many_tokens_as_there_is_room_for() {
+    let run = |args: &[&str]| {
+        let fixed = ["run", demo_model(), "--prompt-ids", "5", "--ignore-eos", "--forget", "--json"];
+        sluice(&[&fixed, args].concat())
+    };
+    let output = run(&["-n", "-1", "--context", "12"]);
+    let report = common::json(&output);
+    assert_eq!((&report["finish"], report["ids"].as_array().unwrap().len()), (&"context".into(), 12));
+    assert!(stderr(&output).contains("--context makes it longer"), "{}", stderr(&output));
+    let output = run(&["--max-tokens", "-1"]);
+    let report = common::json(&output);
+    let limit = common::json(&sluice(&["inspect", demo_model(), "--json"]))["max_positions"].as_u64().unwrap();
+    assert_eq!((&report["finish"], report["ids"].as_array().unwrap().len() as u64), (&"context".into(), limit));
+    let said = stderr(&output);
+    assert!(said.contains("the model's limit") && !said.contains("--context"), "{said}");
+    assert_fails(&run(&["-n", "-2"]), 2, &["-1 for no limit"]);
+}
+
+#[test]
+fn the_demo_keeps_what_it_finds() {
+    let folder = tempfile::tempdir().unwrap();
+    let keep = folder.path().to_str().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::create_dir(path("checkpoint")).unwrap();
+    for name in ["demo.sluice", "checkpoint/config.json"] {
+        std::fs::write(path(name), "mine").unwrap();
+        assert_fails(&sluice(&["demo", "--keep", keep]), 1, &[name, "not the demo's"]);
+        assert_eq!(std::fs::read(path(name)).unwrap(), b"mine");
+        std::fs::remove_file(path(name)).unwrap();
+    }
+    std::os::unix::fs::symlink("elsewhere", path("checkpoint/config.json")).unwrap();
+    assert_fails(&sluice(&["demo", "--keep", keep]), 1, &["checkpoint/config.json"]);
+    assert!(!path("checkpoint/elsewhere").exists());
+    std::fs::remove_file(path("checkpoint/config.json")).unwrap();
+    // Its own files are no obstacle.
+    for _ in 0..2 {
+        stdout(&sluice(&["demo", "--keep", keep]));
+    }
 }
 
 #[test]

@@ -58,6 +58,21 @@ pub enum FormatError {
         /// The file.
         path: PathBuf,
     },
+    /// Its metadata was being replaced ([`crate::rewrite_metadata`]).
+    #[error(
+        "{path}: `sluice set` was interrupted while it changed this file, or is still at work. Once it is not, `sluice set \
+         {path}` finishes it"
+    )]
+    Interrupted {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Its metadata is being replaced.
+    #[error("{path} is being changed by another `sluice set`: wait until that has ended")]
+    Locked {
+        /// The file.
+        path: PathBuf,
+    },
     /// Another version of the format.
     #[error(
         "{path} has format version {found}; this program reads version {FORMAT_VERSION}. Use the program that wrote it, or convert again"
@@ -89,7 +104,11 @@ pub enum FormatError {
     /// The file is shorter or longer than its superblock says.
     #[error(
         "{path} has {actual} bytes, its superblock says {expected}. {}: copy or convert it again",
-        if actual < expected { "The copy is incomplete" } else { "It has bytes behind its end" }
+        if actual < expected {
+            "The copy is incomplete"
+        } else {
+            "It has bytes behind its end. If `sluice set` was interrupted, run it again, which mends that; if not"
+        }
     )]
     FileLength {
         /// The file.

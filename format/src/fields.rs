@@ -95,6 +95,34 @@ pub mod table_ref {
     const _: () = assert!(tile(&FIELDS, LEN));
 }
 
+/// The footer of a log of new metadata ([`crate::rewrite_metadata`]): the last bytes of a file that is being changed.
+pub mod rewrite_footer {
+    use super::{Field, field, tile};
+
+    pub(crate) const MAGIC: usize = 0;
+    pub(crate) const VERSION: usize = 8;
+    pub(crate) const PAGE_SIZE: usize = 12;
+    pub(crate) const LOG_OFFSET: usize = 16;
+    pub(crate) const METADATA_LEN: usize = 24;
+    pub(crate) const LOG_CHECKSUM: usize = 32;
+    pub(crate) const CHECKSUM: usize = 56;
+    /// Bytes of the footer.
+    pub const LEN: usize = 64;
+
+    /// All fields in file order.
+    pub const FIELDS: [Field; 8] = [
+        field("magic", MAGIC, 8),
+        field("version", VERSION, 4),
+        field("page_size", PAGE_SIZE, 4),
+        field("log_offset", LOG_OFFSET, 8),
+        field("metadata_len", METADATA_LEN, 8),
+        field("log_checksum", LOG_CHECKSUM, 8),
+        field(super::RESERVED, 40, 16),
+        field("checksum", CHECKSUM, 8),
+    ];
+    const _: () = assert!(tile(&FIELDS, LEN));
+}
+
 /// A record of the extent table.
 pub mod extent {
     use super::{Field, field, tile};

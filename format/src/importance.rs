@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::Xxh3;
@@ -14,6 +14,7 @@ use crate::bytes::{array, get_u16, get_u32, get_u64};
 use crate::durable::replace_file;
 use crate::extent::{ExtentKind, NO_LAYER};
 use crate::fields::{importance as at, importance_entry as entry, reserved_in_use};
+use crate::reader::open_regular;
 use crate::spec::ModelSpec;
 use crate::tensor::{Layout, is_tensor_name};
 
@@ -265,7 +266,7 @@ impl Importance {
     /// # Errors
     /// [`ImportanceError`].
     pub fn load(path: &Path, spec: &ModelSpec) -> Result<Importance, ImportanceError> {
-        Self::parse(path, &read(path)?)?.bound_to(path, spec)
+        Self::parse(path, &read(path, spec)?)?.bound_to(path, spec)
     }
 
     fn bound_to(self, path: &Path, spec: &ModelSpec) -> Result<Importance, ImportanceError> {
@@ -303,9 +304,33 @@ impl Importance {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, ImportanceError> {
-    let action = "read the importance file";
-    fs::read(path).map_err(|source| ImportanceError::Io { path: path.to_owned(), action, source })
+/// Reads a file that may be one of this model: no more than that can have, and nothing that is not a file, which may have no
+/// end.
+fn read(path: &Path, spec: &ModelSpec) -> Result<Vec<u8>, ImportanceError> {
+    let io = |source| ImportanceError::Io { path: path.to_owned(), action: "read the importance file", source };
+    let file = open_regular(path).map_err(io)?;
+    let mut bytes = Vec::new();
+    (&file).take(at::LEN as u64).read_to_end(&mut bytes).map_err(io)?;
+    let most = longest(spec);
+    let len = file.metadata().map_err(io)?.len();
+    if bytes.starts_with(&IMPORTANCE_MAGIC) && len > most {
+        if bytes.len() == at::LEN && get_u64(&bytes, at::GEOMETRY) != geometry(spec) {
+            return Err(ImportanceError::Geometry { path: path.to_owned() });
+        }
+        let problem = format!("it has {len} bytes, where {most} are the most for this model");
+        return Err(ImportanceError::Damaged { path: path.to_owned(), problem });
+    }
+    if bytes.starts_with(&IMPORTANCE_MAGIC) {
+        file.take(most).read_to_end(&mut bytes).map_err(io)?;
+    }
+    Ok(bytes)
+}
+
+/// Bytes of a file in which every matrix of the model has an entry.
+fn longest(spec: &ModelSpec) -> u64 {
+    let entries = expected(spec).into_values();
+    let bytes = entries.map(|(count, columns)| u64::from(count).saturating_mul(entry::LEN as u64 + 4 * columns));
+    bytes.fold(at::LEN as u64, u64::saturating_add)
 }
 
 /// xxh3-64 of everything but the checksum itself.

@@ -25,8 +25,10 @@ pub mod json;
 pub mod limits;
 mod metadata;
 mod reader;
+mod rewrite;
 mod schema;
 mod spec;
+mod state_id;
 mod superblock;
 mod tensor;
 mod verify;
@@ -42,10 +44,13 @@ pub use importance::{ColumnMeans, IMPORTANCE_MAGIC, IMPORTANCE_VERSION, Importan
 pub use inspect::{KindSize, TypeSize};
 pub use metadata::{
     Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TOKENIZER_BLOB,
+    TOKENIZER_BLOBS, TOKENIZER_CONFIG_BLOB,
 };
 pub use reader::{ModelFile, open_regular, verify_extent};
+pub use rewrite::{REWRITE_MAGIC, REWRITE_VERSION, Recovery, recover, rewrite_metadata};
 pub use schema::TensorShape;
 pub use spec::*;
+pub use state_id::StateId;
 pub use superblock::{FORMAT_VERSION, MAGIC, ModelId, PAGE_SIZES, Superblock, TableRef};
 pub use tensor::{ANY_INDEX, Layout, TensorRecord, pack_tensors};
 pub use weight::{BLOCK, FP8_BLOCK, PLANE_ALIGN, ROW_GROUP, WeightType};

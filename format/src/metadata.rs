@@ -26,6 +26,11 @@ pub const TEXT_FILES: [&str; 8] = [
     "added_tokens.json",
     "additional_chat_templates/tool_use.jinja",
 ];
+/// The source's `tokenizer_config.json`.
+pub const TOKENIZER_CONFIG_BLOB: &str = "tokenizer_config.json";
+/// The files that a tokenizer is made of. A checkpoint has some of them.
+pub const TOKENIZER_BLOBS: [&str; 5] =
+    [TOKENIZER_BLOB, "tiktoken.model", TOKENIZER_CONFIG_BLOB, "added_tokens.json", "special_tokens_map.json"];
 
 /// Reports print the names of blobs: a control character in one could rewrite the terminal.
 fn is_blob_name(name: &str) -> bool {
@@ -53,6 +58,11 @@ impl Metadata {
             Some((_, old)) => *old = blob,
             None => self.blobs.push((name.to_owned(), blob)),
         }
+    }
+
+    /// Removes the blob of that name, if there is one.
+    pub fn remove(&mut self, name: &str) {
+        self.blobs.retain(|(n, _)| n != name);
     }
 
     /// The blob of that name.

@@ -13,7 +13,9 @@ use crate::extent::{ExtentKind, ExtentRecord, NO_LAYER};
 use crate::fields;
 use crate::limits::{MAX_EXTENT_TABLE_BYTES, MAX_METADATA_BYTES, MAX_TENSOR_TABLE_BYTES};
 use crate::metadata::{Metadata, SPEC_BLOB};
+use crate::rewrite::{extent_table, is_interrupted, tensor_table};
 use crate::spec::ModelSpec;
+use crate::state_id::StateId;
 use crate::superblock::{ModelId, Superblock, SuperblockError, TableRef};
 use crate::tensor::TensorRecord;
 
@@ -36,6 +38,17 @@ impl ModelFile {
         let io = |action| move |source| FormatError::Io { path: path.to_owned(), action, source };
         let file = open_regular(path).map_err(io("open it"))?;
         let actual = file.metadata().map_err(io("read its length"))?.len();
+        let again = file.try_clone().map_err(io("open it"))?;
+        match Self::check(path, file, actual) {
+            Err(refused) if !matches!(refused, FormatError::Io { .. }) && is_interrupted(&again) => {
+                Err(FormatError::Interrupted { path: path.to_owned() })
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Checks a file as if it had `actual` bytes.
+    pub(crate) fn check(path: &Path, file: File, actual: u64) -> Result<Self, FormatError> {
         let sb = read_superblock(path, &file, actual)?;
         let read = |region, table| read_table(path, &file, &sb, region, table);
         let invalid = |region| move |problem| FormatError::Invalid { path: path.to_owned(), region, problem };
@@ -68,6 +81,11 @@ impl ModelFile {
     /// The superblock.
     pub fn superblock(&self) -> &Superblock {
         &self.superblock
+    }
+
+    /// The id of what a saved state of this model depends on.
+    pub fn state_id(&self) -> StateId {
+        StateId::of(&extent_table(self), &tensor_table(self), &self.metadata)
     }
 
     /// What the model computes.
@@ -172,6 +190,23 @@ pub(crate) fn checksum_error(path: &Path, extent: &ExtentRecord) -> FormatError 
 }
 
 fn read_superblock(path: &Path, file: &File, actual: u64) -> Result<Superblock, FormatError> {
+    let superblock = parse_superblock_at(path, file, actual)?;
+    let path_buf = || path.to_owned();
+    if superblock.file_len != actual {
+        return Err(FormatError::FileLength { path: path_buf(), actual, expected: superblock.file_len });
+    }
+    if superblock.volume_count != 1 {
+        return Err(FormatError::Volumes {
+            path: path_buf(),
+            volume: superblock.volume,
+            count: superblock.volume_count,
+        });
+    }
+    Ok(superblock)
+}
+
+/// The superblock of a file of `actual` bytes, whatever length it announces.
+pub(crate) fn parse_superblock_at(path: &Path, file: &File, actual: u64) -> Result<Superblock, FormatError> {
     let path_buf = || path.to_owned();
     let refuse = |e| match e {
         SuperblockError::NotSluice => FormatError::NotSluice { path: path_buf() },
@@ -195,18 +230,7 @@ fn read_superblock(path: &Path, file: &File, actual: u64) -> Result<Superblock, 
     }
     let mut page = vec![0; page_size as usize];
     file.read_exact_at(&mut page, 0).map_err(io)?;
-    let superblock = Superblock::parse(&page).map_err(refuse)?;
-    if superblock.file_len != actual {
-        return Err(FormatError::FileLength { path: path_buf(), actual, expected: superblock.file_len });
-    }
-    if superblock.volume_count != 1 {
-        return Err(FormatError::Volumes {
-            path: path_buf(),
-            volume: superblock.volume,
-            count: superblock.volume_count,
-        });
-    }
-    Ok(superblock)
+    Superblock::parse(&page).map_err(refuse)
 }
 
 /// Reads and verifies one table; returns its logical bytes.

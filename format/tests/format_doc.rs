@@ -42,6 +42,7 @@ fn every_table_is_checked() {
         "checks",
         "importance",
         "importance_entry",
+        "rewrite_footer",
     ];
     let text = include_str!("../../docs/FORMAT.md");
     let marked = text.lines().filter_map(|l| l.strip_prefix("*checked: ")?.strip_suffix('*'));
@@ -50,13 +51,14 @@ fn every_table_is_checked() {
 
 #[test]
 fn fields() {
-    let all: [(&str, &[Field]); 6] = [
+    let all: [(&str, &[Field]); 7] = [
         ("superblock", &fields::superblock::FIELDS),
         ("table_ref", &fields::table_ref::FIELDS),
         ("extent", &fields::extent::FIELDS),
         ("tensor", &fields::tensor::FIELDS),
         ("importance", &fields::importance::FIELDS),
         ("importance_entry", &fields::importance_entry::FIELDS),
+        ("rewrite_footer", &fields::rewrite_footer::FIELDS),
     ];
     for (name, fields) in all {
         let code: Vec<_> = fields.iter().map(|f| format!("{} {} {}", f.offset, f.len, f.name)).collect();
@@ -96,6 +98,11 @@ fn constants_in_prose() {
     assert!(text.contains(&format!("each other one at the next multiple of {PLANE_ALIGN}")));
     assert_eq!(table("importance")[0][3].as_bytes(), IMPORTANCE_MAGIC);
     assert_eq!(table("importance")[1][3], IMPORTANCE_VERSION.to_string());
+    assert_eq!(table("rewrite_footer")[0][3].as_bytes(), REWRITE_MAGIC);
+    assert_eq!(table("rewrite_footer")[1][3], REWRITE_VERSION.to_string());
+    for blob in TOKENIZER_BLOBS {
+        assert!(text.contains(&format!("`{blob}`")), "{blob}");
+    }
     assert!(table("checks")[0][1].contains(&format!("{} bytes", fields::superblock::LEN)));
 }
 
@@ -130,8 +137,8 @@ fn errors() {
     let variants: BTreeSet<_> =
         variants.map(|l| l.trim_end_matches(" {").split('(').next().unwrap().to_owned()).collect();
     let mut documented: BTreeSet<_> = table("checks").into_iter().map(|row| row[2].clone()).collect();
-    // Named in the sentence below the table; `Layout` is the writer's.
-    documented.extend(["Io", "ExtentRead", "Layout"].map(str::to_owned));
+    // Named in the sentences below the table; `Layout` is the writer's.
+    documented.extend(["Io", "ExtentRead", "Interrupted", "Locked", "Layout"].map(str::to_owned));
     assert_eq!(documented, variants);
     let steps: Vec<_> = table("checks").iter().map(|row| row[0].parse::<usize>().unwrap()).collect();
     assert_eq!(steps, (1..=steps.len()).collect::<Vec<_>>());

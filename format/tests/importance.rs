@@ -54,6 +54,21 @@ fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
 }
 
 #[test]
+fn what_has_no_end_is_refused() {
+    let endless = Importance::load(Path::new("/dev/zero"), &small_spec());
+    assert!(matches!(endless, Err(ImportanceError::Io { .. })), "{endless:?}");
+    // A sparse file of 64 GiB that begins like one of ours: nobody has to read it to the end.
+    let (_folder, path) = temp();
+    sample().save(&path).unwrap();
+    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(64 << 30).unwrap();
+    let long = Importance::load(&path, &small_spec());
+    assert!(matches!(long, Err(ImportanceError::Damaged { .. })), "{long:?}");
+    assert!(matches!(Importance::load(&path, &gqa_spec()), Err(ImportanceError::Geometry { .. })));
+    fs::write(&path, vec![7; 1 << 20]).unwrap();
+    assert!(matches!(Importance::load(&path, &small_spec()), Err(ImportanceError::NotImportance { .. })));
+}
+
+#[test]
 fn round_trip() {
     let (_folder, path) = temp();
     let importance = sample();

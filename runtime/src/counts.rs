@@ -1,19 +1,19 @@
 //! What the eviction policy has learned, kept beside the model: the next start begins warm.
 //!
-//! The file `MODEL.counts` is: magic (8 bytes), model id (16), length of the counts (u64), counts, xxh3-64 of all before.
+//! The file `MODEL.counts` is: magic (8 bytes), state id of the model (16), length of the counts (u64), counts, xxh3-64 of all before.
 //! Little-endian. It only ever changes speed: a file that is missing, damaged or of another model is ignored.
 
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use sluice_format::{ModelId, replace_file};
+use sluice_format::{StateId, open_regular, replace_file};
 use twox_hash::XxHash3_64;
 
 const MAGIC: [u8; 8] = *b"SLCOUNT1";
-/// Bytes of a model id.
-const MODEL_ID_LEN: usize = 16;
-const HEADER: usize = MAGIC.len() + MODEL_ID_LEN + 8;
+/// Bytes of a state id.
+const STATE_ID_LEN: usize = 16;
+const HEADER: usize = MAGIC.len() + STATE_ID_LEN + 8;
 /// Longest counts that are read: a trillion-parameter model has 23,000 experts with a few numbers each.
 const MAX_COUNTS: usize = 64 << 20;
 
@@ -25,10 +25,10 @@ pub fn path_of(model: &Path) -> PathBuf {
 }
 
 /// Reads the counts of a model; `None` if there are none that can be trusted.
-pub fn load(model: &Path, id: ModelId) -> Option<Vec<u8>> {
+pub fn load(model: &Path, id: StateId) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
     let limit = (HEADER + MAX_COUNTS + 8) as u64;
-    fs::File::open(path_of(model)).ok()?.take(limit).read_to_end(&mut bytes).ok()?;
+    open_regular(&path_of(model)).ok()?.take(limit).read_to_end(&mut bytes).ok()?;
     let (content, sum) = bytes.split_last_chunk::<8>()?;
     if XxHash3_64::oneshot(content) != u64::from_le_bytes(*sum) || content.len() < HEADER {
         return None;
@@ -39,14 +39,33 @@ pub fn load(model: &Path, id: ModelId) -> Option<Vec<u8>> {
     (header == expected).then(|| counts.to_vec())
 }
 
-/// Writes the counts of a model, atomically: a reader sees the old ones or the new ones.
+/// Writes the counts of a model, atomically: a reader sees the old ones or the new ones. Only counts are replaced.
 ///
 /// # Errors
-/// What the file system says, for instance that the folder cannot be written.
-pub fn save(model: &Path, id: ModelId, counts: &[u8]) -> io::Result<()> {
+/// What the file system says, for instance that the folder cannot be written; of the kind
+/// [`io::ErrorKind::AlreadyExists`] when there is something else in the place of the counts.
+pub fn save(model: &Path, id: StateId, counts: &[u8]) -> io::Result<()> {
     let mut bytes = [&MAGIC[..], &id.0, &(counts.len() as u64).to_le_bytes(), counts].concat();
     bytes.extend(XxHash3_64::oneshot(&bytes).to_le_bytes());
-    replace_file(&path_of(model), &bytes)
+    let path = path_of(model);
+    if !may_replace(&path)? {
+        let problem = format!("{} is there already and is something else", path.display());
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, problem));
+    }
+    replace_file(&path, &bytes)
+}
+
+/// Whether nothing would be lost: there is no file, or an empty one, or counts, perhaps damaged. A link is replaced, not
+/// what it leads to.
+fn may_replace(path: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_file() => {}
+        Ok(found) => return Ok(found.is_symlink()),
+        Err(_) => return Ok(true),
+    }
+    let mut magic = Vec::new();
+    open_regular(path)?.take(MAGIC.len() as u64).read_to_end(&mut magic)?;
+    Ok(magic.is_empty() || magic == MAGIC)
 }
 
 #[cfg(test)]
@@ -54,14 +73,40 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_not_counts_is_neither_waited_for_nor_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("m.sluice");
+        let (id, path) = (StateId([7; STATE_ID_LEN]), path_of(&model));
+        fs::write(&path, "my own list").unwrap();
+        assert_eq!(load(&model, id), None);
+        assert_eq!(save(&model, id, b"c").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read(&path).unwrap(), b"my own list");
+
+        fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(load(&model, id), None);
+        assert_eq!(save(&model, id, b"c").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+
+        fs::remove_file(&path).unwrap();
+        let precious = folder.path().join("precious");
+        fs::write(&precious, "precious").unwrap();
+        for link in [path.clone(), folder.path().join(format!("m.sluice.counts.{}", std::process::id()))] {
+            std::os::unix::fs::symlink(&precious, link).unwrap();
+        }
+        save(&model, id, b"c").unwrap();
+        assert_eq!(load(&model, id).as_deref(), Some(&b"c"[..]));
+        assert_eq!(fs::read(&precious).unwrap(), b"precious");
+    }
+
+    #[test]
     fn counts_come_back_only_unchanged_and_to_their_model() {
         let folder = tempfile::tempdir().unwrap();
         let model = folder.path().join("m.sluice");
-        let id = ModelId([7; MODEL_ID_LEN]);
+        let id = StateId([7; STATE_ID_LEN]);
         assert_eq!(load(&model, id), None);
         save(&model, id, b"some counts").unwrap();
         assert_eq!(load(&model, id).as_deref(), Some(&b"some counts"[..]));
-        assert_eq!(load(&model, ModelId([8; MODEL_ID_LEN])), None);
+        assert_eq!(load(&model, StateId([8; STATE_ID_LEN])), None);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no partial file stays");
 
         let sound = fs::read(path_of(&model)).unwrap();

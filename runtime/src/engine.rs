@@ -179,7 +179,7 @@ impl Engine {
         let threads = compute_threads(options.threads, storage.io.reading());
         let compute = Compute { kernels, threads, precision, observer: None };
         if !options.forget
-            && let Some(counts) = counts::load(path, file.superblock().model_id)
+            && let Some(counts) = counts::load(path, file.state_id())
         {
             // Counts of another policy or shape are as good as none.
             let _ = storage.pool.policy_mut().import(&counts);
@@ -275,7 +275,7 @@ impl Engine {
         if counts.is_empty() {
             return Ok(());
         }
-        counts::save(self.file.path(), self.file.superblock().model_id, &counts)
+        counts::save(self.file.path(), self.file.state_id(), &counts)
     }
 
     /// Shows `observer` what every quantisable matrix is multiplied with from now on, or no longer anybody.

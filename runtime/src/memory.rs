@@ -67,10 +67,10 @@ pub struct MemoryPlan {
 /// The budget cannot hold what the model needs at least.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{}: this model needs at least {least} bytes ({}: {} for dense parts, {} key-value cache for {context} tokens, {} \
-     scratch, {} for {MIN_SLOTS} experts). A smaller weight type takes less, and so do fewer tokens of context",
-    too_small(*.requested, *.available, *.effective),
-    Bytes(*.least), Bytes(*.dense), Bytes(*.kv_cache), Bytes(*.scratch), Bytes(*.slots)
+    "{}: this model needs at least {} ({} for dense parts, {} key-value cache for {context} tokens, {} scratch, {} for \
+     {MIN_SLOTS} experts). A smaller weight type takes less, and so do fewer tokens of context",
+    too_small(*.requested, *.available, *.effective, *.least),
+    Bytes::at_least(*.least), Bytes(*.dense), Bytes(*.kv_cache), Bytes(*.scratch), Bytes(*.slots)
 )]
 pub struct BudgetError {
     /// What the user asked for.
@@ -94,19 +94,21 @@ pub struct BudgetError {
 }
 
 /// Which of what the user asked for and what the system allows makes the budget too small, and what raises it.
-fn too_small(requested: Option<u64>, available: u64, effective: u64) -> String {
-    let available = Bytes(available);
+fn too_small(requested: Option<u64>, available: u64, effective: u64, least: u64) -> String {
+    let enough = available.saturating_sub(OVERHEAD);
+    // A larger budget than there is memory for helps nobody.
+    let raise = requested == Some(effective) && least <= enough;
+    let (available, effective) = (Bytes(available), Bytes(effective));
     match requested {
-        Some(requested) if requested == effective => {
-            format!("the budget of {effective} bytes is too small; raise --budget")
-        }
+        Some(_) if raise => format!("the budget of {effective} is too small; raise --budget"),
         Some(_) => {
-            format!("the {available} of memory that are available allow a budget of {effective} bytes; free memory")
+            format!("the {available} of memory that are available allow a budget of {effective}; free memory")
         }
-        None => format!(
-            "of the {available} of memory that are available {effective} bytes are used, too few; free memory, or say with \
+        None if least <= enough => format!(
+            "of the {available} of memory that are available {effective} are used, too little; free memory, or say with \
              --budget how much of it may be used"
         ),
+        None => format!("only {available} of memory are available; free memory"),
     }
 }
 

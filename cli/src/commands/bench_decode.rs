@@ -424,7 +424,7 @@ fn table(outcomes: &[Outcome]) -> String {
     let mut out = String::new();
     for o in outcomes {
         let budget = o.budget.map_or("as much as is useful".into(), |b| Bytes(b).to_string());
-        let rate = |r: f64| format!("{:.2} GB/s", r / 1e9);
+        let rate = |r: f64| format!("{}/s", Bytes(r as u64));
         out += &format!(
             "budget {budget}: {} in use, {} of {} experts fit\n  {:.2} tokens/s, {} read per token, {:.1} % of experts \
              in memory\n",

@@ -21,6 +21,10 @@ use crate::terminal::{byte_bar, note, print, print_json, step_bar};
 /// Smaller files may fit into a drive's own memory: what they show is not kept.
 const KEPT_LEAST: u64 = 256 << 20;
 
+/// Blocks are powers of two, so rates are too.
+const MIB: f64 = (1 << 20) as f64;
+const GIB: f64 = (1 << 30) as f64;
+
 const EXAMPLES: &str = "\
 PATH is a file, which is only read, or a folder (or a new name), where a scratch file is made. It loses its name at \
 once, so that nothing is left behind, however the program ends. A large model file is best: a small file may fit into \
@@ -303,7 +307,7 @@ fn table(sweep: &Sweep, pattern: Pattern, engine: BenchEngine, buffered: bool) -
         return String::new();
     }
     let label = if buffered { ", through the page cache" } else { "" };
-    let mut out = format!("\n{}, {}{label}: MB/s by block and reads in flight\n", pattern.name(), engine.name());
+    let mut out = format!("\n{}, {}{label}: MiB/s by block and reads in flight\n", pattern.name(), engine.name());
     let _ = write!(out, "{:>10}", "");
     for depth in &depths {
         let _ = write!(out, "{depth:>8}");
@@ -313,7 +317,7 @@ fn table(sweep: &Sweep, pattern: Pattern, engine: BenchEngine, buffered: bool) -
         for &depth in &depths {
             let cell = own().find(|m| m.point.block_bytes == block && m.point.depth == depth);
             let _ = match cell.filter(|m| !m.rates.is_empty()) {
-                Some(m) => write!(out, "{:>8.0}", m.bytes_per_second / 1e6),
+                Some(m) => write!(out, "{:>8.0}", m.bytes_per_second / MIB),
                 None => write!(out, "{:>8}", "-"),
             };
         }
@@ -345,13 +349,13 @@ fn verdict(report: &Report<'_>) -> String {
 
 fn words(Knee { point, bytes_per_second, cpu_seconds_per_gb }: &Knee) -> String {
     format!(
-        "{:>7} × {:<2} with {:<11} {:>6.0} MB/s, {:>8} in flight, {:.0} ms of processor time per GB",
+        "{:>7} × {:<2} with {:<11} {:>6.0} MiB/s, {:>8} in flight, {:.0} ms of processor time per GiB",
         size(point.block_bytes),
         point.depth,
         point.engine.name(),
-        bytes_per_second / 1e6,
+        bytes_per_second / MIB,
         size(point.in_flight_bytes()),
-        cpu_seconds_per_gb * 1e3
+        cpu_seconds_per_gb * 1e3 * GIB / 1e9
     )
 }
 
@@ -376,7 +380,7 @@ fn chart(report: &Report<'_>) -> LineChart {
                 let Point { engine: e, pattern: p, block_bytes, .. } = m.point;
                 e == engine.engine && p == pattern && block_bytes == block && !m.rates.is_empty()
             });
-            let points: Vec<_> = own.map(|m| (m.point.depth as f64, m.bytes_per_second / 1e9)).collect();
+            let points: Vec<_> = own.map(|m| (m.point.depth as f64, m.bytes_per_second / GIB)).collect();
             if !points.is_empty() {
                 let name = format!("{} {}", size(block), engine.name);
                 series.push(Series { name, points, group, dashed: at > 0 });
@@ -388,10 +392,10 @@ fn chart(report: &Report<'_>) -> LineChart {
     LineChart {
         title: format!("{} reads{buffered}: {}", pattern.name(), report.path),
         x_label: "reads in flight".into(),
-        y_label: "GB/s".into(),
+        y_label: "GiB/s".into(),
         log2: true,
         series,
-        mark: knee.map(|k| (k.point.depth as f64, k.bytes_per_second / 1e9, "knee".into())),
+        mark: knee.map(|k| (k.point.depth as f64, k.bytes_per_second / GIB, "knee".into())),
     }
 }
 

@@ -12,12 +12,12 @@ use serde_json::{Value, json};
 use sluice_converter::{
     ConvertError, KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, convert_plan, plan,
 };
-use sluice_format::SOURCE_CONFIG_BLOB;
+use sluice_format::WeightType;
 use sluice_runtime::memory::Bytes;
-use sluice_runtime::text::{GenerationDefaults, TextError, Tokenizer};
 
 use crate::error::CliError;
 use crate::terminal::{byte_bar, note, print, print_json, seconds};
+use crate::text_files::{examine, other_tokenizers};
 
 const EXAMPLES: &str = "\
 Types: keep, the default, carries the weights bit for bit. The others may change them, and the summary says by how \
@@ -92,10 +92,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     };
     let started = Instant::now();
     let plan = plan(&args.src, &options)?;
-    check_text(&plan).map_err(|e| {
-        let src = args.src.display();
-        CliError::Failure(format!("{src}: {e}. Mend the file, or remove it to convert without"))
-    })?;
+    check_types(args, &plan)?;
+    check_text(args, &plan)?;
     if args.dry_run {
         return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan)) };
     }
@@ -109,13 +107,63 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     print(&describe(&args.dst, &summary, started.elapsed().as_secs_f64()))
 }
 
-/// Reads tokenizer and sampling defaults as `run` will: a conversion can take hours, and would end in a file without text.
-fn check_text(plan: &Plan) -> Result<(), TextError> {
-    if let Some(tokenizer) = Tokenizer::find(|name| plan.side_file(name))? {
-        tokenizer.check()?;
+/// Reads tokenizer, chat template and sampling defaults as `run` will: a conversion can take hours, and would end in a file
+/// without text. What can be mended afterwards is a remark, as nobody should have to wait for it.
+fn check_text(args: &Args, plan: &Plan) -> Result<(), CliError> {
+    let set = format!("sluice set {}", args.dst.display());
+    let findings = examine(|name| plan.side_file(name), plan.spec(), &set).map_err(|e| {
+        let src = args.src.display();
+        CliError::Failure(format!("{src}: {e}. Mend the file, or remove it to convert without"))
+    })?;
+    let has_tokenizer = ["tokenizer.json", "tiktoken.model"].iter().any(|name| plan.side_file(name).is_some());
+    let other = other_tokenizers(&args.src).filter(|_| !has_tokenizer);
+    for text in findings.notes.iter().chain(&other) {
+        note(&format_args!("note: {text}"));
     }
-    let generation = plan.side_file("generation_config.json");
-    GenerationDefaults::parse(generation, plan.side_file(SOURCE_CONFIG_BLOB)).map(|_| ())
+    Ok(())
+}
+
+/// Refuses types and measurements that would change nothing: whoever asks for them would find out hours later.
+fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
+    let src = args.src.display();
+    let is_expert = |group: &str| group.starts_with("expert.");
+    let stored = |experts: bool, ty: WeightType| {
+        let mut groups = plan.types().iter().filter(|(group, _)| is_expert(group) == experts);
+        groups.any(|(_, types)| types.iter().any(|t| t == ty.name()))
+    };
+    if let Some(TypeChoice::Type(ty)) = args.expert_type {
+        let has_experts = plan.types().keys().any(|group| is_expert(group));
+        if !has_experts && args.dense_type.is_none() {
+            return Err(CliError::Usage(format!(
+                "--type {ty} would change nothing: it is for routed experts, and {src} has none. --dense-type {ty} is for \
+                 all other weights"
+            )));
+        }
+        if !has_experts {
+            note(&format_args!("note: --type {ty} changes nothing: it is for routed experts, and {src} has none"));
+        } else if !stored(true, ty) {
+            return Err(CliError::Usage(format!(
+                "--type {ty} would change nothing: none of the experts of {src} can be stored so. `--dry-run` without it \
+                 says what they would be"
+            )));
+        }
+    }
+    if let Some(TypeChoice::Type(ty)) = args.dense_type
+        && !stored(false, ty)
+    {
+        return Err(CliError::Usage(format!(
+            "--dense-type {ty} would change nothing: none of the weights of {src} but experts can be stored so"
+        )));
+    }
+    let weighted = [WeightType::Q4, WeightType::Q3];
+    if args.imatrix.is_some() && !weighted.iter().any(|&ty| stored(true, ty) || stored(false, ty)) {
+        return Err(CliError::Usage(
+            "--imatrix would change nothing: it spends the bits of q4 and q3, and nothing is stored so. Ask for one with \
+             --type, or leave --imatrix out"
+                .into(),
+        ));
+    }
+    Ok(())
 }
 
 /// The same error, in words of the command line.

@@ -1,12 +1,12 @@
 //! `sluice demo`: a small real model, from checkpoint to text, in seconds.
 
 use std::fs;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use sluice_converter::{Options, TypeChoice, convert};
-use sluice_format::{ModelFile, WeightType};
+use sluice_format::{ModelFile, TOKENIZER_BLOB, WeightType};
 use sluice_runtime::memory::{Bytes, MemoryPlan};
 use sluice_runtime::sampler::SamplerConfig;
 use sluice_runtime::text::{Special, StopCondition};
@@ -16,7 +16,7 @@ use crate::commands::convert::Bar;
 use crate::commands::verify;
 use crate::error::CliError;
 use crate::generate::{Generation, Request, generate};
-use crate::terminal::{byte_bar, print, seconds};
+use crate::terminal::{byte_bar, print, print_as_is, print_text, printable, seconds};
 
 const EXAMPLES: &str = "\
 The model has 5.1 million weights, the architecture of DeepSeek-V3, and has read Shakespeare: its verse scans \
@@ -46,7 +46,7 @@ const CACHE_FRACTION: u64 = 3;
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Keep checkpoint and model file in this folder instead of a temporary one
+    /// Keep checkpoint and model file in this folder instead of a temporary one; what is there and is not the demo's is kept
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
 }
@@ -65,9 +65,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     };
     let show = Show { bold: io::stdout().is_terminal() };
     show.line("Sluice demo: a mixture of experts, streamed from the drive", "")?;
-    let checkpoint = folder.join("checkpoint");
+    let (checkpoint, model) = (folder.join("checkpoint"), folder.join("demo.sluice"));
+    check_folder(&checkpoint, &model)?;
     unpack(&show, &checkpoint)?;
-    let model = folder.join("demo.sluice");
     convert_and_verify(&show, &checkpoint, &model)?;
     let streamed = stream(&show, &model)?;
     compare(&show, &model, &streamed)?;
@@ -87,8 +87,8 @@ impl Show {
     fn line(&self, title: &str, rest: &str) -> Result<(), CliError> {
         let title = if rest.is_empty() { title.to_owned() } else { format!("{title:<10}") };
         let (on, off) = if self.bold { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
-        print(format!("{on}{title}{off} {rest}").trim_end())?;
-        print("\n")
+        print_as_is(format!("{on}{title}{off} {}", printable(&rest)).trim_end())?;
+        print_as_is("\n")
     }
 
     fn more(&self, rest: &str) -> Result<(), CliError> {
@@ -96,11 +96,49 @@ impl Show {
     }
 }
 
+/// Refuses a folder in which something would be lost: files of the demo's names that are not the demo's.
+fn check_folder(checkpoint: &Path, model: &Path) -> Result<(), CliError> {
+    let foreign = |path: &Path| {
+        let path = path.display();
+        CliError::Failure(format!("{path} is there already and is not the demo's: choose another folder, or move it"))
+    };
+    for (name, bytes) in CHECKPOINT {
+        let path = checkpoint.join(name);
+        if path.symlink_metadata().is_ok() && !holds(&path, bytes) {
+            return Err(foreign(&path));
+        }
+    }
+    // An earlier demo's model file is as good as a new one, as long as it is whole and of this checkpoint.
+    if model.symlink_metadata().is_ok() && !is_demo(model) {
+        return Err(foreign(model));
+    }
+    Ok(())
+}
+
+/// Whether a regular file has exactly these bytes.
+fn holds(path: &Path, bytes: &[u8]) -> bool {
+    let same_length = path.symlink_metadata().is_ok_and(|m| m.is_file() && m.len() == bytes.len() as u64);
+    same_length && fs::read(path).is_ok_and(|found| found == bytes)
+}
+
+/// Whether a regular file is a model file whose configuration and tokenizer are the demo's.
+fn is_demo(path: &Path) -> bool {
+    let is_file = path.symlink_metadata().is_ok_and(|m| m.is_file());
+    let Some(file) = ModelFile::open(path).ok().filter(|_| is_file) else { return false };
+    let own = |(name, bytes): (&str, &[u8])| file.metadata().get(name).is_none_or(|blob| blob == bytes);
+    file.metadata().get(TOKENIZER_BLOB).is_some() && CHECKPOINT.into_iter().all(own)
+}
+
 fn unpack(show: &Show, checkpoint: &Path) -> Result<(), CliError> {
     fs::create_dir_all(checkpoint).map_err(CliError::file(checkpoint, "create it"))?;
     for (name, bytes) in CHECKPOINT {
         let path = checkpoint.join(name);
-        fs::write(&path, bytes).map_err(CliError::file(&path, "write it"))?;
+        if holds(&path, bytes) {
+            continue;
+        }
+        // New, so that nothing that appeared meanwhile is overwritten, nor what a link leads to.
+        let written = fs::File::create_new(&path).and_then(|mut file| file.write_all(bytes));
+        written.map_err(CliError::file(&path, "write it"))?;
     }
     let total: usize = CHECKPOINT.iter().map(|(_, bytes)| bytes.len()).sum();
     show.line("Unpack", &format!("DeepSeek-V3 architecture, 5.1 million weights in bf16: {}", Bytes(total as u64)))
@@ -163,7 +201,7 @@ fn stream(show: &Show, model: &Path) -> Result<Generation, CliError> {
     show.more(&format!("reads: {}", engine.read_path()))?;
     show.more(&format!("kernels: {}, {} threads", engine.isa(), engine.threads()))?;
     print(&format!("\n    {}", indent(PROMPT)))?;
-    let done = speak(&mut engine, &mut |text| print(&indent(text)))?;
+    let done = speak(&mut engine, &mut |text| print_text(&indent(text)))?;
     print("\n\n")?;
     let decode = &done.decode;
     show.line(

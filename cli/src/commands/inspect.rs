@@ -11,6 +11,7 @@ use sluice_format::{ExtentKind, ModelFile, PROVENANCE_BLOB, TOKENIZER_BLOB};
 use sluice_runtime::KvType;
 use sluice_runtime::memory::{Bytes, MemoryPlan};
 use sluice_runtime::model::KvCache;
+use sluice_runtime::text::ChatTemplate;
 
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
@@ -55,6 +56,8 @@ struct Report {
     file: String,
     family: String,
     model_id: String,
+    /// Of weights, specification and tokenizer.
+    state_id: String,
     format_version: u32,
     page_size: u32,
     file_bytes: u64,
@@ -81,6 +84,7 @@ struct Report {
     kv_cache_bytes: u64,
     kv_type: &'static str,
     has_tokenizer: bool,
+    has_chat_template: bool,
     provenance: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     extents: Option<Vec<Extent>>,
@@ -122,6 +126,7 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         file: args.file.display().to_string(),
         family: spec.family.clone(),
         model_id: superblock.model_id.to_string(),
+        state_id: file.state_id().to_string(),
         format_version: sluice_format::FORMAT_VERSION,
         page_size: superblock.page_size,
         file_bytes: superblock.file_len,
@@ -147,7 +152,8 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         context,
         kv_cache_bytes: KvCache::memory(spec, context, args.kv_type),
         kv_type: args.kv_type.name(),
-        has_tokenizer: file.metadata().get(TOKENIZER_BLOB).is_some(),
+        has_tokenizer: [TOKENIZER_BLOB, "tiktoken.model"].iter().any(|name| file.metadata().get(name).is_some()),
+        has_chat_template: matches!(ChatTemplate::find(|name| file.metadata().get(name)), Ok(Some(_))),
         provenance,
         extents: args.extents.then(|| extents(file)),
     }
@@ -224,6 +230,7 @@ fn describe(r: &Report) -> String {
     line("least budget", format!("{} for a context of {tokens} tokens", Bytes::at_least(r.least_budget)));
     line("of which", format!("{} for their keys and values in {}", Bytes(r.kv_cache_bytes), r.kv_type));
     line("tokenizer", if r.has_tokenizer { "yes".into() } else { "none: token ids only".into() });
+    line("chat template", if r.has_chat_template { "yes".into() } else { "none that works".into() });
     let _ = writeln!(out, "\n{:<12} {:>8} {:>12}  types", "part", "extents", "size");
     for kind in &r.kinds {
         let types = types(&kind.types);

@@ -9,6 +9,7 @@ use sluice_runtime::Engine;
 
 use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
+use crate::input::read_text;
 use crate::terminal::{print, print_json, step_bar};
 
 const EXAMPLES: &str = "\
@@ -66,13 +67,18 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 
 /// The tokens of a text: two at least, to be run in windows that the model must be able to take.
 pub(crate) fn read_ids(model: &Path, text_file: &Path, window: usize) -> Result<Vec<u32>, CliError> {
-    let text = std::fs::read_to_string(text_file).map_err(CliError::file(text_file, "read the text"))?;
+    let text = read_text(text_file, "read the text")?;
     let file = ModelFile::open(model)?;
     if window > file.spec().max_positions {
         let most = file.spec().max_positions;
         return Err(CliError::Usage(format!("--window is {window}, the model takes at most {most} tokens")));
     }
-    let mute = || CliError::Failure(format!("{} has no tokenizer, so it cannot read text", model.display()));
+    let mute = || {
+        let name = model.display();
+        CliError::Failure(format!(
+            "{name} has no tokenizer, so it cannot read text: add one with `sluice set {name} --tokenizer FILE`"
+        ))
+    };
     let ids = tokenizer(&file)?.ok_or_else(mute)?.encode(&text, true)?;
     if ids.len() < 2 {
         return Err(CliError::Failure(format!(

@@ -11,7 +11,7 @@ use sluice_converter::{self as converter, Options, TypeChoice, no_model};
 use sluice_format::{ExtentKind, ExtentRecord, Layout as Arrangement, ModelFile, ModelSpec, PAGE_SIZES, WeightType};
 use sluice_runtime::KvType;
 use sluice_runtime::estimate::{Bound, HIT_RATE_SPREAD, Machine, Needs, Speed};
-use sluice_runtime::memory::{Bytes, available_memory};
+use sluice_runtime::memory::available_memory;
 
 use super::synth::type_parser;
 use crate::engine_args::kv_type_parser;
@@ -105,7 +105,9 @@ struct Report {
 /// A rate such as `3GB/s`.
 fn parse_speed(text: &str) -> Result<u64, String> {
     let size = text.trim().strip_suffix("/s").unwrap_or(text);
-    match parse_size(size) {
+    // Three bytes a second is what nobody means by `3`.
+    let has_unit = size.trim().ends_with(|c: char| c.is_ascii_alphabetic());
+    match parse_size(size).and_then(|speed| if has_unit { Ok(speed) } else { Err(String::new()) }) {
         Ok(0) => Err("nothing could ever be read at that speed".into()),
         Ok(speed) => Ok(speed),
         Err(_) => Err(format!("`{text}` is not a speed: write a number and a unit, such as 3GB/s or 800MB/s")),
@@ -267,7 +269,7 @@ fn warnings(needs: &Needs, speed: &Result<Speed, sluice_runtime::memory::BudgetE
     match speed {
         Err(refused) => warnings.push(format!(
             "this memory does not suffice: beside what is left to the system, the model needs at least {}",
-            Bytes::at_least(refused.least)
+            gigabytes_up(refused.least)
         )),
         Ok(speed) => {
             if speed.curve.is_some() && speed.cached_cycles < 1.0 {
@@ -279,7 +281,7 @@ fn warnings(needs: &Needs, speed: &Result<Speed, sluice_runtime::memory::BudgetE
             }
             if speed.streamed_bytes > 0 {
                 warnings.push(format!(
-                    "{} of the dense parts do not fit and are read again for every token: a smaller --dense-type or more \
+                    "{} of the dense parts do not fit and are read again for every token: a smaller type for them or more \
                      memory helps most",
                     gigabytes(speed.streamed_bytes)
                 ));
@@ -292,12 +294,18 @@ fn warnings(needs: &Needs, speed: &Result<Speed, sluice_runtime::memory::BudgetE
     warnings
 }
 
-/// Speeds are given in powers of ten, so sizes are too where one is divided by the other.
+/// Speeds are given in powers of ten, so sizes are too: one is divided by the other.
 fn gigabytes(bytes: u64) -> String {
     match bytes as f64 {
         b if b < 1e9 => format!("{:.1} MB", b / 1e6),
         b => format!("{:.2} GB", b / 1e9),
     }
+}
+
+/// The same, rounded up: what is said to suffice does.
+fn gigabytes_up(bytes: u64) -> String {
+    let step = if bytes < 1_000_000_000 { 100_000 } else { 10_000_000 };
+    gigabytes(bytes.div_ceil(step).saturating_mul(step))
 }
 
 /// For people.
@@ -322,13 +330,13 @@ fn describe(r: &Report) -> String {
     line("on the drive", gigabytes(r.disk_bytes));
     line(
         "memory",
-        format!("at least {}; with {} nothing is read twice", Bytes::at_least(n.least_memory), Bytes(n.best_memory)),
+        format!("at least {}; with {} nothing is read twice", gigabytes_up(n.least_memory), gigabytes(n.best_memory)),
     );
     line(
         "machine",
         format!(
             "{} of memory, drive {}/s, memory {}/s",
-            Bytes(r.machine.ram),
+            gigabytes(r.machine.ram),
             gigabytes(r.machine.ssd),
             gigabytes(r.machine.memory_bandwidth)
         ),
@@ -363,7 +371,8 @@ fn describe_speed(r: &Report, s: &Speed) -> String {
     let mut line = |name: &str, value: String| {
         let _ = writeln!(out, "  {name:<16} {value}");
     };
-    line("dense parts", format!("{} of {}", Bytes(s.memory.dense), Bytes(s.memory.dense + s.memory.dense_streamed)));
+    let all_dense = s.memory.dense + s.memory.dense_streamed;
+    line("dense parts", format!("{} of {}", gigabytes(s.memory.dense), gigabytes(all_dense)));
     if n.experts > 0 {
         let (slots, cycles) = (s.memory.slots, s.cached_cycles);
         line("experts", format!("{slots} of {} ({:.1} %), {cycles:.1} token cycles", n.experts, 100.0 * s.cached));
@@ -413,10 +422,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn sizes_that_suffice_are_rounded_up() {
+        assert_eq!(gigabytes_up(5_431_000_001), "5.44 GB");
+        assert_eq!(gigabytes_up(5_430_000_000), "5.43 GB");
+        assert_eq!(gigabytes_up(12_340_001), "12.4 MB");
+    }
+
+    #[test]
     fn speeds() {
         assert_eq!(parse_speed("3GB/s"), Ok(3_000_000_000));
         assert_eq!(parse_speed("800MB"), Ok(800_000_000));
-        for wrong in ["0", "fast", "3GB/h", ""] {
+        assert_eq!(parse_speed("3 GiB/s"), Ok(3 << 30));
+        for wrong in ["0", "3", "3/s", "0GB/s", "3000000000", "fast", "3GB/h", ""] {
             assert!(parse_speed(wrong).is_err(), "{wrong}");
         }
     }

@@ -1,25 +1,26 @@
 //! `sluice run`: continues a prompt.
 
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use serde_json::json;
-use sluice_format::{ModelFile, ModelSpec, SOURCE_CONFIG_BLOB};
+use sluice_format::{ModelFile, SOURCE_CONFIG_BLOB};
 use sluice_runtime::Engine;
+use sluice_runtime::memory::MemoryPlan;
 use sluice_runtime::sampler::SamplerConfig;
-use sluice_runtime::text::{
-    ChatTemplate, GenerationDefaults, Message, RenderOptions, Special, StopCondition, Tokenizer, encode_chat,
-};
+use sluice_runtime::text::{ChatTemplate, GenerationDefaults, Message, Special, StopCondition, Tokenizer, encode_chat};
 
 use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
 use crate::generate::{Finish, Generation, Request, generate};
 use crate::ids::{TokenIds, check_ids};
+use crate::input::{MAX_TEXT, read_text, text_of};
 use crate::profile::Profile;
 use crate::recorder::Recorder;
 use crate::sampling::SamplingArgs;
-use crate::terminal::{note, print, print_json};
+use crate::terminal::{json_number, note, print_json, print_text, report as print_report};
+use crate::text_files::{CHAT_TEMPLATE, GENERATION_CONFIG, chat_options, read_template};
 
 const EXAMPLES: &str = "\
 The prompt is passed to the model as it is; --chat puts it into the model's chat template. Text appears as it is \
@@ -34,7 +35,7 @@ Examples:
 
 /// Continue a prompt, streaming experts from the drive as they are needed
 #[derive(Debug, clap::Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, group = clap::ArgGroup::new("conversation").multiple(true))]
 pub(crate) struct Args {
     /// The model file
     file: PathBuf,
@@ -51,8 +52,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "IDS", help_heading = "Prompt", conflicts_with_all = ["prompt", "prompt_file"])]
     prompt_ids: Option<TokenIds>,
 
-    /// Most tokens to generate
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 256)]
+    /// Most tokens to generate; -1 goes on until the model says that it is done, or the context is full
+    #[arg(short = 'n', long, value_name = "N", default_value = "256", allow_negative_numbers = true, value_parser = parse_most)]
     max_tokens: usize,
 
     /// Stop before this text appears; may be given several times
@@ -64,11 +65,15 @@ pub(crate) struct Args {
     ignore_eos: bool,
 
     /// Give the prompt as a user's message, in the chat template that came with the checkpoint
-    #[arg(long, conflicts_with = "prompt_ids")]
+    #[arg(long, conflicts_with = "prompt_ids", group = "conversation")]
     chat: bool,
 
+    /// As --chat, in the chat template of this file, in Jinja, or JSON with one as `chat_template`
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt_ids", group = "conversation")]
+    chat_template: Option<PathBuf>,
+
     /// System message before the user's
-    #[arg(long, value_name = "TEXT", requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "conversation")]
     system: Option<String>,
 
     /// Show special tokens in the text, the end token included
@@ -97,10 +102,14 @@ pub(crate) struct Args {
     #[command(flatten)]
     engine: EngineArgs,
 
-    /// Tokens that the key-value cache has room for [default: prompt and -n]
+    /// Tokens that the key-value cache has room for [default: prompt and -n; with -n -1 the model's limit, or what fits into a
+    /// quarter of the memory]
     #[arg(long, value_name = "N", help_heading = "Engine")]
     context: Option<usize>,
 }
+
+/// As many tokens as there is room for.
+const UNLIMITED: usize = usize::MAX;
 
 /// Everything that can be wrong before weights are read.
 struct Prepared {
@@ -132,11 +141,16 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let generation = stream(args, &mut engine, &request)?;
     recorder.map(Recorder::finish).transpose()?;
     if !args.engine.forget {
-        // The counts are a convenience: a folder that cannot be written is no reason to fail or to complain.
-        let _ = engine.save_counts();
+        // The counts are a convenience: a folder that cannot be written is no reason to fail or to complain. Something else in
+        // their place is worth a word.
+        if let Err(e) = engine.save_counts()
+            && e.kind() == io::ErrorKind::AlreadyExists
+        {
+            note(&format_args!("note: what this run has learned about the experts is not kept: {e}"));
+        }
     }
     let profile = Profile::new(&engine, &generation, open_seconds);
-    report(args, &request, &generation, &profile)
+    report(args, &request, &generation, &profile, engine.spec().max_positions)
 }
 
 fn prepare(args: &Args) -> Result<Prepared, CliError> {
@@ -145,18 +159,23 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
     let tokenizer = tokenizer(&file)?;
     if tokenizer.is_none() && !args.ids && !args.json {
         return Err(CliError::Usage(format!(
-            "{name} has no tokenizer, so its output cannot be shown as text: ask for token ids with --ids"
+            "{name} has no tokenizer, so its output cannot be shown as text: ask for token ids with --ids, or add one with \
+             `sluice set {name} --tokenizer FILE`"
         )));
     }
     if tokenizer.is_none() && !args.stop.is_empty() {
         return Err(CliError::Usage(format!("--stop needs a tokenizer, and {name} has none")));
     }
     let blob = |name| file.metadata().get(name);
-    let defaults = GenerationDefaults::parse(blob("generation_config.json"), blob(SOURCE_CONFIG_BLOB))?;
+    let defaults = GenerationDefaults::parse(blob(GENERATION_CONFIG), blob(SOURCE_CONFIG_BLOB))?;
     // Token ids are for programs, which compare them: greedy unless sampling is asked for.
     let recommended = if args.ids { GenerationDefaults::default() } else { defaults.clone() };
     let sampling = args.sampling.config(&recommended);
     sampling.validate()?;
+    for (remark, option) in args.sampling.remarks(&recommended) {
+        let overrides = option.map(|option| format!("; {option} overrides it")).unwrap_or_default();
+        note(&format_args!("note: {remark}{overrides}"));
+    }
     let mut eos = defaults.eos;
     // Fine-tuned models often name a new end token in the tokenizer's files only.
     eos.extend(tokenizer.as_ref().and_then(Tokenizer::end_token));
@@ -165,7 +184,7 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
     }
     let stop = StopCondition::new(eos, args.stop.clone())?;
     let prompt = prompt(args, tokenizer.as_ref(), &file)?;
-    let context = context(args, prompt.len(), file.spec())?;
+    let context = context(args, prompt.len(), &file)?;
     Ok(Prepared { tokenizer, prompt, context, sampling, stop })
 }
 
@@ -176,14 +195,21 @@ fn stream(args: &Args, engine: &mut Engine, request: &Request<'_>) -> Result<Gen
         _ if args.json => Ok(()),
         Some(id) if args.ids => {
             let comma = if std::mem::take(&mut first) { "" } else { "," };
-            print(&format!("{comma}{id}"))
+            print_text(&format!("{comma}{id}"))
         }
         _ if args.ids || text.is_empty() => Ok(()),
-        _ => print(text),
+        _ => print_text(text),
     })
 }
 
-fn report(args: &Args, request: &Request<'_>, done: &Generation, profile: &Profile) -> Result<(), CliError> {
+/// Prints what follows the text. `limit` is the longest context that the model takes, in tokens.
+fn report(
+    args: &Args,
+    request: &Request<'_>,
+    done: &Generation,
+    profile: &Profile,
+    limit: usize,
+) -> Result<(), CliError> {
     if args.json {
         print_json(&json!({
             "text": done.text,
@@ -191,22 +217,21 @@ fn report(args: &Args, request: &Request<'_>, done: &Generation, profile: &Profi
             "finish": done.finish,
             "prompt_tokens": request.prompt.len(),
             "seed": request.sampling.seed,
-            "temperature": request.sampling.temperature,
+            "temperature": json_number(request.sampling.temperature),
             "profile": profile,
         }))?;
     } else {
-        print("\n")?;
+        print_text("\n")?;
     }
     if done.finish == Finish::Context {
+        let (tokens, context) = (done.ids.len(), profile.memory.context);
+        let advice = if context < limit { "; --context makes it longer" } else { ", which is the model's limit" };
         note(&format_args!(
-            "note: stopped after {} tokens because the context of {} tokens is full; --context makes it longer, up to \
-             the model's own limit",
-            done.ids.len(),
-            profile.memory.context,
+            "note: stopped after {tokens} tokens because the context of {context} tokens is full{advice}"
         ));
     }
     if args.profile {
-        note(&profile.report().trim_end());
+        print_report(profile.report().trim_end());
     }
     Ok(())
 }
@@ -218,12 +243,17 @@ fn prompt(args: &Args, tokenizer: Option<&Tokenizer>, file: &ModelFile) -> Resul
         None => {
             let text = prompt_text(args)?;
             let tokenizer = tokenizer.ok_or_else(|| {
+                let name = args.file.display();
                 CliError::Usage(format!(
-                    "{} has no tokenizer, so it cannot read text: give the prompt as --prompt-ids 1,2,3",
-                    args.file.display()
+                    "{name} has no tokenizer, so it cannot read text: give the prompt as --prompt-ids 1,2,3, or add one with \
+                     `sluice set {name} --tokenizer FILE`"
                 ))
             })?;
-            if args.chat { chat(args, tokenizer, file, &text)? } else { tokenizer.encode(&text, true)? }
+            if args.chat || args.chat_template.is_some() {
+                chat(args, tokenizer, file, &text)?
+            } else {
+                tokenizer.encode(&text, true)?
+            }
         }
     };
     if ids.is_empty() {
@@ -233,18 +263,29 @@ fn prompt(args: &Args, tokenizer: Option<&Tokenizer>, file: &ModelFile) -> Resul
     Ok(ids)
 }
 
-/// The prompt as a user's message in the model's own chat template. Nothing in it is taken for a control token.
+/// The prompt as a user's message in the chat template. Nothing in it is taken for a control token.
 fn chat(args: &Args, tokenizer: &Tokenizer, file: &ModelFile, text: &str) -> Result<Vec<u32>, CliError> {
-    let template = ChatTemplate::find(|name| file.metadata().get(name))?;
+    let given = args.chat_template.as_deref().map(read_template).transpose()?;
+    let name = args.file.display();
+    let template = ChatTemplate::find(|name| match &given {
+        Some(template) if name == CHAT_TEMPLATE => Some(template.as_slice()),
+        _ => file.metadata().get(name),
+    });
+    let template = template.map_err(|e| match &args.chat_template {
+        Some(given) => CliError::Failure(format!("{}: {e}", given.display())),
+        None => CliError::Failure(format!(
+            "{name}: {e}. To use another template: --chat-template FILE, or for good `sluice set`"
+        )),
+    })?;
     let template = template.ok_or_else(|| {
-        let path = args.file.display();
-        CliError::Usage(format!("{path} has no chat template: leave --chat away to continue the text as it is"))
+        CliError::Usage(format!(
+            "{name} has no chat template: give one with --chat-template FILE, or for good with `sluice set {name} \
+             --chat-template FILE`; or leave --chat away to continue the text as it is"
+        ))
     })?;
     let system = args.system.as_deref().map(|text| Message::new("system", text));
     let messages: Vec<_> = system.into_iter().chain([Message::new("user", text.trim_end_matches('\n'))]).collect();
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
-    let options = RenderOptions { add_generation_prompt: true, now, ..RenderOptions::default() };
-    Ok(encode_chat(tokenizer, &template, &messages, &options)?)
+    Ok(encode_chat(tokenizer, &template, &messages, &chat_options())?)
 }
 
 fn prompt_text(args: &Args) -> Result<String, CliError> {
@@ -252,29 +293,69 @@ fn prompt_text(args: &Args) -> Result<String, CliError> {
         return Ok(text.clone());
     }
     if let Some(path) = &args.prompt_file {
-        return std::fs::read_to_string(path).map_err(CliError::file(path, "read the prompt"));
+        return read_text(path, "read the prompt");
     }
-    let mut stdin = io::stdin().lock();
+    let stdin = io::stdin().lock();
     if stdin.is_terminal() {
         let message = "there is no prompt: give --prompt TEXT, --prompt-file FILE or --prompt-ids IDS, or pipe text in";
         return Err(CliError::Usage(message.into()));
     }
-    let mut text = String::new();
     let failed = |e| CliError::Failure(format!("cannot read the prompt from standard input: {e}"));
-    stdin.read_to_string(&mut text).map_err(failed)?;
-    Ok(text)
+    text_of(stdin, MAX_TEXT).map_err(failed)
+}
+
+/// A number of tokens; -1 for as many as there is room for.
+fn parse_most(text: &str) -> Result<usize, String> {
+    match text.parse::<i64>() {
+        Ok(-1) => Ok(UNLIMITED),
+        Ok(n) if n >= 0 => Ok(n as usize),
+        _ => Err("write a number of tokens, or -1 for no limit".into()),
+    }
 }
 
 /// Tokens that the session must hold.
-fn context(args: &Args, prompt: usize, spec: &ModelSpec) -> Result<usize, CliError> {
-    let wanted = args.context.unwrap_or(prompt.saturating_add(args.max_tokens)).min(spec.max_positions);
+fn context(args: &Args, prompt: usize, file: &ModelFile) -> Result<usize, CliError> {
+    let most = file.spec().max_positions;
+    let wanted = match args.context {
+        Some(context) => context,
+        None if args.max_tokens == UNLIMITED => roomy_context(args, prompt, file),
+        None => prompt.saturating_add(args.max_tokens),
+    };
+    let wanted = wanted.min(most);
     if prompt > wanted {
         return Err(CliError::Usage(match args.context {
-            Some(context) if context < spec.max_positions => {
+            Some(context) if context < most => {
                 format!("the prompt has {prompt} tokens, more than the {context} of --context")
             }
-            _ => format!("the prompt has {prompt} tokens, the model takes at most {}", spec.max_positions),
+            _ => format!("the prompt has {prompt} tokens, the model takes at most {most}"),
         }));
     }
     Ok(wanted)
+}
+
+/// The longest context whose keys and values take a quarter of the memory at most: more would leave too little for experts.
+/// At least as many tokens as are generated by default.
+fn roomy_context(args: &Args, prompt: usize, file: &ModelFile) -> usize {
+    const USUAL: usize = 256;
+    let least = prompt.saturating_add(USUAL);
+    let roomy = |&context: &usize| {
+        let plan = MemoryPlan::new(file, args.engine.budget, context, args.engine.kv_type);
+        plan.is_ok_and(|plan| plan.kv_cache <= plan.effective.min(plan.available) / 4)
+    };
+    let halves = std::iter::successors(Some(file.spec().max_positions), |&n| Some(n / 2));
+    halves.take_while(|&n| n > least).find(roomy).unwrap_or(least)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_tokens() {
+        assert_eq!(parse_most("-1"), Ok(UNLIMITED));
+        assert_eq!(parse_most("0"), Ok(0));
+        for wrong in ["-2", "1.5", "", "all", "99999999999999999999"] {
+            assert!(parse_most(wrong).is_err(), "{wrong}");
+        }
+    }
 }

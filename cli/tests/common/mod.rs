@@ -58,11 +58,11 @@ pub fn json(output: &Output) -> Value {
     serde_json::from_str(&stdout(output)).unwrap()
 }
 
-/// Asserts failure with this code, nothing on standard output, and one paragraph that names all of `words`.
+/// Asserts failure with this code, and, behind notes if there are any, one paragraph that names all of `words`.
 pub fn assert_fails(output: &Output, code: i32, words: &[&str]) {
     let message = stderr(output);
     assert_eq!(output.status.code(), Some(code), "{message}");
-    assert!(message.starts_with("error: "), "{message}");
+    assert!(message.lines().any(|line| line.starts_with("error: ")), "{message}");
     assert!(!message.contains("panicked") && !message.contains("RUST_BACKTRACE"), "{message}");
     for word in words {
         assert!(message.contains(word), "`{word}` is not in: {message}");

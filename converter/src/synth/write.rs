@@ -150,7 +150,8 @@ fn metadata(geometry: &Geometry, options: &SynthOptions) -> Metadata {
         "geometry": geometry.spec().family,
         "expert_type": options.types.experts.name(),
         "dense_type": options.types.dense.name(),
-        "skew": options.skew,
+        // As it was given: 0.7, and not the nearest number of single precision with all its digits.
+        "skew": options.skew.to_string().parse::<f64>().unwrap_or_default(),
         "seed": options.seed,
         "sparse": options.sparse,
     });

@@ -4,12 +4,12 @@
 //! computes depends on it.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use sluice_format::replace_file;
+use sluice_format::{open_regular, replace_file};
 
 use super::bench::{BenchEngine, Knee};
 use super::{DataFile, DirectMode, EngineKind, IoConfig, IoError};
@@ -217,7 +217,13 @@ impl CalibrationStore {
             Err(error) => return Err(failed(error)),
             Ok(metadata) if !metadata.is_file() => return Err(foreign("it is no file".to_owned())),
             Ok(metadata) if metadata.len() > FILE_BYTES_MAX => return Err(foreign("it is too large".to_owned())),
-            Ok(_) => fs::read(&self.path).map_err(failed)?,
+            Ok(_) => {
+                let mut bytes = Vec::new();
+                // Bounded by what is read: some files have more than they say.
+                let file = open_regular(&self.path).map_err(failed)?;
+                file.take(FILE_BYTES_MAX).read_to_end(&mut bytes).map_err(failed)?;
+                bytes
+            }
         };
         let table: Table = serde_json::from_slice(&bytes).map_err(|e| foreign(e.to_string()))?;
         if table.version != VERSION {

@@ -175,7 +175,8 @@ impl ChatTemplate {
     /// `tokenizer_config.json` says. That also has the special tokens, or `special_tokens_map.json` has. `file` gives a file's bytes.
     /// `None` if the model has no template.
     ///
-    /// Of several templates, the one called `default` counts, and `tool_use` when there are tools.
+    /// Of several templates, the one called `default` counts, and `tool_use` when there are tools. A single one counts whatever
+    /// it is called.
     ///
     /// # Errors
     /// When a file cannot be read for what it should be.
@@ -197,7 +198,8 @@ impl ChatTemplate {
                     let entry = list.iter().find(|entry| entry["name"] == name);
                     entry.and_then(|entry| entry["template"].as_str())
                 };
-                (named("default"), named("tool_use"))
+                let only = || list.first().filter(|_| list.len() == 1).and_then(|entry| entry["template"].as_str());
+                (named("default").or_else(only), named("tool_use"))
             }
             Some(_) => (None, None),
         };

@@ -20,7 +20,7 @@ pub enum TextError {
     /// The tokenizer file does not describe a tokenizer.
     #[error(
         "tokenizer.json cannot be used: {reason}; fetch the file again from the model's \
-         repository and convert again"
+         repository (`sluice set` puts it into a model file)"
     )]
     BadTokenizer {
         /// What is wrong with it.
@@ -92,7 +92,7 @@ pub enum TextError {
     /// The tokenizer library panicked; this program carried on.
     #[error(
         "the tokenizer library crashed while {during} ({reason}); tokenizer.json is probably \
-         damaged, fetch it again from the model's repository and convert again"
+         damaged, fetch it again from the model's repository (`sluice set` puts it into a model file)"
     )]
     Crashed {
         /// What was being done.
@@ -102,7 +102,9 @@ pub enum TextError {
     },
 
     /// A configuration file is not JSON, or not an object.
-    #[error("{file} is not a JSON object: {reason}; fetch it again from the model's repository")]
+    #[error(
+        "{file} is not a JSON object: {reason}; fetch it again from the model's repository (`sluice set` puts it into a model file)"
+    )]
     BadConfig {
         /// Which file.
         file: &'static str,
@@ -164,7 +166,7 @@ pub enum TextError {
     /// A tiktoken vocabulary is damaged.
     #[error(
         "tiktoken.model cannot be used: {reason}; fetch the file again from the model's \
-         repository and convert again"
+         repository (`sluice set` puts it into a model file)"
     )]
     BadTiktoken {
         /// What is wrong with it.

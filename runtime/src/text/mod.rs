@@ -28,7 +28,7 @@ mod untrusted;
 
 pub use chat::{ChatTemplate, Message, RenderOptions, SpecialTokens, encode_chat};
 pub use error::TextError;
-pub use generation_config::GenerationDefaults;
+pub use generation_config::{GenerationDefaults, Remark};
 pub use limits::MAX_TEXT_BYTES;
 pub use stop::{Emit, StopCondition, StopMatcher};
 pub use stream::{Detokenizer, Special};

@@ -169,8 +169,8 @@ pub enum BenchError {
     },
     /// A scratch file is asked for that is too small.
     #[error(
-        "a scratch file of {bytes} bytes is too small to be read at random places: give a --size of at least {} (64MiB)",
-        scratch::LEAST_BYTES
+        "a scratch file of {:.1} MiB is too small to be read at random places: give a --size of at least {}MiB",
+        *.bytes as f64 / f64::from(1 << 20), scratch::LEAST_BYTES >> 20
     )]
     ScratchSize {
         /// Bytes that were asked for.
@@ -370,6 +370,14 @@ impl DiskBench {
             }
             blocks => Ok(blocks),
         }
+    }
+
+    /// Whether [`proof`](Self::proof) could succeed; to be asked before the first visit.
+    ///
+    /// # Errors
+    /// [`BenchError::NotTheDrive`] if much of the file is in the page cache, unless that was asked for.
+    pub fn check(&self) -> Result<(), BenchError> {
+        self.proof.check(&self.file)
     }
 
     /// What shows that the drive has answered; to be asked after the last visit.

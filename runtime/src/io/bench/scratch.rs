@@ -99,7 +99,7 @@ fn free_bytes(file: &File) -> Option<u64> {
 }
 
 /// Drops the file's pages from the page cache. What stays is seen by the proof.
-fn forget_pages(file: &File) {
+pub(super) fn forget_pages(file: &File) {
     #[cfg(target_os = "linux")]
     {
         use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};

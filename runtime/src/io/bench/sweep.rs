@@ -153,7 +153,7 @@ pub struct Sweep {
 /// Measures. `progress` hears the part of the time that has passed, 0 to 1.
 ///
 /// # Errors
-/// As [`SweepOptions::validate`], [`DiskBench::visit`] and [`DiskBench::proof`].
+/// As [`SweepOptions::validate`], [`DiskBench::check`], [`DiskBench::visit`] and [`DiskBench::proof`].
 pub fn sweep(
     bench: &mut DiskBench,
     options: &SweepOptions,
@@ -168,6 +168,7 @@ pub fn sweep(
         bench.blocks(largest)?;
     }
     points.iter().try_for_each(|m| bench.reserve(&m.point))?;
+    bench.check()?;
     let first = if options.is_full() { options.time.mul_f64(1.0 - FINAL_PART) } else { options.time };
     visit_all(bench, &mut points, start + first, &mut tick)?;
     let mut finalists = if options.is_full() { finalists(&points) } else { Vec::new() };

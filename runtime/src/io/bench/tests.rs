@@ -12,6 +12,7 @@ fn noise() -> tempfile::NamedTempFile {
     let bytes: Vec<u8> = (0..1 << 20).flat_map(|_| splitmix(&mut state).to_le_bytes()).collect();
     std::fs::write(file.path(), bytes).expect("written");
     file.as_file().sync_all().expect("synced");
+    scratch::forget_pages(file.as_file());
     file
 }
 
@@ -154,13 +155,33 @@ fn a_file_in_memory_is_refused() {
 }
 
 #[test]
+fn what_is_in_the_page_cache_is_not_measured() {
+    let file = noise();
+    let options = SweepOptions {
+        engines: vec![BenchEngine::Pread],
+        patterns: vec![Pattern::Random],
+        blocks: vec![1 << 20],
+        depths: vec![1],
+        time: Duration::from_millis(50),
+    };
+    std::fs::read(file.path()).expect("read through the page cache");
+    let mut bench = open(file.path());
+    if bench.direct().is_engaged() && bench.file.is_cached(0) == Some(true) {
+        let error = sweep(&mut bench, &options, &mut |_| ()).expect_err("cached").to_string();
+        assert!(error.contains("page cache") && error.contains("--buffered"), "{error}");
+    }
+    let mut buffered = DiskBench::open(file.path(), DirectMode::Never).expect("asked for");
+    sweep(&mut buffered, &options, &mut |_| ()).expect("the page cache is what is measured");
+}
+
+#[test]
 fn scratch_files_go_away_and_never_replace() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("scratch");
     let error = Scratch::create(&path, Some(1 << 20), &mut |_, _| ()).expect_err("too small");
     let text = error.to_string();
     assert!(matches!(error, BenchError::ScratchSize { bytes: 1_048_576 }), "{text}");
-    assert!(text.contains("67108864 (64MiB)") && !text.contains("space"), "{text}");
+    assert!(text.contains("of 1.0 MiB") && text.contains("at least 64MiB") && !text.contains("space"), "{text}");
     assert!(!path.exists());
     let error = Scratch::create(&path, Some(u64::MAX), &mut |_, _| ()).expect_err("too large");
     assert!(error.to_string().contains("are free"), "{error}");

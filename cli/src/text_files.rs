@@ -1,0 +1,123 @@
+//! The files of a model that make text of it: read as `run` will read them, before hours are spent on its weights.
+
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use sluice_format::{ModelSpec, SOURCE_CONFIG_BLOB};
+use sluice_runtime::text::{ChatTemplate, GenerationDefaults, Message, RenderOptions, TextError, Tokenizer};
+
+use crate::error::CliError;
+use crate::input;
+
+/// Sampling defaults and further end tokens.
+pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
+/// The chat template, where it is a file of its own; it goes before that of `tokenizer_config.json`.
+pub(crate) const CHAT_TEMPLATE: &str = "chat_template.jinja";
+
+/// Tokenizers that cannot be read, by the files that they consist of.
+const OTHER_TOKENIZERS: [&[&str]; 4] =
+    [&["vocab.json", "merges.txt"], &["tokenizer.model"], &["tekken.json"], &["spiece.model"]];
+
+/// What `run` will find.
+#[derive(Debug)]
+pub(crate) struct Findings {
+    /// What will not work, or not as the files say, and how to go on.
+    pub(crate) notes: Vec<String>,
+    /// Why `run --chat` will not work, if the model has a template.
+    pub(crate) broken_template: Option<TextError>,
+}
+
+/// Reads the files of a model of this shape. `file` gives their bytes by their names; `set` is the command that adds others to
+/// the model file.
+///
+/// # Errors
+/// When a file is damaged, or end tokens are: without them a model talks on for ever.
+pub(crate) fn examine<'f>(
+    file: impl Fn(&str) -> Option<&'f [u8]>,
+    spec: &ModelSpec,
+    set: &str,
+) -> Result<Findings, TextError> {
+    let mut notes = Vec::new();
+    let defaults = GenerationDefaults::parse(file(GENERATION_CONFIG), file(SOURCE_CONFIG_BLOB))?;
+    if let Some(remark) = defaults.remarks.iter().find(|remark| remark.field == "eos_token_id") {
+        return Err(TextError::BadConfigField {
+            file: remark.file,
+            field: remark.field,
+            expected: remark.expected,
+            found: remark.found.clone(),
+        });
+    }
+    notes.extend(defaults.remarks.iter().map(|r| format!("{r} (another file: {set} --generation-config FILE)")));
+    let Some(tokenizer) = Tokenizer::find(&file)? else {
+        notes.push(format!(
+            "there is no tokenizer, so that the model file takes and gives token ids only. It can be added later, without \
+             converting again: {set} --tokenizer FILE"
+        ));
+        return Ok(Findings { notes, broken_template: None });
+    };
+    tokenizer.check()?;
+    let (ids, vocabulary) = (tokenizer.vocab_size(), spec.vocab_size);
+    if ids > vocabulary {
+        notes.push(format!(
+            "the tokenizer has ids up to {}, the model only up to {}: is it another model's? A text with one of the others \
+             will be refused",
+            ids - 1,
+            vocabulary.saturating_sub(1)
+        ));
+    }
+    let mend = format!("give one with `run --chat-template FILE`, or for good: {set} --chat-template FILE");
+    let broken_template = match try_template(&file) {
+        Ok(true) => None,
+        Ok(false) => {
+            notes.push(format!("there is no chat template, so that `run --chat` will not work; {mend}"));
+            None
+        }
+        Err(problem) => {
+            notes.push(format!("`run --chat` will not work: {problem}; {mend}"));
+            Some(problem)
+        }
+    };
+    Ok(Findings { notes, broken_template })
+}
+
+/// Whether there is a chat template; an error if it cannot even say hello.
+fn try_template<'f>(file: impl Fn(&str) -> Option<&'f [u8]>) -> Result<bool, TextError> {
+    let Some(template) = ChatTemplate::find(file)? else { return Ok(false) };
+    template.render(&[Message::new("user", "Hello")], &chat_options()).map(|_| true)
+}
+
+/// How a user's message is put into a template.
+pub(crate) fn chat_options() -> RenderOptions {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
+    RenderOptions { add_generation_prompt: true, now, ..RenderOptions::default() }
+}
+
+/// What a folder has of tokenizers that cannot be read, and how to make of them what can.
+pub(crate) fn other_tokenizers(folder: &Path) -> Option<String> {
+    let there = |names: &&&[&str]| names.iter().all(|name| folder.join(name).is_file());
+    let found: Vec<_> = OTHER_TOKENIZERS.iter().filter(there).map(|names| names.join(" + ")).collect();
+    if found.is_empty() {
+        return None;
+    }
+    Some(format!(
+        "{} cannot be read, only tokenizer.json and tiktoken.model. Where transformers reads it, this makes a \
+         tokenizer.json of it: python3 -c \"from transformers import AutoTokenizer as T; \
+         T.from_pretrained('FOLDER').save_pretrained('NEW')\"",
+        found.join(" and ")
+    ))
+}
+
+/// A chat template from a file: the template itself, or JSON that has it as `chat_template`, as tokenizer_config.json and
+/// chat_template.json do.
+pub(crate) fn read_template(path: &Path) -> Result<Vec<u8>, CliError> {
+    let bytes = input::read_side_file(path)?;
+    let json: Option<serde_json::Map<String, serde_json::Value>> = sluice_format::json::from_slice(&bytes).ok();
+    match json.as_ref().map(|fields| fields.get("chat_template").and_then(|t| t.as_str())) {
+        None => Ok(bytes),
+        Some(Some(template)) => Ok(template.as_bytes().to_vec()),
+        Some(None) => {
+            let path = path.display();
+            Err(CliError::Failure(format!("{path} is JSON without a `chat_template`: give the template itself")))
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! The id that everything is bound to that is kept beside a model and would be wrong with another.
+
+use std::fmt;
+
+use serde_json::{Map, Value};
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+use crate::metadata::{Metadata, SPEC_BLOB, TOKENIZER_BLOBS, TOKENIZER_CONFIG_BLOB};
+
+/// Identity of what a saved state of a model depends on: its weights, what it computes, and its tokenizer. Unlike the
+/// [`crate::ModelId`] it does not depend on anything else in the metadata, so it stays when a chat template or sampling
+/// defaults are replaced. As little cryptographic as that one.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct StateId(pub [u8; 16]);
+
+impl StateId {
+    /// The xxh3-128 of the digests of extent table and tensor table, and of name and content of those blobs that are there, of
+    /// the spec and [`TOKENIZER_BLOBS`]. `tokenizer_config.json` counts without its `chat_template`.
+    pub(crate) fn of(extents: &[u8], tensors: &[u8], metadata: &Metadata) -> Self {
+        let mut hash = Xxh3::new();
+        let mut add = |bytes: &[u8]| hash.update(&xxh3_128(bytes).to_le_bytes());
+        add(extents);
+        add(tensors);
+        for name in [SPEC_BLOB].into_iter().chain(TOKENIZER_BLOBS) {
+            let Some(blob) = metadata.get(name) else { continue };
+            add(name.as_bytes());
+            match (name == TOKENIZER_CONFIG_BLOB).then(|| without_template(blob)).flatten() {
+                Some(stripped) => add(&stripped),
+                None => add(blob),
+            }
+        }
+        StateId(hash.digest128().to_le_bytes())
+    }
+}
+
+/// `tokenizer_config.json` as JSON without white space and chat template; `None` if there is nothing to leave out.
+fn without_template(config: &[u8]) -> Option<Vec<u8>> {
+    let mut config: Map<String, Value> = crate::json::from_slice(config).ok()?;
+    // Not `remove`, which would change the order of what stays.
+    config.shift_remove("chat_template")?;
+    serde_json::to_vec(&config).ok()
+}
+
+impl fmt::Display for StateId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+impl fmt::Debug for StateId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "StateId({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(blobs: &[(&str, &str)]) -> StateId {
+        let mut metadata = Metadata::default();
+        blobs.iter().for_each(|(name, blob)| metadata.insert(name, blob.as_bytes().to_vec()));
+        StateId::of(b"extents", b"tensors", &metadata)
+    }
+
+    #[test]
+    fn weights_spec_and_tokenizer_count_and_nothing_else() {
+        let own = [(SPEC_BLOB, "{}"), ("tokenizer.json", "t"), (TOKENIZER_CONFIG_BLOB, r#"{"a": 1, "b": 2}"#)];
+        let with = |name, blob| {
+            let mut blobs = own.to_vec();
+            blobs.retain(|(n, _)| *n != name);
+            blobs.push((name, blob));
+            id(&blobs)
+        };
+        for (name, blob) in [("chat_template.jinja", "x"), ("generation_config.json", "{}"), ("config.json", "{}")] {
+            assert_eq!(with(name, blob), id(&own), "{name}");
+        }
+        for name in TOKENIZER_BLOBS.into_iter().chain([SPEC_BLOB]) {
+            assert_ne!(with(name, "other"), id(&own), "{name}");
+        }
+        let metadata = Metadata::default();
+        assert_ne!(StateId::of(b"a", b"b", &metadata), StateId::of(b"b", b"a", &metadata));
+    }
+
+    #[test]
+    fn a_template_in_the_tokenizer_config_does_not_count() {
+        let with = |config| id(&[(TOKENIZER_CONFIG_BLOB, config)]);
+        let one = with(r#"{"a": 1, "chat_template": "x", "b": [1.5, 1e30]}"#);
+        assert_eq!(one, with(r#"{"a": 1, "chat_template": "y", "b": [1.5, 1e30]}"#));
+        assert_ne!(one, with(r#"{"a": 2, "chat_template": "x", "b": [1.5, 1e30]}"#));
+    }
+}
