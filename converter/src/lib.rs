@@ -21,6 +21,8 @@ mod error;
 mod execute;
 mod family;
 mod fp8;
+#[doc(hidden)]
+pub mod fuzzing;
 mod journal;
 mod load;
 mod options;

@@ -45,6 +45,11 @@ pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
+/// What the journal of a conversion by this plan belongs to.
+pub(crate) fn identity(plan: &Plan) -> Identity {
+    Identity { plan_hash: plan.hash, tensors_per_extent: plan.tensors_per_extent(), extents: plan.extents.len() }
+}
+
 /// Opens the partial file for `destination`. When this returns, its space is allocated and its journal exists.
 pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertError> {
     refuse_existing(destination, plan.options.overwrite, Some(&plan.checkpoint.dir))?;
@@ -54,8 +59,7 @@ pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertErr
     // Another conversion may have finished while this one waited to open the file.
     refuse_existing(destination, plan.options.overwrite, Some(&plan.checkpoint.dir))?;
     let partial = Partial { destination: destination.to_owned(), path, journal_path, writer, lock };
-    let identity =
-        Identity { plan_hash: plan.hash, tensors_per_extent: plan.tensors_per_extent(), extents: plan.extents.len() };
+    let identity = identity(plan);
     let journal_io = |action| ConvertError::io(&partial.journal_path, action);
     let found = Journal::open(&partial.journal_path, identity).map_err(journal_io("read the journal"))?;
     // A journal speaks only of a file that has all its space, because it is created after it.

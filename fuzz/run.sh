@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Fuzzes the parsers. See CONTRIBUTING.md.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+readonly TARGETS=(model journal header index config tokenizer template importance counts trace calibration)
+
+usage() {
+    cat <<EOF
+usage: fuzz/run.sh SECONDS [TARGET...]   fuzzes each target, or those named, for so many seconds
+       fuzz/run.sh replay TARGET FILE... runs a target once with each file, such as one in fuzz/findings/TARGET
+
+Targets: ${TARGETS[*]}
+
+A run may not panic, abort, take 10 seconds, or 1 GiB of memory. What does is kept in fuzz/findings/TARGET, and goes to
+fuzz/regressions/TARGET once it is mended: these are replayed first, every time. fuzz/corpus/TARGET keeps what was found to
+reach new code, for the next time.
+EOF
+}
+
+fail() {
+    printf 'fuzz: %s\n' "$*" >&2
+    exit 1
+}
+
+build() {
+    RUSTC_WRAPPER=$PWD/rustc.sh cargo build --release --locked
+    binary=$PWD/target/release/sluice-fuzz
+}
+
+# Files of the targets lie in memory where that is possible, and vanish in the end.
+scratch() {
+    local place=${TMPDIR:-/tmp}
+    if [ -d /dev/shm ] && [ -w /dev/shm ]; then place=/dev/shm; fi
+    TMPDIR=$(mktemp -d "$place/sluice-fuzz.XXXXXX")
+    export TMPDIR
+    trap 'rm -rf "$TMPDIR"' EXIT
+}
+
+# One target with libFuzzer's options and folders or files.
+run() {
+    local target=$1
+    shift
+    # One core: conversions have no threads of their own.
+    RAYON_NUM_THREADS=1 SLUICE_FUZZ_TARGET=$target "$binary" -rss_limit_mb=1024 -malloc_limit_mb=1024 -timeout=10 \
+        -print_final_stats=1 -verbosity="${SLUICE_FUZZ_VERBOSITY:-0}" "$@"
+}
+
+replay() {
+    local target=$1
+    shift
+    [ "$#" -eq 0 ] || run "$target" "$@"
+}
+
+fuzz() {
+    local target=$1 seconds=$2 corpus=corpus/$1 findings=findings/$1 seeds
+    mkdir -p "$corpus" "$findings"
+    seeds=$(mktemp -d)
+    SLUICE_FUZZ_SEEDS=$seeds SLUICE_FUZZ_TARGET=$target "$binary" >/dev/null 2>&1 || fail "$target has no seeds"
+    printf '\n== %s, %s s\n' "$target" "$seconds"
+    # Each in a process of its own, for its own limit of time.
+    local regressions=()
+    if [ -d "regressions/$target" ]; then mapfile -t regressions < <(find "regressions/$target" -type f | sort); fi
+    replay "$target" "${regressions[@]}" >"$seeds.log" 2>&1 || { cat "$seeds.log"; fail "$target: a regression"; }
+    run "$target" -max_len=65536 -len_control=0 -max_total_time="$seconds" -artifact_prefix="$findings/" \
+        "$corpus" "$seeds" || fail "$target: the input is in fuzz/$findings; replay it with fuzz/run.sh replay $target FILE"
+}
+
+[ "$#" -gt 0 ] || {
+    usage
+    exit 2
+}
+case $1 in
+-h | --help | help)
+    usage
+    exit
+    ;;
+replay)
+    [ "$#" -gt 2 ] || fail "say which target and which files"
+    build
+    scratch
+    replay "${@:2}"
+    ;;
+*[!0-9]*) fail "$1 is no number of seconds; see fuzz/run.sh --help" ;;
+*)
+    seconds=$1
+    shift
+    for target in "$@"; do
+        [[ " ${TARGETS[*]} " == *" $target "* ]] || fail "there is no target $target; see fuzz/run.sh --help"
+    done
+    [ "$#" -gt 0 ] || set -- "${TARGETS[@]}"
+    build
+    scratch
+    for target in "$@"; do fuzz "$target" "$seconds"; done
+    ;;
+esac
