@@ -43,27 +43,32 @@ run() {
     shift
     # One core: conversions have no threads of their own.
     RAYON_NUM_THREADS=1 SLUICE_FUZZ_TARGET=$target "$binary" -rss_limit_mb=1024 -malloc_limit_mb=1024 -timeout=10 \
-        -print_final_stats=1 -verbosity="${SLUICE_FUZZ_VERBOSITY:-0}" "$@"
-}
-
-replay() {
-    local target=$1
-    shift
-    [ "$#" -eq 0 ] || run "$target" "$@"
+        -print_final_stats=1 -print_funcs=0 "$@"
 }
 
 fuzz() {
-    local target=$1 seconds=$2 corpus=corpus/$1 findings=findings/$1 seeds
+    local target=$1 seconds=$2 corpus=corpus/$1 findings=findings/$1 log=findings/$1.log seeds regressions=()
     mkdir -p "$corpus" "$findings"
     seeds=$(mktemp -d)
-    SLUICE_FUZZ_SEEDS=$seeds SLUICE_FUZZ_TARGET=$target "$binary" >/dev/null 2>&1 || fail "$target has no seeds"
-    printf '\n== %s, %s s\n' "$target" "$seconds"
-    # Each in a process of its own, for its own limit of time.
-    local regressions=()
+    SLUICE_FUZZ_SEEDS=$seeds SLUICE_FUZZ_TARGET=$target "$binary" >"$log" 2>&1 || fail "$target has no seeds: see fuzz/$log"
     if [ -d "regressions/$target" ]; then mapfile -t regressions < <(find "regressions/$target" -type f | sort); fi
-    replay "$target" "${regressions[@]}" >"$seeds.log" 2>&1 || { cat "$seeds.log"; fail "$target: a regression"; }
-    run "$target" -max_len=65536 -len_control=0 -max_total_time="$seconds" -artifact_prefix="$findings/" \
-        "$corpus" "$seeds" || fail "$target: the input is in fuzz/$findings; replay it with fuzz/run.sh replay $target FILE"
+    if [ "${#regressions[@]}" -gt 0 ]; then
+        run "$target" "${regressions[@]}" >"$log" 2>&1 || failed "$target" "$log" "a fault has come back"
+    fi
+    run "$target" -max_len=65536 -max_total_time="$seconds" -artifact_prefix="$findings/" "$corpus" "$seeds" >"$log" 2>&1 ||
+        failed "$target" "$log" "the input is in fuzz/$findings"
+    printf '%-12s %s s, %s inputs a second, %s edges, %s inputs kept, %s MB\n' "$target" "$seconds" \
+        "$(stat "$log" average_exec_per_sec)" "$(grep -o 'cov: [0-9]*' "$log" | tail -n 1 | cut -d' ' -f2)" \
+        "$(find "$corpus" -type f | wc -l)" "$(stat "$log" peak_rss_mb)"
+}
+
+stat() {
+    sed -n "s/^stat::$2: *//p" "$1" | tail -n 1
+}
+
+failed() {
+    grep -v '^#\|^"' "$2" | tail -n 60 >&2
+    fail "$1: $3; see fuzz/$2, and replay an input with fuzz/run.sh replay $1 FILE"
 }
 
 [ "$#" -gt 0 ] || {
@@ -79,7 +84,7 @@ replay)
     [ "$#" -gt 2 ] || fail "say which target and which files"
     build
     scratch
-    replay "${@:2}"
+    run "${@:2}"
     ;;
 *[!0-9]*) fail "$1 is no number of seconds; see fuzz/run.sh --help" ;;
 *)

@@ -19,7 +19,10 @@ impl Counting {
     fn count(&self, more: usize) {
         let now = ALLOCATED.fetch_add(more, Ordering::Relaxed).saturating_add(more);
         if now > MEMORY_MAX && RUNNING.swap(false, Ordering::Relaxed) {
-            eprintln!("sluice-fuzz: {now} bytes are allocated, the last {more} of them here:\n{}", Backtrace::force_capture());
+            eprintln!(
+                "sluice-fuzz: {now} bytes are allocated, the last {more} of them here:\n{}",
+                Backtrace::force_capture()
+            );
             std::process::abort();
         }
     }

@@ -45,7 +45,8 @@ impl Pool {
 /// Changes a document in a few places.
 pub(crate) fn mutate(document: &mut Value, pool: &Pool, random: &mut Random) {
     for _ in 0..1 + random.below(3) {
-        let spare = if random.one_in(4) { Some(pick(document, random).clone()) } else { random.pick(&pool.values).cloned() };
+        let spare =
+            if random.one_in(4) { Some(pick(document, random).clone()) } else { random.pick(&pool.values).cloned() };
         let place = pick_mut(document, random);
         change(place, spare.unwrap_or_default(), pool, random);
     }
@@ -102,7 +103,8 @@ fn change(place: &mut Value, spare: Value, pool: &Pool, random: &mut Random) {
 fn number(old: &Number, random: &mut Random) -> Value {
     let Some(whole) = old.as_u64().filter(|_| !random.one_in(6)) else {
         let old = old.as_f64().unwrap_or(1.0);
-        let odd = [0.0, -0.0, 1.0, -1.0, 0.5, f64::MAX, f64::MIN_POSITIVE, 1e-45, 1e39, old * 2.0, -old, old + 1.0, 1e15];
+        let odd =
+            [0.0, -0.0, 1.0, -1.0, 0.5, f64::MAX, f64::MIN_POSITIVE, 1e-45, 1e39, old * 2.0, -old, old + 1.0, 1e15];
         return random.pick(&odd).copied().unwrap_or(old).into();
     };
     match random.one_in(8) {

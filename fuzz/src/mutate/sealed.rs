@@ -83,7 +83,9 @@ pub(crate) fn seal_model(file: &mut [u8]) {
         for record in range.step_by(extent::LEN).filter(|r| r + extent::LEN <= file.len()).collect::<Vec<_>>() {
             let number = |field| get(file, record + at(&extent::FIELDS, field).0, 8) as usize;
             let start = number("offset");
-            let Some(stored) = start.checked_add(number("stored_len")).and_then(|end| file.get(start..end)) else { continue };
+            let Some(stored) = start.checked_add(number("stored_len")).and_then(|end| file.get(start..end)) else {
+                continue;
+            };
             let sum = checksum(stored);
             set(file, record + at(&extent::FIELDS, "checksum").0, 8, sum);
         }

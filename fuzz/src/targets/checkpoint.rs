@@ -102,7 +102,8 @@ const FILE_MAX: u64 = 2 << 20;
 pub(crate) fn convert(checkpoint: &Path, destination: &Path, choice: u64) -> Result<(), ConvertError> {
     let types = ["keep", "q8", "q4", "q3", "fp8", "bf16", "f32"];
     let ty = |choice: u64| types[choice as usize % types.len()].parse().expect("a name of a type");
-    let options = Options { expert_type: ty(choice), dense_type: ty(choice >> 8), overwrite: true, ..Default::default() };
+    let options =
+        Options { expert_type: ty(choice), dense_type: ty(choice >> 8), overwrite: true, ..Default::default() };
     let plan = match plan(checkpoint, &options) {
         Ok(plan) => plan,
         Err(error) => {

@@ -8,15 +8,16 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::checkpoint::{GOLDENS, convert, header_of, write_sparse};
+use super::checkpoint::{GOLDENS, Golden, convert, header_of, write_sparse};
 use super::{Seeds, choice};
 
 pub(crate) fn run(input: &[u8], folder: &Path) {
-    let named = |name: &str| {
-        let wanted = format!("\"golden\":\"{name}\"");
-        input.windows(wanted.len()).any(|part| part == wanted.as_bytes())
+    const KEY: &[u8] = b"\"golden\":\"";
+    let name = input.windows(KEY.len()).position(|part| part == KEY).map(|at| &input[at + KEY.len()..]);
+    let is_named = |golden: &&Golden| {
+        name.is_some_and(|n| n.strip_prefix(golden.name.as_bytes()).is_some_and(|n| n.starts_with(b"\"")))
     };
-    let golden = GOLDENS.iter().find(|golden| named(golden.name)).unwrap_or(&GOLDENS[0]);
+    let golden = GOLDENS.iter().find(is_named).unwrap_or(&GOLDENS[0]);
     let checkpoint = folder.join("checkpoint");
     fs::create_dir_all(&checkpoint).expect("the folder can be written");
     fs::write(checkpoint.join("config.json"), golden.config).expect("the folder can be written");
@@ -25,7 +26,7 @@ pub(crate) fn run(input: &[u8], folder: &Path) {
 }
 
 pub(crate) fn seeds(_folder: &Path) -> Seeds {
-    let seed = |golden: &super::checkpoint::Golden| {
+    let seed = |golden: &Golden| {
         let header = header_of(golden.weights);
         let mut json: Value = serde_json::from_slice(&header[8..]).expect("the header is sound");
         json["__metadata__"] = json!({"format": "pt", "golden": golden.name});

@@ -76,5 +76,9 @@ pub(crate) fn seeds(folder: &Path) -> Seeds {
     let some: std::collections::BTreeMap<_, _> = matrices.iter().take(3).map(|(k, m)| (k.clone(), m.clone())).collect();
     matrices.retain(|key, _| key.layer == 0 || key.layer == NO_LAYER);
     let file = |matrices| Importance::new(spec, 1000, matrices).expect("it fits the model").to_bytes();
-    vec![("layer".to_owned(), file(matrices)), ("some".to_owned(), file(some)), ("none".to_owned(), file(Default::default()))]
+    vec![
+        ("layer".to_owned(), file(matrices)),
+        ("some".to_owned(), file(some)),
+        ("none".to_owned(), file(Default::default())),
+    ]
 }

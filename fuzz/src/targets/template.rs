@@ -75,7 +75,16 @@ pub(crate) fn seeds(_folder: &Path) -> Seeds {
         };
     }
     templates!(
-        "constructs", "deepseek", "glm", "harmony", "kimi", "llama3", "loosely", "minimax", "mistral", "qwen3",
+        "constructs",
+        "deepseek",
+        "glm",
+        "harmony",
+        "kimi",
+        "llama3",
+        "loosely",
+        "minimax",
+        "mistral",
+        "qwen3",
         "qwen3_coder"
     )
 }

@@ -149,14 +149,24 @@ pub(crate) fn seeds(_folder: &Path) -> Seeds {
             "rstrip": true, "single_word": true, "special": false}},
         "chat_template": "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
     });
-    let generation = json!({"bos_token_id": 1, "eos_token_id": [2, 7], "do_sample": true, "temperature": 0.6, "top_k": 20});
+    let generation =
+        json!({"bos_token_id": 1, "eos_token_id": [2, 7], "do_sample": true, "temperature": 0.6, "top_k": 20});
     let bundles = [
-        ("byte-level", json!({"tokenizer.json": parse(&fixtures::byte_level()), "added_tokens.json": added,
-            "special_tokens_map.json": map, "generation_config.json": generation})),
-        ("sentencepiece", json!({"tokenizer.json": parse(&fixtures::sentencepiece()), "tokenizer_config.json": config,
-            "generation_config.json": generation, "config.json": {"eos_token_id": 2}})),
-        ("tiktoken", json!({"tiktoken.model": ranks(), "tokenizer_config.json": {"added_tokens_decoder":
-            {"260": {"content": "[BOS]", "special": true}}, "bos_token": "[BOS]"}})),
+        (
+            "byte-level",
+            json!({"tokenizer.json": parse(&fixtures::byte_level()), "added_tokens.json": added,
+            "special_tokens_map.json": map, "generation_config.json": generation}),
+        ),
+        (
+            "sentencepiece",
+            json!({"tokenizer.json": parse(&fixtures::sentencepiece()), "tokenizer_config.json": config,
+            "generation_config.json": generation, "config.json": {"eos_token_id": 2}}),
+        ),
+        (
+            "tiktoken",
+            json!({"tiktoken.model": ranks(), "tokenizer_config.json": {"added_tokens_decoder":
+            {"260": {"content": "[BOS]", "special": true}}, "bos_token": "[BOS]"}}),
+        ),
     ];
     let mut seeds: Seeds = bundles.iter().map(|(name, b)| ((*name).to_owned(), b.to_string().into_bytes())).collect();
     seeds.push(("demo".to_owned(), fixture!("demo-model/tokenizer.json").to_vec()));
