@@ -77,7 +77,7 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
     if restarted {
         progress.note("an interrupted conversion with other options or from another source was there; it starts over");
     }
-    let (resumed_extents, resumed_read) = (done.len(), done.iter().map(|o| o.source_bytes).sum::<u64>());
+    let (resumed_extents, resumed_read) = (done.len(), done.iter().fold(0u64, |n, o| n.saturating_add(o.source_bytes)));
     let resumed_bytes: u64 = done.iter().map(|o| plan.layout.extents()[o.extent].stored_len).sum();
     progress.started(plan.extent_bytes(), resumed_bytes);
     let outcomes = execute::run(plan, &partial, journal, done, progress)?;
@@ -95,7 +95,7 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
         widened: plan.widened.clone(),
         left_out: plan.left_out.clone(),
         notes: plan.notes.iter().cloned().chain(vanished).collect(),
-        bytes_read: outcomes.iter().map(|o| o.source_bytes).sum::<u64>() - resumed_read,
+        bytes_read: outcomes.iter().fold(0u64, |n, o| n.saturating_add(o.source_bytes)).saturating_sub(resumed_read),
         bytes_written: plan.extent_bytes() - resumed_bytes,
         resumed_extents,
         restarted,
