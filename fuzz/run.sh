@@ -24,7 +24,7 @@ fail() {
 }
 
 build() {
-    RUSTC_WRAPPER=$PWD/rustc.sh cargo build --release --locked
+    RUSTC_WRAPPER=$PWD/rustc.sh cargo build --release
     binary=$PWD/target/release/sluice-fuzz
 }
 
