@@ -48,3 +48,10 @@ fn sound_inputs_are_taken() {
         }
     }
 }
+
+#[test]
+fn the_script_knows_every_target() {
+    let script = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/run.sh")).unwrap();
+    let names = TARGETS.each_ref().map(|target| target.name).join(" ");
+    assert!(script.contains(&format!("TARGETS=({names})")), "fuzz/run.sh lacks one of {names}");
+}
