@@ -66,7 +66,7 @@ fuzz() {
             return 1
         }
     fi
-    run "$target" -max_len=65536 -max_total_time="$seconds" -artifact_prefix="$findings/" "$corpus" "$seeds" >"$log" 2>&1 || {
+    run "$target" -max_len=131072 -max_total_time="$seconds" -artifact_prefix="$findings/" "$corpus" "$seeds" >"$log" 2>&1 || {
         complain "$target" "$log" "the input is in fuzz/$findings"
         return 1
     }

@@ -64,8 +64,9 @@ fn write(path: &Path, spec: &ModelSpec, choice: u64) -> Result<bool, FormatError
         ExtentKind::ALL.into_iter().flat_map(move |k| spec.tensors(k, layer).into_iter().map(move |t| (count(k), t)))
     });
     let elements = tensors.fold(0u64, |sum, (count, tensor)| {
-        let elements = tensor.shape.iter().fold(count, |n, &d| n.saturating_mul(d.next_multiple_of(64) as u64));
-        sum.saturating_add(elements)
+        let [batch, rows, cols] = tensor.shape.map(|d| d as u64);
+        let padded = rows.next_multiple_of(8).saturating_mul(cols.next_multiple_of(64));
+        sum.saturating_add(padded.saturating_mul(batch).saturating_mul(count))
     });
     if elements > FILE_MAX / 4 {
         return Ok(false);
