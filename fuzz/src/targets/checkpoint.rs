@@ -112,7 +112,7 @@ pub(crate) fn convert(checkpoint: &Path, destination: &Path, choice: u64) -> Res
         }
     };
     describe(&plan);
-    if plan.file_bytes() <= FILE_MAX && (choice >> 16) % 8 == 0 {
+    if plan.file_bytes() <= FILE_MAX && (choice >> 16).is_multiple_of(8) {
         let summary = convert_plan(&plan, destination, &()).inspect_err(|error| drop(error.to_string()))?;
         drop(format!("{summary:?}"));
         let file = ModelFile::open(destination).expect("what was converted opens");
