@@ -64,6 +64,8 @@ pub(crate) fn begin_run() {
 /// Ends the process at a panic, with its stack, unless it is one inside of a library whose panics the program catches on
 /// purpose. (One of those that is not caught ends the process as well, by libFuzzer's own doing.)
 pub(crate) fn abort_on_panic() {
+    // Whatever the program itself does about panics of that library, it does at the first use.
+    let _ = sluice_runtime::text::Tokenizer::from_json(b"{}");
     std::panic::set_hook(Box::new(|panic| {
         let stack = Backtrace::force_capture().to_string();
         if !is_caught(panic.location(), &stack) {
