@@ -23,6 +23,8 @@ mod error;
 mod execute;
 mod family;
 mod fp8;
+#[doc(hidden)]
+pub mod fuzzing;
 mod journal;
 mod load;
 mod options;
@@ -87,7 +89,7 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
         remarks.push(text);
     };
     let start = resume::start(plan, &partial, identity, found, &mut note)?;
-    let (resumed_extents, resumed_read) = (start.done.len(), start.done.iter().map(|o| o.source_bytes).sum::<u64>());
+    let (resumed_extents, resumed_read) = (start.done.len(), bytes_read(&start.done));
     let resumed_bytes: u64 = start.done.iter().map(|o| plan.layout.extents()[o.extent].stored_len).sum();
     progress.started(plan.extent_bytes(), resumed_bytes);
     let execute::Finished { outcomes, parts } = execute::run(plan, &partial, start, progress)?;
@@ -106,9 +108,14 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
         widened: plan.widened.clone(),
         left_out: plan.left_out.clone(),
         notes: plan.notes.iter().cloned().chain(remarks).chain(vanished).collect(),
-        bytes_read: outcomes.iter().map(|o| o.source_bytes).sum::<u64>() - resumed_read,
+        bytes_read: bytes_read(&outcomes).saturating_sub(resumed_read),
         bytes_written: plan.extent_bytes() - resumed_bytes,
         resumed_extents,
         restarted,
     })
+}
+
+/// Bytes of the source that these were made of. A journal is a file: what it says may be too much to add up.
+fn bytes_read(outcomes: &[pack::Outcome]) -> u64 {
+    outcomes.iter().fold(0, |sum: u64, o| sum.saturating_add(o.source_bytes))
 }

@@ -47,6 +47,17 @@ pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
+/// What the journal of a conversion by this plan belongs to.
+pub(crate) fn identity(plan: &Plan) -> Identity {
+    Identity {
+        plan_hash: plan.hash,
+        tensors_per_extent: plan.tensors_per_extent(),
+        extents: plan.extents.len(),
+        parts: plan.checkpoint.parts.len(),
+        files: plan.checkpoint.files.len(),
+    }
+}
+
 /// Opens the partial file for `destination`, gives it its space, and reads its journal.
 pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertError> {
     let source = Some(plan.checkpoint.dir.as_path());
@@ -59,13 +70,7 @@ pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertErr
     let lock = claim(&path, &journal_path, &mut notes)?;
     // Another conversion may have finished while this one waited to open the file.
     refuse_existing(destination, plan.options.overwrite, source)?;
-    let identity = Identity {
-        plan_hash: plan.hash,
-        tensors_per_extent: plan.tensors_per_extent(),
-        extents: plan.extents.len(),
-        parts: plan.checkpoint.parts.len(),
-        files: plan.checkpoint.files.len(),
-    };
+    let identity = identity(plan);
     let found = Journal::open(&journal_path, identity)?;
     let file = lock.try_clone().map_err(ConvertError::io(&path, "open it"))?;
     let writer = FileWriter::of_file(&path, file, plan.layout.clone())?;

@@ -54,10 +54,10 @@ pub(crate) fn errors(plan: &Plan, outcomes: &[Outcome]) -> BTreeMap<String, f64>
 
 /// A remark on weights that became zero because `q8` has no scale for them.
 pub(crate) fn vanished(plan: &Plan, outcomes: &[Outcome]) -> Option<String> {
-    let (mut blocks, mut first) = (0, None);
+    let (mut blocks, mut first) = (0u64, None);
     for (tensors, outcome) in plan.extents.iter().zip(outcomes) {
         for (tensor, sums) in tensors.iter().zip(&outcome.errors).filter(|(_, sums)| sums.vanished > 0) {
-            blocks += sums.vanished;
+            blocks = blocks.saturating_add(sums.vanished);
             first.get_or_insert_with(|| format!("{} {}", plan.layout.extents()[outcome.extent].name(), tensor.name));
         }
     }

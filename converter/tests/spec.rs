@@ -127,6 +127,10 @@ fn what_is_not_supported_is_named_with_what_is() {
         (json!({"routed_scaling_factor": 1e300}), vec!["`routed_scaling_factor`"]),
         // Each is possible; together they are not. No single key is to blame.
         (json!({"num_attention_heads": 1 << 20}), vec!["impossible model", "heads × head width"]),
+        (
+            json!({"n_routed_experts": 1 << 16, "n_group": 1, "num_hidden_layers": 4000}),
+            vec!["impossible model", "experts together", "1048576"],
+        ),
         (json!({"rope_scaling": {"type": "longrope"}}), vec!["`rope_scaling.type`", "longrope", "yarn"]),
         (json!({"rope_scaling": {"rope_type": "yarn"}}), vec!["`rope_scaling.factor`"]),
         (

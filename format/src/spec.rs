@@ -9,7 +9,7 @@ mod indexer;
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{MAX_EXPERTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_SPEC_BYTES, MAX_WIDTH};
+use crate::limits::{MAX_EXPERTS, MAX_EXTENTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_SPEC_BYTES, MAX_WIDTH};
 pub use delta::DeltaSpec;
 pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 pub use indexer::IndexerSpec;
@@ -290,6 +290,11 @@ impl ModelSpec {
         self.layers.iter().enumerate().try_for_each(|(i, layer)| {
             layer.attention.validate().and_then(|()| layer.ffn.validate()).map_err(|e| format!("layer {i}: {e}"))
         })?;
+        // Each is an extent: whoever lays out a file may go through all of them.
+        let experts: usize = self.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.experts).sum();
+        if experts > MAX_EXTENTS {
+            return Err(format!("its layers have {experts} experts together; a file holds {MAX_EXTENTS} at most"));
+        }
         let indexers = self.layers.iter().filter_map(|l| match &l.attention {
             AttentionSpec::Mla(m) => m.indexer.as_ref(),
             _ => None,

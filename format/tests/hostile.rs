@@ -346,18 +346,21 @@ fn specs_of_grouped_queries() {
     bad("gates a dense part", "/layers/1/ffn/dense_width", 0.into());
 }
 
-/// The most that a spec can claim: 4096 layers of 65536 experts. The extent table ends the check, not the claim.
+/// The most that a spec can claim: 16 layers of 65536 experts. The extent table ends the check, not the claim.
 #[test]
 fn a_spec_cannot_make_the_check_long() {
-    spoilt("Invalid", "its spec implies", |i| {
-        i.change_spec(|s| {
+    let claim = |moe_layers: usize| {
+        move |s: &mut serde_json::Value| {
             let mut layer = s["layers"][1].clone();
             layer["ffn"]["moe"]["experts"] = (1 << 16).into();
-            let mut layers = vec![layer; 4096];
-            layers[0] = s["layers"][0].clone();
+            let mut layers = vec![s["layers"][0].clone()];
+            layers.resize(1 + moe_layers, layer);
             s["layers"] = layers.into();
-        });
-    });
+        }
+    };
+    spoilt("Invalid", "its spec implies", |i| i.change_spec(claim(16)));
+    spoilt("Invalid", "1114112 experts together", |i| i.change_spec(claim(17)));
+    spoilt("Invalid", "268369920 experts together", |i| i.change_spec(claim(4095)));
     spoilt("Invalid", "it has 4097 layers", |i| {
         i.change_spec(|s| s["layers"] = vec![s["layers"][0].clone(); 4097].into());
     });

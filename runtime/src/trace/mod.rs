@@ -25,6 +25,7 @@ mod stats;
 mod write;
 
 use serde::{Deserialize, Serialize};
+use sluice_format::limits::MAX_EXTENTS;
 
 pub use self::read::{Problem, TraceError};
 pub use self::replay::{Replay, ReplayError, ReplayResult, Row};
@@ -139,6 +140,22 @@ impl Trace {
             Some(said) => Ok(said),
             None => Ok(if needed == 0 { 0 } else { needed.next_power_of_two() }),
         }
+    }
+
+    /// The layers that have routing, and their experts: see [`Trace::experts`].
+    ///
+    /// # Errors
+    /// [`ReplayError`] when there are none, or more than a model can have.
+    fn routing(&self, experts: Option<u32>) -> Result<(Vec<usize>, u32), ReplayError> {
+        let experts = self.experts(experts)?;
+        let layers = self.routed_layers();
+        if layers.is_empty() {
+            return Err(ReplayError::Empty);
+        }
+        if layers.len() * experts as usize > MAX_EXTENTS {
+            return Err(ReplayError::Shape { layers: layers.len(), experts });
+        }
+        Ok((layers, experts))
     }
 
     /// The layers that have routing, ascending.

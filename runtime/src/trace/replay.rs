@@ -1,6 +1,7 @@
 //! What a cache with a given policy and size would have hit.
 
 use serde::Serialize;
+use sluice_format::limits::MAX_EXTENTS;
 
 use super::{Phase, Trace};
 use crate::pool::policy::{Belady, Choice, Key, Pass, Policy, PolicyKind, Shape};
@@ -44,8 +45,8 @@ pub enum ReplayError {
         /// The largest id + 1.
         needed: u32,
     },
-    /// More experts in all than a policy can index.
-    #[error("{layers} layers of {experts} experts are more than a replay can hold")]
+    /// More experts in all than any model file holds: memory goes with their number, however short the trace.
+    #[error("{layers} layers of {experts} experts are more than the {MAX_EXTENTS} that a model can have")]
     Shape {
         /// Layers with routing.
         layers: usize,
@@ -106,14 +107,7 @@ impl Replay {
     /// # Errors
     /// [`ReplayError`] when there is nothing to replay.
     pub fn new(trace: &Trace, experts: Option<u32>) -> Result<Replay, ReplayError> {
-        let experts = trace.experts(experts)?;
-        let layers = trace.routed_layers();
-        if layers.is_empty() {
-            return Err(ReplayError::Empty);
-        }
-        if layers.len() as u64 * u64::from(experts) > u64::from(u32::MAX / 8) {
-            return Err(ReplayError::Shape { layers: layers.len(), experts });
-        }
+        let (layers, experts) = trace.routing(experts)?;
         let shape = Shape { layers: layers.len() as u32, experts };
         let mut replay = Replay { shape, passes: Vec::new(), choices: Vec::new(), experts: Vec::new() };
         for token in trace.tokens() {

@@ -58,11 +58,7 @@ impl Stats {
     /// # Errors
     /// [`ReplayError`] when there is nothing to measure.
     pub fn new(trace: &Trace, experts: Option<u32>) -> Result<Stats, ReplayError> {
-        let experts = trace.experts(experts)?;
-        let routed = trace.routed_layers();
-        if routed.is_empty() {
-            return Err(ReplayError::Empty);
-        }
+        let (routed, experts) = trace.routing(experts)?;
         let tokens = trace.tokens();
         // Windows of 1, 2, 4, … tokens, and one that holds the whole trace.
         let sizes = tokens.len().next_power_of_two().trailing_zeros() as usize + 1;
@@ -107,9 +103,15 @@ impl Stats {
         }
         let uses: u64 = layers.iter().map(|l| l.uses).sum();
         let mean = |sum: u64| sum as f64 / uses as f64;
-        let within = |limit: usize| distances.iter().skip(1).take(limit).sum::<u64>();
-        let again = within(tokens.len());
-        let median = (1..=tokens.len()).find(|&d| again > 0 && 2 * within(d) >= again);
+        // Uses at most so many tokens after the one before: of 0 tokens there are none.
+        let within: Vec<u64> = std::iter::once(0)
+            .chain(distances.iter().skip(1).scan(0, |sum, uses| {
+                *sum += uses;
+                Some(*sum)
+            }))
+            .collect();
+        let again = within[tokens.len()];
+        let median = within.iter().position(|&uses| again > 0 && 2 * uses >= again);
         Ok(Stats {
             model: trace.header().and_then(|h| h.model.clone()),
             tokens: tokens.len(),
@@ -120,7 +122,7 @@ impl Stats {
             distinct: layers.iter().map(|l| l.distinct).sum(),
             repeated: mean(distances.get(1).copied().unwrap_or(0)),
             top_tenth: mean(top_uses),
-            reuse: (0..sizes).map(|i| mean(within(1 << i))).collect(),
+            reuse: (0..sizes).map(|i| mean(within[tokens.len().min(1 << i)])).collect(),
             median_reuse: median.map(|d| d as u64),
             working_set: seen
                 .iter()

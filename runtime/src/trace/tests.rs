@@ -153,6 +153,28 @@ fn a_header_says_what_the_tokens_do_not() {
     assert_eq!(sorted.choices(&sorted.tokens()[0], 0), uses);
 }
 
+/// Memory of a replay goes with the experts of the model that a trace claims, not with its length.
+#[test]
+fn a_short_trace_cannot_ask_for_a_model_that_there_cannot_be() {
+    let header = "{\"sluice_trace\":1,\"layers\":4096,\"experts\":65536}\n";
+    let trace = read(&format!("{header}{{\"layers\":[{}[1]]}}", "[0],".repeat(4095))).unwrap();
+    let refused = ReplayError::Shape { layers: 4096, experts: 65536 };
+    assert_eq!(Replay::new(&trace, None).unwrap_err(), refused);
+    assert_eq!(Stats::new(&trace, None).unwrap_err(), refused);
+    assert_eq!(Replay::new(&trace, Some(256)).unwrap().shape().keys(), MAX_EXTENTS);
+}
+
+#[test]
+fn a_long_trace_is_measured_in_time_that_goes_with_its_length() {
+    let trace = read(&"{\"layers\":[[0]]}\n".repeat(200_000)).unwrap();
+    let started = std::time::Instant::now();
+    let stats = Stats::new(&trace, None).unwrap();
+    assert_eq!((stats.tokens, stats.median_reuse, stats.reuse[0]), (200_000, Some(1), 199_999.0 / 200_000.0));
+    let rare: String = (0..100_000).map(|i| format!("{{\"layers\":[[{}]]}}\n", i % 50_000)).collect();
+    assert_eq!(Stats::new(&read(&rare).unwrap(), None).unwrap().median_reuse, Some(50_000));
+    assert!(started.elapsed().as_secs() < 20, "{:?}", started.elapsed());
+}
+
 #[test]
 fn damaged_lines_are_named() {
     let ok = "{\"layers\":[[1]]}\n";

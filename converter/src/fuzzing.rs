@@ -1,0 +1,42 @@
+//! Doors for the fuzzing targets (`fuzz/`), which must get past checksums and make checkpoints that fit a configuration.
+//! Nothing in the program uses this module, and no promise is made about it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::family::{self, config::Config};
+use crate::partial;
+use crate::plan::{Plan, build};
+
+/// Gives header and records of a journal the checksums that they must have to belong to this plan's conversion. What is no
+/// whole record stays as it is.
+pub fn seal_journal(plan: &Plan, journal: &mut [u8]) {
+    partial::identity(plan).seal(journal);
+}
+
+/// Names and shapes of tensors that make a checkpoint of this `config.json`, in the first spelling that its family has;
+/// `None` if the configuration is refused, or the tensors are more than `most`.
+pub fn tensors_of(config: &[u8], most: usize) -> Option<Vec<(String, Vec<usize>)>> {
+    let config = Config::parse(Path::new("config.json"), config).ok()?;
+    let family = family::find(&config).ok()?;
+    let text = family::text(family, &config).ok()?;
+    let spec = family::spec(family, text.as_ref().unwrap_or(&config)).ok()?;
+    let names = family.names();
+    let norm = names.final_norm(spec.hidden_size);
+    let head = vec![spec.vocab_size, spec.hidden_size];
+    let mut tensors = BTreeMap::from([
+        (names.embedding(), head.clone()),
+        (names.head.to_owned(), head),
+        (norm.tensor, norm.source_shape),
+    ]);
+    for place in build::places(&spec) {
+        for tensor in spec.tensors(place.kind, place.layer) {
+            let views = family.origin(names, &spec, place, &tensor).into_iter().next().unwrap_or_default();
+            tensors.extend(views.into_iter().map(|view| (view.tensor, view.source_shape)));
+        }
+        if tensors.len() > most {
+            return None;
+        }
+    }
+    Some(tensors.into_iter().collect())
+}

@@ -1,0 +1,179 @@
+//! Mutations of binary formats that protect themselves by checksums: a field is changed, then every length and checksum is
+//! made right again, so that the checks behind them are reached.
+
+use std::ops::Range;
+
+use sluice_format::fields::{Field, extent, importance, importance_entry, superblock, table_ref, tensor};
+use sluice_format::{MAGIC, PAGE_SIZES, checksum};
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+use super::random::Random;
+use crate::targets::model::support::{at, get, set};
+
+/// The number in a field, and its change.
+fn change(bytes: &mut [u8], record: usize, fields: &[Field], random: &mut Random) {
+    let Some(field) = random.pick(fields) else { return };
+    let (start, len) = (record + field.offset, field.len.min(8));
+    if bytes.len() < start + len {
+        return;
+    }
+    if field.len > 8 {
+        // A name or an id.
+        bytes[start + random.below(field.len.min(bytes.len() - start))] = random.next() as u8;
+        return;
+    }
+    let old = get(bytes, start, len);
+    set(bytes, start, len, random.number(old));
+}
+
+/// Where a table of a model file is, if it is inside.
+fn table(file: &[u8], name: &str) -> Option<Range<usize>> {
+    let reference = at(&superblock::FIELDS, name).0;
+    if file.len() < superblock::LEN {
+        return None;
+    }
+    let number = |field| get(file, reference + at(&table_ref::FIELDS, field).0, 8);
+    let start = usize::try_from(number("offset")).ok()?;
+    let end = start.checked_add(usize::try_from(number("logical_len")).ok()?)?;
+    (end <= file.len()).then_some(start..end)
+}
+
+/// Changes a few fields of a model file.
+pub(crate) fn model(file: &mut [u8], random: &mut Random) {
+    let tables = ["extents", "tensors", "metadata"];
+    for _ in 0..1 + random.below(3) {
+        match random.below(8) {
+            0 => change(file, 0, &superblock::FIELDS, random),
+            1 => {
+                let name = random.pick(&tables).copied().unwrap_or(tables[0]);
+                change(file, at(&superblock::FIELDS, name).0, &table_ref::FIELDS, random);
+            }
+            2..=6 => {
+                let (name, len) = if random.one_in(2) { (tables[0], extent::LEN) } else { (tables[1], tensor::LEN) };
+                let Some(range) = table(file, name) else { return };
+                let count = range.len() / len;
+                let record = range.start + random.below(count) * len;
+                if count > 0 && random.one_in(6) {
+                    let other = range.start + random.below(count) * len;
+                    file.copy_within(other..other + len, record);
+                } else {
+                    let fields: &[Field] = if name == tables[0] { &extent::FIELDS } else { &tensor::FIELDS };
+                    change(file, record, fields, random);
+                }
+            }
+            _ => {
+                let Some(range) = table(file, tables[2]).filter(|range| !range.is_empty()) else { return };
+                let digits: Vec<usize> = range.clone().filter(|&i| file[i].is_ascii_digit()).collect();
+                match random.pick(&digits) {
+                    Some(&digit) if !random.one_in(4) => file[digit] = b'0' + random.below(10) as u8,
+                    _ => file[range.start + random.below(range.len())] = random.next() as u8,
+                }
+            }
+        }
+    }
+}
+
+/// Makes the checksums of a model file right, and its length: those of extents, of tables, of the superblock, and the id.
+pub(crate) fn seal_model(file: &mut [u8]) {
+    let page = if file.len() >= superblock::LEN { get(file, at(&superblock::FIELDS, "page_size").0, 4) } else { 0 };
+    if !file.starts_with(&MAGIC) || !PAGE_SIZES.contains(&(page as u32)) || file.len() < page as usize {
+        return;
+    }
+    if let Some(range) = table(file, "extents") {
+        for record in range.step_by(extent::LEN).filter(|r| r + extent::LEN <= file.len()).collect::<Vec<_>>() {
+            let number = |field| get(file, record + at(&extent::FIELDS, field).0, 8) as usize;
+            let start = number("offset");
+            let Some(stored) = start.checked_add(number("stored_len")).and_then(|end| file.get(start..end)) else {
+                continue;
+            };
+            let sum = checksum(stored);
+            set(file, record + at(&extent::FIELDS, "checksum").0, 8, sum);
+        }
+    }
+    let mut ids = Vec::new();
+    for name in ["extents", "tensors", "metadata"] {
+        let reference = at(&superblock::FIELDS, name).0;
+        let number = |field| get(file, reference + at(&table_ref::FIELDS, field).0, 8) as usize;
+        let (start, stored) = (number("offset"), number("stored_len"));
+        if let Some(bytes) = start.checked_add(stored).and_then(|end| file.get(start..end)) {
+            let sum = checksum(bytes);
+            set(file, reference + at(&table_ref::FIELDS, "checksum").0, 8, sum);
+        }
+        ids.extend(xxh3_128(table(file, name).map_or(&[][..], |range| &file[range])).to_le_bytes());
+    }
+    let id = at(&superblock::FIELDS, "model_id").0;
+    file[id..id + 16].copy_from_slice(&xxh3_128(&ids).to_le_bytes());
+    let len = file.len() as u64;
+    set(file, at(&superblock::FIELDS, "file_len").0, 8, len);
+    crate::targets::model::support::seal_superblock(&mut file[..page as usize]);
+}
+
+/// Changes a field of an importance file: of its header, or of a matrix.
+pub(crate) fn importance(file: &mut [u8], random: &mut Random) {
+    let mut entries = Vec::new();
+    let mut next = importance::LEN;
+    while next + importance_entry::LEN <= file.len() {
+        entries.push(next);
+        let columns = get(file, next + at(&importance_entry::FIELDS, "columns").0, 4) as usize;
+        next += importance_entry::LEN + 4 * columns;
+    }
+    match random.pick(&entries).copied() {
+        Some(entry) if random.one_in(3) => {
+            let at = entry + importance_entry::LEN + random.below(64);
+            let odd = [f32::NAN, f32::INFINITY, f32::MAX, -0.0, -1.0, 1e-45, 0.0];
+            let number = random.pick(&odd).copied().unwrap_or(0.0).to_le_bytes();
+            if let Some(bytes) = file.get_mut(at & !3..(at & !3) + 4) {
+                bytes.copy_from_slice(&number);
+            }
+        }
+        Some(entry) if !random.one_in(4) => change(file, entry, &importance_entry::FIELDS, random),
+        _ => change(file, 0, &importance::FIELDS, random),
+    }
+}
+
+/// Makes length and checksum of an importance file right.
+pub(crate) fn seal_importance(file: &mut [u8]) {
+    if file.len() < importance::LEN {
+        return;
+    }
+    let len = (file.len() - importance::LEN) as u64;
+    set(file, at(&importance::FIELDS, "body_len").0, 8, len);
+    let (start, len) = at(&importance::FIELDS, "checksum");
+    let mut hash = Xxh3::new();
+    hash.update(&file[..start]);
+    hash.update(&file[start + len..]);
+    set(file, start, len, hash.digest());
+}
+
+/// Magic, model id and length of counts.
+const COUNTS_HEADER: usize = 8 + 16 + 8;
+
+/// Makes model, length and checksum of counts right.
+pub(crate) fn seal_counts(file: &mut [u8]) {
+    let Some(end) = file.len().checked_sub(8).filter(|&end| end >= COUNTS_HEADER) else { return };
+    file[8..24].copy_from_slice(&[7; 16]);
+    set(file, 24, 8, (end - COUNTS_HEADER) as u64);
+    let sum = checksum(&file[..end]);
+    set(file, end, 8, sum);
+}
+
+/// Changes a number in what follows the header of counts.
+pub(crate) fn counts(file: &mut [u8], random: &mut Random) {
+    let words = file.len().saturating_sub(COUNTS_HEADER + 8) / 4;
+    let word = COUNTS_HEADER + 4 * random.below(words);
+    let odd = [f32::NAN, f32::INFINITY, -1.0, -0.0, 1.0, 1.0005, 1.1, 0.5, 1e-45, f32::MAX];
+    if words > 0 {
+        let odd = random.pick(&odd).copied().unwrap_or(0.0);
+        file[word..word + 4].copy_from_slice(&odd.to_le_bytes());
+    }
+}
+
+/// Changes a number of a journal: all of them have eight bytes.
+pub(crate) fn journal(file: &mut [u8], random: &mut Random) {
+    let words = file.len() / 8;
+    let word = 8 * random.below(words);
+    if words > 0 {
+        let old = get(file, word, 8);
+        set(file, word, 8, random.number(old));
+    }
+}

@@ -1,0 +1,52 @@
+//! The inputs that once broke a parser break it no longer, and the fuzzing targets still take what is sound. The fuzzer itself
+//! is a workspace of its own (`fuzz/`); its targets are compiled into this test.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+#[path = "../../fuzz/src/targets/mod.rs"]
+#[allow(dead_code, unreachable_pub, reason = "the fuzzer uses more of it")]
+mod targets;
+
+use targets::{TARGETS, Target};
+
+/// The fuzzer allows 10 seconds, but other tests run beside this one.
+const TIME_MAX: Duration = Duration::from_secs(60);
+
+fn run(target: &Target, name: &str, input: &[u8], folder: &Path) {
+    let started = Instant::now();
+    (target.run)(input, folder);
+    let taken = started.elapsed();
+    assert!(taken < TIME_MAX, "{} takes {taken:?} for {name}", target.name);
+}
+
+/// One test for both: a target keeps what it needs in the folder that it has met first.
+#[test]
+fn no_fault_comes_back_and_what_is_sound_is_taken() {
+    let regressions = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/regressions");
+    let mut replayed = 0;
+    for target in &TARGETS {
+        let scratch = tempfile::tempdir().unwrap();
+        let files = fs::read_dir(regressions.join(target.name)).into_iter().flatten();
+        for file in files.map(|file| file.unwrap().path()) {
+            run(target, &file.display().to_string(), &fs::read(&file).unwrap(), scratch.path());
+            replayed += 1;
+        }
+        for (name, input) in (target.seeds)(scratch.path()) {
+            run(target, &name, &input, scratch.path());
+            // What a broken download leaves.
+            run(target, &name, &input[..input.len() / 2], scratch.path());
+        }
+    }
+    let folders = fs::read_dir(&regressions).unwrap().map(|folder| folder.unwrap().path());
+    let kept: usize = folders.map(|folder| fs::read_dir(folder).unwrap().count()).sum();
+    assert_eq!(replayed, kept, "a folder in fuzz/regressions is not named as a target");
+}
+
+#[test]
+fn the_script_knows_every_target() {
+    let script = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/run.sh")).unwrap();
+    let names = TARGETS.each_ref().map(|target| target.name).join(" ");
+    assert!(script.contains(&format!("TARGETS=({names})")), "fuzz/run.sh lacks one of {names}");
+}
