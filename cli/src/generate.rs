@@ -63,11 +63,11 @@ pub(crate) fn generate(
     sink: &mut TokenSink<'_>,
 ) -> Result<Generation, CliError> {
     let mut sampler = Sampler::new(request.sampling)?;
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let mut logits = Vec::new();
     let before = (Instant::now(), engine.stats());
     let bar = watch_prefill(engine, request.prompt.len());
-    let outcome = engine.forward(&mut session, request.prompt, &mut logits);
+    let outcome = engine.forward(&mut sequence, request.prompt, &mut logits);
     bar.finish_and_clear();
     outcome?;
     let prefill = Phase::since(&before, engine);
@@ -81,10 +81,10 @@ pub(crate) fn generate(
         }
         // The first token's logits come from the prompt.
         if let Some(&last) = history.get(request.prompt.len()..).and_then(<[u32]>::last) {
-            if session.position() == session.capacity() {
+            if sequence.position() == sequence.capacity() {
                 break Finish::Context;
             }
-            engine.forward(&mut session, &[last], &mut logits)?;
+            engine.decode(&mut sequence, last, &mut logits)?;
         }
         let id = sampler.sample(&logits, &history)?;
         history.push(id);

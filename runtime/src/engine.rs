@@ -1,4 +1,4 @@
-//! The opened model: file, pool, layers, kernels; and the sessions that generate with it.
+//! The opened model: file, pool, layers, kernels; and the steps that sequences take with it.
 
 use std::io;
 use std::path::Path;
@@ -15,8 +15,9 @@ use crate::counts;
 use crate::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
 use crate::memory::{BudgetError, MemoryPlan};
 use crate::model::compute::{Compute, InputObserver};
+use crate::model::rows::{Cursor, Phase, Rows, Span, Want};
 use crate::model::{
-    HiddenObserver, KvCache, LayerTimes, Model, ModelError, Observers, RoutingObserver, Weights, dense_extents,
+    HiddenObserver, LayerTimes, Model, ModelError, Observers, RoutingObserver, Sequence, Weights, dense_extents,
 };
 use crate::pool::{
     DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, PolicyKind, PoolError, Storage, StorageConfig,
@@ -44,7 +45,7 @@ pub struct EngineOptions {
     pub prefetch: Prefetch,
     /// Whether to begin without what earlier runs have learned about this model's experts.
     pub forget: bool,
-    /// Tokens that a session can hold; `None`: 4096, or the model's own maximum if that is less.
+    /// Tokens that a sequence can hold; `None`: 4096, or the model's own maximum if that is less.
     pub context: Option<usize>,
     /// How keys and values are kept; anything but f32 changes results.
     pub kv_type: KvType,
@@ -132,34 +133,9 @@ pub struct Engine {
     tokens: u64,
     time: Duration,
     observers: Observers,
-}
-
-/// One generation: the tokens so far and what the layers remember of them.
-#[derive(Clone, Debug)]
-pub struct Session {
-    cache: KvCache,
-}
-
-impl Session {
-    /// Tokens seen so far.
-    pub fn position(&self) -> usize {
-        self.cache.position()
-    }
-
-    /// Tokens that fit.
-    pub fn capacity(&self) -> usize {
-        self.cache.capacity()
-    }
-
-    /// Bytes of keys, values and states.
-    pub fn bytes(&self) -> u64 {
-        self.cache.bytes()
-    }
-
-    /// Forgets all tokens.
-    pub fn clear(&mut self) {
-        self.cache.clear();
-    }
+    /// Rows of the current pass, and those whose logits are wanted.
+    rows: Rows,
+    wanted: Vec<usize>,
 }
 
 impl Engine {
@@ -185,9 +161,10 @@ impl Engine {
             let _ = storage.pool.policy_mut().import(&counts);
         }
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
-        let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto)?;
+        let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto, memory.kept_outputs)?;
         let (tokens, time, observers) = (0, Duration::ZERO, Observers::default());
-        Ok(Engine { file, memory, compute, storage, tuning, model, tokens, time, observers })
+        let (rows, wanted) = (Rows::default(), Vec::new());
+        Ok(Engine { file, memory, compute, storage, tuning, model, tokens, time, observers, rows, wanted })
     }
 
     /// What the model computes.
@@ -283,68 +260,87 @@ impl Engine {
         self.compute.observer = observer;
     }
 
-    /// An empty session for as many tokens as the memory plan has room for.
-    pub fn new_session(&self) -> Session {
-        Session { cache: KvCache::new(self.model.spec(), self.memory.context, self.memory.kv_type) }
+    /// An empty sequence for as many tokens as the memory plan has room for.
+    pub fn new_sequence(&self) -> Sequence {
+        Sequence::new(self.model.spec(), self.memory.context, self.memory.kv_type)
     }
 
-    /// Appends `tokens` to the session and writes the logits of the last one, `[vocab]`.
+    /// Appends a prompt, or a part of one, to the sequence and writes the logits of its last token, `[vocab]`.
     ///
     /// # Errors
-    /// [`RuntimeError::Model`]. Tokens of chunks before the failing one stay in the session.
+    /// As [`Engine::step`].
     pub fn forward(
         &mut self,
-        session: &mut Session,
+        sequence: &mut Sequence,
         tokens: &[u32],
         logits: &mut Vec<f32>,
     ) -> Result<(), RuntimeError> {
-        let last = tokens.len().saturating_sub(1);
-        self.run(session, tokens, last, &mut |_, row| {
-            logits.clear();
-            logits.extend_from_slice(row);
-        })
+        let span = Span { sequence, tokens, phase: Phase::Prompt, logits: Want::Last };
+        self.step(&mut [span], &mut |_, _, row| row.clone_into(logits))
     }
 
-    /// Appends `tokens` to the session; calls `sink` with the index and the logits `[vocab]` of each, in order.
+    /// Appends a prompt, or a part of one, to the sequence; calls `sink` with the index and the logits `[vocab]` of each token,
+    /// in order.
     ///
     /// # Errors
-    /// As [`Engine::forward`].
+    /// As [`Engine::step`].
     pub fn forward_all(
         &mut self,
-        session: &mut Session,
+        sequence: &mut Sequence,
         tokens: &[u32],
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), RuntimeError> {
-        self.run(session, tokens, 0, sink)
+        let span = Span { sequence, tokens, phase: Phase::Prompt, logits: Want::All };
+        self.step(&mut [span], &mut |_, token, row| sink(token, row))
     }
 
-    /// Chunk by chunk; logits are wanted from token `first_logit` on.
-    fn run(
+    /// Appends the token that was sampled last to the sequence and writes its logits, `[vocab]`.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn decode(&mut self, sequence: &mut Sequence, token: u32, logits: &mut Vec<f32>) -> Result<(), RuntimeError> {
+        let span = Span { sequence, tokens: &[token], phase: Phase::Decode, logits: Want::Last };
+        self.step(&mut [span], &mut |_, _, row| row.clone_into(logits))
+    }
+
+    /// Appends every span's tokens to its sequence, all of them together, layer by layer: an expert that any of them needs is
+    /// read once for as many as memory has rows for. Calls `sink` with span, token and logits `[vocab]` of those that are
+    /// wanted, span by span. A sequence's logits do not depend on the other spans, to the bit.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Model`]: no tokens, no room, an unknown id, an extent that cannot be read or is damaged. What was appended
+    /// before the failing pass stays in the sequences.
+    pub fn step(
         &mut self,
-        session: &mut Session,
-        tokens: &[u32],
-        first_logit: usize,
-        sink: &mut dyn FnMut(usize, &[f32]),
+        spans: &mut [Span<'_>],
+        sink: &mut dyn FnMut(usize, usize, &[f32]),
     ) -> Result<(), RuntimeError> {
         let started = Instant::now();
-        let Engine { file, compute, storage, model, observers, .. } = self;
-        if tokens.is_empty() {
+        let Engine { file, compute, storage, model, observers, rows, wanted, .. } = self;
+        if spans.is_empty() || spans.iter().any(|span| span.tokens.is_empty()) {
             return Err(ModelError::NoTokens.into());
         }
-        let wanted = session.position() + tokens.len();
-        if wanted > session.capacity() {
-            return Err(ModelError::ContextFull { capacity: session.capacity(), wanted }.into());
-        }
-        for (i, chunk) in tokens.chunks(self.memory.chunk).enumerate() {
-            let base = i * self.memory.chunk;
-            let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
-            model.forward(compute, &mut weights, &mut session.cache, chunk, observers)?;
-            let first = first_logit.saturating_sub(base);
-            if first < chunk.len() {
-                model.logits(compute, &storage.dense, first..chunk.len(), &mut |t, row| sink(base + t, row))?;
+        for span in &*spans {
+            let (capacity, wanted) = (span.sequence.capacity(), span.sequence.position() + span.tokens.len());
+            if wanted > capacity {
+                return Err(ModelError::ContextFull { capacity, wanted }.into());
             }
         }
-        self.tokens += tokens.len() as u64;
+        let mut cursor = Cursor::default();
+        while rows.take(spans, &mut cursor, self.memory.rows) {
+            let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
+            model.forward(compute, &mut weights, rows, spans, observers)?;
+            wanted.clear();
+            for part in rows.spans() {
+                let Span { tokens, logits, .. } = &spans[part.span];
+                wanted.extend(part.rows().filter(|row| logits.includes(part.token + row - part.first, tokens.len())));
+            }
+            model.logits(compute, &storage.dense, wanted, &mut |i, logits| {
+                let (span, token) = rows.token(wanted[i]);
+                sink(span, token, logits);
+            })?;
+        }
+        self.tokens += spans.iter().map(|span| span.tokens.len() as u64).sum::<u64>();
         self.time += started.elapsed();
         Ok(())
     }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec};
 use sluice_kernels::KvType;
 
-use crate::model::{KvCache, Model, dense_extents};
+use crate::model::{Model, Sequence, dense_extents};
 use crate::pool::RING_SLOTS;
 
 pub use available::available_memory;
@@ -17,10 +17,13 @@ pub use available::available_memory;
 pub const OVERHEAD: u64 = 64 << 20;
 /// Scratch that counts as overhead; only what goes beyond it is charged to the budget.
 const FREE_SCRATCH: u64 = 32 << 20;
-/// Most tokens that go through a layer together.
-const MAX_CHUNK: usize = 512;
-/// Fewest tokens that go through a layer together when memory is short.
-const MIN_CHUNK: usize = 16;
+/// Most rows that go through a layer together: beyond that, reading an expert costs little beside multiplying with it.
+const MAX_ROWS: usize = 8192;
+/// Fewest rows that go through a layer together when memory is short.
+const MIN_ROWS: usize = 16;
+/// Part of the budget, and most bytes, for experts' outputs that wait to be summed. The 8 choices of 146 rows with a hidden size of
+/// 7168 fit the latter.
+const KEPT_OUTPUTS: (u64, u64) = (64, 32 << 20);
 /// Slots without which no layer can run: one is computed while one is read.
 const MIN_SLOTS: usize = 2;
 /// What is left to the system when no budget is given: this part of the available memory, but this many bytes at least, of
@@ -54,8 +57,11 @@ pub struct MemoryPlan {
     pub context: usize,
     /// Scratch and cached embedding rows, as far as they are charged.
     pub scratch: u64,
-    /// Tokens that go through a layer together.
-    pub chunk: usize,
+    /// Rows that go through a layer together.
+    pub rows: usize,
+    /// Most bytes of experts' outputs that wait to be summed; a part of `scratch`.
+    #[serde(skip)]
+    pub kept_outputs: u64,
     /// Expert slots.
     pub slots: usize,
     /// Bytes of one slot.
@@ -133,7 +139,8 @@ impl MemoryPlan {
     ) -> Result<Self, BudgetError> {
         let need = Need::of(spec, extents, context, kv_type);
         let headroom = (available / HEADROOM.0).max(HEADROOM.1.min(available / 2));
-        let everything = need.dense_total() + need.kv_cache + need.scratch(need.largest_chunk()) + need.all_slots();
+        let everything =
+            need.dense_total() + need.kv_cache + need.scratch(need.most_rows(), KEPT_OUTPUTS.1) + need.all_slots();
         // Whoever states a budget knows what else the machine does, but not that the program itself takes memory too.
         let effective = match requested {
             None => everything.min(available.saturating_sub(headroom)),
@@ -141,10 +148,11 @@ impl MemoryPlan {
         };
 
         // Everything at its least: no dense part stays unless all of them take less than the ring would.
-        let chunk = need.smallest_chunk();
+        let (least_rows, least_kept) = (need.fewest_rows(), need.fewest_kept());
+        let least_scratch = need.scratch(least_rows, least_kept);
         let least_dense = need.pin(0);
         let least_slots = MIN_SLOTS.min(need.experts) as u64 * need.slot_len;
-        let least = least_dense.bytes() + need.kv_cache + need.scratch(chunk) + least_slots;
+        let least = least_dense.bytes() + need.kv_cache + least_scratch + least_slots;
         if effective < least {
             return Err(BudgetError {
                 requested,
@@ -154,16 +162,19 @@ impl MemoryPlan {
                 dense: least_dense.bytes(),
                 kv_cache: need.kv_cache,
                 context,
-                scratch: need.scratch(chunk),
+                scratch: least_scratch,
                 slots: least_slots,
             });
         }
 
-        // Long chunks read each expert once for many tokens; slots save reads while decoding. Scratch gets an eighth.
-        let spare = effective - least + need.scratch(chunk);
-        let chunks = std::iter::successors(Some(need.largest_chunk()), |&c| (c > chunk).then_some((c / 2).max(chunk)));
-        let chunk = chunks.into_iter().find(|&c| need.scratch(c) <= spare / 8).unwrap_or(chunk);
-        let scratch = need.scratch(chunk);
+        // Many rows read each expert once for a long prompt; slots save reads while decoding. Scratch gets an eighth.
+        let spare = effective - least + least_scratch;
+        let kept = (effective / KEPT_OUTPUTS.0).min(KEPT_OUTPUTS.1).max(least_kept);
+        let fewer = |&rows: &usize| (rows > least_rows).then_some((rows / 2).max(least_rows));
+        let mut choices = std::iter::successors(Some(need.most_rows()), fewer).map(|rows| (rows, kept));
+        let fits = |&(rows, kept): &(usize, u64)| need.scratch(rows, kept) <= spare / 8;
+        let (rows, kept_outputs) = choices.find(fits).unwrap_or((least_rows, least_kept));
+        let scratch = need.scratch(rows, kept_outputs);
         // A dense byte is needed by every token, an expert's by few: dense parts come first, but two layers' worth of
         // experts must be able to be in flight.
         let fixed = need.kv_cache + scratch;
@@ -184,7 +195,8 @@ impl MemoryPlan {
             kv_type,
             context,
             scratch,
-            chunk,
+            rows,
+            kept_outputs,
             slots,
             slot_len: need.slot_len,
             experts: need.experts,
@@ -239,7 +251,7 @@ impl Need<'_> {
             spec,
             context,
             dense: dense_extents(extents).iter().map(|e| (e.kind, e.stored_len)).collect(),
-            kv_cache: KvCache::memory(spec, context, kv_type),
+            kv_cache: Sequence::memory(spec, context, kv_type),
             embedding: Model::embedding_memory(extents),
             experts: count,
             slot_len,
@@ -255,16 +267,21 @@ impl Need<'_> {
         self.slot_len * self.experts as u64
     }
 
-    fn largest_chunk(&self) -> usize {
-        MAX_CHUNK.min(self.context)
+    fn most_rows(&self) -> usize {
+        MAX_ROWS.min(self.context)
     }
 
-    fn smallest_chunk(&self) -> usize {
-        MIN_CHUNK.min(self.context)
+    fn fewest_rows(&self) -> usize {
+        MIN_ROWS.min(self.context)
     }
 
-    fn scratch(&self, chunk: usize) -> u64 {
-        (Model::scratch_memory(self.spec, chunk, self.slot_len) + self.embedding).saturating_sub(FREE_SCRATCH)
+    /// Outputs of one row's experts: fewer must not be kept, so that decoding never waits for a particular expert.
+    fn fewest_kept(&self) -> u64 {
+        Model::output_memory(self.spec, 1)
+    }
+
+    fn scratch(&self, rows: usize, kept: u64) -> u64 {
+        (Model::scratch_memory(self.spec, rows, self.slot_len, kept) + self.embedding).saturating_sub(FREE_SCRATCH)
     }
 
     /// Pins as many bytes of dense extents as `budget` holds beside the ring for the others. Routers stay first, because

@@ -57,10 +57,10 @@ fn exact(budget: Option<u64>) -> EngineOptions {
 
 /// Logits of every position, `step` tokens at a time.
 fn logits(engine: &mut Engine, prompt: &[u32], step: usize) -> Vec<f32> {
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let mut all = Vec::new();
     for tokens in prompt.chunks(step) {
-        engine.forward_all(&mut session, tokens, &mut |_, row| all.extend_from_slice(row)).unwrap();
+        engine.forward_all(&mut sequence, tokens, &mut |_, row| all.extend_from_slice(row)).unwrap();
     }
     all
 }

@@ -36,11 +36,11 @@ fn scores(model: &Path, text: &str, exact: bool) -> Scores {
 fn scores_with(model: &Path, text: &str, options: &EngineOptions) -> Scores {
     let mut engine = Engine::open(model, options).unwrap();
     let ids = engine.tokenizer().unwrap().unwrap().encode(text, true).unwrap();
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let mut rows = Vec::new();
     for ids in ids.chunks(WINDOW) {
-        session.clear();
-        engine.forward_all(&mut session, ids, &mut |_, row| rows.push(row.to_vec())).unwrap();
+        sequence.clear();
+        engine.forward_all(&mut sequence, ids, &mut |_, row| rows.push(row.to_vec())).unwrap();
     }
     Scores { ids, rows }
 }
@@ -118,10 +118,10 @@ fn calibrate(model: &Path, text: &str, out: &Path) {
     let ids = engine.tokenizer().unwrap().unwrap().encode(text, true).unwrap();
     let calibration = Arc::new(Calibration::new());
     engine.observe_inputs(Some(calibration.clone()));
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     for ids in ids.chunks(WINDOW) {
-        session.clear();
-        engine.forward_all(&mut session, ids, &mut |_, _| ()).unwrap();
+        sequence.clear();
+        engine.forward_all(&mut sequence, ids, &mut |_, _| ()).unwrap();
     }
     calibration.importance(engine.spec(), ids.len() as u64).unwrap().save(out).unwrap();
 }

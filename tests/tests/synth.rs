@@ -52,14 +52,14 @@ fn every_type_is_valid_and_computes() {
         let path = write(&folder, ty.name(), &geometry, &options);
         assert_eq!(ModelFile::open(&path).unwrap().verify_all(&mut |_| ()).len(), 0, "{ty}");
         let mut engine = Engine::open(&path, &EngineOptions { context: Some(16), ..EngineOptions::default() }).unwrap();
-        let mut session = engine.new_session();
+        let mut sequence = engine.new_sequence();
         let mut tokens = 0;
         let check = &mut |_: usize, logits: &[f32]| {
             let mean_square = logits.iter().map(|l| l * l).sum::<f32>() / logits.len() as f32;
             assert!((0.5..2.0).contains(&mean_square), "{ty}: {mean_square}");
             tokens += 1;
         };
-        engine.forward_all(&mut session, &token_stream(0, 6, geometry.spec().vocab_size), check).unwrap();
+        engine.forward_all(&mut sequence, &token_stream(0, 6, geometry.spec().vocab_size), check).unwrap();
         assert_eq!(tokens, 6);
     }
 }
@@ -134,8 +134,8 @@ fn trace(path: &Path, tokens: &[u32]) -> Trace {
         let choices = choices.iter().map(|c| Choice { expert: c.expert, weight: c.weight });
         sink.lock().unwrap().as_mut().unwrap().record(layer, position, top_k, choices).unwrap();
     }));
-    let (mut session, mut logits) = (engine.new_session(), Vec::new());
-    tokens.iter().for_each(|token| engine.forward(&mut session, &[*token], &mut logits).unwrap());
+    let (mut sequence, mut logits) = (engine.new_sequence(), Vec::new());
+    tokens.iter().for_each(|token| engine.decode(&mut sequence, *token, &mut logits).unwrap());
     let bytes = writer.lock().unwrap().take().unwrap().finish().unwrap();
     Trace::read(Cursor::new(bytes), "synth").unwrap()
 }

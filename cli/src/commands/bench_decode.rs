@@ -10,7 +10,7 @@ use sluice_format::ModelFile;
 use sluice_runtime::io::bench::{BenchEngine, DiskBench, Pattern, Point, median};
 use sluice_runtime::io::{DirectMode, IoConfig};
 use sluice_runtime::memory::Bytes;
-use sluice_runtime::{Engine, EngineOptions, Prefetch, ReadEngineKind, Session, Stats};
+use sluice_runtime::{Engine, EngineOptions, Prefetch, ReadEngineKind, Sequence, Stats};
 
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
@@ -208,7 +208,7 @@ fn refuse_one_sided(args: &Args) -> Result<(), CliError> {
 /// A model that decodes a stream of tokens.
 struct Decoder {
     engine: Engine,
-    session: Session,
+    sequence: Sequence,
     stream: Vec<u32>,
     logits: Vec<f32>,
 }
@@ -217,15 +217,15 @@ impl Decoder {
     fn open(file: &Path, options: &EngineOptions, tokens: usize) -> Result<Self, CliError> {
         let engine = Engine::open(file, &EngineOptions { context: Some(tokens), ..options.clone() })?;
         let stream = token_stream(0, tokens, engine.spec().vocab_size);
-        Ok(Decoder { session: engine.new_session(), engine, stream, logits: Vec::new() })
+        Ok(Decoder { sequence: engine.new_sequence(), engine, stream, logits: Vec::new() })
     }
 
     /// Decodes the next `n` tokens of the stream; the time that took.
     fn decode(&mut self, n: usize, each: &dyn Fn()) -> Result<Duration, CliError> {
         let started = Instant::now();
         for _ in 0..n {
-            let token = self.stream[self.session.position() % self.stream.len()];
-            self.engine.forward(&mut self.session, &[token], &mut self.logits)?;
+            let token = self.stream[self.sequence.position() % self.stream.len()];
+            self.engine.decode(&mut self.sequence, token, &mut self.logits)?;
             each();
         }
         Ok(started.elapsed())
@@ -248,7 +248,7 @@ impl Decoder {
     }
 }
 
-/// Tokens that go through one session, warm-up included, as far as the model can take them.
+/// Tokens that go through one sequence, warm-up included, as far as the model can take them.
 fn total_tokens(args: &Args) -> Result<usize, CliError> {
     let most = ModelFile::open(&args.file)?.spec().max_positions;
     let measured = if args.compare.is_some() { args.n.checked_mul(args.pairs) } else { Some(args.n) };

@@ -78,11 +78,11 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 fn measure(engine: &mut Engine, ids: &[u32], window: usize) -> Result<Importance, CliError> {
     let calibration = Arc::new(Calibration::new());
     engine.observe_inputs(Some(calibration.clone()));
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let bar = step_bar("calibrating", ids.len() as u64);
     for ids in ids.chunks(window) {
-        session.clear();
-        engine.forward_all(&mut session, ids, &mut |_, _| bar.inc(1))?;
+        sequence.clear();
+        engine.forward_all(&mut sequence, ids, &mut |_, _| bar.inc(1))?;
     }
     bar.finish_and_clear();
     engine.observe_inputs(None);

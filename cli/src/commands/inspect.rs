@@ -10,7 +10,7 @@ use serde_json::Value;
 use sluice_format::{ExtentKind, ModelFile, PROVENANCE_BLOB, TOKENIZER_BLOB};
 use sluice_runtime::KvType;
 use sluice_runtime::memory::{Bytes, MemoryPlan};
-use sluice_runtime::model::KvCache;
+use sluice_runtime::model::Sequence;
 
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
@@ -145,7 +145,7 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         kinds: kinds(file),
         least_budget: least_budget(file, context, args.kv_type),
         context,
-        kv_cache_bytes: KvCache::memory(spec, context, args.kv_type),
+        kv_cache_bytes: Sequence::memory(spec, context, args.kv_type),
         kv_type: args.kv_type.name(),
         has_tokenizer: file.metadata().get(TOKENIZER_BLOB).is_some(),
         provenance,

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use sluice_kernels::{Activations, Kernels, Precision, ThreadPool};
 
-use super::weights::{MatrixPlace, MatrixRef};
+use super::rows::Rows;
+use super::weights::{MatrixPlace, MatrixRef, VectorRef};
 
 /// Sees what every matrix is multiplied with.
 pub trait InputObserver: Send + Sync {
@@ -62,6 +63,34 @@ impl Compute {
     }
 }
 
+/// What a part of a layer computes with: kernels, the rows of the pass, and the bytes that hold its weights.
+#[derive(Clone, Copy)]
+pub struct Step<'a> {
+    /// Kernels, threads, precision.
+    pub compute: &'a Compute,
+    /// The rows.
+    pub rows: &'a Rows,
+    /// Bytes of the extent that the part's weights are in.
+    pub extent: &'a [u8],
+}
+
+impl Step<'_> {
+    /// Rows of the pass.
+    pub fn n(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// `out` `[n, rows]` = `matrix` · `x`, on all threads.
+    pub fn multiply(&self, matrix: &MatrixRef, x: &Activations, out: &mut [f32]) {
+        self.compute.multiply(matrix, self.extent, x, out);
+    }
+
+    /// Reads a vector of the extent into `out`.
+    pub fn read(&self, vector: &VectorRef, out: &mut Vec<f32>) {
+        vector.read(self.extent, out);
+    }
+}
+
 /// What one thread needs to compute an attention head by itself.
 pub struct HeadScratch {
     /// A pool without workers: kernels called with it run on the calling thread.
@@ -72,8 +101,10 @@ pub struct HeadScratch {
     pub input: Vec<f32>,
     /// Product of the inputs, `[tokens, width]`.
     pub product: Vec<f32>,
-    /// One query.
+    /// Queries of one row.
     pub query: Vec<f32>,
+    /// What those see.
+    pub output: Vec<f32>,
     /// One score per cached position.
     pub scores: Vec<f32>,
 }
@@ -85,6 +116,7 @@ thread_local! {
         input: Vec::new(),
         product: Vec::new(),
         query: Vec::new(),
+        output: Vec::new(),
         scores: Vec::new(),
     });
 }

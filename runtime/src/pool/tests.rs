@@ -54,7 +54,7 @@ fn choices(experts: &[u32]) -> Vec<Choice> {
 }
 
 fn routing(choices: &[Choice]) -> Routing<'_> {
-    Routing { tokens: 1, prefill: false, choices }
+    Routing { tokens: 1, prefill: false, in_order: false, choices }
 }
 
 /// Runs a whole pass and checks every byte; what was yielded, in order.
