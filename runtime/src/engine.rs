@@ -13,7 +13,7 @@ use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
 use crate::counts;
 use crate::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
-use crate::memory::{BudgetError, MemoryPlan};
+use crate::memory::{BudgetError, Demand, MemoryPlan};
 use crate::model::compute::{Compute, InputObserver};
 use crate::model::rows::{Cursor, Phase, Rows, Span, Want};
 use crate::model::{
@@ -45,6 +45,8 @@ pub struct EngineOptions {
     pub prefetch: Prefetch,
     /// Whether to begin without what earlier runs have learned about this model's experts.
     pub forget: bool,
+    /// Sequences that there is to be room for; `None`: one.
+    pub sequences: Option<usize>,
     /// Tokens that a sequence can hold; `None`: 4096, or the model's own maximum if that is less.
     pub context: Option<usize>,
     /// How keys and values are kept; anything but f32 changes results.
@@ -146,7 +148,9 @@ impl Engine {
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Self, RuntimeError> {
         let file = ModelFile::open(path)?;
         let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
-        let memory = MemoryPlan::new(&file, options.budget, context, options.kv_type)?;
+        let sequences = options.sequences.unwrap_or(1).max(1);
+        let demand = Demand { sequences, context, kv_type: options.kv_type };
+        let memory = MemoryPlan::new(&file, options.budget, demand)?;
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
         let tuning = Tuning::choose(file.path(), options.io.as_ref(), options.read_engine, store.as_ref());

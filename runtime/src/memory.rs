@@ -48,12 +48,14 @@ pub struct MemoryPlan {
     /// For each dense extent, in the order of use, whether it stays.
     #[serde(skip)]
     pub pinned: Vec<bool>,
-    /// Keys and values of one session.
+    /// Keys and values of all sequences.
     pub kv_cache: u64,
     /// How those are stored.
     #[serde(serialize_with = "name_of_kv_type")]
     pub kv_type: KvType,
-    /// Tokens of that session.
+    /// Sequences that there is room for.
+    pub sequences: usize,
+    /// Tokens that each of them can hold.
     pub context: usize,
     /// Scratch and cached embedding rows, as far as they are charged.
     pub scratch: u64,
@@ -70,13 +72,31 @@ pub struct MemoryPlan {
     pub experts: usize,
 }
 
+/// What sequences a plan has to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demand {
+    /// Sequences at a time, at least 1.
+    pub sequences: usize,
+    /// Tokens that each of them can hold.
+    pub context: usize,
+    /// How their keys and values are kept.
+    pub kv_type: KvType,
+}
+
+impl Demand {
+    /// One sequence.
+    pub fn one(context: usize, kv_type: KvType) -> Self {
+        Demand { sequences: 1, context, kv_type }
+    }
+}
+
 /// The budget cannot hold what the model needs at least.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{}: this model needs at least {least} bytes ({}: {} for dense parts, {} key-value cache for {context} tokens, {} \
+    "{}: this model needs at least {least} bytes ({}: {} for dense parts, {} key-value cache for {}, {} \
      scratch, {} for {MIN_SLOTS} experts). A smaller weight type takes less, and so do fewer tokens of context",
     too_small(*.requested, *.available, *.effective),
-    Bytes(*.least), Bytes(*.dense), Bytes(*.kv_cache), Bytes(*.scratch), Bytes(*.slots)
+    Bytes(*.least), Bytes(*.dense), Bytes(*.kv_cache), tokens(*.sequences, *.context), Bytes(*.scratch), Bytes(*.slots)
 )]
 pub struct BudgetError {
     /// What the user asked for.
@@ -91,12 +111,18 @@ pub struct BudgetError {
     pub dense: u64,
     /// Of which keys and values.
     pub kv_cache: u64,
-    /// Tokens in those.
+    /// Sequences that have those.
+    pub sequences: usize,
+    /// Tokens in each.
     pub context: usize,
     /// Of which scratch.
     pub scratch: u64,
     /// Of which expert slots.
     pub slots: u64,
+}
+
+fn tokens(sequences: usize, context: usize) -> String {
+    if sequences == 1 { format!("{context} tokens") } else { format!("{sequences} times {context} tokens") }
 }
 
 /// Which of what the user asked for and what the system allows makes the budget too small, and what raises it.
@@ -117,12 +143,12 @@ fn too_small(requested: Option<u64>, available: u64, effective: u64) -> String {
 }
 
 impl MemoryPlan {
-    /// Plans the memory of one session of `context` tokens, with keys and values of type `kv_type`.
+    /// Plans the memory of an opened model and its sequences.
     ///
     /// # Errors
     /// [`BudgetError`] when the least plan does not fit.
-    pub fn new(file: &ModelFile, requested: Option<u64>, context: usize, kv_type: KvType) -> Result<Self, BudgetError> {
-        Self::of_extents(file.spec(), file.extents(), requested, context, kv_type, available_memory())
+    pub fn new(file: &ModelFile, requested: Option<u64>, demand: Demand) -> Result<Self, BudgetError> {
+        Self::of_extents(file.spec(), file.extents(), requested, demand, available_memory())
     }
 
     /// Plans for a file of these extents on a machine with `available` bytes: the file need not exist.
@@ -133,11 +159,10 @@ impl MemoryPlan {
         spec: &ModelSpec,
         extents: &[ExtentRecord],
         requested: Option<u64>,
-        context: usize,
-        kv_type: KvType,
+        demand: Demand,
         available: u64,
     ) -> Result<Self, BudgetError> {
-        let need = Need::of(spec, extents, context, kv_type);
+        let need = Need::of(spec, extents, demand);
         let headroom = (available / HEADROOM.0).max(HEADROOM.1.min(available / 2));
         let everything =
             need.dense_total() + need.kv_cache + need.scratch(need.most_rows(), KEPT_OUTPUTS.1) + need.all_slots();
@@ -161,7 +186,8 @@ impl MemoryPlan {
                 least,
                 dense: least_dense.bytes(),
                 kv_cache: need.kv_cache,
-                context,
+                sequences: demand.sequences,
+                context: demand.context,
                 scratch: least_scratch,
                 slots: least_slots,
             });
@@ -192,8 +218,9 @@ impl MemoryPlan {
             dense_ring: dense.ring,
             pinned: dense.pinned,
             kv_cache: need.kv_cache,
-            kv_type,
-            context,
+            kv_type: demand.kv_type,
+            sequences: demand.sequences,
+            context: demand.context,
             scratch,
             rows,
             kept_outputs,
@@ -216,7 +243,7 @@ fn name_of_kv_type<S: serde::Serializer>(ty: &KvType, serializer: S) -> Result<S
 /// What a model asks of memory.
 struct Need<'a> {
     spec: &'a ModelSpec,
-    context: usize,
+    demand: Demand,
     /// Lengths of the dense extents in the order of use.
     dense: Vec<(ExtentKind, u64)>,
     kv_cache: u64,
@@ -243,15 +270,15 @@ impl Pinning {
 }
 
 impl Need<'_> {
-    fn of<'a>(spec: &'a ModelSpec, extents: &[ExtentRecord], context: usize, kv_type: KvType) -> Need<'a> {
+    fn of<'a>(spec: &'a ModelSpec, extents: &[ExtentRecord], demand: Demand) -> Need<'a> {
         let experts = extents.iter().filter(|e| e.kind == ExtentKind::Expert);
         let (count, slot_len) = experts.fold((0, 0), |(n, len), e| (n + 1, e.stored_len.max(len)));
         let top_k = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).max();
         Need {
             spec,
-            context,
+            demand,
             dense: dense_extents(extents).iter().map(|e| (e.kind, e.stored_len)).collect(),
-            kv_cache: Sequence::memory(spec, context, kv_type),
+            kv_cache: (demand.sequences as u64).saturating_mul(Sequence::memory(spec, demand.context, demand.kv_type)),
             embedding: Model::embedding_memory(extents),
             experts: count,
             slot_len,
@@ -268,11 +295,12 @@ impl Need<'_> {
     }
 
     fn most_rows(&self) -> usize {
-        MAX_ROWS.min(self.context)
+        MAX_ROWS.min(self.demand.context.saturating_mul(self.demand.sequences))
     }
 
+    /// One for every sequence: they decode together.
     fn fewest_rows(&self) -> usize {
-        MIN_ROWS.min(self.context)
+        MIN_ROWS.max(self.demand.sequences).min(self.most_rows())
     }
 
     /// Outputs of one row's experts: fewer must not be kept, so that decoding never waits for a particular expert.

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 use sluice_format::{ExtentKind, ModelFile, PROVENANCE_BLOB, TOKENIZER_BLOB};
 use sluice_runtime::KvType;
-use sluice_runtime::memory::{Bytes, MemoryPlan};
+use sluice_runtime::memory::{Bytes, Demand, MemoryPlan};
 use sluice_runtime::model::Sequence;
 
 use crate::engine_args::kv_type_parser;
@@ -155,7 +155,8 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
 
 /// The smallest budget that opens the model: a budget of nothing is refused with it.
 fn least_budget(file: &ModelFile, context: usize, kv_type: KvType) -> u64 {
-    MemoryPlan::new(file, Some(0), context, kv_type).map_or_else(|refused| refused.least, |plan| plan.effective)
+    MemoryPlan::new(file, Some(0), Demand::one(context, kv_type))
+        .map_or_else(|refused| refused.least, |plan| plan.effective)
 }
 
 fn kinds(file: &ModelFile) -> Vec<Kind> {
