@@ -14,11 +14,10 @@ use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 use crate::counts;
 use crate::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
 use crate::memory::{BudgetError, Demand, MemoryPlan};
-use crate::model::compute::{Compute, InputObserver};
-use crate::model::rows::{Cursor, Phase, Rows, Span, Want};
-use crate::model::{
-    HiddenObserver, LayerTimes, Model, ModelError, Observers, RoutingObserver, Sequence, Weights, dense_extents,
-};
+use crate::model::compute::Compute;
+use crate::model::control::{Cancel, Control};
+use crate::model::rows::{Cursor, Rows, Span, Want};
+use crate::model::{LayerTimes, Model, ModelError, Sequence, Weights, dense_extents};
 use crate::pool::{
     DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, PolicyKind, PoolError, Storage, StorageConfig,
 };
@@ -134,7 +133,6 @@ pub struct Engine {
     model: Model,
     tokens: u64,
     time: Duration,
-    observers: Observers,
     /// Rows of the current pass, and those whose logits are wanted.
     rows: Rows,
     wanted: Vec<usize>,
@@ -157,7 +155,7 @@ impl Engine {
         let mut storage = open_storage(&file, &memory, options.policy, &tuning)?;
         let precision = if options.exact { Precision::Exact } else { Precision::Int8 };
         let threads = compute_threads(options.threads, storage.io.reading());
-        let compute = Compute { kernels, threads, precision, observer: None };
+        let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
         if !options.forget
             && let Some(counts) = counts::load(path, file.superblock().model_id)
         {
@@ -166,9 +164,9 @@ impl Engine {
         }
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
         let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto, memory.kept_outputs)?;
-        let (tokens, time, observers) = (0, Duration::ZERO, Observers::default());
+        let (tokens, time) = (0, Duration::ZERO);
         let (rows, wanted) = (Rows::default(), Vec::new());
-        Ok(Engine { file, memory, compute, storage, tuning, model, tokens, time, observers, rows, wanted })
+        Ok(Engine { file, memory, compute, storage, tuning, model, tokens, time, rows, wanted })
     }
 
     /// What the model computes.
@@ -235,18 +233,6 @@ impl Engine {
         Ok(GenerationDefaults::parse(blob("generation_config.json"), blob("config.json"))?)
     }
 
-    /// Also calls `sink` with the routing of every layer from now on: layer, position of the first token, top-k, choices
-    /// `[tokens, top_k]`.
-    pub fn observe_routing(&mut self, sink: Box<RoutingObserver>) {
-        self.observers.routing.push(sink);
-    }
-
-    /// Also calls `sink` with the residual stream `[tokens, hidden]` from now on: before layer 0, and behind every layer,
-    /// with the number of layers that have run.
-    pub fn observe_hidden(&mut self, sink: Box<HiddenObserver>) {
-        self.observers.hidden.push(sink);
-    }
-
     /// Keeps what the eviction policy has learned beside the model, for the next start.
     ///
     /// # Errors
@@ -257,11 +243,6 @@ impl Engine {
             return Ok(());
         }
         counts::save(self.file.path(), self.file.superblock().model_id, &counts)
-    }
-
-    /// Shows `observer` what every quantisable matrix is multiplied with from now on, or no longer anybody.
-    pub fn observe_inputs(&mut self, observer: Option<Arc<dyn InputObserver>>) {
-        self.compute.observer = observer;
     }
 
     /// An empty sequence for as many tokens as the memory plan has room for.
@@ -279,8 +260,8 @@ impl Engine {
         tokens: &[u32],
         logits: &mut Vec<f32>,
     ) -> Result<(), RuntimeError> {
-        let span = Span { sequence, tokens, phase: Phase::Prompt, logits: Want::Last };
-        self.step(&mut [span], &mut |_, _, row| row.clone_into(logits))
+        let span = Span::prompt(sequence, tokens, Want::Last);
+        self.step(&mut [span], &mut Control::default(), &mut |_, _, row| row.clone_into(logits))
     }
 
     /// Appends a prompt, or a part of one, to the sequence; calls `sink` with the index and the logits `[vocab]` of each token,
@@ -294,8 +275,8 @@ impl Engine {
         tokens: &[u32],
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), RuntimeError> {
-        let span = Span { sequence, tokens, phase: Phase::Prompt, logits: Want::All };
-        self.step(&mut [span], &mut |_, token, row| sink(token, row))
+        let span = Span::prompt(sequence, tokens, Want::All);
+        self.step(&mut [span], &mut Control::default(), &mut |_, token, row| sink(token, row))
     }
 
     /// Appends the token that was sampled last to the sequence and writes its logits, `[vocab]`.
@@ -303,8 +284,9 @@ impl Engine {
     /// # Errors
     /// As [`Engine::step`].
     pub fn decode(&mut self, sequence: &mut Sequence, token: u32, logits: &mut Vec<f32>) -> Result<(), RuntimeError> {
-        let span = Span { sequence, tokens: &[token], phase: Phase::Decode, logits: Want::Last };
-        self.step(&mut [span], &mut |_, _, row| row.clone_into(logits))
+        self.step(&mut [Span::decode(sequence, &token)], &mut Control::default(), &mut |_, _, row| {
+            row.clone_into(logits)
+        })
     }
 
     /// Appends every span's tokens to its sequence, all of them together, layer by layer: an expert that any of them needs is
@@ -312,15 +294,15 @@ impl Engine {
     /// wanted, span by span. A sequence's logits do not depend on the other spans, to the bit.
     ///
     /// # Errors
-    /// [`RuntimeError::Model`]: no tokens, no room, an unknown id, an extent that cannot be read or is damaged. What was appended
-    /// before the failing pass stays in the sequences.
+    /// [`RuntimeError::Model`]: no tokens, no room, an unknown id, an extent that cannot be read or is damaged, or that `control`
+    /// has cancelled the step. What was appended before the failing pass stays in the sequences.
     pub fn step(
         &mut self,
         spans: &mut [Span<'_>],
+        control: &mut Control<'_>,
         sink: &mut dyn FnMut(usize, usize, &[f32]),
     ) -> Result<(), RuntimeError> {
         let started = Instant::now();
-        let Engine { file, compute, storage, model, observers, rows, wanted, .. } = self;
         if spans.is_empty() || spans.iter().any(|span| span.tokens.is_empty()) {
             return Err(ModelError::NoTokens.into());
         }
@@ -330,10 +312,29 @@ impl Engine {
                 return Err(ModelError::ContextFull { capacity, wanted }.into());
             }
         }
+        self.compute.observer = control.inputs.clone();
+        self.compute.cancel = control.cancel.cloned();
+        self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));
+        let outcome = self.passes(spans, control, sink);
+        (self.compute.observer, self.compute.cancel) = (None, None);
+        self.compute.threads.cancel_by(None);
+        self.time += started.elapsed();
+        Ok(outcome?)
+    }
+
+    /// As many passes as the spans need.
+    fn passes(
+        &mut self,
+        spans: &mut [Span<'_>],
+        control: &mut Control<'_>,
+        sink: &mut dyn FnMut(usize, usize, &[f32]),
+    ) -> Result<(), ModelError> {
+        let Engine { file, compute, storage, model, rows, wanted, .. } = self;
         let mut cursor = Cursor::default();
         while rows.take(spans, &mut cursor, self.memory.rows) {
             let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
-            model.forward(compute, &mut weights, rows, spans, observers)?;
+            model.forward(compute, &mut weights, rows, spans, control)?;
+            self.tokens += rows.len() as u64;
             wanted.clear();
             for part in rows.spans() {
                 let Span { tokens, logits, .. } = &spans[part.span];
@@ -343,9 +344,8 @@ impl Engine {
                 let (span, token) = rows.token(wanted[i]);
                 sink(span, token, logits);
             })?;
+            rows.advance(spans);
         }
-        self.tokens += spans.iter().map(|span| span.tokens.len() as u64).sum::<u64>();
-        self.time += started.elapsed();
         Ok(())
     }
 
@@ -417,3 +417,10 @@ fn name(e: &ExtentRecord) -> ExtentName {
         index: matches!(e.kind, ExtentKind::Head | ExtentKind::Embedding).then_some(e.index),
     }
 }
+
+/// A server moves its engine to a thread of its own.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Engine>();
+    is_send::<Sequence>();
+};

@@ -18,5 +18,6 @@ pub mod trace;
 
 pub use engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, Stats};
 pub use model::Sequence;
+pub use model::control::{Cancel, Control, Progress};
 pub use model::rows::{Phase, Span, Want};
 pub use sluice_kernels::KvType;

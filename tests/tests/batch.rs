@@ -1,7 +1,7 @@
 //! Many sequences in one step: each gives the bits that it gives alone.
 
 use proptest::prelude::*;
-use sluice_runtime::{Engine, EngineOptions, Phase, ReadEngineKind, Sequence, Span, Want};
+use sluice_runtime::{Control, Engine, EngineOptions, Phase, ReadEngineKind, Sequence, Span, Want};
 use sluice_tests::{Converted, Golden};
 
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
@@ -84,7 +84,9 @@ fn run(model: &Converted, case: &Case, reference: &[Vec<Vec<f32>>]) -> Result<()
             continue;
         }
         let mut seen = Vec::new();
-        engine.step(&mut spans, &mut |span, token, row| seen.push((span, token, row.to_vec()))).unwrap();
+        engine
+            .step(&mut spans, &mut Control::default(), &mut |span, token, row| seen.push((span, token, row.to_vec())))
+            .unwrap();
         let wanted = spans.iter().enumerate().flat_map(|(i, span)| {
             let count = span.tokens.len();
             let logits = span.logits;

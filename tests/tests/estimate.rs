@@ -1,8 +1,8 @@
 //! What `sluice plan` computes: hit rates are those of replays, sizes are those of hand calculations.
 
 use sluice_converter::synth::{Geometry, Layout, WeightTypes};
-use sluice_format::WeightType;
 use sluice_format::ModelFile;
+use sluice_format::WeightType;
 use sluice_runtime::KvType;
 use sluice_runtime::estimate::{Bound, CURVES, Machine, Needs, Speed, StepWork};
 use sluice_runtime::pool::policy::PolicyKind;

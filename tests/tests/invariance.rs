@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 use sluice_format::WeightType;
 use sluice_runtime::io::IoConfig;
-use sluice_runtime::pool::PolicyKind;
-use sluice_runtime::{EngineOptions, KvType, Prefetch, ReadEngineKind, RuntimeError};
+use sluice_runtime::pool::{Choice, PolicyKind};
+use sluice_runtime::{Control, EngineOptions, KvType, Prefetch, ReadEngineKind, RuntimeError, Span, Want};
 use sluice_tests::{Converted, Golden, greedy, relative_error};
 
 /// The smallest budget that works, from the error that a budget of one byte gives.
@@ -63,15 +63,15 @@ fn prefill_reads_each_expert_once() {
     assert!(memory.slots < memory.experts / 2, "the budget holds too much for this test: {memory:?}");
     let prompt: Vec<u32> = (0..200).map(|i| (i * 7919 + 13) % 1536).collect();
 
-    let touched = std::rc::Rc::new(std::cell::RefCell::new(std::collections::BTreeSet::new()));
-    let sink = touched.clone();
-    engine.observe_routing(Box::new(move |layer, _, _, choices| {
-        sink.borrow_mut().extend(choices.iter().map(|c| (layer, c.expert)));
-    }));
-    let mut logits = Vec::new();
+    let mut touched = std::collections::BTreeSet::new();
     let mut sequence = engine.new_sequence();
-    engine.forward(&mut sequence, &prompt, &mut logits).unwrap();
-    let distinct = touched.borrow().len() as u64 * memory.slot_len;
+    let mut routing = |layer: usize, _: usize, _: usize, choices: &[Choice]| {
+        touched.extend(choices.iter().map(|c| (layer, c.expert)));
+    };
+    let mut control = Control { routing: Some(&mut routing), ..Control::default() };
+    let span = Span::prompt(&mut sequence, &prompt, Want::Last);
+    engine.step(&mut [span], &mut control, &mut |_, _, _| ()).unwrap();
+    let distinct = touched.len() as u64 * memory.slot_len;
     let read = engine.stats().expert_bytes_read;
     assert!(read as f64 <= 1.05 * distinct as f64, "{read} bytes read for {distinct} bytes of distinct experts");
 }

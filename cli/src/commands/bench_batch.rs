@@ -10,7 +10,7 @@ use sluice_runtime::estimate::StepWork;
 use sluice_runtime::io::bench::median;
 use sluice_runtime::memory::Bytes;
 use sluice_runtime::model::weights::kernel_type;
-use sluice_runtime::{Engine, EngineOptions, Phase, RuntimeError, Sequence, Span, Want};
+use sluice_runtime::{Control, Engine, EngineOptions, RuntimeError, Sequence, Span};
 
 use super::bench_decode::{Args, Drive, bytes_read};
 use super::bench_kernels::{Bench, TAME};
@@ -78,14 +78,16 @@ impl Batch {
 
     /// One token of every sequence.
     fn step(&mut self) -> Result<(), RuntimeError> {
-        let streams = self.sequences.iter_mut().zip(&self.streams);
-        let mut spans: Vec<_> = streams
+        let mut spans: Vec<_> = self
+            .sequences
+            .iter_mut()
+            .zip(&self.streams)
             .map(|(sequence, stream)| {
-                let at = sequence.position();
-                Span { sequence, tokens: &stream[at..=at], phase: Phase::Decode, logits: Want::Last }
+                let token = &stream[sequence.position()];
+                Span::decode(sequence, token)
             })
             .collect();
-        self.engine.step(&mut spans, &mut |_, _, _| ())
+        self.engine.step(&mut spans, &mut Control::default(), &mut |_, _, _| ())
     }
 }
 

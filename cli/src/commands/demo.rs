@@ -218,7 +218,7 @@ fn speak(engine: &mut Engine, sink: &mut dyn FnMut(&str) -> Result<(), CliError>
         stop: &stop,
         tokenizer: Some(&tokenizer),
     };
-    generate(engine, &request, &mut |_, text| sink(text))
+    generate(engine, &request, None, &mut |_, text| sink(text))
 }
 
 /// Sets the text off from the report.

@@ -123,8 +123,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         stop: &prepared.stop,
         tokenizer: prepared.tokenizer.as_ref(),
     };
-    let recorder = args.trace.as_deref().map(|path| Recorder::start(path, &mut engine)).transpose()?;
-    let generation = stream(args, &mut engine, &request)?;
+    let mut recorder = args.trace.as_deref().map(|path| Recorder::start(path, &engine)).transpose()?;
+    let generation = stream(args, &mut engine, &request, recorder.as_mut())?;
     recorder.map(Recorder::finish).transpose()?;
     if !args.engine.forget {
         // The counts are a convenience: a folder that cannot be written is no reason to fail or to complain.
@@ -160,9 +160,14 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
 }
 
 /// Generates and shows what is wanted while it comes.
-fn stream(args: &Args, engine: &mut Engine, request: &Request<'_>) -> Result<Generation, CliError> {
+fn stream(
+    args: &Args,
+    engine: &mut Engine,
+    request: &Request<'_>,
+    recorder: Option<&mut Recorder>,
+) -> Result<Generation, CliError> {
     let mut first = true;
-    generate(engine, request, &mut |id, text| match id {
+    generate(engine, request, recorder, &mut |id, text| match id {
         _ if args.json => Ok(()),
         Some(id) if args.ids => {
             let comma = if std::mem::take(&mut first) { "" } else { "," };

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use sluice_kernels::{Activations, Kernels, Precision, ThreadPool};
 
+use super::control::Cancel;
 use super::rows::Rows;
 use super::weights::{MatrixPlace, MatrixRef, VectorRef};
 
@@ -26,6 +27,8 @@ pub struct Compute {
     pub precision: Precision,
     /// Sees the inputs of every quantisable matrix.
     pub observer: Option<Arc<dyn InputObserver>>,
+    /// Ends what is being computed.
+    pub cancel: Option<Cancel>,
 }
 
 impl fmt::Debug for Compute {
@@ -46,6 +49,11 @@ impl Compute {
         if let Some(observer) = &self.observer {
             observer.inputs(matrix.place(), index, x);
         }
+    }
+
+    /// Whether nobody wants the results of what is being computed. Loops that take long ask, and leave their results unfinished.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancel.as_ref().is_some_and(|cancel| cancel.is_cancelled())
     }
 
     /// Of `heads` heads, how many one task computes so that what they share is read once for all of them: up to `most` of the

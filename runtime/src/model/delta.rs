@@ -176,6 +176,9 @@ impl Delta {
         for span in step.rows.spans() {
             let (from, to) = caches.of_mut(span.span).state_mut().step(span.start);
             for row in span.rows() {
+                if step.compute.is_cancelled() {
+                    return;
+                }
                 let from = (row == span.first).then_some(&from.heads);
                 self.recur(step.compute, row, from, &mut to.heads, scratch);
             }

@@ -317,6 +317,9 @@ impl Routed {
                 None => break,
             }
             time += started.elapsed();
+            if compute.is_cancelled() {
+                return Err(ModelError::Cancelled);
+            }
         }
         self.sum(compute, combining, s, out);
         Ok(time)
@@ -360,6 +363,10 @@ impl Routed {
         let tally = (!expert.is_verified()).then(|| s.tally.begin(expert.bytes().len()));
         let extent = Tallied { bytes: expert.bytes(), tally };
         self.expert.forward(compute, extent, id, &s.gathered, &mut s.gated, output);
+        if compute.is_cancelled() {
+            // The checksum may be of a part of the bytes: whether they are right is not known yet.
+            return;
+        }
         let checksum = extent.tally.map(|tally| tally.checksum(&compute.kernels));
         place(id, hidden, s);
         if let Some(checksum) = checksum {
@@ -392,7 +399,7 @@ impl Routed {
         let hidden = x.cols();
         let prefix = Tallied { bytes: prefix, tally: tallied.then_some(&*tally) };
         self.expert.advance(compute, prefix, len, x, begun);
-        if !begun.is_done() {
+        if !begun.is_done() || compute.is_cancelled() {
             return;
         }
         let at = s.assignments.partition_point(|a| a.expert < id);

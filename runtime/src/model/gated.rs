@@ -309,6 +309,7 @@ mod tests {
             threads: ThreadPool::new(2),
             precision: Precision::Int8,
             observer: None,
+            cancel: None,
         }
     }
 

@@ -240,6 +240,9 @@ impl Gqa {
             let sinks = if self.sinks.is_some() { &sinks[h..h + together] } else { &[] };
             with_head_scratch(|scratch| {
                 for (r, out) in out.chunks_exact_mut(together * s.v_head_dim).enumerate() {
+                    if step.compute.is_cancelled() {
+                        return;
+                    }
                     let row = step.rows.get(r);
                     let cache = caches.of(row.span).key_value();
                     let end = row.position + 1;

@@ -283,6 +283,9 @@ impl Mla {
         let full = sized(full, heads.len() * width);
         let output = sized(output, heads.len() * rank);
         for t in 0..n {
+            if step.compute.is_cancelled() {
+                return;
+            }
             let row = step.rows.get(t);
             for (i, full) in full.chunks_exact_mut(width).enumerate() {
                 full[..rank].copy_from_slice(&product[(i * n + t) * rank..][..rank]);

@@ -4,6 +4,7 @@
 
 mod attention;
 pub mod compute;
+pub mod control;
 mod delta;
 mod embedding;
 mod experts;
@@ -28,10 +29,10 @@ use sluice_kernels::{Activations, rms_norm};
 
 use self::attention::{Attention, AttentionScratch};
 use self::compute::{Compute, Step, sized};
+use self::control::{Control, Progress};
 use self::embedding::Embedding;
 use self::ffn::{Ffn, FfnScratch, FfnStep};
 use self::foresight::NextLayer;
-use self::router::Choice;
 use self::rows::{Caches, Rows, Span};
 pub use self::sequence::Sequence;
 use self::weights::{ExtentTensors, MatrixRef, VectorRef};
@@ -74,6 +75,9 @@ pub enum ModelError {
         /// Tokens wanted.
         wanted: usize,
     },
+    /// The caller has ended the step.
+    #[error("the step was cancelled")]
+    Cancelled,
     /// No tokens.
     #[error("there are no tokens to compute: give a prompt of at least one token")]
     NoTokens,
@@ -144,24 +148,11 @@ pub struct Weights<'a> {
     pub experts: &'a mut Pool,
 }
 
+/// Tokens whose rows of the embedding are read between two looks at whether the step is to end.
+const EMBEDDED_AT_ONCE: usize = 64;
+
 /// Rows of logits computed at once: bounds the memory of a long prompt whose every logit is wanted.
 const LOGIT_ROWS: usize = 16;
-
-/// Sees the routing of every layer, span by span: layer, position of the span's first row, top-k, choices `[rows, top_k]`.
-pub type RoutingObserver = dyn FnMut(usize, usize, usize, &[Choice]);
-
-/// Sees the residual stream `[rows, hidden]`: before layer 0, and then behind every layer. Gets the number of layers that
-/// have run, and the stream.
-pub type HiddenObserver = dyn FnMut(usize, &[f32]);
-
-/// Who watches the model compute.
-#[derive(Default)]
-pub struct Observers {
-    /// Of the routing.
-    pub routing: Vec<Box<RoutingObserver>>,
-    /// Of the residual stream.
-    pub hidden: Vec<Box<HiddenObserver>>,
-}
 
 /// The extents of a file that every token needs, in the order in which a token needs them. The position in this list is
 /// the handle.
@@ -255,10 +246,11 @@ impl Model {
         self.embedding.bytes_read()
     }
 
-    /// Runs all layers over `rows` of `spans`; then [`Model::logits`] can be asked for. On an error the sequences are as before.
+    /// Runs all layers over `rows` of `spans`; then [`Model::logits`] can be asked for. The sequences do not count the rows yet: that
+    /// is [`Rows::advance`].
     ///
     /// # Errors
-    /// [`ModelError`]: an unknown id, an unreadable or damaged extent.
+    /// [`ModelError`]: an unknown id, an unreadable or damaged extent, or that `control` has cancelled it.
     ///
     /// # Panics
     /// If a sequence is another model's, or has no room for its rows.
@@ -268,29 +260,44 @@ impl Model {
         weights: &mut Weights<'_>,
         rows: &Rows,
         spans: &mut [Span<'_>],
-        observers: &mut Observers,
+        control: &mut Control<'_>,
     ) -> Result<(), ModelError> {
         let hidden = self.spec.hidden_size;
         let len = rows.len() * hidden;
         let x = sized(&mut self.scratch.x, len);
         for part in rows.spans() {
-            let tokens = &spans[part.span].tokens[part.token..][..part.count];
-            self.embedding.rows(weights.file, tokens, &mut x[part.first * hidden..][..part.count * hidden])?;
+            let tokens = spans[part.span].tokens[part.token..][..part.count].chunks(EMBEDDED_AT_ONCE);
+            let x = x[part.first * hidden..].chunks_mut(EMBEDDED_AT_ONCE * hidden);
+            for (tokens, x) in tokens.zip(x) {
+                control.check()?;
+                self.embedding.rows(weights.file, tokens, &mut x[..tokens.len() * hidden])?;
+            }
         }
-        observers.hidden.iter_mut().for_each(|sink| sink(0, &self.scratch.x[..len]));
+        self.watch(0, rows, control);
         for layer in 0..self.layers.len() {
             self.layer(compute, weights, rows, Caches::new(spans, layer), layer)?;
-            if let Some(moe) = &self.spec.layers[layer].ffn.moe {
-                let choices = self.scratch.ffn.choices();
-                for part in rows.spans() {
-                    let choices = &choices[part.first * moe.top_k..][..part.count * moe.top_k];
-                    observers.routing.iter_mut().for_each(|sink| sink(layer, part.start, moe.top_k, choices));
-                }
-            }
-            observers.hidden.iter_mut().for_each(|sink| sink(layer + 1, &self.scratch.x[..len]));
+            control.check()?;
+            self.watch(layer + 1, rows, control);
         }
-        rows.spans().iter().for_each(|part| spans[part.span].sequence.advance(part.count));
         Ok(())
+    }
+
+    /// Shows the observers what is there after so many layers.
+    fn watch(&self, layers: usize, rows: &Rows, control: &mut Control<'_>) {
+        let layer = layers.checked_sub(1);
+        let moe = layer.and_then(|layer| self.spec.layers[layer].ffn.moe.as_ref());
+        if let (Some(layer), Some(moe), Some(sink)) = (layer, moe, &mut control.routing) {
+            let choices = self.scratch.ffn.choices();
+            for part in rows.spans() {
+                sink(layer, part.start, moe.top_k, &choices[part.first * moe.top_k..][..part.count * moe.top_k]);
+            }
+        }
+        if let Some(sink) = &mut control.hidden {
+            sink(layers, &self.scratch.x[..rows.len() * self.spec.hidden_size]);
+        }
+        if let (Some(_), Some(sink)) = (layer, &mut control.progress) {
+            sink(Progress { layers, ..rows.progress() });
+        }
     }
 
     fn layer(
@@ -388,6 +395,9 @@ impl Model {
                 row += matrix.rows();
             }
             self.times.head += started.elapsed();
+            if compute.is_cancelled() {
+                return Err(ModelError::Cancelled);
+            }
             logits.chunks_exact(vocab).enumerate().for_each(|(i, row)| sink(block * LOGIT_ROWS + i, row));
             started = Instant::now();
         }

@@ -4,6 +4,7 @@
 //! and ask a row for its sequence and position, or the pass for what it is. Nothing is inferred from how many rows there are.
 
 use super::attention::LayerCache;
+use super::control::Progress;
 use super::sequence::Sequence;
 
 /// What the tokens of a span are to their sequence.
@@ -54,6 +55,18 @@ pub struct Span<'a> {
     pub logits: Want,
 }
 
+impl<'a> Span<'a> {
+    /// The next tokens of a prompt.
+    pub fn prompt(sequence: &'a mut Sequence, tokens: &'a [u32], logits: Want) -> Self {
+        Span { sequence, tokens, phase: Phase::Prompt, logits }
+    }
+
+    /// The token that was sampled last; the logits behind it are wanted.
+    pub fn decode(sequence: &'a mut Sequence, token: &'a u32) -> Self {
+        Span { sequence, tokens: std::slice::from_ref(token), phase: Phase::Decode, logits: Want::Last }
+    }
+}
+
 /// One row of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
@@ -92,6 +105,10 @@ impl SpanRows {
 pub struct Rows {
     rows: Vec<Row>,
     spans: Vec<SpanRows>,
+    /// Rows of the step that earlier passes have taken.
+    before: usize,
+    /// Rows of the step.
+    total: usize,
 }
 
 /// The first token of a step that no pass has taken.
@@ -99,12 +116,16 @@ pub struct Rows {
 pub struct Cursor {
     span: usize,
     token: usize,
+    /// Tokens before it.
+    taken: usize,
 }
 
 impl Rows {
     /// Takes the next tokens of `spans` from `cursor` on, `most` rows at most, and moves the cursor behind them. False when
     /// there are none left.
     pub fn take(&mut self, spans: &[Span<'_>], cursor: &mut Cursor, most: usize) -> bool {
+        self.total = spans.iter().map(|span| span.tokens.len()).sum();
+        self.before = cursor.taken;
         self.rows.clear();
         self.spans.clear();
         while let Some(span) = spans.get(cursor.span) {
@@ -120,14 +141,25 @@ impl Rows {
                 cursor.token += count;
                 break;
             }
-            *cursor = Cursor { span: cursor.span + 1, token: 0 };
+            (cursor.span, cursor.token) = (cursor.span + 1, 0);
         }
+        cursor.taken += self.rows.len();
         !self.rows.is_empty()
     }
 
     /// Rows of the pass.
     pub fn len(&self) -> usize {
         self.rows.len()
+    }
+
+    /// The sequences have seen these rows.
+    pub fn advance(&self, spans: &mut [Span<'_>]) {
+        self.spans.iter().for_each(|part| spans[part.span].sequence.advance(part.count));
+    }
+
+    /// How far the step is before the pass has gone through a layer.
+    pub fn progress(&self) -> Progress {
+        Progress { layers: 0, rows: self.rows.len(), rows_before: self.before, rows_total: self.total }
     }
 
     /// Whether the pass has no rows, as before the first one.
@@ -220,8 +252,8 @@ mod tests {
                             .all(|(i, row)| { rows.get(row) == Row { span: part.span, position: part.start + i } })
                     );
                     seen.extend((part.token..part.token + part.count).map(|token| (part.span, token)));
-                    spans[part.span].sequence.advance(part.count);
                 }
+                rows.advance(&mut spans);
             }
             let all = counts.iter().enumerate().flat_map(|(span, &n)| (0..n).map(move |token| (span, token)));
             assert_eq!(seen, all.collect::<Vec<_>>(), "{most} rows at a time");
