@@ -71,7 +71,7 @@ pub(crate) enum EngineChoice {
 }
 
 impl EngineArgs {
-    /// Opens the model for sessions of `context` tokens. Reads all dense weights: seconds, for a large model.
+    /// Opens the model for a sequence of `context` tokens. Reads all dense weights: seconds, for a large model.
     pub(crate) fn open(&self, path: &Path, context: usize) -> Result<Engine, CliError> {
         let spinner = spinner("opening the model");
         let engine = Engine::open(path, &self.options(context));
@@ -99,7 +99,7 @@ impl EngineArgs {
         }
     }
 
-    /// What the arguments say, for sessions of `context` tokens.
+    /// What the arguments say, for a sequence of `context` tokens.
     pub(crate) fn options(&self, context: usize) -> EngineOptions {
         EngineOptions {
             policy: self.policy,
@@ -114,6 +114,7 @@ impl EngineArgs {
             no_calibration: self.no_calibration,
             threads: self.threads.map(NonZeroUsize::get),
             exact: self.exact,
+            sequences: None,
             context: Some(context),
             kv_type: self.kv_type,
         }

@@ -3,12 +3,14 @@
 use std::time::Instant;
 
 use serde::Serialize;
-use sluice_runtime::Engine;
+use sluice_runtime::model::router::Choice;
 use sluice_runtime::sampler::{Sampler, SamplerConfig};
 use sluice_runtime::text::{Detokenizer, Emit, Special, StopCondition, StopMatcher, Tokenizer};
+use sluice_runtime::{Control, Engine, Phase, Progress, Span, Want};
 
 use crate::error::CliError;
-use crate::profile::Phase;
+use crate::profile;
+use crate::recorder::Recorder;
 use crate::terminal::step_bar;
 
 /// What to generate.
@@ -50,29 +52,28 @@ pub(crate) struct Generation {
     /// Their text, without stop string, and without end token unless special tokens are shown; `None` without a tokenizer.
     pub(crate) text: Option<String>,
     pub(crate) finish: Finish,
-    pub(crate) prefill: Phase,
-    pub(crate) decode: Phase,
+    pub(crate) prefill: profile::Phase,
+    pub(crate) decode: profile::Phase,
 }
 
 /// Sees every token, and the text that became certain with it.
 pub(crate) type TokenSink<'a> = dyn FnMut(Option<u32>, &str) -> Result<(), CliError> + 'a;
 
 /// Generates; calls `sink` with every token and the text that became certain with it (often empty, and at the end without
-/// a token).
+/// a token). `recorder` sees the routing.
 pub(crate) fn generate(
     engine: &mut Engine,
     request: &Request<'_>,
+    mut recorder: Option<&mut Recorder>,
     sink: &mut TokenSink<'_>,
 ) -> Result<Generation, CliError> {
     let mut sampler = Sampler::new(request.sampling)?;
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let mut logits = Vec::new();
     let before = (Instant::now(), engine.stats());
-    let bar = watch_prefill(engine, request.prompt.len());
-    let outcome = engine.forward(&mut session, request.prompt, &mut logits);
-    bar.finish_and_clear();
-    outcome?;
-    let prefill = Phase::since(&before, engine);
+    let prompt = Span::prompt(&mut sequence, request.prompt, Want::Last);
+    step(engine, prompt, recorder.as_deref_mut(), &mut logits)?;
+    let prefill = profile::Phase::since(&before, engine);
 
     let before = (Instant::now(), engine.stats());
     let mut stream = TextStream::new(request);
@@ -83,10 +84,10 @@ pub(crate) fn generate(
         }
         // The first token's logits come from the prompt.
         if let Some(&last) = history.get(request.prompt.len()..).and_then(<[u32]>::last) {
-            if session.position() == session.capacity() {
+            if sequence.position() == sequence.capacity() {
                 break Finish::Context;
             }
-            engine.forward(&mut session, &[last], &mut logits)?;
+            step(engine, Span::decode(&mut sequence, &last), recorder.as_deref_mut(), &mut logits)?;
         }
         let id = sampler.sample(&logits, &history)?;
         history.push(id);
@@ -103,7 +104,7 @@ pub(crate) fn generate(
         }
     };
     let stopped = stream.finish(&mut |text| sink(None, text))?;
-    let decode = Phase::since(&before, engine);
+    let decode = profile::Phase::since(&before, engine);
     Ok(Generation {
         ids: history.split_off(request.prompt.len()),
         text: request.tokenizer.map(|_| stream.text),
@@ -113,17 +114,29 @@ pub(crate) fn generate(
     })
 }
 
-/// A bar that follows the prompt through the layers: minutes, for a large model.
-fn watch_prefill(engine: &mut Engine, tokens: usize) -> indicatif::ProgressBar {
-    let layers = engine.spec().layers.iter().filter(|l| l.ffn.moe.is_some()).count();
-    let bar = step_bar(format!("reading {tokens} tokens"), (tokens * layers) as u64);
-    let watched = bar.clone();
-    engine.observe_routing(Box::new(move |_, _, top_k, choices| {
-        if !watched.is_finished() {
-            watched.inc((choices.len() / top_k.max(1)) as u64);
+/// Appends the span and writes the logits of its last token. A bar follows a prompt through the layers: minutes, for a large model.
+fn step(
+    engine: &mut Engine,
+    span: Span<'_>,
+    recorder: Option<&mut Recorder>,
+    logits: &mut Vec<f32>,
+) -> Result<(), CliError> {
+    let (tokens, layers) = (span.tokens.len(), engine.spec().layers.len());
+    let bar = match span.phase {
+        Phase::Prompt => step_bar(format!("reading {tokens} tokens"), (tokens * layers) as u64),
+        Phase::Decode | Phase::Draft => indicatif::ProgressBar::hidden(),
+    };
+    let mut progress = |p: Progress| bar.set_position((p.rows_before * layers + p.rows * p.layers) as u64);
+    let mut recorder = recorder;
+    let mut routing = |layer: usize, position: usize, top_k: usize, choices: &[Choice]| {
+        if let Some(recorder) = &mut recorder {
+            recorder.record(layer, position, top_k, choices);
         }
-    }));
-    bar
+    };
+    let mut control = Control { progress: Some(&mut progress), routing: Some(&mut routing), ..Control::default() };
+    let outcome = engine.step(&mut [span], &mut control, &mut |_, _, row| row.clone_into(logits));
+    bar.finish_and_clear();
+    Ok(outcome?)
 }
 
 /// Tokens to text, up to a stop string.

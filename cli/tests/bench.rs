@@ -120,6 +120,31 @@ fn a_comparison_takes_no_options_that_it_would_ignore() {
 }
 
 #[test]
+fn sequences_that_decode_together_are_measured_beside_their_bounds() {
+    let args = ["bench", "decode", demo_model(), "--sequences", "3", "-n", "4", "--warm-up", "2"];
+    let report = json(&sluice(&[&args[..], &["--json", "--budgets", "4MiB,16MiB"]].concat()));
+    let runs = report.as_array().unwrap();
+    assert_eq!(runs.len(), 2);
+    for run in runs {
+        let number = |name: &str| run[name].as_f64().unwrap();
+        let bounds = ["drive", "memory", "arithmetic"].map(|name| run["bounds"][name].as_f64().unwrap());
+        assert_eq!((&run["sequences"], &run["steps"]), (&json!(3), &json!(4)));
+        // Five layers with 4 of 32 experts: of three tokens at most 12 different ones, and of one at least 4.
+        assert!((20.0..=60.0).contains(&number("union_of_experts")), "{run}");
+        let largest = bounds.into_iter().fold(0.0, f64::max);
+        let ratio = number("milliseconds_per_step") / largest;
+        assert!((number("time_over_bound") / ratio - 1.0).abs() < 1e-9, "{run}");
+    }
+    // With everything in memory, a step reads little but rows of the embedding.
+    assert!(runs[1]["bytes_per_step"].as_f64() <= runs[0]["bytes_per_step"].as_f64());
+    let text = stdout(&sluice(&args));
+    for word in ["3 sequences", "tokens/s in all", "different experts", "bounds of a step", "GOP/s"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    assert_fails(&sluice(&[&args[..], &["--compare", "prefetch"]].concat()), 2, &["--compare", "--sequences"]);
+}
+
+#[test]
 fn run_uses_a_calibration_and_survives_a_broken_one() {
     let cache = tempfile::tempdir().unwrap();
     let run = |extra: &[&str]| {

@@ -87,6 +87,12 @@ pub(crate) fn next_tensor_offset(end: u64) -> Option<u64> {
 }
 
 impl TensorRecord {
+    /// Numbers in the tensor, those of both matrices of a pair.
+    pub fn weights(&self) -> u64 {
+        let pair = if self.layout == Layout::TiledPair { 2 } else { 1 };
+        self.shape.iter().fold(pair, |product, &size| product.saturating_mul(size))
+    }
+
     /// Bytes that shape, type and layout imply; `None` on overflow or for a type that the layout cannot hold.
     pub fn expected_len(&self) -> Option<u64> {
         let [batch, rows, cols] = self.shape.map(|d| usize::try_from(d).ok());

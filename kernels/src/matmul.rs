@@ -10,6 +10,7 @@ use crate::matrix::{Matrix, ROW_GROUP, Watch};
 use crate::par_slice::SharedRows;
 use crate::threads::ThreadPool;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 /// The most tokens of a tile; how many a kernel takes it says itself.
 pub(crate) const TILE_TOKENS: usize = 16;
@@ -112,11 +113,13 @@ impl Kernels {
         let pairs = w.groups().div_ceil(2);
         let work = w.group_bytes().saturating_mul(w.groups()).saturating_mul(x.n());
         let tasks = (work / TASK_BYTES_MIN).clamp(1, pool.threads() * TASKS_PER_THREAD).min(pairs.max(1));
+        let cancel = pool.cancel_flag();
+        let cancelled = || cancel.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed));
         let run = |task| {
             let range = task * pairs / tasks..(task + 1) * pairs / tasks;
             match w.watch() {
-                None => self.tiles_of(w, x, range, write),
-                Some(watch) => self.watched_tiles_of(w, x, range, write, watch),
+                None => self.tiles_of(w, x, range, write, &cancelled),
+                Some(watch) => self.watched_tiles_of(w, x, range, write, &cancelled, watch),
             }
         };
         // Memory limits the product with one token, computing that with several.
@@ -130,24 +133,36 @@ impl Kernels {
         x: &Activations,
         pairs: Range<usize>,
         write: &dyn Fn(TileShape, &Tile),
+        cancelled: &dyn Fn() -> bool,
         watch: &dyn Watch,
     ) {
         let group = w.group_bytes();
         let step = (WATCHED_BYTES / (2 * group).max(1)).max(1);
         for first in pairs.clone().step_by(step) {
             let end = (first + step).min(pairs.end);
-            self.tiles_of(w, x, first..end, write);
+            self.tiles_of(w, x, first..end, write, cancelled);
             watch.seen(2 * first * group..(2 * end).min(w.groups()) * group);
         }
     }
 
-    fn tiles_of(&self, w: &Matrix<'_>, x: &Activations, pairs: Range<usize>, write: &dyn Fn(TileShape, &Tile)) {
+    fn tiles_of(
+        &self,
+        w: &Matrix<'_>,
+        x: &Activations,
+        pairs: Range<usize>,
+        write: &dyn Fn(TileShape, &Tile),
+        cancelled: &dyn Fn() -> bool,
+    ) {
         let int8 = x.quantised() && w.ty().is_blocked();
         let tile_tokens = self.tile_tokens();
         let mut tile = [[0.0; 2 * ROW_GROUP]; TILE_TOKENS];
         for panel in (0..x.n()).step_by(TOKEN_PANEL) {
             let panel_end = (panel + TOKEN_PANEL).min(x.n());
             for pair in pairs.clone() {
+                // A panel times two row groups is a millisecond at most.
+                if cancelled() {
+                    return;
+                }
                 let groups = (w.groups() - 2 * pair).min(2);
                 for token in (panel..panel_end).step_by(tile_tokens) {
                     let tokens = (panel_end - token).min(tile_tokens);

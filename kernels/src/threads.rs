@@ -58,6 +58,8 @@ pub struct ThreadPool {
     caller: Mutex<()>,
     /// While it is set, [`run_sparing`](ThreadPool::run_sparing) leaves a core to others.
     busy: Option<Arc<AtomicBool>>,
+    /// Once it is set, nobody wants the results of what is running.
+    cancel: Mutex<Option<Arc<AtomicBool>>>,
 }
 
 /// A poisoned lock is as good as any here: the data behind it are valid at every instant.
@@ -88,7 +90,7 @@ impl ThreadPool {
                 std::thread::Builder::new().name(format!("kernels-{i}")).spawn(move || shared.work()).ok()
             })
             .collect();
-        ThreadPool { shared, workers, caller: Mutex::new(()), busy: None }
+        ThreadPool { shared, workers, caller: Mutex::new(()), busy: None, cancel: Mutex::new(None) }
     }
 
     /// The same pool, whose [`run_sparing`](Self::run_sparing) leaves one thread out while `busy` is set.
@@ -96,6 +98,17 @@ impl ThreadPool {
     pub fn sparing_while(mut self, busy: Arc<AtomicBool>) -> Self {
         self.busy = Some(busy);
         self
+    }
+
+    /// From now on, once `flag` is set, products on this pool end early and leave their outputs unfinished. Whoever sets it
+    /// must throw them away.
+    pub fn cancel_by(&self, flag: Option<Arc<AtomicBool>>) {
+        *lock(&self.cancel) = flag;
+    }
+
+    /// What says whether results are still wanted.
+    pub fn cancel_flag(&self) -> Option<Arc<AtomicBool>> {
+        lock(&self.cancel).clone()
     }
 
     /// Threads that work on a job, the caller included.

@@ -36,14 +36,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     let vocab = engine.spec().vocab_size;
     let prompt = prompt(prefill, vocab);
     let mut logits = Vec::new();
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     for round in 0..=rounds {
-        session.clear();
+        sequence.clear();
         let (started, before) = (Instant::now(), engine.stats());
-        engine.forward(&mut session, &prompt, &mut logits)?;
+        engine.forward(&mut sequence, &prompt, &mut logits)?;
         let (prefilled, between) = (Instant::now(), engine.stats());
         for i in 0..decode {
-            engine.forward(&mut session, &[((i * 104_729 + 7) % vocab) as u32], &mut logits)?;
+            engine.decode(&mut sequence, ((i * 104_729 + 7) % vocab) as u32, &mut logits)?;
         }
         let (decoded, after) = (prefilled.elapsed().as_secs_f64(), engine.stats());
         if round > 0 {

@@ -1,4 +1,4 @@
-//! The opened model: file, pool, layers, kernels; and the sessions that generate with it.
+//! The opened model: file, pool, layers, kernels; and the steps that sequences take with it.
 
 use std::io;
 use std::path::Path;
@@ -13,11 +13,11 @@ use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
 use crate::counts;
 use crate::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
-use crate::memory::{BudgetError, MemoryPlan};
-use crate::model::compute::{Compute, InputObserver};
-use crate::model::{
-    HiddenObserver, KvCache, LayerTimes, Model, ModelError, Observers, RoutingObserver, Weights, dense_extents,
-};
+use crate::memory::{BudgetError, Demand, MemoryPlan};
+use crate::model::compute::Compute;
+use crate::model::control::{Cancel, Control};
+use crate::model::rows::{Cursor, Rows, Span, Want};
+use crate::model::{LayerTimes, Model, ModelError, Sequence, Weights, dense_extents};
 use crate::pool::{
     DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, PolicyKind, PoolError, Storage, StorageConfig,
 };
@@ -44,7 +44,9 @@ pub struct EngineOptions {
     pub prefetch: Prefetch,
     /// Whether to begin without what earlier runs have learned about this model's experts.
     pub forget: bool,
-    /// Tokens that a session can hold; `None`: 4096, or the model's own maximum if that is less.
+    /// Sequences that there is to be room for; `None`: one.
+    pub sequences: Option<usize>,
+    /// Tokens that a sequence can hold; `None`: 4096, or the model's own maximum if that is less.
     pub context: Option<usize>,
     /// How keys and values are kept; anything but f32 changes results.
     pub kv_type: KvType,
@@ -131,35 +133,9 @@ pub struct Engine {
     model: Model,
     tokens: u64,
     time: Duration,
-    observers: Observers,
-}
-
-/// One generation: the tokens so far and what the layers remember of them.
-#[derive(Clone, Debug)]
-pub struct Session {
-    cache: KvCache,
-}
-
-impl Session {
-    /// Tokens seen so far.
-    pub fn position(&self) -> usize {
-        self.cache.position()
-    }
-
-    /// Tokens that fit.
-    pub fn capacity(&self) -> usize {
-        self.cache.capacity()
-    }
-
-    /// Bytes of keys, values and states.
-    pub fn bytes(&self) -> u64 {
-        self.cache.bytes()
-    }
-
-    /// Forgets all tokens.
-    pub fn clear(&mut self) {
-        self.cache.clear();
-    }
+    /// Rows of the current pass, and those whose logits are wanted.
+    rows: Rows,
+    wanted: Vec<usize>,
 }
 
 impl Engine {
@@ -170,14 +146,16 @@ impl Engine {
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Self, RuntimeError> {
         let file = ModelFile::open(path)?;
         let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
-        let memory = MemoryPlan::new(&file, options.budget, context, options.kv_type)?;
+        let sequences = options.sequences.unwrap_or(1).max(1);
+        let demand = Demand { sequences, context, kv_type: options.kv_type };
+        let memory = MemoryPlan::new(&file, options.budget, demand)?;
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
         let tuning = Tuning::choose(file.path(), options.io.as_ref(), options.read_engine, store.as_ref());
         let mut storage = open_storage(&file, &memory, options.policy, &tuning)?;
         let precision = if options.exact { Precision::Exact } else { Precision::Int8 };
         let threads = compute_threads(options.threads, storage.io.reading());
-        let compute = Compute { kernels, threads, precision, observer: None };
+        let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
         if !options.forget
             && let Some(counts) = counts::load(path, file.state_id())
         {
@@ -185,9 +163,10 @@ impl Engine {
             let _ = storage.pool.policy_mut().import(&counts);
         }
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
-        let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto)?;
-        let (tokens, time, observers) = (0, Duration::ZERO, Observers::default());
-        Ok(Engine { file, memory, compute, storage, tuning, model, tokens, time, observers })
+        let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto, memory.kept_outputs)?;
+        let (tokens, time) = (0, Duration::ZERO);
+        let (rows, wanted) = (Rows::default(), Vec::new());
+        Ok(Engine { file, memory, compute, storage, tuning, model, tokens, time, rows, wanted })
     }
 
     /// What the model computes.
@@ -254,18 +233,6 @@ impl Engine {
         Ok(GenerationDefaults::parse(blob("generation_config.json"), blob("config.json"))?)
     }
 
-    /// Also calls `sink` with the routing of every layer from now on: layer, position of the first token, top-k, choices
-    /// `[tokens, top_k]`.
-    pub fn observe_routing(&mut self, sink: Box<RoutingObserver>) {
-        self.observers.routing.push(sink);
-    }
-
-    /// Also calls `sink` with the residual stream `[tokens, hidden]` from now on: before layer 0, and behind every layer,
-    /// with the number of layers that have run.
-    pub fn observe_hidden(&mut self, sink: Box<HiddenObserver>) {
-        self.observers.hidden.push(sink);
-    }
-
     /// Keeps what the eviction policy has learned beside the model, for the next start.
     ///
     /// # Errors
@@ -278,74 +245,107 @@ impl Engine {
         counts::save(self.file.path(), self.file.state_id(), &counts)
     }
 
-    /// Shows `observer` what every quantisable matrix is multiplied with from now on, or no longer anybody.
-    pub fn observe_inputs(&mut self, observer: Option<Arc<dyn InputObserver>>) {
-        self.compute.observer = observer;
+    /// An empty sequence for as many tokens as the memory plan has room for.
+    pub fn new_sequence(&self) -> Sequence {
+        Sequence::new(self.model.spec(), self.memory.context, self.memory.kv_type)
     }
 
-    /// An empty session for as many tokens as the memory plan has room for.
-    pub fn new_session(&self) -> Session {
-        Session { cache: KvCache::new(self.model.spec(), self.memory.context, self.memory.kv_type) }
-    }
-
-    /// Appends `tokens` to the session and writes the logits of the last one, `[vocab]`.
+    /// Appends a prompt, or a part of one, to the sequence and writes the logits of its last token, `[vocab]`.
     ///
     /// # Errors
-    /// [`RuntimeError::Model`]. Tokens of chunks before the failing one stay in the session.
+    /// As [`Engine::step`].
     pub fn forward(
         &mut self,
-        session: &mut Session,
+        sequence: &mut Sequence,
         tokens: &[u32],
         logits: &mut Vec<f32>,
     ) -> Result<(), RuntimeError> {
-        let last = tokens.len().saturating_sub(1);
-        self.run(session, tokens, last, &mut |_, row| {
-            logits.clear();
-            logits.extend_from_slice(row);
+        let span = Span::prompt(sequence, tokens, Want::Last);
+        self.step(&mut [span], &mut Control::default(), &mut |_, _, row| row.clone_into(logits))
+    }
+
+    /// Appends a prompt, or a part of one, to the sequence; calls `sink` with the index and the logits `[vocab]` of each token,
+    /// in order.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn forward_all(
+        &mut self,
+        sequence: &mut Sequence,
+        tokens: &[u32],
+        sink: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), RuntimeError> {
+        let span = Span::prompt(sequence, tokens, Want::All);
+        self.step(&mut [span], &mut Control::default(), &mut |_, token, row| sink(token, row))
+    }
+
+    /// Appends the token that was sampled last to the sequence and writes its logits, `[vocab]`.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn decode(&mut self, sequence: &mut Sequence, token: u32, logits: &mut Vec<f32>) -> Result<(), RuntimeError> {
+        self.step(&mut [Span::decode(sequence, &token)], &mut Control::default(), &mut |_, _, row| {
+            row.clone_into(logits)
         })
     }
 
-    /// Appends `tokens` to the session; calls `sink` with the index and the logits `[vocab]` of each, in order.
+    /// Appends every span's tokens to its sequence, all of them together, layer by layer: an expert that any of them needs is
+    /// read once for as many as memory has rows for. Calls `sink` with span, token and logits `[vocab]` of those that are
+    /// wanted, span by span. A sequence's logits do not depend on the other spans, to the bit.
     ///
     /// # Errors
-    /// As [`Engine::forward`].
-    pub fn forward_all(
+    /// [`RuntimeError::Model`]: no tokens, no room, an unknown id, an extent that cannot be read or is damaged, or that `control`
+    /// has cancelled the step. What was appended before the failing pass stays in the sequences.
+    pub fn step(
         &mut self,
-        session: &mut Session,
-        tokens: &[u32],
-        sink: &mut dyn FnMut(usize, &[f32]),
-    ) -> Result<(), RuntimeError> {
-        self.run(session, tokens, 0, sink)
-    }
-
-    /// Chunk by chunk; logits are wanted from token `first_logit` on.
-    fn run(
-        &mut self,
-        session: &mut Session,
-        tokens: &[u32],
-        first_logit: usize,
-        sink: &mut dyn FnMut(usize, &[f32]),
+        spans: &mut [Span<'_>],
+        control: &mut Control<'_>,
+        sink: &mut dyn FnMut(usize, usize, &[f32]),
     ) -> Result<(), RuntimeError> {
         let started = Instant::now();
-        let Engine { file, compute, storage, model, observers, .. } = self;
-        if tokens.is_empty() {
+        if spans.is_empty() || spans.iter().any(|span| span.tokens.is_empty()) {
             return Err(ModelError::NoTokens.into());
         }
-        let wanted = session.position() + tokens.len();
-        if wanted > session.capacity() {
-            return Err(ModelError::ContextFull { capacity: session.capacity(), wanted }.into());
-        }
-        for (i, chunk) in tokens.chunks(self.memory.chunk).enumerate() {
-            let base = i * self.memory.chunk;
-            let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
-            model.forward(compute, &mut weights, &mut session.cache, chunk, observers)?;
-            let first = first_logit.saturating_sub(base);
-            if first < chunk.len() {
-                model.logits(compute, &storage.dense, first..chunk.len(), &mut |t, row| sink(base + t, row))?;
+        for span in &*spans {
+            let (capacity, wanted) = (span.sequence.capacity(), span.sequence.position() + span.tokens.len());
+            if wanted > capacity {
+                return Err(ModelError::ContextFull { capacity, wanted }.into());
             }
         }
-        self.tokens += tokens.len() as u64;
+        self.compute.observer = control.inputs.clone();
+        self.compute.cancel = control.cancel.cloned();
+        self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));
+        let outcome = self.passes(spans, control, sink);
+        (self.compute.observer, self.compute.cancel) = (None, None);
+        self.compute.threads.cancel_by(None);
         self.time += started.elapsed();
+        Ok(outcome?)
+    }
+
+    /// As many passes as the spans need.
+    fn passes(
+        &mut self,
+        spans: &mut [Span<'_>],
+        control: &mut Control<'_>,
+        sink: &mut dyn FnMut(usize, usize, &[f32]),
+    ) -> Result<(), ModelError> {
+        let Engine { file, compute, storage, model, rows, wanted, .. } = self;
+        let mut cursor = Cursor::default();
+        while rows.take(spans, &mut cursor, self.memory.rows) {
+            let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
+            model.forward(compute, &mut weights, rows, spans, control)?;
+            self.tokens += rows.len() as u64;
+            wanted.clear();
+            for part in rows.spans() {
+                let Span { tokens, logits, .. } = &spans[part.span];
+                wanted.extend(part.rows().filter(|row| logits.includes(part.token + row - part.first, tokens.len())));
+            }
+            model.logits(compute, &storage.dense, wanted, &mut |i, logits| {
+                let (span, token) = rows.token(wanted[i]);
+                sink(span, token, logits);
+            })?;
+            rows.advance(spans);
+        }
         Ok(())
     }
 
@@ -417,3 +417,10 @@ fn name(e: &ExtentRecord) -> ExtentName {
         index: matches!(e.kind, ExtentKind::Head | ExtentKind::Embedding).then_some(e.index),
     }
 }
+
+/// A server moves its engine to a thread of its own.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Engine>();
+    is_send::<Sequence>();
+};

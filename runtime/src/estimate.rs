@@ -5,10 +5,10 @@
 //! leaves out is computation itself, which on small machines and with small types can be slower than both.
 
 use serde::Serialize;
-use sluice_format::{ExtentKind, ExtentRecord, ModelSpec};
+use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec, TensorRecord};
 use sluice_kernels::KvType;
 
-use crate::memory::{BudgetError, MemoryPlan};
+use crate::memory::{BudgetError, Demand, MemoryPlan};
 
 /// What a machine offers.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -150,8 +150,9 @@ pub struct Speed {
 impl Needs {
     /// What a model of these extents needs for `context` tokens, with keys and values of type `kv_type`.
     pub fn of(spec: &ModelSpec, extents: &[ExtentRecord], context: usize, kv_type: KvType) -> Self {
-        let least = MemoryPlan::of_extents(spec, extents, Some(0), context, kv_type, u64::MAX / 2);
-        let best = MemoryPlan::of_extents(spec, extents, None, context, kv_type, u64::MAX / 2);
+        let demand = Demand::one(context, kv_type);
+        let least = MemoryPlan::of_extents(spec, extents, Some(0), demand, u64::MAX / 2);
+        let best = MemoryPlan::of_extents(spec, extents, None, demand, u64::MAX / 2);
         let bytes_of = |wanted: &dyn Fn(ExtentKind) -> bool| -> u64 {
             extents.iter().filter(|e| wanted(e.kind)).map(|e| e.stored_len).sum()
         };
@@ -172,6 +173,39 @@ impl Needs {
     }
 }
 
+/// What a step that decodes one token of each of several sequences moves and computes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct StepWork {
+    /// Bytes of dense parts, distinct experts, keys and values that it reads from memory.
+    pub touched_bytes: f64,
+    /// Multiplications and additions with weights.
+    pub operations: f64,
+}
+
+impl StepWork {
+    /// The work of `sequences` rows at a mean `position`, which use `experts` distinct experts, summed over the layers.
+    ///
+    /// Every row meets every dense weight, and top-k experts in each layer that has some; whatever is read is read once for all
+    /// rows, but for keys and values, which are a row's own.
+    pub fn of(file: &ModelFile, sequences: usize, experts: f64, position: f64, kv_type: KvType) -> Self {
+        let weights = |kind: ExtentKind, layer: Option<usize>| -> f64 {
+            let of_kind = |t: &&TensorRecord| t.kind == kind && layer.is_none_or(|layer| t.layer as usize == layer);
+            file.tensors().iter().filter(of_kind).map(TensorRecord::weights).sum::<u64>() as f64
+        };
+        let dense_kinds = [ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense, ExtentKind::Head];
+        let dense: f64 = dense_kinds.iter().map(|&kind| weights(kind, None)).sum();
+        let layers = file.spec().layers.iter().enumerate();
+        let routed = layers.filter_map(|(layer, l)| Some((layer, l.ffn.moe.as_ref()?.top_k)));
+        let chosen: f64 = routed.map(|(layer, top_k)| top_k as f64 * weights(ExtentKind::Expert, Some(layer))).sum();
+        let needs = Needs::of(file.spec(), file.extents(), 1, kv_type);
+        let keys = sequences as f64 * position * needs.kv_cache_bytes as f64;
+        StepWork {
+            touched_bytes: needs.dense_bytes as f64 + experts * needs.expert_bytes as f64 + keys,
+            operations: 2.0 * sequences as f64 * (dense + chosen),
+        }
+    }
+}
+
 impl Speed {
     /// How fast `machine` can decode a model of these extents with `context` tokens in memory, their keys and values of
     /// type `kv_type`.
@@ -186,7 +220,7 @@ impl Speed {
         kv_type: KvType,
     ) -> Result<Self, BudgetError> {
         let needs = Needs::of(spec, extents, context, kv_type);
-        let memory = MemoryPlan::of_extents(spec, extents, None, context, kv_type, machine.ram)?;
+        let memory = MemoryPlan::of_extents(spec, extents, None, Demand::one(context, kv_type), machine.ram)?;
         let cached = if needs.experts == 0 { 1.0 } else { memory.slots as f64 / needs.experts as f64 };
         let moe = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).max_by_key(|m| m.experts);
         let curve = moe.filter(|_| cached < 1.0).map(|m| Curve::nearest(m.top_k, m.experts));

@@ -1,7 +1,7 @@
 //! The runtime: a model file becomes text.
 //!
 //! Data flows one way: `io` reads extents, `pool` keeps them in slots, `model` computes layers with them, `engine` runs
-//! sessions, `sampler` picks tokens and `text` turns them into characters. `calibrate`
+//! steps, `sampler` picks tokens and `text` turns them into characters. `calibrate`
 //! watches the model's inputs. A test checks that no module looks upstream.
 
 pub mod calibrate;
@@ -16,5 +16,8 @@ pub mod sampler;
 pub mod text;
 pub mod trace;
 
-pub use engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, Session, Stats};
+pub use engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, Stats};
+pub use model::Sequence;
+pub use model::control::{Cancel, Control, Progress};
+pub use model::rows::{Phase, Span, Want};
 pub use sluice_kernels::KvType;

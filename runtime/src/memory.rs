@@ -8,7 +8,7 @@ use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec};
 use sluice_kernels::KvType;
 
-use crate::model::{KvCache, Model, dense_extents};
+use crate::model::{Model, Sequence, dense_extents};
 use crate::pool::RING_SLOTS;
 
 pub use available::available_memory;
@@ -17,10 +17,13 @@ pub use available::available_memory;
 pub const OVERHEAD: u64 = 64 << 20;
 /// Scratch that counts as overhead; only what goes beyond it is charged to the budget.
 const FREE_SCRATCH: u64 = 32 << 20;
-/// Most tokens that go through a layer together.
-const MAX_CHUNK: usize = 512;
-/// Fewest tokens that go through a layer together when memory is short.
-const MIN_CHUNK: usize = 16;
+/// Most rows that go through a layer together: beyond that, reading an expert costs little beside multiplying with it.
+const MAX_ROWS: usize = 8192;
+/// Fewest rows that go through a layer together when memory is short.
+const MIN_ROWS: usize = 16;
+/// Part of the budget, and most bytes, for experts' outputs that wait to be summed. The 8 choices of 146 rows with a hidden size of
+/// 7168 fit the latter.
+const KEPT_OUTPUTS: (u64, u64) = (64, 32 << 20);
 /// Slots without which no layer can run: one is computed while one is read.
 const MIN_SLOTS: usize = 2;
 /// What is left to the system when no budget is given: this part of the available memory, but this many bytes at least, of
@@ -45,17 +48,22 @@ pub struct MemoryPlan {
     /// For each dense extent, in the order of use, whether it stays.
     #[serde(skip)]
     pub pinned: Vec<bool>,
-    /// Keys and values of one session.
+    /// Keys and values of all sequences.
     pub kv_cache: u64,
     /// How those are stored.
     #[serde(serialize_with = "name_of_kv_type")]
     pub kv_type: KvType,
-    /// Tokens of that session.
+    /// Sequences that there is room for.
+    pub sequences: usize,
+    /// Tokens that each of them can hold.
     pub context: usize,
     /// Scratch and cached embedding rows, as far as they are charged.
     pub scratch: u64,
-    /// Tokens that go through a layer together.
-    pub chunk: usize,
+    /// Rows that go through a layer together.
+    pub rows: usize,
+    /// Most bytes of experts' outputs that wait to be summed; a part of `scratch`.
+    #[serde(skip)]
+    pub kept_outputs: u64,
     /// Expert slots.
     pub slots: usize,
     /// Bytes of one slot.
@@ -64,13 +72,32 @@ pub struct MemoryPlan {
     pub experts: usize,
 }
 
+/// What sequences a plan has to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demand {
+    /// Sequences at a time, at least 1.
+    pub sequences: usize,
+    /// Tokens that each of them can hold.
+    pub context: usize,
+    /// How their keys and values are kept.
+    pub kv_type: KvType,
+}
+
+impl Demand {
+    /// One sequence.
+    pub fn one(context: usize, kv_type: KvType) -> Self {
+        Demand { sequences: 1, context, kv_type }
+    }
+}
+
 /// The budget cannot hold what the model needs at least.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{}: this model needs at least {} ({} for dense parts, {} key-value cache for {context} tokens, {} scratch, {} for \
-     {MIN_SLOTS} experts). A smaller weight type takes less, and so do fewer tokens of context",
+    "{}: this model needs at least {} ({} for dense parts, {} key-value cache for {}, {} scratch, {} for {MIN_SLOTS} experts). \
+     A smaller weight type takes less, and so do fewer tokens of context",
     too_small(*.requested, *.available, *.effective, *.least),
-    Bytes::at_least(*.least), Bytes(*.dense), Bytes(*.kv_cache), Bytes(*.scratch), Bytes(*.slots)
+    Bytes::at_least(*.least), Bytes(*.dense), Bytes(*.kv_cache), tokens(*.sequences, *.context), Bytes(*.scratch),
+    Bytes(*.slots)
 )]
 pub struct BudgetError {
     /// What the user asked for.
@@ -85,12 +112,18 @@ pub struct BudgetError {
     pub dense: u64,
     /// Of which keys and values.
     pub kv_cache: u64,
-    /// Tokens in those.
+    /// Sequences that have those.
+    pub sequences: usize,
+    /// Tokens in each.
     pub context: usize,
     /// Of which scratch.
     pub scratch: u64,
     /// Of which expert slots.
     pub slots: u64,
+}
+
+fn tokens(sequences: usize, context: usize) -> String {
+    if sequences == 1 { format!("{context} tokens") } else { format!("{sequences} times {context} tokens") }
 }
 
 /// Which of what the user asked for and what the system allows makes the budget too small, and what raises it.
@@ -113,12 +146,12 @@ fn too_small(requested: Option<u64>, available: u64, effective: u64, least: u64)
 }
 
 impl MemoryPlan {
-    /// Plans the memory of one session of `context` tokens, with keys and values of type `kv_type`.
+    /// Plans the memory of an opened model and its sequences.
     ///
     /// # Errors
     /// [`BudgetError`] when the least plan does not fit.
-    pub fn new(file: &ModelFile, requested: Option<u64>, context: usize, kv_type: KvType) -> Result<Self, BudgetError> {
-        Self::of_extents(file.spec(), file.extents(), requested, context, kv_type, available_memory())
+    pub fn new(file: &ModelFile, requested: Option<u64>, demand: Demand) -> Result<Self, BudgetError> {
+        Self::of_extents(file.spec(), file.extents(), requested, demand, available_memory())
     }
 
     /// Plans for a file of these extents on a machine with `available` bytes: the file need not exist.
@@ -129,13 +162,13 @@ impl MemoryPlan {
         spec: &ModelSpec,
         extents: &[ExtentRecord],
         requested: Option<u64>,
-        context: usize,
-        kv_type: KvType,
+        demand: Demand,
         available: u64,
     ) -> Result<Self, BudgetError> {
-        let need = Need::of(spec, extents, context, kv_type);
+        let need = Need::of(spec, extents, demand);
         let headroom = (available / HEADROOM.0).max(HEADROOM.1.min(available / 2));
-        let everything = need.dense_total() + need.kv_cache + need.scratch(need.largest_chunk()) + need.all_slots();
+        let everything =
+            need.dense_total() + need.kv_cache + need.scratch(need.most_rows(), KEPT_OUTPUTS.1) + need.all_slots();
         // Whoever states a budget knows what else the machine does, but not that the program itself takes memory too.
         let effective = match requested {
             None => everything.min(available.saturating_sub(headroom)),
@@ -143,10 +176,11 @@ impl MemoryPlan {
         };
 
         // Everything at its least: no dense part stays unless all of them take less than the ring would.
-        let chunk = need.smallest_chunk();
+        let (least_rows, least_kept) = (need.fewest_rows(), need.fewest_kept());
+        let least_scratch = need.scratch(least_rows, least_kept);
         let least_dense = need.pin(0);
         let least_slots = MIN_SLOTS.min(need.experts) as u64 * need.slot_len;
-        let least = least_dense.bytes() + need.kv_cache + need.scratch(chunk) + least_slots;
+        let least = least_dense.bytes() + need.kv_cache + least_scratch + least_slots;
         if effective < least {
             return Err(BudgetError {
                 requested,
@@ -155,17 +189,21 @@ impl MemoryPlan {
                 least,
                 dense: least_dense.bytes(),
                 kv_cache: need.kv_cache,
-                context,
-                scratch: need.scratch(chunk),
+                sequences: demand.sequences,
+                context: demand.context,
+                scratch: least_scratch,
                 slots: least_slots,
             });
         }
 
-        // Long chunks read each expert once for many tokens; slots save reads while decoding. Scratch gets an eighth.
-        let spare = effective - least + need.scratch(chunk);
-        let chunks = std::iter::successors(Some(need.largest_chunk()), |&c| (c > chunk).then_some((c / 2).max(chunk)));
-        let chunk = chunks.into_iter().find(|&c| need.scratch(c) <= spare / 8).unwrap_or(chunk);
-        let scratch = need.scratch(chunk);
+        // Many rows read each expert once for a long prompt; slots save reads while decoding. Scratch gets an eighth.
+        let spare = effective - least + least_scratch;
+        let kept = (effective / KEPT_OUTPUTS.0).min(KEPT_OUTPUTS.1).max(least_kept);
+        let fewer = |&rows: &usize| (rows > least_rows).then_some((rows / 2).max(least_rows));
+        let mut choices = std::iter::successors(Some(need.most_rows()), fewer).map(|rows| (rows, kept));
+        let fits = |&(rows, kept): &(usize, u64)| need.scratch(rows, kept) <= spare / 8;
+        let (rows, kept_outputs) = choices.find(fits).unwrap_or((least_rows, least_kept));
+        let scratch = need.scratch(rows, kept_outputs);
         // A dense byte is needed by every token, an expert's by few: dense parts come first, but two layers' worth of
         // experts must be able to be in flight.
         let fixed = need.kv_cache + scratch;
@@ -183,10 +221,12 @@ impl MemoryPlan {
             dense_ring: dense.ring,
             pinned: dense.pinned,
             kv_cache: need.kv_cache,
-            kv_type,
-            context,
+            kv_type: demand.kv_type,
+            sequences: demand.sequences,
+            context: demand.context,
             scratch,
-            chunk,
+            rows,
+            kept_outputs,
             slots,
             slot_len: need.slot_len,
             experts: need.experts,
@@ -206,7 +246,7 @@ fn name_of_kv_type<S: serde::Serializer>(ty: &KvType, serializer: S) -> Result<S
 /// What a model asks of memory.
 struct Need<'a> {
     spec: &'a ModelSpec,
-    context: usize,
+    demand: Demand,
     /// Lengths of the dense extents in the order of use.
     dense: Vec<(ExtentKind, u64)>,
     kv_cache: u64,
@@ -233,15 +273,15 @@ impl Pinning {
 }
 
 impl Need<'_> {
-    fn of<'a>(spec: &'a ModelSpec, extents: &[ExtentRecord], context: usize, kv_type: KvType) -> Need<'a> {
+    fn of<'a>(spec: &'a ModelSpec, extents: &[ExtentRecord], demand: Demand) -> Need<'a> {
         let experts = extents.iter().filter(|e| e.kind == ExtentKind::Expert);
         let (count, slot_len) = experts.fold((0, 0), |(n, len), e| (n + 1, e.stored_len.max(len)));
         let top_k = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).max();
         Need {
             spec,
-            context,
+            demand,
             dense: dense_extents(extents).iter().map(|e| (e.kind, e.stored_len)).collect(),
-            kv_cache: KvCache::memory(spec, context, kv_type),
+            kv_cache: (demand.sequences as u64).saturating_mul(Sequence::memory(spec, demand.context, demand.kv_type)),
             embedding: Model::embedding_memory(extents),
             experts: count,
             slot_len,
@@ -257,16 +297,22 @@ impl Need<'_> {
         self.slot_len * self.experts as u64
     }
 
-    fn largest_chunk(&self) -> usize {
-        MAX_CHUNK.min(self.context)
+    fn most_rows(&self) -> usize {
+        MAX_ROWS.min(self.demand.context.saturating_mul(self.demand.sequences))
     }
 
-    fn smallest_chunk(&self) -> usize {
-        MIN_CHUNK.min(self.context)
+    /// One for every sequence: they decode together.
+    fn fewest_rows(&self) -> usize {
+        MIN_ROWS.max(self.demand.sequences).min(self.most_rows())
     }
 
-    fn scratch(&self, chunk: usize) -> u64 {
-        (Model::scratch_memory(self.spec, chunk, self.slot_len) + self.embedding).saturating_sub(FREE_SCRATCH)
+    /// Outputs of one row's experts: fewer must not be kept, so that decoding never waits for a particular expert.
+    fn fewest_kept(&self) -> u64 {
+        Model::output_memory(self.spec, 1)
+    }
+
+    fn scratch(&self, rows: usize, kept: u64) -> u64 {
+        (Model::scratch_memory(self.spec, rows, self.slot_len, kept) + self.embedding).saturating_sub(FREE_SCRATCH)
     }
 
     /// Pins as many bytes of dense extents as `budget` holds beside the ring for the others. Routers stay first, because

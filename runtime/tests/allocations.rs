@@ -44,7 +44,7 @@ fn sweep(pool: &mut Pool, rounds: usize) {
     let choices = wanted.map(|expert| Choice { expert, weight: 1.0 });
     for round in 0..rounds {
         let first = round % 4;
-        let routing = Routing { tokens: 1, prefill: false, choices: &choices[first..] };
+        let routing = Routing { tokens: 1, prefill: false, in_order: false, choices: &choices[first..] };
         let mut pass = pool.begin_layer(0, &wanted[first..], &routing).expect("begun");
         let mut seen = 0;
         // With parts and without.

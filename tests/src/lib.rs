@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use sluice_converter::{Options, Progress, TypeChoice, convert};
 use sluice_format::WeightType;
-use sluice_runtime::{Engine, EngineOptions};
+use sluice_runtime::{Engine, EngineOptions, RuntimeError};
 use tempfile::TempDir;
 
 /// The folder of a fixture, such as `golden/deepseek_v3` or `demo-model`.
@@ -104,6 +104,15 @@ impl Converted {
         Converted { path, _folder: folder }
     }
 
+    /// The smallest budget for a sequence of the usual length.
+    pub fn least_budget(&self) -> u64 {
+        match Engine::open(&self.path, &EngineOptions { budget: Some(1), ..EngineOptions::default() }) {
+            Err(RuntimeError::Budget(e)) => e.least,
+            Err(other) => panic!("a budget of one byte: {other}"),
+            Ok(_) => panic!("a budget of one byte was accepted"),
+        }
+    }
+
     /// Opens the model.
     pub fn open(&self, options: &EngineOptions) -> Engine {
         Engine::open(&self.path, options).unwrap()
@@ -119,15 +128,15 @@ pub fn argmax(logits: &[f32]) -> u32 {
 
 /// Greedy continuation of `prompt` by `count` tokens, and the logits behind each.
 pub fn greedy(engine: &mut Engine, prompt: &[u32], count: usize) -> (Vec<u32>, Vec<Vec<f32>>) {
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let mut logits = Vec::new();
-    engine.forward(&mut session, prompt, &mut logits).unwrap();
+    engine.forward(&mut sequence, prompt, &mut logits).unwrap();
     let (mut ids, mut rows) = (Vec::new(), Vec::new());
     for i in 0..count {
         rows.push(logits.clone());
         ids.push(argmax(&logits));
         if i + 1 < count {
-            engine.forward(&mut session, &ids[i..], &mut logits).unwrap();
+            engine.decode(&mut sequence, ids[i], &mut logits).unwrap();
         }
     }
     (ids, rows)

@@ -20,13 +20,13 @@ impl Xorshift {
 
 fn generate(path: &std::path::Path) -> Result<Vec<u32>, RuntimeError> {
     let mut engine = Engine::open(path, &EngineOptions { threads: Some(1), ..EngineOptions::default() })?;
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let mut logits = Vec::new();
     let mut ids = vec![838, 29, 202];
-    engine.forward(&mut session, &ids, &mut logits)?;
+    engine.forward(&mut sequence, &ids, &mut logits)?;
     for _ in 0..6 {
         ids.push(argmax(&logits));
-        engine.forward(&mut session, &ids[ids.len() - 1..], &mut logits)?;
+        engine.decode(&mut sequence, ids[ids.len() - 1], &mut logits)?;
     }
     Ok(ids)
 }

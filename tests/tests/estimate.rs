@@ -1,11 +1,13 @@
 //! What `sluice plan` computes: hit rates are those of replays, sizes are those of hand calculations.
 
 use sluice_converter::synth::{Geometry, Layout, WeightTypes};
+use sluice_format::ModelFile;
 use sluice_format::WeightType;
 use sluice_runtime::KvType;
-use sluice_runtime::estimate::{Bound, CURVES, Machine, Needs, Speed};
+use sluice_runtime::estimate::{Bound, CURVES, Machine, Needs, Speed, StepWork};
 use sluice_runtime::pool::policy::PolicyKind;
 use sluice_runtime::trace::{Replay, Trace};
+use sluice_tests::Converted;
 use sluice_tests::fixture;
 
 const FOUR_BITS: WeightTypes = WeightTypes { experts: WeightType::Int4, dense: WeightType::Q8 };
@@ -67,4 +69,21 @@ fn figures_of_deepseek_r1() {
     assert_eq!(all.memory.effective, needs.best_memory);
     let none = Speed::of(spec, extents, Machine { ram: gib(1), ..machine }, 4096, KvType::F32).unwrap_err();
     assert_eq!(none.least, needs.least_memory);
+}
+
+/// The demo model, by hand. Attention of a layer: 96×128 + 192×96 + 80×128 + 2 × 4×32×64 + 128×128 weights in matrices, 288 in
+/// norms; six of them. Routers: 32×128 with a bias of 32 in five layers, a norm of 128 in six. Dense parts: 3 × 384×128 once,
+/// 3 × 64×128 in five layers. The head: 1536×128. That is 932 448, and the 4 experts of 3 × 64×128 of five layers add 491 520.
+#[test]
+fn work_of_a_step_of_the_demo_model() {
+    let model = Converted::new("demo-model", Some(WeightType::Q8));
+    let file = ModelFile::open(&model.path).unwrap();
+    let one = StepWork::of(&file, 1, 20.0, 0.0, KvType::F32);
+    assert_eq!(one.operations, 2.0 * (932_448.0 + 491_520.0));
+    // An expert is 28 KiB on the drive, and a token's latents take 80 f32 in six layers.
+    let eight = StepWork::of(&file, 8, 98.0, 10.0, KvType::F32);
+    assert_eq!(eight.operations, 8.0 * one.operations);
+    let more = 78.0 * f64::from(28 << 10) + 8.0 * 10.0 * (6.0 * 80.0 * 4.0);
+    assert_eq!(eight.touched_bytes, one.touched_bytes + more);
+    assert_eq!(one.touched_bytes, f64::from((204 + 4 + 480 + 64 + 296) << 10) + 20.0 * f64::from(28 << 10));
 }

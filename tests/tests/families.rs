@@ -1,10 +1,7 @@
 //! Every family in every form: what Hugging Face transformers computes from the golden checkpoints is what comes out, also
 //! when the budget holds few of the experts.
 
-use std::cell::RefCell;
-use std::rc::Rc;
-
-use sluice_runtime::{Engine, EngineOptions, RuntimeError};
+use sluice_runtime::{Control, Engine, EngineOptions, RuntimeError, Span, Want};
 use sluice_tests::{Converted, Golden, fixture, greedy, relative_error};
 
 /// Parity of one golden checkpoint, converted with its own types. `folder`: below the fixtures, or anywhere.
@@ -35,16 +32,16 @@ fn check(folder: &str) {
 
 /// The residual stream behind every layer, so that a wrong layer is named.
 fn check_layers(folder: &str, golden: &Golden, engine: &mut Engine, prompt: &[u32]) {
-    let streams: Rc<RefCell<Vec<Vec<f32>>>> = Rc::default();
-    let sink = Rc::clone(&streams);
-    engine.observe_hidden(Box::new(move |layers, stream| {
-        let mut streams = sink.borrow_mut();
+    let mut streams: Vec<Vec<f32>> = Vec::new();
+    let mut sequence = engine.new_sequence();
+    let mut hidden = |layers: usize, stream: &[f32]| {
         let known = streams.len().max(layers + 1);
         streams.resize_with(known, Vec::new);
         streams[layers].extend_from_slice(stream);
-    }));
-    logits(engine, prompt, prompt.len());
-    let streams = std::mem::take(&mut *streams.borrow_mut());
+    };
+    let mut control = Control { hidden: Some(&mut hidden), ..Control::default() };
+    let span = Span::prompt(&mut sequence, prompt, Want::Nothing);
+    engine.step(&mut [span], &mut control, &mut |_, _, _| ()).unwrap();
     for (layers, stream) in streams.iter().enumerate() {
         let error = relative_error(stream, &golden.array(&format!("hidden.{layers}")).data);
         assert!(error < 1e-4, "{folder}: the first layer that is wrong is {}: error {error:e}", layers as i64 - 1);
@@ -57,10 +54,10 @@ fn exact(budget: Option<u64>) -> EngineOptions {
 
 /// Logits of every position, `step` tokens at a time.
 fn logits(engine: &mut Engine, prompt: &[u32], step: usize) -> Vec<f32> {
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let mut all = Vec::new();
     for tokens in prompt.chunks(step) {
-        engine.forward_all(&mut session, tokens, &mut |_, row| all.extend_from_slice(row)).unwrap();
+        engine.forward_all(&mut sequence, tokens, &mut |_, row| all.extend_from_slice(row)).unwrap();
     }
     all
 }

@@ -3,27 +3,18 @@
 use proptest::prelude::*;
 use sluice_format::WeightType;
 use sluice_runtime::io::IoConfig;
-use sluice_runtime::pool::PolicyKind;
-use sluice_runtime::{EngineOptions, KvType, Prefetch, ReadEngineKind, RuntimeError};
+use sluice_runtime::pool::{Choice, PolicyKind};
+use sluice_runtime::{Control, EngineOptions, KvType, Prefetch, ReadEngineKind, RuntimeError, Span, Want};
 use sluice_tests::{Converted, Golden, greedy, relative_error};
 
 /// The smallest budget that works, from the error that a budget of one byte gives.
-fn least_budget(model: &Converted) -> u64 {
-    let options = EngineOptions { budget: Some(1), ..EngineOptions::default() };
-    match sluice_runtime::Engine::open(&model.path, &options) {
-        Err(RuntimeError::Budget(e)) => e.least,
-        Err(other) => panic!("a budget of one byte: {other}"),
-        Ok(_) => panic!("a budget of one byte was accepted"),
-    }
-}
-
 #[test]
 fn budget_engine_and_threads_do_not_change_a_bit() {
     let golden = Golden::load("deepseek_v3");
     let prompt = golden.ids("input_ids");
     for (fixture, ty) in [("golden/deepseek_v3", None), ("demo-model", Some(WeightType::Q8))] {
         let model = Converted::new(fixture, ty);
-        let least = least_budget(&model);
+        let least = model.least_budget();
         let mut reference: Option<(Vec<u32>, Vec<Vec<f32>>)> = None;
         for exact in [true, false] {
             for budget in [Some(least), Some(least + (least >> 3)), Some(least * 2), None] {
@@ -56,7 +47,7 @@ fn budget_engine_and_threads_do_not_change_a_bit() {
 #[test]
 fn one_byte_below_the_least_budget_is_refused() {
     let model = Converted::new("golden/deepseek_v3", None);
-    let least = least_budget(&model);
+    let least = model.least_budget();
     let open = |budget| {
         sluice_runtime::Engine::open(&model.path, &EngineOptions { budget: Some(budget), ..EngineOptions::default() })
     };
@@ -67,20 +58,20 @@ fn one_byte_below_the_least_budget_is_refused() {
 #[test]
 fn prefill_reads_each_expert_once() {
     let model = Converted::new("demo-model", Some(WeightType::F32));
-    let mut engine = model.open(&EngineOptions { budget: Some(least_budget(&model)), ..EngineOptions::default() });
+    let mut engine = model.open(&EngineOptions { budget: Some(model.least_budget()), ..EngineOptions::default() });
     let memory = engine.memory().clone();
     assert!(memory.slots < memory.experts / 2, "the budget holds too much for this test: {memory:?}");
     let prompt: Vec<u32> = (0..200).map(|i| (i * 7919 + 13) % 1536).collect();
 
-    let touched = std::rc::Rc::new(std::cell::RefCell::new(std::collections::BTreeSet::new()));
-    let sink = touched.clone();
-    engine.observe_routing(Box::new(move |layer, _, _, choices| {
-        sink.borrow_mut().extend(choices.iter().map(|c| (layer, c.expert)));
-    }));
-    let mut logits = Vec::new();
-    let mut session = engine.new_session();
-    engine.forward(&mut session, &prompt, &mut logits).unwrap();
-    let distinct = touched.borrow().len() as u64 * memory.slot_len;
+    let mut touched = std::collections::BTreeSet::new();
+    let mut sequence = engine.new_sequence();
+    let mut routing = |layer: usize, _: usize, _: usize, choices: &[Choice]| {
+        touched.extend(choices.iter().map(|c| (layer, c.expert)));
+    };
+    let mut control = Control { routing: Some(&mut routing), ..Control::default() };
+    let span = Span::prompt(&mut sequence, &prompt, Want::Last);
+    engine.step(&mut [span], &mut control, &mut |_, _, _| ()).unwrap();
+    let distinct = touched.len() as u64 * memory.slot_len;
     let read = engine.stats().expert_bytes_read;
     assert!(read as f64 <= 1.05 * distinct as f64, "{read} bytes read for {distinct} bytes of distinct experts");
 }
@@ -113,7 +104,7 @@ fn any_storage(least: u64, everything: u64) -> impl Strategy<Value = EngineOptio
 #[test]
 fn engine_policy_prefetch_and_budget_never_change_a_bit() {
     let model = Converted::new("demo-model", Some(WeightType::Q4));
-    let least = least_budget(&model);
+    let least = model.least_budget();
     let prompt: Vec<u32> = (0..40).map(|i| (i * 7919 + 13) % 1536).collect();
     let reference = greedy(&mut model.open(&EngineOptions::default()), &prompt, 24);
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig { cases: 60, ..ProptestConfig::default() });
@@ -141,18 +132,18 @@ fn keys_and_values_of_every_type_keep_their_bits() {
         let model = Converted::new(&format!("golden/{family}"), None);
         let ids = Golden::load(family).ids("input_ids");
         let prompt: Vec<u32> = ids.iter().chain(ids.iter().rev()).copied().take(30).collect();
-        let least = least_budget(&model);
+        let least = model.least_budget();
         let mut with_f32 = Vec::new();
         for (kv_type, bound) in KV_ERROR {
             let mut reference: Option<Vec<f32>> = None;
             for (step, threads, budget) in [(1, 1, None), (prompt.len(), 2, None), (7, 3, None), (11, 2, Some(least))] {
                 let threads = Some(threads);
                 let mut engine = model.open(&EngineOptions { kv_type, threads, budget, ..EngineOptions::default() });
-                let mut session = engine.new_session();
-                assert_eq!(session.bytes(), engine.memory().kv_cache, "{family} {kv_type}");
+                let mut sequence = engine.new_sequence();
+                assert_eq!(sequence.bytes(), engine.memory().kv_cache, "{family} {kv_type}");
                 let mut logits = Vec::new();
                 for tokens in prompt.chunks(step) {
-                    engine.forward_all(&mut session, tokens, &mut |_, row| logits.extend_from_slice(row)).unwrap();
+                    engine.forward_all(&mut sequence, tokens, &mut |_, row| logits.extend_from_slice(row)).unwrap();
                 }
                 let reference = reference.get_or_insert_with(|| logits.clone());
                 assert!(*reference == logits, "{family} {kv_type}: {step} tokens at a time give other bits");

@@ -21,16 +21,16 @@ fn goldens_prefill_step_by_step_and_greedy() {
         let prompt = golden.ids("input_ids");
         let expected = golden.array("logits");
 
-        let mut session = engine.new_session();
+        let mut sequence = engine.new_sequence();
         let mut prefill = Vec::new();
-        engine.forward_all(&mut session, &prompt, &mut |_, row| prefill.extend_from_slice(row)).unwrap();
+        engine.forward_all(&mut sequence, &prompt, &mut |_, row| prefill.extend_from_slice(row)).unwrap();
         let error = relative_error(&prefill, &expected.data);
         assert!(error < 1e-4, "{family}: prefill logits differ by {error:e}");
 
-        let mut session = engine.new_session();
+        let mut sequence = engine.new_sequence();
         let mut stepped = Vec::new();
         for token in &prompt {
-            engine.forward_all(&mut session, &[*token], &mut |_, row| stepped.extend_from_slice(row)).unwrap();
+            engine.forward_all(&mut sequence, &[*token], &mut |_, row| stepped.extend_from_slice(row)).unwrap();
         }
         assert!(stepped == prefill, "{family}: a token at a time gives other bits than all at once");
 
@@ -70,12 +70,12 @@ fn negative_log_likelihood(ty: WeightType, options: &EngineOptions) -> (f64, usi
     let text = fs::read_to_string(fixture("demo-model/eval.txt")).unwrap();
     let ids = engine.tokenizer().unwrap().unwrap().encode(&text, true).unwrap();
     let (mut nll, mut scored) = (0.0, 0);
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     for start in (0..ids.len() - 1).step_by(256) {
         let window = &ids[start..ids.len().min(start + 257)];
-        session.clear();
+        sequence.clear();
         engine
-            .forward_all(&mut session, &window[..window.len() - 1], &mut |t, row| {
+            .forward_all(&mut sequence, &window[..window.len() - 1], &mut |t, row| {
                 let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let sum: f64 = row.iter().map(|&l| f64::from(l - max).exp()).sum();
                 nll += sum.ln() + f64::from(max) - f64::from(row[window[t + 1] as usize]);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use sluice_converter::{Options, TypeChoice, convert};
 use sluice_format::WeightType;
 use sluice_runtime::calibrate::Calibration;
-use sluice_runtime::{Engine, EngineOptions, KvType};
+use sluice_runtime::{Control, Engine, EngineOptions, KvType, Span, Want};
 use sluice_tests::{Converted, fixture};
 use tempfile::TempDir;
 
@@ -36,11 +36,11 @@ fn scores(model: &Path, text: &str, exact: bool) -> Scores {
 fn scores_with(model: &Path, text: &str, options: &EngineOptions) -> Scores {
     let mut engine = Engine::open(model, options).unwrap();
     let ids = engine.tokenizer().unwrap().unwrap().encode(text, true).unwrap();
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let mut rows = Vec::new();
     for ids in ids.chunks(WINDOW) {
-        session.clear();
-        engine.forward_all(&mut session, ids, &mut |_, row| rows.push(row.to_vec())).unwrap();
+        sequence.clear();
+        engine.forward_all(&mut sequence, ids, &mut |_, row| rows.push(row.to_vec())).unwrap();
     }
     Scores { ids, rows }
 }
@@ -117,11 +117,12 @@ fn calibrate(model: &Path, text: &str, out: &Path) {
     let mut engine = Engine::open(model, &EngineOptions { exact: true, ..EngineOptions::default() }).unwrap();
     let ids = engine.tokenizer().unwrap().unwrap().encode(text, true).unwrap();
     let calibration = Arc::new(Calibration::new());
-    engine.observe_inputs(Some(calibration.clone()));
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     for ids in ids.chunks(WINDOW) {
-        session.clear();
-        engine.forward_all(&mut session, ids, &mut |_, _| ()).unwrap();
+        sequence.clear();
+        let mut control = Control { inputs: Some(calibration.clone()), ..Control::default() };
+        let span = Span::prompt(&mut sequence, ids, Want::Nothing);
+        engine.step(&mut [span], &mut control, &mut |_, _, _| ()).unwrap();
     }
     calibration.importance(engine.spec(), ids.len() as u64).unwrap().save(out).unwrap();
 }

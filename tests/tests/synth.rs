@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 
 use sluice_converter::ConvertError;
 use sluice_converter::synth::{Geometry, Layout, SynthOptions, TYPES, WeightTypes, synth, token_stream};
@@ -11,9 +10,10 @@ use sluice_format::{ExtentKind, ModelFile, WeightType};
 use sluice_runtime::io::{
     Arena, Check, Class, DataFile, DirectMode, EngineKind, ExtentName, ExtentRead, IoConfig, Scheduler, open_engine,
 };
+use sluice_runtime::model::router;
 use sluice_runtime::pool::policy::PolicyKind;
 use sluice_runtime::trace::{Choice, Replay, Stats, Trace, TraceWriter};
-use sluice_runtime::{Engine, EngineOptions};
+use sluice_runtime::{Control, Engine, EngineOptions, Span};
 use sluice_tests::{Converted, fixture};
 use tempfile::TempDir;
 
@@ -52,14 +52,14 @@ fn every_type_is_valid_and_computes() {
         let path = write(&folder, ty.name(), &geometry, &options);
         assert_eq!(ModelFile::open(&path).unwrap().verify_all(&mut |_| ()).len(), 0, "{ty}");
         let mut engine = Engine::open(&path, &EngineOptions { context: Some(16), ..EngineOptions::default() }).unwrap();
-        let mut session = engine.new_session();
+        let mut sequence = engine.new_sequence();
         let mut tokens = 0;
         let check = &mut |_: usize, logits: &[f32]| {
             let mean_square = logits.iter().map(|l| l * l).sum::<f32>() / logits.len() as f32;
             assert!((0.5..2.0).contains(&mean_square), "{ty}: {mean_square}");
             tokens += 1;
         };
-        engine.forward_all(&mut session, &token_stream(0, 6, geometry.spec().vocab_size), check).unwrap();
+        engine.forward_all(&mut sequence, &token_stream(0, 6, geometry.spec().vocab_size), check).unwrap();
         assert_eq!(tokens, 6);
     }
 }
@@ -127,16 +127,17 @@ fn trace(path: &Path, tokens: &[u32]) -> Trace {
     let mut engine = Engine::open(path, &options).unwrap();
     let moe = engine.spec().layers[0].ffn.moe.clone().unwrap();
     let layers = engine.spec().layers.len() as u32;
-    let writer = TraceWriter::new(Vec::new(), layers, moe.experts as u32, moe.top_k as u32, None).unwrap();
-    let writer = Arc::new(Mutex::new(Some(writer)));
-    let sink = Arc::clone(&writer);
-    engine.observe_routing(Box::new(move |layer, position, top_k, choices| {
-        let choices = choices.iter().map(|c| Choice { expert: c.expert, weight: c.weight });
-        sink.lock().unwrap().as_mut().unwrap().record(layer, position, top_k, choices).unwrap();
-    }));
-    let (mut session, mut logits) = (engine.new_session(), Vec::new());
-    tokens.iter().for_each(|token| engine.forward(&mut session, &[*token], &mut logits).unwrap());
-    let bytes = writer.lock().unwrap().take().unwrap().finish().unwrap();
+    let mut writer = TraceWriter::new(Vec::new(), layers, moe.experts as u32, moe.top_k as u32, None).unwrap();
+    let mut sequence = engine.new_sequence();
+    for token in tokens {
+        let mut record = |layer: usize, position: usize, top_k: usize, choices: &[router::Choice]| {
+            let choices = choices.iter().map(|c| Choice { expert: c.expert, weight: c.weight });
+            writer.record(layer, position, top_k, choices).unwrap();
+        };
+        let mut control = Control { routing: Some(&mut record), ..Control::default() };
+        engine.step(&mut [Span::decode(&mut sequence, token)], &mut control, &mut |_, _, _| ()).unwrap();
+    }
+    let bytes = writer.finish().unwrap();
     Trace::read(Cursor::new(bytes), "synth").unwrap()
 }
 

@@ -1,5 +1,6 @@
 //! `sluice bench decode`: how fast tokens come, and how close that is to what drive and memory allow.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -10,8 +11,9 @@ use sluice_format::ModelFile;
 use sluice_runtime::io::bench::{BenchEngine, DiskBench, Pattern, Point, median};
 use sluice_runtime::io::{DirectMode, IoConfig};
 use sluice_runtime::memory::Bytes;
-use sluice_runtime::{Engine, EngineOptions, Prefetch, ReadEngineKind, Session, Stats};
+use sluice_runtime::{Engine, EngineOptions, Prefetch, ReadEngineKind, Sequence, Stats};
 
+use super::bench_batch;
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
 use crate::plot::{self, LineChart, Series};
@@ -26,22 +28,27 @@ the time it computes and the time the drive needs for what it reads.
 Examples:
   sluice bench decode r1.sluice --budget 16GiB -n 32
   sluice bench decode r1.sluice --budgets 8GiB,16GiB,32GiB --plot decode.svg
-  sluice bench decode r1.sluice --budget 8GiB --compare prefetch --pairs 8";
+  sluice bench decode r1.sluice --budget 8GiB --compare prefetch --pairs 8
+  sluice bench decode r1.sluice --budget 32GiB --sequences 32 -n 16";
 
 /// Tokens per second, bytes per token, and achieved against attainable bandwidth
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// Model file
-    file: PathBuf,
+    pub(crate) file: PathBuf,
 
     /// Tokens that are decoded and measured, for each budget
     #[arg(short, long, value_name = "N", default_value_t = 64)]
-    n: usize,
+    pub(crate) n: usize,
 
     /// Tokens that are decoded first, to fill the cache
     #[arg(long, value_name = "N", default_value_t = 64)]
-    warm_up: usize,
+    pub(crate) warm_up: usize,
+
+    /// Sequences that decode together, each a stream of its own topics; every step takes one token of each
+    #[arg(long, value_name = "N", conflicts_with_all = ["compare", "plot"])]
+    sequences: Option<NonZeroUsize>,
 
     /// Several budgets, one after the other
     #[arg(long, value_name = "LIST", value_parser = parse_size, value_delimiter = ',', conflicts_with = "budget")]
@@ -61,10 +68,20 @@ pub(crate) struct Args {
 
     /// Print JSON
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 
     #[command(flatten)]
-    engine: EngineArgs,
+    pub(crate) engine: EngineArgs,
+}
+
+impl Args {
+    /// The budgets to measure, in their order; none stands for as much as is useful.
+    pub(crate) fn all_budgets(&self) -> Vec<Option<u64>> {
+        match self.budgets.as_slice() {
+            [] => vec![self.engine.budget],
+            several => several.iter().map(|b| Some(*b)).collect(),
+        }
+    }
 }
 
 /// What is compared.
@@ -181,10 +198,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if let Some(what) = args.compare {
         return compare(args, what, total);
     }
-    let budgets = match args.budgets.as_slice() {
-        [] => vec![args.engine.budget],
-        several => several.iter().map(|b| Some(*b)).collect(),
-    };
+    if let Some(sequences) = args.sequences {
+        return bench_batch::run(args, sequences.get(), total);
+    }
+    let budgets = args.all_budgets();
     let mut outcomes = Vec::with_capacity(budgets.len());
     for budget in budgets {
         outcomes.push(measure(args, budget, total)?);
@@ -208,7 +225,7 @@ fn refuse_one_sided(args: &Args) -> Result<(), CliError> {
 /// A model that decodes a stream of tokens.
 struct Decoder {
     engine: Engine,
-    session: Session,
+    sequence: Sequence,
     stream: Vec<u32>,
     logits: Vec<f32>,
 }
@@ -217,15 +234,15 @@ impl Decoder {
     fn open(file: &Path, options: &EngineOptions, tokens: usize) -> Result<Self, CliError> {
         let engine = Engine::open(file, &EngineOptions { context: Some(tokens), ..options.clone() })?;
         let stream = token_stream(0, tokens, engine.spec().vocab_size);
-        Ok(Decoder { session: engine.new_session(), engine, stream, logits: Vec::new() })
+        Ok(Decoder { sequence: engine.new_sequence(), engine, stream, logits: Vec::new() })
     }
 
     /// Decodes the next `n` tokens of the stream; the time that took.
     fn decode(&mut self, n: usize, each: &dyn Fn()) -> Result<Duration, CliError> {
         let started = Instant::now();
         for _ in 0..n {
-            let token = self.stream[self.session.position() % self.stream.len()];
-            self.engine.forward(&mut self.session, &[token], &mut self.logits)?;
+            let token = self.stream[self.sequence.position() % self.stream.len()];
+            self.engine.decode(&mut self.sequence, token, &mut self.logits)?;
             each();
         }
         Ok(started.elapsed())
@@ -248,7 +265,7 @@ impl Decoder {
     }
 }
 
-/// Tokens that go through one session, warm-up included, as far as the model can take them.
+/// Tokens that go through one sequence, warm-up included, as far as the model can take them.
 fn total_tokens(args: &Args) -> Result<usize, CliError> {
     let most = ModelFile::open(&args.file)?.spec().max_positions;
     let measured = if args.compare.is_some() { args.n.checked_mul(args.pairs) } else { Some(args.n) };
@@ -281,7 +298,7 @@ fn measure(args: &Args, budget: Option<u64>, total: usize) -> Result<Outcome, Cl
 }
 
 /// Bytes of weights that came off the drive.
-fn bytes_read(before: &Stats, after: &Stats) -> f64 {
+pub(crate) fn bytes_read(before: &Stats, after: &Stats) -> f64 {
     let expert_bytes = after.expert_bytes_read - before.expert_bytes_read;
     (expert_bytes + after.dense_bytes_read - before.dense_bytes_read) as f64
 }
@@ -328,26 +345,26 @@ fn outcome(engine: &Engine, budget: Option<u64>, before: &Stats, each: &[Token],
 }
 
 /// Random direct reads of the model file, as the decoder makes them.
-struct Drive {
+pub(crate) struct Drive {
     bench: DiskBench,
     point: Point,
     rates: Vec<f64>,
 }
 
 impl Drive {
-    fn open(file: &Path, config: &IoConfig) -> Result<Self, CliError> {
+    pub(crate) fn open(file: &Path, config: &IoConfig) -> Result<Self, CliError> {
         let engine = if cfg!(target_os = "linux") { BenchEngine::Uring } else { BenchEngine::Pread };
         let point = Point { engine, pattern: Pattern::Random, block_bytes: config.chunk_bytes, depth: config.depth };
         Ok(Drive { bench: DiskBench::open(file, DirectMode::default())?, point, rates: Vec::new() })
     }
 
-    fn visit(&mut self) -> Result<(), CliError> {
+    pub(crate) fn visit(&mut self) -> Result<(), CliError> {
         let visit = self.bench.visit(&self.point, Duration::from_millis(700))?;
         self.rates.push(visit.bytes as f64 / visit.elapsed.as_secs_f64());
         Ok(())
     }
 
-    fn median(&self) -> f64 {
+    pub(crate) fn median(&self) -> f64 {
         median(&self.rates)
     }
 }

@@ -85,11 +85,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if bytes < 256 << 10 {
         return Err(CliError::Usage("--bytes must be at least 256KiB".into()));
     }
-    // No scale or number among these bytes is NaN or subnormal.
     let mut data = Vec::new();
     data.try_reserve_exact(bytes)
         .map_err(|_| CliError::Failure(format!("the system has no {} of memory: lower --bytes", Bytes(args.bytes))))?;
-    data.resize(bytes, 0x2b_u8);
+    data.resize(bytes, TAME);
     let counts = if all == 1 { vec![1] } else { vec![1, all] };
     let bar = step_bar("measuring", (counts.len() * WeightType::ALL.len()) as u64);
     let measure = |&threads: &usize| {
@@ -123,11 +122,16 @@ fn describe(report: &Report) -> String {
     out + "\n"
 }
 
-struct Bench<'a> {
-    kernels: Kernels,
-    pool: ThreadPool,
-    data: &'a [u8],
+/// Measures products of weights out of `data`.
+pub(crate) struct Bench<'a> {
+    pub(crate) kernels: Kernels,
+    pub(crate) pool: ThreadPool,
+    /// More bytes than the caches hold, none of which makes a NaN or a subnormal number.
+    pub(crate) data: &'a [u8],
 }
+
+/// A byte that is a tame number or scale in every weight type.
+pub(crate) const TAME: u8 = 0x2b;
 
 impl Bench<'_> {
     fn speed(&self, ty: WeightType) -> TypeSpeed {
@@ -156,6 +160,12 @@ impl Bench<'_> {
         Product { bench: self, ty, group, data, n, x, y }
     }
 
+    /// Bytes per second that can be looked at: the median of some rounds.
+    pub(crate) fn read_rate(&self) -> f64 {
+        let seconds: Vec<_> = (0..ROUNDS).map(|_| self.read(self.data)).collect();
+        self.data.len() as f64 / median(&seconds)
+    }
+
     /// Seconds that it takes to look at all bytes.
     fn read(&self, data: &[u8]) -> f64 {
         let part = data.len().div_ceil(self.pool.threads()).next_multiple_of(128);
@@ -173,7 +183,7 @@ impl Bench<'_> {
     }
 
     /// Billions of multiplications and additions per second with `n` tokens.
-    fn gemm(&self, ty: WeightType, n: usize) -> f64 {
+    pub(crate) fn gemm(&self, ty: WeightType, n: usize) -> f64 {
         let group = row_group_len(ty, COLS).expect("small");
         let all = (GEMM_ROWS / ROW_GROUP).min(self.data.len() / group);
         let mut product = self.product(ty, &self.data[..all * group], n);

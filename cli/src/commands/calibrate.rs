@@ -6,8 +6,8 @@ use std::sync::Arc;
 use clap::value_parser;
 use serde_json::json;
 use sluice_format::{ExtentKind, Importance};
-use sluice_runtime::Engine;
 use sluice_runtime::calibrate::Calibration;
+use sluice_runtime::{Control, Engine, Span, Want};
 
 use super::perplexity::read_ids;
 use crate::engine_args::EngineArgs;
@@ -77,15 +77,16 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 
 fn measure(engine: &mut Engine, ids: &[u32], window: usize) -> Result<Importance, CliError> {
     let calibration = Arc::new(Calibration::new());
-    engine.observe_inputs(Some(calibration.clone()));
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let bar = step_bar("calibrating", ids.len() as u64);
     for ids in ids.chunks(window) {
-        session.clear();
-        engine.forward_all(&mut session, ids, &mut |_, _| bar.inc(1))?;
+        sequence.clear();
+        let mut control = Control { inputs: Some(calibration.clone()), ..Control::default() };
+        let span = Span::prompt(&mut sequence, ids, Want::Nothing);
+        engine.step(&mut [span], &mut control, &mut |_, _, _| ())?;
+        bar.inc(ids.len() as u64);
     }
     bar.finish_and_clear();
-    engine.observe_inputs(None);
     calibration.importance(engine.spec(), ids.len() as u64).map_err(|problem| {
         CliError::Failure(format!("the model computes what is not a number ({problem}); check it with `sluice verify`"))
     })

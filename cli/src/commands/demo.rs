@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use sluice_converter::{Options, TypeChoice, convert};
 use sluice_format::{ModelFile, TOKENIZER_BLOB, WeightType};
-use sluice_runtime::memory::{Bytes, MemoryPlan};
+use sluice_runtime::memory::{Bytes, Demand, MemoryPlan};
 use sluice_runtime::sampler::SamplerConfig;
 use sluice_runtime::text::{Special, StopCondition};
 use sluice_runtime::{Engine, EngineOptions, KvType};
@@ -176,7 +176,8 @@ fn convert_and_verify(show: &Show, checkpoint: &Path, model: &Path) -> Result<()
 /// Memory for everything but experts, and a part of the experts.
 fn small_budget(model: &Path, context: usize) -> Result<u64, CliError> {
     let file = ModelFile::open(model)?;
-    let all = MemoryPlan::new(&file, None, context, KvType::F32).map_err(sluice_runtime::RuntimeError::from)?;
+    let all =
+        MemoryPlan::new(&file, None, Demand::one(context, KvType::F32)).map_err(sluice_runtime::RuntimeError::from)?;
     let cache = all.slot_len * all.experts as u64 / CACHE_FRACTION;
     Ok(all.dense + all.kv_cache + all.scratch + cache)
 }
@@ -256,7 +257,7 @@ fn speak(engine: &mut Engine, sink: &mut dyn FnMut(&str) -> Result<(), CliError>
         tokenizer: Some(&tokenizer),
         special: Special::Markup,
     };
-    generate(engine, &request, &mut |_, text| sink(text))
+    generate(engine, &request, None, &mut |_, text| sink(text))
 }
 
 /// Sets the text off from the report.

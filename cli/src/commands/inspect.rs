@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde_json::Value;
 use sluice_format::{ExtentKind, ModelFile, PROVENANCE_BLOB, TOKENIZER_BLOB};
 use sluice_runtime::KvType;
-use sluice_runtime::memory::{Bytes, MemoryPlan};
-use sluice_runtime::model::KvCache;
+use sluice_runtime::memory::{Bytes, Demand, MemoryPlan};
+use sluice_runtime::model::Sequence;
 use sluice_runtime::text::ChatTemplate;
 
 use crate::engine_args::kv_type_parser;
@@ -150,7 +150,7 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         kinds: kinds(file),
         least_budget: least_budget(file, context, args.kv_type),
         context,
-        kv_cache_bytes: KvCache::memory(spec, context, args.kv_type),
+        kv_cache_bytes: Sequence::memory(spec, context, args.kv_type),
         kv_type: args.kv_type.name(),
         has_tokenizer: [TOKENIZER_BLOB, "tiktoken.model"].iter().any(|name| file.metadata().get(name).is_some()),
         has_chat_template: matches!(ChatTemplate::find(|name| file.metadata().get(name)), Ok(Some(_))),
@@ -161,7 +161,8 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
 
 /// The smallest budget that opens the model: a budget of nothing is refused with it.
 fn least_budget(file: &ModelFile, context: usize, kv_type: KvType) -> u64 {
-    MemoryPlan::new(file, Some(0), context, kv_type).map_or_else(|refused| refused.least, |plan| plan.effective)
+    MemoryPlan::new(file, Some(0), Demand::one(context, kv_type))
+        .map_or_else(|refused| refused.least, |plan| plan.effective)
 }
 
 fn kinds(file: &ModelFile) -> Vec<Kind> {

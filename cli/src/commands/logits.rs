@@ -62,10 +62,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 }
 
 fn compute(engine: &mut Engine, model: &Path, ids: &[u32], step: bool, mut out: Rows<'_>) -> Result<(), CliError> {
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let mut finite = true;
     for part in ids.chunks(if step { 1 } else { ids.len() }) {
-        engine.forward_all(&mut session, part, &mut |_, row| {
+        engine.forward_all(&mut sequence, part, &mut |_, row| {
             finite &= row.iter().all(|x| x.is_finite());
             out.push(row);
         })?;

@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub(crate) mod bench;
+pub(crate) mod bench_batch;
 pub(crate) mod bench_decode;
 pub(crate) mod bench_disk;
 pub(crate) mod bench_kernels;

@@ -92,13 +92,13 @@ pub(crate) fn read_ids(model: &Path, text_file: &Path, window: usize) -> Result<
 
 fn score(engine: &mut Engine, ids: &[u32], window: usize) -> Result<Score, CliError> {
     let (mut nll, mut tokens) = (0.0, 0);
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let bar = step_bar("scoring", ids.len() as u64 - 1);
     for start in (0..ids.len() - 1).step_by(window) {
         let ids = &ids[start..ids.len().min(start + window + 1)];
         let targets = &ids[1..];
-        session.clear();
-        engine.forward_all(&mut session, &ids[..ids.len() - 1], &mut |i, row| {
+        sequence.clear();
+        engine.forward_all(&mut sequence, &ids[..ids.len() - 1], &mut |i, row| {
             nll += negative_log_probability(row, targets[i]);
             tokens += 1;
             bar.inc(1);

@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde_json::json;
 use sluice_format::{ModelFile, SOURCE_CONFIG_BLOB};
 use sluice_runtime::Engine;
-use sluice_runtime::memory::MemoryPlan;
+use sluice_runtime::memory::{Demand, MemoryPlan};
 use sluice_runtime::sampler::SamplerConfig;
 use sluice_runtime::text::{ChatTemplate, GenerationDefaults, Message, Special, StopCondition, Tokenizer, encode_chat};
 
@@ -137,8 +137,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         tokenizer: prepared.tokenizer.as_ref(),
         special: if args.special { Special::Shown } else { Special::Markup },
     };
-    let recorder = args.trace.as_deref().map(|path| Recorder::start(path, &mut engine)).transpose()?;
-    let generation = stream(args, &mut engine, &request)?;
+    let mut recorder = args.trace.as_deref().map(|path| Recorder::start(path, &engine)).transpose()?;
+    let generation = stream(args, &mut engine, &request, recorder.as_mut())?;
     recorder.map(Recorder::finish).transpose()?;
     if !args.engine.forget {
         // The counts are a convenience: a folder that cannot be written is no reason to fail or to complain. Something else in
@@ -189,9 +189,14 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
 }
 
 /// Generates and shows what is wanted while it comes.
-fn stream(args: &Args, engine: &mut Engine, request: &Request<'_>) -> Result<Generation, CliError> {
+fn stream(
+    args: &Args,
+    engine: &mut Engine,
+    request: &Request<'_>,
+    recorder: Option<&mut Recorder>,
+) -> Result<Generation, CliError> {
     let mut first = true;
-    generate(engine, request, &mut |id, text| match id {
+    generate(engine, request, recorder, &mut |id, text| match id {
         _ if args.json => Ok(()),
         Some(id) if args.ids => {
             let comma = if std::mem::take(&mut first) { "" } else { "," };
@@ -339,7 +344,7 @@ fn roomy_context(args: &Args, prompt: usize, file: &ModelFile) -> usize {
     const USUAL: usize = 256;
     let least = prompt.saturating_add(USUAL);
     let roomy = |&context: &usize| {
-        let plan = MemoryPlan::new(file, args.engine.budget, context, args.engine.kv_type);
+        let plan = MemoryPlan::new(file, args.engine.budget, Demand::one(context, args.engine.kv_type));
         plan.is_ok_and(|plan| plan.kv_cache <= plan.effective.min(plan.available) / 4)
     };
     let halves = std::iter::successors(Some(file.spec().max_positions), |&n| Some(n / 2));

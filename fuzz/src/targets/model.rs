@@ -8,7 +8,7 @@ use std::path::Path;
 
 use sluice_format::{ExtentKind, FormatError, ModelFile, ModelSpec, NO_LAYER};
 use sluice_runtime::io::IoConfig;
-use sluice_runtime::memory::MemoryPlan;
+use sluice_runtime::memory::{Demand, MemoryPlan};
 use sluice_runtime::sampler::{Sampler, SamplerConfig};
 use sluice_runtime::text::{ChatTemplate, GenerationDefaults, Tokenizer};
 use sluice_runtime::{Engine, EngineOptions, KvType, ReadEngineKind};
@@ -95,7 +95,7 @@ fn look_at(file: &ModelFile) -> bool {
     drop((file.bytes_by_kind(), file.extent_bytes(), file.token_cycle_bytes(), file.spec().routed_per_token()));
     for kv_type in KvType::ALL {
         for context in [1, 4096, file.spec().max_positions] {
-            match MemoryPlan::new(file, None, context, kv_type) {
+            match MemoryPlan::new(file, None, Demand::one(context, kv_type)) {
                 Ok(plan) => drop(plan.used()),
                 Err(error) => drop(error.to_string()),
             }
@@ -127,11 +127,11 @@ fn generate(path: &Path, choice: u64) {
     drop((Tokenizer::find(blob).err(), ChatTemplate::find(blob).err()));
     drop(GenerationDefaults::parse(blob("generation_config.json"), blob("config.json")).err());
     let vocabulary = engine.spec().vocab_size as u64;
-    let mut session = engine.new_session();
+    let mut sequence = engine.new_sequence();
     let mut sampler = Sampler::new(SamplerConfig::default()).expect("the defaults are valid");
     let (mut tokens, mut history, mut logits) = (vec![0, (choice % vocabulary) as u32, 1], Vec::new(), Vec::new());
     for _ in 0..3 {
-        match engine.forward(&mut session, &tokens, &mut logits) {
+        match engine.forward(&mut sequence, &tokens, &mut logits) {
             Ok(()) => assert_eq!(logits.len() as u64, vocabulary),
             Err(error) => return drop(error.to_string()),
         }

@@ -4,11 +4,15 @@ use sluice_format::AttentionSpec;
 use sluice_kernels::KvType;
 
 use super::ModelError;
-use super::compute::Compute;
+use super::compute::{Compute, Step};
 use super::delta::{self, Delta, DeltaScratch, DeltaState};
 use super::gqa::{self, Gqa, GqaScratch, KeyValueCache};
 use super::mla::{self, LatentCache, Mla, MlaScratch};
+use super::rows::Caches;
 use super::weights::ExtentTensors;
+
+/// Why a cache is of the kind that its layer wants.
+const OF_ITS_SPEC: &str = "a cache is made from the spec of its layer";
 
 /// The token mixer of one layer.
 #[derive(Debug)]
@@ -21,7 +25,7 @@ pub enum Attention {
     Delta(Delta),
 }
 
-/// What one layer remembers of the tokens of one session.
+/// What one layer remembers of the tokens of one sequence.
 #[derive(Clone, Debug)]
 pub enum LayerCache {
     /// Latents and rotated keys.
@@ -62,6 +66,31 @@ impl LayerCache {
         }
     }
 
+    pub(super) fn latent(&self) -> &LatentCache {
+        let LayerCache::Latent(cache) = self else { unreachable!("{OF_ITS_SPEC}") };
+        cache
+    }
+
+    pub(super) fn latent_mut(&mut self) -> &mut LatentCache {
+        let LayerCache::Latent(cache) = self else { unreachable!("{OF_ITS_SPEC}") };
+        cache
+    }
+
+    pub(super) fn key_value(&self) -> &KeyValueCache {
+        let LayerCache::KeyValue(cache) = self else { unreachable!("{OF_ITS_SPEC}") };
+        cache
+    }
+
+    pub(super) fn key_value_mut(&mut self) -> &mut KeyValueCache {
+        let LayerCache::KeyValue(cache) = self else { unreachable!("{OF_ITS_SPEC}") };
+        cache
+    }
+
+    pub(super) fn state_mut(&mut self) -> &mut DeltaState {
+        let LayerCache::State(state) = self else { unreachable!("{OF_ITS_SPEC}") };
+        state
+    }
+
     /// Bytes that are allocated.
     pub fn bytes(&self) -> usize {
         match self {
@@ -100,34 +129,20 @@ impl Attention {
         })
     }
 
-    /// Mixes `n` tokens at positions `start..start + n`: reads `x` `[n, hidden]` (normalised), extends `cache`, writes
-    /// `out` `[n, hidden]`. `extent`: the bytes of the layer's attention extent.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "inputs, state, scratch and output of one step; a struct would only rename them"
-    )]
+    /// Mixes the rows of a pass: reads `x` `[n, hidden]` (normalised), extends `caches`, writes `out` `[n, hidden]`.
+    /// `step.extent`: the bytes of the layer's attention extent.
     pub fn forward(
         &self,
-        compute: &Compute,
-        extent: &[u8],
-        cache: &mut LayerCache,
-        start: usize,
-        n: usize,
+        step: Step<'_>,
+        caches: &mut Caches<'_, '_>,
         x: &[f32],
         scratch: &mut AttentionScratch,
         out: &mut [f32],
     ) {
-        match (self, cache) {
-            (Attention::Mla(mla), LayerCache::Latent(cache)) => {
-                mla.forward(compute, extent, cache, start, n, x, &mut scratch.mla, out);
-            }
-            (Attention::Gqa(gqa), LayerCache::KeyValue(cache)) => {
-                gqa.forward(compute, extent, cache, start, n, x, &mut scratch.gqa, out);
-            }
-            (Attention::Delta(delta), LayerCache::State(state)) => {
-                delta.forward(compute, extent, state, start, n, x, &mut scratch.delta, out);
-            }
-            _ => unreachable!("a cache is made from the spec of its layer"),
+        match self {
+            Attention::Mla(mla) => mla.forward(step, caches, x, &mut scratch.mla, out),
+            Attention::Gqa(gqa) => gqa.forward(step, caches, x, &mut scratch.gqa, out),
+            Attention::Delta(delta) => delta.forward(step, caches, x, &mut scratch.delta, out),
         }
     }
 }

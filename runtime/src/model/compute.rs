@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use sluice_kernels::{Activations, Kernels, Precision, ThreadPool};
 
-use super::weights::{MatrixPlace, MatrixRef};
+use super::control::Cancel;
+use super::rows::Rows;
+use super::weights::{MatrixPlace, MatrixRef, VectorRef};
 
 /// Sees what every matrix is multiplied with.
 pub trait InputObserver: Send + Sync {
@@ -25,6 +27,8 @@ pub struct Compute {
     pub precision: Precision,
     /// Sees the inputs of every quantisable matrix.
     pub observer: Option<Arc<dyn InputObserver>>,
+    /// Ends what is being computed.
+    pub cancel: Option<Cancel>,
 }
 
 impl fmt::Debug for Compute {
@@ -47,6 +51,11 @@ impl Compute {
         }
     }
 
+    /// Whether nobody wants the results of what is being computed. Loops that take long ask, and leave their results unfinished.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancel.as_ref().is_some_and(|cancel| cancel.is_cancelled())
+    }
+
     /// Of `heads` heads, how many one task computes so that what they share is read once for all of them: up to `most` of the
     /// `sharing` heads that have the same keys and values. Fewer where there would be too few tasks for the threads.
     pub fn heads_together(&self, heads: usize, sharing: usize, most: usize) -> usize {
@@ -62,6 +71,34 @@ impl Compute {
     }
 }
 
+/// What a part of a layer computes with: kernels, the rows of the pass, and the bytes that hold its weights.
+#[derive(Clone, Copy)]
+pub struct Step<'a> {
+    /// Kernels, threads, precision.
+    pub compute: &'a Compute,
+    /// The rows.
+    pub rows: &'a Rows,
+    /// Bytes of the extent that the part's weights are in.
+    pub extent: &'a [u8],
+}
+
+impl Step<'_> {
+    /// Rows of the pass.
+    pub fn n(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// `out` `[n, rows]` = `matrix` · `x`, on all threads.
+    pub fn multiply(&self, matrix: &MatrixRef, x: &Activations, out: &mut [f32]) {
+        self.compute.multiply(matrix, self.extent, x, out);
+    }
+
+    /// Reads a vector of the extent into `out`.
+    pub fn read(&self, vector: &VectorRef, out: &mut Vec<f32>) {
+        vector.read(self.extent, out);
+    }
+}
+
 /// What one thread needs to compute an attention head by itself.
 pub struct HeadScratch {
     /// A pool without workers: kernels called with it run on the calling thread.
@@ -72,8 +109,10 @@ pub struct HeadScratch {
     pub input: Vec<f32>,
     /// Product of the inputs, `[tokens, width]`.
     pub product: Vec<f32>,
-    /// One query.
+    /// Queries of one row.
     pub query: Vec<f32>,
+    /// What those see.
+    pub output: Vec<f32>,
     /// One score per cached position.
     pub scores: Vec<f32>,
 }
@@ -85,6 +124,7 @@ thread_local! {
         input: Vec::new(),
         product: Vec::new(),
         query: Vec::new(),
+        output: Vec::new(),
         scores: Vec::new(),
     });
 }

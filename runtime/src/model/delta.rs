@@ -1,13 +1,15 @@
 //! Gated delta net: what replaces attention in three of four layers of Qwen3-Next and Qwen3.5.
 //!
 //! Formulas at [`DeltaSpec`]. Its memory is one matrix per value head and the last inputs of the convolution, whatever the
-//! length of the context. Tokens go through one after the other: a chunk gives the same bits as its tokens one at a time.
+//! length of the context. A sequence's tokens go through one after the other: a span gives the same bits as its tokens one at a
+//! time.
 
 use sluice_format::DeltaSpec;
 use sluice_kernels::{Activations, exp, rms_norm, sigmoid, silu};
 
 use super::ModelError;
-use super::compute::{Compute, sized, with_head_scratch};
+use super::compute::{Compute, Step, sized, with_head_scratch};
+use super::rows::{Caches, SpanRows};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
 /// Added to the squared length of queries and keys before they are divided by it.
@@ -29,7 +31,7 @@ pub struct Delta {
     out_norm: VectorRef,
 }
 
-/// What one layer remembers of one session. A step reads the state at its first position and writes the one behind its last
+/// What one layer remembers of one sequence. A step reads the state at its first position and writes the one behind its last
 /// to the other place, so that a step that fails in a later layer can be repeated.
 #[derive(Clone, Debug)]
 pub struct DeltaState {
@@ -91,7 +93,8 @@ pub fn state_memory(spec: &DeltaSpec) -> u64 {
 /// f32 values of scratch per token.
 pub fn scratch_width(spec: &DeltaSpec) -> usize {
     let value = spec.value_heads * spec.value_head_dim;
-    4 * spec.conv_channels() + 3 * value + 2 * spec.value_heads
+    // The convolution's inputs of a span of one row, and what it makes of them.
+    (spec.conv_width + 2) * spec.conv_channels() + 3 * value + 2 * spec.value_heads
 }
 
 /// Buffers that the layers reuse from call to call.
@@ -100,7 +103,7 @@ pub struct DeltaScratch {
     activations: Activations,
     /// One of queries, keys and values, `[tokens, width]`.
     part: Vec<f32>,
-    /// Inputs of the convolution, those before the first token included, `[conv_width - 1 + tokens, channels]`.
+    /// Inputs of the convolution, span by span, those before its first token included: `[conv_width - 1 + count, channels]`.
     inputs: Vec<f32>,
     /// Its outputs, `[tokens, channels]`.
     mixed: Vec<f32>,
@@ -151,69 +154,86 @@ impl Delta {
         })
     }
 
-    /// Mixes `n` tokens at positions `start..start + n`: reads `x` `[n, hidden]` (normalised), advances `state`, writes
-    /// `out` `[n, hidden]`. `extent`: the bytes of the layer's attention extent.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "inputs, state, scratch and output of one step; a struct would only rename them"
-    )]
+    /// Mixes the rows of a pass: reads `x` `[n, hidden]` (normalised), advances the states in `caches`, writes `out`
+    /// `[n, hidden]`.
     pub fn forward(
         &self,
-        compute: &Compute,
-        extent: &[u8],
-        state: &mut DeltaState,
-        start: usize,
-        n: usize,
+        step: Step<'_>,
+        caches: &mut Caches<'_, '_>,
         x: &[f32],
         scratch: &mut DeltaScratch,
         out: &mut [f32],
     ) {
-        let (from, to) = state.step(start);
+        let n = step.n();
         scratch.activations.set(x, n, x.len() / n);
-        self.project(compute, extent, n, scratch);
-        self.convolve(extent, from, to, n, scratch);
-        self.normalise_keys(n, scratch);
-        self.gates(extent, n, scratch);
-        for t in 0..n {
-            self.recur(compute, t, (t == 0).then_some(&from.heads), &mut to.heads, scratch);
+        self.project(step, scratch);
+        for (i, span) in step.rows.spans().iter().enumerate() {
+            let (from, to) = caches.of_mut(span.span).state_mut().step(span.start);
+            self.convolve(step, (i, *span), from, to, scratch);
         }
-        to.position = start + n;
-        self.gate_output(extent, n, scratch);
+        self.normalise_keys(n, scratch);
+        self.gates(step, scratch);
+        for span in step.rows.spans() {
+            let (from, to) = caches.of_mut(span.span).state_mut().step(span.start);
+            for row in span.rows() {
+                if step.compute.is_cancelled() {
+                    return;
+                }
+                let from = (row == span.first).then_some(&from.heads);
+                self.recur(step.compute, row, from, &mut to.heads, scratch);
+            }
+            to.position = span.start + span.count;
+        }
+        self.gate_output(step, scratch);
         let width = self.spec.value_heads * self.spec.value_head_dim;
         scratch.activations.set(&scratch.out[..n * width], n, width);
-        compute.multiply(&self.o, extent, &scratch.activations, out);
+        step.multiply(&self.o, &scratch.activations, out);
     }
 
     /// Leaves the convolution's new inputs, and the projections of decay, writing strength and output gate, in the scratch.
-    fn project(&self, compute: &Compute, extent: &[u8], n: usize, scratch: &mut DeltaScratch) {
-        let s = &self.spec;
+    fn project(&self, step: Step<'_>, scratch: &mut DeltaScratch) {
+        let (s, n) = (&self.spec, step.n());
         let (channels, before) = (s.conv_channels(), s.conv_width - 1);
         let DeltaScratch { activations, part, inputs, a, b, z, .. } = scratch;
-        let inputs = sized(inputs, (before + n) * channels);
+        let spans = step.rows.spans();
+        let inputs = sized(inputs, (before * spans.len() + n) * channels);
         let mut first = 0;
         for matrix in &self.qkv {
             let width = matrix.rows();
             let part = sized(part, n * width);
-            compute.multiply(matrix, extent, activations, part);
-            for (row, part) in inputs[before * channels..].chunks_exact_mut(channels).zip(part.chunks_exact(width)) {
-                row[first..first + width].copy_from_slice(part);
+            step.multiply(matrix, activations, part);
+            for (i, span) in spans.iter().enumerate() {
+                let inputs = inputs[(before * (i + 1) + span.first) * channels..].chunks_exact_mut(channels);
+                let part = part[span.first * width..].chunks_exact(width);
+                for (row, part) in inputs.zip(part).take(span.count) {
+                    row[first..first + width].copy_from_slice(part);
+                }
             }
             first += width;
         }
-        compute.multiply(&self.a, extent, activations, sized(a, n * s.value_heads));
-        compute.multiply(&self.b, extent, activations, sized(b, n * s.value_heads));
+        step.multiply(&self.a, activations, sized(a, n * s.value_heads));
+        step.multiply(&self.b, activations, sized(b, n * s.value_heads));
         let width = s.value_heads * s.value_head_dim;
-        compute.multiply(&self.z, extent, activations, sized(z, n * width));
+        step.multiply(&self.z, activations, sized(z, n * width));
     }
 
-    /// Causal convolution of each channel by itself, then SiLU.
-    fn convolve(&self, extent: &[u8], from: &StateAt, to: &mut StateAt, n: usize, scratch: &mut DeltaScratch) {
+    /// Causal convolution of each channel of a span by itself, then SiLU. `index`: which of the pass's spans it is.
+    fn convolve(
+        &self,
+        step: Step<'_>,
+        (index, span): (usize, SpanRows),
+        from: &StateAt,
+        to: &mut StateAt,
+        scratch: &mut DeltaScratch,
+    ) {
         let (channels, width) = (self.spec.conv_channels(), self.spec.conv_width);
         let DeltaScratch { inputs, mixed, conv, .. } = scratch;
-        let inputs = sized(inputs, (width - 1 + n) * channels);
+        let before = width - 1;
+        let inputs = &mut inputs[(before * index + span.first) * channels..][..(before + span.count) * channels];
         inputs[..from.inputs.len()].copy_from_slice(&from.inputs);
-        self.conv.read(extent, conv);
-        for (t, out) in sized(mixed, n * channels).chunks_exact_mut(channels).enumerate() {
+        step.read(&self.conv, conv);
+        let mixed = &mut sized(mixed, step.n() * channels)[span.first * channels..][..span.count * channels];
+        for (t, out) in mixed.chunks_exact_mut(channels).enumerate() {
             let seen = &inputs[t * channels..][..width * channels];
             for (c, out) in out.iter_mut().enumerate() {
                 let taps = &conv[c * width..][..width];
@@ -221,7 +241,7 @@ impl Delta {
                 *out = silu(sum);
             }
         }
-        to.inputs.copy_from_slice(&inputs[n * channels..]);
+        to.inputs.copy_from_slice(&inputs[span.count * channels..]);
     }
 
     /// Gives queries and keys length 1, queries then the scale of the scores.
@@ -239,11 +259,11 @@ impl Delta {
     }
 
     /// Turns the projections into decays, in `a`, and writing strengths, in `b`.
-    fn gates(&self, extent: &[u8], n: usize, scratch: &mut DeltaScratch) {
-        let heads = self.spec.value_heads;
+    fn gates(&self, step: Step<'_>, scratch: &mut DeltaScratch) {
+        let (heads, n) = (self.spec.value_heads, step.n());
         let DeltaScratch { a, b, a_log, dt_bias, .. } = scratch;
-        self.a_log.read(extent, a_log);
-        self.dt_bias.read(extent, dt_bias);
+        step.read(&self.a_log, a_log);
+        step.read(&self.dt_bias, dt_bias);
         for row in a[..n * heads].chunks_exact_mut(heads) {
             for ((a, log), bias) in row.iter_mut().zip(&*a_log).zip(&*dt_bias) {
                 *a = exp(-exp(*log) * softplus(*a + bias));
@@ -252,7 +272,7 @@ impl Delta {
         b[..n * heads].iter_mut().for_each(|b| *b = sigmoid(*b));
     }
 
-    /// Token `t`: reads the state of `from`, or that in place, and leaves the new one with its output. One task per head.
+    /// Row `t`: reads the state of `from`, or that in place, and leaves the new one with its output. One task per head.
     fn recur(&self, compute: &Compute, t: usize, from: Option<&Vec<f32>>, to: &mut [f32], scratch: &mut DeltaScratch) {
         let s = &self.spec;
         let (dk, dv, len) = (s.key_head_dim, s.value_head_dim, head_len(s));
@@ -292,11 +312,11 @@ impl Delta {
     }
 
     /// Norm of each head's output, then the gate.
-    fn gate_output(&self, extent: &[u8], n: usize, scratch: &mut DeltaScratch) {
+    fn gate_output(&self, step: Step<'_>, scratch: &mut DeltaScratch) {
         let width = self.spec.value_head_dim;
         let DeltaScratch { out, z, norm, .. } = scratch;
-        self.out_norm.read(extent, norm);
-        let len = n * self.spec.value_heads * width;
+        step.read(&self.out_norm, norm);
+        let len = step.n() * self.spec.value_heads * width;
         with_head_scratch(|scratch| {
             for (out, z) in out[..len].chunks_exact_mut(width).zip(z.chunks_exact(width)) {
                 let copy = sized(&mut scratch.input, width);

@@ -9,7 +9,7 @@ use sluice_kernels::Activations;
 use sluice_kernels::rms_norm;
 
 use super::compute::{Compute, sized};
-use super::ffn::Routed;
+use super::experts::Routed;
 use super::router::{RouterScratch, rank};
 use super::weights::VectorRef;
 use crate::pool::LayerPass;
@@ -43,7 +43,7 @@ pub struct Foresight {
     right: Vec<f32>,
     /// Layer that the guesses are about.
     layer: usize,
-    /// Guesses about absent experts: rank and expert.
+    /// Guesses about absent experts: rank and expert, each expert once, by the best rank that any row gave it.
     guesses: Vec<(usize, u32)>,
     ranked: Vec<u32>,
     wanted: Vec<u32>,
@@ -94,8 +94,8 @@ impl Foresight {
         self.layer = usize::MAX;
     }
 
-    /// Applies the next layer's router to `residual + delta`, both `[hidden]`, the state of the one token that is decoded as
-    /// far as it is known, and starts to read what is likely enough.
+    /// Applies the next layer's router to `residual + delta`, both `[rows, hidden]`, the state of the rows as far as it is known,
+    /// and starts to read what is likely enough.
     pub fn look_ahead(
         &mut self,
         compute: &Compute,
@@ -104,33 +104,36 @@ impl Foresight {
         delta: &[f32],
         pass: &mut LayerPass<'_>,
     ) {
-        let hidden = residual.len();
-        let state = sized(&mut self.state, hidden);
-        state.iter_mut().zip(residual.iter().zip(delta)).for_each(|(s, (r, d))| *s = r + d);
         next.norm.read(next.extent, &mut self.norm);
-        let normed = sized(&mut self.normed, hidden);
-        rms_norm(state, &self.norm, next.eps, normed);
-        self.activations.set(normed, 1, hidden);
-        let logits = sized(&mut self.logits, next.routed.experts());
+        let hidden = self.norm.len();
+        let rows = residual.len() / hidden;
+        let state = sized(&mut self.state, rows * hidden);
+        state.iter_mut().zip(residual.iter().zip(delta)).for_each(|(s, (r, d))| *s = r + d);
+        let normed = sized(&mut self.normed, rows * hidden);
+        for (state, normed) in state.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
+            rms_norm(state, &self.norm, next.eps, normed);
+        }
+        self.activations.set(normed, rows, hidden);
+        let logits = sized(&mut self.logits, rows * next.routed.experts());
         let bias = next.routed.logits(compute, next.extent, &self.activations, &mut self.bias, logits);
         let top_k = next.routed.top_k();
-        rank(next.routed.spec(), logits, bias, top_k + EXTRA_RANKS, &mut self.router, &mut self.ranked);
-
-        while self.right.len() < self.ranked.len() {
-            self.right.push(if self.right.len() < top_k { FIRST_BELIEF.0 } else { FIRST_BELIEF.1 });
-        }
         self.layer = next.layer;
         self.guesses.clear();
-        self.wanted.clear();
-        for (rank, &expert) in self.ranked.iter().enumerate() {
-            if pass.has(next.layer as u32, expert) {
-                continue;
-            }
-            self.guesses.push((rank, expert));
-            if self.right[rank] >= LEAST_PROBABILITY {
-                self.wanted.push(expert);
-            }
+        for logits in logits.chunks_exact(next.routed.experts()) {
+            rank(next.routed.spec(), logits, bias, top_k + EXTRA_RANKS, &mut self.router, &mut self.ranked);
+            let absent = self.ranked.iter().enumerate().filter(|(_, expert)| !pass.has(next.layer as u32, **expert));
+            self.guesses.extend(absent.map(|(rank, &expert)| (rank, expert)));
         }
+        self.guesses.sort_unstable_by_key(|&(rank, expert)| (expert, rank));
+        self.guesses.dedup_by_key(|&mut (_, expert)| expert);
+        self.guesses.sort_unstable();
+
+        while self.right.len() < top_k + EXTRA_RANKS {
+            self.right.push(if self.right.len() < top_k { FIRST_BELIEF.0 } else { FIRST_BELIEF.1 });
+        }
+        self.wanted.clear();
+        let sure = self.guesses.iter().filter(|(rank, _)| self.right[*rank] >= LEAST_PROBABILITY);
+        self.wanted.extend(sure.map(|&(_, expert)| expert));
         pass.prefetch(next.layer as u32, &self.wanted);
     }
 }

@@ -33,7 +33,7 @@ struct FfnBias {
 
 /// How far a network has been computed.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Progress {
+struct Progress {
     /// Row groups of gate, and as many of up, that are computed.
     gate_up: usize,
     /// Row groups of down that are computed.
@@ -42,10 +42,33 @@ pub(super) struct Progress {
     done: bool,
 }
 
-impl Progress {
+/// A network that is computed for one row while its extent is being read.
+#[derive(Debug)]
+pub(super) struct Begun {
+    progress: Progress,
+    scratch: GatedScratch,
+    /// `[hidden]`, or longer.
+    output: Vec<f32>,
+}
+
+impl Begun {
+    pub fn new(compute: &Compute) -> Self {
+        Begun { progress: Progress::default(), scratch: GatedScratch::new(compute), output: Vec::new() }
+    }
+
+    /// Begins with another network or another row.
+    pub fn restart(&mut self) {
+        self.progress = Progress::default();
+    }
+
     /// Whether the output is complete.
     pub fn is_done(&self) -> bool {
-        self.done
+        self.progress.done
+    }
+
+    /// The output, once it is complete.
+    pub fn output(&self, hidden: usize) -> &[f32] {
+        &self.output[..hidden]
     }
 }
 
@@ -119,23 +142,19 @@ impl GatedFfn {
         }
     }
 
-    /// Goes on with one token's `out` `[hidden]` as far as `prefix`, the first bytes of an extent of `len` bytes, allows. `s` and
-    /// `out` are those of the call before. Tells no observer what it sees, since the bytes may turn out to be damaged.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "input, state and output of one step; a struct would only rename them"
-    )]
+    /// Goes on with `begun`, for the one row `x`, as far as `prefix`, the first bytes of an extent of `len` bytes, allows. Tells no
+    /// observer what it sees, since the bytes may turn out to be damaged.
     pub(super) fn advance(
         &self,
         compute: &Compute,
         prefix: Tallied<'_>,
         len: usize,
         x: &Activations,
-        progress: &mut Progress,
-        s: &mut GatedScratch,
-        out: &mut [f32],
+        begun: &mut Begun,
     ) {
         assert_eq!(x.n(), 1, "the rows of several tokens do not lie together");
+        let Begun { progress, scratch: s, output } = begun;
+        let out = sized(output, self.down.rows());
         let bytes = prefix.bytes;
         if progress.done || self.biases_end() > bytes.len() {
             return;
@@ -164,8 +183,10 @@ impl GatedFfn {
         }
     }
 
-    /// Makes room in `s` for one token, so that a later call allocates nothing.
-    pub(super) fn reserve(&self, s: &mut GatedScratch) {
+    /// Makes room in `begun` for one row of `cols` numbers, so that a later call allocates nothing.
+    pub(super) fn reserve(&self, cols: usize, begun: &mut Begun) {
+        sized(&mut begun.output, cols);
+        let s = &mut begun.scratch;
         let hidden = sized(&mut s.hidden, self.width);
         s.activations.set(hidden, 1, self.width);
         if let Some(bias) = &self.bias {
@@ -288,6 +309,7 @@ mod tests {
             threads: ThreadPool::new(2),
             precision: Precision::Int8,
             observer: None,
+            cancel: None,
         }
     }
 
@@ -363,17 +385,18 @@ mod tests {
             let mut ends: Vec<usize> = cuts.iter().map(|cut| (cut * pages as f64) as usize * 4096).collect();
             ends.sort_unstable();
             ends.push(extent.len());
-            let (mut progress, mut portions) = (Progress::default(), vec![f32::NAN; hidden]);
+            // Whatever an earlier network left behind.
+            let mut begun = Begun { progress: Progress::default(), scratch, output: vec![f32::NAN; hidden + 3] };
             let tally = tally.begin(extent.len());
             for end in ends {
-                prop_assert!(!progress.is_done());
+                prop_assert!(!begun.is_done());
                 let prefix = Tallied { bytes: &extent[..end], tally: Some(tally) };
-                network.advance(&compute, prefix, extent.len(), &x, &mut progress, &mut scratch, &mut portions);
+                network.advance(&compute, prefix, extent.len(), &x, &mut begun);
             }
             prop_assert_eq!(tally.checksum(&compute.kernels), xxh3_64(&extent));
-            prop_assert!(progress.is_done());
+            prop_assert!(begun.is_done());
             let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-            prop_assert_eq!(bits(&portions), bits(&whole));
+            prop_assert_eq!(bits(begun.output(hidden)), bits(&whole));
         }
     }
 }

@@ -5,8 +5,9 @@ use sluice_format::{GqaSpec, QkNormScope};
 use sluice_kernels::{Activations, KvBuffer, KvType, rms_norm, sigmoid};
 
 use super::ModelError;
-use super::compute::{Compute, sized, with_head_scratch};
+use super::compute::{Compute, Step, sized, with_head_scratch};
 use super::rope::{Rope, RopeAngles};
+use super::rows::Caches;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
 /// Weights of one layer's attention, as places in its extent.
@@ -37,10 +38,10 @@ impl Projection {
     }
 
     /// `out` `[n, rows]` = matrix · x + bias.
-    fn apply(&self, compute: &Compute, extent: &[u8], x: &Activations, vector: &mut Vec<f32>, out: &mut [f32]) {
-        compute.multiply(&self.matrix, extent, x, out);
+    fn apply(&self, step: Step<'_>, x: &Activations, vector: &mut Vec<f32>, out: &mut [f32]) {
+        step.multiply(&self.matrix, x, out);
         if let Some(bias) = &self.bias {
-            bias.read(extent, vector);
+            step.read(bias, vector);
             for row in out.chunks_exact_mut(vector.len()) {
                 row.iter_mut().zip(&*vector).for_each(|(o, b)| *o += b);
             }
@@ -48,7 +49,7 @@ impl Projection {
     }
 }
 
-/// Keys and values of one layer and one session: `[kv_heads, max_tokens, width]` each, so that a head's are contiguous.
+/// Keys and values of one layer and one sequence: `[kv_heads, max_tokens, width]` each, so that a head's are contiguous.
 #[derive(Clone, Debug)]
 pub struct KeyValueCache {
     keys: KvBuffer,
@@ -135,53 +136,46 @@ impl Gqa {
         })
     }
 
-    /// Attention of `n` tokens at positions `start..start + n`: reads `x` `[n, hidden]` (normalised), extends `cache`,
-    /// writes `out` `[n, hidden]`. `extent`: the bytes of the layer's attention extent.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "inputs, state, scratch and output of one step; a struct would only rename them"
-    )]
+    /// Attention of the rows of a pass: reads `x` `[n, hidden]` (normalised), extends `caches`, writes `out` `[n, hidden]`.
     pub fn forward(
         &self,
-        compute: &Compute,
-        extent: &[u8],
-        cache: &mut KeyValueCache,
-        start: usize,
-        n: usize,
+        step: Step<'_>,
+        caches: &mut Caches<'_, '_>,
         x: &[f32],
         scratch: &mut GqaScratch,
         out: &mut [f32],
     ) {
+        let n = step.n();
         scratch.activations.set(x, n, x.len() / n);
-        self.project(compute, extent, start, n, scratch);
-        self.extend_cache(cache, start, n, scratch);
-        self.attend(compute, extent, cache, start, n, scratch);
-        self.gather_heads(compute, extent, n, scratch);
+        self.project(step, scratch);
+        self.extend_caches(step, caches, scratch);
+        self.attend(step, caches, scratch);
+        self.gather_heads(step, scratch);
         let GqaScratch { activations, vector, by_token, .. } = scratch;
         let width = self.spec.heads * self.spec.v_head_dim;
         activations.set(&by_token[..n * width], n, width);
-        self.o.apply(compute, extent, activations, vector, out);
+        self.o.apply(step, activations, vector, out);
     }
 
     /// Queries `[n, heads, head_dim]`, keys and values, normalised and rotated.
-    fn project(&self, compute: &Compute, extent: &[u8], start: usize, n: usize, scratch: &mut GqaScratch) {
-        let s = &self.spec;
+    fn project(&self, step: Step<'_>, scratch: &mut GqaScratch) {
+        let (s, n) = (&self.spec, step.n());
         let GqaScratch { activations, vector, query, key, value, angles, .. } = scratch;
         let query = sized(query, n * s.heads * s.head_dim);
         let key = sized(key, n * s.kv_heads * s.head_dim);
         let value = sized(value, n * s.kv_heads * s.v_head_dim);
-        self.q.apply(compute, extent, activations, vector, query);
-        self.k.apply(compute, extent, activations, vector, key);
-        self.v.apply(compute, extent, activations, vector, value);
-        self.normalise(extent, self.q_norm.as_ref(), s.heads, vector, query);
-        self.normalise(extent, self.k_norm.as_ref(), s.kv_heads, vector, key);
+        self.q.apply(step, activations, vector, query);
+        self.k.apply(step, activations, vector, key);
+        self.v.apply(step, activations, vector, value);
+        self.normalise(step, self.q_norm.as_ref(), s.heads, vector, query);
+        self.normalise(step, self.k_norm.as_ref(), s.kv_heads, vector, key);
         if let Some(limit) = s.clip_qkv {
             for x in [&mut *query, &mut *key, &mut *value] {
                 x.iter_mut().for_each(|v| *v = v.clamp(-limit, limit));
             }
         }
         if let Some(rope) = &self.rope {
-            rope.angles(start, n, angles);
+            rope.angles(step.rows.positions(), angles);
             for (x, heads) in [(query, s.heads), (key, s.kv_heads)] {
                 for (i, head) in x.chunks_exact_mut(s.head_dim).enumerate() {
                     rope.rotate(head, angles, i / heads);
@@ -190,13 +184,13 @@ impl Gqa {
         }
     }
 
-    fn normalise(&self, extent: &[u8], norm: Option<&VectorRef>, heads: usize, vector: &mut Vec<f32>, x: &mut [f32]) {
+    fn normalise(&self, step: Step<'_>, norm: Option<&VectorRef>, heads: usize, vector: &mut Vec<f32>, x: &mut [f32]) {
         let (Some(spec), Some(norm)) = (&self.spec.qk_norm, norm) else { return };
         let width = match spec.scope {
             QkNormScope::Head => self.spec.head_dim,
             QkNormScope::Whole => heads * self.spec.head_dim,
         };
-        norm.read(extent, vector);
+        step.read(norm, vector);
         // In and out differ for the kernel; a head is short.
         with_head_scratch(|scratch| {
             for row in x.chunks_exact_mut(width) {
@@ -207,78 +201,80 @@ impl Gqa {
         });
     }
 
-    fn extend_cache(&self, cache: &mut KeyValueCache, start: usize, n: usize, scratch: &GqaScratch) {
+    fn extend_caches(&self, step: Step<'_>, caches: &mut Caches<'_, '_>, scratch: &GqaScratch) {
         let s = &self.spec;
-        let capacity = cache.max_tokens;
-        for (width, from, to) in
-            [(s.head_dim, &scratch.key, &mut cache.keys), (s.v_head_dim, &scratch.value, &mut cache.values)]
-        {
-            for (i, row) in from[..n * s.kv_heads * width].chunks_exact(width).enumerate() {
-                let (token, head) = (i / s.kv_heads, i % s.kv_heads);
-                to.set(head * capacity + start + token, row);
+        for span in step.rows.spans() {
+            let cache = caches.of_mut(span.span).key_value_mut();
+            let capacity = cache.max_tokens;
+            for (width, from, to) in
+                [(s.head_dim, &scratch.key, &mut cache.keys), (s.v_head_dim, &scratch.value, &mut cache.values)]
+            {
+                let rows = &from[span.first * s.kv_heads * width..][..span.count * s.kv_heads * width];
+                for (i, row) in rows.chunks_exact(width).enumerate() {
+                    let (token, head) = (i / s.kv_heads, i % s.kv_heads);
+                    to.set(head * capacity + span.start + token, row);
+                }
             }
         }
     }
 
     /// Heads that one task computes.
-    fn heads_together(&self, compute: &Compute) -> usize {
+    fn heads_together(&self, step: Step<'_>) -> usize {
         let group = self.spec.heads / self.spec.kv_heads;
-        compute.heads_together(self.spec.heads, group, group)
+        step.compute.heads_together(self.spec.heads, group, group)
     }
 
     /// Leaves the heads' outputs in `scratch.by_head`, `[heads / together, n, together, v_head_dim]`.
-    fn attend(
-        &self,
-        compute: &Compute,
-        extent: &[u8],
-        cache: &KeyValueCache,
-        start: usize,
-        n: usize,
-        scratch: &mut GqaScratch,
-    ) {
-        let s = &self.spec;
+    fn attend(&self, step: Step<'_>, caches: &Caches<'_, '_>, scratch: &mut GqaScratch) {
+        let (s, n) = (&self.spec, step.n());
         let GqaScratch { query, by_head, sinks, .. } = scratch;
         if let Some(sink) = &self.sinks {
-            sink.read(extent, sinks);
+            step.read(sink, sinks);
         }
         let (query, sinks) = (&*query, &*sinks);
-        let together = self.heads_together(compute);
+        let together = self.heads_together(step);
         let by_head = sized(by_head, s.heads * n * s.v_head_dim);
-        compute.threads.for_each_chunk(by_head, n * together * s.v_head_dim, &|task, out| {
+        step.compute.threads.for_each_chunk(by_head, n * together * s.v_head_dim, &|task, out| {
             let h = task * together;
-            let of_head = h / (s.heads / s.kv_heads) * cache.max_tokens;
+            let kv_head = h / (s.heads / s.kv_heads);
             let sinks = if self.sinks.is_some() { &sinks[h..h + together] } else { &[] };
             with_head_scratch(|scratch| {
-                for (t, out) in out.chunks_exact_mut(together * s.v_head_dim).enumerate() {
-                    let end = start + t + 1;
+                for (r, out) in out.chunks_exact_mut(together * s.v_head_dim).enumerate() {
+                    if step.compute.is_cancelled() {
+                        return;
+                    }
+                    let row = step.rows.get(r);
+                    let cache = caches.of(row.span).key_value();
+                    let end = row.position + 1;
                     let first = s.window.map_or(0, |w| end.saturating_sub(w));
+                    let of_head = kv_head * cache.max_tokens;
                     let rows = of_head + first..of_head + end;
                     let (keys, values) = (cache.keys.rows(rows.clone()), cache.values.rows(rows));
                     let seen = end - first;
                     // One more score than keys: a sink takes part in the softmax and has no value.
                     let scores = sized(&mut scratch.scores, together * (seen + 1));
-                    let q = &query[(t * s.heads + h) * s.head_dim..][..together * s.head_dim];
-                    let scale = s.softmax_scale;
-                    compute.kernels.attend_together(q, together, keys, values, seen, scale, sinks, scores, out);
+                    let q = &query[(r * s.heads + h) * s.head_dim..][..together * s.head_dim];
+                    let (kernels, scale) = (&step.compute.kernels, s.softmax_scale);
+                    kernels.attend_together(q, together, keys, values, seen, scale, sinks, scores, out);
                 }
             });
         });
     }
 
     /// Transposes to `[n, heads, v_head_dim]` and applies the output gate.
-    fn gather_heads(&self, compute: &Compute, extent: &[u8], n: usize, scratch: &mut GqaScratch) {
-        let s = &self.spec;
+    fn gather_heads(&self, step: Step<'_>, scratch: &mut GqaScratch) {
+        let (s, n) = (&self.spec, step.n());
         let GqaScratch { activations, by_head, by_token, gate, .. } = scratch;
         let (heads, width) = (s.heads, s.v_head_dim);
         let by_token = sized(by_token, n * heads * width);
-        let together = self.heads_together(compute);
+        let together = self.heads_together(step);
         for (i, rows) in by_token.chunks_exact_mut(together * width).enumerate() {
             let (t, task) = (i / (heads / together), i % (heads / together));
             rows.copy_from_slice(&by_head[(task * n + t) * together * width..][..together * width]);
         }
         if let Some(matrix) = &self.gate {
             let gate = sized(gate, n * heads * width);
-            compute.multiply(matrix, extent, activations, gate);
+            step.multiply(matrix, activations, gate);
             by_token.iter_mut().zip(gate).for_each(|(o, g)| *o *= sigmoid(*g));
         }
     }

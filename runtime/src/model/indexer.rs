@@ -7,8 +7,9 @@ use sluice_format::{IndexerSpec, RopeSpec};
 use sluice_kernels::{Activations, top_k};
 
 use super::ModelError;
-use super::compute::{Compute, sized, with_head_scratch};
+use super::compute::{Step, sized, with_head_scratch};
 use super::rope::{Rope, RopeAngles};
+use super::rows::Caches;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
 /// Weights of one layer's indexer, as places in its extent.
@@ -24,7 +25,7 @@ pub struct Indexer {
     weights: MatrixRef,
 }
 
-/// Index keys of one layer and one session, `[max_tokens, index_head_dim]`.
+/// Index keys of one layer and one sequence, `[max_tokens, index_head_dim]`.
 #[derive(Clone, Debug)]
 pub struct IndexCache {
     keys: Vec<f32>,
@@ -52,7 +53,7 @@ pub fn scratch_width(spec: &IndexerSpec) -> usize {
     spec.index_heads * (spec.index_head_dim + 1) + spec.index_head_dim + spec.index_top_k
 }
 
-/// What the tokens of the current chunk attend to, and buffers. A shared layer reads what the last other one chose.
+/// What the rows of the current pass attend to, and buffers. A shared layer reads what the last other one chose.
 #[derive(Debug, Default)]
 pub struct IndexScratch {
     query: Vec<f32>,
@@ -61,17 +62,17 @@ pub struct IndexScratch {
     norm: Vec<f32>,
     bias: Vec<f32>,
     angles: RopeAngles,
-    /// Per token, ascending; none where it attends to all.
+    /// Per row, ascending; none where it attends to all.
     chosen: Vec<Vec<u32>>,
 }
 
 impl IndexScratch {
-    /// Positions that token `t` of the chunk attends to, ascending; `None`: all.
+    /// Positions that row `t` of the pass attends to, ascending; `None`: all.
     pub fn chosen(&self, t: usize) -> Option<&[u32]> {
         self.chosen.get(t).filter(|c| !c.is_empty()).map(Vec::as_slice)
     }
 
-    /// Every token attends to all.
+    /// Every row attends to all.
     pub fn choose_all(&mut self) {
         self.chosen.iter_mut().for_each(Vec::clear);
     }
@@ -99,83 +100,61 @@ impl Indexer {
         }))
     }
 
-    /// Extends `cache` by the index keys of `n` tokens from `start` on. `x`: their normalised inputs.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "inputs, state and scratch of one step; a struct would only rename them"
-    )]
-    pub fn extend(
-        &self,
-        compute: &Compute,
-        extent: &[u8],
-        cache: &mut IndexCache,
-        start: usize,
-        n: usize,
-        x: &Activations,
-        scratch: &mut IndexScratch,
-    ) {
-        let width = self.spec.index_head_dim;
+    /// Extends `caches` by the index keys of the rows. `x`: their normalised inputs.
+    pub fn extend(&self, step: Step<'_>, caches: &mut Caches<'_, '_>, x: &Activations, scratch: &mut IndexScratch) {
+        let (width, n) = (self.spec.index_head_dim, step.n());
         let IndexScratch { key, weights, norm, bias, angles, .. } = scratch;
         let key = sized(key, n * width);
-        compute.multiply(&self.k, extent, x, key);
-        self.k_norm.read(extent, norm);
-        self.k_norm_bias.read(extent, bias);
-        self.rope.angles(start, n, angles);
-        for (t, (key, row)) in
-            key.chunks_exact(width).zip(cache.keys[start * width..].chunks_exact_mut(width)).enumerate()
-        {
-            layer_norm(key, norm, bias, self.spec.key_norm_eps, row);
-            self.rope.rotate(&mut row[..self.rotated], angles, t);
+        step.multiply(&self.k, x, key);
+        step.read(&self.k_norm, norm);
+        step.read(&self.k_norm_bias, bias);
+        self.rope.angles(step.rows.positions(), angles);
+        for span in step.rows.spans() {
+            let cache = caches.of_mut(span.span).latent_mut().index_mut();
+            let places = cache.keys[span.start * width..].chunks_exact_mut(width);
+            for (row, place) in span.rows().zip(places) {
+                layer_norm(&key[row * width..][..width], norm, bias, self.spec.key_norm_eps, place);
+                self.rope.rotate(&mut place[..self.rotated], angles, row);
+            }
         }
         // The weights follow from the same input, which is gone when the queries are known.
         let weights = sized(weights, n * self.spec.index_heads);
-        compute.multiply(&self.weights, extent, x, weights);
+        step.multiply(&self.weights, x, weights);
     }
 
-    /// Chooses for each of the `n` tokens; [`Indexer::extend`] has seen them. `latent`: their low-rank queries, normalised.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "inputs, state and scratch of one step; a struct would only rename them"
-    )]
-    pub fn choose(
-        &self,
-        compute: &Compute,
-        extent: &[u8],
-        cache: &IndexCache,
-        start: usize,
-        n: usize,
-        latent: &Activations,
-        scratch: &mut IndexScratch,
-    ) {
-        let s = &self.spec;
+    /// Chooses for each row; [`Indexer::extend`] has seen them. `latent`: their low-rank queries, normalised.
+    pub fn choose(&self, step: Step<'_>, caches: &Caches<'_, '_>, latent: &Activations, scratch: &mut IndexScratch) {
+        let (s, n) = (&self.spec, step.n());
         if scratch.chosen.len() < n {
             scratch.chosen.resize_with(n, Vec::new);
         }
         scratch.choose_all();
-        if start + n <= s.index_top_k {
+        if step.rows.positions().all(|position| position < s.index_top_k) {
             return;
         }
         let IndexScratch { query, weights, angles, chosen, .. } = scratch;
         let (heads, width) = (s.index_heads, s.index_head_dim);
         let query = sized(query, n * heads * width);
-        compute.multiply(&self.q, extent, latent, query);
+        step.multiply(&self.q, latent, query);
         for (i, head) in query.chunks_exact_mut(width).enumerate() {
             self.rope.rotate(&mut head[..self.rotated], angles, i / heads);
         }
         let (query, weights) = (&*query, &*weights);
         let (q_scale, w_scale) = ((width as f32).powf(-0.5), (heads as f32).powf(-0.5));
-        compute.threads.for_each_chunk(&mut chosen[..n], 1, &|t, chosen| {
-            let seen = start + t + 1;
-            if seen <= s.index_top_k {
+        step.compute.threads.for_each_chunk(&mut chosen[..n], 1, &|t, chosen| {
+            let row = step.rows.get(t);
+            let seen = row.position + 1;
+            if seen <= s.index_top_k || step.compute.is_cancelled() {
                 return;
             }
+            let keys = &caches.of(row.span).latent().index().keys;
             with_head_scratch(|scratch| {
                 let scores = sized(&mut scratch.scores, seen);
-                for (score, key) in scores.iter_mut().zip(cache.keys.chunks_exact(width)) {
+                for (score, key) in scores.iter_mut().zip(keys.chunks_exact(width)) {
                     let of_head = |h: usize| {
                         let q = &query[(t * heads + h) * width..][..width];
                         let weight = weights[t * heads + h] * w_scale;
-                        weight * (compute.kernels.dot(q, key) * q_scale).max(0.0)
+                        weight * (step.compute.kernels.dot(q, key) * q_scale).max(0.0)
                     };
                     *score = (0..heads).map(of_head).sum();
                 }

@@ -9,13 +9,14 @@ use sluice_format::MlaSpec;
 use sluice_kernels::{Activations, KvBuffer, KvType, rms_norm};
 
 use super::ModelError;
-use super::compute::{Compute, HeadScratch, sized, with_head_scratch};
+use super::compute::{Compute, HeadScratch, Step, sized, with_head_scratch};
 use super::indexer::{self, IndexCache, IndexScratch, Indexer};
 use super::rope::{Rope, RopeAngles};
+use super::rows::Caches;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
-/// Heads whose queries and latents still fit the second-level cache together.
-const MOST_HEADS_TOGETHER: usize = 16;
+/// Queries (heads times rows) that still fit the second-level cache together with their latents.
+const MOST_QUERIES_TOGETHER: usize = 16;
 
 /// Weights of one layer's latent attention, as places in its extent.
 #[derive(Debug)]
@@ -31,13 +32,22 @@ pub struct Mla {
     indexer: Option<Indexer>,
 }
 
+/// What the heads of all rows have in common.
+#[derive(Clone, Copy)]
+struct HeadRows<'a> {
+    /// `[n, heads, nope + rope]`, not rotated.
+    query: &'a [f32],
+    angles: &'a RopeAngles,
+    index: &'a IndexScratch,
+}
+
 #[derive(Debug)]
 enum Query {
     Full(MatrixRef),
     LowRank { a: MatrixRef, norm: VectorRef, b: MatrixRef },
 }
 
-/// Keys and values of one layer and one session: `[max_tokens, kv_lora_rank + qk_rope_head_dim]`.
+/// Keys and values of one layer and one sequence: `[max_tokens, kv_lora_rank + qk_rope_head_dim]`.
 #[derive(Clone, Debug)]
 pub struct LatentCache {
     rows: KvBuffer,
@@ -50,6 +60,15 @@ impl LatentCache {
     pub fn new(spec: &MlaSpec, max_tokens: usize, ty: KvType) -> Self {
         let index = spec.indexer.as_ref().map(|i| IndexCache::new(i, max_tokens));
         LatentCache { rows: KvBuffer::new(ty, max_tokens, latent_width(spec)), index }
+    }
+
+    /// Keys of the layer's own indexer.
+    pub(super) fn index(&self) -> &IndexCache {
+        self.index.as_ref().expect("a layer with an indexer has index keys")
+    }
+
+    pub(super) fn index_mut(&mut self) -> &mut IndexCache {
+        self.index.as_mut().expect("a layer with an indexer has index keys")
     }
 
     /// Bytes that are allocated.
@@ -132,36 +151,28 @@ impl Mla {
         })
     }
 
-    /// Attention of `n` tokens at positions `start..start + n`: reads `x` `[n, hidden]` (normalised), extends `cache`,
-    /// writes `out` `[n, hidden]`. `extent`: the bytes of the layer's attention extent.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "inputs, state, scratch and output of one step; a struct would only rename them"
-    )]
+    /// Attention of the rows of a pass: reads `x` `[n, hidden]` (normalised), extends `caches`, writes `out` `[n, hidden]`.
     pub fn forward(
         &self,
-        compute: &Compute,
-        extent: &[u8],
-        cache: &mut LatentCache,
-        start: usize,
-        n: usize,
+        step: Step<'_>,
+        caches: &mut Caches<'_, '_>,
         x: &[f32],
         scratch: &mut MlaScratch,
         out: &mut [f32],
     ) {
-        let hidden = x.len() / n;
-        scratch.activations.set(x, n, hidden);
-        self.rope.angles(start, n, &mut scratch.angles);
-        self.extend_cache(compute, extent, cache, start, n, scratch);
-        if let (Some(indexer), Some(keys)) = (&self.indexer, &mut cache.index) {
-            indexer.extend(compute, extent, keys, start, n, &scratch.activations, &mut scratch.index);
+        let n = step.n();
+        scratch.activations.set(x, n, x.len() / n);
+        self.rope.angles(step.rows.positions(), &mut scratch.angles);
+        self.extend_caches(step, caches, scratch);
+        if let Some(indexer) = &self.indexer {
+            indexer.extend(step, caches, &scratch.activations, &mut scratch.index);
         }
-        self.project_query(compute, extent, n, scratch);
-        if let (Some(indexer), Some(keys)) = (&self.indexer, &cache.index) {
+        self.project_query(step, scratch);
+        if let Some(indexer) = &self.indexer {
             // The query's latent is what was last multiplied.
-            indexer.choose(compute, extent, keys, start, n, &scratch.activations, &mut scratch.index);
+            indexer.choose(step, caches, &scratch.activations, &mut scratch.index);
         }
-        self.attend(compute, extent, cache, start, n, scratch);
+        self.attend(step, caches, scratch);
 
         let MlaScratch { by_head, by_token, activations, .. } = scratch;
         let (heads, width) = (self.spec.heads, self.spec.v_head_dim);
@@ -172,96 +183,75 @@ impl Mla {
             }
         }
         activations.set(by_token, n, heads * width);
-        compute.multiply(&self.o, extent, activations, out);
+        step.multiply(&self.o, activations, out);
     }
 
-    fn extend_cache(
-        &self,
-        compute: &Compute,
-        extent: &[u8],
-        cache: &mut LatentCache,
-        start: usize,
-        n: usize,
-        scratch: &mut MlaScratch,
-    ) {
+    fn extend_caches(&self, step: Step<'_>, caches: &mut Caches<'_, '_>, scratch: &mut MlaScratch) {
         let MlaScratch { activations, norm, latent, kv, angles, .. } = scratch;
         let width = latent_width(&self.spec);
         let rank = self.spec.kv_lora_rank;
-        let kv = sized(kv, n * width);
-        compute.multiply(&self.kv_a, extent, activations, kv);
-        self.kv_a_norm.read(extent, norm);
-        let row = sized(latent, width);
-        for (t, kv) in kv.chunks_exact(width).enumerate() {
-            rms_norm(&kv[..rank], norm, self.spec.latent_norm_eps, &mut row[..rank]);
-            row[rank..].copy_from_slice(&kv[rank..]);
-            self.rope.rotate(&mut row[rank..], angles, t);
-            cache.rows.set(start + t, row);
-        }
-    }
-
-    /// Leaves the unrotated queries in `scratch.query`, `[n, heads, nope + rope]`.
-    fn project_query(&self, compute: &Compute, extent: &[u8], n: usize, scratch: &mut MlaScratch) {
-        let MlaScratch { activations, norm, latent, query, .. } = scratch;
-        let width = self.spec.heads * (self.spec.qk_nope_head_dim + self.spec.qk_rope_head_dim);
-        let query = sized(query, n * width);
-        match &self.query {
-            Query::Full(q) => compute.multiply(q, extent, activations, query),
-            Query::LowRank { a, norm: weight, b } => {
-                let rank = a.rows();
-                // Two halves: the product, and its normalised copy.
-                let (raw, normed) = sized(latent, 2 * n * rank).split_at_mut(n * rank);
-                compute.multiply(a, extent, activations, raw);
-                weight.read(extent, norm);
-                for (raw, normed) in raw.chunks_exact(rank).zip(normed.chunks_exact_mut(rank)) {
-                    rms_norm(raw, norm, self.spec.latent_norm_eps, normed);
-                }
-                activations.set(normed, n, rank);
-                compute.multiply(b, extent, activations, query);
+        let kv = sized(kv, step.n() * width);
+        step.multiply(&self.kv_a, activations, kv);
+        step.read(&self.kv_a_norm, norm);
+        let latent = sized(latent, width);
+        for span in step.rows.spans() {
+            let cache = caches.of_mut(span.span).latent_mut();
+            for (t, row) in span.rows().enumerate() {
+                let kv = &kv[row * width..][..width];
+                rms_norm(&kv[..rank], norm, self.spec.latent_norm_eps, &mut latent[..rank]);
+                latent[rank..].copy_from_slice(&kv[rank..]);
+                self.rope.rotate(&mut latent[rank..], angles, row);
+                cache.rows.set(span.start + t, latent);
             }
         }
     }
 
-    /// Leaves the heads' outputs in `scratch.by_head`. A task, for one head or some: absorb the queries, attend, expand the
-    /// values.
-    fn attend(
-        &self,
-        compute: &Compute,
-        extent: &[u8],
-        cache: &LatentCache,
-        start: usize,
-        n: usize,
-        scratch: &mut MlaScratch,
-    ) {
+    /// Leaves the unrotated queries in `scratch.query`, `[n, heads, nope + rope]`.
+    fn project_query(&self, step: Step<'_>, scratch: &mut MlaScratch) {
+        let MlaScratch { activations, norm, latent, query, .. } = scratch;
+        let n = step.n();
+        let width = self.spec.heads * (self.spec.qk_nope_head_dim + self.spec.qk_rope_head_dim);
+        let query = sized(query, n * width);
+        match &self.query {
+            Query::Full(q) => step.multiply(q, activations, query),
+            Query::LowRank { a, norm: weight, b } => {
+                let rank = a.rows();
+                // Two halves: the product, and its normalised copy.
+                let (raw, normed) = sized(latent, 2 * n * rank).split_at_mut(n * rank);
+                step.multiply(a, activations, raw);
+                step.read(weight, norm);
+                for (raw, normed) in raw.chunks_exact(rank).zip(normed.chunks_exact_mut(rank)) {
+                    rms_norm(raw, norm, self.spec.latent_norm_eps, normed);
+                }
+                activations.set(normed, n, rank);
+                step.multiply(b, activations, query);
+            }
+        }
+    }
+
+    /// Leaves the heads' outputs in `scratch.by_head`, `[heads, n, v_head_dim]`. A task, for one head or some: absorb the
+    /// queries, attend, expand the values.
+    fn attend(&self, step: Step<'_>, caches: &Caches<'_, '_>, scratch: &mut MlaScratch) {
         let MlaScratch { query, by_head, angles, index, .. } = scratch;
-        let s = &self.spec;
+        let (s, n) = (&self.spec, step.n());
         let head_width = s.qk_nope_head_dim + s.qk_rope_head_dim;
-        let query = &query[..n * s.heads * head_width];
-        let (angles, index) = (&*angles, &*index);
-        // All heads share the latents. Of several tokens, each head's are taken together instead, which reads the head's
-        // weights once.
-        let together = compute.heads_together(s.heads, s.heads, if n == 1 { MOST_HEADS_TOGETHER } else { 1 });
+        let rows = HeadRows { query: &query[..n * s.heads * head_width], angles, index };
+        // All heads share the latents, and all rows a head's weights: what a task holds of both should stay in the cache.
+        let together = step.compute.heads_together(s.heads, s.heads, (MOST_QUERIES_TOGETHER / n).max(1));
         let by_head = sized(by_head, s.heads * n * s.v_head_dim);
-        compute.threads.for_each_chunk(by_head, together * n * s.v_head_dim, &|task, out| {
+        step.compute.threads.for_each_chunk(by_head, together * n * s.v_head_dim, &|task, out| {
             let heads = task * together..(task + 1) * together;
             with_head_scratch(|scratch| {
-                self.absorb(compute, extent, heads.clone(), n, query, scratch);
-                self.attend_heads(compute, cache, heads.clone(), start, n, (query, angles, index), scratch);
-                self.expand(compute, extent, heads, n, scratch, out);
+                self.absorb(step, heads.clone(), rows.query, scratch);
+                self.attend_heads(step, caches, heads.clone(), rows, scratch);
+                self.expand(step, heads, scratch, out);
             });
         });
     }
 
     /// `scratch.product` `[heads, n, rank]`: the parts without positions of these heads' queries, in terms of latents.
-    fn absorb(
-        &self,
-        compute: &Compute,
-        extent: &[u8],
-        heads: Range<usize>,
-        n: usize,
-        query: &[f32],
-        scratch: &mut HeadScratch,
-    ) {
-        let s = &self.spec;
+    fn absorb(&self, step: Step<'_>, heads: Range<usize>, query: &[f32], scratch: &mut HeadScratch) {
+        let (s, n) = (&self.spec, step.n());
         let (nope, rank, head_width) = (s.qk_nope_head_dim, s.kv_lora_rank, s.qk_nope_head_dim + s.qk_rope_head_dim);
         let HeadScratch { serial, activations, input, product, .. } = scratch;
         let product = sized(product, heads.len() * n * rank);
@@ -271,66 +261,61 @@ impl Mla {
                 input.copy_from_slice(&query[(t * s.heads + h) * head_width..][..nope]);
             }
             activations.set(input, n, nope);
-            compute.observe(&self.k_b, h as u32, activations);
-            compute.kernels.matmul(serial, self.k_b.view_of_batch(extent, h), activations, absorbed);
+            step.compute.observe(&self.k_b, h as u32, activations);
+            step.compute.kernels.matmul(serial, self.k_b.view_of_batch(step.extent, h), activations, absorbed);
         }
     }
 
-    /// `scratch.input` `[n, heads, rank]`: the latents that these heads see.
-    #[expect(clippy::too_many_arguments, reason = "what, where to and for which heads and tokens")]
+    /// `scratch.input` `[heads, n, rank]`: the latents that these heads see.
     fn attend_heads(
         &self,
-        compute: &Compute,
-        cache: &LatentCache,
+        step: Step<'_>,
+        caches: &Caches<'_, '_>,
         heads: Range<usize>,
-        start: usize,
-        n: usize,
-        (query, angles, index): (&[f32], &RopeAngles, &IndexScratch),
+        HeadRows { query, angles, index }: HeadRows<'_>,
         scratch: &mut HeadScratch,
     ) {
-        let s = &self.spec;
+        let (s, n) = (&self.spec, step.n());
         let (nope, rank, width) = (s.qk_nope_head_dim, s.kv_lora_rank, latent_width(s));
         let head_width = nope + s.qk_rope_head_dim;
-        let HeadScratch { input, product, query: full, scores, .. } = scratch;
-        let latents = sized(input, n * heads.len() * rank);
-        for (t, latents) in latents.chunks_exact_mut(heads.len() * rank).enumerate() {
-            let full = sized(full, heads.len() * width);
+        let HeadScratch { input, product, query: full, output, scores, .. } = scratch;
+        let latents = sized(input, heads.len() * n * rank);
+        let full = sized(full, heads.len() * width);
+        let output = sized(output, heads.len() * rank);
+        for t in 0..n {
+            if step.compute.is_cancelled() {
+                return;
+            }
+            let row = step.rows.get(t);
             for (i, full) in full.chunks_exact_mut(width).enumerate() {
                 full[..rank].copy_from_slice(&product[(i * n + t) * rank..][..rank]);
                 full[rank..].copy_from_slice(&query[(t * s.heads + heads.start + i) * head_width..][nope..head_width]);
                 self.rope.rotate(&mut full[rank..], angles, t);
             }
-            let seen = start + t + 1;
-            let rows = cache.rows.rows(0..seen);
+            let seen = row.position + 1;
+            let rows = caches.of(row.span).latent().rows.rows(0..seen);
             let (rows, seen) = match s.indexer.as_ref().and_then(|_| index.chosen(t)) {
                 Some(chosen) => (rows.only(chosen), chosen.len()),
                 None => (rows, seen),
             };
             let scores = sized(scores, heads.len() * seen);
-            let n = heads.len();
-            compute.kernels.attend_together(full, n, rows, rows, seen, s.softmax_scale, &[], scores, latents);
+            let (kernels, together, scale) = (&step.compute.kernels, heads.len(), s.softmax_scale);
+            kernels.attend_together(full, together, rows, rows, seen, scale, &[], scores, output);
+            for (i, output) in output.chunks_exact(rank).enumerate() {
+                latents[(i * n + t) * rank..][..rank].copy_from_slice(output);
+            }
         }
     }
 
     /// `out` `[heads, n, v_head_dim]`: the values that these heads' latents stand for.
-    fn expand(
-        &self,
-        compute: &Compute,
-        extent: &[u8],
-        heads: Range<usize>,
-        n: usize,
-        scratch: &mut HeadScratch,
-        out: &mut [f32],
-    ) {
-        // A head's tokens lie together: there is one of them, or one head.
-        debug_assert!(n == 1 || heads.len() == 1, "{n} tokens of {} heads", heads.len());
-        let rank = self.spec.kv_lora_rank;
+    fn expand(&self, step: Step<'_>, heads: Range<usize>, scratch: &mut HeadScratch, out: &mut [f32]) {
+        let (n, rank) = (step.n(), self.spec.kv_lora_rank);
         let HeadScratch { serial, activations, input, .. } = scratch;
         let out = out.chunks_exact_mut(n * self.spec.v_head_dim);
         for ((h, latents), out) in heads.zip(input.chunks_exact(n * rank)).zip(out) {
             activations.set(latents, n, rank);
-            compute.observe(&self.v_b, h as u32, activations);
-            compute.kernels.matmul(serial, self.v_b.view_of_batch(extent, h), activations, out);
+            step.compute.observe(&self.v_b, h as u32, activations);
+            step.compute.kernels.matmul(serial, self.v_b.view_of_batch(step.extent, h), activations, out);
         }
     }
 }

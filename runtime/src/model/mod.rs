@@ -1,11 +1,13 @@
-//! The model: executes a [`ModelSpec`] layer by layer over any number of tokens.
+//! The model: executes a [`ModelSpec`] layer by layer over the rows of a pass.
 //!
 //! A layer reads top-down like the paper: norm, attention, add, norm, feed-forward part, add. Nothing here knows a family.
 
 mod attention;
 pub mod compute;
+pub mod control;
 mod delta;
 mod embedding;
+mod experts;
 mod ffn;
 mod foresight;
 mod gated;
@@ -14,6 +16,8 @@ mod indexer;
 mod mla;
 mod rope;
 pub mod router;
+pub mod rows;
+mod sequence;
 mod tally;
 pub mod weights;
 
@@ -21,14 +25,16 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
-use sluice_kernels::{Activations, KvType, rms_norm};
+use sluice_kernels::{Activations, rms_norm};
 
-use self::attention::{Attention, AttentionScratch, LayerCache};
-use self::compute::{Compute, sized};
+use self::attention::{Attention, AttentionScratch};
+use self::compute::{Compute, Step, sized};
+use self::control::{Control, Progress};
 use self::embedding::Embedding;
-use self::ffn::{Ffn, FfnExtents, FfnScratch};
+use self::ffn::{Ffn, FfnScratch, FfnStep};
 use self::foresight::NextLayer;
-use self::router::Choice;
+use self::rows::{Caches, Rows, Span};
+pub use self::sequence::Sequence;
 use self::weights::{ExtentTensors, MatrixRef, VectorRef};
 use crate::pool::{DenseHandle, DenseParts, Pool, PoolError};
 
@@ -61,58 +67,20 @@ pub enum ModelError {
         /// Size of the vocabulary.
         vocab: usize,
     },
-    /// More tokens than the session has room for.
-    #[error("the session holds {capacity} tokens, {wanted} are needed. Raise --context or shorten the prompt")]
+    /// More tokens than the sequence has room for.
+    #[error("the sequence holds {capacity} tokens, {wanted} are needed. Raise --context or shorten the prompt")]
     ContextFull {
         /// Tokens that fit.
         capacity: usize,
         /// Tokens wanted.
         wanted: usize,
     },
+    /// The caller has ended the step.
+    #[error("the step was cancelled")]
+    Cancelled,
     /// No tokens.
     #[error("there are no tokens to compute: give a prompt of at least one token")]
     NoTokens,
-}
-
-/// State of one generation: what the layers remember of the tokens so far.
-#[derive(Clone, Debug)]
-pub struct KvCache {
-    layers: Vec<LayerCache>,
-    position: usize,
-    capacity: usize,
-}
-
-impl KvCache {
-    /// An empty cache for `capacity` tokens, with keys and values of type `ty`.
-    pub fn new(spec: &ModelSpec, capacity: usize, ty: KvType) -> Self {
-        let layers = spec.layers.iter().map(|l| LayerCache::new(&l.attention, capacity, ty));
-        KvCache { layers: layers.collect(), position: 0, capacity }
-    }
-
-    /// Bytes of a cache for `capacity` tokens.
-    pub fn memory(spec: &ModelSpec, capacity: usize, ty: KvType) -> u64 {
-        spec.layers.iter().map(|l| LayerCache::memory(&l.attention, capacity, ty)).fold(0, u64::saturating_add)
-    }
-
-    /// Bytes that are allocated.
-    pub fn bytes(&self) -> u64 {
-        self.layers.iter().map(|l| l.bytes() as u64).sum()
-    }
-
-    /// Tokens seen so far.
-    pub fn position(&self) -> usize {
-        self.position
-    }
-
-    /// Tokens that fit.
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// Forgets all tokens.
-    pub fn clear(&mut self) {
-        self.position = 0;
-    }
 }
 
 /// Where the time of a forward pass went.
@@ -158,7 +126,7 @@ struct LayerExtents {
 
 #[derive(Debug)]
 struct Scratch {
-    /// Residual stream, `[tokens, hidden]`.
+    /// Residual stream, `[rows, hidden]`.
     x: Vec<f32>,
     normed: Vec<f32>,
     delta: Vec<f32>,
@@ -180,24 +148,11 @@ pub struct Weights<'a> {
     pub experts: &'a mut Pool,
 }
 
+/// Tokens whose rows of the embedding are read between two looks at whether the step is to end.
+const EMBEDDED_AT_ONCE: usize = 64;
+
 /// Rows of logits computed at once: bounds the memory of a long prompt whose every logit is wanted.
 const LOGIT_ROWS: usize = 16;
-
-/// Sees the routing of every layer: layer, position of the first token, top-k, choices `[tokens, top_k]`.
-pub type RoutingObserver = dyn FnMut(usize, usize, usize, &[Choice]);
-
-/// Sees the residual stream `[tokens, hidden]`: before layer 0, and then behind every layer. Gets the number of layers that
-/// have run, and the stream.
-pub type HiddenObserver = dyn FnMut(usize, &[f32]);
-
-/// Who watches the model compute.
-#[derive(Default)]
-pub struct Observers {
-    /// Of the routing.
-    pub routing: Vec<Box<RoutingObserver>>,
-    /// Of the residual stream.
-    pub hidden: Vec<Box<HiddenObserver>>,
-}
 
 /// The extents of a file that every token needs, in the order in which a token needs them. The position in this list is
 /// the handle.
@@ -218,7 +173,7 @@ pub fn dense_extents(extents: &[ExtentRecord]) -> Vec<ExtentRecord> {
 
 impl Model {
     /// Resolves every tensor of `file`. `handles` belong to [`dense_extents`] in the same order. `prefetch`: whether experts
-    /// are read ahead of the router while tokens are decoded.
+    /// are read ahead of the router while tokens are decoded. `most_kept`: bytes of experts' outputs that may wait to be summed.
     ///
     /// # Errors
     /// [`ModelError::MissingTensor`].
@@ -227,6 +182,7 @@ impl Model {
         handles: &[DenseHandle],
         compute: &Compute,
         prefetch: bool,
+        most_kept: u64,
     ) -> Result<Self, ModelError> {
         let spec = file.spec().clone();
         let mut handles = handles.iter().copied();
@@ -262,7 +218,7 @@ impl Model {
             part: Vec::new(),
             logits: Vec::new(),
             attention: AttentionScratch::new(compute),
-            ffn: FfnScratch::new(compute, prefetch),
+            ffn: FfnScratch::new(compute, prefetch, most_kept),
         };
         Ok(Model {
             embedding: Embedding::new(file),
@@ -290,54 +246,70 @@ impl Model {
         self.embedding.bytes_read()
     }
 
-    /// Runs all layers over `tokens`, which follow those already in `cache`; then [`Model::logits`] can be asked for.
-    /// On an error the cache is as before.
+    /// Runs all layers over `rows` of `spans`; then [`Model::logits`] can be asked for. The sequences do not count the rows yet: that
+    /// is [`Rows::advance`].
     ///
     /// # Errors
-    /// [`ModelError`]: no tokens, no room, an unknown id, an unreadable or damaged extent.
+    /// [`ModelError`]: an unknown id, an unreadable or damaged extent, or that `control` has cancelled it.
+    ///
+    /// # Panics
+    /// If a sequence is another model's, or has no room for its rows.
     pub fn forward(
         &mut self,
         compute: &Compute,
         weights: &mut Weights<'_>,
-        cache: &mut KvCache,
-        tokens: &[u32],
-        observers: &mut Observers,
+        rows: &Rows,
+        spans: &mut [Span<'_>],
+        control: &mut Control<'_>,
     ) -> Result<(), ModelError> {
-        let (n, start, hidden) = (tokens.len(), cache.position, self.spec.hidden_size);
-        if n == 0 {
-            return Err(ModelError::NoTokens);
-        }
-        if start + n > cache.capacity {
-            return Err(ModelError::ContextFull { capacity: cache.capacity, wanted: start + n });
-        }
-        self.embedding.rows(weights.file, tokens, sized(&mut self.scratch.x, n * hidden))?;
-        let hidden_of = |scratch: &Scratch, layers: usize, observers: &mut Observers| {
-            observers.hidden.iter_mut().for_each(|sink| sink(layers, &scratch.x[..n * hidden]));
-        };
-        hidden_of(&self.scratch, 0, observers);
-        for i in 0..self.layers.len() {
-            self.layer(compute, weights, &mut cache.layers[i], i, start, n)?;
-            if let Some(moe) = &self.spec.layers[i].ffn.moe {
-                let choices = self.scratch.ffn.choices();
-                observers.routing.iter_mut().for_each(|sink| sink(i, start, moe.top_k, choices));
+        let hidden = self.spec.hidden_size;
+        let len = rows.len() * hidden;
+        let x = sized(&mut self.scratch.x, len);
+        for part in rows.spans() {
+            let tokens = spans[part.span].tokens[part.token..][..part.count].chunks(EMBEDDED_AT_ONCE);
+            let x = x[part.first * hidden..].chunks_mut(EMBEDDED_AT_ONCE * hidden);
+            for (tokens, x) in tokens.zip(x) {
+                control.check()?;
+                self.embedding.rows(weights.file, tokens, &mut x[..tokens.len() * hidden])?;
             }
-            hidden_of(&self.scratch, i + 1, observers);
         }
-        cache.position += n;
+        self.watch(0, rows, control);
+        for layer in 0..self.layers.len() {
+            self.layer(compute, weights, rows, Caches::new(spans, layer), layer)?;
+            control.check()?;
+            self.watch(layer + 1, rows, control);
+        }
         Ok(())
+    }
+
+    /// Shows the observers what is there after so many layers.
+    fn watch(&self, layers: usize, rows: &Rows, control: &mut Control<'_>) {
+        let layer = layers.checked_sub(1);
+        let moe = layer.and_then(|layer| self.spec.layers[layer].ffn.moe.as_ref());
+        if let (Some(layer), Some(moe), Some(sink)) = (layer, moe, &mut control.routing) {
+            let choices = self.scratch.ffn.choices();
+            for part in rows.spans() {
+                sink(layer, part.start, moe.top_k, &choices[part.first * moe.top_k..][..part.count * moe.top_k]);
+            }
+        }
+        if let Some(sink) = &mut control.hidden {
+            sink(layers, &self.scratch.x[..rows.len() * self.spec.hidden_size]);
+        }
+        if let (Some(_), Some(sink)) = (layer, &mut control.progress) {
+            sink(Progress { layers, ..rows.progress() });
+        }
     }
 
     fn layer(
         &mut self,
         compute: &Compute,
         weights: &mut Weights<'_>,
-        cache: &mut LayerCache,
+        rows: &Rows,
+        mut caches: Caches<'_, '_>,
         index: usize,
-        start: usize,
-        n: usize,
     ) -> Result<(), ModelError> {
         let eps = self.spec.norm_eps;
-        let len = n * self.spec.hidden_size;
+        let len = rows.len() * self.spec.hidden_size;
         let Scratch { x, normed, delta, norm, attention: mixer, ffn, .. } = &mut self.scratch;
         let (x, normed, delta) = (&mut x[..len], sized(normed, len), sized(delta, len));
         let layer = &self.layers[index];
@@ -345,9 +317,10 @@ impl Model {
         let dense_parts = weights.dense;
         let (started, waited) = (Instant::now(), dense_parts.stats().wait);
         let attention = dense_parts.dense(layer.extents.attention)?;
-        layer.attn_norm.read(attention.bytes(), norm);
+        let step = Step { compute, rows, extent: attention.bytes() };
+        step.read(&layer.attn_norm, norm);
         norm_rows(x, norm, eps, normed);
-        layer.attention.forward(compute, attention.bytes(), cache, start, n, normed, mixer, delta);
+        layer.attention.forward(step, &mut caches, normed, mixer, delta);
         drop(attention);
         add(x, delta);
         let attended = Instant::now();
@@ -355,28 +328,36 @@ impl Model {
 
         let router = dense_parts.dense(layer.extents.router)?;
         let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
-        let extents = FfnExtents { router: router.bytes(), dense: dense.as_ref().map(|d| d.bytes()) };
         layer.ffn_norm.read(router.bytes(), norm);
         norm_rows(x, norm, eps, normed);
-        // A guess is about one token, and needs the next layer's router in memory.
+        // A prompt will need most experts of the next layer anyway; a guess needs that layer's router in memory.
         let ahead = index + 1;
         let next = self.layers.get(ahead).filter(|l| {
-            n == 1 && ffn.looks_ahead() && l.ffn.routed().is_some() && dense_parts.is_pinned(l.extents.router)
+            let guess = rows.generate() && ffn.looks_ahead() && l.ffn.routed().is_some();
+            guess && dense_parts.is_pinned(l.extents.router)
         });
         let next_router = next.map(|l| dense_parts.dense(l.extents.router)).transpose()?;
         let lookahead = next.zip(next_router.as_ref()).and_then(|(l, router)| {
             let (norm, extent) = (l.ffn_norm, router.bytes());
             Some((&*x, NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, eps, extent }))
         });
-        let pool = &mut *weights.experts;
-        let experts = layer.ffn.forward(compute, extents, pool, index, n, normed, lookahead, ffn, delta)?;
+        let step = FfnStep {
+            compute,
+            rows,
+            layer: index,
+            router: router.bytes(),
+            dense: dense.as_ref().map(|d| d.bytes()),
+            ahead: lookahead,
+        };
+        let experts = layer.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
         add(x, delta);
         self.times.experts += experts;
         self.times.feed_forward += attended.elapsed().saturating_sub(experts);
         Ok(())
     }
 
-    /// Logits of tokens `range` of the last [`Model::forward`]: calls `sink` with the token's index and its `[vocab]` row.
+    /// Logits of these rows of the last [`Model::forward`], in this order: calls `sink` with the place in `wanted` and the row's
+    /// logits `[vocab]`.
     ///
     /// # Errors
     /// [`ModelError::Pool`] when a part of the head cannot be read.
@@ -384,18 +365,19 @@ impl Model {
         &mut self,
         compute: &Compute,
         dense: &DenseParts,
-        range: std::ops::Range<usize>,
+        wanted: &[usize],
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), ModelError> {
         let (mut started, waited) = (Instant::now(), dense.stats().wait);
         let (hidden, vocab) = (self.spec.hidden_size, self.spec.vocab_size);
         let Scratch { x, normed, norm, head_input, part, logits, .. } = &mut self.scratch;
         self.final_norm.1.read(dense.dense(self.final_norm.0)?.bytes(), norm);
-        let mut first = range.start;
-        while first < range.end {
-            let n = (range.end - first).min(LOGIT_ROWS);
+        for (block, rows) in wanted.chunks(LOGIT_ROWS).enumerate() {
+            let n = rows.len();
             let normed = sized(normed, n * hidden);
-            norm_rows(&x[first * hidden..(first + n) * hidden], norm, self.spec.norm_eps, normed);
+            for (row, normed) in rows.iter().zip(normed.chunks_exact_mut(hidden)) {
+                rms_norm(&x[row * hidden..][..hidden], norm, self.spec.norm_eps, normed);
+            }
             head_input.set(normed, n, hidden);
             let logits = sized(logits, n * vocab);
             let mut row = 0;
@@ -413,27 +395,36 @@ impl Model {
                 row += matrix.rows();
             }
             self.times.head += started.elapsed();
-            logits.chunks_exact(vocab).enumerate().for_each(|(i, row)| sink(first + i, row));
-            first += n;
+            if compute.is_cancelled() {
+                return Err(ModelError::Cancelled);
+            }
+            logits.chunks_exact(vocab).enumerate().for_each(|(i, row)| sink(block * LOGIT_ROWS + i, row));
             started = Instant::now();
         }
         self.times.head = self.times.head.saturating_sub(dense.stats().wait - waited);
         Ok(())
     }
 
-    /// Bytes of scratch for chunks of `tokens` tokens and experts of `expert_len` bytes, at most.
-    pub fn scratch_memory(spec: &ModelSpec, tokens: usize, expert_len: u64) -> u64 {
+    /// Bytes of scratch for passes of `rows` rows and experts of `expert_len` bytes, at most. `most_kept`: as in [`Model::new`].
+    pub fn scratch_memory(spec: &ModelSpec, rows: usize, expert_len: u64, most_kept: u64) -> u64 {
         let hidden = spec.hidden_size as u64;
         let layer = |l: &sluice_format::LayerSpec| {
             let attention = attention::scratch_width(&l.attention) as u64;
             let moe = l.ffn.moe.as_ref();
             let widest = l.ffn.dense_width.max(moe.map_or(0, |m| m.width)) as u64;
-            let routed = moe.map_or(0, |m| m.top_k as u64 * (hidden + 8) + m.experts as u64);
+            let routed = moe.map_or(0, |m| experts::combining_width(hidden) + 8 * m.top_k as u64 + m.experts as u64);
             attention + 2 * widest + routed
         };
         let widest = spec.layers.iter().map(layer).max().unwrap_or(0);
-        let logits = (2 * LOGIT_ROWS.min(tokens) * spec.vocab_size * 4) as u64;
-        (widest + 8 * hidden) * 4 * tokens as u64 + logits + ffn::tally_memory(expert_len)
+        let kept = Model::output_memory(spec, rows).min(most_kept);
+        let logits = (2 * LOGIT_ROWS.min(rows) * spec.vocab_size * 4) as u64;
+        (widest + 8 * hidden) * 4 * rows as u64 + kept + logits + experts::tally_memory(expert_len)
+    }
+
+    /// Bytes of the outputs of all experts that `rows` rows choose in a layer.
+    pub fn output_memory(spec: &ModelSpec, rows: usize) -> u64 {
+        let moe = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref());
+        moe.map(|moe| experts::output_bytes(moe, rows, spec.hidden_size)).max().unwrap_or(0)
     }
 
     /// Bytes that the cached parts of the embedding may take, in a file of these extents.

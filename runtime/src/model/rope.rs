@@ -15,7 +15,7 @@ pub struct Rope {
     attention_factor: f32,
 }
 
-/// Cosines and sines of consecutive positions, `[positions, dim / 2]` each. Owned by the caller's scratch.
+/// Cosines and sines of some positions, `[positions, dim / 2]` each. Owned by the caller's scratch.
 #[derive(Clone, Debug, Default)]
 pub struct RopeAngles {
     cos: Vec<f32>,
@@ -48,11 +48,11 @@ impl Rope {
         Rope { pairing, inv_freq, attention_factor }
     }
 
-    /// Fills `angles` for positions `start..start + count`.
-    pub fn angles(&self, start: usize, count: usize, angles: &mut RopeAngles) {
+    /// Fills `angles` for `positions`.
+    pub fn angles(&self, positions: impl Iterator<Item = usize>, angles: &mut RopeAngles) {
         angles.cos.clear();
         angles.sin.clear();
-        for position in start..start + count {
+        for position in positions {
             for inv in &self.inv_freq {
                 let angle = f64::from(position as f32 * inv);
                 angles.cos.push(angle.cos() as f32 * self.attention_factor);
@@ -61,7 +61,7 @@ impl Rope {
         }
     }
 
-    /// Rotates `x` by the angles of position `start + index`.
+    /// Rotates `x` by the angles of position number `index`.
     pub fn rotate(&self, x: &mut [f32], angles: &RopeAngles, index: usize) {
         let half = self.inv_freq.len();
         let range = index * half..(index + 1) * half;
@@ -129,7 +129,7 @@ mod tests {
     fn position_zero_rotates_nothing_and_rotation_keeps_length() {
         let rope = Rope::new(&spec(RopeScaling::None));
         let mut angles = RopeAngles::default();
-        rope.angles(0, 3, &mut angles);
+        rope.angles(0..3, &mut angles);
         let x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
         let mut y = x;
         rope.rotate(&mut y, &angles, 0);

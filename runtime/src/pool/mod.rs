@@ -16,6 +16,7 @@ mod dense;
 mod directory;
 mod error;
 mod guess;
+mod order;
 mod parts;
 pub mod policy;
 mod storage;
@@ -66,8 +67,10 @@ pub struct PoolStats {
 pub struct Routing<'a> {
     /// Tokens that go through the layer together, at least 1.
     pub tokens: usize,
-    /// Whether they are part of a prompt.
+    /// Whether there is a part of a prompt among them.
     pub prefill: bool,
+    /// Whether experts are handed out in ascending order, instead of those in memory first and the others as they arrive.
+    pub in_order: bool,
     /// The same number of experts for each token, token by token.
     pub choices: &'a [Choice],
 }
@@ -112,6 +115,8 @@ struct PassState {
     todo: VecDeque<Key>,
     /// An error that occurred while no one could be told.
     failed: Option<PoolError>,
+    /// Whether experts are handed out in ascending order.
+    in_order: bool,
 }
 
 impl Pool {
@@ -146,6 +151,7 @@ impl Pool {
             pending: Vec::with_capacity(slots.len()),
             todo: VecDeque::with_capacity(directory.shape().experts as usize),
             failed: None,
+            in_order: false,
         };
         Pool {
             io,
@@ -222,7 +228,8 @@ impl Pool {
         // Only a pass that was leaked instead of dropped leaves anything to do here.
         self.end_pass();
         self.settle_guesses();
-        let Routing { tokens, prefill, choices } = *routing;
+        let Routing { tokens, prefill, in_order, choices } = *routing;
+        self.pass.in_order = in_order;
         let routed = self.directory.routed_layer(layer);
         self.policy.begin_pass(&Pass { layer: routed, tokens: tokens as u32, prefill, choices });
         for &expert in experts {
@@ -354,6 +361,9 @@ impl Pool {
     /// What comes next in the pass, or `None` when all experts have been handed out. `parts`: whether a part of an expert
     /// may, and the bytes that it must have at first.
     fn next_event(&mut self, parts: Option<usize>) -> Result<Option<Event>, PoolError> {
+        if self.pass.in_order {
+            return Ok(self.next_in_order()?.map(Event::Whole));
+        }
         if let Some(error) = self.pass.failed.take() {
             return Err(error);
         }

@@ -130,6 +130,20 @@ impl Pool {
         progressed
     }
 
+    /// Waits until the pending read at this place in the list has ended.
+    pub(super) fn wait_for(&mut self, at: usize) {
+        let ended = |pool: &Pool| match &pool.slots[pool.pass.pending[at].slot as usize] {
+            Content::Loading { read, .. } => read.is_done(),
+            _ => true,
+        };
+        if ended(self) {
+            return;
+        }
+        let start = Instant::now();
+        self.io.wait(|| ended(self).then_some(()));
+        self.stats.wait_ns += u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    }
+
     fn progressed(&self, parts: Option<usize>) -> Option<Progressed> {
         let pending = || {
             self.pass.pending.iter().enumerate().filter_map(|(at, pending)| match &self.slots[pending.slot as usize] {

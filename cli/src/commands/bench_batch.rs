@@ -1,0 +1,203 @@
+//! `sluice bench decode --sequences N`: how fast tokens come when many sequences decode together.
+
+use std::time::Instant;
+
+use serde::Serialize;
+use sluice_converter::synth::token_stream;
+use sluice_format::{ExtentKind, ModelFile};
+use sluice_kernels::{Kernels, ThreadPool};
+use sluice_runtime::estimate::StepWork;
+use sluice_runtime::io::bench::median;
+use sluice_runtime::memory::Bytes;
+use sluice_runtime::model::weights::kernel_type;
+use sluice_runtime::{Control, Engine, EngineOptions, RuntimeError, Sequence, Span};
+
+use super::bench_decode::{Args, Drive, bytes_read};
+use super::bench_kernels::{Bench, TAME};
+use crate::error::CliError;
+use crate::terminal::{print, print_json, step_bar};
+
+/// Bytes that are read to measure the memory: more than the caches hold.
+const MEMORY_BYTES: usize = 256 << 20;
+/// Rows of the products that measure the arithmetic.
+const GEMM_ROWS: usize = 64;
+
+/// What one run gave. Rates are per second, of all sequences together.
+#[derive(Debug, Serialize)]
+struct Outcome {
+    sequences: usize,
+    budget: Option<u64>,
+    memory_used: u64,
+    slots: usize,
+    experts: usize,
+    steps: usize,
+    tokens_per_second: f64,
+    milliseconds_per_step: f64,
+    bytes_per_step: f64,
+    bytes_per_token: f64,
+    /// Distinct experts that a step uses, over all layers.
+    union_of_experts: f64,
+    hit_rate: f64,
+    bounds: Bounds,
+    /// Step time ÷ the largest of the bounds.
+    time_over_bound: f64,
+}
+
+/// What a step cannot be faster than: milliseconds of each, from rates that were measured on this machine around it.
+#[derive(Debug, Serialize)]
+struct Bounds {
+    drive_bytes_per_second: f64,
+    memory_bytes_per_second: f64,
+    operations_per_second: f64,
+    drive: f64,
+    memory: f64,
+    arithmetic: f64,
+}
+
+impl Bounds {
+    fn largest(&self) -> f64 {
+        self.drive.max(self.memory).max(self.arithmetic)
+    }
+}
+
+/// Sequences that decode together, each a stream of its own topics.
+struct Batch {
+    engine: Engine,
+    sequences: Vec<Sequence>,
+    streams: Vec<Vec<u32>>,
+}
+
+impl Batch {
+    fn open(args: &Args, budget: Option<u64>, count: usize, tokens: usize) -> Result<Self, CliError> {
+        let options = EngineOptions { budget, sequences: Some(count), ..args.engine.options(tokens) };
+        let engine = Engine::open(&args.file, &options)?;
+        let vocab = engine.spec().vocab_size;
+        let streams = (0..count as u64).map(|seed| token_stream(seed, tokens, vocab)).collect();
+        Ok(Batch { sequences: (0..count).map(|_| engine.new_sequence()).collect(), engine, streams })
+    }
+
+    /// One token of every sequence.
+    fn step(&mut self) -> Result<(), RuntimeError> {
+        let mut spans: Vec<_> = self
+            .sequences
+            .iter_mut()
+            .zip(&self.streams)
+            .map(|(sequence, stream)| {
+                let token = &stream[sequence.position()];
+                Span::decode(sequence, token)
+            })
+            .collect();
+        self.engine.step(&mut spans, &mut Control::default(), &mut |_, _, _| ())
+    }
+}
+
+/// Measures and prints; `total`: tokens of each sequence, warm-up included.
+pub(crate) fn run(args: &Args, count: usize, total: usize) -> Result<(), CliError> {
+    let budgets = args.all_budgets();
+    let outcomes = budgets.into_iter().map(|budget| measure(args, budget, count, total));
+    let outcomes = outcomes.collect::<Result<Vec<_>, _>>()?;
+    if args.json { print_json(&outcomes) } else { print(&outcomes.iter().map(describe).collect::<String>()) }
+}
+
+fn measure(args: &Args, budget: Option<u64>, count: usize, total: usize) -> Result<Outcome, CliError> {
+    let mut batch = Batch::open(args, budget, count, total)?;
+    let bar = step_bar("decoding", total as u64);
+    let mut drive = Drive::open(&args.file, batch.engine.io_config())?;
+    for _ in 0..args.warm_up {
+        batch.step()?;
+        bar.inc(1);
+    }
+    let before = batch.engine.stats();
+    let mut seconds = 0.0;
+    drive.visit()?;
+    for step in 0..args.n {
+        let started = Instant::now();
+        batch.step()?;
+        seconds += started.elapsed().as_secs_f64();
+        bar.inc(1);
+        if (step + 1) % args.n.div_ceil(4) == 0 {
+            drive.visit()?;
+        }
+    }
+    bar.finish_and_clear();
+    let after = batch.engine.stats();
+    let steps = args.n as f64;
+    let uses = (after.hits + after.misses - before.hits - before.misses) as f64;
+    let bytes = bytes_read(&before, &after) / steps;
+    let work = StepWork::of(
+        batch.engine.file(),
+        count,
+        uses / steps,
+        (total as f64 + args.warm_up as f64) / 2.0,
+        batch.engine.memory().kv_type,
+    );
+    let (memory, arithmetic) = machine(batch.engine.file(), batch.engine.threads())?;
+    let bounds = Bounds {
+        drive_bytes_per_second: drive.median(),
+        memory_bytes_per_second: memory,
+        operations_per_second: arithmetic,
+        drive: 1e3 * bytes / drive.median(),
+        memory: 1e3 * work.touched_bytes / memory,
+        arithmetic: 1e3 * work.operations / arithmetic,
+    };
+    let step = 1e3 * seconds / steps;
+    Ok(Outcome {
+        sequences: count,
+        budget,
+        memory_used: batch.engine.memory().used(),
+        slots: batch.engine.memory().slots,
+        experts: batch.engine.memory().experts,
+        steps: args.n,
+        tokens_per_second: steps * count as f64 / seconds,
+        milliseconds_per_step: step,
+        bytes_per_step: bytes,
+        bytes_per_token: bytes / count as f64,
+        union_of_experts: uses / steps,
+        hit_rate: (after.hits - before.hits) as f64 / uses.max(1.0),
+        time_over_bound: step / bounds.largest(),
+        bounds,
+    })
+}
+
+/// Bytes per second of the memory, and operations per second with weights of the type that the experts have (or, without
+/// experts, the head).
+fn machine(file: &ModelFile, threads: usize) -> Result<(f64, f64), CliError> {
+    let kernels = Kernels::detect().map_err(RuntimeError::from)?;
+    let data = vec![TAME; MEMORY_BYTES];
+    let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
+    let largest = |kind| file.tensors().iter().filter(move |t| t.kind == kind).max_by_key(|t| t.len);
+    let tensor = largest(ExtentKind::Expert).or_else(|| largest(ExtentKind::Head));
+    let ty = tensor.map_or(sluice_kernels::WeightType::Bf16, |t| kernel_type(t.weight_type));
+    let rates: Vec<_> = (0..3).map(|_| bench.gemm(ty, GEMM_ROWS)).collect();
+    Ok((bench.read_rate(), 1e9 * median(&rates)))
+}
+
+fn describe(o: &Outcome) -> String {
+    let budget = o.budget.map_or("as much as is useful".into(), |b| Bytes(b).to_string());
+    let b = &o.bounds;
+    let rate = |r: f64| format!("{:.2} GB/s", r / 1e9);
+    format!(
+        "budget {budget}: {} in use, {} of {} experts fit; {} sequences\n  \
+         {:.2} tokens/s in all; a step takes {:.1} ms and reads {}, {} per token\n  \
+         a step uses {:.0} different experts, {:.1} % of them in memory\n  \
+         bounds of a step: drive {:.1} ms ({}), memory {:.1} ms ({}), arithmetic {:.1} ms ({:.0} GOP/s); the step takes {:.2} \
+         times the largest\n",
+        Bytes(o.memory_used),
+        o.slots,
+        o.experts,
+        o.sequences,
+        o.tokens_per_second,
+        o.milliseconds_per_step,
+        Bytes(o.bytes_per_step as u64),
+        Bytes(o.bytes_per_token as u64),
+        o.union_of_experts,
+        100.0 * o.hit_rate,
+        b.drive,
+        rate(b.drive_bytes_per_second),
+        b.memory,
+        rate(b.memory_bytes_per_second),
+        b.arithmetic,
+        b.operations_per_second / 1e9,
+        o.time_over_bound,
+    )
+}

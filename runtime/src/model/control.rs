@@ -1,0 +1,88 @@
+//! What a caller of a step wants beside its logits: to watch it, and to end it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::ModelError;
+use super::compute::InputObserver;
+use super::router::Choice;
+
+/// Ends a step from anywhere. Clones are the same switch, and it stays set.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// A switch that nobody has set.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Ends the step that watches this switch, and every later one. What is being computed is thrown away.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is set.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.0)
+    }
+}
+
+/// Sees the routing of every layer, span by span: layer, position of the span's first row, top-k, choices `[rows, top_k]`.
+pub type RoutingObserver<'a> = dyn FnMut(usize, usize, usize, &[Choice]) + 'a;
+
+/// Sees the residual stream `[rows, hidden]`: before layer 0, and then behind every layer. Gets the number of layers that
+/// have run, and the stream.
+pub type HiddenObserver<'a> = dyn FnMut(usize, &[f32]) + 'a;
+
+/// How far a step is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Layers that the current pass has gone through.
+    pub layers: usize,
+    /// Rows of the current pass.
+    pub rows: usize,
+    /// Rows of the step that earlier passes have taken through all layers.
+    pub rows_before: usize,
+    /// Rows of the whole step.
+    pub rows_total: usize,
+}
+
+/// Hears how far a step is: after every layer.
+pub type ProgressObserver<'a> = dyn FnMut(Progress) + 'a;
+
+/// What a caller of a step wants beside its logits. The default wants nothing.
+#[derive(Default)]
+pub struct Control<'a> {
+    /// Ends the step when it is set.
+    pub cancel: Option<&'a Cancel>,
+    /// Hears of every layer.
+    pub progress: Option<&'a mut ProgressObserver<'a>>,
+    /// Sees the routing.
+    pub routing: Option<&'a mut RoutingObserver<'a>>,
+    /// Sees the residual stream.
+    pub hidden: Option<&'a mut HiddenObserver<'a>>,
+    /// Sees what every quantisable matrix is multiplied with.
+    pub inputs: Option<Arc<dyn InputObserver>>,
+}
+
+impl fmt::Debug for Control<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control").field("cancel", &self.cancel).finish_non_exhaustive()
+    }
+}
+
+impl Control<'_> {
+    /// An error if the step is to end.
+    pub(crate) fn check(&self) -> Result<(), ModelError> {
+        match self.cancel {
+            Some(cancel) if cancel.is_cancelled() => Err(ModelError::Cancelled),
+            _ => Ok(()),
+        }
+    }
+}
