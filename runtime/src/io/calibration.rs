@@ -376,9 +376,11 @@ mod tests {
         let (_folder, store) = store();
         let device = id("1", "8:1", None);
         store.save(&calibration(device.clone(), 4)).expect("saved");
-        // The file cannot be replaced by a folder's worth of nothing: a failed save leaves the old one.
-        let new = store.path().with_extension(format!("{}.new", std::process::id()));
-        fs::create_dir(&new).expect("in the way");
+        // Every name that the new file could have is taken: a failed save leaves the old one.
+        for number in 0..100 {
+            let new = format!("{}.{}-{number}", store.path().display(), std::process::id());
+            fs::create_dir(new).expect("in the way");
+        }
         assert!(store.save(&calibration(device.clone(), 8)).is_err());
         assert_eq!(store.find(&device).expect("read").map(|c| c.depth), Some(4));
     }
