@@ -155,8 +155,11 @@ fn hostile_tokenizers_are_refused_at_convert() {
         ("decoder", json!({"type": "Sequence", "decoders": vec![replace; 24]})),
         // These make the library panic, which is nobody's business.
         ("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})),
-        ("model", json!({"type": "BPE", "vocab": {"a": 0, "b": 1, "abc": 2}, "merges": ["a b"],
-            "continuing_subword_prefix": "x".repeat(1000)})),
+        (
+            "model",
+            json!({"type": "BPE", "vocab": {"a": 0, "b": 1, "abc": 2}, "merges": ["a b"],
+            "continuing_subword_prefix": "x".repeat(1000)}),
+        ),
     ] {
         let mut tokenizer = demo("tokenizer.json");
         tokenizer[part] = value;
