@@ -23,9 +23,9 @@ const SPARE_BYTES: usize = 64 << 10;
 const SPARE_TOKEN_BYTES: usize = 256;
 
 /// Time for one text, whatever its length.
-const BASE_TIME: Duration = Duration::from_secs(5);
-/// And for each MiB of it. Published tokenizers take about a second; emulated processors are slow.
-const TIME_PER_MIB: Duration = Duration::from_secs(60);
+pub(super) const BASE_TIME: Duration = Duration::from_secs(3);
+/// And for each byte of it: a minute per MiB. Published tokenizers take about a second; emulated processors are slow.
+const TIME_PER_BYTE: Duration = Duration::from_micros(57);
 
 /// Longest explanation of another library that is passed on, in characters. Some quote the file.
 const MAX_REASON_CHARS: usize = 300;
@@ -60,8 +60,8 @@ impl Limits {
     }
 
     fn with_spare(text_bytes: usize, spare: usize) -> Self {
-        let mib = u32::try_from(text_bytes >> 20).unwrap_or(u32::MAX);
-        let time = BASE_TIME.saturating_add(TIME_PER_MIB.saturating_mul(mib));
+        let time =
+            TIME_PER_BYTE.saturating_mul(u32::try_from(text_bytes).unwrap_or(u32::MAX)).saturating_add(BASE_TIME);
         let bytes = text_bytes.saturating_mul(MAX_GROWTH).saturating_add(spare);
         let now = Instant::now();
         Self { until: now.checked_add(time).unwrap_or(now), time, bytes }

@@ -8,6 +8,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -20,7 +21,7 @@ use super::around::Around;
 use super::chat::SpecialTokens;
 use super::effective::{Effective, TOKENIZER_CONFIG};
 use super::guard::guard;
-use super::limits::{Limits, MAX_TEXT_BYTES, clip, explain};
+use super::limits::{BASE_TIME, Limits, MAX_TEXT_BYTES, clip, explain};
 use super::pipeline::{Decoding, Normalization, Splitting};
 use super::stream::Cuts;
 use super::tiktoken;
@@ -307,6 +308,7 @@ impl Tokenizer {
     /// # Errors
     /// What [`encode`](Self::encode) or [`decode`](Self::decode) would say.
     pub fn check(&self) -> Result<(), TextError> {
+        let started = Instant::now();
         let long_word = "a".repeat(4096);
         let all_ascii: String = (' '..='~').chain(['\n', '\t']).collect();
         for text in [
@@ -324,6 +326,9 @@ impl Tokenizer {
                 Ok(ids) => {
                     self.decode(&ids, false)?;
                 }
+            }
+            if started.elapsed() > BASE_TIME {
+                return Err(TextError::Stopped { what: "it takes seconds for a few words".into() });
             }
         }
         let last = u32::try_from(self.inner.vocab_size).unwrap_or(u32::MAX);

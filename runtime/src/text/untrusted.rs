@@ -126,9 +126,10 @@ mod tests {
         Tokenizer::from_json(json.as_bytes()).unwrap()
     }
 
-    /// Fixtures with added tokens of every kind.
-    fn tokenizers() -> Vec<Tokenizer> {
-        let mut all = vec![load(&fixtures::byte_level()), load(&fixtures::sentencepiece())];
+    /// Fixtures with added tokens of every kind, as they are read here and by the crate.
+    fn tokenizers() -> Vec<(Tokenizer, tokenizers::Tokenizer)> {
+        let both = |json: &str| (load(json), json.parse().unwrap());
+        let mut all = vec![both(&fixtures::byte_level()), both(&fixtures::sentencepiece())];
         for (base, normalizer) in [
             (fixtures::byte_level(), json!({"type": "NFKC"})),
             (fixtures::byte_level(), json!({"type": "Lowercase"})),
@@ -157,7 +158,7 @@ mod tests {
                 }
                 tokens.push(token);
             }
-            all.push(load(&value.to_string()));
+            all.push(both(&value.to_string()));
         }
         all
     }
@@ -229,19 +230,22 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(512))]
 
         #[test]
-        fn without_strangers_nothing_changes(text in snippets()) {
-            for tokenizer in tokenizers() {
-                prop_assert_eq!(
-                    tokenizer.encode_untrusted(&text, &[]).unwrap(),
-                    tokenizer.encode(&text, false).unwrap(),
-                    "{:?}", text
-                );
+        fn without_strangers_ids_and_text_are_the_crate_s(text in snippets()) {
+            for (ours, theirs) in tokenizers() {
+                for around in [false, true] {
+                    let want = theirs.encode_fast(text.as_str(), around).unwrap();
+                    prop_assert_eq!(ours.encode(&text, around).unwrap(), want.get_ids(), "{:?}", text);
+                    for skip in [false, true] {
+                        let shown = theirs.decode(want.get_ids(), skip).unwrap();
+                        prop_assert_eq!(ours.decode(want.get_ids(), skip).unwrap(), shown, "{:?}", text);
+                    }
+                }
             }
         }
 
         #[test]
         fn strangers_get_no_control_tokens(text in snippets()) {
-            for tokenizer in tokenizers() {
+            for (tokenizer, _) in tokenizers() {
                 let ids = tokenizer.encode_untrusted(&text, std::slice::from_ref(&(0..text.len()))).unwrap();
                 let unknown = tokenizer.token_id("<unk>");
                 for control in tokenizer.controls() {
