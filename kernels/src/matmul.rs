@@ -10,7 +10,8 @@ use crate::matrix::{Matrix, ROW_GROUP, Watch};
 use crate::par_slice::SharedRows;
 use crate::threads::ThreadPool;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The most tokens of a tile; how many a kernel takes it says itself.
 pub(crate) const TILE_TOKENS: usize = 16;
@@ -44,6 +45,22 @@ const TASKS_PER_THREAD: usize = 4;
 
 /// Bytes that are multiplied before a watch is told of them, at least a pair of row groups: they should be in the L1 cache then.
 const WATCHED_BYTES: usize = 16 << 10;
+
+/// A product that is being computed.
+struct Product<'a> {
+    w: &'a Matrix<'a>,
+    x: &'a Activations,
+    /// Takes every tile.
+    write: &'a (dyn Fn(TileShape, &Tile) + Sync),
+    /// Once it is set, nobody wants the rest.
+    cancel: Option<Arc<AtomicBool>>,
+}
+
+impl Product<'_> {
+    fn is_cancelled(&self) -> bool {
+        self.cancel.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed))
+    }
+}
 
 impl Kernels {
     /// `y = x Wᵀ`: `y` is row-major `[x.n(), w.rows()]`. Parallel over row groups.
@@ -113,13 +130,12 @@ impl Kernels {
         let pairs = w.groups().div_ceil(2);
         let work = w.group_bytes().saturating_mul(w.groups()).saturating_mul(x.n());
         let tasks = (work / TASK_BYTES_MIN).clamp(1, pool.threads() * TASKS_PER_THREAD).min(pairs.max(1));
-        let cancel = pool.cancel_flag();
-        let cancelled = || cancel.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed));
+        let product = Product { w, x, write, cancel: pool.cancel_flag() };
         let run = |task| {
             let range = task * pairs / tasks..(task + 1) * pairs / tasks;
             match w.watch() {
-                None => self.tiles_of(w, x, range, write, &cancelled),
-                Some(watch) => self.watched_tiles_of(w, x, range, write, &cancelled, watch),
+                None => self.tiles_of(&product, range),
+                Some(watch) => self.watched_tiles_of(&product, range, watch),
             }
         };
         // Memory limits the product with one token, computing that with several.
@@ -127,32 +143,18 @@ impl Kernels {
     }
 
     /// In steps that leave the bytes in the cache for the watch.
-    fn watched_tiles_of(
-        &self,
-        w: &Matrix<'_>,
-        x: &Activations,
-        pairs: Range<usize>,
-        write: &dyn Fn(TileShape, &Tile),
-        cancelled: &dyn Fn() -> bool,
-        watch: &dyn Watch,
-    ) {
-        let group = w.group_bytes();
+    fn watched_tiles_of(&self, product: &Product<'_>, pairs: Range<usize>, watch: &dyn Watch) {
+        let (w, group) = (product.w, product.w.group_bytes());
         let step = (WATCHED_BYTES / (2 * group).max(1)).max(1);
         for first in pairs.clone().step_by(step) {
             let end = (first + step).min(pairs.end);
-            self.tiles_of(w, x, first..end, write, cancelled);
+            self.tiles_of(product, first..end);
             watch.seen(2 * first * group..(2 * end).min(w.groups()) * group);
         }
     }
 
-    fn tiles_of(
-        &self,
-        w: &Matrix<'_>,
-        x: &Activations,
-        pairs: Range<usize>,
-        write: &dyn Fn(TileShape, &Tile),
-        cancelled: &dyn Fn() -> bool,
-    ) {
+    fn tiles_of(&self, product: &Product<'_>, pairs: Range<usize>) {
+        let Product { w, x, write, .. } = *product;
         let int8 = x.quantised() && w.ty().is_blocked();
         let tile_tokens = self.tile_tokens();
         let mut tile = [[0.0; 2 * ROW_GROUP]; TILE_TOKENS];
@@ -160,7 +162,7 @@ impl Kernels {
             let panel_end = (panel + TOKEN_PANEL).min(x.n());
             for pair in pairs.clone() {
                 // A panel times two row groups is a millisecond at most.
-                if cancelled() {
+                if product.is_cancelled() {
                     return;
                 }
                 let groups = (w.groups() - 2 * pair).min(2);

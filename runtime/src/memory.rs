@@ -176,8 +176,7 @@ impl MemoryPlan {
         };
 
         // Everything at its least: no dense part stays unless all of them take less than the ring would.
-        let (least_rows, least_kept) = (need.fewest_rows(), need.fewest_kept());
-        let least_scratch = need.scratch(least_rows, least_kept);
+        let least_scratch = need.scratch(need.fewest_rows(), need.fewest_kept());
         let least_dense = need.pin(0);
         let least_slots = MIN_SLOTS.min(need.experts) as u64 * need.slot_len;
         let least = least_dense.bytes() + need.kv_cache + least_scratch + least_slots;
@@ -196,13 +195,7 @@ impl MemoryPlan {
             });
         }
 
-        // Many rows read each expert once for a long prompt; slots save reads while decoding. Scratch gets an eighth.
-        let spare = effective - least + least_scratch;
-        let kept = (effective / KEPT_OUTPUTS.0).min(KEPT_OUTPUTS.1).max(least_kept);
-        let fewer = |&rows: &usize| (rows > least_rows).then_some((rows / 2).max(least_rows));
-        let mut choices = std::iter::successors(Some(need.most_rows()), fewer).map(|rows| (rows, kept));
-        let fits = |&(rows, kept): &(usize, u64)| need.scratch(rows, kept) <= spare / 8;
-        let (rows, kept_outputs) = choices.find(fits).unwrap_or((least_rows, least_kept));
+        let (rows, kept_outputs) = need.rows(effective, effective - least + least_scratch);
         let scratch = need.scratch(rows, kept_outputs);
         // A dense byte is needed by every token, an expert's by few: dense parts come first, but two layers' worth of
         // experts must be able to be in flight.
@@ -309,6 +302,17 @@ impl Need<'_> {
     /// Outputs of one row's experts: fewer must not be kept, so that decoding never waits for a particular expert.
     fn fewest_kept(&self) -> u64 {
         Model::output_memory(self.spec, 1)
+    }
+
+    /// How many rows go through a layer together, and how many bytes of their outputs are kept, where the budget has `spare`
+    /// bytes for slots and scratch: many rows read each expert once for a long prompt, slots save reads while decoding. Scratch
+    /// gets an eighth.
+    fn rows(&self, budget: u64, spare: u64) -> (usize, u64) {
+        let least = (self.fewest_rows(), self.fewest_kept());
+        let kept = (budget / KEPT_OUTPUTS.0).min(KEPT_OUTPUTS.1).max(least.1);
+        let fewer = |&rows: &usize| (rows > least.0).then_some((rows / 2).max(least.0));
+        let mut choices = std::iter::successors(Some(self.most_rows()), fewer).map(|rows| (rows, kept));
+        choices.find(|&(rows, kept)| self.scratch(rows, kept) <= spare / 8).unwrap_or(least)
     }
 
     fn scratch(&self, rows: usize, kept: u64) -> u64 {

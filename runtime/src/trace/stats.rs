@@ -52,6 +52,26 @@ pub struct Stats {
     pub layers: Vec<LayerStats>,
 }
 
+impl LayerStats {
+    /// Of a layer whose experts were used so often, `repeated` times right after a use; and the uses of its top tenth.
+    fn of(layer: usize, mut counts: Vec<u64>, repeated: u64) -> (Self, u64) {
+        let (experts, uses) = (counts.len(), counts.iter().sum::<u64>());
+        counts.sort_unstable_by(|a, b| b.cmp(a));
+        let top: u64 = counts.iter().take(experts.div_ceil(10)).sum();
+        let entropy: f64 =
+            counts.iter().map(|&c| c as f64 / uses as f64).map(|p| if p > 0.0 { -p * p.ln() } else { 0.0 }).sum();
+        let stats = LayerStats {
+            layer,
+            uses,
+            distinct: counts.iter().filter(|&&c| c > 0).count(),
+            repeated: repeated as f64 / uses as f64,
+            top_tenth: top as f64 / uses as f64,
+            evenness: if experts > 1 { entropy / (experts as f64).ln() } else { 1.0 },
+        };
+        (stats, top)
+    }
+}
+
 impl Stats {
     /// Measures a trace; `experts` per layer if not as the trace says.
     ///
@@ -86,20 +106,9 @@ impl Stats {
                     }
                 }
             }
-            let uses: u64 = counts.iter().sum();
-            counts.sort_unstable_by(|a, b| b.cmp(a));
-            let top: u64 = counts.iter().take((experts as usize).div_ceil(10)).sum();
+            let (stats, top) = LayerStats::of(layer, counts, repeated);
             top_uses += top;
-            let entropy: f64 =
-                counts.iter().map(|&c| c as f64 / uses as f64).map(|p| if p > 0.0 { -p * p.ln() } else { 0.0 }).sum();
-            layers.push(LayerStats {
-                layer,
-                uses,
-                distinct: counts.iter().filter(|&&c| c > 0).count(),
-                repeated: repeated as f64 / uses as f64,
-                top_tenth: top as f64 / uses as f64,
-                evenness: if experts > 1 { entropy / f64::from(experts).ln() } else { 1.0 },
-            });
+            layers.push(stats);
         }
         let uses: u64 = layers.iter().map(|l| l.uses).sum();
         let mean = |sum: u64| sum as f64 / uses as f64;
