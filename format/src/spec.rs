@@ -9,7 +9,9 @@ mod indexer;
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{MAX_EXPERTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_MODEL_EXPERTS, MAX_SPEC_BYTES, MAX_WIDTH};
+use crate::limits::{
+    MAX_EXPERTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_MODEL_EXPERTS, MAX_SPEC_BYTES, MAX_WIDTH,
+};
 pub use delta::DeltaSpec;
 pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 pub use indexer::IndexerSpec;
