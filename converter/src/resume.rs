@@ -6,13 +6,19 @@
 //! the journal names, its bytes are the same, which a few samples confirm; where any differs (a download was mended, the folder
 //! was copied, another checkpoint is converted to the same place, a file was touched), the source bytes of every extent are read
 //! again and must have the journal's digest. Extents of which either is not true are made again.
+//!
+//! What is not proven are the errors of the quantisation: they can only be had by making the extent again. They are figures of the
+//! provenance, which nothing computes with; a record whose figures are impossible is not believed at all.
+
+use std::collections::HashMap;
 
 use rayon::prelude::*;
+use sluice_format::BLOCK;
 
 use crate::contents::Contents;
 use crate::error::ConvertError;
 use crate::journal::{Content, Found, Identity, Journal};
-use crate::pack::{Outcome, Packer};
+use crate::pack::{ErrorSums, Outcome, Packer};
 use crate::partial::Partial;
 use crate::plan::Plan;
 
@@ -48,7 +54,7 @@ pub(crate) fn start<'a>(
     let all = content.outcomes.len();
     let mut done = keep(content.outcomes, |o| {
         let extent = &plan.layout.extents()[o.extent];
-        partial.is_intact(extent, o.checksum)
+        is_possible(plan, o) && partial.is_intact(extent, o.checksum)
     });
     let damaged = all - done.len();
     if damaged > 0 {
@@ -57,7 +63,7 @@ pub(crate) fn start<'a>(
             "{path}: {damaged} of {all} extents of an interrupted conversion are damaged; they are made again"
         ));
     }
-    if stamps == content.stamps && samples_match(plan, &done) {
+    if stamps == content.stamps && samples_match(plan, &done, &content.parts) {
         let contents = Contents::new(&plan.checkpoint, &content.parts);
         let journal = if damaged == 0 {
             journal
@@ -88,13 +94,33 @@ pub(crate) fn start<'a>(
     Ok(Start { journal, contents, done })
 }
 
-/// Whether some extents, all over the file, were made of what the source holds now.
-fn samples_match(plan: &Plan, done: &[Outcome]) -> bool {
+/// Whether the figures of an extent's errors can be those of its tensors.
+fn is_possible(plan: &Plan, outcome: &Outcome) -> bool {
+    let tensors = &plan.extents[outcome.extent];
+    outcome.errors.iter().enumerate().all(|(i, sums)| {
+        let Some(tensor) = tensors.get(i) else { return *sums == ErrorSums::default() };
+        let [batch, rows, cols] = tensor.shape;
+        let rows = batch * rows * tensor.sources.len();
+        let largest = (rows * cols) as f64 * f64::from(f32::MAX).powi(2);
+        // Every type has a zero, so no weight moves by more than its own magnitude; twice that leaves room for rounding.
+        (0.0..=largest).contains(&sums.magnitude)
+            && (0.0..=4.0 * sums.magnitude).contains(&sums.error)
+            && sums.vanished <= (rows * cols.div_ceil(BLOCK)) as u64
+    })
+}
+
+/// Whether some extents, all over the file, were made of what the source holds now, and the parts that these show have the
+/// digests that the journal says.
+fn samples_match(plan: &Plan, done: &[Outcome], parts: &[(usize, u128)]) -> bool {
     let contents = Contents::new(&plan.checkpoint, &[]);
     let step = done.len().div_ceil(SAMPLES).max(1);
     let samples: Vec<&Outcome> = done.iter().step_by(step).collect();
     let matches = |packer: &mut Packer<'_>, outcome: &Outcome| has_same_source(packer, outcome);
-    samples.into_par_iter().map_init(|| Packer::new(plan, &contents), matches).all(|same| same)
+    if !samples.into_par_iter().map_init(|| Packer::new(plan, &contents), matches).all(|same| same) {
+        return false;
+    }
+    let journaled: HashMap<usize, u128> = parts.iter().copied().collect();
+    contents.take_news().iter().all(|(part, digest)| journaled.get(part).is_none_or(|journaled| journaled == digest))
 }
 
 /// Whether the source has the bytes that an extent was made of. What cannot be read it has not; making the extent says why.
@@ -115,4 +141,62 @@ fn keep_with<S>(
 ) -> Vec<Outcome> {
     let tested = outcomes.into_par_iter().map_init(&state, |state, outcome| test(state, &outcome).then_some(outcome));
     tested.collect::<Vec<_>>().into_iter().flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::options::Options;
+
+    fn golden() -> Plan {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/mixtral");
+        crate::plan::plan(&folder, &Options::default()).unwrap()
+    }
+
+    fn outcome(extent: usize, errors: Vec<ErrorSums>) -> Outcome {
+        Outcome { extent, checksum: 0, source_digest: 0, source_bytes: 0, errors }
+    }
+
+    #[test]
+    fn impossible_figures_are_not_believed() {
+        let plan = golden();
+        let most = plan.tensors_per_extent();
+        let extent = plan.extents.iter().position(|tensors| tensors.len() < most).unwrap();
+        let tensors = plan.extents[extent].len();
+        let with = |place: usize, error: f64, magnitude: f64, vanished: u64| {
+            let mut errors = vec![ErrorSums::default(); most];
+            errors[place] = ErrorSums { error, magnitude, vanished };
+            is_possible(&plan, &outcome(extent, errors))
+        };
+        assert!(with(0, 0.0, 0.0, 0) && with(0, 0.5, 0.5, 1) && with(tensors - 1, 1e-9, 1e9, 0));
+        assert!(with(tensors, 0.0, 0.0, 0));
+        assert!(!with(tensors, 0.0, 1.0, 0), "there is no such tensor");
+        assert!(!with(0, f64::NAN, 1.0, 0) && !with(0, 0.0, f64::NAN, 0) && !with(0, 0.0, f64::INFINITY, 0));
+        assert!(!with(0, -1.0, 1.0, 0) && !with(0, 0.0, -1.0, 0));
+        assert!(!with(0, 1.0, 0.0, 0) && !with(0, f64::MAX, f64::MIN_POSITIVE, 0), "more error than weights");
+        assert!(!with(0, 0.0, f64::MAX, 0) && !with(0, 0.0, 1.0, u64::MAX), "more than the tensor has");
+    }
+
+    #[test]
+    fn samples_find_digests_that_are_not_the_source_s() {
+        let plan = golden();
+        let contents = Contents::new(&plan.checkpoint, &[]);
+        let mut packer = Packer::new(&plan, &contents);
+        let mut done = Vec::new();
+        for extent in 0..plan.extents.len().min(SAMPLES) {
+            let (source_digest, source_bytes) = packer.source_digest(extent).unwrap();
+            done.push(Outcome { source_digest, source_bytes, ..outcome(extent, Vec::new()) });
+        }
+        let parts = contents.take_news();
+        assert!(!parts.is_empty() && samples_match(&plan, &done, &parts) && samples_match(&plan, &done, &[]));
+        for i in 0..parts.len() {
+            let mut wrong = parts.clone();
+            wrong[i].1 ^= 1;
+            assert!(!samples_match(&plan, &done, &wrong), "part {i}");
+        }
+        done[3].source_digest ^= 1;
+        assert!(!samples_match(&plan, &done, &parts));
+    }
 }

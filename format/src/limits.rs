@@ -23,6 +23,9 @@ pub const MAX_EXTENT_BYTES: u64 = 8 << 30;
 pub const MAX_LAYERS: usize = 4096;
 /// Most experts of a layer.
 pub const MAX_EXPERTS: usize = 1 << 16;
+/// Most experts of all layers together: whoever plans a conversion keeps in memory where each comes from. Models of a trillion
+/// parameters have about 23 thousand.
+pub const MAX_MODEL_EXPERTS: usize = 1 << 18;
 /// Largest width inside a layer: hidden size, ranks, feed-forward widths, heads times head width.
 pub const MAX_WIDTH: usize = 1 << 20;
 /// Largest vocabulary, and longest context.

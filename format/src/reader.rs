@@ -50,7 +50,20 @@ impl ModelFile {
     /// Checks a file as if it had `actual` bytes.
     pub(crate) fn check(path: &Path, file: File, actual: u64) -> Result<Self, FormatError> {
         let sb = read_superblock(path, &file, actual)?;
-        let read = |region, table| read_table(path, &file, &sb, region, table);
+        Self::check_as(path, file, sb, None)
+    }
+
+    /// Checks a file as if this were its superblock, and these, if any, the stored bytes of its metadata.
+    pub(crate) fn check_as(
+        path: &Path,
+        file: File,
+        sb: Superblock,
+        metadata: Option<Vec<u8>>,
+    ) -> Result<Self, FormatError> {
+        check_volumes(path, &sb)?;
+        let read = |region, table| {
+            read_table(path, &file, &sb, region, table).and_then(|bytes| check_table(path, region, table, bytes))
+        };
         let invalid = |region| move |problem| FormatError::Invalid { path: path.to_owned(), region, problem };
 
         let extent_table = read(Region::ExtentTable, sb.extents)?;
@@ -59,7 +72,13 @@ impl ModelFile {
         let tensor_table = read(Region::TensorTable, sb.tensors)?;
         let tensors = parse_records(&tensor_table, fields::tensor::LEN, TensorRecord::parse)
             .map_err(invalid(Region::TensorTable))?;
-        let blobs = read(Region::Metadata, sb.metadata)?;
+        let blobs = match metadata {
+            Some(stored) => {
+                check_table_place(&sb, Region::Metadata, sb.metadata).map_err(invalid(Region::Metadata))?;
+                check_table(path, Region::Metadata, sb.metadata, stored)?
+            }
+            None => read(Region::Metadata, sb.metadata)?,
+        };
         let metadata = Metadata::parse(&blobs).map_err(invalid(Region::Metadata))?;
         if ModelId::of(&extent_table, &tensor_table, &blobs) != sb.model_id {
             return Err(invalid(Region::Superblock)("its model id is not that of its content".into()));
@@ -191,18 +210,17 @@ pub(crate) fn checksum_error(path: &Path, extent: &ExtentRecord) -> FormatError 
 
 fn read_superblock(path: &Path, file: &File, actual: u64) -> Result<Superblock, FormatError> {
     let superblock = parse_superblock_at(path, file, actual)?;
-    let path_buf = || path.to_owned();
     if superblock.file_len != actual {
-        return Err(FormatError::FileLength { path: path_buf(), actual, expected: superblock.file_len });
-    }
-    if superblock.volume_count != 1 {
-        return Err(FormatError::Volumes {
-            path: path_buf(),
-            volume: superblock.volume,
-            count: superblock.volume_count,
-        });
+        return Err(FormatError::FileLength { path: path.to_owned(), actual, expected: superblock.file_len });
     }
     Ok(superblock)
+}
+
+fn check_volumes(path: &Path, superblock: &Superblock) -> Result<(), FormatError> {
+    if superblock.volume_count == 1 {
+        return Ok(());
+    }
+    Err(FormatError::Volumes { path: path.to_owned(), volume: superblock.volume, count: superblock.volume_count })
 }
 
 /// The superblock of a file of `actual` bytes, whatever length it announces.
@@ -233,7 +251,7 @@ pub(crate) fn parse_superblock_at(path: &Path, file: &File, actual: u64) -> Resu
     Superblock::parse(&page).map_err(refuse)
 }
 
-/// Reads and verifies one table; returns its logical bytes.
+/// Reads the stored bytes of one table.
 fn read_table(
     path: &Path,
     file: &File,
@@ -246,11 +264,17 @@ fn read_table(
     let mut bytes = Vec::new();
     let read = resize(&mut bytes, table.stored_len).and_then(|()| file.read_exact_at(&mut bytes, table.offset));
     read.map_err(|source| FormatError::Io { path: path.to_owned(), action: "read a table of it", source })?;
+    Ok(bytes)
+}
+
+/// Verifies the stored bytes of a table that is in a possible place; returns its logical bytes.
+fn check_table(path: &Path, region: Region, table: TableRef, mut bytes: Vec<u8>) -> Result<Vec<u8>, FormatError> {
     if checksum(&bytes) != table.checksum {
         return Err(FormatError::RegionChecksum { path: path.to_owned(), region });
     }
     if bytes[table.logical_len as usize..].iter().any(|&b| b != 0) {
-        return Err(invalid("its padding is in use".into()));
+        let problem = "its padding is in use".into();
+        return Err(FormatError::Invalid { path: path.to_owned(), region, problem });
     }
     bytes.truncate(table.logical_len as usize);
     Ok(bytes)

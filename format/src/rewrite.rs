@@ -88,6 +88,12 @@ impl Pending {
         ]
     }
 
+    /// Whether the file will be whole once the work is done: nobody else than a hostile hand puts a log behind a file that it
+    /// does not belong to, but redoing that would destroy what is there.
+    fn check(&self, path: &Path, file: File) -> Result<(), FormatError> {
+        ModelFile::check_as(path, file, self.superblock, Some(self.metadata.clone())).map(drop)
+    }
+
     /// Superblock, metadata, and a page whose last bytes are the footer.
     fn log(&self, log_offset: u64) -> Vec<u8> {
         let sb = &self.superblock;
@@ -188,8 +194,8 @@ pub fn rewrite_metadata(model: &ModelFile, metadata: &Metadata) -> Result<ModelF
 /// Finishes or undoes a [`rewrite_metadata`] that was interrupted; `None` for a file that needs neither.
 ///
 /// # Errors
-/// What [`ModelFile::open`] says of the file, when that is not what is wrong with it; [`FormatError::Locked`];
-/// [`FormatError::Io`].
+/// What [`ModelFile::open`] says of the file, when that is not what is wrong with it, or would say of it afterwards: then the
+/// file stays as it is; [`FormatError::Locked`]; [`FormatError::Io`].
 pub fn recover(path: &Path) -> Result<Option<Recovery>, FormatError> {
     let Err(refused) = ModelFile::open(path) else { return Ok(None) };
     if matches!(refused, FormatError::Io { .. }) {
@@ -199,7 +205,10 @@ pub fn recover(path: &Path) -> Result<Option<Recovery>, FormatError> {
     let file = open_locked(path)?;
     let len = file.metadata().map_err(io("read its length"))?.len();
     let (steps, recovery) = match Pending::find(&file, len).map_err(io("read its end"))? {
-        Some(pending) => (pending.redo(), Recovery::Finished),
+        Some(pending) => {
+            pending.check(path, file.try_clone().map_err(io("open it"))?)?;
+            (pending.redo(), Recovery::Finished)
+        }
         None => match undo(path, &file, len) {
             Some(steps) => (steps, Recovery::Undone),
             None => return Err(refused),
@@ -345,6 +354,29 @@ mod tests {
         fs::write(&path, &damaged).unwrap();
         assert!(recover(&path).is_err());
         assert!(fs::read(&path).unwrap() == damaged);
+    }
+
+    #[test]
+    fn a_log_that_belongs_to_another_file_changes_nothing() {
+        let (_dir, path) = small();
+        let model = ModelFile::open(&path).unwrap();
+        let pending = plan(&model, &with_tokenizer(&model, 9_000)).unwrap();
+        let mut steps = pending.prepare(SMALL.len() as u64);
+        steps.truncate(2);
+        let mut logged = SMALL.to_vec();
+        steps.iter().for_each(|step| tear(&mut logged, step, &mut || true));
+        let first_table = model.superblock().extents.offset as usize;
+        for damage in [first_table + 40, model.superblock().tensors.offset as usize + 8] {
+            let mut bytes = logged.clone();
+            bytes[damage] ^= 1;
+            fs::write(&path, &bytes).unwrap();
+            assert!(matches!(ModelFile::open(&path), Err(FormatError::Interrupted { .. })));
+            let refused = recover(&path).unwrap_err();
+            assert!(matches!(refused, FormatError::RegionChecksum { .. }), "{refused}");
+            assert!(fs::read(&path).unwrap() == bytes, "byte {damage}");
+        }
+        fs::write(&path, &logged).unwrap();
+        assert_eq!(recover(&path).unwrap(), Some(Recovery::Finished));
     }
 
     /// Applies a step to the bytes of a file as a power cut would have it: of each sector, old or new.

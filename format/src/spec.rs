@@ -9,7 +9,9 @@ mod indexer;
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{MAX_EXPERTS, MAX_EXTENTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_SPEC_BYTES, MAX_WIDTH};
+use crate::limits::{
+    MAX_EXPERTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_MODEL_EXPERTS, MAX_SPEC_BYTES, MAX_WIDTH,
+};
 pub use delta::DeltaSpec;
 pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 pub use indexer::IndexerSpec;
@@ -292,8 +294,8 @@ impl ModelSpec {
         })?;
         // Each is an extent: whoever lays out a file may go through all of them.
         let experts: usize = self.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.experts).sum();
-        if experts > MAX_EXTENTS {
-            return Err(format!("its layers have {experts} experts together; a file holds {MAX_EXTENTS} at most"));
+        if experts > MAX_MODEL_EXPERTS {
+            return Err(format!("its layers have {experts} experts together; a model has {MAX_MODEL_EXPERTS} at most"));
         }
         let indexers = self.layers.iter().filter_map(|l| match &l.attention {
             AttentionSpec::Mla(m) => m.indexer.as_ref(),

@@ -122,6 +122,7 @@ fn limits() {
         limits::MAX_EXTENT_BYTES,
         limits::MAX_LAYERS as u64,
         limits::MAX_EXPERTS as u64,
+        limits::MAX_MODEL_EXPERTS as u64,
         limits::MAX_WIDTH as u64,
         limits::MAX_LENGTH as u64,
         limits::MAX_FAMILY_NAME as u64,

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use libfuzzer_sys::fuzzer_mutate;
 use serde_json::Value;
 
-use crate::targets::{Shape, Target, journal, tokenizer};
+use crate::targets::{Shape, Target, journal, rewrite, tokenizer};
 pub(crate) use random::Random;
 
 /// Sound inputs of the target, for parts of them.
@@ -83,6 +83,7 @@ fn change(target: &Target, input: &[u8], folder: &Path, random: &mut Random) -> 
             return Some(template::mutate(source, &sound.templates, random).into_bytes());
         }
         Shape::Model => sealed::model(&mut bytes, random),
+        Shape::Rewrite => sealed::rewrite(&mut bytes, random),
         Shape::Journal => sealed::journal(&mut bytes, random),
         Shape::Importance => sealed::importance(&mut bytes, random),
         Shape::Counts => sealed::counts(&mut bytes, random),
@@ -131,6 +132,7 @@ fn header(json: &[u8], old: &[u8], random: &mut Random) -> Option<Vec<u8>> {
 fn seal(target: &Target, input: &mut [u8], folder: &Path) {
     match target.shape {
         Shape::Model => sealed::seal_model(input),
+        Shape::Rewrite => rewrite::seal(input),
         Shape::Journal => journal::seal(input, folder),
         Shape::Importance => sealed::seal_importance(input),
         Shape::Counts => sealed::seal_counts(input),

@@ -3,12 +3,15 @@
 
 use std::ops::Range;
 
-use sluice_format::fields::{Field, extent, importance, importance_entry, superblock, table_ref, tensor};
+use sluice_format::fields::{
+    Field, extent, importance, importance_entry, rewrite_footer, superblock, table_ref, tensor,
+};
 use sluice_format::{MAGIC, PAGE_SIZES, checksum};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use super::random::Random;
 use crate::targets::model::support::{at, get, set};
+use crate::targets::rewrite;
 
 /// The number in a field, and its change.
 fn change(bytes: &mut [u8], record: usize, fields: &[Field], random: &mut Random) {
@@ -106,6 +109,23 @@ pub(crate) fn seal_model(file: &mut [u8]) {
     let len = file.len() as u64;
     set(file, at(&superblock::FIELDS, "file_len").0, 8, len);
     crate::targets::model::support::seal_superblock(&mut file[..page as usize]);
+}
+
+/// Changes the log at the end of a file, or the file before it.
+pub(crate) fn rewrite(file: &mut [u8], random: &mut Random) {
+    let Some((log, page)) = rewrite::log_of(file) else { return model(file, random) };
+    let metadata = log + page..file.len() - page;
+    match random.below(6) {
+        0 => change(file, file.len() - rewrite_footer::LEN, &rewrite_footer::FIELDS, random),
+        1 | 2 => change(file, log, &superblock::FIELDS, random),
+        3 => {
+            let tables = ["extents", "tensors", "metadata"];
+            let name = random.pick(&tables).copied().unwrap_or(tables[0]);
+            change(file, log + at(&superblock::FIELDS, name).0, &table_ref::FIELDS, random);
+        }
+        4 if !metadata.is_empty() => file[metadata.start + random.below(metadata.len())] = random.next() as u8,
+        _ => model(file, random),
+    }
 }
 
 /// Changes a field of an importance file: of its header, or of a matrix.

@@ -12,6 +12,7 @@ pub(crate) mod importance;
 mod index;
 pub(crate) mod journal;
 pub(crate) mod model;
+pub(crate) mod rewrite;
 mod template;
 pub(crate) mod tokenizer;
 mod trace;
@@ -23,6 +24,8 @@ use std::path::Path;
 pub(crate) enum Shape {
     /// A model file with checksums, or the specification of one as JSON.
     Model,
+    /// A model file whose metadata are being replaced.
+    Rewrite,
     /// A journal, bound to the plan of a conversion.
     Journal,
     /// A safetensors file, of which the header matters.
@@ -56,8 +59,9 @@ pub(crate) struct Target {
 pub(crate) type Seeds = Vec<(String, Vec<u8>)>;
 
 /// Every parser.
-pub(crate) static TARGETS: [Target; 11] = [
+pub(crate) static TARGETS: [Target; 12] = [
     Target { name: "model", shape: Shape::Model, run: model::run, seeds: model::seeds },
+    Target { name: "rewrite", shape: Shape::Rewrite, run: rewrite::run, seeds: rewrite::seeds },
     Target { name: "journal", shape: Shape::Journal, run: journal::run, seeds: journal::seeds },
     Target { name: "header", shape: Shape::Header, run: header::run, seeds: header::seeds },
     Target { name: "index", shape: Shape::Json, run: index::run, seeds: index::seeds },
