@@ -175,7 +175,7 @@ fn machine(file: &ModelFile, threads: usize) -> Result<(f64, f64), CliError> {
 fn describe(o: &Outcome) -> String {
     let budget = o.budget.map_or("as much as is useful".into(), |b| Bytes(b).to_string());
     let b = &o.bounds;
-    let rate = |r: f64| format!("{:.2} GB/s", r / 1e9);
+    let rate = |r: f64| format!("{}/s", Bytes(r as u64));
     format!(
         "budget {budget}: {} in use, {} of {} experts fit; {} sequences\n  \
          {:.2} tokens/s in all; a step takes {:.1} ms and reads {}, {} per token\n  \
