@@ -88,6 +88,11 @@ impl Step<'_> {
         self.rows.len()
     }
 
+    /// Whether nobody wants the results any more: see [`Compute::is_cancelled`].
+    pub fn is_cancelled(&self) -> bool {
+        self.compute.is_cancelled()
+    }
+
     /// `out` `[n, rows]` = `matrix` · `x`, on all threads.
     pub fn multiply(&self, matrix: &MatrixRef, x: &Activations, out: &mut [f32]) {
         self.compute.multiply(matrix, self.extent, x, out);

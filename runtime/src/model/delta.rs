@@ -176,7 +176,7 @@ impl Delta {
         for span in step.rows.spans() {
             let (from, to) = caches.of_mut(span.span).state_mut().step(span.start);
             for row in span.rows() {
-                if step.compute.is_cancelled() {
+                if step.is_cancelled() {
                     return;
                 }
                 let from = (row == span.first).then_some(&from.heads);

@@ -148,8 +148,14 @@ impl Gqa {
         let n = step.n();
         scratch.activations.set(x, n, x.len() / n);
         self.project(step, scratch);
+        if step.is_cancelled() {
+            return;
+        }
         self.extend_caches(step, caches, scratch);
         self.attend(step, caches, scratch);
+        if step.is_cancelled() {
+            return;
+        }
         self.gather_heads(step, scratch);
         let GqaScratch { activations, vector, by_token, .. } = scratch;
         let width = self.spec.heads * self.spec.v_head_dim;
@@ -240,7 +246,7 @@ impl Gqa {
             let sinks = if self.sinks.is_some() { &sinks[h..h + together] } else { &[] };
             with_head_scratch(|scratch| {
                 for (r, out) in out.chunks_exact_mut(together * s.v_head_dim).enumerate() {
-                    if step.compute.is_cancelled() {
+                    if step.is_cancelled() {
                         return;
                     }
                     let row = step.rows.get(r);

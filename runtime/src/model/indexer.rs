@@ -144,7 +144,7 @@ impl Indexer {
         step.compute.threads.for_each_chunk(&mut chosen[..n], 1, &|t, chosen| {
             let row = step.rows.get(t);
             let seen = row.position + 1;
-            if seen <= s.index_top_k || step.compute.is_cancelled() {
+            if seen <= s.index_top_k || step.is_cancelled() {
                 return;
             }
             let keys = &caches.of(row.span).latent().index().keys;

@@ -167,12 +167,21 @@ impl Mla {
         if let Some(indexer) = &self.indexer {
             indexer.extend(step, caches, &scratch.activations, &mut scratch.index);
         }
+        if step.is_cancelled() {
+            return;
+        }
         self.project_query(step, scratch);
         if let Some(indexer) = &self.indexer {
             // The query's latent is what was last multiplied.
             indexer.choose(step, caches, &scratch.activations, &mut scratch.index);
         }
+        if step.is_cancelled() {
+            return;
+        }
         self.attend(step, caches, scratch);
+        if step.is_cancelled() {
+            return;
+        }
 
         let MlaScratch { by_head, by_token, activations, .. } = scratch;
         let (heads, width) = (self.spec.heads, self.spec.v_head_dim);
@@ -240,10 +249,17 @@ impl Mla {
         let together = step.compute.heads_together(s.heads, s.heads, (MOST_QUERIES_TOGETHER / n).max(1));
         let by_head = sized(by_head, s.heads * n * s.v_head_dim);
         step.compute.threads.for_each_chunk(by_head, together * n * s.v_head_dim, &|task, out| {
+            // A head of a long prompt takes tens of milliseconds before it attends.
+            if step.is_cancelled() {
+                return;
+            }
             let heads = task * together..(task + 1) * together;
             with_head_scratch(|scratch| {
                 self.absorb(step, heads.clone(), rows.query, scratch);
                 self.attend_heads(step, caches, heads.clone(), rows, scratch);
+                if step.is_cancelled() {
+                    return;
+                }
                 self.expand(step, heads, scratch, out);
             });
         });
@@ -283,7 +299,7 @@ impl Mla {
         let full = sized(full, heads.len() * width);
         let output = sized(output, heads.len() * rank);
         for t in 0..n {
-            if step.compute.is_cancelled() {
+            if step.is_cancelled() {
                 return;
             }
             let row = step.rows.get(t);

@@ -322,6 +322,9 @@ impl Model {
         norm_rows(x, norm, eps, normed);
         layer.attention.forward(step, &mut caches, normed, mixer, delta);
         drop(attention);
+        if compute.is_cancelled() {
+            return Err(ModelError::Cancelled);
+        }
         add(x, delta);
         let attended = Instant::now();
         self.times.attention += (attended - started).saturating_sub(dense_parts.stats().wait - waited);
