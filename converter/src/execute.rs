@@ -14,7 +14,7 @@ use crate::journal::Journal;
 use crate::pack::{Outcome, Packer};
 use crate::partial::Partial;
 use crate::plan::Plan;
-use crate::resume::Start;
+use crate::resume::{Start, is_possible};
 
 /// Finished extents are journaled in batches, because each batch waits for the drive: this many, …
 const BATCH_EXTENTS: usize = 64;
@@ -112,6 +112,7 @@ impl Execution<'_> {
     }
 
     fn finished(&self, outcome: Outcome) -> Result<(), ConvertError> {
+        debug_assert!(is_possible(self.plan, &outcome), "this would not be believed again: {outcome:?}");
         let bytes = self.plan.layout.extents()[outcome.extent].stored_len;
         lock(&self.outcomes)[outcome.extent] = Some(outcome.clone());
         let full = {

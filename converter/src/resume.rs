@@ -95,7 +95,7 @@ pub(crate) fn start<'a>(
 }
 
 /// Whether the figures of an extent's errors can be those of its tensors.
-fn is_possible(plan: &Plan, outcome: &Outcome) -> bool {
+pub(crate) fn is_possible(plan: &Plan, outcome: &Outcome) -> bool {
     let tensors = &plan.extents[outcome.extent];
     outcome.errors.iter().enumerate().all(|(i, sums)| {
         let Some(tensor) = tensors.get(i) else { return *sums == ErrorSums::default() };
