@@ -34,7 +34,7 @@ use self::embedding::Embedding;
 use self::ffn::{Ffn, FfnScratch, FfnStep};
 use self::foresight::NextLayer;
 use self::rows::{Caches, Rows, Span};
-pub use self::sequence::Sequence;
+pub use self::sequence::{Mark, RewindError, Sequence};
 use self::weights::{ExtentTensors, MatrixRef, VectorRef};
 use crate::pool::{DenseHandle, DenseParts, Pool, PoolError};
 
