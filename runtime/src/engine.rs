@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
+use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, open_regular};
 use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
 use crate::counts;
@@ -17,6 +17,7 @@ use crate::memory::{BudgetError, Demand, MemoryPlan};
 use crate::model::compute::Compute;
 use crate::model::control::{Cancel, Control};
 use crate::model::rows::{Cursor, Rows, Span, Want};
+use crate::model::session::{self, Binding, SessionError};
 use crate::model::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents};
 use crate::pool::{
     DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, PolicyKind, PoolError, Storage, StorageConfig,
@@ -85,6 +86,9 @@ pub enum RuntimeError {
     /// Tokenizer and generation config.
     #[error(transparent)]
     Text(#[from] TextError),
+    /// A saved sequence.
+    #[error(transparent)]
+    Session(#[from] SessionError),
     /// Going back in a sequence.
     #[error(transparent)]
     Rewind(#[from] RewindError),
@@ -253,7 +257,31 @@ impl Engine {
 
     /// An empty sequence for as many tokens as the memory plan has room for.
     pub fn new_sequence(&self) -> Sequence {
-        Sequence::new(self.model.spec(), self.memory.context, self.memory.kv_type, self.memory.marks)
+        Sequence::new(self.model.spec(), self.memory.context, self.binding(), self.memory.marks)
+    }
+
+    /// What the numbers of a sequence depend on beside its tokens.
+    fn binding(&self) -> Binding {
+        let exact = self.compute.precision == Precision::Exact;
+        Binding { state_id: self.file.state_id(), kv_type: self.memory.kv_type, exact }
+    }
+
+    /// Reads a sequence that [`Sequence::save_file`] wrote. It has this engine's capacity and no marks.
+    ///
+    /// # Errors
+    /// [`SessionError`]: it cannot be read, is damaged, or is not of this model, precision, key-value type or version, or does
+    /// not fit.
+    pub fn restore_file(&self, path: &Path) -> Result<Sequence, SessionError> {
+        let mut file = open_regular(path).map_err(|source| SessionError::Open { path: path.to_owned(), source })?;
+        self.restore(&mut file, path)
+    }
+
+    /// Reads a sequence that [`Sequence::save`] wrote. `name`: what errors call it.
+    ///
+    /// # Errors
+    /// As [`Engine::restore_file`].
+    pub fn restore(&self, input: &mut dyn io::Read, name: &Path) -> Result<Sequence, SessionError> {
+        session::restore(self.new_sequence(), self.model.spec().vocab_size, input, name)
     }
 
     /// Takes the tokens from `position` on out of a sequence. Where it cannot go there ([`Sequence::rewind_to`]), it goes to the
@@ -334,7 +362,11 @@ impl Engine {
         if spans.is_empty() || spans.iter().any(|span| span.tokens.is_empty()) {
             return Err(ModelError::NoTokens.into());
         }
+        let own = self.binding();
         for span in &*spans {
+            if span.sequence.binding() != own {
+                return Err(ModelError::ForeignSequence.into());
+            }
             let (capacity, wanted) = (span.sequence.capacity(), span.sequence.position() + span.tokens.len());
             if wanted > capacity {
                 return Err(ModelError::ContextFull { capacity, wanted }.into());

@@ -18,6 +18,7 @@ mod rope;
 pub mod router;
 pub mod rows;
 mod sequence;
+pub mod session;
 mod tally;
 pub mod weights;
 
@@ -75,6 +76,9 @@ pub enum ModelError {
         /// Tokens wanted.
         wanted: usize,
     },
+    /// A sequence of another model, or of one that was opened in another way.
+    #[error("the sequence was made by an engine of another model, precision or key-value type: make it with this one")]
+    ForeignSequence,
     /// The caller has ended the step.
     #[error("the step was cancelled")]
     Cancelled,

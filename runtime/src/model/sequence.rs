@@ -11,6 +11,7 @@ use sluice_kernels::KvType;
 
 use super::attention::LayerCache;
 use super::delta::StateAt;
+use super::session::Binding;
 
 /// A place in a sequence that one can go back to, as long as the sequence has not gone back beyond it. A fork has the marks of
 /// the sequence that it was made of.
@@ -78,13 +79,14 @@ pub struct Sequence {
     most_marks: usize,
     /// Bytes of the states of a mark; none in models without recurrent layers.
     mark_bytes: u64,
+    binding: Binding,
 }
 
 impl Sequence {
-    /// An empty sequence with room for `capacity` tokens, whose keys and values are of type `ty`. In a model with recurrent
-    /// layers it keeps `marks` marks.
-    pub fn new(spec: &ModelSpec, capacity: usize, ty: KvType, marks: usize) -> Self {
-        let layers = spec.layers.iter().map(|l| LayerCache::new(&l.attention, capacity, ty));
+    /// An empty sequence with room for `capacity` tokens, of the model and with the type of keys and values that `binding`
+    /// says. In a model with recurrent layers it keeps `marks` marks.
+    pub fn new(spec: &ModelSpec, capacity: usize, binding: Binding, marks: usize) -> Self {
+        let layers = spec.layers.iter().map(|l| LayerCache::new(&l.attention, capacity, binding.kv_type));
         Sequence {
             layers: layers.collect(),
             tokens: Vec::with_capacity(capacity),
@@ -92,6 +94,7 @@ impl Sequence {
             marks: Vec::new(),
             most_marks: marks,
             mark_bytes: Self::mark_memory(spec),
+            binding,
         }
     }
 
@@ -108,6 +111,11 @@ impl Sequence {
     /// Bytes of keys, values and states that are allocated, without those of marks.
     pub fn bytes(&self) -> u64 {
         self.layers.iter().map(|l| l.bytes() as u64).sum()
+    }
+
+    /// What its numbers depend on beside its tokens.
+    pub fn binding(&self) -> Binding {
+        self.binding
     }
 
     /// Tokens seen so far.
@@ -238,6 +246,7 @@ impl Sequence {
             marks: self.marks.clone(),
             most_marks: self.most_marks,
             mark_bytes: self.mark_bytes,
+            binding: self.binding,
         }
     }
 
@@ -265,6 +274,14 @@ impl Sequence {
     /// A sequence that counts tokens and remembers nothing.
     #[cfg(test)]
     pub(super) fn without_layers(capacity: usize) -> Self {
-        Sequence { layers: Vec::new(), tokens: Vec::new(), capacity, marks: Vec::new(), most_marks: 0, mark_bytes: 0 }
+        Sequence {
+            layers: Vec::new(),
+            tokens: Vec::new(),
+            capacity,
+            marks: Vec::new(),
+            most_marks: 0,
+            mark_bytes: 0,
+            binding: Binding::default(),
+        }
     }
 }
