@@ -2,7 +2,10 @@
 //! piece.
 
 use proptest::prelude::*;
-use sluice_runtime::{Control, Engine, EngineOptions, Mark, Phase, RewindError, Sequence, Span, Want};
+use sluice_runtime::model::ModelError;
+use sluice_runtime::{
+    Cancel, Control, Engine, EngineOptions, Mark, Phase, Progress, RewindError, RuntimeError, Sequence, Span, Want,
+};
 use sluice_tests::{Converted, Golden};
 
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
@@ -18,6 +21,8 @@ const MARKS: usize = 2;
 enum Event {
     /// All of them take a few tokens in one step.
     Step(Vec<usize>),
+    /// It begins a step that is cancelled behind some layer.
+    Cancelled(usize, usize, usize),
     Fork(usize),
     Mark(usize),
     /// To one of all marks that were ever made.
@@ -34,6 +39,7 @@ fn any_event() -> impl Strategy<Value = Event> {
     let which = 0usize..64;
     prop_oneof![
         6 => proptest::collection::vec(take, 4).prop_map(Event::Step),
+        1 => (which.clone(), 1usize..8, 0usize..64).prop_map(|(i, take, layer)| Event::Cancelled(i, take, layer)),
         1 => which.clone().prop_map(Event::Fork),
         2 => which.clone().prop_map(Event::Mark),
         2 => (which.clone(), 0usize..64).prop_map(|(i, mark)| Event::RewindToMark(i, mark)),
@@ -100,6 +106,27 @@ fn step(engine: &mut Engine, all: &mut [Tracked], takes: &[usize], vocab: u32, f
     rows.into_iter().for_each(|(span, row)| all[owners[span]].logits.push(row));
 }
 
+/// Begins to append `take` tokens; it ends behind one of the layers.
+fn cancelled_step(engine: &mut Engine, tracked: &mut Tracked, take: usize, layer: usize) {
+    let take = take.min(LENGTH - tracked.tokens.len());
+    if take == 0 {
+        return;
+    }
+    let last = 1 + layer % engine.spec().layers.len();
+    let cancel = Cancel::new();
+    let switch = cancel.clone();
+    let mut progress = |p: Progress| {
+        if p.layers == last {
+            switch.cancel();
+        }
+    };
+    let mut control = Control { cancel: Some(&cancel), progress: Some(&mut progress), ..Control::default() };
+    let tokens = [1, 2, 3, 4, 5, 6, 7, 8];
+    let span = Span::prompt(&mut tracked.sequence, &tokens[..take], Want::All);
+    let outcome = engine.step(&mut [span], &mut control, &mut |_, _, _| panic!("the step has no logits"));
+    assert!(matches!(outcome, Err(RuntimeError::Model(ModelError::Cancelled))));
+}
+
 fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), TestCaseError> {
     let [engine, alone] = engines;
     let recurrent = family == "qwen3_next";
@@ -111,6 +138,7 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
         let count = all.len();
         match *event {
             Event::Step(ref takes) => step(engine, &mut all, takes, vocab, &mut fresh),
+            Event::Cancelled(i, take, layer) => cancelled_step(engine, &mut all[i % count], take, layer),
             Event::Fork(i) if count < 6 => {
                 let Tracked { sequence, tokens, logits } = &all[i % count];
                 all.push(Tracked { sequence: sequence.fork(), tokens: tokens.clone(), logits: logits.clone() });

@@ -451,4 +451,28 @@ mod tests {
         assert_eq!(advance(&mut state, 0, 5.0), 0.0);
         assert_eq!(advance(&mut state, 1, 6.0), 5.0);
     }
+
+    #[test]
+    fn a_state_that_is_half_written_is_none_and_one_that_is_kept_comes_back() {
+        let (key_heads, value_heads, key_head_dim, value_head_dim) = (1, 1, 2, 2);
+        let spec = DeltaSpec { key_heads, value_heads, key_head_dim, value_head_dim, conv_width: 3, norm_eps: 1e-6 };
+        let mut state = DeltaState::new(&spec);
+        for position in 0..3 {
+            let (_, to) = state.step(position);
+            to.heads.fill(position as f32);
+            to.position = position + 1;
+        }
+        let kept = state.at(2).expect("the last step began there").clone();
+        // A step begins, overwrites the older place and is cancelled within the layer.
+        state.step(3).1.heads.fill(f32::NAN);
+        assert_eq!(state.positions().collect::<Vec<_>>(), [3]);
+        assert!(state.at(2).is_none());
+        state.rewind(2, Some(&kept));
+        assert_eq!(state.positions().collect::<Vec<_>>(), [2]);
+        assert!(state.at(2).expect("it is back").heads.iter().all(|&v| v == 1.0));
+        let fork = state.fork(2);
+        state.rewind(0, None);
+        assert!(state.step(0).0.heads.iter().all(|&v| v == 0.0));
+        assert!(fork.at(2).expect("a fork is on its own").heads.iter().all(|&v| v == 1.0));
+    }
 }
