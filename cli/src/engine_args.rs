@@ -117,6 +117,7 @@ impl EngineArgs {
             sequences: None,
             context: Some(context),
             kv_type: self.kv_type,
+            marks: 0,
         }
     }
 }

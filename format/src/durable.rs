@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// Names that are tried for a new file beside another one.
@@ -69,6 +69,31 @@ impl Syncer {
 /// # Errors
 /// What the file system says. `path` is then what it was.
 pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace_file_with(path, |file| file.write_all(bytes))
+}
+
+/// As [`replace_file`], for what is too large to be in memory at once: `write` writes it.
+///
+/// # Errors
+/// What `write` says, or the file system. `path` is then what it was.
+pub fn replace_file_with<E: From<io::Error>>(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> Result<(), E>,
+) -> Result<(), E> {
+    let (beside, mut file) = create_beside(path)?;
+    let outcome = write(&mut file).and_then(|()| {
+        Syncer::default().all(&file)?;
+        fs::rename(&beside, path)?;
+        Ok(())
+    });
+    outcome.inspect_err(|_| {
+        // The error that is being returned says more than a second one would.
+        let _ = fs::remove_file(&beside);
+    })
+}
+
+/// A new file in the folder of `path`, and its path.
+fn create_beside(path: &Path) -> io::Result<(PathBuf, File)> {
     let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
     name.push(format!(".{}", std::process::id()));
     for number in 0..NAMES {
@@ -76,15 +101,10 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
         name.push(format!("-{number}"));
         let beside = path.with_file_name(name);
         // A name that is taken is somebody's file, or a trap: `create_new` does not follow links.
-        let mut file = match File::options().write(true).create_new(true).open(&beside) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
-            file => file?,
-        };
-        let written = file.write_all(bytes).and_then(|()| Syncer::default().all(&file));
-        return written.and_then(|()| fs::rename(&beside, path)).inspect_err(|_| {
-            // The error that is being returned says more than a second one would.
-            let _ = fs::remove_file(&beside);
-        });
+        match File::options().write(true).create_new(true).open(&beside) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            file => return Ok((beside, file?)),
+        }
     }
     Err(io::ErrorKind::AlreadyExists.into())
 }
@@ -122,6 +142,11 @@ mod tests {
             assert_eq!(fs::read_to_string(&path).unwrap(), content);
         }
         assert_eq!(fs::read_to_string(folder.path().join("precious")).unwrap(), "precious");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3, "nothing is left beside it");
+        let failed =
+            replace_file_with(&path, |file| file.write_all(b"half").and(Err(io::ErrorKind::StorageFull.into())));
+        assert_eq!(failed.map_err(|e: io::Error| e.kind()), Err(io::ErrorKind::StorageFull));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "two", "what was being written did not take its place");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3, "nothing is left beside it");
         assert!(replace_file(&folder.path().join("missing/f"), b"x").is_err());
         assert!(replace_file(Path::new("/"), b"x").is_err());

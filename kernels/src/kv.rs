@@ -116,6 +116,69 @@ impl KvBuffer {
         4 * self.plain.len() + self.values.len() + self.scales.len()
     }
 
+    /// As many rows of the same kind, all zeros.
+    #[must_use]
+    pub fn empty_like(&self) -> Self {
+        KvBuffer {
+            ty: self.ty,
+            width: self.width,
+            plain: vec![0.0; self.plain.len()],
+            values: vec![0; self.values.len()],
+            scales: vec![0; self.scales.len()],
+        }
+    }
+
+    /// Takes over some rows of a buffer of the same kind.
+    ///
+    /// # Panics
+    /// If they are not in both, or the buffers differ in type or width.
+    pub fn copy_rows(&mut self, from: &KvBuffer, rows: Range<usize>) {
+        assert_eq!((self.ty, self.width), (from.ty, from.width), "rows are copied between buffers of one kind");
+        let part = |per_row: usize| rows.start * per_row..rows.end * per_row;
+        if self.ty == KvType::F32 {
+            self.plain[part(self.width)].copy_from_slice(&from.plain[part(self.width)]);
+            return;
+        }
+        let (values, scales) = (part(self.width * self.ty.value_bytes()), part(self.ty.scale_bytes(self.width)));
+        self.values[values.clone()].copy_from_slice(&from.values[values]);
+        self.scales[scales.clone()].copy_from_slice(&from.scales[scales]);
+    }
+
+    /// Bytes of one row, as [`KvBuffer::row_to_bytes`] gives them.
+    pub fn row_len(&self) -> usize {
+        Self::row_bytes(self.ty, self.width)
+    }
+
+    /// Writes what is stored of a row, whatever the machine: its numbers, little-endian, then for `q8` its scales.
+    ///
+    /// # Panics
+    /// If `out` is not [`KvBuffer::row_len`] long, or there is no row `row`.
+    pub fn row_to_bytes(&self, row: usize, out: &mut [u8]) {
+        let (values, scales) = out.split_at_mut(self.width * self.ty.value_bytes());
+        if self.ty == KvType::F32 {
+            let numbers = &self.plain[row * self.width..][..self.width];
+            values.as_chunks_mut::<4>().0.iter_mut().zip(numbers).for_each(|(out, v)| *out = v.to_le_bytes());
+            return;
+        }
+        values.copy_from_slice(&self.values[row * values.len()..][..values.len()]);
+        scales.copy_from_slice(&self.scales[row * scales.len()..][..scales.len()]);
+    }
+
+    /// Puts back what [`KvBuffer::row_to_bytes`] gave: the same bits, rounded no second time.
+    ///
+    /// # Panics
+    /// If `bytes` is not [`KvBuffer::row_len`] long, or there is no row `row`.
+    pub fn row_from_bytes(&mut self, row: usize, bytes: &[u8]) {
+        let (values, scales) = bytes.split_at(self.width * self.ty.value_bytes());
+        if self.ty == KvType::F32 {
+            let numbers = &mut self.plain[row * self.width..][..self.width];
+            numbers.iter_mut().zip(values.as_chunks::<4>().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
+            return;
+        }
+        self.values[row * values.len()..][..values.len()].copy_from_slice(values);
+        self.scales[row * scales.len()..][..scales.len()].copy_from_slice(scales);
+    }
+
     /// Puts a row in; this is where numbers are rounded. Numbers that are not finite make their block of a `q8` row NaN.
     ///
     /// # Panics
@@ -331,6 +394,27 @@ mod tests {
             }
             buffer.rows(0..3).read(0, &mut twice);
             assert_eq!(twice, [0.0; 70]);
+        }
+    }
+
+    #[test]
+    fn rows_move_between_buffers_as_they_are() {
+        let x: Vec<f32> = (0..70).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
+        for ty in KvType::ALL {
+            let mut buffer = KvBuffer::new(ty, 4, 70);
+            buffer.set(1, &x);
+            let (mut copied, mut restored) = (buffer.empty_like(), buffer.empty_like());
+            copied.copy_rows(&buffer, 1..3);
+            let mut bytes = vec![0; buffer.row_len()];
+            buffer.row_to_bytes(1, &mut bytes);
+            restored.row_from_bytes(1, &bytes);
+            let read = |buffer: &KvBuffer| {
+                let mut out = vec![0.0; 70];
+                buffer.rows(0..4).read(1, &mut out);
+                out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+            };
+            assert_eq!(read(&copied), read(&buffer), "{ty}");
+            assert_eq!(read(&restored), read(&buffer), "{ty}");
         }
     }
 

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
+use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, open_regular};
 use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
 use crate::counts;
@@ -17,7 +17,8 @@ use crate::memory::{BudgetError, Demand, MemoryPlan};
 use crate::model::compute::Compute;
 use crate::model::control::{Cancel, Control};
 use crate::model::rows::{Cursor, Rows, Span, Want};
-use crate::model::{LayerTimes, Model, ModelError, Sequence, Weights, dense_extents};
+use crate::model::session::{self, Binding, SessionError};
+use crate::model::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents};
 use crate::pool::{
     DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, PolicyKind, PoolError, Storage, StorageConfig,
 };
@@ -50,6 +51,9 @@ pub struct EngineOptions {
     pub context: Option<usize>,
     /// How keys and values are kept; anything but f32 changes results.
     pub kv_type: KvType,
+    /// Marks that a sequence of a model with recurrent states can keep, a copy of the states each (75 MB for Qwen3-Next). Other
+    /// models take any number of marks, at no cost.
+    pub marks: usize,
 }
 
 pub use crate::io::EngineKind as ReadEngineKind;
@@ -82,6 +86,12 @@ pub enum RuntimeError {
     /// Tokenizer and generation config.
     #[error(transparent)]
     Text(#[from] TextError),
+    /// A saved sequence.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// Going back in a sequence.
+    #[error(transparent)]
+    Rewind(#[from] RewindError),
     /// The instruction set asked for.
     #[error(transparent)]
     Isa(#[from] IsaError),
@@ -147,7 +157,7 @@ impl Engine {
         let file = ModelFile::open(path)?;
         let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
         let sequences = options.sequences.unwrap_or(1).max(1);
-        let demand = Demand { sequences, context, kv_type: options.kv_type };
+        let demand = Demand { sequences, context, kv_type: options.kv_type, marks: options.marks };
         let memory = MemoryPlan::new(&file, options.budget, demand)?;
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
@@ -247,7 +257,53 @@ impl Engine {
 
     /// An empty sequence for as many tokens as the memory plan has room for.
     pub fn new_sequence(&self) -> Sequence {
-        Sequence::new(self.model.spec(), self.memory.context, self.memory.kv_type)
+        Sequence::new(self.model.spec(), self.memory.context, self.binding(), self.memory.marks)
+    }
+
+    /// What the numbers of a sequence depend on beside its tokens.
+    fn binding(&self) -> Binding {
+        let exact = self.compute.precision == Precision::Exact;
+        Binding { state_id: self.file.state_id(), kv_type: self.memory.kv_type, exact }
+    }
+
+    /// Reads a sequence that [`Sequence::save_file`] wrote. It has this engine's capacity and no marks.
+    ///
+    /// # Errors
+    /// [`SessionError`]: it cannot be read, is damaged, or is not of this model, precision, key-value type or version, or does
+    /// not fit.
+    pub fn restore_file(&self, path: &Path) -> Result<Sequence, SessionError> {
+        let mut file = open_regular(path).map_err(|source| SessionError::Open { path: path.to_owned(), source })?;
+        self.restore(&mut file, path)
+    }
+
+    /// Reads a sequence that [`Sequence::save`] wrote. `name`: what errors call it.
+    ///
+    /// # Errors
+    /// As [`Engine::restore_file`].
+    pub fn restore(&self, input: &mut dyn io::Read, name: &Path) -> Result<Sequence, SessionError> {
+        session::restore(self.new_sequence(), self.model.spec().vocab_size, input, name)
+    }
+
+    /// Takes the tokens from `position` on out of a sequence. Where it cannot go there ([`Sequence::rewind_to`]), it goes to the
+    /// nearest earlier position that it can go to, and the tokens in between are computed again, under `control`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Rewind`] if it has fewer tokens; otherwise as [`Engine::step`], with the sequence at a position that is
+    /// less than `position`.
+    pub fn rewind(
+        &mut self,
+        sequence: &mut Sequence,
+        position: usize,
+        control: &mut Control<'_>,
+    ) -> Result<(), RuntimeError> {
+        let reached = sequence.reachable(position)?;
+        let again = sequence.tokens()[reached..position].to_vec();
+        sequence.rewind_to(reached)?;
+        if again.is_empty() {
+            return Ok(());
+        }
+        let span = Span::prompt(sequence, &again, Want::Nothing);
+        self.step(&mut [span], control, &mut |_, _, _| {})
     }
 
     /// Appends a prompt, or a part of one, to the sequence and writes the logits of its last token, `[vocab]`.
@@ -306,7 +362,11 @@ impl Engine {
         if spans.is_empty() || spans.iter().any(|span| span.tokens.is_empty()) {
             return Err(ModelError::NoTokens.into());
         }
+        let own = self.binding();
         for span in &*spans {
+            if span.sequence.binding() != own {
+                return Err(ModelError::ForeignSequence.into());
+            }
             let (capacity, wanted) = (span.sequence.capacity(), span.sequence.position() + span.tokens.len());
             if wanted > capacity {
                 return Err(ModelError::ContextFull { capacity, wanted }.into());

@@ -17,7 +17,7 @@ pub mod text;
 pub mod trace;
 
 pub use engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, Stats};
-pub use model::Sequence;
 pub use model::control::{Cancel, Control, Progress};
 pub use model::rows::{Phase, Span, Want};
+pub use model::{Mark, RewindError, Sequence};
 pub use sluice_kernels::KvType;

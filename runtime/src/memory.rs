@@ -57,6 +57,9 @@ pub struct MemoryPlan {
     pub sequences: usize,
     /// Tokens that each of them can hold.
     pub context: usize,
+    /// Copies of recurrent states that each of them can keep for its marks; a part of `kv_cache`.
+    #[serde(skip)]
+    pub marks: usize,
     /// Scratch and cached embedding rows, as far as they are charged.
     pub scratch: u64,
     /// Rows that go through a layer together.
@@ -81,12 +84,14 @@ pub struct Demand {
     pub context: usize,
     /// How their keys and values are kept.
     pub kv_type: KvType,
+    /// Copies of recurrent states that each of them can keep for its marks.
+    pub marks: usize,
 }
 
 impl Demand {
     /// One sequence.
     pub fn one(context: usize, kv_type: KvType) -> Self {
-        Demand { sequences: 1, context, kv_type }
+        Demand { sequences: 1, context, kv_type, marks: 0 }
     }
 }
 
@@ -217,6 +222,7 @@ impl MemoryPlan {
             kv_type: demand.kv_type,
             sequences: demand.sequences,
             context: demand.context,
+            marks: demand.marks,
             scratch,
             rows,
             kept_outputs,
@@ -274,7 +280,10 @@ impl Need<'_> {
             spec,
             demand,
             dense: dense_extents(extents).iter().map(|e| (e.kind, e.stored_len)).collect(),
-            kv_cache: (demand.sequences as u64).saturating_mul(Sequence::memory(spec, demand.context, demand.kv_type)),
+            kv_cache: (demand.sequences as u64).saturating_mul(
+                Sequence::memory(spec, demand.context, demand.kv_type)
+                    .saturating_add(Sequence::mark_memory(spec).saturating_mul(demand.marks as u64)),
+            ),
             embedding: Model::embedding_memory(extents),
             experts: count,
             slot_len,

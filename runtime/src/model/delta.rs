@@ -33,13 +33,19 @@ pub struct Delta {
 
 /// What one layer remembers of one sequence. A step reads the state at its first position and writes the one behind its last
 /// to the other place, so that a step that fails in a later layer can be repeated.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct DeltaState {
     places: [StateAt; 2],
+    /// f32 values per value head: with the last output, and without.
+    head: (usize, usize),
 }
 
+/// The position of a place in which there is no state, or one that is only half written.
+const NOWHERE: usize = usize::MAX;
+
+/// A state and the number of tokens that went into it.
 #[derive(Clone, Debug)]
-struct StateAt {
+pub struct StateAt {
     /// Tokens that went into it.
     position: usize,
     /// Inputs of the convolution before `position`, `[conv_width - 1, channels]`, oldest first.
@@ -56,12 +62,72 @@ impl DeltaState {
             inputs: vec![0.0; (spec.conv_width - 1) * spec.conv_channels()],
             heads: vec![0.0; spec.value_heads * head_len(spec)],
         };
-        DeltaState { places: [place.clone(), place] }
+        let head = (head_len(spec), spec.key_head_dim * spec.value_head_dim);
+        DeltaState { places: [place.clone(), place], head }
     }
 
     /// Bytes that are allocated.
     pub fn bytes(&self) -> usize {
         self.places.iter().map(|p| 4 * (p.inputs.len() + p.heads.len())).sum()
+    }
+
+    /// The state behind the first `position` tokens, if it is still there.
+    pub fn at(&self, position: usize) -> Option<&StateAt> {
+        self.places.iter().find(|place| place.position == position)
+    }
+
+    /// The positions at which there is a state.
+    pub fn positions(&self) -> impl Iterator<Item = usize> {
+        self.places.iter().map(|place| place.position).filter(|&position| position != NOWHERE)
+    }
+
+    /// Goes back to the state at `position`: that of a place, or `snapshot`. To position 0, without either.
+    pub fn rewind(&mut self, position: usize, snapshot: Option<&StateAt>) {
+        if let (None, Some(snapshot)) = (self.at(position), snapshot) {
+            self.places[0].position = position;
+            self.places[0].inputs.copy_from_slice(&snapshot.inputs);
+            self.places[0].heads.copy_from_slice(&snapshot.heads);
+        }
+        // What is later belongs to tokens that are forgotten.
+        self.places.iter_mut().filter(|p| p.position > position).for_each(|p| p.position = NOWHERE);
+    }
+
+    /// A copy with the state at `position`.
+    pub fn fork(&self, position: usize) -> Self {
+        let place = |like: &StateAt| StateAt {
+            position: NOWHERE,
+            inputs: vec![0.0; like.inputs.len()],
+            heads: vec![0.0; like.heads.len()],
+        };
+        let mut fork = DeltaState { places: [place(&self.places[0]), place(&self.places[1])], head: self.head };
+        fork.rewind(position, self.at(position));
+        fork
+    }
+
+    /// Bytes of the state at one position: the convolution's inputs, then each head's matrix.
+    pub fn state_len(&self) -> usize {
+        let [StateAt { inputs, heads, .. }, _] = &self.places;
+        4 * (inputs.len() + heads.len() / self.head.0 * self.head.1)
+    }
+
+    /// Writes the state at `position`, little-endian, without the heads' last outputs, which nothing reads again.
+    ///
+    /// # Panics
+    /// If it is not there.
+    pub fn state_to_bytes(&self, position: usize, out: &mut [u8]) {
+        let state = self.at(position).expect("the last complete step has left a state");
+        let heads = state.heads.chunks_exact(self.head.0).flat_map(|head| &head[..self.head.1]);
+        let numbers = state.inputs.iter().chain(heads);
+        out.as_chunks_mut::<4>().0.iter_mut().zip(numbers).for_each(|(out, v)| *out = v.to_le_bytes());
+    }
+
+    /// Puts the state at `position` back, instead of all others.
+    pub fn state_from_bytes(&mut self, position: usize, bytes: &[u8]) {
+        let [state, other] = &mut self.places;
+        (state.position, other.position) = (position, NOWHERE);
+        let heads = state.heads.chunks_exact_mut(self.head.0).flat_map(|head| &mut head[..self.head.1]);
+        let numbers = state.inputs.iter_mut().chain(heads);
+        numbers.zip(bytes.as_chunks::<4>().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
     }
 
     /// The state at `position` and the place for the next one.
@@ -75,6 +141,8 @@ impl DeltaState {
             from.position = 0;
         }
         assert_eq!(from.position, position, "a recurrent state cannot go back");
+        // Until the step is complete, what is there is neither the old state nor the new one.
+        to.position = NOWHERE;
         (from, to)
     }
 }
@@ -88,6 +156,11 @@ fn head_len(spec: &DeltaSpec) -> usize {
 pub fn state_memory(spec: &DeltaSpec) -> u64 {
     let inputs = (spec.conv_width - 1) * spec.conv_channels();
     2 * 4 * (inputs + spec.value_heads * head_len(spec)) as u64
+}
+
+/// Bytes of the copy of a state that a mark keeps.
+pub fn snapshot_memory(spec: &DeltaSpec) -> u64 {
+    state_memory(spec) / 2
 }
 
 /// f32 values of scratch per token.
@@ -377,5 +450,29 @@ mod tests {
         assert_eq!(advance(&mut state, 2, 4.0), 3.0);
         assert_eq!(advance(&mut state, 0, 5.0), 0.0);
         assert_eq!(advance(&mut state, 1, 6.0), 5.0);
+    }
+
+    #[test]
+    fn a_state_that_is_half_written_is_none_and_one_that_is_kept_comes_back() {
+        let (key_heads, value_heads, key_head_dim, value_head_dim) = (1, 1, 2, 2);
+        let spec = DeltaSpec { key_heads, value_heads, key_head_dim, value_head_dim, conv_width: 3, norm_eps: 1e-6 };
+        let mut state = DeltaState::new(&spec);
+        for position in 0..3 {
+            let (_, to) = state.step(position);
+            to.heads.fill(position as f32);
+            to.position = position + 1;
+        }
+        let kept = state.at(2).expect("the last step began there").clone();
+        // A step begins, overwrites the older place and is cancelled within the layer.
+        state.step(3).1.heads.fill(f32::NAN);
+        assert_eq!(state.positions().collect::<Vec<_>>(), [3]);
+        assert!(state.at(2).is_none());
+        state.rewind(2, Some(&kept));
+        assert_eq!(state.positions().collect::<Vec<_>>(), [2]);
+        assert!(state.at(2).expect("it is back").heads.iter().all(|&v| v == 1.0));
+        let fork = state.fork(2);
+        state.rewind(0, None);
+        assert!(state.step(0).0.heads.iter().all(|&v| v == 0.0));
+        assert!(fork.at(2).expect("a fork is on its own").heads.iter().all(|&v| v == 1.0));
     }
 }

@@ -26,20 +26,47 @@ pub struct Indexer {
 }
 
 /// Index keys of one layer and one sequence, `[max_tokens, index_head_dim]`.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct IndexCache {
     keys: Vec<f32>,
+    width: usize,
 }
 
 impl IndexCache {
     /// An empty cache for `max_tokens` positions.
     pub fn new(spec: &IndexerSpec, max_tokens: usize) -> Self {
-        IndexCache { keys: vec![0.0; cache_width(spec) * max_tokens] }
+        let width = cache_width(spec);
+        IndexCache { keys: vec![0.0; width * max_tokens], width }
     }
 
     /// Bytes that are allocated.
     pub fn bytes(&self) -> usize {
         4 * self.keys.len()
+    }
+
+    /// A copy that has the keys before `position`.
+    pub fn fork(&self, position: usize) -> Self {
+        let mut keys = vec![0.0; self.keys.len()];
+        let seen = position * self.width;
+        keys[..seen].copy_from_slice(&self.keys[..seen]);
+        IndexCache { keys, width: self.width }
+    }
+
+    /// Bytes of one key: none in a layer that uses what another one chose.
+    pub fn row_len(&self) -> usize {
+        4 * self.width
+    }
+
+    /// Writes the key of a position, little-endian.
+    pub fn row_to_bytes(&self, position: usize, out: &mut [u8]) {
+        let key = &self.keys[position * self.width..][..self.width];
+        out.as_chunks_mut::<4>().0.iter_mut().zip(key).for_each(|(out, v)| *out = v.to_le_bytes());
+    }
+
+    /// Puts the key of a position back.
+    pub fn row_from_bytes(&mut self, position: usize, bytes: &[u8]) {
+        let key = &mut self.keys[position * self.width..][..self.width];
+        key.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
     }
 }
 

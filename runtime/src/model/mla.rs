@@ -48,7 +48,7 @@ enum Query {
 }
 
 /// Keys and values of one layer and one sequence: `[max_tokens, kv_lora_rank + qk_rope_head_dim]`.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct LatentCache {
     rows: KvBuffer,
     /// Keys of the indexer, in layers that have one.
@@ -74,6 +74,36 @@ impl LatentCache {
     /// Bytes that are allocated.
     pub fn bytes(&self) -> usize {
         self.rows.bytes() + self.index.as_ref().map_or(0, IndexCache::bytes)
+    }
+
+    /// A copy that has the rows before `position`.
+    pub fn fork(&self, position: usize) -> Self {
+        let mut rows = self.rows.empty_like();
+        rows.copy_rows(&self.rows, 0..position);
+        LatentCache { rows, index: self.index.as_ref().map(|index| index.fork(position)) }
+    }
+
+    /// Bytes of one position: the latent with its rotated key, then the index key of a layer that has an indexer of its own.
+    pub fn row_len(&self) -> usize {
+        self.rows.row_len() + self.index.as_ref().map_or(0, IndexCache::row_len)
+    }
+
+    /// Writes the row of a position.
+    pub fn row_to_bytes(&self, position: usize, out: &mut [u8]) {
+        let (latent, key) = out.split_at_mut(self.rows.row_len());
+        self.rows.row_to_bytes(position, latent);
+        if let Some(index) = &self.index {
+            index.row_to_bytes(position, key);
+        }
+    }
+
+    /// Puts the row of a position back.
+    pub fn row_from_bytes(&mut self, position: usize, bytes: &[u8]) {
+        let (latent, key) = bytes.split_at(self.rows.row_len());
+        self.rows.row_from_bytes(position, latent);
+        if let Some(index) = &mut self.index {
+            index.row_from_bytes(position, key);
+        }
     }
 }
 

@@ -18,6 +18,7 @@ mod rope;
 pub mod router;
 pub mod rows;
 mod sequence;
+pub mod session;
 mod tally;
 pub mod weights;
 
@@ -34,7 +35,7 @@ use self::embedding::Embedding;
 use self::ffn::{Ffn, FfnScratch, FfnStep};
 use self::foresight::NextLayer;
 use self::rows::{Caches, Rows, Span};
-pub use self::sequence::Sequence;
+pub use self::sequence::{Mark, RewindError, Sequence};
 use self::weights::{ExtentTensors, MatrixRef, VectorRef};
 use crate::pool::{DenseHandle, DenseParts, Pool, PoolError};
 
@@ -75,6 +76,9 @@ pub enum ModelError {
         /// Tokens wanted.
         wanted: usize,
     },
+    /// A sequence of another model, or of one that was opened in another way.
+    #[error("the sequence was made by an engine of another model, precision or key-value type: make it with this one")]
+    ForeignSequence,
     /// The caller has ended the step.
     #[error("the step was cancelled")]
     Cancelled,

@@ -154,7 +154,10 @@ impl Rows {
 
     /// The sequences have seen these rows.
     pub fn advance(&self, spans: &mut [Span<'_>]) {
-        self.spans.iter().for_each(|part| spans[part.span].sequence.advance(part.count));
+        for part in &self.spans {
+            let Span { sequence, tokens, .. } = &mut spans[part.span];
+            sequence.advance(&tokens[part.token..][..part.count]);
+        }
     }
 
     /// How far the step is before the pass has gone through a layer.

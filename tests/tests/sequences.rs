@@ -1,0 +1,236 @@
+//! Sequences that are marked, forked and taken back: whatever they have been through, they give the bits of their tokens in one
+//! piece.
+
+use proptest::prelude::*;
+use sluice_runtime::model::ModelError;
+use sluice_runtime::{
+    Cancel, Control, Engine, EngineOptions, Mark, Phase, Progress, RewindError, RuntimeError, Sequence, Span, Want,
+};
+use sluice_tests::{Converted, Golden};
+
+/// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
+/// and keys beside recurrent states.
+const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next"];
+/// Most tokens of a sequence.
+const LENGTH: usize = 30;
+/// Marks that a sequence with recurrent states keeps.
+const MARKS: usize = 2;
+
+/// What happens to the sequence with this number, of those that there are.
+#[derive(Clone, Debug)]
+enum Event {
+    /// All of them take a few tokens in one step.
+    Step(Vec<usize>),
+    /// It begins a step that is cancelled behind some layer.
+    Cancelled(usize, usize, usize),
+    Fork(usize),
+    Mark(usize),
+    /// To one of all marks that were ever made.
+    RewindToMark(usize, usize),
+    /// To a part of its length.
+    RewindTo(usize, f64),
+    /// The same, and what it takes more is computed again.
+    Rewind(usize, f64),
+    Clear(usize),
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    let take = prop_oneof![2 => Just(0usize), 4 => Just(1usize), 2 => 2usize..8, 1 => 8usize..LENGTH];
+    let which = 0usize..64;
+    prop_oneof![
+        6 => proptest::collection::vec(take, 4).prop_map(Event::Step),
+        1 => (which.clone(), 1usize..8, 0usize..64).prop_map(|(i, take, layer)| Event::Cancelled(i, take, layer)),
+        1 => which.clone().prop_map(Event::Fork),
+        2 => which.clone().prop_map(Event::Mark),
+        2 => (which.clone(), 0usize..64).prop_map(|(i, mark)| Event::RewindToMark(i, mark)),
+        2 => (which.clone(), 0.0f64..=1.0).prop_map(|(i, part)| Event::RewindTo(i, part)),
+        1 => (which.clone(), 0.0f64..=1.0).prop_map(|(i, part)| Event::Rewind(i, part)),
+        1 => which.prop_map(Event::Clear),
+    ]
+}
+
+/// A sequence, its tokens as the test knows them, and their logits as they were given.
+struct Tracked {
+    sequence: Sequence,
+    tokens: Vec<u32>,
+    logits: Vec<Vec<f32>>,
+}
+
+impl Tracked {
+    fn truncate(&mut self, position: usize) {
+        self.tokens.truncate(position);
+        self.logits.truncate(position);
+    }
+
+    /// What it has given so far is what its tokens give in one piece.
+    fn check(&self, alone: &mut Engine) -> Result<(), TestCaseError> {
+        prop_assert_eq!(self.sequence.tokens(), &self.tokens[..]);
+        if self.tokens.is_empty() {
+            return Ok(());
+        }
+        let (mut sequence, mut at) = (alone.new_sequence(), Vec::new());
+        alone
+            .forward_all(&mut sequence, &self.tokens, &mut |i, row| {
+                if row != self.logits[i] {
+                    at.push(i);
+                }
+            })
+            .unwrap();
+        prop_assert!(at.is_empty(), "other bits at {at:?} of {}", self.tokens.len());
+        Ok(())
+    }
+}
+
+/// Appends `takes` tokens to the sequences, in one step. Which tokens: some that nothing before has had.
+fn step(engine: &mut Engine, all: &mut [Tracked], takes: &[usize], vocab: u32, fresh: &mut u32) {
+    let (mut spans, mut owners) = (Vec::new(), Vec::new());
+    for (i, Tracked { sequence, tokens, .. }) in all.iter_mut().enumerate() {
+        let start = tokens.len();
+        let take = takes[i % takes.len()].min(LENGTH - start);
+        if take == 0 {
+            continue;
+        }
+        tokens.extend((0..take).map(|_| {
+            *fresh = fresh.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (*fresh >> 8) % vocab
+        }));
+        let phase = if take == 1 { Phase::Decode } else { Phase::Prompt };
+        owners.push(i);
+        spans.push(Span { sequence, tokens: &tokens[start..], phase, logits: Want::All });
+    }
+    if spans.is_empty() {
+        return;
+    }
+    let mut rows = Vec::new();
+    engine.step(&mut spans, &mut Control::default(), &mut |span, _, row| rows.push((span, row.to_vec()))).unwrap();
+    rows.into_iter().for_each(|(span, row)| all[owners[span]].logits.push(row));
+}
+
+/// Begins to append `take` tokens; it ends behind one of the layers.
+fn cancelled_step(engine: &mut Engine, tracked: &mut Tracked, take: usize, layer: usize) {
+    let take = take.min(LENGTH - tracked.tokens.len());
+    if take == 0 {
+        return;
+    }
+    let last = 1 + layer % engine.spec().layers.len();
+    let cancel = Cancel::new();
+    let switch = cancel.clone();
+    let mut progress = |p: Progress| {
+        if p.layers == last {
+            switch.cancel();
+        }
+    };
+    let mut control = Control { cancel: Some(&cancel), progress: Some(&mut progress), ..Control::default() };
+    let tokens = [1, 2, 3, 4, 5, 6, 7, 8];
+    let span = Span::prompt(&mut tracked.sequence, &tokens[..take], Want::All);
+    let outcome = engine.step(&mut [span], &mut control, &mut |_, _, _| panic!("the step has no logits"));
+    assert!(matches!(outcome, Err(RuntimeError::Model(ModelError::Cancelled))));
+}
+
+fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), TestCaseError> {
+    let [engine, alone] = engines;
+    let recurrent = family == "qwen3_next";
+    let vocab = engine.spec().vocab_size as u32;
+    let new = |engine: &Engine| Tracked { sequence: engine.new_sequence(), tokens: vec![], logits: vec![] };
+    let mut all = vec![new(engine), new(engine)];
+    let (mut marks, mut fresh): (Vec<Mark>, u32) = (Vec::new(), events.len() as u32);
+    for event in events {
+        let count = all.len();
+        match *event {
+            Event::Step(ref takes) => step(engine, &mut all, takes, vocab, &mut fresh),
+            Event::Cancelled(i, take, layer) => cancelled_step(engine, &mut all[i % count], take, layer),
+            Event::Fork(i) if count < 6 => {
+                let Tracked { sequence, tokens, logits } = &all[i % count];
+                all.push(Tracked { sequence: sequence.fork(), tokens: tokens.clone(), logits: logits.clone() });
+            }
+            Event::Fork(_) => {}
+            Event::Mark(i) => {
+                let sequence = &mut all[i % count].sequence;
+                let mark = sequence.mark().unwrap();
+                prop_assert_eq!(mark.position(), sequence.position());
+                prop_assert!(!recurrent || sequence.marks().filter(|m| m.position() > 0).count() <= MARKS);
+                marks.push(mark);
+            }
+            Event::RewindToMark(i, mark) if !marks.is_empty() => {
+                let (tracked, mark) = (&mut all[i % count], marks[mark % marks.len()]);
+                let stands = tracked.sequence.marks().any(|own| own == mark);
+                tracked.check(alone)?;
+                match tracked.sequence.rewind(mark) {
+                    Ok(()) => tracked.truncate(mark.position()),
+                    Err(error) => prop_assert_eq!(error, RewindError::NoSuchMark { position: mark.position() }),
+                }
+                prop_assert_eq!(tracked.sequence.position(), tracked.tokens.len());
+                prop_assert_eq!(stands, tracked.sequence.marks().any(|own| own == mark));
+            }
+            Event::RewindToMark(..) => {}
+            Event::RewindTo(i, part) => {
+                let tracked = &mut all[i % count];
+                tracked.check(alone)?;
+                let wanted = (tracked.tokens.len() as f64 * part) as usize;
+                let nearest = tracked.sequence.marks().map(Mark::position).filter(|&p| p <= wanted).max();
+                let reached = tracked.sequence.rewind_to(wanted).unwrap();
+                prop_assert!(reached == wanted || recurrent && (nearest.unwrap_or(0)..wanted).contains(&reached));
+                tracked.truncate(reached);
+            }
+            Event::Rewind(i, part) => {
+                let tracked = &mut all[i % count];
+                tracked.check(alone)?;
+                let wanted = (tracked.tokens.len() as f64 * part) as usize;
+                engine.rewind(&mut tracked.sequence, wanted, &mut Control::default()).unwrap();
+                tracked.truncate(wanted);
+            }
+            Event::Clear(i) => {
+                all[i % count].sequence.clear();
+                all[i % count].truncate(0);
+            }
+        }
+    }
+    // All of them go on, so that what they remember is looked at.
+    step(engine, &mut all, &[1], vocab, &mut fresh);
+    all.iter().try_for_each(|tracked| tracked.check(alone))
+}
+
+#[test]
+fn a_sequence_gives_the_bits_of_its_tokens_whatever_it_has_been_through() {
+    let cases = std::env::var("SLUICE_SEQUENCE_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
+    for family in ATTENTIONS {
+        let model = Converted::new(&format!("golden/{family}"), None);
+        let options = EngineOptions { context: Some(LENGTH), marks: MARKS, forget: true, ..EngineOptions::default() };
+        let (mut engine, mut alone) = (model.open(&options), model.open(&options));
+        let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
+        let engines = std::cell::RefCell::new((&mut engine, &mut alone));
+        let outcome = proptest::test_runner::TestRunner::new(config).run(
+            &proptest::collection::vec(any_event(), 1..30),
+            |events| {
+                let (engine, alone) = &mut *engines.borrow_mut();
+                run(family, [engine, alone], &events)
+            },
+        );
+        outcome.unwrap_or_else(|e| panic!("{family}: {e}"));
+    }
+}
+
+#[test]
+fn a_recurrent_model_needs_room_for_marks_and_is_told_so() {
+    let model = Converted::new("golden/qwen3_next", None);
+    let ids = Golden::load("qwen3_next").ids("input_ids");
+    let plan = |marks| {
+        let engine = model.open(&EngineOptions { marks, ..EngineOptions::default() });
+        let bytes = Sequence::mark_memory(engine.spec());
+        (engine.memory().kv_cache, bytes, engine)
+    };
+    let (without, bytes, mut engine) = plan(0);
+    assert_eq!(plan(3).0, without + 3 * bytes);
+    let (mut sequence, mut logits) = (engine.new_sequence(), Vec::new());
+    let start = sequence.mark().unwrap();
+    engine.forward(&mut sequence, &ids[..5], &mut logits).unwrap();
+    assert_eq!(sequence.mark(), Err(RewindError::NoMarks { bytes }));
+    engine.decode(&mut sequence, ids[5], &mut logits).unwrap();
+    // Where the last step began there is a state still; between there is none.
+    assert_eq!(sequence.reachable(5), Ok(5));
+    assert_eq!(sequence.reachable(4), Ok(0));
+    assert_eq!(sequence.rewind_to(7), Err(RewindError::Beyond { position: 6, wanted: 7 }));
+    assert_eq!(sequence.rewind(start), Ok(()));
+    assert_eq!(sequence.position(), 0);
+    assert_eq!(engine.new_sequence().rewind(start), Err(RewindError::NoSuchMark { position: 0 }));
+}

@@ -1,0 +1,309 @@
+//! Saved sequences: they go on with the same bits, and nothing that is damaged or another's is taken for one.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+
+use sluice_runtime::model::session::{
+    HEADER_FIELDS, SECTION_FIELDS, SECTION_KINDS, SESSION_MAGIC, SESSION_VERSION, SessionError, kv_code,
+};
+use sluice_runtime::{Engine, EngineOptions, KvType, Sequence};
+use sluice_tests::{Converted, Golden};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+/// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
+/// and keys beside recurrent states.
+const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next"];
+const HEADER_LEN: usize = 56;
+
+fn options(kv_type: KvType) -> EngineOptions {
+    EngineOptions { context: Some(64), kv_type, forget: true, ..EngineOptions::default() }
+}
+
+/// The tokens of a family: those of its golden prompt, there and back.
+fn tokens(family: &str) -> Vec<u32> {
+    let ids = Golden::load(family).ids("input_ids");
+    ids.iter().chain(ids.iter().rev()).copied().cycle().take(40).collect()
+}
+
+fn logits(engine: &mut Engine, sequence: &mut Sequence, tokens: &[u32]) -> Vec<f32> {
+    let mut all = Vec::new();
+    engine.forward_all(sequence, tokens, &mut |_, row| all.extend_from_slice(row)).unwrap();
+    all
+}
+
+fn saved(sequence: &Sequence) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    sequence.save(&mut bytes).unwrap();
+    bytes
+}
+
+fn restored(engine: &Engine, bytes: &[u8]) -> Result<Sequence, SessionError> {
+    engine.restore(&mut &bytes[..], Path::new("the-session"))
+}
+
+/// Begin and end of every section, as `docs/SESSIONS.md` says.
+fn sections(bytes: &[u8]) -> Vec<(usize, usize)> {
+    let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let (mut sections, mut at) = (Vec::new(), HEADER_LEN);
+    while at < bytes.len() {
+        let end = at + 24 + number(at + 8) * number(at + 16) + 8;
+        sections.push((at, end));
+        at = end;
+    }
+    sections
+}
+
+/// Makes all checksums right again.
+fn seal(bytes: &mut [u8]) {
+    let mut sum = xxh3_64(&bytes[..48]);
+    bytes[48..56].copy_from_slice(&sum.to_le_bytes());
+    for (begin, end) in sections(bytes) {
+        sum = xxh3_64_with_seed(&bytes[begin..end - 8], sum);
+        bytes[end - 8..end].copy_from_slice(&sum.to_le_bytes());
+    }
+}
+
+#[test]
+fn a_restored_sequence_goes_on_with_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    for family in ATTENTIONS {
+        let (model, tokens) = (Converted::new(&format!("golden/{family}"), None), tokens(family));
+        for kv_type in KvType::ALL {
+            let mut engine = model.open(&options(kv_type));
+            // Another engine, with other room: what is restored does not depend on how it lay in memory.
+            let mut other =
+                model.open(&EngineOptions { context: Some(50), threads: Some(1), marks: 1, ..options(kv_type) });
+            let mut alone = engine.new_sequence();
+            let want = logits(&mut engine, &mut alone, &tokens);
+            let vocab = want.len() / tokens.len();
+            for at in [0, 1, 13, 29] {
+                let (mut sequence, path) = (engine.new_sequence(), folder.path().join("session"));
+                if at > 0 {
+                    logits(&mut engine, &mut sequence, &tokens[..at]);
+                }
+                sequence.save_file(&path).unwrap();
+                let mut back = other.restore_file(&path).unwrap();
+                assert_eq!((back.tokens(), back.capacity()), (&tokens[..at], other.memory().context));
+                assert!(
+                    saved(&back) == fs::read(&path).unwrap(),
+                    "{family} {kv_type}: saved again, it is another file"
+                );
+                let mark = back.mark().unwrap();
+                for _ in 0..2 {
+                    let rest = logits(&mut other, &mut back, &tokens[at..]);
+                    assert!(rest == want[at * vocab..], "{family} {kv_type}: other bits after {at} tokens");
+                    back.rewind(mark).unwrap();
+                }
+                // Wherever it goes back to, what it needs is there.
+                let mut fork = back.fork();
+                let reached = fork.rewind_to(at / 2).unwrap();
+                assert!(logits(&mut other, &mut fork, &tokens[reached..]) == want[reached * vocab..]);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_file_is_what_its_description_says() {
+    let model = Converted::new("golden/mixtral_swa", None);
+    let mut engine = model.open(&options(KvType::Q8));
+    let (mut sequence, tokens) = (engine.new_sequence(), tokens("mixtral_swa"));
+    logits(&mut engine, &mut sequence, &tokens);
+    let bytes = saved(&sequence);
+    let mut sealed = bytes.clone();
+    seal(&mut sealed);
+    assert!(sealed == bytes, "checksums are chained as described");
+    let sections = sections(&bytes);
+    assert_eq!(sections.len(), 1 + engine.spec().layers.len());
+    assert_eq!(sections.last().unwrap().1, bytes.len());
+    assert_eq!(bytes[16..32], engine.file().state_id().0);
+    let first = &bytes[sections[0].0 + 24..sections[0].1 - 8];
+    assert!(first.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).eq(tokens.iter().copied()));
+    for ((begin, _), layer) in sections[1..].iter().zip(&engine.spec().layers) {
+        let sluice_format::AttentionSpec::Gqa(gqa) = &layer.attention else { panic!("all layers are alike") };
+        let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+        let seen = gqa.window.map_or(tokens.len(), |window| (window - 1).min(tokens.len()));
+        assert_eq!(number(begin + 8), seen, "a window is kept, not everything");
+        let row = |width: usize| width + 2 * width.div_ceil(32);
+        assert_eq!(number(begin + 16), gqa.kv_heads * (row(gqa.head_dim) + row(gqa.v_head_dim)));
+    }
+}
+
+/// Numbers from a seed.
+struct Lcg(u64);
+
+impl Lcg {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) % n as u64) as usize
+    }
+}
+
+#[test]
+fn no_damage_goes_unnoticed() {
+    let mut refused = 0;
+    for (seed, family) in ATTENTIONS.into_iter().enumerate() {
+        let model = Converted::new(&format!("golden/{family}"), None);
+        let mut engine = model.open(&options(KvType::ALL[seed % 4]));
+        let mut of = |turn: usize| {
+            let (mut sequence, mut tokens) = (engine.new_sequence(), tokens(family));
+            tokens.rotate_left(turn);
+            logits(&mut engine, &mut sequence, &tokens[..20]);
+            saved(&sequence)
+        };
+        let (sound, other) = (of(0), of(1));
+        assert!(restored(&engine, &sound).is_ok());
+        let (parts, mut rng) = (sections(&sound), Lcg(seed as u64));
+        for case in 0..90 {
+            let mut bytes = sound.clone();
+            match case % 6 {
+                // Every part as often as the others, however short.
+                0 | 1 => {
+                    let (begin, end) = [&[(0, HEADER_LEN)], &parts[..]].concat()[rng.below(parts.len() + 1)];
+                    let at = begin + rng.below(end - begin);
+                    bytes[at] ^= 1 << rng.below(8);
+                }
+                2 => bytes.truncate(rng.below(sound.len())),
+                3 => {
+                    // Two sections change places.
+                    let (a, b) = (rng.below(parts.len()), rng.below(parts.len() - 1));
+                    let b = if b >= a { b + 1 } else { b };
+                    let ((a, a_end), (b, b_end)) = (parts[a.min(b)], parts[a.max(b)]);
+                    bytes =
+                        [&sound[..a], &sound[b..b_end], &sound[a_end..b], &sound[a..a_end], &sound[b_end..]].concat();
+                }
+                4 => {
+                    // A section of another sequence of the same length.
+                    let (begin, end) = parts[rng.below(parts.len())];
+                    bytes[begin..end].copy_from_slice(&other[begin..end]);
+                }
+                _ => {
+                    let at = rng.below(sound.len());
+                    bytes.splice(at..at, std::iter::repeat_n(0, 1 + rng.below(40)));
+                }
+            }
+            if bytes == sound {
+                continue;
+            }
+            let error = restored(&engine, &bytes).map(|_| ()).expect_err(family).to_string();
+            assert!(error.contains("the-session"), "{family}, case {case}: {error}");
+            refused += 1;
+        }
+    }
+    assert!(refused >= 500, "only {refused} of 540 changed anything");
+}
+
+#[test]
+fn what_is_sound_and_does_not_fit_is_refused_by_name() {
+    let (model, foreign) = (Converted::new("golden/gpt_oss", None), Converted::new("golden/mixtral_swa", None));
+    let mut engine = model.open(&options(KvType::F32));
+    let (mut sequence, tokens) = (engine.new_sequence(), tokens("gpt_oss"));
+    logits(&mut engine, &mut sequence, &tokens);
+    let sound = saved(&sequence);
+    let changed = |at: usize, with: &[u8]| {
+        let mut bytes = sound.clone();
+        bytes[at..at + with.len()].copy_from_slice(with);
+        seal(&mut bytes);
+        restored(&engine, &bytes).map(drop).unwrap_err()
+    };
+    let open = |options| model.open(&options);
+    let narrow = open(options(KvType::Q8));
+    let exact = open(EngineOptions { exact: true, ..options(KvType::F32) });
+    let short = open(EngineOptions { context: Some(39), ..options(KvType::F32) });
+    let refused = |engine: &Engine| restored(engine, &sound).map(drop).unwrap_err();
+    assert!(matches!(refused(&foreign.open(&options(KvType::F32))), SessionError::Foreign { .. }));
+    assert!(matches!(refused(&narrow), SessionError::KvType { wanted: KvType::Q8, found, .. } if found == "f32"));
+    assert!(matches!(refused(&exact), SessionError::Precision { exact: false, .. }));
+    assert!(matches!(refused(&short), SessionError::TooLong { position: 40, capacity: 39, .. }));
+    assert!(matches!(changed(8, &[2]), SessionError::Version { found: 2, .. }));
+    assert!(matches!(changed(12, &[0]), SessionError::Numerics { found: 0, .. }));
+    assert!(matches!(changed(32, &[9]), SessionError::KvType { found, .. } if found == "type 9"));
+    assert!(matches!(changed(36, &[77]), SessionError::Misplaced { .. }));
+    // A forged length is compared, never allocated.
+    assert!(matches!(changed(40, &[0xff; 8]), SessionError::TooLong { position: u64::MAX, .. }));
+    let token = (HEADER_LEN + 24 + 4 * 3) as u64;
+    let error = changed(token as usize, &[0xff; 4]);
+    assert!(matches!(error, SessionError::Token { offset, token: u32::MAX, .. } if offset == token), "{error}");
+    let longer = [&sound[..], b"x"].concat();
+    assert!(matches!(restored(&engine, &longer), Err(SessionError::Misplaced { .. })));
+    assert!(matches!(restored(&engine, b"SLUSEQ"), Err(SessionError::NotASession { .. })));
+    // And a step refuses a sequence that another engine has made.
+    let mut strange = narrow.new_sequence();
+    assert!(engine.decode(&mut strange, 1, &mut Vec::new()).is_err());
+}
+
+/// A drive that is full after some bytes.
+struct Full(usize);
+
+impl Write for Full {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let taken = bytes.len().min(self.0);
+        self.0 -= taken;
+        if taken == 0 { Err(io::ErrorKind::StorageFull.into()) } else { Ok(taken) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_session_is_the_old_one_or_the_new_one() {
+    let model = Converted::new("golden/qwen3_next", None);
+    let mut engine = model.open(&options(KvType::F32));
+    let (mut sequence, tokens) = (engine.new_sequence(), tokens("qwen3_next"));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("session");
+    logits(&mut engine, &mut sequence, &tokens[..7]);
+    sequence.save_file(&path).unwrap();
+    let old = fs::read(&path).unwrap();
+    logits(&mut engine, &mut sequence, &tokens[7..20]);
+    let new = saved(&sequence);
+    for room in (0..new.len()).step_by(997) {
+        assert_eq!(sequence.save(&mut Full(room)).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        // What a saving that was killed there leaves behind.
+        let leftover = folder.path().join(format!("session.{}-0", std::process::id()));
+        fs::write(&leftover, &new[..room]).unwrap();
+        assert_eq!(engine.restore_file(&path).unwrap().position(), 7);
+        assert!(engine.restore_file(&leftover).is_err());
+    }
+    assert!(fs::read(&path).unwrap() == old);
+    sequence.save_file(&path).unwrap();
+    assert!(fs::read(&path).unwrap() == new, "a leftover is in nobody's way");
+    // Only sessions are replaced.
+    let notes = folder.path().join("notes");
+    fs::write(&notes, "notes").unwrap();
+    assert!(matches!(sequence.save_file(&notes), Err(SessionError::Occupied { .. })));
+    assert!(matches!(sequence.save_file(folder.path()), Err(SessionError::Occupied { .. })));
+    assert_eq!(fs::read(&notes).unwrap(), b"notes");
+    let missing = folder.path().join("missing/session");
+    assert!(matches!(sequence.save_file(&missing), Err(SessionError::Save { .. })));
+    assert!(matches!(engine.restore_file(&missing), Err(SessionError::Open { .. })));
+}
+
+/// The rows of the table that follows `*checked: NAME*`, the first `n` cells of each, without backticks.
+fn table(name: &str, n: usize) -> Vec<String> {
+    let text = include_str!("../../docs/SESSIONS.md");
+    let after = text.split_once(&format!("*checked: {name}*")).unwrap_or_else(|| panic!("no table {name}")).1;
+    let lines = after.lines().skip_while(|l| !l.starts_with('|')).take_while(|l| l.starts_with('|')).skip(2);
+    let cells = |l: &str| l[1..l.len() - 1].split('|').map(|c| c.trim().replace('`', "")).collect::<Vec<_>>();
+    lines.map(|l| cells(l)[..n].join(" ")).collect()
+}
+
+#[test]
+fn the_description_is_what_the_code_says() {
+    for (name, fields) in [("header", &HEADER_FIELDS[..]), ("section", &SECTION_FIELDS[..])] {
+        let code: Vec<_> = fields.iter().map(|f| format!("{} {} {}", f.offset, f.len, f.name)).collect();
+        assert_eq!(table(name, 3), code, "{name}");
+    }
+    assert_eq!(table("kv_types", 2), KvType::ALL.map(|ty| format!("{} {}", kv_code(ty), ty.name())));
+    let kinds = SECTION_KINDS.iter().enumerate().map(|(i, name)| format!("{} {name}", i + 1));
+    assert_eq!(table("kinds", 2), kinds.collect::<Vec<_>>());
+    assert_eq!(SESSION_MAGIC, *b"SLUSEQ\x0d\x1a");
+    assert!(table("header", 4)[0].ends_with("SLUSEQ 0D 1A"));
+    assert!(table("header", 4)[1].ends_with(&SESSION_VERSION.to_string()));
+    assert!(
+        include_str!("../../docs/SESSIONS.md").starts_with(&format!("# Saved sequences, version {SESSION_VERSION}\n"))
+    );
+}
