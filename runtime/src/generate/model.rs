@@ -37,7 +37,9 @@ pub struct Model {
     submitter: Submitter,
     tokenizer: Option<Tokenizer>,
     template: Option<ChatTemplate>,
-    defaults: GenerationDefaults,
+    /// What the model's authors recommend.
+    sampling: SamplerConfig,
+    stop: StopCondition,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -59,9 +61,11 @@ impl Model {
     pub fn new(mut engine: Engine, options: SchedulerOptions, learn: bool) -> Result<Self, GenerationError> {
         let tokenizer = engine.tokenizer()?;
         let template = ChatTemplate::find(|name| engine.file().metadata().get(name))?;
-        let mut defaults = engine.defaults()?;
+        let defaults = engine.defaults()?;
+        let sampling = recommended(&defaults);
         // Fine-tuned models often name a new end token in the tokenizer's files only.
-        defaults.eos.extend(tokenizer.as_ref().and_then(Tokenizer::end_token));
+        let own_end = tokenizer.as_ref().and_then(Tokenizer::end_token);
+        let stop = StopCondition::new(defaults.eos.into_iter().chain(own_end), Vec::new())?;
         let mut scheduler = Scheduler::new(&engine, tokenizer.clone(), options);
         let submitter = scheduler.submitter();
         let closing = Closing(submitter.clone());
@@ -77,7 +81,7 @@ impl Model {
         };
         let thread = std::thread::Builder::new().name("sluice-generate".into()).spawn(run);
         let thread = thread.map_err(|error| GenerationError::Thread { error })?;
-        Ok(Model { submitter, tokenizer, template, defaults, thread: Some(thread) })
+        Ok(Model { submitter, tokenizer, template, sampling, stop, thread: Some(thread) })
     }
 
     /// The tokenizer, if the model has one.
@@ -87,22 +91,9 @@ impl Model {
 
     /// A request to continue these tokens, as the model's authors recommend: their end tokens and sampling settings, 256 tokens
     /// at most.
-    ///
-    /// # Errors
-    /// None today; a model's recommendation may come to be checked here.
-    pub fn tokens(&self, prompt: Vec<u32>) -> Result<Request, GenerationError> {
-        let neutral = SamplerConfig::default();
-        let own = &self.defaults;
-        let sampling = SamplerConfig {
-            temperature: own.effective_temperature(),
-            top_k: own.top_k.unwrap_or(neutral.top_k),
-            top_p: own.top_p.unwrap_or(neutral.top_p),
-            min_p: own.min_p.unwrap_or(neutral.min_p),
-            repetition_penalty: own.repetition_penalty.unwrap_or(neutral.repetition_penalty),
-            seed: 0,
-        };
-        let stop = StopCondition::new(own.eos.iter().copied(), Vec::new())?;
-        Ok(Request { sampling, stop, ..Request::new(prompt, USUAL_TOKENS) })
+    pub fn tokens(&self, prompt: Vec<u32>) -> Request {
+        let stop = self.stop.clone();
+        Request { sampling: self.sampling, stop, ..Request::new(prompt, USUAL_TOKENS) }
     }
 
     /// A request to continue a text.
@@ -111,7 +102,7 @@ impl Model {
     /// When the model has no tokenizer, or it refuses the text.
     pub fn text(&self, text: &str) -> Result<Request, GenerationError> {
         let tokenizer = self.tokenizer.as_ref().ok_or(GenerationError::NoTokenizer)?;
-        self.tokens(tokenizer.encode(text, true)?)
+        Ok(self.tokens(tokenizer.encode(text, true)?))
     }
 
     /// A request for the next message of a conversation, in the model's chat template. Nothing in the messages is taken for a
@@ -124,7 +115,7 @@ impl Model {
         let template = self.template.as_ref().ok_or(GenerationError::NoChatTemplate)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
         let options = RenderOptions { add_generation_prompt: true, now, ..RenderOptions::default() };
-        self.tokens(encode_chat(tokenizer, template, messages, &options)?)
+        Ok(self.tokens(encode_chat(tokenizer, template, messages, &options)?))
     }
 
     /// Puts a generation into the queue. `owner` hears of its events on the model's thread, and should be quick; `Break` cancels
@@ -181,6 +172,19 @@ impl Drop for Model {
 impl fmt::Debug for Model {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Model").field("status", &self.status()).finish_non_exhaustive()
+    }
+}
+
+/// The sampling settings of the model's authors; where they are silent, what changes nothing.
+fn recommended(own: &GenerationDefaults) -> SamplerConfig {
+    let neutral = SamplerConfig::default();
+    SamplerConfig {
+        temperature: own.effective_temperature(),
+        top_k: own.top_k.unwrap_or(neutral.top_k),
+        top_p: own.top_p.unwrap_or(neutral.top_p),
+        min_p: own.min_p.unwrap_or(neutral.min_p),
+        repetition_penalty: own.repetition_penalty.unwrap_or(neutral.repetition_penalty),
+        seed: neutral.seed,
     }
 }
 
