@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use sluice_converter::ConvertError;
 use sluice_format::{FormatError, ImportanceError};
 use sluice_runtime::RuntimeError;
+use sluice_runtime::generate::GenerationError;
 use sluice_runtime::io::bench::BenchError;
 use sluice_runtime::sampler::SamplerError;
 use sluice_runtime::text::TextError;
@@ -64,6 +65,17 @@ pub(crate) enum CliError {
         /// The model file.
         file: PathBuf,
     },
+}
+
+impl From<GenerationError> for CliError {
+    fn from(error: GenerationError) -> Self {
+        match error {
+            GenerationError::Sampler(error) => CliError::Sampler(error),
+            GenerationError::Text(error) => CliError::Text(error),
+            GenerationError::Engine(error) => CliError::Runtime(error),
+            other => CliError::Failure(other.to_string()),
+        }
+    }
 }
 
 impl CliError {

@@ -17,8 +17,8 @@ const CRATES: [(&str, &[&str]); 5] = [
     ("cli", &["converter", "runtime", "format", "kernels"]),
 ];
 
-/// Modules of the runtime that a module may use. `engine` is the top and may use all.
-const MODULES: [(&str, &[&str]); 10] = [
+/// Modules of the runtime that a module may use. `engine` may use all of them but `generate`, which is above it.
+const MODULES: [(&str, &[&str]); 12] = [
     ("io", &[]),
     ("pool", &["io"]),
     ("model", &["pool"]),
@@ -29,6 +29,8 @@ const MODULES: [(&str, &[&str]); 10] = [
     ("estimate", &["memory"]),
     ("calibrate", &["model"]),
     ("counts", &[]),
+    ("engine", &["io", "pool", "model", "text", "memory", "counts"]),
+    ("generate", &["engine", "model", "sampler", "text"]),
 ];
 
 #[test]
@@ -46,7 +48,7 @@ fn crates_depend_downwards() {
 
 #[test]
 fn runtime_modules_depend_downwards() {
-    let names: BTreeSet<&str> = MODULES.iter().map(|m| m.0).chain(["engine"]).collect();
+    let names: BTreeSet<&str> = MODULES.iter().map(|m| m.0).collect();
     for (module, allowed) in MODULES {
         let mut files = Vec::new();
         let source = root().join("runtime/src");

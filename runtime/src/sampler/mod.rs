@@ -11,11 +11,13 @@
 
 mod config;
 mod exp;
+mod logprobs;
 mod rng;
 #[cfg(test)]
 mod tests;
 
 pub use config::SamplerConfig;
+pub use logprobs::{Logprob, logprobs};
 pub use rng::Rng;
 
 use std::cmp::Ordering;
@@ -92,6 +94,8 @@ impl Candidate {
 pub struct Sampler {
     config: SamplerConfig,
     rng: Rng,
+    /// How many of the seed's numbers are behind `rng`, where that is known.
+    drawn: Option<u64>,
     /// Logits after the repetition penalty.
     scores: Vec<f32>,
     candidates: Vec<Candidate>,
@@ -104,7 +108,13 @@ impl Sampler {
     /// When a setting makes no sense.
     pub fn new(config: SamplerConfig) -> Result<Self, SamplerError> {
         config.validate()?;
-        Ok(Self { config, rng: Rng::from_seed(config.seed), scores: Vec::new(), candidates: Vec::new() })
+        Ok(Self {
+            config,
+            rng: Rng::from_seed(config.seed),
+            drawn: Some(0),
+            scores: Vec::new(),
+            candidates: Vec::new(),
+        })
     }
 
     /// A sampler that goes on where another one's [`state`](Self::state) was taken.
@@ -114,6 +124,7 @@ impl Sampler {
     pub fn from_state(config: SamplerConfig, state: [u64; 4]) -> Result<Self, SamplerError> {
         let mut sampler = Self::new(config)?;
         sampler.rng = Rng::from_state(state).ok_or(SamplerError::BadState)?;
+        sampler.drawn = None;
         Ok(sampler)
     }
 
@@ -125,6 +136,20 @@ impl Sampler {
     /// The settings.
     pub fn config(&self) -> &SamplerConfig {
         &self.config
+    }
+
+    /// As [`sample`](Self::sample), with the random number that belongs to token `index` of a generation, counted from 0,
+    /// whatever this sampler has done before: the choice depends on logits, history, settings, seed and index alone. In order,
+    /// it is what `sample` gives.
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample).
+    pub fn sample_at(&mut self, index: u64, logits: &[f32], history: &[u32]) -> Result<u32, SamplerError> {
+        if self.config.temperature != 0.0 && self.drawn != Some(index) {
+            self.rng = Rng::at(self.config.seed, index);
+            self.drawn = Some(index);
+        }
+        self.sample(logits, history)
     }
 
     /// Chooses a token. `history` is what the repetition penalty looks at: the prompt and all
@@ -273,6 +298,7 @@ impl Sampler {
     fn draw(&mut self) -> u32 {
         let total: f64 = self.candidates.iter().map(|c| c.weight).sum();
         let point = self.rng.next_f64() * total;
+        self.drawn = self.drawn.map(|drawn| drawn + 1);
         let mut reached = 0.0;
         let mut chosen = 0;
         for c in &self.candidates {

@@ -17,6 +17,15 @@ impl Rng {
         Self { state: std::array::from_fn(|_| splitmix64(&mut seed)) }
     }
 
+    /// The stream of a seed behind its first `skipped` numbers. Takes about a nanosecond for each of them.
+    pub fn at(seed: u64, skipped: u64) -> Self {
+        let mut rng = Self::from_seed(seed);
+        for _ in 0..skipped {
+            rng.next_u64();
+        }
+        rng
+    }
+
     /// Continues a stream; `None` for the one state, all zeros, that yields only zeros.
     pub fn from_state(state: [u64; 4]) -> Option<Self> {
         (state != [0; 4]).then_some(Self { state })

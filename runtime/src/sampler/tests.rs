@@ -300,3 +300,36 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_draw_of_a_token_depends_on_seed_and_index_alone() {
+    let logits: Vec<f32> = (0..50).map(|i| (i as f32 * 0.7).sin()).collect();
+    let settings = SamplerConfig { seed: 9, ..config(1.0) };
+    let mut stream = sampler(settings);
+    let in_order: Vec<u32> = (0..40).map(|_| stream.sample(&logits, &[]).unwrap()).collect();
+    let mut any = sampler(settings);
+    for index in [0, 1, 2, 39, 7, 7, 8, 0, 20] {
+        assert_eq!(any.sample_at(index, &logits, &[]), Ok(in_order[index as usize]), "{index}");
+    }
+    // One whose position is unknown finds it.
+    let mut resumed = Sampler::from_state(settings, any.state()).unwrap();
+    assert_eq!(resumed.sample_at(5, &logits, &[]), Ok(in_order[5]));
+    // A call that fails draws nothing.
+    assert!(resumed.sample_at(6, &[f32::NAN], &[]).is_err());
+    assert_eq!(resumed.sample_at(6, &logits, &[]), Ok(in_order[6]));
+}
+
+#[test]
+fn logarithms_of_probabilities_agree_with_the_book() {
+    let logits = [1.0, 3.0, f32::NEG_INFINITY, 3.0, -2.0];
+    let total: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
+    let book = |id: usize| (f64::from(logits[id]) - total.ln()) as f32;
+    let (own, top) = logprobs(&logits, 4, 3);
+    assert!((own - book(4)).abs() < 1e-6, "{own}");
+    assert_eq!(top.iter().map(|t| t.id).collect::<Vec<_>>(), [1, 3, 0], "of equals the lower id first");
+    assert!(top.iter().all(|t| (t.logprob - book(t.id as usize)).abs() < 1e-6));
+    // More than there are: all, the excluded one last.
+    let (excluded, all) = logprobs(&logits, 2, 100);
+    assert_eq!((excluded, all.len(), all[4].id), (f32::NEG_INFINITY, 5, 2));
+    assert_eq!(logprobs(&logits, 0, 0).1, []);
+}
