@@ -194,6 +194,31 @@ fn no_damage_goes_unnoticed() {
     assert!(refused >= 500, "only {refused} of 540 changed anything");
 }
 
+/// Checksums find damage, not forgery: whatever numbers stand in a file whose sums are right, nothing panics.
+#[test]
+fn forged_numbers_harm_nothing() {
+    for family in ATTENTIONS {
+        let model = Converted::new(&format!("golden/{family}"), None);
+        for kv_type in KvType::ALL {
+            let mut engine = model.open(&options(kv_type));
+            let (mut sequence, tokens) = (engine.new_sequence(), tokens(family));
+            logits(&mut engine, &mut sequence, &tokens[..20]);
+            let sound = saved(&sequence);
+            let mut rng = Lcg(kv_type as u64);
+            for (begin, end) in sections(&sound).into_iter().skip(1) {
+                for fill in [[0xff; 4], [0, 0, 0x80, 0x7f], [0xff, 0xff, 0x7f, 0xff], [0; 4]] {
+                    let mut forged = sound.clone();
+                    let numbers = forged[begin + 24..end - 8].chunks_exact_mut(4);
+                    numbers.filter(|_| rng.below(3) == 0).for_each(|number| number.copy_from_slice(&fill));
+                    seal(&mut forged);
+                    let mut back = restored(&engine, &forged).expect("its sums are right");
+                    let _: Result<(), _> = engine.forward(&mut back, &tokens[20..23], &mut Vec::new());
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn what_is_sound_and_does_not_fit_is_refused_by_name() {
     let (model, foreign) = (Converted::new("golden/gpt_oss", None), Converted::new("golden/mixtral_swa", None));
