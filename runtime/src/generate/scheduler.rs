@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, PoisonError};
 
 use crate::engine::{Engine, RuntimeError};
-use crate::model::control::{Control, Progress};
+use crate::model::control::{Control, Progress, ProgressObserver, RoutingObserver};
 use crate::model::router::Choice;
 use crate::model::rows::{Phase, Span, Want};
 use crate::model::{ModelError, Sequence};
@@ -38,9 +38,9 @@ impl Default for SchedulerOptions {
 #[derive(Default)]
 pub struct Watch<'a> {
     /// Hears how far the step is: after every layer.
-    pub progress: Option<&'a mut dyn FnMut(Progress)>,
-    /// Sees the routing: layer, position of a span's first row, top-k, choices `[rows, top_k]`.
-    pub routing: Option<&'a mut dyn FnMut(usize, usize, usize, &[Choice])>,
+    pub progress: Option<&'a mut ProgressObserver<'a>>,
+    /// Sees the routing.
+    pub routing: Option<&'a mut RoutingObserver<'a>>,
 }
 
 impl fmt::Debug for Watch<'_> {
