@@ -135,7 +135,12 @@ impl Builder<'_> {
             let plain = tensor.layout == Layout::Plain;
             let sources = indices.iter().map(|&index| {
                 let views = pick(self.checkpoint, origin(index, tensor));
-                views.iter().map(|v| resolve(self.checkpoint, self.scheme, v, plain)).collect::<Result<Vec<_>, _>>()
+                // There are many of these lists: none takes more room than it needs.
+                let mut sources = Vec::with_capacity(views.len());
+                for view in &views {
+                    sources.push(resolve(self.checkpoint, self.scheme, view, plain)?);
+                }
+                Ok::<_, ConvertError>(sources)
             });
             let sources = sources.collect::<Result<Vec<_>, _>>()?;
             let all = sources.iter().flatten();
