@@ -16,6 +16,16 @@ fn converted(config: &Value, tensors: &Tensors) -> Result<(Summary, Content), Co
     Ok((summary, content(&file)))
 }
 
+/// What comes of a checkpoint with one more file.
+fn converted_beside(config: &Value, tensors: &Tensors, beside: (&str, &Value)) -> Result<Content, ConvertError> {
+    let (src, dst) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write_dir(src.path(), config, tensors, 2);
+    std::fs::write(src.path().join(beside.0), beside.1.to_string()).unwrap();
+    let file = dst.path().join("m");
+    convert(src.path(), &file, &options("f32", "f32"), &())?;
+    Ok(content(&file))
+}
+
 fn golden(name: &str) -> (Value, Tensors) {
     let folder = fixture(&format!("golden/{name}"));
     let config = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
@@ -55,6 +65,21 @@ fn biases_of_zeros_are_left_out_and_others_are_refused_by_name() {
     silent.as_object_mut().unwrap().remove("quantization_config");
     let error = converted(&silent, &tensors).unwrap_err().to_string();
     assert!(error.contains("qweight") && error.contains("`quant_method`"), "{error}");
+
+    // The file that tools wrote before `config.json` had such a section says it too; where both speak, they complete another.
+    for (section, beside) in [
+        (None, json!({"bits": 4, "group_size": 64, "desc_act": false})),
+        (Some(json!({"quant_method": "gptq", "bits": 4})), json!({"bits": 4, "checkpoint_format": "gptq"})),
+        (Some(json!({"checkpoint_format": "gptq", "bits": 4})), json!({"checkpoint_format": "gptq_v2"})),
+    ] {
+        let mut config = silent.clone();
+        section.map(|section| config["quantization_config"] = section);
+        let found = converted_beside(&config, &tensors, ("quantize_config.json", &beside)).unwrap();
+        assert!(found == want, "{beside}");
+    }
+    let second = json!({"bits": 4, "checkpoint_format": "gptq_v2"});
+    let found = converted_beside(&silent, &tensors, ("quantize_config.json", &second)).unwrap();
+    assert!(found != want, "other zeros are other weights");
 
     // A bias of what the model does not have is unknown, zero or not.
     let mut stray = tensors.clone();
