@@ -72,6 +72,18 @@ pub fn convert(src: &Path, dst: &Path, options: &Options, progress: &dyn Progres
     convert_plan(&plan, dst, progress)
 }
 
+/// Whether `dst` can become the model file of this plan, as far as that can be known before anything is written.
+///
+/// # Errors
+/// [`ConvertError::Exists`], [`ConvertError::NotReplaced`], and [`ConvertError::NoFolder`].
+pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
+    // The parent of a bare name is the empty path.
+    if let Some(folder) = dst.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
+        return Err(ConvertError::NoFolder { path: folder.to_owned() });
+    }
+    partial::refuse_existing(dst, plan.options.overwrite, Some(&plan.checkpoint.dir))
+}
+
 /// Carries out a plan: [`convert`] with a plan that the caller has looked at.
 ///
 /// # Errors

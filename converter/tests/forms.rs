@@ -275,7 +275,7 @@ fn forms_that_a_type_fits_are_carried() {
 
 #[test]
 fn forms_that_no_type_fits_are_widened_and_named() {
-    let forms: [(&str, Value, Encoder<'_>); 20] = [
+    let forms: [(&str, Value, Encoder<'_>); 24] = [
         ("fp8 per row", compressed("float-quantized"), &|noise, shape| fp8(noise, shape, true)),
         (
             "nvfp4",

@@ -17,7 +17,7 @@ use super::synth::type_parser;
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
 use crate::size::parse_size;
-use crate::terminal::{print, print_json, seconds};
+use crate::terminal::{note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
 TARGET is a model file, or a checkpoint's folder, or the name of a model that `sluice synth` knows (deepseek-r1, kimi-k2, \
@@ -241,6 +241,9 @@ struct Types {
 
 fn report(args: &Args, spec: &ModelSpec, extents: &[ExtentRecord], disk_bytes: u64, types: Types) -> Report {
     let context = (args.context as usize).clamp(1, spec.max_positions.max(1));
+    if args.context as usize > context {
+        note(&format_args!("note: this is for {context} tokens of context, the most that the model takes"));
+    }
     let ram = args.ram.unwrap_or_else(available_memory);
     let machine = Machine { ram, ssd: args.ssd, memory_bandwidth: args.mem_bandwidth };
     let needs = Needs::of(spec, extents, context, args.kv_type);
