@@ -108,8 +108,9 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
     let checksums: Vec<u64> = outcomes.iter().map(|o| o.checksum).collect();
     let metadata = plan.metadata(provenance::blob(plan, &outcomes, &parts), &parts);
     let (model_id, file_bytes) = partial.finish(plan, &checksums, &metadata)?;
-    let vanished = report::vanished(plan, &outcomes);
-    vanished.iter().for_each(|note| progress.note(note));
+    let found = report::empty(plan, &parts).into_iter().chain(report::vanished(plan, &outcomes));
+    let found: Vec<String> = found.collect();
+    found.iter().for_each(|note| progress.note(note));
     Ok(Summary {
         family: plan.spec.family.clone(),
         model_id: model_id.to_string(),
@@ -119,7 +120,7 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
         errors: report::errors(plan, &outcomes),
         widened: plan.widened.clone(),
         left_out: plan.left_out.clone(),
-        notes: plan.notes.iter().cloned().chain(remarks).chain(vanished).collect(),
+        notes: plan.notes.iter().cloned().chain(remarks).chain(found).collect(),
         bytes_read: bytes_read(&outcomes).saturating_sub(resumed_read),
         bytes_written: plan.extent_bytes() - resumed_bytes,
         resumed_extents,

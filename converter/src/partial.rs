@@ -207,11 +207,11 @@ fn obstacle(found: &fs::Metadata) -> Option<&'static str> {
     }
 }
 
-/// Whether an error says that there are no locks here: not every file system has them.
+/// Whether an error says that there are no locks here: not every file system has them, nor does every sandbox permit them.
 fn has_no_locks(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
     error.kind() == io::ErrorKind::Unsupported
-        || matches!(errno, Some(Errno::ENOSYS | Errno::ENOLCK | Errno::EOPNOTSUPP))
+        || matches!(errno, Some(Errno::ENOSYS | Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::EPERM | Errno::EINVAL))
 }
 
 impl Partial {
@@ -317,7 +317,7 @@ fn free_space(path: &Path, notes: &mut Vec<String>) -> Result<Option<u64>, Conve
         // The field types differ between systems.
         #[allow(clippy::unnecessary_cast)]
         Ok(stats) => Ok(Some(stats.blocks_available() as u64 * stats.fragment_size() as u64)),
-        Err(e @ (Errno::ENOSYS | Errno::EOPNOTSUPP)) => {
+        Err(e @ (Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EPERM | Errno::EACCES)) => {
             let folder = folder.display();
             notes.push(format!("{folder}: the system does not say how much space is free ({e}): it is not checked"));
             Ok(None)

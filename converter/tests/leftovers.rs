@@ -120,6 +120,20 @@ fn quantisation_that_tensors_do_not_have_is_not_asked_for() {
     }
 }
 
+/// As programs leave it that reserve a file's space before they download it.
+#[test]
+fn matrices_of_zeros_are_named() {
+    let shape = Synthetic::default();
+    let (summary, _) = converted(&shape.config(), &shape.tensors()).unwrap();
+    assert!(!summary.notes.iter().any(|n| n.contains("zeros")), "{:?}", summary.notes);
+    let mut tensors = shape.tensors();
+    let name = tensors.keys().rfind(|n| n.ends_with("down_proj.weight")).unwrap().clone();
+    tensors.get_mut(&name).unwrap().bytes.fill(0);
+    let (summary, _) = converted(&shape.config(), &tensors).unwrap();
+    let noted = |n: &String| n.contains("nothing but zeros") && n.contains(&name) && n.contains("download");
+    assert!(summary.notes.iter().any(noted), "{:?}", summary.notes);
+}
+
 #[test]
 fn scales_of_activations_and_caches_are_left_out() {
     let shape = Synthetic { dtype: "F8_E4M3", hidden: 256, width: 128, ..Synthetic::default() };

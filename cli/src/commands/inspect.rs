@@ -37,9 +37,9 @@ pub(crate) struct Args {
     #[arg(long)]
     extents: bool,
 
-    /// Context, in tokens, that the memory figures are for
-    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = value_parser!(u32).range(1..))]
-    context: u32,
+    /// Context, in tokens, that the memory figures are for [default: 4096, or the model's limit]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
+    context: Option<u32>,
 
     /// How keys and values are kept, for the memory figures
     #[arg(long, value_name = "TYPE", default_value_t, value_parser = kv_type_parser())]
@@ -123,8 +123,8 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
     let spec = file.spec();
     let superblock = file.superblock();
     let moe: Vec<_> = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).collect();
-    let context = (args.context as usize).clamp(1, spec.max_positions.max(1));
-    if args.context as usize > context {
+    let context = (args.context.unwrap_or(4096) as usize).clamp(1, spec.max_positions.max(1));
+    if args.context.is_some_and(|asked| asked as usize > context) {
         note(&format_args!("note: this is for {context} tokens of context, the most that the model takes"));
     }
     let template = ChatTemplate::find(|name| file.metadata().get(name));
