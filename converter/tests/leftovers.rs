@@ -73,7 +73,9 @@ fn biases_of_zeros_are_left_out_and_others_are_refused_by_name() {
         (Some(json!({"checkpoint_format": "gptq", "bits": 4})), json!({"checkpoint_format": "gptq_v2"})),
     ] {
         let mut config = silent.clone();
-        section.map(|section| config["quantization_config"] = section);
+        if let Some(section) = section {
+            config["quantization_config"] = section;
+        }
         let found = converted_beside(&config, &tensors, ("quantize_config.json", &beside)).unwrap();
         assert!(found == want, "{beside}");
     }
