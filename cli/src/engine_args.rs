@@ -135,6 +135,10 @@ pub(crate) fn kv_type_parser() -> impl TypedValueParser<Value = KvType> {
 }
 
 /// The model's tokenizer, if it has one: whatever is wrong with a text should be said before the weights are read.
-pub(crate) fn tokenizer(file: &ModelFile) -> Result<Option<Tokenizer>, TextError> {
-    Tokenizer::find(|name| file.metadata().get(name))
+pub(crate) fn tokenizer(file: &ModelFile) -> Result<Option<Tokenizer>, CliError> {
+    let replace = |e: TextError| {
+        let path = file.path().display();
+        CliError::Failure(format!("{path}: {e}. To replace the tokenizer: `sluice set {path} --tokenizer PATH`"))
+    };
+    Tokenizer::find(|name| file.metadata().get(name)).map_err(replace)
 }

@@ -1,11 +1,11 @@
 //! Why a command failed, and the exit code that follows.
 
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use sluice_converter::ConvertError;
-use sluice_format::{FormatError, ImportanceError};
+use sluice_format::{FormatError, ImportanceError, MAGIC, open_regular};
 use sluice_runtime::RuntimeError;
 use sluice_runtime::generate::GenerationError;
 use sluice_runtime::io::bench::BenchError;
@@ -100,6 +100,17 @@ impl CliError {
                 out.display(),
                 input.display()
             ))),
+        }
+    }
+
+    /// As [`Self::refuse_inputs`], for a result that is no model file: it replaces none either, which may have taken hours.
+    pub(crate) fn refuse_output(out: &Path, inputs: &[&Path]) -> Result<(), CliError> {
+        Self::refuse_inputs(out, inputs)?;
+        let mut head = [0; MAGIC.len()];
+        let is_model = open_regular(out).and_then(|mut file| file.read_exact(&mut head)).is_ok() && head == MAGIC;
+        match is_model {
+            true => Err(CliError::Usage(format!("{} is a model file: choose another name to write to", out.display()))),
+            false => Ok(()),
         }
     }
 

@@ -19,6 +19,7 @@ mod text_files;
 
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 const ABOUT: &str =
@@ -97,6 +98,11 @@ fn refuse(refused: &clap::Error) -> ExitCode {
         refused.exit();
     }
     let text = refused.render().to_string();
+    // Whoever names no command asks for help.
+    if refused.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        terminal::report(text.trim_end());
+        return ExitCode::from(2);
+    }
     terminal::error(&text.strip_prefix("error: ").unwrap_or(&text).trim_end());
     ExitCode::from(2)
 }

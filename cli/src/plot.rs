@@ -46,7 +46,7 @@ pub(crate) struct LineChart {
 /// as it is until then.
 pub(crate) fn check_target(file: Option<&Path>, input: &Path) -> Result<(), CliError> {
     let Some(file) = file else { return Ok(()) };
-    CliError::refuse_inputs(file, &[input])?;
+    CliError::refuse_output(file, &[input])?;
     if file.metadata().is_ok_and(|found| !found.is_file() && !found.is_dir()) {
         // Whoever reads from a pipe would see it end.
         return Ok(());

@@ -9,23 +9,23 @@ use sluice_runtime::text::{GenerationDefaults, Remark};
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArgs {
     /// 0 takes the likeliest token (greedy); below 1 sharpens, above 1 flattens [default: the model's own, else 0; with --ids 0]
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub(crate) temperature: Option<f32>,
 
     /// Keep only the K likeliest tokens; 0 keeps all
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub(crate) top_k: Option<u32>,
 
     /// Keep the likeliest tokens until their probabilities add up to P; 1 keeps all
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub(crate) top_p: Option<f32>,
 
     /// Keep only tokens at least P times as probable as the likeliest; 0 keeps all
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub(crate) min_p: Option<f32>,
 
     /// Make tokens that have occurred less likely (above 1); 1 is off
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
     pub(crate) repetition_penalty: Option<f32>,
 
     /// Where the random numbers start: the same seed gives the same text

@@ -48,6 +48,13 @@ pub(crate) fn examine<'f>(
         });
     }
     notes.extend(defaults.remarks.iter().map(|r| format!("{r} (another file: {set} --generation-config FILE)")));
+    if let Some(id) = defaults.eos.iter().find(|&&id| id as usize >= spec.vocab_size) {
+        notes.push(format!(
+            "the end token {id} is not one of the model's, which go up to {}: check `eos_token_id` in {GENERATION_CONFIG} and \
+             config.json",
+            spec.vocab_size.saturating_sub(1)
+        ));
+    }
     let Some(tokenizer) = Tokenizer::find(&file)? else {
         notes.push(format!(
             "there is no tokenizer, so that the model file takes and gives token ids only. It can be added later, without \
@@ -83,7 +90,19 @@ pub(crate) fn examine<'f>(
 /// Whether there is a chat template; an error if it cannot even say hello.
 fn try_template<'f>(file: impl Fn(&str) -> Option<&'f [u8]>) -> Result<bool, TextError> {
     let Some(template) = ChatTemplate::find(file)? else { return Ok(false) };
-    template.render(&[Message::new("user", "Hello")], &chat_options()).map(|_| true)
+    try_out(&template).map(|()| true)
+}
+
+/// Whether a template tells the model what a user says: one that leaves it out would have another prompt answered.
+pub(crate) fn try_out(template: &ChatTemplate) -> Result<(), TextError> {
+    const WORD: &str = "Hello";
+    let rendered = template.render(&[Message::new("user", WORD)], &chat_options())?;
+    if rendered.contains(WORD) {
+        return Ok(());
+    }
+    let empty = rendered.trim().is_empty();
+    let reason = if empty { "it renders nothing" } else { "the user's message is not in what it renders" };
+    Err(TextError::ChatTemplate { line: None, reason: reason.into() })
 }
 
 /// How a user's message is put into a template.

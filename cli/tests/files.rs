@@ -232,7 +232,11 @@ fn what_is_read_is_never_written_to() {
     for name in ["model.safetensors", "config.json", "."] {
         let target = format!("{checkpoint}/{name}");
         let before = fs::read(&target).ok();
-        assert_fails(&sluice(&["convert", &checkpoint, &target, "--overwrite"]), 1, &["not overwritten", &target]);
+        assert_fails(
+            &sluice(&["convert", &checkpoint, &target, "--overwrite"]),
+            1,
+            &["only model files are overwritten", &target],
+        );
         assert_eq!(fs::read(&target).ok(), before);
     }
     let before = fs::read(&model).unwrap();
@@ -248,6 +252,42 @@ fn what_is_read_is_never_written_to() {
         assert_fails(&sluice(&commands), 2, &["that is read"]);
     }
     assert!(fs::read(&model).unwrap() == before && fs::read_to_string(&text).unwrap().starts_with("To be"));
+}
+
+#[test]
+fn only_model_files_are_replaced_and_only_by_model_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (source, own, model) = (demo_checkpoint(), at("own"), at("m.sluice"));
+    let source = source.to_str().unwrap();
+    fs::write(&own, "mine").unwrap();
+    fs::copy(demo_model(), &model).unwrap();
+    assert_fails(&sluice(&["convert", source, &own, "--overwrite"]), 1, &["own", "no model file"]);
+    assert_fails(&sluice(&["convert", source, &at(""), "--overwrite"]), 1, &["it is a folder"]);
+    assert_fails(&sluice(&["convert", source, &at("nowhere/x")]), 1, &["nowhere does not exist"]);
+    // A rehearsal says it too.
+    for (target, word) in [(&own, "exists"), (&at("nowhere/x"), "nowhere does not exist")] {
+        let rehearsal = sluice(&["convert", source, target, "--dry-run"]);
+        stdout(&rehearsal);
+        assert!(stderr(&rehearsal).contains(word), "{}", stderr(&rehearsal));
+    }
+    // A journal that no conversion has written.
+    let journal = at("q.partial.journal");
+    fs::write(&journal, "mine").unwrap();
+    assert_fails(&sluice(&["convert", source, &at("q")]), 1, &["q.partial.journal", "in the way"]);
+    assert_eq!((fs::read(&own).unwrap(), fs::read(&journal).unwrap()), (b"mine".to_vec(), b"mine".to_vec()));
+
+    let text = at("t.txt");
+    fs::write(&text, "To be, or not to be: that is the question. ".repeat(4)).unwrap();
+    let other = demo_model();
+    for command in [
+        vec!["calibrate", other, "--text", &text, "--out", &model],
+        vec!["run", other, "--prompt", "a", "-n", "1", "--trace", &model],
+        vec!["logits", other, "--ids", "1,2", "--out", &model],
+    ] {
+        assert_fails(&sluice(&command), 2, &["m.sluice is a model file"]);
+        assert!(fs::read(&model).unwrap() == fs::read(other).unwrap(), "{command:?}");
+    }
 }
 
 #[test]

@@ -97,6 +97,9 @@ fn nothing_ends_for_want_of_locks_syncs_or_the_free_space() {
         (&[libc::SYS_flock][..], libc::ENOSYS, "cannot lock files"),
         (&[libc::SYS_flock], libc::ENOLCK, "cannot lock files"),
         (&[libc::SYS_flock], libc::EOPNOTSUPP, "cannot lock files"),
+        // As sandboxes answer.
+        (&[libc::SYS_flock], libc::EPERM, "cannot lock files"),
+        (&NO_SPACE, libc::EPERM, "how much space is free"),
         (&NO_SYNC, libc::EINVAL, "cannot sync files"),
         (&NO_SYNC, libc::ENOSYS, "cannot sync files"),
         (&NO_SYNC, libc::EOPNOTSUPP, "cannot sync files"),

@@ -61,7 +61,8 @@ fn convert_says_what_run_would_find() {
     let no_json = ("tokenizer.json", None);
     let broken = "{% for m in messages %}{{ m.content }";
     let named = r#"{"chat_template": [{"name": "a", "template": "x"}, {"name": "b", "template": "y"}]}"#;
-    let cases: [(Files<'_>, &[&str]); 9] = [
+    let no_token = r#"{"eos_token_id": 5000000}"#;
+    let cases: [(Files<'_>, &[&str]); 13] = [
         (&[no_json], &["no tokenizer", "m.sluice --tokenizer FILE"]),
         (
             &[no_json, ("vocab.json", Some("{}")), ("merges.txt", Some("x"))],
@@ -73,6 +74,10 @@ fn convert_says_what_run_would_find() {
         (&[("chat_template.jinja", Some(broken))], &["`run --chat` will not work", "line 1", "--chat-template FILE"]),
         (&[("chat_template.jinja", Some("{{ raise_exception('no') }}"))], &["`run --chat` will not work", "no"]),
         (&[("tokenizer_config.json", Some(named))], &["`run --chat` will not work", "chat_template"]),
+        (&[("chat_template.jinja", Some(""))], &["`run --chat` will not work", "renders nothing"]),
+        (&[("chat_template.jinja", Some("constant"))], &["`run --chat` will not work", "the user's message"]),
+        (&[("chat_template.json", Some(r#"{"chat_template": "x"}"#))], &["`run --chat` will not work", "the user's"]),
+        (&[("generation_config.json", Some(no_token))], &["5000000", "eos_token_id"]),
         (
             &[("generation_config.json", Some(r#"{"top_p": 1.2}"#))],
             &["generation_config.json", "top_p 1.2", "1 is used"],
@@ -87,6 +92,10 @@ fn convert_says_what_run_would_find() {
     }
     let (_, said) = convert(folder.path(), &[("chat_template.jinja", Some(TEMPLATE))]);
     assert_eq!(said, "");
+    let json = json!({ "chat_template": TEMPLATE }).to_string();
+    let (model, said) = convert(folder.path(), &[("chat_template.json", Some(&json))]);
+    assert_eq!(said, "");
+    assert_eq!(run(&model, &["--chat", "--prompt", "Hello"]), run(&model, &["--prompt", "user: Hello\n"]));
     // What cannot be mended by a note: a model that would never stop, and files that are damaged.
     for (name, content, word) in [
         ("generation_config.json", r#"{"eos_token_id": "two"}"#, "eos_token_id"),
@@ -233,6 +242,23 @@ fn a_template_for_good_or_for_one_run() {
     assert_fails(&sluice(&["run", &model, "--prompt", "a", "--system", "b"]), 2, &["--chat"]);
 }
 
+/// Whoever has set a template for a model of 600 GB is not told to convert it again.
+#[test]
+fn what_is_set_differs_from_the_source_and_nothing_else_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, source) = (copy_of_demo(folder.path()), demo_checkpoint());
+    let template = write(folder.path(), "t.jinja", TEMPLATE);
+    stdout(&sluice(&["set", &model, "--chat-template", &template]));
+    let verify = sluice(&["verify", &model, "--source", source.to_str().unwrap()]);
+    assert_fails(&verify, 1, &["only files differ that `sluice set` replaces", "no need to convert"]);
+    // And the other way round.
+    let other = checkpoint(folder.path(), &[("chat_template.jinja", Some(TEMPLATE))]);
+    let verify = sluice(&["verify", demo_model(), "--source", other.to_str().unwrap()]);
+    assert_fails(&verify, 1, &["no need to convert"]);
+    let said = String::from_utf8(verify.stdout).unwrap();
+    assert!(said.contains("chat_template.jinja: the model file does not hold it"), "{said}");
+}
+
 #[test]
 fn what_does_not_work_is_not_set() {
     let folder = tempfile::tempdir().unwrap();
@@ -242,14 +268,17 @@ fn what_does_not_work_is_not_set() {
     let (broken, refuses) = (file("broken", "{% for"), file("refuses", "{{ raise_exception('never') }}"));
     let (no_json, no_end) = (file("no-json", "{"), file("no-end", r#"{"eos_token_id": "two"}"#));
     let (empty, config) = (folder.path().to_str().unwrap(), file("config", r#"{"model_type": "x"}"#));
-    let cases: [(&[&str], i32, &[&str]); 10] = [
+    let (deaf, model_config) = (file("deaf", "constant"), file("m.json", r#"{"model_type": "x", "eos_token_id": 1}"#));
+    let cases: [(&[&str], i32, &[&str]); 12] = [
         (&[], 2, &["--tokenizer", "--chat-template"]),
-        (&["--chat-template", &broken], 1, &["copy.sluice is as it was", "line 1"]),
+        (&["--chat-template", &deaf], 1, &["as it was", &deaf, "the user's message"]),
+        (&["--generation-config", &model_config], 1, &["m.json", "describes a model"]),
+        (&["--chat-template", &broken], 1, &["copy.sluice is as it was", &broken, "line 1"]),
         (&["--chat-template", &refuses], 1, &["as it was", "never"]),
         (&["--chat-template", &config], 1, &["config", "chat_template"]),
         (&["--generation-config", &no_json], 1, &["as it was", "generation_config.json"]),
         (&["--generation-config", &no_end], 1, &["as it was", "eos_token_id"]),
-        (&["--tokenizer", &no_json], 1, &["as it was", "tokenizer.json"]),
+        (&["--tokenizer", &no_json], 1, &["as it was", &no_json, "tokenizer.json"]),
         (&["--tokenizer", empty], 1, &["no tokenizer.json"]),
         (&["--tokenizer", "/dev/zero"], 1, &["/dev/zero", "128.0 MiB"]),
         (&["--tokenizer", "/no/such/file"], 1, &["/no/such/file"]),

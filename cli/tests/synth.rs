@@ -190,6 +190,11 @@ fn a_plan_of_a_file() {
     assert_fails(&sluice(&["plan", "no-such-model"]), 2, &["no-such-model", "deepseek-r1"]);
     assert_fails(&sluice(&["plan", "deepseek-r1", "--ssd", "fast"]), 2, &["fast", "3GB/s"]);
     assert!(stderr(&sluice(&["plan", demo_model()])).is_empty());
+    // Figures of another context than was asked for say so.
+    for command in ["plan", "inspect"] {
+        let said = stderr(&sluice(&[command, demo_model(), "--context", "100000"]));
+        assert!(said.contains("note: this is for 512 tokens"), "{said}");
+    }
 }
 
 #[test]

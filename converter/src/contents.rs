@@ -50,6 +50,14 @@ pub(crate) fn parts_of(file: usize, ranges: impl Iterator<Item = (u64, u64)>, fr
     parts
 }
 
+/// The digest of a part of so many bytes that are all zero.
+pub(crate) fn digest_of_zeros(len: u64) -> u128 {
+    let zeros = [0; LEAF as usize];
+    let (leaf, rest) = (xxh3_128(&zeros), (len % LEAF) as usize);
+    let tail = (rest > 0).then(|| xxh3_128(&zeros[..rest]));
+    digest_of((0..len / LEAF).map(|_| &leaf).chain(&tail))
+}
+
 /// What is known of a part.
 enum Known {
     /// These leaves.

@@ -260,11 +260,19 @@ pub enum ConvertError {
         /// The destination.
         path: PathBuf,
     },
+    /// The destination cannot be written, as its folder is not there.
+    #[error("the folder {path} does not exist: make it, or choose another place for the model file")]
+    NoFolder {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The destination exists and may not be replaced, whatever was asked for.
-    #[error("{path} is a part of the checkpoint, or no file at all, so it is not overwritten. Choose another name")]
+    #[error("{path}: {problem}, and only model files are overwritten. Choose another name for the model file")]
     NotReplaced {
         /// The destination.
         path: PathBuf,
+        /// What it is instead.
+        problem: &'static str,
     },
     /// Where a file has to be written is something that no conversion has left there.
     #[error("{path} is in the way: {problem}. Remove it, or choose another name for the model file")]

@@ -300,6 +300,13 @@ pub(crate) fn is_journal(path: &Path) -> bool {
     is_file && File::open(path).and_then(|mut f| f.read_exact(&mut start)).is_ok() && start == *FAMILY
 }
 
+/// Whether the file at `path` is a journal, or what a crash of the machine can leave of one: nothing, or zeros.
+pub(crate) fn may_be_journal(path: &Path) -> bool {
+    let mut start = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(FAMILY.len() as u64).read_to_end(&mut start));
+    read.is_ok() && (FAMILY.starts_with(&start) || start.iter().all(|&byte| byte == 0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -72,6 +72,18 @@ pub fn convert(src: &Path, dst: &Path, options: &Options, progress: &dyn Progres
     convert_plan(&plan, dst, progress)
 }
 
+/// Whether `dst` can become the model file of this plan, as far as that can be known before anything is written.
+///
+/// # Errors
+/// [`ConvertError::Exists`], [`ConvertError::NotReplaced`], and [`ConvertError::NoFolder`].
+pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
+    // The parent of a bare name is the empty path.
+    if let Some(folder) = dst.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
+        return Err(ConvertError::NoFolder { path: folder.to_owned() });
+    }
+    partial::refuse_existing(dst, plan.options.overwrite, Some(&plan.checkpoint.dir))
+}
+
 /// Carries out a plan: [`convert`] with a plan that the caller has looked at.
 ///
 /// # Errors
@@ -96,8 +108,9 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
     let checksums: Vec<u64> = outcomes.iter().map(|o| o.checksum).collect();
     let metadata = plan.metadata(provenance::blob(plan, &outcomes, &parts), &parts);
     let (model_id, file_bytes) = partial.finish(plan, &checksums, &metadata)?;
-    let vanished = report::vanished(plan, &outcomes);
-    vanished.iter().for_each(|note| progress.note(note));
+    let found = report::empty(plan, &parts).into_iter().chain(report::vanished(plan, &outcomes));
+    let found: Vec<String> = found.collect();
+    found.iter().for_each(|note| progress.note(note));
     Ok(Summary {
         family: plan.spec.family.clone(),
         model_id: model_id.to_string(),
@@ -107,7 +120,7 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
         errors: report::errors(plan, &outcomes),
         widened: plan.widened.clone(),
         left_out: plan.left_out.clone(),
-        notes: plan.notes.iter().cloned().chain(remarks).chain(vanished).collect(),
+        notes: plan.notes.iter().cloned().chain(remarks).chain(found).collect(),
         bytes_read: bytes_read(&outcomes).saturating_sub(resumed_read),
         bytes_written: plan.extent_bytes() - resumed_bytes,
         resumed_extents,

@@ -13,7 +13,7 @@ use sluice_format::{ExtentRecord, FileWriter, MAGIC, Metadata, ModelId};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::ConvertError;
-use crate::journal::{Found, Identity, Journal, is_journal};
+use crate::journal::{Found, Identity, Journal, is_journal, may_be_journal};
 use crate::plan::Plan;
 
 /// Unit of `st_blocks`, whatever the file system's blocks are.
@@ -65,7 +65,10 @@ pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertErr
     let path = with_suffix(destination, ".partial");
     let journal_path = with_suffix(destination, ".partial.journal");
     // First, so that nothing is left behind where it is in the way.
-    open_own(&journal_path, false)?;
+    if open_own(&journal_path, false)?.is_some() && !may_be_journal(&journal_path) {
+        let problem = "it is not what a conversion leaves when it is interrupted";
+        return Err(ConvertError::InTheWay { path: journal_path, problem });
+    }
     let mut notes = Vec::new();
     let lock = claim(&path, &journal_path, &mut notes)?;
     // Another conversion may have finished while this one waited to open the file.
@@ -82,24 +85,44 @@ pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertErr
     Ok(Opened { partial, identity, found, notes })
 }
 
-/// Whether a finished file may take the place of what is at `destination`, if anything is: not of a folder or a device, and
-/// not of a file in `source`, the folder of the checkpoint, unless that is a model file of ours.
+/// Whether a finished file may take the place of what is at `destination`, if anything is: of a model file, or of what an
+/// interrupted program has left of one, and of nothing else, whatever a slip of the hand names. `source` is the folder of the
+/// checkpoint, of which only model files are replaced, even where others look like remains.
 pub(crate) fn refuse_existing(destination: &Path, overwrite: bool, source: Option<&Path>) -> Result<(), ConvertError> {
     let Ok(found) = destination.symlink_metadata() else { return Ok(()) };
     let path = destination.to_owned();
+    let kind = found.file_type();
+    let refuse = |problem| Err(ConvertError::NotReplaced { path: path.clone(), problem });
+    if kind.is_dir() {
+        return refuse("it is a folder");
+    }
     if !overwrite {
         return Err(ConvertError::Exists { path });
+    }
+    if kind.is_symlink() {
+        return refuse("it is a link");
+    }
+    if !kind.is_file() {
+        return refuse("it is a device, a pipe or a socket");
+    }
+    let mut head = Vec::new();
+    let read = File::open(destination).and_then(|file| file.take(MAGIC.len() as u64).read_to_end(&mut head));
+    read.map_err(ConvertError::io(destination, "read it"))?;
+    if head == MAGIC {
+        return Ok(());
     }
     let is_found = |entry: io::Result<fs::DirEntry>| {
         let read = entry.and_then(|entry| fs::metadata(entry.path()));
         read.is_ok_and(|read| (read.dev(), read.ino()) == (found.dev(), found.ino()))
     };
-    let is_read = || source.and_then(|folder| fs::read_dir(folder).ok()).is_some_and(|mut all| all.any(is_found));
-    let is_ours = || {
-        let mut magic = [0; MAGIC.len()];
-        File::open(destination).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == MAGIC
-    };
-    if !found.is_file() || (is_read() && !is_ours()) { Err(ConvertError::NotReplaced { path }) } else { Ok(()) }
+    if source.and_then(|folder| fs::read_dir(folder).ok()).is_some_and(|mut all| all.any(is_found)) {
+        return refuse("it is a part of the checkpoint");
+    }
+    // Space that was reserved and never written reads as zeros.
+    if MAGIC.starts_with(&head) || head.iter().all(|&byte| byte == 0) {
+        return Ok(());
+    }
+    refuse("it is no model file")
 }
 
 /// Opens the partial file at `path` and locks it. The lock belongs to the open file and vanishes with the process, however it
@@ -184,11 +207,11 @@ fn obstacle(found: &fs::Metadata) -> Option<&'static str> {
     }
 }
 
-/// Whether an error says that there are no locks here: not every file system has them.
+/// Whether an error says that there are no locks here: not every file system has them, nor does every sandbox permit them.
 fn has_no_locks(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
     error.kind() == io::ErrorKind::Unsupported
-        || matches!(errno, Some(Errno::ENOSYS | Errno::ENOLCK | Errno::EOPNOTSUPP))
+        || matches!(errno, Some(Errno::ENOSYS | Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::EPERM | Errno::EINVAL))
 }
 
 impl Partial {
@@ -294,7 +317,7 @@ fn free_space(path: &Path, notes: &mut Vec<String>) -> Result<Option<u64>, Conve
         // The field types differ between systems.
         #[allow(clippy::unnecessary_cast)]
         Ok(stats) => Ok(Some(stats.blocks_available() as u64 * stats.fragment_size() as u64)),
-        Err(e @ (Errno::ENOSYS | Errno::EOPNOTSUPP)) => {
+        Err(e @ (Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EPERM | Errno::EACCES)) => {
             let folder = folder.display();
             notes.push(format!("{folder}: the system does not say how much space is free ({e}): it is not checked"));
             Ok(None)

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use sluice_format::{ModelFile, PROVENANCE_BLOB, SOURCE_DIGESTS_BLOB};
+use sluice_format::{ModelFile, PROVENANCE_BLOB, SOURCE_DIGESTS_BLOB, TEXT_FILES};
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::contents::{LEAF, Part, PartDigest, digest_of, parts_of};
@@ -199,6 +199,13 @@ impl Comparison {
                 Some(_) => None,
             };
             all.push(SourceFile { name: name.clone(), difference, tensors: Vec::new() });
+        }
+        // What a conversion would carry today.
+        for name in TEXT_FILES.into_iter().filter(|name| !self.verbatim.iter().any(|(held, _)| held == name)) {
+            if side_file(&self.folder, name)?.is_some() {
+                let difference = Some("the model file does not hold it".to_owned());
+                all.push(SourceFile { name: name.to_owned(), difference, tensors: Vec::new() });
+            }
         }
         Ok(all)
     }

@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::contents::digest_of_zeros;
+use crate::error::counted;
 use crate::pack::{ErrorSums, Outcome};
 use crate::plan::{KindSize, LeftOut, Plan};
+use crate::source::SourceTensor;
 
 /// What a conversion did.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -50,6 +53,26 @@ pub(crate) fn errors(plan: &Plan, outcomes: &[Outcome]) -> BTreeMap<String, f64>
     }
     let named = plan.groups.iter().zip(sums).filter(|(_, s)| s.magnitude > 0.0);
     named.map(|(group, s)| (group.clone(), (s.error / s.magnitude).sqrt())).collect()
+}
+
+/// A remark on matrices that hold nothing but zeros, by the digests of the source's parts: programs that reserve the space of
+/// what they download leave files that are complete but for their content, and such a model would only talk nonsense.
+pub(crate) fn empty(plan: &Plan, parts: &[u128]) -> Option<String> {
+    let checkpoint = &plan.checkpoint;
+    let is_zero = |t: &&SourceTensor| {
+        // Biases and zero points may well be zero.
+        let is_matrix =
+            t.shape.iter().filter(|&&n| n > 1).count() > 1 && !t.name.contains("zero") && !t.name.ends_with("bias");
+        let part = || checkpoint.parts.binary_search_by_key(&(t.file, t.start), |p| (p.file, p.start));
+        is_matrix && part().is_ok_and(|part| parts[part] == digest_of_zeros(checkpoint.parts[part].len))
+    };
+    let names: Vec<String> = checkpoint.tensors.iter().filter(is_zero).map(|t| t.name.clone()).collect();
+    (!names.is_empty()).then(|| {
+        format!(
+            "nothing but zeros in {}: if that is not how the model was published, the download is not complete",
+            counted(&names)
+        )
+    })
 }
 
 /// A remark on weights that became zero because `q8` has no scale for them.

@@ -275,7 +275,7 @@ fn forms_that_a_type_fits_are_carried() {
 
 #[test]
 fn forms_that_no_type_fits_are_widened_and_named() {
-    let forms: [(&str, Value, Encoder<'_>); 20] = [
+    let forms: [(&str, Value, Encoder<'_>); 24] = [
         ("fp8 per row", compressed("float-quantized"), &|noise, shape| fp8(noise, shape, true)),
         (
             "nvfp4",
@@ -307,12 +307,25 @@ fn forms_that_no_type_fits_are_widened_and_named() {
             json!({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}}),
             &|n, s| gptq(n, s, 4, 0),
         ),
+        // As newer files of GPTQModel have it.
+        (
+            "gptq v2 by its newer names",
+            json!({"quantization_config": {"method": "gptq", "format": "gptq_v2", "bits": 4}}),
+            &|n, s| gptq(n, s, 4, 0),
+        ),
+        ("auto-round as gptq", auto_round("auto_round:auto_gptq"), &|n, s| gptq(n, s, 4, 1)),
+        ("auto-round as awq", auto_round("auto_round:auto_awq"), &awq),
+        ("auto-round's own", auto_round("auto_round"), &|n, s| gptq(n, s, 4, 0)),
     ];
     for (name, quantisation, encode) in forms {
         let summary = check(name, &quantisation, encode);
         assert_types(&summary, "f32", "f32");
         assert!(summary.widened.iter().any(|w| w.contains("expert.down")), "{name}: {:?}", summary.widened);
     }
+}
+
+fn auto_round(packing: &str) -> Value {
+    json!({"quantization_config": {"quant_method": "auto-round", "bits": 4, "sym": false, "packing_format": packing}})
 }
 
 /// Experts one by one, fused as by transformers, stacked as by MLX: the same file content.

@@ -16,6 +16,16 @@ fn converted(config: &Value, tensors: &Tensors) -> Result<(Summary, Content), Co
     Ok((summary, content(&file)))
 }
 
+/// What comes of a checkpoint with one more file.
+fn converted_beside(config: &Value, tensors: &Tensors, beside: (&str, &Value)) -> Result<Content, ConvertError> {
+    let (src, dst) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write_dir(src.path(), config, tensors, 2);
+    std::fs::write(src.path().join(beside.0), beside.1.to_string()).unwrap();
+    let file = dst.path().join("m");
+    convert(src.path(), &file, &options("f32", "f32"), &())?;
+    Ok(content(&file))
+}
+
 fn golden(name: &str) -> (Value, Tensors) {
     let folder = fixture(&format!("golden/{name}"));
     let config = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
@@ -56,6 +66,23 @@ fn biases_of_zeros_are_left_out_and_others_are_refused_by_name() {
     let error = converted(&silent, &tensors).unwrap_err().to_string();
     assert!(error.contains("qweight") && error.contains("`quant_method`"), "{error}");
 
+    // The file that tools wrote before `config.json` had such a section says it too; where both speak, they complete another.
+    for (section, beside) in [
+        (None, json!({"bits": 4, "group_size": 64, "desc_act": false})),
+        (Some(json!({"quant_method": "gptq", "bits": 4})), json!({"bits": 4, "checkpoint_format": "gptq"})),
+        (Some(json!({"checkpoint_format": "gptq", "bits": 4})), json!({"checkpoint_format": "gptq_v2"})),
+    ] {
+        let mut config = silent.clone();
+        if let Some(section) = section {
+            config["quantization_config"] = section;
+        }
+        let found = converted_beside(&config, &tensors, ("quantize_config.json", &beside)).unwrap();
+        assert!(found == want, "{beside}");
+    }
+    let second = json!({"bits": 4, "checkpoint_format": "gptq_v2"});
+    let found = converted_beside(&silent, &tensors, ("quantize_config.json", &second)).unwrap();
+    assert!(found != want, "other zeros are other weights");
+
     // A bias of what the model does not have is unknown, zero or not.
     let mut stray = tensors.clone();
     stray.insert("model.layers.0.extra.bias".into(), Tensor::f32(&[1], [0.0]));
@@ -93,6 +120,20 @@ fn quantisation_that_tensors_do_not_have_is_not_asked_for() {
             assert!(found == want, "{leftover}");
         }
     }
+}
+
+/// As programs leave it that reserve a file's space before they download it.
+#[test]
+fn matrices_of_zeros_are_named() {
+    let shape = Synthetic::default();
+    let (summary, _) = converted(&shape.config(), &shape.tensors()).unwrap();
+    assert!(!summary.notes.iter().any(|n| n.contains("zeros")), "{:?}", summary.notes);
+    let mut tensors = shape.tensors();
+    let name = tensors.keys().rfind(|n| n.ends_with("down_proj.weight")).unwrap().clone();
+    tensors.get_mut(&name).unwrap().bytes.fill(0);
+    let (summary, _) = converted(&shape.config(), &tensors).unwrap();
+    let noted = |n: &String| n.contains("nothing but zeros") && n.contains(&name) && n.contains("download");
+    assert!(summary.notes.iter().any(noted), "{:?}", summary.notes);
 }
 
 #[test]

@@ -184,7 +184,13 @@ fn an_existing_destination_is_kept_unless_told_otherwise() {
     let error = convert(&src, &dst, &test_options(), &()).unwrap_err();
     assert!(matches!(error, ConvertError::Exists { .. }), "{error}");
     assert_eq!(std::fs::read(&dst).unwrap(), b"mine");
-    convert(&src, &dst, &Options { overwrite: true, ..test_options() }, &()).unwrap();
+    let overwrite = Options { overwrite: true, ..test_options() };
+    let error = convert(&src, &dst, &overwrite, &()).unwrap_err();
+    assert!(matches!(error, ConvertError::NotReplaced { .. }), "{error}");
+    assert_eq!(std::fs::read(&dst).unwrap(), b"mine");
+    // A model file, even a damaged one, is what the option is for.
+    std::fs::write(&dst, sluice_format::MAGIC).unwrap();
+    convert(&src, &dst, &overwrite, &()).unwrap();
     assert!(sluice_format::ModelFile::open(&dst).is_ok());
 }
 

@@ -16,7 +16,7 @@ pub const TOKENIZER_BLOB: &str = "tokenizer.json";
 
 /// Files of a checkpoint that say how text becomes tokens, how a conversation becomes text, and how a generation goes: carried
 /// verbatim under their own names, and read from there by whoever runs the model.
-pub const TEXT_FILES: [&str; 8] = [
+pub const TEXT_FILES: [&str; 9] = [
     TOKENIZER_BLOB,
     "tokenizer_config.json",
     "generation_config.json",
@@ -25,6 +25,7 @@ pub const TEXT_FILES: [&str; 8] = [
     "tiktoken.model",
     "added_tokens.json",
     "additional_chat_templates/tool_use.jinja",
+    "chat_template.json",
 ];
 /// The source's `tokenizer_config.json`.
 pub const TOKENIZER_CONFIG_BLOB: &str = "tokenizer_config.json";

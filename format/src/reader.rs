@@ -173,8 +173,10 @@ impl ModelFile {
 /// # Errors
 /// The operating system's, or that it is not a regular file.
 pub fn open_regular(path: &Path) -> io::Result<File> {
-    if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
+    let found = fs::metadata(path)?;
+    if !found.is_file() {
+        let problem = if found.is_dir() { "it is a folder" } else { "it is not a regular file" };
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
     }
     File::open(path)
 }

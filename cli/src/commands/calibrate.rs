@@ -52,7 +52,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let window = args.window as usize;
-    CliError::refuse_inputs(&args.out, &[&args.file, &args.text])?;
+    CliError::refuse_output(&args.out, &[&args.file, &args.text])?;
     let ids = read_ids(&args.file, &args.text, window)?;
     let mut engine = args.engine.open(&args.file, window)?;
     let importance = measure(&mut engine, &ids, window)?;

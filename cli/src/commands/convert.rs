@@ -10,10 +10,12 @@ use clap::builder::TypedValueParser as _;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use sluice_converter::{
-    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, convert_plan, plan,
+    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, check_destination, convert_plan,
+    plan,
 };
 use sluice_format::WeightType;
 use sluice_runtime::memory::Bytes;
+use sluice_runtime::text::TextError;
 
 use crate::error::CliError;
 use crate::terminal::{byte_bar, note, print, print_json, seconds};
@@ -60,7 +62,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "BYTES", default_value = "4096", value_parser = page_size_parser())]
     page_size: u32,
 
-    /// Replace the model file if it exists, once the new one is complete
+    /// Replace the model file if it exists, once the new one is complete; what is no model file is never replaced
     #[arg(long)]
     overwrite: bool,
 
@@ -93,6 +95,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let started = Instant::now();
     let plan = plan(&args.src, &options)?;
     check_types(args, &plan)?;
+    match check_destination(&plan, &args.dst).map_err(explain) {
+        Err(problem) if args.dry_run => note(&format_args!("note: the conversion itself would be refused: {problem}")),
+        checked => checked?,
+    }
     check_text(args, &plan)?;
     if args.dry_run {
         return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan)) };
@@ -113,7 +119,11 @@ fn check_text(args: &Args, plan: &Plan) -> Result<(), CliError> {
     let set = format!("sluice set {}", args.dst.display());
     let findings = examine(|name| plan.side_file(name), plan.spec(), &set).map_err(|e| {
         let src = args.src.display();
-        CliError::Failure(format!("{src}: {e}. Mend the file, or remove it to convert without"))
+        CliError::Failure(match e {
+            // It says that the field is to be corrected.
+            TextError::BadConfigField { .. } => format!("{src}: {e}"),
+            _ => format!("{src}: {e}. Mend the file, or remove it to convert without"),
+        })
     })?;
     let has_tokenizer = ["tokenizer.json", "tiktoken.model"].iter().any(|name| plan.side_file(name).is_some());
     let other = other_tokenizers(&args.src).filter(|_| !has_tokenizer);

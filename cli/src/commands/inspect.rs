@@ -15,7 +15,7 @@ use sluice_runtime::text::ChatTemplate;
 
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
-use crate::terminal::{print, print_json};
+use crate::terminal::{note, print, print_json};
 
 const EXAMPLES: &str = "\
 Reads the tables, not the weights: an instant even for a file of a terabyte.
@@ -37,9 +37,9 @@ pub(crate) struct Args {
     #[arg(long)]
     extents: bool,
 
-    /// Context, in tokens, that the memory figures are for
-    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = value_parser!(u32).range(1..))]
-    context: u32,
+    /// Context, in tokens, that the memory figures are for [default: 4096, or the model's limit]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
+    context: Option<u32>,
 
     /// How keys and values are kept, for the memory figures
     #[arg(long, value_name = "TYPE", default_value_t, value_parser = kv_type_parser())]
@@ -85,6 +85,9 @@ struct Report {
     kv_type: &'static str,
     has_tokenizer: bool,
     has_chat_template: bool,
+    /// Why the chat template that is there cannot be used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    broken_chat_template: Option<String>,
     provenance: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     extents: Option<Vec<Extent>>,
@@ -120,7 +123,11 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
     let spec = file.spec();
     let superblock = file.superblock();
     let moe: Vec<_> = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).collect();
-    let context = (args.context as usize).clamp(1, spec.max_positions.max(1));
+    let context = (args.context.unwrap_or(4096) as usize).clamp(1, spec.max_positions.max(1));
+    if args.context.is_some_and(|asked| asked as usize > context) {
+        note(&format_args!("note: this is for {context} tokens of context, the most that the model takes"));
+    }
+    let template = ChatTemplate::find(|name| file.metadata().get(name));
     let provenance = file.metadata().get(PROVENANCE_BLOB).and_then(|b| serde_json::from_slice(b).ok());
     Report {
         file: args.file.display().to_string(),
@@ -153,7 +160,8 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         kv_cache_bytes: Sequence::memory(spec, context, args.kv_type),
         kv_type: args.kv_type.name(),
         has_tokenizer: [TOKENIZER_BLOB, "tiktoken.model"].iter().any(|name| file.metadata().get(name).is_some()),
-        has_chat_template: matches!(ChatTemplate::find(|name| file.metadata().get(name)), Ok(Some(_))),
+        has_chat_template: matches!(&template, Ok(Some(_))),
+        broken_chat_template: template.err().map(|problem| problem.to_string()),
         provenance,
         extents: args.extents.then(|| extents(file)),
     }
@@ -231,7 +239,14 @@ fn describe(r: &Report) -> String {
     line("least budget", format!("{} for a context of {tokens} tokens", Bytes::at_least(r.least_budget)));
     line("of which", format!("{} for their keys and values in {}", Bytes(r.kv_cache_bytes), r.kv_type));
     line("tokenizer", if r.has_tokenizer { "yes".into() } else { "none: token ids only".into() });
-    line("chat template", if r.has_chat_template { "yes".into() } else { "none that works".into() });
+    line(
+        "chat template",
+        match (&r.broken_chat_template, r.has_chat_template) {
+            (Some(problem), _) => format!("none that works: {problem}"),
+            (None, true) => "yes".into(),
+            (None, false) => "none".into(),
+        },
+    );
     let _ = writeln!(out, "\n{:<12} {:>8} {:>12}  types", "part", "extents", "size");
     for kind in &r.kinds {
         let types = types(&kind.types);

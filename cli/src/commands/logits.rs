@@ -43,7 +43,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let TokenIds(ids) = &args.ids;
-    CliError::refuse_inputs(&args.out, &[&args.file])?;
+    CliError::refuse_output(&args.out, &[&args.file])?;
     let file = ModelFile::open(&args.file)?;
     let spec = file.spec();
     check_ids(ids, spec.vocab_size)?;

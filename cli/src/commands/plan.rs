@@ -17,7 +17,7 @@ use super::synth::type_parser;
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
 use crate::size::parse_size;
-use crate::terminal::{print, print_json, seconds};
+use crate::terminal::{note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
 TARGET is a model file, or a checkpoint's folder, or the name of a model that `sluice synth` knows (deepseek-r1, kimi-k2, \
@@ -66,9 +66,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TYPE", value_parser = type_parser())]
     dense_type: Option<WeightType>,
 
-    /// Context, in tokens
-    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = value_parser!(u32).range(1..))]
-    context: u32,
+    /// Context, in tokens [default: 4096, or the model's limit]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
+    context: Option<u32>,
 
     /// How keys and values are kept
     #[arg(long, value_name = "TYPE", default_value_t, value_parser = kv_type_parser())]
@@ -240,7 +240,10 @@ struct Types {
 }
 
 fn report(args: &Args, spec: &ModelSpec, extents: &[ExtentRecord], disk_bytes: u64, types: Types) -> Report {
-    let context = (args.context as usize).clamp(1, spec.max_positions.max(1));
+    let context = (args.context.unwrap_or(4096) as usize).clamp(1, spec.max_positions.max(1));
+    if args.context.is_some_and(|asked| asked as usize > context) {
+        note(&format_args!("note: this is for {context} tokens of context, the most that the model takes"));
+    }
     let ram = args.ram.unwrap_or_else(available_memory);
     let machine = Machine { ram, ssd: args.ssd, memory_bandwidth: args.mem_bandwidth };
     let needs = Needs::of(spec, extents, context, args.kv_type);

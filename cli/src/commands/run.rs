@@ -20,7 +20,7 @@ use crate::profile::Profile;
 use crate::recorder::Recorder;
 use crate::sampling::SamplingArgs;
 use crate::terminal::{json_number, note, print_json, print_text, report as print_report};
-use crate::text_files::{CHAT_TEMPLATE, GENERATION_CONFIG, chat_options, read_template};
+use crate::text_files::{CHAT_TEMPLATE, GENERATION_CONFIG, chat_options, read_template, try_out};
 
 const EXAMPLES: &str = "\
 The prompt is passed to the model as it is; --chat puts it into the model's chat template. Text appears as it is \
@@ -124,7 +124,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let started = Instant::now();
     if let Some(trace) = &args.trace {
         let prompt = args.prompt_file.as_deref().unwrap_or(&args.file);
-        CliError::refuse_inputs(trace, &[&args.file, prompt])?;
+        CliError::refuse_output(trace, &[&args.file, prompt])?;
     }
     let prepared = prepare(args)?;
     let mut engine = args.engine.open(&args.file, prepared.context)?;
@@ -138,8 +138,15 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         special: if args.special { Special::Shown } else { Special::Markup },
     };
     let mut recorder = args.trace.as_deref().map(|path| Recorder::start(path, &engine)).transpose()?;
-    let generation = stream(args, &mut engine, &request, recorder.as_mut())?;
+    let generation = stream(args, &mut engine, &request, recorder.as_mut()).inspect_err(|_| {
+        // What has been shown so far ends here, and what went wrong is a line of its own.
+        if !args.json && io::stdout().is_terminal() {
+            let _ = print_text("\n");
+        }
+    })?;
     recorder.map(Recorder::finish).transpose()?;
+    let profile = Profile::new(&engine, &generation, open_seconds);
+    report(args, &request, &generation, &profile, engine.spec().max_positions)?;
     if !args.engine.forget {
         // The counts are a convenience: a folder that cannot be written is no reason to fail or to complain. Something else in
         // their place is worth a word.
@@ -149,8 +156,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
             note(&format_args!("note: what this run has learned about the experts is not kept: {e}"));
         }
     }
-    let profile = Profile::new(&engine, &generation, open_seconds);
-    report(args, &request, &generation, &profile, engine.spec().max_positions)
+    Ok(())
 }
 
 fn prepare(args: &Args) -> Result<Prepared, CliError> {
@@ -288,9 +294,16 @@ fn chat(args: &Args, tokenizer: &Tokenizer, file: &ModelFile, text: &str) -> Res
              --chat-template FILE`; or leave --chat away to continue the text as it is"
         ))
     })?;
+    if let Some(given) = &args.chat_template {
+        try_out(&template).map_err(|e| CliError::Failure(format!("{}: {e}", given.display())))?;
+    }
     let system = args.system.as_deref().map(|text| Message::new("system", text));
     let messages: Vec<_> = system.into_iter().chain([Message::new("user", text.trim_end_matches('\n'))]).collect();
-    Ok(encode_chat(tokenizer, &template, &messages, &chat_options())?)
+    let ids = encode_chat(tokenizer, &template, &messages, &chat_options())?;
+    if ids.is_empty() {
+        return Err(CliError::Failure(format!("{name}: the chat template renders nothing of the prompt")));
+    }
+    Ok(ids)
 }
 
 fn prompt_text(args: &Args) -> Result<String, CliError> {
@@ -326,6 +339,9 @@ fn context(args: &Args, prompt: usize, file: &ModelFile) -> Result<usize, CliErr
         None if args.max_tokens == UNLIMITED => roomy_context(args, prompt, file),
         None => prompt.saturating_add(args.max_tokens),
     };
+    if args.context.is_some_and(|context| context > most) {
+        note(&format_args!("note: the context is {most} tokens, the most that the model takes"));
+    }
     let wanted = wanted.min(most);
     if prompt > wanted {
         return Err(CliError::Usage(match args.context {

@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use sluice_format::{
     FormatError, Metadata, ModelFile, Recovery, TOKENIZER_BLOB, TOKENIZER_BLOBS, recover, rewrite_metadata,
 };
+use sluice_runtime::text::TextError;
 
 use crate::error::CliError;
 use crate::input::read_side_file;
@@ -101,7 +102,7 @@ fn replace(args: &Args, metadata: &mut Metadata) -> Result<Vec<&'static str>, Cl
         replaced.push(CHAT_TEMPLATE);
     }
     if let Some(path) = &args.generation_config {
-        metadata.insert(GENERATION_CONFIG, read_side_file(path)?);
+        metadata.insert(GENERATION_CONFIG, read_defaults(path)?);
         replaced.push(GENERATION_CONFIG);
     }
     Ok(replaced)
@@ -129,13 +130,44 @@ fn replace_tokenizer(folder: &Path, metadata: &mut Metadata) -> Result<Vec<&'sta
 fn check(args: &Args, model: &ModelFile, metadata: &Metadata) -> Result<(), CliError> {
     let file = args.file.display();
     let set = format!("sluice set {file}");
-    let unchanged = |problem: String| CliError::Failure(format!("{file} is as it was: {problem}"));
-    let findings = examine(|name| metadata.get(name), model.spec(), &set).map_err(|e| unchanged(e.to_string()))?;
+    let unchanged = |problem: TextError| {
+        let given = given(args, &problem).map(|path| format!("{}: ", path.display())).unwrap_or_default();
+        CliError::Failure(format!("{file} is as it was: {given}{problem}"))
+    };
+    let findings = examine(|name| metadata.get(name), model.spec(), &set).map_err(unchanged)?;
     if let Some(problem) = findings.broken_template.filter(|_| args.chat_template.is_some()) {
-        return Err(unchanged(problem.to_string()));
+        return Err(unchanged(problem));
     }
     findings.notes.iter().for_each(|text| note(&format_args!("note: {text}")));
     Ok(())
+}
+
+/// The file or folder that the user gave in which this problem is.
+fn given<'a>(args: &'a Args, problem: &TextError) -> Option<&'a Path> {
+    let option = match problem {
+        TextError::ChatTemplate { .. } | TextError::ChatRefused { .. } => &args.chat_template,
+        TextError::BadConfig { file, .. } | TextError::BadConfigField { file, .. } if *file == GENERATION_CONFIG => {
+            &args.generation_config
+        }
+        _ => &args.tokenizer,
+    };
+    option.as_deref()
+}
+
+/// Reads sampling defaults. Those of a configuration of a model, whose name is like theirs, would be none.
+fn read_defaults(path: &Path) -> Result<Vec<u8>, CliError> {
+    const DEFAULTS: [&str; 7] =
+        ["do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens"];
+    let bytes = read_side_file(path)?;
+    let fields: Map<String, Value> = sluice_format::json::from_slice(&bytes).unwrap_or_default();
+    let is_model = ["architectures", "model_type"].iter().any(|key| fields.contains_key(*key));
+    if is_model && !DEFAULTS.iter().any(|key| fields.contains_key(*key)) {
+        return Err(CliError::Failure(format!(
+            "{} describes a model, and has no sampling defaults: give its {GENERATION_CONFIG}",
+            path.display()
+        )));
+    }
+    Ok(bytes)
 }
 
 /// The same error, in words of the command line.

@@ -1,14 +1,13 @@
 //! `sluice synth`: a model file with random weights in the geometry of a real model.
 
 use std::fmt::Write as _;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::value_parser;
 use sluice_converter::synth::{Geometry, SynthOptions, SynthSummary, TYPES, WeightTypes, synth};
-use sluice_format::{MAGIC, WeightType, open_regular};
+use sluice_format::WeightType;
 use sluice_runtime::memory::Bytes;
 
 use super::convert::{Bar, explain};
@@ -80,7 +79,6 @@ pub(super) fn type_parser() -> impl TypedValueParser<Value = WeightType> {
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let config = Path::new(&args.geometry).join("config.json");
     CliError::refuse_inputs(&args.dst, &[args.geometry.as_ref(), &config])?;
-    refuse_foreign(args)?;
     let geometry = Geometry::load(&args.geometry, args.layers)?;
     let experts = args.expert_type.unwrap_or_else(|| geometry.usual_expert_type());
     let options = SynthOptions {
@@ -99,19 +97,6 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         return print_json(&summary);
     }
     print(&describe(args, &options, &summary, started.elapsed().as_secs_f64()))
-}
-
-/// `--overwrite` replaces model files, not whatever a slip of the hand names.
-fn refuse_foreign(args: &Args) -> Result<(), CliError> {
-    let Ok(mut file) = open_regular(&args.dst) else { return Ok(()) };
-    let mut head = [0; MAGIC.len()];
-    let read = file.read(&mut head).map_err(CliError::file(&args.dst, "read it"))?;
-    // Zeros: a conversion that was interrupted.
-    if !args.overwrite || head[..read] == MAGIC[..read] || head == [0; MAGIC.len()] {
-        return Ok(());
-    }
-    let dst = args.dst.display();
-    Err(CliError::Failure(format!("{dst} is no model file, and --overwrite replaces only those: choose another name")))
 }
 
 /// For people.

@@ -16,7 +16,7 @@ use sluice_runtime::text::{
 
 use crate::error::CliError;
 use crate::ids::TokenIds;
-use crate::terminal::{print, print_json, printable};
+use crate::terminal::{note, print, print_json, print_text, printable};
 
 const EXAMPLES: &str = "\
 The ids are those that `run --prompt` gives to the model, with what the tokenizer puts around every text. They are listed \
@@ -70,15 +70,15 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let files = TextFiles::open(&args.file)?;
-    let tokenizer = Tokenizer::find(|name| files.get(name))?
-        .ok_or_else(|| CliError::Failure(format!("{} has no tokenizer", args.file.display())))?;
+    let tokenizer = Tokenizer::find(|name| files.get(name))?.ok_or_else(|| no_tokenizer(&args.file))?;
     if let Some(TokenIds(ids)) = &args.ids {
+        if let Some(id) = ids.iter().find(|&&id| tokenizer.token_text(id).is_none()) {
+            note(&format_args!("note: {id} is not in the vocabulary: it stands for no text"));
+        }
         let text = decode(&tokenizer, ids, args.special)?;
         return match args.json {
             true => report(&tokenizer, ids, &text),
-            // A terminal obeys some control characters.
-            false if io::stdout().is_terminal() => print(&(printable(&text) + "\n")),
-            false => print(&(text + "\n")),
+            false => print_text(&(text + "\n")),
         };
     }
     let text = text(args)?;
@@ -94,6 +94,15 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         let _ = writeln!(lines, "{id:>7}  {}", printable(&spelling(&tokenizer, id)).replace('\n', "\\n"));
     }
     print(&lines)
+}
+
+fn no_tokenizer(path: &Path) -> CliError {
+    let name = path.display();
+    CliError::Failure(if path.is_dir() {
+        format!("{name} has no tokenizer.json and no tiktoken.model: fetch one from the model's repository")
+    } else {
+        format!("{name} has no tokenizer: add one with `sluice set {name} --tokenizer PATH`")
+    })
 }
 
 fn report(tokenizer: &Tokenizer, ids: &[u32], text: &str) -> Result<(), CliError> {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use sluice_converter::provenance::{Comparison, SourceFile};
-use sluice_format::{FormatError, ModelFile};
+use sluice_format::{FormatError, ModelFile, TEXT_FILES};
 use sluice_runtime::memory::Bytes;
 
 use crate::error::CliError;
@@ -101,12 +101,24 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         )));
     }
     match report.source {
+        Some(Source { folder, same: false, files }) if files.iter().all(|f| f.difference.is_none() || is_text(f)) => {
+            Err(CliError::Failure(format!(
+                "{folder} has the weights and the config.json that {} was made of; only files differ that `sluice set` \
+                 replaces, so there is no need to convert it again",
+                report.file
+            )))
+        }
         Some(Source { folder, same: false, .. }) => Err(CliError::Failure(format!(
             "{folder} is not what {} was made of. Convert it again, or find the checkpoint that it was made of",
             report.file
         ))),
         _ => Ok(()),
     }
+}
+
+/// Whether this is a file that `sluice set` replaces.
+fn is_text(file: &SourceFile) -> bool {
+    TEXT_FILES.contains(&file.name.as_str())
 }
 
 fn examine(args: &Args, report: &mut Report) -> Result<(), CliError> {

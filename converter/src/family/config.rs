@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use crate::error::ConvertError;
 
 /// A JSON object of the configuration: the whole, or a section of it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Config {
     path: PathBuf,
     /// Names of the enclosing sections, each followed by a dot.

@@ -9,6 +9,9 @@ use crate::error::ConvertError;
 use crate::family::config::Config;
 use crate::source::{Checkpoint, Dtype};
 
+/// What GPTQ's and AWQ's tools write beside `config.json`.
+const COLUMNAR_FILES: [&str; 2] = ["quantize_config.json", "quant_config.json"];
+
 /// What tensors cannot say themselves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Scheme {
@@ -46,11 +49,12 @@ pub(crate) fn read(text: &Config, whole: &Config, checkpoint: &Checkpoint) -> Re
         return Ok(Scheme::default());
     }
     let place = if text.has("quantization_config") { text } else { whole };
-    let Some(section) = place.object("quantization_config") else { return Ok(Scheme::default()) };
+    let section = place.object("quantization_config");
     let mut scheme = Scheme::default();
     if has(".qweight") {
-        scheme.columnar = columnar(&section)?;
+        scheme.columnar = columnar(&columnar_sections(section.clone(), checkpoint)?)?;
     }
+    let Some(section) = section else { return Ok(scheme) };
     if checkpoint.tensors.iter().any(|t| t.dtype == Dtype::F8E4M3) {
         scheme.fp8_block = fp8_block(&section)?.unwrap_or(scheme.fp8_block);
     }
@@ -91,29 +95,94 @@ fn compressed_tensors(section: &Config, packed: bool, zero_points: bool) -> Resu
     Ok(())
 }
 
-/// AWQ or GPTQ, as the configuration says; the number of bits is in the shapes.
-fn columnar(section: &Config) -> Result<Option<Columnar>, ConvertError> {
-    let method = section.opt_str("quant_method")?.map(str::to_ascii_lowercase);
-    let gptq_only = ["bits", "desc_act", "checkpoint_format"].iter().any(|key| section.has(key));
-    match method.as_deref() {
-        Some("awq") => {
-            let version = section.opt_str("version")?.map(str::to_ascii_lowercase);
-            match version.as_deref() {
+/// Where columnar formats are described, in the order of trust: the configuration, and the file that tools wrote beside it
+/// before it had such a section, and still write.
+fn columnar_sections(section: Option<Config>, checkpoint: &Checkpoint) -> Result<Vec<Config>, ConvertError> {
+    let mut sections: Vec<Config> = section.into_iter().collect();
+    for name in COLUMNAR_FILES {
+        if let Some(bytes) = checkpoint.side_file(name)? {
+            sections.push(Config::parse(&checkpoint.dir.join(name), &bytes)?);
+        }
+    }
+    Ok(sections)
+}
+
+/// AWQ or GPTQ, as the first of `sections` that tells says; the number of bits is in the shapes.
+fn columnar(sections: &[Config]) -> Result<Option<Columnar>, ConvertError> {
+    let Some((section, method)) = sections.iter().find_map(|s| Some((s, method(s).transpose()?))) else {
+        return Ok(None);
+    };
+    match method? {
+        Method::Awq => {
+            let version = lower(section, &["version"])?;
+            match version.as_ref().map(|(_, value)| value.as_str()) {
                 None | Some("gemm") => Ok(Some(Columnar::Awq)),
                 Some(other) => Err(section.refuse("version", format!("is \"{other}\"; supported: gemm"))),
             }
         }
-        Some("gptq") => gptq(section).map(Some),
-        _ if gptq_only => gptq(section).map(Some),
-        _ => Ok(None),
+        Method::Gptq => gptq(sections).map(Some),
+        Method::AutoRound => auto_round(section).map(Some),
     }
 }
 
-fn gptq(section: &Config) -> Result<Columnar, ConvertError> {
-    let format = section.opt_str("checkpoint_format")?.map(str::to_ascii_lowercase);
-    match format.as_deref() {
-        None | Some("gptq") => Ok(Columnar::Gptq { zero_offset: 1 }),
-        Some("gptq_v2") => Ok(Columnar::Gptq { zero_offset: 0 }),
-        Some(other) => Err(section.refuse("checkpoint_format", format!("is \"{other}\"; supported: gptq, gptq_v2"))),
+/// Who made `qweight` and `qzeros`.
+#[derive(Clone, Copy)]
+enum Method {
+    Awq,
+    Gptq,
+    AutoRound,
+}
+
+fn method(section: &Config) -> Result<Option<Method>, ConvertError> {
+    // GPTQModel calls it `method` and keeps the older name beside it; either may be what is left.
+    let named = lower(section, &["quant_method", "method"])?;
+    let gptq_only = ["bits", "desc_act", "checkpoint_format"].iter().any(|key| section.has(key));
+    Ok(match named.as_ref().map(|(_, name)| name.as_str()) {
+        Some("awq") => Some(Method::Awq),
+        Some("gptq") => Some(Method::Gptq),
+        Some(name) if name.replace('_', "-").contains("auto-round") => Some(Method::AutoRound),
+        _ if gptq_only => Some(Method::Gptq),
+        _ => None,
+    })
+}
+
+fn gptq(sections: &[Config]) -> Result<Columnar, ConvertError> {
+    for section in sections {
+        // GPTQModel's newer files say `format`.
+        let Some((key, format)) = lower(section, &["checkpoint_format", "format"])? else { continue };
+        return match format.as_str() {
+            "gptq" => Ok(Columnar::Gptq { zero_offset: 1 }),
+            "gptq_v2" => Ok(Columnar::Gptq { zero_offset: 0 }),
+            other => Err(section.refuse(key, format!("is \"{other}\"; supported: gptq, gptq_v2"))),
+        };
     }
+    Ok(Columnar::Gptq { zero_offset: 1 })
+}
+
+/// AutoRound writes the format of GPTQ, the format of AWQ, or, above all where zero points are not all alike, one of its own:
+/// that of GPTQ with the zeros as they are (<https://github.com/intel/auto-round>, `auto_round_extension`: its modules for
+/// `auto_round:auto_gptq` end in `_zp`, and the others subtract nothing).
+fn auto_round(section: &Config) -> Result<Columnar, ConvertError> {
+    Ok(match lower(section, &["packing_format"])? {
+        Some((_, format)) if format.contains("awq") => Columnar::Awq,
+        Some((_, format)) if format.contains("gptq") => Columnar::Gptq { zero_offset: 1 },
+        Some((_, format)) if format.starts_with("auto_round") || format.starts_with("auto-round") => {
+            Columnar::Gptq { zero_offset: 0 }
+        }
+        Some((key, other)) => {
+            let problem = format!("is \"{other}\"; supported: auto_round, auto_round:auto_gptq, auto_round:auto_awq");
+            return Err(section.refuse(key, problem));
+        }
+        None => Columnar::Gptq { zero_offset: 1 },
+    })
+}
+
+/// The text under the first of `keys` that has one, in lower case: tools differ there.
+fn lower<'k>(section: &Config, keys: &[&'k str]) -> Result<Option<(&'k str, String)>, ConvertError> {
+    for &key in keys {
+        if let Some(text) = section.opt_str(key)? {
+            return Ok(Some((key, text.to_ascii_lowercase())));
+        }
+    }
+    Ok(None)
 }

@@ -56,6 +56,9 @@ use super::{TextError, Tokenizer};
 use marks::{Marker, Marks};
 use source::Source;
 
+/// Where older files of models that also see have the template.
+const PROCESSOR_TEMPLATE: &str = "chat_template.json";
+
 /// One message of a conversation: an object with `role` and, mostly, `content`. Templates may look
 /// at any field (`tool_calls`, `reasoning_content`, `name`, …).
 #[derive(Debug, Clone, PartialEq)]
@@ -172,7 +175,7 @@ impl ChatTemplate {
     }
 
     /// Finds a model's template among its files: `chat_template.jinja` if there is one, else what
-    /// `tokenizer_config.json` says. That also has the special tokens, or `special_tokens_map.json` has. `file` gives a file's bytes.
+    /// `tokenizer_config.json` says, else `chat_template.json`. `tokenizer_config.json` also has the special tokens, or `special_tokens_map.json` has. `file` gives a file's bytes.
     /// `None` if the model has no template.
     ///
     /// Of several templates, the one called `default` counts, and `tool_use` when there are tools. A single one counts whatever
@@ -190,7 +193,14 @@ impl ChatTemplate {
             }
             return Ok(Some(template));
         }
-        let (default, tool_use) = match config.get("chat_template") {
+        // Where processors of images and sound keep it.
+        let processor = effective::object(&file, PROCESSOR_TEMPLATE)?.unwrap_or_default();
+        let found = |fields: &'_ Map<String, Json>| fields.get("chat_template").filter(|t| !t.is_null()).cloned();
+        let (place, template) = match (found(&config), found(&processor)) {
+            (Some(template), _) => (TOKENIZER_CONFIG, Some(template)),
+            (None, template) => (PROCESSOR_TEMPLATE, template),
+        };
+        let (default, tool_use) = match &template {
             None | Some(Json::Null) => return Ok(None),
             Some(Json::String(source)) => (Some(source.as_str()), None),
             Some(Json::Array(list)) => {
@@ -205,7 +215,7 @@ impl ChatTemplate {
         };
         let Some(source) = default.or(tool_use) else {
             return Err(TextError::BadConfigField {
-                file: TOKENIZER_CONFIG,
+                file: place,
                 field: "chat_template",
                 expected: "a template, or a list of templates with one called `default`",
                 found: "something else".into(),

@@ -20,7 +20,7 @@ pub enum TextError {
     /// The tokenizer file does not describe a tokenizer.
     #[error(
         "tokenizer.json cannot be used: {reason}; fetch the file again from the model's \
-         repository (`sluice set` puts it into a model file)"
+         repository"
     )]
     BadTokenizer {
         /// What is wrong with it.
@@ -92,7 +92,7 @@ pub enum TextError {
     /// The tokenizer library panicked; this program carried on.
     #[error(
         "the tokenizer library crashed while {during} ({reason}); tokenizer.json is probably \
-         damaged, fetch it again from the model's repository (`sluice set` puts it into a model file)"
+         damaged, fetch it again from the model's repository"
     )]
     Crashed {
         /// What was being done.
@@ -102,9 +102,7 @@ pub enum TextError {
     },
 
     /// A configuration file is not JSON, or not an object.
-    #[error(
-        "{file} is not a JSON object: {reason}; fetch it again from the model's repository (`sluice set` puts it into a model file)"
-    )]
+    #[error("{file} is not a JSON object: {reason}; fetch it again from the model's repository")]
     BadConfig {
         /// Which file.
         file: &'static str,
@@ -126,14 +124,14 @@ pub enum TextError {
     },
 
     /// A stop string that would stop before the first character.
-    #[error("stop string number {index} is empty; remove it or give it at least one character")]
+    #[error("a stop string is empty; remove it or give it at least one character")]
     EmptyStopString {
         /// Position in the list, from 0.
         index: usize,
     },
 
     /// A stop string so long that holding text back for it would look like a hang.
-    #[error("stop string number {index} has {bytes} bytes; at most {limit} are accepted")]
+    #[error("a stop string has {bytes} bytes; at most {limit} are accepted")]
     StopStringTooLong {
         /// Position in the list, from 0.
         index: usize,
@@ -145,8 +143,7 @@ pub enum TextError {
 
     /// The chat template is not one, or fails.
     #[error(
-        "the model's chat template cannot be used{}: {reason}; check `chat_template.jinja` or \
-         tokenizer_config.json, or report the model",
+        "the chat template cannot be used{}: {reason}",
         .line.map(|line| format!(" (line {line})")).unwrap_or_default()
     )]
     ChatTemplate {
@@ -157,7 +154,7 @@ pub enum TextError {
     },
 
     /// The chat template does not accept this conversation.
-    #[error("the model's chat template refuses these messages: {reason}")]
+    #[error("the chat template refuses these messages: {reason}")]
     ChatRefused {
         /// The template's own words.
         reason: String,
@@ -166,7 +163,7 @@ pub enum TextError {
     /// A tiktoken vocabulary is damaged.
     #[error(
         "tiktoken.model cannot be used: {reason}; fetch the file again from the model's \
-         repository (`sluice set` puts it into a model file)"
+         repository"
     )]
     BadTiktoken {
         /// What is wrong with it.
