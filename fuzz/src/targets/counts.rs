@@ -42,6 +42,8 @@ pub(crate) fn run(input: &[u8], folder: &Path) {
 
 pub(crate) fn seeds(folder: &Path) -> Seeds {
     let model = folder.join("model.sluice");
+    // Nothing but counts is replaced, and a run may have left something else.
+    let _ = fs::remove_file(counts::path_of(&model));
     let mut seeds = Seeds::new();
     for kind in PolicyKind::ONLINE {
         let replay = replay();
