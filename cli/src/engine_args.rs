@@ -12,7 +12,7 @@ use sluice_runtime::text::{TextError, Tokenizer};
 use sluice_runtime::{Engine, EngineOptions, KvType, Prefetch, ReadEngineKind};
 
 use crate::error::CliError;
-use crate::size::parse_size;
+use crate::size::{parse_count, parse_size};
 use crate::terminal::{note, spinner};
 
 /// How the model is opened.
@@ -35,7 +35,7 @@ pub(crate) struct EngineArgs {
     pub(crate) no_calibration: bool,
 
     /// Threads that compute [default: one per core, of which decoding leaves one out while the drive is read]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
     pub(crate) threads: Option<NonZeroUsize>,
 
     /// How keys and values are kept

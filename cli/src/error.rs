@@ -96,9 +96,9 @@ impl CliError {
         match inputs.iter().find(|input| identity(input) == Some(target)) {
             None => Ok(()),
             Some(input) => Err(CliError::Usage(format!(
-                "{} is the file {} that is read: choose another name to write to",
+                "{} is a file that is read{}: choose another name to write to",
                 out.display(),
-                input.display()
+                if out == *input { String::new() } else { format!(", as {}", input.display()) }
             ))),
         }
     }

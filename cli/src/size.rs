@@ -1,4 +1,11 @@
-//! Numbers of bytes on the command line.
+//! Numbers on the command line.
+
+use std::num::NonZeroUsize;
+
+/// Parses how many there are to be, of what there must be one at least.
+pub(crate) fn parse_count(text: &str) -> Result<NonZeroUsize, String> {
+    text.parse().map_err(|_| "write a whole number, 1 or more".to_owned())
+}
 
 /// Parses `4GiB`, `512MiB`, `3GB`, `1.5GiB`, `4G` (the same as `4GiB`) or a plain number of bytes.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {

@@ -127,7 +127,7 @@ fn verify_compares_with_the_source() {
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stdout.clone()).unwrap();
     for word in
-        ["1 of ", "tensors differ", named("model.safetensors")["tensors"][0].as_str().unwrap(), "generation_config"]
+        ["1 of ", "tensors differs", named("model.safetensors")["tensors"][0].as_str().unwrap(), "generation_config"]
     {
         assert!(text.contains(word), "{word}: {text}");
     }

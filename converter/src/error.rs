@@ -55,8 +55,9 @@ pub enum ConvertError {
     },
     /// Files of the checkpoint are missing.
     #[error(
-        "{path}: {missing} of {total} safetensors files are missing: {names}{unfinished}. The download is not complete: \
-         repeat `hf download` with this folder as `--local-dir`, which fetches what is missing"
+        "{path}: {missing} of {total} safetensors files {} missing: {names}{unfinished}. The download is not complete: \
+         repeat `hf download` with this folder as `--local-dir`, which fetches what is missing",
+        if *.missing == 1 { "is" } else { "are" }
     )]
     Incomplete {
         /// The folder.

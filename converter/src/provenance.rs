@@ -260,7 +260,8 @@ impl Comparison {
             let whole = Some(hex(file_digest(xxh3_128(&head), &found))) == record.xxh3_128;
             return if whole { Ok(of(None)) } else { Err(contradiction()) };
         }
-        let difference = Some(format!("{} of {} tensors differ", tensors.len(), parts.len()));
+        let differ = if tensors.len() == 1 { "differs" } else { "differ" };
+        let difference = Some(format!("{} of {} tensors {differ}", tensors.len(), parts.len()));
         Ok(SourceFile { name: record.name.clone(), difference, tensors })
     }
 }

@@ -17,7 +17,7 @@ use super::bench_batch;
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
 use crate::plot::{self, LineChart, Series};
-use crate::size::parse_size;
+use crate::size::{parse_count, parse_size};
 use crate::terminal::{print, print_json, step_bar};
 
 const EXAMPLES: &str = "\
@@ -47,7 +47,7 @@ pub(crate) struct Args {
     pub(crate) warm_up: usize,
 
     /// Sequences that decode together, each a stream of its own topics; every step takes one token of each
-    #[arg(long, value_name = "N", conflicts_with_all = ["compare", "plot"])]
+    #[arg(long, value_name = "N", value_parser = parse_count, conflicts_with_all = ["compare", "plot"])]
     sequences: Option<NonZeroUsize>,
 
     /// Several budgets, one after the other

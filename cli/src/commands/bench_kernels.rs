@@ -13,7 +13,7 @@ use sluice_runtime::io::bench::median;
 use sluice_runtime::memory::Bytes;
 
 use crate::error::CliError;
-use crate::size::parse_size;
+use crate::size::{parse_count, parse_size};
 use crate::terminal::{print, print_json, step_bar};
 
 const EXAMPLES: &str = "\
@@ -30,7 +30,7 @@ Examples:
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// Threads, beside one alone; at most 1024 are started [default: one per core]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
     threads: Option<NonZeroUsize>,
 
     /// Weights that one product with one token reads, at least 256KiB; more than the caches hold

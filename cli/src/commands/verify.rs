@@ -96,8 +96,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if !report.intact {
         let (damaged, extents) = (report.damaged.len(), report.extents);
         return Err(CliError::Failure(format!(
-            "{}: {damaged} of {extents} extents are damaged. Copy the file again or convert it again",
-            report.file
+            "{}: {damaged} of {extents} extents {} damaged. Copy the file again or convert it again",
+            report.file,
+            if damaged == 1 { "is" } else { "are" }
         )));
     }
     match report.source {
