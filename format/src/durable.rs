@@ -2,9 +2,11 @@
 //! sync, and a file on them is none the worse for it until the power fails.
 
 use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+
+use crate::reader::open_regular;
 
 /// Names that are tried for a new file beside another one.
 const NAMES: usize = 100;
@@ -61,6 +63,22 @@ impl Syncer {
     pub fn refusal(&self) -> Option<&io::Error> {
         self.refusal.get()
     }
+}
+
+/// Whether nothing but a file of ours would be lost by replacing `path`: there is none, or an empty one, or one that begins with
+/// `magic`, perhaps damaged behind it. A link is replaced, not what it leads to.
+///
+/// # Errors
+/// The operating system's, when the file is there and cannot be read.
+pub fn may_replace(path: &Path, magic: &[u8]) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_file() => {}
+        Ok(found) => return Ok(found.is_symlink()),
+        Err(_) => return Ok(true),
+    }
+    let mut start = Vec::new();
+    open_regular(path)?.take(magic.len() as u64).read_to_end(&mut start)?;
+    Ok(start.is_empty() || start == magic)
 }
 
 /// Writes a file whole or not at all: under a name of its own beside `path`, synced where the system can, and then under its

@@ -3,11 +3,10 @@
 //! The file `MODEL.counts` is: magic (8 bytes), state id of the model (16), length of the counts (u64), counts, xxh3-64 of all before.
 //! Little-endian. It only ever changes speed: a file that is missing, damaged or of another model is ignored.
 
-use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use sluice_format::{StateId, open_regular, replace_file};
+use sluice_format::{StateId, may_replace, open_regular, replace_file};
 use twox_hash::XxHash3_64;
 
 const MAGIC: [u8; 8] = *b"SLCOUNT1";
@@ -48,28 +47,17 @@ pub fn save(model: &Path, id: StateId, counts: &[u8]) -> io::Result<()> {
     let mut bytes = [&MAGIC[..], &id.0, &(counts.len() as u64).to_le_bytes(), counts].concat();
     bytes.extend(XxHash3_64::oneshot(&bytes).to_le_bytes());
     let path = path_of(model);
-    if !may_replace(&path)? {
+    if !may_replace(&path, &MAGIC)? {
         let problem = format!("{} is there already and is something else", path.display());
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, problem));
     }
     replace_file(&path, &bytes)
 }
 
-/// Whether nothing would be lost: there is no file, or an empty one, or counts, perhaps damaged. A link is replaced, not
-/// what it leads to.
-fn may_replace(path: &Path) -> io::Result<bool> {
-    match fs::symlink_metadata(path) {
-        Ok(found) if found.is_file() => {}
-        Ok(found) => return Ok(found.is_symlink()),
-        Err(_) => return Ok(true),
-    }
-    let mut magic = Vec::new();
-    open_regular(path)?.take(MAGIC.len() as u64).read_to_end(&mut magic)?;
-    Ok(magic.is_empty() || magic == MAGIC)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

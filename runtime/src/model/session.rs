@@ -5,13 +5,12 @@
 //! says so.
 
 use std::fmt;
-use std::fs;
 use std::hash::Hasher as _;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use sluice_format::fields::Field;
-use sluice_format::{NO_LAYER, StateId, open_regular, replace_file_with};
+use sluice_format::{NO_LAYER, StateId, may_replace, replace_file_with};
 use sluice_kernels::{KvType, NUMERICS_VERSION};
 use twox_hash::XxHash3_64;
 
@@ -340,7 +339,7 @@ impl Sequence {
     /// [`SessionError::Occupied`] and [`SessionError::Save`].
     pub fn save_file(&self, path: &Path) -> Result<(), SessionError> {
         let failed = |source| SessionError::Save { path: path.to_owned(), source };
-        if !may_replace(path).map_err(failed)? {
+        if !may_replace(path, &SESSION_MAGIC).map_err(failed)? {
             return Err(SessionError::Occupied { path: path.to_owned() });
         }
         replace_file_with(path, |file| self.save(file)).map_err(failed)
@@ -367,19 +366,6 @@ fn save_section(
     })?;
     out.write_all(&hash.finish().to_le_bytes())?;
     Ok(hash.finish())
-}
-
-/// Whether nothing but a session would be lost: there is no file, or an empty one, or a session, perhaps damaged. A link is
-/// replaced, not what it leads to.
-fn may_replace(path: &Path) -> io::Result<bool> {
-    match fs::symlink_metadata(path) {
-        Ok(found) if found.is_file() => {}
-        Ok(found) => return Ok(found.is_symlink()),
-        Err(_) => return Ok(true),
-    }
-    let mut magic = Vec::new();
-    open_regular(path)?.take(SESSION_MAGIC.len() as u64).read_to_end(&mut magic)?;
-    Ok(magic.is_empty() || magic == SESSION_MAGIC)
 }
 
 /// A file that is being read, part by part.
