@@ -3,6 +3,7 @@
 //! A layer reads top-down like the paper: norm, attention, add, norm, feed-forward part, add. Nothing here knows a family.
 
 mod attention;
+mod cache;
 pub mod compute;
 pub mod control;
 mod delta;

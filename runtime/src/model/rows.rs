@@ -3,7 +3,7 @@
 //! A caller describes work as [`Span`]s. A pass takes as many of their tokens as memory has rows for; the layers see rows,
 //! and ask a row for its sequence and position, or the pass for what it is. Nothing is inferred from how many rows there are.
 
-use super::attention::LayerCache;
+use super::cache::LayerCache;
 use super::control::Progress;
 use super::sequence::Sequence;
 
