@@ -6,10 +6,10 @@ use std::path::Path;
 use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use sluice_format::ModelFile;
-use sluice_runtime::memory::Bytes;
-use sluice_runtime::pool::PolicyKind;
-use sluice_runtime::text::{TextError, Tokenizer};
-use sluice_runtime::{Engine, EngineOptions, KvType, Prefetch, ReadEngineKind};
+use sluice_model::memory::Bytes;
+use sluice_model::{Engine, EngineOptions, KvType, Prefetch, ReadEngineKind};
+use sluice_storage::pool::PolicyKind;
+use sluice_text::{TextError, Tokenizer};
 
 use crate::error::CliError;
 use crate::size::{parse_count, parse_size};

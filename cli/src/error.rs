@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use sluice_converter::ConvertError;
 use sluice_format::{FormatError, ImportanceError, MAGIC, open_regular};
-use sluice_runtime::RuntimeError;
-use sluice_runtime::generate::GenerationError;
-use sluice_runtime::io::bench::BenchError;
-use sluice_runtime::sampler::SamplerError;
-use sluice_runtime::text::TextError;
-use sluice_runtime::trace::{ReplayError, TraceError};
+use sluice_generate::GenerationError;
+use sluice_generate::sampler::SamplerError;
+use sluice_lab::trace::{ReplayError, TraceError};
+use sluice_model::RuntimeError;
+use sluice_storage::io::bench::BenchError;
+use sluice_text::TextError;
 
 /// Why a command failed. The message is one paragraph that says what to do.
 #[derive(Debug, thiserror::Error)]

@@ -5,18 +5,18 @@ use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use indicatif::ProgressBar;
-use sluice_runtime::generate::{self, Event, Place, Scheduler, SchedulerOptions, Watch};
-use sluice_runtime::model::router::Choice;
-use sluice_runtime::sampler::SamplerConfig;
-use sluice_runtime::text::{Special, StopCondition, Tokenizer};
-use sluice_runtime::{Engine, Progress};
+use sluice_generate::sampler::SamplerConfig;
+use sluice_generate::{self, Event, Place, Scheduler, SchedulerOptions, Watch};
+use sluice_model::router::Choice;
+use sluice_model::{Engine, Progress};
+use sluice_text::{Special, StopCondition, Tokenizer};
 
 use crate::error::CliError;
 use crate::profile;
 use crate::recorder::Recorder;
 use crate::terminal::step_bar;
 
-pub(crate) use sluice_runtime::generate::Finish;
+pub(crate) use sluice_generate::Finish;
 
 /// What to generate.
 #[derive(Debug)]
@@ -36,12 +36,12 @@ pub(crate) struct Request<'a> {
 }
 
 impl Request<'_> {
-    fn to_library(&self) -> generate::Request {
-        generate::Request {
+    fn to_library(&self) -> sluice_generate::Request {
+        sluice_generate::Request {
             sampling: self.sampling,
             stop: self.stop.clone(),
             special: self.special,
-            ..generate::Request::new(self.prompt.to_vec(), self.max_tokens)
+            ..sluice_generate::Request::new(self.prompt.to_vec(), self.max_tokens)
         }
     }
 }

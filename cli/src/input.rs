@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use sluice_runtime::memory::Bytes;
+use sluice_model::memory::Bytes;
 
 use crate::error::CliError;
 

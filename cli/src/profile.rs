@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use serde::Serialize;
-use sluice_runtime::io::TuningSource;
-use sluice_runtime::memory::{Bytes, MemoryPlan};
-use sluice_runtime::{Engine, Stats};
+use sluice_model::memory::{Bytes, MemoryPlan};
+use sluice_model::{Engine, Stats};
+use sluice_storage::io::TuningSource;
 
 use crate::generate::Generation;
 use crate::terminal::{percent, seconds};

@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 
-use sluice_runtime::Engine;
-use sluice_runtime::model::router::Choice;
-use sluice_runtime::trace::TraceWriter;
+use sluice_lab::trace::TraceWriter;
+use sluice_model::Engine;
+use sluice_model::router::Choice;
 
 use crate::error::CliError;
 

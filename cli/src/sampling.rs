@@ -1,7 +1,7 @@
 //! Sampling options, and what follows from them and the model's own recommendation.
 
-use sluice_runtime::sampler::SamplerConfig;
-use sluice_runtime::text::{GenerationDefaults, Remark};
+use sluice_generate::sampler::SamplerConfig;
+use sluice_text::{GenerationDefaults, Remark};
 
 /// How the next token is chosen. Whatever is not given comes from the model's generation_config.json; without one, and
 /// with --ids, the likeliest token is taken.

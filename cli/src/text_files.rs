@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use sluice_format::{ModelSpec, SOURCE_CONFIG_BLOB};
-use sluice_runtime::text::{ChatTemplate, GenerationDefaults, Message, RenderOptions, TextError, Tokenizer};
+use sluice_text::{ChatTemplate, GenerationDefaults, Message, RenderOptions, TextError, Tokenizer};
 
 use crate::error::CliError;
 use crate::input;

@@ -65,7 +65,7 @@ pub(crate) fn begin_run() {
 /// purpose. (One of those that is not caught ends the process as well, by libFuzzer's own doing.)
 pub(crate) fn abort_on_panic() {
     // Whatever the program itself does about panics of that library, it does at the first use.
-    let _ = sluice_runtime::text::Tokenizer::from_json(b"{}");
+    let _ = sluice_text::Tokenizer::from_json(b"{}");
     std::panic::set_hook(Box::new(|panic| {
         let stack = Backtrace::force_capture().to_string();
         if !is_caught(panic.location(), &stack) {

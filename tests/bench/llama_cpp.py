@@ -3,7 +3,7 @@
 
     python3 tests/bench/llama_cpp.py --scratch DIR [--rounds N] [--types q8,q4] [--threads 2]
 
-Builds nothing of Sluice: run `cargo build --release -p sluice` and `cargo build --release -p sluice-runtime --example
+Builds nothing of Sluice: run `cargo build --release -p sluice` and `cargo build --release -p sluice-model --example
 throughput` first, and give their folder with --bin (default target/release). The scratch folder, outside the repository,
 gets a virtual environment with llama-cpp-python and gguf from PyPI, which compiles llama.cpp for this processor (minutes;
 needs a C++ compiler), and model files, all made once: 7 GB, and up to 11 GB while they are made, or with one of the types

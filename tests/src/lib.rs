@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use sluice_converter::{Options, Progress, TypeChoice, convert};
 use sluice_format::WeightType;
-use sluice_runtime::{Engine, EngineOptions, RuntimeError};
+use sluice_model::{Engine, EngineOptions, RuntimeError};
 use tempfile::TempDir;
 
 /// The folder of a fixture, such as `golden/deepseek_v3` or `demo-model`.

@@ -1,7 +1,7 @@
 //! Many sequences in one step: each gives the bits that it gives alone.
 
 use proptest::prelude::*;
-use sluice_runtime::{Control, Engine, EngineOptions, Phase, ReadEngineKind, Sequence, Span, Want};
+use sluice_model::{Control, Engine, EngineOptions, Phase, ReadEngineKind, Sequence, Span, Want};
 use sluice_tests::{Converted, Golden};
 
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,

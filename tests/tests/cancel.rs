@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use sluice_runtime::model::ModelError;
-use sluice_runtime::{Cancel, Control, Engine, EngineOptions, RuntimeError, Sequence, Span, Want};
+use sluice_model::ModelError;
+use sluice_model::{Cancel, Control, Engine, EngineOptions, RuntimeError, Sequence, Span, Want};
 use sluice_tests::{Converted, Golden};
 
 /// One of each kind of attention.
@@ -42,7 +42,7 @@ fn a_step_that_is_cancelled_behind_any_layer_can_be_repeated() {
         for at in 1..=layers {
             let cancel = Cancel::new();
             let (mut sequence, switch) = (engine.new_sequence(), cancel.clone());
-            let mut progress = |p: sluice_runtime::Progress| {
+            let mut progress = |p: sluice_model::Progress| {
                 if p.layers == at {
                     switch.cancel();
                 }

@@ -3,7 +3,7 @@
 use std::fs;
 
 use sluice_format::{ModelFile, WeightType};
-use sluice_runtime::{Engine, EngineOptions, RuntimeError};
+use sluice_model::{Engine, EngineOptions, RuntimeError};
 use sluice_tests::{Converted, argmax};
 
 /// A small fixed generator: the test must fail the same way twice.

@@ -3,10 +3,10 @@
 use sluice_converter::synth::{Geometry, Layout, WeightTypes};
 use sluice_format::ModelFile;
 use sluice_format::WeightType;
-use sluice_runtime::KvType;
-use sluice_runtime::estimate::{Bound, CURVES, Machine, Needs, Speed, StepWork};
-use sluice_runtime::pool::policy::PolicyKind;
-use sluice_runtime::trace::{Replay, Trace};
+use sluice_lab::estimate::{Bound, CURVES, Machine, Needs, Speed, StepWork};
+use sluice_lab::trace::{Replay, Trace};
+use sluice_model::KvType;
+use sluice_storage::pool::policy::PolicyKind;
 use sluice_tests::Converted;
 use sluice_tests::fixture;
 

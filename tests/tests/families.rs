@@ -1,7 +1,7 @@
 //! Every family in every form: what Hugging Face transformers computes from the golden checkpoints is what comes out, also
 //! when the budget holds few of the experts.
 
-use sluice_runtime::{Control, Engine, EngineOptions, RuntimeError, Span, Want};
+use sluice_model::{Control, Engine, EngineOptions, RuntimeError, Span, Want};
 use sluice_tests::{Converted, Golden, fixture, greedy, relative_error};
 
 /// Parity of one golden checkpoint, converted with its own types. `folder`: below the fixtures, or anywhere.

@@ -5,13 +5,13 @@ use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, channel};
 
 use sluice_format::WeightType;
-use sluice_runtime::generate::{
+use sluice_generate::{
     Constraint, Event, Finish, GenerationError, Handle, Model, Place, Request, SamplerConfig, Scheduler,
     SchedulerOptions, Status, Watch,
 };
-use sluice_runtime::text::StopCondition;
-use sluice_runtime::{Engine, EngineOptions};
+use sluice_model::{Engine, EngineOptions};
 use sluice_tests::{Converted, argmax};
+use sluice_text::{StopCondition, Tokenizer};
 
 const CONTEXT: usize = 400;
 
@@ -74,7 +74,7 @@ struct House {
 impl House {
     fn open(model: &Converted, sequences: usize, prompt_rows: usize) -> House {
         let engine = model.open(&options(sequences));
-        let tokenizer = engine.tokenizer().unwrap();
+        let tokenizer = Tokenizer::of(engine.file().metadata()).unwrap();
         let scheduler = Scheduler::new(&engine, tokenizer, SchedulerOptions { prompt_rows });
         House { engine, scheduler, owners: BTreeMap::new() }
     }
@@ -188,7 +188,7 @@ fn cancelling_one_changes_nothing_for_the_others() {
             }
             let victim = house.owners[&ids[1]].0.clone();
             let (before, mut layers_run) = (house.engine.stats().tokens, 0);
-            let mut progress = |p: sluice_runtime::Progress| {
+            let mut progress = |p: sluice_model::Progress| {
                 layers_run += 1;
                 if p.layers == at {
                     victim.cancel();
@@ -219,7 +219,7 @@ fn who_comes_and_goes_cannot_keep_the_others_from_their_tokens() {
     let victims: Vec<_> = (1..8).map(|n| house.submit(Request::new(prompt(n, 5), 4))).collect();
     let mut handles: Vec<_> = victims.iter().map(|id| house.owners[id].0.clone()).collect();
     // Each time that the step begins again, another one goes.
-    let mut progress = |p: sluice_runtime::Progress| {
+    let mut progress = |p: sluice_model::Progress| {
         if p.layers == 1 {
             handles.pop().iter().for_each(Handle::cancel);
         }
@@ -416,7 +416,11 @@ fn a_failing_step_ends_only_those_concerned() {
         let path = model.path.with_extension("damaged");
         std::fs::write(&path, damaged).unwrap();
         let engine = Engine::open(&path, &options(6)).unwrap();
-        let scheduler = Scheduler::new(&engine, engine.tokenizer().unwrap(), SchedulerOptions { prompt_rows: 16 });
+        let scheduler = Scheduler::new(
+            &engine,
+            Tokenizer::of(engine.file().metadata()).unwrap(),
+            SchedulerOptions { prompt_rows: 16 },
+        );
         let mut house = House { engine, scheduler, owners: BTreeMap::new() };
         let ids: Vec<_> = requests().map(|r| house.submit(r)).collect();
         house.run();

@@ -2,9 +2,9 @@
 
 use proptest::prelude::*;
 use sluice_format::WeightType;
-use sluice_runtime::io::IoConfig;
-use sluice_runtime::pool::{Choice, PolicyKind};
-use sluice_runtime::{Control, EngineOptions, KvType, Prefetch, ReadEngineKind, RuntimeError, Span, Want};
+use sluice_model::{Control, EngineOptions, KvType, Prefetch, ReadEngineKind, RuntimeError, Span, Want};
+use sluice_storage::io::IoConfig;
+use sluice_storage::pool::{Choice, PolicyKind};
 use sluice_tests::{Converted, Golden, greedy, relative_error};
 
 /// The smallest budget that works, from the error that a budget of one byte gives.
@@ -49,7 +49,7 @@ fn one_byte_below_the_least_budget_is_refused() {
     let model = Converted::new("golden/deepseek_v3", None);
     let least = model.least_budget();
     let open = |budget| {
-        sluice_runtime::Engine::open(&model.path, &EngineOptions { budget: Some(budget), ..EngineOptions::default() })
+        sluice_model::Engine::open(&model.path, &EngineOptions { budget: Some(budget), ..EngineOptions::default() })
     };
     assert!(open(least).is_ok());
     assert!(matches!(open(least - 1), Err(RuntimeError::Budget(_))));

@@ -3,8 +3,9 @@
 use std::fs;
 
 use sluice_format::WeightType;
-use sluice_runtime::EngineOptions;
+use sluice_model::EngineOptions;
 use sluice_tests::{Converted, Golden, fixture, greedy, relative_error};
+use sluice_text::Tokenizer;
 
 const FAMILIES: [&str; 3] = ["deepseek_v3", "deepseek_v3_fp8", "kimi_k2"];
 
@@ -49,7 +50,7 @@ fn demo_model_speaks_as_the_reference_does() {
         serde_json::from_slice(&fs::read(fixture("demo-model/expected.json")).unwrap()).unwrap();
     let model = Converted::new("demo-model", Some(WeightType::F32));
     let mut engine = model.open(&exact());
-    let tokenizer = engine.tokenizer().unwrap().expect("the demo model has a tokenizer");
+    let tokenizer = Tokenizer::of(engine.file().metadata()).unwrap().expect("the demo model has a tokenizer");
     let ids = |v: &serde_json::Value| -> Vec<u32> {
         v.as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect()
     };
@@ -68,7 +69,7 @@ fn negative_log_likelihood(ty: WeightType, options: &EngineOptions) -> (f64, usi
     let model = Converted::new("demo-model", Some(ty));
     let mut engine = model.open(options);
     let text = fs::read_to_string(fixture("demo-model/eval.txt")).unwrap();
-    let ids = engine.tokenizer().unwrap().unwrap().encode(&text, true).unwrap();
+    let ids = Tokenizer::of(engine.file().metadata()).unwrap().unwrap().encode(&text, true).unwrap();
     let (mut nll, mut scored) = (0.0, 0);
     let mut sequence = engine.new_sequence();
     for start in (0..ids.len() - 1).step_by(256) {

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use sluice_converter::{Options, TypeChoice, convert};
 use sluice_format::WeightType;
-use sluice_runtime::calibrate::Calibration;
-use sluice_runtime::{Control, Engine, EngineOptions, KvType, Span, Want};
+use sluice_lab::calibrate::Calibration;
+use sluice_model::{Control, Engine, EngineOptions, KvType, Span, Want};
 use sluice_tests::{Converted, fixture};
+use sluice_text::Tokenizer;
 use tempfile::TempDir;
 
 const MODEL: &str = "demo-model";
@@ -35,7 +36,7 @@ fn scores(model: &Path, text: &str, exact: bool) -> Scores {
 
 fn scores_with(model: &Path, text: &str, options: &EngineOptions) -> Scores {
     let mut engine = Engine::open(model, options).unwrap();
-    let ids = engine.tokenizer().unwrap().unwrap().encode(text, true).unwrap();
+    let ids = Tokenizer::of(engine.file().metadata()).unwrap().unwrap().encode(text, true).unwrap();
     let mut sequence = engine.new_sequence();
     let mut rows = Vec::new();
     for ids in ids.chunks(WINDOW) {
@@ -115,7 +116,7 @@ fn narrow_keys_and_values_cost_little() {
 /// Measures importance on a text and saves it.
 fn calibrate(model: &Path, text: &str, out: &Path) {
     let mut engine = Engine::open(model, &EngineOptions { exact: true, ..EngineOptions::default() }).unwrap();
-    let ids = engine.tokenizer().unwrap().unwrap().encode(text, true).unwrap();
+    let ids = Tokenizer::of(engine.file().metadata()).unwrap().unwrap().encode(text, true).unwrap();
     let calibration = Arc::new(Calibration::new());
     let mut sequence = engine.new_sequence();
     for ids in ids.chunks(WINDOW) {

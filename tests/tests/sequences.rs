@@ -2,8 +2,8 @@
 //! piece.
 
 use proptest::prelude::*;
-use sluice_runtime::model::ModelError;
-use sluice_runtime::{
+use sluice_model::ModelError;
+use sluice_model::{
     Cancel, Control, Engine, EngineOptions, Mark, Phase, Progress, RewindError, RuntimeError, Sequence, Span, Want,
 };
 use sluice_tests::{Converted, Golden};

@@ -4,10 +4,10 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
-use sluice_runtime::model::session::{
+use sluice_model::session::{
     HEADER_FIELDS, SECTION_FIELDS, SECTION_KINDS, SESSION_MAGIC, SESSION_VERSION, SessionError, kv_code,
 };
-use sluice_runtime::{Engine, EngineOptions, KvType, Sequence};
+use sluice_model::{Engine, EngineOptions, KvType, Sequence};
 use sluice_tests::{Converted, Golden};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use sluice_converter::ConvertError;
 use sluice_converter::synth::{Geometry, Layout, SynthOptions, TYPES, WeightTypes, synth, token_stream};
 use sluice_format::{ExtentKind, ModelFile, WeightType};
-use sluice_runtime::io::{
+use sluice_lab::trace::{Choice, Replay, Stats, Trace, TraceWriter};
+use sluice_model::router;
+use sluice_model::{Control, Engine, EngineOptions, Span};
+use sluice_storage::io::{
     Arena, Check, Class, DataFile, DirectMode, EngineKind, ExtentName, ExtentRead, IoConfig, Scheduler, open_engine,
 };
-use sluice_runtime::model::router;
-use sluice_runtime::pool::policy::PolicyKind;
-use sluice_runtime::trace::{Choice, Replay, Stats, Trace, TraceWriter};
-use sluice_runtime::{Control, Engine, EngineOptions, Span};
+use sluice_storage::pool::policy::PolicyKind;
 use sluice_tests::{Converted, fixture};
 use tempfile::TempDir;
 

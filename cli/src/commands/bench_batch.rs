@@ -6,11 +6,11 @@ use serde::Serialize;
 use sluice_converter::synth::token_stream;
 use sluice_format::{ExtentKind, ModelFile};
 use sluice_kernels::{Kernels, ThreadPool};
-use sluice_runtime::estimate::StepWork;
-use sluice_runtime::io::bench::median;
-use sluice_runtime::memory::Bytes;
-use sluice_runtime::model::weights::kernel_type;
-use sluice_runtime::{Control, Engine, EngineOptions, RuntimeError, Sequence, Span};
+use sluice_lab::estimate::StepWork;
+use sluice_model::memory::Bytes;
+use sluice_model::weights::kernel_type;
+use sluice_model::{Control, Engine, EngineOptions, RuntimeError, Sequence, Span};
+use sluice_storage::io::bench::median;
 
 use super::bench_decode::{Args, Drive, bytes_read};
 use super::bench_kernels::{Bench, TAME};

@@ -8,10 +8,10 @@ use clap::ValueEnum;
 use serde::Serialize;
 use sluice_converter::synth::token_stream;
 use sluice_format::ModelFile;
-use sluice_runtime::io::bench::{BenchEngine, DiskBench, Pattern, Point, median};
-use sluice_runtime::io::{DirectMode, IoConfig};
-use sluice_runtime::memory::Bytes;
-use sluice_runtime::{Engine, EngineOptions, Prefetch, ReadEngineKind, Sequence, Stats};
+use sluice_model::memory::Bytes;
+use sluice_model::{Engine, EngineOptions, Prefetch, ReadEngineKind, Sequence, Stats};
+use sluice_storage::io::bench::{BenchEngine, DiskBench, Pattern, Point, median};
+use sluice_storage::io::{DirectMode, IoConfig};
 
 use super::bench_batch;
 use crate::engine_args::EngineArgs;

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use serde::Serialize;
-use sluice_runtime::io::bench::{
+use sluice_model::memory::Bytes;
+use sluice_storage::io::bench::{
     BenchEngine, BenchError, DiskBench, Knee, Measured, Pattern, Point, Scratch, Sweep, SweepOptions, scratch, sweep,
 };
-use sluice_runtime::io::{Calibration, CalibrationStore, DEPTH_MAX, DirectMode, IoConfig, IoError};
-use sluice_runtime::memory::Bytes;
+use sluice_storage::io::{Calibration, CalibrationStore, DEPTH_MAX, DirectMode, IoConfig, IoError};
 
 use crate::error::CliError;
 use crate::plot::{self, LineChart, Series};
@@ -123,7 +123,7 @@ struct Report<'a> {
     scratch: bool,
     buffered: bool,
     reuse_memory: bool,
-    device: &'a sluice_runtime::io::calibration::DeviceId,
+    device: &'a sluice_storage::io::calibration::DeviceId,
     engines: &'a [EngineNote],
     #[serde(flatten)]
     sweep: &'a Sweep,

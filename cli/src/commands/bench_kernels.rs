@@ -8,9 +8,9 @@ use std::time::Instant;
 
 use serde::Serialize;
 use sluice_kernels::{Activations, Kernels, Matrix, Precision, ROW_GROUP, ThreadPool, WeightType, row_group_len};
-use sluice_runtime::RuntimeError;
-use sluice_runtime::io::bench::median;
-use sluice_runtime::memory::Bytes;
+use sluice_model::RuntimeError;
+use sluice_model::memory::Bytes;
+use sluice_storage::io::bench::median;
 
 use crate::error::CliError;
 use crate::size::{parse_count, parse_size};

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use clap::value_parser;
 use serde_json::json;
 use sluice_format::{ExtentKind, Importance};
-use sluice_runtime::calibrate::Calibration;
-use sluice_runtime::{Control, Engine, Span, Want};
+use sluice_lab::calibrate::Calibration;
+use sluice_model::{Control, Engine, Span, Want};
 
 use super::perplexity::read_ids;
 use crate::engine_args::EngineArgs;

@@ -14,8 +14,8 @@ use sluice_converter::{
     plan,
 };
 use sluice_format::WeightType;
-use sluice_runtime::memory::Bytes;
-use sluice_runtime::text::TextError;
+use sluice_model::memory::Bytes;
+use sluice_text::TextError;
 
 use crate::error::CliError;
 use crate::terminal::{byte_bar, note, print, print_json, seconds};

@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use sluice_converter::{Options, TypeChoice, convert};
 use sluice_format::{ModelFile, TOKENIZER_BLOB, WeightType};
-use sluice_runtime::memory::{Bytes, Demand, MemoryPlan};
-use sluice_runtime::sampler::SamplerConfig;
-use sluice_runtime::text::{Special, StopCondition};
-use sluice_runtime::{Engine, EngineOptions, KvType};
+use sluice_generate::sampler::SamplerConfig;
+use sluice_model::memory::{Bytes, Demand, MemoryPlan};
+use sluice_model::{Engine, EngineOptions, KvType};
+use sluice_text::{Special, StopCondition, Tokenizer};
 
 use crate::commands::convert::Bar;
 use crate::commands::verify;
@@ -177,7 +177,7 @@ fn convert_and_verify(show: &Show, checkpoint: &Path, model: &Path) -> Result<()
 fn small_budget(model: &Path, context: usize) -> Result<u64, CliError> {
     let file = ModelFile::open(model)?;
     let all =
-        MemoryPlan::new(&file, None, Demand::one(context, KvType::F32)).map_err(sluice_runtime::RuntimeError::from)?;
+        MemoryPlan::new(&file, None, Demand::one(context, KvType::F32)).map_err(sluice_model::RuntimeError::from)?;
     let cache = all.slot_len * all.experts as u64 / CACHE_FRACTION;
     Ok(all.dense + all.kv_cache + all.scratch + cache)
 }
@@ -246,7 +246,7 @@ fn compare(show: &Show, model: &Path, streamed: &Generation) -> Result<(), CliEr
 
 fn speak(engine: &mut Engine, sink: &mut dyn FnMut(&str) -> Result<(), CliError>) -> Result<Generation, CliError> {
     let missing = || CliError::Failure("the demo model has no tokenizer".into());
-    let tokenizer = engine.tokenizer()?.ok_or_else(missing)?;
+    let tokenizer = Tokenizer::of(engine.file().metadata())?.ok_or_else(missing)?;
     let prompt = tokenizer.encode(PROMPT, true)?;
     let stop = StopCondition::default();
     let request = Request {

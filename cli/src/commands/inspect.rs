@@ -8,10 +8,10 @@ use clap::value_parser;
 use serde::Serialize;
 use serde_json::Value;
 use sluice_format::{ExtentKind, ModelFile, PROVENANCE_BLOB, TOKENIZER_BLOB};
-use sluice_runtime::KvType;
-use sluice_runtime::memory::{Bytes, Demand, MemoryPlan};
-use sluice_runtime::model::Sequence;
-use sluice_runtime::text::ChatTemplate;
+use sluice_model::KvType;
+use sluice_model::Sequence;
+use sluice_model::memory::{Bytes, Demand, MemoryPlan};
+use sluice_text::ChatTemplate;
 
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;

@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use sluice_format::ModelFile;
-use sluice_runtime::Engine;
+use sluice_model::Engine;
 
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;

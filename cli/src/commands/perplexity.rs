@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::value_parser;
 use serde::Serialize;
 use sluice_format::ModelFile;
-use sluice_runtime::Engine;
+use sluice_model::Engine;
 
 use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;

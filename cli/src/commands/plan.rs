@@ -9,9 +9,9 @@ use serde::Serialize;
 use sluice_converter::synth::{Geometry, KindTypes, Layout, Release, WeightTypes};
 use sluice_converter::{self as converter, Options, TypeChoice, no_model};
 use sluice_format::{ExtentKind, ExtentRecord, Layout as Arrangement, ModelFile, ModelSpec, PAGE_SIZES, WeightType};
-use sluice_runtime::KvType;
-use sluice_runtime::estimate::{Bound, HIT_RATE_SPREAD, Machine, Needs, Speed};
-use sluice_runtime::memory::available_memory;
+use sluice_lab::estimate::{Bound, HIT_RATE_SPREAD, Machine, Needs, Speed};
+use sluice_model::KvType;
+use sluice_model::memory::available_memory;
 
 use super::synth::type_parser;
 use crate::engine_args::kv_type_parser;
@@ -267,7 +267,7 @@ fn report(args: &Args, spec: &ModelSpec, extents: &[ExtentRecord], disk_bytes: u
     }
 }
 
-fn warnings(needs: &Needs, speed: &Result<Speed, sluice_runtime::memory::BudgetError>) -> Vec<String> {
+fn warnings(needs: &Needs, speed: &Result<Speed, sluice_model::memory::BudgetError>) -> Vec<String> {
     let mut warnings = Vec::new();
     match speed {
         Err(refused) => warnings.push(format!(

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use serde_json::json;
-use sluice_format::{ModelFile, SOURCE_CONFIG_BLOB};
-use sluice_runtime::Engine;
-use sluice_runtime::memory::{Demand, MemoryPlan};
-use sluice_runtime::sampler::SamplerConfig;
-use sluice_runtime::text::{ChatTemplate, GenerationDefaults, Message, Special, StopCondition, Tokenizer, encode_chat};
+use sluice_format::ModelFile;
+use sluice_generate::sampler::SamplerConfig;
+use sluice_model::Engine;
+use sluice_model::memory::{Demand, MemoryPlan};
+use sluice_text::{ChatTemplate, GenerationDefaults, Message, Special, StopCondition, Tokenizer, encode_chat};
 
 use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
@@ -20,7 +20,7 @@ use crate::profile::Profile;
 use crate::recorder::Recorder;
 use crate::sampling::SamplingArgs;
 use crate::terminal::{json_number, note, print_json, print_text, report as print_report};
-use crate::text_files::{CHAT_TEMPLATE, GENERATION_CONFIG, chat_options, read_template, try_out};
+use crate::text_files::{CHAT_TEMPLATE, chat_options, read_template, try_out};
 
 const EXAMPLES: &str = "\
 The prompt is passed to the model as it is; --chat puts it into the model's chat template. Text appears as it is \
@@ -172,8 +172,7 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
     if tokenizer.is_none() && !args.stop.is_empty() {
         return Err(CliError::Usage(format!("--stop needs a tokenizer, and {name} has none")));
     }
-    let blob = |name| file.metadata().get(name);
-    let defaults = GenerationDefaults::parse(blob(GENERATION_CONFIG), blob(SOURCE_CONFIG_BLOB))?;
+    let defaults = GenerationDefaults::of(file.metadata())?;
     // Token ids are for programs, which compare them: greedy unless sampling is asked for.
     let recommended = if args.ids { GenerationDefaults::default() } else { defaults.clone() };
     let sampling = args.sampling.config(&recommended);

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use sluice_format::{
     FormatError, Metadata, ModelFile, Recovery, TOKENIZER_BLOB, TOKENIZER_BLOBS, recover, rewrite_metadata,
 };
-use sluice_runtime::text::TextError;
+use sluice_text::TextError;
 
 use crate::error::CliError;
 use crate::input::read_side_file;

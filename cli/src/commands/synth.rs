@@ -8,7 +8,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::value_parser;
 use sluice_converter::synth::{Geometry, SynthOptions, SynthSummary, TYPES, WeightTypes, synth};
 use sluice_format::WeightType;
-use sluice_runtime::memory::Bytes;
+use sluice_model::memory::Bytes;
 
 use super::convert::{Bar, explain};
 use crate::error::CliError;

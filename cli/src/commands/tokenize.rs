@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 use sluice_format::{ModelFile, SOURCE_CONFIG_BLOB, TEXT_FILES};
-use sluice_runtime::text::{
+use sluice_text::{
     ChatTemplate, Detokenizer, MAX_TEXT_BYTES, MAX_TOKENIZER_BYTES, Message, RenderOptions, Special, Tokenizer,
     encode_chat,
 };

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Subcommand;
-use sluice_runtime::pool::PolicyKind;
-use sluice_runtime::trace::{Replay, Row, Stats, Trace};
+use sluice_lab::trace::{Replay, Row, Stats, Trace};
+use sluice_storage::pool::PolicyKind;
 
 use crate::error::CliError;
 use crate::terminal::{note, print, print_json, printable};

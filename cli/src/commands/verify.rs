@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use sluice_converter::provenance::{Comparison, SourceFile};
 use sluice_format::{FormatError, ModelFile, TEXT_FILES};
-use sluice_runtime::memory::Bytes;
+use sluice_model::memory::Bytes;
 
 use crate::error::CliError;
 use crate::terminal::{byte_bar, print, print_json};

@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use sluice_runtime::io::calibration::{Calibration, DeviceId};
-use sluice_runtime::io::{CalibrationStore, DataFile, DirectMode, Tuning, TuningSource};
+use sluice_storage::io::calibration::{Calibration, DeviceId};
+use sluice_storage::io::{CalibrationStore, DataFile, DirectMode, Tuning, TuningSource};
 
 use super::Seeds;
 

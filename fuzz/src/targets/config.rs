@@ -7,8 +7,8 @@ use std::path::Path;
 use sluice_converter::fuzzing::tensors_of;
 use sluice_converter::synth::{Geometry, Layout, WeightTypes};
 use sluice_format::{PAGE_SIZES, WeightType};
-use sluice_runtime::KvType;
-use sluice_runtime::estimate::{Machine, Needs, Speed};
+use sluice_lab::estimate::{Machine, Needs, Speed};
+use sluice_model::KvType;
 
 use super::checkpoint::{GOLDENS, convert, header_for, header_of, write_sparse};
 use super::{Seeds, choice};

@@ -4,10 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use sluice_format::StateId;
-use sluice_runtime::counts;
-use sluice_runtime::pool::PolicyKind;
-use sluice_runtime::pool::policy::Shape;
-use sluice_runtime::trace::{Replay, Trace};
+use sluice_lab::trace::{Replay, Trace};
+use sluice_model::counts;
+use sluice_storage::pool::PolicyKind;
+use sluice_storage::pool::policy::Shape;
 
 use super::Seeds;
 

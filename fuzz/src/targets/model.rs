@@ -7,11 +7,11 @@ use std::fs;
 use std::path::Path;
 
 use sluice_format::{ExtentKind, FormatError, ModelFile, ModelSpec, NO_LAYER};
-use sluice_runtime::io::IoConfig;
-use sluice_runtime::memory::{Demand, MemoryPlan};
-use sluice_runtime::sampler::{Sampler, SamplerConfig};
-use sluice_runtime::text::{ChatTemplate, GenerationDefaults, Tokenizer};
-use sluice_runtime::{Engine, EngineOptions, KvType, ReadEngineKind};
+use sluice_generate::sampler::{Sampler, SamplerConfig};
+use sluice_model::memory::{Demand, MemoryPlan};
+use sluice_model::{Engine, EngineOptions, KvType, ReadEngineKind};
+use sluice_storage::io::IoConfig;
+use sluice_text::{ChatTemplate, GenerationDefaults, Tokenizer};
 
 use super::{Seeds, choice};
 
@@ -122,7 +122,6 @@ fn generate(path: &Path, choice: u64) {
         Ok(engine) => engine,
         Err(error) => return drop(error.to_string()),
     };
-    drop((engine.tokenizer().err(), engine.defaults().err()));
     let blob = |name: &str| engine.file().metadata().get(name);
     drop((Tokenizer::find(blob).err(), ChatTemplate::find(blob).err()));
     drop(GenerationDefaults::parse(blob("generation_config.json"), blob("config.json")).err());

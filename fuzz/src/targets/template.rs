@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use serde_json::{Value, json};
-use sluice_runtime::text::{ChatTemplate, Message, RenderOptions, SpecialTokens, Tokenizer, encode_chat};
+use sluice_text::{ChatTemplate, Message, RenderOptions, SpecialTokens, Tokenizer, encode_chat};
 
 use super::{Seeds, fixture};
 

@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
-use sluice_runtime::text::{ChatTemplate, Detokenizer, GenerationDefaults, Special, Tokenizer};
+use sluice_text::{ChatTemplate, Detokenizer, GenerationDefaults, Special, Tokenizer};
 
 use super::{Seeds, fixture, template};
 
-#[path = "../../../runtime/src/text/fixtures.rs"]
+#[path = "../../../runtime/text/src/fixtures.rs"]
 #[allow(dead_code, reason = "not every fixture is a seed")]
 mod fixtures;
 

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use sluice_runtime::pool::PolicyKind;
-use sluice_runtime::trace::{Replay, Stats, Trace};
+use sluice_lab::trace::{Replay, Stats, Trace};
+use sluice_storage::pool::PolicyKind;
 
 use super::{Seeds, fixture};
 

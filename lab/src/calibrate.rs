@@ -1,0 +1,58 @@
+//! Measures how large the activations are that meet each column of each matrix while a text runs through the model.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use sluice_format::{ColumnMeans, Importance, MatrixKey, ModelSpec};
+use sluice_kernels::Activations;
+
+use sluice_model::compute::InputObserver;
+use sluice_model::weights::MatrixPlace;
+
+/// Sums squares of activations by matrix and column. Sums are f64: twice the memory of the file that comes of them.
+#[derive(Debug, Default)]
+pub struct Calibration {
+    sums: Mutex<BTreeMap<MatrixKey, Sums>>,
+}
+
+#[derive(Debug, Default)]
+struct Sums {
+    tokens: u64,
+    squares: Vec<f64>,
+}
+
+impl InputObserver for Calibration {
+    fn inputs(&self, place: MatrixPlace, index: u32, x: &Activations) {
+        let key = MatrixKey { kind: place.kind, layer: place.layer, name: place.name.to_owned(), index };
+        // The sums are valid at every instant, so a panic elsewhere does not spoil them.
+        let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        let sums = sums.entry(key).or_default();
+        sums.tokens += x.n() as u64;
+        sums.squares.resize(x.cols(), 0.0);
+        for t in 0..x.n() {
+            sums.squares.iter_mut().zip(x.row(t)).for_each(|(sum, &x)| *sum += f64::from(x) * f64::from(x));
+        }
+    }
+}
+
+impl Calibration {
+    /// Nothing measured yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// What has been measured while `tokens` tokens ran through a model of this spec.
+    ///
+    /// # Errors
+    /// Which matrix has seen something that is not a number.
+    pub fn importance(&self, spec: &ModelSpec, tokens: u64) -> Result<Importance, String> {
+        let sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        let mean = |s: &Sums| ColumnMeans {
+            tokens: s.tokens,
+            mean_squares: s.squares.iter().map(|sum| (sum / s.tokens as f64) as f32).collect(),
+        };
+        let matrices: BTreeMap<_, _> =
+            sums.iter().filter(|(_, s)| s.tokens > 0).map(|(key, s)| (key.clone(), mean(s))).collect();
+        Importance::new(spec, tokens, matrices)
+    }
+}

@@ -1,0 +1,129 @@
+//! What a generation tells its owner.
+
+use serde::Serialize;
+
+use crate::sampler::{Logprob, SamplerError};
+use sluice_model::engine::RuntimeError;
+use sluice_text::TextError;
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finish {
+    /// As many tokens as were asked for.
+    Length,
+    /// The model said that it is done.
+    EndToken,
+    /// A stop string appeared.
+    StopString,
+    /// The context is full.
+    Context,
+    /// The constraint lets nothing follow.
+    Complete,
+    /// Its owner has cancelled it.
+    Cancelled,
+}
+
+/// What a generation has taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated, an end token included.
+    pub generated_tokens: usize,
+}
+
+/// What happens to a generation, in order. The last is [`Finish`](Event::Finish) or [`Failed`](Event::Failed).
+#[derive(Debug)]
+pub enum Event {
+    /// A part of the prompt has been read.
+    Progress {
+        /// Tokens read so far.
+        read: usize,
+        /// Tokens of the prompt.
+        prompt: usize,
+    },
+    /// A token was chosen, an end token included.
+    Token {
+        /// The token.
+        id: u32,
+        /// Natural logarithm of its probability, if asked for.
+        logprob: Option<f32>,
+        /// The likeliest tokens, as many as were asked for, the likeliest first.
+        top: Vec<Logprob>,
+    },
+    /// Text that has become certain; never empty. Stop strings are not part of it.
+    Text(String),
+    /// The end.
+    Finish {
+        /// Why.
+        reason: Finish,
+        /// What it took.
+        usage: Usage,
+    },
+    /// The end, because something went wrong.
+    Failed(GenerationError),
+}
+
+/// Why something cannot be generated.
+#[derive(Debug, thiserror::Error)]
+pub enum GenerationError {
+    /// No tokens to continue.
+    #[error("the prompt is empty: give at least one token to continue")]
+    EmptyPrompt,
+    /// A prompt that no sequence can hold.
+    #[error(
+        "the prompt has {prompt} tokens, but a sequence holds {context}: shorten it or open the model with more context"
+    )]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Tokens that a sequence can hold.
+        context: usize,
+    },
+    /// A token that the model does not have.
+    #[error("the prompt has token id {id}, but the model's vocabulary has {vocab}")]
+    PromptToken {
+        /// The id.
+        id: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// A bias that makes no sense.
+    #[error("the bias of token {id} is {bias}: biases are numbers or minus infinity, for ids below {vocab}")]
+    Bias {
+        /// The token.
+        id: u32,
+        /// Its bias.
+        bias: f32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// Stop strings without text.
+    #[error("stop strings need a tokenizer, and the model has none")]
+    StopNeedsTokenizer,
+    /// Text for a model without tokenizer.
+    #[error("the model has no tokenizer, so it cannot read text: give token ids")]
+    NoTokenizer,
+    /// A conversation for a model without template.
+    #[error("the model has no chat template: give text or token ids")]
+    NoChatTemplate,
+    /// The model has been closed, or its thread has ended.
+    #[error("the model has been closed")]
+    Closed,
+    /// The system gives no thread.
+    #[error("cannot start a thread for the model: {error}")]
+    Thread {
+        /// What the system says.
+        error: std::io::Error,
+    },
+    /// No token can be chosen.
+    #[error(transparent)]
+    Sampler(#[from] SamplerError),
+    /// Tokenizer, template or stop strings.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// A step failed.
+    #[error(transparent)]
+    Engine(#[from] RuntimeError),
+}

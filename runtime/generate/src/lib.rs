@@ -1,0 +1,63 @@
+//! Many generations on one engine, and the little that most callers need of it.
+//!
+//! * [`Model`] is the front door: it opens a file, and continues prompts, conversations and batches from any thread,
+//! * [`Request`] says what to generate, [`Event`] what comes of it,
+//! * [`Generation`] is sampling, stopping and text on top of one sequence; it touches no engine,
+//! * [`Scheduler`] runs many of them with one [`Engine`](sluice_model::Engine), for those who have a thread of their own for it.
+//!
+//! ```no_run
+//! use std::ops::ControlFlow;
+//! use std::path::Path;
+//!
+//! use sluice_model::EngineOptions;
+//! use sluice_generate::{Event, GenerationError, Model, Request};
+//! use sluice_text::Message;
+//!
+//! fn main() -> Result<(), GenerationError> {
+//!     let options = EngineOptions { sequences: Some(4), context: Some(2048), ..EngineOptions::default() };
+//!     let model = Model::open(Path::new("model.sluice"), &options)?;
+//!
+//!     // A text, all at once.
+//!     let answer = model.complete(model.text("The capital of France is")?)?;
+//!     println!("{} ({:?}, {} tokens)", answer.text, answer.finish, answer.usage.generated_tokens);
+//!
+//!     // A conversation, as it comes. Dropping the handle changes nothing; `cancel` ends the generation.
+//!     let request = Request { max_tokens: 100, ..model.chat(&[Message::new("user", "Hello!")])? };
+//!     let (sender, events) = std::sync::mpsc::channel();
+//!     let _handle = model.submit(request, move |event| match sender.send(event) {
+//!         Ok(()) => ControlFlow::Continue(()),
+//!         Err(_) => ControlFlow::Break(()),
+//!     })?;
+//!     for event in events {
+//!         if let Event::Text(text) = event {
+//!             print!("{text}");
+//!         }
+//!     }
+//!
+//!     // Many at once: an expert that several of them need is read once.
+//!     let requests = ["One", "Two", "Three"].map(|text| model.text(text)).into_iter().collect::<Result<Vec<_>, _>>()?;
+//!     for answer in model.batch(requests) {
+//!         println!("{}", answer?.text);
+//!     }
+//!     Ok(())
+//! }
+//! ```
+
+mod event;
+mod generation;
+mod meter;
+mod model;
+mod request;
+pub mod sampler;
+mod scheduler;
+mod shared;
+mod text;
+
+pub use event::{Event, Finish, GenerationError, Usage};
+pub use generation::{EventSink, Generation};
+pub use model::{Completion, Model};
+pub use request::{Constraint, Request, Shape};
+pub use scheduler::{Scheduler, SchedulerOptions, Watch};
+pub use shared::{Handle, Place, Status, Submitter};
+
+pub use crate::sampler::{Logprob, SamplerConfig};

@@ -1,0 +1,215 @@
+//! The front door: an opened model with a thread of its own, for callers on any thread.
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::sampler::SamplerConfig;
+use sluice_model::engine::{Engine, EngineOptions};
+use sluice_text::{ChatTemplate, GenerationDefaults, Message, RenderOptions, StopCondition, Tokenizer, encode_chat};
+
+use super::{
+    Event, Finish, GenerationError, Handle, Request, Scheduler, SchedulerOptions, Status, Submitter, Usage, Watch,
+};
+
+/// Tokens that are generated unless a request says otherwise.
+const USUAL_TOKENS: usize = 256;
+
+/// What a generation gave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// The tokens, an end token included.
+    pub ids: Vec<u32>,
+    /// Their text, without stop string and end token; empty for a model without a tokenizer.
+    pub text: String,
+    /// Why it ended.
+    pub finish: Finish,
+    /// What it took.
+    pub usage: Usage,
+}
+
+/// An opened model that continues prompts, conversations and batches. Usable from many threads; all generations share its
+/// engine, in the order in which they come. Dropping it cancels those that are left.
+pub struct Model {
+    submitter: Submitter,
+    tokenizer: Option<Tokenizer>,
+    template: Option<ChatTemplate>,
+    /// What the model's authors recommend.
+    sampling: SamplerConfig,
+    stop: StopCondition,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Model {
+    /// Opens a model file; reads its dense parts, which for a large model takes seconds. `options.sequences` says how many
+    /// generations run at a time.
+    ///
+    /// # Errors
+    /// All that [`Engine::open`] says, and what is wrong with the model's text files.
+    pub fn open(path: &Path, options: &EngineOptions) -> Result<Self, GenerationError> {
+        let engine = Engine::open(path, options)?;
+        Self::new(engine, SchedulerOptions::default(), !options.forget)
+    }
+
+    /// A model of an engine. `learn`: whether to keep what is learned about the experts for the next start.
+    ///
+    /// # Errors
+    /// What is wrong with the model's text files, or that the system gives no thread.
+    pub fn new(mut engine: Engine, options: SchedulerOptions, learn: bool) -> Result<Self, GenerationError> {
+        let tokenizer = Tokenizer::of(engine.file().metadata())?;
+        let template = ChatTemplate::find(|name| engine.file().metadata().get(name))?;
+        let defaults = GenerationDefaults::of(engine.file().metadata())?;
+        let sampling = recommended(&defaults);
+        // Fine-tuned models often name a new end token in the tokenizer's files only.
+        let own_end = tokenizer.as_ref().and_then(Tokenizer::end_token);
+        let stop = StopCondition::new(defaults.eos.into_iter().chain(own_end), Vec::new())?;
+        let mut scheduler = Scheduler::new(&engine, tokenizer.clone(), options);
+        let submitter = scheduler.submitter();
+        let closing = Closing(submitter.clone());
+        let run = move || {
+            let _closing = closing;
+            while scheduler.wait() {
+                scheduler.turn(&mut engine, &mut Watch::default());
+            }
+            if learn {
+                // A convenience: a folder that cannot be written is no reason to complain.
+                let _ = engine.save_counts();
+            }
+        };
+        let thread = std::thread::Builder::new().name("sluice-generate".into()).spawn(run);
+        let thread = thread.map_err(|error| GenerationError::Thread { error })?;
+        Ok(Model { submitter, tokenizer, template, sampling, stop, thread: Some(thread) })
+    }
+
+    /// The tokenizer, if the model has one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// A request to continue these tokens, as the model's authors recommend: their end tokens and sampling settings, 256 tokens
+    /// at most.
+    pub fn tokens(&self, prompt: Vec<u32>) -> Request {
+        let stop = self.stop.clone();
+        Request { sampling: self.sampling, stop, ..Request::new(prompt, USUAL_TOKENS) }
+    }
+
+    /// A request to continue a text.
+    ///
+    /// # Errors
+    /// When the model has no tokenizer, or it refuses the text.
+    pub fn text(&self, text: &str) -> Result<Request, GenerationError> {
+        let tokenizer = self.tokenizer.as_ref().ok_or(GenerationError::NoTokenizer)?;
+        Ok(self.tokens(tokenizer.encode(text, true)?))
+    }
+
+    /// A request for the next message of a conversation, in the model's chat template. Nothing in the messages is taken for a
+    /// control token.
+    ///
+    /// # Errors
+    /// When the model has no tokenizer or no template, or the template refuses the conversation.
+    pub fn chat(&self, messages: &[Message]) -> Result<Request, GenerationError> {
+        let tokenizer = self.tokenizer.as_ref().ok_or(GenerationError::NoTokenizer)?;
+        let template = self.template.as_ref().ok_or(GenerationError::NoChatTemplate)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
+        let options = RenderOptions { add_generation_prompt: true, now, ..RenderOptions::default() };
+        Ok(self.tokens(encode_chat(tokenizer, template, messages, &options)?))
+    }
+
+    /// Puts a generation into the queue. `owner` hears of its events on the model's thread, and should be quick; `Break` cancels
+    /// the generation.
+    ///
+    /// # Errors
+    /// What is wrong with the request.
+    pub fn submit(
+        &self,
+        request: Request,
+        owner: impl FnMut(Event) -> ControlFlow<()> + Send + 'static,
+    ) -> Result<Handle, GenerationError> {
+        self.submitter.submit(request, owner)
+    }
+
+    /// Generates, and waits for the end.
+    ///
+    /// # Errors
+    /// What is wrong with the request, or went wrong on the way.
+    pub fn complete(&self, request: Request) -> Result<Completion, GenerationError> {
+        collect(self.start(request)?)
+    }
+
+    /// Generates all of these, as many at a time as there are sequences, and waits for the last. In the order of the requests.
+    pub fn batch(&self, requests: Vec<Request>) -> Vec<Result<Completion, GenerationError>> {
+        let started: Vec<_> = requests.into_iter().map(|request| self.start(request)).collect();
+        started.into_iter().map(|events| collect(events?)).collect()
+    }
+
+    /// What it is doing.
+    pub fn status(&self) -> Status {
+        self.submitter.status()
+    }
+
+    fn start(&self, request: Request) -> Result<Receiver<Event>, GenerationError> {
+        let (sender, events) = channel();
+        let owner = move |event| match sender.send(event) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        };
+        self.submit(request, owner)?;
+        Ok(events)
+    }
+}
+
+impl Drop for Model {
+    fn drop(&mut self) {
+        self.submitter.close();
+        // A panic over there has been reported, and must not become an abort here.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+impl fmt::Debug for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Model").field("status", &self.status()).finish_non_exhaustive()
+    }
+}
+
+/// The sampling settings of the model's authors; where they are silent, what changes nothing.
+fn recommended(own: &GenerationDefaults) -> SamplerConfig {
+    let neutral = SamplerConfig::default();
+    SamplerConfig {
+        temperature: own.effective_temperature(),
+        top_k: own.top_k.unwrap_or(neutral.top_k),
+        top_p: own.top_p.unwrap_or(neutral.top_p),
+        min_p: own.min_p.unwrap_or(neutral.min_p),
+        repetition_penalty: own.repetition_penalty.unwrap_or(neutral.repetition_penalty),
+        seed: neutral.seed,
+    }
+}
+
+/// Nobody may wait for a thread that has ended, not even by a panic.
+struct Closing(Submitter);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.close();
+        // The owners go, and with them the channels that callers wait at.
+        self.0.0.lock().queue.clear();
+    }
+}
+
+/// Everything that a generation says, put together.
+fn collect(events: Receiver<Event>) -> Result<Completion, GenerationError> {
+    let (mut ids, mut text) = (Vec::new(), String::new());
+    for event in events {
+        match event {
+            Event::Progress { .. } => {}
+            Event::Token { id, .. } => ids.push(id),
+            Event::Text(piece) => text += &piece,
+            Event::Finish { reason, usage } => return Ok(Completion { ids, text, finish: reason, usage }),
+            Event::Failed(error) => return Err(error),
+        }
+    }
+    Err(GenerationError::Closed)
+}

@@ -1,0 +1,439 @@
+//! Many generations on one engine: who takes part in the next step, and with how much.
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::sync::{Arc, PoisonError};
+
+use sluice_model::control::{Control, Progress, ProgressObserver, RoutingObserver};
+use sluice_model::engine::{Engine, RuntimeError};
+use sluice_model::router::Choice;
+use sluice_model::rows::{Phase, Span, Want};
+use sluice_model::{ModelError, Sequence};
+use sluice_text::Tokenizer;
+
+use super::meter::Meter;
+use super::shared::{Arrival, Owner, Place, Shared};
+use super::{Event, Generation, GenerationError, Handle, Request, Shape, Status, Submitter};
+
+/// Steps of a turn that cancelling may end before their time. The next one runs to its end, so that those who come and go
+/// cannot keep the others from their tokens.
+const INTERRUPTIONS: usize = 3;
+
+/// How a scheduler divides the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SchedulerOptions {
+    /// Tokens of prompts in a step in which other generations decode, at least 1. More let prompts be read faster, since every
+    /// step reads the experts that it needs once; fewer let the others' tokens come more steadily. While nobody decodes, a
+    /// step takes as many as memory has rows for.
+    pub prompt_rows: usize,
+}
+
+impl Default for SchedulerOptions {
+    fn default() -> Self {
+        SchedulerOptions { prompt_rows: 256 }
+    }
+}
+
+/// What a caller wants to see of the steps. The default sees nothing.
+#[derive(Default)]
+pub struct Watch<'a> {
+    /// Hears how far the step is: after every layer.
+    pub progress: Option<&'a mut ProgressObserver<'a>>,
+    /// Sees the routing.
+    pub routing: Option<&'a mut RoutingObserver<'a>>,
+}
+
+impl fmt::Debug for Watch<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch").finish_non_exhaustive()
+    }
+}
+
+/// A generation that has a sequence.
+struct Running {
+    id: u64,
+    generation: Generation,
+    sequence: Sequence,
+    owner: Owner,
+    /// What the owner has not heard yet.
+    events: Vec<Event>,
+    /// Tokens of the prompt that the owner has heard of.
+    reported: usize,
+    failed: bool,
+}
+
+impl Running {
+    fn fail(&mut self, error: GenerationError) {
+        self.events.push(Event::Failed(error));
+        self.failed = true;
+    }
+
+    fn is_over(&self) -> bool {
+        self.failed || self.generation.finish().is_some()
+    }
+
+    fn place(&self) -> Place {
+        let (read, prompt) = (self.sequence.position(), self.generation.usage().prompt_tokens);
+        match read < prompt {
+            true => Place::Reading { read, prompt },
+            false => Place::Decoding { generated: self.generation.generated().len() },
+        }
+    }
+
+    /// Says how much of the prompt has been read, if that is news.
+    fn report(&mut self, read: usize) {
+        let prompt = self.generation.usage().prompt_tokens;
+        let read = read.min(prompt);
+        if read > self.reported {
+            self.reported = read;
+            self.events.push(Event::Progress { read, prompt });
+        }
+    }
+}
+
+/// What a step gives to one of its generations, beside its sequence.
+struct Taker<'a> {
+    generation: &'a mut Generation,
+    events: &'a mut Vec<Event>,
+    reported: &'a mut usize,
+    failed: &'a mut bool,
+}
+
+impl Taker<'_> {
+    fn accept(&mut self, logits: &[f32]) {
+        let prompt = self.generation.usage().prompt_tokens;
+        if *self.reported < prompt {
+            *self.reported = prompt;
+            self.events.push(Event::Progress { read: prompt, prompt });
+        }
+        if let Err(error) = self.generation.accept(logits, &mut |event| self.events.push(event)) {
+            self.events.push(Event::Failed(error));
+            *self.failed = true;
+        }
+    }
+}
+
+/// Runs many generations on one engine, turn by turn: one step each, in which all generations that decode take part, and a
+/// bounded chunk of the prompts that are being read.
+///
+/// Generations are admitted in order of arrival, while there are sequences free. Prompts share the chunk equally; what a short
+/// one leaves goes to the next. What a generation says does not depend on the others, to the bit.
+pub struct Scheduler {
+    shared: Arc<Shared>,
+    options: SchedulerOptions,
+    /// Most at a time.
+    sequences: usize,
+    /// In order of arrival.
+    running: Vec<Running>,
+    /// Tokens of the spans of a step.
+    tokens: Vec<u32>,
+    meter: Meter,
+    /// Whether the last turn had nothing to do.
+    idle: bool,
+}
+
+impl Scheduler {
+    /// A scheduler for `engine`, which its turns have to be given. Without a tokenizer there is no text.
+    pub fn new(engine: &Engine, tokenizer: Option<Tokenizer>, options: SchedulerOptions) -> Self {
+        let shape = Shape { vocab: engine.spec().vocab_size, context: engine.memory().context, tokenizer };
+        Scheduler {
+            shared: Shared::new(shape),
+            options,
+            sequences: engine.memory().sequences.max(1),
+            running: Vec::new(),
+            tokens: Vec::new(),
+            meter: Meter::new(),
+            idle: true,
+        }
+    }
+
+    /// Puts generations into the queue, from any thread.
+    pub fn submitter(&self) -> Submitter {
+        Submitter(Arc::clone(&self.shared))
+    }
+
+    /// As [`Submitter::submit`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn submit(
+        &self,
+        request: Request,
+        owner: impl FnMut(Event) -> ControlFlow<()> + Send + 'static,
+    ) -> Result<Handle, GenerationError> {
+        self.submitter().submit(request, owner)
+    }
+
+    /// What it is doing.
+    pub fn status(&self) -> Status {
+        self.submitter().status()
+    }
+
+    /// Waits until there is something to do; false once the scheduler has been closed and nothing is left.
+    pub fn wait(&self) -> bool {
+        let mut state = self.shared.lock();
+        while self.running.is_empty() && state.queue.is_empty() {
+            if state.closed {
+                return false;
+            }
+            state = self.shared.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        true
+    }
+
+    /// Takes one step with everyone who has something to append, and tells the owners what came of it. False when there was
+    /// nothing to do.
+    ///
+    /// A step that fails ends those generations that cannot take it alone, with the error; the others go on.
+    pub fn turn(&mut self, engine: &mut Engine, watch: &mut Watch<'_>) -> bool {
+        self.meter.resume(self.idle);
+        let before = self.count();
+        let mut interruptions = 0;
+        loop {
+            self.sweep();
+            self.admit(engine);
+            if self.running.is_empty() {
+                break;
+            }
+            let cancellable = interruptions < INTERRUPTIONS;
+            match self.step(engine, watch, None, cancellable) {
+                Ok(()) => break,
+                Err(error) if is_cancelled(&error) => interruptions += 1,
+                Err(error) => match self.blame(engine, watch, error, cancellable) {
+                    true => break,
+                    false => interruptions += 1,
+                },
+            }
+        }
+        let after = self.count();
+        self.idle = self.running.is_empty();
+        if !self.idle {
+            self.meter.record(after.0.saturating_sub(before.0), after.1.saturating_sub(before.1));
+        }
+        let worked = !self.idle;
+        self.deliver();
+        worked
+    }
+
+    /// Tokens of prompts that were read and tokens that were generated, of those who are running.
+    fn count(&self) -> (u64, u64) {
+        self.running.iter().fold((0, 0), |(read, generated), r| {
+            let prompt = r.generation.usage().prompt_tokens;
+            (read + r.sequence.position().min(prompt) as u64, generated + r.generation.generated().len() as u64)
+        })
+    }
+
+    /// Ends those who are to end, queued or running.
+    fn sweep(&mut self) {
+        let mut state = self.shared.lock();
+        let cancelled = std::mem::take(&mut state.cancelled);
+        if cancelled.is_empty() {
+            return;
+        }
+        let (queued, kept) = state.queue.drain(..).partition::<Vec<_>, _>(|arrival| cancelled.contains(&arrival.id));
+        state.queue.extend(kept);
+        let (ended, kept) = self.running.drain(..).partition::<Vec<_>, _>(|running| cancelled.contains(&running.id));
+        self.running = kept;
+        for running in &ended {
+            state.places.remove(&running.id);
+        }
+        drop(state);
+        for running in ended {
+            end(running.generation, running.owner, running.events);
+        }
+        for Arrival { generation, owner, .. } in queued {
+            end(generation, owner, Vec::new());
+        }
+    }
+
+    /// Gives sequences to those who have waited longest.
+    fn admit(&mut self, engine: &Engine) {
+        while self.running.len() < self.sequences {
+            let mut state = self.shared.lock();
+            let Some(Arrival { id, generation, owner }) = state.queue.pop_front() else { break };
+            state.places.insert(id, Place::Reading { read: 0, prompt: generation.usage().prompt_tokens });
+            drop(state);
+            let sequence = engine.new_sequence();
+            let (events, reported, failed) = (Vec::new(), 0, false);
+            self.running.push(Running { id, generation, sequence, owner, events, reported, failed });
+        }
+    }
+
+    /// One step: of all, or of one of them `only`.
+    fn step(
+        &mut self,
+        engine: &mut Engine,
+        watch: &mut Watch<'_>,
+        only: Option<u64>,
+        cancellable: bool,
+    ) -> Result<(), RuntimeError> {
+        let takes_part = |r: &Running| !r.is_over() && only.is_none_or(|id| id == r.id);
+        let rows = self.rows(engine.memory().rows, &takes_part);
+        self.tokens.clear();
+        for (running, &count) in self.running.iter().zip(&rows) {
+            self.tokens.extend_from_slice(&running.generation.offer(running.sequence.position()).0[..count]);
+        }
+        if self.tokens.is_empty() {
+            return Ok(());
+        }
+        let cancel = if cancellable {
+            let ids = self.running.iter().filter(|r| takes_part(r)).map(|r| r.id);
+            Some(self.shared.begin_step(ids).ok_or(ModelError::Cancelled)?)
+        } else {
+            None
+        };
+        let (mut spans, mut takers) = (Vec::new(), Vec::new());
+        let mut left = self.tokens.as_slice();
+        for (running, &count) in self.running.iter_mut().zip(&rows).filter(|(_, count)| **count > 0) {
+            let Running { generation, sequence, events, reported, failed, .. } = running;
+            let (tokens, rest) = left.split_at(count);
+            left = rest;
+            let (offer, phase) = generation.offer(sequence.position());
+            let logits = if count == offer.len() { Want::Last } else { Want::Nothing };
+            spans.push(Span { sequence, tokens, phase, logits });
+            takers.push(Taker { generation, events, reported, failed });
+        }
+        let Watch { progress, routing } = watch;
+        let (sees_progress, sees_routing) = (progress.is_some(), routing.is_some());
+        let mut on_progress = |p: Progress| progress.iter_mut().for_each(|progress| progress(p));
+        let mut on_routing = |layer: usize, position: usize, top_k: usize, choices: &[Choice]| {
+            routing.iter_mut().for_each(|routing| routing(layer, position, top_k, choices));
+        };
+        let mut control = Control { cancel: cancel.as_ref(), ..Control::default() };
+        if sees_progress {
+            control.progress = Some(&mut on_progress);
+        }
+        if sees_routing {
+            control.routing = Some(&mut on_routing);
+        }
+        // A generation takes its logits at once: keeping a row of the vocabulary for each would take memory that no plan has.
+        // Should the step fail behind that, the sequence is one token further behind, and the next offer has it.
+        let outcome = engine.step(&mut spans, &mut control, &mut |span, _, logits| takers[span].accept(logits));
+        self.shared.end_step();
+        for running in &mut self.running {
+            running.report(running.sequence.position());
+        }
+        outcome
+    }
+
+    /// Rows of each running generation in a step that has room for `most`.
+    fn rows(&self, most: usize, takes_part: &dyn Fn(&Running) -> bool) -> Vec<usize> {
+        let wanted = |phase: Phase| -> Vec<usize> {
+            let of = |r: &Running| match r.generation.offer(r.sequence.position()) {
+                (tokens, its) if its == phase && takes_part(r) => tokens.len(),
+                _ => 0,
+            };
+            self.running.iter().map(of).collect()
+        };
+        let decoding = wanted(Phase::Decode);
+        let decoded: usize = decoding.iter().sum();
+        let chunk = if decoded > 0 { self.options.prompt_rows } else { most };
+        let chunk = chunk.min(most.saturating_sub(decoded)).max(1);
+        shares(&wanted(Phase::Prompt), chunk).into_iter().zip(decoding).map(|(a, b)| a + b).collect()
+    }
+
+    /// Finds out which generations cannot take the step that has failed, and ends them; the others have taken it alone. False if
+    /// that was interrupted.
+    fn blame(&mut self, engine: &mut Engine, watch: &mut Watch<'_>, error: RuntimeError, cancellable: bool) -> bool {
+        let ids: Vec<u64> = self.running.iter().filter(|r| !r.is_over()).map(|r| r.id).collect();
+        if let [id] = ids[..] {
+            if let Some(running) = self.running.iter_mut().find(|r| r.id == id) {
+                running.fail(error.into());
+            }
+            return true;
+        }
+        for id in ids {
+            match self.step(engine, watch, Some(id), cancellable) {
+                Ok(()) => {}
+                Err(error) if is_cancelled(&error) => return false,
+                Err(error) => {
+                    if let Some(running) = self.running.iter_mut().find(|r| r.id == id) {
+                        running.fail(error.into());
+                    }
+                }
+            }
+        }
+        true
+    }
+
+    /// Tells the owners what has happened, and lets those go whose generations have ended.
+    fn deliver(&mut self) {
+        let mut gone = Vec::new();
+        for running in &mut self.running {
+            let over = running.is_over();
+            let Running { events, owner, .. } = running;
+            let flow = events.drain(..).try_for_each(owner);
+            if flow.is_break() && !over {
+                gone.push(running.id);
+            }
+        }
+        let mut state = self.shared.lock();
+        state.cancelled.extend(gone);
+        for running in self.running.extract_if(.., |r| r.is_over()) {
+            state.places.remove(&running.id);
+            state.cancelled.remove(&running.id);
+        }
+        for running in &self.running {
+            state.places.insert(running.id, running.place());
+        }
+        state.rates = self.meter.rates();
+    }
+}
+
+impl fmt::Debug for Scheduler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scheduler")
+            .field("options", &self.options)
+            .field("status", &self.status())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The last words of a generation that was cancelled.
+fn end(mut generation: Generation, mut owner: Owner, mut events: Vec<Event>) {
+    let failed = matches!(events.last(), Some(Event::Failed(_)));
+    if !failed && let Err(error) = generation.cancel(&mut |event| events.push(event)) {
+        events.push(Event::Failed(error));
+    }
+    let _ = events.into_iter().try_for_each(&mut owner);
+}
+
+fn is_cancelled(error: &RuntimeError) -> bool {
+    matches!(error, RuntimeError::Model(ModelError::Cancelled))
+}
+
+/// Divides `rows` among those who want so many: equally, in order, and what one does not need goes to those behind it, then to
+/// those before.
+fn shares(wanted: &[usize], rows: usize) -> Vec<usize> {
+    let mut given = vec![0; wanted.len()];
+    let mut left = rows;
+    loop {
+        let mut hungry = wanted.iter().zip(&given).filter(|(wanted, given)| given < wanted).count();
+        if hungry == 0 || left == 0 {
+            return given;
+        }
+        for (wanted, given) in wanted.iter().zip(&mut given).filter(|(wanted, given)| **given < **wanted) {
+            let share = left.div_ceil(hungry).min(wanted - *given);
+            *given += share;
+            left -= share;
+            hungry -= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shares;
+
+    #[test]
+    fn prompts_share_a_chunk_equally() {
+        assert!(shares(&[], 8).is_empty());
+        assert_eq!(shares(&[100], 8), [8]);
+        assert_eq!(shares(&[3], 8), [3]);
+        assert_eq!(shares(&[100, 100], 8), [4, 4]);
+        assert_eq!(shares(&[100, 0, 2, 100], 9), [3, 0, 2, 4], "what the third leaves goes to the fourth");
+        assert_eq!(shares(&[100, 1], 9), [8, 1], "what the second leaves goes back to the first");
+        assert_eq!(shares(&[5, 5, 5], 1), [1, 0, 0]);
+        assert_eq!(shares(&[1, 2, 3], 100), [1, 2, 3]);
+    }
+}

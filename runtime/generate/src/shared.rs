@@ -1,0 +1,229 @@
+//! What a scheduler shares with those who submit, watch and cancel, on whatever threads they are.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
+use std::ops::ControlFlow;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use serde::Serialize;
+
+use sluice_model::control::Cancel;
+
+use super::{Event, Generation, GenerationError, Request, Shape};
+
+/// Hears of a generation's events, between steps; `Break` cancels it.
+pub(super) type Owner = Box<dyn FnMut(Event) -> ControlFlow<()> + Send>;
+
+/// Where a generation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    /// Waiting for a sequence to become free.
+    Queued {
+        /// Generations that come before it.
+        ahead: usize,
+    },
+    /// Its prompt is being read.
+    Reading {
+        /// Tokens read so far.
+        read: usize,
+        /// Tokens of the prompt.
+        prompt: usize,
+    },
+    /// It generates.
+    Decoding {
+        /// Tokens generated so far.
+        generated: usize,
+    },
+}
+
+/// What a scheduler is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Status {
+    /// Generations that wait for a sequence.
+    pub queued: usize,
+    /// Generations whose prompt is being read.
+    pub reading: usize,
+    /// Generations that generate.
+    pub decoding: usize,
+    /// Tokens of prompts read per second, over the latest turns, of all generations together.
+    pub prompt_tokens_per_second: f64,
+    /// Tokens generated per second, over the latest turns, of all generations together.
+    pub tokens_per_second: f64,
+}
+
+/// A generation that has not been admitted.
+pub(super) struct Arrival {
+    pub(super) id: u64,
+    pub(super) generation: Generation,
+    pub(super) owner: Owner,
+}
+
+/// Everything behind the lock. No owner is called while it is held.
+#[derive(Default)]
+pub(super) struct State {
+    next: u64,
+    pub(super) queue: VecDeque<Arrival>,
+    /// Generations that are to end; all of them are queued or running.
+    pub(super) cancelled: BTreeSet<u64>,
+    /// What ends the running step.
+    step: Cancel,
+    /// Whose cancelling ends the running step.
+    in_step: Vec<u64>,
+    /// Where the running ones are.
+    pub(super) places: BTreeMap<u64, Place>,
+    pub(super) rates: (f64, f64),
+    pub(super) closed: bool,
+}
+
+impl State {
+    fn is_alive(&self, id: u64) -> bool {
+        self.places.contains_key(&id) || self.queue.iter().any(|arrival| arrival.id == id)
+    }
+
+    fn cancel(&mut self, id: u64) {
+        if self.is_alive(id) {
+            self.cancelled.insert(id);
+            if self.in_step.contains(&id) {
+                self.step.cancel();
+            }
+        }
+    }
+
+    pub(super) fn cancel_all(&mut self) {
+        let all: Vec<u64> = self.queue.iter().map(|a| a.id).chain(self.places.keys().copied()).collect();
+        all.into_iter().for_each(|id| self.cancel(id));
+    }
+}
+
+pub(super) struct Shared {
+    state: Mutex<State>,
+    /// There is something to do, or the end has come.
+    pub(super) work: Condvar,
+    pub(super) shape: Shape,
+}
+
+impl Shared {
+    pub(super) fn new(shape: Shape) -> Arc<Self> {
+        Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), shape })
+    }
+
+    /// The state is consistent between any two statements, so a panic elsewhere does not spoil it.
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A step of these generations begins; what ends it. `None` if one of them is to end already.
+    pub(super) fn begin_step(&self, ids: impl Iterator<Item = u64>) -> Option<Cancel> {
+        let mut state = self.lock();
+        state.in_step.clear();
+        state.in_step.extend(ids);
+        if state.in_step.iter().any(|id| state.cancelled.contains(id)) {
+            state.in_step.clear();
+            return None;
+        }
+        if state.step.is_cancelled() {
+            state.step = Cancel::new();
+        }
+        Some(state.step.clone())
+    }
+
+    pub(super) fn end_step(&self) {
+        self.lock().in_step.clear();
+    }
+
+    fn status(&self) -> Status {
+        let state = self.lock();
+        let reading = state.places.values().filter(|place| matches!(place, Place::Reading { .. })).count();
+        Status {
+            queued: state.queue.len(),
+            reading,
+            decoding: state.places.len() - reading,
+            prompt_tokens_per_second: state.rates.0,
+            tokens_per_second: state.rates.1,
+        }
+    }
+}
+
+/// Puts generations into a scheduler's queue, from any thread. Clones are the same queue.
+#[derive(Clone)]
+pub struct Submitter(pub(super) Arc<Shared>);
+
+impl Submitter {
+    /// Puts a generation at the end of the queue. `owner` hears of its events on the scheduler's thread, between steps, and should
+    /// be quick; `Break` cancels the generation.
+    ///
+    /// # Errors
+    /// What is wrong with the request, or that the scheduler has been closed.
+    pub fn submit(
+        &self,
+        request: Request,
+        owner: impl FnMut(Event) -> ControlFlow<()> + Send + 'static,
+    ) -> Result<Handle, GenerationError> {
+        let generation = Generation::new(request, &self.0.shape)?;
+        let mut state = self.0.lock();
+        if state.closed {
+            return Err(GenerationError::Closed);
+        }
+        let id = state.next;
+        state.next += 1;
+        state.queue.push_back(Arrival { id, generation, owner: Box::new(owner) });
+        drop(state);
+        self.0.work.notify_all();
+        Ok(Handle { id, shared: Arc::clone(&self.0) })
+    }
+
+    /// What the scheduler is doing.
+    pub fn status(&self) -> Status {
+        self.0.status()
+    }
+
+    /// Takes no more generations, and cancels those that are there.
+    pub fn close(&self) {
+        let mut state = self.0.lock();
+        state.closed = true;
+        state.cancel_all();
+        drop(state);
+        self.0.work.notify_all();
+    }
+}
+
+impl fmt::Debug for Submitter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Submitter").field(&self.status()).finish()
+    }
+}
+
+/// A generation that was submitted. Dropping it changes nothing.
+#[derive(Clone)]
+pub struct Handle {
+    id: u64,
+    shared: Arc<Shared>,
+}
+
+impl Handle {
+    /// Its number, in order of arrival.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Ends the generation, within the step that is running if it is a part of that. Its last event is a finish by
+    /// [`Cancelled`](super::Finish::Cancelled); nothing happens to one that has ended.
+    pub fn cancel(&self) {
+        self.shared.lock().cancel(self.id);
+        self.shared.work.notify_all();
+    }
+
+    /// Where it is; `None` once it has ended.
+    pub fn place(&self) -> Option<Place> {
+        let state = self.shared.lock();
+        let ahead = state.queue.iter().position(|arrival| arrival.id == self.id);
+        ahead.map(|ahead| Place::Queued { ahead }).or_else(|| state.places.get(&self.id).copied())
+    }
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").field("id", &self.id).field("place", &self.place()).finish()
+    }
+}

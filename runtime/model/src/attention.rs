@@ -1,0 +1,77 @@
+//! The token mixer of a layer, whichever it is.
+
+use sluice_format::AttentionSpec;
+
+use super::ModelError;
+use super::compute::{Compute, Step};
+use super::delta::{self, Delta, DeltaScratch};
+use super::gqa::{self, Gqa, GqaScratch};
+use super::mla::{self, Mla, MlaScratch};
+use super::rows::Caches;
+use super::weights::ExtentTensors;
+
+/// The token mixer of one layer.
+#[derive(Debug)]
+pub enum Attention {
+    /// Multi-head latent attention.
+    Mla(Box<Mla>),
+    /// Grouped-query attention.
+    Gqa(Gqa),
+    /// Gated delta net.
+    Delta(Delta),
+}
+
+/// Buffers that attention reuses from call to call.
+#[derive(Debug)]
+pub struct AttentionScratch {
+    mla: MlaScratch,
+    gqa: GqaScratch,
+    delta: DeltaScratch,
+}
+
+impl AttentionScratch {
+    /// Empty buffers; they grow to what the first call needs.
+    pub fn new(compute: &Compute) -> Self {
+        AttentionScratch {
+            mla: MlaScratch::new(compute),
+            gqa: GqaScratch::new(compute),
+            delta: DeltaScratch::new(compute),
+        }
+    }
+}
+
+/// f32 values of scratch per token.
+pub fn scratch_width(spec: &AttentionSpec) -> usize {
+    match spec {
+        AttentionSpec::Mla(m) => mla::scratch_width(m),
+        AttentionSpec::Gqa(g) => gqa::scratch_width(g),
+        AttentionSpec::Delta(d) => delta::scratch_width(d),
+    }
+}
+
+impl Attention {
+    pub(super) fn new(spec: &AttentionSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+        Ok(match spec {
+            AttentionSpec::Mla(m) => Attention::Mla(Box::new(Mla::new(m, tensors)?)),
+            AttentionSpec::Gqa(g) => Attention::Gqa(Gqa::new(g, tensors)?),
+            AttentionSpec::Delta(d) => Attention::Delta(Delta::new(d, tensors)?),
+        })
+    }
+
+    /// Mixes the rows of a pass: reads `x` `[n, hidden]` (normalised), extends `caches`, writes `out` `[n, hidden]`.
+    /// `step.extent`: the bytes of the layer's attention extent.
+    pub fn forward(
+        &self,
+        step: Step<'_>,
+        caches: &mut Caches<'_, '_>,
+        x: &[f32],
+        scratch: &mut AttentionScratch,
+        out: &mut [f32],
+    ) {
+        match self {
+            Attention::Mla(mla) => mla.forward(step, caches, x, &mut scratch.mla, out),
+            Attention::Gqa(gqa) => gqa.forward(step, caches, x, &mut scratch.gqa, out),
+            Attention::Delta(delta) => delta.forward(step, caches, x, &mut scratch.delta, out),
+        }
+    }
+}

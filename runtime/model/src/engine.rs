@@ -1,0 +1,465 @@
+//! The opened model: file, pool, layers, kernels; and the steps that sequences take with it.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, open_regular};
+use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
+
+use crate::compute::Compute;
+use crate::control::{Cancel, Control};
+use crate::counts;
+use crate::memory::{BudgetError, Demand, MemoryPlan};
+use crate::rows::{Cursor, Rows, Span, Want};
+use crate::session::{self, Binding, SessionError};
+use crate::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents};
+use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
+use sluice_storage::pool::{
+    DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, PolicyKind, PoolError, Storage, StorageConfig,
+};
+
+/// How to open a model.
+#[derive(Clone, Debug, Default)]
+pub struct EngineOptions {
+    /// Bytes for everything large; `None`: as much as is useful and available.
+    pub budget: Option<u64>,
+    /// Which read engine; `None`: the best that works here.
+    pub read_engine: Option<ReadEngineKind>,
+    /// How the file is read; `None`: as the calibration of its drive says, or as is good on most drives.
+    pub io: Option<IoConfig>,
+    /// Do not look for a calibration.
+    pub no_calibration: bool,
+    /// Worker threads; `None`: one per core.
+    pub threads: Option<usize>,
+    /// f32 activations everywhere instead of int8 activations for quantised weights.
+    pub exact: bool,
+    /// Who leaves the expert cache.
+    pub policy: PolicyKind,
+    /// Whether experts are read ahead of the router on a guess.
+    pub prefetch: Prefetch,
+    /// Whether to begin without what earlier runs have learned about this model's experts.
+    pub forget: bool,
+    /// Sequences that there is to be room for; `None`: one.
+    pub sequences: Option<usize>,
+    /// Tokens that a sequence can hold; `None`: 4096, or the model's own maximum if that is less.
+    pub context: Option<usize>,
+    /// How keys and values are kept; anything but f32 changes results.
+    pub kv_type: KvType,
+    /// Marks that a sequence of a model with recurrent states can keep, a copy of the states each (75 MB for Qwen3-Next). Other
+    /// models take any number of marks, at no cost.
+    pub marks: usize,
+}
+
+pub use sluice_storage::io::EngineKind as ReadEngineKind;
+
+/// Whether experts are read ahead of the router.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Prefetch {
+    /// While the drive would idle, as long as guesses are mostly right.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+}
+
+/// Why a model could not be opened or run.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// The file.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The budget.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
+    /// Reading extents.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The computation.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A saved sequence.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// Going back in a sequence.
+    #[error(transparent)]
+    Rewind(#[from] RewindError),
+    /// The instruction set asked for.
+    #[error(transparent)]
+    Isa(#[from] IsaError),
+    /// A policy that only replays can have.
+    #[error("the policy {0} needs to know the future; choose lru, lfu or next-use")]
+    Policy(PolicyKind),
+}
+
+/// What happened since the model was opened.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Stats {
+    /// Tokens that went through the layers.
+    pub tokens: u64,
+    /// Time in forward passes, in seconds.
+    pub seconds: f64,
+    /// Of which attention.
+    pub attention_seconds: f64,
+    /// Of which routed experts, without waiting.
+    pub expert_seconds: f64,
+    /// Of which waiting for experts to arrive.
+    pub io_wait_seconds: f64,
+    /// Of which the output head.
+    pub head_seconds: f64,
+    /// Of which the rest.
+    pub other_seconds: f64,
+    /// Experts found in memory.
+    pub hits: u64,
+    /// Experts that had to be read.
+    pub misses: u64,
+    /// Experts read ahead of the router, on a guess.
+    pub prefetched: u64,
+    /// Of which used before they left memory.
+    pub prefetched_used: u64,
+    /// Of which left memory, or were given up, unused.
+    pub prefetched_wasted: u64,
+    /// Bytes of experts read, prefetched ones included.
+    pub expert_bytes_read: u64,
+    /// Bytes of dense parts and embedding read.
+    pub dense_bytes_read: u64,
+}
+
+/// An opened model.
+pub struct Engine {
+    file: ModelFile,
+    memory: MemoryPlan,
+    compute: Compute,
+    storage: Storage,
+    tuning: Tuning,
+    model: Model,
+    tokens: u64,
+    time: Duration,
+    /// Rows of the current pass, and those whose logits are wanted.
+    rows: Rows,
+    wanted: Vec<usize>,
+}
+
+impl Engine {
+    /// Opens a model: checks the file, plans the memory, reads the dense parts.
+    ///
+    /// # Errors
+    /// Every way in which that can fail; see [`RuntimeError`].
+    pub fn open(path: &Path, options: &EngineOptions) -> Result<Self, RuntimeError> {
+        let file = ModelFile::open(path)?;
+        let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
+        let sequences = options.sequences.unwrap_or(1).max(1);
+        let demand = Demand { sequences, context, kv_type: options.kv_type, marks: options.marks };
+        let memory = MemoryPlan::new(&file, options.budget, demand)?;
+        let kernels = Kernels::detect()?;
+        let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
+        let tuning = Tuning::choose(file.path(), options.io.as_ref(), options.read_engine, store.as_ref());
+        let mut storage = open_storage(&file, &memory, options.policy, &tuning)?;
+        let precision = if options.exact { Precision::Exact } else { Precision::Int8 };
+        let threads = compute_threads(options.threads, storage.io.reading());
+        let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
+        if !options.forget
+            && let Some(counts) = counts::load(path, file.state_id())
+        {
+            // Counts of another policy or shape are as good as none.
+            let _ = storage.pool.policy_mut().import(&counts);
+        }
+        let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
+        let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto, memory.kept_outputs)?;
+        let (tokens, time) = (0, Duration::ZERO);
+        let (rows, wanted) = (Rows::default(), Vec::new());
+        Ok(Engine { file, memory, compute, storage, tuning, model, tokens, time, rows, wanted })
+    }
+
+    /// What the model computes.
+    pub fn spec(&self) -> &ModelSpec {
+        self.model.spec()
+    }
+
+    /// The file.
+    pub fn file(&self) -> &ModelFile {
+        &self.file
+    }
+
+    /// How the budget is spent.
+    pub fn memory(&self) -> &MemoryPlan {
+        &self.memory
+    }
+
+    /// Name of the instruction set that the kernels use.
+    pub fn isa(&self) -> &'static str {
+        self.compute.kernels.isa_name()
+    }
+
+    /// Worker threads, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.compute.threads.threads()
+    }
+
+    /// What reads the file, in words: engine, direct or buffered, and why.
+    pub fn read_path(&self) -> String {
+        let engine = self.storage.io.engine();
+        let direct = self.storage.direct.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+        format!("{} ({}), {direct}", engine.name, engine.note)
+    }
+
+    /// Short name of the engine that reads the file.
+    pub fn read_engine(&self) -> &'static str {
+        self.storage.io.engine().name
+    }
+
+    /// How the file is to be read, and where that comes from.
+    pub fn tuning(&self) -> &Tuning {
+        &self.tuning
+    }
+
+    /// Chunks and depth of the reads.
+    pub fn io_config(&self) -> &IoConfig {
+        &self.tuning.config
+    }
+
+    /// Keeps what the eviction policy has learned beside the model, for the next start.
+    ///
+    /// # Errors
+    /// What the file system says; nothing is lost but the knowledge.
+    pub fn save_counts(&self) -> io::Result<()> {
+        let counts = self.storage.pool.policy().export();
+        if counts.is_empty() {
+            return Ok(());
+        }
+        counts::save(self.file.path(), self.file.state_id(), &counts)
+    }
+
+    /// An empty sequence for as many tokens as the memory plan has room for.
+    pub fn new_sequence(&self) -> Sequence {
+        Sequence::new(self.model.spec(), self.memory.context, self.binding(), self.memory.marks)
+    }
+
+    /// What the numbers of a sequence depend on beside its tokens.
+    fn binding(&self) -> Binding {
+        let exact = self.compute.precision == Precision::Exact;
+        Binding { state_id: self.file.state_id(), kv_type: self.memory.kv_type, exact }
+    }
+
+    /// Reads a sequence that [`Sequence::save_file`] wrote. It has this engine's capacity and no marks.
+    ///
+    /// # Errors
+    /// [`SessionError`]: it cannot be read, is damaged, or is not of this model, precision, key-value type or version, or does
+    /// not fit.
+    pub fn restore_file(&self, path: &Path) -> Result<Sequence, SessionError> {
+        let mut file = open_regular(path).map_err(|source| SessionError::Open { path: path.to_owned(), source })?;
+        self.restore(&mut file, path)
+    }
+
+    /// Reads a sequence that [`Sequence::save`] wrote. `name`: what errors call it.
+    ///
+    /// # Errors
+    /// As [`Engine::restore_file`].
+    pub fn restore(&self, input: &mut dyn io::Read, name: &Path) -> Result<Sequence, SessionError> {
+        session::restore(self.new_sequence(), self.model.spec().vocab_size, input, name)
+    }
+
+    /// Takes the tokens from `position` on out of a sequence. Where it cannot go there ([`Sequence::rewind_to`]), it goes to the
+    /// nearest earlier position that it can go to, and the tokens in between are computed again, under `control`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Rewind`] if it has fewer tokens; otherwise as [`Engine::step`], with the sequence at a position that is
+    /// less than `position`.
+    pub fn rewind(
+        &mut self,
+        sequence: &mut Sequence,
+        position: usize,
+        control: &mut Control<'_>,
+    ) -> Result<(), RuntimeError> {
+        let reached = sequence.reachable(position)?;
+        let again = sequence.tokens()[reached..position].to_vec();
+        sequence.rewind_to(reached)?;
+        if again.is_empty() {
+            return Ok(());
+        }
+        let span = Span::prompt(sequence, &again, Want::Nothing);
+        self.step(&mut [span], control, &mut |_, _, _| {})
+    }
+
+    /// Appends a prompt, or a part of one, to the sequence and writes the logits of its last token, `[vocab]`.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn forward(
+        &mut self,
+        sequence: &mut Sequence,
+        tokens: &[u32],
+        logits: &mut Vec<f32>,
+    ) -> Result<(), RuntimeError> {
+        let span = Span::prompt(sequence, tokens, Want::Last);
+        self.step(&mut [span], &mut Control::default(), &mut |_, _, row| row.clone_into(logits))
+    }
+
+    /// Appends a prompt, or a part of one, to the sequence; calls `sink` with the index and the logits `[vocab]` of each token,
+    /// in order.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn forward_all(
+        &mut self,
+        sequence: &mut Sequence,
+        tokens: &[u32],
+        sink: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), RuntimeError> {
+        let span = Span::prompt(sequence, tokens, Want::All);
+        self.step(&mut [span], &mut Control::default(), &mut |_, token, row| sink(token, row))
+    }
+
+    /// Appends the token that was sampled last to the sequence and writes its logits, `[vocab]`.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn decode(&mut self, sequence: &mut Sequence, token: u32, logits: &mut Vec<f32>) -> Result<(), RuntimeError> {
+        self.step(&mut [Span::decode(sequence, &token)], &mut Control::default(), &mut |_, _, row| {
+            row.clone_into(logits)
+        })
+    }
+
+    /// Appends every span's tokens to its sequence, all of them together, layer by layer: an expert that any of them needs is
+    /// read once for as many as memory has rows for. Calls `sink` with span, token and logits `[vocab]` of those that are
+    /// wanted, span by span. A sequence's logits do not depend on the other spans, to the bit.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Model`]: no tokens, no room, an unknown id, an extent that cannot be read or is damaged, or that `control`
+    /// has cancelled the step. What was appended before the failing pass stays in the sequences.
+    pub fn step(
+        &mut self,
+        spans: &mut [Span<'_>],
+        control: &mut Control<'_>,
+        sink: &mut dyn FnMut(usize, usize, &[f32]),
+    ) -> Result<(), RuntimeError> {
+        let started = Instant::now();
+        if spans.is_empty() || spans.iter().any(|span| span.tokens.is_empty()) {
+            return Err(ModelError::NoTokens.into());
+        }
+        let own = self.binding();
+        for span in &*spans {
+            if span.sequence.binding() != own {
+                return Err(ModelError::ForeignSequence.into());
+            }
+            let (capacity, wanted) = (span.sequence.capacity(), span.sequence.position() + span.tokens.len());
+            if wanted > capacity {
+                return Err(ModelError::ContextFull { capacity, wanted }.into());
+            }
+        }
+        self.compute.observer = control.inputs.clone();
+        self.compute.cancel = control.cancel.cloned();
+        self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));
+        let outcome = self.passes(spans, control, sink);
+        (self.compute.observer, self.compute.cancel) = (None, None);
+        self.compute.threads.cancel_by(None);
+        self.time += started.elapsed();
+        Ok(outcome?)
+    }
+
+    /// As many passes as the spans need.
+    fn passes(
+        &mut self,
+        spans: &mut [Span<'_>],
+        control: &mut Control<'_>,
+        sink: &mut dyn FnMut(usize, usize, &[f32]),
+    ) -> Result<(), ModelError> {
+        let Engine { file, compute, storage, model, rows, wanted, .. } = self;
+        let mut cursor = Cursor::default();
+        while rows.take(spans, &mut cursor, self.memory.rows) {
+            let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
+            model.forward(compute, &mut weights, rows, spans, control)?;
+            self.tokens += rows.len() as u64;
+            wanted.clear();
+            for part in rows.spans() {
+                let Span { tokens, logits, .. } = &spans[part.span];
+                wanted.extend(part.rows().filter(|row| logits.includes(part.token + row - part.first, tokens.len())));
+            }
+            model.logits(compute, &storage.dense, wanted, &mut |i, logits| {
+                let (span, token) = rows.token(wanted[i]);
+                sink(span, token, logits);
+            })?;
+            rows.advance(spans);
+        }
+        Ok(())
+    }
+
+    /// What happened since the model was opened.
+    pub fn stats(&self) -> Stats {
+        let pool = self.storage.pool.stats();
+        let LayerTimes { attention, experts, head, .. } = self.model.times();
+        let wait = Duration::from_nanos(pool.wait_ns) + self.storage.dense.stats().wait;
+        let accounted = attention + experts + wait + head;
+        Stats {
+            tokens: self.tokens,
+            seconds: self.time.as_secs_f64(),
+            attention_seconds: attention.as_secs_f64(),
+            expert_seconds: experts.as_secs_f64(),
+            io_wait_seconds: wait.as_secs_f64(),
+            head_seconds: head.as_secs_f64(),
+            other_seconds: self.time.saturating_sub(accounted).as_secs_f64(),
+            hits: pool.hits,
+            misses: pool.misses,
+            prefetched: pool.guessed,
+            prefetched_used: pool.guessed_used,
+            prefetched_wasted: pool.guessed_wasted,
+            expert_bytes_read: pool.bytes_read,
+            dense_bytes_read: self.storage.dense.stats().bytes_read + self.model.embedding_bytes_read(),
+        }
+    }
+}
+
+/// As many threads as were asked for, or one per core. If they take all cores, decoding leaves one to reading while there
+/// are reads in flight: the I/O thread needs it, and in a virtual machine so may the host that moves the bytes.
+fn compute_threads(asked: Option<usize>, reading: Arc<AtomicBool>) -> ThreadPool {
+    let cores = thread::available_parallelism().map_or(1, Into::into);
+    let pool = ThreadPool::new(asked.unwrap_or(cores).max(1));
+    if pool.threads() < cores { pool } else { pool.sparing_while(reading) }
+}
+
+/// Opens the storage: dense parts in memory, as many expert slots as the plan has.
+fn open_storage(
+    file: &ModelFile,
+    memory: &MemoryPlan,
+    policy: PolicyKind,
+    tuning: &Tuning,
+) -> Result<Storage, RuntimeError> {
+    let location =
+        |e: &ExtentRecord| ExtentLocation { file: e.volume, offset: e.offset, len: e.stored_len, checksum: e.checksum };
+    let dense: Vec<_> =
+        dense_extents(file.extents()).iter().map(|e| DenseLocation { extent: location(e), name: name(e) }).collect();
+    let layers = file.spec().layers.iter().enumerate().map(|(layer, spec)| {
+        let count = spec.ffn.moe.as_ref().map_or(0, |m| m.experts as u32);
+        let experts = (0..count).filter_map(|e| file.extent(ExtentKind::Expert, layer as u32, e));
+        experts.map(location).collect::<Vec<_>>()
+    });
+    let experts = ExpertDirectory::new(&layers.collect::<Vec<_>>())?;
+    let config = StorageConfig {
+        expert_slots: memory.slots,
+        pinned: memory.pinned.clone(),
+        io: tuning.config.clone(),
+        engine: tuning.engine,
+        direct: DirectMode::default(),
+    };
+    let policy = policy.build(experts.shape()).ok_or(RuntimeError::Policy(policy))?;
+    Ok(Storage::open(&[file.path().to_owned()], &dense, experts, policy, &config)?)
+}
+
+fn name(e: &ExtentRecord) -> ExtentName {
+    ExtentName {
+        kind: e.kind.name(),
+        layer: (e.layer != NO_LAYER).then_some(e.layer),
+        index: matches!(e.kind, ExtentKind::Head | ExtentKind::Embedding).then_some(e.index),
+    }
+}
+
+/// A server moves its engine to a thread of its own.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Engine>();
+    is_send::<Sequence>();
+};

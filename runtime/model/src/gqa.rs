@@ -1,0 +1,252 @@
+//! Grouped-query attention (arXiv:2305.13245) with rotary positions, and what families add to it: norms of queries and keys,
+//! biases, a sliding window, attention sinks, an output gate.
+
+use sluice_format::{GqaSpec, QkNormScope};
+use sluice_kernels::{Activations, rms_norm, sigmoid};
+
+use super::ModelError;
+use super::compute::{Compute, Step, sized, with_head_scratch};
+use super::rope::{Rope, RopeAngles};
+use super::rows::Caches;
+use super::weights::{ExtentTensors, MatrixRef, VectorRef};
+
+/// Weights of one layer's attention, as places in its extent.
+#[derive(Debug)]
+pub struct Gqa {
+    spec: GqaSpec,
+    rope: Option<Rope>,
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    o: Projection,
+    q_norm: Option<VectorRef>,
+    k_norm: Option<VectorRef>,
+    sinks: Option<VectorRef>,
+    gate: Option<MatrixRef>,
+}
+
+/// A matrix and, in some families, a bias.
+#[derive(Debug)]
+struct Projection {
+    matrix: MatrixRef,
+    bias: Option<VectorRef>,
+}
+
+impl Projection {
+    fn new(tensors: &ExtentTensors<'_>, matrix: &'static str, bias: Option<&'static str>) -> Result<Self, ModelError> {
+        Ok(Projection { matrix: tensors.matrix(matrix)?, bias: bias.map(|b| tensors.vector(b)).transpose()? })
+    }
+
+    /// `out` `[n, rows]` = matrix · x + bias.
+    fn apply(&self, step: Step<'_>, x: &Activations, vector: &mut Vec<f32>, out: &mut [f32]) {
+        step.multiply(&self.matrix, x, out);
+        if let Some(bias) = &self.bias {
+            step.read(bias, vector);
+            for row in out.chunks_exact_mut(vector.len()) {
+                row.iter_mut().zip(&*vector).for_each(|(o, b)| *o += b);
+            }
+        }
+    }
+}
+
+/// f32 values of scratch per token.
+pub fn scratch_width(spec: &GqaSpec) -> usize {
+    let gate = if spec.output_gate { spec.heads * spec.v_head_dim } else { 0 };
+    let key_value = spec.kv_heads * (spec.head_dim + spec.v_head_dim);
+    spec.heads * (spec.head_dim + 2 * spec.v_head_dim) + key_value + gate
+}
+
+/// Buffers that grouped-query attention reuses from call to call.
+#[derive(Debug)]
+pub struct GqaScratch {
+    activations: Activations,
+    vector: Vec<f32>,
+    query: Vec<f32>,
+    key: Vec<f32>,
+    value: Vec<f32>,
+    gate: Vec<f32>,
+    sinks: Vec<f32>,
+    by_head: Vec<f32>,
+    by_token: Vec<f32>,
+    angles: RopeAngles,
+}
+
+impl GqaScratch {
+    /// Empty buffers; they grow to what the first call needs.
+    pub fn new(compute: &Compute) -> Self {
+        GqaScratch {
+            activations: Activations::new(compute.precision),
+            vector: Vec::new(),
+            query: Vec::new(),
+            key: Vec::new(),
+            value: Vec::new(),
+            gate: Vec::new(),
+            sinks: Vec::new(),
+            by_head: Vec::new(),
+            by_token: Vec::new(),
+            angles: RopeAngles::default(),
+        }
+    }
+}
+
+impl Gqa {
+    pub(super) fn new(spec: &GqaSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+        let bias = |on: bool, name| on.then_some(name);
+        let norm = |name| spec.qk_norm.as_ref().map(|_| tensors.vector(name)).transpose();
+        Ok(Gqa {
+            rope: spec.rope.as_ref().map(Rope::new),
+            q: Projection::new(tensors, "q", bias(spec.qkv_bias, "q_bias"))?,
+            k: Projection::new(tensors, "k", bias(spec.qkv_bias, "k_bias"))?,
+            v: Projection::new(tensors, "v", bias(spec.qkv_bias, "v_bias"))?,
+            o: Projection::new(tensors, "o", bias(spec.o_bias, "o_bias"))?,
+            q_norm: norm("q_norm")?,
+            k_norm: norm("k_norm")?,
+            sinks: spec.sinks.then(|| tensors.vector("sinks")).transpose()?,
+            gate: spec.output_gate.then(|| tensors.matrix("gate")).transpose()?,
+            spec: spec.clone(),
+        })
+    }
+
+    /// Attention of the rows of a pass: reads `x` `[n, hidden]` (normalised), extends `caches`, writes `out` `[n, hidden]`.
+    pub fn forward(
+        &self,
+        step: Step<'_>,
+        caches: &mut Caches<'_, '_>,
+        x: &[f32],
+        scratch: &mut GqaScratch,
+        out: &mut [f32],
+    ) {
+        let n = step.n();
+        scratch.activations.set(x, n, x.len() / n);
+        self.project(step, scratch);
+        if step.is_cancelled() {
+            return;
+        }
+        self.extend_caches(step, caches, scratch);
+        self.attend(step, caches, scratch);
+        if step.is_cancelled() {
+            return;
+        }
+        self.gather_heads(step, scratch);
+        let GqaScratch { activations, vector, by_token, .. } = scratch;
+        let width = self.spec.heads * self.spec.v_head_dim;
+        activations.set(&by_token[..n * width], n, width);
+        self.o.apply(step, activations, vector, out);
+    }
+
+    /// Queries `[n, heads, head_dim]`, keys and values, normalised and rotated.
+    fn project(&self, step: Step<'_>, scratch: &mut GqaScratch) {
+        let (s, n) = (&self.spec, step.n());
+        let GqaScratch { activations, vector, query, key, value, angles, .. } = scratch;
+        let query = sized(query, n * s.heads * s.head_dim);
+        let key = sized(key, n * s.kv_heads * s.head_dim);
+        let value = sized(value, n * s.kv_heads * s.v_head_dim);
+        self.q.apply(step, activations, vector, query);
+        self.k.apply(step, activations, vector, key);
+        self.v.apply(step, activations, vector, value);
+        self.normalise(step, self.q_norm.as_ref(), s.heads, vector, query);
+        self.normalise(step, self.k_norm.as_ref(), s.kv_heads, vector, key);
+        if let Some(limit) = s.clip_qkv {
+            for x in [&mut *query, &mut *key, &mut *value] {
+                x.iter_mut().for_each(|v| *v = v.clamp(-limit, limit));
+            }
+        }
+        if let Some(rope) = &self.rope {
+            rope.angles(step.rows.positions(), angles);
+            for (x, heads) in [(query, s.heads), (key, s.kv_heads)] {
+                for (i, head) in x.chunks_exact_mut(s.head_dim).enumerate() {
+                    rope.rotate(head, angles, i / heads);
+                }
+            }
+        }
+    }
+
+    fn normalise(&self, step: Step<'_>, norm: Option<&VectorRef>, heads: usize, vector: &mut Vec<f32>, x: &mut [f32]) {
+        let (Some(spec), Some(norm)) = (&self.spec.qk_norm, norm) else { return };
+        let width = match spec.scope {
+            QkNormScope::Head => self.spec.head_dim,
+            QkNormScope::Whole => heads * self.spec.head_dim,
+        };
+        step.read(norm, vector);
+        // In and out differ for the kernel; a head is short.
+        with_head_scratch(|scratch| {
+            for row in x.chunks_exact_mut(width) {
+                let copy = sized(&mut scratch.input, width);
+                copy.copy_from_slice(row);
+                rms_norm(copy, vector, spec.eps, row);
+            }
+        });
+    }
+
+    fn extend_caches(&self, step: Step<'_>, caches: &mut Caches<'_, '_>, scratch: &GqaScratch) {
+        let s = &self.spec;
+        let (key_width, value_width) = (s.kv_heads * s.head_dim, s.kv_heads * s.v_head_dim);
+        for span in step.rows.spans() {
+            let cache = caches.of_mut(span.span).key_value_mut();
+            let keys = scratch.key[span.first * key_width..].chunks_exact(key_width);
+            let values = scratch.value[span.first * value_width..].chunks_exact(value_width);
+            for (i, (key, value)) in keys.zip(values).take(span.count).enumerate() {
+                cache.set(span.start + i, key, value);
+            }
+        }
+    }
+
+    /// Heads that one task computes.
+    fn heads_together(&self, step: Step<'_>) -> usize {
+        let group = self.spec.heads / self.spec.kv_heads;
+        step.compute.heads_together(self.spec.heads, group, group)
+    }
+
+    /// Leaves the heads' outputs in `scratch.by_head`, `[heads / together, n, together, v_head_dim]`.
+    fn attend(&self, step: Step<'_>, caches: &Caches<'_, '_>, scratch: &mut GqaScratch) {
+        let (s, n) = (&self.spec, step.n());
+        let GqaScratch { query, by_head, sinks, .. } = scratch;
+        if let Some(sink) = &self.sinks {
+            step.read(sink, sinks);
+        }
+        let (query, sinks) = (&*query, &*sinks);
+        let together = self.heads_together(step);
+        let by_head = sized(by_head, s.heads * n * s.v_head_dim);
+        step.compute.threads.for_each_chunk(by_head, n * together * s.v_head_dim, &|task, out| {
+            let h = task * together;
+            let kv_head = h / (s.heads / s.kv_heads);
+            let sinks = if self.sinks.is_some() { &sinks[h..h + together] } else { &[] };
+            with_head_scratch(|scratch| {
+                for (r, out) in out.chunks_exact_mut(together * s.v_head_dim).enumerate() {
+                    if step.is_cancelled() {
+                        return;
+                    }
+                    let row = step.rows.get(r);
+                    let cache = caches.of(row.span).key_value();
+                    let end = row.position + 1;
+                    let first = s.window.map_or(0, |w| end.saturating_sub(w));
+                    let (keys, values) = cache.rows(kv_head, first..end);
+                    let seen = end - first;
+                    // One more score than keys: a sink takes part in the softmax and has no value.
+                    let scores = sized(&mut scratch.scores, together * (seen + 1));
+                    let q = &query[(r * s.heads + h) * s.head_dim..][..together * s.head_dim];
+                    let (kernels, scale) = (&step.compute.kernels, s.softmax_scale);
+                    kernels.attend_together(q, together, keys, values, seen, scale, sinks, scores, out);
+                }
+            });
+        });
+    }
+
+    /// Transposes to `[n, heads, v_head_dim]` and applies the output gate.
+    fn gather_heads(&self, step: Step<'_>, scratch: &mut GqaScratch) {
+        let (s, n) = (&self.spec, step.n());
+        let GqaScratch { activations, by_head, by_token, gate, .. } = scratch;
+        let (heads, width) = (s.heads, s.v_head_dim);
+        let by_token = sized(by_token, n * heads * width);
+        let together = self.heads_together(step);
+        for (i, rows) in by_token.chunks_exact_mut(together * width).enumerate() {
+            let (t, task) = (i / (heads / together), i % (heads / together));
+            rows.copy_from_slice(&by_head[(task * n + t) * together * width..][..together * width]);
+        }
+        if let Some(matrix) = &self.gate {
+            let gate = sized(gate, n * heads * width);
+            step.multiply(matrix, activations, gate);
+            by_token.iter_mut().zip(gate).for_each(|(o, g)| *o *= sigmoid(*g));
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! The indexer of sparse attention (DeepSeek-V3.2): which earlier tokens each token attends to.
+//!
+//! Formula at [`IndexerSpec`]. While a token has no more predecessors than it may attend to, it attends to all, and nothing
+//! but the index keys is computed.
+
+use sluice_format::{IndexerSpec, RopeSpec};
+use sluice_kernels::{Activations, top_k};
+
+use super::ModelError;
+use super::compute::{Step, sized, with_head_scratch};
+use super::rope::{Rope, RopeAngles};
+use super::rows::Caches;
+use super::weights::{ExtentTensors, MatrixRef, VectorRef};
+
+/// Weights of one layer's indexer, as places in its extent.
+#[derive(Debug)]
+pub struct Indexer {
+    spec: IndexerSpec,
+    rope: Rope,
+    rotated: usize,
+    q: MatrixRef,
+    k: MatrixRef,
+    k_norm: VectorRef,
+    k_norm_bias: VectorRef,
+    weights: MatrixRef,
+}
+
+/// f32 values of scratch per token.
+pub fn scratch_width(spec: &IndexerSpec) -> usize {
+    spec.index_heads * (spec.index_head_dim + 1) + spec.index_head_dim + spec.index_top_k
+}
+
+/// What the rows of the current pass attend to, and buffers. A shared layer reads what the last other one chose.
+#[derive(Debug, Default)]
+pub struct IndexScratch {
+    query: Vec<f32>,
+    key: Vec<f32>,
+    weights: Vec<f32>,
+    norm: Vec<f32>,
+    bias: Vec<f32>,
+    angles: RopeAngles,
+    /// Per row, ascending; none where it attends to all.
+    chosen: Vec<Vec<u32>>,
+}
+
+impl IndexScratch {
+    /// Positions that row `t` of the pass attends to, ascending; `None`: all.
+    pub fn chosen(&self, t: usize) -> Option<&[u32]> {
+        self.chosen.get(t).filter(|c| !c.is_empty()).map(Vec::as_slice)
+    }
+
+    /// Every row attends to all.
+    pub fn choose_all(&mut self) {
+        self.chosen.iter_mut().for_each(Vec::clear);
+    }
+}
+
+impl Indexer {
+    /// The indexer of a layer that has one of its own.
+    pub(super) fn new(
+        spec: &IndexerSpec,
+        rope: &RopeSpec,
+        tensors: &ExtentTensors<'_>,
+    ) -> Result<Option<Self>, ModelError> {
+        if spec.shared {
+            return Ok(None);
+        }
+        Ok(Some(Indexer {
+            rope: Rope::new(&RopeSpec { pairing: spec.pairing, ..rope.clone() }),
+            rotated: rope.dim,
+            q: tensors.matrix("index_q")?,
+            k: tensors.matrix("index_k")?,
+            k_norm: tensors.vector("index_k_norm")?,
+            k_norm_bias: tensors.vector("index_k_norm_bias")?,
+            weights: tensors.matrix("index_weights")?,
+            spec: spec.clone(),
+        }))
+    }
+
+    /// Extends `caches` by the index keys of the rows. `x`: their normalised inputs.
+    pub fn extend(&self, step: Step<'_>, caches: &mut Caches<'_, '_>, x: &Activations, scratch: &mut IndexScratch) {
+        let (width, n) = (self.spec.index_head_dim, step.n());
+        let IndexScratch { key, weights, norm, bias, angles, .. } = scratch;
+        let key = sized(key, n * width);
+        step.multiply(&self.k, x, key);
+        step.read(&self.k_norm, norm);
+        step.read(&self.k_norm_bias, bias);
+        self.rope.angles(step.rows.positions(), angles);
+        for span in step.rows.spans() {
+            let cache = caches.of_mut(span.span).latent_mut().index_mut();
+            for (i, row) in span.rows().enumerate() {
+                let place = cache.key_mut(span.start + i);
+                layer_norm(&key[row * width..][..width], norm, bias, self.spec.key_norm_eps, place);
+                self.rope.rotate(&mut place[..self.rotated], angles, row);
+            }
+        }
+        // The weights follow from the same input, which is gone when the queries are known.
+        let weights = sized(weights, n * self.spec.index_heads);
+        step.multiply(&self.weights, x, weights);
+    }
+
+    /// Chooses for each row; [`Indexer::extend`] has seen them. `latent`: their low-rank queries, normalised.
+    pub fn choose(&self, step: Step<'_>, caches: &Caches<'_, '_>, latent: &Activations, scratch: &mut IndexScratch) {
+        let (s, n) = (&self.spec, step.n());
+        if scratch.chosen.len() < n {
+            scratch.chosen.resize_with(n, Vec::new);
+        }
+        scratch.choose_all();
+        if step.rows.positions().all(|position| position < s.index_top_k) {
+            return;
+        }
+        let IndexScratch { query, weights, angles, chosen, .. } = scratch;
+        let (heads, width) = (s.index_heads, s.index_head_dim);
+        let query = sized(query, n * heads * width);
+        step.multiply(&self.q, latent, query);
+        for (i, head) in query.chunks_exact_mut(width).enumerate() {
+            self.rope.rotate(&mut head[..self.rotated], angles, i / heads);
+        }
+        let (query, weights) = (&*query, &*weights);
+        let (q_scale, w_scale) = ((width as f32).powf(-0.5), (heads as f32).powf(-0.5));
+        step.compute.threads.for_each_chunk(&mut chosen[..n], 1, &|t, chosen| {
+            let row = step.rows.get(t);
+            let seen = row.position + 1;
+            if seen <= s.index_top_k || step.is_cancelled() {
+                return;
+            }
+            let keys = caches.of(row.span).latent().index().keys(0..seen);
+            with_head_scratch(|scratch| {
+                let scores = sized(&mut scratch.scores, seen);
+                for (score, key) in scores.iter_mut().zip(keys.chunks_exact(width)) {
+                    let of_head = |h: usize| {
+                        let q = &query[(t * heads + h) * width..][..width];
+                        let weight = weights[t * heads + h] * w_scale;
+                        weight * (step.compute.kernels.dot(q, key) * q_scale).max(0.0)
+                    };
+                    *score = (0..heads).map(of_head).sum();
+                }
+                top_k(scores, s.index_top_k, &mut chosen[0]);
+                chosen[0].sort_unstable();
+            });
+        });
+    }
+}
+
+/// `(x - mean) / sqrt(variance + eps) · weight + bias`.
+fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let n = x.len() as f32;
+    let mean = x.iter().sum::<f32>() / n;
+    let variance = x.iter().map(|v| (v - mean) * (v - mean)).sum::<f32>() / n;
+    let factor = 1.0 / (variance + eps).sqrt();
+    for (((out, x), w), b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+        *out = (x - mean) * factor * w + b;
+    }
+}

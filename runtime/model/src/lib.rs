@@ -1,0 +1,37 @@
+//! A model that computes: its file, its memory, and the steps that sequences take through its layers.
+//!
+//! [`Engine`] opens a file and runs steps; [`memory`] plans how the budget is spent before anything large is allocated; `model`
+//! executes the specification layer by layer over the rows of a step. Nothing here knows text, sampling or a family.
+
+mod attention;
+mod cache;
+pub mod compute;
+pub mod control;
+pub mod counts;
+mod delta;
+mod embedding;
+pub mod engine;
+mod experts;
+mod ffn;
+mod foresight;
+mod gated;
+mod gqa;
+mod indexer;
+pub mod memory;
+mod mla;
+mod model;
+mod rope;
+pub mod router;
+pub mod rows;
+mod sequence;
+pub mod session;
+mod tally;
+pub mod weights;
+
+pub use self::control::{Cancel, Control, Progress};
+pub use self::engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, Stats};
+pub use self::model::ModelError;
+pub(crate) use self::model::{LayerTimes, Model, Weights, dense_extents};
+pub use self::rows::{Phase, Span, Want};
+pub use self::sequence::{Mark, RewindError, Sequence};
+pub use sluice_kernels::KvType;

@@ -1,0 +1,410 @@
+//! How the budget is spent: everything large is allocated from it at the start.
+
+mod available;
+
+use std::fmt;
+
+use serde::Serialize;
+use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec};
+use sluice_kernels::KvType;
+
+use crate::{Model, Sequence, dense_extents};
+use sluice_storage::pool::RING_SLOTS;
+
+pub use available::available_memory;
+
+/// Memory outside the budget: the program itself, its tokenizer and small buffers, in bytes.
+pub const OVERHEAD: u64 = 64 << 20;
+/// Scratch that counts as overhead; only what goes beyond it is charged to the budget.
+const FREE_SCRATCH: u64 = 32 << 20;
+/// Most rows that go through a layer together: beyond that, reading an expert costs little beside multiplying with it.
+const MAX_ROWS: usize = 8192;
+/// Fewest rows that go through a layer together when memory is short.
+const MIN_ROWS: usize = 16;
+/// Part of the budget, and most bytes, for experts' outputs that wait to be summed. The 8 choices of 146 rows with a hidden size of
+/// 7168 fit the latter.
+const KEPT_OUTPUTS: (u64, u64) = (64, 32 << 20);
+/// Slots without which no layer can run: one is computed while one is read.
+const MIN_SLOTS: usize = 2;
+/// What is left to the system when no budget is given: this part of the available memory, but this many bytes at least, of
+/// which no more than half, so that a small machine has a budget at all.
+const HEADROOM: (u64, u64) = (10, 512 << 20);
+
+/// How a budget is spent. All figures in bytes unless named otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryPlan {
+    /// What the user asked for; `None`: as much as is useful and available.
+    pub requested: Option<u64>,
+    /// What the system allows: the least of available memory and control group limits.
+    pub available: u64,
+    /// What is planned with.
+    pub effective: u64,
+    /// Dense parts that stay in memory.
+    pub dense: u64,
+    /// Dense parts that are read again for every token, because the budget does not hold them.
+    pub dense_streamed: u64,
+    /// The ring of slots that the streamed dense parts pass through.
+    pub dense_ring: u64,
+    /// For each dense extent, in the order of use, whether it stays.
+    #[serde(skip)]
+    pub pinned: Vec<bool>,
+    /// Keys and values of all sequences.
+    pub kv_cache: u64,
+    /// How those are stored.
+    #[serde(serialize_with = "name_of_kv_type")]
+    pub kv_type: KvType,
+    /// Sequences that there is room for.
+    pub sequences: usize,
+    /// Tokens that each of them can hold.
+    pub context: usize,
+    /// Copies of recurrent states that each of them can keep for its marks; a part of `kv_cache`.
+    #[serde(skip)]
+    pub marks: usize,
+    /// Scratch and cached embedding rows, as far as they are charged.
+    pub scratch: u64,
+    /// Rows that go through a layer together.
+    pub rows: usize,
+    /// Most bytes of experts' outputs that wait to be summed; a part of `scratch`.
+    #[serde(skip)]
+    pub kept_outputs: u64,
+    /// Expert slots.
+    pub slots: usize,
+    /// Bytes of one slot.
+    pub slot_len: u64,
+    /// Experts of the whole model.
+    pub experts: usize,
+}
+
+/// What sequences a plan has to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demand {
+    /// Sequences at a time, at least 1.
+    pub sequences: usize,
+    /// Tokens that each of them can hold.
+    pub context: usize,
+    /// How their keys and values are kept.
+    pub kv_type: KvType,
+    /// Copies of recurrent states that each of them can keep for its marks.
+    pub marks: usize,
+}
+
+impl Demand {
+    /// One sequence.
+    pub fn one(context: usize, kv_type: KvType) -> Self {
+        Demand { sequences: 1, context, kv_type, marks: 0 }
+    }
+}
+
+/// The budget cannot hold what the model needs at least.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{}: this model needs at least {} ({} for dense parts, {} key-value cache for {}, {} scratch, {} for {MIN_SLOTS} experts). \
+     A smaller weight type takes less, and so do fewer tokens of context",
+    too_small(*.requested, *.available, *.effective, *.least),
+    Bytes::at_least(*.least), Bytes(*.dense), Bytes(*.kv_cache), tokens(*.sequences, *.context), Bytes(*.scratch),
+    Bytes(*.slots)
+)]
+pub struct BudgetError {
+    /// What the user asked for.
+    pub requested: Option<u64>,
+    /// What the system allows.
+    pub available: u64,
+    /// The budget: of the two, what remains.
+    pub effective: u64,
+    /// The smallest budget that works.
+    pub least: u64,
+    /// Of which dense parts.
+    pub dense: u64,
+    /// Of which keys and values.
+    pub kv_cache: u64,
+    /// Sequences that have those.
+    pub sequences: usize,
+    /// Tokens in each.
+    pub context: usize,
+    /// Of which scratch.
+    pub scratch: u64,
+    /// Of which expert slots.
+    pub slots: u64,
+}
+
+fn tokens(sequences: usize, context: usize) -> String {
+    if sequences == 1 { format!("{context} tokens") } else { format!("{sequences} times {context} tokens") }
+}
+
+/// Which of what the user asked for and what the system allows makes the budget too small, and what raises it.
+fn too_small(requested: Option<u64>, available: u64, effective: u64, least: u64) -> String {
+    let enough = available.saturating_sub(OVERHEAD);
+    // A larger budget than there is memory for helps nobody.
+    let raise = requested == Some(effective) && least <= enough;
+    let (available, effective) = (Bytes(available), Bytes(effective));
+    match requested {
+        Some(_) if raise => format!("the budget of {effective} is too small; raise --budget"),
+        Some(_) => {
+            format!("the {available} of memory that are available allow a budget of {effective}; free memory")
+        }
+        None if least <= enough => format!(
+            "of the {available} of memory that are available {effective} are used, too little; free memory, or say with \
+             --budget how much of it may be used"
+        ),
+        None => format!("only {available} of memory are available; free memory"),
+    }
+}
+
+impl MemoryPlan {
+    /// Plans the memory of an opened model and its sequences.
+    ///
+    /// # Errors
+    /// [`BudgetError`] when the least plan does not fit.
+    pub fn new(file: &ModelFile, requested: Option<u64>, demand: Demand) -> Result<Self, BudgetError> {
+        Self::of_extents(file.spec(), file.extents(), requested, demand, available_memory())
+    }
+
+    /// Plans for a file of these extents on a machine with `available` bytes: the file need not exist.
+    ///
+    /// # Errors
+    /// As [`MemoryPlan::new`].
+    pub fn of_extents(
+        spec: &ModelSpec,
+        extents: &[ExtentRecord],
+        requested: Option<u64>,
+        demand: Demand,
+        available: u64,
+    ) -> Result<Self, BudgetError> {
+        let need = Need::of(spec, extents, demand);
+        let headroom = (available / HEADROOM.0).max(HEADROOM.1.min(available / 2));
+        let everything =
+            need.dense_total() + need.kv_cache + need.scratch(need.most_rows(), KEPT_OUTPUTS.1) + need.all_slots();
+        // Whoever states a budget knows what else the machine does, but not that the program itself takes memory too.
+        let effective = match requested {
+            None => everything.min(available.saturating_sub(headroom)),
+            Some(requested) => requested.min(available.saturating_sub(OVERHEAD)),
+        };
+
+        // Everything at its least: no dense part stays unless all of them take less than the ring would.
+        let least_scratch = need.scratch(need.fewest_rows(), need.fewest_kept());
+        let least_dense = need.pin(0);
+        let least_slots = MIN_SLOTS.min(need.experts) as u64 * need.slot_len;
+        let least = least_dense.bytes() + need.kv_cache + least_scratch + least_slots;
+        if effective < least {
+            return Err(BudgetError {
+                requested,
+                available,
+                effective,
+                least,
+                dense: least_dense.bytes(),
+                kv_cache: need.kv_cache,
+                sequences: demand.sequences,
+                context: demand.context,
+                scratch: least_scratch,
+                slots: least_slots,
+            });
+        }
+
+        let (rows, kept_outputs) = need.rows(effective, effective - least + least_scratch);
+        let scratch = need.scratch(rows, kept_outputs);
+        // A dense byte is needed by every token, an expert's by few: dense parts come first, but two layers' worth of
+        // experts must be able to be in flight.
+        let fixed = need.kv_cache + scratch;
+        let wanted_slots = (2 * need.top_k).max(MIN_SLOTS).min(need.experts) as u64 * need.slot_len;
+        let for_dense = effective - fixed - least_slots.max(wanted_slots.min(effective - fixed - least_dense.bytes()));
+        let dense = need.pin(for_dense);
+        let for_slots = effective - fixed - dense.bytes();
+        let slots = for_slots.checked_div(need.slot_len).map_or(0, |n| (n as usize).min(need.experts));
+        Ok(MemoryPlan {
+            requested,
+            available,
+            effective,
+            dense: dense.stays,
+            dense_streamed: dense.streamed,
+            dense_ring: dense.ring,
+            pinned: dense.pinned,
+            kv_cache: need.kv_cache,
+            kv_type: demand.kv_type,
+            sequences: demand.sequences,
+            context: demand.context,
+            marks: demand.marks,
+            scratch,
+            rows,
+            kept_outputs,
+            slots,
+            slot_len: need.slot_len,
+            experts: need.experts,
+        })
+    }
+
+    /// Bytes that will be allocated.
+    pub fn used(&self) -> u64 {
+        self.dense + self.dense_ring + self.kv_cache + self.scratch + self.slots as u64 * self.slot_len
+    }
+}
+
+fn name_of_kv_type<S: serde::Serializer>(ty: &KvType, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(ty.name())
+}
+
+/// What a model asks of memory.
+struct Need<'a> {
+    spec: &'a ModelSpec,
+    demand: Demand,
+    /// Lengths of the dense extents in the order of use.
+    dense: Vec<(ExtentKind, u64)>,
+    kv_cache: u64,
+    embedding: u64,
+    experts: usize,
+    slot_len: u64,
+    /// Most experts that a token uses in one layer.
+    top_k: usize,
+}
+
+/// Which dense extents stay in memory.
+struct Pinning {
+    pinned: Vec<bool>,
+    stays: u64,
+    streamed: u64,
+    ring: u64,
+}
+
+impl Pinning {
+    /// Bytes of memory.
+    fn bytes(&self) -> u64 {
+        self.stays + self.ring
+    }
+}
+
+impl Need<'_> {
+    fn of<'a>(spec: &'a ModelSpec, extents: &[ExtentRecord], demand: Demand) -> Need<'a> {
+        let experts = extents.iter().filter(|e| e.kind == ExtentKind::Expert);
+        let (count, slot_len) = experts.fold((0, 0), |(n, len), e| (n + 1, e.stored_len.max(len)));
+        let top_k = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).max();
+        Need {
+            spec,
+            demand,
+            dense: dense_extents(extents).iter().map(|e| (e.kind, e.stored_len)).collect(),
+            kv_cache: (demand.sequences as u64).saturating_mul(
+                Sequence::memory(spec, demand.context, demand.kv_type)
+                    .saturating_add(Sequence::mark_memory(spec).saturating_mul(demand.marks as u64)),
+            ),
+            embedding: Model::embedding_memory(extents),
+            experts: count,
+            slot_len,
+            top_k: top_k.unwrap_or(0),
+        }
+    }
+
+    fn dense_total(&self) -> u64 {
+        self.dense.iter().map(|d| d.1).sum()
+    }
+
+    fn all_slots(&self) -> u64 {
+        self.slot_len * self.experts as u64
+    }
+
+    fn most_rows(&self) -> usize {
+        MAX_ROWS.min(self.demand.context.saturating_mul(self.demand.sequences))
+    }
+
+    /// One for every sequence: they decode together.
+    fn fewest_rows(&self) -> usize {
+        MIN_ROWS.max(self.demand.sequences).min(self.most_rows())
+    }
+
+    /// Outputs of one row's experts: fewer must not be kept, so that decoding never waits for a particular expert.
+    fn fewest_kept(&self) -> u64 {
+        Model::output_memory(self.spec, 1)
+    }
+
+    /// How many rows go through a layer together, and how many bytes of their outputs are kept, where the budget has `spare`
+    /// bytes for slots and scratch: many rows read each expert once for a long prompt, slots save reads while decoding. Scratch
+    /// gets an eighth.
+    fn rows(&self, budget: u64, spare: u64) -> (usize, u64) {
+        let least = (self.fewest_rows(), self.fewest_kept());
+        let kept = (budget / KEPT_OUTPUTS.0).min(KEPT_OUTPUTS.1).max(least.1);
+        let fewer = |&rows: &usize| (rows > least.0).then_some((rows / 2).max(least.0));
+        let mut choices = std::iter::successors(Some(self.most_rows()), fewer).map(|rows| (rows, kept));
+        choices.find(|&(rows, kept)| self.scratch(rows, kept) <= spare / 8).unwrap_or(least)
+    }
+
+    fn scratch(&self, rows: usize, kept: u64) -> u64 {
+        (Model::scratch_memory(self.spec, rows, self.slot_len, kept) + self.embedding).saturating_sub(FREE_SCRATCH)
+    }
+
+    /// Pins as many bytes of dense extents as `budget` holds beside the ring for the others. Routers stay first, because
+    /// they also predict; then the largest, because the largest streamed extent sets the size of the ring's slots.
+    fn pin(&self, budget: u64) -> Pinning {
+        let total = self.dense_total();
+        let ring_for = |len: u64| len * RING_SLOTS as u64;
+        let mut order: Vec<usize> = (0..self.dense.len()).collect();
+        order.sort_by_key(|&i| (self.dense[i].0 != ExtentKind::Router, std::cmp::Reverse(self.dense[i].1)));
+        let mut pinned = vec![false; self.dense.len()];
+        let mut stays = 0;
+        let largest = |pinned: &[bool]| {
+            let streamed = self.dense.iter().zip(pinned).filter(|(_, pinned)| !**pinned);
+            streamed.map(|(d, _)| d.1).max().unwrap_or(0)
+        };
+        let least_ring = ring_for(largest(&pinned));
+        if total <= budget.max(least_ring) {
+            return Pinning { pinned: vec![true; self.dense.len()], stays: total, streamed: 0, ring: 0 };
+        }
+        for i in order {
+            pinned[i] = true;
+            let len = self.dense[i].1;
+            if stays + len + ring_for(largest(&pinned)) <= budget {
+                stays += len;
+            } else {
+                pinned[i] = false;
+            }
+        }
+        let ring = ring_for(largest(&pinned));
+        Pinning { pinned, stays, streamed: total - stays, ring }
+    }
+}
+
+/// A number of bytes for people: `3.2 GiB`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub u64);
+
+impl Bytes {
+    /// At least so many, rounded up to what is shown: the text, taken as a number, is enough.
+    #[must_use]
+    pub fn at_least(bytes: u64) -> Bytes {
+        let Some((unit, _)) = Bytes(bytes).unit() else { return Bytes(bytes) };
+        let tenths = (u128::from(bytes) * 10).div_ceil(u128::from(unit));
+        Bytes((tenths * u128::from(unit)).div_ceil(10).try_into().unwrap_or(u64::MAX))
+    }
+
+    /// The largest unit that there is one of, and its name; none for a few bytes.
+    fn unit(self) -> Option<(u64, &'static str)> {
+        let units = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+        units.into_iter().find(|(unit, _)| self.0 >= *unit)
+    }
+}
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.unit() {
+            None => write!(f, "{} B", self.0),
+            Some((unit, name)) => write!(f, "{:.1} {name}", self.0 as f64 / unit as f64),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_needed_is_rounded_up() {
+        let shown = |bytes| Bytes::at_least(bytes).to_string();
+        assert_eq!([0, 1023, 1024, 1025].map(shown), ["0 B", "1023 B", "1.0 KiB", "1.1 KiB"]);
+        assert_eq!([1_048_576, 1_064_960, (1 << 30) - 1].map(shown), ["1.0 MiB", "1.1 MiB", "1.0 GiB"]);
+        for bytes in [1_048_577, 85_630_976, 757_703_680, u64::MAX] {
+            assert!(Bytes::at_least(bytes).0 >= bytes);
+        }
+    }
+
+    #[test]
+    fn bytes_read_well() {
+        let shown: Vec<_> = [0, 1023, 1024, 1536, 5 << 30].into_iter().map(|b| Bytes(b).to_string()).collect();
+        assert_eq!(shown, ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "5.0 GiB"]);
+    }
+}

@@ -1,0 +1,136 @@
+//! How much memory the system still allows.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Bytes that this process may take: available memory, and what every control group above it still allows.
+pub fn available_memory() -> u64 {
+    let system = meminfo_available().or_else(physical_memory).unwrap_or(u64::MAX);
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    groups_of(&groups, Path::new("/sys/fs/cgroup")).iter().filter_map(Group::allows).fold(system, u64::min)
+}
+
+fn meminfo_available() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+fn physical_memory() -> Option<u64> {
+    use nix::unistd::{SysconfVar, sysconf};
+    #[cfg(not(target_os = "macos"))]
+    let pages = sysconf(SysconfVar::_PHYS_PAGES).ok()??;
+    #[cfg(target_os = "macos")]
+    let pages = sluice_storage::io::physical_pages()?;
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok()??;
+    u64::try_from(pages).ok()?.checked_mul(u64::try_from(page).ok()?)
+}
+
+/// What the two versions of control groups call their limits, what is in use, and the part of it that can be dropped.
+struct Names {
+    /// Beyond the lowest of these, processes are killed or slowed down.
+    limits: &'static [&'static str],
+    usage: &'static str,
+    /// Lines of `memory.stat`: pages of files, which are counted as in use.
+    droppable: [&'static str; 2],
+}
+
+const V1: Names = Names {
+    limits: &["memory.limit_in_bytes"],
+    usage: "memory.usage_in_bytes",
+    droppable: ["total_inactive_file", "total_active_file"],
+};
+const V2: Names = Names {
+    limits: &["memory.max", "memory.high"],
+    usage: "memory.current",
+    droppable: ["inactive_file", "active_file"],
+};
+
+/// A control group: its folder, and how its files are called.
+struct Group {
+    folder: PathBuf,
+    names: &'static Names,
+}
+
+impl Group {
+    /// Bytes below the limit, if there is one, that are free or can be freed.
+    fn allows(&self) -> Option<u64> {
+        let read = |name: &str| fs::read_to_string(self.folder.join(name)).ok();
+        let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
+        // "max" is no number, and v1's "no limit" (near 2^63) does not bind.
+        let limit = self.names.limits.iter().filter_map(|name| number(name)).min()?;
+        let stat = read("memory.stat").unwrap_or_default();
+        let droppable = self.names.droppable.iter().filter_map(|name| value_of(&stat, name)).sum();
+        Some(limit.saturating_sub(number(self.names.usage).unwrap_or(0).saturating_sub(droppable)))
+    }
+}
+
+/// The number behind a word at the beginning of a line.
+fn value_of(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+}
+
+/// The control groups (v1 and v2) that hold this process, from its own up to the root, as `/proc/self/cgroup` lists them.
+fn groups_of(list: &str, mounted: &Path) -> Vec<Group> {
+    let mut groups = Vec::new();
+    for line in list.lines() {
+        let mut fields = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else { continue };
+        let (root, names) = match controllers {
+            "" => (mounted.to_owned(), &V2),
+            c if c.split(',').any(|c| c == "memory") => (mounted.join("memory"), &V1),
+            _ => continue,
+        };
+        let own = root.join(path.trim_start_matches('/'));
+        let up = own.ancestors().take_while(|folder| folder.starts_with(&root));
+        // In a container the path is the host's; the container's own group is mounted at the root, which is among these.
+        groups.extend(up.map(|folder| Group { folder: folder.to_owned(), names }));
+    }
+    groups
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn some_memory_is_available() {
+        assert!(available_memory() > 1 << 20);
+    }
+
+    fn least(list: &str, mounted: &Path) -> Option<u64> {
+        groups_of(list, mounted).iter().filter_map(Group::allows).min()
+    }
+
+    fn write(root: &Path, files: &[(&str, &str)]) {
+        for (name, text) in files {
+            let path = root.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+    }
+
+    #[test]
+    fn groups_allow_what_is_below_their_limits() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        // No limit at all, in either version.
+        write(root, &[("a/b/memory.max", "max\n"), ("memory/x/memory.limit_in_bytes", "9223372036854771712\n")]);
+        assert_eq!(least("0::/a/b\n", root), None);
+        assert!(least("4:memory:/x\n", root) > Some(1 << 62));
+        // What is in use counts, except pages of files.
+        let stat = "anon 500\ninactive_file 100\nactive_file 30\ninactive_file_more 7\n";
+        write(root, &[("a/memory.max", "2000\n"), ("a/memory.current", "700\n"), ("a/memory.stat", stat)]);
+        assert_eq!(least("0::/a/b\n", root), Some(2000 - (700 - 130)));
+        // The softer limit binds as well, and so does the innermost group.
+        write(root, &[("a/memory.high", "1000\n")]);
+        assert_eq!(least("1:cpu:/a\n0::/a/b\n", root), Some(430));
+        write(root, &[("a/b/memory.max", "90\n"), ("a/b/memory.current", "100\n")]);
+        assert_eq!(least("0::/a/b\n", root), Some(0));
+        let stat = "inactive_file 1\ntotal_inactive_file 5\ntotal_active_file 6\n";
+        write(root, &[("memory/memory.limit_in_bytes", "80"), ("memory/memory.usage_in_bytes", "31")]);
+        write(root, &[("memory/memory.stat", stat)]);
+        assert_eq!(least("2:cpu,memory:/of/the/host\n", root), Some(60));
+    }
+}

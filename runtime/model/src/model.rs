@@ -1,0 +1,432 @@
+//! The model: executes a [`ModelSpec`] layer by layer over the rows of a pass.
+//!
+//! A layer reads top-down like the paper: norm, attention, add, norm, feed-forward part, add. Nothing here knows a family.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
+use sluice_kernels::{Activations, rms_norm};
+
+use crate::attention::{Attention, AttentionScratch};
+use crate::compute::{Compute, Step, sized};
+use crate::control::{Control, Progress};
+use crate::embedding::Embedding;
+use crate::ffn::{Ffn, FfnScratch, FfnStep};
+use crate::foresight::NextLayer;
+use crate::rows::{Caches, Rows, Span};
+use crate::weights::{ExtentTensors, MatrixRef, VectorRef};
+use sluice_storage::pool::{DenseHandle, DenseParts, Pool, PoolError};
+
+/// Why a model could not be opened or run.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The file is damaged or cannot be read.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// An extent could not be read into memory, or is damaged.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// A tensor that the spec implies is not there.
+    #[error(
+        "{path}: {extent} has no tensor `{tensor}`. The file was written by an incompatible version: convert it again"
+    )]
+    MissingTensor {
+        /// The file.
+        path: PathBuf,
+        /// The extent's name.
+        extent: String,
+        /// The tensor's canonical name.
+        tensor: &'static str,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token id {token} is outside the model's vocabulary of {vocab}")]
+    Token {
+        /// The id.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// More tokens than the sequence has room for.
+    #[error("the sequence holds {capacity} tokens, {wanted} are needed. Raise --context or shorten the prompt")]
+    ContextFull {
+        /// Tokens that fit.
+        capacity: usize,
+        /// Tokens wanted.
+        wanted: usize,
+    },
+    /// A sequence of another model, or of one that was opened in another way.
+    #[error("the sequence was made by an engine of another model, precision or key-value type: make it with this one")]
+    ForeignSequence,
+    /// The caller has ended the step.
+    #[error("the step was cancelled")]
+    Cancelled,
+    /// No tokens.
+    #[error("there are no tokens to compute: give a prompt of at least one token")]
+    NoTokens,
+}
+
+/// Where the time of a forward pass went.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LayerTimes {
+    /// Attention with its projections, without waiting for weights.
+    pub attention: Duration,
+    /// Routed experts, without waiting for them.
+    pub experts: Duration,
+    /// Router, dense parts, sums, waiting for experts.
+    pub feed_forward: Duration,
+    /// Final norm and output head, without waiting for weights.
+    pub head: Duration,
+}
+
+/// The layers of an opened model, as places in its extents.
+#[derive(Debug)]
+pub struct Model {
+    spec: ModelSpec,
+    layers: Vec<Layer>,
+    embedding: Embedding,
+    final_norm: (DenseHandle, VectorRef),
+    head: Vec<(DenseHandle, MatrixRef)>,
+    scratch: Scratch,
+    times: LayerTimes,
+}
+
+#[derive(Debug)]
+struct Layer {
+    attn_norm: VectorRef,
+    attention: Attention,
+    ffn_norm: VectorRef,
+    ffn: Ffn,
+    extents: LayerExtents,
+}
+
+#[derive(Debug)]
+struct LayerExtents {
+    attention: DenseHandle,
+    router: DenseHandle,
+    dense: Option<DenseHandle>,
+}
+
+#[derive(Debug)]
+struct Scratch {
+    /// Residual stream, `[rows, hidden]`.
+    x: Vec<f32>,
+    normed: Vec<f32>,
+    delta: Vec<f32>,
+    norm: Vec<f32>,
+    head_input: Activations,
+    part: Vec<f32>,
+    logits: Vec<f32>,
+    attention: AttentionScratch,
+    ffn: FfnScratch,
+}
+
+/// Where the weights are while the model runs.
+pub struct Weights<'a> {
+    /// The file, for rows of the embedding.
+    pub file: &'a ModelFile,
+    /// What every token needs.
+    pub dense: &'a DenseParts,
+    /// The routed experts.
+    pub experts: &'a mut Pool,
+}
+
+/// Tokens whose rows of the embedding are read between two looks at whether the step is to end.
+const EMBEDDED_AT_ONCE: usize = 64;
+
+/// Rows of logits computed at once: bounds the memory of a long prompt whose every logit is wanted.
+const LOGIT_ROWS: usize = 16;
+
+/// The extents of a file that every token needs, in the order in which a token needs them. The position in this list is
+/// the handle.
+pub fn dense_extents(extents: &[ExtentRecord]) -> Vec<ExtentRecord> {
+    // A layer's parts follow each other; NO_LAYER sorts the final norm and the head behind all layers.
+    let order = |kind| match kind {
+        ExtentKind::Attention => Some(0),
+        ExtentKind::Router => Some(1),
+        ExtentKind::Dense => Some(2),
+        ExtentKind::FinalNorm => Some(3),
+        ExtentKind::Head => Some(4),
+        ExtentKind::Embedding | ExtentKind::Expert => None,
+    };
+    let mut dense: Vec<_> = extents.iter().filter(|e| order(e.kind).is_some()).copied().collect();
+    dense.sort_by_key(|e| (e.layer, order(e.kind), e.index));
+    dense
+}
+
+impl Model {
+    /// Resolves every tensor of `file`. `handles` belong to [`dense_extents`] in the same order. `prefetch`: whether experts
+    /// are read ahead of the router while tokens are decoded. `most_kept`: bytes of experts' outputs that may wait to be summed.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensor`].
+    pub fn new(
+        file: &ModelFile,
+        handles: &[DenseHandle],
+        compute: &Compute,
+        prefetch: bool,
+        most_kept: u64,
+    ) -> Result<Self, ModelError> {
+        let spec = file.spec().clone();
+        let mut handles = handles.iter().copied();
+        let mut next = || handles.next().expect("one handle per dense extent");
+        let mut layers = Vec::with_capacity(spec.layers.len());
+        for (i, layer) in spec.layers.iter().enumerate() {
+            let tensors = |kind| ExtentTensors { file, kind, layer: i as u32, index: 0 };
+            let (attention, router) = (tensors(ExtentKind::Attention), tensors(ExtentKind::Router));
+            layers.push(Layer {
+                attn_norm: attention.vector("attn_norm")?,
+                attention: Attention::new(&layer.attention, &attention)?,
+                ffn_norm: router.vector("ffn_norm")?,
+                ffn: Ffn::new(&layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
+                extents: LayerExtents {
+                    attention: next(),
+                    router: next(),
+                    dense: (layer.ffn.dense_width > 0).then(&mut next),
+                },
+            });
+        }
+        let tail = |kind, index| ExtentTensors { file, kind, layer: NO_LAYER, index };
+        let final_norm = (next(), tail(ExtentKind::FinalNorm, 0).vector("norm")?);
+        let parts = file.parts(ExtentKind::Head).count() as u32;
+        let head = (0..parts)
+            .map(|i| Ok((next(), tail(ExtentKind::Head, i).matrix("head")?)))
+            .collect::<Result<_, ModelError>>()?;
+        let scratch = Scratch {
+            x: Vec::new(),
+            normed: Vec::new(),
+            delta: Vec::new(),
+            norm: Vec::new(),
+            head_input: Activations::new(compute.precision),
+            part: Vec::new(),
+            logits: Vec::new(),
+            attention: AttentionScratch::new(compute),
+            ffn: FfnScratch::new(compute, prefetch, most_kept),
+        };
+        Ok(Model {
+            embedding: Embedding::new(file),
+            spec,
+            layers,
+            final_norm,
+            head,
+            scratch,
+            times: LayerTimes::default(),
+        })
+    }
+
+    /// What the model computes.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Where the time went since the model was opened.
+    pub fn times(&self) -> LayerTimes {
+        self.times
+    }
+
+    /// Bytes of the embedding read from the file.
+    pub fn embedding_bytes_read(&self) -> u64 {
+        self.embedding.bytes_read()
+    }
+
+    /// Runs all layers over `rows` of `spans`; then [`Model::logits`] can be asked for. The sequences do not count the rows yet: that
+    /// is [`Rows::advance`].
+    ///
+    /// # Errors
+    /// [`ModelError`]: an unknown id, an unreadable or damaged extent, or that `control` has cancelled it.
+    ///
+    /// # Panics
+    /// If a sequence is another model's, or has no room for its rows.
+    pub fn forward(
+        &mut self,
+        compute: &Compute,
+        weights: &mut Weights<'_>,
+        rows: &Rows,
+        spans: &mut [Span<'_>],
+        control: &mut Control<'_>,
+    ) -> Result<(), ModelError> {
+        let hidden = self.spec.hidden_size;
+        let len = rows.len() * hidden;
+        let x = sized(&mut self.scratch.x, len);
+        for part in rows.spans() {
+            let tokens = spans[part.span].tokens[part.token..][..part.count].chunks(EMBEDDED_AT_ONCE);
+            let x = x[part.first * hidden..].chunks_mut(EMBEDDED_AT_ONCE * hidden);
+            for (tokens, x) in tokens.zip(x) {
+                control.check()?;
+                self.embedding.rows(weights.file, tokens, &mut x[..tokens.len() * hidden])?;
+            }
+        }
+        self.watch(0, rows, control);
+        for layer in 0..self.layers.len() {
+            self.layer(compute, weights, rows, Caches::new(spans, layer), layer)?;
+            control.check()?;
+            self.watch(layer + 1, rows, control);
+        }
+        Ok(())
+    }
+
+    /// Shows the observers what is there after so many layers.
+    fn watch(&self, layers: usize, rows: &Rows, control: &mut Control<'_>) {
+        let layer = layers.checked_sub(1);
+        let moe = layer.and_then(|layer| self.spec.layers[layer].ffn.moe.as_ref());
+        if let (Some(layer), Some(moe), Some(sink)) = (layer, moe, &mut control.routing) {
+            let choices = self.scratch.ffn.choices();
+            for part in rows.spans() {
+                sink(layer, part.start, moe.top_k, &choices[part.first * moe.top_k..][..part.count * moe.top_k]);
+            }
+        }
+        if let Some(sink) = &mut control.hidden {
+            sink(layers, &self.scratch.x[..rows.len() * self.spec.hidden_size]);
+        }
+        if let (Some(_), Some(sink)) = (layer, &mut control.progress) {
+            sink(Progress { layers, ..rows.progress() });
+        }
+    }
+
+    fn layer(
+        &mut self,
+        compute: &Compute,
+        weights: &mut Weights<'_>,
+        rows: &Rows,
+        mut caches: Caches<'_, '_>,
+        index: usize,
+    ) -> Result<(), ModelError> {
+        let eps = self.spec.norm_eps;
+        let len = rows.len() * self.spec.hidden_size;
+        let Scratch { x, normed, delta, norm, attention: mixer, ffn, .. } = &mut self.scratch;
+        let (x, normed, delta) = (&mut x[..len], sized(normed, len), sized(delta, len));
+        let layer = &self.layers[index];
+
+        let dense_parts = weights.dense;
+        let (started, waited) = (Instant::now(), dense_parts.stats().wait);
+        let attention = dense_parts.dense(layer.extents.attention)?;
+        let step = Step { compute, rows, extent: attention.bytes() };
+        step.read(&layer.attn_norm, norm);
+        norm_rows(x, norm, eps, normed);
+        layer.attention.forward(step, &mut caches, normed, mixer, delta);
+        drop(attention);
+        if compute.is_cancelled() {
+            return Err(ModelError::Cancelled);
+        }
+        add(x, delta);
+        let attended = Instant::now();
+        self.times.attention += (attended - started).saturating_sub(dense_parts.stats().wait - waited);
+
+        let router = dense_parts.dense(layer.extents.router)?;
+        let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
+        layer.ffn_norm.read(router.bytes(), norm);
+        norm_rows(x, norm, eps, normed);
+        // A prompt will need most experts of the next layer anyway; a guess needs that layer's router in memory.
+        let ahead = index + 1;
+        let next = self.layers.get(ahead).filter(|l| {
+            let guess = rows.generate() && ffn.looks_ahead() && l.ffn.routed().is_some();
+            guess && dense_parts.is_pinned(l.extents.router)
+        });
+        let next_router = next.map(|l| dense_parts.dense(l.extents.router)).transpose()?;
+        let lookahead = next.zip(next_router.as_ref()).and_then(|(l, router)| {
+            let (norm, extent) = (l.ffn_norm, router.bytes());
+            Some((&*x, NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, eps, extent }))
+        });
+        let step = FfnStep {
+            compute,
+            rows,
+            layer: index,
+            router: router.bytes(),
+            dense: dense.as_ref().map(|d| d.bytes()),
+            ahead: lookahead,
+        };
+        let experts = layer.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
+        add(x, delta);
+        self.times.experts += experts;
+        self.times.feed_forward += attended.elapsed().saturating_sub(experts);
+        Ok(())
+    }
+
+    /// Logits of these rows of the last [`Model::forward`], in this order: calls `sink` with the place in `wanted` and the row's
+    /// logits `[vocab]`.
+    ///
+    /// # Errors
+    /// [`ModelError::Pool`] when a part of the head cannot be read.
+    pub fn logits(
+        &mut self,
+        compute: &Compute,
+        dense: &DenseParts,
+        wanted: &[usize],
+        sink: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), ModelError> {
+        let (mut started, waited) = (Instant::now(), dense.stats().wait);
+        let (hidden, vocab) = (self.spec.hidden_size, self.spec.vocab_size);
+        let Scratch { x, normed, norm, head_input, part, logits, .. } = &mut self.scratch;
+        self.final_norm.1.read(dense.dense(self.final_norm.0)?.bytes(), norm);
+        for (block, rows) in wanted.chunks(LOGIT_ROWS).enumerate() {
+            let n = rows.len();
+            let normed = sized(normed, n * hidden);
+            for (row, normed) in rows.iter().zip(normed.chunks_exact_mut(hidden)) {
+                rms_norm(&x[row * hidden..][..hidden], norm, self.spec.norm_eps, normed);
+            }
+            head_input.set(normed, n, hidden);
+            let logits = sized(logits, n * vocab);
+            let mut row = 0;
+            for (handle, matrix) in &self.head {
+                let extent = dense.dense(*handle)?;
+                let part = sized(part, n * matrix.rows());
+                // The parts of the head are one matrix, which its input meets once.
+                if row == 0 {
+                    compute.observe(matrix, 0, head_input);
+                }
+                compute.kernels.matmul(&compute.threads, matrix.view(extent.bytes()), head_input, part);
+                for (part, logits) in part.chunks_exact(matrix.rows()).zip(logits.chunks_exact_mut(vocab)) {
+                    logits[row..row + matrix.rows()].copy_from_slice(part);
+                }
+                row += matrix.rows();
+            }
+            self.times.head += started.elapsed();
+            if compute.is_cancelled() {
+                return Err(ModelError::Cancelled);
+            }
+            logits.chunks_exact(vocab).enumerate().for_each(|(i, row)| sink(block * LOGIT_ROWS + i, row));
+            started = Instant::now();
+        }
+        self.times.head = self.times.head.saturating_sub(dense.stats().wait - waited);
+        Ok(())
+    }
+
+    /// Bytes of scratch for passes of `rows` rows and experts of `expert_len` bytes, at most. `most_kept`: as in [`Model::new`].
+    pub fn scratch_memory(spec: &ModelSpec, rows: usize, expert_len: u64, most_kept: u64) -> u64 {
+        let hidden = spec.hidden_size as u64;
+        let layer = |l: &sluice_format::LayerSpec| {
+            let attention = crate::attention::scratch_width(&l.attention) as u64;
+            let moe = l.ffn.moe.as_ref();
+            let widest = l.ffn.dense_width.max(moe.map_or(0, |m| m.width)) as u64;
+            let routed =
+                moe.map_or(0, |m| crate::experts::combining_width(hidden) + 8 * m.top_k as u64 + m.experts as u64);
+            attention + 2 * widest + routed
+        };
+        let widest = spec.layers.iter().map(layer).max().unwrap_or(0);
+        let kept = Model::output_memory(spec, rows).min(most_kept);
+        let logits = (2 * LOGIT_ROWS.min(rows) * spec.vocab_size * 4) as u64;
+        (widest + 8 * hidden) * 4 * rows as u64 + kept + logits + crate::experts::tally_memory(expert_len)
+    }
+
+    /// Bytes of the outputs of all experts that `rows` rows choose in a layer.
+    pub fn output_memory(spec: &ModelSpec, rows: usize) -> u64 {
+        let moe = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref());
+        moe.map(|moe| crate::experts::output_bytes(moe, rows, spec.hidden_size)).max().unwrap_or(0)
+    }
+
+    /// Bytes that the cached parts of the embedding may take, in a file of these extents.
+    pub fn embedding_memory(extents: &[ExtentRecord]) -> u64 {
+        let parts = extents.iter().filter(|e| e.kind == ExtentKind::Embedding);
+        let (count, longest) = parts.fold((0, 0), |(n, longest), e| (n + 1, e.stored_len.max(longest)));
+        crate::embedding::cache_memory(count, longest)
+    }
+}
+
+fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let width = weight.len();
+    x.chunks_exact(width).zip(out.chunks_exact_mut(width)).for_each(|(x, out)| rms_norm(x, weight, eps, out));
+}
+
+fn add(x: &mut [f32], delta: &[f32]) {
+    x.iter_mut().zip(delta).for_each(|(x, d)| *x += d);
+}

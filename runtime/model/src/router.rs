@@ -1,0 +1,155 @@
+//! Which experts a token uses, and with what weight.
+
+use sluice_format::{GroupScore, MoeSpec, RouterScore};
+use sluice_kernels::{sigmoid, softmax, top_k};
+
+pub use sluice_storage::pool::Choice;
+
+/// Buffers that routing reuses from token to token.
+#[derive(Debug, Default)]
+pub struct RouterScratch {
+    scores: Vec<f32>,
+    choice: Vec<f32>,
+    group_scores: Vec<f32>,
+    kept_groups: Vec<u32>,
+    chosen: Vec<u32>,
+}
+
+/// Routes one token: appends its `top_k` choices to `out`, in ascending order of expert, which is the order of summation.
+///
+/// `logits`: the router's output, one per expert. `bias`: one per expert, added to the scores for the choice alone.
+/// Formulas: DeepSeek-V3, arXiv:2412.19437, equations 12–16; softmax scores as in DeepSeek-V2.
+pub fn route(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut RouterScratch, out: &mut Vec<Choice>) {
+    score(moe, logits, bias, scratch);
+    let RouterScratch { scores, choice, chosen, .. } = scratch;
+    top_k(choice, moe.top_k, chosen);
+    if moe.router.score == RouterScore::SoftmaxOfChosen {
+        // Only the chosen logits take part, largest first.
+        choice.clear();
+        choice.extend(chosen.iter().map(|&e| scores[e as usize]));
+        softmax(choice);
+        chosen.iter().zip(&*choice).for_each(|(&e, &w)| scores[e as usize] = w);
+    }
+    // The reference sums the weights in the order of descending score.
+    let sum: f32 = chosen.iter().map(|&e| scores[e as usize]).sum();
+    let divisor = moe.router.renormalise.map_or(1.0, |eps| sum + eps);
+    chosen.sort_unstable();
+    let weight = |expert: u32| scores[expert as usize] / divisor * moe.router.scale;
+    out.extend(chosen.iter().map(|&expert| Choice { expert, weight: weight(expert) }));
+}
+
+/// The `count` experts that the router prefers, best first; the first `top_k` are what it would choose.
+pub fn rank(
+    moe: &MoeSpec,
+    logits: &[f32],
+    bias: Option<&[f32]>,
+    count: usize,
+    scratch: &mut RouterScratch,
+    out: &mut Vec<u32>,
+) {
+    score(moe, logits, bias, scratch);
+    top_k(&scratch.choice, count.min(moe.experts), out);
+}
+
+/// Leaves the experts' scores, and what decides the choice, in the scratch.
+fn score(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut RouterScratch) {
+    let RouterScratch { scores, choice, .. } = scratch;
+    scores.clear();
+    match moe.router.score {
+        RouterScore::Sigmoid => scores.extend(logits.iter().map(|&l| sigmoid(l))),
+        RouterScore::Softmax => {
+            scores.extend_from_slice(logits);
+            softmax(scores);
+        }
+        RouterScore::SoftmaxOfChosen => scores.extend_from_slice(logits),
+    }
+    choice.clear();
+    match bias {
+        Some(bias) => choice.extend(scores.iter().zip(bias).map(|(s, b)| s + b)),
+        None => choice.extend_from_slice(scores),
+    }
+    limit_to_groups(moe, scratch);
+}
+
+/// Takes the experts of all but the best groups out of the choice.
+fn limit_to_groups(moe: &MoeSpec, scratch: &mut RouterScratch) {
+    let Some(groups) = &moe.router.groups else { return };
+    let RouterScratch { choice, group_scores, kept_groups, .. } = scratch;
+    let size = moe.experts / groups.count;
+    group_scores.clear();
+    group_scores.extend(choice.chunks_exact(size).map(|group| match groups.score {
+        GroupScore::TopTwoSum => {
+            let (mut first, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+            for &s in group {
+                if s > first {
+                    (first, second) = (s, first);
+                } else if s > second {
+                    second = s;
+                }
+            }
+            if size == 1 { first } else { first + second }
+        }
+        GroupScore::Max => group.iter().copied().fold(f32::NEG_INFINITY, f32::max),
+    }));
+    top_k(group_scores, groups.keep, kept_groups);
+    let masked = match groups.score {
+        GroupScore::TopTwoSum => f32::NEG_INFINITY,
+        GroupScore::Max => 0.0,
+    };
+    for (g, group) in choice.chunks_exact_mut(size).enumerate() {
+        if !kept_groups.contains(&(g as u32)) {
+            group.fill(masked);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sluice_format::{RouterGroups, RouterSpec};
+
+    fn moe(groups: Option<RouterGroups>, renormalise: Option<f32>) -> MoeSpec {
+        MoeSpec {
+            experts: 8,
+            top_k: 2,
+            width: 8,
+            expert_bias: false,
+            router: RouterSpec {
+                score: RouterScore::Sigmoid,
+                logit_bias: false,
+                choice_bias: true,
+                groups,
+                renormalise,
+                scale: 2.0,
+            },
+        }
+    }
+
+    fn routed(moe: &MoeSpec, logits: &[f32], bias: &[f32]) -> Vec<Choice> {
+        let mut out = Vec::new();
+        route(moe, logits, Some(bias), &mut RouterScratch::default(), &mut out);
+        out
+    }
+
+    #[test]
+    fn bias_decides_the_choice_but_not_the_weight() {
+        let logits = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0];
+        let mut bias = [0.0; 8];
+        bias[1] = 5.0;
+        let choices = routed(&moe(None, None), &logits, &bias);
+        assert_eq!(choices.iter().map(|c| c.expert).collect::<Vec<_>>(), [1, 6]);
+        assert_eq!(choices[0].weight, 2.0 * sigmoid(0.0));
+        assert_eq!(choices[1].weight, 2.0 * sigmoid(3.0));
+    }
+
+    #[test]
+    fn groups_are_ranked_by_their_two_best_experts() {
+        let groups = RouterGroups { count: 4, keep: 1, score: GroupScore::TopTwoSum };
+        // Expert 0 is the best of all, but group 1 (experts 2 and 3) has the best pair.
+        let logits = [4.0, -9.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0];
+        let choices = routed(&moe(Some(groups), Some(1e-20)), &logits, &[0.0; 8]);
+        assert_eq!(choices.iter().map(|c| c.expert).collect::<Vec<_>>(), [2, 3]);
+        let total: f32 = choices.iter().map(|c| c.weight).sum();
+        assert!((total - 2.0).abs() < 1e-6);
+    }
+}

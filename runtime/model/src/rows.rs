@@ -1,0 +1,284 @@
+//! What one pass runs through the layers: rows, each a token of some sequence at its position.
+//!
+//! A caller describes work as [`Span`]s. A pass takes as many of their tokens as memory has rows for; the layers see rows,
+//! and ask a row for its sequence and position, or the pass for what it is. Nothing is inferred from how many rows there are.
+
+use super::cache::LayerCache;
+use super::control::Progress;
+use super::sequence::Sequence;
+
+/// What the tokens of a span are to their sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// A part of a prompt: many tokens that are known beforehand.
+    Prompt,
+    /// The token that was sampled last.
+    #[default]
+    Decode,
+    /// Tokens that were proposed and are to be checked.
+    Draft,
+}
+
+/// Which tokens of a span the caller wants the logits of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Want {
+    /// None.
+    Nothing,
+    /// Of the last one.
+    #[default]
+    Last,
+    /// Of all.
+    All,
+}
+
+impl Want {
+    /// Whether the logits of token `index` of `count` are wanted.
+    pub fn includes(self, index: usize, count: usize) -> bool {
+        match self {
+            Want::Nothing => false,
+            Want::Last => index + 1 == count,
+            Want::All => true,
+        }
+    }
+}
+
+/// What a step appends to one sequence.
+#[derive(Debug)]
+pub struct Span<'a> {
+    /// The sequence that grows.
+    pub sequence: &'a mut Sequence,
+    /// Its next tokens, at least one.
+    pub tokens: &'a [u32],
+    /// What they are.
+    pub phase: Phase,
+    /// Whose logits are wanted.
+    pub logits: Want,
+}
+
+impl<'a> Span<'a> {
+    /// The next tokens of a prompt.
+    pub fn prompt(sequence: &'a mut Sequence, tokens: &'a [u32], logits: Want) -> Self {
+        Span { sequence, tokens, phase: Phase::Prompt, logits }
+    }
+
+    /// The token that was sampled last; the logits behind it are wanted.
+    pub fn decode(sequence: &'a mut Sequence, token: &'a u32) -> Self {
+        Span { sequence, tokens: std::slice::from_ref(token), phase: Phase::Decode, logits: Want::Last }
+    }
+}
+
+/// One row of a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Number of its span in the step.
+    pub span: usize,
+    /// Position in the span's sequence.
+    pub position: usize,
+}
+
+/// The rows of one span in a pass: `count` rows from row `first` on, for its tokens from `token` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SpanRows {
+    /// Number of the span in the step.
+    pub span: usize,
+    /// First row.
+    pub first: usize,
+    /// Rows.
+    pub count: usize,
+    /// Index of the first row's token in the span.
+    pub token: usize,
+    /// Position of the first row in its sequence.
+    pub start: usize,
+    /// What the span is.
+    pub phase: Phase,
+}
+
+impl SpanRows {
+    /// The rows.
+    pub fn rows(&self) -> std::ops::Range<usize> {
+        self.first..self.first + self.count
+    }
+}
+
+/// The rows of a pass, span by span.
+#[derive(Debug, Default)]
+pub struct Rows {
+    rows: Vec<Row>,
+    spans: Vec<SpanRows>,
+    /// Rows of the step that earlier passes have taken.
+    before: usize,
+    /// Rows of the step.
+    total: usize,
+}
+
+/// The first token of a step that no pass has taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cursor {
+    span: usize,
+    token: usize,
+    /// Tokens before it.
+    taken: usize,
+}
+
+impl Rows {
+    /// Takes the next tokens of `spans` from `cursor` on, `most` rows at most, and moves the cursor behind them. False when
+    /// there are none left.
+    pub fn take(&mut self, spans: &[Span<'_>], cursor: &mut Cursor, most: usize) -> bool {
+        self.total = spans.iter().map(|span| span.tokens.len()).sum();
+        self.before = cursor.taken;
+        self.rows.clear();
+        self.spans.clear();
+        while let Some(span) = spans.get(cursor.span) {
+            let left = span.tokens.len() - cursor.token;
+            let count = left.min(most - self.rows.len());
+            if count > 0 {
+                let start = span.sequence.position();
+                let (first, token) = (self.rows.len(), cursor.token);
+                self.spans.push(SpanRows { span: cursor.span, first, count, token, start, phase: span.phase });
+                self.rows.extend((start..start + count).map(|position| Row { span: cursor.span, position }));
+            }
+            if count < left {
+                cursor.token += count;
+                break;
+            }
+            (cursor.span, cursor.token) = (cursor.span + 1, 0);
+        }
+        cursor.taken += self.rows.len();
+        !self.rows.is_empty()
+    }
+
+    /// Rows of the pass.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// The sequences have seen these rows.
+    pub fn advance(&self, spans: &mut [Span<'_>]) {
+        for part in &self.spans {
+            let Span { sequence, tokens, .. } = &mut spans[part.span];
+            sequence.advance(&tokens[part.token..][..part.count]);
+        }
+    }
+
+    /// How far the step is before the pass has gone through a layer.
+    pub fn progress(&self) -> Progress {
+        Progress { layers: 0, rows: self.rows.len(), rows_before: self.before, rows_total: self.total }
+    }
+
+    /// Whether the pass has no rows, as before the first one.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Row `index`.
+    pub fn get(&self, index: usize) -> Row {
+        self.rows[index]
+    }
+
+    /// Span of a row, and its token's index there.
+    pub fn token(&self, row: usize) -> (usize, usize) {
+        let span = self.spans[self.spans.partition_point(|span| span.first <= row) - 1];
+        (span.span, span.token + row - span.first)
+    }
+
+    /// Position of every row in its sequence.
+    pub fn positions(&self) -> impl Iterator<Item = usize> {
+        self.rows.iter().map(|row| row.position)
+    }
+
+    /// The spans that have rows in this pass.
+    pub fn spans(&self) -> &[SpanRows] {
+        &self.spans
+    }
+
+    /// Whether the pass only continues generations: what it routes to says what comes next, and it waits for the drive more
+    /// than it computes. A prompt sweeps through most experts instead, and computes for long.
+    pub fn generate(&self) -> bool {
+        self.spans.iter().all(|span| span.phase != Phase::Prompt)
+    }
+}
+
+/// What one layer remembers of every sequence of a step.
+pub struct Caches<'a, 's> {
+    spans: &'a mut [Span<'s>],
+    layer: usize,
+}
+
+impl<'a, 's> Caches<'a, 's> {
+    /// The caches of `layer`.
+    pub fn new(spans: &'a mut [Span<'s>], layer: usize) -> Self {
+        Caches { spans, layer }
+    }
+
+    /// That of a span's sequence.
+    pub fn of(&self, span: usize) -> &LayerCache {
+        self.spans[span].sequence.layer(self.layer)
+    }
+
+    /// That of a span's sequence, to extend it.
+    pub fn of_mut(&mut self, span: usize) -> &mut LayerCache {
+        self.spans[span].sequence.layer_mut(self.layer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spans<'a>(sequences: &'a mut [Sequence], tokens: &'a [u32], counts: &[usize]) -> Vec<Span<'a>> {
+        let spans = sequences.iter_mut().zip(counts);
+        spans
+            .map(|(sequence, &count)| Span {
+                sequence,
+                tokens: &tokens[..count],
+                phase: Phase::Prompt,
+                logits: Want::Last,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn passes_take_every_token_once_and_in_order() {
+        let tokens: Vec<u32> = (0..20).collect();
+        for most in 1..20 {
+            let counts = [5, 1, 7, 1];
+            let mut sequences: Vec<Sequence> = (0..4).map(|_| Sequence::without_layers(20)).collect();
+            let mut spans = spans(&mut sequences, &tokens, &counts);
+            let (mut rows, mut cursor, mut seen) = (Rows::default(), Cursor::default(), Vec::new());
+            while rows.take(&spans, &mut cursor, most) {
+                assert!(rows.len() <= most);
+                for part in rows.spans().to_vec() {
+                    assert_eq!(part.start, part.token, "the sequences were empty");
+                    assert!(
+                        part.rows()
+                            .enumerate()
+                            .all(|(i, row)| { rows.get(row) == Row { span: part.span, position: part.start + i } })
+                    );
+                    seen.extend((part.token..part.token + part.count).map(|token| (part.span, token)));
+                }
+                rows.advance(&mut spans);
+            }
+            let all = counts.iter().enumerate().flat_map(|(span, &n)| (0..n).map(move |token| (span, token)));
+            assert_eq!(seen, all.collect::<Vec<_>>(), "{most} rows at a time");
+        }
+    }
+
+    #[test]
+    fn a_pass_with_a_prompt_in_it_does_not_only_generate() {
+        let tokens = [1];
+        let mut sequences: Vec<Sequence> = (0..2).map(|_| Sequence::without_layers(4)).collect();
+        let mut spans = spans(&mut sequences, &tokens, &[1, 1]);
+        let (mut rows, mut cursor) = (Rows::default(), Cursor::default());
+        for (phases, generates) in [
+            ([Phase::Decode, Phase::Draft], true),
+            ([Phase::Decode, Phase::Prompt], false),
+            ([Phase::Prompt, Phase::Prompt], false),
+        ] {
+            spans.iter_mut().zip(phases).for_each(|(span, phase)| span.phase = phase);
+            cursor = Cursor::default();
+            assert!(rows.take(&spans, &mut cursor, 8));
+            assert_eq!(rows.generate(), generates, "{phases:?}");
+        }
+        assert!(!rows.take(&spans, &mut cursor, 8));
+    }
+}
