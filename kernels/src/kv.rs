@@ -144,12 +144,17 @@ impl KvBuffer {
         self.scales[scales.clone()].copy_from_slice(&from.scales[scales]);
     }
 
+    /// Whether rows are of the same type and width.
+    pub fn is_like(&self, rows: &KvRows<'_>) -> bool {
+        (self.ty, self.width) == (rows.ty, rows.stride)
+    }
+
     /// Takes over row `from` of some rows of the same kind as row `to`.
     ///
     /// # Panics
     /// If either is not there, or the rows differ in type or width.
     pub fn copy_row(&mut self, to: usize, rows: &KvRows<'_>, from: usize) {
-        assert_eq!((self.ty, self.width), (rows.ty, rows.stride), "rows are copied between buffers of one kind");
+        assert!(self.is_like(rows), "rows are copied between buffers of one kind");
         let row = rows.row(from, self.width);
         if self.ty == KvType::F32 {
             self.plain[to * self.width..][..self.width].copy_from_slice(row.plain);
@@ -268,6 +273,11 @@ impl<'a> KvRows<'a> {
     /// The type.
     pub fn ty(&self) -> KvType {
         self.ty
+    }
+
+    /// Numbers of a row.
+    pub fn width(&self) -> usize {
+        self.stride
     }
 
     /// All rows as f32 numbers and the distance between them, if that is how they are stored.

@@ -49,6 +49,11 @@ impl IndexScratch {
         self.chosen.get(t).filter(|c| !c.is_empty()).map(Vec::as_slice)
     }
 
+    /// Whether any row attends to chosen positions alone.
+    pub fn chooses(&self) -> bool {
+        self.chosen.iter().any(|chosen| !chosen.is_empty())
+    }
+
     /// Every row attends to all.
     pub fn choose_all(&mut self) {
         self.chosen.iter_mut().for_each(Vec::clear);

@@ -26,6 +26,7 @@ pub mod rows;
 mod sequence;
 pub mod session;
 mod tally;
+mod tasks;
 pub mod weights;
 
 pub use self::control::{Cancel, Control, Progress};
