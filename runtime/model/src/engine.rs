@@ -372,6 +372,7 @@ impl Engine {
         let mut cursor = Cursor::default();
         while rows.take(spans, &mut cursor, self.memory.rows) {
             let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
+            compute.threads.spare(rows.wait_for_memory());
             model.forward(compute, &mut weights, rows, spans, control)?;
             self.tokens += rows.len() as u64;
             wanted.clear();
