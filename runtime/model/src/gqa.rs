@@ -182,7 +182,7 @@ impl Gqa {
         let s = &self.spec;
         let (key_width, value_width) = (s.kv_heads * s.head_dim, s.kv_heads * s.v_head_dim);
         for span in step.rows.spans() {
-            let cache = caches.of_mut(span.span).key_value_mut();
+            let mut cache = caches.of_mut(span.span).key_value_mut();
             let keys = scratch.key[span.first * key_width..].chunks_exact(key_width);
             let values = scratch.value[span.first * value_width..].chunks_exact(value_width);
             for (i, (key, value)) in keys.zip(values).take(span.count).enumerate() {
@@ -220,7 +220,15 @@ impl Gqa {
                     let cache = caches.of(row.span).key_value();
                     let end = row.position + 1;
                     let first = s.window.map_or(0, |w| end.saturating_sub(w));
-                    let (keys, values) = cache.rows(kv_head, first..end);
+                    let (mut of_keys, mut of_values) = (Vec::new(), Vec::new());
+                    super::cache::in_blocks(first..end, |positions| {
+                        let n = positions.len();
+                        let (keys, values) = cache.rows(kv_head, positions);
+                        super::cache::append(keys, n, s.head_dim, &mut of_keys);
+                        super::cache::append(values, n, s.v_head_dim, &mut of_values);
+                    });
+                    let keys = sluice_kernels::KvRows::plain(&of_keys, s.head_dim);
+                    let values = sluice_kernels::KvRows::plain(&of_values, s.v_head_dim);
                     let seen = end - first;
                     // One more score than keys: a sink takes part in the softmax and has no value.
                     let scores = sized(&mut scratch.scores, together * (seen + 1));

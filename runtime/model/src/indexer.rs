@@ -87,9 +87,9 @@ impl Indexer {
         step.read(&self.k_norm_bias, bias);
         self.rope.angles(step.rows.positions(), angles);
         for span in step.rows.spans() {
-            let cache = caches.of_mut(span.span).latent_mut().index_mut();
+            let mut cache = caches.of_mut(span.span).latent_mut();
             for (i, row) in span.rows().enumerate() {
-                let place = cache.key_mut(span.start + i);
+                let place = cache.index_key_mut(span.start + i);
                 layer_norm(&key[row * width..][..width], norm, bias, self.spec.key_norm_eps, place);
                 self.rope.rotate(&mut place[..self.rotated], angles, row);
             }
@@ -124,7 +124,11 @@ impl Indexer {
             if seen <= s.index_top_k || step.is_cancelled() {
                 return;
             }
-            let keys = caches.of(row.span).latent().index().keys(0..seen);
+            let mut of_keys = Vec::new();
+            super::cache::in_blocks(0..seen, |positions| {
+                of_keys.extend_from_slice(caches.of(row.span).latent().index().keys(positions));
+            });
+            let keys = &of_keys[..];
             with_head_scratch(|scratch| {
                 let scores = sized(&mut scratch.scores, seen);
                 for (score, key) in scores.iter_mut().zip(keys.chunks_exact(width)) {

@@ -165,7 +165,7 @@ impl Mla {
         step.read(&self.kv_a_norm, norm);
         let latent = sized(latent, width);
         for span in step.rows.spans() {
-            let cache = caches.of_mut(span.span).latent_mut();
+            let mut cache = caches.of_mut(span.span).latent_mut();
             for (t, row) in span.rows().enumerate() {
                 let kv = &kv[row * width..][..width];
                 rms_norm(&kv[..rank], norm, self.spec.latent_norm_eps, &mut latent[..rank]);
@@ -270,7 +270,12 @@ impl Mla {
                 self.rope.rotate(&mut full[rank..], angles, t);
             }
             let seen = row.position + 1;
-            let rows = caches.of(row.span).latent().rows(0..seen);
+            let mut of_rows = Vec::new();
+            super::cache::in_blocks(0..seen, |positions| {
+                let n = positions.len();
+                super::cache::append(caches.of(row.span).latent().rows(positions), n, width, &mut of_rows);
+            });
+            let rows = sluice_kernels::KvRows::plain(&of_rows, width);
             let (rows, seen) = match s.indexer.as_ref().and_then(|_| index.chosen(t)) {
                 Some(chosen) => (rows.only(chosen), chosen.len()),
                 None => (rows, seen),
