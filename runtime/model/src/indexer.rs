@@ -92,9 +92,9 @@ impl Indexer {
         step.read(&self.k_norm_bias, bias);
         self.rope.angles(step.rows.positions(), angles);
         for span in step.rows.spans() {
-            let cache = caches.of_mut(span.span).latent_mut().index_mut();
+            let mut cache = caches.of_mut(span.span).latent_mut();
             for (i, row) in span.rows().enumerate() {
-                let place = cache.key_mut(span.start + i);
+                let place = cache.index_key_mut(span.start + i);
                 layer_norm(&key[row * width..][..width], norm, bias, self.spec.key_norm_eps, place);
                 self.rope.rotate(&mut place[..self.rotated], angles, row);
             }
@@ -129,6 +129,7 @@ impl Indexer {
             if seen <= s.index_top_k || step.is_cancelled() {
                 return;
             }
+            let index = caches.of(row.span).latent().index();
             with_head_scratch(|scratch| {
                 let scores = sized(&mut scratch.scores, seen);
                 scratch.tile.begin(width, 0, 1.0);
@@ -139,7 +140,7 @@ impl Indexer {
                     if step.is_cancelled() {
                         return;
                     }
-                    let keys = KvRows::plain(caches.of(row.span).latent().index().keys(positions.clone()), width);
+                    let keys = KvRows::plain(index.keys(positions.clone()), width);
                     let block = KeyBlock::new(positions.clone(), keys, keys);
                     let products = step.compute.kernels.score_block(&mut scratch.tile, &block);
                     let scores = &mut scores[positions];
