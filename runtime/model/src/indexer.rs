@@ -4,7 +4,7 @@
 //! but the index keys is computed.
 
 use sluice_format::{IndexerSpec, RopeSpec};
-use sluice_kernels::{Activations, top_k};
+use sluice_kernels::{Activations, key_blocks, top_k};
 
 use super::ModelError;
 use super::compute::{Step, sized, with_head_scratch};
@@ -47,6 +47,11 @@ impl IndexScratch {
     /// Positions that row `t` of the pass attends to, ascending; `None`: all.
     pub fn chosen(&self, t: usize) -> Option<&[u32]> {
         self.chosen.get(t).filter(|c| !c.is_empty()).map(Vec::as_slice)
+    }
+
+    /// Whether any row attends to chosen positions alone.
+    pub fn chooses(&self) -> bool {
+        self.chosen.iter().any(|chosen| !chosen.is_empty())
     }
 
     /// Every row attends to all.
@@ -124,20 +129,19 @@ impl Indexer {
             if seen <= s.index_top_k || step.is_cancelled() {
                 return;
             }
-            let mut of_keys = Vec::new();
-            super::cache::in_blocks(0..seen, |positions| {
-                of_keys.extend_from_slice(caches.of(row.span).latent().index().keys(positions));
-            });
-            let keys = &of_keys[..];
+            let index = caches.of(row.span).latent().index();
             with_head_scratch(|scratch| {
                 let scores = sized(&mut scratch.scores, seen);
-                for (score, key) in scores.iter_mut().zip(keys.chunks_exact(width)) {
-                    let of_head = |h: usize| {
-                        let q = &query[(t * heads + h) * width..][..width];
-                        let weight = weights[t * heads + h] * w_scale;
-                        weight * (step.compute.kernels.dot(q, key) * q_scale).max(0.0)
-                    };
-                    *score = (0..heads).map(of_head).sum();
+                for positions in key_blocks(0..seen) {
+                    let keys = index.keys(positions.clone()).chunks_exact(width);
+                    for (score, key) in scores[positions].iter_mut().zip(keys) {
+                        let of_head = |h: usize| {
+                            let q = &query[(t * heads + h) * width..][..width];
+                            let weight = weights[t * heads + h] * w_scale;
+                            weight * (step.compute.kernels.dot(q, key) * q_scale).max(0.0)
+                        };
+                        *score = (0..heads).map(of_head).sum();
+                    }
                 }
                 top_k(scores, s.index_top_k, &mut chosen[0]);
                 chosen[0].sort_unstable();
