@@ -186,9 +186,9 @@ fn settle_first(compute: &Compute, expert: &mut ExpertGuard<'_>, tally: &mut Tal
     let tally = tally.begin(bytes.len());
     compute.threads.run(bytes.len().div_ceil(PART_BYTES), &|piece| {
         let range = piece * PART_BYTES..((piece + 1) * PART_BYTES).min(bytes.len());
-        tally.add(&compute.kernels, bytes, range);
+        tally.add(bytes, range);
     });
-    let checksum = tally.checksum(&compute.kernels);
+    let checksum = tally.checksum();
     expert.settle(checksum)
 }
 
@@ -367,7 +367,7 @@ impl Routed {
             // The checksum may be of a part of the bytes: whether they are right is not known yet.
             return;
         }
-        let checksum = extent.tally.map(|tally| tally.checksum(&compute.kernels));
+        let checksum = extent.tally.map(|tally| tally.checksum());
         place(id, hidden, s);
         if let Some(checksum) = checksum {
             expert.settle(checksum);
@@ -405,7 +405,7 @@ impl Routed {
         let at = s.assignments.partition_point(|a| a.expert < id);
         let choice = s.assignments[at].choice as usize;
         s.outputs[choice * hidden..][..hidden].copy_from_slice(begun.output(hidden));
-        computed.push((id, prefix.tally.map(|tally| tally.checksum(&compute.kernels))));
+        computed.push((id, prefix.tally.map(|tally| tally.checksum())));
         *expert = None;
     }
 

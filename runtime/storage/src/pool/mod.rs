@@ -24,7 +24,7 @@ mod storage;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use twox_hash::XxHash3_64;
+use sluice_checksum::xxh3_64;
 
 pub use dense::{DenseGuard, DenseHandle, DenseParts, DenseStats, RING_SLOTS};
 pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation};
@@ -409,7 +409,7 @@ impl Pool {
     /// Verifies what is in a slot that is pinned, here and now; if it is damaged, reads it again. True if it can be used.
     fn verify(&mut self, number: u32) -> bool {
         let Content::Resident { slot, verified: false, .. } = &self.slots[number as usize] else { return true };
-        let got = XxHash3_64::oneshot(slot.bytes());
+        let got = xxh3_64(slot.bytes());
         let right = self.settle(number, got);
         if !right {
             self.read_again(number);
