@@ -19,6 +19,7 @@ mod indexer;
 pub mod memory;
 mod mla;
 mod model;
+pub mod outputs;
 mod rope;
 pub mod router;
 pub mod rows;
