@@ -448,10 +448,8 @@ impl LayerPass<'_> {
                 Some(Event::Part(_)) => unreachable!("parts were not asked for"),
                 None => return Ok(None),
             };
-            if self.pool.verify(number)
-                && let Arrival::Settled(expert) = settle::hand_out(self.pool, number)
-            {
-                return Ok(Some(expert));
+            if self.pool.verify(number) {
+                return Ok(Some(settle::settled(self.pool, number)));
             }
         }
     }
