@@ -37,7 +37,6 @@ mod quant;
 mod scalar;
 mod threads;
 mod top_k;
-mod xxh3;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[macro_use]
 mod vector;
@@ -60,4 +59,3 @@ pub use pack::{
 pub use quant::pack_row_group_weighted;
 pub use threads::ThreadPool;
 pub use top_k::top_k;
-pub use xxh3::{XXH3_BLOCK_BYTES, Xxh3State, Xxh3Sum};
