@@ -5,7 +5,9 @@
 //! scrambling has an order. So whoever has just multiplied weights can form the sums of their blocks out of its cache, and the
 //! scrambling of a whole expert takes microseconds.
 
-use crate::isa::{Isa, Kernels};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Isa;
+use crate::isa::Kernels;
 
 /// Bytes of a block.
 pub const XXH3_BLOCK_BYTES: usize = 1024;

@@ -225,7 +225,7 @@ impl Engine {
     /// Keeps what the eviction policy has learned beside the model, for the next start.
     ///
     /// # Errors
-    /// What the file system says; nothing is lost but the knowledge.
+    /// What the filesystem says; nothing is lost but the knowledge.
     pub fn save_counts(&self) -> io::Result<()> {
         let counts = self.storage.pool.policy().export();
         if counts.is_empty() {
