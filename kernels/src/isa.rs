@@ -90,7 +90,10 @@ impl Kernels {
 
     /// The kernels of every instruction set of this CPU, slowest first.
     pub fn available() -> Vec<Kernels> {
-        #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(unused_mut, reason = "no name is added"))]
+        #[cfg_attr(
+            not(any(target_arch = "x86_64", target_arch = "aarch64")),
+            expect(unused_mut, reason = "no name is added")
+        )]
         let mut all = vec![Self::scalar()];
         #[cfg(target_arch = "x86_64")]
         {
