@@ -4,6 +4,7 @@
 //! executes the specification layer by layer over the rows of a step. Nothing here knows text, sampling or a family.
 
 mod attention;
+mod cache;
 pub mod compute;
 pub mod control;
 pub mod counts;
@@ -25,6 +26,7 @@ pub mod rows;
 mod sequence;
 pub mod session;
 mod tally;
+mod tasks;
 pub mod weights;
 
 pub use self::control::{Cancel, Control, Progress};

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use sluice_format::ModelSpec;
 use sluice_kernels::KvType;
 
-use super::attention::LayerCache;
+use super::cache::LayerCache;
 use super::delta::StateAt;
 use super::session::Binding;
 

@@ -14,7 +14,7 @@ use sluice_format::{NO_LAYER, StateId, may_replace, replace_file_with};
 use sluice_kernels::{KvType, NUMERICS_VERSION};
 use twox_hash::XxHash3_64;
 
-use super::attention::LayerCache;
+use super::cache::LayerCache;
 use super::sequence::Sequence;
 
 /// The first bytes of a saved sequence.
