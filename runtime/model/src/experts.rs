@@ -413,7 +413,7 @@ impl Routed {
     fn sum(&self, compute: &Compute, combining: Combining, s: &ExpertScratch, out: &mut [f32]) {
         let top_k = self.spec.top_k;
         let hidden = out.len() / (s.choices.len() / top_k);
-        compute.threads.for_each_chunk(out, hidden, &|row, out| match combining {
+        compute.threads.for_each_piece(out, hidden, &|row, out| match combining {
             Combining::InOrder => {
                 let sums = &s.outputs[row * hidden..][..hidden];
                 out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);

@@ -108,7 +108,8 @@ impl<'ast> Visit<'ast> for Source {
     fn visit_item(&mut self, item: &'ast syn::Item) {
         match item {
             syn::Item::Mod(module) => {
-                if self.item(&module.attrs, module) && module.content.is_none() {
+                let is_test = self.item(&module.attrs, module);
+                if is_test && module.content.is_none() {
                     let path = format!("{}/{}", self.folder(), module.ident);
                     self.test_modules.push(path);
                 }
