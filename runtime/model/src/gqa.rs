@@ -199,7 +199,7 @@ impl Gqa {
         let s = &self.spec;
         let (key_width, value_width) = (s.kv_heads * s.head_dim, s.kv_heads * s.v_head_dim);
         for span in step.rows.spans() {
-            let cache = caches.of_mut(span.span).key_value_mut();
+            let mut cache = caches.of_mut(span.span).key_value_mut();
             let keys = scratch.key[span.first * key_width..].chunks_exact(key_width);
             let values = scratch.value[span.first * value_width..].chunks_exact(value_width);
             for (i, (key, value)) in keys.zip(values).take(span.count).enumerate() {

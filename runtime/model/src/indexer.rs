@@ -4,7 +4,7 @@
 //! but the index keys is computed.
 
 use sluice_format::{IndexerSpec, RopeSpec};
-use sluice_kernels::{Activations, top_k};
+use sluice_kernels::{Activations, key_blocks, top_k};
 
 use super::ModelError;
 use super::compute::{Step, sized, with_head_scratch};
@@ -92,9 +92,9 @@ impl Indexer {
         step.read(&self.k_norm_bias, bias);
         self.rope.angles(step.rows.positions(), angles);
         for span in step.rows.spans() {
-            let cache = caches.of_mut(span.span).latent_mut().index_mut();
+            let mut cache = caches.of_mut(span.span).latent_mut();
             for (i, row) in span.rows().enumerate() {
-                let place = cache.key_mut(span.start + i);
+                let place = cache.index_key_mut(span.start + i);
                 layer_norm(&key[row * width..][..width], norm, bias, self.spec.key_norm_eps, place);
                 self.rope.rotate(&mut place[..self.rotated], angles, row);
             }
@@ -129,16 +129,19 @@ impl Indexer {
             if seen <= s.index_top_k || step.is_cancelled() {
                 return;
             }
-            let keys = caches.of(row.span).latent().index().keys(0..seen);
+            let index = caches.of(row.span).latent().index();
             with_head_scratch(|scratch| {
                 let scores = sized(&mut scratch.scores, seen);
-                for (score, key) in scores.iter_mut().zip(keys.chunks_exact(width)) {
-                    let of_head = |h: usize| {
-                        let q = &query[(t * heads + h) * width..][..width];
-                        let weight = weights[t * heads + h] * w_scale;
-                        weight * (step.compute.kernels.dot(q, key) * q_scale).max(0.0)
-                    };
-                    *score = (0..heads).map(of_head).sum();
+                for block in key_blocks(0..seen) {
+                    let keys = index.keys(block.clone()).chunks_exact(width);
+                    for (score, key) in scores[block].iter_mut().zip(keys) {
+                        let of_head = |h: usize| {
+                            let q = &query[(t * heads + h) * width..][..width];
+                            let weight = weights[t * heads + h] * w_scale;
+                            weight * (step.compute.kernels.dot(q, key) * q_scale).max(0.0)
+                        };
+                        *score = (0..heads).map(of_head).sum();
+                    }
                 }
                 top_k(scores, s.index_top_k, &mut chosen[0]);
                 chosen[0].sort_unstable();

@@ -20,6 +20,7 @@ pub mod memory;
 mod mla;
 mod model;
 mod prefetch;
+mod room;
 mod rope;
 pub mod router;
 pub mod rows;
@@ -29,6 +30,7 @@ mod tally;
 mod tasks;
 pub mod weights;
 
+pub use self::cache::{PAGE_TOKENS, PageCount, PageKind, PagesFull, WINDOW_SLACK};
 pub use self::control::{Cancel, Control, Progress};
 pub use self::engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, Stats};
 pub use self::model::ModelError;

@@ -170,7 +170,7 @@ impl Mla {
         step.read(&self.kv_a_norm, norm);
         let latent = sized(latent, width);
         for span in step.rows.spans() {
-            let cache = caches.of_mut(span.span).latent_mut();
+            let mut cache = caches.of_mut(span.span).latent_mut();
             for (t, row) in span.rows().enumerate() {
                 let kv = &kv[row * width..][..width];
                 rms_norm(&kv[..rank], norm, self.spec.latent_norm_eps, &mut latent[..rank]);
@@ -332,7 +332,7 @@ fn rows_together(heads: usize) -> usize {
 
 /// The tile meets the latents at the positions `chosen`: gathered, and cut into blocks by their place in the list. False once nobody
 /// wants the result any more.
-fn attend_chosen(step: Step<'_>, cache: &LatentCache, chosen: &[u32], scratch: &mut HeadScratch) -> bool {
+fn attend_chosen(step: Step<'_>, cache: LatentCache<'_>, chosen: &[u32], scratch: &mut HeadScratch) -> bool {
     let HeadScratch { tile, chosen: buffer, .. } = scratch;
     for places in key_blocks(tile.positions()) {
         if step.is_cancelled() {
