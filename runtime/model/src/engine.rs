@@ -42,7 +42,7 @@ pub struct EngineOptions {
     pub exact: bool,
     /// Who leaves the expert cache.
     pub policy: PolicyKind,
-    /// Whether experts are read ahead of the router on a guess.
+    /// Whether experts are read before the router has asked for them.
     pub prefetch: Prefetch,
     /// Whether to begin without what earlier runs have learned about this model's experts.
     pub forget: bool,
@@ -62,7 +62,7 @@ pub use sluice_storage::io::EngineKind as ReadEngineKind;
 /// Whether experts are read ahead of the router.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Prefetch {
-    /// While the drive would idle, as long as guesses are mostly right.
+    /// While the drive would idle, as long as prefetches are mostly right.
     #[default]
     Auto,
     /// Never.
@@ -119,7 +119,7 @@ pub struct Stats {
     pub hits: u64,
     /// Experts that had to be read.
     pub misses: u64,
-    /// Experts read ahead of the router, on a guess.
+    /// Experts read before the router had asked for them.
     pub prefetched: u64,
     /// Of which used before they left memory.
     pub prefetched_used: u64,
@@ -229,7 +229,7 @@ impl Engine {
     /// Keeps what the eviction policy has learned beside the model, for the next start.
     ///
     /// # Errors
-    /// What the file system says; nothing is lost but the knowledge.
+    /// What the filesystem says; nothing is lost but the knowledge.
     pub fn save_counts(&self) -> io::Result<()> {
         let counts = self.storage.pool.policy().export();
         if counts.is_empty() {

@@ -123,7 +123,7 @@ impl Indexer {
         }
         let (query, weights) = (&*query, &*weights);
         let (q_scale, w_scale) = ((width as f32).powf(-0.5), (heads as f32).powf(-0.5));
-        step.compute.threads.for_each_chunk(&mut chosen[..n], 1, &|t, chosen| {
+        step.compute.threads.for_each_piece(&mut chosen[..n], 1, &|t, chosen| {
             let row = step.rows.get(t);
             let seen = row.position + 1;
             if seen <= s.index_top_k || step.is_cancelled() {

@@ -197,7 +197,7 @@ impl Outputs {
         assert_eq!(self.added, choices.len(), "outputs are missing");
         let hidden = self.hidden;
         let top_k = choices.len() / (out.len() / hidden);
-        compute.threads.for_each_chunk(out, hidden, &|row, out| match self.combining {
+        compute.threads.for_each_piece(out, hidden, &|row, out| match self.combining {
             Combining::InOrder => {
                 let sums = &self.values[row * hidden..][..hidden];
                 out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);

@@ -11,7 +11,7 @@
 //! - [`mod@file`]: opening for direct I/O, and the proof that it is engaged.
 //! - [`ReadEngine`]: moves chunks. Knows no extents, no checksums, no priorities.
 //! - [`queue`]: the order of chunks. Pure.
-//! - [`bench`] and [`calibration`]: what a drive gives to these engines, and how it is best read.
+//! - [`mod@bench`] and [`calibration`]: what a drive gives to these engines, and how it is best read.
 //! - [`scheduler`] and `worker`: the handle and the thread: chunks in flight, short reads,
 //!   retries, checksums, cancellation, counters.
 //!
