@@ -7,8 +7,9 @@ use sluice_kernels::{Activations, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, Step, sized};
-use super::experts::{Combining, ExpertScratch, Routed};
+use super::experts::{ExpertScratch, Routed};
 use super::gated::{GatedFfn, GatedScratch};
+use super::outputs::Combining;
 use super::prefetch::{NextLayer, Prefetcher};
 use super::router::Choice;
 use super::rows::Rows;

@@ -19,6 +19,7 @@ mod indexer;
 pub mod memory;
 mod mla;
 mod model;
+pub mod outputs;
 mod prefetch;
 mod room;
 mod rope;
