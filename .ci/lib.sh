@@ -113,7 +113,7 @@ has_emulator() {
     export QEMU_LD_PREFIX=/usr/aarch64-linux-gnu
 }
 
-# The kernels' own tests on an emulated processor: `max` has everything, `cortex-a72` no dot product.
+# The tests of kernels and checksums on an emulated processor: `max` has everything, `cortex-a72` no dot product.
 test_kernels_on() {
-    QEMU_CPU=$1 cargo test -p sluice-kernels --target aarch64-unknown-linux-gnu
+    QEMU_CPU=$1 cargo test -p sluice-checksum -p sluice-kernels --target aarch64-unknown-linux-gnu
 }
