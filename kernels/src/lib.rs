@@ -46,7 +46,7 @@ mod neon;
 mod x86;
 
 pub use activations::{Activations, Precision};
-pub use attention::{KEY_BLOCK, KeyBlock, QueryTile, key_blocks};
+pub use attention::{KEY_BLOCK, KeyBlock, QueryTile, Scores, key_blocks};
 pub use elementwise::{Activation, RopePairing, rms_norm, rope, softmax};
 pub use isa::{IsaError, Kernels};
 pub use kv::{KvBuffer, KvRows, KvType, UnknownKvType};

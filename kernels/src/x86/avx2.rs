@@ -48,6 +48,11 @@ impl Avx2 {
         unsafe { axpy(a, x, y) }
     }
 
+    pub(crate) fn score(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
+        // SAFETY: as above.
+        unsafe { attention::score(tile, block) }
+    }
+
     pub(crate) fn attend_block(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
         // SAFETY: as above.
         unsafe { attention::attend_block(tile, block) }
