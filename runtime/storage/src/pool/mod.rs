@@ -339,7 +339,7 @@ impl Pool {
         let Content::Loading { expert, read, check } = self.slots[number as usize].take() else {
             unreachable!("a pending slot is loading")
         };
-        let verdict = Verdict::after(check, self.io.config().verify);
+        let verdict = Verdict::after(check, self.io.verifies());
         let finished = read.finish();
         if pins == 0 || finished.is_err() {
             self.policy.unpin(expert);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{DenseLocation, DenseParts, ExpertDirectory, Policy, Pool, PoolError};
-use crate::io::{DataFile, DirectIo, DirectMode, EngineKind, IoConfig, Scheduler, open_engine};
+use crate::io::{DataFile, DirectIo, DirectMode, Scheduler, Tuning, open_lanes};
 
 /// How to open the storage of a model.
 #[derive(Clone, Debug)]
@@ -13,17 +13,15 @@ pub struct StorageConfig {
     pub expert_slots: usize,
     /// For each dense extent, whether it stays in memory; the others are streamed.
     pub pinned: Vec<bool>,
-    /// How extents are read.
-    pub io: IoConfig,
-    /// Which engine reads them.
-    pub engine: EngineKind,
+    /// How each file is read; files on one drive are read as the first of them.
+    pub tuning: Vec<Tuning>,
     /// Whether to bypass the page cache.
     pub direct: DirectMode,
 }
 
 /// The storage of an opened model: dense parts in memory, experts behind a pool.
 pub struct Storage {
-    /// The I/O thread.
+    /// The I/O threads.
     pub io: Arc<Scheduler>,
     /// The dense parts, in the order in which they were given.
     pub dense: DenseParts,
@@ -34,11 +32,14 @@ pub struct Storage {
 }
 
 impl Storage {
-    /// Opens the files, takes all memory, starts the engine and reads the dense parts.
+    /// Opens the files, takes all memory, starts the engines and reads the dense parts.
     ///
     /// # Errors
     /// [`PoolError::NoRoom`] if there is no slot, [`PoolError::Io`] if files, memory or engine cannot be had, [`PoolError::Read`] if a
     /// dense part cannot be read.
+    ///
+    /// # Panics
+    /// Unless there is a file, and a tuning for each.
     pub fn open(
         paths: &[PathBuf],
         dense: &[DenseLocation],
@@ -51,8 +52,8 @@ impl Storage {
         let pool_arena = Pool::reserve(&experts, config.expert_slots)?;
         let memory = DenseParts::reserve(dense, &config.pinned)?;
         let regions = [pool_arena.region(), memory.pinned.region(), memory.ring.region()];
-        let engine = open_engine(config.engine, files, &regions, &config.io)?;
-        let io = Arc::new(Scheduler::start(engine, config.io.clone())?);
+        let lanes = open_lanes(files, &config.tuning, &regions)?;
+        let io = Arc::new(Scheduler::start_lanes(lanes)?);
         let dense = DenseParts::load(&io, memory, dense, &config.pinned)?;
         let pool = Pool::new(Arc::clone(&io), pool_arena, experts, policy);
         Ok(Storage { io, dense, pool, direct })
