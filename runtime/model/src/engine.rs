@@ -53,6 +53,9 @@ pub struct EngineOptions {
     /// Marks that a sequence of a model with recurrent states can keep, a copy of the states each (75 MB for Qwen3-Next). Other
     /// models take any number of marks, at no cost.
     pub marks: usize,
+    /// A drive that has the experts in place of the file, and its contents in place of each: to measure, not to compute with.
+    #[cfg(feature = "sim")]
+    pub simulated: Option<sluice_storage::io::sim::SimulatedDrive>,
 }
 
 pub use sluice_storage::io::EngineKind as ReadEngineKind;
@@ -158,7 +161,7 @@ impl Engine {
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
         let tuning = Tuning::choose(file.path(), options.io.as_ref(), options.read_engine, store.as_ref());
-        let mut storage = open_storage(&file, &memory, options.policy, &tuning)?;
+        let mut storage = open_storage(&file, &memory, options, &tuning)?;
         let precision = if options.exact { Precision::Exact } else { Precision::Int8 };
         let threads = compute_threads(options.threads, storage.io.reading());
         let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
@@ -425,7 +428,7 @@ fn compute_threads(asked: Option<usize>, reading: Arc<AtomicBool>) -> ThreadPool
 fn open_storage(
     file: &ModelFile,
     memory: &MemoryPlan,
-    policy: PolicyKind,
+    options: &EngineOptions,
     tuning: &Tuning,
 ) -> Result<Storage, RuntimeError> {
     let location =
@@ -444,8 +447,10 @@ fn open_storage(
         io: tuning.config.clone(),
         engine: tuning.engine,
         direct: DirectMode::default(),
+        #[cfg(feature = "sim")]
+        simulated: options.simulated.clone(),
     };
-    let policy = policy.build(experts.shape()).ok_or(RuntimeError::Policy(policy))?;
+    let policy = options.policy.build(experts.shape()).ok_or(RuntimeError::Policy(options.policy))?;
     Ok(Storage::open(&[file.path().to_owned()], &dense, experts, policy, &config)?)
 }
 

@@ -14,6 +14,7 @@
 //! - [`bench`] and [`calibration`]: what a drive gives to these engines, and how it is best read.
 //! - [`scheduler`] and `worker`: the handle and the thread: chunks in flight, short reads,
 //!   retries, checksums, cancellation, counters.
+//! - `sim`, with the feature of that name: drives that are not there, for tests and measurements.
 //!
 //! This module knows neither the pool nor the model file's format: it is given plain offsets,
 //! lengths and checksums.
@@ -27,6 +28,7 @@ pub mod fill;
 pub mod pread;
 pub mod queue;
 pub mod scheduler;
+#[cfg(any(test, feature = "sim"))]
 pub mod sim;
 mod sys;
 #[cfg(target_os = "linux")]

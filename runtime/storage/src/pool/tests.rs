@@ -290,7 +290,15 @@ fn storage_opens_loads_and_serves() {
         let paths = [path.clone()];
         let (io, engine, direct) = Default::default();
         let pinned = dense.iter().enumerate().map(|(i, _)| i % 2 == 0).collect();
-        let config = StorageConfig { expert_slots, pinned, io, engine, direct };
+        let config = StorageConfig {
+            expert_slots,
+            pinned,
+            io,
+            engine,
+            direct,
+            #[cfg(feature = "sim")]
+            simulated: None,
+        };
         Storage::open(&paths, &dense, experts, policy, &config)
     };
     for slots in [0, 1, 2, 1 << 20] {
