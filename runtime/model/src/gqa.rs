@@ -1,16 +1,18 @@
 //! Grouped-query attention (arXiv:2305.13245) with rotary positions, and what families add to it: norms of queries and keys,
 //! biases, a sliding window, attention sinks, an output gate.
 
-use std::ops::Range;
-
 use sluice_format::{GqaSpec, QkNormScope};
-use sluice_kernels::{Activations, KvBuffer, KvType, rms_norm, sigmoid};
+use sluice_kernels::{Activations, QueryTile, rms_norm, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, Step, sized, with_head_scratch};
 use super::rope::{Rope, RopeAngles};
 use super::rows::Caches;
+use super::tasks::{self, Heads, Most, Task, Tasks};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
+
+/// Queries (heads times rows) of a task: with a block of their keys they fit the second-level cache.
+const QUERIES_TOGETHER: usize = 64;
 
 /// Weights of one layer's attention, as places in its extent.
 #[derive(Debug)]
@@ -51,99 +53,15 @@ impl Projection {
     }
 }
 
-/// Keys and values of one layer and one sequence: `[kv_heads, max_tokens, width]` each, so that a head's are contiguous.
-#[derive(Debug)]
-pub struct KeyValueCache {
-    keys: KvBuffer,
-    values: KvBuffer,
-    kv_heads: usize,
-    window: Option<usize>,
-    /// The first position that has a row: a restored sequence has those in the window alone.
-    first: usize,
-    max_tokens: usize,
-}
-
-impl KeyValueCache {
-    /// An empty cache for `max_tokens` positions.
-    pub fn new(spec: &GqaSpec, max_tokens: usize, ty: KvType) -> Self {
-        KeyValueCache {
-            keys: KvBuffer::new(ty, spec.kv_heads * max_tokens, spec.head_dim),
-            values: KvBuffer::new(ty, spec.kv_heads * max_tokens, spec.v_head_dim),
-            kv_heads: spec.kv_heads,
-            window: spec.window,
-            first: 0,
-            max_tokens,
-        }
-    }
-
-    /// Bytes that are allocated.
-    pub fn bytes(&self) -> usize {
-        self.keys.bytes() + self.values.bytes()
-    }
-
-    /// A copy that has the rows before `position`.
-    pub fn fork(&self, position: usize) -> Self {
-        let (mut keys, mut values) = (self.keys.empty_like(), self.values.empty_like());
-        for head in 0..self.kv_heads {
-            let rows = head * self.max_tokens + self.first..head * self.max_tokens + position.max(self.first);
-            keys.copy_rows(&self.keys, rows.clone());
-            values.copy_rows(&self.values, rows);
-        }
-        KeyValueCache { keys, values, ..*self }
-    }
-
-    /// Rows before `position` that the token there and later ones can see.
-    pub fn seen_from(&self, position: usize) -> Range<usize> {
-        // A token sees itself, and so one earlier row less than the window has.
-        self.window.map_or(0, |window| (position + 1).saturating_sub(window))..position
-    }
-
-    /// Whether everything is there that tokens from `position` on see.
-    pub fn reaches(&self, position: usize) -> bool {
-        position == 0 || self.seen_from(position).start >= self.first
-    }
-
-    /// Rows from `position` on no longer count.
-    pub fn rewind(&mut self, position: usize) {
-        if position == 0 {
-            self.first = 0;
-        }
-    }
-
-    /// The first position that has a row is now `position`.
-    pub fn begin_at(&mut self, position: usize) {
-        self.first = position;
-    }
-
-    /// Bytes of one position: each head's key, then each head's value.
-    pub fn row_len(&self) -> usize {
-        self.kv_heads * (self.keys.row_len() + self.values.row_len())
-    }
-
-    /// Writes the rows of a position.
-    pub fn row_to_bytes(&self, position: usize, out: &mut [u8]) {
-        let (keys, values) = out.split_at_mut(self.kv_heads * self.keys.row_len());
-        for (buffer, out) in [(&self.keys, keys), (&self.values, values)] {
-            for (head, out) in out.chunks_exact_mut(buffer.row_len()).enumerate() {
-                buffer.row_to_bytes(head * self.max_tokens + position, out);
-            }
-        }
-    }
-
-    /// Puts the rows of a position back.
-    pub fn row_from_bytes(&mut self, position: usize, bytes: &[u8]) {
-        let (keys, values) = bytes.split_at(self.kv_heads * self.keys.row_len());
-        for (buffer, bytes) in [(&mut self.keys, keys), (&mut self.values, values)] {
-            for (head, bytes) in bytes.chunks_exact(buffer.row_len()).enumerate() {
-                buffer.row_from_bytes(head * self.max_tokens + position, bytes);
-            }
-        }
-    }
-}
-
-/// Bytes that the cache holds per token.
-pub fn cache_bytes(spec: &GqaSpec, ty: KvType) -> usize {
-    spec.kv_heads * (KvBuffer::row_bytes(ty, spec.head_dim) + KvBuffer::row_bytes(ty, spec.v_head_dim))
+/// What all tasks of a pass read.
+#[derive(Clone, Copy)]
+struct Queries<'a, 's> {
+    step: Step<'a>,
+    caches: &'a Caches<'a, 's>,
+    /// `[n, heads, head_dim]`.
+    query: &'a [f32],
+    /// One per head.
+    sinks: Option<&'a [f32]>,
 }
 
 /// f32 values of scratch per token.
@@ -163,7 +81,8 @@ pub struct GqaScratch {
     value: Vec<f32>,
     gate: Vec<f32>,
     sinks: Vec<f32>,
-    by_head: Vec<f32>,
+    by_task: Vec<f32>,
+    tasks: Tasks,
     by_token: Vec<f32>,
     angles: RopeAngles,
 }
@@ -179,7 +98,8 @@ impl GqaScratch {
             value: Vec::new(),
             gate: Vec::new(),
             sinks: Vec::new(),
-            by_head: Vec::new(),
+            by_task: Vec::new(),
+            tasks: Tasks::default(),
             by_token: Vec::new(),
             angles: RopeAngles::default(),
         }
@@ -277,75 +197,66 @@ impl Gqa {
 
     fn extend_caches(&self, step: Step<'_>, caches: &mut Caches<'_, '_>, scratch: &GqaScratch) {
         let s = &self.spec;
+        let (key_width, value_width) = (s.kv_heads * s.head_dim, s.kv_heads * s.v_head_dim);
         for span in step.rows.spans() {
-            let cache = caches.of_mut(span.span).key_value_mut();
-            let capacity = cache.max_tokens;
-            for (width, from, to) in
-                [(s.head_dim, &scratch.key, &mut cache.keys), (s.v_head_dim, &scratch.value, &mut cache.values)]
-            {
-                let rows = &from[span.first * s.kv_heads * width..][..span.count * s.kv_heads * width];
-                for (i, row) in rows.chunks_exact(width).enumerate() {
-                    let (token, head) = (i / s.kv_heads, i % s.kv_heads);
-                    to.set(head * capacity + span.start + token, row);
-                }
+            let mut cache = caches.of_mut(span.span).key_value_mut();
+            let keys = scratch.key[span.first * key_width..].chunks_exact(key_width);
+            let values = scratch.value[span.first * value_width..].chunks_exact(value_width);
+            for (i, (key, value)) in keys.zip(values).take(span.count).enumerate() {
+                cache.set(span.start + i, key, value);
             }
         }
     }
 
-    /// Heads that one task computes.
-    fn heads_together(&self, step: Step<'_>) -> usize {
-        let group = self.spec.heads / self.spec.kv_heads;
-        step.compute.heads_together(self.spec.heads, group, group)
-    }
-
-    /// Leaves the heads' outputs in `scratch.by_head`, `[heads / together, n, together, v_head_dim]`.
+    /// Leaves the heads' outputs in `scratch.by_task`, as `scratch.tasks` say.
     fn attend(&self, step: Step<'_>, caches: &Caches<'_, '_>, scratch: &mut GqaScratch) {
-        let (s, n) = (&self.spec, step.n());
-        let GqaScratch { query, by_head, sinks, .. } = scratch;
+        let s = &self.spec;
+        let GqaScratch { query, by_task, tasks, sinks, .. } = scratch;
         if let Some(sink) = &self.sinks {
             step.read(sink, sinks);
         }
-        let (query, sinks) = (&*query, &*sinks);
-        let together = self.heads_together(step);
-        let by_head = sized(by_head, s.heads * n * s.v_head_dim);
-        step.compute.threads.for_each_chunk(by_head, n * together * s.v_head_dim, &|task, out| {
-            let h = task * together;
-            let kv_head = h / (s.heads / s.kv_heads);
-            let sinks = if self.sinks.is_some() { &sinks[h..h + together] } else { &[] };
+        let sharing = s.heads / s.kv_heads;
+        let heads = Heads { heads: s.heads, sharing, width: s.v_head_dim };
+        tasks.plan(step, heads, false, |_| Most { rows: (QUERIES_TOGETHER / sharing).max(1), heads: sharing });
+        let queries = Queries { step, caches, query, sinks: self.sinks.as_ref().map(|_| &sinks[..]) };
+        tasks.run(&step.compute.threads, sized(by_task, step.n() * s.heads * s.v_head_dim), &|task, out| {
             with_head_scratch(|scratch| {
-                for (r, out) in out.chunks_exact_mut(together * s.v_head_dim).enumerate() {
-                    if step.is_cancelled() {
-                        return;
-                    }
-                    let row = step.rows.get(r);
-                    let cache = caches.of(row.span).key_value();
-                    let end = row.position + 1;
-                    let first = s.window.map_or(0, |w| end.saturating_sub(w));
-                    let of_head = kv_head * cache.max_tokens;
-                    let rows = of_head + first..of_head + end;
-                    let (keys, values) = (cache.keys.rows(rows.clone()), cache.values.rows(rows));
-                    let seen = end - first;
-                    // One more score than keys: a sink takes part in the softmax and has no value.
-                    let scores = sized(&mut scratch.scores, together * (seen + 1));
-                    let q = &query[(r * s.heads + h) * s.head_dim..][..together * s.head_dim];
-                    let (kernels, scale) = (&step.compute.kernels, s.softmax_scale);
-                    kernels.attend_together(q, together, keys, values, seen, scale, sinks, scores, out);
+                let mut left = out;
+                for (span, rows) in step.rows.parts(task.rows.clone()) {
+                    let (out, rest) = left.split_at_mut(rows.len() * task.heads.len() * s.v_head_dim);
+                    self.attend_rows(queries, span, &Task { rows, heads: task.heads.clone() }, &mut scratch.tile, out);
+                    left = rest;
                 }
             });
         });
     }
 
-    /// Transposes to `[n, heads, v_head_dim]` and applies the output gate.
+    /// Rows of one span with heads that share their keys: `out` is `[rows, heads, v_head_dim]`.
+    fn attend_rows(&self, queries: Queries<'_, '_>, span: usize, task: &Task, tile: &mut QueryTile, out: &mut [f32]) {
+        let (s, Queries { step, caches, query, sinks }) = (&self.spec, queries);
+        let kv_head = task.heads.start / (s.heads / s.kv_heads);
+        tile.begin(s.head_dim, s.v_head_dim, s.softmax_scale);
+        for row in task.rows.clone() {
+            let end = step.rows.get(row).position + 1;
+            let first = s.window.map_or(0, |window| end.saturating_sub(window));
+            for head in task.heads.clone() {
+                let query = &query[(row * s.heads + head) * s.head_dim..][..s.head_dim];
+                tile.add(first..end, sinks.map(|sinks| sinks[head])).copy_from_slice(query);
+            }
+        }
+        let cache = caches.of(span).key_value();
+        if tasks::attend(step, tile, |positions| cache.rows(kv_head, positions)) {
+            out.copy_from_slice(tile.results());
+        }
+    }
+
+    /// Brings the outputs into the order `[n, heads, v_head_dim]` and applies the output gate.
     fn gather_heads(&self, step: Step<'_>, scratch: &mut GqaScratch) {
         let (s, n) = (&self.spec, step.n());
-        let GqaScratch { activations, by_head, by_token, gate, .. } = scratch;
+        let GqaScratch { activations, by_task, tasks, by_token, gate, .. } = scratch;
         let (heads, width) = (s.heads, s.v_head_dim);
         let by_token = sized(by_token, n * heads * width);
-        let together = self.heads_together(step);
-        for (i, rows) in by_token.chunks_exact_mut(together * width).enumerate() {
-            let (t, task) = (i / (heads / together), i % (heads / together));
-            rows.copy_from_slice(&by_head[(task * n + t) * together * width..][..together * width]);
-        }
+        tasks.by_row(by_task, heads, by_token);
         if let Some(matrix) = &self.gate {
             let gate = sized(gate, n * heads * width);
             step.multiply(matrix, activations, gate);

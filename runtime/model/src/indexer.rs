@@ -4,7 +4,7 @@
 //! but the index keys is computed.
 
 use sluice_format::{IndexerSpec, RopeSpec};
-use sluice_kernels::{Activations, top_k};
+use sluice_kernels::{Activations, key_blocks, top_k};
 
 use super::ModelError;
 use super::compute::{Step, sized, with_head_scratch};
@@ -23,56 +23,6 @@ pub struct Indexer {
     k_norm: VectorRef,
     k_norm_bias: VectorRef,
     weights: MatrixRef,
-}
-
-/// Index keys of one layer and one sequence, `[max_tokens, index_head_dim]`.
-#[derive(Debug)]
-pub struct IndexCache {
-    keys: Vec<f32>,
-    width: usize,
-}
-
-impl IndexCache {
-    /// An empty cache for `max_tokens` positions.
-    pub fn new(spec: &IndexerSpec, max_tokens: usize) -> Self {
-        let width = cache_width(spec);
-        IndexCache { keys: vec![0.0; width * max_tokens], width }
-    }
-
-    /// Bytes that are allocated.
-    pub fn bytes(&self) -> usize {
-        4 * self.keys.len()
-    }
-
-    /// A copy that has the keys before `position`.
-    pub fn fork(&self, position: usize) -> Self {
-        let mut keys = vec![0.0; self.keys.len()];
-        let seen = position * self.width;
-        keys[..seen].copy_from_slice(&self.keys[..seen]);
-        IndexCache { keys, width: self.width }
-    }
-
-    /// Bytes of one key: none in a layer that uses what another one chose.
-    pub fn row_len(&self) -> usize {
-        4 * self.width
-    }
-
-    /// Writes the key of a position, little-endian.
-    pub fn row_to_bytes(&self, position: usize, out: &mut [u8]) {
-        let key = &self.keys[position * self.width..][..self.width];
-        out.as_chunks_mut::<4>().0.iter_mut().zip(key).for_each(|(out, v)| *out = v.to_le_bytes());
-    }
-
-    /// Puts the key of a position back.
-    pub fn row_from_bytes(&mut self, position: usize, bytes: &[u8]) {
-        let key = &mut self.keys[position * self.width..][..self.width];
-        key.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
-    }
-}
-
-/// f32 values that the cache holds per token.
-pub fn cache_width(spec: &IndexerSpec) -> usize {
-    if spec.shared { 0 } else { spec.index_head_dim }
 }
 
 /// f32 values of scratch per token.
@@ -97,6 +47,11 @@ impl IndexScratch {
     /// Positions that row `t` of the pass attends to, ascending; `None`: all.
     pub fn chosen(&self, t: usize) -> Option<&[u32]> {
         self.chosen.get(t).filter(|c| !c.is_empty()).map(Vec::as_slice)
+    }
+
+    /// Whether any row attends to chosen positions alone.
+    pub fn chooses(&self) -> bool {
+        self.chosen.iter().any(|chosen| !chosen.is_empty())
     }
 
     /// Every row attends to all.
@@ -137,9 +92,9 @@ impl Indexer {
         step.read(&self.k_norm_bias, bias);
         self.rope.angles(step.rows.positions(), angles);
         for span in step.rows.spans() {
-            let cache = caches.of_mut(span.span).latent_mut().index_mut();
-            let places = cache.keys[span.start * width..].chunks_exact_mut(width);
-            for (row, place) in span.rows().zip(places) {
+            let mut cache = caches.of_mut(span.span).latent_mut();
+            for (i, row) in span.rows().enumerate() {
+                let place = cache.index_key_mut(span.start + i);
                 layer_norm(&key[row * width..][..width], norm, bias, self.spec.key_norm_eps, place);
                 self.rope.rotate(&mut place[..self.rotated], angles, row);
             }
@@ -174,16 +129,19 @@ impl Indexer {
             if seen <= s.index_top_k || step.is_cancelled() {
                 return;
             }
-            let keys = &caches.of(row.span).latent().index().keys;
+            let index = caches.of(row.span).latent().index();
             with_head_scratch(|scratch| {
                 let scores = sized(&mut scratch.scores, seen);
-                for (score, key) in scores.iter_mut().zip(keys.chunks_exact(width)) {
-                    let of_head = |h: usize| {
-                        let q = &query[(t * heads + h) * width..][..width];
-                        let weight = weights[t * heads + h] * w_scale;
-                        weight * (step.compute.kernels.dot(q, key) * q_scale).max(0.0)
-                    };
-                    *score = (0..heads).map(of_head).sum();
+                for block in key_blocks(0..seen) {
+                    let keys = index.keys(block.clone()).chunks_exact(width);
+                    for (score, key) in scores[block].iter_mut().zip(keys) {
+                        let of_head = |h: usize| {
+                            let q = &query[(t * heads + h) * width..][..width];
+                            let weight = weights[t * heads + h] * w_scale;
+                            weight * (step.compute.kernels.dot(q, key) * q_scale).max(0.0)
+                        };
+                        *score = (0..heads).map(of_head).sum();
+                    }
                 }
                 top_k(scores, s.index_top_k, &mut chosen[0]);
                 chosen[0].sort_unstable();
