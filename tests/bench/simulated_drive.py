@@ -52,6 +52,8 @@ class Bench:
             tried = self.decode(budget, UNLIMITED, sequences, steps=(1, 0))
             self.fixed[sequences] = tried["memory_used"] - tried["slots"] * tried["expert_bytes"], tried
         rest, tried = self.fixed[sequences]
+        # With fewer slots than two layers use, the memory plan would rather stream dense parts.
+        slots = max(slots, 32)
         # Half a slot more, against rounding.
         return self.decode(rest + int((slots + 0.5) * tried["expert_bytes"]), drive, sequences, more=more)
 
@@ -73,7 +75,7 @@ def slots_for(bench, experts, wanted):
         pairs = list(zip(points, points[1:]))
         (x0, y0), (x1, y1) = next((p for p in pairs if p[0][1] <= rate <= p[1][1]), pairs[0] if rate < points[0][1] else pairs[-1])
         at = x0 + (x1 - x0) * (rate - y0) / max(y1 - y0, 1e-9)
-        found.append(min(max(int(math.exp(at)), 32), experts))
+        found.append(min(int(math.exp(at)), experts))
     return found
 
 

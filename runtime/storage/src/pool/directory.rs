@@ -151,7 +151,7 @@ impl ExpertDirectory {
     /// [`PoolError::Directory`] if an expert has another length.
     #[cfg(feature = "sim")]
     pub(super) fn hold(&mut self, contents: &[u8]) -> Result<(), PoolError> {
-        let checksum = twox_hash::XxHash3_64::oneshot(contents);
+        let checksum = sluice_checksum::xxh3_64(contents);
         for location in self.locations.iter_mut().flatten() {
             if location.len != contents.len() as u64 {
                 return Err(PoolError::Directory { rule: "on a simulated drive, all experts have one length" });
