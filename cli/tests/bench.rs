@@ -151,8 +151,8 @@ fn without_experts(folder: &Path) -> String {
     let text = stdout(&sluice(&["synth", checkpoint.to_str().unwrap(), &path, "--type", "q4", "--no-experts"]));
     assert!(text.contains("holes") && text.contains("the experts are missing"), "{text}");
     assert_eq!(json(&sluice(&["inspect", &path, "--json"]))["provenance"]["no_experts"], true);
-    assert_fails(&sluice(&["verify", &path]), 1, &["expert", "layer"]);
-    assert_fails(&sluice(&["run", &path, "--prompt-ids", "1,2,3", "-n", "1"]), 1, &["expert", "layer"]);
+    assert_fails(&sluice(&["verify", &path]), 1, &["160 of 182", "damaged"]);
+    assert_fails(&sluice(&["run", &path, "--prompt-ids", "1,2,3", "-n", "1", "--ids"]), 1, &["expert", "checksum"]);
     path
 }
 
