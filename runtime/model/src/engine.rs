@@ -55,6 +55,9 @@ pub struct EngineOptions {
     /// Marks that a sequence of a model with recurrent states can keep, a copy of the states each (75 MB for Qwen3-Next). Other
     /// models take any number of marks, at no cost.
     pub marks: usize,
+    /// A drive that has the experts in place of the file, and its contents in place of each: to measure, not to compute with.
+    #[cfg(feature = "sim")]
+    pub simulated: Option<sluice_storage::io::sim::SimulatedDrive>,
 }
 
 pub use sluice_storage::io::EngineKind as ReadEngineKind;
@@ -164,7 +167,7 @@ impl Engine {
         let paths = [file.path().to_owned()];
         let choose = |path: &PathBuf| Tuning::choose(path, options.io.as_ref(), options.read_engine, store.as_ref());
         let tuning: Vec<Tuning> = paths.iter().map(choose).collect();
-        let mut storage = open_storage(&paths, &file, &memory, options.policy, &tuning)?;
+        let mut storage = open_storage(&paths, &file, &memory, options, &tuning)?;
         let precision = if options.exact { Precision::Exact } else { Precision::Int8 };
         let threads = compute_threads(options.threads, storage.io.reading());
         let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
@@ -480,7 +483,7 @@ fn open_storage(
     paths: &[PathBuf],
     file: &ModelFile,
     memory: &MemoryPlan,
-    policy: PolicyKind,
+    options: &EngineOptions,
     tuning: &[Tuning],
 ) -> Result<Storage, RuntimeError> {
     let location =
@@ -498,8 +501,10 @@ fn open_storage(
         pinned: memory.pinned.clone(),
         tuning: tuning.to_vec(),
         direct: DirectMode::default(),
+        #[cfg(feature = "sim")]
+        simulated: options.simulated.clone(),
     };
-    let policy = policy.build(experts.shape()).ok_or(RuntimeError::Policy(policy))?;
+    let policy = options.policy.build(experts.shape()).ok_or(RuntimeError::Policy(options.policy))?;
     Ok(Storage::open(paths, &dense, experts, policy, &config)?)
 }
 

@@ -16,6 +16,7 @@
 //!   in common, which is those who wait.
 //! - [`scheduler`] and `worker`: the handle and the thread: chunks in flight, short reads,
 //!   retries, checksums, cancellation, counters.
+//! - `sim`, with the feature of that name: drives that are not there, for tests and measurements.
 //!
 //! This module knows neither the pool nor the model file's format: it is given plain offsets,
 //! lengths and checksums.
@@ -30,6 +31,7 @@ pub mod lane;
 pub mod pread;
 pub mod queue;
 pub mod scheduler;
+#[cfg(any(test, feature = "sim"))]
 pub mod sim;
 mod sys;
 #[cfg(target_os = "linux")]
