@@ -46,6 +46,16 @@ impl FfnScratch {
         }
     }
 
+    /// Gives all buffers back; what guesses have taught stays.
+    pub fn give_back(&mut self, compute: &Compute) {
+        let FfnScratch { x, gated, gate, experts, foresight } = self;
+        *x = Activations::new(compute.precision);
+        *gated = GatedScratch::new(compute);
+        *gate = Vec::new();
+        *experts = ExpertScratch::new(compute, experts.most_kept());
+        foresight.give_back(compute);
+    }
+
     /// Whether the next layer's experts are to be guessed.
     pub(super) fn looks_ahead(&self) -> bool {
         self.foresight.enabled()

@@ -43,8 +43,9 @@ pub use error::{ExtentName, FileInfo, IoError, ReadError};
 pub use file::{DataFile, DirectIo, DirectMode};
 pub use fill::{ChunkMem, ReadPhase};
 pub use scheduler::{Check, Class, ExtentRead, IoConfig, IoStats, PendingRead, ReadFailure, Scheduler};
+pub use sys::trim_heap;
 #[cfg(target_os = "macos")]
-pub use sys::physical_pages;
+pub use sys::{memory_pressure_level, physical_pages};
 
 /// Most chunks in flight at once. More has no use on any drive: 128 × 1 MiB is a second of work
 /// for a slow one.

@@ -19,6 +19,7 @@ mod guess;
 mod order;
 mod parts;
 pub mod policy;
+mod resize;
 mod storage;
 
 use std::collections::VecDeque;
@@ -99,6 +100,8 @@ pub struct Pool {
     /// Slot of each expert, or [`ABSENT`].
     table: Vec<u32>,
     free: Vec<u32>,
+    /// Empty slots whose memory has been given back to the system; not free.
+    away: Vec<u32>,
     pass: PassState,
     guesses: Guesses,
     stats: PoolStats,
@@ -158,6 +161,7 @@ impl Pool {
             policy,
             table: vec![ABSENT; directory.shape().keys()],
             free: (0..slots.len() as u32).rev().collect(),
+            away: Vec::with_capacity(slots.len()),
             guesses: Guesses::new(slots.len(), directory.shape().keys()),
             slots,
             directory,
@@ -170,12 +174,6 @@ impl Pool {
     #[must_use]
     pub fn stats(&self) -> PoolStats {
         self.stats
-    }
-
-    /// Slots in the pool.
-    #[must_use]
-    pub fn slot_count(&self) -> usize {
-        self.slots.len()
     }
 
     /// Experts in memory.
