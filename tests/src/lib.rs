@@ -106,7 +106,12 @@ impl Converted {
 
     /// The smallest budget for a sequence of the usual length.
     pub fn least_budget(&self) -> u64 {
-        match Engine::open(&self.path, &EngineOptions { budget: Some(1), ..EngineOptions::default() }) {
+        self.least_budget_for(&EngineOptions::default())
+    }
+
+    /// The smallest budget that these options can be had with.
+    pub fn least_budget_for(&self, options: &EngineOptions) -> u64 {
+        match Engine::open(&self.path, &EngineOptions { budget: Some(1), ..options.clone() }) {
             Err(RuntimeError::Budget(e)) => e.least,
             Err(other) => panic!("a budget of one byte: {other}"),
             Ok(_) => panic!("a budget of one byte was accepted"),

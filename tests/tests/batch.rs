@@ -56,15 +56,17 @@ fn any_case() -> impl Strategy<Value = Case> {
 
 /// Runs a case and compares every row of logits with `reference`.
 fn run(model: &Converted, case: &Case, reference: &[Vec<Vec<f32>>]) -> Result<(), TestCaseError> {
-    let (least, everything) = (model.least_budget(), 8 * model.least_budget());
-    let mut engine = model.open(&EngineOptions {
-        budget: Some(least + ((everything - least) as f64 * case.budget) as u64),
+    let options = EngineOptions {
         threads: Some(case.threads),
         read_engine: Some(case.engine),
         context: Some(LENGTH),
+        sequences: Some(case.sequences),
         forget: true,
         ..EngineOptions::default()
-    });
+    };
+    let (least, everything) = (model.least_budget_for(&options), 8 * model.least_budget_for(&options));
+    let budget = Some(least + ((everything - least) as f64 * case.budget) as u64);
+    let mut engine = model.open(&EngineOptions { budget, ..options });
     let tokens: Vec<Vec<u32>> = (0..case.sequences).map(|number| tokens(case.family, number)).collect();
     let mut sequences: Vec<Sequence> = (0..case.sequences).map(|_| engine.new_sequence()).collect();
     for step in &case.steps {

@@ -143,7 +143,6 @@ fn experts_that_stay_when_the_budget_shrinks_need_not_be_read_again() {
 #[test]
 fn an_engine_that_does_not_yield_looks_at_nothing() {
     let model = Converted::new("golden/deepseek_v3", None);
-    let mut engine =
-        model.open(&EngineOptions { yields: Yields::Never, ..EngineOptions::default() });
+    let mut engine = model.open(&EngineOptions { yields: Yields::Never, ..EngineOptions::default() });
     assert!(!engine.heed_pressure());
 }

@@ -140,7 +140,7 @@ fn keys_and_values_of_every_type_keep_their_bits() {
                 let threads = Some(threads);
                 let mut engine = model.open(&EngineOptions { kv_type, threads, budget, ..EngineOptions::default() });
                 let mut sequence = engine.new_sequence();
-                assert_eq!(sequence.bytes(), engine.memory().kv_cache, "{family} {kv_type}");
+                assert!(sequence.bytes() <= engine.memory().kv_cache, "{family} {kv_type}");
                 let mut logits = Vec::new();
                 for tokens in prompt.chunks(step) {
                     engine.forward_all(&mut sequence, tokens, &mut |_, row| logits.extend_from_slice(row)).unwrap();

@@ -195,7 +195,13 @@ fn a_sequence_gives_the_bits_of_its_tokens_whatever_it_has_been_through() {
     let cases = std::env::var("SLUICE_SEQUENCE_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
     for family in ATTENTIONS {
         let model = Converted::new(&format!("golden/{family}"), None);
-        let options = EngineOptions { context: Some(LENGTH), marks: MARKS, forget: true, ..EngineOptions::default() };
+        let options = EngineOptions {
+            context: Some(LENGTH),
+            sequences: Some(6),
+            marks: MARKS,
+            forget: true,
+            ..EngineOptions::default()
+        };
         let (mut engine, mut alone) = (model.open(&options), model.open(&options));
         let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
         let engines = std::cell::RefCell::new((&mut engine, &mut alone));
@@ -216,7 +222,8 @@ fn a_recurrent_model_needs_room_for_marks_and_is_told_so() {
     let ids = Golden::load("qwen3_next").ids("input_ids");
     let plan = |marks| {
         let engine = model.open(&EngineOptions { marks, ..EngineOptions::default() });
-        let bytes = Sequence::mark_memory(engine.spec());
+        let (context, kv_type) = (engine.memory().context, engine.memory().kv_type);
+        let bytes = Sequence::mark_memory(engine.spec(), context, kv_type);
         (engine.memory().kv_cache, bytes, engine)
     };
     let (without, bytes, mut engine) = plan(0);

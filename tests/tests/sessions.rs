@@ -17,7 +17,7 @@ const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gp
 const HEADER_LEN: usize = 56;
 
 fn options(kv_type: KvType) -> EngineOptions {
-    EngineOptions { context: Some(64), kv_type, forget: true, ..EngineOptions::default() }
+    EngineOptions { context: Some(64), sequences: Some(4), kv_type, forget: true, ..EngineOptions::default() }
 }
 
 /// The tokens of a family: those of its golden prompt, there and back.

@@ -31,136 +31,87 @@ pub struct Delta {
     out_norm: VectorRef,
 }
 
-/// What one layer remembers of one sequence. A step reads the state at its first position and writes the one behind its last
-/// to the other place, so that a step that fails in a later layer can be repeated.
-#[derive(Debug)]
-pub struct DeltaState {
-    places: [StateAt; 2],
-    /// f32 values per value head: with the last output, and without.
+/// Numbers of the state of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateShape {
+    /// Inputs of the convolution before a position, `[conv_width - 1, channels]`.
+    inputs: usize,
+    heads: usize,
+    /// Of each value head: its state and its last output, and the state alone.
     head: (usize, usize),
 }
 
-/// The position of a place in which there is no state, or one that is only half written.
-const NOWHERE: usize = usize::MAX;
+impl StateShape {
+    /// That of a layer.
+    pub fn of(spec: &DeltaSpec) -> Self {
+        let inputs = (spec.conv_width - 1) * spec.conv_channels();
+        StateShape { inputs, heads: spec.value_heads, head: (head_len(spec), spec.key_head_dim * spec.value_head_dim) }
+    }
 
-/// A state and the number of tokens that went into it.
-#[derive(Clone, Debug)]
-pub struct StateAt {
-    /// Tokens that went into it.
-    position: usize,
-    /// Inputs of the convolution before `position`, `[conv_width - 1, channels]`, oldest first.
-    inputs: Vec<f32>,
-    /// Per value head the state `[key_head_dim, value_head_dim]` and the last output.
-    heads: Vec<f32>,
+    /// Numbers in memory.
+    pub fn numbers(self) -> usize {
+        self.inputs + self.heads * self.head.0
+    }
+
+    /// Numbers that later tokens depend on: without the heads' last outputs.
+    pub fn kept(self) -> usize {
+        self.inputs + self.heads * self.head.1
+    }
 }
 
-impl DeltaState {
-    /// The state before the first token.
-    pub fn new(spec: &DeltaSpec) -> Self {
-        let place = StateAt {
-            position: 0,
-            inputs: vec![0.0; (spec.conv_width - 1) * spec.conv_channels()],
-            heads: vec![0.0; spec.value_heads * head_len(spec)],
-        };
-        let head = (head_len(spec), spec.key_head_dim * spec.value_head_dim);
-        DeltaState { places: [place.clone(), place], head }
+/// What one layer remembers of one sequence behind some token.
+#[derive(Clone, Copy, Debug)]
+pub struct State<'a> {
+    shape: StateShape,
+    /// Inputs of the convolution before the next token, `[conv_width - 1, channels]`, oldest first.
+    inputs: &'a [f32],
+    /// Per value head the state `[key_head_dim, value_head_dim]` and the last output.
+    heads: &'a [f32],
+}
+
+/// The same, to write it.
+#[derive(Debug)]
+pub struct StateMut<'a> {
+    shape: StateShape,
+    inputs: &'a mut [f32],
+    heads: &'a mut [f32],
+}
+
+impl<'a> State<'a> {
+    /// The state in `numbers`.
+    pub fn new(shape: StateShape, numbers: &'a [f32]) -> Self {
+        let (inputs, heads) = numbers.split_at(shape.inputs);
+        State { shape, inputs, heads }
     }
 
-    /// Bytes that are allocated.
-    pub fn bytes(&self) -> usize {
-        self.places.iter().map(|p| 4 * (p.inputs.len() + p.heads.len())).sum()
-    }
-
-    /// The state behind the first `position` tokens, if it is still there.
-    pub fn at(&self, position: usize) -> Option<&StateAt> {
-        self.places.iter().find(|place| place.position == position)
-    }
-
-    /// The positions at which there is a state.
-    pub fn positions(&self) -> impl Iterator<Item = usize> {
-        self.places.iter().map(|place| place.position).filter(|&position| position != NOWHERE)
-    }
-
-    /// Goes back to the state at `position`: that of a place, or `snapshot`. To position 0, without either.
-    pub fn rewind(&mut self, position: usize, snapshot: Option<&StateAt>) {
-        if let (None, Some(snapshot)) = (self.at(position), snapshot) {
-            self.places[0].position = position;
-            self.places[0].inputs.copy_from_slice(&snapshot.inputs);
-            self.places[0].heads.copy_from_slice(&snapshot.heads);
-        }
-        // What is later belongs to tokens that are forgotten.
-        self.places.iter_mut().filter(|p| p.position > position).for_each(|p| p.position = NOWHERE);
-    }
-
-    /// A copy with the state at `position`.
-    pub fn fork(&self, position: usize) -> Self {
-        let place = |like: &StateAt| StateAt {
-            position: NOWHERE,
-            inputs: vec![0.0; like.inputs.len()],
-            heads: vec![0.0; like.heads.len()],
-        };
-        let mut fork = DeltaState { places: [place(&self.places[0]), place(&self.places[1])], head: self.head };
-        fork.rewind(position, self.at(position));
-        fork
-    }
-
-    /// Bytes of the state at one position: the convolution's inputs, then each head's matrix.
-    pub fn state_len(&self) -> usize {
-        let [StateAt { inputs, heads, .. }, _] = &self.places;
-        4 * (inputs.len() + heads.len() / self.head.0 * self.head.1)
-    }
-
-    /// Writes the state at `position`, little-endian, without the heads' last outputs, which nothing reads again.
-    ///
-    /// # Panics
-    /// If it is not there.
-    pub fn state_to_bytes(&self, position: usize, out: &mut [u8]) {
-        let state = self.at(position).expect("the last complete step has left a state");
-        let heads = state.heads.chunks_exact(self.head.0).flat_map(|head| &head[..self.head.1]);
-        let numbers = state.inputs.iter().chain(heads);
+    /// Writes it, little-endian, without the heads' last outputs, which nothing reads again.
+    pub fn to_bytes(self, out: &mut [u8]) {
+        let StateShape { head, .. } = self.shape;
+        let heads = self.heads.chunks_exact(head.0).flat_map(|numbers| &numbers[..head.1]);
+        let numbers = self.inputs.iter().chain(heads);
         out.as_chunks_mut::<4>().0.iter_mut().zip(numbers).for_each(|(out, v)| *out = v.to_le_bytes());
     }
+}
 
-    /// Puts the state at `position` back, instead of all others.
-    pub fn state_from_bytes(&mut self, position: usize, bytes: &[u8]) {
-        let [state, other] = &mut self.places;
-        (state.position, other.position) = (position, NOWHERE);
-        let heads = state.heads.chunks_exact_mut(self.head.0).flat_map(|head| &mut head[..self.head.1]);
-        let numbers = state.inputs.iter_mut().chain(heads);
-        numbers.zip(bytes.as_chunks::<4>().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
+impl<'a> StateMut<'a> {
+    /// The state in `numbers`.
+    pub fn new(shape: StateShape, numbers: &'a mut [f32]) -> Self {
+        let (inputs, heads) = numbers.split_at_mut(shape.inputs);
+        StateMut { shape, inputs, heads }
     }
 
-    /// The state at `position` and the place for the next one.
-    fn step(&mut self, position: usize) -> (&StateAt, &mut StateAt) {
-        let [first, second] = &mut self.places;
-        let (from, to) = if first.position == position { (first, second) } else { (second, first) };
-        if position == 0 {
-            // A session that was cleared: the states are of tokens that are forgotten.
-            from.inputs.fill(0.0);
-            from.heads.fill(0.0);
-            from.position = 0;
-        }
-        assert_eq!(from.position, position, "a recurrent state cannot go back");
-        // Until the step is complete, what is there is neither the old state nor the new one.
-        to.position = NOWHERE;
-        (from, to)
+    /// Puts back what [`State::to_bytes`] wrote.
+    pub fn put_bytes(self, bytes: &[u8]) {
+        let StateShape { head, .. } = self.shape;
+        let heads = self.heads.chunks_exact_mut(head.0).flat_map(|numbers| &mut numbers[..head.1]);
+        let numbers = self.inputs.iter_mut().chain(heads);
+        numbers.zip(bytes.as_chunks::<4>().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
     }
 }
 
 /// f32 values per value head.
 fn head_len(spec: &DeltaSpec) -> usize {
     (spec.key_head_dim + 1) * spec.value_head_dim
-}
-
-/// Bytes of a state.
-pub fn state_memory(spec: &DeltaSpec) -> u64 {
-    let inputs = (spec.conv_width - 1) * spec.conv_channels();
-    2 * 4 * (inputs + spec.value_heads * head_len(spec)) as u64
-}
-
-/// Bytes of the copy of a state that a mark keeps.
-pub fn snapshot_memory(spec: &DeltaSpec) -> u64 {
-    state_memory(spec) / 2
 }
 
 /// f32 values of scratch per token.
@@ -241,21 +192,20 @@ impl Delta {
         scratch.activations.set(x, n, x.len() / n);
         self.project(step, scratch);
         for (i, span) in step.rows.spans().iter().enumerate() {
-            let (from, to) = caches.of_mut(span.span).state_mut().step(span.start);
+            let (from, to) = caches.of_mut(span.span).state_mut();
             self.convolve(step, (i, *span), from, to, scratch);
         }
         self.normalise_keys(n, scratch);
         self.gates(step, scratch);
         for span in step.rows.spans() {
-            let (from, to) = caches.of_mut(span.span).state_mut().step(span.start);
+            let (from, to) = caches.of_mut(span.span).state_mut();
             for row in span.rows() {
                 if step.is_cancelled() {
                     return;
                 }
-                let from = (row == span.first).then_some(&from.heads);
-                self.recur(step.compute, row, from, &mut to.heads, scratch);
+                let from = (row == span.first).then_some(from.heads);
+                self.recur(step.compute, row, from, to.heads, scratch);
             }
-            to.position = span.start + span.count;
         }
         self.gate_output(step, scratch);
         let width = self.spec.value_heads * self.spec.value_head_dim;
@@ -295,15 +245,15 @@ impl Delta {
         &self,
         step: Step<'_>,
         (index, span): (usize, SpanRows),
-        from: &StateAt,
-        to: &mut StateAt,
+        from: State<'_>,
+        to: StateMut<'_>,
         scratch: &mut DeltaScratch,
     ) {
         let (channels, width) = (self.spec.conv_channels(), self.spec.conv_width);
         let DeltaScratch { inputs, mixed, conv, .. } = scratch;
         let before = width - 1;
         let inputs = &mut inputs[(before * index + span.first) * channels..][..(before + span.count) * channels];
-        inputs[..from.inputs.len()].copy_from_slice(&from.inputs);
+        inputs[..from.inputs.len()].copy_from_slice(from.inputs);
         step.read(&self.conv, conv);
         let mixed = &mut sized(mixed, step.n() * channels)[span.first * channels..][..span.count * channels];
         for (t, out) in mixed.chunks_exact_mut(channels).enumerate() {
@@ -346,7 +296,7 @@ impl Delta {
     }
 
     /// Row `t`: reads the state of `from`, or that in place, and leaves the new one with its output. One task per head.
-    fn recur(&self, compute: &Compute, t: usize, from: Option<&Vec<f32>>, to: &mut [f32], scratch: &mut DeltaScratch) {
+    fn recur(&self, compute: &Compute, t: usize, from: Option<&[f32]>, to: &mut [f32], scratch: &mut DeltaScratch) {
         let s = &self.spec;
         let (dk, dv, len) = (s.key_head_dim, s.value_head_dim, head_len(s));
         let DeltaScratch { mixed, a, b, out, .. } = scratch;
@@ -424,55 +374,5 @@ mod tests {
             let error = (f64::from(softplus(x)) - want).abs();
             assert!(error <= 1e-6 * want, "{x}: {} instead of {want}", softplus(x));
         }
-    }
-
-    #[test]
-    fn a_step_that_failed_can_be_repeated_and_a_cleared_session_starts_at_nothing() {
-        let spec = DeltaSpec {
-            key_heads: 1,
-            value_heads: 1,
-            key_head_dim: 2,
-            value_head_dim: 2,
-            conv_width: 3,
-            norm_eps: 1e-6,
-        };
-        let mut state = DeltaState::new(&spec);
-        let advance = |state: &mut DeltaState, position: usize, value: f32| {
-            let (from, to) = state.step(position);
-            let seen = from.heads[0];
-            to.heads.fill(value);
-            to.position = position + 1;
-            seen
-        };
-        assert_eq!(advance(&mut state, 0, 1.0), 0.0);
-        assert_eq!(advance(&mut state, 1, 2.0), 1.0);
-        assert_eq!(advance(&mut state, 1, 3.0), 1.0);
-        assert_eq!(advance(&mut state, 2, 4.0), 3.0);
-        assert_eq!(advance(&mut state, 0, 5.0), 0.0);
-        assert_eq!(advance(&mut state, 1, 6.0), 5.0);
-    }
-
-    #[test]
-    fn a_state_that_is_half_written_is_none_and_one_that_is_kept_comes_back() {
-        let (key_heads, value_heads, key_head_dim, value_head_dim) = (1, 1, 2, 2);
-        let spec = DeltaSpec { key_heads, value_heads, key_head_dim, value_head_dim, conv_width: 3, norm_eps: 1e-6 };
-        let mut state = DeltaState::new(&spec);
-        for position in 0..3 {
-            let (_, to) = state.step(position);
-            to.heads.fill(position as f32);
-            to.position = position + 1;
-        }
-        let kept = state.at(2).expect("the last step began there").clone();
-        // A step begins, overwrites the older place and is cancelled within the layer.
-        state.step(3).1.heads.fill(f32::NAN);
-        assert_eq!(state.positions().collect::<Vec<_>>(), [3]);
-        assert!(state.at(2).is_none());
-        state.rewind(2, Some(&kept));
-        assert_eq!(state.positions().collect::<Vec<_>>(), [2]);
-        assert!(state.at(2).expect("it is back").heads.iter().all(|&v| v == 1.0));
-        let fork = state.fork(2);
-        state.rewind(0, None);
-        assert!(state.step(0).0.heads.iter().all(|&v| v == 0.0));
-        assert!(fork.at(2).expect("a fork is on its own").heads.iter().all(|&v| v == 1.0));
     }
 }

@@ -13,10 +13,12 @@ use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, open_regular};
 use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
+use crate::cache::{PageCount, PagePool, PagesFull};
 use crate::compute::Compute;
 use crate::control::{Cancel, Control};
 use crate::counts;
 use crate::memory::{BudgetError, Demand, MemoryPlan, PressureWatch};
+use crate::room;
 use crate::rows::{Cursor, Rows, Span, Want};
 use crate::session::{self, Binding, SessionError};
 use crate::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents};
@@ -158,6 +160,7 @@ pub struct Engine {
     storage: Storage,
     tuning: Tuning,
     model: Model,
+    pages: Arc<PagePool>,
     tokens: u64,
     time: Duration,
     /// Rows of the current pass, and those whose logits are wanted.
@@ -195,6 +198,7 @@ impl Engine {
         }
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
         let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto, memory.kept_outputs)?;
+        let pages = memory.page_pool(model.spec());
         let (tokens, time) = (0, Duration::ZERO);
         let (rows, wanted) = (Rows::default(), Vec::new());
         let yields = match options.yields {
@@ -211,6 +215,7 @@ impl Engine {
             storage,
             tuning,
             model,
+            pages,
             tokens,
             time,
             rows,
@@ -279,9 +284,38 @@ impl Engine {
         counts::save(self.file.path(), self.file.state_id(), &counts)
     }
 
-    /// An empty sequence for as many tokens as the memory plan has room for.
+    /// An empty sequence for as many tokens as the memory plan gives each. It has no pages yet: there can be more sequences than
+    /// were planned, as long as the pages last.
     pub fn new_sequence(&self) -> Sequence {
-        Sequence::new(self.model.spec(), self.memory.context, self.binding(), self.memory.marks)
+        Sequence::new(&self.pages, self.memory.context, self.binding(), self.memory.marks)
+    }
+
+    /// How many pages there are of each kind, and how many nobody has.
+    pub fn pages(&self) -> Vec<PageCount> {
+        self.pages.counts()
+    }
+
+    /// Whether one step can append so many tokens to each of these sequences of this engine, as far as pages go. Empty sequences
+    /// stand for those that are still to be made.
+    ///
+    /// # Errors
+    /// [`PagesFull`], as [`Engine::step`] would say it.
+    pub fn room_for<'a>(&self, appends: impl Iterator<Item = (&'a Sequence, usize)> + Clone) -> Result<(), PagesFull> {
+        room::check(&self.pages, appends, self.memory.rows)
+    }
+
+    /// Tokens that a new sequence could take now.
+    pub fn tokens_that_fit(&self) -> usize {
+        let (empty, mut most) = (self.new_sequence(), self.memory.context + 1);
+        let mut least = 0;
+        while most - least > 1 {
+            let middle = least + (most - least) / 2;
+            match self.room_for(std::iter::once((&empty, middle))) {
+                Ok(()) => least = middle,
+                Err(_) => most = middle,
+            }
+        }
+        least
     }
 
     /// What the numbers of a sequence depend on beside its tokens.
@@ -375,7 +409,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`RuntimeError::Model`]: no tokens, no room, an unknown id, an extent that cannot be read or is damaged, or that `control`
-    /// has cancelled the step. What was appended before the failing pass stays in the sequences.
+    /// has cancelled the step. What was appended before the failing pass stays in the sequences. Where there is no room
+    /// ([`ModelError::ContextFull`], [`ModelError::PagesFull`]), nothing has been appended.
     pub fn step(
         &mut self,
         spans: &mut [Span<'_>],
@@ -388,7 +423,7 @@ impl Engine {
         }
         let own = self.binding();
         for span in &*spans {
-            if span.sequence.binding() != own {
+            if span.sequence.binding() != own || !Arc::ptr_eq(span.sequence.pool(), &self.pages) {
                 return Err(ModelError::ForeignSequence.into());
             }
             let (capacity, wanted) = (span.sequence.capacity(), span.sequence.position() + span.tokens.len());
@@ -396,11 +431,13 @@ impl Engine {
                 return Err(ModelError::ContextFull { capacity, wanted }.into());
             }
         }
+        self.room_for(spans.iter().map(|span| (&*span.sequence, span.tokens.len()))).map_err(ModelError::from)?;
         self.wake_up()?;
         self.compute.observer = control.inputs.clone();
         self.compute.cancel = control.cancel.cloned();
         self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));
         let outcome = self.passes(spans, control, sink);
+        spans.iter_mut().for_each(|span| span.sequence.settle());
         (self.compute.observer, self.compute.cancel) = (None, None);
         self.compute.threads.cancel_by(None);
         self.time += started.elapsed();
@@ -417,6 +454,9 @@ impl Engine {
         let Engine { file, compute, storage, model, rows, wanted, .. } = self;
         let mut cursor = Cursor::default();
         while rows.take(spans, &mut cursor, self.memory.rows) {
+            for part in rows.spans() {
+                spans[part.span].sequence.prepare(part.count)?;
+            }
             let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
             model.forward(compute, &mut weights, rows, spans, control)?;
             self.tokens += rows.len() as u64;

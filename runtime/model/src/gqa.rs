@@ -1,10 +1,8 @@
 //! Grouped-query attention (arXiv:2305.13245) with rotary positions, and what families add to it: norms of queries and keys,
 //! biases, a sliding window, attention sinks, an output gate.
 
-use std::ops::Range;
-
 use sluice_format::{GqaSpec, QkNormScope};
-use sluice_kernels::{Activations, KvBuffer, KvType, rms_norm, sigmoid};
+use sluice_kernels::{Activations, rms_norm, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, Step, sized, with_head_scratch};
@@ -49,101 +47,6 @@ impl Projection {
             }
         }
     }
-}
-
-/// Keys and values of one layer and one sequence: `[kv_heads, max_tokens, width]` each, so that a head's are contiguous.
-#[derive(Debug)]
-pub struct KeyValueCache {
-    keys: KvBuffer,
-    values: KvBuffer,
-    kv_heads: usize,
-    window: Option<usize>,
-    /// The first position that has a row: a restored sequence has those in the window alone.
-    first: usize,
-    max_tokens: usize,
-}
-
-impl KeyValueCache {
-    /// An empty cache for `max_tokens` positions.
-    pub fn new(spec: &GqaSpec, max_tokens: usize, ty: KvType) -> Self {
-        KeyValueCache {
-            keys: KvBuffer::new(ty, spec.kv_heads * max_tokens, spec.head_dim),
-            values: KvBuffer::new(ty, spec.kv_heads * max_tokens, spec.v_head_dim),
-            kv_heads: spec.kv_heads,
-            window: spec.window,
-            first: 0,
-            max_tokens,
-        }
-    }
-
-    /// Bytes that are allocated.
-    pub fn bytes(&self) -> usize {
-        self.keys.bytes() + self.values.bytes()
-    }
-
-    /// A copy that has the rows before `position`.
-    pub fn fork(&self, position: usize) -> Self {
-        let (mut keys, mut values) = (self.keys.empty_like(), self.values.empty_like());
-        for head in 0..self.kv_heads {
-            let rows = head * self.max_tokens + self.first..head * self.max_tokens + position.max(self.first);
-            keys.copy_rows(&self.keys, rows.clone());
-            values.copy_rows(&self.values, rows);
-        }
-        KeyValueCache { keys, values, ..*self }
-    }
-
-    /// Rows before `position` that the token there and later ones can see.
-    pub fn seen_from(&self, position: usize) -> Range<usize> {
-        // A token sees itself, and so one earlier row less than the window has.
-        self.window.map_or(0, |window| (position + 1).saturating_sub(window))..position
-    }
-
-    /// Whether everything is there that tokens from `position` on see.
-    pub fn reaches(&self, position: usize) -> bool {
-        position == 0 || self.seen_from(position).start >= self.first
-    }
-
-    /// Rows from `position` on no longer count.
-    pub fn rewind(&mut self, position: usize) {
-        if position == 0 {
-            self.first = 0;
-        }
-    }
-
-    /// The first position that has a row is now `position`.
-    pub fn begin_at(&mut self, position: usize) {
-        self.first = position;
-    }
-
-    /// Bytes of one position: each head's key, then each head's value.
-    pub fn row_len(&self) -> usize {
-        self.kv_heads * (self.keys.row_len() + self.values.row_len())
-    }
-
-    /// Writes the rows of a position.
-    pub fn row_to_bytes(&self, position: usize, out: &mut [u8]) {
-        let (keys, values) = out.split_at_mut(self.kv_heads * self.keys.row_len());
-        for (buffer, out) in [(&self.keys, keys), (&self.values, values)] {
-            for (head, out) in out.chunks_exact_mut(buffer.row_len()).enumerate() {
-                buffer.row_to_bytes(head * self.max_tokens + position, out);
-            }
-        }
-    }
-
-    /// Puts the rows of a position back.
-    pub fn row_from_bytes(&mut self, position: usize, bytes: &[u8]) {
-        let (keys, values) = bytes.split_at(self.kv_heads * self.keys.row_len());
-        for (buffer, bytes) in [(&mut self.keys, keys), (&mut self.values, values)] {
-            for (head, bytes) in bytes.chunks_exact(buffer.row_len()).enumerate() {
-                buffer.row_from_bytes(head * self.max_tokens + position, bytes);
-            }
-        }
-    }
-}
-
-/// Bytes that the cache holds per token.
-pub fn cache_bytes(spec: &GqaSpec, ty: KvType) -> usize {
-    spec.kv_heads * (KvBuffer::row_bytes(ty, spec.head_dim) + KvBuffer::row_bytes(ty, spec.v_head_dim))
 }
 
 /// f32 values of scratch per token.
@@ -277,17 +180,13 @@ impl Gqa {
 
     fn extend_caches(&self, step: Step<'_>, caches: &mut Caches<'_, '_>, scratch: &GqaScratch) {
         let s = &self.spec;
+        let (key_width, value_width) = (s.kv_heads * s.head_dim, s.kv_heads * s.v_head_dim);
         for span in step.rows.spans() {
-            let cache = caches.of_mut(span.span).key_value_mut();
-            let capacity = cache.max_tokens;
-            for (width, from, to) in
-                [(s.head_dim, &scratch.key, &mut cache.keys), (s.v_head_dim, &scratch.value, &mut cache.values)]
-            {
-                let rows = &from[span.first * s.kv_heads * width..][..span.count * s.kv_heads * width];
-                for (i, row) in rows.chunks_exact(width).enumerate() {
-                    let (token, head) = (i / s.kv_heads, i % s.kv_heads);
-                    to.set(head * capacity + span.start + token, row);
-                }
+            let mut cache = caches.of_mut(span.span).key_value_mut();
+            let keys = scratch.key[span.first * key_width..].chunks_exact(key_width);
+            let values = scratch.value[span.first * value_width..].chunks_exact(value_width);
+            for (i, (key, value)) in keys.zip(values).take(span.count).enumerate() {
+                cache.set(span.start + i, key, value);
             }
         }
     }
@@ -321,9 +220,15 @@ impl Gqa {
                     let cache = caches.of(row.span).key_value();
                     let end = row.position + 1;
                     let first = s.window.map_or(0, |w| end.saturating_sub(w));
-                    let of_head = kv_head * cache.max_tokens;
-                    let rows = of_head + first..of_head + end;
-                    let (keys, values) = (cache.keys.rows(rows.clone()), cache.values.rows(rows));
+                    let (mut of_keys, mut of_values) = (Vec::new(), Vec::new());
+                    super::cache::in_blocks(first..end, |positions| {
+                        let n = positions.len();
+                        let (keys, values) = cache.rows(kv_head, positions);
+                        super::cache::append(keys, n, s.head_dim, &mut of_keys);
+                        super::cache::append(values, n, s.v_head_dim, &mut of_values);
+                    });
+                    let keys = sluice_kernels::KvRows::plain(&of_keys, s.head_dim);
+                    let values = sluice_kernels::KvRows::plain(&of_values, s.v_head_dim);
                     let seen = end - first;
                     // One more score than keys: a sink takes part in the softmax and has no value.
                     let scores = sized(&mut scratch.scores, together * (seen + 1));

@@ -25,56 +25,6 @@ pub struct Indexer {
     weights: MatrixRef,
 }
 
-/// Index keys of one layer and one sequence, `[max_tokens, index_head_dim]`.
-#[derive(Debug)]
-pub struct IndexCache {
-    keys: Vec<f32>,
-    width: usize,
-}
-
-impl IndexCache {
-    /// An empty cache for `max_tokens` positions.
-    pub fn new(spec: &IndexerSpec, max_tokens: usize) -> Self {
-        let width = cache_width(spec);
-        IndexCache { keys: vec![0.0; width * max_tokens], width }
-    }
-
-    /// Bytes that are allocated.
-    pub fn bytes(&self) -> usize {
-        4 * self.keys.len()
-    }
-
-    /// A copy that has the keys before `position`.
-    pub fn fork(&self, position: usize) -> Self {
-        let mut keys = vec![0.0; self.keys.len()];
-        let seen = position * self.width;
-        keys[..seen].copy_from_slice(&self.keys[..seen]);
-        IndexCache { keys, width: self.width }
-    }
-
-    /// Bytes of one key: none in a layer that uses what another one chose.
-    pub fn row_len(&self) -> usize {
-        4 * self.width
-    }
-
-    /// Writes the key of a position, little-endian.
-    pub fn row_to_bytes(&self, position: usize, out: &mut [u8]) {
-        let key = &self.keys[position * self.width..][..self.width];
-        out.as_chunks_mut::<4>().0.iter_mut().zip(key).for_each(|(out, v)| *out = v.to_le_bytes());
-    }
-
-    /// Puts the key of a position back.
-    pub fn row_from_bytes(&mut self, position: usize, bytes: &[u8]) {
-        let key = &mut self.keys[position * self.width..][..self.width];
-        key.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
-    }
-}
-
-/// f32 values that the cache holds per token.
-pub fn cache_width(spec: &IndexerSpec) -> usize {
-    if spec.shared { 0 } else { spec.index_head_dim }
-}
-
 /// f32 values of scratch per token.
 pub fn scratch_width(spec: &IndexerSpec) -> usize {
     spec.index_heads * (spec.index_head_dim + 1) + spec.index_head_dim + spec.index_top_k
@@ -137,9 +87,9 @@ impl Indexer {
         step.read(&self.k_norm_bias, bias);
         self.rope.angles(step.rows.positions(), angles);
         for span in step.rows.spans() {
-            let cache = caches.of_mut(span.span).latent_mut().index_mut();
-            let places = cache.keys[span.start * width..].chunks_exact_mut(width);
-            for (row, place) in span.rows().zip(places) {
+            let mut cache = caches.of_mut(span.span).latent_mut();
+            for (i, row) in span.rows().enumerate() {
+                let place = cache.index_key_mut(span.start + i);
                 layer_norm(&key[row * width..][..width], norm, bias, self.spec.key_norm_eps, place);
                 self.rope.rotate(&mut place[..self.rotated], angles, row);
             }
@@ -174,7 +124,11 @@ impl Indexer {
             if seen <= s.index_top_k || step.is_cancelled() {
                 return;
             }
-            let keys = &caches.of(row.span).latent().index().keys;
+            let mut of_keys = Vec::new();
+            super::cache::in_blocks(0..seen, |positions| {
+                of_keys.extend_from_slice(caches.of(row.span).latent().index().keys(positions));
+            });
+            let keys = &of_keys[..];
             with_head_scratch(|scratch| {
                 let scores = sized(&mut scratch.scores, seen);
                 for (score, key) in scores.iter_mut().zip(keys.chunks_exact(width)) {

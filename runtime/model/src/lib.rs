@@ -4,6 +4,7 @@
 //! executes the specification layer by layer over the rows of a step. Nothing here knows text, sampling or a family.
 
 mod attention;
+mod cache;
 pub mod compute;
 pub mod control;
 pub mod counts;
@@ -19,6 +20,7 @@ mod indexer;
 pub mod memory;
 mod mla;
 mod model;
+mod room;
 mod rope;
 pub mod router;
 pub mod rows;
@@ -27,6 +29,7 @@ pub mod session;
 mod tally;
 pub mod weights;
 
+pub use self::cache::{PAGE_TOKENS, PageCount, PageKind, PagesFull, WINDOW_SLACK};
 pub use self::control::{Cancel, Control, Progress};
 pub use self::engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, ShrinkError, Stats, Yields};
 pub use self::model::ModelError;

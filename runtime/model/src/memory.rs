@@ -4,11 +4,13 @@ mod available;
 mod pressure;
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec};
 use sluice_kernels::KvType;
 
+use crate::cache::{Layout, PagePool};
 use crate::{Model, Sequence, dense_extents};
 use sluice_storage::pool::RING_SLOTS;
 
@@ -50,8 +52,11 @@ pub struct MemoryPlan {
     /// For each dense extent, in the order of use, whether it stays.
     #[serde(skip)]
     pub pinned: Vec<bool>,
-    /// Keys and values of all sequences.
+    /// Keys, values, states and tokens of all sequences.
     pub kv_cache: u64,
+    /// Pages of each kind; they are a part of `kv_cache`.
+    #[serde(skip)]
+    pub pages: Vec<usize>,
     /// How those are stored.
     #[serde(serialize_with = "name_of_kv_type")]
     pub kv_type: KvType,
@@ -59,7 +64,7 @@ pub struct MemoryPlan {
     pub sequences: usize,
     /// Tokens that each of them can hold.
     pub context: usize,
-    /// Copies of recurrent states that each of them can keep for its marks; a part of `kv_cache`.
+    /// Marks of each of them whose windows and recurrent states can be kept; a part of `kv_cache`.
     #[serde(skip)]
     pub marks: usize,
     /// Scratch and cached embedding rows, as far as they are charged.
@@ -89,7 +94,7 @@ pub struct Demand {
     pub context: usize,
     /// How their keys and values are kept.
     pub kv_type: KvType,
-    /// Copies of recurrent states that each of them can keep for its marks.
+    /// Marks of each of them whose windows and recurrent states can be kept.
     pub marks: usize,
 }
 
@@ -177,8 +182,8 @@ impl MemoryPlan {
     ) -> Result<Self, BudgetError> {
         let need = Need::of(spec, extents, demand);
         let headroom = (available / HEADROOM.0).max(HEADROOM.1.min(available / 2));
-        let everything =
-            need.dense_total() + need.kv_cache + need.scratch(need.most_rows(), KEPT_OUTPUTS.1) + need.all_slots();
+        let most_for_rows = need.for_rows(need.most_rows(), KEPT_OUTPUTS.1);
+        let everything = most_for_rows.saturating_add(need.dense_total() + need.all_slots());
         // Whoever states a budget knows what else the machine does, but not that the program itself takes memory too.
         let effective = match requested {
             None => everything.min(available.saturating_sub(headroom)),
@@ -186,10 +191,11 @@ impl MemoryPlan {
         };
 
         // Everything at its least: no dense part stays unless all of them take less than the ring would.
-        let least_scratch = need.scratch(need.fewest_rows(), need.fewest_kept());
+        let least_rows = need.fewest_rows();
+        let (least_cache, least_scratch) = (need.kv_cache(least_rows), need.scratch(least_rows, need.fewest_kept()));
         let least_dense = need.pin(0);
         let least_slots = MIN_SLOTS.min(need.experts) as u64 * need.slot_len;
-        let least = least_dense.bytes() + need.kv_cache + least_scratch + least_slots;
+        let least = least_cache.saturating_add(least_dense.bytes() + least_scratch + least_slots);
         if effective < least {
             return Err(BudgetError {
                 requested,
@@ -197,7 +203,7 @@ impl MemoryPlan {
                 effective,
                 least,
                 dense: least_dense.bytes(),
-                kv_cache: need.kv_cache,
+                kv_cache: least_cache,
                 sequences: demand.sequences,
                 context: demand.context,
                 scratch: least_scratch,
@@ -206,10 +212,10 @@ impl MemoryPlan {
         }
 
         let (rows, kept_outputs) = need.rows(effective, effective - least + least_scratch);
-        let scratch = need.scratch(rows, kept_outputs);
+        let (kv_cache, scratch) = (need.kv_cache(rows), need.scratch(rows, kept_outputs));
         // A dense byte is needed by every token, an expert's by few: dense parts come first, but two layers' worth of
         // experts must be able to be in flight.
-        let fixed = need.kv_cache + scratch;
+        let fixed = kv_cache + scratch;
         let wanted_slots = (2 * need.top_k).max(MIN_SLOTS).min(need.experts) as u64 * need.slot_len;
         let for_dense = effective - fixed - least_slots.max(wanted_slots.min(effective - fixed - least_dense.bytes()));
         let dense = need.pin(for_dense);
@@ -223,7 +229,8 @@ impl MemoryPlan {
             dense_streamed: dense.streamed,
             dense_ring: dense.ring,
             pinned: dense.pinned,
-            kv_cache: need.kv_cache,
+            kv_cache,
+            pages: need.pages(rows).map(|(count, _)| count as usize).collect(),
             kv_type: demand.kv_type,
             sequences: demand.sequences,
             context: demand.context,
@@ -236,6 +243,11 @@ impl MemoryPlan {
             slot_len: need.slot_len,
             experts: need.experts,
         })
+    }
+
+    /// Makes the pool of pages that was planned, for the model that it was planned for.
+    pub(crate) fn page_pool(&self, spec: &ModelSpec) -> Arc<PagePool> {
+        PagePool::new(Layout::new(spec, self.kv_type), &self.pages)
     }
 
     /// Bytes that will be allocated.
@@ -254,7 +266,7 @@ struct Need<'a> {
     demand: Demand,
     /// Lengths of the dense extents in the order of use.
     dense: Vec<(ExtentKind, u64)>,
-    kv_cache: u64,
+    layout: Layout,
     embedding: u64,
     experts: usize,
     slot_len: u64,
@@ -286,10 +298,7 @@ impl Need<'_> {
             spec,
             demand,
             dense: dense_extents(extents).iter().map(|e| (e.kind, e.stored_len)).collect(),
-            kv_cache: (demand.sequences as u64).saturating_mul(
-                Sequence::memory(spec, demand.context, demand.kv_type)
-                    .saturating_add(Sequence::mark_memory(spec).saturating_mul(demand.marks as u64)),
-            ),
+            layout: Layout::new(spec, demand.kv_type),
             embedding: Model::embedding_memory(extents),
             experts: count,
             slot_len,
@@ -303,6 +312,25 @@ impl Need<'_> {
 
     fn all_slots(&self) -> u64 {
         self.slot_len * self.experts as u64
+    }
+
+    /// Of each kind of page how many there are, and the bytes of one, where `rows` rows go through a layer together: layers with a
+    /// window keep that and the rows.
+    fn pages(&self, rows: usize) -> impl Iterator<Item = (u64, u64)> {
+        let Demand { sequences, context, marks, .. } = self.demand;
+        self.layout.pages().iter().map(move |page| (page.kind().most(sequences, context, marks, rows), page.bytes()))
+    }
+
+    /// Bytes of the pages and the lists of tokens.
+    fn kv_cache(&self, rows: usize) -> u64 {
+        let lists = Sequence::list_memory(self.demand.context).saturating_mul(self.demand.sequences as u64);
+        let pages = self.pages(rows).map(|(count, bytes)| count.saturating_mul(bytes));
+        pages.fold(lists, u64::saturating_add)
+    }
+
+    /// Bytes that depend on how many rows go through a layer together.
+    fn for_rows(&self, rows: usize, kept: u64) -> u64 {
+        self.kv_cache(rows).saturating_add(self.scratch(rows, kept))
     }
 
     fn most_rows(&self) -> usize {
@@ -327,7 +355,9 @@ impl Need<'_> {
         let kept = (budget / KEPT_OUTPUTS.0).min(KEPT_OUTPUTS.1).max(least.1);
         let fewer = |&rows: &usize| (rows > least.0).then_some((rows / 2).max(least.0));
         let mut choices = std::iter::successors(Some(self.most_rows()), fewer).map(|rows| (rows, kept));
-        choices.find(|&(rows, kept)| self.scratch(rows, kept) <= spare / 8).unwrap_or(least)
+        // Rows also take pages of layers with a window, more than the least that was charged before.
+        let charged = self.kv_cache(least.0);
+        choices.find(|&(rows, kept)| self.for_rows(rows, kept) - charged <= spare / 8).unwrap_or(least)
     }
 
     fn scratch(&self, rows: usize, kept: u64) -> u64 {

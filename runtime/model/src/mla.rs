@@ -6,11 +6,12 @@
 use std::ops::Range;
 
 use sluice_format::MlaSpec;
-use sluice_kernels::{Activations, KvBuffer, KvType, rms_norm};
+use sluice_kernels::{Activations, rms_norm};
 
 use super::ModelError;
+use super::cache::latent_width;
 use super::compute::{Compute, HeadScratch, Step, sized, with_head_scratch};
-use super::indexer::{self, IndexCache, IndexScratch, Indexer};
+use super::indexer::{self, IndexScratch, Indexer};
 use super::rope::{Rope, RopeAngles};
 use super::rows::Caches;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
@@ -47,81 +48,11 @@ enum Query {
     LowRank { a: MatrixRef, norm: VectorRef, b: MatrixRef },
 }
 
-/// Keys and values of one layer and one sequence: `[max_tokens, kv_lora_rank + qk_rope_head_dim]`.
-#[derive(Debug)]
-pub struct LatentCache {
-    rows: KvBuffer,
-    /// Keys of the indexer, in layers that have one.
-    index: Option<IndexCache>,
-}
-
-impl LatentCache {
-    /// An empty cache for `max_tokens` positions.
-    pub fn new(spec: &MlaSpec, max_tokens: usize, ty: KvType) -> Self {
-        let index = spec.indexer.as_ref().map(|i| IndexCache::new(i, max_tokens));
-        LatentCache { rows: KvBuffer::new(ty, max_tokens, latent_width(spec)), index }
-    }
-
-    /// Keys of the layer's own indexer.
-    pub(super) fn index(&self) -> &IndexCache {
-        self.index.as_ref().expect("a layer with an indexer has index keys")
-    }
-
-    pub(super) fn index_mut(&mut self) -> &mut IndexCache {
-        self.index.as_mut().expect("a layer with an indexer has index keys")
-    }
-
-    /// Bytes that are allocated.
-    pub fn bytes(&self) -> usize {
-        self.rows.bytes() + self.index.as_ref().map_or(0, IndexCache::bytes)
-    }
-
-    /// A copy that has the rows before `position`.
-    pub fn fork(&self, position: usize) -> Self {
-        let mut rows = self.rows.empty_like();
-        rows.copy_rows(&self.rows, 0..position);
-        LatentCache { rows, index: self.index.as_ref().map(|index| index.fork(position)) }
-    }
-
-    /// Bytes of one position: the latent with its rotated key, then the index key of a layer that has an indexer of its own.
-    pub fn row_len(&self) -> usize {
-        self.rows.row_len() + self.index.as_ref().map_or(0, IndexCache::row_len)
-    }
-
-    /// Writes the row of a position.
-    pub fn row_to_bytes(&self, position: usize, out: &mut [u8]) {
-        let (latent, key) = out.split_at_mut(self.rows.row_len());
-        self.rows.row_to_bytes(position, latent);
-        if let Some(index) = &self.index {
-            index.row_to_bytes(position, key);
-        }
-    }
-
-    /// Puts the row of a position back.
-    pub fn row_from_bytes(&mut self, position: usize, bytes: &[u8]) {
-        let (latent, key) = bytes.split_at(self.rows.row_len());
-        self.rows.row_from_bytes(position, latent);
-        if let Some(index) = &mut self.index {
-            index.row_from_bytes(position, key);
-        }
-    }
-}
-
 /// f32 values of scratch per token.
 pub fn scratch_width(spec: &MlaSpec) -> usize {
     let head = spec.qk_nope_head_dim + spec.qk_rope_head_dim + 2 * spec.v_head_dim;
     let index = spec.indexer.as_ref().map_or(0, indexer::scratch_width);
     spec.heads * head + 2 * spec.q_lora_rank.unwrap_or(0) + 4 * latent_width(spec) + index
-}
-
-/// Bytes that the cache holds per token. Index keys are f32 whatever `ty` is: they decide what is attended to.
-pub fn cache_bytes(spec: &MlaSpec, ty: KvType) -> usize {
-    KvBuffer::row_bytes(ty, latent_width(spec)) + 4 * spec.indexer.as_ref().map_or(0, indexer::cache_width)
-}
-
-/// Width of a latent with its rotated key.
-fn latent_width(spec: &MlaSpec) -> usize {
-    spec.kv_lora_rank + spec.qk_rope_head_dim
 }
 
 /// Buffers that latent attention reuses from call to call.
@@ -234,13 +165,13 @@ impl Mla {
         step.read(&self.kv_a_norm, norm);
         let latent = sized(latent, width);
         for span in step.rows.spans() {
-            let cache = caches.of_mut(span.span).latent_mut();
+            let mut cache = caches.of_mut(span.span).latent_mut();
             for (t, row) in span.rows().enumerate() {
                 let kv = &kv[row * width..][..width];
                 rms_norm(&kv[..rank], norm, self.spec.latent_norm_eps, &mut latent[..rank]);
                 latent[rank..].copy_from_slice(&kv[rank..]);
                 self.rope.rotate(&mut latent[rank..], angles, row);
-                cache.rows.set(span.start + t, latent);
+                cache.set(span.start + t, latent);
             }
         }
     }
@@ -339,7 +270,12 @@ impl Mla {
                 self.rope.rotate(&mut full[rank..], angles, t);
             }
             let seen = row.position + 1;
-            let rows = caches.of(row.span).latent().rows.rows(0..seen);
+            let mut of_rows = Vec::new();
+            super::cache::in_blocks(0..seen, |positions| {
+                let n = positions.len();
+                super::cache::append(caches.of(row.span).latent().rows(positions), n, width, &mut of_rows);
+            });
+            let rows = sluice_kernels::KvRows::plain(&of_rows, width);
             let (rows, seen) = match s.indexer.as_ref().and_then(|_| index.chosen(t)) {
                 Some(chosen) => (rows.only(chosen), chosen.len()),
                 None => (rows, seen),

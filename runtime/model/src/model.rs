@@ -9,6 +9,7 @@ use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec,
 use sluice_kernels::{Activations, rms_norm};
 
 use crate::attention::{Attention, AttentionScratch};
+use crate::cache::PagesFull;
 use crate::compute::{Compute, Step, sized};
 use crate::control::{Control, Progress};
 use crate::embedding::Embedding;
@@ -55,8 +56,12 @@ pub enum ModelError {
         /// Tokens wanted.
         wanted: usize,
     },
-    /// A sequence of another model, or of one that was opened in another way.
-    #[error("the sequence was made by an engine of another model, precision or key-value type: make it with this one")]
+    /// Fewer pages are free than the step needs. Nothing has been appended: it can be tried again when another sequence has given
+    /// pages back.
+    #[error(transparent)]
+    PagesFull(#[from] PagesFull),
+    /// A sequence of another engine, whose pages it has.
+    #[error("the sequence was made by another engine: make it with this one, or save it there and restore it here")]
     ForeignSequence,
     /// The caller has ended the step.
     #[error("the step was cancelled")]

@@ -3,7 +3,7 @@
 //! A caller describes work as [`Span`]s. A pass takes as many of their tokens as memory has rows for; the layers see rows,
 //! and ask a row for its sequence and position, or the pass for what it is. Nothing is inferred from how many rows there are.
 
-use super::attention::LayerCache;
+use super::cache::{LayerCache, LayerCacheMut};
 use super::control::Progress;
 use super::sequence::Sequence;
 
@@ -211,12 +211,12 @@ impl<'a, 's> Caches<'a, 's> {
     }
 
     /// That of a span's sequence.
-    pub fn of(&self, span: usize) -> &LayerCache {
+    pub fn of(&self, span: usize) -> LayerCache<'_> {
         self.spans[span].sequence.layer(self.layer)
     }
 
     /// That of a span's sequence, to extend it.
-    pub fn of_mut(&mut self, span: usize) -> &mut LayerCache {
+    pub fn of_mut(&mut self, span: usize) -> LayerCacheMut<'_> {
         self.spans[span].sequence.layer_mut(self.layer)
     }
 }

@@ -1,7 +1,8 @@
 //! A sequence: the tokens so far, and what the layers remember of them.
 //!
-//! Keys and values are rows by position: to forget the last tokens is to count fewer. A recurrent state has taken all tokens
-//! in and cannot give one back; so marks keep copies of it, and a sequence goes back to a mark.
+//! Keys and values are rows by position: to forget the last tokens is to count fewer. A window loses its oldest rows as it moves
+//! on, and a recurrent state has taken all tokens in and cannot give one back; so marks keep what layers would otherwise lose, and
+//! a sequence goes back to a mark.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,8 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use sluice_format::ModelSpec;
 use sluice_kernels::KvType;
 
-use super::attention::LayerCache;
-use super::delta::StateAt;
+use super::cache::{Kept, LayerCache, LayerCacheMut, Layout, PagePool, PagesFull, Table};
 use super::session::Binding;
 
 /// A place in a sequence that one can go back to, as long as the sequence has not gone back beyond it. A fork has the marks of
@@ -50,67 +50,97 @@ pub enum RewindError {
         /// Where it is to go.
         wanted: usize,
     },
-    /// The memory plan has no room for copies of recurrent states.
+    /// The memory plan has no room for what a mark keeps.
     #[error(
         "a mark in this model takes {bytes} bytes, and the memory plan has room for none: open the model with room for marks"
     )]
     NoMarks {
-        /// Bytes of a copy of all states.
+        /// Bytes of what a mark keeps.
         bytes: u64,
     },
 }
 
-/// A mark with the states of the layers that have one, in their order. Forks share them.
+/// A mark with what it keeps of each kind of page. Forks share that.
 #[derive(Clone, Debug)]
 struct Snapshot {
     mark: Mark,
-    states: Arc<[StateAt]>,
+    kept: Arc<[Kept]>,
 }
 
-/// What the layers remember of the tokens of one sequence.
+impl Snapshot {
+    fn costs(&self) -> bool {
+        self.kept.iter().any(|kept| !matches!(kept, Kept::Nothing))
+    }
+}
+
+/// What the layers remember of the tokens of one sequence, in pages of the pool of the engine that made it.
 #[derive(Debug)]
 pub struct Sequence {
-    layers: Vec<LayerCache>,
+    pool: Arc<PagePool>,
+    /// One for each kind of page.
+    tables: Vec<Table>,
     tokens: Vec<u32>,
     capacity: usize,
     /// Those that still stand, in the order in which they were made.
     marks: Vec<Snapshot>,
-    /// Most marks with states.
+    /// Most marks that keep pages.
     most_marks: usize,
-    /// Bytes of the states of a mark; none in models without recurrent layers.
-    mark_bytes: u64,
     binding: Binding,
 }
 
 impl Sequence {
-    /// An empty sequence with room for `capacity` tokens, of the model and with the type of keys and values that `binding`
-    /// says. In a model with recurrent layers it keeps `marks` marks.
-    pub fn new(spec: &ModelSpec, capacity: usize, binding: Binding, marks: usize) -> Self {
-        let layers = spec.layers.iter().map(|l| LayerCache::new(&l.attention, capacity, binding.kv_type));
+    /// An empty sequence that can hold `capacity` tokens, with pages of `pool`, of the model and with the type of keys and values
+    /// that `binding` says. In a model with windows or recurrent layers it keeps `marks` marks.
+    pub(crate) fn new(pool: &Arc<PagePool>, capacity: usize, binding: Binding, marks: usize) -> Self {
+        let kinds = pool.layout().pages().iter().enumerate();
         Sequence {
-            layers: layers.collect(),
+            tables: kinds.map(|(number, page)| Table::new(number, page.kind(), capacity)).collect(),
+            pool: Arc::clone(pool),
             tokens: Vec::with_capacity(capacity),
             capacity,
             marks: Vec::new(),
             most_marks: marks,
-            mark_bytes: Self::mark_memory(spec),
             binding,
         }
     }
 
-    /// Bytes of a sequence with room for `capacity` tokens, without marks and its own list of the tokens.
+    /// Bytes of a sequence of `capacity` tokens between two steps, without marks.
     pub fn memory(spec: &ModelSpec, capacity: usize, ty: KvType) -> u64 {
-        spec.layers.iter().map(|l| LayerCache::memory(&l.attention, capacity, ty)).fold(0, u64::saturating_add)
+        let layout = Layout::new(spec, ty);
+        let pages = layout.pages().iter().map(|page| page.kind().most(1, capacity, 0, 0).saturating_mul(page.bytes()));
+        pages.fold(Self::list_memory(capacity), u64::saturating_add)
     }
 
-    /// Bytes of a mark: a copy of every recurrent state, none in models that have none.
-    pub fn mark_memory(spec: &ModelSpec) -> u64 {
-        spec.layers.iter().map(|l| LayerCache::snapshot_memory(&l.attention)).fold(0, u64::saturating_add)
+    /// Bytes of the list of its tokens.
+    pub fn list_memory(capacity: usize) -> u64 {
+        (capacity as u64).saturating_mul(size_of::<u32>() as u64)
     }
 
-    /// Bytes of keys, values and states that are allocated, without those of marks.
+    /// Bytes of the pages that a mark keeps at most: recurrent states and windows; none in models that have neither.
+    pub fn mark_memory(spec: &ModelSpec, capacity: usize, ty: KvType) -> u64 {
+        Layout::new(spec, ty).mark_bytes(capacity)
+    }
+
+    /// Pages that it has, those that it shares included.
+    pub fn pages(&self) -> usize {
+        self.tables.iter().map(|table| table.pages().count()).sum()
+    }
+
+    /// Pages that would be free if it were dropped: nobody shares them. Those that only its marks keep are not counted.
+    pub fn own_pages(&self) -> usize {
+        self.tables.iter().flat_map(Table::pages).filter(|page| !page.is_shared()).count()
+    }
+
+    /// Bytes of its pages and of the list of its tokens, without what only its marks keep.
     pub fn bytes(&self) -> u64 {
-        self.layers.iter().map(|l| l.bytes() as u64).sum()
+        let kinds = self.tables.iter().zip(self.pool.layout().pages());
+        let pages = kinds.map(|(table, page)| table.pages().count() as u64 * page.bytes());
+        pages.sum::<u64>() + Self::list_memory(self.capacity)
+    }
+
+    /// Pages that have to be taken from the pool before it can take `count` more tokens, in one pass.
+    pub fn pages_for(&self, count: usize) -> usize {
+        self.tables.iter().map(|table| table.wanted(self.position(), count)).sum()
     }
 
     /// What its numbers depend on beside its tokens.
@@ -138,8 +168,8 @@ impl Sequence {
         self.go_to(0);
     }
 
-    /// Marks where the sequence is. A mark costs nothing, except in models with recurrent layers: there it costs
-    /// [`Sequence::mark_memory`] bytes, and the oldest mark goes when there are more than the sequence was made for.
+    /// Marks where the sequence is. A mark costs nothing, except in models with windows or recurrent layers: there it keeps pages
+    /// ([`Sequence::mark_memory`]), and the oldest mark goes when there are more than the sequence was made for.
     ///
     /// # Errors
     /// [`RewindError::NoMarks`] where it was made for none.
@@ -148,22 +178,20 @@ impl Sequence {
         if let Some(snapshot) = self.marks.iter().find(|s| s.mark.position == position) {
             return Ok(snapshot.mark);
         }
-        let mut states = Vec::new();
-        // At the beginning there is nothing to copy.
-        if self.mark_bytes > 0 && position > 0 {
+        // At the beginning there is nothing to keep.
+        let tables = if position > 0 { &self.tables[..] } else { &[] };
+        let snapshot = Snapshot { mark: Mark::new(position), kept: tables.iter().map(|t| t.keep(position)).collect() };
+        if snapshot.costs() {
             if self.most_marks == 0 {
-                return Err(RewindError::NoMarks { bytes: self.mark_bytes });
+                return Err(RewindError::NoMarks { bytes: self.pool.layout().mark_bytes(self.capacity) });
             }
-            let with_states = |s: &Snapshot| !s.states.is_empty();
-            if self.marks.iter().filter(|s| with_states(s)).count() >= self.most_marks {
-                let oldest = self.marks.iter().position(with_states).expect("there is at least one");
+            if self.marks.iter().filter(|s| s.costs()).count() >= self.most_marks {
+                let oldest = self.marks.iter().position(Snapshot::costs).expect("there is at least one");
                 self.marks.remove(oldest);
             }
-            let recurrent = self.layers.iter().filter_map(LayerCache::state);
-            states.extend(recurrent.map(|state| state.at(position).expect("a step leaves a state").clone()));
         }
-        let mark = Mark::new(position);
-        self.marks.push(Snapshot { mark, states: states.into() });
+        let mark = snapshot.mark;
+        self.marks.push(snapshot);
         Ok(mark)
     }
 
@@ -190,8 +218,9 @@ impl Sequence {
     }
 
     /// Forgets the tokens from `position` on, or from the nearest earlier position that there is a way back to, and says which
-    /// one it is. That is `position` itself as long as there is no recurrent layer and the sequence has not been restored;
-    /// otherwise a mark, where the last step or the one before it ended, or the beginning.
+    /// one it is. Where layers see everything that is `position` itself. Layers with a window keep it and a little more: as far as
+    /// that reaches ([`WINDOW_SLACK`](crate::WINDOW_SLACK)), `position` itself, too. Recurrent layers can go where the last step or
+    /// the one before it ended. Otherwise it is a mark, or the beginning.
     ///
     /// # Errors
     /// [`RewindError::Beyond`] if there are fewer tokens; the sequence is then as it was.
@@ -210,11 +239,11 @@ impl Sequence {
             return Err(RewindError::Beyond { position: self.position(), wanted: position });
         }
         let reaches = |at: usize| {
-            let copied = self.marks.iter().any(|s| s.mark.position == at);
-            self.layers.iter().all(|layer| layer.reaches(at) || (copied && layer.state().is_some()))
+            let marked = self.marks.iter().any(|s| s.mark.position == at);
+            marked || self.tables.iter().all(|table| table.reaches(at))
         };
         let marked = self.marks.iter().map(|s| s.mark.position);
-        let states = self.layers.iter().filter_map(LayerCache::state).take(1).flat_map(|state| state.positions());
+        let states = self.tables.iter().flat_map(Table::state_positions);
         let candidates = marked.chain(states).chain([0, position]);
         Ok(candidates.filter(|&at| at <= position && reaches(at)).max().unwrap_or(0))
     }
@@ -223,65 +252,90 @@ impl Sequence {
     fn go_to(&mut self, position: usize) {
         if position < self.position() {
             let snapshot = self.marks.iter().find(|s| s.mark.position == position);
-            let mut states = snapshot.iter().flat_map(|s| s.states.iter());
-            for layer in &mut self.layers {
-                let state = layer.state().is_some().then(|| states.next()).flatten();
-                layer.rewind(position, state);
+            for (i, table) in self.tables.iter_mut().enumerate() {
+                table.rewind(position, snapshot.and_then(|s| s.kept.get(i)));
             }
         }
         self.tokens.truncate(position);
         self.marks.retain(|s| s.mark.position <= position);
     }
 
-    /// A sequence of the same tokens that goes on by itself. What it takes is what this one takes, but only rows of tokens that
-    /// were seen are copied; states of marks are shared.
+    /// A sequence of the same tokens that goes on by itself. Both share what they have: only the page in whose middle they part is
+    /// copied, when one of them goes on.
     #[must_use]
     pub fn fork(&self) -> Self {
         let mut tokens = Vec::with_capacity(self.capacity);
         tokens.extend_from_slice(&self.tokens);
         Sequence {
-            layers: self.layers.iter().map(|layer| layer.fork(self.position())).collect(),
+            pool: Arc::clone(&self.pool),
+            tables: self.tables.iter().map(Table::fork).collect(),
             tokens,
             capacity: self.capacity,
             marks: self.marks.clone(),
             most_marks: self.most_marks,
-            mark_bytes: self.mark_bytes,
             binding: self.binding,
         }
     }
 
+    pub(crate) fn pool(&self) -> &Arc<PagePool> {
+        &self.pool
+    }
+
+    pub(crate) fn tables(&self) -> &[Table] {
+        &self.tables
+    }
+
+    /// Takes the pages for a pass of `count` rows.
+    pub(crate) fn prepare(&mut self, count: usize) -> Result<(), PagesFull> {
+        let position = self.position();
+        self.tables.iter_mut().try_for_each(|table| table.prepare(&self.pool, position, count))
+    }
+
     /// All layers have seen these tokens.
-    pub(super) fn advance(&mut self, tokens: &[u32]) {
+    pub(crate) fn advance(&mut self, tokens: &[u32]) {
+        self.tokens.extend_from_slice(tokens);
+        let position = self.position();
+        self.tables.iter_mut().for_each(|table| table.advance(position));
+    }
+
+    /// Gives back what was taken for a pass that was not completed.
+    pub(crate) fn settle(&mut self) {
+        let position = self.position();
+        self.tables.iter_mut().for_each(|table| table.settle(position));
+    }
+
+    /// Makes room in an empty sequence for what a saved one of `position` tokens has.
+    pub(crate) fn make_room(&mut self, position: usize) -> Result<(), PagesFull> {
+        self.tables.iter_mut().try_for_each(|table| table.restore(&self.pool, position))
+    }
+
+    /// The tokens of a restored sequence, whose layers have been filled.
+    pub(crate) fn restored(&mut self, tokens: &[u32]) {
         self.tokens.extend_from_slice(tokens);
     }
 
-    pub(super) fn layers(&self) -> &[LayerCache] {
-        &self.layers
+    pub(crate) fn layers(&self) -> usize {
+        self.pool.layout().layers()
     }
 
-    pub(super) fn layers_mut(&mut self) -> &mut [LayerCache] {
-        &mut self.layers
+    /// Bytes of a record of a layer.
+    pub(crate) fn record_len(&self, layer: usize) -> usize {
+        self.pool.layout().record_len(layer)
     }
 
-    pub(super) fn layer(&self, index: usize) -> &LayerCache {
-        &self.layers[index]
+    pub(crate) fn layer(&self, index: usize) -> LayerCache<'_> {
+        let (number, place) = self.pool.layout().layer(index);
+        LayerCache::new(&self.tables[number], place)
     }
 
-    pub(super) fn layer_mut(&mut self, index: usize) -> &mut LayerCache {
-        &mut self.layers[index]
+    pub(crate) fn layer_mut(&mut self, index: usize) -> LayerCacheMut<'_> {
+        let (number, place) = self.pool.layout().layer(index);
+        LayerCacheMut::new(&mut self.tables[number], place)
     }
 
     /// A sequence that counts tokens and remembers nothing.
     #[cfg(test)]
-    pub(super) fn without_layers(capacity: usize) -> Self {
-        Sequence {
-            layers: Vec::new(),
-            tokens: Vec::new(),
-            capacity,
-            marks: Vec::new(),
-            most_marks: 0,
-            mark_bytes: 0,
-            binding: Binding::default(),
-        }
+    pub(crate) fn without_layers(capacity: usize) -> Self {
+        Sequence::new(&PagePool::new(Layout::empty(), &[]), capacity, Binding::default(), 0)
     }
 }

@@ -14,7 +14,7 @@ use sluice_format::{NO_LAYER, StateId, may_replace, replace_file_with};
 use sluice_kernels::{KvType, NUMERICS_VERSION};
 use twox_hash::XxHash3_64;
 
-use super::attention::LayerCache;
+use super::cache::{PagesFull, Place};
 use super::sequence::Sequence;
 
 /// The first bytes of a saved sequence.
@@ -223,6 +223,14 @@ pub enum SessionError {
         /// Tokens that fit.
         capacity: usize,
     },
+    /// Fewer pages are free than it needs.
+    #[error("{path}: the session does not fit now: {full}")]
+    PagesFull {
+        /// The file.
+        path: PathBuf,
+        /// Which pages, and how many.
+        full: PagesFull,
+    },
     /// A token that the model does not have.
     #[error(
         "{path}: the session has token {token} at byte {offset}, outside the model's vocabulary of {vocab}: begin anew"
@@ -250,11 +258,11 @@ pub fn kv_code(ty: KvType) -> u16 {
 }
 
 /// The number of a layer's kind of section.
-fn kind_of(layer: &LayerCache) -> u32 {
-    match layer {
-        LayerCache::Latent(_) => 2,
-        LayerCache::KeyValue(_) => 3,
-        LayerCache::State(_) => 4,
+fn kind_of(place: Place) -> u32 {
+    match place {
+        Place::Latent(_) => 2,
+        Place::KeyValue(_) => 3,
+        Place::State(_) => 4,
     }
 }
 
@@ -281,7 +289,7 @@ fn header(sequence: &Sequence) -> [u8; HEADER_LEN] {
     bytes[16..32].copy_from_slice(&state_id.0);
     bytes[32..34].copy_from_slice(&kv_code(kv_type).to_le_bytes());
     bytes[34..36].copy_from_slice(&u16::from(exact).to_le_bytes());
-    bytes[36..40].copy_from_slice(&(sequence.layers().len() as u32).to_le_bytes());
+    bytes[36..40].copy_from_slice(&(sequence.layers() as u32).to_le_bytes());
     bytes[40..48].copy_from_slice(&(sequence.position() as u64).to_le_bytes());
     let sum = XxHash3_64::oneshot(&bytes[..CHECKSUM_AT]);
     bytes[CHECKSUM_AT..].copy_from_slice(&sum.to_le_bytes());
@@ -322,9 +330,10 @@ impl Sequence {
         before = save_section(out, begin, before, 0..tokens.len(), 4, &mut buffer, |record, bytes| {
             bytes.copy_from_slice(&tokens[record].to_le_bytes());
         })?;
-        for (i, layer) in self.layers().iter().enumerate() {
-            let (records, len) = (layer.records(self.position()), layer.record_len());
-            let begin = section(kind_of(layer), i as u32, records.len(), len);
+        for i in 0..self.layers() {
+            let layer = self.layer(i);
+            let (records, len) = (layer.records(self.position()), self.record_len(i));
+            let begin = section(kind_of(layer.place()), i as u32, records.len(), len);
             before = save_section(out, begin, before, records, len, &mut buffer, |record, bytes| {
                 layer.record_to_bytes(record, bytes);
             })?;
@@ -514,10 +523,12 @@ pub(crate) fn restore(
         let offset = reader.begin + (SECTION_LEN + 4 * at) as u64;
         return Err(SessionError::Token { path: path.to_owned(), offset, token: tokens[at], vocab });
     }
-    for (i, layer) in sequence.layers_mut().iter_mut().enumerate() {
-        let (records, len) = (layer.records(position), layer.record_len());
-        let begin = section(kind_of(layer), i as u32, records.len(), len);
-        layer.begin_at(records.start);
+    sequence.make_room(position).map_err(|full| SessionError::PagesFull { path: path.to_owned(), full })?;
+    for i in 0..sequence.layers() {
+        let layer = sequence.layer(i);
+        let (records, len) = (layer.records(position), sequence.record_len(i));
+        let begin = section(kind_of(layer.place()), i as u32, records.len(), len);
+        let mut layer = sequence.layer_mut(i);
         before = reader.section(Part::Layer(i), begin, before, records, len, |record, bytes| {
             layer.record_from_bytes(record, bytes);
         })?;
@@ -528,6 +539,6 @@ pub(crate) fn restore(
         Err(error) => return Err(error),
         Ok(()) => return Err(SessionError::Misplaced { path: path.to_owned(), part: Part::End, offset: reader.begin }),
     }
-    sequence.advance(&tokens);
+    sequence.restored(&tokens);
     Ok(sequence)
 }

@@ -88,7 +88,7 @@ impl Engine {
         self.memory.effective = self.memory.used();
     }
 
-    /// Gives the memory of a model at rest back to the system: expert slots, dense parts and scratch. What remains is the program,
+    /// Gives the memory of a model at rest back to the system: expert slots, dense parts, scratch, and pages that no sequence has. What remains is the program,
     /// tables of the file, and what sequences remember. The next step takes the memory again and reads what was in it, which
     /// for a large model takes seconds.
     pub fn release_idle(&mut self) {
@@ -96,6 +96,7 @@ impl Engine {
         // Giving back needs nothing from the system.
         let _ = self.storage.pool.resize(0);
         self.model.give_back(&self.compute);
+        self.pages.give_back();
         trim_heap();
     }
 

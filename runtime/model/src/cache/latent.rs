@@ -1,0 +1,125 @@
+//! Latents of multi-head latent attention, and beside them the index keys of sparse attention. Those are f32 whatever the latents
+//! are, since they decide what is attended to.
+
+use std::ops::Range;
+
+use sluice_format::{IndexerSpec, MlaSpec};
+use sluice_kernels::KvRows;
+
+use super::layout::Rows;
+use super::page::Page;
+use super::table::RowTable;
+
+/// Where a layer's latents and index keys are in a page.
+#[derive(Clone, Copy, Debug)]
+pub struct LatentPlace {
+    pub(super) rows: Rows,
+    /// First of the page's numbers that belongs to index keys.
+    pub(super) first_index: usize,
+    /// Numbers of an index key: none in a layer without an indexer, or with one that uses what another layer chose.
+    pub(super) index: usize,
+}
+
+impl LatentPlace {
+    fn index(self, places: Range<usize>) -> Range<usize> {
+        self.first_index + places.start * self.index..self.first_index + places.end * self.index
+    }
+}
+
+/// Latents with their rotated keys of one layer and one sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct LatentCache<'a> {
+    pub(super) table: &'a RowTable,
+    pub(super) place: LatentPlace,
+}
+
+/// Index keys of one layer and one sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct IndexCache<'a>(LatentCache<'a>);
+
+/// The same, to write them.
+#[derive(Debug)]
+pub struct LatentCacheMut<'a> {
+    pub(super) table: &'a mut RowTable,
+    pub(super) place: LatentPlace,
+}
+
+/// Width of a latent with its rotated key.
+pub fn latent_width(spec: &MlaSpec) -> usize {
+    spec.kv_lora_rank + spec.qk_rope_head_dim
+}
+
+/// Numbers of the index key that a layer keeps of each token.
+pub fn index_width(spec: &IndexerSpec) -> usize {
+    if spec.shared { 0 } else { spec.index_head_dim }
+}
+
+impl<'a> LatentCache<'a> {
+    /// Latents with their rotated keys at `positions`, oldest first: ask for those of one block of keys at a time.
+    ///
+    /// # Panics
+    /// If there are fewer positions, or they are not in one block.
+    pub fn rows(self, positions: Range<usize>) -> KvRows<'a> {
+        let (page, places) = self.table.block(positions);
+        let rows = self.place.rows;
+        page.rows[rows.buffer].rows(rows.at(0, places.start)..rows.at(0, places.end))
+    }
+
+    /// Keys of the layer's own indexer.
+    pub fn index(self) -> IndexCache<'a> {
+        IndexCache(self)
+    }
+
+    /// Writes the row of a position: the latent with its rotated key, then its index key.
+    pub fn row_to_bytes(&self, position: usize, out: &mut [u8]) {
+        let (page, place) = self.table.page(position);
+        let buffer = &page.rows[self.place.rows.buffer];
+        let (latent, key) = out.split_at_mut(buffer.row_len());
+        buffer.row_to_bytes(self.place.rows.at(0, place), latent);
+        let numbers = &page.numbers[self.place.index(place..place + 1)];
+        key.as_chunks_mut::<4>().0.iter_mut().zip(numbers).for_each(|(out, v)| *out = v.to_le_bytes());
+    }
+}
+
+impl<'a> IndexCache<'a> {
+    /// Index keys at `positions`, `[positions, index_head_dim]`: ask for those of one block of keys at a time.
+    ///
+    /// # Panics
+    /// If there are fewer positions, or they are not in one block.
+    pub fn keys(self, positions: Range<usize>) -> &'a [f32] {
+        let LatentCache { table, place } = self.0;
+        let (page, places) = table.block(positions);
+        &page.numbers[place.index(places)]
+    }
+}
+
+impl LatentCacheMut<'_> {
+    /// Puts the latent of a position with its rotated key in.
+    ///
+    /// # Panics
+    /// If the sequence was not prepared for it.
+    pub fn set(&mut self, position: usize, latent: &[f32]) {
+        let (page, place) = self.table.page_mut(position);
+        page.rows[self.place.rows.buffer].set(self.place.rows.at(0, place), latent);
+    }
+
+    /// The index key of a position, to write it.
+    ///
+    /// # Panics
+    /// If the sequence was not prepared for it.
+    pub fn index_key_mut(&mut self, position: usize) -> &mut [f32] {
+        let (page, place) = self.table.page_mut(position);
+        &mut page.numbers[self.place.index(place..place + 1)]
+    }
+
+    /// Puts the row of a position back.
+    pub fn row_from_bytes(&mut self, position: usize, bytes: &[u8]) {
+        let (page, place) = self.table.page_mut(position);
+        let Page { rows, numbers, .. } = page;
+        let buffer = &mut rows[self.place.rows.buffer];
+        let (latent, key) = bytes.split_at(buffer.row_len());
+        buffer.row_from_bytes(self.place.rows.at(0, place), latent);
+        let numbers = &mut numbers[self.place.index(place..place + 1)];
+        numbers.iter_mut().zip(key.as_chunks::<4>().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
+    }
+}

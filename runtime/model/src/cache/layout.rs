@@ -1,0 +1,254 @@
+//! Which pages a model's sequences need, and where in them each layer's rows lie.
+
+use sluice_format::{AttentionSpec, LayerSpec, ModelSpec};
+use sluice_kernels::{KvBuffer, KvType};
+
+use super::key_value::KeyValuePlace;
+use super::latent::{LatentPlace, index_width, latent_width};
+use super::page::Page;
+use crate::delta::StateShape;
+
+/// Tokens of a page. Attention takes keys in blocks of as many positions, so that a smaller page would cut them; a larger one would
+/// waste more at the end of each sequence, copy more when a fork goes on, and make nothing faster: within a page the rows of a head
+/// lie one behind the other as they do in a block.
+pub const PAGE_TOKENS: usize = 64;
+
+/// Positions that a windowed layer keeps beyond those that the next token sees, so that a sequence can go back a little (a draft
+/// that was refused) without computing anything again.
+pub const WINDOW_SLACK: usize = PAGE_TOKENS;
+
+/// What the pages of a kind hold of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PageKind {
+    /// Rows of [`PAGE_TOKENS`] positions, in every layer that can see them all.
+    Rows,
+    /// The same in the layers whose tokens see so many positions, themselves included. They go as the window moves on.
+    Window(usize),
+    /// The state of every recurrent layer behind one token.
+    State,
+}
+
+impl PageKind {
+    /// Pages that `sequences` sequences need at most: `context` tokens in each, `marks` marks, and `rows` rows of all of them in a
+    /// pass.
+    pub fn most(self, sequences: usize, context: usize, marks: usize, rows: usize) -> u64 {
+        let whole = (sequences as u64).saturating_mul(context.div_ceil(PAGE_TOKENS) as u64);
+        let marks = (sequences as u64).saturating_mul(marks as u64);
+        match self {
+            PageKind::Rows => whole,
+            PageKind::Window(window) => {
+                let in_pass = Self::in_pass(window, sequences, rows);
+                in_pass.min(whole).saturating_add(marks.saturating_mul(self.marked(context)))
+            }
+            // One that is read and one that is written.
+            PageKind::State => (sequences as u64).saturating_mul(2).saturating_add(marks),
+        }
+    }
+
+    /// Pages that a mark keeps at most, in a sequence of up to `context` tokens.
+    pub fn marked(self, context: usize) -> u64 {
+        match self {
+            PageKind::Rows => 0,
+            // What the window sees, the part of a page at its end included.
+            PageKind::Window(window) => {
+                let seen = window.saturating_sub(1).div_ceil(PAGE_TOKENS) + 1;
+                seen.min(context.div_ceil(PAGE_TOKENS)) as u64
+            }
+            PageKind::State => 1,
+        }
+    }
+
+    /// Pages that sequences in layers with a window of `window` tokens have at most while `rows` rows of theirs go through.
+    pub fn in_pass(window: usize, sequences: usize, rows: usize) -> u64 {
+        // The window and what is kept beyond it begin and end in the middle of a page, and so do the rows.
+        let before = window.saturating_sub(1).saturating_add(WINDOW_SLACK).div_ceil(PAGE_TOKENS) as u64 + 2;
+        (sequences as u64).saturating_mul(before).saturating_add((rows / PAGE_TOKENS) as u64)
+    }
+}
+
+impl std::fmt::Display for PageKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            PageKind::Rows => write!(f, "{PAGE_TOKENS} tokens"),
+            PageKind::Window(window) => write!(f, "{PAGE_TOKENS} tokens in layers that see {window}"),
+            PageKind::State => f.write_str("recurrent states"),
+        }
+    }
+}
+
+/// Rows of one layer in the pages of a kind: in which buffer, and the first of them there. Each head has [`PAGE_TOKENS`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    pub(super) buffer: usize,
+    pub(super) first: usize,
+}
+
+impl Rows {
+    /// The row of a head and a place in the page.
+    pub(super) fn at(self, head: usize, place: usize) -> usize {
+        self.first + head * PAGE_TOKENS + place
+    }
+}
+
+/// Where a layer's part of a page is.
+#[derive(Clone, Copy, Debug)]
+pub enum Place {
+    /// Keys and values.
+    KeyValue(KeyValuePlace),
+    /// Latents.
+    Latent(LatentPlace),
+    /// Recurrent states.
+    State(StatePlace),
+}
+
+/// Where the state of a recurrent layer is among a page's numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct StatePlace {
+    first: usize,
+    shape: StateShape,
+}
+
+impl StatePlace {
+    /// The part of a page's numbers that is the state.
+    pub(super) fn numbers(self) -> std::ops::Range<usize> {
+        self.first..self.first + self.shape.numbers()
+    }
+
+    pub(super) fn shape(self) -> StateShape {
+        self.shape
+    }
+}
+
+/// Buffers of the pages of a kind.
+#[derive(Clone, Debug)]
+pub struct PageLayout {
+    pub(super) kind: PageKind,
+    pub(super) ty: KvType,
+    /// Rows and width of each buffer.
+    pub(super) buffers: Vec<(usize, usize)>,
+    /// f32 numbers beside them.
+    pub(super) numbers: usize,
+}
+
+impl PageLayout {
+    fn new(kind: PageKind, ty: KvType) -> Self {
+        PageLayout { kind, ty, buffers: Vec::new(), numbers: 0 }
+    }
+
+    /// What a page holds.
+    pub fn kind(&self) -> PageKind {
+        self.kind
+    }
+
+    /// Bytes of a page, with what it takes to keep account of it.
+    pub fn bytes(&self) -> u64 {
+        let row =
+            |&(rows, width): &(usize, usize)| (rows as u64).saturating_mul(KvBuffer::row_bytes(self.ty, width) as u64);
+        let rows = self.buffers.iter().map(row).fold(0, u64::saturating_add);
+        rows.saturating_add(4 * self.numbers as u64).saturating_add(Page::overhead(self.buffers.len()))
+    }
+
+    /// Room for `rows` more rows of `width` numbers.
+    fn rows(&mut self, rows: usize, width: usize) -> Rows {
+        let buffer = self.buffers.iter().position(|b| b.1 == width).unwrap_or_else(|| {
+            self.buffers.push((0, width));
+            self.buffers.len() - 1
+        });
+        let first = self.buffers[buffer].0;
+        self.buffers[buffer].0 += rows;
+        Rows { buffer, first }
+    }
+
+    fn numbers(&mut self, count: usize) -> usize {
+        self.numbers += count;
+        self.numbers - count
+    }
+}
+
+/// The kinds of pages of a model, and each layer's place in one of them.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    pages: Vec<PageLayout>,
+    layers: Vec<(usize, Place)>,
+}
+
+impl Layout {
+    /// The layout of a model whose keys and values are of type `ty`. Index keys and states are always f32.
+    pub fn new(spec: &ModelSpec, ty: KvType) -> Self {
+        let mut layout = Layout { pages: Vec::new(), layers: Vec::with_capacity(spec.layers.len()) };
+        for LayerSpec { attention, .. } in &spec.layers {
+            let place = layout.place(attention, ty);
+            layout.layers.push(place);
+        }
+        layout
+    }
+
+    /// That of a model without layers.
+    #[cfg(test)]
+    pub fn empty() -> Self {
+        Layout { pages: Vec::new(), layers: Vec::new() }
+    }
+
+    /// Bytes that a mark keeps at most, in a sequence of up to `capacity` tokens.
+    pub fn mark_bytes(&self, capacity: usize) -> u64 {
+        let kept = |page: &PageLayout| page.kind.marked(capacity).saturating_mul(page.bytes());
+        self.pages.iter().map(kept).fold(0, u64::saturating_add)
+    }
+
+    fn place(&mut self, attention: &AttentionSpec, ty: KvType) -> (usize, Place) {
+        let kind = match attention {
+            AttentionSpec::Mla(_) => PageKind::Rows,
+            AttentionSpec::Gqa(gqa) => gqa.window.map_or(PageKind::Rows, PageKind::Window),
+            AttentionSpec::Delta(_) => PageKind::State,
+        };
+        let number = self.pages.iter().position(|page| page.kind == kind).unwrap_or_else(|| {
+            self.pages.push(PageLayout::new(kind, ty));
+            self.pages.len() - 1
+        });
+        let page = &mut self.pages[number];
+        let place = match attention {
+            AttentionSpec::Gqa(gqa) => Place::KeyValue(KeyValuePlace {
+                keys: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.head_dim),
+                values: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.v_head_dim),
+                kv_heads: gqa.kv_heads,
+            }),
+            AttentionSpec::Mla(mla) => {
+                let index = mla.indexer.as_ref().map_or(0, index_width);
+                let rows = page.rows(PAGE_TOKENS, latent_width(mla));
+                Place::Latent(LatentPlace { rows, first_index: page.numbers(index * PAGE_TOKENS), index })
+            }
+            AttentionSpec::Delta(spec) => {
+                let shape = StateShape::of(spec);
+                Place::State(StatePlace { first: page.numbers(shape.numbers()), shape })
+            }
+        };
+        (number, place)
+    }
+
+    /// The kinds of pages.
+    pub fn pages(&self) -> &[PageLayout] {
+        &self.pages
+    }
+
+    /// Of a layer: the number of its kind of page, and its place there.
+    pub fn layer(&self, index: usize) -> (usize, Place) {
+        self.layers[index]
+    }
+
+    /// Layers of the model.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Bytes of a saved record of a layer: the rows of a position, or a state.
+    pub fn record_len(&self, layer: usize) -> usize {
+        let (number, place) = self.layers[layer];
+        let page = &self.pages[number];
+        let row = |rows: Rows| KvBuffer::row_bytes(page.ty, page.buffers[rows.buffer].1);
+        match place {
+            Place::KeyValue(place) => place.kv_heads * (row(place.keys) + row(place.values)),
+            Place::Latent(place) => row(place.rows) + 4 * place.index,
+            Place::State(place) => 4 * place.shape.kept(),
+        }
+    }
+}

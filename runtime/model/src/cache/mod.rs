@@ -1,0 +1,147 @@
+//! What layers remember of a sequence, and how it is stored: pages of one pool. Attention asks for rows by position and knows no
+//! more.
+//!
+//! A page has the rows of [`PAGE_TOKENS`] tokens in all layers of a kind ([`PageKind`]), or the states of all recurrent layers
+//! behind one token. The pool is planned and made with the engine; sequences take pages as they grow and give them back. Sequences
+//! with a common beginning share its pages, and marks share those that a sequence would otherwise give back; whoever is about to
+//! write in a shared page takes a copy first. So a page that two have is never written.
+
+mod key_value;
+mod latent;
+mod layout;
+mod page;
+mod table;
+
+use std::ops::Range;
+
+pub use self::key_value::{KeyValueCache, KeyValueCacheMut};
+pub use self::latent::{LatentCache, LatentCacheMut, latent_width};
+pub use self::layout::{Layout, PAGE_TOKENS, PageKind, Place, WINDOW_SLACK};
+pub use self::page::{PageCount, PagePool, PagesFull};
+pub use self::table::{Kept, Table};
+use crate::delta::{State, StateMut};
+
+/// Why a cache is of the kind that its layer wants.
+const OF_ITS_SPEC: &str = "a cache is made from the spec of its layer";
+
+/// What one layer remembers of the tokens of one sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerCache<'a> {
+    table: &'a Table,
+    place: Place,
+}
+
+/// The same, to write it.
+#[derive(Debug)]
+pub struct LayerCacheMut<'a> {
+    table: &'a mut Table,
+    place: Place,
+}
+
+impl<'a> LayerCache<'a> {
+    /// The cache of a layer with this place in the pages of `table`.
+    pub fn new(table: &'a Table, place: Place) -> Self {
+        LayerCache { table, place }
+    }
+
+    /// Its place in its pages.
+    pub fn place(self) -> Place {
+        self.place
+    }
+
+    /// Keys and values.
+    ///
+    /// # Panics
+    /// If it has other things, as in the following methods.
+    pub fn key_value(self) -> KeyValueCache<'a> {
+        let Place::KeyValue(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
+        KeyValueCache { table: self.table.rows(), place }
+    }
+
+    /// Latents.
+    pub fn latent(self) -> LatentCache<'a> {
+        let Place::Latent(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
+        LatentCache { table: self.table.rows(), place }
+    }
+
+    /// Records that a saved sequence of `position` tokens has of this layer: the positions of rows that later tokens can see, or
+    /// the one state.
+    pub fn records(self, position: usize) -> Range<usize> {
+        match self.table {
+            Table::Rows(rows) => rows.seen_from(position),
+            Table::State(_) => position.saturating_sub(1)..position,
+        }
+    }
+
+    /// Writes a record. That of a state is the one behind its token.
+    pub fn record_to_bytes(self, record: usize, out: &mut [u8]) {
+        match self.place {
+            Place::Latent(_) => self.latent().row_to_bytes(record, out),
+            Place::KeyValue(_) => self.key_value().row_to_bytes(record, out),
+            Place::State(place) => {
+                let page = self.table.state().now().expect("the last complete step has left a state");
+                State::new(place.shape(), &page.numbers[place.numbers()]).to_bytes(out);
+            }
+        }
+    }
+}
+
+impl<'a> LayerCacheMut<'a> {
+    /// The cache of a layer with this place in the pages of `table`.
+    pub fn new(table: &'a mut Table, place: Place) -> Self {
+        LayerCacheMut { table, place }
+    }
+
+    /// Keys and values.
+    ///
+    /// # Panics
+    /// If it has other things, as in the following methods.
+    pub fn key_value_mut(self) -> KeyValueCacheMut<'a> {
+        let Place::KeyValue(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
+        KeyValueCacheMut { table: self.table.rows_mut(), place }
+    }
+
+    /// Latents.
+    pub fn latent_mut(self) -> LatentCacheMut<'a> {
+        let Place::Latent(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
+        LatentCacheMut { table: self.table.rows_mut(), place }
+    }
+
+    /// The states that a step reads, and those that it writes.
+    pub fn state_mut(self) -> (State<'a>, StateMut<'a>) {
+        let Place::State(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
+        let (from, to) = self.table.state_mut().step();
+        let from = State::new(place.shape(), &from.numbers[place.numbers()]);
+        (from, StateMut::new(place.shape(), &mut to.numbers[place.numbers()]))
+    }
+
+    /// Puts a record back.
+    pub fn record_from_bytes(&mut self, record: usize, bytes: &[u8]) {
+        let LayerCacheMut { table, place } = self;
+        match *place {
+            Place::Latent(place) => LatentCacheMut { table: table.rows_mut(), place }.row_from_bytes(record, bytes),
+            Place::KeyValue(place) => KeyValueCacheMut { table: table.rows_mut(), place }.row_from_bytes(record, bytes),
+            Place::State(place) => {
+                let page = table.restored_state();
+                StateMut::new(place.shape(), &mut page.numbers[place.numbers()]).put_bytes(bytes);
+            }
+        }
+    }
+}
+
+/// Calls `with` with the parts of `positions` that lie in one block each.
+pub fn in_blocks(positions: Range<usize>, mut with: impl FnMut(Range<usize>)) {
+    let mut first = positions.start;
+    while first < positions.end {
+        let end = positions.end.min((first / PAGE_TOKENS + 1) * PAGE_TOKENS);
+        with(first..end);
+        first = end;
+    }
+}
+
+/// Appends `n` rows as f32 numbers.
+pub fn append(rows: sluice_kernels::KvRows<'_>, n: usize, width: usize, to: &mut Vec<f32>) {
+    let first = to.len();
+    to.resize(first + n * width, 0.0);
+    to[first..].chunks_exact_mut(width).enumerate().for_each(|(j, out)| rows.read(j, out));
+}

@@ -1,0 +1,224 @@
+//! The pool of pages, and handles to them. A page is allocated once, when the pool is made; sequences take pages and give them back.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use sluice_kernels::KvBuffer;
+
+use super::layout::{Layout, PageKind, PageLayout};
+
+/// What layers remember of some tokens: rows of keys, values and latents, and numbers that are always f32.
+#[derive(Debug)]
+pub struct Page {
+    /// Number of its kind.
+    kind: usize,
+    pub(super) rows: Vec<KvBuffer>,
+    pub(super) numbers: Vec<f32>,
+}
+
+impl Page {
+    fn new(kind: usize, layout: &PageLayout) -> Self {
+        let rows = layout.buffers.iter().map(|&(rows, width)| KvBuffer::new(layout.ty, rows, width)).collect();
+        Page { kind, rows, numbers: vec![0.0; layout.numbers] }
+    }
+
+    /// Bytes that a page with so many buffers takes beside them, with its place in the pool and what its allocations cost.
+    pub(super) fn overhead(buffers: usize) -> u64 {
+        const ALLOCATION: usize = 16;
+        let counts = 2 * size_of::<usize>() + size_of::<Arc<Page>>();
+        let buffer = size_of::<KvBuffer>() + 3 * ALLOCATION;
+        (size_of::<Page>() + counts + 3 * ALLOCATION + buffers * buffer) as u64
+    }
+
+    /// Takes over what another page of the kind holds.
+    pub(super) fn copy(&mut self, from: &Page, layout: &PageLayout) {
+        for ((to, from), &(rows, _)) in self.rows.iter_mut().zip(&from.rows).zip(&layout.buffers) {
+            to.copy_rows(from, 0..rows);
+        }
+        self.numbers.copy_from_slice(&from.numbers);
+    }
+}
+
+/// The pages of all sequences of an engine. It lives as long as any of them.
+#[derive(Debug)]
+pub struct PagePool {
+    layout: Layout,
+    /// Pages of each kind.
+    total: Vec<usize>,
+    /// Of each kind those that nobody has. The room for all of them is there from the start.
+    free: Mutex<Vec<Free>>,
+}
+
+/// The pages of a kind that nobody has.
+#[derive(Debug)]
+struct Free {
+    pages: Vec<Arc<Page>>,
+    /// Those whose memory has been given back to the system: they are made again when they are needed.
+    away: usize,
+}
+
+impl Free {
+    fn len(&self) -> usize {
+        self.pages.len() + self.away
+    }
+}
+
+/// How many pages of a kind there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageCount {
+    /// What they hold.
+    pub kind: PageKind,
+    /// Bytes of one.
+    pub bytes: u64,
+    /// In all.
+    pub total: usize,
+    /// Of which nobody has these.
+    pub free: usize,
+}
+
+/// There are not enough pages of a kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{wanted} more pages ({kind}) are needed and {free} of {total} are free: end another sequence or save it, or open the model for \
+     more sequences or more context"
+)]
+pub struct PagesFull {
+    /// What they hold.
+    pub kind: PageKind,
+    /// Pages that are needed.
+    pub wanted: usize,
+    /// Pages that are free.
+    pub free: usize,
+    /// Pages of the kind in all.
+    pub total: usize,
+}
+
+impl PagePool {
+    /// A pool of `total` pages of each kind. Large pages take no memory before they are used.
+    pub fn new(layout: Layout, total: &[usize]) -> Arc<Self> {
+        let pages = layout.pages().iter().enumerate().zip(total);
+        let of = |((kind, layout), &n): ((usize, &PageLayout), &usize)| Free {
+            pages: (0..n).map(|_| Arc::new(Page::new(kind, layout))).collect(),
+            away: 0,
+        };
+        let free = pages.map(of).collect();
+        Arc::new(PagePool { layout, total: total.to_vec(), free: Mutex::new(free) })
+    }
+
+    /// Kinds of pages, and where layers have their rows.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// How many pages there are of each kind.
+    pub fn counts(&self) -> Vec<PageCount> {
+        let free = self.lock();
+        let counts = self.layout.pages().iter().zip(&self.total).zip(&*free);
+        let count = |((page, &total), free): ((&PageLayout, &usize), &Free)| PageCount {
+            kind: page.kind(),
+            bytes: page.bytes(),
+            total,
+            free: free.len(),
+        };
+        counts.map(count).collect()
+    }
+
+    /// An error if fewer than `wanted` pages of a kind are free.
+    pub fn check(&self, kind: usize, wanted: usize) -> Result<(), PagesFull> {
+        let free = if wanted == 0 { 0 } else { self.lock()[kind].len() };
+        match wanted <= free {
+            true => Ok(()),
+            false => Err(self.full(kind, wanted, free)),
+        }
+    }
+
+    /// A page that nobody has. What it holds is what it held before.
+    pub fn take(self: &Arc<Self>, kind: usize) -> Result<Held, PagesFull> {
+        let mut free = self.lock();
+        let page = match free[kind].pages.pop() {
+            None if free[kind].away > 0 => {
+                free[kind].away -= 1;
+                Some(Arc::new(Page::new(kind, &self.layout.pages()[kind])))
+            }
+            page => page,
+        };
+        drop(free);
+        let page = page.ok_or_else(|| self.full(kind, 1, 0))?;
+        Ok(Held { page: Some(page), pool: Arc::clone(self) })
+    }
+
+    /// Gives the memory of the pages that nobody has back to the system. They are still there to be taken.
+    pub fn give_back(&self) {
+        for free in &mut *self.lock() {
+            free.away += free.pages.len();
+            free.pages.clear();
+        }
+    }
+
+    fn full(&self, kind: usize, wanted: usize, free: usize) -> PagesFull {
+        PagesFull { kind: self.layout.pages()[kind].kind(), wanted, free, total: self.total[kind] }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Free>> {
+        // Nothing that holds it can leave it half changed.
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A page that somebody has. Clones share it; the last of them gives it back to the pool.
+#[derive(Debug)]
+pub struct Held {
+    /// None only while it is dropped.
+    page: Option<Arc<Page>>,
+    pool: Arc<PagePool>,
+}
+
+impl Held {
+    /// What it holds.
+    pub fn get(&self) -> &Page {
+        self.arc()
+    }
+
+    /// The same, to change it.
+    ///
+    /// # Panics
+    /// If it is shared: who wants to write asks for a copy first.
+    pub fn get_mut(&mut self) -> &mut Page {
+        let page = self.page.as_mut().and_then(Arc::get_mut);
+        page.expect("a page that is written was made the sequence's own before")
+    }
+
+    /// Whether somebody else has it too.
+    pub fn is_shared(&self) -> bool {
+        Arc::strong_count(self.arc()) > 1
+    }
+
+    /// A copy that nobody else has, from the same pool.
+    pub fn own(&self) -> Result<Held, PagesFull> {
+        let kind = self.arc().kind;
+        let mut own = self.pool.take(kind)?;
+        own.get_mut().copy(self.arc(), &self.pool.layout.pages()[kind]);
+        Ok(own)
+    }
+
+    fn arc(&self) -> &Arc<Page> {
+        self.page.as_ref().expect("it is there until it is dropped")
+    }
+}
+
+impl Clone for Held {
+    fn clone(&self) -> Self {
+        Held { page: self.page.clone(), pool: Arc::clone(&self.pool) }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let Some(page) = self.page.take() else { return };
+        // Handles go one at a time, under the lock: exactly one of them finds that it is the last, and nobody can make another
+        // of that one.
+        let mut free = self.pool.lock();
+        if Arc::strong_count(&page) == 1 {
+            free[page.kind].pages.push(page);
+        }
+    }
+}

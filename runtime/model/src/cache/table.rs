@@ -1,0 +1,398 @@
+//! The pages that one sequence has of a kind.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::layout::{PAGE_TOKENS, PageKind, WINDOW_SLACK};
+use super::page::{Held, Page, PagePool, PagesFull};
+
+/// The pages of one kind.
+#[derive(Debug)]
+pub enum Table {
+    /// Rows by position.
+    Rows(RowTable),
+    /// Recurrent states.
+    State(StateTable),
+}
+
+/// What a mark keeps of the pages of a kind. Nothing is copied: whoever goes on copies what it is about to write.
+#[derive(Clone, Debug)]
+pub enum Kept {
+    /// Nothing: all rows stay where they are.
+    Nothing,
+    /// The window before the mark.
+    Window(RowTable),
+    /// The states there.
+    State(Held),
+}
+
+/// Pages of rows, one for each [`PAGE_TOKENS`] positions.
+#[derive(Clone, Debug)]
+pub struct RowTable {
+    kind: usize,
+    window: Option<usize>,
+    pages: VecDeque<Held>,
+    /// Number of the first page that is there: what it holds begins at `first · PAGE_TOKENS`.
+    first: usize,
+    /// The first position that has rows: a restored sequence has those in the window alone.
+    from: usize,
+}
+
+impl RowTable {
+    fn new(kind: usize, window: Option<usize>, capacity: usize) -> Self {
+        // A step may have a page more while it copies a shared one.
+        let pages = VecDeque::with_capacity(capacity.div_ceil(PAGE_TOKENS) + 1);
+        RowTable { kind, window, pages, first: 0, from: 0 }
+    }
+
+    /// The page of `positions`, and their places in it.
+    ///
+    /// # Panics
+    /// If they are not all there, or lie in more than one block of keys.
+    pub fn block(&self, positions: Range<usize>) -> (&Page, Range<usize>) {
+        let (page, place) = self.page(positions.start);
+        let places = place..place + positions.len();
+        assert!(places.end <= PAGE_TOKENS, "keys are read block by block");
+        (page, places)
+    }
+
+    /// The page of a position, and the position's place in it.
+    ///
+    /// # Panics
+    /// If it is not there.
+    pub fn page(&self, position: usize) -> (&Page, usize) {
+        (self.pages[position / PAGE_TOKENS - self.first].get(), position % PAGE_TOKENS)
+    }
+
+    /// The same, to write it.
+    ///
+    /// # Panics
+    /// If it is not there, or shared.
+    pub fn page_mut(&mut self, position: usize) -> (&mut Page, usize) {
+        (self.pages[position / PAGE_TOKENS - self.first].get_mut(), position % PAGE_TOKENS)
+    }
+
+    /// Rows before `position` that the token there and later ones can see.
+    pub fn seen_from(&self, position: usize) -> Range<usize> {
+        // A token sees itself, and so one earlier row less than the window has.
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))..position
+    }
+
+    fn reaches(&self, position: usize) -> bool {
+        position == 0 || self.seen_from(position).start >= self.from
+    }
+
+    /// Whether the page in the middle of which a sequence of `position` tokens ends is somebody else's too.
+    fn copies(&self, position: usize) -> bool {
+        let last = self.pages.back();
+        !position.is_multiple_of(PAGE_TOKENS) && last.is_some_and(Held::is_shared)
+    }
+
+    fn wanted(&self, position: usize, count: usize) -> usize {
+        let there = if self.pages.is_empty() { position / PAGE_TOKENS } else { self.first + self.pages.len() };
+        (position + count).div_ceil(PAGE_TOKENS).saturating_sub(there) + usize::from(self.copies(position))
+    }
+
+    fn prepare(&mut self, pool: &Arc<PagePool>, position: usize, count: usize) -> Result<(), PagesFull> {
+        if self.copies(position)
+            && let Some(last) = self.pages.back_mut()
+        {
+            *last = last.own()?;
+        }
+        if self.pages.is_empty() {
+            self.first = position / PAGE_TOKENS;
+        }
+        while self.first + self.pages.len() < (position + count).div_ceil(PAGE_TOKENS) {
+            self.pages.push_back(pool.take(self.kind)?);
+        }
+        Ok(())
+    }
+
+    /// Gives back what lies behind `position`.
+    fn truncate(&mut self, position: usize) {
+        self.pages.truncate(position.div_ceil(PAGE_TOKENS).saturating_sub(self.first));
+        if position == 0 {
+            (self.first, self.from) = (0, 0);
+        }
+    }
+
+    /// Gives back what the token at `position` and later ones do not see, but for a little.
+    fn trim(&mut self, position: usize) {
+        let keep = self.seen_from(position).start.saturating_sub(WINDOW_SLACK);
+        while (self.first + 1) * PAGE_TOKENS <= keep && self.pages.pop_front().is_some() {
+            self.first += 1;
+            self.from = self.first * PAGE_TOKENS;
+        }
+    }
+
+    /// The window before `position`: shared, not copied.
+    fn keep(&self, position: usize) -> Self {
+        let from = self.seen_from(position).start;
+        let skip = (from / PAGE_TOKENS).saturating_sub(self.first);
+        let pages = self.pages.iter().skip(skip).cloned().collect();
+        RowTable { kind: self.kind, window: self.window, pages, first: self.first + skip, from: from.max(self.from) }
+    }
+
+    /// Takes the place of what is there.
+    fn replace(&mut self, kept: &RowTable) {
+        self.pages.clear();
+        self.pages.extend(kept.pages.iter().cloned());
+        (self.first, self.from) = (kept.first, kept.from);
+    }
+
+    /// A copy with room for as many tokens.
+    fn fork(&self) -> Self {
+        let mut pages = VecDeque::with_capacity(self.pages.capacity());
+        pages.extend(self.pages.iter().cloned());
+        RowTable { pages, ..*self }
+    }
+}
+
+/// Recurrent states behind the last step, and one more page: where the next step writes, which until then has the states behind
+/// the step before. So a step that fails can be repeated, and one step can be taken back.
+#[derive(Debug)]
+pub struct StateTable {
+    kind: usize,
+    /// Behind the last step; nothing where no token has been seen.
+    now: Option<(usize, Held)>,
+    /// Behind an earlier one, or half written.
+    other: Option<Held>,
+    /// The position of the other, if it is whole.
+    before: Option<usize>,
+}
+
+impl StateTable {
+    /// The states that a step reads, and those that it writes. Before the first token the former are zeros.
+    ///
+    /// # Panics
+    /// If the sequence was not prepared for a step.
+    pub fn step(&mut self) -> (&Page, &mut Page) {
+        let (Some((_, now)), Some(other)) = (&self.now, &mut self.other) else { unreachable!("a step was prepared") };
+        (now.get(), other.get_mut())
+    }
+
+    /// The states behind the last step; none at the beginning.
+    pub fn now(&self) -> Option<&Page> {
+        self.now.as_ref().map(|(_, page)| page.get())
+    }
+
+    /// Whether the next step needs another page to write: none is there, or it is somebody else's too.
+    fn writes_new(&self) -> bool {
+        self.other.as_ref().is_none_or(Held::is_shared)
+    }
+
+    fn wanted(&self, count: usize) -> usize {
+        // What is read in the first pass of a step is written in the second.
+        let again = count > 1 && self.now.as_ref().is_some_and(|(_, page)| page.is_shared());
+        usize::from(self.now.is_none()) + usize::from(self.writes_new()) + usize::from(again)
+    }
+
+    fn prepare(&mut self, pool: &Arc<PagePool>) -> Result<(), PagesFull> {
+        if self.now.is_none() {
+            let mut zeros = pool.take(self.kind)?;
+            zeros.get_mut().numbers.fill(0.0);
+            self.now = Some((0, zeros));
+        }
+        if self.writes_new() {
+            self.other = None;
+            self.other = Some(pool.take(self.kind)?);
+        }
+        // Until the step is complete, what is there is neither the old state nor the new one.
+        self.before = None;
+        Ok(())
+    }
+
+    fn advance(&mut self, position: usize) {
+        if let (Some((now, page)), Some(other)) = (&mut self.now, &mut self.other) {
+            self.before = Some(*now);
+            *now = position;
+            std::mem::swap(page, other);
+        }
+    }
+
+    /// The positions that it can go to.
+    fn positions(&self) -> impl Iterator<Item = usize> {
+        let now = self.now.as_ref().map(|now| now.0);
+        now.into_iter().chain(self.before)
+    }
+
+    fn rewind(&mut self, position: usize, kept: Option<&Held>) {
+        if position == 0 {
+            (self.now, self.other, self.before) = (None, None, None);
+        } else if self.before == Some(position) {
+            if let (Some((now, page)), Some(other)) = (&mut self.now, &mut self.other) {
+                *now = position;
+                std::mem::swap(page, other);
+            }
+            self.before = None;
+        } else if let Some(kept) = kept
+            && self.now.as_ref().is_none_or(|now| now.0 != position)
+        {
+            self.now = Some((position, kept.clone()));
+            self.before = None;
+        }
+    }
+
+    fn fork(&self) -> Self {
+        StateTable { kind: self.kind, now: self.now.clone(), other: None, before: None }
+    }
+}
+
+impl Table {
+    /// No pages; there will be some for `capacity` tokens.
+    pub fn new(number: usize, kind: PageKind, capacity: usize) -> Self {
+        match kind {
+            PageKind::Rows => Table::Rows(RowTable::new(number, None, capacity)),
+            PageKind::Window(window) => Table::Rows(RowTable::new(number, Some(window), capacity)),
+            PageKind::State => Table::State(StateTable { kind: number, now: None, other: None, before: None }),
+        }
+    }
+
+    /// Pages that have to be taken before a sequence of `position` tokens can take `count` more, if it gives none back meanwhile.
+    pub fn wanted(&self, position: usize, count: usize) -> usize {
+        match self {
+            Table::Rows(rows) => rows.wanted(position, count),
+            Table::State(state) => state.wanted(count),
+        }
+    }
+
+    /// Takes the pages for a pass of `count` rows; what is shared and will be written is copied.
+    ///
+    /// # Errors
+    /// [`PagesFull`]; what was remembered is still there.
+    pub fn prepare(&mut self, pool: &Arc<PagePool>, position: usize, count: usize) -> Result<(), PagesFull> {
+        match self {
+            Table::Rows(rows) => rows.prepare(pool, position, count),
+            Table::State(state) => state.prepare(pool),
+        }
+    }
+
+    /// A pass has brought the sequence to `position`: gives back what no later token sees.
+    pub fn advance(&mut self, position: usize) {
+        match self {
+            Table::Rows(rows) => rows.trim(position),
+            Table::State(state) => state.advance(position),
+        }
+    }
+
+    /// Gives back what was taken for tokens that did not come.
+    pub fn settle(&mut self, position: usize) {
+        if let Table::Rows(rows) = self {
+            rows.truncate(position);
+        }
+    }
+
+    /// Whether what is remembered of the first `position` tokens is still there.
+    pub fn reaches(&self, position: usize) -> bool {
+        match self {
+            Table::Rows(rows) => rows.reaches(position),
+            Table::State(state) => position == 0 || state.positions().any(|at| at == position),
+        }
+    }
+
+    /// What a mark at `position`, where the sequence is, has to keep.
+    pub fn keep(&self, position: usize) -> Kept {
+        match self {
+            Table::Rows(rows) if rows.window.is_some() => Kept::Window(rows.keep(position)),
+            Table::Rows(_) => Kept::Nothing,
+            Table::State(state) => state.now.as_ref().map_or(Kept::Nothing, |(_, page)| Kept::State(page.clone())),
+        }
+    }
+
+    /// Forgets the tokens from `position` on. `kept`: what a mark there has kept.
+    pub fn rewind(&mut self, position: usize, kept: Option<&Kept>) {
+        match (self, kept) {
+            (Table::Rows(rows), Some(Kept::Window(kept))) if !rows.reaches(position) => rows.replace(kept),
+            (Table::Rows(rows), _) => rows.truncate(position),
+            (Table::State(state), Some(Kept::State(kept))) => state.rewind(position, Some(kept)),
+            (Table::State(state), _) => state.rewind(position, None),
+        }
+    }
+
+    /// The same of a sequence that goes on by itself.
+    pub fn fork(&self) -> Self {
+        match self {
+            Table::Rows(rows) => Table::Rows(rows.fork()),
+            Table::State(state) => Table::State(state.fork()),
+        }
+    }
+
+    /// The positions that a recurrent state can go to.
+    pub fn state_positions(&self) -> impl Iterator<Item = usize> {
+        let state = if let Table::State(state) = self { Some(state) } else { None };
+        state.into_iter().flat_map(StateTable::positions)
+    }
+
+    /// Its pages.
+    pub fn pages(&self) -> impl Iterator<Item = &Held> {
+        let (rows, state) = match self {
+            Table::Rows(rows) => (Some(&rows.pages), None),
+            Table::State(state) => (None, Some(state)),
+        };
+        let state = state.into_iter().flat_map(|state| state.now.iter().map(|now| &now.1).chain(&state.other));
+        rows.into_iter().flatten().chain(state)
+    }
+
+    /// Rows of positions.
+    ///
+    /// # Panics
+    /// If it has states.
+    pub fn rows(&self) -> &RowTable {
+        let Table::Rows(rows) = self else { unreachable!("{}", super::OF_ITS_SPEC) };
+        rows
+    }
+
+    /// The same, to write them.
+    ///
+    /// # Panics
+    /// If it has states.
+    pub fn rows_mut(&mut self) -> &mut RowTable {
+        let Table::Rows(rows) = self else { unreachable!("{}", super::OF_ITS_SPEC) };
+        rows
+    }
+
+    /// Recurrent states.
+    ///
+    /// # Panics
+    /// If it has rows.
+    pub fn state(&self) -> &StateTable {
+        let Table::State(state) = self else { unreachable!("{}", super::OF_ITS_SPEC) };
+        state
+    }
+
+    /// The same, to write them.
+    ///
+    /// # Panics
+    /// If it has rows.
+    pub fn state_mut(&mut self) -> &mut StateTable {
+        let Table::State(state) = self else { unreachable!("{}", super::OF_ITS_SPEC) };
+        state
+    }
+
+    /// Makes room for what a saved sequence of `position` tokens has.
+    ///
+    /// # Errors
+    /// [`PagesFull`].
+    pub fn restore(&mut self, pool: &Arc<PagePool>, position: usize) -> Result<(), PagesFull> {
+        match self {
+            Table::Rows(rows) => {
+                rows.from = rows.seen_from(position).start;
+                rows.prepare(pool, rows.from, position - rows.from)
+            }
+            Table::State(state) if position > 0 => {
+                state.now = Some((position, pool.take(state.kind)?));
+                Ok(())
+            }
+            Table::State(_) => Ok(()),
+        }
+    }
+
+    /// The states of a restored sequence, to fill them.
+    pub fn restored_state(&mut self) -> &mut Page {
+        let Table::State(StateTable { now: Some((_, page)), .. }) = self else {
+            unreachable!("{}", super::OF_ITS_SPEC)
+        };
+        page.get_mut()
+    }
+}
