@@ -58,5 +58,5 @@ pub use pack::{
 };
 pub use quant::pack_row_group_weighted;
 pub use threads::ThreadPool;
-pub use top_k::top_k;
+pub use top_k::{TopK, top_k};
 pub use xxh3::{XXH3_BLOCK_BYTES, Xxh3State, Xxh3Sum};

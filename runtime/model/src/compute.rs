@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
 
-use sluice_kernels::{Activations, Kernels, Precision, ThreadPool};
+use sluice_kernels::{Activations, Kernels, Precision, ThreadPool, TopK};
 
 use super::control::Cancel;
 use super::rows::Rows;
@@ -120,6 +120,8 @@ pub struct HeadScratch {
     pub output: Vec<f32>,
     /// One score per cached position.
     pub scores: Vec<f32>,
+    /// The positions with the best scores of an indexer.
+    pub best: TopK,
 }
 
 thread_local! {
@@ -131,6 +133,7 @@ thread_local! {
         query: Vec::new(),
         output: Vec::new(),
         scores: Vec::new(),
+        best: TopK::default(),
     });
 }
 

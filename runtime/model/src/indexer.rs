@@ -4,9 +4,10 @@
 //! but the index keys is computed.
 
 use sluice_format::{IndexerSpec, RopeSpec};
-use sluice_kernels::{Activations, top_k};
+use sluice_kernels::Activations;
 
 use super::ModelError;
+use super::cache::in_blocks;
 use super::compute::{Step, sized, with_head_scratch};
 use super::rope::{Rope, RopeAngles};
 use super::rows::Caches;
@@ -124,23 +125,25 @@ impl Indexer {
             if seen <= s.index_top_k || step.is_cancelled() {
                 return;
             }
-            let mut of_keys = Vec::new();
-            super::cache::in_blocks(0..seen, |positions| {
-                of_keys.extend_from_slice(caches.of(row.span).latent().index().keys(positions));
-            });
-            let keys = &of_keys[..];
             with_head_scratch(|scratch| {
-                let scores = sized(&mut scratch.scores, seen);
-                for (score, key) in scores.iter_mut().zip(keys.chunks_exact(width)) {
-                    let of_head = |h: usize| {
-                        let q = &query[(t * heads + h) * width..][..width];
-                        let weight = weights[t * heads + h] * w_scale;
-                        weight * (step.compute.kernels.dot(q, key) * q_scale).max(0.0)
-                    };
-                    *score = (0..heads).map(of_head).sum();
-                }
-                top_k(scores, s.index_top_k, &mut chosen[0]);
-                chosen[0].sort_unstable();
+                // Scores are not kept: of as many tokens as a context may have, that would be memory that no plan counts.
+                let best = &mut scratch.best;
+                best.begin(s.index_top_k);
+                in_blocks(0..seen, |positions| {
+                    if step.is_cancelled() {
+                        return;
+                    }
+                    let keys = caches.of(row.span).latent().index().keys(positions.clone());
+                    for (position, key) in positions.zip(keys.chunks_exact(width)) {
+                        let of_head = |h: usize| {
+                            let q = &query[(t * heads + h) * width..][..width];
+                            let weight = weights[t * heads + h] * w_scale;
+                            weight * (step.compute.kernels.dot(q, key) * q_scale).max(0.0)
+                        };
+                        best.offer(position as u32, (0..heads).map(of_head).sum());
+                    }
+                });
+                best.finish(&mut chosen[0]);
             });
         });
     }
