@@ -3,7 +3,7 @@
 use crate::sampler::{Sampler, logprobs};
 use sluice_model::rows::Phase;
 
-use super::request::{Constraint, Shape};
+use super::request::{Constraint, Shape, WhenFull};
 use super::text::TextStream;
 use super::{Event, Finish, GenerationError, Request, Usage};
 
@@ -14,12 +14,21 @@ pub type EventSink<'a> = dyn FnMut(Event) + 'a;
 /// [accepts](Self::accept) the logits behind the last of them.
 ///
 /// What it says depends on its request and the logits alone, never on how its tokens were cut into steps or what else was in
-/// them. Randomness depends on the seed and the index of the token.
+/// them. Randomness depends on the seed and the index of the token. Penalties see the tokens that the context
+/// has.
 #[derive(Debug)]
 pub struct Generation {
-    /// Prompt and generated tokens.
+    /// What the sequence is to hold: prompt and generated tokens, less those that were dropped.
     tokens: Vec<u32>,
+    /// Of these, how many are read as a prompt, before the next token can be chosen.
+    to_read: usize,
+    /// Tokens of the prompt.
     prompt: usize,
+    generated: Vec<u32>,
+    dropped: usize,
+    when_full: WhenFull,
+    /// Where the sequence has to go back to, because what follows has been dropped.
+    back_to: Option<usize>,
     max_tokens: usize,
     context: usize,
     sampler: Sampler,
@@ -39,10 +48,15 @@ impl Generation {
     /// What can be wrong with a request: no prompt or one that is too long, unknown tokens, settings that make no sense.
     pub fn new(request: Request, shape: &Shape) -> Result<Self, GenerationError> {
         request.check(shape)?;
-        let Request { prompt, max_tokens, sampling, stop, special, bias, logprobs, constraint } = request;
+        let Request { prompt, max_tokens, sampling, stop, special, bias, logprobs, constraint, when_full } = request;
         Ok(Generation {
             prompt: prompt.len(),
+            to_read: prompt.len(),
             tokens: prompt,
+            generated: Vec::new(),
+            dropped: 0,
+            when_full,
+            back_to: None,
             max_tokens,
             context: shape.context,
             sampler: Sampler::new(sampling)?,
@@ -56,14 +70,39 @@ impl Generation {
     }
 
     /// The tokens that a sequence which has seen `position` of them has to see next: the rest of the prompt, later the token that
-    /// was sampled last. The logits behind the last of them are what [`accept`](Self::accept) takes. Empty once the generation has
-    /// ended.
+    /// was sampled last, or all of a sequence that was dropped. The logits behind the last of them are what
+    /// [`accept`](Self::accept) takes. Empty once the generation has ended.
+    ///
+    /// The sequence must have gone back first if [`take_back_to`](Self::take_back_to) says so.
     pub fn offer(&self, position: usize) -> (&[u32], Phase) {
-        let phase = if position < self.prompt { Phase::Prompt } else { Phase::Decode };
-        match self.finish {
-            Some(_) => (&[], phase),
-            None => (self.tokens.get(position..).unwrap_or_default(), phase),
-        }
+        let rest = match self.finish {
+            Some(_) => &[],
+            None => self.tokens.get(position..).unwrap_or_default(),
+        };
+        // A step that failed behind a choice leaves two tokens to decode.
+        let phase = if position < self.to_read || rest.len() > 2 { Phase::Prompt } else { Phase::Decode };
+        (rest, phase)
+    }
+
+    /// Where the sequence has to go back to before the next offer, if it has seen more than that: tokens behind it have been
+    /// dropped. Says so once.
+    pub fn take_back_to(&mut self) -> Option<usize> {
+        self.back_to.take()
+    }
+
+    /// Tokens that the sequence holds when it has seen everything so far.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Never true: a prompt has a token.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// Most tokens that can still be generated.
+    pub fn remaining(&self) -> usize {
+        self.max_tokens - self.generated.len().min(self.max_tokens)
     }
 
     /// Chooses the next token by the logits `[vocab]` behind the last one, and says what follows. Nothing once it has ended.
@@ -86,6 +125,7 @@ impl Generation {
             None => (None, Vec::new()),
         };
         self.tokens.push(id);
+        self.generated.push(id);
         if let Some(constraint) = &mut self.constraint {
             constraint.accept(id);
         }
@@ -103,9 +143,28 @@ impl Generation {
             () if emit.stopped => self.end(Finish::StopString, sink),
             () if complete => self.end(Finish::Complete, sink),
             () if self.generated().len() >= self.max_tokens => self.end(Finish::Length, sink),
-            () if full => self.end(Finish::Context, sink),
+            () if full => self.fill(sink),
             () => Ok(()),
         }
+    }
+
+    /// There is no room for more tokens: drops the oldest ones, if that was asked for, or ends.
+    ///
+    /// # Errors
+    /// When the last text cannot be told.
+    pub fn fill(&mut self, sink: &mut EventSink<'_>) -> Result<(), GenerationError> {
+        let WhenFull::DropOldest { keep } = self.when_full else { return self.end(Finish::Context, sink) };
+        let others = self.tokens.len().saturating_sub(keep);
+        if others < 2 {
+            return self.end(Finish::Context, sink);
+        }
+        let dropped = others / 2;
+        self.tokens.drain(keep..keep + dropped);
+        self.to_read = self.tokens.len();
+        self.dropped += dropped;
+        self.back_to = Some(self.back_to.map_or(keep, |before| before.min(keep)));
+        sink(Event::Shifted { dropped, left: self.tokens.len() });
+        Ok(())
     }
 
     /// Ends the generation before its time: text that was held back for a possible stop string comes out.
@@ -121,7 +180,7 @@ impl Generation {
 
     /// The tokens generated so far, an end token included.
     pub fn generated(&self) -> &[u32] {
-        &self.tokens[self.prompt..]
+        &self.generated
     }
 
     /// Why it ended, if it has.
@@ -131,7 +190,7 @@ impl Generation {
 
     /// What it has taken so far.
     pub fn usage(&self) -> Usage {
-        Usage { prompt_tokens: self.prompt, generated_tokens: self.generated().len() }
+        Usage { prompt_tokens: self.prompt, generated_tokens: self.generated.len(), dropped_tokens: self.dropped }
     }
 
     fn choose(&mut self, logits: &[f32]) -> Result<u32, GenerationError> {

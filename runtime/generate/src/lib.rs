@@ -48,6 +48,7 @@ mod generation;
 mod meter;
 mod model;
 mod request;
+mod room;
 pub mod sampler;
 mod scheduler;
 mod shared;
@@ -56,8 +57,8 @@ mod text;
 pub use event::{Event, Finish, GenerationError, Usage};
 pub use generation::{EventSink, Generation};
 pub use model::{Completion, Model};
-pub use request::{Constraint, Request, Shape};
-pub use scheduler::{Scheduler, SchedulerOptions, Watch};
+pub use request::{Constraint, Request, Shape, WhenFull};
+pub use scheduler::{Scheduler, SchedulerOptions, Watch, Work};
 pub use shared::{Handle, Place, Status, Submitter};
 
 pub use crate::sampler::{Logprob, SamplerConfig};

@@ -24,6 +24,20 @@ pub trait Constraint: Send + fmt::Debug {
     }
 }
 
+/// What becomes of a generation when its context is full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenFull {
+    /// It ends ([`Finish::Context`](super::Finish)).
+    #[default]
+    Stop,
+    /// It goes on with a shorter text: the first `keep` tokens and the newer half of the others. That is read again from where
+    /// the texts part, so that everything is as if the shorter text had been the prompt: exact, and as expensive as reading it.
+    DropOldest {
+        /// Tokens at the beginning that are never dropped, fewer than the context has. A prompt's instructions, for instance.
+        keep: usize,
+    },
+}
+
 /// What to generate.
 #[derive(Debug)]
 pub struct Request {
@@ -44,6 +58,8 @@ pub struct Request {
     pub logprobs: Option<usize>,
     /// Which tokens may come next.
     pub constraint: Option<Box<dyn Constraint>>,
+    /// What to do when the context is full. A prompt that does not fit is refused in any case.
+    pub when_full: WhenFull,
 }
 
 impl Request {
@@ -58,6 +74,7 @@ impl Request {
             bias: Vec::new(),
             logprobs: None,
             constraint: None,
+            when_full: WhenFull::Stop,
         }
     }
 
@@ -69,6 +86,11 @@ impl Request {
         }
         if self.prompt.len() > shape.context {
             return Err(GenerationError::PromptTooLong { prompt: self.prompt.len(), context: shape.context });
+        }
+        if let WhenFull::DropOldest { keep } = self.when_full
+            && keep >= shape.context
+        {
+            return Err(GenerationError::KeepsTooMuch { keep, context: shape.context });
         }
         let outside = |id: u32| id as usize >= shape.vocab;
         if let Some(&id) = self.prompt.iter().find(|&&id| outside(id)) {
