@@ -4,8 +4,8 @@
 //! `SLUICE_BENCH_THREADS` says how many threads multiply (default: one per core); attention runs on one, as a head does.
 //!
 //! A GEMV reads 256 MiB of weights, more than most caches hold; `read` is a plain loop over as many bytes. A GEMM multiplies a
-//! matrix that caches hold with 64 tokens; its elements are multiplications with an addition each. Attention is that of one
-//! query over a full cache; its elements are cached positions, so that types can be compared.
+//! matrix that caches hold with 64 tokens; its elements are multiplications with an addition each. Attention is that of a token
+//! over a full cache, or of the last rows of a prompt; its elements are pairs of a query and a key.
 
 use criterion::{Bencher, BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use sluice_kernels::*;
@@ -104,25 +104,56 @@ fn cache(ty: KvType, positions: usize, width: usize) -> KvBuffer {
     buffer
 }
 
+/// Attention of `queries` queries, `sharing` per row, that see all positions but those behind their row.
+struct AttentionCase {
+    name: &'static str,
+    positions: usize,
+    key: usize,
+    value: usize,
+    queries: usize,
+    sharing: usize,
+}
+
+/// One token over a full cache, then the last rows of a prompt: a group of eight heads, and heads that share latents.
+const ATTENTION: [AttentionCase; 5] = [
+    AttentionCase { name: "decode/head", positions: 16384, key: 128, value: 128, queries: 1, sharing: 1 },
+    AttentionCase { name: "decode/group", positions: 4096, key: 128, value: 128, queries: 8, sharing: 8 },
+    AttentionCase { name: "decode/latent", positions: 4096, key: 576, value: 512, queries: 16, sharing: 16 },
+    AttentionCase { name: "prompt/group", positions: 2048, key: 128, value: 128, queries: 64, sharing: 8 },
+    AttentionCase { name: "prompt/latent", positions: 2048, key: 576, value: 512, queries: 32, sharing: 1 },
+];
+
 fn attention(c: &mut Criterion) {
     let mut group = group(c, "attention");
     for ty in KvType::ALL {
-        // One head with keys and values of its own; one head over latents that are both.
-        for (kind, positions, k_dim, v_dim) in [("keys-values", 16384, 128, 128), ("latent", 4096, 576, 512)] {
-            let keys = cache(ty, positions, k_dim);
-            let values = (kind == "keys-values").then(|| cache(ty, positions, v_dim));
-            let keys = keys.rows(0..positions);
-            let values = values.as_ref().map_or(keys, |values| values.rows(0..positions));
-            group.throughput(Throughput::Elements(positions as u64));
+        for case in &ATTENTION {
+            let keys = cache(ty, case.positions, case.key);
+            // A latent is a key, and its beginning a value.
+            let values = (case.value == case.key).then(|| cache(ty, case.positions, case.value));
+            group.throughput(Throughput::Elements((case.positions * case.queries) as u64));
             for k in vectorised() {
-                let (q, mut scores, mut out) = (vec![0.3; k_dim], vec![0.0; positions], vec![0.0; v_dim]);
-                group.bench_function(format!("{kind}/{ty}/{}", k.isa_name()), |b| {
-                    b.iter(|| k.attend(black_box(&q), keys, values, positions, 0.1, None, &mut scores, &mut out));
+                let mut tile = QueryTile::default();
+                group.bench_function(format!("{}/{ty}/{}", case.name, k.isa_name()), |b| {
+                    b.iter(|| attend(k, &mut tile, case, &keys, values.as_ref().unwrap_or(&keys)));
                 });
             }
         }
     }
     group.finish();
+}
+
+fn attend(k: Kernels, tile: &mut QueryTile, case: &AttentionCase, keys: &KvBuffer, values: &KvBuffer) {
+    tile.begin(case.key, case.value, 0.1);
+    let first = case.positions - case.queries / case.sharing;
+    for i in 0..case.queries {
+        tile.add(0..first + i / case.sharing + 1, None).fill(black_box(0.3));
+    }
+    for block in key_blocks(tile.positions()) {
+        let (keys, values) = (keys.rows(block.clone()), values.rows(block.clone()));
+        k.attend_block(tile, &KeyBlock::new(block, keys, values));
+    }
+    tile.finish();
+    black_box(tile.results());
 }
 
 fn main() {

@@ -1,138 +1,239 @@
-//! Attention of one query over cached keys and values.
+//! Attention of queries over cached keys and values, block by block. The `scalar` module defines what is computed.
 
-use crate::elementwise::softmax;
+use std::ops::Range;
+
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::isa::Isa;
 use crate::isa::Kernels;
-use crate::kv::{KvRows, KvType};
-use crate::scalar;
+use crate::kv::KvRows;
+use crate::scalar::{self, Running};
 
-/// Bytes of rows, taken as f32, that all queries meet before the next ones: they have to stay in a near cache.
-const ROWS_BYTES: usize = 32 << 10;
+/// Keys of a block. A part of the definition of attention: another number gives other bits.
+pub const KEY_BLOCK: usize = 64;
+
+/// The blocks that `positions` are cut into, in ascending order: at multiples of [`KEY_BLOCK`].
+pub fn key_blocks(positions: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let blocks =
+        if positions.is_empty() { 0..0 } else { positions.start / KEY_BLOCK..positions.end.div_ceil(KEY_BLOCK) };
+    blocks.map(move |b| (b * KEY_BLOCK).max(positions.start)..((b + 1) * KEY_BLOCK).min(positions.end))
+}
+
+/// Cached keys of one block, or some adjacent ones of it, and their values.
+#[derive(Clone, Debug)]
+pub struct KeyBlock<'a> {
+    positions: Range<usize>,
+    pub(crate) keys: KvRows<'a>,
+    pub(crate) values: KvRows<'a>,
+}
+
+impl<'a> KeyBlock<'a> {
+    /// The keys and values at `positions`, which are the first rows of `keys` and `values`; both may be the same, as with latent
+    /// attention. Of chosen keys `positions` are places in the list of those chosen.
+    ///
+    /// # Panics
+    /// If the positions are none, or not of one block.
+    pub fn new(positions: Range<usize>, keys: KvRows<'a>, values: KvRows<'a>) -> Self {
+        let one = !positions.is_empty() && positions.start / KEY_BLOCK == (positions.end - 1) / KEY_BLOCK;
+        assert!(one, "positions {positions:?} are not of one block of {KEY_BLOCK}");
+        KeyBlock { positions, keys, values }
+    }
+
+    /// Rows that have a key.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn len(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Place of a row in its whole block.
+    #[inline(always)]
+    pub(crate) fn place(&self, row: usize) -> usize {
+        self.positions.start % KEY_BLOCK + row
+    }
+}
+
+/// The rows of a block that one query sees.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Part {
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+}
+
+impl Part {
+    #[inline(always)]
+    pub(crate) fn rows(self) -> Range<usize> {
+        self.from..self.to
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_empty(self) -> bool {
+        self.from >= self.to
+    }
+
+    /// The rows from the first to the last that either sees.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(crate) fn or(self, other: Part) -> Part {
+        match (self.is_empty(), other.is_empty()) {
+            (true, _) => other,
+            (_, true) => self,
+            _ => Part { from: self.from.min(other.from), to: self.to.max(other.to) },
+        }
+    }
+}
+
+/// Scores of a block, then weights, by their place in it.
+pub(crate) type Scores = [f32; KEY_BLOCK];
+
+/// Queries that meet the same keys together, so that these come from memory once, and what each has gathered so far. Neither a
+/// query's result nor the order of its operations depends on the other queries of its tile. All buffers are reused.
+#[derive(Debug, Default)]
+pub struct QueryTile {
+    /// Length of a key, and of a value.
+    pub(crate) key: usize,
+    pub(crate) value: usize,
+    pub(crate) scale: f32,
+    /// `[n, key]`.
+    pub(crate) queries: Vec<f32>,
+    /// Positions that each query sees, and its sink.
+    sees: Vec<(Range<usize>, Option<f32>)>,
+    pub(crate) running: Vec<Running>,
+    /// `[n, value]`: what `l` is to divide.
+    pub(crate) out: Vec<f32>,
+    /// Of the current block and each query: the rows that it sees, weights, and `α` and `β`.
+    pub(crate) parts: Vec<Part>,
+    pub(crate) scores: Vec<Scores>,
+    pub(crate) factors: Vec<[f32; 2]>,
+    /// Positions before it have been met.
+    met: usize,
+}
+
+impl QueryTile {
+    /// Forgets all queries. Those to come have `key` numbers, their results `value`, and their scores are multiplied by `scale`.
+    pub fn begin(&mut self, key: usize, value: usize, scale: f32) {
+        (self.key, self.value, self.scale, self.met) = (key, value, scale, 0);
+        self.queries.clear();
+        self.sees.clear();
+        self.running.clear();
+        self.out.clear();
+    }
+
+    /// One more query, zeros to be filled in, that sees the keys at `positions`. A `sink` is one more logit, already scaled, that
+    /// takes its part of the softmax and has no value (gpt-oss).
+    pub fn add(&mut self, positions: Range<usize>, sink: Option<f32>) -> &mut [f32] {
+        let at = self.queries.len();
+        self.queries.resize(at + self.key, 0.0);
+        self.out.resize(self.out.len() + self.value, 0.0);
+        self.sees.push((positions, sink));
+        self.running.push(Running::NONE);
+        &mut self.queries[at..]
+    }
+
+    /// Number of queries.
+    pub fn len(&self) -> usize {
+        self.sees.len()
+    }
+
+    /// Whether there are no queries.
+    pub fn is_empty(&self) -> bool {
+        self.sees.is_empty()
+    }
+
+    /// The positions from the first to the last that any query sees: [`key_blocks`] of them are to be met.
+    pub fn positions(&self) -> Range<usize> {
+        let seen = || self.sees.iter().map(|(positions, _)| positions).filter(|p| !p.is_empty());
+        let start = seen().map(|p| p.start).min().unwrap_or(0);
+        start..seen().map(|p| p.end).max().unwrap_or(start)
+    }
+
+    /// Results `[n, value]`, after [`finish`](Self::finish).
+    pub fn results(&self) -> &[f32] {
+        &self.out
+    }
+
+    /// Takes in sinks and divides, once all blocks have been met.
+    pub fn finish(&mut self) {
+        let outs = self.out.chunks_exact_mut(self.value.max(1));
+        for ((out, running), (positions, sink)) in outs.zip(&mut self.running).zip(&self.sees) {
+            if let Some(sink) = *sink {
+                let [alpha, _] = running.combine(Running { max: sink, sum: 1.0 });
+                out.iter_mut().for_each(|o| *o *= alpha);
+            } else if positions.is_empty() {
+                continue;
+            }
+            out.iter_mut().for_each(|o| *o /= running.sum);
+        }
+    }
+
+    /// Notes which rows of a block each query sees; whether any does.
+    fn meet(&mut self, block: &KeyBlock<'_>) -> bool {
+        let all = &block.positions;
+        assert!(all.start >= self.met, "blocks are met in ascending order, each as a whole");
+        self.met = (all.start / KEY_BLOCK + 1) * KEY_BLOCK;
+        let whole = all.start / KEY_BLOCK * KEY_BLOCK..self.met;
+        self.parts.clear();
+        for (sees, _) in &self.sees {
+            let (start, end) = (sees.start.max(whole.start), sees.end.min(whole.end));
+            self.parts.push(if start >= end {
+                Part { from: 0, to: 0 }
+            } else {
+                assert!(all.start <= start && end <= all.end, "{start}..{end} is seen, and {all:?} is there");
+                Part { from: start - all.start, to: end - all.start }
+            });
+        }
+        self.parts.iter().any(|part| !part.is_empty())
+    }
+}
 
 impl Kernels {
-    /// `out = Σⱼ softmaxⱼ(scale · q·kⱼ) vⱼ` over the first `s` rows of `keys` and `values`, on the calling thread.
-    ///
-    /// `q` is as long as a key, `out` as long as a value; rows may be longer, and both may be the same, as with latent
-    /// attention. A `sink` is one more logit, already scaled, that takes its part of the softmax and has no value (gpt-oss).
-    /// `scores` is scratch. Products are [`dot`](Self::dot), sums over positions run in order of `j`, one fused multiply-add
-    /// each. The result is, bit for bit, that of plain rows with the same numbers. With `s = 0` the output is zero.
+    /// The queries of `tile` meet the keys and values of one block, on the calling thread. Blocks come in ascending order; of a
+    /// block all rows that any query sees have to be there. The result is, bit for bit, that of f32 rows with the same numbers.
     ///
     /// # Panics
-    /// If `keys` or `values` end before row `s`, or `scores` is shorter than `s`, or than `s + 1` with a sink.
-    #[expect(clippy::too_many_arguments, reason = "two sets of rows, a query, and where to put the result")]
-    pub fn attend(
-        &self,
-        q: &[f32],
-        keys: KvRows<'_>,
-        values: KvRows<'_>,
-        s: usize,
-        scale: f32,
-        sink: Option<f32>,
-        scores: &mut [f32],
-        out: &mut [f32],
-    ) {
-        self.attend_together(q, 1, keys, values, s, scale, sink.as_slice(), scores, out);
-    }
-
-    /// [`attend`](Self::attend) of several `queries`, `[n, key]`, over the same rows: the same bits, but the rows come from
-    /// memory once. `sinks`: none, or one per query; `scores` has room for those of all queries; `out` is `[n, value]`.
-    ///
-    /// # Panics
-    /// As [`attend`](Self::attend), or if `queries` or `out` are not `n` of equal length, or `n` is 0.
-    #[expect(clippy::too_many_arguments, reason = "two sets of rows, queries, and where to put the result")]
-    pub fn attend_together(
-        &self,
-        queries: &[f32],
-        n: usize,
-        keys: KvRows<'_>,
-        values: KvRows<'_>,
-        s: usize,
-        scale: f32,
-        sinks: &[f32],
-        scores: &mut [f32],
-        out: &mut [f32],
-    ) {
-        assert!(sinks.is_empty() || sinks.len() == n, "{} sinks for {n} queries", sinks.len());
-        assert!(queries.len().is_multiple_of(n) && out.len().is_multiple_of(n), "{n} queries");
-        out.fill(0.0);
-        if queries.is_empty() || out.is_empty() {
+    /// If a block comes late or a part of it is missing, or rows are shorter than the tile's keys and values.
+    pub fn attend_block(&self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
+        if !tile.meet(block) {
             return;
         }
-        let (key, value) = (queries.len() / n, out.len() / n);
-        let seen = s + usize::from(!sinks.is_empty());
-        let scores = &mut scores[..n * seen];
-        // One query alone gains nothing from portions.
-        let portion = |width: usize| if n == 1 { s.max(1) } else { (ROWS_BYTES / (4 * width)).max(8) };
-        for first in (0..s).step_by(portion(key)) {
-            let rows = keys.skip(first);
-            let end = (first + portion(key)).min(s);
-            for (q, scores) in queries.chunks_exact(key).zip(scores.chunks_exact_mut(seen)) {
-                self.dots(q, &rows, &mut scores[first..end]);
-            }
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(isa) => isa.attend_block(tile, block),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(isa) => isa.attend_block(tile, block),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(isa) if isa.attend_block(tile, block) => {}
+            _ => tile.attend_block_scalar(block),
         }
-        for (i, scores) in scores.chunks_exact_mut(seen.max(1)).enumerate() {
-            scores[..s].iter_mut().for_each(|score| *score *= scale);
-            if let Some(sink) = sinks.get(i) {
-                scores[s] = *sink;
-            }
-            softmax(scores);
-        }
-        for first in (0..s).step_by(portion(value)) {
-            let rows = values.skip(first);
-            let end = (first + portion(value)).min(s);
-            for (p, out) in scores.chunks_exact(seen).zip(out.chunks_exact_mut(value)) {
-                self.add_weighted(&p[first..end], &rows, out);
+    }
+}
+
+impl QueryTile {
+    /// The specification, query by query.
+    fn attend_block_scalar(&mut self, block: &KeyBlock<'_>) {
+        for (i, (&seen, running)) in self.parts.iter().zip(&mut self.running).enumerate() {
+            if !seen.is_empty() {
+                let query = &self.queries[i * self.key..][..self.key];
+                let out = &mut self.out[i * self.value..][..self.value];
+                scalar::attend_block(query, block, seen, self.scale, running, out);
             }
         }
     }
 
-    /// [`dot`](Self::dot) of `a` with the beginning of each row, one per element of `out`. An instruction set without
-    /// kernels of its own for this has its `dot` for plain rows and the scalar ones for others.
-    ///
-    /// # Panics
-    /// If the rows end before `out` does.
-    fn dots(&self, a: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
-        match self.isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2(isa) => isa.dots(a, rows, out),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(isa) => isa.dots(a, rows, out),
-            _ if rows.ty() == KvType::F32 => {
-                for (j, out) in out.iter_mut().enumerate() {
-                    *out = self.dot(a, rows.row(j, a.len()).plain);
-                }
+    /// Turns the dot products in `scores` into weights, and takes maxima and sums in: the same for all vectors.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    #[inline(always)]
+    pub(crate) fn weigh(&mut self, place: usize) {
+        for (((scores, part), running), factors) in
+            self.scores.iter_mut().zip(&self.parts).zip(&mut self.running).zip(&mut self.factors)
+        {
+            if part.is_empty() {
+                continue;
             }
-            #[cfg(target_arch = "aarch64")]
-            Isa::Neon(isa) => match rows.all_plain() {
-                Some((numbers, stride)) => isa.dots(a, numbers, stride, out),
-                None => scalar::dots(a, rows, out),
-            },
-            _ => scalar::dots(a, rows, out),
-        }
-    }
-
-    /// [`axpy`](Self::axpy) of `p[j]` and the beginning of row `j` to `out`, for `j` ascending.
-    ///
-    /// # Panics
-    /// If the rows end before `p` does.
-    fn add_weighted(&self, p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
-        match self.isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2(isa) => isa.add_weighted(p, rows, out),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(isa) => isa.add_weighted(p, rows, out),
-            _ if rows.ty() == KvType::F32 => {
-                for (j, &p) in p.iter().enumerate() {
-                    self.axpy(p, rows.row(j, out.len()).plain, out);
-                }
+            for score in &mut *scores {
+                *score *= self.scale;
             }
-            #[cfg(target_arch = "aarch64")]
-            Isa::Neon(isa) => match rows.all_plain() {
-                Some((numbers, stride)) => isa.add_weighted(p, numbers, stride, out),
-                None => scalar::add_weighted(p, rows, out),
-            },
-            _ => scalar::add_weighted(p, rows, out),
+            scores[..place + part.from].fill(f32::NEG_INFINITY);
+            scores[place + part.to..].fill(f32::NEG_INFINITY);
+            *factors = running.combine(scalar::weigh(scores));
         }
     }
 }

@@ -144,6 +144,26 @@ impl KvBuffer {
         self.scales[scales.clone()].copy_from_slice(&from.scales[scales]);
     }
 
+    /// Whether rows are of the same type and width.
+    pub fn is_like(&self, rows: &KvRows<'_>) -> bool {
+        (self.ty, self.width) == (rows.ty, rows.stride)
+    }
+
+    /// Takes over row `from` of some rows of the same kind as row `to`.
+    ///
+    /// # Panics
+    /// If either is not there, or the rows differ in type or width.
+    pub fn copy_row(&mut self, to: usize, rows: &KvRows<'_>, from: usize) {
+        assert!(self.is_like(rows), "rows are copied between buffers of one kind");
+        let row = rows.row(from, self.width);
+        if self.ty == KvType::F32 {
+            self.plain[to * self.width..][..self.width].copy_from_slice(row.plain);
+            return;
+        }
+        self.values[to * row.values.len()..][..row.values.len()].copy_from_slice(row.values);
+        self.scales[to * row.scales.len()..][..row.scales.len()].copy_from_slice(row.scales);
+    }
+
     /// Bytes of one row, as [`KvBuffer::row_to_bytes`] gives them.
     pub fn row_len(&self) -> usize {
         Self::row_bytes(self.ty, self.width)
@@ -215,7 +235,7 @@ impl KvBuffer {
             _ => (&self.plain[..], &self.values[part(values)]),
         };
         let scales = &self.scales[part(self.ty.scale_bytes(self.width))];
-        KvRows { ty: self.ty, stride: self.width, plain, values, scales, chosen: None }
+        KvRows { ty: self.ty, stride: self.width, plain, values, scales }
     }
 }
 
@@ -223,7 +243,7 @@ fn put_u16(out: &mut [u8], x: &[f32], narrow: impl Fn(f32) -> u16) {
     out.as_chunks_mut::<2>().0.iter_mut().zip(x).for_each(|(out, &x)| *out = narrow(x).to_le_bytes());
 }
 
-/// Cached rows as attention reads them: of one type, at equal distances, all or only chosen ones.
+/// Cached rows as attention reads them: of one type, at equal distances.
 #[derive(Clone, Copy, Debug)]
 pub struct KvRows<'a> {
     ty: KvType,
@@ -231,13 +251,12 @@ pub struct KvRows<'a> {
     plain: &'a [f32],
     values: &'a [u8],
     scales: &'a [u8],
-    chosen: Option<&'a [u32]>,
 }
 
 impl<'a> KvRows<'a> {
     /// Rows of f32 numbers; row `j` begins at `j·stride`.
     pub fn plain(numbers: &'a [f32], stride: usize) -> Self {
-        KvRows { ty: KvType::F32, stride, plain: numbers, values: &[], scales: &[], chosen: None }
+        KvRows { ty: KvType::F32, stride, plain: numbers, values: &[], scales: &[] }
     }
 
     /// Rows of `width` numbers of a narrower type, as [`KvBuffer`] stores them: `values` are little-endian binary16 or
@@ -248,29 +267,7 @@ impl<'a> KvRows<'a> {
     /// For `f32`, which is not stored in bytes.
     pub fn packed(ty: KvType, width: usize, values: &'a [u8], scales: &'a [u8]) -> Self {
         assert_ne!(ty, KvType::F32, "f32 rows are plain");
-        KvRows { ty, stride: width, plain: &[], values, scales, chosen: None }
-    }
-
-    /// Of these rows those with the numbers in `chosen`: row `j` is now what row `chosen[j]` was.
-    #[must_use]
-    pub fn only(self, chosen: &'a [u32]) -> Self {
-        debug_assert!(self.chosen.is_none(), "rows are chosen once");
-        KvRows { chosen: Some(chosen), ..self }
-    }
-
-    /// The rows behind the first `rows`.
-    ///
-    /// # Panics
-    /// If there are not so many.
-    pub(crate) fn skip(self, rows: usize) -> Self {
-        if let Some(chosen) = self.chosen {
-            return KvRows { chosen: Some(&chosen[rows..]), ..self };
-        }
-        let (value, scales) = (self.stride * self.ty.value_bytes(), self.ty.scale_bytes(self.stride));
-        match self.ty {
-            KvType::F32 => KvRows { plain: &self.plain[rows * self.stride..], ..self },
-            _ => KvRows { values: &self.values[rows * value..], scales: &self.scales[rows * scales..], ..self },
-        }
+        KvRows { ty, stride: width, plain: &[], values, scales }
     }
 
     /// The type.
@@ -278,10 +275,15 @@ impl<'a> KvRows<'a> {
         self.ty
     }
 
+    /// Numbers of a row.
+    pub fn width(&self) -> usize {
+        self.stride
+    }
+
     /// All rows as f32 numbers and the distance between them, if that is how they are stored.
     #[cfg(target_arch = "aarch64")]
     pub(crate) fn all_plain(&self) -> Option<(&'a [f32], usize)> {
-        (self.ty == KvType::F32 && self.chosen.is_none()).then_some((self.plain, self.stride))
+        (self.ty == KvType::F32).then_some((self.plain, self.stride))
     }
 
     /// The first `len` numbers of row `j`.
@@ -296,7 +298,6 @@ impl<'a> KvRows<'a> {
     /// block begins.
     #[inline(always)]
     pub(crate) fn part(&self, ty: KvType, j: usize, at: usize, len: usize) -> Row<'a> {
-        let j = self.chosen.map_or(j, |chosen| chosen[j] as usize);
         let first = j * self.stride + at;
         if ty == KvType::F32 {
             return Row { plain: &self.plain[first..][..len], ..Row::NONE };
@@ -388,7 +389,7 @@ mod tests {
                 }
             }
             buffer.set(2, &out);
-            buffer.rows(0..3).only(&[2]).read(0, &mut twice);
+            buffer.rows(2..3).read(0, &mut twice);
             if ty != KvType::Q8 {
                 assert_eq!(out, twice);
             }

@@ -29,7 +29,7 @@ pub mod number;
 
 /// Version of the numbers that the kernels and the layers above them give. Saved sequences are bound to it: raise it whenever
 /// a change can give another bit for the same weights, tokens, precision and key-value type.
-pub const NUMERICS_VERSION: u32 = 1;
+pub const NUMERICS_VERSION: u32 = 2;
 
 mod pack;
 mod par_slice;
@@ -47,6 +47,7 @@ mod neon;
 mod x86;
 
 pub use activations::{Activations, Precision};
+pub use attention::{KEY_BLOCK, KeyBlock, QueryTile, key_blocks};
 pub use elementwise::{Activation, RopePairing, rms_norm, rope, softmax};
 pub use isa::{IsaError, Kernels};
 pub use kv::{KvBuffer, KvRows, KvType, UnknownKvType};

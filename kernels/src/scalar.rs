@@ -22,10 +22,29 @@
 //! `s[i] + s[i + 8]`, down to one. **`axpy`**: `y[i] = fma(a, x[i], y[i])`.
 //!
 //! **Attention** reads every cached number as the f32 that it stands for (`kv` module) and goes on as if the cache held
-//! that: a score is the `dot` of query and key; the sum of values is an `axpy` per row, in order, on zeros.
+//! that. The keys that a query sees, by position, are cut into blocks at multiples of [`KEY_BLOCK`], and the blocks, each
+//! computed by itself, are combined in ascending order: online softmax (arXiv:1805.02867) over blocks, as in FlashAttention
+//! (arXiv:2205.14135). So keys can be shared out over threads, pages and instructions in any way that keeps blocks whole.
+//! Keys that are *chosen* are cut by their place in the ascending list of those chosen, not by position.
+//!
+//! - Of a block `b` with queries `q`, keys `k` and values `v`: `s[j] = dot(q, k[j])·scale`, rounded twice;
+//!   `m_b = max s[j]`; `p[j] = exp(s[j] - m_b)` with the crate's own `exp`; `l_b = Σ p[j]`, where the key at place `i` of
+//!   its whole block is added in lane `i mod 16`, and lanes are folded in halves as those of `dot` are; `o_b = Σ p[j]·v[j]`
+//!   for `j` ascending, one `fma(p[j], v[j], o_b)` each.
+//! - A query begins with `m = -∞`, `l = 0`, `o = 0`. With each block `m' = max(m, m_b)`, `α = exp(m - m')`,
+//!   `β = exp(m_b - m')`, `l' = fma(l, α, l_b·β)`, `o' = fma(o, α, o_b·β)`.
+//! - A sink, a logit without a value, comes after all blocks, as one with `m_b = sink`, `l_b = 1` and no values: `o' = o·α`.
+//! - The result is `o / l`. A query that sees no key and has no sink gets zeros.
+//!
+//! NaN is larger than nothing, so it is never a maximum; but what it is part of becomes NaN, and times 0 it still is. So a NaN
+//! in a key makes the whole result NaN, one in a value its column. The exponent of `-∞` is 0, whatever it is compared with:
+//! where a maximum is `-∞`, 0 is subtracted instead of it. A query that sees scores of `-∞` alone gets NaN, as `0 / 0` is; one
+//! that sees `+∞` too.
 
 use crate::activations::{Activations, QuantisedBlock};
-use crate::kv::KvRows;
+use crate::attention::{KEY_BLOCK, KeyBlock, Part};
+use crate::kv::{KvRows, Row};
+use crate::math::exp;
 use crate::matrix::{BLOCK, FP8_BLOCK, Group, ROW_GROUP, WeightType};
 use crate::number::{E2M1_DOUBLED, bf16_to_f32, e4m3_over_256, e8m0_to_f32, f16_to_f32};
 use crate::quant;
@@ -195,24 +214,102 @@ pub(crate) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
-/// [`dot`] of `a` with the beginning of each row, one per element of `out`.
-pub(crate) fn dots(a: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
-    for (j, out) in out.iter_mut().enumerate() {
-        let row = rows.row(j, a.len());
-        let mut lanes = [0.0; DOT_LANES];
-        for (k, &a) in a.iter().enumerate() {
-            lanes[k % DOT_LANES] = a.mul_add(row.value(rows.ty(), k), lanes[k % DOT_LANES]);
-        }
-        *out = fold_lanes(lanes);
+/// [`dot`] of `a` with the beginning of a cached row.
+pub(crate) fn row_dot(a: &[f32], rows: &KvRows<'_>, j: usize) -> f32 {
+    let row: Row<'_> = rows.row(j, a.len());
+    let mut lanes = [0.0; DOT_LANES];
+    for (k, &a) in a.iter().enumerate() {
+        lanes[k % DOT_LANES] = a.mul_add(row.value(rows.ty(), k), lanes[k % DOT_LANES]);
+    }
+    fold_lanes(lanes)
+}
+
+/// What a query has gathered from the blocks before: `m` and `l` of the definition above; `o` is kept beside them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Running {
+    pub(crate) max: f32,
+    pub(crate) sum: f32,
+}
+
+impl Running {
+    /// Before the first block.
+    pub(crate) const NONE: Self = Running { max: f32::NEG_INFINITY, sum: 0.0 };
+
+    /// Takes in `m_b` and `l_b`, and returns `α` and `β`.
+    #[inline(always)]
+    pub(crate) fn combine(&mut self, block: Running) -> [f32; 2] {
+        let max = if block.max > self.max { block.max } else { self.max };
+        let zero = or_zero(max);
+        let [alpha, beta] = [exp(self.max - zero), exp(block.max - zero)];
+        *self = Running { max, sum: self.sum.mul_add(alpha, block.sum * beta) };
+        [alpha, beta]
     }
 }
 
-/// [`axpy`] of `p[j]` and the beginning of row `j` to `out`, for `j` ascending.
-pub(crate) fn add_weighted(p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
-    for (j, &p) in p.iter().enumerate() {
-        let row = rows.row(j, out.len());
-        for (k, out) in out.iter_mut().enumerate() {
-            *out = p.mul_add(row.value(rows.ty(), k), *out);
+/// What is subtracted from scores whose maximum is `max`.
+#[inline(always)]
+fn or_zero(max: f32) -> f32 {
+    if max == f32::NEG_INFINITY { 0.0 } else { max }
+}
+
+/// Lanes of the sum of a block's weights.
+const WEIGHT_LANES: usize = 16;
+
+/// Turns the scores of a block into weights `p`, and returns `m_b` and `l_b`. Places that are not seen have `-∞`.
+#[inline(always)]
+pub(crate) fn weigh(scores: &mut [f32; KEY_BLOCK]) -> Running {
+    let mut lanes = [f32::NEG_INFINITY; WEIGHT_LANES];
+    for scores in scores.as_chunks::<WEIGHT_LANES>().0 {
+        for i in 0..WEIGHT_LANES {
+            lanes[i] = if scores[i] > lanes[i] { scores[i] } else { lanes[i] };
         }
+    }
+    let mut half = WEIGHT_LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
+        }
+        half /= 2;
+    }
+    let max = lanes[0];
+    let zero = or_zero(max);
+    let mut lanes = [0.0; WEIGHT_LANES];
+    for scores in scores.as_chunks_mut::<WEIGHT_LANES>().0 {
+        for i in 0..WEIGHT_LANES {
+            scores[i] = exp(scores[i] - zero);
+            lanes[i] += scores[i];
+        }
+    }
+    let mut half = WEIGHT_LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    Running { max, sum: lanes[0] }
+}
+
+/// One query meets the rows of a block that it sees: the definition above, step by step.
+pub(crate) fn attend_block(
+    query: &[f32],
+    block: &KeyBlock<'_>,
+    seen: Part,
+    scale: f32,
+    running: &mut Running,
+    out: &mut [f32],
+) {
+    let mut p = [f32::NEG_INFINITY; KEY_BLOCK];
+    for row in seen.rows() {
+        p[block.place(row)] = row_dot(query, &block.keys, row) * scale;
+    }
+    let [alpha, beta] = running.combine(weigh(&mut p));
+    for (column, out) in out.iter_mut().enumerate() {
+        let mut sum = 0.0;
+        for row in seen.rows() {
+            let value = block.values.part(block.values.ty(), row, column, 1).value(block.values.ty(), 0);
+            sum = p[block.place(row)].mul_add(value, sum);
+        }
+        *out = out.mul_add(alpha, sum * beta);
     }
 }

@@ -163,6 +163,20 @@ impl ThreadPool {
         });
     }
 
+    /// Splits `data` into parts, each of which begins where the one before it ends, and runs `f(i, part)` for each in parallel.
+    ///
+    /// # Panics
+    /// If the ends do not ascend, or `data` is shorter than the last, or as [`run`](Self::run) does.
+    pub fn for_each_part<T: Send>(&self, data: &mut [T], ends: &[usize], f: &(dyn Fn(usize, &mut [T]) + Sync)) {
+        assert!(ends.is_sorted() && ends.last().is_none_or(|&end| end <= data.len()), "parts follow each other");
+        let pieces = Pieces::new(data);
+        self.run(ends.len(), &|i| {
+            let from = if i == 0 { 0 } else { ends[i - 1] };
+            // SAFETY: parts between ascending ends do not overlap, and `run` runs every task once.
+            f(i, unsafe { pieces.piece(from, ends[i] - from) });
+        });
+    }
+
     /// One job; the caller holds `self.caller`.
     fn run_shared(&self, seats: usize, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
         let shared = &*self.shared;

@@ -120,21 +120,33 @@ fn vectors_stay_inside() {
     }
 }
 
+/// Two queries meet the first `s` keys and values.
+fn attend(k: Kernels, queries: &Guarded, s: usize, keys: KvRows<'_>, values: KvRows<'_>, value: usize) {
+    let queries = queries.f32s();
+    let key = queries.len() / 2;
+    let mut tile = QueryTile::default();
+    tile.begin(key, value, 1.0);
+    for query in queries.chunks_exact(key) {
+        tile.add(0..s, Some(0.1)).copy_from_slice(query);
+    }
+    k.attend_block(&mut tile, &KeyBlock::new(0..s, keys, values));
+    tile.finish();
+    assert!(tile.results().iter().all(|v| v.is_finite()));
+}
+
 #[test]
 fn attention_stays_inside() {
     let mut rng = Rng(3);
     for (s, k_dim, v_dim, stride) in
-        [(1, 3, 2, 3), (5, 33, 31, 40), (9, 64, 64, 64), (6, 96, 72, 100), (3, 577, 515, 577)]
+        [(1, 3, 2, 3), (5, 33, 31, 40), (9, 64, 64, 64), (6, 96, 72, 100), (3, 577, 515, 577), (64, 128, 128, 128)]
     {
-        let (q, mut out) = (Guarded::floats(&rng.vec(k_dim)), Guarded::floats(&vec![0.0; v_dim]));
-        let mut scores = Guarded::floats(&vec![0.0; s + 1]);
+        let queries = Guarded::floats(&rng.vec(2 * k_dim));
         // The last row ends where what is used of it ends.
         let numbers = |width: usize, rng: &mut Rng| Guarded::floats(&rng.vec((s - 1) * stride + width));
         let (keys, values) = (numbers(k_dim, &mut rng), numbers(v_dim, &mut rng));
-        let (keys, values) = (KvRows::plain(keys.f32s(), stride), KvRows::plain(values.f32s(), stride));
         for k in Kernels::available() {
-            k.attend(q.f32s(), keys, values, s, 1.0, Some(0.1), scores.f32s_mut(), out.f32s_mut());
-            assert!(out.f32s().iter().all(|v| v.is_finite()));
+            let (keys, values) = (KvRows::plain(keys.f32s(), stride), KvRows::plain(values.f32s(), stride));
+            attend(k, &queries, s, keys, values, v_dim);
         }
         for ty in [KvType::F16, KvType::Bf16, KvType::Q8] {
             let (values_len, scales_len) = packed_row(ty, stride);
@@ -146,13 +158,8 @@ fn attention_stays_inside() {
             let (keys, values) = (part(k_dim, &mut rng), part(v_dim, &mut rng));
             let keys = KvRows::packed(ty, stride, keys.0.bytes(), keys.1.bytes());
             let values = KvRows::packed(ty, stride, values.0.bytes(), values.1.bytes());
-            let chosen: Vec<u32> = (0..s as u32).step_by(2).collect();
             for k in Kernels::available() {
-                k.attend(q.f32s(), keys, values, s, 1.0, None, &mut scores.f32s_mut()[..s], out.f32s_mut());
-                assert!(out.f32s().iter().all(|v| v.is_finite()));
-                let (keys, values) = (keys.only(&chosen), values.only(&chosen));
-                k.attend(q.f32s(), keys, values, chosen.len(), 1.0, None, scores.f32s_mut(), out.f32s_mut());
-                assert!(out.f32s().iter().all(|v| v.is_finite()));
+                attend(k, &queries, s, keys, values, v_dim);
             }
         }
     }

@@ -17,6 +17,7 @@ mod unblocked;
 mod vectors;
 
 use crate::activations::Activations;
+use crate::attention::{KeyBlock, QueryTile};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{Matrix, ROW_GROUP, WeightType};
 use crate::vector::*;
@@ -51,14 +52,12 @@ impl Neon {
         unsafe { vectors::axpy(a, x, y) }
     }
 
-    pub(crate) fn dots(self, a: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+    /// For rows of f32 numbers; false for others, which have no kernel of their own.
+    pub(crate) fn attend_block(self, tile: &mut QueryTile, block: &KeyBlock<'_>) -> bool {
+        let (Some(keys), Some(values)) = (block.keys.all_plain(), block.values.all_plain()) else { return false };
         // SAFETY: as above.
-        unsafe { vectors::dots(a, rows, stride, out) }
-    }
-
-    pub(crate) fn add_weighted(self, p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
-        // SAFETY: as above.
-        unsafe { vectors::add_weighted(p, rows, stride, out) }
+        unsafe { vectors::attend_block(tile, block, keys, values) };
+        true
     }
 }
 

@@ -1,6 +1,7 @@
 //! Inner products and weighted sums of rows of f32, which attention is made of.
 
 use super::{load, store};
+use crate::attention::{KEY_BLOCK, KeyBlock, QueryTile};
 use crate::scalar::{DOT_LANES, fold_lanes};
 use std::arch::aarch64::*;
 
@@ -40,9 +41,38 @@ pub(super) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
+/// Attention over plain rows.
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn dots(a: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
-    let row = |j: usize| &rows[j * stride..][..a.len()];
+pub(super) fn attend_block(tile: &mut QueryTile, block: &KeyBlock<'_>, keys: Plain<'_>, values: Plain<'_>) {
+    let n = tile.len();
+    if tile.scores.len() < n {
+        tile.scores.resize(n, [0.0; KEY_BLOCK]);
+    }
+    tile.factors.resize(n, [0.0; 2]);
+    for (i, (scores, part)) in tile.scores.iter_mut().zip(&tile.parts).enumerate() {
+        if !part.is_empty() {
+            let places = block.place(part.from)..block.place(part.to);
+            dots(&tile.queries[i * tile.key..][..tile.key], keys, part.from, &mut scores[places]);
+        }
+    }
+    tile.weigh(block.place(0));
+    for i in 0..n {
+        let part = tile.parts[i];
+        if !part.is_empty() {
+            let p = &tile.scores[i][block.place(part.from)..block.place(part.to)];
+            let out = &mut tile.out[i * tile.value..][..tile.value];
+            add_weighted(p, values, part.from, tile.factors[i], out);
+        }
+    }
+}
+
+/// Rows of f32 numbers, and the distance between them.
+pub(super) type Plain<'a> = (&'a [f32], usize);
+
+/// [`dot`] of `a` with the beginning of each row from `first` on, one per element of `out`.
+#[target_feature(enable = "neon,dotprod")]
+fn dots(a: &[f32], (rows, stride): Plain<'_>, first: usize, out: &mut [f32]) {
+    let row = |j: usize| &rows[(first + j) * stride..][..a.len()];
     let whole = a.len().is_multiple_of(DOT_LANES);
     let (several, rest) = out.as_chunks_mut::<2>();
     let first_of_rest = 2 * several.len();
@@ -81,30 +111,40 @@ fn fold_sums(s: [float32x4_t; VECTORS]) -> f32 {
     vpadds_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)))
 }
 
+/// `out = fma(out, alpha, Σ p[j]·row j · beta)` for the rows from `first` on, `j` ascending.
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn add_weighted(p: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
-    let (len, mut at) = (out.len(), 0);
+fn add_weighted(p: &[f32], (rows, stride): Plain<'_>, first: usize, [alpha, beta]: [f32; 2], out: &mut [f32]) {
+    let (rows, len) = (&rows[first * stride..], out.len());
+    let mut at = 0;
     while len - at >= 64 {
-        weighted_columns::<16>(p, rows, stride, at, &mut out[at..]);
+        weighted_columns::<16>(p, (rows, stride), at, [alpha, beta], &mut out[at..]);
         at += 64;
     }
     while len - at >= 4 {
-        weighted_columns::<1>(p, rows, stride, at, &mut out[at..]);
+        weighted_columns::<1>(p, (rows, stride), at, [alpha, beta], &mut out[at..]);
         at += 4;
     }
     for (i, out) in out[at..].iter_mut().enumerate() {
+        let mut sum = 0.0;
         for (j, &p) in p.iter().enumerate() {
-            *out = p.mul_add(rows[j * stride + at + i], *out);
+            sum = p.mul_add(rows[j * stride + at + i], sum);
         }
+        *out = out.mul_add(alpha, sum * beta);
     }
 }
 
 /// `N` vectors of columns from `at` on, whose sums stay in registers.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn weighted_columns<const N: usize>(p: &[f32], rows: &[f32], stride: usize, at: usize, out: &mut [f32]) {
+fn weighted_columns<const N: usize>(
+    p: &[f32],
+    (rows, stride): Plain<'_>,
+    at: usize,
+    [alpha, beta]: [f32; 2],
+    out: &mut [f32],
+) {
     let out = &mut out.as_chunks_mut::<4>().0[..N];
-    let mut sums = each!(vdupq_n_f32(0.0); N, i => load(&out[i]));
+    let mut sums = [vdupq_n_f32(0.0); N];
     for (j, &p) in p.iter().enumerate() {
         let row = rows[j * stride + at..][..4 * N].as_chunks::<4>().0;
         for i in 0..N {
@@ -112,6 +152,7 @@ fn weighted_columns<const N: usize>(p: &[f32], rows: &[f32], stride: usize, at: 
         }
     }
     for (out, sum) in out.iter_mut().zip(sums) {
+        let sum = vfmaq_n_f32(vmulq_n_f32(sum, beta), load(out), alpha);
         store(out, sum);
     }
 }

@@ -15,7 +15,7 @@ use super::{
 };
 use super::{unit, words};
 use crate::activations::{Activations, QuantisedBlock};
-use crate::kv::KvRows;
+use crate::attention::{KeyBlock, QueryTile};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
@@ -50,14 +50,9 @@ impl Avx2 {
         unsafe { axpy(a, x, y) }
     }
 
-    pub(crate) fn dots(self, a: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
+    pub(crate) fn attend_block(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
         // SAFETY: as above.
-        unsafe { attention::dots(a, rows, out) }
-    }
-
-    pub(crate) fn add_weighted(self, p: &[f32], rows: &KvRows<'_>, out: &mut [f32]) {
-        // SAFETY: as above.
-        unsafe { attention::add_weighted(p, rows, out) }
+        unsafe { attention::attend_block(tile, block) }
     }
 
     pub(crate) fn xxh3_absorb(self, state: &mut Xxh3Sum, sums: &[Xxh3Sum]) {

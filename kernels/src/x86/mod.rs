@@ -11,6 +11,7 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 
 use crate::activations::QuantisedBlock;
+use crate::attention::KEY_BLOCK;
 use crate::kv::KvType;
 use crate::matrix::Group;
 use crate::vector::*;
@@ -26,6 +27,18 @@ const fn kv_type(ty: u8) -> KvType {
         Q8 => KvType::Q8,
         _ => panic!("not a type of cached numbers"),
     }
+}
+
+/// Bytes of keys, taken as f32, that all queries meet before the next ones: they have to stay in the nearest cache.
+const NEAR_BYTES: usize = 32 << 10;
+
+/// Rows of `width` numbers that `queries` queries meet together: one alone gains nothing from portions.
+const fn near_rows(width: usize, queries: usize) -> usize {
+    if queries == 1 || width == 0 {
+        return KEY_BLOCK;
+    }
+    let rows = NEAR_BYTES / (4 * width) / 4 * 4;
+    if rows < 8 { 8 } else { rows }
 }
 
 /// How many bytes ahead of the arithmetic a stream is asked for. Measured: one page is better than a quarter or two.

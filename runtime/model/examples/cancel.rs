@@ -1,6 +1,6 @@
 //! How soon a step ends once it is cancelled: milliseconds, by what the step was doing, as JSON lines.
 //!
-//! `cargo run --release -p sluice-runtime --example cancel -- FILE PROMPT_TOKENS TRIES [BUDGET_BYTES]`. Each try reads a prompt and is
+//! `cargo run --release -p sluice-model --example cancel -- FILE PROMPT_TOKENS TRIES [BUDGET_BYTES]`. Each try reads a prompt and is
 //! cancelled at a moment of its own, spread evenly over what the prompt takes up to `TRIES` times a tenth of a second.
 
 use std::error::Error;

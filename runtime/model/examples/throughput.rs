@@ -1,7 +1,7 @@
 //! Tokens per second of prompt and generation with all experts in memory, as JSON: one line per round.
 //!
-//! `cargo run --release -p sluice-runtime --example throughput -- FILE THREADS PROMPT_TOKENS DECODE_TOKENS ROUNDS`.
-//! A first round, not printed, reads the experts. `tests/bench/llama_cpp.py` compares these figures.
+//! `cargo run --release -p sluice-model --example throughput -- FILE THREADS PROMPT_TOKENS DECODE_TOKENS ROUNDS`.
+//! A first round, not printed, reads the experts. `tests/bench/llama_cpp.py` and `revisions.py` compare these figures.
 
 use std::error::Error;
 use std::path::Path;

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
 
-use sluice_kernels::{Activations, Kernels, Precision, ThreadPool, TopK};
+use sluice_kernels::{Activations, Kernels, KvBuffer, Precision, QueryTile, ThreadPool, TopK};
 
 use super::control::Cancel;
 use super::rows::Rows;
@@ -54,14 +54,6 @@ impl Compute {
     /// Whether nobody wants the results of what is being computed. Loops that take long ask, and leave their results unfinished.
     pub fn is_cancelled(&self) -> bool {
         self.cancel.as_ref().is_some_and(|cancel| cancel.is_cancelled())
-    }
-
-    /// Of `heads` heads, how many one task computes so that what they share is read once for all of them: up to `most` of the
-    /// `sharing` heads that have the same keys and values. Fewer where there would be too few tasks for the threads.
-    pub fn heads_together(&self, heads: usize, sharing: usize, most: usize) -> usize {
-        let threads = self.threads.threads();
-        let tasks = if threads == 1 { 1 } else { 2 * threads };
-        (1..=most).rev().find(|&n| sharing.is_multiple_of(n) && heads / n >= tasks).unwrap_or(1)
     }
 
     /// `out` `[n, rows]` = `matrix` · `x`, on all threads.
@@ -114,12 +106,12 @@ pub struct HeadScratch {
     pub input: Vec<f32>,
     /// Product of the inputs, `[tokens, width]`.
     pub product: Vec<f32>,
-    /// Queries of one row.
-    pub query: Vec<f32>,
-    /// What those see.
+    /// Results of one head, `[tokens, width]`.
     pub output: Vec<f32>,
-    /// One score per cached position.
-    pub scores: Vec<f32>,
+    /// Queries that meet the same keys.
+    pub tile: QueryTile,
+    /// Of the keys that an indexer has chosen, those of one block.
+    pub chosen: Option<KvBuffer>,
     /// The positions with the best scores of an indexer.
     pub best: TopK,
 }
@@ -130,9 +122,9 @@ thread_local! {
         activations: Activations::new(Precision::Exact),
         input: Vec::new(),
         product: Vec::new(),
-        query: Vec::new(),
         output: Vec::new(),
-        scores: Vec::new(),
+        tile: QueryTile::default(),
+        chosen: None,
         best: TopK::default(),
     });
 }

@@ -2,13 +2,17 @@
 //! biases, a sliding window, attention sinks, an output gate.
 
 use sluice_format::{GqaSpec, QkNormScope};
-use sluice_kernels::{Activations, rms_norm, sigmoid};
+use sluice_kernels::{Activations, QueryTile, rms_norm, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, Step, sized, with_head_scratch};
 use super::rope::{Rope, RopeAngles};
 use super::rows::Caches;
+use super::tasks::{self, Heads, Most, Task, Tasks};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
+
+/// Queries (heads times rows) of a task: with a block of their keys they fit the second-level cache.
+const QUERIES_TOGETHER: usize = 64;
 
 /// Weights of one layer's attention, as places in its extent.
 #[derive(Debug)]
@@ -49,6 +53,17 @@ impl Projection {
     }
 }
 
+/// What all tasks of a pass read.
+#[derive(Clone, Copy)]
+struct Queries<'a, 's> {
+    step: Step<'a>,
+    caches: &'a Caches<'a, 's>,
+    /// `[n, heads, head_dim]`.
+    query: &'a [f32],
+    /// One per head.
+    sinks: Option<&'a [f32]>,
+}
+
 /// f32 values of scratch per token.
 pub fn scratch_width(spec: &GqaSpec) -> usize {
     let gate = if spec.output_gate { spec.heads * spec.v_head_dim } else { 0 };
@@ -66,7 +81,8 @@ pub struct GqaScratch {
     value: Vec<f32>,
     gate: Vec<f32>,
     sinks: Vec<f32>,
-    by_head: Vec<f32>,
+    by_task: Vec<f32>,
+    tasks: Tasks,
     by_token: Vec<f32>,
     angles: RopeAngles,
 }
@@ -82,7 +98,8 @@ impl GqaScratch {
             value: Vec::new(),
             gate: Vec::new(),
             sinks: Vec::new(),
-            by_head: Vec::new(),
+            by_task: Vec::new(),
+            tasks: Tasks::default(),
             by_token: Vec::new(),
             angles: RopeAngles::default(),
         }
@@ -191,66 +208,55 @@ impl Gqa {
         }
     }
 
-    /// Heads that one task computes.
-    fn heads_together(&self, step: Step<'_>) -> usize {
-        let group = self.spec.heads / self.spec.kv_heads;
-        step.compute.heads_together(self.spec.heads, group, group)
-    }
-
-    /// Leaves the heads' outputs in `scratch.by_head`, `[heads / together, n, together, v_head_dim]`.
+    /// Leaves the heads' outputs in `scratch.by_task`, as `scratch.tasks` say.
     fn attend(&self, step: Step<'_>, caches: &Caches<'_, '_>, scratch: &mut GqaScratch) {
-        let (s, n) = (&self.spec, step.n());
-        let GqaScratch { query, by_head, sinks, .. } = scratch;
+        let s = &self.spec;
+        let GqaScratch { query, by_task, tasks, sinks, .. } = scratch;
         if let Some(sink) = &self.sinks {
             step.read(sink, sinks);
         }
-        let (query, sinks) = (&*query, &*sinks);
-        let together = self.heads_together(step);
-        let by_head = sized(by_head, s.heads * n * s.v_head_dim);
-        step.compute.threads.for_each_chunk(by_head, n * together * s.v_head_dim, &|task, out| {
-            let h = task * together;
-            let kv_head = h / (s.heads / s.kv_heads);
-            let sinks = if self.sinks.is_some() { &sinks[h..h + together] } else { &[] };
+        let sharing = s.heads / s.kv_heads;
+        let heads = Heads { heads: s.heads, sharing, width: s.v_head_dim };
+        tasks.plan(step, heads, false, |_| Most { rows: (QUERIES_TOGETHER / sharing).max(1), heads: sharing });
+        let queries = Queries { step, caches, query, sinks: self.sinks.as_ref().map(|_| &sinks[..]) };
+        tasks.run(&step.compute.threads, sized(by_task, step.n() * s.heads * s.v_head_dim), &|task, out| {
             with_head_scratch(|scratch| {
-                for (r, out) in out.chunks_exact_mut(together * s.v_head_dim).enumerate() {
-                    if step.is_cancelled() {
-                        return;
-                    }
-                    let row = step.rows.get(r);
-                    let cache = caches.of(row.span).key_value();
-                    let end = row.position + 1;
-                    let first = s.window.map_or(0, |w| end.saturating_sub(w));
-                    let (mut of_keys, mut of_values) = (Vec::new(), Vec::new());
-                    super::cache::in_blocks(first..end, |positions| {
-                        let n = positions.len();
-                        let (keys, values) = cache.rows(kv_head, positions);
-                        super::cache::append(keys, n, s.head_dim, &mut of_keys);
-                        super::cache::append(values, n, s.v_head_dim, &mut of_values);
-                    });
-                    let keys = sluice_kernels::KvRows::plain(&of_keys, s.head_dim);
-                    let values = sluice_kernels::KvRows::plain(&of_values, s.v_head_dim);
-                    let seen = end - first;
-                    // One more score than keys: a sink takes part in the softmax and has no value.
-                    let scores = sized(&mut scratch.scores, together * (seen + 1));
-                    let q = &query[(r * s.heads + h) * s.head_dim..][..together * s.head_dim];
-                    let (kernels, scale) = (&step.compute.kernels, s.softmax_scale);
-                    kernels.attend_together(q, together, keys, values, seen, scale, sinks, scores, out);
+                let mut left = out;
+                for (span, rows) in step.rows.parts(task.rows.clone()) {
+                    let (out, rest) = left.split_at_mut(rows.len() * task.heads.len() * s.v_head_dim);
+                    self.attend_rows(queries, span, &Task { rows, heads: task.heads.clone() }, &mut scratch.tile, out);
+                    left = rest;
                 }
             });
         });
     }
 
-    /// Transposes to `[n, heads, v_head_dim]` and applies the output gate.
+    /// Rows of one span with heads that share their keys: `out` is `[rows, heads, v_head_dim]`.
+    fn attend_rows(&self, queries: Queries<'_, '_>, span: usize, task: &Task, tile: &mut QueryTile, out: &mut [f32]) {
+        let (s, Queries { step, caches, query, sinks }) = (&self.spec, queries);
+        let kv_head = task.heads.start / (s.heads / s.kv_heads);
+        tile.begin(s.head_dim, s.v_head_dim, s.softmax_scale);
+        for row in task.rows.clone() {
+            let end = step.rows.get(row).position + 1;
+            let first = s.window.map_or(0, |window| end.saturating_sub(window));
+            for head in task.heads.clone() {
+                let query = &query[(row * s.heads + head) * s.head_dim..][..s.head_dim];
+                tile.add(first..end, sinks.map(|sinks| sinks[head])).copy_from_slice(query);
+            }
+        }
+        let cache = caches.of(span).key_value();
+        if tasks::attend(step, tile, |positions| cache.rows(kv_head, positions)) {
+            out.copy_from_slice(tile.results());
+        }
+    }
+
+    /// Brings the outputs into the order `[n, heads, v_head_dim]` and applies the output gate.
     fn gather_heads(&self, step: Step<'_>, scratch: &mut GqaScratch) {
         let (s, n) = (&self.spec, step.n());
-        let GqaScratch { activations, by_head, by_token, gate, .. } = scratch;
+        let GqaScratch { activations, by_task, tasks, by_token, gate, .. } = scratch;
         let (heads, width) = (s.heads, s.v_head_dim);
         let by_token = sized(by_token, n * heads * width);
-        let together = self.heads_together(step);
-        for (i, rows) in by_token.chunks_exact_mut(together * width).enumerate() {
-            let (t, task) = (i / (heads / together), i % (heads / together));
-            rows.copy_from_slice(&by_head[(task * n + t) * together * width..][..together * width]);
-        }
+        tasks.by_row(by_task, heads, by_token);
         if let Some(matrix) = &self.gate {
             let gate = sized(gate, n * heads * width);
             step.multiply(matrix, activations, gate);

@@ -4,10 +4,9 @@
 //! but the index keys is computed.
 
 use sluice_format::{IndexerSpec, RopeSpec};
-use sluice_kernels::Activations;
+use sluice_kernels::{Activations, key_blocks};
 
 use super::ModelError;
-use super::cache::in_blocks;
 use super::compute::{Step, sized, with_head_scratch};
 use super::rope::{Rope, RopeAngles};
 use super::rows::Caches;
@@ -48,6 +47,11 @@ impl IndexScratch {
     /// Positions that row `t` of the pass attends to, ascending; `None`: all.
     pub fn chosen(&self, t: usize) -> Option<&[u32]> {
         self.chosen.get(t).filter(|c| !c.is_empty()).map(Vec::as_slice)
+    }
+
+    /// Whether any row attends to chosen positions alone.
+    pub fn chooses(&self) -> bool {
+        self.chosen.iter().any(|chosen| !chosen.is_empty())
     }
 
     /// Every row attends to all.
@@ -125,16 +129,17 @@ impl Indexer {
             if seen <= s.index_top_k || step.is_cancelled() {
                 return;
             }
+            let index = caches.of(row.span).latent().index();
             with_head_scratch(|scratch| {
                 // Scores are not kept: of as many tokens as a context may have, that would be memory that no plan counts.
                 let best = &mut scratch.best;
                 best.begin(s.index_top_k);
-                in_blocks(0..seen, |positions| {
+                for block in key_blocks(0..seen) {
                     if step.is_cancelled() {
                         return;
                     }
-                    let keys = caches.of(row.span).latent().index().keys(positions.clone());
-                    for (position, key) in positions.zip(keys.chunks_exact(width)) {
+                    let keys = index.keys(block.clone()).chunks_exact(width);
+                    for (position, key) in block.zip(keys) {
                         let of_head = |h: usize| {
                             let q = &query[(t * heads + h) * width..][..width];
                             let weight = weights[t * heads + h] * w_scale;
@@ -142,7 +147,7 @@ impl Indexer {
                         };
                         best.offer(position as u32, (0..heads).map(of_head).sum());
                     }
-                });
+                }
                 best.finish(&mut chosen[0]);
             });
         });

@@ -27,6 +27,7 @@ pub mod rows;
 mod sequence;
 pub mod session;
 mod tally;
+mod tasks;
 pub mod weights;
 
 pub use self::cache::{PAGE_TOKENS, PageCount, PageKind, PagesFull, WINDOW_SLACK};

@@ -6,18 +6,24 @@
 use std::ops::Range;
 
 use sluice_format::MlaSpec;
-use sluice_kernels::{Activations, rms_norm};
+use sluice_kernels::{Activations, KEY_BLOCK, KeyBlock, KvBuffer, key_blocks, rms_norm};
 
 use super::ModelError;
-use super::cache::latent_width;
+use super::cache::{LatentCache, latent_width};
 use super::compute::{Compute, HeadScratch, Step, sized, with_head_scratch};
 use super::indexer::{self, IndexScratch, Indexer};
 use super::rope::{Rope, RopeAngles};
 use super::rows::Caches;
+use super::tasks::{self, Heads, Most, Task, Tasks};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
-/// Queries (heads times rows) that still fit the second-level cache together with their latents.
-const MOST_QUERIES_TOGETHER: usize = 16;
+/// Queries (heads times rows) that meet the same latents together: with a block of these they fit the second-level cache.
+const QUERIES_TOGETHER: usize = 32;
+/// Most heads of a task.
+const HEADS_TOGETHER: usize = 16;
+/// Most absorbed queries (heads times rows) of a thread, and most rows: enough that weights are met by many at once.
+const ABSORBED_TOGETHER: usize = 256;
+const ROWS_TOGETHER: usize = 32;
 
 /// Weights of one layer's latent attention, as places in its extent.
 #[derive(Debug)]
@@ -33,9 +39,11 @@ pub struct Mla {
     indexer: Option<Indexer>,
 }
 
-/// What the heads of all rows have in common.
+/// What all tasks of a pass read.
 #[derive(Clone, Copy)]
-struct HeadRows<'a> {
+struct Queries<'a, 's> {
+    step: Step<'a>,
+    caches: &'a Caches<'a, 's>,
     /// `[n, heads, nope + rope]`, not rotated.
     query: &'a [f32],
     angles: &'a RopeAngles,
@@ -63,8 +71,8 @@ pub struct MlaScratch {
     latent: Vec<f32>,
     query: Vec<f32>,
     kv: Vec<f32>,
-    /// `[heads, tokens, v_head_dim]`.
-    by_head: Vec<f32>,
+    by_task: Vec<f32>,
+    tasks: Tasks,
     /// `[tokens, heads, v_head_dim]`.
     by_token: Vec<f32>,
     angles: RopeAngles,
@@ -80,7 +88,8 @@ impl MlaScratch {
             latent: Vec::new(),
             query: Vec::new(),
             kv: Vec::new(),
-            by_head: Vec::new(),
+            by_task: Vec::new(),
+            tasks: Tasks::default(),
             by_token: Vec::new(),
             angles: RopeAngles::default(),
             index: IndexScratch::default(),
@@ -144,14 +153,10 @@ impl Mla {
             return;
         }
 
-        let MlaScratch { by_head, by_token, activations, .. } = scratch;
+        let MlaScratch { by_task, tasks, by_token, activations, .. } = scratch;
         let (heads, width) = (self.spec.heads, self.spec.v_head_dim);
         let by_token = sized(by_token, n * heads * width);
-        for h in 0..heads {
-            for t in 0..n {
-                by_token[(t * heads + h) * width..][..width].copy_from_slice(&by_head[(h * n + t) * width..][..width]);
-            }
-        }
+        tasks.by_row(by_task, heads, by_token);
         activations.set(by_token, n, heads * width);
         step.multiply(&self.o, activations, out);
     }
@@ -199,43 +204,40 @@ impl Mla {
         }
     }
 
-    /// Leaves the heads' outputs in `scratch.by_head`, `[heads, n, v_head_dim]`. A task, for one head or some: absorb the
-    /// queries, attend, expand the values.
+    /// Leaves the heads' outputs in `scratch.by_task`, as `scratch.tasks` say.
     fn attend(&self, step: Step<'_>, caches: &Caches<'_, '_>, scratch: &mut MlaScratch) {
-        let MlaScratch { query, by_head, angles, index, .. } = scratch;
-        let (s, n) = (&self.spec, step.n());
-        let head_width = s.qk_nope_head_dim + s.qk_rope_head_dim;
-        let rows = HeadRows { query: &query[..n * s.heads * head_width], angles, index };
-        // All heads share the latents, and all rows a head's weights: what a task holds of both should stay in the cache.
-        let together = step.compute.heads_together(s.heads, s.heads, (MOST_QUERIES_TOGETHER / n).max(1));
-        let by_head = sized(by_head, s.heads * n * s.v_head_dim);
-        step.compute.threads.for_each_chunk(by_head, together * n * s.v_head_dim, &|task, out| {
-            // A head of a long prompt takes tens of milliseconds before it attends.
-            if step.is_cancelled() {
-                return;
-            }
-            let heads = task * together..(task + 1) * together;
+        let MlaScratch { query, by_task, tasks, angles, index, .. } = scratch;
+        let s = &self.spec;
+        let shape = Heads { heads: s.heads, sharing: s.heads, width: s.v_head_dim };
+        // What an observer adds up has to come in order.
+        tasks.plan(step, shape, step.compute.observer.is_some(), |rows| most_together(rows, index.chooses()));
+        let queries = Queries { step, caches, query, angles, index };
+        tasks.run(&step.compute.threads, sized(by_task, step.n() * s.heads * s.v_head_dim), &|task, out| {
             with_head_scratch(|scratch| {
-                self.absorb(step, heads.clone(), rows.query, scratch);
-                self.attend_heads(step, caches, heads.clone(), rows, scratch);
-                if step.is_cancelled() {
-                    return;
+                let rows = rows_together(task.heads.len());
+                for (i, out) in out.chunks_mut(rows * task.heads.len() * s.v_head_dim).enumerate() {
+                    let first = task.rows.start + i * rows;
+                    let part = Task { rows: first..(first + rows).min(task.rows.end), heads: task.heads.clone() };
+                    self.absorb(queries, &part, scratch);
+                    if step.is_cancelled() || !self.attend_rows(queries, &part, scratch) {
+                        return;
+                    }
+                    self.expand(step, &part, scratch, out);
                 }
-                self.expand(step, heads, scratch, out);
             });
         });
     }
 
-    /// `scratch.product` `[heads, n, rank]`: the parts without positions of these heads' queries, in terms of latents.
-    fn absorb(&self, step: Step<'_>, heads: Range<usize>, query: &[f32], scratch: &mut HeadScratch) {
-        let (s, n) = (&self.spec, step.n());
+    /// `scratch.product` `[heads, rows, rank]`: the parts without positions of a task's queries, in terms of latents.
+    fn absorb(&self, Queries { step, query, .. }: Queries<'_, '_>, task: &Task, scratch: &mut HeadScratch) {
+        let (s, n) = (&self.spec, task.rows.len());
         let (nope, rank, head_width) = (s.qk_nope_head_dim, s.kv_lora_rank, s.qk_nope_head_dim + s.qk_rope_head_dim);
         let HeadScratch { serial, activations, input, product, .. } = scratch;
-        let product = sized(product, heads.len() * n * rank);
-        for (h, absorbed) in heads.zip(product.chunks_exact_mut(n * rank)) {
+        let product = sized(product, task.heads.len() * n * rank);
+        for (h, absorbed) in task.heads.clone().zip(product.chunks_exact_mut(n * rank)) {
             let input = sized(input, n * nope);
-            for (t, input) in input.chunks_exact_mut(nope).enumerate() {
-                input.copy_from_slice(&query[(t * s.heads + h) * head_width..][..nope]);
+            for (row, input) in task.rows.clone().zip(input.chunks_exact_mut(nope)) {
+                input.copy_from_slice(&query[(row * s.heads + h) * head_width..][..nope]);
             }
             activations.set(input, n, nope);
             step.compute.observe(&self.k_b, h as u32, activations);
@@ -243,61 +245,110 @@ impl Mla {
         }
     }
 
-    /// `scratch.input` `[heads, n, rank]`: the latents that these heads see.
-    fn attend_heads(
-        &self,
-        step: Step<'_>,
-        caches: &Caches<'_, '_>,
-        heads: Range<usize>,
-        HeadRows { query, angles, index }: HeadRows<'_>,
-        scratch: &mut HeadScratch,
-    ) {
-        let (s, n) = (&self.spec, step.n());
-        let (nope, rank, width) = (s.qk_nope_head_dim, s.kv_lora_rank, latent_width(s));
-        let head_width = nope + s.qk_rope_head_dim;
-        let HeadScratch { input, product, query: full, output, scores, .. } = scratch;
-        let latents = sized(input, heads.len() * n * rank);
-        let full = sized(full, heads.len() * width);
-        let output = sized(output, heads.len() * rank);
-        for t in 0..n {
-            if step.is_cancelled() {
-                return;
+    /// `scratch.input` `[heads, rows, rank]`: the latents that a task's heads see. False once nobody wants them.
+    fn attend_rows(&self, queries: Queries<'_, '_>, task: &Task, scratch: &mut HeadScratch) -> bool {
+        let Queries { step, index, .. } = queries;
+        let (rank, first, n) = (self.spec.kv_lora_rank, task.rows.start, task.rows.len());
+        sized(&mut scratch.input, task.heads.len() * n * rank);
+        let most = (QUERIES_TOGETHER / task.heads.len()).max(1);
+        for (span, rows) in step.rows.parts(task.rows.clone()) {
+            let mut row = rows.start;
+            while row < rows.end {
+                // A row with keys of its own choice is alone with its heads; others meet theirs together.
+                let chosen = self.chosen(index, row);
+                let alike = (row + 1..rows.end.min(row + most)).find(|&row| self.chosen(index, row).is_some());
+                let end = if chosen.is_some() { row + 1 } else { alike.unwrap_or(rows.end.min(row + most)) };
+                self.begin_tile(queries, task, row..end, scratch);
+                let cache = queries.caches.of(span).latent();
+                let done = match chosen {
+                    Some(chosen) => attend_chosen(step, cache, chosen, scratch),
+                    None => tasks::attend(step, &mut scratch.tile, |positions| {
+                        let rows = cache.rows(positions);
+                        (rows, rows)
+                    }),
+                };
+                if !done {
+                    return false;
+                }
+                for (i, result) in scratch.tile.results().chunks_exact(rank).enumerate() {
+                    let (row, head) = (row + i / task.heads.len(), i % task.heads.len());
+                    scratch.input[(head * n + row - first) * rank..][..rank].copy_from_slice(result);
+                }
+                row = end;
             }
-            let row = step.rows.get(t);
-            for (i, full) in full.chunks_exact_mut(width).enumerate() {
-                full[..rank].copy_from_slice(&product[(i * n + t) * rank..][..rank]);
-                full[rank..].copy_from_slice(&query[(t * s.heads + heads.start + i) * head_width..][nope..head_width]);
-                self.rope.rotate(&mut full[rank..], angles, t);
-            }
-            let seen = row.position + 1;
-            let mut of_rows = Vec::new();
-            super::cache::in_blocks(0..seen, |positions| {
-                let n = positions.len();
-                super::cache::append(caches.of(row.span).latent().rows(positions), n, width, &mut of_rows);
-            });
-            let rows = sluice_kernels::KvRows::plain(&of_rows, width);
-            let (rows, seen) = match s.indexer.as_ref().and_then(|_| index.chosen(t)) {
-                Some(chosen) => (rows.only(chosen), chosen.len()),
-                None => (rows, seen),
-            };
-            let scores = sized(scores, heads.len() * seen);
-            let (kernels, together, scale) = (&step.compute.kernels, heads.len(), s.softmax_scale);
-            kernels.attend_together(full, together, rows, rows, seen, scale, &[], scores, output);
-            for (i, output) in output.chunks_exact(rank).enumerate() {
-                latents[(i * n + t) * rank..][..rank].copy_from_slice(output);
+        }
+        true
+    }
+
+    /// Positions that a row attends to, if its layer chooses.
+    fn chosen<'a>(&self, index: &'a IndexScratch, row: usize) -> Option<&'a [u32]> {
+        self.spec.indexer.as_ref().and_then(|_| index.chosen(row))
+    }
+
+    /// Puts the absorbed and rotated queries of some rows of a task into the tile.
+    fn begin_tile(&self, queries: Queries<'_, '_>, task: &Task, rows: Range<usize>, scratch: &mut HeadScratch) {
+        let (s, Queries { step, query, angles, index, .. }) = (&self.spec, queries);
+        let (nope, rank, head_width) = (s.qk_nope_head_dim, s.kv_lora_rank, s.qk_nope_head_dim + s.qk_rope_head_dim);
+        let HeadScratch { product, tile, .. } = scratch;
+        tile.begin(latent_width(s), rank, s.softmax_scale);
+        for row in rows {
+            let seen = self.chosen(index, row).map_or(step.rows.get(row).position + 1, <[u32]>::len);
+            for (i, head) in task.heads.clone().enumerate() {
+                let full = tile.add(0..seen, None);
+                full[..rank].copy_from_slice(&product[(i * task.rows.len() + row - task.rows.start) * rank..][..rank]);
+                full[rank..].copy_from_slice(&query[(row * s.heads + head) * head_width..][nope..head_width]);
+                self.rope.rotate(&mut full[rank..], angles, row);
             }
         }
     }
 
-    /// `out` `[heads, n, v_head_dim]`: the values that these heads' latents stand for.
-    fn expand(&self, step: Step<'_>, heads: Range<usize>, scratch: &mut HeadScratch, out: &mut [f32]) {
-        let (n, rank) = (step.n(), self.spec.kv_lora_rank);
-        let HeadScratch { serial, activations, input, .. } = scratch;
-        let out = out.chunks_exact_mut(n * self.spec.v_head_dim);
-        for ((h, latents), out) in heads.zip(input.chunks_exact(n * rank)).zip(out) {
+    /// `out` `[rows, heads, v_head_dim]`: the values that a task's latents stand for.
+    fn expand(&self, step: Step<'_>, task: &Task, scratch: &mut HeadScratch, out: &mut [f32]) {
+        let (n, rank, width) = (task.rows.len(), self.spec.kv_lora_rank, self.spec.v_head_dim);
+        let HeadScratch { serial, activations, input, output, .. } = scratch;
+        let output = sized(output, n * width);
+        for (i, (h, latents)) in task.heads.clone().zip(input.chunks_exact(n * rank)).enumerate() {
             activations.set(latents, n, rank);
             step.compute.observe(&self.v_b, h as u32, activations);
-            step.compute.kernels.matmul(serial, self.v_b.view_of_batch(step.extent, h), activations, out);
+            step.compute.kernels.matmul(serial, self.v_b.view_of_batch(step.extent, h), activations, output);
+            for (out, output) in out.chunks_exact_mut(task.heads.len() * width).zip(output.chunks_exact(width)) {
+                out[i * width..][..width].copy_from_slice(output);
+            }
         }
     }
+}
+
+/// Rows and heads of a task, where spans have so many rows. All heads share the latents, and all rows a head's weights: long spans
+/// have enough rows that few heads do, and so few weights are met at once. Keys that a row has chosen only its heads share.
+fn most_together(rows: usize, chosen: bool) -> Most {
+    let heads = if chosen { HEADS_TOGETHER } else { (QUERIES_TOGETHER / rows.max(1)).clamp(1, HEADS_TOGETHER) };
+    Most { rows: rows_together(heads), heads }
+}
+
+/// Most rows that are absorbed together for so many heads.
+fn rows_together(heads: usize) -> usize {
+    (ABSORBED_TOGETHER / heads).clamp(1, ROWS_TOGETHER)
+}
+
+/// The tile meets the latents at the positions `chosen`: gathered, and cut into blocks by their place in the list. False once nobody
+/// wants the result any more.
+fn attend_chosen(step: Step<'_>, cache: LatentCache<'_>, chosen: &[u32], scratch: &mut HeadScratch) -> bool {
+    let HeadScratch { tile, chosen: buffer, .. } = scratch;
+    for places in key_blocks(tile.positions()) {
+        if step.is_cancelled() {
+            return false;
+        }
+        for (to, &position) in chosen[places.clone()].iter().enumerate() {
+            let row = cache.rows(position as usize..position as usize + 1);
+            let buffer = match buffer {
+                Some(buffer) if buffer.is_like(&row) => buffer,
+                _ => buffer.insert(KvBuffer::new(row.ty(), KEY_BLOCK, row.width())),
+            };
+            buffer.copy_row(to, &row, 0);
+        }
+        let rows = buffer.as_ref().map(|buffer| buffer.rows(0..places.len())).expect("a block has keys");
+        step.compute.kernels.attend_block(tile, &KeyBlock::new(places, rows, rows));
+    }
+    tile.finish();
+    true
 }

@@ -181,6 +181,15 @@ impl Rows {
         (span.span, span.token + row - span.first)
     }
 
+    /// The spans that have some of these rows, and which those are.
+    pub fn parts(&self, rows: std::ops::Range<usize>) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> {
+        let begun = self.spans.partition_point(|span| span.rows().end <= rows.start);
+        self.spans[begun..]
+            .iter()
+            .map(move |span| (span.span, span.first.max(rows.start)..span.rows().end.min(rows.end)))
+            .take_while(|(_, part)| !part.is_empty())
+    }
+
     /// Position of every row in its sequence.
     pub fn positions(&self) -> impl Iterator<Item = usize> {
         self.rows.iter().map(|row| row.position)
@@ -254,8 +263,11 @@ mod tests {
                             .enumerate()
                             .all(|(i, row)| { rows.get(row) == Row { span: part.span, position: part.start + i } })
                     );
+                    assert!(rows.parts(part.rows()).eq([(part.span, part.rows())]));
                     seen.extend((part.token..part.token + part.count).map(|token| (part.span, token)));
                 }
+                let parts = rows.spans().iter().map(|part| (part.span, part.rows()));
+                assert!(rows.parts(0..rows.len()).eq(parts));
                 rows.advance(&mut spans);
             }
             let all = counts.iter().enumerate().flat_map(|(span, &n)| (0..n).map(move |token| (span, token)));

@@ -1,7 +1,8 @@
 //! Attention over cached rows of every type: numbers become f32 in registers, from there on all types are one.
 
-use super::super::{BF16, F16, F32, Q8, bytes, kv_type};
+use super::super::{BF16, F16, F32, Q8, bytes, kv_type, near_rows};
 use super::{load, load16, store, widen_bf16};
+use crate::attention::{KEY_BLOCK, KeyBlock, Part, QueryTile};
 use crate::kv::{KvRows, KvType, Row, u16_at};
 use crate::matrix::BLOCK;
 use crate::scalar::{DOT_LANES, fold_lanes};
@@ -11,21 +12,46 @@ use std::arch::x86_64::*;
 const WIDTH: usize = 8;
 /// Vectors of the lanes of one product.
 const VECS: usize = DOT_LANES / WIDTH;
-/// Keys that are multiplied together, as many as leave the sums in the registers.
-const TOGETHER: usize = 2;
-/// Columns of values that are summed together.
-const COLUMNS: usize = 64;
+/// Keys that one query is multiplied with together, as many as leave the sums in the registers.
+const ALONE: usize = 2;
+/// Keys that two queries are.
+const PAIRED: usize = 1;
+/// Queries that share the loads of values.
+const SHARED: usize = 2;
+/// Columns of values that are summed together for these.
+const COLUMNS: usize = 32;
 
-attention!("avx2,fma,f16c", __m256, zero: _mm256_setzero_ps, fmadd: _mm256_fmadd_ps, splat: _mm256_set1_ps);
+attention!(
+    "avx2,fma,f16c",
+    __m256,
+    zero: _mm256_setzero_ps,
+    fmadd: _mm256_fmadd_ps,
+    mul: _mm256_mul_ps,
+    splat: _mm256_set1_ps
+);
 
-/// Folds the 32 lanes of a product in halves.
+/// Folds the 32 lanes of a product in halves, down to 8.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn fold_sums(s: [__m256; 4]) -> f32 {
-    let eight = _mm256_add_ps(_mm256_add_ps(s[0], s[2]), _mm256_add_ps(s[1], s[3]));
-    let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
-    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+fn halve(s: [__m256; 4]) -> __m256 {
+    _mm256_add_ps(_mm256_add_ps(s[0], s[2]), _mm256_add_ps(s[1], s[3]))
+}
+
+/// Folds four times 8 lanes in halves, down to one each.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn fold(s: [__m256; 4]) -> [f32; 4] {
+    let four = |a, b| _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+    // The lanes of products 0 and 2, then of 1 and 3, so that they are in order in the end.
+    let (even, odd) = (four(s[0], s[2]), four(s[1], s[3]));
+    // Of each: lane 0 + 2 of both, then lane 1 + 3 of both.
+    let two = _mm256_add_ps(_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd));
+    let one = _mm256_add_ps(two, _mm256_permute_ps::<0b11_10_11_10>(two));
+    let sums = _mm_movelh_ps(_mm256_castps256_ps128(one), _mm256_extractf128_ps::<1>(one));
+    let mut out = [0.0; 4];
+    // SAFETY: the reference covers the 4 numbers; the store has no alignment.
+    unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
+    out
 }
 
 /// `N` vectors of numbers from `at` on, which is a multiple of a vector's width, and of a block if `N` is more than one.

@@ -1,7 +1,8 @@
 //! Attention over cached rows of every type: numbers become f32 in registers, from there on all types are one.
 
-use super::super::{BF16, F16, F32, Q8, kv_type};
+use super::super::{BF16, F16, F32, Q8, kv_type, near_rows};
 use super::{load, load16, load32, store, widen_bf16};
+use crate::attention::{KEY_BLOCK, KeyBlock, Part, QueryTile};
 use crate::kv::{KvRows, KvType, Row, u16_at};
 use crate::matrix::BLOCK;
 use crate::scalar::{DOT_LANES, fold_lanes};
@@ -11,28 +12,47 @@ use std::arch::x86_64::*;
 const WIDTH: usize = 16;
 /// Vectors of the lanes of one product.
 const VECS: usize = DOT_LANES / WIDTH;
-/// Keys that are multiplied together, as many as leave the sums in the registers.
-const TOGETHER: usize = 4;
-/// Columns of values that are summed together.
-const COLUMNS: usize = 128;
+/// Keys that one query is multiplied with together, as many as leave the sums in the registers.
+const ALONE: usize = 4;
+/// Keys that two queries are.
+const PAIRED: usize = 4;
+/// Queries that share the loads of values.
+const SHARED: usize = 4;
+/// Columns of values that are summed together for these.
+const COLUMNS: usize = 64;
 
 attention!(
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni",
     __m512,
     zero: _mm512_setzero_ps,
     fmadd: _mm512_fmadd_ps,
+    mul: _mm512_mul_ps,
     splat: _mm512_set1_ps
 );
 
-/// Folds the 32 lanes of a product in halves.
+/// Folds the 32 lanes of a product in halves, down to 16.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn fold_sums(s: [__m512; 2]) -> f32 {
-    let sixteen = _mm512_add_ps(s[0], s[1]);
-    let eight = _mm256_add_ps(_mm512_castps512_ps256(sixteen), _mm512_extractf32x8_ps::<1>(sixteen));
-    let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
-    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+fn halve(s: [__m512; 2]) -> __m512 {
+    _mm512_add_ps(s[0], s[1])
+}
+
+/// Folds four times 16 lanes in halves, down to one each.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn fold(s: [__m512; 4]) -> [f32; 4] {
+    let eight = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+    let (low, high) = (eight(s[0], s[1]), eight(s[2], s[3]));
+    // A quarter of a vector for each product.
+    let four = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(low, high), _mm512_shuffle_f32x4::<0xdd>(low, high));
+    let two = _mm512_add_ps(four, _mm512_permute_ps::<0b11_10_11_10>(four));
+    let one = _mm512_add_ps(two, _mm512_movehdup_ps(two));
+    let first_of_each = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
+    let sums = _mm512_castps512_ps128(_mm512_permutexvar_ps(first_of_each, one));
+    let mut out = [0.0; 4];
+    // SAFETY: the reference covers the 4 numbers; the store has no alignment.
+    unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
+    out
 }
 
 /// `N` vectors of numbers from `at` on, which is a multiple of a vector's width, and of a block if `N` is more than one.

@@ -1,7 +1,7 @@
 //! Which pages a model's sequences need, and where in them each layer's rows lie.
 
 use sluice_format::{AttentionSpec, LayerSpec, ModelSpec};
-use sluice_kernels::{KvBuffer, KvType};
+use sluice_kernels::{KEY_BLOCK, KvBuffer, KvType};
 
 use super::key_value::KeyValuePlace;
 use super::latent::{LatentPlace, index_width, latent_width};
@@ -11,7 +11,7 @@ use crate::delta::StateShape;
 /// Tokens of a page. Attention takes keys in blocks of as many positions, so that a smaller page would cut them; a larger one would
 /// waste more at the end of each sequence, copy more when a fork goes on, and make nothing faster: within a page the rows of a head
 /// lie one behind the other as they do in a block.
-pub const PAGE_TOKENS: usize = 64;
+pub const PAGE_TOKENS: usize = KEY_BLOCK;
 
 /// Positions that a windowed layer keeps beyond those that the next token sees, so that a sequence can go back a little (a draft
 /// that was refused) without computing anything again.

@@ -128,20 +128,3 @@ impl<'a> LayerCacheMut<'a> {
         }
     }
 }
-
-/// Calls `with` with the parts of `positions` that lie in one block each.
-pub fn in_blocks(positions: Range<usize>, mut with: impl FnMut(Range<usize>)) {
-    let mut first = positions.start;
-    while first < positions.end {
-        let end = positions.end.min((first / PAGE_TOKENS + 1) * PAGE_TOKENS);
-        with(first..end);
-        first = end;
-    }
-}
-
-/// Appends `n` rows as f32 numbers.
-pub fn append(rows: sluice_kernels::KvRows<'_>, n: usize, width: usize, to: &mut Vec<f32>) {
-    let first = to.len();
-    to.resize(first + n * width, 0.0);
-    to[first..].chunks_exact_mut(width).enumerate().for_each(|(j, out)| rows.read(j, out));
-}

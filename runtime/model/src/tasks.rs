@@ -1,0 +1,115 @@
+//! How the attention of a pass is shared out: tasks of some rows and heads, which threads take, and the blocks of keys in them.
+
+use std::ops::Range;
+
+use sluice_kernels::{KeyBlock, KvRows, QueryTile, ThreadPool, key_blocks};
+
+use super::compute::Step;
+use super::rows::SpanRows;
+
+/// Spans of fewer rows are taken together: each has keys of its own, but all meet the same weights.
+const LONG_SPAN: usize = 4;
+
+/// Rows and heads of a pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// The rows, perhaps of several spans.
+    pub rows: Range<usize>,
+    /// The heads, which share their keys.
+    pub heads: Range<usize>,
+}
+
+/// The heads of a layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    pub heads: usize,
+    /// How many adjacent ones have the same keys.
+    pub sharing: usize,
+    /// Numbers of a head's result.
+    pub width: usize,
+}
+
+/// Most rows and heads of a task.
+#[derive(Clone, Copy, Debug)]
+pub struct Most {
+    pub rows: usize,
+    pub heads: usize,
+}
+
+/// All tasks of a pass: together they have every row with every head once.
+#[derive(Debug, Default)]
+pub struct Tasks {
+    tasks: Vec<Task>,
+    /// Where the results of each end, of `width` numbers per row and head.
+    ends: Vec<usize>,
+    width: usize,
+}
+
+impl Tasks {
+    /// Shares the heads and the rows of the step out. `most`: what a task takes of spans of so many rows; fewer heads where there
+    /// would be too few tasks for the threads. `in_order`: a task has all rows of its heads, however many.
+    pub fn plan(&mut self, step: Step<'_>, shape: Heads, in_order: bool, most: impl Fn(usize) -> Most) {
+        let Heads { heads, sharing, width } = shape;
+        self.width = width;
+        self.tasks.clear();
+        let threads = step.compute.threads.threads();
+        let enough = if threads == 1 { 1 } else { 2 * threads };
+        let alike = |a: &SpanRows, b: &SpanRows| in_order || a.count < LONG_SPAN && b.count < LONG_SPAN;
+        for spans in step.rows.spans().chunk_by(alike) {
+            let rows = spans[0].first..spans.last().map_or(0, |span| span.rows().end);
+            let most = most(spans.iter().map(|span| span.count).max().unwrap_or(0));
+            let portion = if in_order { rows.len() } else { most.rows.min(rows.len()) };
+            let portions = rows.len().div_ceil(portion);
+            let fits = |&n: &usize| sharing.is_multiple_of(n) && heads / n * portions >= enough;
+            let together = (1..=most.heads.min(sharing)).rev().find(fits).unwrap_or(1);
+            for head in (0..heads).step_by(together) {
+                self.tasks.extend(
+                    rows.clone().step_by(portion).map(|first| Task {
+                        rows: first..(first + portion).min(rows.end),
+                        heads: head..head + together,
+                    }),
+                );
+            }
+        }
+        self.ends.clear();
+        self.ends.extend(self.tasks.iter().scan(0, |end, task| {
+            *end += task.rows.len() * task.heads.len() * width;
+            Some(*end)
+        }));
+    }
+
+    /// Runs `f` for each task and its part of `out`, `[rows, heads, width]` of the task.
+    pub fn run(&self, threads: &ThreadPool, out: &mut [f32], f: &(dyn Fn(&Task, &mut [f32]) + Sync)) {
+        threads.for_each_part(out, &self.ends, &|i, part| f(&self.tasks[i], part));
+    }
+
+    /// Brings what the tasks have left into the order of rows, `heads` in each.
+    pub fn by_row(&self, by_task: &[f32], heads: usize, by_row: &mut [f32]) {
+        let mut left = by_task;
+        for task in &self.tasks {
+            for row in task.rows.clone() {
+                let (values, rest) = left.split_at(task.heads.len() * self.width);
+                by_row[(row * heads + task.heads.start) * self.width..][..values.len()].copy_from_slice(values);
+                left = rest;
+            }
+        }
+    }
+}
+
+/// The queries of `tile` meet all keys that they see, block by block; `rows` gives those at some positions of one block. False
+/// once nobody wants the results any more; they are then unfinished.
+pub fn attend<'a>(
+    step: Step<'_>,
+    tile: &mut QueryTile,
+    rows: impl Fn(Range<usize>) -> (KvRows<'a>, KvRows<'a>),
+) -> bool {
+    for positions in key_blocks(tile.positions()) {
+        if step.is_cancelled() {
+            return false;
+        }
+        let (keys, values) = rows(positions.clone());
+        step.compute.kernels.attend_block(tile, &KeyBlock::new(positions, keys, values));
+    }
+    tile.finish();
+    true
+}
