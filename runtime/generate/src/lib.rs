@@ -3,6 +3,7 @@
 //! * [`Model`] is the front door: it opens a file, and continues prompts, conversations and batches from any thread,
 //! * [`Request`] says what to generate, [`Event`] what comes of it,
 //! * [`Generation`] is sampling, stopping and text on top of one sequence; it touches no engine,
+//! * [`Draft`] guesses tokens, which a step checks together; [`Constraint`] says which may come,
 //! * [`Scheduler`] runs many of them with one [`Engine`](sluice_model::Engine), for those who have a thread of their own for it.
 //!
 //! ```no_run
@@ -43,6 +44,7 @@
 //! }
 //! ```
 
+mod draft;
 mod event;
 mod generation;
 mod meter;
@@ -54,6 +56,7 @@ mod scheduler;
 mod shared;
 mod text;
 
+pub use draft::{Draft, PromptLookup};
 pub use event::{Event, Finish, GenerationError, Usage};
 pub use generation::{EventSink, Generation};
 pub use model::{Completion, Model};

@@ -5,7 +5,7 @@ use std::fmt;
 use crate::sampler::SamplerConfig;
 use sluice_text::{Special, StopCondition, Tokenizer};
 
-use super::GenerationError;
+use super::{Draft, GenerationError};
 
 /// Says which tokens may come next: a grammar, a schema, a list of answers.
 ///
@@ -60,6 +60,8 @@ pub struct Request {
     pub constraint: Option<Box<dyn Constraint>>,
     /// What to do when the context is full. A prompt that does not fit is refused in any case.
     pub when_full: WhenFull,
+    /// Guesses about the next tokens, to check several in one step. They do not change the text.
+    pub draft: Option<Box<dyn Draft>>,
 }
 
 impl Request {
@@ -75,6 +77,7 @@ impl Request {
             logprobs: None,
             constraint: None,
             when_full: WhenFull::Stop,
+            draft: None,
         }
     }
 

@@ -77,12 +77,12 @@ impl Scheduler {
     }
 
     /// Whether there are pages for one more that wants so many tokens, beside what those have yet to take who are there.
-    fn has_room(&self, engine: &Engine, tokens: usize) -> bool {
-        let empty = engine.new_sequence();
+    fn has_room(&mut self, engine: &Engine, tokens: usize) -> bool {
+        let empty = &*self.spare.get_or_insert_with(|| engine.new_sequence());
         let limit = |sequence: &Sequence, n: usize| n.min(sequence.capacity() - sequence.position());
         let running = self.running.iter().filter(|r| !r.is_over());
         let running = running.map(|r| (&r.sequence, limit(&r.sequence, wants(&r.generation, r.sequence.position()))));
-        engine.room_for(running.chain([(&empty, limit(&empty, tokens))])).is_ok()
+        engine.room_for(running.chain([(empty, limit(empty, tokens))])).is_ok()
     }
 
     /// Admits the head of the queue.
@@ -91,7 +91,7 @@ impl Scheduler {
         let Some(Arrival { id, generation, owner }) = state.queue.pop_front() else { return };
         state.places.insert(id, Place::Reading { read: 0, prompt: generation.usage().prompt_tokens });
         drop(state);
-        let sequence = engine.new_sequence();
+        let sequence = self.spare.take().unwrap_or_else(|| engine.new_sequence());
         let (events, reported, failed) = (Vec::new(), 0, false);
         self.running.push(Running { id, generation, sequence, owner, events, reported, failed });
     }

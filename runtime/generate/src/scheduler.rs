@@ -22,6 +22,9 @@ use super::{Event, Generation, GenerationError, Handle, Request, Shape, Status, 
 /// cannot keep the others from their tokens.
 const INTERRUPTIONS: usize = 3;
 
+/// Most tokens of a draft that are checked in one step.
+const DRAFT: usize = 16;
+
 /// How a scheduler divides the engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SchedulerOptions {
@@ -109,16 +112,23 @@ struct Taker<'a> {
     events: &'a mut Vec<Event>,
     reported: &'a mut usize,
     failed: &'a mut bool,
+    /// Whether its span has proposals.
+    draft: bool,
 }
 
 impl Taker<'_> {
-    fn accept(&mut self, logits: &[f32]) {
+    fn accept(&mut self, token: usize, logits: &[f32]) {
         let prompt = self.generation.usage().prompt_tokens;
         if *self.reported < prompt {
             *self.reported = prompt;
             self.events.push(Event::Progress { read: prompt, prompt });
         }
-        if let Err(error) = self.generation.accept(logits, &mut |event| self.events.push(event)) {
+        let mut sink = |event| self.events.push(event);
+        let accepted = match self.draft {
+            true => self.generation.accept_draft(token, logits, &mut sink),
+            false => self.generation.accept(logits, &mut sink),
+        };
+        if let Err(error) = accepted {
             self.events.push(Event::Failed(error));
             *self.failed = true;
         }
@@ -140,11 +150,17 @@ pub struct Scheduler {
     pub(super) saved: Vec<Saved>,
     /// How often that has happened.
     pub(super) preemptions: u64,
+    /// For the next one in the queue; it has no pages.
+    pub(super) spare: Option<Sequence>,
     /// Tokens of the spans of a step.
     tokens: Vec<u32>,
     /// Tokens that were read as parts of prompts, and that were generated, in the current turn.
     read: u64,
     generated: u64,
+    /// Whether drafts are checked: not where there are too few pages for them.
+    drafts: bool,
+    /// Tokens that drafts have proposed since the start, and those that came true.
+    proposals: (u64, u64),
     meter: Meter,
     /// Whether the last turn had nothing to do.
     idle: bool,
@@ -171,9 +187,12 @@ impl Scheduler {
             running: Vec::new(),
             saved: Vec::new(),
             preemptions: 0,
+            spare: None,
             tokens: Vec::new(),
             read: 0,
             generated: 0,
+            drafts: true,
+            proposals: (0, 0),
             meter: Meter::new(),
             idle: true,
         }
@@ -236,7 +255,7 @@ impl Scheduler {
     pub fn turn(&mut self, engine: &mut Engine, watch: &mut Watch<'_>) -> bool {
         self.meter.resume(self.idle);
         self.follow_budget(engine);
-        (self.read, self.generated) = (0, 0);
+        (self.read, self.generated, self.drafts) = (0, 0, true);
         let (mut interruptions, mut crowded) = (0, false);
         loop {
             self.sweep();
@@ -250,6 +269,8 @@ impl Scheduler {
             match self.step(engine, watch, None, cancellable) {
                 Ok(()) => break,
                 Err(error) if is_cancelled(&error) => interruptions += 1,
+                // Guesses are no reason to save anybody.
+                Err(error) if is_pages_full(&error) && self.drafts => self.drafts = false,
                 Err(error) if is_pages_full(&error) => {
                     self.give_way(error);
                     crowded = true;
@@ -305,6 +326,18 @@ impl Scheduler {
         }
     }
 
+    /// Takes back what is not to be seen any more, and asks for drafts, for a step with room for `rows` rows.
+    fn prepare(&mut self, rows: usize) {
+        let most = if self.drafts { (rows / self.running.len().max(1)).clamp(1, DRAFT + 1) } else { 1 };
+        for Running { generation, sequence, .. } in &mut self.running {
+            if let Some(position) = generation.take_back_to() {
+                // Where it cannot go, it goes further back, and reads more again.
+                let _ = sequence.rewind_to(position.min(sequence.position()));
+            }
+            generation.draft(sequence.position(), most - 1);
+        }
+    }
+
     /// One step: of all, or of one of them `only`.
     fn step(
         &mut self,
@@ -313,12 +346,8 @@ impl Scheduler {
         only: Option<u64>,
         cancellable: bool,
     ) -> Result<(), RuntimeError> {
-        for Running { generation, sequence, .. } in &mut self.running {
-            if let Some(position) = generation.take_back_to() {
-                // Where it cannot go, it goes further back, and reads more again.
-                let _ = sequence.rewind_to(position.min(sequence.position()));
-            }
-        }
+        let before = said(&self.running);
+        self.prepare(engine.memory().rows);
         let takes_part = |r: &Running| !r.is_over() && only.is_none_or(|id| id == r.id);
         let rows = self.rows(engine.memory().rows, &takes_part);
         self.tokens.clear();
@@ -334,8 +363,7 @@ impl Scheduler {
         } else {
             None
         };
-        let said = |running: &[Running]| running.iter().map(|r| r.generation.generated().len()).sum::<usize>();
-        let (mut prompt_rows, said_before) = (0, said(&self.running));
+        let mut prompt_rows = 0;
         let (mut spans, mut takers) = (Vec::new(), Vec::new());
         let mut left = self.tokens.as_slice();
         for (running, &count) in self.running.iter_mut().zip(&rows).filter(|(_, count)| **count > 0) {
@@ -343,10 +371,14 @@ impl Scheduler {
             let (tokens, rest) = left.split_at(count);
             left = rest;
             let (offer, phase) = generation.offer(sequence.position());
-            let logits = if count == offer.len() { Want::Last } else { Want::Nothing };
+            let logits = match phase {
+                Phase::Draft => Want::All,
+                _ if count == offer.len() => Want::Last,
+                _ => Want::Nothing,
+            };
             prompt_rows += if phase == Phase::Prompt { count } else { 0 };
             spans.push(Span { sequence, tokens, phase, logits });
-            takers.push(Taker { generation, events, reported, failed });
+            takers.push(Taker { generation, events, reported, failed, draft: phase == Phase::Draft });
         }
         let Watch { progress, routing } = watch;
         let (sees_progress, sees_routing) = (progress.is_some(), routing.is_some());
@@ -363,9 +395,12 @@ impl Scheduler {
         }
         // A generation takes its logits at once: keeping a row of the vocabulary for each would take memory that no plan has.
         // Should the step fail behind that, the sequence is one token further behind, and the next offer has it.
-        let outcome = engine.step(&mut spans, &mut control, &mut |span, _, logits| takers[span].accept(logits));
+        let outcome =
+            engine.step(&mut spans, &mut control, &mut |span, token, logits| takers[span].accept(token, logits));
         self.shared.end_step();
-        self.generated += (said(&self.running) - said_before) as u64;
+        let after = said(&self.running);
+        self.generated += after.0 - before.0;
+        self.proposals = (self.proposals.0 + after.1 - before.1, self.proposals.1 + after.2 - before.2);
         self.read += if outcome.is_ok() { prompt_rows as u64 } else { 0 };
         for running in &mut self.running {
             running.report(running.sequence.position());
@@ -375,18 +410,18 @@ impl Scheduler {
 
     /// Rows of each running generation in a step that has room for `most`.
     fn rows(&self, most: usize, takes_part: &dyn Fn(&Running) -> bool) -> Vec<usize> {
-        let wanted = |phase: Phase| -> Vec<usize> {
+        let wanted = |prompt: bool| -> Vec<usize> {
             let of = |r: &Running| match r.generation.offer(r.sequence.position()) {
-                (tokens, its) if its == phase && takes_part(r) => tokens.len(),
+                (tokens, phase) if (phase == Phase::Prompt) == prompt && takes_part(r) => tokens.len(),
                 _ => 0,
             };
             self.running.iter().map(of).collect()
         };
-        let decoding = wanted(Phase::Decode);
+        let decoding = wanted(false);
         let decoded: usize = decoding.iter().sum();
         let chunk = if decoded > 0 { self.options.prompt_rows } else { most };
         let chunk = chunk.min(most.saturating_sub(decoded)).max(1);
-        shares(&wanted(Phase::Prompt), chunk).into_iter().zip(decoding).map(|(a, b)| a + b).collect()
+        shares(&wanted(true), chunk).into_iter().zip(decoding).map(|(a, b)| a + b).collect()
     }
 
     /// Finds out which generations cannot take the step that has failed, and ends them; the others have taken it alone. False if
@@ -437,6 +472,7 @@ impl Scheduler {
         }
         state.rates = self.meter.rates();
         state.preemptions = self.preemptions;
+        state.proposals = self.proposals;
     }
 }
 
@@ -456,6 +492,14 @@ fn end(mut generation: Generation, mut owner: Owner, mut events: Vec<Event>) {
         events.push(Event::Failed(error));
     }
     let _ = events.into_iter().try_for_each(&mut owner);
+}
+
+/// Tokens that these have generated, that their drafts have proposed, and that came true of those.
+fn said(running: &[Running]) -> (u64, u64, u64) {
+    running.iter().fold((0, 0, 0), |(generated, proposed, came_true), r| {
+        let proposals = r.generation.proposals();
+        (generated + r.generation.generated().len() as u64, proposed + proposals.0, came_true + proposals.1)
+    })
 }
 
 fn is_cancelled(error: &RuntimeError) -> bool {

@@ -55,6 +55,10 @@ pub struct Status {
     pub saved: usize,
     /// How often that has happened since the start.
     pub preemptions: u64,
+    /// Tokens that drafts have proposed since the start.
+    pub proposed: u64,
+    /// Of these, the ones that came true.
+    pub came_true: u64,
     /// Tokens of prompts read per second, over the latest turns, of all generations together.
     pub prompt_tokens_per_second: f64,
     /// Tokens generated per second, over the latest turns, of all generations together.
@@ -83,6 +87,7 @@ pub(super) struct State {
     pub(super) places: BTreeMap<u64, Place>,
     pub(super) rates: (f64, f64),
     pub(super) preemptions: u64,
+    pub(super) proposals: (u64, u64),
     /// A budget that is to hold from the next turn on.
     pub(super) budget: Option<u64>,
     pub(super) closed: bool,
@@ -155,6 +160,8 @@ impl Shared {
             decoding: state.places.len() - reading - saved,
             saved,
             preemptions: state.preemptions,
+            proposed: state.proposals.0,
+            came_true: state.proposals.1,
             prompt_tokens_per_second: state.rates.0,
             tokens_per_second: state.rates.1,
         }
