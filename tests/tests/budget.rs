@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 use sluice_format::WeightType;
+use sluice_model::memory::Wish;
 use sluice_model::{Engine, EngineOptions, ReadEngineKind, RuntimeError, Yields};
 use sluice_storage::pool::PolicyKind;
 use sluice_tests::{Converted, argmax};
@@ -139,10 +140,24 @@ fn experts_that_stay_when_the_budget_shrinks_need_not_be_read_again() {
     assert_eq!(engine.stats().misses, warm, "all fit again");
 }
 
-/// The system of a test has no pressure that could be counted on: that nothing happens without it can.
 #[test]
-fn an_engine_that_does_not_yield_looks_at_nothing() {
-    let model = Converted::new("golden/deepseek_v3", None);
-    let mut engine = model.open(&EngineOptions { yields: Yields::Never, ..EngineOptions::default() });
-    assert!(!engine.heed_pressure());
+fn under_pressure_the_budget_shrinks_in_steps_and_grows_back() {
+    let model = Converted::new("demo-model", Some(WeightType::Q8));
+    let mut engine = model.open(&EngineOptions { yields: Yields::Never, forget: true, ..EngineOptions::default() });
+    let want = run(&mut engine, &[]);
+    let plan = engine.memory().clone();
+    assert!(!engine.heed_pressure(), "one that does not yield looks at nothing");
+    let mut slots = vec![plan.slots];
+    while engine.follow(Wish::Less) {
+        slots.push(engine.memory().slots);
+        assert!(run(&mut engine, &[]) == want);
+    }
+    assert_eq!(slots.last(), Some(&2));
+    assert!(slots.windows(2).all(|s| s[0] - s[1] == plan.slots / 8 || s[1] == 2), "{slots:?}");
+    while engine.follow(Wish::More) {}
+    assert_eq!(engine.memory(), &plan);
+    assert!(run(&mut engine, &[]) == want);
+    // Not beyond what somebody has set.
+    engine.set_budget(plan.least() + plan.slot_len).unwrap();
+    assert!(!engine.follow(Wish::More) && engine.memory().slots == 3);
 }

@@ -68,9 +68,9 @@ mod tests {
             "the newest of two places, by two tokens"
         );
         assert_eq!(propose(lookup, &[5, 5, 5, 5]), [5], "a place may overlap the latest tokens");
-        assert_eq!(propose(lookup, &[1, 2, 3, 9, 4, 3]), [], "one token is not enough");
+        assert!(propose(lookup, &[1, 2, 3, 9, 4, 3]).is_empty(), "one token is not enough");
         for short in [&[][..], &[1], &[1, 1], &[1, 2]] {
-            assert_eq!(propose(lookup, short), []);
+            assert!(propose(lookup, short).is_empty());
         }
         assert_eq!(propose(PromptLookup { most: 1, longest: 1, least: 0 }, &[7, 8, 7]), [8]);
     }

@@ -120,12 +120,20 @@ impl Engine {
     /// ([`EngineOptions::yields`](super::EngineOptions)). The scheduler asks before every step. True if the budget has changed.
     pub fn heed_pressure(&mut self) -> bool {
         let Some(watch) = &mut self.pressure else { return false };
+        let wish = watch.look(Instant::now(), self.memory.slots < self.allowed_slots);
+        self.follow(wish)
+    }
+
+    /// Changes the budget by an eighth of what it was opened with or set to, between steps: down to the least, or up to that. True if
+    /// it has changed.
+    pub fn follow(&mut self, wish: Wish) -> bool {
         let (before, most) = (self.memory.slots, self.allowed_slots);
-        let slots = match watch.look(Instant::now(), before < most) {
+        // At least one: small models have few.
+        let step = (most / 8).max(1);
+        let slots = match wish {
             Wish::Keep => return false,
-            // At least one: small models have few.
-            Wish::Less => before.saturating_sub((most / 8).max(1)).max(MIN_SLOTS.min(most)),
-            Wish::More => (before + (most / 8).max(1)).min(most),
+            Wish::Less => before.saturating_sub(step).max(MIN_SLOTS.min(most)),
+            Wish::More => (before + step).min(most),
         };
         let resized = slots != before && !self.is_at_rest() && self.resize(slots).is_ok();
         resized && self.memory.slots != before
