@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::statvfs::statvfs;
+use sluice_checksum::Xxh3;
 use sluice_format::{ExtentRecord, FileWriter, MAGIC, Metadata, ModelId};
-use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::ConvertError;
 use crate::journal::{Found, Identity, Journal, is_journal, may_be_journal};

@@ -8,6 +8,7 @@ use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec, TensorRecord};
 use sluice_kernels::KvType;
 
+use sluice_model::Sequence;
 use sluice_model::memory::{BudgetError, Demand, MemoryPlan};
 
 /// What a machine offers.
@@ -94,7 +95,7 @@ pub struct Needs {
     pub best_memory: u64,
     /// Read by every token: attention, routers, shared experts and the output head.
     pub dense_bytes: u64,
-    /// Keys and values that a token reads when the context is full.
+    /// Keys, values and states that a token reads when the context is full.
     pub kv_cache_bytes: u64,
     /// The longest expert.
     pub expert_bytes: u64,
@@ -163,7 +164,7 @@ impl Needs {
             least_memory: least.map_or_else(|e| e.least, |plan| plan.effective),
             best_memory: best.as_ref().map_or(0, |plan| plan.effective),
             dense_bytes: bytes_of(&|kind| !matches!(kind, ExtentKind::Expert | ExtentKind::Embedding)),
-            kv_cache_bytes: best.map_or(0, |plan| plan.kv_cache),
+            kv_cache_bytes: Sequence::touched(spec, context, kv_type),
             expert_bytes: experts().map(|e| e.stored_len).max().unwrap_or(0),
             experts: experts().count(),
             experts_per_token: spec.routed_per_token(),
@@ -197,8 +198,8 @@ impl StepWork {
         let layers = file.spec().layers.iter().enumerate();
         let routed = layers.filter_map(|(layer, l)| Some((layer, l.ffn.moe.as_ref()?.top_k)));
         let chosen: f64 = routed.map(|(layer, top_k)| top_k as f64 * weights(ExtentKind::Expert, Some(layer))).sum();
-        let needs = Needs::of(file.spec(), file.extents(), 1, kv_type);
-        let keys = sequences as f64 * position * needs.kv_cache_bytes as f64;
+        let needs = Needs::of(file.spec(), file.extents(), position as usize, kv_type);
+        let keys = sequences as f64 * needs.kv_cache_bytes as f64;
         StepWork {
             touched_bytes: needs.dense_bytes as f64 + experts * needs.expert_bytes as f64 + keys,
             operations: 2.0 * sequences as f64 * (dense + chosen),

@@ -33,8 +33,8 @@ fn a_step_that_is_cancelled_behind_any_layer_can_be_repeated() {
     for family in ATTENTIONS {
         let model = Converted::new(&format!("golden/{family}"), None);
         let ids = Golden::load(family).ids("input_ids");
-        let mut engine =
-            model.open(&EngineOptions { budget: Some(model.least_budget()), forget: true, ..EngineOptions::default() });
+        let options = EngineOptions { sequences: Some(2), forget: true, ..EngineOptions::default() };
+        let mut engine = model.open(&EngineOptions { budget: Some(model.least_budget_for(&options)), ..options });
         let (layers, most) = (engine.spec().layers.len(), engine.memory().rows);
         let mut sequence = engine.new_sequence();
         let want = logits(&mut engine, &mut sequence, &ids, &mut Control::default()).unwrap();
@@ -63,8 +63,8 @@ fn a_step_that_is_cancelled_behind_any_layer_can_be_repeated() {
 fn a_step_can_be_cancelled_at_any_moment() {
     let model = Converted::new("demo-model", Some(sluice_format::WeightType::Q8));
     let prompt: Vec<u32> = (0..300).map(|i| (i * 7919 + 13) % 1536).collect();
-    let options = EngineOptions { budget: Some(model.least_budget()), forget: true, ..EngineOptions::default() };
-    let mut engine = model.open(&options);
+    let options = EngineOptions { sequences: Some(2), forget: true, ..EngineOptions::default() };
+    let mut engine = model.open(&EngineOptions { budget: Some(model.least_budget_for(&options)), ..options });
     let mut sequence = engine.new_sequence();
     let want = logits(&mut engine, &mut sequence, &prompt, &mut Control::default()).unwrap();
     let (mut cancelled, mut finished) = (0, 0);

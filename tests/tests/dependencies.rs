@@ -9,12 +9,13 @@ fn root() -> PathBuf {
 }
 
 /// Crates of this workspace, by folder, and those that each may use outside its own tests.
-const CRATES: [(&str, &[&str]); 9] = [
-    ("format", &[]),
+const CRATES: [(&str, &[&str]); 10] = [
+    ("checksum", &[]),
+    ("format", &["checksum"]),
     ("kernels", &[]),
-    ("converter", &["format", "kernels"]),
-    ("runtime/storage", &["format"]),
-    ("runtime/model", &["storage", "format", "kernels"]),
+    ("converter", &["checksum", "format", "kernels"]),
+    ("runtime/storage", &["checksum", "format"]),
+    ("runtime/model", &["checksum", "storage", "format", "kernels"]),
     ("runtime/text", &["format"]),
     ("runtime/generate", &["model", "text"]),
     ("lab", &["model", "storage", "format", "kernels"]),
@@ -39,6 +40,18 @@ fn crates_depend_downwards() {
             let used = line.trim_start_matches("sluice-").split(['.', ' ', '=']).next().unwrap();
             assert!(allowed.contains(&used), "{folder} depends on {used}");
         }
+    }
+}
+
+#[test]
+fn there_is_one_xxh3() {
+    let lock = fs::read_to_string(root().join("Cargo.lock")).unwrap();
+    assert!(!lock.contains("name = \"twox-hash\""), "twox-hash is a second implementation beside checksum/");
+    for (folder, _) in CRATES {
+        let manifest = fs::read_to_string(root().join(folder).join("Cargo.toml")).unwrap();
+        // Tests compare with the library.
+        let program = manifest.split("\n[").filter(|section| !section.starts_with("dev-dependencies]"));
+        assert!(program.into_iter().all(|section| !section.contains("xxhash-rust")), "{folder} uses xxhash-rust");
     }
 }
 

@@ -11,16 +11,18 @@ use sluice_tests::{Converted, Golden};
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
 /// and keys beside recurrent states.
 const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next"];
-/// Most tokens of a sequence.
-const LENGTH: usize = 30;
+/// Most tokens of a sequence: within a page, and over several.
+const LENGTHS: [usize; 2] = [30, 300];
+/// Most sequences.
+const SEQUENCES: usize = 6;
 /// Marks that a sequence with recurrent states keeps.
 const MARKS: usize = 2;
 
 /// What happens to the sequence with this number, of those that there are.
 #[derive(Clone, Debug)]
 enum Event {
-    /// All of them take a few tokens in one step.
-    Step(Vec<usize>),
+    /// All of them take a part of what they can have, in one step; none, or one token, or more.
+    Step(Vec<Take>),
     /// It begins a step that is cancelled behind some layer.
     Cancelled(usize, usize, usize),
     Fork(usize),
@@ -34,8 +36,26 @@ enum Event {
     Clear(usize),
 }
 
+/// How many tokens a sequence takes.
+#[derive(Clone, Copy, Debug)]
+enum Take {
+    Few(usize),
+    /// Of the most.
+    Part(f64),
+}
+
+impl Take {
+    fn of(self, most: usize) -> usize {
+        match self {
+            Take::Few(n) => n.min(most),
+            Take::Part(part) => (most as f64 * part) as usize,
+        }
+    }
+}
+
 fn any_event() -> impl Strategy<Value = Event> {
-    let take = prop_oneof![2 => Just(0usize), 4 => Just(1usize), 2 => 2usize..8, 1 => 8usize..LENGTH];
+    let few = |n: std::ops::Range<usize>| n.prop_map(Take::Few);
+    let take = prop_oneof![2 => few(0..1), 4 => few(1..2), 2 => few(2..8), 2 => (0.0f64..1.0).prop_map(Take::Part)];
     let which = 0usize..64;
     prop_oneof![
         6 => proptest::collection::vec(take, 4).prop_map(Event::Step),
@@ -81,12 +101,35 @@ impl Tracked {
     }
 }
 
-/// Appends `takes` tokens to the sequences, in one step. Which tokens: some that nothing before has had.
-fn step(engine: &mut Engine, all: &mut [Tracked], takes: &[usize], vocab: u32, fresh: &mut u32) {
+/// Appends tokens to the sequences, in one step. Which tokens: some that nothing before has had. False if there are not enough pages;
+/// then nothing has changed.
+fn step(engine: &mut Engine, all: &mut [Tracked], takes: &[Take], vocab: u32, fresh: &mut u32) -> bool {
     let (mut spans, mut owners) = (Vec::new(), Vec::new());
+    let length = engine.memory().context;
+    let takes: Vec<_> =
+        all.iter().enumerate().map(|(i, t)| takes[i % takes.len()].of(length - t.tokens.len())).collect();
+    let pages = engine.pages();
+    let appends = all.iter().zip(&takes).map(|(tracked, &n)| (&tracked.sequence, n)).filter(|append| append.1 > 0);
+    let room = engine.room_for(appends);
+    if let Err(full) = room {
+        assert!(full.wanted > full.free, "{full}");
+        for Tracked { sequence, tokens, .. } in &*all {
+            assert_eq!(sequence.position(), tokens.len());
+        }
+        let tokens = vec![0; length];
+        let mut spans: Vec<_> = all
+            .iter_mut()
+            .zip(&takes)
+            .filter(|append| *append.1 > 0)
+            .map(|(tracked, &n)| Span::prompt(&mut tracked.sequence, &tokens[..n], Want::Nothing))
+            .collect();
+        let error = engine.step(&mut spans, &mut Control::default(), &mut |_, _, _| ()).unwrap_err();
+        assert!(matches!(error, RuntimeError::Model(ModelError::PagesFull(same)) if same == full), "{error}");
+        assert_eq!(engine.pages(), pages, "a step that does not fit takes nothing");
+        return false;
+    }
     for (i, Tracked { sequence, tokens, .. }) in all.iter_mut().enumerate() {
-        let start = tokens.len();
-        let take = takes[i % takes.len()].min(LENGTH - start);
+        let (start, take) = (tokens.len(), takes[i]);
         if take == 0 {
             continue;
         }
@@ -99,17 +142,18 @@ fn step(engine: &mut Engine, all: &mut [Tracked], takes: &[usize], vocab: u32, f
         spans.push(Span { sequence, tokens: &tokens[start..], phase, logits: Want::All });
     }
     if spans.is_empty() {
-        return;
+        return true;
     }
     let mut rows = Vec::new();
     engine.step(&mut spans, &mut Control::default(), &mut |span, _, row| rows.push((span, row.to_vec()))).unwrap();
     rows.into_iter().for_each(|(span, row)| all[owners[span]].logits.push(row));
+    true
 }
 
 /// Begins to append `take` tokens; it ends behind one of the layers.
 fn cancelled_step(engine: &mut Engine, tracked: &mut Tracked, take: usize, layer: usize) {
-    let take = take.min(LENGTH - tracked.tokens.len());
-    if take == 0 {
+    let take = take.min(engine.memory().context - tracked.tokens.len());
+    if take == 0 || engine.room_for(std::iter::once((&tracked.sequence, take))).is_err() {
         return;
     }
     let last = 1 + layer % engine.spec().layers.len();
@@ -129,7 +173,7 @@ fn cancelled_step(engine: &mut Engine, tracked: &mut Tracked, take: usize, layer
 
 fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), TestCaseError> {
     let [engine, alone] = engines;
-    let recurrent = family == "qwen3_next";
+    let forgets = ["qwen3_next", "gpt_oss", "mixtral_swa"].contains(&family);
     let vocab = engine.spec().vocab_size as u32;
     let new = |engine: &Engine| Tracked { sequence: engine.new_sequence(), tokens: vec![], logits: vec![] };
     let mut all = vec![new(engine), new(engine)];
@@ -137,9 +181,17 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
     for event in events {
         let count = all.len();
         match *event {
-            Event::Step(ref takes) => step(engine, &mut all, takes, vocab, &mut fresh),
+            // Where pages run out, one of them goes.
+            Event::Step(ref takes) => {
+                while !step(engine, &mut all, takes, vocab, &mut fresh) {
+                    all.pop().expect("one sequence alone has pages enough").check(alone)?;
+                }
+                if all.is_empty() {
+                    all.push(new(engine));
+                }
+            }
             Event::Cancelled(i, take, layer) => cancelled_step(engine, &mut all[i % count], take, layer),
-            Event::Fork(i) if count < 6 => {
+            Event::Fork(i) if count < SEQUENCES => {
                 let Tracked { sequence, tokens, logits } = &all[i % count];
                 all.push(Tracked { sequence: sequence.fork(), tokens: tokens.clone(), logits: logits.clone() });
             }
@@ -148,7 +200,7 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
                 let sequence = &mut all[i % count].sequence;
                 let mark = sequence.mark().unwrap();
                 prop_assert_eq!(mark.position(), sequence.position());
-                prop_assert!(!recurrent || sequence.marks().filter(|m| m.position() > 0).count() <= MARKS);
+                prop_assert!(!forgets || sequence.marks().filter(|m| m.position() > 0).count() <= MARKS);
                 marks.push(mark);
             }
             Event::RewindToMark(i, mark) if !marks.is_empty() => {
@@ -169,15 +221,21 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
                 let wanted = (tracked.tokens.len() as f64 * part) as usize;
                 let nearest = tracked.sequence.marks().map(Mark::position).filter(|&p| p <= wanted).max();
                 let reached = tracked.sequence.rewind_to(wanted).unwrap();
-                prop_assert!(reached == wanted || recurrent && (nearest.unwrap_or(0)..wanted).contains(&reached));
+                prop_assert!(reached == wanted || forgets && (nearest.unwrap_or(0)..wanted).contains(&reached));
                 tracked.truncate(reached);
             }
             Event::Rewind(i, part) => {
                 let tracked = &mut all[i % count];
                 tracked.check(alone)?;
                 let wanted = (tracked.tokens.len() as f64 * part) as usize;
-                engine.rewind(&mut tracked.sequence, wanted, &mut Control::default()).unwrap();
-                tracked.truncate(wanted);
+                match engine.rewind(&mut tracked.sequence, wanted, &mut Control::default()) {
+                    Ok(()) => tracked.truncate(wanted),
+                    // What was to be computed again needs more than there is.
+                    Err(RuntimeError::Model(ModelError::PagesFull(_))) => {
+                        tracked.truncate(tracked.sequence.position());
+                    }
+                    Err(error) => panic!("{error}"),
+                }
             }
             Event::Clear(i) => {
                 all[i % count].sequence.clear();
@@ -186,33 +244,43 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
         }
     }
     // All of them go on, so that what they remember is looked at.
-    step(engine, &mut all, &[1], vocab, &mut fresh);
-    all.iter().try_for_each(|tracked| tracked.check(alone))
+    while !step(engine, &mut all, &[Take::Few(1)], vocab, &mut fresh) {
+        all.pop().expect("one sequence alone has pages enough").check(alone)?;
+    }
+    all.iter().try_for_each(|tracked| tracked.check(alone))?;
+    drop(all);
+    prop_assert!(engine.pages().iter().all(|pages| pages.free == pages.total), "every page has come back");
+    Ok(())
 }
 
 #[test]
 fn a_sequence_gives_the_bits_of_its_tokens_whatever_it_has_been_through() {
-    let cases = std::env::var("SLUICE_SEQUENCE_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
+    let cases = std::env::var("SLUICE_SEQUENCE_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(6);
     for family in ATTENTIONS {
         let model = Converted::new(&format!("golden/{family}"), None);
-        let options = EngineOptions {
-            context: Some(LENGTH),
-            sequences: Some(6),
-            marks: MARKS,
-            forget: true,
-            ..EngineOptions::default()
-        };
-        let (mut engine, mut alone) = (model.open(&options), model.open(&options));
-        let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
-        let engines = std::cell::RefCell::new((&mut engine, &mut alone));
-        let outcome = proptest::test_runner::TestRunner::new(config).run(
-            &proptest::collection::vec(any_event(), 1..30),
-            |events| {
-                let (engine, alone) = &mut *engines.borrow_mut();
-                run(family, [engine, alone], &events)
-            },
-        );
-        outcome.unwrap_or_else(|e| panic!("{family}: {e}"));
+        // With pages for all of them, and with few.
+        for (length, sequences) in [(LENGTHS[0], SEQUENCES), (LENGTHS[1], SEQUENCES), (LENGTHS[1], 2)] {
+            let options = EngineOptions {
+                context: Some(length),
+                sequences: Some(sequences),
+                marks: MARKS,
+                forget: true,
+                ..EngineOptions::default()
+            };
+            // Passes of few rows move windows on within a step.
+            let few = EngineOptions { budget: Some(model.least_budget_for(&options)), ..options.clone() };
+            let (mut engine, mut alone) = (model.open(&few), model.open(&options));
+            let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
+            let engines = std::cell::RefCell::new((&mut engine, &mut alone));
+            let outcome = proptest::test_runner::TestRunner::new(config).run(
+                &proptest::collection::vec(any_event(), 1..30),
+                |events| {
+                    let (engine, alone) = &mut *engines.borrow_mut();
+                    run(family, [engine, alone], &events)
+                },
+            );
+            outcome.unwrap_or_else(|e| panic!("{family}, {sequences} times {length} tokens: {e}"));
+        }
     }
 }
 

@@ -16,8 +16,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::de::IgnoredAny;
+use sluice_checksum::{Xxh3, xxh3_128};
 use sluice_format::open_regular;
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 pub(crate) use dtype::{Dtype, FLOATS, WIDE_FLOATS};
 pub(crate) use stamp::Stamp;

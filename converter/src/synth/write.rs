@@ -8,11 +8,11 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 use serde_json::json;
+use sluice_checksum::Xxh3;
 use sluice_format::{
     ExtentKind, ExtentRecord, FileWriter, Layout as Arrangement, Metadata, PROVENANCE_BLOB, ROW_GROUP,
     SOURCE_CONFIG_BLOB, SPEC_BLOB, TensorRecord, WeightType,
 };
-use xxhash_rust::xxh3::Xxh3;
 
 use super::geometry::Geometry;
 use super::layout::{Layout, WeightTypes};

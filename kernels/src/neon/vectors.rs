@@ -1,7 +1,7 @@
 //! Inner products and weighted sums of rows of f32, which attention is made of.
 
 use super::{load, store};
-use crate::attention::{KEY_BLOCK, KeyBlock, QueryTile};
+use crate::attention::{KeyBlock, QueryTile};
 use crate::scalar::{DOT_LANES, fold_lanes};
 use std::arch::aarch64::*;
 
@@ -41,23 +41,23 @@ pub(super) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
-/// Attention over plain rows.
+/// Leaves the products with the rows that each query sees in `tile.scores`.
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn attend_block(tile: &mut QueryTile, block: &KeyBlock<'_>, keys: Plain<'_>, values: Plain<'_>) {
-    let n = tile.len();
-    if tile.scores.len() < n {
-        tile.scores.resize(n, [0.0; KEY_BLOCK]);
-    }
-    tile.factors.resize(n, [0.0; 2]);
+pub(super) fn score(tile: &mut QueryTile, block: &KeyBlock<'_>, keys: Plain<'_>) {
     for (i, (scores, part)) in tile.scores.iter_mut().zip(&tile.parts).enumerate() {
         if !part.is_empty() {
             let places = block.place(part.from)..block.place(part.to);
             dots(&tile.queries[i * tile.key..][..tile.key], keys, part.from, &mut scores[places]);
         }
     }
+}
+
+/// Attention over plain rows.
+#[target_feature(enable = "neon,dotprod")]
+pub(super) fn attend_block(tile: &mut QueryTile, block: &KeyBlock<'_>, keys: Plain<'_>, values: Plain<'_>) {
+    score(tile, block, keys);
     tile.weigh(block.place(0));
-    for i in 0..n {
-        let part = tile.parts[i];
+    for (i, part) in tile.parts.iter().enumerate() {
         if !part.is_empty() {
             let p = &tile.scores[i][block.place(part.from)..block.place(part.to)];
             let out = &mut tile.out[i * tile.value..][..tile.value];

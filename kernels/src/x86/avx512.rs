@@ -18,7 +18,6 @@ use crate::attention::{KeyBlock, QueryTile};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
-use crate::xxh3::{XXH3_BLOCK_BYTES, Xxh3Sum};
 use std::arch::x86_64::*;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI besides what [`Avx2`] proves.
@@ -55,21 +54,14 @@ impl Avx512 {
         unsafe { axpy(a, x, y) }
     }
 
+    pub(crate) fn score(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
+        // SAFETY: as above.
+        unsafe { attention::score(tile, block) }
+    }
+
     pub(crate) fn attend_block(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
         // SAFETY: as above.
         unsafe { attention::attend_block(tile, block) }
-    }
-
-    pub(crate) fn xxh3_absorb(self, state: &mut Xxh3Sum, sums: &[Xxh3Sum]) {
-        self.avx2.xxh3_absorb(state, sums);
-    }
-
-    pub(crate) fn xxh3_update(self, state: &mut Xxh3Sum, blocks: &[[u8; XXH3_BLOCK_BYTES]]) {
-        self.avx2.xxh3_update(state, blocks);
-    }
-
-    pub(crate) fn xxh3_sums(self, blocks: &[[u8; XXH3_BLOCK_BYTES]], sums: &mut [Xxh3Sum]) {
-        self.avx2.xxh3_sums(blocks, sums);
     }
 }
 

@@ -112,7 +112,9 @@ pub struct HeadScratch {
     pub tile: QueryTile,
     /// Of the keys that an indexer has chosen, those of one block.
     pub chosen: Option<KvBuffer>,
-    /// The positions with the best scores of an indexer.
+    /// An indexer's scores of one block of keys.
+    pub scores: Vec<f32>,
+    /// The positions with the best of all its scores.
     pub best: TopK,
 }
 
@@ -125,6 +127,7 @@ thread_local! {
         output: Vec::new(),
         tile: QueryTile::default(),
         chosen: None,
+        scores: Vec::new(),
         best: TopK::default(),
     });
 }

@@ -458,6 +458,7 @@ impl Engine {
                 spans[part.span].sequence.prepare(part.count)?;
             }
             let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
+            compute.threads.spare(rows.wait_for_memory());
             model.forward(compute, &mut weights, rows, spans, control)?;
             self.tokens += rows.len() as u64;
             wanted.clear();

@@ -7,9 +7,10 @@ use sluice_kernels::{Activations, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, Step, sized};
-use super::experts::{Combining, ExpertScratch, Routed};
+use super::experts::{ExpertScratch, Routed};
 use super::foresight::{Foresight, NextLayer};
 use super::gated::{GatedFfn, GatedScratch};
+use super::outputs::Combining;
 use super::router::Choice;
 use super::rows::Rows;
 use super::tally::Tallied;

@@ -4,10 +4,10 @@
 //! but the index keys is computed.
 
 use sluice_format::{IndexerSpec, RopeSpec};
-use sluice_kernels::{Activations, key_blocks};
+use sluice_kernels::{Activations, KeyBlock, KvRows, key_blocks};
 
 use super::ModelError;
-use super::compute::{Step, sized, with_head_scratch};
+use super::compute::{HeadScratch, Step, sized, with_head_scratch};
 use super::rope::{Rope, RopeAngles};
 use super::rows::Caches;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
@@ -131,22 +131,27 @@ impl Indexer {
             }
             let index = caches.of(row.span).latent().index();
             with_head_scratch(|scratch| {
-                // Scores are not kept: of as many tokens as a context may have, that would be memory that no plan counts.
-                let best = &mut scratch.best;
+                // All scores are not kept: of as many tokens as a context may have, that would be memory that no plan counts.
+                let HeadScratch { tile, scores, best, .. } = scratch;
                 best.begin(s.index_top_k);
-                for block in key_blocks(0..seen) {
+                tile.begin(width, 0, 1.0);
+                for query in query[t * heads * width..][..heads * width].chunks_exact(width) {
+                    tile.add(0..seen, None).copy_from_slice(query);
+                }
+                for positions in key_blocks(0..seen) {
                     if step.is_cancelled() {
                         return;
                     }
-                    let keys = index.keys(block.clone()).chunks_exact(width);
-                    for (position, key) in block.zip(keys) {
-                        let of_head = |h: usize| {
-                            let q = &query[(t * heads + h) * width..][..width];
-                            let weight = weights[t * heads + h] * w_scale;
-                            weight * (step.compute.kernels.dot(q, key) * q_scale).max(0.0)
-                        };
-                        best.offer(position as u32, (0..heads).map(of_head).sum());
+                    let keys = KvRows::plain(index.keys(positions.clone()), width);
+                    let block = KeyBlock::new(positions.clone(), keys, keys);
+                    let products = step.compute.kernels.score_block(tile, &block);
+                    let scores = sized(scores, positions.len());
+                    scores.fill(0.0);
+                    for (weight, products) in weights[t * heads..][..heads].iter().zip(products) {
+                        let weight = weight * w_scale;
+                        scores.iter_mut().zip(products).for_each(|(s, p)| *s += weight * (p * q_scale).max(0.0));
                     }
+                    positions.zip(scores).for_each(|(position, score)| best.offer(position as u32, *score));
                 }
                 best.finish(&mut chosen[0]);
             });

@@ -20,6 +20,7 @@ mod indexer;
 pub mod memory;
 mod mla;
 mod model;
+pub mod outputs;
 mod room;
 mod rope;
 pub mod router;

@@ -11,7 +11,7 @@ use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec};
 use sluice_kernels::KvType;
 
 use crate::cache::{Layout, PagePool};
-use crate::{Model, Sequence, dense_extents};
+use crate::{Model, dense_extents};
 use sluice_storage::pool::RING_SLOTS;
 
 pub use available::available_memory;
@@ -52,7 +52,7 @@ pub struct MemoryPlan {
     /// For each dense extent, in the order of use, whether it stays.
     #[serde(skip)]
     pub pinned: Vec<bool>,
-    /// Keys, values, states and tokens of all sequences.
+    /// Keys, values and states of all sequences.
     pub kv_cache: u64,
     /// Pages of each kind; they are a part of `kv_cache`.
     #[serde(skip)]
@@ -195,7 +195,7 @@ impl MemoryPlan {
         let (least_cache, least_scratch) = (need.kv_cache(least_rows), need.scratch(least_rows, need.fewest_kept()));
         let least_dense = need.pin(0);
         let least_slots = MIN_SLOTS.min(need.experts) as u64 * need.slot_len;
-        let least = least_cache.saturating_add(least_dense.bytes() + least_scratch + least_slots);
+        let least = least_cache.saturating_add(least_scratch).saturating_add(least_dense.bytes() + least_slots);
         if effective < least {
             return Err(BudgetError {
                 requested,
@@ -321,11 +321,17 @@ impl Need<'_> {
         self.layout.pages().iter().map(move |page| (page.kind().most(sequences, context, marks, rows), page.bytes()))
     }
 
-    /// Bytes of the pages and the lists of tokens.
+    /// Bytes of the pages.
     fn kv_cache(&self, rows: usize) -> u64 {
-        let lists = Sequence::list_memory(self.demand.context).saturating_mul(self.demand.sequences as u64);
-        let pages = self.pages(rows).map(|(count, bytes)| count.saturating_mul(bytes));
-        pages.fold(lists, u64::saturating_add)
+        self.pages(rows).map(|(count, bytes)| count.saturating_mul(bytes)).fold(0, u64::saturating_add)
+    }
+
+    /// Bytes that it takes to keep account of pages and tokens.
+    fn lists(&self, rows: usize) -> u64 {
+        let Demand { sequences, context, .. } = self.demand;
+        let tokens = (context as u64).saturating_mul(4).saturating_mul(sequences as u64);
+        let pages = self.pages(rows).zip(self.layout.pages());
+        pages.map(|((count, _), page)| count.saturating_mul(page.overhead())).fold(tokens, u64::saturating_add)
     }
 
     /// Bytes that depend on how many rows go through a layer together.
@@ -361,7 +367,8 @@ impl Need<'_> {
     }
 
     fn scratch(&self, rows: usize, kept: u64) -> u64 {
-        (Model::scratch_memory(self.spec, rows, self.slot_len, kept) + self.embedding).saturating_sub(FREE_SCRATCH)
+        let scratch = Model::scratch_memory(self.spec, rows, self.slot_len, kept) + self.embedding;
+        scratch.saturating_add(self.lists(rows)).saturating_sub(FREE_SCRATCH)
     }
 
     /// Pins as many bytes of dense extents as `budget` holds beside the ring for the others. Routers stay first, because

@@ -1,7 +1,7 @@
 //! Whether there are pages for what sequences are about to take, before any of them changes.
 
 use crate::Sequence;
-use crate::cache::{PageKind, PagePool, PagesFull, Table};
+use crate::cache::{Held, PageKind, PagePool, PagesFull, Table};
 
 /// An error if the pool has too few free pages for these sequences to take so many tokens each, in one step with passes of at most
 /// `rows` rows.
@@ -11,15 +11,21 @@ pub(crate) fn check<'a>(
     rows: usize,
 ) -> Result<(), PagesFull> {
     for (number, page) in pool.layout().pages().iter().enumerate() {
-        let table = |sequence: &'a Sequence| &sequence.tables()[number];
-        let of = |(sequence, n): (&'a Sequence, usize)| table(sequence).wanted(sequence.position(), n);
-        let mut wanted: usize = appends.clone().map(of).sum();
+        let tables = appends.clone().map(|(sequence, n)| (&sequence.tables()[number], sequence.position(), n));
+        let mut wanted: usize = tables.clone().map(|(table, position, n)| table.wanted(position, n)).sum();
+        if wanted == 0 {
+            continue;
+        }
+        // The last of those who part from a page has it alone.
+        wanted -= Held::alone(tables.clone().flat_map(|(table, position, n)| table.replaced(position, n)));
         if let PageKind::Window(window) = page.kind() {
             // Between passes pages go back behind the windows, so that no more are in use than the windows have and the rows
-            // of a pass fill. Those that are shared stay with others.
-            let own = |sequence| Table::pages(table(sequence)).filter(|page| !page.is_shared()).count();
-            let (spans, own) = appends.clone().fold((0, 0), |(n, sum), (sequence, _)| (n + 1, sum + own(sequence)));
-            wanted = wanted.min((PageKind::in_pass(window, spans, rows) as usize).saturating_sub(own));
+            // of a pass fill. Those that somebody else shares do not come back.
+            let spans = tables.clone().count();
+            if wanted > spans {
+                let there = Held::alone(tables.flat_map(|(table, _, _)| Table::pages(table)));
+                wanted = wanted.min((PageKind::in_pass(window, spans, rows) as usize).saturating_sub(there));
+            }
         }
         pool.check(number, wanted)?;
     }

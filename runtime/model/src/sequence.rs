@@ -104,16 +104,16 @@ impl Sequence {
         }
     }
 
-    /// Bytes of a sequence of `capacity` tokens between two steps, without marks.
+    /// Bytes of the pages of a sequence of `capacity` tokens between two steps, without marks.
     pub fn memory(spec: &ModelSpec, capacity: usize, ty: KvType) -> u64 {
         let layout = Layout::new(spec, ty);
         let pages = layout.pages().iter().map(|page| page.kind().most(1, capacity, 0, 0).saturating_mul(page.bytes()));
-        pages.fold(Self::list_memory(capacity), u64::saturating_add)
+        pages.fold(0, u64::saturating_add)
     }
 
-    /// Bytes of the list of its tokens.
-    pub fn list_memory(capacity: usize) -> u64 {
-        (capacity as u64).saturating_mul(size_of::<u32>() as u64)
+    /// Bytes of keys, values and states that the token at `position` reads.
+    pub fn touched(spec: &ModelSpec, position: usize, ty: KvType) -> u64 {
+        Layout::new(spec, ty).touched(position)
     }
 
     /// Bytes of the pages that a mark keeps at most: recurrent states and windows; none in models that have neither.
@@ -131,11 +131,11 @@ impl Sequence {
         self.tables.iter().flat_map(Table::pages).filter(|page| !page.is_shared()).count()
     }
 
-    /// Bytes of its pages and of the list of its tokens, without what only its marks keep.
+    /// Bytes of its pages, without what only its marks keep.
     pub fn bytes(&self) -> u64 {
         let kinds = self.tables.iter().zip(self.pool.layout().pages());
         let pages = kinds.map(|(table, page)| table.pages().count() as u64 * page.bytes());
-        pages.sum::<u64>() + Self::list_memory(self.capacity)
+        pages.sum()
     }
 
     /// Pages that have to be taken from the pool before it can take `count` more tokens, in one pass.

@@ -8,9 +8,9 @@ use super::latent::{LatentPlace, index_width, latent_width};
 use super::page::Page;
 use crate::delta::StateShape;
 
-/// Tokens of a page. Attention takes keys in blocks of as many positions, so that a smaller page would cut them; a larger one would
-/// waste more at the end of each sequence, copy more when a fork goes on, and make nothing faster: within a page the rows of a head
-/// lie one behind the other as they do in a block.
+/// Tokens of a page: those of a block of keys. A smaller page would cut blocks. A larger one would waste more at the end of each
+/// sequence, copy more when a fork goes on and keep more before a window, and make nothing faster: attention takes one block at a
+/// time, and the rows of a head lie one behind the other as far as a block goes.
 pub const PAGE_TOKENS: usize = KEY_BLOCK;
 
 /// Positions that a windowed layer keeps beyond those that the next token sees, so that a sequence can go back a little (a draft
@@ -140,12 +140,17 @@ impl PageLayout {
         self.kind
     }
 
-    /// Bytes of a page, with what it takes to keep account of it.
+    /// Bytes of what a page holds.
     pub fn bytes(&self) -> u64 {
         let row =
             |&(rows, width): &(usize, usize)| (rows as u64).saturating_mul(KvBuffer::row_bytes(self.ty, width) as u64);
         let rows = self.buffers.iter().map(row).fold(0, u64::saturating_add);
-        rows.saturating_add(4 * self.numbers as u64).saturating_add(Page::overhead(self.buffers.len()))
+        rows.saturating_add(4 * self.numbers as u64)
+    }
+
+    /// Bytes that it takes to keep account of a page.
+    pub fn overhead(&self) -> u64 {
+        Page::overhead(self.buffers.len())
     }
 
     /// Room for `rows` more rows of `width` numbers.
@@ -187,6 +192,20 @@ impl Layout {
     #[cfg(test)]
     pub fn empty() -> Self {
         Layout { pages: Vec::new(), layers: Vec::new() }
+    }
+
+    /// Bytes of rows and states that the token at `position` reads, in all layers.
+    pub fn touched(&self, position: usize) -> u64 {
+        let layers = self.layers.iter().enumerate();
+        let layer = |(layer, &(number, _)): (usize, &(usize, Place))| {
+            let records = match self.pages[number].kind {
+                PageKind::Rows => position,
+                PageKind::Window(window) => position.min(window),
+                PageKind::State => 1,
+            };
+            (records as u64).saturating_mul(self.record_len(layer) as u64)
+        };
+        layers.map(layer).fold(0, u64::saturating_add)
     }
 
     /// Bytes that a mark keeps at most, in a sequence of up to `capacity` tokens.

@@ -17,7 +17,7 @@ use std::ops::Range;
 pub use self::key_value::{KeyValueCache, KeyValueCacheMut};
 pub use self::latent::{LatentCache, LatentCacheMut, latent_width};
 pub use self::layout::{Layout, PAGE_TOKENS, PageKind, Place, WINDOW_SLACK};
-pub use self::page::{PageCount, PagePool, PagesFull};
+pub use self::page::{Held, PageCount, PagePool, PagesFull};
 pub use self::table::{Kept, Table};
 use crate::delta::{State, StateMut};
 

@@ -192,6 +192,13 @@ impl Held {
         Arc::strong_count(self.arc()) > 1
     }
 
+    /// Of these handles, how many pages they have that nobody else has.
+    pub fn alone<'a>(handles: impl Iterator<Item = &'a Held>) -> usize {
+        let mut pages: Vec<&Arc<Page>> = handles.map(Held::arc).collect();
+        pages.sort_unstable_by_key(|page| Arc::as_ptr(page));
+        pages.chunk_by(|a, b| Arc::ptr_eq(a, b)).filter(|same| same.len() == Arc::strong_count(same[0])).count()
+    }
+
     /// A copy that nobody else has, from the same pool.
     pub fn own(&self) -> Result<Held, PagesFull> {
         let kind = self.arc().kind;

@@ -89,6 +89,11 @@ impl RowTable {
         !position.is_multiple_of(PAGE_TOKENS) && last.is_some_and(Held::is_shared)
     }
 
+    /// The page that has to be copied before a sequence of `position` tokens goes on.
+    fn copied(&self, position: usize) -> Option<&Held> {
+        self.pages.back().filter(|_| self.copies(position))
+    }
+
     fn wanted(&self, position: usize, count: usize) -> usize {
         let there = if self.pages.is_empty() { position / PAGE_TOKENS } else { self.first + self.pages.len() };
         (position + count).div_ceil(PAGE_TOKENS).saturating_sub(there) + usize::from(self.copies(position))
@@ -182,10 +187,15 @@ impl StateTable {
         self.other.as_ref().is_none_or(Held::is_shared)
     }
 
-    fn wanted(&self, count: usize) -> usize {
+    /// The pages of others in whose place new ones are taken for `count` tokens.
+    fn replaced(&self, count: usize) -> impl Iterator<Item = &Held> {
         // What is read in the first pass of a step is written in the second.
-        let again = count > 1 && self.now.as_ref().is_some_and(|(_, page)| page.is_shared());
-        usize::from(self.now.is_none()) + usize::from(self.writes_new()) + usize::from(again)
+        let again = self.now.iter().map(|now| &now.1).filter(move |_| count > 1);
+        self.other.iter().chain(again).filter(|page| page.is_shared())
+    }
+
+    fn wanted(&self, count: usize) -> usize {
+        usize::from(self.now.is_none()) + usize::from(self.other.is_none()) + self.replaced(count).count()
     }
 
     fn prepare(&mut self, pool: &Arc<PagePool>) -> Result<(), PagesFull> {
@@ -255,6 +265,15 @@ impl Table {
             Table::Rows(rows) => rows.wanted(position, count),
             Table::State(state) => state.wanted(count),
         }
+    }
+
+    /// The pages of others among those that are wanted in their place: whoever comes last has them alone by then, and needs none.
+    pub fn replaced(&self, position: usize, count: usize) -> impl Iterator<Item = &Held> {
+        let (rows, state) = match self {
+            Table::Rows(rows) => (rows.copied(position), None),
+            Table::State(state) => (None, Some(state.replaced(count))),
+        };
+        rows.into_iter().chain(state.into_iter().flatten())
     }
 
     /// Takes the pages for a pass of `count` rows; what is shared and will be written is copied.

@@ -4,13 +4,12 @@
 //! hash a piece of what has arrived. Hashing never delays a chunk that could be issued.
 
 use std::collections::VecDeque;
-use std::hash::Hasher;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering::Relaxed, Ordering::SeqCst};
 use std::time::Instant;
 
-use twox_hash::xxhash3_64::{DEFAULT_SECRET_LENGTH, RawHasher, SecretBuffer};
+use sluice_checksum::Xxh3;
 
 use super::arena::PAGE_BYTES;
 use super::error::ReadError;
@@ -29,20 +28,12 @@ const STALLS_MAX: u32 = 64;
 /// Requests for which room is made at start, so that the tables do not grow later.
 const REQUESTS: usize = 1024;
 
-/// xxh3-64 that allocates nothing. Of the well-kept implementations the one that finds out at run time which vector
-/// instructions there are: hashing is the largest part of this thread's work.
-type Checksum = RawHasher<&'static [u8; DEFAULT_SECRET_LENGTH]>;
-
-fn new_checksum() -> Checksum {
-    RawHasher::new(SecretBuffer::default())
-}
-
 /// A request that has not ended.
 struct Active {
     id: u64,
     filling: Filling,
     read: ExtentRead,
-    hasher: Checksum,
+    hasher: Xxh3,
     hashed: usize,
     /// The extent has been read again because its checksum was wrong.
     read_again: bool,
@@ -206,7 +197,7 @@ impl<'a> Worker<'a> {
     fn admit(&mut self, id: u64, filling: Filling, read: ExtentRead) {
         let read_again = read.check == Check::Again;
         self.shared.counters.checksum_retries.fetch_add(u64::from(read_again), Relaxed);
-        let active = Active { id, filling, read, hasher: new_checksum(), hashed: 0, read_again, stop: None };
+        let active = Active { id, filling, read, hasher: Xxh3::new(), hashed: 0, read_again, stop: None };
         let request = match self.free.pop() {
             Some(request) => request,
             None => {
@@ -469,7 +460,7 @@ impl<'a> Worker<'a> {
         let arrived = active.filling.arrived_bytes();
         if verify {
             let end = arrived.min(active.hashed + HASH_STEP_BYTES);
-            active.hasher.write(&active.filling.prefix()[active.hashed..end]);
+            active.hasher.update(&active.filling.prefix()[active.hashed..end]);
             active.hashed = end;
         } else {
             active.hashed = arrived;
@@ -477,7 +468,7 @@ impl<'a> Worker<'a> {
         if active.hashed < active.filling.len() {
             return;
         }
-        let (expected, got) = (active.read.checksum, active.hasher.finish());
+        let (expected, got) = (active.read.checksum, active.hasher.digest());
         if !verify || got == expected {
             self.shared.counters.extents.fetch_add(1, Relaxed);
             self.end(request, Ok(()));
@@ -489,7 +480,7 @@ impl<'a> Worker<'a> {
         } else {
             active.read_again = true;
             active.hashed = 0;
-            active.hasher = new_checksum();
+            active.hasher = Xxh3::new();
             active.filling.retract();
             let class = active.read.class;
             self.shared.counters.checksum_retries.fetch_add(1, Relaxed);
