@@ -140,6 +140,8 @@ pub struct Engine {
     tuning: Tuning,
     model: Model,
     pages: Arc<PagePool>,
+    /// What the numbers of a sequence depend on beside its tokens.
+    binding: Binding,
     tokens: u64,
     time: Duration,
     /// Rows of the current pass, and those whose logits are wanted.
@@ -174,9 +176,10 @@ impl Engine {
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
         let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto, memory.kept_outputs)?;
         let pages = memory.page_pool(model.spec());
+        let binding = Binding { state_id: file.state_id(), kv_type: memory.kv_type, exact: options.exact };
         let (tokens, time) = (0, Duration::ZERO);
         let (rows, wanted) = (Rows::default(), Vec::new());
-        Ok(Engine { file, memory, compute, storage, tuning, model, pages, tokens, time, rows, wanted })
+        Ok(Engine { file, memory, compute, storage, tuning, model, pages, binding, tokens, time, rows, wanted })
     }
 
     /// What the model computes.
@@ -241,7 +244,7 @@ impl Engine {
     /// An empty sequence for as many tokens as the memory plan gives each. It has no pages yet: there can be more sequences than
     /// were planned, as long as the pages last.
     pub fn new_sequence(&self) -> Sequence {
-        Sequence::new(&self.pages, self.memory.context, self.binding(), self.memory.marks)
+        Sequence::new(&self.pages, self.memory.context, self.binding, self.memory.marks)
     }
 
     /// How many pages there are of each kind, and how many nobody has.
@@ -270,12 +273,6 @@ impl Engine {
             }
         }
         least
-    }
-
-    /// What the numbers of a sequence depend on beside its tokens.
-    fn binding(&self) -> Binding {
-        let exact = self.compute.precision == Precision::Exact;
-        Binding { state_id: self.file.state_id(), kv_type: self.memory.kv_type, exact }
     }
 
     /// Reads a sequence that [`Sequence::save_file`] wrote. It has this engine's capacity and no marks.
@@ -375,9 +372,8 @@ impl Engine {
         if spans.is_empty() || spans.iter().any(|span| span.tokens.is_empty()) {
             return Err(ModelError::NoTokens.into());
         }
-        let own = self.binding();
         for span in &*spans {
-            if span.sequence.binding() != own || !Arc::ptr_eq(span.sequence.pool(), &self.pages) {
+            if !Arc::ptr_eq(span.sequence.pool(), &self.pages) {
                 return Err(ModelError::ForeignSequence.into());
             }
             let (capacity, wanted) = (span.sequence.capacity(), span.sequence.position() + span.tokens.len());
