@@ -118,6 +118,7 @@ impl EngineArgs {
             context: Some(context),
             kv_type: self.kv_type,
             marks: 0,
+            mark_every: None,
         }
     }
 }

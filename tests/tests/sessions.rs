@@ -14,7 +14,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
 /// and keys beside recurrent states.
 const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next"];
-const HEADER_LEN: usize = 56;
+const HEADER_LEN: usize = 64;
 
 fn options(kv_type: KvType) -> EngineOptions {
     EngineOptions { context: Some(64), sequences: Some(4), kv_type, forget: true, ..EngineOptions::default() }
@@ -56,8 +56,8 @@ fn sections(bytes: &[u8]) -> Vec<(usize, usize)> {
 
 /// Makes all checksums right again.
 fn seal(bytes: &mut [u8]) {
-    let mut sum = xxh3_64(&bytes[..48]);
-    bytes[48..56].copy_from_slice(&sum.to_le_bytes());
+    let mut sum = xxh3_64(&bytes[..56]);
+    bytes[56..64].copy_from_slice(&sum.to_le_bytes());
     for (begin, end) in sections(bytes) {
         sum = xxh3_64_with_seed(&bytes[begin..end - 8], sum);
         bytes[end - 8..end].copy_from_slice(&sum.to_le_bytes());
@@ -105,6 +105,53 @@ fn a_restored_sequence_goes_on_with_the_same_bits() {
 }
 
 #[test]
+fn marks_are_saved_with_what_they_keep() {
+    for family in ATTENTIONS {
+        let (model, tokens) = (Converted::new(&format!("golden/{family}"), None), tokens(family));
+        let tokens: Vec<u32> = tokens.iter().copied().cycle().take(200).collect();
+        let open = |marks| {
+            let options = EngineOptions { context: Some(200), marks, mark_every: Some(50), ..options(KvType::F16) };
+            model.open(&options)
+        };
+        let (mut engine, mut few) = (open(5), open(2));
+        let mut sequence = engine.new_sequence();
+        let want = logits(&mut engine, &mut sequence, &tokens);
+        let vocab = want.len() / tokens.len();
+        sequence.clear();
+        let marked = [0, 3, 90, 120];
+        sequence.mark().unwrap();
+        for part in marked.windows(2) {
+            logits(&mut engine, &mut sequence, &tokens[part[0]..part[1]]);
+            sequence.mark().unwrap();
+        }
+        logits(&mut engine, &mut sequence, &tokens[120..190]);
+        let bytes = saved(&sequence);
+        let mut back = restored(&engine, &bytes).unwrap();
+        assert!(saved(&back) == bytes, "{family}: saved again, it is another file");
+        let positions = |sequence: &Sequence| sequence.marks().map(|mark| mark.position()).collect::<Vec<_>>();
+        assert_eq!(positions(&back), marked);
+        let marks: Vec<_> = back.marks().collect();
+        for mark in marks.into_iter().rev() {
+            let at = mark.position();
+            let mut fork = back.fork();
+            fork.rewind(mark).unwrap();
+            assert!(logits(&mut engine, &mut fork, &tokens[at..]) == want[at * vocab..], "{family} at {at}");
+            drop(fork);
+            back.rewind(mark).unwrap();
+            assert!(logits(&mut engine, &mut back, &tokens[at..at + 1]) == want[at * vocab..][..vocab]);
+        }
+        // With room for fewer, the newest stay, of those that take room.
+        let mut back = restored(&few, &bytes).unwrap();
+        let forgets = ["gpt_oss", "mixtral_swa", "qwen3_next"].contains(&family);
+        let stay = positions(&back);
+        assert_eq!(stay, if forgets { &[0, 120][..] } else { &marked[..] }, "{family}");
+        let last = back.marks().last().unwrap();
+        back.rewind(last).unwrap();
+        assert!(logits(&mut few, &mut back, &tokens[120..]) == want[120 * vocab..], "{family}");
+    }
+}
+
+#[test]
 fn the_file_is_what_its_description_says() {
     let model = Converted::new("golden/mixtral_swa", None);
     let mut engine = model.open(&options(KvType::Q8));
@@ -115,12 +162,12 @@ fn the_file_is_what_its_description_says() {
     seal(&mut sealed);
     assert!(sealed == bytes, "checksums are chained as described");
     let sections = sections(&bytes);
-    assert_eq!(sections.len(), 1 + engine.spec().layers.len());
+    assert_eq!(sections.len(), 2 + engine.spec().layers.len());
     assert_eq!(sections.last().unwrap().1, bytes.len());
     assert_eq!(bytes[16..32], engine.file().state_id().0);
     let first = &bytes[sections[0].0 + 24..sections[0].1 - 8];
     assert!(first.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).eq(tokens.iter().copied()));
-    for ((begin, _), layer) in sections[1..].iter().zip(&engine.spec().layers) {
+    for ((begin, _), layer) in sections[2..].iter().zip(&engine.spec().layers) {
         let sluice_format::AttentionSpec::Gqa(gqa) = &layer.attention else { panic!("all layers are alike") };
         let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
         let seen = gqa.window.map_or(tokens.len(), |window| (window - 1).min(tokens.len()));
@@ -241,10 +288,13 @@ fn what_is_sound_and_does_not_fit_is_refused_by_name() {
     assert!(matches!(refused(&narrow), SessionError::KvType { wanted: KvType::Q8, found, .. } if found == "f32"));
     assert!(matches!(refused(&exact), SessionError::Precision { exact: false, .. }));
     assert!(matches!(refused(&short), SessionError::TooLong { position: 40, capacity: 39, .. }));
-    assert!(matches!(changed(8, &[2]), SessionError::Version { found: 2, .. }));
+    for version in [1, 3] {
+        assert!(matches!(changed(8, &[version]), SessionError::Version { found, .. } if found == u32::from(version)));
+    }
     assert!(matches!(changed(12, &[0]), SessionError::Numerics { found: 0, .. }));
     assert!(matches!(changed(32, &[9]), SessionError::KvType { found, .. } if found == "type 9"));
     assert!(matches!(changed(36, &[77]), SessionError::Misplaced { .. }));
+    assert!(matches!(changed(48, &[42]), SessionError::Misplaced { .. }));
     // A forged length is compared, never allocated.
     assert!(matches!(changed(40, &[0xff; 8]), SessionError::TooLong { position: u64::MAX, .. }));
     let token = (HEADER_LEN + 24 + 4 * 3) as u64;

@@ -11,13 +11,14 @@ use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, open_regular};
 use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
-use crate::cache::{PageCount, PagePool, PagesFull};
+use crate::cache::{PageCount, PageKind, PagePool, PagesFull};
 use crate::compute::Compute;
 use crate::control::{Cancel, Control};
 use crate::counts;
 use crate::memory::{BudgetError, Demand, MemoryPlan};
 use crate::room;
 use crate::rows::{Cursor, Rows, Span, Want};
+use crate::sequence::MarkLimits;
 use crate::session::{self, Binding, SessionError};
 use crate::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents};
 use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
@@ -52,10 +53,17 @@ pub struct EngineOptions {
     pub context: Option<usize>,
     /// How keys and values are kept; anything but f32 changes results.
     pub kv_type: KvType,
-    /// Marks that a sequence of a model with recurrent states can keep, a copy of the states each (75 MB for Qwen3-Next). Other
-    /// models take any number of marks, at no cost.
+    /// Marks that a sequence of a model with windows or recurrent states can keep, each with a window of keys and values or a copy
+    /// of the states (75 MB for Qwen3-Next). Other models take any number of marks, at no cost.
     pub marks: usize,
+    /// Tokens of a prompt after which a sequence marks by itself where it is, as long as it has room for marks; `None`: 2048. So a
+    /// rewind into a long prompt need not begin anew. Marks that are asked for take the place of these.
+    pub mark_every: Option<usize>,
 }
+
+/// What [`EngineOptions::mark_every`] is if nothing is said. A rewind computes so many tokens again at most, or as many as a pass has
+/// rows.
+const MARK_EVERY: usize = 2048;
 
 pub use sluice_storage::io::EngineKind as ReadEngineKind;
 
@@ -142,6 +150,7 @@ pub struct Engine {
     pages: Arc<PagePool>,
     /// What the numbers of a sequence depend on beside its tokens.
     binding: Binding,
+    marks: MarkLimits,
     tokens: u64,
     time: Duration,
     /// Rows of the current pass, and those whose logits are wanted.
@@ -177,9 +186,10 @@ impl Engine {
         let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto, memory.kept_outputs)?;
         let pages = memory.page_pool(model.spec());
         let binding = Binding { state_id: file.state_id(), kv_type: memory.kv_type, exact: options.exact };
+        let marks = MarkLimits { most: memory.marks, every: options.mark_every.unwrap_or(MARK_EVERY).max(1) };
         let (tokens, time) = (0, Duration::ZERO);
         let (rows, wanted) = (Rows::default(), Vec::new());
-        Ok(Engine { file, memory, compute, storage, tuning, model, pages, binding, tokens, time, rows, wanted })
+        Ok(Engine { file, memory, compute, storage, tuning, model, pages, binding, marks, tokens, time, rows, wanted })
     }
 
     /// What the model computes.
@@ -244,7 +254,7 @@ impl Engine {
     /// An empty sequence for as many tokens as the memory plan gives each. It has no pages yet: there can be more sequences than
     /// were planned, as long as the pages last.
     pub fn new_sequence(&self) -> Sequence {
-        Sequence::new(&self.pages, self.memory.context, self.binding, self.memory.marks)
+        Sequence::new(&self.pages, self.memory.context, self.binding, self.marks)
     }
 
     /// How many pages there are of each kind, and how many nobody has.
@@ -381,7 +391,14 @@ impl Engine {
                 return Err(ModelError::ContextFull { capacity, wanted }.into());
             }
         }
-        self.room_for(spans.iter().map(|span| (&*span.sequence, span.tokens.len()))).map_err(ModelError::from)?;
+        if let Err(full) = self.room(spans) {
+            if full.kind == PageKind::Rows {
+                return Err(ModelError::from(full).into());
+            }
+            // What nobody asked for goes first: marks keep windows and states.
+            spans.iter_mut().for_each(|span| span.sequence.forget_automatic_marks());
+            self.room(spans).map_err(ModelError::from)?;
+        }
         self.compute.observer = control.inputs.clone();
         self.compute.cancel = control.cancel.cloned();
         self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));
@@ -391,6 +408,10 @@ impl Engine {
         self.compute.threads.cancel_by(None);
         self.time += started.elapsed();
         Ok(outcome?)
+    }
+
+    fn room(&self, spans: &[Span<'_>]) -> Result<(), PagesFull> {
+        self.room_for(spans.iter().map(|span| (&*span.sequence, span.tokens.len())))
     }
 
     /// As many passes as the spans need.
