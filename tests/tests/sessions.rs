@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
+use std::time::Duration;
 
 use sluice_model::session::{
     HEADER_FIELDS, SECTION_FIELDS, SECTION_KINDS, SESSION_MAGIC, SESSION_VERSION, SessionError, kv_code,
@@ -355,6 +356,77 @@ fn a_session_is_the_old_one_or_the_new_one() {
     let missing = folder.path().join("missing/session");
     assert!(matches!(sequence.save_file(&missing), Err(SessionError::Save { .. })));
     assert!(matches!(engine.restore_file(&missing), Err(SessionError::Open { .. })));
+}
+
+/// Where the child saves; without it, it is no child.
+const CHILD: &str = "SLUICE_TEST_SESSION";
+
+/// The sequences that are saved in turn: different ones, so that a mixture of two would be found.
+fn savings(model: &Path) -> (Engine, [Sequence; 2]) {
+    let options = EngineOptions { marks: 2, ..options(KvType::F32) };
+    let mut engine = Engine::open(model, &options).unwrap();
+    let tokens = tokens("qwen3_next");
+    let sequences = [&tokens[..40], &tokens[3..30]].map(|tokens| {
+        let mut sequence = engine.new_sequence();
+        logits(&mut engine, &mut sequence, &tokens[..7]);
+        sequence.mark().unwrap();
+        logits(&mut engine, &mut sequence, &tokens[7..]);
+        sequence
+    });
+    (engine, sequences)
+}
+
+/// Not a test of its own: the process that the next one kills. It saves until then.
+#[test]
+fn child() {
+    let Ok(path) = std::env::var(CHILD) else { return };
+    let path = Path::new(&path);
+    let (_engine, sequences) = savings(&path.with_file_name("model.sluice"));
+    for sequence in sequences.iter().cycle() {
+        sequence.save_file(path).unwrap();
+    }
+}
+
+#[test]
+fn a_saving_that_is_killed_leaves_the_old_session_or_the_new_one() {
+    let model = Converted::new("golden/qwen3_next", None);
+    let (engine, sequences) = savings(&model.path);
+    let wanted = sequences.each_ref().map(saved);
+    let path = model.path.with_file_name("session");
+    sequences[0].save_file(&path).unwrap();
+    let (mut seen, mut leftovers, mut rng) = ([0; 2], 0, Lcg(7));
+    let beside = || {
+        let files = fs::read_dir(path.parent().unwrap()).unwrap();
+        files.filter(|f| f.as_ref().unwrap().file_name().to_string_lossy().starts_with("session.")).count()
+    };
+    for _ in 0..25 {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child"])
+            .env(CHILD, &path)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        // Once it has begun to save, at any moment.
+        let first = fs::metadata(&path).unwrap().modified().unwrap();
+        while fs::metadata(&path).unwrap().modified().unwrap() == first {
+            assert!(child.try_wait().unwrap().is_none(), "the child ended by itself");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_micros(rng.below(5000) as u64));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        leftovers += beside();
+        let bytes = fs::read(&path).unwrap();
+        let which = wanted.iter().position(|wanted| *wanted == bytes).expect("the one or the other, whole");
+        seen[which] += 1;
+        let back = engine.restore_file(&path).unwrap();
+        assert_eq!(back.tokens(), sequences[which].tokens());
+        drop(back);
+        sequences[1 - which].save_file(&path).unwrap();
+        assert_eq!(beside(), 0, "what was left is removed");
+    }
+    assert!(seen.iter().all(|&n| n > 0), "{seen:?}");
+    println!("{leftovers} of 25 were killed while they wrote");
 }
 
 /// The rows of the table that follows `*checked: NAME*`, the first `n` cells of each, without backticks.

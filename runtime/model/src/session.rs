@@ -10,7 +10,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use sluice_format::fields::Field;
-use sluice_format::{NO_LAYER, StateId, may_replace, replace_file_with};
+use sluice_format::{NO_LAYER, StateId, may_replace, remove_leftovers, replace_file_with};
 use sluice_kernels::{KvType, NUMERICS_VERSION};
 use twox_hash::XxHash3_64;
 
@@ -376,7 +376,7 @@ impl Sequence {
     }
 
     /// Saves the sequence under a name, atomically: whatever happens, the file is the old one or the new one. Only a session
-    /// is replaced.
+    /// is replaced. What earlier savings that were killed have left beside it is removed.
     ///
     /// # Errors
     /// [`SessionError::Occupied`] and [`SessionError::Save`].
@@ -385,6 +385,7 @@ impl Sequence {
         if !may_replace(path, &SESSION_MAGIC).map_err(failed)? {
             return Err(SessionError::Occupied { path: path.to_owned() });
         }
+        remove_leftovers(path, &SESSION_MAGIC);
         replace_file_with(path, |file| self.save(file)).map_err(failed)
     }
 }
