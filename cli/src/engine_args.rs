@@ -120,6 +120,7 @@ impl EngineArgs {
             marks: 0,
             simulated: None,
             yields: Yields::default(),
+            mark_every: None,
         }
     }
 }

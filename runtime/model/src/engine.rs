@@ -13,13 +13,14 @@ use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, open_regular};
 use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
-use crate::cache::{PageCount, PagePool, PagesFull};
+use crate::cache::{PageCount, PageKind, PagePool, PagesFull};
 use crate::compute::Compute;
 use crate::control::{Cancel, Control};
 use crate::counts;
 use crate::memory::{BudgetError, Demand, MemoryPlan, PressureWatch};
 use crate::room;
 use crate::rows::{Cursor, Rows, Span, Want};
+use crate::sequence::MarkLimits;
 use crate::session::{self, Binding, SessionError};
 use crate::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents};
 use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, Tuning};
@@ -54,15 +55,22 @@ pub struct EngineOptions {
     pub context: Option<usize>,
     /// How keys and values are kept; anything but f32 changes results.
     pub kv_type: KvType,
-    /// Marks that a sequence of a model with recurrent states can keep, a copy of the states each (75 MB for Qwen3-Next). Other
-    /// models take any number of marks, at no cost.
+    /// Marks that a sequence of a model with windows or recurrent states can keep, each with a window of keys and values or a copy
+    /// of the states (75 MB for Qwen3-Next). Other models take any number of marks, at no cost.
     pub marks: usize,
     /// A drive that has the experts in place of the file, and its contents in place of each: to measure, not to compute with.
     #[cfg(feature = "sim")]
     pub simulated: Option<sluice_storage::io::sim::SimulatedDrive>,
     /// Whether the budget shrinks while the system is short of memory.
     pub yields: Yields,
+    /// Tokens of a prompt after which a sequence marks by itself where it is, as long as it has room for marks; `None`: 2048. So a
+    /// rewind into a long prompt need not begin anew. Marks that are asked for take the place of these.
+    pub mark_every: Option<usize>,
 }
+
+/// What [`EngineOptions::mark_every`] is if nothing is said. A rewind computes so many tokens again at most, or as many as a pass has
+/// rows.
+const MARK_EVERY: usize = 2048;
 
 pub use self::budget::ShrinkError;
 pub use sluice_storage::io::EngineKind as ReadEngineKind;
@@ -165,6 +173,9 @@ pub struct Engine {
     tuning: Vec<Tuning>,
     model: Model,
     pages: Arc<PagePool>,
+    /// What the numbers of a sequence depend on beside its tokens.
+    binding: Binding,
+    marks: MarkLimits,
     tokens: u64,
     time: Duration,
     /// Rows of the current pass, and those whose logits are wanted.
@@ -205,6 +216,8 @@ impl Engine {
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
         let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto, memory.kept_outputs)?;
         let pages = memory.page_pool(model.spec());
+        let binding = Binding { state_id: file.state_id(), kv_type: memory.kv_type, exact: options.exact };
+        let marks = MarkLimits { most: memory.marks, every: options.mark_every.unwrap_or(MARK_EVERY).max(1) };
         let (tokens, time) = (0, Duration::ZERO);
         let (rows, wanted) = (Rows::default(), Vec::new());
         let yields = match options.yields {
@@ -222,6 +235,8 @@ impl Engine {
             tuning,
             model,
             pages,
+            binding,
+            marks,
             tokens,
             time,
             rows,
@@ -303,7 +318,7 @@ impl Engine {
     /// An empty sequence for as many tokens as the memory plan gives each. It has no pages yet: there can be more sequences than
     /// were planned, as long as the pages last.
     pub fn new_sequence(&self) -> Sequence {
-        Sequence::new(&self.pages, self.memory.context, self.binding(), self.memory.marks)
+        Sequence::new(&self.pages, self.memory.context, self.binding, self.marks)
     }
 
     /// How many pages there are of each kind, and how many nobody has.
@@ -332,12 +347,6 @@ impl Engine {
             }
         }
         least
-    }
-
-    /// What the numbers of a sequence depend on beside its tokens.
-    fn binding(&self) -> Binding {
-        let exact = self.compute.precision == Precision::Exact;
-        Binding { state_id: self.file.state_id(), kv_type: self.memory.kv_type, exact }
     }
 
     /// Reads a sequence that [`Sequence::save_file`] wrote. It has this engine's capacity and no marks.
@@ -437,9 +446,8 @@ impl Engine {
         if spans.is_empty() || spans.iter().any(|span| span.tokens.is_empty()) {
             return Err(ModelError::NoTokens.into());
         }
-        let own = self.binding();
         for span in &*spans {
-            if span.sequence.binding() != own || !Arc::ptr_eq(span.sequence.pool(), &self.pages) {
+            if !Arc::ptr_eq(span.sequence.pool(), &self.pages) {
                 return Err(ModelError::ForeignSequence.into());
             }
             let (capacity, wanted) = (span.sequence.capacity(), span.sequence.position() + span.tokens.len());
@@ -447,7 +455,14 @@ impl Engine {
                 return Err(ModelError::ContextFull { capacity, wanted }.into());
             }
         }
-        self.room_for(spans.iter().map(|span| (&*span.sequence, span.tokens.len()))).map_err(ModelError::from)?;
+        if let Err(full) = self.room(spans) {
+            if full.kind == PageKind::Rows {
+                return Err(ModelError::from(full).into());
+            }
+            // What nobody asked for goes first: marks keep windows and states.
+            spans.iter_mut().for_each(|span| span.sequence.forget_automatic_marks());
+            self.room(spans).map_err(ModelError::from)?;
+        }
         self.wake_up()?;
         self.compute.observer = control.inputs.clone();
         self.compute.cancel = control.cancel.cloned();
@@ -458,6 +473,10 @@ impl Engine {
         self.compute.threads.cancel_by(None);
         self.time += started.elapsed();
         Ok(outcome?)
+    }
+
+    fn room(&self, spans: &[Span<'_>]) -> Result<(), PagesFull> {
+        self.room_for(spans.iter().map(|span| (&*span.sequence, span.tokens.len())))
     }
 
     /// As many passes as the spans need.
