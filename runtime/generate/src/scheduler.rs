@@ -269,7 +269,7 @@ impl Scheduler {
             match self.step(engine, watch, None, cancellable) {
                 Ok(()) => break,
                 Err(error) if is_cancelled(&error) => interruptions += 1,
-                // Guesses are no reason to save anybody.
+                // Proposals are no reason to save anybody.
                 Err(error) if is_pages_full(&error) && self.drafts => self.drafts = false,
                 Err(error) if is_pages_full(&error) => {
                     self.give_way(error);

@@ -139,6 +139,7 @@ const PREFETCH_FILES: &[(&str, usize)] = &[
     ("runtime/storage/src/pool/guess.rs", ANY),
     ("runtime/storage/src/pool/mod.rs", ANY),
     ("runtime/storage/src/pool/order.rs", ANY),
+    ("runtime/storage/src/pool/resize.rs", ANY),
     ("runtime/storage/src/pool/tests.rs", ANY),
 ];
 

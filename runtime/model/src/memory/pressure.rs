@@ -135,8 +135,11 @@ impl Source {
     }
 
     /// `None` where the system says nothing of pressure.
-    #[cfg(not(target_os = "macos"))]
     fn sample(&self) -> Option<Sample> {
+        if let Some(level) = sluice_storage::io::memory_pressure_level() {
+            let stalled = if level > 1 { 100.0 } else { 0.0 };
+            return Some(Sample { stalled, ..Sample::default() });
+        }
         let system = fs::read_to_string(self.proc.join("pressure/memory")).ok();
         let of_groups = self.groups.iter().filter_map(|group| group.read("memory.pressure"));
         let stalled = system.into_iter().chain(of_groups).filter_map(|text| stalled(&text)).reduce(f32::max)?;
@@ -145,13 +148,6 @@ impl Source {
         let exhausted =
             self.groups.iter().filter_map(|group| group.read("memory.events")).map(|text| ran_out(&text)).sum();
         Some(Sample { stalled, available, exhausted })
-    }
-
-    /// The kernel's own level: 1 is normal, 2 a warning, 4 critical.
-    #[cfg(target_os = "macos")]
-    fn sample(&self) -> Option<Sample> {
-        let level = sluice_storage::io::memory_pressure_level()?;
-        Some(Sample { stalled: if level > 1 { 100.0 } else { 0.0 }, available: None, exhausted: 0 })
     }
 }
 
