@@ -1,4 +1,4 @@
-//! The Sluice weight file: bytes ↔ meaning.
+//! The Sluice model file: bytes ↔ meaning.
 //!
 //! A file is a superblock, a set of checksummed, page-aligned **extents**, and three tables that say what they hold.
 //! `docs/FORMAT.md` describes it byte by byte; a test compares that document with the constants of this crate.

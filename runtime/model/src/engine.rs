@@ -1,5 +1,7 @@
 //! The opened model: file, pool, layers, kernels; and the steps that sequences take with it.
 
+mod budget;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +17,7 @@ use crate::cache::{PageCount, PagePool, PagesFull};
 use crate::compute::Compute;
 use crate::control::{Cancel, Control};
 use crate::counts;
-use crate::memory::{BudgetError, Demand, MemoryPlan};
+use crate::memory::{BudgetError, Demand, MemoryPlan, PressureWatch};
 use crate::room;
 use crate::rows::{Cursor, Rows, Span, Want};
 use crate::session::{self, Binding, SessionError};
@@ -42,7 +44,7 @@ pub struct EngineOptions {
     pub exact: bool,
     /// Who leaves the expert cache.
     pub policy: PolicyKind,
-    /// Whether experts are read ahead of the router on a guess.
+    /// Whether experts are read before the router has asked for them.
     pub prefetch: Prefetch,
     /// Whether to begin without what earlier runs have learned about this model's experts.
     pub forget: bool,
@@ -55,14 +57,33 @@ pub struct EngineOptions {
     /// Marks that a sequence of a model with recurrent states can keep, a copy of the states each (75 MB for Qwen3-Next). Other
     /// models take any number of marks, at no cost.
     pub marks: usize,
+    /// A drive that has the experts in place of the file, and its contents in place of each: to measure, not to compute with.
+    #[cfg(feature = "sim")]
+    pub simulated: Option<sluice_storage::io::sim::SimulatedDrive>,
+    /// Whether the budget shrinks while the system is short of memory.
+    pub yields: Yields,
 }
 
+pub use self::budget::ShrinkError;
 pub use sluice_storage::io::EngineKind as ReadEngineKind;
+
+/// Whether the budget shrinks while the system is short of memory ([`Engine::heed_pressure`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Yields {
+    /// If no budget is stated: the engine has then taken what was free at the start, and gives it back to those who need it. A
+    /// stated budget is meant.
+    #[default]
+    Unstated,
+    /// Whatever the budget.
+    Always,
+    /// Never.
+    Never,
+}
 
 /// Whether experts are read ahead of the router.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Prefetch {
-    /// While the drive would idle, as long as guesses are mostly right.
+    /// While the drive would idle, as long as prefetches are mostly right.
     #[default]
     Auto,
     /// Never.
@@ -78,6 +99,9 @@ pub enum RuntimeError {
     /// The budget.
     #[error(transparent)]
     Budget(#[from] BudgetError),
+    /// A budget below what an opened model needs.
+    #[error(transparent)]
+    Shrink(#[from] ShrinkError),
     /// Reading extents.
     #[error(transparent)]
     Pool(#[from] PoolError),
@@ -119,7 +143,7 @@ pub struct Stats {
     pub hits: u64,
     /// Experts that had to be read.
     pub misses: u64,
-    /// Experts read ahead of the router, on a guess.
+    /// Experts read before the router had asked for them.
     pub prefetched: u64,
     /// Of which used before they left memory.
     pub prefetched_used: u64,
@@ -146,6 +170,10 @@ pub struct Engine {
     /// Rows of the current pass, and those whose logits are wanted.
     rows: Rows,
     wanted: Vec<usize>,
+    /// Expert slots that the budget allows; there are fewer while the system is short of memory.
+    allowed_slots: usize,
+    /// Watches the system's memory, if the budget follows it.
+    pressure: Option<PressureWatch>,
 }
 
 impl Engine {
@@ -164,7 +192,7 @@ impl Engine {
         let paths = [file.path().to_owned()];
         let choose = |path: &PathBuf| Tuning::choose(path, options.io.as_ref(), options.read_engine, store.as_ref());
         let tuning: Vec<Tuning> = paths.iter().map(choose).collect();
-        let mut storage = open_storage(&paths, &file, &memory, options.policy, &tuning)?;
+        let mut storage = open_storage(&paths, &file, &memory, options, &tuning)?;
         let precision = if options.exact { Precision::Exact } else { Precision::Int8 };
         let threads = compute_threads(options.threads, storage.io.reading());
         let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
@@ -179,7 +207,28 @@ impl Engine {
         let pages = memory.page_pool(model.spec());
         let (tokens, time) = (0, Duration::ZERO);
         let (rows, wanted) = (Rows::default(), Vec::new());
-        Ok(Engine { file, memory, compute, storage, tuning, model, pages, tokens, time, rows, wanted })
+        let yields = match options.yields {
+            Yields::Unstated => options.budget.is_none(),
+            Yields::Always => true,
+            Yields::Never => false,
+        };
+        let pressure = yields.then(PressureWatch::new).flatten();
+        let allowed_slots = memory.slots;
+        Ok(Engine {
+            file,
+            memory,
+            compute,
+            storage,
+            tuning,
+            model,
+            pages,
+            tokens,
+            time,
+            rows,
+            wanted,
+            allowed_slots,
+            pressure,
+        })
     }
 
     /// What the model computes.
@@ -242,7 +291,7 @@ impl Engine {
     /// Keeps what the eviction policy has learned beside the model, for the next start.
     ///
     /// # Errors
-    /// What the file system says; nothing is lost but the knowledge.
+    /// What the filesystem says; nothing is lost but the knowledge.
     pub fn save_counts(&self) -> io::Result<()> {
         let counts = self.storage.pool.policy().export();
         if counts.is_empty() {
@@ -399,6 +448,7 @@ impl Engine {
             }
         }
         self.room_for(spans.iter().map(|span| (&*span.sequence, span.tokens.len()))).map_err(ModelError::from)?;
+        self.wake_up()?;
         self.compute.observer = control.inputs.clone();
         self.compute.cancel = control.cancel.cloned();
         self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));
@@ -480,7 +530,7 @@ fn open_storage(
     paths: &[PathBuf],
     file: &ModelFile,
     memory: &MemoryPlan,
-    policy: PolicyKind,
+    options: &EngineOptions,
     tuning: &[Tuning],
 ) -> Result<Storage, RuntimeError> {
     let location =
@@ -498,8 +548,10 @@ fn open_storage(
         pinned: memory.pinned.clone(),
         tuning: tuning.to_vec(),
         direct: DirectMode::default(),
+        #[cfg(feature = "sim")]
+        simulated: options.simulated.clone(),
     };
-    let policy = policy.build(experts.shape()).ok_or(RuntimeError::Policy(policy))?;
+    let policy = options.policy.build(experts.shape()).ok_or(RuntimeError::Policy(options.policy))?;
     Ok(Storage::open(paths, &dense, experts, policy, &config)?)
 }
 

@@ -91,7 +91,7 @@ pub enum SessionError {
     Save {
         /// The file.
         path: PathBuf,
-        /// What the file system said.
+        /// What the filesystem said.
         source: io::Error,
     },
     /// Something else has the name.
@@ -105,7 +105,7 @@ pub enum SessionError {
     Open {
         /// The file.
         path: PathBuf,
-        /// What the file system said.
+        /// What the filesystem said.
         source: io::Error,
     },
     /// Reading.

@@ -3,8 +3,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::dense::DenseMemory;
 use super::{DenseLocation, DenseParts, ExpertDirectory, Policy, Pool, PoolError};
-use crate::io::{DataFile, DirectIo, DirectMode, Scheduler, Tuning, open_lanes};
+#[cfg(feature = "sim")]
+use crate::io::sim::SimulatedDrive;
+use crate::io::{Arena, DataFile, DirectIo, DirectMode, Lane, Scheduler, Tuning, open_lanes};
 
 /// How to open the storage of a model.
 #[derive(Clone, Debug)]
@@ -17,6 +20,9 @@ pub struct StorageConfig {
     pub tuning: Vec<Tuning>,
     /// Whether to bypass the page cache.
     pub direct: DirectMode,
+    /// A drive that has the experts in place of the files, and its contents in place of each of them.
+    #[cfg(feature = "sim")]
+    pub simulated: Option<SimulatedDrive>,
 }
 
 /// The storage of an opened model: dense parts in memory, experts behind a pool.
@@ -36,26 +42,47 @@ impl Storage {
     ///
     /// # Errors
     /// [`PoolError::NoRoom`] if there is no slot, [`PoolError::Io`] if files, memory or engine cannot be had, [`PoolError::Read`] if a
-    /// dense part cannot be read.
+    /// dense part cannot be read; with a simulated drive, [`PoolError::Directory`] if its contents are not as long as an expert.
     ///
     /// # Panics
     /// Unless there is a file, and a tuning for each.
     pub fn open(
         paths: &[PathBuf],
         dense: &[DenseLocation],
-        experts: ExpertDirectory,
+        mut experts: ExpertDirectory,
         policy: Box<dyn Policy>,
         config: &StorageConfig,
     ) -> Result<Storage, PoolError> {
         let files = paths.iter().map(|path| DataFile::open(path, config.direct)).collect::<Result<Vec<_>, _>>()?;
         let direct = files.iter().map(|file| file.direct().clone()).collect();
-        let pool_arena = Pool::reserve(&experts, config.expert_slots)?;
+        let mut pool_arena = Pool::reserve(&experts, config.expert_slots)?;
         let memory = DenseParts::reserve(dense, &config.pinned)?;
-        let regions = [pool_arena.region(), memory.pinned.region(), memory.ring.region()];
-        let lanes = open_lanes(files, &config.tuning, &regions)?;
+        let lanes = read_lanes(files, config, &mut experts, &mut pool_arena, &memory)?;
         let io = Arc::new(Scheduler::start_lanes(lanes)?);
         let dense = DenseParts::load(&io, memory, dense, &config.pinned)?;
         let pool = Pool::new(Arc::clone(&io), pool_arena, experts, policy);
         Ok(Storage { io, dense, pool, direct })
     }
+}
+
+/// What reads the files: into the memory of experts and of dense parts. If that is a simulated drive, the experts have its contents
+/// from now on, in memory and in the directory.
+#[cfg_attr(not(feature = "sim"), expect(unused_variables, reason = "files say what the experts are"))]
+fn read_lanes(
+    files: Vec<DataFile>,
+    config: &StorageConfig,
+    experts: &mut ExpertDirectory,
+    pool: &mut Arena,
+    memory: &DenseMemory,
+) -> Result<Vec<Lane>, PoolError> {
+    #[cfg(feature = "sim")]
+    if let Some(drive) = &config.simulated {
+        experts.hold(drive.contents())?;
+        pool.fill(drive.contents());
+        let (numbers, io) = ((0..files.len() as u16).collect(), &config.tuning[0].config);
+        let engine = Box::new(drive.engine(files, experts.places(), io.depth));
+        return Ok(vec![Lane { engine, files: numbers, config: io.clone() }]);
+    }
+    let regions = [pool.region(), memory.pinned.region(), memory.ring.region()];
+    Ok(open_lanes(files, &config.tuning, &regions)?)
 }

@@ -290,7 +290,14 @@ fn storage_opens_loads_and_serves() {
         let paths = [path.clone()];
         let (tuning, direct) = (vec![Tuning::default()], DirectMode::default());
         let pinned = dense.iter().enumerate().map(|(i, _)| i % 2 == 0).collect();
-        let config = StorageConfig { expert_slots, pinned, tuning, direct };
+        let config = StorageConfig {
+            expert_slots,
+            pinned,
+            tuning,
+            direct,
+            #[cfg(feature = "sim")]
+            simulated: None,
+        };
         Storage::open(&paths, &dense, experts, policy, &config)
     };
     for slots in [0, 1, 2, 1 << 20] {
