@@ -76,9 +76,9 @@ pub(crate) fn add_stripe(secret: &Secret, at: usize, stripe: &[u8; STRIPE], sum:
     let keys: &[u8; STRIPE] = secret[at..].first_chunk().expect("inside the secret");
     let word = |bytes: &[u8; STRIPE], i: usize| u64_at(bytes, 8 * i);
     let mut added = [0u64; 8];
-    for i in 0..8 {
+    for (i, added) in added.iter_mut().enumerate() {
         let keyed = word(stripe, i) ^ word(keys, i);
-        added[i] = (keyed & 0xffff_ffff) * (keyed >> 32);
+        *added = (keyed & 0xffff_ffff) * (keyed >> 32);
     }
     for i in 0..8 {
         // Each word is added to its neighbour's accumulator.
