@@ -35,7 +35,7 @@ mod verify;
 mod weight;
 mod writer;
 
-pub use durable::{Syncer, may_replace, replace_file, replace_file_with};
+pub use durable::{Syncer, may_replace, remove_leftovers, replace_file, replace_file_with};
 pub use error::{FormatError, Region};
 pub use extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER, extent_name};
 pub use fields::extent::LEN as EXTENT_RECORD_LEN;

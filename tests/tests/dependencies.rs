@@ -43,6 +43,17 @@ fn crates_depend_downwards() {
     }
 }
 
+/// Programs that embed a library get no drives that are only simulated: the command line alone asks for them.
+#[test]
+fn only_the_command_line_simulates_drives() {
+    for (folder, _) in CRATES {
+        let manifest = fs::read_to_string(root().join(folder).join("Cargo.toml")).unwrap();
+        let asks = |line: &str| line.starts_with("sluice-") && line.contains("\"sim\"");
+        assert_eq!(manifest.lines().any(asks), folder == "cli", "{folder}");
+        assert!(!manifest.lines().any(|line| line.starts_with("default")), "{folder} has default features");
+    }
+}
+
 #[test]
 fn there_is_one_xxh3() {
     let lock = fs::read_to_string(root().join("Cargo.lock")).unwrap();

@@ -74,6 +74,26 @@ pub fn physical_pages() -> Option<i64> {
     (pages > 0).then_some(pages)
 }
 
+/// How short of memory macOS is: 1 is normal, 2 a warning, 4 critical.
+#[cfg(target_os = "macos")]
+pub fn memory_pressure_level() -> Option<u32> {
+    let (mut level, mut len) = (0u32, size_of::<u32>());
+    let name = c"kern.memorystatus_vm_pressure_level";
+    // SAFETY: the name is a C string, and `len` says how many bytes there are at `level`.
+    let result =
+        unsafe { libc::sysctlbyname(name.as_ptr(), (&raw mut level).cast(), &raw mut len, std::ptr::null_mut(), 0) };
+    (result == 0 && len == size_of::<u32>()).then_some(level)
+}
+
+/// Asks the allocator to give memory that nobody uses back to the system, where it has to be asked.
+pub fn trim_heap() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: touches only memory that is free, under the allocator's own locks.
+    unsafe {
+        libc::malloc_trim(0)
+    };
+}
+
 /// A non-blocking event counter: written by wakers, polled by the ring.
 #[cfg(target_os = "linux")]
 pub(crate) fn event_fd() -> io::Result<File> {
@@ -119,5 +139,17 @@ pub(crate) fn ask_for_short_slices() {
         let attributes = Attributes { size, flags, nice, runtime_ns: SLICE_NS, ..Attributes::default() };
         // SAFETY: reads `size` bytes of a structure of that size, for the calling thread. A refusal changes nothing.
         unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+    }
+}
+
+/// Asks that the calling thread's timed waits end when they should. Linux lets them end up to 50 µs later, to wake the processor less
+/// often; a simulated drive would be that much slower.
+#[cfg(any(test, feature = "sim"))]
+pub(crate) fn ask_for_exact_timers() {
+    #[cfg(target_os = "linux")]
+    {
+        const SLACK_NS: libc::c_ulong = 1;
+        // SAFETY: takes integers and touches no memory; it concerns the calling thread alone. A refusal changes nothing.
+        unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, SLACK_NS) };
     }
 }

@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::*;
 use crate::io::sim::{Fault, FaultKind, SimDrive};
-use crate::io::{IoConfig, PAGE_BYTES, ReadError};
+use crate::io::{DirectMode, IoConfig, PAGE_BYTES, ReadError, Tuning};
 
 const LAYERS: u32 = 4;
 const EXPERTS: u32 = 12;
@@ -288,9 +288,16 @@ fn storage_opens_loads_and_serves() {
         let experts = ExpertDirectory::new(&layers).expect("valid");
         let policy = PolicyKind::Lru.build(experts.shape()).expect("online");
         let paths = [path.clone()];
-        let (io, engine, direct) = Default::default();
+        let (tuning, direct) = (vec![Tuning::default()], DirectMode::default());
         let pinned = dense.iter().enumerate().map(|(i, _)| i % 2 == 0).collect();
-        let config = StorageConfig { expert_slots, pinned, io, engine, direct };
+        let config = StorageConfig {
+            expert_slots,
+            pinned,
+            tuning,
+            direct,
+            #[cfg(feature = "sim")]
+            simulated: None,
+        };
         Storage::open(&paths, &dense, experts, policy, &config)
     };
     for slots in [0, 1, 2, 1 << 20] {
