@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -106,6 +107,8 @@ def main():
     parser.add_argument("--sequences", default="1,8,32,128")
     parser.add_argument("--json", help="write all outcomes to this file")
     args = parser.parse_args()
+    # The model file goes away with whoever is asked to stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("simulated_drive: stopped"))
     hits = [float(rate) / 100 for rate in args.hits.split(",")]
     outcomes = []
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
