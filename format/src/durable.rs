@@ -1,4 +1,4 @@
-//! What becomes durable, as far as the system can do that: some file systems, most of them networked or in user space, cannot
+//! What becomes durable, as far as the system can do that: some filesystems, most of them networked or in user space, cannot
 //! sync, and a file on them is none the worse for it until the power fails.
 
 use std::fs::{self, File};
@@ -85,7 +85,7 @@ pub fn may_replace(path: &Path, magic: &[u8]) -> io::Result<bool> {
 /// name. What lies under other names there, links too, is left alone; what has the name is replaced, and not followed.
 ///
 /// # Errors
-/// What the file system says. `path` is then what it was.
+/// What the filesystem says. `path` is then what it was.
 pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     replace_file_with(path, |file| file.write_all(bytes))
 }
@@ -93,7 +93,7 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// As [`replace_file`], for what is too large to be in memory at once: `write` writes it.
 ///
 /// # Errors
-/// What `write` says, or the file system. `path` is then what it was.
+/// What `write` says, or the filesystem. `path` is then what it was.
 pub fn replace_file_with<E: From<io::Error>>(
     path: &Path,
     write: impl FnOnce(&mut File) -> Result<(), E>,
@@ -110,7 +110,33 @@ pub fn replace_file_with<E: From<io::Error>>(
     })
 }
 
-/// A new file in the folder of `path`, and its path.
+/// Removes what writers that were killed have left beside `path`: files under the names that [`replace_file_with`] takes, which
+/// begin with `magic` or are empty, and which nobody is writing. As far as that can be done; nothing depends on it.
+pub fn remove_leftovers(path: &Path, magic: &[u8]) {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let (Some(name), Ok(files)) = (path.file_name(), fs::read_dir(folder)) else { return };
+    for found in files.flatten() {
+        let beside = found.path();
+        if !found.file_name().as_encoded_bytes().strip_prefix(name.as_encoded_bytes()).is_some_and(is_besides) {
+            continue;
+        }
+        let is_file = fs::symlink_metadata(&beside).is_ok_and(|found| found.is_file());
+        // Who writes it has locked it. Where nobody can lock, nobody can tell.
+        let idle = |file: File| file.try_lock().is_ok();
+        if is_file && may_replace(&beside, magic).is_ok_and(|ours| ours) && open_regular(&beside).is_ok_and(idle) {
+            let _ = fs::remove_file(&beside);
+        }
+    }
+}
+
+/// Whether this is what [`create_beside`] appends to a name: `.PID-N`.
+fn is_besides(suffix: &[u8]) -> bool {
+    let number = |bytes: &[u8]| !bytes.is_empty() && bytes.iter().all(u8::is_ascii_digit);
+    let mut parts = suffix.strip_prefix(b".").unwrap_or_default().splitn(2, |&byte| byte == b'-');
+    parts.next().is_some_and(number) && parts.next().is_some_and(number)
+}
+
+/// A new file in the folder of `path`, locked where it can be, and its path.
 fn create_beside(path: &Path) -> io::Result<(PathBuf, File)> {
     let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
     name.push(format!(".{}", std::process::id()));
@@ -121,7 +147,12 @@ fn create_beside(path: &Path) -> io::Result<(PathBuf, File)> {
         // A name that is taken is somebody's file, or a trap: `create_new` does not follow links.
         match File::options().write(true).create_new(true).open(&beside) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-            file => return Ok((beside, file?)),
+            file => {
+                let file = file?;
+                // So that nobody takes it for a leftover. Where files cannot be locked, nobody does.
+                let _ = file.try_lock();
+                return Ok((beside, file));
+            }
         }
     }
     Err(io::ErrorKind::AlreadyExists.into())

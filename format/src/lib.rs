@@ -1,4 +1,4 @@
-//! The Sluice weight file: bytes ↔ meaning.
+//! The Sluice model file: bytes ↔ meaning.
 //!
 //! A file is a superblock, a set of checksummed, page-aligned **extents**, and three tables that say what they hold.
 //! `docs/FORMAT.md` describes it byte by byte; a test compares that document with the constants of this crate.
@@ -35,7 +35,7 @@ mod verify;
 mod weight;
 mod writer;
 
-pub use durable::{Syncer, may_replace, replace_file, replace_file_with};
+pub use durable::{Syncer, may_replace, remove_leftovers, replace_file, replace_file_with};
 pub use error::{FormatError, Region};
 pub use extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER, extent_name};
 pub use fields::extent::LEN as EXTENT_RECORD_LEN;

@@ -159,19 +159,19 @@ impl ThreadPool {
         }
     }
 
-    /// Splits `data` into chunks of `chunk_len`, the last of which may be shorter, and runs `f(i, chunk)` for each in
+    /// Splits `data` into pieces of `piece_len`, the last of which may be shorter, and runs `f(i, piece)` for each in
     /// parallel.
     ///
     /// # Panics
-    /// If `chunk_len` is 0, or as [`run`](Self::run) does.
-    pub fn for_each_chunk<T: Send>(&self, data: &mut [T], chunk_len: usize, f: &(dyn Fn(usize, &mut [T]) + Sync)) {
-        assert!(chunk_len > 0, "chunks have a length");
+    /// If `piece_len` is 0, or as [`run`](Self::run) does.
+    pub fn for_each_piece<T: Send>(&self, data: &mut [T], piece_len: usize, f: &(dyn Fn(usize, &mut [T]) + Sync)) {
+        assert!(piece_len > 0, "pieces have a length");
         let len = data.len();
         let pieces = Pieces::new(data);
-        self.run(len.div_ceil(chunk_len), &|i| {
-            let at = i * chunk_len;
-            // SAFETY: chunks of different tasks do not overlap, and `run` runs every task once.
-            f(i, unsafe { pieces.piece(at, chunk_len.min(len - at)) });
+        self.run(len.div_ceil(piece_len), &|i| {
+            let at = i * piece_len;
+            // SAFETY: pieces of different tasks do not overlap, and `run` runs every task once.
+            f(i, unsafe { pieces.piece(at, piece_len.min(len - at)) });
         });
     }
 
@@ -352,7 +352,7 @@ mod tests {
             let pool = ThreadPool::new(threads);
             for tasks in (0..200).chain([5000]) {
                 let mut counts = vec![0u8; tasks];
-                pool.for_each_chunk(&mut counts, 1, &|_, c| c[0] += 1);
+                pool.for_each_piece(&mut counts, 1, &|_, c| c[0] += 1);
                 assert!(counts.iter().all(|&c| c == 1));
             }
         }
@@ -446,12 +446,12 @@ mod tests {
     }
 
     #[test]
-    fn chunks_cover_the_data() {
+    fn pieces_cover_the_data() {
         let pool = ThreadPool::new(2);
         let mut data = vec![0usize; 103];
-        pool.for_each_chunk(&mut data, 10, &|i, chunk| {
-            assert_eq!(chunk.len(), if i == 10 { 3 } else { 10 });
-            chunk.fill(i);
+        pool.for_each_piece(&mut data, 10, &|i, piece| {
+            assert_eq!(piece.len(), if i == 10 { 3 } else { 10 });
+            piece.fill(i);
         });
         assert!(data.iter().enumerate().all(|(i, &v)| v == i / 10));
     }

@@ -111,23 +111,6 @@ fn step(engine: &mut Engine, all: &mut [Tracked], takes: &[Take], vocab: u32, fr
     let pages = engine.pages();
     let appends = all.iter().zip(&takes).map(|(tracked, &n)| (&tracked.sequence, n)).filter(|append| append.1 > 0);
     let room = engine.room_for(appends);
-    if let Err(full) = room {
-        assert!(full.wanted > full.free, "{full}");
-        for Tracked { sequence, tokens, .. } in &*all {
-            assert_eq!(sequence.position(), tokens.len());
-        }
-        let tokens = vec![0; length];
-        let mut spans: Vec<_> = all
-            .iter_mut()
-            .zip(&takes)
-            .filter(|append| *append.1 > 0)
-            .map(|(tracked, &n)| Span::prompt(&mut tracked.sequence, &tokens[..n], Want::Nothing))
-            .collect();
-        let error = engine.step(&mut spans, &mut Control::default(), &mut |_, _, _| ()).unwrap_err();
-        assert!(matches!(error, RuntimeError::Model(ModelError::PagesFull(same)) if same == full), "{error}");
-        assert_eq!(engine.pages(), pages, "a step that does not fit takes nothing");
-        return false;
-    }
     for (i, Tracked { sequence, tokens, .. }) in all.iter_mut().enumerate() {
         let (start, take) = (tokens.len(), takes[i]);
         if take == 0 {
@@ -145,7 +128,19 @@ fn step(engine: &mut Engine, all: &mut [Tracked], takes: &[Take], vocab: u32, fr
         return true;
     }
     let mut rows = Vec::new();
-    engine.step(&mut spans, &mut Control::default(), &mut |span, _, row| rows.push((span, row.to_vec()))).unwrap();
+    let outcome = engine.step(&mut spans, &mut Control::default(), &mut |span, _, row| rows.push((span, row.to_vec())));
+    if let Err(RuntimeError::Model(ModelError::PagesFull(full))) = outcome {
+        assert!(room.is_err() && full.wanted > full.free, "{full}");
+        assert!(rows.is_empty(), "a step that does not fit does nothing");
+        for Tracked { sequence, tokens, logits } in all {
+            tokens.truncate(logits.len());
+            assert_eq!(sequence.tokens(), &tokens[..]);
+        }
+        // Marks that nobody asked for may have gone.
+        assert!(engine.pages().iter().zip(pages).all(|(now, before)| now.free >= before.free));
+        return false;
+    }
+    outcome.unwrap();
     rows.into_iter().for_each(|(span, row)| all[owners[span]].logits.push(row));
     true
 }
@@ -169,6 +164,29 @@ fn cancelled_step(engine: &mut Engine, tracked: &mut Tracked, take: usize, layer
     let span = Span::prompt(&mut tracked.sequence, &tokens[..take], Want::All);
     let outcome = engine.step(&mut [span], &mut control, &mut |_, _, _| panic!("the step has no logits"));
     assert!(matches!(outcome, Err(RuntimeError::Model(ModelError::Cancelled))));
+}
+
+/// Goes back to a mark, if the sequence still has it.
+fn rewind_to_mark(tracked: &mut Tracked, mark: Mark) -> Result<(), TestCaseError> {
+    let stands = tracked.sequence.marks().any(|own| own == mark);
+    match tracked.sequence.rewind(mark) {
+        Ok(()) => tracked.truncate(mark.position()),
+        Err(error) => prop_assert_eq!(error, RewindError::NoSuchMark { position: mark.position() }),
+    }
+    prop_assert_eq!(tracked.sequence.position(), tracked.tokens.len());
+    prop_assert_eq!(stands, tracked.sequence.marks().any(|own| own == mark));
+    Ok(())
+}
+
+/// Goes back to this part of the tokens, computing what is missing.
+fn rewind(engine: &mut Engine, tracked: &mut Tracked, part: f64) {
+    let wanted = (tracked.tokens.len() as f64 * part) as usize;
+    match engine.rewind(&mut tracked.sequence, wanted, &mut Control::default()) {
+        Ok(()) => tracked.truncate(wanted),
+        // What was to be computed again needs more than there is.
+        Err(RuntimeError::Model(ModelError::PagesFull(_))) => tracked.truncate(tracked.sequence.position()),
+        Err(error) => panic!("{error}"),
+    }
 }
 
 fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), TestCaseError> {
@@ -204,15 +222,8 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
                 marks.push(mark);
             }
             Event::RewindToMark(i, mark) if !marks.is_empty() => {
-                let (tracked, mark) = (&mut all[i % count], marks[mark % marks.len()]);
-                let stands = tracked.sequence.marks().any(|own| own == mark);
-                tracked.check(alone)?;
-                match tracked.sequence.rewind(mark) {
-                    Ok(()) => tracked.truncate(mark.position()),
-                    Err(error) => prop_assert_eq!(error, RewindError::NoSuchMark { position: mark.position() }),
-                }
-                prop_assert_eq!(tracked.sequence.position(), tracked.tokens.len());
-                prop_assert_eq!(stands, tracked.sequence.marks().any(|own| own == mark));
+                all[i % count].check(alone)?;
+                rewind_to_mark(&mut all[i % count], marks[mark % marks.len()])?;
             }
             Event::RewindToMark(..) => {}
             Event::RewindTo(i, part) => {
@@ -225,17 +236,8 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
                 tracked.truncate(reached);
             }
             Event::Rewind(i, part) => {
-                let tracked = &mut all[i % count];
-                tracked.check(alone)?;
-                let wanted = (tracked.tokens.len() as f64 * part) as usize;
-                match engine.rewind(&mut tracked.sequence, wanted, &mut Control::default()) {
-                    Ok(()) => tracked.truncate(wanted),
-                    // What was to be computed again needs more than there is.
-                    Err(RuntimeError::Model(ModelError::PagesFull(_))) => {
-                        tracked.truncate(tracked.sequence.position());
-                    }
-                    Err(error) => panic!("{error}"),
-                }
+                all[i % count].check(alone)?;
+                rewind(engine, &mut all[i % count], part);
             }
             Event::Clear(i) => {
                 all[i % count].sequence.clear();
@@ -264,6 +266,7 @@ fn a_sequence_gives_the_bits_of_its_tokens_whatever_it_has_been_through() {
                 context: Some(length),
                 sequences: Some(sequences),
                 marks: MARKS,
+                mark_every: Some(16),
                 forget: true,
                 ..EngineOptions::default()
             };

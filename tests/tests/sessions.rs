@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
+use std::time::Duration;
 
 use sluice_model::session::{
     HEADER_FIELDS, SECTION_FIELDS, SECTION_KINDS, SESSION_MAGIC, SESSION_VERSION, SessionError, kv_code,
@@ -14,7 +15,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
 /// and keys beside recurrent states.
 const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next"];
-const HEADER_LEN: usize = 56;
+const HEADER_LEN: usize = 64;
 
 fn options(kv_type: KvType) -> EngineOptions {
     EngineOptions { context: Some(64), sequences: Some(4), kv_type, forget: true, ..EngineOptions::default() }
@@ -56,8 +57,8 @@ fn sections(bytes: &[u8]) -> Vec<(usize, usize)> {
 
 /// Makes all checksums right again.
 fn seal(bytes: &mut [u8]) {
-    let mut sum = xxh3_64(&bytes[..48]);
-    bytes[48..56].copy_from_slice(&sum.to_le_bytes());
+    let mut sum = xxh3_64(&bytes[..56]);
+    bytes[56..64].copy_from_slice(&sum.to_le_bytes());
     for (begin, end) in sections(bytes) {
         sum = xxh3_64_with_seed(&bytes[begin..end - 8], sum);
         bytes[end - 8..end].copy_from_slice(&sum.to_le_bytes());
@@ -105,6 +106,53 @@ fn a_restored_sequence_goes_on_with_the_same_bits() {
 }
 
 #[test]
+fn marks_are_saved_with_what_they_keep() {
+    for family in ATTENTIONS {
+        let (model, tokens) = (Converted::new(&format!("golden/{family}"), None), tokens(family));
+        let tokens: Vec<u32> = tokens.iter().copied().cycle().take(200).collect();
+        let open = |marks| {
+            let options = EngineOptions { context: Some(200), marks, mark_every: Some(50), ..options(KvType::F16) };
+            model.open(&options)
+        };
+        let (mut engine, mut few) = (open(5), open(2));
+        let mut sequence = engine.new_sequence();
+        let want = logits(&mut engine, &mut sequence, &tokens);
+        let vocab = want.len() / tokens.len();
+        sequence.clear();
+        let marked = [0, 3, 90, 120];
+        sequence.mark().unwrap();
+        for part in marked.windows(2) {
+            logits(&mut engine, &mut sequence, &tokens[part[0]..part[1]]);
+            sequence.mark().unwrap();
+        }
+        logits(&mut engine, &mut sequence, &tokens[120..190]);
+        let bytes = saved(&sequence);
+        let mut back = restored(&engine, &bytes).unwrap();
+        assert!(saved(&back) == bytes, "{family}: saved again, it is another file");
+        let positions = |sequence: &Sequence| sequence.marks().map(|mark| mark.position()).collect::<Vec<_>>();
+        assert_eq!(positions(&back), marked);
+        let marks: Vec<_> = back.marks().collect();
+        for mark in marks.into_iter().rev() {
+            let at = mark.position();
+            let mut fork = back.fork();
+            fork.rewind(mark).unwrap();
+            assert!(logits(&mut engine, &mut fork, &tokens[at..]) == want[at * vocab..], "{family} at {at}");
+            drop(fork);
+            back.rewind(mark).unwrap();
+            assert!(logits(&mut engine, &mut back, &tokens[at..at + 1]) == want[at * vocab..][..vocab]);
+        }
+        // With room for fewer, the newest stay, of those that take room.
+        let mut back = restored(&few, &bytes).unwrap();
+        let forgets = ["gpt_oss", "mixtral_swa", "qwen3_next"].contains(&family);
+        let stay = positions(&back);
+        assert_eq!(stay, if forgets { &[0, 120][..] } else { &marked[..] }, "{family}");
+        let last = back.marks().last().unwrap();
+        back.rewind(last).unwrap();
+        assert!(logits(&mut few, &mut back, &tokens[120..]) == want[120 * vocab..], "{family}");
+    }
+}
+
+#[test]
 fn the_file_is_what_its_description_says() {
     let model = Converted::new("golden/mixtral_swa", None);
     let mut engine = model.open(&options(KvType::Q8));
@@ -115,12 +163,12 @@ fn the_file_is_what_its_description_says() {
     seal(&mut sealed);
     assert!(sealed == bytes, "checksums are chained as described");
     let sections = sections(&bytes);
-    assert_eq!(sections.len(), 1 + engine.spec().layers.len());
+    assert_eq!(sections.len(), 2 + engine.spec().layers.len());
     assert_eq!(sections.last().unwrap().1, bytes.len());
     assert_eq!(bytes[16..32], engine.file().state_id().0);
     let first = &bytes[sections[0].0 + 24..sections[0].1 - 8];
     assert!(first.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).eq(tokens.iter().copied()));
-    for ((begin, _), layer) in sections[1..].iter().zip(&engine.spec().layers) {
+    for ((begin, _), layer) in sections[2..].iter().zip(&engine.spec().layers) {
         let sluice_format::AttentionSpec::Gqa(gqa) = &layer.attention else { panic!("all layers are alike") };
         let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
         let seen = gqa.window.map_or(tokens.len(), |window| (window - 1).min(tokens.len()));
@@ -241,10 +289,13 @@ fn what_is_sound_and_does_not_fit_is_refused_by_name() {
     assert!(matches!(refused(&narrow), SessionError::KvType { wanted: KvType::Q8, found, .. } if found == "f32"));
     assert!(matches!(refused(&exact), SessionError::Precision { exact: false, .. }));
     assert!(matches!(refused(&short), SessionError::TooLong { position: 40, capacity: 39, .. }));
-    assert!(matches!(changed(8, &[2]), SessionError::Version { found: 2, .. }));
+    for version in [1, 3] {
+        assert!(matches!(changed(8, &[version]), SessionError::Version { found, .. } if found == u32::from(version)));
+    }
     assert!(matches!(changed(12, &[0]), SessionError::Numerics { found: 0, .. }));
     assert!(matches!(changed(32, &[9]), SessionError::KvType { found, .. } if found == "type 9"));
     assert!(matches!(changed(36, &[77]), SessionError::Misplaced { .. }));
+    assert!(matches!(changed(48, &[42]), SessionError::Misplaced { .. }));
     // A forged length is compared, never allocated.
     assert!(matches!(changed(40, &[0xff; 8]), SessionError::TooLong { position: u64::MAX, .. }));
     let token = (HEADER_LEN + 24 + 4 * 3) as u64;
@@ -305,6 +356,77 @@ fn a_session_is_the_old_one_or_the_new_one() {
     let missing = folder.path().join("missing/session");
     assert!(matches!(sequence.save_file(&missing), Err(SessionError::Save { .. })));
     assert!(matches!(engine.restore_file(&missing), Err(SessionError::Open { .. })));
+}
+
+/// Where the child saves; without it, it is no child.
+const CHILD: &str = "SLUICE_TEST_SESSION";
+
+/// The sequences that are saved in turn: different ones, so that a mixture of two would be found.
+fn savings(model: &Path) -> (Engine, [Sequence; 2]) {
+    let options = EngineOptions { marks: 2, ..options(KvType::F32) };
+    let mut engine = Engine::open(model, &options).unwrap();
+    let tokens = tokens("qwen3_next");
+    let sequences = [&tokens[..40], &tokens[3..30]].map(|tokens| {
+        let mut sequence = engine.new_sequence();
+        logits(&mut engine, &mut sequence, &tokens[..7]);
+        sequence.mark().unwrap();
+        logits(&mut engine, &mut sequence, &tokens[7..]);
+        sequence
+    });
+    (engine, sequences)
+}
+
+/// Not a test of its own: the process that the next one kills. It saves until then.
+#[test]
+fn child() {
+    let Ok(path) = std::env::var(CHILD) else { return };
+    let path = Path::new(&path);
+    let (_engine, sequences) = savings(&path.with_file_name("model.sluice"));
+    for sequence in sequences.iter().cycle() {
+        sequence.save_file(path).unwrap();
+    }
+}
+
+#[test]
+fn a_saving_that_is_killed_leaves_the_old_session_or_the_new_one() {
+    let model = Converted::new("golden/qwen3_next", None);
+    let (engine, sequences) = savings(&model.path);
+    let wanted = sequences.each_ref().map(saved);
+    let path = model.path.with_file_name("session");
+    sequences[0].save_file(&path).unwrap();
+    let (mut seen, mut leftovers, mut rng) = ([0; 2], 0, Lcg(7));
+    let beside = || {
+        let files = fs::read_dir(path.parent().unwrap()).unwrap();
+        files.filter(|f| f.as_ref().unwrap().file_name().to_string_lossy().starts_with("session.")).count()
+    };
+    for _ in 0..25 {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child"])
+            .env(CHILD, &path)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        // Once it has begun to save, at any moment.
+        let first = fs::metadata(&path).unwrap().modified().unwrap();
+        while fs::metadata(&path).unwrap().modified().unwrap() == first {
+            assert!(child.try_wait().unwrap().is_none(), "the child ended by itself");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_micros(rng.below(5000) as u64));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        leftovers += beside();
+        let bytes = fs::read(&path).unwrap();
+        let which = wanted.iter().position(|wanted| *wanted == bytes).expect("the one or the other, whole");
+        seen[which] += 1;
+        let back = engine.restore_file(&path).unwrap();
+        assert_eq!(back.tokens(), sequences[which].tokens());
+        drop(back);
+        sequences[1 - which].save_file(&path).unwrap();
+        assert_eq!(beside(), 0, "what was left is removed");
+    }
+    assert!(seen.iter().all(|&n| n > 0), "{seen:?}");
+    println!("{leftovers} of 25 were killed while they wrote");
 }
 
 /// The rows of the table that follows `*checked: NAME*`, the first `n` cells of each, without backticks.

@@ -324,7 +324,7 @@ pub(crate) fn open_safetensors(path: &Path) -> Result<(File, Stamp, u64, Vec<u8>
 pub(crate) fn read_side_file(path: &Path) -> Result<Vec<u8>, ConvertError> {
     let file = open_regular(path).map_err(ConvertError::io(path, "open it"))?;
     let mut bytes = Vec::new();
-    // Bounded by what is read, not by what the file system says: files of /proc have no length.
+    // Bounded by what is read, not by what the filesystem says: files of /proc have no length.
     file.take(MAX_SIDE_FILE + 1).read_to_end(&mut bytes).map_err(ConvertError::io(path, "read it"))?;
     if bytes.len() as u64 > MAX_SIDE_FILE {
         let problem = format!("it has more than {MAX_SIDE_FILE} bytes");

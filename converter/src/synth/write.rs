@@ -161,7 +161,7 @@ fn prepare(
     if !options.sparse {
         check_space(path, layout.file_bytes(BATCH) - hole_bytes(layout, options), notes)?;
     }
-    writer.file().set_len(len).map_err(ConvertError::io(path, "give it its length (does the file system allow it?)"))
+    writer.file().set_len(len).map_err(ConvertError::io(path, "give it its length (does the filesystem allow it?)"))
 }
 
 fn metadata(geometry: &Geometry, options: &SynthOptions) -> Metadata {

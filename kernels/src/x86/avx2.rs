@@ -393,10 +393,10 @@ fn dots_nibbles<const TY: u8, const T: usize>(values: &[u8], x: &[&[QuantisedBlo
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a_chunks, a_rest) = a.as_chunks::<DOT_LANES>();
-    let (b_chunks, b_rest) = b.as_chunks::<DOT_LANES>();
+    let (a_vectors, a_rest) = a.as_chunks::<DOT_LANES>();
+    let (b_vectors, b_rest) = b.as_chunks::<DOT_LANES>();
     let mut s = [_mm256_setzero_ps(); 4];
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
+    for (a, b) in a_vectors.iter().zip(b_vectors) {
         let (a, b) = (a.as_chunks::<8>().0, b.as_chunks::<8>().0);
         for j in 0..4 {
             s[j] = _mm256_fmadd_ps(load(&a[j]), load(&b[j]), s[j]);
@@ -414,10 +414,10 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-    let (x_chunks, x_rest) = x.as_chunks::<8>();
-    let (y_chunks, y_rest) = y.as_chunks_mut::<8>();
+    let (x_vectors, x_rest) = x.as_chunks::<8>();
+    let (y_vectors, y_rest) = y.as_chunks_mut::<8>();
     let a8 = _mm256_set1_ps(a);
-    for (y, x) in y_chunks.iter_mut().zip(x_chunks) {
+    for (y, x) in y_vectors.iter_mut().zip(x_vectors) {
         store(y, _mm256_fmadd_ps(a8, load(x), load(y)));
     }
     for (y, &x) in y_rest.iter_mut().zip(x_rest) {

@@ -41,7 +41,7 @@ pub fn load(model: &Path, id: StateId) -> Option<Vec<u8>> {
 /// Writes the counts of a model, atomically: a reader sees the old ones or the new ones. Only counts are replaced.
 ///
 /// # Errors
-/// What the file system says, for instance that the folder cannot be written; of the kind
+/// What the filesystem says, for instance that the folder cannot be written; of the kind
 /// [`io::ErrorKind::AlreadyExists`] when there is something else in the place of the counts.
 pub fn save(model: &Path, id: StateId, counts: &[u8]) -> io::Result<()> {
     let mut bytes = [&MAGIC[..], &id.0, &(counts.len() as u64).to_le_bytes(), counts].concat();

@@ -1,7 +1,9 @@
 //! The opened model: file, pool, layers, kernels; and the steps that sequences take with it.
 
+mod budget;
+
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
@@ -11,16 +13,17 @@ use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, open_regular};
 use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
-use crate::cache::{PageCount, PagePool, PagesFull};
+use crate::cache::{PageCount, PageKind, PagePool, PagesFull};
 use crate::compute::Compute;
 use crate::control::{Cancel, Control};
 use crate::counts;
-use crate::memory::{BudgetError, Demand, MemoryPlan};
+use crate::memory::{BudgetError, Demand, MemoryPlan, PressureWatch};
 use crate::room;
 use crate::rows::{Cursor, Rows, Span, Want};
+use crate::sequence::MarkLimits;
 use crate::session::{self, Binding, SessionError};
 use crate::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents};
-use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
+use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, Tuning};
 use sluice_storage::pool::{
     DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, PolicyKind, PoolError, Storage, StorageConfig,
 };
@@ -42,7 +45,7 @@ pub struct EngineOptions {
     pub exact: bool,
     /// Who leaves the expert cache.
     pub policy: PolicyKind,
-    /// Whether experts are read ahead of the router on a guess.
+    /// Whether experts are read before the router has asked for them.
     pub prefetch: Prefetch,
     /// Whether to begin without what earlier runs have learned about this model's experts.
     pub forget: bool,
@@ -52,20 +55,43 @@ pub struct EngineOptions {
     pub context: Option<usize>,
     /// How keys and values are kept; anything but f32 changes results.
     pub kv_type: KvType,
-    /// Marks that a sequence of a model with recurrent states can keep, a copy of the states each (75 MB for Qwen3-Next). Other
-    /// models take any number of marks, at no cost.
+    /// Marks that a sequence of a model with windows or recurrent states can keep, each with a window of keys and values or a copy
+    /// of the states (75 MB for Qwen3-Next). Other models take any number of marks, at no cost.
     pub marks: usize,
     /// A drive that has the experts in place of the file, and its contents in place of each: to measure, not to compute with.
     #[cfg(feature = "sim")]
     pub simulated: Option<sluice_storage::io::sim::SimulatedDrive>,
+    /// Whether the budget shrinks while the system is short of memory.
+    pub yields: Yields,
+    /// Tokens of a prompt after which a sequence marks by itself where it is, as long as it has room for marks; `None`: 2048. So a
+    /// rewind into a long prompt need not begin anew. Marks that are asked for take the place of these.
+    pub mark_every: Option<usize>,
 }
 
+/// What [`EngineOptions::mark_every`] is if nothing is said. A rewind computes so many tokens again at most, or as many as a pass has
+/// rows.
+const MARK_EVERY: usize = 2048;
+
+pub use self::budget::ShrinkError;
 pub use sluice_storage::io::EngineKind as ReadEngineKind;
+
+/// Whether the budget shrinks while the system is short of memory ([`Engine::heed_pressure`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Yields {
+    /// If no budget is stated: the engine has then taken what was free at the start, and gives it back to those who need it. A
+    /// stated budget is meant.
+    #[default]
+    Unstated,
+    /// Whatever the budget.
+    Always,
+    /// Never.
+    Never,
+}
 
 /// Whether experts are read ahead of the router.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Prefetch {
-    /// While the drive would idle, as long as guesses are mostly right.
+    /// While the drive would idle, as long as prefetches are mostly right.
     #[default]
     Auto,
     /// Never.
@@ -81,6 +107,9 @@ pub enum RuntimeError {
     /// The budget.
     #[error(transparent)]
     Budget(#[from] BudgetError),
+    /// A budget below what an opened model needs.
+    #[error(transparent)]
+    Shrink(#[from] ShrinkError),
     /// Reading extents.
     #[error(transparent)]
     Pool(#[from] PoolError),
@@ -122,7 +151,7 @@ pub struct Stats {
     pub hits: u64,
     /// Experts that had to be read.
     pub misses: u64,
-    /// Experts read ahead of the router, on a guess.
+    /// Experts read before the router had asked for them.
     pub prefetched: u64,
     /// Of which used before they left memory.
     pub prefetched_used: u64,
@@ -140,14 +169,22 @@ pub struct Engine {
     memory: MemoryPlan,
     compute: Compute,
     storage: Storage,
-    tuning: Tuning,
+    /// Of each file.
+    tuning: Vec<Tuning>,
     model: Model,
     pages: Arc<PagePool>,
+    /// What the numbers of a sequence depend on beside its tokens.
+    binding: Binding,
+    marks: MarkLimits,
     tokens: u64,
     time: Duration,
     /// Rows of the current pass, and those whose logits are wanted.
     rows: Rows,
     wanted: Vec<usize>,
+    /// Expert slots that the budget allows; there are fewer while the system is short of memory.
+    allowed_slots: usize,
+    /// Watches the system's memory, if the budget follows it.
+    pressure: Option<PressureWatch>,
 }
 
 impl Engine {
@@ -163,8 +200,10 @@ impl Engine {
         let memory = MemoryPlan::new(&file, options.budget, demand)?;
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
-        let tuning = Tuning::choose(file.path(), options.io.as_ref(), options.read_engine, store.as_ref());
-        let mut storage = open_storage(&file, &memory, options, &tuning)?;
+        let paths = [file.path().to_owned()];
+        let choose = |path: &PathBuf| Tuning::choose(path, options.io.as_ref(), options.read_engine, store.as_ref());
+        let tuning: Vec<Tuning> = paths.iter().map(choose).collect();
+        let mut storage = open_storage(&paths, &file, &memory, options, &tuning)?;
         let precision = if options.exact { Precision::Exact } else { Precision::Int8 };
         let threads = compute_threads(options.threads, storage.io.reading());
         let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
@@ -177,9 +216,34 @@ impl Engine {
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
         let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto, memory.kept_outputs)?;
         let pages = memory.page_pool(model.spec());
+        let binding = Binding { state_id: file.state_id(), kv_type: memory.kv_type, exact: options.exact };
+        let marks = MarkLimits { most: memory.marks, every: options.mark_every.unwrap_or(MARK_EVERY).max(1) };
         let (tokens, time) = (0, Duration::ZERO);
         let (rows, wanted) = (Rows::default(), Vec::new());
-        Ok(Engine { file, memory, compute, storage, tuning, model, pages, tokens, time, rows, wanted })
+        let yields = match options.yields {
+            Yields::Unstated => options.budget.is_none(),
+            Yields::Always => true,
+            Yields::Never => false,
+        };
+        let pressure = yields.then(PressureWatch::new).flatten();
+        let allowed_slots = memory.slots;
+        Ok(Engine {
+            file,
+            memory,
+            compute,
+            storage,
+            tuning,
+            model,
+            pages,
+            binding,
+            marks,
+            tokens,
+            time,
+            rows,
+            wanted,
+            allowed_slots,
+            pressure,
+        })
     }
 
     /// What the model computes.
@@ -207,32 +271,42 @@ impl Engine {
         self.compute.threads.threads()
     }
 
-    /// What reads the file, in words: engine, direct or buffered, and why.
+    /// What reads the file, in words: engine, direct or buffered, and why; of each drive if its parts lie on several.
     pub fn read_path(&self) -> String {
-        let engine = self.storage.io.engine();
-        let direct = self.storage.direct.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
-        format!("{} ({}), {direct}", engine.name, engine.note)
+        let lanes = self.storage.io.lanes();
+        let several = lanes.len() > 1;
+        let in_words = lanes.enumerate().map(|(number, LaneInfo { engine, files, config })| {
+            let direct = files.iter().map(|&file| self.storage.direct[usize::from(file)].to_string());
+            let path = format!("{} ({}), {}", engine.name, engine.note, direct.collect::<Vec<_>>().join("; "));
+            if several {
+                let IoConfig { depth, chunk_bytes, .. } = config;
+                format!("drive {}: {depth} chunks of {} KiB by {path}", number + 1, chunk_bytes >> 10)
+            } else {
+                path
+            }
+        });
+        in_words.collect::<Vec<_>>().join("; ")
     }
 
-    /// Short name of the engine that reads the file.
+    /// Short name of the engine that reads the file; its first part, if it lies on several drives.
     pub fn read_engine(&self) -> &'static str {
         self.storage.io.engine().name
     }
 
-    /// How the file is to be read, and where that comes from.
+    /// How the file is to be read, and where that comes from; its first part, if it lies on several drives.
     pub fn tuning(&self) -> &Tuning {
-        &self.tuning
+        &self.tuning[0]
     }
 
-    /// Chunks and depth of the reads.
+    /// Chunks and depth of the reads; of the first part of the file, if it lies on several drives.
     pub fn io_config(&self) -> &IoConfig {
-        &self.tuning.config
+        &self.tuning().config
     }
 
     /// Keeps what the eviction policy has learned beside the model, for the next start.
     ///
     /// # Errors
-    /// What the file system says; nothing is lost but the knowledge.
+    /// What the filesystem says; nothing is lost but the knowledge.
     pub fn save_counts(&self) -> io::Result<()> {
         let counts = self.storage.pool.policy().export();
         if counts.is_empty() {
@@ -244,7 +318,7 @@ impl Engine {
     /// An empty sequence for as many tokens as the memory plan gives each. It has no pages yet: there can be more sequences than
     /// were planned, as long as the pages last.
     pub fn new_sequence(&self) -> Sequence {
-        Sequence::new(&self.pages, self.memory.context, self.binding(), self.memory.marks)
+        Sequence::new(&self.pages, self.memory.context, self.binding, self.marks)
     }
 
     /// How many pages there are of each kind, and how many nobody has.
@@ -273,12 +347,6 @@ impl Engine {
             }
         }
         least
-    }
-
-    /// What the numbers of a sequence depend on beside its tokens.
-    fn binding(&self) -> Binding {
-        let exact = self.compute.precision == Precision::Exact;
-        Binding { state_id: self.file.state_id(), kv_type: self.memory.kv_type, exact }
     }
 
     /// Reads a sequence that [`Sequence::save_file`] wrote. It has this engine's capacity and no marks.
@@ -378,9 +446,8 @@ impl Engine {
         if spans.is_empty() || spans.iter().any(|span| span.tokens.is_empty()) {
             return Err(ModelError::NoTokens.into());
         }
-        let own = self.binding();
         for span in &*spans {
-            if span.sequence.binding() != own || !Arc::ptr_eq(span.sequence.pool(), &self.pages) {
+            if !Arc::ptr_eq(span.sequence.pool(), &self.pages) {
                 return Err(ModelError::ForeignSequence.into());
             }
             let (capacity, wanted) = (span.sequence.capacity(), span.sequence.position() + span.tokens.len());
@@ -388,7 +455,15 @@ impl Engine {
                 return Err(ModelError::ContextFull { capacity, wanted }.into());
             }
         }
-        self.room_for(spans.iter().map(|span| (&*span.sequence, span.tokens.len()))).map_err(ModelError::from)?;
+        if let Err(full) = self.room(spans) {
+            if full.kind == PageKind::Rows {
+                return Err(ModelError::from(full).into());
+            }
+            // What nobody asked for goes first: marks keep windows and states.
+            spans.iter_mut().for_each(|span| span.sequence.forget_automatic_marks());
+            self.room(spans).map_err(ModelError::from)?;
+        }
+        self.wake_up()?;
         self.compute.observer = control.inputs.clone();
         self.compute.cancel = control.cancel.cloned();
         self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));
@@ -398,6 +473,10 @@ impl Engine {
         self.compute.threads.cancel_by(None);
         self.time += started.elapsed();
         Ok(outcome?)
+    }
+
+    fn room(&self, spans: &[Span<'_>]) -> Result<(), PagesFull> {
+        self.room_for(spans.iter().map(|span| (&*span.sequence, span.tokens.len())))
     }
 
     /// As many passes as the spans need.
@@ -464,12 +543,14 @@ fn compute_threads(asked: Option<usize>, reading: Arc<AtomicBool>) -> ThreadPool
     if pool.threads() < cores { pool } else { pool.sparing_while(reading) }
 }
 
-/// Opens the storage: dense parts in memory, as many expert slots as the plan has.
+/// Opens the storage: dense parts in memory, as many expert slots as the plan has. `paths`: the files that the extents lie in, by
+/// volume, each with its tuning.
 fn open_storage(
+    paths: &[PathBuf],
     file: &ModelFile,
     memory: &MemoryPlan,
     options: &EngineOptions,
-    tuning: &Tuning,
+    tuning: &[Tuning],
 ) -> Result<Storage, RuntimeError> {
     let location =
         |e: &ExtentRecord| ExtentLocation { file: e.volume, offset: e.offset, len: e.stored_len, checksum: e.checksum };
@@ -484,14 +565,13 @@ fn open_storage(
     let config = StorageConfig {
         expert_slots: memory.slots,
         pinned: memory.pinned.clone(),
-        io: tuning.config.clone(),
-        engine: tuning.engine,
+        tuning: tuning.to_vec(),
         direct: DirectMode::default(),
         #[cfg(feature = "sim")]
         simulated: options.simulated.clone(),
     };
     let policy = options.policy.build(experts.shape()).ok_or(RuntimeError::Policy(options.policy))?;
-    Ok(Storage::open(&[file.path().to_owned()], &dense, experts, policy, &config)?)
+    Ok(Storage::open(paths, &dense, experts, policy, &config)?)
 }
 
 fn name(e: &ExtentRecord) -> ExtentName {

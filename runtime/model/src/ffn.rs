@@ -8,9 +8,9 @@ use sluice_kernels::{Activations, sigmoid};
 use super::ModelError;
 use super::compute::{Compute, Step, sized};
 use super::experts::{ExpertScratch, Routed};
-use super::foresight::{Foresight, NextLayer};
 use super::gated::{GatedFfn, GatedScratch};
 use super::outputs::Combining;
+use super::prefetch::{NextLayer, Prefetcher};
 use super::router::Choice;
 use super::rows::Rows;
 use super::tally::Tallied;
@@ -32,7 +32,7 @@ pub struct FfnScratch {
     gated: GatedScratch,
     gate: Vec<f32>,
     experts: ExpertScratch,
-    foresight: Foresight,
+    prefetcher: Prefetcher,
 }
 
 impl FfnScratch {
@@ -43,13 +43,23 @@ impl FfnScratch {
             gated: GatedScratch::new(compute),
             gate: Vec::new(),
             experts: ExpertScratch::new(compute, most_kept),
-            foresight: Foresight::new(prefetch, compute),
+            prefetcher: Prefetcher::new(prefetch, compute),
         }
     }
 
-    /// Whether the next layer's experts are to be guessed.
-    pub(super) fn looks_ahead(&self) -> bool {
-        self.foresight.enabled()
+    /// Gives all buffers back; what prefetches have taught stays.
+    pub fn give_back(&mut self, compute: &Compute) {
+        let FfnScratch { x, gated, gate, experts, prefetcher } = self;
+        *x = Activations::new(compute.precision);
+        *gated = GatedScratch::new(compute);
+        *gate = Vec::new();
+        *experts = ExpertScratch::new(compute, experts.most_kept());
+        prefetcher.give_back(compute);
+    }
+
+    /// Whether the next layer's experts are to be prefetched.
+    pub(super) fn prefetches(&self) -> bool {
+        self.prefetcher.enabled()
     }
 
     /// The choices of the last call, `[rows, top_k]`, experts ascending.
@@ -117,7 +127,7 @@ impl Ffn {
     ) -> Result<Duration, ModelError> {
         let n = step.rows.len();
         let hidden = x.len() / n;
-        let FfnScratch { x: activations, gated, gate, experts, foresight } = scratch;
+        let FfnScratch { x: activations, gated, gate, experts, prefetcher } = scratch;
         activations.set(x, n, hidden);
         experts.begin();
         let mut pass = match &self.routed {
@@ -142,9 +152,9 @@ impl Ffn {
             _ => out.fill(0.0),
         }
         let (Some(routed), Some(pass)) = (&self.routed, &mut pass) else { return Ok(Duration::ZERO) };
-        foresight.judge(step.layer, experts.distinct());
+        prefetcher.judge(step.layer, experts.distinct());
         if let Some((residual, next)) = &step.ahead {
-            foresight.look_ahead(step.compute, next, residual, out, pass);
+            prefetcher.prefetch(step.compute, next, residual, out, pass);
         }
         routed.run(step.router(), pass, activations, experts, out)
     }

@@ -157,6 +157,9 @@ impl Rows {
         for part in &self.spans {
             let Span { sequence, tokens, .. } = &mut spans[part.span];
             sequence.advance(&tokens[part.token..][..part.count]);
+            if part.phase == Phase::Prompt {
+                sequence.mark_prompt();
+            }
         }
     }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use sluice_format::ModelSpec;
 use sluice_kernels::KvType;
 
-use super::cache::{Kept, LayerCache, LayerCacheMut, Layout, PagePool, PagesFull, Table};
+use super::cache::{LayerCache, LayerCacheMut, Layout, PageKind, PageLayout, PagePool, PagesFull, Table};
 use super::session::Binding;
 
 /// A place in a sequence that one can go back to, as long as the sequence has not gone back beyond it. A fork has the marks of
@@ -62,14 +62,35 @@ pub enum RewindError {
 
 /// A mark with what it keeps of each kind of page. Forks share that.
 #[derive(Clone, Debug)]
-struct Snapshot {
+pub(crate) struct Snapshot {
     mark: Mark,
-    kept: Arc<[Kept]>,
+    kept: Arc<[Option<Table>]>,
+    /// Nobody asked for it: it was made while a prompt was read.
+    automatic: bool,
+}
+
+/// How many marks a sequence keeps, and when it makes some by itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct MarkLimits {
+    /// Most marks that keep pages.
+    pub most: usize,
+    /// Tokens of a prompt between two marks, at least.
+    pub every: usize,
 }
 
 impl Snapshot {
     fn costs(&self) -> bool {
-        self.kept.iter().any(|kept| !matches!(kept, Kept::Nothing))
+        self.kept.iter().any(Option::is_some)
+    }
+
+    /// Tokens before the mark.
+    pub(crate) fn position(&self) -> usize {
+        self.mark.position
+    }
+
+    /// Whether nobody asked for it.
+    pub(crate) fn is_automatic(&self) -> bool {
+        self.automatic
     }
 }
 
@@ -83,15 +104,14 @@ pub struct Sequence {
     capacity: usize,
     /// Those that still stand, in the order in which they were made.
     marks: Vec<Snapshot>,
-    /// Most marks that keep pages.
-    most_marks: usize,
+    limits: MarkLimits,
     binding: Binding,
 }
 
 impl Sequence {
     /// An empty sequence that can hold `capacity` tokens, with pages of `pool`, of the model and with the type of keys and values
-    /// that `binding` says. In a model with windows or recurrent layers it keeps `marks` marks.
-    pub(crate) fn new(pool: &Arc<PagePool>, capacity: usize, binding: Binding, marks: usize) -> Self {
+    /// that `binding` says.
+    pub(crate) fn new(pool: &Arc<PagePool>, capacity: usize, binding: Binding, limits: MarkLimits) -> Self {
         let kinds = pool.layout().pages().iter().enumerate();
         Sequence {
             tables: kinds.map(|(number, page)| Table::new(number, page.kind(), capacity)).collect(),
@@ -99,7 +119,7 @@ impl Sequence {
             tokens: Vec::with_capacity(capacity),
             capacity,
             marks: Vec::new(),
-            most_marks: marks,
+            limits,
             binding,
         }
     }
@@ -175,18 +195,19 @@ impl Sequence {
     /// [`RewindError::NoMarks`] where it was made for none.
     pub fn mark(&mut self) -> Result<Mark, RewindError> {
         let position = self.position();
-        if let Some(snapshot) = self.marks.iter().find(|s| s.mark.position == position) {
+        if let Some(snapshot) = self.marks.iter_mut().find(|s| s.mark.position == position) {
+            snapshot.automatic = false;
             return Ok(snapshot.mark);
         }
-        // At the beginning there is nothing to keep.
-        let tables = if position > 0 { &self.tables[..] } else { &[] };
-        let snapshot = Snapshot { mark: Mark::new(position), kept: tables.iter().map(|t| t.keep(position)).collect() };
+        let snapshot = self.snapshot(false);
         if snapshot.costs() {
-            if self.most_marks == 0 {
+            if self.limits.most == 0 {
                 return Err(RewindError::NoMarks { bytes: self.pool.layout().mark_bytes(self.capacity) });
             }
-            if self.marks.iter().filter(|s| s.costs()).count() >= self.most_marks {
-                let oldest = self.marks.iter().position(Snapshot::costs).expect("there is at least one");
+            while self.costly_marks() >= self.limits.most {
+                let costly = || self.marks.iter().enumerate().filter(|(_, s)| s.costs());
+                let oldest = costly().find(|(_, s)| s.automatic).or_else(|| costly().next());
+                let (oldest, _) = oldest.expect("there is at least one");
                 self.marks.remove(oldest);
             }
         }
@@ -195,9 +216,46 @@ impl Sequence {
         Ok(mark)
     }
 
-    /// The marks that stand, oldest first.
+    /// What a mark here keeps.
+    fn snapshot(&self, automatic: bool) -> Snapshot {
+        let position = self.position();
+        // At the beginning there is nothing to keep.
+        let tables = if position > 0 { &self.tables[..] } else { &[] };
+        let kept = tables.iter().map(|table| table.keep(position)).collect();
+        Snapshot { mark: Mark::new(position), kept, automatic }
+    }
+
+    fn costly_marks(&self) -> usize {
+        self.marks.iter().filter(|s| s.costs()).count()
+    }
+
+    /// A part of a prompt has been read: keeps what layers will lose, if that has not been done for long. Such a mark takes no
+    /// other one's place but an earlier such one's.
+    pub(crate) fn mark_prompt(&mut self) {
+        let (position, MarkLimits { most, every }) = (self.position(), self.limits);
+        let last = self.marks.iter().map(|s| s.mark.position).max().unwrap_or(0);
+        if most == 0 || position - last < every {
+            return;
+        }
+        let snapshot = self.snapshot(true);
+        if !snapshot.costs() {
+            return;
+        }
+        if self.costly_marks() >= most {
+            let Some(oldest) = self.marks.iter().position(|s| s.automatic) else { return };
+            self.marks.remove(oldest);
+        }
+        self.marks.push(snapshot);
+    }
+
+    /// Gives up the marks that nobody asked for.
+    pub(crate) fn forget_automatic_marks(&mut self) {
+        self.marks.retain(|snapshot| !snapshot.automatic);
+    }
+
+    /// The marks that were asked for and stand, oldest first.
     pub fn marks(&self) -> impl Iterator<Item = Mark> {
-        self.marks.iter().map(|snapshot| snapshot.mark)
+        self.marks.iter().filter(|snapshot| !snapshot.automatic).map(|snapshot| snapshot.mark)
     }
 
     /// Gives up a mark and its memory, if it still stands.
@@ -220,7 +278,8 @@ impl Sequence {
     /// Forgets the tokens from `position` on, or from the nearest earlier position that there is a way back to, and says which
     /// one it is. Where layers see everything that is `position` itself. Layers with a window keep it and a little more: as far as
     /// that reaches ([`WINDOW_SLACK`](crate::WINDOW_SLACK)), `position` itself, too. Recurrent layers can go where the last step or
-    /// the one before it ended. Otherwise it is a mark, or the beginning.
+    /// the one before it ended. Otherwise it is a mark, one of those that were made while a prompt was read
+    /// ([`EngineOptions::mark_every`](crate::EngineOptions::mark_every)), or the beginning.
     ///
     /// # Errors
     /// [`RewindError::Beyond`] if there are fewer tokens; the sequence is then as it was.
@@ -253,7 +312,7 @@ impl Sequence {
         if position < self.position() {
             let snapshot = self.marks.iter().find(|s| s.mark.position == position);
             for (i, table) in self.tables.iter_mut().enumerate() {
-                table.rewind(position, snapshot.and_then(|s| s.kept.get(i)));
+                table.rewind(position, snapshot.and_then(|s| s.kept.get(i)?.as_ref()));
             }
         }
         self.tokens.truncate(position);
@@ -272,7 +331,7 @@ impl Sequence {
             tokens,
             capacity: self.capacity,
             marks: self.marks.clone(),
-            most_marks: self.most_marks,
+            limits: self.limits,
             binding: self.binding,
         }
     }
@@ -314,28 +373,69 @@ impl Sequence {
         self.tokens.extend_from_slice(tokens);
     }
 
+    /// The marks, oldest first.
+    pub(crate) fn snapshots(&self) -> &[Snapshot] {
+        &self.marks
+    }
+
+    /// A mark at `position` that is to be filled with what was saved of it, the `newest`-th from the end; none where there is no room
+    /// for what it keeps.
+    pub(crate) fn room_for_mark(&self, newest: usize, position: usize, automatic: bool) -> Option<Snapshot> {
+        let kinds = self.pool.layout().pages().iter().enumerate();
+        let room = |(number, page): (usize, &PageLayout)| {
+            if position == 0 || page.kind().marked(position) == 0 {
+                return Some(None);
+            }
+            let mut table = Table::new(number, page.kind(), 0);
+            let fits = newest <= self.limits.most && table.restore(&self.pool, position).is_ok();
+            fits.then_some(Some(table))
+        };
+        let kept = kinds.map(room).collect::<Option<Arc<[_]>>>()?;
+        Some(Snapshot { mark: Mark::new(position), kept, automatic })
+    }
+
+    /// Adds a mark that was filled, behind all others.
+    pub(crate) fn restore_mark(&mut self, mark: Snapshot) {
+        self.marks.push(mark);
+    }
+
+    /// Layers of the model.
     pub(crate) fn layers(&self) -> usize {
         self.pool.layout().layers()
     }
 
-    /// Bytes of a record of a layer.
-    pub(crate) fn record_len(&self, layer: usize) -> usize {
-        self.pool.layout().record_len(layer)
+    /// Whether a mark keeps something of a layer.
+    pub(crate) fn forgets(&self, layer: usize) -> bool {
+        let layout = self.pool.layout();
+        layout.pages()[layout.layer(layer).0].kind() != PageKind::Rows
     }
 
     pub(crate) fn layer(&self, index: usize) -> LayerCache<'_> {
-        let (number, place) = self.pool.layout().layer(index);
-        LayerCache::new(&self.tables[number], place)
+        let layout = self.pool.layout();
+        LayerCache::new(layout, index, &self.tables[layout.layer(index).0])
     }
 
     pub(crate) fn layer_mut(&mut self, index: usize) -> LayerCacheMut<'_> {
-        let (number, place) = self.pool.layout().layer(index);
-        LayerCacheMut::new(&mut self.tables[number], place)
+        let layout = self.pool.layout();
+        LayerCacheMut::new(layout, index, &mut self.tables[layout.layer(index).0])
+    }
+
+    /// What a mark keeps of a layer.
+    pub(crate) fn layer_at<'a>(&'a self, mark: &'a Snapshot, index: usize) -> Option<LayerCache<'a>> {
+        let layout = self.pool.layout();
+        Some(LayerCache::new(layout, index, mark.kept.get(layout.layer(index).0)?.as_ref()?))
+    }
+
+    /// The same, to fill it.
+    pub(crate) fn layer_at_mut<'a>(&'a self, mark: &'a mut Snapshot, index: usize) -> Option<LayerCacheMut<'a>> {
+        let layout = self.pool.layout();
+        let kept = Arc::get_mut(&mut mark.kept)?.get_mut(layout.layer(index).0)?;
+        Some(LayerCacheMut::new(layout, index, kept.as_mut()?))
     }
 
     /// A sequence that counts tokens and remembers nothing.
     #[cfg(test)]
     pub(crate) fn without_layers(capacity: usize) -> Self {
-        Sequence::new(&PagePool::new(Layout::empty(), &[]), capacity, Binding::default(), 0)
+        Sequence::new(&PagePool::new(Layout::empty(), &[]), capacity, Binding::default(), MarkLimits::default())
     }
 }

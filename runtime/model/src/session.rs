@@ -10,23 +10,23 @@ use std::path::{Path, PathBuf};
 
 use sluice_checksum::{Xxh3, xxh3_64};
 use sluice_format::fields::Field;
-use sluice_format::{NO_LAYER, StateId, may_replace, replace_file_with};
+use sluice_format::{NO_LAYER, StateId, may_replace, remove_leftovers, replace_file_with};
 use sluice_kernels::{KvType, NUMERICS_VERSION};
 
-use super::cache::{PagesFull, Place};
+use super::cache::{LayerCache, LayerCacheMut, PagesFull, Place};
 use super::sequence::Sequence;
 
 /// The first bytes of a saved sequence.
 pub const SESSION_MAGIC: [u8; 8] = *b"SLUSEQ\x0d\x1a";
 /// Version of the file that is written and read.
-pub const SESSION_VERSION: u32 = 1;
+pub const SESSION_VERSION: u32 = 2;
 
 const fn field(name: &'static str, offset: usize, len: usize) -> Field {
     Field { name, offset, len }
 }
 
 /// The header.
-pub const HEADER_FIELDS: [Field; 9] = [
+pub const HEADER_FIELDS: [Field; 10] = [
     field("magic", 0, 8),
     field("version", 8, 4),
     field("numerics", 12, 4),
@@ -35,14 +35,16 @@ pub const HEADER_FIELDS: [Field; 9] = [
     field("precision", 34, 2),
     field("layers", 36, 4),
     field("position", 40, 8),
-    field("checksum", 48, 8),
+    field("marks", 48, 8),
+    field("checksum", 56, 8),
 ];
 /// What a section begins with.
 pub const SECTION_FIELDS: [Field; 4] =
     [field("kind", 0, 4), field("layer", 4, 4), field("records", 8, 8), field("record_len", 16, 8)];
 
 const VERSION_AT: usize = 8;
-const CHECKSUM_AT: usize = 48;
+const MARKS_AT: usize = 48;
+const CHECKSUM_AT: usize = 56;
 const HEADER_LEN: usize = CHECKSUM_AT + 8;
 const SECTION_LEN: usize = 24;
 /// Bytes that are written or read at once, if a record is not longer.
@@ -66,9 +68,18 @@ pub enum Part {
     Header,
     /// The token ids.
     Tokens,
+    /// The marks.
+    Marks,
     /// What a layer remembers.
     Layer(usize),
-    /// What follows the last layer: nothing.
+    /// What a layer keeps for a mark.
+    Mark {
+        /// Tokens before the mark.
+        position: usize,
+        /// The layer.
+        layer: usize,
+    },
+    /// What follows the last part: nothing.
     End,
 }
 
@@ -77,7 +88,9 @@ impl fmt::Display for Part {
         match self {
             Part::Header => f.write_str("the header"),
             Part::Tokens => f.write_str("the tokens"),
+            Part::Marks => f.write_str("the marks"),
             Part::Layer(layer) => write!(f, "layer {layer}"),
+            Part::Mark { position, layer } => write!(f, "layer {layer} at the mark at token {position}"),
             Part::End => f.write_str("the end"),
         }
     }
@@ -91,7 +104,7 @@ pub enum SessionError {
     Save {
         /// The file.
         path: PathBuf,
-        /// What the file system said.
+        /// What the filesystem said.
         source: io::Error,
     },
     /// Something else has the name.
@@ -105,7 +118,7 @@ pub enum SessionError {
     Open {
         /// The file.
         path: PathBuf,
-        /// What the file system said.
+        /// What the filesystem said.
         source: io::Error,
     },
     /// Reading.
@@ -266,8 +279,11 @@ fn kind_of(place: Place) -> u32 {
 }
 
 const TOKENS_KIND: u32 = 1;
+const MARKS_KIND: u32 = 5;
+/// Bytes of a mark: its position, and whether it was asked for.
+const MARK_LEN: usize = 12;
 /// Names of the kinds of sections, the first of them 1.
-pub const SECTION_KINDS: [&str; 4] = ["tokens", "latents", "keys and values", "state"];
+pub const SECTION_KINDS: [&str; 5] = ["tokens", "latents", "keys and values", "state", "marks"];
 
 /// What a section begins with.
 fn section(kind: u32, layer: u32, records: usize, record_len: usize) -> [u8; SECTION_LEN] {
@@ -277,6 +293,16 @@ fn section(kind: u32, layer: u32, records: usize, record_len: usize) -> [u8; SEC
     bytes[8..16].copy_from_slice(&(records as u64).to_le_bytes());
     bytes[16..].copy_from_slice(&(record_len as u64).to_le_bytes());
     bytes
+}
+
+/// What the section of a layer behind `position` tokens begins with; its records, and the bytes of each.
+fn layer_section(
+    index: usize,
+    layer: LayerCache<'_>,
+    position: usize,
+) -> ([u8; SECTION_LEN], std::ops::Range<usize>, usize) {
+    let (records, len) = (layer.records(position), layer.record_len());
+    (section(kind_of(layer.place()), index as u32, records.len(), len), records, len)
 }
 
 fn header(sequence: &Sequence) -> [u8; HEADER_LEN] {
@@ -290,6 +316,7 @@ fn header(sequence: &Sequence) -> [u8; HEADER_LEN] {
     bytes[34..36].copy_from_slice(&u16::from(exact).to_le_bytes());
     bytes[36..40].copy_from_slice(&(sequence.layers() as u32).to_le_bytes());
     bytes[40..48].copy_from_slice(&(sequence.position() as u64).to_le_bytes());
+    bytes[MARKS_AT..CHECKSUM_AT].copy_from_slice(&(sequence.snapshots().len() as u64).to_le_bytes());
     let sum = xxh3_64(&bytes[..CHECKSUM_AT]);
     bytes[CHECKSUM_AT..].copy_from_slice(&sum.to_le_bytes());
     bytes
@@ -314,7 +341,7 @@ fn blocks<E>(
 }
 
 impl Sequence {
-    /// Writes the sequence, without its marks, as `docs/SESSIONS.md` says, in pieces of a few hundred kilobytes.
+    /// Writes the sequence with its marks, as `docs/SESSIONS.md` says, in pieces of a few hundred kilobytes.
     ///
     /// # Errors
     /// What `out` says.
@@ -329,19 +356,26 @@ impl Sequence {
         before = save_section(out, begin, before, 0..tokens.len(), 4, &mut buffer, |record, bytes| {
             bytes.copy_from_slice(&tokens[record].to_le_bytes());
         })?;
+        let marks = self.snapshots();
+        let begin = section(MARKS_KIND, NO_LAYER, marks.len(), MARK_LEN);
+        before = save_section(out, begin, before, 0..marks.len(), MARK_LEN, &mut buffer, |record, bytes| {
+            let (position, asked) = bytes.split_at_mut(8);
+            position.copy_from_slice(&(marks[record].position() as u64).to_le_bytes());
+            asked.copy_from_slice(&u32::from(!marks[record].is_automatic()).to_le_bytes());
+        })?;
         for i in 0..self.layers() {
-            let layer = self.layer(i);
-            let (records, len) = (layer.records(self.position()), self.record_len(i));
-            let begin = section(kind_of(layer.place()), i as u32, records.len(), len);
-            before = save_section(out, begin, before, records, len, &mut buffer, |record, bytes| {
-                layer.record_to_bytes(record, bytes);
-            })?;
+            before = save_layer(out, i, self.layer(i), self.position(), before, &mut buffer)?;
+        }
+        for mark in marks {
+            for (i, layer) in (0..self.layers()).filter_map(|i| Some((i, self.layer_at(mark, i)?))) {
+                before = save_layer(out, i, layer, mark.position(), before, &mut buffer)?;
+            }
         }
         out.flush()
     }
 
     /// Saves the sequence under a name, atomically: whatever happens, the file is the old one or the new one. Only a session
-    /// is replaced.
+    /// is replaced. What earlier savings that were killed have left beside it is removed.
     ///
     /// # Errors
     /// [`SessionError::Occupied`] and [`SessionError::Save`].
@@ -350,8 +384,22 @@ impl Sequence {
         if !may_replace(path, &SESSION_MAGIC).map_err(failed)? {
             return Err(SessionError::Occupied { path: path.to_owned() });
         }
+        remove_leftovers(path, &SESSION_MAGIC);
         replace_file_with(path, |file| self.save(file)).map_err(failed)
     }
+}
+
+/// Writes what a layer remembers behind `position` tokens; returns the section's checksum.
+fn save_layer(
+    out: &mut dyn Write,
+    index: usize,
+    layer: LayerCache<'_>,
+    position: usize,
+    before: u64,
+    buffer: &mut Vec<u8>,
+) -> io::Result<u64> {
+    let (begin, records, len) = layer_section(index, layer, position);
+    save_section(out, begin, before, records, len, buffer, |record, bytes| layer.record_to_bytes(record, bytes))
 }
 
 /// Writes a section; returns its checksum.
@@ -443,8 +491,21 @@ impl Reader<'_> {
         self.checksum()
     }
 
-    /// Reads the header and compares it with what `sequence` needs; returns the position and the checksum.
-    fn header(&mut self, sequence: &Sequence) -> Result<(usize, u64), SessionError> {
+    /// Reads what a layer remembers behind `position` tokens; returns the section's checksum.
+    fn layer(
+        &mut self,
+        part: Part,
+        index: usize,
+        mut layer: LayerCacheMut<'_>,
+        position: usize,
+        before: u64,
+    ) -> Result<u64, SessionError> {
+        let (begin, records, len) = layer_section(index, layer.as_ref(), position);
+        self.section(part, begin, before, records, len, |record, bytes| layer.record_from_bytes(record, bytes))
+    }
+
+    /// Reads the header and compares it with what `sequence` needs; returns position, number of marks and checksum.
+    fn header(&mut self, sequence: &Sequence) -> Result<(usize, usize, u64), SessionError> {
         let path = || self.path.to_owned();
         let mut found = [0; HEADER_LEN];
         let (first, rest) = found.split_at_mut(VERSION_AT + 4);
@@ -490,12 +551,21 @@ impl Reader<'_> {
         if differs(36, 40) {
             return Err(SessionError::Misplaced { path: path(), part: Part::Header, offset: 0 });
         }
-        let position = u64::from_le_bytes(found[40..48].try_into().expect("eight bytes"));
-        match usize::try_from(position) {
-            Ok(fits) if fits <= sequence.capacity() => Ok((fits, sum)),
-            _ => Err(SessionError::TooLong { path: path(), position, capacity: sequence.capacity() }),
+        let (position, marks) = (u64_at(&found, 40), u64_at(&found, MARKS_AT));
+        let fits = usize::try_from(position).ok().filter(|&fits| fits <= sequence.capacity());
+        let Some(fits) = fits else {
+            return Err(SessionError::TooLong { path: path(), position, capacity: sequence.capacity() });
+        };
+        // Marks are at different positions.
+        match usize::try_from(marks) {
+            Ok(marks) if marks <= fits + 1 => Ok((fits, marks, sum)),
+            _ => Err(SessionError::Misplaced { path: path(), part: Part::Header, offset: 0 }),
         }
     }
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -514,7 +584,7 @@ pub(crate) fn restore(
 ) -> Result<Sequence, SessionError> {
     let hash = Xxh3::new();
     let mut reader = Reader { input, path, part: Part::Header, begin: 0, offset: 0, hash, buffer: Vec::new() };
-    let (position, mut before) = reader.header(&sequence)?;
+    let (position, marks, mut before) = reader.header(&sequence)?;
     let begin = section(TOKENS_KIND, NO_LAYER, position, 4);
     let mut tokens = Vec::with_capacity(position);
     before = reader.section(Part::Tokens, begin, before, 0..position, 4, |_, bytes| tokens.push(u32_at(bytes, 0)))?;
@@ -522,15 +592,36 @@ pub(crate) fn restore(
         let offset = reader.begin + (SECTION_LEN + 4 * at) as u64;
         return Err(SessionError::Token { path: path.to_owned(), offset, token: tokens[at], vocab });
     }
-    sequence.make_room(position).map_err(|full| SessionError::PagesFull { path: path.to_owned(), full })?;
+    let begin = section(MARKS_KIND, NO_LAYER, marks, MARK_LEN);
+    let mut at = Vec::with_capacity(marks);
+    before = reader.section(Part::Marks, begin, before, 0..marks, MARK_LEN, |_, bytes| {
+        at.push((u64_at(bytes, 0), u32_at(bytes, 8) == 0));
+    })?;
+    if !at.is_sorted_by(|a, b| a.0 < b.0) || at.last().is_some_and(|last| last.0 > position as u64) {
+        return Err(SessionError::Misplaced { path: path.to_owned(), part: Part::Marks, offset: reader.begin });
+    }
+    let full = |full| SessionError::PagesFull { path: path.to_owned(), full };
+    sequence.make_room(position).map_err(full)?;
     for i in 0..sequence.layers() {
-        let layer = sequence.layer(i);
-        let (records, len) = (layer.records(position), sequence.record_len(i));
-        let begin = section(kind_of(layer.place()), i as u32, records.len(), len);
-        let mut layer = sequence.layer_mut(i);
-        before = reader.section(Part::Layer(i), begin, before, records, len, |record, bytes| {
-            layer.record_from_bytes(record, bytes);
-        })?;
+        before = reader.layer(Part::Layer(i), i, sequence.layer_mut(i), position, before)?;
+    }
+    sequence.restored(&tokens);
+    for (i, &(position, automatic)) in at.iter().enumerate() {
+        let position = position as usize;
+        // The newest stay, as many as there is room for.
+        let mut mark = sequence.room_for_mark(at.len() - i, position, automatic);
+        for layer in (0..sequence.layers()).filter(|&layer| position > 0 && sequence.forgets(layer)) {
+            let part = Part::Mark { position, layer };
+            let cache = mark.as_mut().and_then(|mark| sequence.layer_at_mut(mark, layer));
+            before = match cache {
+                Some(cache) => reader.layer(part, layer, cache, position, before)?,
+                None => {
+                    let (begin, records, len) = layer_section(layer, sequence.layer(layer), position);
+                    reader.section(part, begin, before, records, len, |_, _| ())?
+                }
+            };
+        }
+        mark.into_iter().for_each(|mark| sequence.restore_mark(mark));
     }
     (reader.part, reader.begin) = (Part::End, reader.offset);
     match reader.exact(&mut [0]) {
@@ -538,6 +629,5 @@ pub(crate) fn restore(
         Err(error) => return Err(error),
         Ok(()) => return Err(SessionError::Misplaced { path: path.to_owned(), part: Part::End, offset: reader.begin }),
     }
-    sequence.restored(&tokens);
     Ok(sequence)
 }

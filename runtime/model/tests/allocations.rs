@@ -1,12 +1,17 @@
-//! In steady state a pass over a layer allocates nothing, on any thread.
+//! In steady state a pass over a layer allocates nothing, on any thread, and neither does a step of many sequences.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use sluice_format::{AttentionSpec, ModelSpec};
+use sluice_model::{Control, Engine, EngineOptions, PAGE_TOKENS, ReadEngineKind, Sequence, Span};
 use sluice_storage::io::{Arena, DataFile, DirectMode, EngineKind, IoConfig, PAGE_BYTES, Scheduler, open_engine};
 use sluice_storage::pool::{Arrival, Choice, ExpertDirectory, ExtentLocation, PolicyKind, Pool, Routing};
 use xxhash_rust::xxh3::xxh3_64;
+
+#[path = "../../../format/tests/support/mod.rs"]
+mod support;
 
 /// Counts what the system allocator is asked for.
 struct Counting;
@@ -64,8 +69,12 @@ fn sweep(pool: &mut Pool, rounds: usize) {
     }
 }
 
+/// What one test allocates must not count for the other.
+static TURN: Mutex<()> = Mutex::new(());
+
 #[test]
 fn passes_do_not_allocate_in_steady_state() {
+    let _one_at_a_time = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let file = tempfile::NamedTempFile::new().expect("a file");
     let bytes: Vec<u8> = (0..EXPERTS).flat_map(|id| vec![id as u8; EXPERT_BYTES]).collect();
     std::fs::write(file.path(), &bytes).expect("written");
@@ -91,5 +100,62 @@ fn passes_do_not_allocate_in_steady_state() {
         let allocations = ALLOCATIONS.load(SeqCst) - before;
         assert_eq!(allocations, 0, "{kind:?}");
         assert!(pool.stats().misses > 500, "the pool was not under pressure");
+    }
+}
+
+/// A model of which some layers see everything and others a window, and one with recurrent states and an indexer.
+fn specs() -> [ModelSpec; 2] {
+    let mut windows = support::gqa_spec();
+    if let AttentionSpec::Gqa(gqa) = &mut windows.layers[0].attention {
+        gqa.window = None;
+    }
+    [windows, support::sparse_spec()].map(|spec| ModelSpec { max_positions: 4096, ..spec })
+}
+
+/// Decodes a token of each sequence and says how often it allocated meanwhile.
+fn decode(engine: &mut Engine, sequences: &mut [Sequence]) -> u64 {
+    let vocab = engine.spec().vocab_size;
+    let tokens: Vec<_> = sequences.iter().enumerate().map(|(i, s)| ((i * 7 + s.position()) % vocab) as u32).collect();
+    let mut spans: Vec<_> =
+        sequences.iter_mut().zip(&tokens).map(|(sequence, token)| Span::decode(sequence, token)).collect();
+    let before = ALLOCATIONS.load(SeqCst);
+    engine.step(&mut spans, &mut Control::default(), &mut |_, _, _| ()).expect("there is room");
+    ALLOCATIONS.load(SeqCst) - before
+}
+
+#[test]
+fn many_sequences_decode_over_the_ends_of_pages_without_allocating() {
+    let _one_at_a_time = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    for spec in specs() {
+        let (_folder, path) = support::temp();
+        support::write(&path, &support::plan(&spec, 64), 4096).expect("a sound model");
+        let options = EngineOptions {
+            sequences: Some(64),
+            context: Some(4 * PAGE_TOKENS),
+            read_engine: Some(ReadEngineKind::Pread),
+            // With more, which of them has its scratch already is a matter of chance.
+            threads: Some(1),
+            forget: true,
+            ..EngineOptions::default()
+        };
+        let mut engine = Engine::open(&path, &options).expect("a sound model");
+        let mut sequences: Vec<_> = (0..64).map(|_| engine.new_sequence()).collect();
+        // Scratch grows to what the longest sequence needs.
+        for _ in 1..4 * PAGE_TOKENS {
+            decode(&mut engine, &mut sequences[..2]);
+        }
+        sequences[..2].iter_mut().for_each(Sequence::clear);
+        // They cross the ends of their pages at different times.
+        for (i, sequence) in sequences.iter_mut().enumerate() {
+            let prompt: Vec<u32> = (0..=i as u32).map(|token| token % engine.spec().vocab_size as u32).collect();
+            engine.forward(sequence, &prompt, &mut Vec::new()).expect("there is room");
+        }
+        for _ in 0..20 {
+            decode(&mut engine, &mut sequences);
+        }
+        let pages = sequences.iter().map(Sequence::pages).sum::<usize>();
+        let allocations: u64 = (0..120).map(|_| decode(&mut engine, &mut sequences)).sum();
+        assert_eq!(allocations, 0);
+        assert!(sequences.iter().map(Sequence::pages).sum::<usize>() > pages, "no page was taken");
     }
 }

@@ -16,9 +16,9 @@ use std::ops::Range;
 
 pub use self::key_value::{KeyValueCache, KeyValueCacheMut};
 pub use self::latent::{LatentCache, LatentCacheMut, latent_width};
-pub use self::layout::{Layout, PAGE_TOKENS, PageKind, Place, WINDOW_SLACK};
+pub use self::layout::{Layout, PAGE_TOKENS, PageKind, PageLayout, Place, WINDOW_SLACK};
 pub use self::page::{Held, PageCount, PagePool, PagesFull};
-pub use self::table::{Kept, Table};
+pub use self::table::Table;
 use crate::delta::{State, StateMut};
 
 /// Why a cache is of the kind that its layer wants.
@@ -29,6 +29,7 @@ const OF_ITS_SPEC: &str = "a cache is made from the spec of its layer";
 pub struct LayerCache<'a> {
     table: &'a Table,
     place: Place,
+    record_len: usize,
 }
 
 /// The same, to write it.
@@ -36,12 +37,13 @@ pub struct LayerCache<'a> {
 pub struct LayerCacheMut<'a> {
     table: &'a mut Table,
     place: Place,
+    record_len: usize,
 }
 
 impl<'a> LayerCache<'a> {
-    /// The cache of a layer with this place in the pages of `table`.
-    pub fn new(table: &'a Table, place: Place) -> Self {
-        LayerCache { table, place }
+    /// The cache of layer `index`, whose pages are those of `table`.
+    pub fn new(layout: &Layout, index: usize, table: &'a Table) -> Self {
+        LayerCache { table, place: layout.layer(index).1, record_len: layout.record_len(index) }
     }
 
     /// Its place in its pages.
@@ -73,6 +75,11 @@ impl<'a> LayerCache<'a> {
         }
     }
 
+    /// Bytes of each record.
+    pub fn record_len(self) -> usize {
+        self.record_len
+    }
+
     /// Writes a record. That of a state is the one behind its token.
     pub fn record_to_bytes(self, record: usize, out: &mut [u8]) {
         match self.place {
@@ -87,9 +94,14 @@ impl<'a> LayerCache<'a> {
 }
 
 impl<'a> LayerCacheMut<'a> {
-    /// The cache of a layer with this place in the pages of `table`.
-    pub fn new(table: &'a mut Table, place: Place) -> Self {
-        LayerCacheMut { table, place }
+    /// The cache of layer `index`, whose pages are those of `table`.
+    pub fn new(layout: &Layout, index: usize, table: &'a mut Table) -> Self {
+        LayerCacheMut { table, place: layout.layer(index).1, record_len: layout.record_len(index) }
+    }
+
+    /// The same, to read it.
+    pub fn as_ref(&self) -> LayerCache<'_> {
+        LayerCache { table: self.table, place: self.place, record_len: self.record_len }
     }
 
     /// Keys and values.
@@ -117,7 +129,7 @@ impl<'a> LayerCacheMut<'a> {
 
     /// Puts a record back.
     pub fn record_from_bytes(&mut self, record: usize, bytes: &[u8]) {
-        let LayerCacheMut { table, place } = self;
+        let LayerCacheMut { table, place, .. } = self;
         match *place {
             Place::Latent(place) => LatentCacheMut { table: table.rows_mut(), place }.row_from_bytes(record, bytes),
             Place::KeyValue(place) => KeyValueCacheMut { table: table.rows_mut(), place }.row_from_bytes(record, bytes),

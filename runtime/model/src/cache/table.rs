@@ -7,24 +7,13 @@ use std::sync::Arc;
 use super::layout::{PAGE_TOKENS, PageKind, WINDOW_SLACK};
 use super::page::{Held, Page, PagePool, PagesFull};
 
-/// The pages of one kind.
-#[derive(Debug)]
+/// The pages of one kind, of a sequence or of a mark in it.
+#[derive(Clone, Debug)]
 pub enum Table {
     /// Rows by position.
     Rows(RowTable),
     /// Recurrent states.
     State(StateTable),
-}
-
-/// What a mark keeps of the pages of a kind. Nothing is copied: whoever goes on copies what it is about to write.
-#[derive(Clone, Debug)]
-pub enum Kept {
-    /// Nothing: all rows stay where they are.
-    Nothing,
-    /// The window before the mark.
-    Window(RowTable),
-    /// The states there.
-    State(Held),
 }
 
 /// Pages of rows, one for each [`PAGE_TOKENS`] positions.
@@ -156,7 +145,7 @@ impl RowTable {
 
 /// Recurrent states behind the last step, and one more page: where the next step writes, which until then has the states behind
 /// the step before. So a step that fails can be repeated, and one step can be taken back.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct StateTable {
     kind: usize,
     /// Behind the last step; nothing where no token has been seen.
@@ -310,21 +299,23 @@ impl Table {
         }
     }
 
-    /// What a mark at `position`, where the sequence is, has to keep.
-    pub fn keep(&self, position: usize) -> Kept {
+    /// What a mark at `position`, where the sequence is, has to keep: none where rows stay as long as their tokens. Nothing is
+    /// copied: whoever goes on copies what it is about to write.
+    pub fn keep(&self, position: usize) -> Option<Self> {
         match self {
-            Table::Rows(rows) if rows.window.is_some() => Kept::Window(rows.keep(position)),
-            Table::Rows(_) => Kept::Nothing,
-            Table::State(state) => state.now.as_ref().map_or(Kept::Nothing, |(_, page)| Kept::State(page.clone())),
+            Table::Rows(rows) => rows.window.map(|_| Table::Rows(rows.keep(position))),
+            Table::State(state) => Some(Table::State(state.fork())),
         }
     }
 
     /// Forgets the tokens from `position` on. `kept`: what a mark there has kept.
-    pub fn rewind(&mut self, position: usize, kept: Option<&Kept>) {
+    pub fn rewind(&mut self, position: usize, kept: Option<&Self>) {
         match (self, kept) {
-            (Table::Rows(rows), Some(Kept::Window(kept))) if !rows.reaches(position) => rows.replace(kept),
+            (Table::Rows(rows), Some(Table::Rows(kept))) if !rows.reaches(position) => rows.replace(kept),
             (Table::Rows(rows), _) => rows.truncate(position),
-            (Table::State(state), Some(Kept::State(kept))) => state.rewind(position, Some(kept)),
+            (Table::State(state), Some(Table::State(kept))) => {
+                state.rewind(position, kept.now.as_ref().map(|now| &now.1))
+            }
             (Table::State(state), _) => state.rewind(position, None),
         }
     }

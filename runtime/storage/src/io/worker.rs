@@ -1,4 +1,4 @@
-//! The I/O thread: keeps the drive busy, and turns chunks into extents, verified where their receiver does not do that.
+//! An I/O thread: keeps the drive of its lane busy, and turns chunks into extents, verified where their receiver does not do that.
 //!
 //! One loop: take messages, fill the engine up to its depth, wait for completions, refill, then
 //! hash a piece of what has arrived. Hashing never delays a chunk that could be issued.
@@ -14,8 +14,9 @@ use sluice_checksum::Xxh3;
 use super::arena::PAGE_BYTES;
 use super::error::ReadError;
 use super::fill::{ChunkMem, Filling};
+use super::lane::{Command, Shared};
 use super::queue::{ChunkQueue, Issuable};
-use super::scheduler::{Check, Class, Command, ExtentRead, IoConfig, Shared};
+use super::scheduler::{Check, Class, ExtentRead, IoConfig};
 use super::{ChunkRead, Completion, ReadEngine, Wait, sys};
 
 /// Bytes hashed between two looks at the engine: about 20 µs of work. To look costs far less when nothing has come.
@@ -85,7 +86,6 @@ struct Worker<'a> {
     ended: Vec<Completion>,
     commands: VecDeque<Command>,
     busy_since: Option<Instant>,
-    order: u64,
 }
 
 /// The body of the I/O thread.
@@ -113,7 +113,8 @@ impl Drop for Farewell<'_> {
         inbox.stopped.get_or_insert_with(|| "it has panicked".to_owned());
         inbox.commands.clear();
         drop(inbox);
-        self.shared.announce();
+        self.shared.set_reading(false);
+        self.shared.waiters.announce();
     }
 }
 
@@ -134,7 +135,6 @@ impl<'a> Worker<'a> {
             ended: Vec::with_capacity(depth),
             commands: VecDeque::with_capacity(REQUESTS),
             busy_since: None,
-            order: 0,
         }
     }
 
@@ -285,7 +285,7 @@ impl<'a> Worker<'a> {
         let in_flight = self.free_tags.len() < self.flights.len();
         if in_flight && self.busy_since.is_none() {
             self.busy_since = Some(Instant::now());
-            self.shared.reading.store(true, Relaxed);
+            self.shared.set_reading(true);
         }
         let mut wait = Wait::Poll;
         if may_block {
@@ -316,7 +316,7 @@ impl<'a> Worker<'a> {
         let in_flight = self.free_tags.len() < self.flights.len();
         self.busy_since = in_flight.then_some(now);
         if !in_flight {
-            self.shared.reading.store(false, Relaxed);
+            self.shared.set_reading(false);
         }
     }
 
@@ -394,7 +394,7 @@ impl<'a> Worker<'a> {
         self.prefetch_flights -= usize::from(flight.prefetch);
         self.request(flight.request).filling.give_back(flight.chunk, mem);
         self.end_if_stopped(flight.request);
-        self.shared.announce();
+        self.shared.waiters.announce();
     }
 
     /// Lets a request end with an error, once all its chunks are back.
@@ -435,9 +435,8 @@ impl<'a> Worker<'a> {
         };
         self.live.retain(|&live| live != request);
         self.free.push(request);
-        self.order += 1;
-        active.filling.end(result, self.order);
-        self.shared.announce();
+        active.filling.end(result, self.shared.waiters.next_end());
+        self.shared.waiters.announce();
     }
 
     /// Whose bytes to hash next: a complete extent's before a partial one's, demand before

@@ -92,7 +92,7 @@ impl ExpertPart<'_> {
     /// Whether someone will have to settle the checksum of the whole.
     #[must_use]
     pub fn is_verified(&self) -> bool {
-        !self.pool.io.config().verify
+        !self.pool.io.verifies()
     }
 
     /// Says when the next part of this expert is wanted: when it has this many bytes. Until then, no part of another is handed

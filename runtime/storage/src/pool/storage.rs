@@ -7,7 +7,7 @@ use super::dense::DenseMemory;
 use super::{DenseLocation, DenseParts, ExpertDirectory, Policy, Pool, PoolError};
 #[cfg(feature = "sim")]
 use crate::io::sim::SimulatedDrive;
-use crate::io::{Arena, DataFile, DirectIo, DirectMode, EngineKind, IoConfig, ReadEngine, Scheduler, open_engine};
+use crate::io::{Arena, DataFile, DirectIo, DirectMode, Lane, Scheduler, Tuning, open_lanes};
 
 /// How to open the storage of a model.
 #[derive(Clone, Debug)]
@@ -16,10 +16,8 @@ pub struct StorageConfig {
     pub expert_slots: usize,
     /// For each dense extent, whether it stays in memory; the others are streamed.
     pub pinned: Vec<bool>,
-    /// How extents are read.
-    pub io: IoConfig,
-    /// Which engine reads them.
-    pub engine: EngineKind,
+    /// How each file is read; files on one drive are read as the first of them.
+    pub tuning: Vec<Tuning>,
     /// Whether to bypass the page cache.
     pub direct: DirectMode,
     /// A drive that has the experts in place of the files, and its contents in place of each of them.
@@ -29,7 +27,7 @@ pub struct StorageConfig {
 
 /// The storage of an opened model: dense parts in memory, experts behind a pool.
 pub struct Storage {
-    /// The I/O thread.
+    /// The I/O threads.
     pub io: Arc<Scheduler>,
     /// The dense parts, in the order in which they were given.
     pub dense: DenseParts,
@@ -40,11 +38,14 @@ pub struct Storage {
 }
 
 impl Storage {
-    /// Opens the files, takes all memory, starts the engine and reads the dense parts.
+    /// Opens the files, takes all memory, starts the engines and reads the dense parts.
     ///
     /// # Errors
     /// [`PoolError::NoRoom`] if there is no slot, [`PoolError::Io`] if files, memory or engine cannot be had, [`PoolError::Read`] if a
     /// dense part cannot be read; with a simulated drive, [`PoolError::Directory`] if its contents are not as long as an expert.
+    ///
+    /// # Panics
+    /// Unless there is a file, and a tuning for each.
     pub fn open(
         paths: &[PathBuf],
         dense: &[DenseLocation],
@@ -56,8 +57,8 @@ impl Storage {
         let direct = files.iter().map(|file| file.direct().clone()).collect();
         let mut pool_arena = Pool::reserve(&experts, config.expert_slots)?;
         let memory = DenseParts::reserve(dense, &config.pinned)?;
-        let engine = read_engine(files, config, &mut experts, &mut pool_arena, &memory)?;
-        let io = Arc::new(Scheduler::start(engine, config.io.clone())?);
+        let lanes = read_lanes(files, config, &mut experts, &mut pool_arena, &memory)?;
+        let io = Arc::new(Scheduler::start_lanes(lanes)?);
         let dense = DenseParts::load(&io, memory, dense, &config.pinned)?;
         let pool = Pool::new(Arc::clone(&io), pool_arena, experts, policy);
         Ok(Storage { io, dense, pool, direct })
@@ -67,19 +68,21 @@ impl Storage {
 /// What reads the files: into the memory of experts and of dense parts. If that is a simulated drive, the experts have its contents
 /// from now on, in memory and in the directory.
 #[cfg_attr(not(feature = "sim"), expect(unused_variables, reason = "files say what the experts are"))]
-fn read_engine(
+fn read_lanes(
     files: Vec<DataFile>,
     config: &StorageConfig,
     experts: &mut ExpertDirectory,
     pool: &mut Arena,
     memory: &DenseMemory,
-) -> Result<Box<dyn ReadEngine>, PoolError> {
+) -> Result<Vec<Lane>, PoolError> {
     #[cfg(feature = "sim")]
     if let Some(drive) = &config.simulated {
         experts.hold(drive.contents())?;
         pool.fill(drive.contents());
-        return Ok(Box::new(drive.engine(files, experts.places(), config.io.depth)));
+        let (numbers, io) = ((0..files.len() as u16).collect(), &config.tuning[0].config);
+        let engine = Box::new(drive.engine(files, experts.places(), io.depth));
+        return Ok(vec![Lane { engine, files: numbers, config: io.clone() }]);
     }
     let regions = [pool.region(), memory.pinned.region(), memory.ring.region()];
-    Ok(open_engine(config.engine, files, &regions, &config.io)?)
+    Ok(open_lanes(files, &config.tuning, &regions)?)
 }

@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::*;
 use crate::io::sim::{Fault, FaultKind, SimDrive};
-use crate::io::{IoConfig, PAGE_BYTES, ReadError};
+use crate::io::{DirectMode, IoConfig, PAGE_BYTES, ReadError, Tuning};
 
 const LAYERS: u32 = 4;
 const EXPERTS: u32 = 12;
@@ -288,13 +288,12 @@ fn storage_opens_loads_and_serves() {
         let experts = ExpertDirectory::new(&layers).expect("valid");
         let policy = PolicyKind::Lru.build(experts.shape()).expect("online");
         let paths = [path.clone()];
-        let (io, engine, direct) = Default::default();
+        let (tuning, direct) = (vec![Tuning::default()], DirectMode::default());
         let pinned = dense.iter().enumerate().map(|(i, _)| i % 2 == 0).collect();
         let config = StorageConfig {
             expert_slots,
             pinned,
-            io,
-            engine,
+            tuning,
             direct,
             #[cfg(feature = "sim")]
             simulated: None,
