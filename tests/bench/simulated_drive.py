@@ -119,7 +119,7 @@ def main():
         experts = bench.experts()
         slots = slots_for(bench, experts, hits)
         print(f"{processor()}; {args.geometry}{' of ' + args.layers + ' layers' if args.layers else ''}\n")
-        print("| sequences | drive | experts in memory | hits, guesses included | missed per token | tokens/s | ms per step | computing alone "
+        print("| sequences | drive | experts in memory | hits, prefetched ones included | missed per token | tokens/s | ms per step | computing alone "
               "| drive alone | ÷ the longer | memory, arithmetic | drive reached |")
         print("|---|---|---|---|---|---|---|---|---|---|---|---|")
         for sequences in map(int, args.sequences.split(",")):
