@@ -5,7 +5,7 @@
         [--drives 3GB/s,7GB/s] [--hits 40,60,80] [--sequences 1,8,32,128] [--json FILE]
 
 Makes a model file without experts in DIR (a gigabyte for bench-34x128), finds the numbers of expert slots with which one sequence
-has the given hit rates, without reading ahead, and measures every combination of drive, slots and sequences there. Needs memory for
+has the given hit rates, without prefetch, and measures every combination of drive, slots and sequences there. Needs memory for
 the slots: 6 GB for 80 % hits of bench-34x128. Takes about twenty minutes on two cores that do nothing else.
 """
 
@@ -70,7 +70,7 @@ def slots_for(bench, experts, wanted):
     for part in PARTS:
         outcome = bench.with_slots(int(part * experts), UNLIMITED, 1, more=["--no-prefetch"])
         points.append((math.log(outcome["slots"]), outcome["hit_rate"]))
-        print(f"{outcome['slots']} slots: {outcome['hit_rate']:.1%} hits without reading ahead", file=sys.stderr)
+        print(f"{outcome['slots']} slots: {outcome['hit_rate']:.1%} hits without prefetch", file=sys.stderr)
     found = []
     for rate in wanted:
         pairs = list(zip(points, points[1:]))
@@ -103,7 +103,7 @@ def main():
     parser.add_argument("--geometry", default="bench-34x128")
     parser.add_argument("--layers")
     parser.add_argument("--drives", default="3GB/s,7GB/s", help="separated by commas; each with the usual latency")
-    parser.add_argument("--hits", default="40,60,80", help="per cent, of one sequence without reading ahead")
+    parser.add_argument("--hits", default="40,60,80", help="per cent, of one sequence without prefetch")
     parser.add_argument("--sequences", default="1,8,32,128")
     parser.add_argument("--json", help="write all outcomes to this file")
     args = parser.parse_args()
