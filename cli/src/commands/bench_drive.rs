@@ -171,7 +171,7 @@ impl Bench {
     /// machine hits both alike.
     fn round(&mut self, number: usize, steps: usize, each: &dyn Fn()) -> Result<Round, CliError> {
         let bytes = self.counts.bytes;
-        let (with, without) = if number % 2 == 0 {
+        let (with, without) = if number.is_multiple_of(2) {
             let with = self.with_drive(steps, each)?;
             (with, self.steps(DriveSpeed::UNLIMITED, steps, each)?)
         } else {
