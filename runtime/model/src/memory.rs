@@ -181,14 +181,9 @@ impl MemoryPlan {
         available: u64,
     ) -> Result<Self, BudgetError> {
         let need = Need::of(spec, extents, demand);
-        let headroom = (available / HEADROOM.0).max(HEADROOM.1.min(available / 2));
         let most_for_rows = need.for_rows(need.most_rows(), KEPT_OUTPUTS.1);
         let everything = most_for_rows.saturating_add(need.dense_total() + need.all_slots());
-        // Whoever states a budget knows what else the machine does, but not that the program itself takes memory too.
-        let effective = match requested {
-            None => everything.min(available.saturating_sub(headroom)),
-            Some(requested) => requested.min(available.saturating_sub(OVERHEAD)),
-        };
+        let effective = effective_budget(requested, everything, available);
 
         // Everything at its least: no dense part stays unless all of them take less than the ring would.
         let least_rows = need.fewest_rows();
@@ -428,6 +423,15 @@ impl fmt::Display for Bytes {
             None => write!(f, "{} B", self.0),
             Some((unit, name)) => write!(f, "{:.1} {name}", self.0 as f64 / unit as f64),
         }
+    }
+}
+
+/// What of a budget can be used, of one that was asked for or of one for `everything`.
+fn effective_budget(requested: Option<u64>, everything: u64, available: u64) -> u64 {
+    // Whoever states a budget knows what else the machine does, but not that the program itself takes memory too.
+    match requested {
+        None => everything.min(available.saturating_sub((available / HEADROOM.0).max(HEADROOM.1.min(available / 2)))),
+        Some(requested) => requested.min(available.saturating_sub(OVERHEAD)),
     }
 }
 
