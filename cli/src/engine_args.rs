@@ -119,6 +119,7 @@ impl EngineArgs {
             kv_type: self.kv_type,
             marks: 0,
             mark_every: None,
+            simulated: None,
         }
     }
 }

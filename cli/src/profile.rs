@@ -26,7 +26,7 @@ pub(crate) struct Phase {
     pub(crate) hits: u64,
     /// Experts that had to be read.
     pub(crate) misses: u64,
-    /// Experts read ahead of the router, on a guess.
+    /// Prefetched experts: read before the router has asked for them.
     pub(crate) prefetched: u64,
     /// Of which used before they left memory.
     pub(crate) prefetched_used: u64,

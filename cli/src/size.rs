@@ -1,6 +1,9 @@
 //! Numbers on the command line.
 
 use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use sluice_storage::io::sim::DriveSpeed;
 
 /// Parses how many there are to be, of what there must be one at least.
 pub(crate) fn parse_count(text: &str) -> Result<NonZeroUsize, String> {
@@ -23,6 +26,45 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         return Err(format!("`{text}` is more than any machine has"));
     }
     Ok(bytes as u64)
+}
+
+/// A rate such as `3GB/s`.
+pub(crate) fn parse_speed(text: &str) -> Result<u64, String> {
+    let size = text.trim().strip_suffix("/s").unwrap_or(text);
+    // Three bytes a second is what nobody means by `3`.
+    let has_unit = size.trim().ends_with(|c: char| c.is_ascii_alphabetic());
+    match parse_size(size).and_then(|speed| if has_unit { Ok(speed) } else { Err(String::new()) }) {
+        Ok(0) => Err("nothing could ever be read at that speed".into()),
+        Ok(speed) => Ok(speed),
+        Err(_) => Err(format!("`{text}` is not a speed: write a number and a unit, such as 3GB/s or 800MB/s")),
+    }
+}
+
+/// Latency of a drive of which nothing else is said: that of a good NVMe drive.
+const USUAL_LATENCY: Duration = Duration::from_micros(80);
+/// Most that is believed.
+const LATENCY_MAX: f64 = 10.0;
+
+/// A drive such as `7GB/s,80us` or `7GB/s`.
+pub(crate) fn parse_drive(text: &str) -> Result<DriveSpeed, String> {
+    let (speed, latency) = match text.split_once(',') {
+        Some((speed, latency)) => (speed, parse_latency(latency)?),
+        None => (text, USUAL_LATENCY),
+    };
+    Ok(DriveSpeed { bytes_per_second: parse_speed(speed)?, latency })
+}
+
+/// A short time such as `80us`, `0.1ms` or `500ns`.
+fn parse_latency(text: &str) -> Result<Duration, String> {
+    const UNITS: [(&str, f64); 5] = [("ns", 1e-9), ("us", 1e-6), ("µs", 1e-6), ("ms", 1e-3), ("s", 1.0)];
+    let text = text.trim();
+    let seconds = UNITS.iter().find_map(|(unit, factor)| {
+        let number: f64 = text.strip_suffix(unit)?.trim().parse().ok()?;
+        Some(number * factor)
+    });
+    let possible = seconds.filter(|seconds| (0.0..=LATENCY_MAX).contains(seconds));
+    let nanoseconds = possible.map(|seconds| Duration::from_nanos((seconds * 1e9).round() as u64));
+    nanoseconds.ok_or_else(|| format!("`{text}` is not a latency: write a number and a unit, such as 80us or 0.1ms"))
 }
 
 fn unit_bytes(unit: &str) -> Option<u64> {
@@ -68,5 +110,32 @@ mod tests {
         for text in ["", "GiB", "-1GiB", "4 GiB extra", "4XB", "1.2.3k", ".", "1e9", "99999999999TiB", "9e99.9TiB"] {
             assert!(parse_size(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn speeds() {
+        assert_eq!(parse_speed("3GB/s"), Ok(3_000_000_000));
+        assert_eq!(parse_speed("800MB"), Ok(800_000_000));
+        assert_eq!(parse_speed("3 GiB/s"), Ok(3 << 30));
+        for wrong in ["0", "3", "3/s", "0GB/s", "3000000000", "fast", "3GB/h", ""] {
+            assert!(parse_speed(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn drives() {
+        let drive = |bytes_per_second, us| Ok(DriveSpeed { bytes_per_second, latency: Duration::from_micros(us) });
+        assert_eq!(parse_drive("7GB/s,80us"), drive(7_000_000_000, 80));
+        assert_eq!(parse_drive("7GB/s"), drive(7_000_000_000, 80));
+        assert_eq!(parse_drive(" 3GiB/s , 1.5 ms "), drive(3 << 30, 1500));
+        assert_eq!(parse_drive("800MB/s,0us"), drive(800_000_000, 0));
+        assert_eq!(parse_drive("1GB/s,20µs"), drive(1_000_000_000, 20));
+        for wrong in
+            ["", ",80us", "7", "0GB/s", "7GB/s,", "7GB/s,80", "7GB/s,fast", "7GB/s,80us,4", "7GB/s,-1us", "7GB/s,2m"]
+        {
+            assert!(parse_drive(wrong).is_err(), "{wrong}");
+        }
+        assert!(parse_drive("7GB/s,11s").is_err(), "no drive takes that long");
+        assert!(parse_drive("7GB/s,80").unwrap_err().contains("80us"));
     }
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use common::{assert_fails, demo_model, json, sluice, stderr, stdout};
+use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 use serde_json::{Value, json};
 
 /// Runs the program with a cache folder of its own.
@@ -142,6 +142,90 @@ fn sequences_that_decode_together_are_measured_beside_their_bounds() {
         assert!(text.contains(word), "{word}: {text}");
     }
     assert_fails(&sluice(&[&args[..], &["--compare", "prefetch"]].concat()), 2, &["--compare", "--sequences"]);
+}
+
+/// A model whose experts are holes: nothing else can use it, and the simulated drive does not read them.
+fn without_experts(folder: &Path) -> String {
+    let path = folder.join("shape.sluice").to_str().unwrap().to_owned();
+    let checkpoint = demo_checkpoint();
+    let text = stdout(&sluice(&["synth", checkpoint.to_str().unwrap(), &path, "--type", "q4", "--no-experts"]));
+    assert!(text.contains("holes") && text.contains("the experts are missing"), "{text}");
+    assert_eq!(json(&sluice(&["inspect", &path, "--json"]))["provenance"]["no_experts"], true);
+    assert_fails(&sluice(&["verify", &path]), 1, &["160 of 182", "damaged"]);
+    assert_fails(&sluice(&["run", &path, "--prompt-ids", "1,2,3", "-n", "1", "--ids"]), 1, &["expert", "checksum"]);
+    path
+}
+
+#[test]
+fn a_simulated_drive_counts_what_a_real_one_would() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = without_experts(folder.path());
+    let bench = |more: &[&str]| {
+        let args = ["bench", "decode", &path, "--drive", "100GB/s,1us", "-n", "10", "--warm-up", "3", "--no-prefetch"];
+        json(&sluice(&[&args[..], &["--json"], more].concat()))
+    };
+    let run = bench(&[])[0].clone();
+    let number = |run: &Value, name: &str| run[name].as_u64().unwrap();
+    let (experts, expert_bytes) = (number(&run, "experts"), number(&run, "expert_bytes"));
+    assert_eq!((number(&run, "slots"), number(&run, "sequences")), (experts, 1));
+    let least = number(&run, "memory_used") - experts * expert_bytes;
+    let budgets = [least + experts / 2 * expert_bytes, least + experts * expert_bytes].map(|budget| budget.to_string());
+    for sequences in ["1", "3"] {
+        let runs = bench(&["--budgets", &budgets.join(","), "--sequences", sequences]);
+        for run in runs.as_array().unwrap() {
+            let float = |name: &str| run[name].as_f64().unwrap();
+            let (tokens, steps) = (number(run, "tokens"), number(run, "steps"));
+            assert_eq!((steps, tokens.to_string()), (10, format!("{}", 10 * sequences.parse::<u64>().unwrap())));
+            // Nothing is read on a guess, so every miss is one expert's bytes, and the drive moved no others.
+            let missed = number(run, "bytes_missed");
+            assert_eq!(missed, number(run, "misses") * expert_bytes, "{run}");
+            assert!((float("bytes_missed_per_token") * tokens as f64 - missed as f64).abs() < 1e-3, "{run}");
+            // Five layers use 4 experts a token.
+            let uses = (number(run, "hits") + number(run, "misses")) as f64;
+            assert!((float("union_of_experts") * steps as f64 - uses).abs() < 1e-6, "{run}");
+            assert!((20.0..=60.0).contains(&float("union_of_experts")), "{run}");
+            assert!(sequences != "1" || uses == 200.0, "{run}");
+            assert!((float("hit_rate") * uses - number(run, "hits") as f64).abs() < 1e-6, "{run}");
+            assert_eq!((&run["prefetched"], run["rounds"].as_array().unwrap().len()), (&json!(0), 8));
+            let ratio = float("milliseconds_per_step") / 1e3 * float("tokens_per_second");
+            assert!((ratio - tokens as f64 / steps as f64).abs() < 1e-6, "{run}");
+            assert_eq!(
+                (&run["drive"]["bytes_per_second"], &run["drive"]["latency_microseconds"]),
+                (&json!(1e11), &json!(1.0))
+            );
+            let bound = missed as f64 / steps as f64 / 1e11 * 1e3;
+            assert!((run["bounds"]["drive"].as_f64().unwrap() - bound).abs() < 1e-9, "{run}");
+        }
+        assert!(runs[0]["misses"].as_u64() >= runs[1]["misses"].as_u64(), "{runs}");
+    }
+    let args = ["bench", "decode", &path, "--drive", "3GiB/s", "-n", "2", "--warm-up", "1"];
+    let text = stdout(&sluice(&args));
+    for word in ["simulated drive: 3.0 GiB/s and 80 µs asked for", "misses", "computing alone", "times the longer"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    // Dense parts would have to come off the real drive.
+    let little = (least + 2 * expert_bytes).to_string();
+    assert_fails(&sluice(&[&args[..], &["--budget", &little]].concat()), 2, &["dense parts", "--drive", "Raise"]);
+}
+
+#[test]
+fn a_simulated_drive_is_described_in_full_or_refused() {
+    let with = |drive: &str| sluice(&["bench", "decode", demo_model(), "-n", "1", "--warm-up", "1", "--drive", drive]);
+    for (wrong, words) in [
+        ("7", &["is not a speed", "3GB/s"][..]),
+        ("fast,80us", &["`fast` is not a speed"]),
+        ("0GB/s", &["nothing could ever be read"]),
+        ("7GB/s,80", &["`80` is not a latency", "80us"]),
+        ("7GB/s,", &["is not a latency"]),
+    ] {
+        assert_fails(&with(wrong), 2, &[&["--drive"], words].concat());
+    }
+    for option in [&["--compare", "prefetch"][..], &["--plot", "/dev/null"], &["--engine", "pread"]] {
+        let args = ["bench", "decode", demo_model(), "--drive", "7GB/s"];
+        assert_fails(&sluice(&[&args[..], option].concat()), 2, &["--drive", option[0]]);
+    }
+    // The demo model's own experts are as good a measure of noise as none.
+    assert!(stdout(&with("7GB/s")).contains("simulated drive"));
 }
 
 #[test]

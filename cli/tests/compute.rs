@@ -45,7 +45,7 @@ fn the_profile_adds_up() {
     assert_eq!(number(&decode["hits"]) + number(&decode["misses"]), 19 * 20);
     let expert = json(&sluice(&["inspect", demo_model(), "--json"]))["expert_bytes"].as_u64().unwrap();
     assert!(number(&decode["prefetched"]) >= number(&decode["prefetched_used"]));
-    // Without guesses, every miss is one read.
+    // Without prefetch, every miss is one read.
     let plain = json(&sluice(&[&args[..], &["--json", "--no-prefetch"]].concat()));
     let plain = &plain["profile"]["decode"];
     assert_eq!(number(&plain["expert_bytes_read"]), number(&plain["misses"]) * expert);

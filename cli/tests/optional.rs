@@ -1,4 +1,4 @@
-//! Facilities that not every file system has (locks, syncs, the free space) are missed with a remark, and not the end. The
+//! Facilities that not every filesystem has (locks, syncs, the free space) are missed with a remark, and not the end. The
 //! program runs under a filter that makes these calls fail as the kernel does where they do not exist.
 #![cfg(target_os = "linux")]
 

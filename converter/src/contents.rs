@@ -9,7 +9,7 @@
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rayon::prelude::*;
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+use sluice_checksum::{Xxh3, xxh3_128};
 
 use crate::error::ConvertError;
 use crate::source::Checkpoint;

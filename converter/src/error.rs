@@ -305,7 +305,7 @@ pub enum ConvertError {
     /// The importance file is unreadable, damaged, or belongs to another model.
     #[error(transparent)]
     Importance(#[from] ImportanceError),
-    /// The weight file could not be laid out or written.
+    /// The model file could not be laid out or written.
     #[error(transparent)]
     Format(#[from] FormatError),
 }

@@ -11,8 +11,8 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use sluice_checksum::{xxh3_64, xxh3_64_with_seed};
 use sluice_format::Syncer;
-use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::error::ConvertError;
 use crate::pack::{ErrorSums, Outcome};

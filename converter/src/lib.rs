@@ -1,4 +1,4 @@
-//! Hugging Face checkpoints → Sluice weight files.
+//! Hugging Face checkpoints → Sluice model files.
 //!
 //! [`plan()`] decides everything that can be decided without touching a weight: what the model computes, which tensor goes
 //! where and as what. [`convert`] carries the plan out with bounded memory: extents are packed in blocks of rows over the

@@ -1,6 +1,6 @@
 //! Bytes of the checkpoint as rows of numbers.
 
-use xxhash_rust::xxh3::Xxh3;
+use sluice_checksum::Xxh3;
 
 use sluice_kernels::{bf16_to_f32, f16_to_f32};
 

@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::statvfs::statvfs;
+use sluice_checksum::Xxh3;
 use sluice_format::{ExtentRecord, FileWriter, MAGIC, Metadata, ModelId};
-use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::ConvertError;
 use crate::journal::{Found, Identity, Journal, is_journal, may_be_journal};
 use crate::plan::Plan;
 
-/// Unit of `st_blocks`, whatever the file system's blocks are.
+/// Unit of `st_blocks`, whatever the filesystem's blocks are.
 const STAT_BLOCK: u64 = 512;
 /// Bytes read at once of an extent that an earlier run has written.
 const PIECE: usize = 1 << 20;
@@ -36,7 +36,7 @@ pub(crate) struct Opened {
     pub(crate) partial: Partial,
     pub(crate) identity: Identity,
     pub(crate) found: Found,
-    /// What this file system cannot do, for the user.
+    /// What this filesystem cannot do, for the user.
     pub(crate) notes: Vec<String>,
 }
 
@@ -133,7 +133,7 @@ pub(crate) fn claim(path: &Path, journal_path: &Path, notes: &mut Vec<String>) -
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Err(ConvertError::Locked { path: path.to_owned() }),
         Err(TryLockError::Error(e)) if has_no_locks(&e) => notes.push(format!(
-            "{}: this file system cannot lock files ({e}): do not run a second conversion to the same place meanwhile",
+            "{}: this filesystem cannot lock files ({e}): do not run a second conversion to the same place meanwhile",
             path.display()
         )),
         Err(TryLockError::Error(e)) => return Err(ConvertError::io(path, "lock it")(e)),
@@ -207,7 +207,7 @@ fn obstacle(found: &fs::Metadata) -> Option<&'static str> {
     }
 }
 
-/// Whether an error says that there are no locks here: not every file system has them, nor does every sandbox permit them.
+/// Whether an error says that there are no locks here: not every filesystem has them, nor does every sandbox permit them.
 fn has_no_locks(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
     error.kind() == io::ErrorKind::Unsupported
@@ -314,8 +314,7 @@ pub(crate) fn publish(file: &File, path: &Path, destination: &Path) -> Result<()
 fn free_space(path: &Path, notes: &mut Vec<String>) -> Result<Option<u64>, ConvertError> {
     let folder = folder_of(path);
     match statvfs(folder) {
-        // The field types differ between systems.
-        #[allow(clippy::unnecessary_cast)]
+        #[allow(clippy::unnecessary_cast, reason = "the types of the fields differ between systems")]
         Ok(stats) => Ok(Some(stats.blocks_available() as u64 * stats.fragment_size() as u64)),
         Err(e @ (Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EPERM | Errno::EACCES)) => {
             let folder = folder.display();
@@ -336,11 +335,11 @@ pub(crate) fn check_space(path: &Path, needed: u64, notes: &mut Vec<String>) -> 
     }
 }
 
-/// The remark that a file may be lost with the power, if its file system could not sync it.
+/// The remark that a file may be lost with the power, if its filesystem could not sync it.
 pub(crate) fn sync_note(path: &Path, writer: &FileWriter) -> Option<String> {
     let refusal = writer.syncer().refusal()?;
     Some(format!(
-        "{}: this file system cannot sync files ({refusal}): what is written may be lost if the power fails soon after",
+        "{}: this filesystem cannot sync files ({refusal}): what is written may be lost if the power fails soon after",
         path.display()
     ))
 }
@@ -349,7 +348,7 @@ pub(crate) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Allocates blocks where the file system can, so that the drive cannot fill up halfway; else sets the length.
+/// Allocates blocks where the filesystem can, so that the drive cannot fill up halfway; else sets the length.
 fn allocate(file: &File, len: u64) -> io::Result<()> {
     #[cfg(target_os = "linux")]
     {

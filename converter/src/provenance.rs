@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use sluice_checksum::xxh3_128;
 use sluice_format::{ModelFile, PROVENANCE_BLOB, SOURCE_DIGESTS_BLOB, TEXT_FILES};
-use xxhash_rust::xxh3::xxh3_128;
 
 use crate::contents::{LEAF, Part, PartDigest, digest_of, parts_of};
 use crate::error::ConvertError;

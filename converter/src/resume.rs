@@ -22,7 +22,7 @@ use crate::pack::{ErrorSums, Outcome, Packer};
 use crate::partial::Partial;
 use crate::plan::Plan;
 
-/// Extents whose source is read again although no file has changed: images of file systems that were built to be reproducible
+/// Extents whose source is read again although no file has changed: images of filesystems that were built to be reproducible
 /// can give the same identity to files of two checkpoints.
 const SAMPLES: usize = 16;
 

@@ -166,7 +166,7 @@ fn save(tensors: &Tensors, saved: Saved) -> Tensors {
     out
 }
 
-/// Norms are read by what they are; where that contradicts who wrote the file, nothing is guessed.
+/// Norms are read by what they are; where that contradicts who wrote the file, nothing is assumed.
 #[test]
 fn shifted_norms_and_transposed_convolutions_of_qwen3_next() {
     let (config, tensors) = golden("qwen3_next");

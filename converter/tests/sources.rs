@@ -222,7 +222,7 @@ fn a_source_that_changes_while_it_is_read_is_named_and_nothing_of_it_is_believed
     }
 }
 
-/// Two images of file systems can give the same identity to different files.
+/// Two images of filesystems can give the same identity to different files.
 #[test]
 fn a_journal_that_names_these_files_and_was_made_of_others_is_not_believed() {
     let (dir, src) = source();

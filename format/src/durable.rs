@@ -1,4 +1,4 @@
-//! What becomes durable, as far as the system can do that: some file systems, most of them networked or in user space, cannot
+//! What becomes durable, as far as the system can do that: some filesystems, most of them networked or in user space, cannot
 //! sync, and a file on them is none the worse for it until the power fails.
 
 use std::fs::{self, File};
@@ -85,7 +85,7 @@ pub fn may_replace(path: &Path, magic: &[u8]) -> io::Result<bool> {
 /// name. What lies under other names there, links too, is left alone; what has the name is replaced, and not followed.
 ///
 /// # Errors
-/// What the file system says. `path` is then what it was.
+/// What the filesystem says. `path` is then what it was.
 pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     replace_file_with(path, |file| file.write_all(bytes))
 }
@@ -93,7 +93,7 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// As [`replace_file`], for what is too large to be in memory at once: `write` writes it.
 ///
 /// # Errors
-/// What `write` says, or the file system. `path` is then what it was.
+/// What `write` says, or the filesystem. `path` is then what it was.
 pub fn replace_file_with<E: From<io::Error>>(
     path: &Path,
     write: impl FnOnce(&mut File) -> Result<(), E>,

@@ -8,7 +8,7 @@ use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use xxhash_rust::xxh3::Xxh3;
+use sluice_checksum::Xxh3;
 
 use crate::bytes::{array, get_u16, get_u32, get_u64};
 use crate::durable::replace_file;

@@ -1,4 +1,4 @@
-//! The Sluice weight file: bytes ↔ meaning.
+//! The Sluice model file: bytes ↔ meaning.
 //!
 //! A file is a superblock, a set of checksummed, page-aligned **extents**, and three tables that say what they hold.
 //! `docs/FORMAT.md` describes it byte by byte; a test compares that document with the constants of this crate.
@@ -58,5 +58,5 @@ pub use writer::{ExtentWriter, FileLayout, FileWriter, PlannedExtent};
 
 /// Checksum of every region of the file: xxh3-64, seed 0 (<https://github.com/Cyan4973/xxHash>).
 pub fn checksum(bytes: &[u8]) -> u64 {
-    xxhash_rust::xxh3::xxh3_64(bytes)
+    sluice_checksum::xxh3_64(bytes)
 }

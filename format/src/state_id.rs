@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde_json::{Map, Value};
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+use sluice_checksum::{Xxh3, xxh3_128};
 
 use crate::metadata::{Metadata, SPEC_BLOB, TOKENIZER_BLOBS, TOKENIZER_CONFIG_BLOB};
 

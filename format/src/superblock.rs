@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use xxhash_rust::xxh3::xxh3_128;
+use sluice_checksum::xxh3_128;
 
 use crate::bytes::{array, get_u16, get_u32, get_u64, put};
 use crate::checksum;

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use xxhash_rust::xxh3::Xxh3;
+use sluice_checksum::Xxh3;
 
 use crate::error::FormatError;
 use crate::extent::ExtentRecord;

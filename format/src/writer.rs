@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use xxhash_rust::xxh3::Xxh3;
+use sluice_checksum::Xxh3;
 
 use crate::bytes::round_up;
 use crate::catalog::{Catalog, check_tiling};

@@ -84,7 +84,7 @@ fn codes() {
 #[test]
 fn constants_in_prose() {
     let text = include_str!("../../docs/FORMAT.md");
-    assert!(text.starts_with(&format!("# The weight file, version {FORMAT_VERSION}\n")));
+    assert!(text.starts_with(&format!("# The model file, version {FORMAT_VERSION}\n")));
     assert_eq!(MAGIC, *b"SLUICE\x0d\x1a");
     assert_eq!(table("superblock")[0][3].split(':').next(), Some("SLUICE 0D 1A"));
     assert_eq!(table("superblock")[2][3], PAGE_SIZES.map(|p| p.to_string()).join(" or "));

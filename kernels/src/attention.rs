@@ -81,8 +81,8 @@ impl Part {
     }
 }
 
-/// Scores of a block, then weights, by their place in it.
-pub(crate) type Scores = [f32; KEY_BLOCK];
+/// A number for each key of a block, by its place.
+pub type Scores = [f32; KEY_BLOCK];
 
 /// Queries that meet the same keys together, so that these come from memory once, and what each has gathered so far. Neither a
 /// query's result nor the order of its operations depends on the other queries of its tile. All buffers are reused.
@@ -99,7 +99,7 @@ pub struct QueryTile {
     pub(crate) running: Vec<Running>,
     /// `[n, value]`: what `l` is to divide.
     pub(crate) out: Vec<f32>,
-    /// Of the current block and each query: the rows that it sees, weights, and `α` and `β`.
+    /// Of the current block and each query: the rows that it sees, its scores and then weights, and `α` and `β`.
     pub(crate) parts: Vec<Part>,
     pub(crate) scores: Vec<Scores>,
     pub(crate) factors: Vec<[f32; 2]>,
@@ -180,6 +180,10 @@ impl QueryTile {
                 Part { from: start - all.start, to: end - all.start }
             });
         }
+        if self.scores.len() < self.len() {
+            self.scores.resize(self.len(), [0.0; KEY_BLOCK]);
+        }
+        self.factors.resize(self.len(), [0.0; 2]);
         self.parts.iter().any(|part| !part.is_empty())
     }
 }
@@ -206,7 +210,38 @@ impl Kernels {
     }
 }
 
+impl Kernels {
+    /// The products ([`dot`](Self::dot)) of each query of `tile` with the keys of a block that it sees, by their place in the block.
+    /// Other places hold anything.
+    ///
+    /// # Panics
+    /// As [`attend_block`](Self::attend_block).
+    pub fn score_block<'t>(&self, tile: &'t mut QueryTile, block: &KeyBlock<'_>) -> &'t [Scores] {
+        if tile.meet(block) {
+            match self.isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2(isa) => isa.score(tile, block),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512(isa) => isa.score(tile, block),
+                #[cfg(target_arch = "aarch64")]
+                Isa::Neon(isa) if isa.score(tile, block) => {}
+                _ => tile.score_scalar(block),
+            }
+        }
+        &tile.scores[..tile.len()]
+    }
+}
+
 impl QueryTile {
+    /// The products of every query, one by one.
+    fn score_scalar(&mut self, block: &KeyBlock<'_>) {
+        for (i, (seen, scores)) in self.parts.iter().zip(&mut self.scores).enumerate() {
+            for row in seen.rows() {
+                scores[block.place(row)] = scalar::row_dot(&self.queries[i * self.key..][..self.key], &block.keys, row);
+            }
+        }
+    }
+
     /// The specification, query by query.
     fn attend_block_scalar(&mut self, block: &KeyBlock<'_>) {
         for (i, (&seen, running)) in self.parts.iter().zip(&mut self.running).enumerate() {

@@ -77,9 +77,9 @@ fn within(x: f32, limit: f32) -> f32 {
 /// Sum in [`LANES`] lanes, element `i` in lane `i mod LANES`, then lanes folded in halves.
 fn lane_sum(x: &[f32], value: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    for block in blocks {
+        for (lane, &v) in lanes.iter_mut().zip(block) {
             *lane += value(v);
         }
     }

@@ -1,7 +1,7 @@
 //! The choice of an instruction set, made once.
 
 use crate::activations::Activations;
-use crate::matmul::{TILE_TOKENS, Tile, TileShape};
+use crate::matmul::{Tile, TileShape};
 use crate::matrix::Matrix;
 #[cfg(target_arch = "aarch64")]
 use crate::neon::Neon;
@@ -90,7 +90,10 @@ impl Kernels {
 
     /// The kernels of every instruction set of this CPU, slowest first.
     pub fn available() -> Vec<Kernels> {
-        #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(unused_mut))]
+        #[cfg_attr(
+            not(any(target_arch = "x86_64", target_arch = "aarch64")),
+            expect(unused_mut, reason = "no name is added")
+        )]
         let mut all = vec![Self::scalar()];
         #[cfg(target_arch = "x86_64")]
         {
@@ -153,7 +156,7 @@ impl Kernels {
     pub(crate) fn tile_tokens(&self) -> usize {
         match self.isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2(_) => TILE_TOKENS,
+            Isa::Avx2(_) => crate::matmul::TILE_TOKENS,
             _ => 8,
         }
     }

@@ -37,7 +37,6 @@ mod quant;
 mod scalar;
 mod threads;
 mod top_k;
-mod xxh3;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[macro_use]
 mod vector;
@@ -47,7 +46,7 @@ mod neon;
 mod x86;
 
 pub use activations::{Activations, Precision};
-pub use attention::{KEY_BLOCK, KeyBlock, QueryTile, key_blocks};
+pub use attention::{KEY_BLOCK, KeyBlock, QueryTile, Scores, key_blocks};
 pub use elementwise::{Activation, RopePairing, rms_norm, rope, softmax};
 pub use isa::{IsaError, Kernels};
 pub use kv::{KvBuffer, KvRows, KvType, UnknownKvType};
@@ -60,4 +59,3 @@ pub use pack::{
 pub use quant::pack_row_group_weighted;
 pub use threads::ThreadPool;
 pub use top_k::top_k;
-pub use xxh3::{XXH3_BLOCK_BYTES, Xxh3State, Xxh3Sum};

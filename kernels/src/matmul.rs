@@ -138,8 +138,7 @@ impl Kernels {
                 Some(watch) => self.watched_tiles_of(&product, range, watch),
             }
         };
-        // Memory limits the product with one token, computing that with several.
-        if x.n() == 1 { pool.run_sparing(tasks, &run) } else { pool.run(tasks, &run) }
+        pool.run_product(tasks, &run);
     }
 
     /// In steps that leave the bytes in the cache for the watch.

@@ -56,8 +56,10 @@ pub struct ThreadPool {
     workers: Vec<JoinHandle<()>>,
     /// Held by the thread whose job is running.
     caller: Mutex<()>,
-    /// While it is set, [`run_sparing`](ThreadPool::run_sparing) leaves a core to others.
+    /// While it is set, sparing products leave a core to others.
     busy: Option<Arc<AtomicBool>>,
+    /// Whether memory limits the products.
+    spares: AtomicBool,
     /// Once it is set, nobody wants the results of what is running.
     cancel: Mutex<Option<Arc<AtomicBool>>>,
 }
@@ -90,14 +92,28 @@ impl ThreadPool {
                 std::thread::Builder::new().name(format!("kernels-{i}")).spawn(move || shared.work()).ok()
             })
             .collect();
-        ThreadPool { shared, workers, caller: Mutex::new(()), busy: None, cancel: Mutex::new(None) }
+        ThreadPool {
+            shared,
+            workers,
+            caller: Mutex::new(()),
+            busy: None,
+            spares: AtomicBool::new(false),
+            cancel: Mutex::new(None),
+        }
     }
 
-    /// The same pool, whose [`run_sparing`](Self::run_sparing) leaves one thread out while `busy` is set.
+    /// The same pool, which leaves one thread out of sparing products while `busy` is set.
     #[must_use]
     pub fn sparing_while(mut self, busy: Arc<AtomicBool>) -> Self {
         self.busy = Some(busy);
         self
+    }
+
+    /// Says whether products on this pool are sparing from now on: whether they wait for memory more than they compute. While
+    /// something else keeps a core busy ([`sparing_while`](Self::sparing_while)), one thread then takes no part. It would add
+    /// little, and would be waited for whenever the system takes its core away.
+    pub fn spare(&self, spares: bool) {
+        self.spares.store(spares, Ordering::Relaxed);
     }
 
     /// From now on, once `flag` is set, products on this pool end early and leave their outputs unfinished. Whoever sets it
@@ -127,15 +143,11 @@ impl ThreadPool {
         self.run_with(self.workers.len(), tasks, f);
     }
 
-    /// Like [`run`](Self::run), for tasks that wait for memory more than they compute: while something else keeps a core
-    /// busy ([`sparing_while`](Self::sparing_while)), one thread takes no part. It would add little, and would be waited
-    /// for whenever the system takes its core away.
-    ///
-    /// # Panics
-    /// As [`run`](Self::run) does.
-    pub fn run_sparing(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+    /// Like [`run`](Self::run), for the tasks of a product: see [`spare`](Self::spare).
+    pub(crate) fn run_product(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
         let busy = self.busy.as_ref().is_some_and(|busy| busy.load(Ordering::Relaxed));
-        self.run_with(self.workers.len().saturating_sub(usize::from(busy)), tasks, f);
+        let spared = busy && self.spares.load(Ordering::Relaxed);
+        self.run_with(self.workers.len().saturating_sub(usize::from(spared)), tasks, f);
     }
 
     /// Runs a job on the calling thread and up to `seats` workers.
@@ -147,19 +159,19 @@ impl ThreadPool {
         }
     }
 
-    /// Splits `data` into chunks of `chunk_len`, the last of which may be shorter, and runs `f(i, chunk)` for each in
+    /// Splits `data` into pieces of `piece_len`, the last of which may be shorter, and runs `f(i, piece)` for each in
     /// parallel.
     ///
     /// # Panics
-    /// If `chunk_len` is 0, or as [`run`](Self::run) does.
-    pub fn for_each_chunk<T: Send>(&self, data: &mut [T], chunk_len: usize, f: &(dyn Fn(usize, &mut [T]) + Sync)) {
-        assert!(chunk_len > 0, "chunks have a length");
+    /// If `piece_len` is 0, or as [`run`](Self::run) does.
+    pub fn for_each_piece<T: Send>(&self, data: &mut [T], piece_len: usize, f: &(dyn Fn(usize, &mut [T]) + Sync)) {
+        assert!(piece_len > 0, "pieces have a length");
         let len = data.len();
         let pieces = Pieces::new(data);
-        self.run(len.div_ceil(chunk_len), &|i| {
-            let at = i * chunk_len;
-            // SAFETY: chunks of different tasks do not overlap, and `run` runs every task once.
-            f(i, unsafe { pieces.piece(at, chunk_len.min(len - at)) });
+        self.run(len.div_ceil(piece_len), &|i| {
+            let at = i * piece_len;
+            // SAFETY: pieces of different tasks do not overlap, and `run` runs every task once.
+            f(i, unsafe { pieces.piece(at, piece_len.min(len - at)) });
         });
     }
 
@@ -340,32 +352,51 @@ mod tests {
             let pool = ThreadPool::new(threads);
             for tasks in (0..200).chain([5000]) {
                 let mut counts = vec![0u8; tasks];
-                pool.for_each_chunk(&mut counts, 1, &|_, c| c[0] += 1);
+                pool.for_each_piece(&mut counts, 1, &|_, c| c[0] += 1);
                 assert!(counts.iter().all(|&c| c == 1));
             }
         }
     }
 
     #[test]
-    fn one_thread_is_left_out_while_something_else_is_busy() {
+    fn sparing_products_leave_one_thread_out_while_something_else_is_busy() {
         let busy = Arc::new(AtomicBool::new(false));
         for threads in 1..5 {
             let pool = ThreadPool::new(threads).sparing_while(Arc::clone(&busy));
-            for spare in [true, false] {
-                busy.store(spare, Ordering::Relaxed);
+            for (is_busy, spares) in [(true, true), (true, false), (false, true)] {
+                busy.store(is_busy, Ordering::Relaxed);
+                pool.spare(spares);
                 let at_once = AtomicUsize::new(0);
                 let most = AtomicUsize::new(0);
                 let sum = AtomicUsize::new(0);
-                pool.run_sparing(40, &|i| {
+                pool.run_product(40, &|i| {
                     most.fetch_max(at_once.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                     std::thread::sleep(Duration::from_micros(200));
                     at_once.fetch_sub(1, Ordering::SeqCst);
                     sum.fetch_add(i, Ordering::Relaxed);
                 });
                 assert_eq!(sum.into_inner(), 780);
-                assert!(most.into_inner() <= (threads - usize::from(spare)).max(1), "{threads} threads");
+                let left = threads - usize::from(is_busy && spares);
+                assert!(most.into_inner() <= left.max(1), "{threads} threads");
             }
         }
+    }
+
+    #[test]
+    fn parts_of_any_length_are_run_once() {
+        let pool = ThreadPool::new(3);
+        let mut data = vec![0; 20];
+        let ends = [0, 3, 3, 4, 17];
+        pool.for_each_part(&mut data, &ends, &|i, part| part.iter_mut().for_each(|v| *v += 10 + i));
+        assert_eq!(data[..4], [11, 11, 11, 13]);
+        assert!(data[4..17].iter().all(|&v| v == 14) && data[17..].iter().all(|&v| v == 0));
+        pool.for_each_part(&mut data, &[], &|_, _| unreachable!("no parts"));
+    }
+
+    #[test]
+    #[should_panic(expected = "parts follow each other")]
+    fn parts_do_not_overlap() {
+        ThreadPool::new(1).for_each_part(&mut [0; 4], &[3, 2], &|_, _| {});
     }
 
     #[test]
@@ -415,12 +446,12 @@ mod tests {
     }
 
     #[test]
-    fn chunks_cover_the_data() {
+    fn pieces_cover_the_data() {
         let pool = ThreadPool::new(2);
         let mut data = vec![0usize; 103];
-        pool.for_each_chunk(&mut data, 10, &|i, chunk| {
-            assert_eq!(chunk.len(), if i == 10 { 3 } else { 10 });
-            chunk.fill(i);
+        pool.for_each_piece(&mut data, 10, &|i, piece| {
+            assert_eq!(piece.len(), if i == 10 { 3 } else { 10 });
+            piece.fill(i);
         });
         assert!(data.iter().enumerate().all(|(i, &v)| v == i / 10));
     }

@@ -169,6 +169,28 @@ fn results_are_those_of_a_softmax_over_all_keys() {
 }
 
 #[test]
+fn scores_are_products_by_place() {
+    for_tiles(12, 60, |queries, cached, what, _| {
+        for k in Kernels::available() {
+            let mut tile = QueryTile::default();
+            tile.begin(cached.key, 0, 1.0);
+            for query in queries {
+                tile.add(query.sees.clone(), None).copy_from_slice(&query.numbers);
+            }
+            for positions in key_blocks(tile.positions()) {
+                let scores = k.score_block(&mut tile, &cached.block(positions.clone()));
+                for (query, scores) in queries.iter().zip(scores) {
+                    for j in positions.clone().filter(|j| query.sees.contains(j)) {
+                        let want = Kernels::scalar().dot(&query.numbers, &cached.numbers(j).0);
+                        assert_same(&[scores[j % KEY_BLOCK]], &[want], &format!("{} {what}", k.isa_name()));
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn a_query_has_its_result_in_any_company() {
     let mut tile = QueryTile::default();
     for_tiles(8, 200, |queries, cached, what, rng| {

@@ -97,7 +97,8 @@ median_of() {
     tr ' ' '\n' <<<"${all[$1]}" | grep . | median
 }
 for pages in "4 KiB" huge; do
-    suffix=$([ "$pages" = huge ] && echo _huge || true)
+    suffix=
+    if [ "$pages" = huge ]; then suffix=_huge; fi
     fio=$(median_of "by_fio$suffix") sluice=$(median_of "by_sluice$suffix")
     printf '%-5s pages: medians fio %6.0f, sluice %6.0f MB/s; sluice / fio %s\n' "$pages" "$fio" "$sluice" \
         "$(awk "BEGIN { printf \"%.3f\", $sluice / $fio }")"

@@ -9,12 +9,13 @@ fn root() -> PathBuf {
 }
 
 /// Crates of this workspace, by folder, and those that each may use outside its own tests.
-const CRATES: [(&str, &[&str]); 9] = [
-    ("format", &[]),
+const CRATES: [(&str, &[&str]); 10] = [
+    ("checksum", &[]),
+    ("format", &["checksum"]),
     ("kernels", &[]),
-    ("converter", &["format", "kernels"]),
-    ("runtime/storage", &["format"]),
-    ("runtime/model", &["storage", "format", "kernels"]),
+    ("converter", &["checksum", "format", "kernels"]),
+    ("runtime/storage", &["checksum", "format"]),
+    ("runtime/model", &["checksum", "storage", "format", "kernels"]),
     ("runtime/text", &["format"]),
     ("runtime/generate", &["model", "text"]),
     ("lab", &["model", "storage", "format", "kernels"]),
@@ -39,6 +40,29 @@ fn crates_depend_downwards() {
             let used = line.trim_start_matches("sluice-").split(['.', ' ', '=']).next().unwrap();
             assert!(allowed.contains(&used), "{folder} depends on {used}");
         }
+    }
+}
+
+/// Programs that embed a library get no drives that are only simulated: the command line alone asks for them.
+#[test]
+fn only_the_command_line_simulates_drives() {
+    for (folder, _) in CRATES {
+        let manifest = fs::read_to_string(root().join(folder).join("Cargo.toml")).unwrap();
+        let asks = |line: &str| line.starts_with("sluice-") && line.contains("\"sim\"");
+        assert_eq!(manifest.lines().any(asks), folder == "cli", "{folder}");
+        assert!(!manifest.lines().any(|line| line.starts_with("default")), "{folder} has default features");
+    }
+}
+
+#[test]
+fn there_is_one_xxh3() {
+    let lock = fs::read_to_string(root().join("Cargo.lock")).unwrap();
+    assert!(!lock.contains("name = \"twox-hash\""), "twox-hash is a second implementation beside checksum/");
+    for (folder, _) in CRATES {
+        let manifest = fs::read_to_string(root().join(folder).join("Cargo.toml")).unwrap();
+        // Tests compare with the library.
+        let program = manifest.split("\n[").filter(|section| !section.starts_with("dev-dependencies]"));
+        assert!(program.into_iter().all(|section| !section.contains("xxhash-rust")), "{folder} uses xxhash-rust");
     }
 }
 

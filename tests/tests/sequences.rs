@@ -166,6 +166,29 @@ fn cancelled_step(engine: &mut Engine, tracked: &mut Tracked, take: usize, layer
     assert!(matches!(outcome, Err(RuntimeError::Model(ModelError::Cancelled))));
 }
 
+/// Goes back to a mark, if the sequence still has it.
+fn rewind_to_mark(tracked: &mut Tracked, mark: Mark) -> Result<(), TestCaseError> {
+    let stands = tracked.sequence.marks().any(|own| own == mark);
+    match tracked.sequence.rewind(mark) {
+        Ok(()) => tracked.truncate(mark.position()),
+        Err(error) => prop_assert_eq!(error, RewindError::NoSuchMark { position: mark.position() }),
+    }
+    prop_assert_eq!(tracked.sequence.position(), tracked.tokens.len());
+    prop_assert_eq!(stands, tracked.sequence.marks().any(|own| own == mark));
+    Ok(())
+}
+
+/// Goes back to this part of the tokens, computing what is missing.
+fn rewind(engine: &mut Engine, tracked: &mut Tracked, part: f64) {
+    let wanted = (tracked.tokens.len() as f64 * part) as usize;
+    match engine.rewind(&mut tracked.sequence, wanted, &mut Control::default()) {
+        Ok(()) => tracked.truncate(wanted),
+        // What was to be computed again needs more than there is.
+        Err(RuntimeError::Model(ModelError::PagesFull(_))) => tracked.truncate(tracked.sequence.position()),
+        Err(error) => panic!("{error}"),
+    }
+}
+
 fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), TestCaseError> {
     let [engine, alone] = engines;
     let forgets = ["qwen3_next", "gpt_oss", "mixtral_swa"].contains(&family);
@@ -199,15 +222,8 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
                 marks.push(mark);
             }
             Event::RewindToMark(i, mark) if !marks.is_empty() => {
-                let (tracked, mark) = (&mut all[i % count], marks[mark % marks.len()]);
-                let stands = tracked.sequence.marks().any(|own| own == mark);
-                tracked.check(alone)?;
-                match tracked.sequence.rewind(mark) {
-                    Ok(()) => tracked.truncate(mark.position()),
-                    Err(error) => prop_assert_eq!(error, RewindError::NoSuchMark { position: mark.position() }),
-                }
-                prop_assert_eq!(tracked.sequence.position(), tracked.tokens.len());
-                prop_assert_eq!(stands, tracked.sequence.marks().any(|own| own == mark));
+                all[i % count].check(alone)?;
+                rewind_to_mark(&mut all[i % count], marks[mark % marks.len()])?;
             }
             Event::RewindToMark(..) => {}
             Event::RewindTo(i, part) => {
@@ -220,17 +236,8 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
                 tracked.truncate(reached);
             }
             Event::Rewind(i, part) => {
-                let tracked = &mut all[i % count];
-                tracked.check(alone)?;
-                let wanted = (tracked.tokens.len() as f64 * part) as usize;
-                match engine.rewind(&mut tracked.sequence, wanted, &mut Control::default()) {
-                    Ok(()) => tracked.truncate(wanted),
-                    // What was to be computed again needs more than there is.
-                    Err(RuntimeError::Model(ModelError::PagesFull(_))) => {
-                        tracked.truncate(tracked.sequence.position());
-                    }
-                    Err(error) => panic!("{error}"),
-                }
+                all[i % count].check(alone)?;
+                rewind(engine, &mut all[i % count], part);
             }
             Event::Clear(i) => {
                 all[i % count].sequence.clear();

@@ -183,7 +183,7 @@ fn a_sparse_file_of_380_gigabytes_is_served() {
     match synth(&geometry, &path, &options, &()) {
         Ok(summary) => assert!((370e9..400e9).contains(&(summary.file_bytes as f64)), "{}", summary.file_bytes),
         Err(ConvertError::Io { source, .. }) if source.kind() == std::io::ErrorKind::FileTooLarge => {
-            eprintln!("skipped: the file system of {} has no files that long", folder.path().display());
+            eprintln!("skipped: the filesystem of {} has no files that long", folder.path().display());
             return;
         }
         Err(other) => panic!("{other}"),

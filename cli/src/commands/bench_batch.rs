@@ -1,5 +1,6 @@
 //! `sluice bench decode --sequences N`: how fast tokens come when many sequences decode together.
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -43,9 +44,9 @@ struct Outcome {
     time_over_bound: f64,
 }
 
-/// What a step cannot be faster than: milliseconds of each, from rates that were measured on this machine around it.
+/// What a step cannot be faster than: milliseconds of each. The rates of memory and arithmetic are measured on this machine around it.
 #[derive(Debug, Serialize)]
-struct Bounds {
+pub(super) struct Bounds {
     drive_bytes_per_second: f64,
     memory_bytes_per_second: f64,
     operations_per_second: f64,
@@ -55,29 +56,56 @@ struct Bounds {
 }
 
 impl Bounds {
-    fn largest(&self) -> f64 {
+    /// Of a step that reads `bytes` from a drive of `bytes_per_second` and does `work`.
+    pub(super) fn of(engine: &Engine, bytes: f64, bytes_per_second: f64, work: &StepWork) -> Result<Self, CliError> {
+        let (memory, arithmetic) = machine(engine.file(), engine.threads())?;
+        Ok(Bounds {
+            drive_bytes_per_second: bytes_per_second,
+            memory_bytes_per_second: memory,
+            operations_per_second: arithmetic,
+            drive: 1e3 * bytes / bytes_per_second,
+            memory: 1e3 * work.touched_bytes / memory,
+            arithmetic: 1e3 * work.operations / arithmetic,
+        })
+    }
+
+    /// For people, beginning with the drive.
+    pub(super) fn describe(&self) -> String {
+        let rate = |r: f64| format!("{}/s", Bytes(r as u64));
+        format!(
+            "drive {:.1} ms ({}), memory {:.1} ms ({}), arithmetic {:.1} ms ({:.0} GOP/s)",
+            self.drive,
+            rate(self.drive_bytes_per_second),
+            self.memory,
+            rate(self.memory_bytes_per_second),
+            self.arithmetic,
+            self.operations_per_second / 1e9,
+        )
+    }
+
+    pub(super) fn largest(&self) -> f64 {
         self.drive.max(self.memory).max(self.arithmetic)
     }
 }
 
 /// Sequences that decode together, each a stream of its own topics.
-struct Batch {
-    engine: Engine,
+pub(super) struct Batch {
+    pub(super) engine: Engine,
     sequences: Vec<Sequence>,
     streams: Vec<Vec<u32>>,
 }
 
 impl Batch {
-    fn open(args: &Args, budget: Option<u64>, count: usize, tokens: usize) -> Result<Self, CliError> {
-        let options = EngineOptions { budget, sequences: Some(count), ..args.engine.options(tokens) };
-        let engine = Engine::open(&args.file, &options)?;
+    /// `tokens`: of each of `count` sequences.
+    pub(super) fn open(file: &Path, options: EngineOptions, count: usize, tokens: usize) -> Result<Self, CliError> {
+        let engine = Engine::open(file, &EngineOptions { sequences: Some(count), ..options })?;
         let vocab = engine.spec().vocab_size;
         let streams = (0..count as u64).map(|seed| token_stream(seed, tokens, vocab)).collect();
         Ok(Batch { sequences: (0..count).map(|_| engine.new_sequence()).collect(), engine, streams })
     }
 
     /// One token of every sequence.
-    fn step(&mut self) -> Result<(), RuntimeError> {
+    pub(super) fn step(&mut self) -> Result<(), RuntimeError> {
         let mut spans: Vec<_> = self
             .sequences
             .iter_mut()
@@ -100,7 +128,8 @@ pub(crate) fn run(args: &Args, count: usize, total: usize) -> Result<(), CliErro
 }
 
 fn measure(args: &Args, budget: Option<u64>, count: usize, total: usize) -> Result<Outcome, CliError> {
-    let mut batch = Batch::open(args, budget, count, total)?;
+    let options = EngineOptions { budget, ..args.engine.options(total) };
+    let mut batch = Batch::open(&args.file, options, count, total)?;
     let bar = step_bar("decoding", total as u64);
     let mut drive = Drive::open(&args.file, batch.engine.io_config())?;
     for _ in 0..args.warm_up {
@@ -131,15 +160,7 @@ fn measure(args: &Args, budget: Option<u64>, count: usize, total: usize) -> Resu
         (total as f64 + args.warm_up as f64) / 2.0,
         batch.engine.memory().kv_type,
     );
-    let (memory, arithmetic) = machine(batch.engine.file(), batch.engine.threads())?;
-    let bounds = Bounds {
-        drive_bytes_per_second: drive.median(),
-        memory_bytes_per_second: memory,
-        operations_per_second: arithmetic,
-        drive: 1e3 * bytes / drive.median(),
-        memory: 1e3 * work.touched_bytes / memory,
-        arithmetic: 1e3 * work.operations / arithmetic,
-    };
+    let bounds = Bounds::of(&batch.engine, bytes, drive.median(), &work)?;
     let step = 1e3 * seconds / steps;
     Ok(Outcome {
         sequences: count,
@@ -174,14 +195,11 @@ fn machine(file: &ModelFile, threads: usize) -> Result<(f64, f64), CliError> {
 
 fn describe(o: &Outcome) -> String {
     let budget = o.budget.map_or("as much as is useful".into(), |b| Bytes(b).to_string());
-    let b = &o.bounds;
-    let rate = |r: f64| format!("{}/s", Bytes(r as u64));
     format!(
         "budget {budget}: {} in use, {} of {} experts fit; {} sequences\n  \
          {:.2} tokens/s in all; a step takes {:.1} ms and reads {}, {} per token\n  \
          a step uses {:.0} different experts, {:.1} % of them in memory\n  \
-         bounds of a step: drive {:.1} ms ({}), memory {:.1} ms ({}), arithmetic {:.1} ms ({:.0} GOP/s); the step takes {:.2} \
-         times the largest\n",
+         bounds of a step: {}; the step takes {:.2} times the largest\n",
         Bytes(o.memory_used),
         o.slots,
         o.experts,
@@ -192,12 +210,7 @@ fn describe(o: &Outcome) -> String {
         Bytes(o.bytes_per_token as u64),
         o.union_of_experts,
         100.0 * o.hit_rate,
-        b.drive,
-        rate(b.drive_bytes_per_second),
-        b.memory,
-        rate(b.memory_bytes_per_second),
-        b.arithmetic,
-        b.operations_per_second / 1e9,
+        o.bounds.describe(),
         o.time_over_bound,
     )
 }

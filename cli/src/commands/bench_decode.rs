@@ -11,13 +11,14 @@ use sluice_format::ModelFile;
 use sluice_model::memory::Bytes;
 use sluice_model::{Engine, EngineOptions, Prefetch, ReadEngineKind, Sequence, Stats};
 use sluice_storage::io::bench::{BenchEngine, DiskBench, Pattern, Point, median};
+use sluice_storage::io::sim::DriveSpeed;
 use sluice_storage::io::{DirectMode, IoConfig};
 
-use super::bench_batch;
+use super::{bench_batch, bench_drive};
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
 use crate::plot::{self, LineChart, Series};
-use crate::size::{parse_count, parse_size};
+use crate::size::{parse_count, parse_drive, parse_size};
 use crate::terminal::{print, print_json, step_bar};
 
 const EXAMPLES: &str = "\
@@ -25,11 +26,15 @@ Decodes a fixed stream of tokens whose topic changes slowly, as text does, and m
 after: random direct reads in the chunks and at the depth that the decoder uses. The roof of a token is the larger of \
 the time it computes and the time the drive needs for what it reads.
 
+With --drive, experts come from a drive that is only simulated and costs no processor time; then no real drive is measured, \
+and the tokens mean nothing, because experts are noise. It shows how well reading and computing overlap, on any machine.
+
 Examples:
   sluice bench decode r1.sluice --budget 16GiB -n 32
   sluice bench decode r1.sluice --budgets 8GiB,16GiB,32GiB --plot decode.svg
   sluice bench decode r1.sluice --budget 8GiB --compare prefetch --pairs 8
-  sluice bench decode r1.sluice --budget 32GiB --sequences 32 -n 16";
+  sluice bench decode r1.sluice --budget 32GiB --sequences 32 -n 16
+  sluice bench decode r1.sluice --budget 16GiB --drive 7GB/s,80us";
 
 /// Tokens per second, bytes per token, and achieved against attainable bandwidth
 #[derive(Debug, clap::Args)]
@@ -49,6 +54,10 @@ pub(crate) struct Args {
     /// Sequences that decode together, each a stream of its own topics; every step takes one token of each
     #[arg(long, value_name = "N", value_parser = parse_count, conflicts_with_all = ["compare", "plot"])]
     sequences: Option<NonZeroUsize>,
+
+    /// Take experts from a simulated drive of this speed and latency, such as 7GB/s,80us (the latency is 80us if not given)
+    #[arg(long, value_name = "SPEED[,LATENCY]", value_parser = parse_drive, conflicts_with_all = ["compare", "plot", "engine"])]
+    drive: Option<DriveSpeed>,
 
     /// Several budgets, one after the other
     #[arg(long, value_name = "LIST", value_parser = parse_size, value_delimiter = ',', conflicts_with = "budget")]
@@ -198,6 +207,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if let Some(what) = args.compare {
         return compare(args, what, total);
     }
+    if let Some(speed) = args.drive {
+        return bench_drive::run(args, speed, args.sequences.map_or(1, NonZeroUsize::get), total);
+    }
     if let Some(sequences) = args.sequences {
         return bench_batch::run(args, sequences.get(), total);
     }
@@ -268,7 +280,12 @@ impl Decoder {
 /// Tokens that go through one sequence, warm-up included, as far as the model can take them.
 fn total_tokens(args: &Args) -> Result<usize, CliError> {
     let most = ModelFile::open(&args.file)?.spec().max_positions;
-    let measured = if args.compare.is_some() { args.n.checked_mul(args.pairs) } else { Some(args.n) };
+    let measured = match (args.compare, args.drive) {
+        (Some(_), _) => args.n.checked_mul(args.pairs),
+        // As many again, of which none waits for the drive.
+        (None, Some(_)) => args.n.checked_mul(2),
+        (None, None) => Some(args.n),
+    };
     let total = measured.and_then(|n| n.checked_add(args.warm_up)).filter(|total| *total <= most);
     total.ok_or_else(|| {
         CliError::Usage(format!(

@@ -4,6 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod bench_batch;
 pub(crate) mod bench_decode;
 pub(crate) mod bench_disk;
+pub(crate) mod bench_drive;
 pub(crate) mod bench_kernels;
 pub(crate) mod calibrate;
 pub(crate) mod convert;

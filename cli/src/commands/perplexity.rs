@@ -109,7 +109,7 @@ fn score(engine: &mut Engine, ids: &[u32], window: usize) -> Result<Score, CliEr
     Ok(Score { perplexity, nll, tokens })
 }
 
-/// −ln softmax(logits)[target]; an id beyond the logits has probability 0.
+/// `−ln softmax(logits)[target]`; an id beyond the logits has probability 0.
 fn negative_log_probability(logits: &[f32], target: u32) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();

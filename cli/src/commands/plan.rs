@@ -16,7 +16,7 @@ use sluice_model::memory::available_memory;
 use super::synth::type_parser;
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
-use crate::size::parse_size;
+use crate::size::{parse_size, parse_speed};
 use crate::terminal::{note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
@@ -100,18 +100,6 @@ struct Report {
     /// None when the memory does not suffice.
     speed: Option<Speed>,
     warnings: Vec<String>,
-}
-
-/// A rate such as `3GB/s`.
-fn parse_speed(text: &str) -> Result<u64, String> {
-    let size = text.trim().strip_suffix("/s").unwrap_or(text);
-    // Three bytes a second is what nobody means by `3`.
-    let has_unit = size.trim().ends_with(|c: char| c.is_ascii_alphabetic());
-    match parse_size(size).and_then(|speed| if has_unit { Ok(speed) } else { Err(String::new()) }) {
-        Ok(0) => Err("nothing could ever be read at that speed".into()),
-        Ok(speed) => Ok(speed),
-        Err(_) => Err(format!("`{text}` is not a speed: write a number and a unit, such as 3GB/s or 800MB/s")),
-    }
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
@@ -429,15 +417,5 @@ mod tests {
         assert_eq!(gigabytes_up(5_431_000_001), "5.44 GB");
         assert_eq!(gigabytes_up(5_430_000_000), "5.43 GB");
         assert_eq!(gigabytes_up(12_340_001), "12.4 MB");
-    }
-
-    #[test]
-    fn speeds() {
-        assert_eq!(parse_speed("3GB/s"), Ok(3_000_000_000));
-        assert_eq!(parse_speed("800MB"), Ok(800_000_000));
-        assert_eq!(parse_speed("3 GiB/s"), Ok(3 << 30));
-        for wrong in ["0", "3", "3/s", "0GB/s", "3000000000", "fast", "3GB/h", ""] {
-            assert!(parse_speed(wrong).is_err(), "{wrong}");
-        }
     }
 }

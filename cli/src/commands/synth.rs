@@ -26,7 +26,9 @@ Examples:
   sluice synth deepseek-r1 r1-8.sluice --layers 8
   sluice synth bench-34x128 bench.sluice
   sluice run bench.sluice --prompt-ids 1,2,3 --ids --profile
-  sluice synth deepseek-r1 r1-holes.sluice --sparse";
+  sluice synth deepseek-r1 r1-holes.sluice --sparse
+  sluice synth deepseek-r1 r1-shape.sluice --no-experts
+  sluice bench decode r1-shape.sluice --drive 7GB/s --budget 24GiB";
 
 /// Write a model file with random weights in the geometry of a real model, to measure a machine
 #[derive(Debug, clap::Args)]
@@ -62,6 +64,10 @@ pub(crate) struct Args {
     #[arg(long)]
     sparse: bool,
 
+    /// Holes instead of experts, to measure a large model on a small disk with `bench decode --drive`; nothing else runs it
+    #[arg(long, conflicts_with = "sparse")]
+    no_experts: bool,
+
     /// Replace the model file if it exists, once the new one is complete
     #[arg(long)]
     overwrite: bool,
@@ -85,6 +91,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         skew: args.skew,
         seed: args.seed,
         sparse: args.sparse,
+        no_experts: args.no_experts,
         overwrite: args.overwrite,
         ..SynthOptions::new(WeightTypes { experts, dense: args.dense_type })
     };
@@ -113,6 +120,9 @@ fn describe(args: &Args, options: &SynthOptions, s: &SynthSummary, elapsed: f64)
     );
     if s.hole_bytes > 0 {
         let _ = writeln!(out, "{} of it are holes, which take no space", Bytes(s.hole_bytes));
+    }
+    if options.no_experts {
+        out += "the experts are missing: only `sluice bench decode --drive` can use this file\n";
     }
     let _ = writeln!(out, "\n{:<12} {:>8} {:>12}", "part", "extents", "size");
     for size in &s.sizes {

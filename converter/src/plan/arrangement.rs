@@ -4,9 +4,9 @@
 //! the same names, and stores convolutions as `[channels, width, 1]` and experts stacked. Norms are the same numbers of
 //! the same shape either way, so two signs must agree before they are read: what the numbers are, and who wrote the file.
 
+use sluice_checksum::Xxh3;
 use sluice_format::{AttentionSpec, ModelSpec};
 use sluice_kernels::{bf16_to_f32, f16_to_f32};
-use xxhash_rust::xxh3::Xxh3;
 
 use super::form;
 use crate::error::ConvertError;

@@ -4,7 +4,7 @@
 //! compressed-tensors may have zero points of zeros where quantisation is symmetric. Names do not tell whether they are zero,
 //! so this is the one place where planning reads more than headers: such tensors have one number per row.
 
-use xxhash_rust::xxh3::Xxh3;
+use sluice_checksum::Xxh3;
 
 use crate::error::ConvertError;
 use crate::family::Unused;

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use sluice_checksum::Xxh3;
 use sluice_format::ModelSpec;
-use xxhash_rust::xxh3::Xxh3;
 
 use super::LeftOut;
 use super::build::places;

@@ -13,11 +13,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::Serialize;
+use sluice_checksum::Xxh3;
 use sluice_format::{
     ExtentKind, ExtentRecord, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB,
     SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TensorRecord, WeightType,
 };
-use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};

@@ -16,8 +16,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::de::IgnoredAny;
+use sluice_checksum::{Xxh3, xxh3_128};
 use sluice_format::open_regular;
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 pub(crate) use dtype::{Dtype, FLOATS, WIDE_FLOATS};
 pub(crate) use stamp::Stamp;
@@ -324,7 +324,7 @@ pub(crate) fn open_safetensors(path: &Path) -> Result<(File, Stamp, u64, Vec<u8>
 pub(crate) fn read_side_file(path: &Path) -> Result<Vec<u8>, ConvertError> {
     let file = open_regular(path).map_err(ConvertError::io(path, "open it"))?;
     let mut bytes = Vec::new();
-    // Bounded by what is read, not by what the file system says: files of /proc have no length.
+    // Bounded by what is read, not by what the filesystem says: files of /proc have no length.
     file.take(MAX_SIDE_FILE + 1).read_to_end(&mut bytes).map_err(ConvertError::io(path, "read it"))?;
     if bytes.len() as u64 > MAX_SIDE_FILE {
         let problem = format!("it has more than {MAX_SIDE_FILE} bytes");

@@ -1,4 +1,4 @@
-//! What tells that a file is not the one that was read before: its identity as the file system keeps it.
+//! What tells that a file is not the one that was read before: its identity as the filesystem keeps it.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +12,7 @@ const SETTLED: Duration = Duration::from_millis(20);
 /// Attempts to find a file that is not being changed: after these, every change shows anyway, as each one was seen.
 const ATTEMPTS: usize = 3;
 
-/// The identity of a file: number of its file system and its own, length, and when its content and its state last changed.
+/// The identity of a file: number of its filesystem and its own, length, and when its content and its state last changed.
 /// Whatever is done to a file, its `ctime` cannot be set back by ordinary means, so that equal stamps mean equal bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stamp([i64; 7]);

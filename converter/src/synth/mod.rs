@@ -6,6 +6,7 @@
 
 mod geometry;
 mod layout;
+mod noise;
 mod random;
 mod release;
 mod topics;
@@ -14,6 +15,7 @@ mod write;
 
 pub use geometry::Geometry;
 pub use layout::{KindTypes, Layout, WeightTypes};
+pub use noise::expert_noise;
 pub use release::Release;
 pub use topics::token_stream;
 pub use values::TYPES;

@@ -1,6 +1,6 @@
 //! Random bits that depend on a seed and a place, not on who asks first.
 
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use sluice_checksum::xxh3_64_with_seed;
 
 /// SplitMix64 (<https://prng.di.unimi.it/splitmix64.c>): a counter through a mixer, so a loop over it keeps the whole core
 /// busy.

@@ -8,11 +8,11 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 use serde_json::json;
+use sluice_checksum::Xxh3;
 use sluice_format::{
     ExtentKind, ExtentRecord, FileWriter, Layout as Arrangement, Metadata, PROVENANCE_BLOB, ROW_GROUP,
     SOURCE_CONFIG_BLOB, SPEC_BLOB, TensorRecord, WeightType,
 };
-use xxhash_rust::xxh3::Xxh3;
 
 use super::geometry::Geometry;
 use super::layout::{Layout, WeightTypes};
@@ -30,6 +30,15 @@ const BATCH: usize = 1 << 20;
 /// layer to layer, but slowly, as in real models, where a router applied one layer early names most of the right experts.
 const RESIDUAL: f32 = 0.25;
 
+/// Key of the provenance that says of a file that its experts are missing.
+pub(super) const NO_EXPERTS: &str = "no_experts";
+
+/// Name of an expert's last matrix.
+pub(super) const DOWN: &str = "down";
+
+/// The checksum of experts that are missing. That of zeros is another, whatever their number.
+const MISSING_CHECKSUM: u64 = 0;
+
 /// What the caller may choose.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SynthOptions {
@@ -41,6 +50,8 @@ pub struct SynthOptions {
     pub seed: u64,
     /// Holes instead of weights: a file of any size that takes almost no space, all of whose weights are zero.
     pub sparse: bool,
+    /// Holes instead of experts, which are refused as damaged: for measurements on a simulated drive, which has its own.
+    pub no_experts: bool,
     /// Page size of the file, one of [`sluice_format::PAGE_SIZES`].
     pub page_size: u32,
     /// Whether an existing destination is replaced, once the new file is complete.
@@ -51,7 +62,7 @@ impl SynthOptions {
     /// Weights of these types with the routing of a real model.
     pub fn new(types: WeightTypes) -> Self {
         let page_size = sluice_format::PAGE_SIZES[0];
-        SynthOptions { types, skew: 1.0, seed: 0, sparse: false, page_size, overwrite: false }
+        SynthOptions { types, skew: 1.0, seed: 0, sparse: false, no_experts: false, page_size, overwrite: false }
     }
 }
 
@@ -123,9 +134,19 @@ pub fn synth(
         family: geometry.spec().family.clone(),
         model_id: model_id.to_string(),
         file_bytes,
-        hole_bytes: if options.sparse { layout.extent_bytes() } else { 0 },
+        hole_bytes: hole_bytes(&layout, options),
         sizes: kind_sizes(layout.extents()),
     })
+}
+
+/// Bytes of the extents that are not written.
+fn hole_bytes(layout: &Layout, options: &SynthOptions) -> u64 {
+    let experts = || layout.extents().iter().filter(|e| e.kind == ExtentKind::Expert);
+    match options {
+        SynthOptions { sparse: true, .. } => layout.extent_bytes(),
+        SynthOptions { no_experts: true, .. } => experts().map(|e| e.stored_len).sum(),
+        _ => 0,
+    }
 }
 
 /// Gives the file its length, and unless it is to be sparse, its space.
@@ -138,9 +159,9 @@ fn prepare(
 ) -> Result<(), ConvertError> {
     let len = layout.file.extents_end();
     if !options.sparse {
-        check_space(path, layout.file_bytes(BATCH), notes)?;
+        check_space(path, layout.file_bytes(BATCH) - hole_bytes(layout, options), notes)?;
     }
-    writer.file().set_len(len).map_err(ConvertError::io(path, "give it its length (does the file system allow it?)"))
+    writer.file().set_len(len).map_err(ConvertError::io(path, "give it its length (does the filesystem allow it?)"))
 }
 
 fn metadata(geometry: &Geometry, options: &SynthOptions) -> Metadata {
@@ -154,6 +175,7 @@ fn metadata(geometry: &Geometry, options: &SynthOptions) -> Metadata {
         "skew": options.skew.to_string().parse::<f64>().unwrap_or_default(),
         "seed": options.seed,
         "sparse": options.sparse,
+        NO_EXPERTS: options.no_experts,
     });
     let mut metadata = Metadata::default();
     metadata.insert(SPEC_BLOB, geometry.spec().to_json());
@@ -190,6 +212,7 @@ struct Synthesis<'a> {
     embeddings: Embeddings,
     /// Rows of all parts of the embedding but the last.
     part_rows: usize,
+    no_experts: bool,
 }
 
 impl<'a> Synthesis<'a> {
@@ -197,7 +220,8 @@ impl<'a> Synthesis<'a> {
         let spec = geometry.spec();
         let embeddings = Embeddings::new(options.seed, spec.vocab_size, spec.hidden_size, options.skew);
         let first = layout.records.iter().find(|r| r.kind == ExtentKind::Embedding);
-        Synthesis { layout, seed: options.seed, embeddings, part_rows: first.map_or(0, |r| r.shape[1] as usize) }
+        let part_rows = first.map_or(0, |r| r.shape[1] as usize);
+        Synthesis { layout, seed: options.seed, embeddings, part_rows, no_experts: options.no_experts }
     }
 
     /// Writes all extents; returns their checksums.
@@ -230,6 +254,10 @@ impl<'a> Synthesis<'a> {
         progress: &dyn Progress,
     ) -> Result<u64, ConvertError> {
         let record = &self.layout.extents()[number];
+        if self.no_experts && record.kind == ExtentKind::Expert {
+            progress.advanced(record.stored_len);
+            return Ok(MISSING_CHECKSUM);
+        }
         let mut random = Random::new(self.seed, [record.kind as u32, record.layer, record.index]);
         let mut out = writer.extent(number);
         for tensor in &self.layout.records[self.layout.tensors[number].clone()] {
@@ -245,7 +273,9 @@ impl<'a> Synthesis<'a> {
             match (record.kind, tensor.layout) {
                 (ExtentKind::Embedding, _) => self.embedding(record.index, tensor, batch, &mut write)?,
                 (_, Arrangement::Plain) => vector(tensor, &mut random, batch),
-                (_, Arrangement::Tiled | Arrangement::TiledPair) => matrix(tensor, &mut random, batch, &mut write)?,
+                (_, Arrangement::Tiled | Arrangement::TiledPair) => {
+                    matrix(tensor, usual_deviation(tensor), &mut random, batch, &mut write)?;
+                }
             }
             write(batch)?;
         }
@@ -279,7 +309,7 @@ impl<'a> Synthesis<'a> {
 }
 
 /// Norms are 1, taps of convolutions random; everything else that is a vector is a bias, or the like, and 0.
-fn vector(tensor: &TensorRecord, random: &mut Random, batch: &mut Vec<u8>) {
+pub(super) fn vector(tensor: &TensorRecord, random: &mut Random, batch: &mut Vec<u8>) {
     let value: f32 = if tensor.name.ends_with("norm") { 1.0 } else { 0.0 };
     (0..tensor.shape[2]).for_each(|_| batch.extend(value.to_le_bytes()));
     if tensor.name == "conv" {
@@ -289,9 +319,10 @@ fn vector(tensor: &TensorRecord, random: &mut Random, batch: &mut Vec<u8>) {
     }
 }
 
-/// A matrix, a pair, or a batch: all of them are row groups one after the other.
-fn matrix(
+/// A matrix, a pair, or a batch: all of them are row groups one after the other. Weights have this standard deviation.
+pub(super) fn matrix(
     tensor: &TensorRecord,
+    deviation: f32,
     random: &mut Random,
     batch: &mut Vec<u8>,
     write: &mut dyn FnMut(&mut Vec<u8>) -> Result<(), ConvertError>,
@@ -299,7 +330,7 @@ fn matrix(
     let [count, rows, cols] = tensor.shape.map(|d| d as usize);
     let twins = if tensor.layout == Arrangement::TiledPair { 2 } else { 1 };
     let group_len = tensor.weight_type.row_group_len(cols).expect("the layout computed the tensor's length from it");
-    let filler = Filler::new(tensor.weight_type, cols, deviation(&tensor.name, rows, cols));
+    let filler = Filler::new(tensor.weight_type, cols, deviation);
     for _ in 0..count {
         for first in (0..rows).step_by(ROW_GROUP) {
             for _ in 0..twins {
@@ -316,11 +347,12 @@ fn matrix(
 }
 
 /// A product with a unit-variance vector has unit variance, but for what is added to the residual stream.
-fn deviation(name: &str, rows: usize, cols: usize) -> f32 {
-    match name {
+pub(super) fn usual_deviation(tensor: &TensorRecord) -> f32 {
+    let [_, rows, cols] = tensor.shape;
+    match tensor.name.as_str() {
         // Stored transposed: the key is the product with the rows.
         "k_b" => (rows as f32).sqrt().recip(),
-        "o" | "down" => RESIDUAL / (cols as f32).sqrt(),
+        "o" | DOWN => RESIDUAL / (cols as f32).sqrt(),
         _ => (cols as f32).sqrt().recip(),
     }
 }

@@ -7,7 +7,7 @@ use sluice_format::fields::{
     Field, extent, importance, importance_entry, rewrite_footer, superblock, table_ref, tensor,
 };
 use sluice_format::{MAGIC, PAGE_SIZES, checksum};
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+use sluice_checksum::{Xxh3, xxh3_128};
 
 use super::random::Random;
 use crate::targets::model::support::{at, get, set};

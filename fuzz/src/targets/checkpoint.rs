@@ -91,7 +91,7 @@ pub(crate) fn write_sparse(path: &Path, start: &[u8]) {
     let Ok(Value::Object(header)) = serde_json::from_slice(json) else { return };
     let ends = header.values().filter_map(|tensor| tensor["data_offsets"][1].as_u64());
     let len = (start.len() as u64).saturating_add(ends.max().unwrap_or(0));
-    // A file system has its limits, and a file at one is as good as a file beyond it.
+    // A filesystem has its limits, and a file at one is as good as a file beyond it.
     let _ = file.set_len(len);
 }
 

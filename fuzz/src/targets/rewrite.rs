@@ -4,11 +4,11 @@
 use std::fs;
 use std::path::Path;
 
+use sluice_checksum::xxh3_128;
 use sluice_format::fields::{rewrite_footer as footer, superblock, table_ref};
 use sluice_format::{
     MAGIC, ModelFile, PAGE_SIZES, REWRITE_MAGIC, REWRITE_VERSION, TOKENIZER_BLOB, checksum, recover, rewrite_metadata,
 };
-use xxhash_rust::xxh3::xxh3_128;
 
 use super::model::support::{self, at, get, set};
 use super::{Seeds, choice};

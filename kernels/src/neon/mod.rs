@@ -53,6 +53,14 @@ impl Neon {
     }
 
     /// For rows of f32 numbers; false for others, which have no kernel of their own.
+    pub(crate) fn score(self, tile: &mut QueryTile, block: &KeyBlock<'_>) -> bool {
+        let Some(keys) = block.keys.all_plain() else { return false };
+        // SAFETY: as above.
+        unsafe { vectors::score(tile, block, keys) };
+        true
+    }
+
+    /// As [`score`](Self::score).
     pub(crate) fn attend_block(self, tile: &mut QueryTile, block: &KeyBlock<'_>) -> bool {
         let (Some(keys), Some(values)) = (block.keys.all_plain(), block.values.all_plain()) else { return false };
         // SAFETY: as above.

@@ -1,7 +1,7 @@
 //! Inner products and weighted sums of rows of f32, which attention is made of.
 
 use super::{load, store};
-use crate::attention::{KEY_BLOCK, KeyBlock, QueryTile};
+use crate::attention::{KeyBlock, QueryTile};
 use crate::scalar::{DOT_LANES, fold_lanes};
 use std::arch::aarch64::*;
 
@@ -10,10 +10,10 @@ const VECTORS: usize = DOT_LANES / 4;
 
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a_chunks, a_rest) = a.as_chunks::<DOT_LANES>();
-    let (b_chunks, b_rest) = b.as_chunks::<DOT_LANES>();
+    let (a_vectors, a_rest) = a.as_chunks::<DOT_LANES>();
+    let (b_vectors, b_rest) = b.as_chunks::<DOT_LANES>();
     let mut s = [vdupq_n_f32(0.0); VECTORS];
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
+    for (a, b) in a_vectors.iter().zip(b_vectors) {
         let (a, b) = (a.as_chunks::<4>().0, b.as_chunks::<4>().0);
         for j in 0..VECTORS {
             s[j] = vfmaq_f32(s[j], load(&a[j]), load(&b[j]));
@@ -31,9 +31,9 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-    let (x_chunks, x_rest) = x.as_chunks::<4>();
-    let (y_chunks, y_rest) = y.as_chunks_mut::<4>();
-    for (y, x) in y_chunks.iter_mut().zip(x_chunks) {
+    let (x_vectors, x_rest) = x.as_chunks::<4>();
+    let (y_vectors, y_rest) = y.as_chunks_mut::<4>();
+    for (y, x) in y_vectors.iter_mut().zip(x_vectors) {
         store(y, vfmaq_n_f32(load(y), load(x), a));
     }
     for (y, &x) in y_rest.iter_mut().zip(x_rest) {
@@ -41,23 +41,23 @@ pub(super) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
-/// Attention over plain rows.
+/// Leaves the products with the rows that each query sees in `tile.scores`.
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn attend_block(tile: &mut QueryTile, block: &KeyBlock<'_>, keys: Plain<'_>, values: Plain<'_>) {
-    let n = tile.len();
-    if tile.scores.len() < n {
-        tile.scores.resize(n, [0.0; KEY_BLOCK]);
-    }
-    tile.factors.resize(n, [0.0; 2]);
+pub(super) fn score(tile: &mut QueryTile, block: &KeyBlock<'_>, keys: Plain<'_>) {
     for (i, (scores, part)) in tile.scores.iter_mut().zip(&tile.parts).enumerate() {
         if !part.is_empty() {
             let places = block.place(part.from)..block.place(part.to);
             dots(&tile.queries[i * tile.key..][..tile.key], keys, part.from, &mut scores[places]);
         }
     }
+}
+
+/// Attention over plain rows.
+#[target_feature(enable = "neon,dotprod")]
+pub(super) fn attend_block(tile: &mut QueryTile, block: &KeyBlock<'_>, keys: Plain<'_>, values: Plain<'_>) {
+    score(tile, block, keys);
     tile.weigh(block.place(0));
-    for i in 0..n {
-        let part = tile.parts[i];
+    for (i, part) in tile.parts.iter().enumerate() {
         if !part.is_empty() {
             let p = &tile.scores[i][block.place(part.from)..block.place(part.to)];
             let out = &mut tile.out[i * tile.value..][..tile.value];

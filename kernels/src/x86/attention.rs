@@ -1,34 +1,34 @@
 //! Attention over cached rows of every type, whatever the width of a vector.
 
-/// The kernel `attend_block` for one instruction set.
+/// The kernels `score` and `attend_block` for one instruction set.
 ///
 /// A macro, since functions take on the target features that they are written with, not those of their type parameters. Who
 /// calls it provides `WIDTH` (numbers of a vector), `VECS` (vectors of the lanes of one product), `ALONE` and `PAIRED` (keys that
-/// are multiplied together with one query, and with two; both divide 4), `SHARED` (queries that values are loaded for once: 4 or
+/// are multiplied together with one query, and with two; both divide 4), `PAIRED_VECS` (of `VECS`, how many are summed at once for
+/// two queries), `SHARED` (queries that values are loaded for once: 4 or
 /// 2), `COLUMNS` (of values that are summed together for these; for one query twice as many), `load` and `store` of a vector,
-/// `halve` (the first steps of folding the lanes of a product, down to one vector), `fold` (the others, for four products
-/// at once), and `vectors` (the numbers of a row of any type).
+/// `fold` (what is left of folding the lanes of four products, once each is one vector), and `vectors` (the numbers of a row of any type).
 macro_rules! attention {
-    ($features:tt, $vector:ty, zero: $zero:ident, fmadd: $fmadd:ident, mul: $mul:ident, splat: $splat:ident) => {
+    ($features:tt, $vector:ty, zero: $zero:ident, add: $add:ident, fmadd: $fmadd:ident, mul: $mul:ident, splat: $splat:ident) => {
         #[target_feature(enable = $features)]
         pub(super) fn attend_block(tile: &mut QueryTile, block: &KeyBlock<'_>) {
-            let n = tile.len();
-            if tile.scores.len() < n {
-                tile.scores.resize(n, [0.0; KEY_BLOCK]);
-            }
-            tile.factors.resize(n, [0.0; 2]);
-            match block.keys.ty() {
-                KvType::F32 => scores::<F32>(tile, block),
-                KvType::F16 => scores::<F16>(tile, block),
-                KvType::Bf16 => scores::<BF16>(tile, block),
-                KvType::Q8 => scores::<Q8>(tile, block),
-            }
+            score(tile, block);
             tile.weigh(block.place(0));
             match block.values.ty() {
                 KvType::F32 => add_values::<F32>(tile, block),
                 KvType::F16 => add_values::<F16>(tile, block),
                 KvType::Bf16 => add_values::<BF16>(tile, block),
                 KvType::Q8 => add_values::<Q8>(tile, block),
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        pub(super) fn score(tile: &mut QueryTile, block: &KeyBlock<'_>) {
+            match block.keys.ty() {
+                KvType::F32 => scores::<F32>(tile, block),
+                KvType::F16 => scores::<F16>(tile, block),
+                KvType::Bf16 => scores::<BF16>(tile, block),
+                KvType::Q8 => scores::<Q8>(tile, block),
             }
         }
 
@@ -48,10 +48,10 @@ macro_rules! attention {
                         (2, [one, other]) => {
                             let part = here(parts[i]).or(here(parts[i + 1]));
                             let out = [&mut one[place..], &mut other[place..]];
-                            products::<TY, 2, PAIRED>([query(i), query(i + 1)], &block.keys, part, out);
+                            products::<TY, 2, PAIRED, PAIRED_VECS>([query(i), query(i + 1)], &block.keys, part, out);
                         }
                         (_, [one]) if key.is_multiple_of(DOT_LANES) => {
-                            products::<TY, 1, ALONE>([query(i)], &block.keys, here(parts[i]), [&mut one[place..]]);
+                            products::<TY, 1, ALONE, VECS>([query(i)], &block.keys, here(parts[i]), [&mut one[place..]]);
                         }
                         (_, one) => {
                             for row in here(parts[i]).rows() {
@@ -65,10 +65,11 @@ macro_rules! attention {
             }
         }
 
-        /// Products of `Q` queries with the rows `part`, `T` rows at a time, for widths of whole lanes.
+        /// Products of `Q` queries with the rows `part`, `T` rows at a time, for widths of whole lanes. `V`: vectors of a product
+        /// that are summed at once.
         #[inline]
         #[target_feature(enable = $features)]
-        fn products<const TY: u8, const Q: usize, const T: usize>(
+        fn products<const TY: u8, const Q: usize, const T: usize, const V: usize>(
             queries: [&[f32]; Q],
             keys: &KvRows<'_>,
             part: Part,
@@ -81,10 +82,10 @@ macro_rules! attention {
                 for round in 0..4 / T {
                     let at = row + round * T;
                     let keys = each!(Row::NONE; T, t => keys.part(ty, at + t, 0, queries[0].len()));
-                    let sums = several_dots::<TY, Q, T>(queries, keys);
+                    let sums = several_dots::<TY, Q, T, V>(queries, keys);
                     for q in 0..Q {
                         for t in 0..T {
-                            halves[q][round * T + t] = halve(sums[q][t]);
+                            halves[q][round * T + t] = sums[q][t];
                         }
                     }
                 }
@@ -94,46 +95,72 @@ macro_rules! attention {
                 row += 4;
             }
             for row in row..part.to {
-                let sums = several_dots::<TY, Q, 1>(queries, [keys.part(ty, row, 0, queries[0].len())]);
+                let sums = several_dots::<TY, Q, 1, V>(queries, [keys.part(ty, row, 0, queries[0].len())]);
                 for q in 0..Q {
-                    out[q][row] = fold([halve(sums[q][0]), $zero(), $zero(), $zero()])[0];
+                    out[q][row] = fold([sums[q][0], $zero(), $zero(), $zero()])[0];
                 }
             }
         }
 
-        /// The lanes of the products of `Q` queries with `T` rows, without what is behind the last whole lanes.
+        /// The lanes of the products of `Q` queries with `T` rows, folded down to a vector each: `V` vectors of them at once, and
+        /// the others behind them, where the registers do not hold all.
         #[inline]
         #[target_feature(enable = $features)]
-        fn several_dots<const TY: u8, const Q: usize, const T: usize>(
+        fn several_dots<const TY: u8, const Q: usize, const T: usize, const V: usize>(
             queries: [&[f32]; Q],
             keys: [Row<'_>; T],
-        ) -> [[[$vector; VECS]; T]; Q] {
-            let mut s = [[[$zero(); VECS]; T]; Q];
+        ) -> [[$vector; T]; Q] {
+            let passes = const { VECS / V };
+            let mut halves = [[$zero(); T]; Q];
             let whole = queries[0].len() / DOT_LANES;
             let queries = each!(&[][..]; Q, q => &queries[q].as_chunks::<DOT_LANES>().0[..whole]);
-            for c in 0..whole {
-                for t in 0..T {
-                    let key = vectors::<TY, VECS>(&keys[t], c * DOT_LANES);
-                    for q in 0..Q {
-                        let query = queries[q][c].as_chunks::<WIDTH>().0;
-                        for j in 0..VECS {
-                            s[q][t][j] = $fmadd(load(&query[j]), key[j], s[q][t][j]);
+            for pass in 0..passes {
+                let mut s = [[[$zero(); V]; T]; Q];
+                for c in 0..whole {
+                    for j in 0..V {
+                        // Folding begins with vectors that are half of all apart: a pass has both.
+                        let vec = pass + j * passes;
+                        let query = each!($zero(); Q, q => load(&queries[q][c].as_chunks::<WIDTH>().0[vec]));
+                        for t in 0..T {
+                            let [key] = vectors::<TY, 1>(&keys[t], c * DOT_LANES + vec * WIDTH);
+                            for q in 0..Q {
+                                s[q][t][j] = $fmadd(query[q], key, s[q][t][j]);
+                            }
                         }
                     }
                 }
+                for q in 0..Q {
+                    for t in 0..T {
+                        let half = halve(s[q][t]);
+                        halves[q][t] = if pass == 0 { half } else { $add(halves[q][t], half) };
+                    }
+                }
             }
-            s
+            halves
+        }
+
+        /// The first steps of folding the lanes of a product: vectors that are half of all apart, then what is left.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn halve<const V: usize>(s: [$vector; V]) -> $vector {
+            if V == 2 { $add(s[0], s[1]) } else { $add($add(s[0], s[V / 2]), $add(s[1], s[1 + V / 2])) }
         }
 
         /// The product with a row of any length.
         #[target_feature(enable = $features)]
         fn odd_dot<const TY: u8>(a: &[f32], key: Row<'_>) -> f32 {
-            let [[sums]] = several_dots::<TY, 1, 1>([a], [key]);
+            let (chunks, rest) = a.as_chunks::<DOT_LANES>();
+            let mut sums = [$zero(); VECS];
+            for (c, a) in chunks.iter().enumerate() {
+                let key = vectors::<TY, VECS>(&key, c * DOT_LANES);
+                for j in 0..VECS {
+                    sums[j] = $fmadd(load(&a.as_chunks::<WIDTH>().0[j]), key[j], sums[j]);
+                }
+            }
             let mut lanes = [0.0; DOT_LANES];
             for (lanes, sum) in lanes.as_chunks_mut::<WIDTH>().0.iter_mut().zip(sums) {
                 store(lanes, sum);
             }
-            let rest = a.as_chunks::<DOT_LANES>().1;
             let first = a.len() - rest.len();
             for (i, (lane, a)) in lanes.iter_mut().zip(rest).enumerate() {
                 *lane = a.mul_add(key.value(const { kv_type(TY) }, first + i), *lane);
@@ -200,11 +227,12 @@ macro_rules! attention {
             let mut sums = [[$zero(); N]; Q];
             for j in 0..places.len() {
                 let row = block.values.part(const { kv_type(TY) }, part.from + j, at, WIDTH * N);
-                let values = vectors::<TY, N>(&row, 0);
-                for q in 0..Q {
-                    let p = $splat(p[q][j]);
-                    for i in 0..N {
-                        sums[q][i] = $fmadd(p, values[i], sums[q][i]);
+                let p = each!($zero(); Q, q => $splat(p[q][j]));
+                // One vector of values at a time: more would push sums out of the registers.
+                for i in 0..N {
+                    let [values] = vectors::<TY, 1>(&row, WIDTH * i);
+                    for q in 0..Q {
+                        sums[q][i] = $fmadd(p[q], values, sums[q][i]);
                     }
                 }
             }

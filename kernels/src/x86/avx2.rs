@@ -5,7 +5,6 @@
 mod attention;
 mod codebook;
 mod many;
-mod xxh3;
 
 use super::ahead::{Ahead, in_streams};
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q3, Q4, Q8};
@@ -19,7 +18,6 @@ use crate::attention::{KeyBlock, QueryTile};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
-use crate::xxh3::{XXH3_BLOCK_BYTES, Xxh3Sum};
 use std::arch::x86_64::*;
 
 /// Proof that this CPU has AVX2, FMA and F16C.
@@ -50,24 +48,14 @@ impl Avx2 {
         unsafe { axpy(a, x, y) }
     }
 
+    pub(crate) fn score(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
+        // SAFETY: as above.
+        unsafe { attention::score(tile, block) }
+    }
+
     pub(crate) fn attend_block(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
         // SAFETY: as above.
         unsafe { attention::attend_block(tile, block) }
-    }
-
-    pub(crate) fn xxh3_absorb(self, state: &mut Xxh3Sum, sums: &[Xxh3Sum]) {
-        // SAFETY: as above.
-        unsafe { xxh3::absorb(state, sums) }
-    }
-
-    pub(crate) fn xxh3_update(self, state: &mut Xxh3Sum, blocks: &[[u8; XXH3_BLOCK_BYTES]]) {
-        // SAFETY: as above.
-        unsafe { xxh3::update(state, blocks) }
-    }
-
-    pub(crate) fn xxh3_sums(self, blocks: &[[u8; XXH3_BLOCK_BYTES]], sums: &mut [Xxh3Sum]) {
-        // SAFETY: as above.
-        unsafe { xxh3::sums(blocks, sums) }
     }
 }
 
@@ -405,10 +393,10 @@ fn dots_nibbles<const TY: u8, const T: usize>(values: &[u8], x: &[&[QuantisedBlo
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a_chunks, a_rest) = a.as_chunks::<DOT_LANES>();
-    let (b_chunks, b_rest) = b.as_chunks::<DOT_LANES>();
+    let (a_vectors, a_rest) = a.as_chunks::<DOT_LANES>();
+    let (b_vectors, b_rest) = b.as_chunks::<DOT_LANES>();
     let mut s = [_mm256_setzero_ps(); 4];
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
+    for (a, b) in a_vectors.iter().zip(b_vectors) {
         let (a, b) = (a.as_chunks::<8>().0, b.as_chunks::<8>().0);
         for j in 0..4 {
             s[j] = _mm256_fmadd_ps(load(&a[j]), load(&b[j]), s[j]);
@@ -426,10 +414,10 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-    let (x_chunks, x_rest) = x.as_chunks::<8>();
-    let (y_chunks, y_rest) = y.as_chunks_mut::<8>();
+    let (x_vectors, x_rest) = x.as_chunks::<8>();
+    let (y_vectors, y_rest) = y.as_chunks_mut::<8>();
     let a8 = _mm256_set1_ps(a);
-    for (y, x) in y_chunks.iter_mut().zip(x_chunks) {
+    for (y, x) in y_vectors.iter_mut().zip(x_vectors) {
         store(y, _mm256_fmadd_ps(a8, load(x), load(y)));
     }
     for (y, &x) in y_rest.iter_mut().zip(x_rest) {
@@ -472,18 +460,4 @@ fn load(from: &[f32; 8]) -> __m256 {
 fn store(to: &mut [f32; 8], v: __m256) {
     // SAFETY: the reference covers the 8 numbers; the store has no alignment.
     unsafe { _mm256_storeu_ps(to.as_mut_ptr(), v) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn load_words(from: &[u64; 4]) -> __m256i {
-    // SAFETY: the reference covers the 32 bytes; the load has no alignment.
-    unsafe { _mm256_loadu_si256(from.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn store_words(to: &mut [u64; 4], v: __m256i) {
-    // SAFETY: the reference covers the 32 bytes; the store has no alignment.
-    unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), v) }
 }

@@ -18,7 +18,6 @@ use crate::attention::{KeyBlock, QueryTile};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
-use crate::xxh3::{XXH3_BLOCK_BYTES, Xxh3Sum};
 use std::arch::x86_64::*;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI besides what [`Avx2`] proves.
@@ -55,21 +54,14 @@ impl Avx512 {
         unsafe { axpy(a, x, y) }
     }
 
+    pub(crate) fn score(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
+        // SAFETY: as above.
+        unsafe { attention::score(tile, block) }
+    }
+
     pub(crate) fn attend_block(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
         // SAFETY: as above.
         unsafe { attention::attend_block(tile, block) }
-    }
-
-    pub(crate) fn xxh3_absorb(self, state: &mut Xxh3Sum, sums: &[Xxh3Sum]) {
-        self.avx2.xxh3_absorb(state, sums);
-    }
-
-    pub(crate) fn xxh3_update(self, state: &mut Xxh3Sum, blocks: &[[u8; XXH3_BLOCK_BYTES]]) {
-        self.avx2.xxh3_update(state, blocks);
-    }
-
-    pub(crate) fn xxh3_sums(self, blocks: &[[u8; XXH3_BLOCK_BYTES]], sums: &mut [Xxh3Sum]) {
-        self.avx2.xxh3_sums(blocks, sums);
     }
 }
 
@@ -323,10 +315,10 @@ fn block_integers<const TY: u8>(a: &[u8], b: &[u8], q: usize) -> __m512i {
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a_chunks, a_rest) = a.as_chunks::<DOT_LANES>();
-    let (b_chunks, b_rest) = b.as_chunks::<DOT_LANES>();
+    let (a_vectors, a_rest) = a.as_chunks::<DOT_LANES>();
+    let (b_vectors, b_rest) = b.as_chunks::<DOT_LANES>();
     let mut s = [_mm512_setzero_ps(); 2];
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
+    for (a, b) in a_vectors.iter().zip(b_vectors) {
         let (a, b) = (a.as_chunks::<16>().0, b.as_chunks::<16>().0);
         for j in 0..2 {
             s[j] = _mm512_fmadd_ps(load(&a[j]), load(&b[j]), s[j]);
@@ -344,10 +336,10 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-    let (x_chunks, x_rest) = x.as_chunks::<16>();
-    let (y_chunks, y_rest) = y.as_chunks_mut::<16>();
+    let (x_vectors, x_rest) = x.as_chunks::<16>();
+    let (y_vectors, y_rest) = y.as_chunks_mut::<16>();
     let a16 = _mm512_set1_ps(a);
-    for (y, x) in y_chunks.iter_mut().zip(x_chunks) {
+    for (y, x) in y_vectors.iter_mut().zip(x_vectors) {
         store(y, _mm512_fmadd_ps(a16, load(x), load(y)));
     }
     for (y, &x) in y_rest.iter_mut().zip(x_rest) {

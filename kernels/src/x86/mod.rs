@@ -68,7 +68,7 @@ const fn scales_from(ty: u8) -> usize {
     if matches!(ty, Q4 | Q3) { 32 } else { 0 }
 }
 
-/// Values and scales of a row group, block by block. Chunks of known length leave no checks in the loops over them.
+/// Values and scales of a row group, block by block. Pieces of known length leave no checks in the loops over them.
 #[inline(always)]
 fn blocks_of<'a, const TY: u8>(w: &Group<'a>) -> Zip<ChunksExact<'a, u8>, ChunksExact<'a, u8>> {
     let scales = &w.scales[const { scales_from(TY) }..];

@@ -6,8 +6,8 @@
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use sluice_checksum::xxh3_64;
 use sluice_format::{StateId, may_replace, open_regular, replace_file};
-use twox_hash::XxHash3_64;
 
 const MAGIC: [u8; 8] = *b"SLCOUNT1";
 /// Bytes of a state id.
@@ -29,7 +29,7 @@ pub fn load(model: &Path, id: StateId) -> Option<Vec<u8>> {
     let limit = (HEADER + MAX_COUNTS + 8) as u64;
     open_regular(&path_of(model)).ok()?.take(limit).read_to_end(&mut bytes).ok()?;
     let (content, sum) = bytes.split_last_chunk::<8>()?;
-    if XxHash3_64::oneshot(content) != u64::from_le_bytes(*sum) || content.len() < HEADER {
+    if xxh3_64(content) != u64::from_le_bytes(*sum) || content.len() < HEADER {
         return None;
     }
     let (header, counts) = content.split_at(HEADER);
@@ -41,11 +41,11 @@ pub fn load(model: &Path, id: StateId) -> Option<Vec<u8>> {
 /// Writes the counts of a model, atomically: a reader sees the old ones or the new ones. Only counts are replaced.
 ///
 /// # Errors
-/// What the file system says, for instance that the folder cannot be written; of the kind
+/// What the filesystem says, for instance that the folder cannot be written; of the kind
 /// [`io::ErrorKind::AlreadyExists`] when there is something else in the place of the counts.
 pub fn save(model: &Path, id: StateId, counts: &[u8]) -> io::Result<()> {
     let mut bytes = [&MAGIC[..], &id.0, &(counts.len() as u64).to_le_bytes(), counts].concat();
-    bytes.extend(XxHash3_64::oneshot(&bytes).to_le_bytes());
+    bytes.extend(xxh3_64(&bytes).to_le_bytes());
     let path = path_of(model);
     if !may_replace(&path, &MAGIC)? {
         let problem = format!("{} is there already and is something else", path.display());

@@ -304,7 +304,7 @@ impl Delta {
         let mixed = &mixed[t * s.conv_channels()..][..s.conv_channels()];
         let (queries, rest) = mixed.split_at(s.key_heads * dk);
         let (keys, values) = rest.split_at(s.key_heads * dk);
-        compute.threads.for_each_chunk(to, len, &|h, head| {
+        compute.threads.for_each_piece(to, len, &|h, head| {
             let key_head = h / (s.value_heads / s.key_heads);
             let (q, k) = (&queries[key_head * dk..][..dk], &keys[key_head * dk..][..dk]);
             if let Some(from) = from {

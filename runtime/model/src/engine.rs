@@ -1,7 +1,7 @@
 //! The opened model: file, pool, layers, kernels; and the steps that sequences take with it.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
@@ -21,7 +21,7 @@ use crate::rows::{Cursor, Rows, Span, Want};
 use crate::sequence::MarkLimits;
 use crate::session::{self, Binding, SessionError};
 use crate::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents};
-use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, Tuning};
+use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, Tuning};
 use sluice_storage::pool::{
     DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, PolicyKind, PoolError, Storage, StorageConfig,
 };
@@ -43,7 +43,7 @@ pub struct EngineOptions {
     pub exact: bool,
     /// Who leaves the expert cache.
     pub policy: PolicyKind,
-    /// Whether experts are read ahead of the router on a guess.
+    /// Whether experts are read before the router has asked for them.
     pub prefetch: Prefetch,
     /// Whether to begin without what earlier runs have learned about this model's experts.
     pub forget: bool,
@@ -59,6 +59,9 @@ pub struct EngineOptions {
     /// Tokens of a prompt after which a sequence marks by itself where it is, as long as it has room for marks; `None`: 2048. So a
     /// rewind into a long prompt need not begin anew. Marks that are asked for take the place of these.
     pub mark_every: Option<usize>,
+    /// A drive that has the experts in place of the file, and its contents in place of each: to measure, not to compute with.
+    #[cfg(feature = "sim")]
+    pub simulated: Option<sluice_storage::io::sim::SimulatedDrive>,
 }
 
 /// What [`EngineOptions::mark_every`] is if nothing is said. A rewind computes so many tokens again at most, or as many as a pass has
@@ -70,7 +73,7 @@ pub use sluice_storage::io::EngineKind as ReadEngineKind;
 /// Whether experts are read ahead of the router.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Prefetch {
-    /// While the drive would idle, as long as guesses are mostly right.
+    /// While the drive would idle, as long as prefetches are mostly right.
     #[default]
     Auto,
     /// Never.
@@ -127,7 +130,7 @@ pub struct Stats {
     pub hits: u64,
     /// Experts that had to be read.
     pub misses: u64,
-    /// Experts read ahead of the router, on a guess.
+    /// Experts read before the router had asked for them.
     pub prefetched: u64,
     /// Of which used before they left memory.
     pub prefetched_used: u64,
@@ -145,7 +148,8 @@ pub struct Engine {
     memory: MemoryPlan,
     compute: Compute,
     storage: Storage,
-    tuning: Tuning,
+    /// Of each file.
+    tuning: Vec<Tuning>,
     model: Model,
     pages: Arc<PagePool>,
     /// What the numbers of a sequence depend on beside its tokens.
@@ -171,8 +175,10 @@ impl Engine {
         let memory = MemoryPlan::new(&file, options.budget, demand)?;
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
-        let tuning = Tuning::choose(file.path(), options.io.as_ref(), options.read_engine, store.as_ref());
-        let mut storage = open_storage(&file, &memory, options.policy, &tuning)?;
+        let paths = [file.path().to_owned()];
+        let choose = |path: &PathBuf| Tuning::choose(path, options.io.as_ref(), options.read_engine, store.as_ref());
+        let tuning: Vec<Tuning> = paths.iter().map(choose).collect();
+        let mut storage = open_storage(&paths, &file, &memory, options, &tuning)?;
         let precision = if options.exact { Precision::Exact } else { Precision::Int8 };
         let threads = compute_threads(options.threads, storage.io.reading());
         let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
@@ -217,32 +223,42 @@ impl Engine {
         self.compute.threads.threads()
     }
 
-    /// What reads the file, in words: engine, direct or buffered, and why.
+    /// What reads the file, in words: engine, direct or buffered, and why; of each drive if its parts lie on several.
     pub fn read_path(&self) -> String {
-        let engine = self.storage.io.engine();
-        let direct = self.storage.direct.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
-        format!("{} ({}), {direct}", engine.name, engine.note)
+        let lanes = self.storage.io.lanes();
+        let several = lanes.len() > 1;
+        let in_words = lanes.enumerate().map(|(number, LaneInfo { engine, files, config })| {
+            let direct = files.iter().map(|&file| self.storage.direct[usize::from(file)].to_string());
+            let path = format!("{} ({}), {}", engine.name, engine.note, direct.collect::<Vec<_>>().join("; "));
+            if several {
+                let IoConfig { depth, chunk_bytes, .. } = config;
+                format!("drive {}: {depth} chunks of {} KiB by {path}", number + 1, chunk_bytes >> 10)
+            } else {
+                path
+            }
+        });
+        in_words.collect::<Vec<_>>().join("; ")
     }
 
-    /// Short name of the engine that reads the file.
+    /// Short name of the engine that reads the file; its first part, if it lies on several drives.
     pub fn read_engine(&self) -> &'static str {
         self.storage.io.engine().name
     }
 
-    /// How the file is to be read, and where that comes from.
+    /// How the file is to be read, and where that comes from; its first part, if it lies on several drives.
     pub fn tuning(&self) -> &Tuning {
-        &self.tuning
+        &self.tuning[0]
     }
 
-    /// Chunks and depth of the reads.
+    /// Chunks and depth of the reads; of the first part of the file, if it lies on several drives.
     pub fn io_config(&self) -> &IoConfig {
-        &self.tuning.config
+        &self.tuning().config
     }
 
     /// Keeps what the eviction policy has learned beside the model, for the next start.
     ///
     /// # Errors
-    /// What the file system says; nothing is lost but the knowledge.
+    /// What the filesystem says; nothing is lost but the knowledge.
     pub fn save_counts(&self) -> io::Result<()> {
         let counts = self.storage.pool.policy().export();
         if counts.is_empty() {
@@ -428,6 +444,7 @@ impl Engine {
                 spans[part.span].sequence.prepare(part.count)?;
             }
             let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
+            compute.threads.spare(rows.wait_for_memory());
             model.forward(compute, &mut weights, rows, spans, control)?;
             self.tokens += rows.len() as u64;
             wanted.clear();
@@ -477,12 +494,14 @@ fn compute_threads(asked: Option<usize>, reading: Arc<AtomicBool>) -> ThreadPool
     if pool.threads() < cores { pool } else { pool.sparing_while(reading) }
 }
 
-/// Opens the storage: dense parts in memory, as many expert slots as the plan has.
+/// Opens the storage: dense parts in memory, as many expert slots as the plan has. `paths`: the files that the extents lie in, by
+/// volume, each with its tuning.
 fn open_storage(
+    paths: &[PathBuf],
     file: &ModelFile,
     memory: &MemoryPlan,
-    policy: PolicyKind,
-    tuning: &Tuning,
+    options: &EngineOptions,
+    tuning: &[Tuning],
 ) -> Result<Storage, RuntimeError> {
     let location =
         |e: &ExtentRecord| ExtentLocation { file: e.volume, offset: e.offset, len: e.stored_len, checksum: e.checksum };
@@ -497,12 +516,13 @@ fn open_storage(
     let config = StorageConfig {
         expert_slots: memory.slots,
         pinned: memory.pinned.clone(),
-        io: tuning.config.clone(),
-        engine: tuning.engine,
+        tuning: tuning.to_vec(),
         direct: DirectMode::default(),
+        #[cfg(feature = "sim")]
+        simulated: options.simulated.clone(),
     };
-    let policy = policy.build(experts.shape()).ok_or(RuntimeError::Policy(policy))?;
-    Ok(Storage::open(&[file.path().to_owned()], &dense, experts, policy, &config)?)
+    let policy = options.policy.build(experts.shape()).ok_or(RuntimeError::Policy(options.policy))?;
+    Ok(Storage::open(paths, &dense, experts, policy, &config)?)
 }
 
 fn name(e: &ExtentRecord) -> ExtentName {

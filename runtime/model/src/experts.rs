@@ -1,7 +1,7 @@
 //! The routed experts of a layer: which rows use which, computing them as they come, and the sums of what they give.
 //!
 //! A row's outputs are added in ascending order of expert, whatever the order in which experts arrive, so that the order of
-//! arrival cannot be seen in the result. There are two ways to that, with the same bits ([`Combining`]).
+//! arrival cannot be seen in the result. [`Outputs`] sees to that, and takes only what was made of verified bytes.
 
 use std::time::{Duration, Instant};
 
@@ -11,13 +11,17 @@ use sluice_kernels::Activations;
 use super::ModelError;
 use super::compute::{Compute, Step, sized};
 use super::gated::{Begun, GatedFfn, GatedScratch};
+use super::outputs::{Combining, Outputs, Settled, Unsettled, Use};
 use super::router::{Choice, RouterScratch, route};
 use super::tally::{Tallied, Tally};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
-use sluice_storage::pool::{Arrival, ExpertGuard, ExpertPart, LayerPass};
+use sluice_storage::pool::{self, Arrival, Expert, ExpertPart, LayerPass};
 
 /// Bytes of an expert that are worth computing with before the next ones are there: some 20 µs of work for two cores.
 const PART_BYTES: usize = 512 << 10;
+/// Most outputs that wait for their experts to come as a whole: that takes little longer than the output.
+const WAITING_MAX: usize = 4;
+
 /// Router matrix and its bias, as places in the router extent.
 #[derive(Debug)]
 struct Router {
@@ -38,15 +42,6 @@ pub(super) struct Routed {
     expert_len: usize,
 }
 
-/// How the outputs of a row's experts become their sum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Combining {
-    /// Experts come as they arrive; every output is kept, and summed in the end. Nothing waits for a particular expert.
-    Kept,
-    /// Experts come in ascending order and are added at once: memory does not grow with the number of choices.
-    InOrder,
-}
-
 /// f32 values per row that combining takes, at most, beside the outputs that are kept.
 pub(super) fn combining_width(hidden: u64) -> u64 {
     // The running sum, and one expert's output with the rows gathered for it, in f32 and in int8.
@@ -58,14 +53,6 @@ pub(super) fn output_bytes(moe: &MoeSpec, rows: usize, hidden: usize) -> u64 {
     4 * (rows as u64).saturating_mul((moe.top_k * hidden) as u64)
 }
 
-/// One use of an expert: which row, and which of its choices.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Assignment {
-    expert: u32,
-    row: u32,
-    choice: u32,
-}
-
 /// An expert that is computed while it is still being read.
 #[derive(Debug)]
 struct Early {
@@ -75,9 +62,26 @@ struct Early {
     /// Its one input.
     x: Activations,
     begun: Begun,
-    /// Experts of the current pass whose output is in its place before they came as a whole, and their checksums, unless
-    /// nobody wants to know them.
-    computed: Vec<(u32, Option<u64>)>,
+    /// Complete outputs of experts of the current pass that have not come as a whole.
+    waiting: Vec<Waiting>,
+    /// Buffers for more of them.
+    free: Vec<Vec<f32>>,
+}
+
+/// An output that was complete before its expert came as a whole.
+#[derive(Debug)]
+struct Waiting {
+    expert: u32,
+    /// The checksum of its bytes, unless nobody wants to know it.
+    sum: Option<u64>,
+    /// `[hidden]`, or longer.
+    values: Vec<f32>,
+}
+
+impl Waiting {
+    fn output(&self, hidden: usize) -> Unsettled<'_> {
+        Unsettled::of_parts(self.expert, self.sum, &self.values[..hidden])
+    }
 }
 
 impl Early {
@@ -87,8 +91,20 @@ impl Early {
             tally: Tally::default(),
             x: Activations::new(compute.precision),
             begun: Begun::new(compute),
-            computed: Vec::new(),
+            waiting: Vec::with_capacity(WAITING_MAX),
+            free: vec![Vec::new(); WAITING_MAX],
         }
+    }
+
+    /// Forgets the last pass.
+    fn clear(&mut self) {
+        self.expert = None;
+        self.free.extend(self.waiting.drain(..).map(|waiting| waiting.values));
+    }
+
+    fn take(&mut self, expert: u32) -> Option<Waiting> {
+        let at = self.waiting.iter().position(|waiting| waiting.expert == expert)?;
+        Some(self.waiting.swap_remove(at))
     }
 }
 
@@ -103,19 +119,15 @@ pub(super) struct ExpertScratch {
     bias: Vec<f32>,
     router: RouterScratch,
     choices: Vec<Choice>,
-    assignments: Vec<Assignment>,
+    /// By expert, then row.
+    uses: Vec<Use>,
     /// Distinct experts of the pass, ascending.
     experts: Vec<u32>,
     /// Rows that use the current expert.
     rows: Vec<u32>,
     /// One expert's output, `[its rows, hidden]`.
     output: Vec<f32>,
-    combining: Combining,
-    /// Bytes of outputs that may be kept.
-    most_kept: u64,
-    /// [`Combining::Kept`]: every expert's output, `[rows, top_k, hidden]`; [`Combining::InOrder`]: the sums so far, `[rows,
-    /// hidden]`.
-    outputs: Vec<f32>,
+    outputs: Outputs,
 }
 
 impl ExpertScratch {
@@ -130,20 +142,18 @@ impl ExpertScratch {
             bias: Vec::new(),
             router: RouterScratch::default(),
             choices: Vec::new(),
-            assignments: Vec::new(),
+            uses: Vec::new(),
             experts: Vec::new(),
             rows: Vec::new(),
             output: Vec::new(),
-            combining: Combining::Kept,
-            most_kept,
-            outputs: Vec::new(),
+            outputs: Outputs::new(most_kept),
         }
     }
 
     /// Forgets the last pass.
     pub fn begin(&mut self) {
         self.choices.clear();
-        self.assignments.clear();
+        self.uses.clear();
         self.experts.clear();
     }
 
@@ -157,19 +167,17 @@ impl ExpertScratch {
         &self.experts
     }
 
-    /// How the outputs of `rows` rows are to be combined: kept as long as there is room, because nothing has to wait then.
+    /// How the outputs of `rows` rows are to be combined.
     pub fn combine(&mut self, routed: &Routed, rows: usize, hidden: usize) -> Combining {
-        let fit = output_bytes(&routed.spec, rows, hidden) <= self.most_kept;
-        self.combining = if fit { Combining::Kept } else { Combining::InOrder };
-        self.combining
+        self.outputs.combine(output_bytes(&routed.spec, rows, hidden))
     }
+}
 
-    /// The uses of an expert.
-    fn uses(&self, expert: u32) -> &[Assignment] {
-        let first = self.assignments.partition_point(|a| a.expert < expert);
-        let last = self.assignments.partition_point(|a| a.expert <= expert);
-        &self.assignments[first..last]
-    }
+/// The uses of one expert, out of all.
+fn uses_of(expert: u32, uses: &[Use]) -> &[Use] {
+    let first = uses.partition_point(|used| used.expert < expert);
+    let last = uses.partition_point(|used| used.expert <= expert);
+    &uses[first..last]
 }
 
 /// Bytes of memory for the checksums of experts of `len` bytes: of one that is there and of one that is being read.
@@ -177,38 +185,19 @@ pub(super) fn tally_memory(len: u64) -> u64 {
     2 * Tally::memory(len)
 }
 
-/// Verifies an expert before it is computed.
-fn settle_first(compute: &Compute, expert: &mut ExpertGuard<'_>, tally: &mut Tally) -> bool {
-    if expert.is_verified() {
-        return true;
-    }
+/// Verifies an expert before it is computed; `None` if its bytes are damaged, or the step has been cancelled meanwhile.
+fn settle_first<'p>(compute: &Compute, expert: pool::Unsettled<'p>, tally: &mut Tally) -> Option<Expert<'p>> {
     let bytes = expert.bytes();
     let tally = tally.begin(bytes.len());
     compute.threads.run(bytes.len().div_ceil(PART_BYTES), &|piece| {
         let range = piece * PART_BYTES..((piece + 1) * PART_BYTES).min(bytes.len());
-        tally.add(&compute.kernels, bytes, range);
+        tally.add(bytes, range);
     });
-    let checksum = tally.checksum(&compute.kernels);
-    expert.settle(checksum)
-}
-
-/// Puts the rows of `s.output`, those of expert `id`, where they belong.
-fn place(id: u32, hidden: usize, s: &mut ExpertScratch) {
-    let mut outputs = std::mem::take(&mut s.outputs);
-    let rows = s.uses(id).iter().zip(s.output.chunks_exact(hidden));
-    if s.combining == Combining::InOrder {
-        for (a, row) in rows {
-            let weight = s.choices[a.choice as usize].weight;
-            // The operations of the other way, one by one: a fused multiply-add would give other bits.
-            let sums = &mut outputs[a.row as usize * hidden..][..hidden];
-            sums.iter_mut().zip(row).for_each(|(sum, o)| *sum += weight * o);
-        }
-    } else {
-        for (a, row) in rows {
-            outputs[a.choice as usize * hidden..][..hidden].copy_from_slice(row);
-        }
+    if compute.is_cancelled() {
+        return None;
     }
-    s.outputs = outputs;
+    // A damaged one comes once more.
+    expert.settle(tally.checksum()).ok()
 }
 
 impl Routed {
@@ -263,20 +252,20 @@ impl Routed {
         Some(vector)
     }
 
-    /// Fills `choices`, `assignments` (by expert, then row) and `experts` (distinct, ascending). `x`: the rows.
+    /// Fills `choices`, `uses` (by expert, then row) and `experts` (distinct, ascending). `x`: the rows.
     pub(super) fn route(&self, step: Step<'_>, x: &Activations, s: &mut ExpertScratch) {
         let logits = sized(&mut s.logits, x.n() * self.spec.experts);
         let bias = self.logits(step.compute, step.extent, x, &mut s.bias, logits);
         for logits in logits.chunks_exact(self.spec.experts) {
             route(&self.spec, logits, bias, &mut s.router, &mut s.choices);
         }
-        s.assignments.extend(s.choices.iter().enumerate().map(|(i, c)| Assignment {
+        s.uses.extend(s.choices.iter().enumerate().map(|(i, c)| Use {
             expert: c.expert,
             row: (i / self.spec.top_k) as u32,
             choice: i as u32,
         }));
-        s.assignments.sort_unstable();
-        s.experts.extend(s.assignments.iter().map(|a| a.expert));
+        s.uses.sort_unstable();
+        s.experts.extend(s.uses.iter().map(|a| a.expert));
         s.experts.dedup();
     }
 
@@ -291,13 +280,11 @@ impl Routed {
         out: &mut [f32],
     ) -> Result<Duration, ModelError> {
         let (compute, mut time) = (step.compute, Duration::ZERO);
-        let combining = s.combining;
-        match combining {
-            Combining::Kept => _ = sized(&mut s.outputs, x.n() * self.spec.top_k * x.cols()),
-            Combining::InOrder => sized(&mut s.outputs, x.n() * x.cols()).fill(0.0),
-        }
-        // Who observes inputs keeps what it sees: that has to be right at once.
+        let combining = s.outputs.combining();
+        s.outputs.begin(x.n(), self.spec.top_k, x.cols());
+        // Who observes inputs keeps what it sees: that has to be right at once. What is added at once cannot be taken back.
         let observed = compute.observer.is_some();
+        let first = observed || combining == Combining::InOrder;
         // A part pays where the drive is waited for, and needs a place for what is made of it until it has been verified.
         let early = step.rows.generate() && combining == Combining::Kept && !observed;
         let parts = early.then_some(PART_BYTES.min(self.expert_len / 2));
@@ -306,13 +293,13 @@ impl Routed {
             let arrival = pass.arrival(parts)?;
             let started = Instant::now();
             match arrival {
-                Some(Arrival::Whole(mut expert)) => {
-                    // What is added at once cannot be taken back: it has to be right before.
-                    let first = observed || combining == Combining::InOrder;
-                    if !first || settle_first(compute, &mut expert, &mut s.tally) {
-                        self.compute_whole(compute, expert, x, s);
+                Some(Arrival::Settled(expert)) => self.compute_settled(compute, &expert, x, s),
+                Some(Arrival::Unsettled(expert)) if first => {
+                    if let Some(expert) = settle_first(compute, expert, &mut s.tally) {
+                        self.compute_settled(compute, &expert, x, s);
                     }
                 }
+                Some(Arrival::Unsettled(expert)) => self.compute_unsettled(compute, expert, x, s),
                 Some(Arrival::Part(part)) => self.compute_part(compute, part, x, s),
                 None => break,
             }
@@ -321,7 +308,7 @@ impl Routed {
                 return Err(ModelError::Cancelled);
             }
         }
-        self.sum(compute, combining, s, out);
+        s.outputs.sum(compute, &s.choices, out);
         Ok(time)
     }
 
@@ -329,103 +316,120 @@ impl Routed {
     /// allocation.
     fn prepare(&self, x: &Activations, s: &mut ExpertScratch) {
         let early = &mut s.early;
-        early.expert = None;
-        early.computed.clear();
+        early.clear();
         if early.x.cols() < x.cols() {
             early.x.gather(x, &[0]);
             self.expert.reserve(x.cols(), &mut early.begun);
+            early.free.iter_mut().for_each(|values| _ = sized(values, x.cols()));
         }
-        early.computed.reserve(s.experts.len());
         early.tally.reserve(self.expert_len);
         s.tally.reserve(self.expert_len);
     }
 
-    /// Computes an expert that is there, and its checksum if it is not known to be right. If it turns out to be wrong, the
-    /// pool reads the expert again, and it comes once more.
-    fn compute_whole(&self, compute: &Compute, mut expert: ExpertGuard<'_>, x: &Activations, s: &mut ExpertScratch) {
+    /// Computes an expert that is there and verified.
+    fn compute_settled(&self, compute: &Compute, expert: &Expert<'_>, x: &Activations, s: &mut ExpertScratch) {
         let (id, hidden) = (expert.expert(), x.cols());
-        if s.early.expert == Some(id) {
-            let wanted = !expert.is_verified();
-            self.advance_early(compute, expert.bytes(), expert.bytes().len(), wanted, s);
+        if let Some(waiting) = self.finish_early(compute, id, expert.bytes(), false, s) {
+            s.outputs.add(waiting.output(hidden).settled_by(expert), uses_of(id, &s.uses), &s.choices);
+            return s.early.free.push(waiting.values);
         }
-        if let Some(at) = s.early.computed.iter().position(|computed| computed.0 == id) {
-            if let (_, Some(checksum)) = s.early.computed.swap_remove(at) {
-                expert.settle(checksum);
+        let output = gather(id, x, &s.uses, &mut s.rows, &mut s.gathered, &mut s.output);
+        let output = Settled::compute(expert, output, |bytes, out| {
+            self.expert.forward(compute, Tallied::not(bytes), id, &s.gathered, &mut s.gated, out);
+        });
+        if !compute.is_cancelled() {
+            s.outputs.add(output, uses_of(id, &s.uses), &s.choices);
+        }
+    }
+
+    /// Computes an expert that is there, and its checksum. If that is wrong, the pool reads the expert again, and it comes once
+    /// more.
+    fn compute_unsettled(
+        &self,
+        compute: &Compute,
+        expert: pool::Unsettled<'_>,
+        x: &Activations,
+        s: &mut ExpertScratch,
+    ) {
+        let (id, hidden) = (expert.expert(), x.cols());
+        if let Some(waiting) = self.finish_early(compute, id, expert.bytes(), true, s) {
+            if let Ok(output) = waiting.output(hidden).settle(expert) {
+                s.outputs.add(output, uses_of(id, &s.uses), &s.choices);
             }
-            return;
+            return s.early.free.push(waiting.values);
         }
-        let mut rows = std::mem::take(&mut s.rows);
-        rows.clear();
-        rows.extend(s.uses(id).iter().map(|a| a.row));
-        s.gathered.gather(x, &rows);
-        s.rows = rows;
-        let output = sized(&mut s.output, s.rows.len() * hidden);
-        let tally = (!expert.is_verified()).then(|| s.tally.begin(expert.bytes().len()));
-        let extent = Tallied { bytes: expert.bytes(), tally };
-        self.expert.forward(compute, extent, id, &s.gathered, &mut s.gated, output);
-        if compute.is_cancelled() {
-            // The checksum may be of a part of the bytes: whether they are right is not known yet.
-            return;
+        let output = gather(id, x, &s.uses, &mut s.rows, &mut s.gathered, &mut s.output);
+        let output = Unsettled::compute(&expert, &mut s.tally, output, |extent, out| {
+            self.expert.forward(compute, extent, id, &s.gathered, &mut s.gated, out);
+            // Then the tally may be of a part of the bytes: whether they are right is not known yet.
+            !compute.is_cancelled()
+        });
+        if let Some(Ok(output)) = output.map(|output| output.settle(expert)) {
+            s.outputs.add(output, uses_of(id, &s.uses), &s.choices);
         }
-        let checksum = extent.tally.map(|tally| tally.checksum(&compute.kernels));
-        place(id, hidden, s);
-        if let Some(checksum) = checksum {
-            expert.settle(checksum);
+    }
+
+    /// The output of an expert that was begun before it came as a whole, if it was: completed, unless the step is cancelled.
+    fn finish_early(
+        &self,
+        compute: &Compute,
+        expert: u32,
+        bytes: &[u8],
+        tallied: bool,
+        s: &mut ExpertScratch,
+    ) -> Option<Waiting> {
+        if s.early.expert == Some(expert) {
+            self.advance_early(compute, bytes, bytes.len(), tallied, &mut s.early);
         }
+        s.early.take(expert)
     }
 
     /// Goes on with an expert of which more has arrived, if one row uses it: the rows of several do not lie together.
     fn compute_part(&self, compute: &Compute, part: ExpertPart<'_>, x: &Activations, s: &mut ExpertScratch) {
         let (id, bytes, len) = (part.expert(), part.bytes(), part.len());
-        let &[Assignment { row, .. }] = s.uses(id) else {
-            return part.more_at(None);
-        };
-        if s.early.expert != Some(id) {
-            s.early.expert = Some(id);
-            s.early.begun.restart();
-            s.early.tally.begin(len);
-            s.early.x.gather(x, &[row]);
+        let early = &mut s.early;
+        if early.expert != Some(id) {
+            let (&[Use { row, .. }], false) = (uses_of(id, &s.uses), early.free.is_empty()) else {
+                return part.more_at(None);
+            };
+            early.expert = Some(id);
+            early.begun.restart();
+            early.tally.begin(len);
+            early.x.gather(x, &[row]);
         }
-        self.advance_early(compute, bytes, len, !part.is_verified(), s);
-        let more_at = s.early.expert.map(|_| (bytes.len() + PART_BYTES).min(len));
+        self.advance_early(compute, bytes, len, !part.is_verified(), early);
+        let more_at = early.expert.map(|_| (bytes.len() + PART_BYTES).min(len));
         part.more_at(more_at);
     }
 
-    /// Computes what `prefix` allows of the expert in `s.early`, whose extent has `len` bytes; when that is all of it, puts its
-    /// output into its place. `tallied`: the checksum is wanted.
-    fn advance_early(&self, compute: &Compute, prefix: &[u8], len: usize, tallied: bool, s: &mut ExpertScratch) {
-        let Early { expert, tally, x, begun, computed } = &mut s.early;
+    /// Computes what `prefix` allows of the expert in `early`, whose extent has `len` bytes; when that is all of it, its output
+    /// waits for it. `tallied`: the checksum is wanted.
+    fn advance_early(&self, compute: &Compute, prefix: &[u8], len: usize, tallied: bool, early: &mut Early) {
+        let Early { expert, tally, x, begun, waiting, free } = early;
         let Some(id) = *expert else { return };
-        let hidden = x.cols();
         let prefix = Tallied { bytes: prefix, tally: tallied.then_some(&*tally) };
         self.expert.advance(compute, prefix, len, x, begun);
         if !begun.is_done() || compute.is_cancelled() {
             return;
         }
-        let at = s.assignments.partition_point(|a| a.expert < id);
-        let choice = s.assignments[at].choice as usize;
-        s.outputs[choice * hidden..][..hidden].copy_from_slice(begun.output(hidden));
-        computed.push((id, prefix.tally.map(|tally| tally.checksum(&compute.kernels))));
+        let mut values = free.pop().expect("none is begun without a place for its output");
+        begun.swap_output(&mut values);
+        waiting.push(Waiting { expert: id, sum: prefix.tally.map(Tally::checksum), values });
         *expert = None;
     }
+}
 
-    /// Adds the weighted outputs in ascending order of expert, then the dense part that `out` already holds.
-    fn sum(&self, compute: &Compute, combining: Combining, s: &ExpertScratch, out: &mut [f32]) {
-        let top_k = self.spec.top_k;
-        let hidden = out.len() / (s.choices.len() / top_k);
-        compute.threads.for_each_chunk(out, hidden, &|row, out| match combining {
-            Combining::InOrder => {
-                let sums = &s.outputs[row * hidden..][..hidden];
-                out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-            }
-            Combining::Kept => {
-                let choices = &s.choices[row * top_k..][..top_k];
-                let rows = &s.outputs[row * top_k * hidden..][..top_k * hidden];
-                for (i, out) in out.iter_mut().enumerate() {
-                    let sum = choices.iter().enumerate().fold(0.0, |sum, (j, c)| sum + c.weight * rows[j * hidden + i]);
-                    *out += sum;
-                }
-            }
-        });
-    }
+/// Gathers the rows of `x` that use an expert; returns the place of its output `[its rows, hidden]`.
+fn gather<'o>(
+    expert: u32,
+    x: &Activations,
+    uses: &[Use],
+    rows: &mut Vec<u32>,
+    gathered: &mut Activations,
+    output: &'o mut Vec<f32>,
+) -> &'o mut [f32] {
+    rows.clear();
+    rows.extend(uses_of(expert, uses).iter().map(|used| used.row));
+    gathered.gather(x, rows);
+    sized(output, rows.len() * x.cols())
 }

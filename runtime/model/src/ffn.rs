@@ -7,9 +7,10 @@ use sluice_kernels::{Activations, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, Step, sized};
-use super::experts::{Combining, ExpertScratch, Routed};
-use super::foresight::{Foresight, NextLayer};
+use super::experts::{ExpertScratch, Routed};
 use super::gated::{GatedFfn, GatedScratch};
+use super::outputs::Combining;
+use super::prefetch::{NextLayer, Prefetcher};
 use super::router::Choice;
 use super::rows::Rows;
 use super::tally::Tallied;
@@ -31,7 +32,7 @@ pub struct FfnScratch {
     gated: GatedScratch,
     gate: Vec<f32>,
     experts: ExpertScratch,
-    foresight: Foresight,
+    prefetcher: Prefetcher,
 }
 
 impl FfnScratch {
@@ -42,13 +43,13 @@ impl FfnScratch {
             gated: GatedScratch::new(compute),
             gate: Vec::new(),
             experts: ExpertScratch::new(compute, most_kept),
-            foresight: Foresight::new(prefetch, compute),
+            prefetcher: Prefetcher::new(prefetch, compute),
         }
     }
 
-    /// Whether the next layer's experts are to be guessed.
-    pub(super) fn looks_ahead(&self) -> bool {
-        self.foresight.enabled()
+    /// Whether the next layer's experts are to be prefetched.
+    pub(super) fn prefetches(&self) -> bool {
+        self.prefetcher.enabled()
     }
 
     /// The choices of the last call, `[rows, top_k]`, experts ascending.
@@ -116,7 +117,7 @@ impl Ffn {
     ) -> Result<Duration, ModelError> {
         let n = step.rows.len();
         let hidden = x.len() / n;
-        let FfnScratch { x: activations, gated, gate, experts, foresight } = scratch;
+        let FfnScratch { x: activations, gated, gate, experts, prefetcher } = scratch;
         activations.set(x, n, hidden);
         experts.begin();
         let mut pass = match &self.routed {
@@ -141,9 +142,9 @@ impl Ffn {
             _ => out.fill(0.0),
         }
         let (Some(routed), Some(pass)) = (&self.routed, &mut pass) else { return Ok(Duration::ZERO) };
-        foresight.judge(step.layer, experts.distinct());
+        prefetcher.judge(step.layer, experts.distinct());
         if let Some((residual, next)) = &step.ahead {
-            foresight.look_ahead(step.compute, next, residual, out, pass);
+            prefetcher.prefetch(step.compute, next, residual, out, pass);
         }
         routed.run(step.router(), pass, activations, experts, out)
     }

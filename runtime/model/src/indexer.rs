@@ -4,7 +4,7 @@
 //! but the index keys is computed.
 
 use sluice_format::{IndexerSpec, RopeSpec};
-use sluice_kernels::{Activations, key_blocks, top_k};
+use sluice_kernels::{Activations, KeyBlock, KvRows, key_blocks, top_k};
 
 use super::ModelError;
 use super::compute::{Step, sized, with_head_scratch};
@@ -123,7 +123,7 @@ impl Indexer {
         }
         let (query, weights) = (&*query, &*weights);
         let (q_scale, w_scale) = ((width as f32).powf(-0.5), (heads as f32).powf(-0.5));
-        step.compute.threads.for_each_chunk(&mut chosen[..n], 1, &|t, chosen| {
+        step.compute.threads.for_each_piece(&mut chosen[..n], 1, &|t, chosen| {
             let row = step.rows.get(t);
             let seen = row.position + 1;
             if seen <= s.index_top_k || step.is_cancelled() {
@@ -132,15 +132,22 @@ impl Indexer {
             let index = caches.of(row.span).latent().index();
             with_head_scratch(|scratch| {
                 let scores = sized(&mut scratch.scores, seen);
+                scratch.tile.begin(width, 0, 1.0);
+                for query in query[t * heads * width..][..heads * width].chunks_exact(width) {
+                    scratch.tile.add(0..seen, None).copy_from_slice(query);
+                }
                 for positions in key_blocks(0..seen) {
-                    let keys = index.keys(positions.clone()).chunks_exact(width);
-                    for (score, key) in scores[positions].iter_mut().zip(keys) {
-                        let of_head = |h: usize| {
-                            let q = &query[(t * heads + h) * width..][..width];
-                            let weight = weights[t * heads + h] * w_scale;
-                            weight * (step.compute.kernels.dot(q, key) * q_scale).max(0.0)
-                        };
-                        *score = (0..heads).map(of_head).sum();
+                    if step.is_cancelled() {
+                        return;
+                    }
+                    let keys = KvRows::plain(index.keys(positions.clone()), width);
+                    let block = KeyBlock::new(positions.clone(), keys, keys);
+                    let products = step.compute.kernels.score_block(&mut scratch.tile, &block);
+                    let scores = &mut scores[positions];
+                    scores.fill(0.0);
+                    for (weight, products) in weights[t * heads..][..heads].iter().zip(products) {
+                        let weight = weight * w_scale;
+                        scores.iter_mut().zip(products).for_each(|(s, p)| *s += weight * (p * q_scale).max(0.0));
                     }
                 }
                 top_k(scores, s.index_top_k, &mut chosen[0]);

@@ -14,7 +14,7 @@ use crate::compute::{Compute, Step, sized};
 use crate::control::{Control, Progress};
 use crate::embedding::Embedding;
 use crate::ffn::{Ffn, FfnScratch, FfnStep};
-use crate::foresight::NextLayer;
+use crate::prefetch::NextLayer;
 use crate::rows::{Caches, Rows, Span};
 use crate::weights::{ExtentTensors, MatrixRef, VectorRef};
 use sluice_storage::pool::{DenseHandle, DenseParts, Pool, PoolError};
@@ -321,14 +321,14 @@ impl Model {
         let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
         layer.ffn_norm.read(router.bytes(), norm);
         norm_rows(x, norm, eps, normed);
-        // A prompt will need most experts of the next layer anyway; a guess needs that layer's router in memory.
+        // A prompt will need most experts of the next layer anyway; a prefetch needs that layer's router in memory.
         let ahead = index + 1;
         let next = self.layers.get(ahead).filter(|l| {
-            let guess = rows.generate() && ffn.looks_ahead() && l.ffn.routed().is_some();
-            guess && dense_parts.is_pinned(l.extents.router)
+            let wanted = rows.generate() && ffn.prefetches() && l.ffn.routed().is_some();
+            wanted && dense_parts.is_pinned(l.extents.router)
         });
         let next_router = next.map(|l| dense_parts.dense(l.extents.router)).transpose()?;
-        let lookahead = next.zip(next_router.as_ref()).and_then(|(l, router)| {
+        let prefetch = next.zip(next_router.as_ref()).and_then(|(l, router)| {
             let (norm, extent) = (l.ffn_norm, router.bytes());
             Some((&*x, NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, eps, extent }))
         });
@@ -338,7 +338,7 @@ impl Model {
             layer: index,
             router: router.bytes(),
             dense: dense.as_ref().map(|d| d.bytes()),
-            ahead: lookahead,
+            ahead: prefetch,
         };
         let experts = layer.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
         add(x, delta);

@@ -203,6 +203,12 @@ impl Rows {
         &self.spans
     }
 
+    /// Whether products with the rows wait for memory more than they compute: one sequence goes on by a token. Rows that share
+    /// weights are multiplied while these come.
+    pub fn wait_for_memory(&self) -> bool {
+        matches!(self.spans.as_slice(), [span] if span.phase == Phase::Decode)
+    }
+
     /// Whether the pass only continues generations: what it routes to says what comes next, and it waits for the drive more
     /// than it computes. A prompt sweeps through most experts instead, and computes for long.
     pub fn generate(&self) -> bool {
@@ -284,6 +290,8 @@ mod tests {
         let mut sequences: Vec<Sequence> = (0..2).map(|_| Sequence::without_layers(4)).collect();
         let mut spans = spans(&mut sequences, &tokens, &[1, 1]);
         let (mut rows, mut cursor) = (Rows::default(), Cursor::default());
+        spans[0].phase = Phase::Decode;
+        assert!(rows.take(&spans[..1], &mut cursor, 8) && rows.wait_for_memory());
         for (phases, generates) in [
             ([Phase::Decode, Phase::Draft], true),
             ([Phase::Decode, Phase::Prompt], false),
@@ -293,6 +301,7 @@ mod tests {
             cursor = Cursor::default();
             assert!(rows.take(&spans, &mut cursor, 8));
             assert_eq!(rows.generate(), generates, "{phases:?}");
+            assert!(!rows.wait_for_memory());
         }
         assert!(!rows.take(&spans, &mut cursor, 8));
     }

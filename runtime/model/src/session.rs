@@ -5,14 +5,13 @@
 //! says so.
 
 use std::fmt;
-use std::hash::Hasher as _;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use sluice_checksum::{Xxh3, xxh3_64};
 use sluice_format::fields::Field;
 use sluice_format::{NO_LAYER, StateId, may_replace, remove_leftovers, replace_file_with};
 use sluice_kernels::{KvType, NUMERICS_VERSION};
-use twox_hash::XxHash3_64;
 
 use super::cache::{LayerCache, LayerCacheMut, PagesFull, Place};
 use super::sequence::Sequence;
@@ -105,7 +104,7 @@ pub enum SessionError {
     Save {
         /// The file.
         path: PathBuf,
-        /// What the file system said.
+        /// What the filesystem said.
         source: io::Error,
     },
     /// Something else has the name.
@@ -119,7 +118,7 @@ pub enum SessionError {
     Open {
         /// The file.
         path: PathBuf,
-        /// What the file system said.
+        /// What the filesystem said.
         source: io::Error,
     },
     /// Reading.
@@ -318,7 +317,7 @@ fn header(sequence: &Sequence) -> [u8; HEADER_LEN] {
     bytes[36..40].copy_from_slice(&(sequence.layers() as u32).to_le_bytes());
     bytes[40..48].copy_from_slice(&(sequence.position() as u64).to_le_bytes());
     bytes[MARKS_AT..CHECKSUM_AT].copy_from_slice(&(sequence.snapshots().len() as u64).to_le_bytes());
-    let sum = XxHash3_64::oneshot(&bytes[..CHECKSUM_AT]);
+    let sum = xxh3_64(&bytes[..CHECKSUM_AT]);
     bytes[CHECKSUM_AT..].copy_from_slice(&sum.to_le_bytes());
     bytes
 }
@@ -350,7 +349,7 @@ impl Sequence {
         let header = header(self);
         out.write_all(&header)?;
         // Every section is bound to all that stands before it, so that none can be another sequence's.
-        let mut before = XxHash3_64::oneshot(&header[..CHECKSUM_AT]);
+        let mut before = xxh3_64(&header[..CHECKSUM_AT]);
         let mut buffer = Vec::new();
         let tokens = self.tokens();
         let begin = section(TOKENS_KIND, NO_LAYER, tokens.len(), 4);
@@ -413,16 +412,16 @@ fn save_section(
     buffer: &mut Vec<u8>,
     record: impl Fn(usize, &mut [u8]),
 ) -> io::Result<u64> {
-    let mut hash = XxHash3_64::with_seed(before);
-    hash.write(&begin);
+    let mut hash = Xxh3::with_seed(before);
+    hash.update(&begin);
     out.write_all(&begin)?;
     blocks(records, record_len, buffer, |records, bytes| {
         records.zip(bytes.chunks_exact_mut(record_len)).for_each(|(i, bytes)| record(i, bytes));
-        hash.write(bytes);
+        hash.update(bytes);
         out.write_all(bytes)
     })?;
-    out.write_all(&hash.finish().to_le_bytes())?;
-    Ok(hash.finish())
+    out.write_all(&hash.digest().to_le_bytes())?;
+    Ok(hash.digest())
 }
 
 /// A file that is being read, part by part.
@@ -433,7 +432,7 @@ struct Reader<'a> {
     /// Where the part begins.
     begin: u64,
     offset: u64,
-    hash: XxHash3_64,
+    hash: Xxh3,
     buffer: Vec<u8>,
 }
 
@@ -456,7 +455,7 @@ impl Reader<'_> {
     fn checksum(&mut self) -> Result<u64, SessionError> {
         let mut sum = [0; 8];
         self.exact(&mut sum)?;
-        if self.hash.finish().to_le_bytes() != sum {
+        if self.hash.digest().to_le_bytes() != sum {
             return Err(self.damaged());
         }
         Ok(u64::from_le_bytes(sum))
@@ -474,17 +473,17 @@ impl Reader<'_> {
         mut record: impl FnMut(usize, &[u8]),
     ) -> Result<u64, SessionError> {
         (self.part, self.begin) = (part, self.offset);
-        self.hash = XxHash3_64::with_seed(before);
+        self.hash = Xxh3::with_seed(before);
         let mut found = [0; SECTION_LEN];
         self.exact(&mut found)?;
         if found != begin {
             return Err(SessionError::Misplaced { path: self.path.to_owned(), part, offset: self.begin });
         }
-        self.hash.write(&found);
+        self.hash.update(&found);
         let mut buffer = std::mem::take(&mut self.buffer);
         blocks(records, record_len, &mut buffer, |records, bytes| {
             self.exact(bytes)?;
-            self.hash.write(bytes);
+            self.hash.update(bytes);
             records.zip(bytes.chunks_exact(record_len)).for_each(|(i, bytes)| record(i, bytes));
             Ok(())
         })?;
@@ -526,7 +525,7 @@ impl Reader<'_> {
         }
         self.exact(rest)?;
         let path = || self.path.to_owned();
-        let sum = XxHash3_64::oneshot(&found[..CHECKSUM_AT]);
+        let sum = xxh3_64(&found[..CHECKSUM_AT]);
         if found[CHECKSUM_AT..] != sum.to_le_bytes() {
             return Err(self.damaged());
         }
@@ -583,7 +582,7 @@ pub(crate) fn restore(
     input: &mut dyn Read,
     path: &Path,
 ) -> Result<Sequence, SessionError> {
-    let hash = XxHash3_64::new();
+    let hash = Xxh3::new();
     let mut reader = Reader { input, path, part: Part::Header, begin: 0, offset: 0, hash, buffer: Vec::new() };
     let (position, marks, mut before) = reader.header(&sequence)?;
     let begin = section(TOKENS_KIND, NO_LAYER, position, 4);

@@ -7,7 +7,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
-use sluice_kernels::{Kernels, Watch, XXH3_BLOCK_BYTES, Xxh3State, Xxh3Sum};
+use sluice_checksum::{BLOCK_BYTES, BlockHash, BlockSum, block_sums};
+use sluice_kernels::Watch;
 
 /// Sums that are formed before they are put into their places.
 const BATCH: usize = 16;
@@ -23,18 +24,18 @@ pub(super) struct Tally {
     summed: AtomicUsize,
     /// All blocks before this one are in `head`.
     next: AtomicUsize,
-    head: Mutex<Xxh3State>,
+    head: Mutex<BlockHash>,
 }
 
 impl Tally {
     /// Bytes of memory for extents of `len` bytes.
     pub fn memory(len: u64) -> u64 {
-        len / XXH3_BLOCK_BYTES as u64 * size_of::<[AtomicU64; 8]>() as u64
+        len / BLOCK_BYTES as u64 * size_of::<[AtomicU64; 8]>() as u64
     }
 
     /// Makes room for extents of `len` bytes, so that a later call allocates nothing.
     pub fn reserve(&mut self, len: usize) {
-        let blocks = len / XXH3_BLOCK_BYTES;
+        let blocks = len / BLOCK_BYTES;
         if self.sums.len() < blocks {
             self.sums.resize_with(blocks, Default::default);
         }
@@ -43,24 +44,24 @@ impl Tally {
     /// Begins anew, for an extent of `len` bytes, whole pages.
     pub fn begin(&mut self, len: usize) -> &Self {
         self.reserve(len);
-        self.blocks = len / XXH3_BLOCK_BYTES;
+        self.blocks = len / BLOCK_BYTES;
         *self.summed.get_mut() = 0;
         *self.next.get_mut() = 0;
-        *self.head.get_mut().unwrap_or_else(PoisonError::into_inner) = Xxh3State::default();
+        *self.head.get_mut().unwrap_or_else(PoisonError::into_inner) = BlockHash::default();
         self
     }
 
     /// Sums the blocks that begin in `range`; `bytes`: as much of the extent as there is, whole pages.
-    pub fn add(&self, kernels: &Kernels, bytes: &[u8], range: Range<usize>) {
-        let blocks = range.start.div_ceil(XXH3_BLOCK_BYTES)..range.end.div_ceil(XXH3_BLOCK_BYTES);
+    pub fn add(&self, bytes: &[u8], range: Range<usize>) {
+        let blocks = range.start.div_ceil(BLOCK_BYTES)..range.end.div_ceil(BLOCK_BYTES);
         self.summed.fetch_add(blocks.len(), Relaxed);
-        let kept = self.absorb(kernels, bytes, blocks.start, blocks.end.min(self.blocks - 1));
+        let kept = self.absorb(bytes, blocks.start, blocks.end.min(self.blocks - 1));
         let mut batch = [[0; 8]; BATCH];
         for first in (kept..blocks.end).step_by(BATCH) {
             let end = (first + BATCH).min(blocks.end);
             let batch = &mut batch[..end - first];
-            let bytes = &bytes[first * XXH3_BLOCK_BYTES..end * XXH3_BLOCK_BYTES];
-            kernels.xxh3_sums(bytes, end == self.blocks, batch);
+            let bytes = &bytes[first * BLOCK_BYTES..end * BLOCK_BYTES];
+            block_sums(bytes, end == self.blocks, batch);
             for (to, from) in self.sums[first..].iter().zip(batch) {
                 to.iter().zip(from).for_each(|(to, from)| to.store(*from, Relaxed));
             }
@@ -68,13 +69,13 @@ impl Tally {
     }
 
     /// Takes the blocks from `first` to `end` if they are the next ones. Returns the first that has to be kept for later.
-    fn absorb(&self, kernels: &Kernels, bytes: &[u8], first: usize, end: usize) -> usize {
+    fn absorb(&self, bytes: &[u8], first: usize, end: usize) -> usize {
         // Only who has the next blocks moves `next`, so nobody else does until that is done.
         if end <= first || self.next.load(Relaxed) != first {
             return first;
         }
         let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
-        kernels.xxh3_update(&mut head, &bytes[first * XXH3_BLOCK_BYTES..end * XXH3_BLOCK_BYTES]);
+        head.update(&bytes[first * BLOCK_BYTES..end * BLOCK_BYTES]);
         self.next.store(end, Relaxed);
         end
     }
@@ -83,9 +84,9 @@ impl Tally {
     ///
     /// # Panics
     /// Unless every block has been summed once.
-    pub fn checksum(&self, kernels: &Kernels) -> u64 {
+    pub fn checksum(&self) -> u64 {
         assert_eq!(self.summed.load(Relaxed), self.blocks, "blocks of the extent have not been summed");
-        let sum = |sums: &[AtomicU64; 8]| -> Xxh3Sum { std::array::from_fn(|i| sums[i].load(Relaxed)) };
+        let sum = |sums: &[AtomicU64; 8]| -> BlockSum { std::array::from_fn(|i| sums[i].load(Relaxed)) };
         let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let last = self.blocks - 1;
         let mut batch = [[0; 8]; BATCH];
@@ -93,7 +94,7 @@ impl Tally {
             let count = (last - head.blocks()).min(BATCH);
             let sums = &self.sums[head.blocks()..][..count];
             batch.iter_mut().zip(sums).for_each(|(to, sums)| *to = sum(sums));
-            kernels.xxh3_absorb(&mut head, &batch[..count]);
+            head.absorb(&batch[..count]);
         }
         head.finish(sum(&self.sums[last]))
     }
@@ -115,28 +116,27 @@ impl<'a> Tallied<'a> {
     }
 
     /// Adds bytes that no product reads.
-    pub fn add(&self, kernels: &Kernels, range: Range<usize>) {
+    pub fn add(&self, range: Range<usize>) {
         if let Some(tally) = self.tally {
-            tally.add(kernels, self.bytes, range);
+            tally.add(self.bytes, range);
         }
     }
 
     /// To watch a product with a matrix that begins at byte `offset` of the extent.
-    pub fn watch(&self, kernels: &'a Kernels, offset: usize) -> Option<TallyWatch<'a>> {
-        self.tally.map(|tally| TallyWatch { tally, kernels, bytes: self.bytes, offset })
+    pub fn watch(&self, offset: usize) -> Option<TallyWatch<'a>> {
+        self.tally.map(|tally| TallyWatch { tally, bytes: self.bytes, offset })
     }
 }
 
 /// Adds what a product has read to a tally.
 pub(super) struct TallyWatch<'a> {
     tally: &'a Tally,
-    kernels: &'a Kernels,
     bytes: &'a [u8],
     offset: usize,
 }
 
 impl Watch for TallyWatch<'_> {
     fn seen(&self, bytes: Range<usize>) {
-        self.tally.add(self.kernels, self.bytes, self.offset + bytes.start..self.offset + bytes.end);
+        self.tally.add(self.bytes, self.offset + bytes.start..self.offset + bytes.end);
     }
 }

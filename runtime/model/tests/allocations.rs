@@ -58,7 +58,7 @@ fn sweep(pool: &mut Pool, rounds: usize) {
         {
             match arrival {
                 Arrival::Part(part) => part.more_at(None),
-                Arrival::Whole(_) => seen += 1,
+                Arrival::Settled(_) | Arrival::Unsettled(_) => seen += 1,
             }
         }
         while let Some(guard) = pass.next().expect("no faults") {

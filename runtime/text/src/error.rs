@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-/// Everything that [`crate::text`] can fail with.
+/// Everything that this crate can fail with.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum TextError {
     /// The tokenizer file is larger than any real one.

@@ -256,16 +256,16 @@ impl Detokenizer {
     fn complete_characters(&mut self) -> String {
         let mut text = String::new();
         let mut done = 0;
-        for chunk in self.bytes.utf8_chunks() {
-            text.push_str(chunk.valid());
-            done += chunk.valid().len();
-            let at_end = done + chunk.invalid().len() == self.bytes.len();
-            if at_end && is_unfinished(chunk.invalid()) {
+        for part in self.bytes.utf8_chunks() {
+            text.push_str(part.valid());
+            done += part.valid().len();
+            let at_end = done + part.invalid().len() == self.bytes.len();
+            if at_end && is_unfinished(part.invalid()) {
                 break;
             }
-            if !chunk.invalid().is_empty() {
+            if !part.invalid().is_empty() {
                 text.push(char::REPLACEMENT_CHARACTER);
-                done += chunk.invalid().len();
+                done += part.invalid().len();
             }
         }
         self.bytes.drain(..done);

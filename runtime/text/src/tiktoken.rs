@@ -192,12 +192,12 @@ mod tests {
     fn encode64(bytes: &[u8]) -> String {
         let alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
         let mut text = String::new();
-        for chunk in bytes.chunks(3) {
+        for three in bytes.chunks(3) {
             let mut word = [0u8; 3];
-            word[..chunk.len()].copy_from_slice(chunk);
+            word[..three.len()].copy_from_slice(three);
             let word = u32::from_be_bytes([0, word[0], word[1], word[2]]);
             for i in 0..4 {
-                match i <= chunk.len() {
+                match i <= three.len() {
                     true => text.push(char::from(alphabet[(word >> (18 - 6 * i) & 63) as usize])),
                     false => text.push('='),
                 }

@@ -72,7 +72,6 @@ pub(super) fn encode_with(
 }
 
 /// The parts of a piece, as the crate wants them.
-#[allow(clippy::type_complexity)]
 fn cut(piece: &NormalizedString, parts: Vec<Part>) -> Result<Vec<(NormalizedString, Option<Vec<Token>>)>> {
     let cut = |(id, range): Part| {
         let part = piece.slice(In::Normalized(range)).ok_or("a token ends inside a character")?;

@@ -2,7 +2,7 @@
 
 use super::super::{BF16, F16, F32, Q8, bytes, kv_type, near_rows};
 use super::{load, load16, store, widen_bf16};
-use crate::attention::{KEY_BLOCK, KeyBlock, Part, QueryTile};
+use crate::attention::{KeyBlock, Part, QueryTile};
 use crate::kv::{KvRows, KvType, Row, u16_at};
 use crate::matrix::BLOCK;
 use crate::scalar::{DOT_LANES, fold_lanes};
@@ -14,8 +14,9 @@ const WIDTH: usize = 8;
 const VECS: usize = DOT_LANES / WIDTH;
 /// Keys that one query is multiplied with together, as many as leave the sums in the registers.
 const ALONE: usize = 2;
-/// Keys that two queries are.
-const PAIRED: usize = 1;
+/// Keys that two queries are, and vectors of their lanes that are summed at once.
+const PAIRED: usize = 2;
+const PAIRED_VECS: usize = 2;
 /// Queries that share the loads of values.
 const SHARED: usize = 2;
 /// Columns of values that are summed together for these.
@@ -25,17 +26,11 @@ attention!(
     "avx2,fma,f16c",
     __m256,
     zero: _mm256_setzero_ps,
+    add: _mm256_add_ps,
     fmadd: _mm256_fmadd_ps,
     mul: _mm256_mul_ps,
     splat: _mm256_set1_ps
 );
-
-/// Folds the 32 lanes of a product in halves, down to 8.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn halve(s: [__m256; 4]) -> __m256 {
-    _mm256_add_ps(_mm256_add_ps(s[0], s[2]), _mm256_add_ps(s[1], s[3]))
-}
 
 /// Folds four times 8 lanes in halves, down to one each.
 #[inline]

@@ -2,7 +2,7 @@
 
 use super::super::{BF16, F16, F32, Q8, kv_type, near_rows};
 use super::{load, load16, load32, store, widen_bf16};
-use crate::attention::{KEY_BLOCK, KeyBlock, Part, QueryTile};
+use crate::attention::{KeyBlock, Part, QueryTile};
 use crate::kv::{KvRows, KvType, Row, u16_at};
 use crate::matrix::BLOCK;
 use crate::scalar::{DOT_LANES, fold_lanes};
@@ -14,8 +14,9 @@ const WIDTH: usize = 16;
 const VECS: usize = DOT_LANES / WIDTH;
 /// Keys that one query is multiplied with together, as many as leave the sums in the registers.
 const ALONE: usize = 4;
-/// Keys that two queries are.
+/// Keys that two queries are, and vectors of their lanes that are summed at once.
 const PAIRED: usize = 4;
+const PAIRED_VECS: usize = VECS;
 /// Queries that share the loads of values.
 const SHARED: usize = 4;
 /// Columns of values that are summed together for these.
@@ -25,17 +26,11 @@ attention!(
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni",
     __m512,
     zero: _mm512_setzero_ps,
+    add: _mm512_add_ps,
     fmadd: _mm512_fmadd_ps,
     mul: _mm512_mul_ps,
     splat: _mm512_set1_ps
 );
-
-/// Folds the 32 lanes of a product in halves, down to 16.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn halve(s: [__m512; 2]) -> __m512 {
-    _mm512_add_ps(s[0], s[1])
-}
 
 /// Folds four times 16 lanes in halves, down to one each.
 #[inline]

@@ -271,6 +271,29 @@ impl Arena {
         self.map.huge_pages
     }
 
+    /// Writes the same bytes to every slot, with as many threads as fault memory in. A slot's pages are its own afterwards: reading one
+    /// slot brings nothing of another into the caches.
+    ///
+    /// # Panics
+    /// If a slot is smaller.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn fill(&mut self, contents: &[u8]) {
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let part = self.slots.len().div_ceil(cores.min(FAULT_THREADS_MAX)).max(1);
+        std::thread::scope(|scope| {
+            for slots in self.slots.chunks_mut(part) {
+                scope.spawn(move || {
+                    for slot in slots {
+                        assert!(contents.len() <= slot.capacity, "the contents are larger than a slot");
+                        // SAFETY: the slot owns its range, is borrowed exclusively, and no read into it can be in flight: it has
+                        // not left the arena.
+                        unsafe { slot.map.bytes_mut(slot.start, contents.len()) }.copy_from_slice(contents);
+                    }
+                });
+            }
+        });
+    }
+
     /// Hands out the slots. Each byte of the arena belongs to exactly one of them.
     #[must_use]
     pub fn into_slots(self) -> Vec<Slot> {

@@ -264,6 +264,12 @@ pub struct Tuning {
     pub source: TuningSource,
 }
 
+impl Default for Tuning {
+    fn default() -> Self {
+        Tuning::default_with(None, None)
+    }
+}
+
 impl Tuning {
     /// Decides how to read the file at `path`: `config` and `engine` as they are given; what is not given comes from
     /// the calibration of the file's drive in `store`, if there is one, and else from the defaults.

@@ -150,8 +150,7 @@ impl DataFile {
 
     /// The id of the filesystem; 0 where it has none, or where nobody can tell.
     pub(crate) fn filesystem_id(&self) -> u64 {
-        // The type differs between systems.
-        #[allow(clippy::unnecessary_cast)]
+        #[allow(clippy::unnecessary_cast, reason = "the type differs between systems")]
         nix::sys::statvfs::fstatvfs(&self.file).map_or(0, |fs| fs.filesystem_id() as u64)
     }
 

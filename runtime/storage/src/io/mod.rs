@@ -1,4 +1,4 @@
-//! Bytes off the drive: files, slots, and the one thread that keeps the drive busy.
+//! Bytes off drives: files, slots, and for each drive the one thread that keeps it busy.
 //!
 //! ```text
 //! pool ── submit(slot, extent) ──▶ Scheduler ── chunks ──▶ ReadEngine ──▶ drive
@@ -11,9 +11,12 @@
 //! - [`mod@file`]: opening for direct I/O, and the proof that it is engaged.
 //! - [`ReadEngine`]: moves chunks. Knows no extents, no checksums, no priorities.
 //! - [`queue`]: the order of chunks. Pure.
-//! - [`bench`] and [`calibration`]: what a drive gives to these engines, and how it is best read.
+//! - [`mod@bench`] and [`calibration`]: what a drive gives to these engines, and how it is best read.
+//! - [`lane`]: one for each drive that files lie on, with thread, engine, queue, chunks and depth of its own; and what lanes have
+//!   in common, which is those who wait.
 //! - [`scheduler`] and `worker`: the handle and the thread: chunks in flight, short reads,
 //!   retries, checksums, cancellation, counters.
+//! - `sim`, with the feature of that name: drives that are not there, for tests and measurements.
 //!
 //! This module knows neither the pool nor the model file's format: it is given plain offsets,
 //! lengths and checksums.
@@ -24,9 +27,11 @@ pub mod calibration;
 pub mod error;
 pub mod file;
 pub mod fill;
+pub mod lane;
 pub mod pread;
 pub mod queue;
 pub mod scheduler;
+#[cfg(any(test, feature = "sim"))]
 pub mod sim;
 mod sys;
 #[cfg(target_os = "linux")]
@@ -42,7 +47,8 @@ pub use calibration::{Calibration, CalibrationStore, Tuning, TuningSource};
 pub use error::{ExtentName, FileInfo, IoError, ReadError};
 pub use file::{DataFile, DirectIo, DirectMode};
 pub use fill::{ChunkMem, ReadPhase};
-pub use scheduler::{Check, Class, ExtentRead, IoConfig, IoStats, PendingRead, ReadFailure, Scheduler};
+pub use lane::{IoStats, Lane, LaneInfo, open_lanes};
+pub use scheduler::{Check, Class, ExtentRead, IoConfig, PendingRead, ReadFailure, Scheduler};
 #[cfg(target_os = "macos")]
 pub use sys::physical_pages;
 

@@ -19,23 +19,23 @@ pub enum Issuable {
 }
 
 /// In the order in which they are to be issued.
-type Lane = VecDeque<u32>;
+type Line = VecDeque<u32>;
 
 /// Requests with chunks still to be issued, in the order in which they are to be issued.
 #[derive(Debug, Default)]
 pub struct ChunkQueue {
-    demand: Lane,
-    prefetch: Lane,
+    demand: Line,
+    prefetch: Line,
 }
 
 impl ChunkQueue {
     /// An empty queue with room for `requests` requests.
     #[must_use]
     pub fn with_capacity(requests: usize) -> Self {
-        Self { demand: Lane::with_capacity(requests), prefetch: Lane::with_capacity(requests) }
+        Self { demand: Line::with_capacity(requests), prefetch: Line::with_capacity(requests) }
     }
 
-    fn lane(&mut self, class: Class) -> &mut Lane {
+    fn line(&mut self, class: Class) -> &mut Line {
         match class {
             Class::Demand => &mut self.demand,
             Class::Prefetch => &mut self.prefetch,
@@ -44,13 +44,13 @@ impl ChunkQueue {
 
     /// Adds a request of which nothing has been issued.
     pub fn add(&mut self, request: u32, class: Class) {
-        self.lane(class).push_back(request);
+        self.line(class).push_back(request);
     }
 
     /// Removes a request, wherever it is. Does nothing if it is not queued.
     pub fn remove(&mut self, request: u32) {
-        for lane in [&mut self.demand, &mut self.prefetch] {
-            lane.retain(|&queued| queued != request);
+        for line in [&mut self.demand, &mut self.prefetch] {
+            line.retain(|&queued| queued != request);
         }
     }
 
@@ -71,12 +71,12 @@ impl ChunkQueue {
     /// The request whose next chunk is to be issued now, among those of `class`.
     /// The caller issues it: the queue takes note of that.
     pub fn next(&mut self, class: Class, mut issuable: impl FnMut(u32) -> Issuable) -> Option<u32> {
-        let lane = self.lane(class);
-        for at in 0..lane.len() {
-            let request = lane[at];
+        let line = self.line(class);
+        for at in 0..line.len() {
+            let request = line[at];
             match issuable(request) {
                 Issuable::More => return Some(request),
-                Issuable::Last => return lane.remove(at),
+                Issuable::Last => return line.remove(at),
                 Issuable::Blocked => {}
             }
         }

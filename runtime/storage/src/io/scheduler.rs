@@ -1,25 +1,17 @@
-//! The handle on the I/O thread: extents go in with the slots they are to fill, slots come out.
+//! The handle on the I/O threads: extents go in with the slots they are to fill, slots come out.
 
-use std::collections::VecDeque;
-use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::JoinHandle;
-use std::time::Instant;
 
 use super::arena::{PAGE_BYTES, Slot};
-use super::error::{ExtentName, FileInfo, IoError, ReadError};
+use super::error::{ExtentName, IoError, ReadError};
 use super::fill::{Arriving, Filling, ReadPhase};
-use super::{DEPTH_MAX, EngineInfo, ReadEngine, Wake, worker};
+use super::lane::{Command, IoStats, Lane, LaneInfo, Shared, Waiters};
+use super::{DEPTH_MAX, EngineInfo, ReadEngine, worker};
 
 /// Largest chunk: one registered buffer overlaps the next by this much.
 const CHUNK_BYTES_MAX: usize = 16 << 20;
-
-/// Looks at the state this many times before a waiter goes to sleep.
-const SPINS: usize = 200;
-
-/// Room made at start for messages to the I/O thread, so that it does not grow later.
-const INBOX_COMMANDS: usize = 1024;
 
 /// Who wants an extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,263 +101,127 @@ pub struct ReadFailure {
     pub slot: Option<Slot>,
 }
 
-/// Message to the I/O thread.
-#[derive(Debug)]
-pub(crate) enum Command {
-    Read { id: u64, filling: Filling, read: ExtentRead },
-    Cancel(u64),
-    Promote(u64),
-}
-
-#[derive(Default)]
-pub(crate) struct Inbox {
-    pub(crate) commands: VecDeque<Command>,
-    pub(crate) closing: bool,
-    /// Why the I/O thread has ended, once it has.
-    pub(crate) stopped: Option<String>,
-}
-
-/// What the I/O thread shares with everyone who waits for it.
-pub(crate) struct Shared {
-    inbox: Mutex<Inbox>,
-    /// The I/O thread is, or is about to be, blocked in the engine.
-    pub(crate) asleep: AtomicBool,
-    waker: Arc<dyn Wake>,
-    /// Counts events that waiters may be waiting for.
-    events: AtomicU64,
-    sleepers: AtomicUsize,
-    sleep: Mutex<()>,
-    event: Condvar,
-    next_id: AtomicU64,
-    /// Whether any chunk is in flight.
-    pub(crate) reading: Arc<AtomicBool>,
-    pub(crate) counters: Counters,
-    pub(crate) files: Vec<FileInfo>,
-}
-
-impl fmt::Debug for Shared {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared").field("counters", &self.counters).finish_non_exhaustive()
-    }
-}
-
-impl Shared {
-    pub(crate) fn lock_inbox(&self) -> MutexGuard<'_, Inbox> {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wake_thread(&self) {
-        if self.asleep.swap(false, SeqCst) {
-            self.waker.wake();
-        }
-    }
-
-    fn send(&self, command: Command) {
-        let mut inbox = self.lock_inbox();
-        if inbox.stopped.is_none() {
-            inbox.commands.push_back(command);
-        }
-        drop(inbox);
-        self.wake_thread();
-    }
-
-    /// Tells waiters that some read's state has changed.
-    pub(crate) fn announce(&self) {
-        self.events.fetch_add(1, SeqCst);
-        if self.sleepers.load(SeqCst) > 0 {
-            drop(self.sleep.lock().unwrap_or_else(PoisonError::into_inner));
-            self.event.notify_all();
-        }
-    }
-
-    /// Blocks until `ready` gives something. Counts the time as waiting.
-    fn wait<T>(&self, mut ready: impl FnMut() -> Option<T>) -> T {
-        if let Some(value) = ready() {
-            return value;
-        }
-        let start = Instant::now();
-        let value = self.wait_slowly(&mut ready);
-        let waited_ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.counters.wait_ns.fetch_add(waited_ns, Relaxed);
-        value
-    }
-
-    fn wait_slowly<T>(&self, ready: &mut impl FnMut() -> Option<T>) -> T {
-        for _ in 0..SPINS {
-            std::hint::spin_loop();
-            if let Some(value) = ready() {
-                return value;
-            }
-        }
-        loop {
-            self.sleepers.fetch_add(1, SeqCst);
-            let seen = self.events.load(SeqCst);
-            let value = ready();
-            if value.is_none() {
-                let mut guard = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
-                while self.events.load(SeqCst) == seen {
-                    guard = self.event.wait(guard).unwrap_or_else(PoisonError::into_inner);
-                }
-            }
-            self.sleepers.fetch_sub(1, SeqCst);
-            if let Some(value) = value {
-                return value;
-            }
-        }
-    }
-
-    fn stopped_error(&self) -> ReadError {
-        let reason = self.lock_inbox().stopped.clone();
-        ReadError::Stopped { reason: reason.unwrap_or_else(|| "it has panicked".to_owned()) }
-    }
-}
-
-/// Totals since the start, written by the I/O thread and by waiters.
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    pub(crate) demand_bytes: AtomicU64,
-    pub(crate) prefetch_bytes: AtomicU64,
-    pub(crate) extents: AtomicU64,
-    pub(crate) chunks: AtomicU64,
-    pub(crate) short_reads: AtomicU64,
-    pub(crate) device_retries: AtomicU64,
-    pub(crate) checksum_retries: AtomicU64,
-    pub(crate) cancelled: AtomicU64,
-    pub(crate) busy_ns: AtomicU64,
-    pub(crate) wait_ns: AtomicU64,
-}
-
-/// Totals of the I/O thread since its start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct IoStats {
-    /// Bytes read because someone waited for them.
-    pub demand_bytes: u64,
-    /// Bytes read on a guess.
-    pub prefetch_bytes: u64,
-    /// Extents that became ready.
-    pub extents: u64,
-    /// Chunks read completely.
-    pub chunks: u64,
-    /// Reads that returned fewer bytes than asked for, and were continued.
-    pub short_reads: u64,
-    /// Chunks read again after an error of the drive.
-    pub device_retries: u64,
-    /// Extents read again after a checksum mismatch.
-    pub checksum_retries: u64,
-    /// Reads that were cancelled before they were complete.
-    pub cancelled: u64,
-    /// Nanoseconds in which at least one chunk was in flight.
-    pub busy_ns: u64,
-    /// Nanoseconds in which a caller was blocked, summed over callers.
-    pub wait_ns: u64,
-}
-
-impl IoStats {
-    /// What was added since an earlier snapshot.
-    #[must_use]
-    pub fn since(&self, earlier: &IoStats) -> IoStats {
-        IoStats {
-            demand_bytes: self.demand_bytes - earlier.demand_bytes,
-            prefetch_bytes: self.prefetch_bytes - earlier.prefetch_bytes,
-            extents: self.extents - earlier.extents,
-            chunks: self.chunks - earlier.chunks,
-            short_reads: self.short_reads - earlier.short_reads,
-            device_retries: self.device_retries - earlier.device_retries,
-            checksum_retries: self.checksum_retries - earlier.checksum_retries,
-            cancelled: self.cancelled - earlier.cancelled,
-            busy_ns: self.busy_ns - earlier.busy_ns,
-            wait_ns: self.wait_ns - earlier.wait_ns,
-        }
-    }
-}
-
-/// The I/O thread. Dropping it cancels what is queued, awaits what is in flight, and ends it.
+/// The I/O threads, one for each lane. Dropping it cancels what is queued, awaits what is in flight, and ends them.
 #[derive(Debug)]
 pub struct Scheduler {
+    lanes: Vec<Running>,
+    /// For each file, its lane and its index in it.
+    places: Vec<(usize, u16)>,
+    waiters: Arc<Waiters>,
+}
+
+/// A lane with its thread.
+#[derive(Debug)]
+struct Running {
     shared: Arc<Shared>,
-    info: EngineInfo,
-    config: IoConfig,
+    info: LaneInfo,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Scheduler {
-    /// Starts the I/O thread, which owns the engine from now on.
+    /// Starts an I/O thread, which owns the engine from now on: one lane for all files.
     ///
     /// # Errors
     /// [`IoError::Config`] or [`IoError::Thread`].
     pub fn start(engine: Box<dyn ReadEngine>, config: IoConfig) -> Result<Scheduler, IoError> {
-        config.validate()?;
-        let info = engine.info().clone();
-        let inbox = Inbox { commands: VecDeque::with_capacity(INBOX_COMMANDS), ..Inbox::default() };
-        let shared = Arc::new(Shared {
-            inbox: Mutex::new(inbox),
-            asleep: AtomicBool::new(false),
-            waker: engine.waker(),
-            events: AtomicU64::new(0),
-            sleepers: AtomicUsize::new(0),
-            sleep: Mutex::new(()),
-            event: Condvar::new(),
-            next_id: AtomicU64::new(0),
-            reading: Arc::new(AtomicBool::new(false)),
-            counters: Counters::default(),
-            files: info.files.clone(),
-        });
-        let (for_thread, thread_config) = (Arc::clone(&shared), config.clone());
-        let thread = std::thread::Builder::new()
-            .name("sluice-io".to_owned())
-            .spawn(move || worker::run(engine, for_thread, &thread_config))
-            .map_err(IoError::Thread)?;
-        Ok(Scheduler { shared, info, config, thread: Some(thread) })
+        let files = (0..).take(engine.info().files.len()).collect();
+        Self::start_lanes(vec![Lane { engine, files, config }])
     }
 
-    /// What the engine is.
+    /// Starts an I/O thread for each lane.
+    ///
+    /// # Errors
+    /// [`IoError::Config`], also if only some lanes verify, or [`IoError::Thread`].
+    ///
+    /// # Panics
+    /// Without a lane, or unless every file is in one lane and every lane knows the index of each file of its engine.
+    pub fn start_lanes(lanes: Vec<Lane>) -> Result<Scheduler, IoError> {
+        let verify = lanes.first().expect("a scheduler has a lane").config.verify;
+        let mut places: Vec<Option<(usize, u16)>> = vec![None; lanes.iter().map(|lane| lane.files.len()).sum()];
+        for (number, lane) in lanes.iter().enumerate() {
+            lane.config.validate()?;
+            if lane.config.verify != verify {
+                return Err(IoError::Config { name: "verify", value: number, rule: "the same in all lanes" });
+            }
+            assert_eq!(lane.files.len(), lane.engine.info().files.len(), "lane {number} does not know its files");
+            for (own, &file) in (0..).zip(&lane.files) {
+                let place = places[usize::from(file)].replace((number, own));
+                assert!(place.is_none(), "file {file} is in two lanes");
+            }
+        }
+        let places = places.into_iter().flatten().collect();
+        // From now on, dropping it ends those threads that run already.
+        let mut scheduler = Scheduler { lanes: Vec::new(), places, waiters: Arc::default() };
+        for Lane { engine, files, config } in lanes {
+            let shared = Arc::new(Shared::new(&*engine, &scheduler.waiters));
+            let info = LaneInfo { engine: engine.info().clone(), files, config: config.clone() };
+            let for_thread = Arc::clone(&shared);
+            let thread = std::thread::Builder::new()
+                .name("sluice-io".to_owned())
+                .spawn(move || worker::run(engine, for_thread, &config))
+                .map_err(IoError::Thread)?;
+            scheduler.lanes.push(Running { shared, info, thread: Some(thread) });
+        }
+        Ok(scheduler)
+    }
+
+    /// The lanes: in the order in which they were given.
+    pub fn lanes(&self) -> impl ExactSizeIterator<Item = &LaneInfo> {
+        self.lanes.iter().map(|lane| &lane.info)
+    }
+
+    /// What the engine of the first lane is.
     #[must_use]
     pub fn engine(&self) -> &EngineInfo {
-        &self.info
+        &self.lanes[0].info.engine
     }
 
-    /// The configuration in force.
+    /// Whether extents are verified by their checksums.
     #[must_use]
-    pub fn config(&self) -> &IoConfig {
-        &self.config
+    pub fn verifies(&self) -> bool {
+        self.lanes[0].info.config.verify
     }
 
     /// Says at any time whether reads are in flight.
     #[must_use]
     pub fn reading(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.shared.reading)
+        Arc::clone(&self.waiters.reading)
     }
 
     /// Queues the read of an extent into a slot. Returns at once.
     ///
     /// # Errors
     /// [`ReadError::Request`] if file, offset or length are not possible or the slot is too
-    /// small, [`ReadError::Stopped`] if the I/O thread has ended.
+    /// small, [`ReadError::Stopped`] if the I/O thread of the file's lane
+    /// has ended.
     pub fn submit(&self, slot: Slot, read: ExtentRead) -> Result<PendingRead, ReadFailure> {
         if let Err(error) = self.check(&slot, &read).map_err(Box::new) {
             return Err(ReadFailure { error, slot: Some(slot) });
         }
-        let mut inbox = self.shared.lock_inbox();
+        let (lane, own) = self.places[usize::from(read.file)];
+        let Running { shared, info, .. } = &self.lanes[lane];
+        let mut inbox = shared.lock_inbox();
         if let Some(reason) = inbox.stopped.clone() {
             let error = Box::new(ReadError::Stopped { reason });
             return Err(ReadFailure { error, slot: Some(slot) });
         }
-        let id = self.shared.next_id.fetch_add(1, Relaxed);
+        let id = shared.new_id();
         let open = read.check == Check::ByReceiver;
-        let (filling, arriving) = Filling::begin(slot, read.len, self.config.chunk_bytes, open);
-        inbox.commands.push_back(Command::Read { id, filling, read });
+        let (filling, arriving) = Filling::begin(slot, read.len, info.config.chunk_bytes, open);
+        inbox.commands.push_back(Command::Read { id, filling, read: ExtentRead { file: own, ..read } });
         drop(inbox);
-        self.shared.wake_thread();
-        let shared = Arc::clone(&self.shared);
+        shared.wake_thread();
+        let shared = Arc::clone(shared);
         Ok(PendingRead { arriving: Some(arriving), shared, id, name: read.name })
     }
 
     fn check(&self, slot: &Slot, read: &ExtentRead) -> Result<(), ReadError> {
         let &ExtentRead { file, offset, len, name: extent, .. } = read;
         let refuse = |rule| Err(ReadError::Request { extent, file, offset, len, rule });
-        let Some(info) = self.shared.files.get(usize::from(file)) else {
+        let Some(&(lane, own)) = self.places.get(usize::from(file)) else {
             return refuse("there is no such file");
         };
+        let info = &self.lanes[lane].shared.files[usize::from(own)];
         let page = PAGE_BYTES as u64;
         if len == 0 || !len.is_multiple_of(PAGE_BYTES) || !offset.is_multiple_of(page) {
             return refuse("offset and length have to be multiples of 4096");
@@ -382,33 +238,30 @@ impl Scheduler {
     /// Blocks until `ready` gives something; it is asked whenever a read's state has changed.
     /// The time is counted in [`IoStats::wait_ns`].
     pub fn wait<T>(&self, ready: impl FnMut() -> Option<T>) -> T {
-        self.shared.wait(ready)
+        self.waiters.wait(ready)
     }
 
-    /// Totals since the start.
+    /// Totals of all lanes since the start.
     #[must_use]
     pub fn stats(&self) -> IoStats {
-        let counters = &self.shared.counters;
-        IoStats {
-            demand_bytes: counters.demand_bytes.load(Relaxed),
-            prefetch_bytes: counters.prefetch_bytes.load(Relaxed),
-            extents: counters.extents.load(Relaxed),
-            chunks: counters.chunks.load(Relaxed),
-            short_reads: counters.short_reads.load(Relaxed),
-            device_retries: counters.device_retries.load(Relaxed),
-            checksum_retries: counters.checksum_retries.load(Relaxed),
-            cancelled: counters.cancelled.load(Relaxed),
-            busy_ns: counters.busy_ns.load(Relaxed),
-            wait_ns: counters.wait_ns.load(Relaxed),
-        }
+        let wait_ns = self.waiters.wait_ns.load(Relaxed);
+        IoStats { wait_ns, ..self.lane_stats().sum() }
+    }
+
+    /// Totals of each lane since the start.
+    pub fn lane_stats(&self) -> impl ExactSizeIterator<Item = IoStats> {
+        self.lanes.iter().map(|lane| lane.shared.stats())
     }
 }
 
 impl Drop for Scheduler {
     fn drop(&mut self) {
-        self.shared.lock_inbox().closing = true;
-        self.shared.wake_thread();
-        if let Some(thread) = self.thread.take() {
+        // All are told before one is awaited.
+        for lane in &self.lanes {
+            lane.shared.lock_inbox().closing = true;
+            lane.shared.wake_thread();
+        }
+        for thread in self.lanes.iter_mut().filter_map(|lane| lane.thread.take()) {
             // A panic of the thread has been reported by then, and its reads are lost.
             let _ = thread.join();
         }
@@ -487,12 +340,12 @@ impl PendingRead {
     /// Blocks until at least `bytes` have arrived, or the read has ended.
     pub fn wait_prefix(&self, bytes: usize) {
         let enough = || (self.arrived_prefix() >= bytes || self.is_done()).then_some(());
-        self.shared.wait(enough);
+        self.shared.waiters.wait(enough);
     }
 
     /// Blocks until the read has ended.
     pub fn wait(&self) {
-        self.shared.wait(|| self.is_done().then_some(()));
+        self.shared.waiters.wait(|| self.is_done().then_some(()));
     }
 
     /// Asks for the read to end early. What the drive is doing already is awaited; the read then

@@ -1,7 +1,13 @@
-//! A drive in memory, with a seed and faults: for tests of everything above it.
+//! Drives that are not there.
 //!
-//! Reads complete in a random order. Faults are set per byte range through [`SimDrive`], which
+//! [`SimDrive`] is a drive in memory, with a seed and faults: for tests of everything above it. [`SimulatedDrive`] has no faults but a
+//! speed, and costs no processor time: for measurements.
+//!
+//! Reads of a [`SimDrive`] complete in a random order. Faults are set per byte range through [`SimDrive`], which
 //! also counts how often each has fired, so that a test can prove that it tested something.
+
+mod timed;
+mod timing;
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,6 +19,9 @@ use std::time::Instant;
 use super::arena::PAGE_BYTES;
 use super::error::FileInfo;
 use super::{ChunkRead, Completion, EngineInfo, ReadEngine, Wait, Wake};
+
+pub use timed::{DriveUse, SimulatedDrive};
+pub use timing::{Bus, DriveSpeed};
 
 /// What goes wrong with a read that touches a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,22 +1,22 @@
-//! The I/O thread: keeps the drive busy, and turns chunks into extents, verified where their receiver does not do that.
+//! An I/O thread: keeps the drive of its lane busy, and turns chunks into extents, verified where their receiver does not do that.
 //!
 //! One loop: take messages, fill the engine up to its depth, wait for completions, refill, then
 //! hash a piece of what has arrived. Hashing never delays a chunk that could be issued.
 
 use std::collections::VecDeque;
-use std::hash::Hasher;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering::Relaxed, Ordering::SeqCst};
 use std::time::Instant;
 
-use twox_hash::xxhash3_64::{DEFAULT_SECRET_LENGTH, RawHasher, SecretBuffer};
+use sluice_checksum::Xxh3;
 
 use super::arena::PAGE_BYTES;
 use super::error::ReadError;
 use super::fill::{ChunkMem, Filling};
+use super::lane::{Command, Shared};
 use super::queue::{ChunkQueue, Issuable};
-use super::scheduler::{Check, Class, Command, ExtentRead, IoConfig, Shared};
+use super::scheduler::{Check, Class, ExtentRead, IoConfig};
 use super::{ChunkRead, Completion, ReadEngine, Wait, sys};
 
 /// Bytes hashed between two looks at the engine: about 20 µs of work. To look costs far less when nothing has come.
@@ -29,20 +29,12 @@ const STALLS_MAX: u32 = 64;
 /// Requests for which room is made at start, so that the tables do not grow later.
 const REQUESTS: usize = 1024;
 
-/// xxh3-64 that allocates nothing. Of the well-kept implementations the one that finds out at run time which vector
-/// instructions there are: hashing is the largest part of this thread's work.
-type Checksum = RawHasher<&'static [u8; DEFAULT_SECRET_LENGTH]>;
-
-fn new_checksum() -> Checksum {
-    RawHasher::new(SecretBuffer::default())
-}
-
 /// A request that has not ended.
 struct Active {
     id: u64,
     filling: Filling,
     read: ExtentRead,
-    hasher: Checksum,
+    hasher: Xxh3,
     hashed: usize,
     /// The extent has been read again because its checksum was wrong.
     read_again: bool,
@@ -94,7 +86,6 @@ struct Worker<'a> {
     ended: Vec<Completion>,
     commands: VecDeque<Command>,
     busy_since: Option<Instant>,
-    order: u64,
 }
 
 /// The body of the I/O thread.
@@ -122,7 +113,8 @@ impl Drop for Farewell<'_> {
         inbox.stopped.get_or_insert_with(|| "it has panicked".to_owned());
         inbox.commands.clear();
         drop(inbox);
-        self.shared.announce();
+        self.shared.set_reading(false);
+        self.shared.waiters.announce();
     }
 }
 
@@ -143,7 +135,6 @@ impl<'a> Worker<'a> {
             ended: Vec::with_capacity(depth),
             commands: VecDeque::with_capacity(REQUESTS),
             busy_since: None,
-            order: 0,
         }
     }
 
@@ -206,7 +197,7 @@ impl<'a> Worker<'a> {
     fn admit(&mut self, id: u64, filling: Filling, read: ExtentRead) {
         let read_again = read.check == Check::Again;
         self.shared.counters.checksum_retries.fetch_add(u64::from(read_again), Relaxed);
-        let active = Active { id, filling, read, hasher: new_checksum(), hashed: 0, read_again, stop: None };
+        let active = Active { id, filling, read, hasher: Xxh3::new(), hashed: 0, read_again, stop: None };
         let request = match self.free.pop() {
             Some(request) => request,
             None => {
@@ -294,7 +285,7 @@ impl<'a> Worker<'a> {
         let in_flight = self.free_tags.len() < self.flights.len();
         if in_flight && self.busy_since.is_none() {
             self.busy_since = Some(Instant::now());
-            self.shared.reading.store(true, Relaxed);
+            self.shared.set_reading(true);
         }
         let mut wait = Wait::Poll;
         if may_block {
@@ -325,7 +316,7 @@ impl<'a> Worker<'a> {
         let in_flight = self.free_tags.len() < self.flights.len();
         self.busy_since = in_flight.then_some(now);
         if !in_flight {
-            self.shared.reading.store(false, Relaxed);
+            self.shared.set_reading(false);
         }
     }
 
@@ -403,7 +394,7 @@ impl<'a> Worker<'a> {
         self.prefetch_flights -= usize::from(flight.prefetch);
         self.request(flight.request).filling.give_back(flight.chunk, mem);
         self.end_if_stopped(flight.request);
-        self.shared.announce();
+        self.shared.waiters.announce();
     }
 
     /// Lets a request end with an error, once all its chunks are back.
@@ -444,9 +435,8 @@ impl<'a> Worker<'a> {
         };
         self.live.retain(|&live| live != request);
         self.free.push(request);
-        self.order += 1;
-        active.filling.end(result, self.order);
-        self.shared.announce();
+        active.filling.end(result, self.shared.waiters.next_end());
+        self.shared.waiters.announce();
     }
 
     /// Whose bytes to hash next: a complete extent's before a partial one's, demand before
@@ -469,7 +459,7 @@ impl<'a> Worker<'a> {
         let arrived = active.filling.arrived_bytes();
         if verify {
             let end = arrived.min(active.hashed + HASH_STEP_BYTES);
-            active.hasher.write(&active.filling.prefix()[active.hashed..end]);
+            active.hasher.update(&active.filling.prefix()[active.hashed..end]);
             active.hashed = end;
         } else {
             active.hashed = arrived;
@@ -477,7 +467,7 @@ impl<'a> Worker<'a> {
         if active.hashed < active.filling.len() {
             return;
         }
-        let (expected, got) = (active.read.checksum, active.hasher.finish());
+        let (expected, got) = (active.read.checksum, active.hasher.digest());
         if !verify || got == expected {
             self.shared.counters.extents.fetch_add(1, Relaxed);
             self.end(request, Ok(()));
@@ -489,7 +479,7 @@ impl<'a> Worker<'a> {
         } else {
             active.read_again = true;
             active.hashed = 0;
-            active.hasher = new_checksum();
+            active.hasher = Xxh3::new();
             active.filling.retract();
             let class = active.read.class;
             self.shared.counters.checksum_retries.fetch_add(1, Relaxed);

@@ -144,6 +144,28 @@ impl ExpertDirectory {
     pub fn location(&self, index: Key) -> ExtentLocation {
         self.locations[index.index()].expect("an index comes from an expert that exists")
     }
+
+    /// Says that every expert holds these bytes, whatever the files say.
+    ///
+    /// # Errors
+    /// [`PoolError::Directory`] if an expert has another length.
+    #[cfg(feature = "sim")]
+    pub(super) fn hold(&mut self, contents: &[u8]) -> Result<(), PoolError> {
+        let checksum = sluice_checksum::xxh3_64(contents);
+        for location in self.locations.iter_mut().flatten() {
+            if location.len != contents.len() as u64 {
+                return Err(PoolError::Directory { rule: "on a simulated drive, all experts have one length" });
+            }
+            location.checksum = checksum;
+        }
+        Ok(())
+    }
+
+    /// Where the experts are: index of the file and range of bytes, in no order.
+    #[cfg(feature = "sim")]
+    pub(super) fn places(&self) -> Vec<(u16, std::ops::Range<u64>)> {
+        self.locations.iter().flatten().map(|l| (l.file, l.offset..l.offset + l.len)).collect()
+    }
 }
 
 #[cfg(test)]

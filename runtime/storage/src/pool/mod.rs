@@ -7,7 +7,7 @@
 //! bytes of an expert before the last are there asks [`LayerPass::arrival`] instead.
 //!
 //! Experts are verified by whoever computes with them, once, when their bytes are in its cache anyway
-//! ([`ExpertGuard::settle`]): to read them from memory only for that would cost as much as half of
+//! ([`Unsettled::settle`]): to read them from memory only for that would cost as much as half of
 //! multiplying them. What was read and never used is never verified.
 //!
 //! Everything is allocated when the pool is made; a pass allocates nothing.
@@ -19,23 +19,24 @@ mod guess;
 mod order;
 mod parts;
 pub mod policy;
+mod settle;
 mod storage;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-
-use twox_hash::XxHash3_64;
 
 pub use dense::{DenseGuard, DenseHandle, DenseParts, DenseStats, RING_SLOTS};
 pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation};
 pub use error::PoolError;
 pub use parts::{Arrival, ExpertPart};
 pub use policy::{Choice, Key, Policy, PolicyKind};
+pub use settle::{Damaged, Expert, Unsettled};
 pub use storage::{Storage, StorageConfig};
 
 use self::guess::Guesses;
 use self::parts::{Event, Pending, Progressed};
 use self::policy::Pass;
+use self::settle::Verdict;
 use crate::io::{Arena, Check, Class, ExtentName, ExtentRead, PendingRead, ReadFailure, Scheduler, Slot};
 
 /// The table's entry for an expert that has no slot.
@@ -80,7 +81,7 @@ pub struct Routing<'a> {
 enum Content {
     Empty(Slot),
     Loading { expert: Key, read: PendingRead, check: Check },
-    Resident { expert: Key, slot: Slot, pins: u32, verified: bool },
+    Resident { expert: Key, slot: Slot, pins: u32, verdict: Verdict },
     Lost,
 }
 
@@ -338,7 +339,7 @@ impl Pool {
         let Content::Loading { expert, read, check } = self.slots[number as usize].take() else {
             unreachable!("a pending slot is loading")
         };
-        let verified = check != Check::ByReceiver || !self.io.config().verify;
+        let verdict = Verdict::after(check, self.io.verifies());
         let finished = read.finish();
         if pins == 0 || finished.is_err() {
             self.policy.unpin(expert);
@@ -346,7 +347,7 @@ impl Pool {
         match finished {
             Ok(slot) => {
                 self.stats.bytes_read += slot.bytes().len() as u64;
-                self.slots[number as usize] = Content::Resident { expert, slot, pins, verified };
+                self.slots[number as usize] = Content::Resident { expert, slot, pins, verdict };
                 Ok(())
             }
             Err(ReadFailure { error, slot }) => {
@@ -397,41 +398,6 @@ impl Pool {
         }
     }
 
-    /// Takes note of the checksum of what is in a slot that is pinned. False if the bytes are damaged.
-    fn settle(&mut self, number: u32, got: u64) -> bool {
-        let Content::Resident { expert, verified, .. } = &mut self.slots[number as usize] else {
-            unreachable!("a pinned slot is resident")
-        };
-        *verified = self.directory.location(*expert).checksum == got;
-        *verified
-    }
-
-    /// Verifies what is in a slot that is pinned, here and now; if it is damaged, reads it again. True if it can be used.
-    fn verify(&mut self, number: u32) -> bool {
-        let Content::Resident { slot, verified: false, .. } = &self.slots[number as usize] else { return true };
-        let got = XxHash3_64::oneshot(slot.bytes());
-        let right = self.settle(number, got);
-        if !right {
-            self.read_again(number);
-        }
-        right
-    }
-
-    /// Reads an expert of the pass again, whose bytes are damaged. This time it is verified before anyone sees it.
-    fn read_again(&mut self, number: u32) {
-        let Content::Resident { expert, slot, .. } = self.slots[number as usize].take() else {
-            unreachable!("a pinned slot is resident")
-        };
-        self.slots[number as usize] = Content::Empty(slot);
-        self.table[expert.index()] = ABSENT;
-        self.policy.unpin(expert);
-        self.policy.evict(expert);
-        match self.start_read(number, expert, Class::Demand, Check::Again) {
-            Ok(()) => self.pass.pending.push(Pending::new(number)),
-            Err(error) => self.pass.failed = Some(error),
-        }
-    }
-
     fn unpin(&mut self, number: u32) {
         if let Content::Resident { expert, pins, .. } = &mut self.slots[number as usize] {
             *pins -= 1;
@@ -475,19 +441,17 @@ impl LayerPass<'_> {
     /// [`PoolError::Read`] names the expert that cannot be read. The pass is over then: reads
     /// that are left are cancelled, and `next` yields nothing more.
     #[expect(clippy::should_implement_trait, reason = "a guard borrows the pass: no iterator can")]
-    pub fn next(&mut self) -> Result<Option<ExpertGuard<'_>>, PoolError> {
+    pub fn next(&mut self) -> Result<Option<Expert<'_>>, PoolError> {
         loop {
-            match self.event(None)? {
-                Some(Event::Whole(number)) if self.pool.verify(number) => return Ok(Some(self.guard(number))),
-                Some(Event::Whole(_)) => {}
+            let number = match self.event(None)? {
+                Some(Event::Whole(number)) => number,
                 Some(Event::Part(_)) => unreachable!("parts were not asked for"),
                 None => return Ok(None),
+            };
+            if self.pool.verify(number) {
+                return Ok(Some(settle::settled(self.pool, number)));
             }
         }
-    }
-
-    fn guard(&mut self, number: u32) -> ExpertGuard<'_> {
-        ExpertGuard { pool: self.pool, number, damaged: false }
     }
 
     fn event(&mut self, parts: Option<usize>) -> Result<Option<Event>, PoolError> {
@@ -517,57 +481,6 @@ impl LayerPass<'_> {
 impl Drop for LayerPass<'_> {
     fn drop(&mut self) {
         self.pool.end_pass();
-    }
-}
-
-/// One expert, in memory. Dropping it releases its slot to the rest of the pass.
-pub struct ExpertGuard<'a> {
-    pool: &'a mut Pool,
-    number: u32,
-    damaged: bool,
-}
-
-impl ExpertGuard<'_> {
-    fn content(&self) -> (Key, &Slot, bool) {
-        match &self.pool.slots[self.number as usize] {
-            Content::Resident { expert, slot, verified, .. } => (*expert, slot, *verified),
-            _ => unreachable!("a pinned slot is resident"),
-        }
-    }
-
-    /// The expert within its layer.
-    #[must_use]
-    pub fn expert(&self) -> u32 {
-        self.pool.directory.key(self.content().0).expert
-    }
-
-    /// The bytes of the expert's extent.
-    #[must_use]
-    pub fn bytes(&self) -> &[u8] {
-        self.content().1.bytes()
-    }
-
-    /// True unless someone still has to [`settle`](Self::settle) whether the bytes are the right ones.
-    #[must_use]
-    pub fn is_verified(&self) -> bool {
-        self.content().2
-    }
-
-    /// Says what xxh3-64 the bytes have. False if that is not the file's: then whatever was made of them, also of parts
-    /// of them, is to be forgotten, and the pass yields the expert again, once more read.
-    pub fn settle(&mut self, checksum: u64) -> bool {
-        self.damaged = !self.pool.settle(self.number, checksum);
-        !self.damaged
-    }
-}
-
-impl Drop for ExpertGuard<'_> {
-    fn drop(&mut self) {
-        match self.damaged {
-            true => self.pool.read_again(self.number),
-            false => self.pool.unpin(self.number),
-        }
-        self.pool.submit_missing();
     }
 }
 

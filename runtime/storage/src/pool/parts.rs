@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use super::{Content, ExpertGuard, Key, LayerPass, Pool, PoolError};
+use super::{Content, Expert, Key, LayerPass, Pool, PoolError, Unsettled, settle};
 use crate::io::PendingRead;
 
 /// An expert of the pass that is being read.
@@ -43,8 +43,10 @@ pub(super) enum Event {
 
 /// What [`LayerPass::arrival`] hands out.
 pub enum Arrival<'a> {
-    /// An expert. Whoever takes it settles its checksum, unless it is verified.
-    Whole(ExpertGuard<'a>),
+    /// An expert that was verified before.
+    Settled(Expert<'a>),
+    /// An expert whose checksum whoever takes it settles.
+    Unsettled(Unsettled<'a>),
     /// The first bytes of an expert, not verified.
     Part(ExpertPart<'a>),
 }
@@ -90,7 +92,7 @@ impl ExpertPart<'_> {
     /// Whether someone will have to settle the checksum of the whole.
     #[must_use]
     pub fn is_verified(&self) -> bool {
-        !self.pool.io.config().verify
+        !self.pool.io.verifies()
     }
 
     /// Says when the next part of this expert is wanted: when it has this many bytes. Until then, no part of another is handed
@@ -111,7 +113,7 @@ impl LayerPass<'_> {
     /// As [`next`](LayerPass::next).
     pub fn arrival(&mut self, parts: Option<usize>) -> Result<Option<Arrival<'_>>, PoolError> {
         Ok(match self.event(parts)? {
-            Some(Event::Whole(number)) => Some(Arrival::Whole(self.guard(number))),
+            Some(Event::Whole(number)) => Some(settle::hand_out(self.pool, number)),
             Some(Event::Part(at)) => Some(Arrival::Part(ExpertPart { pool: self.pool, at })),
             None => None,
         })

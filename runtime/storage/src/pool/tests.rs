@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::*;
 use crate::io::sim::{Fault, FaultKind, SimDrive};
-use crate::io::{IoConfig, PAGE_BYTES, ReadError};
+use crate::io::{DirectMode, IoConfig, PAGE_BYTES, ReadError, Tuning};
 
 const LAYERS: u32 = 4;
 const EXPERTS: u32 = 12;
@@ -288,9 +288,16 @@ fn storage_opens_loads_and_serves() {
         let experts = ExpertDirectory::new(&layers).expect("valid");
         let policy = PolicyKind::Lru.build(experts.shape()).expect("online");
         let paths = [path.clone()];
-        let (io, engine, direct) = Default::default();
+        let (tuning, direct) = (vec![Tuning::default()], DirectMode::default());
         let pinned = dense.iter().enumerate().map(|(i, _)| i % 2 == 0).collect();
-        let config = StorageConfig { expert_slots, pinned, io, engine, direct };
+        let config = StorageConfig {
+            expert_slots,
+            pinned,
+            tuning,
+            direct,
+            #[cfg(feature = "sim")]
+            simulated: None,
+        };
         Storage::open(&paths, &dense, experts, policy, &config)
     };
     for slots in [0, 1, 2, 1 << 20] {
@@ -379,18 +386,25 @@ fn run_in_parts(
                 seen.insert(id, prefix);
                 parts += 1;
             }
-            Arrival::Whole(mut guard) => {
-                let id = guard.expert();
+            Arrival::Unsettled(expert) => {
+                let id = expert.expert();
                 begun = begun.filter(|begun| begun.0 != id);
                 let seen = seen.remove(&id).unwrap_or_default();
-                prop_assert!(guard.bytes().starts_with(&seen), "other bytes than the part's");
-                let right = guard.bytes().iter().all(|&byte| byte == content(layer, id));
-                prop_assert!(right || !guard.is_verified());
-                if !guard.is_verified() {
-                    let checksum = xxh3_64(guard.bytes());
-                    prop_assert_eq!(guard.settle(checksum), right);
+                prop_assert!(expert.bytes().starts_with(&seen), "other bytes than the part's");
+                let right = expert.bytes().iter().all(|&byte| byte == content(layer, id));
+                let sum = xxh3_64(expert.bytes());
+                match expert.settle(sum) {
+                    Ok(expert) => prop_assert!(right && expert.expert() == id),
+                    Err(damaged) => prop_assert_eq!((right, damaged), (false, Damaged { expert: id })),
                 }
                 prop_assert!(!right || whole.insert(id), "an expert came twice");
+            }
+            Arrival::Settled(expert) => {
+                let id = expert.expert();
+                begun = begun.filter(|begun| begun.0 != id);
+                seen.remove(&id);
+                prop_assert!(expert.bytes().iter().all(|&byte| byte == content(layer, id)));
+                prop_assert!(whole.insert(id), "an expert came twice");
             }
         }
     }

@@ -41,9 +41,9 @@ pub struct SweepOptions {
     pub engines: Vec<BenchEngine>,
     /// In which order.
     pub patterns: Vec<Pattern>,
-    /// Bytes per read; empty: [`BLOCKS`].
+    /// Bytes per read; empty: 128 KiB to 4 MiB.
     pub blocks: Vec<usize>,
-    /// Reads in flight; empty: [`DEPTHS`].
+    /// Reads in flight; empty: 1 to 64.
     pub depths: Vec<usize>,
     /// Time for all of it. Exceeded by at most what is in flight when it ends.
     pub time: Duration,

@@ -1,9 +1,9 @@
-//! Which experts the next layer will probably choose, before its router can say.
+//! Prefetch: experts that the next layer will probably choose are read before its router can say.
 //!
 //! The residual stream changes little from layer to layer, so the next layer's router, applied to the current state, names
 //! most of what it will name later (measured elsewhere: 74–89 % of the slots of Qwen3 and GLM models). What matters is how
 //! often that is right about experts that are *not* in memory, and that depends on model and cache. So it is learned, per
-//! rank of the guess, from every token, whether the guess was acted on or not.
+//! rank of the candidate, from every token, whether the candidate was read or not.
 
 use sluice_kernels::Activations;
 use sluice_kernels::rms_norm;
@@ -18,13 +18,13 @@ use sluice_storage::pool::LayerPass;
 const EXTRA_RANKS: usize = 4;
 /// Weight of one observation in the learned probabilities: the last hundred or so count.
 const LEARNING_RATE: f32 = 1.0 / 64.0;
-/// How sure a guess must be. A wrong one is read while the drive would idle, but takes a slot, the chunk in flight when a
+/// How sure a prefetch must be. A wrong one is done while the drive would idle, but takes a slot, the chunk in flight when a
 /// demand read arrives, and, where cores are scarce, what the cores could have computed instead.
 const LEAST_PROBABILITY: f32 = 0.75;
 /// What is believed of the router's top-k and of the ranks beyond it before anything was observed.
 const FIRST_BELIEF: (f32, f32) = (0.6, 0.3);
 
-/// The next layer, as far as a guess needs it.
+/// The next layer, as far as a prefetch needs it.
 pub struct NextLayer<'a> {
     /// Its number.
     pub(super) layer: usize,
@@ -35,16 +35,16 @@ pub struct NextLayer<'a> {
     pub(super) extent: &'a [u8],
 }
 
-/// What was guessed about a layer, and how often guesses of each rank have been right.
+/// The candidates for a layer, and how often those of each rank have been right.
 #[derive(Debug)]
-pub struct Foresight {
+pub struct Prefetcher {
     enabled: bool,
-    /// Probability that the guess of this rank about an absent expert is right.
+    /// Probability that an absent candidate of this rank is right.
     right: Vec<f32>,
-    /// Layer that the guesses are about.
+    /// Layer that the candidates are of.
     layer: usize,
-    /// Guesses about absent experts: rank and expert, each expert once, by the best rank that any row gave it.
-    guesses: Vec<(usize, u32)>,
+    /// Absent candidates: rank and expert, each expert once, by the best rank that any row gave it.
+    candidates: Vec<(usize, u32)>,
     ranked: Vec<u32>,
     wanted: Vec<u32>,
     state: Vec<f32>,
@@ -56,14 +56,14 @@ pub struct Foresight {
     router: RouterScratch,
 }
 
-impl Foresight {
-    /// Knows nothing yet. When not `enabled`, never guesses.
+impl Prefetcher {
+    /// Knows nothing yet. When not `enabled`, never prefetches.
     pub fn new(enabled: bool, compute: &Compute) -> Self {
-        Foresight {
+        Prefetcher {
             enabled,
             right: Vec::new(),
             layer: usize::MAX,
-            guesses: Vec::new(),
+            candidates: Vec::new(),
             ranked: Vec::new(),
             wanted: Vec::new(),
             state: Vec::new(),
@@ -76,7 +76,7 @@ impl Foresight {
         }
     }
 
-    /// Whether guesses are wanted at all.
+    /// Whether prefetches are wanted at all.
     pub fn enabled(&self) -> bool {
         self.enabled
     }
@@ -86,17 +86,17 @@ impl Foresight {
         if self.layer != layer {
             return;
         }
-        for &(rank, expert) in &self.guesses {
+        for &(rank, expert) in &self.candidates {
             let right = f32::from(u8::from(experts.binary_search(&expert).is_ok()));
             self.right[rank] += (right - self.right[rank]) * LEARNING_RATE;
         }
-        self.guesses.clear();
+        self.candidates.clear();
         self.layer = usize::MAX;
     }
 
     /// Applies the next layer's router to `residual + delta`, both `[rows, hidden]`, the state of the rows as far as it is known,
     /// and starts to read what is likely enough.
-    pub fn look_ahead(
+    pub fn prefetch(
         &mut self,
         compute: &Compute,
         next: &NextLayer<'_>,
@@ -118,21 +118,21 @@ impl Foresight {
         let bias = next.routed.logits(compute, next.extent, &self.activations, &mut self.bias, logits);
         let top_k = next.routed.top_k();
         self.layer = next.layer;
-        self.guesses.clear();
+        self.candidates.clear();
         for logits in logits.chunks_exact(next.routed.experts()) {
             rank(next.routed.spec(), logits, bias, top_k + EXTRA_RANKS, &mut self.router, &mut self.ranked);
             let absent = self.ranked.iter().enumerate().filter(|(_, expert)| !pass.has(next.layer as u32, **expert));
-            self.guesses.extend(absent.map(|(rank, &expert)| (rank, expert)));
+            self.candidates.extend(absent.map(|(rank, &expert)| (rank, expert)));
         }
-        self.guesses.sort_unstable_by_key(|&(rank, expert)| (expert, rank));
-        self.guesses.dedup_by_key(|&mut (_, expert)| expert);
-        self.guesses.sort_unstable();
+        self.candidates.sort_unstable_by_key(|&(rank, expert)| (expert, rank));
+        self.candidates.dedup_by_key(|&mut (_, expert)| expert);
+        self.candidates.sort_unstable();
 
         while self.right.len() < top_k + EXTRA_RANKS {
             self.right.push(if self.right.len() < top_k { FIRST_BELIEF.0 } else { FIRST_BELIEF.1 });
         }
         self.wanted.clear();
-        let sure = self.guesses.iter().filter(|(rank, _)| self.right[*rank] >= LEAST_PROBABILITY);
+        let sure = self.candidates.iter().filter(|(rank, _)| self.right[*rank] >= LEAST_PROBABILITY);
         self.wanted.extend(sure.map(|&(_, expert)| expert));
         pass.prefetch(next.layer as u32, &self.wanted);
     }

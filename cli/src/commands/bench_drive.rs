@@ -1,0 +1,316 @@
+//! `sluice bench decode --drive`: how well reading and computing overlap, on a drive that costs no processor time.
+
+use std::time::Instant;
+
+use serde::Serialize;
+use sluice_converter::synth::expert_noise;
+use sluice_format::ModelFile;
+use sluice_lab::estimate::StepWork;
+use sluice_model::memory::{Bytes, Demand, MemoryPlan};
+use sluice_model::{EngineOptions, RuntimeError, Stats};
+use sluice_storage::io::IoConfig;
+use sluice_storage::io::bench::median;
+use sluice_storage::io::sim::{DriveSpeed, DriveUse, SimulatedDrive};
+
+use super::bench_batch::{Batch, Bounds};
+use super::bench_decode::Args;
+use crate::error::CliError;
+use crate::terminal::{print, print_json, step_bar};
+
+/// Rounds of which medians are taken. Each has steps with the drive and as many that wait for nothing.
+const ROUNDS: usize = 8;
+
+/// What one budget gave. Counts are of the steps with the drive; milliseconds are medians over the rounds.
+#[derive(Debug, Serialize)]
+struct Outcome {
+    sequences: usize,
+    budget: Option<u64>,
+    memory_used: u64,
+    slots: usize,
+    experts: usize,
+    expert_bytes: u64,
+    drive: DriveReport,
+    steps: usize,
+    tokens: usize,
+    /// Of all sequences together, at the median time of a step.
+    tokens_per_second: f64,
+    milliseconds_per_token: f64,
+    milliseconds_per_step: f64,
+    /// Of a step that waits for nothing, but verifies and computes the same.
+    computing_milliseconds: f64,
+    /// What the drive takes for the bytes that a step misses: bytes ÷ bandwidth, and its latency once.
+    drive_milliseconds: f64,
+    /// Time of a step ÷ the longer of the two: 1 if they overlap perfectly.
+    time_over_longer: f64,
+    /// Bytes of experts read.
+    bytes_missed: u64,
+    bytes_missed_per_token: f64,
+    hits: u64,
+    misses: u64,
+    hit_rate: f64,
+    prefetched: u64,
+    prefetched_used: u64,
+    /// Distinct experts that a step uses, over all layers.
+    union_of_experts: f64,
+    bounds: Bounds,
+    /// Time of a step ÷ the largest of the bounds.
+    time_over_bound: f64,
+    rounds: Vec<Round>,
+}
+
+/// The drive: as it was asked for, and as it was.
+#[derive(Debug, Serialize)]
+struct DriveReport {
+    bytes_per_second: f64,
+    latency_microseconds: f64,
+    /// From the first byte it could have given to the notice of the last, whenever it was read; none if it never was.
+    reached_bytes_per_second: Option<f64>,
+    /// By how much the end of a read was noticed late, on average: timers and the system's scheduler are not exact.
+    late_microseconds: f64,
+    chunk_bytes: usize,
+    depth: usize,
+}
+
+/// Milliseconds of a step, means over one round.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Round {
+    step: f64,
+    computing: f64,
+    drive: f64,
+}
+
+impl Round {
+    fn time_over_longer(&self) -> f64 {
+        self.step / self.drive.max(self.computing)
+    }
+}
+
+/// Measures and prints; `total`: tokens of each sequence, warm-up included.
+pub(crate) fn run(args: &Args, speed: DriveSpeed, count: usize, total: usize) -> Result<(), CliError> {
+    let noise = expert_noise(&ModelFile::open(&args.file)?)?;
+    let mut outcomes = Vec::new();
+    for budget in args.all_budgets() {
+        refuse_streaming(args, budget, count, total)?;
+        outcomes.push(measure(args, budget, speed, &noise, (count, total))?);
+    }
+    if args.json { print_json(&outcomes) } else { print(&outcomes.iter().map(describe).collect::<String>()) }
+}
+
+/// Dense parts that do not stay in memory would come off the real drive.
+fn refuse_streaming(args: &Args, budget: Option<u64>, count: usize, total: usize) -> Result<(), CliError> {
+    let options = args.engine.options(total);
+    let demand = Demand { sequences: count, context: total, kv_type: options.kv_type, marks: options.marks };
+    let plan = MemoryPlan::new(&ModelFile::open(&args.file)?, budget, demand).map_err(RuntimeError::from)?;
+    if plan.dense_streamed == 0 {
+        return Ok(());
+    }
+    Err(CliError::Usage(format!(
+        "a budget of {} does not hold all dense parts: {} of them would come off the real drive, which --drive is to be independent \
+         of. Raise the budget by that much, or keep them in a smaller type",
+        Bytes(plan.effective),
+        Bytes(plan.dense_streamed)
+    )))
+}
+
+/// A batch on a simulated drive.
+struct Bench {
+    batch: Batch,
+    drive: SimulatedDrive,
+    speed: DriveSpeed,
+    /// Of the steps with the drive.
+    counts: Counts,
+    used: DriveUse,
+}
+
+/// Of [`Stats`], what is counted over the steps with the drive.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    bytes: u64,
+    hits: u64,
+    misses: u64,
+    prefetched: u64,
+    prefetched_used: u64,
+}
+
+impl Counts {
+    fn add(&mut self, before: &Stats, after: &Stats) {
+        self.bytes += after.expert_bytes_read - before.expert_bytes_read;
+        self.hits += after.hits - before.hits;
+        self.misses += after.misses - before.misses;
+        self.prefetched += after.prefetched - before.prefetched;
+        self.prefetched_used += after.prefetched_used - before.prefetched_used;
+    }
+}
+
+impl Bench {
+    /// Seconds of so many steps at this speed.
+    fn steps(&mut self, speed: DriveSpeed, steps: usize, each: &dyn Fn()) -> Result<f64, CliError> {
+        self.drive.set_speed(speed);
+        let started = Instant::now();
+        for _ in 0..steps {
+            self.batch.step()?;
+            each();
+        }
+        Ok(started.elapsed().as_secs_f64())
+    }
+
+    /// Steps with the drive, counted; their seconds.
+    fn with_drive(&mut self, steps: usize, each: &dyn Fn()) -> Result<f64, CliError> {
+        let (before, used) = (self.batch.engine.stats(), self.drive.used());
+        let seconds = self.steps(self.speed, steps, each)?;
+        self.counts.add(&before, &self.batch.engine.stats());
+        let now = self.drive.used().since(&used);
+        self.used.reads += now.reads;
+        self.used.bytes += now.bytes;
+        self.used.busy += now.busy;
+        self.used.late += now.late;
+        Ok(seconds)
+    }
+
+    /// Some steps with the drive and as many without, in an order that alternates from round to round, so that a drift of the
+    /// machine hits both alike.
+    fn round(&mut self, number: usize, steps: usize, each: &dyn Fn()) -> Result<Round, CliError> {
+        let bytes = self.counts.bytes;
+        let (with, without) = if number % 2 == 0 {
+            let with = self.with_drive(steps, each)?;
+            (with, self.steps(DriveSpeed::UNLIMITED, steps, each)?)
+        } else {
+            let without = self.steps(DriveSpeed::UNLIMITED, steps, each)?;
+            (self.with_drive(steps, each)?, without)
+        };
+        let missed = (self.counts.bytes - bytes) as f64 / steps as f64;
+        let latency = if missed > 0.0 { self.speed.latency.as_secs_f64() } else { 0.0 };
+        let reading = missed / self.speed.bytes_per_second as f64 + latency;
+        let per_step = 1e3 / steps as f64;
+        Ok(Round { step: per_step * with, computing: per_step * without, drive: 1e3 * reading })
+    }
+}
+
+/// `(sequences, tokens of each)`.
+fn measure(
+    args: &Args,
+    budget: Option<u64>,
+    speed: DriveSpeed,
+    noise: &[u8],
+    (count, total): (usize, usize),
+) -> Result<Outcome, CliError> {
+    let drive = SimulatedDrive::new(DriveSpeed::UNLIMITED, noise.to_vec());
+    let options = EngineOptions {
+        budget,
+        // The calibration is that of another drive.
+        io: Some(IoConfig::default()),
+        simulated: Some(drive.clone()),
+        ..args.engine.options(total)
+    };
+    let batch = Batch::open(&args.file, options, count, total)?;
+    let mut bench = Bench { batch, drive, speed, counts: Counts::default(), used: DriveUse::default() };
+    let bar = step_bar("decoding", total as u64);
+    bench.steps(DriveSpeed::UNLIMITED, args.warm_up, &|| bar.inc(1))?;
+    let count_of_rounds = args.n.min(ROUNDS);
+    let mut rounds = Vec::with_capacity(count_of_rounds);
+    for number in 0..count_of_rounds {
+        let steps = args.n * (number + 1) / count_of_rounds - args.n * number / count_of_rounds;
+        rounds.push(bench.round(number, steps, &|| bar.inc(1))?);
+    }
+    bar.finish_and_clear();
+    outcome(args, budget, &bench, rounds, (count, total))
+}
+
+fn outcome(
+    args: &Args,
+    budget: Option<u64>,
+    bench: &Bench,
+    rounds: Vec<Round>,
+    (count, total): (usize, usize),
+) -> Result<Outcome, CliError> {
+    let Bench { batch: Batch { engine, .. }, speed, counts, .. } = bench;
+    let of_rounds = |value: &dyn Fn(&Round) -> f64| median(&rounds.iter().map(value).collect::<Vec<_>>());
+    let (steps, tokens) = (args.n as f64, args.n * count);
+    let uses = (counts.hits + counts.misses) as f64;
+    let position = (total as f64 + args.warm_up as f64) / 2.0;
+    let work = StepWork::of(engine.file(), count, uses / steps, position, engine.memory().kv_type);
+    let bounds = Bounds::of(engine, counts.bytes as f64 / steps, speed.bytes_per_second as f64, &work)?;
+    let step = of_rounds(&|round| round.step);
+    Ok(Outcome {
+        sequences: count,
+        budget,
+        memory_used: engine.memory().used(),
+        slots: engine.memory().slots,
+        experts: engine.memory().experts,
+        expert_bytes: engine.memory().slot_len,
+        drive: drive_report(bench),
+        steps: args.n,
+        tokens,
+        tokens_per_second: 1e3 * count as f64 / step,
+        milliseconds_per_token: step / count as f64,
+        milliseconds_per_step: step,
+        computing_milliseconds: of_rounds(&|round| round.computing),
+        drive_milliseconds: of_rounds(&|round| round.drive),
+        time_over_longer: of_rounds(&Round::time_over_longer),
+        bytes_missed: counts.bytes,
+        bytes_missed_per_token: counts.bytes as f64 / tokens as f64,
+        hits: counts.hits,
+        misses: counts.misses,
+        hit_rate: counts.hits as f64 / uses.max(1.0),
+        prefetched: counts.prefetched,
+        prefetched_used: counts.prefetched_used,
+        union_of_experts: uses / steps,
+        time_over_bound: step / bounds.largest(),
+        bounds,
+        rounds,
+    })
+}
+
+fn drive_report(Bench { batch, speed, used, .. }: &Bench) -> DriveReport {
+    let config = batch.engine.io_config();
+    DriveReport {
+        bytes_per_second: speed.bytes_per_second as f64,
+        latency_microseconds: 1e6 * speed.latency.as_secs_f64(),
+        reached_bytes_per_second: (used.bytes > 0 && !used.busy.is_zero())
+            .then(|| used.bytes as f64 / used.busy.as_secs_f64()),
+        late_microseconds: 1e6 * used.late.as_secs_f64() / used.reads.max(1) as f64,
+        chunk_bytes: config.chunk_bytes,
+        depth: config.depth,
+    }
+}
+
+fn describe(o: &Outcome) -> String {
+    let budget = o.budget.map_or("as much as is useful".into(), |b| Bytes(b).to_string());
+    let rate = |r: f64| format!("{}/s", Bytes(r as u64));
+    let d = &o.drive;
+    let reached = match d.reached_bytes_per_second {
+        Some(reached) => {
+            format!("{} while it was read, ends noticed {:.0} µs late", rate(reached), d.late_microseconds)
+        }
+        None => "never read".to_owned(),
+    };
+    format!(
+        "budget {budget}: {} in use, {} of {} experts fit; sequences: {}\n  \
+         simulated drive: {} and {:.0} µs asked for; {reached}; {} × {} in flight\n  \
+         {:.2} tokens/s in all; a step takes {:.1} ms and misses {}, {} per token\n  \
+         a step uses {:.0} different experts, {:.1} % of them in memory; {} read ahead, {} of them used\n  \
+         computing alone {:.1} ms, the drive alone {:.1} ms: a step takes {:.2} times the longer\n  \
+         bounds of a step: {}; the step takes {:.2} times the largest\n",
+        Bytes(o.memory_used),
+        o.slots,
+        o.experts,
+        o.sequences,
+        rate(d.bytes_per_second),
+        d.latency_microseconds,
+        Bytes(d.chunk_bytes as u64),
+        d.depth,
+        o.tokens_per_second,
+        o.milliseconds_per_step,
+        Bytes(o.bytes_missed / o.steps as u64),
+        Bytes(o.bytes_missed_per_token as u64),
+        o.union_of_experts,
+        100.0 * o.hit_rate,
+        o.prefetched,
+        o.prefetched_used,
+        o.computing_milliseconds,
+        o.drive_milliseconds,
+        o.time_over_longer,
+        o.bounds.describe(),
+        o.time_over_bound,
+    )
+}
