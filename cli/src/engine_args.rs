@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use sluice_format::ModelFile;
 use sluice_model::memory::Bytes;
-use sluice_model::{Engine, EngineOptions, KvType, Prefetch, ReadEngineKind};
+use sluice_model::{Engine, EngineOptions, KvType, Prefetch, ReadEngineKind, Yields};
 use sluice_storage::pool::PolicyKind;
 use sluice_text::{TextError, Tokenizer};
 
@@ -118,8 +118,9 @@ impl EngineArgs {
             context: Some(context),
             kv_type: self.kv_type,
             marks: 0,
-            mark_every: None,
             simulated: None,
+            yields: Yields::default(),
+            mark_every: None,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use indicatif::ProgressBar;
 use sluice_generate::sampler::SamplerConfig;
-use sluice_generate::{self, Event, Place, Scheduler, SchedulerOptions, Watch};
+use sluice_generate::{self, Event, Place, Scheduler, SchedulerOptions, Watch, WhenFull};
 use sluice_model::router::Choice;
 use sluice_model::{Engine, Progress};
 use sluice_text::{Special, StopCondition, Tokenizer};
@@ -33,6 +33,8 @@ pub(crate) struct Request<'a> {
     pub(crate) tokenizer: Option<&'a Tokenizer>,
     /// What becomes of special tokens in the text.
     pub(crate) special: Special,
+    /// What to do when the context is full.
+    pub(crate) when_full: WhenFull,
 }
 
 impl Request<'_> {
@@ -41,6 +43,7 @@ impl Request<'_> {
             sampling: self.sampling,
             stop: self.stop.clone(),
             special: self.special,
+            when_full: self.when_full,
             ..sluice_generate::Request::new(self.prompt.to_vec(), self.max_tokens)
         }
     }
@@ -54,6 +57,8 @@ pub(crate) struct Generation {
     /// Their text, without stop string, and without end token unless special tokens are shown; `None` without a tokenizer.
     pub(crate) text: Option<String>,
     pub(crate) finish: Finish,
+    /// Tokens that were dropped because the context was full.
+    pub(crate) dropped: usize,
     pub(crate) prefill: profile::Phase,
     pub(crate) decode: profile::Phase,
 }
@@ -96,6 +101,7 @@ pub(crate) fn generate(
         ids: done.ids,
         text: request.tokenizer.map(|_| done.text),
         finish: done.finish.unwrap_or(Finish::Cancelled),
+        dropped: done.dropped,
         prefill: prefill.unwrap_or_default(),
         decode,
     })
@@ -130,6 +136,8 @@ struct Collected {
     read: usize,
     ids: Vec<u32>,
     text: String,
+    /// Tokens that were dropped because the context was full.
+    dropped: usize,
     finish: Option<Finish>,
 }
 
@@ -145,6 +153,7 @@ impl Collected {
                 sink(None, &piece)?;
                 self.text += &piece;
             }
+            Event::Shifted { dropped, .. } => self.dropped += dropped,
             Event::Finish { reason, .. } => self.finish = Some(reason),
             Event::Failed(error) => return Err(error.into()),
         }

@@ -122,6 +122,24 @@ fn words_of_the_command_line_are_shown_not_obeyed() {
 }
 
 #[test]
+fn a_full_context_can_drop_its_oldest_tokens() {
+    let run = |args: &[&str]| {
+        let fixed =
+            ["run", demo_model(), "--prompt-ids", "5,6,7", "--ignore-eos", "--forget", "--json", "--context", "12"];
+        sluice(&[&fixed, args].concat())
+    };
+    let output = run(&["-n", "30", "--when-full", "drop-oldest", "--keep", "2"]);
+    let report = common::json(&output);
+    assert_eq!((&report["finish"], report["ids"].as_array().unwrap().len()), (&"length".into(), 30));
+    // 13 tokens are one too many: of the 11 others 5 go, and again whenever 5 more have come.
+    assert_eq!(report["dropped_tokens"], 20);
+    assert!(stderr(&output).contains("of the oldest tokens 20 were dropped"), "{}", stderr(&output));
+    assert_eq!(common::json(&run(&["-n", "9"]))["dropped_tokens"], 0);
+    assert_fails(&run(&["--keep", "2"]), 2, &["--when-full drop-oldest"]);
+    assert_fails(&run(&["--when-full", "drop-oldest", "--keep", "12"]), 2, &["--keep 12", "--context"]);
+}
+
+#[test]
 fn as_many_tokens_as_there_is_room_for() {
     let run = |args: &[&str]| {
         let fixed = ["run", demo_model(), "--prompt-ids", "5", "--ignore-eos", "--forget", "--json"];

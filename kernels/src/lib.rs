@@ -58,4 +58,4 @@ pub use pack::{
 };
 pub use quant::pack_row_group_weighted;
 pub use threads::ThreadPool;
-pub use top_k::top_k;
+pub use top_k::{TopK, top_k};

@@ -36,9 +36,82 @@ pub fn top_k(scores: &[f32], k: usize, out: &mut Vec<u32>) {
     }
 }
 
+/// The largest of many scores that come one by one, as [`top_k`] would choose them: in memory that depends on how many are wanted,
+/// not on how many come.
+#[derive(Debug, Default)]
+pub struct TopK {
+    k: usize,
+    /// Rank and index of those that may be among the best, up to twice as many as are wanted.
+    kept: Vec<(u32, u32)>,
+    /// A rank that is not enough, if so many have come.
+    least: Option<u32>,
+}
+
+impl TopK {
+    /// Begins again, for the `k` largest.
+    pub fn begin(&mut self, k: usize) {
+        (self.k, self.least) = (k, None);
+        self.kept.clear();
+        self.kept.reserve(2 * k);
+    }
+
+    /// The next score; indices ascend.
+    pub fn offer(&mut self, index: u32, score: f32) {
+        let rank = rank(score);
+        if self.k == 0 || self.least.is_some_and(|least| rank <= least) {
+            return;
+        }
+        self.kept.push((rank, index));
+        if self.kept.len() == 2 * self.k {
+            self.shrink();
+        }
+    }
+
+    /// Writes the indices to `out`, ascending, after clearing it.
+    pub fn finish(&mut self, out: &mut Vec<u32>) {
+        if self.kept.len() > self.k {
+            self.shrink();
+        }
+        out.clear();
+        out.extend(self.kept.iter().map(|&(_, index)| index));
+        out.sort_unstable();
+    }
+
+    fn shrink(&mut self) {
+        // No two are equal in this order, so the choice does not depend on how it is found.
+        self.kept.select_nth_unstable_by(self.k - 1, |a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
+        self.kept.truncate(self.k);
+        self.least = Some(self.kept[self.k - 1].0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn scores_that_come_one_by_one_give_the_same_choice_in_bounded_memory() {
+        let scores: Vec<f32> = (0..1000u32)
+            .map(|i| match i.wrapping_mul(2_654_435_761) >> 20 {
+                n if n % 97 == 0 => f32::NAN,
+                n if n % 89 == 0 => -0.0,
+                n => (n % 61) as f32 - 30.0,
+            })
+            .collect();
+        let (mut best, mut out) = (TopK::default(), Vec::new());
+        for k in [0, 1, 2, 7, 64, 999, 1000, 1001] {
+            for count in [0, 1, 5, 129, 1000] {
+                best.begin(k);
+                let room = best.kept.capacity();
+                scores[..count].iter().enumerate().for_each(|(i, &score)| best.offer(i as u32, score));
+                best.finish(&mut out);
+                let mut want = of(&scores[..count], k);
+                want.sort_unstable();
+                assert_eq!(out, want, "{k} of {count}");
+                assert_eq!(best.kept.capacity(), room, "no allocation");
+            }
+        }
+    }
 
     fn of(scores: &[f32], k: usize) -> Vec<u32> {
         let mut out = Vec::new();

@@ -1,5 +1,7 @@
 //! What the whole-system tests share: fixtures, conversion into a temporary folder, comparison.
 
+pub mod house;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -1,17 +1,17 @@
 //! Many generations on one engine: each says what it says alone, whoever else is there.
 
-use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 
 use sluice_format::WeightType;
 use sluice_generate::{
-    Constraint, Event, Finish, GenerationError, Handle, Model, Place, Request, SamplerConfig, Scheduler,
-    SchedulerOptions, Status, Watch,
+    Constraint, Event, Finish, GenerationError, Handle, Model, Place, Request, SamplerConfig, SchedulerOptions, Watch,
+    WhenFull,
 };
 use sluice_model::{Engine, EngineOptions};
+use sluice_tests::house::{Heard, House};
 use sluice_tests::{Converted, argmax};
-use sluice_text::{StopCondition, Tokenizer};
+use sluice_text::StopCondition;
 
 const CONTEXT: usize = 400;
 
@@ -29,87 +29,13 @@ fn options(sequences: usize) -> EngineOptions {
     }
 }
 
+fn open(model: &Converted, sequences: usize, prompt_rows: usize) -> House {
+    let scheduling = SchedulerOptions { prompt_rows, running: Some(sequences), ..SchedulerOptions::default() };
+    House::new(model.open(&options(sequences)), scheduling)
+}
+
 fn prompt(number: u32, length: u32) -> Vec<u32> {
     (0..length).map(|i| (i * 7919 + number * 104_729 + 13) % 1536).collect()
-}
-
-/// What an owner has heard.
-#[derive(Debug, Default, PartialEq)]
-struct Heard {
-    ids: Vec<u32>,
-    text: String,
-    finish: Option<Finish>,
-    error: Option<String>,
-    read: Vec<usize>,
-}
-
-impl Heard {
-    fn take(&mut self, event: Event) {
-        assert!(self.finish.is_none() && self.error.is_none(), "{event:?} behind the end");
-        match event {
-            Event::Progress { read, .. } => self.read.push(read),
-            Event::Token { id, .. } => self.ids.push(id),
-            Event::Text(text) => self.text += &text,
-            Event::Finish { reason, usage } => {
-                assert_eq!(usage.generated_tokens, self.ids.len());
-                self.finish = Some(reason);
-            }
-            Event::Failed(error) => self.error = Some(error.to_string()),
-        }
-    }
-
-    /// Without what depends on the others: how the prompt was cut.
-    fn said(&self) -> (&[u32], &str, Option<Finish>) {
-        (&self.ids, &self.text, self.finish)
-    }
-}
-
-/// An engine, a scheduler, and what the owners have heard.
-struct House {
-    engine: Engine,
-    scheduler: Scheduler,
-    owners: BTreeMap<u64, (Handle, Receiver<Event>, Heard)>,
-}
-
-impl House {
-    fn open(model: &Converted, sequences: usize, prompt_rows: usize) -> House {
-        let engine = model.open(&options(sequences));
-        let tokenizer = Tokenizer::of(engine.file().metadata()).unwrap();
-        let scheduler = Scheduler::new(&engine, tokenizer, SchedulerOptions { prompt_rows });
-        House { engine, scheduler, owners: BTreeMap::new() }
-    }
-
-    fn submit(&mut self, request: Request) -> u64 {
-        let (sender, events) = channel();
-        let owner = move |event| sender.send(event).map_or(ControlFlow::Break(()), ControlFlow::Continue);
-        let handle = self.scheduler.submit(request, owner).unwrap();
-        let id = handle.id();
-        self.owners.insert(id, (handle, events, Heard::default()));
-        id
-    }
-
-    fn turn(&mut self) -> bool {
-        self.turn_watched(&mut Watch::default())
-    }
-
-    fn turn_watched(&mut self, watch: &mut Watch<'_>) -> bool {
-        let worked = self.scheduler.turn(&mut self.engine, watch);
-        for (_, events, heard) in self.owners.values_mut() {
-            events.try_iter().for_each(|event| heard.take(event));
-        }
-        worked
-    }
-
-    fn run(&mut self) {
-        while self.turn() {}
-        let Status { queued, reading, decoding, .. } = self.scheduler.status();
-        assert_eq!((queued, reading, decoding), (0, 0, 0));
-        assert!(self.owners.values().all(|(handle, ..)| handle.place().is_none()), "none is left");
-    }
-
-    fn heard(&self, id: u64) -> &Heard {
-        &self.owners[&id].2
-    }
 }
 
 /// Requests of all kinds: several seeds, temperatures, stop strings, lengths.
@@ -133,7 +59,7 @@ fn request(number: u32) -> Request {
 fn together_they_say_what_each_says_alone() {
     const COUNT: u32 = 14;
     let model = demo();
-    let mut alone = House::open(&model, 1, 1000);
+    let mut alone = open(&model, 1, 1000);
     let alone: Vec<Heard> = (0..COUNT)
         .map(|number| {
             let id = alone.submit(request(number));
@@ -145,7 +71,7 @@ fn together_they_say_what_each_says_alone() {
     assert!(alone.iter().any(|h| h.finish == Some(Finish::Length)));
     assert!(alone.iter().all(|h| h.error.is_none() && !h.ids.is_empty()));
     for (sequences, prompt_rows, seed) in [(1, 7, 1), (3, 16, 2), (5, 1, 3), (14, 64, 4), (4, 1000, 5)] {
-        let mut house = House::open(&model, sequences, prompt_rows);
+        let mut house = open(&model, sequences, prompt_rows);
         let mut random: u64 = seed;
         let (mut next, mut ids) = (0, Vec::new());
         while next < COUNT {
@@ -173,7 +99,7 @@ fn cancelling_one_changes_nothing_for_the_others() {
         sampling: SamplerConfig { temperature: 1.0, ..SamplerConfig::default() },
         ..Request::new(prompt(number, 60), 20)
     };
-    let mut house = House::open(&model, 4, 16);
+    let mut house = open(&model, 4, 16);
     let ids: Vec<_> = (0..4).map(|n| house.submit(long(n))).collect();
     house.run();
     let layers = house.engine.spec().layers.len();
@@ -214,7 +140,7 @@ fn cancelling_one_changes_nothing_for_the_others() {
 #[test]
 fn who_comes_and_goes_cannot_keep_the_others_from_their_tokens() {
     let model = demo();
-    let mut house = House::open(&model, 8, 16);
+    let mut house = open(&model, 8, 16);
     let stayer = house.submit(Request::new(prompt(0, 5), 4));
     let victims: Vec<_> = (1..8).map(|n| house.submit(Request::new(prompt(n, 5), 4))).collect();
     let mut handles: Vec<_> = victims.iter().map(|id| house.owners[id].0.clone()).collect();
@@ -232,7 +158,7 @@ fn who_comes_and_goes_cannot_keep_the_others_from_their_tokens() {
 #[test]
 fn a_long_prompt_does_not_keep_others_from_their_tokens() {
     let model = demo();
-    let mut house = House::open(&model, 3, 16);
+    let mut house = open(&model, 3, 16);
     let talkers = [0, 1].map(|n| house.submit(Request::new(prompt(n, 4), 200)));
     house.turn();
     let reader = house.submit(Request::new(prompt(2, 300), 3));
@@ -255,7 +181,7 @@ fn a_long_prompt_does_not_keep_others_from_their_tokens() {
 #[test]
 fn the_queue_is_served_in_order_of_arrival() {
     let model = demo();
-    let mut house = House::open(&model, 2, 16);
+    let mut house = open(&model, 2, 16);
     let ids: Vec<_> = (0..7).map(|n| house.submit(Request::new(prompt(n, 6), 3))).collect();
     assert_eq!(house.scheduler.status().queued, 7);
     house.turn();
@@ -279,7 +205,7 @@ fn the_queue_is_served_in_order_of_arrival() {
 #[test]
 fn what_makes_no_sense_is_refused_before_it_reaches_the_engine() {
     let model = demo();
-    let house = House::open(&model, 1, 16);
+    let house = open(&model, 1, 16);
     let refused = |request: Request| house.scheduler.submit(request, |_| ControlFlow::Continue(())).unwrap_err();
     assert!(matches!(refused(Request::new(vec![], 3)), GenerationError::EmptyPrompt));
     let long = refused(Request::new(vec![1; CONTEXT + 1], 3));
@@ -291,13 +217,17 @@ fn what_makes_no_sense_is_refused_before_it_reaches_the_engine() {
         let request = Request { bias: vec![bias], ..Request::new(vec![1], 3) };
         assert!(matches!(refused(request), GenerationError::Bias { .. }), "{bias:?}");
     }
+    for keep in [CONTEXT, usize::MAX] {
+        let request = Request { when_full: WhenFull::DropOldest { keep }, ..Request::new(vec![1], 3) };
+        assert!(matches!(refused(request), GenerationError::KeepsTooMuch { context: CONTEXT, .. }));
+    }
     assert_eq!(house.scheduler.status().queued, 0);
 }
 
 #[test]
 fn a_full_context_ends_a_generation() {
     let model = demo();
-    let mut house = House::open(&model, 2, 16);
+    let mut house = open(&model, 2, 16);
     // The last token need not fit, since nothing follows it.
     for (length, tokens) in [(CONTEXT, 1), (CONTEXT - 2, 3)] {
         let id = house.submit(Request::new(prompt(3, length as u32), usize::MAX));
@@ -314,7 +244,7 @@ fn a_full_context_ends_a_generation() {
 #[test]
 fn tokens_and_their_probabilities_are_those_of_the_logits() {
     let model = demo();
-    let mut house = House::open(&model, 1, 16);
+    let mut house = open(&model, 1, 16);
     let mut logits = Vec::new();
     let mut sequence = house.engine.new_sequence();
     house.engine.forward(&mut sequence, &prompt(5, 9), &mut logits).unwrap();
@@ -383,7 +313,7 @@ impl Constraint for Script {
 #[test]
 fn a_constraint_decides_what_may_come_and_when_it_is_over() {
     let model = demo();
-    let mut house = House::open(&model, 2, 16);
+    let mut house = open(&model, 2, 16);
     let hot = SamplerConfig { temperature: 2.0, ..SamplerConfig::default() };
     let scripted = |script: &[u32]| Request {
         sampling: hot,
@@ -403,7 +333,7 @@ fn a_constraint_decides_what_may_come_and_when_it_is_over() {
 fn a_failing_step_ends_only_those_concerned() {
     let model = demo();
     let requests = || (0..6).map(|n| Request::new(prompt(n, 3), 6));
-    let mut house = House::open(&model, 6, 16);
+    let mut house = open(&model, 6, 16);
     let ids: Vec<_> = requests().map(|r| house.submit(r)).collect();
     house.run();
     let want: Vec<Heard> = ids.iter().map(|id| std::mem::take(&mut house.owners.get_mut(id).unwrap().2)).collect();
@@ -416,12 +346,7 @@ fn a_failing_step_ends_only_those_concerned() {
         let path = model.path.with_extension("damaged");
         std::fs::write(&path, damaged).unwrap();
         let engine = Engine::open(&path, &options(6)).unwrap();
-        let scheduler = Scheduler::new(
-            &engine,
-            Tokenizer::of(engine.file().metadata()).unwrap(),
-            SchedulerOptions { prompt_rows: 16 },
-        );
-        let mut house = House { engine, scheduler, owners: BTreeMap::new() };
+        let mut house = House::new(engine, SchedulerOptions { prompt_rows: 16, ..SchedulerOptions::default() });
         let ids: Vec<_> = requests().map(|r| house.submit(r)).collect();
         house.run();
         let mut failed = 0;

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use sluice_converter::{Options, TypeChoice, convert};
 use sluice_format::{ModelFile, TOKENIZER_BLOB, WeightType};
+use sluice_generate::WhenFull;
 use sluice_generate::sampler::SamplerConfig;
 use sluice_model::memory::{Bytes, Demand, MemoryPlan};
 use sluice_model::{Engine, EngineOptions, KvType};
@@ -256,6 +257,7 @@ fn speak(engine: &mut Engine, sink: &mut dyn FnMut(&str) -> Result<(), CliError>
         stop: &stop,
         tokenizer: Some(&tokenizer),
         special: Special::Markup,
+        when_full: WhenFull::Stop,
     };
     generate(engine, &request, None, &mut |_, text| sink(text))
 }

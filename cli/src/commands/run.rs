@@ -4,8 +4,10 @@ use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::time::Instant;
 
+use clap::ValueEnum;
 use serde_json::json;
 use sluice_format::ModelFile;
+use sluice_generate::WhenFull;
 use sluice_generate::sampler::SamplerConfig;
 use sluice_model::Engine;
 use sluice_model::memory::{Demand, MemoryPlan};
@@ -106,6 +108,24 @@ pub(crate) struct Args {
     /// quarter of the memory]
     #[arg(long, value_name = "N", help_heading = "Engine")]
     context: Option<usize>,
+
+    /// What to do when the context is full
+    #[arg(long, value_name = "POLICY", default_value = "stop", help_heading = "Engine")]
+    when_full: FullChoice,
+
+    /// With --when-full drop-oldest: tokens at the beginning that are never dropped [default: the prompt, but no more than half of the
+    /// context]
+    #[arg(long, value_name = "N", help_heading = "Engine")]
+    keep: Option<usize>,
+}
+
+/// Policies of a full context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum FullChoice {
+    /// End
+    Stop,
+    /// Drop the older half of the tokens behind the kept ones, read the rest again, and go on
+    DropOldest,
 }
 
 /// As many tokens as there is room for.
@@ -118,6 +138,7 @@ struct Prepared {
     context: usize,
     sampling: SamplerConfig,
     stop: StopCondition,
+    when_full: WhenFull,
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
@@ -136,6 +157,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         stop: &prepared.stop,
         tokenizer: prepared.tokenizer.as_ref(),
         special: if args.special { Special::Shown } else { Special::Markup },
+        when_full: prepared.when_full,
     };
     let mut recorder = args.trace.as_deref().map(|path| Recorder::start(path, &engine)).transpose()?;
     let generation = stream(args, &mut engine, &request, recorder.as_mut()).inspect_err(|_| {
@@ -190,7 +212,24 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
     let stop = StopCondition::new(eos, args.stop.clone())?;
     let prompt = prompt(args, tokenizer.as_ref(), &file)?;
     let context = context(args, prompt.len(), &file)?;
-    Ok(Prepared { tokenizer, prompt, context, sampling, stop })
+    let when_full = when_full(args, prompt.len(), context)?;
+    Ok(Prepared { tokenizer, prompt, context, sampling, stop, when_full })
+}
+
+/// What to do when the context is full.
+fn when_full(args: &Args, prompt: usize, context: usize) -> Result<WhenFull, CliError> {
+    match (args.when_full, args.keep) {
+        (FullChoice::Stop, None) => Ok(WhenFull::Stop),
+        (FullChoice::Stop, Some(_)) => {
+            Err(CliError::Usage("--keep says what --when-full drop-oldest keeps: give that as well".into()))
+        }
+        (FullChoice::DropOldest, Some(keep)) if keep >= context => Err(CliError::Usage(format!(
+            "--keep {keep} leaves no room in a context of {context} tokens: keep fewer, or raise --context"
+        ))),
+        (FullChoice::DropOldest, keep) => {
+            Ok(WhenFull::DropOldest { keep: keep.unwrap_or_else(|| prompt.min(context / 2)) })
+        }
+    }
 }
 
 /// Generates and shows what is wanted while it comes.
@@ -225,6 +264,7 @@ fn report(
             "text": done.text,
             "ids": done.ids,
             "finish": done.finish,
+            "dropped_tokens": done.dropped,
             "prompt_tokens": request.prompt.len(),
             "seed": request.sampling.seed,
             "temperature": json_number(request.sampling.temperature),
@@ -233,9 +273,16 @@ fn report(
     } else {
         print_text("\n")?;
     }
+    if done.dropped > 0 {
+        let (dropped, context) = (done.dropped, profile.memory.context);
+        note(&format_args!(
+            "note: the context of {context} tokens was full: of the oldest tokens {dropped} were dropped on the way"
+        ));
+    }
     if done.finish == Finish::Context {
         let (tokens, context) = (done.ids.len(), profile.memory.context);
         let advice = if context < limit { "; --context makes it longer" } else { ", which is the model's limit" };
+        let advice = format!("{advice}; --when-full drop-oldest goes on");
         note(&format_args!(
             "note: stopped after {tokens} tokens because the context of {context} tokens is full{advice}"
         ));

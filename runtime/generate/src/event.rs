@@ -31,6 +31,8 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Tokens generated, an end token included.
     pub generated_tokens: usize,
+    /// Tokens of both that were dropped because the context was full.
+    pub dropped_tokens: usize,
 }
 
 /// What happens to a generation, in order. The last is [`Finish`](Event::Finish) or [`Failed`](Event::Failed).
@@ -51,6 +53,13 @@ pub enum Event {
         logprob: Option<f32>,
         /// The likeliest tokens, as many as were asked for, the likeliest first.
         top: Vec<Logprob>,
+    },
+    /// The context was full, and the oldest tokens behind the kept ones were dropped ([`WhenFull`](super::WhenFull)).
+    Shifted {
+        /// Tokens that were dropped.
+        dropped: usize,
+        /// Tokens that the context has now. They are read again as far as they have moved.
+        left: usize,
     },
     /// Text that has become certain; never empty. Stop strings are not part of it.
     Text(String),
@@ -78,6 +87,14 @@ pub enum GenerationError {
     PromptTooLong {
         /// Tokens of the prompt.
         prompt: usize,
+        /// Tokens that a sequence can hold.
+        context: usize,
+    },
+    /// Nothing could be dropped.
+    #[error("a context of {context} tokens cannot keep the first {keep} and have room for more: keep fewer")]
+    KeepsTooMuch {
+        /// Tokens to be kept.
+        keep: usize,
         /// Tokens that a sequence can hold.
         context: usize,
     },

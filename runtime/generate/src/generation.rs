@@ -3,9 +3,9 @@
 use crate::sampler::{Sampler, logprobs};
 use sluice_model::rows::Phase;
 
-use super::request::{Constraint, Shape};
+use super::request::{Constraint, Shape, WhenFull};
 use super::text::TextStream;
-use super::{Event, Finish, GenerationError, Request, Usage};
+use super::{Draft, Event, Finish, GenerationError, Request, Usage};
 
 /// Takes what a generation says.
 pub type EventSink<'a> = dyn FnMut(Event) + 'a;
@@ -14,18 +14,37 @@ pub type EventSink<'a> = dyn FnMut(Event) + 'a;
 /// [accepts](Self::accept) the logits behind the last of them.
 ///
 /// What it says depends on its request and the logits alone, never on how its tokens were cut into steps or what else was in
-/// them. Randomness depends on the seed and the index of the token.
+/// them. Randomness depends on the seed and the index of the token. Penalties see the tokens that the context
+/// has.
 #[derive(Debug)]
 pub struct Generation {
-    /// Prompt and generated tokens.
+    /// What the sequence is to hold: prompt and generated tokens, less those that were dropped.
     tokens: Vec<u32>,
+    /// Of these, how many are read as a prompt, before the next token can be chosen.
+    to_read: usize,
+    /// Tokens of the prompt.
     prompt: usize,
+    generated: Vec<u32>,
+    dropped: usize,
+    when_full: WhenFull,
+    /// Where the sequence has to go back to, because what follows has been dropped.
+    back_to: Option<usize>,
     max_tokens: usize,
     context: usize,
     sampler: Sampler,
     bias: Vec<(u32, f32)>,
     logprobs: Option<usize>,
     constraint: Option<Box<dyn Constraint>>,
+    draft: Option<Box<dyn Draft>>,
+    vocab: usize,
+    /// The last token, and proposals for those behind it; empty while there are none.
+    ahead: Vec<u32>,
+    /// What the draft has said.
+    proposals: Vec<u32>,
+    /// Of the proposals, how many have come true; `None` once one has not.
+    true_so_far: Option<usize>,
+    proposed: u64,
+    came_true: u64,
     text: TextStream,
     /// Logits with bias and constraint.
     scores: Vec<f32>,
@@ -39,16 +58,29 @@ impl Generation {
     /// What can be wrong with a request: no prompt or one that is too long, unknown tokens, settings that make no sense.
     pub fn new(request: Request, shape: &Shape) -> Result<Self, GenerationError> {
         request.check(shape)?;
-        let Request { prompt, max_tokens, sampling, stop, special, bias, logprobs, constraint } = request;
+        let Request { prompt, max_tokens, sampling, stop, special, bias, logprobs, constraint, when_full, draft } =
+            request;
         Ok(Generation {
             prompt: prompt.len(),
+            to_read: prompt.len(),
             tokens: prompt,
+            generated: Vec::new(),
+            dropped: 0,
+            when_full,
+            back_to: None,
             max_tokens,
             context: shape.context,
             sampler: Sampler::new(sampling)?,
             bias,
             logprobs,
             constraint,
+            draft,
+            vocab: shape.vocab,
+            ahead: Vec::new(),
+            proposals: Vec::new(),
+            true_so_far: None,
+            proposed: 0,
+            came_true: 0,
             text: TextStream::new(shape.tokenizer.as_ref(), special, stop),
             scores: Vec::new(),
             finish: None,
@@ -56,14 +88,108 @@ impl Generation {
     }
 
     /// The tokens that a sequence which has seen `position` of them has to see next: the rest of the prompt, later the token that
-    /// was sampled last. The logits behind the last of them are what [`accept`](Self::accept) takes. Empty once the generation has
-    /// ended.
+    /// was sampled last, or all of a sequence that was dropped. The logits behind the last of them are what
+    /// [`accept`](Self::accept) takes. Empty once the generation has ended.
+    ///
+    /// With a draft ([`draft`](Self::draft)) the last token comes with the proposals behind it, and the logits behind each of them go to
+    /// [`accept_draft`](Self::accept_draft).
+    ///
+    /// The sequence must have gone back first if [`take_back_to`](Self::take_back_to) says so.
     pub fn offer(&self, position: usize) -> (&[u32], Phase) {
-        let phase = if position < self.prompt { Phase::Prompt } else { Phase::Decode };
-        match self.finish {
-            Some(_) => (&[], phase),
-            None => (self.tokens.get(position..).unwrap_or_default(), phase),
+        if self.finish.is_none() && !self.ahead.is_empty() && position + 1 == self.tokens.len() {
+            return (&self.ahead, Phase::Draft);
         }
+        let rest = match self.finish {
+            Some(_) => &[],
+            None => self.tokens.get(position..).unwrap_or_default(),
+        };
+        // A step that failed behind a choice leaves two tokens to decode.
+        let phase = if position < self.to_read || rest.len() > 2 { Phase::Prompt } else { Phase::Decode };
+        (rest, phase)
+    }
+
+    /// Asks for proposals, `most` at most, for a sequence that has seen `position` tokens. There are none unless it has seen all but
+    /// the last.
+    pub fn draft(&mut self, position: usize, most: usize) {
+        self.ahead.clear();
+        let Some(draft) = &mut self.draft else { return };
+        let left = self.max_tokens - self.generated.len().min(self.max_tokens);
+        // The last token of a text need not fit, but a row of a step must.
+        let most = most.min(left.saturating_sub(1)).min(self.context.saturating_sub(self.tokens.len()));
+        let Some(&last) = self.tokens.last() else { return };
+        if self.finish.is_some() || position < self.to_read || position + 1 != self.tokens.len() || most == 0 {
+            return;
+        }
+        self.proposals.clear();
+        draft.propose(&self.tokens, &mut self.proposals);
+        let known = self.proposals.iter().take(most).take_while(|&&id| (id as usize) < self.vocab).copied();
+        self.ahead.push(last);
+        self.ahead.extend(known);
+        if self.ahead.len() == 1 {
+            self.ahead.clear();
+            return;
+        }
+        self.true_so_far = Some(0);
+        self.proposed += self.ahead.len() as u64 - 1;
+    }
+
+    /// Takes the logits behind token `index` of an offer with proposals, one after the other: they count as long as the proposals come
+    /// true.
+    ///
+    /// # Errors
+    /// As [`accept`](Self::accept).
+    pub fn accept_draft(
+        &mut self,
+        index: usize,
+        logits: &[f32],
+        sink: &mut EventSink<'_>,
+    ) -> Result<(), GenerationError> {
+        if self.true_so_far != Some(index) {
+            return Ok(());
+        }
+        let before = self.dropped;
+        self.true_so_far = None;
+        self.accept(logits, sink)?;
+        let goes_on = self.finish.is_none() && self.dropped == before;
+        let next = self.ahead.get(index + 1);
+        if goes_on && next.is_some() && next == self.tokens.last() {
+            self.true_so_far = Some(index + 1);
+            self.came_true += 1;
+            return Ok(());
+        }
+        if goes_on && next.is_some() {
+            // The sequence has seen proposals that did not come true.
+            let seen = self.tokens.len() - 1;
+            self.back_to = Some(self.back_to.map_or(seen, |before| before.min(seen)));
+        }
+        self.ahead.clear();
+        Ok(())
+    }
+
+    /// Tokens that were proposed by its draft, and those of them that came true.
+    pub fn proposals(&self) -> (u64, u64) {
+        (self.proposed, self.came_true)
+    }
+
+    /// Where the sequence has to go back to before the next offer, if it has seen more than that: tokens behind it have been
+    /// dropped. Says so once.
+    pub fn take_back_to(&mut self) -> Option<usize> {
+        self.back_to.take()
+    }
+
+    /// Tokens that the sequence holds when it has seen everything so far.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Never true: a prompt has a token.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// Most tokens that can still be generated.
+    pub fn remaining(&self) -> usize {
+        self.max_tokens - self.generated.len().min(self.max_tokens)
     }
 
     /// Chooses the next token by the logits `[vocab]` behind the last one, and says what follows. Nothing once it has ended.
@@ -86,6 +212,7 @@ impl Generation {
             None => (None, Vec::new()),
         };
         self.tokens.push(id);
+        self.generated.push(id);
         if let Some(constraint) = &mut self.constraint {
             constraint.accept(id);
         }
@@ -103,9 +230,28 @@ impl Generation {
             () if emit.stopped => self.end(Finish::StopString, sink),
             () if complete => self.end(Finish::Complete, sink),
             () if self.generated().len() >= self.max_tokens => self.end(Finish::Length, sink),
-            () if full => self.end(Finish::Context, sink),
+            () if full => self.fill(sink),
             () => Ok(()),
         }
+    }
+
+    /// There is no room for more tokens: drops the oldest ones, if that was asked for, or ends.
+    ///
+    /// # Errors
+    /// When the last text cannot be told.
+    pub fn fill(&mut self, sink: &mut EventSink<'_>) -> Result<(), GenerationError> {
+        let WhenFull::DropOldest { keep } = self.when_full else { return self.end(Finish::Context, sink) };
+        let others = self.tokens.len().saturating_sub(keep);
+        if others < 2 {
+            return self.end(Finish::Context, sink);
+        }
+        let dropped = others / 2;
+        self.tokens.drain(keep..keep + dropped);
+        self.to_read = self.tokens.len();
+        self.dropped += dropped;
+        self.back_to = Some(self.back_to.map_or(keep, |before| before.min(keep)));
+        sink(Event::Shifted { dropped, left: self.tokens.len() });
+        Ok(())
     }
 
     /// Ends the generation before its time: text that was held back for a possible stop string comes out.
@@ -121,7 +267,7 @@ impl Generation {
 
     /// The tokens generated so far, an end token included.
     pub fn generated(&self) -> &[u32] {
-        &self.tokens[self.prompt..]
+        &self.generated
     }
 
     /// Why it ended, if it has.
@@ -131,7 +277,7 @@ impl Generation {
 
     /// What it has taken so far.
     pub fn usage(&self) -> Usage {
-        Usage { prompt_tokens: self.prompt, generated_tokens: self.generated().len() }
+        Usage { prompt_tokens: self.prompt, generated_tokens: self.generated.len(), dropped_tokens: self.dropped }
     }
 
     fn choose(&mut self, logits: &[f32]) -> Result<u32, GenerationError> {

@@ -3,6 +3,7 @@
 //! * [`Model`] is the front door: it opens a file, and continues prompts, conversations and batches from any thread,
 //! * [`Request`] says what to generate, [`Event`] what comes of it,
 //! * [`Generation`] is sampling, stopping and text on top of one sequence; it touches no engine,
+//! * [`Draft`] guesses tokens, which a step checks together; [`Constraint`] says which may come,
 //! * [`Scheduler`] runs many of them with one [`Engine`](sluice_model::Engine), for those who have a thread of their own for it.
 //!
 //! ```no_run
@@ -43,21 +44,24 @@
 //! }
 //! ```
 
+mod draft;
 mod event;
 mod generation;
 mod meter;
 mod model;
 mod request;
+mod room;
 pub mod sampler;
 mod scheduler;
 mod shared;
 mod text;
 
+pub use draft::{Draft, PromptLookup};
 pub use event::{Event, Finish, GenerationError, Usage};
 pub use generation::{EventSink, Generation};
 pub use model::{Completion, Model};
-pub use request::{Constraint, Request, Shape};
-pub use scheduler::{Scheduler, SchedulerOptions, Watch};
+pub use request::{Constraint, Request, Shape, WhenFull};
+pub use scheduler::{Scheduler, SchedulerOptions, Watch, Work};
 pub use shared::{Handle, Place, Status, Submitter};
 
 pub use crate::sampler::{Logprob, SamplerConfig};

@@ -12,7 +12,7 @@ use sluice_model::engine::{Engine, EngineOptions};
 use sluice_text::{ChatTemplate, GenerationDefaults, Message, RenderOptions, StopCondition, Tokenizer, encode_chat};
 
 use super::{
-    Event, Finish, GenerationError, Handle, Request, Scheduler, SchedulerOptions, Status, Submitter, Usage, Watch,
+    Event, Finish, GenerationError, Handle, Request, Scheduler, SchedulerOptions, Status, Submitter, Usage, Watch, Work,
 };
 
 /// Tokens that are generated unless a request says otherwise.
@@ -40,12 +40,14 @@ pub struct Model {
     /// What the model's authors recommend.
     sampling: SamplerConfig,
     stop: StopCondition,
+    /// That the engine can have while it is open.
+    least_budget: u64,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Model {
-    /// Opens a model file; reads its dense parts, which for a large model takes seconds. `options.sequences` says how many
-    /// generations run at a time.
+    /// Opens a model file; reads its dense parts, which for a large model takes seconds. Memory is planned for `options.sequences`
+    /// generations of `options.context` tokens; more run at a time while they are shorter.
     ///
     /// # Errors
     /// All that [`Engine::open`] says, and what is wrong with the model's text files.
@@ -66,13 +68,19 @@ impl Model {
         // Fine-tuned models often name a new end token in the tokenizer's files only.
         let own_end = tokenizer.as_ref().and_then(Tokenizer::end_token);
         let stop = StopCondition::new(defaults.eos.into_iter().chain(own_end), Vec::new())?;
+        let (rest_after, least_budget) = (options.rest_after, engine.memory().least());
         let mut scheduler = Scheduler::new(&engine, tokenizer.clone(), options);
         let submitter = scheduler.submitter();
         let closing = Closing(submitter.clone());
         let run = move || {
             let _closing = closing;
-            while scheduler.wait() {
-                scheduler.turn(&mut engine, &mut Watch::default());
+            loop {
+                // At rest, nothing but work changes anything.
+                match scheduler.wait_for(rest_after.filter(|_| !engine.is_at_rest())) {
+                    Work::Ready => _ = scheduler.turn(&mut engine, &mut Watch::default()),
+                    Work::Idle => engine.release_idle(),
+                    Work::Closed => break,
+                }
             }
             if learn {
                 // A convenience: a folder that cannot be written is no reason to complain.
@@ -81,7 +89,7 @@ impl Model {
         };
         let thread = std::thread::Builder::new().name("sluice-generate".into()).spawn(run);
         let thread = thread.map_err(|error| GenerationError::Thread { error })?;
-        Ok(Model { submitter, tokenizer, template, sampling, stop, thread: Some(thread) })
+        Ok(Model { submitter, tokenizer, template, sampling, stop, least_budget, thread: Some(thread) })
     }
 
     /// The tokenizer, if the model has one.
@@ -139,10 +147,17 @@ impl Model {
         collect(self.start(request)?)
     }
 
-    /// Generates all of these, as many at a time as there are sequences, and waits for the last. In the order of the requests.
+    /// Generates all of these, as many at a time as there are pages for, and waits for the last. In the order of the requests.
     pub fn batch(&self, requests: Vec<Request>) -> Vec<Result<Completion, GenerationError>> {
         let started: Vec<_> = requests.into_iter().map(|request| self.start(request)).collect();
         started.into_iter().map(|events| collect(events?)).collect()
+    }
+
+    /// Changes the budget while the model runs, from its next step on: it gives memory back to the system, or takes it again up to what
+    /// it was opened with. Less than the least that an opened model needs counts as that; the least is returned.
+    pub fn set_budget(&self, bytes: u64) -> u64 {
+        self.submitter.set_budget(bytes);
+        self.least_budget
     }
 
     /// What it is doing.
@@ -204,7 +219,7 @@ fn collect(events: Receiver<Event>) -> Result<Completion, GenerationError> {
     let (mut ids, mut text) = (Vec::new(), String::new());
     for event in events {
         match event {
-            Event::Progress { .. } => {}
+            Event::Progress { .. } | Event::Shifted { .. } => {}
             Event::Token { id, .. } => ids.push(id),
             Event::Text(piece) => text += &piece,
             Event::Finish { reason, usage } => return Ok(Completion { ids, text, finish: reason, usage }),

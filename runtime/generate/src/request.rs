@@ -5,7 +5,7 @@ use std::fmt;
 use crate::sampler::SamplerConfig;
 use sluice_text::{Special, StopCondition, Tokenizer};
 
-use super::GenerationError;
+use super::{Draft, GenerationError};
 
 /// Says which tokens may come next: a grammar, a schema, a list of answers.
 ///
@@ -22,6 +22,20 @@ pub trait Constraint: Send + fmt::Debug {
     fn is_complete(&self) -> bool {
         false
     }
+}
+
+/// What becomes of a generation when its context is full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenFull {
+    /// It ends ([`Finish::Context`](super::Finish)).
+    #[default]
+    Stop,
+    /// It goes on with a shorter text: the first `keep` tokens and the newer half of the others. That is read again from where
+    /// the texts part, so that everything is as if the shorter text had been the prompt: exact, and as expensive as reading it.
+    DropOldest {
+        /// Tokens at the beginning that are never dropped, fewer than the context has. A prompt's instructions, for instance.
+        keep: usize,
+    },
 }
 
 /// What to generate.
@@ -44,6 +58,10 @@ pub struct Request {
     pub logprobs: Option<usize>,
     /// Which tokens may come next.
     pub constraint: Option<Box<dyn Constraint>>,
+    /// What to do when the context is full. A prompt that does not fit is refused in any case.
+    pub when_full: WhenFull,
+    /// Guesses about the next tokens, to check several in one step. They do not change the text.
+    pub draft: Option<Box<dyn Draft>>,
 }
 
 impl Request {
@@ -58,6 +76,8 @@ impl Request {
             bias: Vec::new(),
             logprobs: None,
             constraint: None,
+            when_full: WhenFull::Stop,
+            draft: None,
         }
     }
 
@@ -69,6 +89,11 @@ impl Request {
         }
         if self.prompt.len() > shape.context {
             return Err(GenerationError::PromptTooLong { prompt: self.prompt.len(), context: shape.context });
+        }
+        if let WhenFull::DropOldest { keep } = self.when_full
+            && keep >= shape.context
+        {
+            return Err(GenerationError::KeepsTooMuch { keep, context: shape.context });
         }
         let outside = |id: u32| id as usize >= shape.vocab;
         if let Some(&id) = self.prompt.iter().find(|&&id| outside(id)) {

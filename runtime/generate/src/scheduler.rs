@@ -2,7 +2,9 @@
 
 use std::fmt;
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use sluice_model::control::{Control, Progress, ProgressObserver, RoutingObserver};
 use sluice_model::engine::{Engine, RuntimeError};
@@ -12,6 +14,7 @@ use sluice_model::{ModelError, Sequence};
 use sluice_text::Tokenizer;
 
 use super::meter::Meter;
+use super::room::{Saved, is_pages_full};
 use super::shared::{Arrival, Owner, Place, Shared};
 use super::{Event, Generation, GenerationError, Handle, Request, Shape, Status, Submitter};
 
@@ -19,18 +22,30 @@ use super::{Event, Generation, GenerationError, Handle, Request, Shape, Status, 
 /// cannot keep the others from their tokens.
 const INTERRUPTIONS: usize = 3;
 
+/// Most tokens of a draft that are checked in one step.
+const DRAFT: usize = 16;
+
 /// How a scheduler divides the engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SchedulerOptions {
     /// Tokens of prompts in a step in which other generations decode, at least 1. More let prompts be read faster, since every
     /// step reads the experts that it needs once; fewer let the others' tokens come more steadily. While nobody decodes, a
     /// step takes as many as memory has rows for.
     pub prompt_rows: usize,
+    /// Most generations that have a sequence at a time; `None`: as many as there are pages for.
+    pub running: Option<usize>,
+    /// Folder for the sequences of generations that have to wait because the pages have run out. `None`: they are dropped, and their
+    /// tokens read again, which takes longer the longer they are. Files in it go when their generations go on or end; those of
+    /// a program that was killed stay, and can be deleted.
+    pub spill: Option<PathBuf>,
+    /// How long a [`Model`](super::Model) does nothing before it gives its memory back to the system ([`Engine::release_idle`]);
+    /// `None`: never.
+    pub rest_after: Option<Duration>,
 }
 
 impl Default for SchedulerOptions {
     fn default() -> Self {
-        SchedulerOptions { prompt_rows: 256 }
+        SchedulerOptions { prompt_rows: 256, running: None, spill: None, rest_after: None }
     }
 }
 
@@ -50,25 +65,25 @@ impl fmt::Debug for Watch<'_> {
 }
 
 /// A generation that has a sequence.
-struct Running {
-    id: u64,
-    generation: Generation,
-    sequence: Sequence,
-    owner: Owner,
+pub(super) struct Running {
+    pub(super) id: u64,
+    pub(super) generation: Generation,
+    pub(super) sequence: Sequence,
+    pub(super) owner: Owner,
     /// What the owner has not heard yet.
-    events: Vec<Event>,
+    pub(super) events: Vec<Event>,
     /// Tokens of the prompt that the owner has heard of.
-    reported: usize,
-    failed: bool,
+    pub(super) reported: usize,
+    pub(super) failed: bool,
 }
 
 impl Running {
-    fn fail(&mut self, error: GenerationError) {
+    pub(super) fn fail(&mut self, error: GenerationError) {
         self.events.push(Event::Failed(error));
         self.failed = true;
     }
 
-    fn is_over(&self) -> bool {
+    pub(super) fn is_over(&self) -> bool {
         self.failed || self.generation.finish().is_some()
     }
 
@@ -97,16 +112,23 @@ struct Taker<'a> {
     events: &'a mut Vec<Event>,
     reported: &'a mut usize,
     failed: &'a mut bool,
+    /// Whether its span has proposals.
+    draft: bool,
 }
 
 impl Taker<'_> {
-    fn accept(&mut self, logits: &[f32]) {
+    fn accept(&mut self, token: usize, logits: &[f32]) {
         let prompt = self.generation.usage().prompt_tokens;
         if *self.reported < prompt {
             *self.reported = prompt;
             self.events.push(Event::Progress { read: prompt, prompt });
         }
-        if let Err(error) = self.generation.accept(logits, &mut |event| self.events.push(event)) {
+        let mut sink = |event| self.events.push(event);
+        let accepted = match self.draft {
+            true => self.generation.accept_draft(token, logits, &mut sink),
+            false => self.generation.accept(logits, &mut sink),
+        };
+        if let Err(error) = accepted {
             self.events.push(Event::Failed(error));
             *self.failed = true;
         }
@@ -116,20 +138,43 @@ impl Taker<'_> {
 /// Runs many generations on one engine, turn by turn: one step each, in which all generations that decode take part, and a
 /// bounded chunk of the prompts that are being read.
 ///
-/// Generations are admitted in order of arrival, while there are sequences free. Prompts share the chunk equally; what a short
-/// one leaves goes to the next. What a generation says does not depend on the others, to the bit.
+/// Generations are admitted in order of arrival, while there are pages for them. When those run out, the youngest is saved, and
+/// goes on where it was when there are pages again. Prompts share the chunk equally; what a short one leaves goes to the next.
+/// What a generation says does not depend on the others, to the bit.
 pub struct Scheduler {
-    shared: Arc<Shared>,
-    options: SchedulerOptions,
-    /// Most at a time.
-    sequences: usize,
+    pub(super) shared: Arc<Shared>,
+    pub(super) options: SchedulerOptions,
     /// In order of arrival.
-    running: Vec<Running>,
+    pub(super) running: Vec<Running>,
+    /// Those whose pages others have got, in order of arrival: before everyone in the queue.
+    pub(super) saved: Vec<Saved>,
+    /// How often that has happened.
+    pub(super) preemptions: u64,
+    /// For the next one in the queue; it has no pages.
+    pub(super) spare: Option<Sequence>,
     /// Tokens of the spans of a step.
     tokens: Vec<u32>,
+    /// Tokens that were read as parts of prompts, and that were generated, in the current turn.
+    read: u64,
+    generated: u64,
+    /// Whether drafts are checked: not where there are too few pages for them.
+    drafts: bool,
+    /// Tokens that drafts have proposed since the start, and those that came true.
+    proposals: (u64, u64),
     meter: Meter,
     /// Whether the last turn had nothing to do.
     idle: bool,
+}
+
+/// What there is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// A turn.
+    Ready,
+    /// Nothing, for as long as was asked.
+    Idle,
+    /// Nothing any more: the scheduler has been closed and nothing is left.
+    Closed,
 }
 
 impl Scheduler {
@@ -139,9 +184,15 @@ impl Scheduler {
         Scheduler {
             shared: Shared::new(shape),
             options,
-            sequences: engine.memory().sequences.max(1),
             running: Vec::new(),
+            saved: Vec::new(),
+            preemptions: 0,
+            spare: None,
             tokens: Vec::new(),
+            read: 0,
+            generated: 0,
+            drafts: true,
+            proposals: (0, 0),
             meter: Meter::new(),
             idle: true,
         }
@@ -171,14 +222,30 @@ impl Scheduler {
 
     /// Waits until there is something to do; false once the scheduler has been closed and nothing is left.
     pub fn wait(&self) -> bool {
+        self.wait_for(None) == Work::Ready
+    }
+
+    /// As [`wait`](Self::wait), but for so long at most.
+    pub fn wait_for(&self, most: Option<Duration>) -> Work {
         let mut state = self.shared.lock();
-        while self.running.is_empty() && state.queue.is_empty() {
+        while self.running.is_empty() && self.saved.is_empty() && state.queue.is_empty() && state.budget.is_none() {
             if state.closed {
-                return false;
+                return Work::Closed;
             }
-            state = self.shared.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let waited = match most {
+                None => (self.shared.work.wait(state).unwrap_or_else(PoisonError::into_inner), false),
+                Some(most) => {
+                    let (state, timeout) =
+                        self.shared.work.wait_timeout(state, most).unwrap_or_else(PoisonError::into_inner);
+                    (state, timeout.timed_out())
+                }
+            };
+            state = waited.0;
+            if waited.1 && state.queue.is_empty() && !state.closed {
+                return Work::Idle;
+            }
         }
-        true
+        Work::Ready
     }
 
     /// Takes one step with everyone who has something to append, and tells the owners what came of it. False when there was
@@ -187,11 +254,14 @@ impl Scheduler {
     /// A step that fails ends those generations that cannot take it alone, with the error; the others go on.
     pub fn turn(&mut self, engine: &mut Engine, watch: &mut Watch<'_>) -> bool {
         self.meter.resume(self.idle);
-        let before = self.count();
-        let mut interruptions = 0;
+        self.follow_budget(engine);
+        (self.read, self.generated, self.drafts) = (0, 0, true);
+        let (mut interruptions, mut crowded) = (0, false);
         loop {
             self.sweep();
-            self.admit(engine);
+            if !crowded {
+                self.admit(engine);
+            }
             if self.running.is_empty() {
                 break;
             }
@@ -199,28 +269,34 @@ impl Scheduler {
             match self.step(engine, watch, None, cancellable) {
                 Ok(()) => break,
                 Err(error) if is_cancelled(&error) => interruptions += 1,
+                // Guesses are no reason to save anybody.
+                Err(error) if is_pages_full(&error) && self.drafts => self.drafts = false,
+                Err(error) if is_pages_full(&error) => {
+                    self.give_way(error);
+                    crowded = true;
+                }
                 Err(error) => match self.blame(engine, watch, error, cancellable) {
                     true => break,
                     false => interruptions += 1,
                 },
             }
         }
-        let after = self.count();
         self.idle = self.running.is_empty();
         if !self.idle {
-            self.meter.record(after.0.saturating_sub(before.0), after.1.saturating_sub(before.1));
+            self.meter.record(self.read, self.generated);
         }
         let worked = !self.idle;
         self.deliver();
         worked
     }
 
-    /// Tokens of prompts that were read and tokens that were generated, of those who are running.
-    fn count(&self) -> (u64, u64) {
-        self.running.iter().fold((0, 0), |(read, generated), r| {
-            let prompt = r.generation.usage().prompt_tokens;
-            (read + r.sequence.position().min(prompt) as u64, generated + r.generation.generated().len() as u64)
-        })
+    /// The budget that somebody has asked for, and what the system has memory for.
+    fn follow_budget(&mut self, engine: &mut Engine) {
+        if let Some(bytes) = self.shared.lock().budget.take() {
+            // The least is checked where it is asked for; more than the system gives is told by what the engine has.
+            let _ = engine.set_budget(bytes.max(engine.memory().least()));
+        }
+        engine.heed_pressure();
     }
 
     /// Ends those who are to end, queued or running.
@@ -234,10 +310,14 @@ impl Scheduler {
         state.queue.extend(kept);
         let (ended, kept) = self.running.drain(..).partition::<Vec<_>, _>(|running| cancelled.contains(&running.id));
         self.running = kept;
-        for running in &ended {
-            state.places.remove(&running.id);
+        let saved: Vec<Saved> = self.saved.extract_if(.., |saved| cancelled.contains(&saved.id)).collect();
+        for id in ended.iter().map(|r| r.id).chain(saved.iter().map(|s| s.id)) {
+            state.places.remove(&id);
         }
         drop(state);
+        for Saved { generation, owner, .. } in saved {
+            end(generation, owner, Vec::new());
+        }
         for running in ended {
             end(running.generation, running.owner, running.events);
         }
@@ -246,16 +326,15 @@ impl Scheduler {
         }
     }
 
-    /// Gives sequences to those who have waited longest.
-    fn admit(&mut self, engine: &Engine) {
-        while self.running.len() < self.sequences {
-            let mut state = self.shared.lock();
-            let Some(Arrival { id, generation, owner }) = state.queue.pop_front() else { break };
-            state.places.insert(id, Place::Reading { read: 0, prompt: generation.usage().prompt_tokens });
-            drop(state);
-            let sequence = engine.new_sequence();
-            let (events, reported, failed) = (Vec::new(), 0, false);
-            self.running.push(Running { id, generation, sequence, owner, events, reported, failed });
+    /// Takes back what is not to be seen any more, and asks for drafts, for a step with room for `rows` rows.
+    fn prepare(&mut self, rows: usize) {
+        let most = if self.drafts { (rows / self.running.len().max(1)).clamp(1, DRAFT + 1) } else { 1 };
+        for Running { generation, sequence, .. } in &mut self.running {
+            if let Some(position) = generation.take_back_to() {
+                // Where it cannot go, it goes further back, and reads more again.
+                let _ = sequence.rewind_to(position.min(sequence.position()));
+            }
+            generation.draft(sequence.position(), most - 1);
         }
     }
 
@@ -267,6 +346,8 @@ impl Scheduler {
         only: Option<u64>,
         cancellable: bool,
     ) -> Result<(), RuntimeError> {
+        let before = said(&self.running);
+        self.prepare(engine.memory().rows);
         let takes_part = |r: &Running| !r.is_over() && only.is_none_or(|id| id == r.id);
         let rows = self.rows(engine.memory().rows, &takes_part);
         self.tokens.clear();
@@ -282,6 +363,7 @@ impl Scheduler {
         } else {
             None
         };
+        let mut prompt_rows = 0;
         let (mut spans, mut takers) = (Vec::new(), Vec::new());
         let mut left = self.tokens.as_slice();
         for (running, &count) in self.running.iter_mut().zip(&rows).filter(|(_, count)| **count > 0) {
@@ -289,9 +371,14 @@ impl Scheduler {
             let (tokens, rest) = left.split_at(count);
             left = rest;
             let (offer, phase) = generation.offer(sequence.position());
-            let logits = if count == offer.len() { Want::Last } else { Want::Nothing };
+            let logits = match phase {
+                Phase::Draft => Want::All,
+                _ if count == offer.len() => Want::Last,
+                _ => Want::Nothing,
+            };
+            prompt_rows += if phase == Phase::Prompt { count } else { 0 };
             spans.push(Span { sequence, tokens, phase, logits });
-            takers.push(Taker { generation, events, reported, failed });
+            takers.push(Taker { generation, events, reported, failed, draft: phase == Phase::Draft });
         }
         let Watch { progress, routing } = watch;
         let (sees_progress, sees_routing) = (progress.is_some(), routing.is_some());
@@ -308,8 +395,13 @@ impl Scheduler {
         }
         // A generation takes its logits at once: keeping a row of the vocabulary for each would take memory that no plan has.
         // Should the step fail behind that, the sequence is one token further behind, and the next offer has it.
-        let outcome = engine.step(&mut spans, &mut control, &mut |span, _, logits| takers[span].accept(logits));
+        let outcome =
+            engine.step(&mut spans, &mut control, &mut |span, token, logits| takers[span].accept(token, logits));
         self.shared.end_step();
+        let after = said(&self.running);
+        self.generated += after.0 - before.0;
+        self.proposals = (self.proposals.0 + after.1 - before.1, self.proposals.1 + after.2 - before.2);
+        self.read += if outcome.is_ok() { prompt_rows as u64 } else { 0 };
         for running in &mut self.running {
             running.report(running.sequence.position());
         }
@@ -318,18 +410,18 @@ impl Scheduler {
 
     /// Rows of each running generation in a step that has room for `most`.
     fn rows(&self, most: usize, takes_part: &dyn Fn(&Running) -> bool) -> Vec<usize> {
-        let wanted = |phase: Phase| -> Vec<usize> {
+        let wanted = |prompt: bool| -> Vec<usize> {
             let of = |r: &Running| match r.generation.offer(r.sequence.position()) {
-                (tokens, its) if its == phase && takes_part(r) => tokens.len(),
+                (tokens, phase) if (phase == Phase::Prompt) == prompt && takes_part(r) => tokens.len(),
                 _ => 0,
             };
             self.running.iter().map(of).collect()
         };
-        let decoding = wanted(Phase::Decode);
+        let decoding = wanted(false);
         let decoded: usize = decoding.iter().sum();
         let chunk = if decoded > 0 { self.options.prompt_rows } else { most };
         let chunk = chunk.min(most.saturating_sub(decoded)).max(1);
-        shares(&wanted(Phase::Prompt), chunk).into_iter().zip(decoding).map(|(a, b)| a + b).collect()
+        shares(&wanted(true), chunk).into_iter().zip(decoding).map(|(a, b)| a + b).collect()
     }
 
     /// Finds out which generations cannot take the step that has failed, and ends them; the others have taken it alone. False if
@@ -345,6 +437,8 @@ impl Scheduler {
         for id in ids {
             match self.step(engine, watch, Some(id), cancellable) {
                 Ok(()) => {}
+                // It has done nothing wrong, and takes part in the next turn.
+                Err(error) if is_pages_full(&error) => {}
                 Err(error) if is_cancelled(&error) => return false,
                 Err(error) => {
                     if let Some(running) = self.running.iter_mut().find(|r| r.id == id) {
@@ -377,6 +471,8 @@ impl Scheduler {
             state.places.insert(running.id, running.place());
         }
         state.rates = self.meter.rates();
+        state.preemptions = self.preemptions;
+        state.proposals = self.proposals;
     }
 }
 
@@ -396,6 +492,14 @@ fn end(mut generation: Generation, mut owner: Owner, mut events: Vec<Event>) {
         events.push(Event::Failed(error));
     }
     let _ = events.into_iter().try_for_each(&mut owner);
+}
+
+/// Tokens that these have generated, that their drafts have proposed, and that came true of those.
+fn said(running: &[Running]) -> (u64, u64, u64) {
+    running.iter().fold((0, 0, 0), |(generated, proposed, came_true), r| {
+        let proposals = r.generation.proposals();
+        (generated + r.generation.generated().len() as u64, proposed + proposals.0, came_true + proposals.1)
+    })
 }
 
 fn is_cancelled(error: &RuntimeError) -> bool {

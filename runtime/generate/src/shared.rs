@@ -18,7 +18,7 @@ pub(super) type Owner = Box<dyn FnMut(Event) -> ControlFlow<()> + Send>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Place {
-    /// Waiting for a sequence to become free.
+    /// Waiting for pages.
     Queued {
         /// Generations that come before it.
         ahead: usize,
@@ -35,17 +35,30 @@ pub enum Place {
         /// Tokens generated so far.
         generated: usize,
     },
+    /// It was saved because older ones needed its pages, and goes on before everyone in the queue.
+    Saved {
+        /// Tokens generated so far.
+        generated: usize,
+    },
 }
 
 /// What a scheduler is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Status {
-    /// Generations that wait for a sequence.
+    /// Generations that wait for pages.
     pub queued: usize,
     /// Generations whose prompt is being read.
     pub reading: usize,
     /// Generations that generate.
     pub decoding: usize,
+    /// Generations that were saved because older ones needed their pages, and will go on.
+    pub saved: usize,
+    /// How often that has happened since the start.
+    pub preemptions: u64,
+    /// Tokens that drafts have proposed since the start.
+    pub proposed: u64,
+    /// Of these, the ones that came true.
+    pub came_true: u64,
     /// Tokens of prompts read per second, over the latest turns, of all generations together.
     pub prompt_tokens_per_second: f64,
     /// Tokens generated per second, over the latest turns, of all generations together.
@@ -70,9 +83,13 @@ pub(super) struct State {
     step: Cancel,
     /// Whose cancelling ends the running step.
     in_step: Vec<u64>,
-    /// Where the running ones are.
+    /// Where those are that have been admitted.
     pub(super) places: BTreeMap<u64, Place>,
     pub(super) rates: (f64, f64),
+    pub(super) preemptions: u64,
+    pub(super) proposals: (u64, u64),
+    /// A budget that is to hold from the next turn on.
+    pub(super) budget: Option<u64>,
     pub(super) closed: bool,
 }
 
@@ -134,11 +151,17 @@ impl Shared {
 
     fn status(&self) -> Status {
         let state = self.lock();
-        let reading = state.places.values().filter(|place| matches!(place, Place::Reading { .. })).count();
+        let count = |is: fn(&Place) -> bool| state.places.values().filter(|place| is(place)).count();
+        let reading = count(|place| matches!(place, Place::Reading { .. }));
+        let saved = count(|place| matches!(place, Place::Saved { .. }));
         Status {
             queued: state.queue.len(),
             reading,
-            decoding: state.places.len() - reading,
+            decoding: state.places.len() - reading - saved,
+            saved,
+            preemptions: state.preemptions,
+            proposed: state.proposals.0,
+            came_true: state.proposals.1,
             prompt_tokens_per_second: state.rates.0,
             tokens_per_second: state.rates.1,
         }
@@ -176,6 +199,13 @@ impl Submitter {
     /// What the scheduler is doing.
     pub fn status(&self) -> Status {
         self.0.status()
+    }
+
+    /// Changes the engine's budget before its next step ([`Engine::set_budget`](sluice_model::Engine::set_budget)); less than the least
+    /// counts as the least.
+    pub fn set_budget(&self, bytes: u64) {
+        self.0.lock().budget = Some(bytes);
+        self.0.work.notify_all();
     }
 
     /// Takes no more generations, and cancels those that are there.

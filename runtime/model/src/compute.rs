@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
 
-use sluice_kernels::{Activations, Kernels, KvBuffer, Precision, QueryTile, ThreadPool};
+use sluice_kernels::{Activations, Kernels, KvBuffer, Precision, QueryTile, ThreadPool, TopK};
 
 use super::control::Cancel;
 use super::rows::Rows;
@@ -112,8 +112,10 @@ pub struct HeadScratch {
     pub tile: QueryTile,
     /// Of the keys that an indexer has chosen, those of one block.
     pub chosen: Option<KvBuffer>,
-    /// One score per cached position, for an indexer: the only scratch that grows with the context, 4 bytes per token.
+    /// An indexer's scores of one block of keys.
     pub scores: Vec<f32>,
+    /// The positions with the best of all its scores.
+    pub best: TopK,
 }
 
 thread_local! {
@@ -126,6 +128,7 @@ thread_local! {
         tile: QueryTile::default(),
         chosen: None,
         scores: Vec::new(),
+        best: TopK::default(),
     });
 }
 

@@ -51,6 +51,11 @@ impl Embedding {
         Embedding { parts, rows_per_part, width: file.spec().hidden_size, cached: Vec::new(), clock: 0, bytes_read: 0 }
     }
 
+    /// Forgets the parts that are in memory.
+    pub fn give_back(&mut self) {
+        self.cached = Vec::new();
+    }
+
     /// Bytes read from the file so far.
     pub fn bytes_read(&self) -> u64 {
         self.bytes_read

@@ -1,5 +1,7 @@
 //! The opened model: file, pool, layers, kernels; and the steps that sequences take with it.
 
+mod budget;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +17,7 @@ use crate::cache::{PageCount, PageKind, PagePool, PagesFull};
 use crate::compute::Compute;
 use crate::control::{Cancel, Control};
 use crate::counts;
-use crate::memory::{BudgetError, Demand, MemoryPlan};
+use crate::memory::{BudgetError, Demand, MemoryPlan, PressureWatch};
 use crate::room;
 use crate::rows::{Cursor, Rows, Span, Want};
 use crate::sequence::MarkLimits;
@@ -56,19 +58,35 @@ pub struct EngineOptions {
     /// Marks that a sequence of a model with windows or recurrent states can keep, each with a window of keys and values or a copy
     /// of the states (75 MB for Qwen3-Next). Other models take any number of marks, at no cost.
     pub marks: usize,
-    /// Tokens of a prompt after which a sequence marks by itself where it is, as long as it has room for marks; `None`: 2048. So a
-    /// rewind into a long prompt need not begin anew. Marks that are asked for take the place of these.
-    pub mark_every: Option<usize>,
     /// A drive that has the experts in place of the file, and its contents in place of each: to measure, not to compute with.
     #[cfg(feature = "sim")]
     pub simulated: Option<sluice_storage::io::sim::SimulatedDrive>,
+    /// Whether the budget shrinks while the system is short of memory.
+    pub yields: Yields,
+    /// Tokens of a prompt after which a sequence marks by itself where it is, as long as it has room for marks; `None`: 2048. So a
+    /// rewind into a long prompt need not begin anew. Marks that are asked for take the place of these.
+    pub mark_every: Option<usize>,
 }
 
 /// What [`EngineOptions::mark_every`] is if nothing is said. A rewind computes so many tokens again at most, or as many as a pass has
 /// rows.
 const MARK_EVERY: usize = 2048;
 
+pub use self::budget::ShrinkError;
 pub use sluice_storage::io::EngineKind as ReadEngineKind;
+
+/// Whether the budget shrinks while the system is short of memory ([`Engine::heed_pressure`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Yields {
+    /// If no budget is stated: the engine has then taken what was free at the start, and gives it back to those who need it. A
+    /// stated budget is meant.
+    #[default]
+    Unstated,
+    /// Whatever the budget.
+    Always,
+    /// Never.
+    Never,
+}
 
 /// Whether experts are read ahead of the router.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -89,6 +107,9 @@ pub enum RuntimeError {
     /// The budget.
     #[error(transparent)]
     Budget(#[from] BudgetError),
+    /// A budget below what an opened model needs.
+    #[error(transparent)]
+    Shrink(#[from] ShrinkError),
     /// Reading extents.
     #[error(transparent)]
     Pool(#[from] PoolError),
@@ -160,6 +181,10 @@ pub struct Engine {
     /// Rows of the current pass, and those whose logits are wanted.
     rows: Rows,
     wanted: Vec<usize>,
+    /// Expert slots that the budget allows; there are fewer while the system is short of memory.
+    allowed_slots: usize,
+    /// Watches the system's memory, if the budget follows it.
+    pressure: Option<PressureWatch>,
 }
 
 impl Engine {
@@ -195,7 +220,30 @@ impl Engine {
         let marks = MarkLimits { most: memory.marks, every: options.mark_every.unwrap_or(MARK_EVERY).max(1) };
         let (tokens, time) = (0, Duration::ZERO);
         let (rows, wanted) = (Rows::default(), Vec::new());
-        Ok(Engine { file, memory, compute, storage, tuning, model, pages, binding, marks, tokens, time, rows, wanted })
+        let yields = match options.yields {
+            Yields::Unstated => options.budget.is_none(),
+            Yields::Always => true,
+            Yields::Never => false,
+        };
+        let pressure = yields.then(PressureWatch::new).flatten();
+        let allowed_slots = memory.slots;
+        Ok(Engine {
+            file,
+            memory,
+            compute,
+            storage,
+            tuning,
+            model,
+            pages,
+            binding,
+            marks,
+            tokens,
+            time,
+            rows,
+            wanted,
+            allowed_slots,
+            pressure,
+        })
     }
 
     /// What the model computes.
@@ -415,6 +463,7 @@ impl Engine {
             spans.iter_mut().for_each(|span| span.sequence.forget_automatic_marks());
             self.room(spans).map_err(ModelError::from)?;
         }
+        self.wake_up()?;
         self.compute.observer = control.inputs.clone();
         self.compute.cancel = control.cancel.cloned();
         self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));

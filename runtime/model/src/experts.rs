@@ -150,6 +150,11 @@ impl ExpertScratch {
         }
     }
 
+    /// Bytes of outputs that may be kept.
+    pub fn most_kept(&self) -> u64 {
+        self.outputs.most_kept()
+    }
+
     /// Forgets the last pass.
     pub fn begin(&mut self) {
         self.choices.clear();

@@ -47,6 +47,16 @@ impl FfnScratch {
         }
     }
 
+    /// Gives all buffers back; what prefetches have taught stays.
+    pub fn give_back(&mut self, compute: &Compute) {
+        let FfnScratch { x, gated, gate, experts, prefetcher } = self;
+        *x = Activations::new(compute.precision);
+        *gated = GatedScratch::new(compute);
+        *gate = Vec::new();
+        *experts = ExpertScratch::new(compute, experts.most_kept());
+        prefetcher.give_back(compute);
+    }
+
     /// Whether the next layer's experts are to be prefetched.
     pub(super) fn prefetches(&self) -> bool {
         self.prefetcher.enabled()

@@ -4,10 +4,10 @@
 //! but the index keys is computed.
 
 use sluice_format::{IndexerSpec, RopeSpec};
-use sluice_kernels::{Activations, KeyBlock, KvRows, key_blocks, top_k};
+use sluice_kernels::{Activations, KeyBlock, KvRows, key_blocks};
 
 use super::ModelError;
-use super::compute::{Step, sized, with_head_scratch};
+use super::compute::{HeadScratch, Step, sized, with_head_scratch};
 use super::rope::{Rope, RopeAngles};
 use super::rows::Caches;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
@@ -131,10 +131,12 @@ impl Indexer {
             }
             let index = caches.of(row.span).latent().index();
             with_head_scratch(|scratch| {
-                let scores = sized(&mut scratch.scores, seen);
-                scratch.tile.begin(width, 0, 1.0);
+                // All scores are not kept: of as many tokens as a context may have, that would be memory that no plan counts.
+                let HeadScratch { tile, scores, best, .. } = scratch;
+                best.begin(s.index_top_k);
+                tile.begin(width, 0, 1.0);
                 for query in query[t * heads * width..][..heads * width].chunks_exact(width) {
-                    scratch.tile.add(0..seen, None).copy_from_slice(query);
+                    tile.add(0..seen, None).copy_from_slice(query);
                 }
                 for positions in key_blocks(0..seen) {
                     if step.is_cancelled() {
@@ -142,16 +144,16 @@ impl Indexer {
                     }
                     let keys = KvRows::plain(index.keys(positions.clone()), width);
                     let block = KeyBlock::new(positions.clone(), keys, keys);
-                    let products = step.compute.kernels.score_block(&mut scratch.tile, &block);
-                    let scores = &mut scores[positions];
+                    let products = step.compute.kernels.score_block(tile, &block);
+                    let scores = sized(scores, positions.len());
                     scores.fill(0.0);
                     for (weight, products) in weights[t * heads..][..heads].iter().zip(products) {
                         let weight = weight * w_scale;
                         scores.iter_mut().zip(products).for_each(|(s, p)| *s += weight * (p * q_scale).max(0.0));
                     }
+                    positions.zip(scores).for_each(|(position, score)| best.offer(position as u32, *score));
                 }
-                top_k(scores, s.index_top_k, &mut chosen[0]);
-                chosen[0].sort_unstable();
+                best.finish(&mut chosen[0]);
             });
         });
     }

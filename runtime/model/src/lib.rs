@@ -33,7 +33,7 @@ pub mod weights;
 
 pub use self::cache::{PAGE_TOKENS, PageCount, PageKind, PagesFull, WINDOW_SLACK};
 pub use self::control::{Cancel, Control, Progress};
-pub use self::engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, Stats};
+pub use self::engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, ShrinkError, Stats, Yields};
 pub use self::model::ModelError;
 pub(crate) use self::model::{LayerTimes, Model, Weights, dense_extents};
 pub use self::rows::{Phase, Span, Want};

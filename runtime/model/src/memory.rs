@@ -1,6 +1,7 @@
-//! How the budget is spent: everything large is allocated from it at the start.
+//! How the budget is spent: everything large is allocated from it at the start, and can shrink and grow back while running.
 
 mod available;
+mod pressure;
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use crate::{Model, dense_extents};
 use sluice_storage::pool::RING_SLOTS;
 
 pub use available::available_memory;
+pub use pressure::{Pressure, PressureWatch, Sample, Wish};
 
 /// Memory outside the budget: the program itself, its tokenizer and small buffers, in bytes.
 pub const OVERHEAD: u64 = 64 << 20;
@@ -27,7 +29,7 @@ const MIN_ROWS: usize = 16;
 /// 7168 fit the latter.
 const KEPT_OUTPUTS: (u64, u64) = (64, 32 << 20);
 /// Slots without which no layer can run: one is computed while one is read.
-const MIN_SLOTS: usize = 2;
+pub(crate) const MIN_SLOTS: usize = 2;
 /// What is left to the system when no budget is given: this part of the available memory, but this many bytes at least, of
 /// which no more than half, so that a small machine has a budget at all.
 const HEADROOM: (u64, u64) = (10, 512 << 20);
@@ -39,7 +41,7 @@ pub struct MemoryPlan {
     pub requested: Option<u64>,
     /// What the system allows: the least of available memory and control group limits.
     pub available: u64,
-    /// What is planned with.
+    /// What is planned with; what is used, once the budget has changed.
     pub effective: u64,
     /// Dense parts that stay in memory.
     pub dense: u64,
@@ -72,8 +74,11 @@ pub struct MemoryPlan {
     /// Most bytes of experts' outputs that wait to be summed; a part of `scratch`.
     #[serde(skip)]
     pub kept_outputs: u64,
-    /// Expert slots.
+    /// Expert slots; fewer than at first once the budget has shrunk.
     pub slots: usize,
+    /// Expert slots at first: the most that there can be.
+    #[serde(skip)]
+    pub most_slots: usize,
     /// Bytes of one slot.
     pub slot_len: u64,
     /// Experts of the whole model.
@@ -234,6 +239,7 @@ impl MemoryPlan {
             rows,
             kept_outputs,
             slots,
+            most_slots: slots,
             slot_len: need.slot_len,
             experts: need.experts,
         })

@@ -219,6 +219,18 @@ impl Model {
         })
     }
 
+    /// Gives all buffers back; they grow again to what the next call needs.
+    pub fn give_back(&mut self, compute: &Compute) {
+        let Scratch { x, normed, delta, norm, head_input, part, logits, attention, ffn } = &mut self.scratch;
+        for buffer in [x, normed, delta, norm, part, logits] {
+            *buffer = Vec::new();
+        }
+        *head_input = Activations::new(compute.precision);
+        *attention = AttentionScratch::new(compute);
+        ffn.give_back(compute);
+        self.embedding.give_back();
+    }
+
     /// What the model computes.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec

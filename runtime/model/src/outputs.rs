@@ -149,6 +149,11 @@ impl Outputs {
         Outputs { combining: Combining::Kept, most_kept, hidden: 0, values: Vec::new(), added: 0 }
     }
 
+    /// Bytes of outputs that may be kept.
+    pub(super) fn most_kept(&self) -> u64 {
+        self.most_kept
+    }
+
     /// How outputs of `bytes` are to be combined: kept as long as there is room, because nothing has to wait then.
     pub(super) fn combine(&mut self, bytes: u64) -> Combining {
         self.combining = if bytes <= self.most_kept { Combining::Kept } else { Combining::InOrder };

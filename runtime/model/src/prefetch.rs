@@ -76,6 +76,12 @@ impl Prefetcher {
         }
     }
 
+    /// Gives all buffers back; what was learned stays.
+    pub fn give_back(&mut self, compute: &Compute) {
+        let right = std::mem::take(&mut self.right);
+        *self = Prefetcher { right, ..Prefetcher::new(self.enabled, compute) };
+    }
+
     /// Whether prefetches are wanted at all.
     pub fn enabled(&self) -> bool {
         self.enabled

@@ -45,7 +45,21 @@ pub struct PagePool {
     /// Pages of each kind.
     total: Vec<usize>,
     /// Of each kind those that nobody has. The room for all of them is there from the start.
-    free: Mutex<Vec<Vec<Arc<Page>>>>,
+    free: Mutex<Vec<Free>>,
+}
+
+/// The pages of a kind that nobody has.
+#[derive(Debug)]
+struct Free {
+    pages: Vec<Arc<Page>>,
+    /// Those whose memory has been given back to the system: they are made again when they are needed.
+    away: usize,
+}
+
+impl Free {
+    fn len(&self) -> usize {
+        self.pages.len() + self.away
+    }
 }
 
 /// How many pages of a kind there are.
@@ -82,8 +96,11 @@ impl PagePool {
     /// A pool of `total` pages of each kind. Large pages take no memory before they are used.
     pub fn new(layout: Layout, total: &[usize]) -> Arc<Self> {
         let pages = layout.pages().iter().enumerate().zip(total);
-        let free =
-            pages.map(|((kind, layout), &n)| (0..n).map(|_| Arc::new(Page::new(kind, layout))).collect()).collect();
+        let of = |((kind, layout), &n): ((usize, &PageLayout), &usize)| Free {
+            pages: (0..n).map(|_| Arc::new(Page::new(kind, layout))).collect(),
+            away: 0,
+        };
+        let free = pages.map(of).collect();
         Arc::new(PagePool { layout, total: total.to_vec(), free: Mutex::new(free) })
     }
 
@@ -96,7 +113,7 @@ impl PagePool {
     pub fn counts(&self) -> Vec<PageCount> {
         let free = self.lock();
         let counts = self.layout.pages().iter().zip(&self.total).zip(&*free);
-        let count = |((page, &total), free): ((&PageLayout, &usize), &Vec<Arc<Page>>)| PageCount {
+        let count = |((page, &total), free): ((&PageLayout, &usize), &Free)| PageCount {
             kind: page.kind(),
             bytes: page.bytes(),
             total,
@@ -116,15 +133,32 @@ impl PagePool {
 
     /// A page that nobody has. What it holds is what it held before.
     pub fn take(self: &Arc<Self>, kind: usize) -> Result<Held, PagesFull> {
-        let page = self.lock()[kind].pop().ok_or_else(|| self.full(kind, 1, 0))?;
+        let mut free = self.lock();
+        let page = match free[kind].pages.pop() {
+            None if free[kind].away > 0 => {
+                free[kind].away -= 1;
+                Some(Arc::new(Page::new(kind, &self.layout.pages()[kind])))
+            }
+            page => page,
+        };
+        drop(free);
+        let page = page.ok_or_else(|| self.full(kind, 1, 0))?;
         Ok(Held { page: Some(page), pool: Arc::clone(self) })
+    }
+
+    /// Gives the memory of the pages that nobody has back to the system. They are still there to be taken.
+    pub fn give_back(&self) {
+        for free in &mut *self.lock() {
+            free.away += free.pages.len();
+            free.pages.clear();
+        }
     }
 
     fn full(&self, kind: usize, wanted: usize, free: usize) -> PagesFull {
         PagesFull { kind: self.layout.pages()[kind].kind(), wanted, free, total: self.total[kind] }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Vec<Arc<Page>>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Free>> {
         // Nothing that holds it can leave it half changed.
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -191,7 +225,7 @@ impl Drop for Held {
         // of that one.
         let mut free = self.pool.lock();
         if Arc::strong_count(&page) == 1 {
-            free[page.kind].push(page);
+            free[page.kind].pages.push(page);
         }
     }
 }

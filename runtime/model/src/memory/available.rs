@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 
 /// Bytes that this process may take: available memory, and what every control group above it still allows.
 pub fn available_memory() -> u64 {
-    let system = meminfo_available().or_else(physical_memory).unwrap_or(u64::MAX);
+    let system = meminfo_available(Path::new("/proc/meminfo")).or_else(physical_memory).unwrap_or(u64::MAX);
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     groups_of(&groups, Path::new("/sys/fs/cgroup")).iter().filter_map(Group::allows).fold(system, u64::min)
 }
 
-fn meminfo_available() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
+pub(super) fn meminfo_available(path: &Path) -> Option<u64> {
+    let text = fs::read_to_string(path).ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
@@ -28,6 +28,7 @@ fn physical_memory() -> Option<u64> {
 }
 
 /// What the two versions of control groups call their limits, what is in use, and the part of it that can be dropped.
+#[derive(Debug)]
 struct Names {
     /// Beyond the lowest of these, processes are killed or slowed down.
     limits: &'static [&'static str],
@@ -48,19 +49,24 @@ const V2: Names = Names {
 };
 
 /// A control group: its folder, and how its files are called.
-struct Group {
+#[derive(Debug)]
+pub(super) struct Group {
     folder: PathBuf,
     names: &'static Names,
 }
 
 impl Group {
+    /// The text of one of its files.
+    pub(super) fn read(&self, name: &str) -> Option<String> {
+        fs::read_to_string(self.folder.join(name)).ok()
+    }
+
     /// Bytes below the limit, if there is one, that are free or can be freed.
-    fn allows(&self) -> Option<u64> {
-        let read = |name: &str| fs::read_to_string(self.folder.join(name)).ok();
-        let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
+    pub(super) fn allows(&self) -> Option<u64> {
+        let number = |name: &str| self.read(name)?.trim().parse::<u64>().ok();
         // "max" is no number, and v1's "no limit" (near 2^63) does not bind.
         let limit = self.names.limits.iter().filter_map(|name| number(name)).min()?;
-        let stat = read("memory.stat").unwrap_or_default();
+        let stat = self.read("memory.stat").unwrap_or_default();
         let droppable = self.names.droppable.iter().filter_map(|name| value_of(&stat, name)).sum();
         Some(limit.saturating_sub(number(self.names.usage).unwrap_or(0).saturating_sub(droppable)))
     }
@@ -72,7 +78,7 @@ fn value_of(text: &str, name: &str) -> Option<u64> {
 }
 
 /// The control groups (v1 and v2) that hold this process, from its own up to the root, as `/proc/self/cgroup` lists them.
-fn groups_of(list: &str, mounted: &Path) -> Vec<Group> {
+pub(super) fn groups_of(list: &str, mounted: &Path) -> Vec<Group> {
     let mut groups = Vec::new();
     for line in list.lines() {
         let mut fields = line.splitn(3, ':');

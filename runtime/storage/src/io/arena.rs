@@ -4,11 +4,14 @@
 //! faults. A [`Slot`] is the exclusive, safe owner of its bytes. To be read into, it is moved
 //! into a `Filling`, and it comes back only when no read is in flight:
 //! safe code can never look at bytes that a drive may still be writing.
+//!
+//! The pages of a slot can be given back to the system and taken again ([`Slot::give_back`]): the addresses stay the slot's.
 
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
@@ -36,6 +39,11 @@ pub(crate) struct Mapping {
     base: NonNull<u8>,
     len: usize,
     huge_pages: bool,
+    /// Slots whose pages have been given back and not been taken again.
+    away: AtomicUsize,
+    /// How often pages have been given back. A registration with the kernel that is older keeps pages that the mapping no longer
+    /// shows, and must not be used.
+    given_back: AtomicU64,
 }
 
 // SAFETY: a mapping is only an address range. Who may touch which bytes of it is decided by the
@@ -68,7 +76,13 @@ impl Mapping {
         let raw = unsafe { mmap_anonymous(None, length, protection, MapFlags::MAP_PRIVATE) };
         let raw = raw.map_err(|errno| error(errno.into()))?.cast::<u8>();
         let base = trim(raw, padded, align, len);
-        Ok(Self { base, len, huge_pages: advise_huge_pages(base, len) })
+        Ok(Self {
+            base,
+            len,
+            huge_pages: advise_huge_pages(base, len),
+            away: AtomicUsize::new(0),
+            given_back: AtomicU64::new(0),
+        })
     }
 
     /// Makes every page present, so that no read and no kernel ever takes a page fault. The kernel zeroes them, at a few GB/s
@@ -104,8 +118,8 @@ impl Mapping {
         }
         // Linux before 5.14, what imitates it, and macOS: write one zero to every page.
         for offset in (0..len).step_by(PAGE_BYTES) {
-            // SAFETY: `offset` is inside the range, which is still private to this call and
-            // full of zeros, so that writing a zero changes nothing.
+            // SAFETY: `offset` is inside the range, whose bytes nobody else uses meanwhile and nobody counts on: it is new, or
+            // was given back.
             unsafe { address.as_ptr().add(offset).write_volatile(0) };
         }
         Ok(())
@@ -149,6 +163,66 @@ impl Mapping {
     pub(crate) fn len(&self) -> usize {
         self.len
     }
+
+    /// True if no slot's pages have been given back.
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only the ring needs it"))]
+    pub(crate) fn is_whole(&self) -> bool {
+        self.away.load(SeqCst) == 0
+    }
+
+    /// Another number after pages have been given back.
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only the ring needs it"))]
+    pub(crate) fn generation(&self) -> u64 {
+        self.given_back.load(SeqCst)
+    }
+
+    /// Gives the whole pages of a range back to the system. What is read there afterwards is zeros, or on macOS what was there.
+    ///
+    /// # Safety
+    /// Nobody else may read from or write to the range meanwhile, and nobody may count on its bytes afterwards.
+    unsafe fn give_back(&self, start: usize, len: usize) -> std::io::Result<()> {
+        let page = page_bytes();
+        let (first, end) = (start.next_multiple_of(page), (start + len) / page * page);
+        if first >= end {
+            return Ok(());
+        }
+        let address = self.address(first, end - first).as_ptr().cast();
+        #[cfg(target_os = "macos")]
+        let advice = libc::MADV_FREE_REUSABLE;
+        #[cfg(not(target_os = "macos"))]
+        let advice = libc::MADV_DONTNEED;
+        // SAFETY: whole pages of an own private anonymous mapping; the caller owns their bytes and has given them up.
+        match unsafe { libc::madvise(address, end - first, advice) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+
+    /// Makes the pages of a range present again that [`give_back`](Self::give_back) gave back.
+    ///
+    /// # Safety
+    /// Nobody else may read from or write to the range meanwhile, and nobody may count on its bytes.
+    unsafe fn take_again(&self, start: usize, len: usize) -> std::io::Result<()> {
+        let page = page_bytes();
+        let (first, end) = (start.next_multiple_of(page), (start + len) / page * page);
+        if first >= end {
+            return Ok(());
+        }
+        #[cfg(target_os = "macos")]
+        {
+            let address = self.address(first, end - first).as_ptr().cast();
+            // SAFETY: as in `give_back`. It corrects the accounting; a failure changes nothing else.
+            unsafe { libc::madvise(address, end - first, libc::MADV_FREE_REUSE) };
+        }
+        self.fault_in_part(first, end - first)
+    }
+}
+
+/// Bytes of a page of the system's memory.
+fn page_bytes() -> usize {
+    use nix::unistd::{SysconfVar, sysconf};
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    page.and_then(|page| usize::try_from(page).ok()).unwrap_or(PAGE_BYTES).max(PAGE_BYTES)
 }
 
 impl Drop for Mapping {
@@ -244,8 +318,8 @@ impl Arena {
         let slots = sizes
             .map(|size| {
                 let capacity = size.next_multiple_of(PAGE_BYTES);
-                let slot =
-                    Slot { map: Arc::clone(&map), state: Arc::new(FillState::default()), start, capacity, len: 0 };
+                let state = Arc::new(FillState::default());
+                let slot = Slot { map: Arc::clone(&map), state, start, capacity, len: 0, away: false };
                 start += capacity;
                 slot
             })
@@ -310,6 +384,8 @@ pub struct Slot {
     pub(crate) start: usize,
     pub(crate) capacity: usize,
     pub(crate) len: usize,
+    /// Its pages have been given back.
+    away: bool,
 }
 
 impl Slot {
@@ -326,6 +402,44 @@ impl Slot {
         // SAFETY: a `Slot` exists only while nothing can write to its range: `begin_fill`
         // consumes it, and it comes back after the last read of the fill has ended.
         unsafe { self.map.bytes(self.start, self.len) }
+    }
+
+    /// Empties the slot and gives its memory back to the system, as far as it is whole pages. A read engine that has it registered
+    /// lets go of it when it is woken ([`Scheduler::wake`](super::Scheduler::wake)). The slot can be read into all the same: its
+    /// pages then come back one by one.
+    ///
+    /// # Errors
+    /// What the system says; the slot is empty then as well.
+    pub fn give_back(&mut self) -> std::io::Result<()> {
+        self.len = 0;
+        // Before the pages go: from now on no read is issued to a registration of them.
+        if !std::mem::replace(&mut self.away, true) {
+            self.map.away.fetch_add(1, SeqCst);
+        }
+        self.map.given_back.fetch_add(1, SeqCst);
+        // SAFETY: a `Slot` is the only owner of its range, nothing is in flight to it, and its bytes were just given up.
+        unsafe { self.map.give_back(self.start, self.capacity) }
+    }
+
+    /// Takes the memory again that [`give_back`](Self::give_back) gave back, all pages of it at once.
+    ///
+    /// # Errors
+    /// When the system does not give it; the slot is then as it was.
+    pub fn take_again(&mut self) -> std::io::Result<()> {
+        if !self.away {
+            return Ok(());
+        }
+        // SAFETY: a `Slot` is the only owner of its range, nothing is in flight to it, and it is empty.
+        unsafe { self.map.take_again(self.start, self.capacity) }?;
+        self.away = false;
+        self.map.away.fetch_sub(1, SeqCst);
+        Ok(())
+    }
+
+    /// True between [`give_back`](Self::give_back) and [`take_again`](Self::take_again).
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.away
     }
 }
 
@@ -354,6 +468,29 @@ mod tests {
                 assert!(present.iter().all(|page| page & 1 == 1), "{bytes} bytes, {threads} threads");
             }
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn pages_of_a_slot_go_back_to_the_system_and_come_again() {
+        let (bytes, page) = (1 << 20, page_bytes());
+        let mut slots = Arena::uniform(bytes, 3, "test").expect("memory").into_slots();
+        let present = |slot: &Slot| {
+            let mut present = vec![0u8; bytes / page];
+            let address = slot.map.address(slot.start, slot.capacity).as_ptr().cast();
+            // SAFETY: the range is the slot, and `present` has a byte for each of its pages.
+            assert_eq!(unsafe { libc::mincore(address, bytes, present.as_mut_ptr()) }, 0);
+            present.iter().filter(|&&page| page & 1 == 1).count()
+        };
+        assert!(slots.iter().all(|slot| present(slot) == bytes / page));
+        slots[1].give_back().expect("advice");
+        slots[1].give_back().expect("twice is once");
+        assert!(slots[1].is_away() && !slots[0].map.is_whole());
+        let counts: Vec<_> = slots.iter().map(present).collect();
+        assert_eq!(counts, [bytes / page, 0, bytes / page], "the neighbours keep theirs");
+        slots[1].take_again().expect("memory");
+        assert!(!slots[1].is_away() && slots[0].map.is_whole());
+        assert_eq!(present(&slots[1]), bytes / page);
     }
 
     #[test]

@@ -235,6 +235,11 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Makes the I/O threads look at what has changed: memory that was given back or taken again.
+    pub fn wake(&self) {
+        self.lanes.iter().for_each(|lane| lane.shared.wake_thread());
+    }
+
     /// Blocks until `ready` gives something; it is asked whenever a read's state has changed.
     /// The time is counted in [`IoStats::wait_ns`].
     pub fn wait<T>(&self, ready: impl FnMut() -> Option<T>) -> T {

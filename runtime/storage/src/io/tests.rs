@@ -87,6 +87,41 @@ fn engine_body(open: impl Fn(&[Region], &IoConfig) -> Scheduler) {
     wrong_checksum_is_an_error(&open);
     impossible_requests_are_errors(&open);
     dropping_with_reads_in_flight(&open);
+    memory_that_was_given_back_can_be_read_into(&open);
+}
+
+/// The engine may have the memory registered: it must not read into pages that the slot had before.
+fn memory_that_was_given_back_can_be_read_into(open: &impl Fn(&[Region], &IoConfig) -> Scheduler) {
+    let (files, extents) = files();
+    let (region, slots) = slots(&extents);
+    let io = open(&[region], &config(64 << 10, 8));
+    let mut slots: Vec<Option<Slot>> = slots.into_iter().map(Some).collect();
+    for round in 0..12 {
+        for (number, slot) in slots.iter_mut().flatten().enumerate() {
+            if (number + round) % 3 != 0 {
+                continue;
+            }
+            slot.give_back().expect("advice");
+            assert!(slot.bytes().is_empty());
+            match (number + round) % 2 {
+                // At once, before the engine has had a chance to notice.
+                0 => slot.take_again().expect("memory"),
+                // Not at all, or in a later round: the pages come with the bytes.
+                _ => io.wake(),
+            }
+        }
+        if round % 4 == 3 {
+            slots.iter_mut().flatten().for_each(|slot| slot.take_again().expect("memory"));
+            io.wake();
+        }
+        for (slot, extent) in slots.iter_mut().zip(&extents) {
+            let read = io.submit(slot.take().expect("it came back"), *extent).expect("accepted");
+            let read = read.finish().expect("ready");
+            let start = extent.offset as usize;
+            assert!(read.bytes() == &files[usize::from(extent.file)][start..start + extent.len], "{}", extent.name);
+            *slot = Some(read);
+        }
+    }
 }
 
 fn wrong_checksum_is_an_error(open: &impl Fn(&[Region], &IoConfig) -> Scheduler) {

@@ -34,14 +34,32 @@ pub struct UringEngine {
     /// The engine's own descriptors: they outlive the reads.
     files: Vec<File>,
     files_registered: bool,
-    /// Where each registered mapping's buffers begin in the kernel's table.
-    buffers: Vec<(Arc<Mapping>, usize)>,
+    /// The memory that is to be registered; none if that has failed.
+    regions: Vec<Region>,
+    /// The registered mappings.
+    buffers: Vec<Registered>,
     staged: VecDeque<ChunkRead>,
     /// Reads that the kernel has, by tag.
     issued: Vec<Option<ChunkRead>>,
     issued_count: usize,
     waker: Arc<EventWaker>,
     wake_armed: bool,
+}
+
+/// A mapping that the kernel knows.
+struct Registered {
+    map: Arc<Mapping>,
+    /// Where its buffers begin in the kernel's table.
+    first: usize,
+    /// That of the mapping when it was registered.
+    generation: u64,
+}
+
+impl Registered {
+    /// Whether the kernel has the pages that the mapping shows.
+    fn is_current(&self) -> bool {
+        self.generation == self.map.generation()
+    }
 }
 
 struct EventWaker(File);
@@ -85,6 +103,7 @@ impl UringEngine {
             ring,
             files: own.map_err(|error| format!("no more descriptors: {error}"))?,
             files_registered: false,
+            regions: Vec::new(),
             buffers: Vec::new(),
             staged: VecDeque::with_capacity(depth),
             issued: (0..depth).map(|_| None).collect(),
@@ -109,7 +128,8 @@ impl UringEngine {
         let mut vectors = Vec::new();
         let mut buffers = Vec::new();
         for Region { map } in regions {
-            buffers.push((Arc::clone(map), vectors.len()));
+            let (map, generation) = (Arc::clone(map), map.generation());
+            buffers.push(Registered { map: Arc::clone(&map), first: vectors.len(), generation });
             for start in (0..map.len()).step_by(BUFFER_STRIDE_BYTES) {
                 let len = BUFFER_BYTES_MAX.min(map.len() - start);
                 let base = map.address(start, len).as_ptr().cast();
@@ -127,19 +147,37 @@ impl UringEngine {
         match result {
             Ok(()) => {
                 self.buffers = buffers;
+                self.regions = regions.to_vec();
                 "memory registered".to_owned()
             }
             Err(error) => format!("memory not registered ({})", explain_memory(&error, bytes)),
         }
     }
 
+    /// Lets go of registered memory when parts of it have been given back to the system: the kernel would keep their old pages
+    /// alive, and read into those. Registers it again once all has been taken again.
+    fn follow_memory(&mut self) {
+        if !self.buffers.iter().all(Registered::is_current) {
+            // Kernels before 5.13 wait for everything in flight, the poll as well.
+            self.waker.wake();
+            if self.ring.submitter().unregister_buffers().is_ok() {
+                self.buffers.clear();
+            }
+        }
+        if self.buffers.is_empty() && self.regions.iter().all(|region| region.map.is_whole()) {
+            // What cannot be registered now is not tried again.
+            let regions = std::mem::take(&mut self.regions);
+            self.register_memory(&regions);
+        }
+    }
+
     /// The index of the registered buffer that contains a read's memory, if there is one.
     fn buffer_index(&self, read: &ChunkRead) -> Option<u16> {
         let (map, start) = read.mem.place();
-        let (_, first) = self.buffers.iter().find(|(known, _)| Arc::ptr_eq(known, map))?;
+        let known = self.buffers.iter().find(|known| Arc::ptr_eq(&known.map, map) && known.is_current())?;
         let piece = start / BUFFER_STRIDE_BYTES;
         let fits = start + read.mem.len() <= piece * BUFFER_STRIDE_BYTES + BUFFER_BYTES_MAX;
-        if fits { u16::try_from(first + piece).ok() } else { None }
+        if fits { u16::try_from(known.first + piece).ok() } else { None }
     }
 
     fn entry(&self, read: &ChunkRead) -> squeue::Entry {
@@ -245,6 +283,7 @@ impl ReadEngine for UringEngine {
     }
 
     fn complete(&mut self, ended: &mut Vec<Completion>, wait: Wait) -> io::Result<()> {
+        self.follow_memory();
         self.stage();
         self.enter(wait)?;
         self.reap(ended);

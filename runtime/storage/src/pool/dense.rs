@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{DenseLocation, PoolError};
-use crate::io::{Arena, Check, Class, ExtentRead, PendingRead, ReadFailure, Scheduler, Slot};
+use crate::io::{Arena, Check, Class, ExtentRead, IoError, PendingRead, ReadFailure, Scheduler, Slot};
 
 /// Slots of the ring: one in use by each of the two extents that a feed-forward part needs at once, and two that are being
 /// filled meanwhile.
@@ -29,6 +29,8 @@ pub struct DenseParts {
     pinned: Vec<Option<Slot>>,
     locations: Vec<DenseLocation>,
     stream: RefCell<Stream>,
+    /// The memory has been given back to the system.
+    away: bool,
 }
 
 /// The streamed extents and the ring.
@@ -116,6 +118,7 @@ impl DenseParts {
             pinned: slots,
             locations: locations.to_vec(),
             stream: RefCell::new(stream),
+            away: false,
         };
         parts.top_up()?;
         Ok(parts)
@@ -128,8 +131,9 @@ impl DenseParts {
     /// [`PoolError::Read`] for a streamed extent that cannot be read.
     ///
     /// # Panics
-    /// If there is no such extent, or more than two guards of streamed extents live.
+    /// If there is no such extent, more than two guards of streamed extents live, or the memory has been given back.
     pub fn dense(&self, handle: DenseHandle) -> Result<DenseGuard<'_>, PoolError> {
+        assert!(!self.away, "the dense parts have been given back");
         if let Some(slot) = &self.pinned[handle.0 as usize] {
             return Ok(DenseGuard { bytes: Held::Pinned(slot), owner: self });
         }
@@ -164,14 +168,7 @@ impl DenseParts {
     /// Drops what was read ahead and starts again at `handle`.
     fn reposition(&self, handle: DenseHandle) -> Result<(), PoolError> {
         let mut stream = self.stream.borrow_mut();
-        stream.ahead.iter().for_each(|(_, read)| read.cancel());
-        while let Some((_, read)) = stream.ahead.pop_front() {
-            let slot = match read.finish() {
-                Ok(slot) => Some(slot),
-                Err(failure) => failure.slot,
-            };
-            stream.free.extend(slot);
-        }
+        stream.end_reads();
         stream.next = stream.order.iter().position(|h| *h == handle).expect("a streamed extent is in the order");
         drop(stream);
         self.top_up()
@@ -189,6 +186,65 @@ impl DenseParts {
             stream.next = (stream.next + 1) % stream.order.len();
         }
         Ok(())
+    }
+
+    /// Gives all memory back to the system. Nothing can be asked for until [`take_again`](Self::take_again) has read it again.
+    pub fn give_back(&mut self) {
+        self.away = true;
+        let stream = self.stream.get_mut();
+        stream.end_reads();
+        // A system that does not take the pages keeps them.
+        let given: Vec<_> = self.pinned.iter_mut().flatten().chain(&mut stream.free).map(Slot::give_back).collect();
+        drop(given);
+        self.io.wake();
+    }
+
+    /// True between [`give_back`](Self::give_back) and [`take_again`](Self::take_again).
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.away
+    }
+
+    /// Takes the memory again that was given back, and reads what was in it.
+    ///
+    /// # Errors
+    /// [`PoolError::Io`] when the system does not give the memory, [`PoolError::Read`] for an extent that cannot be read. The memory
+    /// then still counts as given back.
+    pub fn take_again(&mut self) -> Result<(), PoolError> {
+        if !self.away {
+            return Ok(());
+        }
+        let stream = self.stream.get_mut();
+        for slot in self.pinned.iter_mut().flatten().chain(&mut stream.free) {
+            let bytes = slot.capacity();
+            slot.take_again().map_err(|source| IoError::Memory { bytes, what: "the dense parts", source })?;
+        }
+        self.io.wake();
+        let mut failed = None;
+        let mut pending = Vec::with_capacity(self.pinned.len());
+        for (place, location) in self.pinned.iter_mut().zip(&self.locations) {
+            let read = place.take().map(|slot| self.io.submit(slot, read_of(location, Class::Demand)));
+            pending.push(read);
+        }
+        for (place, read) in self.pinned.iter_mut().zip(pending) {
+            match read.map(|read| read.and_then(PendingRead::finish)) {
+                None => {}
+                Some(Ok(slot)) => {
+                    stream.bytes_read += slot.bytes().len() as u64;
+                    *place = Some(slot);
+                }
+                Some(Err(ReadFailure { error, slot })) => {
+                    *place = slot;
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        if let Some(error) = failed {
+            return Err((*error).into());
+        }
+        stream.next = 0;
+        self.away = false;
+        self.top_up()
     }
 
     /// Totals since the start.
@@ -211,9 +267,27 @@ impl DenseParts {
     }
 }
 
+impl Stream {
+    /// Drops what was read ahead.
+    fn end_reads(&mut self) {
+        self.ahead.iter().for_each(|(_, read)| read.cancel());
+        while let Some((_, read)) = self.ahead.pop_front() {
+            let slot = match read.finish() {
+                Ok(slot) => Some(slot),
+                Err(failure) => failure.slot,
+            };
+            self.free.extend(slot);
+        }
+    }
+}
+
 fn submit(io: &Scheduler, slot: Slot, location: &DenseLocation, class: Class) -> Result<PendingRead, PoolError> {
+    io.submit(slot, read_of(location, class)).map_err(|failure| (*failure.error).into())
+}
+
+fn read_of(location: &DenseLocation, class: Class) -> ExtentRead {
     let DenseLocation { extent, name } = *location;
-    let read = ExtentRead {
+    ExtentRead {
         file: extent.file,
         offset: extent.offset,
         len: extent.len as usize,
@@ -221,8 +295,7 @@ fn submit(io: &Scheduler, slot: Slot, location: &DenseLocation, class: Class) ->
         class,
         check: Check::Here,
         name,
-    };
-    io.submit(slot, read).map_err(|failure| (*failure.error).into())
+    }
 }
 
 /// Keeps a dense extent in memory while it is used.

@@ -41,7 +41,7 @@ impl Pool {
         self.settle_guesses();
         for &expert in experts {
             // Experts that somebody waits for come first, also for slots.
-            let room = self.guesses.open.len() < OPEN_MAX && self.slots.len() >= self.guesses.least_slots;
+            let room = self.guesses.open.len() < OPEN_MAX && self.slot_count() >= self.guesses.least_slots;
             if !room || !self.pass.todo.is_empty() {
                 return;
             }

@@ -19,6 +19,7 @@ mod guess;
 mod order;
 mod parts;
 pub mod policy;
+mod resize;
 mod settle;
 mod storage;
 
@@ -100,6 +101,8 @@ pub struct Pool {
     /// Slot of each expert, or [`ABSENT`].
     table: Vec<u32>,
     free: Vec<u32>,
+    /// Empty slots whose memory has been given back to the system; not free.
+    away: Vec<u32>,
     pass: PassState,
     guesses: Guesses,
     stats: PoolStats,
@@ -159,6 +162,7 @@ impl Pool {
             policy,
             table: vec![ABSENT; directory.shape().keys()],
             free: (0..slots.len() as u32).rev().collect(),
+            away: Vec::with_capacity(slots.len()),
             guesses: Guesses::new(slots.len(), directory.shape().keys()),
             slots,
             directory,
@@ -171,12 +175,6 @@ impl Pool {
     #[must_use]
     pub fn stats(&self) -> PoolStats {
         self.stats
-    }
-
-    /// Slots in the pool.
-    #[must_use]
-    pub fn slot_count(&self) -> usize {
-        self.slots.len()
     }
 
     /// Experts in memory.

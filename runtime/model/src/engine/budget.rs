@@ -1,0 +1,141 @@
+//! The budget of an opened model: it can shrink and grow between steps, and a model at rest can give its memory back.
+//!
+//! None of this changes a bit of any result: an expert that is not in memory is read.
+
+use std::time::Instant;
+
+use sluice_storage::io::trim_heap;
+
+use super::{Engine, RuntimeError};
+use crate::memory::{Bytes, MIN_SLOTS, MemoryPlan, Wish};
+
+/// A budget that an opened model cannot shrink to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the budget cannot become {} while the model is open: dense parts, keys and values and scratch take {}, and {MIN_SLOTS} experts \
+     must fit, so the least is {}. Open the model with less context to need less",
+    Bytes(*.asked), Bytes(*.fixed), Bytes::at_least(*.least)
+)]
+pub struct ShrinkError {
+    /// What was asked for, in bytes.
+    pub asked: u64,
+    /// Of the least, what is not expert slots.
+    pub fixed: u64,
+    /// The least budget of this model as it was opened.
+    pub least: u64,
+}
+
+impl MemoryPlan {
+    /// Bytes that a budget cannot take back while the model is open.
+    fn fixed(&self) -> u64 {
+        self.dense + self.dense_ring + self.kv_cache + self.scratch
+    }
+
+    /// Expert slots of a budget of `bytes`: none if that does not hold the least.
+    fn slots_of(&self, bytes: u64) -> Option<usize> {
+        if bytes < self.least() {
+            return None;
+        }
+        let slots = (bytes - self.fixed()).checked_div(self.slot_len).unwrap_or(0);
+        Some(usize::try_from(slots).unwrap_or(usize::MAX).min(self.most_slots))
+    }
+
+    /// The least budget that the plan can shrink to: its dense parts, keys and values and scratch, and two experts.
+    pub fn least(&self) -> u64 {
+        self.fixed() + MIN_SLOTS.min(self.most_slots) as u64 * self.slot_len
+    }
+
+    /// The most that it can grow to: what it was opened with.
+    pub fn most(&self) -> u64 {
+        self.fixed() + self.most_slots as u64 * self.slot_len
+    }
+}
+
+impl Engine {
+    /// Changes the budget, between steps: expert slots are given back to the system, or taken from it again, so that everything
+    /// large takes `bytes` at most. The experts that leave are those that the policy expects to need last. A budget above the
+    /// one that the model was opened with counts as that. [`Engine::memory`] says what holds from now on: fewer slots than asked
+    /// for if the system did not give more.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Shrink`] for less than [`MemoryPlan::least`]; nothing has changed then. [`RuntimeError::Pool`] if the system
+    /// does not give the least.
+    pub fn set_budget(&mut self, bytes: u64) -> Result<(), RuntimeError> {
+        let plan = &self.memory;
+        let refused = ShrinkError { asked: bytes, fixed: plan.fixed(), least: plan.least() };
+        let slots = plan.slots_of(bytes).ok_or(refused)?;
+        self.allowed_slots = slots;
+        if self.is_at_rest() {
+            // Nothing is held: the next step takes as much as holds by then.
+            self.count_slots(slots);
+            return Ok(());
+        }
+        self.resize(slots)
+    }
+
+    fn resize(&mut self, slots: usize) -> Result<(), RuntimeError> {
+        let outcome = self.storage.pool.resize(slots);
+        let reached = self.storage.pool.slot_count();
+        self.count_slots(reached);
+        match outcome {
+            Err(error) if reached < MIN_SLOTS.min(self.memory.most_slots) => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn count_slots(&mut self, slots: usize) {
+        self.memory.slots = slots;
+        self.memory.effective = self.memory.used();
+    }
+
+    /// Gives the memory of a model at rest back to the system: expert slots, dense parts, scratch, and pages that no sequence has. What remains is the program,
+    /// tables of the file, and what sequences remember. The next step takes the memory again and reads what was in it, which
+    /// for a large model takes seconds.
+    pub fn release_idle(&mut self) {
+        self.storage.dense.give_back();
+        // Giving back needs nothing from the system.
+        let _ = self.storage.pool.resize(0);
+        self.model.give_back(&self.compute);
+        self.pages.give_back();
+        trim_heap();
+    }
+
+    /// Whether [`Engine::release_idle`] was the last thing that happened.
+    pub fn is_at_rest(&self) -> bool {
+        self.storage.dense.is_away()
+    }
+
+    /// Ends the rest, if there is one.
+    pub(super) fn wake_up(&mut self) -> Result<(), RuntimeError> {
+        if self.is_at_rest() {
+            let slots = self.memory.slots;
+            self.resize(slots)?;
+            self.storage.dense.take_again()?;
+        }
+        Ok(())
+    }
+
+    /// Looks, a few times a second at most, whether the system is short of memory, and follows: the budget shrinks in steps of an
+    /// eighth while it is, and grows back when it has long not been. Does nothing unless the model was opened to do so
+    /// ([`EngineOptions::yields`](super::EngineOptions)). The scheduler asks before every step. True if the budget has changed.
+    pub fn heed_pressure(&mut self) -> bool {
+        let Some(watch) = &mut self.pressure else { return false };
+        let wish = watch.look(Instant::now(), self.memory.slots < self.allowed_slots);
+        self.follow(wish)
+    }
+
+    /// Changes the budget by an eighth of what it was opened with or set to, between steps: down to the least, or up to that. True if
+    /// it has changed.
+    pub fn follow(&mut self, wish: Wish) -> bool {
+        let (before, most) = (self.memory.slots, self.allowed_slots);
+        // At least one: small models have few.
+        let step = (most / 8).max(1);
+        let slots = match wish {
+            Wish::Keep => return false,
+            Wish::Less => before.saturating_sub(step).max(MIN_SLOTS.min(most)),
+            Wish::More => (before + step).min(most),
+        };
+        let resized = slots != before && !self.is_at_rest() && self.resize(slots).is_ok();
+        resized && self.memory.slots != before
+    }
+}

@@ -1,0 +1,66 @@
+//! How many slots have memory: a pool can give memory back to the system while it runs, and take it again.
+//!
+//! The experts that leave are those that the policy would evict next. Slots without memory keep their addresses.
+
+use std::io;
+
+use super::{Content, Pool, PoolError};
+use crate::io::IoError;
+
+impl Pool {
+    /// Slots that the pool was made with.
+    #[must_use]
+    pub fn most_slots(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Slots that have memory.
+    #[must_use]
+    pub fn slot_count(&self) -> usize {
+        self.slots.len() - self.away.len()
+    }
+
+    /// Gives memory back to the system, or takes it again, until `slots` slots have some, at most those that the pool was made
+    /// with. Between passes. Reads on a guess are ended where their slots are needed.
+    ///
+    /// # Errors
+    /// [`PoolError::Io`] when the system does not give memory; [`slot_count`](Self::slot_count) says how far it went.
+    pub fn resize(&mut self, slots: usize) -> Result<(), PoolError> {
+        self.end_pass();
+        self.settle_guesses();
+        while self.slot_count() > slots {
+            // Nothing is pinned between passes: what cannot be had is lost with the I/O thread.
+            let Some(number) = self.vacate().or_else(|| self.reclaim_guess().then(|| self.vacate()).flatten()) else {
+                break;
+            };
+            self.give_back(number);
+        }
+        while self.slot_count() < slots
+            && let Some(&number) = self.away.last()
+        {
+            self.take_again(number).map_err(|source| {
+                PoolError::Io(IoError::Memory { bytes: self.directory.slot_bytes(), what: "experts", source })
+            })?;
+            self.away.pop();
+            self.free.push(number);
+        }
+        self.io.wake();
+        Ok(())
+    }
+
+    /// The memory of an empty slot goes.
+    fn give_back(&mut self, number: u32) {
+        if let Content::Empty(slot) = &mut self.slots[number as usize] {
+            // A system that does not take the pages keeps them: the slot is not used, all the same.
+            let _ = slot.give_back();
+        }
+        self.away.push(number);
+    }
+
+    fn take_again(&mut self, number: u32) -> io::Result<()> {
+        match &mut self.slots[number as usize] {
+            Content::Empty(slot) => slot.take_again(),
+            _ => Ok(()),
+        }
+    }
+}

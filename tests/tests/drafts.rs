@@ -1,0 +1,130 @@
+//! Drafts change no text: tokens are those that sampling would have chosen one by one, and what did not come true is forgotten.
+
+use sluice_format::WeightType;
+use sluice_generate::{Constraint, Draft, PromptLookup, Request, SamplerConfig, SchedulerOptions, WhenFull};
+use sluice_model::EngineOptions;
+use sluice_tests::Converted;
+use sluice_tests::house::{Heard, House};
+use sluice_text::StopCondition;
+
+const CONTEXT: usize = 192;
+
+/// Knows the answer, and lies now and then.
+#[derive(Debug)]
+struct Oracle {
+    /// Prompt and answer.
+    text: Vec<u32>,
+    vocab: u32,
+    /// Every so many tokens is a lie; 0: none.
+    lies: usize,
+}
+
+impl Draft for Oracle {
+    fn propose(&mut self, context: &[u32], out: &mut Vec<u32>) {
+        let rest = self.text.get(context.len()..).unwrap_or_default();
+        for (i, &id) in rest.iter().take(9).enumerate() {
+            let lie = self.lies > 0 && (context.len() + i).is_multiple_of(self.lies);
+            // Ids that no model has are lies as well.
+            out.push(if lie { [(id + 1) % self.vocab, u32::MAX][i % 2] } else { id });
+        }
+    }
+}
+
+/// Lets every third token through.
+#[derive(Debug)]
+struct Thirds(usize);
+
+impl Constraint for Thirds {
+    fn mask(&mut self, logits: &mut [f32]) {
+        let phase = self.0 % 3;
+        logits.iter_mut().enumerate().filter(|(id, _)| id % 3 != phase).for_each(|(_, l)| *l = f32::NEG_INFINITY);
+    }
+
+    fn accept(&mut self, id: u32) {
+        assert_eq!(id as usize % 3, self.0 % 3);
+        self.0 += 1;
+    }
+}
+
+/// Requests of all kinds, without a draft.
+fn request(number: u32, vocab: u32, text: bool) -> Request {
+    let length = [5, 40, 90, 130][number as usize % 4];
+    let prompt = (0..length).map(|i| (i % 17 * 7919 + number * 104_729 + 13) % vocab).collect();
+    let stop = if text && number % 3 == 1 { vec!["e".to_owned()] } else { vec![] };
+    Request {
+        sampling: SamplerConfig {
+            temperature: [0.0, 0.9][number as usize % 2],
+            repetition_penalty: [1.0, 1.1, 1.0][number as usize % 3],
+            seed: u64::from(number),
+            ..SamplerConfig::default()
+        },
+        stop: StopCondition::new([], stop).unwrap(),
+        bias: if number % 4 == 2 { vec![(3, 2.0), (5, f32::NEG_INFINITY)] } else { vec![] },
+        constraint: (number % 5 == 3).then(|| Box::new(Thirds(0)) as Box<dyn Constraint>),
+        when_full: if number.is_multiple_of(2) { WhenFull::DropOldest { keep: 3 } } else { WhenFull::Stop },
+        ..Request::new(prompt, 90)
+    }
+}
+
+fn open(model: &Converted, sequences: usize) -> House {
+    let options = EngineOptions {
+        sequences: Some(sequences),
+        context: Some(CONTEXT),
+        forget: true,
+        threads: Some(1),
+        ..EngineOptions::default()
+    };
+    House::new(model.open(&options), SchedulerOptions { prompt_rows: 20, ..SchedulerOptions::default() })
+}
+
+/// What these requests say together, and in how many turns.
+fn run(house: &mut House, requests: Vec<Request>) -> (Vec<Heard>, usize) {
+    let ids: Vec<u64> = requests.into_iter().map(|request| house.submit(request)).collect();
+    let mut turns = 0;
+    while house.turn() {
+        turns += 1;
+    }
+    (ids.iter().map(|id| house.owners.remove(id).unwrap().2).collect(), turns)
+}
+
+#[test]
+fn drafts_change_no_text() {
+    for (name, ty) in [("demo-model", Some(WeightType::Q8)), ("golden/gpt_oss", None), ("golden/qwen3_next", None)] {
+        let model = Converted::new(name, ty);
+        let mut house = open(&model, 2);
+        let vocab = house.engine.spec().vocab_size as u32;
+        let requests = || (0..8).map(|n| request(n, vocab, name == "demo-model"));
+        let (want, _) = run(&mut house, requests().collect());
+        assert!(want.iter().all(|heard| heard.error.is_none() && heard.finish.is_some()));
+        for lies in [0, 1, 2, 5] {
+            let with_draft = requests().zip(&want).map(|(request, heard)| {
+                let text = request.prompt.iter().chain(&heard.ids).copied().collect();
+                Request { draft: Some(Box::new(Oracle { text, vocab, lies })), ..request }
+            });
+            let (got, _) = run(&mut house, with_draft.collect());
+            for (number, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert_eq!((got.said(), &got.shifts), (want.said(), &want.shifts), "{name}: {number}, {lies} lies");
+            }
+        }
+        let status = house.scheduler.status();
+        assert!(status.proposed > status.came_true && status.came_true > 100, "{name}: {status:?}");
+        let lookup = requests().map(|request| Request { draft: Some(Box::new(PromptLookup::default())), ..request });
+        let (got, _) = run(&mut house, lookup.collect());
+        assert!(got.iter().zip(&want).all(|(got, want)| got.said() == want.said()), "{name}: look-up");
+        let free = house.engine.pages();
+        assert!(free.iter().all(|count| count.free == count.total), "{name}: {free:?}");
+    }
+}
+
+#[test]
+fn a_draft_that_comes_true_saves_steps() {
+    let model = Converted::new("demo-model", Some(WeightType::Q8));
+    let mut house = open(&model, 1);
+    let request = || Request::new(vec![1, 2, 3], 80);
+    let (want, alone) = run(&mut house, vec![request()]);
+    let text = [1, 2, 3].into_iter().chain(want[0].ids.iter().copied()).collect();
+    let draft: Box<dyn Draft> = Box::new(Oracle { text, vocab: 1536, lies: 0 });
+    let (got, turns) = run(&mut house, vec![Request { draft: Some(draft), ..request() }]);
+    assert_eq!(got[0].said(), want[0].said());
+    assert_eq!((alone, turns), (80, 9), "the prompt gives one token, and every step with nine proposals ten");
+}
