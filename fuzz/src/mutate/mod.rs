@@ -87,6 +87,7 @@ fn change(target: &Target, input: &[u8], folder: &Path, random: &mut Random) -> 
         Shape::Journal => sealed::journal(&mut bytes, random),
         Shape::Importance => sealed::importance(&mut bytes, random),
         Shape::Counts => sealed::counts(&mut bytes, random),
+        Shape::Session => sealed::session(&mut bytes, random),
     }
     Some(bytes)
 }
@@ -136,6 +137,7 @@ fn seal(target: &Target, input: &mut [u8], folder: &Path) {
         Shape::Journal => journal::seal(input, folder),
         Shape::Importance => sealed::seal_importance(input),
         Shape::Counts => sealed::seal_counts(input),
+        Shape::Session => sealed::seal_session(input),
         Shape::Header | Shape::Json | Shape::JsonLines | Shape::Template => {}
     }
 }

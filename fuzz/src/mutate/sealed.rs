@@ -3,11 +3,12 @@
 
 use std::ops::Range;
 
+use sluice_checksum::{Xxh3, xxh3_64, xxh3_128};
 use sluice_format::fields::{
     Field, extent, importance, importance_entry, rewrite_footer, superblock, table_ref, tensor,
 };
 use sluice_format::{MAGIC, PAGE_SIZES, checksum};
-use sluice_checksum::{Xxh3, xxh3_128};
+use sluice_model::session::{HEADER_FIELDS, SECTION_FIELDS};
 
 use super::random::Random;
 use crate::targets::model::support::{at, get, set};
@@ -185,6 +186,59 @@ pub(crate) fn counts(file: &mut [u8], random: &mut Random) {
     if words > 0 {
         let odd = random.pick(&odd).copied().unwrap_or(0.0);
         file[word..word + 4].copy_from_slice(&odd.to_le_bytes());
+    }
+}
+
+/// Where the sections of a saved sequence begin and end, as far as they are whole.
+fn sections(file: &[u8]) -> Vec<Range<usize>> {
+    let number = |start: usize, name| get(file, start + at(&SECTION_FIELDS, name).0, 8) as usize;
+    let (mut sections, mut start) = (Vec::new(), SESSION_HEADER);
+    while start + SECTION_LEN <= file.len() {
+        let len = number(start, "records").checked_mul(number(start, "record_len"));
+        let end = len.and_then(|len| len.checked_add(start + SECTION_LEN + 8));
+        let Some(end) = end.filter(|&end| end <= file.len()) else { break };
+        sections.push(start..end);
+        start = end;
+    }
+    sections
+}
+
+/// Bytes of the header of a saved sequence, with its checksum.
+const SESSION_HEADER: usize = 64;
+const SECTION_LEN: usize = 24;
+
+/// Makes the checksums of a saved sequence right: each section's depends on those before it.
+pub(crate) fn seal_session(file: &mut [u8]) {
+    if file.len() < SESSION_HEADER {
+        return;
+    }
+    let mut sum = xxh3_64(&file[..SESSION_HEADER - 8]);
+    set(file, SESSION_HEADER - 8, 8, sum);
+    for section in sections(file) {
+        let end = section.end - 8;
+        let mut hash = Xxh3::with_seed(sum);
+        hash.update(&file[section.start..end]);
+        sum = hash.digest();
+        set(file, end, 8, sum);
+    }
+}
+
+/// Changes a field of a saved sequence: of its header, of a section, or a number in one.
+pub(crate) fn session(file: &mut [u8], random: &mut Random) {
+    let sections = sections(file);
+    match random.pick(&sections).cloned() {
+        Some(section) if !random.one_in(4) => {
+            let words = (section.len() - SECTION_LEN - 8) / 4;
+            if words == 0 || random.one_in(4) {
+                return change(file, section.start, &SECTION_FIELDS, random);
+            }
+            let word = section.start + SECTION_LEN + 4 * random.below(words);
+            let odd =
+                [f32::NAN, f32::INFINITY, f32::MAX, -0.0, -1.0, 1e-45, 0.0, f32::from_bits(1), f32::from_bits(70)];
+            let odd = random.pick(&odd).copied().unwrap_or(0.0);
+            file[word..word + 4].copy_from_slice(&odd.to_le_bytes());
+        }
+        _ => change(file, 0, &HEADER_FIELDS, random),
     }
 }
 

@@ -13,6 +13,7 @@ mod index;
 pub(crate) mod journal;
 pub(crate) mod model;
 pub(crate) mod rewrite;
+mod session;
 mod template;
 pub(crate) mod tokenizer;
 mod trace;
@@ -40,6 +41,8 @@ pub(crate) enum Shape {
     Importance,
     /// What an eviction policy has learned.
     Counts,
+    /// A saved sequence.
+    Session,
 }
 
 /// One parser.
@@ -59,7 +62,7 @@ pub(crate) struct Target {
 pub(crate) type Seeds = Vec<(String, Vec<u8>)>;
 
 /// Every parser.
-pub(crate) static TARGETS: [Target; 12] = [
+pub(crate) static TARGETS: [Target; 13] = [
     Target { name: "model", shape: Shape::Model, run: model::run, seeds: model::seeds },
     Target { name: "rewrite", shape: Shape::Rewrite, run: rewrite::run, seeds: rewrite::seeds },
     Target { name: "journal", shape: Shape::Journal, run: journal::run, seeds: journal::seeds },
@@ -70,6 +73,7 @@ pub(crate) static TARGETS: [Target; 12] = [
     Target { name: "template", shape: Shape::Template, run: template::run, seeds: template::seeds },
     Target { name: "importance", shape: Shape::Importance, run: importance::run, seeds: importance::seeds },
     Target { name: "counts", shape: Shape::Counts, run: counts::run, seeds: counts::seeds },
+    Target { name: "session", shape: Shape::Session, run: session::run, seeds: session::seeds },
     Target { name: "trace", shape: Shape::JsonLines, run: trace::run, seeds: trace::seeds },
     Target { name: "calibration", shape: Shape::Json, run: calibration::run, seeds: calibration::seeds },
 ];
