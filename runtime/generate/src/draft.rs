@@ -1,27 +1,27 @@
 //! Drafts: proposed next tokens, which one step checks together.
 //!
-//! A row of the step stands behind each proposed token. A token that sampling chooses is taken as it always is; as long as it is the
-//! one that was proposed, the logits behind the proposal are the next ones, and the sequence has them already. So proposals never
-//! change a text. They save steps, where what is read from the drive for several rows is not much more than for one.
+//! Each proposed token is a row of the step. Tokens are sampled as always. As long as the sampled token is the proposed one, the
+//! logits behind the proposal are the ones that the next token needs, and the step has computed them already. So proposals never
+//! change a text. They save steps, and pay where several rows read little more from the drive than one.
 
 use std::fmt;
 
 /// Proposes what may come next.
 pub trait Draft: Send + fmt::Debug {
-    /// Appends tokens that may follow `context`, the likeliest continuation first to last, to `out`. As many as it likes: what there
-    /// is no room for is not looked at.
+    /// Appends to `out` the tokens that may follow `context`, in their order. There can be any number; those that do not fit into the
+    /// step are ignored.
     fn propose(&mut self, context: &[u32], out: &mut Vec<u32>);
 }
 
-/// Proposes what followed the last time that the latest tokens stood in the context: good where text repeats itself, such as code that
-/// is changed, documents that are summarised, or tables. Costs no model.
+/// Looks for the latest tokens earlier in the context, and proposes what followed them there. Good where text repeats itself: code
+/// that is edited, documents that are summarised, tables. Needs no second model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PromptLookup {
     /// Most tokens to propose.
     pub most: usize,
-    /// Latest tokens that must have stood there, at most; fewer, down to `least`, where so many have not.
+    /// How many of the latest tokens to look for at first; fewer, down to `least`, if so many are not found.
     pub longest: usize,
-    /// Fewest of them, at least 1.
+    /// Fewest tokens to look for, at least 1.
     pub least: usize,
 }
 

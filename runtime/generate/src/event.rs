@@ -1,4 +1,4 @@
-//! What a generation tells its owner.
+//! The events of a generation, which its owner is told.
 
 use serde::Serialize;
 
@@ -10,7 +10,7 @@ use sluice_text::TextError;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finish {
-    /// As many tokens as were asked for.
+    /// It has as many tokens as were asked for.
     Length,
     /// The model said that it is done.
     EndToken,
@@ -24,7 +24,7 @@ pub enum Finish {
     Cancelled,
 }
 
-/// What a generation has taken.
+/// Tokens of a generation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Usage {
     /// Tokens of the prompt.
@@ -58,7 +58,7 @@ pub enum Event {
     Shifted {
         /// Tokens that were dropped.
         dropped: usize,
-        /// Tokens that the context has now. They are read again as far as they have moved.
+        /// Tokens that the context has now. Those behind the kept ones are read again.
         left: usize,
     },
     /// Text that has become certain; never empty. Stop strings are not part of it.
@@ -67,7 +67,7 @@ pub enum Event {
     Finish {
         /// Why.
         reason: Finish,
-        /// What it took.
+        /// Tokens read, generated and dropped.
         usage: Usage,
     },
     /// The end, because something went wrong.

@@ -1,4 +1,4 @@
-//! One generation: what it wants to append, and what it makes of the logits behind that.
+//! One generation: which tokens it wants to append, and what it does with the logits behind them.
 
 use crate::sampler::{Sampler, logprobs};
 use sluice_model::rows::Phase;
@@ -7,27 +7,26 @@ use super::request::{Constraint, Shape, WhenFull};
 use super::text::TextStream;
 use super::{Draft, Event, Finish, GenerationError, Request, Usage};
 
-/// Takes what a generation says.
+/// Receives the events of a generation.
 pub type EventSink<'a> = dyn FnMut(Event) + 'a;
 
 /// Sampling on top of one sequence. It never touches an engine: it [offers](Self::offer) tokens to append and
 /// [accepts](Self::accept) the logits behind the last of them.
 ///
-/// What it says depends on its request and the logits alone, never on how its tokens were cut into steps or what else was in
-/// them. Randomness depends on the seed and the index of the token. Penalties see the tokens that the context
-/// has.
+/// Its text depends on its request and the logits alone, never on how its tokens were divided into steps or what else was in
+/// them. Randomness depends on the seed and the index of the token. Penalties apply to the tokens that the context has.
 #[derive(Debug)]
 pub struct Generation {
-    /// What the sequence is to hold: prompt and generated tokens, less those that were dropped.
+    /// The tokens of the context: prompt and generated tokens, without those that were dropped.
     tokens: Vec<u32>,
-    /// Of these, how many are read as a prompt, before the next token can be chosen.
+    /// How many of these are read as a prompt before the next token can be chosen.
     to_read: usize,
     /// Tokens of the prompt.
     prompt: usize,
     generated: Vec<u32>,
     dropped: usize,
     when_full: WhenFull,
-    /// Where the sequence has to go back to, because what follows has been dropped.
+    /// Where the sequence has to go back to, because tokens behind that have been dropped or refused.
     back_to: Option<usize>,
     max_tokens: usize,
     context: usize,
@@ -39,9 +38,9 @@ pub struct Generation {
     vocab: usize,
     /// The last token, and proposals for those behind it; empty while there are none.
     ahead: Vec<u32>,
-    /// What the draft has said.
+    /// What the draft has proposed.
     proposals: Vec<u32>,
-    /// Of the proposals, how many have come true; `None` once one has not.
+    /// How many of the proposals have come true so far; `None` once one has not.
     true_so_far: Option<usize>,
     proposed: u64,
     came_true: u64,
@@ -87,14 +86,14 @@ impl Generation {
         })
     }
 
-    /// The tokens that a sequence which has seen `position` of them has to see next: the rest of the prompt, later the token that
-    /// was sampled last, or all of a sequence that was dropped. The logits behind the last of them are what
-    /// [`accept`](Self::accept) takes. Empty once the generation has ended.
+    /// The tokens to append next to a sequence that has seen the first `position`: the rest of the prompt, later the token that was
+    /// sampled last; all of them if the sequence was dropped. [`accept`](Self::accept) takes the logits behind the last of them.
+    /// Empty once the generation has ended.
     ///
     /// With a draft ([`draft`](Self::draft)) the last token comes with the proposals behind it, and the logits behind each of them go to
     /// [`accept_draft`](Self::accept_draft).
     ///
-    /// The sequence must have gone back first if [`take_back_to`](Self::take_back_to) says so.
+    /// If [`take_back_to`](Self::take_back_to) returns a position, the sequence must go back to it first.
     pub fn offer(&self, position: usize) -> (&[u32], Phase) {
         if self.finish.is_none() && !self.ahead.is_empty() && position + 1 == self.tokens.len() {
             return (&self.ahead, Phase::Draft);
@@ -108,8 +107,8 @@ impl Generation {
         (rest, phase)
     }
 
-    /// Asks for proposals, `most` at most, for a sequence that has seen `position` tokens. There are none unless it has seen all but
-    /// the last.
+    /// Asks the draft for up to `most` proposals, for a sequence that has seen `position` tokens. There are none unless it has seen all
+    /// tokens but the last.
     pub fn draft(&mut self, position: usize, most: usize) {
         self.ahead.clear();
         let Some(draft) = &mut self.draft else { return };
@@ -133,8 +132,8 @@ impl Generation {
         self.proposed += self.ahead.len() as u64 - 1;
     }
 
-    /// Takes the logits behind token `index` of an offer with proposals, one after the other: they count as long as the proposals come
-    /// true.
+    /// Takes the logits behind token `index` of an offer with proposals, in ascending order. They count as long as the proposals have
+    /// come true.
     ///
     /// # Errors
     /// As [`accept`](Self::accept).
@@ -166,23 +165,23 @@ impl Generation {
         Ok(())
     }
 
-    /// Tokens that were proposed by its draft, and those of them that came true.
+    /// How many tokens its draft has proposed, and how many of these came true.
     pub fn proposals(&self) -> (u64, u64) {
         (self.proposed, self.came_true)
     }
 
-    /// Where the sequence has to go back to before the next offer, if it has seen more than that: tokens behind it have been
-    /// dropped. Says so once.
+    /// Where the sequence has to go back to before the next offer, if it has seen more than that, because tokens behind it have been
+    /// dropped or refused. Returns each position once.
     pub fn take_back_to(&mut self) -> Option<usize> {
         self.back_to.take()
     }
 
-    /// Tokens that the sequence holds when it has seen everything so far.
+    /// Number of tokens of the context.
     pub fn len(&self) -> usize {
         self.tokens.len()
     }
 
-    /// Never true: a prompt has a token.
+    /// Never true, because a prompt has at least one token.
     pub fn is_empty(&self) -> bool {
         self.tokens.is_empty()
     }
@@ -192,10 +191,11 @@ impl Generation {
         self.max_tokens - self.generated.len().min(self.max_tokens)
     }
 
-    /// Chooses the next token by the logits `[vocab]` behind the last one, and says what follows. Nothing once it has ended.
+    /// Chooses the next token by the logits `[vocab]` behind the last one, and sends the events to `sink`. Does nothing once the
+    /// generation has ended.
     ///
     /// # Errors
-    /// When no token can be chosen, or its text cannot be told. The generation cannot go on then.
+    /// When no token can be chosen, or it cannot be turned into text. The generation cannot go on then.
     pub fn accept(&mut self, logits: &[f32], sink: &mut EventSink<'_>) -> Result<(), GenerationError> {
         if self.finish.is_some() {
             return Ok(());
@@ -222,7 +222,7 @@ impl Generation {
         if !emit.text.is_empty() {
             sink(Event::Text(emit.text));
         }
-        // The last token need not fit: nothing is to follow it.
+        // The last token need not fit, because nothing follows it.
         let full = self.tokens.len() > self.context;
         let complete = self.constraint.as_ref().is_some_and(|c| c.is_complete());
         match () {
@@ -235,10 +235,10 @@ impl Generation {
         }
     }
 
-    /// There is no room for more tokens: drops the oldest ones, if that was asked for, or ends.
+    /// There is no room for more tokens: drops the oldest ones, if the request says so, or ends the generation.
     ///
     /// # Errors
-    /// When the last text cannot be told.
+    /// When the last tokens cannot be turned into text.
     pub fn fill(&mut self, sink: &mut EventSink<'_>) -> Result<(), GenerationError> {
         let WhenFull::DropOldest { keep } = self.when_full else { return self.end(Finish::Context, sink) };
         let others = self.tokens.len().saturating_sub(keep);
@@ -254,10 +254,10 @@ impl Generation {
         Ok(())
     }
 
-    /// Ends the generation before its time: text that was held back for a possible stop string comes out.
+    /// Ends the generation early. Text that was held back because a stop string might begin in it is sent now.
     ///
     /// # Errors
-    /// When the last text cannot be told.
+    /// When the last tokens cannot be turned into text.
     pub fn cancel(&mut self, sink: &mut EventSink<'_>) -> Result<(), GenerationError> {
         match self.finish {
             Some(_) => Ok(()),
@@ -275,7 +275,7 @@ impl Generation {
         self.finish
     }
 
-    /// What it has taken so far.
+    /// Tokens read, generated and dropped so far.
     pub fn usage(&self) -> Usage {
         Usage { prompt_tokens: self.prompt, generated_tokens: self.generated.len(), dropped_tokens: self.dropped }
     }

@@ -1,10 +1,10 @@
-//! Many generations on one engine, and the little that most callers need of it.
+//! Many generations on one engine, and a small interface to it that is enough for most programs.
 //!
 //! * [`Model`] is the front door: it opens a file, and continues prompts, conversations and batches from any thread,
-//! * [`Request`] says what to generate, [`Event`] what comes of it,
+//! * [`Request`] says what to generate, and [`Event`]s report what has been generated,
 //! * [`Generation`] is sampling, stopping and text on top of one sequence; it touches no engine,
-//! * [`Draft`] proposes tokens, which a step checks together; [`Constraint`] says which may come,
-//! * [`Scheduler`] runs many of them with one [`Engine`](sluice_model::Engine), for those who have a thread of their own for it.
+//! * [`Draft`] proposes tokens, which a step checks together; [`Constraint`] says which tokens may come next,
+//! * [`Scheduler`] runs many generations with one [`Engine`](sluice_model::Engine), on a thread of the caller's.
 //!
 //! ```no_run
 //! use std::ops::ControlFlow;
@@ -35,7 +35,7 @@
 //!         }
 //!     }
 //!
-//!     // Many at once: an expert that several of them need is read once.
+//!     // Many at once: an expert that several of them need in a step is read once.
 //!     let requests = ["One", "Two", "Three"].map(|text| model.text(text)).into_iter().collect::<Result<Vec<_>, _>>()?;
 //!     for answer in model.batch(requests) {
 //!         println!("{}", answer?.text);

@@ -9,7 +9,7 @@ const TURNS: usize = 64;
 /// Tokens of the latest turns.
 #[derive(Debug)]
 pub(super) struct Meter {
-    /// When a turn ended, and how many tokens of prompts and of generations it has given.
+    /// When a turn ended, and how many tokens it has read of prompts and generated.
     turns: VecDeque<(Instant, u64, u64)>,
 }
 
@@ -18,7 +18,7 @@ impl Meter {
         Meter { turns: VecDeque::with_capacity(TURNS + 1) }
     }
 
-    /// A turn begins: one after a pause does not count the pause.
+    /// A turn begins. If the scheduler was idle before, that time is not counted.
     pub(super) fn resume(&mut self, idle: bool) {
         if idle || self.turns.is_empty() {
             self.turns.clear();

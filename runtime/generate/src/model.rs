@@ -18,7 +18,7 @@ use super::{
 /// Tokens that are generated unless a request says otherwise.
 const USUAL_TOKENS: usize = 256;
 
-/// What a generation gave.
+/// The result of a generation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Completion {
     /// The tokens, an end token included.
@@ -27,12 +27,12 @@ pub struct Completion {
     pub text: String,
     /// Why it ended.
     pub finish: Finish,
-    /// What it took.
+    /// Tokens that it read, generated and dropped.
     pub usage: Usage,
 }
 
-/// An opened model that continues prompts, conversations and batches. Usable from many threads; all generations share its
-/// engine, in the order in which they come. Dropping it cancels those that are left.
+/// An opened model that continues prompts, conversations and batches. Any number of threads can use it; their generations share
+/// its engine and are admitted in order of arrival. Dropping it cancels all generations that are left.
 pub struct Model {
     submitter: Submitter,
     tokenizer: Option<Tokenizer>,
@@ -40,7 +40,7 @@ pub struct Model {
     /// What the model's authors recommend.
     sampling: SamplerConfig,
     stop: StopCondition,
-    /// That the engine can have while it is open.
+    /// The least budget that the engine can have while it is open.
     least_budget: u64,
     thread: Option<JoinHandle<()>>,
 }
@@ -97,8 +97,8 @@ impl Model {
         self.tokenizer.as_ref()
     }
 
-    /// A request to continue these tokens, as the model's authors recommend: their end tokens and sampling settings, 256 tokens
-    /// at most.
+    /// A request to continue these tokens with the end tokens and sampling settings that the model's authors recommend, by 256
+    /// tokens at most.
     pub fn tokens(&self, prompt: Vec<u32>) -> Request {
         let stop = self.stop.clone();
         Request { sampling: self.sampling, stop, ..Request::new(prompt, USUAL_TOKENS) }
@@ -113,7 +113,7 @@ impl Model {
         Ok(self.tokens(tokenizer.encode(text, true)?))
     }
 
-    /// A request for the next message of a conversation, in the model's chat template. Nothing in the messages is taken for a
+    /// A request for the next message of a conversation, in the model's chat template. Text in the messages never becomes a
     /// control token.
     ///
     /// # Errors
@@ -126,8 +126,8 @@ impl Model {
         Ok(self.tokens(encode_chat(tokenizer, template, messages, &options)?))
     }
 
-    /// Puts a generation into the queue. `owner` hears of its events on the model's thread, and should be quick; `Break` cancels
-    /// the generation.
+    /// Puts a generation into the queue. `owner` is called with its events on the model's thread, and should return quickly; `Break`
+    /// cancels the generation.
     ///
     /// # Errors
     /// What is wrong with the request.
@@ -147,14 +147,15 @@ impl Model {
         collect(self.start(request)?)
     }
 
-    /// Generates all of these, as many at a time as there are pages for, and waits for the last. In the order of the requests.
+    /// Generates all of these, as many at a time as there are pages for, and waits for the last. The results have the order of the
+    /// requests.
     pub fn batch(&self, requests: Vec<Request>) -> Vec<Result<Completion, GenerationError>> {
         let started: Vec<_> = requests.into_iter().map(|request| self.start(request)).collect();
         started.into_iter().map(|events| collect(events?)).collect()
     }
 
-    /// Changes the budget while the model runs, from its next step on: it gives memory back to the system, or takes it again up to what
-    /// it was opened with. Less than the least that an opened model needs counts as that; the least is returned.
+    /// Changes the budget from the next step on: the model gives memory back to the system, or takes memory again, up to what it was
+    /// opened with. Returns the least budget possible while the model is open; a lower one is raised to that.
     pub fn set_budget(&self, bytes: u64) -> u64 {
         self.submitter.set_budget(bytes);
         self.least_budget
@@ -190,7 +191,7 @@ impl fmt::Debug for Model {
     }
 }
 
-/// The sampling settings of the model's authors; where they are silent, what changes nothing.
+/// The sampling settings of the model's authors; where there are none, neutral values.
 fn recommended(own: &GenerationDefaults) -> SamplerConfig {
     let neutral = SamplerConfig::default();
     SamplerConfig {
@@ -203,18 +204,18 @@ fn recommended(own: &GenerationDefaults) -> SamplerConfig {
     }
 }
 
-/// Nobody may wait for a thread that has ended, not even by a panic.
+/// Closes the queue when the thread ends, also by a panic, so that no caller waits for it forever.
 struct Closing(Submitter);
 
 impl Drop for Closing {
     fn drop(&mut self) {
         self.0.close();
-        // The owners go, and with them the channels that callers wait at.
+        // This drops the owners, and with them the channels on which callers wait.
         self.0.0.lock().queue.clear();
     }
 }
 
-/// Everything that a generation says, put together.
+/// Collects the events of a generation.
 fn collect(events: Receiver<Event>) -> Result<Completion, GenerationError> {
     let (mut ids, mut text) = (Vec::new(), String::new());
     for event in events {

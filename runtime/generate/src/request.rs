@@ -9,7 +9,7 @@ use super::{Draft, GenerationError};
 
 /// Says which tokens may come next: a grammar, a schema, a list of answers.
 ///
-/// It is a part of one generation and hears of its tokens in order.
+/// It belongs to one generation and is told that generation's tokens in order.
 pub trait Constraint: Send + fmt::Debug {
     /// Sets the logits of tokens that must not come next to minus infinity. End tokens are tokens like all others: a grammar lets
     /// them through where the text may end. If none is left, the generation fails.
@@ -18,22 +18,22 @@ pub trait Constraint: Send + fmt::Debug {
     /// The generation has taken this token.
     fn accept(&mut self, id: u32);
 
-    /// Whether nothing can follow. The generation then ends without an end token ([`Finish::Complete`](super::Finish)).
+    /// Whether nothing may follow. The generation then ends without an end token ([`Finish::Complete`](super::Finish)).
     fn is_complete(&self) -> bool {
         false
     }
 }
 
-/// What becomes of a generation when its context is full.
+/// What a generation does when its context is full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WhenFull {
     /// It ends ([`Finish::Context`](super::Finish)).
     #[default]
     Stop,
-    /// It goes on with a shorter text: the first `keep` tokens and the newer half of the others. That is read again from where
-    /// the texts part, so that everything is as if the shorter text had been the prompt: exact, and as expensive as reading it.
+    /// It goes on with a shorter text: the first `keep` tokens and the newer half of the others. The part behind the first `keep`
+    /// tokens is read again, so the result is exactly what the shorter text would give as a prompt, and costs as much as reading it.
     DropOldest {
-        /// Tokens at the beginning that are never dropped, fewer than the context has. A prompt's instructions, for instance.
+        /// Tokens at the beginning that are never dropped, such as a prompt's instructions. Fewer than the context has.
         keep: usize,
     },
 }
@@ -49,18 +49,18 @@ pub struct Request {
     pub sampling: SamplerConfig,
     /// What ends the generation early.
     pub stop: StopCondition,
-    /// What becomes of special tokens in the text.
+    /// How special tokens appear in the text.
     pub special: Special,
     /// Numbers that are added to the logits of tokens before anything else; minus infinity excludes a token.
     pub bias: Vec<(u32, f32)>,
-    /// Whether to report how probable the model holds each token, and how many of the likeliest alternatives with it. All are the
-    /// model's own probabilities: before bias, constraint and sampling settings.
+    /// `Some(n)`: report the log probability of each token, and the `n` likeliest tokens with theirs. These are the model's own
+    /// probabilities, before bias, constraint and sampling settings.
     pub logprobs: Option<usize>,
     /// Which tokens may come next.
     pub constraint: Option<Box<dyn Constraint>>,
     /// What to do when the context is full. A prompt that does not fit is refused in any case.
     pub when_full: WhenFull,
-    /// Proposals for the next tokens, to check several in one step. They do not change the text.
+    /// Proposes next tokens, so that a step can check several. Never changes the text.
     pub draft: Option<Box<dyn Draft>>,
 }
 
@@ -81,7 +81,7 @@ impl Request {
         }
     }
 
-    /// Checks everything that can be wrong before a model computes.
+    /// Checks everything that can be wrong with a request.
     pub(super) fn check(&self, shape: &Shape) -> Result<(), GenerationError> {
         self.sampling.validate()?;
         if self.prompt.is_empty() {

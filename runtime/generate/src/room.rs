@@ -1,9 +1,9 @@
 //! Who gets pages: admission, and saving the youngest when they run out.
 //!
-//! Generations are admitted in order of arrival, when there are pages for their prompt, for what the others have yet to read, and
-//! for some tokens of each. What they generate beyond that can exhaust the pages. Then the youngest is saved: its sequence goes, to
-//! a file or for good, and what it was about to say stays with its generation. It is the first to be admitted again. The oldest
-//! is never saved, so there is always one that goes on; and whoever is admitted has room for some tokens, so that everyone does.
+//! Generations are admitted in order of arrival, once there are pages for the prompt, for what the others have yet to read, and
+//! for some more tokens of each. Tokens beyond that can exhaust the pages. Then the youngest is saved: its tokens and its sampler
+//! stay in memory, and its sequence is written to a file or dropped. It is admitted again before everyone in the queue. The oldest
+//! is never saved, so one always goes on; and each that is admitted has room for some tokens, so all of them do.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,11 +16,11 @@ use super::Generation;
 use super::scheduler::{Running, Scheduler};
 use super::shared::{Arrival, Owner, Place};
 
-/// Tokens of each that there must be pages for when one more is admitted: those who are saved and read again too often cost more
-/// than they give.
+/// For how many more tokens of each generation there must be pages when another one is admitted. With fewer, generations would be
+/// saved and restored more often than is worth it.
 const AHEAD: usize = 64;
 
-/// A generation that has no sequence for the time being.
+/// A generation that has been saved and has no sequence until it is admitted again.
 pub(super) struct Saved {
     pub(super) id: u64,
     pub(super) generation: Generation,
@@ -29,13 +29,13 @@ pub(super) struct Saved {
     file: Option<SavedSequence>,
 }
 
-/// A sequence in a file of its own, which goes with this.
+/// A sequence in a file of its own. Dropping this deletes the file.
 struct SavedSequence {
     path: PathBuf,
 }
 
 impl SavedSequence {
-    /// `None` where it cannot be saved: it is read again then.
+    /// `None` if it cannot be saved; its tokens are then read again.
     fn new(sequence: &Sequence, folder: &Path) -> Option<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -56,7 +56,7 @@ pub(super) fn is_pages_full(error: &RuntimeError) -> bool {
 }
 
 impl Scheduler {
-    /// Gives sequences to those who have waited longest: first to those who had one before.
+    /// Admits as many generations as there is room for: first those that were saved, then the queue, each in order of arrival.
     pub(super) fn admit(&mut self, engine: &Engine) {
         let most = self.options.running.unwrap_or(usize::MAX).min(engine.memory().rows).max(1);
         while self.running.len() < most {
@@ -65,7 +65,7 @@ impl Scheduler {
                 None => self.shared.lock().queue.front().map(|arrival| wants(&arrival.generation, 0)),
             };
             let Some(tokens) = next else { break };
-            // Who is alone gets what there is, and hears if that is not enough.
+            // With nothing else running, waiting would not help: it starts with the pages there are, and fails if those are too few.
             if !self.running.is_empty() && !self.has_room(engine, tokens) {
                 break;
             }
@@ -76,7 +76,7 @@ impl Scheduler {
         }
     }
 
-    /// Whether there are pages for one more that wants so many tokens, beside what those have yet to take who are there.
+    /// Whether there are pages for another generation that wants `tokens` tokens, besides what the running ones have yet to take.
     fn has_room(&mut self, engine: &Engine, tokens: usize) -> bool {
         let empty = &*self.spare.get_or_insert_with(|| engine.new_sequence());
         let limit = |sequence: &Sequence, n: usize| n.min(sequence.capacity() - sequence.position());
@@ -96,10 +96,10 @@ impl Scheduler {
         self.running.push(Running { id, generation, sequence, owner, events, reported, failed });
     }
 
-    /// Admits the oldest of those who were saved.
+    /// Admits the oldest of the saved generations.
     fn resume(&mut self, engine: &Engine) {
         let Saved { id, generation, owner, reported, file } = self.saved.remove(0);
-        // A file that cannot be read is no reason to fail: the tokens are there.
+        // If the file cannot be read, the tokens are still here and are read again.
         let restored = file.and_then(|file| engine.restore_file(&file.path).ok());
         let sequence = restored.unwrap_or_else(|| engine.new_sequence());
         let running = Running { id, generation, sequence, owner, events: Vec::new(), reported, failed: false };
@@ -107,8 +107,8 @@ impl Scheduler {
         self.running.insert(place, running);
     }
 
-    /// A step did not find the pages that it needs: makes the youngest give theirs back. The last one has nobody to wait for: it has
-    /// the context that there are pages for.
+    /// A step did not find the pages that it needs: the youngest generation gives its pages back. If only one is left, its context
+    /// is as long as there are pages for.
     pub(super) fn give_way(&mut self, error: RuntimeError) {
         for over in self.running.iter_mut().filter(|r| r.is_over()) {
             over.sequence.clear();
@@ -135,13 +135,13 @@ impl Scheduler {
     }
 }
 
-/// Tokens that a sequence of this generation at `position` is to take before anyone else is admitted.
+/// Tokens that a generation with its sequence at `position` must have room for before another one is admitted.
 fn wants(generation: &Generation, position: usize) -> usize {
     generation.len().saturating_sub(position) + generation.remaining().min(AHEAD)
 }
 
 impl Running {
-    /// Nobody else has pages, and there are none: as if the context were full. One that has generated nothing hears why.
+    /// The only generation left finds no pages: its context counts as full. If it has generated nothing yet, it fails with `error`.
     fn fill(&mut self, error: RuntimeError) {
         if self.generation.generated().is_empty() {
             self.fail(error.into());

@@ -1,4 +1,4 @@
-//! Many generations on one engine: who takes part in the next step, and with how much.
+//! Many generations on one engine: which of them take part in the next step, and with how many rows.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -18,8 +18,8 @@ use super::room::{Saved, is_pages_full};
 use super::shared::{Arrival, Owner, Place, Shared};
 use super::{Event, Generation, GenerationError, Handle, Request, Shape, Status, Submitter};
 
-/// Steps of a turn that cancelling may end before their time. The next one runs to its end, so that those who come and go
-/// cannot keep the others from their tokens.
+/// How many steps of a turn cancelling may interrupt. The next step runs to its end, so that callers who come and go cannot keep
+/// the others from their tokens.
 const INTERRUPTIONS: usize = 3;
 
 /// Most tokens of a draft that are checked in one step.
@@ -34,12 +34,12 @@ pub struct SchedulerOptions {
     pub prompt_rows: usize,
     /// Most generations that have a sequence at a time; `None`: as many as there are pages for.
     pub running: Option<usize>,
-    /// Folder for the sequences of generations that have to wait because the pages have run out. `None`: they are dropped, and their
-    /// tokens read again, which takes longer the longer they are. Files in it go when their generations go on or end; those of
-    /// a program that was killed stay, and can be deleted.
+    /// Folder for the sequences of generations that have to wait because the pages have run out. `None`: the sequences are dropped,
+    /// and their tokens are read again later. A file is deleted when its generation goes on or ends; a program that is killed leaves
+    /// its files, and they can be deleted.
     pub spill: Option<PathBuf>,
-    /// How long a [`Model`](super::Model) does nothing before it gives its memory back to the system ([`Engine::release_idle`]);
-    /// `None`: never.
+    /// A [`Model`](super::Model) that has had nothing to do for this long gives its memory back to the system
+    /// ([`Engine::release_idle`]); `None`: never.
     pub rest_after: Option<Duration>,
 }
 
@@ -49,7 +49,7 @@ impl Default for SchedulerOptions {
     }
 }
 
-/// What a caller wants to see of the steps. The default sees nothing.
+/// Observers of the steps. The default has none.
 #[derive(Default)]
 pub struct Watch<'a> {
     /// Hears how far the step is: after every layer.
@@ -70,7 +70,7 @@ pub(super) struct Running {
     pub(super) generation: Generation,
     pub(super) sequence: Sequence,
     pub(super) owner: Owner,
-    /// What the owner has not heard yet.
+    /// Events that the owner has not been told yet.
     pub(super) events: Vec<Event>,
     /// Tokens of the prompt that the owner has heard of.
     pub(super) reported: usize,
@@ -95,7 +95,7 @@ impl Running {
         }
     }
 
-    /// Says how much of the prompt has been read, if that is news.
+    /// Reports how much of the prompt has been read, if that has changed.
     fn report(&mut self, read: usize) {
         let prompt = self.generation.usage().prompt_tokens;
         let read = read.min(prompt);
@@ -138,26 +138,26 @@ impl Taker<'_> {
 /// Runs many generations on one engine, turn by turn: one step each, in which all generations that decode take part, and a
 /// bounded number of rows of the prompts that are being read.
 ///
-/// Generations are admitted in order of arrival, while there are pages for them. When those run out, the youngest is saved, and
-/// goes on where it was when there are pages again. Prompts share these rows equally; what a short one leaves goes to the next.
-/// What a generation says does not depend on the others, to the bit.
+/// Generations are admitted in order of arrival, while there are pages for them. When the pages run out, the youngest generation is
+/// saved, and it goes on where it was once there are pages again. Prompts share the rows equally; rows that a short prompt does not
+/// need go to the next. The text of a generation does not depend on the others.
 pub struct Scheduler {
     pub(super) shared: Arc<Shared>,
     pub(super) options: SchedulerOptions,
     /// In order of arrival.
     pub(super) running: Vec<Running>,
-    /// Those whose pages others have got, in order of arrival: before everyone in the queue.
+    /// Generations that gave their pages up, in order of arrival. They are admitted before the queue.
     pub(super) saved: Vec<Saved>,
-    /// How often that has happened.
+    /// How often a generation has been saved.
     pub(super) preemptions: u64,
-    /// For the next one in the queue; it has no pages.
+    /// An empty sequence for the next generation in the queue; it has no pages.
     pub(super) spare: Option<Sequence>,
     /// Tokens of the spans of a step.
     tokens: Vec<u32>,
     /// Tokens that were read as parts of prompts, and that were generated, in the current turn.
     read: u64,
     generated: u64,
-    /// Whether drafts are checked: not where there are too few pages for them.
+    /// Whether drafts are checked in this turn: not once there were too few pages for them.
     drafts: bool,
     /// Tokens that drafts have proposed since the start, and those that came true.
     proposals: (u64, u64),
@@ -248,7 +248,7 @@ impl Scheduler {
         Work::Ready
     }
 
-    /// Takes one step with everyone who has something to append, and tells the owners what came of it. False when there was
+    /// Takes one step with every generation that has something to append, and delivers the events to the owners. False if there was
     /// nothing to do.
     ///
     /// A step that fails ends those generations that cannot take it alone, with the error; the others go on.
@@ -269,7 +269,7 @@ impl Scheduler {
             match self.step(engine, watch, None, cancellable) {
                 Ok(()) => break,
                 Err(error) if is_cancelled(&error) => interruptions += 1,
-                // Proposals are no reason to save anybody.
+                // Before a generation is saved, the step is tried without proposals.
                 Err(error) if is_pages_full(&error) && self.drafts => self.drafts = false,
                 Err(error) if is_pages_full(&error) => {
                     self.give_way(error);
@@ -290,16 +290,16 @@ impl Scheduler {
         worked
     }
 
-    /// The budget that somebody has asked for, and what the system has memory for.
+    /// Applies a budget that was asked for, and follows what the system says of its memory.
     fn follow_budget(&mut self, engine: &mut Engine) {
         if let Some(bytes) = self.shared.lock().budget.take() {
-            // The least is checked where it is asked for; more than the system gives is told by what the engine has.
+            // Less than the least was raised to it; what the system did not give shows in the engine's memory plan.
             let _ = engine.set_budget(bytes.max(engine.memory().least()));
         }
         engine.heed_pressure();
     }
 
-    /// Ends those who are to end, queued or running.
+    /// Ends the generations that were cancelled, whether queued, saved or running.
     fn sweep(&mut self) {
         let mut state = self.shared.lock();
         let cancelled = std::mem::take(&mut state.cancelled);
@@ -326,12 +326,12 @@ impl Scheduler {
         }
     }
 
-    /// Takes back what is not to be seen any more, and asks for drafts, for a step with room for `rows` rows.
+    /// Takes sequences back to where their generations say, and asks for drafts, for a step with room for `rows` rows.
     fn prepare(&mut self, rows: usize) {
         let most = if self.drafts { (rows / self.running.len().max(1)).clamp(1, DRAFT + 1) } else { 1 };
         for Running { generation, sequence, .. } in &mut self.running {
             if let Some(position) = generation.take_back_to() {
-                // Where it cannot go, it goes further back, and reads more again.
+                // A sequence that cannot go there goes further back, and reads more again.
                 let _ = sequence.rewind_to(position.min(sequence.position()));
             }
             generation.draft(sequence.position(), most - 1);
@@ -394,7 +394,7 @@ impl Scheduler {
             control.routing = Some(&mut on_routing);
         }
         // A generation takes its logits at once: keeping a row of the vocabulary for each would take memory that no plan has.
-        // Should the step fail behind that, the sequence is one token further behind, and the next offer has it.
+        // If the step fails afterwards, the sequence lacks one token more, and the next offer has it.
         let outcome =
             engine.step(&mut spans, &mut control, &mut |span, token, logits| takers[span].accept(token, logits));
         self.shared.end_step();
@@ -424,8 +424,8 @@ impl Scheduler {
         shares(&wanted(true), rows).into_iter().zip(decoding).map(|(a, b)| a + b).collect()
     }
 
-    /// Finds out which generations cannot take the step that has failed, and ends them; the others have taken it alone. False if
-    /// that was interrupted.
+    /// Repeats a failed step for each generation alone, and ends those whose step fails again. False if cancelling interrupted
+    /// that.
     fn blame(&mut self, engine: &mut Engine, watch: &mut Watch<'_>, error: RuntimeError, cancellable: bool) -> bool {
         let ids: Vec<u64> = self.running.iter().filter(|r| !r.is_over()).map(|r| r.id).collect();
         if let [id] = ids[..] {
@@ -437,7 +437,7 @@ impl Scheduler {
         for id in ids {
             match self.step(engine, watch, Some(id), cancellable) {
                 Ok(()) => {}
-                // It has done nothing wrong, and takes part in the next turn.
+                // This is not its fault: it takes part in the next turn.
                 Err(error) if is_pages_full(&error) => {}
                 Err(error) if is_cancelled(&error) => return false,
                 Err(error) => {
@@ -450,7 +450,7 @@ impl Scheduler {
         true
     }
 
-    /// Tells the owners what has happened, and lets those go whose generations have ended.
+    /// Delivers the events to the owners, and removes the generations that have ended.
     fn deliver(&mut self) {
         let mut gone = Vec::new();
         for running in &mut self.running {
@@ -485,7 +485,7 @@ impl fmt::Debug for Scheduler {
     }
 }
 
-/// The last words of a generation that was cancelled.
+/// Ends a generation that was cancelled, and delivers its last events.
 fn end(mut generation: Generation, mut owner: Owner, mut events: Vec<Event>) {
     let failed = matches!(events.last(), Some(Event::Failed(_)));
     if !failed && let Err(error) = generation.cancel(&mut |event| events.push(event)) {
@@ -494,7 +494,7 @@ fn end(mut generation: Generation, mut owner: Owner, mut events: Vec<Event>) {
     let _ = events.into_iter().try_for_each(&mut owner);
 }
 
-/// Tokens that these have generated, that their drafts have proposed, and that came true of those.
+/// Tokens that these have generated, tokens that their drafts have proposed, and how many of the latter came true.
 fn said(running: &[Running]) -> (u64, u64, u64) {
     running.iter().fold((0, 0, 0), |(generated, proposed, came_true), r| {
         let proposals = r.generation.proposals();
@@ -506,8 +506,8 @@ fn is_cancelled(error: &RuntimeError) -> bool {
     matches!(error, RuntimeError::Model(ModelError::Cancelled))
 }
 
-/// Divides `rows` among those who want so many: equally, in order, and what one does not need goes to those behind it, then to
-/// those before.
+/// Divides `rows` equally among generations that want `wanted` rows each. Rows that one does not need go to those after it, then to
+/// those before it.
 fn shares(wanted: &[usize], rows: usize) -> Vec<usize> {
     let mut given = vec![0; wanted.len()];
     let mut left = rows;

@@ -1,4 +1,4 @@
-//! What a scheduler shares with those who submit, watch and cancel, on whatever threads they are.
+//! What a scheduler shares with callers that submit, watch and cancel generations, on any thread.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
@@ -11,7 +11,7 @@ use sluice_model::control::Cancel;
 
 use super::{Event, Generation, GenerationError, Request, Shape};
 
-/// Hears of a generation's events, between steps; `Break` cancels it.
+/// Is given a generation's events, between steps; `Break` cancels the generation.
 pub(super) type Owner = Box<dyn FnMut(Event) -> ControlFlow<()> + Send>;
 
 /// Where a generation is.
@@ -35,7 +35,7 @@ pub enum Place {
         /// Tokens generated so far.
         generated: usize,
     },
-    /// It was saved because older ones needed its pages, and goes on before everyone in the queue.
+    /// It was saved because older generations needed its pages. It goes on before everyone in the queue.
     Saved {
         /// Tokens generated so far.
         generated: usize,
@@ -53,7 +53,7 @@ pub struct Status {
     pub decoding: usize,
     /// Generations that were saved because older ones needed their pages, and will go on.
     pub saved: usize,
-    /// How often that has happened since the start.
+    /// How often a generation was saved since the start.
     pub preemptions: u64,
     /// Tokens that drafts have proposed since the start.
     pub proposed: u64,
@@ -77,18 +77,18 @@ pub(super) struct Arrival {
 pub(super) struct State {
     next: u64,
     pub(super) queue: VecDeque<Arrival>,
-    /// Generations that are to end; all of them are queued or running.
+    /// Generations that are to end; each of them is queued, saved or running.
     pub(super) cancelled: BTreeSet<u64>,
-    /// What ends the running step.
+    /// The switch that ends the running step.
     step: Cancel,
-    /// Whose cancelling ends the running step.
+    /// The generations in the running step: cancelling one of them ends it.
     in_step: Vec<u64>,
-    /// Where those are that have been admitted.
+    /// Where the generations are that have been admitted.
     pub(super) places: BTreeMap<u64, Place>,
     pub(super) rates: (f64, f64),
     pub(super) preemptions: u64,
     pub(super) proposals: (u64, u64),
-    /// A budget that is to hold from the next turn on.
+    /// A budget to apply at the next turn.
     pub(super) budget: Option<u64>,
     pub(super) closed: bool,
 }
@@ -130,7 +130,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A step of these generations begins; what ends it. `None` if one of them is to end already.
+    /// A step of these generations begins. Returns the switch that ends it; `None` if one of them has been cancelled already.
     pub(super) fn begin_step(&self, ids: impl Iterator<Item = u64>) -> Option<Cancel> {
         let mut state = self.lock();
         state.in_step.clear();
@@ -173,8 +173,8 @@ impl Shared {
 pub struct Submitter(pub(super) Arc<Shared>);
 
 impl Submitter {
-    /// Puts a generation at the end of the queue. `owner` hears of its events on the scheduler's thread, between steps, and should
-    /// be quick; `Break` cancels the generation.
+    /// Puts a generation at the end of the queue. `owner` is called with its events on the scheduler's thread, between steps, and
+    /// should return quickly; `Break` cancels the generation.
     ///
     /// # Errors
     /// What is wrong with the request, or that the scheduler has been closed.
@@ -201,14 +201,14 @@ impl Submitter {
         self.0.status()
     }
 
-    /// Changes the engine's budget before its next step ([`Engine::set_budget`](sluice_model::Engine::set_budget)); less than the least
-    /// counts as the least.
+    /// Changes the engine's budget before its next step ([`Engine::set_budget`](sluice_model::Engine::set_budget)). A budget below the
+    /// least possible is raised to it.
     pub fn set_budget(&self, bytes: u64) {
         self.0.lock().budget = Some(bytes);
         self.0.work.notify_all();
     }
 
-    /// Takes no more generations, and cancels those that are there.
+    /// Closes the queue, and cancels all generations.
     pub fn close(&self) {
         let mut state = self.0.lock();
         state.closed = true;
@@ -237,8 +237,8 @@ impl Handle {
         self.id
     }
 
-    /// Ends the generation, within the step that is running if it is a part of that. Its last event is a finish by
-    /// [`Cancelled`](super::Finish::Cancelled); nothing happens to one that has ended.
+    /// Ends the generation. If it takes part in the running step, it ends that as well. Its last event is a finish by
+    /// [`Cancelled`](super::Finish::Cancelled). Does nothing if the generation has ended.
     pub fn cancel(&self) {
         self.shared.lock().cancel(self.id);
         self.shared.work.notify_all();

@@ -28,7 +28,7 @@ impl TextStream {
         let emit = match &mut self.detokenizer {
             None => Emit::default(),
             Some((tokenizer, detokenizer)) if detokenizer.hides(id) => {
-                // Nobody sees it, but it may be what the user wants to stop at.
+                // The token is not shown, but its text may contain a stop string.
                 let spelling = tokenizer.token_text(id).unwrap_or_default();
                 let mut emit = self.matcher.push_hidden(&spelling);
                 let length = self.matcher.matched().map_or(usize::MAX, |index| self.stop.strings()[index].len());
@@ -44,7 +44,7 @@ impl TextStream {
         Ok(emit)
     }
 
-    /// Adds a token that ends the generation: text only for those who want to see special tokens.
+    /// Adds a token that ends the generation. It gives text only if special tokens are shown.
     pub(super) fn push_end(&mut self, id: u32) -> Result<Emit, TextError> {
         match self.special {
             Special::Shown => self.push(id),
@@ -52,7 +52,7 @@ impl TextStream {
         }
     }
 
-    /// Ends the text: what was held back, and whether a stop string was found, now or before.
+    /// Ends the text: returns what was held back, and whether a stop string was found, now or earlier.
     pub(super) fn finish(&mut self) -> Result<Emit, TextError> {
         if self.stopped {
             return Ok(Emit { text: String::new(), stopped: true });
