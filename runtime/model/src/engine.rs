@@ -1,4 +1,4 @@
-//! The opened model: file, pool, layers, kernels; and the steps that sequences take with it.
+//! The opened model: file, pool, layers and kernels, and the steps that it takes with sequences.
 
 mod budget;
 
@@ -43,33 +43,33 @@ pub struct EngineOptions {
     pub threads: Option<usize>,
     /// f32 activations everywhere instead of int8 activations for quantised weights.
     pub exact: bool,
-    /// Who leaves the expert cache.
+    /// Which expert leaves the cache when another one needs its slot.
     pub policy: PolicyKind,
     /// Whether experts are read before the router has asked for them.
     pub prefetch: Prefetch,
     /// Whether to begin without what earlier runs have learned about this model's experts.
     pub forget: bool,
-    /// Sequences that there is to be room for; `None`: one.
+    /// Sequences to plan memory for; `None`: one.
     pub sequences: Option<usize>,
     /// Tokens that a sequence can hold; `None`: 4096, or the model's own maximum if that is less.
     pub context: Option<usize>,
     /// How keys and values are kept; anything but f32 changes results.
     pub kv_type: KvType,
-    /// Marks that a sequence of a model with windows or recurrent states can keep, each with a window of keys and values or a copy
-    /// of the states (75 MB for Qwen3-Next). Other models take any number of marks, at no cost.
+    /// Marks that a sequence of a model with windows or recurrent states can keep. Each keeps the pages of the windows and of the states
+    /// (75 MB for Qwen3-Next), and the memory plan has room for them. In other models marks cost nothing, and there can be any number.
     pub marks: usize,
-    /// A drive that has the experts in place of the file, and its contents in place of each: to measure, not to compute with.
+    /// A simulated drive to read experts from instead of the file, whose bytes stand in for every expert: for measurements only.
     #[cfg(feature = "sim")]
     pub simulated: Option<sluice_storage::io::sim::SimulatedDrive>,
     /// Whether the budget shrinks while the system is short of memory.
     pub yields: Yields,
-    /// Tokens of a prompt after which a sequence marks by itself where it is, as long as it has room for marks; `None`: 2048. So a
+    /// While a prompt is read, a sequence with room for marks makes one by itself each time it has read this many tokens; `None`: 2048. So a
     /// rewind into a long prompt need not begin anew. Marks that are asked for take the place of these.
     pub mark_every: Option<usize>,
 }
 
-/// What [`EngineOptions::mark_every`] is if nothing is said. A rewind computes so many tokens again at most, or as many as a pass has
-/// rows.
+/// The default of [`EngineOptions::mark_every`]. A rewind to one of the latest such marks computes at most this many tokens again, or
+/// as many as a pass has rows if that is more.
 const MARK_EVERY: usize = 2048;
 
 pub use self::budget::ShrinkError;
@@ -78,8 +78,8 @@ pub use sluice_storage::io::EngineKind as ReadEngineKind;
 /// Whether the budget shrinks while the system is short of memory ([`Engine::heed_pressure`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Yields {
-    /// If no budget is stated: the engine has then taken what was free at the start, and gives it back to those who need it. A
-    /// stated budget is meant.
+    /// Only if no budget is stated: the engine has then taken what was free at the start, and gives it back when other programs need
+    /// it. A stated budget is kept.
     #[default]
     Unstated,
     /// Whatever the budget.
@@ -101,28 +101,28 @@ pub enum Prefetch {
 /// Why a model could not be opened or run.
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
-    /// The file.
+    /// The model file cannot be read, or is not valid.
     #[error(transparent)]
     Format(#[from] FormatError),
-    /// The budget.
+    /// The budget is too small.
     #[error(transparent)]
     Budget(#[from] BudgetError),
-    /// A budget below what an opened model needs.
+    /// The budget of an opened model cannot become this small.
     #[error(transparent)]
     Shrink(#[from] ShrinkError),
-    /// Reading extents.
+    /// Extents cannot be read.
     #[error(transparent)]
     Pool(#[from] PoolError),
-    /// The computation.
+    /// A step failed.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// A saved sequence.
+    /// A session cannot be restored.
     #[error(transparent)]
     Session(#[from] SessionError),
-    /// Going back in a sequence.
+    /// A sequence cannot go back.
     #[error(transparent)]
     Rewind(#[from] RewindError),
-    /// The instruction set asked for.
+    /// The instruction set that was asked for is not available.
     #[error(transparent)]
     Isa(#[from] IsaError),
     /// A policy that only replays can have.
@@ -169,11 +169,11 @@ pub struct Engine {
     memory: MemoryPlan,
     compute: Compute,
     storage: Storage,
-    /// Of each file.
+    /// How each file is read.
     tuning: Vec<Tuning>,
     model: Model,
     pages: Arc<PagePool>,
-    /// What the numbers of a sequence depend on beside its tokens.
+    /// What the numbers of a sequence depend on besides its tokens.
     binding: Binding,
     marks: MarkLimits,
     tokens: u64,
@@ -191,7 +191,7 @@ impl Engine {
     /// Opens a model: checks the file, plans the memory, reads the dense parts.
     ///
     /// # Errors
-    /// Every way in which that can fail; see [`RuntimeError`].
+    /// See [`RuntimeError`].
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Self, RuntimeError> {
         let file = ModelFile::open(path)?;
         let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
@@ -271,7 +271,7 @@ impl Engine {
         self.compute.threads.threads()
     }
 
-    /// What reads the file, in words: engine, direct or buffered, and why; of each drive if its parts lie on several.
+    /// How the file is read, in words: engine, direct or buffered, and why; for each drive if its parts lie on several.
     pub fn read_path(&self) -> String {
         let lanes = self.storage.io.lanes();
         let several = lanes.len() > 1;
@@ -306,7 +306,7 @@ impl Engine {
     /// Keeps what the eviction policy has learned beside the model, for the next start.
     ///
     /// # Errors
-    /// What the filesystem says; nothing is lost but the knowledge.
+    /// What the filesystem says. Nothing is lost but what was learned.
     pub fn save_counts(&self) -> io::Result<()> {
         let counts = self.storage.pool.policy().export();
         if counts.is_empty() {
@@ -321,21 +321,21 @@ impl Engine {
         Sequence::new(&self.pages, self.memory.context, self.binding, self.marks)
     }
 
-    /// How many pages there are of each kind, and how many nobody has.
+    /// How many pages there are of each kind, and how many of them are free.
     pub fn pages(&self) -> Vec<PageCount> {
         self.pages.counts()
     }
 
-    /// Whether one step can append so many tokens to each of these sequences of this engine, as far as pages go. Empty sequences
-    /// stand for those that are still to be made.
+    /// Whether there are enough pages for one step to append this many tokens to each of these sequences of this engine. An empty
+    /// sequence can stand for one that is still to be made.
     ///
     /// # Errors
-    /// [`PagesFull`], as [`Engine::step`] would say it.
+    /// [`PagesFull`], as [`Engine::step`] would return it.
     pub fn room_for<'a>(&self, appends: impl Iterator<Item = (&'a Sequence, usize)> + Clone) -> Result<(), PagesFull> {
         room::check(&self.pages, appends, self.memory.rows)
     }
 
-    /// Tokens that a new sequence could take now.
+    /// How many tokens a new sequence has pages for now.
     pub fn tokens_that_fit(&self) -> usize {
         let (empty, mut most) = (self.new_sequence(), self.memory.context + 1);
         let mut least = 0;
@@ -349,10 +349,11 @@ impl Engine {
         least
     }
 
-    /// Reads a sequence that [`Sequence::save_file`] wrote. It has this engine's capacity and no marks.
+    /// Reads a sequence that [`Sequence::save_file`] wrote. It has this engine's capacity, and of its marks the newest, as many as this
+    /// engine has room for.
     ///
     /// # Errors
-    /// [`SessionError`]: it cannot be read, is damaged, or is not of this model, precision, key-value type or version, or does
+    /// [`SessionError`]: the session cannot be read, is damaged, is of another model, precision, key-value type or version, or does
     /// not fit.
     pub fn restore_file(&self, path: &Path) -> Result<Sequence, SessionError> {
         let mut file = open_regular(path).map_err(|source| SessionError::Open { path: path.to_owned(), source })?;
@@ -459,7 +460,7 @@ impl Engine {
             if full.kind == PageKind::Rows {
                 return Err(ModelError::from(full).into());
             }
-            // What nobody asked for goes first: marks keep windows and states.
+            // Automatic marks go first: they keep pages of windows and states.
             spans.iter_mut().for_each(|span| span.sequence.forget_automatic_marks());
             self.room(spans).map_err(ModelError::from)?;
         }

@@ -1,9 +1,9 @@
-//! Whether there are pages for what sequences are about to take, before any of them changes.
+//! Checks that there are pages for the next tokens of sequences, before any of them changes.
 
 use crate::Sequence;
 use crate::cache::{Held, PageKind, PagePool, PagesFull, Table};
 
-/// An error if the pool has too few free pages for these sequences to take so many tokens each, in one step with passes of at most
+/// An error if the pool has too few free pages for these sequences to take this many tokens each, in one step with passes of at most
 /// `rows` rows.
 pub(crate) fn check<'a>(
     pool: &PagePool,
@@ -16,11 +16,11 @@ pub(crate) fn check<'a>(
         if wanted == 0 {
             continue;
         }
-        // The last of those who part from a page has it alone.
+        // If all sequences that share a page go on, the last has it alone and needs no copy.
         wanted -= Held::alone(tables.clone().flat_map(|(table, position, n)| table.replaced(position, n)));
         if let PageKind::Window(window) = page.kind() {
-            // Between passes pages go back behind the windows, so that no more are in use than the windows have and the rows
-            // of a pass fill. Those that somebody else shares do not come back.
+            // Between passes, the pages behind the windows go back to the pool, so no more are in use than the windows have and the
+            // rows of a pass fill. Pages that are shared do not come back.
             let spans = tables.clone().count();
             if wanted > spans {
                 let there = Held::alone(tables.flat_map(|(table, _, _)| Table::pages(table)));

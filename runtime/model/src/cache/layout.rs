@@ -22,15 +22,16 @@ pub const WINDOW_SLACK: usize = PAGE_TOKENS;
 pub enum PageKind {
     /// Rows of [`PAGE_TOKENS`] positions, in every layer that can see them all.
     Rows,
-    /// The same in the layers whose tokens see so many positions, themselves included. They go as the window moves on.
+    /// The same, in the layers with a window of this many positions, the token's own included. They go back to the pool as the window
+    /// moves on.
     Window(usize),
-    /// The state of every recurrent layer behind one token.
+    /// The state of every recurrent layer after one token.
     State,
 }
 
 impl PageKind {
-    /// Pages that `sequences` sequences need at most: `context` tokens in each, `marks` marks, and `rows` rows of all of them in a
-    /// pass.
+    /// The most pages that `sequences` sequences need, with `context` tokens and `marks` marks each, and `rows` rows in a pass for all of
+    /// them.
     pub fn most(self, sequences: usize, context: usize, marks: usize, rows: usize) -> u64 {
         let whole = (sequences as u64).saturating_mul(context.div_ceil(PAGE_TOKENS) as u64);
         let marks = (sequences as u64).saturating_mul(marks as u64);
@@ -45,11 +46,11 @@ impl PageKind {
         }
     }
 
-    /// Pages that a mark keeps at most, in a sequence of up to `context` tokens.
+    /// The most pages that a mark keeps in a sequence of up to `context` tokens.
     pub fn marked(self, context: usize) -> u64 {
         match self {
             PageKind::Rows => 0,
-            // What the window sees, the part of a page at its end included.
+            // The window can begin and end in the middle of a page.
             PageKind::Window(window) => {
                 let seen = window.saturating_sub(1).div_ceil(PAGE_TOKENS) + 1;
                 seen.min(context.div_ceil(PAGE_TOKENS)) as u64
@@ -58,7 +59,7 @@ impl PageKind {
         }
     }
 
-    /// Pages that sequences in layers with a window of `window` tokens have at most while `rows` rows of theirs go through.
+    /// The most pages that `sequences` sequences have in layers with a window of `window` tokens during a pass of `rows` rows.
     pub fn in_pass(window: usize, sequences: usize, rows: usize) -> u64 {
         // The window and what is kept beyond it begin and end in the middle of a page, and so do the rows.
         let before = window.saturating_sub(1).saturating_add(WINDOW_SLACK).div_ceil(PAGE_TOKENS) as u64 + 2;
@@ -148,7 +149,7 @@ impl PageLayout {
         rows.saturating_add(4 * self.numbers as u64)
     }
 
-    /// Bytes that it takes to keep account of a page.
+    /// Bytes that a page takes besides what it holds.
     pub fn overhead(&self) -> u64 {
         Page::overhead(self.buffers.len())
     }
@@ -188,7 +189,7 @@ impl Layout {
         layout
     }
 
-    /// That of a model without layers.
+    /// The layout of a model without layers.
     #[cfg(test)]
     pub fn empty() -> Self {
         Layout { pages: Vec::new(), layers: Vec::new() }
@@ -208,7 +209,7 @@ impl Layout {
         layers.map(layer).fold(0, u64::saturating_add)
     }
 
-    /// Bytes that a mark keeps at most, in a sequence of up to `capacity` tokens.
+    /// The most bytes that a mark keeps in a sequence of up to `capacity` tokens.
     pub fn mark_bytes(&self, capacity: usize) -> u64 {
         let kept = |page: &PageLayout| page.kind.marked(capacity).saturating_mul(page.bytes());
         self.pages.iter().map(kept).fold(0, u64::saturating_add)

@@ -1,10 +1,10 @@
-//! What layers remember of a sequence, and how it is stored: pages of one pool. Attention asks for rows by position and knows no
-//! more.
+//! What layers remember of a sequence, and how it is stored: in pages of one pool. Attention asks for rows by position and knows
+//! nothing else of their place.
 //!
 //! A page has the rows of [`PAGE_TOKENS`] tokens in all layers of a kind ([`PageKind`]), or the states of all recurrent layers
-//! behind one token. The pool is planned and made with the engine; sequences take pages as they grow and give them back. Sequences
-//! with a common beginning share its pages, and marks share those that a sequence would otherwise give back; whoever is about to
-//! write in a shared page takes a copy first. So a page that two have is never written.
+//! after one token. The pool is planned and made with the engine; sequences take pages as they grow and give them back. A sequence
+//! shares pages with its forks, and with its marks, which keep pages that it would otherwise give back. A sequence that is about to
+//! write in a shared page takes a copy first, so a shared page is never written.
 
 mod key_value;
 mod latent;
@@ -21,7 +21,7 @@ pub use self::page::{Held, PageCount, PagePool, PagesFull};
 pub use self::table::Table;
 use crate::delta::{State, StateMut};
 
-/// Why a cache is of the kind that its layer wants.
+/// Why a cache always is of the kind that its layer expects.
 const OF_ITS_SPEC: &str = "a cache is made from the spec of its layer";
 
 /// What one layer remembers of the tokens of one sequence.
@@ -80,7 +80,7 @@ impl<'a> LayerCache<'a> {
         self.record_len
     }
 
-    /// Writes a record. That of a state is the one behind its token.
+    /// Writes a record. A state's record is the one after its token.
     pub fn record_to_bytes(self, record: usize, out: &mut [u8]) {
         match self.place {
             Place::Latent(_) => self.latent().row_to_bytes(record, out),

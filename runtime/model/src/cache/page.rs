@@ -21,7 +21,7 @@ impl Page {
         Page { kind, rows, numbers: vec![0.0; layout.numbers] }
     }
 
-    /// Bytes that a page with so many buffers takes beside them, with its place in the pool and what its allocations cost.
+    /// Bytes that a page with this many buffers takes besides their contents: its own fields, its place in the pool, its allocations.
     pub(super) fn overhead(buffers: usize) -> u64 {
         const ALLOCATION: usize = 16;
         let counts = 2 * size_of::<usize>() + size_of::<Arc<Page>>();
@@ -29,7 +29,7 @@ impl Page {
         (size_of::<Page>() + counts + 3 * ALLOCATION + buffers * buffer) as u64
     }
 
-    /// Takes over what another page of the kind holds.
+    /// Copies the contents of another page of the kind.
     pub(super) fn copy(&mut self, from: &Page, layout: &PageLayout) {
         for ((to, from), &(rows, _)) in self.rows.iter_mut().zip(&from.rows).zip(&layout.buffers) {
             to.copy_rows(from, 0..rows);
@@ -44,15 +44,15 @@ pub struct PagePool {
     layout: Layout,
     /// Pages of each kind.
     total: Vec<usize>,
-    /// Of each kind those that nobody has. The room for all of them is there from the start.
+    /// The free pages of each kind. The lists have room for all pages from the start.
     free: Mutex<Vec<Free>>,
 }
 
-/// The pages of a kind that nobody has.
+/// The free pages of a kind.
 #[derive(Debug)]
 struct Free {
     pages: Vec<Arc<Page>>,
-    /// Those whose memory has been given back to the system: they are made again when they are needed.
+    /// Free pages whose memory has been given back to the system; they are allocated again when they are needed.
     away: usize,
 }
 
@@ -71,7 +71,7 @@ pub struct PageCount {
     pub bytes: u64,
     /// In all.
     pub total: usize,
-    /// Of which nobody has these.
+    /// Of which free.
     pub free: usize,
 }
 
@@ -131,7 +131,7 @@ impl PagePool {
         }
     }
 
-    /// A page that nobody has. What it holds is what it held before.
+    /// Takes a free page. It still holds what its last owner has left there.
     pub fn take(self: &Arc<Self>, kind: usize) -> Result<Held, PagesFull> {
         let mut free = self.lock();
         let page = match free[kind].pages.pop() {
@@ -146,7 +146,7 @@ impl PagePool {
         Ok(Held { page: Some(page), pool: Arc::clone(self) })
     }
 
-    /// Gives the memory of the pages that nobody has back to the system. They are still there to be taken.
+    /// Gives the memory of free pages back to the system. The pages still count as free and can be taken.
     pub fn give_back(&self) {
         for free in &mut *self.lock() {
             free.away += free.pages.len();
@@ -159,12 +159,12 @@ impl PagePool {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Free>> {
-        // Nothing that holds it can leave it half changed.
+        // A panic while it was locked cannot have left it half changed.
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A page that somebody has. Clones share it; the last of them gives it back to the pool.
+/// A handle to a page that was taken. Clones share the page; the last one to be dropped gives it back to the pool.
 #[derive(Debug)]
 pub struct Held {
     /// None only while it is dropped.
@@ -181,25 +181,25 @@ impl Held {
     /// The same, to change it.
     ///
     /// # Panics
-    /// If it is shared: who wants to write asks for a copy first.
+    /// If it is shared: make a copy first ([`Held::own`]).
     pub fn get_mut(&mut self) -> &mut Page {
         let page = self.page.as_mut().and_then(Arc::get_mut);
         page.expect("a page that is written was made the sequence's own before")
     }
 
-    /// Whether somebody else has it too.
+    /// Whether there are other handles to the page.
     pub fn is_shared(&self) -> bool {
         Arc::strong_count(self.arc()) > 1
     }
 
-    /// Of these handles, how many pages they have that nobody else has.
+    /// The number of pages to which all handles are among `handles`.
     pub fn alone<'a>(handles: impl Iterator<Item = &'a Held>) -> usize {
         let mut pages: Vec<&Arc<Page>> = handles.map(Held::arc).collect();
         pages.sort_unstable_by_key(|page| Arc::as_ptr(page));
         pages.chunk_by(|a, b| Arc::ptr_eq(a, b)).filter(|same| same.len() == Arc::strong_count(same[0])).count()
     }
 
-    /// A copy that nobody else has, from the same pool.
+    /// A copy of the page, not shared, from the same pool.
     pub fn own(&self) -> Result<Held, PagesFull> {
         let kind = self.arc().kind;
         let mut own = self.pool.take(kind)?;
@@ -221,8 +221,8 @@ impl Clone for Held {
 impl Drop for Held {
     fn drop(&mut self) {
         let Some(page) = self.page.take() else { return };
-        // Handles go one at a time, under the lock: exactly one of them finds that it is the last, and nobody can make another
-        // of that one.
+        // Handles are dropped one at a time, under the lock: so exactly one finds that it is the last, and no other is left to
+        // be cloned meanwhile.
         let mut free = self.pool.lock();
         if Arc::strong_count(&page) == 1 {
             free[page.kind].pages.push(page);

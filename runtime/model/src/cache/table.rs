@@ -1,4 +1,4 @@
-//! The pages that one sequence has of a kind.
+//! The pages of one kind that a sequence has.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -24,13 +24,13 @@ pub struct RowTable {
     pages: VecDeque<Held>,
     /// Number of the first page that is there: what it holds begins at `first · PAGE_TOKENS`.
     first: usize,
-    /// The first position that has rows: a restored sequence has those in the window alone.
+    /// The first position that has rows: of a restored sequence, the first in the window.
     from: usize,
 }
 
 impl RowTable {
     fn new(kind: usize, window: Option<usize>, capacity: usize) -> Self {
-        // A step may have a page more while it copies a shared one.
+        // One more, for the copy of a shared page.
         let pages = VecDeque::with_capacity(capacity.div_ceil(PAGE_TOKENS) + 1);
         RowTable { kind, window, pages, first: 0, from: 0 }
     }
@@ -64,7 +64,7 @@ impl RowTable {
 
     /// Rows before `position` that the token there and later ones can see.
     pub fn seen_from(&self, position: usize) -> Range<usize> {
-        // A token sees itself, and so one earlier row less than the window has.
+        // The window includes the token itself, so it has one earlier row fewer.
         self.window.map_or(0, |window| (position + 1).saturating_sub(window))..position
     }
 
@@ -72,7 +72,7 @@ impl RowTable {
         position == 0 || self.seen_from(position).start >= self.from
     }
 
-    /// Whether the page in the middle of which a sequence of `position` tokens ends is somebody else's too.
+    /// Whether a sequence of `position` tokens ends in the middle of a page that is shared.
     fn copies(&self, position: usize) -> bool {
         let last = self.pages.back();
         !position.is_multiple_of(PAGE_TOKENS) && last.is_some_and(Held::is_shared)
@@ -111,7 +111,7 @@ impl RowTable {
         }
     }
 
-    /// Gives back what the token at `position` and later ones do not see, but for a little.
+    /// Gives back the pages that the token at `position` and later ones do not see, except for [`WINDOW_SLACK`].
     fn trim(&mut self, position: usize) {
         let keep = self.seen_from(position).start.saturating_sub(WINDOW_SLACK);
         while (self.first + 1) * PAGE_TOKENS <= keep && self.pages.pop_front().is_some() {
@@ -120,7 +120,7 @@ impl RowTable {
         }
     }
 
-    /// The window before `position`: shared, not copied.
+    /// The pages of the window before `position`, shared and not copied.
     fn keep(&self, position: usize) -> Self {
         let from = self.seen_from(position).start;
         let skip = (from / PAGE_TOKENS).saturating_sub(self.first);
@@ -128,14 +128,14 @@ impl RowTable {
         RowTable { kind: self.kind, window: self.window, pages, first: self.first + skip, from: from.max(self.from) }
     }
 
-    /// Takes the place of what is there.
+    /// Replaces what is there by what a mark has kept.
     fn replace(&mut self, kept: &RowTable) {
         self.pages.clear();
         self.pages.extend(kept.pages.iter().cloned());
         (self.first, self.from) = (kept.first, kept.from);
     }
 
-    /// A copy with room for as many tokens.
+    /// The same pages, shared, with room for as many tokens.
     fn fork(&self) -> Self {
         let mut pages = VecDeque::with_capacity(self.pages.capacity());
         pages.extend(self.pages.iter().cloned());
@@ -143,21 +143,21 @@ impl RowTable {
     }
 }
 
-/// Recurrent states behind the last step, and one more page: where the next step writes, which until then has the states behind
-/// the step before. So a step that fails can be repeated, and one step can be taken back.
+/// Recurrent states after the last pass, and one more page for the next pass to write. Until then that page has the states before
+/// the last pass. So a pass that fails can be repeated, and the last pass can be taken back.
 #[derive(Clone, Debug)]
 pub struct StateTable {
     kind: usize,
-    /// Behind the last step; nothing where no token has been seen.
+    /// The states after the last pass and their position; none before the first token.
     now: Option<(usize, Held)>,
-    /// Behind an earlier one, or half written.
+    /// The states before the last pass, or half written ones.
     other: Option<Held>,
-    /// The position of the other, if it is whole.
+    /// The position of `other`, if its states are complete.
     before: Option<usize>,
 }
 
 impl StateTable {
-    /// The states that a step reads, and those that it writes. Before the first token the former are zeros.
+    /// The states that a pass reads, and those that it writes. Before the first token the former are zeros.
     ///
     /// # Panics
     /// If the sequence was not prepared for a step.
@@ -166,17 +166,17 @@ impl StateTable {
         (now.get(), other.get_mut())
     }
 
-    /// The states behind the last step; none at the beginning.
+    /// The states after the last pass; none before the first token.
     pub fn now(&self) -> Option<&Page> {
         self.now.as_ref().map(|(_, page)| page.get())
     }
 
-    /// Whether the next step needs another page to write: none is there, or it is somebody else's too.
+    /// Whether the next pass needs another page to write, because there is none or it is shared.
     fn writes_new(&self) -> bool {
         self.other.as_ref().is_none_or(Held::is_shared)
     }
 
-    /// The pages of others in whose place new ones are taken for `count` tokens.
+    /// The shared pages that new ones replace when `count` tokens are appended.
     fn replaced(&self, count: usize) -> impl Iterator<Item = &Held> {
         // What is read in the first pass of a step is written in the second.
         let again = self.now.iter().map(|now| &now.1).filter(move |_| count > 1);
@@ -197,7 +197,7 @@ impl StateTable {
             self.other = None;
             self.other = Some(pool.take(self.kind)?);
         }
-        // Until the step is complete, what is there is neither the old state nor the new one.
+        // Until the pass is complete, `other` has neither the old state nor the new one.
         self.before = None;
         Ok(())
     }
@@ -239,7 +239,7 @@ impl StateTable {
 }
 
 impl Table {
-    /// No pages; there will be some for `capacity` tokens.
+    /// A table without pages, for a sequence of up to `capacity` tokens.
     pub fn new(number: usize, kind: PageKind, capacity: usize) -> Self {
         match kind {
             PageKind::Rows => Table::Rows(RowTable::new(number, None, capacity)),
@@ -248,7 +248,7 @@ impl Table {
         }
     }
 
-    /// Pages that have to be taken before a sequence of `position` tokens can take `count` more, if it gives none back meanwhile.
+    /// Pages to take before a sequence of `position` tokens can take `count` more, if it gives none back meanwhile.
     pub fn wanted(&self, position: usize, count: usize) -> usize {
         match self {
             Table::Rows(rows) => rows.wanted(position, count),
@@ -256,7 +256,8 @@ impl Table {
         }
     }
 
-    /// The pages of others among those that are wanted in their place: whoever comes last has them alone by then, and needs none.
+    /// The shared pages that [`wanted`](Self::wanted) counts a copy for. If all sequences that share one of them go on, the last does not
+    /// need its copy, because it then has the page alone.
     pub fn replaced(&self, position: usize, count: usize) -> impl Iterator<Item = &Held> {
         let (rows, state) = match self {
             Table::Rows(rows) => (rows.copied(position), None),
@@ -265,10 +266,10 @@ impl Table {
         rows.into_iter().chain(state.into_iter().flatten())
     }
 
-    /// Takes the pages for a pass of `count` rows; what is shared and will be written is copied.
+    /// Takes the pages for a pass of `count` rows, and copies shared pages that the pass will write.
     ///
     /// # Errors
-    /// [`PagesFull`]; what was remembered is still there.
+    /// [`PagesFull`]; the sequence has lost nothing.
     pub fn prepare(&mut self, pool: &Arc<PagePool>, position: usize, count: usize) -> Result<(), PagesFull> {
         match self {
             Table::Rows(rows) => rows.prepare(pool, position, count),
@@ -276,7 +277,7 @@ impl Table {
         }
     }
 
-    /// A pass has brought the sequence to `position`: gives back what no later token sees.
+    /// A pass has brought the sequence to `position`: gives back the pages that no later token sees.
     pub fn advance(&mut self, position: usize) {
         match self {
             Table::Rows(rows) => rows.trim(position),
@@ -284,7 +285,7 @@ impl Table {
         }
     }
 
-    /// Gives back what was taken for tokens that did not come.
+    /// Gives back pages that were taken for a pass that was not completed.
     pub fn settle(&mut self, position: usize) {
         if let Table::Rows(rows) = self {
             rows.truncate(position);
@@ -299,8 +300,8 @@ impl Table {
         }
     }
 
-    /// What a mark at `position`, where the sequence is, has to keep: none where rows stay as long as their tokens. Nothing is
-    /// copied: whoever goes on copies what it is about to write.
+    /// What a mark at `position`, where the sequence is, has to keep; `None` where rows stay as long as their tokens do. Pages are
+    /// shared, not copied: a sequence that goes on copies a shared page before it writes.
     pub fn keep(&self, position: usize) -> Option<Self> {
         match self {
             Table::Rows(rows) => rows.window.map(|_| Table::Rows(rows.keep(position))),
@@ -308,7 +309,7 @@ impl Table {
         }
     }
 
-    /// Forgets the tokens from `position` on. `kept`: what a mark there has kept.
+    /// Forgets the tokens from `position` on. `kept`: what a mark at `position` has kept.
     pub fn rewind(&mut self, position: usize, kept: Option<&Self>) {
         match (self, kept) {
             (Table::Rows(rows), Some(Table::Rows(kept))) if !rows.reaches(position) => rows.replace(kept),
@@ -320,7 +321,7 @@ impl Table {
         }
     }
 
-    /// The same of a sequence that goes on by itself.
+    /// The table of a fork.
     pub fn fork(&self) -> Self {
         match self {
             Table::Rows(rows) => Table::Rows(rows.fork()),
@@ -380,7 +381,7 @@ impl Table {
         state
     }
 
-    /// Makes room for what a saved sequence of `position` tokens has.
+    /// Takes the pages for a saved sequence of `position` tokens.
     ///
     /// # Errors
     /// [`PagesFull`].

@@ -19,19 +19,19 @@ use crate::memory::{Bytes, MIN_SLOTS, MemoryPlan, Wish};
 pub struct ShrinkError {
     /// What was asked for, in bytes.
     pub asked: u64,
-    /// Of the least, what is not expert slots.
+    /// The part of the least budget that is not expert slots.
     pub fixed: u64,
     /// The least budget of this model as it was opened.
     pub least: u64,
 }
 
 impl MemoryPlan {
-    /// Bytes that a budget cannot take back while the model is open.
+    /// Bytes that stay allocated while the model is open, whatever the budget.
     fn fixed(&self) -> u64 {
         self.dense + self.dense_ring + self.kv_cache + self.scratch
     }
 
-    /// Expert slots of a budget of `bytes`: none if that does not hold the least.
+    /// Expert slots that a budget of `bytes` holds; `None` if it is below the least.
     fn slots_of(&self, bytes: u64) -> Option<usize> {
         if bytes < self.least() {
             return None;
@@ -40,12 +40,12 @@ impl MemoryPlan {
         Some(usize::try_from(slots).unwrap_or(usize::MAX).min(self.most_slots))
     }
 
-    /// The least budget that the plan can shrink to: its dense parts, keys and values and scratch, and two experts.
+    /// The least budget that the plan can shrink to: dense parts, keys and values, scratch, and two experts.
     pub fn least(&self) -> u64 {
         self.fixed() + MIN_SLOTS.min(self.most_slots) as u64 * self.slot_len
     }
 
-    /// The most that it can grow to: what it was opened with.
+    /// The largest budget that it can grow to: the one that it was opened with.
     pub fn most(&self) -> u64 {
         self.fixed() + self.most_slots as u64 * self.slot_len
     }
@@ -53,20 +53,20 @@ impl MemoryPlan {
 
 impl Engine {
     /// Changes the budget, between steps: expert slots are given back to the system, or taken from it again, so that everything
-    /// large takes `bytes` at most. The experts that leave are those that the policy expects to need last. A budget above the
-    /// one that the model was opened with counts as that. [`Engine::memory`] says what holds from now on: fewer slots than asked
-    /// for if the system did not give more.
+    /// large takes at most `bytes`. The experts that leave are those that the policy would evict first. A budget above the one that
+    /// the model was opened with counts as that one. [`Engine::memory`] shows the result, which has fewer slots than asked for if the
+    /// system did not give more memory.
     ///
     /// # Errors
     /// [`RuntimeError::Shrink`] for less than [`MemoryPlan::least`]; nothing has changed then. [`RuntimeError::Pool`] if the system
-    /// does not give the least.
+    /// does not give memory for two experts.
     pub fn set_budget(&mut self, bytes: u64) -> Result<(), RuntimeError> {
         let plan = &self.memory;
         let refused = ShrinkError { asked: bytes, fixed: plan.fixed(), least: plan.least() };
         let slots = plan.slots_of(bytes).ok_or(refused)?;
         self.allowed_slots = slots;
         if self.is_at_rest() {
-            // Nothing is held: the next step takes as much as holds by then.
+            // Nothing is held now; the next step takes as many slots as the plan then has.
             self.count_slots(slots);
             return Ok(());
         }
@@ -88,19 +88,19 @@ impl Engine {
         self.memory.effective = self.memory.used();
     }
 
-    /// Gives the memory of a model at rest back to the system: expert slots, dense parts, scratch, and pages that no sequence has. What remains is the program,
-    /// tables of the file, and what sequences remember. The next step takes the memory again and reads what was in it, which
-    /// for a large model takes seconds.
+    /// Gives the memory of a model at rest back to the system: expert slots, dense parts, scratch, and pages that no sequence has.
+    /// What remains is the program, the tables of the file, and what sequences remember. The next step takes the memory again and
+    /// reads what was in it, which takes seconds for a large model.
     pub fn release_idle(&mut self) {
         self.storage.dense.give_back();
-        // Giving back needs nothing from the system.
+        // Giving memory back cannot fail: it needs none from the system.
         let _ = self.storage.pool.resize(0);
         self.model.give_back(&self.compute);
         self.pages.give_back();
         trim_heap();
     }
 
-    /// Whether [`Engine::release_idle`] was the last thing that happened.
+    /// Whether no step has been taken since [`Engine::release_idle`].
     pub fn is_at_rest(&self) -> bool {
         self.storage.dense.is_away()
     }
@@ -115,17 +115,18 @@ impl Engine {
         Ok(())
     }
 
-    /// Looks, a few times a second at most, whether the system is short of memory, and follows: the budget shrinks in steps of an
-    /// eighth while it is, and grows back when it has long not been. Does nothing unless the model was opened to do so
-    /// ([`EngineOptions::yields`](super::EngineOptions)). The scheduler asks before every step. True if the budget has changed.
+    /// Looks, at most four times a second, whether the system is short of memory. While it is, the budget shrinks step by step, an
+    /// eighth of the expert slots at a time; once it has not been for a while, the budget grows back. Does nothing unless the model was
+    /// opened to do so ([`EngineOptions::yields`](super::EngineOptions)). The scheduler calls this before every turn. True if the
+    /// budget has changed.
     pub fn heed_pressure(&mut self) -> bool {
         let Some(watch) = &mut self.pressure else { return false };
         let wish = watch.look(Instant::now(), self.memory.slots < self.allowed_slots);
         self.follow(wish)
     }
 
-    /// Changes the budget by an eighth of what it was opened with or set to, between steps: down to the least, or up to that. True if
-    /// it has changed.
+    /// Changes the number of expert slots by an eighth of what the model was opened with or [`Engine::set_budget`] has allowed: down to
+    /// the least, or up to that number. True if it has changed.
     pub fn follow(&mut self, wish: Wish) -> bool {
         let (before, most) = (self.memory.slots, self.allowed_slots);
         // At least one: small models have few.
