@@ -1,4 +1,4 @@
-//! The checksum of an input of whole blocks, whose sums come from anywhere.
+//! The checksum of an input of whole blocks, whose sums can be formed by any thread.
 
 use crate::constants::SECRET;
 use crate::isa::{Isa, STRIPE};
@@ -10,7 +10,7 @@ pub const BLOCK_BYTES: usize = 1024;
 /// What one block adds to the accumulators.
 pub type BlockSum = [u64; 8];
 
-/// The sums of consecutive blocks. `ends`: whether the last of them is the last of its input, which has a secret of its own.
+/// The sums of consecutive blocks. `ends`: whether the last of them ends the input; such a block has a secret of its own.
 ///
 /// # Panics
 /// If `bytes` are not as many blocks as there are `sums`.
@@ -25,7 +25,7 @@ pub fn block_sums(bytes: &[u8], ends: bool, sums: &mut [BlockSum]) {
     }
 }
 
-/// xxh3-64 of an input of whole blocks in the making: what the first of them have left in the accumulators.
+/// An unfinished xxh3-64 of an input of whole blocks: the accumulators after the first of them.
 #[derive(Clone, Debug)]
 pub struct BlockHash {
     state: BlockSum,
@@ -51,8 +51,7 @@ impl BlockHash {
         self.blocks += sums.len();
     }
 
-    /// Takes the next blocks themselves, none of which is the last of the input: as if their sums were absorbed, but in less
-    /// time.
+    /// Takes the next blocks themselves, none of which is the last of the input. The same as absorbing their sums, but faster.
     ///
     /// # Panics
     /// If `bytes` are not whole blocks.

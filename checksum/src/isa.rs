@@ -1,4 +1,4 @@
-//! What is done with blocks, by instruction set; scalar code is the specification.
+//! Operations on blocks, by instruction set. Scalar code is the specification.
 
 use crate::blocks::{BLOCK_BYTES, BlockSum};
 use crate::constants::{PRIME32, SECRET_BYTES, u64_at};
@@ -11,7 +11,7 @@ pub(crate) const SCRAMBLE_SECRET: usize = SECRET_BYTES - STRIPE;
 /// The eight words that meet eight words of input, or the accumulators.
 pub(crate) type Secret = [u8; SECRET_BYTES];
 
-/// Whoever holds a variant may execute its instructions: the tokens inside exist only where the CPU has them.
+/// A value of a variant permits its instructions: the tokens inside exist only where the CPU has them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Isa {
     Scalar,
@@ -22,7 +22,7 @@ pub(crate) enum Isa {
 }
 
 impl Isa {
-    /// The fastest of this CPU. Cheap: the standard library remembers what the CPU has.
+    /// The fastest set that this CPU has. Cheap, because the standard library remembers the CPU's features.
     #[inline]
     pub(crate) fn detect() -> Isa {
         #[cfg(target_arch = "x86_64")]
@@ -58,7 +58,7 @@ impl Isa {
         }
     }
 
-    /// Both in one: scrambling is a chain of dependent steps, which takes no time of its own while the next block is summed.
+    /// Sums blocks and adds them in one: scrambling is a chain of dependent steps, which is hidden while the next block is summed.
     pub(crate) fn update(self, secret: &Secret, state: &mut BlockSum, blocks: &[[u8; BLOCK_BYTES]]) {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -108,7 +108,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// What the CPU's instructions make of blocks is what the specification makes of them, with any secret.
+        /// The CPU's instructions give what the specification gives, with any secret.
         #[test]
         fn instruction_sets_agree(
             bytes in proptest::collection::vec(any::<u8>(), BLOCK_BYTES..6 * BLOCK_BYTES),

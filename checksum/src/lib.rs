@@ -1,13 +1,13 @@
 //! xxh3, the checksum of everything that Sluice writes: of bytes at once ([`xxh3_64`], [`xxh3_128`]), of a stream ([`Xxh3`]), and
-//! of blocks whose sums any thread forms in any order ([`block_sums`], [`BlockHash`]).
+//! of blocks, whose sums threads can form in any order ([`block_sums`], [`BlockHash`]).
 //!
-//! The last is why this is no library: XXH3 adds to eight accumulators, for each kibibyte of an input, sums that depend on that
-//! kibibyte alone, and only then scrambles them. So whoever has just multiplied weights can form the sums of their blocks out of
-//! its cache, and the scrambling of a whole expert takes microseconds. No library gives these sums out. They are the part of the
-//! algorithm that costs time, so the rest is here as well, and there is one implementation instead of two.
+//! The blocks are the reason not to use a library. For each kibibyte of its input, XXH3 adds sums that depend on that kibibyte alone
+//! to eight accumulators, and then scrambles these. So a thread that has just multiplied weights can form the sums of their blocks
+//! from its cache, and scrambling takes microseconds for a whole expert. No library exposes these sums. They are the part of the
+//! algorithm that takes time, so the rest is here as well: one implementation instead of two.
 //!
-//! The algorithm is `doc/xxhash_spec.md` of the [xxHash](https://github.com/Cyan4973/xxHash) repository, whose names the constants
-//! have. The instruction set is chosen at run time; all give the same checksums.
+//! The algorithm is specified in `doc/xxhash_spec.md` of the [xxHash](https://github.com/Cyan4973/xxHash) repository; the constants
+//! have its names. The instruction set is chosen at run time; all of them give the same checksums.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -30,9 +30,9 @@ pub(crate) fn secret(seed: u64) -> Cow<'static, Secret> {
     Cow::Owned(secret)
 }
 
-/// The accumulators after all of `bytes`.
+/// The accumulators after all `bytes`.
 pub(crate) fn accumulate(bytes: &[u8], secret: &Secret) -> BlockSum {
-    // The last block, also a whole one, is not scrambled.
+    // The last block is not scrambled, even if it is whole.
     let (before, rest) = bytes.split_at((bytes.len() - 1) / BLOCK_BYTES * BLOCK_BYTES);
     let mut state = START;
     Isa::detect().update(secret, &mut state, before.as_chunks().0);
@@ -40,7 +40,7 @@ pub(crate) fn accumulate(bytes: &[u8], secret: &Secret) -> BlockSum {
     state
 }
 
-/// Adds what comes after the last block that is scrambled: `rest`, at most a block. `last`: the last stripe of the input.
+/// Adds `rest`, at most a block: the bytes after the last block that is scrambled. `last`: the last stripe of the input.
 pub(crate) fn add_rest(secret: &Secret, state: &mut BlockSum, rest: &[u8], last: &[u8; STRIPE]) {
     let stripes = rest[..rest.len() - 1].as_chunks().0;
     stripes.iter().enumerate().for_each(|(i, stripe)| add_stripe(secret, 8 * i, stripe, state));

@@ -13,12 +13,12 @@ use crate::{long, short};
 pub struct Xxh3 {
     seed: u64,
     secret: Cow<'static, [u8; SECRET_BYTES]>,
-    /// After all blocks but those bytes that are kept.
+    /// The accumulators after all bytes that are not kept.
     state: BlockSum,
     /// Bytes in all.
     len: u64,
-    /// The last stripe that was taken into the accumulators, then the bytes that were not: the last block, also a whole one, is
-    /// not scrambled, so it stays here until there is more.
+    /// The last stripe that was taken into the accumulators, then the bytes that were not. The last block is not scrambled, even if it is
+    /// whole, so it stays here until there is more.
     kept: [u8; STRIPE + BLOCK_BYTES],
     kept_len: usize,
 }
@@ -36,13 +36,13 @@ impl fmt::Debug for Xxh3 {
 }
 
 impl Xxh3 {
-    /// Of nothing yet, with seed 0.
+    /// An empty stream, with seed 0.
     #[must_use]
     pub fn new() -> Self {
         Self::with_seed(0)
     }
 
-    /// Of nothing yet.
+    /// An empty stream.
     #[must_use]
     pub fn with_seed(seed: u64) -> Self {
         Xxh3 {

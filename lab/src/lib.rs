@@ -1,7 +1,8 @@
-//! The laboratory: what is known of a model and a machine before and after a run. Nothing depends on it but the command line.
+//! The laboratory: tools that say something about a model and a machine before and after a run. Of the program, only the command
+//! line depends on it.
 //!
 //! [`trace`] records, measures and replays routing; [`estimate`] says how fast a model can be; [`calibrate`] measures the inputs
-//! that matrices meet.
+//! of matrices.
 
 pub mod calibrate;
 pub mod estimate;

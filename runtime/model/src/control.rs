@@ -1,4 +1,4 @@
-//! What a caller of a step wants beside its logits: to watch it, and to end it.
+//! What a caller of a step can do besides taking its logits: watch it, and end it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,17 +8,17 @@ use super::ModelError;
 use super::compute::InputObserver;
 use super::router::Choice;
 
-/// Ends a step from anywhere. Clones are the same switch, and it stays set.
+/// A switch that ends a step, from any thread. Clones are the same switch, and it stays set.
 #[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
-    /// A switch that nobody has set.
+    /// A switch that is not set.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Ends the step that watches this switch, and every later one. What is being computed is thrown away.
+    /// Ends the step that has this switch, and every later one that has it. What the running pass has computed is thrown away.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -53,15 +53,15 @@ pub struct Progress {
     pub rows_total: usize,
 }
 
-/// Hears how far a step is: after every layer.
+/// Is told how far a step is, after every layer.
 pub type ProgressObserver<'a> = dyn FnMut(Progress) + 'a;
 
-/// What a caller of a step wants beside its logits. The default wants nothing.
+/// Observers of a step, and the switch that ends it. The default has none.
 #[derive(Default)]
 pub struct Control<'a> {
     /// Ends the step when it is set.
     pub cancel: Option<&'a Cancel>,
-    /// Hears of every layer.
+    /// Is told of every layer.
     pub progress: Option<&'a mut ProgressObserver<'a>>,
     /// Sees the routing.
     pub routing: Option<&'a mut RoutingObserver<'a>>,

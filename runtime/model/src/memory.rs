@@ -1,4 +1,4 @@
-//! How the budget is spent: everything large is allocated from it at the start, and can shrink and grow back while running.
+//! How the budget is spent. The plan is made when a model is opened; while it is open, the expert slots can shrink and grow back.
 
 mod available;
 mod pressure;
@@ -21,7 +21,7 @@ pub use pressure::{Pressure, PressureWatch, Sample, Wish};
 pub const OVERHEAD: u64 = 64 << 20;
 /// Scratch that counts as overhead; only what goes beyond it is charged to the budget.
 const FREE_SCRATCH: u64 = 32 << 20;
-/// Most rows that go through a layer together: beyond that, reading an expert costs little beside multiplying with it.
+/// Most rows that go through a layer together: beyond that, reading an expert costs little compared with multiplying.
 const MAX_ROWS: usize = 8192;
 /// Fewest rows that go through a layer together when memory is short.
 const MIN_ROWS: usize = 16;
@@ -37,11 +37,11 @@ const HEADROOM: (u64, u64) = (10, 512 << 20);
 /// How a budget is spent. All figures in bytes unless named otherwise.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryPlan {
-    /// What the user asked for; `None`: as much as is useful and available.
+    /// The budget that the user asked for; `None`: as much as is useful and available.
     pub requested: Option<u64>,
     /// What the system allows: the least of available memory and control group limits.
     pub available: u64,
-    /// What is planned with; what is used, once the budget has changed.
+    /// The budget that the plan is made for; once the budget has changed, the bytes that are used.
     pub effective: u64,
     /// Dense parts that stay in memory.
     pub dense: u64,
@@ -240,7 +240,7 @@ impl MemoryPlan {
         })
     }
 
-    /// Makes the pool of pages that was planned, for the model that it was planned for.
+    /// Makes the page pool that was planned. `spec`: of the model that it was planned for.
     pub(crate) fn page_pool(&self, spec: &ModelSpec) -> Arc<PagePool> {
         PagePool::new(Layout::new(spec, self.kv_type), &self.pages)
     }
@@ -321,7 +321,7 @@ impl Need<'_> {
         self.pages(rows).map(|(count, bytes)| count.saturating_mul(bytes)).fold(0, u64::saturating_add)
     }
 
-    /// Bytes that it takes to keep account of pages and tokens.
+    /// Bytes of the lists of pages and tokens.
     fn lists(&self, rows: usize) -> u64 {
         let Demand { sequences, context, .. } = self.demand;
         let tokens = (context as u64).saturating_mul(4).saturating_mul(sequences as u64);
@@ -428,7 +428,7 @@ impl fmt::Display for Bytes {
 
 /// What of a budget can be used, of one that was asked for or of one for `everything`.
 fn effective_budget(requested: Option<u64>, everything: u64, available: u64) -> u64 {
-    // Whoever states a budget knows what else the machine does, but not that the program itself takes memory too.
+    // A user who states a budget knows what else the machine does, but not that the program itself takes memory too.
     match requested {
         None => everything.min(available.saturating_sub((available / HEADROOM.0).max(HEADROOM.1.min(available / 2)))),
         Some(requested) => requested.min(available.saturating_sub(OVERHEAD)),

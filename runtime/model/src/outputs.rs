@@ -1,8 +1,8 @@
 //! What the experts of a pass give, and its sum for each row.
 //!
-//! Outputs are computed before anyone knows whether the bytes of their expert are right, because the threads that multiply form
-//! the checksum as well. Such an output is [`Unsettled`]. What is summed is [`Settled`], and there are two ways to that: out of an
-//! unsettled one, by comparing the checksum with the table's, or out of an expert that has been settled before. So this compiles,
+//! Outputs are computed before it is known whether the bytes of their expert are right, because the threads that multiply form the
+//! checksum as well. Such an output is [`Unsettled`]. Only [`Settled`] outputs are summed. There are two ways to get one: from an
+//! unsettled output, by comparing the checksum with the table's, or from an expert that has been settled before. So this compiles,
 //!
 //! ```
 //! use sluice_model::outputs::{Outputs, Settled, Unsettled, Use};
@@ -16,7 +16,7 @@
 //! }
 //! ```
 //!
-//! and this, which forgets to settle, does not. Nor does a settled output that is made up:
+//! but this, which forgets to settle, does not, and neither does making a settled output up:
 //!
 //! ```compile_fail,E0308
 //! # use sluice_model::outputs::{Outputs, Settled, Unsettled, Use};

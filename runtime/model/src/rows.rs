@@ -1,13 +1,13 @@
 //! What one pass runs through the layers: rows, each a token of some sequence at its position.
 //!
-//! A caller describes work as [`Span`]s. A pass takes as many of their tokens as memory has rows for; the layers see rows,
-//! and ask a row for its sequence and position, or the pass for what it is. Nothing is inferred from how many rows there are.
+//! A caller describes work as [`Span`]s. A pass takes as many of their tokens as memory has rows for. The layers see rows, and ask a
+//! row for its sequence and position, and the pass for the phase of its spans. Nothing is inferred from the number of rows.
 
 use super::cache::{LayerCache, LayerCacheMut};
 use super::control::Progress;
 use super::sequence::Sequence;
 
-/// What the tokens of a span are to their sequence.
+/// What kind of tokens a span has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// A part of a prompt: many tokens that are known beforehand.
@@ -49,9 +49,9 @@ pub struct Span<'a> {
     pub sequence: &'a mut Sequence,
     /// Its next tokens, at least one.
     pub tokens: &'a [u32],
-    /// What they are.
+    /// What kind of tokens they are.
     pub phase: Phase,
-    /// Whose logits are wanted.
+    /// Which of their logits are wanted.
     pub logits: Want,
 }
 
@@ -121,8 +121,8 @@ pub struct Cursor {
 }
 
 impl Rows {
-    /// Takes the next tokens of `spans` from `cursor` on, `most` rows at most, and moves the cursor behind them. False when
-    /// there are none left.
+    /// Takes the next tokens of `spans` from `cursor` on, up to `most` rows, and moves the cursor behind them. False if there are none
+    /// left.
     pub fn take(&mut self, spans: &[Span<'_>], cursor: &mut Cursor, most: usize) -> bool {
         self.total = spans.iter().map(|span| span.tokens.len()).sum();
         self.before = cursor.taken;
@@ -152,7 +152,7 @@ impl Rows {
         self.rows.len()
     }
 
-    /// The sequences have seen these rows.
+    /// The pass is complete: adds its tokens to the sequences.
     pub fn advance(&self, spans: &mut [Span<'_>]) {
         for part in &self.spans {
             let Span { sequence, tokens, .. } = &mut spans[part.span];
@@ -163,7 +163,7 @@ impl Rows {
         }
     }
 
-    /// How far the step is before the pass has gone through a layer.
+    /// How far the step is before the pass goes through the first layer.
     pub fn progress(&self) -> Progress {
         Progress { layers: 0, rows: self.rows.len(), rows_before: self.before, rows_total: self.total }
     }
@@ -184,7 +184,7 @@ impl Rows {
         (span.span, span.token + row - span.first)
     }
 
-    /// The spans that have some of these rows, and which those are.
+    /// The spans that have any of these rows, and which of them each has.
     pub fn parts(&self, rows: std::ops::Range<usize>) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> {
         let begun = self.spans.partition_point(|span| span.rows().end <= rows.start);
         self.spans[begun..]
@@ -203,14 +203,14 @@ impl Rows {
         &self.spans
     }
 
-    /// Whether products with the rows wait for memory more than they compute: one sequence goes on by a token. Rows that share
-    /// weights are multiplied while these come.
+    /// Whether products with the rows wait for memory more than they compute, which is so when one sequence decodes one token. With more
+    /// rows, computing takes longer than the weights take to come.
     pub fn wait_for_memory(&self) -> bool {
         matches!(self.spans.as_slice(), [span] if span.phase == Phase::Decode)
     }
 
-    /// Whether the pass only continues generations: what it routes to says what comes next, and it waits for the drive more
-    /// than it computes. A prompt sweeps through most experts instead, and computes for long.
+    /// Whether all rows decode or check drafts. The experts of such a pass predict those of the next, and it waits for the drive more than
+    /// it computes. A prompt uses most experts, and computes for long.
     pub fn generate(&self) -> bool {
         self.spans.iter().all(|span| span.phase != Phase::Prompt)
     }
@@ -228,12 +228,12 @@ impl<'a, 's> Caches<'a, 's> {
         Caches { spans, layer }
     }
 
-    /// That of a span's sequence.
+    /// The cache of a span's sequence.
     pub fn of(&self, span: usize) -> LayerCache<'_> {
         self.spans[span].sequence.layer(self.layer)
     }
 
-    /// That of a span's sequence, to extend it.
+    /// The cache of a span's sequence, to extend it.
     pub fn of_mut(&mut self, span: usize) -> LayerCacheMut<'_> {
         self.spans[span].sequence.layer_mut(self.layer)
     }

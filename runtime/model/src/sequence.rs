@@ -13,8 +13,8 @@ use sluice_kernels::KvType;
 use super::cache::{LayerCache, LayerCacheMut, Layout, PageKind, PageLayout, PagePool, PagesFull, Table};
 use super::session::Binding;
 
-/// A place in a sequence that one can go back to, as long as the sequence has not gone back beyond it. A fork has the marks of
-/// the sequence that it was made of.
+/// A place in a sequence that it can go back to, until it goes back beyond that. A fork has the marks of the sequence that it was
+/// made from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Mark {
     position: usize,
@@ -36,13 +36,13 @@ impl Mark {
 /// Why a sequence cannot be marked, or go where it is asked to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RewindError {
-    /// The mark is another sequence's, the sequence has since gone back beyond it, or newer ones have taken its place.
+    /// The mark belongs to another sequence, the sequence has gone back beyond it, or newer marks have taken its place.
     #[error("the sequence no longer has the mark at token {position}: set it again, or go to a position")]
     NoSuchMark {
         /// Where the mark was.
         position: usize,
     },
-    /// There are not so many tokens.
+    /// The sequence has fewer tokens.
     #[error("the sequence has {position} tokens and cannot go to token {wanted}")]
     Beyond {
         /// Tokens of the sequence.
@@ -60,21 +60,21 @@ pub enum RewindError {
     },
 }
 
-/// A mark with what it keeps of each kind of page. Forks share that.
+/// A mark, and what it keeps of each kind of page. Forks share it.
 #[derive(Clone, Debug)]
 pub(crate) struct Snapshot {
     mark: Mark,
     kept: Arc<[Option<Table>]>,
-    /// Nobody asked for it: it was made while a prompt was read.
+    /// Made by itself while a prompt was read; a caller has not asked for it.
     automatic: bool,
 }
 
-/// How many marks a sequence keeps, and when it makes some by itself.
+/// How many marks a sequence can keep, and how often it makes one by itself.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct MarkLimits {
     /// Most marks that keep pages.
     pub most: usize,
-    /// Tokens of a prompt between two marks, at least.
+    /// The fewest tokens of a prompt between two automatic marks.
     pub every: usize,
 }
 
@@ -88,7 +88,7 @@ impl Snapshot {
         self.mark.position
     }
 
-    /// Whether nobody asked for it.
+    /// Whether it was made while a prompt was read, and no caller has asked for it.
     pub(crate) fn is_automatic(&self) -> bool {
         self.automatic
     }
@@ -102,15 +102,14 @@ pub struct Sequence {
     tables: Vec<Table>,
     tokens: Vec<u32>,
     capacity: usize,
-    /// Those that still stand, in the order in which they were made.
+    /// The marks that have not been given up, in the order in which they were made.
     marks: Vec<Snapshot>,
     limits: MarkLimits,
     binding: Binding,
 }
 
 impl Sequence {
-    /// An empty sequence that can hold `capacity` tokens, with pages of `pool`, of the model and with the type of keys and values
-    /// that `binding` says.
+    /// An empty sequence for up to `capacity` tokens, with pages of `pool`, for the model and the type of keys and values in `binding`.
     pub(crate) fn new(pool: &Arc<PagePool>, capacity: usize, binding: Binding, limits: MarkLimits) -> Self {
         let kinds = pool.layout().pages().iter().enumerate();
         Sequence {
@@ -136,17 +135,17 @@ impl Sequence {
         Layout::new(spec, ty).touched(position)
     }
 
-    /// Bytes of the pages that a mark keeps at most: recurrent states and windows; none in models that have neither.
+    /// The most bytes that the pages of a mark take: of recurrent states and windows; 0 in models that have neither.
     pub fn mark_memory(spec: &ModelSpec, capacity: usize, ty: KvType) -> u64 {
         Layout::new(spec, ty).mark_bytes(capacity)
     }
 
-    /// Pages that it has, those that it shares included.
+    /// Pages that it has, shared ones included.
     pub fn pages(&self) -> usize {
         self.tables.iter().map(|table| table.pages().count()).sum()
     }
 
-    /// Pages that would be free if it were dropped: nobody shares them. Those that only its marks keep are not counted.
+    /// Pages that would become free if it were dropped. Pages that only its marks keep are not counted.
     pub fn own_pages(&self) -> usize {
         self.tables.iter().flat_map(Table::pages).filter(|page| !page.is_shared()).count()
     }
@@ -158,12 +157,12 @@ impl Sequence {
         pages.sum()
     }
 
-    /// Pages that have to be taken from the pool before it can take `count` more tokens, in one pass.
+    /// Pages that it has to take from the pool before it can take `count` more tokens in one pass.
     pub fn pages_for(&self, count: usize) -> usize {
         self.tables.iter().map(|table| table.wanted(self.position(), count)).sum()
     }
 
-    /// What its numbers depend on beside its tokens.
+    /// What its numbers depend on besides its tokens.
     pub fn binding(&self) -> Binding {
         self.binding
     }
@@ -178,7 +177,7 @@ impl Sequence {
         &self.tokens
     }
 
-    /// Tokens that fit.
+    /// The most tokens that it can hold.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
@@ -189,10 +188,10 @@ impl Sequence {
     }
 
     /// Marks where the sequence is. A mark costs nothing, except in models with windows or recurrent layers: there it keeps pages
-    /// ([`Sequence::mark_memory`]), and the oldest mark goes when there are more than the sequence was made for.
+    /// ([`Sequence::mark_memory`]), and the oldest mark goes when there are more than the memory plan has room for.
     ///
     /// # Errors
-    /// [`RewindError::NoMarks`] where it was made for none.
+    /// [`RewindError::NoMarks`] if the memory plan has room for none.
     pub fn mark(&mut self) -> Result<Mark, RewindError> {
         let position = self.position();
         if let Some(snapshot) = self.marks.iter_mut().find(|s| s.mark.position == position) {
@@ -229,8 +228,8 @@ impl Sequence {
         self.marks.iter().filter(|s| s.costs()).count()
     }
 
-    /// A part of a prompt has been read: keeps what layers will lose, if that has not been done for long. Such a mark takes no
-    /// other one's place but an earlier such one's.
+    /// A part of a prompt has been read: makes an automatic mark, if enough tokens have been read since the last mark. It can take the
+    /// place of an earlier automatic mark, but not of one that was asked for.
     pub(crate) fn mark_prompt(&mut self) {
         let (position, MarkLimits { most, every }) = (self.position(), self.limits);
         let last = self.marks.iter().map(|s| s.mark.position).max().unwrap_or(0);
@@ -248,17 +247,17 @@ impl Sequence {
         self.marks.push(snapshot);
     }
 
-    /// Gives up the marks that nobody asked for.
+    /// Gives up the automatic marks.
     pub(crate) fn forget_automatic_marks(&mut self) {
         self.marks.retain(|snapshot| !snapshot.automatic);
     }
 
-    /// The marks that were asked for and stand, oldest first.
+    /// The marks that were asked for and have not been given up, oldest first.
     pub fn marks(&self) -> impl Iterator<Item = Mark> {
         self.marks.iter().filter(|snapshot| !snapshot.automatic).map(|snapshot| snapshot.mark)
     }
 
-    /// Gives up a mark and its memory, if it still stands.
+    /// Gives up a mark and its memory. Does nothing if it has been given up already.
     pub fn unmark(&mut self, mark: Mark) {
         self.marks.retain(|snapshot| snapshot.mark != mark);
     }
@@ -275,11 +274,10 @@ impl Sequence {
         Ok(())
     }
 
-    /// Forgets the tokens from `position` on, or from the nearest earlier position that there is a way back to, and says which
-    /// one it is. Where layers see everything that is `position` itself. Layers with a window keep it and a little more: as far as
-    /// that reaches ([`WINDOW_SLACK`](crate::WINDOW_SLACK)), `position` itself, too. Recurrent layers can go where the last step or
-    /// the one before it ended. Otherwise it is a mark, one of those that were made while a prompt was read
-    /// (`EngineOptions::mark_every`), or the beginning.
+    /// Forgets the tokens from `position` on, or from the nearest earlier position that it can go back to, and returns that position.
+    /// A sequence whose layers all see everything can go to any `position`. One with windows can go back by at least
+    /// [`WINDOW_SLACK`](crate::WINDOW_SLACK) tokens, one with recurrent layers to where the last pass began. Further back there
+    /// are the marks, also those made while a prompt was read (`EngineOptions::mark_every`), and the beginning.
     ///
     /// # Errors
     /// [`RewindError::Beyond`] if there are fewer tokens; the sequence is then as it was.
@@ -307,7 +305,7 @@ impl Sequence {
         Ok(candidates.filter(|&at| at <= position && reaches(at)).max().unwrap_or(0))
     }
 
-    /// Goes back to where all layers can go.
+    /// Goes back to `position`, where all layers can go.
     fn go_to(&mut self, position: usize) {
         if position < self.position() {
             let snapshot = self.marks.iter().find(|s| s.mark.position == position);
@@ -319,7 +317,7 @@ impl Sequence {
         self.marks.retain(|s| s.mark.position <= position);
     }
 
-    /// A sequence of the same tokens that goes on by itself. Both share what they have: only the page in whose middle they part is
+    /// A sequence of the same tokens that goes on by itself. Both share their pages; only a page in the middle of which they part is
     /// copied, when one of them goes on.
     #[must_use]
     pub fn fork(&self) -> Self {
@@ -363,7 +361,7 @@ impl Sequence {
         self.tables.iter_mut().for_each(|table| table.settle(position));
     }
 
-    /// Makes room in an empty sequence for what a saved one of `position` tokens has.
+    /// Takes the pages for a saved sequence of `position` tokens.
     pub(crate) fn make_room(&mut self, position: usize) -> Result<(), PagesFull> {
         self.tables.iter_mut().try_for_each(|table| table.restore(&self.pool, position))
     }
@@ -378,8 +376,8 @@ impl Sequence {
         &self.marks
     }
 
-    /// A mark at `position` that is to be filled with what was saved of it, the `newest`-th from the end; none where there is no room
-    /// for what it keeps.
+    /// A mark at `position`, to be filled with what was saved of it; it is the `newest`-th from the end. `None` if there is no room for
+    /// what it keeps.
     pub(crate) fn room_for_mark(&self, newest: usize, position: usize, automatic: bool) -> Option<Snapshot> {
         let kinds = self.pool.layout().pages().iter().enumerate();
         let room = |(number, page): (usize, &PageLayout)| {
@@ -394,7 +392,7 @@ impl Sequence {
         Some(Snapshot { mark: Mark::new(position), kept, automatic })
     }
 
-    /// Adds a mark that was filled, behind all others.
+    /// Adds a mark that has been filled, after all others.
     pub(crate) fn restore_mark(&mut self, mark: Snapshot) {
         self.marks.push(mark);
     }

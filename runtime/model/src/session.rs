@@ -1,8 +1,8 @@
-//! Sequences on the drive: what a user keeps of a conversation. `docs/SESSIONS.md` gives the file byte by byte.
+//! Sessions: sequences that are saved in files. `docs/SESSIONS.md` describes the file byte by byte.
 //!
-//! The file says nothing of how a sequence lies in memory: records are in the order of positions, as many as later tokens can
-//! see. What each section must be follows from the model and the header, so nothing is allocated or skipped because the file
-//! says so.
+//! The file does not depend on how a sequence lies in memory: records are in the order of positions, as many as later tokens can
+//! see. What each section must be follows from the model, the header and the marks, so nothing is allocated or skipped because the
+//! file says so.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -50,7 +50,7 @@ const SECTION_LEN: usize = 24;
 /// Bytes that are written or read at once, if a record is not longer.
 const BLOCK: usize = 256 << 10;
 
-/// What the numbers of a sequence depend on beside its tokens.
+/// What the numbers of a sequence depend on besides its tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Binding {
     /// Weights, what is computed with them, and the tokenizer.

@@ -13,7 +13,7 @@ use sluice_kernels::Watch;
 /// Sums that are formed before they are put into their places.
 const BATCH: usize = 16;
 
-/// The checksum of one extent in the making. Each block is summed by whoever reads its first byte.
+/// The checksum of one extent in the making. Each block is summed by the thread that reads its first byte.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     /// Sums that came before those of the blocks before them, and that of the last block. Stores are relaxed: the pool of

@@ -192,7 +192,7 @@ impl Held {
         Arc::strong_count(self.arc()) > 1
     }
 
-    /// The number of pages to which all handles are among `handles`.
+    /// How many pages have all their handles among `handles`.
     pub fn alone<'a>(handles: impl Iterator<Item = &'a Held>) -> usize {
         let mut pages: Vec<&Arc<Page>> = handles.map(Held::arc).collect();
         pages.sort_unstable_by_key(|page| Arc::as_ptr(page));

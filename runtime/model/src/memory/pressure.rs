@@ -1,4 +1,4 @@
-//! Whether the system is short of memory, and what a budget should make of it.
+//! Whether the system is short of memory, and whether a budget should shrink or grow.
 //!
 //! Linux says how long tasks have waited for memory (`/proc/pressure/memory` and each control group's `memory.pressure`), how
 //! much is left, and how often a group has run out (`memory.events`). The counters `high` and `max` of the latter are left alone:
@@ -10,16 +10,17 @@ use std::time::{Duration, Instant};
 
 use super::available::{Group, groups_of, meminfo_available};
 
-/// Tasks are short of memory when some of them have waited for it for this part of the last ten seconds, in percent.
+/// The system is short of memory when some task has waited for memory for at least this part of the last ten seconds, in percent.
 const STALLED: f32 = 10.0;
-/// The last bytes: when less than this is left, the next large allocation of anybody ends badly. On a small machine, where the plan
-/// itself leaves little more, half of what was left at the start.
+/// The system is short of memory when less than this is left: the next large allocation of any program may fail. On a small machine,
+/// where the plan itself leaves little more, it is half of what was left at the start.
 const LAST_BYTES: u64 = 128 << 20;
-/// Between two looks.
+/// Time between two looks.
 const LOOK: Duration = Duration::from_millis(250);
-/// After a shrinking step, before the next: what was given back must be able to show in the figures.
+/// Time between two shrinking steps, so that the memory given back can show in the figures.
 const SETTLE: Duration = Duration::from_secs(2);
-/// Without pressure, before the budget grows again by a step. Doubled whenever growing has brought the pressure back.
+/// Time without pressure before the budget grows by a step, at first and at most. It doubles whenever growing has brought the
+/// pressure back.
 const CALM: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(960));
 
 /// What the system says of its memory.
@@ -44,12 +45,12 @@ pub enum Wish {
     More,
 }
 
-/// When to shrink and when to grow: a function of what it is told.
+/// Decides when to shrink and when to grow. It reads no clock and no file, so tests can tell it everything.
 #[derive(Clone, Debug)]
 pub struct Pressure {
     /// With fewer bytes left, the system is short of memory.
     last_bytes: u64,
-    /// Last seen.
+    /// How often groups had run out when it looked last.
     exhausted: Option<u64>,
     /// When there was pressure last, or the budget changed last.
     pressed: Duration,
@@ -118,14 +119,14 @@ pub struct PressureWatch {
 }
 
 impl PressureWatch {
-    /// A watch on this system; `None` where it says nothing of pressure.
+    /// A watch on this system; `None` if the system says nothing about memory pressure.
     pub fn new() -> Option<Self> {
         let source = Source::of_system();
         let policy = Pressure::new(&source.sample()?);
         Some(PressureWatch { started: Instant::now(), looked: None, policy, source })
     }
 
-    /// What to do now. Costs nothing most of the time: it looks four times a second at most.
+    /// What to do now. Cheap, because it looks at most four times a second.
     pub fn look(&mut self, now: Instant, shrunk: bool) -> Wish {
         if self.looked.is_some_and(|looked| now < looked + LOOK) {
             return Wish::Keep;

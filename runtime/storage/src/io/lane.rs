@@ -1,7 +1,7 @@
-//! A lane: a drive, and all files that lie on it, read by one I/O thread with an engine, a queue, chunks and a depth of its own.
+//! A lane: a drive with all files that lie on it, read by one I/O thread with an engine, a queue, chunks and a depth of its own.
 //!
-//! Drives do not wait for each other. What lanes have in common is those who wait for reads: whoever waits for any of several
-//! reads does not care which drive they come from.
+//! Lanes do not wait for each other. They share only the waiting of callers, because a caller that waits for any of several reads
+//! does not care which drive they come from.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -19,10 +19,10 @@ use super::fill::Filling;
 use super::scheduler::{ExtentRead, IoConfig};
 use super::{EngineInfo, ReadEngine, Wake, open_engine};
 
-/// Looks at the state this many times before a waiter goes to sleep.
+/// A waiter looks at the state this many times before it goes to sleep.
 const SPINS: usize = 200;
 
-/// Room made at start for messages to an I/O thread, so that it does not grow later.
+/// Messages to an I/O thread that its inbox has room for from the start, so that it need not grow later.
 const INBOX_COMMANDS: usize = 1024;
 
 /// A drive to be read.
@@ -46,11 +46,11 @@ pub struct LaneInfo {
     pub config: IoConfig,
 }
 
-/// Makes a lane of each drive that files lie on, in the order of their first files. `tuning`: how each file is best read; a drive
-/// is read as the first file on it. `regions`: as for [`open_engine`].
+/// Makes a lane for each drive that files lie on, in the order of their first files. `tuning`: how each file is best read; the first
+/// file on a drive decides for the drive. `regions`: as for [`open_engine`].
 ///
 /// # Errors
-/// [`IoError::Open`] for a file of which the system does not say where it is; as [`open_engine`].
+/// [`IoError::Open`] if the system does not say which drive a file is on; otherwise as [`open_engine`].
 ///
 /// # Panics
 /// Unless there is a tuning for each file.
@@ -91,7 +91,7 @@ pub(crate) struct Inbox {
     pub(crate) stopped: Option<String>,
 }
 
-/// What an I/O thread shares with everyone who sends reads to it.
+/// What an I/O thread shares with its callers.
 pub(crate) struct Shared {
     inbox: Mutex<Inbox>,
     /// The I/O thread is, or is about to be, blocked in the engine.
@@ -130,7 +130,7 @@ impl Shared {
         self.next_id.fetch_add(1, Relaxed)
     }
 
-    /// Says whether chunks of this lane are in flight.
+    /// Notes whether chunks of this lane are in flight.
     pub(crate) fn set_reading(&self, reading: bool) {
         if self.reading.swap(reading, Relaxed) != reading {
             self.waiters.lane_reads(reading);
@@ -166,7 +166,7 @@ impl Shared {
     }
 }
 
-/// Those who wait for reads, whichever lane these are in.
+/// The callers that wait for reads, in any lane.
 #[derive(Debug, Default)]
 pub(crate) struct Waiters {
     /// Counts events that waiters may be waiting for.
@@ -178,7 +178,7 @@ pub(crate) struct Waiters {
     ended: AtomicU64,
     /// Lanes with chunks in flight.
     lanes_reading: Mutex<usize>,
-    /// Whether there are any.
+    /// Whether any lane has chunks in flight.
     pub(crate) reading: Arc<AtomicBool>,
     pub(crate) wait_ns: AtomicU64,
 }
@@ -204,7 +204,7 @@ impl Waiters {
         }
     }
 
-    /// Blocks until `ready` gives something. Counts the time as waiting.
+    /// Blocks until `ready` returns a value, and counts the time as waiting.
     pub(crate) fn wait<T>(&self, mut ready: impl FnMut() -> Option<T>) -> T {
         if let Some(value) = ready() {
             return value;
@@ -275,7 +275,7 @@ impl Counters {
 /// Totals of one lane or of all since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct IoStats {
-    /// Bytes read because someone waited for them.
+    /// Bytes of demand reads.
     pub demand_bytes: u64,
     /// Bytes prefetched.
     pub prefetch_bytes: u64,
@@ -293,7 +293,7 @@ pub struct IoStats {
     pub cancelled: u64,
     /// Nanoseconds in which at least one chunk was in flight, summed over lanes.
     pub busy_ns: u64,
-    /// Nanoseconds in which a caller was blocked, summed over callers; of one lane 0, because callers wait for any.
+    /// Nanoseconds in which a caller was blocked, summed over callers. 0 for a single lane, because callers wait for any lane.
     pub wait_ns: u64,
 }
 

@@ -1,4 +1,4 @@
-//! Bytes off drives: files, slots, and for each drive the one thread that keeps it busy.
+//! Reading from drives: files, slots, and for each drive one thread that keeps it busy.
 //!
 //! ```text
 //! pool ── submit(slot, extent) ──▶ Scheduler ── chunks ──▶ ReadEngine ──▶ drive
@@ -7,16 +7,16 @@
 //! ```
 //!
 //! - [`arena`]: the memory. A [`Slot`] owns its bytes; while a read is in flight, the read does.
-//! - [`fill`]: the two ends of a read into a slot: who may write, who may see which prefix.
+//! - [`fill`]: the two ends of a read into a slot: the engine's, which writes, and the caller's, which sees the prefix that has come.
 //! - [`mod@file`]: opening for direct I/O, and the proof that it is engaged.
 //! - [`ReadEngine`]: moves chunks. Knows no extents, no checksums, no priorities.
 //! - [`queue`]: the order of chunks. Pure.
 //! - [`mod@bench`] and [`calibration`]: what a drive gives to these engines, and how it is best read.
-//! - [`lane`]: one for each drive that files lie on, with thread, engine, queue, chunks and depth of its own; and what lanes have
-//!   in common, which is those who wait.
+//! - [`lane`]: one for each drive that files lie on, with a thread, engine, queue, chunks and depth of its own; lanes share only
+//!   the waiting of callers.
 //! - [`scheduler`] and `worker`: the handle and the thread: chunks in flight, short reads,
 //!   retries, checksums, cancellation, counters.
-//! - `sim`, with the feature of that name: drives that are not there, for tests and measurements.
+//! - `sim`, with the feature of that name: simulated drives, for tests and measurements.
 //!
 //! This module knows neither the pool nor the model file's format: it is given plain offsets,
 //! lengths and checksums.

@@ -1,7 +1,7 @@
-//! From bytes that a drive has sent to an expert: the only place where one becomes the other.
+//! Turns bytes from a drive into an expert. This is the only place where that happens.
 //!
-//! Whoever gets an [`Unsettled`] can compute with its bytes, and forms their checksum on the way; only the table's checksum
-//! ([`Unsettled::settle`]) turns it into an [`Expert`]. So a function that takes an `Expert` cannot be given bytes that nobody has
+//! The caller that gets an [`Unsettled`] can compute with its bytes, and forms their checksum on the way. Only the table's checksum
+//! ([`Unsettled::settle`]) turns it into an [`Expert`]. So a function that takes an `Expert` cannot be given bytes that have not been
 //! verified:
 //!
 //! ```
@@ -46,7 +46,7 @@ pub struct Damaged {
     pub expert: u32,
 }
 
-/// An expert in memory whose bytes nobody has verified. Dropping it releases its slot to the rest of the pass.
+/// An expert in memory whose bytes have not been verified. Dropping it releases its slot to the rest of the pass.
 pub struct Unsettled<'a>(Pinned<'a>);
 
 impl<'a> Unsettled<'a> {
