@@ -51,7 +51,7 @@ impl Compute {
         }
     }
 
-    /// Whether nobody wants the results of what is being computed. Loops that take long ask, and leave their results unfinished.
+    /// Whether the step has been cancelled. Long loops check this, and leave their results unfinished.
     pub fn is_cancelled(&self) -> bool {
         self.cancel.as_ref().is_some_and(|cancel| cancel.is_cancelled())
     }
@@ -80,7 +80,7 @@ impl Step<'_> {
         self.rows.len()
     }
 
-    /// Whether nobody wants the results any more: see [`Compute::is_cancelled`].
+    /// Whether the step has been cancelled: see [`Compute::is_cancelled`].
     pub fn is_cancelled(&self) -> bool {
         self.compute.is_cancelled()
     }

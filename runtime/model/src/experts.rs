@@ -1,7 +1,7 @@
-//! The routed experts of a layer: which rows use which, computing them as they come, and the sums of what they give.
+//! The routed experts of a layer: which rows use which experts, computing experts as they come, and summing their outputs.
 //!
 //! A row's outputs are added in ascending order of expert, whatever the order in which experts arrive, so that the order of
-//! arrival cannot be seen in the result. [`Outputs`] sees to that, and takes only what was made of verified bytes.
+//! arrival cannot be seen in the result. [`Outputs`] ensures that, and takes only outputs that were computed from verified bytes.
 
 use std::time::{Duration, Instant};
 
@@ -72,7 +72,7 @@ struct Early {
 #[derive(Debug)]
 struct Waiting {
     expert: u32,
-    /// The checksum of its bytes, unless nobody wants to know it.
+    /// The checksum of its bytes, if it is wanted.
     sum: Option<u64>,
     /// `[hidden]`, or longer.
     values: Vec<f32>,
@@ -287,10 +287,10 @@ impl Routed {
         let (compute, mut time) = (step.compute, Duration::ZERO);
         let combining = s.outputs.combining();
         s.outputs.begin(x.n(), self.spec.top_k, x.cols());
-        // Who observes inputs keeps what it sees: that has to be right at once. What is added at once cannot be taken back.
+        // An observer of inputs keeps what it sees, so that has to be right at once. An output that is added at once cannot be taken back.
         let observed = compute.observer.is_some();
         let first = observed || combining == Combining::InOrder;
-        // A part pays where the drive is waited for, and needs a place for what is made of it until it has been verified.
+        // A part pays where the drive is waited for, and its output needs a place until the expert has been verified.
         let early = step.rows.generate() && combining == Combining::Kept && !observed;
         let parts = early.then_some(PART_BYTES.min(self.expert_len / 2));
         self.prepare(x, s);
@@ -317,8 +317,7 @@ impl Routed {
         Ok(time)
     }
 
-    /// Makes room for parts and tallies, whether any come or not: when they do is a matter of time, and must not cost an
-    /// allocation.
+    /// Allocates room for parts and tallies beforehand: whether any come depends on timing, and must not cause an allocation later.
     fn prepare(&self, x: &Activations, s: &mut ExpertScratch) {
         let early = &mut s.early;
         early.clear();
@@ -366,7 +365,7 @@ impl Routed {
         let output = gather(id, x, &s.uses, &mut s.rows, &mut s.gathered, &mut s.output);
         let output = Unsettled::compute(&expert, &mut s.tally, output, |extent, out| {
             self.expert.forward(compute, extent, id, &s.gathered, &mut s.gated, out);
-            // Then the tally may be of a part of the bytes: whether they are right is not known yet.
+            // Once cancelled, the tally may have only some of the bytes, and cannot tell whether they are right.
             !compute.is_cancelled()
         });
         if let Some(Ok(output)) = output.map(|output| output.settle(expert)) {

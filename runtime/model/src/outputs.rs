@@ -1,4 +1,4 @@
-//! What the experts of a pass give, and its sum for each row.
+//! The outputs of the experts of a pass, and their sum for each row.
 //!
 //! Outputs are computed before it is known whether the bytes of their expert are right, because the threads that multiply form the
 //! checksum as well. Such an output is [`Unsettled`]. Only [`Settled`] outputs are summed. There are two ways to get one: from an
@@ -61,7 +61,7 @@ pub enum Combining {
     InOrder,
 }
 
-/// The output `[its rows, hidden]` of an expert, made of bytes that nobody has verified.
+/// The output `[its rows, hidden]` of an expert, computed from bytes that have not been verified.
 #[derive(Debug)]
 pub struct Unsettled<'a> {
     expert: u32,
@@ -91,7 +91,7 @@ impl<'a> Unsettled<'a> {
     /// Compares the checksum of the bytes that this was made of with the table's. The expert is released.
     ///
     /// # Errors
-    /// [`Damaged`]: the bytes are others. The expert comes once more.
+    /// [`Damaged`]: the bytes are wrong. The expert comes once more.
     ///
     /// # Panics
     /// If this is the output of another expert.
@@ -110,7 +110,7 @@ impl<'a> Unsettled<'a> {
     }
 }
 
-/// The output `[its rows, hidden]` of an expert, made of the bytes that the file's table promises.
+/// The output `[its rows, hidden]` of an expert, computed from verified bytes.
 #[derive(Debug)]
 pub struct Settled<'a> {
     expert: u32,

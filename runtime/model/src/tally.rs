@@ -1,7 +1,7 @@
 //! The checksum of an expert, formed by the threads that multiply it, out of their caches.
 //!
-//! An expert is read from memory once either way. Sums of its blocks cost a tenth of multiplying then; to read it once more
-//! for them would cost as much as half of multiplying, since both go at the speed of memory.
+//! Multiplying reads the expert from memory anyway, and summing its blocks at the same time costs a tenth of multiplying. Reading it once
+//! more to sum them would cost half as much as multiplying, since both go at the speed of memory.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -70,7 +70,7 @@ impl Tally {
 
     /// Takes the blocks from `first` to `end` if they are the next ones. Returns the first that has to be kept for later.
     fn absorb(&self, bytes: &[u8], first: usize, end: usize) -> usize {
-        // Only who has the next blocks moves `next`, so nobody else does until that is done.
+        // Only the thread with the next blocks moves `next`, so no other thread does until it has.
         if end <= first || self.next.load(Relaxed) != first {
             return first;
         }
@@ -110,7 +110,7 @@ pub(super) struct Tallied<'a> {
 }
 
 impl<'a> Tallied<'a> {
-    /// Bytes that nobody adds up.
+    /// Bytes without a tally.
     pub fn not(bytes: &'a [u8]) -> Self {
         Tallied { bytes, tally: None }
     }

@@ -1,4 +1,4 @@
-//! How the attention of a pass is shared out: tasks of some rows and heads, which threads take, and the blocks of keys in them.
+//! How the attention of a pass is divided: into tasks of some rows and heads, which threads take, and each task into blocks of keys.
 
 use std::ops::Range;
 
@@ -46,8 +46,8 @@ pub struct Tasks {
 }
 
 impl Tasks {
-    /// Shares the heads and the rows of the step out. `most`: what a task takes of spans of so many rows; fewer heads where there
-    /// would be too few tasks for the threads. `in_order`: a task has all rows of its heads, however many.
+    /// Divides the heads and the rows of the pass. `most`: the most that a task takes of spans of that many rows; it takes fewer heads
+    /// where there would be too few tasks for the threads. `in_order`: a task has all rows of its heads, however many.
     pub fn plan(&mut self, step: Step<'_>, shape: Heads, in_order: bool, most: impl Fn(usize) -> Most) {
         let Heads { heads, sharing, width } = shape;
         self.width = width;
@@ -83,7 +83,7 @@ impl Tasks {
         threads.for_each_part(out, &self.ends, &|i, part| f(&self.tasks[i], part));
     }
 
-    /// Brings what the tasks have left into the order of rows, `heads` in each.
+    /// Copies the results of the tasks into the order of rows, each with its `heads`.
     pub fn by_row(&self, by_task: &[f32], heads: usize, by_row: &mut [f32]) {
         let mut left = by_task;
         for task in &self.tasks {
@@ -96,8 +96,8 @@ impl Tasks {
     }
 }
 
-/// The queries of `tile` meet all keys that they see, block by block; `rows` gives those at some positions of one block. False
-/// once nobody wants the results any more; they are then unfinished.
+/// The queries of `tile` meet all keys that they see, block by block; `rows` gives the keys and values at positions of one block.
+/// False if the step was cancelled; the results are then unfinished.
 pub fn attend<'a>(
     step: Step<'_>,
     tile: &mut QueryTile,

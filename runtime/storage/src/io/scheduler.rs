@@ -13,10 +13,10 @@ use super::{DEPTH_MAX, EngineInfo, ReadEngine, worker};
 /// Largest chunk: one registered buffer overlaps the next by this much.
 const CHUNK_BYTES_MAX: usize = 16 << 20;
 
-/// Who wants an extent.
+/// Why an extent is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// The router asked for it: someone is waiting.
+    /// The router has asked for it, and a caller waits.
     Demand,
     /// It will probably be asked for.
     Prefetch,
@@ -84,9 +84,9 @@ pub struct ExtentRead {
     pub len: usize,
     /// xxh3-64 of the bytes.
     pub checksum: u64,
-    /// Who wants it.
+    /// Why it is read.
     pub class: Class,
-    /// Who verifies it; nobody if [`IoConfig::verify`] is off.
+    /// What verifies it; nothing does if [`IoConfig::verify`] is off.
     pub check: Check,
     /// What it is, for messages.
     pub name: ExtentName,

@@ -1,7 +1,7 @@
-//! Drives that are not there.
+//! Simulated drives.
 //!
-//! [`SimDrive`] is a drive in memory, with a seed and faults: for tests of everything above it. [`SimulatedDrive`] has no faults but a
-//! speed, and costs no processor time: for measurements.
+//! [`SimDrive`] is a drive in memory, with a seed and faults, for tests of everything above it. [`SimulatedDrive`] has a speed and no
+//! faults, and costs no processor time; it is for measurements.
 //!
 //! Reads of a [`SimDrive`] complete in a random order. Faults are set per byte range through [`SimDrive`], which
 //! also counts how often each has fired, so that a test can prove that it tested something.

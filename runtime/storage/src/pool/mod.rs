@@ -3,12 +3,12 @@
 //! A layer asks for all the experts it needs at once ([`Pool::begin_layer`]). Those that are
 //! resident are pinned, reads are submitted for all others that slots can be had for, and
 //! [`LayerPass::next`] yields experts as they are ready. One expert at a time is handed out, so
-//! a pass makes progress with a single slot, whatever the number of experts. Who can use the first
-//! bytes of an expert before the last are there asks [`LayerPass::arrival`] instead.
+//! a pass makes progress with a single slot, whatever the number of experts. A caller that can use
+//! the first bytes of an expert before the last have come calls [`LayerPass::arrival`] instead.
 //!
-//! Experts are verified by whoever computes with them, once, when their bytes are in its cache anyway
+//! The caller that computes with an expert first verifies it, while the bytes are in its cache anyway
 //! ([`Unsettled::settle`]): to read them from memory only for that would cost as much as half of
-//! multiplying them. What was read and never used is never verified.
+//! multiplying them. An expert that is never used is never verified.
 //!
 //! Everything is allocated when the pool is made; a pass allocates nothing.
 
@@ -419,8 +419,7 @@ impl Pool {
             }
         }
         while let Some(Pending { slot: number, .. }) = self.pass.pending.pop() {
-            // Whatever went wrong with an expert that nobody waits for will be reported when
-            // somebody does.
+            // No caller waits for this expert now; an error will be reported when one does.
             let _ = self.finish_read(number, 0);
         }
     }
@@ -457,7 +456,7 @@ impl LayerPass<'_> {
     }
 
     /// Starts reading experts that a later layer is likely to need, most likely first, into slots that this pass does not
-    /// need. The drive serves them only while nobody waits for anything.
+    /// need. The drive serves them only while there are no demand reads.
     pub fn prefetch(&mut self, layer: u32, experts: &[u32]) {
         self.pool.prefetch(layer, experts);
     }

@@ -1,7 +1,7 @@
-//! Experts that are not there yet: waiting for them, and looking at the part that has arrived.
+//! Experts that are still being read: waiting for them, and handing out the part that has arrived.
 //!
-//! Parts are bytes that nobody has verified. What was made of them counts only once the expert has come whole and its checksum
-//! has been settled. An expert that is read a second time comes only whole.
+//! Parts are bytes that have not been verified. Results computed from them count only once the whole expert has come and has been
+//! settled. An expert that is read a second time is handed out only as a whole.
 
 use std::time::Instant;
 
@@ -45,7 +45,7 @@ pub(super) enum Event {
 pub enum Arrival<'a> {
     /// An expert that was verified before.
     Settled(Expert<'a>),
-    /// An expert whose checksum whoever takes it settles.
+    /// An expert that the caller has to settle.
     Unsettled(Unsettled<'a>),
     /// The first bytes of an expert, not verified.
     Part(ExpertPart<'a>),
@@ -89,7 +89,7 @@ impl ExpertPart<'_> {
         self.len() == 0
     }
 
-    /// Whether someone will have to settle the checksum of the whole.
+    /// Whether the caller will have to settle the whole expert.
     #[must_use]
     pub fn is_verified(&self) -> bool {
         !self.pool.io.verifies()
@@ -106,7 +106,7 @@ impl ExpertPart<'_> {
 
 impl LayerPass<'_> {
     /// Like [`next`](LayerPass::next), but leaves it to the caller to verify experts. With `parts`, while no expert is ready, it
-    /// also hands out a part of one that has at least so many bytes, the one of which most is there. Every expert still comes
+    /// also hands out a part of one that has at least this many bytes: the one with the most. Every expert still comes
     /// as a whole, and only once unless it was damaged.
     ///
     /// # Errors

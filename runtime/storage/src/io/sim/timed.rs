@@ -1,11 +1,11 @@
-//! A drive of any speed that costs no processor time: to see how well reading and computing overlap.
+//! A simulated drive of any speed that costs no processor time, to measure how well reading and computing overlap.
 //!
-//! In a virtual machine the cores that compute often serve the drive too, so that a faster drive cannot be had there, and no drive
-//! for nothing. This one moves nothing. The memory that reads go to holds what they would bring from the beginning; a read only waits
-//! until its time has come ([`Bus`]), and the I/O thread sleeps meanwhile, as it does while a real drive works. Everything above it
+//! In a virtual machine the cores that compute often serve the drive too, so the overlap cannot be measured there with a real drive.
+//! This drive moves nothing. The memory that reads go to holds the bytes from the beginning; a read only waits until its end has come
+//! ([`Bus`]), and the I/O thread sleeps meanwhile, as it does while a real drive works. Everything above it
 //! is the same: scheduler, pool, policy, prefetch, checksums.
 //!
-//! What is not within the simulated ranges of the files, such as the dense parts of a model, is read from the files, at once.
+//! Bytes outside the simulated ranges of the files, such as the dense parts of a model, are read from the files without delay.
 
 use std::collections::VecDeque;
 use std::io;

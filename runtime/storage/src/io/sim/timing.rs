@@ -12,7 +12,7 @@ pub struct DriveSpeed {
 }
 
 impl DriveSpeed {
-    /// A drive for which nobody waits: whatever is asked for is there at once.
+    /// A drive that is never waited for: every read ends at once.
     pub const UNLIMITED: DriveSpeed = DriveSpeed { bytes_per_second: u64::MAX, latency: Duration::ZERO };
 
     /// Nanoseconds for which a read of so many bytes occupies the bus, rounded down.
@@ -35,8 +35,8 @@ impl DriveSpeed {
 /// ```
 ///
 /// So the latencies of reads that are in flight together overlap, and their transfers do not: with `d` reads of `b` bytes always in
-/// flight the drive gives `min(bandwidth, d × b ÷ (latency + b ÷ bandwidth))`. How many are in flight is up to whoever submits;
-/// the drive takes any number.
+/// flight the drive gives `min(bandwidth, d × b ÷ (latency + b ÷ bandwidth))`. The caller decides how many are in
+/// flight; the drive takes any number.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Bus {
     free_at: u64,
