@@ -181,15 +181,7 @@ impl MemoryPlan {
         available: u64,
     ) -> Result<Self, BudgetError> {
         let need = Need::of(spec, extents, demand);
-        let headroom = (available / HEADROOM.0).max(HEADROOM.1.min(available / 2));
-        let most_for_rows = need.for_rows(need.most_rows(), KEPT_OUTPUTS.1);
-        let everything = most_for_rows.saturating_add(need.dense_total() + need.all_slots());
-        // Whoever states a budget knows what else the machine does, but not that the program itself takes memory too.
-        let effective = match requested {
-            None => everything.min(available.saturating_sub(headroom)),
-            Some(requested) => requested.min(available.saturating_sub(OVERHEAD)),
-        };
-
+        let effective = need.budget(requested, available);
         // Everything at its least: no dense part stays unless all of them take less than the ring would.
         let least_rows = need.fewest_rows();
         let (least_cache, least_scratch) = (need.kv_cache(least_rows), need.scratch(least_rows, need.fewest_kept()));
@@ -337,6 +329,18 @@ impl Need<'_> {
     /// Bytes that depend on how many rows go through a layer together.
     fn for_rows(&self, rows: usize, kept: u64) -> u64 {
         self.kv_cache(rows).saturating_add(self.scratch(rows, kept))
+    }
+
+    /// What is planned with: of what was asked for, or of what is useful, as much as the system allows.
+    fn budget(&self, requested: Option<u64>, available: u64) -> u64 {
+        let headroom = (available / HEADROOM.0).max(HEADROOM.1.min(available / 2));
+        let everything = self.for_rows(self.most_rows(), KEPT_OUTPUTS.1);
+        let everything = everything.saturating_add(self.dense_total() + self.all_slots());
+        // Whoever states a budget knows what else the machine does, but not that the program itself takes memory too.
+        match requested {
+            None => everything.min(available.saturating_sub(headroom)),
+            Some(requested) => requested.min(available.saturating_sub(OVERHEAD)),
+        }
     }
 
     fn most_rows(&self) -> usize {
