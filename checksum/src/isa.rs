@@ -75,14 +75,13 @@ impl Isa {
 pub(crate) fn add_stripe(secret: &Secret, at: usize, stripe: &[u8; STRIPE], sum: &mut BlockSum) {
     let keys: &[u8; STRIPE] = secret[at..].first_chunk().expect("inside the secret");
     let word = |bytes: &[u8; STRIPE], i: usize| u64_at(bytes, 8 * i);
-    let mut added = [0u64; 8];
-    for i in 0..8 {
+    let products: BlockSum = std::array::from_fn(|i| {
         let keyed = word(stripe, i) ^ word(keys, i);
-        added[i] = (keyed & 0xffff_ffff) * (keyed >> 32);
-    }
-    for i in 0..8 {
+        (keyed & 0xffff_ffff) * (keyed >> 32)
+    });
+    for (i, (sum, product)) in sum.iter_mut().zip(products).enumerate() {
         // Each word is added to its neighbour's accumulator.
-        sum[i] = sum[i].wrapping_add(added[i]).wrapping_add(word(stripe, i ^ 1));
+        *sum = sum.wrapping_add(product).wrapping_add(word(stripe, i ^ 1));
     }
 }
 

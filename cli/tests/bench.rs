@@ -176,7 +176,7 @@ fn a_simulated_drive_counts_what_a_real_one_would() {
             let float = |name: &str| run[name].as_f64().unwrap();
             let (tokens, steps) = (number(run, "tokens"), number(run, "steps"));
             assert_eq!((steps, tokens.to_string()), (10, format!("{}", 10 * sequences.parse::<u64>().unwrap())));
-            // Nothing is read on a guess, so every miss is one expert's bytes, and the drive moved no others.
+            // Nothing is prefetched, so every miss is one expert's bytes, and the drive moved no others.
             let missed = number(run, "bytes_missed");
             assert_eq!(missed, number(run, "misses") * expert_bytes, "{run}");
             assert!((float("bytes_missed_per_token") * tokens as f64 - missed as f64).abs() < 1e-3, "{run}");

@@ -5,7 +5,7 @@
         [--drives 3GB/s,7GB/s] [--hits 40,60,80] [--sequences 1,8,32,128] [--json FILE]
 
 Makes a model file without experts in DIR (a gigabyte for bench-34x128), finds the numbers of expert slots with which one sequence
-has the given hit rates, without reading ahead, and measures every combination of drive, slots and sequences there. Needs memory for
+has the given hit rates, without prefetch, and measures every combination of drive, slots and sequences there. Needs memory for
 the slots: 6 GB for 80 % hits of bench-34x128. Takes about twenty minutes on two cores that do nothing else.
 """
 
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,7 @@ def slots_for(bench, experts, wanted):
     for part in PARTS:
         outcome = bench.with_slots(int(part * experts), UNLIMITED, 1, more=["--no-prefetch"])
         points.append((math.log(outcome["slots"]), outcome["hit_rate"]))
-        print(f"{outcome['slots']} slots: {outcome['hit_rate']:.1%} hits without reading ahead", file=sys.stderr)
+        print(f"{outcome['slots']} slots: {outcome['hit_rate']:.1%} hits without prefetch", file=sys.stderr)
     found = []
     for rate in wanted:
         pairs = list(zip(points, points[1:]))
@@ -102,10 +103,12 @@ def main():
     parser.add_argument("--geometry", default="bench-34x128")
     parser.add_argument("--layers")
     parser.add_argument("--drives", default="3GB/s,7GB/s", help="separated by commas; each with the usual latency")
-    parser.add_argument("--hits", default="40,60,80", help="per cent, of one sequence without reading ahead")
+    parser.add_argument("--hits", default="40,60,80", help="per cent, of one sequence without prefetch")
     parser.add_argument("--sequences", default="1,8,32,128")
     parser.add_argument("--json", help="write all outcomes to this file")
     args = parser.parse_args()
+    # The model file goes away with whoever is asked to stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("simulated_drive: stopped"))
     hits = [float(rate) / 100 for rate in args.hits.split(",")]
     outcomes = []
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
@@ -116,7 +119,7 @@ def main():
         experts = bench.experts()
         slots = slots_for(bench, experts, hits)
         print(f"{processor()}; {args.geometry}{' of ' + args.layers + ' layers' if args.layers else ''}\n")
-        print("| sequences | drive | experts in memory | hits, guesses included | missed per token | tokens/s | ms per step | computing alone "
+        print("| sequences | drive | experts in memory | hits, prefetched ones included | missed per token | tokens/s | ms per step | computing alone "
               "| drive alone | ÷ the longer | memory, arithmetic | drive reached |")
         print("|---|---|---|---|---|---|---|---|---|---|---|---|")
         for sequences in map(int, args.sequences.split(",")):

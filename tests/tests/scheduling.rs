@@ -119,7 +119,7 @@ fn when_pages_run_out_everyone_still_says_what_they_say_alone() {
                 house.turn();
             }
         }
-        // Each turn gives the oldest a token, or a chunk of what it has to read.
+        // Each turn gives the oldest a token, or a part of what it has to read.
         let mut turns = 0;
         while house.turn() {
             turns += 1;

@@ -171,7 +171,7 @@ impl Bench {
     /// machine hits both alike.
     fn round(&mut self, number: usize, steps: usize, each: &dyn Fn()) -> Result<Round, CliError> {
         let bytes = self.counts.bytes;
-        let (with, without) = if number % 2 == 0 {
+        let (with, without) = if number.is_multiple_of(2) {
             let with = self.with_drive(steps, each)?;
             (with, self.steps(DriveSpeed::UNLIMITED, steps, each)?)
         } else {
@@ -288,7 +288,7 @@ fn describe(o: &Outcome) -> String {
         "budget {budget}: {} in use, {} of {} experts fit; sequences: {}\n  \
          simulated drive: {} and {:.0} µs asked for; {reached}; {} × {} in flight\n  \
          {:.2} tokens/s in all; a step takes {:.1} ms and misses {}, {} per token\n  \
-         a step uses {:.0} different experts, {:.1} % of them in memory; {} read ahead, {} of them used\n  \
+         a step uses {:.0} different experts, {:.1} % of them in memory; {} prefetched, {} of them used\n  \
          computing alone {:.1} ms, the drive alone {:.1} ms: a step takes {:.2} times the longer\n  \
          bounds of a step: {}; the step takes {:.2} times the largest\n",
         Bytes(o.memory_used),

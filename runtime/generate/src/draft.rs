@@ -1,4 +1,4 @@
-//! Drafts: guesses about the next tokens, which one step checks together.
+//! Drafts: proposed next tokens, which one step checks together.
 //!
 //! A row of the step stands behind each proposed token. A token that sampling chooses is taken as it always is; as long as it is the
 //! one that was proposed, the logits behind the proposal are the next ones, and the sequence has them already. So proposals never

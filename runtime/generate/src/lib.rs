@@ -3,7 +3,7 @@
 //! * [`Model`] is the front door: it opens a file, and continues prompts, conversations and batches from any thread,
 //! * [`Request`] says what to generate, [`Event`] what comes of it,
 //! * [`Generation`] is sampling, stopping and text on top of one sequence; it touches no engine,
-//! * [`Draft`] guesses tokens, which a step checks together; [`Constraint`] says which may come,
+//! * [`Draft`] proposes tokens, which a step checks together; [`Constraint`] says which may come,
 //! * [`Scheduler`] runs many of them with one [`Engine`](sluice_model::Engine), for those who have a thread of their own for it.
 //!
 //! ```no_run

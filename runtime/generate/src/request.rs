@@ -60,7 +60,7 @@ pub struct Request {
     pub constraint: Option<Box<dyn Constraint>>,
     /// What to do when the context is full. A prompt that does not fit is refused in any case.
     pub when_full: WhenFull,
-    /// Guesses about the next tokens, to check several in one step. They do not change the text.
+    /// Proposals for the next tokens, to check several in one step. They do not change the text.
     pub draft: Option<Box<dyn Draft>>,
 }
 

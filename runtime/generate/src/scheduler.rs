@@ -136,10 +136,10 @@ impl Taker<'_> {
 }
 
 /// Runs many generations on one engine, turn by turn: one step each, in which all generations that decode take part, and a
-/// bounded chunk of the prompts that are being read.
+/// bounded number of rows of the prompts that are being read.
 ///
 /// Generations are admitted in order of arrival, while there are pages for them. When those run out, the youngest is saved, and
-/// goes on where it was when there are pages again. Prompts share the chunk equally; what a short one leaves goes to the next.
+/// goes on where it was when there are pages again. Prompts share these rows equally; what a short one leaves goes to the next.
 /// What a generation says does not depend on the others, to the bit.
 pub struct Scheduler {
     pub(super) shared: Arc<Shared>,
@@ -269,7 +269,7 @@ impl Scheduler {
             match self.step(engine, watch, None, cancellable) {
                 Ok(()) => break,
                 Err(error) if is_cancelled(&error) => interruptions += 1,
-                // Guesses are no reason to save anybody.
+                // Proposals are no reason to save anybody.
                 Err(error) if is_pages_full(&error) && self.drafts => self.drafts = false,
                 Err(error) if is_pages_full(&error) => {
                     self.give_way(error);
@@ -419,9 +419,9 @@ impl Scheduler {
         };
         let decoding = wanted(false);
         let decoded: usize = decoding.iter().sum();
-        let chunk = if decoded > 0 { self.options.prompt_rows } else { most };
-        let chunk = chunk.min(most.saturating_sub(decoded)).max(1);
-        shares(&wanted(true), chunk).into_iter().zip(decoding).map(|(a, b)| a + b).collect()
+        let rows = if decoded > 0 { self.options.prompt_rows } else { most };
+        let rows = rows.min(most.saturating_sub(decoded)).max(1);
+        shares(&wanted(true), rows).into_iter().zip(decoding).map(|(a, b)| a + b).collect()
     }
 
     /// Finds out which generations cannot take the step that has failed, and ends them; the others have taken it alone. False if
@@ -530,7 +530,7 @@ mod tests {
     use super::shares;
 
     #[test]
-    fn prompts_share_a_chunk_equally() {
+    fn prompts_share_rows_equally() {
         assert!(shares(&[], 8).is_empty());
         assert_eq!(shares(&[100], 8), [8]);
         assert_eq!(shares(&[3], 8), [3]);

@@ -526,9 +526,9 @@ impl Engine {
             other_seconds: self.time.saturating_sub(accounted).as_secs_f64(),
             hits: pool.hits,
             misses: pool.misses,
-            prefetched: pool.guessed,
-            prefetched_used: pool.guessed_used,
-            prefetched_wasted: pool.guessed_wasted,
+            prefetched: pool.prefetched,
+            prefetched_used: pool.prefetched_used,
+            prefetched_wasted: pool.prefetched_wasted,
             expert_bytes_read: pool.bytes_read,
             dense_bytes_read: self.storage.dense.stats().bytes_read + self.model.embedding_bytes_read(),
         }

@@ -181,7 +181,10 @@ impl MemoryPlan {
         available: u64,
     ) -> Result<Self, BudgetError> {
         let need = Need::of(spec, extents, demand);
-        let effective = need.budget(requested, available);
+        let most_for_rows = need.for_rows(need.most_rows(), KEPT_OUTPUTS.1);
+        let everything = most_for_rows.saturating_add(need.dense_total() + need.all_slots());
+        let effective = effective_budget(requested, everything, available);
+
         // Everything at its least: no dense part stays unless all of them take less than the ring would.
         let least_rows = need.fewest_rows();
         let (least_cache, least_scratch) = (need.kv_cache(least_rows), need.scratch(least_rows, need.fewest_kept()));
@@ -331,18 +334,6 @@ impl Need<'_> {
         self.kv_cache(rows).saturating_add(self.scratch(rows, kept))
     }
 
-    /// What is planned with: of what was asked for, or of what is useful, as much as the system allows.
-    fn budget(&self, requested: Option<u64>, available: u64) -> u64 {
-        let headroom = (available / HEADROOM.0).max(HEADROOM.1.min(available / 2));
-        let everything = self.for_rows(self.most_rows(), KEPT_OUTPUTS.1);
-        let everything = everything.saturating_add(self.dense_total() + self.all_slots());
-        // Whoever states a budget knows what else the machine does, but not that the program itself takes memory too.
-        match requested {
-            None => everything.min(available.saturating_sub(headroom)),
-            Some(requested) => requested.min(available.saturating_sub(OVERHEAD)),
-        }
-    }
-
     fn most_rows(&self) -> usize {
         MAX_ROWS.min(self.demand.context.saturating_mul(self.demand.sequences))
     }
@@ -432,6 +423,15 @@ impl fmt::Display for Bytes {
             None => write!(f, "{} B", self.0),
             Some((unit, name)) => write!(f, "{:.1} {name}", self.0 as f64 / unit as f64),
         }
+    }
+}
+
+/// What of a budget can be used, of one that was asked for or of one for `everything`.
+fn effective_budget(requested: Option<u64>, everything: u64, available: u64) -> u64 {
+    // Whoever states a budget knows what else the machine does, but not that the program itself takes memory too.
+    match requested {
+        None => everything.min(available.saturating_sub((available / HEADROOM.0).max(HEADROOM.1.min(available / 2)))),
+        Some(requested) => requested.min(available.saturating_sub(OVERHEAD)),
     }
 }
 

@@ -16,7 +16,7 @@
 //! }
 //! ```
 //!
-//! and this, which forgets to settle, does not, nor does a settled output that is made up:
+//! and this, which forgets to settle, does not. Nor does a settled output that is made up:
 //!
 //! ```compile_fail,E0308
 //! # use sluice_model::outputs::{Outputs, Settled, Unsettled, Use};
@@ -30,7 +30,7 @@
 //! ```compile_fail,E0451
 //! # use sluice_model::outputs::Settled;
 //! fn made_up(values: &[f32]) -> Settled<'_> {
-//!     Settled { values }
+//!     Settled { expert: 0, values }
 //! }
 //! ```
 
@@ -216,5 +216,121 @@ impl Outputs {
                 }
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use sluice_kernels::{Kernels, Precision, ThreadPool};
+    use sluice_storage::io::{
+        DataFile, DirectMode, EngineKind, IoConfig, PAGE_BYTES, ReadError, Scheduler, open_engine,
+    };
+    use sluice_storage::pool::{Arrival, ExpertDirectory, ExtentLocation, PolicyKind, Pool, PoolError, Routing};
+
+    use super::*;
+
+    const HIDDEN: usize = 3;
+
+    /// A pool of experts of one layer, whose bytes are their numbers plus one. The table has a wrong checksum for `damaged`.
+    fn pool(file: &tempfile::NamedTempFile, experts: u8, damaged: Option<u8>) -> Pool {
+        let extent = |id: u8| vec![id + 1; 2 * PAGE_BYTES];
+        std::fs::write(file.path(), (0..experts).flat_map(extent).collect::<Vec<u8>>()).unwrap();
+        let locate = |id: u8| ExtentLocation {
+            file: 0,
+            offset: u64::from(id) * 2 * PAGE_BYTES as u64,
+            len: 2 * PAGE_BYTES as u64,
+            checksum: xxh3_64(&extent(id)) ^ u64::from(damaged == Some(id)),
+        };
+        let directory = ExpertDirectory::new(&[(0..experts).map(locate).collect()]).unwrap();
+        let arena = Pool::reserve(&directory, experts.into()).unwrap();
+        let (config, data) = (IoConfig::default(), DataFile::open(file.path(), DirectMode::Never).unwrap());
+        let engine = open_engine(EngineKind::Pread, vec![data], &[arena.region()], &config).unwrap();
+        let io = Arc::new(Scheduler::start(engine, config).unwrap());
+        let policy = PolicyKind::Lru.build(directory.shape()).unwrap();
+        Pool::new(io, arena, directory, policy)
+    }
+
+    /// Two rows that use every expert with weight 1, and one pass over them. An expert gives its first byte.
+    fn sum(pool: &mut Pool, experts: u8, combining: Combining) -> Result<Vec<f32>, PoolError> {
+        let kernels = Kernels::detect().unwrap();
+        let (threads, precision) = (ThreadPool::new(2), Precision::Exact);
+        let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
+        let top_k = usize::from(experts);
+        let choices: Vec<Choice> = (0..2 * u32::from(experts))
+            .map(|choice| Choice { expert: choice % u32::from(experts), weight: 1.0 })
+            .collect();
+        let mut uses: Vec<Use> = (0..)
+            .zip(&choices)
+            .map(|(choice, c)| Use { expert: c.expert, row: choice / u32::from(experts), choice })
+            .collect();
+        uses.sort_unstable();
+        let ids: Vec<u32> = (0..experts.into()).collect();
+        let (mut outputs, mut tally, mut values) = (Outputs::new(0), Tally::default(), vec![0.0; 2 * HIDDEN]);
+        outputs.combining = combining;
+        outputs.begin(2, top_k, HIDDEN);
+        let in_order = combining == Combining::InOrder;
+        let mut pass = pool.begin_layer(0, &ids, &Routing { tokens: 2, prefill: true, in_order, choices: &choices })?;
+        while let Some(arrival) = pass.arrival(None)? {
+            let output = match arrival {
+                Arrival::Settled(expert) => {
+                    Ok(Settled::compute(&expert, &mut values, |bytes, out| out.fill(f32::from(bytes[0]))))
+                }
+                Arrival::Unsettled(expert) => {
+                    let output = Unsettled::compute(&expert, &mut tally, &mut values, |extent, out| {
+                        extent.add(0..extent.bytes.len());
+                        out.fill(f32::from(extent.bytes[0]));
+                        true
+                    });
+                    output.expect("complete").settle(expert)
+                }
+                Arrival::Part(_) => unreachable!("parts were not asked for"),
+            };
+            if let Ok(output) = output {
+                let expert = output.expert;
+                let own: Vec<Use> = uses.iter().copied().filter(|used| used.expert == expert).collect();
+                outputs.add(output, &own, &choices);
+            }
+        }
+        drop(pass);
+        let mut out = vec![0.5; 2 * HIDDEN];
+        outputs.sum(&compute, &choices, &mut out);
+        Ok(out)
+    }
+
+    #[test]
+    fn verified_outputs_are_added_whether_they_are_kept_or_not() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut pool = pool(&file, 4, None);
+        // Read and settled, then settled before.
+        for combining in [Combining::Kept, Combining::InOrder, Combining::Kept] {
+            assert_eq!(sum(&mut pool, 4, combining).unwrap(), [10.5; 2 * HIDDEN]);
+        }
+    }
+
+    #[test]
+    fn what_was_made_of_a_damaged_expert_is_never_added() {
+        for combining in [Combining::Kept, Combining::InOrder] {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let mut pool = pool(&file, 4, Some(2));
+            match sum(&mut pool, 4, combining) {
+                Err(PoolError::Read(error @ ReadError::Checksum { .. })) => {
+                    assert!(error.to_string().contains("layer 0 expert 2"), "{error}");
+                }
+                other => panic!("not named: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "outputs are missing")]
+    fn a_sum_without_one_of_its_outputs_is_a_panic() {
+        let kernels = Kernels::detect().unwrap();
+        let compute =
+            Compute { kernels, threads: ThreadPool::new(1), precision: Precision::Exact, observer: None, cancel: None };
+        let mut outputs = Outputs::new(u64::MAX);
+        outputs.begin(1, 1, HIDDEN);
+        outputs.sum(&compute, &[Choice { expert: 0, weight: 1.0 }], &mut [0.0; HIDDEN]);
     }
 }

@@ -279,7 +279,7 @@ impl Sequence {
     /// one it is. Where layers see everything that is `position` itself. Layers with a window keep it and a little more: as far as
     /// that reaches ([`WINDOW_SLACK`](crate::WINDOW_SLACK)), `position` itself, too. Recurrent layers can go where the last step or
     /// the one before it ended. Otherwise it is a mark, one of those that were made while a prompt was read
-    /// ([`EngineOptions::mark_every`](crate::EngineOptions::mark_every)), or the beginning.
+    /// (`EngineOptions::mark_every`), or the beginning.
     ///
     /// # Errors
     /// [`RewindError::Beyond`] if there are fewer tokens; the sequence is then as it was.

@@ -113,3 +113,62 @@ pub fn attend<'a>(
     tile.finish();
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use sluice_kernels::{Kernels, Precision};
+
+    use super::*;
+    use crate::compute::Compute;
+    use crate::rows::{Cursor, Phase, Rows, Span, Want};
+    use crate::sequence::Sequence;
+
+    /// Plans for spans of so many rows.
+    fn for_plans(mut check: impl FnMut(&Tasks, usize, Heads, Most, bool)) {
+        let tokens = [0; 70];
+        for counts in [&[1][..], &[1; 9], &[2, 3, 1, 70, 1, 1], &[64, 5], &[3, 4]] {
+            let mut sequences: Vec<Sequence> = counts.iter().map(|_| Sequence::without_layers(70)).collect();
+            let span =
+                |(sequence, &n)| Span { sequence, tokens: &tokens[..n], phase: Phase::Prompt, logits: Want::Last };
+            let spans: Vec<Span<'_>> = sequences.iter_mut().zip(counts).map(span).collect();
+            let mut rows = Rows::default();
+            assert!(rows.take(&spans, &mut Cursor::default(), 1000));
+            for threads in [1, 2, 5] {
+                let (kernels, threads) = (Kernels::scalar(), ThreadPool::new(threads));
+                let compute = Compute { kernels, threads, precision: Precision::Exact, observer: None, cancel: None };
+                let step = Step { compute: &compute, rows: &rows, extent: &[] };
+                for (heads, sharing) in [(8, 8), (8, 2), (6, 3), (4, 1)] {
+                    for (in_order, most) in [(false, Most { rows: 7, heads: 4 }), (true, Most { rows: 7, heads: 8 })] {
+                        let (shape, mut tasks) = (Heads { heads, sharing, width: 2 }, Tasks::default());
+                        tasks.plan(step, shape, in_order, |_| most);
+                        check(&tasks, rows.len(), shape, most, in_order);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_row_meets_every_head_once_and_results_come_back_in_order() {
+        for_plans(|tasks, n, Heads { heads, width, .. }, _, _| {
+            let (mut by_task, mut by_row) = (vec![f32::NAN; n * heads * width], vec![f32::NAN; n * heads * width]);
+            tasks.run(&ThreadPool::new(2), &mut by_task, &|task, out| {
+                let pairs = task.rows.clone().flat_map(|row| task.heads.clone().map(move |head| row * heads + head));
+                out.chunks_exact_mut(width).zip(pairs).for_each(|(out, pair)| out.fill(pair as f32));
+            });
+            tasks.by_row(&by_task, heads, &mut by_row);
+            assert!(by_row.chunks_exact(width).enumerate().all(|(pair, v)| v == [pair as f32; 2]), "{tasks:?}");
+        });
+    }
+
+    #[test]
+    fn tasks_are_no_larger_than_they_may_be_and_their_heads_share_keys() {
+        for_plans(|tasks, n, Heads { sharing, .. }, most, in_order| {
+            for Task { rows, heads } in &tasks.tasks {
+                assert_eq!(heads.start / sharing, (heads.end - 1) / sharing, "{tasks:?}");
+                assert!(heads.len() <= most.heads, "{tasks:?}");
+                assert!(if in_order { *rows == (0..n) } else { rows.len() <= most.rows }, "{tasks:?}");
+            }
+        });
+    }
+}

@@ -87,13 +87,13 @@ pub(crate) const RULES: &[Rule] = &[
         name: "word: prefetch",
         remedy: "a read before the router has asked is a prefetch",
         check: |source| words(source, &[&["guess*"], &["foresight"], &["look*", "ahead"], &["lookahead"]]),
-        exceptions: PREFETCH_FILES,
+        exceptions: &[],
     },
     Rule {
         name: "word: chunk",
         remedy: "a chunk is what one read brings; other parts are a block, a piece, a span or rows",
         check: chunks,
-        exceptions: CHUNK_FILES,
+        exceptions: &[],
     },
     Rule {
         name: "word: filesystem",
@@ -130,20 +130,6 @@ const UNSAFE_FILES: &[(&str, usize)] = &[
     ("runtime/storage/src/io/sys.rs", ANY),
     ("runtime/storage/src/io/uring.rs", ANY),
 ];
-
-/// Where prefetches still go by their old names.
-const PREFETCH_FILES: &[(&str, usize)] = &[
-    ("runtime/model/src/engine.rs", ANY),
-    ("runtime/storage/src/io/calibration.rs", ANY),
-    ("runtime/storage/src/io/scheduler.rs", ANY),
-    ("runtime/storage/src/pool/guess.rs", ANY),
-    ("runtime/storage/src/pool/mod.rs", ANY),
-    ("runtime/storage/src/pool/order.rs", ANY),
-    ("runtime/storage/src/pool/tests.rs", ANY),
-];
-
-/// Where pieces of a product or of a prompt still go by the name of a part of a read.
-const CHUNK_FILES: &[(&str, usize)] = &[("runtime/generate/src/scheduler.rs", ANY)];
 
 fn long_files(source: &Source) -> Vec<Finding> {
     let lines = source.text.lines().count();

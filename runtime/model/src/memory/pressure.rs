@@ -12,7 +12,8 @@ use super::available::{Group, groups_of, meminfo_available};
 
 /// Tasks are short of memory when some of them have waited for it for this part of the last ten seconds, in percent.
 const STALLED: f32 = 10.0;
-/// The last bytes: when no more than this is left, the next large allocation of anybody ends badly.
+/// The last bytes: when less than this is left, the next large allocation of anybody ends badly. On a small machine, where the plan
+/// itself leaves little more, half of what was left at the start.
 const LAST_BYTES: u64 = 128 << 20;
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(250);
@@ -46,6 +47,8 @@ pub enum Wish {
 /// When to shrink and when to grow: a function of what it is told.
 #[derive(Clone, Debug)]
 pub struct Pressure {
+    /// With fewer bytes left, the system is short of memory.
+    last_bytes: u64,
     /// Last seen.
     exhausted: Option<u64>,
     /// When there was pressure last, or the budget changed last.
@@ -57,15 +60,28 @@ pub struct Pressure {
 
 impl Default for Pressure {
     fn default() -> Self {
-        Pressure { exhausted: None, pressed: Duration::ZERO, shrunk: None, grown: None, calm: CALM.0 }
+        Pressure {
+            last_bytes: LAST_BYTES,
+            exhausted: None,
+            pressed: Duration::ZERO,
+            shrunk: None,
+            grown: None,
+            calm: CALM.0,
+        }
     }
 }
 
 impl Pressure {
+    /// On a system that said `first` when the plan was carried out.
+    pub fn new(first: &Sample) -> Self {
+        let half = first.available.map_or(u64::MAX, |left| left / 2);
+        Pressure { last_bytes: LAST_BYTES.min(half), ..Pressure::default() }
+    }
+
     /// What to do, `now` after the start, when the system says `sample`. `shrunk`: whether there is anything to grow back.
     pub fn decide(&mut self, now: Duration, sample: &Sample, shrunk: bool) -> Wish {
         let ran_out = self.exhausted.replace(sample.exhausted).is_some_and(|before| sample.exhausted > before);
-        let short = sample.available.is_some_and(|left| left < LAST_BYTES);
+        let short = sample.available.is_some_and(|left| left < self.last_bytes);
         if ran_out || short || sample.stalled >= STALLED {
             self.pressed = now;
             if self.grown.take().is_some_and(|grown| now < grown + self.calm) {
@@ -105,8 +121,8 @@ impl PressureWatch {
     /// A watch on this system; `None` where it says nothing of pressure.
     pub fn new() -> Option<Self> {
         let source = Source::of_system();
-        source.sample()?;
-        Some(PressureWatch { started: Instant::now(), looked: None, policy: Pressure::default(), source })
+        let policy = Pressure::new(&source.sample()?);
+        Some(PressureWatch { started: Instant::now(), looked: None, policy, source })
     }
 
     /// What to do now. Costs nothing most of the time: it looks four times a second at most.
@@ -135,8 +151,11 @@ impl Source {
     }
 
     /// `None` where the system says nothing of pressure.
-    #[cfg(not(target_os = "macos"))]
     fn sample(&self) -> Option<Sample> {
+        if let Some(level) = sluice_storage::io::memory_pressure_level() {
+            let stalled = if level > 1 { 100.0 } else { 0.0 };
+            return Some(Sample { stalled, ..Sample::default() });
+        }
         let system = fs::read_to_string(self.proc.join("pressure/memory")).ok();
         let of_groups = self.groups.iter().filter_map(|group| group.read("memory.pressure"));
         let stalled = system.into_iter().chain(of_groups).filter_map(|text| stalled(&text)).reduce(f32::max)?;
@@ -145,13 +164,6 @@ impl Source {
         let exhausted =
             self.groups.iter().filter_map(|group| group.read("memory.events")).map(|text| ran_out(&text)).sum();
         Some(Sample { stalled, available, exhausted })
-    }
-
-    /// The kernel's own level: 1 is normal, 2 a warning, 4 critical.
-    #[cfg(target_os = "macos")]
-    fn sample(&self) -> Option<Sample> {
-        let level = sluice_storage::io::memory_pressure_level()?;
-        Some(Sample { stalled: if level > 1 { 100.0 } else { 0.0 }, available: None, exhausted: 0 })
     }
 }
 
@@ -218,6 +230,9 @@ mod tests {
         let left = |available| Sample { available: Some(available), ..CALM_SAMPLE };
         assert_eq!(pressure.decide(at(0.0), &left(LAST_BYTES), false), Wish::Keep);
         assert_eq!(pressure.decide(at(1.0), &left(LAST_BYTES - 1), false), Wish::Less);
+        let mut small = Pressure::new(&left(100 << 20));
+        assert_eq!(small.decide(at(0.0), &left(60 << 20), false), Wish::Keep, "as was planned");
+        assert_eq!(small.decide(at(1.0), &left(49 << 20), false), Wish::Less);
         let exhausted = |exhausted| Sample { exhausted, ..CALM_SAMPLE };
         let mut pressure = Pressure::default();
         assert_eq!(pressure.decide(at(0.0), &exhausted(7), false), Wish::Keep, "that was before");

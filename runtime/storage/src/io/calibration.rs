@@ -101,7 +101,7 @@ impl Calibration {
             BenchEngine::Pread => BenchEngine::Pread,
         };
         let (chunk_bytes, depth) = (knee.point.block_bytes, knee.point.depth);
-        // The knee is the least that fills the drive: guesses need as much, while they have it for themselves.
+        // The knee is the least that fills the drive: prefetches need as much, while they have it for themselves.
         let prefetch_depth = depth;
         Calibration { device, engine, chunk_bytes, depth, prefetch_depth, bytes_per_second: knee.bytes_per_second }
     }

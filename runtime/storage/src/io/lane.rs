@@ -277,7 +277,7 @@ impl Counters {
 pub struct IoStats {
     /// Bytes read because someone waited for them.
     pub demand_bytes: u64,
-    /// Bytes read on a guess.
+    /// Bytes prefetched.
     pub prefetch_bytes: u64,
     /// Extents that became ready.
     pub extents: u64,

@@ -49,9 +49,9 @@ pub use file::{DataFile, DirectIo, DirectMode};
 pub use fill::{ChunkMem, ReadPhase};
 pub use lane::{IoStats, Lane, LaneInfo, open_lanes};
 pub use scheduler::{Check, Class, ExtentRead, IoConfig, PendingRead, ReadFailure, Scheduler};
-pub use sys::trim_heap;
 #[cfg(target_os = "macos")]
-pub use sys::{memory_pressure_level, physical_pages};
+pub use sys::physical_pages;
+pub use sys::{memory_pressure_level, trim_heap};
 
 /// Most chunks in flight at once. More has no use on any drive: 128 × 1 MiB is a second of work
 /// for a slow one.

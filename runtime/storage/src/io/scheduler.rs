@@ -18,7 +18,7 @@ const CHUNK_BYTES_MAX: usize = 16 << 20;
 pub enum Class {
     /// The router asked for it: someone is waiting.
     Demand,
-    /// We guess that it will be asked for.
+    /// It will probably be asked for.
     Prefetch,
 }
 

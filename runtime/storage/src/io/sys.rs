@@ -74,15 +74,20 @@ pub fn physical_pages() -> Option<i64> {
     (pages > 0).then_some(pages)
 }
 
-/// How short of memory macOS is: 1 is normal, 2 a warning, 4 critical.
-#[cfg(target_os = "macos")]
+/// How short of memory macOS says that it is: 1 is normal, 2 a warning, 4 critical. Other systems do not say it so.
 pub fn memory_pressure_level() -> Option<u32> {
-    let (mut level, mut len) = (0u32, size_of::<u32>());
-    let name = c"kern.memorystatus_vm_pressure_level";
-    // SAFETY: the name is a C string, and `len` says how many bytes there are at `level`.
-    let result =
-        unsafe { libc::sysctlbyname(name.as_ptr(), (&raw mut level).cast(), &raw mut len, std::ptr::null_mut(), 0) };
-    (result == 0 && len == size_of::<u32>()).then_some(level)
+    #[cfg(target_os = "macos")]
+    {
+        let (mut level, mut len) = (0u32, size_of::<u32>());
+        let name = c"kern.memorystatus_vm_pressure_level";
+        // SAFETY: the name is a C string, and `len` says how many bytes there are at `level`.
+        let result = unsafe {
+            libc::sysctlbyname(name.as_ptr(), (&raw mut level).cast(), &raw mut len, std::ptr::null_mut(), 0)
+        };
+        (result == 0 && len == size_of::<u32>()).then_some(level)
+    }
+    #[cfg(not(target_os = "macos"))]
+    None
 }
 
 /// Asks the allocator to give memory that nobody uses back to the system, where it has to be asked.

@@ -15,10 +15,10 @@
 mod dense;
 mod directory;
 mod error;
-mod guess;
 mod order;
 mod parts;
 pub mod policy;
+mod prefetch;
 mod resize;
 mod settle;
 mod storage;
@@ -34,9 +34,9 @@ pub use policy::{Choice, Key, Policy, PolicyKind};
 pub use settle::{Damaged, Expert, Unsettled};
 pub use storage::{Storage, StorageConfig};
 
-use self::guess::Guesses;
 use self::parts::{Event, Pending, Progressed};
 use self::policy::Pass;
+use self::prefetch::Prefetches;
 use self::settle::Verdict;
 use crate::io::{Arena, Check, Class, ExtentName, ExtentRead, PendingRead, ReadFailure, Scheduler, Slot};
 
@@ -56,12 +56,12 @@ pub struct PoolStats {
     pub evictions: u64,
     /// Nanoseconds in which [`LayerPass::next`] or [`LayerPass::arrival`] was blocked.
     pub wait_ns: u64,
-    /// Experts whose reading was started on a guess.
-    pub guessed: u64,
+    /// Experts that were prefetched.
+    pub prefetched: u64,
     /// Of these, requested before they lost their slot.
-    pub guessed_used: u64,
+    pub prefetched_used: u64,
     /// Of these, lost their slot, or were given up, without having been requested.
-    pub guessed_wasted: u64,
+    pub prefetched_wasted: u64,
 }
 
 /// What the router chose, as policies want to know it.
@@ -104,7 +104,7 @@ pub struct Pool {
     /// Empty slots whose memory has been given back to the system; not free.
     away: Vec<u32>,
     pass: PassState,
-    guesses: Guesses,
+    prefetches: Prefetches,
     stats: PoolStats,
 }
 
@@ -163,7 +163,7 @@ impl Pool {
             table: vec![ABSENT; directory.shape().keys()],
             free: (0..slots.len() as u32).rev().collect(),
             away: Vec::with_capacity(slots.len()),
-            guesses: Guesses::new(slots.len(), directory.shape().keys()),
+            prefetches: Prefetches::new(slots.len(), directory.shape().keys()),
             slots,
             directory,
             pass,
@@ -226,7 +226,7 @@ impl Pool {
         assert!(experts.is_sorted_by(|a, b| a < b), "experts have to be strictly ascending");
         // Only a pass that was leaked instead of dropped leaves anything to do here.
         self.end_pass();
-        self.settle_guesses();
+        self.settle_prefetches();
         let Routing { tokens, prefill, in_order, choices } = *routing;
         self.pass.in_order = in_order;
         let routed = self.directory.routed_layer(layer);
@@ -248,7 +248,7 @@ impl Pool {
                 }
                 // On its way already: it is pinned as long as it loads.
                 Some(Content::Loading { .. }) => {
-                    self.adopt_guess(number, index);
+                    self.adopt_prefetch(number, index);
                     self.stats.misses += 1;
                 }
                 _ => {
@@ -258,7 +258,7 @@ impl Pool {
             }
         }
         self.submit_missing();
-        self.give_up_guesses(routed);
+        self.give_up_prefetches(routed);
         Ok(LayerPass { pool: self })
     }
 
@@ -370,7 +370,7 @@ impl Pool {
             return Ok(Some(Event::Whole(number)));
         }
         while self.pass.pending.is_empty() {
-            // Nothing is handed out, pinned or in flight but guesses, so a slot can be had, unless all memory was lost with
+            // Nothing is handed out, pinned or in flight but prefetches, so a slot can be had, unless all memory was lost with
             // the I/O thread.
             self.submit_missing();
             if let Some(error) = self.pass.failed.take() {
@@ -382,7 +382,7 @@ impl Pool {
             if self.pass.todo.is_empty() {
                 return Ok(None);
             }
-            if !self.reclaim_guess() {
+            if !self.reclaim_prefetch() {
                 return Err(PoolError::NoSlots);
             }
         }
@@ -406,7 +406,7 @@ impl Pool {
     }
 
     /// Ends the pass, wherever it is. Reads that nobody needs any more are cancelled, and awaited
-    /// where that is too late: afterwards no slot is pinned or in flight, but for guesses.
+    /// where that is too late: afterwards no slot is pinned or in flight, but for prefetches.
     fn end_pass(&mut self) {
         self.pass.todo.clear();
         self.pass.failed = None;
@@ -459,7 +459,7 @@ impl LayerPass<'_> {
     /// Starts reading experts that a later layer is likely to need, most likely first, into slots that this pass does not
     /// need. The drive serves them only while nobody waits for anything.
     pub fn prefetch(&mut self, layer: u32, experts: &[u32]) {
-        self.pool.guess(layer, experts);
+        self.pool.prefetch(layer, experts);
     }
 
     /// True if an expert of any layer is in memory, or on its way.

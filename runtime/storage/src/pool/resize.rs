@@ -21,16 +21,17 @@ impl Pool {
     }
 
     /// Gives memory back to the system, or takes it again, until `slots` slots have some, at most those that the pool was made
-    /// with. Between passes. Reads on a guess are ended where their slots are needed.
+    /// with. Between passes. Prefetches are ended where their slots are needed.
     ///
     /// # Errors
     /// [`PoolError::Io`] when the system does not give memory; [`slot_count`](Self::slot_count) says how far it went.
     pub fn resize(&mut self, slots: usize) -> Result<(), PoolError> {
         self.end_pass();
-        self.settle_guesses();
+        self.settle_prefetches();
         while self.slot_count() > slots {
             // Nothing is pinned between passes: what cannot be had is lost with the I/O thread.
-            let Some(number) = self.vacate().or_else(|| self.reclaim_guess().then(|| self.vacate()).flatten()) else {
+            let Some(number) = self.vacate().or_else(|| self.reclaim_prefetch().then(|| self.vacate()).flatten())
+            else {
                 break;
             };
             self.give_back(number);

@@ -135,7 +135,7 @@ proptest! {
         prop_assert_eq!(pool.io.stats().extents, pool.stats().misses);
     }
 
-    /// Whatever is in memory, on its way as a guess, or damaged the first time: ascending, and each once.
+    /// Whatever is in memory, being prefetched, or damaged the first time: ascending, and each once.
     #[test]
     fn a_pass_in_order_yields_experts_in_ascending_order(
         passes in passes(),
@@ -151,10 +151,10 @@ proptest! {
         let mut pool = pool(&drive, slots, seed);
         for (i, (layer, experts)) in passes.into_iter().enumerate() {
             let wanted: Vec<u32> = experts.into_iter().collect();
-            // Some passes in any order, which leave other experts behind, and some guesses.
+            // Some passes in any order, which leave other experts behind, and some prefetches.
             if i % 3 == 0 {
                 run_pass(&mut pool, layer, &wanted).expect("damaged once only");
-                pool.guess(layer, &[0, 5]);
+                pool.prefetch(layer, &[0, 5]);
                 continue;
             }
             let before = pool.stats();
@@ -327,11 +327,11 @@ fn storage_opens_loads_and_serves() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-    /// Whatever is guessed, and whatever of it is right: every pass gets every expert, and the right bytes.
+    /// Whatever is prefetched, and whatever of it is right: every pass gets every expert, and the right bytes.
     #[test]
-    fn guesses_never_change_what_a_pass_gets(
+    fn prefetches_never_change_what_a_pass_gets(
         passes in passes(),
-        guesses in proptest::collection::vec((1..=LAYERS, proptest::collection::vec(0..EXPERTS, 0..8)), 40),
+        prefetches in proptest::collection::vec((1..=LAYERS, proptest::collection::vec(0..EXPERTS, 0..8)), 40),
         slots in 32usize..48,
         seed in any::<u64>(),
         short in prop_oneof![Just(0u32), Just(200)],
@@ -339,11 +339,11 @@ proptest! {
         let drive = SimDrive::new(vec![model().0]);
         drive.set_short_reads(short);
         let mut pool = pool(&drive, slots, seed);
-        for ((layer, experts), (guessed_layer, guessed)) in passes.into_iter().zip(guesses) {
+        for ((layer, experts), (prefetched_layer, prefetched)) in passes.into_iter().zip(prefetches) {
             let wanted: Vec<u32> = experts.iter().copied().collect();
             let chosen = choices(&wanted);
             let mut pass = pool.begin_layer(layer, &wanted, &routing(&chosen)).expect("begun");
-            pass.prefetch(guessed_layer, &guessed);
+            pass.prefetch(prefetched_layer, &prefetched);
             let mut yielded = BTreeSet::new();
             while let Some(guard) = pass.next().expect("no faults") {
                 prop_assert!(guard.bytes().iter().all(|&byte| byte == content(layer, guard.expert())));
@@ -352,7 +352,7 @@ proptest! {
             drop(pass);
             prop_assert_eq!(yielded, experts);
             let stats = pool.stats();
-            prop_assert!(stats.guessed_used + stats.guessed_wasted <= stats.guessed);
+            prop_assert!(stats.prefetched_used + stats.prefetched_wasted <= stats.prefetched);
         }
     }
 }

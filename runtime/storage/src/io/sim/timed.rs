@@ -3,7 +3,7 @@
 //! In a virtual machine the cores that compute often serve the drive too, so that a faster drive cannot be had there, and no drive
 //! for nothing. This one moves nothing. The memory that reads go to holds what they would bring from the beginning; a read only waits
 //! until its time has come ([`Bus`]), and the I/O thread sleeps meanwhile, as it does while a real drive works. Everything above it
-//! is the same: scheduler, pool, policy, guesses, checksums.
+//! is the same: scheduler, pool, policy, prefetch, checksums.
 //!
 //! What is not within the simulated ranges of the files, such as the dense parts of a model, is read from the files, at once.
 
