@@ -179,8 +179,10 @@ impl Model {
 impl Drop for Model {
     fn drop(&mut self) {
         self.submitter.close();
+        // An owner may have the last of the model: its thread cannot wait for itself, and ends by itself.
+        let others = |thread: &JoinHandle<()>| thread.thread().id() != std::thread::current().id();
         // A panic over there has been reported, and must not become an abort here.
-        let _ = self.thread.take().map(JoinHandle::join);
+        let _ = self.thread.take().filter(others).map(JoinHandle::join);
     }
 }
 
@@ -209,8 +211,9 @@ struct Closing(Submitter);
 impl Drop for Closing {
     fn drop(&mut self) {
         self.0.close();
-        // The owners go, and with them the channels that callers wait at.
-        self.0.0.lock().queue.clear();
+        // The owners go, and with them the channels that callers wait at; not under the lock, which they may want.
+        let queue = std::mem::take(&mut self.0.0.lock().queue);
+        drop(queue);
     }
 }
 

@@ -1,0 +1,342 @@
+//! Callers at their worst: handles that go on many threads, observers and owners that panic, requests that make no sense together.
+
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Barrier, Mutex};
+
+use proptest::prelude::*;
+use sluice_format::WeightType;
+use sluice_generate::{
+    Draft, Finish, GenerationError, Handle, Model, Request, SamplerConfig, SchedulerOptions, Watch, WhenFull,
+};
+use sluice_model::{Cancel, Control, Engine, EngineOptions, Progress, Span, Want};
+use sluice_tests::Converted;
+use sluice_tests::house::{Heard, House};
+
+fn options(sequences: usize, context: usize) -> EngineOptions {
+    EngineOptions {
+        sequences: Some(sequences),
+        context: Some(context),
+        forget: true,
+        threads: Some(1),
+        ..EngineOptions::default()
+    }
+}
+
+fn all_free(engine: &Engine) -> bool {
+    engine.pages().iter().all(|pages| pages.free == pages.total)
+}
+
+#[test]
+fn pages_that_go_on_two_threads_at_a_time_come_back() {
+    let model = Converted::new("demo-model", Some(WeightType::Q8));
+    let mut engine = model.open(&options(2, 500));
+    let tokens: Vec<u32> = (0..450).collect();
+    let (start, end) = (Barrier::new(2), Barrier::new(2));
+    let hand = Mutex::new(None);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..400 {
+                start.wait();
+                drop(hand.lock().unwrap().take());
+                end.wait();
+            }
+        });
+        for round in 0..400 {
+            let (mut sequence, mut logits) = (engine.new_sequence(), Vec::new());
+            let tokens = if round % 50 == 0 { &tokens[..] } else { &tokens[..3] };
+            engine.forward(&mut sequence, tokens, &mut logits).unwrap();
+            *hand.lock().unwrap() = Some(sequence.fork());
+            start.wait();
+            drop(sequence);
+            end.wait();
+            assert!(all_free(&engine), "round {round}: {:?}", engine.pages());
+        }
+    });
+}
+
+#[test]
+fn an_observer_that_panics_leaves_an_engine_that_works() {
+    for name in ["golden/deepseek_v32", "golden/gpt_oss", "golden/qwen3_next"] {
+        let model = Converted::new(name, None);
+        let least = model.least_budget_for(&options(2, 200));
+        for budget in [None, Some(least)] {
+            let mut engine = model.open(&EngineOptions { budget, threads: Some(2), ..options(2, 200) });
+            let layers = engine.spec().layers.len();
+            let tokens: Vec<u32> = (0..90).map(|i| i * 37 % 101).collect();
+            let (mut alone, mut want) = (engine.new_sequence(), Vec::new());
+            engine.forward_all(&mut alone, &tokens, &mut |_, row| want.push(row.to_vec())).unwrap();
+            drop(alone);
+            for at in 0..=layers {
+                let (mut sequence, mut logits) = (engine.new_sequence(), Vec::new());
+                engine.forward(&mut sequence, &tokens[..10], &mut logits).unwrap();
+                let cancel = Cancel::new();
+                let mut progress = |p: Progress| assert!(p.layers != at, "as it is meant to");
+                let mut control =
+                    Control { cancel: Some(&cancel), progress: Some(&mut progress), ..Control::default() };
+                let span = Span::prompt(&mut sequence, &tokens[10..60], Want::All);
+                let outcome = catch_unwind(AssertUnwindSafe(|| {
+                    engine.step(&mut [span], &mut control, &mut |_, _, _| assert!(at > 0, "as it is meant to"))
+                }));
+                assert!(outcome.is_err());
+                cancel.cancel();
+                let position = sequence.position();
+                let mut rows = Vec::new();
+                engine.forward_all(&mut sequence, &tokens[position..], &mut |_, row| rows.push(row.to_vec())).unwrap();
+                assert!(rows == want[position..], "{name}, layer {at}");
+                drop(sequence);
+                assert!(all_free(&engine), "{name}, layer {at}: {:?}", engine.pages());
+            }
+        }
+    }
+}
+
+#[test]
+fn an_owner_may_have_the_last_handle_of_the_model() {
+    let converted = Converted::new("demo-model", Some(WeightType::Q8));
+    let model = Arc::new(Model::open(&converted.path, &options(2, 200)).unwrap());
+    let (sender, events) = channel();
+    let own = Arc::clone(&model);
+    let owner = move |event| {
+        let _ = own.status();
+        sender.send(event).map_or(ControlFlow::Break(()), ControlFlow::Continue)
+    };
+    model.submit(Request::new(vec![1, 2, 3], 150), owner).unwrap();
+    drop(model);
+    // The model goes on its own thread, behind the last event.
+    assert!(events.iter().any(|event| matches!(event, sluice_generate::Event::Finish { .. })));
+}
+
+/// Cancels a generation when it goes.
+struct CancelsAtEnd(Handle);
+
+impl Drop for CancelsAtEnd {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+#[test]
+fn an_owner_that_panics_keeps_nobody_waiting() {
+    let converted = Converted::new("demo-model", Some(WeightType::Q8));
+    let scheduling = SchedulerOptions { running: Some(1), ..SchedulerOptions::default() };
+    let model = Model::new(converted.open(&options(1, 200)), scheduling, false).unwrap();
+    let gate = Arc::new(Barrier::new(2));
+    let inside = Arc::clone(&gate);
+    let handle = model
+        .submit(Request::new(vec![1, 2, 3], 150), move |_| {
+            inside.wait();
+            panic!("as it is meant to");
+        })
+        .unwrap();
+    // These wait in the queue, and their owners look at the scheduler when they go.
+    let guard = CancelsAtEnd(handle);
+    let owner = move |_| {
+        let _ = &guard;
+        ControlFlow::Continue(())
+    };
+    model.submit(Request::new(vec![1], 5), owner).unwrap();
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| model.batch(vec![Request::new(vec![1, 2], 4), Request::new(vec![7], 4)]));
+        while model.status().queued < 3 && !waits.is_finished() {
+            std::thread::yield_now();
+        }
+        gate.wait();
+        let outcome = waits.join().unwrap();
+        assert!(outcome.iter().all(|o| matches!(o, Err(GenerationError::Closed))), "{outcome:?}");
+    });
+    assert!(matches!(model.complete(Request::new(vec![1], 1)), Err(GenerationError::Closed)));
+}
+
+/// Proposes what has been said so far, whether or not it comes again, and more than there is room for.
+#[derive(Debug)]
+struct Echo(usize);
+
+impl Draft for Echo {
+    fn propose(&mut self, context: &[u32], out: &mut Vec<u32>) {
+        self.0 += 1;
+        out.extend(context.iter().rev().skip(self.0 % 3).cycle().take(self.0 % 40));
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Wish {
+    prompt: usize,
+    tokens: usize,
+    temperature: f32,
+    keep: Option<usize>,
+    draft: bool,
+    /// Cancelled in this turn, and behind this layer.
+    cancelled: Option<(usize, usize)>,
+    /// Says `Break` to this event.
+    breaks: Option<usize>,
+    pause: usize,
+}
+
+fn any_wish(context: usize) -> impl Strategy<Value = Wish> {
+    let keep = proptest::option::of(prop_oneof![0..context, context - 4..context]);
+    let temperature = proptest::sample::select(vec![0.0, 1.0]);
+    let pause = prop_oneof![2 => Just(0usize), 1 => 1usize..50];
+    let cancelled = proptest::option::weighted(0.3, (0usize..120, 1usize..6));
+    let breaks = proptest::option::weighted(0.2, 0usize..60);
+    let prompt = prop_oneof![1..context / 3, context - 3..=context, 1..=context];
+    (prompt, 0usize..200, temperature, keep, any::<bool>(), cancelled, breaks, pause).prop_map(
+        |(prompt, tokens, temperature, keep, draft, cancelled, breaks, pause)| Wish {
+            prompt,
+            tokens,
+            temperature,
+            keep,
+            draft,
+            cancelled,
+            breaks,
+            pause,
+        },
+    )
+}
+
+fn request(engine: &Engine, number: usize, wish: &Wish, draft: bool) -> Request {
+    let vocab = engine.spec().vocab_size as u32;
+    let prompt = (0..wish.prompt as u32).map(|i| (i * 7919 + number as u32 * 104_729 + 13) % vocab).collect();
+    Request {
+        sampling: SamplerConfig { temperature: wish.temperature, seed: number as u64, ..SamplerConfig::default() },
+        when_full: wish.keep.map_or(WhenFull::Stop, |keep| WhenFull::DropOldest { keep }),
+        draft: (draft && wish.draft).then(|| Box::new(Echo(number)) as Box<dyn Draft>),
+        ..Request::new(prompt, wish.tokens)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Case {
+    model: usize,
+    wishes: Vec<Wish>,
+    sequences: usize,
+    rows: usize,
+    spill: usize,
+    marks: usize,
+    least: bool,
+    budgets: Vec<(usize, f64)>,
+}
+
+const CONTEXT: usize = 200;
+const MODELS: [(&str, Option<WeightType>); 3] =
+    [("demo-model", Some(WeightType::Q8)), ("golden/gpt_oss", None), ("golden/qwen3_next", None)];
+
+fn any_case() -> impl Strategy<Value = Case> {
+    let wishes = proptest::collection::vec(any_wish(CONTEXT), 1..8);
+    let budgets = proptest::collection::vec((0usize..200, 0.0f64..=1.0), 0..4);
+    (0..MODELS.len(), wishes, 1usize..4, 1usize..100, 0usize..3, 0usize..3, any::<bool>(), budgets).prop_map(
+        |(model, wishes, sequences, rows, spill, marks, least, budgets)| Case {
+            model,
+            wishes,
+            sequences,
+            rows,
+            spill,
+            marks,
+            least,
+            budgets,
+        },
+    )
+}
+
+/// What each says alone, without a draft and without being cancelled.
+fn alone(model: &Converted, wishes: &[Wish]) -> Vec<Heard> {
+    let mut house = House::new(model.open(&options(1, CONTEXT)), SchedulerOptions::default());
+    let each = wishes.iter().enumerate().map(|(number, wish)| {
+        let id = house.submit(request(&house.engine, number, wish, false));
+        house.run();
+        house.owners.remove(&id).unwrap().2
+    });
+    each.collect()
+}
+
+fn run(model: &Converted, case: &Case, spill: Option<PathBuf>) -> Result<(), TestCaseError> {
+    let want = alone(model, &case.wishes);
+    let opens = EngineOptions { marks: case.marks, mark_every: Some(20), ..options(case.sequences, CONTEXT) };
+    let budget = case.least.then(|| model.least_budget_for(&opens));
+    let engine = model.open(&EngineOptions { budget, ..opens });
+    let scheduling = SchedulerOptions { prompt_rows: case.rows, spill, ..SchedulerOptions::default() };
+    let mut house = House::new(engine, scheduling);
+    let (mut ids, mut turns, mut comes) = (Vec::new(), 0, 0);
+    loop {
+        while ids.len() < case.wishes.len() && comes <= turns {
+            let wish = &case.wishes[ids.len()];
+            let request = request(&house.engine, ids.len(), wish, true);
+            let id = match wish.breaks {
+                None => house.submit(request),
+                Some(at) => {
+                    let mut left = at;
+                    let owner = move |_| match left.checked_sub(1) {
+                        None => ControlFlow::Break(()),
+                        Some(less) => {
+                            left = less;
+                            ControlFlow::Continue(())
+                        }
+                    };
+                    house.scheduler.submit(request, owner).unwrap().id()
+                }
+            };
+            ids.push(id);
+            comes = turns + wish.pause;
+        }
+        for &(at, part) in &case.budgets {
+            if at == turns {
+                let memory = house.engine.memory();
+                let bytes = memory.least() + ((memory.most() - memory.least()) as f64 * part) as u64;
+                house.scheduler.submitter().set_budget(bytes);
+                if part < 0.3 {
+                    house.engine.release_idle();
+                }
+            }
+        }
+        let victims: Vec<(usize, Handle)> = ids
+            .iter()
+            .zip(&case.wishes)
+            .filter_map(|(id, wish)| {
+                let (turn, layer) = wish.cancelled?;
+                (turn == turns).then(|| Some((layer, house.owners.get(id)?.0.clone())))?
+            })
+            .collect();
+        let mut progress =
+            |p: Progress| victims.iter().filter(|v| v.0 == p.layers).for_each(|(_, handle)| handle.cancel());
+        let worked = house.turn_watched(&mut Watch { progress: Some(&mut progress), routing: None });
+        victims.iter().for_each(|(_, handle)| handle.cancel());
+        turns += 1;
+        prop_assert!(turns < 10_000, "no end: {:?}", house.scheduler.status());
+        if !worked && ids.len() == case.wishes.len() {
+            break;
+        }
+        if !worked {
+            comes = comes.min(turns);
+        }
+    }
+    house.run();
+    for (number, (id, want)) in ids.iter().zip(&want).enumerate() {
+        let Some((_, _, heard)) = house.owners.get(id) else { continue };
+        prop_assert_eq!(&heard.error, &None, "generation {}", number);
+        if heard.finish == Some(Finish::Cancelled) {
+            prop_assert!(case.wishes[number].cancelled.is_some());
+            prop_assert_eq!(&heard.ids[..], &want.ids[..heard.ids.len()], "generation {}", number);
+        } else {
+            prop_assert_eq!((heard.said(), &heard.shifts), (want.said(), &want.shifts), "generation {}", number);
+        }
+    }
+    prop_assert!(all_free(&house.engine), "{:?}", house.engine.pages());
+    Ok(())
+}
+
+#[test]
+fn whoever_comes_and_goes_the_others_say_what_they_say_alone() {
+    let cases = std::env::var("SLUICE_HOSTILE_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
+    let folder = tempfile::tempdir().unwrap();
+    let models = MODELS.map(|(name, ty)| Converted::new(name, ty));
+    let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
+    let outcome = proptest::test_runner::TestRunner::new(config).run(&any_case(), |case| {
+        // Nowhere, in a folder, and in one that is not there.
+        let spill = [None, Some(folder.path().to_owned()), Some(folder.path().join("gone"))];
+        run(&models[case.model], &case, spill[case.spill].clone())
+    });
+    outcome.unwrap();
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "no file is left");
+}
