@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier, Mutex};
 
@@ -34,27 +34,34 @@ fn pages_that_go_on_two_threads_at_a_time_come_back() {
     let model = Converted::new("demo-model", Some(WeightType::Q8));
     let mut engine = model.open(&options(2, 500));
     let tokens: Vec<u32> = (0..450).collect();
+    let (mut sequence, mut saved) = (engine.new_sequence(), Vec::new());
+    engine.forward(&mut sequence, &tokens, &mut Vec::new()).unwrap();
+    sequence.save(&mut saved).unwrap();
+    drop(sequence);
+    // Both let go of the same pages, in the same order.
+    const ROUNDS: usize = 3000;
     let (start, end) = (Barrier::new(2), Barrier::new(2));
     let hand = Mutex::new(None);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            for _ in 0..400 {
-                start.wait();
-                drop(hand.lock().unwrap().take());
+            for _ in 0..ROUNDS {
+                let fork = {
+                    start.wait();
+                    hand.lock().unwrap().take()
+                };
                 end.wait();
+                drop(fork);
             }
         });
-        for round in 0..400 {
-            let (mut sequence, mut logits) = (engine.new_sequence(), Vec::new());
-            let tokens = if round % 50 == 0 { &tokens[..] } else { &tokens[..3] };
-            engine.forward(&mut sequence, tokens, &mut logits).unwrap();
+        for _ in 0..ROUNDS {
+            let sequence = engine.restore(&mut &saved[..], Path::new("saved")).expect("every page has come back");
             *hand.lock().unwrap() = Some(sequence.fork());
             start.wait();
-            drop(sequence);
             end.wait();
-            assert!(all_free(&engine), "round {round}: {:?}", engine.pages());
+            drop(sequence);
         }
     });
+    assert!(all_free(&engine), "{:?}", engine.pages());
 }
 
 #[test]
@@ -76,17 +83,18 @@ fn an_observer_that_panics_leaves_an_engine_that_works() {
                 let mut progress = |p: Progress| assert!(p.layers != at, "as it is meant to");
                 let mut control =
                     Control { cancel: Some(&cancel), progress: Some(&mut progress), ..Control::default() };
-                let span = Span::prompt(&mut sequence, &tokens[10..60], Want::All);
+                let span = Span::prompt(&mut sequence, &tokens[10..80], Want::All);
                 let outcome = catch_unwind(AssertUnwindSafe(|| {
                     engine.step(&mut [span], &mut control, &mut |_, _, _| assert!(at > 0, "as it is meant to"))
                 }));
                 assert!(outcome.is_err());
                 cancel.cancel();
                 let position = sequence.position();
-                let mut rows = Vec::new();
-                engine.forward_all(&mut sequence, &tokens[position..], &mut |_, row| rows.push(row.to_vec())).unwrap();
-                assert!(rows == want[position..], "{name}, layer {at}");
-                drop(sequence);
+                for mut fork in [sequence.fork(), sequence] {
+                    let mut rows = Vec::new();
+                    engine.forward_all(&mut fork, &tokens[position..], &mut |_, row| rows.push(row.to_vec())).unwrap();
+                    assert!(rows == want[position..], "{name}, layer {at}");
+                }
                 assert!(all_free(&engine), "{name}, layer {at}: {:?}", engine.pages());
             }
         }

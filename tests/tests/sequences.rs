@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use sluice_model::ModelError;
 use sluice_model::session::SessionError;
 use sluice_model::{
-    Cancel, Control, Engine, EngineOptions, Mark, Phase, Progress, RewindError, RuntimeError, Sequence, Span, Want,
+    Cancel, Control, Engine, EngineOptions, KvType, Mark, Phase, Progress, RewindError, RuntimeError, Sequence, Span,
+    Want,
 };
 use sluice_tests::{Converted, Golden};
 
@@ -312,18 +313,27 @@ fn a_sequence_gives_the_bits_of_its_tokens_whatever_it_has_been_through() {
     let cases = std::env::var("SLUICE_SEQUENCE_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(6);
     for family in ATTENTIONS {
         let model = Converted::new(&format!("golden/{family}"), None);
-        // With pages for all of them, and with few.
-        for (length, sequences) in [(LENGTHS[0], SEQUENCES), (LENGTHS[1], SEQUENCES), (LENGTHS[1], 2)] {
+        // With pages for all of them, and with few; some types of keys and values, and numbers of threads.
+        for (length, sequences, kv_type, threads) in [
+            (LENGTHS[0], SEQUENCES, KvType::F16, 1),
+            (LENGTHS[1], SEQUENCES, KvType::F32, 2),
+            (LENGTHS[1], 2, KvType::Q8, 3),
+        ] {
             let options = EngineOptions {
                 context: Some(length),
                 sequences: Some(sequences),
                 marks: MARKS,
                 mark_every: Some(16),
+                kv_type,
                 forget: true,
                 ..EngineOptions::default()
             };
             // Passes of few rows move windows on within a step.
-            let few = EngineOptions { budget: Some(model.least_budget_for(&options)), ..options.clone() };
+            let few = EngineOptions {
+                budget: Some(model.least_budget_for(&options)),
+                threads: Some(threads),
+                ..options.clone()
+            };
             let (mut engine, mut alone) = (model.open(&few), model.open(&options));
             let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
             let engines = std::cell::RefCell::new((&mut engine, &mut alone));

@@ -349,7 +349,8 @@ impl Engine {
         least
     }
 
-    /// Reads a sequence that [`Sequence::save_file`] wrote. It has this engine's capacity and no marks.
+    /// Reads a sequence that [`Sequence::save_file`] wrote. It has this engine's capacity, and marks of its own where the saved one had
+    /// them, as far as there is room for what they keep.
     ///
     /// # Errors
     /// [`SessionError`]: it cannot be read, is damaged, or is not of this model, precision, key-value type or version, or does
@@ -455,6 +456,8 @@ impl Engine {
                 return Err(ModelError::ContextFull { capacity, wanted }.into());
             }
         }
+        // A step that an observer's panic ended has left pages behind the last token.
+        spans.iter_mut().for_each(|span| span.sequence.settle());
         if let Err(full) = self.room(spans) {
             if full.kind == PageKind::Rows {
                 return Err(ModelError::from(full).into());
