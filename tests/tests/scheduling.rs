@@ -190,6 +190,34 @@ fn the_youngest_gives_way_and_comes_before_the_queue() {
 }
 
 #[test]
+fn a_saved_sequence_that_was_replaced_or_damaged_is_read_again() {
+    let model = Converted::new("demo-model", Some(WeightType::Q8));
+    let folder = tempfile::tempdir().unwrap();
+    let request = |house: &House, n| Request::new(prompt(&house.engine, n, 20), 180);
+    let mut alone = House::new(open(&model, 1, 256), SchedulerOptions::default());
+    let want = alone.submit(request(&alone, 1));
+    alone.run();
+    let mut other = alone.engine.new_sequence();
+    alone.engine.forward(&mut other, &prompt(&alone.engine, 7, 90), &mut Vec::new()).unwrap();
+    for replaced in [true, false] {
+        let spill = Some(folder.path().to_owned());
+        let mut house = House::new(open(&model, 1, 256), SchedulerOptions { spill, ..SchedulerOptions::default() });
+        let ids = [0, 1].map(|n| house.submit(request(&house, n)));
+        while house.scheduler.status().saved == 0 {
+            assert!(house.turn(), "one has to wait");
+        }
+        let file = std::fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+        match replaced {
+            true => other.save_file(&file).unwrap(),
+            false => std::fs::write(&file, b"SLUSEQ").unwrap(),
+        }
+        house.run();
+        assert_eq!(house.heard(ids[1]).said(), alone.heard(want).said());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "no file is left");
+    }
+}
+
+#[test]
 fn who_is_alone_and_finds_no_pages_has_a_full_context() {
     let model = Converted::new("demo-model", Some(WeightType::Q8));
     let mut house = House::new(open(&model, 1, 256), SchedulerOptions::default());

@@ -225,6 +225,12 @@ fn draft(engine: &mut Engine, tracked: &mut Tracked, take: usize, lies: usize, v
     }
 }
 
+/// To so much of what lies between the least budget and the most.
+fn set_budget(engine: &mut Engine, part: f64) {
+    let (least, most) = (engine.memory().least(), engine.memory().most());
+    engine.set_budget(least + ((most - least) as f64 * part) as u64).unwrap();
+}
+
 /// Saves and restores a sequence, if there are pages for both.
 fn save_and_restore(engine: &Engine, tracked: &mut Tracked) {
     let mut file = Vec::new();
@@ -291,10 +297,7 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
             }
             Event::Draft(i, take, lies) => draft(engine, &mut all[i % count], take, lies, vocab, &mut fresh),
             Event::Saved(i) => save_and_restore(engine, &mut all[i % count]),
-            Event::Budget(part) => {
-                let (least, most) = (engine.memory().least(), engine.memory().most());
-                engine.set_budget(least + ((most - least) as f64 * part) as u64).unwrap();
-            }
+            Event::Budget(part) => set_budget(engine, part),
             Event::Rest => engine.release_idle(),
         }
     }

@@ -212,7 +212,10 @@ impl Drop for Closing {
     fn drop(&mut self) {
         self.0.close();
         // The owners go, and with them the channels that callers wait at; not under the lock, which they may want.
-        let queue = std::mem::take(&mut self.0.0.lock().queue);
+        let mut state = self.0.0.lock();
+        let queue = std::mem::take(&mut state.queue);
+        state.places.clear();
+        drop(state);
         drop(queue);
     }
 }

@@ -32,6 +32,8 @@ pub(super) struct Saved {
 /// A sequence in a file of its own, which goes with this.
 struct SavedSequence {
     path: PathBuf,
+    /// What it holds. Programs on two machines, or in two containers, can have the same number, and the folder in common.
+    tokens: Vec<u32>,
 }
 
 impl SavedSequence {
@@ -40,8 +42,13 @@ impl SavedSequence {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = folder.join(format!("sluice-{}-{number}.session", std::process::id()));
-        let saved = SavedSequence { path };
+        let saved = SavedSequence { path, tokens: sequence.tokens().to_vec() };
         sequence.save_file(&saved.path).is_ok().then_some(saved)
+    }
+
+    /// `None` where it cannot be read, or is another one by now: the tokens are there to be read again.
+    fn restore(&self, engine: &Engine) -> Option<Sequence> {
+        engine.restore_file(&self.path).ok().filter(|sequence| sequence.tokens() == self.tokens)
     }
 }
 
@@ -99,8 +106,7 @@ impl Scheduler {
     /// Admits the oldest of those who were saved.
     fn resume(&mut self, engine: &Engine) {
         let Saved { id, generation, owner, reported, file } = self.saved.remove(0);
-        // A file that cannot be read is no reason to fail: the tokens are there.
-        let restored = file.and_then(|file| engine.restore_file(&file.path).ok());
+        let restored = file.and_then(|file| file.restore(engine));
         let sequence = restored.unwrap_or_else(|| engine.new_sequence());
         let running = Running { id, generation, sequence, owner, events: Vec::new(), reported, failed: false };
         let place = self.running.partition_point(|other| other.id < id);
