@@ -88,15 +88,15 @@ fn request(engine: &Engine, number: usize, wish: &Wish) -> Request {
     }
 }
 
+/// Whether anyone has to wait in these cases is chance; where someone must, two tests below say.
 #[test]
 fn when_pages_run_out_everyone_still_says_what_they_say_alone() {
     const CONTEXT: usize = 384;
     let spill = tempfile::tempdir().unwrap();
     let models = MODELS.map(|(name, ty)| (name, Converted::new(name, ty)));
     let wishes = proptest::collection::vec(any_wish(CONTEXT), 2..9);
-    let case = (0..MODELS.len(), wishes, 1usize..4, 1usize..300, any::<bool>());
+    let case = (0..MODELS.len(), wishes, 1usize..3, 1usize..300, any::<bool>());
     let config = ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() };
-    let preemptions = std::cell::RefCell::new([0; 2]);
     let outcome = proptest::test_runner::TestRunner::new(config).run(&case, |(at, wishes, sequences, rows, spills)| {
         let (name, model) = &models[at];
         let mut alone = House::new(open(model, 1, CONTEXT), SchedulerOptions::default());
@@ -139,13 +139,10 @@ fn when_pages_run_out_everyone_still_says_what_they_say_alone() {
         }
         let free = house.engine.pages();
         assert!(free.iter().all(|count| count.free == count.total), "all pages have come back: {free:?}");
-        preemptions.borrow_mut()[usize::from(spills)] += house.scheduler.status().preemptions;
         assert_eq!(std::fs::read_dir(spill.path()).unwrap().count(), 0, "no file is left");
         Ok(())
     });
     outcome.unwrap();
-    let preemptions = preemptions.into_inner();
-    assert!(preemptions.iter().all(|&n| n > 0), "nobody had to wait for pages: {preemptions:?}");
 }
 
 #[test]
@@ -187,6 +184,34 @@ fn the_youngest_gives_way_and_comes_before_the_queue() {
     assert_eq!(house.heard(second).finish, Some(Finish::Cancelled));
     assert_eq!((house.heard(first).finish, house.scheduler.status().saved), (None, 0));
     house.run();
+}
+
+#[test]
+fn a_saved_sequence_that_was_replaced_or_damaged_is_read_again() {
+    let model = Converted::new("demo-model", Some(WeightType::Q8));
+    let folder = tempfile::tempdir().unwrap();
+    let request = |house: &House, n| Request::new(prompt(&house.engine, n, 20), 180);
+    let mut alone = House::new(open(&model, 1, 256), SchedulerOptions::default());
+    let want = alone.submit(request(&alone, 1));
+    alone.run();
+    let mut other = alone.engine.new_sequence();
+    alone.engine.forward(&mut other, &prompt(&alone.engine, 7, 90), &mut Vec::new()).unwrap();
+    for replaced in [true, false] {
+        let spill = Some(folder.path().to_owned());
+        let mut house = House::new(open(&model, 1, 256), SchedulerOptions { spill, ..SchedulerOptions::default() });
+        let ids = [0, 1].map(|n| house.submit(request(&house, n)));
+        while house.scheduler.status().saved == 0 {
+            assert!(house.turn(), "one has to wait");
+        }
+        let file = std::fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+        match replaced {
+            true => other.save_file(&file).unwrap(),
+            false => std::fs::write(&file, b"SLUSEQ").unwrap(),
+        }
+        house.run();
+        assert_eq!(house.heard(ids[1]).said(), alone.heard(want).said());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "no file is left");
+    }
 }
 
 #[test]

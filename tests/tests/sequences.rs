@@ -3,8 +3,10 @@
 
 use proptest::prelude::*;
 use sluice_model::ModelError;
+use sluice_model::session::SessionError;
 use sluice_model::{
-    Cancel, Control, Engine, EngineOptions, Mark, Phase, Progress, RewindError, RuntimeError, Sequence, Span, Want,
+    Cancel, Control, Engine, EngineOptions, KvType, Mark, Phase, Progress, RewindError, RuntimeError, Sequence, Span,
+    Want,
 };
 use sluice_tests::{Converted, Golden};
 
@@ -34,6 +36,14 @@ enum Event {
     /// The same, and what it takes more is computed again.
     Rewind(usize, f64),
     Clear(usize),
+    /// So many proposals are checked, of which so many do not come true.
+    Draft(usize, usize, usize),
+    /// It is saved, and what was restored takes its place.
+    Saved(usize),
+    /// A budget between the least and the most.
+    Budget(f64),
+    /// All memory goes back to the system.
+    Rest,
 }
 
 /// How many tokens a sequence takes.
@@ -65,7 +75,11 @@ fn any_event() -> impl Strategy<Value = Event> {
         2 => (which.clone(), 0usize..64).prop_map(|(i, mark)| Event::RewindToMark(i, mark)),
         2 => (which.clone(), 0.0f64..=1.0).prop_map(|(i, part)| Event::RewindTo(i, part)),
         1 => (which.clone(), 0.0f64..=1.0).prop_map(|(i, part)| Event::Rewind(i, part)),
-        1 => which.prop_map(Event::Clear),
+        1 => which.clone().prop_map(Event::Clear),
+        2 => (which.clone(), 1usize..9, 0usize..9).prop_map(|(i, take, lies)| Event::Draft(i, take, lies)),
+        1 => which.prop_map(Event::Saved),
+        1 => (0.0f64..=1.0).prop_map(Event::Budget),
+        1 => Just(Event::Rest),
     ]
 }
 
@@ -104,6 +118,18 @@ impl Tracked {
 /// Appends tokens to the sequences, in one step. Which tokens: some that nothing before has had. False if there are not enough pages;
 /// then nothing has changed.
 fn step(engine: &mut Engine, all: &mut [Tracked], takes: &[Take], vocab: u32, fresh: &mut u32) -> bool {
+    step_of(engine, all, takes, vocab, fresh, Phase::Prompt)
+}
+
+/// The same; where it is more than one token, it is of this phase.
+fn step_of(
+    engine: &mut Engine,
+    all: &mut [Tracked],
+    takes: &[Take],
+    vocab: u32,
+    fresh: &mut u32,
+    several: Phase,
+) -> bool {
     let (mut spans, mut owners) = (Vec::new(), Vec::new());
     let length = engine.memory().context;
     let takes: Vec<_> =
@@ -120,7 +146,7 @@ fn step(engine: &mut Engine, all: &mut [Tracked], takes: &[Take], vocab: u32, fr
             *fresh = fresh.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (*fresh >> 8) % vocab
         }));
-        let phase = if take == 1 { Phase::Decode } else { Phase::Prompt };
+        let phase = if take == 1 { Phase::Decode } else { several };
         owners.push(i);
         spans.push(Span { sequence, tokens: &tokens[start..], phase, logits: Want::All });
     }
@@ -189,6 +215,32 @@ fn rewind(engine: &mut Engine, tracked: &mut Tracked, part: f64) {
     }
 }
 
+/// Checks proposals, and takes those back that did not come true.
+fn draft(engine: &mut Engine, tracked: &mut Tracked, take: usize, lies: usize, vocab: u32, fresh: &mut u32) {
+    let before = tracked.tokens.len();
+    if step_of(engine, std::slice::from_mut(tracked), &[Take::Few(take)], vocab, fresh, Phase::Draft) {
+        let wanted = before.max(tracked.tokens.len().saturating_sub(lies));
+        let reached = tracked.sequence.rewind_to(wanted).unwrap();
+        tracked.truncate(reached);
+    }
+}
+
+/// To so much of what lies between the least budget and the most.
+fn set_budget(engine: &mut Engine, part: f64) {
+    let (least, most) = (engine.memory().least(), engine.memory().most());
+    engine.set_budget(least + ((most - least) as f64 * part) as u64).unwrap();
+}
+
+/// Saves and restores a sequence, if there are pages for both.
+fn save_and_restore(engine: &Engine, tracked: &mut Tracked) {
+    let mut file = Vec::new();
+    tracked.sequence.save(&mut file).unwrap();
+    match engine.restore(&mut &file[..], std::path::Path::new("saved")) {
+        Ok(sequence) => tracked.sequence = sequence,
+        Err(error) => assert!(matches!(error, SessionError::PagesFull { .. }), "{error}"),
+    }
+}
+
 fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), TestCaseError> {
     let [engine, alone] = engines;
     let forgets = ["qwen3_next", "gpt_oss", "mixtral_swa"].contains(&family);
@@ -243,6 +295,10 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
                 all[i % count].sequence.clear();
                 all[i % count].truncate(0);
             }
+            Event::Draft(i, take, lies) => draft(engine, &mut all[i % count], take, lies, vocab, &mut fresh),
+            Event::Saved(i) => save_and_restore(engine, &mut all[i % count]),
+            Event::Budget(part) => set_budget(engine, part),
+            Event::Rest => engine.release_idle(),
         }
     }
     // All of them go on, so that what they remember is looked at.
@@ -260,18 +316,27 @@ fn a_sequence_gives_the_bits_of_its_tokens_whatever_it_has_been_through() {
     let cases = std::env::var("SLUICE_SEQUENCE_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(6);
     for family in ATTENTIONS {
         let model = Converted::new(&format!("golden/{family}"), None);
-        // With pages for all of them, and with few.
-        for (length, sequences) in [(LENGTHS[0], SEQUENCES), (LENGTHS[1], SEQUENCES), (LENGTHS[1], 2)] {
+        // With pages for all of them, and with few; some types of keys and values, and numbers of threads.
+        for (length, sequences, kv_type, threads) in [
+            (LENGTHS[0], SEQUENCES, KvType::F16, 1),
+            (LENGTHS[1], SEQUENCES, KvType::F32, 2),
+            (LENGTHS[1], 2, KvType::Q8, 3),
+        ] {
             let options = EngineOptions {
                 context: Some(length),
                 sequences: Some(sequences),
                 marks: MARKS,
                 mark_every: Some(16),
+                kv_type,
                 forget: true,
                 ..EngineOptions::default()
             };
             // Passes of few rows move windows on within a step.
-            let few = EngineOptions { budget: Some(model.least_budget_for(&options)), ..options.clone() };
+            let few = EngineOptions {
+                budget: Some(model.least_budget_for(&options)),
+                threads: Some(threads),
+                ..options.clone()
+            };
             let (mut engine, mut alone) = (model.open(&few), model.open(&options));
             let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
             let engines = std::cell::RefCell::new((&mut engine, &mut alone));

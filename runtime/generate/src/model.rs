@@ -180,8 +180,10 @@ impl Model {
 impl Drop for Model {
     fn drop(&mut self) {
         self.submitter.close();
+        // An owner may have the last of the model: its thread cannot wait for itself, and ends by itself.
+        let others = |thread: &JoinHandle<()>| thread.thread().id() != std::thread::current().id();
         // A panic over there has been reported, and must not become an abort here.
-        let _ = self.thread.take().map(JoinHandle::join);
+        let _ = self.thread.take().filter(others).map(JoinHandle::join);
     }
 }
 
@@ -210,8 +212,13 @@ struct Closing(Submitter);
 impl Drop for Closing {
     fn drop(&mut self) {
         self.0.close();
-        // This drops the owners, and with them the channels on which callers wait.
-        self.0.0.lock().queue.clear();
+        // This drops the owners, and with them the channels on which callers wait. It happens outside the lock, because an
+        // owner may take that lock while it is dropped.
+        let mut state = self.0.0.lock();
+        let queue = std::mem::take(&mut state.queue);
+        state.places.clear();
+        drop(state);
+        drop(queue);
     }
 }
 

@@ -32,6 +32,9 @@ pub(super) struct Saved {
 /// A sequence in a file of its own. Dropping this deletes the file.
 struct SavedSequence {
     path: PathBuf,
+    /// The tokens that it holds. Two programs in different containers can have the same process id and share the folder, so a
+    /// file is only used if these agree.
+    tokens: Vec<u32>,
 }
 
 impl SavedSequence {
@@ -40,8 +43,13 @@ impl SavedSequence {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = folder.join(format!("sluice-{}-{number}.session", std::process::id()));
-        let saved = SavedSequence { path };
+        let saved = SavedSequence { path, tokens: sequence.tokens().to_vec() };
         sequence.save_file(&saved.path).is_ok().then_some(saved)
+    }
+
+    /// `None` where it cannot be read, or is another one by now: the tokens are there to be read again.
+    fn restore(&self, engine: &Engine) -> Option<Sequence> {
+        engine.restore_file(&self.path).ok().filter(|sequence| sequence.tokens() == self.tokens)
     }
 }
 
@@ -99,8 +107,7 @@ impl Scheduler {
     /// Admits the oldest of the saved generations.
     fn resume(&mut self, engine: &Engine) {
         let Saved { id, generation, owner, reported, file } = self.saved.remove(0);
-        // If the file cannot be read, the tokens are still here and are read again.
-        let restored = file.and_then(|file| engine.restore_file(&file.path).ok());
+        let restored = file.and_then(|file| file.restore(engine));
         let sequence = restored.unwrap_or_else(|| engine.new_sequence());
         let running = Running { id, generation, sequence, owner, events: Vec::new(), reported, failed: false };
         let place = self.running.partition_point(|other| other.id < id);

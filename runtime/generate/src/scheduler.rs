@@ -292,7 +292,9 @@ impl Scheduler {
 
     /// Applies a budget that was asked for, and follows what the system says of its memory.
     fn follow_budget(&mut self, engine: &mut Engine) {
-        if let Some(bytes) = self.shared.lock().budget.take() {
+        // The lock is released first: giving memory back to the system takes time.
+        let budget = self.shared.lock().budget.take();
+        if let Some(bytes) = budget {
             // Less than the least was raised to it; what the system did not give shows in the engine's memory plan.
             let _ = engine.set_budget(bytes.max(engine.memory().least()));
         }
@@ -461,9 +463,10 @@ impl Scheduler {
                 gone.push(running.id);
             }
         }
+        let over: Vec<Running> = self.running.extract_if(.., |r| r.is_over()).collect();
         let mut state = self.shared.lock();
         state.cancelled.extend(gone);
-        for running in self.running.extract_if(.., |r| r.is_over()) {
+        for running in &over {
             state.places.remove(&running.id);
             state.cancelled.remove(&running.id);
         }
@@ -473,6 +476,9 @@ impl Scheduler {
         state.rates = self.meter.rates();
         state.preemptions = self.preemptions;
         state.proposals = self.proposals;
+        drop(state);
+        // Owners go outside the lock: with one may go a handle that cancels others, or the model.
+        drop(over);
     }
 }
 

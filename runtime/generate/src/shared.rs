@@ -72,7 +72,7 @@ pub(super) struct Arrival {
     pub(super) owner: Owner,
 }
 
-/// Everything behind the lock. No owner is called while it is held.
+/// Everything behind the lock. No owner is called or dropped while it is held.
 #[derive(Default)]
 pub(super) struct State {
     next: u64,

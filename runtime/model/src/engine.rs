@@ -456,6 +456,8 @@ impl Engine {
                 return Err(ModelError::ContextFull { capacity, wanted }.into());
             }
         }
+        // A step that an observer's panic ended has left pages behind the last token.
+        spans.iter_mut().for_each(|span| span.sequence.settle());
         if let Err(full) = self.room(spans) {
             if full.kind == PageKind::Rows {
                 return Err(ModelError::from(full).into());

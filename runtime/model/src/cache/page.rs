@@ -224,8 +224,10 @@ impl Drop for Held {
         // Handles are dropped one at a time, under the lock: so exactly one finds that it is the last, and no other is left to
         // be cloned meanwhile.
         let mut free = self.pool.lock();
-        if Arc::strong_count(&page) == 1 {
-            free[page.kind].pages.push(page);
+        match Arc::strong_count(&page) {
+            1 => free[page.kind].pages.push(page),
+            // Still under the lock: a handle that is counted after it was let go would keep the last one from finding out.
+            _ => drop(page),
         }
     }
 }
