@@ -492,9 +492,7 @@ impl Engine {
         let Engine { file, compute, storage, model, rows, wanted, .. } = self;
         let mut cursor = Cursor::default();
         while rows.take(spans, &mut cursor, self.memory.rows) {
-            for part in rows.spans() {
-                spans[part.span].sequence.prepare(part.count)?;
-            }
+            prepare(rows, spans)?;
             let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
             compute.threads.spare(rows.wait_for_memory());
             model.forward(compute, &mut weights, rows, spans, control)?;
@@ -544,6 +542,17 @@ fn compute_threads(asked: Option<usize>, reading: Arc<AtomicBool>) -> ThreadPool
     let cores = thread::available_parallelism().map_or(1, Into::into);
     let pool = ThreadPool::new(asked.unwrap_or(cores).max(1));
     if pool.threads() < cores { pool } else { pool.sparing_while(reading) }
+}
+
+/// Takes the pages of a pass. The step has made sure that they are there, but automatic marks that earlier passes have set keep
+/// pages too, and give way.
+fn prepare(rows: &Rows, spans: &mut [Span<'_>]) -> Result<(), PagesFull> {
+    let take = |spans: &mut [Span<'_>]| rows.spans().iter().try_for_each(|p| spans[p.span].sequence.prepare(p.count));
+    if take(spans).is_ok() {
+        return Ok(());
+    }
+    spans.iter_mut().for_each(|span| span.sequence.forget_automatic_marks());
+    take(spans)
 }
 
 /// Opens the storage: dense parts in memory, as many expert slots as the plan has. `paths`: the files that the extents lie in, by
