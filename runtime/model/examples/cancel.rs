@@ -1,7 +1,8 @@
 //! How soon a step ends once it is cancelled: milliseconds, by what the step was doing, as JSON lines.
 //!
-//! `cargo run --release -p sluice-model --example cancel -- FILE PROMPT_TOKENS TRIES [BUDGET_BYTES]`. Each try reads a prompt and is
-//! cancelled at a moment of its own, spread evenly over what the prompt takes up to `TRIES` times a tenth of a second.
+//! `cargo run --release -p sluice-model --example cancel -- FILE PROMPT_TOKENS TRIES [BUDGET_BYTES
+//! [INTERVAL]]`. Each try reads a prompt and is cancelled INTERVAL milliseconds later than the one before it (100 unless said), until a
+//! try ends before it is cancelled.
 
 use std::error::Error;
 use std::path::Path;
@@ -13,11 +14,12 @@ use sluice_model::{Cancel, Control, Engine, EngineOptions, Progress, Span, Want}
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [file, tokens, tries, budget @ ..] = args.as_slice() else {
+    let [file, tokens, tries, more @ ..] = args.as_slice() else {
         return Err("give a model file, a number of tokens and a number of tries".into());
     };
     let (tokens, tries): (usize, u32) = (tokens.parse()?, tries.parse()?);
-    let budget = budget.first().map(|b| b.parse()).transpose()?;
+    let budget = more.first().map(|b| b.parse()).transpose()?;
+    let interval: u64 = more.get(1).map_or(Ok(100), |i| i.parse())?;
     let options = EngineOptions { context: Some(tokens), budget, ..EngineOptions::default() };
     let mut engine = Engine::open(Path::new(file), &options)?;
     let vocab = engine.spec().vocab_size;
@@ -28,7 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let cancel = Cancel::new();
         let (switch, (send, receive)) = (cancel.clone(), mpsc::channel());
         let timer = thread::spawn(move || {
-            thread::sleep(Duration::from_millis(100 * u64::from(i) + 37));
+            thread::sleep(Duration::from_millis(interval * u64::from(i) + 37));
             switch.cancel();
             let _ = send.send(Instant::now());
         });
