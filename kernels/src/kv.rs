@@ -116,18 +116,6 @@ impl KvBuffer {
         4 * self.plain.len() + self.values.len() + self.scales.len()
     }
 
-    /// As many rows of the same kind, all zeros.
-    #[must_use]
-    pub fn empty_like(&self) -> Self {
-        KvBuffer {
-            ty: self.ty,
-            width: self.width,
-            plain: vec![0.0; self.plain.len()],
-            values: vec![0; self.values.len()],
-            scales: vec![0; self.scales.len()],
-        }
-    }
-
     /// Takes over some rows of a buffer of the same kind.
     ///
     /// # Panics
@@ -404,7 +392,7 @@ mod tests {
         for ty in KvType::ALL {
             let mut buffer = KvBuffer::new(ty, 4, 70);
             buffer.set(1, &x);
-            let (mut copied, mut restored) = (buffer.empty_like(), buffer.empty_like());
+            let (mut copied, mut restored) = (KvBuffer::new(ty, 4, 70), KvBuffer::new(ty, 4, 70));
             copied.copy_rows(&buffer, 1..3);
             let mut bytes = vec![0; buffer.row_len()];
             buffer.row_to_bytes(1, &mut bytes);

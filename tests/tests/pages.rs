@@ -149,6 +149,22 @@ fn a_mark_keeps_its_window_and_what_was_marked_on_the_way_gives_way() {
 }
 
 #[test]
+fn a_mark_that_is_given_up_gives_its_pages_back() {
+    let model = Converted::new(WINDOWS, None);
+    let mut engine = model.open(&EngineOptions { marks: 1, ..options(1, 1000) });
+    let (mut sequence, tokens) = (engine.new_sequence(), tokens(600));
+    read(&mut engine, &mut sequence, &tokens[..300]);
+    let mark = sequence.mark().unwrap();
+    read(&mut engine, &mut sequence, &tokens[300..]);
+    let kept = taken(&engine, PageKind::Window(WINDOW));
+    sequence.unmark(mark);
+    assert!(taken(&engine, PageKind::Window(WINDOW)) < kept);
+    assert_eq!(sequence.marks().count(), 0);
+    assert!(matches!(sequence.rewind(mark), Err(RewindError::NoSuchMark { position: 300 })));
+    assert_eq!(sequence.position(), 600);
+}
+
+#[test]
 fn a_step_without_pages_changes_nothing_and_can_be_tried_again() {
     for fixture in ["demo-model", WINDOWS, "golden/qwen3_next"] {
         let model = Converted::new(fixture, None);

@@ -56,8 +56,15 @@ pub(super) struct Bounds {
 }
 
 impl Bounds {
-    /// Of a step that reads `bytes` from a drive of `bytes_per_second` and does `work`.
-    pub(super) fn of(engine: &Engine, bytes: f64, bytes_per_second: f64, work: &StepWork) -> Result<Self, CliError> {
+    /// Of a step that reads `bytes` from a drive of `bytes_per_second` and does `work`. The engine gives its memory back first:
+    /// what measures the machine needs memory too, and the two together would exceed the budget.
+    pub(super) fn of(
+        engine: &mut Engine,
+        bytes: f64,
+        bytes_per_second: f64,
+        work: &StepWork,
+    ) -> Result<Self, CliError> {
+        engine.release_idle();
         let (memory, arithmetic) = machine(engine.file(), engine.threads())?;
         Ok(Bounds {
             drive_bytes_per_second: bytes_per_second,
@@ -160,9 +167,7 @@ fn measure(args: &Args, budget: Option<u64>, count: usize, total: usize) -> Resu
         (total as f64 + args.warm_up as f64) / 2.0,
         batch.engine.memory().kv_type,
     );
-    // What measures the machine takes memory too, and the engine's is within the budget.
-    batch.engine.release_idle();
-    let bounds = Bounds::of(&batch.engine, bytes, drive.median(), &work)?;
+    let bounds = Bounds::of(&mut batch.engine, bytes, drive.median(), &work)?;
     let step = 1e3 * seconds / steps;
     Ok(Outcome {
         sequences: count,

@@ -87,20 +87,26 @@ impl Round {
 
 /// Measures and prints; `total`: tokens of each sequence, warm-up included.
 pub(crate) fn run(args: &Args, speed: DriveSpeed, count: usize, total: usize) -> Result<(), CliError> {
-    let noise = expert_noise(&ModelFile::open(&args.file)?)?;
+    let file = ModelFile::open(&args.file)?;
+    let noise = expert_noise(&file)?;
     let mut outcomes = Vec::new();
     for budget in args.all_budgets() {
-        refuse_streaming(args, budget, count, total)?;
+        refuse_streaming(args, &file, budget, (count, total))?;
         outcomes.push(measure(args, budget, speed, &noise, (count, total))?);
     }
     if args.json { print_json(&outcomes) } else { print(&outcomes.iter().map(describe).collect::<String>()) }
 }
 
 /// Dense parts that do not stay in memory would come off the real drive.
-fn refuse_streaming(args: &Args, budget: Option<u64>, count: usize, total: usize) -> Result<(), CliError> {
+fn refuse_streaming(
+    args: &Args,
+    file: &ModelFile,
+    budget: Option<u64>,
+    (count, total): (usize, usize),
+) -> Result<(), CliError> {
     let options = args.engine.options(total);
     let demand = Demand { sequences: count, context: total, kv_type: options.kv_type, marks: options.marks };
-    let plan = MemoryPlan::new(&ModelFile::open(&args.file)?, budget, demand).map_err(RuntimeError::from)?;
+    let plan = MemoryPlan::new(file, budget, demand).map_err(RuntimeError::from)?;
     if plan.dense_streamed == 0 {
         return Ok(());
     }
@@ -213,16 +219,17 @@ fn measure(
         rounds.push(bench.round(number, steps, &|| bar.inc(1))?);
     }
     bar.finish_and_clear();
-    outcome(args, budget, &bench, rounds, (count, total))
+    outcome(args, budget, &mut bench, rounds, (count, total))
 }
 
 fn outcome(
     args: &Args,
     budget: Option<u64>,
-    bench: &Bench,
+    bench: &mut Bench,
     rounds: Vec<Round>,
     (count, total): (usize, usize),
 ) -> Result<Outcome, CliError> {
+    let drive = drive_report(bench);
     let Bench { batch: Batch { engine, .. }, speed, counts, .. } = bench;
     let of_rounds = |value: &dyn Fn(&Round) -> f64| median(&rounds.iter().map(value).collect::<Vec<_>>());
     let (steps, tokens) = (args.n as f64, args.n * count);
@@ -238,7 +245,7 @@ fn outcome(
         slots: engine.memory().slots,
         experts: engine.memory().experts,
         expert_bytes: engine.memory().slot_len,
-        drive: drive_report(bench),
+        drive,
         steps: args.n,
         tokens,
         tokens_per_second: 1e3 * count as f64 / step,
