@@ -66,8 +66,8 @@ struct State {
     faults: Vec<Fault>,
     fired: [u64; 4],
     short_permille: u32,
-    /// While held, issued reads do not complete.
-    held: bool,
+    /// Reads that may still complete; `None`: all of them.
+    quota: Option<usize>,
     log: Vec<(u16, u64, usize)>,
     woken: bool,
 }
@@ -125,12 +125,18 @@ impl SimDrive {
 
     /// Stops completions until [`release`](Self::release): reads stay in flight.
     pub fn hold(&self) {
-        self.lock().held = true;
+        self.let_through(0);
+    }
+
+    /// Lets this many reads complete, and then holds the others.
+    pub fn let_through(&self, reads: usize) {
+        self.lock().quota = Some(reads);
+        self.shared.changed.notify_all();
     }
 
     /// Lets reads complete again.
     pub fn release(&self) {
-        self.lock().held = false;
+        self.lock().quota = None;
         self.shared.changed.notify_all();
     }
 
@@ -251,7 +257,7 @@ impl ReadEngine for SimEngine {
             Wait::Timeout(timeout) => Instant::now().checked_add(timeout),
             Wait::Poll | Wait::Forever => None,
         };
-        while wait != Wait::Poll && !state.woken && (state.held || self.issued.is_empty()) {
+        while wait != Wait::Poll && !state.woken && (state.quota == Some(0) || self.issued.is_empty()) {
             let Some(deadline) = deadline else {
                 state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
@@ -264,10 +270,13 @@ impl ReadEngine for SimEngine {
             state = result.unwrap_or_else(PoisonError::into_inner).0;
         }
         state.woken = false;
-        if state.held || self.issued.is_empty() {
+        if state.quota == Some(0) || self.issued.is_empty() {
             return Ok(());
         }
-        for _ in 0..1 + self.random.below(self.issued.len()) {
+        let most = 1 + self.random.below(self.issued.len());
+        let reads = state.quota.map_or(most, |quota| most.min(quota));
+        state.quota = state.quota.map(|quota| quota - reads);
+        for _ in 0..reads {
             let read = self.issued.swap_remove(self.random.below(self.issued.len()));
             let completion = self.perform(read, &mut state);
             ended.push(completion);
