@@ -1,0 +1,1 @@
+//! Dialects: how families of models write thinking and tool calls.

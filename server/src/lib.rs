@@ -1,0 +1,1 @@
+//! HTTP over generations: the APIs of OpenAI, Anthropic and Ollama, and a page.
