@@ -27,6 +27,8 @@ const PROGRESS: Duration = Duration::from_secs(1);
 pub enum Step {
     /// Nothing new of the answer itself, but the client should hear that it is being worked on.
     Waiting(Waiting),
+    /// The text that is continued, if that was asked for, and how probable the model held its tokens: nothing for the first.
+    Echo(String, Vec<TokenLogprob>),
     /// More of the answer, and the log probabilities of its tokens, if they were asked for.
     Piece(Piece, Vec<TokenLogprob>),
     /// The end.
@@ -100,8 +102,8 @@ pub struct Usage {
 pub struct TokenLogprob {
     /// The token.
     pub token: TokenText,
-    /// Natural logarithm of its probability.
-    pub logprob: f32,
+    /// Natural logarithm of its probability; `None` for the first token of a text.
+    pub logprob: Option<f32>,
     /// The likeliest tokens with theirs.
     pub top: Vec<(TokenText, f32)>,
 }
@@ -243,7 +245,7 @@ impl Answer {
                 self.fresh += 1;
                 if let Some(logprob) = logprob.filter(|_| self.logprobs) {
                     let top = top.iter().map(|&Logprob { id, logprob }| (self.text_of(id), logprob)).collect();
-                    self.tokens.push(TokenLogprob { token: self.text_of(id), logprob, top });
+                    self.tokens.push(TokenLogprob { token: self.text_of(id), logprob: Some(logprob), top });
                 }
             }
             Event::Text(text) => {

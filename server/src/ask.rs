@@ -31,6 +31,8 @@ pub struct Ask {
     pub n: usize,
     /// Whether what the model remembers may be kept for later requests.
     pub keep: bool,
+    /// Whether the answer begins with the text that it continues, and with the log probabilities of its tokens if these are asked for.
+    pub echo: bool,
 }
 
 /// What to continue.
