@@ -57,7 +57,7 @@ test('tools', async () => {
 test('errors', async () => {
   const wrong = new OpenAI({ baseURL: `${BASE_URL}/v1`, apiKey: 'wrong', maxRetries: 0 });
   await assert.rejects(wrong.chat.completions.create(ask), OpenAI.AuthenticationError);
-  await assert.rejects(client.chat.completions.create({ ...ask, model: 'no-such-model' }), OpenAI.NotFoundError);
+  await assert.rejects(client.models.retrieve('no-such-model'), OpenAI.NotFoundError);
   await assert.rejects(client.chat.completions.create({ ...ask, temperature: -1 }), OpenAI.BadRequestError);
 });
 

@@ -21,6 +21,8 @@ HERE = Path(__file__).parent
 PROGRAM = Path(os.environ["SLUICE"])
 SCRIPTED = Path(os.environ["SLUICE_SCRIPTED"])
 MODEL = Path(os.environ["SLUICE_MODEL"])
+STATES = Path(os.environ["SLUICE_STATES"])
+CHECKPOINT = Path(os.environ["SLUICE_CHECKPOINT"])
 NODE = Path(os.environ["SLUICE_NODE"])
 KEY = "the-key-of-a-test"
 # Builds without optimisation on a busy machine are slow; a check that hangs should still end.
@@ -101,6 +103,7 @@ def start(command: list[str], port: int, log: Path, environment: dict[str, str] 
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | (environment or {}))
     try:
+
         def ready() -> bool:
             assert process.poll() is None, f"the server ended:\n{log.read_text()}"
             return answers(url)
@@ -121,10 +124,10 @@ def start(command: list[str], port: int, log: Path, environment: dict[str, str] 
 
 
 @contextmanager
-def serve(folder: Path, *options: str) -> Iterator[Server]:
-    """`sluice serve` on the chat model."""
+def serve(folder: Path, *options: str, models: tuple[Path, ...] = (MODEL,)) -> Iterator[Server]:
+    """`sluice serve` on the chat model, or on others; the first of them is the one whose name is told."""
     port = free_port()
-    command = [str(PROGRAM), "serve", str(MODEL), "--port", str(port), "--api-key", KEY, *options]
+    command = [str(PROGRAM), "serve", *map(str, models), "--port", str(port), "--api-key", KEY, *options]
     with start(command, port, folder / f"server-{port}.log") as server:
         yield server
 
@@ -139,9 +142,9 @@ def serve_script(folder: Path, script: str) -> Iterator[Server]:
 
 
 @cache
-def run(prompt: str, *options: str, chat: bool = True) -> dict[str, Any]:
+def run(prompt: str, *options: str, chat: bool = True, model: Path = MODEL) -> dict[str, Any]:
     """What `sluice run` says: `text`, `ids`, `finish`, `prompt_tokens`."""
-    command = [str(PROGRAM), "run", str(MODEL), "--json", "--prompt", prompt, *options]
+    command = [str(PROGRAM), "run", str(model), "--json", "--prompt", prompt, *options]
     done = subprocess.run(command + (["--chat"] if chat else []), capture_output=True, check=True, timeout=PATIENCE)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
@@ -150,6 +153,8 @@ def run(prompt: str, *options: str, chat: bool = True) -> dict[str, Any]:
 @cache
 def tokens(text: str) -> list[int]:
     """The token ids of a text."""
-    done = subprocess.run([str(PROGRAM), "tokenize", str(MODEL), "--json", "--text", text], capture_output=True, check=True)
+    done = subprocess.run(
+        [str(PROGRAM), "tokenize", str(MODEL), "--json", "--text", text], capture_output=True, check=True
+    )
     ids: list[int] = json.loads(done.stdout)["ids"]
     return ids
