@@ -12,7 +12,7 @@ use sluice_text::{StopCondition, StopMatcher, Tokenizer};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::{Instant, timeout_at};
 
-use crate::ask::Ask;
+use crate::ask::{Ask, Input};
 use crate::error::{ApiError, Kind};
 use crate::live::{Live, LiveAnswer, LiveGuard};
 use crate::served::Served;
@@ -137,6 +137,8 @@ pub struct Answer {
     reading: Reading,
     matcher: StopMatcher,
     logprobs: bool,
+    /// The prompt and what was generated, if that is to be remembered.
+    transcript: Option<Vec<u32>>,
     /// Tokens since the last piece.
     tokens: Vec<TokenLogprob>,
     fresh: usize,
@@ -161,6 +163,7 @@ impl Answer {
     ) -> Result<Self, ApiError> {
         let usage = Usage { prompt: request.prompt.len(), ..Usage::default() };
         let logprobs = request.logprobs.is_some();
+        let transcript = (ask.keep && matches!(ask.input, Input::Chat(_))).then(|| request.prompt.clone());
         // It holds no more than the context has tokens.
         let (sender, events) = unbounded_channel();
         let owner = move |event| match sender.send(event) {
@@ -182,6 +185,7 @@ impl Answer {
             handle,
             reading,
             logprobs,
+            transcript,
             tokens: Vec::new(),
             fresh: 0,
             ready: VecDeque::new(),
@@ -242,6 +246,7 @@ impl Answer {
             }
             Event::Token { id, logprob, top } => {
                 self.usage.generated += 1;
+                self.transcript.iter_mut().for_each(|transcript| transcript.push(id));
                 self.fresh += 1;
                 if let Some(logprob) = logprob.filter(|_| self.logprobs) {
                     let top = top.iter().map(|&Logprob { id, logprob }| (self.text_of(id), logprob)).collect();
@@ -342,5 +347,15 @@ impl Answer {
     fn close(&mut self) {
         self.over = true;
         self.live = None;
+        if let Some(tokens) = self.transcript.take() {
+            self.served.remember(tokens);
+        }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        // Whoever went away may come back to go on.
+        self.close();
     }
 }

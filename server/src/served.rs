@@ -15,6 +15,7 @@ use crate::answer::{Answer, Reading};
 use crate::ask::{Ask, Chat, Input, Settings, TextForm};
 use crate::error::{ApiError, Kind};
 use crate::live::Live;
+use crate::transcripts::Transcripts;
 
 /// Bytes of the end of a prompt that a dialect looks at.
 const TAIL: usize = 256;
@@ -31,6 +32,7 @@ pub struct Served {
     vocab_size: usize,
     context: usize,
     vocabulary: OnceLock<Result<Vocabulary, String>>,
+    transcripts: Transcripts,
 }
 
 /// A prompt in tokens, and what its text was.
@@ -67,7 +69,18 @@ impl Served {
         let model = Model::new(engine, scheduling, !options.forget)?;
         let end = model.tokens(Vec::new()).stop.eos().iter().copied().collect();
         let vocabulary = OnceLock::new();
-        Ok(Served { id, model, tokenizer, template, dialect, end, vocab_size, context, vocabulary })
+        Ok(Served {
+            id,
+            model,
+            tokenizer,
+            template,
+            dialect,
+            end,
+            vocab_size,
+            context,
+            vocabulary,
+            transcripts: Transcripts::default(),
+        })
     }
 
     /// The model's front door.
@@ -130,7 +143,12 @@ impl Served {
         match &ask.input {
             Input::Chat(chat) => {
                 let prompt = self.prompt(chat, ask)?;
-                let ids = prompt.encode(self.tokenizer()?)?;
+                let tokenizer = self.tokenizer()?;
+                let ids = prompt.encode(tokenizer)?;
+                let ids = match ask.keep {
+                    true => self.transcripts.continue_from(tokenizer, prompt.text(), ids),
+                    false => ids,
+                };
                 Ok(Encoded { ids, tail: tail_of(prompt.text()).to_owned() })
             }
             Input::Text(text) => {
@@ -177,6 +195,11 @@ impl Served {
             answers.push(Answer::start(Arc::clone(self), request, reading, ask, live)?);
         }
         Ok(answers)
+    }
+
+    /// Remembers the tokens of a conversation, so that its next turn goes on from them.
+    pub fn remember(&self, tokens: Vec<u32>) {
+        self.transcripts.remember(tokens);
     }
 
     /// What ends an answer: tokens and strings of the generation, and strings that only count in the text of an answer, not in
