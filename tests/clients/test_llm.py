@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def test_text(server: Server, tmp_path: Path) -> None:
 
 def test_schema(server: Server, tmp_path: Path) -> None:
     """JSON of a schema."""
-    schema = '{"type": "object", "properties": {"calm": {"type": "boolean"}}, "required": ["calm"], "additionalProperties": false}'
+    calm = {"type": "object", "properties": {"calm": {"type": "boolean"}}, "required": ["calm"]}
+    schema = json.dumps(calm | {"additionalProperties": False})
     said = llm(server, tmp_path, PROMPT, "--schema", schema, "-o", "max_tokens", "200", "-o", "temperature", "1")
     assert said.replace(" ", "").replace("\n", "") in ('{"calm":true}', '{"calm":false}')

@@ -20,7 +20,7 @@ from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.models.openai_completions import LocalCompletionsAPI  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question": "The sea is", "choices": [" calm and blue", " a loud neighbour", " far"], "answer": 1},
     {"question": "A king", "choices": [" sleeps", " must speak to the citizens"], "answer": 0},
     {"question": "Night:", "choices": [" stars", " lanterns and thieves", " the moon", " owls"], "answer": 2},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import ollama
@@ -15,7 +14,7 @@ ASK = [{"role": "user", "content": PROMPT}]
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[ollama.Client]:
+def client(server: Server) -> ollama.Client:
     """The client."""
     return ollama.Client(host=server.url, headers={"Authorization": f"Bearer {KEY}"})
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Many clients at once, for a while: does everybody get the right text, whatever others do and whenever the server dies?
+"""Many clients at once, for a while: does each get its text, whatever others do and whenever the server dies?
 
     python3 tests/server/soak.py --program target/debug/sluice --model MODEL.sluice [--seconds 30] [--clients 32]
                                  [--kills 2] [--budget 96MiB] [--slack 96] [--seed N]
 
 Starts `sluice serve` with a folder of sessions. First every request of a list is made alone, and some of those that
-`sluice run` can make are compared with it. Then the clients make these requests in random order: whole and streamed, over
-the APIs that there are; some go away in the middle, some read slowly, some send what makes no sense. At random moments the
-server is killed (`kill -9`) and started again. Checked are:
+`sluice run` can make are compared with it. Then the clients make these requests in random order: whole and streamed,
+over the APIs that there are; some go away in the middle, some read slowly, some send what makes no sense. At random
+moments the server is killed (`kill -9`) and started again. Checked are:
 
 * each answer that ends is the one it got alone, and one that is cut is the beginning of it;
 * what makes no sense is refused with a 4xx, and nothing else fails while the server lives;
