@@ -1,1 +1,3 @@
 //! HTTP over generations: the APIs of OpenAI, Anthropic and Ollama, and a page.
+
+pub mod page;
