@@ -10,6 +10,8 @@ use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::Response;
 use axum::middleware::{self, Next};
 
+use sluice_sessions::Store;
+
 use crate::api;
 use crate::error::{ApiError, Flavour, Kind};
 use crate::guard::{self, Guard};
@@ -25,6 +27,8 @@ pub struct App {
     pub options: ServerOptions,
     /// The models.
     pub models: Arc<Models>,
+    /// What models remember of conversations on the drive, if it is kept.
+    pub store: Option<Arc<Store>>,
     /// The answers that are being made.
     pub live: Live,
     /// Counters.
@@ -37,10 +41,11 @@ pub struct App {
 
 impl App {
     /// A server's state.
-    pub fn new(options: ServerOptions, models: Models) -> Arc<Self> {
+    pub fn new(options: ServerOptions, models: Models, store: Option<Arc<Store>>) -> Arc<Self> {
         Arc::new(App {
             options,
             models: Arc::new(models),
+            store,
             live: Live::default(),
             metrics: Metrics::new(),
             started: Instant::now(),
