@@ -231,7 +231,8 @@ fn the_beginning_of_a_long_segment_is_read_alone() {
                     let mut beginning = sequence.fork();
                     beginning.rewind_to(wanted).unwrap();
                     let mut want = Vec::new();
-                    (saved.clear(), back.save(&mut saved).unwrap());
+                    saved.clear();
+                    back.save(&mut saved).unwrap();
                     beginning.save(&mut want).unwrap();
                     assert!(saved == want, "{wanted}");
                 }
