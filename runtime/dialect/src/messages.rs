@@ -41,7 +41,7 @@ impl Wants {
         let null_text = has("=='assistant'andmessage['content']isnone");
         let old_mistral = syntax.name == "mistral-list";
         Self {
-            text_arguments: prints || is_deepseek && !encodes,
+            text_arguments: prints || is_deepseek && !encodes || harmony && template.is_none(),
             one_system: harmony
                 || old_mistral
                 || syntax.name.starts_with("minimax")
@@ -50,7 +50,7 @@ impl Wants {
             developer: harmony,
             turns: has("rolesmustalternate"),
             one_call: harmony || llama || has("tool_calls[0]"),
-            calls_without_text: harmony || llama || old_mistral || null_text,
+            calls_without_text: harmony && template.is_some() || llama || old_mistral || null_text,
             null_text,
         }
     }
@@ -66,6 +66,7 @@ pub(crate) fn convert(
         messages.into_iter().enumerate().map(|(i, message)| read(&format!("messages[{i}]"), message.fields, wants));
     let mut messages: Vec<Map<String, Value>> = read.collect::<Result<_, _>>()?;
     rename_calls(syntax.ids, &mut messages);
+    sort_results(&mut messages);
     if wants.one_system {
         messages = merge_system(messages);
     }
@@ -240,6 +241,22 @@ fn rename_calls(ids: Ids, messages: &mut [Map<String, Value>]) {
             && let Some(new) = renamed.get(id)
         {
             id.clone_from(new);
+        }
+    }
+}
+
+/// Results in the order of their calls, since many templates tell them apart by that alone. Results of unknown calls come last.
+fn sort_results(messages: &mut [Map<String, Value>]) {
+    let mut order: Vec<Value> = Vec::new();
+    for group in messages.chunk_by_mut(|a, b| role(a) == "tool" && role(b) == "tool") {
+        match group[0].get("tool_calls").and_then(Value::as_array) {
+            Some(calls) => order = calls.iter().map(|call| call["id"].clone()).collect(),
+            None if role(&group[0]) == "tool" => {
+                let place =
+                    |result: &Map<String, Value>| order.iter().position(|id| Some(id) == result.get("tool_call_id"));
+                group.sort_by_key(|result| place(result).unwrap_or(usize::MAX));
+            }
+            None => {}
         }
     }
 }
