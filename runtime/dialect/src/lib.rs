@@ -49,6 +49,7 @@ mod grammar;
 mod json;
 mod messages;
 mod parser;
+mod probe;
 mod syntax;
 mod templates;
 mod tools;

@@ -169,12 +169,20 @@ fn templates_that_take_less_get_no_less() {
         {"role": "user", "content": "a"}, {"role": "user", "content": "b"},
         {"role": "assistant", "content": "c", "tool_calls": [call("toolu_long", "f", "{}")]},
         {"role": "tool", "tool_call_id": "toolu_long", "content": "1"},
+        {"role": "assistant", "content": "d"},
     ]);
     let got = fields(dialect.messages(messages(twice)).unwrap());
     assert_eq!(got[0], json!({"role": "user", "content": "a\n\nb"}));
-    assert_eq!(got[1], json!({"role": "assistant", "content": "c"}));
-    let id = got[2]["tool_calls"][0]["id"].as_str().unwrap();
-    assert_eq!((id.len(), got[3]["tool_call_id"].as_str()), (9, Some(id)));
+    // Here, a text beside calls can stand nowhere else.
+    assert_eq!(got[3], json!({"role": "assistant", "content": "c\n\nd"}));
+    let id = got[1]["tool_calls"][0]["id"].as_str().unwrap();
+    assert_eq!((id.len(), got[2]["tool_call_id"].as_str()), (9, Some(id)));
+
+    let no_system = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}";
+    let dialect = Dialect::detect(None, Some(no_system), &none);
+    let given = json!([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]);
+    let got = fields(dialect.messages(messages(given)).unwrap());
+    assert_eq!(got, json!([{"role": "user", "content": "a\n\nb"}]));
 }
 
 #[test]

@@ -357,7 +357,7 @@ const HARMONY_MORE: [&str; 4] = ["<|end|>", "<|constrain|>", "<|call|>", "<|retu
 
 /// Other special tokens that structure what a model writes: around thinking and in tool calls. Most models make such tokens
 /// ordinary ones. Tokens that end a turn are none of them.
-const MARKUP: [&str; 30] = [
+const MARKUP: [&str; 32] = [
     // Mistral
     "[THINK]",
     "[/THINK]",
@@ -390,6 +390,8 @@ const MARKUP: [&str; 30] = [
     "<minimax:tool_call>",
     "</minimax:tool_call>",
     "]<]minimax[>[",
+    "<mm:think>",
+    "</mm:think>",
     // Llama
     "<|python_tag|>",
     "<|python_start|>",
