@@ -11,6 +11,7 @@ use axum::http::Response;
 use axum::middleware::{self, Next};
 
 use crate::api;
+use crate::api::openai::responses::store::Store;
 use crate::error::{ApiError, Flavour, Kind};
 use crate::guard::{self, Guard};
 use crate::live::Live;
@@ -27,6 +28,8 @@ pub struct App {
     pub models: Arc<Models>,
     /// The answers that are being made.
     pub live: Live,
+    /// Responses that can be continued.
+    pub responses: Arc<Store>,
     /// Counters.
     pub metrics: Metrics,
     /// When the server began.
@@ -38,7 +41,9 @@ pub struct App {
 impl App {
     /// A server's state.
     pub fn new(options: ServerOptions, models: Models) -> Arc<Self> {
+        let responses = Arc::new(Store::new(options.sessions.as_ref()));
         Arc::new(App {
+            responses,
             options,
             models: Arc::new(models),
             live: Live::default(),

@@ -81,7 +81,9 @@ impl Server {
         };
         let models = Models::new(&options, scheduling)?;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })?;
-        Ok(Server { app: App::new(options, models), listener })
+        let app = App::new(options, models);
+        app.responses.open().map_err(|error| ServerError::Sessions(format!("the folder of responses: {error}")))?;
+        Ok(Server { app, listener })
     }
 
     /// Where it listens.

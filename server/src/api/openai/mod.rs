@@ -5,6 +5,7 @@ mod chat_reply;
 mod logprobs;
 mod models;
 pub mod request;
+pub mod responses;
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -20,6 +21,7 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/v1/chat/completions", post(chat::create))
+        .merge(responses::routes())
 }
 
 /// Seconds since 1970.
