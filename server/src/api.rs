@@ -3,6 +3,7 @@
 pub mod body;
 pub mod openai;
 pub mod own;
+pub mod sessions;
 
 use std::sync::Arc;
 
@@ -12,5 +13,5 @@ use crate::app::App;
 
 /// All paths of all APIs.
 pub fn routes() -> Router<Arc<App>> {
-    Router::new().merge(own::routes()).merge(openai::routes())
+    Router::new().merge(own::routes()).merge(sessions::routes()).merge(openai::routes())
 }

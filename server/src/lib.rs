@@ -20,6 +20,7 @@ pub mod reply;
 pub mod run;
 pub mod serve;
 pub mod served;
+pub mod transcripts;
 
 pub use guard::Guard;
 pub use options::{Force, ServerOptions, SessionOptions};

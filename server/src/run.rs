@@ -40,7 +40,15 @@ impl Run {
     /// # Errors
     /// What is wrong with the request, as far as that is known by then.
     pub async fn begin(app: &Arc<App>, ask: Ask) -> Result<Run, ApiError> {
-        let starting = Box::pin(start(Arc::clone(app), ask));
+        Self::begin_all(app, vec![ask]).await
+    }
+
+    /// The same with several requests of one model; their answers are counted through.
+    ///
+    /// # Errors
+    /// As [`Run::begin`]; none of them is served then.
+    pub async fn begin_all(app: &Arc<App>, asks: Vec<Ask>) -> Result<Run, ApiError> {
+        let starting = Box::pin(start(Arc::clone(app), asks));
         let mut run = Run { state: State::Starting(starting), told: Instant::now(), served: None, queued: 0 };
         match timeout(SETTLE, run.settle()).await {
             Ok(settled) => settled.map(|()| run),
@@ -92,12 +100,20 @@ impl Run {
     }
 }
 
-async fn start(app: Arc<App>, ask: Ask) -> Result<Vec<Answer>, ApiError> {
-    let served = app.models.get(&ask.model).await?;
+async fn start(app: Arc<App>, asks: Vec<Ask>) -> Result<Vec<Answer>, ApiError> {
+    let Some(first) = asks.first() else { return Ok(Vec::new()) };
+    let served = app.models.get(&first.model).await?;
     // Templates, tokenizers and grammars compute for milliseconds, or for seconds if the text is long.
     let start = move || {
-        let forced = app.options.force.as_ref().and_then(|force| force(&ask));
-        served.start(&ask, forced.as_ref(), &app.live)
+        let mut answers = Vec::new();
+        for ask in &asks {
+            if app.options.log_prompts {
+                tracing::info!(api = ask.api, model = ask.model, input = ?ask.input, "request");
+            }
+            let forced = app.options.force.as_ref().and_then(|force| force(ask));
+            answers.extend(served.start(ask, forced.as_ref(), &app.live)?);
+        }
+        Ok(answers)
     };
     let started = tokio::task::spawn_blocking(start).await;
     started

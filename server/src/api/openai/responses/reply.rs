@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use sluice_dialect::Piece;
 
 use super::item::{Item, Kind, Names, Status};
-use super::store::{Record, Store};
+use super::store::{Record, ResponseStore};
 use crate::answer::{Ending, Step, TokenLogprob, Usage, Waiting, Why};
 use crate::api::openai::{logprobs, now};
 use crate::error::{self, ApiError};
@@ -32,7 +32,7 @@ pub struct Wants {
 /// Where a response goes when it has ended.
 pub struct Keep {
     /// The store.
-    pub store: Arc<Store>,
+    pub store: Arc<ResponseStore>,
     /// The request's own items.
     pub input: Vec<Value>,
 }
@@ -257,6 +257,8 @@ impl Maker {
     fn step(&mut self, step: Step) {
         match step {
             Step::Waiting(waiting) => self.waiting(waiting),
+            // Only texts that are continued are echoed.
+            Step::Echo(..) => {}
             Step::Piece(piece, tokens) => self.piece(piece, tokens),
             Step::End(ending) => self.end(&ending),
             Step::Failed(error) => self.fail(&error),

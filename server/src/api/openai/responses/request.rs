@@ -173,6 +173,7 @@ impl ResponsesRequest {
             form: form(&format, "text.format")?,
             n: 1,
             keep: true,
+            echo: false,
         };
         Ok(Prepared { ask, head, input, wants })
     }

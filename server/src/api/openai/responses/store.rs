@@ -45,7 +45,7 @@ const PREFIX: &str = "resp_";
 const EXTENSION: &str = ".json";
 
 /// The store. The responses that were used least recently go first.
-pub struct Store {
+pub struct ResponseStore {
     folder: Option<PathBuf>,
     bounds: Bounds,
     expire_after: Option<Duration>,
@@ -68,8 +68,8 @@ struct Entry {
     at: SystemTime,
 }
 
-impl Store {
-    /// A store in memory, or in the folder of sessions. The folder is not looked at before [`Store::open`].
+impl ResponseStore {
+    /// A store in memory, or in the folder of sessions. The folder is not looked at before [`ResponseStore::open`].
     pub fn new(sessions: Option<&SessionOptions>) -> Self {
         let bounds = match sessions {
             Some(sessions) => Bounds { bytes: Bounds::FOLDER.bytes.min(sessions.max_bytes), ..Bounds::FOLDER },
@@ -80,7 +80,7 @@ impl Store {
 
     /// The same with bounds of its own.
     pub fn bounded(sessions: Option<&SessionOptions>, bounds: Bounds) -> Self {
-        Store {
+        ResponseStore {
             folder: sessions.map(|sessions| sessions.folder.join("responses")),
             bounds,
             expire_after: sessions.and_then(|sessions| sessions.expire_after),
@@ -312,7 +312,7 @@ mod tests {
 
     #[test]
     fn a_chain_is_told_from_its_beginning() {
-        let store = Store::new(None);
+        let store = ResponseStore::new(None);
         let ids: Vec<String> = (0..3).map(|_| new_id(PREFIX)).collect();
         for (i, id) in ids.iter().enumerate() {
             store.put(record(id, i.checked_sub(1).map(|before| ids[before].as_str()), &i.to_string()));
@@ -326,7 +326,7 @@ mod tests {
 
     #[test]
     fn a_circle_ends() {
-        let store = Store::bounded(None, Bounds { count: 4, bytes: 1 << 20 });
+        let store = ResponseStore::bounded(None, Bounds { count: 4, bytes: 1 << 20 });
         let id = new_id(PREFIX);
         store.put(record(&id, Some(&id), "x"));
         assert!(store.history(&id).is_err());
@@ -334,14 +334,14 @@ mod tests {
 
     #[test]
     fn what_was_used_least_recently_goes_first() {
-        let store = Store::bounded(None, Bounds { count: 2, bytes: 1 << 20 });
+        let store = ResponseStore::bounded(None, Bounds { count: 2, bytes: 1 << 20 });
         let ids: Vec<String> = (0..3).map(|_| new_id(PREFIX)).collect();
         store.put(record(&ids[0], None, "0"));
         store.put(record(&ids[1], None, "1"));
         assert!(store.get(&ids[0]).is_some());
         store.put(record(&ids[2], None, "2"));
         assert_eq!(ids.iter().map(|id| store.get(id).is_some()).collect::<Vec<_>>(), [true, false, true]);
-        let small = Store::bounded(None, Bounds { count: 9, bytes: 300 });
+        let small = ResponseStore::bounded(None, Bounds { count: 9, bytes: 300 });
         for id in &ids {
             small.put(record(id, None, "text"));
         }
@@ -354,7 +354,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let options = sessions(folder.path());
         let (id, other) = (new_id(PREFIX), new_id(PREFIX));
-        let first = Store::new(Some(&options));
+        let first = ResponseStore::new(Some(&options));
         first.open().unwrap();
         first.put(record(&id, None, "kept"));
         first.put(record(&other, None, "other"));
@@ -362,7 +362,7 @@ mod tests {
         let path = folder.path().join("responses").join(format!("{id}.json"));
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         fs::write(folder.path().join("responses/x.partial"), "half").unwrap();
-        let second = Store::new(Some(&options));
+        let second = ResponseStore::new(Some(&options));
         second.open().unwrap();
         assert_eq!(*second.get(&id).unwrap(), record(&id, None, "kept"));
         assert!(second.get(&other).is_none());
@@ -376,12 +376,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let options = SessionOptions { expire_after: Some(Duration::from_secs(60)), ..sessions(folder.path()) };
         let id = new_id(PREFIX);
-        let store = Store::new(Some(&options));
+        let store = ResponseStore::new(Some(&options));
         store.open().unwrap();
         store.put(record(&id, None, "old"));
         let path = folder.path().join("responses").join(format!("{id}.json"));
         File::open(&path).unwrap().set_modified(SystemTime::now() - Duration::from_secs(61)).unwrap();
-        let again = Store::new(Some(&options));
+        let again = ResponseStore::new(Some(&options));
         again.open().unwrap();
         assert!(again.get(&id).is_none());
         assert!(!path.exists());
@@ -390,7 +390,7 @@ mod tests {
     #[test]
     fn only_our_ids_are_names_of_files() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::new(Some(&sessions(folder.path())));
+        let store = ResponseStore::new(Some(&sessions(folder.path())));
         for id in ["resp_../../etc/passwd", "resp_", "", "resp_0123456789ABCDEF0123456789ABCDEF", "resp_é"] {
             assert!(store.path(id).is_none() && store.get(id).is_none(), "{id}");
         }

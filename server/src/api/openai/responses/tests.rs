@@ -7,7 +7,7 @@ use sluice_dialect::Piece;
 
 use super::reply::{Keep, Maker, ResponsesFold, ResponsesWriter};
 use super::request::ResponsesRequest;
-use super::store::Store;
+use super::store::ResponseStore;
 use crate::answer::{Ending, Step, TokenLogprob, TokenText, Usage, Waiting, Why};
 use crate::error::{ApiError, Kind};
 use crate::reply::{Events, Fold, Writer};
@@ -286,9 +286,9 @@ fn an_empty_answer_is_an_empty_text() {
 #[test]
 fn log_probabilities_come_with_their_text() {
     let token = |text: &str| TokenLogprob {
-        token: TokenText { id: 1, text: text.into() },
-        logprob: -0.5,
-        top: vec![(TokenText { id: 2, text: "b".into() }, f32::NEG_INFINITY)],
+        token: TokenText { id: 1, text: text.into(), bytes: text.into() },
+        logprob: Some(-0.5),
+        top: vec![(TokenText { id: 2, text: "b".into(), bytes: "b".into() }, f32::NEG_INFINITY)],
     };
     let steps = || {
         vec![
@@ -308,7 +308,7 @@ fn log_probabilities_come_with_their_text() {
 
 #[test]
 fn what_has_ended_is_stored_before_the_client_hears_of_it() {
-    let store = Arc::new(Store::new(None));
+    let store = Arc::new(ResponseStore::new(None));
     let keep =
         Keep { store: Arc::clone(&store), input: vec![json!({"type": "message", "role": "user", "content": "Hi."})] };
     let mut writer = ResponsesWriter::new(maker(json!({}), Some(keep)));

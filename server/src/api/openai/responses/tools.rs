@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use crate::ask::{Tool, ToolChoice};
 use serde_json::{Value, json};
-use sluice_dialect::{Tool, ToolChoice};
 
 use crate::api::openai::request::{tool, tool_choice};
 use crate::error::ApiError;
