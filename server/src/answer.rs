@@ -195,6 +195,11 @@ impl Answer {
         &self.served
     }
 
+    /// Tokens of its prompt.
+    pub fn prompt_tokens(&self) -> usize {
+        self.usage.prompt
+    }
+
     /// How many generations come before it; 0 once it has begun.
     pub fn queue_position(&self) -> usize {
         match self.handle.place() {

@@ -1,6 +1,9 @@
 //! The APIs. Each translates its JSON into an [`Ask`](crate::ask::Ask), and the steps of answers into its own objects.
 
+pub mod anthropic;
+mod arguments;
 pub mod body;
+pub mod ollama;
 pub mod openai;
 pub mod own;
 
@@ -12,5 +15,5 @@ use crate::app::App;
 
 /// All paths of all APIs.
 pub fn routes() -> Router<Arc<App>> {
-    Router::new().merge(own::routes()).merge(openai::routes())
+    Router::new().merge(own::routes()).merge(openai::routes()).merge(anthropic::routes()).merge(ollama::routes())
 }

@@ -38,6 +38,13 @@ pub struct Ask {
 pub enum Input {
     /// A conversation.
     Chat(Chat),
+    /// A conversation that goes on behind the tokens of an earlier one.
+    After {
+        /// The tokens.
+        before: Vec<u32>,
+        /// What follows them.
+        chat: Chat,
+    },
     /// A text as it is.
     Text(String),
     /// Tokens.

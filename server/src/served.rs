@@ -133,6 +133,17 @@ impl Served {
                 let ids = prompt.encode(self.tokenizer()?)?;
                 Ok(Encoded { ids, tail: tail_of(prompt.text()).to_owned() })
             }
+            Input::After { before, chat } => {
+                let prompt = self.prompt(chat, ask)?;
+                let tokenizer = self.tokenizer()?;
+                let mut ids = prompt.encode(tokenizer)?;
+                // A text has one beginning.
+                if ids.first() == before.first() && ids.first().is_some_and(|&id| tokenizer.is_special(id)) {
+                    ids.remove(0);
+                }
+                ids.splice(..0, before.iter().copied());
+                Ok(Encoded { ids, tail: tail_of(prompt.text()).to_owned() })
+            }
             Input::Text(text) => {
                 let ids = self.tokenizer()?.encode(text, true)?;
                 Ok(Encoded { ids, tail: String::new() })
@@ -160,7 +171,7 @@ impl Served {
         for index in 0..ask.n.max(1) {
             let usual = self.model.tokens(encoded.ids.clone());
             let sampling = sampling(&ask.settings, usual.sampling, seed.wrapping_add(index as u64));
-            let is_chat = matches!(ask.input, Input::Chat(_));
+            let is_chat = matches!(ask.input, Input::Chat(_) | Input::After { .. });
             let (stop, strings) = self.stops(&ask.settings.stop, is_chat)?;
             let request = Request {
                 max_tokens,
