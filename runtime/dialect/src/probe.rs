@@ -11,7 +11,7 @@ use sluice_text::{ChatTemplate, Message, RenderOptions, SpecialTokens};
 use crate::messages::Wants;
 
 /// A template that takes longer for all questions together is not asked any more.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Arguments with two spaces in a row, which only survive where text stays text.
 const RAW: &str = r#"{"first-key":  "first-value"}"#;

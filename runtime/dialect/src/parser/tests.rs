@@ -135,6 +135,23 @@ fn thinking_that_the_prompt_opens() {
 }
 
 #[test]
+fn calls_end_thinking_that_nothing_else_ends() {
+    let call = "<tool_call>\n{\"name\": \"clock\", \"arguments\": {}}\n</tool_call>";
+    let two = format!("Hm.\n\n{call}\n{call}\n");
+    let calls = [("clock", "{}"), ("clock", "{}")];
+    assert_eq!(parse(&syntax::HERMES, "<think>\n", &two), said("Hm.", "", &calls));
+    for behind in ["</think>", "or not</think>", "\n\nor not\n</think>"] {
+        let thought = format!("Hm.\n{call}{behind}");
+        let want = said(thought.strip_suffix("</think>").unwrap().trim_end(), "Yes.", &[]);
+        assert_eq!(parse(&syntax::HERMES, "<think>", &format!("{thought}Yes.")), want);
+    }
+    let unknown = call.replace("clock", "other");
+    assert_eq!(parse(&syntax::HERMES, "<think>", &unknown), said(&unknown, "", &[]));
+    let qwen = "Hm.<tool_call>\n<function=clock>\n</function>\n</tool_call>";
+    assert_eq!(parse(&syntax::QWEN_XML, "<think>", qwen), said("Hm.", "", &[("clock", "{}")]));
+}
+
+#[test]
 fn deepseek_v3() {
     let text = format!(
         "Look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{WEATHER}\n```<｜tool▁call▁end｜>\n\
@@ -516,6 +533,7 @@ proptest! {
         bit in prop::sample::select(&BITS[..]),
         place in any::<prop::sample::Index>(),
         gone in 0..4usize,
+        thinks in any::<bool>(),
         cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..6),
     ) {
         let mut text = ANSWERS[which].replace('@', arguments);
@@ -523,13 +541,14 @@ proptest! {
         let at = place.index(boundaries.len());
         let end = boundaries.get(at + gone).copied().unwrap_or(text.len());
         text.replace_range(boundaries[at]..end, if gone == 3 { "" } else { bit });
+        let tail = if thinks { "<think>" } else { "" };
         let mut cuts: Vec<usize> = cuts.iter().map(|cut| boundary(&text, cut.index(text.len() + 1))).collect();
         cuts.sort_unstable();
         let tools = tools();
-        let whole = parse_cut(SYNTAXES[which], "", &text, &[], &tools);
-        prop_assert_eq!(&parse_cut(SYNTAXES[which], "", &text, &cuts, &tools), &whole);
+        let whole = parse_cut(SYNTAXES[which], tail, &text, &[], &tools);
+        prop_assert_eq!(&parse_cut(SYNTAXES[which], tail, &text, &cuts, &tools), &whole);
         let every: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
-        prop_assert_eq!(&parse_cut(SYNTAXES[which], "", &text, &every, &tools), &whole);
+        prop_assert_eq!(&parse_cut(SYNTAXES[which], tail, &text, &every, &tools), &whole);
     }
 
     /// Without tools and thinking, an answer is its text. Only line breaks at its beginning are dropped.
