@@ -100,3 +100,27 @@ impl Probe {
         self.template.render(&messages, &options).is_ok_and(|text| words.iter().all(|word| text.contains(word)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dialect::Dialect;
+    use crate::{syntax, templates};
+
+    #[test]
+    fn own_templates_are_what_they_are_taken_for() {
+        for family in [&syntax::DEEPSEEK_V32, &syntax::DEEPSEEK_V4, &syntax::HARMONY] {
+            let source = templates::own(family).unwrap();
+            assert_eq!(Wants::of(family, Some(source)), Wants::of(family, None), "{}", family.name);
+            assert_eq!(Dialect::detect(None, Some(source), &|_| false).name(), family.name);
+        }
+    }
+
+    #[test]
+    fn templates_that_cannot_be_asked_get_what_most_take() {
+        for source in ["{% if %}", "{{ raise_exception('never') }}", "nothing of it"] {
+            assert_eq!(probe(source), None);
+            assert_eq!(Wants::of(&syntax::HERMES, Some(source)), Wants::default());
+        }
+    }
+}
