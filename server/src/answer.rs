@@ -12,7 +12,7 @@ use sluice_text::{StopCondition, StopMatcher, Tokenizer};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::{Instant, timeout_at};
 
-use crate::ask::Ask;
+use crate::ask::{Ask, Input};
 use crate::error::{ApiError, Kind};
 use crate::live::{Live, LiveAnswer, LiveGuard};
 use crate::served::Served;
@@ -27,6 +27,8 @@ const PROGRESS: Duration = Duration::from_secs(1);
 pub enum Step {
     /// Nothing new of the answer itself, but the client should hear that it is being worked on.
     Waiting(Waiting),
+    /// The text that is continued, if that was asked for, and how probable the model held its tokens: nothing for the first.
+    Echo(String, Vec<TokenLogprob>),
     /// More of the answer, and the log probabilities of its tokens, if they were asked for.
     Piece(Piece, Vec<TokenLogprob>),
     /// The end.
@@ -100,8 +102,8 @@ pub struct Usage {
 pub struct TokenLogprob {
     /// The token.
     pub token: TokenText,
-    /// Natural logarithm of its probability.
-    pub logprob: f32,
+    /// Natural logarithm of its probability; `None` for the first token of a text.
+    pub logprob: Option<f32>,
     /// The likeliest tokens with theirs.
     pub top: Vec<(TokenText, f32)>,
 }
@@ -113,6 +115,8 @@ pub struct TokenText {
     pub id: u32,
     /// Its text; characters that are not complete in it are replaced.
     pub text: String,
+    /// Its bytes, which may be a part of a character.
+    pub bytes: Vec<u8>,
 }
 
 /// How the events of a generation are read.
@@ -135,6 +139,8 @@ pub struct Answer {
     reading: Reading,
     matcher: StopMatcher,
     logprobs: bool,
+    /// The prompt and what was generated, if that is to be remembered.
+    transcript: Option<Vec<u32>>,
     /// Tokens since the last piece.
     tokens: Vec<TokenLogprob>,
     fresh: usize,
@@ -159,6 +165,7 @@ impl Answer {
     ) -> Result<Self, ApiError> {
         let usage = Usage { prompt: request.prompt.len(), ..Usage::default() };
         let logprobs = request.logprobs.is_some();
+        let transcript = (ask.keep && matches!(ask.input, Input::Chat(_))).then(|| request.prompt.clone());
         // It holds no more than the context has tokens.
         let (sender, events) = unbounded_channel();
         let owner = move |event| match sender.send(event) {
@@ -180,6 +187,7 @@ impl Answer {
             handle,
             reading,
             logprobs,
+            transcript,
             tokens: Vec::new(),
             fresh: 0,
             ready: VecDeque::new(),
@@ -245,10 +253,11 @@ impl Answer {
             }
             Event::Token { id, logprob, top } => {
                 self.usage.generated += 1;
+                self.transcript.iter_mut().for_each(|transcript| transcript.push(id));
                 self.fresh += 1;
                 if let Some(logprob) = logprob.filter(|_| self.logprobs) {
                     let top = top.iter().map(|&Logprob { id, logprob }| (self.text_of(id), logprob)).collect();
-                    self.tokens.push(TokenLogprob { token: self.text_of(id), logprob, top });
+                    self.tokens.push(TokenLogprob { token: self.text_of(id), logprob: Some(logprob), top });
                 }
             }
             Event::Text(text) => {
@@ -265,8 +274,10 @@ impl Answer {
     }
 
     fn text_of(&self, id: u32) -> TokenText {
-        let decoded = self.reading.tokenizer.as_ref().and_then(|t| t.decode(&[id], false).ok());
-        TokenText { id, text: decoded.unwrap_or_default() }
+        let tokenizer = self.reading.tokenizer.as_ref();
+        let text = tokenizer.and_then(|t| t.decode(&[id], false).ok()).unwrap_or_default();
+        let bytes = tokenizer.and_then(|t| t.token_bytes(id).ok()?).unwrap_or_else(|| text.clone().into_bytes());
+        TokenText { id, text, bytes }
     }
 
     /// Adds pieces, up to a stop string in the text.
@@ -345,5 +356,15 @@ impl Answer {
     fn close(&mut self) {
         self.over = true;
         self.live = None;
+        if let Some(tokens) = self.transcript.take() {
+            self.served.remember(tokens);
+        }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        // Whoever went away may come back to go on.
+        self.close();
     }
 }

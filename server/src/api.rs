@@ -6,6 +6,7 @@ pub mod body;
 pub mod ollama;
 pub mod openai;
 pub mod own;
+pub mod sessions;
 
 use std::sync::Arc;
 
@@ -15,5 +16,6 @@ use crate::app::App;
 
 /// All paths of all APIs.
 pub fn routes() -> Router<Arc<App>> {
-    Router::new().merge(own::routes()).merge(openai::routes()).merge(anthropic::routes()).merge(ollama::routes())
+    let ours = Router::new().merge(own::routes()).merge(sessions::routes());
+    ours.merge(openai::routes()).merge(anthropic::routes()).merge(ollama::routes())
 }

@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::Response;
 use axum::middleware::{self, Next};
+
+use sluice_sessions::Store;
+use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::api;
 use crate::error::{ApiError, Flavour, Kind};
@@ -19,12 +22,17 @@ use crate::models::Models;
 use crate::options::ServerOptions;
 use crate::page;
 
+/// How long a client may pause while it sends a body.
+const BODY: Duration = Duration::from_secs(30);
+
 /// What all handlers share.
 pub struct App {
     /// How the server was set up.
     pub options: ServerOptions,
     /// The models.
     pub models: Arc<Models>,
+    /// What models remember of conversations on the drive, if it is kept.
+    pub store: Option<Arc<Store>>,
     /// The answers that are being made.
     pub live: Live,
     /// Counters.
@@ -37,10 +45,11 @@ pub struct App {
 
 impl App {
     /// A server's state.
-    pub fn new(options: ServerOptions, models: Models) -> Arc<Self> {
+    pub fn new(options: ServerOptions, models: Models, store: Option<Arc<Store>>) -> Arc<Self> {
         Arc::new(App {
             options,
             models: Arc::new(models),
+            store,
             live: Live::default(),
             metrics: Metrics::new(),
             started: Instant::now(),
@@ -69,6 +78,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .with_state(Arc::clone(app))
         .merge(page::router())
         .layer(DefaultBodyLimit::max(app.options.max_body))
+        .layer(RequestBodyTimeoutLayer::new(BODY))
         .layer(middleware::from_fn_with_state(guard, guard::check))
         .layer(middleware::from_fn_with_state(Arc::clone(app), record))
 }

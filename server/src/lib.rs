@@ -22,6 +22,7 @@ pub mod reply;
 pub mod run;
 pub mod serve;
 pub mod served;
+pub mod transcripts;
 
 pub use guard::Guard;
 pub use options::{Force, ServerOptions, SessionOptions};

@@ -42,9 +42,17 @@ impl Run {
     /// # Errors
     /// What is wrong with the request, as far as that is known by then.
     pub async fn begin(app: &Arc<App>, ask: Ask) -> Result<Run, ApiError> {
-        let starting = Box::pin(start(Arc::clone(app), ask));
-        let mut run =
-            Run { state: State::Starting(starting), told: Instant::now(), served: None, queued: 0, prompt: None };
+        Self::begin_all(app, vec![ask]).await
+    }
+
+    /// The same with several requests of one model; their answers are counted through.
+    ///
+    /// # Errors
+    /// As [`Run::begin`]; none of them is served then.
+    pub async fn begin_all(app: &Arc<App>, asks: Vec<Ask>) -> Result<Run, ApiError> {
+        let starting = Box::pin(start(Arc::clone(app), asks));
+        let (told, state) = (Instant::now(), State::Starting(starting));
+        let mut run = Run { state, told, served: None, queued: 0, prompt: None };
         match timeout(SETTLE, run.settle()).await {
             Ok(settled) => settled.map(|()| run),
             Err(_) => Ok(run),
@@ -101,13 +109,21 @@ impl Run {
     }
 }
 
-async fn start(app: Arc<App>, mut ask: Ask) -> Result<Vec<Answer>, ApiError> {
-    hygiene::apply(&app.options, &mut ask);
-    let served = app.models.get(&ask.model).await?;
+async fn start(app: Arc<App>, mut asks: Vec<Ask>) -> Result<Vec<Answer>, ApiError> {
+    asks.iter_mut().for_each(|ask| hygiene::apply(&app.options, ask));
+    let Some(first) = asks.first() else { return Ok(Vec::new()) };
+    let served = app.models.get(&first.model).await?;
     // Templates, tokenizers and grammars compute for milliseconds, or for seconds if the text is long.
     let start = move || {
-        let forced = app.options.force.as_ref().and_then(|force| force(&ask));
-        served.start(&ask, forced.as_ref(), &app.live)
+        let mut answers = Vec::new();
+        for ask in &asks {
+            if app.options.log_prompts {
+                tracing::info!(api = ask.api, model = ask.model, input = ?ask.input, "request");
+            }
+            let forced = app.options.force.as_ref().and_then(|force| force(ask));
+            answers.extend(served.start(ask, forced.as_ref(), &app.live)?);
+        }
+        Ok(answers)
     };
     let started = tokio::task::spawn_blocking(start).await;
     started

@@ -13,13 +13,14 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use sluice_format::FormatError;
 use sluice_generate::SchedulerOptions;
+use sluice_sessions::{Store, StoreError, StoreOptions};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::app::{App, router};
 use crate::models::Models;
-use crate::options::ServerOptions;
+use crate::options::{ServerOptions, SessionOptions};
 
 /// How long a client may take to send the head of a request.
 const HEAD: Duration = Duration::from_secs(30);
@@ -35,8 +36,8 @@ pub enum ServerError {
     #[error(transparent)]
     Format(#[from] FormatError),
     /// The folder of sessions.
-    #[error("{0}")]
-    Sessions(String),
+    #[error(transparent)]
+    Sessions(#[from] StoreError),
     /// The address.
     #[error("cannot listen at {address}: {source}")]
     Listen {
@@ -79,9 +80,10 @@ impl Server {
             rest_after: options.rest_after,
             ..SchedulerOptions::default()
         };
+        let store = options.sessions.as_ref().map(open_store).transpose()?;
         let models = Models::new(&options, scheduling)?;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })?;
-        Ok(Server { app: App::new(options, models), listener })
+        Ok(Server { app: App::new(options, models, store), listener })
     }
 
     /// Where it listens.
@@ -123,6 +125,11 @@ impl Server {
         drop(listener);
         end(&app, graceful).await;
     }
+}
+
+fn open_store(options: &SessionOptions) -> Result<Arc<Store>, StoreError> {
+    let SessionOptions { folder, max_bytes, expire_after } = options.clone();
+    Store::open(StoreOptions { folder, max_bytes, expire_after }).map(Arc::new)
 }
 
 async fn accept(

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -12,7 +13,8 @@ use sluice_model::engine::{Engine, EngineOptions};
 use sluice_text::{ChatTemplate, GenerationDefaults, Message, RenderOptions, StopCondition, Tokenizer, encode_chat};
 
 use super::{
-    Event, Finish, GenerationError, Handle, Request, Scheduler, SchedulerOptions, Status, Submitter, Usage, Watch, Work,
+    Event, Finish, GenerationError, Handle, Report, Request, Scheduler, SchedulerOptions, Status, Submitter, Usage,
+    Watch, Work,
 };
 
 /// Tokens that are generated unless a request says otherwise.
@@ -78,7 +80,10 @@ impl Model {
                 // At rest, nothing but work changes anything.
                 match scheduler.wait_for(rest_after.filter(|_| !engine.is_at_rest())) {
                     Work::Ready => _ = scheduler.turn(&mut engine, &mut Watch::default()),
-                    Work::Idle => engine.release_idle(),
+                    Work::Idle => {
+                        engine.release_idle();
+                        scheduler.outdate_report();
+                    }
                     Work::Closed => break,
                 }
             }
@@ -161,9 +166,19 @@ impl Model {
         self.least_budget
     }
 
+    /// The least budget that it can have while it is open, in bytes.
+    pub fn least_budget(&self) -> u64 {
+        self.least_budget
+    }
+
     /// What it is doing.
     pub fn status(&self) -> Status {
         self.submitter.status()
+    }
+
+    /// What goes on inside it ([`Submitter::report`]).
+    pub fn report(&self) -> Option<Arc<Report>> {
+        self.submitter.report()
     }
 
     fn start(&self, request: Request) -> Result<Receiver<Event>, GenerationError> {

@@ -14,8 +14,9 @@ use sluice_model::{ModelError, Sequence};
 use sluice_text::Tokenizer;
 
 use super::meter::Meter;
+use super::report::Reporter;
 use super::room::{Saved, is_pages_full};
-use super::shared::{Arrival, Owner, Place, Shared};
+use super::shared::{Arrival, Owner, Place, Shared, State};
 use super::{Event, Generation, GenerationError, Handle, Request, Shape, Status, Submitter};
 
 /// How many steps of a turn cancelling may interrupt. The next step runs to its end, so that callers who come and go cannot keep
@@ -162,6 +163,7 @@ pub struct Scheduler {
     /// Tokens that drafts have proposed since the start, and those that came true.
     proposals: (u64, u64),
     meter: Meter,
+    reporter: Reporter,
     /// Whether the last turn had nothing to do.
     idle: bool,
 }
@@ -194,6 +196,7 @@ impl Scheduler {
             drafts: true,
             proposals: (0, 0),
             meter: Meter::new(),
+            reporter: Reporter::default(),
             idle: true,
         }
     }
@@ -228,7 +231,9 @@ impl Scheduler {
     /// As [`wait`](Self::wait), but for so long at most.
     pub fn wait_for(&self, most: Option<Duration>) -> Work {
         let mut state = self.shared.lock();
-        while self.running.is_empty() && self.saved.is_empty() && state.queue.is_empty() && state.budget.is_none() {
+        let nothing =
+            |state: &State| state.queue.is_empty() && state.budget.is_none() && !self.shared.board.is_wanted();
+        while self.running.is_empty() && self.saved.is_empty() && nothing(&state) {
             if state.closed {
                 return Work::Closed;
             }
@@ -248,12 +253,18 @@ impl Scheduler {
         Work::Ready
     }
 
+    /// The engine has given its memory back, so that reports of it are out of date.
+    pub(super) fn outdate_report(&self) {
+        self.shared.board.outdate();
+    }
+
     /// Takes one step with every generation that has something to append, and delivers the events to the owners. False if there was
     /// nothing to do.
     ///
     /// A step that fails ends those generations that cannot take it alone, with the error; the others go on.
     pub fn turn(&mut self, engine: &mut Engine, watch: &mut Watch<'_>) -> bool {
         self.meter.resume(self.idle);
+        self.reporter.begin(&self.shared.board, engine, self.idle);
         self.follow_budget(engine);
         (self.read, self.generated, self.drafts) = (0, 0, true);
         let (mut interruptions, mut crowded) = (0, false);
@@ -287,6 +298,8 @@ impl Scheduler {
         }
         let worked = !self.idle;
         self.deliver();
+        let idle = self.running.is_empty() && self.saved.is_empty();
+        self.reporter.end(&self.shared.board, engine, idle);
         worked
     }
 

@@ -1,57 +1,21 @@
 //! Answers in a form that is asked for: JSON schemas, regular expressions, grammars.
+//!
+//! A [`Grammar`] is a [`Form`] compiled for the [`Vocabulary`] of a model. Its constraints go into a
+//! [`Request`](sluice_generate::Request): of all tokens, they let through those that the text can go on with, and end tokens
+//! where it may end. Where nothing may follow, the generation ends by itself. So the text always has the form, unless it is cut
+//! off by a limit on its length.
+//!
+//! Forms come from strangers. They are checked before the library that does the work (`llguidance`) sees them, their size and
+//! depth are bounded, and a grammar that fails in the middle of a text makes the generation fail.
 
-use sluice_generate::Constraint;
-use sluice_text::Tokenizer;
+mod constraint;
+mod error;
+mod grammar;
+mod lark;
+mod schema;
+mod vocabulary;
 
-/// A vocabulary.
-#[derive(Clone, Debug)]
-pub struct Vocabulary;
-
-/// A form.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Form {
-    /// Any JSON object.
-    JsonObject,
-    /// JSON that matches a schema.
-    JsonSchema(serde_json::Value),
-    /// A regular expression.
-    Regex(String),
-    /// A grammar.
-    Lark(String),
-    /// This text.
-    Text(String),
-}
-
-/// A compiled form.
-#[derive(Clone, Debug)]
-pub struct Grammar;
-
-/// What is not supported.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("forms are not supported")]
-pub struct GrammarError;
-
-impl Vocabulary {
-    /// Of a model.
-    ///
-    /// # Errors
-    /// When it cannot be constrained.
-    pub fn new(_tokenizer: &Tokenizer, _vocab_size: usize, _end: &[u32]) -> Result<Self, GrammarError> {
-        Ok(Vocabulary)
-    }
-}
-
-impl Grammar {
-    /// Compiles.
-    ///
-    /// # Errors
-    /// What is not supported.
-    pub fn compile(_vocabulary: &Vocabulary, _form: &Form) -> Result<Grammar, GrammarError> {
-        Err(GrammarError)
-    }
-
-    /// A fresh constraint.
-    pub fn constraint(&self) -> Box<dyn Constraint> {
-        unreachable!("nothing compiles")
-    }
-}
+pub use error::GrammarError;
+pub use grammar::{Form, Grammar};
+pub use lark::lark_json;
+pub use vocabulary::Vocabulary;

@@ -165,6 +165,7 @@ impl Writer for MessageWriter {
         let before = out.as_str().len();
         match step {
             Step::Waiting(_) => self.ping(out),
+            Step::Echo(..) => {}
             Step::Piece(piece, _) => self.piece(piece, out),
             Step::End(ending) => self.finish(&ending, out),
             Step::Failed(error) => {
@@ -245,7 +246,7 @@ impl MessageFold {
 impl Fold for MessageFold {
     fn step(&mut self, _: usize, step: Step) -> Result<(), ApiError> {
         match step {
-            Step::Waiting(_) => {}
+            Step::Waiting(_) | Step::Echo(..) => {}
             Step::Piece(piece, _) => self.piece(piece),
             Step::End(ending) => self.ending = Some(ending),
             Step::Failed(error) => return Err(error),

@@ -2,11 +2,10 @@
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use sluice_dialect::{Tool, ToolChoice};
 
 use super::content;
 use crate::api::openai::request::{count, form, tool};
-use crate::ask::{Ask, Input, Settings, TextForm, Thinking, out_of_range};
+use crate::ask::{Ask, Input, Settings, TextForm, Thinking, Tool, ToolChoice, out_of_range};
 use crate::error::ApiError;
 
 /// A request.
@@ -84,6 +83,7 @@ impl MessagesRequest {
             form,
             n: 1,
             keep: true,
+            echo: false,
         })
     }
 

@@ -217,6 +217,7 @@ impl Writer for OllamaWriter {
         self.head.note(&step);
         match step {
             Step::Waiting(_) => self.send("", "", &[], out),
+            Step::Echo(..) => {}
             Step::Piece(piece, _) => self.piece(piece, out),
             Step::End(ending) => {
                 self.send_call(out);
@@ -259,7 +260,7 @@ impl Fold for OllamaFold {
     fn step(&mut self, _: usize, step: Step) -> Result<(), ApiError> {
         self.head.note(&step);
         match step {
-            Step::Waiting(_) => {}
+            Step::Waiting(_) | Step::Echo(..) => {}
             Step::Piece(Piece::Text(text), _) => self.text += &text,
             Step::Piece(Piece::Thinking(text), _) => self.thinking += &text,
             Step::Piece(Piece::Call { index, id, name }, _) => {

@@ -152,6 +152,7 @@ impl ChatRequest {
             form: form(&self.response_format, "response_format")?,
             n: count("n", self.n, 1, MOST_ANSWERS as i64)?.unwrap_or(1),
             keep: self.cache_prompt.unwrap_or(true),
+            echo: false,
         })
     }
 }

@@ -17,10 +17,11 @@ pub fn finish_reason(why: &Why) -> &'static str {
     }
 }
 
-/// `usage` of these answers, which have one prompt.
-pub fn usage(endings: &[Usage]) -> Value {
-    let prompt = endings.first().map_or(0, |usage| usage.prompt);
-    let cached = endings.first().map_or(0, |usage| usage.cached);
+/// `usage` of these answers, of which each `n` have one prompt.
+pub fn usage(endings: &[Usage], n: usize) -> Value {
+    let prompts = || endings.chunks(n.max(1)).filter_map(<[Usage]>::first);
+    let prompt: usize = prompts().map(|usage| usage.prompt).sum();
+    let cached: usize = prompts().map(|usage| usage.cached).sum();
     let generated: usize = endings.iter().map(|usage| usage.generated).sum();
     let thinking: usize = endings.iter().map(|usage| usage.thinking).sum();
     json!({
@@ -93,6 +94,7 @@ impl Writer for ChatWriter {
                 chunk["progress"] = json!(waiting);
                 out.data(&chunk);
             }
+            Step::Echo(..) => {}
             Step::Piece(piece, tokens) => out.data(&self.chunk(index, delta(piece), None, &tokens)),
             Step::End(Ending { why, usage }) => {
                 self.usages.push(usage);
@@ -105,7 +107,7 @@ impl Writer for ChatWriter {
     fn end(&mut self, out: &mut Events) {
         if self.with_usage {
             let mut object = self.head.object(CHUNK, json!([]));
-            object["usage"] = usage(&self.usages);
+            object["usage"] = usage(&self.usages, self.n);
             out.data(&object);
         }
         out.done();
@@ -149,6 +151,10 @@ impl Collected {
     pub fn step(&mut self, step: Step) -> Result<(), ApiError> {
         match step {
             Step::Waiting(_) => {}
+            Step::Echo(text, tokens) => {
+                self.tokens.extend(tokens);
+                self.text += &text;
+            }
             Step::Piece(piece, tokens) => {
                 self.tokens.extend(tokens);
                 self.add(piece);
@@ -222,7 +228,7 @@ impl Fold for ChatFold {
         };
         let choices: Vec<Value> = self.answers.iter().enumerate().map(choice).collect();
         let mut object = self.head.object("chat.completion", choices.into());
-        object["usage"] = usage(&self.answers.iter().map(Collected::usage).collect::<Vec<_>>());
+        object["usage"] = usage(&self.answers.iter().map(Collected::usage).collect::<Vec<_>>(), self.answers.len());
         object
     }
 }

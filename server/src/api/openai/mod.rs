@@ -2,6 +2,7 @@
 
 mod chat;
 mod chat_reply;
+mod completions;
 mod logprobs;
 mod models;
 pub mod request;
@@ -20,6 +21,7 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
 }
 
 /// Seconds since 1970.
