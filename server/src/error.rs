@@ -163,11 +163,14 @@ impl From<GenerationError> for ApiError {
         let message = error.to_string();
         match error {
             GenerationError::PromptTooLong { .. } => Self::invalid(message).code("context_length_exceeded"),
+            GenerationError::QueueFull { queued, .. } => Self::busy(queued),
             GenerationError::Closed => Self::new(Kind::Closing, message),
             GenerationError::Engine(RuntimeError::Model(ModelError::PagesFull(_))) => {
                 ApiError { retry_after: Some(10), ..Self::new(Kind::Busy, message) }
             }
-            GenerationError::Engine(_) | GenerationError::Thread { .. } => Self::new(Kind::Internal, message),
+            GenerationError::Engine(_) | GenerationError::Thread { .. } | GenerationError::Panicked { .. } => {
+                Self::new(Kind::Internal, message)
+            }
             _ => Self::invalid(message),
         }
     }

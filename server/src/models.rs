@@ -175,7 +175,10 @@ impl Models {
     pub fn close(&self) {
         for entry in &self.entries {
             let loaded = entry.lock().take();
-            drop(loaded);
+            // Whoever still has it closes it later.
+            if let Some(served) = loaded.and_then(|loaded| Arc::into_inner(loaded.served)) {
+                served.close();
+            }
         }
     }
 }
@@ -226,7 +229,9 @@ impl Entry {
             return Some(least);
         }
         drop(loaded);
-        drop(taken);
+        if let Some(served) = Arc::into_inner(taken.served) {
+            served.close();
+        }
         None
     }
 

@@ -51,8 +51,8 @@ impl Run {
     /// As [`Run::begin`]; none of them is served then.
     pub async fn begin_all(app: &Arc<App>, asks: Vec<Ask>) -> Result<Run, ApiError> {
         let starting = Box::pin(start(Arc::clone(app), asks));
-        let (told, state) = (Instant::now(), State::Starting(starting));
-        let mut run = Run { state, told, served: None, queued: 0, prompt: None };
+        let mut run =
+            Run { state: State::Starting(starting), told: Instant::now(), served: None, queued: 0, prompt: None };
         match timeout(SETTLE, run.settle()).await {
             Ok(settled) => settled.map(|()| run),
             Err(_) => Ok(run),

@@ -111,7 +111,7 @@ impl ChatRequest {
         let chat = conversation(self.messages)?;
         let tools = tools(&self.tools.unwrap_or_default())?;
         let ask = ask(self.model, Input::Chat(chat), self.options, &self.think, self.format)?;
-        Ok(Ask { tools, ..ask })
+        Ok(Ask { echo: false, tools, ..ask })
     }
 }
 
@@ -159,6 +159,7 @@ pub fn lets_go(keep_alive: &Value) -> bool {
 /// What both kinds of requests ask for in the same way.
 fn ask(model: String, input: Input, options: Option<Options>, think: &Value, format: Value) -> Result<Ask, ApiError> {
     Ok(Ask {
+        echo: false,
         api: "ollama",
         model,
         input,
