@@ -1,6 +1,5 @@
 //! Requests for messages.
 
-use crate::ask::{Tool, ToolChoice};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -73,7 +72,6 @@ impl MessagesRequest {
         let form = self.form()?;
         let chat = content::chat(&self.system, &self.messages)?;
         Ok(Ask {
-            echo: false,
             api: "messages",
             model: self.model,
             input: Input::Chat(chat),

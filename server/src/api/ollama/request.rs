@@ -159,7 +159,6 @@ pub fn lets_go(keep_alive: &Value) -> bool {
 /// What both kinds of requests ask for in the same way.
 fn ask(model: String, input: Input, options: Option<Options>, think: &Value, format: Value) -> Result<Ask, ApiError> {
     Ok(Ask {
-        echo: false,
         api: "ollama",
         model,
         input,
