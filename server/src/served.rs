@@ -203,7 +203,7 @@ impl Served {
         for index in 0..ask.n.max(1) {
             let usual = self.model.tokens(encoded.ids.clone());
             let sampling = sampling(&ask.settings, usual.sampling, seed.wrapping_add(index as u64));
-            let is_chat = matches!(ask.input, Input::Chat(_) | Input::After { .. });
+            let is_chat = ask.input.is_chat();
             let (stop, strings) = self.stops(&ask.settings.stop, is_chat)?;
             let request = Request {
                 max_tokens,
@@ -288,7 +288,7 @@ impl Served {
             (TextForm::Lark(lark), None) => Form::Lark(lark.clone()),
         };
         let grammar = self.compile(&form, "response_format")?;
-        let marker = matches!(ask.input, Input::Chat(_)).then(|| self.dialect.before_answer(tail)).flatten();
+        let marker = ask.input.is_chat().then(|| self.dialect.before_answer(tail)).flatten();
         Ok(Some(match marker {
             Some(marker) => grammar.behind(marker),
             None => grammar,

@@ -79,6 +79,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value = "64", value_parser = parse_count, help_heading = "Server")]
     queue: NonZeroUsize,
 
+    /// Take out of prompts what agents change on every call although it says nothing new, so that models need not read them again
+    #[arg(long, help_heading = "Server")]
+    normalise_agents: bool,
+
     /// Seconds that answers have to end once the server is told to end
     #[arg(long, value_name = "SECONDS", default_value_t = 30, help_heading = "Server")]
     grace: u64,
