@@ -2,6 +2,7 @@
 
 pub mod body;
 pub mod openai;
+pub mod openapi;
 pub mod own;
 pub mod sessions;
 
@@ -13,5 +14,5 @@ use crate::app::App;
 
 /// All paths of all APIs.
 pub fn routes() -> Router<Arc<App>> {
-    Router::new().merge(own::routes()).merge(sessions::routes()).merge(openai::routes())
+    Router::new().merge(openapi::routes()).merge(own::routes()).merge(sessions::routes()).merge(openai::routes())
 }
