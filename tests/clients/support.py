@@ -150,6 +150,11 @@ def run(prompt: str, *options: str, chat: bool = True, model: Path = MODEL) -> d
     return result
 
 
+def long_text(number: int) -> str:
+    """A text of some 6,000 tokens, which take seconds to read; another one for each number."""
+    return " ".join(f"{i} of {number} ships sail." for i in range(700))
+
+
 @cache
 def tokens(text: str) -> list[int]:
     """The token ids of a text."""
