@@ -24,6 +24,7 @@ LOOK: dict[str, Any] = {
         "required": ["calm", "colour"],
         "additionalProperties": False,
     },
+    "strict": True,
 }
 WAIT: dict[str, Any] = {"name": "wait", "input_schema": {"type": "object", "properties": {}}}
 

@@ -28,7 +28,10 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 TOOLS: Any = [
-    {"type": "function", "function": {"name": "look", "description": "Looks at the sea", "parameters": SCHEMA}},
+    {
+        "type": "function",
+        "function": {"name": "look", "description": "Looks at the sea", "parameters": SCHEMA, "strict": True},
+    },
     {"type": "function", "function": {"name": "wait", "parameters": {"type": "object", "properties": {}}}},
 ]
 
