@@ -3,12 +3,16 @@
 use crate::sampler::{Sampler, logprobs};
 use sluice_model::rows::Phase;
 
+use super::guard::guarded;
 use super::request::{Constraint, Shape, WhenFull};
 use super::text::TextStream;
 use super::{Draft, Event, Finish, GenerationError, Request, Usage};
 
 /// Receives the events of a generation.
 pub type EventSink<'a> = dyn FnMut(Event) + 'a;
+
+/// What a panic says of a constraint.
+const CONSTRAINT: &str = "the request's constraint";
 
 /// Sampling on top of one sequence. It never touches an engine: it [offers](Self::offer) tokens to append and
 /// [accepts](Self::accept) the logits behind the last of them.
@@ -48,6 +52,12 @@ pub struct Generation {
     /// Logits with bias and constraint.
     scores: Vec<f32>,
     finish: Option<Finish>,
+    /// Where the sequence is to be marked while the prompt is read.
+    marks: Vec<usize>,
+    keep: bool,
+    title: Option<String>,
+    /// Tokens of the prompt that a sequence had seen when the generation began with it.
+    cached: Option<usize>,
 }
 
 impl Generation {
@@ -57,8 +67,8 @@ impl Generation {
     /// What can be wrong with a request: no prompt or one that is too long, unknown tokens, settings that make no sense.
     pub fn new(request: Request, shape: &Shape) -> Result<Self, GenerationError> {
         request.check(shape)?;
-        let Request { prompt, max_tokens, sampling, stop, special, bias, logprobs, constraint, when_full, draft } =
-            request;
+        let Request { prompt, max_tokens, sampling, stop, special, bias, logprobs, constraint, .. } = request;
+        let Request { when_full, draft, marks, keep, title, .. } = request;
         Ok(Generation {
             prompt: prompt.len(),
             to_read: prompt.len(),
@@ -83,6 +93,10 @@ impl Generation {
             text: TextStream::new(shape.tokenizer.as_ref(), special, stop),
             scores: Vec::new(),
             finish: None,
+            marks,
+            keep,
+            title,
+            cached: None,
         })
     }
 
@@ -109,27 +123,31 @@ impl Generation {
 
     /// Asks the draft for up to `most` proposals, for a sequence that has seen `position` tokens. There are none unless it has seen all
     /// tokens but the last.
-    pub fn draft(&mut self, position: usize, most: usize) {
+    ///
+    /// # Errors
+    /// [`GenerationError::Panicked`]. The generation cannot go on then.
+    pub fn draft(&mut self, position: usize, most: usize) -> Result<(), GenerationError> {
         self.ahead.clear();
-        let Some(draft) = &mut self.draft else { return };
+        let Some(draft) = &mut self.draft else { return Ok(()) };
         let left = self.max_tokens - self.generated.len().min(self.max_tokens);
         // The last token of a text need not fit, but a row of a step must.
         let most = most.min(left.saturating_sub(1)).min(self.context.saturating_sub(self.tokens.len()));
-        let Some(&last) = self.tokens.last() else { return };
+        let Some(&last) = self.tokens.last() else { return Ok(()) };
         if self.finish.is_some() || position < self.to_read || position + 1 != self.tokens.len() || most == 0 {
-            return;
+            return Ok(());
         }
         self.proposals.clear();
-        draft.propose(&self.tokens, &mut self.proposals);
+        guarded("the request's draft", || draft.propose(&self.tokens, &mut self.proposals))?;
         let known = self.proposals.iter().take(most).take_while(|&&id| (id as usize) < self.vocab).copied();
         self.ahead.push(last);
         self.ahead.extend(known);
         if self.ahead.len() == 1 {
             self.ahead.clear();
-            return;
+            return Ok(());
         }
         self.true_so_far = Some(0);
         self.proposed += self.ahead.len() as u64 - 1;
+        Ok(())
     }
 
     /// Takes the logits behind token `index` of an offer with proposals, in ascending order. They count as long as the proposals have
@@ -214,7 +232,7 @@ impl Generation {
         self.tokens.push(id);
         self.generated.push(id);
         if let Some(constraint) = &mut self.constraint {
-            constraint.accept(id);
+            guarded(CONSTRAINT, || constraint.accept(id))?;
         }
         sink(Event::Token { id, logprob, top });
         let is_end = self.text.is_end(id);
@@ -224,7 +242,10 @@ impl Generation {
         }
         // The last token need not fit, because nothing follows it.
         let full = self.tokens.len() > self.context;
-        let complete = self.constraint.as_ref().is_some_and(|c| c.is_complete());
+        let complete = match &self.constraint {
+            Some(constraint) => guarded(CONSTRAINT, || constraint.is_complete())?,
+            None => false,
+        };
         match () {
             () if is_end => self.end(Finish::EndToken, sink),
             () if emit.stopped => self.end(Finish::StopString, sink),
@@ -248,6 +269,7 @@ impl Generation {
         let dropped = others / 2;
         self.tokens.drain(keep..keep + dropped);
         self.to_read = self.tokens.len();
+        self.marks.clear();
         self.dropped += dropped;
         self.back_to = Some(self.back_to.map_or(keep, |before| before.min(keep)));
         sink(Event::Shifted { dropped, left: self.tokens.len() });
@@ -277,7 +299,49 @@ impl Generation {
 
     /// Tokens read, generated and dropped so far.
     pub fn usage(&self) -> Usage {
-        Usage { prompt_tokens: self.prompt, generated_tokens: self.generated.len(), dropped_tokens: self.dropped }
+        Usage {
+            prompt_tokens: self.prompt,
+            generated_tokens: self.generated.len(),
+            dropped_tokens: self.dropped,
+            cached_tokens: self.cached.unwrap_or(0),
+        }
+    }
+
+    /// The tokens of the context: prompt and generated tokens, without those that were dropped.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// How many of the tokens are read before the next one can be chosen.
+    pub(super) fn to_read(&self) -> usize {
+        self.to_read
+    }
+
+    /// It begins with a sequence that has seen the first `position` tokens. False if it has begun before.
+    pub(super) fn begin_at(&mut self, position: usize) -> bool {
+        let first = self.cached.is_none();
+        self.cached.get_or_insert(position);
+        first
+    }
+
+    /// Of the marks only the last `most` stay.
+    pub(super) fn limit_marks(&mut self, most: usize) {
+        self.marks.drain(..self.marks.len().saturating_sub(most));
+    }
+
+    /// The next mark behind `position`.
+    pub(super) fn mark_behind(&self, position: usize) -> Option<usize> {
+        self.marks.get(self.marks.partition_point(|&mark| mark <= position)).copied()
+    }
+
+    /// Whether there is a mark at `position`.
+    pub(super) fn is_mark(&self, position: usize) -> bool {
+        self.marks.binary_search(&position).is_ok()
+    }
+
+    /// Whether its sequence is kept, and how it is called.
+    pub(super) fn keeps(&self) -> (bool, Option<&str>) {
+        (self.keep, self.title.as_deref())
     }
 
     fn choose(&mut self, logits: &[f32]) -> Result<u32, GenerationError> {
@@ -296,7 +360,7 @@ impl Generation {
             }
         }
         if let Some(constraint) = &mut self.constraint {
-            constraint.mask(&mut self.scores);
+            guarded(CONSTRAINT, || constraint.mask(&mut self.scores))?;
         }
         Ok(self.sampler.sample_at(index, &self.scores, &self.tokens)?)
     }

@@ -62,6 +62,16 @@ pub struct Request {
     pub when_full: WhenFull,
     /// Proposes next tokens, so that a step can check several. Never changes the text.
     pub draft: Option<Box<dyn Draft>>,
+    /// Positions in the prompt, ascending and from 1 to its length, that later prompts may part from: ends of messages, for instance.
+    /// In a model with windows or recurrent states, the sequence is marked there, and a later request that begins with the same tokens
+    /// goes on from the last mark that it reaches. Such a model needs [`EngineOptions::marks`](sluice_model::EngineOptions); of more
+    /// positions than that, the last ones count. Other models can go on from any token and ignore this.
+    pub marks: Vec<usize>,
+    /// Whether later requests may go on from what the model remembers of this one. Nothing of a request that is not kept is left once
+    /// it has ended.
+    pub keep: bool,
+    /// What the sequence is called in the list of those on the drive.
+    pub title: Option<String>,
 }
 
 impl Request {
@@ -78,6 +88,9 @@ impl Request {
             constraint: None,
             when_full: WhenFull::Stop,
             draft: None,
+            marks: Vec::new(),
+            keep: true,
+            title: None,
         }
     }
 
@@ -103,8 +116,20 @@ impl Request {
         if let Some(&(id, bias)) = self.bias.iter().find(bad) {
             return Err(GenerationError::Bias { id, bias, vocab: shape.vocab });
         }
+        self.check_marks()?;
         if shape.tokenizer.is_none() && !self.stop.strings().is_empty() {
             return Err(GenerationError::StopNeedsTokenizer);
+        }
+        Ok(())
+    }
+
+    fn check_marks(&self) -> Result<(), GenerationError> {
+        let mut before = 0;
+        for &position in &self.marks {
+            if position <= before || position > self.prompt.len() {
+                return Err(GenerationError::Mark { position, before, prompt: self.prompt.len() });
+            }
+            before = position;
         }
         Ok(())
     }
