@@ -128,7 +128,7 @@ def serve(folder: Path, *options: str, models: tuple[Path, ...] = (MODEL,)) -> I
     """`sluice serve` on the chat model, or on others; the first of them is the one whose name is told."""
     port = free_port()
     command = [str(PROGRAM), "serve", *map(str, models), "--port", str(port), "--api-key", KEY]
-    command += ["--context", "16384", *options]
+    command += options if "--context" in options else ("--context", "16384", *options)
     with start(command, port, folder / f"server-{port}.log") as server:
         yield server
 
