@@ -48,6 +48,16 @@ pub enum Event {
         /// Tokens of the prompt.
         prompt: usize,
     },
+    /// How probable the model held a token of the prompt, if that was asked for: in their order, but for the first, which nothing comes
+    /// before.
+    PromptToken {
+        /// The token.
+        id: u32,
+        /// Natural logarithm of its probability.
+        logprob: f32,
+        /// The likeliest tokens in its place, as many as were asked for, the likeliest first.
+        top: Vec<Logprob>,
+    },
     /// A token was chosen, an end token included.
     Token {
         /// The token.
@@ -145,6 +155,14 @@ pub enum GenerationError {
     Panicked {
         /// What it was, and what it said.
         what: String,
+    },
+    /// A penalty that makes no sense.
+    #[error("the {field} penalty is {value}: give a number")]
+    Penalty {
+        /// Which.
+        field: &'static str,
+        /// Its value.
+        value: f32,
     },
     /// Stop strings without text.
     #[error("stop strings need a tokenizer, and the model has none")]

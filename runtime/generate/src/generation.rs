@@ -1,10 +1,12 @@
 //! One generation: which tokens it wants to append, and what it does with the logits behind them.
 
+use std::collections::BTreeMap;
+
 use crate::sampler::{Sampler, logprobs};
 use sluice_model::rows::Phase;
 
 use super::guard::guarded;
-use super::request::{Constraint, Shape, WhenFull};
+use super::request::{Constraint, Penalties, Shape, WhenFull};
 use super::text::TextStream;
 use super::{Draft, Event, Finish, GenerationError, Request, Usage};
 
@@ -37,6 +39,10 @@ pub struct Generation {
     sampler: Sampler,
     bias: Vec<(u32, f32)>,
     logprobs: Option<usize>,
+    prompt_logprobs: Option<usize>,
+    /// Tokens of the prompt that have been scored; the first needs no score.
+    scored: usize,
+    penalties: Penalties,
     constraint: Option<Box<dyn Constraint>>,
     draft: Option<Box<dyn Draft>>,
     vocab: usize,
@@ -68,7 +74,7 @@ impl Generation {
     pub fn new(request: Request, shape: &Shape) -> Result<Self, GenerationError> {
         request.check(shape)?;
         let Request { prompt, max_tokens, sampling, stop, special, bias, logprobs, constraint, .. } = request;
-        let Request { when_full, draft, marks, keep, title, .. } = request;
+        let Request { when_full, draft, marks, keep, title, prompt_logprobs, penalties, .. } = request;
         Ok(Generation {
             prompt: prompt.len(),
             to_read: prompt.len(),
@@ -82,6 +88,9 @@ impl Generation {
             sampler: Sampler::new(sampling)?,
             bias,
             logprobs,
+            prompt_logprobs,
+            scored: 1,
+            penalties,
             constraint,
             draft,
             vocab: shape.vocab,
@@ -119,6 +128,21 @@ impl Generation {
         // A step that failed behind a choice leaves two tokens to decode.
         let phase = if position < self.to_read || rest.len() > 2 { Phase::Prompt } else { Phase::Decode };
         (rest, phase)
+    }
+
+    /// Whether the logits behind tokens of the prompt are wanted, to [score](Self::score) the tokens behind them.
+    pub fn scores_prompt(&self) -> bool {
+        self.prompt_logprobs.is_some() && self.scored < self.prompt
+    }
+
+    /// Takes the logits `[vocab]` behind token `position` of the prompt. Says how probable the next one was, once for each.
+    pub fn score(&mut self, position: usize, logits: &[f32], sink: &mut EventSink<'_>) {
+        let Some(count) = self.prompt_logprobs.filter(|_| position + 1 == self.scored) else { return };
+        if let Some(&id) = self.tokens[..self.prompt.min(self.tokens.len())].get(self.scored) {
+            self.scored += 1;
+            let (logprob, top) = logprobs(logits, id, count);
+            sink(Event::PromptToken { id, logprob, top });
+        }
     }
 
     /// Asks the draft for up to `most` proposals, for a sequence that has seen `position` tokens. There are none unless it has seen all
@@ -231,6 +255,7 @@ impl Generation {
         };
         self.tokens.push(id);
         self.generated.push(id);
+        self.penalise();
         if let Some(constraint) = &mut self.constraint {
             guarded(CONSTRAINT, || constraint.accept(id))?;
         }
@@ -346,7 +371,7 @@ impl Generation {
 
     fn choose(&mut self, logits: &[f32]) -> Result<u32, GenerationError> {
         let index = self.generated().len() as u64;
-        if self.bias.is_empty() && self.constraint.is_none() {
+        if self.bias.is_empty() && self.penalties.is_off() && self.constraint.is_none() {
             return Ok(self.sampler.sample_at(index, logits, &self.tokens)?);
         }
         self.scores.clear();
@@ -363,6 +388,21 @@ impl Generation {
             guarded(CONSTRAINT, || constraint.mask(&mut self.scores))?;
         }
         Ok(self.sampler.sample_at(index, &self.scores, &self.tokens)?)
+    }
+
+    /// Subtracts the penalties of what has been generated from the scores.
+    fn penalise(&mut self) {
+        if self.penalties.is_off() {
+            return;
+        }
+        let Penalties { presence, frequency } = self.penalties;
+        let mut counts = BTreeMap::new();
+        self.generated.iter().for_each(|&id| *counts.entry(id).or_insert(0u32) += 1);
+        for (id, count) in counts {
+            if let Some(score) = self.scores.get_mut(id as usize).filter(|score| score.is_finite()) {
+                *score = (*score - presence - frequency * count as f32).clamp(f32::MIN, f32::MAX);
+            }
+        }
     }
 
     fn end(&mut self, reason: Finish, sink: &mut EventSink<'_>) -> Result<(), GenerationError> {

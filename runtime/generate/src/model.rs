@@ -340,7 +340,7 @@ fn collect(events: Receiver<Event>) -> Result<Completion, GenerationError> {
     let (mut ids, mut text) = (Vec::new(), String::new());
     for event in events {
         match event {
-            Event::Progress { .. } | Event::Shifted { .. } => {}
+            Event::Progress { .. } | Event::PromptToken { .. } | Event::Shifted { .. } => {}
             Event::Token { id, .. } => ids.push(id),
             Event::Text(piece) => text += &piece,
             Event::Finish { reason, usage } => return Ok(Completion { ids, text, finish: reason, usage }),

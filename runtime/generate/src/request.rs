@@ -38,6 +38,23 @@ pub enum WhenFull {
     },
 }
 
+/// What is subtracted from the logits of tokens that a generation has generated; the prompt does not count. As OpenAI defines it:
+/// <https://platform.openai.com/docs/api-reference/chat/create>.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Penalties {
+    /// Once for each token that has occurred.
+    pub presence: f32,
+    /// As often as the token has occurred.
+    pub frequency: f32,
+}
+
+impl Penalties {
+    /// Whether nothing is subtracted.
+    pub fn is_off(&self) -> bool {
+        *self == Penalties::default()
+    }
+}
+
 /// What to generate.
 #[derive(Debug)]
 pub struct Request {
@@ -56,6 +73,11 @@ pub struct Request {
     /// `Some(n)`: report the log probability of each token, and the `n` likeliest tokens with theirs. These are the model's own
     /// probabilities, before bias, constraint and sampling settings.
     pub logprobs: Option<usize>,
+    /// `Some(n)`: report how probable the model held each token of the prompt, and the `n` likeliest tokens there. The whole prompt is
+    /// read for that, whatever is kept of it.
+    pub prompt_logprobs: Option<usize>,
+    /// Makes tokens less likely that this generation has generated.
+    pub penalties: Penalties,
     /// Which tokens may come next.
     pub constraint: Option<Box<dyn Constraint>>,
     /// What to do when the context is full. A prompt that does not fit is refused in any case.
@@ -85,6 +107,8 @@ impl Request {
             special: Special::Markup,
             bias: Vec::new(),
             logprobs: None,
+            prompt_logprobs: None,
+            penalties: Penalties::default(),
             constraint: None,
             when_full: WhenFull::Stop,
             draft: None,
@@ -111,6 +135,11 @@ impl Request {
         let outside = |id: u32| id as usize >= shape.vocab;
         if let Some(&id) = self.prompt.iter().find(|&&id| outside(id)) {
             return Err(GenerationError::PromptToken { id, vocab: shape.vocab });
+        }
+        for (field, value) in [("presence", self.penalties.presence), ("frequency", self.penalties.frequency)] {
+            if !value.is_finite() {
+                return Err(GenerationError::Penalty { field, value });
+            }
         }
         let bad = |&&(id, bias): &&(u32, f32)| outside(id) || bias.is_nan() || bias == f32::INFINITY;
         if let Some(&(id, bias)) = self.bias.iter().find(bad) {

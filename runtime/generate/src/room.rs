@@ -72,8 +72,8 @@ struct Next {
     tokens: Arc<[u32]>,
     /// Tokens besides these that it must have room for.
     ahead: usize,
-    /// Its sequence is in a file.
-    in_file: bool,
+    /// It begins with an empty sequence: its own is in a file, or it wants to see the whole prompt.
+    anew: bool,
 }
 
 impl Scheduler {
@@ -82,7 +82,7 @@ impl Scheduler {
         let most = self.options.running.unwrap_or(usize::MAX).min(engine.memory().rows).max(1);
         while self.running.len() < most {
             let Some(next) = self.next() else { break };
-            let start = match next.in_file {
+            let start = match next.anew {
                 true => Start::With(engine.new_sequence()),
                 false => self.start(engine, next.id, &next.tokens),
             };
@@ -116,7 +116,8 @@ impl Scheduler {
     /// The one that is to be admitted next.
     fn next(&mut self) -> Option<Next> {
         let of = |id, generation: &Generation, tokens: Arc<[u32]>, in_file| {
-            Some(Next { id, tokens, ahead: generation.remaining().min(AHEAD), in_file })
+            let anew = in_file || generation.scores_prompt();
+            Some(Next { id, tokens, ahead: generation.remaining().min(AHEAD), anew })
         };
         if let Some(saved) = self.saved.first() {
             return of(saved.id, &saved.generation, saved.generation.tokens().into(), saved.file.is_some());

@@ -125,16 +125,26 @@ struct Taker<'a> {
     failed: &'a mut bool,
     /// Whether its span has proposals.
     draft: bool,
+    /// The position of the first token of its span, if the tokens of its prompt are scored.
+    scores_from: Option<usize>,
+    /// The token of the span whose logits the next choice needs.
+    chooses_at: Option<usize>,
 }
 
 impl Taker<'_> {
     fn accept(&mut self, token: usize, logits: &[f32]) {
         let prompt = self.generation.usage().prompt_tokens;
-        if *self.reported < prompt {
+        if *self.reported < prompt && self.chooses_at.is_none_or(|at| at == token) {
             *self.reported = prompt;
             self.events.push(Event::Progress { read: prompt, prompt });
         }
         let mut sink = |event| self.events.push(event);
+        if let Some(from) = self.scores_from {
+            self.generation.score(from + token, logits, &mut sink);
+        }
+        if self.chooses_at.is_some_and(|at| at != token) {
+            return;
+        }
         let accepted = match self.draft {
             true => self.generation.accept_draft(token, logits, &mut sink),
             false => self.generation.accept(logits, &mut sink),
@@ -427,14 +437,18 @@ impl Scheduler {
             let (tokens, rest) = left.split_at(count);
             left = rest;
             let (offer, phase) = generation.offer(sequence.position());
+            let scores_from = (phase == Phase::Prompt && generation.scores_prompt()).then(|| sequence.position());
+            let chooses_at = scores_from.map(|_| offer.len() - 1);
             let logits = match phase {
                 Phase::Draft => Want::All,
+                _ if scores_from.is_some() => Want::All,
                 _ if count == offer.len() => Want::Last,
                 _ => Want::Nothing,
             };
             prompt_rows += if phase == Phase::Prompt { count } else { 0 };
             spans.push(Span { sequence, tokens, phase, logits });
-            takers.push(Taker { generation, events, reported, failed, draft: phase == Phase::Draft });
+            let draft = phase == Phase::Draft;
+            takers.push(Taker { generation, events, reported, failed, draft, scores_from, chooses_at });
         }
         let Watch { progress, routing } = watch;
         let (sees_progress, sees_routing) = (progress.is_some(), routing.is_some());
