@@ -33,6 +33,7 @@ impl Heard {
         match event {
             Event::Progress { read, .. } => self.read.push(read),
             Event::Token { id, .. } => self.ids.push(id),
+            Event::PromptToken { .. } => {}
             Event::Shifted { dropped, left } => self.shifts.push((dropped, left)),
             Event::Text(text) => self.text += &text,
             Event::Finish { reason, usage } => {
