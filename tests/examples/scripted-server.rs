@@ -34,12 +34,7 @@ fn main() -> ExitCode {
         files: vec![PathBuf::from(model)],
         address: format!("127.0.0.1:{port}").parse().expect("a port"),
         guard: Guard { keys: keys.to_vec(), ..Guard::default() },
-        engine: EngineOptions {
-            context: Some(CONTEXT),
-            sequences: Some(2),
-            forget: true,
-            ..EngineOptions::default()
-        },
+        engine: EngineOptions { context: Some(CONTEXT), sequences: Some(2), forget: true, ..EngineOptions::default() },
         force: Some(force(serde_json::from_slice(&script).expect("the script is JSON"))),
         ..ServerOptions::default()
     };

@@ -96,6 +96,18 @@ fn a_chain_goes_on_with_the_same_bits_wherever_it_can() {
         let back = engine.restore_segments(&mut open(&paths[..2]), &other).unwrap();
         assert_eq!(back.position(), if FORGETTING.contains(&family) { 150 } else { 170 }, "{family}");
         assert!(engine.restore_segments(&mut [], &tokens).unwrap().tokens().is_empty());
+        // An engine with less room takes what fits.
+        for (context, reached) in [(80, 70), (50, 0)] {
+            let mut short = model.open(&EngineOptions { context: Some(context), ..options() });
+            let mut back = short.restore_segments(&mut open(&paths), &tokens).unwrap();
+            let expected = if FORGETTING.contains(&family) { reached } else { context };
+            assert_eq!(back.tokens(), &tokens[..expected], "{family}");
+            let end = context.min(expected + 5);
+            assert!(
+                expected == end
+                    || logits(&mut short, &mut back, &tokens[expected..end]) == want[expected * vocab..end * vocab]
+            );
+        }
     }
 }
 
