@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -11,8 +11,10 @@ use axum::http::Response;
 use axum::middleware::{self, Next};
 
 use sluice_sessions::Store;
+use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::api;
+use crate::api::openai::responses::store::ResponseStore;
 use crate::error::{ApiError, Flavour, Kind};
 use crate::guard::{self, Guard};
 use crate::live::Live;
@@ -20,6 +22,9 @@ use crate::metrics::Metrics;
 use crate::models::Models;
 use crate::options::ServerOptions;
 use crate::page;
+
+/// How long a client may pause while it sends a body.
+const BODY: Duration = Duration::from_secs(30);
 
 /// What all handlers share.
 pub struct App {
@@ -31,6 +36,8 @@ pub struct App {
     pub store: Option<Arc<Store>>,
     /// The answers that are being made.
     pub live: Live,
+    /// Responses that can be continued.
+    pub responses: Arc<ResponseStore>,
     /// Counters.
     pub metrics: Metrics,
     /// When the server began.
@@ -42,7 +49,9 @@ pub struct App {
 impl App {
     /// A server's state.
     pub fn new(options: ServerOptions, models: Models, store: Option<Arc<Store>>) -> Arc<Self> {
+        let responses = Arc::new(ResponseStore::new(options.sessions.as_ref()));
         Arc::new(App {
+            responses,
             options,
             models: Arc::new(models),
             store,
@@ -74,6 +83,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .with_state(Arc::clone(app))
         .merge(page::router())
         .layer(DefaultBodyLimit::max(app.options.max_body))
+        .layer(RequestBodyTimeoutLayer::new(BODY))
         .layer(middleware::from_fn_with_state(guard, guard::check))
         .layer(middleware::from_fn_with_state(Arc::clone(app), record))
 }

@@ -4,9 +4,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use sluice_dialect::Dialect;
 use sluice_format::{FormatError, ModelFile};
 use sluice_generate::{GenerationError, SchedulerOptions};
 use sluice_model::engine::{EngineOptions, RuntimeError};
+use sluice_text::ChatTemplate;
 
 use crate::error::{ApiError, Kind};
 use crate::options::ServerOptions;
@@ -38,11 +40,17 @@ pub struct Facts {
     pub max_positions: usize,
     /// The file's own id: of weights, specification and tokenizer.
     pub state_id: String,
+    /// The source of its chat template, of the one for tools if there are several.
+    pub template: Option<String>,
 }
 
 struct Loaded {
     served: Arc<Served>,
     used: Instant,
+    /// The budget that it has been given.
+    budget: Option<u64>,
+    /// The least that it can have.
+    least: u64,
 }
 
 /// All models.
@@ -102,6 +110,7 @@ impl Models {
     pub async fn get(self: &Arc<Self>, name: &str) -> Result<Arc<Served>, ApiError> {
         let entry = self.find(name)?;
         if let Some(served) = entry.served() {
+            self.balance(&entry.id);
             return Ok(served);
         }
         let guard = self.loading.lock().await;
@@ -132,32 +141,44 @@ impl Models {
         self.entries.iter().filter(|entry| entry.id != id).any(Entry::is_in_use)
     }
 
-    /// Loads a model into the memory that the others leave: idle ones are closed, busy ones shrink to an equal share.
+    /// Loads a model into the memory that the others leave: idle ones are closed, busy ones keep the least that they can.
     fn load(&self, id: &str) -> Result<Arc<Served>, GenerationError> {
         let entry = self.entries.iter().find(|entry| entry.id == id).expect("the name was found before");
-        let mut busy = Vec::new();
-        for other in self.entries.iter().filter(|other| other.id != id) {
-            busy.extend(other.close_if_idle());
-        }
+        let others = self.entries.iter().filter(|other| other.id != id);
+        let busy: u64 = others.filter_map(Entry::close_if_idle).sum();
         let mut options = self.engine.clone();
-        if let Some(total) = options.budget
-            && !busy.is_empty()
-        {
-            let share = total / (busy.len() as u64 + 1);
-            let taken: u64 = busy.iter().map(|served| share.max(served.model().set_budget(share))).sum();
-            options.budget = Some(total.saturating_sub(taken));
-        }
+        options.budget = options.budget.map(|total| total.saturating_sub(busy));
         let served = Served::open(entry.id.clone(), &entry.path, &options, self.scheduling.clone())?;
-        let served = Arc::new(served);
-        *entry.lock() = Some(Loaded { served: Arc::clone(&served), used: Instant::now() });
+        let (served, budget) = (Arc::new(served), options.budget);
+        let least = served.model().least_budget();
+        *entry.lock() = Some(Loaded { served: Arc::clone(&served), used: Instant::now(), budget, least });
+        self.balance(id);
         Ok(served)
+    }
+
+    /// Divides the budget among the loaded models: idle ones get the least that they can have, the others equal parts of the rest.
+    /// `wanted` counts as busy.
+    fn balance(&self, wanted: &str) {
+        let Some(total) = self.engine.budget else { return };
+        let is_active = |entry: &Entry| entry.id == wanted || entry.is_in_use();
+        let loaded = self.entries.iter().filter_map(|entry| Some((entry, is_active(entry), entry.least()?)));
+        let loaded: Vec<(&Entry, bool, u64)> = loaded.collect();
+        let idle: u64 = loaded.iter().filter(|(_, active, _)| !active).map(|(.., least)| least).sum();
+        let active = loaded.iter().filter(|(_, active, _)| *active).count() as u64;
+        let share = total.saturating_sub(idle) / active.max(1);
+        for (entry, active, least) in loaded {
+            entry.set_budget(if active { share.max(least) } else { least });
+        }
     }
 
     /// Closes all models.
     pub fn close(&self) {
         for entry in &self.entries {
             let loaded = entry.lock().take();
-            drop(loaded);
+            // Whoever still has it closes it later.
+            if let Some(served) = loaded.and_then(|loaded| Arc::into_inner(loaded.served)) {
+                served.close();
+            }
         }
     }
 }
@@ -186,17 +207,31 @@ impl Entry {
         self.lock().as_ref().is_some_and(|loaded| Arc::strong_count(&loaded.served) > 1)
     }
 
-    /// Closes the model, unless it is busy; then it is returned.
-    fn close_if_idle(&self) -> Option<Arc<Served>> {
+    /// The least memory that it can have, in bytes; `None` if it is not loaded.
+    fn least(&self) -> Option<u64> {
+        self.lock().as_ref().map(|loaded| loaded.least)
+    }
+
+    fn set_budget(&self, bytes: u64) {
+        if let Some(loaded) = self.lock().as_mut().filter(|loaded| loaded.budget != Some(bytes)) {
+            loaded.budget = Some(bytes);
+            loaded.served.model().set_budget(bytes);
+        }
+    }
+
+    /// Closes the model, unless it is busy; then it returns the least memory that it needs.
+    fn close_if_idle(&self) -> Option<u64> {
         let mut loaded = self.lock();
-        let served = loaded.take()?;
-        if Arc::strong_count(&served.served) > 1 {
-            let busy = Arc::clone(&served.served);
-            *loaded = Some(served);
-            return Some(busy);
+        let taken = loaded.take()?;
+        if Arc::strong_count(&taken.served) > 1 {
+            let least = taken.least;
+            *loaded = Some(taken);
+            return Some(least);
         }
         drop(loaded);
-        drop(served);
+        if let Some(served) = Arc::into_inner(taken.served) {
+            served.close();
+        }
         None
     }
 
@@ -217,6 +252,18 @@ impl Facts {
             created: since.map_or(0, |since| since.as_secs()),
             max_positions: file.spec().max_positions,
             state_id: file.state_id().to_string(),
+            template: template(file),
         }
+    }
+}
+
+/// The source of a file's chat template, or of the one that its family has here. What is wrong with it is said when the model is loaded.
+fn template(file: &ModelFile) -> Option<String> {
+    let metadata = file.metadata();
+    let own = ChatTemplate::find(|name| metadata.get(name)).ok().flatten();
+    let family = Some(file.spec().family.as_str());
+    match own {
+        Some(template) => Some(template.source(true).to_owned()),
+        None => Dialect::own_template(family, &|_| true).map(str::to_owned),
     }
 }
