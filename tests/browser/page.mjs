@@ -272,8 +272,8 @@ const odd = {
 
   async "waiting and reading can be seen"(page) {
     await send(page, "queue");
-    await page.getByText("Waiting: 2 requests before this one").waitFor();
-    await page.getByText(/Reading the prompt: [1-9][\d,]* of 8,000 tokens/).waitFor();
+    await page.locator(".wait", { hasText: "Waiting: 2 requests before this one" }).waitFor();
+    await page.locator(".wait", { hasText: /Reading the prompt: [1-9][\d,]* of 8,000 tokens/ }).waitFor();
     assert.ok(Number(await page.locator(".wait progress").getAttribute("value")) >= 0);
     await isDone(page);
     assert.equal(await last(page).locator(".wait").isVisible(), false);
@@ -310,6 +310,35 @@ const odd = {
     assert.equal(await page.locator("#sessions li").count(), 2);
     await page.locator("#sessions li").first().getByRole("button").click();
     await page.waitForFunction(() => document.querySelectorAll("#sessions li").length === 1);
+  },
+
+  async "a server that is gone is said, and found again"(page) {
+    await page.route("**/status", (route) => route.abort());
+    await page.getByText("The server does not answer.").waitFor();
+    await page.unroute("**/status");
+    await page.getByText("Generating", { exact: true }).waitFor({ timeout: 15_000 });
+    assert.equal(await page.locator("#model option").count(), 2);
+  },
+
+  async "everything can be reached by the keyboard"(page) {
+    await send(page, "hello");
+    await isDone(page);
+    await last(page).getByRole("button", { name: "Retry" }).focus();
+    await page.keyboard.press("Enter");
+    await isDone(page);
+    assert.equal(await page.evaluate(() => document.activeElement.id), "message", "the focus is not lost");
+    await last(page).getByRole("button", { name: "The version before" }).focus();
+    await page.keyboard.press("Enter");
+    await page.keyboard.press("Enter");
+    assert.match(await last(page).locator(".turns").textContent(), /2 of 2/, "there and back");
+    const seen = new Set();
+    for (let presses = 0; presses < 40; presses++) {
+      await page.keyboard.press("Tab");
+      seen.add(await page.evaluate(() => document.activeElement.id || document.activeElement.textContent));
+    }
+    for (const name of ["message", "send", "new", "open-settings", "model", "Rename", "Export", "Delete", "Copy", "Edit", "Retry"]) {
+      assert.ok(name === "send" || seen.has(name), `${name} is not among ${[...seen].join(", ")}`);
+    }
   },
 
   async "damaged storage does no harm"(page) {
