@@ -115,6 +115,8 @@ pub struct TokenText {
     pub id: u32,
     /// Its text; characters that are not complete in it are replaced.
     pub text: String,
+    /// Its bytes, which may be a part of a character.
+    pub bytes: Vec<u8>,
 }
 
 /// How the events of a generation are read.
@@ -267,8 +269,10 @@ impl Answer {
     }
 
     fn text_of(&self, id: u32) -> TokenText {
-        let decoded = self.reading.tokenizer.as_ref().and_then(|t| t.decode(&[id], false).ok());
-        TokenText { id, text: decoded.unwrap_or_default() }
+        let tokenizer = self.reading.tokenizer.as_ref();
+        let text = tokenizer.and_then(|t| t.decode(&[id], false).ok()).unwrap_or_default();
+        let bytes = tokenizer.and_then(|t| t.token_bytes(id).ok()?).unwrap_or_else(|| text.clone().into_bytes());
+        TokenText { id, text, bytes }
     }
 
     /// Adds pieces, up to a stop string in the text.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -11,6 +11,7 @@ use axum::http::Response;
 use axum::middleware::{self, Next};
 
 use sluice_sessions::Store;
+use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::api;
 use crate::error::{ApiError, Flavour, Kind};
@@ -20,6 +21,9 @@ use crate::metrics::Metrics;
 use crate::models::Models;
 use crate::options::ServerOptions;
 use crate::page;
+
+/// How long a client may pause while it sends a body.
+const BODY: Duration = Duration::from_secs(30);
 
 /// What all handlers share.
 pub struct App {
@@ -74,6 +78,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .with_state(Arc::clone(app))
         .merge(page::router())
         .layer(DefaultBodyLimit::max(app.options.max_body))
+        .layer(RequestBodyTimeoutLayer::new(BODY))
         .layer(middleware::from_fn_with_state(guard, guard::check))
         .layer(middleware::from_fn_with_state(Arc::clone(app), record))
 }

@@ -1,7 +1,7 @@
 //! What all APIs ask for, in one form.
 
 use serde_json::{Map, Value};
-use sluice_dialect::{Tool, ToolChoice};
+pub use sluice_dialect::ToolChoice;
 use sluice_text::Message;
 
 use crate::error::ApiError;
@@ -33,6 +33,32 @@ pub struct Ask {
     pub keep: bool,
     /// Whether the answer begins with the text that it continues, and with the log probabilities of its tokens if these are asked for.
     pub echo: bool,
+}
+
+/// A function that the model may call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tool {
+    /// Its name.
+    pub name: String,
+    /// What it does.
+    pub description: Option<String>,
+    /// JSON schema of its arguments.
+    pub parameters: Value,
+    /// Whether arguments must match the schema.
+    pub strict: bool,
+}
+
+impl Tool {
+    /// The tool as templates want it.
+    pub fn declaration(&self) -> Value {
+        let mut function = Map::new();
+        function.insert("name".into(), self.name.clone().into());
+        if let Some(description) = &self.description {
+            function.insert("description".into(), description.clone().into());
+        }
+        function.insert("parameters".into(), self.parameters.clone());
+        serde_json::json!({"type": "function", "function": function})
+    }
 }
 
 /// What to continue.

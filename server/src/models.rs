@@ -43,6 +43,10 @@ pub struct Facts {
 struct Loaded {
     served: Arc<Served>,
     used: Instant,
+    /// The budget that it has been given.
+    budget: Option<u64>,
+    /// The least that it can have.
+    least: u64,
 }
 
 /// All models.
@@ -102,6 +106,7 @@ impl Models {
     pub async fn get(self: &Arc<Self>, name: &str) -> Result<Arc<Served>, ApiError> {
         let entry = self.find(name)?;
         if let Some(served) = entry.served() {
+            self.balance(&entry.id);
             return Ok(served);
         }
         let guard = self.loading.lock().await;
@@ -132,25 +137,34 @@ impl Models {
         self.entries.iter().filter(|entry| entry.id != id).any(Entry::is_in_use)
     }
 
-    /// Loads a model into the memory that the others leave: idle ones are closed, busy ones shrink to an equal share.
+    /// Loads a model into the memory that the others leave: idle ones are closed, busy ones keep the least that they can.
     fn load(&self, id: &str) -> Result<Arc<Served>, GenerationError> {
         let entry = self.entries.iter().find(|entry| entry.id == id).expect("the name was found before");
-        let mut busy = Vec::new();
-        for other in self.entries.iter().filter(|other| other.id != id) {
-            busy.extend(other.close_if_idle());
-        }
+        let others = self.entries.iter().filter(|other| other.id != id);
+        let busy: u64 = others.filter_map(Entry::close_if_idle).sum();
         let mut options = self.engine.clone();
-        if let Some(total) = options.budget
-            && !busy.is_empty()
-        {
-            let share = total / (busy.len() as u64 + 1);
-            let taken: u64 = busy.iter().map(|served| share.max(served.model().set_budget(share))).sum();
-            options.budget = Some(total.saturating_sub(taken));
-        }
+        options.budget = options.budget.map(|total| total.saturating_sub(busy));
         let served = Served::open(entry.id.clone(), &entry.path, &options, self.scheduling.clone())?;
-        let served = Arc::new(served);
-        *entry.lock() = Some(Loaded { served: Arc::clone(&served), used: Instant::now() });
+        let (served, budget) = (Arc::new(served), options.budget);
+        let least = served.model().least_budget();
+        *entry.lock() = Some(Loaded { served: Arc::clone(&served), used: Instant::now(), budget, least });
+        self.balance(id);
         Ok(served)
+    }
+
+    /// Divides the budget among the loaded models: idle ones get the least that they can have, the others equal parts of the rest.
+    /// `wanted` counts as busy.
+    fn balance(&self, wanted: &str) {
+        let Some(total) = self.engine.budget else { return };
+        let is_active = |entry: &Entry| entry.id == wanted || entry.is_in_use();
+        let loaded = self.entries.iter().filter_map(|entry| Some((entry, is_active(entry), entry.least()?)));
+        let loaded: Vec<(&Entry, bool, u64)> = loaded.collect();
+        let idle: u64 = loaded.iter().filter(|(_, active, _)| !active).map(|(.., least)| least).sum();
+        let active = loaded.iter().filter(|(_, active, _)| *active).count() as u64;
+        let share = total.saturating_sub(idle) / active.max(1);
+        for (entry, active, least) in loaded {
+            entry.set_budget(if active { share.max(least) } else { least });
+        }
     }
 
     /// Closes all models.
@@ -186,17 +200,29 @@ impl Entry {
         self.lock().as_ref().is_some_and(|loaded| Arc::strong_count(&loaded.served) > 1)
     }
 
-    /// Closes the model, unless it is busy; then it is returned.
-    fn close_if_idle(&self) -> Option<Arc<Served>> {
+    /// The least memory that it can have, in bytes; `None` if it is not loaded.
+    fn least(&self) -> Option<u64> {
+        self.lock().as_ref().map(|loaded| loaded.least)
+    }
+
+    fn set_budget(&self, bytes: u64) {
+        if let Some(loaded) = self.lock().as_mut().filter(|loaded| loaded.budget != Some(bytes)) {
+            loaded.budget = Some(bytes);
+            loaded.served.model().set_budget(bytes);
+        }
+    }
+
+    /// Closes the model, unless it is busy; then it returns the least memory that it needs.
+    fn close_if_idle(&self) -> Option<u64> {
         let mut loaded = self.lock();
-        let served = loaded.take()?;
-        if Arc::strong_count(&served.served) > 1 {
-            let busy = Arc::clone(&served.served);
-            *loaded = Some(served);
-            return Some(busy);
+        let taken = loaded.take()?;
+        if Arc::strong_count(&taken.served) > 1 {
+            let least = taken.least;
+            *loaded = Some(taken);
+            return Some(least);
         }
         drop(loaded);
-        drop(served);
+        drop(taken);
         None
     }
 

@@ -107,6 +107,9 @@ async fn start(app: Arc<App>, asks: Vec<Ask>) -> Result<Vec<Answer>, ApiError> {
     let start = move || {
         let mut answers = Vec::new();
         for ask in &asks {
+            if app.options.log_prompts {
+                tracing::info!(api = ask.api, model = ask.model, input = ?ask.input, "request");
+            }
             let forced = app.options.force.as_ref().and_then(|force| force(ask));
             answers.extend(served.start(ask, forced.as_ref(), &app.live)?);
         }

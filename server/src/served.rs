@@ -12,7 +12,7 @@ use sluice_model::engine::{Engine, EngineOptions};
 use sluice_text::{ChatTemplate, Prompt, RenderOptions, Special, StopCondition, Tokenizer};
 
 use crate::answer::{Answer, Reading};
-use crate::ask::{Ask, Chat, Input, Settings, TextForm};
+use crate::ask::{Ask, Chat, Input, Settings, TextForm, Tool, ToolChoice};
 use crate::error::{ApiError, Kind};
 use crate::live::Live;
 use crate::transcripts::Transcripts;
@@ -65,7 +65,11 @@ impl Served {
             None => own_template(&family, tokenizer.as_ref(), &has_token)?,
         };
         let source = template.as_ref().map(|template| template.source(true));
-        let dialect = Dialect::detect(Some(&family), source, &has_token);
+        let special = |text: &str| {
+            let tokenizer = tokenizer.as_ref()?;
+            tokenizer.token_id(text).filter(|&id| tokenizer.is_control(id))
+        };
+        let dialect = Dialect::detect(Some(&family), source, &has_token).with_special_tokens(&special);
         let model = Model::new(engine, scheduling, !options.forget)?;
         let end = model.tokens(Vec::new()).stop.eos().iter().copied().collect();
         let vocabulary = OnceLock::new();
@@ -122,7 +126,7 @@ impl Served {
         let mut extra = self.dialect.template_options(ask.thinking.enabled, ask.thinking.effort.as_deref());
         extra.extend(chat.variables.clone());
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
-        let tools = (!ask.tools.is_empty()).then(|| Value::Array(ask.tools.iter().map(declaration).collect()));
+        let tools = Some(declarations(ask)).filter(|tools| !tools.is_empty()).map(Value::Array);
         let options = RenderOptions { add_generation_prompt: !chat.continues, tools, extra, now };
         let mut prompt = template.prompt(self.tokenizer()?, &messages, &options)?;
         if chat.continues {
@@ -173,7 +177,7 @@ impl Served {
             None => self.grammar(ask, &encoded.tail)?,
         };
         let seed = ask.settings.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
-        let tools = Tools(ask.tools.clone());
+        let tools = tools_of(ask)?;
         let mut answers = Vec::new();
         for index in 0..ask.n.max(1) {
             let usual = self.model.tokens(encoded.ids.clone());
@@ -223,7 +227,7 @@ impl Served {
 
     /// The grammar that a request asks for: of its text, or of its tool calls.
     fn grammar(&self, ask: &Ask, tail: &str) -> Result<Option<Grammar>, ApiError> {
-        let tools = Tools(ask.tools.clone());
+        let tools = tools_of(ask)?;
         let calls = self.dialect.tool_grammar(&tools, &ask.choice, ask.parallel, tail);
         let form = match (&ask.form, calls) {
             (TextForm::Free, None) => return Ok(None),
@@ -237,7 +241,12 @@ impl Served {
             (TextForm::Regex(regex), None) => Form::Regex(regex.clone()),
             (TextForm::Lark(lark), None) => Form::Lark(lark.clone()),
         };
-        self.compile(&form, "response_format").map(Some)
+        let grammar = self.compile(&form, "response_format")?;
+        let marker = matches!(ask.input, Input::Chat(_)).then(|| self.dialect.before_answer(tail)).flatten();
+        Ok(Some(match marker {
+            Some(marker) => grammar.behind(marker),
+            None => grammar,
+        }))
     }
 
     /// Compiles a form for this model's vocabulary.
@@ -266,15 +275,21 @@ fn own_template(
     Ok(Some(ChatTemplate::new(source, tokenizer.names().clone())?))
 }
 
-/// A tool as templates want it.
-fn declaration(tool: &sluice_dialect::Tool) -> Value {
-    let mut function = serde_json::Map::new();
-    function.insert("name".into(), tool.name.clone().into());
-    if let Some(description) = &tool.description {
-        function.insert("description".into(), description.clone().into());
+/// The tools that the model is told of: none if it must not call any.
+fn declarations(ask: &Ask) -> Vec<Value> {
+    match ask.choice {
+        ToolChoice::None => Vec::new(),
+        _ => ask.tools.iter().map(Tool::declaration).collect(),
     }
-    function.insert("parameters".into(), tool.parameters.clone());
-    serde_json::json!({"type": "function", "function": function})
+}
+
+fn tools_of(ask: &Ask) -> Result<Tools, ApiError> {
+    let with_strictness = |(tool, mut declaration): (&Tool, Value)| {
+        declaration["function"]["strict"] = tool.strict.into();
+        declaration
+    };
+    let tools = ask.tools.iter().zip(declarations(ask)).map(with_strictness).collect();
+    Tools::from_openai(&Value::Array(tools)).map_err(|error| ApiError::field("tools", error.to_string()))
 }
 
 /// The settings of a request over those that the model's authors recommend.

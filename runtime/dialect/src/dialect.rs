@@ -111,6 +111,15 @@ impl Dialect {
         grammar::tool_grammar(self.syntax, &self.special, tools, (choice, parallel), prompt_tail)
     }
 
+    /// What the model writes before the text of its answer, if the prompt makes it think first or the family marks answers: a form
+    /// that is asked for counts behind it.
+    pub fn before_answer(&self, prompt_tail: &str) -> Option<&'static str> {
+        match self.syntax.calls {
+            Calls::Harmony => Some("<|channel|>final<|message|>"),
+            _ => prompt_tail.trim_end().ends_with(self.syntax.think.open).then_some(self.syntax.think.close),
+        }
+    }
+
     /// A template for models whose published checkpoint has none: what its published encoder writes, as Jinja for
     /// [`sluice_text::ChatTemplate`].
     pub fn own_template(model_type: Option<&str>, has_token: &dyn Fn(&str) -> bool) -> Option<&'static str> {

@@ -166,6 +166,11 @@ impl Model {
         self.least_budget
     }
 
+    /// The least budget that it can have while it is open, in bytes.
+    pub fn least_budget(&self) -> u64 {
+        self.least_budget
+    }
+
     /// What it is doing.
     pub fn status(&self) -> Status {
         self.submitter.status()

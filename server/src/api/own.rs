@@ -58,6 +58,7 @@ async fn metrics(State(app): State<Arc<App>>) -> Response<Body> {
 async fn status(State(app): State<Arc<App>>) -> Response<Body> {
     let model = |entry: &crate::models::Entry| {
         let served = entry.peek();
+        let report = served.as_ref().and_then(|served| served.model().report());
         json!({
             "id": entry.id,
             "family": entry.facts.family,
@@ -66,7 +67,7 @@ async fn status(State(app): State<Arc<App>>) -> Response<Body> {
             "idle_seconds": entry.idle_seconds(),
             "context": served.as_ref().map(|served| served.context()),
             "status": served.as_ref().map(|served| served.model().status()),
-            "report": served.as_ref().and_then(|served| served.model().report()).as_deref(),
+            "report": report.as_deref(),
         })
     };
     let models: Vec<Value> = app.models.entries().iter().map(model).collect();

@@ -11,7 +11,7 @@ fn finite(logprob: f32) -> f32 {
 
 /// `logprobs` of a choice of chat completions.
 pub fn chat(tokens: &[TokenLogprob]) -> Value {
-    let one = |token: &TokenText, logprob: Option<f32>| json!({"token": token.text, "logprob": logprob.map(finite), "bytes": token.text.as_bytes()});
+    let one = |token: &TokenText, logprob: Option<f32>| json!({"token": token.text, "logprob": logprob.map(finite), "bytes": token.bytes});
     let entry = |entry: &TokenLogprob| {
         let mut value = one(&entry.token, entry.logprob);
         value["top_logprobs"] = entry.top.iter().map(|(token, logprob)| one(token, Some(*logprob))).collect();
@@ -52,7 +52,7 @@ mod tests {
 
     #[test]
     fn the_first_token_of_a_text_has_no_probability() {
-        let token = |id, text: &str| TokenText { id, text: text.into() };
+        let token = |id, text: &str| TokenText { id, text: text.into(), bytes: text.into() };
         let tokens = [
             TokenLogprob { token: token(1, "ab"), logprob: None, top: Vec::new() },
             TokenLogprob {

@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use sluice_dialect::{Tool, ToolChoice};
 
-use crate::ask::{TextForm, out_of_range};
+use crate::ask::{TextForm, Tool, ToolChoice, out_of_range};
 use crate::error::ApiError;
 
 /// One string or several.
@@ -76,7 +75,7 @@ pub fn tool(value: &Value, place: &str) -> Result<Tool, ApiError> {
     let name = function["name"].as_str().ok_or_else(|| wrong("a function needs a `name`"))?;
     let is_name = |c: char| c.is_ascii_alphanumeric() || "_-.:/".contains(c);
     if name.is_empty() || name.len() > 128 || !name.chars().all(is_name) {
-        return Err(wrong(&format!("{name:?} is no name: letters, digits, `_`, `-`, `.`, at most 128")));
+        return Err(wrong("a name has letters, digits, `_`, `-`, `.`, and at most 128 of them"));
     }
     let parameters = match &function["parameters"] {
         Value::Null => serde_json::json!({"type": "object", "properties": {}}),
@@ -161,6 +160,12 @@ pub fn check_messages(messages: &[Map<String, Value>]) -> Result<(), ApiError> {
     }
     for (i, message) in messages.iter().enumerate() {
         let role = message.get("role").and_then(Value::as_str);
+        let missing = |name: &str| message.get(name).is_none_or(Value::is_null);
+        let speaks = matches!(role, Some("system" | "developer" | "user" | "tool" | "function"));
+        if speaks && missing("content") {
+            let place = format!("messages[{i}].content");
+            return Err(ApiError::field(place.clone(), format!("`{place}` is missing")).code("invalid_value"));
+        }
         let known = ["system", "developer", "user", "assistant", "tool", "function"];
         if !role.is_some_and(|role| known.contains(&role)) {
             let place = format!("messages[{i}].role");
