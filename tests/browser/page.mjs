@@ -218,7 +218,11 @@ const odd = {
     const words = await page.locator(".answered .prose").textContent();
     assert.ok(words.includes("<img src=x onerror=") && words.includes("</script><svg onload="), "markup is shown as it was written");
     // A title and the list are made of the model's and the user's words as well.
+    assert.equal(await page.locator("#latest").isVisible(), false, "the end is in view");
+    await page.locator("#scroll").evaluate((area) => (area.scrollTop = 0));
+    await page.locator("#latest").waitFor();
     await page.click("#new");
+    await page.locator("#latest").waitFor({ state: "hidden" });
     await send(page, "<img src=x onerror=window.broken=1>");
     await isDone(page);
     assert.equal(await page.locator("#conversations img").count(), 0);
@@ -244,8 +248,8 @@ const odd = {
       return Object.entries(times).sort((a, b) => b[1] - a[1]).slice(0, 5);
     });
     console.log("    slowest:", millis.map(([name, time]) => `${JSON.stringify(name)} ${time.toFixed(0)} ms`).join(", "));
-    // A quadratic one takes a minute and more.
-    assert.ok(millis[0][1] < 5000, String(millis[0]));
+    // This only tells what hangs from what does not: a quadratic one takes a minute and more.
+    assert.ok(millis[0][1] < 10_000, String(millis[0]));
   },
 
   async "Markdown is shown, and grows as it would be shown at once"(page) {

@@ -27,6 +27,7 @@ function show() {
   document.title = conversation.title ? `${title} · Sluice` : "Sluice";
   showSend();
   keepFocus();
+  showLatest();
 }
 
 /** Where the element that had the focus is gone, the message field gets it; not on phones, where a keyboard would come up. */
@@ -321,7 +322,13 @@ function scrollDown(always = false) {
   if (always) requestAnimationFrame(() => (area.scrollTop = area.scrollHeight));
 }
 
-find("scroll").addEventListener("scroll", () => (find("latest").hidden = isAtEnd()), { passive: true });
+/** The way down is shown to those who are not there. */
+function showLatest() {
+  find("latest").hidden = isAtEnd();
+}
+
+find("scroll").addEventListener("scroll", showLatest, { passive: true });
+new ResizeObserver(showLatest).observe(find("messages"));
 find("latest").addEventListener("click", () => scrollDown(true));
 
 // ---- The message field ---------------------------------------------------------------------------------------------------------
