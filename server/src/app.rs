@@ -14,6 +14,7 @@ use sluice_sessions::Store;
 use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::api;
+use crate::api::openai::responses::store::ResponseStore;
 use crate::error::{ApiError, Flavour, Kind};
 use crate::guard::{self, Guard};
 use crate::live::Live;
@@ -35,6 +36,8 @@ pub struct App {
     pub store: Option<Arc<Store>>,
     /// The answers that are being made.
     pub live: Live,
+    /// Responses that can be continued.
+    pub responses: Arc<ResponseStore>,
     /// Counters.
     pub metrics: Metrics,
     /// When the server began.
@@ -46,7 +49,9 @@ pub struct App {
 impl App {
     /// A server's state.
     pub fn new(options: ServerOptions, models: Models, store: Option<Arc<Store>>) -> Arc<Self> {
+        let responses = Arc::new(ResponseStore::new(options.sessions.as_ref()));
         Arc::new(App {
+            responses,
             options,
             models: Arc::new(models),
             store,

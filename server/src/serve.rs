@@ -38,6 +38,9 @@ pub enum ServerError {
     /// The folder of sessions.
     #[error(transparent)]
     Sessions(#[from] StoreError),
+    /// The folder of responses.
+    #[error("the folder of responses cannot be used: {0}")]
+    Responses(io::Error),
     /// The address.
     #[error("cannot listen at {address}: {source}")]
     Listen {
@@ -83,7 +86,9 @@ impl Server {
         let store = options.sessions.as_ref().map(open_store).transpose()?;
         let models = Models::new(&options, scheduling)?;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })?;
-        Ok(Server { app: App::new(options, models, store), listener })
+        let app = App::new(options, models, store);
+        app.responses.open().map_err(ServerError::Responses)?;
+        Ok(Server { app, listener })
     }
 
     /// Where it listens.

@@ -25,6 +25,8 @@ impl Dialect {
     /// Looks at the source of the chat template, at `model_type` of config.json, and at the vocabulary. The template counts most: it
     /// says what the model was trained to write. A model of which nothing is known is taken for one that writes as Hermes and
     /// Qwen3 do, since most do.
+    ///
+    /// Renders a few conversations with the template, to see what it takes and what it leaves out: some milliseconds.
     pub fn detect(model_type: Option<&str>, template: Option<&str>, has_token: &dyn Fn(&str) -> bool) -> Self {
         let syntax = detect(model_type.unwrap_or_default(), template, has_token);
         let knows_effort = template.is_none_or(|template| template.contains("reasoning_effort"));
@@ -55,9 +57,13 @@ impl Dialect {
     /// * Lists of text parts become one text, joined by line breaks.
     /// * `arguments` of calls become objects where templates go through them. What is no JSON object becomes
     ///   `{"arguments": …}`, as in DeepSeek's own encoder.
-    /// * `developer` is `system`, but for gpt-oss. Where templates take one system message, all become one; where
-    ///   they want users and the model to take turns, messages of a user in a row become one.
-    /// * Where templates take one call per message, each call becomes a message, followed by its result.
+    /// * `developer` is `system`, but for gpt-oss. Where templates take one system message, all become one; where they take
+    ///   none, it becomes the beginning of the first message of the user; where they want users and the model
+    ///   to take turns, messages of a user in a row become one.
+    /// * Where templates take one call per message, each call becomes a message, followed by its result. Results are
+    ///   always in the order of their calls.
+    /// * Where templates leave out the text of messages with calls, it becomes a message of its own. If they do not
+    ///   take that either, it becomes the beginning of the model's next text; until there is one, it is left out.
     /// * Ids of calls become such as the family writes (Kimi, Mistral).
     ///
     /// # Errors
@@ -83,6 +89,9 @@ impl Dialect {
         if let Some(thinking) = thinking {
             options.insert("enable_thinking".into(), thinking.into());
             options.insert("thinking".into(), thinking.into());
+            if self.syntax.name == "minimax-m3" {
+                options.insert("thinking_mode".into(), if thinking { "enabled" } else { "disabled" }.into());
+            }
         }
         let is_mistral = matches!(self.syntax.name, "mistral" | "mistral-list");
         let effort = match (effort, thinking) {

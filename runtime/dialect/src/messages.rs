@@ -7,52 +7,39 @@ use sluice_text::Message;
 
 use crate::error::{DialectError, clip};
 use crate::parser::letters;
+use crate::probe::probe;
 use crate::syntax::{Calls, Ids, Syntax};
 
 /// What a template can do with messages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Wants {
     /// Whether it prints the arguments of calls as they are. Otherwise it goes through them.
-    text_arguments: bool,
+    pub(crate) text_arguments: bool,
     /// Whether it takes a system message only at the beginning.
-    one_system: bool,
+    pub(crate) one_system: bool,
+    /// Whether it takes none.
+    pub(crate) no_system: bool,
     /// Whether it knows the role `developer`.
-    developer: bool,
+    pub(crate) developer: bool,
     /// Whether it insists on users and the model taking turns.
-    turns: bool,
+    pub(crate) turns: bool,
     /// Whether it takes only one call per message.
-    one_call: bool,
+    pub(crate) one_call: bool,
     /// Whether it leaves out the text of messages with calls.
-    calls_without_text: bool,
+    pub(crate) calls_without_text: bool,
+    /// Whether such a text cannot be a message of its own either.
+    pub(crate) text_moves: bool,
     /// Whether a message with calls must have `null` for a text.
-    null_text: bool,
+    pub(crate) null_text: bool,
 }
 
 impl Wants {
     /// What the template of a family wants. Without one, what this crate's own wants.
     pub(crate) fn of(syntax: &Syntax, template: Option<&str>) -> Self {
         let harmony = matches!(syntax.calls, Calls::Harmony);
-        let source: String = template.unwrap_or_default().split_whitespace().collect();
-        let has = |text: &str| source.contains(text);
-        let is_deepseek = matches!(syntax.name, "deepseek-v3" | "deepseek-v3.1");
-        let prints = has("argumentsisstring") || has("arguments']isstring") || has("arguments\"]isstring");
-        let encodes = has("arguments|tojson") || has("arguments']|tojson") || has("arguments\"]|tojson");
-        let llama = syntax.name == "llama-3";
-        let null_text = has("=='assistant'andmessage['content']isnone");
-        let old_mistral = syntax.name == "mistral-list";
-        Self {
-            text_arguments: prints || is_deepseek && !encodes,
-            one_system: harmony
-                || old_mistral
-                || syntax.name.starts_with("minimax")
-                || syntax.name == "mistral"
-                || has("Systemmessagemustbeatthebeginning"),
-            developer: harmony,
-            turns: has("rolesmustalternate"),
-            one_call: harmony || llama || has("tool_calls[0]"),
-            calls_without_text: harmony || llama || old_mistral || null_text,
-            null_text,
-        }
+        let own = Self { text_arguments: harmony, one_system: harmony, one_call: harmony, ..Self::default() };
+        let wants = template.map_or(own, |source| probe(source).unwrap_or_default());
+        Self { developer: harmony, ..wants }
     }
 }
 
@@ -66,10 +53,17 @@ pub(crate) fn convert(
         messages.into_iter().enumerate().map(|(i, message)| read(&format!("messages[{i}]"), message.fields, wants));
     let mut messages: Vec<Map<String, Value>> = read.collect::<Result<_, _>>()?;
     rename_calls(syntax.ids, &mut messages);
-    if wants.one_system {
+    sort_results(&mut messages);
+    if wants.one_system || wants.no_system {
         messages = merge_system(messages);
     }
-    messages = messages.into_iter().flat_map(|message| split_text(message, wants)).collect();
+    if wants.no_system {
+        messages = fold_system(messages);
+    }
+    messages = match wants.text_moves {
+        true => move_text(messages),
+        false => messages.into_iter().flat_map(|message| split_text(message, wants)).collect(),
+    };
     if wants.one_call {
         messages = split_calls(messages)?;
     }
@@ -244,6 +238,22 @@ fn rename_calls(ids: Ids, messages: &mut [Map<String, Value>]) {
     }
 }
 
+/// Results in the order of their calls, since many templates tell them apart by that alone. Results of unknown calls come last.
+fn sort_results(messages: &mut [Map<String, Value>]) {
+    let mut order: Vec<Value> = Vec::new();
+    for group in messages.chunk_by_mut(|a, b| role(a) == "tool" && role(b) == "tool") {
+        match group[0].get("tool_calls").and_then(Value::as_array) {
+            Some(calls) => order = calls.iter().map(|call| call["id"].clone()).collect(),
+            None if role(&group[0]) == "tool" => {
+                let place =
+                    |result: &Map<String, Value>| order.iter().position(|id| Some(id) == result.get("tool_call_id"));
+                group.sort_by_key(|result| place(result).unwrap_or(usize::MAX));
+            }
+            None => {}
+        }
+    }
+}
+
 /// `functions.name:0`, counted over the conversation, unless the id is such a one.
 fn own_id(old: &str, name: &str, count: usize) -> String {
     let number = old.strip_prefix("functions.").and_then(|rest| rest.strip_prefix(name)?.strip_prefix(':'));
@@ -276,6 +286,43 @@ fn merge_system(messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>> {
         others.insert(0, first);
     }
     others
+}
+
+/// The system message as the beginning of the first message of a user, or as one if there is none.
+fn fold_system(mut messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>> {
+    if messages.first().is_none_or(|first| role(first) != "system") {
+        return messages;
+    }
+    let mut system = messages.remove(0);
+    system.insert("role".into(), "user".into());
+    match messages.first() {
+        Some(first) if role(first) == "user" => messages[0] = join(system, messages[0].clone()),
+        _ => messages.insert(0, system),
+    }
+    messages
+}
+
+/// The text of messages with calls to the beginning of the model's next text in the same turn. While there is none, the template
+/// leaves it out.
+fn move_text(messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>> {
+    let mut moved: Vec<Map<String, Value>> = Vec::new();
+    let mut waiting: Vec<Map<String, Value>> = Vec::new();
+    for message in messages {
+        let has_text = message.get("content").and_then(Value::as_str).is_some_and(|text| !text.trim().is_empty());
+        match (role(&message), message.contains_key("tool_calls")) {
+            ("user", _) => waiting.clear(),
+            ("assistant", true) if has_text => waiting.push(message.clone()),
+            ("assistant", false) if !waiting.is_empty() => {
+                let before = waiting.drain(..).reduce(join).unwrap_or_default();
+                let content = join(before, message.clone()).remove("content").unwrap_or_default();
+                moved.push(Map::from_iter(message.into_iter().chain([("content".to_owned(), content)])));
+                continue;
+            }
+            _ => {}
+        }
+        moved.push(message);
+    }
+    moved
 }
 
 /// Messages of a user in a row as one.

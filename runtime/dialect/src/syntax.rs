@@ -285,7 +285,7 @@ pub(crate) const M3: &str = "]<]minimax[>[";
 /// MiniMax M3.
 pub(crate) static MINIMAX_M3: Syntax = Syntax {
     name: "minimax-m3",
-    think: THINK,
+    think: Marks { open: "<mm:think>", close: "</mm:think>" },
     section: Some(Marks { open: "]<]minimax[>[<tool_call>", close: "]<]minimax[>[</tool_call>" }),
     calls: Calls::Tagged(Tagged {
         open: "",

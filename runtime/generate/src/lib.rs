@@ -47,6 +47,8 @@
 mod draft;
 mod event;
 mod generation;
+mod guard;
+mod kept;
 mod meter;
 mod model;
 mod report;
@@ -55,15 +57,16 @@ mod room;
 pub mod sampler;
 mod scheduler;
 mod shared;
+mod start;
 mod text;
 
 pub use draft::{Draft, PromptLookup};
 pub use event::{Event, Finish, GenerationError, Usage};
 pub use generation::{EventSink, Generation};
-pub use model::{Completion, Model};
+pub use model::{Completion, Drain, Model};
 pub use report::{Pages, Report, Window};
-pub use request::{Constraint, Request, Shape, WhenFull};
+pub use request::{Constraint, Penalties, Request, Shape, WhenFull};
 pub use scheduler::{Scheduler, SchedulerOptions, Watch, Work};
-pub use shared::{Handle, Place, Status, Submitter};
+pub use shared::{Handle, Place, Status, Submitter, Totals};
 
 pub use crate::sampler::{Logprob, SamplerConfig};

@@ -94,7 +94,11 @@ fn of_regex(regex: &str) -> Result<String, GrammarError> {
     }
     match regex.is_empty() {
         true => Ok("start: \"\"\n".to_owned()),
-        false => Ok(format!("start: /{}/\n", llguidance::regex_to_lark(regex, ""))),
+        false => {
+            let whole = schema::whole_regex(regex)
+                .map_err(|reason| GrammarError::Invalid { what: "regular expression", reason: clip(&reason) })?;
+            Ok(format!("start: /{}/\n", llguidance::regex_to_lark(&whole, "")))
+        }
     }
 }
 

@@ -18,4 +18,5 @@ mod vocabulary;
 pub use error::GrammarError;
 pub use grammar::{Form, Grammar};
 pub use lark::lark_json;
+pub use schema::is_valid;
 pub use vocabulary::Vocabulary;

@@ -107,16 +107,14 @@ fn body(writer: &mut Writer<'_>, entries: &[Entry], may_speak: bool) -> String {
         // The first is the form that the family's template writes.
         let entry = &entries[0];
         let call = format!("{} {}", writer.literal(&entry.marker), entry.behind);
+        writer.rule("LINES", "/\\n+/");
         return match may_speak {
             // Text that could not be taken for a call.
             true => {
                 writer.rule("TEXT", "/(\\s*[^\\s{\\[](?s:.*))?/");
-                format!("{call} | TEXT")
+                format!("LINES? {call} | TEXT")
             }
-            false => {
-                writer.rule("LINES", "/\\n+/");
-                format!("LINES? {call}")
-            }
+            false => format!("LINES? {call}"),
         };
     }
     writer.rule("TEXT", "/(?s:.*)/");

@@ -13,6 +13,8 @@ pub(super) fn json(text: &str, parameter: &str, tool: Option<&Tool>) -> String {
     let types = tool.map_or(Types { any: true, ..Types::default() }, |tool| tool.types(parameter));
     match fields(text, 0) {
         Some(value) => value.to_string(),
+        None if text.trim().is_empty() && types.object && !types.string => "{}".to_owned(),
+        None if text.trim().is_empty() && types.array && !types.string => "[]".to_owned(),
         None => types.json(text),
     }
 }

@@ -470,6 +470,18 @@ proptest! {
         prop_assert_eq!(&parse_cut(SYNTAXES[which], tail, &text, &every, &tools), &whole);
     }
 
+    /// Without tools and thinking, an answer is its text. Only line breaks at its beginning are dropped.
+    #[test]
+    fn no_text_is_lost(
+        which in 0..SYNTAXES.len(),
+        bits in prop::collection::vec(prop::sample::select(&BITS[..]), 0..24),
+    ) {
+        let text = "x".to_owned() + &bits.concat();
+        prop_assume!(SYNTAXES[which].name != "harmony");
+        let said = parse_cut(SYNTAXES[which], "", &text, &[], &Tools::default());
+        prop_assert_eq!(said, self::said("", &text, &[]));
+    }
+
     /// What tags become is JSON, whatever stands in the parameters.
     #[test]
     fn parameters_become_json(city in "[^<\\]\u{ff5c}]{0,40}", days in any::<i64>()) {

@@ -41,6 +41,9 @@ pub(crate) struct Random<'t> {
     pub(crate) vocabulary: &'t Vocabulary,
     /// Tokens by how they help to end, from 0.
     ranks: Vec<u8>,
+    bytes: Vec<Vec<u8>>,
+    /// Text from which it copies when it hurries, as a model copies from its prompt.
+    pub(crate) prompt: String,
 }
 
 /// What came of it.
@@ -54,6 +57,19 @@ pub(crate) enum Outcome {
     Failed(String),
 }
 
+/// Whether JSON ends inside a string.
+fn is_in_string(written: &[u8]) -> bool {
+    let (mut inside, mut escaped) = (false, false);
+    for &byte in written {
+        (inside, escaped) = match byte {
+            b'\\' if inside && !escaped => (true, true),
+            b'"' if !escaped => (!inside, false),
+            _ => (inside, false),
+        };
+    }
+    inside
+}
+
 impl<'t> Random<'t> {
     pub(crate) fn new(tokenizer: &'t Tokenizer, vocabulary: &'t Vocabulary) -> Self {
         let end = tokenizer.end_token();
@@ -62,13 +78,16 @@ impl<'t> Random<'t> {
             Some(b"\"") => 8,
             Some(b"}" | b"]") => 7,
             Some(b"\"}" | b"\"]" | b"}}" | b"]}" | b"\",") => 6,
+            Some(b".") => 4,
             Some(b":" | b",") => 3,
             Some([digit]) if digit.is_ascii_digit() => 2,
             Some(bytes) if bytes.len() > 1 => 1,
             _ => 0,
         };
         let ranks = (0..tokenizer.vocab_size() as u32).map(rank).collect();
-        Random { tokenizer, vocabulary, ranks }
+        let bytes = |id: u32| tokenizer.token_bytes(id).unwrap().unwrap_or_default();
+        let bytes = (0..tokenizer.vocab_size() as u32).map(bytes).collect();
+        Random { tokenizer, vocabulary, ranks, bytes, prompt: String::new() }
     }
 
     /// Writes one text of up to `most` tokens.
@@ -79,13 +98,21 @@ impl<'t> Random<'t> {
     pub(crate) fn write_with(&self, constraint: &mut dyn Constraint, seed: u64, most: usize) -> (Vec<u32>, Outcome) {
         let (mut ids, end) = (Vec::new(), self.tokenizer.end_token());
         let mut logits = vec![0.0; self.ranks.len() + 1];
+        let mut written = Vec::new();
         for step in 0..most as u64 {
+            let in_string = is_in_string(&written);
             // Half of the texts hurry from the beginning.
             let hurry = (step as f32 / most as f32 * 3.0).max(if seed.is_multiple_of(2) { 0.5 } else { 0.0 });
             for (id, logit) in logits.iter_mut().enumerate() {
                 let chance = hash(seed << 40 ^ step << 20 ^ id as u64) as f32 / u64::MAX as f32;
-                let rank = self.ranks.get(id).copied().unwrap_or(0);
+                let rank = match self.ranks.get(id).copied().unwrap_or(0) {
+                    8 if !in_string => 3,
+                    rank => rank,
+                };
                 *logit = chance + f32::from(rank) * hurry;
+            }
+            if hurry > 1.0 && !self.prompt.is_empty() {
+                self.copy(&written, hurry * 7.6, &mut logits);
             }
             constraint.mask(&mut logits);
             let best = logits.iter().enumerate().filter(|(_, l)| l.is_finite()).max_by(|a, b| a.1.total_cmp(b.1));
@@ -96,11 +123,28 @@ impl<'t> Random<'t> {
                 return (ids.clone(), Outcome::Ended(self.text(&ids)));
             }
             ids.push(id);
+            written.extend_from_slice(self.bytes.get(id as usize).map_or(&[][..], Vec::as_slice));
             if constraint.is_complete() {
                 return (ids.clone(), Outcome::Ended(self.text(&ids)));
             }
         }
         (ids.clone(), Outcome::Cut(self.text(&ids)))
+    }
+
+    /// Raises the logits of tokens that go on as the prompt does, the more of it they go on with.
+    fn copy(&self, written: &[u8], base: f32, logits: &mut [f32]) {
+        let prompt = self.prompt.as_bytes();
+        for length in 0..12_usize.min(written.len() + 1) {
+            let latest = &written[written.len() - length..];
+            for at in (0..prompt.len()).filter(|&at| prompt[at..].starts_with(latest)) {
+                let next = &prompt[at + length..];
+                for (id, bytes) in self.bytes.iter().enumerate().filter(|(_, bytes)| !bytes.is_empty()) {
+                    if next.starts_with(bytes) {
+                        logits[id] = logits[id].max(base + length as f32 / 8.0);
+                    }
+                }
+            }
+        }
     }
 
     fn text(&self, ids: &[u32]) -> String {

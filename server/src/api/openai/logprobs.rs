@@ -9,15 +9,20 @@ fn finite(logprob: f32) -> f32 {
     logprob.max(-9999.0)
 }
 
-/// `logprobs` of a choice of chat completions.
-pub fn chat(tokens: &[TokenLogprob]) -> Value {
+/// Tokens with their log probabilities, as chat completions and responses have them.
+pub fn list(tokens: &[TokenLogprob]) -> Vec<Value> {
     let one = |token: &TokenText, logprob: Option<f32>| json!({"token": token.text, "logprob": logprob.map(finite), "bytes": token.bytes});
     let entry = |entry: &TokenLogprob| {
         let mut value = one(&entry.token, entry.logprob);
         value["top_logprobs"] = entry.top.iter().map(|(token, logprob)| one(token, Some(*logprob))).collect();
         value
     };
-    json!({"content": tokens.iter().map(entry).collect::<Vec<_>>(), "refusal": null})
+    tokens.iter().map(entry).collect()
+}
+
+/// `logprobs` of a choice of chat completions.
+pub fn chat(tokens: &[TokenLogprob]) -> Value {
+    json!({"content": list(tokens), "refusal": null})
 }
 
 /// `logprobs` of a choice of completions. `offset`: bytes of the choice's text before these tokens.

@@ -6,6 +6,7 @@ mod completions;
 mod logprobs;
 mod models;
 pub mod request;
+pub mod responses;
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -22,6 +23,7 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/v1/models/{*id}", get(models::one))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .merge(responses::routes())
 }
 
 /// Seconds since 1970.

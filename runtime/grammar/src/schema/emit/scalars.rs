@@ -1,0 +1,228 @@
+//! Numbers and strings.
+
+use serde_json::{Number, Value, json};
+
+use super::{Case, Emitter, Facet, Goal, Symbol};
+use crate::GrammarError;
+use crate::schema::document::unsupported;
+use crate::schema::numbers::{self, HIGHEST, ONE, decimals, integers, scaled};
+use crate::schema::rules::Terminal;
+use crate::schema::strings::{self, matching, of_length, quote};
+
+/// Longest string that a schema can demand, in characters.
+const MAX_LENGTH: u64 = 1_000_000;
+
+/// A bound, and whether it does not count itself.
+type Bound = Option<(i128, bool)>;
+
+impl Emitter<'_, '_> {
+    pub(super) fn refuse(&self, keyword: &str, goal: &Goal, reason: &str) -> GrammarError {
+        let place = goal.first().map_or_else(|| "#".to_owned(), |&(node, _)| self.schema.place(node));
+        unsupported(keyword, &place, reason.to_owned())
+    }
+
+    pub(super) fn number(&mut self, goal: &Goal, case: &Case) -> Result<Vec<Vec<Symbol>>, GrammarError> {
+        let (mut low, mut high): (Bound, Bound) = (None, None);
+        let (mut whole, mut broken, mut multiple) = (false, false, None);
+        let mut none_of = Vec::new();
+        for facet in &case.facets {
+            match facet {
+                Facet::Integer(is) => {
+                    whole |= is;
+                    broken |= !is;
+                }
+                Facet::Minimum(bound, exclusive) => {
+                    let bound = self.lower(goal, "minimum", bound, *exclusive)?;
+                    low = low.max(bound);
+                }
+                Facet::Maximum(bound, exclusive) => {
+                    // The other way round: of two equal bounds the exclusive one counts.
+                    let bound = self.lower(goal, "maximum", &negative(bound), *exclusive)?.map(|(b, e)| (-b, e));
+                    high = match (high, bound) {
+                        (Some((a, x)), Some((b, y))) => Some(if (a, !x) <= (b, !y) { (a, x) } else { (b, y) }),
+                        (old, new) => old.or(new),
+                    };
+                }
+                Facet::Multiple(of) => multiple = Some(self.multiple(goal, multiple, of)?),
+                Facet::NoneOf(values) => none_of.extend(values.iter().filter_map(Value::as_f64)),
+                _ => {}
+            }
+        }
+        if multiple.is_some_and(|of| of % ONE == 0) {
+            whole = true;
+        }
+        if whole && broken {
+            return Ok(Vec::new());
+        }
+        // Bounds above all that is written without an exponent are left out, and so must be exponents.
+        let bounded = case.facets.iter().any(|facet| matches!(facet, Facet::Minimum(..) | Facet::Maximum(..)));
+        let plain = bounded || !none_of.is_empty();
+        let Some(mut terminal) = base(low, high, whole, broken, plain) else { return Ok(Vec::new()) };
+        for value in none_of {
+            let sign = if value == 0.0 { "-?" } else { "" };
+            let zeros = if value.fract() == 0.0 { r"(?:\.0+)?" } else { "0*" };
+            terminal.push((false, format!("{sign}{}{zeros}", regex_syntax::escape(&value.to_string()))));
+        }
+        match multiple.filter(|&of| of != ONE) {
+            Some(of) => self.multiples(goal, of, low, high, terminal),
+            None => Ok(vec![vec![self.rules.terminal(terminal)]]),
+        }
+    }
+
+    /// A lower bound that can be counted with. None if all numbers that are written are above it.
+    fn lower(&self, goal: &Goal, keyword: &str, bound: &Number, exclusive: bool) -> Result<Bound, GrammarError> {
+        let float = bound.as_f64().unwrap_or(f64::NAN);
+        match scaled(bound) {
+            Some(bound) if bound < -HIGHEST * ONE => Ok(None),
+            Some(bound) if bound <= HIGHEST * ONE => Ok(Some((bound, exclusive))),
+            None if float < -1e18 => Ok(None),
+            // More decimal places than are counted: the next number above it, by them.
+            None if float.abs() < 1e6 => Ok(Some(((float * 1e9).floor() as i128 + 1, false))),
+            _ => Err(self.refuse(
+                keyword,
+                goal,
+                "the bound is larger than the numbers that are written, which have 18 digits",
+            )),
+        }
+    }
+
+    fn multiple(&self, goal: &Goal, old: Option<i128>, of: &Number) -> Result<i128, GrammarError> {
+        let fail = || self.refuse("multipleOf", goal, "it has more than nine decimal places, or too many digits");
+        let new = scaled(of).filter(|&of| of > 0 && of < 1_000_000 * ONE).ok_or_else(fail)?;
+        let Some(old) = old else { return Ok(new) };
+        let (mut a, mut b) = (old, new);
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        old.checked_mul(new / a).filter(|&both| both < 1_000_000 * ONE).ok_or_else(fail)
+    }
+
+    /// Multiples of a number other than 1, in units of 10⁻⁹.
+    fn multiples(
+        &mut self,
+        goal: &Goal,
+        of: i128,
+        low: Bound,
+        high: Bound,
+        mut terminal: Terminal,
+    ) -> Result<Vec<Vec<Symbol>>, GrammarError> {
+        if ONE % of == 0 && ONE / of <= 1000 {
+            // The fractions that occur, with and without zeros behind them.
+            let fractions = (1..ONE / of).map(|count| format!("{:09}", count * of).trim_end_matches('0').to_owned());
+            let fractions: Vec<String> = std::iter::once("0".to_owned()).chain(fractions).collect();
+            terminal.push((true, format!(r"{}(?:\.(?:{})0{{0,2}})?", numbers::INTEGER, fractions.join("|"))));
+            return Ok(vec![vec![self.rules.terminal(terminal)]]);
+        }
+        let bound = |bound: Bound, sign: i128| match bound {
+            Some((bound, exclusive)) => sign * bound - i128::from(exclusive),
+            None => 1_000_000_000_000 * ONE,
+        };
+        // Counts of multiples.
+        let (first, last) = (-bound(low, -1).div_euclid(of), bound(high, 1).div_euclid(of));
+        match last - first {
+            count if count < 0 => Ok(Vec::new()),
+            0..=500 => {
+                let text = |count: i128| numeral(count * of);
+                let values: Vec<String> = (first..=last).map(text).map(|text| regex_syntax::escape(&text)).collect();
+                terminal.push((true, values.join("|")));
+                // With a bound that has no exponents this is enough; without one it restricts the numerals too.
+                Ok(vec![vec![self.rules.terminal(terminal)]])
+            }
+            _ if of % ONE == 0 && terminal.len() == 1 => {
+                let integer = |value: i128| i64::try_from(value.div_euclid(ONE)).unwrap_or_default();
+                let (low, high) = (integer(first * of), integer(last * of));
+                let schema = json!({
+                    "x-guidance": {"whitespace_flexible": false},
+                    "type": "integer", "multipleOf": integer(of), "minimum": low, "maximum": high,
+                });
+                Ok(vec![vec![Symbol::Json(schema.to_string())]])
+            }
+            _ => Err(self.refuse(
+                "multipleOf",
+                goal,
+                "only divisors of 1 with up to three decimal places and whole numbers are",
+            )),
+        }
+    }
+
+    /// Strings, as terminals, one of which matches.
+    pub(super) fn strings(&mut self, goal: &Goal, case: &Case) -> Result<Vec<Terminal>, GrammarError> {
+        if let Some(values) = &case.values {
+            let mut texts = Vec::new();
+            for value in values {
+                if let Value::String(text) = value
+                    && self.is_in(goal, value)?
+                {
+                    texts.push(regex_syntax::escape(&quote(text)));
+                }
+            }
+            return Ok(if texts.is_empty() { Vec::new() } else { vec![vec![(true, texts.join("|"))]] });
+        }
+        let (mut least, mut most) = (0, None);
+        let mut terminal = Terminal::new();
+        for facet in &case.facets {
+            match facet {
+                Facet::MinLength(length) => least = least.max(*length),
+                Facet::MaxLength(length) => most = Some(most.unwrap_or(MAX_LENGTH).min(*length)),
+                Facet::Pattern(pattern, is) => {
+                    let regex = matching(pattern).map_err(|reason| self.refuse("pattern", goal, &reason))?;
+                    terminal.push((*is, regex));
+                }
+                Facet::Format(name) => terminal.extend(strings::format(name).map(|regex| (true, regex))),
+                Facet::NoneOf(values) => {
+                    let texts = values.iter().filter_map(Value::as_str).map(|text| regex_syntax::escape(&quote(text)));
+                    terminal.push((false, texts.collect::<Vec<_>>().join("|")));
+                }
+                _ => {}
+            }
+        }
+        if least > MAX_LENGTH {
+            return Err(self.refuse("minLength", goal, "so long a string is not supported"));
+        }
+        if most.is_some_and(|most| most < least) {
+            return Ok(Vec::new());
+        }
+        let bounded = least > 0 || most.is_some();
+        if bounded || !terminal.iter().any(|(is, _)| *is) {
+            terminal.insert(0, (true, of_length(least, most)));
+        }
+        Ok(vec![terminal])
+    }
+}
+
+/// Numbers between bounds. Where some have to be taken away, those without exponents.
+fn base(low: Bound, high: Bound, whole: bool, broken: bool, plain: bool) -> Option<Terminal> {
+    if whole {
+        let low = low.map_or(-HIGHEST, |(bound, exclusive)| (bound + i128::from(exclusive) + ONE - 1).div_euclid(ONE));
+        let high = high.map_or(HIGHEST, |(bound, exclusive)| (bound - i128::from(exclusive)).div_euclid(ONE));
+        return Some(vec![(true, integers(low, high)?)]);
+    }
+    let mut terminal = match (low, high) {
+        (None, None) if plain || broken => vec![(true, numbers::PLAIN.to_owned())],
+        (None, None) => vec![(true, numbers::NUMBER.to_owned())],
+        (low, high) => vec![(true, decimals(low, high)?)],
+    };
+    if broken {
+        terminal.push((true, numbers::FRACTION.to_owned()));
+    }
+    Some(terminal)
+}
+
+fn negative(number: &Number) -> Number {
+    let negated = match number.as_i64().and_then(i64::checked_neg) {
+        Some(negated) => Some(Number::from(negated)),
+        None => number.as_f64().and_then(|float| Number::from_f64(-float)),
+    };
+    negated.unwrap_or_else(|| number.clone())
+}
+
+/// A number in units of 10⁻⁹, written.
+fn numeral(value: i128) -> String {
+    let sign = if value < 0 { "-" } else { "" };
+    let (whole, part) = (value.abs() / ONE, value.abs() % ONE);
+    let part = format!("{part:09}");
+    match part.trim_end_matches('0') {
+        "" => format!("{sign}{whole}"),
+        part => format!("{sign}{whole}.{part}"),
+    }
+}
