@@ -129,6 +129,27 @@ pub struct Reading {
     pub tokenizer: Option<Tokenizer>,
 }
 
+impl Reading {
+    fn text_of(&self, id: u32) -> TokenText {
+        let tokenizer = self.tokenizer.as_ref();
+        let text = tokenizer.and_then(|t| t.decode(&[id], false).ok()).unwrap_or_default();
+        let bytes = tokenizer.and_then(|t| t.token_bytes(id).ok()?).unwrap_or_else(|| text.clone().into_bytes());
+        TokenText { id, text, bytes }
+    }
+}
+
+/// The text that is continued, and its first token if their probabilities are wanted.
+fn echo(request: &Request, reading: &Reading, ask: &Ask) -> Result<(String, Vec<TokenLogprob>), ApiError> {
+    let text = match (&ask.input, &reading.tokenizer) {
+        (Input::Text(text), _) => text.clone(),
+        (_, Some(tokenizer)) => tokenizer.decode(&request.prompt, false)?,
+        (_, None) => String::new(),
+    };
+    let first = request.prompt.first().filter(|_| request.prompt_logprobs.is_some());
+    let token = |&id: &u32| TokenLogprob { token: reading.text_of(id), logprob: None, top: Vec::new() };
+    Ok((text, first.map(token).into_iter().collect()))
+}
+
 /// An answer that is being made. Dropping it ends its generation.
 pub struct Answer {
     /// Keeps the model loaded.
@@ -146,6 +167,10 @@ pub struct Answer {
     fresh: usize,
     ready: VecDeque<Step>,
     usage: Usage,
+    /// The text that is continued and its tokens, until they are sent.
+    echo: Option<(String, Vec<TokenLogprob>)>,
+    /// The end that a stop string has made, until the generation has ended.
+    stopped: Option<Why>,
     read: Option<(usize, usize)>,
     told: Instant,
     over: bool,
@@ -172,6 +197,7 @@ impl Answer {
             Ok(()) => ControlFlow::Continue(()),
             Err(_) => ControlFlow::Break(()),
         };
+        let echo = ask.echo.then(|| echo(&request, &reading, ask)).transpose()?;
         let handle = served.model().submit(request, owner)?;
         let entry = LiveAnswer {
             api: ask.api,
@@ -192,6 +218,8 @@ impl Answer {
             fresh: 0,
             ready: VecDeque::new(),
             usage,
+            echo,
+            stopped: None,
             read: None,
             told: Instant::now(),
             over: false,
@@ -201,6 +229,11 @@ impl Answer {
     /// The model that makes it.
     pub fn served(&self) -> &Arc<Served> {
         &self.served
+    }
+
+    /// Tokens of its prompt.
+    pub fn prompt_tokens(&self) -> usize {
+        self.usage.prompt
     }
 
     /// How many generations come before it; 0 once it has begun.
@@ -246,13 +279,20 @@ impl Answer {
                     self.ready.push_back(Step::Waiting(Waiting::Reading { read, prompt }));
                 }
             }
+            Event::PromptToken { id, logprob, top } => {
+                let top = top.iter().map(|&Logprob { id, logprob }| (self.reading.text_of(id), logprob)).collect();
+                let token = TokenLogprob { token: self.reading.text_of(id), logprob: Some(logprob), top };
+                self.echo.iter_mut().for_each(|(_, tokens)| tokens.push(token.clone()));
+            }
+            Event::Token { .. } | Event::Text(_) if self.stopped.is_some() => {}
             Event::Token { id, logprob, top } => {
+                self.send_echo();
                 self.usage.generated += 1;
                 self.transcript.iter_mut().for_each(|transcript| transcript.push(id));
                 self.fresh += 1;
                 if let Some(logprob) = logprob.filter(|_| self.logprobs) {
-                    let top = top.iter().map(|&Logprob { id, logprob }| (self.text_of(id), logprob)).collect();
-                    self.tokens.push(TokenLogprob { token: self.text_of(id), logprob: Some(logprob), top });
+                    let top = top.iter().map(|&Logprob { id, logprob }| (self.reading.text_of(id), logprob)).collect();
+                    self.tokens.push(TokenLogprob { token: self.reading.text_of(id), logprob: Some(logprob), top });
                 }
             }
             Event::Text(text) => {
@@ -268,11 +308,8 @@ impl Answer {
         }
     }
 
-    fn text_of(&self, id: u32) -> TokenText {
-        let tokenizer = self.reading.tokenizer.as_ref();
-        let text = tokenizer.and_then(|t| t.decode(&[id], false).ok()).unwrap_or_default();
-        let bytes = tokenizer.and_then(|t| t.token_bytes(id).ok()?).unwrap_or_else(|| text.clone().into_bytes());
-        TokenText { id, text, bytes }
+    fn send_echo(&mut self) {
+        self.ready.extend(self.echo.take().map(|(text, tokens)| Step::Echo(text, tokens)));
     }
 
     /// Adds pieces, up to a stop string in the text.
@@ -284,7 +321,9 @@ impl Answer {
                     self.push(Piece::Text(emit.text));
                     if emit.stopped {
                         let string = self.matcher.matched().map(|index| self.reading.strings.strings()[index].clone());
-                        self.end(Why::Stop(string));
+                        // The rest of the step's tokens does not count; the generation's end says what was cached.
+                        self.stopped = Some(Why::Stop(string));
+                        self.handle.cancel();
                         return;
                     }
                 }
@@ -321,11 +360,16 @@ impl Answer {
     }
 
     fn finish(&mut self, reason: Finish, usage: &sluice_generate::Usage) {
+        self.usage.cached = usage.cached_tokens;
+        self.send_echo();
+        if let Some(why) = self.stopped.take() {
+            return self.end(why);
+        }
         self.usage.generated = usage.generated_tokens;
         let pieces = self.reading.parser.as_mut().map(AnswerParser::finish).unwrap_or_default();
         self.add(pieces);
-        if self.over {
-            return;
+        if let Some(why) = self.stopped.take() {
+            return self.end(why);
         }
         self.release();
         let calls = self.reading.parser.as_ref().is_some_and(AnswerParser::has_calls);

@@ -1,6 +1,9 @@
 //! The APIs. Each translates its JSON into an [`Ask`](crate::ask::Ask), and the steps of answers into its own objects.
 
+pub mod anthropic;
+mod arguments;
 pub mod body;
+pub mod ollama;
 pub mod openai;
 pub mod own;
 pub mod sessions;
@@ -13,5 +16,6 @@ use crate::app::App;
 
 /// All paths of all APIs.
 pub fn routes() -> Router<Arc<App>> {
-    Router::new().merge(own::routes()).merge(sessions::routes()).merge(openai::routes())
+    let ours = Router::new().merge(own::routes()).merge(sessions::routes());
+    ours.merge(openai::routes()).merge(anthropic::routes()).merge(ollama::routes())
 }

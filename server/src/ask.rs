@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 pub use sluice_dialect::ToolChoice;
+use sluice_generate::Penalties;
 use sluice_text::Message;
 
 use crate::error::ApiError;
@@ -66,6 +67,13 @@ impl Tool {
 pub enum Input {
     /// A conversation.
     Chat(Chat),
+    /// A conversation that goes on behind the tokens of an earlier one.
+    After {
+        /// The tokens.
+        before: Vec<u32>,
+        /// What follows them.
+        chat: Chat,
+    },
     /// A text as it is.
     Text(String),
     /// Tokens.
@@ -104,6 +112,8 @@ pub struct Settings {
     pub min_p: Option<f32>,
     /// Makes tokens that occurred less likely (above 1).
     pub repetition_penalty: Option<f32>,
+    /// Subtracted from the logits of tokens of the answer so far, once and as often as they occurred.
+    pub penalties: Penalties,
     /// Where the random numbers start; `None`: anywhere.
     pub seed: Option<u64>,
     /// Texts that end the answer.
@@ -160,6 +170,8 @@ impl Settings {
         within("top_p", self.top_p, 0.0, 1.0)?;
         within("min_p", self.min_p, 0.0, 1.0)?;
         within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)?;
+        within("presence_penalty", Some(self.penalties.presence), -2.0, 2.0)?;
+        within("frequency_penalty", Some(self.penalties.frequency), -2.0, 2.0)?;
         if self.stop.len() > MOST_STOPS {
             let message = format!("`stop` has {} strings, {MOST_STOPS} are the most", self.stop.len());
             return Err(ApiError::field("stop", message));

@@ -135,6 +135,7 @@ impl ApiError {
             Flavour::Anthropic => json!({
                 "type": "error",
                 "error": {"type": self.kind.anthropic(), "message": message},
+                "request_id": format!("req_{}", uuid::Uuid::new_v4().simple()),
             }),
             Flavour::Ollama => json!({"error": message}),
         }
@@ -142,10 +143,14 @@ impl ApiError {
 
     /// The whole response.
     pub fn response(&self, flavour: Flavour) -> Response<Body> {
-        let mut response = Response::new(Body::from(self.body(flavour).to_string()));
+        let body = self.body(flavour);
+        let mut response = Response::new(Body::from(body.to_string()));
         *response.status_mut() = self.kind.status();
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some(Ok(id)) = body["request_id"].as_str().map(HeaderValue::from_str) {
+            headers.insert("request-id", id);
+        }
         if let Some(seconds) = self.retry_after {
             headers.insert(RETRY_AFTER, seconds.into());
         }
@@ -158,11 +163,14 @@ impl From<GenerationError> for ApiError {
         let message = error.to_string();
         match error {
             GenerationError::PromptTooLong { .. } => Self::invalid(message).code("context_length_exceeded"),
+            GenerationError::QueueFull { queued, .. } => Self::busy(queued),
             GenerationError::Closed => Self::new(Kind::Closing, message),
             GenerationError::Engine(RuntimeError::Model(ModelError::PagesFull(_))) => {
                 ApiError { retry_after: Some(10), ..Self::new(Kind::Busy, message) }
             }
-            GenerationError::Engine(_) | GenerationError::Thread { .. } => Self::new(Kind::Internal, message),
+            GenerationError::Engine(_) | GenerationError::Thread { .. } | GenerationError::Panicked { .. } => {
+                Self::new(Kind::Internal, message)
+            }
             _ => Self::invalid(message),
         }
     }
@@ -210,6 +218,8 @@ mod tests {
         let anthropic = error.body(Flavour::of("/v1/messages/count_tokens"));
         assert_eq!(anthropic["type"], "error");
         assert_eq!(anthropic["error"]["message"], "too hot");
+        let response = error.response(Flavour::Anthropic);
+        assert!(response.headers()["request-id"].to_str().unwrap().starts_with("req_"));
         assert_eq!(error.body(Flavour::of("/api/chat")), json!({"error": "too hot"}));
         assert_eq!(Flavour::of("/v1/messages_of_mine"), Flavour::OpenAi);
     }

@@ -4,9 +4,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use sluice_dialect::Dialect;
 use sluice_format::{FormatError, ModelFile};
 use sluice_generate::{GenerationError, SchedulerOptions};
 use sluice_model::engine::{EngineOptions, RuntimeError};
+use sluice_text::ChatTemplate;
 
 use crate::error::{ApiError, Kind};
 use crate::options::ServerOptions;
@@ -38,6 +40,8 @@ pub struct Facts {
     pub max_positions: usize,
     /// The file's own id: of weights, specification and tokenizer.
     pub state_id: String,
+    /// The source of its chat template, of the one for tools if there are several.
+    pub template: Option<String>,
 }
 
 struct Loaded {
@@ -171,7 +175,10 @@ impl Models {
     pub fn close(&self) {
         for entry in &self.entries {
             let loaded = entry.lock().take();
-            drop(loaded);
+            // Whoever still has it closes it later.
+            if let Some(served) = loaded.and_then(|loaded| Arc::into_inner(loaded.served)) {
+                served.close();
+            }
         }
     }
 }
@@ -222,7 +229,9 @@ impl Entry {
             return Some(least);
         }
         drop(loaded);
-        drop(taken);
+        if let Some(served) = Arc::into_inner(taken.served) {
+            served.close();
+        }
         None
     }
 
@@ -243,6 +252,18 @@ impl Facts {
             created: since.map_or(0, |since| since.as_secs()),
             max_positions: file.spec().max_positions,
             state_id: file.state_id().to_string(),
+            template: template(file),
         }
+    }
+}
+
+/// The source of a file's chat template, or of the one that its family has here. What is wrong with it is said when the model is loaded.
+fn template(file: &ModelFile) -> Option<String> {
+    let metadata = file.metadata();
+    let own = ChatTemplate::find(|name| metadata.get(name)).ok().flatten();
+    let family = Some(file.spec().family.as_str());
+    match own {
+        Some(template) => Some(template.source(true).to_owned()),
+        None => Dialect::own_template(family, &|_| true).map(str::to_owned),
     }
 }

@@ -40,6 +40,8 @@ pub struct ServerOptions {
     pub grace: Duration,
     /// Whether logs may contain what clients write.
     pub log_prompts: bool,
+    /// Whether the parts of a prompt that agents change on every call are made the same again, see [`hygiene`](crate::hygiene).
+    pub normalise: bool,
     /// For tests of protocols: forces what the model answers.
     pub force: Option<Force>,
 }
@@ -69,6 +71,7 @@ impl Default for ServerOptions {
             max_body: 32 << 20,
             grace: Duration::from_secs(30),
             log_prompts: false,
+            normalise: false,
             force: None,
         }
     }

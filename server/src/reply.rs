@@ -69,6 +69,8 @@ impl Events {
 pub trait Writer: Send + 'static {
     /// The events before everything else.
     fn begin(&mut self, out: &mut Events);
+    /// The events once it is known how many tokens the prompt has: before all pieces, but maybe after some waiting.
+    fn started(&mut self, _prompt: usize, _out: &mut Events) {}
     /// The events of a step of answer `index`.
     fn step(&mut self, index: usize, step: Step, out: &mut Events);
     /// The events after everything else.
@@ -89,7 +91,7 @@ pub trait Fold: Send + 'static {
 /// A streamed response.
 pub fn streamed<W: Writer>(run: Run, writer: W, framing: Framing) -> Response<Body> {
     let queued = run.queue_position();
-    let state = Some(Streaming { run, writer, begun: false });
+    let state = Some(Streaming { run, writer, begun: false, started: false });
     let next = |state: Option<Streaming<W>>| async { state?.next().await };
     let mut response = Response::new(Body::from_stream(stream::unfold(state, next)));
     let kind = match framing {
@@ -110,6 +112,7 @@ struct Streaming<W> {
     run: Run,
     writer: W,
     begun: bool,
+    started: bool,
 }
 
 impl<W: Writer> Streaming<W> {
@@ -118,6 +121,7 @@ impl<W: Writer> Streaming<W> {
         let mut out = Events::default();
         if !std::mem::replace(&mut self.begun, true) {
             self.writer.begin(&mut out);
+            self.note_start(&mut out);
         }
         // Some steps have no events, and an empty piece would end the body.
         while out.0.is_empty() {
@@ -125,9 +129,17 @@ impl<W: Writer> Streaming<W> {
                 self.writer.end(&mut out);
                 return (!out.0.is_empty()).then(|| (Ok(Bytes::from(out.0)), None));
             };
+            self.note_start(&mut out);
             self.writer.step(index, step, &mut out);
         }
         Some((Ok(Bytes::from(out.0)), Some(self)))
+    }
+
+    fn note_start(&mut self, out: &mut Events) {
+        if let Some(prompt) = self.run.prompt_tokens().filter(|_| !self.started) {
+            self.started = true;
+            self.writer.started(prompt, out);
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use crate::answer::{Answer, KEEP_ALIVE, Step, Waiting};
 use crate::app::App;
 use crate::ask::Ask;
 use crate::error::{ApiError, Kind};
+use crate::hygiene;
 use crate::served::Served;
 
 /// How long a request may take to be checked before its response begins. What goes wrong later cannot have a status of its own.
@@ -26,6 +27,7 @@ pub struct Run {
     told: Instant,
     served: Option<Arc<Served>>,
     queued: usize,
+    prompt: Option<usize>,
 }
 
 enum State {
@@ -49,7 +51,8 @@ impl Run {
     /// As [`Run::begin`]; none of them is served then.
     pub async fn begin_all(app: &Arc<App>, asks: Vec<Ask>) -> Result<Run, ApiError> {
         let starting = Box::pin(start(Arc::clone(app), asks));
-        let mut run = Run { state: State::Starting(starting), told: Instant::now(), served: None, queued: 0 };
+        let mut run =
+            Run { state: State::Starting(starting), told: Instant::now(), served: None, queued: 0, prompt: None };
         match timeout(SETTLE, run.settle()).await {
             Ok(settled) => settled.map(|()| run),
             Err(_) => Ok(run),
@@ -64,6 +67,11 @@ impl Run {
     /// How many generations came before it when it was put into the queue.
     pub fn queue_position(&self) -> usize {
         self.queued
+    }
+
+    /// Tokens of the prompt, once it is known: when the model is loaded and the answers are in its queue.
+    pub fn prompt_tokens(&self) -> Option<usize> {
+        self.prompt
     }
 
     /// What comes next of any answer, with the answer's index, at least every few seconds; `None` after the last.
@@ -91,6 +99,7 @@ impl Run {
         let answers = outcome?;
         self.served = answers.first().map(|answer| Arc::clone(answer.served()));
         self.queued = answers.first().map_or(0, Answer::queue_position);
+        self.prompt = answers.first().map(Answer::prompt_tokens);
         let steps = |(index, answer): (usize, Answer)| {
             let next = move |mut answer: Answer| async move { Some(((index, answer.next().await?), answer)) };
             stream::unfold(answer, next).boxed()
@@ -100,7 +109,8 @@ impl Run {
     }
 }
 
-async fn start(app: Arc<App>, asks: Vec<Ask>) -> Result<Vec<Answer>, ApiError> {
+async fn start(app: Arc<App>, mut asks: Vec<Ask>) -> Result<Vec<Answer>, ApiError> {
+    asks.iter_mut().for_each(|ask| hygiene::apply(&app.options, ask));
     let Some(first) = asks.first() else { return Ok(Vec::new()) };
     let served = app.models.get(&first.model).await?;
     // Templates, tokenizers and grammars compute for milliseconds, or for seconds if the text is long.

@@ -80,6 +80,7 @@ impl Server {
         }
         let scheduling = SchedulerOptions {
             running: options.parallel,
+            queue: Some(options.queue),
             rest_after: options.rest_after,
             ..SchedulerOptions::default()
         };

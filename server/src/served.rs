@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 use sluice_dialect::{Dialect, Tools};
-use sluice_generate::{GenerationError, Model, Request, SamplerConfig, SchedulerOptions};
+use sluice_generate::{Drain, GenerationError, Model, Request, SamplerConfig, SchedulerOptions};
 use sluice_grammar::{Form, Grammar, Vocabulary};
 use sluice_model::engine::{Engine, EngineOptions};
 use sluice_text::{ChatTemplate, Prompt, RenderOptions, Special, StopCondition, Tokenizer};
@@ -17,6 +17,10 @@ use crate::error::{ApiError, Kind};
 use crate::live::Live;
 use crate::transcripts::Transcripts;
 
+/// Places at the end of a prompt at which its sequence is marked.
+const MARKS: usize = 2;
+/// Most characters of the title of a stored sequence.
+const TITLE: usize = 80;
 /// Bytes of the end of a prompt that a dialect looks at.
 const TAIL: usize = 256;
 
@@ -87,6 +91,11 @@ impl Served {
         })
     }
 
+    /// Closes the model; what it remembers of conversations is kept where it can be.
+    pub fn close(self) {
+        self.model.close(Drain::default());
+    }
+
     /// The model's front door.
     pub fn model(&self) -> &Model {
         &self.model
@@ -155,6 +164,17 @@ impl Served {
                 };
                 Ok(Encoded { ids, tail: tail_of(prompt.text()).to_owned() })
             }
+            Input::After { before, chat } => {
+                let prompt = self.prompt(chat, ask)?;
+                let tokenizer = self.tokenizer()?;
+                let mut ids = prompt.encode(tokenizer)?;
+                // A text has one beginning.
+                if ids.first() == before.first() && ids.first().is_some_and(|&id| tokenizer.is_special(id)) {
+                    ids.remove(0);
+                }
+                ids.splice(..0, before.iter().copied());
+                Ok(Encoded { ids, tail: tail_of(prompt.text()).to_owned() })
+            }
             Input::Text(text) => {
                 let ids = self.tokenizer()?.encode(text, true)?;
                 Ok(Encoded { ids, tail: String::new() })
@@ -178,11 +198,12 @@ impl Served {
         };
         let seed = ask.settings.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
         let tools = tools_of(ask)?;
+        let marks = self.marks(&encoded.ids);
         let mut answers = Vec::new();
         for index in 0..ask.n.max(1) {
             let usual = self.model.tokens(encoded.ids.clone());
             let sampling = sampling(&ask.settings, usual.sampling, seed.wrapping_add(index as u64));
-            let is_chat = matches!(ask.input, Input::Chat(_));
+            let is_chat = matches!(ask.input, Input::Chat(_) | Input::After { .. });
             let (stop, strings) = self.stops(&ask.settings.stop, is_chat)?;
             let request = Request {
                 max_tokens,
@@ -191,6 +212,11 @@ impl Served {
                 special: if is_chat { Special::Markup } else { usual.special },
                 bias: ask.settings.bias.clone(),
                 logprobs: ask.settings.logprobs,
+                prompt_logprobs: ask.settings.logprobs.filter(|_| ask.echo),
+                penalties: ask.settings.penalties,
+                marks: marks.clone(),
+                keep: ask.keep,
+                title: title(&ask.input),
                 constraint: grammar.as_ref().map(Grammar::constraint),
                 ..usual
             };
@@ -204,6 +230,16 @@ impl Served {
     /// Remembers the tokens of a conversation, so that its next turn goes on from them.
     pub fn remember(&self, tokens: Vec<u32>) {
         self.transcripts.remember(tokens);
+    }
+
+    /// Where later prompts may part from this one: before the control tokens at its end. They begin the answer's own message, or its
+    /// thinking, which many templates drop later.
+    fn marks(&self, ids: &[u32]) -> Vec<usize> {
+        let Some(tokenizer) = &self.tokenizer else { return Vec::new() };
+        let positions = (1..ids.len()).rev().filter(|&at| tokenizer.is_control(ids[at]));
+        let mut marks: Vec<usize> = positions.take(MARKS).collect();
+        marks.reverse();
+        marks
     }
 
     /// What ends an answer: tokens and strings of the generation, and strings that only count in the text of an answer, not in
@@ -304,11 +340,27 @@ fn sampling(asked: &Settings, usual: SamplerConfig, seed: u64) -> SamplerConfig 
     SamplerConfig {
         temperature,
         top_k: asked.top_k.unwrap_or(usual.top_k),
-        top_p: asked.top_p.unwrap_or(usual.top_p),
+        // Clients write 0 for the likeliest token alone.
+        top_p: asked.top_p.unwrap_or(usual.top_p).max(f32::MIN_POSITIVE),
         min_p: asked.min_p.unwrap_or(usual.min_p),
         repetition_penalty: asked.repetition_penalty.unwrap_or(usual.repetition_penalty),
         seed,
     }
+}
+
+/// What a stored sequence is called: the beginning of what its user said first.
+fn title(input: &Input) -> Option<String> {
+    let text = match input {
+        Input::Chat(chat) | Input::After { chat, .. } => {
+            let user =
+                chat.messages.iter().find(|message| message.fields.get("role").is_some_and(|role| role == "user"));
+            user?.fields.get("content")?.as_str()?
+        }
+        Input::Text(text) => text,
+        Input::Tokens(_) => return None,
+    };
+    let line = text.split_whitespace().take(TITLE).collect::<Vec<_>>().join(" ");
+    Some(line.chars().take(TITLE).collect()).filter(|title: &String| !title.is_empty())
 }
 
 /// The end of a text, cut between characters.

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use sluice_text::Message;
 
 use super::chat_reply::{ChatFold, ChatWriter};
-use super::request::{OneOrMany, StreamOptions, bias, check_messages, count, form, tool_choice, tools};
+use super::request::{OneOrMany, StreamOptions, bias, check_messages, count, form, penalties, tool_choice, tools};
 use crate::api::body::Json;
 use crate::app::App;
 use crate::ask::{Ask, Chat, Input, MOST_ANSWERS, Settings, Thinking};
@@ -47,6 +47,10 @@ pub struct ChatRequest {
     pub min_p: Option<f32>,
     /// Makes tokens that occurred less likely (above 1).
     pub repetition_penalty: Option<f32>,
+    /// Makes tokens that the answer has less likely, -2 to 2.
+    pub presence_penalty: Option<f32>,
+    /// The same, as often as they occurred, -2 to 2.
+    pub frequency_penalty: Option<f32>,
     /// How many answers.
     pub n: Option<i64>,
     /// Texts that end the answer.
@@ -127,6 +131,7 @@ impl ChatRequest {
             top_k: count("top_k", self.top_k, 0, i64::from(u32::MAX))?.map(|k| k as u32),
             min_p: self.min_p,
             repetition_penalty: self.repetition_penalty,
+            penalties: penalties(self.presence_penalty, self.frequency_penalty),
             seed: self.seed.map(|seed| seed as u64),
             stop: self.stop.map(OneOrMany::into_vec).unwrap_or_default(),
             bias: bias(self.logit_bias)?,

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use sluice_dialect::Piece;
 
 use super::chat_reply::{Collected, finish_reason, usage};
-use super::request::{OneOrMany, StreamOptions, bias, count, form};
+use super::request::{OneOrMany, StreamOptions, bias, count, form, penalties};
 use super::{logprobs, new_id, now};
 use crate::answer::{Step, TokenLogprob, Usage};
 use crate::api::body::Json;
@@ -62,6 +62,10 @@ pub struct CompletionRequest {
     pub min_p: Option<f32>,
     /// Makes tokens that occurred less likely (above 1).
     pub repetition_penalty: Option<f32>,
+    /// Makes tokens that the answer has less likely, -2 to 2.
+    pub presence_penalty: Option<f32>,
+    /// The same, as often as they occurred, -2 to 2.
+    pub frequency_penalty: Option<f32>,
     /// How many answers to each prompt.
     pub n: Option<i64>,
     /// Texts that end the answer.
@@ -137,6 +141,7 @@ impl CompletionRequest {
             top_k: count("top_k", self.top_k, 0, i64::from(u32::MAX))?.map(|k| k as u32),
             min_p: self.min_p,
             repetition_penalty: self.repetition_penalty,
+            penalties: penalties(self.presence_penalty, self.frequency_penalty),
             seed: self.seed.map(|seed| seed as u64),
             stop: self.stop.map(OneOrMany::into_vec).unwrap_or_default(),
             bias: bias(self.logit_bias)?,

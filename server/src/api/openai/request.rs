@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use sluice_generate::Penalties;
 
 use crate::ask::{TextForm, Tool, ToolChoice, out_of_range};
 use crate::error::ApiError;
@@ -48,6 +49,11 @@ pub fn bias(map: Option<BTreeMap<String, f32>>) -> Result<Vec<(u32, f32)>, ApiEr
         Ok((id, if bias <= -100.0 { f32::NEG_INFINITY } else { bias }))
     };
     map.into_iter().flatten().map(entry).collect()
+}
+
+/// `presence_penalty` and `frequency_penalty`.
+pub fn penalties(presence: Option<f32>, frequency: Option<f32>) -> Penalties {
+    Penalties { presence: presence.unwrap_or(0.0), frequency: frequency.unwrap_or(0.0) }
 }
 
 /// A whole number that JSON may write as a float.

@@ -12,6 +12,7 @@ use crate::api::openai::request::{OneOrMany, count, form};
 use crate::api::openai::{new_id, now};
 use crate::ask::{Ask, Chat, Input, Settings, Thinking};
 use crate::error::ApiError;
+use sluice_generate::Penalties;
 
 /// Most entries of `metadata`.
 const MOST_METADATA: usize = 16;
@@ -232,6 +233,7 @@ impl ResponsesRequest {
             false => top.filter(|&top| top > 0),
         };
         let settings = Settings {
+            penalties: Penalties::default(),
             max_tokens: count("max_output_tokens", self.max_output_tokens, 1, i64::MAX)?,
             temperature: self.temperature.map(|temperature| temperature as f32),
             top_p: self.top_p.map(|p| p as f32),
