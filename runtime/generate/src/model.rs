@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -14,7 +14,8 @@ use sluice_model::session::Binding;
 use sluice_text::{ChatTemplate, GenerationDefaults, Message, RenderOptions, StopCondition, Tokenizer, encode_chat};
 
 use super::{
-    Event, Finish, GenerationError, Handle, Request, Scheduler, SchedulerOptions, Status, Submitter, Usage, Watch, Work,
+    Event, Finish, GenerationError, Handle, Report, Request, Scheduler, SchedulerOptions, Status, Submitter, Usage,
+    Watch, Work,
 };
 
 /// Tokens that are generated unless a request says otherwise.
@@ -121,6 +122,7 @@ impl Model {
                     Work::Idle => {
                         scheduler.release_kept();
                         engine.release_idle();
+                        scheduler.outdate_report();
                     }
                     Work::Closed => break,
                 }
@@ -257,9 +259,19 @@ impl Model {
         self.least_budget
     }
 
+    /// The least budget that it can have while it is open, in bytes.
+    pub fn least_budget(&self) -> u64 {
+        self.least_budget
+    }
+
     /// What it is doing.
     pub fn status(&self) -> Status {
         self.submitter.status()
+    }
+
+    /// What goes on inside it ([`Submitter::report`]).
+    pub fn report(&self) -> Option<Arc<Report>> {
+        self.submitter.report()
     }
 
     fn start(&self, request: Request) -> Result<Receiver<Event>, GenerationError> {

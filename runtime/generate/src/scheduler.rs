@@ -16,8 +16,9 @@ use sluice_text::Tokenizer;
 use super::guard::{discard, tell};
 use super::kept::Kept;
 use super::meter::Meter;
+use super::report::Reporter;
 use super::room::{Saved, pages_full};
-use super::shared::{Arrival, Owner, Place, Shared, Totals};
+use super::shared::{Arrival, Owner, Place, Shared, State, Totals};
 use super::start::Follows;
 use super::{Event, Generation, GenerationError, Handle, Request, Shape, Status, Submitter};
 
@@ -180,6 +181,7 @@ pub struct Scheduler {
     /// Tokens that drafts have proposed since the start, and those that came true.
     proposals: (u64, u64),
     meter: Meter,
+    reporter: Reporter,
     /// Whether the last turn had nothing to do.
     idle: bool,
 }
@@ -218,6 +220,7 @@ impl Scheduler {
             drafts: true,
             proposals: (0, 0),
             meter: Meter::new(),
+            reporter: Reporter::default(),
             idle: true,
         }
     }
@@ -252,7 +255,9 @@ impl Scheduler {
     /// As [`wait`](Self::wait), but for so long at most.
     pub fn wait_for(&self, most: Option<Duration>) -> Work {
         let mut state = self.shared.lock();
-        while self.running.is_empty() && self.saved.is_empty() && state.queue.is_empty() && state.budget.is_none() {
+        let nothing =
+            |state: &State| state.queue.is_empty() && state.budget.is_none() && !self.shared.board.is_wanted();
+        while self.running.is_empty() && self.saved.is_empty() && nothing(&state) {
             if state.closed {
                 return Work::Closed;
             }
@@ -272,12 +277,18 @@ impl Scheduler {
         Work::Ready
     }
 
+    /// The engine has given its memory back, so that reports of it are out of date.
+    pub(super) fn outdate_report(&self) {
+        self.shared.board.outdate();
+    }
+
     /// Takes one step with every generation that has something to append, and delivers the events to the owners. False if there was
     /// nothing to do.
     ///
     /// A step that fails ends those generations that cannot take it alone, with the error; the others go on.
     pub fn turn(&mut self, engine: &mut Engine, watch: &mut Watch<'_>) -> bool {
         self.meter.resume(self.idle);
+        self.reporter.begin(&self.shared.board, engine, self.idle);
         self.follow_budget(engine);
         (self.read, self.generated, self.drafts) = (0, 0, true);
         let (mut interruptions, mut crowded) = (0, false);
@@ -311,6 +322,8 @@ impl Scheduler {
         }
         let worked = !self.idle;
         self.deliver();
+        let idle = self.running.is_empty() && self.saved.is_empty();
+        self.reporter.end(&self.shared.board, engine, idle);
         worked
     }
 

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use sluice_model::control::Cancel;
 
+use super::report::{Board, Report};
 use super::{Event, Generation, GenerationError, Request, Shape};
 
 /// Is given a generation's events, between steps; `Break` cancels the generation.
@@ -155,11 +156,13 @@ pub(super) struct Shared {
     pub(super) shape: Shape,
     /// Most generations in the queue.
     limit: Option<usize>,
+    /// Reports of the engine.
+    pub(super) board: Board,
 }
 
 impl Shared {
     pub(super) fn new(shape: Shape, limit: Option<usize>) -> Arc<Self> {
-        Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), shape, limit })
+        Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), shape, limit, board: Board::new() })
     }
 
     /// The state is consistent between any two statements, so a panic elsewhere does not spoil it.
@@ -243,6 +246,18 @@ impl Submitter {
     /// What the scheduler is doing.
     pub fn status(&self) -> Status {
         self.0.status()
+    }
+
+    /// What goes on in the engine, as of the latest report; `None` for a moment after the start. As long as somebody calls this every few
+    /// seconds, there is a new report up to four times a second while there is work, and one when the work is done.
+    pub fn report(&self) -> Option<Arc<Report>> {
+        let (report, stale) = self.0.board.look();
+        if stale {
+            // Whoever is about to wait for work holds the lock until it waits.
+            drop(self.0.lock());
+            self.0.work.notify_all();
+        }
+        report
     }
 
     /// Changes the engine's budget before its next step ([`Engine::set_budget`](sluice_model::Engine::set_budget)). A budget below the

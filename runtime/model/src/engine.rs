@@ -1,6 +1,7 @@
 //! The opened model: file, pool, layers and kernels, and the steps that it takes with sequences.
 
 mod budget;
+mod residency;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -73,6 +74,7 @@ pub struct EngineOptions {
 const MARK_EVERY: usize = 2048;
 
 pub use self::budget::ShrinkError;
+pub use self::residency::LayerExperts;
 pub use sluice_storage::io::EngineKind as ReadEngineKind;
 
 /// Whether the budget shrinks while the system is short of memory ([`Engine::heed_pressure`]).

@@ -134,6 +134,47 @@ fn alphabet_byte(c: char) -> Option<u8> {
     }
 }
 
+/// A byte-level token's bytes: those that its characters stand for, or, if any of them stands for none (added tokens with spaces,
+/// for example), its text as it is.
+fn alphabet_bytes(token: &str) -> Vec<u8> {
+    let bytes: Option<Vec<u8>> = token.chars().map(alphabet_byte).collect();
+    bytes.unwrap_or_else(|| token.as_bytes().to_vec())
+}
+
+impl Tokenizer {
+    /// What a token adds to a text in which others stand before it, in bytes. Those of several tokens, put together, are what
+    /// [`decode`](Self::decode) makes of them, with two exceptions: `decode` writes U+FFFD for bytes that are no UTF-8, and some
+    /// tokenizers drop a space at the beginning of a text. Special tokens have the bytes of their names.
+    ///
+    /// `None` for an id outside the vocabulary, and for all ids if the text of a token depends on its neighbours, as with
+    /// decoders that are not understood.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder is broken.
+    pub fn token_bytes(&self, id: u32) -> Result<Option<Vec<u8>>, TextError> {
+        let Some(token) = self.token_text(id) else { return Ok(None) };
+        match *self.cuts() {
+            Cuts::Bytes => Ok(Some(alphabet_bytes(&token))),
+            Cuts::Segments { byte_fallback, .. } if byte_fallback && is_byte_token(&token) => {
+                Ok(u8::from_str_radix(&token[3..5], 16).ok().map(|byte| vec![byte]))
+            }
+            Cuts::Segments { anchor, anchor_len, .. } => {
+                let text = self.decode(&[anchor, id], false)?;
+                match text.get(anchor_len..) {
+                    Some(text) => Ok(Some(text.as_bytes().to_vec())),
+                    None => Err(changed()),
+                }
+            }
+            Cuts::Whole => Ok(None),
+        }
+    }
+}
+
+/// The error for a decoder whose pieces do not add up.
+fn changed() -> TextError {
+    TextError::Decode { reason: "the decoder changes text that it has already produced".into() }
+}
+
 /// What becomes of special tokens in text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Special {
@@ -199,7 +240,7 @@ impl Detokenizer {
         }
         match *self.tokenizer.cuts() {
             Cuts::Bytes => {
-                self.append_bytes(&token);
+                self.bytes.extend(alphabet_bytes(&token));
                 Ok(self.complete_characters())
             }
             Cuts::Segments { byte_fallback, .. } => {
@@ -233,22 +274,6 @@ impl Detokenizer {
         self.pending.clear();
         self.started = false;
         text
-    }
-
-    /// A token's bytes: those that its characters stand for, or, if any of them stands for none
-    /// (added tokens with spaces, for example), its text as it is.
-    fn append_bytes(&mut self, token: &str) {
-        let start = self.bytes.len();
-        for c in token.chars() {
-            match alphabet_byte(c) {
-                Some(byte) => self.bytes.push(byte),
-                None => {
-                    self.bytes.truncate(start);
-                    self.bytes.extend_from_slice(token.as_bytes());
-                    return;
-                }
-            }
-        }
     }
 
     /// Takes all finished characters out of `bytes`, and leaves a sequence that may still become
@@ -297,7 +322,7 @@ impl Detokenizer {
         // The anchor's text comes first whatever follows; were it ever not so, this says it.
         match text.is_char_boundary(anchor_len) {
             true => Ok(text.split_off(anchor_len)),
-            false => Err(TextError::Decode { reason: "the decoder changes text that it has already produced".into() }),
+            false => Err(changed()),
         }
     }
 }

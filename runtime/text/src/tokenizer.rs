@@ -297,6 +297,12 @@ impl Tokenizer {
         self.token_id(self.inner.names.eos.as_deref()?)
     }
 
+    /// Whether a token means something to the model beyond text: an added token, but not one of white space. Text on both sides of
+    /// it is tokenised on its own.
+    pub fn is_control(&self, id: u32) -> bool {
+        self.inner.added.is_control(id)
+    }
+
     /// Whether a token is special: left out of text by `skip_special`.
     pub fn is_special(&self, id: u32) -> bool {
         self.inner.added.spelling(id).is_some_and(|spelling| self.inner.added.is_special(spelling))

@@ -108,6 +108,31 @@ fn files_beside_tokenizer_json_count_as_for_transformers() {
 }
 
 #[test]
+fn the_bytes_of_tokens_put_together_are_their_text() {
+    let goldens = goldens();
+    for (name, kind) in &goldens.kinds {
+        let tokenizer = tokenizer(&files(name));
+        let bytes = |ids: &[u32]| -> Vec<u8> {
+            ids.iter().flat_map(|&id| tokenizer.token_bytes(id).unwrap().expect("a token")).collect()
+        };
+        // Some tokenizers drop a space at the beginning of a text.
+        let before = tokenizer.encode("x", false).unwrap();
+        let start = tokenizer.decode(&before, false).unwrap().len();
+        for ids in &kind.ids {
+            let all = [before.as_slice(), ids].concat();
+            let text = tokenizer.decode(&all, false).unwrap();
+            assert_eq!(String::from_utf8_lossy(&bytes(ids)), text[start..], "{name}: {ids:?}");
+        }
+        let known = (0..tokenizer.vocab_size() as u32).filter(|&id| tokenizer.token_text(id).is_some());
+        for id in known {
+            let text = tokenizer.decode(&[before.as_slice(), &[id]].concat(), false).unwrap();
+            assert_eq!(String::from_utf8_lossy(&bytes(&[id])), text[start..], "{name}: token {id}");
+        }
+        assert_eq!(tokenizer.token_bytes(u32::MAX), Ok(None));
+    }
+}
+
+#[test]
 fn end_tokens_are_those_of_the_files() {
     for (kind, end) in [
         ("qwen2", "<|im_end|>"),

@@ -1,0 +1,79 @@
+//! What can go wrong with a grammar, and what the user can do about it.
+
+use sluice_text::TextError;
+use thiserror::Error;
+
+/// Everything that this crate can fail with.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum GrammarError {
+    /// The schema says something that cannot be enforced.
+    #[error("the schema's `{keyword}` at {place} is not supported: {reason}")]
+    Unsupported {
+        /// The keyword.
+        keyword: String,
+        /// Where it stands, as a JSON pointer from the schema's root (`#/properties/name`).
+        place: String,
+        /// Why, and what to write instead if there is something.
+        reason: String,
+    },
+
+    /// The schema is not one.
+    #[error("the schema's `{keyword}` at {place} is wrong: it should be {expected}")]
+    Malformed {
+        /// The keyword.
+        keyword: String,
+        /// Where it stands, as a JSON pointer from the schema's root.
+        place: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+
+    /// No value can satisfy the schema.
+    #[error("no value can satisfy the schema: {place} allows nothing")]
+    Unsatisfiable {
+        /// The part that allows nothing, as a JSON pointer from the schema's root.
+        place: String,
+    },
+
+    /// The schema, the expression or the grammar asks for too much.
+    #[error("{what}, more than the {limit} that are accepted; make it simpler")]
+    TooLarge {
+        /// What is too large, and how large it is.
+        what: String,
+        /// The most that is accepted.
+        limit: usize,
+    },
+
+    /// A regular expression or a grammar that cannot be understood.
+    #[error("the {what} cannot be used: {reason}")]
+    Invalid {
+        /// `regular expression` or `grammar`.
+        what: &'static str,
+        /// The library's own words, shortened.
+        reason: String,
+    },
+
+    /// The vocabulary cannot be used for grammars.
+    #[error("this model's tokens cannot be constrained: {reason}")]
+    Vocabulary {
+        /// Why.
+        reason: String,
+    },
+
+    /// The tokenizer fails.
+    #[error(transparent)]
+    Text(#[from] TextError),
+}
+
+/// Longest message of the library that is passed on, in characters.
+const MAX_REASON: usize = 400;
+
+/// The library's words, without what its makers need: back traces and dumps of its state.
+pub(crate) fn clip(message: &str) -> String {
+    let end = ["\n<backtrace>", "\n<non-verbose/>", "\n<state>"].iter().filter_map(|mark| message.find(mark)).min();
+    let message = message[..end.unwrap_or(message.len())].trim();
+    match message.char_indices().nth(MAX_REASON) {
+        Some((at, _)) => format!("{}…", &message[..at]),
+        None => message.to_owned(),
+    }
+}
