@@ -154,15 +154,15 @@ pub(super) struct Shared {
     /// There is something to do, or the end has come.
     pub(super) work: Condvar,
     pub(super) shape: Shape,
-    /// Most generations in the queue.
-    limit: Option<usize>,
     /// Reports of the engine.
     pub(super) board: Board,
+    /// Most generations in the queue.
+    limit: Option<usize>,
 }
 
 impl Shared {
     pub(super) fn new(shape: Shape, limit: Option<usize>) -> Arc<Self> {
-        Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), shape, limit, board: Board::new() })
+        Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), shape, board: Board::new(), limit })
     }
 
     /// The state is consistent between any two statements, so a panic elsewhere does not spoil it.
