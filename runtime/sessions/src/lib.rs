@@ -4,8 +4,14 @@
 //! One that goes on where another ends, or at a page boundary inside of it, names what stands before by the hash of those tokens, so
 //! a prefix that many sessions have is written once, and a later turn writes only what is new.
 
+mod entry;
 mod error;
+mod folder;
+mod name;
 mod store;
+mod tree;
+mod writer;
 
+pub use entry::{SessionEntry, StoreOptions, Usage};
 pub use error::StoreError;
-pub use store::{Found, SessionEntry, Store, StoreOptions, Usage};
+pub use store::{Found, Store};
