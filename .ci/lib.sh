@@ -117,3 +117,21 @@ has_emulator() {
 test_kernels_on() {
     QEMU_CPU=$1 cargo test -p sluice-checksum -p sluice-kernels --target aarch64-unknown-linux-gnu
 }
+
+# What the server is tried with: program, scripted server, and models that chat.
+readonly SERVED=$PWD/target/clients
+build_server() {
+    cargo build -p sluice -p sluice-tests --bins --example chat-model --example scripted-server
+    mkdir -p "$SERVED"
+    target/debug/examples/chat-model "$SERVED/chat-model.sluice" full "$SERVED/checkpoint"
+    target/debug/examples/chat-model "$SERVED/chat-states.sluice" states
+}
+
+# Many clients at once for $1 seconds, while the server is killed $2 times.
+soak_server() {
+    if ! command -v python3 >/dev/null && ! install_packages python3; then
+        skip "soak of the server: Python is not installed and cannot be had here"
+        return
+    fi
+    python3 tests/server/soak.py --program target/debug/sluice --model "$SERVED/chat-model.sluice" --seconds "$1" --kills "$2"
+}

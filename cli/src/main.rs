@@ -32,6 +32,7 @@ Start here:
   sluice convert DeepSeek-R1/ r1.sluice                a Hugging Face checkpoint becomes one file
   sluice inspect r1.sluice                             what it holds and what it needs
   sluice run r1.sluice --prompt 'Once upon a time'     text
+  sluice serve r1.sluice                               the same over HTTP, for clients and for people
 
 Exit codes: 0 success, 1 failure, 2 wrong usage.";
 
@@ -52,6 +53,7 @@ enum Command {
     Synth(commands::synth::Args),
     Set(commands::set::Args),
     Run(Box<commands::run::Args>),
+    Serve(Box<commands::serve::Args>),
     Logits(commands::logits::Args),
     Perplexity(commands::perplexity::Args),
     Calibrate(commands::calibrate::Args),
@@ -74,6 +76,7 @@ fn main() -> ExitCode {
         Command::Synth(args) => commands::synth::run(&args),
         Command::Set(args) => commands::set::run(&args),
         Command::Run(args) => commands::run::run(&args),
+        Command::Serve(args) => commands::serve::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
         Command::Calibrate(args) => commands::calibrate::run(&args),

@@ -3,11 +3,16 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::reader::open_regular;
 
+/// Permissions of a file that others may read, as far as the process allows that.
+const READABLE: u32 = 0o666;
+/// Permissions of a file that only its owner may read.
+const PRIVATE: u32 = 0o600;
 /// Names that are tried for a new file beside another one.
 const NAMES: usize = 100;
 
@@ -98,7 +103,28 @@ pub fn replace_file_with<E: From<io::Error>>(
     path: &Path,
     write: impl FnOnce(&mut File) -> Result<(), E>,
 ) -> Result<(), E> {
-    let (beside, mut file) = create_beside(path)?;
+    replace_with(path, READABLE, write)
+}
+
+/// As [`replace_file_with`], for what is nobody else's business: from its creation, only its owner can read it. Its name is
+/// durable as well when this returns.
+///
+/// # Errors
+/// What `write` says, or the filesystem. If writing has failed, `path` is what it was.
+pub fn replace_private_file_with<E: From<io::Error>>(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> Result<(), E>,
+) -> Result<(), E> {
+    replace_with(path, PRIVATE, write)?;
+    Ok(Syncer::default().folder(folder_of(path))?)
+}
+
+fn replace_with<E: From<io::Error>>(
+    path: &Path,
+    mode: u32,
+    write: impl FnOnce(&mut File) -> Result<(), E>,
+) -> Result<(), E> {
+    let (beside, mut file) = create_beside(path, mode)?;
     let outcome = write(&mut file).and_then(|()| {
         Syncer::default().all(&file)?;
         fs::rename(&beside, path)?;
@@ -113,8 +139,7 @@ pub fn replace_file_with<E: From<io::Error>>(
 /// Removes what writers that were killed have left beside `path`: files under the names that [`replace_file_with`] takes, which
 /// begin with `magic` or are empty, and which nobody is writing. As far as that can be done; nothing depends on it.
 pub fn remove_leftovers(path: &Path, magic: &[u8]) {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let (Some(name), Ok(files)) = (path.file_name(), fs::read_dir(folder)) else { return };
+    let (Some(name), Ok(files)) = (path.file_name(), fs::read_dir(folder_of(path))) else { return };
     for found in files.flatten() {
         let beside = found.path();
         if !found.file_name().as_encoded_bytes().strip_prefix(name.as_encoded_bytes()).is_some_and(is_besides) {
@@ -136,8 +161,13 @@ fn is_besides(suffix: &[u8]) -> bool {
     parts.next().is_some_and(number) && parts.next().is_some_and(number)
 }
 
-/// A new file in the folder of `path`, locked where it can be, and its path.
-fn create_beside(path: &Path) -> io::Result<(PathBuf, File)> {
+/// The folder that a path is in.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// A new file in the folder of `path`, with these permissions at most, locked where it can be, and its path.
+fn create_beside(path: &Path, mode: u32) -> io::Result<(PathBuf, File)> {
     let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
     name.push(format!(".{}", std::process::id()));
     for number in 0..NAMES {
@@ -145,7 +175,7 @@ fn create_beside(path: &Path) -> io::Result<(PathBuf, File)> {
         name.push(format!("-{number}"));
         let beside = path.with_file_name(name);
         // A name that is taken is somebody's file, or a trap: `create_new` does not follow links.
-        match File::options().write(true).create_new(true).open(&beside) {
+        match File::options().write(true).create_new(true).mode(mode).open(&beside) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             file => {
                 let file = file?;

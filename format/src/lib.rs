@@ -35,7 +35,7 @@ mod verify;
 mod weight;
 mod writer;
 
-pub use durable::{Syncer, may_replace, remove_leftovers, replace_file, replace_file_with};
+pub use durable::{Syncer, may_replace, remove_leftovers, replace_file, replace_file_with, replace_private_file_with};
 pub use error::{FormatError, Region};
 pub use extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER, extent_name};
 pub use fields::extent::LEN as EXTENT_RECORD_LEN;
@@ -46,7 +46,7 @@ pub use metadata::{
     Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TOKENIZER_BLOB,
     TOKENIZER_BLOBS, TOKENIZER_CONFIG_BLOB,
 };
-pub use reader::{ModelFile, open_regular, verify_extent};
+pub use reader::{ModelFile, open_no_link, open_regular, verify_extent};
 pub use rewrite::{REWRITE_MAGIC, REWRITE_VERSION, Recovery, recover, rewrite_metadata};
 pub use schema::TensorShape;
 pub use spec::*;

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use crate::bytes::round_up;
@@ -179,6 +179,24 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
     }
     File::open(path)
+}
+
+/// As [`open_regular`], but a link is refused, not followed.
+///
+/// # Errors
+/// The operating system's, or that it is not a regular file.
+pub fn open_no_link(path: &Path) -> io::Result<File> {
+    let named = fs::symlink_metadata(path)?;
+    if !named.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
+    }
+    let file = File::open(path)?;
+    let opened = file.metadata()?;
+    // A link may have taken the name since.
+    match (opened.dev(), opened.ino()) == (named.dev(), named.ino()) {
+        true => Ok(file),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "another file has taken its name")),
+    }
 }
 
 /// Resizes to a length from a file; an error, not an abort, where memory does not suffice.

@@ -1,1 +1,29 @@
 //! HTTP over generations: the APIs of OpenAI, Anthropic and Ollama, and a page.
+//!
+//! A request goes this way: [`guard`] (who may ask), [`api`] (an API's JSON becomes an [`Ask`](ask::Ask)), [`models`] (which are
+//! loaded when they are asked for), [`served`] (an `Ask` becomes generations), [`answer`] (events become pieces of thinking, text and
+//! calls), [`reply`] (pieces become an API's events, or one object).
+
+pub mod answer;
+pub mod api;
+pub mod app;
+pub mod ask;
+pub mod clock;
+pub mod error;
+pub mod guard;
+pub mod hygiene;
+pub mod live;
+pub mod logs;
+pub mod metrics;
+pub mod models;
+pub mod options;
+pub mod page;
+pub mod reply;
+pub mod run;
+pub mod serve;
+pub mod served;
+pub mod transcripts;
+
+pub use guard::Guard;
+pub use options::{Force, ServerOptions, SessionOptions};
+pub use serve::{Server, ServerError, serve_until_told};

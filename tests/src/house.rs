@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, channel};
 
-use sluice_generate::{Event, Finish, Handle, Request, Scheduler, SchedulerOptions, Status, Watch};
+use sluice_generate::{Event, Finish, Handle, Request, Scheduler, SchedulerOptions, Status, Usage, Watch};
 use sluice_model::Engine;
 use sluice_text::Tokenizer;
 
@@ -23,6 +23,8 @@ pub struct Heard {
     pub read: Vec<usize>,
     /// Tokens that were dropped, and those that were left.
     pub shifts: Vec<(usize, usize)>,
+    /// Tokens, counted at the end.
+    pub usage: Usage,
 }
 
 impl Heard {
@@ -30,12 +32,14 @@ impl Heard {
         assert!(self.finish.is_none() && self.error.is_none(), "{event:?} behind the end");
         match event {
             Event::Progress { read, .. } => self.read.push(read),
+            Event::PromptToken { .. } => {}
             Event::Token { id, .. } => self.ids.push(id),
+            Event::PromptToken { .. } => {}
             Event::Shifted { dropped, left } => self.shifts.push((dropped, left)),
             Event::Text(text) => self.text += &text,
             Event::Finish { reason, usage } => {
                 assert_eq!(usage.generated_tokens, self.ids.len());
-                self.finish = Some(reason);
+                (self.finish, self.usage) = (Some(reason), usage);
             }
             Event::Failed(error) => self.error = Some(error.to_string()),
         }

@@ -1,5 +1,6 @@
 //! What the whole-system tests share: fixtures, conversion into a temporary folder, comparison.
 
+pub mod chat_model;
 pub mod house;
 
 use std::fs;

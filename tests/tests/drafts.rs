@@ -111,6 +111,7 @@ fn drafts_change_no_text() {
         let lookup = requests().map(|request| Request { draft: Some(Box::new(PromptLookup::default())), ..request });
         let (got, _) = run(&mut house, lookup.collect());
         assert!(got.iter().zip(&want).all(|(got, want)| got.said() == want.said()), "{name}: look-up");
+        house.scheduler.release_kept();
         let free = house.engine.pages();
         assert!(free.iter().all(|count| count.free == count.total), "{name}: {free:?}");
     }

@@ -5,8 +5,8 @@ use std::sync::mpsc::channel;
 
 use sluice_format::WeightType;
 use sluice_generate::{
-    Constraint, Event, Finish, GenerationError, Handle, Model, Place, Request, SamplerConfig, SchedulerOptions, Watch,
-    WhenFull,
+    Completion, Constraint, Event, Finish, GenerationError, Handle, Model, Place, Request, SamplerConfig,
+    SchedulerOptions, Watch, WhenFull,
 };
 use sluice_model::{Engine, EngineOptions};
 use sluice_tests::house::{Heard, House};
@@ -30,7 +30,8 @@ fn options(sequences: usize) -> EngineOptions {
 }
 
 fn open(model: &Converted, sequences: usize, prompt_rows: usize) -> House {
-    let scheduling = SchedulerOptions { prompt_rows, running: Some(sequences), ..SchedulerOptions::default() };
+    // Nothing is kept: each says all that it has to say by itself.
+    let scheduling = SchedulerOptions { prompt_rows, running: Some(sequences), kept: 0, ..SchedulerOptions::default() };
     House::new(model.open(&options(sequences)), scheduling)
 }
 
@@ -373,12 +374,14 @@ fn the_front_door_serves_many_threads() {
     let ask = |n: u32| Request { max_tokens: 8, ..model.text(&format!("Question {n}: what")).unwrap() };
     let alone: Vec<_> = (0..6).map(|n| model.complete(ask(n)).unwrap()).collect();
     assert!(alone.iter().all(|a| !a.text.is_empty()));
+    let said = |answer: &Completion| (answer.ids.clone(), answer.text.clone(), answer.finish);
+    let alone: Vec<_> = alone.iter().map(said).collect();
     let together = model.batch((0..6).map(ask).collect());
-    assert_eq!(together.into_iter().map(Result::unwrap).collect::<Vec<_>>(), alone);
+    assert_eq!(together.into_iter().map(|answer| said(&answer.unwrap())).collect::<Vec<_>>(), alone);
     std::thread::scope(|scope| {
         let (model, ask) = (&model, &ask);
         let threads: Vec<_> = (0..6).map(|n| scope.spawn(move || model.complete(ask(n)).unwrap())).collect();
-        let answers: Vec<_> = threads.into_iter().map(|t| t.join().unwrap()).collect();
+        let answers: Vec<_> = threads.into_iter().map(|t| said(&t.join().unwrap())).collect();
         assert_eq!(answers, alone);
     });
     // Closing cancels what is left.

@@ -9,7 +9,8 @@ use std::sync::{Arc, Barrier, Mutex};
 use proptest::prelude::*;
 use sluice_format::WeightType;
 use sluice_generate::{
-    Draft, Event, Finish, GenerationError, Handle, Model, Request, SamplerConfig, SchedulerOptions, Watch, WhenFull,
+    Constraint, Draft, Event, Finish, GenerationError, Handle, Model, Request, SamplerConfig, SchedulerOptions, Watch,
+    WhenFull,
 };
 use sluice_model::{Cancel, Control, Engine, EngineOptions, Progress, Span, Want};
 use sluice_tests::Converted;
@@ -132,19 +133,22 @@ impl Drop for CancelsAtEnd {
 }
 
 #[test]
-fn an_owner_that_panics_keeps_nobody_waiting() {
+fn an_owner_that_panics_ends_its_own_generation_alone() {
     let converted = Converted::new("demo-model", Some(WeightType::Q8));
     let scheduling = SchedulerOptions { running: Some(1), ..SchedulerOptions::default() };
     let model = Model::new(converted.open(&options(1, 200)), scheduling, false).unwrap();
     let gate = Arc::new(Barrier::new(2));
     let inside = Arc::clone(&gate);
+    let mut calls = 0;
     let handle = model
         .submit(Request::new(vec![1, 2, 3], 150), move |_| {
+            calls += 1;
+            assert_eq!(calls, 1, "one that has panicked is not called again");
             inside.wait();
             panic!("as it is meant to");
         })
         .unwrap();
-    // These wait in the queue, and their owners look at the scheduler when they go.
+    // This one waits in the queue, and its owner looks at the scheduler when it goes.
     let guard = CancelsAtEnd(handle.clone());
     let owner = move |_| {
         let _ = &guard;
@@ -158,10 +162,75 @@ fn an_owner_that_panics_keeps_nobody_waiting() {
         }
         gate.wait();
         let outcome = waits.join().unwrap();
-        assert!(outcome.iter().all(|o| matches!(o, Err(GenerationError::Closed))), "{outcome:?}");
+        assert!(outcome.iter().all(|o| o.as_ref().is_ok_and(|answer| answer.ids.len() == 4)), "{outcome:?}");
     });
-    assert!(matches!(model.complete(Request::new(vec![1], 1)), Err(GenerationError::Closed)));
-    assert_eq!((handle.place(), model.status().decoding), (None, 0), "it has ended, too");
+    assert_eq!(handle.place(), None, "it has ended, too");
+    assert_eq!(model.complete(Request::new(vec![1], 1)).unwrap().ids.len(), 1);
+}
+
+/// Panics when it is asked for the `after`-th time.
+#[derive(Debug)]
+struct Panics {
+    after: usize,
+    when: usize,
+}
+
+impl Panics {
+    fn call(&mut self, when: usize) {
+        if self.when == when {
+            self.after -= 1;
+            assert!(self.after > 0, "as it is meant to");
+        }
+    }
+}
+
+impl Constraint for Panics {
+    fn mask(&mut self, _: &mut [f32]) {
+        self.call(0);
+    }
+
+    fn accept(&mut self, _: u32) {
+        self.call(1);
+    }
+
+    fn is_complete(&self) -> bool {
+        assert!(self.when != 2, "as it is meant to");
+        false
+    }
+}
+
+impl Draft for Panics {
+    fn propose(&mut self, _: &[u32], _: &mut Vec<u32>) {
+        self.call(3);
+    }
+}
+
+impl Drop for Panics {
+    fn drop(&mut self) {
+        assert!(self.when != 4 || std::thread::panicking(), "as it is meant to");
+    }
+}
+
+#[test]
+fn a_constraint_or_a_draft_that_panics_ends_its_own_generation_alone() {
+    let converted = Converted::new("demo-model", Some(WeightType::Q8));
+    let model = Model::new(converted.open(&options(3, 200)), SchedulerOptions::default(), false).unwrap();
+    let request = || Request::new(vec![1, 2, 3], 20);
+    let want = model.complete(request()).unwrap();
+    for when in 0..5 {
+        let panics = || Panics { after: 5, when };
+        let bad = match when {
+            3 => Request { draft: Some(Box::new(panics())), ..request() },
+            _ => Request { constraint: Some(Box::new(panics())), ..request() },
+        };
+        let mut outcome = model.batch(vec![request(), bad, request()]).into_iter();
+        assert_eq!(outcome.next().unwrap().unwrap().ids, want.ids);
+        match outcome.next().unwrap() {
+            Err(GenerationError::Panicked { what }) => assert!(what.contains("(as it is meant to)"), "{what}"),
+            other => assert!(when == 4 && other.unwrap().ids == want.ids),
+        }
+        assert_eq!(outcome.next().unwrap().unwrap().ids, want.ids);
+    }
 }
 
 /// Proposes what has been said so far, whether or not it comes again, and more than there is room for.
@@ -228,6 +297,7 @@ struct Case {
     sequences: usize,
     rows: usize,
     spill: usize,
+    kept: usize,
     marks: usize,
     least: bool,
     budgets: Vec<(usize, f64)>,
@@ -240,18 +310,18 @@ const MODELS: [(&str, Option<WeightType>); 3] =
 fn any_case() -> impl Strategy<Value = Case> {
     let wishes = proptest::collection::vec(any_wish(CONTEXT), 1..8);
     let budgets = proptest::collection::vec((0usize..200, 0.0f64..=1.0), 0..4);
-    (0..MODELS.len(), wishes, 1usize..4, 1usize..100, 0usize..3, 0usize..3, any::<bool>(), budgets).prop_map(
-        |(model, wishes, sequences, rows, spill, marks, least, budgets)| Case {
+    (0..MODELS.len(), wishes, 1usize..4, 1usize..100, (0usize..3, 0usize..6), 0usize..3, any::<bool>(), budgets)
+        .prop_map(|(model, wishes, sequences, rows, (spill, kept), marks, least, budgets)| Case {
             model,
             wishes,
             sequences,
             rows,
             spill,
+            kept,
             marks,
             least,
             budgets,
-        },
-    )
+        })
 }
 
 /// What each says alone, without a draft and without being cancelled.
@@ -294,7 +364,7 @@ fn run(model: &Converted, case: &Case, spill: Option<PathBuf>) -> Result<(), Tes
     let opens = EngineOptions { marks: case.marks, mark_every: Some(20), ..options(case.sequences, CONTEXT) };
     let budget = case.least.then(|| model.least_budget_for(&opens));
     let engine = model.open(&EngineOptions { budget, ..opens });
-    let scheduling = SchedulerOptions { prompt_rows: case.rows, spill, ..SchedulerOptions::default() };
+    let scheduling = SchedulerOptions { prompt_rows: case.rows, spill, kept: case.kept, ..SchedulerOptions::default() };
     let mut house = House::new(engine, scheduling);
     let (mut ids, mut turns, mut comes) = (Vec::new(), 0, 0);
     loop {
@@ -337,6 +407,7 @@ fn run(model: &Converted, case: &Case, spill: Option<PathBuf>) -> Result<(), Tes
             prop_assert_eq!((heard.said(), &heard.shifts), (want.said(), &want.shifts), "generation {}", number);
         }
     }
+    house.scheduler.release_kept();
     prop_assert!(all_free(&house.engine), "{:?}", house.engine.pages());
     Ok(())
 }

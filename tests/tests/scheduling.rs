@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use sluice_format::WeightType;
-use sluice_generate::{Finish, Model, Place, Request, SamplerConfig, SchedulerOptions, WhenFull};
+use sluice_generate::{Completion, Finish, Model, Place, Request, SamplerConfig, SchedulerOptions, WhenFull};
 use sluice_model::{Engine, EngineOptions};
 use sluice_tests::house::{Heard, House};
 use sluice_tests::{Converted, argmax};
@@ -40,6 +40,7 @@ fn what_is_dropped_leaves_what_its_shorter_text_would_give() {
             let request = Request { when_full: WhenFull::DropOldest { keep }, ..Request::new(tokens.clone(), count) };
             let id = house.submit(request);
             house.run();
+            house.scheduler.release_kept();
             // By hand: a fresh sequence for every token.
             let (mut window, mut ids, mut shifts) = (tokens, Vec::new(), Vec::new());
             for _ in 0..count {
@@ -137,6 +138,7 @@ fn when_pages_run_out_everyone_still_says_what_they_say_alone() {
                 number
             );
         }
+        house.scheduler.release_kept();
         let free = house.engine.pages();
         assert!(free.iter().all(|count| count.free == count.total), "all pages have come back: {free:?}");
         assert_eq!(std::fs::read_dir(spill.path()).unwrap().count(), 0, "no file is left");
@@ -194,6 +196,7 @@ fn a_saved_sequence_that_was_replaced_or_damaged_is_read_again() {
     let mut alone = House::new(open(&model, 1, 256), SchedulerOptions::default());
     let want = alone.submit(request(&alone, 1));
     alone.run();
+    alone.scheduler.release_kept();
     let mut other = alone.engine.new_sequence();
     alone.engine.forward(&mut other, &prompt(&alone.engine, 7, 90), &mut Vec::new()).unwrap();
     for replaced in [true, false] {
@@ -249,11 +252,12 @@ fn a_model_that_rests_and_changes_its_budget_answers_the_same() {
     let options = SchedulerOptions { rest_after: Some(Duration::ZERO), ..SchedulerOptions::default() };
     let model = Model::new(open(&converted, 2, 256), options, false).unwrap();
     let ask = |n: u32| Request { max_tokens: 12, ..model.text(&format!("Question {n}: what")).unwrap() };
-    let want: Vec<_> = (0..4).map(|n| model.complete(ask(n)).unwrap()).collect();
+    let said = |answer: Completion| (answer.ids, answer.text, answer.finish);
+    let want: Vec<_> = (0..4).map(|n| said(model.complete(ask(n)).unwrap())).collect();
     let least = model.set_budget(0);
     assert!(least > 0);
-    assert_eq!((0..4).map(|n| model.complete(ask(n)).unwrap()).collect::<Vec<_>>(), want);
+    assert_eq!((0..4).map(|n| said(model.complete(ask(n)).unwrap())).collect::<Vec<_>>(), want);
     model.set_budget(u64::MAX);
-    let together: Vec<_> = model.batch((0..4).map(ask).collect()).into_iter().map(Result::unwrap).collect();
+    let together: Vec<_> = model.batch((0..4).map(ask).collect()).into_iter().map(|a| said(a.unwrap())).collect();
     assert_eq!(together, want);
 }

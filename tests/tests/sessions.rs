@@ -15,7 +15,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
 /// and keys beside recurrent states.
 const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next"];
-const HEADER_LEN: usize = 64;
+const HEADER_LEN: usize = 120;
 
 fn options(kv_type: KvType) -> EngineOptions {
     EngineOptions { context: Some(64), sequences: Some(4), kv_type, forget: true, ..EngineOptions::default() }
@@ -48,7 +48,7 @@ fn sections(bytes: &[u8]) -> Vec<(usize, usize)> {
     let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
     let (mut sections, mut at) = (Vec::new(), HEADER_LEN);
     while at < bytes.len() {
-        let end = at + 24 + number(at + 8) * number(at + 16) + 8;
+        let end = at + 32 + number(at + 16) * number(at + 24) + 8;
         sections.push((at, end));
         at = end;
     }
@@ -57,10 +57,10 @@ fn sections(bytes: &[u8]) -> Vec<(usize, usize)> {
 
 /// Makes all checksums right again.
 fn seal(bytes: &mut [u8]) {
-    let mut sum = xxh3_64(&bytes[..56]);
-    bytes[56..64].copy_from_slice(&sum.to_le_bytes());
+    let seed = xxh3_64(&bytes[..112]);
+    bytes[112..120].copy_from_slice(&seed.to_le_bytes());
     for (begin, end) in sections(bytes) {
-        sum = xxh3_64_with_seed(&bytes[begin..end - 8], sum);
+        let sum = xxh3_64_with_seed(&bytes[begin..end - 8], seed);
         bytes[end - 8..end].copy_from_slice(&sum.to_le_bytes());
     }
 }
@@ -161,20 +161,22 @@ fn the_file_is_what_its_description_says() {
     let bytes = saved(&sequence);
     let mut sealed = bytes.clone();
     seal(&mut sealed);
-    assert!(sealed == bytes, "checksums are chained as described");
+    assert!(sealed == bytes, "checksums are as described");
     let sections = sections(&bytes);
     assert_eq!(sections.len(), 2 + engine.spec().layers.len());
     assert_eq!(sections.last().unwrap().1, bytes.len());
     assert_eq!(bytes[16..32], engine.file().state_id().0);
-    let first = &bytes[sections[0].0 + 24..sections[0].1 - 8];
+    assert_eq!(bytes[72..80], (bytes.len() as u64).to_le_bytes());
+    let first = &bytes[sections[0].0 + 32..sections[0].1 - 8];
     assert!(first.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).eq(tokens.iter().copied()));
     for ((begin, _), layer) in sections[2..].iter().zip(&engine.spec().layers) {
         let sluice_format::AttentionSpec::Gqa(gqa) = &layer.attention else { panic!("all layers are alike") };
         let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
         let seen = gqa.window.map_or(tokens.len(), |window| (window - 1).min(tokens.len()));
-        assert_eq!(number(begin + 8), seen, "a window is kept, not everything");
+        assert_eq!(number(begin + 8), tokens.len() - seen);
+        assert_eq!(number(begin + 16), seen, "a window is kept, not everything");
         let row = |width: usize| width + 2 * width.div_ceil(32);
-        assert_eq!(number(begin + 16), gqa.kv_heads * (row(gqa.head_dim) + row(gqa.v_head_dim)));
+        assert_eq!(number(begin + 24), gqa.kv_heads * (row(gqa.head_dim) + row(gqa.v_head_dim)));
     }
 }
 
@@ -256,7 +258,7 @@ fn forged_numbers_harm_nothing() {
             for (begin, end) in sections(&sound).into_iter().skip(1) {
                 for fill in [[0xff; 4], [0, 0, 0x80, 0x7f], [0xff, 0xff, 0x7f, 0xff], [0; 4]] {
                     let mut forged = sound.clone();
-                    let numbers = forged[begin + 24..end - 8].chunks_exact_mut(4);
+                    let numbers = forged[begin + 32..end - 8].chunks_exact_mut(4);
                     numbers.filter(|_| rng.below(3) == 0).for_each(|number| number.copy_from_slice(&fill));
                     seal(&mut forged);
                     let mut back = restored(&engine, &forged).expect("its sums are right");
@@ -289,16 +291,21 @@ fn what_is_sound_and_does_not_fit_is_refused_by_name() {
     assert!(matches!(refused(&narrow), SessionError::KvType { wanted: KvType::Q8, found, .. } if found == "f32"));
     assert!(matches!(refused(&exact), SessionError::Precision { exact: false, .. }));
     assert!(matches!(refused(&short), SessionError::TooLong { position: 40, capacity: 39, .. }));
-    for version in [1, 3] {
+    for version in [1, 2, 4] {
         assert!(matches!(changed(8, &[version]), SessionError::Version { found, .. } if found == u32::from(version)));
     }
     assert!(matches!(changed(12, &[0]), SessionError::Numerics { found: 0, .. }));
     assert!(matches!(changed(32, &[9]), SessionError::KvType { found, .. } if found == "type 9"));
     assert!(matches!(changed(36, &[77]), SessionError::Misplaced { .. }));
-    assert!(matches!(changed(48, &[42]), SessionError::Misplaced { .. }));
+    assert!(matches!(changed(64, &[42]), SessionError::Misplaced { .. }));
+    for wrong in [40, 44, 48, 72, 80, 96] {
+        assert!(matches!(changed(wrong, &[77]), SessionError::Misplaced { .. }), "byte {wrong}");
+    }
+    // A sound header of a segment that begins elsewhere.
+    assert!(matches!(changed(48, &[64, 0, 0, 0, 0, 0, 0, 0, 100]), SessionError::TooLong { .. }));
     // A forged length is compared, never allocated.
-    assert!(matches!(changed(40, &[0xff; 8]), SessionError::TooLong { position: u64::MAX, .. }));
-    let token = (HEADER_LEN + 24 + 4 * 3) as u64;
+    assert!(matches!(changed(56, &[0xff; 8]), SessionError::TooLong { position: u64::MAX, .. }));
+    let token = (HEADER_LEN + 32 + 4 * 3) as u64;
     let error = changed(token as usize, &[0xff; 4]);
     assert!(matches!(error, SessionError::Token { offset, token: u32::MAX, .. } if offset == token), "{error}");
     let longer = [&sound[..], b"x"].concat();

@@ -14,6 +14,7 @@ pub(crate) mod logits;
 pub(crate) mod perplexity;
 pub(crate) mod plan;
 pub(crate) mod run;
+pub(crate) mod serve;
 pub(crate) mod set;
 pub(crate) mod synth;
 pub(crate) mod tokenize;

@@ -8,7 +8,7 @@ use sluice_format::fields::{
     Field, extent, importance, importance_entry, rewrite_footer, superblock, table_ref, tensor,
 };
 use sluice_format::{MAGIC, PAGE_SIZES, checksum};
-use sluice_model::session::{HEADER_FIELDS, SECTION_FIELDS};
+use sluice_model::session::{HEADER_FIELDS, PrefixHash, SECTION_FIELDS};
 
 use super::random::Random;
 use crate::targets::model::support::{at, get, set};
@@ -204,22 +204,31 @@ fn sections(file: &[u8]) -> Vec<Range<usize>> {
 }
 
 /// Bytes of the header of a saved sequence, with its checksum.
-const SESSION_HEADER: usize = 64;
-const SECTION_LEN: usize = 24;
+const SESSION_HEADER: usize = 120;
+const SECTION_LEN: usize = 32;
 
-/// Makes the checksums of a saved sequence right: each section's depends on those before it.
+/// Makes length, hash and checksums of a saved sequence right: that of the header is the seed of those of the sections.
 pub(crate) fn seal_session(file: &mut [u8]) {
     if file.len() < SESSION_HEADER {
         return;
     }
-    let mut sum = xxh3_64(&file[..SESSION_HEADER - 8]);
-    set(file, SESSION_HEADER - 8, 8, sum);
-    for section in sections(file) {
+    let sections = sections(file);
+    if let Some(tokens) = sections.first() {
+        let ids = file[tokens.start + SECTION_LEN..tokens.end - 8].as_chunks::<4>().0.iter();
+        let ids: Vec<u32> = ids.map(|&id| u32::from_le_bytes(id)).collect();
+        let (before, text) = (at(&HEADER_FIELDS, "before").0, at(&HEADER_FIELDS, "text").0);
+        let before = PrefixHash(u128::from_le_bytes(file[before..before + 16].try_into().expect("a hash")));
+        file[text..text + 16].copy_from_slice(&before.then(&ids).0.to_le_bytes());
+    }
+    let len = file.len() as u64;
+    set(file, at(&HEADER_FIELDS, "length").0, 8, len);
+    let seed = xxh3_64(&file[..SESSION_HEADER - 8]);
+    set(file, SESSION_HEADER - 8, 8, seed);
+    for section in sections {
         let end = section.end - 8;
-        let mut hash = Xxh3::with_seed(sum);
+        let mut hash = Xxh3::with_seed(seed);
         hash.update(&file[section.start..end]);
-        sum = hash.digest();
-        set(file, end, 8, sum);
+        set(file, end, 8, hash.digest());
     }
 }
 

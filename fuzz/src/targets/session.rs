@@ -1,10 +1,11 @@
-//! Saved sequences: restored, gone on with, gone back in, and saved again.
+//! Saved sequences and segments: looked at, restored, gone on with, gone back in, and saved again.
 
 use std::cell::RefCell;
 use std::fs;
 use std::path::Path;
 
-use sluice_model::{Engine, EngineOptions, KvType, ReadEngineKind};
+use sluice_model::session::{SegmentFile, peek};
+use sluice_model::{Engine, EngineOptions, KvType, PAGE_TOKENS, ReadEngineKind, Sequence};
 
 use super::Seeds;
 use super::model::support;
@@ -50,8 +51,49 @@ fn with_engines(folder: &Path, mut with: impl FnMut(&mut Engine)) {
     });
 }
 
+/// The tokens of all seeds.
+fn tokens(count: usize) -> Vec<u32> {
+    (0..count as u32).map(|token| token % 7).collect()
+}
+
+/// A sequence of the first page of the seeds.
+fn first_page(engine: &mut Engine) -> Sequence {
+    let mut sequence = engine.new_sequence();
+    engine.forward(&mut sequence, &tokens(PAGE_TOKENS), &mut Vec::new()).expect("there is room");
+    sequence
+}
+
+/// As a segment, of its own and behind the first page.
+fn run_segment(engine: &mut Engine, path: &Path) {
+    let info = match peek(path) {
+        Ok(info) => info,
+        Err(error) => return drop(error.to_string()),
+    };
+    let text = [&tokens(info.start.min(CONTEXT))[..], &info.tokens].concat();
+    let file = fs::File::open(path).expect("it was just written");
+    let mut segments = [SegmentFile { file, path: path.to_owned() }];
+    if let Ok(sequence) = engine.restore_segments(&mut segments, &text) {
+        assert!(text.starts_with(sequence.tokens()));
+    }
+    if info.start == PAGE_TOKENS {
+        let mut sequence = first_page(engine);
+        match engine.restore_onto(&mut sequence, path) {
+            Ok(()) => assert_eq!(sequence.tokens()[PAGE_TOKENS..], info.tokens),
+            Err(_) => assert_eq!(sequence.tokens(), tokens(PAGE_TOKENS)),
+        }
+        if sequence.position() < CONTEXT {
+            // Numbers that mean nothing give logits that mean nothing, or an error.
+            let _: Result<(), _> = engine.forward(&mut sequence, &[1], &mut Vec::new());
+        }
+    }
+}
+
 pub(crate) fn run(input: &[u8], folder: &Path) {
+    let path = folder.join("session");
+    fs::write(&path, input).expect("the folder can be written");
     with_engines(folder, |engine| {
+        run_segment(engine, &path);
+        assert!(engine.pages().iter().all(|pages| pages.free == pages.total), "every page comes back");
         let mut sequence = match engine.restore(&mut &input[..], Path::new("session")) {
             Ok(sequence) => sequence,
             Err(error) => return drop(error.to_string()),
@@ -87,15 +129,20 @@ pub(crate) fn seeds(folder: &Path) -> Seeds {
     with_engines(folder, |engine| {
         let mut sequence = engine.new_sequence();
         // Before the first token, in the first page and in the second.
-        for tokens in [0, 3, 70] {
+        for count in [0, 3, 70] {
             sequence.mark().expect("there is room for marks");
-            for token in 0..tokens {
+            for token in 0..count {
                 engine.decode(&mut sequence, token % 7, &mut Vec::new()).expect("there is room");
             }
             let mut bytes = Vec::new();
             sequence.save(&mut bytes).expect("memory is written");
-            seeds.push((format!("{}-{tokens}", seeds.len() / 3), bytes));
+            seeds.push((format!("{}-{count}", seeds.len() / 4), bytes));
         }
+        let mut sequence = first_page(engine);
+        engine.forward(&mut sequence, &tokens(70)[PAGE_TOKENS..], &mut Vec::new()).expect("there is room");
+        let mut bytes = Vec::new();
+        sequence.save_from(PAGE_TOKENS, &mut bytes).expect("memory is written");
+        seeds.push((format!("{}-segment", seeds.len() / 4), bytes));
     });
     seeds
 }

@@ -33,17 +33,30 @@ pub struct Usage {
     pub generated_tokens: usize,
     /// Tokens of both that were dropped because the context was full.
     pub dropped_tokens: usize,
+    /// Tokens of the prompt that were not computed, because a sequence that began with them was there.
+    pub cached_tokens: usize,
 }
 
 /// What happens to a generation, in order. The last is [`Finish`](Event::Finish) or [`Failed`](Event::Failed).
 #[derive(Debug)]
 pub enum Event {
-    /// A part of the prompt has been read.
+    /// A part of the prompt has been read. The first one tells how much did not have to be read, if there was any
+    /// ([`Usage::cached_tokens`]).
     Progress {
-        /// Tokens read so far.
+        /// Tokens read so far, those included that did not have to be.
         read: usize,
         /// Tokens of the prompt.
         prompt: usize,
+    },
+    /// How probable the model held a token of the prompt, if that was asked for: in their order, but for the first, which nothing comes
+    /// before.
+    PromptToken {
+        /// The token.
+        id: u32,
+        /// Natural logarithm of its probability.
+        logprob: f32,
+        /// The likeliest tokens in its place, as many as were asked for, the likeliest first.
+        top: Vec<Logprob>,
     },
     /// A token was chosen, an end token included.
     Token {
@@ -115,6 +128,41 @@ pub enum GenerationError {
         bias: f32,
         /// Size of the vocabulary.
         vocab: usize,
+    },
+    /// A mark that is not in the prompt, or not in order.
+    #[error(
+        "the request has a mark at token {position}: marks ascend from 1 to the length of the prompt, {prompt}, and the one before is \
+         {before}"
+    )]
+    Mark {
+        /// Where it is to be.
+        position: usize,
+        /// The mark before it, or 0.
+        before: usize,
+        /// Tokens of the prompt.
+        prompt: usize,
+    },
+    /// Too many wait.
+    #[error("{queued} generations are waiting, and the queue holds {limit}: try again later")]
+    QueueFull {
+        /// Generations in the queue.
+        queued: usize,
+        /// Most that it holds.
+        limit: usize,
+    },
+    /// Something that the request has brought does not work.
+    #[error("{what} has panicked, which ended the generation: this is a bug in the program that made the request")]
+    Panicked {
+        /// What it was, and what it said.
+        what: String,
+    },
+    /// A penalty that makes no sense.
+    #[error("the {field} penalty is {value}: give a number")]
+    Penalty {
+        /// Which.
+        field: &'static str,
+        /// Its value.
+        value: f32,
     },
     /// Stop strings without text.
     #[error("stop strings need a tokenizer, and the model has none")]

@@ -1,14 +1,20 @@
 //! One generation: which tokens it wants to append, and what it does with the logits behind them.
 
+use std::collections::BTreeMap;
+
 use crate::sampler::{Sampler, logprobs};
 use sluice_model::rows::Phase;
 
-use super::request::{Constraint, Shape, WhenFull};
+use super::guard::guarded;
+use super::request::{Constraint, Penalties, Shape, WhenFull};
 use super::text::TextStream;
 use super::{Draft, Event, Finish, GenerationError, Request, Usage};
 
 /// Receives the events of a generation.
 pub type EventSink<'a> = dyn FnMut(Event) + 'a;
+
+/// What a panic says of a constraint.
+const CONSTRAINT: &str = "the request's constraint";
 
 /// Sampling on top of one sequence. It never touches an engine: it [offers](Self::offer) tokens to append and
 /// [accepts](Self::accept) the logits behind the last of them.
@@ -33,6 +39,10 @@ pub struct Generation {
     sampler: Sampler,
     bias: Vec<(u32, f32)>,
     logprobs: Option<usize>,
+    prompt_logprobs: Option<usize>,
+    /// Tokens of the prompt that have been scored; the first needs no score.
+    scored: usize,
+    penalties: Penalties,
     constraint: Option<Box<dyn Constraint>>,
     draft: Option<Box<dyn Draft>>,
     vocab: usize,
@@ -48,6 +58,12 @@ pub struct Generation {
     /// Logits with bias and constraint.
     scores: Vec<f32>,
     finish: Option<Finish>,
+    /// Where the sequence is to be marked while the prompt is read.
+    marks: Vec<usize>,
+    keep: bool,
+    title: Option<String>,
+    /// Tokens of the prompt that a sequence had seen when the generation began with it.
+    cached: Option<usize>,
 }
 
 impl Generation {
@@ -57,8 +73,8 @@ impl Generation {
     /// What can be wrong with a request: no prompt or one that is too long, unknown tokens, settings that make no sense.
     pub fn new(request: Request, shape: &Shape) -> Result<Self, GenerationError> {
         request.check(shape)?;
-        let Request { prompt, max_tokens, sampling, stop, special, bias, logprobs, constraint, when_full, draft } =
-            request;
+        let Request { prompt, max_tokens, sampling, stop, special, bias, logprobs, constraint, .. } = request;
+        let Request { when_full, draft, marks, keep, title, prompt_logprobs, penalties, .. } = request;
         Ok(Generation {
             prompt: prompt.len(),
             to_read: prompt.len(),
@@ -72,6 +88,9 @@ impl Generation {
             sampler: Sampler::new(sampling)?,
             bias,
             logprobs,
+            prompt_logprobs,
+            scored: 1,
+            penalties,
             constraint,
             draft,
             vocab: shape.vocab,
@@ -83,6 +102,10 @@ impl Generation {
             text: TextStream::new(shape.tokenizer.as_ref(), special, stop),
             scores: Vec::new(),
             finish: None,
+            marks,
+            keep,
+            title,
+            cached: None,
         })
     }
 
@@ -107,29 +130,48 @@ impl Generation {
         (rest, phase)
     }
 
+    /// Whether the logits behind tokens of the prompt are wanted, to [score](Self::score) the tokens behind them.
+    pub fn scores_prompt(&self) -> bool {
+        self.prompt_logprobs.is_some() && self.scored < self.prompt
+    }
+
+    /// Takes the logits `[vocab]` behind token `position` of the prompt. Says how probable the next one was, once for each.
+    pub fn score(&mut self, position: usize, logits: &[f32], sink: &mut EventSink<'_>) {
+        let Some(count) = self.prompt_logprobs.filter(|_| position + 1 == self.scored) else { return };
+        if let Some(&id) = self.tokens[..self.prompt.min(self.tokens.len())].get(self.scored) {
+            self.scored += 1;
+            let (logprob, top) = logprobs(logits, id, count);
+            sink(Event::PromptToken { id, logprob, top });
+        }
+    }
+
     /// Asks the draft for up to `most` proposals, for a sequence that has seen `position` tokens. There are none unless it has seen all
     /// tokens but the last.
-    pub fn draft(&mut self, position: usize, most: usize) {
+    ///
+    /// # Errors
+    /// [`GenerationError::Panicked`]. The generation cannot go on then.
+    pub fn draft(&mut self, position: usize, most: usize) -> Result<(), GenerationError> {
         self.ahead.clear();
-        let Some(draft) = &mut self.draft else { return };
+        let Some(draft) = &mut self.draft else { return Ok(()) };
         let left = self.max_tokens - self.generated.len().min(self.max_tokens);
         // The last token of a text need not fit, but a row of a step must.
         let most = most.min(left.saturating_sub(1)).min(self.context.saturating_sub(self.tokens.len()));
-        let Some(&last) = self.tokens.last() else { return };
+        let Some(&last) = self.tokens.last() else { return Ok(()) };
         if self.finish.is_some() || position < self.to_read || position + 1 != self.tokens.len() || most == 0 {
-            return;
+            return Ok(());
         }
         self.proposals.clear();
-        draft.propose(&self.tokens, &mut self.proposals);
+        guarded("the request's draft", || draft.propose(&self.tokens, &mut self.proposals))?;
         let known = self.proposals.iter().take(most).take_while(|&&id| (id as usize) < self.vocab).copied();
         self.ahead.push(last);
         self.ahead.extend(known);
         if self.ahead.len() == 1 {
             self.ahead.clear();
-            return;
+            return Ok(());
         }
         self.true_so_far = Some(0);
         self.proposed += self.ahead.len() as u64 - 1;
+        Ok(())
     }
 
     /// Takes the logits behind token `index` of an offer with proposals, in ascending order. They count as long as the proposals have
@@ -213,8 +255,9 @@ impl Generation {
         };
         self.tokens.push(id);
         self.generated.push(id);
+        self.penalise();
         if let Some(constraint) = &mut self.constraint {
-            constraint.accept(id);
+            guarded(CONSTRAINT, || constraint.accept(id))?;
         }
         sink(Event::Token { id, logprob, top });
         let is_end = self.text.is_end(id);
@@ -224,7 +267,10 @@ impl Generation {
         }
         // The last token need not fit, because nothing follows it.
         let full = self.tokens.len() > self.context;
-        let complete = self.constraint.as_ref().is_some_and(|c| c.is_complete());
+        let complete = match &self.constraint {
+            Some(constraint) => guarded(CONSTRAINT, || constraint.is_complete())?,
+            None => false,
+        };
         match () {
             () if is_end => self.end(Finish::EndToken, sink),
             () if emit.stopped => self.end(Finish::StopString, sink),
@@ -248,6 +294,7 @@ impl Generation {
         let dropped = others / 2;
         self.tokens.drain(keep..keep + dropped);
         self.to_read = self.tokens.len();
+        self.marks.clear();
         self.dropped += dropped;
         self.back_to = Some(self.back_to.map_or(keep, |before| before.min(keep)));
         sink(Event::Shifted { dropped, left: self.tokens.len() });
@@ -277,12 +324,54 @@ impl Generation {
 
     /// Tokens read, generated and dropped so far.
     pub fn usage(&self) -> Usage {
-        Usage { prompt_tokens: self.prompt, generated_tokens: self.generated.len(), dropped_tokens: self.dropped }
+        Usage {
+            prompt_tokens: self.prompt,
+            generated_tokens: self.generated.len(),
+            dropped_tokens: self.dropped,
+            cached_tokens: self.cached.unwrap_or(0),
+        }
+    }
+
+    /// The tokens of the context: prompt and generated tokens, without those that were dropped.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// How many of the tokens are read before the next one can be chosen.
+    pub(super) fn to_read(&self) -> usize {
+        self.to_read
+    }
+
+    /// It begins with a sequence that has seen the first `position` tokens. False if it has begun before.
+    pub(super) fn begin_at(&mut self, position: usize) -> bool {
+        let first = self.cached.is_none();
+        self.cached.get_or_insert(position);
+        first
+    }
+
+    /// Of the marks only the last `most` stay.
+    pub(super) fn limit_marks(&mut self, most: usize) {
+        self.marks.drain(..self.marks.len().saturating_sub(most));
+    }
+
+    /// The next mark behind `position`.
+    pub(super) fn mark_behind(&self, position: usize) -> Option<usize> {
+        self.marks.get(self.marks.partition_point(|&mark| mark <= position)).copied()
+    }
+
+    /// Whether there is a mark at `position`.
+    pub(super) fn is_mark(&self, position: usize) -> bool {
+        self.marks.binary_search(&position).is_ok()
+    }
+
+    /// Whether its sequence is kept, and how it is called.
+    pub(super) fn keeps(&self) -> (bool, Option<&str>) {
+        (self.keep, self.title.as_deref())
     }
 
     fn choose(&mut self, logits: &[f32]) -> Result<u32, GenerationError> {
         let index = self.generated().len() as u64;
-        if self.bias.is_empty() && self.constraint.is_none() {
+        if self.bias.is_empty() && self.penalties.is_off() && self.constraint.is_none() {
             return Ok(self.sampler.sample_at(index, logits, &self.tokens)?);
         }
         self.scores.clear();
@@ -296,9 +385,24 @@ impl Generation {
             }
         }
         if let Some(constraint) = &mut self.constraint {
-            constraint.mask(&mut self.scores);
+            guarded(CONSTRAINT, || constraint.mask(&mut self.scores))?;
         }
         Ok(self.sampler.sample_at(index, &self.scores, &self.tokens)?)
+    }
+
+    /// Subtracts the penalties of what has been generated from the scores.
+    fn penalise(&mut self) {
+        if self.penalties.is_off() {
+            return;
+        }
+        let Penalties { presence, frequency } = self.penalties;
+        let mut counts = BTreeMap::new();
+        self.generated.iter().for_each(|&id| *counts.entry(id).or_insert(0u32) += 1);
+        for (id, count) in counts {
+            if let Some(score) = self.scores.get_mut(id as usize).filter(|score| score.is_finite()) {
+                *score = (*score - presence - frequency * count as f32).clamp(f32::MIN, f32::MAX);
+            }
+        }
     }
 
     fn end(&mut self, reason: Finish, sink: &mut EventSink<'_>) -> Result<(), GenerationError> {

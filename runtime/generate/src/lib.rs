@@ -45,23 +45,29 @@
 //! ```
 
 mod draft;
+mod drive;
 mod event;
 mod generation;
+mod guard;
+mod kept;
 mod meter;
 mod model;
+mod report;
 mod request;
 mod room;
 pub mod sampler;
 mod scheduler;
 mod shared;
+mod start;
 mod text;
 
 pub use draft::{Draft, PromptLookup};
 pub use event::{Event, Finish, GenerationError, Usage};
 pub use generation::{EventSink, Generation};
-pub use model::{Completion, Model};
-pub use request::{Constraint, Request, Shape, WhenFull};
+pub use model::{Completion, Drain, Model};
+pub use report::{Pages, Report, Window};
+pub use request::{Constraint, Penalties, Request, Shape, WhenFull};
 pub use scheduler::{Scheduler, SchedulerOptions, Watch, Work};
-pub use shared::{Handle, Place, Status, Submitter};
+pub use shared::{Handle, Place, Status, Submitter, Totals};
 
 pub use crate::sampler::{Logprob, SamplerConfig};

@@ -3,20 +3,26 @@
 use std::fmt;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::sampler::SamplerConfig;
 use sluice_model::engine::{Engine, EngineOptions};
+use sluice_model::session::Binding;
 use sluice_text::{ChatTemplate, GenerationDefaults, Message, RenderOptions, StopCondition, Tokenizer, encode_chat};
 
 use super::{
-    Event, Finish, GenerationError, Handle, Request, Scheduler, SchedulerOptions, Status, Submitter, Usage, Watch, Work,
+    Event, Finish, GenerationError, Handle, Report, Request, Scheduler, SchedulerOptions, Status, Submitter, Usage,
+    Watch, Work,
 };
 
 /// Tokens that are generated unless a request says otherwise.
 const USUAL_TOKENS: usize = 256;
+/// Largest of a model's own files that [`Model::metadata`] keeps. Configurations and templates are smaller; tokenizers can be larger, and
+/// have been read already.
+const LARGEST_FILE: usize = 4 << 20;
 
 /// The result of a generation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,7 +48,39 @@ pub struct Model {
     stop: StopCondition,
     /// The least budget that the engine can have while it is open.
     least_budget: u64,
+    about: About,
     thread: Option<JoinHandle<()>>,
+    /// Says when the thread has ended.
+    ended: Mutex<Receiver<()>>,
+}
+
+/// What is known of a model while its engine is on another thread.
+struct About {
+    vocab_size: usize,
+    context: usize,
+    family: String,
+    binding: Binding,
+    files: Vec<(String, Vec<u8>)>,
+}
+
+impl About {
+    fn new(engine: &Engine) -> Self {
+        let files = engine.file().metadata().iter().filter(|(_, bytes)| bytes.len() <= LARGEST_FILE);
+        About {
+            vocab_size: engine.spec().vocab_size,
+            context: engine.memory().context,
+            family: engine.spec().family.clone(),
+            binding: engine.binding(),
+            files: files.map(|(name, bytes)| (name.to_owned(), bytes.to_vec())).collect(),
+        }
+    }
+}
+
+/// How a model is closed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drain {
+    /// How long generations that have begun may go on. Those that are left then are cancelled.
+    pub within: Duration,
 }
 
 impl Model {
@@ -69,19 +107,27 @@ impl Model {
         let own_end = tokenizer.as_ref().and_then(Tokenizer::end_token);
         let stop = StopCondition::new(defaults.eos.into_iter().chain(own_end), Vec::new())?;
         let (rest_after, least_budget) = (options.rest_after, engine.memory().least());
+        let about = About::new(&engine);
+        let (end, ended) = channel();
+        let ended = Mutex::new(ended);
         let mut scheduler = Scheduler::new(&engine, tokenizer.clone(), options);
         let submitter = scheduler.submitter();
-        let closing = Closing(submitter.clone());
+        let closing = Closing(submitter.clone(), end);
         let run = move || {
             let _closing = closing;
             loop {
                 // At rest, nothing but work changes anything.
                 match scheduler.wait_for(rest_after.filter(|_| !engine.is_at_rest())) {
                     Work::Ready => _ = scheduler.turn(&mut engine, &mut Watch::default()),
-                    Work::Idle => engine.release_idle(),
+                    Work::Idle => {
+                        scheduler.release_kept();
+                        engine.release_idle();
+                        scheduler.outdate_report();
+                    }
                     Work::Closed => break,
                 }
             }
+            scheduler.settle();
             if learn {
                 // A convenience: a folder that cannot be written is no reason to complain.
                 let _ = engine.save_counts();
@@ -89,12 +135,65 @@ impl Model {
         };
         let thread = std::thread::Builder::new().name("sluice-generate".into()).spawn(run);
         let thread = thread.map_err(|error| GenerationError::Thread { error })?;
-        Ok(Model { submitter, tokenizer, template, sampling, stop, least_budget, thread: Some(thread) })
+        Ok(Model { submitter, tokenizer, template, sampling, stop, least_budget, about, thread: Some(thread), ended })
     }
 
     /// The tokenizer, if the model has one.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.tokenizer.as_ref()
+    }
+
+    /// The chat template, if the model has one.
+    pub fn template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
+    }
+
+    /// The sampling settings and end tokens that the model's authors recommend.
+    pub fn recommended(&self) -> (SamplerConfig, &StopCondition) {
+        (self.sampling, &self.stop)
+    }
+
+    /// Number of logits: token ids are less than this.
+    pub fn vocab_size(&self) -> usize {
+        self.about.vocab_size
+    }
+
+    /// Most tokens of a generation, prompt included.
+    pub fn context(&self) -> usize {
+        self.about.context
+    }
+
+    /// What the source calls this kind of model, such as `deepseek_v3`.
+    pub fn family(&self) -> &str {
+        &self.about.family
+    }
+
+    /// What the numbers of a sequence depend on besides its tokens: weights, specification and tokenizer, type of keys and values,
+    /// precision.
+    pub fn binding(&self) -> Binding {
+        self.about.binding
+    }
+
+    /// The state id of the model file, in hexadecimal digits. Two files with the same one continue a text in the same way.
+    pub fn state_id(&self) -> String {
+        self.about.binding.state_id.to_string()
+    }
+
+    /// One of the files that the model file carries from its source, such as `config.json`. `None` if it is not there, or larger than
+    /// 4 MiB, as tokenizers can be.
+    pub fn metadata(&self, name: &str) -> Option<&[u8]> {
+        self.about.files.iter().find(|file| file.0 == name).map(|file| file.1.as_slice())
+    }
+
+    /// Closes the model: nothing is accepted any more, generations that wait in the queue are cancelled, and those that have begun may go
+    /// on for as long as `drain` says. Returns when the model's thread has ended; at once, if called on that thread.
+    pub fn close(self, drain: Drain) {
+        self.submitter.drain();
+        if self.thread.as_ref().is_some_and(is_another) {
+            // Whether the thread has ended or the time is over, the rest is the same.
+            let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = ended.recv_timeout(drain.within);
+        }
     }
 
     /// A request to continue these tokens with the end tokens and sampling settings that the model's authors recommend, by 256
@@ -161,9 +260,19 @@ impl Model {
         self.least_budget
     }
 
+    /// The least budget that it can have while it is open, in bytes.
+    pub fn least_budget(&self) -> u64 {
+        self.least_budget
+    }
+
     /// What it is doing.
     pub fn status(&self) -> Status {
         self.submitter.status()
+    }
+
+    /// What goes on inside it ([`Submitter::report`]).
+    pub fn report(&self) -> Option<Arc<Report>> {
+        self.submitter.report()
     }
 
     fn start(&self, request: Request) -> Result<Receiver<Event>, GenerationError> {
@@ -180,11 +289,14 @@ impl Model {
 impl Drop for Model {
     fn drop(&mut self) {
         self.submitter.close();
-        // An owner may have the last of the model: its thread cannot wait for itself, and ends by itself.
-        let others = |thread: &JoinHandle<()>| thread.thread().id() != std::thread::current().id();
         // A panic over there has been reported, and must not become an abort here.
-        let _ = self.thread.take().filter(others).map(JoinHandle::join);
+        let _ = self.thread.take().filter(is_another).map(JoinHandle::join);
     }
+}
+
+/// An owner may have the last of the model: its thread cannot wait for itself, and ends by itself.
+fn is_another(thread: &JoinHandle<()>) -> bool {
+    thread.thread().id() != std::thread::current().id()
 }
 
 impl fmt::Debug for Model {
@@ -206,8 +318,8 @@ fn recommended(own: &GenerationDefaults) -> SamplerConfig {
     }
 }
 
-/// Closes the queue when the thread ends, also by a panic, so that no caller waits for it forever.
-struct Closing(Submitter);
+/// Closes the queue when the thread ends, also by a panic, so that no caller waits for it forever, and says that it has ended.
+struct Closing(Submitter, Sender<()>);
 
 impl Drop for Closing {
     fn drop(&mut self) {
@@ -219,6 +331,8 @@ impl Drop for Closing {
         state.places.clear();
         drop(state);
         drop(queue);
+        // Nobody may be listening.
+        let _ = self.1.send(());
     }
 }
 
@@ -227,7 +341,7 @@ fn collect(events: Receiver<Event>) -> Result<Completion, GenerationError> {
     let (mut ids, mut text) = (Vec::new(), String::new());
     for event in events {
         match event {
-            Event::Progress { .. } | Event::Shifted { .. } => {}
+            Event::Progress { .. } | Event::PromptToken { .. } | Event::Shifted { .. } => {}
             Event::Token { id, .. } => ids.push(id),
             Event::Text(piece) => text += &piece,
             Event::Finish { reason, usage } => return Ok(Completion { ids, text, finish: reason, usage }),

@@ -38,6 +38,23 @@ pub enum WhenFull {
     },
 }
 
+/// What is subtracted from the logits of tokens that a generation has generated; the prompt does not count. As OpenAI defines it:
+/// <https://platform.openai.com/docs/api-reference/chat/create>.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Penalties {
+    /// Once for each token that has occurred.
+    pub presence: f32,
+    /// As often as the token has occurred.
+    pub frequency: f32,
+}
+
+impl Penalties {
+    /// Whether nothing is subtracted.
+    pub fn is_off(&self) -> bool {
+        *self == Penalties::default()
+    }
+}
+
 /// What to generate.
 #[derive(Debug)]
 pub struct Request {
@@ -56,12 +73,27 @@ pub struct Request {
     /// `Some(n)`: report the log probability of each token, and the `n` likeliest tokens with theirs. These are the model's own
     /// probabilities, before bias, constraint and sampling settings.
     pub logprobs: Option<usize>,
+    /// `Some(n)`: report how probable the model held each token of the prompt, and the `n` likeliest tokens there. The whole prompt is
+    /// read for that, whatever is kept of it.
+    pub prompt_logprobs: Option<usize>,
+    /// Makes tokens less likely that this generation has generated.
+    pub penalties: Penalties,
     /// Which tokens may come next.
     pub constraint: Option<Box<dyn Constraint>>,
     /// What to do when the context is full. A prompt that does not fit is refused in any case.
     pub when_full: WhenFull,
     /// Proposes next tokens, so that a step can check several. Never changes the text.
     pub draft: Option<Box<dyn Draft>>,
+    /// Positions in the prompt, ascending and from 1 to its length, that later prompts may part from: ends of messages, for instance.
+    /// In a model with windows or recurrent states, the sequence is marked there, and a later request that begins with the same tokens
+    /// goes on from the last mark that it reaches. Such a model needs [`EngineOptions::marks`](sluice_model::EngineOptions); of more
+    /// positions than that, the last ones count. Other models can go on from any token and ignore this.
+    pub marks: Vec<usize>,
+    /// Whether later requests may go on from what the model remembers of this one. Nothing of a request that is not kept is left once
+    /// it has ended.
+    pub keep: bool,
+    /// What the sequence is called in the list of those on the drive.
+    pub title: Option<String>,
 }
 
 impl Request {
@@ -75,9 +107,14 @@ impl Request {
             special: Special::Markup,
             bias: Vec::new(),
             logprobs: None,
+            prompt_logprobs: None,
+            penalties: Penalties::default(),
             constraint: None,
             when_full: WhenFull::Stop,
             draft: None,
+            marks: Vec::new(),
+            keep: true,
+            title: None,
         }
     }
 
@@ -99,12 +136,29 @@ impl Request {
         if let Some(&id) = self.prompt.iter().find(|&&id| outside(id)) {
             return Err(GenerationError::PromptToken { id, vocab: shape.vocab });
         }
+        for (field, value) in [("presence", self.penalties.presence), ("frequency", self.penalties.frequency)] {
+            if !value.is_finite() {
+                return Err(GenerationError::Penalty { field, value });
+            }
+        }
         let bad = |&&(id, bias): &&(u32, f32)| outside(id) || bias.is_nan() || bias == f32::INFINITY;
         if let Some(&(id, bias)) = self.bias.iter().find(bad) {
             return Err(GenerationError::Bias { id, bias, vocab: shape.vocab });
         }
+        self.check_marks()?;
         if shape.tokenizer.is_none() && !self.stop.strings().is_empty() {
             return Err(GenerationError::StopNeedsTokenizer);
+        }
+        Ok(())
+    }
+
+    fn check_marks(&self) -> Result<(), GenerationError> {
+        let mut before = 0;
+        for &position in &self.marks {
+            if position <= before || position > self.prompt.len() {
+                return Err(GenerationError::Mark { position, before, prompt: self.prompt.len() });
+            }
+            before = position;
         }
         Ok(())
     }

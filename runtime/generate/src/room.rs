@@ -7,14 +7,17 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use sluice_model::engine::{Engine, RuntimeError};
-use sluice_model::{ModelError, Sequence};
+use sluice_model::{ModelError, PAGE_TOKENS, PageKind, PagesFull, Sequence};
 
 use super::Generation;
+use super::guard::tell;
 use super::scheduler::{Running, Scheduler};
 use super::shared::{Arrival, Owner, Place};
+use super::start::Start;
 
 /// For how many more tokens of each generation there must be pages when another one is admitted. With fewer, generations would be
 /// saved and restored more often than is worth it.
@@ -59,8 +62,18 @@ impl Drop for SavedSequence {
     }
 }
 
-pub(super) fn is_pages_full(error: &RuntimeError) -> bool {
-    matches!(error, RuntimeError::Model(ModelError::PagesFull(_)))
+pub(super) fn pages_full(error: &RuntimeError) -> Option<PagesFull> {
+    if let RuntimeError::Model(ModelError::PagesFull(full)) = error { Some(*full) } else { None }
+}
+
+/// The generation that is to be admitted next.
+struct Next {
+    id: u64,
+    tokens: Arc<[u32]>,
+    /// Tokens besides these that it must have room for.
+    ahead: usize,
+    /// It begins with an empty sequence: its own is in a file, or it wants to see the whole prompt.
+    anew: bool,
 }
 
 impl Scheduler {
@@ -68,50 +81,107 @@ impl Scheduler {
     pub(super) fn admit(&mut self, engine: &Engine) {
         let most = self.options.running.unwrap_or(usize::MAX).min(engine.memory().rows).max(1);
         while self.running.len() < most {
-            let next = match self.saved.first() {
-                Some(saved) => Some(wants(&saved.generation, 0)),
-                None => self.shared.lock().queue.front().map(|arrival| wants(&arrival.generation, 0)),
+            let Some(next) = self.next() else { break };
+            let start = match next.anew {
+                true => Start::With(engine.new_sequence()),
+                false => self.start(engine, next.id, &next.tokens, true),
             };
-            let Some(tokens) = next else { break };
+            let (sequence, follows, stored) = match start {
+                Start::With(sequence) => (sequence, None, None),
+                Start::Behind(follows) => (engine.new_sequence(), Some(follows), None),
+                Start::Stored(found) => (engine.new_sequence(), None, Some(found)),
+            };
+            // The page in the middle of which two part is copied.
+            let more = if follows.is_some() { PAGE_TOKENS } else { 0 };
+            let position = follows.map_or(sequence.position(), |follows| follows.position);
+            let tokens = next.tokens.len() - position + next.ahead + more;
             // With nothing else running, waiting would not help: it starts with the pages there are, and fails if those are too few.
-            if !self.running.is_empty() && !self.has_room(engine, tokens) {
+            if !self.make_room(engine, &sequence, tokens) && !self.running.is_empty() {
+                match sequence.position() {
+                    0 => self.spare = Some(sequence),
+                    // What it goes on from may have given up the rest meanwhile.
+                    _ => self.kept.insert(sequence),
+                }
                 break;
             }
-            match self.saved.is_empty() {
-                true => self.begin(engine),
-                false => self.resume(engine),
+            let at = match self.saved.is_empty() {
+                true => self.begin(sequence),
+                false => self.resume(engine, sequence),
+            };
+            let Some(at) = at else { break };
+            self.running[at].follows = follows;
+            self.next = None;
+            if let Some(found) = stored {
+                self.restore(engine, at, &found, &next.tokens);
+            }
+            self.begun(at);
+        }
+    }
+
+    /// The one that is to be admitted next.
+    fn next(&mut self) -> Option<Next> {
+        let of = |id, generation: &Generation, tokens: Arc<[u32]>, in_file| {
+            let anew = in_file || generation.scores_prompt();
+            Some(Next { id, tokens, ahead: generation.remaining().min(AHEAD), anew })
+        };
+        if let Some(saved) = self.saved.first() {
+            return of(saved.id, &saved.generation, saved.generation.tokens().into(), saved.file.is_some());
+        }
+        let state = self.shared.lock();
+        let Arrival { id, generation, .. } = state.queue.front()?;
+        // It can wait for many turns.
+        if self.next.as_ref().is_none_or(|next| next.0 != *id) {
+            self.next = Some((*id, generation.tokens().into()));
+        }
+        of(*id, generation, Arc::clone(&self.next.as_ref()?.1), false)
+    }
+
+    /// Whether there are pages for another generation that wants `tokens` tokens more than `sequence` has, besides what the running
+    /// ones have yet to take. Kept sequences give up what they have for that.
+    fn make_room(&mut self, engine: &Engine, sequence: &Sequence, tokens: usize) -> bool {
+        let limit = |sequence: &Sequence, n: usize| n.min(sequence.capacity() - sequence.position());
+        loop {
+            let running = self.running.iter().filter(|r| !r.is_over());
+            let running = running.map(|r| (&r.sequence, limit(&r.sequence, r.wants())));
+            match engine.room_for(running.chain([(sequence, limit(sequence, tokens))])) {
+                Ok(()) => return true,
+                Err(full) if self.shed(&full, !self.running.is_empty()) => {}
+                Err(_) => return false,
             }
         }
     }
 
-    /// Whether there are pages for another generation that wants `tokens` tokens, besides what the running ones have yet to take.
-    fn has_room(&mut self, engine: &Engine, tokens: usize) -> bool {
-        let empty = &*self.spare.get_or_insert_with(|| engine.new_sequence());
-        let limit = |sequence: &Sequence, n: usize| n.min(sequence.capacity() - sequence.position());
-        let running = self.running.iter().filter(|r| !r.is_over());
-        let running = running.map(|r| (&r.sequence, limit(&r.sequence, wants(&r.generation, r.sequence.position()))));
-        engine.room_for(running.chain([(empty, limit(empty, tokens))])).is_ok()
+    /// A step has not found its pages, or would not: kept sequences give theirs up, then proposals are left out, then marks go. False if
+    /// there is nothing of these left.
+    pub(super) fn find_pages(&mut self, full: &PagesFull) -> bool {
+        if self.shed(full, false) || std::mem::take(&mut self.drafts) {
+            return true;
+        }
+        let keeps_marks = full.kind != PageKind::Rows;
+        keeps_marks && self.running.iter_mut().rev().any(Running::unmark)
     }
 
-    /// Admits the head of the queue.
-    fn begin(&mut self, engine: &Engine) {
+    /// Admits the head of the queue; its place among the running ones.
+    fn begin(&mut self, sequence: Sequence) -> Option<usize> {
         let mut state = self.shared.lock();
-        let Some(Arrival { id, generation, owner }) = state.queue.pop_front() else { return };
+        let Arrival { id, mut generation, owner } = state.queue.pop_front()?;
         state.places.insert(id, Place::Reading { read: 0, prompt: generation.usage().prompt_tokens });
         drop(state);
-        let sequence = self.spare.take().unwrap_or_else(|| engine.new_sequence());
-        let (events, reported, failed) = (Vec::new(), 0, false);
-        self.running.push(Running { id, generation, sequence, owner, events, reported, failed });
+        generation.limit_marks(self.marks);
+        let (events, reported, failed, follows) = (Vec::new(), 0, false, None);
+        self.running.push(Running { id, generation, sequence, owner, events, reported, failed, follows, saved: 0 });
+        Some(self.running.len() - 1)
     }
 
-    /// Admits the oldest of the saved generations.
-    fn resume(&mut self, engine: &Engine) {
+    /// Admits the oldest of the saved generations; its place among the running ones.
+    fn resume(&mut self, engine: &Engine, sequence: Sequence) -> Option<usize> {
         let Saved { id, generation, owner, reported, file } = self.saved.remove(0);
-        let restored = file.and_then(|file| file.restore(engine));
-        let sequence = restored.unwrap_or_else(|| engine.new_sequence());
-        let running = Running { id, generation, sequence, owner, events: Vec::new(), reported, failed: false };
+        let sequence = file.and_then(|file| file.restore(engine)).unwrap_or(sequence);
+        let (events, failed, follows) = (Vec::new(), false, None);
+        let running = Running { id, generation, sequence, owner, events, reported, failed, follows, saved: 0 };
         let place = self.running.partition_point(|other| other.id < id);
         self.running.insert(place, running);
+        Some(place)
     }
 
     /// A step did not find the pages that it needs: the youngest generation gives its pages back. If only one is left, its context
@@ -120,17 +190,25 @@ impl Scheduler {
         for over in self.running.iter_mut().filter(|r| r.is_over()) {
             over.sequence.clear();
         }
-        let alive = self.running.iter().filter(|r| !r.is_over()).count();
-        let Some(youngest) = self.running.iter().rposition(|r| !r.is_over()) else { return };
-        if alive == 1 {
-            self.running[youngest].fill(error);
+        let alive = |r: &&mut Running| !r.is_over() && r.follows.is_none();
+        if let (Some(last), None) = {
+            let mut alive = self.running.iter_mut().filter(alive);
+            (alive.next(), alive.next())
+        } {
+            last.fill(error);
             return;
         }
+        // One that waits for another is younger than that, and has no pages. It goes first, so that the order of arrival stays.
+        let Some(youngest) = self.running.iter().rposition(|r| !r.is_over()) else { return };
         let Running { id, generation, sequence, mut owner, events, reported, .. } = self.running.remove(youngest);
         let file = self.options.spill.as_deref().and_then(|folder| SavedSequence::new(&sequence, folder));
+        if file.is_none() && generation.keeps().0 {
+            // It gives up no more than the others need.
+            self.kept.insert(sequence.fork());
+        }
         drop(sequence);
         self.preemptions += 1;
-        let flow = events.into_iter().try_for_each(&mut owner);
+        let flow = events.into_iter().try_for_each(|event| tell(&mut owner, event));
         let mut state = self.shared.lock();
         state.places.insert(id, Place::Saved { generated: generation.generated().len() });
         if flow.is_break() {
@@ -142,12 +220,13 @@ impl Scheduler {
     }
 }
 
-/// Tokens that a generation with its sequence at `position` must have room for before another one is admitted.
-fn wants(generation: &Generation, position: usize) -> usize {
-    generation.len().saturating_sub(position) + generation.remaining().min(AHEAD)
-}
-
 impl Running {
+    /// Tokens that it must have room for before another one is admitted.
+    fn wants(&self) -> usize {
+        let copied = if self.follows.is_some() { PAGE_TOKENS } else { 0 };
+        self.generation.len().saturating_sub(self.start()) + self.generation.remaining().min(AHEAD) + copied
+    }
+
     /// The only generation left finds no pages: its context counts as full. If it has generated nothing yet, it fails with `error`.
     fn fill(&mut self, error: RuntimeError) {
         if self.generation.generated().is_empty() {

@@ -10,12 +10,18 @@ use sluice_model::control::{Control, Progress, ProgressObserver, RoutingObserver
 use sluice_model::engine::{Engine, RuntimeError};
 use sluice_model::router::Choice;
 use sluice_model::rows::{Phase, Span, Want};
-use sluice_model::{ModelError, Sequence};
+use sluice_model::{ModelError, PageKind, PagesFull, Sequence};
+use sluice_sessions::Store;
 use sluice_text::Tokenizer;
 
+use super::drive::Drive;
+use super::guard::{discard, tell};
+use super::kept::Kept;
 use super::meter::Meter;
-use super::room::{Saved, is_pages_full};
-use super::shared::{Arrival, Owner, Place, Shared};
+use super::report::Reporter;
+use super::room::{Saved, pages_full};
+use super::shared::{Arrival, Owner, Place, Shared, State, Totals};
+use super::start::Follows;
 use super::{Event, Generation, GenerationError, Handle, Request, Shape, Status, Submitter};
 
 /// How many steps of a turn cancelling may interrupt. The next step runs to its end, so that callers who come and go cannot keep
@@ -26,7 +32,7 @@ const INTERRUPTIONS: usize = 3;
 const DRAFT: usize = 16;
 
 /// How a scheduler divides the engine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct SchedulerOptions {
     /// Tokens of prompts in a step in which other generations decode, at least 1. More let prompts be read faster, since every
     /// step reads the experts that it needs once; fewer let the others' tokens come more steadily. While nobody decodes, a
@@ -39,13 +45,33 @@ pub struct SchedulerOptions {
     /// its files, and they can be deleted.
     pub spill: Option<PathBuf>,
     /// A [`Model`](super::Model) that has had nothing to do for this long gives its memory back to the system
-    /// ([`Engine::release_idle`]); `None`: never.
+    /// ([`Engine::release_idle`]), that of kept sequences included; `None`: never.
     pub rest_after: Option<Duration>,
+    /// Most sequences of generations that have ended to keep in memory, so that a later request that begins with the same tokens need
+    /// not read them again. They only have pages that nobody else needs.
+    pub kept: usize,
+    /// Most generations in the queue; `None`: any number.
+    pub queue: Option<usize>,
+    /// Sequences on the drive. What a generation leaves behind is written there, and a later request that begins with the same tokens goes
+    /// on from it, also in another run of the program. Several models can share a store.
+    pub store: Option<Arc<Store>>,
+    /// Where there is a store, a generation is saved whenever this many tokens are new, and once a prompt with so many new tokens has
+    /// been read: so that a program that is killed loses little.
+    pub save_every: usize,
 }
 
 impl Default for SchedulerOptions {
     fn default() -> Self {
-        SchedulerOptions { prompt_rows: 256, running: None, spill: None, rest_after: None }
+        SchedulerOptions {
+            prompt_rows: 256,
+            running: None,
+            spill: None,
+            rest_after: None,
+            kept: 64,
+            queue: None,
+            store: None,
+            save_every: 2048,
+        }
     }
 }
 
@@ -75,6 +101,10 @@ pub(super) struct Running {
     /// Tokens of the prompt that the owner has heard of.
     pub(super) reported: usize,
     pub(super) failed: bool,
+    /// It waits for another one to read what they share; its own sequence is empty until then.
+    pub(super) follows: Option<Follows>,
+    /// Tokens that have been saved.
+    pub(super) saved: usize,
 }
 
 impl Running {
@@ -96,7 +126,7 @@ impl Running {
     }
 
     /// Reports how much of the prompt has been read, if that has changed.
-    fn report(&mut self, read: usize) {
+    pub(super) fn report(&mut self, read: usize) {
         let prompt = self.generation.usage().prompt_tokens;
         let read = read.min(prompt);
         if read > self.reported {
@@ -114,16 +144,26 @@ struct Taker<'a> {
     failed: &'a mut bool,
     /// Whether its span has proposals.
     draft: bool,
+    /// The position of the first token of its span, if the tokens of its prompt are scored.
+    scores_from: Option<usize>,
+    /// The token of the span whose logits the next choice needs.
+    chooses_at: Option<usize>,
 }
 
 impl Taker<'_> {
     fn accept(&mut self, token: usize, logits: &[f32]) {
         let prompt = self.generation.usage().prompt_tokens;
-        if *self.reported < prompt {
+        if *self.reported < prompt && self.chooses_at.is_none_or(|at| at == token) {
             *self.reported = prompt;
             self.events.push(Event::Progress { read: prompt, prompt });
         }
         let mut sink = |event| self.events.push(event);
+        if let Some(from) = self.scores_from {
+            self.generation.score(from + token, logits, &mut sink);
+        }
+        if self.chooses_at.is_some_and(|at| at != token) {
+            return;
+        }
         let accepted = match self.draft {
             true => self.generation.accept_draft(token, logits, &mut sink),
             false => self.generation.accept(logits, &mut sink),
@@ -152,16 +192,28 @@ pub struct Scheduler {
     pub(super) preemptions: u64,
     /// An empty sequence for the next generation in the queue; it has no pages.
     pub(super) spare: Option<Sequence>,
+    /// Number and tokens of the next generation in the queue.
+    pub(super) next: Option<(u64, Arc<[u32]>)>,
+    pub(super) kept: Kept,
+    pub(super) drive: Option<Drive>,
+    /// Whether this turn has waited for the drive, to get pages back.
+    waited: bool,
+    /// Whether there are layers with windows or states, so that a sequence cannot go back to any place.
+    pub(super) forgets: bool,
+    /// Marks that a sequence can keep in such a model.
+    pub(super) marks: usize,
+    pub(super) totals: Totals,
     /// Tokens of the spans of a step.
     tokens: Vec<u32>,
     /// Tokens that were read as parts of prompts, and that were generated, in the current turn.
     read: u64,
     generated: u64,
     /// Whether drafts are checked in this turn: not once there were too few pages for them.
-    drafts: bool,
+    pub(super) drafts: bool,
     /// Tokens that drafts have proposed since the start, and those that came true.
     proposals: (u64, u64),
     meter: Meter,
+    reporter: Reporter,
     /// Whether the last turn had nothing to do.
     idle: bool,
 }
@@ -181,8 +233,16 @@ impl Scheduler {
     /// A scheduler for `engine`, which its turns have to be given. Without a tokenizer there is no text.
     pub fn new(engine: &Engine, tokenizer: Option<Tokenizer>, options: SchedulerOptions) -> Self {
         let shape = Shape { vocab: engine.spec().vocab_size, context: engine.memory().context, tokenizer };
+        let forgets = engine.pages().iter().any(|pages| pages.kind != PageKind::Rows);
         Scheduler {
-            shared: Shared::new(shape),
+            shared: Shared::new(shape, options.queue.map(|limit| limit.max(1))),
+            kept: Kept::new(options.kept),
+            drive: options.store.clone().map(|store| Drive::new(engine, store, options.save_every)),
+            waited: false,
+            next: None,
+            forgets,
+            marks: if forgets { engine.memory().marks } else { 0 },
+            totals: Totals::default(),
             options,
             running: Vec::new(),
             saved: Vec::new(),
@@ -194,6 +254,7 @@ impl Scheduler {
             drafts: true,
             proposals: (0, 0),
             meter: Meter::new(),
+            reporter: Reporter::default(),
             idle: true,
         }
     }
@@ -228,7 +289,9 @@ impl Scheduler {
     /// As [`wait`](Self::wait), but for so long at most.
     pub fn wait_for(&self, most: Option<Duration>) -> Work {
         let mut state = self.shared.lock();
-        while self.running.is_empty() && self.saved.is_empty() && state.queue.is_empty() && state.budget.is_none() {
+        let nothing =
+            |state: &State| state.queue.is_empty() && state.budget.is_none() && !self.shared.board.is_wanted();
+        while self.running.is_empty() && self.saved.is_empty() && nothing(&state) {
             if state.closed {
                 return Work::Closed;
             }
@@ -248,17 +311,24 @@ impl Scheduler {
         Work::Ready
     }
 
+    /// The engine has given its memory back, so that reports of it are out of date.
+    pub(super) fn outdate_report(&self) {
+        self.shared.board.outdate();
+    }
+
     /// Takes one step with every generation that has something to append, and delivers the events to the owners. False if there was
     /// nothing to do.
     ///
     /// A step that fails ends those generations that cannot take it alone, with the error; the others go on.
     pub fn turn(&mut self, engine: &mut Engine, watch: &mut Watch<'_>) -> bool {
         self.meter.resume(self.idle);
+        self.reporter.begin(&self.shared.board, engine, self.idle);
         self.follow_budget(engine);
-        (self.read, self.generated, self.drafts) = (0, 0, true);
+        (self.read, self.generated, self.drafts, self.waited) = (0, 0, true, false);
         let (mut interruptions, mut crowded) = (0, false);
         loop {
             self.sweep();
+            self.follow_up(engine);
             if !crowded {
                 self.admit(engine);
             }
@@ -269,24 +339,25 @@ impl Scheduler {
             match self.step(engine, watch, None, cancellable) {
                 Ok(()) => break,
                 Err(error) if is_cancelled(&error) => interruptions += 1,
-                // Before a generation is saved, the step is tried without proposals.
-                Err(error) if is_pages_full(&error) && self.drafts => self.drafts = false,
-                Err(error) if is_pages_full(&error) => {
-                    self.give_way(error);
-                    crowded = true;
-                }
-                Err(error) => match self.blame(engine, watch, error, cancellable) {
-                    true => break,
-                    false => interruptions += 1,
+                Err(error) => match pages_full(&error) {
+                    Some(full) if self.find_pages(&full) => {}
+                    Some(_) => {
+                        self.give_way(error);
+                        crowded = true;
+                    }
+                    None if self.blame(engine, watch, error, cancellable) => break,
+                    None => interruptions += 1,
                 },
             }
         }
-        self.idle = self.running.is_empty();
-        if !self.idle {
+        let worked = !self.running.is_empty();
+        if worked {
             self.meter.record(self.read, self.generated);
         }
-        let worked = !self.idle;
         self.deliver();
+        // Those that have ended are gone now.
+        self.idle = self.running.is_empty();
+        self.reporter.end(&self.shared.board, engine, self.idle && self.saved.is_empty());
         worked
     }
 
@@ -320,8 +391,9 @@ impl Scheduler {
         for Saved { generation, owner, .. } in saved {
             end(generation, owner, Vec::new());
         }
-        for running in ended {
-            end(running.generation, running.owner, running.events);
+        for Running { mut generation, sequence, owner, events, .. } in ended {
+            self.keep(&mut generation, sequence);
+            end(generation, owner, events);
         }
         for Arrival { generation, owner, .. } in queued {
             end(generation, owner, Vec::new());
@@ -331,13 +403,38 @@ impl Scheduler {
     /// Takes sequences back to where their generations say, and asks for drafts, for a step with room for `rows` rows.
     fn prepare(&mut self, rows: usize) {
         let most = if self.drafts { (rows / self.running.len().max(1)).clamp(1, DRAFT + 1) } else { 1 };
-        for Running { generation, sequence, .. } in &mut self.running {
-            if let Some(position) = generation.take_back_to() {
-                // A sequence that cannot go there goes further back, and reads more again.
-                let _ = sequence.rewind_to(position.min(sequence.position()));
+        for running in &mut self.running {
+            let Running { generation, sequence, .. } = running;
+            go_back(generation, sequence);
+            if let Err(error) = generation.draft(sequence.position(), most - 1) {
+                running.fail(error);
             }
-            generation.draft(sequence.position(), most - 1);
         }
+    }
+
+    /// Keeps what a generation that has ended leaves behind.
+    fn keep(&mut self, generation: &mut Generation, mut sequence: Sequence) {
+        if generation.keeps().0 {
+            go_back(generation, &mut sequence);
+            if let Some(drive) = &self.drive {
+                drive.keep(&sequence, generation.keeps().1);
+            }
+            // A fork has no page for the next pass to write.
+            self.kept.insert(sequence.fork());
+        }
+    }
+
+    /// There are too few pages: kept sequences give theirs up. While sequences that are being written have the pages, there is no use in
+    /// that: it waits for them, once in a turn, but not while `others` could go on. False if that does not help.
+    pub(super) fn shed(&mut self, full: &PagesFull, others: bool) -> bool {
+        if !self.kept.has_pages() && !self.waited && self.is_writing() {
+            if !others {
+                self.waited = true;
+                self.drive.iter().for_each(Drive::flush);
+            }
+            return !others;
+        }
+        self.kept.shed(full)
     }
 
     /// One step: of all, or of one of them `only`.
@@ -350,8 +447,10 @@ impl Scheduler {
     ) -> Result<(), RuntimeError> {
         let before = said(&self.running);
         self.prepare(engine.memory().rows);
-        let takes_part = |r: &Running| !r.is_over() && only.is_none_or(|id| id == r.id);
+        self.save_running();
+        let takes_part = |r: &Running| !r.is_over() && r.follows.is_none() && only.is_none_or(|id| id == r.id);
         let rows = self.rows(engine.memory().rows, &takes_part);
+        self.room_for_step(engine, &rows);
         self.tokens.clear();
         for (running, &count) in self.running.iter().zip(&rows) {
             self.tokens.extend_from_slice(&running.generation.offer(running.sequence.position()).0[..count]);
@@ -373,14 +472,18 @@ impl Scheduler {
             let (tokens, rest) = left.split_at(count);
             left = rest;
             let (offer, phase) = generation.offer(sequence.position());
+            let scores_from = (phase == Phase::Prompt && generation.scores_prompt()).then(|| sequence.position());
+            let chooses_at = scores_from.map(|_| offer.len() - 1);
             let logits = match phase {
                 Phase::Draft => Want::All,
+                _ if scores_from.is_some() => Want::All,
                 _ if count == offer.len() => Want::Last,
                 _ => Want::Nothing,
             };
             prompt_rows += if phase == Phase::Prompt { count } else { 0 };
             spans.push(Span { sequence, tokens, phase, logits });
-            takers.push(Taker { generation, events, reported, failed, draft: phase == Phase::Draft });
+            let draft = phase == Phase::Draft;
+            takers.push(Taker { generation, events, reported, failed, draft, scores_from, chooses_at });
         }
         let Watch { progress, routing } = watch;
         let (sees_progress, sees_routing) = (progress.is_some(), routing.is_some());
@@ -400,21 +503,45 @@ impl Scheduler {
         let outcome =
             engine.step(&mut spans, &mut control, &mut |span, token, logits| takers[span].accept(token, logits));
         self.shared.end_step();
+        self.account(before, if outcome.is_ok() { Some(prompt_rows) } else { None });
+        outcome
+    }
+
+    /// What a step has brought since `before`; `read`: rows of prompts, if it was completed.
+    fn account(&mut self, before: (u64, u64, u64), read: Option<usize>) {
         let after = said(&self.running);
         self.generated += after.0 - before.0;
+        self.totals.generated_tokens += after.0 - before.0;
         self.proposals = (self.proposals.0 + after.1 - before.1, self.proposals.1 + after.2 - before.2);
-        self.read += if outcome.is_ok() { prompt_rows as u64 } else { 0 };
+        self.read += read.unwrap_or(0) as u64;
         for running in &mut self.running {
             running.report(running.sequence.position());
+            // A step that finds no pages has brought nobody further, and takes no marks.
+            if read.is_some() {
+                running.mark();
+            }
         }
-        outcome
+    }
+
+    /// Kept sequences give up the pages that a step needs. The engine would do without automatic marks first, and those are worth more.
+    fn room_for_step(&mut self, engine: &Engine, rows: &[usize]) {
+        while !self.kept.is_empty() {
+            let parts = self.running.iter().zip(rows).filter(|(_, rows)| **rows > 0);
+            match engine.room_for(parts.map(|(running, &rows)| (&running.sequence, rows))) {
+                Ok(()) => break,
+                Err(full) => _ = self.shed(&full, false),
+            }
+        }
     }
 
     /// Rows of each running generation in a step that has room for `most`.
     fn rows(&self, most: usize, takes_part: &dyn Fn(&Running) -> bool) -> Vec<usize> {
         let wanted = |prompt: bool| -> Vec<usize> {
             let of = |r: &Running| match r.generation.offer(r.sequence.position()) {
-                (tokens, phase) if (phase == Phase::Prompt) == prompt && takes_part(r) => tokens.len(),
+                (tokens, phase) if (phase == Phase::Prompt) == prompt && takes_part(r) => match prompt {
+                    true => tokens.len().min(self.rows_to_stop(r)),
+                    false => tokens.len(),
+                },
                 _ => 0,
             };
             self.running.iter().map(of).collect()
@@ -429,7 +556,8 @@ impl Scheduler {
     /// Repeats a failed step for each generation alone, and ends those whose step fails again. False if cancelling interrupted
     /// that.
     fn blame(&mut self, engine: &mut Engine, watch: &mut Watch<'_>, error: RuntimeError, cancellable: bool) -> bool {
-        let ids: Vec<u64> = self.running.iter().filter(|r| !r.is_over()).map(|r| r.id).collect();
+        let ids = self.running.iter().filter(|r| !r.is_over() && r.follows.is_none()).map(|r| r.id);
+        let ids: Vec<u64> = ids.collect();
         if let [id] = ids[..] {
             if let Some(running) = self.running.iter_mut().find(|r| r.id == id) {
                 running.fail(error.into());
@@ -440,7 +568,7 @@ impl Scheduler {
             match self.step(engine, watch, Some(id), cancellable) {
                 Ok(()) => {}
                 // This is not its fault: it takes part in the next turn.
-                Err(error) if is_pages_full(&error) => {}
+                Err(error) if pages_full(&error).is_some() => {}
                 Err(error) if is_cancelled(&error) => return false,
                 Err(error) => {
                     if let Some(running) = self.running.iter_mut().find(|r| r.id == id) {
@@ -458,17 +586,19 @@ impl Scheduler {
         for running in &mut self.running {
             let over = running.is_over();
             let Running { events, owner, .. } = running;
-            let flow = events.drain(..).try_for_each(owner);
+            let flow = events.drain(..).try_for_each(|event| tell(owner, event));
             if flow.is_break() && !over {
                 gone.push(running.id);
             }
         }
-        let over: Vec<Running> = self.running.extract_if(.., |r| r.is_over()).collect();
+        let mut over: Vec<Running> = self.running.extract_if(.., |r| r.is_over()).collect();
+        let ended = over.iter().map(|r| r.id).collect::<Vec<_>>();
+        let owners: Vec<_> = over.drain(..).map(|running| self.retire(running)).collect();
         let mut state = self.shared.lock();
         state.cancelled.extend(gone);
-        for running in &over {
-            state.places.remove(&running.id);
-            state.cancelled.remove(&running.id);
+        for id in &ended {
+            state.places.remove(id);
+            state.cancelled.remove(id);
         }
         for running in &self.running {
             state.places.insert(running.id, running.place());
@@ -476,9 +606,18 @@ impl Scheduler {
         state.rates = self.meter.rates();
         state.preemptions = self.preemptions;
         state.proposals = self.proposals;
+        state.kept = (self.kept.len(), self.kept.tokens());
+        state.totals = self.totals;
         drop(state);
         // Owners go outside the lock: with one may go a handle that cancels others, or the model.
-        drop(over);
+        owners.into_iter().for_each(discard);
+    }
+
+    /// A generation has ended: its sequence is kept, and the rest is returned, to be dropped.
+    fn retire(&mut self, running: Running) -> (Generation, Owner) {
+        let Running { mut generation, sequence, owner, .. } = running;
+        self.keep(&mut generation, sequence);
+        (generation, owner)
     }
 }
 
@@ -497,7 +636,16 @@ fn end(mut generation: Generation, mut owner: Owner, mut events: Vec<Event>) {
     if !failed && let Err(error) = generation.cancel(&mut |event| events.push(event)) {
         events.push(Event::Failed(error));
     }
-    let _ = events.into_iter().try_for_each(&mut owner);
+    let _ = events.into_iter().try_for_each(|event| tell(&mut owner, event));
+    discard((generation, owner));
+}
+
+/// Takes a sequence back to where its generation says.
+fn go_back(generation: &mut Generation, sequence: &mut Sequence) {
+    if let Some(position) = generation.take_back_to() {
+        // A sequence that cannot go there goes further back, and reads more again.
+        let _ = sequence.rewind_to(position.min(sequence.position()));
+    }
 }
 
 /// Tokens that these have generated, tokens that their drafts have proposed, and how many of the latter came true.

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use sluice_model::control::Cancel;
 
+use super::report::{Board, Report};
 use super::{Event, Generation, GenerationError, Request, Shape};
 
 /// Is given a generation's events, between steps; `Break` cancels the generation.
@@ -63,6 +64,25 @@ pub struct Status {
     pub prompt_tokens_per_second: f64,
     /// Tokens generated per second, over the latest turns, of all generations together.
     pub tokens_per_second: f64,
+    /// Sequences of generations that have ended, which are kept in memory for later requests.
+    pub kept: usize,
+    /// Tokens that these have seen; what several of them share counts for each.
+    pub kept_tokens: usize,
+    /// Totals since the start.
+    pub totals: Totals,
+}
+
+/// Tokens since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Totals {
+    /// Tokens of the prompts of generations that have begun.
+    pub prompt_tokens: u64,
+    /// Of these, the ones that were not computed, because a sequence that began with them was there.
+    pub cached_tokens: u64,
+    /// Of the latter, the ones that were read from the drive.
+    pub restored_tokens: u64,
+    /// Tokens that were generated.
+    pub generated_tokens: u64,
 }
 
 /// A generation that has not been admitted.
@@ -88,6 +108,9 @@ pub(super) struct State {
     pub(super) rates: (f64, f64),
     pub(super) preemptions: u64,
     pub(super) proposals: (u64, u64),
+    /// Sequences that are kept, and their tokens.
+    pub(super) kept: (usize, usize),
+    pub(super) totals: Totals,
     /// A budget to apply at the next turn.
     pub(super) budget: Option<u64>,
     pub(super) closed: bool,
@@ -95,7 +118,13 @@ pub(super) struct State {
 
 impl State {
     fn is_alive(&self, id: u64) -> bool {
-        self.places.contains_key(&id) || self.queue.iter().any(|arrival| arrival.id == id)
+        self.places.contains_key(&id) || self.ahead_of(id).is_some()
+    }
+
+    /// How many come before this one in the queue; `None` if it is not there.
+    fn ahead_of(&self, id: u64) -> Option<usize> {
+        // Numbers ascend in the queue.
+        self.queue.binary_search_by_key(&id, |arrival| arrival.id).ok()
     }
 
     fn cancel(&mut self, id: u64) {
@@ -111,6 +140,13 @@ impl State {
         let all: Vec<u64> = self.queue.iter().map(|a| a.id).chain(self.places.keys().copied()).collect();
         all.into_iter().for_each(|id| self.cancel(id));
     }
+
+    /// Nothing comes any more, and what has not begun is cancelled.
+    fn drain(&mut self) {
+        self.closed = true;
+        let queued: Vec<u64> = self.queue.iter().map(|arrival| arrival.id).collect();
+        self.cancelled.extend(queued);
+    }
 }
 
 pub(super) struct Shared {
@@ -118,11 +154,15 @@ pub(super) struct Shared {
     /// There is something to do, or the end has come.
     pub(super) work: Condvar,
     pub(super) shape: Shape,
+    /// Reports of the engine.
+    pub(super) board: Board,
+    /// Most generations in the queue.
+    limit: Option<usize>,
 }
 
 impl Shared {
-    pub(super) fn new(shape: Shape) -> Arc<Self> {
-        Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), shape })
+    pub(super) fn new(shape: Shape, limit: Option<usize>) -> Arc<Self> {
+        Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), shape, board: Board::new(), limit })
     }
 
     /// The state is consistent between any two statements, so a panic elsewhere does not spoil it.
@@ -164,6 +204,9 @@ impl Shared {
             came_true: state.proposals.1,
             prompt_tokens_per_second: state.rates.0,
             tokens_per_second: state.rates.1,
+            kept: state.kept.0,
+            kept_tokens: state.kept.1,
+            totals: state.totals,
         }
     }
 }
@@ -177,7 +220,7 @@ impl Submitter {
     /// should return quickly; `Break` cancels the generation.
     ///
     /// # Errors
-    /// What is wrong with the request, or that the scheduler has been closed.
+    /// What is wrong with the request, that the queue is full, or that the scheduler has been closed.
     pub fn submit(
         &self,
         request: Request,
@@ -187,6 +230,10 @@ impl Submitter {
         let mut state = self.0.lock();
         if state.closed {
             return Err(GenerationError::Closed);
+        }
+        let queued = state.queue.len();
+        if let Some(limit) = self.0.limit.filter(|&limit| queued >= limit) {
+            return Err(GenerationError::QueueFull { queued, limit });
         }
         let id = state.next;
         state.next += 1;
@@ -201,10 +248,28 @@ impl Submitter {
         self.0.status()
     }
 
+    /// What goes on in the engine, as of the latest report; `None` for a moment after the start. As long as somebody calls this every few
+    /// seconds, there is a new report up to four times a second while there is work, and one when the work is done.
+    pub fn report(&self) -> Option<Arc<Report>> {
+        let (report, stale) = self.0.board.look();
+        if stale {
+            // Whoever is about to wait for work holds the lock until it waits.
+            drop(self.0.lock());
+            self.0.work.notify_all();
+        }
+        report
+    }
+
     /// Changes the engine's budget before its next step ([`Engine::set_budget`](sluice_model::Engine::set_budget)). A budget below the
     /// least possible is raised to it.
     pub fn set_budget(&self, bytes: u64) {
         self.0.lock().budget = Some(bytes);
+        self.0.work.notify_all();
+    }
+
+    /// Closes the queue, and cancels the generations that wait in it. Those that have begun go on.
+    pub fn drain(&self) {
+        self.0.lock().drain();
         self.0.work.notify_all();
     }
 
@@ -247,7 +312,7 @@ impl Handle {
     /// Where it is; `None` once it has ended.
     pub fn place(&self) -> Option<Place> {
         let state = self.shared.lock();
-        let ahead = state.queue.iter().position(|arrival| arrival.id == self.id);
+        let ahead = state.ahead_of(self.id);
         ahead.map(|ahead| Place::Queued { ahead }).or_else(|| state.places.get(&self.id).copied())
     }
 }

@@ -22,7 +22,7 @@ fn run(request: Request, shape: &Shape, ranks: &[f32]) -> (Vec<u32>, u64, Option
     let mut generation = Generation::new(request, shape).unwrap();
     let mut position = 0;
     while generation.finish().is_none() {
-        generation.draft(position, 6);
+        generation.draft(position, 6).unwrap();
         let tokens = generation.offer(position).0.to_vec();
         context.truncate(position);
         let is_draft = position > 0 && tokens.len() > 1;

@@ -1,6 +1,7 @@
 //! The opened model: file, pool, layers and kernels, and the steps that it takes with sequences.
 
 mod budget;
+mod residency;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ use crate::memory::{BudgetError, Demand, MemoryPlan, PressureWatch};
 use crate::room;
 use crate::rows::{Cursor, Rows, Span, Want};
 use crate::sequence::MarkLimits;
-use crate::session::{self, Binding, SessionError};
+use crate::session::{self, Binding, SegmentFile, SessionError};
 use crate::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents};
 use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, Tuning};
 use sluice_storage::pool::{
@@ -73,6 +74,7 @@ pub struct EngineOptions {
 const MARK_EVERY: usize = 2048;
 
 pub use self::budget::ShrinkError;
+pub use self::residency::LayerExperts;
 pub use sluice_storage::io::EngineKind as ReadEngineKind;
 
 /// Whether the budget shrinks while the system is short of memory ([`Engine::heed_pressure`]).
@@ -365,7 +367,36 @@ impl Engine {
     /// # Errors
     /// As [`Engine::restore_file`].
     pub fn restore(&self, input: &mut dyn io::Read, name: &Path) -> Result<Sequence, SessionError> {
-        session::restore(self.new_sequence(), self.model.spec().vocab_size, input, name)
+        session::append(&self.new_sequence(), self.model.spec().vocab_size, input, name)
+    }
+
+    /// Appends a segment that [`Sequence::save_file_from`] wrote to a sequence that has the tokens before it; what the sequence has behind
+    /// them is replaced. It then has the segment's marks, and its own before the segment.
+    ///
+    /// # Errors
+    /// As [`Engine::restore_file`]; [`SessionError::Continues`] if the sequence has fewer tokens than stand before the segment,
+    /// [`SessionError::OtherText`] if it has others. The sequence is then as it was.
+    pub fn restore_onto(&self, sequence: &mut Sequence, path: &Path) -> Result<(), SessionError> {
+        let open = |source| SessionError::Open { path: path.to_owned(), source };
+        let mut file = open_regular(path).map_err(open)?;
+        *sequence = session::append(sequence, self.model.spec().vocab_size, &mut file, path)?;
+        Ok(())
+    }
+
+    /// Reads what a chain of segments has of the first of `tokens` into a new sequence: each begins inside of the one before it or at
+    /// its end, and all that stands before a segment is of that text. The sequence has as many tokens as it can go on with: in models
+    /// whose layers see everything all that agree, in others those up to the last mark or end of a segment. It has no marks. Nothing is
+    /// read but what the sequence needs, a few rows at the end of a segment excepted.
+    ///
+    /// # Errors
+    /// As [`Engine::restore_onto`].
+    pub fn restore_segments(&self, segments: &mut [SegmentFile], tokens: &[u32]) -> Result<Sequence, SessionError> {
+        session::restore_segments(self.new_sequence(), self.model.spec().vocab_size, segments, tokens)
+    }
+
+    /// What the numbers of its sequences depend on besides the tokens.
+    pub fn binding(&self) -> Binding {
+        self.binding
     }
 
     /// Takes the tokens from `position` on out of a sequence. Where it cannot go there ([`Sequence::rewind_to`]), it goes to the

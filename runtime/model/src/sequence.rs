@@ -203,12 +203,7 @@ impl Sequence {
             if self.limits.most == 0 {
                 return Err(RewindError::NoMarks { bytes: self.pool.layout().mark_bytes(self.capacity) });
             }
-            while self.costly_marks() >= self.limits.most {
-                let costly = || self.marks.iter().enumerate().filter(|(_, s)| s.costs());
-                let oldest = costly().find(|(_, s)| s.automatic).or_else(|| costly().next());
-                let (oldest, _) = oldest.expect("there is at least one");
-                self.marks.remove(oldest);
-            }
+            self.forget_marks(self.limits.most - 1);
         }
         let mark = snapshot.mark;
         self.marks.push(snapshot);
@@ -222,6 +217,16 @@ impl Sequence {
         let tables = if position > 0 { &self.tables[..] } else { &[] };
         let kept = tables.iter().map(|table| table.keep(position)).collect();
         Snapshot { mark: Mark::new(position), kept, automatic }
+    }
+
+    /// Gives up the oldest marks that keep something, automatic ones first, until there are no more than `most`.
+    fn forget_marks(&mut self, most: usize) {
+        while self.costly_marks() > most {
+            let costly = || self.marks.iter().enumerate().filter(|(_, s)| s.costs());
+            let oldest = costly().find(|(_, s)| s.automatic).or_else(|| costly().next());
+            let (oldest, _) = oldest.expect("there is at least one");
+            self.marks.remove(oldest);
+        }
     }
 
     fn costly_marks(&self) -> usize {
@@ -334,6 +339,31 @@ impl Sequence {
         }
     }
 
+    /// A sequence of the first `position` tokens, a whole number of pages, which it shares. What layers with windows and states
+    /// remember there is not in it, and has to be put in before it goes on.
+    pub(crate) fn beginning(&self, position: usize) -> Self {
+        let kinds = self.pool.layout().pages().iter().enumerate().zip(&self.tables);
+        let tables = kinds.map(|((number, page), table)| match page.kind() {
+            PageKind::Rows => {
+                let mut table = table.fork();
+                table.rewind(position, None);
+                table
+            }
+            kind => Table::new(number, kind, self.capacity),
+        });
+        let mut tokens = Vec::with_capacity(self.capacity);
+        tokens.extend_from_slice(&self.tokens[..position]);
+        Sequence {
+            pool: Arc::clone(&self.pool),
+            tables: tables.collect(),
+            tokens,
+            capacity: self.capacity,
+            marks: self.marks.iter().filter(|mark| mark.position() < position).cloned().collect(),
+            limits: self.limits,
+            binding: self.binding,
+        }
+    }
+
     pub(crate) fn pool(&self) -> &Arc<PagePool> {
         &self.pool
     }
@@ -397,6 +427,11 @@ impl Sequence {
         self.marks.push(mark);
     }
 
+    /// Gives up the oldest of restored marks, if there are more than the memory plan has room for.
+    pub(crate) fn limit_marks(&mut self) {
+        self.forget_marks(self.limits.most);
+    }
+
     /// Layers of the model.
     pub(crate) fn layers(&self) -> usize {
         self.pool.layout().layers()
@@ -406,6 +441,16 @@ impl Sequence {
     pub(crate) fn forgets(&self, layer: usize) -> bool {
         let layout = self.pool.layout();
         layout.pages()[layout.layer(layer).0].kind() != PageKind::Rows
+    }
+
+    /// The layers that keep what they remember of a token as long as the sequence has it.
+    pub(crate) fn remembering_layers(&self) -> impl Iterator<Item = usize> {
+        (0..self.layers()).filter(|&layer| !self.forgets(layer))
+    }
+
+    /// The layers with windows or recurrent states.
+    pub(crate) fn forgetting_layers(&self) -> impl Iterator<Item = usize> {
+        (0..self.layers()).filter(|&layer| self.forgets(layer))
     }
 
     pub(crate) fn layer(&self, index: usize) -> LayerCache<'_> {

@@ -238,6 +238,28 @@ impl ChatTemplate {
         job.render(&Arc::default(), &[], false)
     }
 
+    /// The conversation as a prompt, from which [`Prompt::encode`] makes token ids.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn prompt(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[Message],
+        options: &RenderOptions,
+    ) -> Result<Prompt, TextError> {
+        let (text, untrusted) = self.render_untrusted(tokenizer.controls(), messages, options)?;
+        Ok(Prompt { text, untrusted })
+    }
+
+    /// The template's source in Jinja: the one for tools, if there is one and `tools` is true.
+    pub fn source(&self, tools: bool) -> &str {
+        match &self.tool_use {
+            Some(tool_use) if tools => &tool_use.text,
+            _ => &self.default.text,
+        }
+    }
+
     /// The conversation as text, and the parts of it that are not the template's.
     fn render_untrusted(
         &self,
@@ -272,8 +294,49 @@ pub fn encode_chat(
     messages: &[Message],
     options: &RenderOptions,
 ) -> Result<Vec<u32>, TextError> {
-    let (text, untrusted) = template.render_untrusted(tokenizer.controls(), messages, options)?;
-    tokenizer.encode_untrusted(&text, &untrusted)
+    template.prompt(tokenizer, messages, options)?.encode(tokenizer)
+}
+
+/// A conversation as text, which remembers who wrote what.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Prompt {
+    text: String,
+    /// Byte ranges that are not the template's, in ascending order.
+    untrusted: Vec<Range<usize>>,
+}
+
+impl Prompt {
+    /// The whole text, as the template rendered it.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The parts that are not the template's: byte ranges in ascending order.
+    pub fn untrusted(&self) -> &[Range<usize>] {
+        &self.untrusted
+    }
+
+    /// Its token ids. Nothing outside the template's own text becomes a control token.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>, TextError> {
+        tokenizer.encode_untrusted(&self.text, &self.untrusted)
+    }
+
+    /// Cuts the text behind the last place where `content` stands, so that a model goes on with the message that says it. False if
+    /// the text does not contain it, because the template has changed it.
+    pub fn end_with(&mut self, content: &str) -> bool {
+        let content = content.trim_end();
+        let Some(at) = self.text.rfind(content) else { return false };
+        let end = at + content.len();
+        self.text.truncate(end);
+        self.untrusted.retain_mut(|range| {
+            range.end = range.end.min(end);
+            range.start < range.end
+        });
+        true
+    }
 }
 
 /// One conversation to render, perhaps several times.

@@ -26,7 +26,7 @@ mod tiktoken;
 mod tokenizer;
 mod untrusted;
 
-pub use chat::{ChatTemplate, Message, RenderOptions, SpecialTokens, encode_chat};
+pub use chat::{ChatTemplate, Message, Prompt, RenderOptions, SpecialTokens, encode_chat};
 pub use error::TextError;
 pub use generation_config::{GenerationDefaults, Remark};
 pub use limits::MAX_TEXT_BYTES;

@@ -297,13 +297,19 @@ impl Tokenizer {
         self.token_id(self.inner.names.eos.as_deref()?)
     }
 
+    /// Whether a token means something to the model beyond text: an added token, but not one of white space. Text on both sides of
+    /// it is tokenised on its own.
+    pub fn is_control(&self, id: u32) -> bool {
+        self.inner.added.is_control(id)
+    }
+
     /// Whether a token is special: left out of text by `skip_special`.
     pub fn is_special(&self, id: u32) -> bool {
         self.inner.added.spelling(id).is_some_and(|spelling| self.inner.added.is_special(spelling))
     }
 
     /// Whether a reader needs this token, although it is special: the markers of OpenAI's harmony format (gpt-oss), without which
-    /// a chain of thought and the answer behind it are one text, and those of Mistral's models.
+    /// a chain of thought and the answer behind it are one text, and the markers of thinking and tool calls of other families.
     pub fn is_markup(&self, id: u32) -> bool {
         self.inner.added.spelling(id).is_some_and(|token| {
             let is_one_of = |list: &[&str]| list.contains(&token);
@@ -355,17 +361,47 @@ impl Tokenizer {
 const HARMONY: [&str; 3] = ["<|channel|>", "<|message|>", "<|start|>"];
 const HARMONY_MORE: [&str; 4] = ["<|end|>", "<|constrain|>", "<|call|>", "<|return|>"];
 
-/// Other special tokens that structure what a model writes. Most models make such tokens ordinary ones.
-const MARKUP: [&str; 9] = [
+/// Other special tokens that structure what a model writes: around thinking and in tool calls. Most models make such tokens
+/// ordinary ones. Tokens that end a turn are none of them.
+const MARKUP: [&str; 32] = [
+    // Mistral
     "[THINK]",
     "[/THINK]",
     "[TOOL_CALLS]",
     "[CALL_ID]",
     "[ARGS]",
+    // Qwen, GLM, and most others
     "<think>",
     "</think>",
     "<tool_call>",
     "</tool_call>",
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
+    // DeepSeek
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>",
+    "｜DSML｜",
+    // Kimi
+    "<|tool_calls_section_begin|>",
+    "<|tool_calls_section_end|>",
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+    // MiniMax
+    "<minimax:tool_call>",
+    "</minimax:tool_call>",
+    "]<]minimax[>[",
+    "<mm:think>",
+    "</mm:think>",
+    // Llama
+    "<|python_tag|>",
+    "<|python_start|>",
+    "<|python_end|>",
 ];
 
 impl Inner {
@@ -503,6 +539,23 @@ mod tests {
         assert_eq!(tokenizer.decode(&ids, true).unwrap(), "hi");
         assert_eq!(tokenizer.decode(&ids, false).unwrap(), "hi<|end|>");
         assert_eq!(tokenizer.token_text(end).as_deref(), Some("<|end|>"));
+    }
+
+    #[test]
+    fn markers_are_markup_and_ends_of_turns_are_not() {
+        let mut json: Value = serde_json::from_str(&fixtures::byte_level()).unwrap();
+        let ends =
+            ["<|im_end|>", "<｜end▁of▁sentence｜>", "[e~[", "<|eot_id|>", "<|eom_id|>", "<|user|>", "</s>", "<|call|>"];
+        let tokens = json["added_tokens"].as_array_mut().unwrap();
+        let first = tokens[0]["id"].as_u64().unwrap() + 4;
+        for (id, content) in (first..).zip(MARKUP.iter().chain(&ends).filter(|token| **token != "<think>")) {
+            tokens.push(json!({"id": id, "content": content, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true}));
+        }
+        let tokenizer = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
+        let is_markup = |token: &str| tokenizer.is_markup(tokenizer.token_id(token).unwrap());
+        assert!(MARKUP.iter().all(|token| is_markup(token)));
+        assert!(!ends.iter().any(|token| is_markup(token)));
     }
 
     #[test]

@@ -184,6 +184,14 @@ impl Pool {
         self.slots.iter().filter(is_resident).count()
     }
 
+    /// The experts that are in memory, in no order.
+    pub fn residents(&self) -> impl Iterator<Item = ExpertKey> {
+        self.slots.iter().filter_map(|content| match content {
+            Content::Resident { expert, .. } => Some(self.directory.key(*expert)),
+            _ => None,
+        })
+    }
+
     /// True if the expert is in memory.
     #[must_use]
     pub fn is_resident(&self, key: ExpertKey) -> bool {

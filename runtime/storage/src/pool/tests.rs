@@ -127,6 +127,7 @@ proptest! {
             prop_assert_eq!(after.hits + after.misses, requests);
             prop_assert!(pool.resident_count() <= slots);
             prop_assert_eq!(after.misses - after.evictions, pool.resident_count() as u64);
+            prop_assert_eq!(pool.residents().filter(|&key| pool.is_resident(key)).count(), pool.resident_count());
             // As much as fits stays.
             if wanted.len() <= slots {
                 for expert in wanted {

@@ -1,0 +1,150 @@
+//! `sluice serve`: models over HTTP.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use sluice_model::EngineOptions;
+use sluice_server::logs::{self, LogFormat};
+use sluice_server::{Guard, ServerOptions, SessionOptions, serve_until_told};
+
+use crate::engine_args::EngineArgs;
+use crate::error::CliError;
+use crate::size::{parse_count, parse_size};
+use crate::terminal::note;
+
+const EXAMPLES: &str = "\
+The server speaks the APIs of OpenAI (/v1/chat/completions, /v1/completions, /v1/responses), Anthropic (/v1/messages) and \
+Ollama (/api/chat, /api/generate), and has a page at /. docs/SERVER.md says how to set up clients.
+
+Examples:
+  sluice serve r1.sluice
+  sluice serve glm.sluice qwen.sluice --budget 48GiB --sessions ~/.cache/sluice/sessions
+  sluice serve r1.sluice --host 0.0.0.0 --api-key \"$(cat key.txt)\"";
+
+/// Serve models over HTTP: the APIs of OpenAI, Anthropic and Ollama, and a page
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// The model files; each is loaded when it is first asked for, and they share the budget
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+
+    /// Address to listen at
+    #[arg(long, value_name = "HOST", default_value = "127.0.0.1", help_heading = "Server")]
+    host: String,
+
+    /// Port to listen at; 0 takes a free one
+    #[arg(long, value_name = "PORT", default_value_t = 8080, help_heading = "Server")]
+    port: u16,
+
+    /// Key that clients must send; may be given several times, or as SLUICE_API_KEY
+    #[arg(long, value_name = "KEY", help_heading = "Server")]
+    api_key: Vec<String>,
+
+    /// Listen at an address that others can reach without a key
+    #[arg(long, help_heading = "Server")]
+    insecure: bool,
+
+    /// Name under which this server is reached, besides addresses and localhost; may be given several times
+    #[arg(long, value_name = "NAME", help_heading = "Server")]
+    allow_host: Vec<String>,
+
+    /// Origin of pages that may use this server, such as https://chat.example; may be given several times
+    #[arg(long, value_name = "ORIGIN", help_heading = "Server")]
+    allow_origin: Vec<String>,
+
+    /// Folder for what models remember of conversations, so that they go on after a restart
+    #[arg(long, value_name = "DIR", help_heading = "Server")]
+    sessions: Option<PathBuf>,
+
+    /// Most bytes in the folder of --sessions; the least useful go
+    #[arg(long, value_name = "SIZE", default_value = "20GB", value_parser = parse_size, help_heading = "Server")]
+    sessions_max: u64,
+
+    /// Days after which sessions that nobody has used are deleted
+    #[arg(long, value_name = "DAYS", default_value_t = 30, help_heading = "Server")]
+    sessions_days: u64,
+
+    /// Tokens that a conversation can have, prompt and answer
+    #[arg(long, value_name = "N", value_parser = parse_count, help_heading = "Server")]
+    context: Option<NonZeroUsize>,
+
+    /// Conversations of that length for which there is memory at a time; more run while they are shorter
+    #[arg(long, value_name = "N", default_value = "2", value_parser = parse_count, help_heading = "Server")]
+    parallel: NonZeroUsize,
+
+    /// Requests that may wait; more are told to come again
+    #[arg(long, value_name = "N", default_value = "64", value_parser = parse_count, help_heading = "Server")]
+    queue: NonZeroUsize,
+
+    /// Take out of prompts what agents change on every call although it says nothing new, so that models need not read them again
+    #[arg(long, help_heading = "Server")]
+    normalise_agents: bool,
+
+    /// Seconds that answers have to end once the server is told to end
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, help_heading = "Server")]
+    grace: u64,
+
+    /// Write logs as JSON, one object a line
+    #[arg(long, help_heading = "Server")]
+    log_json: bool,
+
+    /// Write what clients send into the logs as well
+    #[arg(long, help_heading = "Server")]
+    log_prompts: bool,
+
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+/// Tokens of a conversation unless somebody says otherwise.
+const CONTEXT: usize = 8192;
+/// Marks of a sequence: ends of the latest messages.
+const MARKS: usize = 4;
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    logs::init(if args.log_json { LogFormat::Json } else { LogFormat::Text });
+    args.engine.say_what_is_lossy();
+    let options = options(args)?;
+    let ready = |address: SocketAddr| note(&format_args!("listening at http://{address}"));
+    serve_until_told(options, args.insecure, ready).map_err(|error| CliError::Failure(error.to_string()))
+}
+
+fn options(args: &Args) -> Result<ServerOptions, CliError> {
+    let mut keys = args.api_key.clone();
+    keys.extend(std::env::var("SLUICE_API_KEY").ok().filter(|key| !key.is_empty()));
+    if keys.iter().any(String::is_empty) {
+        return Err(CliError::Usage("--api-key is empty: give a key".into()));
+    }
+    let context = args.context.map_or(CONTEXT, NonZeroUsize::get);
+    let engine = EngineOptions { sequences: Some(args.parallel.get()), marks: MARKS, ..args.engine.options(context) };
+    let days = Duration::from_secs(args.sessions_days.saturating_mul(24 * 60 * 60));
+    let sessions = |folder: &PathBuf| SessionOptions {
+        folder: folder.clone(),
+        max_bytes: args.sessions_max,
+        expire_after: Some(days),
+    };
+    Ok(ServerOptions {
+        files: args.files.clone(),
+        address: address(&args.host, args.port)?,
+        guard: Guard { keys, hosts: args.allow_host.clone(), origins: args.allow_origin.clone() },
+        engine,
+        queue: args.queue.get(),
+        sessions: args.sessions.as_ref().map(sessions),
+        grace: Duration::from_secs(args.grace),
+        log_prompts: args.log_prompts,
+        normalise: args.normalise_agents,
+        ..ServerOptions::default()
+    })
+}
+
+fn address(host: &str, port: u16) -> Result<SocketAddr, CliError> {
+    if host.eq_ignore_ascii_case("localhost") {
+        return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
+    }
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let found = (host, port).to_socket_addrs().ok().and_then(|mut found| found.next());
+    found.ok_or_else(|| CliError::Usage(format!("--host {host}: there is no such address")))
+}

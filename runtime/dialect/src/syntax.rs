@@ -1,0 +1,343 @@
+//! What the families write, as data.
+
+/// A pair of markers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Marks {
+    pub(crate) open: &'static str,
+    pub(crate) close: &'static str,
+}
+
+/// How a family writes thinking and calls.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Syntax {
+    pub(crate) name: &'static str,
+    /// Around thinking.
+    pub(crate) think: Marks,
+    /// Around all calls of an answer.
+    pub(crate) section: Option<Marks>,
+    pub(crate) calls: Calls,
+    /// Whether a call also ends thinking: where nothing but a control token begins one.
+    pub(crate) calls_end_thinking: bool,
+    pub(crate) ids: Ids,
+}
+
+/// The form of a call.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Calls {
+    /// `{"name": …, "arguments": …}` in JSON.
+    Objects(Objects),
+    /// A name, a separator, and the arguments in JSON.
+    Named(Named),
+    /// A name and a tag for each parameter.
+    Tagged(Tagged),
+    /// Python: `[name(parameter=value)]`, or objects in JSON.
+    Python,
+    /// OpenAI's harmony: messages to recipients.
+    Harmony,
+}
+
+impl Calls {
+    /// The marker with which a call begins.
+    pub(crate) fn open(&self) -> &'static str {
+        match self {
+            Self::Objects(objects) => objects.open,
+            Self::Named(call) => call.open,
+            Self::Tagged(call) if call.open.is_empty() => call.name,
+            Self::Tagged(call) => call.open,
+            Self::Python => "<|python_start|>",
+            Self::Harmony => "",
+        }
+    }
+}
+
+/// Calls that are objects in JSON.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Objects {
+    /// Before an object or a list of them.
+    pub(crate) open: &'static str,
+    /// Behind it.
+    pub(crate) close: Option<&'static str>,
+    /// Whether an answer that begins with an object is a call as well.
+    pub(crate) bare: bool,
+}
+
+/// Calls of a name and arguments.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Named {
+    pub(crate) open: &'static str,
+    pub(crate) separator: &'static str,
+    /// `None`: a call ends with its arguments.
+    pub(crate) close: Option<&'static str>,
+}
+
+/// Calls with a tag for each parameter.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Tagged {
+    /// Before the call.
+    pub(crate) open: &'static str,
+    /// Before the name, which follows at once.
+    pub(crate) name: &'static str,
+    /// What ends the name, and whether that belongs to the call rather than to the name.
+    pub(crate) name_ends: &'static [(&'static str, bool)],
+    pub(crate) parameter: Parameter,
+    /// What ends the call.
+    pub(crate) close: &'static str,
+    /// What may follow, and means nothing.
+    pub(crate) trailer: Option<&'static str>,
+    /// Whether a call may begin outside of a section, or with its name's marker.
+    pub(crate) bare: bool,
+}
+
+/// The tags of a parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Parameter {
+    /// The name between `open` and `middle`, after it perhaps `value`, then the value until `close`. `lines`: a line break on
+    /// each side of the value belongs to the markup.
+    Plain { open: &'static str, middle: &'static str, value: &'static str, close: &'static str, lines: bool },
+    /// As `Plain`, with an attribute `string="true|false"` before the `>`.
+    Typed { open: &'static str, close: &'static str },
+    /// The name is the tag: `{0}<name>value{0}</name>`, and objects and lists are nested tags.
+    Nested(&'static str),
+}
+
+/// Where the ids of calls come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ids {
+    /// `call_` and 24 characters.
+    Long,
+    /// Nine characters.
+    Nine,
+    /// The model writes them: `functions.name:0`.
+    Own,
+}
+
+const THINK: Marks = Marks { open: "<think>", close: "</think>" };
+
+/// Qwen3, Qwen3-Next, and everything that nothing else is known of: the format of the Hermes models.
+pub(crate) static HERMES: Syntax = Syntax {
+    name: "hermes",
+    think: THINK,
+    section: None,
+    calls: Calls::Objects(Objects { open: "<tool_call>", close: Some("</tool_call>"), bare: false }),
+    calls_end_thinking: false,
+    ids: Ids::Long,
+};
+
+const fn deepseek(name: &'static str) -> Syntax {
+    Syntax {
+        name,
+        think: THINK,
+        section: Some(Marks { open: "<｜tool▁calls▁begin｜>", close: "<｜tool▁calls▁end｜>" }),
+        calls: Calls::Named(Named {
+            open: "<｜tool▁call▁begin｜>",
+            separator: "<｜tool▁sep｜>",
+            close: Some("<｜tool▁call▁end｜>"),
+        }),
+        calls_end_thinking: true,
+        ids: Ids::Long,
+    }
+}
+
+/// DeepSeek V3 and R1: arguments in a fence of Markdown.
+pub(crate) static DEEPSEEK_V3: Syntax = deepseek("deepseek-v3");
+
+/// DeepSeek V3.1.
+pub(crate) static DEEPSEEK_V31: Syntax = deepseek("deepseek-v3.1");
+
+const fn dsml(name: &'static str, section: Marks, spaced: bool) -> Syntax {
+    let (open, parameter, end, close) = match spaced {
+        false => ("<｜DSML｜invoke name=\"", "<｜DSML｜parameter name=\"", "</｜DSML｜parameter>", "</｜DSML｜invoke>"),
+        true => {
+            ("<｜DSML｜ invoke name=\"", "<｜DSML｜ parameter name=\"", "</｜DSML｜ parameter>", "</｜DSML｜ invoke>")
+        }
+    };
+    Syntax {
+        name,
+        think: THINK,
+        section: Some(section),
+        calls: Calls::Tagged(Tagged {
+            open: "",
+            name: open,
+            name_ends: &[("\">", true)],
+            parameter: Parameter::Typed { open: parameter, close: end },
+            close,
+            trailer: None,
+            bare: true,
+        }),
+        calls_end_thinking: true,
+        ids: Ids::Long,
+    }
+}
+
+/// DeepSeek V3.2.
+pub(crate) static DEEPSEEK_V32: Syntax =
+    dsml("deepseek-v3.2", Marks { open: "<｜DSML｜function_calls>", close: "</｜DSML｜function_calls>" }, false);
+
+/// DeepSeek V4.
+pub(crate) static DEEPSEEK_V4: Syntax =
+    dsml("deepseek-v4", Marks { open: "<｜DSML｜tool_calls>", close: "</｜DSML｜tool_calls>" }, false);
+
+/// DeepSeek V4.1.
+pub(crate) static DEEPSEEK_V41: Syntax =
+    dsml("deepseek-v4.1", Marks { open: "<｜DSML｜ calls>", close: "</｜DSML｜ calls>" }, true);
+
+/// Kimi K2.
+pub(crate) static KIMI_K2: Syntax = Syntax {
+    name: "kimi-k2",
+    think: THINK,
+    section: Some(Marks { open: "<|tool_calls_section_begin|>", close: "<|tool_calls_section_end|>" }),
+    calls: Calls::Named(Named {
+        open: "<|tool_call_begin|>",
+        separator: "<|tool_call_argument_begin|>",
+        close: Some("<|tool_call_end|>"),
+    }),
+    calls_end_thinking: true,
+    ids: Ids::Own,
+};
+
+/// GLM-4.5 and later.
+const fn glm(name: &'static str) -> Syntax {
+    Syntax {
+        name,
+        think: THINK,
+        section: None,
+        calls: Calls::Tagged(Tagged {
+            open: "<tool_call>",
+            name: "",
+            name_ends: &[("\n", true), ("<arg_key>", false), ("</tool_call>", false)],
+            parameter: Parameter::Plain {
+                open: "<arg_key>",
+                middle: "</arg_key>",
+                value: "<arg_value>",
+                close: "</arg_value>",
+                lines: false,
+            },
+            close: "</tool_call>",
+            trailer: None,
+            bare: false,
+        }),
+        calls_end_thinking: false,
+        ids: Ids::Long,
+    }
+}
+
+/// GLM-4.5 and 4.6, which put parameters on lines of their own.
+pub(crate) static GLM_45: Syntax = glm("glm-4.5");
+
+/// GLM-4.7 and 5, which do not.
+pub(crate) static GLM_47: Syntax = glm("glm-4.7");
+
+/// Qwen3-Coder and Qwen3.5.
+pub(crate) static QWEN_XML: Syntax = Syntax {
+    name: "qwen-xml",
+    think: THINK,
+    section: None,
+    calls: Calls::Tagged(Tagged {
+        open: "<tool_call>",
+        name: "<function=",
+        name_ends: &[(">", true)],
+        parameter: Parameter::Plain { open: "<parameter=", middle: ">", value: "", close: "</parameter>", lines: true },
+        close: "</function>",
+        trailer: Some("</tool_call>"),
+        bare: true,
+    }),
+    calls_end_thinking: false,
+    ids: Ids::Long,
+};
+
+/// gpt-oss.
+pub(crate) static HARMONY: Syntax = Syntax {
+    name: "harmony",
+    think: THINK,
+    section: None,
+    calls: Calls::Harmony,
+    calls_end_thinking: false,
+    ids: Ids::Long,
+};
+
+/// MiniMax M2.
+pub(crate) static MINIMAX_M2: Syntax = Syntax {
+    name: "minimax-m2",
+    think: THINK,
+    section: Some(Marks { open: "<minimax:tool_call>", close: "</minimax:tool_call>" }),
+    calls: Calls::Tagged(Tagged {
+        open: "",
+        name: "<invoke name=\"",
+        name_ends: &[("\">", true)],
+        parameter: Parameter::Plain {
+            open: "<parameter name=\"",
+            middle: "\">",
+            value: "",
+            close: "</parameter>",
+            lines: false,
+        },
+        close: "</invoke>",
+        trailer: None,
+        bare: false,
+    }),
+    calls_end_thinking: false,
+    ids: Ids::Long,
+};
+
+/// The token before every tag of MiniMax M3.
+pub(crate) const M3: &str = "]<]minimax[>[";
+
+/// MiniMax M3.
+pub(crate) static MINIMAX_M3: Syntax = Syntax {
+    name: "minimax-m3",
+    think: Marks { open: "<mm:think>", close: "</mm:think>" },
+    section: Some(Marks { open: "]<]minimax[>[<tool_call>", close: "]<]minimax[>[</tool_call>" }),
+    calls: Calls::Tagged(Tagged {
+        open: "",
+        name: "]<]minimax[>[<invoke name=\"",
+        name_ends: &[("\">", true)],
+        parameter: Parameter::Nested(M3),
+        close: "]<]minimax[>[</invoke>",
+        trailer: None,
+        bare: false,
+    }),
+    calls_end_thinking: false,
+    ids: Ids::Long,
+};
+
+const MISTRAL_THINK: Marks = Marks { open: "[THINK]", close: "[/THINK]" };
+
+/// Mistral's models until 2024: a list of objects.
+pub(crate) static MISTRAL_LIST: Syntax = Syntax {
+    name: "mistral-list",
+    think: MISTRAL_THINK,
+    section: None,
+    calls: Calls::Objects(Objects { open: "[TOOL_CALLS]", close: None, bare: false }),
+    calls_end_thinking: false,
+    ids: Ids::Nine,
+};
+
+/// Mistral's models since: a name and arguments.
+pub(crate) static MISTRAL: Syntax = Syntax {
+    name: "mistral",
+    think: MISTRAL_THINK,
+    section: None,
+    calls: Calls::Named(Named { open: "[TOOL_CALLS]", separator: "[ARGS]", close: None }),
+    calls_end_thinking: false,
+    ids: Ids::Nine,
+};
+
+/// Llama 3.x: a bare object, or one behind a token.
+pub(crate) static LLAMA_3: Syntax = Syntax {
+    name: "llama-3",
+    think: THINK,
+    section: None,
+    calls: Calls::Objects(Objects { open: "<|python_tag|>", close: None, bare: true }),
+    calls_end_thinking: false,
+    ids: Ids::Long,
+};
+
+/// Llama 4: a list of calls in Python, or objects as Llama 3 writes them.
+pub(crate) static LLAMA_4: Syntax = Syntax {
+    name: "llama-4",
+    think: THINK,
+    section: None,
+    calls: Calls::Python,
+    calls_end_thinking: false,
+    ids: Ids::Long,
+};

@@ -1,0 +1,172 @@
+//! Sequences of generations that have ended. A later request that begins with the same tokens goes on from one of them instead of
+//! reading its prompt from the beginning.
+//!
+//! They only have pages that nobody needs. When pages are needed, the least useful sequence loses its last tokens, or all of them
+//! where it cannot go back; what it shares with others stays with them.
+
+use sluice_model::{PAGE_TOKENS, PageKind, PagesFull, Sequence};
+
+/// Fewer tokens than this are computed again: that takes less time than to look after one more sequence.
+pub(super) const FEWEST: usize = 16;
+
+/// One use makes a sequence as useful as one that was used this much later, up to [`MOST_USES`] times.
+const USE: u64 = 4;
+const MOST_USES: u64 = 16;
+
+struct Entry {
+    sequence: Sequence,
+    /// When it was used last, counted in uses of all sequences.
+    used: u64,
+    uses: u64,
+}
+
+impl Entry {
+    fn worth(&self) -> u64 {
+        self.used + USE * self.uses.min(MOST_USES)
+    }
+}
+
+/// The sequences that are kept.
+pub(super) struct Kept {
+    entries: Vec<Entry>,
+    most: usize,
+    clock: u64,
+}
+
+impl Kept {
+    /// Room for `most` sequences.
+    pub(super) fn new(most: usize) -> Self {
+        Kept { entries: Vec::new(), most, clock: 0 }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Tokens of all of them.
+    pub(super) fn tokens(&self) -> usize {
+        self.sequences().map(Sequence::position).sum()
+    }
+
+    pub(super) fn sequences(&self) -> impl Iterator<Item = &Sequence> {
+        self.entries.iter().map(|entry| &entry.sequence)
+    }
+
+    /// Gives all of them up.
+    pub(super) fn clear(&mut self) {
+        self.entries.clear();
+    }
+
+    /// The one that can go on as a sequence of `tokens` with the most tokens seen already, and how many these are.
+    pub(super) fn best(&self, tokens: &[u32]) -> Option<(usize, usize)> {
+        let each = self.sequences().enumerate().map(|(number, sequence)| (number, reach(sequence, tokens)));
+        each.filter(|best| best.1 >= FEWEST).max_by_key(|best| best.1)
+    }
+
+    /// A sequence that goes on from one of them, at a position that it reaches.
+    pub(super) fn fork(&mut self, number: usize, position: usize) -> Sequence {
+        self.clock += 1;
+        let entry = &mut self.entries[number];
+        (entry.used, entry.uses) = (self.clock, entry.uses + 1);
+        fork_at(&entry.sequence, position)
+    }
+
+    /// Keeps a sequence. Of two that begin with the same tokens, one is enough if it can go back to where the other is.
+    pub(super) fn insert(&mut self, sequence: Sequence) {
+        if self.most == 0 || sequence.position() < FEWEST {
+            return;
+        }
+        self.clock += 1;
+        let is_longer = |entry: &&mut Entry| entry.sequence.position() > sequence.position();
+        let longer = self.entries.iter_mut().filter(is_longer).find(|entry| covers(&entry.sequence, &sequence));
+        if let Some(entry) = longer {
+            entry.used = self.clock;
+            return;
+        }
+        let covered = self.entries.extract_if(.., |entry| covers(&sequence, &entry.sequence));
+        let uses = covered.map(|entry| entry.uses).sum();
+        if self.entries.len() >= self.most
+            && let Some(least) = (0..self.entries.len()).min_by_key(|&number| self.entries[number].worth())
+        {
+            self.entries.swap_remove(least);
+        }
+        self.entries.push(Entry { sequence, used: self.clock, uses });
+    }
+
+    /// Whether giving one of them up makes pages free.
+    pub(super) fn has_pages(&self) -> bool {
+        self.sequences().any(|sequence| sequence.own_pages() > 0)
+    }
+
+    /// Too few pages are free: the least useful sequence gives up what is missing, or all that it has. Of those that share all that
+    /// they have with others, one is given up only if there are no others. False if there is none left.
+    pub(super) fn shed(&mut self, full: &PagesFull) -> bool {
+        let own: Vec<usize> = self.sequences().map(Sequence::own_pages).collect();
+        let least = (0..own.len()).min_by_key(|&number| (own[number] == 0, self.entries[number].worth()));
+        let Some(least) = least else { return false };
+        let sequence = &mut self.entries[least].sequence;
+        let cut = full.wanted.saturating_sub(full.free).min(own[least]).max(1);
+        let left = sequence.position().div_ceil(PAGE_TOKENS).saturating_sub(cut) * PAGE_TOKENS;
+        let reached = match full.kind {
+            PageKind::Rows => sequence.reachable(left).unwrap_or(0),
+            // What layers with windows and states remember does not become less with fewer tokens.
+            PageKind::Window(_) | PageKind::State => 0,
+        };
+        let goes = own[least] == 0 || reached < PAGE_TOKENS || sequence.rewind_to(reached).is_err();
+        let entry = self.entries.swap_remove(least);
+        if !goes && !self.sequences().any(|other| covers(other, &entry.sequence)) {
+            self.entries.push(entry);
+        }
+        true
+    }
+}
+
+/// How many of `tokens` a sequence that goes on from this one has seen already. At least one is left, because its logits are needed.
+pub(super) fn reach(sequence: &Sequence, tokens: &[u32]) -> usize {
+    sequence.reachable(shared(sequence.tokens(), tokens)).unwrap_or(0)
+}
+
+/// Tokens that two sequences begin with, without the last of `wanted`.
+pub(super) fn shared(tokens: &[u32], wanted: &[u32]) -> usize {
+    const BLOCK: usize = 64;
+    let equal = tokens.chunks_exact(BLOCK).zip(wanted.chunks_exact(BLOCK)).take_while(|(a, b)| a == b).count() * BLOCK;
+    let rest = tokens[equal..].iter().zip(&wanted[equal..]).take_while(|(a, b)| a == b).count();
+    (equal + rest).min(wanted.len().saturating_sub(1))
+}
+
+/// A sequence of the first `position` tokens that this one can go back to.
+pub(super) fn fork_at(sequence: &Sequence, position: usize) -> Sequence {
+    let mut fork = sequence.fork();
+    // It goes nowhere if it has fewer tokens. Then there is nothing to go back from.
+    let _ = fork.rewind_to(position.min(sequence.position()));
+    fork
+}
+
+/// Whether the longer one makes the other superfluous.
+fn covers(longer: &Sequence, other: &Sequence) -> bool {
+    longer.tokens().starts_with(other.tokens()) && longer.reachable(other.position()) == Ok(other.position())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shared;
+
+    #[test]
+    fn what_two_sequences_begin_with_leaves_one_token_to_compute() {
+        let tokens: Vec<u32> = (0..300).collect();
+        assert_eq!(shared(&tokens, &tokens), 299);
+        assert_eq!(shared(&tokens[..200], &tokens), 200);
+        assert_eq!(shared(&tokens, &tokens[..200]), 199);
+        for at in [0, 1, 63, 64, 65, 127, 128, 255] {
+            let mut other = tokens.clone();
+            other[at] = 999;
+            assert_eq!(shared(&tokens, &other), at);
+        }
+        assert_eq!((shared(&[], &tokens), shared(&tokens, &[])), (0, 0));
+        assert_eq!(shared(&tokens[..1], &tokens[..1]), 0);
+    }
+}

@@ -1,0 +1,158 @@
+//! Where a generation begins: behind the tokens that a sequence has seen already.
+//!
+//! Any sequence will do that begins with the same tokens, whether it is kept or its generation still runs: a fork of it shares the
+//! pages and reads only the rest. If an older generation is about to read what a new one needs, the new one waits until that has been
+//! read. It loses nothing by waiting, because it would have to read the same tokens in the same steps. A generation only waits for
+//! older ones, so the oldest never waits, and there is no circle. If the one that it waits for ends or has to give its pages up, it looks
+//! again.
+
+use sluice_model::{Engine, PAGE_TOKENS, Sequence};
+use sluice_sessions::Found;
+
+use super::kept::{FEWEST, fork_at, reach, shared};
+use super::scheduler::{Running, Scheduler};
+
+/// A generation waits until an older one has read what both have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Follows {
+    /// The number of the older one.
+    leader: u64,
+    /// Where this one will begin.
+    pub(super) position: usize,
+}
+
+/// How a generation begins.
+pub(super) enum Start {
+    /// With a sequence that has seen the first tokens, or none.
+    With(Sequence),
+    /// Behind an older one.
+    Behind(Follows),
+    /// With a sequence from the drive.
+    Stored(Found),
+}
+
+impl Scheduler {
+    /// How generation `id` with these tokens best begins; `drive`: whether the drive counts.
+    pub(super) fn start(&mut self, engine: &Engine, id: u64, tokens: &[u32], drive: bool) -> Start {
+        let kept = self.kept.best(tokens);
+        let started = self.running.iter().filter(|r| r.follows.is_none());
+        let running = started.map(|r| (r, reach(&r.sequence, tokens))).filter(|best| best.1 >= FEWEST);
+        let running = running.max_by_key(|best| best.1);
+        let reached = kept.map_or(0, |best| best.1).max(running.map_or(0, |best| best.1));
+        let stored = self.drive.as_ref().filter(|_| drive).and_then(|drive| drive.find(tokens, reached));
+        let found = stored.as_ref().map_or(reached, Found::position);
+        if let Some(follows) = self.leader(id, tokens, found) {
+            return Start::Behind(follows);
+        }
+        if let Some(found) = stored {
+            return Start::Stored(found);
+        }
+        Start::With(match (kept, running) {
+            (Some((number, position)), _) if position == reached => self.kept.fork(number, position),
+            (_, Some((running, position))) => fork_at(&running.sequence, position),
+            _ => self.spare.take().unwrap_or_else(|| engine.new_sequence()),
+        })
+    }
+
+    /// An older generation that will have read enough more than `reached` of these tokens to be worth waiting for.
+    fn leader(&self, id: u64, tokens: &[u32], reached: usize) -> Option<Follows> {
+        let older = self.running.iter().filter(|r| r.id < id && !r.is_over() && r.start() < r.generation.to_read());
+        let ahead = older.map(|r| (r, shared(&r.generation.tokens()[..r.generation.to_read()], tokens)));
+        // The oldest of equals.
+        let ahead = ahead.filter(|(r, position)| *position > r.start()).rev().max_by_key(|ahead| ahead.1);
+        let (leader, position) = ahead?;
+        let gain = position.saturating_sub(reached);
+        let is_all = position + 1 == tokens.len();
+        let worth = gain >= PAGE_TOKENS || (is_all && gain >= FEWEST);
+        worth.then_some(Follows { leader: leader.id, position })
+    }
+
+    /// Lets those begin that have waited for others to read what they share.
+    pub(super) fn follow_up(&mut self, engine: &Engine) {
+        for at in 0..self.running.len() {
+            let Running { id, follows: Some(follows), .. } = self.running[at] else { continue };
+            if self.running.iter().any(|r| r.id == follows.leader && !r.is_over() && r.start() < follows.position) {
+                continue;
+            }
+            let tokens = self.running[at].generation.tokens().to_vec();
+            match self.start(engine, id, &tokens, false) {
+                Start::Behind(follows) => self.running[at].follows = Some(follows),
+                // The drive was not asked.
+                Start::Stored(_) => {}
+                Start::With(sequence) => {
+                    let running = &mut self.running[at];
+                    (running.sequence, running.follows) = (sequence, None);
+                    self.begun(at);
+                }
+            }
+        }
+    }
+
+    /// Reads what a generation begins with from the drive. If that fails, it begins with what memory has.
+    pub(super) fn restore(&mut self, engine: &Engine, at: usize, found: &Found, tokens: &[u32]) {
+        let drive = self.drive.as_ref();
+        if let Some(sequence) = drive.and_then(|drive| drive.restore(engine, found, tokens)) {
+            self.totals.restored_tokens += sequence.position() as u64;
+            self.running[at].sequence = sequence;
+            return;
+        }
+        let id = self.running[at].id;
+        match self.start(engine, id, tokens, false) {
+            Start::With(sequence) => self.running[at].sequence = sequence,
+            Start::Behind(follows) => self.running[at].follows = Some(follows),
+            // The drive was not asked.
+            Start::Stored(_) => {}
+        }
+    }
+
+    /// A generation has got the sequence that it begins with.
+    pub(super) fn begun(&mut self, at: usize) {
+        let running = &mut self.running[at];
+        if running.follows.is_some() {
+            return;
+        }
+        let position = running.sequence.position();
+        running.saved = position;
+        if running.generation.begin_at(position) {
+            self.totals.prompt_tokens += running.generation.usage().prompt_tokens as u64;
+            self.totals.cached_tokens += position as u64;
+        }
+        running.report(position);
+        running.mark();
+        self.touch_stored(&self.running[at]);
+    }
+
+    /// Rows that a generation can take before it has to stop on the way: to be marked, or to be forked by one that waits for it. A
+    /// sequence whose layers all see everything can go back to any place later, and need not stop.
+    pub(super) fn rows_to_stop(&self, running: &Running) -> usize {
+        if !self.forgets {
+            return usize::MAX;
+        }
+        let position = running.sequence.position();
+        let followers = self.running.iter().filter_map(|r| r.follows).filter(|f| f.leader == running.id);
+        let stops = followers.map(|follows| follows.position).chain(running.generation.mark_behind(position));
+        stops.filter(|&stop| stop > position).min().map_or(usize::MAX, |stop| stop - position)
+    }
+}
+
+impl Running {
+    /// Where its sequence is or will begin.
+    pub(super) fn start(&self) -> usize {
+        self.follows.map_or(self.sequence.position(), |follows| follows.position)
+    }
+
+    /// Marks the sequence, if it is where the request has a mark.
+    pub(super) fn mark(&mut self) {
+        if self.generation.is_mark(self.sequence.position()) {
+            // Where the plan has no room for marks, there are none.
+            let _ = self.sequence.mark();
+        }
+    }
+
+    /// Gives the marks up. False if there are none.
+    pub(super) fn unmark(&mut self) -> bool {
+        let marks: Vec<_> = self.sequence.marks().collect();
+        marks.iter().for_each(|&mark| self.sequence.unmark(mark));
+        !marks.is_empty()
+    }
+}

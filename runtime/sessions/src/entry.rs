@@ -1,0 +1,71 @@
+//! What is told of a folder.
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use sluice_format::StateId;
+use sluice_model::session::Binding;
+
+/// Where sessions are kept, and how many.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// The folder. It is made if it is not there.
+    pub folder: PathBuf,
+    /// The most bytes that its sessions may have. The least useful ones go first.
+    pub max_bytes: u64,
+    /// Sessions that were not used for so long are deleted.
+    pub expire_after: Option<Duration>,
+}
+
+/// A session in the folder: a segment, and all that stands before it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SessionEntry {
+    /// Its name: 32 hexadecimal digits, made from the model and the tokens.
+    pub id: String,
+    /// The session that it continues.
+    pub parent: Option<String>,
+    /// Sessions that continue it.
+    pub children: Vec<String>,
+    /// What it was computed with.
+    pub binding: Binding,
+    /// Tokens of the session, those before its segment included.
+    pub tokens: usize,
+    /// Bytes of its own file.
+    pub bytes: u64,
+    /// When it was saved.
+    pub created: SystemTime,
+    /// When it was last saved, restored or touched.
+    pub used: SystemTime,
+    /// How often that was.
+    pub uses: u32,
+    /// What its owner calls it.
+    pub title: Option<String>,
+}
+
+impl SessionEntry {
+    /// The model.
+    pub fn state_id(&self) -> StateId {
+        self.binding.state_id
+    }
+}
+
+/// What a folder holds, and what has become of it since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes of the files of sessions, as the filesystem counts them.
+    pub bytes: u64,
+    /// Files of sessions.
+    pub files: usize,
+    /// Of these, files that cannot be used: damaged, of another version, or without what they continue.
+    pub unusable: usize,
+    /// Sequences that wait to be written, the one that is being written included.
+    pub waiting: usize,
+    /// Files that were written.
+    pub written: u64,
+    /// Files that were deleted to make room, or because they had expired or were damaged.
+    pub deleted: u64,
+    /// Sequences that were not written because newer ones came too fast.
+    pub dropped: u64,
+    /// Errors; [`Store::last_error`] has the last one.
+    pub errors: u64,
+}

@@ -1,0 +1,74 @@
+//! JSON bodies: read, bounded, and with the field's name in what is said about them.
+
+use axum::body::{Body, Bytes};
+use axum::extract::{FromRequest, Request};
+use axum::http::Response;
+use serde::de::DeserializeOwned;
+
+use crate::error::{ApiError, Flavour, Kind};
+
+/// A request's body, read as JSON whatever its `Content-Type` says. Fields that are not known are ignored.
+pub struct Json<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+    type Rejection = Response<Body>;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Self::Rejection> {
+        let flavour = Flavour::of(request.uri().path());
+        let bytes = Bytes::from_request(request, state).await.map_err(|rejection| {
+            let kind = match rejection.status().as_u16() {
+                413 => Kind::TooLarge,
+                408 => Kind::Timeout,
+                _ => Kind::Invalid,
+            };
+            ApiError::new(kind, rejection.body_text()).response(flavour)
+        })?;
+        parse(&bytes).map(Json).map_err(|error| error.response(flavour))
+    }
+}
+
+/// Reads JSON.
+///
+/// # Errors
+/// Names the field that is wrong.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    let mut reader = serde_json::Deserializer::from_slice(bytes);
+    let read = serde_path_to_error::deserialize(&mut reader);
+    let value = read.map_err(|error| {
+        let path = error.path().to_string();
+        let inner = error.into_inner();
+        if inner.is_data() && path != "." {
+            return ApiError::field(path.clone(), format!("`{path}`: {inner}")).code("invalid_type");
+        }
+        ApiError::invalid(format!("the body is no JSON that this path takes: {inner}"))
+    })?;
+    reader.end().map_err(|error| ApiError::invalid(format!("the body goes on behind its JSON: {error}")))?;
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, serde::Deserialize)]
+    struct Example {
+        list: Vec<Inner>,
+    }
+
+    #[derive(Debug, serde::Deserialize)]
+    struct Inner {
+        number: u32,
+    }
+
+    #[test]
+    fn the_wrong_field_is_named() {
+        let good: Example = parse(br#"{"list": [{"number": 3, "unknown": null}], "more": 1}"#).unwrap();
+        assert_eq!(good.list[0].number, 3);
+        let error = parse::<Example>(br#"{"list": [{"number": 1}, {"number": "x"}]}"#).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("list[1].number"));
+        for text in ["", "{", "[]x", "nul", "{\"list\": []} {}", &"[".repeat(10_000)] {
+            let error = parse::<Example>(text.as_bytes()).unwrap_err();
+            assert_eq!(error.kind, Kind::Invalid, "{text}");
+        }
+    }
+}

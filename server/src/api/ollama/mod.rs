@@ -1,0 +1,38 @@
+//! Ollama's API: <https://docs.ollama.com/api>.
+
+mod catalogue;
+mod chat;
+mod reply;
+mod request;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::routing::{any, get, post};
+
+use crate::app::App;
+
+pub use request::{ChatRequest, GenerateRequest};
+
+/// The version of the API that these paths speak. Clients look at it to learn what they may ask for.
+const VERSION: &str = "0.13.0";
+
+/// What manages models in Ollama. Here, models are files that the server was started with.
+const MANAGEMENT: [&str; 6] =
+    ["/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/{digest}"];
+
+/// The paths.
+pub fn routes() -> Router<Arc<App>> {
+    let routes = Router::new()
+        .route("/api/version", get(catalogue::version))
+        .route("/api/tags", get(catalogue::tags))
+        .route("/api/ps", get(catalogue::ps))
+        .route("/api/show", post(catalogue::show))
+        .route("/api/chat", post(chat::chat))
+        .route("/api/generate", post(chat::generate))
+        .route("/api/embed", any(catalogue::no_embeddings))
+        .route("/api/embeddings", any(catalogue::no_embeddings));
+    MANAGEMENT.iter().fold(routes, |routes, path| routes.route(path, any(catalogue::no_management)))
+}

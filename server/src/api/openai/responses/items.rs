@@ -1,0 +1,311 @@
+//! Input items: what a client writes, and what earlier responses said, as messages for a template.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value, json};
+use sluice_text::Message;
+
+use super::reasoning;
+use super::tools::INPUT;
+use crate::api::openai::new_id;
+use crate::error::ApiError;
+
+/// `input` as a list of items, each with a type and an id.
+///
+/// # Errors
+/// Names the item that is wrong.
+pub fn normalized(input: &Value) -> Result<Vec<Value>, ApiError> {
+    let items = match input {
+        Value::Null => return Ok(Vec::new()),
+        Value::String(text) => {
+            let content = json!([{"type": "input_text", "text": text}]);
+            return Ok(vec![json!({
+                "type": "message",
+                "id": new_id("msg_"),
+                "status": "completed",
+                "role": "user",
+                "content": content,
+            })]);
+        }
+        Value::Array(items) => items,
+        _ => return Err(ApiError::field("input", "`input` must be a text or a list of items").code("invalid_type")),
+    };
+    items.iter().enumerate().map(|(i, item)| normalized_item(item, &format!("input[{i}]"))).collect()
+}
+
+fn normalized_item(item: &Value, place: &str) -> Result<Value, ApiError> {
+    let wrong = |what: &str| ApiError::field(place, format!("`{place}` {what}")).code("invalid_value");
+    let Value::Object(fields) = item else {
+        return Err(wrong("must be an object"));
+    };
+    let mut fields = fields.clone();
+    let kind = match fields.get("type") {
+        None | Some(Value::Null) if fields.contains_key("role") => "message".to_owned(),
+        Some(Value::String(kind)) => kind.clone(),
+        _ => return Err(wrong("has no `type`")),
+    };
+    let prefix = match kind.as_str() {
+        "message" => "msg_",
+        "reasoning" => "rs_",
+        "function_call" => "fc_",
+        "custom_tool_call" => "ctc_",
+        _ => "item_",
+    };
+    fields.insert("type".into(), kind.into());
+    if !fields.get("id").is_some_and(Value::is_string) {
+        fields.insert("id".into(), new_id(prefix).into());
+    }
+    Ok(fields.into())
+}
+
+/// Messages that are being put together.
+#[derive(Debug, Default)]
+pub struct Conversation {
+    messages: Vec<Map<String, Value>>,
+    /// Ids of the calls so far.
+    calls: BTreeSet<String>,
+    /// Whether the last message is an assistant's, and may still get calls.
+    open: bool,
+}
+
+impl Conversation {
+    /// The conversation of instructions, the items of earlier responses, and new items.
+    ///
+    /// # Errors
+    /// Names the item that is wrong.
+    pub fn of(instructions: Option<&str>, history: &[Value], input: &[Value]) -> Result<Self, ApiError> {
+        let mut conversation = Conversation::default();
+        if let Some(text) = instructions.filter(|text| !text.is_empty()) {
+            conversation.message("system", text.into());
+        }
+        for item in history {
+            conversation.push(item, "previous_response_id")?;
+        }
+        for (i, item) in input.iter().enumerate() {
+            conversation.push(item, &format!("input[{i}]"))?;
+        }
+        Ok(conversation)
+    }
+
+    /// Whether nobody has said anything besides the instructions.
+    pub fn is_empty(&self) -> bool {
+        self.messages.iter().all(|message| message.get("role").is_some_and(|role| role == "system"))
+    }
+
+    /// The messages, in the form of chat completions.
+    pub fn into_messages(self) -> Vec<Message> {
+        self.messages.into_iter().map(Message::from).collect()
+    }
+
+    fn push(&mut self, item: &Value, place: &str) -> Result<(), ApiError> {
+        match item["type"].as_str().unwrap_or_default() {
+            "message" => self.push_message(item, place),
+            "reasoning" => {
+                if let Some(text) = reasoning::text_of(item) {
+                    self.assistant(|message| !message.contains_key("reasoning_content") && is_bare(message))
+                        .insert("reasoning_content".into(), text.into());
+                }
+                Ok(())
+            }
+            "function_call" => {
+                let arguments = text(item, "arguments", place)?.to_owned();
+                self.call(item, place, None, arguments)
+            }
+            "custom_tool_call" => {
+                let arguments = json!({INPUT: text(item, "input", place)?}).to_string();
+                self.call(item, place, None, arguments)
+            }
+            "local_shell_call" => self.call(item, place, Some("local_shell"), item["action"].to_string()),
+            "function_call_output" | "custom_tool_call_output" | "local_shell_call_output" => self.output(item, place),
+            "item_reference" => {
+                let message = format!("`{place}`: item references are not supported: send the item itself");
+                Err(ApiError::field(place, message).code("unsupported_value"))
+            }
+            other => {
+                let message = format!("`{place}`: items of type {other:?} are not supported");
+                Err(ApiError::field(place, message).code("unsupported_value"))
+            }
+        }
+    }
+
+    fn push_message(&mut self, item: &Value, place: &str) -> Result<(), ApiError> {
+        let role = item["role"].as_str().unwrap_or_default();
+        if !["system", "developer", "user", "assistant"].contains(&role) {
+            let place = format!("{place}.role");
+            let message =
+                format!("`{place}` is {}, it must be one of system, developer, user, assistant", item["role"]);
+            return Err(ApiError::field(place, message).code("invalid_value"));
+        }
+        let content = content(&item["content"], &format!("{place}.content"))?;
+        match role {
+            "assistant" => {
+                let message = self.assistant(|message| !message.contains_key("content"));
+                message.insert("content".into(), content.into());
+            }
+            role => self.message(role, content.into()),
+        }
+        Ok(())
+    }
+
+    fn message(&mut self, role: &str, content: Value) {
+        self.open = false;
+        let mut message = Map::new();
+        message.insert("role".into(), role.into());
+        message.insert("content".into(), content);
+        self.messages.push(message);
+    }
+
+    /// The last message if it is an assistant's and `fits`, or a new one.
+    fn assistant(&mut self, fits: impl Fn(&Map<String, Value>) -> bool) -> &mut Map<String, Value> {
+        let fits = self.open && self.messages.last().is_some_and(fits);
+        if !fits {
+            let mut message = Map::new();
+            message.insert("role".into(), "assistant".into());
+            self.messages.push(message);
+            self.open = true;
+        }
+        self.messages.last_mut().expect("a message was added if there was none")
+    }
+
+    fn call(&mut self, item: &Value, place: &str, name: Option<&str>, arguments: String) -> Result<(), ApiError> {
+        let id = text(item, "call_id", place)?.to_owned();
+        let name = match name {
+            Some(name) => name,
+            None => text(item, "name", place)?,
+        };
+        let call = json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
+        let message = self.assistant(|_| true);
+        let calls = message.entry("tool_calls").or_insert_with(|| Value::Array(Vec::new()));
+        if let Value::Array(calls) = calls {
+            calls.push(call);
+        }
+        self.calls.insert(id);
+        Ok(())
+    }
+
+    fn output(&mut self, item: &Value, place: &str) -> Result<(), ApiError> {
+        // Codex names the call of a local shell by the item's id.
+        let id = item["call_id"].as_str().or_else(|| item["id"].as_str()).unwrap_or_default();
+        if !self.calls.contains(id) {
+            let place = format!("{place}.call_id");
+            let message = format!("`{place}`: no call {id:?} comes before its output");
+            return Err(ApiError::field(place, message).code("invalid_value"));
+        }
+        let content = match &item["output"] {
+            Value::Object(object) => Value::Object(object.clone()).to_string(),
+            output => content(output, &format!("{place}.output"))?,
+        };
+        let id = id.to_owned();
+        self.message("tool", content.into());
+        if let Some(message) = self.messages.last_mut() {
+            message.insert("tool_call_id".into(), id.into());
+        }
+        Ok(())
+    }
+}
+
+/// Whether an assistant's message says nothing yet.
+fn is_bare(message: &Map<String, Value>) -> bool {
+    !message.contains_key("content") && !message.contains_key("tool_calls")
+}
+
+fn text<'a>(item: &'a Value, field: &str, place: &str) -> Result<&'a str, ApiError> {
+    item[field].as_str().ok_or_else(|| {
+        let place = format!("{place}.{field}");
+        ApiError::field(&place, format!("`{place}` is needed, as a text")).code("invalid_type")
+    })
+}
+
+/// The text of `content`: a string, or parts.
+fn content(value: &Value, place: &str) -> Result<String, ApiError> {
+    let parts = match value {
+        Value::String(text) => return Ok(text.clone()),
+        Value::Array(parts) => parts,
+        _ => {
+            return Err(
+                ApiError::field(place, format!("`{place}` must be a text or a list of parts")).code("invalid_type")
+            );
+        }
+    };
+    let mut whole = String::new();
+    for (i, part) in parts.iter().enumerate() {
+        let place = format!("{place}[{i}]");
+        whole += match part["type"].as_str() {
+            Some("input_text" | "output_text" | "text" | "summary_text" | "reasoning_text") => {
+                text(part, "text", &place)?
+            }
+            Some("refusal") => text(part, "refusal", &place)?,
+            Some(other) => {
+                let message = format!("`{place}`: parts of type {other:?} are not supported: this server reads texts");
+                return Err(ApiError::field(place, message).code("unsupported_value"));
+            }
+            None => return Err(ApiError::field(&place, format!("`{place}` has no `type`")).code("invalid_type")),
+        };
+    }
+    Ok(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn messages(instructions: Option<&str>, input: Value) -> Result<Vec<Value>, ApiError> {
+        let conversation = Conversation::of(instructions, &[], &normalized(&input)?)?;
+        Ok(conversation.messages.into_iter().map(Value::Object).collect())
+    }
+
+    #[test]
+    fn one_turn_of_an_agent_is_one_message() {
+        let input = json!([
+            {"role": "user", "content": "Look."},
+            {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I "}, {"type": "output_text", "text": "look."}]},
+            {"type": "function_call", "call_id": "c1", "name": "ls", "arguments": "{\"a\": 1}"},
+            {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": "*** \"x\""},
+            {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "files"}]},
+            {"type": "custom_tool_call_output", "call_id": "c2", "output": "done"},
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "So."}]},
+            {"type": "local_shell_call", "call_id": "c3", "action": {"command": ["ls"]}},
+            {"type": "local_shell_call_output", "call_id": "c3", "output": "x"},
+        ]);
+        let messages = messages(Some("Be kind."), input).unwrap();
+        let call = |id: &str, name: &str, arguments: &str| json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
+        let expected = [
+            json!({"role": "system", "content": "Be kind."}),
+            json!({"role": "user", "content": "Look."}),
+            json!({"role": "assistant", "reasoning_content": "Hm.", "content": "I look.", "tool_calls": [
+                call("c1", "ls", "{\"a\": 1}"), call("c2", "apply_patch", "{\"input\":\"*** \\\"x\\\"\"}"),
+            ]}),
+            json!({"role": "tool", "content": "files", "tool_call_id": "c1"}),
+            json!({"role": "tool", "content": "done", "tool_call_id": "c2"}),
+            json!({"role": "assistant", "reasoning_content": "So.", "tool_calls": [call("c3", "local_shell", "{\"command\":[\"ls\"]}")]}),
+            json!({"role": "tool", "content": "x", "tool_call_id": "c3"}),
+        ];
+        assert_eq!(messages, expected);
+    }
+
+    #[test]
+    fn two_answers_stay_two_messages() {
+        let input = json!([
+            {"type": "message", "role": "assistant", "phase": "commentary", "content": "One."},
+            {"type": "message", "role": "assistant", "content": "Two."},
+            {"type": "message", "role": "user", "content": "Go on."},
+        ]);
+        assert_eq!(messages(None, input).unwrap().len(), 3);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named() {
+        let of = |item: Value| messages(None, json!([item])).unwrap_err().param.unwrap();
+        let image = json!([{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "x"}]);
+        assert_eq!(of(json!({"role": "user", "content": image})), "input[0].content[1]");
+        assert_eq!(of(json!({"role": "tool", "content": "x"})), "input[0].role");
+        assert_eq!(of(json!({"role": "user", "content": 1})), "input[0].content");
+        assert_eq!(of(json!({"type": "function_call_output", "call_id": "?", "output": "x"})), "input[0].call_id");
+        assert_eq!(of(json!({"type": "function_call", "call_id": "c", "name": "n"})), "input[0].arguments");
+        assert_eq!(of(json!({"type": "item_reference", "id": "x"})), "input[0]");
+        assert_eq!(of(json!({"type": "computer_call"})), "input[0]");
+        assert_eq!(of(json!(1)), "input[0]");
+        assert_eq!(messages(None, json!({})).unwrap_err().param.as_deref(), Some("input"));
+    }
+}

@@ -1,0 +1,111 @@
+//! What all handlers share, and which path is whose.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::Response;
+use axum::middleware::{self, Next};
+
+use sluice_sessions::Store;
+use tower_http::timeout::RequestBodyTimeoutLayer;
+
+use crate::api;
+use crate::api::openai::responses::store::ResponseStore;
+use crate::error::{ApiError, Flavour, Kind};
+use crate::guard::{self, Guard};
+use crate::live::Live;
+use crate::metrics::Metrics;
+use crate::models::Models;
+use crate::options::ServerOptions;
+use crate::page;
+
+/// How long a client may pause while it sends a body.
+const BODY: Duration = Duration::from_secs(30);
+
+/// What all handlers share.
+pub struct App {
+    /// How the server was set up.
+    pub options: ServerOptions,
+    /// The models.
+    pub models: Arc<Models>,
+    /// What models remember of conversations on the drive, if it is kept.
+    pub store: Option<Arc<Store>>,
+    /// The answers that are being made.
+    pub live: Live,
+    /// Responses that can be continued.
+    pub responses: Arc<ResponseStore>,
+    /// Counters.
+    pub metrics: Metrics,
+    /// When the server began.
+    pub started: Instant,
+    /// Set once the server is to end.
+    pub closing: AtomicBool,
+}
+
+impl App {
+    /// A server's state.
+    pub fn new(options: ServerOptions, models: Models, store: Option<Arc<Store>>) -> Arc<Self> {
+        let responses = Arc::new(ResponseStore::new(options.sessions.as_ref()));
+        Arc::new(App {
+            responses,
+            options,
+            models: Arc::new(models),
+            store,
+            live: Live::default(),
+            metrics: Metrics::new(),
+            started: Instant::now(),
+            closing: AtomicBool::new(false),
+        })
+    }
+
+    /// Refuses new work once the server is to end.
+    ///
+    /// # Errors
+    /// When it is.
+    pub fn open(&self) -> Result<(), ApiError> {
+        match self.closing.load(Ordering::Relaxed) {
+            true => Err(ApiError::new(Kind::Closing, "the server is about to end: try again when it is back")),
+            false => Ok(()),
+        }
+    }
+}
+
+/// All paths, behind the guard.
+pub fn router(app: &Arc<App>) -> Router {
+    let guard: Arc<Guard> = Arc::new(app.options.guard.clone());
+    api::routes()
+        .fallback(not_found)
+        .method_not_allowed_fallback(not_allowed)
+        .with_state(Arc::clone(app))
+        .merge(page::router())
+        .layer(DefaultBodyLimit::max(app.options.max_body))
+        .layer(RequestBodyTimeoutLayer::new(BODY))
+        .layer(middleware::from_fn_with_state(guard, guard::check))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), record))
+}
+
+async fn not_found(request: Request) -> Response<Body> {
+    let path = request.uri().path();
+    let message = format!("there is nothing at {path}: /openapi.json lists what there is");
+    ApiError::new(Kind::NotFound, message).response(Flavour::of(path))
+}
+
+async fn not_allowed(request: Request) -> Response<Body> {
+    let path = request.uri().path();
+    ApiError::new(Kind::Method, format!("{path} does not take {}", request.method())).response(Flavour::of(path))
+}
+
+/// Counts and logs a request. What clients write is not logged.
+async fn record(State(app): State<Arc<App>>, request: Request, next: Next) -> Response<Body> {
+    let began = Instant::now();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let response = next.run(request).await;
+    let status = response.status().as_u16();
+    app.metrics.response(status);
+    tracing::info!(%method, path, status, milliseconds = began.elapsed().as_millis() as u64, "response");
+    response
+}

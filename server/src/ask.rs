@@ -1,0 +1,205 @@
+//! What all APIs ask for, in one form.
+
+use serde_json::{Map, Value};
+pub use sluice_dialect::ToolChoice;
+use sluice_generate::Penalties;
+use sluice_text::Message;
+
+use crate::error::ApiError;
+
+/// A request, whichever API it came by.
+#[derive(Clone, Debug, Default)]
+pub struct Ask {
+    /// The API that it came by, for logs and metrics.
+    pub api: &'static str,
+    /// The model's name, as the client gave it.
+    pub model: String,
+    /// What to continue.
+    pub input: Input,
+    /// How.
+    pub settings: Settings,
+    /// Tools that the model may call.
+    pub tools: Vec<Tool>,
+    /// Which of them it must call.
+    pub choice: ToolChoice,
+    /// Whether it may call several at once.
+    pub parallel: bool,
+    /// Whether and how much it should think.
+    pub thinking: Thinking,
+    /// What the text must look like.
+    pub form: TextForm,
+    /// How many answers.
+    pub n: usize,
+    /// Whether what the model remembers may be kept for later requests.
+    pub keep: bool,
+    /// Whether the answer begins with the text that it continues, and with the log probabilities of its tokens if these are asked for.
+    pub echo: bool,
+}
+
+/// A function that the model may call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tool {
+    /// Its name.
+    pub name: String,
+    /// What it does.
+    pub description: Option<String>,
+    /// JSON schema of its arguments.
+    pub parameters: Value,
+    /// Whether arguments must match the schema.
+    pub strict: bool,
+}
+
+impl Tool {
+    /// The tool as templates want it.
+    pub fn declaration(&self) -> Value {
+        let mut function = Map::new();
+        function.insert("name".into(), self.name.clone().into());
+        if let Some(description) = &self.description {
+            function.insert("description".into(), description.clone().into());
+        }
+        function.insert("parameters".into(), self.parameters.clone());
+        serde_json::json!({"type": "function", "function": function})
+    }
+}
+
+/// What to continue.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A conversation.
+    Chat(Chat),
+    /// A conversation that goes on behind the tokens of an earlier one.
+    After {
+        /// The tokens.
+        before: Vec<u32>,
+        /// What follows them.
+        chat: Chat,
+    },
+    /// A text as it is.
+    Text(String),
+    /// Tokens.
+    Tokens(Vec<u32>),
+}
+
+impl Input {
+    /// Whether a conversation is continued, and not just a text.
+    pub fn is_chat(&self) -> bool {
+        matches!(self, Input::Chat(_) | Input::After { .. })
+    }
+}
+
+impl Default for Input {
+    fn default() -> Self {
+        Input::Text(String::new())
+    }
+}
+
+/// A conversation, its messages in OpenAI's form.
+#[derive(Clone, Debug, Default)]
+pub struct Chat {
+    /// The messages.
+    pub messages: Vec<Message>,
+    /// More variables for the template.
+    pub variables: Map<String, Value>,
+    /// Whether the last message, an assistant's, is to be continued instead of answered.
+    pub continues: bool,
+}
+
+/// How tokens are chosen, and when to stop. What is not given is as the model's authors recommend.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Settings {
+    /// Most tokens to generate; `None`: as many as the context has room for.
+    pub max_tokens: Option<usize>,
+    /// Temperature; 0 takes the likeliest token.
+    pub temperature: Option<f32>,
+    /// Nucleus.
+    pub top_p: Option<f32>,
+    /// Likeliest tokens to choose from.
+    pub top_k: Option<u32>,
+    /// Least probability, as a part of the likeliest token's.
+    pub min_p: Option<f32>,
+    /// Makes tokens that occurred less likely (above 1).
+    pub repetition_penalty: Option<f32>,
+    /// Subtracted from the logits of tokens of the answer so far, once and as often as they occurred.
+    pub penalties: Penalties,
+    /// Where the random numbers start; `None`: anywhere.
+    pub seed: Option<u64>,
+    /// Texts that end the answer.
+    pub stop: Vec<String>,
+    /// Numbers that are added to logits.
+    pub bias: Vec<(u32, f32)>,
+    /// `Some(n)`: report log probabilities, and those of the `n` likeliest tokens.
+    pub logprobs: Option<usize>,
+}
+
+/// Whether and how much to think.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Thinking {
+    /// Asked for, or asked not to.
+    pub enabled: Option<bool>,
+    /// How hard: `low`, `medium`, `high`, ….
+    pub effort: Option<String>,
+}
+
+/// What an answer's text must look like.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum TextForm {
+    /// Anything.
+    #[default]
+    Free,
+    /// A JSON object.
+    JsonObject,
+    /// JSON that matches a schema.
+    JsonSchema(Value),
+    /// A regular expression.
+    Regex(String),
+    /// A grammar in Lark.
+    Lark(String),
+}
+
+/// Most stop strings of a request.
+const MOST_STOPS: usize = 16;
+/// Most log probabilities of a token.
+pub const MOST_LOGPROBS: usize = 20;
+/// Most answers to one request.
+pub const MOST_ANSWERS: usize = 128;
+
+impl Settings {
+    /// Checks what can be wrong with settings, under the names that the API has for them.
+    ///
+    /// # Errors
+    /// Names the field.
+    pub fn check(&self) -> Result<(), ApiError> {
+        let within = |name: &str, value: Option<f32>, least: f32, most: f32| match value {
+            Some(value) if !(least..=most).contains(&value) => Err(out_of_range(name, value, least, most)),
+            _ => Ok(()),
+        };
+        within("temperature", self.temperature, 0.0, 2.0)?;
+        within("top_p", self.top_p, 0.0, 1.0)?;
+        within("min_p", self.min_p, 0.0, 1.0)?;
+        within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)?;
+        within("presence_penalty", Some(self.penalties.presence), -2.0, 2.0)?;
+        within("frequency_penalty", Some(self.penalties.frequency), -2.0, 2.0)?;
+        if self.stop.len() > MOST_STOPS {
+            let message = format!("`stop` has {} strings, {MOST_STOPS} are the most", self.stop.len());
+            return Err(ApiError::field("stop", message));
+        }
+        if self.stop.iter().any(String::is_empty) {
+            return Err(ApiError::field("stop", "an empty stop string ends every text before it begins: leave it out"));
+        }
+        if let Some(count) = self.logprobs.filter(|&count| count > MOST_LOGPROBS) {
+            let message = format!("`top_logprobs` is {count}, {MOST_LOGPROBS} is the most");
+            return Err(ApiError::field("top_logprobs", message));
+        }
+        Ok(())
+    }
+}
+
+/// A number outside its range.
+pub fn out_of_range(
+    name: &str,
+    value: impl std::fmt::Display,
+    least: impl std::fmt::Display,
+    most: impl std::fmt::Display,
+) -> ApiError {
+    ApiError::field(name, format!("`{name}` is {value}, it must be between {least} and {most}")).code("invalid_value")
+}

@@ -1,0 +1,261 @@
+//! What an API says when a request cannot be served: one error for all APIs, and each API's own object for it.
+
+use axum::body::Body;
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::http::{HeaderValue, Response, StatusCode};
+use serde_json::{Value, json};
+use sluice_generate::GenerationError;
+use sluice_model::ModelError;
+use sluice_model::engine::RuntimeError;
+
+/// Why a request is refused or ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The request makes no sense.
+    Invalid,
+    /// No key, or a wrong one.
+    Unauthorized,
+    /// It comes from a page or a host that may not ask.
+    Forbidden,
+    /// There is no such thing.
+    NotFound,
+    /// The path is there, the method is not.
+    Method,
+    /// The body, or the text in it, is too large.
+    TooLarge,
+    /// The queue is full.
+    Busy,
+    /// The client was too slow.
+    Timeout,
+    /// The server does not do that.
+    NotImplemented,
+    /// The server is about to end.
+    Closing,
+    /// The server's fault.
+    Internal,
+}
+
+impl Kind {
+    /// The status of the response.
+    pub fn status(self) -> StatusCode {
+        match self {
+            Kind::Invalid => StatusCode::BAD_REQUEST,
+            Kind::Unauthorized => StatusCode::UNAUTHORIZED,
+            Kind::Forbidden => StatusCode::FORBIDDEN,
+            Kind::NotFound => StatusCode::NOT_FOUND,
+            Kind::Method => StatusCode::METHOD_NOT_ALLOWED,
+            Kind::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Kind::Busy => StatusCode::TOO_MANY_REQUESTS,
+            Kind::Timeout => StatusCode::REQUEST_TIMEOUT,
+            Kind::NotImplemented => StatusCode::NOT_IMPLEMENTED,
+            Kind::Closing => StatusCode::SERVICE_UNAVAILABLE,
+            Kind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// OpenAI's word for it.
+    fn openai(self) -> &'static str {
+        match self {
+            Kind::Unauthorized => "authentication_error",
+            Kind::Forbidden => "permission_error",
+            Kind::Busy => "rate_limit_error",
+            Kind::Closing | Kind::Internal => "server_error",
+            Kind::NotImplemented => "not_implemented_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    /// Anthropic's word for it.
+    fn anthropic(self) -> &'static str {
+        match self {
+            Kind::Unauthorized => "authentication_error",
+            Kind::Forbidden => "permission_error",
+            Kind::NotFound => "not_found_error",
+            Kind::TooLarge => "request_too_large",
+            Kind::Busy => "rate_limit_error",
+            Kind::Timeout => "timeout_error",
+            Kind::Closing => "overloaded_error",
+            Kind::Internal => "api_error",
+            Kind::Invalid | Kind::Method | Kind::NotImplemented => "invalid_request_error",
+        }
+    }
+}
+
+/// An error that a client is told.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// Why.
+    pub kind: Kind,
+    /// What is wrong, and what the client can do.
+    pub message: String,
+    /// The field of the request that is wrong.
+    pub param: Option<String>,
+    /// A word for programs, where the API has one.
+    pub code: Option<&'static str>,
+    /// After how many seconds it is worth trying again.
+    pub retry_after: Option<u32>,
+    /// Tokens of a prompt that is too long, and of the longest that is not.
+    pub too_long: Option<(usize, usize)>,
+}
+
+impl ApiError {
+    /// An error of a kind.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        ApiError { kind, message: message.into(), param: None, code: None, retry_after: None, too_long: None }
+    }
+
+    /// The request makes no sense.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(Kind::Invalid, message)
+    }
+
+    /// A field has a value that it cannot have.
+    pub fn field(param: impl Into<String>, message: impl Into<String>) -> Self {
+        ApiError { param: Some(param.into()), ..Self::invalid(message) }
+    }
+
+    /// The same, with a word for programs.
+    #[must_use]
+    pub fn code(self, code: &'static str) -> Self {
+        ApiError { code: Some(code), ..self }
+    }
+
+    /// The queue is full.
+    pub fn busy(queued: usize) -> Self {
+        let message = format!("{queued} requests are waiting already: try again later");
+        ApiError { retry_after: Some(10), ..Self::new(Kind::Busy, message).code("rate_limit_exceeded") }
+    }
+
+    /// The object that this API sends.
+    pub fn body(&self, flavour: Flavour) -> Value {
+        let message = &self.words(flavour);
+        match flavour {
+            Flavour::OpenAi => json!({
+                "error": {"message": message, "type": self.kind.openai(), "param": self.param, "code": self.code},
+            }),
+            Flavour::Anthropic => json!({
+                "type": "error",
+                "error": {"type": self.kind.anthropic(), "message": message},
+                "request_id": format!("req_{}", uuid::Uuid::new_v4().simple()),
+            }),
+            Flavour::Ollama => json!({"error": message}),
+        }
+    }
+
+    /// The message. Of a prompt that is too long each API's clients look for that API's own words: they shorten the conversation then.
+    fn words(&self, flavour: Flavour) -> String {
+        match (self.too_long, flavour) {
+            (Some((prompt, most)), Flavour::Anthropic) => {
+                format!("prompt is too long: {prompt} tokens > {most} maximum")
+            }
+            (Some((prompt, most)), _) => format!(
+                "this model's maximum context length is {most} tokens, and the prompt has {prompt}: shorten it, or start the server \
+                 with a larger --context"
+            ),
+            (None, _) => self.message.clone(),
+        }
+    }
+
+    /// The whole response.
+    pub fn response(&self, flavour: Flavour) -> Response<Body> {
+        let body = self.body(flavour);
+        let mut response = Response::new(Body::from(body.to_string()));
+        *response.status_mut() = self.kind.status();
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some(Ok(id)) = body["request_id"].as_str().map(HeaderValue::from_str) {
+            headers.insert("request-id", id);
+        }
+        if let Some(seconds) = self.retry_after {
+            headers.insert(RETRY_AFTER, seconds.into());
+        }
+        response
+    }
+}
+
+impl From<GenerationError> for ApiError {
+    fn from(error: GenerationError) -> Self {
+        let message = error.to_string();
+        match error {
+            GenerationError::PromptTooLong { prompt, context } => {
+                let error = Self::invalid(message).code("context_length_exceeded");
+                ApiError { too_long: Some((prompt, context)), ..error }
+            }
+            GenerationError::QueueFull { queued, .. } => Self::busy(queued),
+            GenerationError::Closed => Self::new(Kind::Closing, message),
+            GenerationError::Engine(RuntimeError::Model(ModelError::PagesFull(_))) => {
+                ApiError { retry_after: Some(10), ..Self::new(Kind::Busy, message) }
+            }
+            GenerationError::Engine(_) | GenerationError::Thread { .. } | GenerationError::Panicked { .. } => {
+                Self::new(Kind::Internal, message)
+            }
+            _ => Self::invalid(message),
+        }
+    }
+}
+
+impl From<sluice_text::TextError> for ApiError {
+    fn from(error: sluice_text::TextError) -> Self {
+        Self::invalid(error.to_string())
+    }
+}
+
+/// Whose objects a path speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flavour {
+    /// OpenAI, and everything of our own.
+    OpenAi,
+    /// Anthropic.
+    Anthropic,
+    /// Ollama.
+    Ollama,
+}
+
+impl Flavour {
+    /// The flavour of a path.
+    pub fn of(path: &str) -> Self {
+        match path {
+            _ if path == "/v1/messages" || path.starts_with("/v1/messages/") => Flavour::Anthropic,
+            _ if path.starts_with("/api/") => Flavour::Ollama,
+            _ => Flavour::OpenAi,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_api_gets_its_own_object() {
+        let error = ApiError::field("temperature", "too hot").code("invalid_value");
+        let openai = error.body(Flavour::of("/v1/chat/completions"));
+        assert_eq!(openai["error"]["type"], "invalid_request_error");
+        assert_eq!(openai["error"]["param"], "temperature");
+        assert_eq!(openai["error"]["code"], "invalid_value");
+        let anthropic = error.body(Flavour::of("/v1/messages/count_tokens"));
+        assert_eq!(anthropic["type"], "error");
+        assert_eq!(anthropic["error"]["message"], "too hot");
+        let response = error.response(Flavour::Anthropic);
+        assert!(response.headers()["request-id"].to_str().unwrap().starts_with("req_"));
+        assert_eq!(error.body(Flavour::of("/api/chat")), json!({"error": "too hot"}));
+        assert_eq!(Flavour::of("/v1/messages_of_mine"), Flavour::OpenAi);
+    }
+
+    #[test]
+    fn a_long_prompt_is_refused_in_the_words_that_clients_look_for() {
+        let error = ApiError::from(GenerationError::PromptTooLong { prompt: 9000, context: 4096 });
+        let message = |flavour| error.body(flavour)["error"]["message"].as_str().unwrap_or_default().to_owned();
+        assert!(message(Flavour::OpenAi).contains("maximum context length is 4096 tokens"));
+        assert_eq!(message(Flavour::Anthropic), "prompt is too long: 9000 tokens > 4096 maximum");
+        assert_eq!(error.body(Flavour::OpenAi)["error"]["code"], "context_length_exceeded");
+    }
+
+    #[test]
+    fn a_full_queue_says_when_to_try_again() {
+        let response = ApiError::busy(3).response(Flavour::OpenAi);
+        assert_eq!(response.status(), 429);
+        assert_eq!(response.headers()["retry-after"], "10");
+    }
+}

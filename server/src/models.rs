@@ -1,0 +1,269 @@
+//! The models of a server. They share one budget: a model is loaded when it is first asked for, and an idle one makes room.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use sluice_dialect::Dialect;
+use sluice_format::{FormatError, ModelFile};
+use sluice_generate::{GenerationError, SchedulerOptions};
+use sluice_model::engine::{EngineOptions, RuntimeError};
+use sluice_text::ChatTemplate;
+
+use crate::error::{ApiError, Kind};
+use crate::options::ServerOptions;
+use crate::served::Served;
+
+/// How often a request that waits for memory looks again.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// A model that can be asked for.
+pub struct Entry {
+    /// The name that clients see.
+    pub id: String,
+    path: PathBuf,
+    /// What its file says of it.
+    pub facts: Facts,
+    loaded: Mutex<Option<Loaded>>,
+}
+
+/// What is known of a model before it is loaded.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The family.
+    pub family: String,
+    /// Bytes of the file.
+    pub bytes: u64,
+    /// Seconds since 1970 at which the file was written.
+    pub created: u64,
+    /// Tokens that the model can see.
+    pub max_positions: usize,
+    /// The file's own id: of weights, specification and tokenizer.
+    pub state_id: String,
+    /// The source of its chat template, of the one for tools if there are several.
+    pub template: Option<String>,
+}
+
+struct Loaded {
+    served: Arc<Served>,
+    used: Instant,
+    /// The budget that it has been given.
+    budget: Option<u64>,
+    /// The least that it can have.
+    least: u64,
+}
+
+/// All models.
+pub struct Models {
+    entries: Vec<Entry>,
+    engine: EngineOptions,
+    scheduling: SchedulerOptions,
+    /// One model is loaded at a time, and nothing else changes what is loaded.
+    loading: tokio::sync::Mutex<()>,
+}
+
+impl Models {
+    /// Looks at the files; loads nothing yet.
+    ///
+    /// # Errors
+    /// The first file that is no model file.
+    pub fn new(options: &ServerOptions, scheduling: SchedulerOptions) -> Result<Self, FormatError> {
+        let mut entries: Vec<Entry> = Vec::new();
+        for path in &options.files {
+            let file = ModelFile::open(path)?;
+            let name = path.file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
+            let taken = |id: &str| entries.iter().any(|entry| entry.id == id);
+            let more = (2..).map(|n| format!("{name}-{n}"));
+            let id = std::iter::once(name.clone()).chain(more).find(|id| !taken(id)).unwrap_or(name);
+            entries.push(Entry { id, path: path.clone(), facts: Facts::of(&file), loaded: Mutex::default() });
+        }
+        Ok(Models { entries, engine: options.engine.clone(), scheduling, loading: tokio::sync::Mutex::new(()) })
+    }
+
+    /// The models, in the order of the command line.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The model of a name. With one model, every name means that one, since many clients send the name of somebody else's.
+    ///
+    /// # Errors
+    /// When there is no such model.
+    pub fn find(&self, name: &str) -> Result<&Entry, ApiError> {
+        let name = name.strip_suffix(":latest").unwrap_or(name);
+        match (self.entries.iter().find(|entry| entry.id == name), &self.entries[..]) {
+            (Some(entry), _) | (None, [entry]) => Ok(entry),
+            (None, _) if name.is_empty() => Err(ApiError::field("model", "say which model, as `model`")),
+            (None, entries) => {
+                let known: Vec<&str> = entries.iter().map(|entry| entry.id.as_str()).collect();
+                let message = format!("there is no model {name:?} here; there are {}", known.join(", "));
+                Err(ApiError { param: Some("model".into()), ..ApiError::new(Kind::NotFound, message) }
+                    .code("model_not_found"))
+            }
+        }
+    }
+
+    /// The model of a name, loaded.
+    ///
+    /// # Errors
+    /// When there is no such model, or it cannot be loaded.
+    pub async fn get(self: &Arc<Self>, name: &str) -> Result<Arc<Served>, ApiError> {
+        let entry = self.find(name)?;
+        if let Some(served) = entry.served() {
+            self.balance(&entry.id);
+            return Ok(served);
+        }
+        let guard = self.loading.lock().await;
+        if let Some(served) = entry.served() {
+            return Ok(served);
+        }
+        let (models, id) = (Arc::clone(self), entry.id.clone());
+        loop {
+            let others = self.others_in_use(&id);
+            let (models, id) = (Arc::clone(&models), id.clone());
+            let loaded = tokio::task::spawn_blocking(move || models.load(&id)).await;
+            let loaded =
+                loaded.map_err(|_| ApiError::new(Kind::Internal, "the model could not be loaded: the log says why"))?;
+            match loaded {
+                // It will fit once the others are done.
+                Err(GenerationError::Engine(RuntimeError::Budget(_))) if others => {
+                    tokio::time::sleep(RETRY).await;
+                }
+                loaded => {
+                    drop(guard);
+                    return loaded.map_err(|error| ApiError::new(Kind::Internal, error.to_string()));
+                }
+            }
+        }
+    }
+
+    fn others_in_use(&self, id: &str) -> bool {
+        self.entries.iter().filter(|entry| entry.id != id).any(Entry::is_in_use)
+    }
+
+    /// Loads a model into the memory that the others leave: idle ones are closed, busy ones keep the least that they can.
+    fn load(&self, id: &str) -> Result<Arc<Served>, GenerationError> {
+        let entry = self.entries.iter().find(|entry| entry.id == id).expect("the name was found before");
+        let others = self.entries.iter().filter(|other| other.id != id);
+        let busy: u64 = others.filter_map(Entry::close_if_idle).sum();
+        let mut options = self.engine.clone();
+        options.budget = options.budget.map(|total| total.saturating_sub(busy));
+        let served = Served::open(entry.id.clone(), &entry.path, &options, self.scheduling.clone())?;
+        let (served, budget) = (Arc::new(served), options.budget);
+        let least = served.model().least_budget();
+        *entry.lock() = Some(Loaded { served: Arc::clone(&served), used: Instant::now(), budget, least });
+        self.balance(id);
+        Ok(served)
+    }
+
+    /// Divides the budget among the loaded models: idle ones get the least that they can have, the others equal parts of the rest.
+    /// `wanted` counts as busy.
+    fn balance(&self, wanted: &str) {
+        let Some(total) = self.engine.budget else { return };
+        let is_active = |entry: &Entry| entry.id == wanted || entry.is_in_use();
+        let loaded = self.entries.iter().filter_map(|entry| Some((entry, is_active(entry), entry.least()?)));
+        let loaded: Vec<(&Entry, bool, u64)> = loaded.collect();
+        let idle: u64 = loaded.iter().filter(|(_, active, _)| !active).map(|(.., least)| least).sum();
+        let active = loaded.iter().filter(|(_, active, _)| *active).count() as u64;
+        let share = total.saturating_sub(idle) / active.max(1);
+        for (entry, active, least) in loaded {
+            entry.set_budget(if active { share.max(least) } else { least });
+        }
+    }
+
+    /// Closes all models.
+    pub fn close(&self) {
+        for entry in &self.entries {
+            let loaded = entry.lock().take();
+            // Whoever still has it closes it later.
+            if let Some(served) = loaded.and_then(|loaded| Arc::into_inner(loaded.served)) {
+                served.close();
+            }
+        }
+    }
+}
+
+impl Entry {
+    /// The model, if it is loaded.
+    pub fn served(&self) -> Option<Arc<Served>> {
+        let mut loaded = self.lock();
+        let loaded = loaded.as_mut()?;
+        loaded.used = Instant::now();
+        Some(Arc::clone(&loaded.served))
+    }
+
+    /// The model, if it is loaded, for somebody who only looks.
+    pub fn peek(&self) -> Option<Arc<Served>> {
+        self.lock().as_ref().map(|loaded| Arc::clone(&loaded.served))
+    }
+
+    /// Seconds since a request came for it; `None` if it is not loaded.
+    pub fn idle_seconds(&self) -> Option<f64> {
+        self.lock().as_ref().map(|loaded| loaded.used.elapsed().as_secs_f64())
+    }
+
+    fn is_in_use(&self) -> bool {
+        // Every answer has a reference of its own.
+        self.lock().as_ref().is_some_and(|loaded| Arc::strong_count(&loaded.served) > 1)
+    }
+
+    /// The least memory that it can have, in bytes; `None` if it is not loaded.
+    fn least(&self) -> Option<u64> {
+        self.lock().as_ref().map(|loaded| loaded.least)
+    }
+
+    fn set_budget(&self, bytes: u64) {
+        if let Some(loaded) = self.lock().as_mut().filter(|loaded| loaded.budget != Some(bytes)) {
+            loaded.budget = Some(bytes);
+            loaded.served.model().set_budget(bytes);
+        }
+    }
+
+    /// Closes the model, unless it is busy; then it returns the least memory that it needs.
+    fn close_if_idle(&self) -> Option<u64> {
+        let mut loaded = self.lock();
+        let taken = loaded.take()?;
+        if Arc::strong_count(&taken.served) > 1 {
+            let least = taken.least;
+            *loaded = Some(taken);
+            return Some(least);
+        }
+        drop(loaded);
+        if let Some(served) = Arc::into_inner(taken.served) {
+            served.close();
+        }
+        None
+    }
+
+    /// The state is consistent between any two statements, so a panic elsewhere does not spoil it.
+    fn lock(&self) -> MutexGuard<'_, Option<Loaded>> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Facts {
+    fn of(file: &ModelFile) -> Self {
+        let metadata = std::fs::metadata(file.path()).ok();
+        let written = metadata.as_ref().and_then(|m| m.modified().ok());
+        let since = written.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+        Facts {
+            family: file.spec().family.clone(),
+            bytes: metadata.map_or(0, |m| m.len()),
+            created: since.map_or(0, |since| since.as_secs()),
+            max_positions: file.spec().max_positions,
+            state_id: file.state_id().to_string(),
+            template: template(file),
+        }
+    }
+}
+
+/// The source of a file's chat template, or of the one that its family has here. What is wrong with it is said when the model is loaded.
+fn template(file: &ModelFile) -> Option<String> {
+    let metadata = file.metadata();
+    let own = ChatTemplate::find(|name| metadata.get(name)).ok().flatten();
+    let family = Some(file.spec().family.as_str());
+    match own {
+        Some(template) => Some(template.source(true).to_owned()),
+        None => Dialect::own_template(family, &|_| true).map(str::to_owned),
+    }
+}

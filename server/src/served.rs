@@ -1,0 +1,408 @@
+//! A model that is served: what it was opened with, and how requests become generations on it.
+
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+use sluice_dialect::{Dialect, Tools};
+use sluice_generate::{Drain, GenerationError, Model, Request, SamplerConfig, SchedulerOptions};
+use sluice_grammar::{Form, Grammar, Vocabulary};
+use sluice_model::engine::{Engine, EngineOptions};
+use sluice_text::{ChatTemplate, Prompt, RenderOptions, Special, StopCondition, Tokenizer};
+
+use crate::answer::{Answer, Reading};
+use crate::ask::{Ask, Chat, Input, Settings, TextForm, Tool, ToolChoice};
+use crate::error::{ApiError, Kind};
+use crate::live::Live;
+use crate::transcripts::Transcripts;
+
+/// Places at the end of a prompt at which its sequence is marked.
+const MARKS: usize = 2;
+/// Most characters of the title of a stored sequence.
+const TITLE: usize = 80;
+/// Bytes of the end of a prompt that a dialect looks at.
+const TAIL: usize = 256;
+
+/// A loaded model.
+pub struct Served {
+    /// The name that clients see.
+    pub id: String,
+    model: Model,
+    tokenizer: Option<Tokenizer>,
+    template: Option<ChatTemplate>,
+    dialect: Dialect,
+    end: Vec<u32>,
+    vocab_size: usize,
+    context: usize,
+    vocabulary: OnceLock<Result<Vocabulary, String>>,
+    transcripts: Transcripts,
+}
+
+/// A prompt in tokens, and what its text was.
+pub struct Encoded {
+    /// The tokens.
+    pub ids: Vec<u32>,
+    /// The end of the text.
+    tail: String,
+}
+
+impl Served {
+    /// Opens a model: reads its dense parts, which takes a while.
+    ///
+    /// # Errors
+    /// What is wrong with the file, its text files, or the memory.
+    pub fn open(
+        id: String,
+        path: &Path,
+        options: &EngineOptions,
+        scheduling: SchedulerOptions,
+    ) -> Result<Self, GenerationError> {
+        let engine = Engine::open(path, options)?;
+        let (vocab_size, context) = (engine.spec().vocab_size, engine.memory().context);
+        let metadata = engine.file().metadata();
+        let tokenizer = Tokenizer::of(metadata)?;
+        let has_token = |text: &str| tokenizer.as_ref().is_some_and(|t| t.token_id(text).is_some());
+        let family = engine.spec().family.clone();
+        let template = match ChatTemplate::find(|name| metadata.get(name))? {
+            Some(template) => Some(template),
+            None => own_template(&family, tokenizer.as_ref(), &has_token)?,
+        };
+        let source = template.as_ref().map(|template| template.source(true));
+        let special = |text: &str| {
+            let tokenizer = tokenizer.as_ref()?;
+            tokenizer.token_id(text).filter(|&id| tokenizer.is_control(id))
+        };
+        let dialect = Dialect::detect(Some(&family), source, &has_token).with_special_tokens(&special);
+        let model = Model::new(engine, scheduling, !options.forget)?;
+        let end = model.tokens(Vec::new()).stop.eos().iter().copied().collect();
+        let vocabulary = OnceLock::new();
+        Ok(Served {
+            id,
+            model,
+            tokenizer,
+            template,
+            dialect,
+            end,
+            vocab_size,
+            context,
+            vocabulary,
+            transcripts: Transcripts::default(),
+        })
+    }
+
+    /// Closes the model; what it remembers of conversations is kept where it can be.
+    pub fn close(self) {
+        self.model.close(Drain::default());
+    }
+
+    /// The model's front door.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Tokens that a conversation can have.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// The model's chat template, if it has one.
+    pub fn template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
+    }
+
+    /// How the model writes thinking and tool calls.
+    pub fn dialect(&self) -> &Dialect {
+        &self.dialect
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// When the model has none.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, ApiError> {
+        self.tokenizer.as_ref().ok_or_else(|| GenerationError::NoTokenizer.into())
+    }
+
+    /// The prompt of a conversation as text.
+    ///
+    /// # Errors
+    /// When the model has no template, or it refuses the conversation.
+    pub fn prompt(&self, chat: &Chat, ask: &Ask) -> Result<Prompt, ApiError> {
+        let template = self.template.as_ref().ok_or_else(|| ApiError::from(GenerationError::NoChatTemplate))?;
+        let messages = self.dialect.messages(chat.messages.clone());
+        let messages = messages.map_err(|error| ApiError::field("messages", error.to_string()))?;
+        let mut extra = self.dialect.template_options(ask.thinking.enabled, ask.thinking.effort.as_deref());
+        extra.extend(chat.variables.clone());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
+        let tools = Some(declarations(ask)).filter(|tools| !tools.is_empty()).map(Value::Array);
+        let options = RenderOptions { add_generation_prompt: !chat.continues, tools, extra, now };
+        let mut prompt = template.prompt(self.tokenizer()?, &messages, &options)?;
+        if chat.continues {
+            let content = chat.messages.last().and_then(|message| message.fields.get("content")?.as_str());
+            if !content.is_some_and(|content| prompt.end_with(content)) {
+                let message = "this model's template changes the last message, so it cannot be continued";
+                return Err(ApiError::field("messages", message));
+            }
+        }
+        Ok(prompt)
+    }
+
+    /// The tokens of what is to be continued.
+    ///
+    /// # Errors
+    /// As [`Served::prompt`], and what the tokenizer refuses.
+    pub fn encode(&self, ask: &Ask) -> Result<Encoded, ApiError> {
+        match &ask.input {
+            Input::Chat(chat) => {
+                let prompt = self.prompt(chat, ask)?;
+                let tokenizer = self.tokenizer()?;
+                let ids = prompt.encode(tokenizer)?;
+                let ids = match ask.keep {
+                    true => self.transcripts.continue_from(tokenizer, prompt.text(), ids),
+                    false => ids,
+                };
+                Ok(Encoded { ids, tail: tail_of(prompt.text()).to_owned() })
+            }
+            Input::After { before, chat } => {
+                let prompt = self.prompt(chat, ask)?;
+                let tokenizer = self.tokenizer()?;
+                let mut ids = prompt.encode(tokenizer)?;
+                // A text has one beginning.
+                if ids.first() == before.first() && ids.first().is_some_and(|&id| tokenizer.is_special(id)) {
+                    ids.remove(0);
+                }
+                ids.splice(..0, before.iter().copied());
+                Ok(Encoded { ids, tail: tail_of(prompt.text()).to_owned() })
+            }
+            Input::Text(text) => {
+                let ids = self.tokenizer()?.encode(text, true)?;
+                Ok(Encoded { ids, tail: String::new() })
+            }
+            Input::Tokens(ids) => Ok(Encoded { ids: ids.clone(), tail: String::new() }),
+        }
+    }
+
+    /// Starts the generations of a request. `forced`: a form that the answer must have instead of the one that the request asks for.
+    ///
+    /// # Errors
+    /// What is wrong with the request, or that the queue is full.
+    pub fn start(self: &Arc<Self>, ask: &Ask, forced: Option<&Form>, live: &Live) -> Result<Vec<Answer>, ApiError> {
+        ask.settings.check()?;
+        let encoded = self.encode(ask)?;
+        let room = (self.context + 1).saturating_sub(encoded.ids.len());
+        let max_tokens = ask.settings.max_tokens.unwrap_or(room).min(room);
+        let grammar = match forced {
+            Some(form) => Some(self.compile(form, "model")?),
+            None => self.grammar(ask, &encoded.tail)?,
+        };
+        let seed = ask.settings.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
+        let tools = tools_of(ask, false)?;
+        let marks = self.marks(&encoded.ids);
+        let mut answers = Vec::new();
+        for index in 0..ask.n.max(1) {
+            let usual = self.model.tokens(encoded.ids.clone());
+            let sampling = sampling(&ask.settings, usual.sampling, seed.wrapping_add(index as u64));
+            let is_chat = ask.input.is_chat();
+            let (stop, strings) = self.stops(&ask.settings.stop, is_chat)?;
+            let request = Request {
+                max_tokens,
+                sampling,
+                stop,
+                special: if is_chat { Special::Markup } else { usual.special },
+                bias: ask.settings.bias.clone(),
+                logprobs: ask.settings.logprobs,
+                prompt_logprobs: ask.settings.logprobs.filter(|_| ask.echo),
+                penalties: ask.settings.penalties,
+                marks: marks.clone(),
+                keep: ask.keep,
+                title: title(&ask.input),
+                constraint: grammar.as_ref().map(Grammar::constraint),
+                ..usual
+            };
+            let parser = is_chat.then(|| self.dialect.parser(&encoded.tail, &tools));
+            let reading = Reading { parser, strings, tokenizer: self.tokenizer.clone() };
+            answers.push(Answer::start(Arc::clone(self), request, reading, ask, live)?);
+        }
+        Ok(answers)
+    }
+
+    /// Remembers the tokens of a conversation, so that its next turn goes on from them.
+    pub fn remember(&self, tokens: Vec<u32>) {
+        self.transcripts.remember(tokens);
+    }
+
+    /// Where later prompts may part from this one: before the control tokens at its end. They begin the answer's own message, or its
+    /// thinking, which many templates drop later.
+    fn marks(&self, ids: &[u32]) -> Vec<usize> {
+        let Some(tokenizer) = &self.tokenizer else { return Vec::new() };
+        let positions = (1..ids.len()).rev().filter(|&at| tokenizer.is_control(ids[at]));
+        let mut marks: Vec<usize> = positions.take(MARKS).collect();
+        marks.reverse();
+        marks
+    }
+
+    /// What ends an answer: tokens and strings of the generation, and strings that only count in the text of an answer, not in
+    /// thinking or calls.
+    fn stops(&self, strings: &[String], is_chat: bool) -> Result<(StopCondition, StopCondition), ApiError> {
+        let wrong = |error: sluice_text::TextError| ApiError::field("stop", error.to_string());
+        let end = self.end.iter().copied();
+        if !is_chat {
+            let none = StopCondition::default();
+            return Ok((StopCondition::new(end, strings.to_vec()).map_err(wrong)?, none));
+        }
+        // A special token is not part of the text, but clients name it to stop there.
+        let special = |text: &String| {
+            let id = self.tokenizer.as_ref()?.token_id(text)?;
+            self.tokenizer.as_ref()?.is_special(id).then_some(id)
+        };
+        let tokens = strings.iter().filter_map(special);
+        let stop = StopCondition::new(end.chain(tokens), Vec::new()).map_err(wrong)?;
+        Ok((stop, StopCondition::new([], strings.to_vec()).map_err(wrong)?))
+    }
+
+    /// The grammar that a request asks for: of its text, or of its tool calls.
+    fn grammar(&self, ask: &Ask, tail: &str) -> Result<Option<Grammar>, ApiError> {
+        let calls = |forced: bool| {
+            // Whoever names one function wants one call.
+            let parallel = ask.parallel && !matches!(ask.choice, ToolChoice::Named(_));
+            let tools = tools_of(ask, forced)?;
+            Ok::<_, ApiError>(self.dialect.tool_grammar(&tools, &ask.choice, parallel, tail))
+        };
+        let is_forced = matches!(ask.choice, ToolChoice::Required | ToolChoice::Named(_));
+        let form = match (&ask.form, calls(false)?) {
+            (TextForm::Free, None) => return Ok(None),
+            (TextForm::Free, Some(lark)) => {
+                // A call that is forced follows its schema, unless that cannot be enforced and the client does not ask for it.
+                let strict = if is_forced { calls(true)? } else { None };
+                let strict = strict.and_then(|lark| self.compile(&Form::Lark(lark), "tools").ok());
+                return strict.map_or_else(|| self.compile(&Form::Lark(lark), "tools"), Ok).map(Some);
+            }
+            (_, Some(_)) => {
+                let message = "tool calls cannot be forced while `response_format` forces a form: choose one";
+                return Err(ApiError::field("response_format", message));
+            }
+            (TextForm::JsonObject, None) => Form::JsonObject,
+            (TextForm::JsonSchema(schema), None) => Form::JsonSchema(schema.clone()),
+            (TextForm::Regex(regex), None) => Form::Regex(regex.clone()),
+            (TextForm::Lark(lark), None) => Form::Lark(lark.clone()),
+        };
+        let grammar = self.compile(&form, "response_format")?;
+        let marker = ask.input.is_chat().then(|| self.dialect.before_answer(tail)).flatten();
+        Ok(Some(match marker {
+            Some(marker) => grammar.behind(marker),
+            None => grammar,
+        }))
+    }
+
+    /// Compiles a form for this model's vocabulary.
+    ///
+    /// # Errors
+    /// What is not supported, under the name of the field that asked for it.
+    pub fn compile(&self, form: &Form, field: &'static str) -> Result<Grammar, ApiError> {
+        let tokenizer = self.tokenizer()?;
+        let vocabulary = self
+            .vocabulary
+            .get_or_init(|| Vocabulary::new(tokenizer, self.vocab_size, &self.end).map_err(|error| error.to_string()));
+        let vocabulary = vocabulary.as_ref().map_err(|error| ApiError::new(Kind::NotImplemented, error.clone()))?;
+        Grammar::compile(vocabulary, form).map_err(|error| ApiError::field(field, error.to_string()))
+    }
+}
+
+/// The template of a family that publishes none, if this model is one of them.
+fn own_template(
+    family: &str,
+    tokenizer: Option<&Tokenizer>,
+    has_token: &dyn Fn(&str) -> bool,
+) -> Result<Option<ChatTemplate>, GenerationError> {
+    let (Some(tokenizer), Some(source)) = (tokenizer, Dialect::own_template(Some(family), has_token)) else {
+        return Ok(None);
+    };
+    Ok(Some(ChatTemplate::new(source, tokenizer.names().clone())?))
+}
+
+/// The tools that the model is told of: none if it must not call any.
+fn declarations(ask: &Ask) -> Vec<Value> {
+    match ask.choice {
+        ToolChoice::None => Vec::new(),
+        _ => ask.tools.iter().map(Tool::declaration).collect(),
+    }
+}
+
+/// The tools of a request. `strict`: all of them count as strict.
+fn tools_of(ask: &Ask, strict: bool) -> Result<Tools, ApiError> {
+    let with_strictness = |(tool, mut declaration): (&Tool, Value)| {
+        declaration["function"]["strict"] = (strict || tool.strict).into();
+        declaration
+    };
+    let tools = ask.tools.iter().zip(declarations(ask)).map(with_strictness).collect();
+    Tools::from_openai(&Value::Array(tools)).map_err(|error| ApiError::field("tools", error.to_string()))
+}
+
+/// The settings of a request over those that the model's authors recommend.
+fn sampling(asked: &Settings, usual: SamplerConfig, seed: u64) -> SamplerConfig {
+    // Who narrows the choice wants one, even where the authors recommend none.
+    let narrowed = asked.top_k.is_some() || asked.top_p.is_some_and(|p| p < 1.0) || asked.min_p.is_some();
+    let temperature = match asked.temperature {
+        Some(temperature) => temperature,
+        None if usual.temperature == 0.0 && narrowed => 1.0,
+        None => usual.temperature,
+    };
+    SamplerConfig {
+        temperature,
+        top_k: asked.top_k.unwrap_or(usual.top_k),
+        // Clients write 0 for the likeliest token alone.
+        top_p: asked.top_p.unwrap_or(usual.top_p).max(f32::MIN_POSITIVE),
+        min_p: asked.min_p.unwrap_or(usual.min_p),
+        repetition_penalty: asked.repetition_penalty.unwrap_or(usual.repetition_penalty),
+        seed,
+    }
+}
+
+/// What a stored sequence is called: the beginning of what its user said first.
+fn title(input: &Input) -> Option<String> {
+    let text = match input {
+        Input::Chat(chat) | Input::After { chat, .. } => {
+            let user =
+                chat.messages.iter().find(|message| message.fields.get("role").is_some_and(|role| role == "user"));
+            user?.fields.get("content")?.as_str()?
+        }
+        Input::Text(text) => text,
+        Input::Tokens(_) => return None,
+    };
+    let line = text.split_whitespace().take(TITLE).collect::<Vec<_>>().join(" ");
+    Some(line.chars().take(TITLE).collect()).filter(|title: &String| !title.is_empty())
+}
+
+/// The end of a text, cut between characters.
+fn tail_of(text: &str) -> &str {
+    let from = (text.len().saturating_sub(TAIL)..text.len()).find(|&at| text.is_char_boundary(at));
+    from.map_or("", |from| &text[from..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_is_cut_between_characters() {
+        assert_eq!(tail_of(""), "");
+        assert_eq!(tail_of("short"), "short");
+        let long = "ä".repeat(200);
+        assert_eq!(tail_of(&long), "ä".repeat(128));
+        assert_eq!(tail_of(&format!("{long}x")).chars().count(), 128);
+    }
+
+    #[test]
+    fn the_authors_recommend_and_the_client_decides() {
+        let usual = SamplerConfig { temperature: 0.6, top_p: 0.9, ..SamplerConfig::default() };
+        let own = sampling(&Settings::default(), usual, 7);
+        assert_eq!((own.temperature, own.top_p, own.seed), (0.6, 0.9, 7));
+        let greedy = Settings { temperature: Some(0.0), ..Settings::default() };
+        assert_eq!(sampling(&greedy, usual, 7).temperature, 0.0);
+        let narrowed = Settings { top_p: Some(0.5), ..Settings::default() };
+        assert_eq!(sampling(&narrowed, SamplerConfig::default(), 0).temperature, 1.0);
+        let all = Settings { top_p: Some(1.0), ..Settings::default() };
+        assert_eq!(sampling(&all, SamplerConfig::default(), 0).temperature, 0.0, "1 narrows nothing");
+    }
+}
