@@ -80,6 +80,13 @@ pub enum Input {
     Tokens(Vec<u32>),
 }
 
+impl Input {
+    /// Whether a conversation is continued, and not just a text.
+    pub fn is_chat(&self) -> bool {
+        matches!(self, Input::Chat(_) | Input::After { .. })
+    }
+}
+
 impl Default for Input {
     fn default() -> Self {
         Input::Text(String::new())

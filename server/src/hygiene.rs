@@ -5,8 +5,8 @@
 //! Whoever asks for it ([`ServerOptions::normalise`]) gets these parts in one form: the line goes, and moments become days, so that
 //! the prompt changes once a day. Without being asked, nothing of what a client sends is changed.
 //!
-//! Moments count only where agents describe surroundings: in `<env>`, `<environment_context>`, `<environment_details>` and
-//! `<system-reminder>`, and in lines of the system prompt that say the current date or time.
+//! Moments count only where agents describe surroundings: in `<env>`, `<environment_context>`, `<environment_details>`,
+//! `<system-reminder>` and `<CURRENT_DATETIME>`, and in lines of the system prompt that say the current date or time.
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
@@ -24,19 +24,20 @@ static BILLING: LazyLock<Regex> =
 /// What agents write about surroundings.
 static SURROUNDINGS: LazyLock<Regex> = LazyLock::new(|| {
     let section = |name: &str| format!("<{name}>.*?</{name}>");
-    let sections = ["env", "environment_context", "environment_details", "system-reminder"].map(section);
+    let names = ["env", "environment_context", "environment_details", "system-reminder", "CURRENT_DATETIME"];
+    let sections = names.map(section);
     regex(&format!("(?s){}", sections.join("|")))
 });
 
-/// A line that says the current date or time.
+/// A line that says the current date or time, or a heading that the next line belongs to.
 static CURRENT: LazyLock<Regex> = LazyLock::new(|| {
-    regex(r"(?im)^[^\n]*\b(?:today(?:'s date)?|current (?:date|time)|date and time|time now)\b[^\n]*$")
+    regex(r"(?im)^[^\n]*\b(?:today(?:'s date)?|current (?:date|time)|date and time|time now)\b[^\n]*(?:\n+[^\n]+)?$")
 });
 
 /// Moments, in groups: what stands for the day is kept, the rest goes.
 static MOMENTS: LazyLock<[Regex; 4]> = LazyLock::new(|| {
     const CLOCK: &str = r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:[ \x{202F}]?[AaPp][Mm]\b)?";
-    const ZONE: &str = r"(?: ?(?:Z\b|(?:UTC|GMT)\b)?(?:[+-]\d{1,2}(?::?\d{2})?)?(?: ?\([^)\n]*\))?)";
+    const ZONE: &str = r"(?: ?(?:Z|UTC|[A-Z]{1,3}T)\b)?(?: ?[+-]\d{1,2}(?::?\d{2})?\b)?(?: ?\([^)\n]*\))?";
     [
         // 2026-11-28T23:15:44.120Z, 2026-11-28 23:15
         format!(r"(\d{{4}}-\d{{2}}-\d{{2}})(?:T|,? (?:at )?){CLOCK}{ZONE}"),
@@ -158,11 +159,40 @@ mod tests {
             ("Sat Nov 28 2026 23:15:44 GMT+0100 (Central European Standard Time)", "Sat Nov 28 2026"),
             ("Saturday, November 28, 2026 at 11:15 PM", "Saturday, November 28, 2026"),
             ("Sat Nov 28 23:15:44 UTC 2026", "Sat Nov 28 2026"),
+            ("Tuesday, June 9, 2026, 03:04:20 PM +03:00", "Tuesday, June 9, 2026"),
+            ("It was 2026-11-28 23:15 or so", "It was 2026-11-28 or so"),
             ("Today's date: 2026-11-28", "Today's date: 2026-11-28"),
             ("src/main.rs:12:30 is wrong", "src/main.rs:12:30 is wrong"),
             ("It is 2026-11-28T23:15:44Z, said he.", "It is 2026-11-28, said he."),
         ] {
             assert_eq!(within(moment), day, "{moment}");
+        }
+    }
+
+    /// Lines of the system prompts of agents: pi, hermes, kimi-code, nanobot, OpenHands, OpenCode.
+    #[test]
+    fn lines_that_say_the_current_time_say_the_day() {
+        for (line, day) in [
+            (
+                "Current date and time: Monday, March 9, 2026 at 06:00:31 PM PDT",
+                "Current date and time: Monday, March 9, 2026",
+            ),
+            ("Current time: 2026-07-09 08:15:42 EDT (Thursday)", "Current time: 2026-07-09"),
+            (
+                "The current date and time in ISO format is `2026-08-02T10:11:12.345+08:00`. It does not update.",
+                "The current date and time in ISO format is `2026-08-02`. It does not update.",
+            ),
+            ("## Current Time\n2026-02-06 10:11 (Friday)\n\nBe brief.", "## Current Time\n2026-02-06\n\nBe brief."),
+            (
+                "<CURRENT_DATETIME>\nThe current date and time is: 2026-06-11T00:44:42.714237\n</CURRENT_DATETIME>",
+                "<CURRENT_DATETIME>\nThe current date and time is: 2026-06-11\n</CURRENT_DATETIME>",
+            ),
+            (
+                "<env>\n  Working directory: /src\n  Today's date: Sat Nov 28 2026\n</env>",
+                "<env>\n  Working directory: /src\n  Today's date: Sat Nov 28 2026\n</env>",
+            ),
+        ] {
+            assert_eq!(normalised("system", line.into()), day);
         }
     }
 

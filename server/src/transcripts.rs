@@ -231,7 +231,7 @@ mod tests {
         fixture.transcripts.remember(fixture.ids("hi$x$"));
         let text = "hi<end>x<end>y".to_owned();
         // A user wrote the second: it is not the template's, so it is text in the prompt.
-        let own = fixture.tokenizer.encode_untrusted(&text, &[8..13]).unwrap();
+        let own = fixture.tokenizer.encode_untrusted(&text, std::slice::from_ref(&(8..13))).unwrap();
         let continued = fixture.transcripts.continue_from(&fixture.tokenizer, &text, own.clone());
         assert_eq!(continued, own);
         // The model wrote it as text, and the template writes it as a token.

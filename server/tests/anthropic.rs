@@ -129,3 +129,23 @@ async fn what_agents_change_on_every_call_costs_nothing_if_it_is_normalised() {
     assert_eq!(same, count(true, "0aaa9123456789").await);
     assert!(same + 20 < count(false, "36ee5").await);
 }
+
+#[tokio::test]
+async fn the_second_turn_reads_only_what_is_new() {
+    let server = start(ServerOptions::default()).await;
+    let long = "O, speak again, bright angel! for thou art as glorious to this night. ".repeat(6);
+    let mut messages = vec![json!({"role": "user", "content": long})];
+    let first = server.post("/v1/messages", request(json!({"messages": messages}))).await.json();
+    let tokens = |message: &Value, name: &str| message["usage"][name].as_u64().unwrap();
+    assert_eq!(tokens(&first, "cache_read_input_tokens"), 0);
+    messages.push(json!({"role": "assistant", "content": first["content"]}));
+    messages.push(json!({"role": "user", "content": "Go on."}));
+    let stream = server.post("/v1/messages", request(json!({"messages": messages, "stream": true}))).await;
+    let events = stream.events();
+    let last = &events.iter().find(|(name, _)| name == "message_delta").unwrap().1;
+    let whole = tokens(&events[0].1["message"], "input_tokens");
+    let cached = tokens(last, "cache_read_input_tokens");
+    assert_eq!(tokens(last, "input_tokens") + cached, whole);
+    // A page has 64 tokens.
+    assert!(cached + 64 > tokens(&first, "input_tokens"), "{cached} of {whole}");
+}

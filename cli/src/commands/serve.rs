@@ -79,9 +79,18 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value = "64", value_parser = parse_count, help_heading = "Server")]
     queue: NonZeroUsize,
 
+    /// Take out of prompts what agents change on every call although it says nothing new, so that models need not read them again
+    #[arg(long, help_heading = "Server")]
+    normalise_agents: bool,
+
     /// Seconds that answers have to end once the server is told to end
     #[arg(long, value_name = "SECONDS", default_value_t = 30, help_heading = "Server")]
     grace: u64,
+
+    /// Take out or round what agents change at the beginning of their prompts with every call, such as Claude Code's billing header and
+    /// the time of day, so that what is stored fits again
+    #[arg(long, help_heading = "Server")]
+    normalise_agents: bool,
 
     /// Write logs as JSON, one object a line
     #[arg(long, help_heading = "Server")]
@@ -131,6 +140,7 @@ fn options(args: &Args) -> Result<ServerOptions, CliError> {
         sessions: args.sessions.as_ref().map(sessions),
         grace: Duration::from_secs(args.grace),
         log_prompts: args.log_prompts,
+        normalise: args.normalise_agents,
         ..ServerOptions::default()
     })
 }

@@ -326,14 +326,14 @@ impl Scheduler {
                 },
             }
         }
-        self.idle = self.running.is_empty();
-        if !self.idle {
+        let worked = !self.running.is_empty();
+        if worked {
             self.meter.record(self.read, self.generated);
         }
-        let worked = !self.idle;
         self.deliver();
-        let idle = self.running.is_empty() && self.saved.is_empty();
-        self.reporter.end(&self.shared.board, engine, idle);
+        // Those that have ended are gone now.
+        self.idle = self.running.is_empty();
+        self.reporter.end(&self.shared.board, engine, self.idle && self.saved.is_empty());
         worked
     }
 

@@ -1,12 +1,11 @@
 //! Requests for messages.
 
-use crate::ask::{Tool, ToolChoice};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::content;
 use crate::api::openai::request::{count, form, tool};
-use crate::ask::{Ask, Input, Settings, TextForm, Thinking, out_of_range};
+use crate::ask::{Ask, Input, Settings, TextForm, Thinking, Tool, ToolChoice, out_of_range};
 use crate::error::ApiError;
 
 /// A request.
@@ -73,7 +72,6 @@ impl MessagesRequest {
         let form = self.form()?;
         let chat = content::chat(&self.system, &self.messages)?;
         Ok(Ask {
-            echo: false,
             api: "messages",
             model: self.model,
             input: Input::Chat(chat),
@@ -85,6 +83,7 @@ impl MessagesRequest {
             form,
             n: 1,
             keep: true,
+            echo: false,
         })
     }
 

@@ -1,10 +1,12 @@
 use serde_json::{Value, json};
-use sluice_dialect::{Piece, ToolChoice};
+use sluice_dialect::Piece;
 
 use super::{MessageFold, MessageWriter, MessagesRequest};
 use crate::answer::{Ending, Step, Usage, Waiting, Why};
-use crate::ask::{Ask, Chat, Input, TextForm};
+use crate::ask::{Ask, Chat, Input, TextForm, ToolChoice};
 use crate::error::{ApiError, Kind};
+use crate::hygiene;
+use crate::options::ServerOptions;
 use crate::reply::{Events, Fold, Writer};
 
 fn request(more: Value) -> Result<Ask, ApiError> {
@@ -75,6 +77,49 @@ fn a_turn_of_an_agent_becomes_messages_of_a_template() {
             json!({"role": "user", "content": "Go on."}),
         ]
     );
+}
+
+/// Two calls of Claude Code in one session: the line for billing is another, and the conversation goes on.
+#[test]
+fn the_second_call_of_an_agent_begins_like_the_first() {
+    let call = |cch: &str, more: &[Value]| {
+        let reminder = "<system-reminder>\nAs you answer the user's questions, you can use the following context:\n# currentDate\n\
+                        Today's date is 2026-11-28.\n\n      IMPORTANT: this context may or may not be relevant to your tasks.\n\
+                        </system-reminder>\n";
+        let billing = format!("x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch={cch};");
+        let cached = json!({"type": "ephemeral", "ttl": "1h"});
+        let mut conversation = vec![json!({"role": "user", "content": [
+            {"type": "text", "text": reminder},
+            {"type": "text", "text": "Fix the test.", "cache_control": cached},
+        ]})];
+        conversation.extend_from_slice(more);
+        let mut ask = request(json!({
+            "model": "claude-sonnet-4-5-20250929",
+            "system": [
+                {"type": "text", "text": billing},
+                {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude.", "cache_control": cached},
+                {"type": "text", "text": "\nYou are an interactive CLI tool.\n\n<env>\nPlatform: linux\n</env>", "cache_control": cached},
+            ],
+            "tools": [{"name": "Bash", "description": "Runs.", "input_schema": {"type": "object", "properties": {}}}],
+            "thinking": {"type": "adaptive"},
+            "metadata": {"user_id": "user_1_account__session_2"},
+            "messages": conversation,
+            "stream": true,
+        }))
+        .unwrap();
+        hygiene::apply(&ServerOptions { normalise: true, ..ServerOptions::default() }, &mut ask);
+        chat(ask).messages
+    };
+    let first = call("36ee5", &[]);
+    let second = call(
+        "0aaa9",
+        &[
+            json!({"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "Bash", "input": {}}]}),
+            json!({"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "ok"}]}),
+        ],
+    );
+    assert_eq!(second[..first.len()], first);
+    assert_eq!(second.len(), first.len() + 2);
 }
 
 #[test]

@@ -4,11 +4,10 @@ use std::collections::VecDeque;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use sluice_dialect::ToolChoice;
 use sluice_text::Message;
 
 use crate::api::openai::request::{OneOrMany, check_messages, count, tools};
-use crate::ask::{Ask, Chat, Input, Settings, TextForm, Thinking};
+use crate::ask::{Ask, Chat, Input, Settings, TextForm, Thinking, ToolChoice};
 use crate::error::ApiError;
 
 /// A request of `/api/chat`.
@@ -160,7 +159,6 @@ pub fn lets_go(keep_alive: &Value) -> bool {
 /// What both kinds of requests ask for in the same way.
 fn ask(model: String, input: Input, options: Option<Options>, think: &Value, format: Value) -> Result<Ask, ApiError> {
     Ok(Ask {
-        echo: false,
         api: "ollama",
         model,
         input,
@@ -172,6 +170,7 @@ fn ask(model: String, input: Input, options: Option<Options>, think: &Value, for
         form: form(format)?,
         n: 1,
         keep: true,
+        echo: false,
     })
 }
 
@@ -275,16 +274,25 @@ fn one_message(
         Some(_) => return Err(wrong("tool_calls", "must be a list of calls")),
     }
     if message["role"] == "tool" {
-        let name = message.remove("tool_name").or_else(|| message.remove("name"));
-        let position = open.iter().position(|(open, _)| name.as_ref().is_none_or(|name| name == open));
-        if let Some((name, id)) = position.and_then(|at| open.remove(at)) {
-            message.entry("tool_call_id").or_insert(id.into());
-            message.insert("name".into(), name.into());
-        } else if let Some(name) = name {
-            message.insert("name".into(), name);
-        }
+        join(&mut message, *calls, open);
     }
     Ok(message)
+}
+
+/// Gives a result the id and the name of its call: the one that it names by id, else the first of that name, else the first of all.
+fn join(result: &mut Map<String, Value>, calls: usize, open: &mut VecDeque<(String, String)>) {
+    let name = result.remove("tool_name").or_else(|| result.remove("name"));
+    let id = result.remove("tool_call_id");
+    let fits = |(open, open_id): &(String, String)| match (&id, &name) {
+        (Some(id), _) => id == open_id,
+        (None, Some(name)) => name == open,
+        (None, None) => true,
+    };
+    let found = open.iter().position(fits).and_then(|at| open.remove(at)).map(|(name, id)| (name.into(), id.into()));
+    // A result without a call: templates want an id nevertheless.
+    let (name, id) = found.map_or((name, id), |(name, id)| (Some(name), Some(id)));
+    result.insert("tool_call_id".into(), id.unwrap_or_else(|| format!("call_{calls}").into()));
+    result.extend(name.map(|name| ("name".to_owned(), name)));
 }
 
 /// A call in OpenAI's form.

@@ -31,7 +31,8 @@ fn calls_and_results_find_each_other() {
         ]},
         {"role": "tool", "tool_name": "weather", "content": "Rain"},
         {"role": "tool", "content": "12:00"},
-        {"role": "tool", "tool_name": "weather", "content": "Sun"},
+        {"role": "tool", "tool_call_id": "call_2", "content": "Sun"},
+        {"role": "tool", "tool_name": "stray", "content": "?"},
     ]}));
     let Input::Chat(chat) = ask.unwrap().input else { panic!() };
     assert!(!chat.continues);
@@ -49,6 +50,7 @@ fn calls_and_results_find_each_other() {
             result("call_0", "weather", "Rain"),
             result("call_1", "time", "12:00"),
             result("call_2", "weather", "Sun"),
+            result("call_3", "stray", "?"),
         ]
     );
 }
