@@ -87,11 +87,6 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 30, help_heading = "Server")]
     grace: u64,
 
-    /// Take out or round what agents change at the beginning of their prompts with every call, such as Claude Code's billing header and
-    /// the time of day, so that what is stored fits again
-    #[arg(long, help_heading = "Server")]
-    normalise_agents: bool,
-
     /// Write logs as JSON, one object a line
     #[arg(long, help_heading = "Server")]
     log_json: bool,
