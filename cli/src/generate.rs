@@ -145,6 +145,7 @@ impl Collected {
     fn take(&mut self, event: Event, sink: &mut TokenSink<'_>) -> Result<(), CliError> {
         match event {
             Event::Progress { read, .. } => self.read = read,
+            Event::PromptToken { .. } => {}
             Event::Token { id, .. } => {
                 self.ids.push(id);
                 sink(Some(id), "")?;

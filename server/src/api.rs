@@ -5,6 +5,7 @@ mod arguments;
 pub mod body;
 pub mod ollama;
 pub mod openai;
+pub mod openapi;
 pub mod own;
 pub mod sessions;
 
@@ -16,6 +17,6 @@ use crate::app::App;
 
 /// All paths of all APIs.
 pub fn routes() -> Router<Arc<App>> {
-    let ours = Router::new().merge(own::routes()).merge(sessions::routes());
+    let ours = Router::new().merge(openapi::routes()).merge(own::routes()).merge(sessions::routes());
     ours.merge(openai::routes()).merge(anthropic::routes()).merge(ollama::routes())
 }

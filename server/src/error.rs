@@ -95,12 +95,14 @@ pub struct ApiError {
     pub code: Option<&'static str>,
     /// After how many seconds it is worth trying again.
     pub retry_after: Option<u32>,
+    /// Tokens of a prompt that is too long, and of the longest that is not.
+    pub too_long: Option<(usize, usize)>,
 }
 
 impl ApiError {
     /// An error of a kind.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        ApiError { kind, message: message.into(), param: None, code: None, retry_after: None }
+        ApiError { kind, message: message.into(), param: None, code: None, retry_after: None, too_long: None }
     }
 
     /// The request makes no sense.
@@ -127,7 +129,7 @@ impl ApiError {
 
     /// The object that this API sends.
     pub fn body(&self, flavour: Flavour) -> Value {
-        let message = &self.message;
+        let message = &self.words(flavour);
         match flavour {
             Flavour::OpenAi => json!({
                 "error": {"message": message, "type": self.kind.openai(), "param": self.param, "code": self.code},
@@ -138,6 +140,20 @@ impl ApiError {
                 "request_id": format!("req_{}", uuid::Uuid::new_v4().simple()),
             }),
             Flavour::Ollama => json!({"error": message}),
+        }
+    }
+
+    /// The message. Of a prompt that is too long each API's clients look for that API's own words: they shorten the conversation then.
+    fn words(&self, flavour: Flavour) -> String {
+        match (self.too_long, flavour) {
+            (Some((prompt, most)), Flavour::Anthropic) => {
+                format!("prompt is too long: {prompt} tokens > {most} maximum")
+            }
+            (Some((prompt, most)), _) => format!(
+                "this model's maximum context length is {most} tokens, and the prompt has {prompt}: shorten it, or start the server \
+                 with a larger --context"
+            ),
+            (None, _) => self.message.clone(),
         }
     }
 
@@ -162,7 +178,10 @@ impl From<GenerationError> for ApiError {
     fn from(error: GenerationError) -> Self {
         let message = error.to_string();
         match error {
-            GenerationError::PromptTooLong { .. } => Self::invalid(message).code("context_length_exceeded"),
+            GenerationError::PromptTooLong { prompt, context } => {
+                let error = Self::invalid(message).code("context_length_exceeded");
+                ApiError { too_long: Some((prompt, context)), ..error }
+            }
             GenerationError::QueueFull { queued, .. } => Self::busy(queued),
             GenerationError::Closed => Self::new(Kind::Closing, message),
             GenerationError::Engine(RuntimeError::Model(ModelError::PagesFull(_))) => {
@@ -222,6 +241,15 @@ mod tests {
         assert!(response.headers()["request-id"].to_str().unwrap().starts_with("req_"));
         assert_eq!(error.body(Flavour::of("/api/chat")), json!({"error": "too hot"}));
         assert_eq!(Flavour::of("/v1/messages_of_mine"), Flavour::OpenAi);
+    }
+
+    #[test]
+    fn a_long_prompt_is_refused_in_the_words_that_clients_look_for() {
+        let error = ApiError::from(GenerationError::PromptTooLong { prompt: 9000, context: 4096 });
+        let message = |flavour| error.body(flavour)["error"]["message"].as_str().unwrap_or_default().to_owned();
+        assert!(message(Flavour::OpenAi).contains("maximum context length is 4096 tokens"));
+        assert_eq!(message(Flavour::Anthropic), "prompt is too long: 9000 tokens > 4096 maximum");
+        assert_eq!(error.body(Flavour::OpenAi)["error"]["code"], "context_length_exceeded");
     }
 
     #[test]

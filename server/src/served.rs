@@ -197,7 +197,7 @@ impl Served {
             None => self.grammar(ask, &encoded.tail)?,
         };
         let seed = ask.settings.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
-        let tools = tools_of(ask)?;
+        let tools = tools_of(ask, false)?;
         let marks = self.marks(&encoded.ids);
         let mut answers = Vec::new();
         for index in 0..ask.n.max(1) {
@@ -263,11 +263,21 @@ impl Served {
 
     /// The grammar that a request asks for: of its text, or of its tool calls.
     fn grammar(&self, ask: &Ask, tail: &str) -> Result<Option<Grammar>, ApiError> {
-        let tools = tools_of(ask)?;
-        let calls = self.dialect.tool_grammar(&tools, &ask.choice, ask.parallel, tail);
-        let form = match (&ask.form, calls) {
+        let calls = |forced: bool| {
+            // Whoever names one function wants one call.
+            let parallel = ask.parallel && !matches!(ask.choice, ToolChoice::Named(_));
+            let tools = tools_of(ask, forced)?;
+            Ok::<_, ApiError>(self.dialect.tool_grammar(&tools, &ask.choice, parallel, tail))
+        };
+        let is_forced = matches!(ask.choice, ToolChoice::Required | ToolChoice::Named(_));
+        let form = match (&ask.form, calls(false)?) {
             (TextForm::Free, None) => return Ok(None),
-            (TextForm::Free, Some(lark)) => return self.compile(&Form::Lark(lark), "tools").map(Some),
+            (TextForm::Free, Some(lark)) => {
+                // A call that is forced follows its schema, unless that cannot be enforced and the client does not ask for it.
+                let strict = if is_forced { calls(true)? } else { None };
+                let strict = strict.and_then(|lark| self.compile(&Form::Lark(lark), "tools").ok());
+                return strict.map_or_else(|| self.compile(&Form::Lark(lark), "tools"), Ok).map(Some);
+            }
             (_, Some(_)) => {
                 let message = "tool calls cannot be forced while `response_format` forces a form: choose one";
                 return Err(ApiError::field("response_format", message));
@@ -319,9 +329,10 @@ fn declarations(ask: &Ask) -> Vec<Value> {
     }
 }
 
-fn tools_of(ask: &Ask) -> Result<Tools, ApiError> {
+/// The tools of a request. `strict`: all of them count as strict.
+fn tools_of(ask: &Ask, strict: bool) -> Result<Tools, ApiError> {
     let with_strictness = |(tool, mut declaration): (&Tool, Value)| {
-        declaration["function"]["strict"] = tool.strict.into();
+        declaration["function"]["strict"] = (strict || tool.strict).into();
         declaration
     };
     let tools = ask.tools.iter().zip(declarations(ask)).map(with_strictness).collect();

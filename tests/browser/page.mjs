@@ -36,6 +36,8 @@ async function open(settings = {}) {
     document.addEventListener("securitypolicyviolation", (event) => globalThis.violations.push(`${event.violatedDirective} ${event.blockedURI}`));
     if (key) sessionStorage.setItem("sluice.key", key);
   }, options.key);
+  // Small models have room for a few answers of this length.
+  if (!mock) await context.addInitScript(() => (localStorage["sluice.settings"] ??= '{"maxTokens":100}'));
   const page = await context.newPage();
   page.on("console", (message) => message.type() === "error" && !/Failed to load resource/.test(message.text()) && complaints.push(message.text()));
   page.on("pageerror", (error) => complaints.push(String(error)));
@@ -48,6 +50,14 @@ async function open(settings = {}) {
 const answers = (page) => page.locator(".answered");
 const last = (page) => answers(page).last();
 const isDone = (page) => page.waitForFunction(() => document.querySelector(".answered:last-child")?.getAttribute("aria-busy") === "false", null, { timeout: 60_000 });
+
+/** A small model has said everything before anybody can stop it: so its words come through a thin pipe. */
+async function slowly(page) {
+  if (mock) return;
+  const session = await page.context().newCDPSession(page);
+  await session.send("Network.enable");
+  await session.send("Network.emulateNetworkConditions", { offline: false, latency: 0, downloadThroughput: 4000, uploadThroughput: -1 });
+}
 
 async function send(page, words) {
   await page.fill("#message", words);
@@ -66,6 +76,7 @@ const tests = {
     await page.fill("#message", "one");
     await page.press("#message", "Shift+Enter");
     assert.equal(await page.inputValue("#message"), "one\n");
+    await slowly(page);
     await send(page, "Say something slow");
     await page.waitForFunction(() => document.querySelector(".answered .prose")?.textContent.length > 3);
     assert.equal(await last(page).getAttribute("aria-busy"), "true");
@@ -112,6 +123,7 @@ const tests = {
   async "a reload keeps the conversation, and what was cut off can be retried"(page) {
     await send(page, "hello");
     await isDone(page);
+    await slowly(page);
     await send(page, "slow, please");
     await page.waitForFunction(() => document.querySelector(".answered:last-child .prose")?.textContent.length > 30);
     await page.reload();
@@ -206,7 +218,11 @@ const odd = {
     const words = await page.locator(".answered .prose").textContent();
     assert.ok(words.includes("<img src=x onerror=") && words.includes("</script><svg onload="), "markup is shown as it was written");
     // A title and the list are made of the model's and the user's words as well.
+    assert.equal(await page.locator("#latest").isVisible(), false, "the end is in view");
+    await page.locator("#scroll").evaluate((area) => (area.scrollTop = 0));
+    await page.locator("#latest").waitFor();
     await page.click("#new");
+    await page.locator("#latest").waitFor({ state: "hidden" });
     await send(page, "<img src=x onerror=window.broken=1>");
     await isDone(page);
     assert.equal(await page.locator("#conversations img").count(), 0);
@@ -232,8 +248,8 @@ const odd = {
       return Object.entries(times).sort((a, b) => b[1] - a[1]).slice(0, 5);
     });
     console.log("    slowest:", millis.map(([name, time]) => `${JSON.stringify(name)} ${time.toFixed(0)} ms`).join(", "));
-    // A quadratic one takes a minute and more.
-    assert.ok(millis[0][1] < 5000, String(millis[0]));
+    // This only tells what hangs from what does not: a quadratic one takes a minute and more.
+    assert.ok(millis[0][1] < 10_000, String(millis[0]));
   },
 
   async "Markdown is shown, and grows as it would be shown at once"(page) {
@@ -272,8 +288,8 @@ const odd = {
 
   async "waiting and reading can be seen"(page) {
     await send(page, "queue");
-    await page.getByText("Waiting: 2 requests before this one").waitFor();
-    await page.getByText(/Reading the prompt: [1-9][\d,]* of 8,000 tokens/).waitFor();
+    await page.locator(".wait", { hasText: "Waiting: 2 requests before this one" }).waitFor();
+    await page.locator(".wait", { hasText: /Reading the prompt: [1-9][\d,]* of 8,000 tokens/ }).waitFor();
     assert.ok(Number(await page.locator(".wait progress").getAttribute("value")) >= 0);
     await isDone(page);
     assert.equal(await last(page).locator(".wait").isVisible(), false);
@@ -310,6 +326,35 @@ const odd = {
     assert.equal(await page.locator("#sessions li").count(), 2);
     await page.locator("#sessions li").first().getByRole("button").click();
     await page.waitForFunction(() => document.querySelectorAll("#sessions li").length === 1);
+  },
+
+  async "a server that is gone is said, and found again"(page) {
+    await page.route("**/status", (route) => route.abort());
+    await page.getByText("The server does not answer.").waitFor();
+    await page.unroute("**/status");
+    await page.getByText("Generating", { exact: true }).waitFor({ timeout: 15_000 });
+    assert.equal(await page.locator("#model option").count(), 2);
+  },
+
+  async "everything can be reached by the keyboard"(page) {
+    await send(page, "hello");
+    await isDone(page);
+    await last(page).getByRole("button", { name: "Retry" }).focus();
+    await page.keyboard.press("Enter");
+    await isDone(page);
+    assert.equal(await page.evaluate(() => document.activeElement.id), "message", "the focus is not lost");
+    await last(page).getByRole("button", { name: "The version before" }).focus();
+    await page.keyboard.press("Enter");
+    await page.keyboard.press("Enter");
+    assert.match(await last(page).locator(".turns").textContent(), /2 of 2/, "there and back");
+    const seen = new Set();
+    for (let presses = 0; presses < 40; presses++) {
+      await page.keyboard.press("Tab");
+      seen.add(await page.evaluate(() => document.activeElement.id || document.activeElement.textContent));
+    }
+    for (const name of ["message", "send", "new", "open-settings", "model", "Rename", "Export", "Delete", "Copy", "Edit", "Retry"]) {
+      assert.ok(name === "send" || seen.has(name), `${name} is not among ${[...seen].join(", ")}`);
+    }
   },
 
   async "damaged storage does no harm"(page) {
@@ -382,7 +427,7 @@ for (const [name, test] of chosen) {
   }
 }
 if (!mock) console.log(`skipped, since they need the stand-in: ${Object.keys(odd).join("; ")}`);
-if (mock && !options.only) {
+if (!options.only) {
   complaints = [];
   await pictures().catch((error) => {
     failed++;

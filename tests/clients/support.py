@@ -127,7 +127,8 @@ def start(command: list[str], port: int, log: Path, environment: dict[str, str] 
 def serve(folder: Path, *options: str, models: tuple[Path, ...] = (MODEL,)) -> Iterator[Server]:
     """`sluice serve` on the chat model, or on others; the first of them is the one whose name is told."""
     port = free_port()
-    command = [str(PROGRAM), "serve", *map(str, models), "--port", str(port), "--api-key", KEY, *options]
+    command = [str(PROGRAM), "serve", *map(str, models), "--port", str(port), "--api-key", KEY]
+    command += options if "--context" in options else ("--context", "16384", *options)
     with start(command, port, folder / f"server-{port}.log") as server:
         yield server
 
@@ -148,6 +149,11 @@ def run(prompt: str, *options: str, chat: bool = True, model: Path = MODEL) -> d
     done = subprocess.run(command + (["--chat"] if chat else []), capture_output=True, check=True, timeout=PATIENCE)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def long_text(number: int) -> str:
+    """A text of some 8,000 tokens, which take seconds to read; another one for each number."""
+    return " ".join(f"{i} of {number} ships sail." for i in range(600))
 
 
 @cache

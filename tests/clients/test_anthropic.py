@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
+import httpx
 import pytest
 
-from support import KEY, Server, run, until
+from support import KEY, PATIENCE, Server, long_text, run, until
 
 PROMPT = "Speak of the sea."
 GREEDY = {"temperature": 0.0}
@@ -23,6 +24,7 @@ LOOK: dict[str, Any] = {
         "required": ["calm", "colour"],
         "additionalProperties": False,
     },
+    "strict": True,
 }
 WAIT: dict[str, Any] = {"name": "wait", "input_schema": {"type": "object", "properties": {}}}
 
@@ -194,6 +196,19 @@ def test_wrong_key(server: Server) -> None:
         ask(wrong, server)
     body: Any = refused.value.body
     assert body["error"]["type"] == "authentication_error"
+
+
+def test_waiting_is_visible(server: Server) -> None:
+    """While a long prompt is read, pings come."""
+    body = {"model": server.model, "max_tokens": 4, "stream": True}
+    body["messages"] = [{"role": "user", "content": long_text(2)}]
+    with httpx.stream(
+        "POST", f"{server.url}/v1/messages", json=body, headers={"x-api-key": KEY}, timeout=PATIENCE
+    ) as answer:
+        names = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
+    assert names[0] == "message_start"
+    assert names[1] == "ping"
+    assert names[-1] == "message_stop"
 
 
 def test_cancelling(client: anthropic.Anthropic, server: Server) -> None:

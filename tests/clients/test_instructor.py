@@ -26,7 +26,7 @@ class Fleet(BaseModel):
     ships: list[Ship] = Field(min_length=1, max_length=3)
 
 
-@pytest.mark.parametrize("mode", [instructor.Mode.TOOLS_STRICT, instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA])
+@pytest.mark.parametrize("mode", [instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA])
 @pytest.mark.parametrize("seed", range(2))
 def test_objects(server: Server, mode: instructor.Mode, seed: int) -> None:
     """The first answer is an object of the class: nothing has to be asked again."""

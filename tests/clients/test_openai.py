@@ -13,7 +13,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
-from support import KEY, MODEL, STATES, Server, run, serve, until
+from support import KEY, MODEL, STATES, Server, long_text, run, serve, until
 
 PROMPT = "Speak of the sea."
 ASK: Any = [{"role": "user", "content": PROMPT}]
@@ -28,7 +28,10 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 TOOLS: Any = [
-    {"type": "function", "function": {"name": "look", "description": "Looks at the sea", "parameters": SCHEMA}},
+    {
+        "type": "function",
+        "function": {"name": "look", "description": "Looks at the sea", "parameters": SCHEMA, "strict": True},
+    },
     {"type": "function", "function": {"name": "wait", "parameters": {"type": "object", "properties": {}}}},
 ]
 
@@ -394,6 +397,24 @@ def test_cancelling(client: openai.OpenAI, server: Server) -> None:
     until(lambda: server.running() == 1, "it runs")
     stream.close()
     until(lambda: server.running() == 0, "its place is free", 2)
+
+
+def test_waiting_is_visible(client: openai.OpenAI, server: Server) -> None:
+    """While a long prompt is read, events say how far it is; a client that goes away meanwhile finds it read as far."""
+    messages = [{"role": "user", "content": long_text(1)}]
+    stream = ask(client, server, messages=messages, max_tokens=4, stream=True)
+    read = []
+    for event in stream:
+        progress = (event.model_extra or {}).get("progress")
+        if progress and progress["state"] == "reading":
+            read.append(progress["read"])
+            if len(read) == 2:
+                break
+    stream.close()
+    assert read == sorted(set(read))
+    until(lambda: server.running() == 0, "its place is free", 2)
+    answer = ask(client, server, messages=messages, max_tokens=4)
+    assert answer.usage.prompt_tokens_details.cached_tokens >= read[0]
 
 
 def test_a_full_queue(folder: Path) -> None:

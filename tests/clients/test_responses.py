@@ -13,7 +13,7 @@ import pytest
 from openai.types.responses.response_reasoning_text_delta_event import ResponseReasoningTextDeltaEvent
 from openai.types.responses.response_reasoning_text_done_event import ResponseReasoningTextDoneEvent
 
-from support import KEY, PATIENCE, Server, run, until
+from support import KEY, PATIENCE, Server, long_text, run, until
 
 PROMPT = "Speak of the sea."
 SCHEMA: dict[str, Any] = {
@@ -248,6 +248,14 @@ def test_impossible_values(client: openai.OpenAI, server: Server, wrong: Any) ->
     body = {"model": server.model, "input": PROMPT, "max_output_tokens": 4} | wrong
     with pytest.raises(openai.BadRequestError):
         client.post("/responses", cast_to=object, body=body)
+
+
+def test_waiting_is_visible(server: Server) -> None:
+    """While a long prompt is read, the response is said to be in progress."""
+    events = stream(server, input=long_text(3), max_output_tokens=4)
+    types = [event["type"] for event in events]
+    assert types.count("response.in_progress") > 1
+    assert types.index("response.output_item.added") > 2
 
 
 def test_cancelling(client: openai.OpenAI, server: Server) -> None:

@@ -4,8 +4,8 @@
 //!
 //! The script is an object: `turns`, a list of `{"role", "contains", "say"}`, and `otherwise`, what is said if no turn fits. A
 //! turn fits if a message behind the assistant's latest one has that role and contains that text; the first that fits is taken.
-//! `say` is what the model writes, with thinking and tool calls as its family writes them: a grammar forces it. Each request is
-//! noted on standard error.
+//! `say` is what the model writes, with thinking and tool calls as its family writes them: a grammar forces it. With `times`, it
+//! says that so many times. Each request is noted on standard error.
 
 use std::env;
 use std::fs;
@@ -57,7 +57,8 @@ fn force(script: Value) -> Force {
         let tools: Vec<&str> = ask.tools.iter().map(|tool| tool.name.as_str()).collect();
         eprintln!("{}: tools {tools:?}: {}", ask.api, latest.last().map_or_else(String::new, |m| text_of(m)));
         eprintln!("says: {say}");
-        say.as_str().map(|text| Form::Text(text.to_owned()))
+        let times = said.and_then(|turn| turn["times"].as_u64()).unwrap_or(1);
+        say.as_str().map(|text| Form::Text(text.repeat(times as usize)))
     })
 }
 

@@ -78,6 +78,8 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     most_memory: float = 0.0
     cached: int = 0
+    # How often a prompt was found on the drive right after a kill.
+    found_again: int = 0
 
 
 def requests() -> list[Request]:
@@ -234,7 +236,6 @@ class Server:
                 raise SystemExit(f"the server does not start:\n{(self.folder / 'log').read_text()[-3000:]}")
             try:
                 await self.get("/health")
-                self.is_up.set()
                 return
             except Gone:
                 await asyncio.sleep(0.02)
@@ -447,9 +448,10 @@ async def watch(server: Server, tally: Tally, most: float) -> None:
                 return
 
 
-async def killer(server: Server, tally: Tally, end: float, kills: int, seed: int) -> None:
-    """Kills the server and starts it again; sessions that were there are still there."""
-    chance = random.Random(seed)
+async def killer(server: Server, pool: list[Request], tally: Tally, end: float, kills: int) -> None:
+    """Kills the server and starts it again; sessions that were there are still there, and are used."""
+    chance = random.Random(server.options.seed)
+    longest = max(pool, key=lambda request: len(json.dumps(request.body)) if "/chat/comp" in request.path else 0)
     for left in range(kills, 0, -1):
         await asyncio.sleep(max(0.0, end - time.monotonic()) / (left + 1) * (0.6 + 0.8 * chance.random()))
         before = await server.sessions()
@@ -461,7 +463,12 @@ async def killer(server: Server, tally: Tally, end: float, kills: int, seed: int
             # A longer one may have taken the place of one, in the moment before the kill.
             if len(before - after) > 2:
                 tally.wrong.append(f"{len(before - after)} of {len(before)} sessions are gone after a kill")
+        cached = tally.cached
+        if await ask(server, longest, tally, "whole", chance) != longest.alone:
+            tally.wrong.append("after a kill, the longest prompt has another answer")
+        tally.found_again += tally.cached > cached
         tally.counts["kills"] += 1
+        server.is_up.set()
 
 
 async def at_rest(server: Server, tally: Tally) -> None:
@@ -491,10 +498,13 @@ async def soak(options: argparse.Namespace, folder: Path) -> Tally:
     try:
         await server.start()
         pool = await alone(server, options, tally)
+        server.is_up.set()
         end = time.monotonic() + options.seconds
         looking = asyncio.create_task(watch(server, tally, mebibytes(options.budget) + options.slack))
         clients = [client(n, server, pool, tally, end, options.seed) for n in range(options.clients)]
-        await asyncio.gather(killer(server, tally, end, options.kills, options.seed), *clients)
+        await asyncio.gather(killer(server, pool, tally, end, options.kills), *clients)
+        if options.kills and await server.sessions() and not tally.found_again:
+            tally.wrong.append("no prompt was found on the drive after a kill")
         await at_rest(server, tally)
         looking.cancel()
         assert server.process is not None
@@ -528,6 +538,7 @@ def main() -> None:
         )
     for what, count in sorted(tally.counts.items()):
         print(f"{count:7}  {what}")
+    print(f"{tally.found_again:7}  times that the longest prompt was found on the drive after a kill")
     print(f"{tally.cached:7}  tokens of prompts that were not read again")
     print(f"{tally.most_memory:7.0f}  MiB of memory at most, with a budget of {options.budget}")
     for wrong in tally.wrong[:20]:

@@ -1,6 +1,8 @@
 //! Sequences that are kept between requests: what is read once is not read again, and no text depends on that.
 
 use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -10,6 +12,7 @@ use sluice_generate::{
     Drain, Event, Finish, GenerationError, Model, Place, Request, SamplerConfig, SchedulerOptions, Watch, WhenFull,
 };
 use sluice_model::{Engine, EngineOptions, Progress};
+use sluice_sessions::{Store, StoreOptions};
 use sluice_tests::Converted;
 use sluice_tests::house::{Heard, House};
 
@@ -36,6 +39,12 @@ fn demo(sequences: usize, context: usize, scheduling: SchedulerOptions) -> (Conv
 fn prompt(engine: &Engine, number: u32, length: usize) -> Vec<u32> {
     let vocab = engine.spec().vocab_size as u32;
     (0..length as u32).map(|i| (i * 7919 + number * 104_729 + 13) % vocab).collect()
+}
+
+/// A store that reads what is in the folder.
+fn store(folder: &Path) -> Arc<Store> {
+    let options = StoreOptions { folder: folder.to_owned(), max_bytes: 1 << 30, expire_after: None };
+    Arc::new(Store::open(options).unwrap())
 }
 
 /// A prompt for the demo model.
@@ -319,6 +328,96 @@ fn a_model_says_what_it_is_and_ends_what_it_has_begun() {
     assert!(matches!(events.into_iter().last(), Some(Event::Finish { reason: Finish::Cancelled, .. })));
 }
 
+fn with_store(folder: &Path) -> SchedulerOptions {
+    SchedulerOptions { prompt_rows: 40, store: Some(store(folder)), save_every: 64, ..SchedulerOptions::default() }
+}
+
+#[test]
+fn another_run_of_the_program_goes_on_from_the_drive() {
+    for (name, ty) in MODELS {
+        let model = Converted::new(name, ty);
+        let folder = tempfile::tempdir().unwrap();
+        let mut text = prompt(&model.open(&options(1, 240)), 1, 90);
+        let mut seen = 0;
+        for turn in 2..5 {
+            let mut house = House::new(model.open(&options(2, 240)), with_store(folder.path()));
+            let (heard, computed) = ask(&mut house, Request::new(text.clone(), 20));
+            assert_eq!(heard.usage.cached_tokens, seen, "{name}, turn {turn}");
+            assert_eq!(computed as usize, text.len() - seen + 19, "{name}, turn {turn}");
+            assert_eq!(house.scheduler.status().totals.restored_tokens as usize, seen, "{name}, turn {turn}");
+            let mut alone = House::new(model.open(&options(1, 240)), SchedulerOptions::default());
+            assert_eq!(ask(&mut alone, Request::new(text.clone(), 20)).0.said(), heard.said(), "{name}, turn {turn}");
+            text.extend(&heard.ids);
+            seen = text.len() - 1;
+            text.extend(prompt(&house.engine, turn, 15));
+            house.scheduler.release_kept();
+        }
+        // Whoever damages a file gets what was to be had without it.
+        for file in std::fs::read_dir(folder.path()).unwrap() {
+            let path = file.unwrap().path();
+            let mut bytes = std::fs::read(&path).unwrap();
+            let last = bytes.len().saturating_sub(40);
+            bytes.get_mut(last).into_iter().for_each(|byte| *byte ^= 1);
+            std::fs::write(&path, bytes).unwrap();
+        }
+        let mut house = House::new(model.open(&options(2, 240)), with_store(folder.path()));
+        let mut alone = House::new(model.open(&options(1, 240)), SchedulerOptions::default());
+        let (heard, _) = ask(&mut house, Request::new(text.clone(), 20));
+        assert_eq!(ask(&mut alone, Request::new(text.clone(), 20)).0.said(), heard.said(), "{name}");
+        assert_eq!(house.scheduler.status().totals.restored_tokens, 0, "{name}");
+    }
+}
+
+#[test]
+fn a_program_that_is_killed_in_a_long_prompt_loses_little_of_it() {
+    for (name, ty) in MODELS {
+        let model = Converted::new(name, ty);
+        let folder = tempfile::tempdir().unwrap();
+        let mut house = House::new(model.open(&options(2, 240)), with_store(folder.path()));
+        let text = prompt(&house.engine, 1, 220);
+        // While another one talks, prompts are read in parts.
+        house.submit(Request { keep: false, ..Request::new(prompt(&house.engine, 2, 3), 60) });
+        house.turn();
+        let id = house.submit(Request { title: Some("A long one".into()), ..Request::new(text.clone(), 5) });
+        (0..4).for_each(|_| _ = house.turn());
+        let place = house.owners[&id].0.place();
+        assert!(matches!(place, Some(Place::Reading { read, prompt: 220 }) if read >= 120), "{name}: {place:?}");
+        drop(house);
+        let again = store(folder.path());
+        assert!(again.list().iter().any(|entry| entry.title.as_deref() == Some("A long one")), "{name}");
+        assert!(again.list().iter().all(|entry| entry.tokens >= 64), "{name}: nothing of the one that is not kept");
+        drop(again);
+        let mut house = House::new(model.open(&options(2, 240)), with_store(folder.path()));
+        let (heard, _) = ask(&mut house, Request::new(text.clone(), 5));
+        assert!((64..160).contains(&heard.usage.cached_tokens), "{name}: {}", heard.usage.cached_tokens);
+        let mut alone = House::new(model.open(&options(1, 240)), SchedulerOptions::default());
+        assert_eq!(ask(&mut alone, Request::new(text, 5)).0.said(), heard.said(), "{name}");
+    }
+}
+
+#[test]
+fn a_model_that_rests_or_is_closed_has_everything_on_the_drive() {
+    let converted = Converted::new("demo-model", Some(WeightType::Q8));
+    let folder = tempfile::tempdir().unwrap();
+    let scheduling = SchedulerOptions { rest_after: Some(Duration::ZERO), ..with_store(folder.path()) };
+    let model = Model::new(converted.open(&options(4, 240)), scheduling, false).unwrap();
+    // More at a time than may wait to be written.
+    let requests = || (0..12).map(|n| Request::new(words(n, 70), 3)).collect();
+    let want: Vec<_> = model.batch(requests()).into_iter().map(Result::unwrap).collect();
+    while model.status().kept > 0 {
+        std::thread::yield_now();
+    }
+    for (got, want) in model.batch(requests()).into_iter().map(Result::unwrap).zip(&want) {
+        assert_eq!((&got.ids, got.usage.cached_tokens), (&want.ids, 69));
+    }
+    let restored = model.status().totals.restored_tokens;
+    assert!(restored >= 64, "{restored}");
+    model.complete(Request::new(words(50, 100), 3)).unwrap();
+    model.close(Drain::default());
+    let model = Model::new(converted.open(&options(4, 240)), with_store(folder.path()), false).unwrap();
+    assert_eq!(model.complete(Request::new(words(50, 100), 3)).unwrap().usage.cached_tokens, 99);
+}
+
 /// One of many requests: a new text, or one that begins as an earlier text does.
 #[derive(Clone, Debug)]
 struct Turn {
@@ -368,14 +467,15 @@ struct Case {
     kept: usize,
     marks: usize,
     spills: bool,
+    stores: bool,
     least: bool,
 }
 
 fn any_case() -> impl Strategy<Value = Case> {
     let turns = proptest::collection::vec(any_turn(), 2..12);
     let sizes = (1usize..5, 1usize..100, prop_oneof![Just(64usize), 1usize..5], 0usize..3);
-    (0..MODELS.len(), turns, sizes, any::<bool>(), any::<bool>()).prop_map(
-        |(model, turns, (sequences, rows, kept, marks), spills, least)| Case {
+    (0..MODELS.len(), turns, sizes, any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+        |(model, turns, (sequences, rows, kept, marks), spills, stores, least)| Case {
             model,
             turns,
             sequences,
@@ -383,6 +483,7 @@ fn any_case() -> impl Strategy<Value = Case> {
             kept,
             marks,
             spills,
+            stores,
             least,
         },
     )
@@ -425,7 +526,15 @@ fn check(model: &Converted, case: &Case, spill: Option<std::path::PathBuf>) -> R
     let opens = EngineOptions { marks: case.marks, mark_every: Some(30), ..options(case.sequences, CONTEXT) };
     let budget = case.least.then(|| model.least_budget_for(&opens));
     let engine = model.open(&EngineOptions { budget, ..opens });
-    let scheduling = SchedulerOptions { prompt_rows: case.rows, kept: case.kept, spill, ..SchedulerOptions::default() };
+    let folder = tempfile::tempdir().unwrap();
+    let scheduling = SchedulerOptions {
+        prompt_rows: case.rows,
+        kept: case.kept,
+        spill,
+        store: case.stores.then(|| store(folder.path())),
+        save_every: 64,
+        ..SchedulerOptions::default()
+    };
     let mut house = House::new(engine, scheduling);
     let (mut ids, mut turn, mut comes) = (Vec::<u64>::new(), 0, 0);
     loop {

@@ -41,6 +41,12 @@ fn a_report_says_what_the_engine_says() {
     let all: usize = report.experts.iter().map(|layer| layer.experts).sum();
     assert_eq!(all, report.memory.experts);
 
+    // What is between two pieces of work is no part of a window.
+    house.submit(Request::new(vec![8, 9], 5));
+    house.run();
+    let next = submitter.report().expect("there was one before");
+    assert_eq!(next.window.as_ref().map(|window| window.stats.tokens), Some(6));
+
     let json = serde_json::to_value(&*report).expect("numbers and text");
     let digits = json["experts"][0]["resident"].as_str().expect("hexadecimal digits");
     let ones: u32 = digits.chars().map(|digit| digit.to_digit(16).expect("a digit").count_ones()).sum();

@@ -1,11 +1,14 @@
 //! Saved segments: a sequence that is put together from several files goes on with the bits of one that was never saved.
 
+use std::cell::RefCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use sluice_model::session::{PrefixHash, SegmentFile, SegmentInfo, SessionError, peek};
+use proptest::prelude::*;
+use sluice_model::session::{HEADER_FIELDS, PrefixHash, SECTION_FIELDS, SegmentFile, SegmentInfo, SessionError, peek};
 use sluice_model::{Engine, EngineOptions, KvType, PAGE_TOKENS, Sequence};
 use sluice_tests::{Converted, Golden};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
 /// and keys beside recurrent states.
@@ -96,6 +99,18 @@ fn a_chain_goes_on_with_the_same_bits_wherever_it_can() {
         let back = engine.restore_segments(&mut open(&paths[..2]), &other).unwrap();
         assert_eq!(back.position(), if FORGETTING.contains(&family) { 150 } else { 170 }, "{family}");
         assert!(engine.restore_segments(&mut [], &tokens).unwrap().tokens().is_empty());
+        // An engine with less room takes what fits.
+        for (context, reached) in [(80, 70), (50, 0)] {
+            let mut short = model.open(&EngineOptions { context: Some(context), ..options() });
+            let mut back = short.restore_segments(&mut open(&paths), &tokens).unwrap();
+            let expected = if FORGETTING.contains(&family) { reached } else { context };
+            assert_eq!(back.tokens(), &tokens[..expected], "{family}");
+            let end = context.min(expected + 5);
+            assert!(
+                expected == end
+                    || logits(&mut short, &mut back, &tokens[expected..end]) == want[expected * vocab..end * vocab]
+            );
+        }
     }
 }
 
@@ -202,6 +217,101 @@ fn damage_in_a_chain_is_found() {
             assert!(engine.restore_segments(&mut open(&paths[..2]), &tokens[..200]).is_err());
         }
     }
+}
+
+/// Begin and end of every section that is whole, as `docs/SESSIONS.md` says.
+fn sections(bytes: &[u8]) -> Vec<(usize, usize)> {
+    let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let (mut sections, mut at) = (Vec::new(), 120);
+    while at + 40 <= bytes.len() {
+        let len = number(at + 16).checked_mul(number(at + 24)).and_then(|len| len.checked_add(at + 40));
+        let Some(end) = len.filter(|&end| end <= bytes.len()) else { break };
+        sections.push((at, end));
+        at = end;
+    }
+    sections
+}
+
+/// Makes all checksums right again, and the hash of the text.
+fn seal(bytes: &mut [u8]) {
+    let sections = sections(bytes);
+    if let Some(&(begin, end)) = sections.first() {
+        let ids = bytes[begin + 32..end - 8].as_chunks::<4>().0.iter();
+        let ids: Vec<u32> = ids.map(|&id| u32::from_le_bytes(id)).collect();
+        let before = PrefixHash(u128::from_le_bytes(bytes[80..96].try_into().unwrap()));
+        bytes[96..112].copy_from_slice(&before.then(&ids).0.to_le_bytes());
+    }
+    let seed = xxh3_64(&bytes[..112]);
+    bytes[112..120].copy_from_slice(&seed.to_le_bytes());
+    for (begin, end) in sections {
+        let sum = xxh3_64_with_seed(&bytes[begin..end - 8], seed);
+        bytes[end - 8..end].copy_from_slice(&sum.to_le_bytes());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+    /// Checksums find damage, not forgery: whatever stands in a file whose sums are right, nothing panics, and no page is lost.
+    #[test]
+    fn forged_segments_harm_nothing(
+        changes in prop::collection::vec((0..60_usize, 0..16_usize, 0..9_usize), 1..4),
+        is_second in any::<bool>(),
+    ) {
+        FORGERS.with_borrow_mut(|forgers| {
+            if forgers.is_empty() {
+                forgers.extend(["qwen3_next", "deepseek_v32"].map(|family| {
+                    let model = Converted::new(&format!("golden/{family}"), None);
+                    let mut engine = model.open(&options());
+                    let chain = chain(&mut engine, family);
+                    (model, engine, chain)
+                }));
+            }
+            for (_, engine, chain) in forgers {
+                let which = usize::from(is_second);
+                let sound = fs::read(&chain.paths[which]).unwrap();
+                let mut forged = sound.clone();
+                let parts = sections(&sound);
+                for &(part, field, value) in &changes {
+                    // The header as often as any section, and then a number of the section as often as what it begins with.
+                    let (at, len) = match part % (parts.len() + 1) {
+                        0 => (HEADER_FIELDS[field].offset, HEADER_FIELDS[field].len.min(8)),
+                        i if field % 2 == 0 => {
+                            let field = &SECTION_FIELDS[field / 2 % 5];
+                            (parts[i - 1].0 + field.offset, field.len)
+                        }
+                        i => ((parts[i - 1].0 + 32 + 4 * value).min(sound.len() - 8), 4),
+                    };
+                    let mut old = [0; 8];
+                    old[..len].copy_from_slice(&forged[at..at + len]);
+                    let old = u64::from_le_bytes(old);
+                    let values = [0, 1, old.wrapping_add(1), old.wrapping_sub(1), old.wrapping_add(64), old.wrapping_sub(64), 1 << 26, 1 << 40, u64::MAX];
+                    forged[at..at + len].copy_from_slice(&values[value].to_le_bytes()[..len]);
+                }
+                seal(&mut forged);
+                fs::write(&chain.paths[which], &forged).unwrap();
+                let _: Result<_, _> = peek(&chain.paths[which]);
+                if let Ok(mut back) = engine.restore_segments(&mut open(&chain.paths), &chain.tokens) {
+                    assert!(chain.tokens.starts_with(back.tokens()));
+                    let _: Result<(), _> = engine.forward(&mut back, &[1], &mut Vec::new());
+                }
+                if let Ok(mut back) = engine.restore_file(&chain.paths[0]) {
+                    let before = back.tokens().to_vec();
+                    match engine.restore_onto(&mut back, &chain.paths[1]) {
+                        Ok(()) => assert!(back.position() >= 64),
+                        Err(_) => assert_eq!(back.tokens(), before),
+                    }
+                    let _: Result<(), _> = engine.forward(&mut back, &[1], &mut Vec::new());
+                }
+                fs::write(&chain.paths[which], &sound).unwrap();
+                assert!(engine.pages().iter().all(|pages| pages.free == pages.total));
+            }
+        });
+    }
+}
+
+thread_local! {
+    /// Models, engines and chains to forge segments of.
+    static FORGERS: RefCell<Vec<(Converted, Engine, Chain)>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A prefix is read without the rest of its segment.

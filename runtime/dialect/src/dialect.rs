@@ -73,8 +73,9 @@ impl Dialect {
     }
 
     /// Variables for the template: whether to think, and how hard (`none`, `minimal`, `low`, `medium`, `high`, `xhigh`, `max`). An effort
-    /// also says whether to think, if `thinking` does not.
+    /// also says whether to think, if `thinking` does not; one that is none of these is as good as none.
     pub fn template_options(&self, thinking: Option<bool>, effort: Option<&str>) -> Map<String, Value> {
+        let effort = effort.filter(|effort| EFFORTS.contains(effort));
         let thinking = thinking.or_else(|| Some(!matches!(effort?, "none")));
         let mut options = Map::new();
         if let Calls::Harmony = self.syntax.calls {
@@ -136,6 +137,9 @@ impl Dialect {
     }
 }
 
+/// How hard a model can be asked to think.
+const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
+
 fn detect(model_type: &str, template: Option<&str>, has_token: &dyn Fn(&str) -> bool) -> &'static Syntax {
     let source = template.unwrap_or_default();
     by_template(source, has_token)
@@ -160,6 +164,7 @@ fn by_template(source: &str, has_token: &dyn Fn(&str) -> bool) -> Option<&'stati
         () if has("<arg_key>") && (has("'\\n<tool_call>'") || has("{function-name}\n")) => &syntax::GLM_45,
         () if has("<arg_key>") => &syntax::GLM_47,
         () if has("<function=") && has("<parameter=") => &syntax::QWEN_XML,
+        () if has("<tool_call>") => &syntax::HERMES,
         () if has("[TOOL_CALLS]") && has("[ARGS]") => &syntax::MISTRAL,
         () if has("[TOOL_CALLS]") => &syntax::MISTRAL_LIST,
         () if has("<|python_start|>") || has("<|header_start|>") => &syntax::LLAMA_4,

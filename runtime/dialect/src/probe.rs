@@ -11,7 +11,7 @@ use sluice_text::{ChatTemplate, Message, RenderOptions, SpecialTokens};
 use crate::messages::Wants;
 
 /// A template that takes longer for all questions together is not asked any more.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Arguments with two spaces in a row, which only survive where text stays text.
 const RAW: &str = r#"{"first-key":  "first-value"}"#;
@@ -98,5 +98,29 @@ impl Probe {
             now: 0,
         };
         self.template.render(&messages, &options).is_ok_and(|text| words.iter().all(|word| text.contains(word)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dialect::Dialect;
+    use crate::{syntax, templates};
+
+    #[test]
+    fn own_templates_are_what_they_are_taken_for() {
+        for family in [&syntax::DEEPSEEK_V32, &syntax::DEEPSEEK_V4, &syntax::HARMONY] {
+            let source = templates::own(family).unwrap();
+            assert_eq!(Wants::of(family, Some(source)), Wants::of(family, None), "{}", family.name);
+            assert_eq!(Dialect::detect(None, Some(source), &|_| false).name(), family.name);
+        }
+    }
+
+    #[test]
+    fn templates_that_cannot_be_asked_get_what_most_take() {
+        for source in ["{% if %}", "{{ raise_exception('never') }}", "nothing of it"] {
+            assert_eq!(probe(source), None);
+            assert_eq!(Wants::of(&syntax::HERMES, Some(source)), Wants::default());
+        }
     }
 }

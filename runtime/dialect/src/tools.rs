@@ -77,6 +77,12 @@ impl Tools {
         self.tools.iter()
     }
 
+    /// Those that a request restricts itself to.
+    #[must_use]
+    pub fn only(&self, allows: impl Fn(&str) -> bool) -> Self {
+        Self { tools: self.iter().filter(|tool| allows(&tool.name)).cloned().collect() }
+    }
+
     /// The one with this name.
     pub fn get(&self, name: &str) -> Option<&Tool> {
         self.tools.iter().find(|tool| tool.name == name)
@@ -300,6 +306,7 @@ mod tests {
         let good = json!([{"type": "function", "function": {"name": "a", "strict": true}}, {"type": "function", "name": "b.c"}]);
         let tools = Tools::from_openai(&good).unwrap();
         assert!(tools.get("a").unwrap().strict && tools.get("b.c").is_some());
+        assert_eq!(tools.only(|name| name == "a").iter().map(|tool| tool.name.as_str()).collect::<Vec<_>>(), ["a"]);
         assert!(Tools::from_openai(&Value::Null).unwrap().is_empty());
         for (bad, field) in [
             (json!({}), "tools"),

@@ -231,6 +231,7 @@ fn wishes_become_variables_of_the_template() {
         Value::Object(qwen.template_options(None, Some("low"))),
         json!({"enable_thinking": true, "thinking": true})
     );
+    assert_eq!(Value::Object(qwen.template_options(None, Some("\n# Rules"))), json!({}));
     let harmony = Dialect::detect(Some("gpt_oss"), None, &none);
     assert_eq!(Value::Object(harmony.template_options(Some(true), None)), json!({}));
     assert_eq!(Value::Object(harmony.template_options(None, Some("minimal"))), json!({"reasoning_effort": "low"}));

@@ -97,6 +97,11 @@ impl Kept {
         self.entries.push(Entry { sequence, used: self.clock, uses });
     }
 
+    /// Whether giving one of them up makes pages free.
+    pub(super) fn has_pages(&self) -> bool {
+        self.sequences().any(|sequence| sequence.own_pages() > 0)
+    }
+
     /// Too few pages are free: the least useful sequence gives up what is missing, or all that it has. Of those that share all that
     /// they have with others, one is given up only if there are no others. False if there is none left.
     pub(super) fn shed(&mut self, full: &PagesFull) -> bool {

@@ -45,6 +45,7 @@
 //! ```
 
 mod draft;
+mod drive;
 mod event;
 mod generation;
 mod guard;

@@ -70,7 +70,7 @@ impl About {
             vocab_size: engine.spec().vocab_size,
             context: engine.memory().context,
             family: engine.spec().family.clone(),
-            binding: engine.new_sequence().binding(),
+            binding: engine.binding(),
             files: files.map(|(name, bytes)| (name.to_owned(), bytes.to_vec())).collect(),
         }
     }
@@ -127,6 +127,7 @@ impl Model {
                     Work::Closed => break,
                 }
             }
+            scheduler.settle();
             if learn {
                 // A convenience: a folder that cannot be written is no reason to complain.
                 let _ = engine.save_counts();

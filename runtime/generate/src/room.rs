@@ -84,13 +84,15 @@ impl Scheduler {
             let Some(next) = self.next() else { break };
             let start = match next.anew {
                 true => Start::With(engine.new_sequence()),
-                false => self.start(engine, next.id, &next.tokens),
+                false => self.start(engine, next.id, &next.tokens, true),
             };
-            let (sequence, follows, more) = match start {
-                Start::With(sequence) => (sequence, None, 0),
-                // The page in the middle of which they part is copied.
-                Start::Behind(follows) => (engine.new_sequence(), Some(follows), PAGE_TOKENS),
+            let (sequence, follows, stored) = match start {
+                Start::With(sequence) => (sequence, None, None),
+                Start::Behind(follows) => (engine.new_sequence(), Some(follows), None),
+                Start::Stored(found) => (engine.new_sequence(), None, Some(found)),
             };
+            // The page in the middle of which two part is copied.
+            let more = if follows.is_some() { PAGE_TOKENS } else { 0 };
             let position = follows.map_or(sequence.position(), |follows| follows.position);
             let tokens = next.tokens.len() - position + next.ahead + more;
             // With nothing else running, waiting would not help: it starts with the pages there are, and fails if those are too few.
@@ -109,6 +111,9 @@ impl Scheduler {
             let Some(at) = at else { break };
             self.running[at].follows = follows;
             self.next = None;
+            if let Some(found) = stored {
+                self.restore(engine, at, &found, &next.tokens);
+            }
             self.begun(at);
         }
     }
@@ -140,7 +145,7 @@ impl Scheduler {
             let running = running.map(|r| (&r.sequence, limit(&r.sequence, r.wants())));
             match engine.room_for(running.chain([(sequence, limit(sequence, tokens))])) {
                 Ok(()) => return true,
-                Err(full) if self.kept.shed(&full) => {}
+                Err(full) if self.shed(&full, !self.running.is_empty()) => {}
                 Err(_) => return false,
             }
         }
@@ -149,7 +154,7 @@ impl Scheduler {
     /// A step has not found its pages, or would not: kept sequences give theirs up, then proposals are left out, then marks go. False if
     /// there is nothing of these left.
     pub(super) fn find_pages(&mut self, full: &PagesFull) -> bool {
-        if self.kept.shed(full) || std::mem::take(&mut self.drafts) {
+        if self.shed(full, false) || std::mem::take(&mut self.drafts) {
             return true;
         }
         let keeps_marks = full.kind != PageKind::Rows;
@@ -164,7 +169,7 @@ impl Scheduler {
         drop(state);
         generation.limit_marks(self.marks);
         let (events, reported, failed, follows) = (Vec::new(), 0, false, None);
-        self.running.push(Running { id, generation, sequence, owner, events, reported, failed, follows });
+        self.running.push(Running { id, generation, sequence, owner, events, reported, failed, follows, saved: 0 });
         Some(self.running.len() - 1)
     }
 
@@ -173,7 +178,7 @@ impl Scheduler {
         let Saved { id, generation, owner, reported, file } = self.saved.remove(0);
         let sequence = file.and_then(|file| file.restore(engine)).unwrap_or(sequence);
         let (events, failed, follows) = (Vec::new(), false, None);
-        let running = Running { id, generation, sequence, owner, events, reported, failed, follows };
+        let running = Running { id, generation, sequence, owner, events, reported, failed, follows, saved: 0 };
         let place = self.running.partition_point(|other| other.id < id);
         self.running.insert(place, running);
         Some(place)

@@ -10,9 +10,11 @@ use sluice_model::control::{Control, Progress, ProgressObserver, RoutingObserver
 use sluice_model::engine::{Engine, RuntimeError};
 use sluice_model::router::Choice;
 use sluice_model::rows::{Phase, Span, Want};
-use sluice_model::{ModelError, PageKind, Sequence};
+use sluice_model::{ModelError, PageKind, PagesFull, Sequence};
+use sluice_sessions::Store;
 use sluice_text::Tokenizer;
 
+use super::drive::Drive;
 use super::guard::{discard, tell};
 use super::kept::Kept;
 use super::meter::Meter;
@@ -30,7 +32,7 @@ const INTERRUPTIONS: usize = 3;
 const DRAFT: usize = 16;
 
 /// How a scheduler divides the engine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct SchedulerOptions {
     /// Tokens of prompts in a step in which other generations decode, at least 1. More let prompts be read faster, since every
     /// step reads the experts that it needs once; fewer let the others' tokens come more steadily. While nobody decodes, a
@@ -50,11 +52,26 @@ pub struct SchedulerOptions {
     pub kept: usize,
     /// Most generations in the queue; `None`: any number.
     pub queue: Option<usize>,
+    /// Sequences on the drive. What a generation leaves behind is written there, and a later request that begins with the same tokens goes
+    /// on from it, also in another run of the program. Several models can share a store.
+    pub store: Option<Arc<Store>>,
+    /// Where there is a store, a generation is saved whenever this many tokens are new, and once a prompt with so many new tokens has
+    /// been read: so that a program that is killed loses little.
+    pub save_every: usize,
 }
 
 impl Default for SchedulerOptions {
     fn default() -> Self {
-        SchedulerOptions { prompt_rows: 256, running: None, spill: None, rest_after: None, kept: 64, queue: None }
+        SchedulerOptions {
+            prompt_rows: 256,
+            running: None,
+            spill: None,
+            rest_after: None,
+            kept: 64,
+            queue: None,
+            store: None,
+            save_every: 2048,
+        }
     }
 }
 
@@ -86,6 +103,8 @@ pub(super) struct Running {
     pub(super) failed: bool,
     /// It waits for another one to read what they share; its own sequence is empty until then.
     pub(super) follows: Option<Follows>,
+    /// Tokens that have been saved.
+    pub(super) saved: usize,
 }
 
 impl Running {
@@ -176,6 +195,9 @@ pub struct Scheduler {
     /// Number and tokens of the next generation in the queue.
     pub(super) next: Option<(u64, Arc<[u32]>)>,
     pub(super) kept: Kept,
+    pub(super) drive: Option<Drive>,
+    /// Whether this turn has waited for the drive, to get pages back.
+    waited: bool,
     /// Whether there are layers with windows or states, so that a sequence cannot go back to any place.
     pub(super) forgets: bool,
     /// Marks that a sequence can keep in such a model.
@@ -215,6 +237,8 @@ impl Scheduler {
         Scheduler {
             shared: Shared::new(shape, options.queue.map(|limit| limit.max(1))),
             kept: Kept::new(options.kept),
+            drive: options.store.clone().map(|store| Drive::new(engine, store, options.save_every)),
+            waited: false,
             next: None,
             forgets,
             marks: if forgets { engine.memory().marks } else { 0 },
@@ -300,7 +324,7 @@ impl Scheduler {
         self.meter.resume(self.idle);
         self.reporter.begin(&self.shared.board, engine, self.idle);
         self.follow_budget(engine);
-        (self.read, self.generated, self.drafts) = (0, 0, true);
+        (self.read, self.generated, self.drafts, self.waited) = (0, 0, true, false);
         let (mut interruptions, mut crowded) = (0, false);
         loop {
             self.sweep();
@@ -326,14 +350,14 @@ impl Scheduler {
                 },
             }
         }
-        self.idle = self.running.is_empty();
-        if !self.idle {
+        let worked = !self.running.is_empty();
+        if worked {
             self.meter.record(self.read, self.generated);
         }
-        let worked = !self.idle;
         self.deliver();
-        let idle = self.running.is_empty() && self.saved.is_empty();
-        self.reporter.end(&self.shared.board, engine, idle);
+        // Those that have ended are gone now.
+        self.idle = self.running.is_empty();
+        self.reporter.end(&self.shared.board, engine, self.idle && self.saved.is_empty());
         worked
     }
 
@@ -392,15 +416,25 @@ impl Scheduler {
     fn keep(&mut self, generation: &mut Generation, mut sequence: Sequence) {
         if generation.keeps().0 {
             go_back(generation, &mut sequence);
+            if let Some(drive) = &self.drive {
+                drive.keep(&sequence, generation.keeps().1);
+            }
             // A fork has no page for the next pass to write.
             self.kept.insert(sequence.fork());
         }
     }
 
-    /// Gives up the sequences that are kept, and their memory.
-    pub fn release_kept(&mut self) {
-        self.kept.clear();
-        self.shared.lock().kept = (0, 0);
+    /// There are too few pages: kept sequences give theirs up. While sequences that are being written have the pages, there is no use in
+    /// that: it waits for them, once in a turn, but not while `others` could go on. False if that does not help.
+    pub(super) fn shed(&mut self, full: &PagesFull, others: bool) -> bool {
+        if !self.kept.has_pages() && !self.waited && self.is_writing() {
+            if !others {
+                self.waited = true;
+                self.drive.iter().for_each(Drive::flush);
+            }
+            return !others;
+        }
+        self.kept.shed(full)
     }
 
     /// One step: of all, or of one of them `only`.
@@ -413,6 +447,7 @@ impl Scheduler {
     ) -> Result<(), RuntimeError> {
         let before = said(&self.running);
         self.prepare(engine.memory().rows);
+        self.save_running();
         let takes_part = |r: &Running| !r.is_over() && r.follows.is_none() && only.is_none_or(|id| id == r.id);
         let rows = self.rows(engine.memory().rows, &takes_part);
         self.room_for_step(engine, &rows);
@@ -494,7 +529,7 @@ impl Scheduler {
             let parts = self.running.iter().zip(rows).filter(|(_, rows)| **rows > 0);
             match engine.room_for(parts.map(|(running, &rows)| (&running.sequence, rows))) {
                 Ok(()) => break,
-                Err(full) => _ = self.kept.shed(&full),
+                Err(full) => _ = self.shed(&full, false),
             }
         }
     }

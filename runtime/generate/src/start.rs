@@ -7,6 +7,7 @@
 //! again.
 
 use sluice_model::{Engine, PAGE_TOKENS, Sequence};
+use sluice_sessions::Found;
 
 use super::kept::{FEWEST, fork_at, reach, shared};
 use super::scheduler::{Running, Scheduler};
@@ -26,18 +27,25 @@ pub(super) enum Start {
     With(Sequence),
     /// Behind an older one.
     Behind(Follows),
+    /// With a sequence from the drive.
+    Stored(Found),
 }
 
 impl Scheduler {
-    /// How generation `id` with these tokens best begins.
-    pub(super) fn start(&mut self, engine: &Engine, id: u64, tokens: &[u32]) -> Start {
+    /// How generation `id` with these tokens best begins; `drive`: whether the drive counts.
+    pub(super) fn start(&mut self, engine: &Engine, id: u64, tokens: &[u32], drive: bool) -> Start {
         let kept = self.kept.best(tokens);
         let started = self.running.iter().filter(|r| r.follows.is_none());
         let running = started.map(|r| (r, reach(&r.sequence, tokens))).filter(|best| best.1 >= FEWEST);
         let running = running.max_by_key(|best| best.1);
         let reached = kept.map_or(0, |best| best.1).max(running.map_or(0, |best| best.1));
-        if let Some(follows) = self.leader(id, tokens, reached) {
+        let stored = self.drive.as_ref().filter(|_| drive).and_then(|drive| drive.find(tokens, reached));
+        let found = stored.as_ref().map_or(reached, Found::position);
+        if let Some(follows) = self.leader(id, tokens, found) {
             return Start::Behind(follows);
+        }
+        if let Some(found) = stored {
+            return Start::Stored(found);
         }
         Start::With(match (kept, running) {
             (Some((number, position)), _) if position == reached => self.kept.fork(number, position),
@@ -67,14 +75,33 @@ impl Scheduler {
                 continue;
             }
             let tokens = self.running[at].generation.tokens().to_vec();
-            match self.start(engine, id, &tokens) {
+            match self.start(engine, id, &tokens, false) {
                 Start::Behind(follows) => self.running[at].follows = Some(follows),
+                // The drive was not asked.
+                Start::Stored(_) => {}
                 Start::With(sequence) => {
                     let running = &mut self.running[at];
                     (running.sequence, running.follows) = (sequence, None);
                     self.begun(at);
                 }
             }
+        }
+    }
+
+    /// Reads what a generation begins with from the drive. If that fails, it begins with what memory has.
+    pub(super) fn restore(&mut self, engine: &Engine, at: usize, found: &Found, tokens: &[u32]) {
+        let drive = self.drive.as_ref();
+        if let Some(sequence) = drive.and_then(|drive| drive.restore(engine, found, tokens)) {
+            self.totals.restored_tokens += sequence.position() as u64;
+            self.running[at].sequence = sequence;
+            return;
+        }
+        let id = self.running[at].id;
+        match self.start(engine, id, tokens, false) {
+            Start::With(sequence) => self.running[at].sequence = sequence,
+            Start::Behind(follows) => self.running[at].follows = Some(follows),
+            // The drive was not asked.
+            Start::Stored(_) => {}
         }
     }
 
@@ -85,12 +112,14 @@ impl Scheduler {
             return;
         }
         let position = running.sequence.position();
+        running.saved = position;
         if running.generation.begin_at(position) {
             self.totals.prompt_tokens += running.generation.usage().prompt_tokens as u64;
             self.totals.cached_tokens += position as u64;
         }
         running.report(position);
         running.mark();
+        self.touch_stored(&self.running[at]);
     }
 
     /// Rows that a generation can take before it has to stop on the way: to be marked, or to be forked by one that waits for it. A

@@ -83,8 +83,9 @@ async fn slots(State(app): State<Arc<App>>) -> Response<Body> {
     json_response(&app.live.to_json())
 }
 
-#[derive(Debug, Deserialize)]
-struct TokenizeRequest {
+/// A text to turn into tokens.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+pub struct TokenizeRequest {
     #[serde(default)]
     model: String,
     content: String,
@@ -109,8 +110,9 @@ async fn tokenize(State(app): State<Arc<App>>, Json(request): Json<TokenizeReque
     finish(answer.await)
 }
 
-#[derive(Debug, Deserialize)]
-struct DetokenizeRequest {
+/// Tokens to turn into a text.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+pub struct DetokenizeRequest {
     #[serde(default)]
     model: String,
     tokens: Vec<u32>,
@@ -125,14 +127,18 @@ async fn detokenize(State(app): State<Arc<App>>, Json(request): Json<DetokenizeR
     finish(answer.await)
 }
 
-#[derive(Debug, Deserialize)]
-struct TemplateRequest {
+/// A conversation to turn into a text.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+pub struct TemplateRequest {
     #[serde(default)]
     model: String,
+    #[schema(value_type = Vec<Object>)]
     messages: Vec<Map<String, Value>>,
     #[serde(default)]
+    #[schema(value_type = Vec<Object>)]
     tools: Vec<Value>,
     #[serde(default)]
+    #[schema(value_type = Object)]
     chat_template_kwargs: Map<String, Value>,
 }
 

@@ -15,7 +15,7 @@ let models = [];
 const runs = new Map();
 
 const messages = new Messages(find("messages"), { retry, edit, turn, say });
-const live = new Live(chosenModel);
+const live = new Live(chosenModel, connect);
 
 // ---- What is shown -------------------------------------------------------------------------------------------------------------
 
@@ -26,6 +26,13 @@ function show() {
   find("title").textContent = title;
   document.title = conversation.title ? `${title} · Sluice` : "Sluice";
   showSend();
+  keepFocus();
+  showLatest();
+}
+
+/** Where the element that had the focus is gone, the message field gets it; not on phones, where a keyboard would come up. */
+function keepFocus() {
+  if (document.activeElement === document.body && matchMedia("(hover: hover)").matches) find("message").focus({ preventScroll: true });
 }
 
 function showSend() {
@@ -188,13 +195,15 @@ function turn(node, by) {
   store.choose(conversation, next);
   keepNow(conversation);
   show();
+  messages.focusTurn(next, by);
 }
 
 /** What the server is asked. */
 function requestOf(kept, asked) {
   const { system, temperature, maxTokens, seed, thinking } = store.settings();
   const spoken = store.upTo(kept, asked).filter((node) => node.role === "user" || node.text || node.calls.length === 0);
-  const body = { model: kept.model, messages: spoken.map(({ role, text }) => ({ role, content: text })) };
+  const body = { messages: spoken.map(({ role, text }) => ({ role, content: text })) };
+  if (kept.model) body.model = kept.model;
   if (system?.trim()) body.messages.unshift({ role: "system", content: system });
   if (Number.isFinite(temperature)) body.temperature = temperature;
   if (Number.isInteger(maxTokens)) body.max_completion_tokens = maxTokens;
@@ -313,7 +322,13 @@ function scrollDown(always = false) {
   if (always) requestAnimationFrame(() => (area.scrollTop = area.scrollHeight));
 }
 
-find("scroll").addEventListener("scroll", () => (find("latest").hidden = isAtEnd()), { passive: true });
+/** The way down is shown to those who are not there. */
+function showLatest() {
+  find("latest").hidden = isAtEnd();
+}
+
+find("scroll").addEventListener("scroll", showLatest, { passive: true });
+new ResizeObserver(showLatest).observe(find("messages"));
 find("latest").addEventListener("click", () => scrollDown(true));
 
 // ---- The message field ---------------------------------------------------------------------------------------------------------
@@ -325,9 +340,12 @@ function grow() {
   showSend();
 }
 
+/** While letters are composed, Enter chooses among them; Safari says so by a code only. */
+const isComposing = (event) => event.isComposing || event.keyCode === 229;
+
 find("message").addEventListener("input", grow);
 find("message").addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (event.key !== "Enter" || event.shiftKey || isComposing(event)) return;
   event.preventDefault();
   send();
 });
@@ -396,7 +414,10 @@ function takeSettings() {
   store.setSettings(values);
   const before = sessionStorage.getItem("sluice.key") ?? "";
   sessionStorage.setItem("sluice.key", find("key").value.trim());
-  if (before !== find("key").value.trim()) connect();
+  if (before !== find("key").value.trim()) {
+    connect();
+    live.poll();
+  }
 }
 
 find("open-settings").addEventListener("click", () => openSettings());
@@ -407,7 +428,6 @@ find("settings").addEventListener("click", (event) => event.target === find("set
 // ---- The server ----------------------------------------------------------------------------------------------------------------
 
 async function connect() {
-  live.poll();
   showSessions();
   try {
     const { data = [] } = await ask("/v1/models");
@@ -487,4 +507,4 @@ else show();
 showList();
 fit();
 connect();
-if (matchMedia("(hover: hover)").matches) find("message").focus();
+live.poll();

@@ -75,6 +75,7 @@ export function plural(number, one, many = `${one}s`) {
 /** Three digits where there is room for them. */
 export function short(number) {
   if (!Number.isFinite(number)) return "–";
+  if (number === 0) return "0";
   return number >= 100 ? count(number) : number.toFixed(number >= 10 ? 1 : 2);
 }
 

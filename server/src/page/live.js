@@ -20,11 +20,10 @@ const TIMES = [
 ];
 
 export class Live {
-  /** `model` returns the id of the model to show. */
-  constructor(model) {
-    this.model = model;
+  /** `model` returns the id of the model to show; `back` is called when the server answers again. */
+  constructor(model, back) {
+    Object.assign(this, { model, back, failed: false });
     this.traces = { rate: [], drive: [] };
-    this.ages = new Map();
     this.timer = 0;
     this.experts = new Experts(find("experts"), find("expert-caption"));
     document.addEventListener("visibilitychange", () => (document.hidden ? this.pause() : this.poll()));
@@ -41,7 +40,10 @@ export class Live {
     this.pause();
     let wait = EVERY;
     try {
-      this.show(await ask("/status"));
+      const status = await ask("/status");
+      if (this.failed) this.back();
+      this.failed = false;
+      this.show(status);
     } catch (error) {
       wait = SLOWER;
       this.fail(error);
@@ -51,6 +53,7 @@ export class Live {
   }
 
   fail(error) {
+    this.failed = true;
     const refused = error.status === 401 || error.status === 403;
     find("live-state").textContent = refused ? "The server asks for an API key: see Settings." : "The server does not answer.";
     find("live-state").hidden = false;

@@ -29,8 +29,12 @@ export class Messages {
     this.views.find((view) => view.node === node)?.update(this.views.at(-1)?.node === node);
   }
 
-  edit(node) {
-    this.views.find((view) => view.node === node)?.edit?.();
+  /** Puts the focus on the button that leads on, or back where there is no more. */
+  focusTurn(node, by) {
+    const view = this.views.find((view) => view.node === node);
+    const buttons = [...(view?.element.querySelectorAll(".turns button") ?? [])];
+    if (by > 0) buttons.reverse();
+    buttons.find((button) => !button.disabled)?.focus();
   }
 }
 
@@ -176,8 +180,10 @@ class Answered {
     this.wait.hidden = !waits;
     if (!waits) return;
     const [words, part] = waiting(progress);
+    if (this.waitsFor !== progress?.state) this.actions.say(words);
+    this.waitsFor = progress?.state;
     if (!this.words) {
-      this.words = make("span", { role: "status" });
+      this.words = make("span");
       this.meter = make("progress", { max: "1", "aria-label": "Part of the prompt that has been read" });
       this.wait.append(this.words, this.meter);
     }

@@ -90,16 +90,18 @@ const isList = (ids, nodes, parent) =>
   Array.isArray(ids) && ids.every((id) => Object.hasOwn(nodes, id) && nodes[id].id === id && nodes[id].parent === parent);
 
 function isWhole(conversation) {
-  if (conversation?.version !== 1 || typeof conversation.nodes !== "object" || typeof conversation.title !== "string") return false;
+  if (conversation?.version !== 1 || !conversation.nodes || typeof conversation.nodes !== "object" || typeof conversation.title !== "string") return false;
   const { nodes, roots, chosen, next } = conversation;
   const isMessage = (node) =>
     ["user", "assistant"].includes(node?.role) &&
     typeof node.text === "string" &&
     node.id < next &&
     (node.parent === null || node.parent < node.id) &&
+    typeof node.thinking === "string" &&
     Array.isArray(node.calls) &&
+    node.calls.every((call) => typeof call?.name === "string" && typeof call.arguments === "string") &&
     isList(node.children, nodes, node.id);
-  return typeof chosen === "object" && isList(roots, nodes, null) && Object.values(nodes).every(isMessage);
+  return Boolean(chosen) && typeof chosen === "object" && isList(roots, nodes, null) && Object.values(nodes).every(isMessage);
 }
 
 /** All conversations, the latest first: id, title and time. */

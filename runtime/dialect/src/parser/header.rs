@@ -186,18 +186,20 @@ fn named(syntax: &'static Syntax, call: &'static Named, text: &str) -> Header {
     let mut length = call.open.len() + at + call.separator.len();
     let mut written = rest[..at].trim();
     // DeepSeek V3 writes a type in the place of the name, then the name on a line, and a fence.
-    let behind = &text[length..];
-    if written == "function" && !behind.trim_start().starts_with('{') {
+    let behind = text[length..].trim_start();
+    if written == "function" && !behind.starts_with('{') {
         const FENCE: &str = "```json";
         let Some(line) = behind.find('\n') else { return short(behind, "\n") };
         let fence = &behind[line + 1..];
-        written = behind[..line].trim();
-        length += line + 1;
-        match fence.starts_with(FENCE) {
-            true => length += FENCE.len(),
-            false if begins(fence, FENCE) => return Header::Wait,
-            false => {}
+        if line > MAX_WRITTEN_BYTES {
+            return Header::Not;
         }
+        if begins(fence, FENCE) {
+            return Header::Wait;
+        }
+        written = behind[..line].trim();
+        let fence = if fence.starts_with(FENCE) { FENCE.len() } else { 0 };
+        length = text.len() - behind.len() + line + 1 + fence;
     }
     let (name, id) = match syntax.ids {
         Ids::Own => own_id(written),

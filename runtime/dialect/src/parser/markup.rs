@@ -34,6 +34,21 @@ enum State {
     Call(Body),
     /// Behind a call, where another one of the same list may follow.
     Next,
+    /// In thinking, at what may be a call that should have ended it.
+    Drafted(Box<Draft>),
+}
+
+/// Calls within thinking. Models forget to end it, so calls that an answer ends with are calls. If other text follows,
+/// the model has only thought of them.
+#[derive(Debug, Clone)]
+struct Draft {
+    /// Everything from the line breaks before the first marker on.
+    text: String,
+    /// How much of it is that marker and what stands before it.
+    marker: usize,
+    /// Takes it as if thinking had ended.
+    parser: Markup,
+    pieces: Vec<Piece>,
 }
 
 /// What a marker does in text.
@@ -43,6 +58,7 @@ enum Effect {
     OpenSection,
     CloseSection,
     Call,
+    Draft,
 }
 
 impl Markup {
@@ -80,7 +96,7 @@ impl Markup {
         match &mut self.state {
             State::Call(Body::Json(arguments) | Body::Object(arguments)) => arguments.finish(&mut self.out),
             State::Call(Body::Tags(tags)) => tags.finish(&mut self.out),
-            State::Call(Body::Whole(_)) | State::Text | State::Thinking | State::Next => {}
+            State::Call(Body::Whole(_)) | State::Text | State::Thinking | State::Next | State::Drafted(_) => {}
         }
         self.out.take()
     }
@@ -92,6 +108,7 @@ impl Markup {
                 State::Thinking => self.step_marked(end),
                 State::Call(_) => self.step_call(end),
                 State::Next => self.step_next(end),
+                State::Drafted(_) => self.step_draft(end),
             };
             if !goes_on {
                 return;
@@ -186,6 +203,8 @@ impl Markup {
         if matches!(self.state, State::Thinking) {
             markers.push((self.syntax.think.close, Effect::EndThinking));
             if !self.syntax.calls_end_thinking {
+                let open = self.syntax.section.map_or(self.syntax.calls.open(), |section| section.open);
+                markers.extend((!self.tools.is_empty()).then_some((open, Effect::Draft)));
                 return markers;
             }
         }
@@ -216,8 +235,12 @@ impl Markup {
     fn mark(&mut self, at: usize, marker: &'static str, effect: Effect, end: bool) -> bool {
         let rest = &self.buffer[at..];
         let found = match (effect, self.syntax.section) {
-            (Effect::Call, _) => header::header(self.syntax, &self.tools, rest, end),
-            (Effect::OpenSection, Some(section)) => header::section(self.syntax, section, &self.tools, rest, end),
+            (Effect::Call | Effect::Draft, None) | (Effect::Call, Some(_)) => {
+                header::header(self.syntax, &self.tools, rest, end)
+            }
+            (Effect::OpenSection | Effect::Draft, Some(section)) => {
+                header::section(self.syntax, section, &self.tools, rest, end)
+            }
             _ => {
                 self.emit_before(at, true);
                 let used = self.buffer.find(marker).map_or(0, |at| at + marker.len());
@@ -237,6 +260,13 @@ impl Markup {
                 self.emit_before(at + marker.len(), false);
                 true
             }
+            Header::Call(begun) if effect == Effect::Draft => {
+                match self.tools.get(&begun.name).is_some() {
+                    true => self.draft(at, marker),
+                    false => self.emit_before(at + marker.len(), false),
+                }
+                true
+            }
             Header::Call(begun) => {
                 let before = self.buffer.len();
                 self.emit_before(at, true);
@@ -245,6 +275,40 @@ impl Markup {
                 true
             }
         }
+    }
+
+    /// Sets aside what may be a call, from the line breaks before it on.
+    fn draft(&mut self, at: usize, marker: &'static str) {
+        let before = self.buffer.len();
+        self.emit_before(at, true);
+        let marker = at + marker.len() - (before - self.buffer.len());
+        let mut parser = Self::new(self.syntax, "", &self.tools);
+        parser.at_start = false;
+        parser.out = self.out.clone();
+        parser.out.take();
+        self.state = State::Drafted(Box::new(Draft { text: String::new(), marker, parser, pieces: Vec::new() }));
+    }
+
+    fn step_draft(&mut self, end: bool) -> bool {
+        let State::Drafted(draft) = &mut self.state else { return false };
+        let more = std::mem::take(&mut self.buffer);
+        draft.text.push_str(&more);
+        draft.pieces.extend(draft.parser.push(&more));
+        if end {
+            draft.pieces.extend(draft.parser.finish());
+        }
+        let is_text = |piece: &Piece| matches!(piece, Piece::Text(text) if !text.trim().is_empty());
+        if draft.pieces.iter().any(is_text) {
+            self.out.thinking(&draft.text[..draft.marker]);
+            self.buffer = draft.text.split_off(draft.marker);
+            self.state = State::Thinking;
+            return true;
+        }
+        if end {
+            self.out.adopt(std::mem::take(&mut draft.pieces), draft.parser.out.calls());
+            self.state = State::Text;
+        }
+        false
     }
 
     /// Hands out what stands before a place; with `keeps_lines`, all but line breaks at its end.

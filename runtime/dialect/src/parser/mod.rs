@@ -8,8 +8,9 @@
 //!   later in the answer is text: models mention them.
 //! * Line breaks between thinking, text and calls belong to the markup and are dropped. Everything else is kept.
 //! * A marker of a call counts where a complete beginning of a call follows: the family's own form, with a name. Otherwise it is text.
-//!   Fences of Markdown are not looked at: the families do not, either. Within thinking it is thinking, except in
-//!   the families that begin calls with control tokens which text does not contain (DeepSeek, Kimi): there it ends the thinking.
+//!   Fences of Markdown are not looked at: the families do not, either. Within thinking it is thinking, unless
+//!   the answer ends with it: models forget to end their thinking. In the families that begin calls with control tokens
+//!   (DeepSeek, Kimi), which text does not contain, a call ends the thinking in any case.
 //! * Without tools, nothing is a call.
 //! * What is not well formed is handed on. A call of an unknown tool is a call, and arguments that are no JSON are the
 //!   arguments. A call that breaks off inside its arguments stays broken, so that clients see it; one

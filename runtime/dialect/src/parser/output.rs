@@ -34,6 +34,12 @@ impl Output {
         std::mem::take(&mut self.pieces)
     }
 
+    /// Takes pieces over from an output that began as a copy of this one.
+    pub(super) fn adopt(&mut self, pieces: Vec<Piece>, calls: usize) {
+        self.pieces.extend(pieces);
+        self.calls = calls;
+    }
+
     pub(super) fn text(&mut self, more: &str) {
         match self.pieces.last_mut() {
             _ if more.is_empty() => {}

@@ -118,6 +118,9 @@ impl Schema<'_> {
                         open.negatives.push(node);
                     }
                 }
+                Part::Valid(node, chain) if chain.contains(&node) => {
+                    return Err(unsupported("$ref", &self.place(node), "it refers to itself without end".into()));
+                }
                 Part::Valid(node, chain) => {
                     if open.seen.contains(&(node, false)) {
                         return Ok(false);

@@ -32,7 +32,8 @@ fn as_hex<S: Serializer>(resident: &[bool], serializer: S) -> Result<S::Ok, S::E
 }
 
 impl Engine {
-    /// Which experts are in memory now, for each layer that has experts, in order. Takes microseconds for thousands of experts.
+    /// Which experts are in memory now, for each layer that has experts, in order. Takes a few microseconds for each
+    /// thousand experts in memory.
     pub fn residency(&self) -> Vec<LayerExperts> {
         let layers = self.model.spec().layers.iter().enumerate();
         let with_experts = layers.filter_map(|(layer, spec)| Some((layer, spec.ffn.moe.as_ref()?.experts)));

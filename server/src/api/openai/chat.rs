@@ -65,22 +65,22 @@ pub struct ChatRequest {
     pub top_logprobs: Option<i64>,
     /// What the answer must look like.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     pub response_format: Value,
     /// Functions that the model may call.
     #[serde(default)]
-    #[schema(value_type = Vec<Object>)]
+    #[schema(value_type = Option<Vec<Object>>)]
     pub tools: Option<Vec<Value>>,
     /// Which of them it must call.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(schema_with = super::responses::schema::tool_choice)]
     pub tool_choice: Value,
     /// Whether it may call several at once.
     pub parallel_tool_calls: Option<bool>,
     /// How hard to think: `none`, `minimal`, `low`, `medium`, `high`.
     pub reasoning_effort: Option<String>,
     /// More variables for the model's chat template.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     pub chat_template_kwargs: Option<Map<String, Value>>,
     /// Whether the last message, an assistant's, is continued instead of answered.
     pub continue_final_message: Option<bool>,

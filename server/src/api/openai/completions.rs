@@ -84,7 +84,7 @@ pub struct CompletionRequest {
     pub suffix: Option<String>,
     /// What the answer must look like.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     pub response_format: Value,
     /// Whether keys and values may be kept for later requests.
     pub cache_prompt: Option<bool>,

@@ -1,5 +1,6 @@
 //! OpenAI's API: <https://platform.openai.com/docs/api-reference>.
 
+mod batches;
 mod chat;
 mod chat_reply;
 mod completions;
@@ -16,6 +17,9 @@ use axum::routing::{get, post};
 
 use crate::app::App;
 
+pub use chat::ChatRequest;
+pub use completions::CompletionRequest;
+
 /// The paths.
 pub fn routes() -> Router<Arc<App>> {
     Router::new()
@@ -24,6 +28,7 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
         .merge(responses::routes())
+        .merge(batches::routes())
 }
 
 /// Seconds since 1970.

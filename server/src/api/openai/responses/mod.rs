@@ -9,7 +9,7 @@ mod items;
 mod reasoning;
 mod reply;
 pub mod request;
-mod schema;
+pub mod schema;
 pub mod store;
 mod tools;
 

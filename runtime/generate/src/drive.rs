@@ -1,0 +1,124 @@
+//! Sequences on the drive: what generations leave behind is written there, and comes back after a restart, or when memory no longer
+//! has it.
+
+use std::sync::Arc;
+
+use sluice_model::session::Binding;
+use sluice_model::{Engine, PAGE_TOKENS, Sequence};
+use sluice_sessions::{Found, Store};
+
+use super::kept::FEWEST;
+use super::scheduler::{Running, Scheduler};
+
+/// The store of one model's sequences.
+pub(super) struct Drive {
+    store: Arc<Store>,
+    binding: Binding,
+    /// New tokens of a running generation after which it is saved.
+    every: usize,
+}
+
+impl Drive {
+    pub(super) fn new(engine: &Engine, store: Arc<Store>, every: usize) -> Self {
+        Drive { store, binding: engine.binding(), every: every.max(PAGE_TOKENS) }
+    }
+
+    /// What is stored of a prompt, if it is enough more than the `reached` tokens that memory has to be worth reading.
+    pub(super) fn find(&self, tokens: &[u32], reached: usize) -> Option<Found> {
+        let (_, but_last) = tokens.split_last()?;
+        self.store.longest(self.binding, but_last).filter(|found| found.position() >= reached + PAGE_TOKENS)
+    }
+
+    /// Reads what was found. `None` if it cannot be read, or is another text: the prompt is there to be read again.
+    pub(super) fn restore(&self, engine: &Engine, found: &Found, tokens: &[u32]) -> Option<Sequence> {
+        let restored = self.store.restore(engine, found).ok()?;
+        (restored.position() < tokens.len() && tokens.starts_with(restored.tokens())).then_some(restored)
+    }
+
+    /// Saves a sequence, on another thread.
+    pub(super) fn keep(&self, sequence: &Sequence, title: Option<&str>) {
+        if sequence.position() >= FEWEST {
+            self.store.keep(sequence.fork(), title);
+        }
+    }
+
+    /// What is stored has been of use, though it was in memory.
+    fn touch(&self, tokens: &[u32]) {
+        self.store.touch(self.binding, tokens);
+    }
+
+    /// Whether sequences wait to be written. They keep their pages until then.
+    fn is_writing(&self) -> bool {
+        self.store.usage().waiting > 0
+    }
+
+    /// Waits until everything is written that waits.
+    pub(super) fn flush(&self) {
+        self.store.flush();
+    }
+
+    /// Waits until everything is written, these sequences included. Of many that came at a time, some may have been left out.
+    fn settle<'a>(&self, kept: impl Iterator<Item = &'a Sequence>) {
+        self.store.flush();
+        for sequence in kept {
+            let stored = self.store.longest(self.binding, sequence.tokens()).map_or(0, |found| found.position());
+            if stored < sequence.position() {
+                self.store.keep(sequence.fork(), None);
+                self.store.flush();
+            }
+        }
+    }
+
+    /// Saves a generation that goes on, if much is new: so that a program that is killed loses little.
+    fn save(&self, running: &mut Running) {
+        let usage = running.generation.usage();
+        let position = running.sequence.position();
+        running.saved = running.saved.min(position);
+        let prompt_is_long = usage.prompt_tokens - usage.cached_tokens >= self.every;
+        let has_read = prompt_is_long && running.saved < usage.prompt_tokens && position >= usage.prompt_tokens;
+        if position - running.saved >= self.every || has_read {
+            running.saved = position;
+            self.keep(&running.sequence, running.generation.keeps().1);
+        }
+    }
+}
+
+impl Scheduler {
+    /// Saves the generations that have much that is new.
+    pub(super) fn save_running(&mut self) {
+        let Some(drive) = &self.drive else { return };
+        for running in self.running.iter_mut().filter(|r| !r.is_over() && r.follows.is_none()) {
+            if running.generation.keeps().0 {
+                drive.save(running);
+            }
+        }
+    }
+
+    /// A generation has begun behind tokens that were in memory.
+    pub(super) fn touch_stored(&self, running: &Running) {
+        if let Some(drive) = &self.drive
+            && running.sequence.position() >= FEWEST
+        {
+            drive.touch(running.sequence.tokens());
+        }
+    }
+
+    /// Whether sequences that are being written keep pages.
+    pub(super) fn is_writing(&self) -> bool {
+        self.drive.as_ref().is_some_and(Drive::is_writing)
+    }
+
+    /// Gives up the sequences that are kept, and their memory. Where there is a store, they are all written before.
+    pub fn release_kept(&mut self) {
+        self.settle();
+        self.kept.clear();
+        self.shared.lock().kept = (0, 0);
+    }
+
+    /// Waits until the sequences that are kept are all written, if there is a store.
+    pub(super) fn settle(&mut self) {
+        if let Some(drive) = &self.drive {
+            drive.settle(self.kept.sequences());
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! The operations of all APIs.
+
+use crate::error::Flavour;
+
+/// An operation.
+#[derive(Clone, Copy, Debug)]
+pub struct Operation {
+    /// The method, in lower case.
+    pub method: &'static str,
+    /// The path; what varies is in braces.
+    pub path: &'static str,
+    /// What it does.
+    pub summary: &'static str,
+    /// The schema of the request's body.
+    pub body: Option<&'static str>,
+    /// What it answers.
+    pub answer: Answer,
+    /// Parameters of the query: name, type, least and most where it is a number, words where it has some.
+    pub query: &'static [Parameter],
+}
+
+/// What an operation answers.
+#[derive(Clone, Copy, Debug)]
+pub enum Answer {
+    /// JSON of this schema.
+    Json(&'static str),
+    /// JSON, or a stream of server-sent events if `stream` is true.
+    Events(&'static str),
+    /// JSON, or a stream of lines.
+    Lines(&'static str),
+    /// Something that is no JSON, of this type.
+    Other(&'static str),
+    /// Nothing but that it is not there.
+    Missing,
+}
+
+/// A parameter of a query.
+#[derive(Clone, Copy, Debug)]
+pub struct Parameter {
+    /// Its name.
+    pub name: &'static str,
+    /// Its schema, in JSON.
+    pub schema: &'static str,
+}
+
+const fn get(path: &'static str, answer: Answer, summary: &'static str) -> Operation {
+    Operation { method: "get", path, summary, body: None, answer, query: &[] }
+}
+
+const fn delete(path: &'static str, answer: Answer, summary: &'static str) -> Operation {
+    Operation { method: "delete", ..get(path, answer, summary) }
+}
+
+const fn act(path: &'static str, answer: Answer, summary: &'static str) -> Operation {
+    Operation { method: "post", ..get(path, answer, summary) }
+}
+
+const fn post(path: &'static str, body: &'static str, answer: Answer, summary: &'static str) -> Operation {
+    Operation { body: Some(body), ..act(path, answer, summary) }
+}
+
+impl Operation {
+    const fn with(self, query: &'static [Parameter]) -> Self {
+        Operation { query, ..self }
+    }
+
+    /// Whose objects it speaks.
+    pub fn flavour(&self) -> Flavour {
+        Flavour::of(self.path)
+    }
+
+    /// The heading that it stands under.
+    pub fn tag(&self) -> &'static str {
+        match self.flavour() {
+            Flavour::Anthropic => "Anthropic",
+            Flavour::Ollama => "Ollama",
+            Flavour::OpenAi if self.path.starts_with("/v1/") => "OpenAI",
+            Flavour::OpenAi => "Sluice",
+        }
+    }
+}
+
+const STREAM: Parameter = Parameter { name: "stream", schema: r#"{"type": "boolean", "enum": [false]}"# };
+const AFTER: Parameter = Parameter { name: "after", schema: r#"{"type": "string"}"# };
+const LIMIT: Parameter = Parameter { name: "limit", schema: r#"{"type": "integer", "minimum": 1, "maximum": 100}"# };
+const ORDER: Parameter = Parameter { name: "order", schema: r#"{"type": "string", "enum": ["asc", "desc"]}"# };
+
+use Answer::{Events, Json, Missing, Other};
+
+/// All operations.
+pub const OPERATIONS: &[Operation] = &[
+    get("/v1/models", Json("Models"), "Lists the models"),
+    get("/v1/models/{id}", Json("Model"), "Describes a model"),
+    post("/v1/chat/completions", "ChatRequest", Events("ChatCompletion"), "Answers a conversation"),
+    post("/v1/completions", "CompletionRequest", Events("Completion"), "Continues a text as it is"),
+    post("/v1/responses", "ResponsesRequest", Events("Response"), "Makes a response"),
+    post(
+        "/v1/responses/input_tokens",
+        "ResponsesRequest",
+        Json("InputTokens"),
+        "Counts the tokens of a request's input",
+    ),
+    get("/v1/responses/{id}", Json("Response"), "Gives a response that was stored").with(&[STREAM]),
+    delete("/v1/responses/{id}", Json("Deleted"), "Forgets a response"),
+    act("/v1/responses/{id}/cancel", Json("Response"), "Cancels a response in the background; there are none"),
+    get("/v1/responses/{id}/input_items", Json("Items"), "Lists the items that a response answered")
+        .with(&[AFTER, LIMIT, ORDER]),
+    get("/v1/files", Missing, "Lists files: not there yet"),
+    act("/v1/files", Missing, "Takes a file: not there yet"),
+    get("/v1/files/{id}", Missing, "Describes a file: not there yet"),
+    delete("/v1/files/{id}", Missing, "Deletes a file: not there yet"),
+    get("/v1/files/{id}/content", Missing, "Gives a file: not there yet"),
+    get("/v1/batches", Missing, "Lists batches: not there yet"),
+    act("/v1/batches", Missing, "Begins a batch: not there yet"),
+    get("/v1/batches/{id}", Missing, "Describes a batch: not there yet"),
+    act("/v1/batches/{id}/cancel", Missing, "Cancels a batch: not there yet"),
+    get("/health", Json("Health"), "Says whether the server takes requests; needs no key"),
+    get("/metrics", Other("application/openmetrics-text"), "Counters, as Prometheus reads them"),
+    get("/status", Json("Status"), "What the server and its models are doing"),
+    get("/slots", Json("Slots"), "The answers that are being made"),
+    post("/tokenize", "TokenizeRequest", Json("Tokens"), "Turns a text into tokens"),
+    post("/detokenize", "DetokenizeRequest", Json("Content"), "Turns tokens into a text"),
+    post(
+        "/apply-template",
+        "TemplateRequest",
+        Json("Prompt"),
+        "Turns a conversation into the text that the model reads",
+    ),
+    get("/sessions", Json("Sessions"), "Lists what models remember of conversations on the drive"),
+    delete("/sessions/{id}", Json("Deleted"), "Forgets a conversation"),
+    get("/openapi.json", Json("Document"), "This document"),
+];
