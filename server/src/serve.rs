@@ -78,13 +78,14 @@ impl Server {
         if !address.ip().is_loopback() && options.guard.keys.is_empty() && !insecure {
             return Err(ServerError::Open { address });
         }
+        let store = options.sessions.as_ref().map(open_store).transpose()?;
         let scheduling = SchedulerOptions {
             running: options.parallel,
             queue: Some(options.queue),
+            store: store.clone(),
             rest_after: options.rest_after,
             ..SchedulerOptions::default()
         };
-        let store = options.sessions.as_ref().map(open_store).transpose()?;
         let models = Models::new(&options, scheduling)?;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })?;
         let app = App::new(options, models, store);

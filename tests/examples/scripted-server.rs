@@ -65,7 +65,7 @@ fn force(script: Value) -> Force {
 /// The messages behind the latest one of the assistant; a text counts as the user's.
 fn latest(ask: &Ask) -> Vec<Message> {
     match &ask.input {
-        Input::Chat(chat) => {
+        Input::Chat(chat) | Input::After { chat, .. } => {
             let own = chat.messages.iter().rposition(|message| message.fields["role"] == "assistant");
             chat.messages[own.map_or(0, |at| at + 1)..].to_vec()
         }

@@ -32,7 +32,6 @@ impl Heard {
         assert!(self.finish.is_none() && self.error.is_none(), "{event:?} behind the end");
         match event {
             Event::Progress { read, .. } => self.read.push(read),
-            Event::PromptToken { .. } => {}
             Event::Token { id, .. } => self.ids.push(id),
             Event::PromptToken { .. } => {}
             Event::Shifted { dropped, left } => self.shifts.push((dropped, left)),

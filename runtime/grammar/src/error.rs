@@ -47,7 +47,7 @@ pub enum GrammarError {
     /// A regular expression or a grammar that cannot be understood.
     #[error("the {what} cannot be used: {reason}")]
     Invalid {
-        /// `regular expression` or `grammar`.
+        /// What it is: a regular expression, a grammar, a list.
         what: &'static str,
         /// The library's own words, shortened.
         reason: String,

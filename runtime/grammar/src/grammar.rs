@@ -2,7 +2,10 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
+use std::time::Duration;
 
 use llguidance::Matcher;
 use llguidance::api::TopLevelGrammar;
@@ -20,6 +23,28 @@ const MAX_REGEX_BYTES: usize = 32 << 10;
 /// takes memory.
 const STACK_BYTES: usize = 256 << 20;
 
+/// How long compiling may take. Real grammars take milliseconds.
+const MAX_TIME: Duration = Duration::from_secs(20);
+
+/// Most grammars of a vocabulary that are compiled at once, those counted that take too long.
+const MAX_RUNNING: usize = 16;
+
+/// Counts a compilation as long as it runs.
+struct Running(Vocabulary);
+
+impl Running {
+    fn new(vocabulary: &Vocabulary) -> Self {
+        vocabulary.running().fetch_add(1, Ordering::Relaxed);
+        Running(vocabulary.clone())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.running().fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// What a text must look like.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Form {
@@ -34,6 +59,21 @@ pub enum Form {
     Lark(String),
     /// Exactly this text. Special tokens that are spelled in it are these tokens.
     Text(String),
+    /// One of these texts.
+    Choice(Vec<String>),
+}
+
+impl Form {
+    /// What an error calls it.
+    fn name(&self) -> &'static str {
+        match self {
+            Form::JsonObject | Form::JsonSchema(_) => "schema",
+            Form::Regex(_) => "regular expression",
+            Form::Lark(_) => "grammar",
+            Form::Text(_) => "text",
+            Form::Choice(_) => "list of texts",
+        }
+    }
 }
 
 /// A form, checked and compiled for a vocabulary. Cheap to clone.
@@ -62,15 +102,32 @@ impl Grammar {
     /// # Errors
     /// When the form is malformed, too large, allows nothing, or asks for something that is not supported.
     pub fn compile(vocabulary: &Vocabulary, form: &Form) -> Result<Grammar, GrammarError> {
-        let (text, what) = match form {
-            Form::JsonObject => (schema::lark(&serde_json::json!({"type": "object"}))?, "schema"),
-            Form::JsonSchema(schema) => (schema::lark(schema)?, "schema"),
-            Form::Regex(regex) => (of_regex(regex)?, "regular expression"),
-            Form::Lark(text) => (with_schemas(text)?, "grammar"),
-            Form::Text(text) => (format!("start: {}\n", vocabulary.lark_text(text)), "text"),
+        let invalid = |reason: String| GrammarError::Invalid { what: form.name(), reason };
+        let running = vocabulary.running();
+        if running.load(Ordering::Relaxed) >= MAX_RUNNING {
+            return Err(GrammarError::TooLarge {
+                what: "grammars that are compiled at once".into(),
+                limit: MAX_RUNNING,
+            });
+        }
+        // A thread with a stack of its own, which also contains what the library does when it meets something unforeseen.
+        let (sender, receiver) = mpsc::channel();
+        let (own, own_form) = (vocabulary.clone(), form.clone());
+        let work = move || {
+            let _running = Running::new(&own);
+            // Nobody waits any more if this took too long.
+            let _ = sender.send(matcher(&own, &own_form));
         };
-        let matcher =
-            compile(vocabulary, text).map_err(|reason| GrammarError::Invalid { what, reason: clip(&reason) })?;
+        let thread = thread::Builder::new().name("sluice-grammar".into()).stack_size(STACK_BYTES);
+        thread.spawn(work).map_err(|e| invalid(format!("no thread can be started: {e}")))?;
+        let matcher = match receiver.recv_timeout(MAX_TIME) {
+            Ok(matcher) => matcher?,
+            Err(RecvTimeoutError::Disconnected) => return Err(invalid("the library crashed over it".into())),
+            Err(RecvTimeoutError::Timeout) => {
+                let what = format!("compiling the {} takes more seconds", form.name());
+                return Err(GrammarError::TooLarge { what, limit: MAX_TIME.as_secs() as usize });
+            }
+        };
         Ok(Grammar { vocabulary: vocabulary.clone(), matcher: Arc::new(matcher), behind: None })
     }
 
@@ -117,24 +174,34 @@ fn with_schemas(text: &str) -> Result<String, GrammarError> {
     Ok(out)
 }
 
-/// Compiles a grammar, with a stack of its own.
-fn compile(vocabulary: &Vocabulary, text: String) -> Result<Matcher, String> {
-    let work = || {
-        let parser = vocabulary.factory().create_parser(TopLevelGrammar::from_lark(text)).map_err(|e| e.to_string())?;
-        let matcher = Matcher::new(Ok(parser));
-        match matcher.get_error() {
-            Some(error) => Err(error),
-            None => {
-                // Whether anything can follow at all shows in the first mask.
-                matcher.deep_clone().compute_mask_or_eos().map_err(|e| e.to_string())?;
-                Ok(matcher)
-            }
+/// A form's grammar in Lark.
+fn lark(vocabulary: &Vocabulary, form: &Form) -> Result<String, GrammarError> {
+    match form {
+        Form::JsonObject => schema::lark(&serde_json::json!({"type": "object"})),
+        Form::JsonSchema(schema) => schema::lark(schema),
+        Form::Regex(regex) => of_regex(regex),
+        Form::Lark(text) => with_schemas(text),
+        Form::Text(text) => Ok(format!("start: {}\n", vocabulary.lark_text(text))),
+        Form::Choice(texts) if texts.is_empty() => {
+            Err(GrammarError::Invalid { what: form.name(), reason: "there is nothing to choose from".into() })
         }
-    };
-    thread::scope(|scope| {
-        let thread =
-            thread::Builder::new().name("sluice-grammar".into()).stack_size(STACK_BYTES).spawn_scoped(scope, work);
-        let thread = thread.map_err(|e| format!("no thread can be started: {e}"))?;
-        thread.join().unwrap_or_else(|_| Err("the library crashed".to_owned()))
-    })
+        Form::Choice(texts) => {
+            let texts: Vec<String> = texts.iter().map(|text| lark::literal(text)).collect();
+            Ok(format!("start: {}\n", texts.join(" | ")))
+        }
+    }
+}
+
+/// Compiles a form.
+fn matcher(vocabulary: &Vocabulary, form: &Form) -> Result<Matcher, GrammarError> {
+    let invalid = |reason: String| GrammarError::Invalid { what: form.name(), reason: clip(&reason) };
+    let text = lark(vocabulary, form)?;
+    let parser = vocabulary.factory().create_parser(TopLevelGrammar::from_lark(text));
+    let matcher = Matcher::new(Ok(parser.map_err(|e| invalid(e.to_string()))?));
+    if let Some(error) = matcher.get_error() {
+        return Err(invalid(error));
+    }
+    // Whether anything can follow at all shows in the first mask.
+    matcher.deep_clone().compute_mask_or_eos().map_err(|e| invalid(e.to_string()))?;
+    Ok(matcher)
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use llguidance::ParserFactory;
 use sluice_text::Tokenizer;
@@ -15,6 +16,9 @@ const MAX_TOKEN_BYTES: usize = 1000;
 
 /// Most tokens. The library packs ids into 24 bits.
 const MAX_TOKENS: usize = (1 << 24) - 2;
+
+/// Most states of a grammar's lexer. One takes up to 2 KB; with more, a generation fails.
+const MAX_LEXER_STATES: usize = 50_000;
 
 /// Parts of JSON strings for which the library keeps the sets of tokens at hand: white space, and text that needs no escape.
 const SLICES: [&str; 4] =
@@ -33,6 +37,8 @@ struct Inner {
     end: Vec<u32>,
     /// Bit `id % 32` of word `id / 32`: whether the token exists at all.
     known: Vec<u32>,
+    /// How many grammars are being compiled.
+    running: AtomicUsize,
 }
 
 impl fmt::Debug for Vocabulary {
@@ -77,7 +83,14 @@ impl Vocabulary {
             Ok(Err(reason)) => return Err(bad(crate::error::clip(&reason))),
             Err(_) => return Err(bad("they take more room than any real model's".into())),
         };
-        let inner = Inner { factory, environment, tokenizer: tokenizer.clone(), end: end.to_vec(), known };
+        let inner = Inner {
+            factory,
+            environment,
+            tokenizer: tokenizer.clone(),
+            end: end.to_vec(),
+            known,
+            running: AtomicUsize::new(0),
+        };
         Ok(Vocabulary { inner: Arc::new(inner) })
     }
 
@@ -89,7 +102,7 @@ impl Vocabulary {
         let mut rest = text;
         while let Some(first) = rest.chars().next() {
             match self.special_at(rest) {
-                Some((id, length)) if trie.is_special_token(id) && !self.inner.end.contains(&id) => {
+                Some((id, length)) if trie.is_special_token(id) => {
                     flush(&mut plain, &mut parts);
                     parts.push(format!("<[{id}]>"));
                     rest = &rest[length..];
@@ -144,6 +157,11 @@ impl Vocabulary {
         &self.inner.known
     }
 
+    /// How many grammars are being compiled.
+    pub(crate) fn running(&self) -> &AtomicUsize {
+        &self.inner.running
+    }
+
     /// The tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.inner.tokenizer
@@ -176,7 +194,9 @@ fn factory(words: &[Vec<u8>], size: u32, end: &[u32]) -> Result<(ParserFactory, 
     let mut factory =
         ParserFactory::new(&environment, InferenceCapabilities::default(), &slices).map_err(|e| e.to_string())?;
     factory.quiet();
-    factory.limits_mut().verbose_errors = false;
+    let limits = factory.limits_mut();
+    limits.verbose_errors = false;
+    limits.max_lexer_states = MAX_LEXER_STATES;
     Ok((factory, environment))
 }
 

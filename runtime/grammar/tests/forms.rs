@@ -37,6 +37,38 @@ fn text_is_exactly_that_text() {
 }
 
 #[test]
+fn a_text_may_end_with_an_end_token() {
+    let (tokenizer, vocabulary) = published("gpt_oss");
+    let end = tokenizer.end_token().unwrap();
+    let text = format!("a{}", tokenizer.token_text(end).unwrap());
+    let grammar = Grammar::compile(&vocabulary, &Form::Text(text)).unwrap();
+    let mut constraint = grammar.constraint();
+    for id in [tokenizer.token_id("a").unwrap(), end] {
+        assert!(!constraint.is_complete());
+        let mut logits = vec![0.0; tokenizer.vocab_size()];
+        constraint.mask(&mut logits);
+        assert!(logits[id as usize].is_finite());
+        assert_eq!(logits.iter().filter(|l| l.is_finite()).count(), 1);
+        constraint.accept(id);
+    }
+    assert!(constraint.is_complete());
+}
+
+#[test]
+fn one_of_several_texts_is_chosen() {
+    let (tokenizer, vocabulary) = published("qwen2");
+    let random = Random::new(&tokenizer, &vocabulary);
+    let texts = ["yes", "no", "yes, but <|im_start|>"].map(str::to_owned).to_vec();
+    let grammar = Grammar::compile(&vocabulary, &Form::Choice(texts.clone())).unwrap();
+    for seed in 0..20 {
+        let (ids, outcome) = random.write(&grammar, seed, 100);
+        assert!(matches!(outcome, Outcome::Ended(text) if texts.contains(&text)));
+        assert!(ids.iter().all(|&id| !tokenizer.is_special(id)));
+    }
+    assert!(Grammar::compile(&vocabulary, &Form::Choice(Vec::new())).is_err());
+}
+
+#[test]
 fn regular_expressions_match_all_of_the_text() {
     let (tokenizer, vocabulary) = published("qwen2");
     let random = Random::new(&tokenizer, &vocabulary);

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use sluice_text::Message;
 
-use crate::api::openai::request::{OneOrMany, check_messages, count, tools};
+use crate::api::openai::request::{OneOrMany, check_messages, count, penalties, tools};
 use crate::ask::{Ask, Chat, Input, Settings, TextForm, Thinking, ToolChoice};
 use crate::error::ApiError;
 
@@ -94,6 +94,10 @@ pub struct Options {
     pub min_p: Option<f32>,
     /// Makes tokens that occurred less likely (above 1).
     pub repeat_penalty: Option<f32>,
+    /// Subtracted from the logits of tokens that occurred in the answer, -2 to 2.
+    pub presence_penalty: Option<f32>,
+    /// The same for each time that they occurred, -2 to 2.
+    pub frequency_penalty: Option<f32>,
     /// Where the random numbers start.
     pub seed: Option<i64>,
     /// Most tokens to generate; below 1 means as many as there is room for.
@@ -183,6 +187,7 @@ impl Options {
             top_k: count("options.top_k", self.top_k, 0, i64::from(u32::MAX))?.map(|k| k as u32),
             min_p: self.min_p,
             repetition_penalty: self.repeat_penalty,
+            penalties: penalties(self.presence_penalty, self.frequency_penalty),
             seed: self.seed.filter(|&seed| seed >= 0).map(|seed| seed as u64),
             stop: self.stop.map(OneOrMany::into_vec).unwrap_or_default(),
             ..Settings::default()

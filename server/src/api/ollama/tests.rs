@@ -61,13 +61,14 @@ fn options_are_taken_over() {
         "model": "m", "prompt": "Why?", "system": "Be brief.", "format": "json", "think": "high", "keep_alive": "5m",
         "options": {
             "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "seed": 7, "num_predict": 9, "num_ctx": 4096,
-            "repeat_penalty": 1.1, "stop": ["\n"],
+            "repeat_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 1, "stop": ["\n"],
         },
     }));
     let ask = ask.unwrap();
     let settings = &ask.settings;
     assert_eq!((settings.temperature, settings.top_p, settings.top_k), (Some(0.5), Some(0.9), Some(40)));
     assert_eq!((settings.min_p, settings.seed, settings.max_tokens), (Some(0.05), Some(7), Some(9)));
+    assert_eq!((settings.penalties.presence, settings.penalties.frequency), (0.5, 1.0));
     assert_eq!((settings.repetition_penalty, &settings.stop), (Some(1.1), &vec!["\n".to_owned()]));
     assert_eq!((ask.thinking.enabled, ask.thinking.effort.as_deref()), (Some(true), Some("high")));
     assert_eq!(ask.form, TextForm::JsonObject);
@@ -96,6 +97,7 @@ fn what_is_not_supported_is_refused_by_name() {
         (json!({"options": {"temperature": 3}}), "options.temperature"),
         (json!({"options": {"repeat_penalty": 0}}), "options.repeat_penalty"),
         (json!({"options": {"top_k": -1}}), "options.top_k"),
+        (json!({"options": {"presence_penalty": 3}}), "options.presence_penalty"),
         (json!({"options": {"stop": ""}}), "options.stop"),
     ] {
         let mut body = json!({"prompt": "x"});

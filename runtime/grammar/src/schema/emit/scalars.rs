@@ -12,6 +12,12 @@ use crate::schema::strings::{self, matching, of_length, quote};
 /// Longest string that a schema can demand, in characters.
 const MAX_LENGTH: u64 = 1_000_000;
 
+/// Largest number of which multiples are told by an automaton.
+const MAX_REMAINDERS: i128 = 1000;
+
+/// Above all numbers of which there can be multiples.
+const MAX_MULTIPLE: i128 = 1_000_000_000_000 * ONE;
+
 /// A bound, and whether it does not count itself.
 type Bound = Option<(i128, bool)>;
 
@@ -88,13 +94,9 @@ impl Emitter<'_, '_> {
 
     fn multiple(&self, goal: &Goal, old: Option<i128>, of: &Number) -> Result<i128, GrammarError> {
         let fail = || self.refuse("multipleOf", goal, "it has more than nine decimal places, or too many digits");
-        let new = scaled(of).filter(|&of| of > 0 && of < 1_000_000 * ONE).ok_or_else(fail)?;
+        let new = scaled(of).filter(|&of| of > 0 && of < MAX_MULTIPLE).ok_or_else(fail)?;
         let Some(old) = old else { return Ok(new) };
-        let (mut a, mut b) = (old, new);
-        while b != 0 {
-            (a, b) = (b, a % b);
-        }
-        old.checked_mul(new / a).filter(|&both| both < 1_000_000 * ONE).ok_or_else(fail)
+        Some(common_multiple(old, new)).filter(|&both| both < MAX_MULTIPLE).ok_or_else(fail)
     }
 
     /// Multiples of a number other than 1, in units of 10⁻⁹.
@@ -106,6 +108,11 @@ impl Emitter<'_, '_> {
         high: Bound,
         mut terminal: Terminal,
     ) -> Result<Vec<Vec<Symbol>>, GrammarError> {
+        let places = numeral(of).split_once('.').map_or(0, |(_, places)| places.len());
+        if ONE % of == 0 && numeral(ONE / of * ONE).trim_end_matches('0') == "1" {
+            terminal.push((true, format!(r"{}(?:\.[0-9]{{1,{places}}}0{{0,2}})?", numbers::INTEGER)));
+            return Ok(vec![vec![self.rules.terminal(terminal)]]);
+        }
         if ONE % of == 0 && ONE / of <= 1000 {
             // The fractions that occur, with and without zeros behind them.
             let fractions = (1..ONE / of).map(|count| format!("{:09}", count * of).trim_end_matches('0').to_owned());
@@ -113,22 +120,30 @@ impl Emitter<'_, '_> {
             terminal.push((true, format!(r"{}(?:\.(?:{})0{{0,2}})?", numbers::INTEGER, fractions.join("|"))));
             return Ok(vec![vec![self.rules.terminal(terminal)]]);
         }
+        // Of other fractions, the multiples that are whole numbers.
+        let of = if of % ONE == 0 { of } else { common_multiple(of, ONE) };
         let bound = |bound: Bound, sign: i128| match bound {
             Some((bound, exclusive)) => sign * bound - i128::from(exclusive),
             None => 1_000_000_000_000 * ONE,
         };
         // Counts of multiples.
         let (first, last) = (-bound(low, -1).div_euclid(of), bound(high, 1).div_euclid(of));
+        // The library's automaton has a state for each remainder. Of larger numbers, the multiples next to 0.
+        let (first, last) = match of / ONE > MAX_REMAINDERS && last - first > 500 {
+            true if first > 0 => (first, first + 500),
+            true if last < 0 => (last - 500, last),
+            true => (first.max(-250), last.min(250)),
+            false => (first, last),
+        };
         match last - first {
             count if count < 0 => Ok(Vec::new()),
             0..=500 => {
                 let text = |count: i128| numeral(count * of);
                 let values: Vec<String> = (first..=last).map(text).map(|text| regex_syntax::escape(&text)).collect();
                 terminal.push((true, values.join("|")));
-                // With a bound that has no exponents this is enough; without one it restricts the numerals too.
                 Ok(vec![vec![self.rules.terminal(terminal)]])
             }
-            _ if of % ONE == 0 && terminal.len() == 1 => {
+            _ if terminal.len() == 1 => {
                 let integer = |value: i128| i64::try_from(value.div_euclid(ONE)).unwrap_or_default();
                 let (low, high) = (integer(first * of), integer(last * of));
                 let schema = json!({
@@ -137,11 +152,7 @@ impl Emitter<'_, '_> {
                 });
                 Ok(vec![vec![Symbol::Json(schema.to_string())]])
             }
-            _ => Err(self.refuse(
-                "multipleOf",
-                goal,
-                "only divisors of 1 with up to three decimal places and whole numbers are",
-            )),
+            _ => Err(self.refuse("multipleOf", goal, "not together with other demands on the same number")),
         }
     }
 
@@ -206,6 +217,15 @@ fn base(low: Bound, high: Bound, whole: bool, broken: bool, plain: bool) -> Opti
         terminal.push((true, numbers::FRACTION.to_owned()));
     }
     Some(terminal)
+}
+
+/// The least common multiple of two numbers above 0.
+fn common_multiple(one: i128, other: i128) -> i128 {
+    let (mut a, mut b) = (one, other);
+    while b != 0 {
+        (a, b) = (b, a % b);
+    }
+    one / a * other
 }
 
 fn negative(number: &Number) -> Number {
