@@ -109,7 +109,9 @@ async fn record(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
     let milliseconds = began.elapsed().as_millis() as u64;
     // Whoever watches asks every second.
     match path.as_str() {
-        "/health" | "/metrics" | "/slots" | "/status" => tracing::debug!(%method, path, status, milliseconds, "response"),
+        "/health" | "/metrics" | "/slots" | "/status" => {
+            tracing::debug!(%method, path, status, milliseconds, "response")
+        }
         _ => tracing::info!(%method, path, status, milliseconds, "response"),
     }
     response
