@@ -151,9 +151,15 @@ def run(prompt: str, *options: str, chat: bool = True, model: Path = MODEL) -> d
     return result
 
 
+def without_thinking(prompt: str, system: str = "") -> str:
+    """A user's message in the model's template, for an answer without thinking. `run` takes it with `chat=False`."""
+    before = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    return f"{before}<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
 def long_text(number: int) -> str:
-    """A text of some 8,000 tokens, which take seconds to read; another one for each number."""
-    return " ".join(f"{i} of {number} ships sail." for i in range(600))
+    """A text of some 14,000 tokens, which take seconds to read; another one for each number."""
+    return " ".join(f"{i} of {number} ships sail." for i in range(1050))
 
 
 @cache

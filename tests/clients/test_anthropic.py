@@ -10,9 +10,11 @@ import anthropic
 import httpx
 import pytest
 
-from support import KEY, PATIENCE, Server, long_text, run, until
+from support import KEY, PATIENCE, Server, long_text, run, until, without_thinking
 
 PROMPT = "Speak of the sea."
+# In this API, models think only if they are told to.
+ASKED = without_thinking(PROMPT)
 GREEDY = {"temperature": 0.0}
 ASK: Any = [{"role": "user", "content": PROMPT}]
 LOOK: dict[str, Any] = {
@@ -76,7 +78,7 @@ def events(client: anthropic.Anthropic, server: Server, **options: Any) -> list[
 
 def test_text_is_that_of_run(client: anthropic.Anthropic, server: Server) -> None:
     """The same text, streamed or not, and the right numbers of tokens."""
-    want = run(PROMPT, "-n", "40", "--temperature", "0")
+    want = run(ASKED, "-n", "40", "--temperature", "0", chat=False)
     answer = ask(client, server)
     assert "".join(block.text for block in answer.content) == want["text"]
     assert answer.role == "assistant"
@@ -96,7 +98,7 @@ def test_text_is_that_of_run(client: anthropic.Anthropic, server: Server) -> Non
 
 def test_system_and_parts(client: anthropic.Anthropic, server: Server) -> None:
     """System prompts as text and as blocks, with marks of what to cache."""
-    want = run(PROMPT, "-n", "30", "--system", "You are a sailor.", "--temperature", "0")
+    want = run(without_thinking(PROMPT, "You are a sailor."), "-n", "30", "--temperature", "0", chat=False)
     blocks = [{"type": "text", "text": "You are a sailor.", "cache_control": {"type": "ephemeral"}}]
     parts = [{"role": "user", "content": [{"type": "text", "text": PROMPT, "cache_control": {"type": "ephemeral"}}]}]
     for options in ({"system": "You are a sailor."}, {"system": blocks}, {"system": blocks, "messages": parts}):
@@ -107,21 +109,23 @@ def test_system_and_parts(client: anthropic.Anthropic, server: Server) -> None:
 def test_count_tokens(client: anthropic.Anthropic, server: Server) -> None:
     """As many tokens as the message has."""
     count = client.messages.count_tokens(model=server.model, messages=ASK)
-    assert count.input_tokens == run(PROMPT, "-n", "1")["prompt_tokens"]
+    assert count.input_tokens == run(ASKED, "-n", "1", chat=False)["prompt_tokens"]
     more = client.messages.count_tokens(model=server.model, messages=ASK, tools=[LOOK, WAIT])  # type: ignore[list-item]
     assert more.input_tokens > count.input_tokens
 
 
 def test_stop_sequences(client: anthropic.Anthropic, server: Server) -> None:
     """Which one it was is said."""
-    text = run(PROMPT, "-n", "40", "--temperature", "0")["text"]
+    text = run(ASKED, "-n", "40", "--temperature", "0", chat=False)["text"]
     stop = text[12:16]
     answer = ask(client, server, stop_sequences=["never said", stop])
     assert "".join(block.text for block in answer.content) == text[: text.index(stop)]
     assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", stop)
 
 
-@pytest.mark.parametrize("choice", [{"type": "tool", "name": "look"}, {"type": "any"}])
+@pytest.mark.parametrize(
+    "choice", [{"type": "tool", "name": "look"}, {"type": "any", "disable_parallel_tool_use": True}]
+)
 def test_forced_tools(client: anthropic.Anthropic, server: Server, choice: Any) -> None:
     """A tool that must be called is called, with arguments of its schema."""
     options = {"tools": [LOOK], "tool_choice": choice, "max_tokens": 400}

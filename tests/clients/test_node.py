@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from support import HERE, KEY, NODE, PATIENCE, Server, run
+from support import HERE, KEY, NODE, PATIENCE, Server, run, without_thinking
 
 
 @pytest.mark.parametrize("name", ["openai", "anthropic"])
@@ -20,7 +20,7 @@ def test_node(server: Server, scripted: Server, name: str) -> None:
         "SCRIPTED_URL": scripted.url,
         "SCRIPTED_MODEL": scripted.model,
         "TEXT": run("Speak of the sea.", "-n", "40", "--seed", "7")["text"],
-        "GREEDY": run("Speak of the sea.", "-n", "40", "--temperature", "0")["text"],
+        "GREEDY": run(without_thinking("Speak of the sea."), "-n", "40", "--temperature", "0", chat=False)["text"],
     }
     # Node looks for packages beside the script.
     script = NODE / f"{name}.mjs"

@@ -115,6 +115,7 @@ async fn tokenize(State(app): State<Arc<App>>, Json(request): Json<TokenizeReque
 pub struct DetokenizeRequest {
     #[serde(default)]
     model: String,
+    #[schema(value_type = Vec<u64>)]
     tokens: Vec<u32>,
 }
 

@@ -21,7 +21,7 @@ pub struct MessagesRequest {
     pub max_tokens: Option<i64>,
     /// The system prompt: a string, or blocks of text.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(schema_with = crate::api::openai::responses::schema::input)]
     pub system: Value,
     /// Whether the answer is streamed.
     pub stream: Option<bool>,
@@ -34,23 +34,23 @@ pub struct MessagesRequest {
     /// Likeliest tokens to choose from.
     pub top_k: Option<i64>,
     /// Tools that the model may call.
-    #[schema(value_type = Vec<Object>)]
+    #[schema(value_type = Option<Vec<Object>>)]
     pub tools: Option<Vec<Value>>,
     /// Which of them it must call, as `type`: `auto`, `any`, `tool` (with `name`), `none`.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     pub tool_choice: Value,
     /// Whether to think, as `type`: `enabled`, `adaptive`, `disabled`.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     pub thinking: Value,
     /// How hard to think, as `effort`, and what the answer must look like, as `format`.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     pub output_config: Value,
     /// The older place of `output_config.format`.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     pub output_format: Value,
 }
 

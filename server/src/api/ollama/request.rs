@@ -21,23 +21,23 @@ pub struct ChatRequest {
     #[schema(value_type = Vec<Object>)]
     pub messages: Vec<Map<String, Value>>,
     /// Functions that the model may call.
-    #[schema(value_type = Vec<Object>)]
+    #[schema(schema_with = crate::api::openai::responses::schema::list)]
     pub tools: Option<Vec<Value>>,
     /// Whether the answer is streamed, which is usual.
     pub stream: Option<bool>,
     /// What the answer must look like: `json`, or a JSON schema.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(schema_with = crate::api::openai::responses::schema::any)]
     pub format: Value,
     /// Whether to think: true, false, or how hard.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(schema_with = crate::api::openai::responses::schema::any)]
     pub think: Value,
     /// How tokens are chosen, and when to stop.
     pub options: Option<Options>,
     /// How long the model is to stay; only 0 without a prompt is looked at. Idle models give their memory back by themselves.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(schema_with = crate::api::openai::responses::schema::any)]
     pub keep_alive: Value,
 }
 
@@ -53,7 +53,7 @@ pub struct GenerateRequest {
     /// Not supported.
     pub suffix: Option<String>,
     /// Not supported.
-    #[schema(value_type = Vec<String>)]
+    #[schema(schema_with = crate::api::openai::responses::schema::list)]
     pub images: Option<Vec<Value>>,
     /// The system prompt.
     pub system: Option<String>,
@@ -67,17 +67,17 @@ pub struct GenerateRequest {
     pub stream: Option<bool>,
     /// What the answer must look like: `json`, or a JSON schema.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(schema_with = crate::api::openai::responses::schema::any)]
     pub format: Value,
     /// Whether to think: true, false, or how hard.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(schema_with = crate::api::openai::responses::schema::any)]
     pub think: Value,
     /// How tokens are chosen, and when to stop.
     pub options: Option<Options>,
     /// How long the model is to stay; only 0 without a prompt is looked at. Idle models give their memory back by themselves.
     #[serde(default)]
-    #[schema(value_type = Object)]
+    #[schema(schema_with = crate::api::openai::responses::schema::any)]
     pub keep_alive: Value,
 }
 

@@ -15,8 +15,7 @@ use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
 use self::operations::{Answer, OPERATIONS, Operation};
-use super::openai;
-use super::own;
+use super::{anthropic, ollama, openai, own};
 use crate::app::App;
 use crate::error::{Flavour, Kind};
 use crate::reply::json_response;
@@ -187,6 +186,9 @@ fn schemas() -> Value {
     add::<openai::ChatRequest>(&mut all, "ChatRequest");
     add::<openai::CompletionRequest>(&mut all, "CompletionRequest");
     add::<openai::responses::request::ResponsesRequest>(&mut all, "ResponsesRequest");
+    add::<anthropic::MessagesRequest>(&mut all, "MessagesRequest");
+    add::<ollama::ChatRequest>(&mut all, "OllamaChatRequest");
+    add::<ollama::GenerateRequest>(&mut all, "OllamaGenerateRequest");
     add::<own::TokenizeRequest>(&mut all, "TokenizeRequest");
     add::<own::DetokenizeRequest>(&mut all, "DetokenizeRequest");
     add::<own::TemplateRequest>(&mut all, "TemplateRequest");

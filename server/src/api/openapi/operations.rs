@@ -85,7 +85,7 @@ const AFTER: Parameter = Parameter { name: "after", schema: r#"{"type": "string"
 const LIMIT: Parameter = Parameter { name: "limit", schema: r#"{"type": "integer", "minimum": 1, "maximum": 100}"# };
 const ORDER: Parameter = Parameter { name: "order", schema: r#"{"type": "string", "enum": ["asc", "desc"]}"# };
 
-use Answer::{Events, Json, Missing, Other};
+use Answer::{Events, Json, Lines, Missing, Other};
 
 /// All operations.
 pub const OPERATIONS: &[Operation] = &[
@@ -114,6 +114,22 @@ pub const OPERATIONS: &[Operation] = &[
     act("/v1/batches", Missing, "Begins a batch: not there yet"),
     get("/v1/batches/{id}", Missing, "Describes a batch: not there yet"),
     act("/v1/batches/{id}/cancel", Missing, "Cancels a batch: not there yet"),
+    post("/v1/messages", "MessagesRequest", Events("Message"), "Answers a conversation"),
+    post("/v1/messages/count_tokens", "MessagesRequest", Json("MessageTokens"), "Counts the tokens of a conversation"),
+    get("/api/version", Json("OllamaVersion"), "The version of Ollama's API that this is"),
+    get("/api/tags", Json("OllamaModels"), "Lists the models"),
+    get("/api/ps", Json("OllamaModels"), "Lists the models that are loaded"),
+    post("/api/show", "OllamaShowRequest", Json("OllamaModel"), "Describes a model"),
+    post("/api/chat", "OllamaChatRequest", Lines("OllamaChat"), "Answers a conversation"),
+    post("/api/generate", "OllamaGenerateRequest", Lines("OllamaText"), "Answers a text"),
+    act("/api/embed", Missing, "Makes vectors of texts: not there"),
+    act("/api/embeddings", Missing, "Makes a vector of a text: not there"),
+    act("/api/pull", Missing, "Gets a model: not there"),
+    act("/api/push", Missing, "Publishes a model: not there"),
+    act("/api/create", Missing, "Makes a model: not there"),
+    act("/api/copy", Missing, "Copies a model: not there"),
+    delete("/api/delete", Missing, "Deletes a model: not there"),
+    act("/api/blobs/{digest}", Missing, "Takes a part of a model: not there"),
     get("/health", Json("Health"), "Says whether the server takes requests; needs no key"),
     get("/metrics", Other("application/openmetrics-text"), "Counters, as Prometheus reads them"),
     get("/status", Json("Status"), "What the server and its models are doing"),

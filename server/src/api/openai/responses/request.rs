@@ -8,11 +8,10 @@ use serde_json::{Map, Value, json};
 use super::items::{self, Conversation};
 use super::reply::Wants;
 use super::tools::{self, Declared};
-use crate::api::openai::request::{OneOrMany, count, form};
+use crate::api::openai::request::{OneOrMany, count, form, penalties};
 use crate::api::openai::{new_id, now};
 use crate::ask::{Ask, Chat, Input, Settings, Thinking};
 use crate::error::ApiError;
-use sluice_generate::Penalties;
 
 /// Most entries of `metadata`.
 const MOST_METADATA: usize = 16;
@@ -56,6 +55,12 @@ pub struct ResponsesRequest {
     /// Nucleus, 0 to 1.
     #[schema(minimum = 0, maximum = 1)]
     pub top_p: Option<f64>,
+    /// Makes tokens that the answer has less likely, -2 to 2.
+    #[schema(minimum = -2, maximum = 2)]
+    pub presence_penalty: Option<f32>,
+    /// The same, as often as they occurred, -2 to 2.
+    #[schema(minimum = -2, maximum = 2)]
+    pub frequency_penalty: Option<f32>,
     /// How many of the likeliest tokens to report.
     #[schema(minimum = 0, maximum = 20)]
     pub top_logprobs: Option<i64>,
@@ -233,7 +238,7 @@ impl ResponsesRequest {
             false => top.filter(|&top| top > 0),
         };
         let settings = Settings {
-            penalties: Penalties::default(),
+            penalties: penalties(self.presence_penalty, self.frequency_penalty),
             max_tokens: count("max_output_tokens", self.max_output_tokens, 1, i64::MAX)?,
             temperature: self.temperature.map(|temperature| temperature as f32),
             top_p: self.top_p.map(|p| p as f32),
@@ -262,7 +267,8 @@ impl ResponsesRequest {
     fn wants(&self, declared: &Declared, settings: &Settings) -> Wants {
         Wants {
             logprobs: settings.logprobs.is_some(),
-            encrypted: self.includes("reasoning.encrypted_content"),
+            // Who stores nothing here needs it, also those who do not know to ask: Codex sends nothing else of a model's thinking back.
+            encrypted: self.includes("reasoning.encrypted_content") || self.store == Some(false),
             summary: self.summary().is_some(),
             custom: declared.custom.clone(),
         }
@@ -301,8 +307,8 @@ impl ResponsesRequest {
             "output": [],
             "parallel_tool_calls": self.parallel_tool_calls.unwrap_or(true),
             "previous_response_id": self.previous_response_id,
-            "presence_penalty": 0,
-            "frequency_penalty": 0,
+            "presence_penalty": self.presence_penalty.unwrap_or(0.0),
+            "frequency_penalty": self.frequency_penalty.unwrap_or(0.0),
             "prompt_cache_key": self.prompt_cache_key,
             "reasoning": {"effort": effort, "summary": self.summary()},
             "safety_identifier": self.safety_identifier,

@@ -6,6 +6,17 @@ fn of(kind: Type) -> ObjectBuilder {
     ObjectBuilder::new().schema_type(kind)
 }
 
+/// Any JSON.
+pub fn any() -> Schema {
+    ObjectBuilder::new().schema_type(SchemaType::AnyValue).into()
+}
+
+/// A list of anything, or null.
+pub fn list() -> Schema {
+    let list = ArrayBuilder::new().items(ObjectBuilder::new().schema_type(SchemaType::AnyValue));
+    OneOfBuilder::new().item(list).item(of(Type::Null)).into()
+}
+
 /// An object.
 pub fn object() -> Schema {
     of(Type::Object).into()

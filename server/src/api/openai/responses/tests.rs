@@ -237,6 +237,20 @@ fn thinking_is_a_summary_where_one_is_asked_for() {
 }
 
 #[test]
+fn a_client_that_stores_nothing_can_send_thinking_back() {
+    let response = whole(json!({"store": false}), vec![thinking("Hm."), text("A."), end(Why::Done)]).unwrap();
+    let mut item = response["output"][0].clone();
+    item["content"] = Value::Null;
+    let next: ResponsesRequest =
+        serde_json::from_value(json!({"input": [item, response["output"][1], {"role": "user", "content": "And?"}]}))
+            .unwrap();
+    let prepared = next.prepare("demo".into(), &[]).unwrap();
+    let crate::ask::Input::Chat(chat) = &prepared.ask.input else { panic!("a conversation") };
+    assert_eq!(chat.messages[0].fields["reasoning_content"], "Hm.");
+    assert_eq!(chat.messages[0].fields["content"], "A.");
+}
+
+#[test]
 fn a_custom_tool_gets_its_text() {
     let steps = || {
         vec![call(0, "apply_patch"), arguments(0, "{\"input\": \"*** Begin"), arguments(0, "\\n\"}"), end(Why::Calls)]
