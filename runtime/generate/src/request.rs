@@ -73,10 +73,10 @@ pub struct Request {
     /// `Some(n)`: report the log probability of each token, and the `n` likeliest tokens with theirs. These are the model's own
     /// probabilities, before bias, constraint and sampling settings.
     pub logprobs: Option<usize>,
-    /// `Some(n)`: report how probable the model held each token of the prompt, and the `n` likeliest tokens there. The whole prompt is
+    /// `Some(n)`: report how probable each token of the prompt is to the model, and the `n` likeliest tokens there. The whole prompt is
     /// read for that, whatever is kept of it.
     pub prompt_logprobs: Option<usize>,
-    /// Makes tokens less likely that this generation has generated.
+    /// Makes tokens that this generation has generated less likely.
     pub penalties: Penalties,
     /// Which tokens may come next.
     pub constraint: Option<Box<dyn Constraint>>,
