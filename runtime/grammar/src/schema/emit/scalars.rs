@@ -12,13 +12,13 @@ use crate::schema::strings::{self, matching, of_length, quote};
 /// Longest string that a schema can demand, in characters.
 const MAX_LENGTH: u64 = 1_000_000;
 
-/// Largest number of which multiples are told by an automaton.
+/// Largest number whose multiples an automaton recognises.
 const MAX_REMAINDERS: i128 = 1000;
 
-/// Above all numbers of which there can be multiples.
+/// Larger than every number whose multiples are supported.
 const MAX_MULTIPLE: i128 = 1_000_000_000_000 * ONE;
 
-/// A bound, and whether it does not count itself.
+/// A bound, and whether it is exclusive.
 type Bound = Option<(i128, bool)>;
 
 impl Emitter<'_, '_> {
