@@ -61,7 +61,7 @@ fn parse(pattern: &str) -> Result<Hir, String> {
     parser.parse(pattern).map_err(|e| match e {
         regex_syntax::Error::Parse(e) => e.kind().to_string(),
         regex_syntax::Error::Translate(e) => e.kind().to_string(),
-        _ => "it is no regular expression".to_owned(),
+        _ => "it is not a regular expression".to_owned(),
     })
 }
 
