@@ -64,7 +64,7 @@ impl Vocabulary {
             return Err(bad(format!("there are {vocab_size} of them, more than {MAX_TOKENS}")));
         }
         if let Some(id) = end.iter().find(|&&id| id as usize >= vocab_size) {
-            return Err(bad(format!("the end token {id} is none of the model's {vocab_size}")));
+            return Err(bad(format!("the end token {id} is not one of the model's {vocab_size}")));
         }
         let size = u32::try_from(vocab_size).map_err(|_| bad("there are too many".into()))?;
         let words: Vec<Vec<u8>> = (0..size).map(|id| word(tokenizer, id, end)).collect::<Result<_, _>>()?;
@@ -168,7 +168,7 @@ impl Vocabulary {
     }
 }
 
-/// The bytes by which the library knows a token: text, or a marker that is no UTF-8 and the name of a token that is no text.
+/// The bytes by which the library knows a token: text, or, for a token that is not text, a marker that is not UTF-8 and the token's name.
 fn word(tokenizer: &Tokenizer, id: u32, end: &[u32]) -> Result<Vec<u8>, GrammarError> {
     let bytes = tokenizer.token_bytes(id)?.unwrap_or_default();
     let is_text = !tokenizer.is_special(id) && !end.contains(&id);
