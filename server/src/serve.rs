@@ -26,13 +26,13 @@ use crate::options::{ServerOptions, SessionOptions};
 const HEAD: Duration = Duration::from_secs(30);
 /// Most connections at a time. More wait for one of them to end.
 const CONNECTIONS: usize = 1024;
-/// How often the end looks whether answers are left.
+/// How often the server, once told to end, looks whether answers are left.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// Why a server does not begin.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// A file is no model.
+    /// A file is not a model file.
     #[error(transparent)]
     Format(#[from] FormatError),
     /// The folder of sessions.
