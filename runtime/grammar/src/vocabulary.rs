@@ -168,7 +168,8 @@ impl Vocabulary {
     }
 }
 
-/// The bytes by which the library knows a token: text, or, for a token that is not text, a marker that is not UTF-8 and the token's name.
+/// The bytes by which the library knows a token: text, or, for a token that is not text, a marker that is not UTF-8 and the token's
+/// name.
 fn word(tokenizer: &Tokenizer, id: u32, end: &[u32]) -> Result<Vec<u8>, GrammarError> {
     let bytes = tokenizer.token_bytes(id)?.unwrap_or_default();
     let is_text = !tokenizer.is_special(id) && !end.contains(&id);
