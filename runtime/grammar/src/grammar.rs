@@ -122,9 +122,9 @@ impl Grammar {
         thread.spawn(work).map_err(|e| invalid(format!("no thread can be started: {e}")))?;
         let matcher = match receiver.recv_timeout(MAX_TIME) {
             Ok(matcher) => matcher?,
-            Err(RecvTimeoutError::Disconnected) => return Err(invalid("the library crashed over it".into())),
+            Err(RecvTimeoutError::Disconnected) => return Err(invalid("it crashed the library".into())),
             Err(RecvTimeoutError::Timeout) => {
-                let what = format!("compiling the {} takes more seconds", form.name());
+                let what = format!("too many seconds to compile the {}", form.name());
                 return Err(GrammarError::TooLarge { what, limit: MAX_TIME.as_secs() as usize });
             }
         };
