@@ -101,7 +101,7 @@ impl Scanner<'_> {
         let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
         let value = match values.next() {
             Some(Ok(value)) => value,
-            Some(Err(e)) => return Err(invalid(&format!("behind `%{word}` there is no JSON: {e}"))),
+            Some(Err(e)) => return Err(invalid(&format!("what follows `%{word}` is not JSON: {e}"))),
             None => return Err(self.unfinished("a `%` statement")),
         };
         self.at += values.byte_offset();
