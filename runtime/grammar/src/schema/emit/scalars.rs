@@ -152,7 +152,11 @@ impl Emitter<'_, '_> {
                 });
                 Ok(vec![vec![Symbol::Json(schema.to_string())]])
             }
-            _ => Err(self.refuse("multipleOf", goal, "not together with other demands on the same number")),
+            _ => Err(self.refuse(
+                "multipleOf",
+                goal,
+                "it is not supported together with other demands on the same number",
+            )),
         }
     }
 
@@ -188,7 +192,11 @@ impl Emitter<'_, '_> {
             }
         }
         if least > MAX_LENGTH {
-            return Err(self.refuse("minLength", goal, "so long a string is not supported"));
+            return Err(self.refuse(
+                "minLength",
+                goal,
+                &format!("more than {MAX_LENGTH} characters are not supported"),
+            ));
         }
         if most.is_some_and(|most| most < least) {
             return Ok(Vec::new());
