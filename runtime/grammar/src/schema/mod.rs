@@ -66,10 +66,9 @@ impl<'v> Schema<'v> {
     fn step(&mut self) -> Result<(), GrammarError> {
         self.steps += 1;
         match self.steps > MAX_STEPS {
-            true => Err(GrammarError::TooLarge {
-                what: "taking the schema apart needs more steps".into(),
-                limit: MAX_STEPS,
-            }),
+            true => {
+                Err(GrammarError::TooLarge { what: "too many steps to take the schema apart".into(), limit: MAX_STEPS })
+            }
             false => Ok(()),
         }
     }
