@@ -137,8 +137,10 @@ impl Schema<'_> {
             return Ok(regex.is_match(text));
         }
         let regex = Regex::new(&ecma(pattern)).map_err(|_| {
-            let reason =
-                format!("{:?} is not a regular expression, or it looks around or back", crate::error::clip(pattern));
+            let reason = format!(
+                "{:?} is not a regular expression, or it has look-around or back references",
+                crate::error::clip(pattern)
+            );
             unsupported("pattern", "#", reason)
         })?;
         let is_match = regex.is_match(text);
