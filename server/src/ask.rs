@@ -80,6 +80,24 @@ pub enum Input {
     Tokens(Vec<u32>),
 }
 
+impl Ask {
+    /// Bytes of the texts that a prompt of this request has at least. Thinking is not counted, since templates drop it.
+    pub fn text_bytes(&self) -> usize {
+        let text = |content: &Value| match content {
+            Value::String(text) => text.len(),
+            Value::Array(parts) => parts.iter().filter_map(|part| Some(part.get("text")?.as_str()?.len())).sum(),
+            _ => 0,
+        };
+        match &self.input {
+            Input::Chat(chat) | Input::After { chat, .. } => {
+                chat.messages.iter().filter_map(|message| message.fields.get("content")).map(text).sum()
+            }
+            Input::Text(text) => text.len(),
+            Input::Tokens(_) => 0,
+        }
+    }
+}
+
 impl Input {
     /// Whether a conversation is continued, and not just a text.
     pub fn is_chat(&self) -> bool {

@@ -156,6 +156,12 @@ pub enum GenerationError {
         /// What it was, and what it said.
         what: String,
     },
+    /// The constraint has failed.
+    #[error("the form that the request asks for cannot be kept: {reason}")]
+    Constraint {
+        /// What it says.
+        reason: String,
+    },
     /// A penalty that makes no sense.
     #[error("the {field} penalty is {value}: give a number")]
     Penalty {

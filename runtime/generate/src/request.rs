@@ -18,6 +18,12 @@ pub trait Constraint: Send + fmt::Debug {
     /// The generation has taken this token.
     fn accept(&mut self, id: u32);
 
+    /// Why the constraint cannot go on, if it cannot: a limit of its own, for instance. It lets no token through then, and the generation
+    /// fails with this.
+    fn failure(&self) -> Option<String> {
+        None
+    }
+
     /// Whether nothing may follow. The generation then ends without an end token ([`Finish::Complete`](super::Finish)).
     fn is_complete(&self) -> bool {
         false

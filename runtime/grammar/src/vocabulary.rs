@@ -19,6 +19,10 @@ const MAX_TOKENS: usize = (1 << 24) - 2;
 
 /// Most states of a grammar's lexer. One takes up to 2 KB; with more, a generation fails.
 const MAX_LEXER_STATES: usize = 50_000;
+/// Most ways at a time in which a grammar's parser reads a text, and most of them in a step. Forms that people ask for have tens;
+/// ambiguous grammars have thousands, and would keep everybody else waiting.
+const MAX_ITEMS_IN_ROW: usize = 500;
+const MAX_ITEMS_IN_STEP: usize = 20_000;
 
 /// Parts of JSON strings for which the library keeps the sets of tokens at hand: white space, and text that needs no escape.
 const SLICES: [&str; 4] =
@@ -198,6 +202,8 @@ fn factory(words: &[Vec<u8>], size: u32, end: &[u32]) -> Result<(ParserFactory, 
     let limits = factory.limits_mut();
     limits.verbose_errors = false;
     limits.max_lexer_states = MAX_LEXER_STATES;
+    limits.max_items_in_row = MAX_ITEMS_IN_ROW;
+    limits.step_max_items = MAX_ITEMS_IN_STEP;
     Ok((factory, environment))
 }
 
