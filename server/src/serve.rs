@@ -24,6 +24,8 @@ use crate::options::{ServerOptions, SessionOptions};
 
 /// How long a client may take to send the head of a request.
 const HEAD: Duration = Duration::from_secs(30);
+/// Most bytes of the head of a request.
+const HEAD_BYTES: usize = 64 << 10;
 /// Most connections at a time. More wait for one of them to end.
 const CONNECTIONS: usize = 1024;
 /// How often the server, once told to end, looks whether answers are left.
@@ -156,7 +158,7 @@ fn connection(
     graceful: &GracefulShutdown,
 ) -> impl Future<Output = hyper::Result<()>> + Send + use<> {
     let mut builder = hyper::server::conn::http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(HEAD);
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(HEAD_BYTES);
     let service = TowerToHyperService::new(router);
     graceful.watch(builder.serve_connection(TokioIo::new(stream), service))
 }
