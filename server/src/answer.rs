@@ -22,12 +22,12 @@ pub const KEEP_ALIVE: Duration = Duration::from_secs(4);
 /// While a prompt is read, it hears of that at most this often.
 const PROGRESS: Duration = Duration::from_secs(1);
 
-/// What comes next of an answer. After [`Step::End`] or [`Step::Failed`] nothing comes.
+/// The next step of an answer. After [`Step::End`] or [`Step::Failed`] nothing comes.
 #[derive(Debug)]
 pub enum Step {
     /// Nothing new of the answer itself, but the client should hear that it is being worked on.
     Waiting(Waiting),
-    /// The text that is continued, if that was asked for, and how probable the model held its tokens: nothing for the first.
+    /// The text that is continued, if that was asked for, and how probable its tokens are to the model: nothing for the first.
     Echo(String, Vec<TokenLogprob>),
     /// More of the answer, and the log probabilities of its tokens, if they were asked for.
     Piece(Piece, Vec<TokenLogprob>),
@@ -55,7 +55,7 @@ pub enum Waiting {
         /// Tokens of the prompt.
         prompt: usize,
     },
-    /// Tokens come, but what they say is not certain yet.
+    /// Tokens come, but it is not certain yet what they say.
     Generating {
         /// Tokens so far.
         generated: usize,
@@ -97,7 +97,7 @@ pub struct Usage {
     pub thinking: usize,
 }
 
-/// A token and how probable the model held it.
+/// A token and how probable it is to the model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprob {
     /// The token.

@@ -11,6 +11,7 @@ use axum::http::Response;
 use axum::middleware::{self, Next};
 
 use sluice_sessions::Store;
+use tokio::sync::Semaphore;
 use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::api;
@@ -26,6 +27,9 @@ use crate::page;
 /// How long a client may pause while it sends a body.
 const BODY: Duration = Duration::from_secs(30);
 
+/// Most requests that are prepared at a time.
+const PREPARING: usize = 2;
+
 /// What all handlers share.
 pub struct App {
     /// How the server was set up.
@@ -38,6 +42,8 @@ pub struct App {
     pub live: Live,
     /// Responses that can be continued.
     pub responses: Arc<ResponseStore>,
+    /// Requests that are being prepared: templates, tokenizers and grammars take memory and processors.
+    pub preparing: Semaphore,
     /// Counters.
     pub metrics: Metrics,
     /// When the server began.
@@ -56,6 +62,7 @@ impl App {
             models: Arc::new(models),
             store,
             live: Live::default(),
+            preparing: Semaphore::new(PREPARING),
             metrics: Metrics::new(),
             started: Instant::now(),
             closing: AtomicBool::new(false),

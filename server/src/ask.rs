@@ -80,6 +80,24 @@ pub enum Input {
     Tokens(Vec<u32>),
 }
 
+impl Ask {
+    /// Bytes of the texts that a prompt of this request has at least. Thinking is not counted, since templates drop it.
+    pub fn text_bytes(&self) -> usize {
+        let text = |content: &Value| match content {
+            Value::String(text) => text.len(),
+            Value::Array(parts) => parts.iter().filter_map(|part| Some(part.get("text")?.as_str()?.len())).sum(),
+            _ => 0,
+        };
+        match &self.input {
+            Input::Chat(chat) | Input::After { chat, .. } => {
+                chat.messages.iter().filter_map(|message| message.fields.get("content")).map(text).sum()
+            }
+            Input::Text(text) => text.len(),
+            Input::Tokens(_) => 0,
+        }
+    }
+}
+
 impl Input {
     /// Whether a conversation is continued, and not just a text.
     pub fn is_chat(&self) -> bool {
@@ -180,14 +198,14 @@ impl Settings {
         within("presence_penalty", Some(self.penalties.presence), -2.0, 2.0)?;
         within("frequency_penalty", Some(self.penalties.frequency), -2.0, 2.0)?;
         if self.stop.len() > MOST_STOPS {
-            let message = format!("`stop` has {} strings, {MOST_STOPS} are the most", self.stop.len());
+            let message = format!("`stop` has {} strings; at most {MOST_STOPS} are allowed", self.stop.len());
             return Err(ApiError::field("stop", message));
         }
         if self.stop.iter().any(String::is_empty) {
             return Err(ApiError::field("stop", "an empty stop string ends every text before it begins: leave it out"));
         }
         if let Some(count) = self.logprobs.filter(|&count| count > MOST_LOGPROBS) {
-            let message = format!("`top_logprobs` is {count}, {MOST_LOGPROBS} is the most");
+            let message = format!("`top_logprobs` is {count}; the most is {MOST_LOGPROBS}");
             return Err(ApiError::field("top_logprobs", message));
         }
         Ok(())
@@ -201,5 +219,5 @@ pub fn out_of_range(
     least: impl std::fmt::Display,
     most: impl std::fmt::Display,
 ) -> ApiError {
-    ApiError::field(name, format!("`{name}` is {value}, it must be between {least} and {most}")).code("invalid_value")
+    ApiError::field(name, format!("`{name}` is {value}; it must be between {least} and {most}")).code("invalid_value")
 }

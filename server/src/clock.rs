@@ -1,4 +1,4 @@
-//! Moments as text.
+//! Times as text.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -7,7 +7,7 @@ pub fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// A moment, given as the time since 1970 began, as text (RFC 3339) in UTC. Parts of a second are written if there are any.
+/// A time, given as what has passed since 1970 began, as text (RFC 3339) in UTC. Parts of a second are written if there are any.
 pub fn rfc3339(since: Duration) -> String {
     // Year 9999 ends then, and with it the format.
     let seconds = since.as_secs().min(253_402_300_799);

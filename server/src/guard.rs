@@ -50,7 +50,7 @@ pub async fn check(State(guard): State<Arc<Guard>>, request: Request, next: Next
     response
 }
 
-/// The answer to a browser that asks whether it may ask.
+/// The answer to a preflight request, with which a browser asks whether a page's request may be sent.
 fn preflight(headers: &HeaderMap) -> Response<Body> {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::NO_CONTENT;
@@ -98,7 +98,7 @@ impl Guard {
     fn knows_host(&self, host: &str) -> bool {
         let name = name_of(host);
         let address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok();
-        // Programs of the first hour of HTTP send no host; browsers always do.
+        // Clients of HTTP/1.0 may send no host; browsers always do.
         host.is_empty()
             || address
             || name.eq_ignore_ascii_case("localhost")

@@ -2,10 +2,10 @@
 //!
 //! A model that has read a prompt need not read it again, up to the first token that differs. Agents put things at its beginning that
 //! differ on every call: Claude Code a line for Anthropic's billing (`x-anthropic-billing-header: …; cch=…;`), others the time of day.
-//! Whoever asks for it ([`ServerOptions::normalise`]) gets these parts in one form: the line goes, and moments become days, so that
+//! Whoever asks for it ([`ServerOptions::normalise`]) gets these parts in one form: the line goes, and times become days, so that
 //! the prompt changes once a day. Without being asked, nothing of what a client sends is changed.
 //!
-//! Moments count only where agents describe surroundings: in `<env>`, `<environment_context>`, `<environment_details>`,
+//! Times count only where agents describe their surroundings: in `<env>`, `<environment_context>`, `<environment_details>`,
 //! `<system-reminder>` and `<CURRENT_DATETIME>`, and in lines of the system prompt that say the current date or time.
 
 use std::borrow::Cow;
@@ -21,7 +21,7 @@ use crate::options::ServerOptions;
 static BILLING: LazyLock<Regex> =
     LazyLock::new(|| regex(r"(?im)^[ \t]*x-anthropic-billing-header:[^\n]*(?:\n(?:[ \t]*\n)*|\z)"));
 
-/// What agents write about surroundings.
+/// What agents write about their surroundings.
 static SURROUNDINGS: LazyLock<Regex> = LazyLock::new(|| {
     let section = |name: &str| format!("<{name}>.*?</{name}>");
     let names = ["env", "environment_context", "environment_details", "system-reminder", "CURRENT_DATETIME"];
@@ -34,7 +34,7 @@ static CURRENT: LazyLock<Regex> = LazyLock::new(|| {
     regex(r"(?im)^[^\n]*\b(?:today(?:'s date)?|current (?:date|time)|date and time|time now)\b[^\n]*(?:\n+[^\n]+)?$")
 });
 
-/// Moments, in groups: what stands for the day is kept, the rest goes.
+/// Times, in groups: what stands for the day is kept, the rest goes.
 static MOMENTS: LazyLock<[Regex; 4]> = LazyLock::new(|| {
     const CLOCK: &str = r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:[ \x{202F}]?[AaPp][Mm]\b)?";
     const ZONE: &str = r"(?: ?(?:Z|UTC|[A-Z]{1,3}T)\b)?(?: ?[+-]\d{1,2}(?::?\d{2})?\b)?(?: ?\([^)\n]*\))?";
@@ -96,7 +96,7 @@ fn text_of(text: &str, system: bool) -> String {
     BILLING.replace_all(&text, "").into_owned()
 }
 
-/// A text with days instead of moments.
+/// A text with days instead of times.
 fn days(text: &str) -> Cow<'_, str> {
     MOMENTS.iter().fold(Cow::Borrowed(text), |text, pattern| match pattern.replace_all(&text, DayOf) {
         Cow::Borrowed(_) => text,

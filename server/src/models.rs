@@ -66,7 +66,7 @@ impl Models {
     /// Looks at the files; loads nothing yet.
     ///
     /// # Errors
-    /// The first file that is no model file.
+    /// The first file that is not a model file.
     pub fn new(options: &ServerOptions, scheduling: SchedulerOptions) -> Result<Self, FormatError> {
         let mut entries: Vec<Entry> = Vec::new();
         for path in &options.files {
@@ -85,7 +85,7 @@ impl Models {
         &self.entries
     }
 
-    /// The model of a name. With one model, every name means that one, since many clients send the name of somebody else's.
+    /// The model of a name. With one model, every name means that one, since many clients send the name of somebody else's model.
     ///
     /// # Errors
     /// When there is no such model.
@@ -96,7 +96,7 @@ impl Models {
             (None, _) if name.is_empty() => Err(ApiError::field("model", "say which model, as `model`")),
             (None, entries) => {
                 let known: Vec<&str> = entries.iter().map(|entry| entry.id.as_str()).collect();
-                let message = format!("there is no model {name:?} here; there are {}", known.join(", "));
+                let message = format!("there is no model {name:?} here; the models are {}", known.join(", "));
                 Err(ApiError { param: Some("model".into()), ..ApiError::new(Kind::NotFound, message) }
                     .code("model_not_found"))
             }

@@ -112,9 +112,18 @@ impl Run {
 async fn start(app: Arc<App>, mut asks: Vec<Ask>) -> Result<Vec<Answer>, ApiError> {
     asks.iter_mut().for_each(|ask| hygiene::apply(&app.options, ask));
     let Some(first) = asks.first() else { return Ok(Vec::new()) };
+    let (total, queue) = (asks.iter().map(|ask| ask.n.max(1)).sum::<usize>(), app.options.queue);
+    if total > queue {
+        let message =
+            format!("{total} answers are more than may wait, which are {queue}: ask for fewer, or raise --queue");
+        return Err(ApiError::field("n", message));
+    }
     let served = app.models.get(&first.model).await?;
+    let _turn = app.preparing.acquire().await;
+    let shared = Arc::clone(&app);
     // Templates, tokenizers and grammars compute for milliseconds, or for seconds if the text is long.
     let start = move || {
+        let app = shared;
         let mut answers = Vec::new();
         for ask in &asks {
             if app.options.log_prompts {

@@ -27,15 +27,17 @@ use crate::stalled::Unstalled;
 const HEAD: Duration = Duration::from_secs(30);
 /// How long a client may take nothing of what there is for it.
 const STALLED: Duration = Duration::from_secs(120);
+/// Most bytes of the head of a request.
+const HEAD_BYTES: usize = 64 << 10;
 /// Most connections at a time. More wait for one of them to end.
 const CONNECTIONS: usize = 1024;
-/// How often the end looks whether answers are left.
+/// How often the server, once told to end, looks whether answers are left.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// Why a server does not begin.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// A file is no model.
+    /// A file is not a model file.
     #[error(transparent)]
     Format(#[from] FormatError),
     /// The folder of sessions.
@@ -159,7 +161,7 @@ fn connection(
     graceful: &GracefulShutdown,
 ) -> impl Future<Output = hyper::Result<()>> + Send + use<> {
     let mut builder = hyper::server::conn::http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(HEAD);
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(HEAD_BYTES);
     let service = TowerToHyperService::new(router);
     graceful.watch(builder.serve_connection(TokioIo::new(Unstalled::new(stream, STALLED)), service))
 }

@@ -37,6 +37,8 @@ pub struct Served {
     context: usize,
     vocabulary: OnceLock<Result<Vocabulary, String>>,
     transcripts: Transcripts,
+    /// Bytes of the longest token.
+    longest_token: OnceLock<usize>,
 }
 
 /// A prompt in tokens, and what its text was.
@@ -76,7 +78,7 @@ impl Served {
         let dialect = Dialect::detect(Some(&family), source, &has_token).with_special_tokens(&special);
         let model = Model::new(engine, scheduling, !options.forget)?;
         let end = model.tokens(Vec::new()).stop.eos().iter().copied().collect();
-        let vocabulary = OnceLock::new();
+        let (vocabulary, transcripts) = (OnceLock::new(), Transcripts::default());
         Ok(Served {
             id,
             model,
@@ -87,7 +89,8 @@ impl Served {
             vocab_size,
             context,
             vocabulary,
-            transcripts: Transcripts::default(),
+            transcripts,
+            longest_token: OnceLock::new(),
         })
     }
 
@@ -148,11 +151,27 @@ impl Served {
         Ok(prompt)
     }
 
+    /// Refuses a text that cannot fit into the context, before a tokenizer spends seconds and gigabytes on it.
+    fn check_size(&self, bytes: usize) -> Result<(), ApiError> {
+        let Some(tokenizer) = &self.tokenizer else { return Ok(()) };
+        let longest = *self.longest_token.get_or_init(|| {
+            let ids = 0..u32::try_from(self.vocab_size).unwrap_or(u32::MAX);
+            ids.filter_map(|id| Some(tokenizer.token_text(id)?.len())).max().unwrap_or(1).max(1)
+        });
+        // Tokenizers may fold several bytes into one before they look for tokens.
+        let fewest = bytes / longest / 4;
+        match fewest > self.context {
+            true => Err(GenerationError::PromptTooLong { prompt: fewest, context: self.context }.into()),
+            false => Ok(()),
+        }
+    }
+
     /// The tokens of what is to be continued.
     ///
     /// # Errors
     /// As [`Served::prompt`], and what the tokenizer refuses.
     pub fn encode(&self, ask: &Ask) -> Result<Encoded, ApiError> {
+        self.check_size(ask.text_bytes())?;
         match &ask.input {
             Input::Chat(chat) => {
                 let prompt = self.prompt(chat, ask)?;

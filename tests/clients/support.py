@@ -23,7 +23,8 @@ SCRIPTED = Path(os.environ["SLUICE_SCRIPTED"])
 MODEL = Path(os.environ["SLUICE_MODEL"])
 STATES = Path(os.environ["SLUICE_STATES"])
 CHECKPOINT = Path(os.environ["SLUICE_CHECKPOINT"])
-NODE = Path(os.environ["SLUICE_NODE"])
+# Where npm has put packages, for the checks that need some.
+NODE = Path(os.environ.get("SLUICE_NODE", "."))
 KEY = "the-key-of-a-test"
 # Builds without optimisation on a busy machine are slow; a check that hangs should still end.
 PATIENCE = 120.0

@@ -19,6 +19,8 @@ def test_made_up_requests(server: Server, tmp_path: Path) -> None:
     document.write_text(json.dumps(server.get("/openapi.json")))
     command = [str(Path(sys.executable).parent / "st"), "run", str(document), "--url", server.url]
     command += ["-H", f"Authorization: Bearer {KEY}", "--checks", "all", "--exclude-checks", EXCLUDED]
+    # Files and batches are documented as not implemented, which is a status of its own.
+    command += ["--exclude-path-regex", "^/v1/(files|batches)"]
     command += ["--phases", "examples,coverage,fuzzing", "--max-examples", "30", "--seed", "1"]
     command += ["--generation-database", "none", "--request-timeout", "120"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -336,7 +336,7 @@ NONSENSE: list[tuple[str, str, bytes, str]] = [
         "POST",
         "/v1/chat/completions",
         b'{"messages": [{"role": "user", "content": "x"}]}',
-        "X-Long: " + "x" * 500_000 + "\r\n",
+        "X-Long: " + "x" * 2_000_000 + "\r\n",
     ),
     ("POST", "/v1/completions", b'{"prompt": [99999999], "max_tokens": 1}', ""),
     ("POST", "/v1/completions", b'{"prompt": {"a": 1}}', ""),

@@ -16,7 +16,8 @@ use crate::terminal::note;
 
 const EXAMPLES: &str = "\
 The server speaks the APIs of OpenAI (/v1/chat/completions, /v1/completions, /v1/responses), Anthropic (/v1/messages) and \
-Ollama (/api/chat, /api/generate), and has a page at /. docs/SERVER.md says how to set up clients.
+Ollama (/api/chat, /api/generate), and has a page for people at /. The name of a model is that of its file, without folder \
+and extension. docs/SERVER.md says how to set up clients.
 
 Examples:
   sluice serve r1.sluice
@@ -27,11 +28,11 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model files; each is loaded when it is first asked for, and they share the budget
+    /// Model files; each is loaded when it is first asked for, and they share the budget
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 
-    /// Address to listen at
+    /// Address to listen at; one that other machines can reach needs --api-key
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1", help_heading = "Server")]
     host: String,
 
@@ -39,27 +40,28 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PORT", default_value_t = 8080, help_heading = "Server")]
     port: u16,
 
-    /// Key that clients must send; may be given several times, or as SLUICE_API_KEY
+    /// Key that clients must send; may be given several times, or as SLUICE_API_KEY, which does not show in the list of
+    /// processes
     #[arg(long, value_name = "KEY", help_heading = "Server")]
     api_key: Vec<String>,
 
-    /// Listen at an address that others can reach without a key
+    /// Let everybody who can reach the address use the server without a key
     #[arg(long, help_heading = "Server")]
     insecure: bool,
 
-    /// Name under which this server is reached, besides addresses and localhost; may be given several times
+    /// Name by which clients reach this server, besides addresses and localhost; may be given several times
     #[arg(long, value_name = "NAME", help_heading = "Server")]
     allow_host: Vec<String>,
 
-    /// Origin of pages that may use this server, such as https://chat.example; may be given several times
+    /// Origin whose web pages may use this server, such as https://chat.example; may be given several times
     #[arg(long, value_name = "ORIGIN", help_heading = "Server")]
     allow_origin: Vec<String>,
 
-    /// Folder for what models remember of conversations, so that they go on after a restart
+    /// Folder for what models remember of conversations, so that these go on after a restart [default: memory only]
     #[arg(long, value_name = "DIR", help_heading = "Server")]
     sessions: Option<PathBuf>,
 
-    /// Most bytes in the folder of --sessions; the least useful go
+    /// Most bytes of sessions in that folder; the least useful go first
     #[arg(long, value_name = "SIZE", default_value = "20GB", value_parser = parse_size, help_heading = "Server")]
     sessions_max: u64,
 
@@ -67,27 +69,27 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DAYS", default_value_t = 30, help_heading = "Server")]
     sessions_days: u64,
 
-    /// Tokens that a conversation can have, prompt and answer
+    /// Most tokens of a conversation, prompt and answer together [default: 8192, or fewer if the model sees fewer]
     #[arg(long, value_name = "N", value_parser = parse_count, help_heading = "Server")]
     context: Option<NonZeroUsize>,
 
-    /// Conversations of that length for which there is memory at a time; more run while they are shorter
+    /// Conversations of that length that there is memory for at a time; more run while they are shorter
     #[arg(long, value_name = "N", default_value = "2", value_parser = parse_count, help_heading = "Server")]
     parallel: NonZeroUsize,
 
-    /// Requests that may wait; more are told to come again
+    /// Requests that may wait; others are refused, and told when to try again (status 429)
     #[arg(long, value_name = "N", default_value = "64", value_parser = parse_count, help_heading = "Server")]
     queue: NonZeroUsize,
 
-    /// Take out of prompts what agents change on every call although it says nothing new, so that models need not read them again
+    /// Take out of prompts what agents change with every call although it says nothing new, so that the rest is not read again
     #[arg(long, help_heading = "Server")]
     normalise_agents: bool,
 
-    /// Seconds that answers have to end once the server is told to end
+    /// Seconds that answers have to end once the server is told to (SIGTERM or Ctrl-C)
     #[arg(long, value_name = "SECONDS", default_value_t = 30, help_heading = "Server")]
     grace: u64,
 
-    /// Write logs as JSON, one object a line
+    /// Write logs as JSON, one object a line, instead of text
     #[arg(long, help_heading = "Server")]
     log_json: bool,
 
@@ -99,9 +101,9 @@ pub(crate) struct Args {
     engine: EngineArgs,
 }
 
-/// Tokens of a conversation unless somebody says otherwise.
+/// Most tokens of a conversation, unless somebody says otherwise.
 const CONTEXT: usize = 8192;
-/// Marks of a sequence: ends of the latest messages.
+/// Marks of a sequence: at the ends of its latest messages.
 const MARKS: usize = 4;
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {

@@ -23,8 +23,8 @@ pub struct Dialect {
 
 impl Dialect {
     /// Looks at the source of the chat template, at `model_type` of config.json, and at the vocabulary. The template counts most: it
-    /// says what the model was trained to write. A model of which nothing is known is taken for one that writes as Hermes and
-    /// Qwen3 do, since most do.
+    /// says what the model was trained to write. A model of which nothing is known is taken to write as Hermes and Qwen3
+    /// do, since most do.
     ///
     /// Renders a few conversations with the template, to see what it takes and what it leaves out: some milliseconds.
     pub fn detect(model_type: Option<&str>, template: Option<&str>, has_token: &dyn Fn(&str) -> bool) -> Self {
@@ -55,7 +55,7 @@ impl Dialect {
     /// Messages in the form of OpenAI's chat completions, as the template of this family wants them.
     ///
     /// * Lists of text parts become one text, joined by line breaks.
-    /// * `arguments` of calls become objects where templates go through them. What is no JSON object becomes
+    /// * `arguments` of calls become objects where templates go through them. What is not a JSON object becomes
     ///   `{"arguments": …}`, as in DeepSeek's own encoder.
     /// * `developer` is `system`, but for gpt-oss. Where templates take one system message, all become one; where they take
     ///   none, it becomes the beginning of the first message of the user; where they want users and the model
@@ -64,16 +64,16 @@ impl Dialect {
     ///   always in the order of their calls.
     /// * Where templates leave out the text of messages with calls, it becomes a message of its own. If they do not
     ///   take that either, it becomes the beginning of the model's next text; until there is one, it is left out.
-    /// * Ids of calls become such as the family writes (Kimi, Mistral).
+    /// * Ids of calls take the form that the family writes (Kimi, Mistral).
     ///
     /// # Errors
-    /// When a message is malformed, is no text, or cannot be expressed.
+    /// When a message is malformed, is not text, or cannot be expressed.
     pub fn messages(&self, messages: Vec<Message>) -> Result<Vec<Message>, DialectError> {
         messages::convert(self.syntax, self.wants, messages)
     }
 
     /// Variables for the template: whether to think, and how hard (`none`, `minimal`, `low`, `medium`, `high`, `xhigh`, `max`). An effort
-    /// also says whether to think, if `thinking` does not; one that is none of these is as good as none.
+    /// also says whether to think, if `thinking` does not; any other effort is as good as no effort.
     pub fn template_options(&self, thinking: Option<bool>, effort: Option<&str>) -> Map<String, Value> {
         let effort = effort.filter(|effort| EFFORTS.contains(effort));
         let thinking = thinking.or_else(|| Some(!matches!(effort?, "none")));
@@ -121,8 +121,8 @@ impl Dialect {
         grammar::tool_grammar(self.syntax, &self.special, tools, (choice, parallel), prompt_tail)
     }
 
-    /// What the model writes before the text of its answer, if the prompt makes it think first or the family marks answers: a form
-    /// that is asked for counts behind it.
+    /// What the model writes before the text of its answer, if the prompt makes it think first or the family marks answers. A form
+    /// that is asked for begins after it.
     pub fn before_answer(&self, prompt_tail: &str) -> Option<&'static str> {
         match self.syntax.calls {
             Calls::Harmony => Some("<|channel|>final<|message|>"),

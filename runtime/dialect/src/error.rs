@@ -32,7 +32,7 @@ pub enum DialectError {
         kind: String,
     },
     /// A tool result that belongs to no call.
-    #[error("`{field}` is {id:?}, which is the id of no tool call before this message")]
+    #[error("`{field}` is {id:?}, but no tool call before this message has that id")]
     UnknownCall {
         /// Where it is.
         field: String,
@@ -40,7 +40,7 @@ pub enum DialectError {
         id: String,
     },
     /// A conversation that the format of this family cannot express.
-    #[error("`{field}` cannot be told to a model of the family {family}: {reason}")]
+    #[error("`{field}` cannot be given to a model of the family {family}: {reason}")]
     Inexpressible {
         /// Where it is.
         field: String,

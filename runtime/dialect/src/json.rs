@@ -12,7 +12,7 @@ enum Place {
     String,
     /// In a string, after a backslash.
     Escape,
-    /// In a number, `true`, `false`, `null`, or something that is no JSON.
+    /// In a number, `true`, `false`, `null`, or something that is not JSON.
     Scalar,
     /// Behind its end.
     After,

@@ -7,7 +7,7 @@
 //! * [`Dialect::messages`] and [`Dialect::template_options`] give a chat template what it wants,
 //! * [`Dialect::parser`] takes an answer apart while it comes: thinking, text, calls and their arguments,
 //! * [`Dialect::tool_grammar`] lets the model answer with the calls that a request asks for,
-//! * [`Dialect::own_template`] is the template of families that publish none.
+//! * [`Dialect::own_template`] is a template for checkpoints that come without one.
 //!
 //! # Whose text is parsed
 //!
@@ -33,7 +33,7 @@
 //!
 //! Looked at in November 2026: `tool-parser` 1.10 and `reasoning-parser` 1.10 (smg), `openai-harmony` 0.0.8, `dynamo-parsers` 11.0.
 //!
-//! * `tool-parser` reads arguments with `serde_json` and writes them anew, so clients get other bytes than the model wrote: escapes,
+//! * `tool-parser` reads arguments with `serde_json` and writes them anew, so clients get bytes that the model did not write: escapes,
 //!   white space and numbers such as `1.0e2` change, and a session that is rendered again does not match the tokens that
 //!   it was sampled as. It gives no arguments of calls in tags before their end, and brings 135 crates (a parser of Python and the types of
 //!   an HTTP API among them).

@@ -161,7 +161,7 @@ impl Types {
     /// The value that a model means by a parameter's text. Python's spellings of constants count, since models write them.
     ///
     /// Text that is JSON of a type that the schema admits is that JSON, byte for byte. Otherwise it is a string, where strings are
-    /// admitted or the text is no JSON at all.
+    /// admitted or the text is not JSON at all.
     pub(crate) fn json(self, text: &str) -> String {
         let trimmed = text.trim();
         let constant = match trimmed {

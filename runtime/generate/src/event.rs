@@ -48,8 +48,8 @@ pub enum Event {
         /// Tokens of the prompt.
         prompt: usize,
     },
-    /// How probable the model held a token of the prompt, if that was asked for: in their order, but for the first, which nothing comes
-    /// before.
+    /// How probable a token of the prompt is to the model, if that was asked for. They come in order, without the first, which has
+    /// nothing before it.
     PromptToken {
         /// The token.
         id: u32,
@@ -156,6 +156,12 @@ pub enum GenerationError {
         /// What it was, and what it said.
         what: String,
     },
+    /// The constraint has failed.
+    #[error("the form that the request asks for cannot be kept: {reason}")]
+    Constraint {
+        /// What it says.
+        reason: String,
+    },
     /// A penalty that makes no sense.
     #[error("the {field} penalty is {value}: give a number")]
     Penalty {
@@ -171,7 +177,9 @@ pub enum GenerationError {
     #[error("the model has no tokenizer, so it cannot read text: give token ids")]
     NoTokenizer,
     /// A conversation for a model without template.
-    #[error("the model has no chat template: give text or token ids")]
+    #[error(
+        "the model has no chat template: give text or token ids, or set one with `sluice set FILE --chat-template TEMPLATE`"
+    )]
     NoChatTemplate,
     /// The model has been closed, or its thread has ended.
     #[error("the model has been closed")]

@@ -385,7 +385,13 @@ impl Generation {
             }
         }
         if let Some(constraint) = &mut self.constraint {
-            guarded(CONSTRAINT, || constraint.mask(&mut self.scores))?;
+            let failure = guarded(CONSTRAINT, || {
+                constraint.mask(&mut self.scores);
+                constraint.failure()
+            })?;
+            if let Some(reason) = failure {
+                return Err(GenerationError::Constraint { reason });
+            }
         }
         Ok(self.sampler.sample_at(index, &self.scores, &self.tokens)?)
     }

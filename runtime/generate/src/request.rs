@@ -18,6 +18,12 @@ pub trait Constraint: Send + fmt::Debug {
     /// The generation has taken this token.
     fn accept(&mut self, id: u32);
 
+    /// Why the constraint cannot go on, if it cannot: a limit of its own, for instance. It lets no token through then, and the generation
+    /// fails with this.
+    fn failure(&self) -> Option<String> {
+        None
+    }
+
     /// Whether nothing may follow. The generation then ends without an end token ([`Finish::Complete`](super::Finish)).
     fn is_complete(&self) -> bool {
         false
@@ -73,10 +79,10 @@ pub struct Request {
     /// `Some(n)`: report the log probability of each token, and the `n` likeliest tokens with theirs. These are the model's own
     /// probabilities, before bias, constraint and sampling settings.
     pub logprobs: Option<usize>,
-    /// `Some(n)`: report how probable the model held each token of the prompt, and the `n` likeliest tokens there. The whole prompt is
+    /// `Some(n)`: report how probable each token of the prompt is to the model, and the `n` likeliest tokens there. The whole prompt is
     /// read for that, whatever is kept of it.
     pub prompt_logprobs: Option<usize>,
-    /// Makes tokens less likely that this generation has generated.
+    /// Makes tokens that this generation has generated less likely.
     pub penalties: Penalties,
     /// Which tokens may come next.
     pub constraint: Option<Box<dyn Constraint>>,

@@ -3,8 +3,8 @@
 //! Any sequence will do that begins with the same tokens, whether it is kept or its generation still runs: a fork of it shares the
 //! pages and reads only the rest. If an older generation is about to read what a new one needs, the new one waits until that has been
 //! read. It loses nothing by waiting, because it would have to read the same tokens in the same steps. A generation only waits for
-//! older ones, so the oldest never waits, and there is no circle. If the one that it waits for ends or has to give its pages up, it looks
-//! again.
+//! older ones, so the oldest never waits, and they never wait in a circle. If the one that it waits for ends or has to give its pages
+//! up, it looks again.
 
 use sluice_model::{Engine, PAGE_TOKENS, Sequence};
 use sluice_sessions::Found;

@@ -68,7 +68,7 @@ fn tokenizer(tokens: usize) -> Result<Tokenizer, Box<dyn Error>> {
     Ok(Tokenizer::from_json(file.to_string().as_bytes())?)
 }
 
-/// Objects and arrays inside each other, with names, patterns, numbers and choices at each level.
+/// Nested objects and arrays, with names, patterns, numbers and choices at each level.
 fn deep(levels: usize) -> Value {
     let mut schema = json!({"type": "string", "maxLength": 200});
     for level in 0..levels {

@@ -118,6 +118,11 @@ impl Constraint for Matching {
         }
     }
 
+    fn failure(&self) -> Option<String> {
+        let error = self.matcher.is_error().then(|| self.matcher.get_error()).flatten();
+        error.map(|error| error.lines().next().unwrap_or_default().to_owned())
+    }
+
     fn is_complete(&self) -> bool {
         matches!(self.stage, Stage::Inside) && self.matcher.is_stopped() && !self.matcher.is_error()
     }

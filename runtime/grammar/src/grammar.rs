@@ -26,7 +26,7 @@ const STACK_BYTES: usize = 256 << 20;
 /// How long compiling may take. Real grammars take milliseconds.
 const MAX_TIME: Duration = Duration::from_secs(20);
 
-/// Most grammars of a vocabulary that are compiled at once, those counted that take too long.
+/// Most grammars of a vocabulary that are compiled at once, including those that take too long.
 const MAX_RUNNING: usize = 16;
 
 /// Counts a compilation as long as it runs.
@@ -50,7 +50,7 @@ impl Drop for Running {
 pub enum Form {
     /// Any JSON object.
     JsonObject,
-    /// A JSON value that is valid by this schema.
+    /// A JSON value that is valid against this schema.
     JsonSchema(Value),
     /// All of the text matches this regular expression, in the syntax of Rust's `regex`, without anchors and assertions.
     Regex(String),
@@ -122,9 +122,9 @@ impl Grammar {
         thread.spawn(work).map_err(|e| invalid(format!("no thread can be started: {e}")))?;
         let matcher = match receiver.recv_timeout(MAX_TIME) {
             Ok(matcher) => matcher?,
-            Err(RecvTimeoutError::Disconnected) => return Err(invalid("the library crashed over it".into())),
+            Err(RecvTimeoutError::Disconnected) => return Err(invalid("it crashed the library".into())),
             Err(RecvTimeoutError::Timeout) => {
-                let what = format!("compiling the {} takes more seconds", form.name());
+                let what = format!("too many seconds to compile the {}", form.name());
                 return Err(GrammarError::TooLarge { what, limit: MAX_TIME.as_secs() as usize });
             }
         };

@@ -13,7 +13,7 @@ pub(crate) const MAX_BYTES: usize = 512 << 10;
 /// Most rules and terminals in it. The library follows each reference from one to the next by a call.
 const MAX_DEFINITIONS: usize = 4000;
 
-/// Most parentheses and brackets inside each other.
+/// Most nested parentheses and brackets.
 const MAX_DEPTH: usize = 64;
 
 /// A JSON schema as a Lark grammar has it inside, wherever the name of a rule may stand. It takes part in nothing but its own
@@ -65,7 +65,7 @@ impl Scanner<'_> {
             '(' | '[' | '{' => {
                 self.depth += 1;
                 if self.depth > MAX_DEPTH {
-                    let what = format!("{} parentheses inside each other", self.depth);
+                    let what = format!("{} nested parentheses", self.depth);
                     return Err(GrammarError::TooLarge { what, limit: MAX_DEPTH });
                 }
                 1
@@ -101,7 +101,7 @@ impl Scanner<'_> {
         let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
         let value = match values.next() {
             Some(Ok(value)) => value,
-            Some(Err(e)) => return Err(invalid(&format!("behind `%{word}` there is no JSON: {e}"))),
+            Some(Err(e)) => return Err(invalid(&format!("what follows `%{word}` is not JSON: {e}"))),
             None => return Err(self.unfinished("a `%` statement")),
         };
         self.at += values.byte_offset();

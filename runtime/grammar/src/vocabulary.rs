@@ -19,6 +19,10 @@ const MAX_TOKENS: usize = (1 << 24) - 2;
 
 /// Most states of a grammar's lexer. One takes up to 2 KB; with more, a generation fails.
 const MAX_LEXER_STATES: usize = 50_000;
+/// Most ways at a time in which a grammar's parser reads a text, and most of them in a step. Forms that people ask for have tens;
+/// ambiguous grammars have thousands, and would keep everybody else waiting.
+const MAX_ITEMS_IN_ROW: usize = 500;
+const MAX_ITEMS_IN_STEP: usize = 20_000;
 
 /// Parts of JSON strings for which the library keeps the sets of tokens at hand: white space, and text that needs no escape.
 const SLICES: [&str; 4] =
@@ -64,7 +68,7 @@ impl Vocabulary {
             return Err(bad(format!("there are {vocab_size} of them, more than {MAX_TOKENS}")));
         }
         if let Some(id) = end.iter().find(|&&id| id as usize >= vocab_size) {
-            return Err(bad(format!("the end token {id} is none of the model's {vocab_size}")));
+            return Err(bad(format!("the end token {id} is not one of the model's {vocab_size}")));
         }
         let size = u32::try_from(vocab_size).map_err(|_| bad("there are too many".into()))?;
         let words: Vec<Vec<u8>> = (0..size).map(|id| word(tokenizer, id, end)).collect::<Result<_, _>>()?;
@@ -168,7 +172,8 @@ impl Vocabulary {
     }
 }
 
-/// The bytes by which the library knows a token: text, or a marker that is no UTF-8 and the name of a token that is no text.
+/// The bytes by which the library knows a token: text, or, for a token that is not text, a marker that is not UTF-8 and the token's
+/// name.
 fn word(tokenizer: &Tokenizer, id: u32, end: &[u32]) -> Result<Vec<u8>, GrammarError> {
     let bytes = tokenizer.token_bytes(id)?.unwrap_or_default();
     let is_text = !tokenizer.is_special(id) && !end.contains(&id);
@@ -197,6 +202,8 @@ fn factory(words: &[Vec<u8>], size: u32, end: &[u32]) -> Result<(ParserFactory, 
     let limits = factory.limits_mut();
     limits.verbose_errors = false;
     limits.max_lexer_states = MAX_LEXER_STATES;
+    limits.max_items_in_row = MAX_ITEMS_IN_ROW;
+    limits.step_max_items = MAX_ITEMS_IN_STEP;
     Ok((factory, environment))
 }
 

@@ -10,7 +10,7 @@ use sluice_model::session::SessionError;
 pub enum StoreError {
     /// The folder.
     #[error(
-        "{folder}: the folder of the sessions cannot be used: {source}. Choose another one, or see to its permissions"
+        "{folder}: the folder of the sessions cannot be used: {source}. Choose another one, or change its permissions"
     )]
     Folder {
         /// The folder.
@@ -26,7 +26,7 @@ pub enum StoreError {
     },
     /// The folder cannot be locked, so that two processes could write in it.
     #[error(
-        "{folder}: the filesystem cannot lock the folder of the sessions: {source}. Choose a folder on another one"
+        "{folder}: the filesystem cannot lock the folder of the sessions: {source}. Choose a folder on another filesystem"
     )]
     Lock {
         /// The folder.

@@ -109,7 +109,7 @@ impl Folder {
         let folder = || path.to_owned();
         let failed = |source| StoreError::Folder { folder: folder(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
-        // Another folder may be meant by a relative name later.
+        // A relative name may mean another folder later.
         let path = path.canonicalize().map_err(failed)?;
         let name = path.join(LOCK);
         let made = File::options().write(true).create_new(true).mode(0o600).open(&name);

@@ -227,7 +227,7 @@ fn culprit(error: &SessionError, folder: &Folder, chain: &[Arc<Segment>]) -> Opt
         | E::OtherText { path, .. }
         | E::Continues { path, .. } => path,
         E::Open { path, source } if source.kind() == io::ErrorKind::NotFound => path,
-        // A link, or something else that is no file.
+        // A link, or something else that is not a regular file.
         E::Open { path, source } if source.kind() == io::ErrorKind::InvalidInput => path,
         _ => return None,
     };

@@ -143,7 +143,7 @@ fn alphabet_bytes(token: &str) -> Vec<u8> {
 
 impl Tokenizer {
     /// What a token adds to a text in which others stand before it, in bytes. Those of several tokens, put together, are what
-    /// [`decode`](Self::decode) makes of them, with two exceptions: `decode` writes U+FFFD for bytes that are no UTF-8, and some
+    /// [`decode`](Self::decode) makes of them, with two exceptions: `decode` writes U+FFFD for bytes that are not UTF-8, and some
     /// tokenizers drop a space at the beginning of a text. Special tokens have the bytes of their names.
     ///
     /// `None` for an id outside the vocabulary, and for all ids if the text of a token depends on its neighbours, as with

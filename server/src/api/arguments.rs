@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-/// Where arguments stand that are no JSON object, because the answer was cut or the model wrote something else: Anthropic's
+/// Holds arguments that are not a JSON object, because the answer was cut or the model wrote something else. Anthropic's
 /// documentation of fine-grained tool streaming proposes this name.
 const INVALID: &str = "INVALID_JSON";
 

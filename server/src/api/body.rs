@@ -40,9 +40,9 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         if inner.is_data() && path != "." {
             return ApiError::field(path.clone(), format!("`{path}`: {inner}")).code("invalid_type");
         }
-        ApiError::invalid(format!("the body is no JSON that this path takes: {inner}"))
+        ApiError::invalid(format!("the body is not JSON that this path takes: {inner}"))
     })?;
-    reader.end().map_err(|error| ApiError::invalid(format!("the body goes on behind its JSON: {error}")))?;
+    reader.end().map_err(|error| ApiError::invalid(format!("the body goes on after its JSON: {error}")))?;
     Ok(value)
 }
 

@@ -11,7 +11,7 @@ const KEEP_EVERY = 700;
 
 let conversation = store.begin();
 let models = [];
-/** Answers that come now, by conversation: the conversation, the message, and what ends it. */
+/** Answers that are coming, by conversation: the conversation, the message, and what ends it. */
 const runs = new Map();
 
 const messages = new Messages(find("messages"), { retry, edit, turn, say });
@@ -74,7 +74,7 @@ function showList() {
 function conversationItem(id, title) {
   const shown = id === conversation.id;
   const link = make("button", { class: "title", type: "button", "aria-current": shown ? "true" : undefined, on: { click: () => open(id) } }, title);
-  if (runs.has(id)) link.append(make("span", { class: "busy", title: "An answer comes" }));
+  if (runs.has(id)) link.append(make("span", { class: "busy", title: "An answer is coming" }));
   const act = (label, run) => make("button", { class: "quiet", type: "button", "aria-label": `${label}: ${title}`, on: { click: run } }, label);
   const item = make("li", { class: shown ? "shown" : undefined }, link);
   const acts = [act("Rename", () => rename(item, id, title)), act("Export", () => exportOne(id)), act("Delete", () => removeOne(id))];

@@ -2,7 +2,7 @@
 //!
 //! They are in llguidance's dialect of Lark (<https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md>). Its lexer takes the
 //! longest lexeme and never goes back, except for rules marked `lazy`, which end at their first match: text up to a marker
-//! is such a rule. Special tokens are no text to it; they are written as ids (`<[17]>`), and text before them ends with them.
+//! is such a rule. To it, special tokens are not text; they are written as ids (`<[17]>`), and text before them ends with them.
 //!
 //! A strict tool's arguments follow its schema. Where a family writes them as tags, parameters come in the order of the
 //! schema, values that may be strings are bound by `enum` and `const` only, and MiniMax M3's nested values are free.

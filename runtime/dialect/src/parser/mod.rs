@@ -12,7 +12,7 @@
 //!   the answer ends with it: models forget to end their thinking. In the families that begin calls with control tokens
 //!   (DeepSeek, Kimi), which text does not contain, a call ends the thinking in any case.
 //! * Without tools, nothing is a call.
-//! * What is not well formed is handed on. A call of an unknown tool is a call, and arguments that are no JSON are the
+//! * What is not well formed is handed on. A call of an unknown tool is a call, and arguments that are not JSON are the
 //!   arguments. A call that breaks off inside its arguments stays broken, so that clients see it; one
 //!   whose parameters are all complete is closed.
 //! * Arguments in JSON are handed on byte for byte (white space around them excepted). Arguments in tags become JSON: strings where the

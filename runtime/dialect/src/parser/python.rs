@@ -90,7 +90,7 @@ impl<'a> Reader<'a> {
         self.rest().chars().next().ok_or(Stop::Wait)
     }
 
-    /// The next character that is no white space.
+    /// The next character that is not white space.
     fn token(&mut self) -> Result<char, Stop> {
         self.at = self.text.len() - self.rest().trim_start().len();
         self.peek()

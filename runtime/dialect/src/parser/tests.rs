@@ -525,7 +525,7 @@ proptest! {
         prop_assert_eq!(&parse_cut(SYNTAXES[which], tail, &text, &every, &tools), &whole);
     }
 
-    /// Nor in answers that are well formed but for a mistake or two.
+    /// The same for answers that are well formed but for a mistake or two.
     #[test]
     fn cuts_do_not_matter_in_calls(
         which in 0..SYNTAXES.len(),

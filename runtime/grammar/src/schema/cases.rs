@@ -14,7 +14,7 @@ use crate::GrammarError;
 /// Most cases of one type of one goal.
 const MAX_CASES: usize = 200;
 
-/// Most ways in which a schema is seen to that a value must not be valid by.
+/// Most ways to be invalid that are considered for a schema which a value must not satisfy.
 const MAX_WAYS: usize = 8;
 
 /// Schemas by which a value must be valid (`true`) or must not be, in order.
@@ -36,7 +36,7 @@ pub(super) struct Case {
     pub(super) unevaluated: Vec<(usize, usize)>,
 }
 
-/// A case with what is still to be seen to.
+/// A case with what is still pending.
 #[derive(Debug, Clone)]
 struct Open {
     case: Case,
@@ -46,7 +46,7 @@ struct Open {
     negatives: Vec<usize>,
 }
 
-/// Something that a way of a choice demands.
+/// Something that one way of a choice demands.
 #[derive(Debug, Clone)]
 enum Part {
     Valid(usize, Chain),
@@ -104,7 +104,7 @@ impl Schema<'_> {
         }
     }
 
-    /// Sees to what is pending. False if the case allows nothing.
+    /// Handles what is pending. False if the case allows nothing.
     fn settle(&mut self, open: &mut Open) -> Result<bool, GrammarError> {
         while let Some(part) = open.pending.pop() {
             self.step()?;
@@ -190,7 +190,7 @@ impl Schema<'_> {
         Ok(None)
     }
 
-    /// How a value of a case's type can be invalid by a schema. `None` if it always is.
+    /// How a value of a case's type can be invalid against a schema. `None` if it always is.
     fn ways_not(&mut self, case: &Case, node: usize) -> Result<Option<Vec<Vec<Part>>>, GrammarError> {
         self.step()?;
         let kind = case.kind;
@@ -246,7 +246,7 @@ impl Schema<'_> {
         Ok(Some(ways))
     }
 
-    /// Whether it is certain that nothing in a case is valid by a schema.
+    /// Whether it is certain that nothing in a case is valid against a schema.
     fn is_excluded(&mut self, case: &Case, node: usize) -> Result<bool, GrammarError> {
         if case.kind != Type::Object {
             return Ok(false);
@@ -360,7 +360,7 @@ fn choices_of(open: &mut Open, keywords: &Keywords, chain: &Chain) {
     }
 }
 
-/// Ways in which an object is invalid by its properties. True if there are others.
+/// Ways in which an object is invalid because of its properties. True if there are others.
 fn object_ways(keywords: &Keywords, ways: &mut Vec<Vec<Part>>) -> bool {
     let there = |name: &Rc<str>| Part::Facet(Facet::Required(name.clone()));
     for (name, node) in &keywords.dependent {
@@ -377,7 +377,7 @@ fn object_ways(keywords: &Keywords, ways: &mut Vec<Vec<Part>>) -> bool {
     !properties.patterns.is_empty() || properties.additional.is_some() || keywords.unevaluated_properties.is_some()
 }
 
-/// Ways in which an array is invalid by its items. True if there are others.
+/// Ways in which an array is invalid because of its items. True if there are others.
 fn array_ways(keywords: &Keywords, ways: &mut Vec<Vec<Part>>) -> bool {
     let Some(items) = &keywords.items else { return keywords.unevaluated_items.is_some() };
     if let Some(node) = items.rest.filter(|_| items.first.is_empty()) {

@@ -9,7 +9,7 @@ use crate::GrammarError;
 /// Largest schema, in bytes of its strings and eight for each value.
 const MAX_BYTES: usize = 1 << 20;
 
-/// Most values inside each other.
+/// Most nested values.
 const MAX_DEPTH: usize = 96;
 
 /// Keywords whose value is a schema.
@@ -232,10 +232,7 @@ fn address(value: &Value) -> usize {
 /// Size of a value.
 fn measure(value: &Value, depth: usize) -> Result<usize, GrammarError> {
     if depth > MAX_DEPTH {
-        return Err(GrammarError::TooLarge {
-            what: format!("{depth} values of a schema inside each other"),
-            limit: MAX_DEPTH,
-        });
+        return Err(GrammarError::TooLarge { what: format!("{depth} nested values in a schema"), limit: MAX_DEPTH });
     }
     let inside = match value {
         Value::String(text) => text.len(),

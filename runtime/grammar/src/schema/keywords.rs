@@ -67,7 +67,7 @@ pub(crate) enum Facet {
     Absent(Rc<str>),
     /// A property, if it is there, is valid, or is not, by a node.
     Property(Rc<str>, usize, bool),
-    /// Names of properties are valid by a node.
+    /// Names of properties are valid against a node.
     Names(usize),
     /// The value is none of these.
     NoneOf(Rc<Vec<Value>>),

@@ -5,7 +5,7 @@
 //! becomes an alternative ([`emit`]), and refers to the goals of its items and properties. Equal goals are the same rule, so
 //! schemas may refer to themselves.
 //!
-//! Every text of the grammar is valid by the schema. The other way round there are limits: properties come in the order of the
+//! Every text of the grammar is valid against the schema. The other way round there are limits: properties come in the order of the
 //! schema, numbers have bounded digits, items that `contains` asks for come first. Where only an alternative of a negation cannot
 //! be expressed, it is left out; everything else that cannot be expressed is refused by name.
 
@@ -66,10 +66,9 @@ impl<'v> Schema<'v> {
     fn step(&mut self) -> Result<(), GrammarError> {
         self.steps += 1;
         match self.steps > MAX_STEPS {
-            true => Err(GrammarError::TooLarge {
-                what: "taking the schema apart needs more steps".into(),
-                limit: MAX_STEPS,
-            }),
+            true => {
+                Err(GrammarError::TooLarge { what: "too many steps to take the schema apart".into(), limit: MAX_STEPS })
+            }
             false => Ok(()),
         }
     }
@@ -88,10 +87,10 @@ pub(crate) fn lark(schema: &Value) -> Result<String, GrammarError> {
     }
 }
 
-/// Whether a value is valid by a schema. `format` demands nothing.
+/// Whether a value is valid against a schema. `format` demands nothing.
 ///
 /// # Errors
-/// When the schema is malformed or too large, or a pattern in it is no regular expression.
+/// When the schema is malformed or too large, or a pattern in it is not a regular expression.
 pub fn is_valid(schema: &Value, value: &Value) -> Result<bool, GrammarError> {
     Schema::new(schema)?.is_valid(value, 0)
 }

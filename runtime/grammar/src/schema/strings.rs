@@ -46,7 +46,7 @@ pub(crate) fn whole(regex: &str) -> Result<String, String> {
     let mut parts = Vec::new();
     for Anchored { inner, .. } in anchored(&hir)? {
         if has_look(&inner) {
-            return Err("it looks around".into());
+            return Err("it has an assertion, such as `\\b` or an anchor in the middle".into());
         }
         parts.push(format!("(?:{inner})"));
     }
@@ -61,7 +61,7 @@ fn parse(pattern: &str) -> Result<Hir, String> {
     parser.parse(pattern).map_err(|e| match e {
         regex_syntax::Error::Parse(e) => e.kind().to_string(),
         regex_syntax::Error::Translate(e) => e.kind().to_string(),
-        _ => "it is no regular expression".to_owned(),
+        _ => "it is not a regular expression".to_owned(),
     })
 }
 
@@ -78,7 +78,7 @@ fn anchored(hir: &Hir) -> Result<Vec<Anchored>, String> {
     if !has_look(hir) {
         return Ok(plain(hir));
     }
-    let nested = || "an anchor or a look around stands inside it".to_owned();
+    let nested = || "an anchor or another assertion stands inside it".to_owned();
     match hir.kind() {
         HirKind::Look(Look::Start) => Ok(vec![Anchored { start: true, end: false, inner: Hir::empty() }]),
         HirKind::Look(Look::End) => Ok(vec![Anchored { start: false, end: true, inner: Hir::empty() }]),
@@ -126,17 +126,17 @@ fn quoted(hir: &Hir) -> Result<String, String> {
     Ok(match hir.kind() {
         HirKind::Empty => "(?:)".to_owned(),
         HirKind::Literal(literal) => {
-            let text = std::str::from_utf8(&literal.0).map_err(|_| "it has bytes that are no text".to_owned())?;
+            let text = std::str::from_utf8(&literal.0).map_err(|_| "it has bytes that are not text".to_owned())?;
             text.chars().map(quoted_character).collect()
         }
         HirKind::Class(Class::Unicode(class)) => quoted_class(class.ranges().iter().map(|r| (r.start(), r.end()))),
         HirKind::Class(Class::Bytes(class)) => {
             if !class.is_ascii() {
-                return Err("it has bytes that are no text".into());
+                return Err("it has bytes that are not text".into());
             }
             quoted_class(class.ranges().iter().map(|r| (char::from(r.start()), char::from(r.end()))))
         }
-        HirKind::Look(_) => return Err("it looks around".into()),
+        HirKind::Look(_) => return Err("it has an assertion, such as `\\b` or an anchor in the middle".into()),
         HirKind::Repetition(Repetition { min, max, sub, .. }) => {
             let max = max.map_or(String::new(), |max| max.to_string());
             format!("(?:{}){{{min},{max}}}", quoted(sub)?)

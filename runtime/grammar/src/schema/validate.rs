@@ -1,4 +1,4 @@
-//! Whether a value is valid by a schema.
+//! Whether a value is valid against a schema.
 
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -13,7 +13,7 @@ use super::numbers::scaled;
 use super::strings::ecma;
 use crate::GrammarError;
 
-/// Most schemas inside each other on one value, references followed.
+/// Most nested schemas on one value, with references followed.
 const MAX_DEPTH: usize = 200;
 
 /// Which parts of a value its schema has looked at.
@@ -46,7 +46,7 @@ pub(super) fn equal(a: &Value, b: &Value) -> bool {
 }
 
 impl Schema<'_> {
-    /// Whether a value is valid by a node. `format` is a remark, and demands nothing.
+    /// Whether a value is valid against a node. `format` is a remark, and demands nothing.
     pub(super) fn is_valid(&mut self, value: &Value, node: usize) -> Result<bool, GrammarError> {
         Ok(self.check(value, node, 0)?.is_some())
     }
@@ -137,8 +137,10 @@ impl Schema<'_> {
             return Ok(regex.is_match(text));
         }
         let regex = Regex::new(&ecma(pattern)).map_err(|_| {
-            let reason =
-                format!("{:?} is no regular expression, or one that looks around or back", crate::error::clip(pattern));
+            let reason = format!(
+                "{:?} is not a regular expression, or it has look-around or back references",
+                crate::error::clip(pattern)
+            );
             unsupported("pattern", "#", reason)
         })?;
         let is_match = regex.is_match(text);

@@ -85,7 +85,7 @@ pub enum SessionError {
         offset: u64,
     },
     /// A section is not the one that must be here.
-    #[error("{path}: at byte {offset} of the session there is something else than {part}: use a copy, or begin anew")]
+    #[error("{path}: at byte {offset} of the session there is something other than {part}: use a copy, or begin anew")]
     Misplaced {
         /// The file.
         path: PathBuf,
@@ -171,7 +171,7 @@ pub enum SessionError {
         position: usize,
     },
     /// The session continues another text.
-    #[error("{path}: the session continues another text than the {start} tokens that are here")]
+    #[error("{path}: the session continues a text other than the {start} tokens that are here")]
     OtherText {
         /// The file.
         path: PathBuf,

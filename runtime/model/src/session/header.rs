@@ -64,7 +64,7 @@ pub(super) struct Header {
     pub forgetting: u32,
     /// Tokens before the segment.
     pub start: u64,
-    /// Tokens behind it.
+    /// Tokens up to its end, those before it included.
     pub position: u64,
     pub marks: u64,
     /// Bytes of the file.

@@ -92,7 +92,7 @@ impl Conversation {
                 Block::Thinking(_) | Block::Call { .. } => {
                     return Err(ApiError::field(
                         place.clone(),
-                        format!("`{place}`: only an assistant thinks and calls tools"),
+                        format!("`{place}`: only an assistant message can think and call tools"),
                     ));
                 }
                 Block::Nothing => {}
@@ -128,7 +128,10 @@ impl Conversation {
                     calls.as_array_mut().into_iter().for_each(|calls| calls.push(call.clone()));
                 }
                 Block::Result { .. } => {
-                    return Err(ApiError::field(place.clone(), format!("`{place}`: only a user has results of tools")));
+                    return Err(ApiError::field(
+                        place.clone(),
+                        format!("`{place}`: only a user message can have results of tools"),
+                    ));
                 }
                 Block::Nothing => {}
             }
@@ -157,7 +160,7 @@ impl Conversation {
         let system = (!self.system.is_empty()).then(|| Message::new("system", &self.system.join(BETWEEN)));
         let messages: Vec<Message> = system.into_iter().chain(self.turns.into_iter().map(Message::from)).collect();
         if messages.is_empty() {
-            return Err(ApiError::field("messages", "nobody says anything in `messages`: give a text"));
+            return Err(ApiError::field("messages", "`messages` has no text: give one to answer"));
         }
         Ok(Chat { messages, variables: Map::new(), continues })
     }
@@ -204,7 +207,7 @@ fn block(value: &Value, place: &str) -> Result<Block, ApiError> {
     match value["type"].as_str() {
         Some("text") => text("text").map(Block::Text),
         Some("thinking") => text("thinking").map(Block::Thinking),
-        // Only who has written it can read it.
+        // Only those who wrote it can read it.
         Some("redacted_thinking") => Ok(Block::Nothing),
         Some("tool_use") => {
             let arguments = match &value["input"] {
@@ -238,7 +241,7 @@ fn as_error(text: String) -> String {
     }
 }
 
-/// A text, or the texts of blocks; nothing is no text.
+/// A text, or the texts of blocks. Without a value, there is no text.
 fn texts(value: &Value, place: &str) -> Result<Vec<String>, ApiError> {
     match value {
         Value::Null => Ok(Vec::new()),

@@ -52,7 +52,7 @@ pub async fn count_tokens(State(app): State<Arc<App>>, Json(request): Json<Messa
 
 async fn count(app: &Arc<App>, mut request: MessagesRequest) -> Result<Value, ApiError> {
     app.open()?;
-    // Here alone it is not needed.
+    // Counting is the one case in which it is not needed.
     request.max_tokens.get_or_insert(1);
     let mut ask = request.into_ask()?;
     hygiene::apply(&app.options, &mut ask);

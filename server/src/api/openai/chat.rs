@@ -141,6 +141,11 @@ impl ChatRequest {
         let effort = self.reasoning_effort;
         let enabled = effort.as_deref().map(|effort| effort != "none");
         let continues = self.continue_final_message == Some(true);
+        let last = self.messages.last().and_then(|message| message.get("role")?.as_str());
+        if continues && last != Some("assistant") {
+            let message = "`continue_final_message` goes on with a message of the assistant: the last one is another's";
+            return Err(ApiError::field("continue_final_message", message));
+        }
         Ok(Ask {
             api: "chat",
             model: self.model,

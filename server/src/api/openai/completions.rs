@@ -80,7 +80,7 @@ pub struct CompletionRequest {
     pub echo: Option<bool>,
     /// As `n`, if that is not given: the server returns all it generates.
     pub best_of: Option<i64>,
-    /// Refused: models here only go on.
+    /// Refused: models here only continue a text.
     pub suffix: Option<String>,
     /// What the answer must look like.
     #[serde(default)]
@@ -132,7 +132,7 @@ impl CompletionRequest {
             return Err(ApiError::field("prompt", message));
         }
         if self.suffix.is_some_and(|suffix| !suffix.is_empty()) {
-            return Err(ApiError::field("suffix", "`suffix` is not supported: models here only go on"));
+            return Err(ApiError::field("suffix", "`suffix` is not supported: models here only continue a text"));
         }
         let settings = Settings {
             max_tokens: Some(count("max_tokens", self.max_tokens, 0, i64::MAX)?.unwrap_or(USUAL_TOKENS)),

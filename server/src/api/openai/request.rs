@@ -44,7 +44,7 @@ pub fn bias(map: Option<BTreeMap<String, f32>>) -> Result<Vec<(u32, f32)>, ApiEr
             return Err(out_of_range("logit_bias", bias, -100, 100));
         }
         let id =
-            id.parse().map_err(|_| ApiError::field("logit_bias", format!("`logit_bias`: {id:?} is no token id")))?;
+            id.parse().map_err(|_| ApiError::field("logit_bias", format!("`logit_bias`: {id:?} is not a token id")))?;
         // OpenAI's documentation: -100 bans a token.
         Ok((id, if bias <= -100.0 { f32::NEG_INFINITY } else { bias }))
     };
@@ -131,14 +131,14 @@ pub fn tool_choice(value: &Value, tools: &[Tool]) -> Result<ToolChoice, ApiError
             "auto" => ToolChoice::Auto,
             "none" => ToolChoice::None,
             "required" | "any" => ToolChoice::Required,
-            other => return Err(wrong(format!("{other:?} is none of auto, none, required"))),
+            other => return Err(wrong(format!("{other:?} must be one of auto, none, required"))),
         },
         Value::Object(object) => {
             let name = object.get("function").and_then(|f| f["name"].as_str()).or_else(|| object.get("name")?.as_str());
             let name = name.ok_or_else(|| wrong("say which function, as `function.name`".into()))?;
             ToolChoice::Named(name.to_owned())
         }
-        _ => return Err(wrong("it is a word or an object".into())),
+        _ => return Err(wrong("it must be a word or an object".into())),
     };
     match &choice {
         ToolChoice::Required if tools.is_empty() => Err(wrong("a call is required, but there are no `tools`".into())),
@@ -168,7 +168,9 @@ pub fn form(value: &Value, place: &str) -> Result<TextForm, ApiError> {
         (_, Some("json_schema")) => schema(value),
         (_, Some("regex")) => text("regex").map(TextForm::Regex),
         (_, Some("grammar" | "lark")) => text("grammar").map(TextForm::Lark),
-        (_, Some(other)) => Err(wrong(format!("{other:?} is none of text, json_object, json_schema, regex, grammar"))),
+        (_, Some(other)) => {
+            Err(wrong(format!("{other:?} must be one of text, json_object, json_schema, regex, grammar")))
+        }
         (_, None) => Err(wrong("say which, as `type`".into())),
     }
 }

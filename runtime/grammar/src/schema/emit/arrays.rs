@@ -38,7 +38,7 @@ impl Emitter<'_, '_> {
         let wanted: u64 = contains.iter().fold(0, |sum, contains| sum.saturating_add(contains.least));
         let described = case.items.iter().map(|(items, _)| items.first.len()).max().unwrap_or(0);
         if least.max(wanted) > MAX_ITEMS || described as u64 > MAX_ITEMS {
-            return Err(self.refuse("minItems", goal, "so many items are not supported"));
+            return Err(self.refuse("minItems", goal, &format!("more than {MAX_ITEMS} items are not supported")));
         }
         let most = most.filter(|&most| most < i32::MAX as u64);
         if contains.iter().any(|contains| contains.most.is_some_and(|most| most < contains.least)) {

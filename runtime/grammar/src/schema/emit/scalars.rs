@@ -12,13 +12,13 @@ use crate::schema::strings::{self, matching, of_length, quote};
 /// Longest string that a schema can demand, in characters.
 const MAX_LENGTH: u64 = 1_000_000;
 
-/// Largest number of which multiples are told by an automaton.
+/// Largest number whose multiples an automaton recognises.
 const MAX_REMAINDERS: i128 = 1000;
 
-/// Above all numbers of which there can be multiples.
+/// Larger than every number whose multiples are supported.
 const MAX_MULTIPLE: i128 = 1_000_000_000_000 * ONE;
 
-/// A bound, and whether it does not count itself.
+/// A bound, and whether it is exclusive.
 type Bound = Option<(i128, bool)>;
 
 impl Emitter<'_, '_> {
@@ -152,7 +152,11 @@ impl Emitter<'_, '_> {
                 });
                 Ok(vec![vec![Symbol::Json(schema.to_string())]])
             }
-            _ => Err(self.refuse("multipleOf", goal, "not together with other demands on the same number")),
+            _ => Err(self.refuse(
+                "multipleOf",
+                goal,
+                "it is not supported together with other demands on the same number",
+            )),
         }
     }
 
@@ -188,7 +192,11 @@ impl Emitter<'_, '_> {
             }
         }
         if least > MAX_LENGTH {
-            return Err(self.refuse("minLength", goal, "so long a string is not supported"));
+            return Err(self.refuse(
+                "minLength",
+                goal,
+                &format!("more than {MAX_LENGTH} characters are not supported"),
+            ));
         }
         if most.is_some_and(|most| most < least) {
             return Ok(Vec::new());

@@ -70,7 +70,7 @@ pub struct ResponsesRequest {
     pub store: Option<bool>,
     /// Whether the response is streamed.
     pub stream: Option<bool>,
-    /// Words of the client's own.
+    /// Keys and values of the client's own.
     pub metadata: Option<BTreeMap<String, String>>,
     /// What happens to a conversation that is too long. It is refused, whatever this says.
     pub truncation: Option<String>,
@@ -217,15 +217,18 @@ impl ResponsesRequest {
         let wrong = |what: String| Err(ApiError::field("metadata", format!("`metadata` {what}")).code("invalid_value"));
         let Some(metadata) = &self.metadata else { return Ok(()) };
         if metadata.len() > MOST_METADATA {
-            return wrong(format!("has {} entries, {MOST_METADATA} are the most", metadata.len()));
+            return wrong(format!("has {} entries; at most {MOST_METADATA} are allowed", metadata.len()));
         }
         for (key, value) in metadata {
             if key.chars().count() > MOST_KEY {
-                return wrong(format!("has a key of {} characters, {MOST_KEY} are the most", key.chars().count()));
+                return wrong(format!(
+                    "has a key of {} characters; at most {MOST_KEY} are allowed",
+                    key.chars().count()
+                ));
             }
             if value.chars().count() > MOST_VALUE {
                 let length = value.chars().count();
-                return wrong(format!("has a value of {length} characters, {MOST_VALUE} are the most"));
+                return wrong(format!("has a value of {length} characters; at most {MOST_VALUE} are allowed"));
             }
         }
         Ok(())

@@ -195,7 +195,7 @@ impl ResponseStore {
             next = record.response["previous_response_id"].as_str().map(str::to_owned);
             records.push(record);
             if records.len() > self.bounds.count {
-                let message = "the responses before this one are a circle: send the whole conversation as `input`";
+                let message = "the responses before this one form a circle: send the whole conversation as `input`";
                 return Err(ApiError::field("previous_response_id", message));
             }
         }
