@@ -97,7 +97,7 @@ pub fn tool(value: &Value, place: &str) -> Result<Tool, ApiError> {
 }
 
 /// Most tools of a request. Agents have some hundred.
-const MOST_TOOLS: usize = 4096;
+const MOST_TOOLS: usize = 1024;
 
 /// Refuses more tools than a request may have.
 pub fn check_count(tools: &[Value]) -> Result<(), ApiError> {
