@@ -55,7 +55,7 @@ fn force(script: Value) -> Force {
         let said = turns.into_iter().find(|turn| latest.iter().any(|message| fits(turn, message)));
         let say = said.map_or(&script["otherwise"], |turn| &turn["say"]);
         let tools: Vec<&str> = ask.tools.iter().map(|tool| tool.name.as_str()).collect();
-        eprintln!("{}: tools {tools:?}: {}", ask.api, latest.last().map_or_else(String::new, |m| text_of(m)));
+        eprintln!("{}: tools {tools:?}: {}", ask.api, latest.last().map_or_else(String::new, text_of));
         eprintln!("says: {say}");
         let times = said.and_then(|turn| turn["times"].as_u64()).unwrap_or(1);
         say.as_str().map(|text| Form::Text(text.repeat(times as usize)))
