@@ -64,7 +64,7 @@ fn preflight(headers: &HeaderMap) -> Response<Body> {
 impl Guard {
     /// Lets a request through, or says why not. Returns the origin that may read the response, if it is another one.
     fn admit(&self, method: &Method, path: &str, headers: &HeaderMap) -> Result<Option<HeaderValue>, ApiError> {
-        let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+        let host = host_of(headers)?;
         if !self.knows_host(host) {
             let message = format!(
                 "this server does not answer to the name {host:?}: use its address, or start it with --allow-host {}",
@@ -85,7 +85,8 @@ impl Guard {
             return Err(ApiError::new(Kind::Forbidden, message));
         }
         let open = method == Method::OPTIONS && foreign.is_some()
-            || method == Method::GET && (OPEN_PATHS.contains(&path) || path.starts_with("/page/"));
+            || matches!(*method, Method::GET | Method::HEAD)
+                && (OPEN_PATHS.contains(&path) || path.starts_with("/page/"));
         if !open && !self.has_key(headers) {
             let message = "a key is needed: send `Authorization: Bearer KEY` or `x-api-key: KEY`";
             return Err(ApiError::new(Kind::Unauthorized, message).code("invalid_api_key"));
@@ -121,6 +122,16 @@ impl Guard {
         let pairs = given.iter().flatten().flat_map(|given| self.keys.iter().map(move |key| (given, key)));
         let known = pairs.fold(subtle::Choice::from(0), |known, (given, key)| known | given.ct_eq(key.as_bytes()));
         known.into()
+    }
+}
+
+/// The one `Host` of a request, or nothing if it has none (RFC 9112, 3.2).
+fn host_of(headers: &HeaderMap) -> Result<&str, ApiError> {
+    let mut hosts = headers.get_all(HOST).iter();
+    let host = hosts.next().map_or(Ok(""), HeaderValue::to_str);
+    match (host, hosts.next()) {
+        (Ok(host), None) => Ok(host),
+        _ => Err(ApiError::invalid("a request has one `Host`, and it is ASCII")),
     }
 }
 
@@ -162,6 +173,13 @@ mod tests {
         for host in ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "localhost.evil.example:80"] {
             assert_eq!(admits(&guard, &[("host", host)]), Err(403), "{host}");
         }
+        let mut twice = headers(&[("host", "localhost")]);
+        twice.append(HOST, HeaderValue::from_static("evil.example"));
+        let strange = HeaderMap::from_iter([(HOST, HeaderValue::from_bytes(b"\xff").unwrap())]);
+        for headers in [twice, strange] {
+            let refused = guard.admit(&Method::GET, "/v1/models", &headers).unwrap_err();
+            assert_eq!(refused.kind.status().as_u16(), 400, "{headers:?}");
+        }
         let guard = Guard { hosts: vec!["box.lan".into()], ..guard };
         assert_eq!(admits(&guard, &[("host", "Box.lan:8080")]), Ok(false));
     }
@@ -191,7 +209,8 @@ mod tests {
         {
             assert_eq!(with(name, value), Err(401), "{name}: {value}");
         }
-        let health = guard.admit(&Method::GET, "/health", &headers(&[("host", "localhost")]));
-        assert!(health.is_ok());
+        for method in [Method::GET, Method::HEAD] {
+            assert!(guard.admit(&method, "/health", &headers(&[("host", "localhost")])).is_ok(), "{method}");
+        }
     }
 }

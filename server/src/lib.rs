@@ -22,6 +22,7 @@ pub mod reply;
 pub mod run;
 pub mod serve;
 pub mod served;
+pub mod stalled;
 pub mod transcripts;
 
 pub use guard::Guard;

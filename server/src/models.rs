@@ -119,14 +119,13 @@ impl Models {
         }
         let (models, id) = (Arc::clone(self), entry.id.clone());
         loop {
-            let others = self.others_in_use(&id);
             let (models, id) = (Arc::clone(&models), id.clone());
             let loaded = tokio::task::spawn_blocking(move || models.load(&id)).await;
-            let loaded =
+            let (loaded, busy) =
                 loaded.map_err(|_| ApiError::new(Kind::Internal, "the model could not be loaded: the log says why"))?;
             match loaded {
                 // It will fit once the others are done.
-                Err(GenerationError::Engine(RuntimeError::Budget(_))) if others => {
+                Err(GenerationError::Engine(RuntimeError::Budget(_))) if busy > 0 => {
                     tokio::time::sleep(RETRY).await;
                 }
                 loaded => {
@@ -137,15 +136,17 @@ impl Models {
         }
     }
 
-    fn others_in_use(&self, id: &str) -> bool {
-        self.entries.iter().filter(|entry| entry.id != id).any(Entry::is_in_use)
-    }
-
-    /// Loads a model into the memory that the others leave: idle ones are closed, busy ones keep the least that they can.
-    fn load(&self, id: &str) -> Result<Arc<Served>, GenerationError> {
-        let entry = self.entries.iter().find(|entry| entry.id == id).expect("the name was found before");
+    /// Loads a model into the memory that the others leave: idle ones are closed, busy ones keep the least that they can. How many bytes
+    /// these have is returned as well.
+    fn load(&self, id: &str) -> (Result<Arc<Served>, GenerationError>, u64) {
         let others = self.entries.iter().filter(|other| other.id != id);
         let busy: u64 = others.filter_map(Entry::close_if_idle).sum();
+        (self.load_beside(id, busy), busy)
+    }
+
+    /// Loads a model into what is left of the budget beside so many bytes.
+    fn load_beside(&self, id: &str, busy: u64) -> Result<Arc<Served>, GenerationError> {
+        let entry = self.entries.iter().find(|entry| entry.id == id).expect("the name was found before");
         let mut options = self.engine.clone();
         options.budget = options.budget.map(|total| total.saturating_sub(busy));
         let served = Served::open(entry.id.clone(), &entry.path, &options, self.scheduling.clone())?;

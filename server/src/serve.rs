@@ -21,9 +21,12 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::app::{App, router};
 use crate::models::Models;
 use crate::options::{ServerOptions, SessionOptions};
+use crate::stalled::Unstalled;
 
 /// How long a client may take to send the head of a request.
 const HEAD: Duration = Duration::from_secs(30);
+/// How long a client may take nothing of what there is for it.
+const STALLED: Duration = Duration::from_secs(120);
 /// Most bytes of the head of a request.
 const HEAD_BYTES: usize = 64 << 10;
 /// Most connections at a time. More wait for one of them to end.
@@ -160,12 +163,13 @@ fn connection(
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(HEAD_BYTES);
     let service = TowerToHyperService::new(router);
-    graceful.watch(builder.serve_connection(TokioIo::new(stream), service))
+    graceful.watch(builder.serve_connection(TokioIo::new(Unstalled::new(stream, STALLED)), service))
 }
 
 async fn end(app: &Arc<App>, graceful: GracefulShutdown) {
-    let deadline = Instant::now() + app.options.grace;
-    while app.live.count() > 0 && Instant::now() < deadline {
+    // Of a time that no clock can show, all is left.
+    let deadline = Instant::now().checked_add(app.options.grace);
+    while app.live.count() > 0 && deadline.is_none_or(|deadline| Instant::now() < deadline) {
         sleep(LOOK).await;
     }
     app.live.cancel_all();

@@ -418,6 +418,31 @@ fn a_model_that_rests_or_is_closed_has_everything_on_the_drive() {
     assert_eq!(model.complete(Request::new(words(50, 100), 3)).unwrap().usage.cached_tokens, 99);
 }
 
+#[test]
+fn what_is_deleted_from_the_drive_goes_from_memory_and_does_not_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let scheduling = with_store(folder.path());
+    let store = scheduling.store.clone().unwrap();
+    let (_model, mut house) = demo(4, 400, scheduling);
+    let (deleted, other) = (words(1, 150), words(2, 150));
+    let continued: Vec<u32> = deleted.iter().copied().chain(words(3, 80)).collect();
+    for text in [&deleted, &continued, &other] {
+        ask(&mut house, Request::new(text.clone(), 4));
+    }
+    store.flush();
+    let first = store.list().into_iter().filter(|entry| entry.parent.is_none()).map(|entry| entry.id);
+    for id in first {
+        store.delete(&id).unwrap();
+    }
+    assert!(store.list().is_empty());
+    for text in [&continued, &deleted, &other] {
+        let heard = ask(&mut house, Request { keep: false, ..Request::new(text.clone(), 4) }).0;
+        assert_eq!(heard.usage.cached_tokens, 0);
+    }
+    house.scheduler.release_kept();
+    assert!(store.list().is_empty(), "{:?}", store.list());
+}
+
 /// One of many requests: a new text, or one that begins as an earlier text does.
 #[derive(Clone, Debug)]
 struct Turn {

@@ -47,6 +47,11 @@ impl Drive {
         self.store.touch(self.binding, tokens);
     }
 
+    /// The tokens of sessions that were deleted since the last time.
+    fn take_deleted(&self) -> Vec<Vec<u32>> {
+        self.store.take_deleted(self.binding)
+    }
+
     /// Whether sequences wait to be written. They keep their pages until then.
     fn is_writing(&self) -> bool {
         self.store.usage().waiting > 0
@@ -115,8 +120,19 @@ impl Scheduler {
         self.shared.lock().kept = (0, 0);
     }
 
+    /// Gives up what is kept of sessions that were deleted.
+    pub(super) fn forget_deleted(&mut self) {
+        let deleted = self.drive.as_ref().map(Drive::take_deleted).unwrap_or_default();
+        if !deleted.is_empty() {
+            // Of a sequence that has given up its last tokens, the first are left.
+            let is_of = |tokens: &[u32], text: &Vec<u32>| tokens.starts_with(text) || text.starts_with(tokens);
+            self.kept.forget(|tokens| deleted.iter().any(|text| is_of(tokens, text)));
+        }
+    }
+
     /// Waits until the sequences that are kept are all written, if there is a store.
     pub(super) fn settle(&mut self) {
+        self.forget_deleted();
         if let Some(drive) = &self.drive {
             drive.settle(self.kept.sequences());
         }

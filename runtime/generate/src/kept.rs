@@ -61,6 +61,11 @@ impl Kept {
         self.entries.clear();
     }
 
+    /// Gives up those whose tokens are such.
+    pub(super) fn forget(&mut self, is_such: impl Fn(&[u32]) -> bool) {
+        self.entries.retain(|entry| !is_such(entry.sequence.tokens()));
+    }
+
     /// The one that can go on as a sequence of `tokens` with the most tokens seen already, and how many these are.
     pub(super) fn best(&self, tokens: &[u32]) -> Option<(usize, usize)> {
         let each = self.sequences().enumerate().map(|(number, sequence)| (number, reach(sequence, tokens)));

@@ -34,6 +34,7 @@ pub(super) enum Start {
 impl Scheduler {
     /// How generation `id` with these tokens best begins; `drive`: whether the drive counts.
     pub(super) fn start(&mut self, engine: &Engine, id: u64, tokens: &[u32], drive: bool) -> Start {
+        self.forget_deleted();
         let kept = self.kept.best(tokens);
         let started = self.running.iter().filter(|r| r.follows.is_none());
         let running = started.map(|r| (r, reach(&r.sequence, tokens))).filter(|best| best.1 >= FEWEST);

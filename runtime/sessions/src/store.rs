@@ -150,10 +150,20 @@ impl Store {
         let Some(last) = chain.last() else { return Ok(false) };
         let (binding, text) = (last.info.binding, text_of(&chain));
         let given_up = state.give_up(|waiting| waiting.binding() == binding && waiting.tokens().starts_with(&text));
+        let continued = state.tree.with_continuations(id);
+        let texts: Vec<_> = continued.into_iter().map(|id| (binding, text_of(&state.tree.chain(id)))).collect();
+        state.deleted.extend(texts);
         let removed = state.tree.remove(id);
         drop(state);
         drop(given_up);
         self.shared.delete(&removed).map(|()| true)
+    }
+
+    /// The tokens of what was [deleted](Self::delete) since this was asked for the last time. Whoever has sequences in memory gives
+    /// up those that have or continue these tokens, so that they are not saved again.
+    pub fn take_deleted(&self, binding: Binding) -> Vec<Vec<u32>> {
+        let mut state = self.shared.lock();
+        state.deleted.extract_if(.., |(of, _)| *of == binding).map(|(_, tokens)| tokens).collect()
     }
 
     /// Waits until everything that was given to [`keep`](Self::keep) is written, or has failed.

@@ -175,14 +175,19 @@ impl Tree {
         Some(segment)
     }
 
-    /// Takes a segment out with all that continue it; those come first.
-    pub(crate) fn remove(&mut self, id: SegmentId) -> Vec<Arc<Segment>> {
+    /// A segment and all that continue it; those come later.
+    pub(crate) fn with_continuations(&self, id: SegmentId) -> Vec<SegmentId> {
         let (mut order, mut next) = (Vec::new(), vec![id]);
         while let Some(id) = next.pop() {
             order.push(id);
             next.extend(self.nodes.get(&id).into_iter().flat_map(|node| &node.children));
         }
-        order.into_iter().rev().filter_map(|id| self.remove_leaf(id)).collect()
+        order
+    }
+
+    /// Takes a segment out with all that continue it; those come first.
+    pub(crate) fn remove(&mut self, id: SegmentId) -> Vec<Arc<Segment>> {
+        self.with_continuations(id).into_iter().rev().filter_map(|id| self.remove_leaf(id)).collect()
     }
 
     /// Segments that no other one continues and that are not in use.

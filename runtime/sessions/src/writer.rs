@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use sluice_model::session::PrefixHash;
+use sluice_model::session::{Binding, PrefixHash};
 use sluice_model::{PAGE_TOKENS, Sequence};
 
 use crate::folder::{Folder, Scan, Unusable, Uses, title_of};
@@ -41,6 +41,8 @@ pub(crate) struct State {
     pub(crate) tree: Tree,
     pub(crate) unusable: Vec<Unusable>,
     pub(crate) waiting: VecDeque<Waiting>,
+    /// What was deleted on demand and [`Store::take_deleted`](crate::Store::take_deleted) has not told yet.
+    pub(crate) deleted: Vec<(Binding, Vec<u32>)>,
     /// Files of segments that are no longer in the tree.
     doomed: Vec<PathBuf>,
     counts: Usage,

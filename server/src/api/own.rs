@@ -98,14 +98,17 @@ pub struct TokenizeRequest {
 async fn tokenize(State(app): State<Arc<App>>, Json(request): Json<TokenizeRequest>) -> Response<Body> {
     let answer = async {
         let served = app.models.get(&request.model).await?;
-        let tokenizer = served.tokenizer()?;
-        let ids = tokenizer.encode(&request.content, request.add_special)?;
-        let piece = |&id: &u32| json!({"id": id, "piece": tokenizer.decode(&[id], false).unwrap_or_default()});
-        let tokens: Value = match request.with_pieces {
-            true => ids.iter().map(piece).collect(),
-            false => json!(ids),
+        let tokens = move || {
+            let tokenizer = served.tokenizer()?;
+            let ids = tokenizer.encode(&request.content, request.add_special)?;
+            let piece = |&id: &u32| json!({"id": id, "piece": tokenizer.decode(&[id], false).unwrap_or_default()});
+            let tokens: Value = match request.with_pieces {
+                true => ids.iter().map(piece).collect(),
+                false => json!(ids),
+            };
+            Ok(json!({"tokens": tokens}))
         };
-        Ok(json!({"tokens": tokens}))
+        aside(tokens).await
     };
     finish(answer.await)
 }
@@ -122,8 +125,7 @@ pub struct DetokenizeRequest {
 async fn detokenize(State(app): State<Arc<App>>, Json(request): Json<DetokenizeRequest>) -> Response<Body> {
     let answer = async {
         let served = app.models.get(&request.model).await?;
-        let content = served.tokenizer()?.decode(&request.tokens, false)?;
-        Ok(json!({"content": content}))
+        aside(move || Ok(json!({"content": served.tokenizer()?.decode(&request.tokens, false)?}))).await
     };
     finish(answer.await)
 }
@@ -150,10 +152,15 @@ async fn apply_template(State(app): State<Arc<App>>, Json(request): Json<Templat
         let messages = request.messages.into_iter().map(Message::from).collect();
         let chat = Chat { messages, variables: request.chat_template_kwargs, continues: false };
         let ask = Ask { tools: request::tools(&request.tools)?, ..Ask::default() };
-        let prompt = served.prompt(&chat, &ask)?;
-        Ok(json!({"prompt": prompt.text()}))
+        aside(move || Ok(json!({"prompt": served.prompt(&chat, &ask)?.text()}))).await
     };
     finish(answer.await)
+}
+
+/// Runs what computes for long away from the threads that serve everybody.
+async fn aside(work: impl FnOnce() -> Result<Value, ApiError> + Send + 'static) -> Result<Value, ApiError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the request was given up: the log says why")))
 }
 
 fn finish(answer: Result<Value, ApiError>) -> Response<Body> {

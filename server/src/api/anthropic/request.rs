@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::content;
-use crate::api::openai::request::{count, form, tool};
+use crate::api::openai::request::{check_count, count, form, tool};
 use crate::ask::{Ask, Input, Settings, TextForm, Thinking, Tool, ToolChoice, out_of_range};
 use crate::error::ApiError;
 
@@ -128,6 +128,7 @@ impl MessagesRequest {
 /// `tools`. Those that Anthropic's servers run themselves (web search and the like, known by their `type`) are left out: the model
 /// cannot call them here, and clients send them whether they are needed or not.
 fn tools(list: &[Value]) -> Result<Vec<Tool>, ApiError> {
+    check_count(list)?;
     let mut tools: Vec<Tool> = Vec::new();
     for (i, value) in list.iter().enumerate() {
         let place = format!("tools[{i}]");

@@ -1,6 +1,6 @@
 //! Parts of requests that several paths have in common.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -96,12 +96,26 @@ pub fn tool(value: &Value, place: &str) -> Result<Tool, ApiError> {
     })
 }
 
+/// Most tools of a request. Agents have some hundred.
+const MOST_TOOLS: usize = 4096;
+
+/// Refuses more tools than a request may have.
+pub fn check_count(tools: &[Value]) -> Result<(), ApiError> {
+    if tools.len() > MOST_TOOLS {
+        let message = format!("`tools` has {} functions, {MOST_TOOLS} are the most", tools.len());
+        return Err(ApiError::field("tools", message));
+    }
+    Ok(())
+}
+
 /// `tools`.
 pub fn tools(list: &[Value]) -> Result<Vec<Tool>, ApiError> {
+    check_count(list)?;
     let tools: Vec<Tool> =
         list.iter().enumerate().map(|(i, value)| tool(value, &format!("tools[{i}]"))).collect::<Result<_, _>>()?;
-    for (i, tool) in tools.iter().enumerate() {
-        if tools[..i].iter().any(|other| other.name == tool.name) {
+    let mut names = HashSet::new();
+    for tool in &tools {
+        if !names.insert(&tool.name) {
             return Err(ApiError::field("tools", format!("`tools`: there are two functions {:?}", tool.name)));
         }
     }
@@ -182,4 +196,19 @@ pub fn check_messages(messages: &[Map<String, Value>]) -> Result<(), ApiError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_tools_are_their_own_and_not_too_many() {
+        let named = |name: String| serde_json::json!({"type": "function", "function": {"name": name}});
+        let many = |count: usize| (0..count).map(|i| named(i.to_string())).collect::<Vec<_>>();
+        assert_eq!(tools(&many(MOST_TOOLS)).unwrap().len(), MOST_TOOLS);
+        assert_eq!(tools(&many(MOST_TOOLS + 1)).unwrap_err().param.as_deref(), Some("tools"));
+        let twice = [named("a".into()), named("b".into()), named("a".into())];
+        assert!(tools(&twice).unwrap_err().message.contains("two functions"));
+    }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::ask::{Tool, ToolChoice};
 use serde_json::{Value, json};
 
-use crate::api::openai::request::{tool, tool_choice};
+use crate::api::openai::request::{check_count, tool, tool_choice};
 use crate::error::ApiError;
 
 /// The argument of the function that stands for a `custom` tool.
@@ -30,6 +30,7 @@ pub struct Declared {
 /// # Errors
 /// Names the tool that is wrong.
 pub fn declared(list: &[Value]) -> Result<Declared, ApiError> {
+    check_count(list)?;
     let mut declared = Declared::default();
     for (i, value) in list.iter().enumerate() {
         let place = format!("tools[{i}]");
