@@ -114,8 +114,7 @@ async fn start(app: Arc<App>, mut asks: Vec<Ask>) -> Result<Vec<Answer>, ApiErro
     let Some(first) = asks.first() else { return Ok(Vec::new()) };
     let (total, queue) = (asks.iter().map(|ask| ask.n.max(1)).sum::<usize>(), app.options.queue);
     if total > queue {
-        let message =
-            format!("{total} answers are more than may wait, which are {queue}: ask for fewer, or raise --queue");
+        let message = format!("{total} answers do not fit into a queue of {queue}: ask for fewer, or raise --queue");
         return Err(ApiError::field("n", message));
     }
     let served = app.models.get(&first.model).await?;

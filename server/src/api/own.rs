@@ -125,7 +125,14 @@ pub struct DetokenizeRequest {
 async fn detokenize(State(app): State<Arc<App>>, Json(request): Json<DetokenizeRequest>) -> Response<Body> {
     let answer = async {
         let served = app.models.get(&request.model).await?;
-        aside(move || Ok(json!({"content": served.tokenizer()?.decode(&request.tokens, false)?}))).await
+        aside(move || {
+            let tokenizer = served.tokenizer()?;
+            if let Some(id) = request.tokens.iter().find(|&&id| tokenizer.token_text(id).is_none()) {
+                return Err(ApiError::field("tokens", format!("`tokens`: the model has no token {id}")));
+            }
+            Ok(json!({"content": tokenizer.decode(&request.tokens, false)?}))
+        })
+        .await
     };
     finish(answer.await)
 }

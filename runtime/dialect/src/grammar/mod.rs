@@ -107,7 +107,7 @@ fn body(writer: &mut Writer<'_>, entries: &[Entry], may_speak: bool) -> String {
         // The first is the form that the family's template writes.
         let entry = &entries[0];
         let call = format!("{} {}", writer.literal(&entry.marker), entry.behind);
-        writer.rule("LINES", "/\\n+/");
+        writer.rule("LINES", "/\\n{1,4}/");
         return match may_speak {
             // Text that could not be taken for a call.
             true => {

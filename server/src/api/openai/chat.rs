@@ -143,7 +143,7 @@ impl ChatRequest {
         let continues = self.continue_final_message == Some(true);
         let last = self.messages.last().and_then(|message| message.get("role")?.as_str());
         if continues && last != Some("assistant") {
-            let message = "`continue_final_message` goes on with a message of the assistant: the last one is another's";
+            let message = "`continue_final_message` needs the last message to be one of the assistant";
             return Err(ApiError::field("continue_final_message", message));
         }
         Ok(Ask {

@@ -159,6 +159,12 @@ impl Kind {
 }
 
 impl Item {
+    /// Whether it is a call whose arguments are a whole JSON object.
+    pub fn has_whole_arguments(&self) -> bool {
+        let (Kind::Function { arguments, .. } | Kind::Custom { arguments, .. }) = &self.kind else { return false };
+        serde_json::from_str::<serde_json::Map<String, Value>>(arguments).is_ok()
+    }
+
     /// An item that begins.
     pub fn new(kind: Kind) -> Self {
         let prefix = match kind {

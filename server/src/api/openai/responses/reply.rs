@@ -148,6 +148,11 @@ impl Maker {
         if let Some(at) = self.current.take() {
             self.close(at, Status::Completed);
         }
+        // Clients take items one after another. A call whose arguments are not whole yet may still get more.
+        let items = &self.items;
+        let (whole, open) = self.calls.drain(..).partition::<Vec<_>, _>(|&(_, at)| items[at].has_whole_arguments());
+        self.calls = open;
+        whole.into_iter().for_each(|(_, at)| self.close(at, Status::Completed));
         let kind = match self.wants.custom.contains(&name) {
             true => Kind::Custom { call_id: id, name, arguments: String::new() },
             false => Kind::Function { call_id: id, name, arguments: String::new() },
