@@ -12,7 +12,7 @@ use axum::middleware::{self, Next};
 
 use sluice_sessions::Store;
 use tokio::sync::Semaphore;
-use tower_http::timeout::RequestBodyTimeoutLayer;
+use tower_http::timeout::{RequestBodyDeadlineLayer, RequestBodyTimeoutLayer};
 
 use crate::api;
 use crate::api::openai::responses::store::ResponseStore;
@@ -26,6 +26,8 @@ use crate::page;
 
 /// How long a client may pause while it sends a body.
 const BODY: Duration = Duration::from_secs(30);
+/// How long it may send a body at all, so that a byte now and then does not keep its connection for ever.
+const WHOLE_BODY: Duration = Duration::from_secs(600);
 
 /// Most requests that are prepared at a time.
 const PREPARING: usize = 2;
@@ -91,6 +93,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .merge(page::router())
         .layer(DefaultBodyLimit::max(app.options.max_body))
         .layer(RequestBodyTimeoutLayer::new(BODY))
+        .layer(RequestBodyDeadlineLayer::new(WHOLE_BODY))
         .layer(middleware::from_fn_with_state(guard, guard::check))
         .layer(middleware::from_fn_with_state(Arc::clone(app), record))
 }

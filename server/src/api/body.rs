@@ -1,9 +1,12 @@
 //! JSON bodies: read, bounded, and with the field's name in what is said about them.
 
+use std::error::Error;
+
 use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::Response;
 use serde::de::DeserializeOwned;
+use tower_http::timeout::TimeoutError;
 
 use crate::error::{ApiError, Flavour, Kind};
 
@@ -18,13 +21,18 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
         let bytes = Bytes::from_request(request, state).await.map_err(|rejection| {
             let kind = match rejection.status().as_u16() {
                 413 => Kind::TooLarge,
-                408 => Kind::Timeout,
+                _ if is_timeout(&rejection) => Kind::Timeout,
                 _ => Kind::Invalid,
             };
             ApiError::new(kind, rejection.body_text()).response(flavour)
         })?;
         parse(&bytes).map(Json).map_err(|error| error.response(flavour))
     }
+}
+
+/// Whether a body could not be read because its client was too slow.
+fn is_timeout(error: &(dyn Error + 'static)) -> bool {
+    error.is::<TimeoutError>() || error.source().is_some_and(is_timeout)
 }
 
 /// Reads JSON.
@@ -49,6 +57,8 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+    use tower_http::timeout::TimeoutBody;
 
     #[derive(Debug, serde::Deserialize)]
     struct Example {
@@ -58,6 +68,15 @@ mod tests {
     #[derive(Debug, serde::Deserialize)]
     struct Inner {
         number: u32,
+    }
+
+    #[tokio::test]
+    async fn a_client_that_sends_too_slowly_is_told_so() {
+        let never = Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>());
+        let slow = Body::new(TimeoutBody::new(Duration::from_millis(10), never));
+        let request = Request::post("/v1/completions").body(slow).unwrap();
+        let Err(response) = Json::<Example>::from_request(request, &()).await else { panic!("nothing was sent") };
+        assert_eq!(response.status().as_u16(), 408);
     }
 
     #[test]
