@@ -81,6 +81,14 @@ pub enum Input {
 }
 
 impl Ask {
+    /// How many messages it has.
+    pub fn messages(&self) -> usize {
+        match &self.input {
+            Input::Chat(chat) | Input::After { chat, .. } => chat.messages.len(),
+            Input::Text(_) | Input::Tokens(_) => 0,
+        }
+    }
+
     /// Bytes of the texts that a prompt of this request has at least. Thinking is not counted, since templates drop it.
     pub fn text_bytes(&self) -> usize {
         let text = |content: &Value| match content {

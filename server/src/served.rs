@@ -171,6 +171,11 @@ impl Served {
     /// # Errors
     /// As [`Served::prompt`], and what the tokenizer refuses.
     pub fn encode(&self, ask: &Ask) -> Result<Encoded, ApiError> {
+        // Each message takes tokens of its own.
+        let messages = ask.messages();
+        if messages > self.context {
+            return Err(GenerationError::PromptTooLong { prompt: messages, context: self.context }.into());
+        }
         self.check_size(ask.text_bytes())?;
         match &ask.input {
             Input::Chat(chat) => {

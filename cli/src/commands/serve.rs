@@ -53,7 +53,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME", help_heading = "Server")]
     allow_host: Vec<String>,
 
-    /// Origin whose web pages may use this server, such as https://chat.example; may be given several times
+    /// Origin whose web pages may use this server, such as `https://chat.example`; may be given several times
     #[arg(long, value_name = "ORIGIN", help_heading = "Server")]
     allow_origin: Vec<String>,
 
@@ -117,8 +117,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 fn options(args: &Args) -> Result<ServerOptions, CliError> {
     let mut keys = args.api_key.clone();
     keys.extend(std::env::var("SLUICE_API_KEY").ok().filter(|key| !key.is_empty()));
-    if keys.iter().any(String::is_empty) {
-        return Err(CliError::Usage("--api-key is empty: give a key".into()));
+    let is_sendable = |key: &String| !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic());
+    if !keys.iter().all(is_sendable) {
+        let message = "--api-key is empty, or has white space or characters that are no ASCII: clients cannot send it";
+        return Err(CliError::Usage(message.into()));
     }
     let context = args.context.map_or(CONTEXT, NonZeroUsize::get);
     let engine = EngineOptions { sequences: Some(args.parallel.get()), marks: MARKS, ..args.engine.options(context) };

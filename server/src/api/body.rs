@@ -6,14 +6,18 @@ use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::Response;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
 use tower_http::timeout::TimeoutError;
 
 use crate::error::{ApiError, Flavour, Kind};
 
+/// Bytes of a body that is not read on the threads that serve everybody.
+const LARGE: usize = 64 << 10;
+
 /// A request's body, read as JSON whatever its `Content-Type` says. Fields that are not known are ignored.
 pub struct Json<T>(pub T);
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+impl<S: Send + Sync, T: DeserializeOwned + Send + 'static> FromRequest<S> for Json<T> {
     type Rejection = Response<Body>;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Self::Rejection> {
@@ -26,8 +30,23 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
             };
             ApiError::new(kind, rejection.body_text()).response(flavour)
         })?;
-        parse(&bytes).map(Json).map_err(|error| error.response(flavour))
+        let parsed = match bytes.len() > LARGE {
+            false => parse(&bytes),
+            // It takes long enough to keep others waiting.
+            true => tokio::task::spawn_blocking(move || parse(&bytes))
+                .await
+                .unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the body could not be read: the log says why"))),
+        };
+        parsed.map(Json).map_err(|error| error.response(flavour))
     }
+}
+
+/// Reads a field that is left out, or null, as its default.
+///
+/// # Errors
+/// When it is something else.
+pub fn nullable<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(reader: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(reader)?.unwrap_or_default())
 }
 
 /// Whether a body could not be read because its client was too slow.

@@ -19,6 +19,9 @@ use crate::ask::{Ask, Chat};
 use crate::error::{ApiError, Flavour, Kind};
 use crate::reply::json_response;
 
+/// Most bytes of a text to tokenise: tokenizers take a hundred times as much memory.
+const LONGEST_TEXT: usize = 4 << 20;
+
 /// The paths.
 pub fn routes() -> Router<Arc<App>> {
     Router::new()
@@ -86,7 +89,7 @@ async fn slots(State(app): State<Arc<App>>) -> Response<Body> {
 /// A text to turn into tokens.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub struct TokenizeRequest {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::api::body::nullable")]
     model: String,
     content: String,
     #[serde(default)]
@@ -97,6 +100,10 @@ pub struct TokenizeRequest {
 
 async fn tokenize(State(app): State<Arc<App>>, Json(request): Json<TokenizeRequest>) -> Response<Body> {
     let answer = async {
+        if request.content.len() > LONGEST_TEXT {
+            let message = format!("`content` has more than {LONGEST_TEXT} bytes: give it in parts");
+            return Err(ApiError { param: Some("content".into()), ..ApiError::new(Kind::TooLarge, message) });
+        }
         let served = app.models.get(&request.model).await?;
         let tokens = move || {
             let tokenizer = served.tokenizer()?;
@@ -116,7 +123,7 @@ async fn tokenize(State(app): State<Arc<App>>, Json(request): Json<TokenizeReque
 /// Tokens to turn into a text.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub struct DetokenizeRequest {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::api::body::nullable")]
     model: String,
     #[schema(value_type = Vec<u64>)]
     tokens: Vec<u32>,
@@ -140,7 +147,7 @@ async fn detokenize(State(app): State<Arc<App>>, Json(request): Json<DetokenizeR
 /// A conversation to turn into a text.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub struct TemplateRequest {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::api::body::nullable")]
     model: String,
     #[schema(value_type = Vec<Object>)]
     messages: Vec<Map<String, Value>>,

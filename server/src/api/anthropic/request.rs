@@ -12,7 +12,7 @@ use crate::error::ApiError;
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 pub struct MessagesRequest {
     /// The model's name.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::api::body::nullable")]
     pub model: String,
     /// The conversation. If its last message is the assistant's, that one is continued.
     #[schema(value_type = Vec<Object>)]

@@ -48,7 +48,7 @@ pub async fn ps(State(app): State<Arc<App>>) -> Response<Body> {
 /// Which model to show.
 #[derive(Debug, Default, Deserialize)]
 pub struct ShowRequest {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::api::body::nullable")]
     model: String,
     /// The older name of `model`.
     #[serde(default)]

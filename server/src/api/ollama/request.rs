@@ -14,7 +14,7 @@ use crate::error::ApiError;
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 pub struct ChatRequest {
     /// The model's name, with or without `:latest`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::api::body::nullable")]
     pub model: String,
     /// The conversation. If its last message is the assistant's, that one is continued; if there are none, the model is loaded.
     #[serde(default)]
@@ -45,7 +45,7 @@ pub struct ChatRequest {
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 pub struct GenerateRequest {
     /// The model's name, with or without `:latest`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::api::body::nullable")]
     pub model: String,
     /// What the user says; if it is empty, the model is loaded.
     #[serde(default)]

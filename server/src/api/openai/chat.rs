@@ -23,7 +23,7 @@ use crate::run::Run;
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub struct ChatRequest {
     /// The model's name.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::api::body::nullable")]
     pub model: String,
     /// The conversation.
     #[schema(value_type = Vec<Object>)]

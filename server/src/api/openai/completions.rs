@@ -42,7 +42,7 @@ pub enum Prompts {
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub struct CompletionRequest {
     /// The model's name.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::api::body::nullable")]
     pub model: String,
     /// What is continued.
     pub prompt: Prompts,
