@@ -76,9 +76,13 @@ impl Served {
             tokenizer.token_id(text).filter(|&id| tokenizer.is_control(id))
         };
         let dialect = Dialect::detect(Some(&family), source, &has_token).with_special_tokens(&special);
+        let store = scheduling.store.clone();
         let model = Model::new(engine, scheduling, !options.forget)?;
         let end = model.tokens(Vec::new()).stop.eos().iter().copied().collect();
         let (vocabulary, transcripts) = (OnceLock::new(), Transcripts::default());
+        if let Some(store) = &store {
+            store.texts(model.binding()).into_iter().for_each(|tokens| transcripts.remember(tokens));
+        }
         Ok(Served {
             id,
             model,
@@ -249,6 +253,11 @@ impl Served {
             answers.push(Answer::start(Arc::clone(self), request, reading, ask, live)?);
         }
         Ok(answers)
+    }
+
+    /// Forgets the tokens of all conversations. Their next turns go by the tokens that the tokenizer makes of their texts.
+    pub fn forget(&self) {
+        self.transcripts.clear();
     }
 
     /// Remembers the tokens of a conversation, so that its next turn goes on from them.

@@ -40,6 +40,11 @@ impl Transcripts {
         }
     }
 
+    /// Forgets all of them.
+    pub fn clear(&self) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = State::default();
+    }
+
     /// The tokens of a prompt, with those of the transcript that it goes on from in the place of its own.
     ///
     /// `own` are the prompt's tokens as the tokenizer makes them, `text` is its text.

@@ -192,6 +192,24 @@ fn a_text_that_parts_inside_a_segment_continues_it_from_a_page_boundary() {
 }
 
 #[test]
+fn the_texts_of_all_that_nothing_continues_are_known_after_a_restart() {
+    let mut house = House::new("deepseek_v3");
+    let (store, tokens) = (house.store(), house.tokens.clone());
+    let other = parted(&tokens[..120], 70);
+    house.keep(&store, &tokens[..80]);
+    house.keep(&store, &tokens[..150]);
+    house.keep(&store, &other);
+    drop(store);
+    let store = house.store();
+    let mut texts = store.texts(house.engine.binding());
+    texts.sort_by_key(Vec::len);
+    assert_eq!(texts, [other, tokens[..150].to_vec()]);
+    let foreign = house.engine.binding();
+    let foreign = sluice_model::session::Binding { exact: !foreign.exact, ..foreign };
+    assert!(store.texts(foreign).is_empty());
+}
+
+#[test]
 fn the_least_useful_leaves_go_first() {
     let mut house = House::new("deepseek_v3");
     let tokens = house.tokens.clone();

@@ -137,6 +137,15 @@ impl Store {
         list
     }
 
+    /// The tokens of all sessions that no other one continues, those that were used last at the end.
+    pub fn texts(&self, binding: Binding) -> Vec<Vec<u32>> {
+        let state = self.shared.lock();
+        let leaves = state.tree.nodes().filter(|node| node.children.is_empty() && node.segment.info.binding == binding);
+        let mut leaves: Vec<_> = leaves.map(|node| (node.history.used, node.segment.id)).collect();
+        leaves.sort_by_key(|&(used, _)| used);
+        leaves.into_iter().map(|(_, id)| text_of(&state.tree.chain(id))).collect()
+    }
+
     /// Deletes a session and those that continue it; `false` if there is none of that id. What waits to be written and continues it is
     /// given up.
     ///

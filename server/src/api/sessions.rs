@@ -13,6 +13,7 @@ use sluice_sessions::{SessionEntry, Store};
 
 use crate::app::App;
 use crate::error::{ApiError, Flavour, Kind};
+use crate::models::Entry;
 use crate::reply::json_response;
 
 /// The paths.
@@ -69,7 +70,11 @@ async fn remove(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response
         Some(store) => {
             let name = id.clone();
             match tokio::task::spawn_blocking(move || store.delete(&name)).await {
-                Ok(Ok(true)) => Ok(()),
+                Ok(Ok(true)) => {
+                    // What is deleted is not to be found in memory either.
+                    app.models.entries().iter().filter_map(Entry::peek).for_each(|served| served.forget());
+                    Ok(())
+                }
                 Ok(Ok(false)) => Err(missing()),
                 Ok(Err(error)) => Err(ApiError::new(Kind::Internal, error.to_string())),
                 Err(_) => Err(ApiError::new(Kind::Internal, "the session could not be deleted")),
