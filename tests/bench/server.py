@@ -62,10 +62,13 @@ class Server:
         self.process.wait()
 
 
-def by_server(server, prompt, tokens):
-    """Tokens per second."""
+def by_server(args, prompt, tokens):
+    """Tokens per second of a server that has just started, as `sluice run` has: both have only the prompt's experts in memory."""
+    server = Server(args)
+    server.complete(prompt, 1)
     one = server.complete(prompt, 1)[1]
     answer, seconds = server.complete(prompt, tokens + 1)
+    server.end()
     generated = answer["usage"]["completion_tokens"]
     return (generated - 1) / (seconds - one)
 
@@ -80,15 +83,12 @@ def by_run(args, prompt, tokens):
 
 
 def decode(args, prompt):
-    server = Server(args)
-    by_server(server, prompt, 8)
     ratios, rates = [], {"run": [], "server": []}
     for pair in range(args.pairs):
-        measures = {"run": lambda: by_run(args, prompt, args.tokens), "server": lambda: by_server(server, prompt, args.tokens)}
+        measures = {"run": lambda: by_run(args, prompt, args.tokens), "server": lambda: by_server(args, prompt, args.tokens)}
         for name in sorted(measures, reverse=pair % 2 == 1):
             rates[name].append(measures[name]())
         ratios.append(rates["server"][-1] / rates["run"][-1])
-    server.end()
     print(f"decode: server / run {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), "
           f"{statistics.median(rates['server']):.1f} and {statistics.median(rates['run']):.1f} tokens/s")
 
