@@ -90,6 +90,7 @@ async fn slots(State(app): State<Arc<App>>) -> Response<Body> {
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub struct TokenizeRequest {
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
+    #[schema(nullable)]
     model: String,
     content: String,
     #[serde(default)]
@@ -124,6 +125,7 @@ async fn tokenize(State(app): State<Arc<App>>, Json(request): Json<TokenizeReque
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub struct DetokenizeRequest {
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
+    #[schema(nullable)]
     model: String,
     #[schema(value_type = Vec<u64>)]
     tokens: Vec<u32>,
@@ -148,6 +150,7 @@ async fn detokenize(State(app): State<Arc<App>>, Json(request): Json<DetokenizeR
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub struct TemplateRequest {
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
+    #[schema(nullable)]
     model: String,
     #[schema(value_type = Vec<Object>)]
     messages: Vec<Map<String, Value>>,

@@ -13,6 +13,7 @@ use crate::error::ApiError;
 pub struct MessagesRequest {
     /// The model's name.
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
+    #[schema(nullable)]
     pub model: String,
     /// The conversation. If its last message is the assistant's, that one is continued.
     #[schema(value_type = Vec<Object>)]

@@ -10,7 +10,7 @@ mod tests;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::routing::{any, get, post};
+use axum::routing::{MethodFilter, get, on, post};
 
 use crate::app::App;
 
@@ -20,8 +20,14 @@ pub use request::{ChatRequest, GenerateRequest};
 const VERSION: &str = "0.13.0";
 
 /// What manages models in Ollama. Here, models are files that the server was started with.
-const MANAGEMENT: [&str; 6] =
-    ["/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/{digest}"];
+const MANAGEMENT: [(&str, MethodFilter); 6] = [
+    ("/api/pull", MethodFilter::POST),
+    ("/api/push", MethodFilter::POST),
+    ("/api/create", MethodFilter::POST),
+    ("/api/copy", MethodFilter::POST),
+    ("/api/delete", MethodFilter::DELETE),
+    ("/api/blobs/{digest}", MethodFilter::POST),
+];
 
 /// The paths.
 pub fn routes() -> Router<Arc<App>> {
@@ -32,7 +38,8 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/api/show", post(catalogue::show))
         .route("/api/chat", post(chat::chat))
         .route("/api/generate", post(chat::generate))
-        .route("/api/embed", any(catalogue::no_embeddings))
-        .route("/api/embeddings", any(catalogue::no_embeddings));
-    MANAGEMENT.iter().fold(routes, |routes, path| routes.route(path, any(catalogue::no_management)))
+        .route("/api/embed", post(catalogue::no_embeddings))
+        .route("/api/embeddings", post(catalogue::no_embeddings));
+    let add = |routes: Router<Arc<App>>, (path, method)| routes.route(path, on(method, catalogue::no_management));
+    MANAGEMENT.into_iter().fold(routes, add)
 }

@@ -15,6 +15,7 @@ use crate::error::ApiError;
 pub struct ChatRequest {
     /// The model's name, with or without `:latest`.
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
+    #[schema(nullable)]
     pub model: String,
     /// The conversation. If its last message is the assistant's, that one is continued; if there are none, the model is loaded.
     #[serde(default)]
@@ -46,6 +47,7 @@ pub struct ChatRequest {
 pub struct GenerateRequest {
     /// The model's name, with or without `:latest`.
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
+    #[schema(nullable)]
     pub model: String,
     /// What the user says; if it is empty, the model is loaded.
     #[serde(default)]
@@ -60,6 +62,7 @@ pub struct GenerateRequest {
     /// Not supported.
     pub template: Option<String>,
     /// Tokens of an earlier conversation, as the last object of its answer has them.
+    #[schema(value_type = Option<Vec<i64>>)]
     pub context: Option<Vec<u32>>,
     /// Whether `prompt` is continued as it is, without the model's template.
     pub raw: Option<bool>,

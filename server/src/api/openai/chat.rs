@@ -24,6 +24,7 @@ use crate::run::Run;
 pub struct ChatRequest {
     /// The model's name.
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
+    #[schema(nullable)]
     pub model: String,
     /// The conversation.
     #[schema(value_type = Vec<Object>)]

@@ -43,6 +43,7 @@ pub enum Prompts {
 pub struct CompletionRequest {
     /// The model's name.
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
+    #[schema(nullable)]
     pub model: String,
     /// What is continued.
     pub prompt: Prompts,
