@@ -136,6 +136,11 @@ impl Reading {
         let bytes = tokenizer.and_then(|t| t.token_bytes(id).ok()?).unwrap_or_else(|| text.clone().into_bytes());
         TokenText { id, text, bytes }
     }
+
+    fn scored(&self, id: u32, logprob: f32, top: &[Logprob]) -> TokenLogprob {
+        let top = top.iter().map(|other| (self.text_of(other.id), other.logprob)).collect();
+        TokenLogprob { token: self.text_of(id), logprob: Some(logprob), top }
+    }
 }
 
 /// The text that is continued, and its first token if their probabilities are wanted.
@@ -280,9 +285,8 @@ impl Answer {
                 }
             }
             Event::PromptToken { id, logprob, top } => {
-                let top = top.iter().map(|&Logprob { id, logprob }| (self.reading.text_of(id), logprob)).collect();
-                let token = TokenLogprob { token: self.reading.text_of(id), logprob: Some(logprob), top };
-                self.echo.iter_mut().for_each(|(_, tokens)| tokens.push(token.clone()));
+                let scored = self.reading.scored(id, logprob, &top);
+                self.echo.iter_mut().for_each(|(_, tokens)| tokens.push(scored.clone()));
             }
             Event::Token { .. } | Event::Text(_) if self.stopped.is_some() => {}
             Event::Token { id, logprob, top } => {
@@ -291,8 +295,7 @@ impl Answer {
                 self.transcript.iter_mut().for_each(|transcript| transcript.push(id));
                 self.fresh += 1;
                 if let Some(logprob) = logprob.filter(|_| self.logprobs) {
-                    let top = top.iter().map(|&Logprob { id, logprob }| (self.reading.text_of(id), logprob)).collect();
-                    self.tokens.push(TokenLogprob { token: self.reading.text_of(id), logprob: Some(logprob), top });
+                    self.tokens.push(self.reading.scored(id, logprob, &top));
                 }
             }
             Event::Text(text) => {

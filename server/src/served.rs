@@ -1,5 +1,6 @@
 //! A model that is served: what it was opened with, and how requests become generations on it.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -29,12 +30,9 @@ pub struct Served {
     /// The name that clients see.
     pub id: String,
     model: Model,
-    tokenizer: Option<Tokenizer>,
+    /// The model's own, or the one that its family has here.
     template: Option<ChatTemplate>,
     dialect: Dialect,
-    end: Vec<u32>,
-    vocab_size: usize,
-    context: usize,
     vocabulary: OnceLock<Result<Vocabulary, String>>,
     transcripts: Transcripts,
     /// Bytes of the longest token.
@@ -61,41 +59,25 @@ impl Served {
         scheduling: SchedulerOptions,
     ) -> Result<Self, GenerationError> {
         let engine = Engine::open(path, options)?;
-        let (vocab_size, context) = (engine.spec().vocab_size, engine.memory().context);
-        let metadata = engine.file().metadata();
-        let tokenizer = Tokenizer::of(metadata)?;
-        let has_token = |text: &str| tokenizer.as_ref().is_some_and(|t| t.token_id(text).is_some());
-        let family = engine.spec().family.clone();
-        let template = match ChatTemplate::find(|name| metadata.get(name))? {
-            Some(template) => Some(template),
-            None => own_template(&family, tokenizer.as_ref(), &has_token)?,
+        let store = scheduling.store.clone();
+        let model = Model::new(engine, scheduling, !options.forget)?;
+        let tokenizer = model.tokenizer();
+        let has_token = |text: &str| tokenizer.is_some_and(|t| t.token_id(text).is_some());
+        let template = match model.template() {
+            Some(template) => Some(template.clone()),
+            None => own_template(model.family(), tokenizer, &has_token)?,
         };
         let source = template.as_ref().map(|template| template.source(true));
         let special = |text: &str| {
-            let tokenizer = tokenizer.as_ref()?;
+            let tokenizer = tokenizer?;
             tokenizer.token_id(text).filter(|&id| tokenizer.is_control(id))
         };
-        let dialect = Dialect::detect(Some(&family), source, &has_token).with_special_tokens(&special);
-        let store = scheduling.store.clone();
-        let model = Model::new(engine, scheduling, !options.forget)?;
-        let end = model.tokens(Vec::new()).stop.eos().iter().copied().collect();
+        let dialect = Dialect::detect(Some(model.family()), source, &has_token).with_special_tokens(&special);
         let (vocabulary, transcripts) = (OnceLock::new(), Transcripts::default());
         if let Some(store) = &store {
             store.texts(model.binding()).into_iter().for_each(|tokens| transcripts.remember(tokens));
         }
-        Ok(Served {
-            id,
-            model,
-            tokenizer,
-            template,
-            dialect,
-            end,
-            vocab_size,
-            context,
-            vocabulary,
-            transcripts,
-            longest_token: OnceLock::new(),
-        })
+        Ok(Served { id, model, template, dialect, vocabulary, transcripts, longest_token: OnceLock::new() })
     }
 
     /// Closes the model; what it remembers of conversations is kept where it can be.
@@ -110,7 +92,7 @@ impl Served {
 
     /// Tokens that a conversation can have.
     pub fn context(&self) -> usize {
-        self.context
+        self.model.context()
     }
 
     /// The model's chat template, if it has one.
@@ -128,7 +110,12 @@ impl Served {
     /// # Errors
     /// When the model has none.
     pub fn tokenizer(&self) -> Result<&Tokenizer, ApiError> {
-        self.tokenizer.as_ref().ok_or_else(|| GenerationError::NoTokenizer.into())
+        self.model.tokenizer().ok_or_else(|| GenerationError::NoTokenizer.into())
+    }
+
+    /// The tokens that end an answer.
+    fn end(&self) -> &BTreeSet<u32> {
+        self.model.recommended().1.eos()
     }
 
     /// The prompt of a conversation as text.
@@ -157,15 +144,15 @@ impl Served {
 
     /// Refuses a text that cannot fit into the context, before a tokenizer spends seconds and gigabytes on it.
     fn check_size(&self, bytes: usize) -> Result<(), ApiError> {
-        let Some(tokenizer) = &self.tokenizer else { return Ok(()) };
+        let Some(tokenizer) = self.model.tokenizer() else { return Ok(()) };
         let longest = *self.longest_token.get_or_init(|| {
-            let ids = 0..u32::try_from(self.vocab_size).unwrap_or(u32::MAX);
+            let ids = 0..u32::try_from(self.model.vocab_size()).unwrap_or(u32::MAX);
             ids.filter_map(|id| Some(tokenizer.token_text(id)?.len())).max().unwrap_or(1).max(1)
         });
         // Tokenizers may fold several bytes into one before they look for tokens.
         let fewest = bytes / longest / 4;
-        match fewest > self.context {
-            true => Err(GenerationError::PromptTooLong { prompt: fewest, context: self.context }.into()),
+        match fewest > self.context() {
+            true => Err(GenerationError::PromptTooLong { prompt: fewest, context: self.context() }.into()),
             false => Ok(()),
         }
     }
@@ -177,8 +164,8 @@ impl Served {
     pub fn encode(&self, ask: &Ask) -> Result<Encoded, ApiError> {
         // Each message takes tokens of its own.
         let messages = ask.messages();
-        if messages > self.context {
-            return Err(GenerationError::PromptTooLong { prompt: messages, context: self.context }.into());
+        if messages > self.context() {
+            return Err(GenerationError::PromptTooLong { prompt: messages, context: self.context() }.into());
         }
         self.check_size(ask.text_bytes())?;
         match &ask.input {
@@ -218,7 +205,7 @@ impl Served {
     pub fn start(self: &Arc<Self>, ask: &Ask, forced: Option<&Form>, live: &Live) -> Result<Vec<Answer>, ApiError> {
         ask.settings.check()?;
         let encoded = self.encode(ask)?;
-        let room = (self.context + 1).saturating_sub(encoded.ids.len());
+        let room = (self.context() + 1).saturating_sub(encoded.ids.len());
         let max_tokens = ask.settings.max_tokens.unwrap_or(room).min(room);
         let grammar = match forced {
             Some(form) => Some(self.compile(form, "model")?),
@@ -249,7 +236,7 @@ impl Served {
                 ..usual
             };
             let parser = is_chat.then(|| self.dialect.parser(&encoded.tail, &tools));
-            let reading = Reading { parser, strings, tokenizer: self.tokenizer.clone() };
+            let reading = Reading { parser, strings, tokenizer: self.model.tokenizer().cloned() };
             answers.push(Answer::start(Arc::clone(self), request, reading, ask, live)?);
         }
         Ok(answers)
@@ -268,7 +255,7 @@ impl Served {
     /// Where later prompts may part from this one: before the control tokens at its end. They begin the answer's own message, or its
     /// thinking, which many templates drop later.
     fn marks(&self, ids: &[u32]) -> Vec<usize> {
-        let Some(tokenizer) = &self.tokenizer else { return Vec::new() };
+        let Some(tokenizer) = self.model.tokenizer() else { return Vec::new() };
         let positions = (1..ids.len()).rev().filter(|&at| tokenizer.is_control(ids[at]));
         let mut marks: Vec<usize> = positions.take(MARKS).collect();
         marks.reverse();
@@ -279,15 +266,15 @@ impl Served {
     /// thinking or calls.
     fn stops(&self, strings: &[String], is_chat: bool) -> Result<(StopCondition, StopCondition), ApiError> {
         let wrong = |error: sluice_text::TextError| ApiError::field("stop", error.to_string());
-        let end = self.end.iter().copied();
+        let end = self.end().iter().copied();
         if !is_chat {
             let none = StopCondition::default();
             return Ok((StopCondition::new(end, strings.to_vec()).map_err(wrong)?, none));
         }
         // A special token is not part of the text, but clients name it to stop there.
         let special = |text: &String| {
-            let id = self.tokenizer.as_ref()?.token_id(text)?;
-            self.tokenizer.as_ref()?.is_special(id).then_some(id)
+            let id = self.model.tokenizer()?.token_id(text)?;
+            self.model.tokenizer()?.is_special(id).then_some(id)
         };
         let tokens = strings.iter().filter_map(special);
         let stop = StopCondition::new(end.chain(tokens), Vec::new()).map_err(wrong)?;
@@ -334,9 +321,10 @@ impl Served {
     /// What is not supported, under the name of the field that asked for it.
     pub fn compile(&self, form: &Form, field: &'static str) -> Result<Grammar, ApiError> {
         let tokenizer = self.tokenizer()?;
-        let vocabulary = self
-            .vocabulary
-            .get_or_init(|| Vocabulary::new(tokenizer, self.vocab_size, &self.end).map_err(|error| error.to_string()));
+        let vocabulary = self.vocabulary.get_or_init(|| {
+            let end: Vec<u32> = self.end().iter().copied().collect();
+            Vocabulary::new(tokenizer, self.model.vocab_size(), &end).map_err(|error| error.to_string())
+        });
         let vocabulary = vocabulary.as_ref().map_err(|error| ApiError::new(Kind::NotImplemented, error.clone()))?;
         Grammar::compile(vocabulary, form).map_err(|error| ApiError::field(field, error.to_string()))
     }
