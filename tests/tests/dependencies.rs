@@ -9,7 +9,7 @@ fn root() -> PathBuf {
 }
 
 /// Crates of this workspace, by folder, and those that each may use outside its own tests.
-const CRATES: [(&str, &[&str]); 14] = [
+const CRATES: [(&str, &[&str]); 15] = [
     ("checksum", &[]),
     ("format", &["checksum"]),
     ("kernels", &[]),
@@ -23,7 +23,8 @@ const CRATES: [(&str, &[&str]); 14] = [
     ("runtime/dialect", &["text"]),
     ("lab", &["model", "storage", "format", "kernels"]),
     ("server", &["dialect", "format", "generate", "grammar", "model", "sessions", "text"]),
-    ("cli", &["converter", "generate", "lab", "model", "server", "storage", "text", "format", "kernels"]),
+    ("hub", &["converter", "format"]),
+    ("cli", &["converter", "generate", "hub", "lab", "model", "server", "storage", "text", "format", "kernels"]),
 ];
 
 /// Inside a crate: modules, and those above them, which they may not use. Whatever a crate root re-exports counts as its module.
