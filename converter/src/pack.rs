@@ -39,21 +39,6 @@ pub(crate) struct Outcome {
     pub(crate) errors: Vec<ErrorSums>,
 }
 
-/// The kernels' name of a weight type. The two crates do not know each other; a test compares their sizes.
-pub(crate) fn kernel_type(ty: WeightType) -> kernels::WeightType {
-    match ty {
-        WeightType::F32 => kernels::WeightType::F32,
-        WeightType::F16 => kernels::WeightType::F16,
-        WeightType::Bf16 => kernels::WeightType::Bf16,
-        WeightType::Fp8 => kernels::WeightType::Fp8,
-        WeightType::Q8 => kernels::WeightType::Q8,
-        WeightType::Int4 => kernels::WeightType::Int4,
-        WeightType::Mxfp4 => kernels::WeightType::Mxfp4,
-        WeightType::Q4 => kernels::WeightType::Q4,
-        WeightType::Q3 => kernels::WeightType::Q3,
-    }
-}
-
 /// The state of one thread: buffers that are reused from extent to extent.
 pub(crate) struct Packer<'a> {
     plan: &'a Plan,
@@ -223,11 +208,11 @@ impl<'a> Packer<'a> {
                         kernels::pack_row_group_fp8(codes, n, rows.cols, scales, out);
                     }
                     None => {
-                        kernels::pack_row_group_weighted(kernel_type(ty), values, n, rows.cols, importance, out);
+                        kernels::pack_row_group_weighted(ty, values, n, rows.cols, importance, out);
                     }
                 }
                 if lossy {
-                    let matrix = kernels::Matrix::new(kernel_type(ty), n, rows.cols, out);
+                    let matrix = kernels::Matrix::new(ty, n, rows.cols, out);
                     let stored = kernels::unpack(matrix.expect("the slot has a row group's length"));
                     values.iter().zip(&stored).for_each(|(&value, &stored)| job.sums.add(value, stored));
                     if ty == WeightType::Q8 {
@@ -307,22 +292,6 @@ fn blocks(tensor: &TensorPlan) -> impl Iterator<Item = Rows> + use<> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Format and kernels each know the size of a matrix and must agree.
-    #[test]
-    fn format_and_kernels_agree_on_every_size() {
-        assert_eq!(kernels::WeightType::ALL.len(), WeightType::ALL.len());
-        let cols = (0..300).chain([511, 512, 7168, 18432, usize::MAX / 40, usize::MAX / 3, usize::MAX]);
-        for cols in cols {
-            for ty in WeightType::ALL {
-                assert_eq!(ty.row_group_len(cols), kernels::row_group_len(kernel_type(ty), cols), "{ty} {cols}");
-                for rows in [0, 1, 7, 8, 9, 576, usize::MAX] {
-                    let ours = ty.matrix_len(rows, cols);
-                    assert_eq!(ours, kernels::packed_len(kernel_type(ty), rows, cols), "{ty} {rows} {cols}");
-                }
-            }
-        }
-    }
 
     #[test]
     fn blocks_cover_every_row_once_in_whole_groups() {
