@@ -285,7 +285,11 @@ impl Client {
                 return Err(wrong(format!("it states a length of {total}, and before of {}", wanted.size)));
             }
             if first != *next || last >= end || last < first {
-                return Err(wrong(format!("it sends bytes {first} to {last} where {} to {} were asked for", *next, end - 1)));
+                return Err(wrong(format!(
+                    "it sends bytes {first} to {last} where {} to {} were asked for",
+                    *next,
+                    end - 1
+                )));
             }
             last + 1 - first
         } else if whole || *next == 0 {
@@ -336,12 +340,9 @@ impl Client {
         let pause = lock(&self.not_before).and_then(|then| then.checked_duration_since(Instant::now()));
         pause.into_iter().for_each(sleep);
         let mut linked = Linked::default();
-        let mut place = match range {
-            Some(_) => lock(&self.places).get(url).cloned(),
-            None => None,
-        };
-        let from_memory = place.is_some();
-        let mut place = place.take().unwrap_or_else(|| url.to_owned());
+        let known = range.and_then(|_| lock(&self.places).get(url).cloned());
+        let from_memory = known.is_some();
+        let mut place = known.unwrap_or_else(|| url.to_owned());
         for _ in 0..=REDIRECTS {
             let response = self.send(method, &place, range)?;
             let (status, headers) = (response.status(), response.headers().clone());
@@ -362,13 +363,12 @@ impl Client {
                 }
                 return Ok(Reply { body: response.into_body(), status, headers, linked });
             }
-            if from_memory && status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS {
+            // Addresses of bytes are valid for a while: the hub gives a new one.
+            if !self.is_hub(&place) && status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS {
                 lock(&self.places).remove(url);
-                return Err(Trouble::Passing {
-                    problem: format!("the address of `{}` is no longer valid ({status})", question.what),
-                    pause: Some(Duration::ZERO),
-                    busy: false,
-                });
+                let pause = from_memory.then_some(Duration::ZERO);
+                let problem = format!("the host that has the bytes refuses them ({status})");
+                return Err(Trouble::Passing { problem, pause, busy: false });
             }
             return Err(self.refusal(&place, status, &headers, question));
         }
@@ -378,7 +378,12 @@ impl Client {
         }))
     }
 
-    fn send(&self, method: &str, url: &str, range: Option<(u64, u64)>) -> Result<ureq::http::Response<ureq::Body>, Trouble> {
+    fn send(
+        &self,
+        method: &str,
+        url: &str,
+        range: Option<(u64, u64)>,
+    ) -> Result<ureq::http::Response<ureq::Body>, Trouble> {
         let mut request = ureq::http::Request::builder().method(method).uri(url);
         if let Some(token) = self.settings.token.as_ref().filter(|_| self.is_hub(url)) {
             request = request.header("authorization", token.header());
@@ -400,7 +405,8 @@ impl Client {
 
     /// Where a redirect leads.
     fn target(&self, from: &str, headers: &HeaderMap) -> Result<String, Trouble> {
-        let wrong = |problem: &str| Trouble::Final(HubError::Protocol { url: from.to_owned(), problem: problem.to_owned() });
+        let wrong =
+            |problem: &str| Trouble::Final(HubError::Protocol { url: from.to_owned(), problem: problem.to_owned() });
         let to = headers.get("location").and_then(|v| v.to_str().ok()).unwrap_or_default();
         let target = if to.starts_with('/') && !to.starts_with("//") {
             format!("{}{to}", origin(from).ok_or_else(|| wrong("it is no address"))?)
@@ -428,9 +434,7 @@ impl Client {
         let has_token = self.settings.token.is_some();
         let said = if message.is_empty() { status.to_string() } else { format!("{status}: {message}") };
         let gated = code == "GatedRepo" || message.contains("gated") || message.contains("restricted");
-        let absent = |what: String, advice: &str| {
-            Trouble::Final(HubError::Absent { what, advice: advice.to_owned() })
-        };
+        let absent = |what: String, advice: &str| Trouble::Final(HubError::Absent { what, advice: advice.to_owned() });
         match status.as_u16() {
             401 | 403 if gated => Trouble::Final(HubError::Gated { page: self.page(&repo), repo, has_token }),
             401 if !has_token => Trouble::Final(HubError::NoToken { repo }),
@@ -440,7 +444,11 @@ impl Client {
             }
             404 | 410 if code == "RepoNotFound" => absent(format!("the model {repo}"), ". Check its name"),
             404 | 410 => absent(question.what.to_owned(), ". Check names and revision"),
-            429 => Trouble::Passing { problem: said, pause: Some(asked_pause(headers).unwrap_or(Duration::from_secs(1))), busy: true },
+            429 => Trouble::Passing {
+                problem: said,
+                pause: Some(asked_pause(headers).unwrap_or(Duration::from_secs(1))),
+                busy: true,
+            },
             408 | 416 | 425 | 500..=599 => Trouble::Passing { problem: said, pause: asked_pause(headers), busy: false },
             _ => Trouble::Final(HubError::Protocol { url: url.to_owned(), problem: format!("it answers {said}") }),
         }
@@ -566,7 +574,10 @@ mod tests {
             assert_eq!(content_range(text), None, "{text}");
         }
         let headers = |name: &'static str, value: &'static str| {
-            HeaderMap::from_iter([(ureq::http::HeaderName::from_static(name), ureq::http::HeaderValue::from_static(value))])
+            HeaderMap::from_iter([(
+                ureq::http::HeaderName::from_static(name),
+                ureq::http::HeaderValue::from_static(value),
+            )])
         };
         let next = headers("link", "<https://x/y?cursor=1>; rel=\"next\"");
         assert_eq!(next_page(&next).as_deref(), Some("https://x/y?cursor=1"));

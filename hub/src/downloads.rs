@@ -384,10 +384,12 @@ mod tests {
 
     /// Who would wait for files that nobody sends.
     fn shared(needs: &[(usize, usize)], window: usize) -> Shared {
-        let settings = Settings { endpoint: "http://127.0.0.1:1".into(), token: None, offline: true, certificates: None };
+        let settings =
+            Settings { endpoint: "http://127.0.0.1:1".into(), token: None, offline: true, certificates: None };
         let client = Client::with_patience(settings, Patience::default(), None).unwrap();
         let remote = RemoteFile { path: String::new(), size: 1, digest: Digest::Git([0; 20]) };
-        let target = |&(first, last): &(usize, usize)| Target { remote: remote.clone(), path: PathBuf::new(), first, last };
+        let target =
+            |&(first, last): &(usize, usize)| Target { remote: remote.clone(), path: PathBuf::new(), first, last };
         let targets: Vec<Target> = needs.iter().map(target).collect();
         let entries = targets.iter().map(|_| Entry::Waiting).collect();
         Shared {

@@ -76,7 +76,9 @@ pub enum HubError {
         advice: String,
     },
     /// The hub wants fewer requests, and waiting as long as it asks has not helped.
-    #[error("{url}: the hub refuses further requests for now ({problem}). Run the same command again later: it goes on")]
+    #[error(
+        "{url}: the hub refuses further requests for now ({problem}). Run the same command again later: it goes on"
+    )]
     Busy {
         /// The address.
         url: String,
@@ -118,7 +120,9 @@ pub enum HubError {
         attempts: u32,
     },
     /// A name that the hub gives a file cannot be the name of a file here.
-    #[error("{repo}: the hub names a file {file:?}, which would lie outside the folder of the download. Nothing was written")]
+    #[error(
+        "{repo}: the hub names a file {file:?}, which would lie outside the folder of the download. Nothing was written"
+    )]
     StrangeName {
         /// The repository.
         repo: String,

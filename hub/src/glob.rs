@@ -64,11 +64,30 @@ mod tests {
 
     #[test]
     fn patterns_match_as_shells_do() {
-        let yes = [("*.json", "config.json"), ("*", ""), ("a*b*c", "aXbYbZc"), ("*.gguf", "Q4/x.gguf"), ("?.[jt]*", "a.txt"), ("[a-c]x", "bx"), ("[!a]x", "bx"), ("[", "["), ("**", "x"), ("a]", "a]")];
+        let yes = [
+            ("*.json", "config.json"),
+            ("*", ""),
+            ("a*b*c", "aXbYbZc"),
+            ("*.gguf", "Q4/x.gguf"),
+            ("?.[jt]*", "a.txt"),
+            ("[a-c]x", "bx"),
+            ("[!a]x", "bx"),
+            ("[", "["),
+            ("**", "x"),
+            ("a]", "a]"),
+        ];
         for (pattern, path) in yes {
             assert!(matches(pattern, path), "{pattern} {path}");
         }
-        let no = [("*.json", "config.jsonl"), ("", "x"), ("a*b", "ac"), ("?", ""), ("[!a]x", "ax"), ("[a-c]", "d"), ("ab", "a")];
+        let no = [
+            ("*.json", "config.jsonl"),
+            ("", "x"),
+            ("a*b", "ac"),
+            ("?", ""),
+            ("[!a]x", "ax"),
+            ("[a-c]", "d"),
+            ("ab", "a"),
+        ];
         for (pattern, path) in no {
             assert!(!matches(pattern, path), "{pattern} {path}");
         }

@@ -10,12 +10,16 @@
 //! | `pieces`, `downloads` | files in pieces over several connections, verified and resumable |
 //! | `select`, `glob` | which files are meant |
 //! | `pin`, `pull` | a repository becomes a folder |
+//! | [`mod@models`] | the folder of models |
+//! | `source`, `convert` | a repository becomes a model file |
 
 mod client;
+mod convert;
 mod digest;
 mod downloads;
 mod error;
 pub mod glob;
+pub mod models;
 mod name;
 mod pieces;
 mod pin;
@@ -23,8 +27,10 @@ mod pull;
 mod select;
 mod settings;
 mod snapshot;
+mod source;
 
 pub use client::{Client, Notice, Patience};
+pub use convert::{HubConversion, Needs};
 pub use digest::Digest;
 pub use downloads::Observer;
 pub use error::HubError;

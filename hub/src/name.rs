@@ -64,7 +64,9 @@ impl FromStr for Reference {
             return Err(wrong("it has more than one `/`"));
         }
         if !segments.iter().all(|segment| is_segment(segment)) {
-            return Err(wrong("owner and name are letters, digits, `-`, `_` and `.`, and begin and end with none of the last"));
+            return Err(wrong(
+                "owner and name are letters, digits, `-`, `_` and `.`, and begin and end with none of the last",
+            ));
         }
         if revision.is_some_and(|revision| !is_revision(revision)) {
             return Err(wrong("what follows `@` is no revision"));
@@ -90,7 +92,11 @@ impl fmt::Display for Reference {
 fn is_segment(text: &str) -> bool {
     let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
     let edge = |c: char| matches!(c, '.' | '-');
-    plain && (1..=LONGEST).contains(&text.len()) && !text.starts_with(edge) && !text.ends_with(edge) && !text.contains("..")
+    plain
+        && (1..=LONGEST).contains(&text.len())
+        && !text.starts_with(edge)
+        && !text.ends_with(edge)
+        && !text.contains("..")
 }
 
 fn is_revision(text: &str) -> bool {
@@ -129,7 +135,10 @@ mod tests {
     #[test]
     fn names_are_read_and_written() {
         let full: Reference = "hf:deepseek-ai/DeepSeek-R1@refs/pr/7:Q4_K_M".parse().unwrap();
-        assert_eq!((full.repo.as_str(), full.revision(), full.part.as_deref()), ("deepseek-ai/DeepSeek-R1", "refs/pr/7", Some("Q4_K_M")));
+        assert_eq!(
+            (full.repo.as_str(), full.revision(), full.part.as_deref()),
+            ("deepseek-ai/DeepSeek-R1", "refs/pr/7", Some("Q4_K_M"))
+        );
         assert_eq!(full.short_name(), "DeepSeek-R1");
         assert_eq!(full.to_string(), "hf:deepseek-ai/DeepSeek-R1@refs/pr/7:Q4_K_M");
         let short: Reference = "gpt2".parse().unwrap();
@@ -140,7 +149,10 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused() {
-        for text in ["", "hf:", "a/b/c", "../etc", "a/..", "a/b@", "a/b@x y", "a/b:", "a/.b", "/b", "a/", "a b/c", "a/b@../c", "-a/b"] {
+        for text in [
+            "", "hf:", "a/b/c", "../etc", "a/..", "a/b@", "a/b@x y", "a/b:", "a/.b", "/b", "a/", "a b/c", "a/b@../c",
+            "-a/b",
+        ] {
             assert!(matches!(text.parse::<Reference>(), Err(HubError::Name { .. })), "{text:?}");
         }
     }

@@ -39,7 +39,12 @@ impl Pull {
     ///
     /// # Errors
     /// [`HubError`].
-    pub fn prepare(client: Arc<Client>, reference: &Reference, folder: &Path, filter: &Filter) -> Result<Self, HubError> {
+    pub fn prepare(
+        client: Arc<Client>,
+        reference: &Reference,
+        folder: &Path,
+        filter: &Filter,
+    ) -> Result<Self, HubError> {
         fs::create_dir_all(folder).map_err(HubError::io(folder, "create it"))?;
         let revision = reference.revision().to_owned();
         let (mut pin, pinned) = Pin::open(&folder.join(PIN), &reference.repo, &revision)?;
@@ -115,8 +120,11 @@ impl Pull {
         };
         let needed = self.files.iter().map(|file| file.size - occupied(file)).sum();
         check_space(&self.folder, needed)?;
-        let target = |(i, file): (usize, &RemoteFile)| {
-            Target { remote: file.clone(), path: self.folder.join(&file.path), first: i, last: i }
+        let target = |(i, file): (usize, &RemoteFile)| Target {
+            remote: file.clone(),
+            path: self.folder.join(&file.path),
+            first: i,
+            last: i,
         };
         let targets: Vec<Target> = self.files.iter().enumerate().map(target).collect();
         let count = targets.len();
@@ -171,9 +179,7 @@ pub fn free_space(folder: &Path) -> Option<u64> {
 /// Refuses to begin what the drive has no room for.
 pub(crate) fn check_space(folder: &Path, needed: u64) -> Result<(), HubError> {
     match free_space(folder) {
-        Some(available) if available < needed => {
-            Err(HubError::NoSpace { path: folder.to_owned(), needed, available })
-        }
+        Some(available) if available < needed => Err(HubError::NoSpace { path: folder.to_owned(), needed, available }),
         _ => Ok(()),
     }
 }

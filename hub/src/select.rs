@@ -9,8 +9,20 @@ use crate::snapshot::{RemoteFile, Snapshot};
 
 /// Forms of weights that nothing here reads, or that repeat what safetensors files hold.
 const OTHER_WEIGHTS: [&str; 14] = [
-    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.ot", "*.mlmodel",
-    "*.npz", "original/*",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.onnx_data",
+    "*.gguf",
+    "*.tflite",
+    "*.ot",
+    "*.mlmodel",
+    "*.npz",
+    "original/*",
 ];
 /// Most models that a message lists.
 const LISTED: usize = 40;
@@ -35,12 +47,21 @@ pub fn form(snapshot: &Snapshot, reference: &Reference) -> Result<Form, HubError
         (true, true) if reference.part.is_some() => Ok(Form::Gguf),
         (true, _) => match &reference.part {
             None => Ok(Form::Safetensors),
-            Some(part) => Err(selection(snapshot, format!("`:{part}` names one of several GGUF files, and there are none. Leave it out"))),
+            Some(part) => Err(selection(
+                snapshot,
+                format!("`:{part}` names one of several GGUF files, and there are none. Leave it out"),
+            )),
         },
         (false, true) => Ok(Form::Gguf),
         (false, false) => {
-            let (found, advice) = if ["*.bin", "*.pt", "*.pth"].iter().any(|p| snapshot.files.iter().any(|f| glob::matches(p, &f.path))) {
-                ("only weights as PyTorch pickles them", "Look for a repository of the same model with safetensors or GGUF files")
+            let (found, advice) = if ["*.bin", "*.pt", "*.pth"]
+                .iter()
+                .any(|p| snapshot.files.iter().any(|f| glob::matches(p, &f.path)))
+            {
+                (
+                    "only weights as PyTorch pickles them",
+                    "Look for a repository of the same model with safetensors or GGUF files",
+                )
             } else {
                 ("no weights", "Check its name")
             };
@@ -68,7 +89,11 @@ pub fn gguf_files<'s>(snapshot: &'s Snapshot, part: Option<&str>) -> Result<Vec<
     };
     // Unsloth's dynamic quantisations are beside plain ones of the same name.
     if let Some(part) = part.filter(|part| chosen.len() > 1 && !part.to_uppercase().contains("UD-")) {
-        let plain: Vec<&String> = chosen.iter().filter(|key| !key.to_uppercase().contains(&format!("UD-{}", part.to_uppercase()))).copied().collect();
+        let plain: Vec<&String> = chosen
+            .iter()
+            .filter(|key| !key.to_uppercase().contains(&format!("UD-{}", part.to_uppercase())))
+            .copied()
+            .collect();
         if plain.len() == 1 {
             chosen = plain;
         }
@@ -88,13 +113,15 @@ pub fn gguf_files<'s>(snapshot: &'s Snapshot, part: Option<&str>) -> Result<Vec<
         (Some(part), true) => format!("no model in it is called `{part}`"),
         _ => "several models are in it".into(),
     };
-    let problem = format!("{said}. Say which, as hf:{}:QUANT or hf:{}:FILE.gguf, of{lines}{more}", snapshot.repo, snapshot.repo);
+    let problem =
+        format!("{said}. Say which, as hf:{}:QUANT or hf:{}:FILE.gguf, of{lines}{more}", snapshot.repo, snapshot.repo);
     Err(selection(snapshot, problem))
 }
 
 /// Models that a file's path, its name, or the name of a quantisation means.
 fn named<'m>(models: &'m BTreeMap<String, Vec<&RemoteFile>>, part: &str) -> Vec<&'m String> {
-    let exact = |(_, files): &(&String, &Vec<&RemoteFile>)| files.iter().any(|f| f.path == part || base_name(&f.path) == part);
+    let exact =
+        |(_, files): &(&String, &Vec<&RemoteFile>)| files.iter().any(|f| f.path == part || base_name(&f.path) == part);
     let found: Vec<&String> = models.iter().filter(exact).map(|(key, _)| key).collect();
     if !found.is_empty() {
         return found;
@@ -106,9 +133,8 @@ fn named<'m>(models: &'m BTreeMap<String, Vec<&RemoteFile>>, part: &str) -> Vec<
 fn has_word(path: &str, word: &str) -> bool {
     let (path, word) = (path.to_lowercase(), word.to_lowercase());
     let is_end = |c: Option<char>| c.is_none_or(|c| !c.is_alphanumeric() && c != '_');
-    path.match_indices(&word).any(|(at, found)| {
-        is_end(path[..at].chars().next_back()) && is_end(path[at + found.len()..].chars().next())
-    })
+    path.match_indices(&word)
+        .any(|(at, found)| is_end(path[..at].chars().next_back()) && is_end(path[at + found.len()..].chars().next()))
 }
 
 /// The last segment of a path.
@@ -182,8 +208,10 @@ mod tests {
     use crate::digest::Digest;
 
     fn snapshot(paths: &[&str]) -> Snapshot {
-        let mut files: Vec<RemoteFile> =
-            paths.iter().map(|path| RemoteFile { path: (*path).into(), size: 1, digest: Digest::Git([0; 20]) }).collect();
+        let mut files: Vec<RemoteFile> = paths
+            .iter()
+            .map(|path| RemoteFile { path: (*path).into(), size: 1, digest: Digest::Git([0; 20]) })
+            .collect();
         files.sort_by(|a, b| a.path.cmp(&b.path));
         Snapshot { repo: "a/b".into(), commit: "0".repeat(40), files }
     }
@@ -199,8 +227,14 @@ mod tests {
     #[test]
     fn a_quantisation_names_its_files() {
         let s = snapshot(&[
-            "m-Q4_K_M.gguf", "m-UD-Q4_K_M.gguf", "m-Q4_K_S.gguf", "IQ2_XS/m-IQ2_XS-00001-of-00002.gguf", "IQ2_XS/m-IQ2_XS-00002-of-00002.gguf",
-            "mmproj-F16.gguf", "README.md", "m-BF16.gguf",
+            "m-Q4_K_M.gguf",
+            "m-UD-Q4_K_M.gguf",
+            "m-Q4_K_S.gguf",
+            "IQ2_XS/m-IQ2_XS-00001-of-00002.gguf",
+            "IQ2_XS/m-IQ2_XS-00002-of-00002.gguf",
+            "mmproj-F16.gguf",
+            "README.md",
+            "m-BF16.gguf",
         ]);
         let of = |part: &str| gguf_files(&s, Some(part)).map(|files| names(&files));
         assert_eq!(of("Q4_K_M").unwrap(), ["m-Q4_K_M.gguf"]);
@@ -211,20 +245,37 @@ mod tests {
         assert_eq!(of("m-IQ2_XS-00001-of-00002.gguf").unwrap(), split);
         assert_eq!(of("F16").unwrap_err().to_string().matches(".gguf").count(), 6);
         let error = gguf_files(&s, None).unwrap_err().to_string();
-        assert!(error.contains("several models") && error.contains("m-BF16.gguf") && !error.contains("mmproj"), "{error}");
-        assert_eq!(names(&to_pull(&s, &reference("a/b:BF16"), &Filter::default()).unwrap().0), ["README.md", "m-BF16.gguf"]);
+        assert!(
+            error.contains("several models") && error.contains("m-BF16.gguf") && !error.contains("mmproj"),
+            "{error}"
+        );
+        assert_eq!(
+            names(&to_pull(&s, &reference("a/b:BF16"), &Filter::default()).unwrap().0),
+            ["README.md", "m-BF16.gguf"]
+        );
     }
 
     #[test]
     fn a_download_takes_what_a_conversion_needs() {
-        let all = ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "original/params.json", "pytorch_model.bin", "tokenizer.json", "README.md"];
+        let all = [
+            "config.json",
+            "model-00001-of-00001.safetensors",
+            "model.safetensors.index.json",
+            "original/params.json",
+            "pytorch_model.bin",
+            "tokenizer.json",
+            "README.md",
+        ];
         let s = snapshot(&all);
         let (taken, left) = to_pull(&s, &reference("a/b"), &Filter::default()).unwrap();
         assert_eq!(names(&left), ["original/params.json", "pytorch_model.bin"]);
         assert_eq!(taken.len() + left.len(), all.len());
         let filter = Filter { include: vec!["*.json".into()], exclude: vec!["original/*".into()] };
         let (taken, left) = to_pull(&s, &reference("a/b"), &filter).unwrap();
-        assert_eq!((names(&taken), left.len()), (vec!["config.json".into(), "model.safetensors.index.json".into(), "tokenizer.json".into()], 0));
+        assert_eq!(
+            (names(&taken), left.len()),
+            (vec!["config.json".into(), "model.safetensors.index.json".into(), "tokenizer.json".into()], 0)
+        );
         let nothing = Filter { include: vec!["x".into()], exclude: Vec::new() };
         assert!(to_pull(&s, &reference("a/b"), &nothing).is_err());
         assert_eq!(to_pull(&snapshot(&["README.md"]), &reference("a/b"), &Filter::default()).unwrap().0.len(), 1);

@@ -63,11 +63,15 @@ impl Settings {
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| HUB.to_owned());
         let endpoint = endpoint.trim().trim_end_matches('/').to_owned();
         let host = endpoint.strip_prefix("https://").or_else(|| endpoint.strip_prefix("http://"));
-        if host.is_none_or(|host| host.is_empty() || host.contains(|c: char| c.is_whitespace() || matches!(c, '?' | '#' | '@'))) {
+        if host.is_none_or(|host| {
+            host.is_empty() || host.contains(|c: char| c.is_whitespace() || matches!(c, '?' | '#' | '@'))
+        }) {
             let problem = format!("{endpoint:?} is no address. It begins with https:// or http:// and a name");
             return Err(HubError::Setting { variable: "HF_ENDPOINT", problem });
         }
-        let is_set = |name| variable(name).is_some_and(|v| matches!(v.trim().to_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"));
+        let is_set = |name| {
+            variable(name).is_some_and(|v| matches!(v.trim().to_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
+        };
         Ok(Settings {
             endpoint,
             token: token(variable)?,
@@ -119,7 +123,8 @@ mod tests {
     fn the_environment_is_read_as_the_hub_s_programs_read_it() {
         let none = settings(&[]).unwrap();
         assert_eq!((none.endpoint.as_str(), none.token, none.offline), (HUB, None, false));
-        let s = settings(&[("HF_ENDPOINT", "http://127.0.0.1:8/"), ("HF_TOKEN", " hf_x\n"), ("HF_HUB_OFFLINE", "yes")]).unwrap();
+        let s = settings(&[("HF_ENDPOINT", "http://127.0.0.1:8/"), ("HF_TOKEN", " hf_x\n"), ("HF_HUB_OFFLINE", "yes")])
+            .unwrap();
         assert_eq!((s.endpoint.as_str(), s.token, s.offline), ("http://127.0.0.1:8", Token::new("hf_x"), true));
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");

@@ -98,8 +98,10 @@ impl Client {
         let url = format!("{}/api/models/{repo}/revision/{}", self.settings().endpoint, escaped(revision));
         let (info, _) = self.json(&url, question)?;
         let wrong = |problem: String| HubError::Protocol { url: url.clone(), problem };
-        let info: Info = serde_json::from_value(info).map_err(|e| wrong(format!("its answer is not understood ({e})")))?;
-        let commit = info.sha.filter(|sha| (40..=64).contains(&sha.len()) && sha.bytes().all(|b| b.is_ascii_hexdigit()));
+        let info: Info =
+            serde_json::from_value(info).map_err(|e| wrong(format!("its answer is not understood ({e})")))?;
+        let commit =
+            info.sha.filter(|sha| (40..=64).contains(&sha.len()) && sha.bytes().all(|b| b.is_ascii_hexdigit()));
         Ok((commit.ok_or_else(|| wrong("its answer names no commit".into()))?, info.siblings))
     }
 

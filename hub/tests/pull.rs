@@ -14,7 +14,8 @@ use sluice_hub::{Filter, HubError, Observer, Pull, Reference};
 fn files(seed: u64) -> Files {
     let texts = ["config.json", "tokenizer.json", "README.md", "sub/notes.txt"];
     let texts = texts.map(|name| (name.to_owned(), format!("{{\"{name}\": {seed}}}").into_bytes()));
-    let shards = (1..=3).map(|n| (format!("model-0000{n}-of-00003.safetensors"), noise(3_000_000 + n * 1001, seed + n as u64)));
+    let shards =
+        (1..=3).map(|n| (format!("model-0000{n}-of-00003.safetensors"), noise(3_000_000 + n * 1001, seed + n as u64)));
     texts.into_iter().chain(shards).chain([("empty".to_owned(), Vec::new())]).collect()
 }
 

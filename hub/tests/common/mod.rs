@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "not every test uses everything")]
 
 pub mod server;
+pub mod shards;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -345,10 +345,18 @@ fn hub(shared: &Shared, request: &Request) -> Answer {
             let entries: Vec<String> = files.iter().skip(start).take(PAGE).map(|(p, b)| entry(p, b)).collect();
             let mut headers = Vec::new();
             if start + PAGE < files.len() {
-                let next = format!("<https://elsewhere.example{}?recursive=true&cursor={}>; rel=\"next\"", request.path, start + PAGE);
+                let next = format!(
+                    "<https://elsewhere.example{}?recursive=true&cursor={}>; rel=\"next\"",
+                    request.path,
+                    start + PAGE
+                );
                 headers.push(("Link", next));
             }
-            answer(200, headers, format!("[{{\"type\":\"directory\",\"path\":\"x\",\"oid\":\"\"}},{}]", entries.join(",")))
+            answer(
+                200,
+                headers,
+                format!("[{{\"type\":\"directory\",\"path\":\"x\",\"oid\":\"\"}},{}]", entries.join(",")),
+            )
         }
         (false, "resolve") => {
             let (revision, path) = rest.split_once('/').unwrap_or_default();
