@@ -3,6 +3,13 @@
 mod points;
 #[rustfmt::skip]
 mod sets;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod unpack;
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) use points::{iq1, iq2s, iq2xs, iq2xxs, iq3s, iq3xxs};
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) use unpack::{Unpacked, unpack};
 
 use crate::matrix::{BLOCK, ROW_GROUP};
 use crate::scalar::Rows;

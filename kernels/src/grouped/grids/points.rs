@@ -12,6 +12,11 @@ pub(crate) struct Points4<const N: usize>([u32; N]);
 pub(crate) struct Points8<const N: usize>([u64; N]);
 
 impl<const N: usize> Points4<N> {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    pub(crate) fn words(&self) -> &[u32; N] {
+        &self.0
+    }
+
     fn new(set: &[u64], levels: [i8; 8]) -> Self {
         let mut points = [0; N];
         for (point, n) in points.iter_mut().zip(members(set)) {
@@ -27,6 +32,11 @@ impl<const N: usize> Points4<N> {
 }
 
 impl<const N: usize> Points8<N> {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    pub(crate) fn words(&self) -> &[u64; N] {
+        &self.0
+    }
+
     fn new(set: &[u64], levels: [i8; 3]) -> Self {
         let mut points = [0; N];
         for (point, n) in points.iter_mut().zip(members(set)) {
