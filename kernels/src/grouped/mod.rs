@@ -13,7 +13,7 @@
 //! `s[b mod 2] = fma(dot, A·xscale, s[b mod 2])` and, where the type has `B`, `s[b mod 2] = fma(isum·xscale, B, s[b mod 2])`
 //! with the exact sum of the block's int8 activations. The result is `s0 + s1`, times the row's factor.
 
-mod grids;
+pub(crate) mod grids;
 mod pack;
 mod scales;
 
