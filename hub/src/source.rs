@@ -166,11 +166,15 @@ impl Remote {
 
     /// Reads of a file that is here, or waits for it.
     fn read(&self, file: usize, at: u64, out: &mut [u8]) -> Result<(), HubError> {
-        let Some(running) = self.running.get() else { return self.peek(file, at, out) };
-        let Some(target) = running.targets[file] else {
+        let unexpected = || {
             let problem = format!("`{}` is read although nothing was to be read of it", self.files[file].name);
-            return Err(HubError::Selection { repo: self.snapshot.repo.clone(), problem });
+            HubError::Selection { repo: self.snapshot.repo.clone(), problem }
         };
+        let Some(running) = self.running.get() else {
+            // Once it has begun, ranges would be a slow way to the whole of it.
+            return if self.begun.load(Ordering::Acquire) { Err(unexpected()) } else { self.peek(file, at, out) };
+        };
+        let target = running.targets[file].ok_or_else(unexpected)?;
         let opened = match running.open[file].get() {
             Some(opened) => opened,
             None => {

@@ -107,15 +107,14 @@ pub trait Source: fmt::Debug + Send + Sync {
 
     /// Whether files are fetched one after the other. Extents are then made in the order in which their files come, and a file is
     /// released as soon as it can be.
-    fn is_fetched(&self) -> bool {
-        false
-    }
+    fn is_fetched(&self) -> bool;
 
     /// Which files will be read from here on, and when. Called once, before the first extent is made; nothing is read meanwhile.
-    fn schedule(&self, _uses: &[FileUse]) {}
+    fn schedule(&self, uses: &[FileUse]);
 
-    /// Nothing will be read of a file any more: all extents that need it are on the drive, and its digest is known.
-    fn release(&self, _file: usize) {}
+    /// Nothing will be read of a file any more: all extents that need it are on the drive, its digest is known, and the journal
+    /// says so. Only for a source that is fetched.
+    fn release(&self, file: usize);
 
     /// Whether stamps follow from the content alone, so that equal stamps need no proof by reading.
     fn is_content_addressed(&self) -> bool {
