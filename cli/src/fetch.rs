@@ -80,6 +80,10 @@ impl Bars {
 }
 
 impl Observer for Bars {
+    fn expects(&self, bytes: u64) {
+        self.download.set_length(bytes);
+    }
+
     fn arrived(&self, bytes: u64) {
         self.download.inc(bytes);
     }
@@ -162,7 +166,7 @@ impl Fetched {
 
     /// Refuses what the drive has no room for, and makes the folder for the downloads.
     pub(crate) fn begin(&self, plan: &Plan, dst: &Path) -> Result<(), CliError> {
-        let Needs { download, scratch, file, free } = self.hub.needs(plan, dst);
+        let Needs { scratch, file, free, .. } = self.hub.needs(plan, dst);
         // What an interrupted conversion has taken already is taken again.
         let taken = self.hub.taken(dst);
         if let Some(free) = free.filter(|free| free + taken < file + scratch) {
@@ -175,7 +179,6 @@ impl Fetched {
                 Bytes(free + taken)
             )));
         }
-        self.bars.download.set_length(download);
         self.hub.begin()?;
         Ok(())
     }

@@ -19,6 +19,8 @@ const ATTEMPTS: u32 = 3;
 
 /// Hears how downloads go. Called from several threads.
 pub trait Observer: Send + Sync {
+    /// So many bytes will be here in the end.
+    fn expects(&self, bytes: u64);
     /// So many more bytes of files are here, or have been found here.
     fn arrived(&self, bytes: u64);
     /// So many bytes that had arrived are of no use.
@@ -28,6 +30,7 @@ pub trait Observer: Send + Sync {
 }
 
 impl Observer for () {
+    fn expects(&self, _bytes: u64) {}
     fn arrived(&self, _bytes: u64) {}
     fn lost(&self, _bytes: u64) {}
     fn note(&self, _text: &str) {}
@@ -125,6 +128,7 @@ impl Downloads {
         targets: Vec<Target>,
         terms: Terms,
     ) -> Self {
+        observer.expects(targets.iter().map(|target| target.remote.size).sum());
         let mut order: Vec<usize> = (0..targets.len()).collect();
         order.sort_by_key(|&i| (targets[i].first, targets[i].last, i));
         let entries = targets.iter().map(|_| Entry::Waiting).collect();
