@@ -471,8 +471,8 @@ impl Attempts<'_> {
         let own = first_pause.saturating_mul(1 << (self.failed - 1).min(16)).min(longest_pause);
         // Not all threads at the same moment again.
         let own = own.mul_f64(0.75 + 0.5 * jitter());
-        let pause = pause.map_or(own, |asked| if busy { asked.max(own) } else { asked });
-        self.waited += pause;
+        let pause = pause.map_or(own, |asked| if busy { asked.max(own) } else { asked.min(longest_wait) });
+        self.waited = self.waited.saturating_add(pause);
         let url = self.url.clone();
         if busy && self.waited > longest_wait {
             return Err(HubError::Busy { url, problem });
