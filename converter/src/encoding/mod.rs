@@ -54,6 +54,11 @@ pub(crate) trait Encoding: fmt::Debug + Send + Sync {
     /// The type that holds codes and scales bit for bit; `None`: there is none, and f32 holds the values.
     fn carried(&self) -> Option<WeightType>;
 
+    /// Why there is no such type, for a note, where the form usually has one.
+    fn obstacle(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Whether that type can hold these elements of the tensor: its groups may not be cut. `shape` is batch, rows and columns.
     fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool;
 
