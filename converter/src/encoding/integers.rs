@@ -11,13 +11,11 @@ pub(super) fn resolve(checkpoint: &Checkpoint, shape: &[usize], parts: &Parts) -
     let (codes, scales) = (parts.tensors[0], parts.tensors[1]);
     let is_packed = parts.form == Form::PackedInt;
     let group = group_of(checkpoint, shape, scales, !is_packed)?;
-    let scale_type = ScaleType::wide(&checkpoint.tensors[scales].dtype)
-        .ok_or_else(|| dtype_error(checkpoint, scales, "BF16, F16, F32, and U8 or F8_E4M3 where the codes are floats"))?;
-    let (code, word) = if is_packed {
-        (packed_code(checkpoint, codes, shape), (4, "I32"))
-    } else {
-        (Code::Signed8, (1, "I8"))
-    };
+    let scale_type = ScaleType::wide(&checkpoint.tensors[scales].dtype).ok_or_else(|| {
+        dtype_error(checkpoint, scales, "BF16, F16, F32, and U8 or F8_E4M3 where the codes are floats")
+    })?;
+    let (code, word) =
+        if is_packed { (packed_code(checkpoint, codes, shape), (4, "I32")) } else { (Code::Signed8, (1, "I8")) };
     check_codes(checkpoint, shape, codes, code, word)?;
     Ok(Grouped { code, group, scales, scale_type, biases: None, global: None })
 }

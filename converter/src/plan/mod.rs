@@ -19,10 +19,10 @@ use sluice_format::{
     SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TensorRecord, WeightType,
 };
 
+use crate::encoding::Selection;
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
 use crate::options::Options;
-use crate::encoding::Selection;
 use crate::source::{self, CONFIG, Checkpoint, RowOrder, recognise, side_file};
 
 /// Name and version of this converter, part of every file that it writes.
