@@ -129,7 +129,7 @@ pub fn plan_source(source: Box<dyn source::Source>, options: &Options) -> Result
     of_checkpoint(source::open_source(source)?, options)
 }
 
-fn of_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Plan, ConvertError> {
+fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, ConvertError> {
     let config_bytes = checkpoint.source().text_file(CONFIG)?.ok_or_else(|| {
         let problem = recognise::no_config(&checkpoint.dir);
         ConvertError::NotACheckpoint { path: checkpoint.dir.clone(), problem }
@@ -139,6 +139,7 @@ fn of_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Plan, Conv
     let text = family::text(family, &config)?;
     let text = text.as_ref().unwrap_or(&config);
     let scheme = scheme::read(text, &config, &checkpoint)?;
+    checkpoint.has_zero_points = scheme.asymmetric;
     let spec = family::spec(family, text)?;
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
     let tied = inventory::Tied::read(text, &config)?;
