@@ -163,6 +163,7 @@ impl Kernels {
 
     /// Multiplies one or two adjacent row groups with up to [`tile_tokens`](Self::tile_tokens) tokens.
     pub(crate) fn tile(&self, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+        #[cfg(target_arch = "x86_64")]
         if matches!(w.ty(), WeightType::Grouped(_)) {
             return scalar_tile(w, x, shape, out);
         }
