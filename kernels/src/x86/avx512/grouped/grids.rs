@@ -7,7 +7,7 @@
 //! The 16-byte lanes of a vector hold two points of rows 0 to 7 each, in this order: points 0 and 1 of the first row group,
 //! points 0 and 1 of the second, points 2 and 3 of the first, points 2 and 3 of the second.
 
-use super::{Pair, load32x2};
+use super::super::{Pair, load16x2, load32x2};
 use crate::grouped::grids::digits::{self, Digits};
 use crate::grouped::grids::{IQ1_LEVELS, IQ2_LEVELS, IQ3S_LEVELS, IQ3XXS_LEVELS};
 use crate::x86::bytes;
@@ -269,7 +269,7 @@ const fn places(group: u8, point: u8, row: u8, at: u8) -> [u8; 64] {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn iq1s(a: &[u8], b: &[u8]) -> (Indices, __m512i) {
     let mut indices = low_bits(a, b);
-    let words = _mm512_castsi256_si512(super::load16x2(a, b, 32));
+    let words = _mm512_castsi256_si512(load16x2(a, b, 32));
     for bit in 0..3 {
         // Bits 3l to 3l + 3 of words of two bytes.
         let mut places = const { places(16, 0, 2, 0) };
@@ -290,7 +290,7 @@ fn iq1s(a: &[u8], b: &[u8]) -> (Indices, __m512i) {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn iq1m(a: &[u8], b: &[u8]) -> (Indices, __m512i) {
     let mut indices = low_bits(a, b);
-    let words = _mm512_castsi256_si512(super::load16x2(a, b, 32));
+    let words = _mm512_castsi256_si512(load16x2(a, b, 32));
     let mut places = const { places(16, 0, 1, 0) };
     for i in 0..64 {
         places[i] += LANES[i / 8].1 / 2 * 8;
@@ -356,4 +356,62 @@ fn load(from: &[u8; 64]) -> __m512i {
 fn load_words(from: &[u64; 8]) -> __m512i {
     // SAFETY: the reference covers the 64 bytes; the load has no alignment.
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matrix::{Group, WeightType};
+    use crate::x86::Avx512;
+    use crate::x86::avx2::grouped::grid_block;
+
+    const ALL: [Codes; 7] =
+        [Codes::Iq3s, Codes::Iq3xxs, Codes::Iq2s, Codes::Iq2xs, Codes::Iq2xxs, Codes::Iq1s, Codes::Iq1m];
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn compare(codes: Codes, records: &[Vec<u8>; 2]) {
+        let group = |values| Group { ty: WeightType::F32, scales: &[], values };
+        let pair = [group(&records[0][..]), group(&records[1][..])];
+        let mut out = [[_mm512_setzero_si512(); 8]; STRIP];
+        if !strip(codes, &pair, 1, &mut out) {
+            return;
+        }
+        let len = ROW_GROUP * codes.block_len();
+        for (g, out) in out.iter().enumerate().take(2) {
+            for (half, records) in records.iter().enumerate() {
+                let want = grid_block(codes, &records[(STRIP + g) * len..][..len]);
+                for q in 0..8 {
+                    let got =
+                        if half == 0 { _mm512_castsi512_si256(out[q]) } else { _mm512_extracti64x4_epi64::<1>(out[q]) };
+                    assert_eq!(
+                        _mm256_cmpeq_epi8_mask(got, want[q]),
+                        u32::MAX,
+                        "{codes:?}, block {g}, columns from {}",
+                        4 * q
+                    );
+                }
+            }
+        }
+    }
+
+    /// The blocks of CPUs without VBMI are made of those of AVX2.
+    #[test]
+    fn bytes_are_those_of_avx2() {
+        if Avx512::new().is_none() {
+            return;
+        }
+        let mut state = 1u32;
+        for codes in ALL {
+            let mut records = || {
+                let next = |_| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    (state >> 24) as u8
+                };
+                (0..(STRIP + 2) * ROW_GROUP * codes.block_len()).map(next).collect()
+            };
+            let records = [records(), records()];
+            // SAFETY: the token proves the features that the function enables.
+            unsafe { compare(codes, &records) };
+        }
+    }
 }

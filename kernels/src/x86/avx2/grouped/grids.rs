@@ -2,7 +2,7 @@
 //!
 //! Points are loaded one by one: eight loads for eight rows take no longer than a gather, and on some processors much less.
 
-use super::load32;
+use super::super::load32;
 use crate::grouped::grids::{self, unpack};
 use crate::x86::grouped::GRID_BIAS;
 use sluice_weights::{Codes, ROW_GROUP};
@@ -32,8 +32,7 @@ fn fours<const N: usize>(codes: Codes, records: &[u8], points: &[u32; N]) -> [__
         // The remainder changes nothing, and spares the check.
         let indices = &unpacked.indices[q];
         let rows = each!(0; ROW_GROUP, r => points[usize::from(indices[r]) % N] as i32);
-        let vector =
-            _mm256_setr_epi32(rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7]);
+        let vector = _mm256_setr_epi32(rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7]);
         integers[q] = signed(vector, of_rows(&unpacked.signs[q / 2]), q % 2);
     }
     integers
