@@ -64,11 +64,6 @@ pub(super) fn bytes_per_block<const N: usize>(groups: &[Group<'_>; N], blocks: u
     (N * group).div_ceil(blocks.max(1))
 }
 
-/// The integer of column `k` of row `r` of a grid, made positive.
-pub(super) fn grid_byte(ty: Grouped, w: &Group<'_>, k: usize, r: usize) -> u8 {
-    (crate::grouped::numbers(ty, w, k)[r] as i32 + GRID_BIAS) as u8
-}
-
 /// The constant for codes that stand for one weight each and are multiplied as integers.
 pub(super) fn constant(codes: Codes) -> Option<u8> {
     match codes {

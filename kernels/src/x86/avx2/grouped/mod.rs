@@ -1,6 +1,7 @@
 //! Grouped types: products of one row group, or two with several tokens of int8. In the order of the `grouped` module.
 
 mod floats;
+mod grids;
 mod many;
 mod terms;
 mod unpack;
@@ -12,6 +13,7 @@ use crate::matrix::{Group, Matrix};
 use crate::x86::ahead::Ahead;
 use crate::x86::grouped::{E2M1, IQ4NL, STRIP, Terms, block_len, bytes_per_block, constant, has_bias, has_halves};
 use crate::x86::quantised_rows;
+pub(in crate::x86) use grids::block as grid_block;
 use sluice_weights::{Codes, Grouped};
 use std::arch::x86_64::*;
 pub(in crate::x86) use terms::{fill, row_factors};

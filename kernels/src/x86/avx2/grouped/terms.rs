@@ -1,11 +1,11 @@
 //! The terms of a strip, decoded: eight rows at a time.
 
 use super::super::{block_scales, e4m3_to_f16, load16, load32, widen_bf16};
-use crate::grouped::{Block, unit};
+use crate::grouped::unit;
 use crate::matrix::Group;
 use crate::x86::grouped::{STRIP, Terms, has_halves};
 use crate::x86::{MXFP4, bytes};
-use sluice_weights::{GroupSize, Grouped, ROW_GROUP, SUPER_BLOCK, ScaleType, Scales, Super, Zero};
+use sluice_weights::{Codes, GroupSize, Grouped, ROW_GROUP, SUPER_BLOCK, ScaleType, Scales, Super, Zero};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -75,7 +75,11 @@ pub(in crate::x86) fn fill(ty: Grouped, w: &Group<'_>, strip: usize, bias: i32, 
             let groups = plane[first * len..].chunks_exact(len).take(SUPER_BLOCK / ty.block() / blocks);
             fill_groups(ty, groups, blocks, bias, &mut places);
         }
-        Scales::Super(Super::InCodes | Super::Shift) => fill_from_codes(ty, w, strip, &mut places, bias),
+        Scales::Super(scales @ (Super::InCodes | Super::Shift)) => {
+            let records = &w.values[strip * STRIP * ROW_GROUP * ty.codes().block_len()..];
+            let scales = &w.scales[strip * ROW_GROUP * scales.row_len()..];
+            fill_from_records(ty, scales, records, bias, &mut places);
+        }
         Scales::Super(scales) => {
             let len = ROW_GROUP * scales.row_len();
             let block = &w.scales[strip * len..][..len];
@@ -186,12 +190,21 @@ fn fill_super_block(ty: Grouped, scales: Super, block: &[u8], bias: i32, places:
     }
 }
 
-/// Scales that are in the codes of grids.
+/// `d` times odd integers that are in the records of grids: bits 12..15 of the last field of IQ1_S, else 28..32.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn fill_from_codes(ty: Grouped, w: &Group<'_>, strip: usize, places: &mut Places<'_>, bias: i32) {
-    for i in 0..SUPER_BLOCK / ty.block() {
-        let a = Block::new(ty, w, SUPER_BLOCK / ty.block() * strip + i).a;
-        places.moved(i, super::super::load(&a), _mm256_set1_epi32(-bias));
+fn fill_from_records(ty: Grouped, scales: &[u8], records: &[u8], bias: i32, places: &mut Places<'_>) {
+    let (d, unit) = (numbers(scales, ScaleType::F16), _mm256_set1_ps(unit(ty)));
+    let len = ROW_GROUP * ty.codes().block_len();
+    for (i, record) in records.chunks_exact(len).enumerate().take(STRIP) {
+        let s = if ty.codes() == Codes::Iq1s {
+            let words = _mm256_cvtepu16_epi32(load16(record, len - 2 * ROW_GROUP));
+            _mm256_and_si256(_mm256_srli_epi32::<12>(words), _mm256_set1_epi32(7))
+        } else {
+            _mm256_srli_epi32::<28>(load32(record, len - 4 * ROW_GROUP))
+        };
+        let integer = _mm256_add_epi32(_mm256_add_epi32(s, s), _mm256_set1_epi32(1));
+        let a = _mm256_mul_ps(_mm256_mul_ps(d, _mm256_cvtepi32_ps(integer)), unit);
+        places.moved(i, a, _mm256_set1_epi32(-bias));
     }
 }
 

@@ -4,10 +4,11 @@
 //! levels of IQ4_NL, which are signed.
 
 use super::super::{load16, load32};
+use super::grids;
 use crate::grouped::IQ4NL as LEVELS;
-use crate::matrix::{BLOCK, Group};
+use crate::matrix::Group;
 use crate::x86::e2m1_table;
-use crate::x86::grouped::{E2M1, GRID_BIAS, IQ4NL, STRIP, block_len, grid_byte};
+use crate::x86::grouped::{E2M1, GRID_BIAS, IQ4NL, STRIP, block_len};
 use sluice_weights::{Codes, Grouped, ROW_GROUP};
 use std::arch::x86_64::*;
 
@@ -42,7 +43,7 @@ pub(super) fn strip(ty: Grouped, w: &Group<'_>, strip: usize, out: &mut [Bytes; 
         Codes::Uint(_) => blocks::<8>(w, strip, out),
         Codes::E2m1 => blocks::<E2M1>(w, strip, out),
         Codes::Iq4nl => blocks::<IQ4NL>(w, strip, out),
-        _ => grid_blocks(ty, w, strip, out),
+        codes => grid_blocks(codes, w, strip, out),
     }
 }
 
@@ -56,16 +57,10 @@ fn blocks<const C: u8>(w: &Group<'_>, strip: usize, out: &mut [Bytes; STRIP]) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn grid_blocks(ty: Grouped, w: &Group<'_>, strip: usize, out: &mut [Bytes; STRIP]) {
-    let blocks = w.values.len() / (ROW_GROUP * ty.codes().block_len());
-    for (g, out) in (strip * STRIP..blocks).zip(out) {
-        for q in 0..8 {
-            let mut bytes = [0; 32];
-            for (j, byte) in bytes.iter_mut().enumerate() {
-                *byte = grid_byte(ty, w, g * BLOCK + 4 * q + j % 4, j / 4);
-            }
-            out[q] = load32(&bytes, 0);
-        }
+fn grid_blocks(codes: Codes, w: &Group<'_>, strip: usize, out: &mut [Bytes; STRIP]) {
+    let len = ROW_GROUP * codes.block_len();
+    for (records, out) in w.values[strip * STRIP * len..].chunks_exact(len).zip(out) {
+        *out = grids::block(codes, records);
     }
 }
 

@@ -1,5 +1,6 @@
 //! Grouped types: products of two row groups. In the order of the `grouped` module.
 
+mod grids;
 mod unpack;
 
 use super::{FP8, Pair, columns, multiply, put};

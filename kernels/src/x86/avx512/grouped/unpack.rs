@@ -1,10 +1,11 @@
 //! From codes to positive bytes: four columns of sixteen rows per vector, eight vectors per block.
 
 use super::super::{Pair, load16, load32x2};
+use super::grids;
 use crate::grouped::IQ4NL as LEVELS;
-use crate::matrix::BLOCK;
+use crate::x86::avx2::grouped::grid_block;
 use crate::x86::e2m1_table;
-use crate::x86::grouped::{E2M1, GRID_BIAS, IQ4NL, STRIP, block_len, grid_byte};
+use crate::x86::grouped::{E2M1, GRID_BIAS, IQ4NL, STRIP, block_len};
 use sluice_weights::{Codes, Grouped, ROW_GROUP};
 use std::arch::x86_64::*;
 
@@ -34,7 +35,7 @@ pub(super) fn strip(ty: Grouped, w: &Pair<'_>, strip: usize, out: &mut [Bytes; S
         Codes::Uint(_) => blocks::<8>(w, strip, out),
         Codes::E2m1 => blocks::<E2M1>(w, strip, out),
         Codes::Iq4nl => blocks::<IQ4NL>(w, strip, out),
-        _ => grid_blocks(ty, w, strip, out),
+        codes => grid_blocks(codes, w, strip, out),
     }
 }
 
@@ -49,17 +50,16 @@ fn blocks<const C: u8>(w: &Pair<'_>, strip: usize, out: &mut [Bytes; STRIP]) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn grid_blocks(ty: Grouped, w: &Pair<'_>, strip: usize, out: &mut [Bytes; STRIP]) {
-    let blocks = w[0].values.len() / (ROW_GROUP * ty.codes().block_len());
-    for (g, out) in (strip * STRIP..blocks).zip(out) {
+fn grid_blocks(codes: Codes, w: &Pair<'_>, strip: usize, out: &mut [Bytes; STRIP]) {
+    if grids::strip(codes, w, strip, out) {
+        return;
+    }
+    let len = ROW_GROUP * codes.block_len();
+    let [a, b] = [&w[0].values[strip * STRIP * len..], &w[1].values[strip * STRIP * len..]];
+    for ((a, b), out) in a.chunks_exact(len).zip(b.chunks_exact(len)).zip(out) {
+        let [a, b] = [grid_block(codes, a), grid_block(codes, b)];
         for q in 0..8 {
-            let mut bytes = [[0; 32]; 2];
-            for (bytes, w) in bytes.iter_mut().zip(w) {
-                for (j, byte) in bytes.iter_mut().enumerate() {
-                    *byte = grid_byte(ty, w, g * BLOCK + 4 * q + j % 4, j / 4);
-                }
-            }
-            out[q] = load32x2(&bytes[0], &bytes[1], 0);
+            out[q] = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a[q]), b[q]);
         }
     }
 }
