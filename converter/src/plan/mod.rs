@@ -24,6 +24,7 @@ use crate::error::ConvertError;
 use crate::family::{self, config::Config};
 use crate::options::Options;
 use crate::source::{self, CONFIG, Checkpoint, RowOrder, recognise, side_file};
+use crate::steps;
 
 /// Name and version of this converter, part of every file that it writes.
 pub(crate) const CONVERTER: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
@@ -240,6 +241,11 @@ impl Plan {
     /// Remarks for the user.
     pub fn notes(&self) -> &[String] {
         &self.notes
+    }
+
+    /// When a conversion from its beginning reads each file of the source: what a source that is fetched will be told.
+    pub fn file_uses(&self) -> Vec<source::FileUse> {
+        steps::uses(self, &steps::of(self, &|_| true, &|_| true))
     }
 
     /// Numbers of the source's files that an extent is made of.
