@@ -37,6 +37,7 @@ mod recipe;
 mod report;
 mod resume;
 pub mod source;
+mod steps;
 pub mod synth;
 
 use std::path::Path;

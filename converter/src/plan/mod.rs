@@ -19,11 +19,12 @@ use sluice_format::{
     SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TensorRecord, WeightType,
 };
 
+use crate::encoding::Selection;
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
 use crate::options::Options;
-use crate::encoding::Selection;
 use crate::source::{self, CONFIG, Checkpoint, RowOrder, recognise, side_file};
+use crate::steps;
 
 /// Name and version of this converter, part of every file that it writes.
 pub(crate) const CONVERTER: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
@@ -246,6 +247,11 @@ impl Plan {
     /// Remarks for the user.
     pub fn notes(&self) -> &[String] {
         &self.notes
+    }
+
+    /// When a conversion from its beginning reads each file of the source: what a source that is fetched will be told.
+    pub fn file_uses(&self) -> Vec<source::FileUse> {
+        steps::uses(self, &steps::of(self, &|_| true, &|_| true))
     }
 
     /// Numbers of the source's files that an extent is made of.

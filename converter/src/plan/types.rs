@@ -25,10 +25,10 @@ pub(crate) fn choose<'a>(
     let exact = |weight_type| Chosen { weight_type, widened: false };
     let stored = || carried(shape, sources.clone());
     match (kind, layout, choice) {
-        // The embedding is looked up row by row: its layout knows no scales, so quantised types cannot apply.
+        // What is looked up row by row costs no time: it loses nothing unless the checkpoint has it smaller.
         (ExtentKind::Embedding, ..) => match choice {
             TypeChoice::Type(ty @ (WeightType::F32 | WeightType::Bf16)) => exact(ty),
-            _ => floats_only(stored()),
+            _ => without_tall_blocks(stored()),
         },
         (_, Layout::Plain, _) => exact(WeightType::F32),
         // A router decides; its precision costs nothing.
@@ -56,6 +56,11 @@ fn floats_only(chosen: Chosen) -> Chosen {
         WeightType::F32 | WeightType::F16 | WeightType::Bf16 => chosen,
         _ => WIDENED,
     }
+}
+
+/// Parts of the embedding are cut at any row group, through the scales of 128 rows.
+fn without_tall_blocks(chosen: Chosen) -> Chosen {
+    if chosen.weight_type == WeightType::Fp8 { WIDENED } else { chosen }
 }
 
 /// The type that carries all sources bit for bit, or f32 where there is none: it holds all their values exactly.
