@@ -1,11 +1,10 @@
 //! Carrying out a plan: extents in file order over the threads, the journal behind them.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use sluice_format::FileWriter;
+use sluice_format::{FileWriter, FormatError};
 
 use crate::Progress;
 use crate::contents::Contents;
@@ -33,8 +32,6 @@ struct Pending {
 struct Execution<'a> {
     plan: &'a Plan,
     writer: &'a FileWriter,
-    /// Of the partial file, for messages.
-    path: &'a Path,
     progress: &'a dyn Progress,
     contents: &'a Contents<'a>,
     /// By extent.
@@ -71,7 +68,6 @@ pub(crate) fn run(
     let execution = Execution {
         plan,
         writer: &partial.writer,
-        path: &partial.path,
         progress,
         contents: &contents,
         outcomes: Mutex::new(outcomes),
@@ -87,7 +83,7 @@ pub(crate) fn run(
     let flushed = execution.flush();
     // Before any other error: what changes while it is read can look like anything.
     execution.check_source()?;
-    results.into_iter().collect::<Result<(), _>>()?;
+    first_cause(results)?;
     flushed?;
     contents.complete().or_else(|e| execution.check_source().and(Err(e)))?;
     // The last look: all that was read, by whichever run, is what the files hold.
@@ -95,6 +91,14 @@ pub(crate) fn run(
     let outcomes = execution.outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
     let outcomes = outcomes.into_iter().map(|o| o.expect("every extent was done or is an error")).collect();
     Ok(Finished { outcomes, parts: contents.digests() })
+}
+
+/// Why the work has ended: not that an extent has waited in vain for another one, but what was wrong with that.
+pub(crate) fn first_cause(results: Vec<Result<(), ConvertError>>) -> Result<(), ConvertError> {
+    let is_cause = |error: &ConvertError| !matches!(error, ConvertError::Format(FormatError::Abandoned { .. }));
+    let mut errors: Vec<ConvertError> = results.into_iter().filter_map(Result::err).collect();
+    let cause = errors.iter().position(is_cause).unwrap_or(0);
+    if errors.is_empty() { Ok(()) } else { Err(errors.swap_remove(cause)) }
 }
 
 impl Execution<'_> {
@@ -126,6 +130,14 @@ impl Execution<'_> {
         if full { self.flush() } else { Ok(()) }
     }
 
+    /// Extents from the first on, up to here, are written; or all, where the place of an extent does not depend on others.
+    fn known_places(&self) -> usize {
+        if !self.writer.compresses() {
+            return usize::MAX;
+        }
+        lock(&self.outcomes).iter().position(Option::is_none).unwrap_or(usize::MAX)
+    }
+
     /// Fails if the source is not what it was when it was opened.
     fn check_source(&self) -> Result<(), ConvertError> {
         let checkpoint = &self.plan.checkpoint;
@@ -143,7 +155,12 @@ impl Execution<'_> {
             let mut pending = lock(&self.pending);
             pending.bytes = 0;
             pending.since = Instant::now();
-            std::mem::take(&mut pending.outcomes)
+            let all = std::mem::take(&mut pending.outcomes);
+            // In a compressed file the place of an extent follows from all before it: the journal has none without those.
+            let known = self.known_places();
+            let (ready, early) = all.into_iter().partition(|outcome| outcome.extent < known);
+            pending.outcomes = early;
+            ready
         };
         if outcomes.is_empty() && parts.is_empty() {
             return Ok(());
@@ -152,7 +169,9 @@ impl Execution<'_> {
         // journal, which names this identity, may say so. Else they are not journaled.
         self.check_source()?;
         let syncer = self.writer.syncer();
-        syncer.data(self.writer.file()).map_err(ConvertError::io(self.path, "sync it"))?;
+        self.writer
+            .files()
+            .try_for_each(|(path, file)| syncer.data(file).map_err(ConvertError::io(path, "sync it")))?;
         journal.append(&outcomes, &parts)
     }
 }

@@ -15,6 +15,7 @@
 //! | `journal`, `partial`, `resume`, `execute` | crash safety, disk space, threads |
 //! | `contents`, [`mod@provenance`] | which bytes the source holds; whether a model file was made of them |
 //! | `report` | summary |
+//! | `upgrade` | model files rewritten as the newest version of the format, compressed, in volumes |
 //! | [`mod@synth`] | model files with random weights, to measure machines |
 
 mod contents;
@@ -36,14 +37,18 @@ mod report;
 mod resume;
 mod source;
 pub mod synth;
+mod upgrade;
 
 use std::path::Path;
+
+use sluice_format::Written;
 
 pub use error::ConvertError;
 pub use options::{Options, TypeChoice};
 pub use plan::{KindSize, LeftOut, Plan, plan};
 pub use report::Summary;
 pub use source::recognise::no_model;
+pub use upgrade::{UpgradeOptions, UpgradeSummary, upgrade};
 
 /// Hears how a conversion goes. Called from several threads.
 pub trait Progress: Sync {
@@ -81,7 +86,7 @@ pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
     if let Some(folder) = dst.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
         return Err(ConvertError::NoFolder { path: folder.to_owned() });
     }
-    partial::refuse_existing(dst, plan.options.overwrite, Some(&plan.checkpoint.dir))
+    partial::refuse_all_existing(dst, plan)
 }
 
 /// Carries out a plan: [`convert`] with a plan that the caller has looked at.
@@ -89,7 +94,7 @@ pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
 /// # Errors
 /// As [`convert`].
 pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<Summary, ConvertError> {
-    let partial::Opened { partial, identity, found, notes: mut remarks } = partial::open(dst, plan)?;
+    let partial::Opened { mut partial, identity, found, notes: mut remarks } = partial::open(dst, plan)?;
     let restarted = matches!(found, journal::Found::OtherPlan);
     if restarted {
         progress.note("an interrupted conversion with other options or from another source was there; it starts over");
@@ -101,13 +106,14 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
         remarks.push(text);
     };
     let start = resume::start(plan, &partial, identity, found, &mut note)?;
+    partial.compress_behind(plan, &start.done)?;
     let (resumed_extents, resumed_read) = (start.done.len(), bytes_read(&start.done));
     let resumed_bytes: u64 = start.done.iter().map(|o| plan.layout.extents()[o.extent].stored_len).sum();
     progress.started(plan.extent_bytes(), resumed_bytes);
     let execute::Finished { outcomes, parts } = execute::run(plan, &partial, start, progress)?;
-    let checksums: Vec<u64> = outcomes.iter().map(|o| o.checksum).collect();
+    let written: Vec<Written> = outcomes.iter().map(|o| o.written).collect();
     let metadata = plan.metadata(provenance::blob(plan, &outcomes, &parts), &parts);
-    let (model_id, file_bytes) = partial.finish(plan, &checksums, &metadata)?;
+    let partial::Published { model_id, file_bytes, files } = partial.finish(plan, &written, &metadata)?;
     let found = report::empty(plan, &parts).into_iter().chain(report::vanished(plan, &outcomes));
     let found: Vec<String> = found.collect();
     found.iter().for_each(|note| progress.note(note));
@@ -115,6 +121,9 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
         family: plan.spec.family.clone(),
         model_id: model_id.to_string(),
         file_bytes,
+        files,
+        extent_bytes: plan.extent_bytes(),
+        stored_bytes: written.iter().map(|w| w.stored_len).sum(),
         sizes: plan.sizes(),
         types: plan.types.clone(),
         errors: report::errors(plan, &outcomes),

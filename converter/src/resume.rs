@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 
 use rayon::prelude::*;
-use sluice_format::BLOCK;
+use sluice_format::{BLOCK, Codec, ExtentRecord, FileWriter, Written};
 
 use crate::contents::Contents;
 use crate::error::ConvertError;
@@ -52,13 +52,14 @@ pub(crate) fn start<'a>(
         return Ok(Start { journal, contents, done: Vec::new() });
     };
     let all = content.outcomes.len();
-    let mut done = keep(content.outcomes, |o| {
-        let extent = &plan.layout.extents()[o.extent];
-        is_possible(plan, o) && partial.is_intact(extent, o.checksum)
-    });
+    let possible = keep(content.outcomes, |o| is_possible(plan, o));
+    let possible = with_places(plan, possible);
+    let places = places(plan, &possible);
+    let done = keep(possible, |o| places.get(&o.extent).is_some_and(|e| partial.is_intact(e)));
+    let mut done = with_places(plan, done);
     let damaged = all - done.len();
     if damaged > 0 {
-        let path = partial.path.display();
+        let path = partial.path().display();
         note(format!(
             "{path}: {damaged} of {all} extents of an interrupted conversion are damaged; they are made again"
         ));
@@ -82,6 +83,7 @@ pub(crate) fn start<'a>(
         );
     }
     done = keep_with(done, || Packer::new(plan, &contents), |packer, o| has_same_source(packer, o));
+    done = with_places(plan, done);
     plan.checkpoint.check_unchanged()?;
     if done.len() < intact {
         let other = intact - done.len();
@@ -94,8 +96,46 @@ pub(crate) fn start<'a>(
     Ok(Start { journal, contents, done })
 }
 
-/// Whether the figures of an extent's errors can be those of its tensors.
+/// Those whose place is known: in a compressed file an extent's place follows from all before it.
+fn with_places(plan: &Plan, mut outcomes: Vec<Outcome>) -> Vec<Outcome> {
+    if !plan.options.compress {
+        return outcomes;
+    }
+    outcomes.sort_unstable_by_key(|o| o.extent);
+    let count = outcomes.iter().zip(0..).take_while(|(o, number)| o.extent == *number).count();
+    outcomes.truncate(count);
+    outcomes
+}
+
+/// The records of extents that an earlier run has written, by number. `done`: those whose places are known.
+fn places(plan: &Plan, done: &[Outcome]) -> HashMap<usize, ExtentRecord> {
+    if plan.options.compress {
+        let written: Vec<Written> = done.iter().map(|o| o.written).collect();
+        // What cannot have places is nowhere.
+        return FileWriter::records(&plan.layout, &written).unwrap_or_default().into_iter().enumerate().collect();
+    }
+    let record =
+        |o: &Outcome| (o.extent, ExtentRecord { checksum: o.written.checksum, ..plan.layout.extents()[o.extent] });
+    done.iter().map(record).collect()
+}
+
+/// Whether an extent can have become this.
+fn may_become(plan: &Plan, extent: &ExtentRecord, written: &Written) -> bool {
+    let page = u64::from(plan.options.page_size);
+    match written.codec {
+        Codec::Raw => *written == Written::raw(extent, written.checksum),
+        Codec::Planes => {
+            let pages = written.stored_len > 0 && written.stored_len.is_multiple_of(page);
+            plan.options.compress && pages && written.stored_len < extent.padded_len
+        }
+    }
+}
+
+/// Whether an extent can have become what is said of it, and whether the figures of its errors can be those of its tensors.
 pub(crate) fn is_possible(plan: &Plan, outcome: &Outcome) -> bool {
+    if !may_become(plan, &plan.layout.extents()[outcome.extent], &outcome.written) {
+        return false;
+    }
     let tensors = &plan.extents[outcome.extent];
     outcome.errors.iter().enumerate().all(|(i, sums)| {
         let Some(tensor) = tensors.get(i) else { return *sums == ErrorSums::default() };
@@ -156,7 +196,37 @@ mod tests {
     }
 
     fn outcome(extent: usize, errors: Vec<ErrorSums>) -> Outcome {
-        Outcome { extent, checksum: 0, source_digest: 0, source_bytes: 0, errors }
+        let written = Written::raw(&golden().layout.extents()[extent], 0);
+        Outcome { extent, written, source_digest: 0, source_bytes: 0, errors }
+    }
+
+    #[test]
+    fn what_an_extent_cannot_have_become_is_not_believed() {
+        let mut plan = golden();
+        let possible = |plan: &Plan, codec, stored_len, checksum| {
+            let mut outcome = outcome(0, Vec::new());
+            outcome.written = Written { codec, stored_len, checksum, logical_checksum: 7 };
+            is_possible(plan, &outcome)
+        };
+        plan.layout = wide(&plan);
+        assert!(possible(&plan, Codec::Raw, 8192, 7));
+        assert!(!possible(&plan, Codec::Raw, 8192, 8) && !possible(&plan, Codec::Raw, 4096, 7));
+        assert!(!possible(&plan, Codec::Planes, 4096, 8), "nothing is compressed");
+        plan.options.compress = true;
+        assert!(possible(&plan, Codec::Planes, 4096, 8) && possible(&plan, Codec::Raw, 8192, 7));
+        let others = [0, 4095, 8192, u64::MAX - 4095];
+        assert!(others.into_iter().all(|len| !possible(&plan, Codec::Planes, len, 8)));
+    }
+
+    /// Its extents with two pages each.
+    fn wide(plan: &Plan) -> sluice_format::FileLayout {
+        let planned = plan.layout.extents().iter().map(|e| sluice_format::PlannedExtent {
+            kind: e.kind,
+            layer: e.layer,
+            index: e.index,
+            logical_len: 8192,
+        });
+        sluice_format::FileLayout::new(4096, &planned.collect::<Vec<_>>()).unwrap()
     }
 
     #[test]
