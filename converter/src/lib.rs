@@ -8,10 +8,11 @@
 //!
 //! | module | does |
 //! |---|---|
-//! | `source` | reads safetensors; trusts nothing in them |
+//! | [`source`] | where the bytes of a checkpoint come from, and which tensors there are; trusts nothing in them |
 //! | `family` | knows what `config.json` means and what tensors are called, one file per family |
 //! | `plan` | chooses types, lays out extents, checks that every tensor is accounted for |
-//! | `load`, `decode`, `fp8`, `pack` | bytes of the source → rows of numbers → row groups of the file |
+//! | `encoding` | knows how numbers are written down, one file per published encoding |
+//! | `fp8`, `pack` | rows of numbers → row groups of the file |
 //! | `journal`, `partial`, `resume`, `execute` | crash safety, disk space, threads |
 //! | `contents`, [`mod@provenance`] | which bytes the source holds; whether a model file was made of them |
 //! | `report` | summary |
@@ -19,7 +20,7 @@
 //! | [`mod@synth`] | model files with random weights, to measure machines |
 
 mod contents;
-mod decode;
+mod encoding;
 mod error;
 mod execute;
 mod family;
@@ -27,7 +28,6 @@ mod fp8;
 #[doc(hidden)]
 pub mod fuzzing;
 mod journal;
-mod load;
 mod options;
 mod pack;
 mod partial;
@@ -35,7 +35,8 @@ mod plan;
 pub mod provenance;
 mod report;
 mod resume;
-mod source;
+pub mod source;
+mod steps;
 pub mod synth;
 mod upgrade;
 
@@ -45,7 +46,7 @@ use sluice_format::Written;
 
 pub use error::ConvertError;
 pub use options::{Options, TypeChoice};
-pub use plan::{KindSize, LeftOut, Plan, plan};
+pub use plan::{KindSize, LeftOut, Plan, plan, plan_source};
 pub use report::Summary;
 pub use source::recognise::no_model;
 pub use upgrade::{UpgradeOptions, UpgradeSummary, upgrade};
@@ -94,7 +95,7 @@ pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
 /// # Errors
 /// As [`convert`].
 pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<Summary, ConvertError> {
-    let partial::Opened { mut partial, identity, found, notes: mut remarks } = partial::open(dst, plan)?;
+    let partial::Opened { partial, identity, found, notes: mut remarks } = partial::open(dst, plan)?;
     let restarted = matches!(found, journal::Found::OtherPlan);
     if restarted {
         progress.note("an interrupted conversion with other options or from another source was there; it starts over");
@@ -106,7 +107,6 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
         remarks.push(text);
     };
     let start = resume::start(plan, &partial, identity, found, &mut note)?;
-    partial.compress_behind(plan, &start.done)?;
     let (resumed_extents, resumed_read) = (start.done.len(), bytes_read(&start.done));
     let resumed_bytes: u64 = start.done.iter().map(|o| plan.layout.extents()[o.extent].stored_len).sum();
     progress.started(plan.extent_bytes(), resumed_bytes);

@@ -14,7 +14,6 @@ use sluice_format::{ExtentRecord, FileWriter, MAGIC, Metadata, ModelId, Volume, 
 
 use crate::error::ConvertError;
 use crate::journal::{Found, Identity, Journal, is_journal, may_be_journal};
-use crate::pack::Outcome;
 use crate::plan::Plan;
 
 /// Unit of `st_blocks`, whatever the filesystem's blocks are.
@@ -84,7 +83,7 @@ pub(crate) fn refuse_all_existing(destination: &Path, plan: &Plan) -> Result<(),
 
 /// The folder of the checkpoint.
 fn source_of(plan: &Plan) -> Option<&Path> {
-    Some(plan.checkpoint.dir.as_path())
+    plan.checkpoint.source().folder()
 }
 
 /// Takes volumes back that a conversion had given their names when it was killed, before the first one had its: then it goes on
@@ -119,7 +118,7 @@ pub(crate) fn identity(plan: &Plan) -> Identity {
         tensors_per_extent: plan.tensors_per_extent(),
         extents: plan.extents.len(),
         parts: plan.checkpoint.parts.len(),
-        files: plan.checkpoint.files.len(),
+        files: plan.checkpoint.files().len(),
     }
 }
 
@@ -149,7 +148,10 @@ pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertErr
         Ok((path.clone(), lock.try_clone().map_err(ConvertError::io(path, "open it"))?))
     };
     let files = locks.iter().map(duplicate).collect::<Result<Vec<_>, ConvertError>>()?;
-    let writer = FileWriter::of_files(files, plan.layout.clone())?;
+    let mut writer = FileWriter::of_files(files, plan.layout.clone())?;
+    if plan.options.compress {
+        writer.compress(&plan.records);
+    }
     let partial = Partial { destination: destination.to_owned(), journal_path, writer, locks };
     if !matches!(found, Found::Same { .. }) {
         partial.clear()?;
@@ -334,15 +336,6 @@ impl Partial {
             self.locks.iter().for_each(|(path, _)| drop(fs::remove_file(path)));
         }
         result
-    }
-
-    /// From now on compresses what is written, if that is asked for: behind the extents that are done.
-    pub(crate) fn compress_behind(&mut self, plan: &Plan, done: &[Outcome]) -> Result<(), ConvertError> {
-        if plan.options.compress {
-            let done: Vec<Written> = done.iter().map(|outcome| outcome.written).collect();
-            self.writer.compress(&plan.records, &done)?;
-        }
-        Ok(())
     }
 
     /// Whether the bytes of an extent that an earlier run has written are still those of its checksum. What cannot be read is

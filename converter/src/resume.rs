@@ -46,17 +46,14 @@ pub(crate) fn start<'a>(
     let stamps = plan.checkpoint.stamps();
     let syncer = partial.writer.syncer();
     let create = |content: &Content| Journal::create(&partial.journal_path, identity, content, syncer);
-    let Found::Same { journal, content } = found else {
+    let Found::Same { journal, mut content } = found else {
         let contents = Contents::new(&plan.checkpoint, &[]);
         let journal = create(&Content { stamps, ..Content::default() })?;
         return Ok(Start { journal, contents, done: Vec::new() });
     };
     let all = content.outcomes.len();
-    let possible = keep(content.outcomes, |o| is_possible(plan, o));
-    let possible = with_places(plan, possible);
-    let places = places(plan, &possible);
-    let done = keep(possible, |o| places.get(&o.extent).is_some_and(|e| partial.is_intact(e)));
-    let mut done = with_places(plan, done);
+    let possible = keep(std::mem::take(&mut content.outcomes), |o| is_possible(plan, o));
+    let mut done = intact(plan, partial, possible);
     let damaged = all - done.len();
     if damaged > 0 {
         let path = partial.path().display();
@@ -64,7 +61,8 @@ pub(crate) fn start<'a>(
             "{path}: {damaged} of {all} extents of an interrupted conversion are damaged; they are made again"
         ));
     }
-    if stamps == content.stamps && samples_match(plan, &done, &content.parts) {
+    let same = stamps == content.stamps;
+    if same && (plan.checkpoint.source().is_content_addressed() || samples_match(plan, &done, &content.parts)) {
         let contents = Contents::new(&plan.checkpoint, &content.parts);
         let journal = if damaged == 0 {
             journal
@@ -73,6 +71,9 @@ pub(crate) fn start<'a>(
             create(&Content { stamps, outcomes: done.clone(), parts: content.parts })?
         };
         return Ok(Start { journal, contents, done });
+    }
+    if plan.checkpoint.source().is_content_addressed() {
+        return keep_of_same_files(plan, done, content, create, note);
     }
     let contents = Contents::new(&plan.checkpoint, &[]);
     let intact = done.len();
@@ -83,7 +84,6 @@ pub(crate) fn start<'a>(
         );
     }
     done = keep_with(done, || Packer::new(plan, &contents), |packer, o| has_same_source(packer, o));
-    done = with_places(plan, done);
     plan.checkpoint.check_unchanged()?;
     if done.len() < intact {
         let other = intact - done.len();
@@ -96,27 +96,27 @@ pub(crate) fn start<'a>(
     Ok(Start { journal, contents, done })
 }
 
-/// Those whose place is known: in a compressed file an extent's place follows from all before it.
-fn with_places(plan: &Plan, mut outcomes: Vec<Outcome>) -> Vec<Outcome> {
-    if !plan.options.compress {
-        return outcomes;
-    }
-    outcomes.sort_unstable_by_key(|o| o.extent);
-    let count = outcomes.iter().zip(0..).take_while(|(o, number)| o.extent == *number).count();
-    outcomes.truncate(count);
-    outcomes
-}
-
-/// The records of extents that an earlier run has written, by number. `done`: those whose places are known.
-fn places(plan: &Plan, done: &[Outcome]) -> HashMap<usize, ExtentRecord> {
-    if plan.options.compress {
-        let written: Vec<Written> = done.iter().map(|o| o.written).collect();
+/// Those whose bytes are in the partial files: where they were written, or, once a compressed file is being drawn together, where they
+/// will stay.
+fn intact(plan: &Plan, partial: &Partial, possible: Vec<Outcome>) -> Vec<Outcome> {
+    let written_to = |o: &Outcome| {
+        let Written { stored_len, checksum, .. } = o.written;
+        ExtentRecord { stored_len, checksum, ..plan.layout.extents()[o.extent] }
+    };
+    let is_drawn = |o: &Outcome, drawn: &[ExtentRecord]| drawn.get(o.extent).is_some_and(|e| partial.is_intact(e));
+    if plan.options.compress && possible.len() == plan.extents.len() {
+        let mut written: Vec<(usize, Written)> = possible.iter().map(|o| (o.extent, o.written)).collect();
+        written.sort_unstable_by_key(|(extent, _)| *extent);
+        let written: Vec<Written> = written.into_iter().map(|(_, written)| written).collect();
         // What cannot have places is nowhere.
-        return FileWriter::records(&plan.layout, &written).unwrap_or_default().into_iter().enumerate().collect();
+        let drawn = FileWriter::records(&plan.layout, &written).unwrap_or_default();
+        let all = keep(possible.clone(), |o| partial.is_intact(&written_to(o)) || is_drawn(o, &drawn));
+        if all.len() == possible.len() {
+            return all;
+        }
+        // What is made again may be written over what has been drawn together.
     }
-    let record =
-        |o: &Outcome| (o.extent, ExtentRecord { checksum: o.written.checksum, ..plan.layout.extents()[o.extent] });
-    done.iter().map(record).collect()
+    keep(possible, |o| partial.is_intact(&written_to(o)))
 }
 
 /// Whether an extent can have become this.
@@ -129,6 +129,32 @@ fn may_become(plan: &Plan, extent: &ExtentRecord, written: &Written) -> bool {
             plan.options.compress && pages && written.stored_len < extent.padded_len
         }
     }
+}
+
+/// Goes on where some files of a source are others than before, and stamps tell which without reading: only what was made of
+/// the same files is kept.
+fn keep_of_same_files<'a>(
+    plan: &'a Plan,
+    done: Vec<Outcome>,
+    content: Content,
+    create: impl Fn(&Content) -> Result<Journal, ConvertError>,
+    note: &mut dyn FnMut(String),
+) -> Result<Start<'a>, ConvertError> {
+    let stamps = plan.checkpoint.stamps();
+    let is_same = |file: usize| content.stamps.get(file) == stamps.get(file);
+    let all = done.len();
+    let done = keep(done, |o| plan.files_of(o.extent).into_iter().all(is_same));
+    if done.len() < all {
+        let other = all - done.len();
+        note(format!(
+            "{other} of {all} extents of an interrupted conversion were made of other files; they are made again"
+        ));
+    }
+    let mut parts = content.parts;
+    parts.retain(|&(part, _)| is_same(plan.checkpoint.parts[part].file));
+    let contents = Contents::new(&plan.checkpoint, &parts);
+    let journal = create(&Content { stamps, outcomes: done.clone(), parts })?;
+    Ok(Start { journal, contents, done })
 }
 
 /// Whether an extent can have become what is said of it, and whether the figures of its errors can be those of its tensors.

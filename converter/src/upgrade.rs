@@ -13,7 +13,6 @@ use sluice_format::{
 
 use crate::Progress;
 use crate::error::ConvertError;
-use crate::execute::first_cause;
 use crate::partial::{
     check_space, claim, folder_of, partial_path, publish, refuse_existing, sync_note, targets, with_suffix,
 };
@@ -220,11 +219,8 @@ fn write(
     if let Some(note) = sync_note(path, &writer) {
         progress.note(&note);
     }
-    match options.compress {
-        Some(true) => writer.compress(model.tensors(), &[])?,
-        // Extents that are compressed already have lengths that the layout does not know.
-        None if model.compressed_extents() > 0 => writer.compress(&[], &[])?,
-        _ => {}
+    if options.compress == Some(true) {
+        writer.compress(model.tensors());
     }
     progress.started(model.extent_bytes(), 0);
     let written = copy_all(model, &writer, options, progress)?;
@@ -255,7 +251,7 @@ fn copy_all(
         }
         Ok(())
     });
-    first_cause(results)?;
+    results.into_iter().collect::<Result<(), ConvertError>>()?;
     let all = all.into_inner().unwrap_or_else(PoisonError::into_inner);
     Ok(all.into_iter().map(|written| written.expect("every extent was written or is an error")).collect())
 }
@@ -268,7 +264,6 @@ fn copy(
     options: &UpgradeOptions,
     buffer: &mut Vec<u8>,
 ) -> Result<Written, ConvertError> {
-    // First, so that nobody waits for this extent in vain if it cannot be read.
     let mut out = writer.extent(number);
     if options.compress.is_none() {
         model.read_stored(extent, buffer)?;

@@ -201,12 +201,6 @@ pub enum FormatError {
         /// What is wrong.
         problem: String,
     },
-    /// An extent of a file that is being compressed has no place, because one before it could not be written: that says why.
-    #[error("{extent} has no place, since an extent before it could not be written")]
-    Abandoned {
-        /// The extent's name.
-        extent: String,
-    },
     /// A plan for a new file breaks a rule of the format.
     #[error("cannot lay out the file: {0}")]
     Layout(String),

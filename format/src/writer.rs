@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use sluice_checksum::Xxh3;
 
@@ -16,9 +16,9 @@ use crate::durable::Syncer;
 use crate::error::{FormatError, Region};
 use crate::extent::{Codec, ExtentKind, ExtentRecord};
 use crate::metadata::Metadata;
-use crate::placing::{FileLayout, Placer, layout_error};
+use crate::placing::{FileLayout, layout_error};
 use crate::planes::{encode, may_gain};
-use crate::reader::{check_table_place, read_spec};
+use crate::reader::{check_table_place, checksum_error, read_spec};
 use crate::superblock::{FORMAT_VERSION, ModelId, Superblock, TableRef};
 use crate::tensor::{ANY_INDEX, TensorRecord};
 
@@ -47,54 +47,9 @@ impl Written {
 pub struct FileWriter {
     volumes: Vec<(PathBuf, File)>,
     layout: FileLayout,
-    packing: Option<Packing>,
+    /// Tensors of the extents that may be compressed, by kind, layer and index of their records.
+    compressed: HashMap<(ExtentKind, u32, u32), Vec<TensorRecord>>,
     syncer: Arc<Syncer>,
-}
-
-/// Compression: an extent has its place once all before it have theirs.
-#[derive(Debug)]
-struct Packing {
-    /// By kind, layer and index of their records.
-    tensors: HashMap<(ExtentKind, u32, u32), Vec<TensorRecord>>,
-    turn: Mutex<Turn>,
-    next: Condvar,
-}
-
-#[derive(Debug)]
-struct Turn {
-    /// The extent whose place is given next.
-    extent: usize,
-    placer: Placer,
-    /// An extent will never come, so that nobody should wait for the next ones.
-    abandoned: bool,
-}
-
-impl Packing {
-    fn turn(&self) -> MutexGuard<'_, Turn> {
-        // A turn is taken in one step.
-        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until all extents before this one have places; returns its own.
-    fn place(&self, extent: usize, name: &str, stored_len: u64) -> Result<(u16, u64), FormatError> {
-        let mut turn = self.turn();
-        while turn.extent != extent && !turn.abandoned {
-            turn = self.next.wait(turn).unwrap_or_else(PoisonError::into_inner);
-        }
-        if turn.abandoned {
-            return Err(FormatError::Abandoned { extent: name.to_owned() });
-        }
-        let place = turn.placer.next(name, stored_len)?;
-        turn.extent += 1;
-        drop(turn);
-        self.next.notify_all();
-        Ok(place)
-    }
-
-    fn abandon(&self) {
-        self.turn().abandoned = true;
-        self.next.notify_all();
-    }
 }
 
 impl FileWriter {
@@ -119,30 +74,19 @@ impl FileWriter {
     /// If there are more volumes than files.
     pub fn of_files(volumes: Vec<(PathBuf, File)>, layout: FileLayout) -> Result<Self, FormatError> {
         assert!(volumes.len() >= layout.ends().len(), "a file for each volume");
-        let writer = FileWriter { volumes, layout, packing: None, syncer: Arc::default() };
+        let writer = FileWriter { volumes, layout, compressed: HashMap::new(), syncer: Arc::default() };
         for volume in 0..writer.volumes.len() {
             writer.io(volume, "clear its superblock", writer.clear_superblock(volume))?;
         }
         Ok(writer)
     }
 
-    /// From now on, compresses extents where that saves enough. `tensors`: those of the model; `done`: what the extents from the first
-    /// on have become that are there already. Extents then wait for each other: whoever begins one must begin all before it, and those
-    /// that are begun must go on at the same time.
-    ///
-    /// # Errors
-    /// [`FormatError::Layout`] if those that are there cannot have places.
-    pub fn compress(&mut self, tensors: &[TensorRecord], done: &[Written]) -> Result<(), FormatError> {
-        let mut placer = self.layout.placer();
-        for (record, written) in self.layout.extents().iter().zip(done) {
-            placer.next(&record.name(), written.stored_len)?;
-        }
+    /// From now on, compresses extents where that saves enough. `tensors`: those of the model. Each is written where it would begin
+    /// without compression, with a hole behind it; [`FileWriter::finish`] draws them together.
+    pub fn compress(&mut self, tensors: &[TensorRecord]) {
         let key = |t: &TensorRecord| (t.kind, t.layer, t.index);
-        let groups = tensors.chunk_by(|a, b| key(a) == key(b));
-        let tensors = groups.filter(|group| may_gain(group)).map(|group| (key(&group[0]), group.to_vec())).collect();
-        let turn = Turn { extent: done.len(), placer, abandoned: false };
-        self.packing = Some(Packing { tensors, turn: Mutex::new(turn), next: Condvar::new() });
-        Ok(())
+        let groups = tensors.chunk_by(|a, b| key(a) == key(b)).filter(|group| may_gain(group));
+        self.compressed = groups.map(|group| (key(&group[0]), group.to_vec())).collect();
     }
 
     /// Synced, so that no superblock can outlive the extents that it vouches for.
@@ -155,11 +99,6 @@ impl FileWriter {
     /// The places before compression.
     pub fn layout(&self) -> &FileLayout {
         &self.layout
-    }
-
-    /// Whether extents are compressed.
-    pub fn compresses(&self) -> bool {
-        self.packing.is_some()
     }
 
     /// The files, for preallocation and for what was written to them before.
@@ -179,7 +118,10 @@ impl FileWriter {
     /// Starts writing extent number `index` of the layout from its beginning.
     pub fn extent(&self, index: usize) -> ExtentWriter<'_> {
         let record = self.layout.extents()[index];
-        ExtentWriter { writer: self, index, record, written: 0, hash: Box::default(), held: Vec::new(), ended: false }
+        let ExtentRecord { kind, layer, index, .. } = record;
+        let index = if kind == ExtentKind::Expert { ANY_INDEX } else { index };
+        let tensors = self.compressed.get(&(kind, layer, index)).map(Vec::as_slice);
+        ExtentWriter { writer: self, record, written: 0, hash: Box::default(), tensors, held: Vec::new() }
     }
 
     /// The records of all extents, of which this has become.
@@ -213,6 +155,7 @@ impl FileWriter {
         let spec = read_spec(metadata).map_err(|e| layout_error(Region::Metadata, &e))?;
         let records = Self::records(&self.layout, written)?;
         self.layout.check_as(&records, tensors, &spec)?;
+        self.draw_together(&records)?;
         let count = records.iter().map(|e| usize::from(e.volume) + 1).max().unwrap_or(1);
         let extents: Vec<u8> = records.iter().flat_map(|e| e.to_bytes(FORMAT_VERSION)).collect();
         let tensors: Vec<u8> = tensors.iter().flat_map(TensorRecord::to_bytes).collect();
@@ -258,6 +201,35 @@ impl FileWriter {
         Ok((model_id, superblocks.iter().map(|sb| sb.file_len).collect()))
     }
 
+    /// Moves extents towards the beginning, where those before them are compressed. In their order none is written over one that has
+    /// yet to be moved; what an interrupted run has moved stays where it is.
+    fn draw_together(&self, records: &[ExtentRecord]) -> Result<(), FormatError> {
+        let mut buffer = Vec::new();
+        for (written, to) in self.layout.extents().iter().zip(records) {
+            if (written.volume, written.offset) == (to.volume, to.offset) {
+                continue;
+            }
+            let from = ExtentRecord { volume: written.volume, offset: written.offset, ..*to };
+            if self.holds(&from, &mut buffer)? {
+                let volume = usize::from(to.volume);
+                self.io(volume, "write to it", self.file(volume).write_all_at(&buffer, to.offset))?;
+            } else if !self.holds(to, &mut buffer)? {
+                return Err(checksum_error(&self.volumes[usize::from(from.volume)].0, &from));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the bytes at an extent's place; whether they are its own.
+    fn holds(&self, extent: &ExtentRecord, buffer: &mut Vec<u8>) -> Result<bool, FormatError> {
+        let volume = usize::from(extent.volume);
+        buffer.resize(extent.stored_len as usize, 0);
+        match self.file(volume).read_exact_at(buffer, extent.offset) {
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            read => self.io(volume, "read what was written to it", read).map(|()| checksum(buffer) == extent.checksum),
+        }
+    }
+
     fn write_table(&self, volume: usize, mut bytes: Vec<u8>, offset: &mut u64) -> Result<TableRef, FormatError> {
         let logical_len = bytes.len() as u64;
         let page = u64::from(self.layout.page_size());
@@ -275,17 +247,15 @@ impl FileWriter {
     }
 }
 
-/// Writes one extent front to back and hashes it on the way. One that may be compressed is held in memory until it is whole. Dropped
-/// before it is finished, it ends the writing of a compressed file: no extent behind it can have a place.
+/// Writes one extent front to back and hashes it on the way. One that may be compressed is held in memory until it is whole.
 pub struct ExtentWriter<'a> {
     writer: &'a FileWriter,
-    index: usize,
     record: ExtentRecord,
     written: u64,
     hash: Box<Xxh3>,
-    /// All bytes so far, if extents are compressed.
+    /// Its tensors, if it may be compressed, and then all bytes so far.
+    tensors: Option<&'a [TensorRecord]>,
     held: Vec<u8>,
-    ended: bool,
 }
 
 impl ExtentWriter<'_> {
@@ -302,18 +272,18 @@ impl ExtentWriter<'_> {
                 self.record.padded_len
             )));
         }
-        match &self.writer.packing {
+        match self.tensors {
             Some(_) => self.held.extend_from_slice(bytes),
-            None => self.put(self.record.volume, self.record.offset + self.written, bytes)?,
+            None => self.put(self.written, bytes)?,
         }
         self.hash.update(bytes);
         self.written = end;
         Ok(())
     }
 
-    fn put(&self, volume: u16, offset: u64, bytes: &[u8]) -> Result<(), FormatError> {
-        let volume = usize::from(volume);
-        let result = self.writer.file(volume).write_all_at(bytes, offset);
+    fn put(&self, offset: u64, bytes: &[u8]) -> Result<(), FormatError> {
+        let volume = usize::from(self.record.volume);
+        let result = self.writer.file(volume).write_all_at(bytes, self.record.offset + offset);
         self.writer.io(volume, "write to it", result)
     }
 
@@ -322,12 +292,10 @@ impl ExtentWriter<'_> {
         self.written
     }
 
-    /// Pads with zeros up to the page; returns what has become of the extent. Where extents are compressed, this waits for those
-    /// before it.
+    /// Pads with zeros up to the page; returns what has become of the extent.
     ///
     /// # Errors
-    /// As [`ExtentWriter::write`]; [`FormatError::Layout`] when fewer bytes than planned were written; [`FormatError::Abandoned`]
-    /// when an extent of a compressed file before this one could not be written.
+    /// As [`ExtentWriter::write`]; [`FormatError::Layout`] when fewer bytes than planned were written.
     pub fn finish(mut self) -> Result<Written, FormatError> {
         if self.written != self.record.logical_len {
             return Err(FormatError::Layout(format!(
@@ -339,43 +307,27 @@ impl ExtentWriter<'_> {
         }
         let padding = vec![0; (self.record.padded_len - self.written) as usize];
         self.write(&padding)?;
-        let mut written = Written::raw(&self.record, self.hash.digest());
-        if let Some(packing) = &self.writer.packing {
-            let ExtentRecord { kind, layer, index, logical_len, .. } = self.record;
-            let index = if kind == ExtentKind::Expert { ANY_INDEX } else { index };
-            let tensors = packing.tensors.get(&(kind, layer, index));
-            let logical = &self.held[..logical_len as usize];
-            let coded = tensors.and_then(|tensors| encode(logical, tensors, self.writer.layout.page_size()));
-            if let Some(coded) = &coded {
-                let (stored_len, checksum) = (coded.len() as u64, checksum(coded));
-                written = Written { codec: Codec::Planes, stored_len, checksum, ..written };
-            }
-            let (volume, offset) = packing.place(self.index, &self.record.name(), written.stored_len)?;
-            self.put(volume, offset, coded.as_ref().unwrap_or(&self.held))?;
-        }
-        self.ended = true;
-        Ok(written)
+        let raw = Written::raw(&self.record, self.hash.digest());
+        let Some(tensors) = self.tensors else { return Ok(raw) };
+        let logical = &self.held[..self.record.logical_len as usize];
+        let Some(coded) = encode(logical, tensors, self.writer.layout.page_size()) else {
+            self.put(0, &self.held)?;
+            return Ok(raw);
+        };
+        self.put(0, &coded)?;
+        Ok(Written { codec: Codec::Planes, stored_len: coded.len() as u64, checksum: checksum(&coded), ..raw })
     }
 
     /// Takes over what has become of this extent in another file, and its stored bytes.
     ///
     /// # Errors
-    /// As [`ExtentWriter::finish`].
-    pub fn copy(mut self, written: Written, stored: &[u8]) -> Result<Written, FormatError> {
-        let place = match &self.writer.packing {
-            Some(packing) => packing.place(self.index, &self.record.name(), written.stored_len)?,
-            None => (self.record.volume, self.record.offset),
-        };
-        self.put(place.0, place.1, stored)?;
-        self.ended = true;
-        Ok(written)
-    }
-}
-
-impl Drop for ExtentWriter<'_> {
-    fn drop(&mut self) {
-        if let (false, Some(packing)) = (self.ended, &self.writer.packing) {
-            packing.abandon();
+    /// [`FormatError::Io`]; [`FormatError::Layout`] for more bytes than planned.
+    pub fn copy(self, written: Written, stored: &[u8]) -> Result<Written, FormatError> {
+        if stored.len() as u64 > self.record.padded_len {
+            let (name, len) = (self.record.name(), stored.len());
+            return Err(FormatError::Layout(format!("{name} has {len} bytes, {} are planned", self.record.padded_len)));
         }
+        self.put(0, stored)?;
+        Ok(written)
     }
 }

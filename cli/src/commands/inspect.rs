@@ -30,8 +30,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model file
-    file: PathBuf,
+    /// The model file, or hf:NAME
+    pub(crate) file: PathBuf,
 
     /// List every extent
     #[arg(long)]
@@ -230,7 +230,10 @@ fn describe(r: &Report) -> String {
     line("file", format!("{}, {size}{volumes} in pages of {} bytes, format version {version}", r.file, r.page_size));
     if r.compressed_extents > 0 {
         let part = 100.0 * r.stored_bytes as f64 / r.bytes_before_compression.max(1) as f64;
-        line("compression", format!("{} extents; all take {part:.1} % of what they would without", r.compressed_extents));
+        line(
+            "compression",
+            format!("{} extents; all take {part:.1} % of what they would without", r.compressed_extents),
+        );
     }
     line("model", format!("{}, id {}", r.family, r.model_id));
     line(

@@ -179,7 +179,7 @@ pub(crate) fn plan_as(spec: &ModelSpec, rows_per_part: usize, types: &[WeightTyp
     for (kind, ty) in [(ExtentKind::Embedding, WeightType::Bf16), (ExtentKind::Head, head)] {
         for (part, first) in (0..spec.vocab_size).step_by(rows_per_part).enumerate() {
             let rows = rows_per_part.min(spec.vocab_size - first);
-            let shape = spec.part_tensor(kind, rows).expect("embedding and head have parts");
+            let shape = spec.part_tensor(kind, rows, ty).expect("embedding and head have parts");
             add(kind, NO_LAYER, part as u32..part as u32 + 1, vec![shape], Some(ty));
         }
     }
@@ -253,7 +253,7 @@ pub(crate) fn write_parts(whole: &Path, content: &Content, most: u64, compress: 
     let spare = files.len();
     let mut writer = FileWriter::of_files(files, layout).expect("it can be written");
     if compress {
-        writer.compress(&content.tensors, &[]).expect("nothing is there yet");
+        writer.compress(&content.tensors);
     }
     let write = |i| {
         let mut extent = writer.extent(i);
