@@ -21,6 +21,7 @@ use sluice_text::TextError;
 
 use crate::error::CliError;
 use crate::fetch::{Fetched, confirm, reference};
+use crate::size::parse_size;
 use crate::terminal::{byte_bar, note, print, print_json, seconds};
 use crate::text_files::{examine, other_tokenizers};
 
@@ -42,6 +43,7 @@ Examples:
   sluice convert hf:Qwen/Qwen3-30B-A3B --type q4
   sluice convert hf:unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M qwen3.sluice
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8
+  sluice convert my-moe-bf16/ my-moe.sluice --compress --split-size 50GB
   sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --imatrix my-moe.imatrix
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8 --recipe my-moe.recipe
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
@@ -76,6 +78,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "BYTES", default_value = "4096", value_parser = page_size_parser())]
     page_size: u32,
 
+    /// Compress the weights where that saves at least 8 %, without loss: bf16 by a third, f16 and fp8 by a sixth
+    #[arg(long)]
+    compress: bool,
+
+    /// Most bytes of one file, such as 50GB: a larger model becomes NAME-00001-of-00014.sluice and so on
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    split_size: Option<u64>,
+
     /// Replace the model file if it exists, once the new one is complete; what is no model file is never replaced
     #[arg(long)]
     overwrite: bool,
@@ -109,6 +119,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         recipe: args.recipe.as_deref().map(Recipe::load).transpose()?,
         page_size: args.page_size,
         importance: args.imatrix.clone(),
+        compress: args.compress,
+        split_size: args.split_size,
         overwrite: args.overwrite,
     };
     if let Some(reference) = reference(&args.src)? {
@@ -374,9 +386,16 @@ fn describe(dst: &Path, s: &Summary, elapsed: f64) -> String {
         0 => String::new(),
         n => format!(", {n} extents kept from an earlier run"),
     };
+    let name = match &s.files[..] {
+        [first, .., last] => format!("{} to {}", first.display(), last.display()),
+        _ => dst.display().to_string(),
+    };
+    let compressed = match 100.0 * s.stored_bytes as f64 / s.extent_bytes.max(1) as f64 {
+        part if s.stored_bytes < s.extent_bytes => format!(", compressed to {part:.1} %"),
+        _ => String::new(),
+    };
     let head = format!(
-        "{}: {}, {}; read {}, wrote {} in {}{resumed}\n",
-        dst.display(),
+        "{name}: {}, {}; read {}, wrote {} in {}{compressed}{resumed}\n",
         s.family,
         Bytes(s.file_bytes),
         Bytes(s.bytes_read),
