@@ -4,6 +4,7 @@
 //! depend on the size of the checkpoint, and a file that is cut short while it is read is an error instead of a signal.
 
 mod dtype;
+mod gguf;
 pub(crate) mod header;
 mod locate;
 pub(crate) mod recognise;
