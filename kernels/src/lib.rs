@@ -20,6 +20,7 @@
 mod activations;
 mod attention;
 mod elementwise;
+mod grouped;
 mod isa;
 mod kv;
 mod math;
@@ -48,6 +49,7 @@ mod x86;
 pub use activations::{Activations, Precision};
 pub use attention::{KEY_BLOCK, KeyBlock, QueryTile, Scores, key_blocks};
 pub use elementwise::{Activation, RopePairing, rms_norm, rope, softmax};
+pub use grouped::pack_row_group_grouped;
 pub use isa::{IsaError, Kernels};
 pub use kv::{KvBuffer, KvRows, KvType, UnknownKvType};
 pub use math::{exp, sigmoid, silu};

@@ -4,15 +4,15 @@
 //! panics.
 
 use crate::math::ROUND;
-use crate::matrix::{BLOCK, FP8_BLOCK, Group, Matrix, Planes, ROW_GROUP, WeightType};
+use crate::matrix::{BLOCK, FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::number::{E2M1, f16_to_f32, f32_to_bf16, f32_to_f16};
-use crate::{quant, scalar};
+use crate::{grouped, quant, scalar};
 
 /// The two planes of a zeroed row group.
 pub(crate) fn planes(ty: WeightType, n_rows: usize, cols: usize, src: usize, out: &mut [u8]) -> (&mut [u8], &mut [u8]) {
     assert!(n_rows <= ROW_GROUP, "a row group holds {ROW_GROUP} rows, not {n_rows}");
     assert_eq!(Some(src), n_rows.checked_mul(cols), "{n_rows} rows of {cols} columns");
-    let planes = Planes::new(ty, cols).expect("the source would not fit in memory either");
+    let planes = ty.planes(cols).expect("the source would not fit in memory either");
     assert_eq!(out.len(), planes.total, "bytes of a row group");
     out.fill(0);
     let (scales, values) = out.split_at_mut(planes.scales_padded);
@@ -193,6 +193,7 @@ fn unpack_column(w: &Group<'_>, k: usize) -> scalar::Rows {
     match w.ty {
         WeightType::F32 | WeightType::F16 | WeightType::Bf16 => scalar::column(w, k),
         WeightType::Q4 | WeightType::Q3 => quant::unpack_column(w, k),
+        WeightType::Grouped(ty) => grouped::unpack_column(ty, w, k),
         WeightType::Fp8 => {
             let scale = scalar::f32_at(w.scales, k / FP8_BLOCK);
             scalar::column(w, k).map(|v| v * 256.0 * scale)
