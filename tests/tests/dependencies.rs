@@ -14,7 +14,7 @@ const CRATES: [(&str, &[&str]); 15] = [
     ("weights", &[]),
     ("format", &["checksum", "weights"]),
     ("kernels", &["weights"]),
-    ("converter", &["checksum", "format", "kernels"]),
+    ("converter", &["checksum", "format", "kernels", "weights"]),
     ("runtime/storage", &["checksum", "format"]),
     ("runtime/model", &["checksum", "storage", "format", "kernels"]),
     ("runtime/text", &["format"]),
