@@ -10,7 +10,7 @@ use clap::builder::TypedValueParser as _;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use sluice_converter::{
-    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, check_destination, convert_plan,
+    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Recipe, Summary, TypeChoice, check_destination, convert_plan,
     plan,
 };
 use sluice_format::WeightType;
@@ -45,6 +45,7 @@ Examples:
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8
   sluice convert my-moe-bf16/ my-moe.sluice --compress --split-size 50GB
   sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --imatrix my-moe.imatrix
+  sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8 --recipe my-moe.recipe
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
 
 /// Convert a Hugging Face checkpoint (a folder with config.json and safetensors) into a model file
@@ -64,6 +65,10 @@ pub(crate) struct Args {
     /// Type of everything else [default: keep]
     #[arg(long, value_name = "TYPE", value_parser = type_parser())]
     dense_type: Option<TypeChoice>,
+
+    /// Types by pattern, which go before the two: a file of lines such as `layers.{0-2}.expert.* q8`; the first that matches wins
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
 
     /// What `sluice calibrate` measured: spend the bits of q4 and q3 where the activations are large
     #[arg(long, value_name = "FILE")]
@@ -111,6 +116,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let options = Options {
         expert_type: args.expert_type.unwrap_or_default(),
         dense_type: args.dense_type.unwrap_or_default(),
+        recipe: args.recipe.as_deref().map(Recipe::load).transpose()?,
         page_size: args.page_size,
         importance: args.imatrix.clone(),
         compress: args.compress,
@@ -258,7 +264,9 @@ fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
         let mut groups = plan.types().iter().filter(|(group, _)| is_expert(group) == experts);
         groups.any(|(_, types)| types.iter().any(|t| t == ty.name()))
     };
-    if let Some(TypeChoice::Type(ty)) = args.expert_type {
+    // With a recipe, the two are for what no pattern matches, which may well be nothing.
+    let without_recipe = |choice: Option<TypeChoice>| choice.filter(|_| args.recipe.is_none());
+    if let Some(TypeChoice::Type(ty)) = without_recipe(args.expert_type) {
         let has_experts = plan.types().keys().any(|group| is_expert(group));
         if !has_experts && args.dense_type.is_none() {
             return Err(CliError::Usage(format!(
@@ -275,7 +283,7 @@ fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
             )));
         }
     }
-    if let Some(TypeChoice::Type(ty)) = args.dense_type
+    if let Some(TypeChoice::Type(ty)) = without_recipe(args.dense_type)
         && !stored(false, ty)
     {
         return Err(CliError::Usage(format!(

@@ -166,6 +166,16 @@ impl Encoding for ColumnarMatrix {
         self.carrier().map(|c| WeightType::Grouped(c.ty))
     }
 
+    fn obstacle(&self) -> Option<&'static str> {
+        if !self.in_order {
+            Some("their groups of columns are in disorder, as GPTQ leaves them by activation order (`desc_act`)")
+        } else if !self.byte_zeros {
+            Some("a zero of 256 does not fit in a byte")
+        } else {
+            None
+        }
+    }
+
     fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool {
         selection.whole_rows(shape[2])
     }

@@ -148,6 +148,12 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     let inventory = inventory::take(&checkpoint, family, names, &spec, tied)?;
     let built = build::build(&checkpoint, family, names, &spec, options, scheme, &inventory.head)?;
     let layout = FileLayout::new(options.page_size, &built.planned)?;
+    let mut notes = inventory.notes;
+    notes.extend(built.obstacles.iter().map(|why| {
+        format!("weights are stored as f32, which takes much more space, because {why}. `--type q8` makes them small")
+    }));
+    let idle = options.recipe.as_ref().and_then(|r| r.unused(&built.rules.iter().copied().collect::<Vec<_>>()));
+    notes.extend(idle);
     let mut blobs = vec![(SOURCE_CONFIG_BLOB, config_bytes)];
     for name in TEXT_FILES {
         blobs.extend(checkpoint.side_file(name)?.map(|bytes| (name, bytes)));
@@ -165,7 +171,7 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
         groups: built.groups,
         widened: built.widened,
         left_out: inventory.left_out,
-        notes: inventory.notes,
+        notes,
         blobs,
         hash: 0,
     };
@@ -293,6 +299,9 @@ impl Plan {
         add(&self.options.page_size.to_le_bytes());
         add(self.options.expert_type.to_string().as_bytes());
         add(self.options.dense_type.to_string().as_bytes());
+        if let Some(recipe) = &self.options.recipe {
+            recipe.lines().iter().for_each(|line| add(line.as_bytes()));
+        }
         add(&[u8::from(self.options.compress)]);
         add(&self.options.split_size.unwrap_or(u64::MAX).to_le_bytes());
         add(&self.importance.as_ref().map_or(0, Importance::digest).to_le_bytes());

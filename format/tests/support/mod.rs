@@ -118,8 +118,15 @@ pub(crate) fn sparse_spec() -> ModelSpec {
         pairing: RopePairing::Half,
         key_norm_eps: 1e-6,
     };
-    let delta =
-        DeltaSpec { key_heads: 2, value_heads: 4, key_head_dim: 8, value_head_dim: 6, conv_width: 4, norm_eps: 1e-6 };
+    let delta = DeltaSpec {
+        key_heads: 2,
+        value_heads: 4,
+        key_head_dim: 8,
+        value_head_dim: 6,
+        conv_width: 4,
+        norm_eps: 1e-6,
+        value_heads_tiled: false,
+    };
     let ffn = spec.layers[0].ffn.clone();
     spec.layers = [false, true]
         .map(|shared| {

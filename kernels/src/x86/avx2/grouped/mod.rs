@@ -13,7 +13,7 @@ use crate::matrix::{Group, Matrix};
 use crate::x86::ahead::Ahead;
 use crate::x86::grouped::{E2M1, IQ4NL, STRIP, Terms, block_len, bytes_per_block, constant, has_bias, has_halves};
 use crate::x86::quantised_rows;
-pub(in crate::x86) use grids::block as grid_block;
+pub(in crate::x86) use grids::blocks as grid_blocks;
 use sluice_weights::{Codes, Grouped};
 use std::arch::x86_64::*;
 pub(in crate::x86) use terms::{fill, row_factors};

@@ -43,7 +43,7 @@ pub(super) fn strip(ty: Grouped, w: &Group<'_>, strip: usize, out: &mut [Bytes; 
         Codes::Uint(_) => blocks::<8>(w, strip, out),
         Codes::E2m1 => blocks::<E2M1>(w, strip, out),
         Codes::Iq4nl => blocks::<IQ4NL>(w, strip, out),
-        codes => grid_blocks(codes, w, strip, out),
+        codes => grids::blocks(codes, &w.values[strip * STRIP * ROW_GROUP * codes.block_len()..], out),
     }
 }
 
@@ -53,14 +53,6 @@ fn blocks<const C: u8>(w: &Group<'_>, strip: usize, out: &mut [Bytes; STRIP]) {
     let len = const { block_len(C) };
     for (values, out) in w.values[strip * STRIP * len..].chunks_exact(len).zip(out) {
         *out = block::<C>(values);
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn grid_blocks(codes: Codes, w: &Group<'_>, strip: usize, out: &mut [Bytes; STRIP]) {
-    let len = ROW_GROUP * codes.block_len();
-    for (records, out) in w.values[strip * STRIP * len..].chunks_exact(len).zip(out) {
-        *out = grids::block(codes, records);
     }
 }
 

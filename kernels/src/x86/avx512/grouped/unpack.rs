@@ -3,7 +3,7 @@
 use super::super::{Pair, load16, load32x2};
 use super::grids;
 use crate::grouped::IQ4NL as LEVELS;
-use crate::x86::avx2::grouped::grid_block;
+use crate::x86::avx2::grouped as avx2;
 use crate::x86::e2m1_table;
 use crate::x86::grouped::{E2M1, GRID_BIAS, IQ4NL, STRIP, block_len};
 use sluice_weights::{Codes, Grouped, ROW_GROUP};
@@ -54,12 +54,13 @@ fn grid_blocks(codes: Codes, w: &Pair<'_>, strip: usize, out: &mut [Bytes; STRIP
     if grids::strip(codes, w, strip, out) {
         return;
     }
-    let len = ROW_GROUP * codes.block_len();
-    let [a, b] = [&w[0].values[strip * STRIP * len..], &w[1].values[strip * STRIP * len..]];
-    for ((a, b), out) in a.chunks_exact(len).zip(b.chunks_exact(len)).zip(out) {
-        let [a, b] = [grid_block(codes, a), grid_block(codes, b)];
+    let mut halves = [[[_mm256_setzero_si256(); 8]; STRIP]; 2];
+    for (w, out) in w.iter().zip(&mut halves) {
+        avx2::grid_blocks(codes, &w.values[strip * STRIP * ROW_GROUP * codes.block_len()..], out);
+    }
+    for (g, out) in out.iter_mut().enumerate() {
         for q in 0..8 {
-            out[q] = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a[q]), b[q]);
+            out[q] = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(halves[0][g][q]), halves[1][g][q]);
         }
     }
 }
