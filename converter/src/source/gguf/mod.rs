@@ -3,3 +3,4 @@
 #![allow(dead_code, reason = "the source that reads these is not connected yet")]
 
 pub(crate) mod metadata;
+pub(crate) mod tokenizer;
