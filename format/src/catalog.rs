@@ -9,7 +9,7 @@ use crate::schema::TensorShape;
 use crate::spec::ModelSpec;
 use crate::superblock::Superblock;
 use crate::tensor::{ANY_INDEX, Layout, TensorRecord, next_tensor_offset};
-use crate::weight::WeightType;
+use sluice_weights::WeightType;
 
 type ExtentKey = (ExtentKind, u32, u32);
 

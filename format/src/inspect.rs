@@ -1,8 +1,10 @@
 //! What a file consists of, for reports.
 
+use std::collections::BTreeMap;
+
 use crate::extent::{ExtentKind, ExtentRecord};
 use crate::reader::ModelFile;
-use crate::weight::WeightType;
+use sluice_weights::WeightType;
 
 /// The extents of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,15 +36,14 @@ impl ModelFile {
         ExtentKind::ALL.into_iter().map(size).filter(|s| s.extents > 0).collect()
     }
 
-    /// Weight types of the tensors in extents of `kind`, with their bytes, in the order of [`WeightType::ALL`].
+    /// Weight types of the tensors in extents of `kind`, with their bytes, in the order of their codes.
     pub fn weight_types(&self, kind: ExtentKind) -> Vec<TypeSize> {
-        let mut sizes = WeightType::ALL.map(|weight_type| TypeSize { weight_type, bytes: 0 });
+        let mut sizes: BTreeMap<u16, TypeSize> = BTreeMap::new();
         for t in self.of_kind(kind).flat_map(|e| self.tensors_in(e.kind, e.layer, e.index)) {
-            if let Some(size) = sizes.iter_mut().find(|s| s.weight_type == t.weight_type) {
-                size.bytes += t.len;
-            }
+            let nothing = TypeSize { weight_type: t.weight_type, bytes: 0 };
+            sizes.entry(t.weight_type.code()).or_insert(nothing).bytes += t.len;
         }
-        sizes.into_iter().filter(|s| s.bytes > 0).collect()
+        sizes.into_values().filter(|s| s.bytes > 0).collect()
     }
 
     /// Stored bytes of all extents.

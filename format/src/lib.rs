@@ -32,7 +32,6 @@ mod state_id;
 mod superblock;
 mod tensor;
 mod verify;
-mod weight;
 mod writer;
 
 pub use durable::{Syncer, may_replace, remove_leftovers, replace_file, replace_file_with, replace_private_file_with};
@@ -49,11 +48,11 @@ pub use metadata::{
 pub use reader::{ModelFile, open_no_link, open_regular, verify_extent};
 pub use rewrite::{REWRITE_MAGIC, REWRITE_VERSION, Recovery, recover, rewrite_metadata};
 pub use schema::TensorShape;
+pub use sluice_weights::{BLOCK, FP8_BLOCK, Grouped, PLANE_ALIGN, ROW_GROUP, WeightType};
 pub use spec::*;
 pub use state_id::StateId;
 pub use superblock::{FORMAT_VERSION, MAGIC, ModelId, PAGE_SIZES, Superblock, TableRef};
 pub use tensor::{ANY_INDEX, Layout, TensorRecord, pack_tensors};
-pub use weight::{BLOCK, FP8_BLOCK, PLANE_ALIGN, ROW_GROUP, WeightType};
 pub use writer::{ExtentWriter, FileLayout, FileWriter, PlannedExtent};
 
 /// Checksum of every region of the file: xxh3-64, seed 0 (<https://github.com/Cyan4973/xxHash>).

@@ -3,7 +3,7 @@
 use crate::bytes::{array, get_u16, get_u32, get_u64, put, round_up};
 use crate::extent::ExtentKind;
 use crate::fields::{reserved_in_use, tensor as at};
-use crate::weight::{PLANE_ALIGN, WeightType};
+use sluice_weights::{PLANE_ALIGN, WeightType};
 
 /// `index` of a record that describes every extent of its kind and layer: the experts of a layer share one.
 pub const ANY_INDEX: u32 = u32::MAX;
@@ -109,7 +109,7 @@ impl TensorRecord {
     pub fn to_bytes(&self) -> [u8; at::LEN] {
         let mut b = [0; at::LEN];
         put(&mut b, at::KIND, &(self.kind as u16).to_le_bytes());
-        put(&mut b, at::WEIGHT_TYPE, &(self.weight_type as u16).to_le_bytes());
+        put(&mut b, at::WEIGHT_TYPE, &(self.weight_type.code()).to_le_bytes());
         put(&mut b, at::LAYOUT, &(self.layout as u16).to_le_bytes());
         put(&mut b, at::LAYER, &self.layer.to_le_bytes());
         put(&mut b, at::INDEX, &self.index.to_le_bytes());

@@ -217,7 +217,7 @@ fn tensor_tables() {
     // A vector in another type of the same length would need another kernel.
     spoilt("Invalid", "its spec implies plain", |i| {
         let record = tensor_named(i, "norm");
-        i.set_tensor(record, "weight_type", WeightType::Bf16 as u64);
+        i.set_tensor(record, "weight_type", u64::from(WeightType::Bf16.code()));
         let cols = get(&i.tensors[record], 32, 8);
         i.set_tensor(record, "batch", 2);
         i.set_tensor(record, "cols", cols);
@@ -228,7 +228,7 @@ fn tensor_tables() {
     });
     spoilt("Invalid", "embedding part 1 is f16, the first part bf16", |i| {
         let record = tensor_named(i, "embedding") + 1;
-        i.set_tensor(record, "weight_type", WeightType::F16 as u64);
+        i.set_tensor(record, "weight_type", u64::from(WeightType::F16.code()));
     });
     spoilt("Invalid", "embedding part 2 has 8 rows, the first part 4", |i| {
         // The last part becomes the first: 4, 8, 8 rows.

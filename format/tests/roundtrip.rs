@@ -168,7 +168,7 @@ fn impossible_lengths_are_refused_by_the_plan() {
     assert_eq!(variant(&FileLayout::new(4096, &[giant(1 << 63), giant(1 << 63)]).unwrap_err()), "Layout");
     let shape = [u64::MAX, u64::MAX, 2];
     for layout in Layout::ALL {
-        for weight_type in WeightType::ALL {
+        for weight_type in WeightType::all() {
             let name = "x".to_owned();
             let kind = ExtentKind::Dense;
             let mut t =

@@ -69,7 +69,7 @@ fn gemv(c: &mut Criterion) {
     let mut group = group(c, "gemv");
     group.throughput(Throughput::Bytes(WEIGHTS as u64));
     group.bench_function("read", |b| b.iter(|| read(&pool, &data)));
-    for ty in WeightType::ALL {
+    for ty in WeightType::OWN {
         let len = row_group_len(ty, COLS).expect("small");
         let groups = WEIGHTS / len;
         let w = Matrix::new(ty, groups * ROW_GROUP, COLS, &data[..groups * len]).expect("sized to fit");
@@ -86,7 +86,7 @@ fn gemm(c: &mut Criterion) {
     let pool = threads();
     let mut group = group(c, "gemm");
     group.throughput(Throughput::Elements((rows * COLS * tokens) as u64));
-    for ty in WeightType::ALL {
+    for ty in WeightType::OWN {
         let data = weights(packed_len(ty, rows, COLS).expect("small"));
         let w = Matrix::new(ty, rows, COLS, &data).expect("sized to fit");
         for k in vectorised() {

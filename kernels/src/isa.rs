@@ -2,7 +2,7 @@
 
 use crate::activations::Activations;
 use crate::matmul::{Tile, TileShape};
-use crate::matrix::Matrix;
+use crate::matrix::{Matrix, WeightType};
 #[cfg(target_arch = "aarch64")]
 use crate::neon::Neon;
 use crate::scalar;
@@ -163,20 +163,25 @@ impl Kernels {
 
     /// Multiplies one or two adjacent row groups with up to [`tile_tokens`](Self::tile_tokens) tokens.
     pub(crate) fn tile(&self, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+        if matches!(w.ty(), WeightType::Grouped(_)) {
+            return scalar_tile(w, x, shape, out);
+        }
         match self.isa {
-            Isa::Scalar => {
-                for (t, out) in out[..shape.tokens].iter_mut().enumerate() {
-                    for (g, out) in out.as_chunks_mut().0[..shape.groups].iter_mut().enumerate() {
-                        *out = scalar::group(&w.group(shape.group + g), x, shape.token + t, shape.int8);
-                    }
-                }
-            }
+            Isa::Scalar => scalar_tile(w, x, shape, out),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(isa) => isa.tile(w, x, shape, out),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.tile(w, x, shape, out),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon(isa) => isa.tile(w, x, shape, out),
+        }
+    }
+}
+
+fn scalar_tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+    for (t, out) in out[..shape.tokens].iter_mut().enumerate() {
+        for (g, out) in out.as_chunks_mut().0[..shape.groups].iter_mut().enumerate() {
+            *out = scalar::group(&w.group(shape.group + g), x, shape.token + t, shape.int8);
         }
     }
 }

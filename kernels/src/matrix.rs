@@ -1,88 +1,19 @@
-//! Weight types, the sizes of their planes, and matrices whose length has been checked.
+//! Matrices whose length has been checked.
 
 use std::fmt;
 use std::ops::Range;
 
-/// Rows that are stored and computed together.
-pub const ROW_GROUP: usize = 8;
-/// Columns that share one scale in the `q8`, `int4` and `mxfp4` types, and in quantised activations.
-pub const BLOCK: usize = 32;
-/// Columns that share one scale in the `fp8` type.
-pub const FP8_BLOCK: usize = 128;
+pub(crate) use sluice_weights::Planes;
+pub use sluice_weights::{BLOCK, FP8_BLOCK, ROW_GROUP, WeightType};
 
-/// Planes begin on multiples of this many bytes.
-const PLANE_ALIGN: usize = 64;
-
-/// How the weights of a matrix are stored; `docs/LAYOUT.md` gives the bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum WeightType {
-    /// IEEE binary32.
-    F32,
-    /// IEEE binary16.
-    F16,
-    /// bfloat16.
-    Bf16,
-    /// e4m3fn with one f32 scale per row group and 128 columns.
-    Fp8,
-    /// int8 with one f16 scale per row and 32 columns.
-    Q8,
-    /// 4-bit integers −8..7 with one bf16 scale per row and 32 columns.
-    Int4,
-    /// e2m1 with one e8m0 scale per row and 32 columns.
-    Mxfp4,
-    /// Four bits, one byte per row and 32 columns, one f32 per row; see `docs/QUANTISATION.md`.
-    Q4,
-    /// Three bits, one byte per row and 16 columns, one f32 per row.
-    Q3,
-}
-
-impl WeightType {
-    /// Every type.
-    pub const ALL: [WeightType; 9] =
-        [Self::F32, Self::F16, Self::Bf16, Self::Fp8, Self::Q8, Self::Int4, Self::Mxfp4, Self::Q4, Self::Q3];
-
-    /// Whether values are stored in blocks of 32 columns, for which there are integer kernels.
-    pub fn is_blocked(self) -> bool {
-        matches!(self, Self::Q8 | Self::Int4 | Self::Mxfp4 | Self::Q4 | Self::Q3)
-    }
-}
-
-/// Byte lengths of the two planes of one row group, without and with padding.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Planes {
-    pub(crate) scales: usize,
-    pub(crate) scales_padded: usize,
-    pub(crate) values: usize,
-    pub(crate) total: usize,
-}
-
-impl Planes {
-    pub(crate) fn new(ty: WeightType, cols: usize) -> Option<Planes> {
-        let blocks = cols.div_ceil(BLOCK);
-        let (scales, values) = match ty {
-            WeightType::F32 => (0, cols.checked_mul(32)?),
-            WeightType::F16 | WeightType::Bf16 => (0, cols.checked_mul(16)?),
-            WeightType::Fp8 => (cols.div_ceil(FP8_BLOCK).checked_mul(4)?, cols.checked_mul(8)?),
-            WeightType::Q8 => (blocks.checked_mul(16)?, blocks.checked_mul(256)?),
-            WeightType::Int4 => (blocks.checked_mul(16)?, blocks.checked_mul(128)?),
-            WeightType::Mxfp4 => (blocks.checked_mul(8)?, blocks.checked_mul(128)?),
-            WeightType::Q4 => (blocks.checked_mul(8)?.checked_add(32)?, blocks.checked_mul(128)?),
-            WeightType::Q3 => (blocks.checked_mul(16)?.checked_add(32)?, blocks.checked_mul(96)?),
-        };
-        let scales_padded = scales.checked_next_multiple_of(PLANE_ALIGN)?;
-        let total = scales_padded.checked_add(values.checked_next_multiple_of(PLANE_ALIGN)?)?;
-        Some(Planes { scales, scales_padded, values, total })
-    }
-}
-
-/// Bytes of one packed row group, a multiple of 64; `None` if it does not fit in a `usize`.
+/// Bytes of one packed row group, a multiple of 64; `None` if it does not fit in a `usize`, or if the type has no such rows.
 pub fn row_group_len(ty: WeightType, cols: usize) -> Option<usize> {
-    Planes::new(ty, cols).map(|p| p.total)
+    ty.row_group_len(cols)
 }
 
-/// Bytes of a packed `rows` × `cols` matrix, a multiple of 64; `None` if it does not fit in a `usize`.
+/// Bytes of a packed `rows` × `cols` matrix, a multiple of 64; `None` as for [`row_group_len`].
 pub fn packed_len(ty: WeightType, rows: usize, cols: usize) -> Option<usize> {
-    row_group_len(ty, cols)?.checked_mul(rows.div_ceil(ROW_GROUP))
+    ty.matrix_len(rows, cols)
 }
 
 /// Why bytes are not a matrix of the stated shape.
@@ -172,7 +103,7 @@ impl<'a> Matrix<'a> {
             return Err(ShapeError::Index { index, batch });
         }
         let too_large = ShapeError::TooLarge { ty, rows, cols };
-        let planes = Planes::new(ty, cols).ok_or(too_large)?;
+        let planes = ty.planes(cols).ok_or(too_large)?;
         let one = packed_len(ty, rows, cols).ok_or(too_large)?;
         let expected = one.checked_mul(batch).ok_or(too_large)?;
         if data.len() != expected {
@@ -254,11 +185,11 @@ mod tests {
 
     #[test]
     fn hostile_shapes_are_refused() {
-        for ty in WeightType::ALL {
+        for ty in WeightType::all() {
             assert_eq!(packed_len(ty, usize::MAX, usize::MAX), None);
             let e = Matrix::new(ty, usize::MAX, usize::MAX, &[]).unwrap_err();
             assert!(matches!(e, ShapeError::TooLarge { .. }));
-            let e = Matrix::new(ty, 1, 1, &[0; 63]).unwrap_err();
+            let e = Matrix::new(ty, 1, 256, &[0; 63]).unwrap_err();
             assert!(matches!(e, ShapeError::Length { actual: 63, .. }));
         }
         let e = Matrix::batched(WeightType::F32, 2, 1, 1, &[0; 128], 2).unwrap_err();

@@ -4,15 +4,15 @@
 //! panics.
 
 use crate::math::ROUND;
-use crate::matrix::{BLOCK, FP8_BLOCK, Group, Matrix, Planes, ROW_GROUP, WeightType};
+use crate::matrix::{BLOCK, FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::number::{E2M1, f16_to_f32, f32_to_bf16, f32_to_f16};
-use crate::{quant, scalar};
+use crate::{grouped, quant, scalar};
 
 /// The two planes of a zeroed row group.
 pub(crate) fn planes(ty: WeightType, n_rows: usize, cols: usize, src: usize, out: &mut [u8]) -> (&mut [u8], &mut [u8]) {
     assert!(n_rows <= ROW_GROUP, "a row group holds {ROW_GROUP} rows, not {n_rows}");
     assert_eq!(Some(src), n_rows.checked_mul(cols), "{n_rows} rows of {cols} columns");
-    let planes = Planes::new(ty, cols).expect("the source would not fit in memory either");
+    let planes = ty.planes(cols).expect("the source would not fit in memory either");
     assert_eq!(out.len(), planes.total, "bytes of a row group");
     out.fill(0);
     let (scales, values) = out.split_at_mut(planes.scales_padded);
@@ -124,6 +124,28 @@ pub fn pack_row_group_fp8(codes: &[u8], n_rows: usize, cols: usize, scales: &[f3
     }
 }
 
+/// Packs one row group of integers of 8 bits, unchanged. `codes` is row-major `[n_rows, cols]`, two's complement; `scales_f16`
+/// is `[n_rows, ceil(cols / 32)]`, the bytes of f16 numbers.
+///
+/// # Panics
+/// For more than 8 rows, or lengths that do not fit the shape.
+pub fn pack_row_group_q8(codes: &[u8], n_rows: usize, cols: usize, scales_f16: &[u8], out: &mut [u8]) {
+    let blocks = cols.div_ceil(BLOCK);
+    assert_eq!(scales_f16.len(), 2 * n_rows * blocks, "one scale per row and {BLOCK} columns");
+    let (scales, values) = planes(WeightType::Q8, n_rows, cols, codes.len(), out);
+    for r in 0..n_rows {
+        let row = &codes[r * cols..][..cols];
+        for (g, scale) in scales_f16.as_chunks::<2>().0[r * blocks..][..blocks].iter().enumerate() {
+            scales[(g * ROW_GROUP + r) * 2..][..2].copy_from_slice(scale);
+        }
+        for (g, block) in row.chunks(BLOCK).enumerate() {
+            for (q, four) in block.chunks(4).enumerate() {
+                values[g * 256 + q * 32 + r * 4..][..four.len()].copy_from_slice(four);
+            }
+        }
+    }
+}
+
 /// Packs one row group of 4-bit integers. `nibbles` is row-major `[n_rows, cols]`, one `value + 8` in 0..16 per byte;
 /// `scales_bf16` is `[n_rows, ceil(cols / 32)]`, the bits of bf16 numbers.
 ///
@@ -193,6 +215,7 @@ fn unpack_column(w: &Group<'_>, k: usize) -> scalar::Rows {
     match w.ty {
         WeightType::F32 | WeightType::F16 | WeightType::Bf16 => scalar::column(w, k),
         WeightType::Q4 | WeightType::Q3 => quant::unpack_column(w, k),
+        WeightType::Grouped(ty) => grouped::unpack_column(ty, w, k),
         WeightType::Fp8 => {
             let scale = scalar::f32_at(w.scales, k / FP8_BLOCK);
             scalar::column(w, k).map(|v| v * 256.0 * scale)

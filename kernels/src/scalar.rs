@@ -47,7 +47,7 @@ use crate::kv::{KvRows, Row};
 use crate::math::exp;
 use crate::matrix::{BLOCK, FP8_BLOCK, Group, ROW_GROUP, WeightType};
 use crate::number::{E2M1_DOUBLED, bf16_to_f32, e4m3_over_256, e8m0_to_f32, f16_to_f32};
-use crate::quant;
+use crate::{grouped, quant};
 
 /// One value per row of a group.
 pub(crate) type Rows = [f32; ROW_GROUP];
@@ -62,6 +62,8 @@ pub(crate) fn group(w: &Group<'_>, x: &Activations, t: usize, int8: bool) -> Row
         WeightType::Fp8 => fp8(w, x.row(t)),
         WeightType::Q4 | WeightType::Q3 if int8 => quant::group_int8(w, x.quantised_row(t)),
         WeightType::Q4 | WeightType::Q3 => quant::group_f32(w, x.padded_row(t)),
+        WeightType::Grouped(ty) if int8 => grouped::group_int8(ty, w, x.quantised_row(t)),
+        WeightType::Grouped(ty) => grouped::group_f32(ty, w, x.padded_row(t)),
         _ if int8 => blocks_int8(w, x.quantised_row(t)),
         _ => blocks_f32(w, x.padded_row(t)),
     }

@@ -2,7 +2,6 @@
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 use crate::activations::{Activations, QuantisedBlock};
-use crate::matrix::WeightType;
 use crate::number::E2M1_DOUBLED;
 use crate::quant::Codebook;
 use std::array::from_fn;
@@ -21,16 +20,16 @@ macro_rules! each {
     }};
 }
 
-// Weight types as constant parameters, which enums cannot be yet.
-pub(crate) const F32: u8 = WeightType::F32 as u8;
-pub(crate) const F16: u8 = WeightType::F16 as u8;
-pub(crate) const BF16: u8 = WeightType::Bf16 as u8;
-pub(crate) const FP8: u8 = WeightType::Fp8 as u8;
-pub(crate) const Q8: u8 = WeightType::Q8 as u8;
-pub(crate) const INT4: u8 = WeightType::Int4 as u8;
-pub(crate) const MXFP4: u8 = WeightType::Mxfp4 as u8;
-pub(crate) const Q4: u8 = WeightType::Q4 as u8;
-pub(crate) const Q3: u8 = WeightType::Q3 as u8;
+// Weight types as constant parameters, which enums cannot be yet: their codes in the file.
+pub(crate) const F32: u8 = 1;
+pub(crate) const F16: u8 = 2;
+pub(crate) const BF16: u8 = 3;
+pub(crate) const FP8: u8 = 4;
+pub(crate) const Q8: u8 = 5;
+pub(crate) const INT4: u8 = 6;
+pub(crate) const MXFP4: u8 = 7;
+pub(crate) const Q4: u8 = 8;
+pub(crate) const Q3: u8 = 9;
 
 /// Bytes of four columns of a row group of an unblocked type.
 pub(crate) const fn four_columns(ty: u8) -> usize {

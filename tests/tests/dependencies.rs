@@ -9,11 +9,12 @@ fn root() -> PathBuf {
 }
 
 /// Crates of this workspace, by folder, and those that each may use outside its own tests.
-const CRATES: [(&str, &[&str]); 14] = [
+const CRATES: [(&str, &[&str]); 15] = [
     ("checksum", &[]),
-    ("format", &["checksum"]),
-    ("kernels", &[]),
-    ("converter", &["checksum", "format", "kernels"]),
+    ("weights", &[]),
+    ("format", &["checksum", "weights"]),
+    ("kernels", &["weights"]),
+    ("converter", &["checksum", "format", "kernels", "weights"]),
     ("runtime/storage", &["checksum", "format"]),
     ("runtime/model", &["checksum", "storage", "format", "kernels"]),
     ("runtime/text", &["format"]),

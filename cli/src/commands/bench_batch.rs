@@ -9,7 +9,6 @@ use sluice_format::{ExtentKind, ModelFile};
 use sluice_kernels::{Kernels, ThreadPool};
 use sluice_lab::estimate::StepWork;
 use sluice_model::memory::Bytes;
-use sluice_model::weights::kernel_type;
 use sluice_model::{Control, Engine, EngineOptions, RuntimeError, Sequence, Span};
 use sluice_storage::io::bench::median;
 
@@ -195,7 +194,7 @@ fn machine(file: &ModelFile, threads: usize) -> Result<(f64, f64), CliError> {
     let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
     let largest = |kind| file.tensors().iter().filter(move |t| t.kind == kind).max_by_key(|t| t.len);
     let tensor = largest(ExtentKind::Expert).or_else(|| largest(ExtentKind::Head));
-    let ty = tensor.map_or(sluice_kernels::WeightType::Bf16, |t| kernel_type(t.weight_type));
+    let ty = tensor.map_or(sluice_kernels::WeightType::Bf16, |t| t.weight_type);
     let rates: Vec<_> = (0..3).map(|_| bench.gemm(ty, GEMM_ROWS)).collect();
     Ok((bench.read_rate(), 1e9 * median(&rates)))
 }

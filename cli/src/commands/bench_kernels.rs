@@ -90,10 +90,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         .map_err(|_| CliError::Failure(format!("the system has no {} of memory: lower --bytes", Bytes(args.bytes))))?;
     data.resize(bytes, TAME);
     let counts = if all == 1 { vec![1] } else { vec![1, all] };
-    let bar = step_bar("measuring", (counts.len() * WeightType::ALL.len()) as u64);
+    let bar = step_bar("measuring", (counts.len() * WeightType::OWN.len()) as u64);
     let measure = |&threads: &usize| {
         let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
-        let types: Vec<_> = WeightType::ALL.map(|ty| (bench.speed(ty), bar.inc(1)).0).into();
+        let types: Vec<_> = WeightType::OWN.map(|ty| (bench.speed(ty), bar.inc(1)).0).into();
         let read_gb_per_s = median(&types.iter().map(|t| t.read_gb_per_s).collect::<Vec<_>>());
         // The pool has its own limit, and the system may refuse threads.
         Run { threads: bench.pool.threads(), read_gb_per_s, types }

@@ -1,6 +1,6 @@
 //! Which tensors of a checkpoint together hold one tensor of the model, in every form that checkpoints are published in.
 
-use crate::source::{Checkpoint, Dtype};
+use crate::source::{Checkpoint, Dtype, GgmlType};
 
 /// A way to store a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub(crate) enum Form {
     Mlx,
     /// AWQ and GPTQ: integers, zeros, scales and, in GPTQ, the group of each input.
     Columnar,
+    /// GGUF: blocks, whole rows of them; for NVFP4 there may be one number beside them, or one per matrix, to multiply by.
+    Ggml,
 }
 
 /// The tensors that hold one tensor of the model.
@@ -83,6 +85,13 @@ fn found(checkpoint: &Checkpoint, name: &str, stem: &str, tensor: usize) -> Part
         Dtype::Other(dtype) if dtype == "U32" => {
             let mut parts = parts(checkpoint, Form::Mlx, tensor, &[format!("{stem}.scales")]);
             parts.tensors.extend(checkpoint.find(&format!("{stem}.biases")));
+            parts
+        }
+        Dtype::Ggml(ty) => {
+            let mut parts = parts(checkpoint, Form::Ggml, tensor, &[]);
+            if *ty == GgmlType::NVFP4 {
+                parts.tensors.extend(checkpoint.find(&format!("{stem}.scale")));
+            }
             parts
         }
         _ => parts(checkpoint, Form::Single, tensor, &[]),

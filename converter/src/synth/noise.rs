@@ -5,7 +5,6 @@ use sluice_format::{ExtentKind, Layout, ModelFile, PROVENANCE_BLOB, ROW_GROUP, T
 use super::random::Random;
 use super::write::{DOWN, NO_EXPERTS, matrix, usual_deviation, vector};
 use crate::error::ConvertError;
-use crate::pack::kernel_type;
 
 /// Row groups of a matrix that tell how large its weights are.
 const SAMPLE_GROUPS: usize = 64;
@@ -81,7 +80,7 @@ fn root_mean_square(tensor: &TensorRecord, expert: &[u8]) -> Option<f32> {
     let groups = (twins * rows.div_ceil(ROW_GROUP)).min(SAMPLE_GROUPS);
     let len = groups * tensor.weight_type.row_group_len(cols)?;
     let bytes = expert.get(tensor.offset as usize..tensor.offset as usize + len)?;
-    let sample = sluice_kernels::Matrix::new(kernel_type(tensor.weight_type), groups * ROW_GROUP, cols, bytes).ok()?;
+    let sample = sluice_kernels::Matrix::new(tensor.weight_type, groups * ROW_GROUP, cols, bytes).ok()?;
     let weights = sluice_kernels::unpack(sample);
     let square = weights.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>() / weights.len() as f64;
     square.is_finite().then_some(square.sqrt() as f32)

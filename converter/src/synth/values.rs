@@ -4,7 +4,7 @@
 //! a matrix gives them the standard deviation that was asked for. The mean must be zero: products of matrices with any
 //! other would soon all point the same way.
 
-use sluice_format::{BLOCK, FP8_BLOCK, PLANE_ALIGN, ROW_GROUP, WeightType};
+use sluice_format::{BLOCK, ROW_GROUP, WeightType};
 
 use super::random::Random;
 
@@ -43,6 +43,9 @@ const Q4_MEAN_SQUARE: f32 = 1234.25;
 const Q3_MEAN_SQUARE: f32 = 1621.5;
 const UNIFORM_MEAN_SQUARE: f32 = 1.0 / 3.0;
 
+/// Why a published form cannot be asked for.
+const NOT_MADE: &str = "only the types of `TYPES` are made";
+
 impl Filler {
     /// For matrices of `cols` columns; `ty` is one of [`TYPES`].
     pub(super) fn new(ty: WeightType, cols: usize, deviation: f32) -> Self {
@@ -51,10 +54,10 @@ impl Filler {
 
     /// Fills one row group, of whose rows the first `rows` exist. `out` has the length of a row group.
     pub(super) fn row_group(&self, random: &mut Random, rows: usize, out: &mut [u8]) {
-        let scales_len = self.scales_len();
-        let (scales, values) = out.split_at_mut(scales_len.next_multiple_of(PLANE_ALIGN));
-        let (scales, scale_padding) = scales.split_at_mut(scales_len);
-        let (values, value_padding) = values.split_at_mut(self.values_len());
+        let planes = self.ty.planes(self.cols).expect("the layout has computed its length");
+        let (scales, values) = out.split_at_mut(planes.scales_padded);
+        let (scales, scale_padding) = scales.split_at_mut(planes.scales);
+        let (values, value_padding) = values.split_at_mut(planes.values);
         scale_padding.fill(0);
         value_padding.fill(0);
         self.scales(random, rows, scales);
@@ -64,30 +67,6 @@ impl Filler {
 
     fn blocks(&self) -> usize {
         self.cols.div_ceil(BLOCK)
-    }
-
-    /// Bytes of the scale plane without its padding.
-    fn scales_len(&self) -> usize {
-        match self.ty {
-            WeightType::Fp8 => 4 * self.cols.div_ceil(FP8_BLOCK),
-            WeightType::Q8 | WeightType::Int4 => 2 * ROW_GROUP * self.blocks(),
-            WeightType::Mxfp4 => ROW_GROUP * self.blocks(),
-            WeightType::Q4 => ROW_SCALES + ROW_GROUP * self.blocks(),
-            WeightType::Q3 => ROW_SCALES + 2 * ROW_GROUP * self.blocks(),
-            WeightType::F32 | WeightType::F16 | WeightType::Bf16 => 0,
-        }
-    }
-
-    /// Bytes of the value plane without its padding.
-    fn values_len(&self) -> usize {
-        match self.ty {
-            WeightType::F32 => 4 * ROW_GROUP * self.cols,
-            WeightType::F16 | WeightType::Bf16 => 2 * ROW_GROUP * self.cols,
-            WeightType::Fp8 => ROW_GROUP * self.cols,
-            WeightType::Q8 => ROW_GROUP * BLOCK * self.blocks(),
-            WeightType::Int4 | WeightType::Mxfp4 | WeightType::Q4 => ROW_GROUP * BLOCK / 2 * self.blocks(),
-            WeightType::Q3 => ROW_GROUP * BLOCK / 8 * 3 * self.blocks(),
-        }
     }
 
     /// The same scale everywhere; rows that do not exist have none.
@@ -115,6 +94,7 @@ impl Filler {
             WeightType::Q4 => self.shifted_scales(random, rows, BLOCK, Q4_MEAN_SQUARE, out),
             WeightType::Q3 => self.shifted_scales(random, rows, BLOCK / 2, Q3_MEAN_SQUARE, out),
             WeightType::F32 | WeightType::F16 | WeightType::Bf16 => {}
+            WeightType::Grouped(_) => unreachable!("{NOT_MADE}"),
         }
     }
 
@@ -162,6 +142,7 @@ impl Filler {
                     }
                 }
             }
+            WeightType::Grouped(_) => unreachable!("{NOT_MADE}"),
         }
     }
 
@@ -196,6 +177,7 @@ impl Filler {
                     vector => values[at(vector)] &= !(nibble & 0x77),
                 }
             }
+            WeightType::Grouped(_) => unreachable!("{NOT_MADE}"),
             WeightType::Int4 | WeightType::Mxfp4 | WeightType::Q4 => {
                 let zero = if self.ty == WeightType::Int4 { 8 } else { 0 };
                 let byte = &mut values[g * 128 + q % 4 * 32 + r * 4 + i];
@@ -248,14 +230,11 @@ fn powers_of_two(square: f32) -> (u8, u16) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sluice_kernels::{Matrix, WeightType as Kernel, unpack};
-
-    fn kernel(ty: WeightType) -> Kernel {
-        crate::pack::kernel_type(ty)
-    }
+    use sluice_format::FP8_BLOCK;
+    use sluice_kernels::{Matrix, unpack};
 
     fn filled(ty: WeightType, rows: usize, cols: usize, deviation: f32) -> Vec<u8> {
-        let mut random = Random::new(1, [ty as u32, rows as u32, cols as u32]);
+        let mut random = Random::new(1, [u32::from(ty.code()), rows as u32, cols as u32]);
         let len = ty.row_group_len(cols).unwrap();
         let mut out = vec![0xff; len * rows.div_ceil(ROW_GROUP)];
         for (g, group) in out.chunks_mut(len).enumerate() {
@@ -269,7 +248,7 @@ mod tests {
         for ty in TYPES {
             for deviation in [0.02, 0.013, 0.3] {
                 let packed = filled(ty, 64, 2048, deviation);
-                let values = unpack(Matrix::new(kernel(ty), 64, 2048, &packed).unwrap());
+                let values = unpack(Matrix::new(ty, 64, 2048, &packed).unwrap());
                 assert!(values.iter().all(|v| v.is_finite()));
                 let n = values.len() as f64;
                 let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / n / f64::from(deviation);
@@ -305,11 +284,11 @@ mod tests {
                     }
                     _ => {
                         let values = vec![if ty == WeightType::Q8 { 127.0 * NO_BYTE_ZERO } else { NO_BYTE_ZERO }; n];
-                        sluice_kernels::pack_row_group(kernel(ty), &values, rows, cols, &mut packed);
+                        sluice_kernels::pack_row_group(ty, &values, rows, cols, &mut packed);
                     }
                 }
                 let ours = filled(ty, rows, cols, 0.1);
-                let scales = Filler::new(ty, cols, 0.1).scales_len().next_multiple_of(PLANE_ALIGN);
+                let scales = ty.planes(cols).unwrap().scales_padded;
                 for (at, (&ours, &packed)) in ours.iter().zip(&packed).enumerate() {
                     let four_bits = matches!(ty, WeightType::Int4 | WeightType::Mxfp4 | WeightType::Q4);
                     let nibbles = at >= scales && four_bits;
@@ -325,12 +304,12 @@ mod tests {
                 // Columns that do not exist have the first level, whatever that is in their block.
                 if matches!(ty, WeightType::Q3 | WeightType::Q4) {
                     let stored = blocks * BLOCK;
-                    let all = unpack(Matrix::new(kernel(ty), 8, stored, &ours).unwrap());
+                    let all = unpack(Matrix::new(ty, 8, stored, &ours).unwrap());
                     for padding in all.chunks(stored).flat_map(|row| row[cols..].rchunks(16)) {
                         assert!(padding.iter().all(|v| v == &padding[0]), "{ty} {rows}x{cols}");
                     }
                 }
-                let whole = unpack(Matrix::new(kernel(ty), 8, cols, &ours).unwrap());
+                let whole = unpack(Matrix::new(ty, 8, cols, &ours).unwrap());
                 assert!(whole[n..].iter().all(|&v| v == 0.0), "{ty} {rows}x{cols}");
             }
         }

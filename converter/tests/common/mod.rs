@@ -161,15 +161,11 @@ impl Synthetic {
     }
 }
 
-pub fn kernel_type(ty: WeightType) -> kernels::WeightType {
-    *kernels::WeightType::ALL.iter().find(|t| format!("{t:?}") == format!("{ty:?}")).unwrap()
-}
-
 /// The matrices of one stored tensor, row-major; gate and up of a pair apart.
 pub fn unpack(t: &TensorRecord, extent: &[u8]) -> Vec<Vec<f32>> {
     let [batch, rows, cols] = t.shape.map(|d| d as usize);
     let bytes = &extent[t.offset as usize..(t.offset + t.len) as usize];
-    let ty = kernel_type(t.weight_type);
+    let ty = t.weight_type;
     let matrix = |bytes: &[u8]| kernels::unpack(kernels::Matrix::new(ty, rows, cols, bytes).unwrap());
     match t.layout {
         Layout::Plain if t.weight_type == WeightType::F32 => {

@@ -126,5 +126,5 @@ pub(crate) fn convert(checkpoint: &Path, destination: &Path, choice: u64) -> Res
 fn describe(plan: &Plan) {
     drop((plan.spec().to_json(), plan.extent_bytes(), plan.file_bytes(), plan.source_bytes(), plan.sizes()));
     drop(format!("{:?} {:?} {:?} {:?}", plan.types(), plan.widened(), plan.left_out(), plan.notes()));
-    let _ = WeightType::ALL.map(WeightType::name);
+    let _ = WeightType::OWN.map(WeightType::name);
 }

@@ -94,6 +94,7 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
             (WeightType::Mxfp4, true) => int8::tile::<MXFP4>(&group, x, shape, g, out),
             (WeightType::Q4, true) => int8::tile::<Q4>(&group, x, shape, g, out),
             (WeightType::Q3, true) => int8::tile::<Q3>(&group, x, shape, g, out),
+            (WeightType::Grouped(_), _) => unreachable!("the caller has another kernel"),
         }
     }
 }

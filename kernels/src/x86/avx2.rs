@@ -86,6 +86,7 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
             (WeightType::Q8, true) => blocked_int8::<Q8>(&group, x, shape, g, out),
             (WeightType::Int4, true) => blocked_int8::<INT4>(&group, x, shape, g, out),
             (WeightType::Mxfp4, true) => blocked_int8::<MXFP4>(&group, x, shape, g, out),
+            (WeightType::Grouped(_), _) => unreachable!("the caller has another kernel"),
         }
     }
 }

@@ -81,6 +81,7 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
         WeightType::Q8 => blocked_int8::<Q8>(&pair, x, shape, out),
         WeightType::Int4 => blocked_int8::<INT4>(&pair, x, shape, out),
         WeightType::Mxfp4 => blocked_int8::<MXFP4>(&pair, x, shape, out),
+        WeightType::Grouped(_) => unreachable!("the caller has another kernel"),
     }
 }
 

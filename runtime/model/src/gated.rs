@@ -286,7 +286,7 @@ mod tests {
     use xxhash_rust::xxh3::xxh3_64;
 
     use super::super::tally::Tally;
-    use super::super::weights::{MatrixPlace, kernel_type};
+    use super::super::weights::MatrixPlace;
     use super::*;
 
     fn record(name: &str, weight_type: Stored, layout: Layout, rows: usize, cols: usize) -> TensorRecord {
@@ -348,7 +348,7 @@ mod tests {
             let place = MatrixPlace { kind: ExtentKind::Expert, layer: 0, name };
             MatrixRef::from_record(place, record).expect("a matrix")
         };
-        matrices.iter().for_each(|record| fill_matrix(&mut extent, record, kernel_type(stored)));
+        matrices.iter().for_each(|record| fill_matrix(&mut extent, record, stored));
         let bias = bias.then(|| FfnBias {
             gate: VectorRef::from_record(&biases[0]),
             up: VectorRef::from_record(&biases[1]),

@@ -2,25 +2,10 @@
 
 use std::ops::Range;
 
-use sluice_format::{ExtentKind, Layout, ModelFile, TensorRecord, WeightType as StoredType};
+use sluice_format::{ExtentKind, Layout, ModelFile, TensorRecord};
 use sluice_kernels::{Matrix, ROW_GROUP, WeightType, packed_len};
 
 use super::ModelError;
-
-/// The kernels' name for a stored type.
-pub fn kernel_type(stored: StoredType) -> WeightType {
-    match stored {
-        StoredType::F32 => WeightType::F32,
-        StoredType::F16 => WeightType::F16,
-        StoredType::Bf16 => WeightType::Bf16,
-        StoredType::Fp8 => WeightType::Fp8,
-        StoredType::Q8 => WeightType::Q8,
-        StoredType::Int4 => WeightType::Int4,
-        StoredType::Mxfp4 => WeightType::Mxfp4,
-        StoredType::Q4 => WeightType::Q4,
-        StoredType::Q3 => WeightType::Q3,
-    }
-}
 
 /// Which matrix of the model this is; an expert's stands for those of all experts of its layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,7 +96,7 @@ impl MatrixRef {
             Layout::TiledPair => 2 * rows.next_multiple_of(ROW_GROUP),
             Layout::Plain => return None,
         };
-        let ty = kernel_type(t.weight_type);
+        let ty = t.weight_type;
         Some(MatrixRef { place, ty, rows, cols, offset: t.offset as usize, len: packed_len(ty, rows, cols)? })
     }
 }

@@ -241,9 +241,7 @@ impl Metadata {
 
     /// A text in UTF-8, if the key is there.
     pub(crate) fn text(&self, key: &str) -> Result<Option<&str>, Problem> {
-        self.read(key, "a text in UTF-8", |v| {
-            if let Value::String(s) = v { std::str::from_utf8(s).ok() } else { None }
-        })
+        self.read(key, "a text in UTF-8", |v| if let Value::String(s) = v { std::str::from_utf8(s).ok() } else { None })
     }
 
     /// A list of texts, if the key is there.

@@ -9,9 +9,9 @@ use super::vocabulary::{Kind, TOKENS, Vocabulary};
 const SCORES: &str = "tokenizer.ggml.scores";
 const SPACE_PREFIX: &str = "tokenizer.ggml.add_space_prefix";
 
-/// Most work for finding merges: the squares of the tokens' lengths in bytes, together. The largest published vocabulary, with
-/// 262 144 tokens, takes a hundredth.
-const MOST_WORK: u64 = 1 << 32;
+/// Most work for finding merges, and most bytes in them: the squares of the tokens' lengths in bytes, together. The largest
+/// published vocabulary, with 262 144 tokens, takes a tenth.
+const MOST_WORK: u64 = 1 << 28;
 
 /// tokenizer.json as transformers' `LlamaConverter` writes it: a space becomes `▁`, one is put before the text, pairs are
 /// merged by the score of what they make, and characters without a token become tokens of bytes.

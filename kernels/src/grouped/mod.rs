@@ -1,0 +1,156 @@
+//! Codes of a few bits with scales per group of columns, in scalar code: the specification of their products, and packing.
+//!
+//! `sluice_weights` describes the bytes. A weight is `A·u·(n − z) + B`: `n` is an integer that its code stands for and `u` a power
+//! of two, the same for the whole type ([`unit`]); `A`, `z` and `B` belong to its row and block of 16 or 32 columns ([`Block`]).
+//!
+//! **With f32 activations**: per block, in order and including the padding of the last, `sum` is the sum over `(n − z)·x` of the
+//! `scalar` module; then `total = fma(sum·u, A, total)` and, where the type has `B`, `total = fma(xsum, B, total)` with
+//! `xsum = (t0 + t1) + (t2 + t3)`, where `t[k mod 4] = t[k mod 4] + x[k]` for k ascending. The result is `total`, times the row's
+//! factor where rows have one.
+//!
+//! **With int8 activations**: per block `b` the dot product of `n − z` and the activations, exact; then
+//! `s[b mod 2] = fma(dot, A·(xscale·u), s[b mod 2])` and, where the type has `B`, `s[b mod 2] = fma(isum, B·xscale, s[b mod 2])`
+//! with the exact sum of the block's int8 activations. The result is `s0 + s1`, times the row's factor.
+
+mod grids;
+mod pack;
+mod scales;
+
+use crate::activations::QuantisedBlock;
+use crate::matrix::{BLOCK, Group, ROW_GROUP};
+use crate::number::{E2M1_DOUBLED, e4m3_over_256};
+use crate::scalar::{Rows, f32_at, fold4};
+pub use pack::pack_row_group_grouped;
+pub(crate) use scales::Block;
+use sluice_weights::{Codes, Grouped, Scales, Super};
+
+/// The levels of ggml's IQ4_NL (`ggml-common.h`, `kvalues_iq4nl`).
+pub const IQ4NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+/// What the integers of a type are multiples of.
+pub(crate) const fn unit(ty: Grouped) -> f32 {
+    match (ty.codes(), ty.scales()) {
+        (Codes::E2m1, _) => 0.5,
+        (Codes::E4m3, _) => 256.0,
+        (Codes::Iq3xxs, _) => 0.25,
+        (_, Scales::Super(Super::Half | Super::Shift | Super::ShiftBy16)) | (Codes::Iq2xxs, _) => 0.125,
+        _ => 1.0,
+    }
+}
+
+/// What the codes of column `k` stand for, one number per row, before zeros: integers, but for e4m3, whose 256th parts these are.
+pub(crate) fn numbers(ty: Grouped, w: &Group<'_>, k: usize) -> Rows {
+    let middle = ty.middle() as f32;
+    match ty.codes() {
+        Codes::E4m3 => std::array::from_fn(|r| e4m3_over_256(w.values[k * ROW_GROUP + r])),
+        Codes::E2m1 => nibbles(w.values, k, 128).map(|c| f32::from(E2M1_DOUBLED[usize::from(c)])),
+        Codes::Iq4nl => nibbles(w.values, k, 128).map(|c| f32::from(IQ4NL[usize::from(c)])),
+        Codes::Uint(bits) => codes(w.values, k, usize::from(bits)).map(|c| f32::from(c) - middle),
+        grid => grids::numbers(grid, w.values, k),
+    }
+}
+
+/// The nibbles of column `k`, one per row; `block` bytes hold 32 columns and begin with their nibbles.
+fn nibbles(values: &[u8], k: usize, block: usize) -> [u8; ROW_GROUP] {
+    let (g, q, i) = (k / BLOCK, k % BLOCK / 4, k % 4);
+    std::array::from_fn(|r| values[g * block + q % 4 * 32 + r * 4 + i] >> (q / 4 * 4) & 15)
+}
+
+/// The codes of column `k`, one per row, put together from planes of 4, 2 and 1 bits.
+fn codes(values: &[u8], k: usize, bits: usize) -> [u8; ROW_GROUP] {
+    let (g, q, i) = (k / BLOCK, k % BLOCK / 4, k % 4);
+    let block = &values[g * 32 * bits..];
+    if bits == 8 {
+        return std::array::from_fn(|r| block[q * 32 + r * 4 + i]);
+    }
+    std::array::from_fn(|r| {
+        let (mut code, mut shift, mut plane) = (0, 0, 0);
+        for width in [4, 2, 1].into_iter().filter(|width| bits & width != 0) {
+            // A byte of a plane holds as many codes as fit, each from another part of the block.
+            let vectors = width;
+            let byte = block[plane + q % vectors * 32 + r * 4 + i];
+            code |= (byte >> (q / vectors * width) & ((1 << width) - 1)) << shift;
+            (shift, plane) = (shift + width, plane + 32 * width);
+        }
+        code
+    })
+}
+
+/// The factors of the rows.
+fn row_factors(ty: Grouped, w: &Group<'_>) -> Option<Rows> {
+    ty.has_row_factor().then(|| std::array::from_fn(|r| f32_at(w.scales, r)))
+}
+
+/// A row group times a padded row of f32.
+pub(crate) fn group_f32(ty: Grouped, w: &Group<'_>, x: &[f32]) -> Rows {
+    let (block, unit) = (ty.block(), unit(ty));
+    let mut total = [0.0; ROW_GROUP];
+    for (b, x) in x.chunks_exact(block).enumerate() {
+        let scales = Block::new(ty, w, b);
+        let mut s = [[0.0; ROW_GROUP]; 4];
+        for (k, &x) in x.iter().enumerate() {
+            let column = numbers(ty, w, b * block + k);
+            for r in 0..ROW_GROUP {
+                s[k % 4][r] = (column[r] - scales.zero[r]).mul_add(x, s[k % 4][r]);
+            }
+        }
+        let sum = fold4(&s);
+        for r in 0..ROW_GROUP {
+            total[r] = (sum[r] * unit).mul_add(scales.a[r], total[r]);
+        }
+        if let Some(bias) = scales.b {
+            let mut t = [0.0f32; 4];
+            x.iter().enumerate().for_each(|(k, x)| t[k % 4] += x);
+            let sum = (t[0] + t[1]) + (t[2] + t[3]);
+            for r in 0..ROW_GROUP {
+                total[r] = sum.mul_add(bias[r], total[r]);
+            }
+        }
+    }
+    times_factors(ty, w, total)
+}
+
+/// A row group times a row of int8.
+pub(crate) fn group_int8(ty: Grouped, w: &Group<'_>, x: &[QuantisedBlock]) -> Rows {
+    let (block, unit) = (ty.block(), unit(ty));
+    let mut s = [[0.0; ROW_GROUP]; 2];
+    for b in 0..x.len() * BLOCK / block {
+        let scales = Block::new(ty, w, b);
+        let of_block = &x[b * block / BLOCK];
+        let (mut dot, mut sum) = ([0i32; ROW_GROUP], 0);
+        for k in b * block..(b + 1) * block {
+            let x = i32::from(of_block.words[k % BLOCK / 4].to_le_bytes()[k % 4] as i8);
+            let column = numbers(ty, w, k);
+            sum += x;
+            for r in 0..ROW_GROUP {
+                dot[r] += (column[r] - scales.zero[r]) as i32 * x;
+            }
+        }
+        for r in 0..ROW_GROUP {
+            s[b % 2][r] = (dot[r] as f32).mul_add(scales.a[r] * (of_block.scale * unit), s[b % 2][r]);
+        }
+        if let Some(bias) = scales.b {
+            for r in 0..ROW_GROUP {
+                s[b % 2][r] = (sum as f32).mul_add(bias[r] * of_block.scale, s[b % 2][r]);
+            }
+        }
+    }
+    times_factors(ty, w, std::array::from_fn(|r| s[0][r] + s[1][r]))
+}
+
+fn times_factors(ty: Grouped, w: &Group<'_>, rows: Rows) -> Rows {
+    match row_factors(ty, w) {
+        Some(factors) => std::array::from_fn(|r| rows[r] * factors[r]),
+        None => rows,
+    }
+}
+
+/// The numbers of column `k`, as the tools that publish the types compute them, but for a rounding.
+pub(crate) fn unpack_column(ty: Grouped, w: &Group<'_>, k: usize) -> Rows {
+    let (unit, scales) = (unit(ty), Block::new(ty, w, k / ty.block()));
+    let (numbers, factors) = (numbers(ty, w, k), row_factors(ty, w).unwrap_or([1.0; ROW_GROUP]));
+    std::array::from_fn(|r| {
+        let value = (numbers[r] - scales.zero[r]) * unit * (scales.a[r] * factors[r]);
+        scales.b.map_or(value, |b| value + b[r])
+    })
+}
