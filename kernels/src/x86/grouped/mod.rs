@@ -1,12 +1,20 @@
 //! What the kernels of grouped types share.
 //!
 //! Kernels take 256 columns at a time, a strip. Before each, the terms of its blocks, which formats store in so many ways, are
-//! decoded into one form ([`Terms`]), so that the loops over products know codes and the length of a block only. Where several
-//! tokens meet the same weights, codes are unpacked into bytes before as well, and those loops need not know them either.
+//! decoded into one form, so that the loops over products know codes and the length of a block only. Where several tokens meet
+//! the same weights, codes are unpacked into bytes before as well, and those loops need not know them either.
+//!
+//! Terms and bytes of all row groups that are multiplied side by side are decoded together, one with AVX2 and two with AVX-512.
+//! That is written once, as macros, since functions take on the target features that they are written with, not those of their
+//! type parameters.
+
+#[macro_use]
+mod terms;
+#[macro_use]
+mod unpack;
 
 use crate::matrix::{BLOCK, Group};
 use sluice_weights::{Codes, Grouped, SUPER_BLOCK, Scales, Super, Zero};
-use std::arch::x86_64::*;
 
 /// Blocks of 32 columns of a strip.
 pub(super) const STRIP: usize = SUPER_BLOCK / BLOCK;
@@ -20,6 +28,45 @@ pub(super) const fn block_len(codes: u8) -> usize {
     match codes {
         E2M1 | IQ4NL => 128,
         bits => 32 * bits as usize,
+    }
+}
+
+/// The constant for codes that stand for one weight each and are multiplied as integers.
+pub(super) fn constant(codes: Codes) -> Option<u8> {
+    match codes {
+        Codes::Uint(bits) => Some(bits),
+        Codes::E2m1 => Some(E2M1),
+        Codes::Iq4nl => Some(IQ4NL),
+        _ => None,
+    }
+}
+
+// Formats of scales, and what is beside them, as constant parameters.
+pub(super) const F16: u8 = 0;
+pub(super) const BF16: u8 = 1;
+pub(super) const F32: u8 = 2;
+pub(super) const E4M3: u8 = 3;
+pub(super) const E8M0: u8 = 4;
+pub(super) const NONE: u8 = 0;
+pub(super) const BYTE: u8 = 1;
+pub(super) const BIAS: u8 = 2;
+pub(super) const FLOAT: u8 = 3;
+
+/// Bytes of a scale.
+pub(super) const fn scale_len(scale: u8) -> usize {
+    match scale {
+        F16 | BF16 => 2,
+        F32 => 4,
+        _ => 1,
+    }
+}
+
+/// Bytes of a scale and what is beside it.
+pub(super) const fn group_len(scale: u8, zero: u8) -> usize {
+    match zero {
+        NONE => scale_len(scale),
+        BYTE => scale_len(scale) + 1,
+        _ => 2 * scale_len(scale),
     }
 }
 
@@ -39,25 +86,7 @@ pub(super) const fn has_bias(ty: Grouped) -> bool {
     }
 }
 
-/// What the blocks of a strip of one or two row groups multiply and add, by block of 16 or 32 columns and by row group.
-pub(super) struct Terms {
-    /// `A`.
-    pub(super) a: [[__m256; 2]; 2 * STRIP],
-    /// The bits of `B` where the type has it. Else, as a pair of 16-bit numbers, what multiplies the sum of the activations to
-    /// take out `z` and what was added to the integers; the number is the lower one, and the upper one is 0. In the second block
-    /// of 32 columns it is the other way round, so that both meet the pair of sums of the halves.
-    pub(super) rest: [[__m256i; 2]; 2 * STRIP],
-}
-
-impl Terms {
-    #[inline]
-    #[target_feature(enable = "avx")]
-    pub(super) fn new() -> Self {
-        Terms { a: [[_mm256_setzero_ps(); 2]; 2 * STRIP], rest: [[_mm256_setzero_si256(); 2]; 2 * STRIP] }
-    }
-}
-
-/// Bytes of two row groups or one, scales and values, for each 32 columns of them; padding included.
+/// Bytes of row groups, scales and values, for each 32 columns of them; padding included.
 pub(super) fn bytes_per_block<const N: usize>(groups: &[Group<'_>; N], blocks: usize) -> usize {
     let Group { scales, values, .. } = groups[0];
     let group = values.as_ptr().addr() - scales.as_ptr().addr() + values.len().next_multiple_of(64);
@@ -67,14 +96,4 @@ pub(super) fn bytes_per_block<const N: usize>(groups: &[Group<'_>; N], blocks: u
 /// The integer of column `k` of row `r` of a grid, made positive.
 pub(super) fn grid_byte(ty: Grouped, w: &Group<'_>, k: usize, r: usize) -> u8 {
     (crate::grouped::numbers(ty, w, k)[r] as i32 + GRID_BIAS) as u8
-}
-
-/// The constant for codes that stand for one weight each and are multiplied as integers.
-pub(super) fn constant(codes: Codes) -> Option<u8> {
-    match codes {
-        Codes::Uint(bits) => Some(bits),
-        Codes::E2m1 => Some(E2M1),
-        Codes::Iq4nl => Some(IQ4NL),
-        _ => None,
-    }
 }
