@@ -39,9 +39,12 @@ struct SourceFileRecord {
 }
 
 #[derive(Serialize)]
-struct Recipe {
+struct Recipe<'a> {
     expert_type: TypeChoice,
     dense_type: TypeChoice,
+    /// Lines of the recipe file, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    patterns: Option<Vec<&'a str>>,
     page_size: u32,
     /// xxh3-64 of the importance file, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -52,7 +55,7 @@ struct Recipe {
 #[derive(Serialize)]
 struct Provenance<'a> {
     converter: &'static str,
-    recipe: Recipe,
+    recipe: Recipe<'a>,
     source_files: Vec<SourceFileRecord>,
     /// Over the digests of what each extent was made from, in file order.
     source_xxh3_128: String,
@@ -74,18 +77,20 @@ fn file_digest(header: u128, parts: &[u128]) -> u128 {
 /// The provenance blob; `parts` are the digests of the source's parts.
 pub(crate) fn blob(plan: &Plan, outcomes: &[Outcome], parts: &[u128]) -> Vec<u8> {
     let of_file = plan.checkpoint.parts.chunk_by(|a, b| a.file == b.file);
-    let mut counts = vec![0; plan.checkpoint.files.len()];
+    let checkpoint = &plan.checkpoint;
+    let mut counts = vec![0; checkpoint.files().len()];
     of_file.for_each(|group| counts[group[0].file] = group.len());
     let mut rest = parts;
-    let files = plan.checkpoint.files.iter().zip(counts).map(|(f, count)| {
+    let headers = &checkpoint.header_digests;
+    let files = checkpoint.files().iter().zip(headers).zip(counts).map(|((f, &header), count)| {
         let (own, others) = rest.split_at(count);
         rest = others;
         SourceFileRecord {
             name: f.name.clone(),
             bytes: f.len,
-            header_xxh3_128: hex(f.header_digest),
+            header_xxh3_128: hex(header),
             digests: count,
-            xxh3_128: Some(hex(file_digest(f.header_digest, own))),
+            xxh3_128: Some(hex(file_digest(header, own))),
         }
     });
     let provenance = Provenance {
@@ -93,6 +98,7 @@ pub(crate) fn blob(plan: &Plan, outcomes: &[Outcome], parts: &[u128]) -> Vec<u8>
         recipe: Recipe {
             expert_type: plan.options.expert_type,
             dense_type: plan.options.dense_type,
+            patterns: plan.options.recipe.as_ref().map(|r| r.lines()),
             page_size: plan.options.page_size,
             importance_xxh3_64: plan.importance.as_ref().map(|i| format!("{:016x}", i.digest())),
         },

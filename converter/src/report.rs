@@ -1,6 +1,7 @@
 //! What a conversion did, for the user.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -19,6 +20,12 @@ pub struct Summary {
     pub model_id: String,
     /// Its length.
     pub file_bytes: u64,
+    /// The files: one, or the volumes.
+    pub files: Vec<PathBuf>,
+    /// Bytes of all extents before compression.
+    pub extent_bytes: u64,
+    /// The same in the files.
+    pub stored_bytes: u64,
     /// Extents and bytes by kind, in file order.
     pub sizes: Vec<KindSize>,
     /// Types by tensor group.
@@ -64,7 +71,8 @@ pub(crate) fn empty(plan: &Plan, parts: &[u128]) -> Option<String> {
         let is_matrix =
             t.shape.iter().filter(|&&n| n > 1).count() > 1 && !t.name.contains("zero") && !t.name.ends_with("bias");
         let part = || checkpoint.parts.binary_search_by_key(&(t.file, t.start), |p| (p.file, p.start));
-        is_matrix && part().is_ok_and(|part| parts[part] == digest_of_zeros(checkpoint.parts[part].len))
+        let is_stored = t.derived.is_none();
+        is_stored && is_matrix && part().is_ok_and(|part| parts[part] == digest_of_zeros(checkpoint.parts[part].len))
     };
     let names: Vec<String> = checkpoint.tensors.iter().filter(is_zero).map(|t| t.name.clone()).collect();
     (!names.is_empty()).then(|| {

@@ -15,16 +15,16 @@ use std::path::Path;
 use serde::Serialize;
 use sluice_checksum::Xxh3;
 use sluice_format::{
-    ExtentKind, ExtentRecord, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB,
-    SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TensorRecord, WeightType,
+    ExtentKind, ExtentRecord, FORMAT_VERSION, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB,
+    SOURCE_CONFIG_BLOB, SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TensorRecord, WeightType,
 };
 
+use crate::encoding::Selection;
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
 use crate::options::Options;
-use crate::source::{CONFIG, Checkpoint, recognise};
-pub(crate) use resolve::{Source, Storage};
-pub(crate) use types::is_lossy;
+use crate::source::{self, CONFIG, Checkpoint, RowOrder, recognise, side_file};
+use crate::steps;
 
 /// Name and version of this converter, part of every file that it writes.
 pub(crate) const CONVERTER: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
@@ -49,7 +49,7 @@ pub(crate) struct TensorPlan {
     /// Offset inside the extent.
     pub(crate) offset: u64,
     /// One source, or gate and up.
-    pub(crate) sources: Vec<Source>,
+    pub(crate) sources: Vec<Selection>,
 }
 
 /// Tensors left out of the file, and why.
@@ -112,17 +112,35 @@ pub struct Plan {
 /// Everything that can be known beforehand: unsupported models and options, missing and unknown tensors, damaged headers.
 pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     options.check()?;
-    if !src.is_dir() {
-        return Err(recognise::no_folder(src));
+    // Before any other file is missed: without this one, a folder is something else.
+    if src.is_dir() && side_file(src, CONFIG)?.is_none() {
+        let problem = recognise::no_config(src);
+        return Err(ConvertError::NotACheckpoint { path: src.to_owned(), problem });
     }
-    let config_bytes = crate::source::side_file(src, CONFIG)?
-        .ok_or_else(|| ConvertError::NotACheckpoint { path: src.to_owned(), problem: recognise::no_config(src) })?;
-    let checkpoint = Checkpoint::open(src)?;
-    let config = Config::parse(&src.join(CONFIG), &config_bytes)?;
+    of_checkpoint(source::open(src)?, options)
+}
+
+/// Plans the conversion of a checkpoint whose files come from somewhere else than a folder, without writing anything. Headers
+/// and the few tensors whose values decide something are read through the source.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_source(source: Box<dyn source::Source>, options: &Options) -> Result<Plan, ConvertError> {
+    options.check()?;
+    of_checkpoint(source::open_source(source)?, options)
+}
+
+fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, ConvertError> {
+    let config_bytes = checkpoint.source().text_file(CONFIG)?.ok_or_else(|| {
+        let problem = recognise::no_config(&checkpoint.dir);
+        ConvertError::NotACheckpoint { path: checkpoint.dir.clone(), problem }
+    })?;
+    let config = Config::parse(&checkpoint.source().text_path(CONFIG), &config_bytes)?;
     let family = family::find(&config)?;
     let text = family::text(family, &config)?;
     let text = text.as_ref().unwrap_or(&config);
     let scheme = scheme::read(text, &config, &checkpoint)?;
+    checkpoint.has_zero_points = scheme.asymmetric;
     let spec = family::spec(family, text)?;
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
     let tied = inventory::Tied::read(text, &config)?;
@@ -130,6 +148,12 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     let inventory = inventory::take(&checkpoint, family, names, &spec, tied)?;
     let built = build::build(&checkpoint, family, names, &spec, options, scheme, &inventory.head)?;
     let layout = FileLayout::new(options.page_size, &built.planned)?;
+    let mut notes = inventory.notes;
+    notes.extend(built.obstacles.iter().map(|why| {
+        format!("weights are stored as f32, which takes much more space, because {why}. `--type q8` makes them small")
+    }));
+    let idle = options.recipe.as_ref().and_then(|r| r.unused(&built.rules.iter().copied().collect::<Vec<_>>()));
+    notes.extend(idle);
     let mut blobs = vec![(SOURCE_CONFIG_BLOB, config_bytes)];
     for name in TEXT_FILES {
         blobs.extend(checkpoint.side_file(name)?.map(|bytes| (name, bytes)));
@@ -147,10 +171,14 @@ pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
         groups: built.groups,
         widened: built.widened,
         left_out: inventory.left_out,
-        notes: inventory.notes,
+        notes,
         blobs,
         hash: 0,
     };
+    if let Some(most) = options.split_size {
+        let tail = plan.tail_bytes().next_multiple_of(u64::from(options.page_size));
+        plan.layout = plan.layout.split(most, tail)?;
+    }
     plan.hash = plan.digest();
     Ok(plan)
 }
@@ -163,20 +191,26 @@ impl Plan {
 
     /// Bytes of all extents.
     pub fn extent_bytes(&self) -> u64 {
-        self.layout.extents_end() - u64::from(self.layout.page_size())
+        self.layout.extent_bytes()
     }
 
-    /// Length of the finished file, a few KiB too much at most.
+    /// Length of the finished file, or of all volumes together, a few KiB too much at most; before compression.
     pub fn file_bytes(&self) -> u64 {
+        let volumes = self.layout.ends().len() as u64;
+        self.layout.ends().iter().sum::<u64>()
+            + self.tail_bytes()
+            + (volumes - 1) * self.layout.table_bytes(self.records.len())
+    }
+
+    /// Bytes of tables and metadata, a few KiB too much at most.
+    fn tail_bytes(&self) -> u64 {
         let page = u64::from(self.layout.page_size());
         let blobs: u64 = self.blobs.iter().map(|(_, b)| b.len() as u64).sum();
-        let provenance = PROVENANCE_ROOM + FILE_ROOM * self.checkpoint.files.len() as u64;
+        let provenance = PROVENANCE_ROOM + FILE_ROOM * self.checkpoint.files().len() as u64;
         let digests = (self.checkpoint.parts.len() * size_of::<u128>()) as u64;
         let metadata = blobs + self.spec.to_json().len() as u64 + provenance + digests;
-        let extents = (self.layout.extents().len() * sluice_format::EXTENT_RECORD_LEN) as u64;
-        let tensors = (self.records.len() * sluice_format::TENSOR_RECORD_LEN) as u64;
-        let tables: u64 = [metadata, extents, tensors].iter().map(|n| n.next_multiple_of(page)).sum();
-        self.layout.extents_end() + tables
+        // A frame of what cannot be compressed is longer by less than a page for a megabyte.
+        metadata.next_multiple_of(page) + metadata / 256 + page + self.layout.table_bytes(self.records.len())
     }
 
     /// The extents of the file; their checksums are 0.
@@ -192,7 +226,7 @@ impl Plan {
 
     /// Bytes of all files of the checkpoint.
     pub fn source_bytes(&self) -> u64 {
-        self.checkpoint.files.iter().map(|f| f.len).sum()
+        self.checkpoint.files().iter().map(|f| f.len).sum()
     }
 
     /// Extents and bytes by kind, in file order; kinds that do not occur are left out.
@@ -225,6 +259,17 @@ impl Plan {
         &self.notes
     }
 
+    /// When a conversion from its beginning reads each file of the source: what a source that is fetched will be told.
+    pub fn file_uses(&self) -> Vec<source::FileUse> {
+        steps::uses(self, &steps::of(self, &|_| true, &|_| true))
+    }
+
+    /// Numbers of the source's files that an extent is made of.
+    pub(crate) fn files_of(&self, extent: usize) -> BTreeSet<usize> {
+        let tensors = self.extents[extent].iter().flat_map(|t| &t.sources).flat_map(Selection::tensors);
+        tensors.map(|tensor| self.checkpoint.tensors[tensor].file).collect()
+    }
+
     /// Most tensors in one extent.
     pub(crate) fn tensors_per_extent(&self) -> usize {
         self.extents.iter().map(Vec::len).max().unwrap_or(0)
@@ -254,27 +299,38 @@ impl Plan {
         add(&self.options.page_size.to_le_bytes());
         add(self.options.expert_type.to_string().as_bytes());
         add(self.options.dense_type.to_string().as_bytes());
+        if let Some(recipe) = &self.options.recipe {
+            recipe.lines().iter().for_each(|line| add(line.as_bytes()));
+        }
+        add(&[u8::from(self.options.compress)]);
+        add(&self.options.split_size.unwrap_or(u64::MAX).to_le_bytes());
         add(&self.importance.as_ref().map_or(0, Importance::digest).to_le_bytes());
-        for f in &self.checkpoint.files {
+        for (f, header) in self.checkpoint.files().iter().zip(&self.checkpoint.header_digests) {
             add(f.name.as_bytes());
             add(&f.len.to_le_bytes());
-            add(&f.header_digest.to_le_bytes());
+            add(&header.to_le_bytes());
         }
         // Which file a tensor is read from: an index that is mended can name another one that holds its name too.
         for t in &self.checkpoint.tensors {
             add(t.name.as_bytes());
             add(&(t.file as u64).to_le_bytes());
             add(&t.start.to_le_bytes());
+            if t.order != RowOrder::AsStored {
+                add(format!("{:?}", t.order).as_bytes());
+            }
+            if let Some(bytes) = &t.derived {
+                add(bytes);
+            }
         }
         // What it says of the weights, such as their quantisation, is not all in what follows. The other files are only carried.
         add(self.side_file(SOURCE_CONFIG_BLOB).unwrap_or_default());
         add(&self.spec.to_json());
-        self.layout.extents().iter().for_each(|e| add(&e.to_bytes()));
+        self.layout.extents().iter().for_each(|e| add(&e.to_bytes(FORMAT_VERSION)));
         self.records.iter().for_each(|r| add(&r.to_bytes()));
         // What is read for each tensor: the same files can be understood in another way, by another configuration or version.
         for source in self.extents.iter().flatten().flat_map(|tensor| &tensor.sources) {
             add(self.checkpoint.tensors[source.tensor].name.as_bytes());
-            add(format!("{:?}", (source.storage, source.strides, source.plus_one)).as_bytes());
+            add(format!("{:?}", (&source.encoding, source.strides, source.plus_one)).as_bytes());
         }
         hash.digest128()
     }

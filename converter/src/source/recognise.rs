@@ -58,8 +58,8 @@ impl Foreign {
                 "Run `git lfs pull` in its folder, or download the model with `hf download`",
             ),
             Foreign::Gguf => (
-                "a GGUF file, as llama.cpp has them, which is not read",
-                "Take the original checkpoint: a folder with `config.json` and safetensors files",
+                "a GGUF file, as llama.cpp has them",
+                "Convert it, with `sluice convert`, and name the file that this makes",
             ),
             Foreign::ModelFile => (
                 "a model file of this program already",
@@ -76,6 +76,11 @@ impl Foreign {
         };
         ConvertError::Foreign { path: path.to_owned(), what, advice }
     }
+}
+
+/// Whether the file at `path` is a GGUF file by its first bytes.
+pub(crate) fn is_gguf(path: &Path) -> bool {
+    path.is_file() && Foreign::of_file(path) == Some(Foreign::Gguf)
 }
 
 fn head(path: &Path) -> Option<Vec<u8>> {
@@ -134,18 +139,17 @@ pub(crate) fn nothing_there(path: &Path) -> String {
     on_hub(path, None).unwrap_or_else(|| "there is no such folder".to_owned())
 }
 
-/// What to say of a path that is a name on the hub: how to download all of the model, or one file of it.
+/// What to say of a path that is a name on the hub: how to use it as that, or how to download one file of the model.
 pub(crate) fn on_hub(path: &Path, file: Option<&str>) -> Option<String> {
     let name = hub_name(path)?;
     let folder = name.rsplit('/').next().unwrap_or(&name);
-    let (what, file) = match file {
-        Some(file) => (format!("its `{file}`"), format!(" {file}")),
-        None => ("the model".to_owned(), String::new()),
+    let advice = match file {
+        Some(file) => format!(
+            "Download its `{file}` first, with `sluice pull {name} --include {file} --to {folder}`, then name the folder {folder}"
+        ),
+        None => format!("Name it `hf:{name}` to convert it from there"),
     };
-    Some(format!(
-        "there is no such folder here, but it looks like a name on the Hugging Face Hub. Download {what} first, with \
-         `hf download {name}{file} --local-dir {folder}`, then name the folder {folder}"
-    ))
+    Some(format!("there is no such folder here, but it looks like a name on the Hugging Face Hub. {advice}"))
 }
 
 /// `path` as the name of a model on the hub, such as `deepseek-ai/DeepSeek-R1`, also out of an address.
@@ -194,8 +198,7 @@ pub(crate) fn no_config(dir: &Path) -> String {
 }
 
 /// What a folder without safetensors files that make a model is.
-pub(crate) fn no_weights(dir: &Path) -> String {
-    let names = entries(dir);
+pub(crate) fn no_weights(dir: &Path, names: &[String]) -> String {
     let has = |test: &dyn Fn(&str) -> bool| names.iter().any(|n| test(n));
     let ends = |end: &'static str| move |n: &str| n.ends_with(end);
     if has(&|n| n.starts_with("adapter_model.")) {
@@ -220,9 +223,7 @@ pub(crate) fn no_weights(dir: &Path) -> String {
 }
 
 fn gguf_folder() -> String {
-    "it holds GGUF files, as llama.cpp has them, which are not read. Take the original checkpoint, with `config.json` and \
-     safetensors files"
-        .to_owned()
+    "it holds GGUF files, as llama.cpp has them. Name one of them: of a model in several parts, any".to_owned()
 }
 
 /// What is left of downloads that have not ended, by `hf download` or other programs, as the end of a sentence.

@@ -26,7 +26,7 @@ pub(crate) use scales::Block;
 use sluice_weights::{Codes, Grouped, Scales, Super};
 
 /// The levels of ggml's IQ4_NL (`ggml-common.h`, `kvalues_iq4nl`).
-pub(crate) const IQ4NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub const IQ4NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 /// What the integers of a type are multiples of.
 pub(crate) const fn unit(ty: Grouped) -> f32 {
@@ -155,4 +155,17 @@ pub(crate) fn unpack_column(ty: Grouped, w: &Group<'_>, k: usize) -> Rows {
         let value = (numbers[r] - scales.zero[r]) * (scales.a[r] * factors[r]);
         scales.b.map_or(value, |b| value + b[r])
     })
+}
+
+/// Row `r` of the group, as [`unpack_column`] gives it.
+pub(crate) fn unpack_row(ty: Grouped, w: &Group<'_>, r: usize, out: &mut [f32]) {
+    let factor = row_factors(ty, w).map_or(1.0, |factors| factors[r]);
+    for (b, out) in out.chunks_mut(ty.block()).enumerate() {
+        let scales = Block::new(ty, w, b);
+        let (a, zero, bias) = (scales.a[r] * factor, scales.zero[r], scales.b.map(|b| b[r]));
+        for (i, out) in out.iter_mut().enumerate() {
+            let value = (numbers(ty, w, b * ty.block() + i)[r] - zero) * a;
+            *out = bias.map_or(value, |bias| value + bias);
+        }
+    }
 }
