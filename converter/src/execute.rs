@@ -15,6 +15,7 @@ use crate::pack::{Outcome, Packer};
 use crate::partial::Partial;
 use crate::plan::Plan;
 use crate::resume::{Start, is_possible};
+use crate::steps::{self, Step};
 
 /// Finished extents are journaled in batches, because each batch waits for the drive: this many, …
 const BATCH_EXTENTS: usize = 64;
@@ -41,6 +42,8 @@ struct Execution<'a> {
     outcomes: Mutex<Vec<Option<Outcome>>>,
     pending: Mutex<Pending>,
     journal: Mutex<Journal>,
+    /// How many extents that are not in the journal yet need each file of the source.
+    needing: Vec<AtomicUsize>,
     /// Next position in the list of extents to do.
     next: AtomicUsize,
     failed: AtomicBool,
@@ -67,7 +70,10 @@ pub(crate) fn run(
         let extent = outcome.extent;
         outcomes[extent] = Some(outcome);
     }
-    let todo: Vec<usize> = (0..outcomes.len()).filter(|&i| outcomes[i].is_none()).collect();
+    let source = plan.checkpoint.source();
+    let is_todo = |extent: usize| outcomes[extent].is_none();
+    let steps = steps::of(plan, &is_todo, &|file| !contents.is_file_whole(file));
+    source.schedule(&steps::uses(plan, &steps));
     let execution = Execution {
         plan,
         writer: &partial.writer,
@@ -77,12 +83,13 @@ pub(crate) fn run(
         outcomes: Mutex::new(outcomes),
         pending: Mutex::new(Pending { outcomes: Vec::new(), bytes: 0, since: Instant::now() }),
         journal: Mutex::new(journal),
+        needing: steps::needing(plan, &steps),
         next: AtomicUsize::new(0),
         failed: AtomicBool::new(false),
     };
     // A shared counter instead of a parallel iterator: threads stay close together in the file, so that reads and writes
     // are nearly sequential, and each thread keeps its buffers.
-    let results = rayon::broadcast(|_| execution.work(&todo));
+    let results = rayon::broadcast(|_| execution.work(&steps));
     // Extents that other threads finished before an error are journaled too: they need not be done again.
     let flushed = execution.flush();
     // Before any other error: what changes while it is read can look like anything.
@@ -98,23 +105,28 @@ pub(crate) fn run(
 }
 
 impl Execution<'_> {
-    fn work(&self, todo: &[usize]) -> Result<(), ConvertError> {
+    fn work(&self, steps: &[Step]) -> Result<(), ConvertError> {
         let mut packer = Packer::new(self.plan, self.contents);
         while !self.failed.load(Ordering::Relaxed) {
-            let Some(&extent) = todo.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
-            let written = |bytes| self.progress.advanced(bytes);
-            let result = packer.extent(extent, self.writer.extent(extent), &written);
-            result.and_then(|outcome| self.finished(outcome)).inspect_err(|_| {
-                self.failed.store(true, Ordering::Relaxed);
-            })?;
+            let Some(&step) = steps.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
+            let result = match step {
+                Step::Extent(extent) => {
+                    let written = |bytes| self.progress.advanced(bytes);
+                    let packed = packer.extent(extent, self.writer.extent(extent), &written);
+                    packed.and_then(|outcome| self.finished(outcome))
+                }
+                Step::Rest(file) => self.done_with(file),
+            };
+            result.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))?;
         }
         Ok(())
     }
 
     fn finished(&self, outcome: Outcome) -> Result<(), ConvertError> {
         debug_assert!(is_possible(self.plan, &outcome), "this would not be believed again: {outcome:?}");
-        let bytes = self.plan.layout.extents()[outcome.extent].stored_len;
-        lock(&self.outcomes)[outcome.extent] = Some(outcome.clone());
+        let extent = outcome.extent;
+        let bytes = self.plan.layout.extents()[extent].stored_len;
+        lock(&self.outcomes)[extent] = Some(outcome.clone());
         let full = {
             let mut pending = lock(&self.pending);
             pending.outcomes.push(outcome);
@@ -123,14 +135,17 @@ impl Execution<'_> {
                 || pending.bytes >= BATCH_BYTES
                 || pending.since.elapsed() >= BATCH_TIME
         };
-        if full { self.flush() } else { Ok(()) }
+        if full {
+            self.flush()?;
+        }
+        self.plan.files_of(extent).into_iter().try_for_each(|file| self.done_with(file))
     }
 
     /// Fails if the source is not what it was when it was opened.
     fn check_source(&self) -> Result<(), ConvertError> {
         let checkpoint = &self.plan.checkpoint;
         checkpoint.check_unchanged()?;
-        self.contents.torn().map_or(Ok(()), |file| Err(checkpoint.changed(&checkpoint.files[file])))
+        self.contents.torn().map_or(Ok(()), |file| Err(checkpoint.changed(file)))
     }
 
     /// Syncs the data of all pending extents, then journals them. Other threads go on meanwhile.
@@ -154,6 +169,22 @@ impl Execution<'_> {
         let syncer = self.writer.syncer();
         syncer.data(self.writer.file()).map_err(ConvertError::io(self.path, "sync it"))?;
         journal.append(&outcomes, &parts)
+    }
+
+    /// One step less needs a file. The last one releases it, once the digest of all of it is known, and the journal says so:
+    /// another run has no need of it either.
+    fn done_with(&self, file: usize) -> Result<(), ConvertError> {
+        if self.needing[file].fetch_sub(1, Ordering::AcqRel) > 1 {
+            return Ok(());
+        }
+        if !self.plan.checkpoint.source().is_fetched() {
+            // What is here stays here, and what is missing of its digest is read by all threads at the end.
+            return Ok(());
+        }
+        self.contents.complete_file(file)?;
+        self.flush()?;
+        self.plan.checkpoint.source().release(file);
+        Ok(())
     }
 }
 

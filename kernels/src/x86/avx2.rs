@@ -4,7 +4,7 @@
 
 mod attention;
 mod codebook;
-mod grouped;
+pub(super) mod grouped;
 mod many;
 
 use super::ahead::{Ahead, in_streams};

@@ -2,7 +2,8 @@
 
 /// `block`, which unpacks 32 columns of `N` row groups, and `strip`, which unpacks 256.
 ///
-/// Who calls it provides what `terms` needs, `shuffle` and `broadcast` for tables of 16 bytes, and shifts of 16 bits.
+/// Who calls it provides what `terms` needs, `shuffle` and `broadcast` for tables of 16 bytes, shifts of 16 bits, and `grid_blocks`,
+/// which unpacks a strip of records.
 macro_rules! unpack {
     ($features:tt, $integers:ty) => {
         /// Unpacks a strip, or what there is of it.
@@ -18,7 +19,7 @@ macro_rules! unpack {
                 Codes::Uint(_) => blocks::<8>(w, strip, out),
                 Codes::E2m1 => blocks::<E2M1>(w, strip, out),
                 Codes::Iq4nl => blocks::<IQ4NL>(w, strip, out),
-                _ => grid_blocks(ty, w, strip, out),
+                codes => grid_blocks(codes, w, strip, out),
             }
         }
 
@@ -30,22 +31,6 @@ macro_rules! unpack {
             let values = each!(w[0].values; N, i => &w[i].values[strip * STRIP * len..][..n * len]);
             for (g, out) in out[..n].iter_mut().enumerate() {
                 *out = block::<C>(&each!(values[0]; N, i => &values[i][g * len..][..len]));
-            }
-        }
-
-        #[target_feature(enable = $features)]
-        fn grid_blocks(ty: Grouped, w: &[Group<'_>; N], strip: usize, out: &mut [Bytes; STRIP]) {
-            let blocks = w[0].values.len() / (ROW_GROUP * ty.codes().block_len());
-            for (g, out) in (strip * STRIP..blocks).zip(out) {
-                for q in 0..8 {
-                    let mut bytes = [[0; 4 * ROW_GROUP]; N];
-                    for (bytes, w) in bytes.iter_mut().zip(w) {
-                        for (j, byte) in bytes.iter_mut().enumerate() {
-                            *byte = grid_byte(ty, w, g * BLOCK + 4 * q + j % 4, j / 4);
-                        }
-                    }
-                    out[q] = wide(&each!(&bytes[0][..]; N, i => &bytes[i][..]), 0);
-                }
             }
         }
 

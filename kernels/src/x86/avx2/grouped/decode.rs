@@ -4,8 +4,9 @@
 //! levels of IQ4_NL, which are signed.
 
 use super::super::{block_scales, e4m3_to_f16, load16, load32, widen_bf16};
-use crate::grouped::{Block, IQ4NL as LEVELS, unit};
-use crate::matrix::{BLOCK, Group, ROW_GROUP};
+use super::grids;
+use crate::grouped::{IQ4NL as LEVELS, unit};
+use crate::matrix::{Group, ROW_GROUP};
 use crate::x86::grouped::*;
 use crate::x86::{MXFP4, bytes, e2m1_table};
 use sluice_weights::{Codes, GroupSize, Grouped, SUPER_BLOCK, ScaleType, Scales, Super, Zero};
@@ -13,12 +14,12 @@ use std::arch::x86_64::*;
 use std::arch::x86_64::{
     _mm256_add_epi32 as add_epi32, _mm256_and_si256 as and, _mm256_broadcastsi128_si256 as broadcast,
     _mm256_castps_si256 as cast, _mm256_castsi256_ps as cast_back, _mm256_cvtepi8_epi32 as cvtepi8_epi32,
-    _mm256_cvtepi32_ps as cvtepi32_ps, _mm256_cvtepu8_epi32 as cvtepu8_epi32, _mm256_cvtph_ps as f16s,
-    _mm256_mul_ps as mul_ps, _mm256_or_si256 as or, _mm256_set1_epi8 as set1_epi8, _mm256_set1_epi32 as set1_epi32,
-    _mm256_set1_ps as set1_ps, _mm256_setzero_ps as setzero_ps, _mm256_setzero_si256 as setzero,
-    _mm256_shuffle_epi8 as shuffle, _mm256_slli_epi16 as slli_epi16, _mm256_slli_epi32 as slli_epi32,
-    _mm256_srli_epi16 as srli_epi16, _mm256_srli_epi32 as srli_epi32, _mm256_sub_epi32 as sub_epi32,
-    _mm256_xor_si256 as xor,
+    _mm256_cvtepi32_ps as cvtepi32_ps, _mm256_cvtepu8_epi32 as cvtepu8_epi32, _mm256_cvtepu16_epi32 as cvtepu16_epi32,
+    _mm256_cvtph_ps as f16s, _mm256_mul_ps as mul_ps, _mm256_or_si256 as or, _mm256_set1_epi8 as set1_epi8,
+    _mm256_set1_epi32 as set1_epi32, _mm256_set1_ps as set1_ps, _mm256_setzero_ps as setzero_ps,
+    _mm256_setzero_si256 as setzero, _mm256_shuffle_epi8 as shuffle, _mm256_slli_epi16 as slli_epi16,
+    _mm256_slli_epi32 as slli_epi32, _mm256_srli_epi16 as srli_epi16, _mm256_srli_epi32 as srli_epi32,
+    _mm256_sub_epi32 as sub_epi32, _mm256_xor_si256 as xor,
 };
 
 const N: usize = 1;
@@ -43,6 +44,14 @@ pub(super) const fn is_signed(codes: Codes) -> bool {
 
 terms!("avx2,fma,f16c", __m256, __m256i);
 unpack!("avx2,fma,f16c", __m256i);
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn grid_blocks(codes: Codes, w: &[Group<'_>; N], strip: usize, out: &mut [Bytes; STRIP]) {
+    let len = ROW_GROUP * codes.block_len();
+    for (records, out) in w[0].values[strip * STRIP * len..].chunks_exact(len).zip(out) {
+        *out = grids::block(codes, records);
+    }
+}
 
 #[inline]
 #[target_feature(enable = "avx2")]
