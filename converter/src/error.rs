@@ -72,6 +72,29 @@ pub enum ConvertError {
         /// What is left of downloads that have not ended, or nothing.
         unfinished: String,
     },
+    /// Parts of a model in several GGUF files are missing.
+    #[error(
+        "{path}: {missing} of {total} parts of the model {} missing: {names}. Download them into the same folder",
+        if *.missing == 1 { "is" } else { "are" }
+    )]
+    MissingParts {
+        /// The folder.
+        path: PathBuf,
+        /// How many are missing.
+        missing: usize,
+        /// Of how many.
+        total: usize,
+        /// The first few.
+        names: String,
+    },
+    /// A GGUF file is sound, and cannot be converted.
+    #[error("{path} cannot be converted: {problem}")]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What it is, or holds, and what to do.
+        problem: String,
+    },
     /// Two files hold a tensor of the same name.
     #[error(
         "{path}: `{tensor}` is in {} and in {}, and no index says which of them counts. Move away what does not belong \
@@ -126,7 +149,7 @@ pub enum ConvertError {
         /// What is missing, and what to do.
         problem: String,
     },
-    /// A key of `config.json` is missing or has a value that this program does not support.
+    /// A key of `config.json`, or of a GGUF file, is missing or has a value that this program does not support.
     #[error("{path}: `{key}` {problem}")]
     Config {
         /// `config.json`.
@@ -252,6 +275,16 @@ pub enum ConvertError {
         tensor: String,
         /// The type.
         weight_type: WeightType,
+    },
+    /// A line of a recipe cannot be understood.
+    #[error("{path}, line {line}: {problem}. A line is a pattern and a type, such as `layers.{{0-2}}.expert.* q8`")]
+    Recipe {
+        /// The recipe.
+        path: PathBuf,
+        /// Number of the line, from 1 on.
+        line: usize,
+        /// What is wrong with it.
+        problem: String,
     },
     /// An option has a value that is not supported.
     #[error("{0}")]

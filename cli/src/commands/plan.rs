@@ -214,7 +214,7 @@ fn of_file(args: &Args) -> Result<Report, CliError> {
         types.into_iter().map(WeightType::name).collect::<Vec<_>>()
     };
     let types = Types { experts: types(&[ExtentKind::Expert]), dense: types(DENSE), from: "those of the file".into() };
-    Ok(report(args, file.spec(), file.extents(), file.superblock().file_len, types))
+    Ok(report(args, file.spec(), file.extents(), file.file_bytes(), types))
 }
 
 /// Kinds of extents that are neither experts nor always plain.

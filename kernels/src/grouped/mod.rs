@@ -27,7 +27,7 @@ pub(crate) use scales::Block;
 use sluice_weights::{Codes, Grouped, Scales, Super};
 
 /// The levels of ggml's IQ4_NL (`ggml-common.h`, `kvalues_iq4nl`).
-pub(crate) const IQ4NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub const IQ4NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 /// What the integers of a type are multiples of.
 pub(crate) const fn unit(ty: Grouped) -> f32 {

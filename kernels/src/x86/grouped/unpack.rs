@@ -2,8 +2,8 @@
 
 /// `block`, which unpacks 32 columns of `N` row groups, and `strip`, which unpacks 256.
 ///
-/// Who calls it provides what `terms` needs, `shuffle` and `broadcast` for tables of 16 bytes, shifts of 16 bits, and `grid_blocks`,
-/// which unpacks a strip of records.
+/// Who calls it provides what `terms` needs, `shuffle` and `broadcast` for tables of 16 bytes, shifts of 16 bits, and
+/// `grid_blocks`, which does for grids what `blocks` does for other codes.
 macro_rules! unpack {
     ($features:tt, $integers:ty) => {
         /// Unpacks a strip, or what there is of it.

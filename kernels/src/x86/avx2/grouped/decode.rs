@@ -47,10 +47,7 @@ unpack!("avx2,fma,f16c", __m256i);
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn grid_blocks(codes: Codes, w: &[Group<'_>; N], strip: usize, out: &mut [Bytes; STRIP]) {
-    let len = ROW_GROUP * codes.block_len();
-    for (records, out) in w[0].values[strip * STRIP * len..].chunks_exact(len).zip(out) {
-        *out = grids::block(codes, records);
-    }
+    grids::blocks(codes, &w[0].values[strip * STRIP * ROW_GROUP * codes.block_len()..], out);
 }
 
 #[inline]

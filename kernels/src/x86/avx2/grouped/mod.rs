@@ -13,7 +13,7 @@ use crate::x86::ahead::Stream;
 use crate::x86::grouped::{E2M1, IQ4NL, STRIP, block_len, constant, has_bias, has_halves};
 use crate::x86::quantised_rows;
 use decode::{Bytes, Terms, bias, row_factors};
-pub(in crate::x86) use grids::block as grid_block;
+pub(in crate::x86) use grids::blocks as grid_blocks;
 use sluice_weights::{Codes, Grouped};
 use std::arch::x86_64::*;
 

@@ -1,11 +1,11 @@
 //! Terms and bytes of two row groups: four columns of sixteen rows per vector, eight vectors per block. Bytes have no sign.
 
-use super::super::{Pair, block_scales, load8x2, load16, load16x2, load32x2, widen_bf16};
+use super::super::{block_scales, load8x2, load16, load16x2, load32x2, widen_bf16};
 use super::grids;
 use crate::grouped::{IQ4NL as LEVELS, unit};
 use crate::matrix::{Group, ROW_GROUP};
 use crate::x86::avx2::e4m3_to_f16;
-use crate::x86::avx2::grouped::grid_block;
+use crate::x86::avx2::grouped as avx2;
 use crate::x86::grouped::*;
 use crate::x86::{MXFP4, e2m1_table};
 use sluice_weights::{Codes, GroupSize, Grouped, SUPER_BLOCK, ScaleType, Scales, Super, Zero};
@@ -40,16 +40,17 @@ terms!("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni", __m512, __
 unpack!("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni", __m512i);
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn grid_blocks(codes: Codes, w: &Pair<'_>, strip: usize, out: &mut [Bytes; STRIP]) {
+fn grid_blocks(codes: Codes, w: &[Group<'_>; N], strip: usize, out: &mut [Bytes; STRIP]) {
     if grids::strip(codes, w, strip, out) {
         return;
     }
-    let len = ROW_GROUP * codes.block_len();
-    let [a, b] = [&w[0].values[strip * STRIP * len..], &w[1].values[strip * STRIP * len..]];
-    for ((a, b), out) in a.chunks_exact(len).zip(b.chunks_exact(len)).zip(out) {
-        let [a, b] = [grid_block(codes, a), grid_block(codes, b)];
+    let mut halves = [[[_mm256_setzero_si256(); 8]; STRIP]; N];
+    for (w, out) in w.iter().zip(&mut halves) {
+        avx2::grid_blocks(codes, &w.values[strip * STRIP * ROW_GROUP * codes.block_len()..], out);
+    }
+    for (g, out) in out.iter_mut().enumerate() {
         for q in 0..8 {
-            out[q] = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a[q]), b[q]);
+            out[q] = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(halves[0][g][q]), halves[1][g][q]);
         }
     }
 }
