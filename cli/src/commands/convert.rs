@@ -33,8 +33,8 @@ Norms, biases and routers are never quantised.
 
 Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
 
-hf:NAME converts straight from the Hugging Face hub: what that takes is said before the first gigabyte, and no more than three \
-files of the model are on the drive at once.
+hf:NAME converts straight from the Hugging Face hub: what that takes is said before the first gigabyte, and no more than a \
+few files of the model are on the drive at once.
 
 Examples:
   sluice convert DeepSeek-R1/ r1.sluice
