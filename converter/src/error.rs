@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use sluice_format::{FormatError, ImportanceError, WeightType};
 
@@ -325,6 +326,9 @@ pub enum ConvertError {
         /// Bytes available.
         available: u64,
     },
+    /// A source that has yet to be fetched could not be.
+    #[error("{0}")]
+    Fetch(Arc<dyn std::error::Error + Send + Sync>),
     /// The importance file is unreadable, damaged, or belongs to another model.
     #[error(transparent)]
     Importance(#[from] ImportanceError),

@@ -15,6 +15,7 @@ use crate::pack::{Outcome, Packer};
 use crate::partial::Partial;
 use crate::plan::Plan;
 use crate::resume::{Start, is_possible};
+use crate::steps::{self, Step};
 
 /// Finished extents are journaled in batches, because each batch waits for the drive: this many, …
 const BATCH_EXTENTS: usize = 64;
@@ -69,7 +70,10 @@ pub(crate) fn run(
         let extent = outcome.extent;
         outcomes[extent] = Some(outcome);
     }
-    let todo: Vec<usize> = (0..outcomes.len()).filter(|&i| outcomes[i].is_none()).collect();
+    let source = plan.checkpoint.source();
+    let is_todo = |extent: usize| outcomes[extent].is_none();
+    let steps = steps::of(plan, &is_todo, &|file| !contents.is_file_whole(file));
+    source.schedule(&steps::uses(plan, &steps));
     let execution = Execution {
         plan,
         writer: &partial.writer,
@@ -79,18 +83,13 @@ pub(crate) fn run(
         outcomes: Mutex::new(outcomes),
         pending: Mutex::new(Pending { outcomes: Vec::new(), bytes: 0, since: Instant::now() }),
         journal: Mutex::new(journal),
-        needing: needing(plan, &todo),
+        needing: steps::needing(plan, &steps),
         next: AtomicUsize::new(0),
         failed: AtomicBool::new(false),
     };
-    // What an earlier run has finished with need not be fetched again. Where something is missing, it waits until the end.
-    let release = |file: usize| plan.checkpoint.source().release(file);
-    let idle = (0..execution.needing.len()).filter(|&file| execution.needing[file].load(Ordering::Relaxed) == 0);
-    let (whole, rest): (Vec<usize>, Vec<usize>) = idle.partition(|&file| contents.is_file_whole(file));
-    whole.into_iter().for_each(release);
     // A shared counter instead of a parallel iterator: threads stay close together in the file, so that reads and writes
     // are nearly sequential, and each thread keeps its buffers.
-    let results = rayon::broadcast(|_| execution.work(&todo));
+    let results = rayon::broadcast(|_| execution.work(&steps));
     // Extents that other threads finished before an error are journaled too: they need not be done again.
     let flushed = execution.flush();
     // Before any other error: what changes while it is read can look like anything.
@@ -98,7 +97,6 @@ pub(crate) fn run(
     results.into_iter().collect::<Result<(), _>>()?;
     flushed?;
     contents.complete().or_else(|e| execution.check_source().and(Err(e)))?;
-    rest.into_iter().for_each(release);
     // The last look: all that was read, by whichever run, is what the files hold.
     execution.check_source()?;
     let outcomes = execution.outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -106,31 +104,29 @@ pub(crate) fn run(
     Ok(Finished { outcomes, parts: contents.digests() })
 }
 
-/// How many of the extents `todo` need each file of the source.
-fn needing(plan: &Plan, todo: &[usize]) -> Vec<AtomicUsize> {
-    let mut counts = vec![0; plan.checkpoint.files().len()];
-    todo.iter().flat_map(|&extent| plan.files_of(extent)).for_each(|file| counts[file] += 1);
-    counts.into_iter().map(AtomicUsize::new).collect()
-}
-
 impl Execution<'_> {
-    fn work(&self, todo: &[usize]) -> Result<(), ConvertError> {
+    fn work(&self, steps: &[Step]) -> Result<(), ConvertError> {
         let mut packer = Packer::new(self.plan, self.contents);
         while !self.failed.load(Ordering::Relaxed) {
-            let Some(&extent) = todo.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
-            let written = |bytes| self.progress.advanced(bytes);
-            let result = packer.extent(extent, self.writer.extent(extent), &written);
-            result.and_then(|outcome| self.finished(outcome)).inspect_err(|_| {
-                self.failed.store(true, Ordering::Relaxed);
-            })?;
+            let Some(&step) = steps.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
+            let result = match step {
+                Step::Extent(extent) => {
+                    let written = |bytes| self.progress.advanced(bytes);
+                    let packed = packer.extent(extent, self.writer.extent(extent), &written);
+                    packed.and_then(|outcome| self.finished(outcome))
+                }
+                Step::Rest(file) => self.done_with(file),
+            };
+            result.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))?;
         }
         Ok(())
     }
 
     fn finished(&self, outcome: Outcome) -> Result<(), ConvertError> {
         debug_assert!(is_possible(self.plan, &outcome), "this would not be believed again: {outcome:?}");
-        let bytes = self.plan.layout.extents()[outcome.extent].stored_len;
-        lock(&self.outcomes)[outcome.extent] = Some(outcome.clone());
+        let extent = outcome.extent;
+        let bytes = self.plan.layout.extents()[extent].stored_len;
+        lock(&self.outcomes)[extent] = Some(outcome.clone());
         let full = {
             let mut pending = lock(&self.pending);
             pending.outcomes.push(outcome);
@@ -139,7 +135,10 @@ impl Execution<'_> {
                 || pending.bytes >= BATCH_BYTES
                 || pending.since.elapsed() >= BATCH_TIME
         };
-        if full { self.flush() } else { Ok(()) }
+        if full {
+            self.flush()?;
+        }
+        self.plan.files_of(extent).into_iter().try_for_each(|file| self.done_with(file))
     }
 
     /// Fails if the source is not what it was when it was opened.
@@ -169,20 +168,21 @@ impl Execution<'_> {
         self.check_source()?;
         let syncer = self.writer.syncer();
         syncer.data(self.writer.file()).map_err(ConvertError::io(self.path, "sync it"))?;
-        journal.append(&outcomes, &parts)?;
-        drop(journal);
-        outcomes.iter().flat_map(|o| self.plan.files_of(o.extent)).try_for_each(|file| self.done_with(file))
+        journal.append(&outcomes, &parts)
     }
 
-    /// One extent less needs a file. The last one releases it, once the digest of all of it is known.
+    /// One step less needs a file. The last one releases it, once the digest of all of it is known, and the journal says so:
+    /// another run has no need of it either.
     fn done_with(&self, file: usize) -> Result<(), ConvertError> {
-        if self.needing[file].fetch_sub(1, Ordering::Relaxed) > 1 {
+        if self.needing[file].fetch_sub(1, Ordering::AcqRel) > 1 {
+            return Ok(());
+        }
+        if !self.plan.checkpoint.source().is_fetched() {
+            // What is here stays here, and what is missing of its digest is read by all threads at the end.
             return Ok(());
         }
         self.contents.complete_file(file)?;
-        let parts = self.contents.take_news();
-        self.check_source()?;
-        lock(&self.journal).append(&[], &parts)?;
+        self.flush()?;
         self.plan.checkpoint.source().release(file);
         Ok(())
     }

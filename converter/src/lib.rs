@@ -35,6 +35,7 @@ pub mod provenance;
 mod report;
 mod resume;
 pub mod source;
+mod steps;
 pub mod synth;
 
 use std::path::Path;

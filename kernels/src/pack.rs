@@ -211,6 +211,20 @@ pub fn unpack(w: Matrix<'_>) -> Vec<f32> {
     out
 }
 
+/// Row `row` of a matrix, as [`unpack`] gives it: `out` has one number per column.
+///
+/// # Panics
+/// If there is no such row, or `out.len() != w.cols()`.
+pub fn unpack_row(w: Matrix<'_>, row: usize, out: &mut [f32]) {
+    assert!(row < w.rows(), "row {row} of {}", w.rows());
+    assert_eq!(out.len(), w.cols(), "one number per column");
+    let (group, r) = (w.group(row / ROW_GROUP), row % ROW_GROUP);
+    match w.ty() {
+        WeightType::Grouped(ty) => grouped::unpack_row(ty, &group, r, out),
+        _ => out.iter_mut().enumerate().for_each(|(k, out)| *out = unpack_column(&group, k)[r]),
+    }
+}
+
 fn unpack_column(w: &Group<'_>, k: usize) -> scalar::Rows {
     match w.ty {
         WeightType::F32 | WeightType::F16 | WeightType::Bf16 => scalar::column(w, k),
@@ -252,5 +266,21 @@ mod tests {
         }
         assert_eq!(q8_values(&[1.0; BLOCK], 0.0), [0; BLOCK]);
         assert_eq!(q8_values(&[1.0; BLOCK], f32::NAN), [0; BLOCK]);
+    }
+
+    #[test]
+    fn one_row_is_a_row_of_all() {
+        for ty in WeightType::all() {
+            let (rows, cols) = (11, 256);
+            let len = crate::packed_len(ty, rows, cols).unwrap();
+            let bytes: Vec<u8> = (0..len).map(|i| (i * i * 31 + i * 7 + i / 251) as u8).collect();
+            let matrix = Matrix::new(ty, rows, cols, &bytes).unwrap();
+            let all = unpack(matrix);
+            let mut one = vec![0.0; cols];
+            for (row, expected) in all.chunks_exact(cols).enumerate() {
+                unpack_row(matrix, row, &mut one);
+                assert!(one.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits()), "{ty} row {row}");
+            }
+        }
     }
 }

@@ -24,7 +24,8 @@ const CRATES: [(&str, &[&str]); 15] = [
     ("runtime/dialect", &["text"]),
     ("lab", &["model", "storage", "format", "kernels"]),
     ("server", &["dialect", "format", "generate", "grammar", "model", "sessions", "text"]),
-    ("cli", &["converter", "generate", "lab", "model", "server", "storage", "text", "format", "kernels"]),
+    ("hub", &["converter", "format"]),
+    ("cli", &["converter", "generate", "hub", "lab", "model", "server", "storage", "text", "format", "kernels"]),
 ];
 
 /// Inside a crate: modules, and those above them, which they may not use. Whatever a crate root re-exports counts as its module.

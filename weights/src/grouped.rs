@@ -6,7 +6,8 @@
 //!
 //! # Scale plane of a row group
 //! - [`Scales::Groups`]: for [`ScaleType::E4m3`] first 8 × f32, a factor for each row. Then for each group of columns 8 scales,
-//!   one per row, and behind them 8 zeros or biases where there are any.
+//!   one per row, and behind them 8 zeros or biases where there are any. Groups of 16 come in pairs: where a row ends within the
+//!   first half of 32 columns, zeros stand for those of the second.
 //! - [`Scales::Super`]: for each 256 columns 8 × f16, `d`; with minima 8 × f16, `dmin`; then for each unit of
 //!   [`Super::unit`] columns, in ascending order, 8 bytes for each of its [`Super::unit_len`] bytes.
 //!
@@ -22,7 +23,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
-use crate::ROW_GROUP;
+use crate::{BLOCK, ROW_GROUP};
 
 /// Columns of a super-block.
 pub const SUPER_BLOCK: usize = 256;
@@ -411,7 +412,9 @@ impl Grouped {
     /// Bytes of the scale plane of a row group, before padding; `None` as for [`Grouped::scale_row`].
     pub fn scale_plane(self, cols: usize) -> Option<usize> {
         let factors = if self.has_row_factor() { 4 } else { 0 };
-        self.scale_row(cols)?.checked_add(factors)?.checked_mul(ROW_GROUP)
+        // Rows that there are, but with scales for the columns that pad their last block.
+        self.scale_row(cols)?;
+        self.scale_row(cols.checked_next_multiple_of(BLOCK)?)?.checked_add(factors)?.checked_mul(ROW_GROUP)
     }
 
     /// Whether each row has an f32 that multiplies its scales.

@@ -1,4 +1,4 @@
-//! `sluice convert`: a Hugging Face checkpoint becomes one model file.
+//! `sluice convert`: a Hugging Face checkpoint, in a folder or on the hub, becomes one model file.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -14,10 +14,13 @@ use sluice_converter::{
     plan,
 };
 use sluice_format::WeightType;
+use sluice_hub::Reference;
+use sluice_hub::models::Models;
 use sluice_model::memory::Bytes;
 use sluice_text::TextError;
 
 use crate::error::CliError;
+use crate::fetch::{Fetched, confirm, reference};
 use crate::terminal::{byte_bar, note, print, print_json, seconds};
 use crate::text_files::{examine, other_tokenizers};
 
@@ -29,9 +32,15 @@ Norms, biases and routers are never quantised.
 
 Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
 
+hf:NAME converts straight from the Hugging Face hub: what that takes is said before the first gigabyte, and no more than three \
+files of the model are on the drive at once.
+
 Examples:
   sluice convert DeepSeek-R1/ r1.sluice
   sluice convert DeepSeek-R1/ r1.sluice --dry-run
+  sluice convert hf:deepseek-ai/DeepSeek-R1 r1.sluice
+  sluice convert hf:Qwen/Qwen3-30B-A3B --type q4
+  sluice convert hf:unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M qwen3.sluice
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8
   sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --imatrix my-moe.imatrix
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
@@ -40,11 +49,11 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder of the checkpoint
+    /// Folder of the checkpoint, or hf:OWNER/NAME for one on the hub; @REVISION and, for GGUF, :QUANT or :FILE may follow
     src: PathBuf,
 
-    /// Model file to write
-    dst: PathBuf,
+    /// Model file to write [default, from the hub: one in the folder of models, which `run` finds by the name]
+    dst: Option<PathBuf>,
 
     /// Type of the routed experts [default: keep]
     #[arg(long = "type", value_name = "TYPE", value_parser = type_parser())]
@@ -65,6 +74,10 @@ pub(crate) struct Args {
     /// Replace the model file if it exists, once the new one is complete; what is no model file is never replaced
     #[arg(long)]
     overwrite: bool,
+
+    /// From the hub: keep what is downloaded, as a checkpoint in DST.source
+    #[arg(long)]
+    keep: bool,
 
     /// Only say what would be written
     #[arg(long)]
@@ -92,33 +105,125 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         importance: args.imatrix.clone(),
         overwrite: args.overwrite,
     };
+    if let Some(reference) = reference(&args.src)? {
+        return from_hub(args, &reference, &options);
+    }
+    if args.keep {
+        return Err(CliError::Usage(
+            "--keep is for models of the hub (hf:NAME): what is in a folder stays there".into(),
+        ));
+    }
+    let Some(dst) = args.dst.as_deref() else {
+        let message = "name the model file to write, behind the folder of the checkpoint; only models of the hub (hf:NAME) have a \
+                       place of their own";
+        return Err(CliError::Usage(message.into()));
+    };
     let started = Instant::now();
     let plan = plan(&args.src, &options)?;
-    check_types(args, &plan)?;
-    match check_destination(&plan, &args.dst).map_err(explain) {
-        Err(problem) if args.dry_run => note(&format_args!("note: the conversion itself would be refused: {problem}")),
-        checked => checked?,
-    }
-    check_text(args, &plan)?;
+    check(args, dst, &plan)?;
     if args.dry_run {
         return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan)) };
     }
     let bar = Bar(byte_bar("converting", 0));
-    let outcome = convert_plan(&plan, &args.dst, &bar);
+    let outcome = convert_plan(&plan, dst, &bar);
     bar.0.finish_and_clear();
     let summary = outcome.map_err(explain)?;
     if args.json {
         return print_json(&summary);
     }
-    print(&describe(&args.dst, &summary, started.elapsed().as_secs_f64()))
+    print(&describe(dst, &summary, started.elapsed().as_secs_f64()))
+}
+
+/// Everything that can be wrong before anything is written.
+fn check(args: &Args, dst: &Path, plan: &Plan) -> Result<(), CliError> {
+    check_types(args, plan)?;
+    match check_destination(plan, dst).map_err(explain) {
+        Err(problem) if args.dry_run => note(&format_args!("note: the conversion itself would be refused: {problem}")),
+        checked => checked?,
+    }
+    check_text(&args.src, dst, plan)
+}
+
+/// Converts straight from the hub.
+fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(), CliError> {
+    let started = Instant::now();
+    let dst = match &args.dst {
+        Some(dst) => dst.clone(),
+        None => {
+            let models = Models::of_user()?;
+            models.create()?;
+            models.path(reference, types_asked_for(args).as_deref())
+        }
+    };
+    let (fetched, plan) = Fetched::plan(reference, &dst, options, args.keep)?;
+    check(args, &dst, &plan)?;
+    if args.dry_run && args.json {
+        return print_json(&plan_json(&plan, options));
+    }
+    let facts = format!("{reference}: {}", fetched.facts(&plan, &dst)?);
+    if args.dry_run {
+        return print(&format!("{facts}{}", describe_plan(&plan)));
+    }
+    note(&facts.trim_end());
+    let (summary, kept) = carry_out(&fetched, &plan, &dst)?;
+    if let Some(kept) = kept {
+        note(&format_args!("what was downloaded is in {}", kept.display()));
+    }
+    if args.json {
+        return print_json(&summary);
+    }
+    print(&describe(&dst, &summary, started.elapsed().as_secs_f64()))
+}
+
+/// The types in the name of a file, where they are not the usual ones.
+fn types_asked_for(args: &Args) -> Option<String> {
+    let name = |ty: Option<TypeChoice>| match ty {
+        Some(TypeChoice::Type(ty)) => Some(ty.name()),
+        _ => None,
+    };
+    match (name(args.expert_type), name(args.dense_type)) {
+        (None, None) => None,
+        (experts, None) => experts.map(str::to_owned),
+        (experts, Some(dense)) => Some(format!("{}-{dense}", experts.unwrap_or("keep"))),
+    }
+}
+
+/// A conversion from the hub that nobody has asked for in so many words.
+pub(crate) struct Job {
+    pub(crate) options: Options,
+    /// Whether to ask, once it is known what it takes.
+    pub(crate) confirm: bool,
+}
+
+/// Converts a model of the hub to `dst`, if the user wants that, and says what it takes before.
+pub(crate) fn convert_file(reference: &Reference, dst: &Path, job: &Job) -> Result<(), CliError> {
+    let (fetched, plan) = Fetched::plan(reference, dst, &job.options, false)?;
+    check_destination(&plan, dst).map_err(explain)?;
+    check_text(Path::new(&reference.to_string()), dst, &plan)?;
+    note(&fetched.facts(&plan, dst)?.trim_end());
+    if job.confirm && !confirm("Download and convert it?")? {
+        return Err(CliError::Failure("nothing was downloaded".into()));
+    }
+    let (summary, _) = carry_out(&fetched, &plan, dst)?;
+    note(&format_args!("{}: {}, {}", dst.display(), summary.family, Bytes(summary.file_bytes)));
+    Ok(())
+}
+
+/// Downloads and converts; returns where files are that were kept.
+fn carry_out(fetched: &Fetched, plan: &Plan, dst: &Path) -> Result<(Summary, Option<PathBuf>), CliError> {
+    fetched.begin(plan, dst)?;
+    let outcome = convert_plan(plan, dst, &*fetched.bars);
+    fetched.bars.finish();
+    let summary = outcome.map_err(explain)?;
+    Ok((summary, fetched.finish(dst)?))
 }
 
 /// Reads tokenizer, chat template and sampling defaults as `run` will: a conversion can take hours, and would end in a file
 /// without text. What can be mended afterwards is a remark, as nobody should have to wait for it.
-fn check_text(args: &Args, plan: &Plan) -> Result<(), CliError> {
-    let set = format!("sluice set {}", args.dst.display());
+fn check_text(src: &Path, dst: &Path, plan: &Plan) -> Result<(), CliError> {
+    let set = format!("sluice set {}", dst.display());
     let findings = examine(|name| plan.side_file(name), plan.spec(), &set).map_err(|e| {
-        let src = args.src.display();
+        let src = src.display();
         CliError::Failure(match e {
             // It says that the field is to be corrected.
             TextError::BadConfigField { .. } => format!("{src}: {e}"),
@@ -126,7 +231,7 @@ fn check_text(args: &Args, plan: &Plan) -> Result<(), CliError> {
         })
     })?;
     let has_tokenizer = ["tokenizer.json", "tiktoken.model"].iter().any(|name| plan.side_file(name).is_some());
-    let other = other_tokenizers(&args.src).filter(|_| !has_tokenizer);
+    let other = other_tokenizers(src).filter(|_| !has_tokenizer);
     for text in findings.notes.iter().chain(&other) {
         note(&format_args!("note: {text}"));
     }

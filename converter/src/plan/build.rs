@@ -181,12 +181,12 @@ impl Builder<'_> {
     fn parts(&mut self, kind: ExtentKind, tensor: &str, spec: &ModelSpec) -> Result<(), ConvertError> {
         let (rows, cols) = (spec.vocab_size, spec.hidden_size);
         let whole = resolve(self.checkpoint, self.scheme, &View::whole(tensor.to_owned(), rows, cols), false)?;
-        let embedding = kind == ExtentKind::Embedding;
-        let layout = if embedding { Layout::Plain } else { Layout::Tiled };
-        let chosen = choose(kind, layout, [1, rows, cols], self.choice(kind), std::iter::once(&whole));
+        let chosen = choose(kind, Layout::Tiled, [1, rows, cols], self.choice(kind), std::iter::once(&whole));
         self.note_widened(kind, NO_LAYER, kind.name(), chosen);
-        let height = if embedding {
-            embedding_part_rows(chosen.weight_type, cols)
+        let shape = spec.part_tensor(kind, rows, chosen.weight_type).expect("embedding and head have parts");
+        let layout = shape.layout;
+        let height = if kind == ExtentKind::Embedding {
+            embedding_part_rows(chosen.weight_type, cols)?
         } else {
             head_part_rows(chosen.weight_type, cols)?
         };
@@ -214,10 +214,13 @@ impl Builder<'_> {
     }
 }
 
-/// Rows of a part of the embedding, whose type is a plain one.
-pub(crate) fn embedding_part_rows(ty: WeightType, cols: usize) -> usize {
-    let row = cols * ty.plain_element_len().expect("an embedding's type is plain");
-    (EMBEDDING_PART / row).max(1)
+/// Rows of a part of the embedding: as many as fit, in whole row groups unless its numbers stand alone.
+pub(crate) fn embedding_part_rows(ty: WeightType, cols: usize) -> Result<usize, ConvertError> {
+    if let Some(element) = ty.plain_element_len() {
+        return Ok((EMBEDDING_PART / (cols * element)).max(1));
+    }
+    let group = ty.row_group_len(cols).ok_or_else(|| too_large("embedding"))?;
+    Ok((EMBEDDING_PART / group).max(1) * ROW_GROUP)
 }
 
 /// Rows of a part of the head: as many as fit, in whole scale blocks if there is room for one, else in whole row groups.

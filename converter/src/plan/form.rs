@@ -7,9 +7,9 @@ use crate::source::{Checkpoint, Dtype, GgmlType};
 pub(crate) enum Form {
     /// One tensor of numbers, or one of a type that no form knows.
     Single,
-    /// e4m3 codes and their scales: per 128×128 block, per row, or one.
+    /// e4m3 codes and their scales: per 128×128 block, per row and some columns or all of them, or one.
     Fp8,
-    /// compressed-tensors: four-bit integers and a scale per group; the third tensor is the shape.
+    /// compressed-tensors: packed integers and a scale per group; the third tensor is the shape, a fourth the zero points.
     PackedInt,
     /// compressed-tensors: e2m1 codes and power-of-two scales.
     PackedMxfp4,
@@ -17,8 +17,10 @@ pub(crate) enum Form {
     PackedNvfp4,
     /// modelopt: e2m1 codes, e4m3 scales, and one number to multiply those by.
     Nvfp4,
-    /// compressed-tensors: eight-bit integers, and a scale per row or group.
+    /// compressed-tensors: eight-bit integers, and a scale per row or group; a third tensor is the zero points.
     Int8,
+    /// DeepSeek-V4: pairs of e2m1 codes in bytes that call themselves integers, and power-of-two scales.
+    Pairs,
     /// gpt-oss: e2m1 codes in blocks and power-of-two scales.
     Blocks,
     /// MLX: integers, scales and, unless the scales are powers of two, biases per group.
@@ -49,7 +51,9 @@ pub(crate) fn find(checkpoint: &Checkpoint, name: &str) -> Option<Parts> {
     if let Some(tensor) = checkpoint.find(&of_stem(".weight_packed")) {
         let scale = of_stem(".weight_scale");
         return Some(if checkpoint.tensors[tensor].dtype.name() == "I32" {
-            parts(checkpoint, Form::PackedInt, tensor, &[scale, of_stem(".weight_shape")])
+            let mut parts = parts(checkpoint, Form::PackedInt, tensor, &[scale, of_stem(".weight_shape")]);
+            parts.tensors.extend(zero_point(checkpoint, stem));
+            parts
         } else if let global @ Some(_) = checkpoint.find(&of_stem(".weight_global_scale")) {
             let mut parts = parts(checkpoint, Form::PackedNvfp4, tensor, &[scale]);
             parts.tensors.extend(global);
@@ -68,7 +72,7 @@ fn found(checkpoint: &Checkpoint, name: &str, stem: &str, tensor: usize) -> Part
     let after = |end: &str| format!("{name}{end}");
     match &checkpoint.tensors[tensor].dtype {
         Dtype::F8E4M3 => {
-            let known = ["_scale_inv", "_scale"].map(after);
+            let known = [after("_scale_inv"), after("_scale"), format!("{stem}.scale")];
             let scale = known.iter().find(|n| checkpoint.find(n).is_some()).unwrap_or(&known[0]);
             parts(checkpoint, Form::Fp8, tensor, std::slice::from_ref(scale))
         }
@@ -80,7 +84,12 @@ fn found(checkpoint: &Checkpoint, name: &str, stem: &str, tensor: usize) -> Part
             parts(checkpoint, Form::Nvfp4, tensor, &[after("_scale"), after("_scale_2")])
         }
         Dtype::Other(dtype) if dtype == "I8" && checkpoint.find(&after("_scale")).is_some() => {
-            parts(checkpoint, Form::Int8, tensor, &[after("_scale")])
+            let mut parts = parts(checkpoint, Form::Int8, tensor, &[after("_scale")]);
+            parts.tensors.extend(zero_point(checkpoint, stem));
+            parts
+        }
+        Dtype::Other(dtype) if dtype == "I8" && checkpoint.find(&format!("{stem}.scale")).is_some() => {
+            parts(checkpoint, Form::Pairs, tensor, &[format!("{stem}.scale")])
         }
         Dtype::Other(dtype) if dtype == "U32" => {
             let mut parts = parts(checkpoint, Form::Mlx, tensor, &[format!("{stem}.scales")]);
@@ -95,6 +104,16 @@ fn found(checkpoint: &Checkpoint, name: &str, stem: &str, tensor: usize) -> Part
             parts
         }
         _ => parts(checkpoint, Form::Single, tensor, &[]),
+    }
+}
+
+/// The zero points of compressed-tensors, where they count. Packed ones always do: zero is not all bits zero there.
+fn zero_point(checkpoint: &Checkpoint, stem: &str) -> Option<usize> {
+    let tensor = checkpoint.find(&format!("{stem}.weight_zero_point"))?;
+    match checkpoint.tensors[tensor].dtype.name() {
+        "I32" => Some(tensor),
+        "I8" if checkpoint.has_zero_points => Some(tensor),
+        _ => None,
     }
 }
 

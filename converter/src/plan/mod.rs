@@ -19,11 +19,12 @@ use sluice_format::{
     SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TensorRecord, WeightType,
 };
 
+use crate::encoding::Selection;
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
 use crate::options::Options;
-use crate::encoding::Selection;
 use crate::source::{self, CONFIG, Checkpoint, RowOrder, recognise, side_file};
+use crate::steps;
 
 /// Name and version of this converter, part of every file that it writes.
 pub(crate) const CONVERTER: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
@@ -129,7 +130,7 @@ pub fn plan_source(source: Box<dyn source::Source>, options: &Options) -> Result
     of_checkpoint(source::open_source(source)?, options)
 }
 
-fn of_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Plan, ConvertError> {
+fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, ConvertError> {
     let config_bytes = checkpoint.source().text_file(CONFIG)?.ok_or_else(|| {
         let problem = recognise::no_config(&checkpoint.dir);
         ConvertError::NotACheckpoint { path: checkpoint.dir.clone(), problem }
@@ -139,6 +140,7 @@ fn of_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Plan, Conv
     let text = family::text(family, &config)?;
     let text = text.as_ref().unwrap_or(&config);
     let scheme = scheme::read(text, &config, &checkpoint)?;
+    checkpoint.has_zero_points = scheme.asymmetric;
     let spec = family::spec(family, text)?;
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
     let tied = inventory::Tied::read(text, &config)?;
@@ -239,6 +241,11 @@ impl Plan {
     /// Remarks for the user.
     pub fn notes(&self) -> &[String] {
         &self.notes
+    }
+
+    /// When a conversion from its beginning reads each file of the source: what a source that is fetched will be told.
+    pub fn file_uses(&self) -> Vec<source::FileUse> {
+        steps::uses(self, &steps::of(self, &|_| true, &|_| true))
     }
 
     /// Numbers of the source's files that an extent is made of.

@@ -19,8 +19,6 @@ const GLM_5_1_CONTEXT: u64 = 1 << 20;
 pub(super) struct Described {
     /// `config.json`.
     pub(super) config: Json,
-    /// Layers of the model, without those that predict further tokens.
-    pub(super) layers: usize,
     /// Heads of queries, and of keys and values.
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
@@ -45,7 +43,7 @@ pub(super) fn describe(arch: Arch, keys: &Keys<'_>, factors: Option<&[f32]>) -> 
     writer.experts()?;
     let linear = if arch.is_hybrid() { writer.hybrid()? } else { vec![false; layers] };
     let Writer { heads, kv_heads, head_dim, out, notes, .. } = writer;
-    Ok(Described { config: Json::Object(out.0), layers, heads, kv_heads, head_dim, linear, notes })
+    Ok(Described { config: Json::Object(out.0), heads, kv_heads, head_dim, linear, notes })
 }
 
 /// Layers without those that predict further tokens, which files count among the blocks.
