@@ -276,6 +276,16 @@ pub enum ConvertError {
         /// The type.
         weight_type: WeightType,
     },
+    /// A line of a recipe cannot be understood.
+    #[error("{path}, line {line}: {problem}. A line is a pattern and a type, such as `layers.{{0-2}}.expert.* q8`")]
+    Recipe {
+        /// The recipe.
+        path: PathBuf,
+        /// Number of the line, from 1 on.
+        line: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// An option has a value that is not supported.
     #[error("{0}")]
     Options(String),

@@ -8,6 +8,7 @@ use serde::{Serialize, Serializer};
 use sluice_format::WeightType;
 
 use crate::error::ConvertError;
+use crate::recipe::Recipe;
 
 /// Types that a conversion can produce; f16 and the four-bit types are only carried by `keep`.
 const OUTPUT_TYPES: [WeightType; 6] =
@@ -61,10 +62,16 @@ pub struct Options {
     pub expert_type: TypeChoice,
     /// Type of everything else. Norms, biases and routers are never quantised, nor is the token embedding.
     pub dense_type: TypeChoice,
+    /// Types by pattern, which go before the two.
+    pub recipe: Option<Recipe>,
     /// Page size of the file, one of [`sluice_format::PAGE_SIZES`].
     pub page_size: u32,
     /// An importance file (`sluice calibrate`), which weights the errors of `q4` and `q3`.
     pub importance: Option<PathBuf>,
+    /// Whether extents are compressed where that saves enough.
+    pub compress: bool,
+    /// Most bytes of one file: a larger model becomes several volumes.
+    pub split_size: Option<u64>,
     /// Whether an existing destination is replaced, once the new file is complete.
     pub overwrite: bool,
 }
@@ -74,8 +81,11 @@ impl Default for Options {
         Options {
             expert_type: TypeChoice::Keep,
             dense_type: TypeChoice::Keep,
+            recipe: None,
             page_size: sluice_format::PAGE_SIZES[0],
             importance: None,
+            compress: false,
+            split_size: None,
             overwrite: false,
         }
     }

@@ -203,6 +203,26 @@ fn asymmetric(noise: &mut Noise, [r, c]: [usize; 2], bits: usize, packed: bool) 
     (parts, values)
 }
 
+/// HQQ with the settings that it saves: codes of distant rows share a byte, zeros are halves of integers.
+fn hqq(noise: &mut Noise, [r, c]: [usize; 2], bits: usize) -> Encoded {
+    let (group, apart) = (64, 8 / bits);
+    let groups = r * c / group;
+    let (q, s) = (codes(noise, r * c, bits), scales(noise, groups));
+    let z: Vec<f32> = codes(noise, groups, bits.min(6)).iter().map(|&z| z as f32 + 0.5).collect();
+    let values = q.iter().enumerate().map(|(i, &q)| (q as f32 - z[i / group]) * s[i / group]).collect();
+    let step = r * c / apart;
+    let byte = |i: usize| (0..apart).fold(0, |byte, part| byte << bits | q[part * step + i] as u8);
+    let parts = vec![
+        (".W_q", tensor("U8", &[groups / apart, group], (0..step).map(byte).collect())),
+        (".scale", Tensor::bf16(&[groups, 1], s)),
+        (".zero", Tensor::bf16(&[groups, 1], z)),
+        (".nbits", words("I32", &[], vec![bits as u32])),
+        (".axis", words("I32", &[], vec![1])),
+        (".packing", tensor("U8", &[7], b"4bit_u8".to_vec())),
+    ];
+    (parts, values)
+}
+
 /// One scale per row, or one in all.
 fn fp8(noise: &mut Noise, [r, c]: [usize; 2], per_row: bool) -> Encoded {
     let (q, s) = (fp8_codes(noise, r * c), scales(noise, if per_row { r } else { 1 }));
@@ -387,6 +407,10 @@ fn groups_of_codes_are_carried() {
     add("mlx nvfp4", &nv, Box::new(mlx_nvfp4), "nvfp4");
     add("mxfp8", &method("fp8"), Box::new(|n, s| mxfp8(n, s, false)), "mxfp8");
     add("mlx mxfp8", &json!({"quantization": {"mode": "mxfp8"}}), Box::new(|n, s| mxfp8(n, s, true)), "mxfp8");
+    for bits in [2, 4, 8] {
+        let name = format!("hqq {bits}");
+        add(&name, &method("hqq"), Box::new(move |n, s| hqq(n, s, bits)), &format!("u{bits}-g64-bf16-float-zero"));
+    }
     for (name, config, encode, ty) in forms {
         let summary = check(&name, &config, &*encode);
         assert_types(&name, &summary, |_| ty.clone(), "f32");

@@ -21,6 +21,7 @@ mod activations;
 mod attention;
 mod elementwise;
 mod grouped;
+mod interleave;
 mod isa;
 mod kv;
 mod math;

@@ -32,8 +32,10 @@ impl Carrier {
 /// Rows as [`kernels::pack_row_group_grouped`] takes them.
 #[derive(Debug, Default)]
 pub(super) struct CodeRows {
-    /// One code per byte, row by row.
+    /// One code per byte, or two, the first in the low bits; row by row.
     pub(super) codes: Vec<u8>,
+    /// Whether there are two in a byte.
+    pub(super) nibbles: bool,
     /// Scale and zero, or bias, of each group, row by row.
     pub(super) scales: Vec<u8>,
     /// What multiplies the scales, for types that have such a factor.
@@ -54,10 +56,12 @@ impl CodeRows {
         let scale_row = ty.scale_row(cols).expect("the plan has computed its length");
         let factors = [self.factor; ROW_GROUP];
         let scales = self.scales.chunks(ROW_GROUP * scale_row);
-        for (g, (codes, scales)) in self.codes.chunks(ROW_GROUP * cols).zip(scales).enumerate() {
-            let n = codes.len() / cols;
+        let row = if self.nibbles { cols / 2 } else { cols };
+        let pack = if self.nibbles { kernels::pack_row_group_nibbles } else { kernels::pack_row_group_grouped };
+        for (g, (codes, scales)) in self.codes.chunks(ROW_GROUP * row).zip(scales).enumerate() {
+            let n = codes.len() / row;
             let factors = if ty.has_row_factor() { &factors[..n] } else { &[] };
-            kernels::pack_row_group_grouped(ty, codes, n, cols, scales, factors, groups.slot(g));
+            pack(ty, codes, n, cols, scales, factors, groups.slot(g));
         }
     }
 }

@@ -307,18 +307,19 @@ impl GroupedDecoder<'_> {
     }
 
     /// Rows with their scales, repeated where the type has smaller groups, and whether all values are numbers.
-    fn code_rows(
-        &self,
-        rows: Rows,
-        repeat: usize,
-        reader: &mut Reader<'_>,
-    ) -> Result<(CodeRows, bool), ConvertError> {
+    fn code_rows(&self, rows: Rows, repeat: usize, reader: &mut Reader<'_>) -> Result<(CodeRows, bool), ConvertError> {
         let g = self.layout;
-        let mut out = CodeRows { factor: self.global, ..CodeRows::default() };
+        // Of whole bytes, so that rows are.
+        let nibbles = g.code.bits() == 4 && g.own_type().is_none() && rows.cols.is_multiple_of(2);
+        let mut out = CodeRows { factor: self.global, nibbles, ..CodeRows::default() };
         let mut finite = true;
         for lines in of_rows(self.selection, rows) {
             let read = self.read(lines, reader)?;
-            unpack_codes(g.code.bits(), &read.packed, &mut out.codes);
+            if nibbles {
+                out.codes.extend_from_slice(&read.packed);
+            } else {
+                unpack_codes(g.code.bits(), &read.packed, &mut out.codes);
+            }
             let (width, zeros) = (g.scale_type.len(), self.zeros_of(lines));
             for (i, scale) in read.scales.chunks_exact(width).enumerate() {
                 let beside = match (&read.biases, &zeros) {
@@ -377,10 +378,7 @@ impl Decoder for GroupedDecoder<'_> {
                     kernels::pack_row_group_mxfp4(codes, codes.len() / rows.cols, rows.cols, scales, groups.slot(g));
                 }
             }
-            (None, carrier) => {
-                let ty = carrier.expect("it is carried").ty;
-                code_rows.pack(ty, rows.cols, &mut groups);
-            }
+            (None, carrier) => code_rows.pack(carrier.expect("it is carried").ty, rows.cols, &mut groups),
         }
         Ok(())
     }
@@ -393,14 +391,42 @@ impl Decoder for GroupedDecoder<'_> {
 
 /// Appends codes, one per byte. Those of 3, 5 and 6 bits run across the bytes of a row; a row has whole bytes.
 pub(super) fn unpack_codes(bits: usize, packed: &[u8], out: &mut Vec<u8>) {
-    let mask = ((1u32 << bits) - 1) as u8;
-    if !8usize.is_multiple_of(bits) {
-        // `bits` bytes hold eight codes, in whole words as in whole rows.
-        for bytes in packed.chunks(bits) {
-            let word = bytes.iter().rev().fold(0u64, |word, &byte| word << 8 | u64::from(byte));
-            out.extend((0..bytes.len() * 8 / bits).map(|i| (word >> (i * bits)) as u8 & mask));
-        }
-        return;
+    match bits {
+        8 => out.extend_from_slice(packed),
+        4 => unpack_bytes::<2>(packed, out),
+        2 => unpack_bytes::<4>(packed, out),
+        3 => unpack_streams::<3>(packed, out),
+        5 => unpack_streams::<5>(packed, out),
+        6 => unpack_streams::<6>(packed, out),
+        _ => unreachable!("the plan refuses {bits} bits"),
     }
-    out.extend(packed.iter().flat_map(|byte| (0..8 / bits).map(move |i| byte >> (i * bits) & mask)));
+}
+
+/// `N` codes in a byte.
+fn unpack_bytes<const N: usize>(packed: &[u8], out: &mut Vec<u8>) {
+    let start = out.len();
+    out.resize(start + packed.len() * N, 0);
+    let (bits, mask) = (8 / N, ((1u32 << (8 / N)) - 1) as u8);
+    for (byte, codes) in packed.iter().zip(out[start..].as_chunks_mut::<N>().0) {
+        *codes = std::array::from_fn(|i| byte >> (i * bits) & mask);
+    }
+}
+
+/// Eight codes in `BITS` bytes, in whole words as in whole rows.
+fn unpack_streams<const BITS: usize>(packed: &[u8], out: &mut Vec<u8>) {
+    let mask = ((1u32 << BITS) - 1) as u8;
+    let (whole, rest) = packed.as_chunks::<BITS>();
+    let start = out.len();
+    out.resize(start + whole.len() * 8, 0);
+    let word_of = |bytes: &[u8]| {
+        let mut word = [0; 8];
+        word[..bytes.len()].copy_from_slice(bytes);
+        u64::from_le_bytes(word)
+    };
+    for (bytes, codes) in whole.iter().zip(out[start..].as_chunks_mut::<8>().0) {
+        let word = word_of(bytes);
+        *codes = std::array::from_fn(|i| (word >> (i * BITS)) as u8 & mask);
+    }
+    let word = word_of(rest);
+    out.extend((0..rest.len() * 8 / BITS).map(|i| (word >> (i * BITS)) as u8 & mask));
 }

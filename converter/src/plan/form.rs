@@ -27,9 +27,31 @@ pub(crate) enum Form {
     Mlx,
     /// AWQ and GPTQ: integers, zeros, scales and, in GPTQ, the group of each input.
     Columnar,
+    /// HQQ: bytes of codes, scales and zeros; then what it saves of its settings, which shapes say too.
+    Hqq,
     /// GGUF: blocks, whole rows of them; for NVFP4 there may be one number beside them, or one per matrix, to multiply by.
     Ggml,
 }
+
+/// What HQQ saves beside codes, scales and zeros (`HQQLinear.state_dict_keys`).
+const HQQ_SETTINGS: [&str; 16] = [
+    ".nbits",
+    ".group_size",
+    ".shape",
+    ".axis",
+    ".packing",
+    ".unpack_view_dtype",
+    ".view_as_float",
+    ".quant_scale",
+    ".quant_zero",
+    ".compute_dtype",
+    ".offload_meta",
+    ".encoded_state_dict",
+    ".stores_quant_config",
+    ".channel_wise",
+    ".optimize",
+    ".round_zero",
+];
 
 /// The tensors that hold one tensor of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,6 +83,11 @@ pub(crate) fn find(checkpoint: &Checkpoint, name: &str) -> Option<Parts> {
         } else {
             parts(checkpoint, Form::PackedMxfp4, tensor, &[scale])
         });
+    }
+    if let Some(tensor) = checkpoint.find(&of_stem(".W_q")) {
+        let mut parts = parts(checkpoint, Form::Hqq, tensor, &[of_stem(".scale"), of_stem(".zero")]);
+        parts.tensors.extend(HQQ_SETTINGS.iter().filter_map(|end| checkpoint.find(&of_stem(end))));
+        return Some(parts);
     }
     let tensor = checkpoint.find(&of_stem(".qweight"))?;
     let mut parts = parts(checkpoint, Form::Columnar, tensor, &[of_stem(".qzeros"), of_stem(".scales")]);

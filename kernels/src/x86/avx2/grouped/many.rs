@@ -2,13 +2,13 @@
 //! tokens of a tile, then each vector meets four tokens, and each word of a token both row groups, before the next.
 
 use super::super::put;
-use super::unpack::{self, Bytes, bias, is_signed};
-use super::{fill, row_factors, signed};
+use super::decode::{self, Bytes, Terms, bias, is_signed, row_factors};
+use super::signed;
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{TILE_TOKENS, Tile, TileShape};
 use crate::matrix::{Group, Matrix, ROW_GROUP};
 use crate::x86::ahead::Ahead;
-use crate::x86::grouped::{STRIP, Terms, bytes_per_block, has_bias, has_halves};
+use crate::x86::grouped::{STRIP, bytes_per_block, has_bias, has_halves};
 use sluice_weights::{Codes, Grouped};
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -22,7 +22,7 @@ type Sums<const G: usize> = [[[__m256; G]; TILE_TOKENS]; 2];
 /// A strip of `G` row groups, ready to be multiplied.
 struct Strip<const G: usize> {
     bytes: [[Bytes; STRIP]; G],
-    terms: Terms,
+    terms: [Terms; G],
     with_bias: bool,
     /// Pairs of vectors of a half block. A number that the compiler does not know keeps the loop over them, and with it the order
     /// that this is about.
@@ -66,16 +66,16 @@ fn multiply<const G: usize, const SIGNED: bool, const HALVES: bool>(
     let mut sums: Sums<G> = [[[_mm256_setzero_ps(); G]; TILE_TOKENS]; 2];
     let (ahead, ask) = (Ahead::new(w), bytes_per_block(w, blocks));
     let mut strip = Strip {
+        terms: [Terms::new(ty); G],
         bytes: [[[_mm256_setzero_si256(); 8]; STRIP]; G],
-        terms: Terms::new(),
         with_bias: has_bias(ty),
         steps: black_box(2),
     };
     for g in 0..blocks {
         if g % STRIP == 0 {
             for i in 0..G {
-                fill(ty, &w[i], g / STRIP, unpack::bias(ty.codes()), &mut strip.terms, i);
-                unpack::strip(ty, &w[i], g / STRIP, &mut strip.bytes[i]);
+                strip.terms[i].fill(ty, &[w[i]], g / STRIP);
+                decode::strip(ty, &[w[i]], g / STRIP, &mut strip.bytes[i]);
             }
         }
         ahead.bytes(ask, g);
@@ -93,7 +93,7 @@ fn multiply<const G: usize, const SIGNED: bool, const HALVES: bool>(
     for (t, out) in out[..shape.tokens].iter_mut().enumerate() {
         for i in 0..G {
             let sum = _mm256_add_ps(sums[0][t][i], sums[1][t][i]);
-            put([_mm256_mul_ps(sum, row_factors(ty, &w[i]))], std::slice::from_mut(out), i);
+            put([_mm256_mul_ps(sum, row_factors(ty, &[w[i]]))], std::slice::from_mut(out), i);
         }
     }
 }
@@ -174,7 +174,7 @@ fn add<const G: usize, const T: usize, const SIGNED: bool>(
     sums: &mut [[__m256; G]; T],
 ) {
     for i in 0..G {
-        let (a, rest) = (strip.terms.a[b][i], strip.terms.rest[b][i]);
+        let (a, rest) = (strip.terms[i].a[b], strip.terms[i].rest[b]);
         for t in 0..T {
             let scaled = _mm256_mul_ps(a, _mm256_set1_ps(x[t].scale));
             if strip.with_bias {

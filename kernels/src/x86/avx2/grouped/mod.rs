@@ -1,23 +1,21 @@
 //! Grouped types: products of one row group, or two with several tokens of int8. In the order of the `grouped` module.
 
+mod decode;
 mod floats;
 mod grids;
 mod many;
-mod terms;
-mod unpack;
 
 use super::put;
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{Group, Matrix};
 use crate::x86::ahead::Ahead;
-use crate::x86::grouped::{E2M1, IQ4NL, STRIP, Terms, block_len, bytes_per_block, constant, has_bias, has_halves};
+use crate::x86::grouped::{E2M1, IQ4NL, STRIP, block_len, bytes_per_block, constant, has_bias, has_halves};
 use crate::x86::quantised_rows;
-pub(in crate::x86) use grids::block as grid_block;
+use decode::{Bytes, Terms, bias, row_factors};
+pub(in crate::x86) use grids::blocks as grid_blocks;
 use sluice_weights::{Codes, Grouped};
 use std::arch::x86_64::*;
-pub(in crate::x86) use terms::{fill, row_factors};
-pub(in crate::x86) use unpack::bias;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn tile(ty: Grouped, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
@@ -62,17 +60,17 @@ fn one_token(ty: Grouped, w: &Group<'_>, x: &[QuantisedBlock]) -> __m256 {
 fn blocks_int8<const C: u8, const HALVES: bool>(ty: Grouped, w: &Group<'_>, x: &[QuantisedBlock]) -> __m256 {
     let len = const { block_len(C) };
     let blocks = w.values.len() / len;
-    let (with_bias, added) = (has_bias(ty), bias(ty.codes()));
+    let with_bias = has_bias(ty);
     let (ahead, ask) = (Ahead::new(&[*w]), bytes_per_block(&[*w], blocks));
-    let mut terms = Terms::new();
+    let mut terms = Terms::new(ty);
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let (mut s, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
     let strips = w.values.chunks(STRIP * len).zip(x[..blocks].chunks(STRIP));
     for (strip, (values, x)) in strips.enumerate() {
-        fill(ty, w, strip, added, &mut terms, 0);
+        terms.fill(ty, &[*w], strip);
         for (g, (values, x)) in values.chunks_exact(len).zip(x).enumerate().take(STRIP) {
             ahead.bytes(ask, STRIP * strip + g);
-            let mut dots = dots::<C>(&unpack::block::<C>(values), x);
+            let mut dots = dots::<C>(&decode::block::<C>(&[values]), x);
             if const { C == 8 } && with_bias {
                 dots = without_bias(dots, x);
             }
@@ -87,7 +85,7 @@ fn blocks_int8<const C: u8, const HALVES: bool>(ty: Grouped, w: &Group<'_>, x: &
             }
         }
     }
-    _mm256_mul_ps(_mm256_add_ps(s, other), row_factors(ty, w))
+    _mm256_mul_ps(_mm256_add_ps(s, other), row_factors(ty, &[*w]))
 }
 
 /// Adds a block. `x` is what meets the number beside `A`, the sum of the activations, and their scale.
@@ -95,9 +93,9 @@ fn blocks_int8<const C: u8, const HALVES: bool>(ty: Grouped, w: &Group<'_>, x: &
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add(dot: __m256i, terms: &Terms, block: usize, with_bias: bool, x: (i32, i32, f32), s: __m256) -> __m256 {
     let (pair, sum, scale) = x;
-    let rest = terms.rest[block][0];
+    let rest = terms.rest[block];
     let dot = if with_bias { dot } else { _mm256_add_epi32(dot, _mm256_madd_epi16(rest, _mm256_set1_epi32(pair))) };
-    let scaled = _mm256_mul_ps(terms.a[block][0], _mm256_set1_ps(scale));
+    let scaled = _mm256_mul_ps(terms.a[block], _mm256_set1_ps(scale));
     let s = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scaled, s);
     if with_bias { _mm256_fmadd_ps(_mm256_set1_ps(sum as f32 * scale), _mm256_castsi256_ps(rest), s) } else { s }
 }
@@ -115,7 +113,7 @@ const fn sums_that_fit(codes: u8) -> usize {
 /// The dot products of the bytes of each half of a block.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dots<const C: u8>(bytes: &unpack::Bytes, x: &QuantisedBlock) -> [__m256i; 2] {
+fn dots<const C: u8>(bytes: &Bytes, x: &QuantisedBlock) -> [__m256i; 2] {
     let ones = _mm256_set1_epi16(1);
     let fit = const { sums_that_fit(C) };
     let mut dots = [_mm256_setzero_si256(); 2];
