@@ -21,7 +21,7 @@ fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name)
 }
 
-/// What GGUF cannot say is taken out of a configuration (as in `gguf/make_heads.py`).
+/// What GGUF cannot say is taken out of a configuration (as in `tests/fixtures/gguf/make_heads.py`).
 fn edited(family: &str, mut config: serde_json::Value) -> serde_json::Value {
     match family {
         "deepseek_v2" => config["rope_scaling"]["mscale"] = json!(1.0),
@@ -38,11 +38,12 @@ fn edited(family: &str, mut config: serde_json::Value) -> serde_json::Value {
 
 /// The file that llama.cpp's converter writes of a golden checkpoint: its head, and the data.
 fn of_llama_cpp(family: &str, config: &serde_json::Value, tensors: &Tensors) -> Vec<u8> {
-    let head = fs::read(data(&format!("gguf/{family}.head"))).unwrap();
+    let head = fs::read(fixture(&format!("gguf/{family}.head"))).unwrap();
     let (described, begin) = read_head(&head);
     let (mut out, mut kept) = (head[..begin].to_vec(), &head[begin..]);
     let text = config.get("text_config").unwrap_or(config);
-    let prefix = if tensors.keys().any(|n| n.starts_with("model.language_model.")) { "model.language_model." } else { "model." };
+    let prefix =
+        if tensors.keys().any(|n| n.starts_with("model.language_model.")) { "model.language_model." } else { "model." };
     let origin = Origin { tensors, config: text, prefix };
     for Described { name, ty, shape, offset } in described {
         assert_eq!(out.len(), begin + offset, "{family}: {name}");
@@ -114,7 +115,8 @@ fn assert_same_numbers(family: &str, found: &Content, expected: &Content) {
 
 #[test]
 fn files_of_llama_cpp_hold_the_models_of_their_checkpoints() {
-    let digests: BTreeMap<String, String> = serde_json::from_slice(&fs::read(data("gguf/digests.json")).unwrap()).unwrap();
+    let digests: BTreeMap<String, String> =
+        serde_json::from_slice(&fs::read(fixture("gguf/digests.json")).unwrap()).unwrap();
     assert_eq!(digests.len(), 20);
     for (family, digest) in &digests {
         let golden = fixture(&format!("golden/{family}"));
@@ -122,7 +124,11 @@ fn files_of_llama_cpp_hold_the_models_of_their_checkpoints() {
         let (config, tensors) = (edited(family, config), read_dir(&golden));
         let folder = tempfile::tempdir().unwrap();
         let bytes = of_llama_cpp(family, &config, &tensors);
-        assert_eq!(format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&bytes)), *digest, "{family}: llama.cpp writes another file");
+        assert_eq!(
+            format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&bytes)),
+            *digest,
+            "{family}: llama.cpp writes another file"
+        );
         let path = folder.path().join("model.gguf");
         fs::write(&path, bytes).unwrap();
         let checkpoint = folder.path().join("checkpoint");
@@ -186,11 +192,28 @@ fn block_types_are_carried_at_their_own_size() {
     let mut blocks = Tensors::new();
     read_file(&data("ggml/blocks.safetensors"), &mut blocks);
     let types = [
-        ("Q4_0", 2, "q4_0"), ("Q4_1", 3, "q4_1"), ("Q5_0", 6, "q5_0"), ("Q5_1", 7, "q5_1"), ("Q8_0", 8, "q8"),
-        ("Q2_K", 10, "q2_k"), ("Q3_K", 11, "q3_k"), ("Q4_K", 12, "q4_k"), ("Q5_K", 13, "q5_k"), ("Q6_K", 14, "q6_k"),
-        ("IQ2_XXS", 16, "iq2_xxs"), ("IQ2_XS", 17, "iq2_xs"), ("IQ3_XXS", 18, "iq3_xxs"), ("IQ1_S", 19, "iq1_s"),
-        ("IQ4_NL", 20, "iq4_nl"), ("IQ3_S", 21, "iq3_s"), ("IQ2_S", 22, "iq2_s"), ("IQ4_XS", 23, "iq4_xs"),
-        ("IQ1_M", 29, "iq1_m"), ("TQ1_0", 34, "tq2_0"), ("TQ2_0", 35, "tq2_0"), ("MXFP4", 39, "mxfp4"),
+        ("Q4_0", 2, "q4_0"),
+        ("Q4_1", 3, "q4_1"),
+        ("Q5_0", 6, "q5_0"),
+        ("Q5_1", 7, "q5_1"),
+        ("Q8_0", 8, "q8"),
+        ("Q2_K", 10, "q2_k"),
+        ("Q3_K", 11, "q3_k"),
+        ("Q4_K", 12, "q4_k"),
+        ("Q5_K", 13, "q5_k"),
+        ("Q6_K", 14, "q6_k"),
+        ("IQ2_XXS", 16, "iq2_xxs"),
+        ("IQ2_XS", 17, "iq2_xs"),
+        ("IQ3_XXS", 18, "iq3_xxs"),
+        ("IQ1_S", 19, "iq1_s"),
+        ("IQ4_NL", 20, "iq4_nl"),
+        ("IQ3_S", 21, "iq3_s"),
+        ("IQ2_S", 22, "iq2_s"),
+        ("IQ4_XS", 23, "iq4_xs"),
+        ("IQ1_M", 29, "iq1_m"),
+        ("TQ1_0", 34, "tq2_0"),
+        ("TQ2_0", 35, "tq2_0"),
+        ("MXFP4", 39, "mxfp4"),
         ("NVFP4", 40, "nvfp4"),
     ];
     for (name, id, weight_type) in types {
@@ -241,7 +264,8 @@ fn block_types_are_carried_at_their_own_size() {
 #[test]
 fn queries_keys_and_values_may_be_in_one_tensor() {
     let mut noise = Noise(3);
-    let (metadata, tensors) = small(|_, rows, cols| (F32, (0..rows * cols).flat_map(|_| noise.value().to_le_bytes()).collect()));
+    let (metadata, tensors) =
+        small(|_, rows, cols| (F32, (0..rows * cols).flat_map(|_| noise.value().to_le_bytes()).collect()));
     let folder = tempfile::tempdir().unwrap();
     let (apart, fused) = (folder.path().join("a.gguf"), folder.path().join("b.gguf"));
     fs::write(&apart, file(&metadata, &tensors)).unwrap();
@@ -327,7 +351,10 @@ fn what_is_not_supported_is_named_with_its_key() {
         (set("llama.attention.causal", Value::Bool(false)), &["attention.causal"]),
         (set("llama.logit_scale", Value::F32(0.5)), &["logit_scale", "0.5"]),
         (set("llama.embedding_length", Value::U32(128)), &["embedding_length", "256"]),
-        (error_after(|keys, _| keys.retain(|(k, _)| k != "llama.context_length")), &["llama.context_length", "missing"]),
+        (
+            error_after(|keys, _| keys.retain(|(k, _)| k != "llama.context_length")),
+            &["llama.context_length", "missing"],
+        ),
         (error_after(|_, t| t.retain(|t| t.0 != "blk.0.ffn_up.weight")), &["missing", "mlp.up_proj"]),
         (error_after(|_, t| t.push(("blk.0.what.weight".into(), F32, vec![1], vec![0; 4]))), &["blk.0.what.weight"]),
         (error_after(|_, t| t[3].1 = 4), &["blk.0.attn_k.weight", "gave up"]),
@@ -361,7 +388,7 @@ fn other_versions_are_told_apart() {
 /// A tool that takes experts out leaves the count in the keys.
 #[test]
 fn tensors_are_right_about_the_number_of_experts() {
-    let head = fs::read(data("gguf/qwen3_moe.head")).unwrap();
+    let head = fs::read(fixture("gguf/qwen3_moe.head")).unwrap();
     let golden = fixture("golden/qwen3_moe");
     let config: serde_json::Value = serde_json::from_slice(&fs::read(golden.join("config.json")).unwrap()).unwrap();
     let mut bytes = of_llama_cpp("qwen3_moe", &config, &read_dir(&golden));
@@ -386,7 +413,7 @@ proptest! {
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..8u32), 0..6),
         cut in prop::option::weighted(0.3, any::<prop::sample::Index>()),
     ) {
-        let mut bytes = fs::read(data(&format!("gguf/{family}.head"))).unwrap();
+        let mut bytes = fs::read(fixture(&format!("gguf/{family}.head"))).unwrap();
         for (place, byte, bit) in changes {
             let at = place.index(bytes.len() - 4) + 4;
             bytes[at] = if byte < 128 { byte } else { bytes[at] ^ 1 << bit };

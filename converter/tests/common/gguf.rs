@@ -174,7 +174,9 @@ impl Origin<'_> {
         match module {
             "attn_norm" => self.norm(&at("input_layernorm.weight")),
             "ffn_norm" | "post_attention_norm" => self.norm(&at("post_attention_layernorm.weight")),
-            "attn_q" | "attn_k" => self.query_or_key(&at(&format!("self_attn.{}_proj.{end}", &module[5..])), module == "attn_q"),
+            "attn_q" | "attn_k" => {
+                self.query_or_key(&at(&format!("self_attn.{}_proj.{end}", &module[5..])), module == "attn_q")
+            }
             "attn_v" => plain("self_attn.v_proj"),
             "attn_output" => plain("self_attn.o_proj"),
             "attn_q_norm" => self.norm(&at("self_attn.q_norm.weight")),
@@ -196,7 +198,9 @@ impl Origin<'_> {
             "nextn.hnorm" => plain("hnorm"),
             "nextn.shared_head_head" => plain("shared_head.head"),
             "nextn.shared_head_norm" => plain("shared_head.norm"),
-            module if module.starts_with("ffn_") || module.starts_with("exp_probs_b") => self.feed_forward(layer, module, end),
+            module if module.starts_with("ffn_") || module.starts_with("exp_probs_b") => {
+                self.feed_forward(layer, module, end)
+            }
             module => self.linear(layer, module, end),
         }
     }
@@ -259,8 +263,16 @@ impl Origin<'_> {
             let stack = if part == "down" { format!("{moe}.experts.down_proj") } else { fused };
             let [experts, rows, cols] = self.tensors[&stack].shape[..] else { panic!("{stack}") };
             let all = self.of(&stack);
-            let half = if part == "down" { 0..rows } else if part == "gate" { 0..rows / 2 } else { rows / 2..rows };
-            return (0..experts).flat_map(|e| all[(e * rows + half.start) * cols..(e * rows + half.end) * cols].to_vec()).collect();
+            let half = if part == "down" {
+                0..rows
+            } else if part == "gate" {
+                0..rows / 2
+            } else {
+                rows / 2..rows
+            };
+            return (0..experts)
+                .flat_map(|e| all[(e * rows + half.start) * cols..(e * rows + half.end) * cols].to_vec())
+                .collect();
         }
         let mixtral = BTreeMap::from([("gate", "w1"), ("up", "w3"), ("down", "w2")]);
         let names = |e: usize| {
@@ -291,7 +303,8 @@ impl Origin<'_> {
         let all = self.of(&name);
         let picked = outputs / if first.is_some() { 2 } else { 1 };
         let output = |o: usize| first.map_or(o, |first| 2 * o + first);
-        let element = |i: usize| all[(i / inputs / picked * inputs + i % inputs) * outputs + output(i / inputs % picked)];
+        let element =
+            |i: usize| all[(i / inputs / picked * inputs + i % inputs) * outputs + output(i / inputs % picked)];
         (0..experts * picked * inputs).map(element).collect()
     }
 
@@ -330,7 +343,9 @@ impl Origin<'_> {
                     ("attn_gate", true) => tiled(self.of(&name("z")), value * hidden),
                     ("attn_qkv", true) => behind(self.of(&name("qkv")), 2 * keys * key * hidden, value * hidden),
                     ("attn_qkv", false) => self.by_kind(&name("qkvz"), [key, key, heads / keys * value], 0),
-                    ("attn_gate", false) => self.by_kind(&name("qkvz"), [heads / keys * value, 0, 0], 2 * key + heads / keys * value),
+                    ("attn_gate", false) => {
+                        self.by_kind(&name("qkvz"), [heads / keys * value, 0, 0], 2 * key + heads / keys * value)
+                    }
                     other => panic!("{other:?}"),
                 }
             }
