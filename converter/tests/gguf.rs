@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::gguf::{Described, Origin, Value, Written, file, read_head};
+use common::gguf::{Described, Origin, Value, Written, file, read_head, with_metadata_of};
 use common::safetensors::{Tensor, Tensors, read_dir, read_file, values, write_dir};
 use common::{Content, Noise, content, fixture, joined};
 use proptest::prelude::*;
@@ -138,6 +138,129 @@ fn files_of_llama_cpp_hold_the_models_of_their_checkpoints() {
         assert_same_model(family, &found, &spec);
         assert_same_numbers(family, &numbers, &expected);
     }
+}
+
+fn floats(numbers: &[f32]) -> Vec<u8> {
+    numbers.iter().flat_map(|n| n.to_le_bytes()).collect()
+}
+
+/// The same models under the names, and in the arrangements, that converters had before, or have when they are asked to.
+#[test]
+fn other_arrangements_hold_the_same_models() {
+    for family in ["mixtral", "qwen3_moe", "deepseek_v3"] {
+        let golden = fixture(&format!("golden/{family}"));
+        let config: serde_json::Value = serde_json::from_slice(&fs::read(golden.join("config.json")).unwrap()).unwrap();
+        let tensors = read_dir(&golden);
+        let origin = Origin { tensors: &tensors, config: &config, prefix: "model." };
+        let head = fs::read(fixture(&format!("gguf/{family}.head"))).unwrap();
+        let mut written: Vec<Written> = Vec::new();
+        for Described { name, shape, .. } in read_head(&head).0 {
+            let stem = name.rsplit_once('.').unwrap().0.to_owned();
+            let whole = |name: &str| floats(&origin.data(name));
+            match family {
+                // One tensor for each expert.
+                "mixtral" if stem.ends_with("_exps") => {
+                    let data = whole(&name);
+                    for (expert, data) in data.chunks(data.len() / shape[0]).enumerate() {
+                        let name = format!("{}.{expert}.weight", stem.trim_end_matches("_exps"));
+                        written.push((name, F32, shape[1..].to_vec(), data.to_vec()));
+                    }
+                }
+                // Gate and up in one.
+                "qwen3_moe" if stem.ends_with("_up_exps") => {}
+                "qwen3_moe" if stem.ends_with("_gate_exps") => {
+                    let (gate, up) = (whole(&name), whole(&name.replace("_gate_", "_up_")));
+                    let of_expert = gate.len() / shape[0];
+                    let pairs = gate.chunks(of_expert).zip(up.chunks(of_expert));
+                    let data = pairs.flat_map(|(gate, up)| [gate, up].concat()).collect();
+                    let shape = vec![shape[0], 2 * shape[1], shape[2]];
+                    written.push((name.replace("_gate_", "_gate_up_"), F32, shape, data));
+                }
+                // Keys and values as the release has them.
+                "deepseek_v3" if stem.ends_with("attn_v_b") => {}
+                "deepseek_v3" if stem.ends_with("attn_k_b") => {
+                    let layer = stem.split('.').nth(1).unwrap();
+                    let release = format!("model.layers.{layer}.self_attn.kv_b_proj.weight");
+                    let data = floats(&values(&tensors, &release));
+                    written.push((name.replace("k_b", "kv_b"), F32, tensors[&release].shape.clone(), data));
+                }
+                _ => written.push((name.clone(), F32, shape, whole(&name))),
+            }
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.gguf");
+        fs::write(&path, with_metadata_of(&head, &written)).unwrap();
+        assert_same_numbers(family, &converted(&path).1, &converted(&golden).1);
+    }
+}
+
+/// llama.cpp's converter does not write a Qwen2-MoE with a dense layer, but the family has them.
+#[test]
+fn qwen2_moe_has_biases_a_gated_shared_expert_and_dense_layers() {
+    let golden = fixture("golden/qwen2_moe");
+    let config: serde_json::Value = serde_json::from_slice(&fs::read(golden.join("config.json")).unwrap()).unwrap();
+    let tensors = read_dir(&golden);
+    let origin = Origin { tensors: &tensors, config: &config, prefix: "model." };
+    let count = |key: &str| Value::U32(config[key].as_u64().unwrap() as u32);
+    let metadata = [
+        ("general.architecture", Value::Text("qwen2moe")),
+        ("qwen2moe.block_count", count("num_hidden_layers")),
+        ("qwen2moe.context_length", count("max_position_embeddings")),
+        ("qwen2moe.embedding_length", count("hidden_size")),
+        ("qwen2moe.feed_forward_length", count("intermediate_size")),
+        ("qwen2moe.attention.head_count", count("num_attention_heads")),
+        ("qwen2moe.attention.head_count_kv", count("num_key_value_heads")),
+        ("qwen2moe.rope.freq_base", Value::F32(config["rope_theta"].as_f64().unwrap() as f32)),
+        ("qwen2moe.attention.layer_norm_rms_epsilon", Value::F32(config["rms_norm_eps"].as_f64().unwrap() as f32)),
+        ("qwen2moe.expert_count", count("num_experts")),
+        ("qwen2moe.expert_used_count", count("num_experts_per_tok")),
+        ("qwen2moe.expert_feed_forward_length", count("moe_intermediate_size")),
+        ("qwen2moe.expert_shared_feed_forward_length", count("shared_expert_intermediate_size")),
+    ];
+    let metadata: Vec<_> = metadata.map(|(key, value)| (key.to_owned(), value)).to_vec();
+    let hidden = config["hidden_size"].as_u64().unwrap() as usize;
+    let mut written: Vec<Written> = Vec::new();
+    let mut add = |name: String, of_stack: usize, cols: usize| {
+        let data = origin.data(&name);
+        let shape = match (name.ends_with("norm.weight") || name.ends_with(".bias"), of_stack) {
+            (true, _) => vec![data.len()],
+            (_, 1) => vec![data.len() / cols, cols],
+            (_, n) => vec![n, data.len() / n / cols, cols],
+        };
+        written.push((name, F32, shape, floats(&data)));
+    };
+    ["token_embd", "output", "output_norm"].iter().for_each(|name| add(format!("{name}.weight"), 1, hidden));
+    for layer in 0..config["num_hidden_layers"].as_u64().unwrap() {
+        let sparse = tensors.contains_key(&format!("model.layers.{layer}.mlp.gate.weight"));
+        let mlp = |part: &str| tensors[&format!("model.layers.{layer}.mlp.{part}.weight")].shape[1];
+        let mut of_layer = |rest: &str, stack: usize, cols: usize| add(format!("blk.{layer}.{rest}"), stack, cols);
+        ["attn_norm.weight", "ffn_norm.weight"].iter().for_each(|rest| of_layer(rest, 1, hidden));
+        for part in ["attn_q", "attn_k", "attn_v"] {
+            of_layer(&format!("{part}.weight"), 1, hidden);
+            of_layer(&format!("{part}.bias"), 1, hidden);
+        }
+        of_layer("attn_output.weight", 1, hidden);
+        if !sparse {
+            ["gate", "up"].iter().for_each(|part| of_layer(&format!("ffn_{part}.weight"), 1, hidden));
+            of_layer("ffn_down.weight", 1, mlp("down_proj"));
+            continue;
+        }
+        of_layer("ffn_gate_inp.weight", 1, hidden);
+        of_layer("ffn_gate_inp_shexp.weight", 1, hidden);
+        for (part, cols) in [("gate", hidden), ("up", hidden), ("down", mlp("shared_expert.down_proj"))] {
+            of_layer(&format!("ffn_{part}_shexp.weight"), 1, cols);
+        }
+        let experts = config["num_experts"].as_u64().unwrap() as usize;
+        for (part, cols) in [("gate", hidden), ("up", hidden), ("down", mlp("experts.0.down_proj"))] {
+            of_layer(&format!("ffn_{part}_exps.weight"), experts, cols);
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.gguf");
+    fs::write(&path, file(&metadata, &written)).unwrap();
+    let ((found, numbers), (spec, expected)) = (converted(&path), converted(&golden));
+    assert_same_model("qwen2_moe", &found, &spec);
+    assert_same_numbers("qwen2_moe", &numbers, &expected);
 }
 
 /// A small llama whose matrices are made by `matrix`: name, rows, columns → number of the type and data.

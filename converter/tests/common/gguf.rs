@@ -42,14 +42,32 @@ pub type Written = (String, u32, Vec<usize>, Vec<u8>);
 
 /// The bytes of a file.
 pub fn file(metadata: &[(String, Value)], tensors: &[Written]) -> Vec<u8> {
+    let mut keys = Vec::new();
+    for (key, value) in metadata {
+        string(&mut keys, key);
+        value.write(&mut keys);
+    }
+    with_keys(metadata.len(), &keys, tensors)
+}
+
+/// The bytes of a file with the metadata of a head, and other tensors.
+pub fn with_metadata_of(head: &[u8], tensors: &[Written]) -> Vec<u8> {
+    let (mut at, mut end) = (16, 24);
+    let count = number(head, &mut at, 8);
+    for _ in 0..count {
+        text(head, &mut end);
+        let ty = number(head, &mut end, 4);
+        skip(head, &mut end, ty);
+    }
+    with_keys(count, &head[24..end], tensors)
+}
+
+fn with_keys(count: usize, keys: &[u8], tensors: &[Written]) -> Vec<u8> {
     let mut out = b"GGUF".to_vec();
     out.extend(3u32.to_le_bytes());
     out.extend((tensors.len() as u64).to_le_bytes());
-    out.extend((metadata.len() as u64).to_le_bytes());
-    for (key, value) in metadata {
-        string(&mut out, key);
-        value.write(&mut out);
-    }
+    out.extend((count as u64).to_le_bytes());
+    out.extend_from_slice(keys);
     let mut offset = 0u64;
     for (name, ty, shape, data) in tensors {
         string(&mut out, name);

@@ -2,6 +2,7 @@
 //! disagree, the tensors are right: tools that take experts out of a model leave `expert_count` as it was.
 
 use serde_json::{Value as Json, json};
+use sluice_format::ModelSpec;
 
 use super::arch::Arch;
 use super::keys::{Keys, Synthesised};
@@ -54,8 +55,9 @@ fn layers(keys: &Keys<'_>) -> Result<usize, Problem> {
         keys.refuse("nextn_predict_layers", format!("is {predicting}, and there are {blocks} blocks in all"))
     })?;
     // Each has a norm at least.
-    if layers > keys.tensors.len() as u64 {
-        let problem = format!("is {blocks}, and there are only {} tensors", keys.tensors.len());
+    let most = keys.tensors.len().min(ModelSpec::MAX_LAYERS);
+    if layers > most as u64 {
+        let problem = format!("is {blocks}, and with {} tensors there can be {most} at most", keys.tensors.len());
         return Err(keys.refuse("block_count", problem));
     }
     Ok(layers as usize)
