@@ -1,4 +1,4 @@
-//! `sluice convert`: a Hugging Face checkpoint, in a folder or on the hub, becomes one model file.
+//! `sluice convert`: a Hugging Face checkpoint, in a folder or on the hub, or a GGUF file becomes one model file.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -48,11 +48,11 @@ Examples:
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8 --recipe my-moe.recipe
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
 
-/// Convert a Hugging Face checkpoint (a folder with config.json and safetensors) into a model file
+/// Convert a Hugging Face checkpoint (a folder with config.json and safetensors) or a GGUF file into a model file
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder of the checkpoint, or hf:OWNER/NAME for one on the hub; @REVISION and, for GGUF, :QUANT or :FILE may follow
+    /// Folder of the checkpoint, GGUF file (of several parts any), or hf:OWNER/NAME for one on the hub; @REVISION and, for GGUF, :QUANT or :FILE may follow
     src: PathBuf,
 
     /// Model file to write [default, from the hub: one in the folder of models, which `run` finds by the name]

@@ -142,13 +142,12 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint, ConvertError> {
 
 /// Opens a source by what its first file begins with.
 pub(crate) fn open_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertError> {
-    if let Some(first) = source.files().first().filter(|first| first.len >= gguf::MAGIC.len() as u64) {
+    if source.files().first().is_some_and(|first| first.len >= gguf::MAGIC.len() as u64) {
         let mut head = [0; gguf::MAGIC.len()];
         source.read_at(0, 0, &mut head)?;
         if head == *gguf::MAGIC {
             return gguf::of_source(source);
         }
-        let _ = first;
     }
     let files: BTreeSet<String> = source.files().iter().map(|f| f.name.clone()).collect();
     let located = locate::of_files(&source.text_path(INDEX), source.text_file(INDEX)?, &files)?;
