@@ -3,8 +3,6 @@
 //! `docs/FORMAT.md` describes both blobs, and what the digests cover.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -18,7 +16,7 @@ use crate::options::TypeChoice;
 use crate::pack::Outcome;
 use crate::plan::{CONVERTER, LeftOut, Plan};
 use crate::report::errors;
-use crate::source::{Stamp, drop_behind, header, is_plain_name, open_safetensors, side_file};
+use crate::source::{LocalFile, header, is_plain_name, open_safetensors, side_file};
 
 /// Bytes read at once to compare: whole leaves.
 const PIECE: u64 = 64 * LEAF;
@@ -246,7 +244,7 @@ impl Comparison {
         let parts = parts_of(0, entries.iter().map(|e| (e.start, e.len)), head.len() as u64, len);
         let digest = |part: &Part| part_digest(&file, &path, part, read);
         let found: Vec<u128> = parts.par_iter().map(digest).collect::<Result<_, _>>()?;
-        if Stamp::of(&file).map_err(ConvertError::io(&path, "read its state"))? != stamp {
+        if file.stamp().map_err(ConvertError::io(&path, "read its state"))? != stamp {
             return Err(ConvertError::SourceChanged { path });
         }
         let contradiction = || ConvertError::NoProvenance {
@@ -272,15 +270,14 @@ impl Comparison {
     }
 }
 
-fn part_digest(file: &File, path: &Path, part: &Part, read: &(dyn Fn(u64) + Sync)) -> Result<u128, ConvertError> {
+fn part_digest(file: &LocalFile, path: &Path, part: &Part, read: &(dyn Fn(u64) + Sync)) -> Result<u128, ConvertError> {
     let mut digest = PartDigest::default();
     let mut buffer = vec![0; PIECE.min(part.len) as usize];
     let mut done = 0;
     while done < part.len {
         let piece = &mut buffer[..PIECE.min(part.len - done) as usize];
-        file.read_exact_at(piece, part.start + done).map_err(ConvertError::io(path, "read its weights"))?;
+        file.read_at(path, part.start + done, piece)?;
         digest.update(piece);
-        drop_behind(file, part.start + done, piece.len());
         done += piece.len() as u64;
         read(piece.len() as u64);
     }
