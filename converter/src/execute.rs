@@ -1,6 +1,5 @@
 //! Carrying out a plan: extents in file order over the threads, the journal behind them.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -34,8 +33,6 @@ struct Pending {
 struct Execution<'a> {
     plan: &'a Plan,
     writer: &'a FileWriter,
-    /// Of the partial file, for messages.
-    path: &'a Path,
     progress: &'a dyn Progress,
     contents: &'a Contents<'a>,
     /// By extent.
@@ -77,7 +74,6 @@ pub(crate) fn run(
     let execution = Execution {
         plan,
         writer: &partial.writer,
-        path: &partial.path,
         progress,
         contents: &contents,
         outcomes: Mutex::new(outcomes),
@@ -167,7 +163,9 @@ impl Execution<'_> {
         // journal, which names this identity, may say so. Else they are not journaled.
         self.check_source()?;
         let syncer = self.writer.syncer();
-        syncer.data(self.writer.file()).map_err(ConvertError::io(self.path, "sync it"))?;
+        self.writer
+            .files()
+            .try_for_each(|(path, file)| syncer.data(file).map_err(ConvertError::io(path, "sync it")))?;
         journal.append(&outcomes, &parts)
     }
 

@@ -68,6 +68,10 @@ pub struct Options {
     pub page_size: u32,
     /// An importance file (`sluice calibrate`), which weights the errors of `q4` and `q3`.
     pub importance: Option<PathBuf>,
+    /// Whether extents are compressed where that saves enough.
+    pub compress: bool,
+    /// Most bytes of one file: a larger model becomes several volumes.
+    pub split_size: Option<u64>,
     /// Whether an existing destination is replaced, once the new file is complete.
     pub overwrite: bool,
 }
@@ -80,6 +84,8 @@ impl Default for Options {
             recipe: None,
             page_size: sluice_format::PAGE_SIZES[0],
             importance: None,
+            compress: false,
+            split_size: None,
             overwrite: false,
         }
     }

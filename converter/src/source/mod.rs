@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`Source`] | where the bytes come from: files and texts, whatever holds them |
 //! | `folder` | a folder of safetensors files, as the hub has them |
+//! | `gguf` | GGUF files, as llama.cpp has them |
 //! | `checkpoint` | the table of tensors over a source |
 //! | `local` | reads of local files, past the page cache where that is faster |
 //! | `header`, `locate` | safetensors: headers of files, and which files belong together |
@@ -17,6 +18,7 @@ mod checkpoint;
 mod dtype;
 mod folder;
 mod ggml_type;
+mod gguf;
 pub(crate) mod header;
 mod local;
 mod locate;
@@ -32,7 +34,6 @@ pub(crate) use checkpoint::{AbsentTensor, Checkpoint, SourceTensor};
 pub(crate) use dtype::{Dtype, FLOATS, WIDE_FLOATS};
 pub(crate) use folder::{open_safetensors, read_side_file, side_file};
 pub(crate) use ggml_type::GgmlType;
-pub(crate) use local::LocalFile;
 pub(crate) use locate::is_plain_name;
 pub(crate) use row_order::RowOrder;
 pub use stamp::Stamp;
@@ -130,8 +131,11 @@ pub trait Source: fmt::Debug + Send + Sync {
     }
 }
 
-/// Opens what `path` names: a folder of safetensors files.
+/// Opens what `path` names: a folder of safetensors files, or a GGUF file.
 pub(crate) fn open(path: &Path) -> Result<Checkpoint, ConvertError> {
+    if recognise::is_gguf(path) {
+        return gguf::open(path);
+    }
     if !path.is_dir() {
         return Err(recognise::no_folder(path));
     }
@@ -140,6 +144,13 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint, ConvertError> {
 
 /// Opens a source by what its first file begins with.
 pub(crate) fn open_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertError> {
+    if source.files().first().is_some_and(|first| first.len >= gguf::MAGIC.len() as u64) {
+        let mut head = [0; gguf::MAGIC.len()];
+        source.read_at(0, 0, &mut head)?;
+        if head == *gguf::MAGIC {
+            return gguf::of_source(source);
+        }
+    }
     let files: BTreeSet<String> = source.files().iter().map(|f| f.name.clone()).collect();
     let located = locate::of_files(&source.text_path(INDEX), source.text_file(INDEX)?, &files)?;
     Checkpoint::of_safetensors(source, located)
