@@ -337,7 +337,10 @@ fn assert_types(name: &str, summary: &Summary, carried: impl Fn(usize) -> String
         // The dense layer and the shared experts, whose down projection has 128 columns, are one group.
         let types = &summary.types[group];
         let expected = [carried(cols), carried(128)];
-        assert!(types.contains(&expected[0]) && types.iter().all(|t| expected.contains(t)), "{name}: {group} {types:?}");
+        assert!(
+            types.contains(&expected[0]) && types.iter().all(|t| expected.contains(t)),
+            "{name}: {group} {types:?}"
+        );
     }
     assert_eq!(summary.types["attention.k_b"], [transposed], "{name}");
     assert!(summary.widened.iter().all(|w| w.contains("k_b")), "{name}: {:?}", summary.widened);

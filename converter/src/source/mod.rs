@@ -34,7 +34,6 @@ pub(crate) use checkpoint::{AbsentTensor, Checkpoint, SourceTensor};
 pub(crate) use dtype::{Dtype, FLOATS, WIDE_FLOATS};
 pub(crate) use folder::{open_safetensors, read_side_file, side_file};
 pub(crate) use ggml_type::GgmlType;
-pub(crate) use local::LocalFile;
 pub(crate) use locate::is_plain_name;
 pub(crate) use row_order::RowOrder;
 pub use stamp::Stamp;
