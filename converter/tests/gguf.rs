@@ -484,7 +484,7 @@ fn what_is_not_supported_is_named_with_its_key() {
         (error_after(|_, t| t[3].1 = 99), &["blk.0.attn_k.weight", "99"]),
         (error_after(|_, t| t.push(t[3].clone())), &["blk.0.attn_k.weight", "twice"]),
         (error_after(|k, _| k.push(k[1].clone())), &["llama.block_count", "twice"]),
-        (error_after(|_, t| t[3].2 = vec![128, 250]), &["before byte"]),
+        (error_after(|_, t| (t[3].1, t[3].2) = (2, vec![128, 250])), &["before byte", "Q4_0", "multiples of 32"]),
     ] {
         words.iter().for_each(|word| assert!(error.contains(word), "{error} lacks {word}"));
     }
