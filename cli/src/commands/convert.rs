@@ -10,8 +10,8 @@ use clap::builder::TypedValueParser as _;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use sluice_converter::{
-    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Recipe, Summary, TypeChoice, check_destination, convert_plan,
-    plan,
+    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Recipe, Summary, TypeChoice, check_destination,
+    convert_plan, plan,
 };
 use sluice_format::WeightType;
 use sluice_hub::Reference;
