@@ -58,6 +58,6 @@ pub use number::{E2M1, bf16_to_f32, e4m3_to_f32, e8m0_to_f32, f16_to_f32, f32_to
 pub use pack::{
     pack_row_group, pack_row_group_fp8, pack_row_group_int4, pack_row_group_mxfp4, pack_row_group_u16, unpack,
 };
-pub use quant::pack_row_group_weighted;
+pub use quant::{Feedback, FeedbackScratch, Moments, Quantised, pack_row_group_weighted};
 pub use threads::ThreadPool;
 pub use top_k::{TopK, top_k};
