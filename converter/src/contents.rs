@@ -6,6 +6,7 @@
 //! tensor can contribute the leaves that lie in them. What nobody has contributed when all extents are done (tensors that are
 //! left out, leaves that no thread has read from end to end) is read at the end.
 
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rayon::prelude::*;
@@ -123,6 +124,21 @@ impl<'a> Contents<'a> {
     /// Reads what nobody has read.
     pub(crate) fn complete(&self) -> Result<(), ConvertError> {
         (0..self.parts.len()).into_par_iter().try_for_each(|part| self.complete_part(part))
+    }
+
+    /// Reads what nobody has read of one file.
+    pub(crate) fn complete_file(&self, file: usize) -> Result<(), ConvertError> {
+        self.parts_of_file(file).into_par_iter().try_for_each(|part| self.complete_part(part))
+    }
+
+    /// Whether all of a file is known.
+    pub(crate) fn is_file_whole(&self, file: usize) -> bool {
+        self.parts_of_file(file).all(|part| self.is_whole(part))
+    }
+
+    fn parts_of_file(&self, file: usize) -> Range<usize> {
+        let first = |file| self.checkpoint.parts.partition_point(|part| part.file < file);
+        first(file)..first(file + 1)
     }
 
     fn complete_part(&self, part: usize) -> Result<(), ConvertError> {

@@ -41,6 +41,8 @@ struct Execution<'a> {
     outcomes: Mutex<Vec<Option<Outcome>>>,
     pending: Mutex<Pending>,
     journal: Mutex<Journal>,
+    /// How many extents that are not in the journal yet need each file of the source.
+    needing: Vec<AtomicUsize>,
     /// Next position in the list of extents to do.
     next: AtomicUsize,
     failed: AtomicBool,
@@ -77,9 +79,15 @@ pub(crate) fn run(
         outcomes: Mutex::new(outcomes),
         pending: Mutex::new(Pending { outcomes: Vec::new(), bytes: 0, since: Instant::now() }),
         journal: Mutex::new(journal),
+        needing: needing(plan, &todo),
         next: AtomicUsize::new(0),
         failed: AtomicBool::new(false),
     };
+    // What an earlier run has finished with need not be fetched again. Where something is missing, it waits until the end.
+    let release = |file: usize| plan.checkpoint.source().release(file);
+    let idle = (0..execution.needing.len()).filter(|&file| execution.needing[file].load(Ordering::Relaxed) == 0);
+    let (whole, rest): (Vec<usize>, Vec<usize>) = idle.partition(|&file| contents.is_file_whole(file));
+    whole.into_iter().for_each(release);
     // A shared counter instead of a parallel iterator: threads stay close together in the file, so that reads and writes
     // are nearly sequential, and each thread keeps its buffers.
     let results = rayon::broadcast(|_| execution.work(&todo));
@@ -90,11 +98,19 @@ pub(crate) fn run(
     results.into_iter().collect::<Result<(), _>>()?;
     flushed?;
     contents.complete().or_else(|e| execution.check_source().and(Err(e)))?;
+    rest.into_iter().for_each(release);
     // The last look: all that was read, by whichever run, is what the files hold.
     execution.check_source()?;
     let outcomes = execution.outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
     let outcomes = outcomes.into_iter().map(|o| o.expect("every extent was done or is an error")).collect();
     Ok(Finished { outcomes, parts: contents.digests() })
+}
+
+/// How many of the extents `todo` need each file of the source.
+fn needing(plan: &Plan, todo: &[usize]) -> Vec<AtomicUsize> {
+    let mut counts = vec![0; plan.checkpoint.files().len()];
+    todo.iter().flat_map(|&extent| plan.files_of(extent)).for_each(|file| counts[file] += 1);
+    counts.into_iter().map(AtomicUsize::new).collect()
 }
 
 impl Execution<'_> {
@@ -130,7 +146,7 @@ impl Execution<'_> {
     fn check_source(&self) -> Result<(), ConvertError> {
         let checkpoint = &self.plan.checkpoint;
         checkpoint.check_unchanged()?;
-        self.contents.torn().map_or(Ok(()), |file| Err(checkpoint.changed(&checkpoint.files[file])))
+        self.contents.torn().map_or(Ok(()), |file| Err(checkpoint.changed(file)))
     }
 
     /// Syncs the data of all pending extents, then journals them. Other threads go on meanwhile.
@@ -153,7 +169,22 @@ impl Execution<'_> {
         self.check_source()?;
         let syncer = self.writer.syncer();
         syncer.data(self.writer.file()).map_err(ConvertError::io(self.path, "sync it"))?;
-        journal.append(&outcomes, &parts)
+        journal.append(&outcomes, &parts)?;
+        drop(journal);
+        outcomes.iter().flat_map(|o| self.plan.files_of(o.extent)).try_for_each(|file| self.done_with(file))
+    }
+
+    /// One extent less needs a file. The last one releases it, once the digest of all of it is known.
+    fn done_with(&self, file: usize) -> Result<(), ConvertError> {
+        if self.needing[file].fetch_sub(1, Ordering::Relaxed) > 1 {
+            return Ok(());
+        }
+        self.contents.complete_file(file)?;
+        let parts = self.contents.take_news();
+        self.check_source()?;
+        lock(&self.journal).append(&[], &parts)?;
+        self.plan.checkpoint.source().release(file);
+        Ok(())
     }
 }
 

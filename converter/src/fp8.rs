@@ -5,7 +5,8 @@ use std::sync::LazyLock;
 use sluice_format::FP8_BLOCK;
 use sluice_kernels::e4m3_to_f32;
 
-use crate::plan::resolve::SCALE_BLOCK;
+/// Rows and columns of the source that share one fp8 scale, and of the file's fp8 type.
+pub(crate) const SCALE_BLOCK: usize = 128;
 
 /// The largest e4m3fn number.
 pub(crate) const E4M3_MAX: f32 = 448.0;

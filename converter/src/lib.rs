@@ -8,17 +8,18 @@
 //!
 //! | module | does |
 //! |---|---|
-//! | `source` | reads safetensors; trusts nothing in them |
+//! | [`source`] | where the bytes of a checkpoint come from, and which tensors there are; trusts nothing in them |
 //! | `family` | knows what `config.json` means and what tensors are called, one file per family |
 //! | `plan` | chooses types, lays out extents, checks that every tensor is accounted for |
-//! | `load`, `decode`, `fp8`, `pack` | bytes of the source → rows of numbers → row groups of the file |
+//! | `encoding` | knows how numbers are written down, one file per published encoding |
+//! | `fp8`, `pack` | rows of numbers → row groups of the file |
 //! | `journal`, `partial`, `resume`, `execute` | crash safety, disk space, threads |
 //! | `contents`, [`mod@provenance`] | which bytes the source holds; whether a model file was made of them |
 //! | `report` | summary |
 //! | [`mod@synth`] | model files with random weights, to measure machines |
 
 mod contents;
-mod decode;
+mod encoding;
 mod error;
 mod execute;
 mod family;
@@ -26,7 +27,6 @@ mod fp8;
 #[doc(hidden)]
 pub mod fuzzing;
 mod journal;
-mod load;
 mod options;
 mod pack;
 mod partial;
@@ -34,14 +34,14 @@ mod plan;
 pub mod provenance;
 mod report;
 mod resume;
-mod source;
+pub mod source;
 pub mod synth;
 
 use std::path::Path;
 
 pub use error::ConvertError;
 pub use options::{Options, TypeChoice};
-pub use plan::{KindSize, LeftOut, Plan, plan};
+pub use plan::{KindSize, LeftOut, Plan, plan, plan_source};
 pub use report::Summary;
 pub use source::recognise::no_model;
 
@@ -81,7 +81,7 @@ pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
     if let Some(folder) = dst.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
         return Err(ConvertError::NoFolder { path: folder.to_owned() });
     }
-    partial::refuse_existing(dst, plan.options.overwrite, Some(&plan.checkpoint.dir))
+    partial::refuse_existing(dst, plan.options.overwrite, plan.checkpoint.source().folder())
 }
 
 /// Carries out a plan: [`convert`] with a plan that the caller has looked at.

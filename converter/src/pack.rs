@@ -4,11 +4,10 @@ use sluice_format::{BLOCK, ExtentKind, ExtentWriter, Layout, ROW_GROUP, WeightTy
 use sluice_kernels as kernels;
 
 use crate::contents::Contents;
+use crate::encoding::{Decoder, Groups, Reader, Rows, Selection};
 use crate::error::ConvertError;
-use crate::fp8;
-use crate::load::{BlockScales, Loader, Rows, Scales};
-use crate::plan::resolve::{Grouped, SCALE_BLOCK};
-use crate::plan::{Plan, Source, Storage, TensorPlan, is_lossy};
+use crate::fp8::{self, SCALE_BLOCK};
+use crate::plan::{Plan, TensorPlan};
 
 /// Elements that are in memory at once, per thread and tensor. Fixed: the sums of errors follow the order of blocks.
 const BLOCK_ELEMENTS: usize = 1 << 20;
@@ -43,15 +42,23 @@ pub(crate) struct Outcome {
 /// The state of one thread: buffers that are reused from extent to extent.
 pub(crate) struct Packer<'a> {
     plan: &'a Plan,
-    loader: Loader<'a>,
+    reader: Reader<'a>,
     values: Vec<f32>,
     packed: Vec<u8>,
 }
 
-/// A tensor being packed: its plan, the scales of its sources, where its errors go.
+/// A source of a tensor, open.
+struct Opened<'a> {
+    source: &'a Selection,
+    decoder: Box<dyn Decoder + 'a>,
+    /// Whether its codes are stored as they are.
+    carries: bool,
+}
+
+/// A tensor being packed: its plan, its sources, where its errors go.
 struct Job<'a> {
     tensor: &'a TensorPlan,
-    scales: Vec<Scales>,
+    sources: Vec<Opened<'a>>,
     /// Of the columns, by number in the batch; empty where nothing is known or the type does not ask.
     importance: Vec<Option<Vec<f32>>>,
     sums: ErrorSums,
@@ -59,28 +66,36 @@ struct Job<'a> {
 
 impl<'a> Packer<'a> {
     pub(crate) fn new(plan: &'a Plan, contents: &'a Contents<'a>) -> Self {
-        let loader = Loader::new(&plan.checkpoint, contents);
-        Packer { plan, loader, values: Vec::new(), packed: Vec::new() }
+        let reader = Reader::new(&plan.checkpoint, contents);
+        Packer { plan, reader, values: Vec::new(), packed: Vec::new() }
     }
 
     /// Digest and number of the source bytes of an extent as [`Packer::extent`] finds them, without packing anything.
     pub(crate) fn source_digest(&mut self, extent: usize) -> Result<(u128, u64), ConvertError> {
-        for tensor in &self.plan.extents[extent] {
-            for source in &tensor.sources {
-                self.loader.scales(source)?;
-            }
+        let plan = self.plan;
+        for tensor in &plan.extents[extent] {
+            let sources = self.open(tensor)?;
             for rows in blocks(tensor) {
-                for source in &tensor.sources {
-                    self.loader.skim(source, carries_codes(tensor, source), rows)?;
+                for source in &sources {
+                    source.decoder.skim(rows, source.carries, &mut self.reader)?;
                 }
             }
         }
-        Ok(self.loader.take_digest())
+        Ok(self.reader.take_digest())
+    }
+
+    /// Opens the sources of a tensor.
+    fn open(&mut self, tensor: &'a TensorPlan) -> Result<Vec<Opened<'a>>, ConvertError> {
+        let open = |source: &'a Selection| {
+            let carries = source.carrier(tensor.shape) == Some(tensor.weight_type);
+            Ok(Opened { source, decoder: source.open(&mut self.reader)?, carries })
+        };
+        tensor.sources.iter().map(open).collect()
     }
 
     /// Forgets what was read of an extent that failed.
     pub(crate) fn reset(&mut self) {
-        self.loader.take_digest();
+        self.reader.take_digest();
     }
 
     /// Writes extent number `extent` and reports the bytes as they are written.
@@ -96,9 +111,9 @@ impl<'a> Packer<'a> {
         for tensor in &plan.extents[extent] {
             let gap = tensor.offset - writer.position();
             writer.write(&vec![0; gap as usize])?;
-            let scales = tensor.sources.iter().map(|s| self.loader.scales(s)).collect::<Result<_, _>>()?;
+            let sources = self.open(tensor)?;
             let importance = importance(plan, extent, tensor);
-            let mut job = Job { tensor, scales, importance, sums: ErrorSums::default() };
+            let mut job = Job { tensor, sources, importance, sums: ErrorSums::default() };
             for rows in blocks(tensor) {
                 self.packed.clear();
                 match tensor.layout {
@@ -115,21 +130,17 @@ impl<'a> Packer<'a> {
         let checksum = writer.finish()?;
         // Paddings count as written with the extent's end, so that the sum is the whole file.
         written(stored_len - reported);
-        let (source_digest, source_bytes) = self.loader.take_digest();
+        let (source_digest, source_bytes) = self.reader.take_digest();
         Ok(Outcome { extent, checksum, source_digest, source_bytes, errors })
     }
 
     /// A block of a row-major tensor: a vector, or part of the embedding.
     fn plain(&mut self, job: &mut Job<'_>, rows: Rows) -> Result<(), ConvertError> {
-        let source = &job.tensor.sources[0];
         let ty = job.tensor.weight_type;
-        if carries_halves(source.storage, ty) && !source.plus_one {
-            let raw = self.loader.raw(source, rows)?;
-            let finite = halves(raw).all(|h| is_finite_half(h, ty));
-            self.packed.extend_from_slice(raw);
-            return if finite { Ok(()) } else { Err(self.loader.not_finite(source.tensor)) };
+        if job.sources[0].carries {
+            return job.sources[0].decoder.carry_plain(rows, &mut self.reader, &mut self.packed);
         }
-        self.loader.f32(source, &job.scales[0], rows, &mut self.values)?;
+        self.values(&job.sources[0], rows)?;
         match ty {
             WeightType::F32 => self.packed.extend(self.values.iter().flat_map(|v| v.to_le_bytes())),
             WeightType::Bf16 => {
@@ -141,110 +152,48 @@ impl<'a> Packer<'a> {
             }
             other => unreachable!("the plan stores nothing plain as {other}"),
         }
-        self.check_sums(job, source)
+        self.check_sums(job, job.sources[0].source)
+    }
+
+    /// Brings rows of a source into `values`, all of them finite.
+    fn values(&mut self, opened: &Opened<'_>, rows: Rows) -> Result<(), ConvertError> {
+        let values = &mut self.values;
+        opened.decoder.values(rows, &mut self.reader, values)?;
+        if opened.source.plus_one {
+            values.iter_mut().for_each(|v| *v += 1.0);
+        }
+        if values.iter().all(|v| v.is_finite()) { Ok(()) } else { Err(self.reader.not_finite(opened.source.tensor)) }
     }
 
     /// A block of whole row groups; those of a pair alternate.
     fn tiled(&mut self, job: &mut Job<'_>, rows: Rows) -> Result<(), ConvertError> {
-        let sources = &job.tensor.sources;
+        let step = job.sources.len();
         let group_len = group_len(job.tensor.weight_type, rows.cols);
-        self.packed.resize(group_len * rows.count.div_ceil(ROW_GROUP) * sources.len(), 0);
-        for (i, source) in sources.iter().enumerate() {
-            let groups = Groups { group_len, first: i, step: sources.len() };
-            match (source.storage, job.tensor.weight_type) {
-                (Storage::Fp8(_), WeightType::Fp8) => {
-                    let Scales::Fp8(scales) = &job.scales[i] else { unreachable!("the loader reads them by storage") };
-                    self.carry_fp8(source, scales, rows, groups)?;
-                }
-                (Storage::Grouped(g), ty @ (WeightType::Int4 | WeightType::Mxfp4)) => {
-                    self.carry_grouped(source, &g, ty, rows, groups)?;
-                }
-                (storage, ty) if carries_halves(storage, ty) => self.carry_halves(source, ty, rows, groups)?,
-                _ => self.convert(job, i, rows, groups)?,
+        self.packed.resize(group_len * rows.count.div_ceil(ROW_GROUP) * step, 0);
+        for first in 0..step {
+            if job.sources[first].carries {
+                let groups = Groups { packed: &mut self.packed, group_len, first, step };
+                job.sources[first].decoder.carry(rows, &mut self.reader, groups)?;
+            } else {
+                self.convert(job, first, rows, group_len)?;
             }
-        }
-        Ok(())
-    }
-
-    fn carry_fp8(
-        &mut self,
-        source: &Source,
-        scales: &BlockScales,
-        rows: Rows,
-        groups: Groups,
-    ) -> Result<(), ConvertError> {
-        let codes = self.loader.raw(source, rows)?;
-        let finite = !codes.iter().any(|&c| fp8::is_nan(c));
-        let mut group_scales = Vec::new();
-        for (g, codes) in codes.chunks(ROW_GROUP * rows.cols).enumerate() {
-            // One source block covers each tile of the group, so any element of the tile has its scale.
-            let row = rows.first + g * ROW_GROUP;
-            let at = |c| scales.at(source.locate(row, c));
-            group_scales.clear();
-            group_scales.extend((0..rows.cols).step_by(SCALE_BLOCK).map(at));
-            let (n, out) = (codes.len() / rows.cols, groups.slot(&mut self.packed, g));
-            kernels::pack_row_group_fp8(codes, n, rows.cols, &group_scales, out);
-        }
-        if finite { Ok(()) } else { Err(self.loader.not_finite(source.tensor)) }
-    }
-
-    /// Four-bit codes whose scales the type has too. A scale of more than 32 columns is repeated.
-    fn carry_grouped(
-        &mut self,
-        source: &Source,
-        grouped: &Grouped,
-        ty: WeightType,
-        rows: Rows,
-        groups: Groups,
-    ) -> Result<(), ConvertError> {
-        let (codes, scales) = self.loader.codes(source, grouped, rows)?;
-        let repeat = grouped.group / BLOCK;
-        let blocks = rows.cols / BLOCK;
-        let finite = if ty == WeightType::Int4 {
-            let scales: Vec<u16> = halves(&scales).flat_map(|s| std::iter::repeat_n(s, repeat)).collect();
-            let row_groups = codes.chunks(ROW_GROUP * rows.cols).zip(scales.chunks(ROW_GROUP * blocks));
-            for (g, (codes, scales)) in row_groups.enumerate() {
-                let out = groups.slot(&mut self.packed, g);
-                kernels::pack_row_group_int4(codes, codes.len() / rows.cols, rows.cols, scales, out);
-            }
-            // Values reach eight times the scale.
-            scales.iter().all(|&s| (8.0 * kernels::bf16_to_f32(s)).is_finite())
-        } else {
-            let scales: Vec<u8> = scales.iter().flat_map(|&s| std::iter::repeat_n(s, repeat)).collect();
-            let row_groups = codes.chunks(ROW_GROUP * rows.cols).zip(scales.chunks(ROW_GROUP * blocks));
-            for (g, (codes, scales)) in row_groups.enumerate() {
-                let out = groups.slot(&mut self.packed, g);
-                kernels::pack_row_group_mxfp4(codes, codes.len() / rows.cols, rows.cols, scales, out);
-            }
-            // Values reach six times the scale.
-            scales.iter().all(|&s| (6.0 * kernels::e8m0_to_f32(s)).is_finite())
-        };
-        if finite { Ok(()) } else { Err(self.loader.not_finite(source.tensor)) }
-    }
-
-    fn carry_halves(
-        &mut self,
-        source: &Source,
-        ty: WeightType,
-        rows: Rows,
-        groups: Groups,
-    ) -> Result<(), ConvertError> {
-        let values: Vec<u16> = halves(self.loader.raw(source, rows)?).collect();
-        if !values.iter().all(|&h| is_finite_half(h, ty)) {
-            return Err(self.loader.not_finite(source.tensor));
-        }
-        for (g, values) in values.chunks(ROW_GROUP * rows.cols).enumerate() {
-            let out = groups.slot(&mut self.packed, g);
-            kernels::pack_row_group_u16(values, values.len() / rows.cols, rows.cols, out);
         }
         Ok(())
     }
 
     /// Everything that goes through f32.
-    fn convert(&mut self, job: &mut Job<'_>, i: usize, rows: Rows, groups: Groups) -> Result<(), ConvertError> {
-        let (source, ty) = (&job.tensor.sources[i], job.tensor.weight_type);
-        self.loader.f32(source, &job.scales[i], rows, &mut self.values)?;
-        let lossy = is_lossy(source.storage, ty);
+    fn convert(
+        &mut self,
+        job: &mut Job<'_>,
+        first: usize,
+        rows: Rows,
+        group_len: usize,
+    ) -> Result<(), ConvertError> {
+        let (source, ty) = (job.sources[first].source, job.tensor.weight_type);
+        self.values(&job.sources[first], rows)?;
+        let mut groups = Groups { packed: &mut self.packed, group_len, first, step: job.sources.len() };
+        // Everything fits in f32.
+        let lossy = ty != WeightType::F32;
         let group_values = ROW_GROUP * rows.cols;
         let importance = job.importance.get(rows.first / job.tensor.shape[1]).and_then(Option::as_deref);
         // Strips of 128 rows: fp8 computes one scale per strip and 128 columns, the other types do not care.
@@ -252,7 +201,7 @@ impl<'a> Packer<'a> {
             let quantised = (ty == WeightType::Fp8).then(|| fp8::quantise_strip(strip, rows.cols));
             for (g, values) in strip.chunks(group_values).enumerate() {
                 let n = values.len() / rows.cols;
-                let out = groups.slot(&mut self.packed, s * (SCALE_BLOCK / ROW_GROUP) + g);
+                let out = groups.slot(s * (SCALE_BLOCK / ROW_GROUP) + g);
                 match &quantised {
                     Some((codes, scales)) => {
                         let codes = &codes[g * group_values..][..values.len()];
@@ -279,11 +228,11 @@ impl<'a> Packer<'a> {
     }
 
     /// What was finite in the source must be finite in the file.
-    fn check_sums(&self, job: &Job<'_>, source: &Source) -> Result<(), ConvertError> {
+    fn check_sums(&self, job: &Job<'_>, source: &Selection) -> Result<(), ConvertError> {
         if job.sums.error.is_finite() { Ok(()) } else { Err(self.too_large(job, source)) }
     }
 
-    fn too_large(&self, job: &Job<'_>, source: &Source) -> ConvertError {
+    fn too_large(&self, job: &Job<'_>, source: &Selection) -> ConvertError {
         let tensor = self.plan.checkpoint.tensors[source.tensor].name.clone();
         ConvertError::TooLarge { tensor, weight_type: job.tensor.weight_type }
     }
@@ -302,20 +251,6 @@ impl ErrorSums {
         let (value, stored) = (f64::from(value), f64::from(stored));
         self.error += (value - stored) * (value - stored);
         self.magnitude += value * value;
-    }
-}
-
-/// Where the row groups of one source go in the packed block: every `step`-th place from `first` on.
-#[derive(Clone, Copy)]
-struct Groups {
-    group_len: usize,
-    first: usize,
-    step: usize,
-}
-
-impl Groups {
-    fn slot(self, packed: &mut [u8], group: usize) -> &mut [u8] {
-        &mut packed[(group * self.step + self.first) * self.group_len..][..self.group_len]
     }
 }
 
@@ -352,26 +287,6 @@ fn blocks(tensor: &TensorPlan) -> impl Iterator<Item = Rows> + use<> {
         cols,
     };
     (0..batch).flat_map(starts).map(block)
-}
-
-/// Whether the codes of a source are stored as they are.
-fn carries_codes(tensor: &TensorPlan, source: &Source) -> bool {
-    let tiled = tensor.layout != Layout::Plain;
-    tiled && matches!((source.storage, tensor.weight_type), (Storage::Grouped(_), WeightType::Int4 | WeightType::Mxfp4))
-}
-
-fn carries_halves(storage: Storage, ty: WeightType) -> bool {
-    matches!((storage, ty), (Storage::F16, WeightType::F16) | (Storage::Bf16, WeightType::Bf16))
-}
-
-fn halves(bytes: &[u8]) -> impl Iterator<Item = u16> {
-    bytes.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b))
-}
-
-/// Whether the bits of an f16 or bf16 are a number: an exponent of all ones is none.
-fn is_finite_half(bits: u16, ty: WeightType) -> bool {
-    let exponent = if ty == WeightType::F16 { 0x7c00 } else { 0x7f80 };
-    bits & exponent != exponent
 }
 
 #[cfg(test)]

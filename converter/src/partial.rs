@@ -54,13 +54,13 @@ pub(crate) fn identity(plan: &Plan) -> Identity {
         tensors_per_extent: plan.tensors_per_extent(),
         extents: plan.extents.len(),
         parts: plan.checkpoint.parts.len(),
-        files: plan.checkpoint.files.len(),
+        files: plan.checkpoint.files().len(),
     }
 }
 
 /// Opens the partial file for `destination`, gives it its space, and reads its journal.
 pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertError> {
-    let source = Some(plan.checkpoint.dir.as_path());
+    let source = plan.checkpoint.source().folder();
     refuse_existing(destination, plan.options.overwrite, source)?;
     let path = with_suffix(destination, ".partial");
     let journal_path = with_suffix(destination, ".partial.journal");
@@ -288,7 +288,7 @@ impl Partial {
         let syncer = writer.syncer().clone();
         let id = writer.finish(checksums, &plan.records, metadata)?;
         let len = lock.metadata().map_err(ConvertError::io(&path, "read its length"))?.len();
-        refuse_existing(&destination, plan.options.overwrite, Some(&plan.checkpoint.dir))?;
+        refuse_existing(&destination, plan.options.overwrite, plan.checkpoint.source().folder())?;
         publish(&lock, &path, &destination)?;
         let folder = folder_of(&destination);
         syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;

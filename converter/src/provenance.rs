@@ -74,18 +74,20 @@ fn file_digest(header: u128, parts: &[u128]) -> u128 {
 /// The provenance blob; `parts` are the digests of the source's parts.
 pub(crate) fn blob(plan: &Plan, outcomes: &[Outcome], parts: &[u128]) -> Vec<u8> {
     let of_file = plan.checkpoint.parts.chunk_by(|a, b| a.file == b.file);
-    let mut counts = vec![0; plan.checkpoint.files.len()];
+    let checkpoint = &plan.checkpoint;
+    let mut counts = vec![0; checkpoint.files().len()];
     of_file.for_each(|group| counts[group[0].file] = group.len());
     let mut rest = parts;
-    let files = plan.checkpoint.files.iter().zip(counts).map(|(f, count)| {
+    let headers = &checkpoint.header_digests;
+    let files = checkpoint.files().iter().zip(headers).zip(counts).map(|((f, &header), count)| {
         let (own, others) = rest.split_at(count);
         rest = others;
         SourceFileRecord {
             name: f.name.clone(),
             bytes: f.len,
-            header_xxh3_128: hex(f.header_digest),
+            header_xxh3_128: hex(header),
             digests: count,
-            xxh3_128: Some(hex(file_digest(f.header_digest, own))),
+            xxh3_128: Some(hex(file_digest(header, own))),
         }
     });
     let provenance = Provenance {

@@ -64,7 +64,8 @@ pub(crate) fn empty(plan: &Plan, parts: &[u128]) -> Option<String> {
         let is_matrix =
             t.shape.iter().filter(|&&n| n > 1).count() > 1 && !t.name.contains("zero") && !t.name.ends_with("bias");
         let part = || checkpoint.parts.binary_search_by_key(&(t.file, t.start), |p| (p.file, p.start));
-        is_matrix && part().is_ok_and(|part| parts[part] == digest_of_zeros(checkpoint.parts[part].len))
+        let is_stored = t.derived.is_none();
+        is_stored && is_matrix && part().is_ok_and(|part| parts[part] == digest_of_zeros(checkpoint.parts[part].len))
     };
     let names: Vec<String> = checkpoint.tensors.iter().filter(is_zero).map(|t| t.name.clone()).collect();
     (!names.is_empty()).then(|| {

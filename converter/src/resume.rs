@@ -63,7 +63,8 @@ pub(crate) fn start<'a>(
             "{path}: {damaged} of {all} extents of an interrupted conversion are damaged; they are made again"
         ));
     }
-    if stamps == content.stamps && samples_match(plan, &done, &content.parts) {
+    let same = stamps == content.stamps;
+    if same && (plan.checkpoint.source().is_content_addressed() || samples_match(plan, &done, &content.parts)) {
         let contents = Contents::new(&plan.checkpoint, &content.parts);
         let journal = if damaged == 0 {
             journal

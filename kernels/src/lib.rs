@@ -49,7 +49,7 @@ mod x86;
 pub use activations::{Activations, Precision};
 pub use attention::{KEY_BLOCK, KeyBlock, QueryTile, Scores, key_blocks};
 pub use elementwise::{Activation, RopePairing, rms_norm, rope, softmax};
-pub use grouped::pack_row_group_grouped;
+pub use grouped::{pack_row_group_grouped, pack_row_group_nibbles};
 pub use isa::{IsaError, Kernels};
 pub use kv::{KvBuffer, KvRows, KvType, UnknownKvType};
 pub use math::{exp, sigmoid, silu};

@@ -189,7 +189,7 @@ mod tests {
             assert_eq!(packed_len(ty, usize::MAX, usize::MAX), None);
             let e = Matrix::new(ty, usize::MAX, usize::MAX, &[]).unwrap_err();
             assert!(matches!(e, ShapeError::TooLarge { .. }));
-            let e = Matrix::new(ty, 1, 1, &[0; 63]).unwrap_err();
+            let e = Matrix::new(ty, 1, 256, &[0; 63]).unwrap_err();
             assert!(matches!(e, ShapeError::Length { actual: 63, .. }));
         }
         let e = Matrix::batched(WeightType::F32, 2, 1, 1, &[0; 128], 2).unwrap_err();

@@ -69,8 +69,9 @@ impl Drop for Guarded {
 fn products_stay_inside() {
     let mut rng = Rng(1);
     let pool = ThreadPool::new(2);
-    for ty in WeightType::OWN {
+    for ty in WeightType::all() {
         for (rows, cols, n) in [(1, 1, 1), (8, 2, 3), (9, 3, 4), (16, 32, 1), (17, 33, 9), (40, 128, 2), (31, 300, 5)] {
+            let cols = cols_of(ty, cols);
             let data = Guarded::new(&matrix(ty, rows, cols, &mut rng));
             let w = Matrix::new(ty, rows, cols, data.bytes()).unwrap();
             let x = Guarded::floats(&rng.vec(n * cols));
@@ -88,6 +89,7 @@ fn products_stay_inside() {
             }
         }
         for (width, cols) in [(1usize, 1), (9, 70), (24, 129)] {
+            let cols = cols_of(ty, cols);
             let rows = 2 * width.div_ceil(8) * 8;
             let data = Guarded::new(&matrix(ty, rows, cols, &mut rng));
             let w = Matrix::new(ty, rows, cols, data.bytes()).unwrap();

@@ -8,10 +8,11 @@ use sluice_kernels::*;
 /// Every combination of a few odd sizes with every type.
 fn for_shapes(mut f: impl FnMut(WeightType, usize, usize, usize, &mut Rng)) {
     let mut rng = Rng(7);
-    for ty in WeightType::OWN {
+    for ty in WeightType::all() {
         for cols in [1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 131, 255, 257, 300] {
             for _ in 0..3 {
                 let (rows, n) = (1 + rng.below(40), 1 + rng.below(9));
+                let cols = cols_of(ty, cols);
                 f(ty, rows, cols, n, &mut rng);
             }
         }
@@ -111,8 +112,9 @@ fn a_batch_equals_its_tokens() {
 fn threads_do_not_matter() {
     let mut rng = Rng(3);
     let pools = [1, 2, 3].map(ThreadPool::new);
-    for ty in WeightType::OWN {
+    for ty in WeightType::all() {
         for (rows, cols, n) in [(203, 1030, 3), (1025, 700, 1), (77, 515, 70)] {
+            let cols = cols_of(ty, cols);
             let data = matrix(ty, rows, cols, &mut rng);
             let w = Matrix::new(ty, rows, cols, &data).unwrap();
             let x = activations(&rng.vec(n * cols), n, cols, Precision::Int8);
@@ -130,8 +132,9 @@ fn threads_do_not_matter() {
 fn gate_up_equals_two_products_and_an_activation() {
     let mut rng = Rng(11);
     let pool = ThreadPool::new(2);
-    for ty in WeightType::OWN {
+    for ty in WeightType::all() {
         for (width, cols, n) in [(1usize, 7, 1), (8, 64, 3), (21, 130, 9), (40, 300, 2), (300, 512, 2)] {
+            let cols = cols_of(ty, cols);
             let rows = 2 * width.div_ceil(8) * 8;
             let data = matrix(ty, rows, cols, &mut rng);
             let w = Matrix::new(ty, rows, cols, &data).unwrap();

@@ -6,7 +6,8 @@
 //!
 //! # Scale plane of a row group
 //! - [`Scales::Groups`]: for [`ScaleType::E4m3`] first 8 × f32, a factor for each row. Then for each group of columns 8 scales,
-//!   one per row, and behind them 8 zeros or biases where there are any.
+//!   one per row, and behind them 8 zeros or biases where there are any. Groups of 16 come in pairs: where a row ends within the
+//!   first half of 32 columns, zeros stand for those of the second.
 //! - [`Scales::Super`]: for each 256 columns 8 × f16, `d`; with minima 8 × f16, `dmin`; then for each unit of
 //!   [`Super::unit`] columns, in ascending order, 8 bytes for each of its [`Super::unit_len`] bytes.
 //!
@@ -22,7 +23,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
-use crate::ROW_GROUP;
+use crate::{BLOCK, ROW_GROUP};
 
 /// Columns of a super-block.
 pub const SUPER_BLOCK: usize = 256;
@@ -38,20 +39,29 @@ pub enum Codes {
     E4m3,
     /// Numbers of the sixteen levels of ggml's IQ4_NL.
     Iq4nl,
-    /// ggml's grids: numbers of points of a lattice, and signs. Fields per 32 columns: index bytes of columns 0..16, of columns
-    /// 16..32, sign bytes, the ninth bits of the indices.
+    /// ggml's grids: numbers of points of a lattice, and signs (<https://github.com/ggml-org/llama.cpp>, `ggml-common.h`,
+    /// `ggml-quants.c`). A record holds the bytes that ggml's block has for 32 columns, in ggml's own order of bits;
+    /// numbers of several bytes are little-endian. Eight columns are columns `8l..8l + 8`, with `l` below 4; bit `j` of eight
+    /// signs is set where column `8l + j` is negative. Of seven signs, the eighth makes the number of negative ones even.
+    ///
+    /// IQ3_S: bytes 0..8 are eight bits of the index of columns `4i..4i + 4` each; bytes 8..12 eight signs each; bit `i` of
+    /// byte 12 (ggml's `qh`) is the ninth bit of index `i`.
     Iq3s,
-    /// Index bytes of columns 0..16, of columns 16..32; four times seven bits of signs and four bits of scale.
+    /// IQ3_XXS: bytes 0..8 as above, eight bits are all of an index; then a `u32`: bits `7l..7l + 7` are seven signs, bits
+    /// 28..32 the scale.
     Iq3xxs,
-    /// Four index bytes, four sign bytes, the ninth and tenth bits of the indices.
+    /// IQ2_S: bytes 0..4 are eight bits of the index of eight columns each; bytes 4..8 eight signs each; bits `2l` and `2l + 1`
+    /// of byte 8 (ggml's `qh`) are bits 8 and 9 of index `l`.
     Iq2s,
-    /// Four times nine bits of index and seven bits of signs.
+    /// IQ2_XS: four `u16`, each for eight columns: bits 0..9 are the index, bits 9..16 seven signs.
     Iq2xs,
-    /// Four index bytes; four times seven bits of signs and four bits of scale.
+    /// IQ2_XXS: bytes 0..4 are an index each; then a `u32` as in IQ3_XXS.
     Iq2xxs,
-    /// Four index bytes; four times three bits of index, three bits of scale, one bit of shift.
+    /// IQ1_S: bytes 0..4 are eight bits of the index of eight columns each; then a `u16` (ggml's `qh`): bits `3l..3l + 3` are
+    /// bits 8..11 of index `l`, bits 12..15 the scale, bit 15 is set where ⅛ is subtracted, not added.
     Iq1s,
-    /// Four index bytes; four times three bits of index and one bit of shift.
+    /// IQ1_M: bytes 0..4 as in IQ1_S; then two bytes (ggml's `qh`) of four nibbles, the low one first, one for each `l`: bits
+    /// 0..3 are bits 8..11 of the index, bit 3 is set where ⅛ is subtracted, not added.
     Iq1m,
 }
 
@@ -93,15 +103,18 @@ impl Codes {
         }
     }
 
-    /// Widths, in bytes, of the fields of a record of 32 columns of one row; empty for codes that stand for one weight each.
+    /// Widths, in bytes, of the fields of a record of 32 columns of one row, which lie beside those of the other rows; empty for
+    /// codes that stand for one weight each. The indices or signs of eight rows lie side by side, as kernels use them.
     pub const fn fields(self) -> &'static [usize] {
         match self {
             Codes::Uint(_) | Codes::E2m1 | Codes::E4m3 | Codes::Iq4nl => &[],
-            Codes::Iq3s => &[4, 4, 4, 1],
-            Codes::Iq3xxs => &[4, 4, 4],
-            Codes::Iq2s => &[4, 4, 1],
-            Codes::Iq2xs | Codes::Iq2xxs => &[4, 4],
-            Codes::Iq1s | Codes::Iq1m => &[4, 2],
+            Codes::Iq3s => &[1; 13],
+            Codes::Iq3xxs => &[1, 1, 1, 1, 1, 1, 1, 1, 4],
+            Codes::Iq2s => &[1; 9],
+            Codes::Iq2xs => &[2; 4],
+            Codes::Iq2xxs => &[1, 1, 1, 1, 4],
+            Codes::Iq1s => &[1, 1, 1, 1, 2],
+            Codes::Iq1m => &[1; 6],
         }
     }
 
@@ -232,7 +245,7 @@ pub enum Super {
     Odd,
     /// Per 32 columns a byte, two nibbles for 16 columns each, the low one first: `d·(s + ½)·c/4` (IQ2_XS, IQ2_S).
     Half,
-    /// In bits 12..15 of each record's second field: `d·(2s + 1)·(c ± ⅛)`, minus where bit 15 is set (IQ1_S).
+    /// In bits 12..15 of the last field of each record: `d·(2s + 1)·(c ± ⅛)`, minus where bit 15 is set (IQ1_S).
     Shift,
     /// Per 32 columns a byte, three bits for the first 16 columns in bits 0..3, three for the others in bits 3..6:
     /// `d·(2s + 1)·(c ± ⅛)`, the sign per 8 columns in the codes (IQ1_M).
@@ -399,7 +412,9 @@ impl Grouped {
     /// Bytes of the scale plane of a row group, before padding; `None` as for [`Grouped::scale_row`].
     pub fn scale_plane(self, cols: usize) -> Option<usize> {
         let factors = if self.has_row_factor() { 4 } else { 0 };
-        self.scale_row(cols)?.checked_add(factors)?.checked_mul(ROW_GROUP)
+        // Rows that there are, but with scales for the columns that pad their last block.
+        self.scale_row(cols)?;
+        self.scale_row(cols.checked_next_multiple_of(BLOCK)?)?.checked_add(factors)?.checked_mul(ROW_GROUP)
     }
 
     /// Whether each row has an f32 that multiplies its scales.

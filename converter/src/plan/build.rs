@@ -8,12 +8,14 @@ use sluice_format::{
 };
 
 use super::TensorPlan;
-use super::resolve::{SCALE_BLOCK, Source, pick, resolve};
+use super::resolve::{pick, resolve};
 use super::scheme::Scheme;
 use super::types::{Chosen, choose};
+use crate::encoding::Selection;
 use crate::error::ConvertError;
 use crate::family::names::Names;
 use crate::family::{Family, Origin, Place, Strides, View};
+use crate::fp8::SCALE_BLOCK;
 use crate::options::{Options, TypeChoice};
 use crate::source::Checkpoint;
 
@@ -197,7 +199,7 @@ impl Builder<'_> {
             self.out.planned.push(planned);
             self.out.records.push(record);
             let strides = Strides::rows(first_row, shape[1], cols);
-            let sources = vec![Source { strides, ..whole.clone() }];
+            let sources = vec![Selection { strides, ..whole.clone() }];
             let (name, weight_type) = (kind.name(), chosen.weight_type);
             self.out.extents.push(vec![TensorPlan { group, name, weight_type, layout, shape, offset: 0, sources }]);
         }

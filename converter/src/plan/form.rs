@@ -25,6 +25,8 @@ pub(crate) enum Form {
     Mlx,
     /// AWQ and GPTQ: integers, zeros, scales and, in GPTQ, the group of each input.
     Columnar,
+    /// GGUF: blocks, whole rows of them.
+    Ggml,
 }
 
 /// The tensors that hold one tensor of the model.
@@ -85,6 +87,7 @@ fn found(checkpoint: &Checkpoint, name: &str, stem: &str, tensor: usize) -> Part
             parts.tensors.extend(checkpoint.find(&format!("{stem}.biases")));
             parts
         }
+        Dtype::Ggml(_) => parts(checkpoint, Form::Ggml, tensor, &[]),
         _ => parts(checkpoint, Form::Single, tensor, &[]),
     }
 }

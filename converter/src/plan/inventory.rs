@@ -203,7 +203,7 @@ fn absent_files(ledger: &Ledger<'_>, family: &dyn Family) -> Result<Vec<String>,
         return Err(ConvertError::Incomplete {
             path: ledger.checkpoint.dir.clone(),
             missing: files.len(),
-            total: ledger.checkpoint.files.len() + files.len(),
+            total: ledger.checkpoint.files().len() + files.len(),
             names: first_few(&needed),
             unfinished: format!("{}{}", unfinished(&ledger.checkpoint.dir), ledger.hint(&[])),
         });

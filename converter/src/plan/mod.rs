@@ -22,9 +22,8 @@ use sluice_format::{
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
 use crate::options::Options;
-use crate::source::{CONFIG, Checkpoint, recognise};
-pub(crate) use resolve::{Source, Storage};
-pub(crate) use types::is_lossy;
+use crate::encoding::Selection;
+use crate::source::{self, CONFIG, Checkpoint, RowOrder, recognise, side_file};
 
 /// Name and version of this converter, part of every file that it writes.
 pub(crate) const CONVERTER: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
@@ -49,7 +48,7 @@ pub(crate) struct TensorPlan {
     /// Offset inside the extent.
     pub(crate) offset: u64,
     /// One source, or gate and up.
-    pub(crate) sources: Vec<Source>,
+    pub(crate) sources: Vec<Selection>,
 }
 
 /// Tensors left out of the file, and why.
@@ -112,13 +111,30 @@ pub struct Plan {
 /// Everything that can be known beforehand: unsupported models and options, missing and unknown tensors, damaged headers.
 pub fn plan(src: &Path, options: &Options) -> Result<Plan, ConvertError> {
     options.check()?;
-    if !src.is_dir() {
-        return Err(recognise::no_folder(src));
+    // Before any other file is missed: without this one, a folder is something else.
+    if src.is_dir() && side_file(src, CONFIG)?.is_none() {
+        let problem = recognise::no_config(src);
+        return Err(ConvertError::NotACheckpoint { path: src.to_owned(), problem });
     }
-    let config_bytes = crate::source::side_file(src, CONFIG)?
-        .ok_or_else(|| ConvertError::NotACheckpoint { path: src.to_owned(), problem: recognise::no_config(src) })?;
-    let checkpoint = Checkpoint::open(src)?;
-    let config = Config::parse(&src.join(CONFIG), &config_bytes)?;
+    of_checkpoint(source::open(src)?, options)
+}
+
+/// Plans the conversion of a checkpoint whose files come from somewhere else than a folder, without writing anything. Headers
+/// and the few tensors whose values decide something are read through the source.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_source(source: Box<dyn source::Source>, options: &Options) -> Result<Plan, ConvertError> {
+    options.check()?;
+    of_checkpoint(source::open_source(source)?, options)
+}
+
+fn of_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Plan, ConvertError> {
+    let config_bytes = checkpoint.source().text_file(CONFIG)?.ok_or_else(|| {
+        let problem = recognise::no_config(&checkpoint.dir);
+        ConvertError::NotACheckpoint { path: checkpoint.dir.clone(), problem }
+    })?;
+    let config = Config::parse(&checkpoint.source().text_path(CONFIG), &config_bytes)?;
     let family = family::find(&config)?;
     let text = family::text(family, &config)?;
     let text = text.as_ref().unwrap_or(&config);
@@ -170,7 +186,7 @@ impl Plan {
     pub fn file_bytes(&self) -> u64 {
         let page = u64::from(self.layout.page_size());
         let blobs: u64 = self.blobs.iter().map(|(_, b)| b.len() as u64).sum();
-        let provenance = PROVENANCE_ROOM + FILE_ROOM * self.checkpoint.files.len() as u64;
+        let provenance = PROVENANCE_ROOM + FILE_ROOM * self.checkpoint.files().len() as u64;
         let digests = (self.checkpoint.parts.len() * size_of::<u128>()) as u64;
         let metadata = blobs + self.spec.to_json().len() as u64 + provenance + digests;
         let extents = (self.layout.extents().len() * sluice_format::EXTENT_RECORD_LEN) as u64;
@@ -192,7 +208,7 @@ impl Plan {
 
     /// Bytes of all files of the checkpoint.
     pub fn source_bytes(&self) -> u64 {
-        self.checkpoint.files.iter().map(|f| f.len).sum()
+        self.checkpoint.files().iter().map(|f| f.len).sum()
     }
 
     /// Extents and bytes by kind, in file order; kinds that do not occur are left out.
@@ -225,6 +241,12 @@ impl Plan {
         &self.notes
     }
 
+    /// Numbers of the source's files that an extent is made of.
+    pub(crate) fn files_of(&self, extent: usize) -> BTreeSet<usize> {
+        let tensors = self.extents[extent].iter().flat_map(|t| &t.sources).flat_map(Selection::tensors);
+        tensors.map(|tensor| self.checkpoint.tensors[tensor].file).collect()
+    }
+
     /// Most tensors in one extent.
     pub(crate) fn tensors_per_extent(&self) -> usize {
         self.extents.iter().map(Vec::len).max().unwrap_or(0)
@@ -255,16 +277,22 @@ impl Plan {
         add(self.options.expert_type.to_string().as_bytes());
         add(self.options.dense_type.to_string().as_bytes());
         add(&self.importance.as_ref().map_or(0, Importance::digest).to_le_bytes());
-        for f in &self.checkpoint.files {
+        for (f, header) in self.checkpoint.files().iter().zip(&self.checkpoint.header_digests) {
             add(f.name.as_bytes());
             add(&f.len.to_le_bytes());
-            add(&f.header_digest.to_le_bytes());
+            add(&header.to_le_bytes());
         }
         // Which file a tensor is read from: an index that is mended can name another one that holds its name too.
         for t in &self.checkpoint.tensors {
             add(t.name.as_bytes());
             add(&(t.file as u64).to_le_bytes());
             add(&t.start.to_le_bytes());
+            if t.order != RowOrder::AsStored {
+                add(format!("{:?}", t.order).as_bytes());
+            }
+            if let Some(bytes) = &t.derived {
+                add(bytes);
+            }
         }
         // What it says of the weights, such as their quantisation, is not all in what follows. The other files are only carried.
         add(self.side_file(SOURCE_CONFIG_BLOB).unwrap_or_default());
@@ -274,7 +302,7 @@ impl Plan {
         // What is read for each tensor: the same files can be understood in another way, by another configuration or version.
         for source in self.extents.iter().flatten().flat_map(|tensor| &tensor.sources) {
             add(self.checkpoint.tensors[source.tensor].name.as_bytes());
-            add(format!("{:?}", (source.storage, source.strides, source.plus_one)).as_bytes());
+            add(format!("{:?}", (&source.encoding, source.strides, source.plus_one)).as_bytes());
         }
         hash.digest128()
     }

@@ -4,9 +4,10 @@
 
 use serde_json::Value;
 
-use super::resolve::SCALE_BLOCK;
+use crate::encoding::Columnar;
 use crate::error::ConvertError;
 use crate::family::config::Config;
+use crate::fp8::SCALE_BLOCK;
 use crate::source::{Checkpoint, Dtype};
 
 /// What GPTQ's and AWQ's tools write beside `config.json`.
@@ -25,15 +26,6 @@ impl Default for Scheme {
     fn default() -> Self {
         Scheme { columnar: None, fp8_block: [SCALE_BLOCK; 2] }
     }
-}
-
-/// Formats that hold input features as rows and output features as columns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Columnar {
-    /// AWQ: eight outputs in a word, in an order of their own.
-    Awq,
-    /// GPTQ: several inputs in a word. The stored zero plus this is the zero: version 1 stores one less.
-    Gptq { zero_offset: u8 },
 }
 
 /// Reads `quantization_config` of the text model, or of the whole.
@@ -101,7 +93,7 @@ fn columnar_sections(section: Option<Config>, checkpoint: &Checkpoint) -> Result
     let mut sections: Vec<Config> = section.into_iter().collect();
     for name in COLUMNAR_FILES {
         if let Some(bytes) = checkpoint.side_file(name)? {
-            sections.push(Config::parse(&checkpoint.dir.join(name), &bytes)?);
+            sections.push(Config::parse(&checkpoint.source().text_path(name), &bytes)?);
         }
     }
     Ok(sections)

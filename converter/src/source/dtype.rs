@@ -1,4 +1,6 @@
-//! Number formats of safetensors.
+//! Number formats of checkpoints.
+
+use super::GgmlType;
 
 /// Formats whose numbers this program reads.
 pub(crate) const FLOATS: &str = "BF16, F16, F32, F8_E4M3 with scales, and the packed formats listed in docs/MODELS.md";
@@ -16,6 +18,8 @@ pub(crate) enum Dtype {
     Bf16,
     /// e4m3fn.
     F8E4M3,
+    /// Blocks of ggml: never F32, F16 or BF16, which are the formats above.
+    Ggml(GgmlType),
     /// A format that no family here uses yet; kept by name so that errors can say it.
     Other(String),
 }
@@ -31,18 +35,33 @@ impl Dtype {
         }
     }
 
+    /// The format of a tensor of a GGUF file.
+    #[allow(dead_code, reason = "GGUF files")]
+    pub(crate) fn from_ggml(ty: GgmlType) -> Self {
+        match ty {
+            GgmlType::F32 => Dtype::F32,
+            GgmlType::F16 => Dtype::F16,
+            GgmlType::BF16 => Dtype::Bf16,
+            other => Dtype::Ggml(other),
+        }
+    }
+
     pub(crate) fn name(&self) -> &str {
         match self {
             Dtype::F32 => "F32",
             Dtype::F16 => "F16",
             Dtype::Bf16 => "BF16",
             Dtype::F8E4M3 => "F8_E4M3",
+            Dtype::Ggml(ty) => ty.name(),
             Dtype::Other(name) => name,
         }
     }
 
-    /// Bits of one element; `None` for a name that safetensors does not define.
+    /// Bits of one element; `None` for a name that safetensors does not define, and for blocks.
     pub(crate) fn bits(&self) -> Option<u64> {
+        if matches!(self, Dtype::Ggml(_)) {
+            return None;
+        }
         match self.name() {
             "F4" => Some(4),
             "BOOL" | "U8" | "I8" | "F8_E4M3" | "F8_E5M2" | "F8_E8M0" => Some(8),

@@ -8,8 +8,9 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
+use super::folder::read_side_file;
 use super::recognise::{self, entries};
-use super::{INDEX, MAX_FILES, SINGLE, read_side_file};
+use super::{INDEX, MAX_FILES, SINGLE};
 use crate::error::{ConvertError, first_few};
 
 /// The files of a checkpoint, and what the index says of them.
@@ -57,27 +58,58 @@ impl<'de> Deserialize<'de> for WeightMap {
     }
 }
 
+/// A folder, here or on the hub.
+pub(super) struct Listing<'a> {
+    /// Where it is, for messages.
+    pub(super) path: &'a Path,
+    /// Names in it, sorted.
+    pub(super) names: &'a [String],
+    /// Whether there is a file of that name.
+    pub(super) exists: &'a dyn Fn(&str) -> bool,
+    /// The content of the index.
+    pub(super) index: &'a dyn Fn() -> Result<Vec<u8>, ConvertError>,
+}
+
 /// Finds the files of the checkpoint in `dir`.
-pub(crate) fn locate(dir: &Path) -> Result<Located, ConvertError> {
-    let (index, single) = (dir.join(INDEX), dir.join(SINGLE));
-    let located = if single.exists() {
-        beside_single(&index)
-    } else if index.exists() {
-        indexed(dir, &index)?
-    } else {
-        by_name(dir)?
-    };
+pub(super) fn locate(dir: &Path) -> Result<Located, ConvertError> {
+    let names = entries(dir);
+    let exists = |name: &str| dir.join(name).exists();
+    let index = || read_side_file(&dir.join(INDEX));
+    let located = of_listing(&Listing { path: dir, names: &names, exists: &exists, index: &index })?;
     recognise::refuse_pointers(dir, &located.files)?;
     Ok(located)
 }
 
+/// Finds the files of the checkpoint in a folder.
+pub(super) fn of_listing(listing: &Listing<'_>) -> Result<Located, ConvertError> {
+    if (listing.exists)(SINGLE) {
+        Ok(beside_single(listing))
+    } else if (listing.exists)(INDEX) {
+        indexed(listing)
+    } else {
+        by_name(listing)
+    }
+}
+
+/// What the index, if there is one, says of files that are known already.
+pub(super) fn of_files(
+    path: &Path,
+    index: Option<Vec<u8>>,
+    files: &BTreeSet<String>,
+) -> Result<Located, ConvertError> {
+    let Some(index) = index.filter(|_| !files.contains(SINGLE)) else { return Ok(Located::default()) };
+    let places = parse_index(path, &index)?;
+    let absent = places.values().filter(|file| !files.contains(*file)).cloned().collect();
+    Ok(Located { places: Some(places), absent, ..Located::default() })
+}
+
 /// `model.safetensors`, and what is to be said of an index beside it.
-fn beside_single(index: &Path) -> Located {
+fn beside_single(listing: &Listing<'_>) -> Located {
     let mut located = Located { files: vec![SINGLE.to_owned()], ..Located::default() };
-    if !index.exists() {
+    if !(listing.exists)(INDEX) {
         return located;
     }
-    let others = read_index(index).map(|places| {
+    let others = read_index(listing).map(|places| {
         let files: BTreeSet<String> = places.into_values().filter(|file| file != SINGLE).collect();
         files.into_iter().collect::<Vec<_>>()
     });
@@ -99,15 +131,15 @@ fn beside_single(index: &Path) -> Located {
 }
 
 /// The files that the index names.
-fn indexed(dir: &Path, index: &Path) -> Result<Located, ConvertError> {
-    let places = read_index(index)?;
+fn indexed(listing: &Listing<'_>) -> Result<Located, ConvertError> {
+    let places = read_index(listing)?;
     let named: BTreeSet<String> = places.values().cloned().collect();
     if named.is_empty() || named.len() > MAX_FILES {
         let problem = format!("it names {} files", named.len());
-        return Err(ConvertError::Damaged { path: index.to_owned(), problem });
+        return Err(ConvertError::Damaged { path: listing.path.join(INDEX), problem });
     }
-    let (files, absent): (BTreeSet<_>, BTreeSet<_>) = named.into_iter().partition(|file| dir.join(file).exists());
-    let others = entries(dir).into_iter().filter(|n| n.ends_with(".safetensors") && !files.contains(n));
+    let (files, absent): (BTreeSet<_>, BTreeSet<_>) = named.into_iter().partition(|file| (listing.exists)(file));
+    let others = listing.names.iter().filter(|n| n.ends_with(".safetensors") && !files.contains(*n)).cloned();
     let others: Vec<String> = others.collect();
     let mut located = Located { places: Some(places), absent, ..Located::default() };
     if !others.is_empty() {
@@ -120,12 +152,12 @@ fn indexed(dir: &Path, index: &Path) -> Result<Located, ConvertError> {
 }
 
 /// Shards that are known by their names alone, all of them.
-fn by_name(dir: &Path) -> Result<Located, ConvertError> {
-    let names = entries(dir);
-    let shards: Vec<(&String, Shard<'_>)> = names.iter().filter_map(|n| Some((n, Shard::parse(n)?))).collect();
+fn by_name(listing: &Listing<'_>) -> Result<Located, ConvertError> {
+    let path = listing.path.to_owned();
+    let shards = listing.names.iter().filter_map(|n| Some((n, Shard::parse(n)?)));
+    let shards: Vec<(&String, Shard<'_>)> = shards.collect();
     let Some((_, first)) = shards.first() else {
-        let problem = recognise::no_weights(dir);
-        return Err(ConvertError::NotACheckpoint { path: dir.to_owned(), problem });
+        return Err(ConvertError::NotACheckpoint { problem: recognise::no_weights(&path, listing.names), path });
     };
     let of_set: BTreeMap<usize, &String> =
         shards.iter().filter(|(_, s)| s.same_set(first)).map(|(n, s)| (s.number, *n)).collect();
@@ -133,11 +165,11 @@ fn by_name(dir: &Path) -> Result<Located, ConvertError> {
     if !missing.is_empty() || first.total > MAX_FILES {
         let names: Vec<String> = missing.iter().map(|&n| first.name(n)).collect();
         return Err(ConvertError::Incomplete {
-            path: dir.to_owned(),
             missing: first.total - of_set.len(),
             total: first.total,
             names: first_few(&names),
-            unfinished: recognise::unfinished(dir),
+            unfinished: recognise::unfinished(&path),
+            path,
         });
     }
     let files: Vec<String> = of_set.into_values().cloned().collect();
@@ -174,11 +206,14 @@ impl<'a> Shard<'a> {
     }
 }
 
+fn read_index(listing: &Listing<'_>) -> Result<BTreeMap<String, String>, ConvertError> {
+    parse_index(&listing.path.join(INDEX), &(listing.index)()?)
+}
+
 /// Tensor → name of its file.
-fn read_index(path: &Path) -> Result<BTreeMap<String, String>, ConvertError> {
+fn parse_index(path: &Path, bytes: &[u8]) -> Result<BTreeMap<String, String>, ConvertError> {
     let damaged = |problem: String| ConvertError::Damaged { path: path.to_owned(), problem };
-    let bytes = read_side_file(path)?;
-    let index = sluice_format::json::from_slice::<ShardIndex>(&bytes);
+    let index = sluice_format::json::from_slice::<ShardIndex>(bytes);
     let index = index.map_err(|e| damaged(format!("it is not valid: {e}")))?;
     let mut places: BTreeMap<String, String> = BTreeMap::new();
     for (tensor, file) in index.weight_map.0 {

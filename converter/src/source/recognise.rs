@@ -194,8 +194,7 @@ pub(crate) fn no_config(dir: &Path) -> String {
 }
 
 /// What a folder without safetensors files that make a model is.
-pub(crate) fn no_weights(dir: &Path) -> String {
-    let names = entries(dir);
+pub(crate) fn no_weights(dir: &Path, names: &[String]) -> String {
     let has = |test: &dyn Fn(&str) -> bool| names.iter().any(|n| test(n));
     let ends = |end: &'static str| move |n: &str| n.ends_with(end);
     if has(&|n| n.starts_with("adapter_model.")) {

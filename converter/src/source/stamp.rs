@@ -13,9 +13,10 @@ const SETTLED: Duration = Duration::from_millis(20);
 const ATTEMPTS: usize = 3;
 
 /// The identity of a file: number of its filesystem and its own, length, and when its content and its state last changed.
-/// Whatever is done to a file, its `ctime` cannot be set back by ordinary means, so that equal stamps mean equal bytes.
+/// Whatever is done to a file, its `ctime` cannot be set back by ordinary means, so that equal stamps mean equal bytes. Files
+/// that are not of this machine are known by the digest of their content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Stamp([i64; 7]);
+pub struct Stamp([i64; 7]);
 
 impl Stamp {
     /// Bytes of a stamp in the journal.
@@ -46,6 +47,15 @@ impl Stamp {
         let (seconds, nanos) = (u64::try_from(self.0[5]).ok()?, u32::try_from(self.0[6]).ok()?);
         let changed = UNIX_EPOCH.checked_add(Duration::new(seconds, nanos))?;
         SystemTime::now().duration_since(changed).ok()
+    }
+
+    /// The stamp of a file that is known by its length and a SHA-256 of all its bytes, or of what pins them.
+    pub fn of_content(len: u64, sha256: &[u8; 32]) -> Self {
+        // No filesystem has a negative number of this size, so that this is no file of a folder.
+        let mut numbers = [i64::MIN, 0, 0, 0, 0, len as i64, 0];
+        let words = sha256.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b));
+        numbers[1..5].iter_mut().zip(words).for_each(|(slot, word)| *slot = word);
+        Stamp(numbers)
     }
 
     /// Bytes for the journal.

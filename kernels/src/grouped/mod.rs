@@ -1,18 +1,19 @@
 //! Codes of a few bits with scales per group of columns, in scalar code: the specification of their products, and packing.
 //!
-//! `sluice_weights` describes the bytes. A weight is `A·u·(n − z) + B`: `n` is an integer that its code stands for and `u` a power
-//! of two, the same for the whole type ([`unit`]); `A`, `z` and `B` belong to its row and block of 16 or 32 columns ([`Block`]).
+//! `sluice_weights` describes the bytes. A weight is `A·(n − z) + B`: `n` is an integer that its code stands for; `A`, `z` and `B`
+//! belong to its row and block of 16 or 32 columns ([`Block`]). What integers are multiples of, a power of two which is the same
+//! for the whole type ([`unit`]), is part of `A`.
 //!
 //! **With f32 activations**: per block, in order and including the padding of the last, `sum` is the sum over `(n − z)·x` of the
-//! `scalar` module; then `total = fma(sum·u, A, total)` and, where the type has `B`, `total = fma(xsum, B, total)` with
+//! `scalar` module; then `total = fma(sum, A, total)` and, where the type has `B`, `total = fma(xsum, B, total)` with
 //! `xsum = (t0 + t1) + (t2 + t3)`, where `t[k mod 4] = t[k mod 4] + x[k]` for k ascending. The result is `total`, times the row's
 //! factor where rows have one.
 //!
 //! **With int8 activations**: per block `b` the dot product of `n − z` and the activations, exact; then
-//! `s[b mod 2] = fma(dot, A·(xscale·u), s[b mod 2])` and, where the type has `B`, `s[b mod 2] = fma(isum, B·xscale, s[b mod 2])`
+//! `s[b mod 2] = fma(dot, A·xscale, s[b mod 2])` and, where the type has `B`, `s[b mod 2] = fma(isum·xscale, B, s[b mod 2])`
 //! with the exact sum of the block's int8 activations. The result is `s0 + s1`, times the row's factor.
 
-mod grids;
+pub(crate) mod grids;
 mod pack;
 mod scales;
 
@@ -20,7 +21,7 @@ use crate::activations::QuantisedBlock;
 use crate::matrix::{BLOCK, Group, ROW_GROUP};
 use crate::number::{E2M1_DOUBLED, e4m3_over_256};
 use crate::scalar::{Rows, f32_at, fold4};
-pub use pack::pack_row_group_grouped;
+pub use pack::{pack_row_group_grouped, pack_row_group_nibbles};
 pub(crate) use scales::Block;
 use sluice_weights::{Codes, Grouped, Scales, Super};
 
@@ -83,7 +84,7 @@ fn row_factors(ty: Grouped, w: &Group<'_>) -> Option<Rows> {
 
 /// A row group times a padded row of f32.
 pub(crate) fn group_f32(ty: Grouped, w: &Group<'_>, x: &[f32]) -> Rows {
-    let (block, unit) = (ty.block(), unit(ty));
+    let block = ty.block();
     let mut total = [0.0; ROW_GROUP];
     for (b, x) in x.chunks_exact(block).enumerate() {
         let scales = Block::new(ty, w, b);
@@ -96,7 +97,7 @@ pub(crate) fn group_f32(ty: Grouped, w: &Group<'_>, x: &[f32]) -> Rows {
         }
         let sum = fold4(&s);
         for r in 0..ROW_GROUP {
-            total[r] = (sum[r] * unit).mul_add(scales.a[r], total[r]);
+            total[r] = sum[r].mul_add(scales.a[r], total[r]);
         }
         if let Some(bias) = scales.b {
             let mut t = [0.0f32; 4];
@@ -112,7 +113,7 @@ pub(crate) fn group_f32(ty: Grouped, w: &Group<'_>, x: &[f32]) -> Rows {
 
 /// A row group times a row of int8.
 pub(crate) fn group_int8(ty: Grouped, w: &Group<'_>, x: &[QuantisedBlock]) -> Rows {
-    let (block, unit) = (ty.block(), unit(ty));
+    let block = ty.block();
     let mut s = [[0.0; ROW_GROUP]; 2];
     for b in 0..x.len() * BLOCK / block {
         let scales = Block::new(ty, w, b);
@@ -127,11 +128,12 @@ pub(crate) fn group_int8(ty: Grouped, w: &Group<'_>, x: &[QuantisedBlock]) -> Ro
             }
         }
         for r in 0..ROW_GROUP {
-            s[b % 2][r] = (dot[r] as f32).mul_add(scales.a[r] * (of_block.scale * unit), s[b % 2][r]);
+            s[b % 2][r] = (dot[r] as f32).mul_add(scales.a[r] * of_block.scale, s[b % 2][r]);
         }
         if let Some(bias) = scales.b {
+            let sum = sum as f32 * of_block.scale;
             for r in 0..ROW_GROUP {
-                s[b % 2][r] = (sum as f32).mul_add(bias[r] * of_block.scale, s[b % 2][r]);
+                s[b % 2][r] = sum.mul_add(bias[r], s[b % 2][r]);
             }
         }
     }
@@ -147,10 +149,10 @@ fn times_factors(ty: Grouped, w: &Group<'_>, rows: Rows) -> Rows {
 
 /// The numbers of column `k`, as the tools that publish the types compute them, but for a rounding.
 pub(crate) fn unpack_column(ty: Grouped, w: &Group<'_>, k: usize) -> Rows {
-    let (unit, scales) = (unit(ty), Block::new(ty, w, k / ty.block()));
+    let scales = Block::new(ty, w, k / ty.block());
     let (numbers, factors) = (numbers(ty, w, k), row_factors(ty, w).unwrap_or([1.0; ROW_GROUP]));
     std::array::from_fn(|r| {
-        let value = (numbers[r] - scales.zero[r]) * unit * (scales.a[r] * factors[r]);
+        let value = (numbers[r] - scales.zero[r]) * (scales.a[r] * factors[r]);
         scales.b.map_or(value, |b| value + b[r])
     })
 }

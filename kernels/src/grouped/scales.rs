@@ -1,13 +1,14 @@
 //! Scales, zeros and biases of a block of columns.
 
+use super::unit;
 use crate::matrix::{Group, ROW_GROUP};
 use crate::number::{bf16_to_f32, e4m3_to_f32, e8m0_to_f32, f16_to_f32};
 use crate::scalar::Rows;
 use sluice_weights::{Codes, GroupSize, Grouped, ROW_GROUP as ROWS, SUPER_BLOCK, ScaleType, Scales, Super, Zero};
 
-/// What the rows of a group multiply, subtract and add in one block: `A·u·(n − z) + B`.
+/// What the rows of a group multiply, subtract and add in one block: `A·(n − z) + B`.
 pub(crate) struct Block {
-    /// `A`.
+    /// `A`, unit included.
     pub(crate) a: Rows,
     /// `z`, an integer.
     pub(crate) zero: Rows,
@@ -19,7 +20,7 @@ impl Block {
     /// Of block number `b`, which has [`Grouped::block`] columns.
     pub(crate) fn new(ty: Grouped, w: &Group<'_>, b: usize) -> Block {
         let first = b * ty.block();
-        match ty.scales() {
+        let mut block = match ty.scales() {
             Scales::Groups { columns, scale, zero } => {
                 let group = match columns {
                     GroupSize::Columns(columns) => first / usize::from(columns),
@@ -28,7 +29,9 @@ impl Block {
                 of_group(w.scales, group, scale, zero)
             }
             Scales::Super(scales) => of_super_block(ty.codes(), scales, w, first),
-        }
+        };
+        block.a.iter_mut().for_each(|a| *a *= unit(ty));
+        block
     }
 }
 

@@ -90,7 +90,7 @@ pub(super) fn block_scales<const TY: u8>(scales: &[u8], b: usize) -> Lanes {
 /// e8m0 scales.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn power_of_two(e: uint32x4_t) -> float32x4_t {
+pub(super) fn power_of_two(e: uint32x4_t) -> float32x4_t {
     // Codes 0 and 255 are a subnormal and NaN: the exponent alone would say 0 and infinity.
     let odd = vorrq_u32(vceqzq_u32(e), vceqq_u32(e, vdupq_n_u32(255)));
     let fraction = vandq_u32(odd, vdupq_n_u32(0x0040_0000));

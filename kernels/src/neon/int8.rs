@@ -86,7 +86,7 @@ fn dot_columns<const TY: u8, const T: usize, const V: usize>(
 /// Adds to each of four rows the products of its four bytes with those of word `V`.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn sdot<const V: usize>(mut sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+pub(super) fn sdot<const V: usize>(mut sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
     // SAFETY: the function enables the feature that the instruction belongs to; it touches only the registers named.
     unsafe {
         asm!("sdot {sums:v}.4s, {w:v}.16b, {x:v}.4b[{lane}]",

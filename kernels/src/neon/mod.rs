@@ -12,6 +12,7 @@
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 mod blocked;
+mod grouped;
 mod int8;
 mod unblocked;
 mod vectors;
@@ -94,7 +95,7 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
             (WeightType::Mxfp4, true) => int8::tile::<MXFP4>(&group, x, shape, g, out),
             (WeightType::Q4, true) => int8::tile::<Q4>(&group, x, shape, g, out),
             (WeightType::Q3, true) => int8::tile::<Q3>(&group, x, shape, g, out),
-            (WeightType::Grouped(_), _) => unreachable!("the caller has another kernel"),
+            (WeightType::Grouped(ty), _) => grouped::tile(ty, &group, x, shape, g, out),
         }
     }
 }

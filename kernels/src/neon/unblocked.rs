@@ -98,7 +98,7 @@ fn four<const TY: u8>(w: &[u8]) -> [Lanes; 4] {
 /// The binary16 bits of 8 codes, each worth 1/256 of the code.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn e4m3_to_f16(codes: int8x8_t) -> uint16x8_t {
+pub(super) fn e4m3_to_f16(codes: int8x8_t) -> uint16x8_t {
     // The sign is extended so that it lands in bit 15; the copy of it in bit 14 is masked out.
     let moved = vreinterpretq_u16_s16(vshll_n_s8::<7>(codes));
     let bits = vandq_u16(moved, vdupq_n_u16(0xbf80));

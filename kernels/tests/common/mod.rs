@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 
 use sluice_kernels::*;
+use sluice_weights::{Codes, Grouped, SUPER_BLOCK, ScaleType, Scales, Super, Zero};
 
 /// SplitMix64.
 pub(crate) struct Rng(pub(crate) u64);
@@ -57,10 +58,81 @@ pub(crate) fn matrix(ty: WeightType, rows: usize, cols: usize, rng: &mut Rng) ->
                 let codes: Vec<u8> = rng.bytes(n * cols).iter().map(|b| b & 15).collect();
                 pack_row_group_mxfp4(&codes, n, cols, &scales, group);
             }
+            WeightType::Grouped(ty) => {
+                let rows = Rows::new(ty, n, cols, rng);
+                pack_row_group_grouped(ty, &rows.codes, n, cols, &rows.scales, &rows.factors, group);
+            }
             _ => pack_row_group(ty, &rng.vec(n * cols), n, cols, group),
         }
     }
     out
+}
+
+/// As many columns, or so many more that rows of the type can have them.
+pub(crate) fn cols_of(ty: WeightType, cols: usize) -> usize {
+    if row_group_len(ty, cols).is_some() { cols } else { cols.next_multiple_of(SUPER_BLOCK) }
+}
+
+/// Rows of a grouped type as a source has them: what `pack_row_group_grouped` takes.
+pub(crate) struct Rows {
+    pub(crate) codes: Vec<u8>,
+    pub(crate) scales: Vec<u8>,
+    pub(crate) factors: Vec<f32>,
+}
+
+impl Rows {
+    /// Any codes, and scales of plausible size.
+    pub(crate) fn new(ty: Grouped, n: usize, cols: usize, rng: &mut Rng) -> Self {
+        let codes = match ty.codes() {
+            Codes::Uint(bits) => rng.bytes(n * cols).iter().map(|b| b >> (8 - bits)).collect(),
+            Codes::E2m1 | Codes::Iq4nl => rng.bytes(n * cols).iter().map(|b| b >> 4).collect(),
+            Codes::E4m3 => rng.bytes(n * cols).iter().map(|&b| if b & 0x7f == 0x7f { 0 } else { b }).collect(),
+            grid => rng.bytes(n * grid.block_len() * cols.div_ceil(BLOCK)),
+        };
+        let len = n * ty.scale_row(cols).unwrap();
+        let mut scales = Vec::with_capacity(len);
+        while scales.len() < len {
+            put_scales(ty, rng, &mut scales);
+        }
+        let factors = if ty.has_row_factor() { rng.vec(n) } else { Vec::new() };
+        Rows { codes, scales, factors }
+    }
+}
+
+/// The scales of one group or super-block of one row.
+fn put_scales(ty: Grouped, rng: &mut Rng, out: &mut Vec<u8>) {
+    match ty.scales() {
+        Scales::Groups { scale, zero, .. } => {
+            put_scale(scale, rng, out);
+            match zero {
+                Zero::None => {}
+                // Such as might be in the middle of its codes.
+                Zero::Byte => {
+                    out.push(if let Codes::Uint(bits) = ty.codes() { rng.bits() as u8 >> (8 - bits) } else { 0 })
+                }
+                Zero::Bias | Zero::Float => put_scale(scale, rng, out),
+            }
+        }
+        Scales::Super(scales) => {
+            for _ in 0..1 + usize::from(scales.has_min()) {
+                out.extend(f32_to_f16(rng.f32() * 0.01).to_le_bytes());
+            }
+            let six = matches!(scales, Super::SixMin | Super::SixBy16 | Super::SixBy32);
+            let len = scales.row_len() - 2 - 2 * usize::from(scales.has_min());
+            out.extend(rng.bytes(len).iter().map(|b| if six { b >> 2 } else { *b }));
+        }
+    }
+}
+
+fn put_scale(ty: ScaleType, rng: &mut Rng, out: &mut Vec<u8>) {
+    let value = rng.f32() * 0.1;
+    match ty {
+        ScaleType::F16 => out.extend(f32_to_f16(value).to_le_bytes()),
+        ScaleType::Bf16 => out.extend(f32_to_bf16(value).to_le_bytes()),
+        ScaleType::F32 => out.extend(value.to_le_bytes()),
+        ScaleType::E4m3 => out.push(rng.below(0x60) as u8),
+        ScaleType::E8m0 => out.push(115 + rng.below(16) as u8),
+    }
 }
 
 pub(crate) fn activations(x: &[f32], n: usize, cols: usize, precision: Precision) -> Activations {

@@ -1,0 +1,156 @@
+//! e4m3 codes with scales: per block as in DeepSeek's checkpoints, per row, or one.
+
+use sluice_format::{FP8_BLOCK, ROW_GROUP, WeightType};
+use sluice_kernels as kernels;
+
+use super::checks::{dtype_error, shape_error};
+use super::{Decoder, Encoding, Groups, Reader, Rows, Selection};
+use crate::error::ConvertError;
+use crate::fp8::{self, SCALE_BLOCK};
+use crate::source::{Checkpoint, Dtype, WIDE_FLOATS};
+
+/// Where the scales of an fp8 tensor are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Fp8 {
+    scales: usize,
+    /// Rows of one matrix of a stack; scales begin anew with each.
+    matrix_rows: usize,
+    /// Rows and columns that share one scale.
+    block: [usize; 2],
+    /// Scales of one matrix: rows and columns of them.
+    grid: [usize; 2],
+}
+
+/// The shape of the scales tells how they are meant.
+pub(super) fn resolve(
+    checkpoint: &Checkpoint,
+    block: [usize; 2],
+    shape: &[usize],
+    scales: usize,
+) -> Result<Fp8, ConvertError> {
+    let wide = [Dtype::F32, Dtype::F16, Dtype::Bf16].contains(&checkpoint.tensors[scales].dtype);
+    if !wide {
+        return Err(dtype_error(checkpoint, scales, WIDE_FLOATS));
+    }
+    let [stack @ .., rows, cols] = shape else { return Err(shape_error(checkpoint, scales, shape)) };
+    let found = checkpoint.tensors[scales].shape.as_slice();
+    let with = |grid: [usize; 2], block: [usize; 2]| {
+        Ok(Fp8 { scales, matrix_rows: *rows, block: block.map(|n| n.max(1)), grid })
+    };
+    let blocks = [rows.div_ceil(block[0]), cols.div_ceil(block[1])];
+    if found == [stack, &blocks].concat() {
+        return with(blocks, block);
+    }
+    if found == [stack, &[*rows, 1]].concat() || found == [stack, &[*rows]].concat() {
+        return with([*rows, 1], [1, *cols]);
+    }
+    if stack.is_empty() && (found.is_empty() || found == [1] || found == [1, 1]) {
+        return with([1, 1], [*rows, *cols]);
+    }
+    Err(shape_error(checkpoint, scales, &[stack, &blocks].concat()))
+}
+
+impl Fp8 {
+    /// Number of the scale of an element.
+    fn index(&self, (row, col): (usize, usize)) -> usize {
+        let (matrix, row) = (row / self.matrix_rows, row % self.matrix_rows);
+        (matrix * self.grid[0] + row / self.block[0]) * self.grid[1] + col / self.block[1]
+    }
+
+    /// Whether every tile of 8 rows and 128 columns, which has one scale in the file, has one scale in the source.
+    fn fits_tiles(&self, selection: &Selection, [batch, rows, cols]: [usize; 3]) -> bool {
+        let s = &selection.strides;
+        // The common case: 8 divides the rows of a block, so row groups that begin on multiples of 8 of untransposed rows never
+        // straddle one.
+        let eights = |n: usize| n.is_multiple_of(selection.cols * ROW_GROUP);
+        let [block_rows, block_cols] = self.block;
+        let grid = block_rows.is_multiple_of(ROW_GROUP) && self.matrix_rows.is_multiple_of(ROW_GROUP);
+        let same_rows = s.row_step == selection.cols && s.col_step == 1 && s.run.is_multiple_of(ROW_GROUP);
+        if grid && block_cols.is_multiple_of(FP8_BLOCK) && same_rows && eights(s.start) && eights(s.run_step) {
+            return true;
+        }
+        let scale = |row, col| self.index(selection.locate(row, col));
+        (0..batch).all(|b| {
+            (0..rows).step_by(ROW_GROUP).all(|first| {
+                let group = first..(first + ROW_GROUP).min(rows);
+                (0..cols).step_by(FP8_BLOCK).all(|c| {
+                    let of_tile = scale(b * rows + first, c);
+                    let last_col = (c + FP8_BLOCK).min(cols) - 1;
+                    group.clone().all(|r| {
+                        let row = b * rows + r;
+                        scale(row, c) == of_tile && scale(row, last_col) == of_tile
+                    })
+                })
+            })
+        })
+    }
+}
+
+impl Encoding for Fp8 {
+    fn others(&self) -> Vec<usize> {
+        vec![self.scales]
+    }
+
+    fn carried(&self) -> Option<WeightType> {
+        Some(WeightType::Fp8)
+    }
+
+    fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool {
+        self.fits_tiles(selection, shape)
+    }
+
+    fn open<'s>(
+        &'s self,
+        selection: &'s Selection,
+        reader: &mut Reader<'_>,
+    ) -> Result<Box<dyn Decoder + 's>, ConvertError> {
+        let scales = reader.floats(self.scales)?;
+        // A scale whose product with the largest code overflows is as bad as an infinite one.
+        if scales.iter().any(|s| !(s * fp8::E4M3_MAX).is_finite()) {
+            return Err(reader.not_finite(self.scales));
+        }
+        Ok(Box::new(Fp8Decoder { layout: self, selection, scales }))
+    }
+}
+
+struct Fp8Decoder<'s> {
+    layout: &'s Fp8,
+    selection: &'s Selection,
+    scales: Vec<f32>,
+}
+
+impl Fp8Decoder<'_> {
+    /// The scale of an element.
+    fn scale(&self, row: usize, col: usize) -> f32 {
+        self.scales[self.layout.index(self.selection.locate(row, col))]
+    }
+}
+
+impl Decoder for Fp8Decoder<'_> {
+    fn values(&self, rows: Rows, reader: &mut Reader<'_>, out: &mut Vec<f32>) -> Result<(), ConvertError> {
+        out.clear();
+        for (r, codes) in reader.raw(self.selection, 1, rows)?.chunks_exact(rows.cols).enumerate() {
+            let scale = |c| self.scale(rows.first + r, c);
+            out.extend(codes.iter().enumerate().map(|(c, &code)| fp8::E4M3[code as usize] * scale(c)));
+        }
+        Ok(())
+    }
+
+    fn carry(&self, rows: Rows, reader: &mut Reader<'_>, mut groups: Groups<'_>) -> Result<(), ConvertError> {
+        let codes = reader.raw(self.selection, 1, rows)?;
+        let finite = !codes.iter().any(|&c| fp8::is_nan(c));
+        let mut scales = Vec::new();
+        for (g, codes) in codes.chunks(ROW_GROUP * rows.cols).enumerate() {
+            // One source block covers each tile of the group, so any element of the tile has its scale.
+            let row = rows.first + g * ROW_GROUP;
+            scales.clear();
+            scales.extend((0..rows.cols).step_by(SCALE_BLOCK).map(|c| self.scale(row, c)));
+            kernels::pack_row_group_fp8(codes, codes.len() / rows.cols, rows.cols, &scales, groups.slot(g));
+        }
+        if finite { Ok(()) } else { Err(reader.not_finite(self.selection.tensor)) }
+    }
+
+    fn skim(&self, rows: Rows, _carried: bool, reader: &mut Reader<'_>) -> Result<(), ConvertError> {
+        reader.raw(self.selection, 1, rows).map(drop)
+    }
+}

@@ -1,0 +1,167 @@
+//! Files of a folder, or of several names, as the source of a checkpoint.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use sluice_format::open_regular;
+
+use super::locate::{self, Located};
+use super::recognise::Foreign;
+use super::{Checkpoint, MAX_SIDE_FILE, Source, SourceFile, Stamp, header};
+use crate::error::ConvertError;
+
+/// Reads shorter than this do not drop their pages from the cache: neighbours may share them.
+#[cfg(target_os = "linux")]
+const DROP_BEHIND: usize = 256 << 10;
+
+/// Opens the safetensors checkpoint in `dir`. Tensors count wherever they are: as transformers and vLLM do, everything that the
+/// files hold is taken, also what the index does not name.
+pub(super) fn open(dir: &Path) -> Result<Checkpoint, ConvertError> {
+    let located = locate::locate(dir)?;
+    let source = Folder::open(dir, &located)?;
+    Checkpoint::of_safetensors(Box::new(source), located)
+}
+
+/// Files that are open, and the folder of the small files beside them.
+#[derive(Debug)]
+pub(crate) struct Folder {
+    dir: PathBuf,
+    files: Vec<SourceFile>,
+    /// The same, open.
+    open: Vec<File>,
+}
+
+impl Folder {
+    /// Opens the files of a checkpoint.
+    fn open(dir: &Path, located: &Located) -> Result<Self, ConvertError> {
+        let mut folder = Folder { dir: dir.to_owned(), files: Vec::new(), open: Vec::new() };
+        for name in &located.files {
+            folder.add(name, &dir.join(name))?;
+        }
+        Ok(folder)
+    }
+
+    /// Opens one more file.
+    fn add(&mut self, name: &str, path: &Path) -> Result<(), ConvertError> {
+        let (file, stamp, len) = open_file(path)?;
+        self.files.push(SourceFile { name: name.to_owned(), path: path.to_owned(), len, stamp });
+        self.open.push(file);
+        Ok(())
+    }
+}
+
+impl Source for Folder {
+    fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    fn files(&self) -> &[SourceFile] {
+        &self.files
+    }
+
+    fn read_at(&self, file: usize, at: u64, out: &mut [u8]) -> Result<(), ConvertError> {
+        read_exact_at(&self.open[file], &self.files[file].path, at, out)?;
+        drop_behind(&self.open[file], at, out.len());
+        Ok(())
+    }
+
+    fn check_unchanged(&self) -> Result<(), ConvertError> {
+        for (file, opened) in self.files.iter().zip(&self.open) {
+            let now = Stamp::of(opened).map_err(ConvertError::io(&file.path, "read its state"))?;
+            if now != file.stamp {
+                return Err(ConvertError::SourceChanged { path: file.path.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    fn text_file(&self, name: &str) -> Result<Option<Vec<u8>>, ConvertError> {
+        side_file(&self.dir, name)
+    }
+
+    fn folder(&self) -> Option<&Path> {
+        Some(&self.dir)
+    }
+}
+
+/// Fills `out`. A file that has become shorter than it was is not damaged: something writes to it.
+fn read_exact_at(file: &File, path: &Path, at: u64, out: &mut [u8]) -> Result<(), ConvertError> {
+    file.read_exact_at(out, at).map_err(|e| match e.kind() {
+        io::ErrorKind::UnexpectedEof => ConvertError::SourceChanged { path: path.to_owned() },
+        _ => ConvertError::io(path, "read its weights")(e),
+    })
+}
+
+/// Opens a regular file; returns it with its identity and its length.
+pub(super) fn open_file(path: &Path) -> Result<(File, Stamp, u64), ConvertError> {
+    let file = open_regular(path).map_err(ConvertError::io(path, "open it"))?;
+    // First of all, so that whatever changes from here on shows.
+    let stamp = Stamp::settled(&file).map_err(ConvertError::io(path, "read its state"))?;
+    let len = file.metadata().map_err(ConvertError::io(path, "read its length"))?.len();
+    Ok((file, stamp, len))
+}
+
+/// Opens a safetensors file; returns it with its identity, its length and its header, length field included.
+pub(crate) fn open_safetensors(path: &Path) -> Result<(File, Stamp, u64, Vec<u8>), ConvertError> {
+    let (file, stamp, len) = open_file(path)?;
+    let header = read_header(path, len, &|at, out| read_exact_at(&file, path, at, out))?;
+    Ok((file, stamp, len, header))
+}
+
+/// Reads bytes of a file from a place on.
+pub(super) type ReadAt<'a> = &'a dyn Fn(u64, &mut [u8]) -> Result<(), ConvertError>;
+
+/// The header of a safetensors file of `len` bytes, length field included.
+pub(super) fn read_header(path: &Path, len: u64, read: ReadAt<'_>) -> Result<Vec<u8>, ConvertError> {
+    let damaged = |problem: String| ConvertError::Damaged { path: path.to_owned(), problem };
+    if len < header::LENGTH_FIELD {
+        return Err(damaged(format!("it has only {len} bytes")));
+    }
+    let mut head = vec![0; len.min(64) as usize];
+    read(0, &mut head)?;
+    if let Some(foreign) = Foreign::of_bytes(&head) {
+        return Err(foreign.error(path));
+    }
+    let (field, _) = head.split_first_chunk().ok_or_else(|| damaged(format!("it has only {len} bytes")))?;
+    let header_len = header::header_len(*field, len).map_err(damaged)?;
+    let mut header = vec![0; (header::LENGTH_FIELD + header_len) as usize];
+    read(0, &mut header)?;
+    Ok(header)
+}
+
+/// Reads a small file of a checkpoint's folder, or `None` if it does not exist.
+pub(crate) fn side_file(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, ConvertError> {
+    let path = dir.join(name);
+    if path.exists() { read_side_file(&path).map(Some) } else { Ok(None) }
+}
+
+/// Reads a small file whole.
+pub(crate) fn read_side_file(path: &Path) -> Result<Vec<u8>, ConvertError> {
+    let file = open_regular(path).map_err(ConvertError::io(path, "open it"))?;
+    let mut bytes = Vec::new();
+    // Bounded by what is read, not by what the filesystem says: files of /proc have no length.
+    file.take(MAX_SIDE_FILE + 1).read_to_end(&mut bytes).map_err(ConvertError::io(path, "read it"))?;
+    if bytes.len() as u64 > MAX_SIDE_FILE {
+        let problem = format!("it has more than {MAX_SIDE_FILE} bytes");
+        return Err(ConvertError::Damaged { path: path.to_owned(), problem });
+    }
+    match Foreign::of_bytes(&bytes) {
+        Some(foreign) => Err(foreign.error(path)),
+        None => Ok(bytes),
+    }
+}
+
+/// What has been converted is not read again: its pages would only push out those of other programs.
+#[cfg(target_os = "linux")]
+pub(crate) fn drop_behind(file: &File, offset: u64, len: usize) {
+    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+    if len >= DROP_BEHIND {
+        // Advice: where the system does not take it, nothing is lost but cache.
+        let _ = posix_fadvise(file, offset as i64, len as i64, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn drop_behind(_file: &File, _offset: u64, _len: usize) {}
