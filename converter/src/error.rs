@@ -302,6 +302,14 @@ pub enum ConvertError {
         /// Bytes available.
         available: u64,
     },
+    /// A layer could not be executed to measure what meets its matrices.
+    #[error("layer {layer} cannot be measured: {source}. Convert with --no-importance, which measures nothing")]
+    Measure {
+        /// The layer.
+        layer: usize,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The importance file is unreadable, damaged, or belongs to another model.
     #[error(transparent)]
     Importance(#[from] ImportanceError),

@@ -5,14 +5,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use sluice_format::FileWriter;
+use sluice_format::{ExtentKind, FileWriter};
 
 use crate::Progress;
 use crate::contents::Contents;
 use crate::error::ConvertError;
 use crate::journal::Journal;
+use crate::layer_file::{self, LayerFile};
+use crate::measure::{Inputs, Measure};
 use crate::pack::{Outcome, Packer};
-use crate::partial::Partial;
+use crate::partial::{Partial, with_suffix};
 use crate::plan::Plan;
 use crate::resume::{Start, is_possible};
 
@@ -61,6 +63,7 @@ pub(crate) fn run(
     plan: &Plan,
     partial: &Partial,
     start: Start<'_>,
+    measure: Option<&mut dyn Measure>,
     progress: &dyn Progress,
 ) -> Result<Finished, ConvertError> {
     let Start { journal, contents, done } = start;
@@ -88,14 +91,15 @@ pub(crate) fn run(
     let idle = (0..execution.needing.len()).filter(|&file| execution.needing[file].load(Ordering::Relaxed) == 0);
     let (whole, rest): (Vec<usize>, Vec<usize>) = idle.partition(|&file| contents.is_file_whole(file));
     whole.into_iter().for_each(release);
-    // A shared counter instead of a parallel iterator: threads stay close together in the file, so that reads and writes
-    // are nearly sequential, and each thread keeps its buffers.
-    let results = rayon::broadcast(|_| execution.work(&todo));
+    let results = match measure {
+        None => execution.round(&todo, None),
+        Some(measure) => execution.measured(&todo, measure),
+    };
     // Extents that other threads finished before an error are journaled too: they need not be done again.
     let flushed = execution.flush();
     // Before any other error: what changes while it is read can look like anything.
     execution.check_source()?;
-    results.into_iter().collect::<Result<(), _>>()?;
+    results?;
     flushed?;
     contents.complete().or_else(|e| execution.check_source().and(Err(e)))?;
     rest.into_iter().for_each(release);
@@ -114,12 +118,51 @@ fn needing(plan: &Plan, todo: &[usize]) -> Vec<AtomicUsize> {
 }
 
 impl Execution<'_> {
-    fn work(&self, todo: &[usize]) -> Result<(), ConvertError> {
+    /// Makes some extents; `inputs`: what has been measured of their layer.
+    fn round(&self, todo: &[usize], inputs: Option<&dyn Inputs>) -> Result<(), ConvertError> {
+        self.next.store(0, Ordering::Relaxed);
+        // A shared counter instead of a parallel iterator: threads stay close together in the file, so that reads and writes
+        // are nearly sequential, and each thread keeps its buffers.
+        rayon::broadcast(|_| self.work(todo, inputs)).into_iter().collect()
+    }
+
+    /// Makes extents layer by layer, each layer once it has been measured. The last layer's inputs are those of the head too.
+    fn measured(&self, todo: &[usize], measure: &mut dyn Measure) -> Result<(), ConvertError> {
+        let (plan, layers) = (self.plan, self.plan.spec.layers.len());
+        // Of each layer; before all of them comes what meets no input.
+        let mut rounds = vec![Vec::new(); layers + 1];
+        for &extent in todo {
+            let record = &plan.layout.extents()[extent];
+            rounds[match record.kind {
+                ExtentKind::Embedding | ExtentKind::FinalNorm => 0,
+                ExtentKind::Head => layers,
+                _ => record.layer as usize + 1,
+            }]
+            .push(extent);
+        }
+        // What an earlier run has finished with need not be measured again, but for the states that later layers see.
+        let Some(last) = rounds.iter().rposition(|round| !round.is_empty()) else { return Ok(()) };
+        self.round(&rounds[0], None)?;
+        if last > 0 {
+            measure.begin(layer_file::embeddings(plan, self.contents, measure.tokens())?);
+        }
+        for layer in 0..last {
+            let path = with_suffix(self.path, ".layer");
+            let file = LayerFile::write(plan, self.contents, layer, path)?;
+            let inputs = measure.layer(layer, file.path());
+            let inputs = inputs.map_err(|source| ConvertError::Measure { layer, source })?;
+            drop(file);
+            self.round(&rounds[layer + 1], Some(&*inputs))?;
+        }
+        Ok(())
+    }
+
+    fn work(&self, todo: &[usize], inputs: Option<&dyn Inputs>) -> Result<(), ConvertError> {
         let mut packer = Packer::new(self.plan, self.contents);
         while !self.failed.load(Ordering::Relaxed) {
             let Some(&extent) = todo.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
             let written = |bytes| self.progress.advanced(bytes);
-            let result = packer.extent(extent, self.writer.extent(extent), &written);
+            let result = packer.extent(extent, inputs, self.writer.extent(extent), &written);
             result.and_then(|outcome| self.finished(outcome)).inspect_err(|_| {
                 self.failed.store(true, Ordering::Relaxed);
             })?;

@@ -65,6 +65,9 @@ pub struct Options {
     pub page_size: u32,
     /// An importance file (`sluice calibrate`), which weights the errors of `q4` and `q3`.
     pub importance: Option<PathBuf>,
+    /// Whether the inputs of matrices that are rounded to `q4` and `q3` are measured on the way ([`mod@crate::measure`]), and on what: a
+    /// digest of the text and of how it is run. An importance file takes its place.
+    pub measured: Option<u64>,
     /// Whether an existing destination is replaced, once the new file is complete.
     pub overwrite: bool,
 }
@@ -76,6 +79,7 @@ impl Default for Options {
             dense_type: TypeChoice::Keep,
             page_size: sluice_format::PAGE_SIZES[0],
             importance: None,
+            measured: None,
             overwrite: false,
         }
     }

@@ -64,10 +64,10 @@ fn feedback_lowers_the_error_of_outputs() {
         let (seen, unseen) = (half(0), half(900));
         let mut moments = Moments::new(cols, panel);
         moments.add(&kernels, &pool, &seen);
-        let feedback = Feedback::new(&moments, 1.0).unwrap();
+        let feedback = Feedback::new(kernels, &moments).unwrap();
         let w: Vec<f32> = normal(&mut Rng(9), 12 * cols).iter().map(|w| 0.02 * w).collect();
         for (ty, share) in [(WeightType::Q4, 0.8), (WeightType::Q3, 0.8)] {
-            let mut scratch = FeedbackScratch::new(kernels);
+            let mut scratch = FeedbackScratch::default();
             let rows = feedback.quantise(ty, &w, &mut scratch);
             let plain: Vec<f32> = w
                 .chunks(8 * cols)
@@ -94,16 +94,16 @@ fn feedback_takes_any_numbers() {
     let kernels = Kernels::detect().unwrap();
     let cols = 64;
     let mut moments = Moments::new(cols, 64);
-    assert!(Feedback::new(&moments, 1.0).is_none(), "nothing was seen");
+    assert!(Feedback::new(kernels, &moments).is_none(), "nothing was seen");
     moments.add(&kernels, &ThreadPool::new(1), &correlated(10, cols, 1));
-    let feedback = Feedback::new(&moments, 0.5).unwrap();
+    let feedback = Feedback::new(kernels, &moments).unwrap();
     let mut w = vec![0.0f32; 5 * cols];
     w[..cols].iter_mut().enumerate().for_each(|(i, w)| *w = if i % 2 == 0 { f32::MAX } else { -f32::MAX });
     w[cols] = f32::NAN;
     w[2 * cols..3 * cols].fill(f32::MIN_POSITIVE);
     w[4 * cols + 3] = f32::from_bits(1);
     for ty in [WeightType::Q4, WeightType::Q3] {
-        let stored = packed(ty, &feedback.quantise(ty, &w, &mut FeedbackScratch::new(kernels)), 5, cols);
+        let stored = packed(ty, &feedback.quantise(ty, &w, &mut FeedbackScratch::default()), 5, cols);
         assert!(stored[..cols].iter().all(|v| v.is_finite()));
         assert!(stored[cols..2 * cols].iter().all(|v| v.is_nan()));
         assert!(stored[2 * cols..].iter().all(|v| v.is_finite()));
@@ -113,5 +113,5 @@ fn feedback_takes_any_numbers() {
     let mut bad = Activations::new(Precision::Exact);
     bad.set(&vec![f32::NAN; cols], 1, cols);
     nothing.add(&kernels, &ThreadPool::new(1), &bad);
-    assert!(Feedback::new(&nothing, 1.0).is_none());
+    assert!(Feedback::new(kernels, &nothing).is_none());
 }

@@ -9,8 +9,10 @@ use clap::builder::PossibleValuesParser;
 use clap::builder::TypedValueParser as _;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
+use sluice_calibrate::{CalibrateError, Measurement, TEXT, digest};
+use sluice_converter::measure::Measure;
 use sluice_converter::{
-    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, check_destination, convert_plan,
+    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, check_destination, convert_measured,
     plan,
 };
 use sluice_format::WeightType;
@@ -18,6 +20,7 @@ use sluice_model::memory::Bytes;
 use sluice_text::TextError;
 
 use crate::error::CliError;
+use crate::input::read_text;
 use crate::terminal::{byte_bar, note, print, print_json, seconds};
 use crate::text_files::{examine, other_tokenizers};
 
@@ -27,13 +30,16 @@ much: q8 is int8 with one f16 scale per 32 weights, half of bf16 and close to lo
 per weight, a quarter of bf16 and less, for experts; fp8 is DeepSeek's (e4m3, one scale per 128x128); bf16 and f32 are for reference. \
 Norms, biases and routers are never quantised.
 
+Before weights become q4 or q3, a text of 28 kB runs through the model layer by layer, and what it shows of the inputs of each \
+matrix decides how its weights are rounded. This takes room beside the model file for one layer as the checkpoint has it.
+
 Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
 
 Examples:
   sluice convert DeepSeek-R1/ r1.sluice
   sluice convert DeepSeek-R1/ r1.sluice --dry-run
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8
-  sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --imatrix my-moe.imatrix
+  sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --importance-text mine.txt
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
 
 /// Convert a Hugging Face checkpoint (a folder with config.json and safetensors) into a model file
@@ -54,9 +60,21 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TYPE", value_parser = type_parser())]
     dense_type: Option<TypeChoice>,
 
-    /// What `sluice calibrate` measured: spend the bits of q4 and q3 where the activations are large
-    #[arg(long, value_name = "FILE")]
-    imatrix: Option<PathBuf>,
+    /// Take what `sluice calibrate` or --save-importance measured to round q4 and q3, rather than measure on the way
+    #[arg(long, visible_alias = "imatrix", value_name = "FILE")]
+    importance: Option<PathBuf>,
+
+    /// Round q4 and q3 without measuring what meets their matrices: faster, and further from the original
+    #[arg(long, conflicts_with_all = ["importance", "importance_text", "save_importance"])]
+    no_importance: bool,
+
+    /// Measure on this text, UTF-8, rather than on the one that is built in
+    #[arg(long, value_name = "FILE", conflicts_with = "importance")]
+    importance_text: Option<PathBuf>,
+
+    /// Keep the mean squares that were measured, for --importance
+    #[arg(long, value_name = "FILE", conflicts_with = "importance")]
+    save_importance: Option<PathBuf>,
 
     /// Alignment of everything in the file, in bytes; 16384 for Apple silicon
     #[arg(long, value_name = "BYTES", default_value = "4096", value_parser = page_size_parser())]
@@ -85,15 +103,8 @@ fn page_size_parser() -> impl clap::builder::TypedValueParser<Value = u32> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    let options = Options {
-        expert_type: args.expert_type.unwrap_or_default(),
-        dense_type: args.dense_type.unwrap_or_default(),
-        page_size: args.page_size,
-        importance: args.imatrix.clone(),
-        overwrite: args.overwrite,
-    };
     let started = Instant::now();
-    let plan = plan(&args.src, &options)?;
+    let (plan, options, mut measurement) = planned(args)?;
     check_types(args, &plan)?;
     match check_destination(&plan, &args.dst).map_err(explain) {
         Err(problem) if args.dry_run => note(&format_args!("note: the conversion itself would be refused: {problem}")),
@@ -104,13 +115,50 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan)) };
     }
     let bar = Bar(byte_bar("converting", 0));
-    let outcome = convert_plan(&plan, &args.dst, &bar);
+    let measure = measurement.as_mut().map(|measurement| measurement as &mut dyn Measure);
+    let outcome = convert_measured(&plan, &args.dst, measure, &bar);
     bar.0.finish_and_clear();
     let summary = outcome.map_err(explain)?;
+    if let (Some(path), Some(measurement)) = (&args.save_importance, &measurement) {
+        measurement.importance(&plan).map_err(unmeasured)?.save(path)?;
+    }
     if args.json {
         return print_json(&summary);
     }
     print(&describe(&args.dst, &summary, started.elapsed().as_secs_f64()))
+}
+
+/// The plan, with what measures the model if it is to be measured: types that are rounded by importance are, unless the user says
+/// otherwise or the model cannot read a text.
+fn planned(args: &Args) -> Result<(Plan, Options, Option<Measurement>), CliError> {
+    let own = args.importance_text.as_ref().map(|path| read_text(path, "read the text")).transpose()?;
+    let text = own.as_deref().unwrap_or(TEXT);
+    let measured = (!args.no_importance && args.importance.is_none()).then(|| digest(text));
+    let options = Options {
+        expert_type: args.expert_type.unwrap_or_default(),
+        dense_type: args.dense_type.unwrap_or_default(),
+        page_size: args.page_size,
+        importance: args.importance.clone(),
+        measured,
+        overwrite: args.overwrite,
+    };
+    let first = plan(&args.src, &options)?;
+    if !first.is_measured() {
+        return Ok((first, options, None));
+    }
+    if let Some(measurement) = Measurement::new(&first, text).map_err(unmeasured)? {
+        return Ok((first, options, Some(measurement)));
+    }
+    note(&format_args!(
+        "note: {} has no tokenizer, so nothing can be measured: weights are rounded as with --no-importance",
+        args.src.display()
+    ));
+    let options = Options { measured: None, ..options };
+    Ok((plan(&args.src, &options)?, options, None))
+}
+
+fn unmeasured(problem: CalibrateError) -> CliError {
+    CliError::Failure(format!("{problem}. --no-importance converts without measuring"))
 }
 
 /// Reads tokenizer, chat template and sampling defaults as `run` will: a conversion can take hours, and would end in a file
@@ -166,10 +214,10 @@ fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
         )));
     }
     let weighted = [WeightType::Q4, WeightType::Q3];
-    if args.imatrix.is_some() && !weighted.iter().any(|&ty| stored(true, ty) || stored(false, ty)) {
+    if args.importance.is_some() && !weighted.iter().any(|&ty| stored(true, ty) || stored(false, ty)) {
         return Err(CliError::Usage(
-            "--imatrix would change nothing: it spends the bits of q4 and q3, and nothing is stored so. Ask for one with \
-             --type, or leave --imatrix out"
+            "--importance (--imatrix) would change nothing: it spends the bits of q4 and q3, and nothing is stored so. Ask for one with \
+             --type, or leave --importance out"
                 .into(),
         ));
     }

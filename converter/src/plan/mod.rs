@@ -21,7 +21,7 @@ use sluice_format::{
 
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
-use crate::options::Options;
+use crate::options::{Options, TypeChoice};
 use crate::encoding::Selection;
 use crate::source::{self, CONFIG, Checkpoint, RowOrder, recognise, side_file};
 
@@ -90,6 +90,8 @@ pub struct Plan {
     pub(crate) spec: ModelSpec,
     pub(crate) options: Options,
     pub(crate) importance: Option<Importance>,
+    /// How the layers are written to be executed, if the model is measured.
+    pub(crate) reading: Option<build::Built>,
     pub(crate) layout: FileLayout,
     /// The tensors of each extent of the layout.
     pub(crate) extents: Vec<Vec<TensorPlan>>,
@@ -146,6 +148,17 @@ fn of_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Plan, Conv
     let inventory = inventory::take(&checkpoint, family, names, &spec, tied)?;
     let built = build::build(&checkpoint, family, names, &spec, options, scheme, &inventory.head)?;
     let layout = FileLayout::new(options.page_size, &built.planned)?;
+    let weighted = built.records.iter().any(|r| matches!(r.weight_type, WeightType::Q4 | WeightType::Q3));
+    let measured = options.measured.is_some() && weighted && importance.is_none();
+    let reading = |choice| {
+        let options = Options { expert_type: choice, dense_type: choice, ..options.clone() };
+        build::build(&checkpoint, family, names, &spec, &options, scheme, &inventory.head)
+    };
+    let reading = match measured.then(|| reading(TypeChoice::Keep)).transpose()? {
+        // What no type carries is measured in bf16: f32 would be long, and tells nothing more.
+        Some(carried) if !carried.widened.is_empty() => Some(reading(TypeChoice::Type(WeightType::Bf16))?),
+        carried => carried,
+    };
     let mut blobs = vec![(SOURCE_CONFIG_BLOB, config_bytes)];
     for name in TEXT_FILES {
         blobs.extend(checkpoint.side_file(name)?.map(|bytes| (name, bytes)));
@@ -156,6 +169,7 @@ fn of_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Plan, Conv
         spec,
         options: options.clone(),
         importance,
+        reading,
         layout,
         extents: built.extents,
         records: built.records,
@@ -236,6 +250,11 @@ impl Plan {
         self.blobs.iter().find(|(blob, _)| *blob == name).map(|(_, bytes)| bytes.as_slice())
     }
 
+    /// Whether what meets the matrices is measured on the way.
+    pub fn is_measured(&self) -> bool {
+        self.reading.is_some()
+    }
+
     /// Remarks for the user.
     pub fn notes(&self) -> &[String] {
         &self.notes
@@ -277,6 +296,9 @@ impl Plan {
         add(self.options.expert_type.to_string().as_bytes());
         add(self.options.dense_type.to_string().as_bytes());
         add(&self.importance.as_ref().map_or(0, Importance::digest).to_le_bytes());
+        if let (Some(_), Some(measured)) = (&self.reading, self.options.measured) {
+            add(&measured.to_le_bytes());
+        }
         for (f, header) in self.checkpoint.files().iter().zip(&self.checkpoint.header_digests) {
             add(f.name.as_bytes());
             add(&f.len.to_le_bytes());

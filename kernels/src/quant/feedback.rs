@@ -23,6 +23,7 @@ const DAMPING: f64 = 0.01;
 /// In what order the columns of a matrix are rounded, and what an error in one of them means for the later ones.
 #[derive(Debug)]
 pub struct Feedback {
+    kernels: Kernels,
     cols: usize,
     panels: Vec<Panel>,
 }
@@ -47,29 +48,31 @@ struct Strip {
     beyond: Vec<u8>,
 }
 
-/// What the threads that quantise need besides: one each.
+/// What a thread that quantises needs besides.
 #[derive(Debug)]
 pub struct FeedbackScratch {
-    kernels: Kernels,
     serial: ThreadPool,
     errors: Activations,
     product: Vec<f32>,
 }
 
-impl FeedbackScratch {
-    /// Empty buffers.
-    pub fn new(kernels: Kernels) -> Self {
+impl Default for FeedbackScratch {
+    fn default() -> Self {
         let (errors, product) = (Activations::new(Precision::Exact), Vec::new());
-        FeedbackScratch { kernels, serial: ThreadPool::new(1), errors, product }
+        FeedbackScratch { serial: ThreadPool::new(1), errors, product }
     }
 }
 
 impl Feedback {
-    /// Factors the moments of a matrix's inputs; `own` is the share of the products of different columns that counts, from 0 to 1:
-    /// those that few tokens have shown are mostly chance. `None` where nothing was seen, or something that is not finite.
-    pub fn new(moments: &Moments, own: f64) -> Option<Feedback> {
-        let panels = moments.panels().map(|(begin, width, sums)| Panel::new(begin, width, sums, own));
-        Some(Feedback { cols: moments.cols(), panels: panels.collect::<Option<_>>()? })
+    /// Factors the moments of a matrix's inputs. `None` where nothing was seen, or something that is not finite.
+    ///
+    /// What few tokens show of the products of different columns is mostly chance, so of a panel of `w` columns that `n` tokens have
+    /// met, the share `n/(n + w)` of them counts.
+    pub fn new(kernels: Kernels, moments: &Moments) -> Option<Feedback> {
+        let tokens = moments.tokens() as f64;
+        let own = |width: usize| tokens / (tokens + width as f64);
+        let panels = moments.panels().map(|(begin, width, sums)| Panel::new(begin, width, sums, own(width)));
+        Some(Feedback { kernels, cols: moments.cols(), panels: panels.collect::<Option<_>>()? })
     }
 
     /// Quantises rows, `[n, cols]`, to `q4` or `q3`.
@@ -85,8 +88,8 @@ impl Feedback {
         let factors: Vec<Option<(f64, f32)>> = (0..rows).map(|r| out.begin(r, &src[r * self.cols..][..self.cols])).collect();
         for panel in &self.panels {
             match ty {
-                WeightType::Q4 => panel.quantise::<32>(table, src, &factors, &mut out, scratch),
-                _ => panel.quantise::<16>(table, src, &factors, &mut out, scratch),
+                WeightType::Q4 => panel.quantise::<32>(self, table, src, &factors, &mut out, scratch),
+                _ => panel.quantise::<16>(self, table, src, &factors, &mut out, scratch),
             }
         }
         out
@@ -151,13 +154,14 @@ impl Panel {
 
     fn quantise<const B: usize>(
         &self,
+        whole: &Feedback,
         table: &Table,
         src: &[f32],
         factors: &[Option<(f64, f32)>],
         out: &mut Quantised,
         scratch: &mut FeedbackScratch,
     ) {
-        let (rows, cols, width) = (factors.len(), out.cols, self.order.len());
+        let (rows, cols, width) = (factors.len(), whole.cols, self.order.len());
         let mut targets = vec![0.0f32; rows * width];
         for ((targets, factor), src) in targets.chunks_exact_mut(width).zip(factors).zip(src.chunks_exact(cols)) {
             if let Some((factor, _)) = factor {
@@ -181,7 +185,7 @@ impl Panel {
                 scratch.errors.set(&errors, rows, strip.width);
                 scratch.product.resize(rows * rest, 0.0);
                 let beyond = Matrix::new(WeightType::F32, rest, strip.width, &strip.beyond).expect("packed to this shape");
-                scratch.kernels.matmul(&scratch.serial, beyond, &scratch.errors, &mut scratch.product);
+                whole.kernels.matmul(&scratch.serial, beyond, &scratch.errors, &mut scratch.product);
                 for (targets, product) in targets.chunks_exact_mut(width).zip(scratch.product.chunks_exact(rest)) {
                     targets[behind..].iter_mut().zip(product).for_each(|(t, p)| *t -= p);
                 }

@@ -68,6 +68,18 @@ impl Moments {
         self.tokens += x.n() as u64;
     }
 
+    /// Adds what `tokens` tokens with these mean squares and nothing else in common would.
+    ///
+    /// # Panics
+    /// If their width is another one.
+    pub fn add_prior(&mut self, mean_squares: &[f32], tokens: f32) {
+        assert_eq!(mean_squares.len(), self.cols, "inputs and moments differ in width");
+        for (mean_squares, sums) in mean_squares.chunks(self.panel).zip(&mut self.sums) {
+            let diagonal = sums.iter_mut().step_by(mean_squares.len() + 1);
+            diagonal.zip(mean_squares).for_each(|(sum, mean)| *sum += tokens * mean);
+        }
+    }
+
     /// The mean square of each column; zero if nothing was seen.
     pub fn mean_squares(&self) -> Vec<f32> {
         let tokens = self.tokens.max(1) as f64;

@@ -61,7 +61,7 @@ pub(super) fn table(ty: WeightType) -> &'static Table {
 #[derive(Debug)]
 pub struct Quantised {
     ty: WeightType,
-    pub(super) cols: usize,
+    cols: usize,
     /// One per row.
     pub(super) scales: Vec<f32>,
     /// One per block, row after row.
