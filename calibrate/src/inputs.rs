@@ -76,9 +76,8 @@ impl LayerInputs {
 
     /// Mean squares by matrix, for an importance file.
     pub(crate) fn means(&self) -> BTreeMap<MatrixKey, ColumnMeans> {
-        let expert = |name: &str, index| {
-            MatrixKey { kind: ExtentKind::Expert, layer: self.layer, name: name.to_owned(), index }
-        };
+        let expert =
+            |name: &str, index| MatrixKey { kind: ExtentKind::Expert, layer: self.layer, name: name.to_owned(), index };
         let common = self.common.iter().filter(|(key, _)| key.kind != ExtentKind::Router).map(|(key, common)| {
             let (tokens, mean_squares) = (common.moments.tokens(), common.moments.mean_squares());
             (key.clone(), ColumnMeans { tokens, mean_squares })

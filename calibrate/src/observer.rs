@@ -10,8 +10,8 @@ use sluice_model::weights::MatrixPlace;
 
 use crate::inputs::{ExpertRows, LayerInputs};
 
-/// Columns whose errors can be made good in each other. The moments of wider matrices take less memory and time so, and half of the
-/// columns give nine tenths of the gain (`docs/QUANTISATION.md`).
+/// Columns whose errors can be made good in each other. The moments of wider matrices take less memory and time so, and most
+/// of the gain remains (`docs/QUANTISATION.md`).
 const PANEL: usize = 2048;
 
 /// Rows that are collected before they are multiplied.

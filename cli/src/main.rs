@@ -5,6 +5,7 @@
 mod commands;
 mod engine_args;
 mod error;
+mod fetch;
 mod generate;
 mod ids;
 mod input;
@@ -22,6 +23,8 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
+use crate::error::CliError;
+
 const ABOUT: &str =
     "Runs mixture-of-experts language models far larger than memory by streaming their weights from SSD";
 
@@ -30,6 +33,7 @@ Start here:
   sluice demo                                          a small model, start to end, in seconds
   sluice plan deepseek-r1 --ram 64GiB                  what a model would need and reach here
   sluice convert DeepSeek-R1/ r1.sluice                a Hugging Face checkpoint becomes one file
+  sluice convert hf:deepseek-ai/DeepSeek-R1 r1.sluice  the same straight from the hub
   sluice inspect r1.sluice                             what it holds and what it needs
   sluice run r1.sluice --prompt 'Once upon a time'     text
   sluice serve r1.sluice                               the same over HTTP, for clients and for people
@@ -47,6 +51,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Convert(commands::convert::Args),
+    Pull(commands::pull::Args),
+    List(commands::list::Args),
+    Rm(commands::rm::Args),
     Inspect(commands::inspect::Args),
     Verify(commands::verify::Args),
     Plan(commands::plan::Args),
@@ -63,13 +70,50 @@ enum Command {
     Demo(commands::demo::Args),
 }
 
+/// Has names on the hub stand for the model files that were made of them, wherever a command takes one.
+fn find_models(command: &mut Command) -> Result<(), CliError> {
+    let (files, yes) = match command {
+        Command::Run(args) => (std::slice::from_mut(&mut args.file), args.yes),
+        Command::Serve(args) => (args.files.as_mut_slice(), args.yes),
+        Command::Inspect(args) => (std::slice::from_mut(&mut args.file), false),
+        Command::Verify(args) => (std::slice::from_mut(&mut args.file), false),
+        Command::Set(args) => (std::slice::from_mut(&mut args.file), false),
+        Command::Logits(args) => (std::slice::from_mut(&mut args.file), false),
+        Command::Perplexity(args) => (std::slice::from_mut(&mut args.file), false),
+        Command::Calibrate(args) => (std::slice::from_mut(&mut args.file), false),
+        Command::Tokenize(args) => (std::slice::from_mut(&mut args.file), false),
+        Command::Bench(args) => (args.file().map_or(&mut [][..], std::slice::from_mut), false),
+        _ => return Ok(()),
+    };
+    files.iter_mut().try_for_each(|file| {
+        *file = fetch::model_file(file, yes)?;
+        Ok(())
+    })
+}
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(refused) => return refuse(&refused),
     };
-    let outcome = match cli.command {
+    let mut command = cli.command;
+    let outcome = find_models(&mut command).and_then(|()| run(command));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) if e.is_broken_pipe() => ExitCode::SUCCESS,
+        Err(e) => {
+            terminal::error(&e);
+            ExitCode::from(e.exit_code())
+        }
+    }
+}
+
+fn run(command: Command) -> Result<(), CliError> {
+    match command {
         Command::Convert(args) => commands::convert::run(&args),
+        Command::Pull(args) => commands::pull::run(&args),
+        Command::List(args) => commands::list::run(&args),
+        Command::Rm(args) => commands::rm::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Verify(args) => commands::verify::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
@@ -84,14 +128,6 @@ fn main() -> ExitCode {
         Command::Trace(args) => commands::trace::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Demo(args) => commands::demo::run(&args),
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) if e.is_broken_pipe() => ExitCode::SUCCESS,
-        Err(e) => {
-            terminal::error(&e);
-            ExitCode::from(e.exit_code())
-        }
     }
 }
 
@@ -178,7 +214,7 @@ mod tests {
     fn every_variable_is_in_usage_md() {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let runtime = ["storage", "model", "text", "generate"].map(|c| format!("runtime/{c}"));
-        let others = ["checksum", "cli", "converter", "format", "kernels", "lab"].map(str::to_owned);
+        let others = ["checksum", "cli", "converter", "format", "hub", "kernels", "lab"].map(str::to_owned);
         let mut folders: Vec<_> = runtime.iter().chain(&others).map(|c| root.join(c).join("src")).collect();
         let mut found = std::collections::BTreeSet::new();
         while let Some(folder) = folders.pop() {

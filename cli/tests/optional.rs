@@ -14,6 +14,10 @@ use common::{demo_checkpoint, stderr, stdout};
 /// A system call by its number, and the error that it gives.
 type Lack = (libc::c_long, i32);
 
+/// In the place of an error: the process ends.
+const KILLED: i32 = 0;
+/// What opens connections, and sends without.
+const NO_CONNECTIONS: [libc::c_long; 2] = [libc::SYS_connect, libc::SYS_sendto];
 const NO_SYNC: [libc::c_long; 2] = [libc::SYS_fsync, libc::SYS_fdatasync];
 const NO_SPACE: [libc::c_long; 2] = [libc::SYS_statfs, libc::SYS_fstatfs];
 
@@ -25,7 +29,9 @@ fn filter(lacks: &[Lack]) -> Vec<libc::sock_filter> {
     for &(call, errno) in lacks {
         let code = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
         program.push(libc::sock_filter { code, jt: 0, jf: 1, k: call as u32 });
-        program.push(statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno as u32));
+        let answer =
+            if errno == KILLED { libc::SECCOMP_RET_KILL_PROCESS } else { libc::SECCOMP_RET_ERRNO | errno as u32 };
+        program.push(statement(libc::BPF_RET | libc::BPF_K, answer));
     }
     program.push(statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW));
     program
@@ -36,6 +42,8 @@ fn sluice_without(lacks: &[Lack], args: &[&str]) -> Output {
     let mut program = filter(lacks);
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
     command.args(args).stdin(Stdio::null()).env("XDG_CACHE_HOME", std::env::temp_dir().join("sluice-no-calibration"));
+    // A hub that nobody is.
+    command.env("HF_ENDPOINT", "http://127.0.0.1:9");
     let install = move || {
         let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
         // SAFETY: both calls only read their arguments, which live until they return; they allocate nothing and take no lock,
@@ -128,4 +136,27 @@ fn a_drive_that_fails_is_still_an_error() {
         common::assert_fails(&output, 1, &[words, "Input/output error"]);
         assert!(!fs::exists(target).unwrap());
     }
+}
+
+#[test]
+fn only_the_hub_s_commands_open_connections() {
+    let folder = tempfile::tempdir().unwrap();
+    let lacks = failing(&NO_CONNECTIONS, KILLED);
+    files_work_without(&lacks, folder.path());
+    benches_work_without(&lacks, folder.path());
+    let model = folder.path().join("m.sluice");
+    let model = model.to_str().unwrap();
+    for args in [
+        &["inspect", model][..],
+        &["plan", model],
+        &["tokenize", model, "--text", "a"],
+        &["list"],
+        &["inspect", "hf:a/b"],
+    ] {
+        let output = sluice_without(&lacks, args);
+        assert!(output.status.code().is_some(), "{args:?} was killed: {}", stderr(&output));
+    }
+    // The filter would have shown it.
+    let output = sluice_without(&lacks, &["pull", "a/b", "--to", folder.path().join("b").to_str().unwrap()]);
+    assert_eq!(output.status.code(), None, "{}", stderr(&output));
 }

@@ -153,9 +153,9 @@ fn a_plan_of_what_is_no_model_says_what_it_is() {
     assert_fails(&sluice(&["plan", &path("m.gguf")]), 1, &["m.gguf", "GGUF", "original checkpoint"]);
     assert_fails(&sluice(&["plan", &path("config.json")]), 1, &["config.json", "Git LFS"]);
     let hub = sluice(&["plan", "some-owner/Some-Model"]);
-    assert_fails(&hub, 2, &["`hf download some-owner/Some-Model config.json --local-dir Some-Model`"]);
+    assert_fails(&hub, 2, &["`sluice pull some-owner/Some-Model --include config.json --to Some-Model`"]);
     let hub = sluice(&["convert", "some-owner/Some-Model", &path("out")]);
-    assert_fails(&hub, 1, &["`hf download some-owner/Some-Model --local-dir Some-Model`"]);
+    assert_fails(&hub, 1, &["`hf:some-owner/Some-Model`"]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use sluice_format::{FormatError, ImportanceError, WeightType};
 
@@ -252,6 +253,16 @@ pub enum ConvertError {
         /// The type.
         weight_type: WeightType,
     },
+    /// A line of a recipe cannot be understood.
+    #[error("{path}, line {line}: {problem}. A line is a pattern and a type, such as `layers.{{0-2}}.expert.* q8`")]
+    Recipe {
+        /// The recipe.
+        path: PathBuf,
+        /// Number of the line, from 1 on.
+        line: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// An option has a value that is not supported.
     #[error("{0}")]
     Options(String),
@@ -310,6 +321,9 @@ pub enum ConvertError {
         /// Why.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A source that has yet to be fetched could not be.
+    #[error("{0}")]
+    Fetch(Arc<dyn std::error::Error + Send + Sync>),
     /// The importance file is unreadable, damaged, or belongs to another model.
     #[error(transparent)]
     Importance(#[from] ImportanceError),

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use sluice_format::{ExtentKind, FileWriter};
+use sluice_format::FileWriter;
 
 use crate::Progress;
 use crate::contents::Contents;
@@ -17,6 +17,7 @@ use crate::pack::{Outcome, Packer};
 use crate::partial::{Partial, with_suffix};
 use crate::plan::Plan;
 use crate::resume::{Start, is_possible};
+use crate::steps::{self, Step};
 
 /// Finished extents are journaled in batches, because each batch waits for the drive: this many, …
 const BATCH_EXTENTS: usize = 64;
@@ -72,7 +73,14 @@ pub(crate) fn run(
         let extent = outcome.extent;
         outcomes[extent] = Some(outcome);
     }
-    let todo: Vec<usize> = (0..outcomes.len()).filter(|&i| outcomes[i].is_none()).collect();
+    let source = plan.checkpoint.source();
+    let is_todo = |extent: usize| outcomes[extent].is_none();
+    let is_unknown = |file: usize| !contents.is_file_whole(file);
+    let steps = match measure {
+        None => steps::of(plan, &is_todo, &is_unknown),
+        Some(_) => steps::measured(plan, &is_todo, &is_unknown),
+    };
+    source.schedule(&steps::uses(plan, &steps));
     let execution = Execution {
         plan,
         writer: &partial.writer,
@@ -82,19 +90,11 @@ pub(crate) fn run(
         outcomes: Mutex::new(outcomes),
         pending: Mutex::new(Pending { outcomes: Vec::new(), bytes: 0, since: Instant::now() }),
         journal: Mutex::new(journal),
-        needing: needing(plan, &todo),
+        needing: steps::needing(plan, &steps),
         next: AtomicUsize::new(0),
         failed: AtomicBool::new(false),
     };
-    // What an earlier run has finished with need not be fetched again. Where something is missing, it waits until the end.
-    let release = |file: usize| plan.checkpoint.source().release(file);
-    let idle = (0..execution.needing.len()).filter(|&file| execution.needing[file].load(Ordering::Relaxed) == 0);
-    let (whole, rest): (Vec<usize>, Vec<usize>) = idle.partition(|&file| contents.is_file_whole(file));
-    whole.into_iter().for_each(release);
-    let results = match measure {
-        None => execution.round(&todo, None),
-        Some(measure) => execution.measured(&todo, measure),
-    };
+    let results = execution.all(&steps, measure);
     // Extents that other threads finished before an error are journaled too: they need not be done again.
     let flushed = execution.flush();
     // Before any other error: what changes while it is read can look like anything.
@@ -102,7 +102,6 @@ pub(crate) fn run(
     results?;
     flushed?;
     contents.complete().or_else(|e| execution.check_source().and(Err(e)))?;
-    rest.into_iter().for_each(release);
     // The last look: all that was read, by whichever run, is what the files hold.
     execution.check_source()?;
     let outcomes = execution.outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -110,70 +109,63 @@ pub(crate) fn run(
     Ok(Finished { outcomes, parts: contents.digests() })
 }
 
-/// How many of the extents `todo` need each file of the source.
-fn needing(plan: &Plan, todo: &[usize]) -> Vec<AtomicUsize> {
-    let mut counts = vec![0; plan.checkpoint.files().len()];
-    todo.iter().flat_map(|&extent| plan.files_of(extent)).for_each(|file| counts[file] += 1);
-    counts.into_iter().map(AtomicUsize::new).collect()
-}
-
 impl Execution<'_> {
     /// Makes some extents; `inputs`: what has been measured of their layer.
-    fn round(&self, todo: &[usize], inputs: Option<&dyn Inputs>) -> Result<(), ConvertError> {
+    fn round(&self, steps: &[Step], inputs: Option<&dyn Inputs>) -> Result<(), ConvertError> {
         self.next.store(0, Ordering::Relaxed);
         // A shared counter instead of a parallel iterator: threads stay close together in the file, so that reads and writes
         // are nearly sequential, and each thread keeps its buffers.
-        rayon::broadcast(|_| self.work(todo, inputs)).into_iter().collect()
+        rayon::broadcast(|_| self.work(steps, inputs)).into_iter().collect()
     }
 
-    /// Makes extents layer by layer, each layer once it has been measured. The last layer's inputs are those of the head too.
-    fn measured(&self, todo: &[usize], measure: &mut dyn Measure) -> Result<(), ConvertError> {
-        let (plan, layers) = (self.plan, self.plan.spec.layers.len());
-        // Of each layer; before all of them comes what meets no input.
-        let mut rounds = vec![Vec::new(); layers + 1];
-        for &extent in todo {
-            let record = &plan.layout.extents()[extent];
-            rounds[match record.kind {
-                ExtentKind::Embedding | ExtentKind::FinalNorm => 0,
-                ExtentKind::Head => layers,
-                _ => record.layer as usize + 1,
-            }]
-            .push(extent);
-        }
-        // What an earlier run has finished with need not be measured again, but for the states that later layers see.
-        let Some(last) = rounds.iter().rposition(|round| !round.is_empty()) else { return Ok(()) };
-        self.round(&rounds[0], None)?;
-        if last > 0 {
-            measure.begin(layer_file::embeddings(plan, self.contents, measure.tokens())?);
-        }
-        for layer in 0..last {
-            let path = with_suffix(self.path, ".layer");
-            let file = LayerFile::write(plan, self.contents, layer, path)?;
-            let inputs = measure.layer(layer, file.path());
-            let inputs = inputs.map_err(|source| ConvertError::Measure { layer, source })?;
-            drop(file);
-            self.round(&rounds[layer + 1], Some(&*inputs))?;
+    /// Takes all steps. Those that measure stand alone, and what they find is for the extents behind them.
+    fn all(&self, steps: &[Step], mut measure: Option<&mut dyn Measure>) -> Result<(), ConvertError> {
+        let plan = self.plan;
+        let mut inputs = None;
+        for steps in steps.chunk_by(|a, b| !a.measures() && !b.measures()) {
+            match (steps, &mut measure) {
+                (&[Step::Embed], Some(measure)) => {
+                    measure.begin(layer_file::embeddings(plan, self.contents, measure.tokens())?);
+                }
+                (&[Step::Measure(layer)], Some(measure)) => {
+                    let path = with_suffix(self.path, ".layer");
+                    let file = LayerFile::write(plan, self.contents, layer, path)?;
+                    let found = measure.layer(layer, file.path());
+                    inputs = Some(found.map_err(|source| ConvertError::Measure { layer, source })?);
+                }
+                _ => {
+                    self.round(steps, inputs.as_deref())?;
+                    continue;
+                }
+            }
+            steps::files_of(plan, steps[0]).into_iter().try_for_each(|file| self.done_with(file))?;
         }
         Ok(())
     }
 
-    fn work(&self, todo: &[usize], inputs: Option<&dyn Inputs>) -> Result<(), ConvertError> {
+    fn work(&self, steps: &[Step], inputs: Option<&dyn Inputs>) -> Result<(), ConvertError> {
         let mut packer = Packer::new(self.plan, self.contents);
         while !self.failed.load(Ordering::Relaxed) {
-            let Some(&extent) = todo.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
-            let written = |bytes| self.progress.advanced(bytes);
-            let result = packer.extent(extent, inputs, self.writer.extent(extent), &written);
-            result.and_then(|outcome| self.finished(outcome)).inspect_err(|_| {
-                self.failed.store(true, Ordering::Relaxed);
-            })?;
+            let Some(&step) = steps.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
+            let result = match step {
+                Step::Extent(extent) => {
+                    let written = |bytes| self.progress.advanced(bytes);
+                    let packed = packer.extent(extent, inputs, self.writer.extent(extent), &written);
+                    packed.and_then(|outcome| self.finished(outcome))
+                }
+                Step::Rest(file) => self.done_with(file),
+                Step::Embed | Step::Measure(_) => unreachable!("these stand alone"),
+            };
+            result.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))?;
         }
         Ok(())
     }
 
     fn finished(&self, outcome: Outcome) -> Result<(), ConvertError> {
         debug_assert!(is_possible(self.plan, &outcome), "this would not be believed again: {outcome:?}");
-        let bytes = self.plan.layout.extents()[outcome.extent].stored_len;
-        lock(&self.outcomes)[outcome.extent] = Some(outcome.clone());
+        let extent = outcome.extent;
+        let bytes = self.plan.layout.extents()[extent].stored_len;
+        lock(&self.outcomes)[extent] = Some(outcome.clone());
         let full = {
             let mut pending = lock(&self.pending);
             pending.outcomes.push(outcome);
@@ -182,7 +174,10 @@ impl Execution<'_> {
                 || pending.bytes >= BATCH_BYTES
                 || pending.since.elapsed() >= BATCH_TIME
         };
-        if full { self.flush() } else { Ok(()) }
+        if full {
+            self.flush()?;
+        }
+        self.plan.files_of(extent).into_iter().try_for_each(|file| self.done_with(file))
     }
 
     /// Fails if the source is not what it was when it was opened.
@@ -212,20 +207,21 @@ impl Execution<'_> {
         self.check_source()?;
         let syncer = self.writer.syncer();
         syncer.data(self.writer.file()).map_err(ConvertError::io(self.path, "sync it"))?;
-        journal.append(&outcomes, &parts)?;
-        drop(journal);
-        outcomes.iter().flat_map(|o| self.plan.files_of(o.extent)).try_for_each(|file| self.done_with(file))
+        journal.append(&outcomes, &parts)
     }
 
-    /// One extent less needs a file. The last one releases it, once the digest of all of it is known.
+    /// One step less needs a file. The last one releases it, once the digest of all of it is known, and the journal says so:
+    /// another run has no need of it either.
     fn done_with(&self, file: usize) -> Result<(), ConvertError> {
-        if self.needing[file].fetch_sub(1, Ordering::Relaxed) > 1 {
+        if self.needing[file].fetch_sub(1, Ordering::AcqRel) > 1 {
+            return Ok(());
+        }
+        if !self.plan.checkpoint.source().is_fetched() {
+            // What is here stays here, and what is missing of its digest is read by all threads at the end.
             return Ok(());
         }
         self.contents.complete_file(file)?;
-        let parts = self.contents.take_news();
-        self.check_source()?;
-        lock(&self.journal).append(&[], &parts)?;
+        self.flush()?;
         self.plan.checkpoint.source().release(file);
         Ok(())
     }

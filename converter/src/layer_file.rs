@@ -41,21 +41,27 @@ impl LayerFile {
     ) -> Result<LayerFile, ConvertError> {
         let made = LayerFile { path };
         let reading = plan.reading.as_ref().expect("the plan knows that it is measured");
-        let belongs = |kind, of: u32| kind == ExtentKind::FinalNorm || of == layer as u32;
+        let belongs = |kind, of: u32| reads(plan, layer, kind, of);
         let spec = ModelSpec { vocab_size: 1, layers: vec![plan.spec.layers[layer].clone()], ..plan.spec.clone() };
         let here = |of: u32| if of == NO_LAYER { NO_LAYER } else { 0 };
         let numbers: Vec<usize> = (0..reading.planned.len())
             .filter(|&i| belongs(reading.planned[i].kind, reading.planned[i].layer))
             .collect();
-        let stubs = [(ExtentKind::Embedding, Layout::Plain), (ExtentKind::Head, Layout::Tiled)];
-        let stubs = stubs.map(|(kind, layout)| {
-            let (shape, name) = ([1, 1, spec.hidden_size as u64], kind.name().to_owned());
+        // Not read, but part of every model file.
+        let stubs = [
+            (ExtentKind::FinalNorm, Layout::Plain, "norm"),
+            (ExtentKind::Embedding, Layout::Plain, ExtentKind::Embedding.name()),
+            (ExtentKind::Head, Layout::Tiled, ExtentKind::Head.name()),
+        ];
+        let stubs = stubs.into_iter().filter(|&(kind, ..)| !belongs(kind, NO_LAYER)).map(|(kind, layout, name)| {
+            let (shape, name) = ([1, 1, spec.hidden_size as u64], name.to_owned());
             let weight_type = WeightType::F32;
             let mut record =
                 TensorRecord { kind, weight_type, layout, layer: NO_LAYER, index: 0, shape, offset: 0, len: 0, name };
             record.len = record.expected_len().expect("a row fits in memory");
             record
         });
+        let stubs: Vec<TensorRecord> = stubs.collect();
         let stub = |r: &TensorRecord| PlannedExtent { kind: r.kind, layer: NO_LAYER, index: 0, logical_len: r.len };
         let moved = |&i: &usize| PlannedExtent { layer: here(reading.planned[i].layer), ..reading.planned[i] };
         let planned: Vec<PlannedExtent> = stubs.iter().map(stub).chain(numbers.iter().map(moved)).collect();
@@ -79,6 +85,11 @@ impl LayerFile {
         writer.finish(&checksums, &records, &metadata)?;
         Ok(made)
     }
+}
+
+/// Whether the file of a layer has the extents of this kind and layer: its own, and what is behind the last one.
+pub(crate) fn reads(plan: &Plan, layer: usize, kind: ExtentKind, of: u32) -> bool {
+    of == layer as u32 || (kind == ExtentKind::FinalNorm && layer + 1 == plan.spec.layers.len())
 }
 
 /// The embeddings of tokens, `[tokens, hidden]`.

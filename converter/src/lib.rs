@@ -10,6 +10,7 @@
 //! |---|---|
 //! | [`source`] | where the bytes of a checkpoint come from, and which tensors there are; trusts nothing in them |
 //! | `family` | knows what `config.json` means and what tensors are called, one file per family |
+//! | `recipe` | types by pattern |
 //! | `plan` | chooses types, lays out extents, checks that every tensor is accounted for |
 //! | `encoding` | knows how numbers are written down, one file per published encoding |
 //! | `fp8`, `pack` | rows of numbers → row groups of the file |
@@ -35,15 +36,18 @@ mod pack;
 mod partial;
 mod plan;
 pub mod provenance;
+mod recipe;
 mod report;
 mod resume;
 pub mod source;
+mod steps;
 pub mod synth;
 
 use std::path::Path;
 
 pub use error::ConvertError;
 pub use options::{Options, TypeChoice};
+pub use recipe::Recipe;
 pub use plan::{KindSize, LeftOut, Plan, plan, plan_source};
 pub use report::Summary;
 pub use source::recognise::no_model;

@@ -8,6 +8,7 @@ use serde::{Serialize, Serializer};
 use sluice_format::WeightType;
 
 use crate::error::ConvertError;
+use crate::recipe::Recipe;
 
 /// Types that a conversion can produce; f16 and the four-bit types are only carried by `keep`.
 const OUTPUT_TYPES: [WeightType; 6] =
@@ -61,6 +62,8 @@ pub struct Options {
     pub expert_type: TypeChoice,
     /// Type of everything else. Norms, biases and routers are never quantised, nor is the token embedding.
     pub dense_type: TypeChoice,
+    /// Types by pattern, which go before the two.
+    pub recipe: Option<Recipe>,
     /// Page size of the file, one of [`sluice_format::PAGE_SIZES`].
     pub page_size: u32,
     /// An importance file (`sluice calibrate`), which weights the errors of `q4` and `q3`.
@@ -77,6 +80,7 @@ impl Default for Options {
         Options {
             expert_type: TypeChoice::Keep,
             dense_type: TypeChoice::Keep,
+            recipe: None,
             page_size: sluice_format::PAGE_SIZES[0],
             importance: None,
             measured: None,

@@ -227,13 +227,7 @@ impl<'a> Packer<'a> {
     }
 
     /// Everything that goes through f32.
-    fn convert(
-        &mut self,
-        job: &mut Job<'_>,
-        first: usize,
-        rows: Rows,
-        group_len: usize,
-    ) -> Result<(), ConvertError> {
+    fn convert(&mut self, job: &mut Job<'_>, first: usize, rows: Rows, group_len: usize) -> Result<(), ConvertError> {
         let (source, ty) = (job.sources[first].source, job.tensor.weight_type);
         self.values(&job.sources[first], rows)?;
         let mut groups = Groups { packed: &mut self.packed, group_len, first, step: job.sources.len() };

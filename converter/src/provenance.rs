@@ -39,9 +39,12 @@ struct SourceFileRecord {
 }
 
 #[derive(Serialize)]
-struct Recipe {
+struct Recipe<'a> {
     expert_type: TypeChoice,
     dense_type: TypeChoice,
+    /// Lines of the recipe file, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    patterns: Option<Vec<&'a str>>,
     page_size: u32,
     /// xxh3-64 of the importance file, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -55,7 +58,7 @@ struct Recipe {
 #[derive(Serialize)]
 struct Provenance<'a> {
     converter: &'static str,
-    recipe: Recipe,
+    recipe: Recipe<'a>,
     source_files: Vec<SourceFileRecord>,
     /// Over the digests of what each extent was made from, in file order.
     source_xxh3_128: String,
@@ -98,6 +101,7 @@ pub(crate) fn blob(plan: &Plan, outcomes: &[Outcome], parts: &[u128]) -> Vec<u8>
         recipe: Recipe {
             expert_type: plan.options.expert_type,
             dense_type: plan.options.dense_type,
+            patterns: plan.options.recipe.as_ref().map(|r| r.lines()),
             page_size: plan.options.page_size,
             measured_xxh3_64: plan.options.measured.filter(|_| plan.is_measured()).map(|m| format!("{m:016x}")),
             importance_xxh3_64: plan.importance.as_ref().map(|i| format!("{:016x}", i.digest())),

@@ -46,13 +46,13 @@ pub(crate) fn start<'a>(
     let stamps = plan.checkpoint.stamps();
     let syncer = partial.writer.syncer();
     let create = |content: &Content| Journal::create(&partial.journal_path, identity, content, syncer);
-    let Found::Same { journal, content } = found else {
+    let Found::Same { journal, mut content } = found else {
         let contents = Contents::new(&plan.checkpoint, &[]);
         let journal = create(&Content { stamps, ..Content::default() })?;
         return Ok(Start { journal, contents, done: Vec::new() });
     };
     let all = content.outcomes.len();
-    let mut done = keep(content.outcomes, |o| {
+    let mut done = keep(std::mem::take(&mut content.outcomes), |o| {
         let extent = &plan.layout.extents()[o.extent];
         is_possible(plan, o) && partial.is_intact(extent, o.checksum)
     });
@@ -74,6 +74,9 @@ pub(crate) fn start<'a>(
         };
         return Ok(Start { journal, contents, done });
     }
+    if plan.checkpoint.source().is_content_addressed() {
+        return keep_of_same_files(plan, done, content, create, note);
+    }
     let contents = Contents::new(&plan.checkpoint, &[]);
     let intact = done.len();
     if intact > 0 {
@@ -91,6 +94,32 @@ pub(crate) fn start<'a>(
         ));
     }
     let parts = contents.take_news();
+    let journal = create(&Content { stamps, outcomes: done.clone(), parts })?;
+    Ok(Start { journal, contents, done })
+}
+
+/// Goes on where some files of a source are others than before, and stamps tell which without reading: only what was made of
+/// the same files is kept.
+fn keep_of_same_files<'a>(
+    plan: &'a Plan,
+    done: Vec<Outcome>,
+    content: Content,
+    create: impl Fn(&Content) -> Result<Journal, ConvertError>,
+    note: &mut dyn FnMut(String),
+) -> Result<Start<'a>, ConvertError> {
+    let stamps = plan.checkpoint.stamps();
+    let is_same = |file: usize| content.stamps.get(file) == stamps.get(file);
+    let all = done.len();
+    let done = keep(done, |o| plan.files_of(o.extent).into_iter().all(is_same));
+    if done.len() < all {
+        let other = all - done.len();
+        note(format!(
+            "{other} of {all} extents of an interrupted conversion were made of other files; they are made again"
+        ));
+    }
+    let mut parts = content.parts;
+    parts.retain(|&(part, _)| is_same(plan.checkpoint.parts[part].file));
+    let contents = Contents::new(&plan.checkpoint, &parts);
     let journal = create(&Content { stamps, outcomes: done.clone(), parts })?;
     Ok(Start { journal, contents, done })
 }

@@ -357,9 +357,9 @@ fn sources_that_are_something_else() {
     assert!(no_model(&model).is_none());
 
     let hub = error(Path::new("some-owner/Some-Model-7B")).to_string();
-    assert_says(&hub, &["`hf download some-owner/Some-Model-7B --local-dir Some-Model-7B`"]);
+    assert_says(&hub, &["`hf:some-owner/Some-Model-7B`"]);
     let hub = Geometry::load("some-owner/Some-Model-7B", None).unwrap_err().to_string();
-    assert_says(&hub, &["`hf download some-owner/Some-Model-7B config.json --local-dir Some-Model-7B`"]);
+    assert_says(&hub, &["`sluice pull some-owner/Some-Model-7B --include config.json --to Some-Model-7B`"]);
     #[cfg(unix)]
     {
         std::os::unix::fs::symlink("nowhere", path("link")).unwrap();

@@ -113,14 +113,14 @@ fn nvfp4(noise: &mut Noise, [r, c]: [usize; 2], compressed: bool) -> Encoded {
     (parts, values)
 }
 
-fn mlx_affine(noise: &mut Noise, [r, c]: [usize; 2], bits: usize) -> Encoded {
+fn mlx_affine(noise: &mut Noise, [r, c]: [usize; 2], bits: usize, group: usize) -> Encoded {
     let q = codes(noise, r * c, bits);
-    let (s, b) = (scales(noise, r * c / 32), scales(noise, r * c / 32));
-    let values = q.iter().enumerate().map(|(i, &q)| q as f32 * s[i / 32] + b[i / 32]).collect();
+    let (s, b) = (scales(noise, r * c / group), scales(noise, r * c / group));
+    let values = q.iter().enumerate().map(|(i, &q)| q as f32 * s[i / group] + b[i / group]).collect();
     let parts = vec![
         (".weight", words("U32", &[r, c * bits / 32], pack(&q, bits))),
-        (".scales", Tensor::bf16(&[r, c / 32], s)),
-        (".biases", Tensor::bf16(&[r, c / 32], b)),
+        (".scales", Tensor::bf16(&[r, c / group], s)),
+        (".biases", Tensor::bf16(&[r, c / group], b)),
     ];
     (parts, values)
 }
@@ -147,6 +147,82 @@ fn int8(noise: &mut Noise, [r, c]: [usize; 2], packed: bool) -> Encoded {
     (parts, values)
 }
 
+/// MXFP8, as MLX has it or beside fp8 weights.
+fn mxfp8(noise: &mut Noise, [r, c]: [usize; 2], mlx: bool) -> Encoded {
+    let (q, e) = (fp8_codes(noise, r * c), codes(noise, r * c / 32, 3));
+    let values = q.iter().enumerate().map(|(i, &q)| e4m3(q) * 2f32.powi(e[i / 32] as i32 - 7)).collect();
+    let scales = tensor("U8", &[r, c / 32], e.iter().map(|e| *e as u8 + 120).collect());
+    let parts = if mlx {
+        let words = q.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+        vec![(".weight", self::words("U32", &[r, c / 4], words)), (".scales", scales)]
+    } else {
+        vec![(".weight", tensor("F8_E4M3", &[r, c], q)), (".weight_scale", scales)]
+    };
+    (parts, values)
+}
+
+/// DeepSeek-V4: pairs of e2m1 codes, or e4m3 codes by block, with powers of two beside them.
+fn deepseek_v4(noise: &mut Noise, [r, c]: [usize; 2], four: bool) -> Encoded {
+    let power = |e: u32| 2f32.powi(e as i32 - 7);
+    let scales = |shape: &[usize], e: &[u32]| tensor("F8_E8M0", shape, e.iter().map(|e| *e as u8 + 120).collect());
+    if four {
+        let (q, e) = (codes(noise, r * c, 4), codes(noise, r * c / 32, 3));
+        let values = q.iter().enumerate().map(|(i, &q)| e2m1(q) * power(e[i / 32])).collect();
+        let packed = tensor("I8", &[r, c / 2], bytes_of(&pack(&q, 4)));
+        return (vec![(".weight", packed), (".scale", scales(&[r, c / 32], &e))], values);
+    }
+    let grid = [r.div_ceil(128), c.div_ceil(128)];
+    let (q, e) = (fp8_codes(noise, r * c), codes(noise, grid[0] * grid[1], 3));
+    let at = |i: usize| power(e[i / c / 128 * grid[1] + i % c / 128]);
+    let values = q.iter().enumerate().map(|(i, &q)| e4m3(q) * at(i)).collect();
+    (vec![(".weight", tensor("F8_E4M3", &[r, c], q)), (".scale", scales(&grid, &e))], values)
+}
+
+/// Packed integers with zero points, which are packed along the other dimension, or bytes.
+fn asymmetric(noise: &mut Noise, [r, c]: [usize; 2], bits: usize, packed: bool) -> Encoded {
+    let groups = c / 32;
+    let (q, z) = (codes(noise, r * c, bits), codes(noise, r * groups, bits));
+    let s = scales(noise, r * groups);
+    let at = |i: usize| (q[i] as f32 - z[i / 32] as f32) * s[i / 32];
+    let values = (0..r * c).map(at).collect();
+    let scale = (".weight_scale", Tensor::bf16(&[r, groups], s.clone()));
+    if !packed {
+        let bytes = |codes: &[u32]| codes.iter().map(|&q| (q as i32 - 128) as i8 as u8).collect();
+        let zeros = tensor("I8", &[r, groups], bytes(&z));
+        return (vec![(".weight", tensor("I8", &[r, c], bytes(&q))), scale, (".weight_zero_point", zeros)], values);
+    }
+    let columns: Vec<Vec<u32>> =
+        (0..groups).map(|g| pack(&z.iter().skip(g).step_by(groups).copied().collect::<Vec<_>>(), bits)).collect();
+    let zeros: Vec<u32> = (0..columns[0].len()).flat_map(|w| columns.iter().map(move |column| column[w])).collect();
+    let parts = vec![
+        (".weight_packed", words("I32", &[r, c * bits / 32], pack(&q, bits))),
+        scale,
+        (".weight_shape", words("I32", &[2], vec![r as u32, c as u32])),
+        (".weight_zero_point", words("I32", &[columns[0].len(), groups], zeros)),
+    ];
+    (parts, values)
+}
+
+/// HQQ with the settings that it saves: codes of distant rows share a byte, zeros are halves of integers.
+fn hqq(noise: &mut Noise, [r, c]: [usize; 2], bits: usize) -> Encoded {
+    let (group, apart) = (64, 8 / bits);
+    let groups = r * c / group;
+    let (q, s) = (codes(noise, r * c, bits), scales(noise, groups));
+    let z: Vec<f32> = codes(noise, groups, bits.min(6)).iter().map(|&z| z as f32 + 0.5).collect();
+    let values = q.iter().enumerate().map(|(i, &q)| (q as f32 - z[i / group]) * s[i / group]).collect();
+    let step = r * c / apart;
+    let byte = |i: usize| (0..apart).fold(0, |byte, part| byte << bits | q[part * step + i] as u8);
+    let parts = vec![
+        (".W_q", tensor("U8", &[groups / apart, group], (0..step).map(byte).collect())),
+        (".scale", Tensor::bf16(&[groups, 1], s)),
+        (".zero", Tensor::bf16(&[groups, 1], z)),
+        (".nbits", words("I32", &[], vec![bits as u32])),
+        (".axis", words("I32", &[], vec![1])),
+        (".packing", tensor("U8", &[7], b"4bit_u8".to_vec())),
+    ];
+    (parts, values)
+}
+
 /// One scale per row, or one in all.
 fn fp8(noise: &mut Noise, [r, c]: [usize; 2], per_row: bool) -> Encoded {
     let (q, s) = (fp8_codes(noise, r * c), scales(noise, if per_row { r } else { 1 }));
@@ -170,23 +246,26 @@ fn awq(noise: &mut Noise, [out, inputs]: [usize; 2]) -> Encoded {
     (parts, values)
 }
 
-/// `offset`: what version 1 subtracts from zeros. The groups are in disorder, as `desc_act` makes them.
-fn gptq(noise: &mut Noise, [out, inputs]: [usize; 2], bits: usize, offset: u32) -> Encoded {
-    let (groups, per_word) = (inputs / 32, 32 / bits);
-    let (q, z) = (codes(noise, inputs * out, bits), codes(noise, groups * out, bits));
+/// `offset`: what version 1 subtracts from zeros. `act_order`: the groups are in disorder, as `desc_act` makes them.
+fn gptq(noise: &mut Noise, [out, inputs]: [usize; 2], bits: usize, offset: u32, act_order: bool) -> Encoded {
+    let groups = inputs / 32;
+    let (q, mut z) = (codes(noise, inputs * out, bits), codes(noise, groups * out, bits));
+    // A byte holds no zero of 256.
+    z.iter_mut().filter(|z| **z == 255).for_each(|z| *z = 7);
     let s: Vec<f32> = scales(noise, groups * out);
-    let group: Vec<usize> = (0..inputs).map(|i| (i * 7 + 3) % groups).collect();
+    let group: Vec<usize> = (0..inputs).map(|i| if act_order { (i * 7 + 3) % groups } else { i / 32 }).collect();
     let at = |o: usize, i: usize| {
         let g = group[i] * out + o;
         (q[i * out + o] as f32 - (z[g] + offset) as f32) * s[g]
     };
     let values = (0..out).flat_map(|o| (0..inputs).map(move |i| at(o, i))).collect();
-    // Several inputs in a word.
-    let word = |i: usize, o: usize| (0..per_word).fold(0, |w, k| w | q[(per_word * i + k) * out + o] << (bits * k));
-    let packed = (0..inputs / per_word).flat_map(|i| (0..out).map(move |o| word(i, o))).collect();
+    // The inputs of each output are a stream of bits.
+    let stream = |o: usize| pack(&(0..inputs).map(|i| q[i * out + o]).collect::<Vec<_>>(), bits);
+    let columns: Vec<Vec<u32>> = (0..out).map(stream).collect();
+    let packed = (0..columns[0].len()).flat_map(|w| columns.iter().map(move |column| column[w])).collect();
     let parts = vec![
-        (".qweight", words("I32", &[inputs / per_word, out], packed)),
-        (".qzeros", words("I32", &[groups, out / per_word], pack(&z, bits))),
+        (".qweight", words("I32", &[inputs * bits / 32, out], packed)),
+        (".qzeros", words("I32", &[groups, out * bits / 32], pack(&z, bits))),
         (".scales", Tensor::f16(&[groups, out], s)),
         (".g_idx", words("I32", &[inputs], group.iter().map(|g| *g as u32).collect())),
     ];
@@ -212,7 +291,8 @@ fn check(name: &str, quantisation: &Value, encode: Encoder<'_>) -> Summary {
         };
         let shape = [t.shape[0], t.shape[1]];
         // Shapes that the form cannot hold stay as they are, as in real checkpoints.
-        if !shape[0].is_multiple_of(8) || !shape[1].is_multiple_of(64) {
+        let multiple = if name.contains("gptq") { 32 } else { 8 };
+        if !shape[0].is_multiple_of(multiple) || !shape[1].is_multiple_of(64) {
             plain.insert(tensor, t);
             continue;
         }
@@ -249,79 +329,163 @@ fn compressed(format: &str) -> Value {
         {"quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": {"weights": weights}}}})
 }
 
-/// The types of matrices that were carried and of one that cannot be, because a transposed part of it is stored.
-fn assert_types(summary: &Summary, carried: &str, transposed: &str) {
-    for group in ["expert.gate_up", "expert.down", "attention.o", "attention.v_b", "dense.down"] {
-        assert_eq!(summary.types[group], [carried], "{group}");
+/// The types of matrices that were carried, by their columns, and of one that cannot be, because a transposed part of it is
+/// stored.
+fn assert_types(name: &str, summary: &Summary, carried: impl Fn(usize) -> String, transposed: &str) {
+    let columns = [("expert.gate_up", 128), ("expert.down", 64), ("attention.o", 320), ("dense.down", 192)];
+    for (group, cols) in columns {
+        assert_eq!(summary.types[group], [carried(cols)], "{name}: {group}");
     }
-    assert_eq!(summary.types["attention.k_b"], [transposed]);
+    assert_eq!(summary.types["attention.k_b"], [transposed], "{name}");
+    assert!(summary.widened.iter().all(|w| w.contains("k_b")), "{name}: {:?}", summary.widened);
 }
 
 #[test]
 fn forms_that_a_type_fits_are_carried() {
-    for group in [32, 64] {
-        let summary = check("int4", &compressed("pack-quantized"), &|noise, shape| packed_int4(noise, shape, group));
-        assert_types(&summary, "int4", "f32");
-        assert!(summary.widened.iter().all(|w| w.contains("k_b")), "{:?}", summary.widened);
-    }
+    let all = |name: &'static str| move |_: usize| name.to_owned();
+    let summary = check("int4", &compressed("pack-quantized"), &|noise, shape| packed_int4(noise, shape, 32));
+    assert_types("int4", &summary, all("int4"), "f32");
+    let summary = check("int4 by 64", &compressed("pack-quantized"), &|noise, shape| packed_int4(noise, shape, 64));
+    assert_types("int4 by 64", &summary, all("u4-g64-bf16"), "f32");
     let summary = check("mxfp4", &compressed("mxfp4-pack-quantized"), &|noise, shape| mxfp4(noise, shape, false));
-    assert_types(&summary, "mxfp4", "f32");
+    assert_types("mxfp4", &summary, all("mxfp4"), "f32");
     let mlx = json!({"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}});
-    assert_types(&check("mlx mxfp4", &mlx, &|noise, shape| mxfp4(noise, shape, true)), "mxfp4", "f32");
+    assert_types("mlx mxfp4", &check("mlx mxfp4", &mlx, &|n, s| mxfp4(n, s, true)), all("mxfp4"), "f32");
     // One scale for all: it is the scale of every tile, also of transposed ones.
     let summary = check("fp8 per tensor", &method("fp8"), &|noise, shape| fp8(noise, shape, false));
-    assert_types(&summary, "fp8", "fp8");
+    assert_types("fp8", &summary, all("fp8"), "fp8");
+    let v4 = method("fp8");
+    assert_types("v4", &check("v4", &v4, &|n, s| deepseek_v4(n, s, true)), all("mxfp4"), "f32");
+    assert_types("v4 fp8", &check("v4 fp8", &v4, &|n, s| deepseek_v4(n, s, false)), all("fp8"), "fp8");
+    // A scale per row is one per group where a type has groups of that many columns.
+    let by_row = |codes: &'static str| {
+        move |cols: usize| if cols <= 128 { format!("{codes}-g{cols}-bf16") } else { format!("{codes}-row-bf16") }
+    };
+    let summary = check("fp8 per row", &compressed("float-quantized"), &|noise, shape| fp8(noise, shape, true));
+    assert_types("fp8 per row", &summary, by_row("e4m3"), "f32");
+    for packed in [true, false] {
+        let format = if packed { "pack-quantized" } else { "int-quantized" };
+        let summary = check(format, &compressed(format), &|noise, shape| int8(noise, shape, packed));
+        assert_types(format, &summary, by_row("u8"), "f32");
+    }
 }
 
+/// Forms that are one description of codes and scales: each in the type that its bits are.
 #[test]
-fn forms_that_no_type_fits_are_widened_and_named() {
-    let forms: [(&str, Value, Encoder<'_>); 24] = [
-        ("fp8 per row", compressed("float-quantized"), &|noise, shape| fp8(noise, shape, true)),
-        (
-            "nvfp4",
-            json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}),
-            &|noise, shape| nvfp4(noise, shape, false),
-        ),
-        ("nvfp4 compressed", compressed("nvfp4-pack-quantized"), &|noise, shape| nvfp4(noise, shape, true)),
-        ("mlx 2", json!({"quantization": {"bits": 2}}), &|noise, shape| mlx_affine(noise, shape, 2)),
-        ("mlx 4", json!({"quantization": {"bits": 4}}), &|noise, shape| mlx_affine(noise, shape, 4)),
-        ("mlx 8", json!({"quantization": {"bits": 8}}), &|noise, shape| mlx_affine(noise, shape, 8)),
-        ("mlx 3", json!({"quantization": {"bits": 3}}), &|noise, shape| mlx_affine(noise, shape, 3)),
-        ("mlx 5", json!({"quantization": {"bits": 5}}), &|noise, shape| mlx_affine(noise, shape, 5)),
-        ("mlx 6", json!({"quantization": {"bits": 6}}), &|noise, shape| mlx_affine(noise, shape, 6)),
-        ("mlx nvfp4", json!({"quantization": {"bits": 4, "group_size": 16, "mode": "nvfp4"}}), &mlx_nvfp4),
+fn groups_of_codes_are_carried() {
+    let gptq_of = |bits: usize| json!({"quantization_config": {"quant_method": "gptq", "bits": bits}});
+    let mut asymmetric_config = compressed("pack-quantized");
+    asymmetric_config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = json!(false);
+    let ordered = json!({"quantization_config": {"quant_method": "gptq", "desc_act": false}});
+    let v2 = json!({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}});
+    let modelopt = json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}});
+    let nv = json!({"quantization": {"bits": 4, "group_size": 16, "mode": "nvfp4"}});
+    let mut forms: Vec<(String, Value, Box<dyn Fn(&mut Noise, [usize; 2]) -> Encoded>, String)> = Vec::new();
+    let mut add = |name: &str, config: &Value, encode: Box<dyn Fn(&mut Noise, [usize; 2]) -> Encoded>, ty: &str| {
+        forms.push((name.to_owned(), config.clone(), encode, ty.to_owned()));
+    };
+    for bits in [2, 3, 4, 5, 6, 8] {
+        let config = json!({"quantization": {"bits": bits}});
+        let name = format!("mlx {bits}");
+        add(&name, &config, Box::new(move |n, s| mlx_affine(n, s, bits, 32)), &format!("u{bits}-g32-bf16-bias"));
+        let name = format!("asymmetric {bits}");
+        let ty = format!("u{bits}-g32-bf16-zero");
+        add(&name, &asymmetric_config, Box::new(move |n, s| asymmetric(n, s, bits, true)), &ty);
+    }
+    for bits in [2, 3, 4, 8] {
+        let ty = format!("u{bits}-g32-f16-zero");
+        let name = format!("gptq {bits}");
+        add(&name, &gptq_of(bits), Box::new(move |n, s| gptq(n, s, bits, 1, false)), &ty);
+        add(&name, &ordered, Box::new(move |n, s| gptq(n, s, bits, 1, false)), &ty);
+        add(&name, &v2, Box::new(move |n, s| gptq(n, s, bits, 0, false)), &ty);
+    }
+    add("mlx 4 by 64", &json!({"quantization": {}}), Box::new(|n, s| mlx_affine(n, s, 4, 64)), "u4-g64-bf16-bias");
+    add("asymmetric bytes", &asymmetric_config, Box::new(|n, s| asymmetric(n, s, 8, false)), "u8-g32-bf16-zero");
+    add("awq", &method("awq"), Box::new(awq), "u4-g32-f16-zero");
+    add("nvfp4", &modelopt, Box::new(|n, s| nvfp4(n, s, false)), "nvfp4");
+    add("nvfp4 compressed", &compressed("nvfp4-pack-quantized"), Box::new(|n, s| nvfp4(n, s, true)), "nvfp4");
+    add("mlx nvfp4", &nv, Box::new(mlx_nvfp4), "nvfp4");
+    add("mxfp8", &method("fp8"), Box::new(|n, s| mxfp8(n, s, false)), "mxfp8");
+    add("mlx mxfp8", &json!({"quantization": {"mode": "mxfp8"}}), Box::new(|n, s| mxfp8(n, s, true)), "mxfp8");
+    for bits in [2, 4, 8] {
+        let name = format!("hqq {bits}");
+        add(&name, &method("hqq"), Box::new(move |n, s| hqq(n, s, bits)), &format!("u{bits}-g64-bf16-float-zero"));
+    }
+    for (name, config, encode, ty) in forms {
+        let summary = check(&name, &config, &*encode);
+        assert_types(&name, &summary, |_| ty.clone(), "f32");
+    }
+}
+
+/// What a configuration says, says in another way, or does not say, and what the tensors themselves say.
+#[test]
+fn forms_are_known_by_what_there_is() {
+    let forms: [(&str, Value, Encoder<'_>); 9] = [
         // Widths that the configuration gives for most layers are not those of all.
-        ("mlx 8 among 4", json!({"quantization": {"bits": 4}}), &|noise, shape| mlx_affine(noise, shape, 8)),
+        ("mlx 8 among 4", json!({"quantization": {"bits": 4}}), &|noise, shape| mlx_affine(noise, shape, 8, 32)),
         ("gptq 8 among 4", json!({"quantization_config": {"quant_method": "GPTQ", "bits": 4}}), &|n, s| {
-            gptq(n, s, 8, 1)
+            gptq(n, s, 8, 1, false)
         }),
-        ("gptq 2", json!({"quantization_config": {"quant_method": "gptq", "bits": 2}}), &|n, s| gptq(n, s, 2, 1)),
-        ("gptq that does not say so", json!({"quantization_config": {"bits": 4}}), &|n, s| gptq(n, s, 4, 1)),
-        ("int8 packed", compressed("pack-quantized"), &|noise, shape| int8(noise, shape, true)),
-        ("int8", compressed("int-quantized"), &|noise, shape| int8(noise, shape, false)),
+        ("gptq that does not say so", json!({"quantization_config": {"bits": 4}}), &|n, s| gptq(n, s, 4, 1, false)),
         ("awq that does not say so", json!({"quantization_config": {"bits": 4, "zero_point": true}}), &awq),
-        ("awq", method("AWQ"), &awq),
-        ("gptq", method("gptq"), &|noise, shape| gptq(noise, shape, 4, 1)),
-        (
-            "gptq v2",
-            json!({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}}),
-            &|n, s| gptq(n, s, 4, 0),
-        ),
+        ("awq in capitals", method("AWQ"), &awq),
         // As newer files of GPTQModel have it.
         (
             "gptq v2 by its newer names",
             json!({"quantization_config": {"method": "gptq", "format": "gptq_v2", "bits": 4}}),
-            &|n, s| gptq(n, s, 4, 0),
+            &|n, s| gptq(n, s, 4, 0, false),
         ),
-        ("auto-round as gptq", auto_round("auto_round:auto_gptq"), &|n, s| gptq(n, s, 4, 1)),
+        ("auto-round as gptq", auto_round("auto_round:auto_gptq"), &|n, s| gptq(n, s, 4, 1, false)),
         ("auto-round as awq", auto_round("auto_round:auto_awq"), &awq),
-        ("auto-round's own", auto_round("auto_round"), &|n, s| gptq(n, s, 4, 0)),
+        ("auto-round's own gptq", auto_round("auto_round"), &|n, s| gptq(n, s, 4, 0, false)),
     ];
     for (name, quantisation, encode) in forms {
-        let summary = check(name, &quantisation, encode);
-        assert_types(&summary, "f32", "f32");
+        check(name, &quantisation, encode);
+    }
+}
+
+/// Groups of inputs in disorder, and a zero that a byte does not hold: f32 holds the numbers.
+#[test]
+fn forms_that_no_type_fits_are_widened_and_named() {
+    let forms: [(&str, Encoder<'_>); 2] = [
+        ("gptq by activation order", &|n, s| gptq(n, s, 4, 1, true)),
+        ("gptq with large zeros", &|n, s| {
+            let (mut parts, mut values) = gptq(n, s, 8, 1, false);
+            // The first output's zeros: stored 255, so 256.
+            let zeros = &mut parts[1].1;
+            let (row, old) = (zeros.shape[1] * 4, zeros.bytes[0]);
+            zeros.bytes[0] = 255;
+            let (inputs, scale) = (s[1], f16_at(&parts[2].1.bytes, 0));
+            assert!(row > 0 && inputs >= 32);
+            for value in &mut values[..32] {
+                let code = (*value / scale).round() + f32::from(old) + 1.0;
+                *value = (code - 256.0) * scale;
+            }
+            (parts, values)
+        }),
+    ];
+    for (name, encode) in forms {
+        let summary = check(name, &method("gptq"), encode);
+        for group in ["expert.gate_up", "expert.down", "attention.o"] {
+            assert_eq!(summary.types[group], ["f32"], "{name}: {group}");
+        }
         assert!(summary.widened.iter().any(|w| w.contains("expert.down")), "{name}: {:?}", summary.widened);
     }
+    // Said to be in order, and not.
+    let ordered = json!({"quantization_config": {"quant_method": "gptq", "desc_act": false}});
+    let mut config = shape().config();
+    config["quantization_config"] = ordered["quantization_config"].clone();
+    let mut tensors = shape().tensors();
+    let stem = "model.layers.1.mlp.experts.0.down_proj";
+    tensors.remove(&format!("{stem}.weight"));
+    let parts = gptq(&mut Noise(5), [128, 64], 4, 1, true).0;
+    tensors.extend(parts.into_iter().map(|(end, part)| (format!("{stem}{end}"), part)));
+    let error = convert_to_content(&config, &tensors, "keep").unwrap_err().to_string();
+    assert!(error.contains("g_idx") && error.contains("desc_act"), "{error}");
+}
+
+fn f16_at(bytes: &[u8], at: usize) -> f32 {
+    half::f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
 }
 
 fn auto_round(packing: &str) -> Value {

@@ -116,7 +116,7 @@ impl Catalog {
         while let Some(e) = self.extent(kind, NO_LAYER, count as u32) {
             let found = self.tensors_in(kind, NO_LAYER, e.index);
             let (part_rows, ty) = found.first().map_or((0, WeightType::F32), |t| (t.shape[1], t.weight_type));
-            let wanted = usize::try_from(part_rows).ok().and_then(|rows| self.spec.part_tensor(kind, rows));
+            let wanted = usize::try_from(part_rows).ok().and_then(|rows| self.spec.part_tensor(kind, rows, ty));
             check_shapes(found, wanted.as_slice(), || e.name())?;
             let (uniform, first_type) = *first.get_or_insert((part_rows, ty));
             // A part shorter than the first anywhere but at the end would break "row / rows per part = part".

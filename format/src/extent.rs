@@ -12,7 +12,7 @@ pub const NO_LAYER: u32 = u32::MAX;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u16)]
 pub enum ExtentKind {
-    /// A range of rows of the token embedding, plain layout; `index` is the part.
+    /// A range of rows of the token embedding; `index` is the part.
     Embedding = 1,
     /// A range of rows of the output head, tiled layout; `index` is the part.
     Head = 2,

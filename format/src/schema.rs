@@ -3,6 +3,7 @@
 use crate::extent::ExtentKind;
 use crate::spec::{AttentionSpec, DeltaSpec, FfnSpec, GqaSpec, MlaSpec, ModelSpec, QkNormScope};
 use crate::tensor::Layout;
+use sluice_weights::WeightType;
 
 /// Name, shape and arrangement of one tensor that an extent must hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,11 +42,12 @@ impl ModelSpec {
         }
     }
 
-    /// The tensor of an embedding or head part of `rows` rows; `None` for other kinds.
-    pub fn part_tensor(&self, kind: ExtentKind, rows: usize) -> Option<TensorShape> {
+    /// The tensor of an embedding or head part of `rows` rows of type `ty`; `None` for other kinds. The embedding is looked up
+    /// row by row: numbers that stand alone are plain, and of all other types a row is unpacked from its row group.
+    pub fn part_tensor(&self, kind: ExtentKind, rows: usize, ty: WeightType) -> Option<TensorShape> {
         let layout = match kind {
-            ExtentKind::Embedding => Layout::Plain,
-            ExtentKind::Head => Layout::Tiled,
+            ExtentKind::Embedding if ty.plain_element_len().is_some() => Layout::Plain,
+            ExtentKind::Embedding | ExtentKind::Head => Layout::Tiled,
             _ => return None,
         };
         Some(TensorShape { name: kind.name(), layout, shape: [1, rows, self.hidden_size] })

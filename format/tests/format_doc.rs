@@ -213,7 +213,8 @@ fn canonical_tensors() {
                         (r[1].clone(), r[2].clone(), [&r[3], &r[4], &r[5]].map(|e| evaluate(e, &paths)))
                     })
                     .collect();
-                let shapes = spec.part_tensor(kind, 7).map_or_else(|| spec.tensors(kind, i), |t| vec![t]);
+                let shapes =
+                    spec.part_tensor(kind, 7, WeightType::Bf16).map_or_else(|| spec.tensors(kind, i), |t| vec![t]);
                 let code = shapes.into_iter().map(|t| (t.name.to_owned(), t.layout.name().to_owned(), t.shape));
                 assert_eq!(documented, code.collect::<Vec<_>>(), "{kind} of layer {i}");
             }

@@ -2,7 +2,9 @@
 
 use crate::activations::Activations;
 use crate::matmul::{Tile, TileShape};
-use crate::matrix::{Matrix, WeightType};
+use crate::matrix::Matrix;
+#[cfg(target_arch = "aarch64")]
+use crate::matrix::WeightType;
 #[cfg(target_arch = "aarch64")]
 use crate::neon::Neon;
 use crate::scalar;
@@ -163,15 +165,14 @@ impl Kernels {
 
     /// Multiplies one or two adjacent row groups with up to [`tile_tokens`](Self::tile_tokens) tokens.
     pub(crate) fn tile(&self, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
-        if matches!(w.ty(), WeightType::Grouped(_)) {
-            return scalar_tile(w, x, shape, out);
-        }
         match self.isa {
             Isa::Scalar => scalar_tile(w, x, shape, out),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(isa) => isa.tile(w, x, shape, out),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.tile(w, x, shape, out),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(_) if matches!(w.ty(), WeightType::Grouped(_)) => scalar_tile(w, x, shape, out),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon(isa) => isa.tile(w, x, shape, out),
         }

@@ -21,6 +21,7 @@ mod activations;
 mod attention;
 mod elementwise;
 mod grouped;
+mod interleave;
 mod isa;
 mod kv;
 mod math;
@@ -57,6 +58,7 @@ pub use matrix::{BLOCK, FP8_BLOCK, Matrix, ROW_GROUP, ShapeError, Watch, WeightT
 pub use number::{E2M1, bf16_to_f32, e4m3_to_f32, e8m0_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use pack::{
     pack_row_group, pack_row_group_fp8, pack_row_group_int4, pack_row_group_mxfp4, pack_row_group_u16, unpack,
+    unpack_row,
 };
 pub use quant::{Feedback, FeedbackScratch, Moments, Quantised, pack_row_group_weighted};
 pub use threads::ThreadPool;

@@ -3,6 +3,7 @@
 //! The converter checks shapes of its input and reports them; here a wrong length is a mistake of the program and
 //! panics.
 
+use crate::interleave::interleave;
 use crate::math::ROUND;
 use crate::matrix::{BLOCK, FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::number::{E2M1, f16_to_f32, f32_to_bf16, f32_to_f16};
@@ -101,10 +102,7 @@ pub(crate) fn q8_values(block: &[f32], scale: f32) -> [u8; BLOCK] {
 /// For more than 8 rows, or lengths that do not fit the shape.
 pub fn pack_row_group_u16(src: &[u16], n_rows: usize, cols: usize, out: &mut [u8]) {
     let (_, values) = planes(WeightType::Bf16, n_rows, cols, src.len(), out);
-    for r in 0..n_rows {
-        let slots = values.as_chunks_mut::<2>().0.iter_mut().skip(r).step_by(ROW_GROUP);
-        slots.zip(&src[r * cols..]).for_each(|(slot, w)| *slot = w.to_le_bytes());
-    }
+    interleave(src, cols, values.as_chunks_mut::<2>().0, u16::to_le_bytes);
 }
 
 /// Packs one row group of e4m3 codes, unchanged. `codes` is row-major `[n_rows, cols]`, `scales` has one multiplier per
@@ -118,10 +116,7 @@ pub fn pack_row_group_fp8(codes: &[u8], n_rows: usize, cols: usize, scales: &[f3
     for (slot, scale) in scale_plane.as_chunks_mut::<4>().0.iter_mut().zip(scales) {
         *slot = scale.to_le_bytes();
     }
-    for r in 0..n_rows {
-        let slots = values.iter_mut().skip(r).step_by(ROW_GROUP);
-        slots.zip(&codes[r * cols..]).for_each(|(slot, &code)| *slot = code);
-    }
+    interleave(codes, cols, values, |code| code);
 }
 
 /// Packs one row group of 4-bit integers. `nibbles` is row-major `[n_rows, cols]`, one `value + 8` in 0..16 per byte;
@@ -161,12 +156,20 @@ pub fn pack_row_group_mxfp4(codes: &[u8], n_rows: usize, cols: usize, scales: &[
 }
 
 pub(crate) fn put_nibbles(nibbles: &[u8], n_rows: usize, cols: usize, values: &mut [u8]) {
+    const HALF: usize = BLOCK / 2;
+    assert!(nibbles.iter().fold(0, |all, nibble| all | nibble) < 16, "more than four bits");
     for r in 0..n_rows {
-        for (k, &nibble) in nibbles[r * cols..][..cols].iter().enumerate() {
-            assert!(nibble < 16, "{nibble} does not fit in four bits");
-            let (g, q, i) = (k / BLOCK, k % BLOCK / 4, k % 4);
-            let byte = &mut values[g * 128 + q % 4 * 32 + r * 4 + i];
-            *byte = if q < 4 { *byte & 0xf0 | nibble } else { *byte & 0x0f | nibble << 4 };
+        let (blocks, rest) = nibbles[r * cols..][..cols].as_chunks::<BLOCK>();
+        for (block, out) in blocks.iter().zip(values.chunks_exact_mut(HALF * ROW_GROUP)) {
+            let bytes: [u8; HALF] = std::array::from_fn(|j| block[j] | block[j + HALF] << 4);
+            for (word, out) in bytes.as_chunks::<4>().0.iter().zip(out.chunks_exact_mut(4 * ROW_GROUP)) {
+                out[4 * r..][..4].copy_from_slice(word);
+            }
+        }
+        // What is behind the end of a row keeps its zero.
+        for (k, &nibble) in rest.iter().enumerate() {
+            let byte = &mut values[blocks.len() * HALF * ROW_GROUP + k % HALF / 4 * 4 * ROW_GROUP + r * 4 + k % 4];
+            *byte = if k < HALF { *byte & 0xf0 | nibble } else { *byte & 0x0f | nibble << 4 };
         }
     }
 }
@@ -187,6 +190,20 @@ pub fn unpack(w: Matrix<'_>) -> Vec<f32> {
         }
     }
     out
+}
+
+/// Row `row` of a matrix, as [`unpack`] gives it: `out` has one number per column.
+///
+/// # Panics
+/// If there is no such row, or `out.len() != w.cols()`.
+pub fn unpack_row(w: Matrix<'_>, row: usize, out: &mut [f32]) {
+    assert!(row < w.rows(), "row {row} of {}", w.rows());
+    assert_eq!(out.len(), w.cols(), "one number per column");
+    let (group, r) = (w.group(row / ROW_GROUP), row % ROW_GROUP);
+    match w.ty() {
+        WeightType::Grouped(ty) => grouped::unpack_row(ty, &group, r, out),
+        _ => out.iter_mut().enumerate().for_each(|(k, out)| *out = unpack_column(&group, k)[r]),
+    }
 }
 
 fn unpack_column(w: &Group<'_>, k: usize) -> scalar::Rows {
@@ -230,5 +247,21 @@ mod tests {
         }
         assert_eq!(q8_values(&[1.0; BLOCK], 0.0), [0; BLOCK]);
         assert_eq!(q8_values(&[1.0; BLOCK], f32::NAN), [0; BLOCK]);
+    }
+
+    #[test]
+    fn one_row_is_a_row_of_all() {
+        for ty in WeightType::all() {
+            let (rows, cols) = (11, 256);
+            let len = crate::packed_len(ty, rows, cols).unwrap();
+            let bytes: Vec<u8> = (0..len).map(|i| (i * i * 31 + i * 7 + i / 251) as u8).collect();
+            let matrix = Matrix::new(ty, rows, cols, &bytes).unwrap();
+            let all = unpack(matrix);
+            let mut one = vec![0.0; cols];
+            for (row, expected) in all.chunks_exact(cols).enumerate() {
+                unpack_row(matrix, row, &mut one);
+                assert!(one.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits()), "{ty} row {row}");
+            }
+        }
     }
 }

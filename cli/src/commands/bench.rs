@@ -1,5 +1,7 @@
 //! `sluice bench`: measurements, one command each.
 
+use std::path::PathBuf;
+
 use clap::Subcommand;
 
 use super::{bench_decode, bench_disk, bench_kernels};
@@ -25,6 +27,16 @@ enum What {
     Disk(bench_disk::Args),
     Decode(bench_decode::Args),
     Kernels(bench_kernels::Args),
+}
+
+impl Args {
+    /// The model file that is measured, if one is.
+    pub(crate) fn file(&mut self) -> Option<&mut PathBuf> {
+        match &mut self.what {
+            What::Decode(args) => Some(&mut args.file),
+            _ => None,
+        }
+    }
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {

@@ -40,7 +40,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Model file
+    /// Model file, or hf:NAME
     pub(crate) file: PathBuf,
 
     /// Tokens that are decoded and measured, for each budget

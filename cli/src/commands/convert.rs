@@ -1,4 +1,4 @@
-//! `sluice convert`: a Hugging Face checkpoint becomes one model file.
+//! `sluice convert`: a Hugging Face checkpoint, in a folder or on the hub, becomes one model file.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -12,14 +12,17 @@ use serde_json::{Value, json};
 use sluice_calibrate::{CalibrateError, Measurement, TEXT, digest};
 use sluice_converter::measure::Measure;
 use sluice_converter::{
-    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Summary, TypeChoice, check_destination, convert_measured,
-    plan,
+    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Recipe, Summary, TypeChoice, check_destination,
+    convert_measured, plan,
 };
 use sluice_format::WeightType;
+use sluice_hub::Reference;
+use sluice_hub::models::Models;
 use sluice_model::memory::Bytes;
 use sluice_text::TextError;
 
 use crate::error::CliError;
+use crate::fetch::{Fetched, confirm, reference};
 use crate::input::read_text;
 use crate::terminal::{byte_bar, note, print, print_json, seconds};
 use crate::text_files::{examine, other_tokenizers};
@@ -35,22 +38,29 @@ matrix decides how its weights are rounded. This takes room beside the model fil
 
 Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
 
+hf:NAME converts straight from the Hugging Face hub: what that takes is said before the first gigabyte, and no more than three \
+files of the model are on the drive at once.
+
 Examples:
   sluice convert DeepSeek-R1/ r1.sluice
   sluice convert DeepSeek-R1/ r1.sluice --dry-run
+  sluice convert hf:deepseek-ai/DeepSeek-R1 r1.sluice
+  sluice convert hf:Qwen/Qwen3-30B-A3B --type q4
+  sluice convert hf:unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M qwen3.sluice
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8
   sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --importance-text mine.txt
+  sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8 --recipe my-moe.recipe
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
 
 /// Convert a Hugging Face checkpoint (a folder with config.json and safetensors) into a model file
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder of the checkpoint
+    /// Folder of the checkpoint, or hf:OWNER/NAME for one on the hub; @REVISION and, for GGUF, :QUANT or :FILE may follow
     src: PathBuf,
 
-    /// Model file to write
-    dst: PathBuf,
+    /// Model file to write [default, from the hub: one in the folder of models, which `run` finds by the name]
+    dst: Option<PathBuf>,
 
     /// Type of the routed experts [default: keep]
     #[arg(long = "type", value_name = "TYPE", value_parser = type_parser())]
@@ -59,6 +69,10 @@ pub(crate) struct Args {
     /// Type of everything else [default: keep]
     #[arg(long, value_name = "TYPE", value_parser = type_parser())]
     dense_type: Option<TypeChoice>,
+
+    /// Types by pattern, which go before the two: a file of lines such as `layers.{0-2}.expert.* q8`; the first that matches wins
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
 
     /// Take what `sluice calibrate` or --save-importance measured to round q4 and q3, rather than measure on the way
     #[arg(long, visible_alias = "imatrix", value_name = "FILE")]
@@ -84,6 +98,10 @@ pub(crate) struct Args {
     #[arg(long)]
     overwrite: bool,
 
+    /// From the hub: keep what is downloaded, as a checkpoint in DST.source
+    #[arg(long)]
+    keep: bool,
+
     /// Only say what would be written
     #[arg(long)]
     dry_run: bool,
@@ -103,58 +121,179 @@ fn page_size_parser() -> impl clap::builder::TypedValueParser<Value = u32> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    let started = Instant::now();
-    let (plan, options, mut measurement) = planned(args)?;
-    check_types(args, &plan)?;
-    match check_destination(&plan, &args.dst).map_err(explain) {
-        Err(problem) if args.dry_run => note(&format_args!("note: the conversion itself would be refused: {problem}")),
-        checked => checked?,
+    let options = Options {
+        expert_type: args.expert_type.unwrap_or_default(),
+        dense_type: args.dense_type.unwrap_or_default(),
+        recipe: args.recipe.as_deref().map(Recipe::load).transpose()?,
+        page_size: args.page_size,
+        importance: args.importance.clone(),
+        measured: None,
+        overwrite: args.overwrite,
+    };
+    if let Some(reference) = reference(&args.src)? {
+        return from_hub(args, &reference, &options);
     }
-    check_text(args, &plan)?;
+    if args.keep {
+        return Err(CliError::Usage(
+            "--keep is for models of the hub (hf:NAME): what is in a folder stays there".into(),
+        ));
+    }
+    let Some(dst) = args.dst.as_deref() else {
+        let message = "name the model file to write, behind the folder of the checkpoint; only models of the hub (hf:NAME) have a \
+                       place of their own";
+        return Err(CliError::Usage(message.into()));
+    };
+    let started = Instant::now();
+    let text = measured_text(args)?;
+    let ((), plan, mut measurement) =
+        planned(&options, text.as_deref(), &args.src, |options| Ok(((), plan(&args.src, options)?)))?;
+    check(args, dst, &plan)?;
     if args.dry_run {
         return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan)) };
     }
     let bar = Bar(byte_bar("converting", 0));
     let measure = measurement.as_mut().map(|measurement| measurement as &mut dyn Measure);
-    let outcome = convert_measured(&plan, &args.dst, measure, &bar);
+    let outcome = convert_measured(&plan, dst, measure, &bar);
     bar.0.finish_and_clear();
     let summary = outcome.map_err(explain)?;
-    if let (Some(path), Some(measurement)) = (&args.save_importance, &measurement) {
-        measurement.importance(&plan).map_err(unmeasured)?.save(path)?;
+    save_importance(args, &plan, measurement.as_ref())?;
+    if args.json {
+        return print_json(&summary);
+    }
+    print(&describe(dst, &summary, started.elapsed().as_secs_f64()))
+}
+
+/// Everything that can be wrong before anything is written.
+fn check(args: &Args, dst: &Path, plan: &Plan) -> Result<(), CliError> {
+    check_types(args, plan)?;
+    match check_destination(plan, dst).map_err(explain) {
+        Err(problem) if args.dry_run => note(&format_args!("note: the conversion itself would be refused: {problem}")),
+        checked => checked?,
+    }
+    check_text(&args.src, dst, plan)
+}
+
+/// Converts straight from the hub.
+fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(), CliError> {
+    let started = Instant::now();
+    let dst = match &args.dst {
+        Some(dst) => dst.clone(),
+        None => {
+            let models = Models::of_user()?;
+            models.create()?;
+            models.path(reference, types_asked_for(args).as_deref())
+        }
+    };
+    let (text, name) = (measured_text(args)?, PathBuf::from(reference.to_string()));
+    let (fetched, plan, mut measurement) =
+        planned(options, text.as_deref(), &name, |options| Fetched::plan(reference, &dst, options, args.keep))?;
+    check(args, &dst, &plan)?;
+    if args.dry_run && args.json {
+        return print_json(&plan_json(&plan, options));
+    }
+    let facts = format!("{reference}: {}", fetched.facts(&plan, &dst)?);
+    if args.dry_run {
+        return print(&format!("{facts}{}", describe_plan(&plan)));
+    }
+    note(&facts.trim_end());
+    let (summary, kept) = carry_out(&fetched, &plan, &dst, measurement.as_mut())?;
+    save_importance(args, &plan, measurement.as_ref())?;
+    if let Some(kept) = kept {
+        note(&format_args!("what was downloaded is in {}", kept.display()));
     }
     if args.json {
         return print_json(&summary);
     }
-    print(&describe(&args.dst, &summary, started.elapsed().as_secs_f64()))
+    print(&describe(&dst, &summary, started.elapsed().as_secs_f64()))
 }
 
-/// The plan, with what measures the model if it is to be measured: types that are rounded by importance are, unless the user says
-/// otherwise or the model cannot read a text.
-fn planned(args: &Args) -> Result<(Plan, Options, Option<Measurement>), CliError> {
-    let own = args.importance_text.as_ref().map(|path| read_text(path, "read the text")).transpose()?;
-    let text = own.as_deref().unwrap_or(TEXT);
-    let measured = (!args.no_importance && args.importance.is_none()).then(|| digest(text));
-    let options = Options {
-        expert_type: args.expert_type.unwrap_or_default(),
-        dense_type: args.dense_type.unwrap_or_default(),
-        page_size: args.page_size,
-        importance: args.importance.clone(),
-        measured,
-        overwrite: args.overwrite,
+/// The types in the name of a file, where they are not the usual ones.
+fn types_asked_for(args: &Args) -> Option<String> {
+    let name = |ty: Option<TypeChoice>| match ty {
+        Some(TypeChoice::Type(ty)) => Some(ty.name()),
+        _ => None,
     };
-    let first = plan(&args.src, &options)?;
-    if !first.is_measured() {
-        return Ok((first, options, None));
+    match (name(args.expert_type), name(args.dense_type)) {
+        (None, None) => None,
+        (experts, None) => experts.map(str::to_owned),
+        (experts, Some(dense)) => Some(format!("{}-{dense}", experts.unwrap_or("keep"))),
     }
+}
+
+/// A conversion from the hub that nobody has asked for in so many words.
+pub(crate) struct Job {
+    pub(crate) options: Options,
+    /// Whether to ask, once it is known what it takes.
+    pub(crate) confirm: bool,
+}
+
+/// Converts a model of the hub to `dst`, if the user wants that, and says what it takes before.
+pub(crate) fn convert_file(reference: &Reference, dst: &Path, job: &Job) -> Result<(), CliError> {
+    let name = PathBuf::from(reference.to_string());
+    let (fetched, plan, mut measurement) =
+        planned(&job.options, Some(TEXT), &name, |options| Fetched::plan(reference, dst, options, false))?;
+    check_destination(&plan, dst).map_err(explain)?;
+    check_text(Path::new(&reference.to_string()), dst, &plan)?;
+    note(&fetched.facts(&plan, dst)?.trim_end());
+    if job.confirm && !confirm("Download and convert it?")? {
+        return Err(CliError::Failure("nothing was downloaded".into()));
+    }
+    let (summary, _) = carry_out(&fetched, &plan, dst, measurement.as_mut())?;
+    note(&format_args!("{}: {}, {}", dst.display(), summary.family, Bytes(summary.file_bytes)));
+    Ok(())
+}
+
+/// Downloads and converts; returns where files are that were kept.
+fn carry_out(
+    fetched: &Fetched,
+    plan: &Plan,
+    dst: &Path,
+    measurement: Option<&mut Measurement>,
+) -> Result<(Summary, Option<PathBuf>), CliError> {
+    fetched.begin(plan, dst)?;
+    let measure = measurement.map(|measurement| measurement as &mut dyn Measure);
+    let outcome = convert_measured(plan, dst, measure, &*fetched.bars);
+    fetched.bars.finish();
+    let summary = outcome.map_err(explain)?;
+    Ok((summary, fetched.finish(dst)?))
+}
+
+/// The text that the model is to be measured on; `None` if it is not to be.
+fn measured_text(args: &Args) -> Result<Option<String>, CliError> {
+    match &args.importance_text {
+        Some(path) => Ok(Some(read_text(path, "read the text")?)),
+        None => Ok((!args.no_importance && args.importance.is_none()).then(|| TEXT.to_owned())),
+    }
+}
+
+/// A plan, with what measures the model on `text` if it has types that are rounded by importance. A model that cannot read a text is
+/// planned once more, without.
+fn planned<T>(
+    options: &Options,
+    text: Option<&str>,
+    src: &Path,
+    plan: impl Fn(&Options) -> Result<(T, Plan), CliError>,
+) -> Result<(T, Plan, Option<Measurement>), CliError> {
+    let (more, first) = plan(&Options { measured: text.map(digest), ..options.clone() })?;
+    let Some(text) = text.filter(|_| first.is_measured()) else { return Ok((more, first, None)) };
     if let Some(measurement) = Measurement::new(&first, text).map_err(unmeasured)? {
-        return Ok((first, options, Some(measurement)));
+        return Ok((more, first, Some(measurement)));
     }
     note(&format_args!(
         "note: {} has no tokenizer, so nothing can be measured: weights are rounded as with --no-importance",
-        args.src.display()
+        src.display()
     ));
-    let options = Options { measured: None, ..options };
-    Ok((plan(&args.src, &options)?, options, None))
+    drop(more);
+    let (more, second) = plan(options)?;
+    Ok((more, second, None))
+}
+
+/// Keeps what was measured, if that is asked for.
+fn save_importance(args: &Args, plan: &Plan, measurement: Option<&Measurement>) -> Result<(), CliError> {
+    if let (Some(path), Some(measurement)) = (&args.save_importance, measurement) {
+        measurement.importance(plan).map_err(unmeasured)?.save(path)?;
+    }
+    Ok(())
 }
 
 fn unmeasured(problem: CalibrateError) -> CliError {
@@ -163,10 +302,10 @@ fn unmeasured(problem: CalibrateError) -> CliError {
 
 /// Reads tokenizer, chat template and sampling defaults as `run` will: a conversion can take hours, and would end in a file
 /// without text. What can be mended afterwards is a remark, as nobody should have to wait for it.
-fn check_text(args: &Args, plan: &Plan) -> Result<(), CliError> {
-    let set = format!("sluice set {}", args.dst.display());
+fn check_text(src: &Path, dst: &Path, plan: &Plan) -> Result<(), CliError> {
+    let set = format!("sluice set {}", dst.display());
     let findings = examine(|name| plan.side_file(name), plan.spec(), &set).map_err(|e| {
-        let src = args.src.display();
+        let src = src.display();
         CliError::Failure(match e {
             // It says that the field is to be corrected.
             TextError::BadConfigField { .. } => format!("{src}: {e}"),
@@ -174,7 +313,7 @@ fn check_text(args: &Args, plan: &Plan) -> Result<(), CliError> {
         })
     })?;
     let has_tokenizer = ["tokenizer.json", "tiktoken.model"].iter().any(|name| plan.side_file(name).is_some());
-    let other = other_tokenizers(&args.src).filter(|_| !has_tokenizer);
+    let other = other_tokenizers(src).filter(|_| !has_tokenizer);
     for text in findings.notes.iter().chain(&other) {
         note(&format_args!("note: {text}"));
     }
@@ -189,7 +328,9 @@ fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
         let mut groups = plan.types().iter().filter(|(group, _)| is_expert(group) == experts);
         groups.any(|(_, types)| types.iter().any(|t| t == ty.name()))
     };
-    if let Some(TypeChoice::Type(ty)) = args.expert_type {
+    // With a recipe, the two are for what no pattern matches, which may well be nothing.
+    let without_recipe = |choice: Option<TypeChoice>| choice.filter(|_| args.recipe.is_none());
+    if let Some(TypeChoice::Type(ty)) = without_recipe(args.expert_type) {
         let has_experts = plan.types().keys().any(|group| is_expert(group));
         if !has_experts && args.dense_type.is_none() {
             return Err(CliError::Usage(format!(
@@ -206,7 +347,7 @@ fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
             )));
         }
     }
-    if let Some(TypeChoice::Type(ty)) = args.dense_type
+    if let Some(TypeChoice::Type(ty)) = without_recipe(args.dense_type)
         && !stored(false, ty)
     {
         return Err(CliError::Usage(format!(
@@ -220,6 +361,12 @@ fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
              --type, or leave --importance out"
                 .into(),
         ));
+    }
+    let asked = [("--importance-text", &args.importance_text), ("--save-importance", &args.save_importance)];
+    if let Some((option, _)) = asked.iter().find(|(_, file)| file.is_some() && !plan.is_measured()) {
+        return Err(CliError::Usage(format!(
+            "{option} would change nothing: nothing is measured unless weights become q4 or q3 and the model has a tokenizer. Ask              for one of these types with --type, or leave {option} out"
+        )));
     }
     Ok(())
 }

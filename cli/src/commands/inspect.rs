@@ -30,8 +30,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model file
-    file: PathBuf,
+    /// The model file, or hf:NAME
+    pub(crate) file: PathBuf,
 
     /// List every extent
     #[arg(long)]

@@ -22,8 +22,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model file
-    file: PathBuf,
+    /// The model file, or hf:NAME
+    pub(crate) file: PathBuf,
 
     /// Token ids, such as 1,2,3
     #[arg(long, value_name = "IDS")]

@@ -24,8 +24,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model file
-    file: PathBuf,
+    /// The model file, or hf:NAME
+    pub(crate) file: PathBuf,
 
     /// The text, UTF-8
     #[arg(long, value_name = "FILE")]

@@ -33,14 +33,19 @@ Examples:
   sluice run r1.sluice --prompt-file letter.txt --budget 24GiB --profile
   echo 'ROMEO:' | sluice run demo.sluice --temperature 0.8 --seed 7
   sluice run model.sluice --prompt-ids 1,2,3 -n 16 --temperature 0 --ids
+  sluice run hf:Qwen/Qwen3-30B-A3B --chat --prompt 'Hello'
   sluice run r1.sluice --prompt 'Hello' --json | jq .profile.decode.tokens_per_second";
 
 /// Continue a prompt, streaming experts from the drive as they are needed
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES, group = clap::ArgGroup::new("conversation").multiple(true))]
 pub(crate) struct Args {
-    /// The model file
-    file: PathBuf,
+    /// The model file, or hf:NAME for what was made of a model of the hub
+    pub(crate) file: PathBuf,
+
+    /// Make the model file of hf:NAME if it is not there, without asking
+    #[arg(long)]
+    pub(crate) yes: bool,
 
     /// Text to continue [default: standard input]
     #[arg(long, value_name = "TEXT", help_heading = "Prompt")]

@@ -28,9 +28,13 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Model files; each is loaded when it is first asked for, and they share the budget
+    /// Model files, or hf:NAME; each is loaded when it is first asked for, and they share the budget
     #[arg(required = true, value_name = "FILE")]
-    files: Vec<PathBuf>,
+    pub(crate) files: Vec<PathBuf>,
+
+    /// Make the model files of hf:NAME that are not there, without asking
+    #[arg(long)]
+    pub(crate) yes: bool,
 
     /// Address to listen at; one that other machines can reach needs --api-key
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1", help_heading = "Server")]

@@ -31,8 +31,8 @@ const TIKTOKEN: &str = "tiktoken.model";
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model file, which is changed
-    file: PathBuf,
+    /// The model file, which is changed, or hf:NAME
+    pub(crate) file: PathBuf,
 
     /// A tokenizer.json or tiktoken.model, or a folder with all files of a tokenizer, which replace all that are there
     #[arg(long, value_name = "PATH")]

@@ -32,8 +32,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model file, or a folder with the tokenizer's files
-    file: PathBuf,
+    /// The model file, hf:NAME, or a folder with the tokenizer's files
+    pub(crate) file: PathBuf,
 
     /// The text [default: standard input]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]

@@ -26,8 +26,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model file
-    file: PathBuf,
+    /// The model file, or hf:NAME
+    pub(crate) file: PathBuf,
 
     /// Also compare the model file with the checkpoint in this folder
     #[arg(long, value_name = "DIR")]

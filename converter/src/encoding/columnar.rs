@@ -2,10 +2,14 @@
 //! `g_idx` (<https://github.com/casper-hansen/AutoAWQ>, <https://github.com/AutoGPTQ/AutoGPTQ>,
 //! <https://github.com/ModelCloud/GPTQModel>).
 
+use sluice_checksum::Xxh3;
 use sluice_format::WeightType;
+use sluice_weights::{Codes, ScaleType, Zero};
 
+use super::carry::{Carrier, CodeRows};
 use super::checks::{check_dtype, check_shape, dtype_error, shape_error};
-use super::lines::{Lines, pick, pieces};
+use super::lines::{Lines, of_rows, pick, pieces};
+use super::grouped::{scale_values, unpack_codes, wide_scale};
 use super::{Decoder, Encoding, Groups, Reader, Rows, Selection};
 use crate::error::ConvertError;
 use crate::plan::form::Parts;
@@ -25,16 +29,21 @@ pub(crate) enum Columnar {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ColumnarMatrix {
     kind: Columnar,
-    /// Of a code: 2, 4 or 8.
+    /// Of a code: 2, 3, 4 or 8.
     bits: usize,
     zeros: usize,
     scales: usize,
+    scale_type: ScaleType,
     /// Group of each input feature; `None`: groups follow one another.
     groups: Option<usize>,
+    /// Whether they follow one another where they are given.
+    in_order: bool,
+    /// Whether each zero fits in a byte.
+    byte_zeros: bool,
     /// Number of groups.
     count: usize,
-    /// Output features.
-    outputs: usize,
+    /// Output and input features.
+    shape: [usize; 2],
 }
 
 pub(super) fn resolve(
@@ -60,50 +69,91 @@ pub(super) fn resolve(
     let rows = found.first().copied().unwrap_or(0);
     // GPTQ may have other widths for some layers, which its shape tells.
     let bits = match rows.saturating_mul(32) / inputs {
-        bits @ (2 | 8) if !awq => bits,
+        bits @ (2 | 3 | 8) if !awq => bits,
         _ => 4,
     };
+    // Codes fill whole words, those of three bits three words at a time.
+    let whole = if bits == 3 { 32 } else { 32 / bits };
+    if !inputs.is_multiple_of(whole) || !outputs.is_multiple_of(whole) {
+        return Err(shape_error(checkpoint, codes, &[inputs.div_ceil(whole), outputs]));
+    }
     check_shape(checkpoint, scales, &[count, outputs])?;
     check_shape(checkpoint, zeros, &[count, outputs * bits / 32])?;
     match kind {
         Columnar::Awq => check_shape(checkpoint, codes, &[inputs, outputs / 8])?,
         Columnar::Gptq { .. } => check_shape(checkpoint, codes, &[inputs * bits / 32, outputs])?,
     }
-    // Codes of two bits are sixteen in a word.
-    if !inputs.is_multiple_of(32 / bits) || !outputs.is_multiple_of(32 / bits) {
-        return Err(shape_error(checkpoint, codes, &[inputs.div_ceil(32 / bits), outputs]));
-    }
     let groups = parts.tensors.get(3).copied();
     groups.map_or(Ok(()), |groups| check_shape(checkpoint, groups, &[inputs]))?;
     for tensor in [Some(codes), Some(zeros), groups].into_iter().flatten() {
         check_dtype(checkpoint, tensor, &["I32", "U32"], "I32")?;
     }
-    check_dtype(checkpoint, scales, &["F16", "BF16", "F32"], WIDE_FLOATS)?;
-    Ok(ColumnarMatrix { kind, bits, zeros, scales, groups, count, outputs })
+    let scale_type = wide_scale(&checkpoint.tensors[scales].dtype);
+    let scale_type = scale_type.ok_or_else(|| dtype_error(checkpoint, scales, WIDE_FLOATS))?;
+    let in_order = match groups {
+        Some(groups) if scheme.act_order => follow_one_another(&all_words(checkpoint, groups)?, inputs / count),
+        _ => true,
+    };
+    // Only the largest of eight bits can be stored as one less than what a byte holds.
+    let byte_zeros = bits != 8
+        || !matches!(kind, Columnar::Gptq { zero_offset: 1.. })
+        || !all_words(checkpoint, zeros)?.iter().any(|word| word.to_le_bytes().contains(&255));
+    let shape = [outputs, inputs];
+    Ok(ColumnarMatrix { kind, bits, zeros, scales, scale_type, groups, in_order, byte_zeros, count, shape })
 }
 
-/// AWQ: nibble `i` of a word belongs to this output of eight.
-const AWQ_ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
-
-/// Code `i` of a word.
-fn code_of(word: u32, i: usize, bits: usize) -> u16 {
-    ((word >> (bits * i)) & ((1 << bits) - 1)) as u16
+/// All words of a small tensor, for the plan.
+fn all_words(checkpoint: &Checkpoint, tensor: usize) -> Result<Vec<u32>, ConvertError> {
+    let mut bytes = vec![0; checkpoint.tensors[tensor].len as usize];
+    checkpoint.read(tensor, 0, &mut bytes, &mut Xxh3::new())?;
+    Ok(words(&bytes))
 }
+
+fn words(bytes: &[u8]) -> Vec<u32> {
+    bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect()
+}
+
+/// Whether input `i` is in group `i / size`.
+fn follow_one_another(groups: &[u32], size: usize) -> bool {
+    groups.iter().enumerate().all(|(i, &group)| group as usize == i / size)
+}
+
+/// AWQ: the nibble of a word that belongs to each of its eight outputs.
+const AWQ_PLACE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+
+/// Most bytes of codes that a thread keeps of a matrix, to read it once from end to end; of larger ones it reads the words of some
+/// outputs at a time.
+const WHOLE: usize = 64 << 20;
 
 impl ColumnarMatrix {
-    /// Zeros, one each, out of their words.
-    fn unpack_zeros(&self, words: &[u32]) -> Vec<u16> {
-        let (bits, per_word) = (self.bits, 32 / self.bits);
-        let mut unpacked = vec![0; words.len() * per_word];
-        for (word, out) in words.iter().zip(unpacked.chunks_exact_mut(per_word)) {
-            for i in 0..per_word {
-                match self.kind {
-                    Columnar::Awq => out[AWQ_ORDER[i]] = code_of(*word, i, bits),
-                    Columnar::Gptq { zero_offset } => out[i] = code_of(*word, i, bits) + u16::from(zero_offset),
-                }
-            }
+    /// Zeros, `[group, output]`, out of their words: up to 256.
+    fn unpack_zeros(&self, bytes: &[u8]) -> Vec<u16> {
+        let mut codes = Vec::new();
+        unpack_codes(self.bits, bytes, &mut codes);
+        match self.kind {
+            Columnar::Awq => codes.as_chunks::<8>().0.iter().flat_map(|c| AWQ_PLACE.map(|p| c[p].into())).collect(),
+            Columnar::Gptq { zero_offset } => codes.iter().map(|&c| u16::from(c) + u16::from(zero_offset)).collect(),
         }
-        unpacked
+    }
+
+    fn outputs(&self) -> usize {
+        self.shape[0]
+    }
+
+    /// The type that takes the codes, transposed.
+    fn carrier(&self) -> Option<Carrier> {
+        let [_, inputs] = self.shape;
+        let group = (inputs / self.count, inputs);
+        let carrier = Carrier::new(Codes::Uint(self.bits as u8), group, self.scale_type, Zero::Byte);
+        carrier.filter(|_| self.in_order && self.byte_zeros)
+    }
+
+    /// Rows of words, and words of a row that hold eight outputs. AWQ packs outputs in words, GPTQ inputs.
+    fn words(&self) -> (usize, usize) {
+        match self.kind {
+            Columnar::Awq => (self.shape[1], 1),
+            Columnar::Gptq { .. } => (self.shape[1] * self.bits / 32, 8),
+        }
     }
 }
 
@@ -113,11 +163,21 @@ impl Encoding for ColumnarMatrix {
     }
 
     fn carried(&self) -> Option<WeightType> {
-        None
+        self.carrier().map(|c| WeightType::Grouped(c.ty))
     }
 
-    fn fits(&self, _selection: &Selection, _shape: [usize; 3]) -> bool {
-        false
+    fn obstacle(&self) -> Option<&'static str> {
+        if !self.in_order {
+            Some("their groups of columns are in disorder, as GPTQ leaves them by activation order (`desc_act`)")
+        } else if !self.byte_zeros {
+            Some("a zero of 256 does not fit in a byte")
+        } else {
+            None
+        }
+    }
+
+    fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool {
+        selection.whole_rows(shape[2])
     }
 
     fn open<'s>(
@@ -125,17 +185,30 @@ impl Encoding for ColumnarMatrix {
         selection: &'s Selection,
         reader: &mut Reader<'_>,
     ) -> Result<Box<dyn Decoder + 's>, ConvertError> {
-        let (zeros, scales) = (reader.words(self.zeros)?, reader.floats(self.scales)?);
-        let inputs = selection.cols;
-        let size = inputs / self.count;
-        let groups: Vec<usize> = match self.groups {
-            None => (0..inputs).map(|i| i / size).collect(),
-            Some(groups) => reader.words(groups)?.iter().map(|&g| g as usize).collect(),
+        let zeros = reader.all(self.zeros)?;
+        let scales = reader.all(self.scales)?;
+        let size = selection.cols / self.count;
+        let groups = match self.groups {
+            None => (0..selection.cols).map(|i| i / size).collect(),
+            Some(tensor) => {
+                let found = words(&reader.all(tensor)?);
+                if let Some(group) = found.iter().find(|&&g| g as usize >= self.count) {
+                    return Err(reader.damaged(tensor, &format!("names group {group} of {}", self.count)));
+                }
+                if self.in_order && !follow_one_another(&found, size) {
+                    let problem = "has groups in disorder, although `desc_act` of the configuration is false";
+                    return Err(reader.damaged(tensor, problem));
+                }
+                found.iter().map(|&g| g as usize).collect()
+            }
         };
-        if let (Some(tensor), Some(group)) = (self.groups, groups.iter().find(|&&g| g >= self.count)) {
-            return Err(reader.damaged(tensor, &format!("names group {group} of {}", self.count)));
-        }
-        Ok(Box::new(ColumnarDecoder { layout: self, selection, zeros: self.unpack_zeros(&zeros), scales, groups }))
+        let (rows, per_eight) = self.words();
+        let bytes = rows * self.outputs() / 8 * per_eight * 4;
+        let codes = (bytes <= WHOLE).then(|| reader.all(selection.tensor)).transpose()?;
+        let scale_bytes = scales;
+        let scales = scale_values(self.scale_type, &scale_bytes);
+        let zeros = self.unpack_zeros(&zeros);
+        Ok(Box::new(ColumnarDecoder { layout: self, selection, codes, zeros, scales, scale_bytes, groups }))
     }
 }
 
@@ -143,72 +216,74 @@ impl Encoding for ColumnarMatrix {
 struct ColumnarDecoder<'s> {
     layout: &'s ColumnarMatrix,
     selection: &'s Selection,
-    /// Up to 256: version 1 of GPTQ stores one less.
+    /// All codes as they are stored, where they are not many.
+    codes: Option<Vec<u8>>,
     zeros: Vec<u16>,
     scales: Vec<f32>,
+    /// The scales as they are stored.
+    scale_bytes: Vec<u8>,
     groups: Vec<usize>,
 }
 
-/// The words that hold some outputs of a matrix: a piece of each row of the tensor.
-struct Words {
-    rows: usize,
-    row_bytes: usize,
-    start: usize,
-    line_bytes: usize,
-    first_output: usize,
-}
-
 impl ColumnarDecoder<'_> {
-    /// Where the outputs `lines` are. AWQ packs outputs in words, GPTQ inputs.
-    fn words(&self, lines: Lines) -> Words {
-        let (layout, inputs) = (self.layout, self.selection.cols);
-        let last = lines.first + (lines.count - 1) * lines.step;
-        let (first_output, end) = (lines.first / 8 * 8, (last + 1).next_multiple_of(8));
-        let (rows, per_word) = match layout.kind {
-            Columnar::Awq => (inputs, 8),
-            Columnar::Gptq { .. } => (inputs * layout.bits / 32, 1),
-        };
-        Words {
-            rows,
-            row_bytes: layout.outputs / per_word * 4,
-            start: first_output / per_word * 4,
-            line_bytes: (end - first_output) / per_word * 4,
-            first_output,
-        }
-    }
-
-    fn read(&self, words: &Words, reader: &mut Reader<'_>) -> Result<Vec<u8>, ConvertError> {
-        let mut bytes = vec![0; words.rows * words.line_bytes];
-        for (row, line) in bytes.chunks_exact_mut(words.line_bytes).enumerate() {
-            reader.read(self.selection.tensor, (row * words.row_bytes + words.start) as u64, line)?;
+    /// The words of the outputs from `first`, a multiple of eight, to `end`, piece after piece of the tensor's rows.
+    fn read(&self, first: usize, end: usize, reader: &mut Reader<'_>) -> Result<Vec<u8>, ConvertError> {
+        let (rows, per_eight) = self.layout.words();
+        let row_bytes = self.layout.outputs() / 8 * per_eight * 4;
+        let (start, line_bytes) = (first / 8 * per_eight * 4, (end - first) / 8 * per_eight * 4);
+        let mut bytes = vec![0; rows * line_bytes];
+        for (row, line) in bytes.chunks_exact_mut(line_bytes).enumerate() {
+            let at = row * row_bytes + start;
+            match &self.codes {
+                Some(codes) => line.copy_from_slice(&codes[at..][..line_bytes]),
+                None => reader.read(self.selection.tensor, at as u64, line)?,
+            }
         }
         Ok(bytes)
     }
 
+    /// Codes of the outputs `lines`, `[lines, inputs]`.
+    fn line_codes(&self, lines: Lines, reader: &mut Reader<'_>) -> Result<Vec<u8>, ConvertError> {
+        let (layout, inputs) = (self.layout, self.selection.cols);
+        let last = lines.first + (lines.count - 1) * lines.step;
+        let (first, end) = (lines.first / 8 * 8, (last + 1).next_multiple_of(8));
+        let bytes = self.read(first, end, reader)?;
+        let mut out = vec![0; lines.count * inputs];
+        match layout.kind {
+            Columnar::Awq => {
+                let words = (end - first) / 8;
+                for (i, output) in lines.numbers().enumerate() {
+                    let (word, shift) = ((output - first) / 8, 4 * AWQ_PLACE[output % 8]);
+                    let of_output = bytes.chunks_exact(4 * words).map(|row| row[word * 4 + shift / 8] >> (shift % 8) & 15);
+                    out[i * inputs..][..inputs].iter_mut().zip(of_output).for_each(|(out, code)| *out = code);
+                }
+            }
+            Columnar::Gptq { .. } => {
+                let (mut stream, mut codes) = (Vec::new(), Vec::new());
+                for (i, output) in lines.numbers().enumerate() {
+                    stream.clear();
+                    let rows = bytes.chunks_exact(4 * (end - first));
+                    rows.for_each(|row| stream.extend_from_slice(&row[(output - first) * 4..][..4]));
+                    codes.clear();
+                    unpack_codes(layout.bits, &stream, &mut codes);
+                    out[i * inputs..][..inputs].copy_from_slice(&codes);
+                }
+            }
+        }
+        Ok(out)
+    }
+
     /// Outputs `lines`, `[lines, inputs]`, as f32.
     fn line_values(&self, lines: Lines, reader: &mut Reader<'_>, out: &mut Vec<f32>) -> Result<(), ConvertError> {
-        let words = self.words(lines);
-        let bytes = self.read(&words, reader)?;
-        let (layout, inputs) = (self.layout, self.selection.cols);
+        let (outputs, inputs) = (self.layout.outputs(), self.selection.cols);
+        let codes = self.line_codes(lines, reader)?;
         out.clear();
-        out.resize(lines.count * inputs, 0.0);
-        let awq_place: [usize; 8] =
-            std::array::from_fn(|output| AWQ_ORDER.iter().position(|&o| o == output).expect("a permutation"));
-        let (bits, per_word) = (layout.bits, 32 / layout.bits);
-        let word_at = |row: usize, word: usize| {
-            let at = row * words.line_bytes + word * 4;
-            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-        };
-        for (output, out) in lines.numbers().zip(out.chunks_exact_mut(inputs)) {
-            let local = output - words.first_output;
-            for (input, out) in out.iter_mut().enumerate() {
-                let code = match layout.kind {
-                    Columnar::Awq => code_of(word_at(input, local / 8), awq_place[local % 8], bits),
-                    Columnar::Gptq { .. } => code_of(word_at(input / per_word, local), input % per_word, bits),
-                };
-                let at = self.groups[input] * layout.outputs + output;
-                *out = (f32::from(code) - f32::from(self.zeros[at])) * self.scales[at];
-            }
+        for (output, codes) in lines.numbers().zip(codes.chunks_exact(inputs)) {
+            let value = |(&code, &group): (&u8, &usize)| {
+                let at = group * outputs + output;
+                (f32::from(code) - f32::from(self.zeros[at])) * self.scales[at]
+            };
+            out.extend(codes.iter().zip(&self.groups).map(value));
         }
         Ok(())
     }
@@ -227,11 +302,33 @@ impl Decoder for ColumnarDecoder<'_> {
         Ok(())
     }
 
-    fn carry(&self, _rows: Rows, _reader: &mut Reader<'_>, _groups: Groups<'_>) -> Result<(), ConvertError> {
-        unreachable!("no type carries it")
+    fn carry(&self, rows: Rows, reader: &mut Reader<'_>, mut groups: Groups<'_>) -> Result<(), ConvertError> {
+        let Carrier { ty, repeat } = self.layout.carrier().expect("it is carried");
+        let (outputs, width) = (self.layout.outputs(), self.layout.scale_type.len());
+        let mut code_rows = CodeRows::default();
+        // Values reach two to the bits, or the zero, times the scale.
+        let reach = 256.0f32;
+        let mut finite = true;
+        for lines in of_rows(self.selection, rows) {
+            code_rows.codes.append(&mut self.line_codes(lines, reader)?);
+            for output in lines.numbers() {
+                for at in (0..self.layout.count).map(|group| group * outputs + output) {
+                    finite &= (self.scales[at] * reach).is_finite();
+                    code_rows.add_group(repeat, &self.scale_bytes[at * width..][..width], &[self.zeros[at] as u8]);
+                }
+            }
+        }
+        code_rows.pack(ty, rows.cols, &mut groups);
+        if finite { Ok(()) } else { Err(reader.not_finite(self.selection.tensor)) }
     }
 
     fn skim(&self, rows: Rows, _carried: bool, reader: &mut Reader<'_>) -> Result<(), ConvertError> {
-        pieces(self.selection, rows).into_iter().try_for_each(|lines| self.read(&self.words(lines), reader).map(drop))
+        if self.codes.is_some() {
+            return Ok(());
+        }
+        pieces(self.selection, rows).into_iter().try_for_each(|lines| {
+            let last = lines.first + (lines.count - 1) * lines.step;
+            self.read(lines.first / 8 * 8, (last + 1).next_multiple_of(8), reader).map(drop)
+        })
     }
 }

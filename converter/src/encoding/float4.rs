@@ -1,9 +1,11 @@
-//! e2m1 codes. MXFP4 has a power of two per 32 columns: gpt-oss in `_blocks` and `_scales`, compressed-tensors in
-//! `weight_packed` and `weight_scale`. NVFP4 has an e4m3 scale per 16 and an f32 in all: modelopt multiplies by
+//! e2m1 codes. MXFP4 has a power of two per 32 columns: gpt-oss in `_blocks` and `_scales`, DeepSeek-V4 in `weight`
+//! and `scale`, compressed-tensors in `weight_packed` and `weight_scale`. NVFP4 has an e4m3 scale per 16 and an f32 in all: modelopt multiplies by
 //! `weight_scale_2`, compressed-tensors divides by `weight_global_scale`.
 
+use sluice_weights::ScaleType;
+
 use super::checks::{check_dtype, check_shape, dtype_error, shape_error};
-use super::grouped::{Code, Global, Grouped, ScaleType, check_codes, group_of};
+use super::grouped::{Code, Global, Grouped, check_codes, group_of, wide_scale};
 use crate::error::ConvertError;
 use crate::plan::form::{Form, Parts};
 use crate::source::{Checkpoint, Dtype};
@@ -22,7 +24,8 @@ pub(super) fn resolve(checkpoint: &Checkpoint, shape: &[usize], parts: &Parts) -
         }
         check_shape(checkpoint, codes, &[lead, &[cols / group, group / 2]].concat())?;
     } else {
-        check_codes(checkpoint, shape, codes, code, (1, "U8"))?;
+        let dtype = if parts.form == Form::Pairs { "I8" } else { "U8" };
+        check_codes(checkpoint, shape, codes, code, (1, dtype))?;
     }
     let global = parts.tensors.get(2).filter(|_| nvfp4);
     let global = global.map(|&tensor| Global { tensor, divides: parts.form == Form::PackedNvfp4 });
@@ -32,7 +35,8 @@ pub(super) fn resolve(checkpoint: &Checkpoint, shape: &[usize], parts: &Parts) -
             return Err(shape_error(checkpoint, tensor, &[1]));
         }
     }
-    Ok(Grouped { code, group, scales, scale_type, biases: None, global })
+    let cols = shape.last().copied().unwrap_or(0);
+    Ok(Grouped { code, group, cols, scales, scale_type, biases: None, zeros: None, global })
 }
 
 fn scale_type(checkpoint: &Checkpoint, scales: usize, nvfp4: bool) -> Result<ScaleType, ConvertError> {
@@ -40,7 +44,7 @@ fn scale_type(checkpoint: &Checkpoint, scales: usize, nvfp4: bool) -> Result<Sca
     let found = match dtype.name() {
         "F8_E4M3" if nvfp4 => Some(ScaleType::E4m3),
         "U8" | "F8_E8M0" if !nvfp4 => Some(ScaleType::E8m0),
-        _ if !nvfp4 => ScaleType::wide(dtype),
+        _ if !nvfp4 => wide_scale(dtype),
         _ => None,
     };
     let supported = "BF16, F16, F32, and U8 or F8_E4M3 where the codes are floats";

@@ -2,7 +2,9 @@
 
 use sluice_format::{BLOCK, ROW_GROUP, WeightType};
 use sluice_kernels::{self as kernels, E2M1, bf16_to_f32, e8m0_to_f32, f16_to_f32};
+use sluice_weights::{Codes, ScaleType, Zero};
 
+use super::carry::{Carrier, CodeRows};
 use super::checks::{check_dtype, check_shape, shape_error};
 use super::lines::{Lines, of_rows, pick, pieces};
 use super::reader::halves;
@@ -11,95 +13,107 @@ use crate::error::ConvertError;
 use crate::fp8;
 use crate::source::{Checkpoint, Dtype};
 
-/// `value = code · scale · global + bias`, with scale and bias per row and `group` columns.
+/// `value = (code − zero) · scale · global + bias`, with scale, zero and bias per row and `group` columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Grouped {
     pub(super) code: Code,
     pub(super) group: usize,
+    /// Columns of the tensor.
+    pub(super) cols: usize,
     pub(super) scales: usize,
     pub(super) scale_type: ScaleType,
     pub(super) biases: Option<usize>,
+    pub(super) zeros: Option<Zeros>,
     pub(super) global: Option<Global>,
 }
 
 /// What a code of a few bits means. Codes fill bytes from the low bits on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Code {
-    /// Four bits, eight more than the value.
-    Offset4,
-    /// Eight bits, 128 more than the value.
-    Offset8,
+    /// An integer of so many bits, half of its range more than the value.
+    Offset(usize),
     /// Eight bits, two's complement.
     Signed8,
     /// Four bits: the float e2m1.
     E2m1,
     /// Eight bits: the float e4m3.
     E4m3,
-    /// An integer from 0 on.
-    Unsigned { bits: usize },
+    /// An integer of so many bits, from 0 on.
+    Unsigned(usize),
 }
 
 impl Code {
     pub(super) fn bits(self) -> usize {
         match self {
-            Code::Offset4 | Code::E2m1 => 4,
-            Code::E4m3 | Code::Offset8 | Code::Signed8 => 8,
-            Code::Unsigned { bits } => bits,
+            Code::E2m1 => 4,
+            Code::E4m3 | Code::Signed8 => 8,
+            Code::Offset(bits) | Code::Unsigned(bits) => bits,
         }
     }
 
     fn value(self, code: u8) -> f32 {
         match self {
-            Code::Offset4 => f32::from(code) - 8.0,
-            Code::Offset8 => f32::from(code) - 128.0,
+            Code::Offset(_) => f32::from(code) - self.middle(),
             Code::Signed8 => f32::from(code as i8),
             Code::E2m1 => E2M1[usize::from(code & 15)],
             Code::E4m3 => fp8::E4M3[usize::from(code)],
-            Code::Unsigned { .. } => f32::from(code),
+            Code::Unsigned(_) => f32::from(code),
+        }
+    }
+
+    /// Half of an integer's range.
+    fn middle(self) -> f32 {
+        (1u32 << (self.bits() - 1)) as f32
+    }
+
+    /// The codes of the weight type.
+    fn codes(self) -> Codes {
+        match self {
+            Code::Offset(bits) | Code::Unsigned(bits) => Codes::Uint(bits as u8),
+            Code::Signed8 => Codes::Uint(8),
+            Code::E2m1 => Codes::E2m1,
+            Code::E4m3 => Codes::E4m3,
+        }
+    }
+
+    /// No value has a larger magnitude.
+    fn reach(self) -> f32 {
+        match self {
+            Code::E2m1 => 6.0,
+            Code::E4m3 => fp8::E4M3_MAX,
+            Code::Signed8 => 128.0,
+            Code::Offset(bits) | Code::Unsigned(bits) => (1u32 << bits) as f32,
         }
     }
 }
 
-/// Format of scales and biases.
+/// Zeros of integer codes, which are integers like them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ScaleType {
-    F32,
-    F16,
-    Bf16,
-    E4m3,
-    /// A power of two.
-    E8m0,
+pub(super) struct Zeros {
+    pub(super) tensor: usize,
+    /// Whether they are packed along rows, column of groups by column, `[words of all rows, groups]`; else bytes,
+    /// `[rows, groups]`, half of the codes' range less.
+    pub(super) packed: bool,
 }
 
-impl ScaleType {
-    /// The wide formats.
-    pub(super) fn wide(dtype: &Dtype) -> Option<Self> {
-        match dtype {
-            Dtype::F32 => Some(ScaleType::F32),
-            Dtype::F16 => Some(ScaleType::F16),
-            Dtype::Bf16 => Some(ScaleType::Bf16),
-            Dtype::F8E4M3 | Dtype::Ggml(_) | Dtype::Other(_) => None,
-        }
+/// The wide formats of scales.
+pub(super) fn wide_scale(dtype: &Dtype) -> Option<ScaleType> {
+    match dtype {
+        Dtype::F32 => Some(ScaleType::F32),
+        Dtype::F16 => Some(ScaleType::F16),
+        Dtype::Bf16 => Some(ScaleType::Bf16),
+        Dtype::F8E4M3 | Dtype::Ggml(_) | Dtype::Other(_) => None,
     }
+}
 
-    /// Bytes of a scale.
-    fn len(self) -> usize {
-        match self {
-            ScaleType::F32 => 4,
-            ScaleType::F16 | ScaleType::Bf16 => 2,
-            ScaleType::E4m3 | ScaleType::E8m0 => 1,
-        }
-    }
-
-    /// Scales as numbers.
-    fn values(self, bytes: &[u8]) -> Vec<f32> {
-        match self {
-            ScaleType::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            ScaleType::F16 => halves(bytes).map(f16_to_f32).collect(),
-            ScaleType::Bf16 => halves(bytes).map(bf16_to_f32).collect(),
-            ScaleType::E4m3 => bytes.iter().map(|&b| fp8::E4M3[b as usize]).collect(),
-            ScaleType::E8m0 => bytes.iter().map(|&b| e8m0_to_f32(b)).collect(),
-        }
+/// Scales as numbers.
+pub(super) fn scale_values(ty: ScaleType, bytes: &[u8]) -> Vec<f32> {
+    match ty {
+        ScaleType::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        ScaleType::F16 => halves(bytes).map(f16_to_f32).collect(),
+        ScaleType::Bf16 => halves(bytes).map(bf16_to_f32).collect(),
+        ScaleType::E4m3 => bytes.iter().map(|&b| fp8::E4M3[b as usize]).collect(),
+        ScaleType::E8m0 => bytes.iter().map(|&b| e8m0_to_f32(b)).collect(),
     }
 }
 
@@ -147,20 +161,41 @@ pub(super) fn check_codes(
     check_shape(checkpoint, codes, &[lead, &[row_bits / 8 / word]].concat())
 }
 
+impl Grouped {
+    /// The type that takes the codes as they are, with groups of their size.
+    fn carrier(&self) -> Option<Carrier> {
+        let zero = match (self.biases, self.zeros) {
+            (Some(_), None) => Zero::Bias,
+            (None, Some(_)) => Zero::Byte,
+            (None, None) if matches!(self.code, Code::Unsigned(_)) => return None,
+            (None, None) => Zero::None,
+            (Some(_), Some(_)) => return None,
+        };
+        if self.global.is_some() && self.scale_type != ScaleType::E4m3 {
+            return None;
+        }
+        Carrier::new(self.code.codes(), (self.group, self.cols), self.scale_type, zero)
+    }
+
+    /// One of the types with a form of their own, where scales are per 32 columns; those of 64 and more would be repeated.
+    fn own_type(&self) -> Option<WeightType> {
+        let alone = self.biases.is_none() && self.zeros.is_none() && self.global.is_none();
+        match (self.code, self.scale_type) {
+            (Code::Offset(4), ScaleType::Bf16) if alone && self.group == BLOCK => Some(WeightType::Int4),
+            (Code::E2m1, ScaleType::E8m0) if alone && self.group == BLOCK => Some(WeightType::Mxfp4),
+            _ => None,
+        }
+    }
+}
+
 impl Encoding for Grouped {
     fn others(&self) -> Vec<usize> {
-        let others = [Some(self.scales), self.biases, self.global.map(|g| g.tensor)];
+        let others = [Some(self.scales), self.biases, self.zeros.map(|z| z.tensor), self.global.map(|g| g.tensor)];
         others.into_iter().flatten().collect()
     }
 
     fn carried(&self) -> Option<WeightType> {
-        // A scale of more columns is repeated for each block of the file.
-        let blocks = self.group.is_multiple_of(BLOCK) && self.global.is_none() && self.biases.is_none();
-        match (self.code, self.scale_type) {
-            (Code::Offset4, ScaleType::Bf16) if blocks => Some(WeightType::Int4),
-            (Code::E2m1, ScaleType::E8m0) if blocks => Some(WeightType::Mxfp4),
-            _ => None,
-        }
+        self.own_type().or_else(|| self.carrier().map(|c| WeightType::Grouped(c.ty)))
     }
 
     fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool {
@@ -183,8 +218,32 @@ impl Encoding for Grouped {
                 factor
             }
         };
+        let zeros = self.zeros.map(|zeros| self.read_zeros(zeros, reader)).transpose()?;
         let value = std::array::from_fn(|code| self.code.value(code as u8));
-        Ok(Box::new(GroupedDecoder { layout: self, selection, global, value }))
+        Ok(Box::new(GroupedDecoder { layout: self, selection, global, zeros, value }))
+    }
+}
+
+impl Grouped {
+    /// The zero of each group, row by row.
+    fn read_zeros(&self, zeros: Zeros, reader: &mut Reader<'_>) -> Result<Vec<u8>, ConvertError> {
+        let (bytes, groups, bits) = (reader.all(zeros.tensor)?, self.cols / self.group, self.code.bits());
+        if !zeros.packed {
+            return Ok(bytes.iter().map(|&z| z.wrapping_add(1 << (bits - 1))).collect());
+        }
+        // Each column of words is the stream of bits of one group of all rows.
+        let words = bytes.len() / 4 / groups;
+        let rows = words * 32 / bits;
+        let mut unpacked = vec![0; rows * groups];
+        let (mut stream, mut codes) = (Vec::new(), Vec::new());
+        for group in 0..groups {
+            stream.clear();
+            (0..words).for_each(|word| stream.extend_from_slice(&bytes[(word * groups + group) * 4..][..4]));
+            codes.clear();
+            unpack_codes(bits, &stream, &mut codes);
+            codes.iter().take(rows).enumerate().for_each(|(row, &zero)| unpacked[row * groups + group] = zero);
+        }
+        Ok(unpacked)
     }
 }
 
@@ -192,53 +251,101 @@ struct GroupedDecoder<'s> {
     layout: &'s Grouped,
     selection: &'s Selection,
     global: f32,
+    /// Zeros of all rows, by group, half of the codes' range added.
+    zeros: Option<Vec<u8>>,
     /// Of each code.
     value: [f32; 256],
 }
 
+/// What is read for some whole rows.
+struct Read {
+    packed: Vec<u8>,
+    scales: Vec<u8>,
+    biases: Option<Vec<u8>>,
+}
+
 impl GroupedDecoder<'_> {
-    /// Packed codes and scales of whole rows.
-    fn lines(&self, lines: Lines, reader: &mut Reader<'_>) -> Result<(Vec<u8>, Vec<u8>), ConvertError> {
+    /// Packed codes, scales and biases of whole rows.
+    fn read(&self, lines: Lines, reader: &mut Reader<'_>) -> Result<Read, ConvertError> {
         let (g, cols) = (self.layout, self.selection.cols);
-        let codes = reader.lines(self.selection.tensor, cols * g.code.bits() / 8, lines)?;
-        Ok((codes, reader.lines(g.scales, cols / g.group * g.scale_type.len(), lines)?))
+        let scale_row = cols / g.group * g.scale_type.len();
+        let packed = reader.lines(self.selection.tensor, cols * g.code.bits() / 8, lines)?;
+        let scales = reader.lines(g.scales, scale_row, lines)?;
+        let biases = g.biases.map(|biases| reader.lines(biases, scale_row, lines)).transpose()?;
+        Ok(Read { packed, scales, biases })
     }
 
-    /// Biases of the groups of whole rows, where there are any.
-    fn biases(&self, lines: Lines, reader: &mut Reader<'_>) -> Result<Option<Vec<u8>>, ConvertError> {
-        let g = self.layout;
-        let row = self.selection.cols / g.group * g.scale_type.len();
-        g.biases.map(|biases| reader.lines(biases, row, lines)).transpose()
+    /// Zeros of the groups of whole rows.
+    fn zeros_of(&self, lines: Lines) -> Option<Vec<u8>> {
+        let groups = self.selection.cols / self.layout.group;
+        let zeros = self.zeros.as_ref()?;
+        Some(lines.numbers().flat_map(|row| zeros[row * groups..][..groups].iter().copied()).collect())
     }
 
     /// Whole rows as f32.
     fn line_values(&self, lines: Lines, reader: &mut Reader<'_>, out: &mut Vec<f32>) -> Result<(), ConvertError> {
         let g = self.layout;
-        let (packed, scales) = self.lines(lines, reader)?;
-        let biases = self.biases(lines, reader)?.map(|b| g.scale_type.values(&b));
-        let scales = g.scale_type.values(&scales);
+        let read = self.read(lines, reader)?;
+        let biases = read.biases.map(|b| scale_values(g.scale_type, &b));
+        let zeros = self.zeros_of(lines);
+        let scales = scale_values(g.scale_type, &read.scales);
         let mut codes = Vec::new();
-        unpack_codes(g.code.bits(), &packed, &mut codes);
+        unpack_codes(g.code.bits(), &read.packed, &mut codes);
         out.clear();
         for (i, codes) in codes.chunks_exact(g.group).enumerate() {
             let scale = scales[i] * self.global;
-            match &biases {
-                Some(biases) => out.extend(codes.iter().map(|&c| self.value[c as usize] * scale + biases[i])),
-                None => out.extend(codes.iter().map(|&c| self.value[c as usize] * scale)),
+            match (&biases, &zeros) {
+                (Some(biases), _) => out.extend(codes.iter().map(|&c| self.value[c as usize] * scale + biases[i])),
+                (None, Some(zeros)) => {
+                    let zero = f32::from(zeros[i]) - g.code.middle();
+                    out.extend(codes.iter().map(|&c| (self.value[c as usize] - zero) * scale));
+                }
+                (None, None) => out.extend(codes.iter().map(|&c| self.value[c as usize] * scale)),
             }
         }
         Ok(())
     }
 
-    /// Codes of `rows`, one per byte, and their scales as the source stores them.
-    fn codes(&self, rows: Rows, reader: &mut Reader<'_>) -> Result<(Vec<u8>, Vec<u8>), ConvertError> {
-        let (mut codes, mut scales) = (Vec::new(), Vec::new());
+    /// Rows with their scales, repeated where the type has smaller groups, and whether all values are numbers.
+    fn code_rows(
+        &self,
+        rows: Rows,
+        repeat: usize,
+        reader: &mut Reader<'_>,
+    ) -> Result<(CodeRows, bool), ConvertError> {
+        let g = self.layout;
+        // Of whole bytes, so that rows are.
+        let nibbles = g.code.bits() == 4 && g.own_type().is_none() && rows.cols.is_multiple_of(2);
+        let mut out = CodeRows { factor: self.global, nibbles, ..CodeRows::default() };
+        let mut finite = true;
         for lines in of_rows(self.selection, rows) {
-            let (packed, of_groups) = self.lines(lines, reader)?;
-            unpack_codes(self.layout.code.bits(), &packed, &mut codes);
-            scales.extend_from_slice(&of_groups);
+            let read = self.read(lines, reader)?;
+            if nibbles {
+                out.codes.extend_from_slice(&read.packed);
+            } else {
+                unpack_codes(g.code.bits(), &read.packed, &mut out.codes);
+            }
+            let (width, zeros) = (g.scale_type.len(), self.zeros_of(lines));
+            for (i, scale) in read.scales.chunks_exact(width).enumerate() {
+                let beside = match (&read.biases, &zeros) {
+                    (Some(biases), _) => &biases[i * width..][..width],
+                    (None, Some(zeros)) => &zeros[i..=i],
+                    (None, None) => &[],
+                };
+                out.add_group(repeat, scale, beside);
+            }
+            let (reach, scales) = (g.code.reach() * self.global, scale_values(g.scale_type, &read.scales));
+            finite &= match read.biases.map(|b| scale_values(g.scale_type, &b)) {
+                Some(biases) => scales.iter().zip(&biases).all(|(s, b)| ((s * reach).abs() + b.abs()).is_finite()),
+                None => scales.iter().all(|s| (s * reach).is_finite()),
+            };
         }
-        Ok((codes, scales))
+        match g.code {
+            Code::Signed8 => out.codes.iter_mut().for_each(|code| *code ^= 0x80),
+            Code::E4m3 => finite &= !out.codes.iter().any(|&code| fp8::is_nan(code)),
+            _ => {}
+        }
+        Ok((out, finite))
     }
 }
 
@@ -255,52 +362,76 @@ impl Decoder for GroupedDecoder<'_> {
         Ok(())
     }
 
-    /// Four-bit codes whose scales the type has too. A scale of more than 32 columns is repeated.
     fn carry(&self, rows: Rows, reader: &mut Reader<'_>, mut groups: Groups<'_>) -> Result<(), ConvertError> {
-        let (codes, scales) = self.codes(rows, reader)?;
-        let repeat = self.layout.group / BLOCK;
-        let blocks = rows.cols / BLOCK;
-        let finite = if self.layout.code == Code::Offset4 {
-            let scales: Vec<u16> = halves(&scales).flat_map(|s| std::iter::repeat_n(s, repeat)).collect();
-            let row_groups = codes.chunks(ROW_GROUP * rows.cols).zip(scales.chunks(ROW_GROUP * blocks));
-            for (g, (codes, scales)) in row_groups.enumerate() {
-                let n = codes.len() / rows.cols;
-                kernels::pack_row_group_int4(codes, n, rows.cols, scales, groups.slot(g));
+        let (own, carrier) = (self.layout.own_type(), self.layout.carrier());
+        let repeat = if own.is_some() { 1 } else { carrier.map_or(1, |c| c.repeat) };
+        let (code_rows, finite) = self.code_rows(rows, repeat, reader)?;
+        if !finite {
+            return Err(reader.not_finite(self.selection.tensor));
+        }
+        let (group_codes, group_blocks) = (ROW_GROUP * rows.cols, ROW_GROUP * rows.cols / BLOCK);
+        let row_groups = code_rows.codes.chunks(group_codes).enumerate();
+        match (own, carrier) {
+            (Some(WeightType::Int4), _) => {
+                let scales: Vec<u16> = halves(&code_rows.scales).collect();
+                for ((g, codes), scales) in row_groups.zip(scales.chunks(group_blocks)) {
+                    kernels::pack_row_group_int4(codes, codes.len() / rows.cols, rows.cols, scales, groups.slot(g));
+                }
             }
-            // Values reach eight times the scale.
-            scales.iter().all(|&s| (8.0 * bf16_to_f32(s)).is_finite())
-        } else {
-            let scales: Vec<u8> = scales.iter().flat_map(|&s| std::iter::repeat_n(s, repeat)).collect();
-            let row_groups = codes.chunks(ROW_GROUP * rows.cols).zip(scales.chunks(ROW_GROUP * blocks));
-            for (g, (codes, scales)) in row_groups.enumerate() {
-                let n = codes.len() / rows.cols;
-                kernels::pack_row_group_mxfp4(codes, n, rows.cols, scales, groups.slot(g));
+            (Some(_), _) => {
+                for ((g, codes), scales) in row_groups.zip(code_rows.scales.chunks(group_blocks)) {
+                    kernels::pack_row_group_mxfp4(codes, codes.len() / rows.cols, rows.cols, scales, groups.slot(g));
+                }
             }
-            // Values reach six times the scale.
-            scales.iter().all(|&s| (6.0 * e8m0_to_f32(s)).is_finite())
-        };
-        if finite { Ok(()) } else { Err(reader.not_finite(self.selection.tensor)) }
+            (None, carrier) => code_rows.pack(carrier.expect("it is carried").ty, rows.cols, &mut groups),
+        }
+        Ok(())
     }
 
     fn skim(&self, rows: Rows, carried: bool, reader: &mut Reader<'_>) -> Result<(), ConvertError> {
         let pieces = if carried { of_rows(self.selection, rows) } else { pieces(self.selection, rows) };
-        pieces.into_iter().try_for_each(|lines| {
-            self.lines(lines, reader)?;
-            if carried { Ok(()) } else { self.biases(lines, reader).map(drop) }
-        })
+        pieces.into_iter().try_for_each(|lines| self.read(lines, reader).map(drop))
     }
 }
 
 /// Appends codes, one per byte. Those of 3, 5 and 6 bits run across the bytes of a row; a row has whole bytes.
 pub(super) fn unpack_codes(bits: usize, packed: &[u8], out: &mut Vec<u8>) {
-    let mask = ((1u32 << bits) - 1) as u8;
-    if !8usize.is_multiple_of(bits) {
-        // `bits` bytes hold eight codes, in whole words as in whole rows.
-        for bytes in packed.chunks(bits) {
-            let word = bytes.iter().rev().fold(0u64, |word, &byte| word << 8 | u64::from(byte));
-            out.extend((0..bytes.len() * 8 / bits).map(|i| (word >> (i * bits)) as u8 & mask));
-        }
-        return;
+    match bits {
+        8 => out.extend_from_slice(packed),
+        4 => unpack_bytes::<2>(packed, out),
+        2 => unpack_bytes::<4>(packed, out),
+        3 => unpack_streams::<3>(packed, out),
+        5 => unpack_streams::<5>(packed, out),
+        6 => unpack_streams::<6>(packed, out),
+        _ => unreachable!("the plan refuses {bits} bits"),
     }
-    out.extend(packed.iter().flat_map(|byte| (0..8 / bits).map(move |i| byte >> (i * bits) & mask)));
+}
+
+/// `N` codes in a byte.
+fn unpack_bytes<const N: usize>(packed: &[u8], out: &mut Vec<u8>) {
+    let start = out.len();
+    out.resize(start + packed.len() * N, 0);
+    let (bits, mask) = (8 / N, ((1u32 << (8 / N)) - 1) as u8);
+    for (byte, codes) in packed.iter().zip(out[start..].as_chunks_mut::<N>().0) {
+        *codes = std::array::from_fn(|i| byte >> (i * bits) & mask);
+    }
+}
+
+/// Eight codes in `BITS` bytes, in whole words as in whole rows.
+fn unpack_streams<const BITS: usize>(packed: &[u8], out: &mut Vec<u8>) {
+    let mask = ((1u32 << BITS) - 1) as u8;
+    let (whole, rest) = packed.as_chunks::<BITS>();
+    let start = out.len();
+    out.resize(start + whole.len() * 8, 0);
+    let word_of = |bytes: &[u8]| {
+        let mut word = [0; 8];
+        word[..bytes.len()].copy_from_slice(bytes);
+        u64::from_le_bytes(word)
+    };
+    for (bytes, codes) in whole.iter().zip(out[start..].as_chunks_mut::<8>().0) {
+        let word = word_of(bytes);
+        *codes = std::array::from_fn(|i| (word >> (i * BITS)) as u8 & mask);
+    }
+    let word = word_of(rest);
+    out.extend((0..rest.len() * 8 / BITS).map(|i| (word >> (i * BITS)) as u8 & mask));
 }

@@ -1,8 +1,10 @@
 //! The integers of compressed-tensors: `weight_packed`, `weight_scale` and `weight_shape` (`pack-quantized`), or a `weight` of
-//! I8 beside its scale (`int-quantized`).
+//! I8 beside its scale (`int-quantized`); `weight_zero_point` where quantisation is asymmetric. Packed codes are a stream of bits
+//! along rows, packed zeros one along columns, both with half of their range added
+//! (<https://github.com/vllm-project/compressed-tensors>, `compressors/pack_quantized`).
 
-use super::checks::dtype_error;
-use super::grouped::{Code, Grouped, ScaleType, check_codes, group_of};
+use super::checks::{check_dtype, check_shape, dtype_error};
+use super::grouped::{Code, Grouped, Zeros, check_codes, group_of, wide_scale};
 use crate::error::ConvertError;
 use crate::plan::form::{Form, Parts};
 use crate::source::Checkpoint;
@@ -11,20 +13,43 @@ pub(super) fn resolve(checkpoint: &Checkpoint, shape: &[usize], parts: &Parts) -
     let (codes, scales) = (parts.tensors[0], parts.tensors[1]);
     let is_packed = parts.form == Form::PackedInt;
     let group = group_of(checkpoint, shape, scales, !is_packed)?;
-    let scale_type = ScaleType::wide(&checkpoint.tensors[scales].dtype)
-        .ok_or_else(|| dtype_error(checkpoint, scales, "BF16, F16, F32, and U8 or F8_E4M3 where the codes are floats"))?;
+    let scale_type = wide_scale(&checkpoint.tensors[scales].dtype);
+    let scale_type = scale_type.ok_or_else(|| {
+        dtype_error(checkpoint, scales, "BF16, F16, F32, and U8 or F8_E4M3 where the codes are floats")
+    })?;
     let (code, word) = if is_packed {
-        (packed_code(checkpoint, codes, shape), (4, "I32"))
+        (Code::Offset(packed_bits(checkpoint, codes, shape)), (4, "I32"))
     } else {
         (Code::Signed8, (1, "I8"))
     };
     check_codes(checkpoint, shape, codes, code, word)?;
-    Ok(Grouped { code, group, scales, scale_type, biases: None, global: None })
+    let cols = shape.last().copied().unwrap_or(0);
+    // Behind the shape of packed codes, which says nothing new.
+    let zeros = parts.tensors.get(if is_packed { 3 } else { 2 });
+    let zeros = zeros.map(|&tensor| zeros_of(checkpoint, tensor, shape, code, cols / group)).transpose()?;
+    Ok(Grouped { code, group, cols, scales, scale_type, biases: None, zeros, global: None })
 }
 
-/// Eight bits where that is what fills the words, else four.
-fn packed_code(checkpoint: &Checkpoint, codes: usize, shape: &[usize]) -> Code {
+/// The width that fills the words, else four.
+fn packed_bits(checkpoint: &Checkpoint, codes: usize, shape: &[usize]) -> usize {
     let words = checkpoint.tensors[codes].shape.last().copied().unwrap_or(0);
-    let eight = words.checked_mul(4) == shape.last().copied();
-    if eight { Code::Offset8 } else { Code::Offset4 }
+    let cols = shape.last().copied().unwrap_or(0);
+    [2, 3, 5, 6, 8].into_iter().find(|bits| words.checked_mul(32) == cols.checked_mul(*bits)).unwrap_or(4)
+}
+
+fn zeros_of(
+    checkpoint: &Checkpoint,
+    tensor: usize,
+    shape: &[usize],
+    code: Code,
+    groups: usize,
+) -> Result<Zeros, ConvertError> {
+    check_dtype(checkpoint, tensor, &["I8", "I32"], "I8, and I32 where codes are packed")?;
+    let packed = checkpoint.tensors[tensor].dtype.name() == "I32";
+    let lead = &shape[..shape.len() - 1];
+    match (packed, lead) {
+        (true, &[rows]) => check_shape(checkpoint, tensor, &[(rows * code.bits()).div_ceil(32), groups])?,
+        _ => check_shape(checkpoint, tensor, &[lead, &[groups]].concat())?,
+    }
+    Ok(Zeros { tensor, packed })
 }

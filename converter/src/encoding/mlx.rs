@@ -1,8 +1,10 @@
 //! MLX: `weight` in words of 32 bits, `scales`, and `biases` in the affine mode, which has codes of 2 to 8 bits but 7. The modes
 //! mxfp4, nvfp4 and mxfp8 have floats, scales of one byte and no biases (<https://github.com/ml-explore/mlx>, `quantize`).
 
+use sluice_weights::ScaleType;
+
 use super::checks::{check_shape, dtype_error};
-use super::grouped::{Code, Grouped, ScaleType, check_codes, group_of};
+use super::grouped::{Code, Grouped, check_codes, group_of, wide_scale};
 use crate::error::ConvertError;
 use crate::plan::form::Parts;
 use crate::source::Checkpoint;
@@ -21,7 +23,7 @@ pub(super) fn resolve(checkpoint: &Checkpoint, shape: &[usize], parts: &Parts) -
             return Err(dtype_error(checkpoint, biases, "the type of the scales"));
         }
     }
-    Ok(Grouped { code, group, scales, scale_type, biases, global: None })
+    Ok(Grouped { code, group, cols, scales, scale_type, biases, zeros: None, global: None })
 }
 
 fn scale_type(
@@ -35,7 +37,7 @@ fn scale_type(
         // MLX's nvfp4, by its groups of 16, has no global scale.
         "U8" if !has_biases && group == 16 => Some(ScaleType::E4m3),
         "U8" | "F8_E8M0" if !has_biases => Some(ScaleType::E8m0),
-        _ => ScaleType::wide(dtype),
+        _ => wide_scale(dtype),
     };
     let supported = "BF16, F16, F32, and U8 or F8_E4M3 where the codes are floats";
     found.ok_or_else(|| dtype_error(checkpoint, scales, supported))
@@ -50,7 +52,7 @@ fn code(
     let words = checkpoint.tensors[codes].shape.last().copied().unwrap_or(0);
     let bits = words.saturating_mul(32) / cols.max(1);
     match (biases, bits, group) {
-        (Some(_), 2..=6 | 8, _) => Ok(Code::Unsigned { bits }),
+        (Some(_), 2..=6 | 8, _) => Ok(Code::Unsigned(bits)),
         (None, 4, 16 | 32) => Ok(Code::E2m1),
         (None, 8, 32) => Ok(Code::E4m3),
         _ => Err(dtype_error(

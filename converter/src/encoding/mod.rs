@@ -3,24 +3,28 @@
 //! | module | knows |
 //! |---|---|
 //! | `plain` | f32, f16 and bf16 |
-//! | `fp8` | e4m3 codes with scales by block, row or tensor |
+//! | `fp8` | e4m3 codes with scales by block, row or tensor, MXFP8 |
 //! | `integers` | the integers of compressed-tensors |
-//! | `float4` | e2m1 codes: MXFP4 of gpt-oss and compressed-tensors, NVFP4 of modelopt and compressed-tensors |
+//! | `float4` | e2m1 codes: MXFP4 of gpt-oss, DeepSeek-V4 and compressed-tensors, NVFP4 of modelopt and compressed-tensors |
 //! | `mlx` | MLX's affine codes, and its floats of four and eight bits |
+//! | `hqq` | HQQ, whose bytes hold codes of distant rows |
 //! | `columnar` | AWQ and GPTQ, whose matrices are transposed |
 //! | `ggml` | the blocks of GGUF files |
 //! | `grouped` | codes by row with scales by group of columns: what `integers`, `float4` and `mlx` have in common |
+//! | `carry` | the weight types that hold such codes and scales, and how rows get there |
 //! | `reader`, `lines`, `checks` | bytes of rows; which rows; whether tensors have the shapes that they must have |
 //!
 //! An [`Encoding`] is found when a conversion is planned ([`resolve`]); its [`Decoder`] gives values, or carries codes into the
 //! weight type that holds the same bits.
 
+mod carry;
 mod checks;
 mod columnar;
 mod float4;
 mod fp8;
 pub(crate) mod ggml;
 mod grouped;
+mod hqq;
 mod integers;
 mod lines;
 mod mlx;
@@ -51,6 +55,11 @@ pub(crate) trait Encoding: fmt::Debug + Send + Sync {
 
     /// The type that holds codes and scales bit for bit; `None`: there is none, and f32 holds the values.
     fn carried(&self) -> Option<WeightType>;
+
+    /// Why there is no such type, for a note, where the form usually has one.
+    fn obstacle(&self) -> Option<&'static str> {
+        None
+    }
 
     /// Whether that type can hold these elements of the tensor: its groups may not be cut. `shape` is batch, rows and columns.
     fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool;
@@ -191,10 +200,11 @@ pub(crate) fn resolve(
             Arc::new(encoding)
         }
         Form::PackedInt | Form::Int8 => Arc::new(integers::resolve(checkpoint, shape, parts)?),
-        Form::PackedMxfp4 | Form::Blocks | Form::PackedNvfp4 | Form::Nvfp4 => {
+        Form::PackedMxfp4 | Form::Blocks | Form::Pairs | Form::PackedNvfp4 | Form::Nvfp4 => {
             Arc::new(float4::resolve(checkpoint, shape, parts)?)
         }
         Form::Mlx => Arc::new(mlx::resolve(checkpoint, shape, parts)?),
+        Form::Hqq => Arc::new(hqq::resolve(checkpoint, shape, parts)?),
         Form::Columnar => Arc::new(columnar::resolve(checkpoint, scheme, shape, parts)?),
     })
 }

@@ -150,13 +150,8 @@ impl<'a> Reader<'a> {
         Ok(values)
     }
 
-    /// All words of a tensor of 32-bit words.
-    pub(super) fn words(&mut self, tensor: usize) -> Result<Vec<u32>, ConvertError> {
-        let bytes = self.all(tensor)?;
-        Ok(bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
-    }
-
-    fn all(&mut self, tensor: usize) -> Result<Vec<u8>, ConvertError> {
+    /// All bytes of a tensor.
+    pub(super) fn all(&mut self, tensor: usize) -> Result<Vec<u8>, ConvertError> {
         let mut bytes = vec![0; self.checkpoint.tensors[tensor].len as usize];
         self.read(tensor, 0, &mut bytes)?;
         Ok(bytes)

@@ -17,6 +17,7 @@ use crate::family::names::Names;
 use crate::family::{Family, Origin, Place, Strides, View};
 use crate::fp8::SCALE_BLOCK;
 use crate::options::{Options, TypeChoice};
+use crate::recipe;
 use crate::source::Checkpoint;
 
 /// Longest part of the embedding: one token reads one part, so parts are small.
@@ -32,6 +33,10 @@ pub(crate) struct Built {
     pub(crate) records: Vec<TensorRecord>,
     pub(crate) groups: Vec<String>,
     pub(crate) widened: Vec<String>,
+    /// Why some could not be carried.
+    pub(crate) obstacles: BTreeSet<&'static str>,
+    /// Rules of the recipe that have decided something.
+    pub(crate) rules: BTreeSet<usize>,
 }
 
 impl Built {
@@ -78,6 +83,8 @@ pub(crate) fn build(
         records: Vec::new(),
         groups: Vec::new(),
         widened: Vec::new(),
+        obstacles: BTreeSet::new(),
+        rules: BTreeSet::new(),
     };
     let mut b = Builder { checkpoint, options, scheme, out: empty };
     let norm = spec.tensors(ExtentKind::FinalNorm, usize::MAX);
@@ -108,7 +115,13 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn choice(&self, kind: ExtentKind) -> TypeChoice {
+    /// What the recipe says of a tensor, or else the options of all of its kind.
+    fn choice(&mut self, kind: ExtentKind, layer: u32, tensor: &str) -> TypeChoice {
+        let found = self.options.recipe.as_ref().and_then(|r| r.choice(&recipe::name(kind, layer, tensor)));
+        if let Some((rule, choice)) = found {
+            self.out.rules.insert(rule);
+            return choice;
+        }
         if kind == ExtentKind::Expert { self.options.expert_type } else { self.options.dense_type }
     }
 
@@ -146,9 +159,11 @@ impl Builder<'_> {
                 Ok::<_, ConvertError>(sources)
             });
             let sources = sources.collect::<Result<Vec<_>, _>>()?;
+            let choice = self.choice(kind, layer, tensor.name);
             let all = sources.iter().flatten();
-            let chosen = choose(kind, tensor.layout, tensor.shape, self.choice(kind), all);
+            let chosen = choose(kind, tensor.layout, tensor.shape, choice, all.clone());
             self.note_widened(kind, layer, tensor.name, chosen);
+            self.out.obstacles.extend(all.filter(|_| chosen.widened).filter_map(|s| s.encoding.obstacle()));
             let group = self.group(kind, tensor.name);
             for (extent, sources) in self.out.extents[first..].iter_mut().zip(sources) {
                 let TensorShape { name, layout, shape } = *tensor;
@@ -182,12 +197,13 @@ impl Builder<'_> {
     fn parts(&mut self, kind: ExtentKind, tensor: &str, spec: &ModelSpec) -> Result<(), ConvertError> {
         let (rows, cols) = (spec.vocab_size, spec.hidden_size);
         let whole = resolve(self.checkpoint, self.scheme, &View::whole(tensor.to_owned(), rows, cols), false)?;
-        let embedding = kind == ExtentKind::Embedding;
-        let layout = if embedding { Layout::Plain } else { Layout::Tiled };
-        let chosen = choose(kind, layout, [1, rows, cols], self.choice(kind), std::iter::once(&whole));
+        let choice = self.choice(kind, NO_LAYER, kind.name());
+        let chosen = choose(kind, Layout::Tiled, [1, rows, cols], choice, std::iter::once(&whole));
         self.note_widened(kind, NO_LAYER, kind.name(), chosen);
-        let height = if embedding {
-            embedding_part_rows(chosen.weight_type, cols)
+        let shape = spec.part_tensor(kind, rows, chosen.weight_type).expect("embedding and head have parts");
+        let layout = shape.layout;
+        let height = if kind == ExtentKind::Embedding {
+            embedding_part_rows(chosen.weight_type, cols)?
         } else {
             head_part_rows(chosen.weight_type, cols)?
         };
@@ -215,10 +231,13 @@ impl Builder<'_> {
     }
 }
 
-/// Rows of a part of the embedding, whose type is a plain one.
-pub(crate) fn embedding_part_rows(ty: WeightType, cols: usize) -> usize {
-    let row = cols * ty.plain_element_len().expect("an embedding's type is plain");
-    (EMBEDDING_PART / row).max(1)
+/// Rows of a part of the embedding: as many as fit, in whole row groups unless its numbers stand alone.
+pub(crate) fn embedding_part_rows(ty: WeightType, cols: usize) -> Result<usize, ConvertError> {
+    if let Some(element) = ty.plain_element_len() {
+        return Ok((EMBEDDING_PART / (cols * element)).max(1));
+    }
+    let group = ty.row_group_len(cols).ok_or_else(|| too_large("embedding"))?;
+    Ok((EMBEDDING_PART / group).max(1) * ROW_GROUP)
 }
 
 /// Rows of a part of the head: as many as fit, in whole scale blocks if there is room for one, else in whole row groups.

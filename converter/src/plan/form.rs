@@ -7,9 +7,9 @@ use crate::source::{Checkpoint, Dtype};
 pub(crate) enum Form {
     /// One tensor of numbers, or one of a type that no form knows.
     Single,
-    /// e4m3 codes and their scales: per 128×128 block, per row, or one.
+    /// e4m3 codes and their scales: per 128×128 block, per row and some columns or all of them, or one.
     Fp8,
-    /// compressed-tensors: four-bit integers and a scale per group; the third tensor is the shape.
+    /// compressed-tensors: packed integers and a scale per group; the third tensor is the shape, a fourth the zero points.
     PackedInt,
     /// compressed-tensors: e2m1 codes and power-of-two scales.
     PackedMxfp4,
@@ -17,17 +17,41 @@ pub(crate) enum Form {
     PackedNvfp4,
     /// modelopt: e2m1 codes, e4m3 scales, and one number to multiply those by.
     Nvfp4,
-    /// compressed-tensors: eight-bit integers, and a scale per row or group.
+    /// compressed-tensors: eight-bit integers, and a scale per row or group; a third tensor is the zero points.
     Int8,
+    /// DeepSeek-V4: pairs of e2m1 codes in bytes that call themselves integers, and power-of-two scales.
+    Pairs,
     /// gpt-oss: e2m1 codes in blocks and power-of-two scales.
     Blocks,
     /// MLX: integers, scales and, unless the scales are powers of two, biases per group.
     Mlx,
     /// AWQ and GPTQ: integers, zeros, scales and, in GPTQ, the group of each input.
     Columnar,
+    /// HQQ: bytes of codes, scales and zeros; then what it saves of its settings, which shapes say too.
+    Hqq,
     /// GGUF: blocks, whole rows of them.
     Ggml,
 }
+
+/// What HQQ saves beside codes, scales and zeros (`HQQLinear.state_dict_keys`).
+const HQQ_SETTINGS: [&str; 16] = [
+    ".nbits",
+    ".group_size",
+    ".shape",
+    ".axis",
+    ".packing",
+    ".unpack_view_dtype",
+    ".view_as_float",
+    ".quant_scale",
+    ".quant_zero",
+    ".compute_dtype",
+    ".offload_meta",
+    ".encoded_state_dict",
+    ".stores_quant_config",
+    ".channel_wise",
+    ".optimize",
+    ".round_zero",
+];
 
 /// The tensors that hold one tensor of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,7 +73,9 @@ pub(crate) fn find(checkpoint: &Checkpoint, name: &str) -> Option<Parts> {
     if let Some(tensor) = checkpoint.find(&of_stem(".weight_packed")) {
         let scale = of_stem(".weight_scale");
         return Some(if checkpoint.tensors[tensor].dtype.name() == "I32" {
-            parts(checkpoint, Form::PackedInt, tensor, &[scale, of_stem(".weight_shape")])
+            let mut parts = parts(checkpoint, Form::PackedInt, tensor, &[scale, of_stem(".weight_shape")]);
+            parts.tensors.extend(zero_point(checkpoint, stem));
+            parts
         } else if let global @ Some(_) = checkpoint.find(&of_stem(".weight_global_scale")) {
             let mut parts = parts(checkpoint, Form::PackedNvfp4, tensor, &[scale]);
             parts.tensors.extend(global);
@@ -57,6 +83,11 @@ pub(crate) fn find(checkpoint: &Checkpoint, name: &str) -> Option<Parts> {
         } else {
             parts(checkpoint, Form::PackedMxfp4, tensor, &[scale])
         });
+    }
+    if let Some(tensor) = checkpoint.find(&of_stem(".W_q")) {
+        let mut parts = parts(checkpoint, Form::Hqq, tensor, &[of_stem(".scale"), of_stem(".zero")]);
+        parts.tensors.extend(HQQ_SETTINGS.iter().filter_map(|end| checkpoint.find(&of_stem(end))));
+        return Some(parts);
     }
     let tensor = checkpoint.find(&of_stem(".qweight"))?;
     let mut parts = parts(checkpoint, Form::Columnar, tensor, &[of_stem(".qzeros"), of_stem(".scales")]);
@@ -68,7 +99,7 @@ fn found(checkpoint: &Checkpoint, name: &str, stem: &str, tensor: usize) -> Part
     let after = |end: &str| format!("{name}{end}");
     match &checkpoint.tensors[tensor].dtype {
         Dtype::F8E4M3 => {
-            let known = ["_scale_inv", "_scale"].map(after);
+            let known = [after("_scale_inv"), after("_scale"), format!("{stem}.scale")];
             let scale = known.iter().find(|n| checkpoint.find(n).is_some()).unwrap_or(&known[0]);
             parts(checkpoint, Form::Fp8, tensor, std::slice::from_ref(scale))
         }
@@ -80,7 +111,12 @@ fn found(checkpoint: &Checkpoint, name: &str, stem: &str, tensor: usize) -> Part
             parts(checkpoint, Form::Nvfp4, tensor, &[after("_scale"), after("_scale_2")])
         }
         Dtype::Other(dtype) if dtype == "I8" && checkpoint.find(&after("_scale")).is_some() => {
-            parts(checkpoint, Form::Int8, tensor, &[after("_scale")])
+            let mut parts = parts(checkpoint, Form::Int8, tensor, &[after("_scale")]);
+            parts.tensors.extend(zero_point(checkpoint, stem));
+            parts
+        }
+        Dtype::Other(dtype) if dtype == "I8" && checkpoint.find(&format!("{stem}.scale")).is_some() => {
+            parts(checkpoint, Form::Pairs, tensor, &[format!("{stem}.scale")])
         }
         Dtype::Other(dtype) if dtype == "U32" => {
             let mut parts = parts(checkpoint, Form::Mlx, tensor, &[format!("{stem}.scales")]);
@@ -89,6 +125,16 @@ fn found(checkpoint: &Checkpoint, name: &str, stem: &str, tensor: usize) -> Part
         }
         Dtype::Ggml(_) => parts(checkpoint, Form::Ggml, tensor, &[]),
         _ => parts(checkpoint, Form::Single, tensor, &[]),
+    }
+}
+
+/// The zero points of compressed-tensors, where they count. Packed ones always do: zero is not all bits zero there.
+fn zero_point(checkpoint: &Checkpoint, stem: &str) -> Option<usize> {
+    let tensor = checkpoint.find(&format!("{stem}.weight_zero_point"))?;
+    match checkpoint.tensors[tensor].dtype.name() {
+        "I32" => Some(tensor),
+        "I8" if checkpoint.has_zero_points => Some(tensor),
+        _ => None,
     }
 }
 

@@ -19,11 +19,12 @@ use sluice_format::{
     SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TensorRecord, WeightType,
 };
 
+use crate::encoding::Selection;
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
 use crate::options::{Options, TypeChoice};
-use crate::encoding::Selection;
 use crate::source::{self, CONFIG, Checkpoint, RowOrder, recognise, side_file};
+use crate::steps;
 
 /// Name and version of this converter, part of every file that it writes.
 pub(crate) const CONVERTER: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
@@ -131,7 +132,7 @@ pub fn plan_source(source: Box<dyn source::Source>, options: &Options) -> Result
     of_checkpoint(source::open_source(source)?, options)
 }
 
-fn of_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Plan, ConvertError> {
+fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, ConvertError> {
     let config_bytes = checkpoint.source().text_file(CONFIG)?.ok_or_else(|| {
         let problem = recognise::no_config(&checkpoint.dir);
         ConvertError::NotACheckpoint { path: checkpoint.dir.clone(), problem }
@@ -141,6 +142,7 @@ fn of_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Plan, Conv
     let text = family::text(family, &config)?;
     let text = text.as_ref().unwrap_or(&config);
     let scheme = scheme::read(text, &config, &checkpoint)?;
+    checkpoint.has_zero_points = scheme.asymmetric;
     let spec = family::spec(family, text)?;
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
     let tied = inventory::Tied::read(text, &config)?;
@@ -151,7 +153,7 @@ fn of_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Plan, Conv
     let weighted = built.records.iter().any(|r| matches!(r.weight_type, WeightType::Q4 | WeightType::Q3));
     let measured = options.measured.is_some() && weighted && importance.is_none();
     let reading = |choice| {
-        let options = Options { expert_type: choice, dense_type: choice, ..options.clone() };
+        let options = Options { expert_type: choice, dense_type: choice, recipe: None, ..options.clone() };
         build::build(&checkpoint, family, names, &spec, &options, scheme, &inventory.head)
     };
     let reading = match measured.then(|| reading(TypeChoice::Keep)).transpose()? {
@@ -159,6 +161,12 @@ fn of_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Plan, Conv
         Some(carried) if !carried.widened.is_empty() => Some(reading(TypeChoice::Type(WeightType::Bf16))?),
         carried => carried,
     };
+    let mut notes = inventory.notes;
+    notes.extend(built.obstacles.iter().map(|why| {
+        format!("weights are stored as f32, which takes much more space, because {why}. `--type q8` makes them small")
+    }));
+    let idle = options.recipe.as_ref().and_then(|r| r.unused(&built.rules.iter().copied().collect::<Vec<_>>()));
+    notes.extend(idle);
     let mut blobs = vec![(SOURCE_CONFIG_BLOB, config_bytes)];
     for name in TEXT_FILES {
         blobs.extend(checkpoint.side_file(name)?.map(|bytes| (name, bytes)));
@@ -177,7 +185,7 @@ fn of_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Plan, Conv
         groups: built.groups,
         widened: built.widened,
         left_out: inventory.left_out,
-        notes: inventory.notes,
+        notes,
         blobs,
         hash: 0,
     };
@@ -260,6 +268,11 @@ impl Plan {
         &self.notes
     }
 
+    /// When a conversion from its beginning reads each file of the source: what a source that is fetched will be told.
+    pub fn file_uses(&self) -> Vec<source::FileUse> {
+        steps::uses(self, &steps::of(self, &|_| true, &|_| true))
+    }
+
     /// Numbers of the source's files that an extent is made of.
     pub(crate) fn files_of(&self, extent: usize) -> BTreeSet<usize> {
         let tensors = self.extents[extent].iter().flat_map(|t| &t.sources).flat_map(Selection::tensors);
@@ -295,6 +308,9 @@ impl Plan {
         add(&self.options.page_size.to_le_bytes());
         add(self.options.expert_type.to_string().as_bytes());
         add(self.options.dense_type.to_string().as_bytes());
+        if let Some(recipe) = &self.options.recipe {
+            recipe.lines().iter().for_each(|line| add(line.as_bytes()));
+        }
         add(&self.importance.as_ref().map_or(0, Importance::digest).to_le_bytes());
         if let (Some(_), Some(measured)) = (&self.reading, self.options.measured) {
             add(&measured.to_le_bytes());

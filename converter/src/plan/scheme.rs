@@ -20,11 +20,15 @@ pub(crate) struct Scheme {
     pub(crate) columnar: Option<Columnar>,
     /// Rows and columns that share a scale where fp8 has scales by block.
     pub(crate) fp8_block: [usize; 2],
+    /// Whether zero points count, where they are not packed and could just as well be left over.
+    pub(crate) asymmetric: bool,
+    /// Whether GPTQ's groups may be in disorder, as quantising by activation order leaves them.
+    pub(crate) act_order: bool,
 }
 
 impl Default for Scheme {
     fn default() -> Self {
-        Scheme { columnar: None, fp8_block: [SCALE_BLOCK; 2] }
+        Scheme { columnar: None, fp8_block: [SCALE_BLOCK; 2], asymmetric: false, act_order: true }
     }
 }
 
@@ -44,13 +48,18 @@ pub(crate) fn read(text: &Config, whole: &Config, checkpoint: &Checkpoint) -> Re
     let section = place.object("quantization_config");
     let mut scheme = Scheme::default();
     if has(".qweight") {
-        scheme.columnar = columnar(&columnar_sections(section.clone(), checkpoint)?)?;
+        let sections = columnar_sections(section.clone(), checkpoint)?;
+        scheme.columnar = columnar(&sections)?;
+        // Only what is said counts: old tools do not say it and do it.
+        let said = sections.iter().find(|s| s.has("desc_act"));
+        scheme.act_order = said.map_or(Ok(true), |s| s.bool_or("desc_act", true))?;
     }
     let Some(section) = section else { return Ok(scheme) };
     if checkpoint.tensors.iter().any(|t| t.dtype == Dtype::F8E4M3) {
         scheme.fp8_block = fp8_block(&section)?.unwrap_or(scheme.fp8_block);
     }
-    compressed_tensors(&section, has(".weight_packed"), has(".weight_zero_point"))?;
+    let packed = has(".weight_packed");
+    scheme.asymmetric = compressed_tensors(&section, packed, has(".weight_zero_point"))?;
     Ok(scheme)
 }
 
@@ -68,23 +77,27 @@ fn fp8_block(section: &Config) -> Result<Option<[usize; 2]>, ConvertError> {
     }
 }
 
-/// What the integers of compressed-tensors need said.
-fn compressed_tensors(section: &Config, packed: bool, zero_points: bool) -> Result<(), ConvertError> {
+/// What the integers of compressed-tensors need said: whether any of them are asymmetric.
+fn compressed_tensors(section: &Config, packed: bool, zero_points: bool) -> Result<bool, ConvertError> {
     if let Some(transforms) = section.object("transform_config").and_then(|t| t.object("config_groups"))
         && let Some(name) = transforms.names().next()
     {
         return Err(transforms.refuse(name, "rotates activations while the model runs, which is not supported"));
     }
-    let Some(groups) = section.object("config_groups").filter(|_| packed) else { return Ok(()) };
+    let Some(groups) = section.object("config_groups") else { return Ok(false) };
+    let mut asymmetric = false;
     for name in groups.names() {
         let Some(weights) = groups.object(name).and_then(|group| group.object("weights")) else { continue };
-        // With zero points, those decide.
-        if !zero_points {
-            weights.require_bool("symmetric", true)?;
+        // What has no zero points where they are needed is broken; of other forms, the tensors say all.
+        if packed {
+            if !zero_points {
+                weights.require_bool("symmetric", true)?;
+            }
+            weights.require_str("type", &["int", "float"])?;
         }
-        weights.require_str("type", &["int", "float"])?;
+        asymmetric |= weights.bool_or("symmetric", true).is_ok_and(|symmetric| !symmetric);
     }
-    Ok(())
+    Ok(asymmetric)
 }
 
 /// Where columnar formats are described, in the order of trust: the configuration, and the file that tools wrote beside it

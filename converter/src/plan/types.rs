@@ -1,6 +1,7 @@
 //! Which type a tensor is stored in.
 
 use sluice_format::{ExtentKind, Layout, WeightType};
+use sluice_weights::Codes;
 
 use crate::encoding::Selection;
 use crate::options::TypeChoice;
@@ -24,10 +25,10 @@ pub(crate) fn choose<'a>(
     let exact = |weight_type| Chosen { weight_type, widened: false };
     let stored = || carried(shape, sources.clone());
     match (kind, layout, choice) {
-        // The embedding is looked up row by row: its layout knows no scales, so quantised types cannot apply.
+        // What is looked up row by row costs no time: it loses nothing unless the checkpoint has it smaller.
         (ExtentKind::Embedding, ..) => match choice {
             TypeChoice::Type(ty @ (WeightType::F32 | WeightType::Bf16)) => exact(ty),
-            _ => floats_only(stored()),
+            _ => without_tall_blocks(stored()),
         },
         (_, Layout::Plain, _) => exact(WeightType::F32),
         // A router decides; its precision costs nothing.
@@ -35,8 +36,14 @@ pub(crate) fn choose<'a>(
         (ExtentKind::Router, ..) => floats_only(stored()),
         (.., TypeChoice::Keep) => stored(),
         (.., TypeChoice::Type(WeightType::Fp8)) => {
-            let any_torn = sources.clone().any(|s| is_torn_fp8(s, shape));
-            if any_torn { WIDENED } else { exact(WeightType::Fp8) }
+            let stored = stored();
+            if is_e4m3(stored.weight_type) {
+                stored
+            } else if sources.clone().any(|s| is_torn_fp8(s, shape)) {
+                WIDENED
+            } else {
+                exact(WeightType::Fp8)
+            }
         }
         (.., TypeChoice::Type(ty)) => exact(ty),
     }
@@ -51,6 +58,11 @@ fn floats_only(chosen: Chosen) -> Chosen {
     }
 }
 
+/// Parts of the embedding are cut at any row group, through the scales of 128 rows.
+fn without_tall_blocks(chosen: Chosen) -> Chosen {
+    if chosen.weight_type == WeightType::Fp8 { WIDENED } else { chosen }
+}
+
 /// The type that carries all sources bit for bit, or f32 where there is none: it holds all their values exactly.
 fn carried<'a>(shape: [usize; 3], mut sources: impl Iterator<Item = &'a Selection>) -> Chosen {
     let Some(first) = sources.next().and_then(|s| s.carrier(shape)) else { return WIDENED };
@@ -63,5 +75,13 @@ fn carried<'a>(shape: [usize; 3], mut sources: impl Iterator<Item = &'a Selectio
 
 /// Whether a source has fp8 codes that the file's type cannot hold: making new ones of them would lose more than the type does.
 fn is_torn_fp8(source: &Selection, shape: [usize; 3]) -> bool {
-    source.encoding.carried() == Some(WeightType::Fp8) && !source.encoding.fits(source, shape)
+    source.encoding.carried().is_some_and(is_e4m3) && source.carrier(shape) != Some(WeightType::Fp8)
+}
+
+/// Whether a type has e4m3 codes, whatever their scales are.
+fn is_e4m3(ty: WeightType) -> bool {
+    match ty {
+        WeightType::Grouped(grouped) => grouped.codes() == Codes::E4m3,
+        other => other == WeightType::Fp8,
+    }
 }

@@ -56,6 +56,8 @@ pub(crate) struct Checkpoint {
     pub(crate) parts: Vec<Part>,
     /// What the index names and no file holds.
     pub(crate) absent: Vec<AbsentTensor>,
+    /// Whether bytes called zero points count: else they are left over, and must be zero.
+    pub(crate) has_zero_points: bool,
     /// Remarks for the user.
     pub(crate) notes: Vec<String>,
     /// What may explain that a tensor is not found.
@@ -74,6 +76,7 @@ impl Checkpoint {
             parts: Vec::new(),
             by_name: HashMap::new(),
             absent: Vec::new(),
+            has_zero_points: false,
             notes: Vec::new(),
             hint: None,
         }

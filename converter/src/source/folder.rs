@@ -9,7 +9,7 @@ use sluice_format::open_regular;
 
 use super::locate::{self, Located};
 use super::recognise::Foreign;
-use super::{Checkpoint, MAX_SIDE_FILE, Source, SourceFile, Stamp, header};
+use super::{Checkpoint, FileUse, MAX_SIDE_FILE, Source, SourceFile, Stamp, header};
 use crate::error::ConvertError;
 
 /// Reads shorter than this do not drop their pages from the cache: neighbours may share them.
@@ -80,6 +80,14 @@ impl Source for Folder {
     fn text_file(&self, name: &str) -> Result<Option<Vec<u8>>, ConvertError> {
         side_file(&self.dir, name)
     }
+
+    fn is_fetched(&self) -> bool {
+        false
+    }
+
+    fn schedule(&self, _uses: &[FileUse]) {}
+
+    fn release(&self, _file: usize) {}
 
     fn folder(&self) -> Option<&Path> {
         Some(&self.dir)

@@ -92,11 +92,7 @@ pub(super) fn of_listing(listing: &Listing<'_>) -> Result<Located, ConvertError>
 }
 
 /// What the index, if there is one, says of files that are known already.
-pub(super) fn of_files(
-    path: &Path,
-    index: Option<Vec<u8>>,
-    files: &BTreeSet<String>,
-) -> Result<Located, ConvertError> {
+pub(super) fn of_files(path: &Path, index: Option<Vec<u8>>, files: &BTreeSet<String>) -> Result<Located, ConvertError> {
     let Some(index) = index.filter(|_| !files.contains(SINGLE)) else { return Ok(Located::default()) };
     let places = parse_index(path, &index)?;
     let absent = places.values().filter(|file| !files.contains(*file)).cloned().collect();

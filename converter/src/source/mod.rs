@@ -59,6 +59,17 @@ pub struct SourceFile {
     pub stamp: Stamp,
 }
 
+/// When a conversion reads a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileUse {
+    /// Its number.
+    pub file: usize,
+    /// The step that needs it first.
+    pub first: usize,
+    /// The step that needs it last; behind it, the file is released.
+    pub last: usize,
+}
+
 /// What the bytes of a checkpoint come from. Threads share it.
 ///
 /// What it says of its files holds as long as it lives: the conversion asks [`Source::check_unchanged`] before it believes what
@@ -94,8 +105,16 @@ pub trait Source: fmt::Debug + Send + Sync {
         self.path().join(name)
     }
 
-    /// Nothing will be read of a file any more: all extents that need it are on the drive, and its digest is known.
-    fn release(&self, _file: usize) {}
+    /// Whether files are fetched one after the other. Extents are then made in the order in which their files come, and a file is
+    /// released as soon as it can be.
+    fn is_fetched(&self) -> bool;
+
+    /// Which files will be read from here on, and when. Called once, before the first extent is made; nothing is read meanwhile.
+    fn schedule(&self, uses: &[FileUse]);
+
+    /// Nothing will be read of a file any more: all extents that need it are on the drive, its digest is known, and the journal
+    /// says so. Only for a source that is fetched.
+    fn release(&self, file: usize);
 
     /// Whether stamps follow from the content alone, so that equal stamps need no proof by reading.
     fn is_content_addressed(&self) -> bool {

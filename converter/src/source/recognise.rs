@@ -134,18 +134,17 @@ pub(crate) fn nothing_there(path: &Path) -> String {
     on_hub(path, None).unwrap_or_else(|| "there is no such folder".to_owned())
 }
 
-/// What to say of a path that is a name on the hub: how to download all of the model, or one file of it.
+/// What to say of a path that is a name on the hub: how to use it as that, or how to download one file of the model.
 pub(crate) fn on_hub(path: &Path, file: Option<&str>) -> Option<String> {
     let name = hub_name(path)?;
     let folder = name.rsplit('/').next().unwrap_or(&name);
-    let (what, file) = match file {
-        Some(file) => (format!("its `{file}`"), format!(" {file}")),
-        None => ("the model".to_owned(), String::new()),
+    let advice = match file {
+        Some(file) => format!(
+            "Download its `{file}` first, with `sluice pull {name} --include {file} --to {folder}`, then name the folder {folder}"
+        ),
+        None => format!("Name it `hf:{name}` to convert it from there"),
     };
-    Some(format!(
-        "there is no such folder here, but it looks like a name on the Hugging Face Hub. Download {what} first, with \
-         `hf download {name}{file} --local-dir {folder}`, then name the folder {folder}"
-    ))
+    Some(format!("there is no such folder here, but it looks like a name on the Hugging Face Hub. {advice}"))
 }
 
 /// `path` as the name of a model on the hub, such as `deepseek-ai/DeepSeek-R1`, also out of an address.

@@ -170,9 +170,9 @@ impl Builder<'_> {
         let (vocab, hidden) = (self.spec.vocab_size, self.spec.hidden_size);
         let ty = self.types.of(kind);
         let height =
-            if kind == ExtentKind::Embedding { embedding_part_rows(ty, hidden) } else { head_part_rows(ty, hidden)? };
+            if kind == ExtentKind::Embedding { embedding_part_rows(ty, hidden)? } else { head_part_rows(ty, hidden)? };
         for (part, first) in (0..vocab).step_by(height).enumerate() {
-            let Some(tensor) = self.spec.part_tensor(kind, height.min(vocab - first)) else { return Ok(()) };
+            let Some(tensor) = self.spec.part_tensor(kind, height.min(vocab - first), ty) else { return Ok(()) };
             let index = part as u32;
             let (range, logical_len) = self.add(vec![self.record(kind, NO_LAYER, index, tensor)])?;
             self.planned.push(PlannedExtent { kind, layer: NO_LAYER, index, logical_len });

@@ -174,7 +174,7 @@ pub(crate) fn plan(spec: &ModelSpec, rows_per_part: usize) -> Content {
     for (kind, ty) in [(ExtentKind::Embedding, WeightType::Bf16), (ExtentKind::Head, WeightType::Q8)] {
         for (part, first) in (0..spec.vocab_size).step_by(rows_per_part).enumerate() {
             let rows = rows_per_part.min(spec.vocab_size - first);
-            let shape = spec.part_tensor(kind, rows).expect("embedding and head have parts");
+            let shape = spec.part_tensor(kind, rows, ty).expect("embedding and head have parts");
             add(kind, NO_LAYER, part as u32..part as u32 + 1, vec![shape], Some(ty));
         }
     }

@@ -156,3 +156,16 @@ pub(crate) fn unpack_column(ty: Grouped, w: &Group<'_>, k: usize) -> Rows {
         scales.b.map_or(value, |b| value + b[r])
     })
 }
+
+/// Row `r` of the group, as [`unpack_column`] gives it.
+pub(crate) fn unpack_row(ty: Grouped, w: &Group<'_>, r: usize, out: &mut [f32]) {
+    let factor = row_factors(ty, w).map_or(1.0, |factors| factors[r]);
+    for (b, out) in out.chunks_mut(ty.block()).enumerate() {
+        let scales = Block::new(ty, w, b);
+        let (a, zero, bias) = (scales.a[r] * factor, scales.zero[r], scales.b.map(|b| b[r]));
+        for (i, out) in out.iter_mut().enumerate() {
+            let value = (numbers(ty, w, b * ty.block() + i)[r] - zero) * a;
+            *out = bias.map_or(value, |bias| value + bias);
+        }
+    }
+}

@@ -7,7 +7,7 @@
 
 use super::codebook::SCALE_MAX;
 use super::moments::{Moments, pack_f32};
-use super::pack::{Quantised, table};
+use super::pack::{Quantised, QuantisedRow, table};
 use super::search::{Block, Table, normalising};
 use crate::activations::{Activations, Precision};
 use crate::isa::Kernels;
@@ -48,6 +48,17 @@ struct Strip {
     beyond: Vec<u8>,
 }
 
+/// One row of a strip while it is quantised.
+struct StripRow<'a> {
+    /// `S`.
+    scale: f32,
+    /// What the columns are to be rounded to, after all errors so far.
+    targets: &'a mut [f32],
+    /// What they have been rounded to, less the weights.
+    errors: &'a mut [f32],
+    out: QuantisedRow<'a>,
+}
+
 /// What a thread that quantises needs besides.
 #[derive(Debug)]
 pub struct FeedbackScratch {
@@ -85,7 +96,8 @@ impl Feedback {
         let mut out = Quantised::new(ty, rows, self.cols);
         let table = table(ty);
         // A power of two brings the largest of a row to 1..2; rows of zeros, or of what is no number, are done already.
-        let factors: Vec<Option<(f64, f32)>> = (0..rows).map(|r| out.begin(r, &src[r * self.cols..][..self.cols])).collect();
+        let factors: Vec<Option<(f64, f32)>> =
+            (0..rows).map(|r| out.begin(r, &src[r * self.cols..][..self.cols])).collect();
         for panel in &self.panels {
             match ty {
                 WeightType::Q4 => panel.quantise::<32>(self, table, src, &factors, &mut out, scratch),
@@ -178,13 +190,15 @@ impl Panel {
                 let targets = &mut targets[r * width + strip.begin..][..strip.width];
                 let errors = &mut errors[r * strip.width..][..strip.width];
                 let exact = |column: usize| (f64::from(src[r * cols + column]) * factor) as f32;
-                self.strip::<B>(strip, table, scale, targets, errors, exact, &mut out.row(r));
+                let row = StripRow { scale, targets, errors, out: out.row(r) };
+                self.strip::<B>(strip, table, row, exact);
             }
             let (behind, rest) = (strip.begin + strip.width, width - strip.begin - strip.width);
             if rest > 0 {
                 scratch.errors.set(&errors, rows, strip.width);
                 scratch.product.resize(rows * rest, 0.0);
-                let beyond = Matrix::new(WeightType::F32, rest, strip.width, &strip.beyond).expect("packed to this shape");
+                let beyond =
+                    Matrix::new(WeightType::F32, rest, strip.width, &strip.beyond).expect("packed to this shape");
                 whole.kernels.matmul(&scratch.serial, beyond, &scratch.errors, &mut scratch.product);
                 for (targets, product) in targets.chunks_exact_mut(width).zip(scratch.product.chunks_exact(rest)) {
                     targets[behind..].iter_mut().zip(product).for_each(|(t, p)| *t -= p);
@@ -193,18 +207,9 @@ impl Panel {
         }
     }
 
-    /// One row of a strip.
-    #[allow(clippy::too_many_arguments)]
-    fn strip<const B: usize>(
-        &self,
-        strip: &Strip,
-        table: &Table,
-        scale: f32,
-        targets: &mut [f32],
-        errors: &mut [f32],
-        exact: impl Fn(usize) -> f32,
-        out: &mut super::pack::QuantisedRow<'_>,
-    ) {
+    /// One row of a strip; `exact`: its weights by column.
+    fn strip<const B: usize>(&self, strip: &Strip, table: &Table, row: StripRow<'_>, exact: impl Fn(usize) -> f32) {
+        let StripRow { scale, targets, errors, out } = row;
         for first in (0..strip.width).step_by(B) {
             let places = first..(first + B).min(strip.width);
             let weight = &self.weight[strip.begin + first..][..places.len()];

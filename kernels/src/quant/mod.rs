@@ -31,6 +31,6 @@ mod search;
 pub(crate) use codebook::{Codebook, UNIT};
 pub use feedback::{Feedback, FeedbackScratch};
 pub use moments::Moments;
-pub use pack::{Quantised, pack_row_group_weighted};
 pub(crate) use pack::pack_unweighted;
+pub use pack::{Quantised, pack_row_group_weighted};
 pub(crate) use product::{group_f32, group_int8, unpack_column};

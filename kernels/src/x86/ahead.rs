@@ -33,6 +33,15 @@ impl Ahead {
             _mm_prefetch::<_MM_HINT_T1>(self.next.wrapping_add(g * len + line).cast());
         }
     }
+
+    /// Asks for the `g`-th part of `len` bytes.
+    #[inline]
+    #[target_feature(enable = "sse")]
+    pub(super) fn bytes(&self, len: usize, g: usize) {
+        for line in ((g * len).next_multiple_of(64)..(g + 1) * len).step_by(64) {
+            _mm_prefetch::<_MM_HINT_T1>(self.next.wrapping_add(line).cast());
+        }
+    }
 }
 
 /// How far ahead [`in_streams`] asks: few enough bytes to wait in the second-level cache.

@@ -4,6 +4,7 @@
 
 mod attention;
 mod codebook;
+pub(super) mod grouped;
 mod many;
 
 use super::ahead::{Ahead, in_streams};
@@ -61,6 +62,9 @@ impl Avx2 {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+    if let WeightType::Grouped(ty) = w.ty() {
+        return grouped::tile(ty, w, x, shape, out);
+    }
     if shape.int8 && shape.tokens > 1 {
         return match w.ty() {
             WeightType::Q8 => many::<Q8>(w, x, shape, out),
@@ -86,7 +90,7 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
             (WeightType::Q8, true) => blocked_int8::<Q8>(&group, x, shape, g, out),
             (WeightType::Int4, true) => blocked_int8::<INT4>(&group, x, shape, g, out),
             (WeightType::Mxfp4, true) => blocked_int8::<MXFP4>(&group, x, shape, g, out),
-            (WeightType::Grouped(_), _) => unreachable!("the caller has another kernel"),
+            (WeightType::Grouped(_), _) => unreachable!("they have kernels of their own"),
         }
     }
 }

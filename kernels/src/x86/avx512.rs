@@ -5,6 +5,7 @@
 
 mod attention;
 mod codebook;
+mod grouped;
 
 use super::ahead::Ahead;
 use super::avx2::Avx2;
@@ -81,7 +82,7 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
         WeightType::Q8 => blocked_int8::<Q8>(&pair, x, shape, out),
         WeightType::Int4 => blocked_int8::<INT4>(&pair, x, shape, out),
         WeightType::Mxfp4 => blocked_int8::<MXFP4>(&pair, x, shape, out),
-        WeightType::Grouped(_) => unreachable!("the caller has another kernel"),
+        WeightType::Grouped(ty) => grouped::tile(ty, &pair, x, shape, out),
     }
 }
 

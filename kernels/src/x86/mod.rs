@@ -6,6 +6,7 @@ mod attention;
 mod ahead;
 mod avx2;
 mod avx512;
+mod grouped;
 
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;

@@ -2,6 +2,8 @@
 
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, WeightType};
 
+use sluice_kernels::{Matrix, unpack_row};
+
 use super::ModelError;
 
 /// Parts that stay in memory. Text repeats its words, and a part is at most a few hundred KiB.
@@ -22,6 +24,8 @@ pub struct Embedding {
 struct Part {
     extent: ExtentRecord,
     offset: usize,
+    len: usize,
+    rows: usize,
     ty: WeightType,
 }
 
@@ -45,7 +49,8 @@ impl Embedding {
             if i == 0 {
                 rows_per_part = tensor.shape[1] as usize;
             }
-            Part { extent: *extent, offset: tensor.offset as usize, ty: tensor.weight_type }
+            let (offset, len, rows) = (tensor.offset as usize, tensor.len as usize, tensor.shape[1] as usize);
+            Part { extent: *extent, offset, len, rows, ty: tensor.weight_type }
         });
         let parts = parts.collect();
         Embedding { parts, rows_per_part, width: file.spec().hidden_size, cached: Vec::new(), clock: 0, bytes_read: 0 }
@@ -73,10 +78,15 @@ impl Embedding {
         for (&token, out) in tokens.iter().zip(out.chunks_exact_mut(self.width)) {
             let (part, row) = (token as usize / self.rows_per_part, token as usize % self.rows_per_part);
             let cached = self.load(file, part)?;
-            let Part { offset, ty, .. } = self.parts[part];
-            let element = ty.plain_element_len().expect("the file's reader refuses other types in the embedding");
-            let start = offset + row * self.width * element;
-            widen(ty, &self.cached[cached].bytes[start..start + self.width * element], out);
+            let Part { offset, len, rows, ty, .. } = self.parts[part];
+            let bytes = &self.cached[cached].bytes[offset..offset + len];
+            match ty.plain_element_len().map(|element| element * self.width) {
+                Some(len) => widen(ty, &bytes[row * len..][..len], out),
+                None => {
+                    let matrix = Matrix::new(ty, rows, self.width, bytes);
+                    unpack_row(matrix.expect("the file's reader has compared shape and length"), row, out);
+                }
+            }
         }
         Ok(())
     }

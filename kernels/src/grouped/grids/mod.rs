@@ -1,5 +1,7 @@
 //! Codes that are numbers of points of a grid, with signs (ggml's i-quants).
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod digits;
 mod points;
 #[rustfmt::skip]
 mod sets;
@@ -7,9 +9,11 @@ mod sets;
 mod unpack;
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-pub(crate) use points::{iq1, iq2s, iq2xs, iq2xxs, iq3s, iq3xxs};
+pub(crate) use points::{IQ1, IQ2S, IQ2XS, IQ2XXS, IQ3S, IQ3XXS};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use points::{IQ1_LEVELS, IQ2_LEVELS, IQ3S_LEVELS, IQ3XXS_LEVELS};
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-pub(crate) use unpack::{Unpacked, unpack};
+pub(crate) use unpack::unpack;
 
 use crate::matrix::{BLOCK, ROW_GROUP};
 use crate::scalar::Rows;
@@ -76,25 +80,25 @@ fn number(codes: Codes, record: &Record<'_>, k: usize) -> i8 {
     let signed = |magnitude: i8, signs: u8| if signs >> (k % 8) & 1 == 1 { -magnitude } else { magnitude };
     let index = u16::from(record.byte(if matches!(codes, Codes::Iq3s | Codes::Iq3xxs) { four } else { eight }));
     match codes {
-        Codes::Iq3s => signed(points::iq3s().column(index | ninth(record.byte(12), four), k), record.byte(8 + eight)),
-        Codes::Iq3xxs => signed(points::iq3xxs().column(index, k), with_parity(record.seven_bits(8, 7 * eight))),
+        Codes::Iq3s => signed(points::IQ3S.column(index | ninth(record.byte(12), four), k), record.byte(8 + eight)),
+        Codes::Iq3xxs => signed(points::IQ3XXS.column(index, k), with_parity(record.seven_bits(8, 7 * eight))),
         Codes::Iq2s => {
             let high = u16::from(record.byte(8) >> (2 * eight) & 3) << 8;
-            signed(points::iq2s().column(index | high, k), record.byte(4 + eight))
+            signed(points::IQ2S.column(index | high, k), record.byte(4 + eight))
         }
         Codes::Iq2xs => {
             let word = record.u16_at(2 * eight);
-            signed(points::iq2xs().column(word & 511, k), with_parity((word >> 9) as u8))
+            signed(points::IQ2XS.column(word & 511, k), with_parity((word >> 9) as u8))
         }
-        Codes::Iq2xxs => signed(points::iq2xxs().column(index, k), with_parity(record.seven_bits(4, 7 * eight))),
+        Codes::Iq2xxs => signed(points::IQ2XXS.column(index, k), with_parity(record.seven_bits(4, 7 * eight))),
         Codes::Iq1s => {
             let word = record.u16_at(4);
-            let point = points::iq1().column(index | (word >> (3 * eight) & 7) << 8, k);
+            let point = points::IQ1.column(index | (word >> (3 * eight) & 7) << 8, k);
             if word >> 15 == 1 { point - 1 } else { point + 1 }
         }
         Codes::Iq1m => {
             let nibble = record.byte(4 + eight / 2) >> (eight % 2 * 4) & 15;
-            let point = points::iq1().column(index | u16::from(nibble & 7) << 8, k);
+            let point = points::IQ1.column(index | u16::from(nibble & 7) << 8, k);
             if nibble >> 3 == 1 { point - 1 } else { point + 1 }
         }
         _ => unreachable!("the caller has chosen grids"),

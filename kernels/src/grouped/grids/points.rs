@@ -1,28 +1,33 @@
-//! The points of the grids, expanded at first use.
+//! The points of the grids, expanded by the compiler.
 
 use super::sets;
-use std::sync::LazyLock;
 
 /// Points of four columns, a byte each, column 0 the lowest.
-#[derive(Debug)]
 pub(crate) struct Points4<const N: usize>([u32; N]);
 
 /// Points of eight columns.
-#[derive(Debug)]
 pub(crate) struct Points8<const N: usize>([u64; N]);
 
 impl<const N: usize> Points4<N> {
-    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-    pub(crate) fn words(&self) -> &[u32; N] {
-        &self.0
-    }
-
-    fn new(set: &[u64], levels: [i8; 8]) -> Self {
-        let mut points = [0; N];
-        for (point, n) in points.iter_mut().zip(members(set)) {
-            *point = u32::from_le_bytes(std::array::from_fn(|c| levels[n >> (3 * c) & 7] as u8));
+    const fn new(set: &[u64], levels: [i8; 8]) -> Self {
+        let (mut points, mut i, mut n) = ([0; N], 0, 0);
+        while i < N {
+            if is_member(set, n) {
+                let mut c = 0;
+                while c < 4 {
+                    points[i] |= (levels[n >> (3 * c) & 7] as u8 as u32) << (8 * c);
+                    c += 1;
+                }
+                i += 1;
+            }
+            n += 1;
         }
         Points4(points)
+    }
+
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    pub(crate) const fn words(&self) -> &[u32; N] {
+        &self.0
     }
 
     /// Column `k mod 4` of a point.
@@ -32,17 +37,26 @@ impl<const N: usize> Points4<N> {
 }
 
 impl<const N: usize> Points8<N> {
-    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-    pub(crate) fn words(&self) -> &[u64; N] {
-        &self.0
-    }
-
-    fn new(set: &[u64], levels: [i8; 3]) -> Self {
-        let mut points = [0; N];
-        for (point, n) in points.iter_mut().zip(members(set)) {
-            *point = u64::from_le_bytes(std::array::from_fn(|c| levels[n / 3usize.pow(c as u32) % 3] as u8));
+    const fn new(set: &[u64], levels: [i8; 3]) -> Self {
+        let (mut points, mut i, mut n) = ([0; N], 0, 0);
+        while i < N {
+            if is_member(set, n) {
+                let (mut c, mut digits) = (0, n);
+                while c < 8 {
+                    points[i] |= (levels[digits % 3] as u8 as u64) << (8 * c);
+                    digits /= 3;
+                    c += 1;
+                }
+                i += 1;
+            }
+            n += 1;
         }
         Points8(points)
+    }
+
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    pub(crate) const fn words(&self) -> &[u64; N] {
+        &self.0
     }
 
     /// Column `k mod 8` of a point.
@@ -51,45 +65,26 @@ impl<const N: usize> Points8<N> {
     }
 }
 
-/// The numbers that a set holds, in ascending order.
-fn members(set: &[u64]) -> impl Iterator<Item = usize> {
-    (0..64 * set.len()).filter(|&n| set[n / 64] >> (n % 64) & 1 == 1)
+/// Points are numbered in ascending order.
+pub(super) const fn is_member(set: &[u64], n: usize) -> bool {
+    set[n / 64] >> (n % 64) & 1 == 1
 }
 
-/// The levels of the two-bit grids.
-const TWO_BITS: [i8; 3] = [8, 25, 43];
+/// The levels of IQ3_S.
+pub(crate) const IQ3S_LEVELS: [i8; 8] = [1, 3, 5, 7, 9, 11, 13, 15];
+/// The levels of IQ3_XXS.
+pub(crate) const IQ3XXS_LEVELS: [i8; 8] = [4, 12, 20, 28, 36, 44, 52, 62];
+/// The levels of IQ2_S, IQ2_XS and IQ2_XXS.
+pub(crate) const IQ2_LEVELS: [i8; 3] = [8, 25, 43];
+/// The levels of IQ1_S and IQ1_M, times 8: what is added to them is an eighth.
+pub(crate) const IQ1_LEVELS: [i8; 3] = [-8, 0, 8];
 
-pub(crate) fn iq3s() -> &'static Points4<512> {
-    static POINTS: LazyLock<Points4<512>> = LazyLock::new(|| Points4::new(&sets::IQ3S, [1, 3, 5, 7, 9, 11, 13, 15]));
-    &POINTS
-}
-
-pub(crate) fn iq3xxs() -> &'static Points4<256> {
-    static POINTS: LazyLock<Points4<256>> =
-        LazyLock::new(|| Points4::new(&sets::IQ3XXS, [4, 12, 20, 28, 36, 44, 52, 62]));
-    &POINTS
-}
-
-pub(crate) fn iq2s() -> &'static Points8<1024> {
-    static POINTS: LazyLock<Points8<1024>> = LazyLock::new(|| Points8::new(&sets::IQ2S, TWO_BITS));
-    &POINTS
-}
-
-pub(crate) fn iq2xs() -> &'static Points8<512> {
-    static POINTS: LazyLock<Points8<512>> = LazyLock::new(|| Points8::new(&sets::IQ2XS, TWO_BITS));
-    &POINTS
-}
-
-pub(crate) fn iq2xxs() -> &'static Points8<256> {
-    static POINTS: LazyLock<Points8<256>> = LazyLock::new(|| Points8::new(&sets::IQ2XXS, TWO_BITS));
-    &POINTS
-}
-
-/// The grid of IQ1_S and IQ1_M, times 8: what is added to its points is an eighth.
-pub(crate) fn iq1() -> &'static Points8<2048> {
-    static POINTS: LazyLock<Points8<2048>> = LazyLock::new(|| Points8::new(&sets::IQ1S, [-8, 0, 8]));
-    &POINTS
-}
+pub(crate) static IQ3S: Points4<512> = Points4::new(&sets::IQ3S, IQ3S_LEVELS);
+pub(crate) static IQ3XXS: Points4<256> = Points4::new(&sets::IQ3XXS, IQ3XXS_LEVELS);
+pub(crate) static IQ2S: Points8<1024> = Points8::new(&sets::IQ2S, IQ2_LEVELS);
+pub(crate) static IQ2XS: Points8<512> = Points8::new(&sets::IQ2XS, IQ2_LEVELS);
+pub(crate) static IQ2XXS: Points8<256> = Points8::new(&sets::IQ2XXS, IQ2_LEVELS);
+pub(crate) static IQ1: Points8<2048> = Points8::new(&sets::IQ1S, IQ1_LEVELS);
 
 #[cfg(test)]
 mod tests {
@@ -110,11 +105,11 @@ mod tests {
         };
         let fours = |words: &[u32]| words.iter().flat_map(|w| w.to_le_bytes()).collect();
         let eights = |words: &[u64]| words.iter().flat_map(|w| w.to_le_bytes()).collect();
-        next(fours(&iq3s().0), 1, rows(13, 6));
-        next(fours(&iq3xxs().0), 1, rows(12, 2));
-        next(eights(&iq2s().0), 1, rows(9, 10));
-        next(eights(&iq2xs().0), 1, rows(8, 10));
-        next(eights(&iq2xxs().0), 1, rows(8, 2));
-        next(eights(&iq1().0), 8, rows(6, 2));
+        next(fours(&IQ3S.0), 1, rows(13, 6));
+        next(fours(&IQ3XXS.0), 1, rows(12, 2));
+        next(eights(&IQ2S.0), 1, rows(9, 10));
+        next(eights(&IQ2XS.0), 1, rows(8, 10));
+        next(eights(&IQ2XXS.0), 1, rows(8, 2));
+        next(eights(&IQ1.0), 8, rows(6, 2));
     }
 }

@@ -164,12 +164,12 @@ mod tests {
                         let signed = |v: i8| if sign >> (k % 8) & 1 == 1 { -v } else { v };
                         let (eight, four) = (unpacked.indices[k / 8][r], unpacked.indices[k / 4][r]);
                         let got = match codes {
-                            Codes::Iq3s => signed(points::iq3s().column(four, k)),
-                            Codes::Iq3xxs => signed(points::iq3xxs().column(four, k)),
-                            Codes::Iq2s => signed(points::iq2s().column(eight, k)),
-                            Codes::Iq2xs => signed(points::iq2xs().column(eight, k)),
-                            Codes::Iq2xxs => signed(points::iq2xxs().column(eight, k)),
-                            _ => points::iq1().column(eight, k) + sign as i8,
+                            Codes::Iq3s => signed(points::IQ3S.column(four, k)),
+                            Codes::Iq3xxs => signed(points::IQ3XXS.column(four, k)),
+                            Codes::Iq2s => signed(points::IQ2S.column(eight, k)),
+                            Codes::Iq2xs => signed(points::IQ2XS.column(eight, k)),
+                            Codes::Iq2xxs => signed(points::IQ2XXS.column(eight, k)),
+                            _ => points::IQ1.column(eight, k) + sign as i8,
                         };
                         let record = Record { codes, block: &records, r };
                         assert_eq!(got, number(codes, &record, k), "{codes:?} row {r} column {k}");

@@ -79,7 +79,7 @@ fn fours<const C: u8>(values: &[u8]) -> [[int8x16_t; 2]; 8] {
             let point = |r: usize| {
                 let index = usize::from(indices[r]);
                 // The remainder changes nothing, and spares the check.
-                if C == IQ3S { grids::iq3s().words()[index % 512] } else { grids::iq3xxs().words()[index % 256] }
+                if C == IQ3S { grids::IQ3S.words()[index % 512] } else { grids::IQ3XXS.words()[index % 256] }
             };
             let low = vcreate_u64(u64::from(point(0)) | u64::from(point(1)) << 32);
             let high = vcreate_u64(u64::from(point(2)) | u64::from(point(3)) << 32);
@@ -102,10 +102,10 @@ fn eights<const C: u8>(values: &[u8]) -> [[int8x16_t; 2]; 8] {
             let point = |r: usize| {
                 let index = usize::from(indices[r]);
                 vcreate_u64(match C {
-                    IQ2S => grids::iq2s().words()[index % 1024],
-                    IQ2XS => grids::iq2xs().words()[index % 512],
-                    IQ2XXS => grids::iq2xxs().words()[index % 256],
-                    _ => grids::iq1().words()[index % 2048],
+                    IQ2S => grids::IQ2S.words()[index % 1024],
+                    IQ2XS => grids::IQ2XS.words()[index % 512],
+                    IQ2XXS => grids::IQ2XXS.words()[index % 256],
+                    _ => grids::IQ1.words()[index % 2048],
                 })
             };
             let first = vreinterpretq_u32_u64(vcombine_u64(point(0), point(1)));

@@ -7,7 +7,9 @@ mod integers;
 mod scales;
 
 use super::unblocked::e4m3_to_f16;
-use super::{IntLanes, Lanes, add_columns, fold4, load, load_bytes, load_eight_bytes, load_words, put, widen_f16, zero};
+use super::{
+    IntLanes, Lanes, add_columns, fold4, load, load_bytes, load_eight_bytes, load_words, put, widen_f16, zero,
+};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;

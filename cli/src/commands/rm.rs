@@ -1,0 +1,50 @@
+//! `sluice rm`: removes a model of the folder of models.
+
+use std::io::{self, IsTerminal as _};
+
+use sluice_hub::models::{Entry, Models};
+use sluice_model::memory::Bytes;
+
+use crate::error::CliError;
+use crate::fetch::confirm;
+use crate::terminal::print;
+
+const EXAMPLES: &str = "\
+Only what `sluice list` shows is removed: models of the folder of models, and what interrupted conversions have left there.
+
+Examples:
+  sluice rm hf:deepseek-ai/DeepSeek-R1
+  sluice rm unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M --yes";
+
+/// Remove a converted model of the folder of models
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Its name, as `sluice list` says it
+    name: String,
+
+    /// Do not ask
+    #[arg(long)]
+    yes: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    let models = Models::of_user()?;
+    let found = models.named(&args.name);
+    if found.is_empty() {
+        return Err(CliError::Failure(format!(
+            "{} has no model called {}; `sluice list` says which there are",
+            models.folder().display(),
+            args.name
+        )));
+    }
+    let bytes: u64 = found.iter().map(|e| e.bytes).sum();
+    if !args.yes && io::stdin().is_terminal() && io::stderr().is_terminal() {
+        let names: Vec<String> = found.iter().map(|e| e.path.display().to_string()).collect();
+        if !confirm(&format!("Remove {} ({})?", names.join(" and "), Bytes(bytes)))? {
+            return Err(CliError::Failure("nothing was removed".into()));
+        }
+    }
+    let freed: u64 = found.iter().map(|e: &Entry| models.remove(e)).sum::<Result<u64, _>>()?;
+    print(&format!("removed {}, {}\n", args.name, Bytes(freed)))
+}

@@ -1,0 +1,251 @@
+//! Models by their names on the hub: who asks for them, what people see of it, and where converted ones are.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use indicatif::{MultiProgress, ProgressBar};
+use sluice_converter::{Options, Plan, Progress, plan_source};
+use sluice_hub::models::Models;
+use sluice_hub::{Client, HubConversion, HubError, Needs, Notice, Observer, Patience, Reference, Settings};
+use sluice_lab::estimate;
+use sluice_model::KvType;
+use sluice_model::memory::{Bytes, available_memory};
+
+use crate::commands::convert::{Job, convert_file};
+use crate::error::CliError;
+use crate::terminal::{byte_bar, note};
+
+/// Weights per second and core that become q4 or q3, of `docs/BENCHMARKS.md`.
+const QUANTISED_PER_CORE: f64 = 10e6;
+
+impl From<HubError> for CliError {
+    fn from(error: HubError) -> Self {
+        match error {
+            HubError::Name { .. } => CliError::Usage(error.to_string()),
+            other => CliError::Failure(other.to_string()),
+        }
+    }
+}
+
+/// What an argument names on the hub; `None` for one that names a file.
+///
+/// # Errors
+/// Usage, for `hf:` with no name behind it.
+pub(crate) fn reference(argument: &Path) -> Result<Option<Reference>, CliError> {
+    match argument.to_str() {
+        Some(text) if Reference::is_meant(text) && !argument.exists() => Ok(Some(text.parse()?)),
+        _ => Ok(None),
+    }
+}
+
+/// A client as the environment says.
+pub(crate) fn client() -> Result<Arc<Client>, CliError> {
+    let notice: Notice = Arc::new(|text: &str| note(&format_args!("note: {text}")));
+    Ok(Arc::new(Client::with_patience(Settings::from_env()?, Patience::default(), Some(notice))?))
+}
+
+/// Progress of a download, and of the conversion of what has come.
+pub(crate) struct Bars {
+    all: MultiProgress,
+    download: ProgressBar,
+    convert: Option<ProgressBar>,
+}
+
+impl Bars {
+    /// A bar for a download of so many bytes.
+    pub(crate) fn download(bytes: u64) -> Arc<Self> {
+        let all = MultiProgress::new();
+        let download = all.add(byte_bar("downloading", bytes));
+        Arc::new(Bars { all, download, convert: None })
+    }
+
+    /// Bars for both.
+    fn both() -> Arc<Self> {
+        let all = MultiProgress::new();
+        let download = all.add(byte_bar("downloading", 0));
+        let convert = Some(all.add(byte_bar("converting ", 0)));
+        Arc::new(Bars { all, download, convert })
+    }
+
+    pub(crate) fn finish(&self) {
+        self.download.finish_and_clear();
+        self.convert.iter().for_each(ProgressBar::finish_and_clear);
+    }
+
+    fn say(&self, text: &str) {
+        self.all.suspend(|| note(&text));
+    }
+}
+
+impl Observer for Bars {
+    fn expects(&self, bytes: u64) {
+        self.download.set_length(bytes);
+    }
+
+    fn arrived(&self, bytes: u64) {
+        self.download.inc(bytes);
+    }
+
+    fn lost(&self, bytes: u64) {
+        self.download.set_position(self.download.position().saturating_sub(bytes));
+    }
+
+    fn note(&self, text: &str) {
+        self.say(&format!("note: {text}"));
+    }
+}
+
+impl Progress for Bars {
+    fn started(&self, total_bytes: u64, already_done: u64) {
+        let Some(bar) = &self.convert else { return };
+        bar.set_length(total_bytes);
+        bar.set_position(already_done);
+        bar.reset_eta();
+        if already_done > 0 {
+            self.say(&format!("resuming: {} of {} are there already", Bytes(already_done), Bytes(total_bytes)));
+        }
+    }
+
+    fn advanced(&self, bytes: u64) {
+        self.convert.iter().for_each(|bar| bar.inc(bytes));
+    }
+
+    fn note(&self, text: &str) {
+        self.say(text);
+    }
+}
+
+/// A conversion from the hub: what it is converted from, and what is to be said and done before and after.
+pub(crate) struct Fetched {
+    hub: HubConversion,
+    pub(crate) bars: Arc<Bars>,
+}
+
+impl Fetched {
+    /// Asks for the repository and plans its conversion to `dst`.
+    pub(crate) fn plan(
+        reference: &Reference,
+        dst: &Path,
+        options: &Options,
+        keep: bool,
+    ) -> Result<(Self, Plan), CliError> {
+        let bars = Bars::both();
+        let hub = HubConversion::prepare(client()?, reference, dst, keep, Arc::clone(&bars) as Arc<dyn Observer>)?;
+        hub.notes().iter().for_each(|text| note(&format_args!("note: {text}")));
+        let plan = plan_source(hub.source(), options)?;
+        Ok((Fetched { hub, bars }, plan))
+    }
+
+    /// Size, time and fit, for people.
+    pub(crate) fn facts(&self, plan: &Plan, dst: &Path) -> Result<String, CliError> {
+        let Needs { download, scratch, file, free } = self.hub.needs(plan, dst);
+        let commit = self.hub.commit();
+        let mut out = format!("{} at {}\n", plan.spec().family, commit.get(..12).unwrap_or(commit));
+        let line = self.hub.measure_line()?;
+        let time = line.map_or_else(String::new, |rate| {
+            let seconds = (download as f64 / rate).max(conversion_seconds(plan));
+            format!(", about {} at {}/s", duration(seconds), Bytes(rate as u64))
+        });
+        out += &format!("download    {}{time}\n", Bytes(download));
+        let free = free.map_or_else(String::new, |free| format!("; {} are free there", Bytes(free)));
+        out += &format!("model file  {}, and {} for downloads meanwhile{free}\n", Bytes(file), Bytes(scratch));
+        let needs =
+            estimate::Needs::of(plan.spec(), plan.extents(), 4096.min(plan.spec().max_positions), KvType::default());
+        let here = available_memory();
+        let verdict = if here >= needs.least_memory { "it runs here" } else { "more than there is here" };
+        out += &format!(
+            "memory      at least {}; with {} nothing is read twice; {} here: {verdict}\n",
+            Bytes::at_least(needs.least_memory),
+            Bytes(needs.best_memory),
+            Bytes(here)
+        );
+        Ok(out)
+    }
+
+    /// Refuses what the drive has no room for, and makes the folder for the downloads.
+    pub(crate) fn begin(&self, plan: &Plan, dst: &Path) -> Result<(), CliError> {
+        let Needs { scratch, file, free, .. } = self.hub.needs(plan, dst);
+        // What an interrupted conversion has taken already is taken again.
+        let taken = self.hub.taken(dst);
+        if let Some(free) = free.filter(|free| free + taken < file + scratch) {
+            return Err(CliError::Failure(format!(
+                "{}: the model file takes {} and downloads {} meanwhile; {} are free there. Free some space, or choose another \
+                 drive",
+                dst.display(),
+                Bytes(file),
+                Bytes(scratch),
+                Bytes(free + taken)
+            )));
+        }
+        self.hub.begin()?;
+        Ok(())
+    }
+
+    /// After the conversion; says where files are that were kept.
+    pub(crate) fn finish(&self, dst: &Path) -> Result<Option<PathBuf>, CliError> {
+        Ok(self.hub.finish(dst)?)
+    }
+}
+
+/// Seconds that quantising takes at least.
+fn conversion_seconds(plan: &Plan) -> f64 {
+    let quantised = |types: &Vec<String>| types.iter().any(|t| t == "q4" || t == "q3");
+    if !plan.types().values().any(quantised) {
+        return 0.0;
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    // About half a byte for each weight.
+    2.0 * plan.file_bytes() as f64 / (QUANTISED_PER_CORE * cores as f64)
+}
+
+/// A time in words.
+fn duration(seconds: f64) -> String {
+    match Duration::from_secs_f64(seconds.clamp(1.0, 1e9)).as_secs() {
+        s @ 0..100 => format!("{s} s"),
+        s @ 100..7200 => format!("{} min", s.div_ceil(60)),
+        s => format!("{:.1} h", s as f64 / 3600.0),
+    }
+}
+
+/// The model file that an argument means: itself, or what was made of a name on the hub. If nothing was, it is made, once somebody
+/// has agreed: by `yes`, or at the terminal.
+pub(crate) fn model_file(argument: &Path, yes: bool) -> Result<PathBuf, CliError> {
+    let Some(reference) = reference(argument)? else { return Ok(argument.to_owned()) };
+    let models = Models::of_user()?;
+    let found = models.find(&reference);
+    if let [usual, others @ ..] = &found[..] {
+        if !others.is_empty() && *usual != models.path(&reference, None) {
+            let names: Vec<String> = found.iter().map(|path| format!("\n  {}", path.display())).collect();
+            return Err(CliError::Usage(format!(
+                "{reference} is there several times; name one of these files:{}",
+                names.concat()
+            )));
+        }
+        return Ok(usual.clone());
+    }
+    let dst = models.path(&reference, None);
+    let command = format!("sluice convert {reference}");
+    if !yes && !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
+        return Err(CliError::Failure(format!(
+            "{reference} is not among the models in {}. `{command}` makes it, and so does --yes where a command has it",
+            models.folder().display()
+        )));
+    }
+    models.create()?;
+    note(&format_args!("{reference} is not here yet; it would become {}", dst.display()));
+    let job = Job { options: Options::default(), confirm: !yes };
+    convert_file(&reference, &dst, &job)?;
+    Ok(dst)
+}
+
+/// Asks at the terminal.
+pub(crate) fn confirm(question: &str) -> Result<bool, CliError> {
+    let _ = write!(io::stderr().lock(), "{question} [Y/n] ");
+    let mut answer = String::new();
+    let read = io::stdin().read_line(&mut answer);
+    read.map_err(|e| CliError::Failure(format!("cannot read the answer from standard input: {e}")))?;
+    // Nothing at all is the end of input, not an answer.
+    Ok(!answer.is_empty() && matches!(answer.trim().to_lowercase().as_str(), "" | "y" | "yes"))
+}

@@ -1,0 +1,590 @@
+//! Requests to the hub: tried again where that can help, and never with the token to anybody else.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs;
+use std::io::Read as _;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use ureq::Agent;
+use ureq::http::{HeaderMap, StatusCode, Uri};
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+
+use crate::digest::Digest;
+use crate::error::HubError;
+use crate::settings::Settings;
+
+/// Most redirects of one request: the hub needs two, one for a repository that was renamed, one to where the bytes are.
+const REDIRECTS: usize = 5;
+/// Longest answer of the interface that is read, a page of a listing.
+const LONGEST_ANSWER: u64 = 64 << 20;
+/// Pauses that the user hears of.
+const LONG_PAUSE: Duration = Duration::from_secs(5);
+
+/// How long it is tried.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// Attempts in a row that bring no byte.
+    pub attempts: u32,
+    /// Pause after the first failure; it doubles with each.
+    pub first_pause: Duration,
+    /// The longest pause of our own.
+    pub longest_pause: Duration,
+    /// The longest pause that the hub may ask for.
+    pub longest_wait: Duration,
+    /// To connect.
+    pub connect: Duration,
+    /// For an answer to begin, and for its next bytes.
+    pub silence: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Patience {
+            attempts: 8,
+            first_pause: Duration::from_millis(250),
+            longest_pause: Duration::from_secs(30),
+            longest_wait: Duration::from_secs(15 * 60),
+            connect: Duration::from_secs(15),
+            silence: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Hears of pauses that the hub asks for.
+pub type Notice = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// Asks the hub. Threads share it; it keeps connections open.
+pub struct Client {
+    agent: Agent,
+    settings: Settings,
+    patience: Patience,
+    notice: Option<Notice>,
+    /// Where addresses of files lead, until that is no longer valid.
+    places: Mutex<HashMap<String, String>>,
+    /// Nobody asks before: the hub wants fewer requests.
+    not_before: Mutex<Option<Instant>>,
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+/// What the hub's own answers say of a file, before they lead to where its bytes are.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Linked {
+    pub(crate) commit: Option<String>,
+    pub(crate) digest: Option<Digest>,
+    pub(crate) size: Option<u64>,
+}
+
+/// Why a request failed.
+enum Trouble {
+    /// It would fail again.
+    Final(HubError),
+    /// It may succeed later.
+    Passing { problem: String, pause: Option<Duration>, busy: bool },
+}
+
+impl Trouble {
+    fn passing(problem: impl Into<String>) -> Self {
+        Trouble::Passing { problem: problem.into(), pause: None, busy: false }
+    }
+}
+
+/// An answer with the status of success.
+struct Reply {
+    body: ureq::Body,
+    status: StatusCode,
+    headers: HeaderMap,
+    linked: Linked,
+}
+
+/// What is asked, for messages and errors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Question<'a> {
+    pub(crate) repo: &'a str,
+    /// A sentence's subject, such as "the file `x`".
+    pub(crate) what: &'a str,
+}
+
+/// A file of a repository at a commit, as it is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) url: &'a str,
+    pub(crate) repo: &'a str,
+    /// Its path in the repository.
+    pub(crate) file: &'a str,
+    pub(crate) size: u64,
+    pub(crate) digest: Digest,
+}
+
+/// How long one request has been tried.
+struct Attempts<'c> {
+    client: &'c Client,
+    url: String,
+    failed: u32,
+    waited: Duration,
+}
+
+impl Client {
+    /// A client with these settings.
+    ///
+    /// # Errors
+    /// [`HubError::Setting`] if the certificates cannot be read.
+    pub fn new(settings: Settings) -> Result<Self, HubError> {
+        Self::with_patience(settings, Patience::default(), None)
+    }
+
+    /// A client that is more or less patient, and says when it has to wait.
+    ///
+    /// # Errors
+    /// As [`Client::new`].
+    pub fn with_patience(settings: Settings, patience: Patience, notice: Option<Notice>) -> Result<Self, HubError> {
+        let mut tls = TlsConfig::builder();
+        if let Some(path) = &settings.certificates {
+            let wrong = |problem: String| HubError::Setting { variable: "SSL_CERT_FILE", problem };
+            let pem = fs::read(path).map_err(|e| wrong(format!("{} cannot be read: {e}", path.display())))?;
+            let certificates = parse_pem(&pem).filter_map(|item| match item {
+                Ok(PemItem::Certificate(certificate)) => Some(certificate),
+                _ => None,
+            });
+            let certificates: Vec<Certificate<'static>> = certificates.collect();
+            if certificates.is_empty() {
+                return Err(wrong(format!("{} holds no certificates", path.display())));
+            }
+            tls = tls.root_certs(RootCerts::new_with_certs(&certificates));
+        }
+        let config = Agent::config_builder()
+            .http_status_as_error(false)
+            // Followed here, where it is known who may have the token.
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .user_agent(concat!("sluice/", env!("CARGO_PKG_VERSION")))
+            .accept_encoding("identity")
+            .timeout_connect(Some(patience.connect))
+            .timeout_recv_response(Some(patience.silence))
+            .timeout_per_read(Some(patience.silence))
+            .max_idle_connections_per_host(64)
+            .max_idle_connections(64)
+            .tls_config(tls.build())
+            .build();
+        let (places, not_before) = (Mutex::default(), Mutex::default());
+        Ok(Client { agent: config.new_agent(), settings, patience, notice, places, not_before })
+    }
+
+    /// The settings it was made with.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The address of a repository's page.
+    pub(crate) fn page(&self, repo: &str) -> String {
+        format!("{}/{repo}", self.settings.endpoint)
+    }
+
+    /// Asks the interface for a document of JSON; returns it with the address of the next page, if there is one.
+    pub(crate) fn json(
+        &self,
+        url: &str,
+        question: Question<'_>,
+    ) -> Result<(serde_json::Value, Option<String>), HubError> {
+        let mut attempts = self.attempts(url, question)?;
+        loop {
+            let outcome = self.ask("GET", url, question, None).and_then(|mut reply| {
+                let next = next_page(&reply.headers);
+                let mut bytes = Vec::new();
+                let read = reply.body.as_reader().take(LONGEST_ANSWER + 1).read_to_end(&mut bytes);
+                read.map_err(|e| Trouble::passing(format!("its answer breaks off ({e})")))?;
+                if bytes.len() as u64 > LONGEST_ANSWER {
+                    let problem = format!("its answer has more than {LONGEST_ANSWER} bytes");
+                    return Err(Trouble::Final(HubError::Protocol { url: url.to_owned(), problem }));
+                }
+                let value = serde_json::from_slice(&bytes);
+                // An answer that was cut off, by whatever stands between, may be whole the next time.
+                Ok((value.map_err(|e| Trouble::passing(format!("its answer is no JSON ({e})")))?, next))
+            });
+            match outcome {
+                Ok(found) => return Ok(found),
+                Err(trouble) => attempts.failed(trouble)?,
+            }
+        }
+    }
+
+    /// Asks what the hub says of a file.
+    pub(crate) fn head(&self, url: &str, question: Question<'_>) -> Result<Linked, HubError> {
+        let mut attempts = self.attempts(url, question)?;
+        loop {
+            match self.ask("HEAD", url, question, None) {
+                Ok(reply) => {
+                    let length = number(&reply.headers, "content-length");
+                    return Ok(Linked { size: reply.linked.size.or(length), ..reply.linked });
+                }
+                Err(trouble) => attempts.failed(trouble)?,
+            }
+        }
+    }
+
+    /// Reads `len` bytes of a file from byte `at` on and gives them to `sink` in order, each once, with its place. What a cut line
+    /// has brought is kept, and asked for no more.
+    ///
+    /// # Errors
+    /// Those of the requests, and those of `sink`.
+    pub(crate) fn read(
+        &self,
+        wanted: Wanted<'_>,
+        at: u64,
+        len: u64,
+        sink: &mut dyn FnMut(u64, &[u8]) -> Result<(), HubError>,
+    ) -> Result<(), HubError> {
+        let what = format!("the file `{}` of {}", wanted.file, wanted.repo);
+        let mut attempts = self.attempts(wanted.url, Question { repo: wanted.repo, what: &what })?;
+        let (mut next, end) = (at, at + len);
+        let mut buffer = vec![0; 64 << 10];
+        while next < end {
+            let before = next;
+            let outcome = self.read_once(wanted, &what, (&mut next, end), &mut buffer, sink);
+            if next > before {
+                attempts.progressed();
+            }
+            if let Err(trouble) = outcome {
+                attempts.failed(trouble)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One request of [`Client::read`]; advances the place for all that was given away.
+    fn read_once(
+        &self,
+        wanted: Wanted<'_>,
+        what: &str,
+        (next, end): (&mut u64, u64),
+        buffer: &mut [u8],
+        sink: &mut dyn FnMut(u64, &[u8]) -> Result<(), HubError>,
+    ) -> Result<(), Trouble> {
+        let question = Question { repo: wanted.repo, what };
+        let mut reply = self.ask("GET", wanted.url, question, Some((*next, end)))?;
+        let wrong = |problem: String| Trouble::passing(format!("for `{}` {problem}", wanted.file));
+        if let Some(digest) = reply.linked.digest.filter(|d| comparable(d, &wanted.digest) && *d != wanted.digest) {
+            return Err(wrong(format!("it has another content than it said before ({digest})")));
+        }
+        let whole = *next == 0 && end == wanted.size;
+        let length = number(&reply.headers, "content-length");
+        let expected = if reply.status == StatusCode::PARTIAL_CONTENT {
+            let range = reply.headers.get("content-range").and_then(|v| v.to_str().ok()).and_then(content_range);
+            let Some((first, last, total)) = range else {
+                return Err(wrong("it sends bytes and does not say which".into()));
+            };
+            if total.is_some_and(|total| total != wanted.size) {
+                let total = total.unwrap_or_default();
+                return Err(wrong(format!("it states a length of {total}, and before of {}", wanted.size)));
+            }
+            if first != *next || last >= end || last < first {
+                return Err(wrong(format!(
+                    "it sends bytes {first} to {last} where {} to {} were asked for",
+                    *next,
+                    end - 1
+                )));
+            }
+            last + 1 - first
+        } else if whole || *next == 0 {
+            // A server that knows no ranges sends everything, of which the beginning may be enough.
+            if length.is_some_and(|length| length != wanted.size) {
+                let length = length.unwrap_or_default();
+                return Err(wrong(format!("it states a length of {length}, and before of {}", wanted.size)));
+            }
+            end
+        } else {
+            return Err(wrong("it sends the whole file where a part was asked for".into()));
+        };
+        if reply.status == StatusCode::PARTIAL_CONTENT && length.is_some_and(|length| length != expected) {
+            return Err(wrong(format!("it states two lengths, {expected} and {}", length.unwrap_or_default())));
+        }
+        let mut left = expected;
+        let mut reader = reply.body.as_reader();
+        while left > 0 {
+            let most = (left.min(buffer.len() as u64)) as usize;
+            let count = reader.read(&mut buffer[..most]).map_err(|e| wrong(format!("the line breaks ({e})")))?;
+            if count == 0 {
+                return Err(wrong(format!("{left} bytes are missing of what it sends")));
+            }
+            sink(*next, &buffer[..count]).map_err(Trouble::Final)?;
+            *next += count as u64;
+            left -= count as u64;
+        }
+        // The end of the body, so that the connection can be used again.
+        let _ = reader.read(&mut buffer[..1]);
+        Ok(())
+    }
+
+    fn attempts(&self, url: &str, question: Question<'_>) -> Result<Attempts<'_>, HubError> {
+        if self.settings.offline {
+            return Err(HubError::Offline { what: question.what.to_owned() });
+        }
+        Ok(Attempts { client: self, url: url.to_owned(), failed: 0, waited: Duration::ZERO })
+    }
+
+    /// One request, with the redirects that answer it.
+    fn ask(
+        &self,
+        method: &str,
+        url: &str,
+        question: Question<'_>,
+        range: Option<(u64, u64)>,
+    ) -> Result<Reply, Trouble> {
+        let pause = lock(&self.not_before).and_then(|then| then.checked_duration_since(Instant::now()));
+        pause.into_iter().for_each(sleep);
+        let mut linked = Linked::default();
+        let known = range.and_then(|_| lock(&self.places).get(url).cloned());
+        let from_memory = known.is_some();
+        let mut place = known.unwrap_or_else(|| url.to_owned());
+        for _ in 0..=REDIRECTS {
+            let response = self.send(method, &place, range)?;
+            let (status, headers) = (response.status(), response.headers().clone());
+            if self.is_hub(&place) {
+                linked.take(&headers);
+            }
+            if status.is_redirection() && headers.contains_key("location") {
+                // What is asked is who has the bytes, not the bytes.
+                if method == "HEAD" && linked.digest.is_some() && linked.size.is_some() {
+                    return Ok(Reply { body: response.into_body(), status, headers, linked });
+                }
+                place = self.target(&place, &headers)?;
+                continue;
+            }
+            if status.is_success() {
+                if range.is_some() && place != url {
+                    lock(&self.places).insert(url.to_owned(), place);
+                }
+                return Ok(Reply { body: response.into_body(), status, headers, linked });
+            }
+            // Addresses of bytes are valid for a while: the hub gives a new one.
+            if !self.is_hub(&place) && status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS {
+                lock(&self.places).remove(url);
+                let pause = from_memory.then_some(Duration::ZERO);
+                let problem = format!("the host that has the bytes refuses them ({status})");
+                return Err(Trouble::Passing { problem, pause, busy: false });
+            }
+            return Err(self.refusal(&place, status, &headers, question));
+        }
+        Err(Trouble::Final(HubError::Protocol {
+            url: url.to_owned(),
+            problem: format!("it leads to another address more than {REDIRECTS} times"),
+        }))
+    }
+
+    fn send(
+        &self,
+        method: &str,
+        url: &str,
+        range: Option<(u64, u64)>,
+    ) -> Result<ureq::http::Response<ureq::Body>, Trouble> {
+        let mut request = ureq::http::Request::builder().method(method).uri(url);
+        if let Some(token) = self.settings.token.as_ref().filter(|_| self.is_hub(url)) {
+            request = request.header("authorization", token.header());
+        }
+        if let Some((first, end)) = range {
+            request = request.header("range", format!("bytes={first}-{}", end - 1));
+        }
+        let protocol = |problem: String| Trouble::Final(HubError::Protocol { url: url.to_owned(), problem });
+        let request = request.body(()).map_err(|e| protocol(format!("it is no address ({e})")))?;
+        self.agent.run(request).map_err(|e| match e {
+            ureq::Error::BadUri(_) | ureq::Error::Http(_) => protocol(format!("it is no address ({e})")),
+            ureq::Error::Rustls(_) | ureq::Error::Tls(_) | ureq::Error::Pem(_) => protocol(format!(
+                "there is no safe connection ({e}). If a proxy with a certificate of its own stands between, name that in \
+                 SSL_CERT_FILE"
+            )),
+            other => Trouble::passing(other.to_string()),
+        })
+    }
+
+    /// Where a redirect leads.
+    fn target(&self, from: &str, headers: &HeaderMap) -> Result<String, Trouble> {
+        let wrong =
+            |problem: &str| Trouble::Final(HubError::Protocol { url: from.to_owned(), problem: problem.to_owned() });
+        let to = headers.get("location").and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let target = if to.starts_with('/') && !to.starts_with("//") {
+            format!("{}{to}", origin(from).ok_or_else(|| wrong("it is no address"))?)
+        } else if to.starts_with("https://") || to.starts_with("http://") {
+            to.to_owned()
+        } else {
+            return Err(wrong("it leads to something that is no address"));
+        };
+        if from.starts_with("https://") && !target.starts_with("https://") {
+            return Err(wrong("it leads from an encrypted connection to one that is not"));
+        }
+        Ok(target)
+    }
+
+    /// Whether an address is the hub's, which may know who asks.
+    fn is_hub(&self, url: &str) -> bool {
+        origin(url).is_some() && origin(url) == origin(&self.settings.endpoint)
+    }
+
+    /// What a status that is no success means.
+    fn refusal(&self, url: &str, status: StatusCode, headers: &HeaderMap, question: Question<'_>) -> Trouble {
+        let header = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        let (code, message) = (header("x-error-code"), header("x-error-message"));
+        let repo = question.repo.to_owned();
+        let has_token = self.settings.token.is_some();
+        let said = if message.is_empty() { status.to_string() } else { format!("{status}: {message}") };
+        let gated = code == "GatedRepo" || message.contains("gated") || message.contains("restricted");
+        let absent = |what: String, advice: &str| Trouble::Final(HubError::Absent { what, advice: advice.to_owned() });
+        match status.as_u16() {
+            401 | 403 if gated => Trouble::Final(HubError::Gated { page: self.page(&repo), repo, has_token }),
+            401 if !has_token => Trouble::Final(HubError::NoToken { repo }),
+            401 | 403 => Trouble::Final(HubError::Refused { repo, problem: said }),
+            404 | 410 if code == "RevisionNotFound" => {
+                absent(format!("this revision of {repo}"), ". Its page lists branches and tags under `Files`")
+            }
+            404 | 410 if code == "RepoNotFound" => absent(format!("the model {repo}"), ". Check its name"),
+            404 | 410 => absent(question.what.to_owned(), ". Check names and revision"),
+            429 => Trouble::Passing {
+                problem: said,
+                pause: Some(asked_pause(headers).unwrap_or(Duration::from_secs(1))),
+                busy: true,
+            },
+            408 | 416 | 425 | 500..=599 => Trouble::Passing { problem: said, pause: asked_pause(headers), busy: false },
+            _ => Trouble::Final(HubError::Protocol { url: url.to_owned(), problem: format!("it answers {said}") }),
+        }
+    }
+}
+
+impl Attempts<'_> {
+    fn progressed(&mut self) {
+        (self.failed, self.waited) = (0, Duration::ZERO);
+    }
+
+    /// Waits before the next attempt, or gives up.
+    fn failed(&mut self, trouble: Trouble) -> Result<(), HubError> {
+        let (problem, pause, busy) = match trouble {
+            Trouble::Final(error) => return Err(error),
+            Trouble::Passing { problem, pause, busy } => (problem, pause, busy),
+        };
+        let Patience { attempts, first_pause, longest_pause, longest_wait, .. } = self.client.patience;
+        self.failed += 1;
+        let own = first_pause.saturating_mul(1 << (self.failed - 1).min(16)).min(longest_pause);
+        // Not all threads at the same moment again.
+        let own = own.mul_f64(0.75 + 0.5 * jitter());
+        let pause = pause.map_or(own, |asked| if busy { asked.max(own) } else { asked.min(longest_wait) });
+        self.waited = self.waited.saturating_add(pause);
+        let url = self.url.clone();
+        if busy && self.waited > longest_wait {
+            return Err(HubError::Busy { url, problem });
+        }
+        // One who is asked to wait, and does, has not failed.
+        if !busy && self.failed >= attempts {
+            return Err(HubError::Unreachable { url, problem, attempts });
+        }
+        if busy {
+            let until = Instant::now() + pause;
+            let mut not_before = lock(&self.client.not_before);
+            *not_before = Some(not_before.map_or(until, |then| then.max(until)));
+        }
+        if pause >= LONG_PAUSE
+            && let Some(notice) = &self.client.notice
+        {
+            notice(&format!("{url}: {problem}; trying again in {} s", pause.as_secs()));
+        }
+        sleep(pause);
+        Ok(())
+    }
+}
+
+impl Linked {
+    fn take(&mut self, headers: &HeaderMap) {
+        let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
+        if let Some(commit) = text("x-repo-commit") {
+            self.commit = Some(commit.to_owned());
+        }
+        if let Some(digest) = text("x-linked-etag").or_else(|| text("etag")).and_then(Digest::parse) {
+            self.digest = Some(digest);
+        }
+        if let Some(size) = text("x-linked-size").and_then(|n| n.parse().ok()) {
+            self.size = Some(size);
+        }
+    }
+}
+
+/// Whether two digests are of one kind: a server may state that of a Git LFS pointer instead of what it points to.
+fn comparable(a: &Digest, b: &Digest) -> bool {
+    a.kind() == b.kind()
+}
+
+/// A number between 0 and 1 that differs from thread to thread and from call to call: nothing but pauses depends on it.
+fn jitter() -> f64 {
+    use std::hash::{BuildHasher as _, RandomState};
+    (RandomState::new().hash_one(0u8) % 1024) as f64 / 1024.0
+}
+
+fn number(headers: &HeaderMap, name: &str) -> Option<u64> {
+    headers.get(name)?.to_str().ok()?.trim().parse().ok()
+}
+
+/// The pause that an answer asks for, in seconds or by the hub's `RateLimit: "api";r=0;t=55`.
+fn asked_pause(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = number(headers, "retry-after").or_else(|| {
+        let limit = headers.get("ratelimit")?.to_str().ok()?;
+        limit.split(';').find_map(|field| field.trim().strip_prefix("t=")?.parse().ok())
+    })?;
+    Some(Duration::from_secs(seconds))
+}
+
+/// First byte, last byte and length of the whole, of `bytes 0-9/100`.
+fn content_range(text: &str) -> Option<(u64, u64, Option<u64>)> {
+    let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let total = if total == "*" { None } else { Some(total.parse().ok()?) };
+    Some((first.parse().ok()?, last.parse().ok()?, total))
+}
+
+/// The address behind `rel="next"`.
+fn next_page(headers: &HeaderMap) -> Option<String> {
+    let links = headers.get("link")?.to_str().ok()?;
+    let link = links.split(',').find(|link| link.contains("rel=\"next\""))?;
+    let (_, rest) = link.split_once('<')?;
+    Some(rest.split_once('>')?.0.to_owned())
+}
+
+/// Scheme, host and port of an address.
+fn origin(url: &str) -> Option<String> {
+    let uri: Uri = url.parse().ok()?;
+    Some(format!("{}://{}", uri.scheme_str()?, uri.authority()?.as_str().to_ascii_lowercase()))
+}
+
+/// A thread that panicked has left these whole: every change to them is one step.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_read() {
+        assert_eq!(content_range("bytes 5-9/100"), Some((5, 9, Some(100))));
+        assert_eq!(content_range("bytes 5-9/*"), Some((5, 9, None)));
+        for text in ["", "bytes 5-/7", "bytes */7", "5-9/10", "bytes 5-99999999999999999999/1"] {
+            assert_eq!(content_range(text), None, "{text}");
+        }
+        let headers = |name: &'static str, value: &'static str| {
+            HeaderMap::from_iter([(
+                ureq::http::HeaderName::from_static(name),
+                ureq::http::HeaderValue::from_static(value),
+            )])
+        };
+        let next = headers("link", "<https://x/y?cursor=1>; rel=\"next\"");
+        assert_eq!(next_page(&next).as_deref(), Some("https://x/y?cursor=1"));
+        assert_eq!(next_page(&headers("link", "<https://x>; rel=\"prev\"")), None);
+        assert_eq!(asked_pause(&headers("retry-after", "7")), Some(Duration::from_secs(7)));
+        assert_eq!(asked_pause(&headers("ratelimit", "\"api\";r=0;t=55")), Some(Duration::from_secs(55)));
+        assert_eq!(origin("https://A.b:8/c?d"), Some("https://a.b:8".into()));
+        assert_eq!(origin("/c"), None);
+    }
+}

@@ -1,0 +1,269 @@
+//! The folder of models: what was made of which name, so that the name is enough.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use sluice_format::ModelFile;
+
+use crate::error::HubError;
+use crate::name::{PREFIX, Reference};
+use crate::pieces::with_suffix;
+
+const EXTENSION: &str = ".sluice";
+/// What stands for the `/` of a name.
+const SLASH: &str = "--";
+/// What stands before a part of a repository, and before a type. No name has it.
+const PLUS: char = '+';
+
+/// The folder of models.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Models {
+    folder: PathBuf,
+}
+
+/// A model of the folder.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    /// Its name on the hub, or that of the file without its extension, where nothing on the hub is called so.
+    pub name: String,
+    /// The file.
+    pub path: PathBuf,
+    /// Bytes on the drive.
+    pub bytes: u64,
+    /// The model type; `None` if the file cannot be opened.
+    pub family: Option<String>,
+    /// When it was made.
+    pub modified: Option<SystemTime>,
+    /// Whether it is a conversion that was interrupted.
+    pub interrupted: bool,
+}
+
+impl Models {
+    /// The user's folder: `models` in `SLUICE_HOME`; else `sluice/models` in `XDG_DATA_HOME` or `~/.local/share`, on macOS in
+    /// `~/Library/Application Support`.
+    ///
+    /// # Errors
+    /// [`HubError::Setting`] if no variable leads anywhere.
+    pub fn of_user() -> Result<Self, HubError> {
+        Self::from(&|name| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from))
+    }
+
+    fn from(variable: &dyn Fn(&str) -> Option<PathBuf>) -> Result<Self, HubError> {
+        let data = if cfg!(target_os = "macos") { "Library/Application Support" } else { ".local/share" };
+        let home = variable("SLUICE_HOME").or_else(|| {
+            let data = variable("XDG_DATA_HOME").or_else(|| Some(variable("HOME")?.join(data)))?;
+            Some(data.join("sluice"))
+        });
+        let problem = "neither it nor HOME says where models are kept. Set it, or name files".to_owned();
+        let home = home.ok_or(HubError::Setting { variable: "SLUICE_HOME", problem })?;
+        Ok(Models { folder: home.join("models") })
+    }
+
+    /// Where it is.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Makes the folder.
+    ///
+    /// # Errors
+    /// [`HubError::Io`].
+    pub fn create(&self) -> Result<(), HubError> {
+        fs::create_dir_all(&self.folder).map_err(HubError::io(&self.folder, "create it"))
+    }
+
+    /// The file for a name on the hub, converted to other types than usual if `types` says which.
+    pub fn path(&self, reference: &Reference, types: Option<&str>) -> PathBuf {
+        let types = types.map(|types| format!("{PLUS}{types}")).unwrap_or_default();
+        self.folder.join(format!("{}{types}{EXTENSION}", stem(reference)))
+    }
+
+    /// Files that were made of a name on the hub: with the usual types first, then with others.
+    pub fn find(&self, reference: &Reference) -> Vec<PathBuf> {
+        let stem = stem(reference);
+        let with_types = format!("{stem}{PLUS}");
+        let is_meant = |name: &str| {
+            let name = name.strip_suffix(EXTENSION)?;
+            let types = if name == stem { "" } else { name.strip_prefix(&with_types)? };
+            // Types follow the part, and a part is no type.
+            (reference.part.is_some() || is_types(types)).then(|| types.to_owned())
+        };
+        let names = self.names();
+        let mut found: Vec<(String, &String)> = names.iter().filter_map(|n| Some((is_meant(n)?, n))).collect();
+        found.sort();
+        found.into_iter().map(|(_, name)| self.folder.join(name)).collect()
+    }
+
+    /// Everything in the folder, by name.
+    pub fn list(&self) -> Vec<Entry> {
+        let mut entries: Vec<Entry> = Vec::new();
+        for name in self.names() {
+            let path = self.folder.join(&name);
+            let (whole, interrupted) = match name.strip_suffix(".partial") {
+                Some(whole) => (whole, true),
+                None => (name.as_str(), false),
+            };
+            let Some(stem) = whole.strip_suffix(EXTENSION) else { continue };
+            let Ok(found) =
+                path.metadata().and_then(|m| if m.is_file() { Ok(m) } else { Err(std::io::ErrorKind::Other.into()) })
+            else {
+                continue;
+            };
+            let family = (!interrupted).then(|| ModelFile::open(&path).ok().map(|model| model.spec().family.clone()));
+            entries.push(Entry {
+                name: name_of(stem),
+                bytes: occupied(&found),
+                family: family.flatten(),
+                modified: found.modified().ok(),
+                interrupted,
+                path,
+            });
+        }
+        entries.sort_by(|a, b| (&a.name, a.interrupted).cmp(&(&b.name, b.interrupted)));
+        entries
+    }
+
+    /// The entries that a name means: one on the hub, as [`Models::list`] says it, with or without `hf:`, or that of the file.
+    pub fn named(&self, name: &str) -> Vec<Entry> {
+        let bare = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
+        let is_meant = |entry: &Entry| {
+            let file = entry.path.file_name().map(|f| f.to_string_lossy().into_owned()).unwrap_or_default();
+            bare(&entry.name) == bare(name) || file == name || file == format!("{name}{EXTENSION}")
+        };
+        self.list().into_iter().filter(is_meant).collect()
+    }
+
+    /// Removes a model, or what an interrupted conversion has left of one; returns the bytes that are free again.
+    ///
+    /// # Errors
+    /// [`HubError::Io`].
+    pub fn remove(&self, entry: &Entry) -> Result<u64, HubError> {
+        let mut freed = entry.bytes;
+        fs::remove_file(&entry.path).map_err(HubError::io(&entry.path, "remove it"))?;
+        let mut beside = vec![with_suffix(&entry.path, ".counts")];
+        if entry.interrupted {
+            beside.push(with_suffix(&entry.path, ".journal"));
+            let source = with_suffix(&entry.path, ".source");
+            for file in fs::read_dir(&source).into_iter().flatten().flatten() {
+                freed += file.metadata().map_or(0, |m| occupied(&m));
+            }
+            if source.is_dir() {
+                fs::remove_dir_all(&source).map_err(HubError::io(&source, "remove it"))?;
+            }
+        }
+        beside.iter().try_for_each(|path| crate::pieces::remove(path))?;
+        Ok(freed)
+    }
+
+    /// Names of what is in the folder, sorted.
+    fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        names.sort();
+        names
+    }
+}
+
+/// Bytes that a file takes on its drive.
+fn occupied(found: &fs::Metadata) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    found.len().min(found.blocks() * 512)
+}
+
+/// Whether a text is what [`Models::path`] writes for types.
+fn is_types(text: &str) -> bool {
+    let is_type = |word: &str| word.len() <= 8 && word.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    text.split('-').all(is_type)
+}
+
+/// The name of the file of a reference, without types.
+fn stem(reference: &Reference) -> String {
+    let mut stem = reference.repo.replace('/', SLASH);
+    if let Some(revision) = &reference.revision {
+        stem += &format!("@{}", plain(revision));
+    }
+    if let Some(part) = &reference.part {
+        stem += &format!("{PLUS}{}", plain(part));
+    }
+    stem
+}
+
+/// A text without what names of files cannot have.
+fn plain(text: &str) -> String {
+    text.replace(['/', PLUS], "_")
+}
+
+/// What a file is called on the hub.
+fn name_of(stem: &str) -> String {
+    let as_reference = || {
+        let (name, rest) = stem.split_once(PLUS).map_or((stem, None), |(name, rest)| (name, Some(rest)));
+        let text =
+            format!("{PREFIX}{}{}", name.replacen(SLASH, "/", 1), rest.map(|r| format!(":{r}")).unwrap_or_default());
+        text.parse::<Reference>().ok().filter(|r| r.repo.contains('/')).map(|_| text)
+    };
+    as_reference().unwrap_or_else(|| stem.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_folder_is_where_variables_say() {
+        let of = |variables: &[(&str, &str)]| {
+            Models::from(&|name| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| PathBuf::from(value)))
+        };
+        assert_eq!(of(&[("SLUICE_HOME", "/s"), ("HOME", "/h")]).unwrap().folder(), Path::new("/s/models"));
+        assert_eq!(of(&[("XDG_DATA_HOME", "/d"), ("HOME", "/h")]).unwrap().folder(), Path::new("/d/sluice/models"));
+        assert!(of(&[("HOME", "/h")]).unwrap().folder().ends_with("sluice/models"));
+        assert!(matches!(of(&[]), Err(HubError::Setting { .. })));
+    }
+
+    #[test]
+    fn names_lead_to_files_and_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let models = Models { folder: folder.path().to_owned() };
+        let of = |text: &str, types| models.path(&text.parse().unwrap(), types);
+        for (text, types) in [
+            ("a/b", None),
+            ("a/b", Some("q4-q8")),
+            ("a/b-c", None),
+            ("a/b@v2", None),
+            ("a/b:Q4_K_M", None),
+            ("a/b@refs/pr/1:x.gguf", Some("q8")),
+        ] {
+            fs::write(of(text, types), "x").unwrap();
+        }
+        fs::write(folder.path().join("mine.sluice"), "x").unwrap();
+        fs::write(folder.path().join("a--d.sluice.partial"), "x").unwrap();
+        fs::write(folder.path().join("a--d.sluice.partial.journal"), "x").unwrap();
+        fs::create_dir(folder.path().join("a--d.sluice.partial.source")).unwrap();
+        let find = |text: &str| models.find(&text.parse().unwrap());
+        assert_eq!(find("a/b"), [of("a/b", None), of("a/b", Some("q4-q8"))]);
+        assert_eq!(find("hf:a/b:Q4_K_M"), [of("a/b:Q4_K_M", None)]);
+        assert_eq!(find("a/b@v2"), [of("a/b@v2", None)]);
+        assert_eq!(find("a/c"), [] as [PathBuf; 0]);
+        let names: Vec<String> = models.list().into_iter().map(|e| e.name).collect();
+        let expected = [
+            "hf:a/b",
+            "hf:a/b-c",
+            "hf:a/b:Q4_K_M",
+            "hf:a/b:q4-q8",
+            "hf:a/b@refs_pr_1:x.gguf+q8",
+            "hf:a/b@v2",
+            "hf:a/d",
+            "mine",
+        ];
+        assert_eq!(names, expected);
+        assert_eq!(models.named("a/b").len(), 1);
+        assert_eq!(models.named("mine").len(), 1);
+        let [left] = &models.named("hf:a/d")[..] else { panic!("one is there") };
+        assert!(left.interrupted);
+        models.remove(left).unwrap();
+        assert!(
+            fs::read_dir(folder.path()).unwrap().all(|e| !e.unwrap().file_name().to_str().unwrap().starts_with("a--d"))
+        );
+    }
+}

@@ -1,0 +1,185 @@
+//! Downloading a repository to a folder.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::sys::statvfs::statvfs;
+
+use crate::client::Client;
+use crate::downloads::{Downloads, Observer, Target, Terms};
+use crate::error::HubError;
+use crate::name::Reference;
+use crate::pieces::with_suffix;
+use crate::pin::Pin;
+use crate::select::{Filter, to_pull};
+use crate::snapshot::{RemoteFile, Snapshot};
+
+/// Requests at the same time.
+pub(crate) const CONNECTIONS: usize = 8;
+/// Says in the folder which commit is being downloaded to it.
+const PIN: &str = ".sluice-download";
+
+/// A download that is about to begin: what it is, where it goes, and how large it is.
+#[derive(Debug)]
+pub struct Pull {
+    client: Arc<Client>,
+    snapshot: Arc<Snapshot>,
+    revision: String,
+    folder: PathBuf,
+    pin: Pin,
+    files: Vec<RemoteFile>,
+    left_out: Vec<RemoteFile>,
+    notes: Vec<String>,
+}
+
+impl Pull {
+    /// Asks the hub what the repository holds, and prepares the folder. A download that was interrupted goes on with the
+    /// commit that it was begun with.
+    ///
+    /// # Errors
+    /// [`HubError`].
+    pub fn prepare(
+        client: Arc<Client>,
+        reference: &Reference,
+        folder: &Path,
+        filter: &Filter,
+    ) -> Result<Self, HubError> {
+        fs::create_dir_all(folder).map_err(HubError::io(folder, "create it"))?;
+        let revision = reference.revision().to_owned();
+        let (mut pin, pinned) = Pin::open(&folder.join(PIN), &reference.repo, &revision)?;
+        let mut notes = Vec::new();
+        let snapshot = match pinned_snapshot(&client, reference, pinned.as_deref(), &mut notes) {
+            Ok(snapshot) => snapshot,
+            Err(e) => {
+                // Nothing has begun: the folder is left as it was.
+                if pinned.is_none() {
+                    let _ = pin.remove();
+                    let _ = fs::remove_dir(folder);
+                }
+                return Err(e);
+            }
+        };
+        let selected = to_pull(&snapshot, reference, filter);
+        let (files, left_out) = match selected {
+            Ok(selected) => selected,
+            Err(e) => {
+                if pinned.is_none() {
+                    let _ = pin.remove();
+                    let _ = fs::remove_dir(folder);
+                }
+                return Err(e);
+            }
+        };
+        let owned = |files: Vec<&RemoteFile>| files.into_iter().cloned().collect();
+        let (files, left_out) = (owned(files), owned(left_out));
+        pin.set(&reference.repo, &revision, &snapshot.commit)?;
+        let snapshot = Arc::new(snapshot);
+        Ok(Pull { client, snapshot, revision, folder: folder.to_owned(), pin, files, left_out, notes })
+    }
+
+    /// The commit.
+    pub fn commit(&self) -> &str {
+        &self.snapshot.commit
+    }
+
+    /// The branch, tag or commit that was asked for.
+    pub fn revision(&self) -> &str {
+        &self.revision
+    }
+
+    /// Files that are downloaded.
+    pub fn files(&self) -> &[RemoteFile] {
+        &self.files
+    }
+
+    /// Files that are left out, as nobody has asked for them and a conversion has no use for them.
+    pub fn left_out(&self) -> &[RemoteFile] {
+        &self.left_out
+    }
+
+    /// Remarks for the user.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.size).sum()
+    }
+
+    /// Downloads, and verifies what is there.
+    ///
+    /// # Errors
+    /// [`HubError`]. What has come stays, and the next attempt goes on with it.
+    pub fn run(self, observer: Arc<dyn Observer>) -> Result<(), HubError> {
+        let occupied = |file: &RemoteFile| {
+            let path = self.folder.join(&file.path);
+            let len = |path: &Path| path.metadata().map_or(0, |m| m.len());
+            len(&path).max(len(&with_suffix(&path, ".partial"))).min(file.size)
+        };
+        let needed = self.files.iter().map(|file| file.size - occupied(file)).sum();
+        check_space(&self.folder, needed)?;
+        let target = |(i, file): (usize, &RemoteFile)| Target {
+            remote: file.clone(),
+            path: self.folder.join(&file.path),
+            first: i,
+            last: i,
+        };
+        let targets: Vec<Target> = self.files.iter().enumerate().map(target).collect();
+        let count = targets.len();
+        let terms = Terms { connections: CONNECTIONS, window: usize::MAX, keep: true, durable: true };
+        let downloads = Downloads::start(self.client, self.snapshot, observer, targets, terms);
+        for file in 0..count {
+            downloads.wait(file)?;
+            downloads.release(file);
+        }
+        drop(downloads);
+        self.pin.remove()
+    }
+}
+
+/// What the repository holds at the commit of an interrupted download, or else now.
+pub(crate) fn pinned_snapshot(
+    client: &Client,
+    reference: &Reference,
+    pinned: Option<&str>,
+    notes: &mut Vec<String>,
+) -> Result<Snapshot, HubError> {
+    let Some(commit) = pinned else { return client.snapshot(&reference.repo, reference.revision()) };
+    let snapshot = client.snapshot(&reference.repo, commit)?;
+    // Only to say so: the download does not depend on it.
+    if let Ok(now) = client.commit(&reference.repo, reference.revision())
+        && now != commit
+    {
+        notes.push(format!(
+            "`{}` of {} has moved on to {}; this goes on with {}, with which it was begun",
+            reference.revision(),
+            reference.repo,
+            short(&now),
+            short(commit),
+        ));
+    }
+    Ok(snapshot)
+}
+
+/// As much of a commit as people read.
+pub(crate) fn short(commit: &str) -> &str {
+    commit.get(..10).unwrap_or(commit)
+}
+
+/// Bytes that are free in a folder; `None` where the system does not say.
+pub fn free_space(folder: &Path) -> Option<u64> {
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let stats = statvfs(folder).ok()?;
+    #[allow(clippy::unnecessary_cast, reason = "the types of the fields differ between systems")]
+    Some(stats.blocks_available() as u64 * stats.fragment_size() as u64)
+}
+
+/// Refuses to begin what the drive has no room for.
+pub(crate) fn check_space(folder: &Path, needed: u64) -> Result<(), HubError> {
+    match free_space(folder) {
+        Some(available) if available < needed => Err(HubError::NoSpace { path: folder.to_owned(), needed, available }),
+        _ => Ok(()),
+    }
+}

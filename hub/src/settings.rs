@@ -1,0 +1,152 @@
+//! Where the hub is, who asks, and whether anybody may: as the hub's own programs are told.
+
+use std::env;
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+
+use crate::error::HubError;
+
+/// Where the hub is.
+const HUB: &str = "https://huggingface.co";
+/// Longest token file that is read.
+const LONGEST_TOKEN: usize = 4096;
+
+/// Settings of a [`Client`](crate::Client).
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Address of the hub, without a slash at its end.
+    pub endpoint: String,
+    /// Who asks.
+    pub token: Option<Token>,
+    /// Ask nothing.
+    pub offline: bool,
+    /// File of certificates to trust instead of those that are built in.
+    pub certificates: Option<PathBuf>,
+}
+
+/// A token. It is sent to the hub, and shown to nobody.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Token(String);
+
+impl Token {
+    /// The token in a text, such as the content of a file; `None` if it can be none.
+    pub fn new(text: &str) -> Option<Self> {
+        let text = text.trim();
+        let sound = !text.is_empty() && text.len() <= LONGEST_TOKEN && text.bytes().all(|b| b.is_ascii_graphic());
+        sound.then(|| Token(text.to_owned()))
+    }
+
+    pub(crate) fn header(&self) -> String {
+        format!("Bearer {}", self.0)
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token")
+    }
+}
+
+impl Settings {
+    /// As the environment says: `HF_ENDPOINT`; `HF_TOKEN`, or the file that `HF_TOKEN_PATH` names, or `token` in `HF_HOME`, which is
+    /// `~/.cache/huggingface` unless it is said; `HF_HUB_OFFLINE`; `SSL_CERT_FILE`.
+    ///
+    /// # Errors
+    /// [`HubError::Setting`] for an address that is none, and for a token that cannot be one.
+    pub fn from_env() -> Result<Self, HubError> {
+        Self::from(&|name| env::var(name).ok().filter(|value| !value.trim().is_empty()))
+    }
+
+    /// As a lookup of variables says.
+    fn from(variable: &dyn Fn(&str) -> Option<String>) -> Result<Self, HubError> {
+        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| HUB.to_owned());
+        let endpoint = endpoint.trim().trim_end_matches('/').to_owned();
+        let host = endpoint.strip_prefix("https://").or_else(|| endpoint.strip_prefix("http://"));
+        if host.is_none_or(|host| {
+            host.is_empty() || host.contains(|c: char| c.is_whitespace() || matches!(c, '?' | '#' | '@'))
+        }) {
+            let problem = format!("{endpoint:?} is no address. It begins with https:// or http:// and a name");
+            return Err(HubError::Setting { variable: "HF_ENDPOINT", problem });
+        }
+        let is_set = |name| {
+            variable(name).is_some_and(|v| matches!(v.trim().to_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
+        };
+        Ok(Settings {
+            endpoint,
+            token: token(variable)?,
+            offline: is_set("HF_HUB_OFFLINE"),
+            certificates: variable("SSL_CERT_FILE").map(PathBuf::from),
+        })
+    }
+}
+
+fn token(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<Token>, HubError> {
+    for name in ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"] {
+        if let Some(text) = variable(name) {
+            let problem = "what it holds is no token".to_owned();
+            return Token::new(&text).map(Some).ok_or(HubError::Setting { variable: name, problem });
+        }
+    }
+    let Some(path) = token_path(variable) else { return Ok(None) };
+    let Ok(text) = fs::read_to_string(&path) else { return Ok(None) };
+    if text.trim().is_empty() {
+        return Ok(None);
+    }
+    let problem = format!("{} holds no token. Log in again with `hf auth login`", path.display());
+    Token::new(&text).map(Some).ok_or(HubError::Setting { variable: "HF_TOKEN_PATH", problem })
+}
+
+/// Where `hf auth login` leaves a token.
+fn token_path(variable: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    if let Some(path) = variable("HF_TOKEN_PATH") {
+        return Some(path.into());
+    }
+    let home = variable("HF_HOME").map(PathBuf::from).or_else(|| {
+        let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
+        let cache = cache.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")))?;
+        Some(cache.join("huggingface"))
+    })?;
+    Some(home.join("token"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(variables: &[(&str, &str)]) -> Result<Settings, HubError> {
+        let find = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
+        Settings::from(&find)
+    }
+
+    #[test]
+    fn the_environment_is_read_as_the_hub_s_programs_read_it() {
+        let none = settings(&[]).unwrap();
+        assert_eq!((none.endpoint.as_str(), none.token, none.offline), (HUB, None, false));
+        let s = settings(&[("HF_ENDPOINT", "http://127.0.0.1:8/"), ("HF_TOKEN", " hf_x\n"), ("HF_HUB_OFFLINE", "yes")])
+            .unwrap();
+        assert_eq!((s.endpoint.as_str(), s.token, s.offline), ("http://127.0.0.1:8", Token::new("hf_x"), true));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        fs::write(&path, "hf_file\n").unwrap();
+        let home = folder.path().to_str().unwrap();
+        for variables in [[("HF_HOME", home)], [("HF_TOKEN_PATH", path.to_str().unwrap())]] {
+            assert_eq!(settings(&variables).unwrap().token, Token::new("hf_file"));
+        }
+        fs::create_dir_all(folder.path().join(".cache/huggingface")).unwrap();
+        fs::rename(path, folder.path().join(".cache/huggingface/token")).unwrap();
+        assert_eq!(settings(&[("HOME", home)]).unwrap().token, Token::new("hf_file"));
+        assert_eq!(settings(&[("HOME", home), ("HF_TOKEN", "hf_env")]).unwrap().token, Token::new("hf_env"));
+    }
+
+    #[test]
+    fn nonsense_is_named() {
+        for endpoint in ["huggingface.co", "ftp://x", "https://", "https://a b", "https://user@host"] {
+            let error = settings(&[("HF_ENDPOINT", endpoint)]).unwrap_err().to_string();
+            assert!(error.contains("HF_ENDPOINT"), "{error}");
+        }
+        let error = settings(&[("HF_TOKEN", "two words")]).unwrap_err().to_string();
+        assert!(error.contains("HF_TOKEN") && !error.contains("two words"), "{error}");
+        assert_eq!(format!("{:?}", Token::new("hf_secret")), "Some(Token)");
+    }
+}

@@ -1,0 +1,417 @@
+//! Grids with VBMI: the indices of 64 points are looked up at once, in tables that registers or the nearest cache hold.
+//!
+//! A point of eight columns with three levels each is two bytes, one of four columns with eight levels twelve bits. Both are
+//! looked up by `vpermi2b`, 128 bytes at a time; `vpmultishiftqb` spreads what is found over the columns, beside their signs,
+//! and one more look-up turns level and sign into a byte.
+//!
+//! The 16-byte lanes of a vector hold two points of rows 0 to 7 each, in this order: points 0 and 1 of the first row group,
+//! points 0 and 1 of the second, points 2 and 3 of the first, points 2 and 3 of the second.
+
+use super::super::{Pair, load16x2, load32x2};
+use crate::grouped::grids::digits::{self, Digits};
+use crate::grouped::grids::{IQ1_LEVELS, IQ2_LEVELS, IQ3S_LEVELS, IQ3XXS_LEVELS};
+use crate::x86::bytes;
+use crate::x86::grouped::{GRID_BIAS, STRIP};
+use sluice_weights::{Codes, ROW_GROUP};
+use std::arch::x86_64::*;
+
+/// The bytes of a block: four columns of sixteen rows per vector.
+type Bytes = [__m512i; 8];
+
+// Codes as constant parameters.
+const IQ3S: u8 = 0;
+const IQ3XXS: u8 = 1;
+const IQ2S: u8 = 2;
+const IQ2XS: u8 = 3;
+const IQ2XXS: u8 = 4;
+const IQ1S: u8 = 5;
+const IQ1M: u8 = 6;
+
+/// Unpacks a strip of two row groups, or what there is of it: integers with [`GRID_BIAS`] added. False, and nothing is done,
+/// where the CPU lacks VBMI.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn strip(codes: Codes, w: &Pair<'_>, strip: usize, out: &mut [Bytes; STRIP]) -> bool {
+    if !is_x86_feature_detected!("avx512vbmi") {
+        return false;
+    }
+    // SAFETY: the CPU has the one feature that the function enables besides those of this one.
+    unsafe { of_codes(codes, w, strip, out) };
+    true
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn of_codes(codes: Codes, w: &Pair<'_>, strip: usize, out: &mut [Bytes; STRIP]) {
+    let len = ROW_GROUP * codes.block_len();
+    let [a, b] = [&w[0].values[strip * STRIP * len..], &w[1].values[strip * STRIP * len..]];
+    for ((a, b), out) in a.chunks_exact(len).zip(b.chunks_exact(len)).zip(out) {
+        *out = match codes {
+            Codes::Iq3s => fours::<IQ3S, 512>(a, b, &digits::IQ3S),
+            Codes::Iq3xxs => fours::<IQ3XXS, 256>(a, b, &digits::IQ3XXS),
+            Codes::Iq2s => eights::<IQ2S, 1024>(a, b, &digits::IQ2S),
+            Codes::Iq2xs => eights::<IQ2XS, 512>(a, b, &digits::IQ2XS),
+            Codes::Iq2xxs => eights::<IQ2XXS, 256>(a, b, &digits::IQ2XXS),
+            Codes::Iq1s => eights::<IQ1S, 2048>(a, b, &digits::IQ1),
+            _ => eights::<IQ1M, 2048>(a, b, &digits::IQ1),
+        };
+    }
+}
+
+/// Bits 0..8 of indices, and for each bit from the eighth (number 7) on which indices have it.
+struct Indices {
+    low: __m512i,
+    bits: [__mmask64; 4],
+}
+
+/// Points of eight columns.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn eights<const C: u8, const N: usize>(a: &[u8], b: &[u8], digits: &Digits<N>) -> Bytes {
+    let (indices, signs) = match C {
+        IQ2S => (iq2s(a, b), in_lanes(load32x2(a, b, 32))),
+        IQ2XS => iq2xs(a, b),
+        IQ2XXS => (low_bits(a, b), in_lanes(seven_bits(a, b, 32))),
+        IQ1S => iq1s(a, b),
+        _ => iq1m(a, b),
+    };
+    let planes = [look_up(&digits.0[0], &indices), look_up(&digits.0[1], &indices)];
+    let table = load(const { &two_bit_levels(C) });
+    let mut out = [_mm512_setzero_si512(); 8];
+    for (h, plane) in planes.into_iter().enumerate() {
+        let even = _mm512_unpacklo_epi8(plane, signs);
+        let odd = _mm512_unpackhi_epi8(plane, signs);
+        for l in 0..4 {
+            let words = if l % 2 == 0 { even } else { odd };
+            // Bits of levels begin at bit 0 of a word, those of signs at bit 8 or 12.
+            out[2 * l + h] = spread::<2>(words, l / 2, 8 + 4 * h, table);
+        }
+    }
+    out
+}
+
+/// Points of four columns: indices of points 0 to 4, and of points 4 to 8.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn fours<const C: u8, const N: usize>(a: &[u8], b: &[u8], digits: &Digits<N>) -> Bytes {
+    let signs = if C == IQ3S { load32x2(a, b, 64) } else { seven_bits(a, b, 64) };
+    let table = load(const { &three_bit_levels(C) });
+    let mut out = [_mm512_setzero_si512(); 8];
+    for half in 0..2 {
+        let low = in_lanes(load32x2(a, b, 32 * half));
+        let mut bits = [_mm512_movepi8_mask(low), 0, 0, 0];
+        if C == IQ3S {
+            let high = eight_rows(a, b, 96);
+            let bit = [1, 2, 1, 2, 4, 8, 4, 8].map(|bit| repeated(bit << (4 * half)));
+            bits[1] = _mm512_test_epi8_mask(high, load_words(&bit));
+        }
+        let indices = Indices { low, bits };
+        let planes = [look_up(&digits.0[0], &indices), look_up(&digits.0[1], &indices)];
+        // Each point has a half of eight signs; they go beside the four upper bits of its levels.
+        let place = if half == 0 { [0, 0, 4, 4, 1, 1, 5, 5] } else { [2, 2, 6, 6, 3, 3, 7, 7] };
+        let both = _mm512_permutexvar_epi64(load_words(&place), signs);
+        let upper = _mm512_mask_slli_epi64::<4>(both, 0x55, both);
+        let high = _mm512_ternarylogic_epi64::<0xea>(_mm512_set1_epi8(0xf0_u8 as i8), upper, planes[1]);
+        let even = _mm512_unpacklo_epi8(planes[0], high);
+        let odd = _mm512_unpackhi_epi8(planes[0], high);
+        for p in 0..4 {
+            out[4 * half + p] = spread::<3>(if p % 2 == 0 { even } else { odd }, p / 2, 12, table);
+        }
+    }
+    out
+}
+
+/// Looks up bytes of points.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn look_up<const N: usize>(table: &[u8; N], indices: &Indices) -> __m512i {
+    let mut found = [_mm512_setzero_si512(); 16];
+    for i in 0..N / 128 {
+        let [first, second] = [load(bytes(table, 128 * i)), load(bytes(table, 128 * i + 64))];
+        found[i] = _mm512_permutex2var_epi8(first, indices.low, second);
+    }
+    let mut bit = 0;
+    while N >> (8 + bit) > 0 {
+        for i in 0..N >> (8 + bit) {
+            found[i] = _mm512_mask_mov_epi8(found[2 * i], indices.bits[bit], found[2 * i + 1]);
+        }
+        bit += 1;
+    }
+    found[0]
+}
+
+/// From the words of sixteen rows, half of those of `words`, to four bytes each: level `i` has `WIDTH` bits from bit `WIDTH·i`
+/// on, and its sign is bit `signs + i`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn spread<const WIDTH: usize>(words: __m512i, half: usize, signs: usize, table: __m512i) -> __m512i {
+    let double = if half == 0 { const { &doubled(0) } } else { const { &doubled(16) } };
+    let wide = _mm512_permutexvar_epi16(load(double), words);
+    let levels = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(every(WIDTH, 0)), wide);
+    let moved = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(every(1, signs - WIDTH)), wide);
+    // Where the third operand counts, take the first, else the second; bits above have no meaning for the look-up.
+    let number = _mm512_ternarylogic_epi64::<0xca>(_mm512_set1_epi8(1 << WIDTH), moved, levels);
+    _mm512_permutexvar_epi8(number, table)
+}
+
+/// First bits of the bytes of two words of 32 bits: `first`, and `step` more for each byte.
+const fn every(step: usize, first: usize) -> i64 {
+    let (mut all, mut i) = (0, 0);
+    while i < 8 {
+        all |= ((i / 4 * 32 + i % 4 * step + first) as i64) << (8 * i);
+        i += 1;
+    }
+    all
+}
+
+/// Each word of sixteen twice.
+const fn doubled(first: u8) -> [u8; 64] {
+    let (mut places, mut i) = ([0; 64], 0);
+    while i < 32 {
+        places[2 * i] = first + i as u8 / 2;
+        i += 1;
+    }
+    places
+}
+
+/// What number and sign of a level stand for: the number is in bits 0 and 1, the sign in bit 2.
+const fn two_bit_levels(codes: u8) -> [u8; 64] {
+    let (mut table, mut i) = ([0; 64], 0);
+    while i < 64 {
+        let (level, minus) = (i % 4, i / 4 % 2 == 1);
+        if level < 3 {
+            let integer = match codes {
+                IQ1S | IQ1M => IQ1_LEVELS[level] as i32 + if minus { -1 } else { 1 },
+                _ if minus => -(IQ2_LEVELS[level] as i32),
+                _ => IQ2_LEVELS[level] as i32,
+            };
+            table[i] = (integer + GRID_BIAS) as u8;
+        }
+        i += 1;
+    }
+    table
+}
+
+/// The number is in bits 0 to 2, the sign in bit 3.
+const fn three_bit_levels(codes: u8) -> [u8; 64] {
+    let levels = if codes == IQ3S { IQ3S_LEVELS } else { IQ3XXS_LEVELS };
+    let (mut table, mut i) = ([0; 64], 0);
+    while i < 64 {
+        let integer = levels[i % 8] as i32 * if i / 8 % 2 == 1 { -1 } else { 1 };
+        table[i] = (integer + GRID_BIAS) as u8;
+        i += 1;
+    }
+    table
+}
+
+/// From points 0 to 4 of the first row group and then of the second to the order of lanes.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn in_lanes(v: __m512i) -> __m512i {
+    _mm512_permutexvar_epi64(load_words(&[0, 1, 4, 5, 2, 3, 6, 7]), v)
+}
+
+/// Row group and point of each eight bytes.
+const LANES: [(u8, u8); 8] = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3)];
+
+/// Indices of one byte.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn low_bits(a: &[u8], b: &[u8]) -> Indices {
+    let low = in_lanes(load32x2(a, b, 0));
+    Indices { low, bits: [_mm512_movepi8_mask(low), 0, 0, 0] }
+}
+
+/// Eight bytes of each row group, one per row, for all its points.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn eight_rows(a: &[u8], b: &[u8], at: usize) -> __m512i {
+    let [a, b] = [i64::from_le_bytes(*bytes(a, at)), i64::from_le_bytes(*bytes(b, at))];
+    _mm512_mask_set1_epi64(_mm512_set1_epi64(a), 0b1100_1100, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn iq2s(a: &[u8], b: &[u8]) -> Indices {
+    let mut indices = low_bits(a, b);
+    let high = eight_rows(a, b, 64);
+    for bit in 0..2 {
+        let places = LANES.map(|(_, l)| repeated(1 << (2 * l + bit)));
+        indices.bits[1 + usize::from(bit)] = _mm512_test_epi8_mask(high, load_words(&places));
+    }
+    indices
+}
+
+/// Indices and signs.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn iq2xs(a: &[u8], b: &[u8]) -> (Indices, __m512i) {
+    let [a, b] = [load(bytes(a, 0)), load(bytes(b, 0))];
+    let low = _mm512_permutex2var_epi8(a, load(const { &places(64, 16, 2, 0) }), b);
+    let high = _mm512_permutex2var_epi8(a, load(const { &places(64, 16, 2, 1) }), b);
+    let ninth = _mm512_test_epi8_mask(high, _mm512_set1_epi8(1));
+    let signs = _mm512_and_si512(_mm512_srli_epi16::<1>(high), _mm512_set1_epi8(127));
+    (Indices { low, bits: [_mm512_movepi8_mask(low), ninth, 0, 0] }, with_parity(signs))
+}
+
+/// Places in the order of lanes of bytes that a row group has at `point·l + row·r + at`.
+const fn places(group: u8, point: u8, row: u8, at: u8) -> [u8; 64] {
+    let (mut places, mut i) = ([0; 64], 0);
+    while i < 64 {
+        let (g, l) = LANES[i / 8];
+        places[i] = g * group + l * point + (i % 8) as u8 * row + at;
+        i += 1;
+    }
+    places
+}
+
+/// Indices, and eight times the sign of what is added.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn iq1s(a: &[u8], b: &[u8]) -> (Indices, __m512i) {
+    let mut indices = low_bits(a, b);
+    let words = _mm512_castsi256_si512(load16x2(a, b, 32));
+    for bit in 0..3 {
+        // Bits 3l to 3l + 3 of words of two bytes.
+        let mut places = const { places(16, 0, 2, 0) };
+        let mut tested = [0; 8];
+        for i in 0..64 {
+            let place = 3 * LANES[i / 8].1 + bit;
+            places[i] += place / 8;
+            tested[i / 8] = repeated(1 << (place % 8));
+        }
+        let moved = _mm512_permutexvar_epi8(load(&places), words);
+        indices.bits[1 + usize::from(bit)] = _mm512_test_epi8_mask(moved, load_words(&tested));
+    }
+    let top = _mm512_permutexvar_epi8(load(const { &places(16, 0, 2, 1) }), words);
+    (indices, _mm512_movm_epi8(_mm512_movepi8_mask(top)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn iq1m(a: &[u8], b: &[u8]) -> (Indices, __m512i) {
+    let mut indices = low_bits(a, b);
+    let words = _mm512_castsi256_si512(load16x2(a, b, 32));
+    let mut places = const { places(16, 0, 1, 0) };
+    for i in 0..64 {
+        places[i] += LANES[i / 8].1 / 2 * 8;
+    }
+    let nibbles = _mm512_permutexvar_epi8(load(&places), words);
+    for bit in 0..3 {
+        let tested = LANES.map(|(_, l)| repeated(1 << (l % 2 * 4 + bit)));
+        indices.bits[1 + usize::from(bit)] = _mm512_test_epi8_mask(nibbles, load_words(&tested));
+    }
+    let tested = LANES.map(|(_, l)| repeated(8 << (l % 2 * 4)));
+    (indices, _mm512_movm_epi8(_mm512_test_epi8_mask(nibbles, load_words(&tested))))
+}
+
+/// Four times seven signs of each row, completed: for each row group those of columns 0..8 of all rows first.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn seven_bits(a: &[u8], b: &[u8], at: usize) -> __m512i {
+    const BY_POINT: [u8; 64] = {
+        let (mut places, mut i) = ([0; 64], 0);
+        while i < 64 {
+            places[i] = (i / 32 * 32 + i % 8 * 4 + i / 8 % 4) as u8;
+            i += 1;
+        }
+        places
+    };
+    let words = load32x2(a, b, at);
+    let by_row = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(const { every(7, 0) }), words);
+    let by_point = _mm512_permutexvar_epi8(load(&BY_POINT), by_row);
+    with_parity(_mm512_and_si512(by_point, _mm512_set1_epi8(127)))
+}
+
+/// Adds the eighth sign, which makes the number of minuses even.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn with_parity(signs: __m512i) -> __m512i {
+    const ODD: [u8; 64] = {
+        let (mut odd, mut i) = ([0; 64], 0);
+        while i < 64 {
+            odd[i] = (i as u8).count_ones() as u8 % 2 * 128;
+            i += 1;
+        }
+        odd
+    };
+    // Six bits are looked up. Bits 4 and 5 are what they were, bits 6 and 7, which is 0, have to meet others first.
+    let folded = _mm512_xor_si512(signs, _mm512_and_si512(_mm512_srli_epi16::<6>(signs), _mm512_set1_epi8(3)));
+    _mm512_or_si512(signs, _mm512_permutexvar_epi8(folded, load(&ODD)))
+}
+
+/// Eight times one byte.
+const fn repeated(byte: u8) -> u64 {
+    u64::from_le_bytes([byte; 8])
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(from: &[u8; 64]) -> __m512i {
+    // SAFETY: the reference covers the 64 bytes; the load has no alignment.
+    unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_words(from: &[u64; 8]) -> __m512i {
+    // SAFETY: the reference covers the 64 bytes; the load has no alignment.
+    unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matrix::{Group, WeightType};
+    use crate::x86::Avx512;
+    use crate::x86::avx2::grouped::grid_block;
+
+    const ALL: [Codes; 7] =
+        [Codes::Iq3s, Codes::Iq3xxs, Codes::Iq2s, Codes::Iq2xs, Codes::Iq2xxs, Codes::Iq1s, Codes::Iq1m];
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn compare(codes: Codes, records: &[Vec<u8>; 2]) {
+        let group = |values| Group { ty: WeightType::F32, scales: &[], values };
+        let pair = [group(&records[0][..]), group(&records[1][..])];
+        let mut out = [[_mm512_setzero_si512(); 8]; STRIP];
+        if !strip(codes, &pair, 1, &mut out) {
+            return;
+        }
+        let len = ROW_GROUP * codes.block_len();
+        for (g, out) in out.iter().enumerate().take(2) {
+            for (half, records) in records.iter().enumerate() {
+                let want = grid_block(codes, &records[(STRIP + g) * len..][..len]);
+                for q in 0..8 {
+                    let got =
+                        if half == 0 { _mm512_castsi512_si256(out[q]) } else { _mm512_extracti64x4_epi64::<1>(out[q]) };
+                    assert_eq!(
+                        _mm256_cmpeq_epi8_mask(got, want[q]),
+                        u32::MAX,
+                        "{codes:?}, block {g}, columns from {}",
+                        4 * q
+                    );
+                }
+            }
+        }
+    }
+
+    /// The blocks of CPUs without VBMI are made of those of AVX2.
+    #[test]
+    fn bytes_are_those_of_avx2() {
+        if Avx512::new().is_none() {
+            return;
+        }
+        let mut state = 1u32;
+        for codes in ALL {
+            let mut records = || {
+                let next = |_| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    (state >> 24) as u8
+                };
+                (0..(STRIP + 2) * ROW_GROUP * codes.block_len()).map(next).collect()
+            };
+            let records = [records(), records()];
+            // SAFETY: the token proves the features that the function enables.
+            unsafe { compare(codes, &records) };
+        }
+    }
+}
