@@ -9,7 +9,7 @@ fn root() -> PathBuf {
 }
 
 /// Crates of this workspace, by folder, and those that each may use outside its own tests.
-const CRATES: [(&str, &[&str]); 15] = [
+const CRATES: [(&str, &[&str]); 16] = [
     ("checksum", &[]),
     ("weights", &[]),
     ("format", &["checksum", "weights"]),

@@ -1,4 +1,4 @@
-//! `sluice convert`: a Hugging Face checkpoint, in a folder or on the hub, becomes one model file.
+//! `sluice convert`: a Hugging Face checkpoint, in a folder or on the hub, or a GGUF file becomes one model file.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -33,8 +33,8 @@ Norms, biases and routers are never quantised.
 
 Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
 
-hf:NAME converts straight from the Hugging Face hub: what that takes is said before the first gigabyte, and no more than three \
-files of the model are on the drive at once.
+hf:NAME converts straight from the Hugging Face hub: what that takes is said before the first gigabyte, and no more than a \
+few files of the model are on the drive at once.
 
 Examples:
   sluice convert DeepSeek-R1/ r1.sluice
@@ -48,11 +48,11 @@ Examples:
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8 --recipe my-moe.recipe
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
 
-/// Convert a Hugging Face checkpoint (a folder with config.json and safetensors) into a model file
+/// Convert a Hugging Face checkpoint (a folder with config.json and safetensors) or a GGUF file into a model file
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder of the checkpoint, or hf:OWNER/NAME for one on the hub; @REVISION and, for GGUF, :QUANT or :FILE may follow
+    /// Folder of the checkpoint, GGUF file (of several parts any), or hf:OWNER/NAME for one on the hub; @REVISION and, for GGUF, :QUANT or :FILE may follow
     src: PathBuf,
 
     /// Model file to write [default, from the hub: one in the folder of models, which `run` finds by the name]
@@ -140,7 +140,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let plan = plan(&args.src, &options)?;
     check(args, dst, &plan)?;
     if args.dry_run {
-        return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan)) };
+        return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan, args.compress)) };
     }
     let bar = Bar(byte_bar("converting", 0));
     let outcome = convert_plan(&plan, dst, &bar);
@@ -180,7 +180,7 @@ fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(),
     }
     let facts = format!("{reference}: {}", fetched.facts(&plan, &dst)?);
     if args.dry_run {
-        return print(&format!("{facts}{}", describe_plan(&plan)));
+        return print(&format!("{facts}{}", describe_plan(&plan, args.compress)));
     }
     note(&facts.trim_end());
     let (summary, kept) = carry_out(&fetched, &plan, &dst)?;
@@ -414,11 +414,12 @@ fn describe(dst: &Path, s: &Summary, elapsed: f64) -> String {
     head + &facts.describe()
 }
 
-fn describe_plan(plan: &Plan) -> String {
+fn describe_plan(plan: &Plan, compress: bool) -> String {
     let head = format!(
-        "would read {} and write {} of {}; nothing was written\n",
+        "would read {} and write {}{} of {}; nothing was written\n",
         Bytes(plan.source_bytes()),
         Bytes(plan.file_bytes()),
+        if compress { ", less what compression saves," } else { "" },
         plan.spec().family,
     );
     let facts = Facts {

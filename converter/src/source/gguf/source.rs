@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::ConvertError;
-use crate::source::{Source, SourceFile};
+use crate::source::{FileUse, Source, SourceFile};
 
 /// Another source, and the small files that it has instead of its own.
 #[derive(Debug)]
@@ -41,6 +41,14 @@ impl Source for WithTexts {
 
     fn text_path(&self, name: &str) -> PathBuf {
         format!("{} (`{name}` as its keys give it)", self.path().display()).into()
+    }
+
+    fn is_fetched(&self) -> bool {
+        self.inner.is_fetched()
+    }
+
+    fn schedule(&self, uses: &[FileUse]) {
+        self.inner.schedule(uses);
     }
 
     fn release(&self, file: usize) {
