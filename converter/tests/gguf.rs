@@ -308,38 +308,40 @@ fn write_small(folder: &Path) -> PathBuf {
     path
 }
 
+/// Name, number in files, and the weight type that carries it.
+const BLOCK_TYPES: [(&str, u32, &str); 23] = [
+    ("Q4_0", 2, "q4_0"),
+    ("Q4_1", 3, "q4_1"),
+    ("Q5_0", 6, "q5_0"),
+    ("Q5_1", 7, "q5_1"),
+    ("Q8_0", 8, "q8"),
+    ("Q2_K", 10, "q2_k"),
+    ("Q3_K", 11, "q3_k"),
+    ("Q4_K", 12, "q4_k"),
+    ("Q5_K", 13, "q5_k"),
+    ("Q6_K", 14, "q6_k"),
+    ("IQ2_XXS", 16, "iq2_xxs"),
+    ("IQ2_XS", 17, "iq2_xs"),
+    ("IQ3_XXS", 18, "iq3_xxs"),
+    ("IQ1_S", 19, "iq1_s"),
+    ("IQ4_NL", 20, "iq4_nl"),
+    ("IQ3_S", 21, "iq3_s"),
+    ("IQ2_S", 22, "iq2_s"),
+    ("IQ4_XS", 23, "iq4_xs"),
+    ("IQ1_M", 29, "iq1_m"),
+    ("TQ1_0", 34, "tq2_0"),
+    ("TQ2_0", 35, "tq2_0"),
+    ("MXFP4", 39, "mxfp4"),
+    ("NVFP4", 40, "nvfp4"),
+];
+
 /// Every block type is carried into the weight type of the same name, and stands there for the numbers that the public `gguf`
 /// package finds in the same blocks (`ggml/make_blocks.py`).
 #[test]
 fn block_types_are_carried_at_their_own_size() {
     let mut blocks = Tensors::new();
     read_file(&data("ggml/blocks.safetensors"), &mut blocks);
-    let types = [
-        ("Q4_0", 2, "q4_0"),
-        ("Q4_1", 3, "q4_1"),
-        ("Q5_0", 6, "q5_0"),
-        ("Q5_1", 7, "q5_1"),
-        ("Q8_0", 8, "q8"),
-        ("Q2_K", 10, "q2_k"),
-        ("Q3_K", 11, "q3_k"),
-        ("Q4_K", 12, "q4_k"),
-        ("Q5_K", 13, "q5_k"),
-        ("Q6_K", 14, "q6_k"),
-        ("IQ2_XXS", 16, "iq2_xxs"),
-        ("IQ2_XS", 17, "iq2_xs"),
-        ("IQ3_XXS", 18, "iq3_xxs"),
-        ("IQ1_S", 19, "iq1_s"),
-        ("IQ4_NL", 20, "iq4_nl"),
-        ("IQ3_S", 21, "iq3_s"),
-        ("IQ2_S", 22, "iq2_s"),
-        ("IQ4_XS", 23, "iq4_xs"),
-        ("IQ1_M", 29, "iq1_m"),
-        ("TQ1_0", 34, "tq2_0"),
-        ("TQ2_0", 35, "tq2_0"),
-        ("MXFP4", 39, "mxfp4"),
-        ("NVFP4", 40, "nvfp4"),
-    ];
-    for (name, id, weight_type) in types {
+    for (name, id, weight_type) in BLOCK_TYPES {
         let (codes, numbers) = (&blocks[&format!("{name}.blocks")], values(&blocks, &format!("{name}.values")));
         let per_block = numbers.len() / codes.shape[0];
         let mut noise = Noise(7 + u64::from(id));
