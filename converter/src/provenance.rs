@@ -3,7 +3,6 @@
 //! `docs/FORMAT.md` describes both blobs, and what the digests cover.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -17,7 +16,7 @@ use crate::options::TypeChoice;
 use crate::pack::Outcome;
 use crate::plan::{CONVERTER, LeftOut, Plan};
 use crate::report::errors;
-use crate::source::{self, Stamp, drop_behind, header, is_plain_name, open_safetensors, recognise, side_file};
+use crate::source::{self, header, is_plain_name, open_safetensors, recognise, side_file};
 
 /// Bytes read at once to compare: whole leaves.
 const PIECE: u64 = 64 * LEAF;
@@ -318,14 +317,10 @@ impl Comparison {
             Err(problem) => return differs(problem),
         };
         let parts = parts_of(0, entries.iter().map(|e| (e.start, e.len)), head.len() as u64, len);
-        let read_at = |at: u64, out: &mut [u8]| {
-            file.read_exact_at(out, at).map_err(ConvertError::io(&path, "read its weights"))?;
-            drop_behind(&file, at, out.len());
-            Ok(())
-        };
+        let read_at = |at: u64, out: &mut [u8]| file.read_at(&path, at, out);
         let found = parts.par_iter().map(|part| part_digest(&read_at, part, read));
         let found: Vec<u128> = found.collect::<Result<_, _>>()?;
-        if Stamp::of(&file).map_err(ConvertError::io(&path, "read its state"))? != stamp {
+        if file.stamp().map_err(ConvertError::io(&path, "read its state"))? != stamp {
             return Err(ConvertError::SourceChanged { path });
         }
         let name_of = |part: &Part| {

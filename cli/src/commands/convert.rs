@@ -10,8 +10,8 @@ use clap::builder::TypedValueParser as _;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use sluice_converter::{
-    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Recipe, Summary, TypeChoice, check_destination, convert_plan,
-    plan,
+    ConvertError, KindSize, LeftOut, Options, Plan, Progress, Recipe, Summary, TypeChoice, check_destination,
+    convert_plan, plan,
 };
 use sluice_format::WeightType;
 use sluice_hub::Reference;
@@ -140,7 +140,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let plan = plan(&args.src, &options)?;
     check(args, dst, &plan)?;
     if args.dry_run {
-        return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan)) };
+        return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan, args.compress)) };
     }
     let bar = Bar(byte_bar("converting", 0));
     let outcome = convert_plan(&plan, dst, &bar);
@@ -180,7 +180,7 @@ fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(),
     }
     let facts = format!("{reference}: {}", fetched.facts(&plan, &dst)?);
     if args.dry_run {
-        return print(&format!("{facts}{}", describe_plan(&plan)));
+        return print(&format!("{facts}{}", describe_plan(&plan, args.compress)));
     }
     note(&facts.trim_end());
     let (summary, kept) = carry_out(&fetched, &plan, &dst)?;
@@ -414,11 +414,12 @@ fn describe(dst: &Path, s: &Summary, elapsed: f64) -> String {
     head + &facts.describe()
 }
 
-fn describe_plan(plan: &Plan) -> String {
+fn describe_plan(plan: &Plan, compress: bool) -> String {
     let head = format!(
-        "would read {} and write {} of {}; nothing was written\n",
+        "would read {} and write {}{} of {}; nothing was written\n",
         Bytes(plan.source_bytes()),
         Bytes(plan.file_bytes()),
+        if compress { ", less what compression saves," } else { "" },
         plan.spec().family,
     );
     let facts = Facts {

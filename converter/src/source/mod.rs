@@ -6,6 +6,7 @@
 //! | `folder` | a folder of safetensors files, as the hub has them |
 //! | `gguf` | GGUF files, as llama.cpp has them |
 //! | `checkpoint` | the table of tensors over a source |
+//! | `local` | reads of local files, past the page cache where that is faster |
 //! | `header`, `locate` | safetensors: headers of files, and which files belong together |
 //! | `stamp` | what tells that a file is not the one that was read before |
 //! | `recognise` | what a path is instead of a checkpoint |
@@ -19,6 +20,7 @@ mod folder;
 mod ggml_type;
 mod gguf;
 pub(crate) mod header;
+mod local;
 mod locate;
 pub(crate) mod recognise;
 mod row_order;
@@ -30,7 +32,7 @@ use std::path::{Path, PathBuf};
 
 pub(crate) use checkpoint::{AbsentTensor, Checkpoint, SourceTensor};
 pub(crate) use dtype::{Dtype, FLOATS, WIDE_FLOATS};
-pub(crate) use folder::{drop_behind, open_safetensors, read_side_file, side_file};
+pub(crate) use folder::{open_safetensors, read_side_file, side_file};
 pub(crate) use ggml_type::GgmlType;
 pub(crate) use locate::is_plain_name;
 pub(crate) use row_order::RowOrder;
