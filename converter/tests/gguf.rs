@@ -11,8 +11,9 @@ use common::safetensors::{Tensor, Tensors, read_dir, read_file, values, write_di
 use common::{Content, Noise, content, fixture, joined};
 use proptest::prelude::*;
 use serde_json::json;
+use sluice_converter::provenance::Comparison;
 use sluice_converter::{ConvertError, Options, Plan, convert, plan};
-use sluice_format::{AttentionSpec, ExtentKind, ModelSpec};
+use sluice_format::{AttentionSpec, ExtentKind, ModelFile, ModelSpec};
 
 const F32: u32 = 0;
 const MXFP4: u32 = 39;
@@ -441,6 +442,34 @@ fn a_model_in_parts_is_named_by_any_of_them() {
     let error = plan(&name(3), &Options::default()).unwrap_err();
     assert!(matches!(error, ConvertError::MissingParts { missing: 1, total: 3, .. }), "{error}");
     assert!(error.to_string().contains("big-00002-of-00003.gguf"), "{error}");
+}
+
+#[test]
+fn a_model_file_is_compared_with_its_gguf_file() {
+    let mut noise = Noise(5);
+    let (metadata, tensors) =
+        small(|_, rows, cols| (F32, (0..rows * cols).flat_map(|_| noise.value().to_le_bytes()).collect()));
+    let folder = tempfile::tempdir().unwrap();
+    let (source, model) = (folder.path().join("m.gguf"), folder.path().join("m.sluice"));
+    let mut bytes = file(&metadata, &tensors);
+    fs::write(&source, &bytes).unwrap();
+    convert(&source, &model, &Options::default(), &()).unwrap();
+    let differences = |named: &Path| {
+        let comparison = Comparison::new(&ModelFile::open(&model).unwrap(), named).unwrap();
+        let all = comparison.run(&|_| ()).unwrap();
+        all.into_iter().filter(|file| file.difference.is_some()).collect::<Vec<_>>()
+    };
+    for named in [source.as_path(), folder.path()] {
+        assert_eq!(differences(named), []);
+    }
+    let last = bytes.len() - 4;
+    bytes[last] ^= 1;
+    fs::write(&source, &bytes).unwrap();
+    let found = differences(&source);
+    assert_eq!((found.len(), found[0].tensors.as_slice()), (1, &["model.norm.weight".to_owned()][..]), "{found:?}");
+    bytes[30] ^= 1;
+    fs::write(&source, &bytes).unwrap();
+    assert_eq!(differences(&source)[0].name, "m.gguf");
 }
 
 fn error_of(path: &Path) -> String {
