@@ -48,8 +48,8 @@ use sluice_format::Written;
 
 pub use error::ConvertError;
 pub use options::{Options, TypeChoice};
-pub use recipe::Recipe;
 pub use plan::{KindSize, LeftOut, Plan, plan, plan_source};
+pub use recipe::Recipe;
 pub use report::Summary;
 pub use source::recognise::no_model;
 pub use upgrade::{UpgradeOptions, UpgradeSummary, upgrade};
