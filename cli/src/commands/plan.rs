@@ -24,7 +24,7 @@ use crate::size::{parse_size, parse_speed};
 use crate::terminal::{note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
-TARGET is a model file, or a checkpoint's folder, or the name of a model that `sluice synth` knows (deepseek-r1, kimi-k2, \
+TARGET is a model file, a checkpoint's folder, a GGUF file, or the name of a model that `sluice synth` knows (deepseek-r1, kimi-k2, \
 glm-4.6, qwen3-235b, qwen3-30b, gpt-oss-120b, mixtral-8x7b), or a config.json or a folder with nothing else. Weights are not \
 read. What is no model file yet is planned as `sluice convert` would write it: as published, bit for bit, unless --type and \
 --dense-type say otherwise.
@@ -118,7 +118,7 @@ struct Compression {
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let target = Path::new(&args.target);
-    let report = if target.is_dir() && has_weights(target) {
+    let report = if target.is_dir() && has_weights(target) || is_gguf(target) {
         of_checkpoint(args)?
     } else if is_geometry(&args.target) {
         of_geometry(args)?
@@ -144,6 +144,11 @@ fn has_weights(folder: &Path) -> bool {
     entries.any(|entry| entry.file_name().to_str().is_some_and(is_weights))
 }
 
+/// Whether it is a GGUF file by its name: what is in it is the converter's to say.
+fn is_gguf(target: &Path) -> bool {
+    target.is_file() && target.extension().is_some_and(|e| e == "gguf")
+}
+
 /// Exactly what `convert` would write. A checkpoint that it would refuse is planned from its `config.json`, with a warning.
 fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
     // Types such as int4 can be carried, but not asked for: those are planned from the configuration.
@@ -162,6 +167,8 @@ fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
             };
             Ok(report(args, plan.spec(), plan.extents(), plan.file_bytes(), types))
         }
+        // It has no `config.json`.
+        Err(refused) if is_gguf(Path::new(&args.target)) => Err(refused.into()),
         Err(refused) => {
             let mut report = of_geometry(args)?;
             report

@@ -13,7 +13,7 @@ mod terms;
 #[macro_use]
 mod unpack;
 
-use crate::matrix::{BLOCK, Group};
+use crate::matrix::BLOCK;
 use sluice_weights::{Codes, Grouped, SUPER_BLOCK, Scales, Super, Zero};
 
 /// Blocks of 32 columns of a strip.
@@ -84,11 +84,4 @@ pub(super) const fn has_bias(ty: Grouped) -> bool {
         Scales::Groups { zero, .. } => matches!(zero, Zero::Bias | Zero::Float),
         Scales::Super(scales) => matches!(scales, Super::SixMin | Super::FourMin),
     }
-}
-
-/// Bytes of row groups, scales and values, for each 32 columns of them; padding included.
-pub(super) fn bytes_per_block<const N: usize>(groups: &[Group<'_>; N], blocks: usize) -> usize {
-    let Group { scales, values, .. } = groups[0];
-    let group = values.as_ptr().addr() - scales.as_ptr().addr() + values.len().next_multiple_of(64);
-    (N * group).div_ceil(blocks.max(1))
 }

@@ -16,29 +16,47 @@ macro_rules! terms {
             /// activations to take out `z` and what was added to the integers; the number is the lower one, and the upper one
             /// is 0. In the second block of 32 columns it is the other way round, so that both meet the pair of sums of the halves.
             pub(in crate::x86) rest: [$integers; 2 * STRIP],
+            // What does not change: the unit, minus what is subtracted from all integers, whether there are blocks of 16 columns,
+            // groups of a strip, and blocks for which one of them holds.
+            unit: $floats,
+            middle: $integers,
+            halves: bool,
+            groups: usize,
+            per_group: usize,
         }
 
         impl Terms {
             /// With what is the same for all blocks of a type.
             #[target_feature(enable = $features)]
             pub(in crate::x86) fn new(ty: Grouped) -> Self {
-                let mut terms = Terms { a: [setzero_ps(); 2 * STRIP], rest: [setzero(); 2 * STRIP] };
+                let blocks = SUPER_BLOCK / ty.block();
+                let groups = match ty.scales() {
+                    Scales::Groups { columns: GroupSize::Columns(columns), .. } => SUPER_BLOCK / usize::from(columns),
+                    _ => 1,
+                };
+                let mut terms = Terms {
+                    a: [setzero_ps(); 2 * STRIP],
+                    rest: [setzero(); 2 * STRIP],
+                    unit: set1_ps(unit(ty)),
+                    middle: set1_epi32(-(ty.middle() + bias(ty.codes()))),
+                    halves: has_halves(ty),
+                    groups,
+                    per_group: blocks / groups,
+                };
                 if !has_bias(ty) {
                     for block in 0..2 * STRIP {
-                        terms.put_pair(has_halves(ty), block, set1_epi32(-(ty.middle() + bias(ty.codes()))));
+                        terms.rest[block] = terms.pair(block, terms.middle);
                     }
                 }
                 terms
             }
 
+            /// What takes a number, of each row, out of the integers of a block.
             #[inline]
             #[target_feature(enable = $features)]
-            fn put_pair(&mut self, halves: bool, block: usize, number: $integers) {
-                self.rest[block] = if halves && block % 2 == 1 {
-                    slli_epi32::<16>(number)
-                } else {
-                    and(number, set1_epi32(0xffff))
-                };
+            fn pair(&self, block: usize, number: $integers) -> $integers {
+                let second = self.halves && block % 2 == 1;
+                if second { slli_epi32::<16>(number) } else { and(number, set1_epi32(0xffff)) }
             }
 
             /// Decodes a strip.
@@ -48,19 +66,19 @@ macro_rules! terms {
                 match ty.scales() {
                     // One group is all there is, and it stays.
                     Scales::Groups { columns: GroupSize::Row, .. } if strip > 0 => {}
-                    Scales::Groups { scale: ScaleType::F16, zero, .. } => self.scales::<F16>(ty, zero, w, strip),
-                    Scales::Groups { scale: ScaleType::Bf16, zero, .. } => self.scales::<BF16>(ty, zero, w, strip),
-                    Scales::Groups { scale: ScaleType::F32, zero, .. } => self.scales::<F32>(ty, zero, w, strip),
-                    Scales::Groups { scale: ScaleType::E4m3, zero, .. } => self.scales::<E4M3>(ty, zero, w, strip),
-                    Scales::Groups { scale: ScaleType::E8m0, zero, .. } => self.scales::<E8M0>(ty, zero, w, strip),
+                    Scales::Groups { scale: ScaleType::F16, zero, .. } => self.scales::<F16>(zero, w, strip),
+                    Scales::Groups { scale: ScaleType::Bf16, zero, .. } => self.scales::<BF16>(zero, w, strip),
+                    Scales::Groups { scale: ScaleType::F32, zero, .. } => self.scales::<F32>(zero, w, strip),
+                    Scales::Groups { scale: ScaleType::E4m3, zero, .. } => self.scales::<E4M3>(zero, w, strip),
+                    Scales::Groups { scale: ScaleType::E8m0, zero, .. } => self.scales::<E8M0>(zero, w, strip),
                     Scales::Super(scales) => {
                         let len = ROW_GROUP * scales.row_len();
                         let planes = each!(w[0].scales; N, i => &w[i].scales[strip * len..][..len]);
                         match scales {
-                            Super::InCodes | Super::Shift => self.scales_of_records(ty, w, strip, &planes),
+                            Super::InCodes | Super::Shift => self.scales_of_records(ty.codes(), &planes, w, strip),
                             Super::SixMin => self.six_bit_minima(&planes),
                             Super::FourMin => self.four_bit_minima(&planes),
-                            _ => self.integer_scales(ty, scales, &planes),
+                            _ => self.integer_scales(scales, &planes),
                         }
                     }
                 }
@@ -68,46 +86,37 @@ macro_rules! terms {
 
             #[inline]
             #[target_feature(enable = $features)]
-            fn scales<const S: u8>(&mut self, ty: Grouped, zero: Zero, w: &[Group<'_>; N], strip: usize) {
+            fn scales<const S: u8>(&mut self, zero: Zero, w: &[Group<'_>; N], strip: usize) {
                 match zero {
-                    Zero::None => self.groups::<S, NONE>(ty, w, strip),
-                    Zero::Byte => self.groups::<S, BYTE>(ty, w, strip),
-                    Zero::Bias => self.groups::<S, BIAS>(ty, w, strip),
-                    Zero::Float => self.groups::<S, FLOAT>(ty, w, strip),
+                    Zero::None => self.groups::<S, NONE>(w, strip),
+                    Zero::Byte => self.groups::<S, BYTE>(w, strip),
+                    Zero::Bias => self.groups::<S, BIAS>(w, strip),
+                    Zero::Float => self.groups::<S, FLOAT>(w, strip),
                 }
             }
 
             #[inline]
             #[target_feature(enable = $features)]
-            fn groups<const S: u8, const Z: u8>(&mut self, ty: Grouped, w: &[Group<'_>; N], strip: usize) {
-                let Scales::Groups { columns, .. } = ty.scales() else { return };
-                // Groups of a strip, and blocks for which each of them holds.
-                let blocks = SUPER_BLOCK / ty.block();
-                let groups = match columns {
-                    GroupSize::Columns(columns) => SUPER_BLOCK / usize::from(columns),
-                    GroupSize::Row => 1,
-                };
-                let (per_group, len) = (blocks / groups, const { ROW_GROUP * group_len(S, Z) });
-                let from = strip * groups * len + const { if S == E4M3 { 4 * ROW_GROUP } else { 0 } };
-                let to = (from + groups * len).min(w[0].scales.len());
+            fn groups<const S: u8, const Z: u8>(&mut self, w: &[Group<'_>; N], strip: usize) {
+                let (per_group, len) = (self.per_group, const { ROW_GROUP * group_len(S, Z) });
+                let from = strip * self.groups * len + const { if S == E4M3 { 4 * ROW_GROUP } else { 0 } };
+                let to = (from + self.groups * len).min(w[0].scales.len());
                 let planes = each!(w[0].scales; N, i => &w[i].scales[from..to]);
-                let unit = set1_ps(unit(ty));
-                let middle = set1_epi32(-(ty.middle() + bias(ty.codes())));
                 for i in 0..(to - from) / len {
-                    let (at, zeros) = (i * len, i * len + const { ROW_GROUP * scale_len(S) });
-                    let a = mul_ps(numbers::<S>(&planes, at), unit);
-                    for block in i * per_group..(i + 1) * per_group {
-                        self.a[block] = a;
-                    }
+                    let (at, zeros, first) = (i * len, i * len + const { ROW_GROUP * scale_len(S) }, i * per_group);
+                    let a = mul_ps(numbers::<S>(&planes, at), self.unit);
+                    self.a[first..first + per_group].fill(a);
                     let rest = match Z {
                         NONE => continue,
-                        BYTE => sub_epi32(middle, cvtepu8_epi32(quarter(&planes, zeros))),
+                        BYTE => {
+                            let number = sub_epi32(self.middle, cvtepu8_epi32(quarter(&planes, zeros)));
+                            // Where blocks have two halves, each has a group of its own.
+                            self.pair(first, number)
+                        }
                         BIAS => cast(numbers::<S>(&planes, zeros)),
                         _ => minus(mul_ps(a, numbers::<S>(&planes, zeros))),
                     };
-                    for block in i * per_group..(i + 1) * per_group {
-                        if Z == BYTE { self.put_pair(has_halves(ty), block, rest) } else { self.rest[block] = rest }
-                    }
+                    self.rest[first..first + per_group].fill(rest);
                 }
             }
 
@@ -139,11 +148,10 @@ macro_rules! terms {
             /// Units of one byte or none.
             #[inline]
             #[target_feature(enable = $features)]
-            fn integer_scales(&mut self, ty: Grouped, scales: Super, planes: &[&[u8]; N]) {
+            fn integer_scales(&mut self, scales: Super, planes: &[&[u8]; N]) {
                 let d = f16s(half(planes, 0));
-                let unit = set1_ps(unit(ty));
                 let units = 2 * ROW_GROUP;
-                for block in 0..SUPER_BLOCK / ty.block() {
+                for block in 0..if self.halves { 2 * STRIP } else { STRIP } {
                     let byte = |per_unit: usize| units + block / per_unit * ROW_GROUP;
                     let integer = match scales {
                         Super::Plain => set1_epi32(1),
@@ -162,28 +170,27 @@ macro_rules! terms {
                             add_epi32(add_epi32(s, s), set1_epi32(1))
                         }
                     };
-                    self.a[block] = mul_ps(mul_ps(d, cvtepi32_ps(integer)), unit);
+                    self.a[block] = mul_ps(mul_ps(d, cvtepi32_ps(integer)), self.unit);
                 }
             }
 
-            /// Scales in the records of grids: bits 12..15 of the last field of IQ1_S, else bits 28..32.
+            /// Odd integers that are in the records of grids: bits 12..15 of the last field of IQ1_S, else 28..32.
             #[inline]
             #[target_feature(enable = $features)]
-            fn scales_of_records(&mut self, ty: Grouped, w: &[Group<'_>; N], strip: usize, planes: &[&[u8]; N]) {
+            fn scales_of_records(&mut self, codes: Codes, planes: &[&[u8]; N], w: &[Group<'_>; N], strip: usize) {
                 let d = f16s(half(planes, 0));
-                let unit = set1_ps(unit(ty));
-                let len = ROW_GROUP * ty.codes().block_len();
-                let records = each!(w[0].values; N, i => &w[i].values[strip * STRIP * len..][..STRIP * len]);
+                let len = ROW_GROUP * codes.block_len();
                 for block in 0..STRIP {
-                    let end = (block + 1) * len;
-                    let s = if ty.codes() == Codes::Iq1s {
-                        let words = cvtepu16_epi32(half(&records, end - 2 * ROW_GROUP));
+                    let end = (strip * STRIP + block + 1) * len;
+                    let values = each!(w[0].values; N, i => w[i].values);
+                    let s = if codes == Codes::Iq1s {
+                        let words = cvtepu16_epi32(half(&values, end - 2 * ROW_GROUP));
                         and(srli_epi32::<12>(words), set1_epi32(7))
                     } else {
-                        srli_epi32::<28>(wide(&records, end - 4 * ROW_GROUP))
+                        srli_epi32::<28>(wide(&values, end - 4 * ROW_GROUP))
                     };
                     let integer = add_epi32(add_epi32(s, s), set1_epi32(1));
-                    self.a[block] = mul_ps(mul_ps(d, cvtepi32_ps(integer)), unit);
+                    self.a[block] = mul_ps(mul_ps(d, cvtepi32_ps(integer)), self.unit);
                 }
             }
         }

@@ -7,8 +7,8 @@ use super::{FP8, Pair, columns, multiply, put};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{TILE_TOKENS, Tile, TileShape};
 use crate::matrix::{BLOCK, ROW_GROUP};
-use crate::x86::ahead::Ahead;
-use crate::x86::grouped::{E2M1, IQ4NL, STRIP, block_len, bytes_per_block, constant, has_bias, has_halves};
+use crate::x86::ahead::Stream;
+use crate::x86::grouped::{E2M1, IQ4NL, STRIP, block_len, constant, has_bias, has_halves};
 use crate::x86::{padded_rows, parts, quantised_rows};
 use decode::{Bytes, Terms, row_factors};
 use sluice_weights::{Codes, Grouped};
@@ -70,26 +70,24 @@ fn one_by_code<const C: u8>(ty: Grouped, w: &Pair<'_>, x: &[QuantisedBlock]) -> 
 fn one<const C: u8, const HALVES: bool, const BIAS: bool>(ty: Grouped, w: &Pair<'_>, x: &[QuantisedBlock]) -> __m512 {
     let len = const { block_len(C) };
     let blocks = w[0].values.len() / len;
-    let (ahead, ask) = (Ahead::new(w), bytes_per_block(w, blocks));
+    let x = &x[..blocks];
+    let mut ahead = Stream::new(w, blocks);
     let mut terms = Terms::new(ty);
-    // The sums of even and odd blocks; those of whole blocks take turns, and in the end their order does not matter.
-    let (mut even, mut odd) = ([_mm512_setzero_ps()], [_mm512_setzero_ps()]);
-    let strips = w[0].values.chunks(STRIP * len).zip(w[1].values.chunks(STRIP * len));
-    for (strip, ((a, b), x)) in strips.zip(x[..blocks].chunks(STRIP)).enumerate() {
-        terms.fill(ty, w, strip);
-        let pairs = a.chunks_exact(len).zip(b.chunks_exact(len));
-        for (g, ((a, b), x)) in pairs.zip(x).enumerate().take(STRIP) {
-            ahead.bytes(ask, STRIP * strip + g);
-            let bytes = decode::block::<C>(&[a, b]);
-            if HALVES {
-                even = half::<BIAS, 1, 0>(&bytes, &terms, 2 * g, &[x], even);
-                odd = half::<BIAS, 1, 1>(&bytes, &terms, 2 * g + 1, &[x], odd);
-            } else {
-                (even, odd) = (odd, whole::<BIAS, 1>(&bytes, &terms, g, &[x], even));
-            }
+    // The sums of even and odd blocks; in the end their order does not matter.
+    let (mut s, mut other) = ([_mm512_setzero_ps()], [_mm512_setzero_ps()]);
+    for first in (0..blocks).step_by(STRIP) {
+        let n = (blocks - first).min(STRIP);
+        ahead.scales();
+        terms.fill(ty, w, first / STRIP);
+        let [a, b] = [&w[0].values[first * len..][..n * len], &w[1].values[first * len..][..n * len]];
+        for (g, x) in x[first..first + n].iter().enumerate() {
+            ahead.values::<C, 2>();
+            let bytes = decode::block::<C>(&[&a[g * len..][..len], &b[g * len..][..len]]);
+            let next = block::<HALVES, BIAS, 1>(&bytes, &terms, g, &[x], &s);
+            (s, other) = (other, next);
         }
     }
-    _mm512_mul_ps(_mm512_add_ps(even[0], odd[0]), row_factors(ty, w))
+    _mm512_mul_ps(_mm512_add_ps(s[0], other[0]), row_factors(ty, w))
 }
 
 /// The sums of the tokens of a tile, for even and for odd blocks.
@@ -117,7 +115,7 @@ fn tokens<const HALVES: bool, const BIAS: bool>(
     out: &mut Tile,
 ) {
     let blocks = w[0].values.len() / (ROW_GROUP * ty.codes().block_len());
-    let (ahead, ask) = (Ahead::new(w), bytes_per_block(w, blocks));
+    let mut ahead = Stream::new(w, blocks);
     let bytes = [[_mm512_setzero_si512(); 8]; STRIP];
     let mut strip = Strip { terms: Terms::new(ty), bytes, first: 0, blocks: 0 };
     let mut sums = Sums { even: [_mm512_setzero_ps(); TILE_TOKENS], odd: [_mm512_setzero_ps(); TILE_TOKENS] };
@@ -125,7 +123,7 @@ fn tokens<const HALVES: bool, const BIAS: bool>(
         (strip.first, strip.blocks) = (first, (blocks - first).min(STRIP));
         strip.terms.fill(ty, w, first / STRIP);
         decode::strip(ty, w, first / STRIP, &mut strip.bytes);
-        ahead.bytes(STRIP * ask, first / STRIP);
+        ahead.strip(ty.codes());
         let (mut t, token) = (0, shape.token);
         while shape.tokens - t >= 8 {
             pass::<HALVES, BIAS, 8>(&strip, &quantised_rows(x, token + t), &mut sums, t);
@@ -164,80 +162,74 @@ fn pass<const HALVES: bool, const BIAS: bool, const T: usize>(
     let odds = sums.odd[token..].first_chunk_mut::<T>().expect(PASS_FITS);
     let (mut even, mut odd) = (*evens, *odds);
     for (g, bytes) in strip.bytes[..n].iter().enumerate() {
-        let x = each!(&x[0][g]; T, t => &x[t][g]);
-        if HALVES {
-            even = half::<BIAS, T, 0>(bytes, &strip.terms, 2 * g, &x, even);
-            odd = half::<BIAS, T, 1>(bytes, &strip.terms, 2 * g + 1, &x, odd);
-        } else {
-            (even, odd) = (odd, whole::<BIAS, T>(bytes, &strip.terms, g, &x, even));
-        }
+        let next = block::<HALVES, BIAS, T>(bytes, &strip.terms, g, &each!(&x[0][g]; T, t => &x[t][g]), &even);
+        (even, odd) = (odd, next);
     }
     // Strips begin with even blocks.
-    (*evens, *odds) = if !HALVES && n % 2 == 1 { (odd, even) } else { (even, odd) };
+    (*evens, *odds) = if n % 2 == 1 { (odd, even) } else { (even, odd) };
 }
 
 const PASS_FITS: &str = "a tile has sums for all its tokens";
 
-/// Adds a block of 32 columns.
+/// Adds 32 columns, number `g` of the strip.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn whole<const BIAS: bool, const T: usize>(
+fn block<const HALVES: bool, const BIAS: bool, const T: usize>(
     bytes: &Bytes,
     terms: &Terms,
-    block: usize,
+    g: usize,
     x: &[&QuantisedBlock; T],
-    s: [__m512; T],
+    s: &[__m512; T],
 ) -> [__m512; T] {
-    let mut dots = [_mm512_setzero_si512(); T];
-    if !BIAS {
-        dots = each!(dots[0]; T, t => _mm512_madd_epi16(terms.rest[block], _mm512_set1_epi32(x[t].sum)));
-    }
-    let words: [&[i32; 8]; T] = each!(&x[0].words; T, t => &x[t].words);
-    for q in 0..8 {
-        multiply(&mut dots, bytes[q], &words, q);
-    }
-    let mut next = s;
-    for t in 0..T {
-        let x_scale = _mm512_set1_ps(x[t].scale);
-        next[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), _mm512_mul_ps(terms.a[block], x_scale), s[t]);
-        if BIAS {
-            let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_set1_epi32(x[t].sum)), x_scale);
-            next[t] = _mm512_fmadd_ps(sum, _mm512_castsi512_ps(terms.rest[block]), next[t]);
-        }
-    }
-    next
+    let products = if HALVES {
+        let low = part::<BIAS, T, 0, 4>(bytes, (terms.a[2 * g], terms.rest[2 * g]), x, None);
+        part::<BIAS, T, 4, 8>(bytes, (terms.a[2 * g + 1], terms.rest[2 * g + 1]), x, Some(&low))
+    } else {
+        part::<BIAS, T, 0, 8>(bytes, (terms.a[g], terms.rest[g]), x, None)
+    };
+    each!(s[0]; T, t => _mm512_fmadd_ps(products[t], _mm512_set1_ps(x[t].scale), s[t]))
 }
 
-/// Adds half `H` of 32 columns.
+/// Adds to the products `before`, where there are any, those of vectors `FROM..TO` of a block.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn half<const BIAS: bool, const T: usize, const H: usize>(
+fn part<const BIAS: bool, const T: usize, const FROM: usize, const TO: usize>(
     bytes: &Bytes,
-    terms: &Terms,
-    block: usize,
+    (a, rest): (__m512, __m512i),
     x: &[&QuantisedBlock; T],
-    s: [__m512; T],
+    before: Option<&[__m512; T]>,
 ) -> [__m512; T] {
     let mut dots = [_mm512_setzero_si512(); T];
     if !BIAS {
-        dots = each!(dots[0]; T, t => _mm512_madd_epi16(terms.rest[block], _mm512_set1_epi32(x[t].halves.0)));
-    }
-    let words: [&[i32; 8]; T] = each!(&x[0].words; T, t => &x[t].words);
-    for q in 4 * H..4 * H + 4 {
-        multiply(&mut dots, bytes[q], &words, q);
-    }
-    let mut next = s;
-    for t in 0..T {
-        let x_scale = _mm512_set1_ps(x[t].scale);
-        next[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), _mm512_mul_ps(terms.a[block], x_scale), s[t]);
-        if BIAS {
-            let sums = _mm512_set1_epi32(x[t].halves.0);
-            let sum = _mm512_srai_epi32::<16>(if H == 0 { _mm512_slli_epi32::<16>(sums) } else { sums });
-            let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), x_scale);
-            next[t] = _mm512_fmadd_ps(sum, _mm512_castsi512_ps(terms.rest[block]), next[t]);
+        for t in 0..T {
+            let sums = if TO - FROM == 8 { x[t].sum } else { x[t].halves.0 };
+            dots[t] = _mm512_madd_epi16(rest, _mm512_set1_epi32(sums));
         }
     }
-    next
+    let words: [&[i32; 8]; T] = each!(&x[0].words; T, t => &x[t].words);
+    // One token has no other with which its chain of additions could take turns.
+    let mut others = [_mm512_setzero_si512(); T];
+    for q in FROM..TO {
+        multiply(if T == 1 && q % 2 == 1 { &mut others } else { &mut dots }, bytes[q], &words, q);
+    }
+    let mut products = [_mm512_setzero_ps(); T];
+    for t in 0..T {
+        let dot = if T == 1 { _mm512_add_epi32(dots[t], others[t]) } else { dots[t] };
+        let dot = _mm512_cvtepi32_ps(dot);
+        products[t] = match before {
+            Some(before) => _mm512_fmadd_ps(dot, a, before[t]),
+            None => _mm512_mul_ps(dot, a),
+        };
+        if BIAS {
+            let sum = match (FROM, TO) {
+                (0, 8) => _mm512_set1_epi32(x[t].sum),
+                (0, _) => _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(_mm512_set1_epi32(x[t].halves.0))),
+                _ => _mm512_srai_epi32::<16>(_mm512_set1_epi32(x[t].halves.0)),
+            };
+            products[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_castsi512_ps(rest), products[t]);
+        }
+    }
+    products
 }
 
 /// e4m3 and f32 activations.
