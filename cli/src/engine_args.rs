@@ -119,6 +119,7 @@ impl EngineArgs {
             kv_type: self.kv_type,
             marks: 0,
             simulated: None,
+            simulated_packed: None,
             yields: Yields::default(),
             mark_every: None,
         }

@@ -72,6 +72,29 @@ pub enum ConvertError {
         /// What is left of downloads that have not ended, or nothing.
         unfinished: String,
     },
+    /// Parts of a model in several GGUF files are missing.
+    #[error(
+        "{path}: {missing} of {total} parts of the model {} missing: {names}. Download them into the same folder",
+        if *.missing == 1 { "is" } else { "are" }
+    )]
+    MissingParts {
+        /// The folder.
+        path: PathBuf,
+        /// How many are missing.
+        missing: usize,
+        /// Of how many.
+        total: usize,
+        /// The first few.
+        names: String,
+    },
+    /// A GGUF file is sound, and cannot be converted.
+    #[error("{path} cannot be converted: {problem}")]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What it is, or holds, and what to do.
+        problem: String,
+    },
     /// Two files hold a tensor of the same name.
     #[error(
         "{path}: `{tensor}` is in {} and in {}, and no index says which of them counts. Move away what does not belong \
@@ -126,7 +149,7 @@ pub enum ConvertError {
         /// What is missing, and what to do.
         problem: String,
     },
-    /// A key of `config.json` is missing or has a value that this program does not support.
+    /// A key of `config.json`, or of a GGUF file, is missing or has a value that this program does not support.
     #[error("{path}: `{key}` {problem}")]
     Config {
         /// `config.json`.

@@ -1,6 +1,5 @@
 //! Carrying out a plan: extents in file order over the threads, the journal behind them.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -36,8 +35,6 @@ struct Pending {
 struct Execution<'a> {
     plan: &'a Plan,
     writer: &'a FileWriter,
-    /// Of the partial file, for messages.
-    path: &'a Path,
     progress: &'a dyn Progress,
     contents: &'a Contents<'a>,
     /// By extent.
@@ -84,7 +81,6 @@ pub(crate) fn run(
     let execution = Execution {
         plan,
         writer: &partial.writer,
-        path: &partial.path,
         progress,
         contents: &contents,
         outcomes: Mutex::new(outcomes),
@@ -128,7 +124,8 @@ impl Execution<'_> {
                     measure.begin(layer_file::embeddings(plan, self.contents, measure.tokens())?);
                 }
                 (&[Step::Measure(layer)], Some(measure)) => {
-                    let path = with_suffix(self.path, ".layer");
+                    let (partial, _) = self.writer.files().next().expect("a model has a first file");
+                    let path = with_suffix(partial, ".layer");
                     let file = LayerFile::write(plan, self.contents, layer, path)?;
                     let found = measure.layer(layer, file.path());
                     inputs = Some(found.map_err(|source| ConvertError::Measure { layer, source })?);
@@ -206,7 +203,9 @@ impl Execution<'_> {
         // journal, which names this identity, may say so. Else they are not journaled.
         self.check_source()?;
         let syncer = self.writer.syncer();
-        syncer.data(self.writer.file()).map_err(ConvertError::io(self.path, "sync it"))?;
+        self.writer
+            .files()
+            .try_for_each(|(path, file)| syncer.data(file).map_err(ConvertError::io(path, "sync it")))?;
         journal.append(&outcomes, &parts)
     }
 

@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use sluice_checksum::{xxh3_64, xxh3_64_with_seed};
-use sluice_format::Syncer;
+use sluice_format::{Codec, Syncer, Written};
 
 use crate::error::ConvertError;
 use crate::pack::{ErrorSums, Outcome};
@@ -23,15 +23,17 @@ use crate::source::Stamp;
 const FAMILY: &[u8; 6] = b"SLJRNL";
 /// The version is to change with the records, and with everything that makes extents from the same source and options others
 /// than before.
-const MAGIC: [u8; 8] = *b"SLJRNL\x03\n";
+const MAGIC: [u8; 8] = *b"SLJRNL\x04\n";
 /// Magic, plan hash, tensors per extent, extents, parts, files; then a stamp per file, and a checksum.
 const HEADER_FIXED: usize = 8 + 16 + 4 * 8;
 const CHECKSUM: usize = 8;
 /// What a record is, in its first byte.
 const EXTENT: u8 = 1;
 const PART: u8 = 2;
-/// Kind, extent, checksum, digest, source bytes; the errors and the record's own checksum follow.
-const EXTENT_FIXED: usize = 1 + 8 + 8 + 16 + 8;
+/// Kind, extent, what has become of it (codec, stored bytes, their checksum, that of the padded bytes), digest, source bytes; the
+/// errors and the record's own checksum follow.
+const EXTENT_FIXED: usize = 1 + 8 + WRITTEN + 16 + 8;
+const WRITTEN: usize = 2 + 8 + 8 + 8;
 const ERROR_LEN: usize = 24;
 /// Kind, part, digest, and the record's own checksum.
 const PART_LEN: usize = 1 + 8 + 16 + CHECKSUM;
@@ -111,7 +113,9 @@ impl Identity {
         let mut b = Vec::with_capacity(self.extent_len());
         b.push(EXTENT);
         b.extend((outcome.extent as u64).to_le_bytes());
-        b.extend(outcome.checksum.to_le_bytes());
+        let Written { codec, stored_len, checksum, logical_checksum } = outcome.written;
+        b.extend((codec as u16).to_le_bytes());
+        [stored_len, checksum, logical_checksum].into_iter().for_each(|n| b.extend(n.to_le_bytes()));
         b.extend(outcome.source_digest.to_le_bytes());
         b.extend(outcome.source_bytes.to_le_bytes());
         let unused = ErrorSums::default();
@@ -151,9 +155,14 @@ impl Identity {
         });
         Some(Outcome {
             extent: usize::try_from(u64_at(body, 1)?).ok().filter(|&e| e < self.extents)?,
-            checksum: u64_at(body, 9)?,
-            source_digest: u128_at(body, 17)?,
-            source_bytes: u64_at(body, 33)?,
+            written: Written {
+                codec: Codec::from_code(u16::from_le_bytes(*body.get(9..)?.first_chunk()?))?,
+                stored_len: u64_at(body, 11)?,
+                checksum: u64_at(body, 19)?,
+                logical_checksum: u64_at(body, 27)?,
+            },
+            source_digest: u128_at(body, 9 + WRITTEN)?,
+            source_bytes: u64_at(body, 9 + WRITTEN + 16)?,
             errors: errors.collect::<Option<_>>()?,
         })
     }
@@ -316,7 +325,9 @@ mod tests {
     fn outcome(extent: usize) -> Outcome {
         let sums = |x: f64| ErrorSums { error: x, magnitude: x * 2.0, vanished: 5 };
         let errors = vec![sums(0.5), sums(-0.0), sums(1e300)];
-        Outcome { extent, checksum: 11 << 40, source_digest: 13 << 100, source_bytes: 17, errors }
+        let written =
+            Written { codec: Codec::Planes, stored_len: 19 << 12, checksum: 11 << 40, logical_checksum: 23 << 40 };
+        Outcome { extent, written, source_digest: 13 << 100, source_bytes: 17, errors }
     }
 
     fn stamps() -> Vec<Stamp> {

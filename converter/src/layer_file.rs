@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use sluice_format::{
     ExtentKind, FileLayout, FileWriter, Layout, Metadata, ModelSpec, NO_LAYER, PlannedExtent, SPEC_BLOB, TensorRecord,
-    WeightType,
+    WeightType, Written,
 };
 
 use crate::contents::Contents;
@@ -70,7 +70,7 @@ impl LayerFile {
         let records: Vec<TensorRecord> = stubs.iter().cloned().chain(records).collect();
         let layout = FileLayout::new(plan.options.page_size, &planned)?;
         let writer = FileWriter::open(&made.path, layout)?;
-        let pack = |packer: &mut Packer<'a>, number: usize| -> Result<u64, ConvertError> {
+        let pack = |packer: &mut Packer<'a>, number: usize| -> Result<Written, ConvertError> {
             let mut extent = writer.extent(number);
             match number.checked_sub(stubs.len()) {
                 None => extent.write(&vec![0; stubs[number].len as usize])?,
@@ -79,10 +79,10 @@ impl LayerFile {
             Ok(extent.finish()?)
         };
         let all = (0..planned.len()).into_par_iter().map_init(|| Packer::new(plan, contents), pack);
-        let checksums = all.collect::<Result<Vec<u64>, _>>()?;
+        let written = all.collect::<Result<Vec<Written>, _>>()?;
         let mut metadata = Metadata::default();
         metadata.insert(SPEC_BLOB, spec.to_json());
-        writer.finish(&checksums, &records, &metadata)?;
+        writer.finish(&written, &records, &metadata)?;
         Ok(made)
     }
 }

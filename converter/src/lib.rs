@@ -18,6 +18,7 @@
 //! | `contents`, [`mod@provenance`] | which bytes the source holds; whether a model file was made of them |
 //! | `layer_file`, [`mod@measure`] | what meets the matrices, measured layer by layer on the way |
 //! | `report` | summary |
+//! | `upgrade` | model files rewritten as the newest version of the format, compressed, in volumes |
 //! | [`mod@synth`] | model files with random weights, to measure machines |
 
 mod contents;
@@ -42,8 +43,11 @@ mod resume;
 pub mod source;
 mod steps;
 pub mod synth;
+mod upgrade;
 
 use std::path::Path;
+
+use sluice_format::Written;
 
 pub use error::ConvertError;
 pub use options::{Options, TypeChoice};
@@ -51,6 +55,7 @@ pub use recipe::Recipe;
 pub use plan::{KindSize, LeftOut, Plan, plan, plan_source};
 pub use report::Summary;
 pub use source::recognise::no_model;
+pub use upgrade::{UpgradeOptions, UpgradeSummary, upgrade};
 
 /// Hears how a conversion goes. Called from several threads.
 pub trait Progress: Sync {
@@ -88,7 +93,7 @@ pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
     if let Some(folder) = dst.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
         return Err(ConvertError::NoFolder { path: folder.to_owned() });
     }
-    partial::refuse_existing(dst, plan.options.overwrite, plan.checkpoint.source().folder())
+    partial::refuse_all_existing(dst, plan)
 }
 
 /// Carries out a plan: [`convert`] with a plan that the caller has looked at.
@@ -129,9 +134,9 @@ pub fn convert_measured(
     let resumed_bytes: u64 = start.done.iter().map(|o| plan.layout.extents()[o.extent].stored_len).sum();
     progress.started(plan.extent_bytes(), resumed_bytes);
     let execute::Finished { outcomes, parts } = execute::run(plan, &partial, start, measure, progress)?;
-    let checksums: Vec<u64> = outcomes.iter().map(|o| o.checksum).collect();
+    let written: Vec<Written> = outcomes.iter().map(|o| o.written).collect();
     let metadata = plan.metadata(provenance::blob(plan, &outcomes, &parts), &parts);
-    let (model_id, file_bytes) = partial.finish(plan, &checksums, &metadata)?;
+    let partial::Published { model_id, file_bytes, files } = partial.finish(plan, &written, &metadata)?;
     let found = report::empty(plan, &parts).into_iter().chain(report::vanished(plan, &outcomes));
     let found: Vec<String> = found.collect();
     found.iter().for_each(|note| progress.note(note));
@@ -139,6 +144,9 @@ pub fn convert_measured(
         family: plan.spec.family.clone(),
         model_id: model_id.to_string(),
         file_bytes,
+        files,
+        extent_bytes: plan.extent_bytes(),
+        stored_bytes: written.iter().map(|w| w.stored_len).sum(),
         sizes: plan.sizes(),
         types: plan.types.clone(),
         errors: report::errors(plan, &outcomes),

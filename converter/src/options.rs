@@ -71,6 +71,10 @@ pub struct Options {
     /// Whether the inputs of matrices that are rounded to `q4` and `q3` are measured on the way ([`mod@crate::measure`]), and on what: a
     /// digest of the text and of how it is run. An importance file takes its place.
     pub measured: Option<u64>,
+    /// Whether extents are compressed where that saves enough.
+    pub compress: bool,
+    /// Most bytes of one file: a larger model becomes several volumes.
+    pub split_size: Option<u64>,
     /// Whether an existing destination is replaced, once the new file is complete.
     pub overwrite: bool,
 }
@@ -84,6 +88,8 @@ impl Default for Options {
             page_size: sluice_format::PAGE_SIZES[0],
             importance: None,
             measured: None,
+            compress: false,
+            split_size: None,
             overwrite: false,
         }
     }

@@ -1,6 +1,8 @@
 //! One extent: reads its tensors in bounded blocks of rows, brings them into the file's layout, writes them front to back.
 
-use sluice_format::{BLOCK, ExtentKind, ExtentRecord, ExtentWriter, Layout, MatrixKey, ROW_GROUP, WeightType};
+use sluice_format::{
+    BLOCK, ExtentKind, ExtentRecord, ExtentWriter, Layout, MatrixKey, ROW_GROUP, WeightType, Written,
+};
 use sluice_kernels as kernels;
 
 use crate::contents::Contents;
@@ -31,8 +33,8 @@ pub(crate) struct ErrorSums {
 pub(crate) struct Outcome {
     /// Number of the extent.
     pub(crate) extent: usize,
-    /// xxh3-64 of the stored bytes.
-    pub(crate) checksum: u64,
+    /// What has become of it in the file.
+    pub(crate) written: Written,
     /// xxh3-128 of the source bytes that went into it.
     pub(crate) source_digest: u128,
     /// Their number.
@@ -120,11 +122,11 @@ impl<'a> Packer<'a> {
                 reported += bytes;
             })?);
         }
-        let checksum = writer.finish()?;
+        let became = writer.finish()?;
         // Paddings count as written with the extent's end, so that the sum is the whole file.
         written(record.stored_len - reported);
         let (source_digest, source_bytes) = self.reader.take_digest();
-        Ok(Outcome { extent, checksum, source_digest, source_bytes, errors })
+        Ok(Outcome { extent, written: became, source_digest, source_bytes, errors })
     }
 
     /// Writes the tensors of an extent of a layer that is to be executed.

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::statvfs::statvfs;
 use sluice_checksum::Xxh3;
-use sluice_format::{ExtentRecord, FileWriter, MAGIC, Metadata, ModelId};
+use sluice_format::{ExtentRecord, FileWriter, MAGIC, Metadata, ModelId, Volume, VolumeName, Written};
 
 use crate::error::ConvertError;
 use crate::journal::{Found, Identity, Journal, is_journal, may_be_journal};
@@ -21,14 +21,21 @@ const STAT_BLOCK: u64 = 512;
 /// Bytes read at once of an extent that an earlier run has written.
 const PIECE: usize = 1 << 20;
 
-/// A partial file, exclusively ours.
+/// The partial files, exclusively ours: one for each volume.
 pub(crate) struct Partial {
     destination: PathBuf,
-    pub(crate) path: PathBuf,
     pub(crate) journal_path: PathBuf,
     pub(crate) writer: FileWriter,
-    /// Holds the lock until the file has its name: a duplicate keeps the lock when the writer closes its own.
-    lock: File,
+    /// Hold the locks until the files have their names: a duplicate keeps the lock when the writer closes its own.
+    locks: Vec<(PathBuf, File)>,
+}
+
+/// What a conversion has ended in.
+pub(crate) struct Published {
+    pub(crate) model_id: ModelId,
+    /// Of all files together.
+    pub(crate) file_bytes: u64,
+    pub(crate) files: Vec<PathBuf>,
 }
 
 /// What opening found.
@@ -47,6 +54,63 @@ pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
+/// Where the partial file of a volume is.
+pub(crate) fn partial_path(destination: &Path, volume: usize) -> PathBuf {
+    match volume {
+        0 => with_suffix(destination, ".partial"),
+        volume => with_suffix(destination, &format!(".partial-{:05}", volume + 1)),
+    }
+}
+
+/// The names of the finished files, of which there are `count`.
+pub(crate) fn targets(destination: &Path, count: usize) -> Vec<PathBuf> {
+    let whole = VolumeName::parse(destination).map_or_else(|| destination.to_owned(), |name| name.whole());
+    let Ok(volumes) = u16::try_from(count) else { return Vec::new() };
+    match volumes {
+        1 => vec![destination.to_owned()],
+        _ => (0..volumes).map(|volume| VolumeName::first_of(&whole, volumes).path_of(volume)).collect(),
+    }
+}
+
+/// As [`refuse_existing`], of all files that a plan may end in.
+pub(crate) fn refuse_all_existing(destination: &Path, plan: &Plan) -> Result<(), ConvertError> {
+    let most = plan.layout.ends().len();
+    // How many a compressed model has is known when it is there.
+    let counts = if plan.options.compress { 1..=most } else { most..=most };
+    let targets = counts.flat_map(|count| targets(destination, count));
+    targets.into_iter().try_for_each(|target| refuse_existing(&target, plan.options.overwrite, source_of(plan)))
+}
+
+/// The folder of the checkpoint.
+fn source_of(plan: &Plan) -> Option<&Path> {
+    plan.checkpoint.source().folder()
+}
+
+/// Takes volumes back that a conversion had given their names when it was killed, before the first one had its: then it goes on
+/// where it was.
+fn take_back(destination: &Path, most: usize) {
+    if !partial_path(destination, 0).exists() || !is_journal(&with_suffix(destination, ".partial.journal")) {
+        return;
+    }
+    for count in 2..=most {
+        let targets = targets(destination, count);
+        if targets.first().is_none_or(|first| first.exists()) {
+            continue;
+        }
+        for (volume, target) in targets.iter().enumerate().skip(1) {
+            let partial = partial_path(destination, volume);
+            let is_it = |found: Volume| {
+                let sb = found.superblock();
+                (usize::from(sb.volume), usize::from(sb.volume_count)) == (volume, count)
+            };
+            if !partial.exists() && Volume::open(target).is_ok_and(is_it) {
+                // If it cannot be renamed, it stands in the way, which is then said.
+                let _ = fs::rename(target, partial);
+            }
+        }
+    }
+}
+
 /// What the journal of a conversion by this plan belongs to.
 pub(crate) fn identity(plan: &Plan) -> Identity {
     Identity {
@@ -58,11 +122,11 @@ pub(crate) fn identity(plan: &Plan) -> Identity {
     }
 }
 
-/// Opens the partial file for `destination`, gives it its space, and reads its journal.
+/// Opens the partial files for `destination`, gives them their space, and reads their journal.
 pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertError> {
-    let source = plan.checkpoint.source().folder();
-    refuse_existing(destination, plan.options.overwrite, source)?;
-    let path = with_suffix(destination, ".partial");
+    let volumes = plan.layout.ends().len();
+    take_back(destination, volumes);
+    refuse_all_existing(destination, plan)?;
     let journal_path = with_suffix(destination, ".partial.journal");
     // First, so that nothing is left behind where it is in the way.
     if open_own(&journal_path, false)?.is_some() && !may_be_journal(&journal_path) {
@@ -70,14 +134,25 @@ pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertErr
         return Err(ConvertError::InTheWay { path: journal_path, problem });
     }
     let mut notes = Vec::new();
-    let lock = claim(&path, &journal_path, &mut notes)?;
-    // Another conversion may have finished while this one waited to open the file.
-    refuse_existing(destination, plan.options.overwrite, source)?;
+    let mut locks = Vec::with_capacity(volumes);
+    for volume in 0..volumes {
+        let path = partial_path(destination, volume);
+        let lock = claim(&path, &journal_path, &mut notes)?;
+        locks.push((path, lock));
+    }
+    // Another conversion may have finished while this one waited to open the files.
+    refuse_all_existing(destination, plan)?;
     let identity = identity(plan);
     let found = Journal::open(&journal_path, identity)?;
-    let file = lock.try_clone().map_err(ConvertError::io(&path, "open it"))?;
-    let writer = FileWriter::of_file(&path, file, plan.layout.clone())?;
-    let partial = Partial { destination: destination.to_owned(), path, journal_path, writer, lock };
+    let duplicate = |(path, lock): &(PathBuf, File)| {
+        Ok((path.clone(), lock.try_clone().map_err(ConvertError::io(path, "open it"))?))
+    };
+    let files = locks.iter().map(duplicate).collect::<Result<Vec<_>, ConvertError>>()?;
+    let mut writer = FileWriter::of_files(files, plan.layout.clone())?;
+    if plan.options.compress {
+        writer.compress(&plan.records);
+    }
+    let partial = Partial { destination: destination.to_owned(), journal_path, writer, locks };
     if !matches!(found, Found::Same { .. }) {
         partial.clear()?;
     }
@@ -215,15 +290,12 @@ fn has_no_locks(error: &io::Error) -> bool {
 }
 
 impl Partial {
-    fn io(&self, action: &'static str) -> impl FnOnce(io::Error) -> ConvertError {
-        ConvertError::io(&self.path, action)
+    /// The first partial file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.locks[0].0
     }
 
-    fn stat(&self) -> Result<fs::Metadata, ConvertError> {
-        self.lock.metadata().map_err(self.io("read its state"))
-    }
-
-    /// Empties the file. The journal goes first, and for good: were it to come back after a power cut, it would vouch for
+    /// Empties the files. The journal goes first, and for good: were it to come back after a power cut, it would vouch for
     /// data that no longer exist.
     fn clear(&self) -> Result<(), ConvertError> {
         match fs::remove_file(&self.journal_path) {
@@ -231,72 +303,99 @@ impl Partial {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(ConvertError::io(&self.journal_path, "remove the journal")(e)),
         }
-        self.lock.set_len(0).map_err(self.io("empty it"))
+        self.locks.iter().try_for_each(|(path, file)| file.set_len(0).map_err(ConvertError::io(path, "empty it")))
     }
 
-    /// Checks that the drive has room and takes it.
+    /// Checks that the drive has room and takes it. How much a compressed model takes is known when it is there: of that, nothing is
+    /// taken beforehand.
     fn reserve(&self, plan: &Plan, notes: &mut Vec<String>) -> Result<(), ConvertError> {
-        let occupied = self.stat()?.blocks() * STAT_BLOCK;
-        let available = free_space(&self.path, notes)?.unwrap_or(u64::MAX);
+        if plan.options.compress {
+            return Ok(());
+        }
+        let mut occupied = 0;
+        for (path, file) in &self.locks {
+            occupied += file.metadata().map_err(ConvertError::io(path, "read its state"))?.blocks() * STAT_BLOCK;
+        }
+        let available = free_space(self.path(), notes)?.unwrap_or(u64::MAX);
         let needed = plan.file_bytes().saturating_sub(occupied);
         let no_space = || ConvertError::NoSpace { path: self.destination.clone(), needed, available };
         let result = if needed > available {
             Err(no_space())
         } else {
-            match allocate(&self.lock, plan.file_bytes()) {
+            // Of one file, also its tables and metadata.
+            let spare = if self.locks.len() == 1 { plan.file_bytes() - plan.layout.ends()[0] } else { 0 };
+            let lens = plan.layout.ends().iter().map(|end| end + spare);
+            let mut files = self.locks.iter().zip(lens);
+            files.try_for_each(|((path, file), len)| match allocate(file, len) {
                 Err(e) if e.raw_os_error() == Some(Errno::ENOSPC as i32) => Err(no_space()),
-                other => other.map_err(self.io("allocate its space")),
-            }
+                other => other.map_err(ConvertError::io(path, "allocate its space")),
+            })
         };
         if result.is_err() && occupied == 0 {
-            // Nothing is lost, and an empty file would only puzzle.
-            let _ = fs::remove_file(&self.path);
+            // Nothing is lost, and empty files would only puzzle.
+            self.locks.iter().for_each(|(path, _)| drop(fs::remove_file(path)));
         }
         result
     }
 
     /// Whether the bytes of an extent that an earlier run has written are still those of its checksum. What cannot be read is
     /// not.
-    pub(crate) fn is_intact(&self, extent: &ExtentRecord, checksum: u64) -> bool {
+    pub(crate) fn is_intact(&self, extent: &ExtentRecord) -> bool {
+        let Some((_, file)) = self.locks.get(usize::from(extent.volume)) else { return false };
         let mut hash = Xxh3::new();
         let mut buffer = vec![0; PIECE.min(extent.stored_len as usize)];
         let mut done = 0;
         while done < extent.stored_len {
             let piece = &mut buffer[..PIECE.min((extent.stored_len - done) as usize)];
-            if self.lock.read_exact_at(piece, extent.offset + done).is_err() {
+            if file.read_exact_at(piece, extent.offset + done).is_err() {
                 return false;
             }
             hash.update(piece);
             done += piece.len() as u64;
         }
-        hash.digest() == checksum
+        hash.digest() == extent.checksum
     }
 
     fn sync_folder(&self) -> Result<(), ConvertError> {
-        let folder = folder_of(&self.path);
+        let folder = folder_of(self.path());
         self.writer.syncer().folder(folder).map_err(ConvertError::io(folder, "sync the folder"))
     }
 
-    /// Writes tables and superblock and gives the file its name; returns its id and its length.
+    /// Writes tables and superblocks and gives the files their names, the first last.
     pub(crate) fn finish(
         self,
         plan: &Plan,
-        checksums: &[u64],
+        written: &[Written],
         metadata: &Metadata,
-    ) -> Result<(ModelId, u64), ConvertError> {
-        let Partial { destination, path, journal_path, writer, lock } = self;
+    ) -> Result<Published, ConvertError> {
+        let Partial { destination, journal_path, writer, locks } = self;
         let syncer = writer.syncer().clone();
-        let id = writer.finish(checksums, &plan.records, metadata)?;
-        let len = lock.metadata().map_err(ConvertError::io(&path, "read its length"))?.len();
-        refuse_existing(&destination, plan.options.overwrite, plan.checkpoint.source().folder())?;
-        publish(&lock, &path, &destination)?;
+        let (model_id, lens) = writer.finish(written, &plan.records, metadata)?;
+        let files = targets(&destination, lens.len());
+        for target in &files {
+            refuse_existing(target, plan.options.overwrite, source_of(plan))?;
+        }
+        if let ([first, _, ..], true) = (&files[..], plan.options.overwrite) {
+            // The first of the old volumes would not fit the new ones.
+            match fs::remove_file(first) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(ConvertError::io(first, "replace it")(e)),
+                _ => {}
+            }
+        }
+        for ((path, lock), target) in locks.iter().zip(&files).rev() {
+            publish(lock, path, target)?;
+        }
+        // Compressed, the model may have fewer volumes than before.
+        for (path, _) in &locks[files.len()..] {
+            fs::remove_file(path).map_err(ConvertError::io(path, "remove it"))?;
+        }
         let folder = folder_of(&destination);
         syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
         match fs::remove_file(&journal_path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 Err(ConvertError::io(&journal_path, "remove the journal")(e))
             }
-            _ => Ok((id, len)),
+            _ => Ok(Published { model_id, file_bytes: lens.iter().sum(), files }),
         }
     }
 }

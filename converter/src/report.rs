@@ -1,6 +1,7 @@
 //! What a conversion did, for the user.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -19,6 +20,12 @@ pub struct Summary {
     pub model_id: String,
     /// Its length.
     pub file_bytes: u64,
+    /// The files: one, or the volumes.
+    pub files: Vec<PathBuf>,
+    /// Bytes of all extents before compression.
+    pub extent_bytes: u64,
+    /// The same in the files.
+    pub stored_bytes: u64,
     /// Extents and bytes by kind, in file order.
     pub sizes: Vec<KindSize>,
     /// Types by tensor group.

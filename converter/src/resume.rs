@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 
 use rayon::prelude::*;
-use sluice_format::BLOCK;
+use sluice_format::{BLOCK, Codec, ExtentRecord, FileWriter, Written};
 
 use crate::contents::Contents;
 use crate::error::ConvertError;
@@ -52,13 +52,11 @@ pub(crate) fn start<'a>(
         return Ok(Start { journal, contents, done: Vec::new() });
     };
     let all = content.outcomes.len();
-    let mut done = keep(std::mem::take(&mut content.outcomes), |o| {
-        let extent = &plan.layout.extents()[o.extent];
-        is_possible(plan, o) && partial.is_intact(extent, o.checksum)
-    });
+    let possible = keep(std::mem::take(&mut content.outcomes), |o| is_possible(plan, o));
+    let mut done = intact(plan, partial, possible);
     let damaged = all - done.len();
     if damaged > 0 {
-        let path = partial.path.display();
+        let path = partial.path().display();
         note(format!(
             "{path}: {damaged} of {all} extents of an interrupted conversion are damaged; they are made again"
         ));
@@ -98,6 +96,41 @@ pub(crate) fn start<'a>(
     Ok(Start { journal, contents, done })
 }
 
+/// Those whose bytes are in the partial files: where they were written, or, once a compressed file is being drawn together, where they
+/// will stay.
+fn intact(plan: &Plan, partial: &Partial, possible: Vec<Outcome>) -> Vec<Outcome> {
+    let written_to = |o: &Outcome| {
+        let Written { stored_len, checksum, .. } = o.written;
+        ExtentRecord { stored_len, checksum, ..plan.layout.extents()[o.extent] }
+    };
+    let is_drawn = |o: &Outcome, drawn: &[ExtentRecord]| drawn.get(o.extent).is_some_and(|e| partial.is_intact(e));
+    if plan.options.compress && possible.len() == plan.extents.len() {
+        let mut written: Vec<(usize, Written)> = possible.iter().map(|o| (o.extent, o.written)).collect();
+        written.sort_unstable_by_key(|(extent, _)| *extent);
+        let written: Vec<Written> = written.into_iter().map(|(_, written)| written).collect();
+        // What cannot have places is nowhere.
+        let drawn = FileWriter::records(&plan.layout, &written).unwrap_or_default();
+        let all = keep(possible.clone(), |o| partial.is_intact(&written_to(o)) || is_drawn(o, &drawn));
+        if all.len() == possible.len() {
+            return all;
+        }
+        // What is made again may be written over what has been drawn together.
+    }
+    keep(possible, |o| partial.is_intact(&written_to(o)))
+}
+
+/// Whether an extent can have become this.
+fn may_become(plan: &Plan, extent: &ExtentRecord, written: &Written) -> bool {
+    let page = u64::from(plan.options.page_size);
+    match written.codec {
+        Codec::Raw => *written == Written::raw(extent, written.checksum),
+        Codec::Planes => {
+            let pages = written.stored_len > 0 && written.stored_len.is_multiple_of(page);
+            plan.options.compress && pages && written.stored_len < extent.padded_len
+        }
+    }
+}
+
 /// Goes on where some files of a source are others than before, and stamps tell which without reading: only what was made of
 /// the same files is kept.
 fn keep_of_same_files<'a>(
@@ -124,8 +157,11 @@ fn keep_of_same_files<'a>(
     Ok(Start { journal, contents, done })
 }
 
-/// Whether the figures of an extent's errors can be those of its tensors.
+/// Whether an extent can have become what is said of it, and whether the figures of its errors can be those of its tensors.
 pub(crate) fn is_possible(plan: &Plan, outcome: &Outcome) -> bool {
+    if !may_become(plan, &plan.layout.extents()[outcome.extent], &outcome.written) {
+        return false;
+    }
     let tensors = &plan.extents[outcome.extent];
     outcome.errors.iter().enumerate().all(|(i, sums)| {
         let Some(tensor) = tensors.get(i) else { return *sums == ErrorSums::default() };
@@ -186,7 +222,37 @@ mod tests {
     }
 
     fn outcome(extent: usize, errors: Vec<ErrorSums>) -> Outcome {
-        Outcome { extent, checksum: 0, source_digest: 0, source_bytes: 0, errors }
+        let written = Written::raw(&golden().layout.extents()[extent], 0);
+        Outcome { extent, written, source_digest: 0, source_bytes: 0, errors }
+    }
+
+    #[test]
+    fn what_an_extent_cannot_have_become_is_not_believed() {
+        let mut plan = golden();
+        let possible = |plan: &Plan, codec, stored_len, checksum| {
+            let mut outcome = outcome(0, Vec::new());
+            outcome.written = Written { codec, stored_len, checksum, logical_checksum: 7 };
+            is_possible(plan, &outcome)
+        };
+        plan.layout = wide(&plan);
+        assert!(possible(&plan, Codec::Raw, 8192, 7));
+        assert!(!possible(&plan, Codec::Raw, 8192, 8) && !possible(&plan, Codec::Raw, 4096, 7));
+        assert!(!possible(&plan, Codec::Planes, 4096, 8), "nothing is compressed");
+        plan.options.compress = true;
+        assert!(possible(&plan, Codec::Planes, 4096, 8) && possible(&plan, Codec::Raw, 8192, 7));
+        let others = [0, 4095, 8192, u64::MAX - 4095];
+        assert!(others.into_iter().all(|len| !possible(&plan, Codec::Planes, len, 8)));
+    }
+
+    /// Its extents with two pages each.
+    fn wide(plan: &Plan) -> sluice_format::FileLayout {
+        let planned = plan.layout.extents().iter().map(|e| sluice_format::PlannedExtent {
+            kind: e.kind,
+            layer: e.layer,
+            index: e.index,
+            logical_len: 8192,
+        });
+        sluice_format::FileLayout::new(4096, &planned.collect::<Vec<_>>()).unwrap()
     }
 
     #[test]

@@ -37,18 +37,19 @@ pub(crate) fn of(plan: &Plan, is_todo: &dyn Fn(usize) -> bool, is_unknown: &dyn 
     if !plan.checkpoint.source().is_fetched() {
         return todo.map(Step::Extent).collect();
     }
-    let mut steps: Vec<(usize, Step)> = Vec::new();
+    let mut steps: Vec<((usize, usize), Step)> = Vec::new();
     let mut needed = vec![false; plan.checkpoint.files().len()];
     for extent in todo {
         let files = plan.files_of(extent);
         files.iter().for_each(|&file| needed[file] = true);
-        // Everything is there once the last of its files is.
-        steps.push((files.last().copied().unwrap_or(0), Step::Extent(extent)));
+        let [first, last] = [files.first(), files.last()].map(|file| file.copied().unwrap_or(0));
+        // Everything is there once the last of its files is; and what has waited longest goes first, to be released.
+        steps.push(((last, first), Step::Extent(extent)));
     }
     let idle = needed.iter().enumerate().filter(|&(file, needed)| !needed && is_unknown(file));
-    steps.extend(idle.map(|(file, _)| (file, Step::Rest(file))));
-    // Stable: extents of one file stay in the order of their places.
-    steps.sort_by_key(|&(file, _)| file);
+    steps.extend(idle.map(|(file, _)| ((file, file), Step::Rest(file))));
+    // Stable: extents of the same files stay in the order of their places.
+    steps.sort_by_key(|&(files, _)| files);
     steps.into_iter().map(|(_, step)| step).collect()
 }
 

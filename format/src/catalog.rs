@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::error::Region;
-use crate::extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER};
+use crate::extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER, padded_len};
 use crate::limits::{MAX_EXTENT_BYTES, MAX_EXTENTS, MAX_TENSORS};
 use crate::schema::TensorShape;
 use crate::spec::ModelSpec;
@@ -137,16 +137,30 @@ impl Catalog {
     }
 }
 
-/// Superblock, extents and tables tile the file in this order: no gap, no overlap, no byte that no checksum covers.
-pub(crate) fn check_tiling(superblock: &Superblock, extents: &[ExtentRecord]) -> Result<(), String> {
-    let mut end = u64::from(superblock.page_size);
-    let extents = extents.iter().map(|e| (e.offset, e.stored_len));
+/// Superblock, extents and tables tile the file of every volume in this order: no gap, no overlap, no byte that no checksum covers.
+pub(crate) fn check_tiling(superblocks: &[&Superblock], extents: &[ExtentRecord]) -> Result<(), String> {
+    let mut ends: Vec<u64> = superblocks.iter().map(|superblock| u64::from(superblock.page_size)).collect();
+    for e in extents {
+        let end =
+            ends.get_mut(usize::from(e.volume)).ok_or_else(|| format!("{} lies in volume {}", e.name(), e.volume))?;
+        *end = next_region(*end, e.offset, e.stored_len)?;
+    }
+    superblocks.iter().zip(ends).try_for_each(|(superblock, end)| check_tables(superblock, end))
+}
+
+/// Where the region behind one that begins at `offset` begins.
+fn next_region(end: u64, offset: u64, len: u64) -> Result<u64, String> {
+    if offset != end {
+        return Err(format!("a region begins at offset {offset}, the one before it ends at {end}"));
+    }
+    end.checked_add(len).ok_or_else(|| "a region runs past 2^64".into())
+}
+
+/// The tables tile the end of a file, from `end` on.
+fn check_tables(superblock: &Superblock, mut end: u64) -> Result<(), String> {
     let tables = [superblock.extents, superblock.tensors, superblock.metadata].map(|t| (t.offset, t.stored_len));
-    for (offset, len) in extents.chain(tables) {
-        if offset != end {
-            return Err(format!("a region begins at offset {offset}, the one before it ends at {end}"));
-        }
-        end = end.checked_add(len).ok_or("a region runs past 2^64")?;
+    for (offset, len) in tables {
+        end = next_region(end, offset, len)?;
     }
     if end != superblock.file_len {
         return Err(format!("the regions end at {end}, the file at {}", superblock.file_len));
@@ -154,23 +168,23 @@ pub(crate) fn check_tiling(superblock: &Superblock, extents: &[ExtentRecord]) ->
     Ok(())
 }
 
-/// Each extent is in this volume, has the one length that its codec allows, and occurs once.
+/// Each extent has a length that its codec allows, and occurs once.
 fn index_extents(page_size: u32, extents: &[ExtentRecord]) -> Result<HashMap<ExtentKey, usize>, String> {
     if extents.len() > MAX_EXTENTS {
         return Err(format!("it has {} records, more than {MAX_EXTENTS}", extents.len()));
     }
     let mut by_key = HashMap::with_capacity(extents.len());
     for (i, e) in extents.iter().enumerate() {
-        if e.volume != 0 {
-            return Err(format!("{} lies in volume {}", e.name(), e.volume));
-        }
-        if Some(e.stored_len) != e.codec.stored_len(e.logical_len, page_size) || e.stored_len > MAX_EXTENT_BYTES {
+        if !has_possible_length(e, page_size) {
             return Err(format!(
                 "{} has an impossible stored length {} for logical length {}",
                 e.name(),
                 e.stored_len,
                 e.logical_len
             ));
+        }
+        if e.codec == Codec::Raw && e.logical_checksum != e.checksum {
+            return Err(format!("{} is not compressed, and has another checksum in memory", e.name()));
         }
         if by_key.insert((e.kind, e.layer, e.index), i).is_some() {
             return Err(format!("{} appears twice", e.name()));
@@ -179,12 +193,12 @@ fn index_extents(page_size: u32, extents: &[ExtentRecord]) -> Result<HashMap<Ext
     Ok(by_key)
 }
 
-impl Codec {
-    /// Stored bytes of an extent; `None` for a length that no extent can have.
-    pub(crate) fn stored_len(self, logical_len: u64, page_size: u32) -> Option<u64> {
-        match self {
-            Codec::Raw => crate::bytes::round_up(logical_len.max(1), u64::from(page_size)),
-        }
+fn has_possible_length(e: &ExtentRecord, page_size: u32) -> bool {
+    let pages = e.stored_len > 0 && e.stored_len.is_multiple_of(u64::from(page_size));
+    let fits = padded_len(e.logical_len, page_size) == Some(e.padded_len) && e.padded_len <= MAX_EXTENT_BYTES;
+    fits && match e.codec {
+        Codec::Raw => e.stored_len == e.padded_len,
+        Codec::Planes => pages && e.stored_len < e.padded_len,
     }
 }
 

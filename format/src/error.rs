@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use crate::superblock::{FORMAT_VERSION, PAGE_SIZES};
+use crate::superblock::{PAGE_SIZES, READ_VERSIONS};
 
 /// A checksummed region that is not an extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +75,8 @@ pub enum FormatError {
     },
     /// Another version of the format.
     #[error(
-        "{path} has format version {found}; this program reads version {FORMAT_VERSION}. Use the program that wrote it, or convert again"
+        "{path} has format version {found}; this program reads versions {} to {}. Use the program that wrote it, or convert again",
+        READ_VERSIONS[0], READ_VERSIONS[READ_VERSIONS.len() - 1]
     )]
     Version {
         /// The file.
@@ -91,15 +92,43 @@ pub enum FormatError {
         /// Its page size.
         found: u32,
     },
-    /// More volumes than this version reads.
-    #[error("{path} is volume {volume} of {count}; this program reads models of one volume")]
-    Volumes {
+    /// The name of a volume does not say which it is, so that the others cannot be found.
+    #[error(
+        "{path} is volume {} of {count} of a model: the others cannot be found, because it is not called \
+         NAME-{:05}-of-{count:05}.sluice. Give all volumes such names, in one folder", volume + 1, volume + 1
+    )]
+    VolumeName {
         /// The file.
         path: PathBuf,
-        /// This volume.
+        /// This volume, counted from 0.
         volume: u16,
         /// Volumes in all.
         count: u16,
+    },
+    /// A volume is not there.
+    #[error(
+        "{path} is missing: {named} is one of the {count} volumes of a model, and all are needed. Put it beside the others, or a \
+         link to it: {source}"
+    )]
+    MissingVolume {
+        /// The missing file.
+        path: PathBuf,
+        /// The volume that was named.
+        named: PathBuf,
+        /// Volumes in all.
+        count: u16,
+        /// What the system said of it.
+        source: io::Error,
+    },
+    /// A volume belongs to another model.
+    #[error("{path} is not of the same model as {named}: {problem}. Get all volumes from the same place")]
+    ForeignVolume {
+        /// The file.
+        path: PathBuf,
+        /// The volume that was named.
+        named: PathBuf,
+        /// What differs.
+        problem: &'static str,
     },
     /// The file is shorter or longer than its superblock says.
     #[error(
@@ -137,6 +166,18 @@ pub enum FormatError {
         extent: String,
         /// Its offset.
         offset: u64,
+    },
+    /// A compressed extent cannot be decompressed, although its checksum matches.
+    #[error("{path}: {extent} at offset {offset} cannot be decompressed: {problem}. Get or convert the file again")]
+    ExtentCode {
+        /// The file.
+        path: PathBuf,
+        /// The extent's name.
+        extent: String,
+        /// Its offset.
+        offset: u64,
+        /// What is wrong.
+        problem: String,
     },
     /// The operating system could not read an extent.
     #[error("{path}: cannot read {extent} at offset {offset}: {source}")]

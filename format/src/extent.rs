@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::bytes::{get_u16, get_u32, get_u64, put};
+use crate::bytes::{get_u16, get_u32, get_u64, put, round_up};
 use crate::fields::{extent as at, reserved_in_use};
 
 /// `layer` of an extent that belongs to no layer.
@@ -26,11 +26,15 @@ pub enum ExtentKind {
     Dense = 6,
     /// One routed expert; `index` is its number.
     Expert = 7,
+    /// What only a prediction layer has; those are numbered behind the layers of the model.
+    Prediction = 8,
+    /// A range of rows of a table of which a token needs single rows, plain layout; `index` is the part.
+    Table = 9,
 }
 
 impl ExtentKind {
     /// Every kind of this format version.
-    pub const ALL: [ExtentKind; 7] = [
+    pub const ALL: [ExtentKind; 9] = [
         ExtentKind::Embedding,
         ExtentKind::Head,
         ExtentKind::FinalNorm,
@@ -38,6 +42,8 @@ impl ExtentKind {
         ExtentKind::Router,
         ExtentKind::Dense,
         ExtentKind::Expert,
+        ExtentKind::Prediction,
+        ExtentKind::Table,
     ];
 
     /// The kind with this code in the file, if this version knows it.
@@ -55,6 +61,8 @@ impl ExtentKind {
             ExtentKind::Router => "router",
             ExtentKind::Dense => "dense",
             ExtentKind::Expert => "expert",
+            ExtentKind::Prediction => "prediction",
+            ExtentKind::Table => "table",
         }
     }
 }
@@ -71,11 +79,14 @@ impl fmt::Display for ExtentKind {
 pub enum Codec {
     /// Stored bytes are the logical bytes, then zero padding up to the page.
     Raw = 0,
+    /// The bytes of numbers, separated by their place in the number, those planes compressed that get shorter
+    /// ([`crate::planes`]).
+    Planes = 1,
 }
 
 impl Codec {
     /// Every codec of this format version.
-    pub const ALL: [Codec; 1] = [Codec::Raw];
+    pub const ALL: [Codec; 2] = [Codec::Raw, Codec::Planes];
 
     /// The codec with this code in the file, if this version knows it.
     pub fn from_code(code: u16) -> Option<Self> {
@@ -86,6 +97,7 @@ impl Codec {
     pub fn name(self) -> &'static str {
         match self {
             Codec::Raw => "raw",
+            Codec::Planes => "planes",
         }
     }
 }
@@ -111,11 +123,15 @@ pub struct ExtentRecord {
     pub logical_len: u64,
     /// xxh3-64 of the stored bytes, padding included.
     pub checksum: u64,
+    /// xxh3-64 of the padded bytes: of an extent that is not compressed, the same.
+    pub logical_checksum: u64,
+    /// Bytes in memory: the logical bytes, then zeros up to the page. Not in the table, which implies it.
+    pub padded_len: u64,
 }
 
 impl ExtentRecord {
-    /// Serialises to the table's record.
-    pub fn to_bytes(&self) -> [u8; at::LEN] {
+    /// Serialises to the table's record of a file of this version of the format.
+    pub fn to_bytes(self, version: u32) -> [u8; at::LEN] {
         let mut b = [0; at::LEN];
         put(&mut b, at::KIND, &(self.kind as u16).to_le_bytes());
         put(&mut b, at::CODEC, &(self.codec as u16).to_le_bytes());
@@ -126,26 +142,36 @@ impl ExtentRecord {
         put(&mut b, at::STORED_LEN, &self.stored_len.to_le_bytes());
         put(&mut b, at::LOGICAL_LEN, &self.logical_len.to_le_bytes());
         put(&mut b, at::CHECKSUM, &self.checksum.to_le_bytes());
+        if version > 1 {
+            put(&mut b, at::LOGICAL_CHECKSUM, &self.logical_checksum.to_le_bytes());
+        }
         b
     }
 
-    /// Parses one record; `Err` says which field is unknown to this version.
-    pub(crate) fn parse(b: &[u8]) -> Result<Self, String> {
+    /// Parses one record of a file of this version and page size; `Err` says which field is unknown to that version.
+    pub(crate) fn parse(b: &[u8], version: u32, page_size: u32) -> Result<Self, String> {
         let kind = get_u16(b, at::KIND);
-        let codec = get_u16(b, at::CODEC);
-        if reserved_in_use(&at::FIELDS, b) {
+        let code = get_u16(b, at::CODEC);
+        let logical_checksum = get_u64(b, at::LOGICAL_CHECKSUM);
+        if reserved_in_use(&at::FIELDS, b) || (version == 1 && logical_checksum != 0) {
             return Err("its reserved bytes are in use".into());
         }
+        let codec = Codec::from_code(code).filter(|codec| version > 1 || *codec == Codec::Raw);
+        let checksum = get_u64(b, at::CHECKSUM);
+        let logical_len = get_u64(b, at::LOGICAL_LEN);
         Ok(ExtentRecord {
             kind: ExtentKind::from_code(kind).ok_or_else(|| format!("its kind {kind} is unknown"))?,
-            codec: Codec::from_code(codec).ok_or_else(|| format!("its codec {codec} is unknown"))?,
+            codec: codec.ok_or_else(|| format!("its codec {code} is unknown"))?,
             layer: get_u32(b, at::LAYER),
             index: get_u32(b, at::INDEX),
             volume: get_u16(b, at::VOLUME),
             offset: get_u64(b, at::OFFSET),
             stored_len: get_u64(b, at::STORED_LEN),
-            logical_len: get_u64(b, at::LOGICAL_LEN),
-            checksum: get_u64(b, at::CHECKSUM),
+            logical_len,
+            checksum,
+            logical_checksum: if version == 1 { checksum } else { logical_checksum },
+            // One that overflows is refused by the check of its lengths.
+            padded_len: padded_len(logical_len, page_size).unwrap_or(u64::MAX),
         })
     }
 
@@ -155,12 +181,21 @@ impl ExtentRecord {
     }
 }
 
+/// Bytes in memory of an extent with so many logical bytes; `None` on overflow.
+pub(crate) fn padded_len(logical_len: u64, page_size: u32) -> Option<u64> {
+    round_up(logical_len.max(1), u64::from(page_size))
+}
+
 /// The name of an extent in reports and errors, such as `layer 3 expert 17`.
 pub fn extent_name(kind: ExtentKind, layer: u32, index: u32) -> String {
     match kind {
         ExtentKind::Embedding | ExtentKind::Head => format!("{kind} part {index}"),
         ExtentKind::FinalNorm => kind.to_string(),
         ExtentKind::Expert => format!("layer {layer} expert {index}"),
-        ExtentKind::Attention | ExtentKind::Router | ExtentKind::Dense => format!("layer {layer} {kind}"),
+        ExtentKind::Table if layer == NO_LAYER => format!("{kind} part {index}"),
+        ExtentKind::Table => format!("layer {layer} {kind} part {index}"),
+        ExtentKind::Attention | ExtentKind::Router | ExtentKind::Dense | ExtentKind::Prediction => {
+            format!("layer {layer} {kind}")
+        }
     }
 }

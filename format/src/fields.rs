@@ -136,11 +136,13 @@ pub mod extent {
     pub(crate) const STORED_LEN: usize = 24;
     pub(crate) const LOGICAL_LEN: usize = 32;
     pub(crate) const CHECKSUM: usize = 40;
+    /// Zero in version 1.
+    pub(crate) const LOGICAL_CHECKSUM: usize = 48;
     /// Bytes of a record.
     pub const LEN: usize = 64;
 
-    /// All fields in file order. The reserved ones are kept for striping over volumes.
-    pub const FIELDS: [Field; 11] = [
+    /// All fields in file order.
+    pub const FIELDS: [Field; 12] = [
         field("kind", KIND, 2),
         field("codec", CODEC, 2),
         field("layer", LAYER, 4),
@@ -151,7 +153,46 @@ pub mod extent {
         field("stored_len", STORED_LEN, 8),
         field("logical_len", LOGICAL_LEN, 8),
         field("checksum", CHECKSUM, 8),
-        field(super::RESERVED, 48, 16),
+        field("logical_checksum", LOGICAL_CHECKSUM, 8),
+        field(super::RESERVED, 56, 8),
+    ];
+    const _: () = assert!(tile(&FIELDS, LEN));
+}
+
+/// The head of an extent that is compressed by planes.
+pub mod planes_head {
+    use super::{Field, field, tile};
+
+    pub(crate) const FRAMES: usize = 0;
+    pub(crate) const CODED_LEN: usize = 8;
+    /// Bytes of the head.
+    pub const LEN: usize = 16;
+
+    /// All fields in file order.
+    pub const FIELDS: [Field; 3] =
+        [field("frames", FRAMES, 4), field(super::RESERVED, 4, 4), field("coded_len", CODED_LEN, 8)];
+    const _: () = assert!(tile(&FIELDS, LEN));
+}
+
+/// The record of one frame of such an extent.
+pub mod planes_frame {
+    use super::{Field, field, tile};
+
+    pub(crate) const BYTES: usize = 0;
+    pub(crate) const WIDTH: usize = 4;
+    pub(crate) const PLANES: usize = 8;
+    /// Bytes of a record.
+    pub const LEN: usize = 24;
+
+    /// All fields in file order.
+    pub const FIELDS: [Field; 7] = [
+        field("len", BYTES, 4),
+        field("width", WIDTH, 1),
+        field(super::RESERVED, 5, 3),
+        field("plane_0", PLANES, 4),
+        field("plane_1", PLANES + 4, 4),
+        field("plane_2", PLANES + 8, 4),
+        field("plane_3", PLANES + 12, 4),
     ];
     const _: () = assert!(tile(&FIELDS, LEN));
 }

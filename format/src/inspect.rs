@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::extent::{ExtentKind, ExtentRecord};
+use crate::extent::{Codec, ExtentKind, ExtentRecord};
 use crate::reader::ModelFile;
 use sluice_weights::WeightType;
 
@@ -44,6 +44,16 @@ impl ModelFile {
             sizes.entry(t.weight_type.code()).or_insert(nothing).bytes += t.len;
         }
         sizes.into_values().filter(|s| s.bytes > 0).collect()
+    }
+
+    /// Bytes of the files of all volumes.
+    pub fn file_bytes(&self) -> u64 {
+        self.volumes().iter().map(|volume| volume.superblock().file_len).sum()
+    }
+
+    /// Extents that are compressed.
+    pub fn compressed_extents(&self) -> usize {
+        self.extents().iter().filter(|e| e.codec != Codec::Raw).count()
     }
 
     /// Stored bytes of all extents.

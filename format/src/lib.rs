@@ -8,6 +8,8 @@
 //! ladder of checks with one typed error each; nothing is ever allocated from a length that has not been checked. Both sides
 //! share those checks, so that the writer refuses what the reader would.
 //!
+//! A model can lie in several such files, its volumes, and an extent can be compressed ([`planes`]).
+//!
 //! ```text
 //! | superblock | extent | extent | ... | extent | extent table | tensor table | metadata |
 //! | one page   |      each whole pages          |          each whole pages              |
@@ -24,6 +26,8 @@ mod inspect;
 pub mod json;
 pub mod limits;
 mod metadata;
+mod placing;
+pub mod planes;
 mod reader;
 mod rewrite;
 mod schema;
@@ -32,7 +36,9 @@ mod state_id;
 mod superblock;
 mod tensor;
 mod verify;
+mod volumes;
 mod writer;
+mod zstandard;
 
 pub use durable::{Syncer, may_replace, remove_leftovers, replace_file, replace_file_with, replace_private_file_with};
 pub use error::{FormatError, Region};
@@ -45,15 +51,17 @@ pub use metadata::{
     Metadata, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB, SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TOKENIZER_BLOB,
     TOKENIZER_BLOBS, TOKENIZER_CONFIG_BLOB,
 };
+pub use placing::{FileLayout, PlannedExtent};
 pub use reader::{ModelFile, open_no_link, open_regular, verify_extent};
 pub use rewrite::{REWRITE_MAGIC, REWRITE_VERSION, Recovery, recover, rewrite_metadata};
 pub use schema::TensorShape;
 pub use sluice_weights::{BLOCK, FP8_BLOCK, Grouped, PLANE_ALIGN, ROW_GROUP, WeightType};
 pub use spec::*;
 pub use state_id::StateId;
-pub use superblock::{FORMAT_VERSION, MAGIC, ModelId, PAGE_SIZES, Superblock, TableRef};
+pub use superblock::{FORMAT_VERSION, MAGIC, ModelId, PAGE_SIZES, READ_VERSIONS, Superblock, TableRef};
 pub use tensor::{ANY_INDEX, Layout, TensorRecord, pack_tensors};
-pub use writer::{ExtentWriter, FileLayout, FileWriter, PlannedExtent};
+pub use volumes::{Volume, VolumeName};
+pub use writer::{ExtentWriter, FileWriter, Written};
 
 /// Checksum of every region of the file: xxh3-64, seed 0 (<https://github.com/Cyan4973/xxHash>).
 pub fn checksum(bytes: &[u8]) -> u64 {

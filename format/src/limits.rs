@@ -7,7 +7,7 @@ use crate::fields;
 pub const MAX_EXTENTS: usize = 1 << 20;
 /// Most records of the tensor table. A model has about ten per layer.
 pub const MAX_TENSORS: usize = 1 << 17;
-/// Most stored bytes of the metadata. Tokenizers take up to about 40 MB.
+/// Most stored bytes of the metadata, and most before compression. Tokenizers take up to about 40 MB.
 pub const MAX_METADATA_BYTES: u64 = 128 << 20;
 /// Most blobs of the metadata.
 pub const MAX_BLOBS: usize = 1024;
@@ -15,9 +15,13 @@ pub const MAX_BLOBS: usize = 1024;
 pub const MAX_BLOB_NAME: usize = 255;
 /// Most bytes of the blob that holds the spec: 4096 layers take about 6 MB.
 pub const MAX_SPEC_BYTES: usize = 16 << 20;
-/// Most stored bytes of one extent: what [`crate::ModelFile::read_extent`] may allocate. The largest dense feed-forward
+/// Most stored bytes of one extent, and most padded ones: what [`crate::ModelFile::read_extent`] may allocate. The largest dense feed-forward
 /// networks of one layer take less than 1 GiB.
 pub const MAX_EXTENT_BYTES: u64 = 8 << 30;
+/// Most logical bytes of one frame of a compressed extent.
+pub const MAX_FRAME_BYTES: usize = 1 << 20;
+/// Most volumes of a model.
+pub const MAX_VOLUMES: usize = 1 << 10;
 
 /// Most layers of a model.
 pub const MAX_LAYERS: usize = 4096;

@@ -1,7 +1,8 @@
 //! Metadata: named blobs, kept verbatim.
 
 use crate::bytes::{get_u32, get_u64};
-use crate::limits::{MAX_BLOB_NAME, MAX_BLOBS};
+use crate::limits::{MAX_BLOB_NAME, MAX_BLOBS, MAX_METADATA_BYTES};
+use crate::zstandard::{compress_text, decompress};
 
 /// Blob that holds the [`crate::ModelSpec`] as JSON.
 pub const SPEC_BLOB: &str = "sluice/spec.json";
@@ -86,6 +87,37 @@ impl Metadata {
             out.extend(blob);
         }
         out
+    }
+
+    /// The logical bytes of the region in a file of this version, and the bytes before compression, of which the model's id is made.
+    pub(crate) fn encode(&self, version: u32) -> Result<(Vec<u8>, Vec<u8>), String> {
+        let bytes = self.to_bytes();
+        if bytes.len() as u64 > MAX_METADATA_BYTES {
+            return Err(format!("it has {} bytes, more than {MAX_METADATA_BYTES}", bytes.len()));
+        }
+        if version == 1 {
+            return Ok((bytes.clone(), bytes));
+        }
+        let mut region = (bytes.len() as u64).to_le_bytes().to_vec();
+        region.extend(compress_text(&bytes).map_err(|e| format!("it cannot be compressed: {e}"))?);
+        Ok((region, bytes))
+    }
+
+    /// The bytes before compression of a region with these logical bytes in a file of this version.
+    pub(crate) fn decode(region: Vec<u8>, version: u32) -> Result<Vec<u8>, String> {
+        if version == 1 {
+            return Ok(region);
+        }
+        let (len, frame) = region.split_at_checked(8).ok_or("it has no length")?;
+        let len = get_u64(len, 0);
+        if len > MAX_METADATA_BYTES {
+            return Err(format!("it becomes {len} bytes, more than {MAX_METADATA_BYTES}"));
+        }
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(len as usize).map_err(|_| format!("there is no memory for its {len} bytes"))?;
+        bytes.resize(len as usize, 0);
+        decompress(frame, &mut bytes)?;
+        Ok(bytes)
     }
 
     /// Parses exactly `bytes`; `Err` says what is wrong.

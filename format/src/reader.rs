@@ -3,108 +3,110 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::bytes::round_up;
 use crate::catalog::{Catalog, check_tiling};
 use crate::checksum;
 use crate::error::{FormatError, Region};
-use crate::extent::{ExtentKind, ExtentRecord, NO_LAYER};
+use crate::extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER};
 use crate::fields;
 use crate::limits::{MAX_EXTENT_TABLE_BYTES, MAX_METADATA_BYTES, MAX_TENSOR_TABLE_BYTES};
 use crate::metadata::{Metadata, SPEC_BLOB};
-use crate::rewrite::{extent_table, is_interrupted, tensor_table};
+use crate::planes::decode;
+use crate::rewrite::is_interrupted;
 use crate::spec::ModelSpec;
 use crate::state_id::StateId;
 use crate::superblock::{ModelId, Superblock, SuperblockError, TableRef};
 use crate::tensor::TensorRecord;
+use crate::volumes::{Volume, VolumeName};
 
-/// An opened model file whose superblock, tables and metadata have passed every check.
+/// An opened model, whose superblocks, tables and metadata have passed every check.
 #[derive(Debug)]
 pub struct ModelFile {
-    path: PathBuf,
-    file: File,
-    superblock: Superblock,
+    /// At least one.
+    volumes: Vec<Volume>,
     catalog: Catalog,
     metadata: Metadata,
 }
 
 impl ModelFile {
-    /// Opens and checks `path`. Reads superblock, tables and metadata, not the extents.
+    /// Opens and checks the model in the file `path`, or in the volumes of which that is one. Reads superblocks, tables and metadata,
+    /// not the extents.
     ///
     /// # Errors
     /// The first check that fails, as its own variant of [`FormatError`].
     pub fn open(path: &Path) -> Result<Self, FormatError> {
-        let io = |action| move |source| FormatError::Io { path: path.to_owned(), action, source };
-        let file = open_regular(path).map_err(io("open it"))?;
-        let actual = file.metadata().map_err(io("read its length"))?.len();
-        let again = file.try_clone().map_err(io("open it"))?;
-        match Self::check(path, file, actual) {
-            Err(refused) if !matches!(refused, FormatError::Io { .. }) && is_interrupted(&again) => {
-                Err(FormatError::Interrupted { path: path.to_owned() })
-            }
-            outcome => outcome,
-        }
+        Volume::open(path).and_then(Volume::with_others).and_then(|volumes| Self::check(volumes, None)).map_err(
+            |refused| {
+                // Only the first volume's file is ever changed.
+                let first = VolumeName::parse(path).map_or_else(|| path.to_owned(), |name| name.path_of(0));
+                let changed =
+                    [path, &first].into_iter().find(|path| open_regular(path).is_ok_and(|file| is_interrupted(&file)));
+                match changed {
+                    Some(path) if !matches!(refused, FormatError::Io { .. }) => {
+                        FormatError::Interrupted { path: path.to_owned() }
+                    }
+                    _ => refused,
+                }
+            },
+        )
     }
 
-    /// Checks a file as if it had `actual` bytes.
-    pub(crate) fn check(path: &Path, file: File, actual: u64) -> Result<Self, FormatError> {
-        let sb = read_superblock(path, &file, actual)?;
-        Self::check_as(path, file, sb, None)
-    }
-
-    /// Checks a file as if this were its superblock, and these, if any, the stored bytes of its metadata.
-    pub(crate) fn check_as(
-        path: &Path,
-        file: File,
-        sb: Superblock,
-        metadata: Option<Vec<u8>>,
-    ) -> Result<Self, FormatError> {
-        check_volumes(path, &sb)?;
+    /// Checks a model that has these volumes, with what their superblocks say, and these stored bytes of the metadata, if any.
+    pub(crate) fn check(volumes: Vec<Volume>, metadata: Option<Vec<u8>>) -> Result<Self, FormatError> {
+        let sb = *volumes[0].superblock();
+        let (path, file) = (volumes[0].path(), volumes[0].file());
         let read = |region, table| {
-            read_table(path, &file, &sb, region, table).and_then(|bytes| check_table(path, region, table, bytes))
+            read_table(path, file, &sb, region, table).and_then(|bytes| check_table(path, region, table, bytes))
         };
         let invalid = |region| move |problem| FormatError::Invalid { path: path.to_owned(), region, problem };
 
         let extent_table = read(Region::ExtentTable, sb.extents)?;
-        let extents = parse_records(&extent_table, fields::extent::LEN, ExtentRecord::parse)
-            .map_err(invalid(Region::ExtentTable))?;
+        let record = |bytes: &[u8]| ExtentRecord::parse(bytes, sb.version, sb.page_size);
+        let extents =
+            parse_records(&extent_table, fields::extent::LEN, record).map_err(invalid(Region::ExtentTable))?;
         let tensor_table = read(Region::TensorTable, sb.tensors)?;
         let tensors = parse_records(&tensor_table, fields::tensor::LEN, TensorRecord::parse)
             .map_err(invalid(Region::TensorTable))?;
-        let blobs = match metadata {
+        let region = match metadata {
             Some(stored) => {
                 check_table_place(&sb, Region::Metadata, sb.metadata).map_err(invalid(Region::Metadata))?;
                 check_table(path, Region::Metadata, sb.metadata, stored)?
             }
             None => read(Region::Metadata, sb.metadata)?,
         };
+        let blobs = Metadata::decode(region, sb.version).map_err(invalid(Region::Metadata))?;
         let metadata = Metadata::parse(&blobs).map_err(invalid(Region::Metadata))?;
-        if ModelId::of(&extent_table, &tensor_table, &blobs) != sb.model_id {
-            return Err(invalid(Region::Superblock)("its model id is not that of its content".into()));
-        }
+        check_ids(&volumes, [&extent_table, &tensor_table, &blobs])?;
         drop((extent_table, tensor_table, blobs));
 
-        check_tiling(&sb, &extents).map_err(invalid(Region::ExtentTable))?;
+        let superblocks: Vec<_> = volumes.iter().map(Volume::superblock).collect();
+        check_tiling(&superblocks, &extents).map_err(invalid(Region::ExtentTable))?;
         let spec = read_spec(&metadata).map_err(invalid(Region::Metadata))?;
         let catalog = Catalog::new(sb.page_size, extents, tensors, spec);
         let catalog = catalog.map_err(|(region, problem)| invalid(region)(problem))?;
-        Ok(ModelFile { path: path.to_owned(), file, superblock: sb, catalog, metadata })
+        Ok(ModelFile { volumes, catalog, metadata })
     }
 
-    /// Where the file is.
+    /// Where the file is; of several volumes, the first.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.volumes[0].path()
     }
 
-    /// The superblock.
+    /// The files, in the order of their numbers.
+    pub fn volumes(&self) -> &[Volume] {
+        &self.volumes
+    }
+
+    /// The superblock; of several volumes, the first's.
     pub fn superblock(&self) -> &Superblock {
-        &self.superblock
+        self.volumes[0].superblock()
     }
 
     /// The id of what a saved state of this model depends on.
     pub fn state_id(&self) -> StateId {
-        StateId::of(&extent_table(self), &tensor_table(self), &self.metadata)
+        StateId::of_model(self.extents(), self.superblock().page_size, self.tensors(), &self.metadata)
     }
 
     /// What the model computes.
@@ -137,6 +139,11 @@ impl ModelFile {
         self.catalog.tensors_in(kind, layer, index).iter()
     }
 
+    /// The tensors inside this extent, in the order of their offsets.
+    pub fn tensors_of(&self, extent: &ExtentRecord) -> &[TensorRecord] {
+        self.catalog.tensors_in(extent.kind, extent.layer, extent.index)
+    }
+
     /// One tensor inside that extent.
     pub fn tensor(&self, kind: ExtentKind, layer: u32, index: u32, name: &str) -> Option<&TensorRecord> {
         self.tensors_in(kind, layer, index).find(|t| t.name == name)
@@ -147,24 +154,77 @@ impl ModelFile {
         (0..).map_while(move |i| Some((self.extent(kind, NO_LAYER, i)?, self.tensors_in(kind, NO_LAYER, i).next()?)))
     }
 
-    /// Reads an extent into `buffer` (resized to its stored length) through the page cache and verifies it. Allocates at most
-    /// [`crate::limits::MAX_EXTENT_BYTES`].
+    /// Reads an extent into `buffer` through the page cache and verifies it: its padded bytes, whether it is compressed or not.
+    /// Allocates at most twice [`crate::limits::MAX_EXTENT_BYTES`].
+    ///
+    /// # Errors
+    /// [`FormatError::ExtentRead`], [`FormatError::ExtentChecksum`] and [`FormatError::ExtentCode`].
+    pub fn read_extent(&self, extent: &ExtentRecord, buffer: &mut Vec<u8>) -> Result<(), FormatError> {
+        if extent.codec == Codec::Raw {
+            return self.read_stored(extent, buffer);
+        }
+        let mut stored = Vec::new();
+        self.read_stored(extent, &mut stored)?;
+        resize(buffer, extent.padded_len).map_err(|source| self.extent_read(extent, source))?;
+        decode(&stored, extent.logical_len, buffer)
+            .and_then(|()| match checksum(buffer) == extent.logical_checksum {
+                true => Ok(()),
+                false => Err("what it becomes has another checksum".into()),
+            })
+            .map_err(|problem| FormatError::ExtentCode {
+                path: self.path_of(extent).to_owned(),
+                extent: extent.name(),
+                offset: extent.offset,
+                problem,
+            })
+    }
+
+    /// Reads the stored bytes of an extent into `buffer` (resized to their length) through the page cache and verifies them.
     ///
     /// # Errors
     /// [`FormatError::ExtentRead`] and [`FormatError::ExtentChecksum`].
-    pub fn read_extent(&self, extent: &ExtentRecord, buffer: &mut Vec<u8>) -> Result<(), FormatError> {
-        let read = resize(buffer, extent.stored_len).and_then(|()| self.file.read_exact_at(buffer, extent.offset));
+    pub fn read_stored(&self, extent: &ExtentRecord, buffer: &mut Vec<u8>) -> Result<(), FormatError> {
+        let file = self.file_of(extent);
+        let read = resize(buffer, extent.stored_len).and_then(|()| file.read_exact_at(buffer, extent.offset));
         read.map_err(|source| self.extent_read(extent, source))?;
-        verify_extent(&self.path, extent, buffer)
+        verify_extent(self.path_of(extent), extent, buffer)
     }
 
-    pub(crate) fn file(&self) -> &File {
-        &self.file
+    /// The file that an extent lies in.
+    pub(crate) fn file_of(&self, extent: &ExtentRecord) -> &File {
+        self.volumes[usize::from(extent.volume)].file()
+    }
+
+    /// Where that is.
+    pub fn path_of(&self, extent: &ExtentRecord) -> &Path {
+        self.volumes[usize::from(extent.volume)].path()
     }
 
     pub(crate) fn extent_read(&self, extent: &ExtentRecord, source: io::Error) -> FormatError {
-        FormatError::ExtentRead { path: self.path.clone(), extent: extent.name(), offset: extent.offset, source }
+        let path = self.path_of(extent).to_owned();
+        FormatError::ExtentRead { path, extent: extent.name(), offset: extent.offset, source }
     }
+}
+
+/// The model id of every volume is that of its content: of the first, extent table, tensor table and metadata.
+fn check_ids(volumes: &[Volume], [extents, tensors, blobs]: [&[u8]; 3]) -> Result<(), FormatError> {
+    let ids = [ModelId::of(extents, tensors, blobs), ModelId::of(extents, tensors, &[])];
+    for volume in volumes {
+        let sb = volume.superblock();
+        let wrong = match sb.volume {
+            0 => sb.model_id != ids[0],
+            _ => sb.model_id != ids[1] || sb.metadata.logical_len != 0,
+        };
+        if wrong {
+            let (path, region) = (volume.path().to_owned(), Region::Superblock);
+            return Err(FormatError::Invalid {
+                path,
+                region,
+                problem: "its model id is not that of its content".into(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Opens a file for reading; an error if it is not a regular one. Opening a named pipe would wait for somebody to write to it,
@@ -228,19 +288,12 @@ pub(crate) fn checksum_error(path: &Path, extent: &ExtentRecord) -> FormatError 
     FormatError::ExtentChecksum { path: path.to_owned(), extent: extent.name(), offset: extent.offset }
 }
 
-fn read_superblock(path: &Path, file: &File, actual: u64) -> Result<Superblock, FormatError> {
+pub(crate) fn read_superblock(path: &Path, file: &File, actual: u64) -> Result<Superblock, FormatError> {
     let superblock = parse_superblock_at(path, file, actual)?;
     if superblock.file_len != actual {
         return Err(FormatError::FileLength { path: path.to_owned(), actual, expected: superblock.file_len });
     }
     Ok(superblock)
-}
-
-fn check_volumes(path: &Path, superblock: &Superblock) -> Result<(), FormatError> {
-    if superblock.volume_count == 1 {
-        return Ok(());
-    }
-    Err(FormatError::Volumes { path: path.to_owned(), volume: superblock.volume, count: superblock.volume_count })
 }
 
 /// The superblock of a file of `actual` bytes, whatever length it announces.
@@ -272,7 +325,7 @@ pub(crate) fn parse_superblock_at(path: &Path, file: &File, actual: u64) -> Resu
 }
 
 /// Reads the stored bytes of one table.
-fn read_table(
+pub(crate) fn read_table(
     path: &Path,
     file: &File,
     superblock: &Superblock,

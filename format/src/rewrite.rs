@@ -15,13 +15,13 @@ use crate::bytes::{array, get_u32, get_u64, put, round_up};
 use crate::catalog::check_tiling;
 use crate::checksum;
 use crate::error::{FormatError, Region};
-use crate::extent::ExtentRecord;
 use crate::fields::{reserved_in_use, rewrite_footer as at};
 use crate::limits::MAX_METADATA_BYTES;
 use crate::metadata::{Metadata, SPEC_BLOB};
 use crate::reader::{ModelFile, check_table_place, parse_superblock_at};
 use crate::superblock::{ModelId, PAGE_SIZES, Superblock, TableRef};
 use crate::tensor::TensorRecord;
+use crate::volumes::{Volume, VolumeName};
 
 /// First bytes of the footer of a log.
 pub const REWRITE_MAGIC: [u8; 8] = *b"SLUICERW";
@@ -91,7 +91,8 @@ impl Pending {
     /// Whether the file will be whole once the work is done: nobody else than a hostile hand puts a log behind a file that it
     /// does not belong to, but redoing that would destroy what is there.
     fn check(&self, path: &Path, file: File) -> Result<(), FormatError> {
-        ModelFile::check_as(path, file, self.superblock, Some(self.metadata.clone())).map(drop)
+        let volumes = Volume::new(path, file, self.superblock).with_others()?;
+        ModelFile::check(volumes, Some(self.metadata.clone())).map(drop)
     }
 
     /// Superblock, metadata, and a page whose last bytes are the footer.
@@ -159,7 +160,7 @@ pub(crate) fn is_interrupted(file: &File) -> bool {
     found.is_ok_and(|pending| pending.is_some())
 }
 
-/// Replaces the metadata of the file that `model` was opened from, and returns the file opened anew. The weights are neither
+/// Replaces the metadata of the file that `model` was opened from, of several volumes the first, and returns the model opened anew. The weights are neither
 /// moved nor read. Killed at any moment, the file is either as it was, or as it will be, or refused with
 /// [`FormatError::Interrupted`] until [`recover`] is called. The spec must stay: it is part of what the weights are.
 ///
@@ -191,7 +192,8 @@ pub fn rewrite_metadata(model: &ModelFile, metadata: &Metadata) -> Result<ModelF
     ModelFile::open(path)
 }
 
-/// Finishes or undoes a [`rewrite_metadata`] that was interrupted; `None` for a file that needs neither.
+/// Finishes or undoes a [`rewrite_metadata`] that was interrupted; `None` for a file that needs neither. `path` may be that of any
+/// volume.
 ///
 /// # Errors
 /// What [`ModelFile::open`] says of the file, when that is not what is wrong with it, or would say of it afterwards: then the
@@ -201,6 +203,8 @@ pub fn recover(path: &Path) -> Result<Option<Recovery>, FormatError> {
     if matches!(refused, FormatError::Io { .. }) {
         return Err(refused);
     }
+    let first = VolumeName::parse(path).map(|name| name.path_of(0)).filter(|first| first.exists());
+    let path = first.as_deref().unwrap_or(path);
     let io = |action| move |source| FormatError::Io { path: path.to_owned(), action, source };
     let file = open_locked(path)?;
     let len = file.metadata().map_err(io("read its length"))?.len();
@@ -226,8 +230,8 @@ fn undo(path: &Path, file: &File, len: u64) -> Option<Vec<Step>> {
     if excess == 0 || excess > most {
         return None;
     }
-    let file = file.try_clone().ok()?;
-    ModelFile::check(path, file, superblock.file_len).ok()?;
+    let volume = Volume::new(path, file.try_clone().ok()?, superblock);
+    ModelFile::check(volume.with_others().ok()?, None).ok()?;
     Some(vec![Step::SetLen(superblock.file_len), Step::Sync])
 }
 
@@ -246,9 +250,9 @@ fn open_locked(path: &Path) -> Result<File, FormatError> {
 fn plan(model: &ModelFile, metadata: &Metadata) -> Result<Pending, FormatError> {
     let layout = |problem: String| FormatError::Layout(format!("the metadata is invalid: {problem}"));
     let old = model.superblock();
-    let mut bytes = metadata.to_bytes();
-    Metadata::parse(&bytes).map_err(layout)?;
-    let model_id = ModelId::of(&extent_table(model), &tensor_table(model), &bytes);
+    let (mut bytes, blobs) = metadata.encode(old.version).map_err(layout)?;
+    Metadata::parse(&blobs).map_err(layout)?;
+    let model_id = ModelId::of(&extent_table(model), &tensor_table(model), &blobs);
     let logical_len = bytes.len() as u64;
     let too_long = || layout("it is too long".into());
     let stored_len = round_up(logical_len, u64::from(old.page_size)).ok_or_else(too_long)?;
@@ -257,17 +261,20 @@ fn plan(model: &ModelFile, metadata: &Metadata) -> Result<Pending, FormatError> 
     let table = TableRef { offset, stored_len, logical_len, checksum: checksum(&bytes) };
     let superblock = Superblock { model_id, file_len: offset + stored_len, metadata: table, ..*old };
     check_table_place(&superblock, Region::Metadata, table).map_err(layout)?;
-    check_tiling(&superblock, model.extents()).map_err(layout)?;
+    let others = model.volumes().iter().skip(1).map(Volume::superblock);
+    let superblocks: Vec<_> = std::iter::once(&superblock).chain(others).collect();
+    check_tiling(&superblocks, model.extents()).map_err(layout)?;
     Ok(Pending { superblock, metadata: bytes })
 }
 
 /// The logical bytes of the extent table.
-pub(crate) fn extent_table(model: &ModelFile) -> Vec<u8> {
-    model.extents().iter().flat_map(ExtentRecord::to_bytes).collect()
+fn extent_table(model: &ModelFile) -> Vec<u8> {
+    let version = model.superblock().version;
+    model.extents().iter().flat_map(|e| e.to_bytes(version)).collect()
 }
 
 /// The logical bytes of the tensor table.
-pub(crate) fn tensor_table(model: &ModelFile) -> Vec<u8> {
+fn tensor_table(model: &ModelFile) -> Vec<u8> {
     model.tensors().iter().flat_map(TensorRecord::to_bytes).collect()
 }
 

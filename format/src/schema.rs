@@ -88,6 +88,8 @@ impl ModelSpec {
                 list.extend(ffn_pair(moe.width, hidden));
                 list
             }),
+            // The spec of this version has neither prediction layers nor tables.
+            ExtentKind::Prediction | ExtentKind::Table => Vec::new(),
         }
     }
 }

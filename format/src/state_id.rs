@@ -5,7 +5,9 @@ use std::fmt;
 use serde_json::{Map, Value};
 use sluice_checksum::{Xxh3, xxh3_128};
 
+use crate::extent::{Codec, ExtentRecord};
 use crate::metadata::{Metadata, SPEC_BLOB, TOKENIZER_BLOBS, TOKENIZER_CONFIG_BLOB};
+use crate::tensor::TensorRecord;
 
 /// Identity of what a saved state of a model depends on: its weights, what it computes, and its tokenizer. Unlike the
 /// [`crate::ModelId`] it does not depend on anything else in the metadata, so it stays when a chat template or sampling
@@ -14,9 +16,20 @@ use crate::metadata::{Metadata, SPEC_BLOB, TOKENIZER_BLOBS, TOKENIZER_CONFIG_BLO
 pub struct StateId(pub [u8; 16]);
 
 impl StateId {
+    /// The id of a model of these extents and tensors.
+    pub(crate) fn of_model(
+        extents: &[ExtentRecord],
+        page_size: u32,
+        tensors: &[TensorRecord],
+        metadata: &Metadata,
+    ) -> Self {
+        let tensors: Vec<u8> = tensors.iter().flat_map(TensorRecord::to_bytes).collect();
+        StateId::of(&uncompressed_table(extents, page_size), &tensors, metadata)
+    }
+
     /// The xxh3-128 of the digests of extent table and tensor table, and of name and content of those blobs that are there, of
     /// the spec and [`TOKENIZER_BLOBS`]. `tokenizer_config.json` counts without its `chat_template`.
-    pub(crate) fn of(extents: &[u8], tensors: &[u8], metadata: &Metadata) -> Self {
+    fn of(extents: &[u8], tensors: &[u8], metadata: &Metadata) -> Self {
         let mut hash = Xxh3::new();
         let mut add = |bytes: &[u8]| hash.update(&xxh3_128(bytes).to_le_bytes());
         add(extents);
@@ -31,6 +44,18 @@ impl StateId {
         }
         StateId(hash.digest128().to_le_bytes())
     }
+}
+
+/// The extent table that a file of version 1 has of the same extents: what a state depends on is neither compression nor volumes.
+fn uncompressed_table(extents: &[ExtentRecord], page_size: u32) -> Vec<u8> {
+    let mut offset = u64::from(page_size);
+    let mut record = |e: &ExtentRecord| {
+        let place = offset;
+        offset += e.padded_len;
+        let (codec, volume, checksum) = (Codec::Raw, 0, e.logical_checksum);
+        ExtentRecord { codec, volume, offset: place, stored_len: e.padded_len, checksum, ..*e }.to_bytes(1)
+    };
+    extents.iter().flat_map(&mut record).collect()
 }
 
 /// `tokenizer_config.json` as JSON without white space and chat template; `None` if there is nothing to leave out.

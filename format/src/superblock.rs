@@ -7,11 +7,14 @@ use sluice_checksum::xxh3_128;
 use crate::bytes::{array, get_u16, get_u32, get_u64, put};
 use crate::checksum;
 use crate::fields::{reserved_in_use, superblock as at, table_ref};
+use crate::limits::MAX_VOLUMES;
 
 /// First bytes of every file. The line ending and control-Z catch transfers that treat it as text.
 pub const MAGIC: [u8; 8] = *b"SLUICE\r\x1a";
-/// Version of the format that this crate reads and writes.
-pub const FORMAT_VERSION: u32 = 1;
+/// Version of the format that this crate writes.
+pub const FORMAT_VERSION: u32 = 2;
+/// Versions of the format that this crate reads.
+pub const READ_VERSIONS: [u32; 2] = [1, FORMAT_VERSION];
 /// Page sizes that a file may have: the usual one and Apple's.
 pub const PAGE_SIZES: [u32; 2] = [4096, 16384];
 
@@ -21,7 +24,8 @@ pub const PAGE_SIZES: [u32; 2] = [4096, 16384];
 pub struct ModelId(pub [u8; 16]);
 
 impl ModelId {
-    /// The id of a model with these tables (their logical bytes): the xxh3-128 of their three xxh3-128, each little-endian.
+    /// The id of a model with these tables (their logical bytes) and this metadata (before compression): the xxh3-128 of their three
+    /// xxh3-128, each little-endian.
     /// The extent table holds the checksum of every extent, so the id depends on every byte of the content.
     pub(crate) fn of(extents: &[u8], tensors: &[u8], metadata: &[u8]) -> Self {
         let digests = [extents, tensors, metadata].map(|table| xxh3_128(table).to_le_bytes());
@@ -77,9 +81,11 @@ impl TableRef {
 /// The fields of the superblock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Superblock {
+    /// Version of the format.
+    pub version: u32,
     /// Page size in bytes: alignment of every region.
     pub page_size: u32,
-    /// Identity of the model, the same in all volumes.
+    /// Identity of the model; of a volume behind the first, that of what it repeats.
     pub model_id: ModelId,
     /// This volume, `0..volume_count`.
     pub volume: u16,
@@ -111,7 +117,7 @@ impl Superblock {
     pub fn to_page(&self) -> Vec<u8> {
         let mut b = vec![0; self.page_size as usize];
         put(&mut b, at::MAGIC, &MAGIC);
-        put(&mut b, at::VERSION, &FORMAT_VERSION.to_le_bytes());
+        put(&mut b, at::VERSION, &self.version.to_le_bytes());
         put(&mut b, at::PAGE_SIZE, &self.page_size.to_le_bytes());
         put(&mut b, at::MODEL_ID, &self.model_id.0);
         put(&mut b, at::VOLUME, &self.volume.to_le_bytes());
@@ -142,7 +148,7 @@ impl Superblock {
             return Err(SuperblockError::NotSluice);
         }
         let version = get_u32(head, at::VERSION);
-        if version != FORMAT_VERSION {
+        if !READ_VERSIONS.contains(&version) {
             return Err(SuperblockError::Version(version));
         }
         let page = get_u32(head, at::PAGE_SIZE);
@@ -160,6 +166,7 @@ impl Superblock {
         }
         let table = |start| TableRef::parse(&page[start..start + table_ref::LEN]);
         let sb = Superblock {
+            version: get_u32(page, at::VERSION),
             page_size,
             model_id: ModelId(array(page, at::MODEL_ID)),
             volume: get_u16(page, at::VOLUME),
@@ -174,6 +181,10 @@ impl Superblock {
         }
         if sb.volume >= sb.volume_count {
             return Err(SuperblockError::Field("its volume number is not below its volume count"));
+        }
+        let most = if sb.version == 1 { 1 } else { MAX_VOLUMES };
+        if usize::from(sb.volume_count) > most {
+            return Err(SuperblockError::Field("it has more volumes than its version of the format allows"));
         }
         Ok(sb)
     }

@@ -4,26 +4,34 @@ use std::os::unix::fs::FileExt;
 
 use sluice_checksum::Xxh3;
 
-use crate::error::FormatError;
-use crate::extent::ExtentRecord;
-use crate::reader::{ModelFile, checksum_error};
+use crate::checksum;
+use crate::error::{FormatError, Region};
+use crate::extent::{Codec, ExtentRecord};
+use crate::reader::{ModelFile, checksum_error, read_table};
+use crate::volumes::Volume;
 
 /// Bytes read at once: far above what a drive needs to reach its full rate, far below any extent that would hurt.
 const PIECE: usize = 8 << 20;
 
 impl ModelFile {
     /// Reads every extent in file order, through the page cache and a buffer of 8 MiB, and returns what is wrong: one
-    /// [`FormatError::ExtentChecksum`] or [`FormatError::ExtentRead`] for each damaged extent, none for a sound file.
-    /// Superblock, tables and metadata have been verified by [`ModelFile::open`]; together that is every byte of the file.
+    /// [`FormatError::ExtentChecksum`], [`FormatError::ExtentCode`] or [`FormatError::ExtentRead`] for each damaged extent, one
+    /// [`FormatError::RegionChecksum`] or [`FormatError::Io`] for each damaged table of a volume behind the first, none for a sound
+    /// model. The other superblocks, tables and metadata have been verified by [`ModelFile::open`]; together that is every byte of the
+    /// files. A compressed extent is in memory as a whole while it is decompressed.
     ///
     /// `progress` is told the bytes done so far, up to [`ModelFile::extent_bytes`].
     pub fn verify_all(&self, progress: &mut dyn FnMut(u64)) -> Vec<FormatError> {
         let longest = self.extents().iter().map(|e| e.stored_len).max().unwrap_or(0);
         let mut buffer = vec![0; longest.min(PIECE as u64) as usize];
-        let mut damaged = Vec::new();
+        let mut damaged: Vec<FormatError> = self.volumes().iter().skip(1).flat_map(verify_tables).collect();
         let mut done = 0;
         for extent in self.extents() {
-            damaged.extend(self.verify_streaming(extent, &mut buffer, &mut |part| progress(done + part)).err());
+            let outcome = match extent.codec {
+                Codec::Raw => self.verify_streaming(extent, &mut buffer, &mut |part| progress(done + part)),
+                Codec::Planes => self.read_extent(extent, &mut Vec::new()),
+            };
+            damaged.extend(outcome.err());
             done += extent.stored_len;
             progress(done);
         }
@@ -41,7 +49,7 @@ impl ModelFile {
         while done < extent.stored_len {
             let len = (extent.stored_len - done).min(buffer.len() as u64);
             let piece = &mut buffer[..len as usize];
-            let read = self.file().read_exact_at(piece, extent.offset + done);
+            let read = self.file_of(extent).read_exact_at(piece, extent.offset + done);
             read.map_err(|source| self.extent_read(extent, source))?;
             hash.update(piece);
             done += len;
@@ -49,6 +57,21 @@ impl ModelFile {
                 progress(done);
             }
         }
-        if hash.digest() == extent.checksum { Ok(()) } else { Err(checksum_error(self.path(), extent)) }
+        if hash.digest() == extent.checksum { Ok(()) } else { Err(checksum_error(self.path_of(extent), extent)) }
     }
+}
+
+/// What is wrong with the tables of a volume.
+fn verify_tables(volume: &Volume) -> Vec<FormatError> {
+    let sb = volume.superblock();
+    let tables =
+        [(Region::ExtentTable, sb.extents), (Region::TensorTable, sb.tensors), (Region::Metadata, sb.metadata)];
+    let verify = |(region, table): (Region, crate::TableRef)| {
+        let bytes = read_table(volume.path(), volume.file(), sb, region, table)?;
+        match checksum(&bytes) == table.checksum {
+            true => Ok(()),
+            false => Err(FormatError::RegionChecksum { path: volume.path().to_owned(), region }),
+        }
+    };
+    tables.into_iter().filter_map(|table| verify(table).err()).collect()
 }

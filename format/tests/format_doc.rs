@@ -33,6 +33,8 @@ fn every_table_is_checked() {
         "extent",
         "kinds",
         "codecs",
+        "planes_head",
+        "planes_frame",
         "tensor",
         "weight_types",
         "layouts",
@@ -51,10 +53,12 @@ fn every_table_is_checked() {
 
 #[test]
 fn fields() {
-    let all: [(&str, &[Field]); 7] = [
+    let all: [(&str, &[Field]); 9] = [
         ("superblock", &fields::superblock::FIELDS),
         ("table_ref", &fields::table_ref::FIELDS),
         ("extent", &fields::extent::FIELDS),
+        ("planes_head", &fields::planes_head::FIELDS),
+        ("planes_frame", &fields::planes_frame::FIELDS),
         ("tensor", &fields::tensor::FIELDS),
         ("importance", &fields::importance::FIELDS),
         ("importance_entry", &fields::importance_entry::FIELDS),
@@ -123,6 +127,8 @@ fn limits() {
         limits::MAX_BLOB_NAME as u64,
         limits::MAX_SPEC_BYTES as u64,
         limits::MAX_EXTENT_BYTES,
+        limits::MAX_FRAME_BYTES as u64,
+        limits::MAX_VOLUMES as u64,
         limits::MAX_LAYERS as u64,
         limits::MAX_EXPERTS as u64,
         limits::MAX_MODEL_EXPERTS as u64,

@@ -44,13 +44,36 @@ fn spoilt_superblock(expected: &str, says: &str, spoil: impl FnOnce(&mut Vec<u8>
     refused(&Image::of(&small_file(4096)).seal_with(spoil), expected, says);
 }
 
+/// The records of the extent table.
+fn records(extents: &[ExtentRecord]) -> Vec<[u8; fields::extent::LEN]> {
+    let record = |e: &ExtentRecord| {
+        let mut b = [0; fields::extent::LEN];
+        let fields: [(&str, u64); 6] = [
+            ("kind", e.kind as u64),
+            ("layer", e.layer.into()),
+            ("index", e.index.into()),
+            ("offset", e.offset),
+            ("stored_len", e.stored_len),
+            ("logical_len", e.logical_len),
+        ];
+        for (name, value) in fields {
+            let (offset, len) = at(&fields::extent::FIELDS, name);
+            set(&mut b, offset, len, value);
+        }
+        b
+    };
+    extents.iter().map(record).collect()
+}
+
 #[test]
 fn superblocks() {
-    spoilt_superblock("Version", "format version 2", |p| sb_set(p, "version", 2));
+    spoilt_superblock("Version", "format version 3", |p| sb_set(p, "version", 3));
     spoilt_superblock("PageSize", "page size 8192", |p| sb_set(p, "page_size", 8192));
     spoilt_superblock("PageSize", "page size 0", |p| sb_set(p, "page_size", 0));
     spoilt_superblock("RegionChecksum", "superblock", |p| sb_set(p, "page_size", 16384));
-    spoilt_superblock("Volumes", "volume 0 of 2", |p| sb_set(p, "volume_count", 2));
+    spoilt_superblock("VolumeName", "volume 1 of 2", |p| sb_set(p, "volume_count", 2));
+    spoilt_superblock("Invalid", "more volumes", |p| sb_set(p, "volume_count", 1025));
+    spoilt_superblock("Invalid", "reserved", |p| sb_set(p, "version", 1));
     spoilt_superblock("Invalid", "volume number", |p| sb_set(p, "volume_count", 0));
     spoilt_superblock("Invalid", "volume number", |p| sb_set(p, "volume", 1));
     spoilt_superblock("Invalid", "reserved", |p| p[36] = 1);
@@ -108,8 +131,10 @@ fn extent_records() {
         spoilt("Invalid", says, |i| i.set_extent(4, name, value));
     };
     bad("record 4: its kind 0 is unknown", "kind", 0);
-    bad("record 4: its kind 8 is unknown", "kind", 8);
-    bad("record 4: its codec 1 is unknown", "codec", 1);
+    bad("record 4: its kind 10 is unknown", "kind", 10);
+    bad("record 4: its codec 2 is unknown", "codec", 2);
+    bad("head part 0 has an impossible stored length", "codec", 1);
+    bad("is not compressed, and has another checksum", "logical_checksum", 1);
     bad("in volume 1", "volume", 1);
     bad("impossible stored length", "logical_len", 0x2000);
     bad("impossible stored length", "logical_len", u64::MAX);
@@ -121,7 +146,7 @@ fn extent_records() {
     bad("the one before it ends", "offset", u64::MAX);
     bad("the one before it ends", "offset", u64::MAX - 4095);
     bad("the one before it ends", "offset", 4096);
-    for byte in [14, 15, 48, 63] {
+    for byte in [14, 15, 56, 63] {
         spoilt("Invalid", "record 4: its reserved bytes", |i| i.extents[4][byte] = 1);
     }
     // The last byte of the last record is reserved and zero: without it the table looks intact but for its length.
@@ -383,8 +408,8 @@ fn a_giant_extent_is_refused() {
 
     let (_dir, path) = temp();
     let mut image = Image::of(&small_file(4096));
-    let end = layout.extents_end();
-    image.extents = layout.extents().iter().map(ExtentRecord::to_bytes).collect();
+    let end = layout.ends()[0];
+    image.extents = records(layout.extents());
     image.tensors = content.tensors.iter().map(TensorRecord::to_bytes).collect();
     image.metadata = content.metadata.to_bytes();
     image.body.clear();

@@ -215,14 +215,19 @@ impl Client {
         }
     }
 
-    /// Asks what the hub says of a file.
+    /// Asks what the hub says of a file: by `HEAD`, or where a server knows only `GET`, by its first byte.
     pub(crate) fn head(&self, url: &str, question: Question<'_>) -> Result<Linked, HubError> {
         let mut attempts = self.attempts(url, question)?;
+        let (mut method, mut range) = ("HEAD", None);
         loop {
-            match self.ask("HEAD", url, question, None) {
+            match self.ask(method, url, question, range) {
                 Ok(reply) => {
-                    let length = number(&reply.headers, "content-length");
+                    let total = reply.headers.get("content-range").and_then(|v| content_range(v.to_str().ok()?)?.2);
+                    let length = total.or_else(|| number(&reply.headers, "content-length"));
                     return Ok(Linked { size: reply.linked.size.or(length), ..reply.linked });
+                }
+                Err(Trouble::Final(HubError::Absent { .. } | HubError::Protocol { .. })) if method == "HEAD" => {
+                    (method, range) = ("GET", Some((0, 1)));
                 }
                 Err(trouble) => attempts.failed(trouble)?,
             }
@@ -513,7 +518,7 @@ impl Linked {
 
 /// Whether two digests are of one kind: a server may state that of a Git LFS pointer instead of what it points to.
 fn comparable(a: &Digest, b: &Digest) -> bool {
-    a.kind() == b.kind()
+    std::mem::discriminant(a) == std::mem::discriminant(b)
 }
 
 /// A number between 0 and 1 that differs from thread to thread and from call to call: nothing but pauses depends on it.

@@ -21,8 +21,9 @@ use crate::select::{Form, form, gguf_files};
 use crate::snapshot::{RemoteFile, Snapshot};
 use crate::source::{HubSource, Remote};
 
-/// Files that are here at once: one that a last extent still needs, one that is being converted, and one that comes.
-pub(crate) const WINDOW: usize = 3;
+/// Files that are here at once: one that is being converted, and one that comes. A third waits until what both need of the first is
+/// done, which comes first.
+pub(crate) const WINDOW: usize = 2;
 /// The file of the folder beside the model file that says which commit it is of.
 const PIN: &str = ".sluice-download";
 /// The line is measured with at most so many bytes, over so long.
@@ -216,9 +217,10 @@ fn scratch(files: &[RemoteFile], uses: &[FileUse]) -> u64 {
     order.sort_by_key(|u| (u.first, u.last, u.file));
     let (mut here, mut most): (Vec<&FileUse>, u64) = (Vec::new(), 0);
     for next in order {
-        while here.len() >= WINDOW {
+        while here.iter().filter(|u| u.last < next.last).count() >= WINDOW {
             // The one that leaves first, if it leaves before the next one is needed.
-            let Some(at) = here.iter().position(|u| u.last < next.first) else { break };
+            let leaving = here.iter().enumerate().filter(|(_, u)| u.last < next.first);
+            let Some((at, _)) = leaving.min_by_key(|(_, u)| u.last) else { break };
             here.remove(at);
         }
         here.push(next);
@@ -239,7 +241,7 @@ mod tests {
         let uses = |spans: &[(usize, usize)]| -> Vec<FileUse> {
             spans.iter().enumerate().map(|(file, &(first, last))| FileUse { file, first, last }).collect()
         };
-        assert_eq!(scratch(&files, &uses(&[(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)])), 21);
+        assert_eq!(scratch(&files, &uses(&[(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)])), 16);
         assert_eq!(scratch(&files, &uses(&[(0, 9), (1, 9), (2, 9), (3, 9), (4, 9)])), 25);
         assert_eq!(scratch(&files, &uses(&[(0, 1), (1, 2)])), 12);
     }

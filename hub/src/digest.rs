@@ -9,8 +9,11 @@ use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY, SHA256};
 pub enum Digest {
     /// Of the bytes of a file that Git LFS or Xet keeps.
     Sha256([u8; 32]),
-    /// SHA-1 over `blob LENGTH\0` and the bytes: git's name of a file that it keeps itself.
+    /// SHA-1 over `blob LENGTH\0` and the bytes: git's name of a file that it keeps itself. Not every server that stands in for
+    /// the hub states it rightly.
     Git([u8; 20]),
+    /// None is stated.
+    Unstated,
 }
 
 impl Digest {
@@ -30,20 +33,32 @@ impl Digest {
         match self {
             Digest::Sha256(_) => "SHA-256",
             Digest::Git(_) => "git blob id",
+            Digest::Unstated => "digest",
         }
     }
 
-    /// Whether `bytes` are the content.
+    /// Whether `bytes` are the content, as far as it is stated.
     pub fn is_of(&self, bytes: &[u8]) -> bool {
+        self.is(&self.computed(bytes))
+    }
+
+    /// The digest of this kind that bytes have.
+    pub(crate) fn computed(&self, bytes: &[u8]) -> Vec<u8> {
         let mut hasher = Hasher::new(self, bytes.len() as u64);
         hasher.update(bytes);
-        hasher.matches(self)
+        hasher.finish()
+    }
+
+    /// Whether a computed digest is this one.
+    pub(crate) fn is(&self, computed: &[u8]) -> bool {
+        *self == Digest::Unstated || computed == self.bytes()
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
         match self {
             Digest::Sha256(bytes) => bytes,
             Digest::Git(bytes) => bytes,
+            Digest::Unstated => &[],
         }
     }
 }
@@ -73,7 +88,7 @@ impl Hasher {
     /// For a digest of the kind of `expected`, of a file of `len` bytes.
     pub(crate) fn new(expected: &Digest, len: u64) -> Self {
         match expected {
-            Digest::Sha256(_) => Hasher(Context::new(&SHA256)),
+            Digest::Sha256(_) | Digest::Unstated => Hasher(Context::new(&SHA256)),
             Digest::Git(_) => {
                 let mut context = Context::new(&SHA1_FOR_LEGACY_USE_ONLY);
                 context.update(format!("blob {len}\0").as_bytes());
@@ -86,9 +101,9 @@ impl Hasher {
         self.0.update(bytes);
     }
 
-    /// Whether the bytes so far have the digest.
-    pub(crate) fn matches(self, expected: &Digest) -> bool {
-        self.0.finish().as_ref() == expected.bytes()
+    /// The digest of the bytes so far.
+    pub(crate) fn finish(self) -> Vec<u8> {
+        self.0.finish().as_ref().to_vec()
     }
 }
 

@@ -12,7 +12,7 @@ use crate::client::{Client, lock};
 use crate::digest::Hasher;
 use crate::error::HubError;
 use crate::pieces::{PartialFile, piece, piece_count, refuse_strange, remove, remove_remains};
-use crate::snapshot::{RemoteFile, Snapshot};
+use crate::snapshot::{RemoteFile, Snapshot, is_settled};
 
 /// How often a file is downloaded before its digest is believed to be wrong.
 const ATTEMPTS: u32 = 3;
@@ -52,7 +52,8 @@ pub(crate) struct Target {
 pub(crate) struct Terms {
     /// Requests at the same time.
     pub(crate) connections: usize,
-    /// Files on the drive, or on their way, that have not been released. More only where the work could not go on otherwise.
+    /// Files on the drive, or on their way, that have not been released. Those that are needed to the end do not count, and more
+    /// come where the work could not go on otherwise.
     pub(crate) window: usize,
     /// Whether released files stay.
     pub(crate) keep: bool,
@@ -112,6 +113,8 @@ struct Active {
     hasher: Option<Hasher>,
     /// Downloads that had another digest.
     failed: u32,
+    /// That of the last one.
+    computed: Option<Vec<u8>>,
 }
 
 enum Task {
@@ -162,13 +165,14 @@ impl Downloads {
     /// A file is no longer needed: it is removed, unless released files stay, and makes room for the next.
     pub(crate) fn release(&self, target: usize) {
         let shared = &self.shared;
-        lock(&shared.table).entries[target] = Entry::Released;
         if !shared.terms.keep {
             // What cannot be removed is in nobody's way but the user's, who hears of it.
             if let Err(e) = remove(&shared.targets[target].path) {
                 shared.observer.note(&e.to_string());
             }
         }
+        // Last, and the file is closed with it: from here on, its space is free.
+        lock(&shared.table).entries[target] = Entry::Released;
         shared.changed.notify_all();
     }
 }
@@ -223,13 +227,12 @@ impl Shared {
         }
     }
 
-    /// Whether one more file may come: there is room, or none of those that are there can go before it has come.
+    /// Whether one more file may come: there are few that will be gone before it is, or none of them can go before it has come.
     fn may_begin(&self, table: &Table, target: usize) -> bool {
-        let here = self.order[..table.admitted].iter().filter(|&&i| !matches!(table.entries[i], Entry::Released));
-        let (count, leaving) = here.fold((0, false), |(count, leaving), &i| {
-            (count + 1, leaving || self.targets[i].last < self.targets[target].first)
-        });
-        count < self.terms.window || !leaving
+        let here = || self.order[..table.admitted].iter().filter(|&&i| !matches!(table.entries[i], Entry::Released));
+        let next = &self.targets[target];
+        let count = here().filter(|&&i| self.targets[i].last < next.last).count();
+        count < self.terms.window || !here().any(|&i| self.targets[i].last < next.first)
     }
 
     /// Finds out what is there of a file.
@@ -263,7 +266,7 @@ impl Shared {
 
     fn active(&self, remote: &RemoteFile, partial: Option<PartialFile>, file: Arc<File>, there: Vec<bool>) -> Active {
         let hasher = Some(Hasher::new(&remote.digest, remote.size));
-        Active { partial, file, taken: there.clone(), there, hashed: 0, hasher, failed: 0 }
+        Active { partial, file, taken: there.clone(), there, hashed: 0, hasher, failed: 0, computed: None }
     }
 
     /// Downloads a piece.
@@ -327,11 +330,23 @@ impl Shared {
     /// All pieces are there.
     fn finish(&self, target: usize, hasher: Hasher) -> Result<(), HubError> {
         let Target { remote, path, .. } = &self.targets[target];
-        let is_sound = hasher.matches(&remote.digest);
-        let written = match &lock(&self.table).entries[target] {
-            Entry::Active(active) => active.partial.as_ref().map(|_| Arc::clone(&active.file)),
-            _ => None,
+        let computed = hasher.finish();
+        let is_stated = remote.digest.is(&computed);
+        let (written, is_sound) = match &lock(&self.table).entries[target] {
+            Entry::Active(active) => {
+                let written = active.partial.as_ref().map(|_| Arc::clone(&active.file));
+                (written, is_stated || is_settled(&remote.digest, &computed, active.computed.as_ref()))
+            }
+            _ => return Ok(()),
         };
+        if is_sound && !is_stated {
+            self.observer.note(&format!(
+                "{}: it has not the {} that is stated, in two downloads that are alike: it is taken as \
+                 it is",
+                remote.path,
+                remote.digest.kind()
+            ));
+        }
         // Takes long, and others need the table.
         if let Some(file) = written.filter(|_| is_sound && self.terms.durable) {
             file.sync_data().map_err(HubError::io(path, "sync it"))?;
@@ -370,6 +385,7 @@ impl Shared {
             *active = Active {
                 partial: active.partial.take(),
                 failed,
+                computed: Some(computed),
                 ..self.active(remote, None, Arc::clone(&active.file), vec![false; active.there.len()])
             };
         } else {
@@ -423,11 +439,13 @@ mod tests {
 
     #[test]
     fn no_more_files_come_than_may_be_here_unless_the_work_would_stand_still() {
-        assert_eq!(begun(&[(0, 0), (1, 1), (2, 2), (3, 3)], 3), 3);
+        assert_eq!(begun(&[(0, 0), (1, 1), (2, 2), (3, 3)], 2), 2);
         assert_eq!(begun(&[(0, 1), (1, 2), (2, 3), (3, 4)], 2), 2);
         // One step needs all.
         assert_eq!(begun(&[(0, 9), (1, 9), (2, 9), (3, 9)], 2), 4);
         // The first leaves before the third is needed.
-        assert_eq!(begun(&[(0, 1), (1, 9), (2, 9), (3, 9)], 2), 2);
+        assert_eq!(begun(&[(0, 1), (1, 8), (2, 9), (3, 9)], 2), 2);
+        // The first stays to the end, and is in nobody's way.
+        assert_eq!(begun(&[(0, 9), (1, 1), (2, 2), (3, 3)], 2), 3);
     }
 }

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread;
 
 use ring::digest::{SHA256, digest};
@@ -47,8 +47,8 @@ struct Running {
     downloads: Downloads,
     /// Number of the download of each file that is needed.
     targets: Vec<Option<usize>>,
-    /// Files that are here.
-    open: Vec<OnceLock<Arc<File>>>,
+    /// Files that are here. What is released is closed: an open file would keep its space.
+    open: Vec<RwLock<Option<Arc<File>>>>,
 }
 
 /// The files of a repository that a conversion reads.
@@ -82,7 +82,7 @@ impl Remote {
             name: base_name(&file.path).to_owned(),
             path: name.join(&file.path),
             len: file.size,
-            stamp: stamp(file),
+            stamp: stamp(&snapshot, file),
         });
         let files = files.collect();
         let known = remote.iter().map(|_| Mutex::default()).collect();
@@ -175,12 +175,17 @@ impl Remote {
             return if self.begun.load(Ordering::Acquire) { Err(unexpected()) } else { self.peek(file, at, out) };
         };
         let target = running.targets[file].ok_or_else(unexpected)?;
-        let opened = match running.open[file].get() {
+        let known = running.open[file].read().unwrap_or_else(PoisonError::into_inner).clone();
+        let opened = match known {
             Some(opened) => opened,
             None => {
                 let here = running.downloads.wait(target)?;
-                self.compare(file, &here)?;
-                running.open[file].get_or_init(|| here)
+                let mut place = running.open[file].write().unwrap_or_else(PoisonError::into_inner);
+                if place.is_none() {
+                    self.compare(file, &here)?;
+                    *place = Some(Arc::clone(&here));
+                }
+                here
             }
         };
         let path = self.folder.join(&self.files[file].name);
@@ -210,16 +215,15 @@ impl Remote {
     }
 }
 
-/// What stands for the content of a file in journals.
-fn stamp(file: &RemoteFile) -> Stamp {
-    match &file.digest {
-        Digest::Sha256(sha256) => Stamp::of_content(file.size, sha256),
-        Digest::Git(id) => {
-            let mut sha256 = [0; 32];
-            sha256.copy_from_slice(digest(&SHA256, id).as_ref());
-            Stamp::of_content(file.size, &sha256)
-        }
+/// What stands for the content of a file in journals: its SHA-256, or else the place where it never changes.
+fn stamp(snapshot: &Snapshot, file: &RemoteFile) -> Stamp {
+    if let Digest::Sha256(sha256) = &file.digest {
+        return Stamp::of_content(file.size, sha256);
     }
+    let place = format!("{}\0{}\0{}\0{}", snapshot.repo, snapshot.commit, file.path, file.digest);
+    let mut sha256 = [0; 32];
+    sha256.copy_from_slice(digest(&SHA256, place.as_bytes()).as_ref());
+    Stamp::of_content(file.size, &sha256)
 }
 
 impl fmt::Debug for Remote {
@@ -299,13 +303,14 @@ impl Source for HubSource {
             downloads,
             remote.terms,
         );
-        let open = targets.iter().map(|_| OnceLock::new()).collect();
+        let open = targets.iter().map(|_| RwLock::default()).collect();
         let _ = remote.running.set(Running { downloads, targets, open });
     }
 
     fn release(&self, file: usize) {
         let Some(running) = self.0.running.get() else { return };
         if let Some(target) = running.targets[file] {
+            *running.open[file].write().unwrap_or_else(PoisonError::into_inner) = None;
             running.downloads.release(target);
         }
     }

@@ -47,7 +47,7 @@ fn strange_answers_are_errors() {
         (vec![json("{\"sha\":\"main\"}")], "names no commit"),
         (vec![json("{\"sha\":\"../../../etc/../../../../../../../../../../../\"}")], "names no commit"),
         (tree("{}"), "not understood"),
-        (tree("[{\"type\":\"file\",\"path\":\"x\",\"oid\":\"zz\",\"size\":1}]"), "no digest"),
+        (tree("[{\"type\":\"file\",\"path\":\"x\",\"lfs\":{\"oid\":\"zz\",\"size\":1}}]"), "no digest"),
         (tree("[{\"type\":\"file\",\"path\":\"x\",\"oid\":\"\",\"size\":-1}]"), "not understood"),
         (vec![answer("302 Found", "Location: /round\r\n", b"")], "another address"),
         (vec![answer("302 Found", "Location: ftp://x\r\n", b"")], "no address"),

@@ -50,15 +50,15 @@ mod x86;
 pub use activations::{Activations, Precision};
 pub use attention::{KEY_BLOCK, KeyBlock, QueryTile, Scores, key_blocks};
 pub use elementwise::{Activation, RopePairing, rms_norm, rope, softmax};
-pub use grouped::{pack_row_group_grouped, pack_row_group_nibbles};
+pub use grouped::{IQ4NL, pack_row_group_grouped, pack_row_group_nibbles};
 pub use isa::{IsaError, Kernels};
 pub use kv::{KvBuffer, KvRows, KvType, UnknownKvType};
 pub use math::{exp, sigmoid, silu};
 pub use matrix::{BLOCK, FP8_BLOCK, Matrix, ROW_GROUP, ShapeError, Watch, WeightType, packed_len, row_group_len};
 pub use number::{E2M1, bf16_to_f32, e4m3_to_f32, e8m0_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use pack::{
-    pack_row_group, pack_row_group_fp8, pack_row_group_int4, pack_row_group_mxfp4, pack_row_group_u16, unpack,
-    unpack_row,
+    pack_row_group, pack_row_group_fp8, pack_row_group_int4, pack_row_group_mxfp4, pack_row_group_q8,
+    pack_row_group_u16, unpack, unpack_row,
 };
 pub use quant::{Feedback, FeedbackScratch, Moments, Quantised, pack_row_group_weighted};
 pub use threads::ThreadPool;

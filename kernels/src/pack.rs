@@ -119,6 +119,28 @@ pub fn pack_row_group_fp8(codes: &[u8], n_rows: usize, cols: usize, scales: &[f3
     interleave(codes, cols, values, |code| code);
 }
 
+/// Packs one row group of integers of 8 bits, unchanged. `codes` is row-major `[n_rows, cols]`, two's complement; `scales_f16`
+/// is `[n_rows, ceil(cols / 32)]`, the bytes of f16 numbers.
+///
+/// # Panics
+/// For more than 8 rows, or lengths that do not fit the shape.
+pub fn pack_row_group_q8(codes: &[u8], n_rows: usize, cols: usize, scales_f16: &[u8], out: &mut [u8]) {
+    let blocks = cols.div_ceil(BLOCK);
+    assert_eq!(scales_f16.len(), 2 * n_rows * blocks, "one scale per row and {BLOCK} columns");
+    let (scales, values) = planes(WeightType::Q8, n_rows, cols, codes.len(), out);
+    for r in 0..n_rows {
+        let row = &codes[r * cols..][..cols];
+        for (g, scale) in scales_f16.as_chunks::<2>().0[r * blocks..][..blocks].iter().enumerate() {
+            scales[(g * ROW_GROUP + r) * 2..][..2].copy_from_slice(scale);
+        }
+        for (g, block) in row.chunks(BLOCK).enumerate() {
+            for (q, four) in block.chunks(4).enumerate() {
+                values[g * 256 + q * 32 + r * 4..][..four.len()].copy_from_slice(four);
+            }
+        }
+    }
+}
+
 /// Packs one row group of 4-bit integers. `nibbles` is row-major `[n_rows, cols]`, one `value + 8` in 0..16 per byte;
 /// `scales_bf16` is `[n_rows, ceil(cols / 32)]`, the bits of bf16 numbers.
 ///

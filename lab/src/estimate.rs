@@ -103,8 +103,10 @@ pub struct Needs {
     pub experts: usize,
     /// Experts that one token uses, over all layers.
     pub experts_per_token: usize,
-    /// Bytes of those.
+    /// Bytes of those in memory.
     pub token_cycle_bytes: u64,
+    /// Bytes of those on the drive: fewer if they are compressed.
+    pub token_cycle_stored: u64,
 }
 
 /// Which of the two sets the pace.
@@ -155,21 +157,25 @@ impl Needs {
         let least = MemoryPlan::of_extents(spec, extents, Some(0), demand, u64::MAX / 2);
         let best = MemoryPlan::of_extents(spec, extents, None, demand, u64::MAX / 2);
         let bytes_of = |wanted: &dyn Fn(ExtentKind) -> bool| -> u64 {
-            extents.iter().filter(|e| wanted(e.kind)).map(|e| e.stored_len).sum()
+            extents.iter().filter(|e| wanted(e.kind)).map(|e| e.padded_len).sum()
         };
         let experts = || extents.iter().filter(|e| e.kind == ExtentKind::Expert);
         let top_k =
             |layer: u32| spec.layers.get(layer as usize).and_then(|l| l.ffn.moe.as_ref()).map_or(0, |m| m.top_k);
+        // The experts of a layer are equally long in memory; in the file, compressed, nearly.
+        let cycle = |len: &dyn Fn(&ExtentRecord) -> u64| -> u64 {
+            experts().filter(|e| e.index == 0).map(|e| len(e) * top_k(e.layer) as u64).sum()
+        };
         Needs {
             least_memory: least.map_or_else(|e| e.least, |plan| plan.effective),
             best_memory: best.as_ref().map_or(0, |plan| plan.effective),
             dense_bytes: bytes_of(&|kind| !matches!(kind, ExtentKind::Expert | ExtentKind::Embedding)),
             kv_cache_bytes: Sequence::touched(spec, context, kv_type),
-            expert_bytes: experts().map(|e| e.stored_len).max().unwrap_or(0),
+            expert_bytes: experts().map(|e| e.padded_len).max().unwrap_or(0),
             experts: experts().count(),
             experts_per_token: spec.routed_per_token(),
-            // The experts of a layer are equally long.
-            token_cycle_bytes: experts().filter(|e| e.index == 0).map(|e| e.stored_len * top_k(e.layer) as u64).sum(),
+            token_cycle_bytes: cycle(&|e| e.padded_len),
+            token_cycle_stored: cycle(&|e| e.stored_len),
         }
     }
 }
@@ -226,7 +232,8 @@ impl Speed {
         let moe = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).max_by_key(|m| m.experts);
         let curve = moe.filter(|_| cached < 1.0).map(|m| Curve::nearest(m.top_k, m.experts));
         let hit_rate = curve.map_or(1.0, |c| c.hit_rate(cached));
-        let missed = |hit_rate: f64| (needs.token_cycle_bytes as f64 * (1.0 - hit_rate.clamp(0.0, 1.0))).round() as u64;
+        let missed =
+            |hit_rate: f64| (needs.token_cycle_stored as f64 * (1.0 - hit_rate.clamp(0.0, 1.0))).round() as u64;
         let touched_bytes = needs.dense_bytes + needs.token_cycle_bytes + needs.kv_cache_bytes;
         let drive_seconds = |hit_rate| (missed(hit_rate) + memory.dense_streamed) as f64 / machine.ssd as f64;
         let memory_seconds = touched_bytes as f64 / machine.memory_bandwidth as f64;

@@ -92,14 +92,11 @@ impl Codes {
             Codes::Uint(bits) => 4 * bits as usize,
             Codes::E2m1 | Codes::Iq4nl => 16,
             Codes::E4m3 => 32,
-            grid => {
-                let (fields, mut sum, mut i) = (grid.fields(), 0, 0);
-                while i < fields.len() {
-                    sum += fields[i];
-                    i += 1;
-                }
-                sum
-            }
+            Codes::Iq3s => 13,
+            Codes::Iq3xxs => 12,
+            Codes::Iq2s => 9,
+            Codes::Iq2xs | Codes::Iq2xxs => 8,
+            Codes::Iq1s | Codes::Iq1m => 6,
         }
     }
 
@@ -481,4 +478,16 @@ impl Grouped {
 
 fn number<T: PartialEq>(all: &[T], one: &T) -> u16 {
     all.iter().position(|t| t == one).expect("only what is listed can be made") as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_make_up_a_record() {
+        for codes in Codes::ALL {
+            assert!(!codes.is_grid() || codes.fields().iter().sum::<usize>() == codes.block_len(), "{codes:?}");
+        }
+    }
 }

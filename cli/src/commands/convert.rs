@@ -1,4 +1,4 @@
-//! `sluice convert`: a Hugging Face checkpoint, in a folder or on the hub, becomes one model file.
+//! `sluice convert`: a Hugging Face checkpoint, in a folder or on the hub, or a GGUF file becomes one model file.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -24,6 +24,7 @@ use sluice_text::TextError;
 use crate::error::CliError;
 use crate::fetch::{Fetched, confirm, reference};
 use crate::input::read_text;
+use crate::size::parse_size;
 use crate::terminal::{byte_bar, note, print, print_json, seconds};
 use crate::text_files::{examine, other_tokenizers};
 
@@ -38,8 +39,8 @@ matrix decides how its weights are rounded. This takes room beside the model fil
 
 Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
 
-hf:NAME converts straight from the Hugging Face hub: what that takes is said before the first gigabyte, and no more than three \
-files of the model are on the drive at once.
+hf:NAME converts straight from the Hugging Face hub: what that takes is said before the first gigabyte, and no more than a \
+few files of the model are on the drive at once.
 
 Examples:
   sluice convert DeepSeek-R1/ r1.sluice
@@ -48,15 +49,16 @@ Examples:
   sluice convert hf:Qwen/Qwen3-30B-A3B --type q4
   sluice convert hf:unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M qwen3.sluice
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8
+  sluice convert my-moe-bf16/ my-moe.sluice --compress --split-size 50GB
   sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --importance-text mine.txt
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8 --recipe my-moe.recipe
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
 
-/// Convert a Hugging Face checkpoint (a folder with config.json and safetensors) into a model file
+/// Convert a Hugging Face checkpoint (a folder with config.json and safetensors) or a GGUF file into a model file
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder of the checkpoint, or hf:OWNER/NAME for one on the hub; @REVISION and, for GGUF, :QUANT or :FILE may follow
+    /// Folder of the checkpoint, GGUF file (of several parts any), or hf:OWNER/NAME for one on the hub; @REVISION and, for GGUF, :QUANT or :FILE may follow
     src: PathBuf,
 
     /// Model file to write [default, from the hub: one in the folder of models, which `run` finds by the name]
@@ -94,6 +96,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "BYTES", default_value = "4096", value_parser = page_size_parser())]
     page_size: u32,
 
+    /// Compress the weights where that saves at least 8 %, without loss: bf16 by a third, f16 and fp8 by a sixth
+    #[arg(long)]
+    compress: bool,
+
+    /// Most bytes of one file, such as 50GB: a larger model becomes NAME-00001-of-00014.sluice and so on
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    split_size: Option<u64>,
+
     /// Replace the model file if it exists, once the new one is complete; what is no model file is never replaced
     #[arg(long)]
     overwrite: bool,
@@ -128,6 +138,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         page_size: args.page_size,
         importance: args.importance.clone(),
         measured: None,
+        compress: args.compress,
+        split_size: args.split_size,
         overwrite: args.overwrite,
     };
     if let Some(reference) = reference(&args.src)? {
@@ -149,7 +161,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         planned(&options, text.as_deref(), &args.src, |options| Ok(((), plan(&args.src, options)?)))?;
     check(args, dst, &plan)?;
     if args.dry_run {
-        return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan)) };
+        return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan, args.compress)) };
     }
     let bar = Bar(byte_bar("converting", 0));
     let measure = measurement.as_mut().map(|measurement| measurement as &mut dyn Measure);
@@ -193,7 +205,7 @@ fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(),
     }
     let facts = format!("{reference}: {}", fetched.facts(&plan, &dst)?);
     if args.dry_run {
-        return print(&format!("{facts}{}", describe_plan(&plan)));
+        return print(&format!("{facts}{}", describe_plan(&plan, args.compress)));
     }
     note(&facts.trim_end());
     let (summary, kept) = carry_out(&fetched, &plan, &dst, measurement.as_mut())?;
@@ -456,9 +468,16 @@ fn describe(dst: &Path, s: &Summary, elapsed: f64) -> String {
         0 => String::new(),
         n => format!(", {n} extents kept from an earlier run"),
     };
+    let name = match &s.files[..] {
+        [first, .., last] => format!("{} to {}", first.display(), last.display()),
+        _ => dst.display().to_string(),
+    };
+    let compressed = match 100.0 * s.stored_bytes as f64 / s.extent_bytes.max(1) as f64 {
+        part if s.stored_bytes < s.extent_bytes => format!(", compressed to {part:.1} %"),
+        _ => String::new(),
+    };
     let head = format!(
-        "{}: {}, {}; read {}, wrote {} in {}{resumed}\n",
-        dst.display(),
+        "{name}: {}, {}; read {}, wrote {} in {}{compressed}{resumed}\n",
         s.family,
         Bytes(s.file_bytes),
         Bytes(s.bytes_read),
@@ -477,11 +496,12 @@ fn describe(dst: &Path, s: &Summary, elapsed: f64) -> String {
     head + &facts.describe()
 }
 
-fn describe_plan(plan: &Plan) -> String {
+fn describe_plan(plan: &Plan, compress: bool) -> String {
     let head = format!(
-        "would read {} and write {} of {}; nothing was written\n",
+        "would read {} and write {}{} of {}; nothing was written\n",
         Bytes(plan.source_bytes()),
         Bytes(plan.file_bytes()),
+        if compress { ", less what compression saves," } else { "" },
         plan.spec().family,
     );
     let facts = Facts {

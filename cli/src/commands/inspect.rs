@@ -60,7 +60,14 @@ struct Report {
     state_id: String,
     format_version: u32,
     page_size: u32,
+    /// The files, if there are several.
+    volumes: Vec<String>,
+    /// Of all of them.
     file_bytes: u64,
+    compressed_extents: usize,
+    /// Of all extents, as they are in the files, and as they would be without compression.
+    stored_bytes: u64,
+    bytes_before_compression: u64,
     layers: usize,
     moe_layers: usize,
     hidden_size: usize,
@@ -107,6 +114,9 @@ struct Kind {
 struct Extent {
     name: String,
     kind: &'static str,
+    /// The file that it lies in, counted from 0.
+    volume: u16,
+    codec: &'static str,
     offset: u64,
     stored_bytes: u64,
     logical_bytes: u64,
@@ -134,9 +144,13 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         family: spec.family.clone(),
         model_id: superblock.model_id.to_string(),
         state_id: file.state_id().to_string(),
-        format_version: sluice_format::FORMAT_VERSION,
+        format_version: superblock.version,
         page_size: superblock.page_size,
-        file_bytes: superblock.file_len,
+        volumes: file.volumes().iter().map(|volume| volume.path().display().to_string()).collect(),
+        file_bytes: file.file_bytes(),
+        compressed_extents: file.compressed_extents(),
+        bytes_before_compression: file.extents().iter().map(|e| e.padded_len).sum(),
+        stored_bytes: file.extent_bytes(),
         layers: spec.layers.len(),
         moe_layers: moe.len(),
         hidden_size: spec.hidden_size,
@@ -149,7 +163,7 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
             .extents()
             .iter()
             .filter(|e| e.kind == ExtentKind::Expert)
-            .map(|e| e.stored_len)
+            .map(|e| e.padded_len)
             .max()
             .unwrap_or(0),
         experts_per_token: spec.routed_per_token(),
@@ -187,6 +201,8 @@ fn extents(file: &ModelFile) -> Vec<Extent> {
     let one = |e: &sluice_format::ExtentRecord| Extent {
         name: e.name(),
         kind: e.kind.name(),
+        volume: e.volume,
+        codec: e.codec.name(),
         offset: e.offset,
         stored_bytes: e.stored_len,
         logical_bytes: e.logical_len,
@@ -209,7 +225,16 @@ fn describe(r: &Report) -> String {
     let mut line = |name: &str, value: String| {
         let _ = writeln!(out, "{name:<13} {value}");
     };
-    line("file", format!("{}, {} in pages of {} bytes", r.file, Bytes(r.file_bytes), r.page_size));
+    let volumes = if r.volumes.len() > 1 { format!(" in {} volumes", r.volumes.len()) } else { String::new() };
+    let (size, version) = (Bytes(r.file_bytes), r.format_version);
+    line("file", format!("{}, {size}{volumes} in pages of {} bytes, format version {version}", r.file, r.page_size));
+    if r.compressed_extents > 0 {
+        let part = 100.0 * r.stored_bytes as f64 / r.bytes_before_compression.max(1) as f64;
+        line(
+            "compression",
+            format!("{} extents; all take {part:.1} % of what they would without", r.compressed_extents),
+        );
+    }
     line("model", format!("{}, id {}", r.family, r.model_id));
     line(
         "layers",

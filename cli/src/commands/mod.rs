@@ -22,4 +22,5 @@ pub(crate) mod set;
 pub(crate) mod synth;
 pub(crate) mod tokenize;
 pub(crate) mod trace;
+pub(crate) mod upgrade;
 pub(crate) mod verify;

@@ -127,7 +127,7 @@ fn examine(args: &Args, report: &mut Report) -> Result<(), CliError> {
     // Before the file is read: it may not say enough to compare.
     let comparison = args.source.as_deref().map(|folder| Comparison::new(&file, folder)).transpose()?;
     report.extents = file.extents().len();
-    report.bytes = file.superblock().file_len;
+    report.bytes = file.file_bytes();
     report.damaged = damage(&file);
     report.intact = report.damaged.is_empty();
     if let (Some(comparison), Some(folder)) = (comparison, &args.source) {
@@ -159,6 +159,9 @@ impl From<FormatError> for Damage {
         match error {
             FormatError::ExtentChecksum { extent, offset, .. } => {
                 Damage { extent, offset, problem: "its checksum does not match".into() }
+            }
+            FormatError::ExtentCode { extent, offset, problem, .. } => {
+                Damage { extent, offset, problem: format!("it cannot be decompressed: {problem}") }
             }
             FormatError::ExtentRead { extent, offset, source, .. } => {
                 Damage { extent, offset, problem: format!("it cannot be read: {source}") }

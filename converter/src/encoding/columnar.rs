@@ -8,8 +8,8 @@ use sluice_weights::{Codes, ScaleType, Zero};
 
 use super::carry::{Carrier, CodeRows};
 use super::checks::{check_dtype, check_shape, dtype_error, shape_error};
-use super::lines::{Lines, of_rows, pick, pieces};
 use super::grouped::{scale_values, unpack_codes, wide_scale};
+use super::lines::{Lines, of_rows, pick, pieces};
 use super::{Decoder, Encoding, Groups, Reader, Rows, Selection};
 use crate::error::ConvertError;
 use crate::plan::form::Parts;
@@ -254,7 +254,8 @@ impl ColumnarDecoder<'_> {
                 let words = (end - first) / 8;
                 for (i, output) in lines.numbers().enumerate() {
                     let (word, shift) = ((output - first) / 8, 4 * AWQ_PLACE[output % 8]);
-                    let of_output = bytes.chunks_exact(4 * words).map(|row| row[word * 4 + shift / 8] >> (shift % 8) & 15);
+                    let of_output =
+                        bytes.chunks_exact(4 * words).map(|row| row[word * 4 + shift / 8] >> (shift % 8) & 15);
                     out[i * inputs..][..inputs].iter_mut().zip(of_output).for_each(|(out, code)| *out = code);
                 }
             }

@@ -307,12 +307,7 @@ impl GroupedDecoder<'_> {
     }
 
     /// Rows with their scales, repeated where the type has smaller groups, and whether all values are numbers.
-    fn code_rows(
-        &self,
-        rows: Rows,
-        repeat: usize,
-        reader: &mut Reader<'_>,
-    ) -> Result<(CodeRows, bool), ConvertError> {
+    fn code_rows(&self, rows: Rows, repeat: usize, reader: &mut Reader<'_>) -> Result<(CodeRows, bool), ConvertError> {
         let g = self.layout;
         // Of whole bytes, so that rows are.
         let nibbles = g.code.bits() == 4 && g.own_type().is_none() && rows.cols.is_multiple_of(2);

@@ -192,7 +192,7 @@ pub(crate) fn resolve(
         Form::Ggml => {
             check_shape(checkpoint, tensor, shape)?;
             let Dtype::Ggml(ty) = *dtype else { return Err(dtype_error(checkpoint, tensor, FLOATS)) };
-            Arc::new(ggml::resolve(checkpoint, tensor, shape, ty)?)
+            Arc::new(ggml::resolve(checkpoint, shape, parts, ty)?)
         }
         Form::Fp8 => {
             let encoding = fp8::resolve(checkpoint, scheme.fp8_block, shape, parts.tensors[1])?;

@@ -31,6 +31,8 @@ pub(crate) fn read(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
         value_head_dim: size("linear_value_head_dim", 128)?,
         conv_width: size("linear_conv_kernel_dim", 4)?,
         norm_eps: decoder.norm_eps,
+        // No release says so: it describes GGUF files.
+        value_heads_tiled: config.bool_or("linear_value_heads_tiled", false)?,
     })
 }
 

@@ -39,6 +39,9 @@ pub(super) fn names(checkpoint: &Checkpoint, family: &dyn Family, spec: &ModelSp
     if !names.zero_centred {
         return Ok(names);
     }
+    if checkpoint.whole_norms {
+        return Ok(Names { zero_centred: false, ..names });
+    }
     let refuse =
         |problem: &str| Err(ConvertError::Mixture { path: checkpoint.dir.clone(), problem: problem.to_owned() });
     let conv_last = match convolutions(checkpoint, names, spec) {

@@ -1,6 +1,6 @@
 //! Which tensors of a checkpoint together hold one tensor of the model, in every form that checkpoints are published in.
 
-use crate::source::{Checkpoint, Dtype};
+use crate::source::{Checkpoint, Dtype, GgmlType};
 
 /// A way to store a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +29,7 @@ pub(crate) enum Form {
     Columnar,
     /// HQQ: bytes of codes, scales and zeros; then what it saves of its settings, which shapes say too.
     Hqq,
-    /// GGUF: blocks, whole rows of them.
+    /// GGUF: blocks, whole rows of them; for NVFP4 there may be one number beside them, or one per matrix, to multiply by.
     Ggml,
 }
 
@@ -123,7 +123,13 @@ fn found(checkpoint: &Checkpoint, name: &str, stem: &str, tensor: usize) -> Part
             parts.tensors.extend(checkpoint.find(&format!("{stem}.biases")));
             parts
         }
-        Dtype::Ggml(_) => parts(checkpoint, Form::Ggml, tensor, &[]),
+        Dtype::Ggml(ty) => {
+            let mut parts = parts(checkpoint, Form::Ggml, tensor, &[]);
+            if *ty == GgmlType::NVFP4 {
+                parts.tensors.extend(checkpoint.find(&format!("{stem}.scale")));
+            }
+            parts
+        }
         _ => parts(checkpoint, Form::Single, tensor, &[]),
     }
 }

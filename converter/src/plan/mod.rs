@@ -15,8 +15,8 @@ use std::path::Path;
 use serde::Serialize;
 use sluice_checksum::Xxh3;
 use sluice_format::{
-    ExtentKind, ExtentRecord, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB, SOURCE_CONFIG_BLOB,
-    SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TensorRecord, WeightType,
+    ExtentKind, ExtentRecord, FORMAT_VERSION, FileLayout, Importance, Layout, Metadata, ModelSpec, PROVENANCE_BLOB,
+    SOURCE_CONFIG_BLOB, SOURCE_DIGESTS_BLOB, SPEC_BLOB, TEXT_FILES, TensorRecord, WeightType,
 };
 
 use crate::encoding::Selection;
@@ -189,6 +189,10 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
         blobs,
         hash: 0,
     };
+    if let Some(most) = options.split_size {
+        let tail = plan.tail_bytes().next_multiple_of(u64::from(options.page_size));
+        plan.layout = plan.layout.split(most, tail)?;
+    }
     plan.hash = plan.digest();
     Ok(plan)
 }
@@ -201,20 +205,26 @@ impl Plan {
 
     /// Bytes of all extents.
     pub fn extent_bytes(&self) -> u64 {
-        self.layout.extents_end() - u64::from(self.layout.page_size())
+        self.layout.extent_bytes()
     }
 
-    /// Length of the finished file, a few KiB too much at most.
+    /// Length of the finished file, or of all volumes together, a few KiB too much at most; before compression.
     pub fn file_bytes(&self) -> u64 {
+        let volumes = self.layout.ends().len() as u64;
+        self.layout.ends().iter().sum::<u64>()
+            + self.tail_bytes()
+            + (volumes - 1) * self.layout.table_bytes(self.records.len())
+    }
+
+    /// Bytes of tables and metadata, a few KiB too much at most.
+    fn tail_bytes(&self) -> u64 {
         let page = u64::from(self.layout.page_size());
         let blobs: u64 = self.blobs.iter().map(|(_, b)| b.len() as u64).sum();
         let provenance = PROVENANCE_ROOM + FILE_ROOM * self.checkpoint.files().len() as u64;
         let digests = (self.checkpoint.parts.len() * size_of::<u128>()) as u64;
         let metadata = blobs + self.spec.to_json().len() as u64 + provenance + digests;
-        let extents = (self.layout.extents().len() * sluice_format::EXTENT_RECORD_LEN) as u64;
-        let tensors = (self.records.len() * sluice_format::TENSOR_RECORD_LEN) as u64;
-        let tables: u64 = [metadata, extents, tensors].iter().map(|n| n.next_multiple_of(page)).sum();
-        self.layout.extents_end() + tables
+        // A frame of what cannot be compressed is longer by less than a page for a megabyte.
+        metadata.next_multiple_of(page) + metadata / 256 + page + self.layout.table_bytes(self.records.len())
     }
 
     /// The extents of the file; their checksums are 0.
@@ -311,6 +321,8 @@ impl Plan {
         if let Some(recipe) = &self.options.recipe {
             recipe.lines().iter().for_each(|line| add(line.as_bytes()));
         }
+        add(&[u8::from(self.options.compress)]);
+        add(&self.options.split_size.unwrap_or(u64::MAX).to_le_bytes());
         add(&self.importance.as_ref().map_or(0, Importance::digest).to_le_bytes());
         if let (Some(_), Some(measured)) = (&self.reading, self.options.measured) {
             add(&measured.to_le_bytes());
@@ -335,7 +347,7 @@ impl Plan {
         // What it says of the weights, such as their quantisation, is not all in what follows. The other files are only carried.
         add(self.side_file(SOURCE_CONFIG_BLOB).unwrap_or_default());
         add(&self.spec.to_json());
-        self.layout.extents().iter().for_each(|e| add(&e.to_bytes()));
+        self.layout.extents().iter().for_each(|e| add(&e.to_bytes(FORMAT_VERSION)));
         self.records.iter().for_each(|r| add(&r.to_bytes()));
         // What is read for each tensor: the same files can be understood in another way, by another configuration or version.
         for source in self.extents.iter().flatten().flat_map(|tensor| &tensor.sources) {

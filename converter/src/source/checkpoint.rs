@@ -62,6 +62,8 @@ pub(crate) struct Checkpoint {
     pub(crate) notes: Vec<String>,
     /// What may explain that a tensor is not found.
     pub(crate) hint: Option<String>,
+    /// Whether norms hold what is multiplied with in every family, also in those whose releases store one less.
+    pub(crate) whole_norms: bool,
     by_name: HashMap<String, usize>,
 }
 
@@ -79,6 +81,7 @@ impl Checkpoint {
             has_zero_points: false,
             notes: Vec::new(),
             hint: None,
+            whole_norms: false,
         }
     }
 

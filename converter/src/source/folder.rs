@@ -43,6 +43,16 @@ impl Folder {
         Ok(folder)
     }
 
+    /// Opens these files; `path` is what the user has named.
+    pub(super) fn of_files(path: &Path, files: &[PathBuf]) -> Result<Self, ConvertError> {
+        let mut folder = Folder { dir: path.to_owned(), files: Vec::new(), open: Vec::new() };
+        for file in files {
+            let name = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy();
+            folder.add(&name, file)?;
+        }
+        Ok(folder)
+    }
+
     /// Opens one more file.
     fn add(&mut self, name: &str, path: &Path) -> Result<(), ConvertError> {
         let (file, stamp, len) = open_file(path)?;

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`Source`] | where the bytes come from: files and texts, whatever holds them |
 //! | `folder` | a folder of safetensors files, as the hub has them |
+//! | `gguf` | GGUF files, as llama.cpp has them |
 //! | `checkpoint` | the table of tensors over a source |
 //! | `header`, `locate` | safetensors: headers of files, and which files belong together |
 //! | `stamp` | what tells that a file is not the one that was read before |
@@ -16,6 +17,7 @@ mod checkpoint;
 mod dtype;
 mod folder;
 mod ggml_type;
+mod gguf;
 pub(crate) mod header;
 mod locate;
 pub(crate) mod recognise;
@@ -127,8 +129,11 @@ pub trait Source: fmt::Debug + Send + Sync {
     }
 }
 
-/// Opens what `path` names: a folder of safetensors files.
+/// Opens what `path` names: a folder of safetensors files, or a GGUF file.
 pub(crate) fn open(path: &Path) -> Result<Checkpoint, ConvertError> {
+    if recognise::is_gguf(path) {
+        return gguf::open(path);
+    }
     if !path.is_dir() {
         return Err(recognise::no_folder(path));
     }
@@ -137,6 +142,13 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint, ConvertError> {
 
 /// Opens a source by what its first file begins with.
 pub(crate) fn open_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertError> {
+    if source.files().first().is_some_and(|first| first.len >= gguf::MAGIC.len() as u64) {
+        let mut head = [0; gguf::MAGIC.len()];
+        source.read_at(0, 0, &mut head)?;
+        if head == *gguf::MAGIC {
+            return gguf::of_source(source);
+        }
+    }
     let files: BTreeSet<String> = source.files().iter().map(|f| f.name.clone()).collect();
     let located = locate::of_files(&source.text_path(INDEX), source.text_file(INDEX)?, &files)?;
     Checkpoint::of_safetensors(source, located)

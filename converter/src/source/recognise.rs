@@ -58,8 +58,8 @@ impl Foreign {
                 "Run `git lfs pull` in its folder, or download the model with `hf download`",
             ),
             Foreign::Gguf => (
-                "a GGUF file, as llama.cpp has them, which is not read",
-                "Take the original checkpoint: a folder with `config.json` and safetensors files",
+                "a GGUF file, as llama.cpp has them",
+                "Convert it, with `sluice convert`, and name the file that this makes",
             ),
             Foreign::ModelFile => (
                 "a model file of this program already",
@@ -76,6 +76,11 @@ impl Foreign {
         };
         ConvertError::Foreign { path: path.to_owned(), what, advice }
     }
+}
+
+/// Whether the file at `path` is a GGUF file by its first bytes.
+pub(crate) fn is_gguf(path: &Path) -> bool {
+    path.is_file() && Foreign::of_file(path) == Some(Foreign::Gguf)
 }
 
 fn head(path: &Path) -> Option<Vec<u8>> {
@@ -218,9 +223,7 @@ pub(crate) fn no_weights(dir: &Path, names: &[String]) -> String {
 }
 
 fn gguf_folder() -> String {
-    "it holds GGUF files, as llama.cpp has them, which are not read. Take the original checkpoint, with `config.json` and \
-     safetensors files"
-        .to_owned()
+    "it holds GGUF files, as llama.cpp has them. Name one of them: of a model in several parts, any".to_owned()
 }
 
 /// What is left of downloads that have not ended, by `hf download` or other programs, as the end of a sentence.

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use sluice_format::{
-    ANY_INDEX, EXTENT_RECORD_LEN, ExtentKind, ExtentRecord, FileLayout, FormatError, ModelSpec, NO_LAYER,
-    PlannedExtent, TENSOR_RECORD_LEN, TensorRecord, TensorShape, WeightType, pack_tensors,
+    ANY_INDEX, ExtentKind, ExtentRecord, FileLayout, FormatError, ModelSpec, NO_LAYER, PlannedExtent, TensorRecord,
+    TensorShape, WeightType, pack_tensors,
 };
 
 use super::values::TYPES;
@@ -111,16 +111,13 @@ impl Layout {
 
     /// Bytes of all extents.
     pub fn extent_bytes(&self) -> u64 {
-        self.file.extents_end() - u64::from(self.file.page_size())
+        self.file.extent_bytes()
     }
 
     /// Length of the file with `metadata_bytes` of metadata.
     pub fn file_bytes(&self, metadata_bytes: usize) -> u64 {
-        let extents = self.extents().len() * EXTENT_RECORD_LEN;
-        let tensors = self.records.len() * TENSOR_RECORD_LEN;
-        let page = self.file.page_size() as usize;
-        let tables: usize = [extents, tensors, metadata_bytes].iter().map(|n| n.max(&1).next_multiple_of(page)).sum();
-        self.file.extents_end() + tables as u64
+        let metadata = metadata_bytes.next_multiple_of(self.file.page_size() as usize) as u64;
+        self.file.ends().iter().sum::<u64>() + self.file.table_bytes(self.records.len()) + metadata
     }
 }
 

@@ -26,7 +26,7 @@ pub fn expert_noise(file: &ModelFile) -> Result<Vec<u8>, ConvertError> {
     let Some((first, moe)) = routed.next() else {
         return refuse("this model has no experts that a drive could bring".into());
     };
-    let stored_len = |layer| file.extent(ExtentKind::Expert, layer, 0).map(|extent| extent.stored_len);
+    let stored_len = |layer| file.extent(ExtentKind::Expert, layer, 0).map(|extent| extent.padded_len);
     for (layer, _) in routed {
         if stored_len(layer) != stored_len(first) || !tensors(file, layer).eq(tensors(file, first)) {
             return refuse(format!(

@@ -1,7 +1,7 @@
 //! Writing the file: extents over the threads of the current rayon pool, then tables and superblock.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -11,7 +11,7 @@ use serde_json::json;
 use sluice_checksum::Xxh3;
 use sluice_format::{
     ExtentKind, ExtentRecord, FileWriter, Layout as Arrangement, Metadata, PROVENANCE_BLOB, ROW_GROUP,
-    SOURCE_CONFIG_BLOB, SPEC_BLOB, TensorRecord, WeightType,
+    SOURCE_CONFIG_BLOB, SPEC_BLOB, TensorRecord, WeightType, Written,
 };
 
 use super::geometry::Geometry;
@@ -108,11 +108,11 @@ pub fn synth(
     let lock = claim(&path, &with_suffix(dst, ".partial.journal"), &mut notes)?;
     refuse_existing(dst, options.overwrite, None)?;
     let file = lock.try_clone().map_err(ConvertError::io(&path, "open it"))?;
-    let writer = FileWriter::of_file(&path, file, layout.file.clone())?;
+    let writer = FileWriter::of_files(vec![(path.clone(), file)], layout.file.clone())?;
     let syncer = writer.syncer().clone();
     notes.extend(sync_note(dst, &writer));
-    writer.file().set_len(0).map_err(ConvertError::io(&path, "empty it"))?;
-    let written = prepare(&path, &writer, &layout, options, &mut notes).and_then(|()| {
+    lock.set_len(0).map_err(ConvertError::io(&path, "empty it"))?;
+    let written = prepare(&path, &lock, &layout, options, &mut notes).and_then(|()| {
         notes.iter().for_each(|note| progress.note(note));
         progress.started(layout.extent_bytes(), 0);
         let checksums = if options.sparse {
@@ -120,7 +120,8 @@ pub fn synth(
         } else {
             Synthesis::new(geometry, &layout, options).run(&writer, progress)?
         };
-        let id = writer.finish(&checksums, &layout.records, &metadata)?;
+        let written: Vec<_> = layout.extents().iter().zip(checksums).map(|(e, sum)| Written::raw(e, sum)).collect();
+        let (id, _) = writer.finish(&written, &layout.records, &metadata)?;
         refuse_existing(dst, options.overwrite, None)?;
         Ok(id)
     });
@@ -152,16 +153,16 @@ fn hole_bytes(layout: &Layout, options: &SynthOptions) -> u64 {
 /// Gives the file its length, and unless it is to be sparse, its space.
 fn prepare(
     path: &Path,
-    writer: &FileWriter,
+    file: &File,
     layout: &Layout,
     options: &SynthOptions,
     notes: &mut Vec<String>,
 ) -> Result<(), ConvertError> {
-    let len = layout.file.extents_end();
+    let len = layout.file.ends().iter().sum();
     if !options.sparse {
         check_space(path, layout.file_bytes(BATCH) - hole_bytes(layout, options), notes)?;
     }
-    writer.file().set_len(len).map_err(ConvertError::io(path, "give it its length (does the filesystem allow it?)"))
+    file.set_len(len).map_err(ConvertError::io(path, "give it its length (does the filesystem allow it?)"))
 }
 
 fn metadata(geometry: &Geometry, options: &SynthOptions) -> Metadata {
@@ -280,7 +281,7 @@ impl<'a> Synthesis<'a> {
             write(batch)?;
         }
         let written = out.position();
-        let checksum = out.finish()?;
+        let checksum = out.finish()?.checksum;
         progress.advanced(record.stored_len - written);
         Ok(checksum)
     }

@@ -25,12 +25,25 @@ pub struct DeltaSpec {
     pub conv_width: usize,
     /// Epsilon of the norm of a head's output.
     pub norm_eps: f32,
+    /// Whether value head `j` uses key head `j mod key_heads` instead: llama.cpp's order of value heads for Qwen3.5. Files
+    /// without such heads do not have the key, so that older programs read them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub value_heads_tiled: bool,
 }
 
 impl DeltaSpec {
     /// Channels of the convolution: queries, keys and values.
     pub fn conv_channels(&self) -> usize {
         2 * self.key_heads * self.key_head_dim + self.value_heads * self.value_head_dim
+    }
+
+    /// The key head that a value head uses.
+    pub fn key_head(&self, value_head: usize) -> usize {
+        if self.value_heads_tiled {
+            value_head % self.key_heads
+        } else {
+            value_head / (self.value_heads / self.key_heads)
+        }
     }
 
     pub(super) fn validate(&self) -> Result<(), String> {

@@ -118,8 +118,15 @@ pub(crate) fn sparse_spec() -> ModelSpec {
         pairing: RopePairing::Half,
         key_norm_eps: 1e-6,
     };
-    let delta =
-        DeltaSpec { key_heads: 2, value_heads: 4, key_head_dim: 8, value_head_dim: 6, conv_width: 4, norm_eps: 1e-6 };
+    let delta = DeltaSpec {
+        key_heads: 2,
+        value_heads: 4,
+        key_head_dim: 8,
+        value_head_dim: 6,
+        conv_width: 4,
+        norm_eps: 1e-6,
+        value_heads_tiled: false,
+    };
     let ffn = spec.layers[0].ffn.clone();
     spec.layers = [false, true]
         .map(|shared| {
@@ -143,9 +150,14 @@ pub(crate) struct Content {
 
 /// Plans a model: matrices take the weight types in turn, the vocabulary is split into parts of `rows_per_part` rows.
 pub(crate) fn plan(spec: &ModelSpec, rows_per_part: usize) -> Content {
-    let mut content = Content { planned: Vec::new(), tensors: Vec::new(), metadata: Metadata::default() };
     // Those of the day when the golden file was made.
-    let mut types = WeightType::OWN[..7].iter().copied().cycle();
+    plan_as(spec, rows_per_part, &WeightType::OWN[..7], WeightType::Q8)
+}
+
+/// As [`plan`], with matrices of these types, and a head of another.
+pub(crate) fn plan_as(spec: &ModelSpec, rows_per_part: usize, types: &[WeightType], head: WeightType) -> Content {
+    let mut content = Content { planned: Vec::new(), tensors: Vec::new(), metadata: Metadata::default() };
+    let mut types = types.iter().copied().cycle();
     let mut add = |kind, layer, indices: std::ops::Range<u32>, shapes: Vec<TensorShape>, ty: Option<WeightType>| {
         let index = if kind == ExtentKind::Expert { ANY_INDEX } else { indices.start };
         let mut records: Vec<_> = shapes
@@ -171,7 +183,7 @@ pub(crate) fn plan(spec: &ModelSpec, rows_per_part: usize) -> Content {
         content.tensors.extend(records);
     };
     add(ExtentKind::FinalNorm, NO_LAYER, 0..1, spec.tensors(ExtentKind::FinalNorm, 0), None);
-    for (kind, ty) in [(ExtentKind::Embedding, WeightType::Bf16), (ExtentKind::Head, WeightType::Q8)] {
+    for (kind, ty) in [(ExtentKind::Embedding, WeightType::Bf16), (ExtentKind::Head, head)] {
         for (part, first) in (0..spec.vocab_size).step_by(rows_per_part).enumerate() {
             let rows = rows_per_part.min(spec.vocab_size - first);
             let shape = spec.part_tensor(kind, rows, ty).expect("embedding and head have parts");
@@ -200,7 +212,7 @@ pub(crate) fn plan(spec: &ModelSpec, rows_per_part: usize) -> Content {
 pub(crate) fn write(path: &Path, content: &Content, page_size: u32) -> Result<ModelId, FormatError> {
     let writer = FileWriter::open(path, FileLayout::new(page_size, &content.planned)?)?;
     let mut random = Random(1);
-    let checksums: Result<Vec<u64>, _> = (0..content.planned.len())
+    let written: Result<Vec<Written>, _> = (0..content.planned.len())
         .map(|i| {
             let bytes = random.bytes(content.planned[i].logical_len as usize);
             let mut extent = writer.extent(i);
@@ -210,7 +222,59 @@ pub(crate) fn write(path: &Path, content: &Content, page_size: u32) -> Result<Mo
             extent.finish()
         })
         .collect();
-    writer.finish(&checksums?, &content.tensors, &content.metadata)
+    writer.finish(&written?, &content.tensors, &content.metadata).map(|(id, _)| id)
+}
+
+/// The small model with extents of several pages each, whose matrices have this type.
+pub(crate) fn wide(ty: WeightType) -> Content {
+    let mut spec = small_spec();
+    spec.hidden_size = 128;
+    if let Some(moe) = &mut spec.layers[1].ffn.moe {
+        moe.width = 32;
+    }
+    plan_as(&spec, 20, &[ty], ty)
+}
+
+/// The weights of an extent as they are in trained models: few exponents.
+pub(crate) fn trained(content: &Content, extent: usize) -> Vec<u8> {
+    let mut random = Random(extent as u64);
+    let mut bytes = random.bytes(content.planned[extent].logical_len as usize);
+    for pair in bytes.chunks_exact_mut(2) {
+        pair[1] = [0x3b, 0xbb, 0x3c, 0xbc][usize::from(pair[1] & 3)];
+    }
+    bytes
+}
+
+/// Writes a model of such weights in volumes of at most `most` bytes, beside a name that it would have as one file; returns where
+/// they are.
+pub(crate) fn write_parts(whole: &Path, content: &Content, most: u64, compress: bool) -> Vec<PathBuf> {
+    let layout = FileLayout::new(4096, &content.planned).expect("it can be laid out");
+    let layout = layout.split(most, 3 * 4096).expect("it can be split");
+    let partial = |volume| whole.with_extension(format!("partial-{volume}"));
+    let file = |volume| {
+        let path = partial(volume);
+        let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
+        (path, file.expect("a file"))
+    };
+    let files: Vec<_> = (0..layout.ends().len()).map(file).collect();
+    let spare = files.len();
+    let mut writer = FileWriter::of_files(files, layout).expect("it can be written");
+    if compress {
+        writer.compress(&content.tensors);
+    }
+    let write = |i| {
+        let mut extent = writer.extent(i);
+        extent.write(&trained(content, i)).expect("it is written");
+        extent.finish().expect("it has its place")
+    };
+    let written: Vec<_> = (0..content.planned.len()).map(write).collect();
+    let (_, lens) = writer.finish(&written, &content.tensors, &content.metadata).expect("it is a model");
+    let name = VolumeName::first_of(whole, lens.len() as u16);
+    let to = |volume| if lens.len() == 1 { name.whole() } else { name.path_of(volume as u16) };
+    let paths: Vec<_> = (0..lens.len()).map(to).collect();
+    paths.iter().enumerate().for_each(|(volume, path)| fs::rename(partial(volume), path).expect("it is renamed"));
+    (lens.len()..spare).for_each(|volume| fs::remove_file(partial(volume)).expect("it is removed"));
+    paths
 }
 
 /// A folder that goes away with the test, and a file name in it.
@@ -251,7 +315,26 @@ pub(crate) struct Image {
     pub(crate) body: Vec<u8>,
     pub(crate) extents: Vec<[u8; extent::LEN]>,
     pub(crate) tensors: Vec<[u8; tensor::LEN]>,
+    /// Before compression.
     pub(crate) metadata: Vec<u8>,
+}
+
+/// The bytes of the metadata before compression, if they can be had.
+pub(crate) fn blobs(superblock: &[u8], region: &[u8]) -> Option<Vec<u8>> {
+    const MOST: u64 = 1 << 20;
+    if get(superblock, 8, 4) == 1 {
+        return Some(region.to_vec());
+    }
+    let len = get(region.get(..8)?, 0, 8);
+    zstd::bulk::decompress(&region[8..], usize::try_from(len).ok().filter(|_| len <= MOST)?).ok()
+}
+
+/// The logical bytes of the region that these blobs are stored in.
+fn region(superblock: &[u8], blobs: &[u8]) -> Vec<u8> {
+    match get(superblock, 8, 4) {
+        1 => blobs.to_vec(),
+        _ => [(blobs.len() as u64).to_le_bytes().as_slice(), &zstd::bulk::compress(blobs, 12).unwrap()].concat(),
+    }
 }
 
 pub(crate) fn get(bytes: &[u8], offset: usize, len: usize) -> u64 {
@@ -284,7 +367,7 @@ impl Image {
             body: file[page..first_table].to_vec(),
             extents: table("extents").as_chunks().0.to_vec(),
             tensors: table("tensors").as_chunks().0.to_vec(),
-            metadata: table("metadata").to_vec(),
+            metadata: blobs(file, table("metadata")).expect("the metadata is sound"),
         }
     }
 
@@ -326,8 +409,10 @@ impl Image {
         let page = self.superblock.len();
         let mut sb = self.superblock.clone();
         let mut out = [sb.as_slice(), &self.body].concat();
-        let tables = [self.extents.as_flattened(), self.tensors.as_flattened(), &self.metadata];
-        let ids: Vec<u8> = tables.iter().flat_map(|t| xxh3_128(t).to_le_bytes()).collect();
+        let region = region(&sb, &self.metadata);
+        let of_id = [self.extents.as_flattened(), self.tensors.as_flattened(), &self.metadata];
+        let ids: Vec<u8> = of_id.iter().flat_map(|t| xxh3_128(t).to_le_bytes()).collect();
+        let tables = [of_id[0], of_id[1], &region];
         for (name, bytes) in ["extents", "tensors", "metadata"].into_iter().zip(tables) {
             let offset = out.len();
             out.extend(bytes);

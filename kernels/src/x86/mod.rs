@@ -3,10 +3,11 @@
 
 #[macro_use]
 mod attention;
+#[macro_use]
+mod grouped;
 mod ahead;
 mod avx2;
 mod avx512;
-mod grouped;
 
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;

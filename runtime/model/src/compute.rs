@@ -23,7 +23,7 @@ pub struct Compute {
     /// Kernels of the CPU's instruction set.
     pub kernels: Kernels,
     /// The worker threads.
-    pub threads: ThreadPool,
+    pub threads: Arc<ThreadPool>,
     /// Whether quantised weights meet f32 or int8 activations.
     pub precision: Precision,
     /// Sees the inputs of every quantisable matrix.

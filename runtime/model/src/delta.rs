@@ -305,7 +305,7 @@ impl Delta {
         let (queries, rest) = mixed.split_at(s.key_heads * dk);
         let (keys, values) = rest.split_at(s.key_heads * dk);
         compute.threads.for_each_piece(to, len, &|h, head| {
-            let key_head = h / (s.value_heads / s.key_heads);
+            let key_head = s.key_head(h);
             let (q, k) = (&queries[key_head * dk..][..dk], &keys[key_head * dk..][..dk]);
             if let Some(from) = from {
                 head.copy_from_slice(&from[h * len..][..len]);

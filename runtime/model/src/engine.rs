@@ -11,13 +11,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, open_regular};
+use sluice_format::{Codec, ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, open_regular};
 use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
 use crate::cache::{PageCount, PageKind, PagePool, PagesFull};
 use crate::compute::Compute;
 use crate::control::{Cancel, Control};
 use crate::counts;
+#[cfg(feature = "sim")]
+use crate::memory::available_memory;
 use crate::memory::{BudgetError, Demand, MemoryPlan, PressureWatch};
 use crate::room;
 use crate::rows::{Cursor, Rows, Span, Want};
@@ -26,7 +28,8 @@ use crate::session::{self, Binding, SegmentFile, SessionError};
 use crate::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents};
 use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, Tuning};
 use sluice_storage::pool::{
-    DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, PolicyKind, PoolError, Storage, StorageConfig,
+    DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, Packed, PolicyKind, PoolError, Storage, StorageConfig,
+    Workers,
 };
 
 /// How to open a model.
@@ -62,6 +65,9 @@ pub struct EngineOptions {
     /// A simulated drive to read experts from instead of the file, whose bytes stand in for every expert: for measurements only.
     #[cfg(feature = "sim")]
     pub simulated: Option<sluice_storage::io::sim::SimulatedDrive>,
+    /// What the contents of that drive become, if they are compressed.
+    #[cfg(feature = "sim")]
+    pub simulated_packed: Option<sluice_storage::pool::Packed>,
     /// Whether the budget shrinks while the system is short of memory.
     pub yields: Yields,
     /// While a prompt is read, a sequence with room for marks makes one by itself each time it has read this many tokens; `None`: 2048. So a
@@ -199,18 +205,20 @@ impl Engine {
         let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
         let sequences = options.sequences.unwrap_or(1).max(1);
         let demand = Demand { sequences, context, kv_type: options.kv_type, marks: options.marks };
-        let memory = MemoryPlan::new(&file, options.budget, demand)?;
+        let memory = plan_memory(&file, options, demand)?;
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
-        let paths = [file.path().to_owned()];
+        let paths: Vec<PathBuf> = file.volumes().iter().map(|volume| volume.path().to_owned()).collect();
         let choose = |path: &PathBuf| Tuning::choose(path, options.io.as_ref(), options.read_engine, store.as_ref());
         let tuning: Vec<Tuning> = paths.iter().map(choose).collect();
         let mut storage = open_storage(&paths, &file, &memory, options, &tuning)?;
         let precision = if options.exact { Precision::Exact } else { Precision::Int8 };
-        let threads = compute_threads(options.threads, storage.io.reading());
+        let threads = Arc::new(compute_threads(options.threads, storage.io.reading()));
+        let workers: Arc<dyn Workers> = Arc::new(Unpacking(Arc::clone(&threads)));
+        storage.set_workers(&workers);
         let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
         if !options.forget
-            && let Some(counts) = counts::load(path, file.state_id())
+            && let Some(counts) = counts::load(file.path(), file.state_id())
         {
             // Counts of another policy or shape are as good as none.
             let _ = storage.pool.policy_mut().import(&counts);
@@ -595,8 +603,6 @@ fn open_storage(
     options: &EngineOptions,
     tuning: &[Tuning],
 ) -> Result<Storage, RuntimeError> {
-    let location =
-        |e: &ExtentRecord| ExtentLocation { file: e.volume, offset: e.offset, len: e.stored_len, checksum: e.checksum };
     let dense: Vec<_> =
         dense_extents(file.extents()).iter().map(|e| DenseLocation { extent: location(e), name: name(e) }).collect();
     let layers = file.spec().layers.iter().enumerate().map(|(layer, spec)| {
@@ -607,14 +613,52 @@ fn open_storage(
     let experts = ExpertDirectory::new(&layers.collect::<Vec<_>>())?;
     let config = StorageConfig {
         expert_slots: memory.slots,
+        staging_slots: memory.staging_slots,
         pinned: memory.pinned.clone(),
         tuning: tuning.to_vec(),
         direct: DirectMode::default(),
         #[cfg(feature = "sim")]
         simulated: options.simulated.clone(),
+        #[cfg(feature = "sim")]
+        simulated_packed: options.simulated_packed,
     };
     let policy = options.policy.build(experts.shape()).ok_or(RuntimeError::Policy(options.policy))?;
     Ok(Storage::open(paths, &dense, experts, policy, &config)?)
+}
+
+/// Where an extent is, and what its bytes become.
+fn location(e: &ExtentRecord) -> ExtentLocation {
+    let packed = Packed { logical_len: e.logical_len, padded_len: e.padded_len, checksum: e.logical_checksum };
+    ExtentLocation {
+        file: e.volume,
+        offset: e.offset,
+        len: e.stored_len,
+        checksum: e.checksum,
+        packed: (e.codec == Codec::Planes).then_some(packed),
+    }
+}
+
+/// Plans the memory of a model. On a simulated drive whose contents are compressed, experts are, whatever the file says.
+fn plan_memory(file: &ModelFile, options: &EngineOptions, demand: Demand) -> Result<MemoryPlan, BudgetError> {
+    #[cfg(feature = "sim")]
+    if let Some(drive) = &options.simulated {
+        let mut extents = file.extents().to_vec();
+        for e in extents.iter_mut().filter(|e| e.kind == ExtentKind::Expert) {
+            e.codec = if options.simulated_packed.is_some() { Codec::Planes } else { Codec::Raw };
+            e.stored_len = drive.contents().len() as u64;
+        }
+        return MemoryPlan::of_extents(file.spec(), &extents, options.budget, demand, available_memory());
+    }
+    MemoryPlan::new(file, options.budget, demand)
+}
+
+/// The worker threads, when they decompress.
+struct Unpacking(Arc<ThreadPool>);
+
+impl Workers for Unpacking {
+    fn for_each_part(&self, data: &mut [u8], ends: &[usize], f: &(dyn Fn(usize, &mut [u8]) + Sync)) {
+        self.0.for_each_part(data, ends, f);
+    }
 }
 
 fn name(e: &ExtentRecord) -> ExtentName {

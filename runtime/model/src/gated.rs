@@ -306,7 +306,7 @@ mod tests {
     fn compute() -> Compute {
         Compute {
             kernels: Kernels::detect().expect("an instruction set"),
-            threads: ThreadPool::new(2),
+            threads: ThreadPool::new(2).into(),
             precision: Precision::Int8,
             observer: None,
             cancel: None,

@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use serde::Serialize;
-use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec};
+use sluice_format::{Codec, ExtentKind, ExtentRecord, ModelFile, ModelSpec};
 use sluice_kernels::KvType;
 
 use crate::cache::{Layout, PagePool};
@@ -30,6 +30,8 @@ const MIN_ROWS: usize = 16;
 const KEPT_OUTPUTS: (u64, u64) = (64, 32 << 20);
 /// Slots without which no layer can run: one is computed while one is read.
 pub(crate) const MIN_SLOTS: usize = 2;
+/// Most staging slots: more than a drive needs to be kept busy.
+const MAX_STAGING: usize = 18;
 /// What is left to the system when no budget is given: this part of the available memory, but this many bytes at least, of
 /// which no more than half, so that a small machine has a budget at all.
 const HEADROOM: (u64, u64) = (10, 512 << 20);
@@ -83,6 +85,11 @@ pub struct MemoryPlan {
     pub slot_len: u64,
     /// Experts of the whole model.
     pub experts: usize,
+    /// Staging slots that compressed experts are read into, to be decompressed from there; none where none is compressed.
+    #[serde(skip)]
+    pub staging_slots: usize,
+    /// Their bytes in all.
+    pub staging: u64,
 }
 
 /// What sequences a plan has to hold.
@@ -189,7 +196,7 @@ impl MemoryPlan {
         let least_rows = need.fewest_rows();
         let (least_cache, least_scratch) = (need.kv_cache(least_rows), need.scratch(least_rows, need.fewest_kept()));
         let least_dense = need.pin(0);
-        let least_slots = MIN_SLOTS.min(need.experts) as u64 * need.slot_len;
+        let least_slots = MIN_SLOTS.min(need.experts) as u64 * need.slot_len + need.staging(0).1;
         let least = least_cache.saturating_add(least_scratch).saturating_add(least_dense.bytes() + least_slots);
         if effective < least {
             return Err(BudgetError {
@@ -206,15 +213,18 @@ impl MemoryPlan {
             });
         }
 
-        let (rows, kept_outputs) = need.rows(effective, effective - least + least_scratch);
+        let (staging_slots, staging) = need.staging(effective - least);
+        let (least, least_slots) = (least - need.staging(0).1, least_slots - need.staging(0).1);
+        let budget = effective - staging;
+        let (rows, kept_outputs) = need.rows(budget, budget - least + least_scratch);
         let (kv_cache, scratch) = (need.kv_cache(rows), need.scratch(rows, kept_outputs));
         // A dense byte is needed by every token, an expert's by few: dense parts come first, but two layers' worth of
         // experts must be able to be in flight.
         let fixed = kv_cache + scratch;
         let wanted_slots = (2 * need.top_k).max(MIN_SLOTS).min(need.experts) as u64 * need.slot_len;
-        let for_dense = effective - fixed - least_slots.max(wanted_slots.min(effective - fixed - least_dense.bytes()));
+        let for_dense = budget - fixed - least_slots.max(wanted_slots.min(budget - fixed - least_dense.bytes()));
         let dense = need.pin(for_dense);
-        let for_slots = effective - fixed - dense.bytes();
+        let for_slots = budget - fixed - dense.bytes();
         let slots = for_slots.checked_div(need.slot_len).map_or(0, |n| (n as usize).min(need.experts));
         Ok(MemoryPlan {
             requested,
@@ -237,6 +247,8 @@ impl MemoryPlan {
             most_slots: slots,
             slot_len: need.slot_len,
             experts: need.experts,
+            staging_slots,
+            staging,
         })
     }
 
@@ -247,7 +259,7 @@ impl MemoryPlan {
 
     /// Bytes that will be allocated.
     pub fn used(&self) -> u64 {
-        self.dense + self.dense_ring + self.kv_cache + self.scratch + self.slots as u64 * self.slot_len
+        self.dense + self.dense_ring + self.kv_cache + self.scratch + self.staging + self.slots as u64 * self.slot_len
     }
 }
 
@@ -259,12 +271,14 @@ fn name_of_kv_type<S: serde::Serializer>(ty: &KvType, serializer: S) -> Result<S
 struct Need<'a> {
     spec: &'a ModelSpec,
     demand: Demand,
-    /// Lengths of the dense extents in the order of use.
-    dense: Vec<(ExtentKind, u64)>,
+    /// The dense extents in the order of use: bytes in memory, and of compressed ones, in the file.
+    dense: Vec<(ExtentKind, u64, u64)>,
     layout: Layout,
     embedding: u64,
     experts: usize,
     slot_len: u64,
+    /// Stored bytes of the longest compressed expert; 0 if there is none.
+    staging_len: u64,
     /// Most experts that a token uses in one layer.
     top_k: usize,
 }
@@ -287,16 +301,21 @@ impl Pinning {
 impl Need<'_> {
     fn of<'a>(spec: &'a ModelSpec, extents: &[ExtentRecord], demand: Demand) -> Need<'a> {
         let experts = extents.iter().filter(|e| e.kind == ExtentKind::Expert);
-        let (count, slot_len) = experts.fold((0, 0), |(n, len), e| (n + 1, e.stored_len.max(len)));
+        let (count, slot_len) = experts.clone().fold((0, 0), |(n, len), e| (n + 1, e.padded_len.max(len)));
+        let packed = experts.filter(|e| e.codec != Codec::Raw).map(|e| e.stored_len);
         let top_k = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).max();
         Need {
             spec,
             demand,
-            dense: dense_extents(extents).iter().map(|e| (e.kind, e.stored_len)).collect(),
+            dense: dense_extents(extents)
+                .iter()
+                .map(|e| (e.kind, e.padded_len, if e.codec == Codec::Raw { 0 } else { e.stored_len }))
+                .collect(),
             layout: Layout::new(spec, demand.kv_type),
             embedding: Model::embedding_memory(extents),
             experts: count,
             slot_len,
+            staging_len: packed.max().unwrap_or(0),
             top_k: top_k.unwrap_or(0),
         }
     }
@@ -305,8 +324,20 @@ impl Need<'_> {
         self.dense.iter().map(|d| d.1).sum()
     }
 
+    /// Bytes of slots and staging slots for everything.
     fn all_slots(&self) -> u64 {
-        self.slot_len * self.experts as u64
+        self.slot_len * self.experts as u64 + self.staging(u64::MAX).1
+    }
+
+    /// Staging slots for compressed experts, and their bytes, where the budget has `spare` bytes beyond the least: as many as are read
+    /// at a time for one layer and prefetched for the next, as far as an eighth of that holds them, but two at least.
+    fn staging(&self, spare: u64) -> (usize, u64) {
+        if self.staging_len == 0 {
+            return (0, 0);
+        }
+        let most = (2 * self.top_k + MIN_SLOTS).min(MAX_STAGING).min(self.experts).max(MIN_SLOTS) as u64;
+        let slots = (MIN_SLOTS as u64).saturating_add(spare / 8 / self.staging_len).min(most);
+        (slots as usize, slots * self.staging_len)
     }
 
     /// Of each kind of page how many there are, and the bytes of one, where `rows` rows go through a layer together: layers with a
@@ -370,14 +401,14 @@ impl Need<'_> {
     /// they also predict; then the largest, because the largest streamed extent sets the size of the ring's slots.
     fn pin(&self, budget: u64) -> Pinning {
         let total = self.dense_total();
-        let ring_for = |len: u64| len * RING_SLOTS as u64;
+        let ring_for = |(len, staged): (u64, u64)| (len + staged) * RING_SLOTS as u64;
         let mut order: Vec<usize> = (0..self.dense.len()).collect();
         order.sort_by_key(|&i| (self.dense[i].0 != ExtentKind::Router, std::cmp::Reverse(self.dense[i].1)));
         let mut pinned = vec![false; self.dense.len()];
         let mut stays = 0;
         let largest = |pinned: &[bool]| {
             let streamed = self.dense.iter().zip(pinned).filter(|(_, pinned)| !**pinned);
-            streamed.map(|(d, _)| d.1).max().unwrap_or(0)
+            streamed.fold((0, 0), |(len, staged), (d, _)| (d.1.max(len), d.2.max(staged)))
         };
         let least_ring = ring_for(largest(&pinned));
         if total <= budget.max(least_ring) {
@@ -393,7 +424,9 @@ impl Need<'_> {
             }
         }
         let ring = ring_for(largest(&pinned));
-        Pinning { pinned, stays, streamed: total - stays, ring }
+        let streamed = self.dense.iter().zip(&pinned).filter(|(_, pinned)| !**pinned);
+        let streamed = streamed.map(|(d, _)| if d.2 > 0 { d.2 } else { d.1 }).sum();
+        Pinning { pinned, stays, streamed, ring }
     }
 }
 

@@ -152,7 +152,7 @@ pub fn dense_extents(extents: &[ExtentRecord]) -> Vec<ExtentRecord> {
         ExtentKind::Dense => Some(2),
         ExtentKind::FinalNorm => Some(3),
         ExtentKind::Head => Some(4),
-        ExtentKind::Embedding | ExtentKind::Expert => None,
+        ExtentKind::Embedding | ExtentKind::Expert | ExtentKind::Prediction | ExtentKind::Table => None,
     };
     let mut dense: Vec<_> = extents.iter().filter(|e| order(e.kind).is_some()).copied().collect();
     dense.sort_by_key(|e| (e.layer, order(e.kind), e.index));
@@ -450,7 +450,7 @@ impl Model {
     /// Bytes that the cached parts of the embedding may take, in a file of these extents.
     pub fn embedding_memory(extents: &[ExtentRecord]) -> u64 {
         let parts = extents.iter().filter(|e| e.kind == ExtentKind::Embedding);
-        let (count, longest) = parts.fold((0, 0), |(n, longest), e| (n + 1, e.stored_len.max(longest)));
+        let (count, longest) = parts.fold((0, 0), |(n, longest), e| (n + 1, e.padded_len.max(longest)));
         crate::embedding::cache_memory(count, longest)
     }
 }

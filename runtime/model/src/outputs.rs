@@ -242,6 +242,7 @@ mod tests {
             offset: u64::from(id) * 2 * PAGE_BYTES as u64,
             len: 2 * PAGE_BYTES as u64,
             checksum: xxh3_64(&extent(id)) ^ u64::from(damaged == Some(id)),
+            packed: None,
         };
         let directory = ExpertDirectory::new(&[(0..experts).map(locate).collect()]).unwrap();
         let arena = Pool::reserve(&directory, experts.into()).unwrap();
@@ -249,13 +250,14 @@ mod tests {
         let engine = open_engine(EngineKind::Pread, vec![data], &[arena.region()], &config).unwrap();
         let io = Arc::new(Scheduler::start(engine, config).unwrap());
         let policy = PolicyKind::Lru.build(directory.shape()).unwrap();
-        Pool::new(io, arena, directory, policy)
+        let staging = Pool::reserve_staging(&directory, 0).unwrap();
+        Pool::new(io, arena, staging, directory, policy)
     }
 
     /// Two rows that use every expert with weight 1, and one pass over them. An expert gives its first byte.
     fn sum(pool: &mut Pool, experts: u8, combining: Combining) -> Result<Vec<f32>, PoolError> {
         let kernels = Kernels::detect().unwrap();
-        let (threads, precision) = (ThreadPool::new(2), Precision::Exact);
+        let (threads, precision) = (ThreadPool::new(2).into(), Precision::Exact);
         let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
         let top_k = usize::from(experts);
         let choices: Vec<Choice> = (0..2 * u32::from(experts))
@@ -327,8 +329,13 @@ mod tests {
     #[should_panic(expected = "outputs are missing")]
     fn a_sum_without_one_of_its_outputs_is_a_panic() {
         let kernels = Kernels::detect().unwrap();
-        let compute =
-            Compute { kernels, threads: ThreadPool::new(1), precision: Precision::Exact, observer: None, cancel: None };
+        let compute = Compute {
+            kernels,
+            threads: ThreadPool::new(1).into(),
+            precision: Precision::Exact,
+            observer: None,
+            cancel: None,
+        };
         let mut outputs = Outputs::new(u64::MAX);
         outputs.begin(1, 1, HIDDEN);
         outputs.sum(&compute, &[Choice { expert: 0, weight: 1.0 }], &mut [0.0; HIDDEN]);

@@ -134,7 +134,7 @@ mod tests {
             let mut rows = Rows::default();
             assert!(rows.take(&spans, &mut Cursor::default(), 1000));
             for threads in [1, 2, 5] {
-                let (kernels, threads) = (Kernels::scalar(), ThreadPool::new(threads));
+                let (kernels, threads) = (Kernels::scalar(), ThreadPool::new(threads).into());
                 let compute = Compute { kernels, threads, precision: Precision::Exact, observer: None, cancel: None };
                 let step = Step { compute: &compute, rows: &rows, extent: &[] };
                 for (heads, sharing) in [(8, 8), (8, 2), (6, 3), (4, 1)] {

@@ -158,9 +158,9 @@ impl ExtentTensors<'_> {
         })
     }
 
-    /// Bytes that the extent takes in the file.
+    /// Bytes that the extent takes in memory.
     pub(super) fn extent_len(&self) -> usize {
-        self.file.extent(self.kind, self.layer, self.index).map_or(0, |extent| extent.stored_len as usize)
+        self.file.extent(self.kind, self.layer, self.index).map_or(0, |extent| extent.padded_len as usize)
     }
 
     pub(super) fn vector(&self, name: &'static str) -> Result<VectorRef, ModelError> {

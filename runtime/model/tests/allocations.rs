@@ -83,6 +83,7 @@ fn passes_do_not_allocate_in_steady_state() {
         offset: (id * EXPERT_BYTES) as u64,
         len: EXPERT_BYTES as u64,
         checksum: xxh3_64(bytes),
+        packed: None,
     };
     let layer: Vec<_> = bytes.chunks(EXPERT_BYTES).enumerate().map(locate).collect();
     for kind in [EngineKind::Auto, EngineKind::Pread] {
@@ -93,7 +94,8 @@ fn passes_do_not_allocate_in_steady_state() {
         let engine = open_engine(kind, vec![data], &[arena.region()], &config).expect("engine");
         let io = Arc::new(Scheduler::start(engine, config).expect("a thread"));
         let policy = PolicyKind::NextUse.build(directory.shape()).expect("online");
-        let mut pool = Pool::new(io, arena, directory, policy);
+        let staging = Pool::reserve_staging(&directory, 0).expect("none");
+        let mut pool = Pool::new(io, arena, staging, directory, policy);
         sweep(&mut pool, 50);
         let before = ALLOCATIONS.load(SeqCst);
         sweep(&mut pool, 200);

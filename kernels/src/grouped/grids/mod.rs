@@ -5,14 +5,14 @@ pub(crate) mod digits;
 mod points;
 #[rustfmt::skip]
 mod sets;
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[cfg(target_arch = "aarch64")]
 mod unpack;
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) use points::{IQ1, IQ2S, IQ2XS, IQ2XXS, IQ3S, IQ3XXS};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use points::{IQ1_LEVELS, IQ2_LEVELS, IQ3S_LEVELS, IQ3XXS_LEVELS};
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[cfg(target_arch = "aarch64")]
 pub(crate) use unpack::unpack;
 
 use crate::matrix::{BLOCK, ROW_GROUP};

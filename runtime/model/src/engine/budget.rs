@@ -28,7 +28,7 @@ pub struct ShrinkError {
 impl MemoryPlan {
     /// Bytes that stay allocated while the model is open, whatever the budget.
     fn fixed(&self) -> u64 {
-        self.dense + self.dense_ring + self.kv_cache + self.scratch
+        self.dense + self.dense_ring + self.kv_cache + self.scratch + self.staging
     }
 
     /// Expert slots that a budget of `bytes` holds; `None` if it is below the least.

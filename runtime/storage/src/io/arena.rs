@@ -404,6 +404,17 @@ impl Slot {
         unsafe { self.map.bytes(self.start, self.len) }
     }
 
+    /// Gives the slot this many bytes, to be written by the caller; until then they are anything.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub(crate) fn overwrite(&mut self, len: usize) -> &mut [u8] {
+        assert!(len <= self.capacity, "more bytes than the slot has room for");
+        self.len = len;
+        // SAFETY: a `Slot` is the only owner of its range, nothing is in flight to it, and it is borrowed exclusively.
+        unsafe { self.map.bytes_mut(self.start, len) }
+    }
+
     /// Empties the slot and gives its memory back to the system, as far as it is whole pages. A read engine that has it registered
     /// lets go of it when it is woken ([`Scheduler::wake`](super::Scheduler::wake)). The slot can be read into all the same: its
     /// pages then come back one by one.

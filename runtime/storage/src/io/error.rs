@@ -139,6 +139,23 @@ pub enum ReadError {
         /// xxh3-64 of the bytes that arrived.
         got: u64,
     },
+    /// The stored bytes are those that the file's table promises, but what they become is not.
+    #[error(
+        "{extent}: the {len} bytes at offset {offset} of {path} cannot be decompressed: {problem}; \
+         get or convert the file again"
+    )]
+    Code {
+        /// The extent.
+        extent: ExtentName,
+        /// The file.
+        path: PathBuf,
+        /// Byte offset of the extent in the file.
+        offset: u64,
+        /// Its stored bytes.
+        len: usize,
+        /// What is wrong.
+        problem: String,
+    },
     /// The file ended, or reads stopped making progress, inside the extent.
     #[error(
         "{extent}: {path} yields no bytes at offset {offset}, although the extent goes on; \

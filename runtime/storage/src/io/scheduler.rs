@@ -170,6 +170,16 @@ impl Scheduler {
         self.lanes.iter().map(|lane| &lane.info)
     }
 
+    /// Where a file is, for messages.
+    ///
+    /// # Panics
+    /// If there is no such file.
+    #[must_use]
+    pub fn path(&self, file: u16) -> &std::path::Path {
+        let (lane, own) = self.places[usize::from(file)];
+        &self.lanes[lane].shared.files[usize::from(own)].path
+    }
+
     /// What the engine of the first lane is.
     #[must_use]
     pub fn engine(&self) -> &EngineInfo {

@@ -10,8 +10,11 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{DenseLocation, PoolError};
-use crate::io::{Arena, Check, Class, ExtentRead, IoError, PendingRead, ReadFailure, Scheduler, Slot};
+use sluice_checksum::xxh3_64;
+
+use super::unpack::Unpacker;
+use super::{DenseLocation, PoolError, Started, Workers};
+use crate::io::{Arena, Check, Class, ExtentRead, IoError, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
 
 /// Slots of the ring: one in use by each of the two extents that a feed-forward part needs at once, and two that are being
 /// filled meanwhile.
@@ -29,6 +32,7 @@ pub struct DenseParts {
     pinned: Vec<Option<Slot>>,
     locations: Vec<DenseLocation>,
     stream: RefCell<Stream>,
+    unpacker: RefCell<Unpacker>,
     /// The memory has been given back to the system.
     away: bool,
 }
@@ -39,12 +43,23 @@ struct Stream {
     /// In the order of use, which repeats with every token.
     order: Vec<DenseHandle>,
     free: Vec<Slot>,
+    /// Staging slots that no read is using.
+    staging: Vec<Slot>,
     /// Being read, or read and not asked for yet, in the order of use.
-    ahead: VecDeque<(DenseHandle, PendingRead)>,
+    ahead: VecDeque<Ahead>,
     /// Position in `order` of the extent to be read next.
     next: usize,
     bytes_read: u64,
     wait: Duration,
+}
+
+/// A streamed extent on its way.
+#[derive(Debug)]
+struct Ahead {
+    handle: DenseHandle,
+    read: PendingRead,
+    /// The slot of the ring of a compressed one, whose read is into a staging slot.
+    target: Option<Slot>,
 }
 
 /// Memory for dense extents, before they are read.
@@ -52,6 +67,7 @@ struct Stream {
 pub struct DenseMemory {
     pub(super) pinned: Arena,
     pub(super) ring: Arena,
+    pub(super) staging: Arena,
 }
 
 /// Totals since the start.
@@ -70,14 +86,21 @@ impl DenseParts {
     /// # Errors
     /// [`PoolError::Io`] if the system does not give the memory.
     pub fn reserve(locations: &[DenseLocation], pinned: &[bool]) -> Result<DenseMemory, PoolError> {
-        let len = |location: &DenseLocation| location.extent.len as usize;
+        let len = |location: &DenseLocation| location.extent.memory_len() as usize;
         let stays = locations.iter().zip(pinned).filter(|(_, pinned)| **pinned);
         let sizes: Vec<usize> = stays.map(|(location, _)| len(location)).collect();
         let streamed = locations.iter().zip(pinned).filter(|(_, pinned)| !**pinned);
-        let largest = streamed.map(|(location, _)| len(location)).max();
+        let largest = streamed.clone().map(|(location, _)| len(location)).max();
+        let packed = streamed.filter(|(location, _)| location.extent.packed.is_some());
+        let staged = packed.map(|(location, _)| location.extent.len as usize).max();
+        let staging = Arena::uniform(
+            staged.unwrap_or(0),
+            if staged.is_some() { RING_SLOTS } else { 0 },
+            "compressed dense parts",
+        )?;
         let ring =
             Arena::uniform(largest.unwrap_or(0), if largest.is_some() { RING_SLOTS } else { 0 }, "the dense parts")?;
-        Ok(DenseMemory { pinned: Arena::carve(sizes.into_iter(), "the dense parts")?, ring })
+        Ok(DenseMemory { pinned: Arena::carve(sizes.into_iter(), "the dense parts")?, ring, staging })
     }
 
     /// Reads the pinned extents into the memory that [`reserve`](Self::reserve) took for them, blocks until all are there
@@ -96,32 +119,38 @@ impl DenseParts {
         pinned: &[bool],
     ) -> Result<DenseParts, PoolError> {
         let mut slots = memory.pinned.into_slots().into_iter();
-        let mut stream = Stream { free: memory.ring.into_slots(), ..Stream::default() };
-        let mut pending = Vec::with_capacity(locations.len());
-        for (i, (location, &pinned)) in locations.iter().zip(pinned).enumerate() {
+        let (free, staging) = (memory.ring.into_slots(), memory.staging.into_slots());
+        let mut stream = Stream { free, staging, ..Stream::default() };
+        let mut places = Vec::with_capacity(locations.len());
+        for (i, &pinned) in pinned.iter().enumerate() {
             if pinned {
-                let slot = slots.next().expect("memory was reserved for this list");
-                pending.push(Some(submit(io, slot, location, Class::Demand)?));
+                places.push(Some(slots.next().expect("memory was reserved for this list")));
             } else {
                 stream.order.push(DenseHandle(i as u32));
-                pending.push(None);
+                places.push(None);
             }
         }
-        let mut slots = Vec::with_capacity(pending.len());
-        for read in pending {
-            let slot = read.map(|read| read.finish().map_err(|failure| *failure.error)).transpose()?;
-            stream.bytes_read += slot.as_ref().map_or(0, |s| s.bytes().len() as u64);
-            slots.push(slot);
+        let mut unpacker = Unpacker::new(Arc::new(Started), locations.iter().any(|l| l.extent.packed.is_some()));
+        let (bytes, failed) = read_all(io, &mut places, locations, &mut unpacker);
+        if let Some(error) = failed {
+            return Err(error);
         }
+        stream.bytes_read += bytes;
         let parts = DenseParts {
             io: Arc::clone(io),
-            pinned: slots,
+            pinned: places,
             locations: locations.to_vec(),
             stream: RefCell::new(stream),
+            unpacker: RefCell::new(unpacker),
             away: false,
         };
         parts.top_up()?;
         Ok(parts)
+    }
+
+    /// Says which threads decompress extents from now on; at first, threads that are started for each.
+    pub fn set_workers(&mut self, workers: Arc<dyn Workers>) {
+        self.unpacker.get_mut().set_workers(workers);
     }
 
     /// The bytes of an extent, for as long as the guard lives. Asking in ascending order of handles, again and again, is
@@ -137,23 +166,37 @@ impl DenseParts {
         if let Some(slot) = &self.pinned[handle.0 as usize] {
             return Ok(DenseGuard { bytes: Held::Pinned(slot), owner: self });
         }
-        let in_order = self.stream.borrow().ahead.front().is_some_and(|(next, _)| *next == handle);
+        let in_order = self.stream.borrow().ahead.front().is_some_and(|next| next.handle == handle);
         if !in_order {
             self.reposition(handle)?;
         }
-        let (_, read) = self.stream.borrow_mut().ahead.pop_front().expect("at most two guards of four slots live");
+        let Ahead { read, target, .. } =
+            self.stream.borrow_mut().ahead.pop_front().expect("at most two guards of four slots live");
         let started = Instant::now();
         read.promote();
         let finished = read.finish();
         let mut stream = self.stream.borrow_mut();
         stream.wait += started.elapsed();
         match finished {
-            Ok(slot) => {
-                stream.bytes_read += slot.bytes().len() as u64;
+            Ok(read) => {
+                stream.bytes_read += read.bytes().len() as u64;
+                let slot = match target {
+                    None => read,
+                    Some(mut slot) => {
+                        let location = &self.locations[handle.0 as usize];
+                        let outcome = unpack(&self.io, location, &mut self.unpacker.borrow_mut(), &read, &mut slot);
+                        stream.staging.push(read);
+                        if let Err(error) = outcome {
+                            stream.free.push(slot);
+                            return Err(error);
+                        }
+                        slot
+                    }
+                };
                 Ok(DenseGuard { bytes: Held::Streamed(Some(slot)), owner: self })
             }
             Err(ReadFailure { error, slot }) => {
-                stream.free.extend(slot);
+                stream.take_back(slot, target);
                 Err((*error).into())
             }
         }
@@ -181,8 +224,14 @@ impl DenseParts {
             && let Some(slot) = stream.free.pop()
         {
             let handle = stream.order[stream.next];
-            let read = submit(&self.io, slot, &self.locations[handle.0 as usize], Class::Prefetch)?;
-            stream.ahead.push_back((handle, read));
+            let location = &self.locations[handle.0 as usize];
+            let (slot, target) = match location.extent.packed {
+                None => (slot, None),
+                // There are as many as slots in the ring, and only what has one of those has one of these.
+                Some(_) => (stream.staging.pop().expect("a staging slot for each slot of the ring"), Some(slot)),
+            };
+            let read = submit(&self.io, slot, location, Class::Prefetch)?;
+            stream.ahead.push_back(Ahead { handle, read, target });
             stream.next = (stream.next + 1) % stream.order.len();
         }
         Ok(())
@@ -194,7 +243,8 @@ impl DenseParts {
         let stream = self.stream.get_mut();
         stream.end_reads();
         // A system that does not take the pages keeps them.
-        let given: Vec<_> = self.pinned.iter_mut().flatten().chain(&mut stream.free).map(Slot::give_back).collect();
+        let slots = self.pinned.iter_mut().flatten().chain(&mut stream.free).chain(&mut stream.staging);
+        let given: Vec<_> = slots.map(Slot::give_back).collect();
         drop(given);
         self.io.wake();
     }
@@ -215,32 +265,15 @@ impl DenseParts {
             return Ok(());
         }
         let stream = self.stream.get_mut();
-        for slot in self.pinned.iter_mut().flatten().chain(&mut stream.free) {
+        for slot in self.pinned.iter_mut().flatten().chain(&mut stream.free).chain(&mut stream.staging) {
             let bytes = slot.capacity();
             slot.take_again().map_err(|source| IoError::Memory { bytes, what: "the dense parts", source })?;
         }
         self.io.wake();
-        let mut failed = None;
-        let mut pending = Vec::with_capacity(self.pinned.len());
-        for (place, location) in self.pinned.iter_mut().zip(&self.locations) {
-            let read = place.take().map(|slot| self.io.submit(slot, read_of(location, Class::Demand)));
-            pending.push(read);
-        }
-        for (place, read) in self.pinned.iter_mut().zip(pending) {
-            match read.map(|read| read.and_then(PendingRead::finish)) {
-                None => {}
-                Some(Ok(slot)) => {
-                    stream.bytes_read += slot.bytes().len() as u64;
-                    *place = Some(slot);
-                }
-                Some(Err(ReadFailure { error, slot })) => {
-                    *place = slot;
-                    failed.get_or_insert(error);
-                }
-            }
-        }
+        let (bytes, failed) = read_all(&self.io, &mut self.pinned, &self.locations, self.unpacker.get_mut());
+        stream.bytes_read += bytes;
         if let Some(error) = failed {
-            return Err((*error).into());
+            return Err(error);
         }
         stream.next = 0;
         self.away = false;
@@ -270,15 +303,108 @@ impl DenseParts {
 impl Stream {
     /// Drops what was read ahead.
     fn end_reads(&mut self) {
-        self.ahead.iter().for_each(|(_, read)| read.cancel());
-        while let Some((_, read)) = self.ahead.pop_front() {
+        self.ahead.iter().for_each(|ahead| ahead.read.cancel());
+        while let Some(Ahead { read, target, .. }) = self.ahead.pop_front() {
             let slot = match read.finish() {
                 Ok(slot) => Some(slot),
                 Err(failure) => failure.slot,
             };
-            self.free.extend(slot);
+            self.take_back(slot, target);
         }
     }
+
+    /// The slot of a read that has ended is free again, and its slot in the ring, if that is another.
+    fn take_back(&mut self, read: Option<Slot>, target: Option<Slot>) {
+        match target {
+            None => self.free.extend(read),
+            Some(target) => {
+                self.free.push(target);
+                self.staging.extend(read);
+            }
+        }
+    }
+}
+
+/// Reads into all slots that there are; returns the bytes read, and what is wrong with the first extent that cannot be had. Compressed
+/// ones go through staging slots that live only here: nothing else needs memory yet.
+fn read_all(
+    io: &Scheduler,
+    places: &mut [Option<Slot>],
+    locations: &[DenseLocation],
+    unpacker: &mut Unpacker,
+) -> (u64, Option<PoolError>) {
+    let (mut bytes, mut failed) = (0, None);
+    let (packed, plain): (Vec<usize>, Vec<usize>) =
+        (0..places.len()).filter(|&i| places[i].is_some()).partition(|&i| locations[i].extent.packed.is_some());
+    let mut pending = Vec::with_capacity(plain.len());
+    for &i in &plain {
+        pending.extend(places[i].take().map(|slot| (i, io.submit(slot, read_of(&locations[i], Class::Demand)))));
+    }
+    for (i, read) in pending {
+        match read.and_then(PendingRead::finish) {
+            Ok(slot) => {
+                bytes += slot.bytes().len() as u64;
+                places[i] = Some(slot);
+            }
+            Err(ReadFailure { error, slot }) => {
+                places[i] = slot;
+                failed.get_or_insert((*error).into());
+            }
+        }
+    }
+    match read_packed(io, places, locations, &packed, unpacker) {
+        Ok(more) => bytes += more,
+        Err(error) => drop(failed.get_or_insert(error)),
+    }
+    (bytes, failed)
+}
+
+/// The same, of the compressed ones, in this order.
+fn read_packed(
+    io: &Scheduler,
+    places: &mut [Option<Slot>],
+    locations: &[DenseLocation],
+    packed: &[usize],
+    unpacker: &mut Unpacker,
+) -> Result<u64, PoolError> {
+    let Some(longest) = packed.iter().map(|&i| locations[i].extent.len as usize).max() else { return Ok(0) };
+    let mut free = Arena::uniform(longest, RING_SLOTS.min(packed.len()), "compressed dense parts")?.into_slots();
+    let mut todo = packed.iter();
+    let mut reads: VecDeque<(usize, PendingRead)> = VecDeque::with_capacity(RING_SLOTS);
+    let mut bytes = 0;
+    loop {
+        while let Some(slot) = free.pop() {
+            let Some(&i) = todo.next() else { break };
+            reads.push_back((i, submit(io, slot, &locations[i], Class::Demand)?));
+        }
+        let Some((i, read)) = reads.pop_front() else { return Ok(bytes) };
+        let stored = read.finish().map_err(|failure| *failure.error)?;
+        bytes += stored.bytes().len() as u64;
+        if let Some(slot) = &mut places[i] {
+            unpack(io, &locations[i], unpacker, &stored, slot)?;
+        }
+        free.push(stored);
+    }
+}
+
+/// Decompresses an extent and compares what it becomes with its checksum.
+fn unpack(
+    io: &Scheduler,
+    location: &DenseLocation,
+    unpacker: &mut Unpacker,
+    stored: &Slot,
+    slot: &mut Slot,
+) -> Result<(), PoolError> {
+    let DenseLocation { extent, name } = location;
+    let Some(packed) = &extent.packed else { return Ok(()) };
+    let outcome = unpacker.unpack(stored.bytes(), packed, slot).and_then(|()| {
+        let right = !io.verifies() || xxh3_64(slot.bytes()) == packed.checksum;
+        right.then_some(()).ok_or_else(|| "what it becomes has another checksum".to_owned())
+    });
+    outcome.map_err(|problem| {
+        let (extent, path, offset, len) = (*name, io.path(extent.file).to_owned(), extent.offset, extent.len as usize);
+        ReadError::Code { extent, path, offset, len, problem }.into()
+    })
 }
 
 fn submit(io: &Scheduler, slot: Slot, location: &DenseLocation, class: Class) -> Result<PendingRead, PoolError> {

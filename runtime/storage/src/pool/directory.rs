@@ -15,6 +15,33 @@ pub struct ExtentLocation {
     pub len: u64,
     /// xxh3-64 of the stored bytes.
     pub checksum: u64,
+    /// What they become, if they are compressed.
+    pub packed: Option<Packed>,
+}
+
+/// What the stored bytes of a compressed extent become ([`sluice_format::planes`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packed {
+    /// Bytes that mean something.
+    pub logical_len: u64,
+    /// Bytes in memory: those, then zeros up to the page.
+    pub padded_len: u64,
+    /// xxh3-64 of the bytes in memory.
+    pub checksum: u64,
+}
+
+impl ExtentLocation {
+    /// Bytes in memory.
+    #[must_use]
+    pub fn memory_len(&self) -> u64 {
+        self.packed.map_or(self.len, |packed| packed.padded_len)
+    }
+
+    /// xxh3-64 of the bytes in memory.
+    #[must_use]
+    pub fn memory_checksum(&self) -> u64 {
+        self.packed.map_or(self.checksum, |packed| packed.checksum)
+    }
 }
 
 /// A dense extent: where it is, and its name in messages.
@@ -48,6 +75,7 @@ pub struct ExpertDirectory {
     layers: Vec<u32>,
     experts: u32,
     slot_bytes: usize,
+    staging_bytes: usize,
 }
 
 impl ExpertDirectory {
@@ -69,6 +97,7 @@ impl ExpertDirectory {
             layers: routed_layers,
             experts: layers.iter().map(|l| l.len() as u32).sum(),
             slot_bytes: 0,
+            staging_bytes: 0,
         };
         for (number, &layer) in (0u32..).zip(&directory.layers) {
             directory.routed[layer as usize] = Some(number);
@@ -77,7 +106,14 @@ impl ExpertDirectory {
                 if len == 0 || !len.is_multiple_of(PAGE_BYTES) {
                     return Err(refuse("an expert's length has to be a multiple of 4096"));
                 }
-                directory.slot_bytes = directory.slot_bytes.max(len);
+                let in_memory = usize::try_from(location.memory_len()).unwrap_or(usize::MAX);
+                if in_memory == 0 || !in_memory.is_multiple_of(PAGE_BYTES) {
+                    return Err(refuse("an expert's length in memory has to be a multiple of 4096"));
+                }
+                directory.slot_bytes = directory.slot_bytes.max(in_memory);
+                if location.packed.is_some() {
+                    directory.staging_bytes = directory.staging_bytes.max(len);
+                }
                 directory.locations[directory.shape.key(number, expert).index()] = Some(*location);
             }
         }
@@ -100,6 +136,12 @@ impl ExpertDirectory {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.experts == 0
+    }
+
+    /// Bytes of a staging slot: the largest compressed expert's; 0 if none is compressed.
+    #[must_use]
+    pub fn staging_bytes(&self) -> usize {
+        self.staging_bytes
     }
 
     /// Bytes of a slot: the largest expert's.
@@ -145,19 +187,22 @@ impl ExpertDirectory {
         self.locations[index.index()].expect("an index comes from an expert that exists")
     }
 
-    /// Says that every expert holds these bytes, whatever the files say.
+    /// Says that every expert is stored as these bytes, whatever the files say. `packed`: what they become, if they are compressed.
     ///
     /// # Errors
-    /// [`PoolError::Directory`] if an expert has another length.
+    /// [`PoolError::Directory`] if an expert has another length in memory.
     #[cfg(feature = "sim")]
-    pub(super) fn hold(&mut self, contents: &[u8]) -> Result<(), PoolError> {
+    pub(super) fn hold(&mut self, contents: &[u8], packed: Option<Packed>) -> Result<(), PoolError> {
         let checksum = sluice_checksum::xxh3_64(contents);
+        let len = contents.len() as u64;
         for location in self.locations.iter_mut().flatten() {
-            if location.len != contents.len() as u64 {
+            let held = ExtentLocation { len, checksum, packed, ..*location };
+            if location.memory_len() != held.memory_len() {
                 return Err(PoolError::Directory { rule: "on a simulated drive, all experts have one length" });
             }
-            location.checksum = checksum;
+            *location = held;
         }
+        self.staging_bytes = if packed.is_some() && !self.is_empty() { contents.len() } else { 0 };
         Ok(())
     }
 
@@ -173,7 +218,7 @@ mod tests {
     use super::*;
 
     fn location(len: u64) -> ExtentLocation {
-        ExtentLocation { file: 0, offset: 0, len, checksum: 0 }
+        ExtentLocation { file: 0, offset: 0, len, checksum: 0, packed: None }
     }
 
     #[test]

@@ -10,6 +10,10 @@
 //! ([`Unsettled::settle`]): to read them from memory only for that would cost as much as half of
 //! multiplying them. An expert that is never used is never verified.
 //!
+//! A compressed expert is read into a staging slot, whole, verified by the I/O thread, and decompressed into its own slot when its
+//! turn comes, by the threads that wait for it. So it has no parts that come early, and it is settled like the others: what it has
+//! become must have its checksum as well.
+//!
 //! Everything is allocated when the pool is made; a pass allocates nothing.
 
 mod dense;
@@ -22,23 +26,28 @@ mod prefetch;
 mod resize;
 mod settle;
 mod storage;
+mod unpack;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use sluice_checksum::xxh3_64;
+
 pub use dense::{DenseGuard, DenseHandle, DenseParts, DenseStats, RING_SLOTS};
-pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation};
+pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation, Packed};
 pub use error::PoolError;
 pub use parts::{Arrival, ExpertPart};
 pub use policy::{Choice, Key, Policy, PolicyKind};
 pub use settle::{Damaged, Expert, Unsettled};
 pub use storage::{Storage, StorageConfig};
+pub use unpack::{Serial, Started, Workers};
 
 use self::parts::{Event, Pending, Progressed};
 use self::policy::Pass;
 use self::prefetch::Prefetches;
 use self::settle::Verdict;
-use crate::io::{Arena, Check, Class, ExtentName, ExtentRead, PendingRead, ReadFailure, Scheduler, Slot};
+use self::unpack::Unpacker;
+use crate::io::{Arena, Check, Class, ExtentName, ExtentRead, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
 
 /// The table's entry for an expert that has no slot.
 const ABSENT: u32 = u32::MAX;
@@ -81,8 +90,19 @@ pub struct Routing<'a> {
 #[derive(Debug)]
 enum Content {
     Empty(Slot),
-    Loading { expert: Key, read: PendingRead, check: Check },
-    Resident { expert: Key, slot: Slot, pins: u32, verdict: Verdict },
+    /// `target`: the slot of a compressed expert; the read is into a staging slot then.
+    Loading {
+        expert: Key,
+        read: PendingRead,
+        check: Check,
+        target: Option<Slot>,
+    },
+    Resident {
+        expert: Key,
+        slot: Slot,
+        pins: u32,
+        verdict: Verdict,
+    },
     Lost,
 }
 
@@ -103,6 +123,9 @@ pub struct Pool {
     free: Vec<u32>,
     /// Empty slots whose memory has been given back to the system; not free.
     away: Vec<u32>,
+    /// Staging slots that no read is using.
+    staging: Vec<Slot>,
+    unpacker: Unpacker,
     pass: PassState,
     prefetches: Prefetches,
     stats: PoolStats,
@@ -117,6 +140,8 @@ struct PassState {
     pending: Vec<Pending>,
     /// Experts that have no slot yet.
     todo: VecDeque<Key>,
+    /// Of these, experts that came damaged.
+    damaged: Vec<Key>,
     /// An error that occurred while no one could be told.
     failed: Option<PoolError>,
     /// Whether experts are handed out in ascending order.
@@ -137,23 +162,43 @@ impl Pool {
         Ok(Arena::uniform(directory.slot_bytes(), slots, "experts")?)
     }
 
-    /// A pool on the memory that [`reserve`](Self::reserve) took. All slots are empty. The policy is for
+    /// Takes memory for `slots` staging slots, at least two where experts are compressed: one is decompressed while one is read.
+    ///
+    /// # Errors
+    /// [`PoolError::Io`] if the system does not give the memory.
+    pub fn reserve_staging(directory: &ExpertDirectory, slots: usize) -> Result<Arena, PoolError> {
+        let slots = if directory.staging_bytes() == 0 { 0 } else { slots.clamp(2, 2.max(directory.len() as usize)) };
+        Ok(Arena::uniform(directory.staging_bytes(), slots, "compressed experts")?)
+    }
+
+    /// A pool on the memory that [`reserve`](Self::reserve) and [`reserve_staging`](Self::reserve_staging) took. All slots are empty. The policy is for
     /// [`ExpertDirectory::shape`].
     ///
     /// # Panics
-    /// If the arena's slots are smaller than an expert, or there are none for a model that has
+    /// If the arenas' slots are smaller than an expert, or there are none for a model that has
     /// experts.
     #[must_use]
-    pub fn new(io: Arc<Scheduler>, arena: Arena, directory: ExpertDirectory, policy: Box<dyn Policy>) -> Pool {
+    pub fn new(
+        io: Arc<Scheduler>,
+        arena: Arena,
+        staging: Arena,
+        directory: ExpertDirectory,
+        policy: Box<dyn Policy>,
+    ) -> Pool {
         let slots: Vec<Content> = arena.into_slots().into_iter().map(Content::Empty).collect();
         let large_enough =
             |content: &Content| matches!(content, Content::Empty(slot) if slot.capacity() >= directory.slot_bytes());
         assert!(slots.iter().all(large_enough), "slots are smaller than an expert");
         assert!(!slots.is_empty() || directory.is_empty(), "a pool without slots");
+        let staging = staging.into_slots();
+        let packed = directory.staging_bytes() > 0;
+        let staged = staging.iter().all(|slot| slot.capacity() >= directory.staging_bytes());
+        assert!(!packed || (staged && !staging.is_empty()), "staging slots are smaller than a compressed expert");
         let pass = PassState {
             ready: VecDeque::with_capacity(slots.len()),
             pending: Vec::with_capacity(slots.len()),
             todo: VecDeque::with_capacity(directory.shape().experts as usize),
+            damaged: Vec::new(),
             failed: None,
             in_order: false,
         };
@@ -165,10 +210,17 @@ impl Pool {
             away: Vec::with_capacity(slots.len()),
             prefetches: Prefetches::new(slots.len(), directory.shape().keys()),
             slots,
+            staging,
+            unpacker: Unpacker::new(Arc::new(Serial), packed),
             directory,
             pass,
             stats: PoolStats::default(),
         }
+    }
+
+    /// Says which threads decompress experts from now on; at first, the calling one does.
+    pub fn set_workers(&mut self, workers: Arc<dyn Workers>) {
+        self.unpacker.set_workers(workers);
     }
 
     /// Totals since the pool was made.
@@ -267,15 +319,31 @@ impl Pool {
         }
         self.submit_missing();
         self.give_up_prefetches(routed);
+        if self.directory.staging_bytes() > 0 {
+            // Those that have ended leave their staging slots to this pass.
+            self.settle_prefetches();
+            self.submit_missing();
+        }
         Ok(LayerPass { pool: self })
     }
 
     /// Submits reads for missing experts until they or the slots run out.
     fn submit_missing(&mut self) {
         while let Some(&expert) = self.pass.todo.front() {
+            if !self.can_stage(expert) {
+                return;
+            }
             let Some(number) = self.vacate() else { return };
             self.pass.todo.pop_front();
-            match self.start_read(number, expert, Class::Demand, Check::ByReceiver) {
+            let damaged = self.pass.damaged.iter().position(|&damaged| damaged == expert);
+            let check = match damaged {
+                Some(at) => {
+                    self.pass.damaged.swap_remove(at);
+                    Check::Again
+                }
+                None => Check::ByReceiver,
+            };
+            match self.start_read(number, expert, Class::Demand, check) {
                 Ok(()) => self.pass.pending.push(Pending::new(number)),
                 Err(error) => {
                     self.pass.failed = Some(error);
@@ -285,30 +353,47 @@ impl Pool {
         }
     }
 
-    /// Starts reading an expert into an empty slot; it is pinned until the read ends.
+    /// Submits reads that were waiting for a staging slot, so that the drive goes on while the expert that has left it is computed.
+    fn submit_staged(&mut self) {
+        if self.directory.staging_bytes() > 0 {
+            self.submit_missing();
+        }
+    }
+
+    /// Whether there is a staging slot for an expert, if it needs one.
+    fn can_stage(&self, expert: Key) -> bool {
+        !self.staging.is_empty() || self.directory.location(expert).packed.is_none()
+    }
+
+    /// Starts reading an expert into an empty slot, by way of a staging slot if it is compressed; it is pinned until the read ends.
     fn start_read(&mut self, number: u32, expert: Key, class: Class, check: Check) -> Result<(), PoolError> {
         let Content::Empty(slot) = self.slots[number as usize].take() else { unreachable!("a vacated slot is empty") };
         let location = self.directory.location(expert);
         let ExpertKey { layer, expert: id } = self.directory.key(expert);
+        let (slot, target) = match location.packed {
+            Some(_) => (self.staging.pop().expect("whoever starts a read has made sure of it"), Some(slot)),
+            None => (slot, None),
+        };
         let read = ExtentRead {
             file: location.file,
             offset: location.offset,
             len: usize::try_from(location.len).unwrap_or(usize::MAX),
             checksum: location.checksum,
             class,
-            check,
+            // The stored bytes must be right before they are decompressed; what they become is for the receiver.
+            check: if target.is_some() && check == Check::ByReceiver { Check::Here } else { check },
             name: ExtentName::expert(layer, id),
         };
         match self.io.submit(slot, read) {
             Ok(read) => {
-                self.slots[number as usize] = Content::Loading { expert, read, check };
+                self.slots[number as usize] = Content::Loading { expert, read, check, target };
                 self.table[expert.index()] = number;
                 self.policy.insert(expert);
                 self.policy.pin(expert);
                 Ok(())
             }
             Err(ReadFailure { error, slot }) => {
-                self.put_back(number, slot);
+                self.put_back_read(number, slot, target);
                 Err((*error).into())
             }
         }
@@ -332,6 +417,17 @@ impl Pool {
         Some(number)
     }
 
+    /// Marks the slot of a read as free, and the staging slot `read` if there is another `target`.
+    fn put_back_read(&mut self, number: u32, read: Option<Slot>, target: Option<Slot>) {
+        match target {
+            Some(target) => {
+                self.staging.extend(read);
+                self.put_back(number, Some(target));
+            }
+            None => self.put_back(number, read),
+        }
+    }
+
     /// Marks a slot as free; one whose memory is gone is never used again.
     fn put_back(&mut self, number: u32, slot: Option<Slot>) {
         if let Some(slot) = slot {
@@ -342,17 +438,30 @@ impl Pool {
 
     /// Ends the read into a slot, waiting for it if need be. The expert gets `pins` pins.
     fn finish_read(&mut self, number: u32, pins: u32) -> Result<(), PoolError> {
-        let Content::Loading { expert, read, check } = self.slots[number as usize].take() else {
+        let Content::Loading { expert, read, check, target } = self.slots[number as usize].take() else {
             unreachable!("a pending slot is loading")
         };
         let verdict = Verdict::after(check, self.io.verifies());
-        let finished = read.finish();
+        let finished = match (read.finish(), target) {
+            (Ok(stored), Some(target)) => {
+                self.stats.bytes_read += stored.bytes().len() as u64;
+                self.unpack(expert, check, stored, target)
+            }
+            (Ok(slot), None) => {
+                self.stats.bytes_read += slot.bytes().len() as u64;
+                Ok(slot)
+            }
+            (Err(ReadFailure { error, slot }), Some(target)) => {
+                self.staging.extend(slot);
+                Err(ReadFailure { error, slot: Some(target) })
+            }
+            (Err(failure), None) => Err(failure),
+        };
         if pins == 0 || finished.is_err() {
             self.policy.unpin(expert);
         }
         match finished {
             Ok(slot) => {
-                self.stats.bytes_read += slot.bytes().len() as u64;
                 self.slots[number as usize] = Content::Resident { expert, slot, pins, verdict };
                 Ok(())
             }
@@ -363,6 +472,44 @@ impl Pool {
                 Err((*error).into())
             }
         }
+    }
+
+    /// Decompresses an expert from its staging slot into its own.
+    fn unpack(&mut self, expert: Key, check: Check, stored: Slot, mut target: Slot) -> Result<Slot, ReadFailure> {
+        let location = self.directory.location(expert);
+        let packed = location.packed.expect("only a compressed expert has a staging slot");
+        let mut outcome = self.unpacker.unpack(stored.bytes(), &packed, &mut target);
+        // What came damaged once is verified before anyone sees it, here as well.
+        if outcome.is_ok() && check == Check::Again && self.io.verifies() && xxh3_64(target.bytes()) != packed.checksum
+        {
+            outcome = Err("what it becomes has another checksum".to_owned());
+        }
+        self.staging.push(stored);
+        let Err(problem) = outcome else { return Ok(target) };
+        let ExpertKey { layer, expert: id } = self.directory.key(expert);
+        let error = ReadError::Code {
+            extent: ExtentName::expert(layer, id),
+            path: self.io.path(location.file).to_owned(),
+            offset: location.offset,
+            len: usize::try_from(location.len).unwrap_or(usize::MAX),
+            problem,
+        };
+        Err(ReadFailure { error: Box::new(error), slot: Some(target) })
+    }
+
+    /// Ends the read into a slot whose expert nobody wants, and forgets it: a compressed one would have to be decompressed first.
+    fn forget_read(&mut self, number: u32) {
+        let Content::Loading { expert, read, target, .. } = self.slots[number as usize].take() else {
+            unreachable!("a slot that is read into is loading")
+        };
+        let slot = match read.finish() {
+            Ok(slot) => Some(slot),
+            Err(failure) => failure.slot,
+        };
+        self.table[expert.index()] = ABSENT;
+        self.policy.unpin(expert);
+        self.policy.evict(expert);
+        self.put_back_read(number, slot, target);
     }
 
     /// What comes next in the pass, or `None` when all experts have been handed out. `parts`: whether a part of an expert
@@ -398,6 +545,7 @@ impl Pool {
             Progressed::Ended(at) => {
                 let number = self.pass.pending.swap_remove(at).slot;
                 self.finish_read(number, 1)?;
+                self.submit_staged();
                 Ok(Some(Event::Whole(number)))
             }
             Progressed::Part(at) => Ok(Some(Event::Part(at))),
@@ -413,6 +561,11 @@ impl Pool {
         }
     }
 
+    /// Whether a compressed expert is being read for this slot.
+    fn is_packed(&self, number: u32) -> bool {
+        matches!(&self.slots[number as usize], Content::Loading { target: Some(_), .. })
+    }
+
     /// Ends the pass, wherever it is. Reads that nobody needs any more are cancelled, and awaited
     /// where that is too late: afterwards no slot is pinned or in flight, but for prefetches.
     fn end_pass(&mut self) {
@@ -426,9 +579,14 @@ impl Pool {
                 read.cancel();
             }
         }
+        self.pass.damaged.clear();
         while let Some(Pending { slot: number, .. }) = self.pass.pending.pop() {
-            // No caller waits for this expert now; an error will be reported when one does.
-            let _ = self.finish_read(number, 0);
+            if self.is_packed(number) {
+                self.forget_read(number);
+            } else {
+                // No caller waits for this expert now; an error will be reported when one does.
+                let _ = self.finish_read(number, 0);
+            }
         }
     }
 }

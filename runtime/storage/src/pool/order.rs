@@ -33,13 +33,14 @@ impl Pool {
                     self.wait_for(at);
                     let number = self.pass.pending.swap_remove(at).slot;
                     self.finish_read(number, 1)?;
+                    self.submit_staged();
                     return Ok(Some(number));
                 }
                 Some(Next::Todo) => {
                     let before = self.pass.todo.len();
                     self.submit_missing();
                     let stuck = self.pass.todo.len() == before && self.pass.failed.is_none();
-                    if stuck && !self.reclaim_prefetch() && !self.give_up_last() {
+                    if stuck && !self.reclaim_prefetch() && !self.land_one()? && !self.give_up_last() {
                         return Err(PoolError::NoSlots);
                     }
                 }
@@ -58,6 +59,22 @@ impl Pool {
         let pending = pending.map(|(at, pending)| (key(pending.slot), Next::Pending(at))).min_by_key(|next| next.0);
         let todo = self.pass.todo.front().map(|&key| (key, Next::Todo));
         [ready, pending, todo].into_iter().flatten().min_by_key(|next| next.0).map(|next| next.1)
+    }
+
+    /// Ends the read of a compressed expert whose turn has not come, for the sake of its staging slot; false if there is none.
+    fn land_one(&mut self) -> Result<bool, PoolError> {
+        let packed = (0..self.pass.pending.len()).find(|&at| self.is_packed(self.pass.pending[at].slot));
+        let Some(at) = packed else { return Ok(false) };
+        self.wait_for(at);
+        let number = self.pass.pending.swap_remove(at).slot;
+        self.finish_read(number, 1)?;
+        let expert = |number: u32| match &self.slots[number as usize] {
+            Content::Resident { expert, .. } => *expert,
+            _ => unreachable!("a slot of the pass holds an expert"),
+        };
+        let place = self.pass.ready.iter().position(|&ready| expert(ready) > expert(number));
+        self.pass.ready.insert(place.unwrap_or(self.pass.ready.len()), number);
+        Ok(true)
     }
 
     /// Takes the slot from the last expert that waits for its turn; false if there is none.

@@ -49,6 +49,11 @@ impl Pool {
             if self.table[index.index()] != ABSENT {
                 continue;
             }
+            // The last staging slot is for what somebody waits for.
+            let staged = self.directory.location(index).packed.is_some();
+            if staged && self.staging.len() < 2 {
+                return;
+            }
             let Some(number) = self.vacate() else { return };
             // A read that cannot be submitted now fails again, with someone to tell, when the expert is requested.
             if self.start_read(number, index, Class::Prefetch, Check::ByReceiver).is_ok() {
@@ -64,7 +69,10 @@ impl Pool {
         let mut at = 0;
         while at < self.prefetches.open.len() {
             let number = self.prefetches.open[at];
-            let done = matches!(&self.slots[number as usize], Content::Loading { read, .. } if read.is_done());
+            // A compressed one stays in its staging slot until it is requested, or given up.
+            let waits = self.is_packed(number) && !self.prefetches.given_up[number as usize];
+            let done =
+                !waits && matches!(&self.slots[number as usize], Content::Loading { read, .. } if read.is_done());
             if done {
                 self.prefetches.open.swap_remove(at);
                 self.end_prefetch(number);
@@ -78,6 +86,10 @@ impl Pool {
     fn end_prefetch(&mut self, number: u32) {
         let Content::Loading { expert, .. } = self.slots[number as usize] else { return };
         self.prefetches.given_up[number as usize] = false;
+        if self.is_packed(number) {
+            self.count_wasted(expert);
+            return self.forget_read(number);
+        }
         // An error of a read that nobody asked for will be reported if somebody does.
         if self.finish_read(number, 0).is_err() {
             self.count_wasted(expert);

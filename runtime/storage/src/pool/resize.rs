@@ -36,6 +36,10 @@ impl Pool {
             };
             self.give_back(number);
         }
+        for slot in &mut self.staging {
+            // Where the system does not give it back at once, it comes page by page.
+            let _ = if slots == 0 { slot.give_back() } else { slot.take_again() };
+        }
         while self.slot_count() < slots
             && let Some(&number) = self.away.last()
         {

@@ -148,7 +148,7 @@ impl Pool {
         let Content::Resident { expert, verdict, .. } = &mut self.slots[number as usize] else {
             unreachable!("a pinned slot is resident")
         };
-        *verdict = Verdict(self.directory.location(*expert).checksum == sum);
+        *verdict = Verdict(self.directory.location(*expert).memory_checksum() == sum);
         verdict.0
     }
 
@@ -172,6 +172,13 @@ impl Pool {
         self.table[expert.index()] = ABSENT;
         self.policy.unpin(expert);
         self.policy.evict(expert);
+        if !self.can_stage(expert) {
+            // When its turn comes, it is read into whichever slot is there.
+            self.free.push(number);
+            self.pass.damaged.push(expert);
+            self.pass.todo.push_front(expert);
+            return;
+        }
         match self.start_read(number, expert, Class::Demand, Check::Again) {
             Ok(()) => self.pass.pending.push(Pending::new(number)),
             Err(error) => self.pass.failed = Some(error),

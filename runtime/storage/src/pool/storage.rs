@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+#[cfg(feature = "sim")]
+use super::Packed;
 use super::dense::DenseMemory;
-use super::{DenseLocation, DenseParts, ExpertDirectory, Policy, Pool, PoolError};
+use super::{DenseLocation, DenseParts, ExpertDirectory, Policy, Pool, PoolError, Workers};
 #[cfg(feature = "sim")]
 use crate::io::sim::SimulatedDrive;
 use crate::io::{Arena, DataFile, DirectIo, DirectMode, Lane, Scheduler, Tuning, open_lanes};
@@ -14,6 +16,8 @@ use crate::io::{Arena, DataFile, DirectIo, DirectMode, Lane, Scheduler, Tuning, 
 pub struct StorageConfig {
     /// Expert slots; at most one per expert is made.
     pub expert_slots: usize,
+    /// Staging slots for compressed experts; two at least are made where there are any, and none otherwise.
+    pub staging_slots: usize,
     /// For each dense extent, whether it stays in memory; the others are streamed.
     pub pinned: Vec<bool>,
     /// How each file is read; files on one drive are read as the first of them.
@@ -23,6 +27,9 @@ pub struct StorageConfig {
     /// A drive that has the experts in place of the files, and its contents in place of each of them.
     #[cfg(feature = "sim")]
     pub simulated: Option<SimulatedDrive>,
+    /// What the contents of that drive become, if they are compressed.
+    #[cfg(feature = "sim")]
+    pub simulated_packed: Option<Packed>,
 }
 
 /// The storage of an opened model: dense parts in memory, experts behind a pool.
@@ -49,40 +56,62 @@ impl Storage {
     pub fn open(
         paths: &[PathBuf],
         dense: &[DenseLocation],
+        #[cfg_attr(not(feature = "sim"), expect(unused_mut, reason = "files say what the experts are"))]
         mut experts: ExpertDirectory,
         policy: Box<dyn Policy>,
         config: &StorageConfig,
     ) -> Result<Storage, PoolError> {
         let files = paths.iter().map(|path| DataFile::open(path, config.direct)).collect::<Result<Vec<_>, _>>()?;
         let direct = files.iter().map(|file| file.direct().clone()).collect();
-        let mut pool_arena = Pool::reserve(&experts, config.expert_slots)?;
-        let memory = DenseParts::reserve(dense, &config.pinned)?;
-        let lanes = read_lanes(files, config, &mut experts, &mut pool_arena, &memory)?;
+        #[cfg(feature = "sim")]
+        if let Some(drive) = &config.simulated {
+            experts.hold(drive.contents(), config.simulated_packed)?;
+        }
+        let mut memory = Memory {
+            experts: Pool::reserve(&experts, config.expert_slots)?,
+            staging: Pool::reserve_staging(&experts, config.staging_slots)?,
+            dense: DenseParts::reserve(dense, &config.pinned)?,
+        };
+        let lanes = read_lanes(files, config, &experts, &mut memory)?;
+        let Memory { experts: pool_arena, staging, dense: memory } = memory;
         let io = Arc::new(Scheduler::start_lanes(lanes)?);
         let dense = DenseParts::load(&io, memory, dense, &config.pinned)?;
-        let pool = Pool::new(Arc::clone(&io), pool_arena, experts, policy);
+        let pool = Pool::new(Arc::clone(&io), pool_arena, staging, experts, policy);
         Ok(Storage { io, dense, pool, direct })
+    }
+
+    /// Says which threads decompress extents from now on.
+    pub fn set_workers(&mut self, workers: &Arc<dyn Workers>) {
+        self.dense.set_workers(Arc::clone(workers));
+        self.pool.set_workers(Arc::clone(workers));
     }
 }
 
-/// What reads the files: into the memory of experts and of dense parts. If that is a simulated drive, the experts have its contents
-/// from now on, in memory and in the directory.
+/// The memory that extents are read into.
+struct Memory {
+    experts: Arena,
+    staging: Arena,
+    dense: DenseMemory,
+}
+
+/// What reads the files into this memory. If that is a simulated drive, the memory has its contents from now on.
 #[cfg_attr(not(feature = "sim"), expect(unused_variables, reason = "files say what the experts are"))]
 fn read_lanes(
     files: Vec<DataFile>,
     config: &StorageConfig,
-    experts: &mut ExpertDirectory,
-    pool: &mut Arena,
-    memory: &DenseMemory,
+    experts: &ExpertDirectory,
+    memory: &mut Memory,
 ) -> Result<Vec<Lane>, PoolError> {
     #[cfg(feature = "sim")]
     if let Some(drive) = &config.simulated {
-        experts.hold(drive.contents())?;
-        pool.fill(drive.contents());
+        let read_into = if config.simulated_packed.is_some() { &mut memory.staging } else { &mut memory.experts };
+        read_into.fill(drive.contents());
         let (numbers, io) = ((0..files.len() as u16).collect(), &config.tuning[0].config);
         let engine = Box::new(drive.engine(files, experts.places(), io.depth));
         return Ok(vec![Lane { engine, files: numbers, config: io.clone() }]);
     }
-    let regions = [pool.region(), memory.pinned.region(), memory.ring.region()];
+    let Memory { experts: slots, staging, dense } = memory;
+    let arenas = [&*slots, staging, &dense.pinned, &dense.ring, &dense.staging];
+    let regions: Vec<_> = arenas.into_iter().map(Arena::region).collect();
     Ok(open_lanes(files, &config.tuning, &regions)?)
 }

@@ -363,7 +363,7 @@ mod tests {
     use super::*;
     use crate::matrix::{Group, WeightType};
     use crate::x86::Avx512;
-    use crate::x86::avx2::grouped::grid_block;
+    use crate::x86::avx2::grouped::grid_blocks;
 
     const ALL: [Codes; 7] =
         [Codes::Iq3s, Codes::Iq3xxs, Codes::Iq2s, Codes::Iq2xs, Codes::Iq2xxs, Codes::Iq1s, Codes::Iq1m];
@@ -376,10 +376,11 @@ mod tests {
         if !strip(codes, &pair, 1, &mut out) {
             return;
         }
-        let len = ROW_GROUP * codes.block_len();
-        for (g, out) in out.iter().enumerate().take(2) {
-            for (half, records) in records.iter().enumerate() {
-                let want = grid_block(codes, &records[(STRIP + g) * len..][..len]);
+        let first = STRIP * ROW_GROUP * codes.block_len();
+        for (half, records) in records.iter().enumerate() {
+            let mut want = [[_mm256_setzero_si256(); 8]; 2];
+            grid_blocks(codes, &records[first..], &mut want);
+            for (g, (out, want)) in out.iter().zip(&want).enumerate() {
                 for q in 0..8 {
                     let got =
                         if half == 0 { _mm512_castsi512_si256(out[q]) } else { _mm512_extracti64x4_epi64::<1>(out[q]) };

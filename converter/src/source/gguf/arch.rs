@@ -1,0 +1,118 @@
+//! The architectures that are read, by the names that llama.cpp gives them.
+
+use super::keys::{ARCHITECTURE, Keys};
+use super::metadata::{Metadata, Problem};
+
+/// An architecture of llama.cpp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Arch {
+    /// Llama and Mistral, and with experts Mixtral.
+    Llama,
+    /// Mistral since Ministral 3.
+    Mistral3,
+    Qwen3,
+    Qwen2Moe,
+    Qwen3Moe,
+    Qwen3Next,
+    Qwen35Moe,
+    /// DeepSeek-V2 and V3, and what computes the same: Kimi K2, GLM-4.7-Flash.
+    DeepSeek2,
+    /// DeepSeek-V3.2.
+    DeepSeek32,
+    /// GLM-5.
+    GlmDsa,
+    Glm4Moe,
+    GptOss,
+    MiniMaxM2,
+    Olmoe,
+}
+
+const NAMES: [(&str, Arch); 14] = [
+    ("llama", Arch::Llama),
+    ("mistral3", Arch::Mistral3),
+    ("qwen3", Arch::Qwen3),
+    ("qwen2moe", Arch::Qwen2Moe),
+    ("qwen3moe", Arch::Qwen3Moe),
+    ("qwen3next", Arch::Qwen3Next),
+    ("qwen35moe", Arch::Qwen35Moe),
+    ("deepseek2", Arch::DeepSeek2),
+    ("deepseek32", Arch::DeepSeek32),
+    ("glm-dsa", Arch::GlmDsa),
+    ("glm4moe", Arch::Glm4Moe),
+    ("gpt-oss", Arch::GptOss),
+    ("minimax-m2", Arch::MiniMaxM2),
+    ("olmoe", Arch::Olmoe),
+];
+
+/// Keys that change what a model computes, which no family here has; the value at which they change nothing.
+const NEUTRAL: [(&str, f64); 9] = [
+    ("attention.temperature_scale", 0.0),
+    ("attention.max_alibi_bias", 0.0),
+    ("attn_logit_softcapping", 0.0),
+    ("final_logit_softcapping", 0.0),
+    ("router_logit_softcapping", 0.0),
+    ("logit_scale", 1.0),
+    ("residual_scale", 1.0),
+    ("embedding_scale", 1.0),
+    ("attention.value_scale", 1.0),
+];
+
+impl Arch {
+    /// The architecture that the metadata name, and its name.
+    pub(super) fn find(metadata: &Metadata) -> Result<(Self, &str), Problem> {
+        if let Some(other) = metadata.text("general.type")?.filter(|ty| *ty != "model") {
+            let problem = format!("is \"{other}\": the file is not a model, but goes with one");
+            return Err(Problem::new("general.type", problem));
+        }
+        let supported = || NAMES.map(|(name, _)| name).join(", ");
+        let Some(name) = metadata.text(ARCHITECTURE)? else {
+            return Err(Problem::new(ARCHITECTURE, format!("is missing; supported: {}", supported())));
+        };
+        let known = NAMES.into_iter().find(|(known, _)| *known == name);
+        let known = known.map(|(_, arch)| (arch, name));
+        known.ok_or_else(|| Problem::new(ARCHITECTURE, format!("is \"{name}\"; supported: {}", supported())))
+    }
+
+    /// Whether llama.cpp's converter stores rows of queries and keys in the order in which it turns them.
+    pub(super) fn interleaves(self) -> bool {
+        matches!(self, Arch::Llama | Arch::Mistral3)
+    }
+
+    /// Whether the attention is latent.
+    pub(super) fn is_latent(self) -> bool {
+        matches!(self, Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa)
+    }
+
+    /// Whether some layers have linear attention.
+    pub(super) fn is_hybrid(self) -> bool {
+        matches!(self, Arch::Qwen3Next | Arch::Qwen35Moe)
+    }
+
+    /// Whether every layer has experts, if any has.
+    pub(super) fn is_all_sparse(self) -> bool {
+        matches!(self, Arch::Llama | Arch::Mistral3 | Arch::GptOss | Arch::MiniMaxM2 | Arch::Olmoe)
+    }
+
+    /// The module of the shared expert.
+    pub(super) fn shared(self) -> &'static str {
+        match self {
+            Arch::Qwen2Moe | Arch::Qwen3Next | Arch::Qwen35Moe => "shared_expert",
+            _ => "shared_experts",
+        }
+    }
+
+    /// Refuses keys whose values change what the model computes in a way that no family here knows.
+    pub(super) fn refuse_unknown_computation(keys: &Keys<'_>) -> Result<(), Problem> {
+        for (end, neutral) in NEUTRAL {
+            if let Some(found) = keys.float(end)?.filter(|&f| f != neutral) {
+                return Err(
+                    keys.refuse(end, format!("is {found}, which changes what the model computes; not supported"))
+                );
+            }
+        }
+        if keys.bool("attention.causal")? == Some(false) {
+            return Err(keys.refuse("attention.causal", "is false; only causal attention is supported"));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,417 @@
+//! `config.json` as the original checkpoint would have it, of what a GGUF file says in its keys and by its tensors. Where both
+//! disagree, the tensors are right: tools that take experts out of a model leave `expert_count` as it was.
+
+use serde_json::{Value as Json, json};
+use sluice_format::ModelSpec;
+
+use super::arch::Arch;
+use super::keys::{Keys, Synthesised};
+use super::metadata::Problem;
+use super::rope::{self, Rope};
+
+/// The numbers of `expert_gating_func`.
+const SOFTMAX: u64 = 1;
+const SIGMOID: u64 = 2;
+const SOFTMAX_OF_CHOSEN: u64 = 3;
+/// Longest context of GLM-5 and 5.1; longer ones are of 5.2, whose layers share indexers in a pattern.
+const GLM_5_1_CONTEXT: u64 = 1 << 20;
+
+/// What a file describes.
+pub(super) struct Described {
+    /// `config.json`.
+    pub(super) config: Json,
+    /// Heads of queries, and of keys and values.
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    /// Width of a head; 0 where attention is latent.
+    pub(super) head_dim: usize,
+    /// Which layers have linear attention.
+    pub(super) linear: Vec<bool>,
+    /// Remarks for the user.
+    pub(super) notes: Vec<String>,
+}
+
+/// Describes the model. `factors` are the contents of `rope_freqs.weight`.
+pub(super) fn describe(arch: Arch, keys: &Keys<'_>, factors: Option<&[f32]>) -> Result<Described, Problem> {
+    Arch::refuse_unknown_computation(keys)?;
+    let layers = layers(keys)?;
+    let mut writer =
+        Writer { arch, keys, layers, heads: 0, kv_heads: 0, head_dim: 0, out: Synthesised::default(), notes: vec![] };
+    writer.common()?;
+    let rope = if arch.is_latent() { writer.latent()? } else { writer.grouped_query()? };
+    let rope = rope::read(keys, &rope, factors)?;
+    writer.out.set("rope_parameters", rope);
+    writer.experts()?;
+    let linear = if arch.is_hybrid() { writer.hybrid()? } else { vec![false; layers] };
+    let Writer { heads, kv_heads, head_dim, out, notes, .. } = writer;
+    Ok(Described { config: Json::Object(out.0), heads, kv_heads, head_dim, linear, notes })
+}
+
+/// Layers without those that predict further tokens, which files count among the blocks.
+fn layers(keys: &Keys<'_>) -> Result<usize, Problem> {
+    let blocks = keys.need("block_count")?;
+    let predicting = keys.uint("nextn_predict_layers")?.unwrap_or(0);
+    let layers = blocks.checked_sub(predicting).filter(|&n| n > 0).ok_or_else(|| {
+        keys.refuse("nextn_predict_layers", format!("is {predicting}, and there are {blocks} blocks in all"))
+    })?;
+    // Each has a norm at least.
+    let most = keys.tensors.len().min(ModelSpec::MAX_LAYERS);
+    if layers > most as u64 {
+        let problem = format!("is {blocks}, and with {} tensors there can be {most} at most", keys.tensors.len());
+        return Err(keys.refuse("block_count", problem));
+    }
+    Ok(layers as usize)
+}
+
+struct Writer<'a> {
+    arch: Arch,
+    keys: &'a Keys<'a>,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    out: Synthesised,
+    notes: Vec<String>,
+}
+
+impl Writer<'_> {
+    /// What all decoders have.
+    fn common(&mut self) -> Result<(), Problem> {
+        let keys = self.keys;
+        let embedding = keys.tensors.get("token_embd.weight");
+        let [vocab, hidden] = match embedding.map(|t| t.shape.as_slice()) {
+            Some(&[vocab, hidden]) => [vocab as u64, hidden as u64],
+            _ => return Err(Problem::new("token_embd.weight", "is missing, or not a matrix")),
+        };
+        let said = keys.need("embedding_length")?;
+        if said != hidden {
+            let problem = format!("is {said}, and rows of `token_embd.weight` have {hidden} elements");
+            return Err(keys.refuse("embedding_length", problem));
+        }
+        let (heads, kv_heads) = (keys.need("attention.head_count")?, keys.uint("attention.head_count_kv")?);
+        self.heads = index(keys, "attention.head_count", heads)?;
+        self.kv_heads = index(keys, "attention.head_count_kv", kv_heads.unwrap_or(heads))?;
+        if self.heads == 0 || self.kv_heads == 0 {
+            return Err(keys.refuse("attention.head_count", "or the count of key and value heads is 0"));
+        }
+        let tied = !keys.tensors.contains_key("output.weight");
+        self.out.set("model_type", self.model_type()?);
+        self.out.set("vocab_size", vocab);
+        self.out.set("hidden_size", hidden);
+        self.out.set("num_hidden_layers", self.layers as u64);
+        self.out.set("num_attention_heads", heads);
+        self.out.set("max_position_embeddings", keys.need("context_length")?);
+        let eps = keys.float("attention.layer_norm_rms_epsilon")?;
+        let missing = || keys.refuse("attention.layer_norm_rms_epsilon", "is missing");
+        self.out.set("rms_norm_eps", eps.ok_or_else(missing)?);
+        self.out.set("tie_word_embeddings", tied);
+        self.out.set("hidden_act", "silu");
+        let dense = keys.of_any_layer(self.layers, "ffn_gate.weight").map(|t| t.rows() as u64);
+        let width = if dense.is_some() { dense } else { keys.uint("feed_forward_length")? };
+        self.out.set_some("intermediate_size", width);
+        Ok(())
+    }
+
+    /// The family. Architectures of several families are told apart by what they hold.
+    fn model_type(&self) -> Result<&'static str, Problem> {
+        let keys = self.keys;
+        Ok(match self.arch {
+            Arch::Llama | Arch::Mistral3 if self.has_experts() => "mixtral",
+            Arch::Llama if keys.uint("attention.sliding_window")?.is_some() => "mistral",
+            Arch::Llama => "llama",
+            Arch::Mistral3 => "mistral",
+            Arch::Qwen3 => "qwen3",
+            Arch::Qwen2Moe => "qwen2_moe",
+            Arch::Qwen3Moe => "qwen3_moe",
+            Arch::Qwen3Next => "qwen3_next",
+            Arch::Qwen35Moe => "qwen3_5_moe_text",
+            Arch::DeepSeek2 => match (self.is_sigmoid()?, keys.pre_tokenizer()?) {
+                (false, _) => "deepseek_v2",
+                (true, "kimi-k2") => "kimi_k2",
+                (true, "glm4" | "chatglm-bpe") => "glm4_moe_lite",
+                (true, _) => "deepseek_v3",
+            },
+            Arch::DeepSeek32 => "deepseek_v32",
+            Arch::GlmDsa => "glm_moe_dsa",
+            Arch::Glm4Moe => "glm4_moe",
+            Arch::GptOss => "gpt_oss",
+            Arch::MiniMaxM2 => "minimax_m2",
+            Arch::Olmoe => "olmoe",
+        })
+    }
+
+    fn has_experts(&self) -> bool {
+        self.keys.of_any_layer(self.layers, "ffn_gate_inp.weight").is_some()
+    }
+
+    fn has(&self, rest: &str) -> bool {
+        self.keys.of_any_layer(self.layers, rest).is_some()
+    }
+
+    /// Whether scores of experts are sigmoids: by the key, or where it is missing by the bias that goes with them.
+    fn is_sigmoid(&self) -> Result<bool, Problem> {
+        Ok(match self.keys.uint("expert_gating_func")?.filter(|&f| f != 0) {
+            Some(func) => func == SIGMOID,
+            None => self.has("exp_probs_b.bias") || self.has("exp_probs_b"),
+        })
+    }
+
+    /// Heads of plain attention, and the rotated part of them.
+    fn grouped_query(&mut self) -> Result<Rope, Problem> {
+        let keys = self.keys;
+        let hidden = keys.need("embedding_length")?;
+        let head_dim = keys.uint("attention.key_length")?.unwrap_or(hidden / self.heads as u64);
+        if let Some(value) = keys.uint("attention.value_length")?.filter(|&n| n != head_dim) {
+            let problem = format!("is {value}, and heads of keys have {head_dim} elements: not supported");
+            return Err(keys.refuse("attention.value_length", problem));
+        }
+        self.head_dim = index(keys, "attention.key_length", head_dim)?;
+        let rotated = keys.uint("rope.dimension_count")?.unwrap_or(head_dim);
+        self.out.set("num_key_value_heads", self.kv_heads as u64);
+        self.out.set("head_dim", head_dim);
+        let bias = self.has("attn_q.bias") || self.has("attn_qkv.bias");
+        let key = if self.arch == Arch::Qwen2Moe { "qkv_bias" } else { "attention_bias" };
+        self.out.set(key, bias);
+        match self.arch {
+            Arch::Glm4Moe | Arch::MiniMaxM2 => self.out.set("use_qk_norm", self.has("attn_q_norm.weight")),
+            Arch::Olmoe => self.out.set("clip_qkv", keys.float("attention.clamp_kqv")?),
+            _ => {}
+        }
+        let window = keys.uint("attention.sliding_window")?.filter(|&w| w > 0);
+        match (self.arch, window) {
+            (Arch::GptOss | Arch::Llama | Arch::Mistral3, window) => self.out.set("sliding_window", window),
+            _ => {}
+        }
+        if self.arch == Arch::MiniMaxM2 {
+            // The family has a key of its own for it.
+            self.out.set("rotary_dim", rotated);
+            return Ok(Rope { dim: head_dim, head_dim, mscale: false, truncate: true });
+        }
+        Ok(Rope { dim: rotated, head_dim, mscale: false, truncate: self.arch != Arch::GptOss })
+    }
+
+    /// Latent attention. Files count one head of keys, as wide as the latent and the rotated part together; those from before
+    /// 2025 say the widths of the heads themselves.
+    fn latent(&mut self) -> Result<Rope, Problem> {
+        let keys = self.keys;
+        let rotated = keys.need("rope.dimension_count")?;
+        let either = |new: &str, old: &str| match keys.uint(new)? {
+            Some(n) => Ok(n),
+            None => keys.need(old),
+        };
+        let key = either("attention.key_length_mla", "attention.key_length")?;
+        let value = either("attention.value_length_mla", "attention.value_length")?;
+        let Some(plain) = key.checked_sub(rotated).filter(|&n| n > 0) else {
+            let problem = format!("is {rotated}, and a head of keys has {key} elements in all");
+            return Err(keys.refuse("rope.dimension_count", problem));
+        };
+        self.out.set("num_key_value_heads", self.heads as u64);
+        self.out.set("qk_rope_head_dim", rotated);
+        self.out.set("qk_nope_head_dim", plain);
+        self.out.set("v_head_dim", value);
+        self.out.set("kv_lora_rank", keys.need("attention.kv_lora_rank")?);
+        match self.has("attn_q_a.weight") {
+            true => self.out.set("q_lora_rank", keys.need("attention.q_lora_rank")?),
+            false => self.out.set("q_lora_rank", Json::Null),
+        }
+        if self.arch != Arch::DeepSeek2 {
+            self.indexer()?;
+        }
+        Ok(Rope { dim: rotated, head_dim: rotated, mscale: true, truncate: true })
+    }
+
+    /// The indexer of sparse attention.
+    fn indexer(&mut self) -> Result<(), Problem> {
+        let keys = self.keys;
+        self.out.set("index_n_heads", keys.need("attention.indexer.head_count")?);
+        self.out.set("index_head_dim", keys.need("attention.indexer.key_length")?);
+        self.out.set("index_topk", keys.need("attention.indexer.top_k")?);
+        if self.arch != Arch::GlmDsa {
+            return Ok(());
+        }
+        let full = match keys.per_layer("attention.indexer.types", self.layers)? {
+            Some(full) => full,
+            // As llama.cpp completes files from before the key existed.
+            None if keys.need("context_length")? < GLM_5_1_CONTEXT => vec![true; self.layers],
+            None => (0..self.layers).map(|layer| layer < 2 || (layer - 2) % 4 == 0).collect(),
+        };
+        let name = |full: bool| Json::from(if full { "full" } else { "shared" });
+        self.out.set("indexer_types", full.into_iter().map(name).collect::<Vec<_>>());
+        Ok(())
+    }
+
+    /// Routed and shared experts.
+    fn experts(&mut self) -> Result<(), Problem> {
+        let keys = self.keys;
+        let Some(router) = keys.of_any_layer(self.layers, "ffn_gate_inp.weight") else { return Ok(()) };
+        let experts = router.rows() as u64;
+        if let Some(said) = keys.uint("expert_count")?.filter(|&said| said != experts) {
+            self.notes.push(format!(
+                "`{}` is {said}, but the routers choose among {experts}: the tensors are right",
+                keys.key("expert_count")
+            ));
+        }
+        let count_key = match self.arch {
+            Arch::Llama | Arch::Mistral3 | Arch::GptOss | Arch::MiniMaxM2 => "num_local_experts",
+            Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe => "n_routed_experts",
+            _ => "num_experts",
+        };
+        self.out.set(count_key, experts);
+        let used = keys.need("expert_used_count")?;
+        self.out.set("num_experts_per_tok", used);
+        let width_key = match self.arch.is_all_sparse() {
+            true => "intermediate_size",
+            false => "moe_intermediate_size",
+        };
+        self.out.set(width_key, self.expert_width()?);
+        if !self.arch.is_all_sparse() {
+            let kind = |layer| match keys.of_layer(layer, "ffn_gate_inp.weight") {
+                Some(_) => Json::from("sparse"),
+                None => Json::from("dense"),
+            };
+            self.out.set("mlp_layer_types", (0..self.layers).map(kind).collect::<Vec<_>>());
+        }
+        self.router()?;
+        self.shared_expert()
+    }
+
+    /// The width of an expert, by the tensors: of all of a layer in one, or of the first of them.
+    fn expert_width(&self) -> Result<u64, Problem> {
+        let keys = self.keys;
+        for name in ["ffn_up_exps.weight", "ffn_up.0.weight"] {
+            if let Some(&[.., rows, _]) = keys.of_any_layer(self.layers, name).map(|t| t.shape.as_slice()) {
+                return Ok(rows as u64);
+            }
+        }
+        if let Some(&[_, rows, _]) =
+            keys.of_any_layer(self.layers, "ffn_gate_up_exps.weight").map(|t| t.shape.as_slice())
+        {
+            return Ok(rows as u64 / 2);
+        }
+        keys.need(if self.arch.is_all_sparse() { "feed_forward_length" } else { "expert_feed_forward_length" })
+    }
+
+    /// How experts are chosen and weighted.
+    fn router(&mut self) -> Result<(), Problem> {
+        let keys = self.keys;
+        let norm = keys.bool("expert_weights_norm")?;
+        let scale = keys.float("expert_weights_scale")?.filter(|&s| s != 0.0);
+        let (sigmoid, supported): (bool, &[u64]) = match self.arch {
+            Arch::DeepSeek2 => (self.is_sigmoid()?, &[SOFTMAX, SIGMOID]),
+            Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe | Arch::MiniMaxM2 => (true, &[SIGMOID]),
+            Arch::GptOss => (false, &[SOFTMAX, SOFTMAX_OF_CHOSEN]),
+            _ => (false, &[SOFTMAX]),
+        };
+        if let Some(func) = keys.uint("expert_gating_func")?.filter(|f| *f != 0 && !supported.contains(f)) {
+            return Err(keys.refuse("expert_gating_func", format!("is {func}; supported here: {supported:?}")));
+        }
+        match self.arch {
+            Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe => {
+                // It is written where it is true.
+                let norm = norm.unwrap_or(false);
+                if !sigmoid && norm {
+                    let problem = "is true with scores that are no sigmoids, which is not supported";
+                    return Err(keys.refuse("expert_weights_norm", problem));
+                }
+                self.out.set("norm_topk_prob", norm);
+                self.out.set("routed_scaling_factor", scale.unwrap_or(1.0));
+                self.out.set("scoring_func", if sigmoid { "sigmoid" } else { "softmax" });
+                self.groups(sigmoid)?;
+            }
+            Arch::MiniMaxM2 => self.out.set("scoring_func", "sigmoid"),
+            // llama.cpp knows without a key which of these divide by the sum.
+            Arch::Qwen2Moe | Arch::Olmoe => self.out.set("norm_topk_prob", norm.unwrap_or(false)),
+            Arch::Qwen3Moe | Arch::Qwen3Next => self.out.set("norm_topk_prob", norm.unwrap_or(true)),
+            _ => {}
+        }
+        if let Some(scale) = scale.filter(|&s| s != 1.0 && !self.arch.is_latent() && self.arch != Arch::Glm4Moe) {
+            return Err(keys.refuse("expert_weights_scale", format!("is {scale}; only 1 is supported here")));
+        }
+        Ok(())
+    }
+
+    /// The limit on groups of experts. llama.cpp has it since October 2025; files from before do not say it, while the models
+    /// have it all the same.
+    fn groups(&mut self, sigmoid: bool) -> Result<(), Problem> {
+        let keys = self.keys;
+        let (count, kept) = (keys.uint("expert_group_count")?, keys.uint("expert_group_used_count")?);
+        let published = match (sigmoid, self.layers, self.out.0.get("n_routed_experts").and_then(Json::as_u64)) {
+            (true, 61, Some(256)) => [8, 4],
+            (false, 60, Some(160)) => [8, 3],
+            _ => [1, 1],
+        };
+        if count.is_none() && published[0] > 1 {
+            self.notes.push(format!(
+                "`{}` is missing, as in all files from before October 2025: {} groups, of which {} are chosen, as DeepSeek has \
+                 published the model",
+                keys.key("expert_group_count"),
+                published[0],
+                published[1]
+            ));
+        }
+        let (count, kept) = match count {
+            Some(count) => (count.max(1), kept.unwrap_or(count).max(1)),
+            None => (published[0], published[1]),
+        };
+        self.out.set("n_group", count);
+        self.out.set("topk_group", kept);
+        let limited = if count > 1 { "group_limited_greedy" } else { "greedy" };
+        self.out.set("topk_method", if sigmoid { "noaux_tc" } else { limited });
+        Ok(())
+    }
+
+    /// The expert that every token has.
+    fn shared_expert(&mut self) -> Result<(), Problem> {
+        let keys = self.keys;
+        let width = keys.of_any_layer(self.layers, "ffn_up_shexp.weight").map_or(0, |t| t.rows() as u64);
+        match self.arch {
+            Arch::Qwen2Moe | Arch::Qwen3Next | Arch::Qwen35Moe => {
+                self.out.set("shared_expert_intermediate_size", width);
+            }
+            Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe => {
+                let expert = self.expert_width()?;
+                if expert == 0 || !width.is_multiple_of(expert) {
+                    let problem = format!("is {expert}, of which the {width} of the shared expert are no multiple");
+                    return Err(keys.refuse("expert_feed_forward_length", problem));
+                }
+                self.out.set("n_shared_experts", width / expert);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Linear attention, and which layers have it.
+    fn hybrid(&mut self) -> Result<Vec<bool>, Problem> {
+        let keys = self.keys;
+        let value_heads = keys.need("ssm.time_step_rank")?;
+        let inner = keys.need("ssm.inner_size")?;
+        if value_heads == 0 || !inner.is_multiple_of(value_heads) {
+            let problem = format!("is {inner}, no multiple of the {value_heads} heads of `ssm.time_step_rank`");
+            return Err(keys.refuse("ssm.inner_size", problem));
+        }
+        self.out.set("linear_num_key_heads", keys.need("ssm.group_count")?);
+        self.out.set("linear_num_value_heads", value_heads);
+        self.out.set("linear_key_head_dim", keys.need("ssm.state_size")?);
+        self.out.set("linear_value_head_dim", inner / value_heads);
+        self.out.set("linear_conv_kernel_dim", keys.need("ssm.conv_kernel")?);
+        if self.arch == Arch::Qwen35Moe {
+            // llama.cpp's converter puts value heads in this order for this architecture.
+            self.out.set("linear_value_heads_tiled", true);
+        }
+        let interval = keys.uint("full_attention_interval")?.unwrap_or(4);
+        if interval == 0 {
+            return Err(keys.refuse("full_attention_interval", "is 0"));
+        }
+        let by_interval = || (1..=self.layers as u64).map(|layer| layer % interval != 0).collect();
+        let linear: Vec<bool> = keys.per_layer("attention.recurrent_layers", self.layers)?.unwrap_or_else(by_interval);
+        let name = |linear: &bool| json!(if *linear { "linear_attention" } else { "full_attention" });
+        self.out.set("layer_types", linear.iter().map(name).collect::<Vec<_>>());
+        Ok(linear)
+    }
+}
+
+/// A number of a key that counts things in memory.
+fn index(keys: &Keys<'_>, end: &str, n: u64) -> Result<usize, Problem> {
+    usize::try_from(n).map_err(|_| keys.refuse(end, format!("is {n}")))
+}

@@ -1,0 +1,110 @@
+//! GGUF files, as llama.cpp has them, presented as the Hugging Face checkpoint that they were made of.
+//!
+//! | module | does |
+//! |---|---|
+//! | `cursor`, `container` | reads the head of a file; trusts nothing in it |
+//! | [`metadata`] | values by key |
+//! | `split` | models in several files |
+//! | `arch`, `keys`, `config`, `rope` | keys of an architecture → `config.json` |
+//! | `names`, `table` | names and arrangement of tensors → those of the hub |
+//! | `tokenizer` | vocabulary → `tokenizer.json` and what goes with it |
+//! | `source` | the files, with small files made of metadata |
+//!
+//! The plan then knows no difference: families, checks, journal and provenance are those of every checkpoint.
+
+mod arch;
+mod config;
+mod container;
+mod cursor;
+mod keys;
+pub(crate) mod metadata;
+mod names;
+mod rope;
+mod source;
+mod split;
+mod table;
+mod tokenizer;
+
+use std::path::Path;
+
+use self::arch::Arch;
+use self::config::Described;
+pub(crate) use self::container::MAGIC;
+use self::container::{Head, Tensor};
+use self::keys::Keys;
+use self::metadata::Problem;
+use self::source::WithTexts;
+use self::table::Table;
+use super::{CONFIG, Checkpoint, Source};
+use crate::error::ConvertError;
+
+/// Opens the model of which the file at `path` is the only one, or any part.
+pub(crate) fn open(path: &Path) -> Result<Checkpoint, ConvertError> {
+    let source = super::folder::Folder::of_files(path, &split::files(path)?)?;
+    of_source(Box::new(source))
+}
+
+/// Reads the files of a source, which are all parts of one model, in order.
+pub(crate) fn of_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertError> {
+    let files = source.files();
+    let mut heads = Vec::with_capacity(files.len());
+    for (number, file) in files.iter().enumerate() {
+        heads.push(container::read_head(&file.path, file.len, &|at, out| source.read_at(number, at, out))?);
+    }
+    let of_file = |(file, problem): (usize, Problem)| ConvertError::Config {
+        path: files[file].path.clone(),
+        key: problem.key,
+        problem: problem.problem,
+    };
+    let names: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
+    split::check(&names, &heads).map_err(of_file)?;
+    let of_first = |problem: Problem| of_file((0, problem));
+    let (arch, name) = Arch::find(&heads[0].metadata).map_err(of_first)?;
+    let described = describe(&*source, arch, name, &heads)?;
+    let mut tables = Vec::with_capacity(heads.len());
+    for (number, head) in heads.iter().enumerate() {
+        let read = |tensor: &Tensor| read_tensor(&*source, number, tensor);
+        let table = Table { arch, described: &described, file: number, read: &read };
+        let entries = head.tensors.iter().map(|tensor| table.entries(tensor));
+        tables.push(entries.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect());
+    }
+    let mut texts = vec![(CONFIG.to_owned(), described.config.to_string().into_bytes())];
+    let of_tokenizer = tokenizer::text_files(&heads[0].metadata).map_err(of_first)?;
+    texts.extend(of_tokenizer.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)));
+    let mut checkpoint = Checkpoint::new(Box::new(WithTexts::new(source, texts)));
+    for (head, tensors) in heads.iter().zip(tables) {
+        checkpoint.add_file(&head.bytes, tensors);
+    }
+    checkpoint.sort();
+    if let Err(Problem { key, problem }) = table::check_doubles(&checkpoint.tensors) {
+        return Err(ConvertError::Gguf { path: checkpoint.dir.clone(), problem: format!("`{key}` {problem}") });
+    }
+    checkpoint.index();
+    checkpoint.notes = described.notes;
+    checkpoint.whole_norms = true;
+    Ok(checkpoint)
+}
+
+/// What the keys and tensors of all parts describe.
+fn describe(source: &dyn Source, arch: Arch, name: &str, heads: &[Head]) -> Result<Described, ConvertError> {
+    let path = &source.files()[0].path;
+    let tensors = heads.iter().flat_map(|head| &head.tensors).map(|t| (t.name.as_str(), t)).collect();
+    let keys = Keys { arch: name, metadata: &heads[0].metadata, tensors };
+    let factors = ["rope_freqs.weight", "blk.0.rope_freqs.weight"].into_iter().find_map(|name| {
+        let in_file = |(file, head): (usize, &Head)| {
+            let tensor = head.tensors.iter().find(|t| t.name == name)?;
+            Some(table::vector(tensor, &|t: &Tensor| read_tensor(source, file, t)))
+        };
+        heads.iter().enumerate().find_map(in_file)
+    });
+    let factors = factors.transpose()?.flatten();
+    let problem = |Problem { key, problem }| ConvertError::Config { path: path.clone(), key, problem };
+    config::describe(arch, &keys, factors.as_deref()).map_err(problem)
+}
+
+/// All bytes of a tensor, which the caller knows to be few.
+fn read_tensor(source: &dyn Source, file: usize, tensor: &Tensor) -> Result<Vec<u8>, ConvertError> {
+    let mut bytes = vec![0; tensor.len as usize];
+    source.read_at(file, tensor.start, &mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,218 @@
+//! From llama.cpp's names to those of the hub (`gguf-py/gguf/tensor_mapping.py` and `conversion/` of
+//! <https://github.com/ggml-org/llama.cpp>), and what becomes of the numbers.
+
+use super::arch::Arch;
+
+/// What a tensor of the file is in the checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Renamed {
+    pub(super) name: String,
+    pub(super) change: Change,
+}
+
+/// What llama.cpp's converter has done to a tensor that has to be undone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    /// Nothing.
+    None,
+    /// The halves of the heads of queries alternate.
+    Queries,
+    /// The halves of the heads of keys alternate.
+    Keys,
+    /// Queries, keys and values are in one tensor: its name is that of the queries.
+    Fused,
+    /// A matrix of one row has become a vector.
+    OneRow,
+    /// A convolution, `[channels, width]`, was `[channels, 1, width]`.
+    Convolution,
+    /// The heads of keys and values of latent attention are in one matrix, as the first files with them had it.
+    Heads,
+    /// It holds `−exp` of the numbers.
+    NegativeExponential,
+}
+
+/// Names outside of the layers.
+const OUTSIDE: [(&str, &str); 4] = [
+    ("token_embd.weight", "model.embed_tokens.weight"),
+    ("output_norm.weight", "model.norm.weight"),
+    ("output.weight", "lm_head.weight"),
+    // Constants that follow from the configuration.
+    ("rope_freqs.weight", "model.rotary_emb.inv_freq"),
+];
+
+/// Modules of a layer, with what stands behind them (`weight`, `bias`) as it was.
+const MODULES: [(&str, &str, Change); 26] = [
+    ("attn_norm", "input_layernorm", Change::None),
+    ("ffn_norm", "post_attention_layernorm", Change::None),
+    ("post_attention_norm", "post_attention_layernorm", Change::None),
+    ("attn_q", "self_attn.q_proj", Change::Queries),
+    ("attn_k", "self_attn.k_proj", Change::Keys),
+    ("attn_v", "self_attn.v_proj", Change::None),
+    ("attn_output", "self_attn.o_proj", Change::None),
+    ("attn_q_norm", "self_attn.q_norm", Change::None),
+    ("attn_k_norm", "self_attn.k_norm", Change::None),
+    ("attn_q_a", "self_attn.q_a_proj", Change::None),
+    ("attn_q_a_norm", "self_attn.q_a_layernorm", Change::None),
+    ("attn_q_b", "self_attn.q_b_proj", Change::None),
+    ("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa", Change::None),
+    ("attn_kv_a_norm", "self_attn.kv_a_layernorm", Change::None),
+    ("attn_kv_b", "self_attn.kv_b_proj", Change::None),
+    // Head by head, and that of keys transposed, as MLX has them.
+    ("attn_k_b", "self_attn.embed_q", Change::Heads),
+    ("attn_v_b", "self_attn.unembed_out", Change::Heads),
+    ("indexer.attn_q_b", "self_attn.indexer.wq_b", Change::None),
+    ("indexer.attn_k", "self_attn.indexer.wk", Change::None),
+    ("indexer.k_norm", "self_attn.indexer.k_norm", Change::None),
+    ("indexer.proj", "self_attn.indexer.weights_proj", Change::None),
+    ("ffn_gate_inp_shexp", "mlp.shared_expert_gate", Change::OneRow),
+    ("nextn.eh_proj", "eh_proj", Change::None),
+    ("nextn.embed_tokens", "embed_tokens", Change::None),
+    ("nextn.enorm", "enorm", Change::None),
+    ("nextn.hnorm", "hnorm", Change::None),
+];
+
+/// Modules of a layer with linear attention.
+const LINEAR: [(&str, &str, Change); 10] = [
+    ("attn_qkv", "linear_attn.in_proj_qkv", Change::None),
+    ("attn_gate", "linear_attn.in_proj_z", Change::None),
+    ("ssm_in", "linear_attn.in_proj_qkvz", Change::None),
+    ("ssm_ba", "linear_attn.in_proj_ba", Change::None),
+    ("ssm_alpha", "linear_attn.in_proj_a", Change::None),
+    ("ssm_beta", "linear_attn.in_proj_b", Change::None),
+    ("ssm_conv1d", "linear_attn.conv1d", Change::Convolution),
+    ("ssm_norm", "linear_attn.norm", Change::None),
+    ("ssm_out", "linear_attn.out_proj", Change::None),
+    ("nextn.shared_head_norm", "shared_head.norm", Change::None),
+];
+
+/// Gate, up and down.
+const PARTS: [&str; 3] = ["gate", "up", "down"];
+
+/// The name on the hub of the tensor `name`; `None` if it is none that llama.cpp's converter writes. `is_linear` says which
+/// layers have linear attention.
+pub(super) fn rename(arch: Arch, is_linear: &dyn Fn(usize) -> bool, name: &str) -> Option<Renamed> {
+    let plain = |name: String| Some(Renamed { name, change: Change::None });
+    if let Some((_, outside)) = OUTSIDE.iter().find(|(own, _)| *own == name) {
+        return plain((*outside).to_owned());
+    }
+    let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
+    let layer: usize = layer.parse().ok()?;
+    let in_layer = |rest: &str| format!("model.layers.{layer}.{rest}");
+    // Names without an end: of a vector, and of old files.
+    match rest {
+        "ssm_a" => {
+            let name = in_layer("linear_attn.A_log");
+            return Some(Renamed { name, change: Change::NegativeExponential });
+        }
+        "ssm_dt.bias" => return plain(in_layer("linear_attn.dt_bias")),
+        "attn_sinks.weight" | "attn_sinks" => return plain(in_layer("self_attn.sinks")),
+        "exp_probs_b.bias" | "exp_probs_b" => return plain(in_layer("mlp.gate.e_score_correction_bias")),
+        "attn_rot_embd.weight" | "attn_rot_embd" | "rope_freqs.weight" => {
+            return plain(in_layer("self_attn.rotary_emb.inv_freq"));
+        }
+        "nextn.shared_head_head.weight" => return plain(in_layer("shared_head.head.weight")),
+        _ => {}
+    }
+    let (module, end) = rest.rsplit_once('.')?;
+    if let Some(name) = feed_forward(arch, module, end) {
+        return plain(in_layer(&name));
+    }
+    if module == "attn_qkv" && !is_linear(layer) {
+        return Some(Renamed { name: in_layer(&format!("self_attn.q_proj.{end}")), change: Change::Fused });
+    }
+    let all = MODULES.iter().chain(&LINEAR);
+    let &(_, hub, change) = all.into_iter().find(|(own, ..)| *own == module)?;
+    // Of scales beside a matrix, nothing is in another order.
+    let change = if matches!(end, "weight" | "bias") { change } else { Change::None };
+    Some(Renamed { name: in_layer(&format!("{hub}.{end}")), change })
+}
+
+/// Dense networks, routers, experts and shared experts.
+fn feed_forward(arch: Arch, module: &str, end: &str) -> Option<String> {
+    let rest = module.strip_prefix("ffn_")?;
+    if rest == "gate_inp" {
+        let router = if arch == Arch::GptOss { "router" } else { "gate" };
+        return Some(format!("mlp.{router}.{end}"));
+    }
+    if rest == "gate_up_exps" {
+        // Without an end, as transformers has it.
+        return Some(if end == "weight" {
+            "mlp.experts.gate_up_proj".to_owned()
+        } else {
+            format!("mlp.experts.gate_up_proj.{end}")
+        });
+    }
+    let part = PARTS
+        .into_iter()
+        .find(|part| rest.strip_prefix(part).is_some_and(|r| r.is_empty() || r.starts_with(['_', '.'])))?;
+    match &rest[part.len()..] {
+        "" => Some(format!("mlp.{part}_proj.{end}")),
+        "_exps" if arch == Arch::GptOss => Some(format!("mlp.experts.{part}_proj.{end}")),
+        "_exps" => Some(format!("mlp.switch_mlp.{part}_proj.{end}")),
+        "_shexp" => Some(format!("mlp.{}.{part}_proj.{end}", arch.shared())),
+        // One by one, in files from before April 2024.
+        number => {
+            let expert: usize = number.strip_prefix('.')?.parse().ok()?;
+            Some(match (arch, part) {
+                (Arch::Llama, "gate") => format!("block_sparse_moe.experts.{expert}.w1.{end}"),
+                (Arch::Llama, "down") => format!("block_sparse_moe.experts.{expert}.w2.{end}"),
+                (Arch::Llama, _) => format!("block_sparse_moe.experts.{expert}.w3.{end}"),
+                _ => format!("mlp.experts.{expert}.{part}_proj.{end}"),
+            })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_the_hub() {
+        for (arch, own, hub, change) in [
+            (Arch::Llama, "token_embd.weight", "model.embed_tokens.weight", Change::None),
+            (Arch::Llama, "blk.3.attn_q.weight", "model.layers.3.self_attn.q_proj.weight", Change::Queries),
+            (
+                Arch::Llama,
+                "blk.0.ffn_gate.2.weight",
+                "model.layers.0.block_sparse_moe.experts.2.w1.weight",
+                Change::None,
+            ),
+            (
+                Arch::Qwen3Moe,
+                "blk.1.ffn_down_exps.weight",
+                "model.layers.1.mlp.switch_mlp.down_proj.weight",
+                Change::None,
+            ),
+            (Arch::Qwen3Moe, "blk.1.ffn_gate_inp.weight", "model.layers.1.mlp.gate.weight", Change::None),
+            (Arch::Qwen3Moe, "blk.1.ffn_gate_up_exps.weight", "model.layers.1.mlp.experts.gate_up_proj", Change::None),
+            (Arch::Qwen3Moe, "blk.1.ffn_up_exps.scale", "model.layers.1.mlp.switch_mlp.up_proj.scale", Change::None),
+            (Arch::GptOss, "blk.1.ffn_up_exps.bias", "model.layers.1.mlp.experts.up_proj.bias", Change::None),
+            (Arch::GptOss, "blk.1.ffn_gate_inp.bias", "model.layers.1.mlp.router.bias", Change::None),
+            (Arch::DeepSeek2, "blk.9.attn_k_b.weight", "model.layers.9.self_attn.embed_q.weight", Change::Heads),
+            (
+                Arch::DeepSeek2,
+                "blk.9.ffn_up_shexp.weight",
+                "model.layers.9.mlp.shared_experts.up_proj.weight",
+                Change::None,
+            ),
+            (
+                Arch::Qwen3Next,
+                "blk.9.ffn_up_shexp.weight",
+                "model.layers.9.mlp.shared_expert.up_proj.weight",
+                Change::None,
+            ),
+            (Arch::Qwen3Next, "blk.0.attn_qkv.weight", "model.layers.0.linear_attn.in_proj_qkv.weight", Change::None),
+            (Arch::Qwen3Next, "blk.0.ssm_a", "model.layers.0.linear_attn.A_log", Change::NegativeExponential),
+            (Arch::Qwen3, "blk.1.attn_qkv.weight", "model.layers.1.self_attn.q_proj.weight", Change::Fused),
+            (Arch::GlmDsa, "blk.1.indexer.k_norm.bias", "model.layers.1.self_attn.indexer.k_norm.bias", Change::None),
+            (Arch::Glm4Moe, "blk.46.nextn.eh_proj.weight", "model.layers.46.eh_proj.weight", Change::None),
+        ] {
+            let found = rename(arch, &|layer| layer == 0, own);
+            assert_eq!(found, Some(Renamed { name: hub.to_owned(), change }), "{own}");
+        }
+        for unknown in ["blk.weight", "blk.x.attn_q.weight", "v.blk.0.attn_q.weight", "blk.0.ffn_gateway.weight", ""] {
+            assert_eq!(rename(Arch::Llama, &|_| false, unknown), None, "{unknown}");
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Rotary position embedding as GGUF describes it: keys, and for Llama 3 a tensor of factors.
+
+use serde_json::{Value as Json, json};
+
+use super::keys::Keys;
+use super::metadata::Problem;
+
+/// Where nothing is said, as in llama.cpp.
+const THETA: f64 = 10_000.0;
+/// Wavelengths, in original contexts, between which Llama 3 blends: what every published model has.
+const LLAMA3_LOW: f64 = 1.0;
+const LLAMA3_HIGH: f64 = 4.0;
+/// Difference of a factor from what the parameters give, as a part of it, that is taken for rounding.
+const LLAMA3_TOLERANCE: f64 = 1e-4;
+/// A factor this near to one is one.
+const NEAR: f64 = 1e-5;
+
+/// What makes `rope_parameters` of a configuration.
+pub(super) struct Rope {
+    /// Rotated elements of a head.
+    pub(super) dim: u64,
+    /// Width of a head.
+    pub(super) head_dim: u64,
+    /// Whether YaRN's `mscale` is given by `mscale_all_dim`, as in DeepSeek's models.
+    pub(super) mscale: bool,
+    /// Whether YaRN rounds the borders of its ramp: gpt-oss does not, and files do not say so.
+    pub(super) truncate: bool,
+}
+
+/// Reads the rotation. `factors` are the contents of `rope_freqs.weight`, by which frequencies are divided.
+pub(super) fn read(keys: &Keys<'_>, rope: &Rope, factors: Option<&[f32]>) -> Result<Json, Problem> {
+    let theta = keys.float("rope.freq_base")?.unwrap_or(THETA);
+    let mut out = json!({ "rope_theta": theta, "rope_type": "default" });
+    if rope.dim != rope.head_dim {
+        out["partial_rotary_factor"] = partial(keys, rope)?.into();
+    }
+    let kind = keys.metadata.text(&keys.key("rope.scaling.type"))?.unwrap_or("none");
+    let factor = keys.float("rope.scaling.factor")?;
+    let linear = keys.float("rope.scale_linear")?.filter(|&f| f != 1.0);
+    match kind {
+        "none" | "linear" if linear.is_none() && (kind == "none" || factor.is_none_or(|f| f == 1.0)) => {
+            if let Some(factors) = factors {
+                llama3(&mut out, theta, factors)?;
+            }
+        }
+        "yarn" if factors.is_none() => yarn(keys, rope, factor, &mut out)?,
+        "none" => return Err(keys.refuse("rope.scale_linear", "is not 1: linear scaling is not supported")),
+        other => {
+            let problem = format!("is \"{other}\"; supported: none, yarn, and the factors of Llama 3");
+            return Err(keys.refuse("rope.scaling.type", problem));
+        }
+    }
+    Ok(out)
+}
+
+/// The part of a head that is rotated, such that it gives the same number of elements when it is multiplied and rounded down.
+fn partial(keys: &Keys<'_>, rope: &Rope) -> Result<f64, Problem> {
+    let (dim, head_dim) = (rope.dim as f64, rope.head_dim as f64);
+    if rope.dim == 0 || rope.dim > rope.head_dim {
+        let problem = format!("is {}, and a head has {} elements", rope.dim, rope.head_dim);
+        return Err(keys.refuse("rope.dimension_count", problem));
+    }
+    let plain = dim / head_dim;
+    Ok(if (plain * head_dim).floor() == dim { plain } else { (dim + 0.5) / head_dim })
+}
+
+fn yarn(keys: &Keys<'_>, rope: &Rope, factor: Option<f64>, out: &mut Json) -> Result<(), Problem> {
+    let factor = factor.ok_or_else(|| keys.refuse("rope.scaling.factor", "is missing"))?;
+    out["rope_type"] = "yarn".into();
+    out["factor"] = factor.into();
+    if let Some(original) = keys.uint("rope.scaling.original_context_length")? {
+        out["original_max_position_embeddings"] = original.into();
+    }
+    for (end, key) in [("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")] {
+        if let Some(beta) = keys.float(&format!("rope.scaling.{end}"))? {
+            out[key] = beta.into();
+        }
+    }
+    for end in ["rope.scaling.yarn_ext_factor", "rope.scaling.attn_factor"] {
+        if let Some(other) = keys.float(end)?.filter(|&f| f != 1.0) {
+            return Err(keys.refuse(end, format!("is {other}; only 1 is supported")));
+        }
+    }
+    if let Some(attention) = keys.float("rope.scaling.yarn_attn_factor")? {
+        out["attention_factor"] = attention.into();
+    }
+    if !rope.truncate {
+        out["truncate"] = false.into();
+    }
+    // llama.cpp's converter writes a tenth of `mscale_all_dim` for DeepSeek's models, and `mscale` is the same in all of them.
+    match keys.float("rope.scaling.yarn_log_multiplier")?.filter(|&m| m != 0.0) {
+        Some(tenth) if rope.mscale => {
+            let mscale = (tenth * 10.0 * 1e6).round() / 1e6;
+            out["mscale"] = mscale.into();
+            out["mscale_all_dim"] = mscale.into();
+        }
+        // Mistral's: the factor of the attention is that of 1 over that of this.
+        Some(mscale) => {
+            let magnitude = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
+            out["attention_factor"] = (magnitude(1.0) / magnitude(mscale)).into();
+        }
+        None => {}
+    }
+    Ok(())
+}
+
+/// Finds the parameters of Llama 3 that give these factors (the formula is in `docs/MODELS.md`): 1 for short wavelengths, the
+/// whole factor for long ones, and between them `1/((1 − s)/factor + s)` with `s = (L/wavelength − low)/(high − low)`. Only the
+/// ratios of `L`, `low` and `high` matter.
+fn llama3(out: &mut Json, theta: f64, factors: &[f32]) -> Result<(), Problem> {
+    let refuse = |problem: String| Problem::new("rope_freqs.weight", problem);
+    let factor = factors.iter().fold(1.0f32, |a, &b| a.max(b));
+    if !factors.iter().all(|f| f.is_finite() && *f >= 1.0 - NEAR as f32) {
+        return Err(refuse("holds factors that are not numbers from 1 on".to_owned()));
+    }
+    let factor = f64::from(factor);
+    if factor <= 1.0 + NEAR {
+        return Ok(());
+    }
+    let pairs = factors.len() as f64;
+    let wavelength = |i: usize| std::f64::consts::TAU * theta.powf(i as f64 / pairs);
+    let all = || factors.iter().enumerate().map(|(i, &f)| (wavelength(i), f64::from(f)));
+    let blended = |(_, f): &(f64, f64)| *f > 1.0 + NEAR && *f < factor * (1.0 - NEAR);
+    // `s` by its factor, and with it `L`, as low is 1 and high is 4 in all published models.
+    let smooth = |f: f64| (1.0 / f - 1.0 / factor) / (1.0 - 1.0 / factor);
+    let length = |(wave, f): (f64, f64)| (smooth(f) * (LLAMA3_HIGH - LLAMA3_LOW) + LLAMA3_LOW) * wave;
+    let lengths: Vec<f64> = all().filter(blended).map(length).collect();
+    let original = if lengths.is_empty() {
+        // Nothing is blended: any length between the longest wavelength that is kept and the shortest one that is not.
+        let kept = all().filter(|(_, f)| *f <= 1.0 + NEAR).map(|(wave, _)| wave * LLAMA3_HIGH).fold(1.0, f64::max);
+        let divided = all().filter(|(_, f)| *f > 1.0 + NEAR).map(|(wave, _)| wave * LLAMA3_LOW);
+        (kept * divided.fold(f64::INFINITY, f64::min)).sqrt()
+    } else {
+        lengths.iter().sum::<f64>() / lengths.len() as f64
+    };
+    let original = original.round().max(1.0);
+    let factor = (factor * 1e4).round() / 1e4;
+    let expected = |wave: f64| {
+        let s = (original / wave - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW);
+        if wave > original / LLAMA3_LOW {
+            factor
+        } else if wave < original / LLAMA3_HIGH {
+            1.0
+        } else {
+            1.0 / ((1.0 - s) / factor + s)
+        }
+    };
+    if let Some((i, (wave, f))) =
+        all().enumerate().find(|(_, (wave, f))| (expected(*wave) / f - 1.0).abs() > LLAMA3_TOLERANCE)
+    {
+        return Err(refuse(format!(
+            "holds other factors than those of Llama 3: number {i} is {f}, expected {}",
+            expected(wave)
+        )));
+    }
+    out["rope_type"] = "llama3".into();
+    out["factor"] = factor.into();
+    out["low_freq_factor"] = LLAMA3_LOW.into();
+    out["high_freq_factor"] = LLAMA3_HIGH.into();
+    out["original_max_position_embeddings"] = (original as u64).into();
+    Ok(())
+}

@@ -1,0 +1,159 @@
+//! The tensors of a file as those of the original checkpoint.
+
+use std::sync::Arc;
+
+use super::arch::Arch;
+use super::config::Described;
+use super::container::Tensor;
+use super::metadata::Problem;
+use super::names::{Change, rename};
+use crate::error::ConvertError;
+use crate::source::{Dtype, GgmlType, RowOrder, SourceTensor};
+use sluice_kernels::{bf16_to_f32, f16_to_f32};
+
+/// Most bytes of a vector that is read to be changed: enough for any width there is.
+const MAX_VECTOR: u64 = 1 << 20;
+
+/// Reads all bytes of a tensor.
+pub(super) type ReadTensor<'a> = &'a dyn Fn(&Tensor) -> Result<Vec<u8>, ConvertError>;
+
+/// The numbers of a vector of a type that vectors have; `None` for others, and for one that is too long.
+pub(super) fn vector(tensor: &Tensor, read: ReadTensor<'_>) -> Result<Option<Vec<f32>>, ConvertError> {
+    if tensor.len > MAX_VECTOR || !matches!(tensor.ty, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16) {
+        return Ok(None);
+    }
+    let bytes = read(tensor)?;
+    let halves = || bytes.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b));
+    Ok(Some(match tensor.ty {
+        GgmlType::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        GgmlType::F16 => halves().map(f16_to_f32).collect(),
+        _ => halves().map(bf16_to_f32).collect(),
+    }))
+}
+
+/// What is made of the tensors of one file.
+pub(super) struct Table<'a> {
+    pub(super) arch: Arch,
+    pub(super) described: &'a Described,
+    /// Number of the file.
+    pub(super) file: usize,
+    pub(super) read: ReadTensor<'a>,
+}
+
+impl Table<'_> {
+    /// What `tensor` is in the checkpoint. One that llama.cpp's converter does not write keeps its name, by which the plan
+    /// refuses it.
+    pub(super) fn entries(&self, tensor: &Tensor) -> Result<Vec<SourceTensor>, ConvertError> {
+        let is_linear = |layer: usize| self.described.linear.get(layer).copied().unwrap_or(false);
+        let Some(renamed) = rename(self.arch, &is_linear, &tensor.name) else {
+            return Ok(vec![self.entry(tensor, tensor.name.clone())]);
+        };
+        let mut entry = self.entry(tensor, renamed.name);
+        match (renamed.change, tensor.shape.as_slice()) {
+            (Change::Queries | Change::Keys, _) if self.arch.interleaves() => {
+                let of_queries = renamed.change == Change::Queries;
+                self.interleave(tensor, &mut entry, of_queries)?;
+            }
+            (Change::Fused, _) => return self.split(tensor, entry),
+            (Change::OneRow, &[n]) => entry.shape = vec![1, n],
+            (Change::Convolution, &[channels, width]) => entry.shape = vec![channels, 1, width],
+            (Change::Heads, &[rows, cols]) if rows.is_multiple_of(self.described.heads) => {
+                entry.shape = vec![self.described.heads, rows / self.described.heads, cols];
+            }
+            (Change::NegativeExponential, _) => {
+                if let Some(numbers) = vector(tensor, self.read)? {
+                    derive(&mut entry, numbers.iter().map(|&a| (-a).ln()).collect());
+                }
+            }
+            _ => {}
+        }
+        Ok(vec![entry])
+    }
+
+    fn entry(&self, tensor: &Tensor, name: String) -> SourceTensor {
+        SourceTensor {
+            name,
+            file: self.file,
+            dtype: Dtype::from_ggml(tensor.ty),
+            shape: tensor.shape.clone(),
+            len: tensor.len,
+            indexed: true,
+            start: tensor.start,
+            order: RowOrder::AsStored,
+            derived: None,
+        }
+    }
+
+    /// Undoes that the halves of heads alternate: of a matrix by the order in which its rows are read, of a bias at once.
+    fn interleave(&self, tensor: &Tensor, entry: &mut SourceTensor, of_queries: bool) -> Result<(), ConvertError> {
+        let heads = if of_queries { self.described.heads } else { self.described.kv_heads };
+        let rows = entry.shape[0];
+        let head_rows = rows / heads;
+        if !rows.is_multiple_of(heads) || !head_rows.is_multiple_of(2) || head_rows == 0 {
+            // The plan refuses its shape.
+            return Ok(());
+        }
+        let order = RowOrder::Interleaved { head_rows };
+        match entry.shape.len() {
+            1 => {
+                let whole = vector(tensor, self.read)?;
+                let first = ((entry.start - tensor.start) / tensor.ty.block_bytes() as u64) as usize;
+                if let Some(part) = whole.as_deref().and_then(|all| all.get(first..first + rows)) {
+                    derive(entry, (0..rows).map(|row| part[order.stored(row)]).collect());
+                }
+            }
+            2 => entry.order = order,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Queries, keys and values out of one tensor: rows of a matrix, or elements of a bias, one after the other.
+    fn split(&self, tensor: &Tensor, queries: SourceTensor) -> Result<Vec<SourceTensor>, ConvertError> {
+        let rows = tensor.shape[0];
+        let of_keys = self.described.kv_heads.saturating_mul(self.described.head_dim);
+        let Some(of_queries) = rows.checked_sub(of_keys.saturating_mul(2)).filter(|&n| n > 0) else {
+            return Ok(vec![self.entry(tensor, tensor.name.clone())]);
+        };
+        let row_bytes = tensor.len / rows as u64;
+        let mut parts = Vec::new();
+        let mut first = 0;
+        for (module, count) in [("q_proj", of_queries), ("k_proj", of_keys), ("v_proj", of_keys)] {
+            let mut shape = tensor.shape.clone();
+            shape[0] = count;
+            let mut part = SourceTensor {
+                name: queries.name.replace("q_proj", module),
+                start: tensor.start + first * row_bytes,
+                len: count as u64 * row_bytes,
+                shape,
+                ..queries.clone()
+            };
+            first += count as u64;
+            if self.arch.interleaves() && module != "v_proj" {
+                self.interleave(tensor, &mut part, module == "q_proj")?;
+            }
+            parts.push(part);
+        }
+        Ok(parts)
+    }
+}
+
+/// Gives a tensor numbers that are in no file.
+fn derive(entry: &mut SourceTensor, numbers: Vec<f32>) {
+    let bytes: Arc<[u8]> = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+    entry.dtype = Dtype::F32;
+    entry.shape = vec![numbers.len()];
+    entry.len = bytes.len() as u64;
+    entry.start = 0;
+    entry.derived = Some(bytes);
+}
+
+/// Refuses two tensors that are the same one of the checkpoint. They are in the order of their names.
+pub(super) fn check_doubles(tensors: &[SourceTensor]) -> Result<(), Problem> {
+    match tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
+        None => Ok(()),
+        Some(pair) => {
+            Err(Problem::new(&pair[0].name, "is there twice, under different names of llama.cpp's or in two parts"))
+        }
+    }
+}

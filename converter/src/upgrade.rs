@@ -1,0 +1,276 @@
+//! Rewriting a model file as the newest version of the format: compressed or not, as one file or in volumes. The weights stay what
+//! they are to the bit; nothing is converted again.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use serde::Serialize;
+use sluice_format::{
+    Codec, ExtentRecord, FORMAT_VERSION, FileLayout, FileWriter, ModelFile, PlannedExtent, Written, planes,
+};
+
+use crate::Progress;
+use crate::error::ConvertError;
+use crate::partial::{
+    check_space, claim, folder_of, partial_path, publish, refuse_existing, sync_note, targets, with_suffix,
+};
+
+/// What the caller may choose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UpgradeOptions {
+    /// Whether extents are compressed where that saves enough, or none is; `None`: as they are.
+    pub compress: Option<bool>,
+    /// Most bytes of one file; `None`: one file.
+    pub split_size: Option<u64>,
+    /// Whether an existing destination is replaced, once the new files are complete.
+    pub overwrite: bool,
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct UpgradeSummary {
+    /// Whether anything was: nothing is where the file is what was asked for already.
+    pub written: bool,
+    /// The files.
+    pub files: Vec<PathBuf>,
+    /// Identity of the model.
+    pub model_id: String,
+    /// Of what saved states of it depend on, which is the same as before.
+    pub state_id: String,
+    /// Version of the format before.
+    pub from_version: u32,
+    /// Bytes of all files before.
+    pub bytes_before: u64,
+    /// Bytes of all files now.
+    pub file_bytes: u64,
+    /// Extents that are compressed now.
+    pub compressed_extents: usize,
+}
+
+/// Rewrites the model in `src` as `dst`, or in its own place. What is written has other names until it is whole, so that whatever
+/// happens `src` stays what it was until the new files take its place.
+///
+/// # Errors
+/// [`ConvertError::Options`] for a model in several volumes without another destination; [`ConvertError::Exists`],
+/// [`ConvertError::NotReplaced`], [`ConvertError::Locked`], [`ConvertError::NoSpace`], [`ConvertError::Io`]; [`ConvertError::Format`],
+/// also for an extent that is damaged.
+pub fn upgrade(
+    src: &Path,
+    dst: Option<&Path>,
+    options: &UpgradeOptions,
+    progress: &dyn Progress,
+) -> Result<UpgradeSummary, ConvertError> {
+    let model = ModelFile::open(src)?;
+    let layout = layout(&model, options)?;
+    if is_already(&model, &layout, options) {
+        return Ok(unchanged(&model));
+    }
+    let in_place = dst.is_none_or(|dst| is_same(dst, src));
+    if in_place && model.volumes().len() > 1 {
+        return Err(ConvertError::Options(format!(
+            "{} is one of several volumes, which cannot all be replaced at once: name another file to write",
+            src.display()
+        )));
+    }
+    let dst = if in_place { src } else { dst.unwrap_or(src) };
+    let overwrite = options.overwrite || (in_place && layout.ends().len() == 1);
+    targets(dst, layout.ends().len()).iter().try_for_each(|target| refuse_existing(target, overwrite, None))?;
+    let (partials, locks) = claim_all(dst, layout.ends().len(), progress)?;
+    let written = write(&model, layout, options, &locks, progress);
+    // Nothing in them is worth keeping: they can be made again at any time.
+    let written = written.inspect_err(|_| partials.iter().for_each(|path| drop(fs::remove_file(path))))?;
+    let files = targets(dst, written.lens.len());
+    files.iter().try_for_each(|target| refuse_existing(target, overwrite, None))?;
+    for ((path, lock), target) in partials.iter().zip(&locks).zip(&files).rev() {
+        publish(&lock.1, path, target)?;
+    }
+    for path in &partials[files.len()..] {
+        fs::remove_file(path).map_err(ConvertError::io(path, "remove it"))?;
+    }
+    if in_place && !files.iter().any(|file| file == src) {
+        fs::remove_file(src).map_err(ConvertError::io(src, "remove it, since its volumes are complete"))?;
+    }
+    written.syncer.folder(folder_of(dst)).map_err(ConvertError::io(folder_of(dst), "sync the folder"))?;
+    Ok(UpgradeSummary {
+        written: true,
+        files,
+        model_id: written.model_id,
+        state_id: model.state_id().to_string(),
+        from_version: model.superblock().version,
+        bytes_before: model.file_bytes(),
+        file_bytes: written.lens.iter().sum(),
+        compressed_extents: written.compressed,
+    })
+}
+
+/// Whether two paths name one file.
+fn is_same(a: &Path, b: &Path) -> bool {
+    a == b || fs::canonicalize(a).is_ok_and(|a| fs::canonicalize(b).is_ok_and(|b| a == b))
+}
+
+/// The places of the model's extents before compression.
+fn layout(model: &ModelFile, options: &UpgradeOptions) -> Result<FileLayout, ConvertError> {
+    let planned: Vec<PlannedExtent> = model
+        .extents()
+        .iter()
+        .map(|e| PlannedExtent { kind: e.kind, layer: e.layer, index: e.index, logical_len: e.logical_len })
+        .collect();
+    let sb = model.superblock();
+    let layout = FileLayout::new(sb.page_size, &planned)?;
+    let Some(most) = options.split_size else { return Ok(layout) };
+    let metadata: u64 = model.metadata().iter().map(|(name, blob)| (name.len() + blob.len() + 16) as u64).sum();
+    let page = u64::from(sb.page_size);
+    // As much as it can take if nothing of it can be compressed.
+    let metadata = (metadata + metadata / 256).next_multiple_of(page) + page;
+    Ok(layout.split(most, metadata + layout_tables(model))?)
+}
+
+fn layout_tables(model: &ModelFile) -> u64 {
+    let sb = model.superblock();
+    sb.extents.stored_len + sb.tensors.stored_len
+}
+
+/// Whether the model is what was asked for.
+fn is_already(model: &ModelFile, layout: &FileLayout, options: &UpgradeOptions) -> bool {
+    let compressed = model.compressed_extents() > 0;
+    let files = model.volumes().len();
+    let split = match options.split_size {
+        None => files == 1,
+        // A compressed model can have fewer volumes than the same one uncompressed.
+        Some(most) => {
+            let fits = model.volumes().iter().all(|volume| volume.superblock().file_len <= most);
+            fits && (files == layout.ends().len() || compressed)
+        }
+    };
+    let wanted = match options.compress {
+        None => true,
+        Some(false) => !compressed,
+        Some(true) => compressed || !model.extents().iter().any(|e| planes::may_gain(model.tensors_of(e))),
+    };
+    model.superblock().version == FORMAT_VERSION && split && wanted
+}
+
+fn unchanged(model: &ModelFile) -> UpgradeSummary {
+    UpgradeSummary {
+        written: false,
+        files: model.volumes().iter().map(|volume| volume.path().to_owned()).collect(),
+        model_id: model.superblock().model_id.to_string(),
+        state_id: model.state_id().to_string(),
+        from_version: model.superblock().version,
+        bytes_before: model.file_bytes(),
+        file_bytes: model.file_bytes(),
+        compressed_extents: model.compressed_extents(),
+    }
+}
+
+type Locks = Vec<(PathBuf, File)>;
+
+/// Opens and locks the partial files.
+fn claim_all(dst: &Path, count: usize, progress: &dyn Progress) -> Result<(Vec<PathBuf>, Locks), ConvertError> {
+    let mut notes = Vec::new();
+    let journal = with_suffix(dst, ".partial.journal");
+    let partials: Vec<PathBuf> = (0..count).map(|volume| partial_path(dst, volume)).collect();
+    let mut locks = Vec::with_capacity(count);
+    for path in &partials {
+        let lock = claim(path, &journal, &mut notes)?;
+        lock.set_len(0).map_err(ConvertError::io(path, "empty it"))?;
+        locks.push((path.clone(), lock));
+    }
+    // It would vouch for what is now empty.
+    match fs::remove_file(&journal) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(ConvertError::io(&journal, "remove the journal")(e));
+        }
+        _ => {}
+    }
+    notes.iter().for_each(|note| progress.note(note));
+    Ok((partials, locks))
+}
+
+struct Rewritten {
+    model_id: String,
+    lens: Vec<u64>,
+    compressed: usize,
+    syncer: std::sync::Arc<sluice_format::Syncer>,
+}
+
+fn write(
+    model: &ModelFile,
+    layout: FileLayout,
+    options: &UpgradeOptions,
+    locks: &Locks,
+    progress: &dyn Progress,
+) -> Result<Rewritten, ConvertError> {
+    let path = &locks[0].0;
+    if options.compress != Some(true) {
+        let mut notes = Vec::new();
+        let needed = if options.compress.is_none() { model.file_bytes() } else { layout.ends().iter().sum() };
+        check_space(path, needed, &mut notes)?;
+        notes.iter().for_each(|note| progress.note(note));
+    }
+    let duplicate = |(path, lock): &(PathBuf, File)| {
+        Ok((path.clone(), lock.try_clone().map_err(ConvertError::io(path, "open it"))?))
+    };
+    let files = locks.iter().map(duplicate).collect::<Result<Vec<_>, ConvertError>>()?;
+    let mut writer = FileWriter::of_files(files, layout)?;
+    let syncer = writer.syncer().clone();
+    if let Some(note) = sync_note(path, &writer) {
+        progress.note(&note);
+    }
+    if options.compress == Some(true) {
+        writer.compress(model.tensors());
+    }
+    progress.started(model.extent_bytes(), 0);
+    let written = copy_all(model, &writer, options, progress)?;
+    let compressed = written.iter().filter(|w| w.codec != Codec::Raw).count();
+    let (model_id, lens) = writer.finish(&written, model.tensors(), model.metadata())?;
+    Ok(Rewritten { model_id: model_id.to_string(), lens, compressed, syncer })
+}
+
+/// Copies all extents over the threads of the current rayon pool.
+fn copy_all(
+    model: &ModelFile,
+    writer: &FileWriter,
+    options: &UpgradeOptions,
+    progress: &dyn Progress,
+) -> Result<Vec<Written>, ConvertError> {
+    let all = Mutex::new(vec![None; model.extents().len()]);
+    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let results = rayon::broadcast(|_| {
+        let mut buffer = Vec::new();
+        while !failed.load(Ordering::Relaxed) {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some(extent) = model.extents().get(number) else { break };
+            let written = copy(model, extent, writer, number, options, &mut buffer).inspect_err(|_| {
+                failed.store(true, Ordering::Relaxed);
+            })?;
+            all.lock().unwrap_or_else(PoisonError::into_inner)[number] = Some(written);
+            progress.advanced(extent.stored_len);
+        }
+        Ok(())
+    });
+    results.into_iter().collect::<Result<(), ConvertError>>()?;
+    let all = all.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(all.into_iter().map(|written| written.expect("every extent was written or is an error")).collect())
+}
+
+fn copy(
+    model: &ModelFile,
+    extent: &ExtentRecord,
+    writer: &FileWriter,
+    number: usize,
+    options: &UpgradeOptions,
+    buffer: &mut Vec<u8>,
+) -> Result<Written, ConvertError> {
+    let mut out = writer.extent(number);
+    if options.compress.is_none() {
+        model.read_stored(extent, buffer)?;
+        let ExtentRecord { codec, stored_len, checksum, logical_checksum, .. } = *extent;
+        return Ok(out.copy(Written { codec, stored_len, checksum, logical_checksum }, buffer)?);
+    }
+    model.read_extent(extent, buffer)?;
+    out.write(&buffer[..extent.logical_len as usize])?;
+    Ok(out.finish()?)
+}

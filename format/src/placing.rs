@@ -1,0 +1,189 @@
+//! The places of extents in the files of a model.
+
+use crate::bytes::round_up;
+use crate::catalog::Catalog;
+use crate::error::{FormatError, Region};
+use crate::extent::{Codec, ExtentKind, ExtentRecord, padded_len};
+use crate::fields;
+use crate::limits::{MAX_SPEC_BYTES, MAX_VOLUMES};
+use crate::spec::ModelSpec;
+use crate::superblock::PAGE_SIZES;
+use crate::tensor::{TensorRecord, is_tensor_name};
+
+/// An extent before it has a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlannedExtent {
+    /// What it holds.
+    pub kind: ExtentKind,
+    /// Layer or [`crate::NO_LAYER`].
+    pub layer: u32,
+    /// Expert or part.
+    pub index: u32,
+    /// Bytes that mean something.
+    pub logical_len: u64,
+}
+
+/// The place of every extent as it is before compression: one after the other from the second page on, tables behind them, in one
+/// file or in volumes of limited length.
+#[derive(Clone, Debug)]
+pub struct FileLayout {
+    page_size: u32,
+    extents: Vec<ExtentRecord>,
+    /// Of each volume, where its last extent ends.
+    ends: Vec<u64>,
+    /// Most bytes of extents in a volume, and its superblock; none for one file.
+    room: Option<u64>,
+}
+
+impl FileLayout {
+    /// Places the extents in the given order, which becomes file order, in one file.
+    ///
+    /// # Errors
+    /// [`FormatError::Layout`] for a page size that the format does not allow, or more than 2^64 bytes.
+    pub fn new(page_size: u32, planned: &[PlannedExtent]) -> Result<Self, FormatError> {
+        if !PAGE_SIZES.contains(&page_size) {
+            return Err(FormatError::Layout(format!("the page size must be one of {PAGE_SIZES:?}, not {page_size}")));
+        }
+        let mut extents = Vec::with_capacity(planned.len());
+        for p in planned {
+            let stored_len = padded_len(p.logical_len, page_size).ok_or_else(too_long)?;
+            extents.push(ExtentRecord {
+                kind: p.kind,
+                codec: Codec::Raw,
+                layer: p.layer,
+                index: p.index,
+                volume: 0,
+                offset: 0,
+                stored_len,
+                logical_len: p.logical_len,
+                checksum: 0,
+                logical_checksum: 0,
+                padded_len: stored_len,
+            });
+        }
+        let mut layout = FileLayout { page_size, extents, ends: Vec::new(), room: None };
+        layout.place()?;
+        Ok(layout)
+    }
+
+    /// The same extents in volumes of at most `most` bytes, where the tables and metadata of each take at most `tables` bytes. A model
+    /// that fits into one has one.
+    ///
+    /// # Errors
+    /// [`FormatError::Layout`] for an extent that does not fit into any volume, or more volumes than the format allows.
+    pub fn split(mut self, most: u64, tables: u64) -> Result<Self, FormatError> {
+        self.room = Some(most.saturating_sub(tables));
+        self.place()?;
+        Ok(self)
+    }
+
+    fn place(&mut self) -> Result<(), FormatError> {
+        let mut placer = self.placer();
+        for e in &mut self.extents {
+            (e.volume, e.offset) = placer.next(&e.name(), e.stored_len)?;
+        }
+        self.ends = placer.ends;
+        Ok(())
+    }
+
+    /// What gives extents their places, from the first on.
+    pub(crate) fn placer(&self) -> Placer {
+        let page = u64::from(self.page_size);
+        Placer { ends: vec![page], page, room: self.room }
+    }
+
+    /// Checks that extents, tensors and spec make a file that [`crate::ModelFile`] opens, before hours are spent on its bytes.
+    ///
+    /// # Errors
+    /// [`FormatError::Layout`].
+    pub fn check(&self, tensors: &[TensorRecord], spec: &ModelSpec) -> Result<(), FormatError> {
+        self.check_as(&self.extents, tensors, spec)
+    }
+
+    /// The same of extents that have been written.
+    pub(crate) fn check_as(
+        &self,
+        extents: &[ExtentRecord],
+        tensors: &[TensorRecord],
+        spec: &ModelSpec,
+    ) -> Result<(), FormatError> {
+        if let Some(t) = tensors.iter().find(|t| !is_tensor_name(t.name.as_bytes())) {
+            return Err(FormatError::Layout(format!("the tensor name `{}` does not fit", t.name)));
+        }
+        spec.validate().map_err(|e| layout_error(Region::Metadata, &e))?;
+        if spec.to_json().len() > MAX_SPEC_BYTES {
+            return Err(layout_error(Region::Metadata, "its spec is too long"));
+        }
+        Catalog::new(self.page_size, extents.to_vec(), tensors.to_vec(), spec.clone())
+            .map(drop)
+            .map_err(|(region, problem)| layout_error(region, &problem))
+    }
+
+    /// The extents with their places before compression; their checksums are still 0.
+    pub fn extents(&self) -> &[ExtentRecord] {
+        &self.extents
+    }
+
+    /// Page size in bytes.
+    pub fn page_size(&self) -> u32 {
+        self.page_size
+    }
+
+    /// Of each volume, where its last extent ends before compression; tables and metadata follow.
+    pub fn ends(&self) -> &[u64] {
+        &self.ends
+    }
+
+    /// Stored bytes of all extents before compression.
+    pub fn extent_bytes(&self) -> u64 {
+        self.extents.iter().map(|e| e.stored_len).sum()
+    }
+
+    /// Bytes of extent table and tensor table of a file of so many tensors.
+    pub fn table_bytes(&self, tensors: usize) -> u64 {
+        let page = self.page_size as usize;
+        let tables = [self.extents.len() * fields::extent::LEN, tensors * fields::tensor::LEN];
+        tables.iter().map(|len| len.max(&1).next_multiple_of(page) as u64).sum()
+    }
+}
+
+/// Gives extents places, one after the other.
+#[derive(Clone, Debug)]
+pub(crate) struct Placer {
+    /// Of each volume so far, where its last extent ends.
+    pub(crate) ends: Vec<u64>,
+    page: u64,
+    room: Option<u64>,
+}
+
+impl Placer {
+    /// The volume and the offset of an extent of so many stored bytes.
+    pub(crate) fn next(&mut self, name: &str, stored_len: u64) -> Result<(u16, u64), FormatError> {
+        let last = self.ends.len() - 1;
+        let end = self.ends[last].checked_add(stored_len).ok_or_else(too_long)?;
+        if self.room.is_none_or(|room| end <= room) {
+            return Ok((last as u16, std::mem::replace(&mut self.ends[last], end)));
+        }
+        let first = round_up(stored_len, self.page).and_then(|len| len.checked_add(self.page)).ok_or_else(too_long)?;
+        if self.room.is_some_and(|room| first > room) {
+            return Err(FormatError::Layout(format!(
+                "{name} has {stored_len} bytes, which do not fit into one volume: let volumes be longer"
+            )));
+        }
+        if self.ends.len() == MAX_VOLUMES {
+            return Err(FormatError::Layout(format!(
+                "there would be more than {MAX_VOLUMES} volumes: let them be longer"
+            )));
+        }
+        self.ends.push(first);
+        Ok((last as u16 + 1, self.page))
+    }
+}
+
+pub(crate) fn too_long() -> FormatError {
+    FormatError::Layout("the file would be longer than 2^64 bytes".into())
+}
+
+pub(crate) fn layout_error(region: Region, problem: &str) -> FormatError {
+    FormatError::Layout(format!("the {region} is invalid: {problem}"))
+}

@@ -1,0 +1,200 @@
+//! The files of a model: one, or several volumes whose names say which they are.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use crate::error::FormatError;
+use crate::reader::{open_regular, read_superblock};
+use crate::superblock::Superblock;
+
+/// Ending of the names of model files.
+const ENDING: &[u8] = b".sluice";
+/// Digits of each number in the name of a volume.
+const DIGITS: usize = 5;
+
+/// What the name of a volume says: `NAME-00001-of-00004.sluice`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeName {
+    folder: PathBuf,
+    stem: OsString,
+    /// Counted from 0.
+    volume: u16,
+    count: u16,
+}
+
+impl VolumeName {
+    /// The name of the first of `count` volumes of a model that would be called `path` if it were one file.
+    pub fn first_of(path: &Path, count: u16) -> Self {
+        let name = path.file_name().unwrap_or_default();
+        let stem = name.as_bytes().strip_suffix(ENDING).unwrap_or(name.as_bytes());
+        let folder = path.parent().unwrap_or(Path::new("")).to_owned();
+        VolumeName { folder, stem: OsStr::from_bytes(stem).to_owned(), volume: 0, count }
+    }
+
+    /// What a name says, if it is that of a volume.
+    pub fn parse(path: &Path) -> Option<Self> {
+        let stem = path.file_name()?.as_bytes().strip_suffix(ENDING)?;
+        let (stem, count) = number_behind(stem, b"-of-")?;
+        let (stem, number) = number_behind(stem, b"-")?;
+        let volume = number.checked_sub(1).filter(|&volume| volume < count && !stem.is_empty())?;
+        let folder = path.parent().unwrap_or(Path::new("")).to_owned();
+        Some(VolumeName { folder, stem: OsString::from_vec(stem.to_vec()), volume, count })
+    }
+
+    /// Which volume it is, counted from 0.
+    pub fn volume(&self) -> u16 {
+        self.volume
+    }
+
+    /// Volumes in all.
+    pub fn count(&self) -> u16 {
+        self.count
+    }
+
+    /// The path of a volume of the same model, counted from 0.
+    pub fn path_of(&self, volume: u16) -> PathBuf {
+        let mut name = self.stem.clone();
+        name.push(format!("-{:0DIGITS$}-of-{:0DIGITS$}.sluice", u32::from(volume) + 1, self.count));
+        self.folder.join(name)
+    }
+
+    /// The path that the model would have if it were one file.
+    pub fn whole(&self) -> PathBuf {
+        let mut name = self.stem.clone();
+        name.push(".sluice");
+        self.folder.join(name)
+    }
+}
+
+/// What is before a separator and five digits, and their number.
+fn number_behind<'a>(name: &'a [u8], separator: &[u8]) -> Option<(&'a [u8], u16)> {
+    let (before, digits) = name.split_at_checked(name.len().checked_sub(DIGITS)?)?;
+    let number = std::str::from_utf8(digits).ok().filter(|text| text.bytes().all(|c| c.is_ascii_digit()))?;
+    Some((before.strip_suffix(separator)?, number.parse().ok()?))
+}
+
+/// The file of one volume.
+#[derive(Debug)]
+pub struct Volume {
+    path: PathBuf,
+    file: File,
+    superblock: Superblock,
+}
+
+impl Volume {
+    pub(crate) fn new(path: &Path, file: File, superblock: Superblock) -> Self {
+        Volume { path: path.to_owned(), file, superblock }
+    }
+
+    /// Opens a file and checks its superblock: steps 1 to 9 of `docs/FORMAT.md`.
+    ///
+    /// # Errors
+    /// The first check that fails.
+    pub fn open(path: &Path) -> Result<Self, FormatError> {
+        let io = |action| move |source| FormatError::Io { path: path.to_owned(), action, source };
+        let file = open_regular(path).map_err(io("open it"))?;
+        let actual = file.metadata().map_err(io("read its length"))?.len();
+        let superblock = read_superblock(path, &file, actual)?;
+        Ok(Volume::new(path, file, superblock))
+    }
+
+    /// All volumes of the model of which this is one, in order.
+    pub(crate) fn with_others(self) -> Result<Vec<Volume>, FormatError> {
+        let Superblock { volume, volume_count: count, .. } = self.superblock;
+        if count == 1 {
+            return Ok(vec![self]);
+        }
+        let named = VolumeName::parse(&self.path).filter(|name| (name.volume, name.count) == (volume, count));
+        let Some(name) = named else {
+            return Err(FormatError::VolumeName { path: self.path, volume, count });
+        };
+        let mut own = Some(self);
+        let named_path = name.path_of(volume);
+        let mut volumes: Vec<Volume> = Vec::with_capacity(usize::from(count));
+        for number in 0..count {
+            let next = match own.take_if(|_| number == volume) {
+                Some(own) => own,
+                None => other(&name.path_of(number), &named_path, count)?,
+            };
+            volumes.push(next);
+        }
+        let reference = volumes[usize::from(volume)].superblock;
+        for (number, other) in (0..).zip(&volumes) {
+            if let Some(problem) = difference(&reference, &other.superblock, number) {
+                return Err(FormatError::ForeignVolume { path: other.path.clone(), named: named_path, problem });
+            }
+        }
+        Ok(volumes)
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its superblock.
+    pub fn superblock(&self) -> &Superblock {
+        &self.superblock
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+/// Another volume than the one that was named.
+fn other(path: &Path, named: &Path, count: u16) -> Result<Volume, FormatError> {
+    Volume::open(path).map_err(|refused| match refused {
+        FormatError::Io { path, source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            FormatError::MissingVolume { path, named: named.to_owned(), count, source }
+        }
+        other => other,
+    })
+}
+
+/// Why a superblock is not that of volume `number` of the model that has this one.
+fn difference(reference: &Superblock, other: &Superblock, number: u16) -> Option<&'static str> {
+    let table = |t: crate::TableRef| (t.stored_len, t.logical_len, t.checksum);
+    let tables = |s: &Superblock| (table(s.extents), table(s.tensors));
+    if (other.volume, other.volume_count) != (number, reference.volume_count) {
+        return Some("its superblock says that it is another volume than its name says");
+    }
+    if (other.version, other.page_size) != (reference.version, reference.page_size) {
+        return Some("it has another version of the format, or another page size");
+    }
+    (tables(other) != tables(reference)).then_some("their tables differ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_say_which_volume_it_is() {
+        let first = VolumeName::first_of(Path::new("folder/r1.sluice"), 12);
+        assert_eq!(first.path_of(0), Path::new("folder/r1-00001-of-00012.sluice"));
+        assert_eq!(first.path_of(11), Path::new("folder/r1-00012-of-00012.sluice"));
+        assert_eq!(first.whole(), Path::new("folder/r1.sluice"));
+        assert_eq!(VolumeName::first_of(Path::new("r1"), 2).path_of(1), Path::new("r1-00002-of-00002.sluice"));
+        for number in 0..12 {
+            let name = VolumeName::parse(&first.path_of(number)).unwrap();
+            assert_eq!((name.volume(), name.count(), name.path_of(3)), (number, 12, first.path_of(3)));
+        }
+        for other in [
+            "r1.sluice",
+            "r1-00001-of-00012",
+            "r1-00000-of-00002.sluice",
+            "r1-00003-of-00002.sluice",
+            "r1-1-of-2.sluice",
+            "-00001-of-00002.sluice",
+            "r1-00001_of-00002.sluice",
+            "r1-0000a-of-00002.sluice",
+            "r1-99999-of-99999.sluice",
+            "",
+        ] {
+            assert_eq!(VolumeName::parse(Path::new(other)), None, "{other}");
+        }
+    }
+}
