@@ -150,7 +150,7 @@ fn a_plan_of_what_is_no_model_says_what_it_is() {
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     fs::write(path("m.gguf"), b"GGUF\x03\0\0\0").unwrap();
     fs::write(path("config.json"), "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n").unwrap();
-    assert_fails(&sluice(&["plan", &path("m.gguf")]), 1, &["m.gguf", "GGUF", "original checkpoint"]);
+    assert_fails(&sluice(&["plan", &path("m.gguf")]), 1, &["m.gguf", "damaged"]);
     assert_fails(&sluice(&["plan", &path("config.json")]), 1, &["config.json", "Git LFS"]);
     let hub = sluice(&["plan", "some-owner/Some-Model"]);
     assert_fails(&hub, 2, &["`sluice pull some-owner/Some-Model --include config.json --to Some-Model`"]);

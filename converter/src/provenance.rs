@@ -3,8 +3,6 @@
 //! `docs/FORMAT.md` describes both blobs, and what the digests cover.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -18,7 +16,7 @@ use crate::options::TypeChoice;
 use crate::pack::Outcome;
 use crate::plan::{CONVERTER, LeftOut, Plan};
 use crate::report::errors;
-use crate::source::{Stamp, drop_behind, header, is_plain_name, open_safetensors, side_file};
+use crate::source::{self, header, is_plain_name, open_safetensors, recognise, side_file};
 
 /// Bytes read at once to compare: whole leaves.
 const PIECE: u64 = 64 * LEAF;
@@ -49,6 +47,9 @@ struct Recipe<'a> {
     /// xxh3-64 of the importance file, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
     importance_xxh3_64: Option<String>,
+    /// A digest of the text that was measured on, and of how, if one was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    measured_xxh3_64: Option<String>,
 }
 
 /// The blob that says where the weights came from. Nothing in it depends on when, where or how fast the conversion ran.
@@ -100,6 +101,7 @@ pub(crate) fn blob(plan: &Plan, outcomes: &[Outcome], parts: &[u128]) -> Vec<u8>
             dense_type: plan.options.dense_type,
             patterns: plan.options.recipe.as_ref().map(|r| r.lines()),
             page_size: plan.options.page_size,
+            measured_xxh3_64: plan.options.measured.filter(|_| plan.is_measured()).map(|m| format!("{m:016x}")),
             importance_xxh3_64: plan.importance.as_ref().map(|i| format!("{:016x}", i.digest())),
         },
         source_files: files.collect(),
@@ -174,6 +176,10 @@ impl Comparison {
         if rest.next().is_some() || !records.iter().zip(&digests).all(sound) {
             return Err(lacks("what it says of its source contradicts itself"));
         }
+        // Of a GGUF file, its folder: the others of several parts are there too.
+        let beside =
+            folder.parent().map_or(Path::new("."), |f| if f.as_os_str().is_empty() { Path::new(".") } else { f });
+        let folder = if recognise::is_gguf(folder) { beside } else { folder };
         if !folder.is_dir() {
             let problem = "it is not a folder".to_owned();
             return Err(ConvertError::NotACheckpoint { path: folder.to_owned(), problem });
@@ -194,6 +200,9 @@ impl Comparison {
     /// [`ConvertError::Io`] for files that cannot be read, and [`ConvertError::SourceChanged`] for one that changes meanwhile:
     /// that says nothing of what they hold.
     pub fn run(&self, read: &(dyn Fn(u64) + Sync)) -> Result<Vec<SourceFile>, ConvertError> {
+        if let Some(first) = self.records.first().filter(|first| recognise::is_gguf(&self.folder.join(&first.name))) {
+            return self.gguf(&self.folder.join(&first.name), read);
+        }
         let mut all = Vec::new();
         for (record, digests) in self.records.iter().zip(&self.digests) {
             all.push(self.shard(record, digests, read)?);
@@ -214,6 +223,74 @@ impl Comparison {
             }
         }
         Ok(all)
+    }
+
+    /// Compares the parts of a model in GGUF files, and what their keys say.
+    fn gguf(&self, path: &Path, read: &(dyn Fn(u64) + Sync)) -> Result<Vec<SourceFile>, ConvertError> {
+        let of = |name: &str, difference, tensors| SourceFile { name: name.to_owned(), difference, tensors };
+        let checkpoint = match source::open(path) {
+            Ok(checkpoint) => checkpoint,
+            Err(e @ (ConvertError::Io { .. } | ConvertError::SourceChanged { .. })) => return Err(e),
+            Err(e) => return Ok(vec![of(&self.records[0].name, Some(e.to_string()), Vec::new())]),
+        };
+        let mut all = Vec::new();
+        for (number, (record, digests)) in self.records.iter().zip(&self.digests).enumerate() {
+            let name = record.name.as_str();
+            let file = checkpoint.files().get(number).filter(|file| file.name == name && file.len == record.bytes);
+            let head = checkpoint.header_digests.get(number).copied().unwrap_or_default();
+            if file.is_none() || hex(head) != record.header_xxh3_128 {
+                let problem = "it is missing, or has another length or another head";
+                all.push(of(name, Some(problem.to_owned()), Vec::new()));
+                continue;
+            }
+            let parts: Vec<Part> = checkpoint.parts.iter().filter(|part| part.file == number).copied().collect();
+            let read_at = |at: u64, out: &mut [u8]| checkpoint.source().read_at(number, at, out);
+            let found = parts.par_iter().map(|part| part_digest(&read_at, part, read));
+            let found: Vec<u128> = found.collect::<Result<_, _>>()?;
+            let name_of = |part: &Part| {
+                let tensor = checkpoint.tensors.iter().find(|t| (t.file, t.start) == (number, part.start));
+                tensor.map_or_else(|| format!("bytes at {}", part.start), |t| t.name.clone())
+            };
+            all.push(self.compared(record, digests, head, &parts, &found, &name_of)?);
+        }
+        checkpoint.check_unchanged()?;
+        for (name, blob) in &self.verbatim {
+            let difference = match checkpoint.side_file(name)? {
+                Some(bytes) if bytes == *blob => None,
+                _ => Some("it is not what this version makes of the keys of the GGUF file".to_owned()),
+            };
+            all.push(of(name, difference, Vec::new()));
+        }
+        Ok(all)
+    }
+
+    /// What the digests of a file's parts say; `name_of` names what a part holds.
+    fn compared(
+        &self,
+        record: &SourceFileRecord,
+        digests: &[u128],
+        head: u128,
+        parts: &[Part],
+        found: &[u128],
+        name_of: &dyn Fn(&Part) -> String,
+    ) -> Result<SourceFile, ConvertError> {
+        let of = |difference, tensors| SourceFile { name: record.name.clone(), difference, tensors };
+        let contradiction = || ConvertError::NoProvenance {
+            path: self.model.clone(),
+            problem: format!("what it says of `{}` contradicts itself", record.name),
+        };
+        if found.len() != digests.len() {
+            return Err(contradiction());
+        }
+        let other = parts.iter().zip(found.iter().zip(digests)).filter(|(_, (found, kept))| found != kept);
+        let tensors: Vec<String> = other.map(|(part, _)| name_of(part)).collect();
+        if tensors.is_empty() {
+            let whole = Some(hex(file_digest(head, found))) == record.xxh3_128;
+            return if whole { Ok(of(None, tensors)) } else { Err(contradiction()) };
+        }
+        let differ = if tensors.len() == 1 { "differs" } else { "differ" };
+        let difference = format!("{} of {} tensors {differ}", tensors.len(), parts.len());
+        Ok(of(Some(difference), tensors))
     }
 
     fn shard(
@@ -244,43 +321,31 @@ impl Comparison {
             Err(problem) => return differs(problem),
         };
         let parts = parts_of(0, entries.iter().map(|e| (e.start, e.len)), head.len() as u64, len);
-        let digest = |part: &Part| part_digest(&file, &path, part, read);
-        let found: Vec<u128> = parts.par_iter().map(digest).collect::<Result<_, _>>()?;
-        if Stamp::of(&file).map_err(ConvertError::io(&path, "read its state"))? != stamp {
+        let read_at = |at: u64, out: &mut [u8]| file.read_at(&path, at, out);
+        let found = parts.par_iter().map(|part| part_digest(&read_at, part, read));
+        let found: Vec<u128> = found.collect::<Result<_, _>>()?;
+        if file.stamp().map_err(ConvertError::io(&path, "read its state"))? != stamp {
             return Err(ConvertError::SourceChanged { path });
-        }
-        let contradiction = || ConvertError::NoProvenance {
-            path: self.model.clone(),
-            problem: format!("what it says of `{}` contradicts itself", record.name),
-        };
-        if found.len() != digests.len() {
-            return Err(contradiction());
         }
         let name_of = |part: &Part| {
             let entry = entries.iter().find(|e| e.start == part.start && e.len > 0);
             entry.map_or_else(|| format!("bytes at {}", part.start), |e| e.name.clone())
         };
-        let other = parts.iter().zip(found.iter().zip(digests)).filter(|(_, (found, kept))| found != kept);
-        let tensors: Vec<String> = other.map(|(part, _)| name_of(part)).collect();
-        if tensors.is_empty() {
-            let whole = Some(hex(file_digest(xxh3_128(&head), &found))) == record.xxh3_128;
-            return if whole { Ok(of(None)) } else { Err(contradiction()) };
-        }
-        let differ = if tensors.len() == 1 { "differs" } else { "differ" };
-        let difference = Some(format!("{} of {} tensors {differ}", tensors.len(), parts.len()));
-        Ok(SourceFile { name: record.name.clone(), difference, tensors })
+        self.compared(record, digests, xxh3_128(&head), &parts, &found, &name_of)
     }
 }
 
-fn part_digest(file: &File, path: &Path, part: &Part, read: &(dyn Fn(u64) + Sync)) -> Result<u128, ConvertError> {
+/// Fills a buffer with a file's bytes from a place on.
+type ReadAt<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), ConvertError> + Sync + 'a;
+
+fn part_digest(read_at: &ReadAt<'_>, part: &Part, read: &(dyn Fn(u64) + Sync)) -> Result<u128, ConvertError> {
     let mut digest = PartDigest::default();
     let mut buffer = vec![0; PIECE.min(part.len) as usize];
     let mut done = 0;
     while done < part.len {
         let piece = &mut buffer[..PIECE.min(part.len - done) as usize];
-        file.read_exact_at(piece, part.start + done).map_err(ConvertError::io(path, "read its weights"))?;
+        read_at(part.start + done, piece)?;
         digest.update(piece);
-        drop_behind(file, part.start + done, piece.len());
         done += piece.len() as u64;
         read(piece.len() as u64);
     }

@@ -50,7 +50,8 @@ impl Recipe {
         let mut text = Vec::new();
         let file = File::open(path).map_err(io("open it"))?;
         file.take(MAX_LEN + 1).read_to_end(&mut text).map_err(io("read it"))?;
-        let whole = |problem: &str| ConvertError::Recipe { path: path.to_owned(), line: 1, problem: problem.to_owned() };
+        let whole =
+            |problem: &str| ConvertError::Recipe { path: path.to_owned(), line: 1, problem: problem.to_owned() };
         if text.len() as u64 > MAX_LEN {
             return Err(whole("it has more than a mebibyte, so it is no recipe"));
         }

@@ -335,7 +335,7 @@ fn sources_that_are_something_else() {
     fs::write(path("pointer"), POINTER).unwrap();
     fs::write(path("other"), b"nothing known").unwrap();
     let says = |name: &str, words: &[&str]| assert_says(&error(&path(name)).to_string(), words);
-    says("m.gguf", &["GGUF", "llama.cpp", "safetensors"]);
+    says("m.gguf", &["m.gguf", "damaged", "before byte 8"]);
     says("m.bin", &["PyTorch", "save_pretrained"]);
     says("m.html", &["web page", "hf auth login"]);
     says("pointer", &["Git LFS"]);
@@ -373,7 +373,7 @@ fn folders_with_other_weights() {
         ("pytorch_model-00001-of-00002.bin", ["PyTorch", "save_pretrained"]),
         ("pytorch_model.bin.index.json", ["PyTorch", "save_pretrained"]),
         ("adapter_model.safetensors", ["adapter", "merge_and_unload"]),
-        ("model-q4.gguf", ["GGUF", "original checkpoint"]),
+        ("model-q4.gguf", ["GGUF", "Name one of them"]),
         ("weights.safetensors", ["neither", "`weights.safetensors`"]),
     ] {
         let dir = tempfile::tempdir().unwrap();

@@ -39,6 +39,7 @@ fn expected(spec: &ModelSpec, source: &Tensors, kind: ExtentKind, layer: u32, in
         (ExtentKind::Dense, _) => ffn("mlp.shared_experts"),
         (ExtentKind::Expert, _) => ffn(&format!("mlp.experts.{index}")),
         (ExtentKind::Embedding | ExtentKind::Head, _) => unreachable!("joined by the caller"),
+        (ExtentKind::Prediction | ExtentKind::Table, _) => unreachable!("no family has them yet"),
     }
 }
 

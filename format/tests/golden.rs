@@ -91,6 +91,27 @@ fn the_golden_files_open_and_mean_the_same() {
     assert_eq!(v1.state_id(), v2.state_id(), "an upgrade keeps what is bound to the weights");
 }
 
+/// What is kept beside a model of version 1 was bound to it before there was another version: by the bytes of its tables.
+#[test]
+fn the_state_id_of_version_1_is_what_it_always_was() {
+    use xxhash_rust::xxh3::xxh3_128;
+    let path = path_of("v1-small");
+    let (model, bytes) = (ModelFile::open(&path).unwrap(), fs::read(&path).unwrap());
+    let sb = model.superblock();
+    let table = |t: TableRef| &bytes[t.offset as usize..(t.offset + t.logical_len) as usize];
+    let blob = |name| model.metadata().get(name).unwrap();
+    let parts: [&[u8]; 6] = [
+        table(sb.extents),
+        table(sb.tensors),
+        SPEC_BLOB.as_bytes(),
+        blob(SPEC_BLOB),
+        TOKENIZER_BLOB.as_bytes(),
+        blob(TOKENIZER_BLOB),
+    ];
+    let digests: Vec<u8> = parts.iter().flat_map(|part| xxh3_128(part).to_le_bytes()).collect();
+    assert_eq!(model.state_id().0, xxh3_128(&digests).to_le_bytes());
+}
+
 #[test]
 fn the_writer_still_writes_the_golden_files() {
     let (dir, path) = temp();

@@ -169,3 +169,46 @@ fn what_cannot_be_split_is_refused() {
     let refused = layout.split(3 * 4096, 4096).unwrap_err().to_string();
     assert!(refused.contains("more than 1024 volumes"), "{refused}");
 }
+
+/// A run that was killed while it drew a compressed model together, wherever it was, is gone on with.
+#[test]
+fn what_was_drawn_together_before_a_kill_stays() {
+    let content = wide(WeightType::Bf16);
+    let dir = tempfile::tempdir().unwrap();
+    let want = write_parts(&dir.path().join("want.sluice"), &content, 60_000, true);
+    let want: Vec<Vec<u8>> = want.iter().map(|path| fs::read(path).unwrap()).collect();
+    let layout = || FileLayout::new(4096, &content.planned).unwrap().split(60_000, 3 * 4096).unwrap();
+    let open = |volume: u16| {
+        let path = dir.path().join(format!("v{volume}"));
+        let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
+        (path, file)
+    };
+    let writer = || {
+        let mut writer = FileWriter::of_files((0..layout().ends().len() as u16).map(open).collect(), layout()).unwrap();
+        writer.compress(&content.tensors);
+        writer
+    };
+    for drawn in (0..=content.planned.len()).step_by(3) {
+        let first = writer();
+        let write = |i| {
+            let mut extent = first.extent(i);
+            extent.write(&trained(&content, i)).unwrap();
+            extent.finish().unwrap()
+        };
+        // In any order.
+        let mut written: Vec<_> = (0..content.planned.len()).rev().map(write).collect();
+        written.reverse();
+        let records = FileWriter::records(&layout(), &written).unwrap();
+        for (from, to) in layout().extents().iter().zip(&records).take(drawn) {
+            let mut bytes = vec![0; to.stored_len as usize];
+            std::os::unix::fs::FileExt::read_exact_at(&open(from.volume).1, &mut bytes, from.offset).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&open(to.volume).1, &bytes, to.offset).unwrap();
+        }
+        drop(first);
+        let (_, lens) = writer().finish(&written, &content.tensors, &content.metadata).unwrap();
+        assert_eq!(lens.len(), want.len());
+        for (volume, want) in want.iter().enumerate() {
+            assert!(fs::read(open(volume as u16).0).unwrap() == *want, "{drawn} drawn, volume {volume}");
+        }
+    }
+}

@@ -131,6 +131,9 @@ struct Attempts<'c> {
     waited: Duration,
 }
 
+/// Takes bytes of a file with their place in it.
+type Sink<'s> = dyn FnMut(u64, &[u8]) -> Result<(), HubError> + 's;
+
 impl Client {
     /// A client with these settings.
     ///
@@ -244,7 +247,7 @@ impl Client {
         wanted: Wanted<'_>,
         at: u64,
         len: u64,
-        sink: &mut dyn FnMut(u64, &[u8]) -> Result<(), HubError>,
+        sink: &mut Sink<'_>,
     ) -> Result<(), HubError> {
         let what = format!("the file `{}` of {}", wanted.file, wanted.repo);
         let mut attempts = self.attempts(wanted.url, Question { repo: wanted.repo, what: &what })?;
@@ -270,7 +273,7 @@ impl Client {
         what: &str,
         (next, end): (&mut u64, u64),
         buffer: &mut [u8],
-        sink: &mut dyn FnMut(u64, &[u8]) -> Result<(), HubError>,
+        sink: &mut Sink<'_>,
     ) -> Result<(), Trouble> {
         let question = Question { repo: wanted.repo, what };
         let mut reply = self.ask("GET", wanted.url, question, Some((*next, end)))?;

@@ -96,7 +96,7 @@ struct Table {
 enum Entry {
     Waiting,
     Opening,
-    Active(Active),
+    Active(Box<Active>),
     Complete(Arc<File>),
     Released,
 }
@@ -250,7 +250,7 @@ impl Shared {
             _ => self.partial(target)?,
         };
         let here = (0..count).filter(|&n| active.there[n]).map(|n| piece(remote.size, n).1).sum();
-        lock(&self.table).entries[target] = Entry::Active(active);
+        lock(&self.table).entries[target] = Entry::Active(Box::new(active));
         self.observer.arrived(here);
         self.changed.notify_all();
         Ok(())
@@ -382,14 +382,14 @@ impl Shared {
         });
         if let Some(partial) = &mut active.partial {
             partial.clear()?;
-            *active = Active {
+            **active = Active {
                 partial: active.partial.take(),
                 failed,
                 computed: Some(computed),
                 ..self.active(remote, None, Arc::clone(&active.file), vec![false; active.there.len()])
             };
         } else {
-            *active = self.partial(target)?;
+            **active = self.partial(target)?;
         }
         Ok(())
     }

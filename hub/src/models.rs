@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use sluice_format::ModelFile;
+use sluice_format::{ModelFile, VolumeName};
 
 use crate::error::HubError;
 use crate::name::{PREFIX, Reference};
@@ -85,6 +85,7 @@ impl Models {
         let stem = stem(reference);
         let with_types = format!("{stem}{PLUS}");
         let is_meant = |name: &str| {
+            let name = whole_name(name)?;
             let name = name.strip_suffix(EXTENSION)?;
             let types = if name == stem { "" } else { name.strip_prefix(&with_types)? };
             // Types follow the part, and a part is no type.
@@ -105,7 +106,8 @@ impl Models {
                 Some(whole) => (whole, true),
                 None => (name.as_str(), false),
             };
-            let Some(stem) = whole.strip_suffix(EXTENSION) else { continue };
+            let whole = whole_name(whole);
+            let Some(stem) = whole.as_deref().and_then(|whole| whole.strip_suffix(EXTENSION)) else { continue };
             let Ok(found) =
                 path.metadata().and_then(|m| if m.is_file() { Ok(m) } else { Err(std::io::ErrorKind::Other.into()) })
             else {
@@ -114,7 +116,8 @@ impl Models {
             let family = (!interrupted).then(|| ModelFile::open(&path).ok().map(|model| model.spec().family.clone()));
             entries.push(Entry {
                 name: name_of(stem),
-                bytes: occupied(&found),
+                bytes: self.others(&path).iter().filter_map(|p| p.metadata().ok()).map(|m| occupied(&m)).sum::<u64>()
+                    + occupied(&found),
                 family: family.flatten(),
                 modified: found.modified().ok(),
                 interrupted,
@@ -141,7 +144,9 @@ impl Models {
     /// [`HubError::Io`].
     pub fn remove(&self, entry: &Entry) -> Result<u64, HubError> {
         let mut freed = entry.bytes;
+        let others = self.others(&entry.path);
         fs::remove_file(&entry.path).map_err(HubError::io(&entry.path, "remove it"))?;
+        others.iter().try_for_each(|path| crate::pieces::remove(path))?;
         let mut beside = vec![with_suffix(&entry.path, ".counts")];
         if entry.interrupted {
             beside.push(with_suffix(&entry.path, ".journal"));
@@ -157,12 +162,34 @@ impl Models {
         Ok(freed)
     }
 
+    /// The other volumes of a model, or of what an interrupted conversion has left of one.
+    fn others(&self, first: &Path) -> Vec<PathBuf> {
+        if let Some(name) = VolumeName::parse(first) {
+            return (1..name.count()).map(|volume| name.path_of(volume)).collect();
+        }
+        let first = first.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let is_other = |name: &String| {
+            let digits = name.strip_prefix(&first).and_then(|rest| rest.strip_prefix('-'));
+            first.ends_with(".partial") && digits.is_some_and(|rest| rest.bytes().all(|b| b.is_ascii_digit()))
+        };
+        self.names().into_iter().filter(is_other).map(|name| self.folder.join(name)).collect()
+    }
+
     /// Names of what is in the folder, sorted.
     fn names(&self) -> Vec<String> {
         let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
         let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
         names.sort();
         names
+    }
+}
+
+/// What the file of a name would be called if its model were one file; none for volumes behind the first.
+fn whole_name(name: &str) -> Option<String> {
+    match VolumeName::parse(Path::new(name)) {
+        None => Some(name.to_owned()),
+        Some(volume) if volume.volume() == 0 => Some(volume.whole().to_string_lossy().into_owned()),
+        Some(_) => None,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Speed of products per weight type, and of attention per type of cached numbers, on every instruction set but scalar.
+//! Speed of products and of packing per weight type, and of attention per type of cached numbers, on every instruction set but scalar.
 //!
 //! `cargo bench -p sluice-kernels [-- FILTER]`; a filter is a part of a name such as `gemv/q8/avx512` or `attention/latent`.
 //! `SLUICE_BENCH_THREADS` says how many threads multiply (default: one per core); attention runs on one, as a head does.
@@ -20,11 +20,6 @@ const GEMM: (usize, usize) = (1024, 64);
 fn threads() -> ThreadPool {
     let asked = std::env::var("SLUICE_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
     ThreadPool::new(asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into)))
-}
-
-/// A name such as `q8`.
-fn name(ty: WeightType) -> String {
-    format!("{ty:?}").to_lowercase()
 }
 
 /// The instruction sets that are worth measuring.
@@ -69,13 +64,13 @@ fn gemv(c: &mut Criterion) {
     let mut group = group(c, "gemv");
     group.throughput(Throughput::Bytes(WEIGHTS as u64));
     group.bench_function("read", |b| b.iter(|| read(&pool, &data)));
-    for ty in WeightType::OWN {
+    for ty in WeightType::all() {
         let len = row_group_len(ty, COLS).expect("small");
         let groups = WEIGHTS / len;
         let w = Matrix::new(ty, groups * ROW_GROUP, COLS, &data[..groups * len]).expect("sized to fit");
         group.throughput(Throughput::Bytes((groups * len) as u64));
         for k in vectorised() {
-            group.bench_function(format!("{}/{}", name(ty), k.isa_name()), |b| multiply(b, k, &pool, w, 1));
+            group.bench_function(format!("{ty}/{}", k.isa_name()), |b| multiply(b, k, &pool, w, 1));
         }
     }
     group.finish();
@@ -86,12 +81,30 @@ fn gemm(c: &mut Criterion) {
     let pool = threads();
     let mut group = group(c, "gemm");
     group.throughput(Throughput::Elements((rows * COLS * tokens) as u64));
-    for ty in WeightType::OWN {
+    for ty in WeightType::all() {
         let data = weights(packed_len(ty, rows, COLS).expect("small"));
         let w = Matrix::new(ty, rows, COLS, &data).expect("sized to fit");
         for k in vectorised() {
-            group.bench_function(format!("{}/{}", name(ty), k.isa_name()), |b| multiply(b, k, &pool, w, tokens));
+            group.bench_function(format!("{ty}/{}", k.isa_name()), |b| multiply(b, k, &pool, w, tokens));
         }
+    }
+    group.finish();
+}
+
+/// Carries rows as a source has them into row groups, on one thread; bytes are those of the row group.
+fn pack(c: &mut Criterion) {
+    let mut group = group(c, "pack");
+    for ty in WeightType::all() {
+        let WeightType::Grouped(grouped) = ty else { continue };
+        let codes = if grouped.codes().is_grid() { grouped.codes().block_len() * COLS / BLOCK } else { COLS };
+        let scales = grouped.scale_row(COLS).expect("whole super-blocks");
+        let (codes, scales) = (vec![1; ROW_GROUP * codes], vec![1; ROW_GROUP * scales]);
+        let factors = vec![1.0; if grouped.has_row_factor() { ROW_GROUP } else { 0 }];
+        let mut out = vec![0; row_group_len(ty, COLS).expect("small")];
+        group.throughput(Throughput::Bytes(out.len() as u64));
+        group.bench_function(ty.name(), |b| {
+            b.iter(|| pack_row_group_grouped(grouped, black_box(&codes), ROW_GROUP, COLS, &scales, &factors, &mut out));
+        });
     }
     group.finish();
 }
@@ -158,7 +171,7 @@ fn attend(k: Kernels, tile: &mut QueryTile, case: &AttentionCase, keys: &KvBuffe
 
 fn main() {
     let mut criterion = Criterion::default().configure_from_args();
-    for benches in [gemv, gemm, attention] {
+    for benches in [gemv, gemm, pack, attention] {
         benches(&mut criterion);
     }
     criterion.final_summary();

@@ -8,7 +8,8 @@ use crate::math::ROUND;
 pub enum Precision {
     /// f32 activations with every weight type.
     Exact,
-    /// int8 activations with the weight types that have integer kernels (`q8`, `int4`, `mxfp4`, `q4`, `q3`), f32 with the others.
+    /// int8 activations with the weight types whose codes stand for integers, f32 with the floats (`f32`, `f16`, `bf16`, and all
+    /// whose codes are e4m3).
     Int8,
 }
 

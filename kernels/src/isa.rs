@@ -2,9 +2,7 @@
 
 use crate::activations::Activations;
 use crate::matmul::{Tile, TileShape};
-use crate::matrix::Matrix;
-#[cfg(target_arch = "aarch64")]
-use crate::matrix::WeightType;
+use crate::matrix::{Matrix, WeightType};
 #[cfg(target_arch = "aarch64")]
 use crate::neon::Neon;
 use crate::scalar;
@@ -154,11 +152,14 @@ impl Kernels {
         }
     }
 
-    /// Tokens of a tile: as many as AVX-512 keeps in registers. AVX2 keeps sums in memory and unpacks weights for all.
-    pub(crate) fn tile_tokens(&self) -> usize {
-        match self.isa {
+    /// Tokens of a tile: as many as AVX-512 keeps in registers. AVX2, and both for grouped types, keep sums in memory and
+    /// unpack weights for all.
+    pub(crate) fn tile_tokens(&self, ty: WeightType) -> usize {
+        match (self.isa, ty) {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2(_) => crate::matmul::TILE_TOKENS,
+            (Isa::Avx2(_) | Isa::Avx512(_), WeightType::Grouped(_)) => crate::matmul::TILE_TOKENS,
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2(_), _) => crate::x86::AVX2_TOKENS,
             _ => 8,
         }
     }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The most tokens of a tile; how many a kernel takes it says itself.
-pub(crate) const TILE_TOKENS: usize = 16;
+pub(crate) const TILE_TOKENS: usize = 32;
 
 /// Products of a few tokens with two row groups, the second in lanes 8..16.
 pub(crate) type Tile = [[f32; 2 * ROW_GROUP]; TILE_TOKENS];
@@ -155,7 +155,7 @@ impl Kernels {
     fn tiles_of(&self, product: &Product<'_>, pairs: Range<usize>) {
         let Product { w, x, write, .. } = *product;
         let int8 = x.quantised() && w.ty().is_blocked();
-        let tile_tokens = self.tile_tokens();
+        let tile_tokens = self.tile_tokens(w.ty());
         let mut tile = [[0.0; 2 * ROW_GROUP]; TILE_TOKENS];
         for panel in (0..x.n()).step_by(TOKEN_PANEL) {
             let panel_end = (panel + TOKEN_PANEL).min(x.n());

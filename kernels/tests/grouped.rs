@@ -152,6 +152,31 @@ fn products_are_those_of_the_weights() {
     }
 }
 
+/// Of all types, not the published ones alone: `same_bits` has those, with more shapes.
+#[test]
+fn every_isa_equals_scalar() {
+    let (mut rng, pool) = (Rng(4), ThreadPool::new(1));
+    for ty in types() {
+        for (rows, cols, n) in [(8, 33, 1), (23, 300, 1), (16, 515, 11), (24, 64, 2)] {
+            let cols = cols_of(WeightType::Grouped(ty), cols);
+            let mut bytes = Packed::new(ty, rows, cols, &mut rng).bytes;
+            if rng.below(2) == 0 {
+                bytes = rng.bytes(bytes.len());
+            }
+            let w = Matrix::new(WeightType::Grouped(ty), rows, cols, &bytes).unwrap();
+            let x = rng.vec(n * cols);
+            for precision in PRECISIONS {
+                let x = activations(&x, n, cols, precision);
+                let want = matmul(Kernels::scalar(), &pool, w, &x);
+                for k in Kernels::available() {
+                    let what = format!("{} {ty:?} {precision:?} {rows}x{cols}, {n} tokens", k.isa_name());
+                    assert_same(&matmul(k, &pool, w, &x), &want, &what);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn rows_of_nibbles_are_rows_of_codes() {
     let mut rng = Rng(3);

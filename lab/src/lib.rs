@@ -2,8 +2,9 @@
 //! line depends on it.
 //!
 //! [`trace`] records, measures and replays routing; [`estimate`] says how fast a model can be; [`calibrate`] measures the inputs
-//! of matrices.
+//! of matrices; [`compression`] says when compressed experts come faster.
 
 pub mod calibrate;
+pub mod compression;
 pub mod estimate;
 pub mod trace;

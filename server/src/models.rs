@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sluice_dialect::Dialect;
-use sluice_format::{FormatError, ModelFile};
+use sluice_format::{FormatError, ModelFile, VolumeName};
 use sluice_generate::{GenerationError, SchedulerOptions};
 use sluice_model::engine::{EngineOptions, RuntimeError};
 use sluice_text::ChatTemplate;
@@ -71,7 +71,12 @@ impl Models {
         let mut entries: Vec<Entry> = Vec::new();
         for path in &options.files {
             let file = ModelFile::open(path)?;
-            let name = path.file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
+            let whole = VolumeName::parse(path).map(|name| name.whole());
+            let name = whole
+                .as_ref()
+                .unwrap_or(path)
+                .file_stem()
+                .map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
             let taken = |id: &str| entries.iter().any(|entry| entry.id == id);
             let more = (2..).map(|n| format!("{name}-{n}"));
             let id = std::iter::once(name.clone()).chain(more).find(|id| !taken(id)).unwrap_or(name);

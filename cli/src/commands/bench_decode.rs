@@ -27,14 +27,15 @@ after: random direct reads in the chunks and at the depth that the decoder uses.
 the time it computes and the time the drive needs for what it reads.
 
 With --drive, experts come from a drive that is only simulated and costs no processor time; then no real drive is measured, \
-and the tokens mean nothing, because experts are noise. It shows how well reading and computing overlap, on any machine.
+and the tokens mean nothing, because experts are noise. It shows how well reading and computing overlap, on any machine, and whether compressed experts would come faster.
 
 Examples:
   sluice bench decode r1.sluice --budget 16GiB -n 32
   sluice bench decode r1.sluice --budgets 8GiB,16GiB,32GiB --plot decode.svg
   sluice bench decode r1.sluice --budget 8GiB --compare prefetch --pairs 8
   sluice bench decode r1.sluice --budget 32GiB --sequences 32 -n 16
-  sluice bench decode r1.sluice --budget 16GiB --drive 7GB/s,80us";
+  sluice bench decode r1.sluice --budget 16GiB --drive 7GB/s,80us
+  sluice bench decode bf16.sluice --budget 16GiB --drive 1GB/s --compressed";
 
 /// Tokens per second, bytes per token, and achieved against attainable bandwidth
 #[derive(Debug, clap::Args)]
@@ -58,6 +59,10 @@ pub(crate) struct Args {
     /// Take experts from a simulated drive of this speed and latency, such as 7GB/s,80us (the latency is 80us if not given)
     #[arg(long, value_name = "SPEED[,LATENCY]", value_parser = parse_drive, conflicts_with_all = ["compare", "plot", "engine"])]
     drive: Option<DriveSpeed>,
+
+    /// On the simulated drive, compress the experts, whatever the file does
+    #[arg(long, requires = "drive")]
+    pub(crate) compressed: bool,
 
     /// Several budgets, one after the other
     #[arg(long, value_name = "LIST", value_parser = parse_size, value_delimiter = ',', conflicts_with = "budget")]

@@ -1,16 +1,20 @@
 //! `sluice bench decode --drive`: how well reading and computing overlap, on a drive that costs no processor time.
 
+use std::num::NonZeroUsize;
 use std::time::Instant;
 
 use serde::Serialize;
 use sluice_converter::synth::expert_noise;
-use sluice_format::ModelFile;
+use sluice_format::{Codec, ExtentKind, ModelFile, planes};
+use sluice_kernels::ThreadPool;
+use sluice_lab::compression::CompressionWorth;
 use sluice_lab::estimate::StepWork;
 use sluice_model::memory::{Bytes, Demand, MemoryPlan};
 use sluice_model::{EngineOptions, RuntimeError, Stats};
 use sluice_storage::io::IoConfig;
 use sluice_storage::io::bench::median;
 use sluice_storage::io::sim::{DriveSpeed, DriveUse, SimulatedDrive};
+use sluice_storage::pool::Packed;
 
 use super::bench_batch::{Batch, Bounds};
 use super::bench_decode::Args;
@@ -30,6 +34,8 @@ struct Outcome {
     experts: usize,
     expert_bytes: u64,
     drive: DriveReport,
+    /// Of compressed experts.
+    compression: Option<CompressionWorth>,
     steps: usize,
     tokens: usize,
     /// Of all sequences together, at the median time of a step.
@@ -88,13 +94,48 @@ impl Round {
 /// Measures and prints; `total`: tokens of each sequence, warm-up included.
 pub(crate) fn run(args: &Args, speed: DriveSpeed, count: usize, total: usize) -> Result<(), CliError> {
     let file = ModelFile::open(&args.file)?;
-    let noise = expert_noise(&file)?;
+    let held = Held::new(args, &file)?;
     let mut outcomes = Vec::new();
     for budget in args.all_budgets() {
         refuse_streaming(args, &file, budget, (count, total))?;
-        outcomes.push(measure(args, budget, speed, &noise, (count, total))?);
+        outcomes.push(measure(args, budget, speed, &held, (count, total))?);
     }
     if args.json { print_json(&outcomes) } else { print(&outcomes.iter().map(describe).collect::<String>()) }
+}
+
+/// What the simulated drive has in place of every expert.
+struct Held {
+    stored: Vec<u8>,
+    /// What that becomes, if it is compressed, and what compression is worth here.
+    packed: Option<(Packed, CompressionWorth)>,
+}
+
+impl Held {
+    fn new(args: &Args, file: &ModelFile) -> Result<Self, CliError> {
+        let noise = expert_noise(file)?;
+        let first = file.extents().iter().find(|e| e.kind == ExtentKind::Expert);
+        let Some(expert) = first.filter(|e| args.compressed || e.codec != Codec::Raw) else {
+            return Ok(Held { stored: noise, packed: None });
+        };
+        let logical = &noise[..expert.logical_len as usize];
+        let stored = planes::encode(logical, file.tensors_of(expert), file.superblock().page_size).ok_or_else(|| {
+            let path = args.file.display();
+            CliError::Usage(format!(
+                "--compressed would change nothing: the experts of {path} are of a type that compression does not shorten by {} %",
+                planes::LEAST_GAIN
+            ))
+        })?;
+        let cores = std::thread::available_parallelism();
+        let threads = ThreadPool::new(args.engine.threads.or(cores.ok()).map_or(1, NonZeroUsize::get));
+        let worth = CompressionWorth::measure(&stored, logical.len(), &threads)
+            .ok_or_else(|| CliError::Failure("what was compressed cannot be decompressed".into()))?;
+        let packed = Packed {
+            logical_len: expert.logical_len,
+            padded_len: expert.padded_len,
+            checksum: sluice_format::checksum(&noise),
+        };
+        Ok(Held { stored, packed: Some((packed, worth)) })
+    }
 }
 
 /// Dense parts that do not stay in memory would come off the real drive.
@@ -197,15 +238,16 @@ fn measure(
     args: &Args,
     budget: Option<u64>,
     speed: DriveSpeed,
-    noise: &[u8],
+    held: &Held,
     (count, total): (usize, usize),
 ) -> Result<Outcome, CliError> {
-    let drive = SimulatedDrive::new(DriveSpeed::UNLIMITED, noise.to_vec());
+    let drive = SimulatedDrive::new(DriveSpeed::UNLIMITED, held.stored.clone());
     let options = EngineOptions {
         budget,
         // The calibration is that of another drive.
         io: Some(IoConfig::default()),
         simulated: Some(drive.clone()),
+        simulated_packed: held.packed.map(|(packed, _)| packed),
         ..args.engine.options(total)
     };
     let batch = Batch::open(&args.file, options, count, total)?;
@@ -219,7 +261,8 @@ fn measure(
         rounds.push(bench.round(number, steps, &|| bar.inc(1))?);
     }
     bar.finish_and_clear();
-    outcome(args, budget, &mut bench, rounds, (count, total))
+    let outcome = outcome(args, budget, &mut bench, rounds, (count, total))?;
+    Ok(Outcome { compression: held.packed.map(|(_, worth)| worth), ..outcome })
 }
 
 fn outcome(
@@ -246,6 +289,7 @@ fn outcome(
         experts: engine.memory().experts,
         expert_bytes: engine.memory().slot_len,
         drive,
+        compression: None,
         steps: args.n,
         tokens,
         tokens_per_second: 1e3 * count as f64 / step,
@@ -291,9 +335,18 @@ fn describe(o: &Outcome) -> String {
         }
         None => "never read".to_owned(),
     };
+    let compression = o.compression.map_or(String::new(), |c| {
+        format!(
+            "  experts are compressed to {:.1} %; all threads decompress {} of memory, so that it pays on drives below {} whatever \
+             overlaps\n",
+            100.0 * c.stored_part,
+            rate(c.decompressed_per_second),
+            rate(c.pays_below),
+        )
+    });
     format!(
         "budget {budget}: {} in use, {} of {} experts fit; sequences: {}\n  \
-         simulated drive: {} and {:.0} µs asked for; {reached}; {} × {} in flight\n  \
+         simulated drive: {} and {:.0} µs asked for; {reached}; {} × {} in flight\n{compression}  \
          {:.2} tokens/s in all; a step takes {:.1} ms and misses {}, {} per token\n  \
          a step uses {:.0} different experts, {:.1} % of them in memory; {} prefetched, {} of them used\n  \
          computing alone {:.1} ms, the drive alone {:.1} ms: a step takes {:.2} times the longer\n  \

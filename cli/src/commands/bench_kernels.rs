@@ -19,10 +19,11 @@ use crate::terminal::{print, print_json, step_bar};
 const EXAMPLES: &str = "\
 Every measurement takes turns with reading the same memory without computing anything, and the median counts: on a \
 busy machine both suffer alike. SLUICE_ISA (scalar, avx2, avx512, neon) measures other instructions. Products that \
-take long are cut to a part of their rows, so that the default takes less than a minute.
+take long are cut to a part of their rows, so that the default takes a few minutes at most.
 
 Examples:
   sluice bench kernels
+  sluice bench kernels --types q4,q4_k,q6_k
   sluice bench kernels --threads 8 --json";
 
 /// Products of weights with one token and with many, by weight type
@@ -36,6 +37,10 @@ pub(crate) struct Args {
     /// Weights that one product with one token reads, at least 256KiB; more than the caches hold
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256MiB")]
     bytes: u64,
+
+    /// Weight types, separated by commas [default: all]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    types: Vec<WeightType>,
 
     /// Print JSON
     #[arg(long)]
@@ -69,7 +74,7 @@ struct Run {
 #[derive(Serialize)]
 struct TypeSpeed {
     #[serde(rename = "type")]
-    name: String,
+    name: &'static str,
     gemv_gb_per_s: f64,
     /// What plain reading reached between these measurements.
     read_gb_per_s: f64,
@@ -90,10 +95,11 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         .map_err(|_| CliError::Failure(format!("the system has no {} of memory: lower --bytes", Bytes(args.bytes))))?;
     data.resize(bytes, TAME);
     let counts = if all == 1 { vec![1] } else { vec![1, all] };
-    let bar = step_bar("measuring", (counts.len() * WeightType::OWN.len()) as u64);
+    let asked = if args.types.is_empty() { WeightType::all().collect() } else { args.types.clone() };
+    let bar = step_bar("measuring", (counts.len() * asked.len()) as u64);
     let measure = |&threads: &usize| {
         let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
-        let types: Vec<_> = WeightType::OWN.map(|ty| (bench.speed(ty), bar.inc(1)).0).into();
+        let types: Vec<_> = asked.iter().map(|&ty| (bench.speed(ty), bar.inc(1)).0).collect();
         let read_gb_per_s = median(&types.iter().map(|t| t.read_gb_per_s).collect::<Vec<_>>());
         // The pool has its own limit, and the system may refuse threads.
         Run { threads: bench.pool.threads(), read_gb_per_s, types }
@@ -109,12 +115,13 @@ fn describe(report: &Report) -> String {
         let Run { threads, read_gb_per_s, types } = run;
         let plural = if *threads == 1 { "" } else { "s" };
         let _ = writeln!(out, "{threads} thread{plural}, {}: plain reading {read_gb_per_s:.1} GB/s", report.isa);
-        let _ = writeln!(out, "{:<6} {:>17} {:>18} {:>12}", "type", "1 token", "64 tokens", "512 tokens");
+        let width = types.iter().map(|t| t.name.len()).max().unwrap_or(0).max(6);
+        let _ = writeln!(out, "{:<width$} {:>17} {:>18} {:>12}", "type", "1 token", "64 tokens", "512 tokens");
         for t in types {
             let share = 100.0 * t.gemv_gb_per_s / t.read_gb_per_s;
             let [gemv, few, many] = [(t.gemv_gb_per_s, 1), (t.gemm_64_gop_per_s, 0), (t.gemm_512_gop_per_s, 0)]
                 .map(|(speed, places)| format!("{speed:.*}", if speed < 1.0 { 2 } else { places }));
-            let _ = writeln!(out, "{:<6} {gemv:>6} GB/s {share:>3.0} % {few:>12} GOP/s {many:>6} GOP/s", t.name);
+            let _ = writeln!(out, "{:<width$} {gemv:>6} GB/s {share:>3.0} % {few:>12} GOP/s {many:>6} GOP/s", t.name);
         }
         out.push('\n');
     }
@@ -143,7 +150,7 @@ impl Bench<'_> {
         let rate = |bytes: usize, seconds: &[f64]| bytes as f64 / median(seconds) / 1e9;
         let [gemm_64_gop_per_s, gemm_512_gop_per_s] = GEMM_TOKENS.map(|n| self.gemm(ty, n));
         TypeSpeed {
-            name: format!("{ty:?}").to_lowercase(),
+            name: ty.name(),
             gemv_gb_per_s: rate(groups * product.group, &gemv),
             read_gb_per_s: rate(self.data.len(), &read),
             gemm_64_gop_per_s,

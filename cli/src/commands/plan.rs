@@ -8,7 +8,11 @@ use clap::value_parser;
 use serde::Serialize;
 use sluice_converter::synth::{Geometry, KindTypes, Layout, Release, WeightTypes};
 use sluice_converter::{self as converter, Options, TypeChoice, no_model};
-use sluice_format::{ExtentKind, ExtentRecord, Layout as Arrangement, ModelFile, ModelSpec, PAGE_SIZES, WeightType};
+use sluice_format::{
+    Codec, ExtentKind, ExtentRecord, Layout as Arrangement, ModelFile, ModelSpec, PAGE_SIZES, WeightType,
+};
+use sluice_kernels::ThreadPool;
+use sluice_lab::compression::CompressionWorth;
 use sluice_lab::estimate::{Bound, HIT_RATE_SPREAD, Machine, Needs, Speed};
 use sluice_model::KvType;
 use sluice_model::memory::available_memory;
@@ -20,7 +24,7 @@ use crate::size::{parse_size, parse_speed};
 use crate::terminal::{note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
-TARGET is a model file, or a checkpoint's folder, or the name of a model that `sluice synth` knows (deepseek-r1, kimi-k2, \
+TARGET is a model file, a checkpoint's folder, a GGUF file, or the name of a model that `sluice synth` knows (deepseek-r1, kimi-k2, \
 glm-4.6, qwen3-235b, qwen3-30b, gpt-oss-120b, mixtral-8x7b), or a config.json or a folder with nothing else. Weights are not \
 read. What is no model file yet is planned as `sluice convert` would write it: as published, bit for bit, unless --type and \
 --dense-type say otherwise.
@@ -97,14 +101,24 @@ struct Report {
     #[serde(flatten)]
     needs: Needs,
     machine: Machine,
+    /// Of experts, where it shortens their type.
+    compression: Option<Compression>,
     /// None when the memory does not suffice.
     speed: Option<Speed>,
     warnings: Vec<String>,
 }
 
+/// Whether experts are compressed, and what that is worth on this machine.
+#[derive(Debug, Serialize)]
+struct Compression {
+    done: bool,
+    #[serde(flatten)]
+    worth: CompressionWorth,
+}
+
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let target = Path::new(&args.target);
-    let report = if target.is_dir() && has_weights(target) {
+    let report = if target.is_dir() && has_weights(target) || is_gguf(target) {
         of_checkpoint(args)?
     } else if is_geometry(&args.target) {
         of_geometry(args)?
@@ -130,6 +144,11 @@ fn has_weights(folder: &Path) -> bool {
     entries.any(|entry| entry.file_name().to_str().is_some_and(is_weights))
 }
 
+/// Whether it is a GGUF file by its name: what is in it is the converter's to say.
+fn is_gguf(target: &Path) -> bool {
+    target.is_file() && target.extension().is_some_and(|e| e == "gguf")
+}
+
 /// Exactly what `convert` would write. A checkpoint that it would refuse is planned from its `config.json`, with a warning.
 fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
     // Types such as int4 can be carried, but not asked for: those are planned from the configuration.
@@ -148,6 +167,8 @@ fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
             };
             Ok(report(args, plan.spec(), plan.extents(), plan.file_bytes(), types))
         }
+        // It has no `config.json`.
+        Err(refused) if is_gguf(Path::new(&args.target)) => Err(refused.into()),
         Err(refused) => {
             let mut report = of_geometry(args)?;
             report
@@ -237,6 +258,7 @@ fn report(args: &Args, spec: &ModelSpec, extents: &[ExtentRecord], disk_bytes: u
     let needs = Needs::of(spec, extents, context, args.kv_type);
     let speed = Speed::of(spec, extents, machine, context, args.kv_type);
     let warnings = warnings(&needs, &speed);
+    let compression = compression(spec, extents, &types.experts);
     Report {
         target: args.target.clone(),
         family: spec.family.clone(),
@@ -250,9 +272,21 @@ fn report(args: &Args, spec: &ModelSpec, extents: &[ExtentRecord], disk_bytes: u
         disk_bytes,
         needs,
         machine,
+        compression,
         speed: speed.ok(),
         warnings,
     }
+}
+
+/// What compression of the experts is, or would be, worth here; none for types that it does not shorten.
+fn compression(spec: &ModelSpec, extents: &[ExtentRecord], types: &[&str]) -> Option<Compression> {
+    spec.layers.iter().find(|l| l.ffn.moe.is_some())?;
+    // All experts of one type, or nothing simple can be said.
+    let &[ty] = types else { return None };
+    let threads = ThreadPool::new(std::thread::available_parallelism().map_or(1, Into::into));
+    let worth = CompressionWorth::of_type(ty.parse().ok()?, &threads)?;
+    let done = extents.iter().any(|e| e.kind == ExtentKind::Expert && e.codec != Codec::Raw);
+    Some(Compression { done, worth })
 }
 
 fn warnings(needs: &Needs, speed: &Result<Speed, sluice_model::memory::BudgetError>) -> Vec<String> {
@@ -350,10 +384,28 @@ fn describe(r: &Report) -> String {
     if let Some(speed) = &r.speed {
         out.push_str(&describe_speed(r, speed));
     }
+    if let Some(compression) = &r.compression {
+        let _ = writeln!(out, "\n{}", describe_compression(compression, r.machine.ssd));
+    }
     for warning in &r.warnings {
         let _ = writeln!(out, "\nwarning: {warning}");
     }
     out
+}
+
+fn describe_compression(c: &Compression, ssd: u64) -> String {
+    let CompressionWorth { stored_part, decompressed_per_second, pays_below } = c.worth;
+    let rates = format!("the threads of this machine decompress {}/s", gigabytes(decompressed_per_second as u64));
+    let part = 100.0 * stored_part;
+    let drives = match (ssd as f64) < pays_below {
+        true => "which pays on this drive",
+        false if (ssd as f64) < decompressed_per_second => "which pays on this drive as far as reads overlap",
+        false => "for which this drive is too fast",
+    };
+    match c.done {
+        true => format!("experts are compressed; {rates}, {drives}"),
+        false => format!("`--compress` would shorten experts to about {part:.0} %, without loss; {rates}, {drives}"),
+    }
 }
 
 fn describe_speed(r: &Report, s: &Speed) -> String {

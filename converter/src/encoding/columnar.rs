@@ -225,6 +225,24 @@ struct ColumnarDecoder<'s> {
     groups: Vec<usize>,
 }
 
+/// The codes of `8 · words` outputs, `[outputs, inputs]`, from `words` words for each input.
+fn awq_outputs(bytes: &[u8], words: usize, inputs: usize) -> Vec<u8> {
+    let mut out = vec![0; 8 * words * inputs];
+    let (all, _) = bytes.as_chunks::<4>();
+    for word in 0..words {
+        let outputs = &mut out[word * 8 * inputs..][..8 * inputs];
+        // Eight inputs at a time, of which there are whole eights.
+        for (tile, rows) in all.chunks_exact(8 * words).enumerate() {
+            let codes: [u32; 8] = std::array::from_fn(|i| u32::from_le_bytes(rows[i * words + word]));
+            for (output, place) in AWQ_PLACE.iter().enumerate() {
+                let of_output: [u8; 8] = codes.map(|code| (code >> (4 * place) & 15) as u8);
+                outputs[output * inputs + 8 * tile..][..8].copy_from_slice(&of_output);
+            }
+        }
+    }
+    out
+}
+
 impl ColumnarDecoder<'_> {
     /// The words of the outputs from `first`, a multiple of eight, to `end`, piece after piece of the tensor's rows.
     fn read(&self, first: usize, end: usize, reader: &mut Reader<'_>) -> Result<Vec<u8>, ConvertError> {
@@ -251,12 +269,9 @@ impl ColumnarDecoder<'_> {
         let mut out = vec![0; lines.count * inputs];
         match layout.kind {
             Columnar::Awq => {
-                let words = (end - first) / 8;
-                for (i, output) in lines.numbers().enumerate() {
-                    let (word, shift) = ((output - first) / 8, 4 * AWQ_PLACE[output % 8]);
-                    let of_output =
-                        bytes.chunks_exact(4 * words).map(|row| row[word * 4 + shift / 8] >> (shift % 8) & 15);
-                    out[i * inputs..][..inputs].iter_mut().zip(of_output).for_each(|(out, code)| *out = code);
+                let all = awq_outputs(&bytes, (end - first) / 8, inputs);
+                for (output, out) in lines.numbers().zip(out.chunks_exact_mut(inputs)) {
+                    out.copy_from_slice(&all[(output - first) * inputs..][..inputs]);
                 }
             }
             Columnar::Gptq { .. } => {

@@ -1,13 +1,14 @@
 //! e4m3 codes with scales: per block as in DeepSeek's checkpoints, per row and some columns, per row, or one. Scales of DeepSeek-V4
 //! and of MXFP8 are powers of two.
 
+use std::sync::Arc;
+
 use sluice_format::{FP8_BLOCK, ROW_GROUP, WeightType};
 use sluice_kernels as kernels;
-use sluice_weights::{Codes, ScaleType, Zero};
+use sluice_weights::ScaleType;
 
-use super::carry::{Carrier, CodeRows};
 use super::checks::{dtype_error, shape_error};
-use super::grouped::{scale_values, wide_scale};
+use super::grouped::{Code, Grouped, scale_values, wide_scale};
 use super::{Decoder, Encoding, Groups, Reader, Rows, Selection};
 use crate::error::ConvertError;
 use crate::fp8::{self, SCALE_BLOCK};
@@ -21,8 +22,6 @@ const MX_BLOCK: usize = 32;
 pub(super) struct Fp8 {
     scales: usize,
     scale_type: ScaleType,
-    /// Columns of the tensor.
-    cols: usize,
     /// Rows of one matrix of a stack; scales begin anew with each.
     matrix_rows: usize,
     /// Rows and columns that share one scale.
@@ -31,21 +30,34 @@ pub(super) struct Fp8 {
     grid: [usize; 2],
 }
 
-/// The shape of the scales tells how they are meant.
+/// The shape of the scales tells how they are meant. Where no two rows share one, they are groups like those of other codes.
 pub(super) fn resolve(
     checkpoint: &Checkpoint,
     block: [usize; 2],
     shape: &[usize],
     scales: usize,
-) -> Result<Fp8, ConvertError> {
+) -> Result<Arc<dyn Encoding>, ConvertError> {
     let [stack @ .., rows, cols] = shape else { return Err(shape_error(checkpoint, scales, shape)) };
     let found = checkpoint.tensors[scales].shape.as_slice();
     let dtype = &checkpoint.tensors[scales].dtype;
     let is_power = matches!(dtype.name(), "U8" | "F8_E8M0");
     let scale_type = wide_scale(dtype).or(is_power.then_some(ScaleType::E8m0));
     let scale_type = scale_type.ok_or_else(|| dtype_error(checkpoint, scales, "BF16, F16, F32 and F8_E8M0"))?;
-    let with = |grid: [usize; 2], block: [usize; 2]| {
-        Ok(Fp8 { scales, scale_type, cols: *cols, matrix_rows: *rows, block: block.map(|n| n.max(1)), grid })
+    let with = |grid: [usize; 2], block: [usize; 2]| -> Result<Arc<dyn Encoding>, ConvertError> {
+        if block[0] == 1 && *rows > 1 && cols.is_multiple_of(block[1]) {
+            let (code, group, cols) = (Code::E4m3, block[1], *cols);
+            return Ok(Arc::new(Grouped {
+                code,
+                group,
+                cols,
+                scales,
+                scale_type,
+                biases: None,
+                zeros: None,
+                global: None,
+            }));
+        }
+        Ok(Arc::new(Fp8 { scales, scale_type, matrix_rows: *rows, block: block.map(|n| n.max(1)), grid }))
     };
     // OCP MX: a power of two per 32 columns.
     if is_power && found == [stack, &[*rows, cols.div_ceil(MX_BLOCK)]].concat() {
@@ -69,13 +81,6 @@ impl Fp8 {
     fn index(&self, (row, col): (usize, usize)) -> usize {
         let (matrix, row) = (row / self.matrix_rows, row % self.matrix_rows);
         (matrix * self.grid[0] + row / self.block[0]) * self.grid[1] + col / self.block[1]
-    }
-
-    /// The type with scales of each row, where no two rows share one.
-    fn carrier(&self) -> Option<Carrier> {
-        let by_row = self.block[0] == 1 && self.matrix_rows > 1 && self.cols.is_multiple_of(self.block[1]);
-        let carrier = Carrier::new(Codes::E4m3, (self.block[1], self.cols), self.scale_type, Zero::None);
-        carrier.filter(|_| by_row)
     }
 
     /// Whether every tile of 8 rows and 128 columns, which has one scale in the file, has one scale in the source.
@@ -113,11 +118,11 @@ impl Encoding for Fp8 {
     }
 
     fn carried(&self) -> Option<WeightType> {
-        Some(self.carrier().map_or(WeightType::Fp8, |c| WeightType::Grouped(c.ty)))
+        Some(WeightType::Fp8)
     }
 
     fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool {
-        if self.carrier().is_some() { selection.whole_rows(shape[2]) } else { self.fits_tiles(selection, shape) }
+        self.fits_tiles(selection, shape)
     }
 
     fn open<'s>(
@@ -125,13 +130,12 @@ impl Encoding for Fp8 {
         selection: &'s Selection,
         reader: &mut Reader<'_>,
     ) -> Result<Box<dyn Decoder + 's>, ConvertError> {
-        let bytes = reader.all(self.scales)?;
-        let scales = scale_values(self.scale_type, &bytes);
+        let scales = scale_values(self.scale_type, &reader.all(self.scales)?);
         // A scale whose product with the largest code overflows is as bad as an infinite one.
         if scales.iter().any(|s| !(s * fp8::E4M3_MAX).is_finite()) {
             return Err(reader.not_finite(self.scales));
         }
-        Ok(Box::new(Fp8Decoder { layout: self, selection, scales, bytes }))
+        Ok(Box::new(Fp8Decoder { layout: self, selection, scales }))
     }
 }
 
@@ -139,23 +143,9 @@ struct Fp8Decoder<'s> {
     layout: &'s Fp8,
     selection: &'s Selection,
     scales: Vec<f32>,
-    /// The same as they are stored.
-    bytes: Vec<u8>,
 }
 
 impl Fp8Decoder<'_> {
-    /// Rows that have scales of their own.
-    fn carry_by_row(&self, carrier: Carrier, codes: &[u8], rows: Rows, groups: &mut Groups<'_>) {
-        let mut out = CodeRows { codes: codes.to_vec(), factor: 1.0, ..CodeRows::default() };
-        let width = self.layout.scale_type.len();
-        for row in rows.first..rows.first + rows.count {
-            let first = self.layout.index(self.selection.locate(row, 0));
-            let scales = &self.bytes[first * width..][..self.layout.grid[1] * width];
-            scales.chunks_exact(width).for_each(|scale| out.add_group(carrier.repeat, scale, &[]));
-        }
-        out.pack(carrier.ty, rows.cols, groups);
-    }
-
     /// The scale of an element.
     fn scale(&self, row: usize, col: usize) -> f32 {
         self.scales[self.layout.index(self.selection.locate(row, col))]
@@ -175,10 +165,6 @@ impl Decoder for Fp8Decoder<'_> {
     fn carry(&self, rows: Rows, reader: &mut Reader<'_>, mut groups: Groups<'_>) -> Result<(), ConvertError> {
         let codes = reader.raw(self.selection, 1, rows)?;
         let finite = !codes.iter().any(|&c| fp8::is_nan(c));
-        if let Some(carrier) = self.layout.carrier() {
-            self.carry_by_row(carrier, codes, rows, &mut groups);
-            return if finite { Ok(()) } else { Err(reader.not_finite(self.selection.tensor)) };
-        }
         let mut scales = Vec::new();
         for (g, codes) in codes.chunks(ROW_GROUP * rows.cols).enumerate() {
             // One source block covers each tile of the group, so any element of the tile has its scale.

@@ -195,9 +195,8 @@ pub(crate) fn resolve(
             Arc::new(ggml::resolve(checkpoint, shape, parts, ty)?)
         }
         Form::Fp8 => {
-            let encoding = fp8::resolve(checkpoint, scheme.fp8_block, shape, parts.tensors[1])?;
             check_shape(checkpoint, tensor, shape)?;
-            Arc::new(encoding)
+            fp8::resolve(checkpoint, scheme.fp8_block, shape, parts.tensors[1])?
         }
         Form::PackedInt | Form::Int8 => Arc::new(integers::resolve(checkpoint, shape, parts)?),
         Form::PackedMxfp4 | Form::Blocks | Form::Pairs | Form::PackedNvfp4 | Form::Nvfp4 => {

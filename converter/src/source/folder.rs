@@ -1,20 +1,15 @@
 //! Files of a folder, or of several names, as the source of a checkpoint.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use sluice_format::open_regular;
 
+use super::local::LocalFile;
 use super::locate::{self, Located};
 use super::recognise::Foreign;
 use super::{Checkpoint, FileUse, MAX_SIDE_FILE, Source, SourceFile, Stamp, header};
 use crate::error::ConvertError;
-
-/// Reads shorter than this do not drop their pages from the cache: neighbours may share them.
-#[cfg(target_os = "linux")]
-const DROP_BEHIND: usize = 256 << 10;
 
 /// Opens the safetensors checkpoint in `dir`. Tensors count wherever they are: as transformers and vLLM do, everything that the
 /// files hold is taken, also what the index does not name.
@@ -30,7 +25,7 @@ pub(crate) struct Folder {
     dir: PathBuf,
     files: Vec<SourceFile>,
     /// The same, open.
-    open: Vec<File>,
+    open: Vec<LocalFile>,
 }
 
 impl Folder {
@@ -55,7 +50,7 @@ impl Folder {
 
     /// Opens one more file.
     fn add(&mut self, name: &str, path: &Path) -> Result<(), ConvertError> {
-        let (file, stamp, len) = open_file(path)?;
+        let (file, stamp, len) = LocalFile::open(path)?;
         self.files.push(SourceFile { name: name.to_owned(), path: path.to_owned(), len, stamp });
         self.open.push(file);
         Ok(())
@@ -72,14 +67,12 @@ impl Source for Folder {
     }
 
     fn read_at(&self, file: usize, at: u64, out: &mut [u8]) -> Result<(), ConvertError> {
-        read_exact_at(&self.open[file], &self.files[file].path, at, out)?;
-        drop_behind(&self.open[file], at, out.len());
-        Ok(())
+        self.open[file].read_at(&self.files[file].path, at, out)
     }
 
     fn check_unchanged(&self) -> Result<(), ConvertError> {
         for (file, opened) in self.files.iter().zip(&self.open) {
-            let now = Stamp::of(opened).map_err(ConvertError::io(&file.path, "read its state"))?;
+            let now = opened.stamp().map_err(ConvertError::io(&file.path, "read its state"))?;
             if now != file.stamp {
                 return Err(ConvertError::SourceChanged { path: file.path.clone() });
             }
@@ -104,27 +97,10 @@ impl Source for Folder {
     }
 }
 
-/// Fills `out`. A file that has become shorter than it was is not damaged: something writes to it.
-fn read_exact_at(file: &File, path: &Path, at: u64, out: &mut [u8]) -> Result<(), ConvertError> {
-    file.read_exact_at(out, at).map_err(|e| match e.kind() {
-        io::ErrorKind::UnexpectedEof => ConvertError::SourceChanged { path: path.to_owned() },
-        _ => ConvertError::io(path, "read its weights")(e),
-    })
-}
-
-/// Opens a regular file; returns it with its identity and its length.
-pub(super) fn open_file(path: &Path) -> Result<(File, Stamp, u64), ConvertError> {
-    let file = open_regular(path).map_err(ConvertError::io(path, "open it"))?;
-    // First of all, so that whatever changes from here on shows.
-    let stamp = Stamp::settled(&file).map_err(ConvertError::io(path, "read its state"))?;
-    let len = file.metadata().map_err(ConvertError::io(path, "read its length"))?.len();
-    Ok((file, stamp, len))
-}
-
 /// Opens a safetensors file; returns it with its identity, its length and its header, length field included.
-pub(crate) fn open_safetensors(path: &Path) -> Result<(File, Stamp, u64, Vec<u8>), ConvertError> {
-    let (file, stamp, len) = open_file(path)?;
-    let header = read_header(path, len, &|at, out| read_exact_at(&file, path, at, out))?;
+pub(crate) fn open_safetensors(path: &Path) -> Result<(LocalFile, Stamp, u64, Vec<u8>), ConvertError> {
+    let (file, stamp, len) = LocalFile::open(path)?;
+    let header = read_header(path, len, &|at, out| file.read_at(path, at, out))?;
     Ok((file, stamp, len, header))
 }
 
@@ -170,16 +146,3 @@ pub(crate) fn read_side_file(path: &Path) -> Result<Vec<u8>, ConvertError> {
         None => Ok(bytes),
     }
 }
-
-/// What has been converted is not read again: its pages would only push out those of other programs.
-#[cfg(target_os = "linux")]
-pub(crate) fn drop_behind(file: &File, offset: u64, len: usize) {
-    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-    if len >= DROP_BEHIND {
-        // Advice: where the system does not take it, nothing is lost but cache.
-        let _ = posix_fadvise(file, offset as i64, len as i64, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-pub(crate) fn drop_behind(_file: &File, _offset: u64, _len: usize) {}

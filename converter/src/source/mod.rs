@@ -6,6 +6,7 @@
 //! | `folder` | a folder of safetensors files, as the hub has them |
 //! | `gguf` | GGUF files, as llama.cpp has them |
 //! | `checkpoint` | the table of tensors over a source |
+//! | `local` | reads of local files, past the page cache where that is faster |
 //! | `header`, `locate` | safetensors: headers of files, and which files belong together |
 //! | `stamp` | what tells that a file is not the one that was read before |
 //! | `recognise` | what a path is instead of a checkpoint |
@@ -19,6 +20,7 @@ mod folder;
 mod ggml_type;
 mod gguf;
 pub(crate) mod header;
+mod local;
 mod locate;
 pub(crate) mod recognise;
 mod row_order;
@@ -30,7 +32,7 @@ use std::path::{Path, PathBuf};
 
 pub(crate) use checkpoint::{AbsentTensor, Checkpoint, SourceTensor};
 pub(crate) use dtype::{Dtype, FLOATS, WIDE_FLOATS};
-pub(crate) use folder::{drop_behind, open_safetensors, read_side_file, side_file};
+pub(crate) use folder::{open_safetensors, read_side_file, side_file};
 pub(crate) use ggml_type::GgmlType;
 pub(crate) use locate::is_plain_name;
 pub(crate) use row_order::RowOrder;
@@ -142,13 +144,12 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint, ConvertError> {
 
 /// Opens a source by what its first file begins with.
 pub(crate) fn open_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertError> {
-    if let Some(first) = source.files().first().filter(|first| first.len >= gguf::MAGIC.len() as u64) {
+    if source.files().first().is_some_and(|first| first.len >= gguf::MAGIC.len() as u64) {
         let mut head = [0; gguf::MAGIC.len()];
         source.read_at(0, 0, &mut head)?;
         if head == *gguf::MAGIC {
             return gguf::of_source(source);
         }
-        let _ = first;
     }
     let files: BTreeSet<String> = source.files().iter().map(|f| f.name.clone()).collect();
     let located = locate::of_files(&source.text_path(INDEX), source.text_file(INDEX)?, &files)?;

@@ -1,6 +1,7 @@
 //! What the tests share: synthetic checkpoints, and converted files as numbers.
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "every test program uses another part of it")]
 
+pub mod gguf;
 pub mod safetensors;
 
 use std::collections::BTreeMap;

@@ -42,6 +42,9 @@ def blocks(rng: np.random.Generator, ty: T, count: int) -> np.ndarray:
         if ty == T.MXFP4:
             # Powers whose values are finite.
             block[0] = rng.integers(0, 250)
+        if ty == T.NVFP4:
+            # Scales have no sign.
+            block[:4] &= 0x7F
     return out
 
 

@@ -319,12 +319,14 @@ pub(crate) struct Image {
     pub(crate) metadata: Vec<u8>,
 }
 
-/// The bytes of the metadata before compression.
-fn blobs(file: &[u8], region: &[u8]) -> Vec<u8> {
-    match get(file, 8, 4) {
-        1 => region.to_vec(),
-        _ => zstd::bulk::decompress(&region[8..], get(region, 0, 8) as usize).expect("the metadata is sound"),
+/// The bytes of the metadata before compression, if they can be had.
+pub(crate) fn blobs(superblock: &[u8], region: &[u8]) -> Option<Vec<u8>> {
+    const MOST: u64 = 1 << 20;
+    if get(superblock, 8, 4) == 1 {
+        return Some(region.to_vec());
     }
+    let len = get(region.get(..8)?, 0, 8);
+    zstd::bulk::decompress(&region[8..], usize::try_from(len).ok().filter(|_| len <= MOST)?).ok()
 }
 
 /// The logical bytes of the region that these blobs are stored in.
@@ -365,7 +367,7 @@ impl Image {
             body: file[page..first_table].to_vec(),
             extents: table("extents").as_chunks().0.to_vec(),
             tensors: table("tensors").as_chunks().0.to_vec(),
-            metadata: blobs(file, table("metadata")),
+            metadata: blobs(file, table("metadata")).expect("the metadata is sound"),
         }
     }
 

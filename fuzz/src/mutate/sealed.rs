@@ -11,7 +11,7 @@ use sluice_format::{MAGIC, PAGE_SIZES, checksum};
 use sluice_model::session::{HEADER_FIELDS, PrefixHash, SECTION_FIELDS};
 
 use super::random::Random;
-use crate::targets::model::support::{at, get, set};
+use crate::targets::model::support::{self, at, get, set};
 use crate::targets::rewrite;
 
 /// The number in a field, and its change.
@@ -92,6 +92,10 @@ pub(crate) fn seal_model(file: &mut [u8]) {
             };
             let sum = checksum(stored);
             set(file, record + at(&extent::FIELDS, "checksum").0, 8, sum);
+            let raw = get(file, record + at(&extent::FIELDS, "codec").0, 2) == 0;
+            if raw && get(file, at(&superblock::FIELDS, "version").0, 4) > 1 {
+                set(file, record + at(&extent::FIELDS, "logical_checksum").0, 8, sum);
+            }
         }
     }
     let mut ids = Vec::new();
@@ -103,13 +107,15 @@ pub(crate) fn seal_model(file: &mut [u8]) {
             let sum = checksum(bytes);
             set(file, reference + at(&table_ref::FIELDS, "checksum").0, 8, sum);
         }
-        ids.extend(xxh3_128(table(file, name).map_or(&[][..], |range| &file[range])).to_le_bytes());
+        let bytes = table(file, name).map_or(&[][..], |range| &file[range]);
+        let blobs = if name == "metadata" { support::blobs(file, bytes) } else { None };
+        ids.extend(xxh3_128(blobs.as_deref().unwrap_or(bytes)).to_le_bytes());
     }
     let id = at(&superblock::FIELDS, "model_id").0;
     file[id..id + 16].copy_from_slice(&xxh3_128(&ids).to_le_bytes());
     let len = file.len() as u64;
     set(file, at(&superblock::FIELDS, "file_len").0, 8, len);
-    crate::targets::model::support::seal_superblock(&mut file[..page as usize]);
+    support::seal_superblock(&mut file[..page as usize]);
 }
 
 /// Changes the log at the end of a file, or the file before it.

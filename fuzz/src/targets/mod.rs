@@ -7,6 +7,7 @@ mod calibration;
 pub(crate) mod checkpoint;
 mod config;
 mod counts;
+mod gguf;
 mod header;
 pub(crate) mod importance;
 mod index;
@@ -43,6 +44,8 @@ pub(crate) enum Shape {
     Counts,
     /// A saved sequence.
     Session,
+    /// A GGUF file, of which the head matters.
+    Gguf,
 }
 
 /// One parser.
@@ -62,7 +65,7 @@ pub(crate) struct Target {
 pub(crate) type Seeds = Vec<(String, Vec<u8>)>;
 
 /// Every parser.
-pub(crate) static TARGETS: [Target; 13] = [
+pub(crate) static TARGETS: [Target; 14] = [
     Target { name: "model", shape: Shape::Model, run: model::run, seeds: model::seeds },
     Target { name: "rewrite", shape: Shape::Rewrite, run: rewrite::run, seeds: rewrite::seeds },
     Target { name: "journal", shape: Shape::Journal, run: journal::run, seeds: journal::seeds },
@@ -75,6 +78,7 @@ pub(crate) static TARGETS: [Target; 13] = [
     Target { name: "counts", shape: Shape::Counts, run: counts::run, seeds: counts::seeds },
     Target { name: "session", shape: Shape::Session, run: session::run, seeds: session::seeds },
     Target { name: "trace", shape: Shape::JsonLines, run: trace::run, seeds: trace::seeds },
+    Target { name: "gguf", shape: Shape::Gguf, run: gguf::run, seeds: gguf::seeds },
     Target { name: "calibration", shape: Shape::Json, run: calibration::run, seeds: calibration::seeds },
 ];
 

@@ -72,7 +72,8 @@ pub(crate) fn seal(file: &mut [u8]) {
         ids.extend(xxh3_128(table.unwrap_or_default()).to_le_bytes());
     }
     let len = usize::try_from(get(head, field("metadata", "logical_len"), 8)).unwrap_or(usize::MAX);
-    ids.extend(xxh3_128(metadata.get(..len).unwrap_or_default()).to_le_bytes());
+    let region = metadata.get(..len).unwrap_or_default();
+    ids.extend(xxh3_128(support::blobs(head, region).as_deref().unwrap_or(region)).to_le_bytes());
     let id = at(&superblock::FIELDS, "model_id").0;
     head[id..id + 16].copy_from_slice(&xxh3_128(&ids).to_le_bytes());
     set(head, field("metadata", "checksum"), 8, checksum(metadata));

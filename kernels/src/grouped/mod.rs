@@ -9,9 +9,10 @@
 //! `xsum = (t0 + t1) + (t2 + t3)`, where `t[k mod 4] = t[k mod 4] + x[k]` for k ascending. The result is `total`, times the row's
 //! factor where rows have one.
 //!
-//! **With int8 activations**: per block `b` the dot product of `n − z` and the activations, exact; then
-//! `s[b mod 2] = fma(dot, A·xscale, s[b mod 2])` and, where the type has `B`, `s[b mod 2] = fma(isum·xscale, B, s[b mod 2])`
-//! with the exact sum of the block's int8 activations. The result is `s0 + s1`, times the row's factor.
+//! **With int8 activations**: per 32 columns, of number `g`, `t` is the sum over their one or two blocks, in order, of `dot·A` and,
+//! where the type has `B`, `isum·B`, with the exact dot product of `n − z` and the activations and the exact sum of these:
+//! `t = dot·A` for the first block, `t = fma(dot, A, t)` for the second, and after each `t = fma(isum, B, t)`. Then
+//! `s[g mod 2] = fma(t, xscale, s[g mod 2])`. The result is `s0 + s1`, times the row's factor.
 
 pub(crate) mod grids;
 mod pack;
@@ -113,28 +114,28 @@ pub(crate) fn group_f32(ty: Grouped, w: &Group<'_>, x: &[f32]) -> Rows {
 
 /// A row group times a row of int8.
 pub(crate) fn group_int8(ty: Grouped, w: &Group<'_>, x: &[QuantisedBlock]) -> Rows {
-    let block = ty.block();
     let mut s = [[0.0; ROW_GROUP]; 2];
-    for b in 0..x.len() * BLOCK / block {
-        let scales = Block::new(ty, w, b);
-        let of_block = &x[b * block / BLOCK];
-        let (mut dot, mut sum) = ([0i32; ROW_GROUP], 0);
-        for k in b * block..(b + 1) * block {
-            let x = i32::from(of_block.words[k % BLOCK / 4].to_le_bytes()[k % 4] as i8);
-            let column = numbers(ty, w, k);
-            sum += x;
+    for (g, x) in x.iter().enumerate() {
+        let mut t = [0.0; ROW_GROUP];
+        for first in (0..BLOCK).step_by(ty.block()) {
+            let scales = Block::new(ty, w, (g * BLOCK + first) / ty.block());
+            let (mut dot, mut sum) = ([0i32; ROW_GROUP], 0);
+            for k in first..first + ty.block() {
+                let x = i32::from(x.words[k / 4].to_le_bytes()[k % 4] as i8);
+                let column = numbers(ty, w, g * BLOCK + k);
+                sum += x;
+                for r in 0..ROW_GROUP {
+                    dot[r] += (column[r] - scales.zero[r]) as i32 * x;
+                }
+            }
             for r in 0..ROW_GROUP {
-                dot[r] += (column[r] - scales.zero[r]) as i32 * x;
+                let dot = dot[r] as f32;
+                t[r] = if first == 0 { dot * scales.a[r] } else { dot.mul_add(scales.a[r], t[r]) };
+                t[r] = scales.b.map_or(t[r], |b| (sum as f32).mul_add(b[r], t[r]));
             }
         }
         for r in 0..ROW_GROUP {
-            s[b % 2][r] = (dot[r] as f32).mul_add(scales.a[r] * of_block.scale, s[b % 2][r]);
-        }
-        if let Some(bias) = scales.b {
-            let sum = sum as f32 * of_block.scale;
-            for r in 0..ROW_GROUP {
-                s[b % 2][r] = sum.mul_add(bias[r], s[b % 2][r]);
-            }
+            s[g % 2][r] = t[r].mul_add(x.scale, s[g % 2][r]);
         }
     }
     times_factors(ty, w, std::array::from_fn(|r| s[0][r] + s[1][r]))

@@ -1,7 +1,9 @@
 //! Asking for weights before they are needed.
 
+use super::grouped::{STRIP, block_len};
 use super::{block_bytes, scale_bytes};
-use crate::matrix::Group;
+use crate::matrix::{Group, ROW_GROUP};
+use sluice_weights::Codes;
 use std::arch::x86_64::*;
 
 /// Where the row groups are that will be read behind those that are being read, `N` side by side. Behind the last, asking
@@ -33,14 +35,53 @@ impl Ahead {
             _mm_prefetch::<_MM_HINT_T1>(self.next.wrapping_add(g * len + line).cast());
         }
     }
+}
 
-    /// Asks for the `g`-th part of `len` bytes.
+/// As [`Ahead`], for grouped types: values block by block, and what is beside them at the beginning of each strip.
+pub(super) struct Stream {
+    next: *const u8,
+    /// Bytes of what is beside the values, padding included, of a strip.
+    scales: usize,
+    groups: usize,
+}
+
+impl Stream {
+    pub(super) fn new<const N: usize>(groups: &[Group<'_>; N], blocks: usize) -> Self {
+        let Group { scales, values, .. } = groups[0];
+        let before = values.as_ptr().addr() - scales.as_ptr().addr();
+        let group = before + values.len().next_multiple_of(64);
+        let scales = (N * before * STRIP).div_ceil(blocks.max(1)).next_multiple_of(64);
+        Stream { next: groups[0].scales.as_ptr().wrapping_add(N * group), scales, groups: N }
+    }
+
+    /// Asks for what is beside the values of a strip.
     #[inline]
     #[target_feature(enable = "sse")]
-    pub(super) fn bytes(&self, len: usize, g: usize) {
-        for line in ((g * len).next_multiple_of(64)..(g + 1) * len).step_by(64) {
+    pub(super) fn scales(&mut self) {
+        self.bytes(self.scales);
+    }
+
+    /// Asks for the values of a block.
+    #[inline]
+    #[target_feature(enable = "sse")]
+    pub(super) fn values<const C: u8, const N: usize>(&mut self) {
+        self.bytes(const { N * block_len(C) });
+    }
+
+    /// Asks for a whole strip.
+    #[inline]
+    #[target_feature(enable = "sse")]
+    pub(super) fn strip(&mut self, codes: Codes) {
+        self.bytes(self.scales + self.groups * STRIP * ROW_GROUP * codes.block_len());
+    }
+
+    #[inline]
+    #[target_feature(enable = "sse")]
+    fn bytes(&mut self, len: usize) {
+        for line in (0..len).step_by(64) {
             _mm_prefetch::<_MM_HINT_T1>(self.next.wrapping_add(line).cast());
         }
+        self.next = self.next.wrapping_add(len);
     }
 }
 

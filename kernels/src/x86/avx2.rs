@@ -233,7 +233,7 @@ fn widen_bf16(bits: __m128i) -> __m256i {
 /// The binary16 bits of 16 codes, each worth 1/256 of the code.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn e4m3_to_f16(codes: __m128i) -> __m256i {
+pub(super) fn e4m3_to_f16(codes: __m128i) -> __m256i {
     // The sign is extended so that it lands in bit 15; the copy of it in bit 14 is masked out.
     let moved = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(codes));
     let bits = _mm256_and_si256(moved, _mm256_set1_epi16(0xbf80_u16 as i16));

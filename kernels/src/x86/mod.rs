@@ -3,10 +3,11 @@
 
 #[macro_use]
 mod attention;
+#[macro_use]
+mod grouped;
 mod ahead;
 mod avx2;
 mod avx512;
-mod grouped;
 
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
@@ -18,6 +19,9 @@ use crate::matrix::Group;
 use crate::vector::*;
 use std::iter::Zip;
 use std::slice::ChunksExact;
+
+/// Tokens of a tile that AVX2 takes together, but for grouped types.
+pub(crate) const AVX2_TOKENS: usize = 16;
 
 /// The type of cached numbers behind a constant.
 const fn kv_type(ty: u8) -> KvType {

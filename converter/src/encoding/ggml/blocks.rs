@@ -73,8 +73,7 @@ impl Canonical {
         }
     }
 
-    /// Four groups of sixteen, each with a scale without a sign: e4m3 of which ggml looks at seven bits, and takes the one that
-    /// is no number for zero.
+    /// Four groups of sixteen, each with a scale: e4m3 without a sign, of which ggml takes the one that is no number for zero.
     fn nvfp4(&mut self, b: &[u8]) {
         let scale = |s: &u8| if s & 0x7f == 0x7f { 0 } else { s & 0x7f };
         self.scales.extend(b[..4].iter().map(scale));
@@ -178,7 +177,7 @@ impl Canonical {
         for (bytes, digits) in [(&b[..32], 5), (&b[32..48], 5), (&b[48..52], 4)] {
             let mut power = 1u8;
             for _ in 0..digits {
-                let digit = |b: &u8| (u16::from(b.wrapping_mul(power)) * 3 >> 8) as u8;
+                let digit = |b: &u8| ((u16::from(b.wrapping_mul(power)) * 3) >> 8) as u8;
                 self.codes.extend(bytes.iter().map(digit));
                 power = power.wrapping_mul(3);
             }

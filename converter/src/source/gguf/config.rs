@@ -2,6 +2,7 @@
 //! disagree, the tensors are right: tools that take experts out of a model leave `expert_count` as it was.
 
 use serde_json::{Value as Json, json};
+use sluice_format::ModelSpec;
 
 use super::arch::Arch;
 use super::keys::{Keys, Synthesised};
@@ -19,8 +20,6 @@ const GLM_5_1_CONTEXT: u64 = 1 << 20;
 pub(super) struct Described {
     /// `config.json`.
     pub(super) config: Json,
-    /// Layers of the model, without those that predict further tokens.
-    pub(super) layers: usize,
     /// Heads of queries, and of keys and values.
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
@@ -45,7 +44,7 @@ pub(super) fn describe(arch: Arch, keys: &Keys<'_>, factors: Option<&[f32]>) -> 
     writer.experts()?;
     let linear = if arch.is_hybrid() { writer.hybrid()? } else { vec![false; layers] };
     let Writer { heads, kv_heads, head_dim, out, notes, .. } = writer;
-    Ok(Described { config: Json::Object(out.0), layers, heads, kv_heads, head_dim, linear, notes })
+    Ok(Described { config: Json::Object(out.0), heads, kv_heads, head_dim, linear, notes })
 }
 
 /// Layers without those that predict further tokens, which files count among the blocks.
@@ -56,8 +55,9 @@ fn layers(keys: &Keys<'_>) -> Result<usize, Problem> {
         keys.refuse("nextn_predict_layers", format!("is {predicting}, and there are {blocks} blocks in all"))
     })?;
     // Each has a norm at least.
-    if layers > keys.tensors.len() as u64 {
-        let problem = format!("is {blocks}, and there are only {} tensors", keys.tensors.len());
+    let most = keys.tensors.len().min(ModelSpec::MAX_LAYERS);
+    if layers > most as u64 {
+        let problem = format!("is {blocks}, and with {} tensors there can be {most} at most", keys.tensors.len());
         return Err(keys.refuse("block_count", problem));
     }
     Ok(layers as usize)
@@ -178,9 +178,8 @@ impl Writer<'_> {
             _ => {}
         }
         let window = keys.uint("attention.sliding_window")?.filter(|&w| w > 0);
-        match (self.arch, window) {
-            (Arch::GptOss | Arch::Llama | Arch::Mistral3, window) => self.out.set("sliding_window", window),
-            _ => {}
+        if matches!(self.arch, Arch::GptOss | Arch::Llama | Arch::Mistral3) {
+            self.out.set("sliding_window", window);
         }
         if self.arch == Arch::MiniMaxM2 {
             // The family has a key of its own for it.

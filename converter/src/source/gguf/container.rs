@@ -47,12 +47,6 @@ pub(crate) struct Tensor {
 }
 
 impl Tensor {
-    /// Bytes of a row, which has as many columns as the last dimension says.
-    pub(crate) fn row_bytes(&self) -> u64 {
-        let cols = self.shape.last().copied().unwrap_or(1);
-        self.ty.row_bytes(cols).map_or(0, |n| n as u64)
-    }
-
     /// Rows of all matrices together.
     pub(crate) fn rows(&self) -> usize {
         self.shape[..self.shape.len().saturating_sub(1)].iter().product()

@@ -23,6 +23,7 @@ mod rope;
 mod source;
 mod split;
 mod table;
+mod tokenizer;
 
 use std::path::Path;
 
@@ -68,7 +69,8 @@ pub(crate) fn of_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertEr
         tables.push(entries.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect());
     }
     let mut texts = vec![(CONFIG.to_owned(), described.config.to_string().into_bytes())];
-    let _ = &mut texts;
+    let of_tokenizer = tokenizer::text_files(&heads[0].metadata).map_err(of_first)?;
+    texts.extend(of_tokenizer.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)));
     let mut checkpoint = Checkpoint::new(Box::new(WithTexts::new(source, texts)));
     for (head, tensors) in heads.iter().zip(tables) {
         checkpoint.add_file(&head.bytes, tensors);

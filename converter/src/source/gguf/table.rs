@@ -11,8 +11,8 @@ use crate::error::ConvertError;
 use crate::source::{Dtype, GgmlType, RowOrder, SourceTensor};
 use sluice_kernels::{bf16_to_f32, f16_to_f32};
 
-/// Most elements of a vector that is read to be changed: enough for any width there is.
-const MAX_VECTOR: u64 = 1 << 24;
+/// Most bytes of a vector that is read to be changed: enough for any width there is.
+const MAX_VECTOR: u64 = 1 << 20;
 
 /// Reads all bytes of a tensor.
 pub(super) type ReadTensor<'a> = &'a dyn Fn(&Tensor) -> Result<Vec<u8>, ConvertError>;

@@ -124,17 +124,26 @@ fn int8<const C: u8, const T: usize>(ty: Grouped, w: &Group<'_>, x: [&[Quantised
             scales.decode(ty, w, g * 32, (n - g).min(TOGETHER) * parts);
         }
         let integers = integers::<C>(values);
+        let x: [&QuantisedBlock; T] = each!(&x[0][0]; T, t => &x[t][g]);
+        let mut products = [zero(); T];
         for part in 0..parts {
             let mut dots = [[vdupq_n_s32(0); 2]; T];
             for half in halves(parts, part) {
                 for t in 0..T {
-                    let words = load_words(&x[t][g].words.as_chunks::<4>().0[half]);
+                    let words = load_words(&x[t].words.as_chunks::<4>().0[half]);
                     for h in 0..2 {
                         dots[t][h] = sdots(dots[t][h], &integers, 4 * half, h, words);
                     }
                 }
             }
-            add::<C, T>(&mut s, dots, &scales, (g % TOGETHER, part, parts), &each!(&x[0][0]; T, t => &x[t][g]));
+            add::<C, T>(&mut products, dots, &scales, (g % TOGETHER, part, parts), &x);
+        }
+        for t in 0..T {
+            for h in 0..2 {
+                s[t][0][h] = vfmaq_n_f32(s[t][0][h], products[t][h], x[t].scale);
+            }
+            // Even and odd blocks take turns; in the end the order of their sums does not matter.
+            s[t].swap(0, 1);
         }
     }
     each!(zero(); T, t => {
@@ -154,11 +163,11 @@ fn sdots(sums: int32x4_t, integers: &[[int8x16_t; 2]; 8], q: usize, h: usize, wo
     sdot::<3>(sums, integers[q + 3][h], words)
 }
 
-/// Adds a part, whose products of integers are `dots`, to the sum whose turn it is.
+/// Adds a part, whose dot products of integers are `dots`, to the products of the same 32 columns.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn add<const C: u8, const T: usize>(
-    s: &mut [[Lanes; 2]; T],
+    products: &mut [Lanes; T],
     dots: [IntLanes; T],
     scales: &BlockScales,
     (g, part, parts): (usize, usize, usize),
@@ -171,18 +180,14 @@ fn add<const C: u8, const T: usize>(
             (_, 0) => x[t].halves.first(),
             _ => x[t].halves.second(),
         };
-        let mut next = s[t][part];
         for h in 0..2 {
             let dot = if const { has_offset(C) } { vmlaq_n_s32(dots[t][h], offset[h], sum) } else { dots[t][h] };
-            next[h] = vfmaq_f32(next[h], vcvtq_f32_s32(dot), vmulq_n_f32(a[h], x[t].scale));
-            if let Some(bias) = bias {
-                next[h] = vfmaq_n_f32(next[h], bias[h], sum as f32 * x[t].scale);
-            }
-        }
-        s[t][part] = next;
-        if parts == 1 {
-            // Even and odd blocks take turns; in the end the order of their sums does not matter.
-            s[t].swap(0, 1);
+            let dot = vcvtq_f32_s32(dot);
+            let product = if part == 0 { vmulq_f32(dot, a[h]) } else { vfmaq_f32(products[t][h], dot, a[h]) };
+            products[t][h] = match bias {
+                Some(bias) => vfmaq_n_f32(product, bias[h], sum as f32),
+                None => product,
+            };
         }
     }
 }

@@ -319,6 +319,11 @@ impl Pool {
         }
         self.submit_missing();
         self.give_up_prefetches(routed);
+        if self.directory.staging_bytes() > 0 {
+            // Those that have ended leave their staging slots to this pass.
+            self.settle_prefetches();
+            self.submit_missing();
+        }
         Ok(LayerPass { pool: self })
     }
 

@@ -1,11 +1,12 @@
 //! f32 activations: bytes become f32, or e4m3 does.
 
 use super::super::{FP8, columns, fold4, put};
-use super::{fill, is_e4m3, row_factors, unpack};
+use super::decode::{self, Terms, bias, row_factors};
+use super::is_e4m3;
 use crate::activations::Activations;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{BLOCK, Group, ROW_GROUP};
-use crate::x86::grouped::{STRIP, Terms, has_bias, has_halves};
+use crate::x86::grouped::{STRIP, has_bias, has_halves};
 use crate::x86::{padded_rows, parts};
 use sluice_weights::Grouped;
 use std::arch::x86_64::*;
@@ -31,20 +32,20 @@ fn tokens<const T: usize>(ty: Grouped, w: &Group<'_>, x: [&[f32]; T]) -> [__m256
         (false, false) => integers::<false, T>(ty, w, &x),
         (false, true) => integers::<true, T>(ty, w, &x),
     };
-    let factors = row_factors(ty, w);
+    let factors = row_factors(ty, &[*w]);
     each!(_mm256_setzero_ps(); T, t => _mm256_mul_ps(total[t], factors))
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn e4m3<const LEN: usize, const T: usize>(ty: Grouped, w: &Group<'_>, x: &[&[f32]; T]) -> [__m256; T] {
-    let mut terms = Terms::new();
+    let mut terms = Terms::new(ty);
     let mut total = [_mm256_setzero_ps(); T];
     for (strip, values) in w.values.chunks(STRIP * BLOCK * ROW_GROUP).enumerate() {
-        fill(ty, w, strip, 0, &mut terms, 0);
+        terms.fill(ty, &[*w], strip);
         for (b, values) in values.chunks_exact(LEN * ROW_GROUP).enumerate() {
             let sum = columns::<FP8, T>(values, parts(x, strip * STRIP * BLOCK + b * LEN, LEN));
             for t in 0..T {
-                total[t] = _mm256_fmadd_ps(sum[t], terms.a[b][0], total[t]);
+                total[t] = _mm256_fmadd_ps(sum[t], terms.a[b], total[t]);
             }
         }
     }
@@ -53,22 +54,22 @@ fn e4m3<const LEN: usize, const T: usize>(ty: Grouped, w: &Group<'_>, x: &[&[f32
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn integers<const HALVES: bool, const T: usize>(ty: Grouped, w: &Group<'_>, x: &[&[f32]; T]) -> [__m256; T] {
-    let (with_bias, added) = (has_bias(ty), unpack::bias(ty.codes()));
-    let mut terms = Terms::new();
+    let (with_bias, added) = (has_bias(ty), bias(ty.codes()));
+    let mut terms = Terms::new(ty);
     let mut bytes = [[_mm256_setzero_si256(); 8]; STRIP];
     let mut total = [_mm256_setzero_ps(); T];
     let blocks = w.values.len() / (ROW_GROUP * ty.codes().block_len());
     for g in 0..blocks {
         let at = g % STRIP;
         if at == 0 {
-            fill(ty, w, g / STRIP, added, &mut terms, 0);
-            unpack::strip(ty, w, g / STRIP, &mut bytes);
+            terms.fill(ty, &[*w], g / STRIP);
+            decode::strip(ty, &[*w], g / STRIP, &mut bytes);
         }
         let x = parts(x, g * BLOCK, BLOCK);
         let mut s = [[_mm256_setzero_ps(); 4]; T];
         for half in 0..2 {
             let b = if HALVES { 2 * at + half } else { at };
-            let moved = if with_bias { _mm256_set1_epi32(-added) } else { number::<HALVES>(terms.rest[b][0], half) };
+            let moved = if with_bias { _mm256_set1_epi32(-added) } else { number::<HALVES>(terms.rest[b], half) };
             for q in 4 * half..4 * half + 4 {
                 add_columns(&mut s, bytes[at][q], moved, &x, q);
             }
@@ -77,10 +78,10 @@ fn integers<const HALVES: bool, const T: usize>(ty: Grouped, w: &Group<'_>, x: &
             }
             let columns = if HALVES { BLOCK / 2 * half..BLOCK / 2 * (half + 1) } else { 0..BLOCK };
             for t in 0..T {
-                total[t] = _mm256_fmadd_ps(fold4(s[t]), terms.a[b][0], total[t]);
+                total[t] = _mm256_fmadd_ps(fold4(s[t]), terms.a[b], total[t]);
                 if with_bias {
                     let sum = _mm256_set1_ps(sum(&x[t][columns.clone()]));
-                    total[t] = _mm256_fmadd_ps(sum, _mm256_castsi256_ps(terms.rest[b][0]), total[t]);
+                    total[t] = _mm256_fmadd_ps(sum, _mm256_castsi256_ps(terms.rest[b]), total[t]);
                 }
                 s[t] = [_mm256_setzero_ps(); 4];
             }

@@ -3,7 +3,7 @@
 //! Points are loaded one by one: eight loads for eight rows take no longer than a gather, and on some processors much less.
 
 use super::super::{load16, load32};
-use super::unpack::Bytes;
+use super::decode::Bytes;
 use crate::grouped::grids;
 use crate::x86::bytes;
 use crate::x86::grouped::GRID_BIAS;

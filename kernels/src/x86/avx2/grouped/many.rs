@@ -2,13 +2,13 @@
 //! tokens of a tile, then each vector meets four tokens, and each word of a token both row groups, before the next.
 
 use super::super::put;
-use super::unpack::{self, Bytes, bias, is_signed};
-use super::{fill, row_factors, signed};
+use super::decode::{self, Bytes, Terms, bias, is_signed, row_factors};
+use super::signed;
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{TILE_TOKENS, Tile, TileShape};
 use crate::matrix::{Group, Matrix, ROW_GROUP};
-use crate::x86::ahead::Ahead;
-use crate::x86::grouped::{STRIP, Terms, bytes_per_block, has_bias, has_halves};
+use crate::x86::ahead::Stream;
+use crate::x86::grouped::{STRIP, has_bias, has_halves};
 use sluice_weights::{Codes, Grouped};
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -22,7 +22,7 @@ type Sums<const G: usize> = [[[__m256; G]; TILE_TOKENS]; 2];
 /// A strip of `G` row groups, ready to be multiplied.
 struct Strip<const G: usize> {
     bytes: [[Bytes; STRIP]; G],
-    terms: Terms,
+    terms: [Terms; G],
     with_bias: bool,
     /// Pairs of vectors of a half block. A number that the compiler does not know keeps the loop over them, and with it the order
     /// that this is about.
@@ -64,21 +64,21 @@ fn multiply<const G: usize, const SIGNED: bool, const HALVES: bool>(
     let rows = &rows[..shape.tokens];
     let (full, rest) = rows.as_chunks::<PASS>();
     let mut sums: Sums<G> = [[[_mm256_setzero_ps(); G]; TILE_TOKENS]; 2];
-    let (ahead, ask) = (Ahead::new(w), bytes_per_block(w, blocks));
+    let mut ahead = Stream::new(w, blocks);
     let mut strip = Strip {
+        terms: [Terms::new(ty); G],
         bytes: [[[_mm256_setzero_si256(); 8]; STRIP]; G],
-        terms: Terms::new(),
         with_bias: has_bias(ty),
         steps: black_box(2),
     };
     for g in 0..blocks {
         if g % STRIP == 0 {
+            ahead.strip(ty.codes());
             for i in 0..G {
-                fill(ty, &w[i], g / STRIP, unpack::bias(ty.codes()), &mut strip.terms, i);
-                unpack::strip(ty, &w[i], g / STRIP, &mut strip.bytes[i]);
+                strip.terms[i].fill(ty, &[w[i]], g / STRIP);
+                decode::strip(ty, &[w[i]], g / STRIP, &mut strip.bytes[i]);
             }
         }
-        ahead.bytes(ask, g);
         for (p, x) in full.iter().enumerate() {
             pass::<G, PASS, SIGNED, HALVES>(&strip, x, g, &mut sums, PASS * p);
         }
@@ -93,12 +93,10 @@ fn multiply<const G: usize, const SIGNED: bool, const HALVES: bool>(
     for (t, out) in out[..shape.tokens].iter_mut().enumerate() {
         for i in 0..G {
             let sum = _mm256_add_ps(sums[0][t][i], sums[1][t][i]);
-            put([_mm256_mul_ps(sum, row_factors(ty, &w[i]))], std::slice::from_mut(out), i);
+            put([_mm256_mul_ps(sum, row_factors(ty, &[w[i]]))], std::slice::from_mut(out), i);
         }
     }
 }
-
-const PASS_FITS: &str = "a tile has sums for all its tokens";
 
 /// Adds block `g` of `T` tokens, whose sums are those from `first`.
 #[inline]
@@ -112,27 +110,28 @@ fn pass<const G: usize, const T: usize, const SIGNED: bool, const HALVES: bool>(
 ) {
     let x: [&QuantisedBlock; T] = each!(&x[0][g]; T, t => &x[t][g]);
     let at = g % STRIP;
+    let mut products = [[_mm256_setzero_ps(); G]; T];
+    let mut dots = [[_mm256_setzero_si256(); G]; T];
+    add_half::<G, T, SIGNED>(strip, at, 0, &x, &mut dots);
     if HALVES {
-        for half in 0..2 {
-            let mut dots = [[_mm256_setzero_si256(); G]; T];
-            add_half::<G, T, SIGNED>(strip, at, half, &x, &mut dots);
-            let sums = sums[half][first..].first_chunk_mut().expect(PASS_FITS);
-            let sum = each!(0; T, t => if half == 0 { x[t].halves.first() } else { x[t].halves.second() });
-            add::<G, T, SIGNED>(strip, 2 * at + half, &dots, &x, (&each!(0; T, t => x[t].halves.0), &sum), sums);
-        }
+        let of = each!((0, 0); T, t => (x[t].halves.0, x[t].halves.first()));
+        apply::<G, T, SIGNED, true>(strip, 2 * at, &dots, &of, &mut products);
+        dots = [[_mm256_setzero_si256(); G]; T];
+    }
+    add_half::<G, T, SIGNED>(strip, at, 1, &x, &mut dots);
+    if HALVES {
+        let of = each!((0, 0); T, t => (x[t].halves.0, x[t].halves.second()));
+        apply::<G, T, SIGNED, false>(strip, 2 * at + 1, &dots, &of, &mut products);
     } else {
-        let mut dots = [[_mm256_setzero_si256(); G]; T];
-        add_half::<G, T, SIGNED>(strip, at, 0, &x, &mut dots);
-        add_half::<G, T, SIGNED>(strip, at, 1, &x, &mut dots);
-        let sum = each!(0; T, t => x[t].sum);
-        add::<G, T, SIGNED>(
-            strip,
-            at,
-            &dots,
-            &x,
-            (&sum, &sum),
-            sums[g % 2][first..].first_chunk_mut().expect(PASS_FITS),
-        );
+        let of = each!((0, 0); T, t => (x[t].sum, x[t].sum));
+        apply::<G, T, SIGNED, true>(strip, at, &dots, &of, &mut products);
+    }
+    let sums: &mut [[__m256; G]; T] =
+        sums[g % 2][first..].first_chunk_mut().expect("a tile has sums for all its tokens");
+    for t in 0..T {
+        for i in 0..G {
+            sums[t][i] = _mm256_fmadd_ps(products[t][i], _mm256_set1_ps(x[t].scale), sums[t][i]);
+        }
     }
 }
 
@@ -162,33 +161,34 @@ fn add_half<const G: usize, const T: usize, const SIGNED: bool>(
     }
 }
 
-/// Applies the terms of block `b`. Of the activations, `of` has what meets the numbers beside `A`, and the sums.
+/// Applies the terms of block `b`, the first of 32 columns or not. Of the activations there are what meets the numbers beside
+/// `A`, and the sums.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add<const G: usize, const T: usize, const SIGNED: bool>(
+fn apply<const G: usize, const T: usize, const SIGNED: bool, const FIRST: bool>(
     strip: &Strip<G>,
     b: usize,
     dots: &[[__m256i; G]; T],
-    x: &[&QuantisedBlock; T],
-    of: (&[i32; T], &[i32; T]),
-    sums: &mut [[__m256; G]; T],
+    of: &[(i32, i32); T],
+    products: &mut [[__m256; G]; T],
 ) {
     for i in 0..G {
-        let (a, rest) = (strip.terms.a[b][i], strip.terms.rest[b][i]);
+        let (a, rest) = (strip.terms[i].a[b], strip.terms[i].rest[b]);
         for t in 0..T {
-            let scaled = _mm256_mul_ps(a, _mm256_set1_ps(x[t].scale));
-            if strip.with_bias {
+            let (pair, sum) = of[t];
+            let moved = match (strip.with_bias, SIGNED) {
+                (false, _) => _mm256_madd_epi16(rest, _mm256_set1_epi32(pair)),
                 // No term takes out what makes integers of eight bits signed.
-                let moved = if SIGNED { bias(Codes::Uint(8)) * of.1[t] } else { 0 };
-                let dot = _mm256_sub_epi32(dots[t][i], _mm256_set1_epi32(moved));
-                let sum = _mm256_set1_ps(of.1[t] as f32 * x[t].scale);
-                let s = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scaled, sums[t][i]);
-                sums[t][i] = _mm256_fmadd_ps(sum, _mm256_castsi256_ps(rest), s);
+                (true, true) => _mm256_set1_epi32(-bias(Codes::Uint(8)) * sum),
+                (true, false) => _mm256_setzero_si256(),
+            };
+            let dot = _mm256_cvtepi32_ps(_mm256_add_epi32(dots[t][i], moved));
+            let product = if FIRST { _mm256_mul_ps(dot, a) } else { _mm256_fmadd_ps(dot, a, products[t][i]) };
+            products[t][i] = if strip.with_bias {
+                _mm256_fmadd_ps(_mm256_set1_ps(sum as f32), _mm256_castsi256_ps(rest), product)
             } else {
-                let moved = _mm256_madd_epi16(rest, _mm256_set1_epi32(of.0[t]));
-                let dot = _mm256_add_epi32(dots[t][i], moved);
-                sums[t][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scaled, sums[t][i]);
-            }
+                product
+            };
         }
     }
 }

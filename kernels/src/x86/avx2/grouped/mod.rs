@@ -1,23 +1,21 @@
 //! Grouped types: products of one row group, or two with several tokens of int8. In the order of the `grouped` module.
 
+mod decode;
 mod floats;
 mod grids;
 mod many;
-mod terms;
-mod unpack;
 
 use super::put;
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{Group, Matrix};
-use crate::x86::ahead::Ahead;
-use crate::x86::grouped::{E2M1, IQ4NL, STRIP, Terms, block_len, bytes_per_block, constant, has_bias, has_halves};
+use crate::x86::ahead::Stream;
+use crate::x86::grouped::{E2M1, IQ4NL, STRIP, block_len, constant, has_bias, has_halves};
 use crate::x86::quantised_rows;
+use decode::{Bytes, Terms, bias, row_factors};
 pub(in crate::x86) use grids::blocks as grid_blocks;
 use sluice_weights::{Codes, Grouped};
 use std::arch::x86_64::*;
-pub(in crate::x86) use terms::{fill, row_factors};
-pub(in crate::x86) use unpack::bias;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn tile(ty: Grouped, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
@@ -62,44 +60,56 @@ fn one_token(ty: Grouped, w: &Group<'_>, x: &[QuantisedBlock]) -> __m256 {
 fn blocks_int8<const C: u8, const HALVES: bool>(ty: Grouped, w: &Group<'_>, x: &[QuantisedBlock]) -> __m256 {
     let len = const { block_len(C) };
     let blocks = w.values.len() / len;
-    let (with_bias, added) = (has_bias(ty), bias(ty.codes()));
-    let (ahead, ask) = (Ahead::new(&[*w]), bytes_per_block(&[*w], blocks));
-    let mut terms = Terms::new();
-    // The sums of even and odd blocks take turns; in the end their order does not matter.
+    let x = &x[..blocks];
+    let with_bias = has_bias(ty);
+    let mut ahead = Stream::new(&[*w], blocks);
+    let mut terms = Terms::new(ty);
+    // The sums of even and odd blocks; in the end their order does not matter.
     let (mut s, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
-    let strips = w.values.chunks(STRIP * len).zip(x[..blocks].chunks(STRIP));
-    for (strip, (values, x)) in strips.enumerate() {
-        fill(ty, w, strip, added, &mut terms, 0);
-        for (g, (values, x)) in values.chunks_exact(len).zip(x).enumerate().take(STRIP) {
-            ahead.bytes(ask, STRIP * strip + g);
-            let mut dots = dots::<C>(&unpack::block::<C>(values), x);
+    for first in (0..blocks).step_by(STRIP) {
+        let n = (blocks - first).min(STRIP);
+        ahead.scales();
+        terms.fill(ty, &[*w], first / STRIP);
+        let values = &w.values[first * len..][..n * len];
+        for (g, x) in x[first..first + n].iter().enumerate() {
+            ahead.values::<C, 1>();
+            let mut dots = dots::<C>(&decode::block::<C>(&[&values[g * len..][..len]]), x);
             if const { C == 8 } && with_bias {
                 dots = without_bias(dots, x);
             }
             let [low, high] = dots;
-            if HALVES {
-                let sums = [x.halves.first(), x.halves.second()];
-                s = add(low, &terms, 2 * g, with_bias, (x.halves.0, sums[0], x.scale), s);
-                other = add(high, &terms, 2 * g + 1, with_bias, (x.halves.0, sums[1], x.scale), other);
+            let products = if HALVES {
+                let low = products(low, &terms, 2 * g, with_bias, (x.halves.0, x.halves.first()), None);
+                products(high, &terms, 2 * g + 1, with_bias, (x.halves.0, x.halves.second()), Some(low))
             } else {
-                let next = add(_mm256_add_epi32(low, high), &terms, g, with_bias, (x.sum, x.sum, x.scale), s);
-                (s, other) = (other, next);
-            }
+                products(_mm256_add_epi32(low, high), &terms, g, with_bias, (x.sum, x.sum), None)
+            };
+            (s, other) = (other, _mm256_fmadd_ps(products, _mm256_set1_ps(x.scale), s));
         }
     }
-    _mm256_mul_ps(_mm256_add_ps(s, other), row_factors(ty, w))
+    _mm256_mul_ps(_mm256_add_ps(s, other), row_factors(ty, &[*w]))
 }
 
-/// Adds a block. `x` is what meets the number beside `A`, the sum of the activations, and their scale.
+/// Adds a block to the products `before` of the same 32 columns. Of the activations there are what meets the number beside `A`,
+/// and the sum.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add(dot: __m256i, terms: &Terms, block: usize, with_bias: bool, x: (i32, i32, f32), s: __m256) -> __m256 {
-    let (pair, sum, scale) = x;
-    let rest = terms.rest[block][0];
+fn products(
+    dot: __m256i,
+    terms: &Terms,
+    block: usize,
+    with_bias: bool,
+    (pair, sum): (i32, i32),
+    before: Option<__m256>,
+) -> __m256 {
+    let (a, rest) = (terms.a[block], terms.rest[block]);
     let dot = if with_bias { dot } else { _mm256_add_epi32(dot, _mm256_madd_epi16(rest, _mm256_set1_epi32(pair))) };
-    let scaled = _mm256_mul_ps(terms.a[block][0], _mm256_set1_ps(scale));
-    let s = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scaled, s);
-    if with_bias { _mm256_fmadd_ps(_mm256_set1_ps(sum as f32 * scale), _mm256_castsi256_ps(rest), s) } else { s }
+    let dot = _mm256_cvtepi32_ps(dot);
+    let products = match before {
+        Some(before) => _mm256_fmadd_ps(dot, a, before),
+        None => _mm256_mul_ps(dot, a),
+    };
+    if with_bias { _mm256_fmadd_ps(_mm256_set1_ps(sum as f32), _mm256_castsi256_ps(rest), products) } else { products }
 }
 
 /// Pair sums that fit in 16 bits together: pairs are at most 2·127 times the largest byte.
@@ -115,7 +125,7 @@ const fn sums_that_fit(codes: u8) -> usize {
 /// The dot products of the bytes of each half of a block.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dots<const C: u8>(bytes: &unpack::Bytes, x: &QuantisedBlock) -> [__m256i; 2] {
+fn dots<const C: u8>(bytes: &Bytes, x: &QuantisedBlock) -> [__m256i; 2] {
     let ones = _mm256_set1_epi16(1);
     let fit = const { sums_that_fit(C) };
     let mut dots = [_mm256_setzero_si256(); 2];

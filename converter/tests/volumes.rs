@@ -1,0 +1,158 @@
+//! Compressed models and models in volumes: killed and resumed, they are the files that a run without a break writes.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use common::{Noise, Synthetic, options};
+use sluice_converter::{ConvertError, Options, Progress, convert};
+use sluice_format::{ModelFile, VolumeName};
+
+const SPLIT: u64 = 700_000;
+
+fn source() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let src = dir.path().join("src");
+    fs::create_dir(&src).unwrap();
+    Synthetic { experts: 60, layers: 3, hidden: 96, width: 64, ..Synthetic::default() }.write(&src, 3);
+    (dir, src)
+}
+
+fn test_options(compress: bool) -> Options {
+    Options { compress, split_size: Some(SPLIT), ..options("bf16", "bf16") }
+}
+
+/// Kills this process once so many bytes have been made.
+struct KillAt(AtomicU64);
+
+impl Progress for KillAt {
+    fn started(&self, _: u64, _: u64) {}
+    fn note(&self, _: &str) {}
+    fn advanced(&self, bytes: u64) {
+        if self.0.load(Ordering::Relaxed) <= bytes {
+            nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL).unwrap();
+        }
+        self.0.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Not a test of its own: the process that the other test kills. Without its variables it does nothing.
+#[test]
+fn child_of_volumes() {
+    let Ok(src) = std::env::var("SLUICE_TEST_SRC") else { return };
+    let dst = PathBuf::from(std::env::var("SLUICE_TEST_DST").unwrap());
+    let kill_at: u64 = std::env::var("SLUICE_TEST_KILL_AT").unwrap().parse().unwrap();
+    let compress = std::env::var("SLUICE_TEST_COMPRESS").unwrap() == "true";
+    convert(Path::new(&src), &dst, &test_options(compress), &KillAt(AtomicU64::new(kill_at))).unwrap();
+}
+
+fn spawn(src: &Path, dst: &Path, kill_at: u64, compress: bool) -> std::process::Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child_of_volumes", "--test-threads", "1"])
+        .env("SLUICE_TEST_SRC", src)
+        .env("SLUICE_TEST_DST", dst)
+        .env("SLUICE_TEST_KILL_AT", kill_at.to_string())
+        .env("SLUICE_TEST_COMPRESS", compress.to_string())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn killed_at_any_moment_it_resumes_to_the_same_files() {
+    let (dir, src) = source();
+    let mut noise = Noise(u64::from(std::process::id()) | 1);
+    for compress in [false, true] {
+        let folder = |name: String| {
+            let folder = dir.path().join(name);
+            fs::create_dir(&folder).unwrap();
+            folder.join("m.sluice")
+        };
+        let whole = convert(&src, &folder(format!("want-{compress}")), &test_options(compress), &()).unwrap();
+        assert!(whole.files.len() > 2, "{:?}", whole.files);
+        let want: Vec<Vec<u8>> = whole.files.iter().map(|file| fs::read(file).unwrap()).collect();
+        let mut resumed = 0;
+        for round in 0..9 {
+            let dst = folder(format!("{compress}-{round}"));
+            // After some bytes; or at a moment, which may well be while files are drawn together or given their names.
+            let kill_at = if round < 5 { whole.bytes_written * (round + 1) / 6 } else { u64::MAX };
+            let mut child = spawn(&src, &dst, kill_at, compress);
+            if round >= 5 {
+                std::thread::sleep(Duration::from_millis(noise.bits() % 300));
+                child.kill().unwrap();
+            }
+            let ended = child.wait().unwrap();
+            let again = match convert(&src, &dst, &test_options(compress), &()) {
+                // It had ended before it was killed.
+                Err(ConvertError::Exists { .. }) if ended.success() || round >= 5 => whole.files.len(),
+                again => {
+                    let again = again.unwrap();
+                    resumed += again.resumed_extents;
+                    again.files.len()
+                }
+            };
+            assert_eq!(again, want.len());
+            for (volume, want) in (0..).zip(&want) {
+                let path = VolumeName::first_of(&dst, want_len(&whole.files)).path_of(volume);
+                assert!(fs::read(&path).unwrap() == *want, "round {round}, {}", path.display());
+            }
+            let left = fs::read_dir(dst.parent().unwrap()).unwrap().count();
+            assert_eq!(left, whole.files.len(), "nothing else is left");
+        }
+        assert!(resumed > 0, "some run had journaled extents");
+    }
+}
+
+fn want_len(files: &[PathBuf]) -> u16 {
+    files.len() as u16
+}
+
+/// Killed between two names: what has one already is taken back, and nothing is made again.
+#[test]
+fn volumes_that_have_their_names_already_are_taken_back() {
+    let (dir, src) = source();
+    let options = test_options(false);
+    let dst = dir.path().join("m.sluice");
+    let whole = convert(&src, &dst, &options, &()).unwrap();
+    let count = whole.files.len() as u16;
+    let want: Vec<Vec<u8>> = whole.files.iter().map(|file| fs::read(file).unwrap()).collect();
+    // The same conversion again, killed late, has a journal; then as if all but the first had their names.
+    let other = dir.path().join("o.sluice");
+    let mut child = spawn(&src, &other, whole.bytes_written - 1, false);
+    child.wait().unwrap();
+    let names = VolumeName::first_of(&other, count);
+    for volume in 1..count {
+        let partial = dir.path().join(format!("o.sluice.partial-{:05}", volume + 1));
+        assert!(partial.exists());
+        fs::remove_file(partial).unwrap();
+        fs::copy(&whole.files[usize::from(volume)], names.path_of(volume)).unwrap();
+    }
+    let again = convert(&src, &other, &options, &()).unwrap();
+    assert!(again.resumed_extents > 0);
+    for (file, want) in again.files.iter().zip(&want) {
+        assert!(fs::read(file).unwrap() == *want);
+    }
+    ModelFile::open(&again.files[1]).unwrap();
+}
+
+#[test]
+fn what_exists_is_not_replaced_unless_asked() {
+    let (dir, src) = source();
+    let dst = dir.path().join("m.sluice");
+    let whole = convert(&src, &dst, &test_options(true), &()).unwrap();
+    assert!(matches!(convert(&src, &dst, &test_options(true), &()), Err(ConvertError::Exists { .. })));
+    let again = convert(&src, &dst, &Options { overwrite: true, ..test_options(true) }, &()).unwrap();
+    assert_eq!((&again.files, &again.model_id), (&whole.files, &whole.model_id));
+    // Some other file under the name of a volume stays.
+    fs::write(&whole.files[1], "precious").unwrap();
+    let refused = convert(&src, &dst, &Options { overwrite: true, ..test_options(true) }, &());
+    assert!(matches!(refused, Err(ConvertError::NotReplaced { .. })));
+    assert_eq!(fs::read(&whole.files[1]).unwrap(), b"precious");
+    let small = Options { split_size: Some(20_000), ..test_options(true) };
+    assert!(convert(&src, &dir.path().join("s.sluice"), &small, &()).unwrap_err().to_string().contains("volume"));
+}

@@ -1,0 +1,226 @@
+//! The terms of a strip, decoded, for vectors of any width.
+
+/// The type `Terms` for one instruction set, and `row_factors`.
+///
+/// Who calls it provides `N`, the row groups of a vector, `bias`, what was added to the integers of a type, `wide`, `half` and
+/// `quarter`, which load 32, 16 and 8 bytes of each row group, `f16s`, `bf16s`, `e4m3s` and `e8m0s`, which make of them one
+/// number per row, and the intrinsics under the names that they have without `_mm256_` or `_mm512_`.
+macro_rules! terms {
+    ($features:tt, $floats:ty, $integers:ty) => {
+        /// What the blocks of a strip multiply and add, by block of 16 or 32 columns.
+        #[derive(Clone, Copy)]
+        pub(in crate::x86) struct Terms {
+            /// `A`.
+            pub(in crate::x86) a: [$floats; 2 * STRIP],
+            /// The bits of `B` where the type has it. Else, as a pair of 16-bit numbers, what multiplies the sum of the
+            /// activations to take out `z` and what was added to the integers; the number is the lower one, and the upper one
+            /// is 0. In the second block of 32 columns it is the other way round, so that both meet the pair of sums of the halves.
+            pub(in crate::x86) rest: [$integers; 2 * STRIP],
+            // What does not change: the unit, minus what is subtracted from all integers, whether there are blocks of 16 columns,
+            // groups of a strip, and blocks for which one of them holds.
+            unit: $floats,
+            middle: $integers,
+            halves: bool,
+            groups: usize,
+            per_group: usize,
+        }
+
+        impl Terms {
+            /// With what is the same for all blocks of a type.
+            #[target_feature(enable = $features)]
+            pub(in crate::x86) fn new(ty: Grouped) -> Self {
+                let blocks = SUPER_BLOCK / ty.block();
+                let groups = match ty.scales() {
+                    Scales::Groups { columns: GroupSize::Columns(columns), .. } => SUPER_BLOCK / usize::from(columns),
+                    _ => 1,
+                };
+                let mut terms = Terms {
+                    a: [setzero_ps(); 2 * STRIP],
+                    rest: [setzero(); 2 * STRIP],
+                    unit: set1_ps(unit(ty)),
+                    middle: set1_epi32(-(ty.middle() + bias(ty.codes()))),
+                    halves: has_halves(ty),
+                    groups,
+                    per_group: blocks / groups,
+                };
+                if !has_bias(ty) {
+                    for block in 0..2 * STRIP {
+                        terms.rest[block] = terms.pair(block, terms.middle);
+                    }
+                }
+                terms
+            }
+
+            /// What takes a number, of each row, out of the integers of a block.
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn pair(&self, block: usize, number: $integers) -> $integers {
+                let second = self.halves && block % 2 == 1;
+                if second { slli_epi32::<16>(number) } else { and(number, set1_epi32(0xffff)) }
+            }
+
+            /// Decodes a strip.
+            #[inline(never)]
+            #[target_feature(enable = $features)]
+            pub(in crate::x86) fn fill(&mut self, ty: Grouped, w: &[Group<'_>; N], strip: usize) {
+                match ty.scales() {
+                    // One group is all there is, and it stays.
+                    Scales::Groups { columns: GroupSize::Row, .. } if strip > 0 => {}
+                    Scales::Groups { scale: ScaleType::F16, zero, .. } => self.scales::<F16>(zero, w, strip),
+                    Scales::Groups { scale: ScaleType::Bf16, zero, .. } => self.scales::<BF16>(zero, w, strip),
+                    Scales::Groups { scale: ScaleType::F32, zero, .. } => self.scales::<F32>(zero, w, strip),
+                    Scales::Groups { scale: ScaleType::E4m3, zero, .. } => self.scales::<E4M3>(zero, w, strip),
+                    Scales::Groups { scale: ScaleType::E8m0, zero, .. } => self.scales::<E8M0>(zero, w, strip),
+                    Scales::Super(scales) => {
+                        let len = ROW_GROUP * scales.row_len();
+                        let planes = each!(w[0].scales; N, i => &w[i].scales[strip * len..][..len]);
+                        match scales {
+                            Super::InCodes | Super::Shift => self.scales_of_records(ty.codes(), &planes, w, strip),
+                            Super::SixMin => self.six_bit_minima(&planes),
+                            Super::FourMin => self.four_bit_minima(&planes),
+                            _ => self.integer_scales(scales, &planes),
+                        }
+                    }
+                }
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn scales<const S: u8>(&mut self, zero: Zero, w: &[Group<'_>; N], strip: usize) {
+                match zero {
+                    Zero::None => self.groups::<S, NONE>(w, strip),
+                    Zero::Byte => self.groups::<S, BYTE>(w, strip),
+                    Zero::Bias => self.groups::<S, BIAS>(w, strip),
+                    Zero::Float => self.groups::<S, FLOAT>(w, strip),
+                }
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn groups<const S: u8, const Z: u8>(&mut self, w: &[Group<'_>; N], strip: usize) {
+                let (per_group, len) = (self.per_group, const { ROW_GROUP * group_len(S, Z) });
+                let from = strip * self.groups * len + const { if S == E4M3 { 4 * ROW_GROUP } else { 0 } };
+                let to = (from + self.groups * len).min(w[0].scales.len());
+                let planes = each!(w[0].scales; N, i => &w[i].scales[from..to]);
+                for i in 0..(to - from) / len {
+                    let (at, zeros, first) = (i * len, i * len + const { ROW_GROUP * scale_len(S) }, i * per_group);
+                    let a = mul_ps(numbers::<S>(&planes, at), self.unit);
+                    self.a[first..first + per_group].fill(a);
+                    let rest = match Z {
+                        NONE => continue,
+                        BYTE => {
+                            let number = sub_epi32(self.middle, cvtepu8_epi32(quarter(&planes, zeros)));
+                            // Where blocks have two halves, each has a group of its own.
+                            self.pair(first, number)
+                        }
+                        BIAS => cast(numbers::<S>(&planes, zeros)),
+                        _ => minus(mul_ps(a, numbers::<S>(&planes, zeros))),
+                    };
+                    self.rest[first..first + per_group].fill(rest);
+                }
+            }
+
+            /// Per 32 columns a byte each for `s` and `m`.
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn six_bit_minima(&mut self, planes: &[&[u8]; N]) {
+                let (d, dmin) = (f16s(half(planes, 0)), f16s(half(planes, 2 * ROW_GROUP)));
+                for block in 0..STRIP {
+                    let at = (4 + 2 * block) * ROW_GROUP;
+                    let (s, m) = (quarter(planes, at), quarter(planes, at + ROW_GROUP));
+                    self.a[block] = mul_ps(d, cvtepi32_ps(cvtepu8_epi32(s)));
+                    self.rest[block] = minus(mul_ps(dmin, cvtepi32_ps(cvtepu8_epi32(m))));
+                }
+            }
+
+            /// Per 16 columns a nibble each.
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn four_bit_minima(&mut self, planes: &[&[u8]; N]) {
+                let (d, dmin) = (f16s(half(planes, 0)), f16s(half(planes, 2 * ROW_GROUP)));
+                for block in 0..2 * STRIP {
+                    let both = cvtepu8_epi32(quarter(planes, (4 + block) * ROW_GROUP));
+                    self.a[block] = mul_ps(d, cvtepi32_ps(and(both, set1_epi32(15))));
+                    self.rest[block] = minus(mul_ps(dmin, cvtepi32_ps(srli_epi32::<4>(both))));
+                }
+            }
+
+            /// Units of one byte or none.
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn integer_scales(&mut self, scales: Super, planes: &[&[u8]; N]) {
+                let d = f16s(half(planes, 0));
+                let units = 2 * ROW_GROUP;
+                for block in 0..if self.halves { 2 * STRIP } else { STRIP } {
+                    let byte = |per_unit: usize| units + block / per_unit * ROW_GROUP;
+                    let integer = match scales {
+                        Super::Plain => set1_epi32(1),
+                        Super::Signed => cvtepi8_epi32(quarter(planes, byte(1))),
+                        Super::SixBy16 | Super::SixBy32 => {
+                            sub_epi32(cvtepu8_epi32(quarter(planes, byte(1))), set1_epi32(32))
+                        }
+                        _ => {
+                            let both = cvtepu8_epi32(quarter(planes, byte(2)));
+                            let s = match (scales, block % 2) {
+                                (_, 0) => both,
+                                (Super::ShiftBy16, _) => srli_epi32::<3>(both),
+                                _ => srli_epi32::<4>(both),
+                            };
+                            let s = and(s, set1_epi32(if scales == Super::ShiftBy16 { 7 } else { 15 }));
+                            add_epi32(add_epi32(s, s), set1_epi32(1))
+                        }
+                    };
+                    self.a[block] = mul_ps(mul_ps(d, cvtepi32_ps(integer)), self.unit);
+                }
+            }
+
+            /// Odd integers that are in the records of grids: bits 12..15 of the last field of IQ1_S, else 28..32.
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn scales_of_records(&mut self, codes: Codes, planes: &[&[u8]; N], w: &[Group<'_>; N], strip: usize) {
+                let d = f16s(half(planes, 0));
+                let len = ROW_GROUP * codes.block_len();
+                for block in 0..STRIP {
+                    let end = (strip * STRIP + block + 1) * len;
+                    let values = each!(w[0].values; N, i => w[i].values);
+                    let s = if codes == Codes::Iq1s {
+                        let words = cvtepu16_epi32(half(&values, end - 2 * ROW_GROUP));
+                        and(srli_epi32::<12>(words), set1_epi32(7))
+                    } else {
+                        srli_epi32::<28>(wide(&values, end - 4 * ROW_GROUP))
+                    };
+                    let integer = add_epi32(add_epi32(s, s), set1_epi32(1));
+                    self.a[block] = mul_ps(mul_ps(d, cvtepi32_ps(integer)), self.unit);
+                }
+            }
+        }
+
+        /// One number of a scale type for each row.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn numbers<const S: u8>(planes: &[&[u8]; N], at: usize) -> $floats {
+            match S {
+                F16 => f16s(half(planes, at)),
+                BF16 => bf16s(half(planes, at)),
+                F32 => cast_back(wide(planes, at)),
+                E4M3 => e4m3s(quarter(planes, at)),
+                _ => e8m0s(planes, at),
+            }
+        }
+
+        /// The bits of the negative.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn minus(v: $floats) -> $integers {
+            xor(cast(v), set1_epi32(i32::MIN))
+        }
+
+        /// The factors of the rows, or ones.
+        #[inline]
+        #[target_feature(enable = $features)]
+        pub(in crate::x86) fn row_factors(ty: Grouped, w: &[Group<'_>; N]) -> $floats {
+            let planes = each!(w[0].scales; N, i => w[i].scales);
+            if ty.has_row_factor() { cast_back(wide(&planes, 0)) } else { set1_ps(1.0) }
+        }
+    };
+}
