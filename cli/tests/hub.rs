@@ -200,3 +200,25 @@ fn pull_makes_a_folder_that_convert_takes() {
     let wanted = files.keys().filter(|p| p.ends_with(".json") && !p.starts_with("tok")).count();
     assert_eq!(json(&pulled)["files"], wanted);
 }
+
+/// What is measured on the way reads each layer before its extents are made: of files that are fetched, too.
+#[test]
+fn a_conversion_that_measures_is_the_local_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, files) = (Server::start(), files(5));
+    local(&files, folder.path());
+    server.commit("a/b", files);
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let types = ["--dense-type", "q4"];
+    stdout(&common::sluice(&[&["convert", &at("checkpoint"), &at("here.sluice")], &types[..]].concat()));
+    let there = at("there.sluice");
+    let args = [&["convert", "hf:a/b", &there], &types[..]].concat();
+    let mut child = command(&server, folder.path(), &args).spawn().unwrap();
+    thread::sleep(Duration::from_millis(700));
+    let _ = child.kill();
+    child.wait().unwrap();
+    if !folder.path().join("there.sluice").exists() {
+        stdout(&sluice(&server, folder.path(), &args));
+    }
+    assert!(fs::read(at("there.sluice")).unwrap() == fs::read(at("here.sluice")).unwrap());
+}

@@ -167,12 +167,14 @@ fn repositories_that_are_no_models_are_refused() {
     let _: fn(HubError) -> ConvertError = |e| ConvertError::Fetch(Arc::new(e));
 }
 
+/// A text as GGUF has it.
+fn text(out: &mut Vec<u8>, text: &str) {
+    out.extend((text.len() as u64).to_le_bytes());
+    out.extend(text.as_bytes());
+}
+
 /// Two parts of a GGUF model: a dense one of two layers in f32.
 fn gguf() -> Files {
-    fn text(out: &mut Vec<u8>, text: &str) {
-        out.extend((text.len() as u64).to_le_bytes());
-        out.extend(text.as_bytes());
-    }
     let (width, inner, vocabulary) = (32u64, 64u64, 40u64);
     let mut tensors = vec![("token_embd.weight".to_owned(), vec![width, vocabulary])];
     for layer in 0..2 {
