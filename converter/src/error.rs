@@ -336,6 +336,14 @@ pub enum ConvertError {
         /// Bytes available.
         available: u64,
     },
+    /// A layer could not be executed to measure what meets its matrices.
+    #[error("layer {layer} cannot be measured: {source}. Convert with --no-importance, which measures nothing")]
+    Measure {
+        /// The layer.
+        layer: usize,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A source that has yet to be fetched could not be.
     #[error("{0}")]
     Fetch(Arc<dyn std::error::Error + Send + Sync>),

@@ -10,8 +10,10 @@ use crate::Progress;
 use crate::contents::Contents;
 use crate::error::ConvertError;
 use crate::journal::Journal;
+use crate::layer_file::{self, LayerFile};
+use crate::measure::{Inputs, Measure};
 use crate::pack::{Outcome, Packer};
-use crate::partial::Partial;
+use crate::partial::{Partial, with_suffix};
 use crate::plan::Plan;
 use crate::resume::{Start, is_possible};
 use crate::steps::{self, Step};
@@ -59,6 +61,7 @@ pub(crate) fn run(
     plan: &Plan,
     partial: &Partial,
     start: Start<'_>,
+    measure: Option<&mut dyn Measure>,
     progress: &dyn Progress,
 ) -> Result<Finished, ConvertError> {
     let Start { journal, contents, done } = start;
@@ -69,7 +72,11 @@ pub(crate) fn run(
     }
     let source = plan.checkpoint.source();
     let is_todo = |extent: usize| outcomes[extent].is_none();
-    let steps = steps::of(plan, &is_todo, &|file| !contents.is_file_whole(file));
+    let is_unknown = |file: usize| !contents.is_file_whole(file);
+    let steps = match measure {
+        None => steps::of(plan, &is_todo, &is_unknown),
+        Some(_) => steps::measured(plan, &is_todo, &is_unknown),
+    };
     source.schedule(&steps::uses(plan, &steps));
     let execution = Execution {
         plan,
@@ -83,14 +90,12 @@ pub(crate) fn run(
         next: AtomicUsize::new(0),
         failed: AtomicBool::new(false),
     };
-    // A shared counter instead of a parallel iterator: threads stay close together in the file, so that reads and writes
-    // are nearly sequential, and each thread keeps its buffers.
-    let results = rayon::broadcast(|_| execution.work(&steps));
+    let results = execution.all(&steps, measure);
     // Extents that other threads finished before an error are journaled too: they need not be done again.
     let flushed = execution.flush();
     // Before any other error: what changes while it is read can look like anything.
     execution.check_source()?;
-    results.into_iter().collect::<Result<(), _>>()?;
+    results?;
     flushed?;
     contents.complete().or_else(|e| execution.check_source().and(Err(e)))?;
     // The last look: all that was read, by whichever run, is what the files hold.
@@ -101,17 +106,52 @@ pub(crate) fn run(
 }
 
 impl Execution<'_> {
-    fn work(&self, steps: &[Step]) -> Result<(), ConvertError> {
+    /// Makes some extents; `inputs`: what has been measured of their layer.
+    fn round(&self, steps: &[Step], inputs: Option<&dyn Inputs>) -> Result<(), ConvertError> {
+        self.next.store(0, Ordering::Relaxed);
+        // A shared counter instead of a parallel iterator: threads stay close together in the file, so that reads and writes
+        // are nearly sequential, and each thread keeps its buffers.
+        rayon::broadcast(|_| self.work(steps, inputs)).into_iter().collect()
+    }
+
+    /// Takes all steps. Those that measure stand alone, and what they find is for the extents behind them.
+    fn all(&self, steps: &[Step], mut measure: Option<&mut dyn Measure>) -> Result<(), ConvertError> {
+        let plan = self.plan;
+        let mut inputs = None;
+        for steps in steps.chunk_by(|a, b| !a.measures() && !b.measures()) {
+            match (steps, &mut measure) {
+                (&[Step::Embed], Some(measure)) => {
+                    measure.begin(layer_file::embeddings(plan, self.contents, measure.tokens())?);
+                }
+                (&[Step::Measure(layer)], Some(measure)) => {
+                    let (first, _) = self.writer.files().next().expect("a conversion writes a file");
+                    let path = with_suffix(first, ".layer");
+                    let file = LayerFile::write(plan, self.contents, layer, path)?;
+                    let found = measure.layer(layer, file.path());
+                    inputs = Some(found.map_err(|source| ConvertError::Measure { layer, source })?);
+                }
+                _ => {
+                    self.round(steps, inputs.as_deref())?;
+                    continue;
+                }
+            }
+            steps::files_of(plan, steps[0]).into_iter().try_for_each(|file| self.done_with(file))?;
+        }
+        Ok(())
+    }
+
+    fn work(&self, steps: &[Step], inputs: Option<&dyn Inputs>) -> Result<(), ConvertError> {
         let mut packer = Packer::new(self.plan, self.contents);
         while !self.failed.load(Ordering::Relaxed) {
             let Some(&step) = steps.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
             let result = match step {
                 Step::Extent(extent) => {
                     let written = |bytes| self.progress.advanced(bytes);
-                    let packed = packer.extent(extent, self.writer.extent(extent), &written);
+                    let packed = packer.extent(extent, inputs, self.writer.extent(extent), &written);
                     packed.and_then(|outcome| self.finished(outcome))
                 }
                 Step::Rest(file) => self.done_with(file),
+                Step::Embed | Step::Measure(_) => unreachable!("these stand alone"),
             };
             result.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))?;
         }

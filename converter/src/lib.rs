@@ -16,6 +16,7 @@
 //! | `fp8`, `pack` | rows of numbers → row groups of the file |
 //! | `journal`, `partial`, `resume`, `execute` | crash safety, disk space, threads |
 //! | `contents`, [`mod@provenance`] | which bytes the source holds; whether a model file was made of them |
+//! | `layer_file`, [`mod@measure`] | what meets the matrices, measured layer by layer on the way |
 //! | `report` | summary |
 //! | `upgrade` | model files rewritten as the newest version of the format, compressed, in volumes |
 //! | [`mod@synth`] | model files with random weights, to measure machines |
@@ -29,6 +30,8 @@ mod fp8;
 #[doc(hidden)]
 pub mod fuzzing;
 mod journal;
+mod layer_file;
+pub mod measure;
 mod options;
 mod pack;
 mod partial;
@@ -98,6 +101,23 @@ pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
 /// # Errors
 /// As [`convert`].
 pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<Summary, ConvertError> {
+    convert_measured(plan, dst, None, progress)
+}
+
+/// As [`convert_plan`], with what measures the model on the way, if the plan asks for it ([`Plan::is_measured`]).
+///
+/// # Errors
+/// As [`convert`]; [`ConvertError::Measure`].
+pub fn convert_measured(
+    plan: &Plan,
+    dst: &Path,
+    measure: Option<&mut dyn measure::Measure>,
+    progress: &dyn Progress,
+) -> Result<Summary, ConvertError> {
+    if plan.is_measured() != measure.is_some() {
+        let problem = "the plan and the conversion disagree on whether the model is measured";
+        return Err(ConvertError::Options(problem.into()));
+    }
     let partial::Opened { partial, identity, found, notes: mut remarks } = partial::open(dst, plan)?;
     let restarted = matches!(found, journal::Found::OtherPlan);
     if restarted {
@@ -113,7 +133,7 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
     let (resumed_extents, resumed_read) = (start.done.len(), bytes_read(&start.done));
     let resumed_bytes: u64 = start.done.iter().map(|o| plan.layout.extents()[o.extent].stored_len).sum();
     progress.started(plan.extent_bytes(), resumed_bytes);
-    let execute::Finished { outcomes, parts } = execute::run(plan, &partial, start, progress)?;
+    let execute::Finished { outcomes, parts } = execute::run(plan, &partial, start, measure, progress)?;
     let written: Vec<Written> = outcomes.iter().map(|o| o.written).collect();
     let metadata = plan.metadata(provenance::blob(plan, &outcomes, &parts), &parts);
     let partial::Published { model_id, file_bytes, files } = partial.finish(plan, &written, &metadata)?;

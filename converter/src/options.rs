@@ -72,6 +72,9 @@ pub struct Options {
     pub compress: bool,
     /// Most bytes of one file: a larger model becomes several volumes.
     pub split_size: Option<u64>,
+    /// Whether the inputs of matrices that are rounded to `q4` and `q3` are measured on the way ([`mod@crate::measure`]), and on what: a
+    /// digest of the text and of how it is run. An importance file takes its place.
+    pub measured: Option<u64>,
     /// Whether an existing destination is replaced, once the new file is complete.
     pub overwrite: bool,
 }
@@ -86,6 +89,7 @@ impl Default for Options {
             importance: None,
             compress: false,
             split_size: None,
+            measured: None,
             overwrite: false,
         }
     }

@@ -1,12 +1,14 @@
 //! One extent: reads its tensors in bounded blocks of rows, brings them into the file's layout, writes them front to back.
 
-use sluice_format::{BLOCK, ExtentKind, ExtentWriter, Layout, ROW_GROUP, WeightType, Written};
+use sluice_format::{BLOCK, ExtentKind, ExtentRecord, ExtentWriter, Layout, MatrixKey, ROW_GROUP, WeightType, Written};
 use sluice_kernels as kernels;
 
 use crate::contents::Contents;
 use crate::encoding::{Decoder, Groups, Reader, Rows, Selection};
 use crate::error::ConvertError;
 use crate::fp8::{self, SCALE_BLOCK};
+use crate::layer_file::one_row;
+use crate::measure::{Guide, Inputs};
 use crate::plan::{Plan, TensorPlan};
 
 /// Elements that are in memory at once, per thread and tensor. Fixed: the sums of errors follow the order of blocks.
@@ -45,6 +47,7 @@ pub(crate) struct Packer<'a> {
     reader: Reader<'a>,
     values: Vec<f32>,
     packed: Vec<u8>,
+    feedback: kernels::FeedbackScratch,
 }
 
 /// A source of a tensor, open.
@@ -59,15 +62,15 @@ struct Opened<'a> {
 struct Job<'a> {
     tensor: &'a TensorPlan,
     sources: Vec<Opened<'a>>,
-    /// Of the columns, by number in the batch; empty where nothing is known or the type does not ask.
-    importance: Vec<Option<Vec<f32>>>,
+    /// How to round, by number in the batch; empty where nothing is known or the type does not ask.
+    guides: Vec<Guide>,
     sums: ErrorSums,
 }
 
 impl<'a> Packer<'a> {
     pub(crate) fn new(plan: &'a Plan, contents: &'a Contents<'a>) -> Self {
         let reader = Reader::new(&plan.checkpoint, contents);
-        Packer { plan, reader, values: Vec::new(), packed: Vec::new() }
+        Packer { plan, reader, values: Vec::new(), packed: Vec::new(), feedback: Default::default() }
     }
 
     /// Digest and number of the source bytes of an extent as [`Packer::extent`] finds them, without packing anything.
@@ -98,40 +101,82 @@ impl<'a> Packer<'a> {
         self.reader.take_digest();
     }
 
-    /// Writes extent number `extent` and reports the bytes as they are written.
+    /// Writes extent number `extent` and reports the bytes as they are written. `inputs`: what has been measured of its layer.
     pub(crate) fn extent(
         &mut self,
         extent: usize,
+        inputs: Option<&dyn Inputs>,
         mut writer: ExtentWriter<'_>,
         written: &dyn Fn(u64),
     ) -> Result<Outcome, ConvertError> {
         let mut errors = Vec::new();
         let mut reported = 0;
         let plan = self.plan;
+        let record = &plan.layout.extents()[extent];
         for tensor in &plan.extents[extent] {
-            let gap = tensor.offset - writer.position();
-            writer.write(&vec![0; gap as usize])?;
-            let sources = self.open(tensor)?;
-            let importance = importance(plan, extent, tensor);
-            let mut job = Job { tensor, sources, importance, sums: ErrorSums::default() };
-            for rows in blocks(tensor) {
-                self.packed.clear();
-                match tensor.layout {
-                    Layout::Plain => self.plain(&mut job, rows)?,
-                    Layout::Tiled | Layout::TiledPair => self.tiled(&mut job, rows)?,
-                }
-                writer.write(&self.packed)?;
-                written(self.packed.len() as u64);
-                reported += self.packed.len() as u64;
-            }
-            errors.push(job.sums);
+            let guides = guides(plan, inputs, record, tensor);
+            errors.push(self.tensor(tensor, guides, &mut writer, &mut |bytes| {
+                written(bytes);
+                reported += bytes;
+            })?);
         }
-        let stored_len = plan.layout.extents()[extent].stored_len;
         let became = writer.finish()?;
         // Paddings count as written with the extent's end, so that the sum is the whole file.
-        written(stored_len - reported);
+        written(record.stored_len - reported);
         let (source_digest, source_bytes) = self.reader.take_digest();
         Ok(Outcome { extent, written: became, source_digest, source_bytes, errors })
+    }
+
+    /// Writes the tensors of an extent of a layer that is to be executed.
+    pub(crate) fn reading(
+        &mut self,
+        tensors: &'a [TensorPlan],
+        writer: &mut ExtentWriter<'_>,
+    ) -> Result<(), ConvertError> {
+        for tensor in tensors {
+            self.tensor(tensor, Vec::new(), writer, &mut |_| ())?;
+        }
+        self.reset();
+        Ok(())
+    }
+
+    /// Gives rows of a tensor of one source to `sink`, with their places in `rows`.
+    pub(crate) fn rows(
+        &mut self,
+        tensor: &'a TensorPlan,
+        rows: impl Iterator<Item = usize>,
+        mut sink: impl FnMut(usize, &[f32]),
+    ) -> Result<(), ConvertError> {
+        let sources = self.open(tensor)?;
+        for (number, row) in rows.enumerate() {
+            self.values(&sources[0], one_row(row, tensor.shape[2]))?;
+            sink(number, &self.values);
+        }
+        self.reset();
+        Ok(())
+    }
+
+    fn tensor(
+        &mut self,
+        tensor: &'a TensorPlan,
+        guides: Vec<Guide>,
+        writer: &mut ExtentWriter<'_>,
+        written: &mut dyn FnMut(u64),
+    ) -> Result<ErrorSums, ConvertError> {
+        let gap = tensor.offset - writer.position();
+        writer.write(&vec![0; gap as usize])?;
+        let sources = self.open(tensor)?;
+        let mut job = Job { tensor, sources, guides, sums: ErrorSums::default() };
+        for rows in blocks(tensor) {
+            self.packed.clear();
+            match tensor.layout {
+                Layout::Plain => self.plain(&mut job, rows)?,
+                Layout::Tiled | Layout::TiledPair => self.tiled(&mut job, rows)?,
+            }
+            writer.write(&self.packed)?;
+            written(self.packed.len() as u64);
+        }
+        Ok(job.sums)
     }
 
     /// A block of a row-major tensor: a vector, or part of the embedding.
@@ -189,19 +234,25 @@ impl<'a> Packer<'a> {
         // Everything fits in f32.
         let lossy = ty != WeightType::F32;
         let group_values = ROW_GROUP * rows.cols;
-        let importance = job.importance.get(rows.first / job.tensor.shape[1]).and_then(Option::as_deref);
+        let guide = job.guides.get(rows.first / job.tensor.shape[1]).unwrap_or(&Guide::Nothing);
+        let importance = if let Guide::Columns(columns) = guide { Some(&columns[..]) } else { None };
         // Strips of 128 rows: fp8 computes one scale per strip and 128 columns, the other types do not care.
         for (s, strip) in self.values.chunks(SCALE_BLOCK * rows.cols).enumerate() {
             let quantised = (ty == WeightType::Fp8).then(|| fp8::quantise_strip(strip, rows.cols));
+            let fed_back = match guide {
+                Guide::Feedback(feedback) => Some(feedback.quantise(ty, strip, &mut self.feedback)),
+                _ => None,
+            };
             for (g, values) in strip.chunks(group_values).enumerate() {
                 let n = values.len() / rows.cols;
                 let out = groups.slot(s * (SCALE_BLOCK / ROW_GROUP) + g);
-                match &quantised {
-                    Some((codes, scales)) => {
+                match (&quantised, &fed_back) {
+                    (_, Some(rows)) => rows.pack_row_group(g * ROW_GROUP, n, out),
+                    (Some((codes, scales)), _) => {
                         let codes = &codes[g * group_values..][..values.len()];
                         kernels::pack_row_group_fp8(codes, n, rows.cols, scales, out);
                     }
-                    None => {
+                    (None, None) => {
                         kernels::pack_row_group_weighted(ty, values, n, rows.cols, importance, out);
                     }
                 }
@@ -248,18 +299,26 @@ impl ErrorSums {
     }
 }
 
-/// Importance of the columns of a tensor, by number in the batch.
-fn importance(plan: &Plan, extent: usize, tensor: &TensorPlan) -> Vec<Option<Vec<f32>>> {
-    let Some(importance) = &plan.importance else { return Vec::new() };
+/// How the matrices of a tensor are rounded, by number in the batch.
+fn guides(plan: &Plan, inputs: Option<&dyn Inputs>, extent: &ExtentRecord, tensor: &TensorPlan) -> Vec<Guide> {
     if !matches!(tensor.weight_type, WeightType::Q4 | WeightType::Q3) {
         return Vec::new();
     }
-    let e = &plan.layout.extents()[extent];
-    let columns = |index| importance.columns(e.kind, e.layer, tensor.name, index);
-    match e.kind {
-        ExtentKind::Expert => vec![columns(e.index)],
+    let guide = |index| match (&plan.importance, inputs) {
+        (Some(importance), _) => {
+            let columns = importance.columns(extent.kind, extent.layer, tensor.name, index);
+            columns.map_or(Guide::Nothing, Guide::Columns)
+        }
+        (None, Some(inputs)) => {
+            let (kind, layer, name) = (extent.kind, extent.layer, tensor.name.to_owned());
+            inputs.guide(&MatrixKey { kind, layer, name, index })
+        }
+        (None, None) => Guide::Nothing,
+    };
+    match extent.kind {
+        ExtentKind::Expert => vec![guide(extent.index)],
         // All parts of the head meet the same input.
-        _ => (0..tensor.shape[0] as u32).map(columns).collect(),
+        _ => (0..tensor.shape[0] as u32).map(guide).collect(),
     }
 }
 

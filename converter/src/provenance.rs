@@ -47,6 +47,9 @@ struct Recipe<'a> {
     /// xxh3-64 of the importance file, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
     importance_xxh3_64: Option<String>,
+    /// A digest of the text that was measured on, and of how, if one was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    measured_xxh3_64: Option<String>,
 }
 
 /// The blob that says where the weights came from. Nothing in it depends on when, where or how fast the conversion ran.
@@ -98,6 +101,7 @@ pub(crate) fn blob(plan: &Plan, outcomes: &[Outcome], parts: &[u128]) -> Vec<u8>
             dense_type: plan.options.dense_type,
             patterns: plan.options.recipe.as_ref().map(|r| r.lines()),
             page_size: plan.options.page_size,
+            measured_xxh3_64: plan.options.measured.filter(|_| plan.is_measured()).map(|m| format!("{m:016x}")),
             importance_xxh3_64: plan.importance.as_ref().map(|i| format!("{:016x}", i.digest())),
         },
         source_files: files.collect(),

@@ -11,8 +11,9 @@ use common::safetensors::{Tensor, Tensors, read_dir, read_file, values, write_di
 use common::{Content, Noise, content, fixture, joined};
 use proptest::prelude::*;
 use serde_json::json;
+use sluice_converter::provenance::Comparison;
 use sluice_converter::{ConvertError, Options, Plan, convert, plan};
-use sluice_format::{AttentionSpec, ExtentKind, ModelSpec};
+use sluice_format::{AttentionSpec, ExtentKind, ModelFile, ModelSpec};
 
 const F32: u32 = 0;
 const MXFP4: u32 = 39;
@@ -308,38 +309,40 @@ fn write_small(folder: &Path) -> PathBuf {
     path
 }
 
+/// Name, number in files, and the weight type that carries it.
+const BLOCK_TYPES: [(&str, u32, &str); 23] = [
+    ("Q4_0", 2, "q4_0"),
+    ("Q4_1", 3, "q4_1"),
+    ("Q5_0", 6, "q5_0"),
+    ("Q5_1", 7, "q5_1"),
+    ("Q8_0", 8, "q8"),
+    ("Q2_K", 10, "q2_k"),
+    ("Q3_K", 11, "q3_k"),
+    ("Q4_K", 12, "q4_k"),
+    ("Q5_K", 13, "q5_k"),
+    ("Q6_K", 14, "q6_k"),
+    ("IQ2_XXS", 16, "iq2_xxs"),
+    ("IQ2_XS", 17, "iq2_xs"),
+    ("IQ3_XXS", 18, "iq3_xxs"),
+    ("IQ1_S", 19, "iq1_s"),
+    ("IQ4_NL", 20, "iq4_nl"),
+    ("IQ3_S", 21, "iq3_s"),
+    ("IQ2_S", 22, "iq2_s"),
+    ("IQ4_XS", 23, "iq4_xs"),
+    ("IQ1_M", 29, "iq1_m"),
+    ("TQ1_0", 34, "tq2_0"),
+    ("TQ2_0", 35, "tq2_0"),
+    ("MXFP4", 39, "mxfp4"),
+    ("NVFP4", 40, "nvfp4"),
+];
+
 /// Every block type is carried into the weight type of the same name, and stands there for the numbers that the public `gguf`
 /// package finds in the same blocks (`ggml/make_blocks.py`).
 #[test]
 fn block_types_are_carried_at_their_own_size() {
     let mut blocks = Tensors::new();
     read_file(&data("ggml/blocks.safetensors"), &mut blocks);
-    let types = [
-        ("Q4_0", 2, "q4_0"),
-        ("Q4_1", 3, "q4_1"),
-        ("Q5_0", 6, "q5_0"),
-        ("Q5_1", 7, "q5_1"),
-        ("Q8_0", 8, "q8"),
-        ("Q2_K", 10, "q2_k"),
-        ("Q3_K", 11, "q3_k"),
-        ("Q4_K", 12, "q4_k"),
-        ("Q5_K", 13, "q5_k"),
-        ("Q6_K", 14, "q6_k"),
-        ("IQ2_XXS", 16, "iq2_xxs"),
-        ("IQ2_XS", 17, "iq2_xs"),
-        ("IQ3_XXS", 18, "iq3_xxs"),
-        ("IQ1_S", 19, "iq1_s"),
-        ("IQ4_NL", 20, "iq4_nl"),
-        ("IQ3_S", 21, "iq3_s"),
-        ("IQ2_S", 22, "iq2_s"),
-        ("IQ4_XS", 23, "iq4_xs"),
-        ("IQ1_M", 29, "iq1_m"),
-        ("TQ1_0", 34, "tq2_0"),
-        ("TQ2_0", 35, "tq2_0"),
-        ("MXFP4", 39, "mxfp4"),
-        ("NVFP4", 40, "nvfp4"),
-    ];
-    for (name, id, weight_type) in types {
+    for (name, id, weight_type) in BLOCK_TYPES {
         let (codes, numbers) = (&blocks[&format!("{name}.blocks")], values(&blocks, &format!("{name}.values")));
         let per_block = numbers.len() / codes.shape[0];
         let mut noise = Noise(7 + u64::from(id));
@@ -441,6 +444,34 @@ fn a_model_in_parts_is_named_by_any_of_them() {
     assert!(error.to_string().contains("big-00002-of-00003.gguf"), "{error}");
 }
 
+#[test]
+fn a_model_file_is_compared_with_its_gguf_file() {
+    let mut noise = Noise(5);
+    let (metadata, tensors) =
+        small(|_, rows, cols| (F32, (0..rows * cols).flat_map(|_| noise.value().to_le_bytes()).collect()));
+    let folder = tempfile::tempdir().unwrap();
+    let (source, model) = (folder.path().join("m.gguf"), folder.path().join("m.sluice"));
+    let mut bytes = file(&metadata, &tensors);
+    fs::write(&source, &bytes).unwrap();
+    convert(&source, &model, &Options::default(), &()).unwrap();
+    let differences = |named: &Path| {
+        let comparison = Comparison::new(&ModelFile::open(&model).unwrap(), named).unwrap();
+        let all = comparison.run(&|_| ()).unwrap();
+        all.into_iter().filter(|file| file.difference.is_some()).collect::<Vec<_>>()
+    };
+    for named in [source.as_path(), folder.path()] {
+        assert_eq!(differences(named), []);
+    }
+    let last = bytes.len() - 4;
+    bytes[last] ^= 1;
+    fs::write(&source, &bytes).unwrap();
+    let found = differences(&source);
+    assert_eq!((found.len(), found[0].tensors.as_slice()), (1, &["model.norm.weight".to_owned()][..]), "{found:?}");
+    bytes[30] ^= 1;
+    fs::write(&source, &bytes).unwrap();
+    assert_eq!(differences(&source)[0].name, "m.gguf");
+}
+
 fn error_of(path: &Path) -> String {
     plan(path, &Options::default()).map(|_: Plan| ()).unwrap_err().to_string()
 }
@@ -484,7 +515,7 @@ fn what_is_not_supported_is_named_with_its_key() {
         (error_after(|_, t| t[3].1 = 99), &["blk.0.attn_k.weight", "99"]),
         (error_after(|_, t| t.push(t[3].clone())), &["blk.0.attn_k.weight", "twice"]),
         (error_after(|k, _| k.push(k[1].clone())), &["llama.block_count", "twice"]),
-        (error_after(|_, t| t[3].2 = vec![128, 250]), &["before byte"]),
+        (error_after(|_, t| (t[3].1, t[3].2) = (2, vec![128, 250])), &["before byte", "Q4_0", "multiples of 32"]),
     ] {
         words.iter().for_each(|word| assert!(error.contains(word), "{error} lacks {word}"));
     }

@@ -178,13 +178,13 @@ fn what_was_drawn_together_before_a_kill_stays() {
     let want = write_parts(&dir.path().join("want.sluice"), &content, 60_000, true);
     let want: Vec<Vec<u8>> = want.iter().map(|path| fs::read(path).unwrap()).collect();
     let layout = || FileLayout::new(4096, &content.planned).unwrap().split(60_000, 3 * 4096).unwrap();
-    let open = |volume| {
+    let open = |volume: u16| {
         let path = dir.path().join(format!("v{volume}"));
         let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
         (path, file)
     };
     let writer = || {
-        let mut writer = FileWriter::of_files((0..layout().ends().len()).map(open).collect(), layout()).unwrap();
+        let mut writer = FileWriter::of_files((0..layout().ends().len() as u16).map(open).collect(), layout()).unwrap();
         writer.compress(&content.tensors);
         writer
     };

@@ -157,7 +157,9 @@ impl Kernels {
     pub(crate) fn tile_tokens(&self, ty: WeightType) -> usize {
         match (self.isa, ty) {
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2(_), _) | (Isa::Avx512(_), WeightType::Grouped(_)) => crate::matmul::TILE_TOKENS,
+            (Isa::Avx2(_) | Isa::Avx512(_), WeightType::Grouped(_)) => crate::matmul::TILE_TOKENS,
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2(_), _) => crate::x86::AVX2_TOKENS,
             _ => 8,
         }
     }

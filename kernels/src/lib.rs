@@ -60,6 +60,6 @@ pub use pack::{
     pack_row_group, pack_row_group_fp8, pack_row_group_int4, pack_row_group_mxfp4, pack_row_group_q8,
     pack_row_group_u16, unpack, unpack_row,
 };
-pub use quant::pack_row_group_weighted;
+pub use quant::{Feedback, FeedbackScratch, Moments, Quantised, pack_row_group_weighted};
 pub use threads::ThreadPool;
 pub use top_k::{TopK, top_k};

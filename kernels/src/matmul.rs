@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The most tokens of a tile; how many a kernel takes it says itself.
-pub(crate) const TILE_TOKENS: usize = 16;
+pub(crate) const TILE_TOKENS: usize = 32;
 
 /// Products of a few tokens with two row groups, the second in lanes 8..16.
 pub(crate) type Tile = [[f32; 2 * ROW_GROUP]; TILE_TOKENS];

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use sluice_format::{ColumnMeans, Importance, MatrixKey, ModelSpec};
+use sluice_format::{ColumnMeans, ExtentKind, Importance, MatrixKey, ModelSpec};
 use sluice_kernels::Activations;
 
 use sluice_model::compute::InputObserver;
@@ -23,6 +23,10 @@ struct Sums {
 
 impl InputObserver for Calibration {
     fn inputs(&self, place: MatrixPlace, index: u32, x: &Activations) {
+        // Routers are never quantised.
+        if place.kind == ExtentKind::Router {
+            return;
+        }
         let key = MatrixKey { kind: place.kind, layer: place.layer, name: place.name.to_owned(), index };
         // The sums are valid at every instant, so a panic elsewhere does not spoil them.
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);

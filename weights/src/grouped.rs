@@ -183,6 +183,7 @@ impl ScaleType {
     const ALL: [ScaleType; 5] = [ScaleType::F16, ScaleType::Bf16, ScaleType::F32, ScaleType::E4m3, ScaleType::E8m0];
 
     /// Bytes of one.
+    #[expect(clippy::len_without_is_empty, reason = "no number has no bytes")]
     pub const fn len(self) -> usize {
         match self {
             ScaleType::F16 | ScaleType::Bf16 => 2,

@@ -21,9 +21,9 @@ Calibrate with the best conversion that runs here, then convert again.
 
 Examples:
   sluice calibrate model-q8.sluice --text book.txt --out model.imatrix
-  sluice convert checkpoint/ model-q3.sluice --type q3 --imatrix model.imatrix";
+  sluice convert checkpoint/ model-q3.sluice --type q3 --importance model.imatrix";
 
-/// Measure on a text which weights matter, for `convert --imatrix`
+/// Measure on a text which weights matter, for `convert --importance`
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {

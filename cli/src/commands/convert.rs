@@ -9,9 +9,11 @@ use clap::builder::PossibleValuesParser;
 use clap::builder::TypedValueParser as _;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
+use sluice_calibrate::{CalibrateError, Measurement, TEXT, digest};
+use sluice_converter::measure::Measure;
 use sluice_converter::{
     ConvertError, KindSize, LeftOut, Options, Plan, Progress, Recipe, Summary, TypeChoice, check_destination,
-    convert_plan, plan,
+    convert_measured, plan,
 };
 use sluice_format::WeightType;
 use sluice_hub::Reference;
@@ -21,6 +23,7 @@ use sluice_text::TextError;
 
 use crate::error::CliError;
 use crate::fetch::{Fetched, confirm, reference};
+use crate::input::read_text;
 use crate::size::parse_size;
 use crate::terminal::{byte_bar, note, print, print_json, seconds};
 use crate::text_files::{examine, other_tokenizers};
@@ -30,6 +33,9 @@ Types: keep, the default, carries the weights bit for bit. The others may change
 much: q8 is int8 with one f16 scale per 32 weights, half of bf16 and close to lossless; q4 and q3 take 4.3 and 3.5 bits \
 per weight, a quarter of bf16 and less, for experts; fp8 is DeepSeek's (e4m3, one scale per 128x128); bf16 and f32 are for reference. \
 Norms, biases and routers are never quantised.
+
+Before weights become q4 or q3, a text of 28 kB runs through the model layer by layer, and what it shows of the inputs of each \
+matrix decides how its weights are rounded. This takes room beside the model file for one layer as the checkpoint has it.
 
 Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
 
@@ -44,7 +50,7 @@ Examples:
   sluice convert hf:unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M qwen3.sluice
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8
   sluice convert my-moe-bf16/ my-moe.sluice --compress --split-size 50GB
-  sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --imatrix my-moe.imatrix
+  sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --importance-text mine.txt
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8 --recipe my-moe.recipe
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
 
@@ -70,9 +76,21 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
 
-    /// What `sluice calibrate` measured: spend the bits of q4 and q3 where the activations are large
-    #[arg(long, value_name = "FILE")]
-    imatrix: Option<PathBuf>,
+    /// Take what `sluice calibrate` or --save-importance measured to round q4 and q3, rather than measure on the way
+    #[arg(long, visible_alias = "imatrix", value_name = "FILE")]
+    importance: Option<PathBuf>,
+
+    /// Round q4 and q3 without measuring what meets their matrices: faster, and further from the original
+    #[arg(long, conflicts_with_all = ["importance", "importance_text", "save_importance"])]
+    no_importance: bool,
+
+    /// Measure on this text, UTF-8, rather than on the one that is built in
+    #[arg(long, value_name = "FILE", conflicts_with = "importance")]
+    importance_text: Option<PathBuf>,
+
+    /// Keep the mean squares that were measured, for --importance
+    #[arg(long, value_name = "FILE", conflicts_with = "importance")]
+    save_importance: Option<PathBuf>,
 
     /// Alignment of everything in the file, in bytes; 16384 for Apple silicon
     #[arg(long, value_name = "BYTES", default_value = "4096", value_parser = page_size_parser())]
@@ -118,7 +136,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         dense_type: args.dense_type.unwrap_or_default(),
         recipe: args.recipe.as_deref().map(Recipe::load).transpose()?,
         page_size: args.page_size,
-        importance: args.imatrix.clone(),
+        importance: args.importance.clone(),
+        measured: None,
         compress: args.compress,
         split_size: args.split_size,
         overwrite: args.overwrite,
@@ -137,15 +156,23 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         return Err(CliError::Usage(message.into()));
     };
     let started = Instant::now();
-    let plan = plan(&args.src, &options)?;
+    let text = measured_text(args)?;
+    let ((), plan, mut measurement) =
+        planned(&options, text.as_deref(), &args.src, |options| Ok(((), plan(&args.src, options)?)))?;
     check(args, dst, &plan)?;
     if args.dry_run {
-        return if args.json { print_json(&plan_json(&plan, &options)) } else { print(&describe_plan(&plan, args.compress)) };
+        return if args.json {
+            print_json(&plan_json(&plan, &options))
+        } else {
+            print(&describe_plan(&plan, args.compress))
+        };
     }
     let bar = Bar(byte_bar("converting", 0));
-    let outcome = convert_plan(&plan, dst, &bar);
+    let measure = measurement.as_mut().map(|measurement| measurement as &mut dyn Measure);
+    let outcome = convert_measured(&plan, dst, measure, &bar);
     bar.0.finish_and_clear();
     let summary = outcome.map_err(explain)?;
+    save_importance(args, &plan, measurement.as_ref())?;
     if args.json {
         return print_json(&summary);
     }
@@ -173,7 +200,9 @@ fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(),
             models.path(reference, types_asked_for(args).as_deref())
         }
     };
-    let (fetched, plan) = Fetched::plan(reference, &dst, options, args.keep)?;
+    let (text, name) = (measured_text(args)?, PathBuf::from(reference.to_string()));
+    let (fetched, plan, mut measurement) =
+        planned(options, text.as_deref(), &name, |options| Fetched::plan(reference, &dst, options, args.keep))?;
     check(args, &dst, &plan)?;
     if args.dry_run && args.json {
         return print_json(&plan_json(&plan, options));
@@ -183,7 +212,8 @@ fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(),
         return print(&format!("{facts}{}", describe_plan(&plan, args.compress)));
     }
     note(&facts.trim_end());
-    let (summary, kept) = carry_out(&fetched, &plan, &dst)?;
+    let (summary, kept) = carry_out(&fetched, &plan, &dst, measurement.as_mut())?;
+    save_importance(args, &plan, measurement.as_ref())?;
     if let Some(kept) = kept {
         note(&format_args!("what was downloaded is in {}", kept.display()));
     }
@@ -215,25 +245,75 @@ pub(crate) struct Job {
 
 /// Converts a model of the hub to `dst`, if the user wants that, and says what it takes before.
 pub(crate) fn convert_file(reference: &Reference, dst: &Path, job: &Job) -> Result<(), CliError> {
-    let (fetched, plan) = Fetched::plan(reference, dst, &job.options, false)?;
+    let name = PathBuf::from(reference.to_string());
+    let (fetched, plan, mut measurement) =
+        planned(&job.options, Some(TEXT), &name, |options| Fetched::plan(reference, dst, options, false))?;
     check_destination(&plan, dst).map_err(explain)?;
     check_text(Path::new(&reference.to_string()), dst, &plan)?;
     note(&fetched.facts(&plan, dst)?.trim_end());
     if job.confirm && !confirm("Download and convert it?")? {
         return Err(CliError::Failure("nothing was downloaded".into()));
     }
-    let (summary, _) = carry_out(&fetched, &plan, dst)?;
+    let (summary, _) = carry_out(&fetched, &plan, dst, measurement.as_mut())?;
     note(&format_args!("{}: {}, {}", dst.display(), summary.family, Bytes(summary.file_bytes)));
     Ok(())
 }
 
 /// Downloads and converts; returns where files are that were kept.
-fn carry_out(fetched: &Fetched, plan: &Plan, dst: &Path) -> Result<(Summary, Option<PathBuf>), CliError> {
+fn carry_out(
+    fetched: &Fetched,
+    plan: &Plan,
+    dst: &Path,
+    measurement: Option<&mut Measurement>,
+) -> Result<(Summary, Option<PathBuf>), CliError> {
     fetched.begin(plan, dst)?;
-    let outcome = convert_plan(plan, dst, &*fetched.bars);
+    let measure = measurement.map(|measurement| measurement as &mut dyn Measure);
+    let outcome = convert_measured(plan, dst, measure, &*fetched.bars);
     fetched.bars.finish();
     let summary = outcome.map_err(explain)?;
     Ok((summary, fetched.finish(dst)?))
+}
+
+/// The text that the model is to be measured on; `None` if it is not to be.
+fn measured_text(args: &Args) -> Result<Option<String>, CliError> {
+    match &args.importance_text {
+        Some(path) => Ok(Some(read_text(path, "read the text")?)),
+        None => Ok((!args.no_importance && args.importance.is_none()).then(|| TEXT.to_owned())),
+    }
+}
+
+/// A plan, with what measures the model on `text` if it has types that are rounded by importance. A model that cannot read a text is
+/// planned once more, without.
+fn planned<T>(
+    options: &Options,
+    text: Option<&str>,
+    src: &Path,
+    plan: impl Fn(&Options) -> Result<(T, Plan), CliError>,
+) -> Result<(T, Plan, Option<Measurement>), CliError> {
+    let (more, first) = plan(&Options { measured: text.map(digest), ..options.clone() })?;
+    let Some(text) = text.filter(|_| first.is_measured()) else { return Ok((more, first, None)) };
+    if let Some(measurement) = Measurement::new(&first, text).map_err(unmeasured)? {
+        return Ok((more, first, Some(measurement)));
+    }
+    note(&format_args!(
+        "note: {} has no tokenizer, so nothing can be measured: weights are rounded as with --no-importance",
+        src.display()
+    ));
+    drop(more);
+    let (more, second) = plan(options)?;
+    Ok((more, second, None))
+}
+
+/// Keeps what was measured, if that is asked for.
+fn save_importance(args: &Args, plan: &Plan, measurement: Option<&Measurement>) -> Result<(), CliError> {
+    if let (Some(path), Some(measurement)) = (&args.save_importance, measurement) {
+        measurement.importance(plan).map_err(unmeasured)?.save(path)?;
+    }
+    Ok(())
+}
+
+fn unmeasured(problem: CalibrateError) -> CliError {
+    CliError::Failure(format!("{problem}. --no-importance converts without measuring"))
 }
 
 /// Reads tokenizer, chat template and sampling defaults as `run` will: a conversion can take hours, and would end in a file
@@ -291,12 +371,18 @@ fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
         )));
     }
     let weighted = [WeightType::Q4, WeightType::Q3];
-    if args.imatrix.is_some() && !weighted.iter().any(|&ty| stored(true, ty) || stored(false, ty)) {
+    if args.importance.is_some() && !weighted.iter().any(|&ty| stored(true, ty) || stored(false, ty)) {
         return Err(CliError::Usage(
-            "--imatrix would change nothing: it spends the bits of q4 and q3, and nothing is stored so. Ask for one with \
-             --type, or leave --imatrix out"
+            "--importance (--imatrix) would change nothing: it spends the bits of q4 and q3, and nothing is stored so. Ask for one with \
+             --type, or leave --importance out"
                 .into(),
         ));
+    }
+    let asked = [("--importance-text", &args.importance_text), ("--save-importance", &args.save_importance)];
+    if let Some((option, _)) = asked.iter().find(|(_, file)| file.is_some() && !plan.is_measured()) {
+        return Err(CliError::Usage(format!(
+            "{option} would change nothing: nothing is measured unless weights become q4 or q3 and the model has a tokenizer. Ask              for one of these types with --type, or leave {option} out"
+        )));
     }
     Ok(())
 }

@@ -26,6 +26,7 @@ const EMBEDDING_PART: usize = 256 << 10;
 const HEAD_PART: usize = 16 << 20;
 
 /// Extents and records of a file to be.
+#[derive(Debug)]
 pub(crate) struct Built {
     pub(crate) planned: Vec<PlannedExtent>,
     pub(crate) extents: Vec<Vec<TensorPlan>>,

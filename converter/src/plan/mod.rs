@@ -22,7 +22,7 @@ use sluice_format::{
 use crate::encoding::Selection;
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
-use crate::options::Options;
+use crate::options::{Options, TypeChoice};
 use crate::source::{self, CONFIG, Checkpoint, RowOrder, recognise, side_file};
 use crate::steps;
 
@@ -91,6 +91,8 @@ pub struct Plan {
     pub(crate) spec: ModelSpec,
     pub(crate) options: Options,
     pub(crate) importance: Option<Importance>,
+    /// How the layers are written to be executed, if the model is measured.
+    pub(crate) reading: Option<build::Built>,
     pub(crate) layout: FileLayout,
     /// The tensors of each extent of the layout.
     pub(crate) extents: Vec<Vec<TensorPlan>>,
@@ -148,6 +150,17 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     let inventory = inventory::take(&checkpoint, family, names, &spec, tied)?;
     let built = build::build(&checkpoint, family, names, &spec, options, scheme, &inventory.head)?;
     let layout = FileLayout::new(options.page_size, &built.planned)?;
+    let weighted = built.records.iter().any(|r| matches!(r.weight_type, WeightType::Q4 | WeightType::Q3));
+    let measured = options.measured.is_some() && weighted && importance.is_none();
+    let reading = |choice| {
+        let options = Options { expert_type: choice, dense_type: choice, recipe: None, ..options.clone() };
+        build::build(&checkpoint, family, names, &spec, &options, scheme, &inventory.head)
+    };
+    let reading = match measured.then(|| reading(TypeChoice::Keep)).transpose()? {
+        // What no type carries is measured in bf16: f32 would be long, and tells nothing more.
+        Some(carried) if !carried.widened.is_empty() => Some(reading(TypeChoice::Type(WeightType::Bf16))?),
+        carried => carried,
+    };
     let mut notes = inventory.notes;
     notes.extend(built.obstacles.iter().map(|why| {
         format!("weights are stored as f32, which takes much more space, because {why}. `--type q8` makes them small")
@@ -164,6 +177,7 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
         spec,
         options: options.clone(),
         importance,
+        reading,
         layout,
         extents: built.extents,
         records: built.records,
@@ -254,6 +268,11 @@ impl Plan {
         self.blobs.iter().find(|(blob, _)| *blob == name).map(|(_, bytes)| bytes.as_slice())
     }
 
+    /// Whether what meets the matrices is measured on the way.
+    pub fn is_measured(&self) -> bool {
+        self.reading.is_some()
+    }
+
     /// Remarks for the user.
     pub fn notes(&self) -> &[String] {
         &self.notes
@@ -305,6 +324,9 @@ impl Plan {
         add(&[u8::from(self.options.compress)]);
         add(&self.options.split_size.unwrap_or(u64::MAX).to_le_bytes());
         add(&self.importance.as_ref().map_or(0, Importance::digest).to_le_bytes());
+        if let (Some(_), Some(measured)) = (&self.reading, self.options.measured) {
+            add(&measured.to_le_bytes());
+        }
         for (f, header) in self.checkpoint.files().iter().zip(&self.checkpoint.header_digests) {
             add(f.name.as_bytes());
             add(&f.len.to_le_bytes());

@@ -22,11 +22,15 @@
 //! for the first `S` are tried. `ω` is the importance of a column.
 
 mod codebook;
+mod feedback;
+mod moments;
 mod pack;
 mod product;
 mod search;
 
 pub(crate) use codebook::{Codebook, UNIT};
-pub use pack::pack_row_group_weighted;
+pub use feedback::{Feedback, FeedbackScratch};
+pub use moments::Moments;
 pub(crate) use pack::pack_unweighted;
+pub use pack::{Quantised, pack_row_group_weighted};
 pub(crate) use product::{group_f32, group_int8, unpack_column};

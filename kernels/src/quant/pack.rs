@@ -52,24 +52,90 @@ fn normalise(importance: &[f32]) -> Vec<f32> {
     importance.iter().map(|&w| f64::from(w) / divisor).map(|w| if w < floor { 0.0 } else { w as f32 }).collect()
 }
 
-fn pack(ty: WeightType, src: &[f32], n_rows: usize, cols: usize, weight: Option<&[f32]>, out: &mut [u8]) {
-    let (scales, values) = planes(ty, n_rows, cols, src.len(), out);
-    let table: &Table = if ty == WeightType::Q4 { &Q4 } else { &Q3 };
-    let mut numbers = vec![0; n_rows * cols];
-    if cols > 0 {
-        for (r, (x, numbers)) in src.chunks_exact(cols).zip(numbers.chunks_exact_mut(cols)).enumerate() {
-            let row = table.row(x, weight, numbers);
-            scales[r * 4..][..4].copy_from_slice(&row.scale.to_le_bytes());
-            for (b, byte) in row.bytes.into_iter().enumerate() {
+/// The codebook of a type in the form that searches read.
+pub(super) fn table(ty: WeightType) -> &'static Table {
+    if ty == WeightType::Q4 { &Q4 } else { &Q3 }
+}
+
+/// Rows of `q4` or `q3` before they are interleaved.
+#[derive(Debug)]
+pub struct Quantised {
+    ty: WeightType,
+    cols: usize,
+    /// One per row.
+    pub(super) scales: Vec<f32>,
+    /// One per block, row after row.
+    bytes: Vec<u8>,
+    /// The number of the level of each weight, `[rows, cols]`.
+    numbers: Vec<u8>,
+}
+
+/// One of them.
+pub(super) struct QuantisedRow<'a> {
+    pub(super) bytes: &'a mut [u8],
+    pub(super) numbers: &'a mut [u8],
+}
+
+impl Quantised {
+    /// So many rows of zeros.
+    ///
+    /// # Panics
+    /// For types without a codebook.
+    pub(super) fn new(ty: WeightType, rows: usize, cols: usize) -> Self {
+        let blocks = cols.div_ceil(Codebook::of(ty).block);
+        Quantised { ty, cols, scales: vec![0.0; rows], bytes: vec![0; rows * blocks], numbers: vec![0; rows * cols] }
+    }
+
+    pub(super) fn book(&self) -> &'static Codebook {
+        Codebook::of(self.ty)
+    }
+
+    fn blocks(&self) -> usize {
+        self.cols.div_ceil(self.book().block)
+    }
+
+    pub(super) fn row(&mut self, row: usize) -> QuantisedRow<'_> {
+        let (blocks, cols) = (self.blocks(), self.cols);
+        QuantisedRow {
+            bytes: &mut self.bytes[row * blocks..][..blocks],
+            numbers: &mut self.numbers[row * cols..][..cols],
+        }
+    }
+
+    /// Writes a row group, `n_rows` rows from `first` on, as [`pack_row_group`] does.
+    ///
+    /// # Panics
+    /// As [`pack_row_group`].
+    pub fn pack_row_group(&self, first: usize, n_rows: usize, out: &mut [u8]) {
+        let (cols, blocks) = (self.cols, self.blocks());
+        let (scales, values) = planes(self.ty, n_rows, cols, n_rows * cols, out);
+        for r in 0..n_rows {
+            scales[r * 4..][..4].copy_from_slice(&self.scales[first + r].to_le_bytes());
+            for (b, &byte) in self.bytes[(first + r) * blocks..][..blocks].iter().enumerate() {
                 scales[(4 + b) * ROW_GROUP + r] = byte;
             }
         }
+        let numbers = &self.numbers[first * cols..][..n_rows * cols];
+        if self.ty == WeightType::Q4 {
+            put_nibbles(numbers, n_rows, cols, values);
+        } else {
+            put_threes(numbers, n_rows, cols, values);
+        }
     }
-    if ty == WeightType::Q4 {
-        put_nibbles(&numbers, n_rows, cols, values);
-    } else {
-        put_threes(&numbers, n_rows, cols, values);
+}
+
+fn pack(ty: WeightType, src: &[f32], n_rows: usize, cols: usize, weight: Option<&[f32]>, out: &mut [u8]) {
+    assert_eq!(Some(src.len()), n_rows.checked_mul(cols), "{n_rows} rows of {cols} columns");
+    let mut rows = Quantised::new(ty, n_rows, cols);
+    if cols > 0 {
+        for (r, x) in src.chunks_exact(cols).enumerate() {
+            let row = rows.row(r);
+            let found = table(ty).row(x, weight, row.numbers);
+            row.bytes.copy_from_slice(&found.bytes);
+            rows.scales[r] = found.scale;
+        }
     }
+    rows.pack_row_group(0, n_rows, out);
 }
 
 /// Three vectors of nibbles per 32 columns: the low three bits are quads 0..3 and 4..7, the top bits quads 3 and 7.

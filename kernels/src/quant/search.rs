@@ -24,10 +24,21 @@ pub(super) struct Table {
 const OFFSETS: usize = 8;
 
 /// One block: numbers and the weights of their errors, both zero beyond the row's end.
-struct Block<const B: usize> {
+pub(super) struct Block<const B: usize> {
     x: [f32; B],
     weight: [f32; B],
     absmax: f32,
+}
+
+impl<const B: usize> Block<B> {
+    /// Numbers and their weights, at most `B`.
+    pub(super) fn new(x: &[f32], weight: &[f32]) -> Self {
+        let mut block = Block { x: [0.0; B], weight: [0.0; B], absmax: 0.0 };
+        block.x[..x.len()].copy_from_slice(x);
+        block.weight[..x.len()].copy_from_slice(weight);
+        block.absmax = x.iter().fold(0.0, |m, x| m.max(x.abs()));
+        block
+    }
 }
 
 /// A quantised row.
@@ -80,15 +91,10 @@ impl Table {
     fn row_by<const B: usize>(&self, x: &[f32], weight: Option<&[f32]>, numbers: &mut [u8]) -> Row {
         numbers.fill(0);
         let zero = vec![0; x.len().div_ceil(B)];
-        if x.iter().any(|x| !x.is_finite()) {
-            return Row { scale: f32::NAN, bytes: zero };
-        }
-        let absmax = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-        if absmax == 0.0 {
-            return Row { scale: 0.0, bytes: zero };
-        }
-        // A power of two brings the largest to 1..2, exactly, whatever the row's magnitude.
-        let exponent = (f64::from(absmax).to_bits() >> 52) as i64 - 1023;
+        let (absmax, exponent) = match normalising(x) {
+            Ok(found) => found,
+            Err(scale) => return Row { scale, bytes: zero },
+        };
         let power = |e: i64| f64::from_bits(((1023 + e) as u64) << 52);
         let blocks = blocks::<B>(x, weight, power(-exponent));
         let (scale, bytes) = self.fit(&blocks, (f64::from(absmax) * power(-exponent)) as f32);
@@ -144,8 +150,21 @@ impl Table {
         sum
     }
 
+    /// Number of the level nearest to `x` in a block of this byte, and its value; both in a row of scale `scale`.
+    #[inline]
+    pub(super) fn nearest(&self, x: f32, scale: f32, byte: u8) -> (u8, f32) {
+        let s = self.scales[usize::from(byte & 31)];
+        if s == 0.0 {
+            return (0, 0.0);
+        }
+        let step = scale * s;
+        let (_, [cell]) = cells(&[x], 1.0 / step);
+        let number = self.number[moved(cell, self.book.offset(byte))];
+        (number, step * self.values[cell as usize % CELLS][usize::from(byte >> 5)])
+    }
+
     /// Error and byte of a block for a given row scale.
-    fn byte<const B: usize>(&self, block: &Block<B>, scale: f32) -> (f32, u8) {
+    pub(super) fn byte<const B: usize>(&self, block: &Block<B>, scale: f32) -> (f32, u8) {
         let mut best = (self.error_of_zero(block), 0);
         if block.absmax == 0.0 {
             return best;
@@ -247,6 +266,16 @@ impl Table {
             }
         }
     }
+}
+
+/// Largest magnitude of a row and the exponent of the power of two that it is above, exactly, whatever the row's magnitude; or the
+/// scale of a row that nothing has to be chosen for: 0 if it is all zeros, NaN if something is no number.
+pub(super) fn normalising(x: &[f32]) -> Result<(f32, i64), f32> {
+    if x.iter().any(|x| !x.is_finite()) {
+        return Err(f32::NAN);
+    }
+    let absmax = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    if absmax == 0.0 { Err(0.0) } else { Ok((absmax, (f64::from(absmax).to_bits() >> 52) as i64 - 1023)) }
 }
 
 /// The cell of a number from which `offset` is taken.

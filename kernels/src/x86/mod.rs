@@ -20,6 +20,9 @@ use crate::vector::*;
 use std::iter::Zip;
 use std::slice::ChunksExact;
 
+/// Tokens of a tile that AVX2 takes together, but for grouped types.
+pub(crate) const AVX2_TOKENS: usize = 16;
+
 /// The type of cached numbers behind a constant.
 const fn kv_type(ty: u8) -> KvType {
     match ty {

@@ -13,7 +13,8 @@ use super::weights::{MatrixPlace, MatrixRef, VectorRef};
 /// Sees what every matrix is multiplied with.
 pub trait InputObserver: Send + Sync {
     /// `x` is about to meet a matrix. `index`: the expert, or the number of the matrix in a batch; otherwise 0. Matrices of
-    /// a batch are seen from several threads, each matrix from one at a time.
+    /// a batch are seen from several threads, each matrix from one at a time. Experts come in the order in which they are read; the
+    /// router's inputs, which are those of all experts of a layer, in the order of the rows.
     fn inputs(&self, place: MatrixPlace, index: u32, x: &Activations);
 }
 

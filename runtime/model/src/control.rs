@@ -67,6 +67,8 @@ pub struct Control<'a> {
     pub routing: Option<&'a mut RoutingObserver<'a>>,
     /// Sees the residual stream.
     pub hidden: Option<&'a mut HiddenObserver<'a>>,
+    /// The residual stream of the step's rows, `[rows, hidden]`, to begin with in place of their tokens' embeddings.
+    pub states: Option<&'a [f32]>,
     /// Sees what every quantisable matrix is multiplied with.
     pub inputs: Option<Arc<dyn InputObserver>>,
 }

@@ -259,6 +259,7 @@ impl Routed {
 
     /// Fills `choices`, `uses` (by expert, then row) and `experts` (distinct, ascending). `x`: the rows.
     pub(super) fn route(&self, step: Step<'_>, x: &Activations, s: &mut ExpertScratch) {
+        step.compute.observe(&self.router.matrix, 0, x);
         let logits = sized(&mut s.logits, x.n() * self.spec.experts);
         let bias = self.logits(step.compute, step.extent, x, &mut s.bias, logits);
         for logits in logits.chunks_exact(self.spec.experts) {

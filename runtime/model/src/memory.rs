@@ -220,12 +220,10 @@ impl MemoryPlan {
         let (kv_cache, scratch) = (need.kv_cache(rows), need.scratch(rows, kept_outputs));
         // A dense byte is needed by every token, an expert's by few: dense parts come first, but two layers' worth of
         // experts must be able to be in flight.
-        let fixed = kv_cache + scratch;
+        let left = budget - kv_cache - scratch;
         let wanted_slots = (2 * need.top_k).max(MIN_SLOTS).min(need.experts) as u64 * need.slot_len;
-        let for_dense = budget - fixed - least_slots.max(wanted_slots.min(budget - fixed - least_dense.bytes()));
-        let dense = need.pin(for_dense);
-        let for_slots = budget - fixed - dense.bytes();
-        let slots = for_slots.checked_div(need.slot_len).map_or(0, |n| (n as usize).min(need.experts));
+        let dense = need.pin(left - least_slots.max(wanted_slots.min(left - least_dense.bytes())));
+        let slots = (left - dense.bytes()).checked_div(need.slot_len).map_or(0, |n| (n as usize).min(need.experts));
         Ok(MemoryPlan {
             requested,
             available,

@@ -253,7 +253,7 @@ impl Model {
     /// [`ModelError`]: an unknown id, an unreadable or damaged extent, or that `control` has cancelled it.
     ///
     /// # Panics
-    /// If a sequence is another model's, or has no room for its rows.
+    /// If a sequence is another model's, or has no room for its rows, or `control` has fewer states than the step has rows.
     pub fn forward(
         &mut self,
         compute: &Compute,
@@ -262,9 +262,31 @@ impl Model {
         spans: &mut [Span<'_>],
         control: &mut Control<'_>,
     ) -> Result<(), ModelError> {
+        self.begin(weights, rows, spans, control)?;
+        self.watch(0, rows, control);
+        for layer in 0..self.layers.len() {
+            self.layer(compute, weights, rows, Caches::new(spans, layer), layer)?;
+            control.check()?;
+            self.watch(layer + 1, rows, control);
+        }
+        Ok(())
+    }
+
+    /// Fills the residual stream with what the first layer is to see.
+    fn begin(
+        &mut self,
+        weights: &Weights<'_>,
+        rows: &Rows,
+        spans: &[Span<'_>],
+        control: &Control<'_>,
+    ) -> Result<(), ModelError> {
         let hidden = self.spec.hidden_size;
         let len = rows.len() * hidden;
         let x = sized(&mut self.scratch.x, len);
+        if let Some(states) = control.states {
+            x.copy_from_slice(&states[rows.before() * hidden..][..len]);
+            return Ok(());
+        }
         for part in rows.spans() {
             let tokens = spans[part.span].tokens[part.token..][..part.count].chunks(EMBEDDED_AT_ONCE);
             let x = x[part.first * hidden..].chunks_mut(EMBEDDED_AT_ONCE * hidden);
@@ -272,12 +294,6 @@ impl Model {
                 control.check()?;
                 self.embedding.rows(weights.file, tokens, &mut x[..tokens.len() * hidden])?;
             }
-        }
-        self.watch(0, rows, control);
-        for layer in 0..self.layers.len() {
-            self.layer(compute, weights, rows, Caches::new(spans, layer), layer)?;
-            control.check()?;
-            self.watch(layer + 1, rows, control);
         }
         Ok(())
     }

@@ -168,6 +168,11 @@ impl Rows {
         Progress { layers: 0, rows: self.rows.len(), rows_before: self.before, rows_total: self.total }
     }
 
+    /// Rows of the step that earlier passes have taken.
+    pub fn before(&self) -> usize {
+        self.before
+    }
+
     /// Whether the pass has no rows, as before the first one.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()

@@ -177,7 +177,7 @@ impl Canonical {
         for (bytes, digits) in [(&b[..32], 5), (&b[32..48], 5), (&b[48..52], 4)] {
             let mut power = 1u8;
             for _ in 0..digits {
-                let digit = |b: &u8| (u16::from(b.wrapping_mul(power)) * 3 >> 8) as u8;
+                let digit = |b: &u8| ((u16::from(b.wrapping_mul(power)) * 3) >> 8) as u8;
                 self.codes.extend(bytes.iter().map(digit));
                 power = power.wrapping_mul(3);
             }

@@ -178,9 +178,8 @@ impl Writer<'_> {
             _ => {}
         }
         let window = keys.uint("attention.sliding_window")?.filter(|&w| w > 0);
-        match (self.arch, window) {
-            (Arch::GptOss | Arch::Llama | Arch::Mistral3, window) => self.out.set("sliding_window", window),
-            _ => {}
+        if matches!(self.arch, Arch::GptOss | Arch::Llama | Arch::Mistral3) {
+            self.out.set("sliding_window", window);
         }
         if self.arch == Arch::MiniMaxM2 {
             // The family has a key of its own for it.

@@ -201,11 +201,6 @@ impl Metadata {
         self.0.get(key)
     }
 
-    /// The keys, sorted.
-    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
-        self.0.keys().map(String::as_str)
-    }
-
     fn read<'a, T>(
         &'a self,
         key: &str,

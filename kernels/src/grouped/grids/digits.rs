@@ -29,7 +29,7 @@ impl<const N: usize> Digits<N> {
 const fn two_bits(n: usize) -> usize {
     let (mut bits, mut rest, mut c) = (0, n, 0);
     while c < 8 {
-        bits |= rest % 3 << (2 * c);
+        bits |= (rest % 3) << (2 * c);
         rest /= 3;
         c += 1;
     }

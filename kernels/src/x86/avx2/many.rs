@@ -6,12 +6,13 @@
 use super::codebook::{look_up, nibbles, row_scales, scale_and_offset};
 use super::{block_scales, load16, load32, put};
 use crate::activations::{Activations, QuantisedBlock};
-use crate::matmul::{TILE_TOKENS, Tile, TileShape};
+use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;
 use crate::quant::UNIT;
 use crate::x86::ahead::Ahead;
 use crate::x86::{
-    INT4, MXFP4, Q3, Q4, Q8, bias, block_bytes, e2m1_table, levels, offset_base, scale_bytes, scales_from, unit,
+    AVX2_TOKENS, INT4, MXFP4, Q3, Q4, Q8, bias, block_bytes, e2m1_table, levels, offset_base, scale_bytes, scales_from,
+    unit,
 };
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -23,7 +24,7 @@ const PASS: usize = 4;
 const LEVEL_BIAS: i32 = 64;
 
 /// The sums of a tile, by token and row group, for even and for odd blocks.
-type Sums<const G: usize> = [[[__m256; G]; TILE_TOKENS]; 2];
+type Sums<const G: usize> = [[[__m256; G]; AVX2_TOKENS]; 2];
 
 /// One block of a row group.
 #[derive(Clone, Copy)]
@@ -43,12 +44,12 @@ pub(super) fn tile<const TY: u8, const G: usize>(
     out: &mut Tile,
 ) {
     let blocks = w[0].values.len() / const { block_bytes(TY) };
-    let mut rows: [&[QuantisedBlock]; TILE_TOKENS] = [&[]; TILE_TOKENS];
+    let mut rows: [&[QuantisedBlock]; AVX2_TOKENS] = [&[]; AVX2_TOKENS];
     for (t, row) in rows[..shape.tokens].iter_mut().enumerate() {
         *row = &x.quantised_row(shape.token + t)[..blocks];
     }
     let rows = &rows[..shape.tokens];
-    let mut sums: Sums<G> = [[[_mm256_setzero_ps(); G]; TILE_TOKENS]; 2];
+    let mut sums: Sums<G> = [[[_mm256_setzero_ps(); G]; AVX2_TOKENS]; 2];
     let ahead = Ahead::new(w);
     // A number of steps that the compiler does not know keeps the loop over them, and with it the order that this is about.
     let steps = black_box(const { steps_of(TY) });

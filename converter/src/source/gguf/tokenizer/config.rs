@@ -136,10 +136,9 @@ fn ends(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<BTreeSet<u32>, P
     ends.extend(ENDS.iter().filter_map(control));
     // In OpenAI's harmony format, and in others with calls of their own, `<|end|>` is the end of a message among several.
     let has = |text: &str| control(&text).is_some();
-    if has("<|return|>") && has("<|call|>") || has("<|flush|>") && has("<|calls|>") {
-        if let Some(end) = vocabulary.id("<|end|>").filter(|&id| Some(id) != vocabulary.eos) {
-            ends.remove(&end);
-        }
+    let among_several = (has("<|return|>") && has("<|call|>")) || (has("<|flush|>") && has("<|calls|>"));
+    if among_several && let Some(end) = vocabulary.id("<|end|>").filter(|&id| Some(id) != vocabulary.eos) {
+        ends.remove(&end);
     }
     Ok(ends)
 }

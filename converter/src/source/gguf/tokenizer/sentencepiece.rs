@@ -18,7 +18,7 @@ const MOST_WORK: u64 = 1 << 28;
 pub(super) fn tokenizer_json(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Vec<u8>, Problem> {
     let prefix = metadata.bool(SPACE_PREFIX)?.unwrap_or(true);
     let merges = merges(metadata, vocabulary)?;
-    let least = vocabulary.iter().filter(|(_, token)| makes_text(token.kind)).next_back().map_or(0, |(id, _)| id + 1);
+    let least = vocabulary.iter().rfind(|(_, token)| makes_text(token.kind)).map_or(0, |(id, _)| id + 1);
     let model = Model {
         unk_token: unknown(vocabulary),
         fuse_unk: true,

@@ -4,10 +4,10 @@
 //! looked up by `vpermi2b`, 128 bytes at a time; `vpmultishiftqb` spreads what is found over the columns, beside their signs,
 //! and one more look-up turns level and sign into a byte.
 //!
-//! The 16-byte lanes of a vector hold two points of rows 0 to 7 each, in this order: points 0 and 1 of the first row group,
-//! points 0 and 1 of the second, points 2 and 3 of the first, points 2 and 3 of the second.
+//! What is looked up lies in the order of [`PLACES`], so that codes and signs, interleaved, give each 64 bits the words of two
+//! rows of one point and then of the same rows of the next: what `vpmultishiftqb` takes from them are eight bytes of a vector.
 
-use super::super::{Pair, load16x2, load32x2};
+use super::super::{Pair, load8x2, load16x2, load32x2};
 use crate::grouped::grids::digits::{self, Digits};
 use crate::grouped::grids::{IQ1_LEVELS, IQ2_LEVELS, IQ3S_LEVELS, IQ3XXS_LEVELS};
 use crate::x86::bytes;
@@ -68,9 +68,9 @@ struct Indices {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn eights<const C: u8, const N: usize>(a: &[u8], b: &[u8], digits: &Digits<N>) -> Bytes {
     let (indices, signs) = match C {
-        IQ2S => (iq2s(a, b), in_lanes(load32x2(a, b, 32))),
+        IQ2S => (iq2s(a, b), in_order(const { &places([32, 8, 1], 0) }, load32x2(a, b, 32))),
         IQ2XS => iq2xs(a, b),
-        IQ2XXS => (low_bits(a, b), in_lanes(seven_bits(a, b, 32))),
+        IQ2XXS => (low_bits(a, b, 0), in_order(const { &places([32, 1, 4], 0) }, seven_bits(a, b, 32))),
         IQ1S => iq1s(a, b),
         _ => iq1m(a, b),
     };
@@ -78,18 +78,16 @@ fn eights<const C: u8, const N: usize>(a: &[u8], b: &[u8], digits: &Digits<N>) -
     let table = load(const { &two_bit_levels(C) });
     let mut out = [_mm512_setzero_si512(); 8];
     for (h, plane) in planes.into_iter().enumerate() {
-        let even = _mm512_unpacklo_epi8(plane, signs);
-        let odd = _mm512_unpackhi_epi8(plane, signs);
+        let words = [_mm512_unpacklo_epi8(plane, signs), _mm512_unpackhi_epi8(plane, signs)];
         for l in 0..4 {
-            let words = if l % 2 == 0 { even } else { odd };
             // Bits of levels begin at bit 0 of a word, those of signs at bit 8 or 12.
-            out[2 * l + h] = spread::<2>(words, l / 2, 8 + 4 * h, table);
+            out[2 * l + h] = spread::<2>(words[l / 2], l % 2, 8 + 4 * h, table);
         }
     }
     out
 }
 
-/// Points of four columns: indices of points 0 to 4, and of points 4 to 8.
+/// Points of four columns: points 0 to 4, then 4 to 8.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn fours<const C: u8, const N: usize>(a: &[u8], b: &[u8], digits: &Digits<N>) -> Bytes {
@@ -97,24 +95,26 @@ fn fours<const C: u8, const N: usize>(a: &[u8], b: &[u8], digits: &Digits<N>) ->
     let table = load(const { &three_bit_levels(C) });
     let mut out = [_mm512_setzero_si512(); 8];
     for half in 0..2 {
-        let low = in_lanes(load32x2(a, b, 32 * half));
-        let mut bits = [_mm512_movepi8_mask(low), 0, 0, 0];
+        let mut indices = low_bits(a, b, 32 * half);
         if C == IQ3S {
-            let high = eight_rows(a, b, 96);
-            let bit = [1, 2, 1, 2, 4, 8, 4, 8].map(|bit| repeated(bit << (4 * half)));
-            bits[1] = _mm512_test_epi8_mask(high, load_words(&bit));
+            let ninth = in_order(const { &places([8, 0, 1], 0) }, _mm512_castsi128_si512(load8x2(a, b, 96)));
+            let tested = if half == 0 { const { &bits(1, 0) } } else { const { &bits(1, 4) } };
+            indices.bits[1] = _mm512_test_epi8_mask(ninth, load(tested));
         }
-        let indices = Indices { low, bits };
         let planes = [look_up(&digits.0[0], &indices), look_up(&digits.0[1], &indices)];
         // Each point has a half of eight signs; they go beside the four upper bits of its levels.
-        let place = if half == 0 { [0, 0, 4, 4, 1, 1, 5, 5] } else { [2, 2, 6, 6, 3, 3, 7, 7] };
-        let both = _mm512_permutexvar_epi64(load_words(&place), signs);
-        let upper = _mm512_mask_slli_epi64::<4>(both, 0x55, both);
+        let places = match (C, half) {
+            (IQ3S, 0) => const { &halves_of_signs([32, 8, 1], 0) },
+            (IQ3S, _) => const { &halves_of_signs([32, 8, 1], 2) },
+            (_, 0) => const { &halves_of_signs([32, 1, 4], 0) },
+            _ => const { &halves_of_signs([32, 1, 4], 2) },
+        };
+        let both = in_order(places, signs);
+        let upper = _mm512_mask_slli_epi16::<4>(both, 0x5555_5555, both);
         let high = _mm512_ternarylogic_epi64::<0xea>(_mm512_set1_epi8(0xf0_u8 as i8), upper, planes[1]);
-        let even = _mm512_unpacklo_epi8(planes[0], high);
-        let odd = _mm512_unpackhi_epi8(planes[0], high);
+        let words = [_mm512_unpacklo_epi8(planes[0], high), _mm512_unpackhi_epi8(planes[0], high)];
         for p in 0..4 {
-            out[4 * half + p] = spread::<3>(if p % 2 == 0 { even } else { odd }, p / 2, 12, table);
+            out[4 * half + p] = spread::<3>(words[p / 2], p % 2, 12, table);
         }
     }
     out
@@ -139,38 +139,26 @@ fn look_up<const N: usize>(table: &[u8; N], indices: &Indices) -> __m512i {
     found[0]
 }
 
-/// From the words of sixteen rows, half of those of `words`, to four bytes each: level `i` has `WIDTH` bits from bit `WIDTH·i`
-/// on, and its sign is bit `signs + i`.
+/// From the words of sixteen rows, those of the first or of the second point of `words`, to four bytes each: level `i` has
+/// `WIDTH` bits from bit `WIDTH·i` on, and its sign is bit `signs + i`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
-fn spread<const WIDTH: usize>(words: __m512i, half: usize, signs: usize, table: __m512i) -> __m512i {
-    let double = if half == 0 { const { &doubled(0) } } else { const { &doubled(16) } };
-    let wide = _mm512_permutexvar_epi16(load(double), words);
-    let levels = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(every(WIDTH, 0)), wide);
-    let moved = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(every(1, signs - WIDTH)), wide);
-    // Where the third operand counts, take the first, else the second; bits above have no meaning for the look-up.
+fn spread<const WIDTH: usize>(words: __m512i, point: usize, signs: usize, table: __m512i) -> __m512i {
+    let levels = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(every(WIDTH, 16, 32 * point)), words);
+    let moved = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(every(1, 16, 32 * point + signs - WIDTH)), words);
+    // Where the first operand has bits, take the second, else the third; bits above have no meaning for the look-up.
     let number = _mm512_ternarylogic_epi64::<0xca>(_mm512_set1_epi8(1 << WIDTH), moved, levels);
     _mm512_permutexvar_epi8(number, table)
 }
 
-/// First bits of the bytes of two words of 32 bits: `first`, and `step` more for each byte.
-const fn every(step: usize, first: usize) -> i64 {
+/// First bits of eight bytes: `first`, `step` more for each byte, and from the fifth byte on `word` more.
+const fn every(step: usize, word: usize, first: usize) -> i64 {
     let (mut all, mut i) = (0, 0);
     while i < 8 {
-        all |= ((i / 4 * 32 + i % 4 * step + first) as i64) << (8 * i);
+        all |= (((i / 4 * word + i % 4 * step + first) % 64) as i64) << (8 * i);
         i += 1;
     }
     all
-}
-
-/// Each word of sixteen twice.
-const fn doubled(first: u8) -> [u8; 64] {
-    let (mut places, mut i) = ([0; 64], 0);
-    while i < 32 {
-        places[2 * i] = first + i as u8 / 2;
-        i += 1;
-    }
-    places
 }
 
 /// What number and sign of a level stand for: the number is in bits 0 and 1, the sign in bit 2.
@@ -203,41 +191,71 @@ const fn three_bit_levels(codes: u8) -> [u8; 64] {
     table
 }
 
-/// From points 0 to 4 of the first row group and then of the second to the order of lanes.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
-fn in_lanes(v: __m512i) -> __m512i {
-    _mm512_permutexvar_epi64(load_words(&[0, 1, 4, 5, 2, 3, 6, 7]), v)
+/// Row group, point and row of each byte of what is looked up.
+const PLACES: [[u8; 3]; 64] = {
+    let (mut places, mut i) = ([[0; 3]; 64], 0);
+    while i < 64 {
+        let row = i / 16 * 4 + i % 8 / 4 * 2 + i % 2;
+        let point = i % 16 / 8 * 2 + i % 4 / 2;
+        places[i] = [row as u8 / 8, point as u8, row as u8 % 8];
+        i += 1;
+    }
+    places
+};
+
+/// Where bytes are that a row group has at `steps[1]·point + steps[2]·row`, and `first` further on.
+const fn places(steps: [u8; 3], first: u8) -> [u8; 64] {
+    let (mut places, mut i) = ([0; 64], 0);
+    while i < 64 {
+        let [g, p, r] = PLACES[i];
+        places[i] = g * steps[0] + p * steps[1] + r * steps[2] + first;
+        i += 1;
+    }
+    places
 }
 
-/// Row group and point of each eight bytes.
-const LANES: [(u8, u8); 8] = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3)];
+/// Where the signs are of points of four columns, of which two share a byte.
+const fn halves_of_signs(steps: [u8; 3], first: u8) -> [u8; 64] {
+    let (mut places, mut i) = ([0; 64], 0);
+    while i < 64 {
+        let [g, p, r] = PLACES[i];
+        places[i] = g * steps[0] + (first + p / 2) * steps[1] + r * steps[2];
+        i += 1;
+    }
+    places
+}
 
-/// Indices of one byte.
+/// For each byte the bit `step·point + first`.
+const fn bits(step: u8, first: u8) -> [u8; 64] {
+    let (mut bits, mut i) = ([0; 64], 0);
+    while i < 64 {
+        bits[i] = 1 << (PLACES[i][1] * step + first);
+        i += 1;
+    }
+    bits
+}
+
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
-fn low_bits(a: &[u8], b: &[u8]) -> Indices {
-    let low = in_lanes(load32x2(a, b, 0));
+fn in_order(places: &[u8; 64], v: __m512i) -> __m512i {
+    _mm512_permutexvar_epi8(load(places), v)
+}
+
+/// Indices of one byte, of the four points at `at`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+fn low_bits(a: &[u8], b: &[u8], at: usize) -> Indices {
+    let low = in_order(const { &places([32, 8, 1], 0) }, load32x2(a, b, at));
     Indices { low, bits: [_mm512_movepi8_mask(low), 0, 0, 0] }
-}
-
-/// Eight bytes of each row group, one per row, for all its points.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
-fn eight_rows(a: &[u8], b: &[u8], at: usize) -> __m512i {
-    let [a, b] = [i64::from_le_bytes(*bytes(a, at)), i64::from_le_bytes(*bytes(b, at))];
-    _mm512_mask_set1_epi64(_mm512_set1_epi64(a), 0b1100_1100, b)
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn iq2s(a: &[u8], b: &[u8]) -> Indices {
-    let mut indices = low_bits(a, b);
-    let high = eight_rows(a, b, 64);
-    for bit in 0..2 {
-        let places = LANES.map(|(_, l)| repeated(1 << (2 * l + bit)));
-        indices.bits[1 + usize::from(bit)] = _mm512_test_epi8_mask(high, load_words(&places));
-    }
+    let mut indices = low_bits(a, b, 0);
+    let high = in_order(const { &places([8, 0, 1], 0) }, _mm512_castsi128_si512(load8x2(a, b, 64)));
+    indices.bits[1] = _mm512_test_epi8_mask(high, load(const { &bits(2, 0) }));
+    indices.bits[2] = _mm512_test_epi8_mask(high, load(const { &bits(2, 1) }));
     indices
 }
 
@@ -246,80 +264,73 @@ fn iq2s(a: &[u8], b: &[u8]) -> Indices {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn iq2xs(a: &[u8], b: &[u8]) -> (Indices, __m512i) {
     let [a, b] = [load(bytes(a, 0)), load(bytes(b, 0))];
-    let low = _mm512_permutex2var_epi8(a, load(const { &places(64, 16, 2, 0) }), b);
-    let high = _mm512_permutex2var_epi8(a, load(const { &places(64, 16, 2, 1) }), b);
+    let low = _mm512_permutex2var_epi8(a, load(const { &places([64, 16, 2], 0) }), b);
+    let high = _mm512_permutex2var_epi8(a, load(const { &places([64, 16, 2], 1) }), b);
     let ninth = _mm512_test_epi8_mask(high, _mm512_set1_epi8(1));
     let signs = _mm512_and_si512(_mm512_srli_epi16::<1>(high), _mm512_set1_epi8(127));
     (Indices { low, bits: [_mm512_movepi8_mask(low), ninth, 0, 0] }, with_parity(signs))
 }
 
-/// Places in the order of lanes of bytes that a row group has at `point·l + row·r + at`.
-const fn places(group: u8, point: u8, row: u8, at: u8) -> [u8; 64] {
-    let (mut places, mut i) = ([0; 64], 0);
-    while i < 64 {
-        let (g, l) = LANES[i / 8];
-        places[i] = g * group + l * point + (i % 8) as u8 * row + at;
-        i += 1;
-    }
-    places
-}
-
-/// Indices, and eight times the sign of what is added.
+/// Indices, and all ones where an eighth is subtracted.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn iq1s(a: &[u8], b: &[u8]) -> (Indices, __m512i) {
-    let mut indices = low_bits(a, b);
-    let words = _mm512_castsi256_si512(load16x2(a, b, 32));
-    for bit in 0..3 {
-        // Bits 3l to 3l + 3 of words of two bytes.
-        let mut places = const { places(16, 0, 2, 0) };
-        let mut tested = [0; 8];
-        for i in 0..64 {
-            let place = 3 * LANES[i / 8].1 + bit;
-            places[i] += place / 8;
-            tested[i / 8] = repeated(1 << (place % 8));
+    /// Places and bits of bit `bit` of the upper three bits, which are bits 3l to 3l + 3 of a word.
+    const fn upper(bit: u8) -> [[u8; 64]; 2] {
+        let (mut found, mut i) = ([places([16, 0, 2], 0), [0; 64]], 0);
+        while i < 64 {
+            let place = 3 * PLACES[i][1] + bit;
+            found[0][i] += place / 8;
+            found[1][i] = 1 << (place % 8);
+            i += 1;
         }
-        let moved = _mm512_permutexvar_epi8(load(&places), words);
-        indices.bits[1 + usize::from(bit)] = _mm512_test_epi8_mask(moved, load_words(&tested));
+        found
     }
-    let top = _mm512_permutexvar_epi8(load(const { &places(16, 0, 2, 1) }), words);
+    const UPPER: [[[u8; 64]; 2]; 3] = [upper(0), upper(1), upper(2)];
+    let mut indices = low_bits(a, b, 0);
+    let words = _mm512_castsi256_si512(load16x2(a, b, 32));
+    for (bit, [places, tested]) in UPPER.iter().enumerate() {
+        indices.bits[1 + bit] = _mm512_test_epi8_mask(in_order(places, words), load(tested));
+    }
+    let top = in_order(const { &places([16, 0, 2], 1) }, words);
     (indices, _mm512_movm_epi8(_mm512_movepi8_mask(top)))
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn iq1m(a: &[u8], b: &[u8]) -> (Indices, __m512i) {
-    let mut indices = low_bits(a, b);
-    let words = _mm512_castsi256_si512(load16x2(a, b, 32));
-    let mut places = const { places(16, 0, 1, 0) };
-    for i in 0..64 {
-        places[i] += LANES[i / 8].1 / 2 * 8;
+    /// Points 0 and 1 share a byte, then points 2 and 3.
+    const BYTES: [u8; 64] = {
+        let (mut bytes, mut i) = (places([16, 0, 1], 0), 0);
+        while i < 64 {
+            bytes[i] += PLACES[i][1] / 2 * 8;
+            i += 1;
+        }
+        bytes
+    };
+    const fn tested(bit: u8) -> [u8; 64] {
+        let (mut tested, mut i) = ([0; 64], 0);
+        while i < 64 {
+            tested[i] = 1 << (PLACES[i][1] % 2 * 4 + bit);
+            i += 1;
+        }
+        tested
     }
-    let nibbles = _mm512_permutexvar_epi8(load(&places), words);
+    const TESTED: [[u8; 64]; 4] = [tested(0), tested(1), tested(2), tested(3)];
+    let mut indices = low_bits(a, b, 0);
+    let nibbles = in_order(&BYTES, _mm512_castsi256_si512(load16x2(a, b, 32)));
     for bit in 0..3 {
-        let tested = LANES.map(|(_, l)| repeated(1 << (l % 2 * 4 + bit)));
-        indices.bits[1 + usize::from(bit)] = _mm512_test_epi8_mask(nibbles, load_words(&tested));
+        indices.bits[1 + bit] = _mm512_test_epi8_mask(nibbles, load(&TESTED[bit]));
     }
-    let tested = LANES.map(|(_, l)| repeated(8 << (l % 2 * 4)));
-    (indices, _mm512_movm_epi8(_mm512_test_epi8_mask(nibbles, load_words(&tested))))
+    (indices, _mm512_movm_epi8(_mm512_test_epi8_mask(nibbles, load(&TESTED[3]))))
 }
 
-/// Four times seven signs of each row, completed: for each row group those of columns 0..8 of all rows first.
+/// Four times seven signs, completed, of each row and row group, one after the other.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn seven_bits(a: &[u8], b: &[u8], at: usize) -> __m512i {
-    const BY_POINT: [u8; 64] = {
-        let (mut places, mut i) = ([0; 64], 0);
-        while i < 64 {
-            places[i] = (i / 32 * 32 + i % 8 * 4 + i / 8 % 4) as u8;
-            i += 1;
-        }
-        places
-    };
-    let words = load32x2(a, b, at);
-    let by_row = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(const { every(7, 0) }), words);
-    let by_point = _mm512_permutexvar_epi8(load(&BY_POINT), by_row);
-    with_parity(_mm512_and_si512(by_point, _mm512_set1_epi8(127)))
+    let signs = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(const { every(7, 32, 0) }), load32x2(a, b, at));
+    with_parity(_mm512_and_si512(signs, _mm512_set1_epi8(127)))
 }
 
 /// Adds the eighth sign, which makes the number of minuses even.
@@ -334,26 +345,14 @@ fn with_parity(signs: __m512i) -> __m512i {
         }
         odd
     };
-    // Six bits are looked up. Bits 4 and 5 are what they were, bits 6 and 7, which is 0, have to meet others first.
+    // Six bits are looked up; bit 6 joins bit 0, and bit 7 is not set.
     let folded = _mm512_xor_si512(signs, _mm512_and_si512(_mm512_srli_epi16::<6>(signs), _mm512_set1_epi8(3)));
     _mm512_or_si512(signs, _mm512_permutexvar_epi8(folded, load(&ODD)))
-}
-
-/// Eight times one byte.
-const fn repeated(byte: u8) -> u64 {
-    u64::from_le_bytes([byte; 8])
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn load(from: &[u8; 64]) -> __m512i {
-    // SAFETY: the reference covers the 64 bytes; the load has no alignment.
-    unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load_words(from: &[u64; 8]) -> __m512i {
     // SAFETY: the reference covers the 64 bytes; the load has no alignment.
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
 }

@@ -118,27 +118,34 @@ fn tokens<const HALVES: bool, const BIAS: bool>(
     let mut ahead = Stream::new(w, blocks);
     let bytes = [[_mm512_setzero_si512(); 8]; STRIP];
     let mut strip = Strip { terms: Terms::new(ty), bytes, first: 0, blocks: 0 };
+    let mut rows: [&[QuantisedBlock]; TILE_TOKENS] = [&[]; TILE_TOKENS];
+    for (t, row) in rows[..shape.tokens].iter_mut().enumerate() {
+        *row = &x.quantised_row(shape.token + t)[..blocks];
+    }
+    let rows = &rows[..shape.tokens];
     let mut sums = Sums { even: [_mm512_setzero_ps(); TILE_TOKENS], odd: [_mm512_setzero_ps(); TILE_TOKENS] };
     for first in (0..blocks).step_by(STRIP) {
         (strip.first, strip.blocks) = (first, (blocks - first).min(STRIP));
         strip.terms.fill(ty, w, first / STRIP);
         decode::strip(ty, w, first / STRIP, &mut strip.bytes);
         ahead.strip(ty.codes());
-        let (mut t, token) = (0, shape.token);
-        while shape.tokens - t >= 8 {
-            pass::<HALVES, BIAS, 8>(&strip, &quantised_rows(x, token + t), &mut sums, t);
-            t += 8;
+        let (eights, rest) = rows.as_chunks::<8>();
+        for (i, x) in eights.iter().enumerate() {
+            pass::<HALVES, BIAS, 8>(&strip, x, &mut sums, 8 * i);
         }
-        if shape.tokens - t >= 4 {
-            pass::<HALVES, BIAS, 4>(&strip, &quantised_rows(x, token + t), &mut sums, t);
+        let mut t = 8 * eights.len();
+        let (fours, rest) = rest.as_chunks::<4>();
+        for x in fours {
+            pass::<HALVES, BIAS, 4>(&strip, x, &mut sums, t);
             t += 4;
         }
-        if shape.tokens - t >= 2 {
-            pass::<HALVES, BIAS, 2>(&strip, &quantised_rows(x, token + t), &mut sums, t);
+        let (twos, rest) = rest.as_chunks::<2>();
+        for x in twos {
+            pass::<HALVES, BIAS, 2>(&strip, x, &mut sums, t);
             t += 2;
         }
-        if t < shape.tokens {
-            pass::<HALVES, BIAS, 1>(&strip, &quantised_rows(x, token + t), &mut sums, t);
+        for x in rest {
+            pass::<HALVES, BIAS, 1>(&strip, &[x], &mut sums, t);
         }
     }
     let factors = row_factors(ty, w);

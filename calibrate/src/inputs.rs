@@ -1,0 +1,133 @@
+//! What has met the matrices of one layer, and how they are to be rounded for it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+
+use sluice_converter::measure::{Guide, Inputs};
+use sluice_format::{ColumnMeans, ExtentKind, MatrixKey};
+use sluice_kernels::{Activations, Feedback, Kernels, Moments, Precision, ThreadPool};
+
+/// Columns of an expert's second matrix whose errors can be made good in each other: it sees few tokens, which say little of more,
+/// and there are very many such matrices.
+const EXPERT_PANEL: usize = 512;
+
+/// Tokens below which an expert's own inputs say too little.
+const ENOUGH_TOKENS: usize = 32;
+
+/// An expert's mean squares are mixed with those of its layer's experts as if so many tokens of these had come on top.
+const PRIOR_TOKENS: f32 = 8.0;
+
+/// Inputs of an expert's second matrix, `[tokens, cols]`.
+pub(crate) struct ExpertRows {
+    pub(crate) cols: usize,
+    pub(crate) rows: Vec<f32>,
+}
+
+impl ExpertRows {
+    fn tokens(&self) -> usize {
+        self.rows.len() / self.cols.max(1)
+    }
+
+    /// Sums of squares by column.
+    fn squares(&self) -> Vec<f64> {
+        let mut sums = vec![0.0; self.cols];
+        for row in self.rows.chunks_exact(self.cols.max(1)) {
+            sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x) * f64::from(x));
+        }
+        sums
+    }
+}
+
+/// Inputs of a matrix that every token meets, and what follows from them once it is asked for.
+struct Common {
+    moments: Moments,
+    feedback: OnceLock<Option<Arc<Feedback>>>,
+}
+
+/// What has met the matrices of one layer.
+pub(crate) struct LayerInputs {
+    kernels: Kernels,
+    layer: u32,
+    common: BTreeMap<MatrixKey, Common>,
+    gates: BTreeMap<u32, ColumnMeans>,
+    downs: BTreeMap<u32, ExpertRows>,
+    /// Mean squares of the inputs of all experts' second matrices.
+    mean_down: Vec<f32>,
+}
+
+impl LayerInputs {
+    pub(crate) fn new(
+        kernels: Kernels,
+        layer: u32,
+        moments: BTreeMap<MatrixKey, Moments>,
+        gates: BTreeMap<u32, ColumnMeans>,
+        downs: BTreeMap<u32, ExpertRows>,
+    ) -> Self {
+        let cols = downs.values().next().map_or(0, |rows| rows.cols);
+        let tokens: usize = downs.values().map(ExpertRows::tokens).sum();
+        let mut sums = vec![0.0f64; cols];
+        for rows in downs.values() {
+            sums.iter_mut().zip(rows.squares()).for_each(|(sum, squares)| *sum += squares);
+        }
+        let mean_down = sums.iter().map(|sum| (sum / tokens.max(1) as f64) as f32).collect();
+        let common = moments.into_iter().map(|(key, moments)| (key, Common { moments, feedback: OnceLock::new() }));
+        LayerInputs { kernels, layer, common: common.collect(), gates, downs, mean_down }
+    }
+
+    /// Mean squares by matrix, for an importance file.
+    pub(crate) fn means(&self) -> BTreeMap<MatrixKey, ColumnMeans> {
+        let expert =
+            |name: &str, index| MatrixKey { kind: ExtentKind::Expert, layer: self.layer, name: name.to_owned(), index };
+        let common = self.common.iter().filter(|(key, _)| key.kind != ExtentKind::Router).map(|(key, common)| {
+            let (tokens, mean_squares) = (common.moments.tokens(), common.moments.mean_squares());
+            (key.clone(), ColumnMeans { tokens, mean_squares })
+        });
+        let gates = self.gates.iter().map(|(&index, means)| (expert("gate_up", index), means.clone()));
+        let downs = self.downs.iter().filter(|(_, rows)| rows.tokens() > 0).map(|(&index, rows)| {
+            let tokens = rows.tokens() as u64;
+            let mean_squares = rows.squares().iter().map(|sum| (sum / tokens as f64) as f32).collect();
+            (expert("down", index), ColumnMeans { tokens, mean_squares })
+        });
+        common.chain(gates).chain(downs).collect()
+    }
+
+    /// How a matrix that every token meets is rounded.
+    fn common(&self, key: &MatrixKey) -> Guide {
+        let Some(Common { moments, feedback }) = self.common.get(key) else { return Guide::Nothing };
+        let made = feedback.get_or_init(|| Feedback::new(self.kernels, moments).map(Arc::new));
+        made.as_ref().map_or_else(|| columns(moments.mean_squares()), |f| Guide::Feedback(f.clone()))
+    }
+
+    /// How an expert's second matrix is rounded.
+    fn down(&self, expert: u32) -> Guide {
+        let mean = || columns(self.mean_down.clone());
+        let Some(seen) = self.downs.get(&expert).filter(|rows| rows.tokens() >= ENOUGH_TOKENS) else { return mean() };
+        let mut x = Activations::new(Precision::Exact);
+        x.set(&seen.rows, seen.tokens(), seen.cols);
+        let mut moments = Moments::new(seen.cols, EXPERT_PANEL);
+        moments.add(&self.kernels, &ThreadPool::new(1), &x);
+        moments.add_prior(&self.mean_down, PRIOR_TOKENS);
+        let feedback = Feedback::new(self.kernels, &moments);
+        feedback.map_or_else(mean, |feedback| Guide::Feedback(Arc::new(feedback)))
+    }
+}
+
+/// Importance, if it is one: squares can be beyond all numbers.
+fn columns(mean_squares: Vec<f32>) -> Guide {
+    let known = !mean_squares.is_empty() && mean_squares.iter().all(|m| m.is_finite());
+    if known { Guide::Columns(mean_squares) } else { Guide::Nothing }
+}
+
+impl Inputs for LayerInputs {
+    fn guide(&self, key: &MatrixKey) -> Guide {
+        match (key.kind, key.name.as_str()) {
+            (ExtentKind::Expert, "down") => self.down(key.index),
+            // All experts of a layer choose from the inputs of their router.
+            (ExtentKind::Expert, _) => {
+                let (kind, name) = (ExtentKind::Router, "router".to_owned());
+                self.common(&MatrixKey { kind, layer: self.layer, name, index: 0 })
+            }
+            _ => self.common(key),
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Model files of one layer, in types that hold its weights as they are: what is executed while a model is measured.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use sluice_format::{
+    ExtentKind, FileLayout, FileWriter, Layout, Metadata, ModelSpec, NO_LAYER, PlannedExtent, SPEC_BLOB, TensorRecord,
+    WeightType, Written,
+};
+
+use crate::contents::Contents;
+use crate::encoding::Rows;
+use crate::error::ConvertError;
+use crate::pack::Packer;
+use crate::plan::Plan;
+
+/// A file that is removed when it is no longer needed.
+pub(crate) struct LayerFile {
+    path: PathBuf,
+}
+
+impl Drop for LayerFile {
+    fn drop(&mut self) {
+        // It is a temporary file: what is left of it costs space, and the next run writes it again.
+        drop(fs::remove_file(&self.path));
+    }
+}
+
+impl LayerFile {
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes the file of a layer to `path`. Runs on the current rayon pool.
+    pub(crate) fn write<'a>(
+        plan: &'a Plan,
+        contents: &'a Contents<'a>,
+        layer: usize,
+        path: PathBuf,
+    ) -> Result<LayerFile, ConvertError> {
+        let made = LayerFile { path };
+        let reading = plan.reading.as_ref().expect("the plan knows that it is measured");
+        let belongs = |kind, of: u32| reads(plan, layer, kind, of);
+        let spec = ModelSpec { vocab_size: 1, layers: vec![plan.spec.layers[layer].clone()], ..plan.spec.clone() };
+        let here = |of: u32| if of == NO_LAYER { NO_LAYER } else { 0 };
+        let numbers: Vec<usize> = (0..reading.planned.len())
+            .filter(|&i| belongs(reading.planned[i].kind, reading.planned[i].layer))
+            .collect();
+        // Not read, but part of every model file.
+        let stubs = [
+            (ExtentKind::FinalNorm, Layout::Plain, "norm"),
+            (ExtentKind::Embedding, Layout::Plain, ExtentKind::Embedding.name()),
+            (ExtentKind::Head, Layout::Tiled, ExtentKind::Head.name()),
+        ];
+        let stubs = stubs.into_iter().filter(|&(kind, ..)| !belongs(kind, NO_LAYER)).map(|(kind, layout, name)| {
+            let (shape, name) = ([1, 1, spec.hidden_size as u64], name.to_owned());
+            let weight_type = WeightType::F32;
+            let mut record =
+                TensorRecord { kind, weight_type, layout, layer: NO_LAYER, index: 0, shape, offset: 0, len: 0, name };
+            record.len = record.expected_len().expect("a row fits in memory");
+            record
+        });
+        let stubs: Vec<TensorRecord> = stubs.collect();
+        let stub = |r: &TensorRecord| PlannedExtent { kind: r.kind, layer: NO_LAYER, index: 0, logical_len: r.len };
+        let moved = |&i: &usize| PlannedExtent { layer: here(reading.planned[i].layer), ..reading.planned[i] };
+        let planned: Vec<PlannedExtent> = stubs.iter().map(stub).chain(numbers.iter().map(moved)).collect();
+        let records = reading.records.iter().filter(|r| belongs(r.kind, r.layer));
+        let records = records.map(|r| TensorRecord { layer: here(r.layer), ..r.clone() });
+        let records: Vec<TensorRecord> = stubs.iter().cloned().chain(records).collect();
+        let layout = FileLayout::new(plan.options.page_size, &planned)?;
+        let writer = FileWriter::open(&made.path, layout)?;
+        let pack = |packer: &mut Packer<'a>, number: usize| -> Result<Written, ConvertError> {
+            let mut extent = writer.extent(number);
+            match number.checked_sub(stubs.len()) {
+                None => extent.write(&vec![0; stubs[number].len as usize])?,
+                Some(i) => packer.reading(&reading.extents[numbers[i]], &mut extent)?,
+            }
+            Ok(extent.finish()?)
+        };
+        let all = (0..planned.len()).into_par_iter().map_init(|| Packer::new(plan, contents), pack);
+        let written = all.collect::<Result<Vec<Written>, _>>()?;
+        let mut metadata = Metadata::default();
+        metadata.insert(SPEC_BLOB, spec.to_json());
+        writer.finish(&written, &records, &metadata)?;
+        Ok(made)
+    }
+}
+
+/// Whether the file of a layer has the extents of this kind and layer: its own, and what is behind the last one.
+pub(crate) fn reads(plan: &Plan, layer: usize, kind: ExtentKind, of: u32) -> bool {
+    of == layer as u32 || (kind == ExtentKind::FinalNorm && layer + 1 == plan.spec.layers.len())
+}
+
+/// The embeddings of tokens, `[tokens, hidden]`.
+///
+/// # Errors
+/// [`ConvertError::Options`] for an unknown token, and those of reading.
+pub(crate) fn embeddings(plan: &Plan, contents: &Contents<'_>, tokens: &[u32]) -> Result<Vec<f32>, ConvertError> {
+    let parts = plan.layout.extents().iter().zip(&plan.extents).filter(|(e, _)| e.kind == ExtentKind::Embedding);
+    let parts: Vec<_> = parts.map(|(_, tensors)| &tensors[0]).collect();
+    let (height, hidden) = (parts.first().map_or(1, |p| p.shape[1]), plan.spec.hidden_size);
+    let mut order: Vec<usize> = (0..tokens.len()).collect();
+    order.sort_by_key(|&i| tokens[i]);
+    let mut states = vec![0.0; tokens.len() * hidden];
+    let mut packer = Packer::new(plan, contents);
+    for of_part in order.chunk_by(|&a, &b| tokens[a] as usize / height == tokens[b] as usize / height) {
+        let part = parts.get(tokens[of_part[0]] as usize / height).ok_or_else(|| {
+            ConvertError::Options(format!("the tokenizer has a token {}, the model has none", tokens[of_part[0]]))
+        })?;
+        packer.rows(part, of_part.iter().map(|&i| tokens[i] as usize % height), |number, row| {
+            states[of_part[number] * hidden..][..hidden].copy_from_slice(row);
+        })?;
+    }
+    Ok(states)
+}
+
+/// The row of a tensor with this number.
+pub(crate) fn one_row(first: usize, cols: usize) -> Rows {
+    Rows { first, count: 1, cols }
+}
