@@ -242,13 +242,7 @@ impl Client {
     ///
     /// # Errors
     /// Those of the requests, and those of `sink`.
-    pub(crate) fn read(
-        &self,
-        wanted: Wanted<'_>,
-        at: u64,
-        len: u64,
-        sink: &mut Sink<'_>,
-    ) -> Result<(), HubError> {
+    pub(crate) fn read(&self, wanted: Wanted<'_>, at: u64, len: u64, sink: &mut Sink<'_>) -> Result<(), HubError> {
         let what = format!("the file `{}` of {}", wanted.file, wanted.repo);
         let mut attempts = self.attempts(wanted.url, Question { repo: wanted.repo, what: &what })?;
         let (mut next, end) = (at, at + len);
