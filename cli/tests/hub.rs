@@ -101,11 +101,13 @@ fn a_conversion_that_is_killed_again_and_again_is_the_local_one() {
     while killed < kills {
         server.damage(&format!("model-{:05}-of-00012.safetensors", killed % 12 + 1), 1);
         let seen = || server.seen().requests.load(Ordering::Relaxed);
+        let pin = || source.join(".sluice-download").metadata().and_then(|m| m.modified()).ok();
+        let before = pin();
         let mut child = command(&server, folder.path(), &args).spawn().unwrap();
-        while !source.exists() && child.try_wait().unwrap().is_none() {
+        while pin() == before && child.try_wait().unwrap().is_none() {
             thread::sleep(Duration::from_micros(200));
         }
-        // It has begun; after some more requests, it ends.
+        // What it was planned by has been read, and it has noted its commit: it begins. After some more requests, it ends.
         let last = seen() + killed * 7 % 40;
         while seen() < last && child.try_wait().unwrap().is_none() {
             thread::sleep(Duration::from_micros(200));
