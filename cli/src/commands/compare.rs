@@ -6,8 +6,8 @@ use clap::value_parser;
 use serde_json::json;
 use sluice_format::ModelFile;
 use sluice_lab::compare::Comparison;
-use sluice_model::memory::available_memory;
 use sluice_model::Engine;
+use sluice_model::memory::available_memory;
 
 use super::perplexity::read_ids;
 use crate::engine_args::{EngineArgs, tokenizer};
@@ -98,8 +98,9 @@ fn check_other(args: &Args, ids: &[u32]) -> Result<(), CliError> {
 /// Memory for each of the two, by the sizes of their files. Of what is available, a tenth is left to the system.
 fn budgets(args: &Args) -> Result<[u64; 2], CliError> {
     let total = args.engine.budget.unwrap_or_else(|| available_memory() / 10 * 9);
-    let len =
-        |path: &Path| Ok::<u64, CliError>(ModelFile::open(path)?.extents().iter().map(|e| e.logical_len).sum::<u64>().max(1));
+    let len = |path: &Path| {
+        Ok::<u64, CliError>(ModelFile::open(path)?.extents().iter().map(|e| e.logical_len).sum::<u64>().max(1))
+    };
     let (a, b) = (len(&args.reference)?, len(&args.other)?);
     let first = (u128::from(total) * u128::from(a) / (u128::from(a) + u128::from(b))) as u64;
     Ok([first, total - first])
