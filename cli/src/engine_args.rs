@@ -73,11 +73,21 @@ pub(crate) enum EngineChoice {
 impl EngineArgs {
     /// Opens the model for a sequence of `context` tokens. Reads all dense weights: seconds, for a large model.
     pub(crate) fn open(&self, path: &Path, context: usize) -> Result<Engine, CliError> {
+        let engine = self.open_with(path, &self.options(context))?;
+        self.say_what_is_lossy();
+        Ok(engine)
+    }
+
+    /// Opens one of several models, which has a part of the budget.
+    pub(crate) fn open_within(&self, path: &Path, context: usize, budget: u64) -> Result<Engine, CliError> {
+        self.open_with(path, &EngineOptions { budget: Some(budget), ..self.options(context) })
+    }
+
+    fn open_with(&self, path: &Path, options: &EngineOptions) -> Result<Engine, CliError> {
         let spinner = spinner("opening the model");
-        let engine = Engine::open(path, &self.options(context));
+        let engine = Engine::open(path, options);
         spinner.finish_and_clear();
         let engine = engine?;
-        self.say_what_is_lossy();
         let memory = engine.memory();
         if let Some(requested) = memory.requested.filter(|&requested| memory.effective < requested) {
             note(&format_args!(

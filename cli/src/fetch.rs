@@ -227,7 +227,8 @@ pub(crate) fn model_file(argument: &Path, yes: bool) -> Result<PathBuf, CliError
     }
     let dst = models.path(&reference, None);
     let command = format!("sluice convert {reference}");
-    if !yes && !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
+    let can_ask = io::stdin().is_terminal() && io::stderr().is_terminal();
+    if !yes && !can_ask {
         return Err(CliError::Failure(format!(
             "{reference} is not among the models in {}. `{command}` makes it, and so does --yes where a command has it",
             models.folder().display()

@@ -221,6 +221,39 @@ fn perplexity_is_the_references() {
 }
 
 #[test]
+fn a_conversion_is_compared_with_its_reference() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (checkpoint, rounded) = (demo_checkpoint(), path("q3.sluice"));
+    let eval = checkpoint.join("eval.txt").to_str().unwrap().to_owned();
+    let convert = ["convert", checkpoint.to_str().unwrap(), &rounded, "--type", "q3"];
+    stdout(&sluice(&convert));
+    let compare = |other: &str| json(&sluice(&["compare", demo_model(), other, "--text", &eval, "--json"]));
+    let perplexity = |model: &str| json(&sluice(&["perplexity", model, "--text", &eval, "--json"]));
+
+    let same = compare(demo_model());
+    assert_eq!((&same["divergence"], &same["agreement"]), (&0.0.into(), &1.0.into()), "{same}");
+    assert_eq!(same["max_logit_difference"], 0.0, "{same}");
+
+    let compared = compare(&rounded);
+    for (at, model) in [demo_model(), &rounded].into_iter().enumerate() {
+        let alone = perplexity(model);
+        assert_eq!(compared["tokens"], alone["tokens"]);
+        assert_eq!(
+            (&compared["perplexity"][at], &compared["nll"][at]),
+            (&alone["perplexity"], &alone["nll"]),
+            "{model}"
+        );
+    }
+    let figure = |name: &str| compared[name].as_f64().unwrap();
+    assert!(0.0 < figure("divergence") && figure("divergence") < figure("max_divergence"), "{compared}");
+    assert!(0.5 < figure("agreement") && figure("agreement") < 1.0, "{compared}");
+    assert!(0.0 < figure("max_logit_difference"), "{compared}");
+    let text = stdout(&sluice(&["compare", demo_model(), &rounded, "--text", &eval, "--window", "64"]));
+    assert!(text.starts_with("divergence ") && text.contains("windows of 64"), "{text}");
+}
+
+#[test]
 fn calibration_weights_a_conversion() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();

@@ -377,6 +377,9 @@ fn forms_that_a_type_fits_are_carried() {
 }
 
 /// Forms that are one description of codes and scales: each in the type that its bits are.
+/// Makes the tensors of a matrix of so many rows and columns.
+type Encode = Box<dyn Fn(&mut Noise, [usize; 2]) -> Encoded>;
+
 #[test]
 fn groups_of_codes_are_carried() {
     let gptq_of = |bits: usize| json!({"quantization_config": {"quant_method": "gptq", "bits": bits}});
@@ -386,8 +389,8 @@ fn groups_of_codes_are_carried() {
     let v2 = json!({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}});
     let modelopt = json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}});
     let nv = json!({"quantization": {"bits": 4, "group_size": 16, "mode": "nvfp4"}});
-    let mut forms: Vec<(String, Value, Box<dyn Fn(&mut Noise, [usize; 2]) -> Encoded>, String)> = Vec::new();
-    let mut add = |name: &str, config: &Value, encode: Box<dyn Fn(&mut Noise, [usize; 2]) -> Encoded>, ty: &str| {
+    let mut forms: Vec<(String, Value, Encode, String)> = Vec::new();
+    let mut add = |name: &str, config: &Value, encode: Encode, ty: &str| {
         forms.push((name.to_owned(), config.clone(), encode, ty.to_owned()));
     };
     for bits in [2, 3, 4, 5, 6, 8] {

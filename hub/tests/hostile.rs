@@ -13,11 +13,9 @@ fn server(answers: Vec<Vec<u8>>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     thread::spawn(move || {
-        let mut next = 0;
-        for mut stream in listener.incoming().flatten() {
+        for (next, mut stream) in listener.incoming().flatten().enumerate() {
             let _ = stream.read(&mut [0; 4096]);
             let _ = stream.write_all(&answers[next.min(answers.len() - 1)]);
-            next += 1;
         }
     });
     address

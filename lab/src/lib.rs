@@ -2,9 +2,10 @@
 //! line depends on it.
 //!
 //! [`trace`] records, measures and replays routing; [`estimate`] says how fast a model can be; [`calibrate`] measures the inputs
-//! of matrices; [`compression`] says when compressed experts come faster.
+//! of matrices; [`compare`] puts two models beside each other; [`compression`] says when compressed experts come faster.
 
 pub mod calibrate;
+pub mod compare;
 pub mod compression;
 pub mod estimate;
 pub mod trace;

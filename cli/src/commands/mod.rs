@@ -7,6 +7,7 @@ pub(crate) mod bench_disk;
 pub(crate) mod bench_drive;
 pub(crate) mod bench_kernels;
 pub(crate) mod calibrate;
+pub(crate) mod compare;
 pub(crate) mod convert;
 pub(crate) mod demo;
 pub(crate) mod inspect;

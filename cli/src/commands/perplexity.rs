@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::value_parser;
 use serde::Serialize;
 use sluice_format::ModelFile;
+use sluice_lab::compare::LogProbabilities;
 use sluice_model::Engine;
 
 use crate::engine_args::{EngineArgs, tokenizer};
@@ -99,7 +100,7 @@ fn score(engine: &mut Engine, ids: &[u32], window: usize) -> Result<Score, CliEr
         let targets = &ids[1..];
         sequence.clear();
         engine.forward_all(&mut sequence, &ids[..ids.len() - 1], &mut |i, row| {
-            nll += negative_log_probability(row, targets[i]);
+            nll -= LogProbabilities::new(row).of(targets[i]);
             tokens += 1;
             bar.inc(1);
         })?;
@@ -107,27 +108,4 @@ fn score(engine: &mut Engine, ids: &[u32], window: usize) -> Result<Score, CliEr
     bar.finish_and_clear();
     let perplexity = (nll / tokens as f64).exp();
     Ok(Score { perplexity, nll, tokens })
-}
-
-/// `−ln softmax(logits)[target]`; an id beyond the logits has probability 0.
-fn negative_log_probability(logits: &[f32], target: u32) -> f64 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-    let target = logits.get(target as usize).copied().unwrap_or(f32::NEG_INFINITY);
-    sum.ln() - f64::from(target - max)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn probabilities() {
-        let uniform = negative_log_probability(&[3.0; 8], 5);
-        assert!((uniform - 8f64.ln()).abs() < 1e-12);
-        let sure = negative_log_probability(&[0.0, 1000.0], 1);
-        assert!(sure.abs() < 1e-12);
-        assert!((negative_log_probability(&[0.0, 1000.0], 0) - 1000.0).abs() < 1e-9);
-        assert!(negative_log_probability(&[0.0], 1).is_infinite());
-    }
 }

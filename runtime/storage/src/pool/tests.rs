@@ -87,7 +87,7 @@ fn pool_with(config: IoConfig, drive: &SimDrive, slots: usize, seed: u64) -> Poo
     let policy = PolicyKind::NextUse.build(directory.shape()).expect("online");
     let staging = Pool::reserve_staging(&directory, STAGING).expect("memory");
     let mut pool = Pool::new(io, arena, staging, directory, policy);
-    if seed % 2 == 0 {
+    if seed.is_multiple_of(2) {
         pool.set_workers(Arc::new(Started));
     }
     pool
