@@ -44,7 +44,7 @@ fn convert_refuses() {
     assert_fails(&sluice(&["convert", empty, target]), 1, &["config.json"]);
     assert_fails(&sluice(&["convert", empty, target, "--type", "q9"]), 2, &["q9", "keep"]);
     assert_fails(&sluice(&["convert", empty, target, "--page-size", "5"]), 2, &["4096", "16384"]);
-    assert_fails(&sluice(&["convert", empty]), 2, &["<DST>"]);
+    assert_fails(&sluice(&["convert", empty]), 2, &["model file to write"]);
 }
 
 #[test]
