@@ -2,7 +2,7 @@
 //!
 //! The inputs of a matrix say how its weights are best rounded, and to know the inputs, the model has to compute. So a text runs
 //! through the model layer by layer: as soon as the weights of a layer can be read, a model file of this one layer is written
-//! ([`layer_file`](crate::layer_file)), in types that hold them as they are; somebody who can execute it takes the states of the
+//! (`layer_file`), in types that hold them as they are; somebody who can execute it takes the states of the
 //! text through, and says what met its matrices; then the layer is converted. So one pass over the checkpoint does both, and what
 //! is kept is the states and the measurements of one layer.
 
