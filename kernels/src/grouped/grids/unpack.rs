@@ -1,4 +1,5 @@
 //! Records taken apart for vector kernels, eight rows at a time: plain loops that become vector instructions.
+#![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 use crate::vector::bytes;
 use sluice_weights::{Codes, ROW_GROUP};
