@@ -9,7 +9,7 @@ use sluice_weights::{Codes, ScaleType, Zero};
 use super::carry::{Carrier, CodeRows};
 use super::checks::{check_dtype, check_shape, dtype_error, shape_error};
 use super::grouped::{scale_values, unpack_codes, wide_scale};
-use super::lines::{Lines, of_rows, pick, pieces};
+use super::lines::{Lines, gather, of_rows, pieces};
 use super::{Decoder, Encoding, Groups, Reader, Rows, Selection};
 use crate::error::ConvertError;
 use crate::plan::form::Parts;
@@ -307,15 +307,7 @@ impl ColumnarDecoder<'_> {
 
 impl Decoder for ColumnarDecoder<'_> {
     fn values(&self, rows: Rows, reader: &mut Reader<'_>, out: &mut Vec<f32>) -> Result<(), ConvertError> {
-        let mut lines = Vec::new();
-        out.clear();
-        out.resize(rows.count * rows.cols, 0.0);
-        let mut row = 0;
-        for piece in pieces(self.selection, rows) {
-            self.line_values(piece, reader, &mut lines)?;
-            row = pick(self.selection, piece, &lines, 1, (out, rows.cols, row));
-        }
-        Ok(())
+        gather(self.selection, rows, out, |piece, values| self.line_values(piece, reader, values))
     }
 
     fn carry(&self, rows: Rows, reader: &mut Reader<'_>, mut groups: Groups<'_>) -> Result<(), ConvertError> {

@@ -8,7 +8,7 @@ use sluice_weights::{Codes, ScaleType, Zero};
 use super::carry::{Carrier, CodeRows};
 use super::checks::{check_dtype, check_shape, dtype_error, shape_error};
 use super::grouped::{scale_values, wide_scale};
-use super::lines::{Lines, of_rows, pick, pieces};
+use super::lines::{Lines, gather, of_rows, pieces};
 use super::{Decoder, Encoding, Groups, Reader, Rows, Selection};
 use crate::error::ConvertError;
 use crate::plan::form::Parts;
@@ -106,19 +106,15 @@ impl HqqDecoder<'_> {
 impl Decoder for HqqDecoder<'_> {
     fn values(&self, rows: Rows, reader: &mut Reader<'_>, out: &mut Vec<f32>) -> Result<(), ConvertError> {
         let (group, ty) = (self.layout.group, self.layout.scale_type);
-        out.clear();
-        out.resize(rows.count * rows.cols, 0.0);
-        let (mut row, mut values) = (0, Vec::new());
-        for piece in pieces(self.selection, rows) {
+        gather(self.selection, rows, out, |piece, values| {
             let [codes, scales, zeros] = self.read(piece, reader)?;
             let groups = scale_values(ty, &scales).into_iter().zip(scale_values(ty, &zeros));
             values.clear();
             for (codes, (scale, zero)) in codes.chunks_exact(group).zip(groups) {
                 values.extend(codes.iter().map(|&code| (f32::from(code) - zero) * scale));
             }
-            row = pick(self.selection, piece, &values, 1, (out, rows.cols, row));
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     fn carry(&self, rows: Rows, reader: &mut Reader<'_>, mut groups: Groups<'_>) -> Result<(), ConvertError> {

@@ -1,6 +1,7 @@
 //! Which rows of a source hold which rows of a matrix.
 
 use super::{Rows, Selection};
+use crate::error::ConvertError;
 
 /// Whole rows of a source, and what they are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +60,23 @@ fn by_run(selection: &Selection, rows: Rows, piece: impl Fn(usize, usize, usize)
         done += count;
     }
     pieces
+}
+
+/// The elements of `rows`, row-major, in `out`: `read` gives the values of whole source rows, one piece after the other.
+pub(super) fn gather(
+    selection: &Selection,
+    rows: Rows,
+    out: &mut Vec<f32>,
+    mut read: impl FnMut(Lines, &mut Vec<f32>) -> Result<(), ConvertError>,
+) -> Result<(), ConvertError> {
+    out.clear();
+    out.resize(rows.count * rows.cols, 0.0);
+    let (mut row, mut values) = (0, Vec::new());
+    for piece in pieces(selection, rows) {
+        read(piece, &mut values)?;
+        row = pick(selection, piece, &values, 1, (out, rows.cols, row));
+    }
+    Ok(())
 }
 
 /// Copies what a matrix has of the source rows `lines` to its rows from `row` on, and returns the first row behind them.
