@@ -4,10 +4,9 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use common::killed::{self, KillAt};
 use common::{Noise, Synthetic, options};
 use sluice_converter::{ConvertError, Options, Progress, convert};
 use sluice_format::{ModelFile, VolumeName};
@@ -26,41 +25,14 @@ fn test_options(compress: bool) -> Options {
     Options { compress, split_size: Some(SPLIT), ..options("bf16", "bf16") }
 }
 
-/// Kills this process once so many bytes have been made.
-struct KillAt(AtomicU64);
-
-impl Progress for KillAt {
-    fn started(&self, _: u64, _: u64) {}
-    fn note(&self, _: &str) {}
-    fn advanced(&self, bytes: u64) {
-        if self.0.load(Ordering::Relaxed) <= bytes {
-            nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL).unwrap();
-        }
-        self.0.fetch_sub(bytes, Ordering::Relaxed);
-    }
-}
-
-/// Not a test of its own: the process that the other test kills. Without its variables it does nothing.
+/// Not a test of its own: the process that the other tests kill.
 #[test]
 fn child_of_volumes() {
-    let Ok(src) = std::env::var("SLUICE_TEST_SRC") else { return };
-    let dst = PathBuf::from(std::env::var("SLUICE_TEST_DST").unwrap());
-    let kill_at: u64 = std::env::var("SLUICE_TEST_KILL_AT").unwrap().parse().unwrap();
-    let compress = std::env::var("SLUICE_TEST_COMPRESS").unwrap() == "true";
-    convert(Path::new(&src), &dst, &test_options(compress), &KillAt(AtomicU64::new(kill_at))).unwrap();
+    killed::child(|compress| test_options(compress == "true"));
 }
 
-fn spawn(src: &Path, dst: &Path, kill_at: u64, compress: bool) -> std::process::Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child_of_volumes", "--test-threads", "1"])
-        .env("SLUICE_TEST_SRC", src)
-        .env("SLUICE_TEST_DST", dst)
-        .env("SLUICE_TEST_KILL_AT", kill_at.to_string())
-        .env("SLUICE_TEST_COMPRESS", compress.to_string())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap()
+fn spawn(src: &Path, dst: &Path, at: KillAt, compress: bool) -> std::process::Child {
+    killed::spawn("child_of_volumes", src, dst, at, &compress.to_string())
 }
 
 #[test]
@@ -76,12 +48,13 @@ fn killed_at_any_moment_it_resumes_to_the_same_files() {
         let whole = convert(&src, &folder(format!("want-{compress}")), &test_options(compress), &()).unwrap();
         assert!(whole.files.len() > 2, "{:?}", whole.files);
         let want: Vec<Vec<u8>> = whole.files.iter().map(|file| fs::read(file).unwrap()).collect();
-        let mut resumed = 0;
         for round in 0..9 {
             let dst = folder(format!("{compress}-{round}"));
             // After some bytes; or at a moment, which may well be while files are drawn together or given their names.
-            let kill_at = if round < 5 { whole.bytes_written * (round + 1) / 6 } else { u64::MAX };
-            let mut child = spawn(&src, &dst, kill_at, compress);
+            // Half of it is more than one of the journal's batches.
+            let bytes = whole.bytes_written * (round + 1) / 6;
+            let at = if round < 5 { KillAt { bytes, journaled: round >= 2 } } else { KillAt::NEVER };
+            let mut child = spawn(&src, &dst, at, compress);
             if round >= 5 {
                 std::thread::sleep(Duration::from_millis(noise.bits() % 300));
                 child.kill().unwrap();
@@ -92,7 +65,7 @@ fn killed_at_any_moment_it_resumes_to_the_same_files() {
                 Err(ConvertError::Exists { .. }) if ended.success() || round >= 5 => whole.files.len(),
                 again => {
                     let again = again.unwrap();
-                    resumed += again.resumed_extents;
+                    assert!(!at.journaled || again.resumed_extents > 0, "what was journaled is kept");
                     again.files.len()
                 }
             };
@@ -104,7 +77,6 @@ fn killed_at_any_moment_it_resumes_to_the_same_files() {
             let left = fs::read_dir(dst.parent().unwrap()).unwrap().count();
             assert_eq!(left, whole.files.len(), "nothing else is left");
         }
-        assert!(resumed > 0, "some run had journaled extents");
     }
 }
 
@@ -123,7 +95,7 @@ fn volumes_that_have_their_names_already_are_taken_back() {
     let want: Vec<Vec<u8>> = whole.files.iter().map(|file| fs::read(file).unwrap()).collect();
     // The same conversion again, killed late, has a journal; then as if all but the first had their names.
     let other = dir.path().join("o.sluice");
-    let mut child = spawn(&src, &other, whole.bytes_written - 1, false);
+    let mut child = spawn(&src, &other, KillAt { bytes: whole.bytes_written - 1, journaled: true }, false);
     child.wait().unwrap();
     let names = VolumeName::first_of(&other, count);
     for volume in 1..count {

@@ -2,6 +2,7 @@
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "every test program uses another part of it")]
 
 pub mod gguf;
+pub mod killed;
 pub mod safetensors;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,88 @@
+//! A conversion in a process of its own that is killed.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use std::{fs, thread};
+
+use sluice_converter::{Options, Progress, convert};
+
+/// When a conversion is killed.
+#[derive(Clone, Copy)]
+pub struct KillAt {
+    /// After so many bytes.
+    pub bytes: u64,
+    /// And not before its journal says that something is done. There must be a full batch of extents before those bytes, and
+    /// the pool must have a second thread: one of them waits for the drive while the other one comes here.
+    pub journaled: bool,
+}
+
+impl KillAt {
+    pub const NEVER: KillAt = KillAt { bytes: u64::MAX, journaled: false };
+}
+
+/// Kills this process.
+struct Killer {
+    at: KillAt,
+    advanced: AtomicU64,
+    journal: PathBuf,
+    /// The journal's length before the first extent was finished.
+    empty: OnceLock<u64>,
+}
+
+impl Killer {
+    fn journal_len(&self) -> u64 {
+        fs::metadata(&self.journal).map_or(0, |metadata| metadata.len())
+    }
+}
+
+impl Progress for Killer {
+    fn started(&self, _: u64, _: u64) {}
+    fn note(&self, _: &str) {}
+    fn advanced(&self, bytes: u64) {
+        let empty = *self.empty.get_or_init(|| self.journal_len());
+        if self.advanced.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) < self.at.bytes {
+            return;
+        }
+        let since = Instant::now();
+        while self.at.journaled && self.journal_len() == empty {
+            assert!(since.elapsed() < Duration::from_secs(300), "nothing was journaled");
+            thread::sleep(Duration::from_millis(1));
+        }
+        nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+}
+
+/// Starts the test `child` of this program, which must call [`child`], as a process that is killed at `at`. `also` is for it.
+pub fn spawn(child: &str, src: &Path, dst: &Path, at: KillAt, also: &str) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", child, "--test-threads", "1"])
+        .env("SLUICE_TEST_SRC", src)
+        .env("SLUICE_TEST_DST", dst)
+        .env("SLUICE_TEST_KILL_AT", at.bytes.to_string())
+        .env("SLUICE_TEST_JOURNALED", at.journaled.to_string())
+        .env("SLUICE_TEST_ALSO", also)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// The process that [`spawn`] starts: a conversion with the options that `options` makes of what is for it. Where nobody
+/// spawned this process, it does nothing.
+pub fn child(options: impl FnOnce(&str) -> Options) {
+    let Ok(src) = std::env::var("SLUICE_TEST_SRC") else { return };
+    let variable = |name: &str| std::env::var(name).unwrap();
+    let dst = PathBuf::from(variable("SLUICE_TEST_DST"));
+    let at = KillAt {
+        bytes: variable("SLUICE_TEST_KILL_AT").parse().unwrap(),
+        journaled: variable("SLUICE_TEST_JOURNALED").parse().unwrap(),
+    };
+    let mut journal = dst.clone().into_os_string();
+    journal.push(".partial.journal");
+    let killer = Killer { at, advanced: AtomicU64::new(0), journal: journal.into(), empty: OnceLock::new() };
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+    pool.install(|| convert(Path::new(&src), &dst, &options(&variable("SLUICE_TEST_ALSO")), &killer)).unwrap();
+}
