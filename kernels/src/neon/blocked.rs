@@ -4,7 +4,7 @@
 //! looked up in a table where they are not there as such.
 
 use super::{INT4, IntLanes, Lanes, MXFP4, Q3, Q4, Q8};
-use super::{add_columns, fold4, load, load_bytes, load_eight_bytes, put, widen_bf16, widen_f16, zero};
+use super::{add_columns, byte_columns, fold4, load, load_bytes, load_eight_bytes, put, widen_bf16, widen_f16, zero};
 use crate::activations::Activations;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;
@@ -145,7 +145,8 @@ fn blocks<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [Lanes
             let mut s = [[zero(); 4]; T];
             for half in halves::<TY>(part) {
                 for v in 0..4 {
-                    let columns = columns::<TY>(integers::<TY>(values, half, v), offset);
+                    let offset = if const { has_offset(TY) } { Some(offset) } else { None };
+                    let columns = byte_columns(integers::<TY>(values, half, v), offset);
                     for t in 0..T {
                         let four = x[t][16 * half + 4 * v..].first_chunk().expect("rows are padded");
                         add_columns(&mut s[t], &columns, load(four));
@@ -163,25 +164,4 @@ fn blocks<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [Lanes
         }
     }
     each!(zero(); T, t => times_row_scales::<TY>(total[t], w.scales))
-}
-
-/// Four columns as numbers, offset included.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn columns<const TY: u8>(integers: [int8x16_t; 2], offset: IntLanes) -> [Lanes; 4] {
-    let mut columns = [zero(); 4];
-    for h in 0..2 {
-        let v = vreinterpretq_s32_s8(integers[h]);
-        let bytes = [
-            vshrq_n_s32::<24>(vshlq_n_s32::<24>(v)),
-            vshrq_n_s32::<24>(vshlq_n_s32::<16>(v)),
-            vshrq_n_s32::<24>(vshlq_n_s32::<8>(v)),
-            vshrq_n_s32::<24>(v),
-        ];
-        for i in 0..4 {
-            let integer = if const { has_offset(TY) } { vaddq_s32(bytes[i], offset[h]) } else { bytes[i] };
-            columns[i][h] = vcvtq_f32_s32(integer);
-        }
-    }
-    columns
 }

@@ -129,6 +129,27 @@ fn add_columns(s: &mut [Lanes; 4], w: &[Lanes; 4], x: float32x4_t) {
     }
 }
 
+/// Four columns of signed bytes, which lie side by side for each row, as numbers; `offset` is added to each row's integers.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn byte_columns(integers: [int8x16_t; 2], offset: Option<IntLanes>) -> [Lanes; 4] {
+    let mut columns = [zero(); 4];
+    for h in 0..2 {
+        let v = vreinterpretq_s32_s8(integers[h]);
+        let bytes = [
+            vshrq_n_s32::<24>(vshlq_n_s32::<24>(v)),
+            vshrq_n_s32::<24>(vshlq_n_s32::<16>(v)),
+            vshrq_n_s32::<24>(vshlq_n_s32::<8>(v)),
+            vshrq_n_s32::<24>(v),
+        ];
+        for i in 0..4 {
+            let integer = if let Some(offset) = offset { vaddq_s32(bytes[i], offset[h]) } else { bytes[i] };
+            columns[i][h] = vcvtq_f32_s32(integer);
+        }
+    }
+    columns
+}
+
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn fold4(s: &[Lanes; 4]) -> Lanes {

@@ -8,7 +8,8 @@ mod scales;
 
 use super::unblocked::e4m3_to_f16;
 use super::{
-    IntLanes, Lanes, add_columns, fold4, load, load_bytes, load_eight_bytes, load_words, put, widen_f16, zero,
+    IntLanes, Lanes, add_columns, byte_columns, fold4, load, load_bytes, load_eight_bytes, load_words, put, widen_f16,
+    zero,
 };
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
@@ -237,28 +238,15 @@ fn exact<const C: u8, const T: usize>(ty: Grouped, w: &Group<'_>, x: [&[f32]; T]
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn columns<const C: u8>(values: &[u8], integers: &[[int8x16_t; 2]; 8], q: usize, offset: IntLanes) -> [Lanes; 4] {
-    let mut columns = [zero(); 4];
     if C == E4M3 {
+        let mut columns = [zero(); 4];
         for i in 0..4 {
             let codes = load_eight_bytes(values, 32 * q + 8 * i);
             columns[i] = widen_f16(e4m3_to_f16(vreinterpret_s8_u8(codes)));
         }
         return columns;
     }
-    for h in 0..2 {
-        let v = vreinterpretq_s32_s8(integers[q][h]);
-        let bytes = [
-            vshrq_n_s32::<24>(vshlq_n_s32::<24>(v)),
-            vshrq_n_s32::<24>(vshlq_n_s32::<16>(v)),
-            vshrq_n_s32::<24>(vshlq_n_s32::<8>(v)),
-            vshrq_n_s32::<24>(v),
-        ];
-        for i in 0..4 {
-            let integer = if const { has_offset(C) } { vaddq_s32(bytes[i], offset[h]) } else { bytes[i] };
-            columns[i][h] = vcvtq_f32_s32(integer);
-        }
-    }
-    columns
+    byte_columns(integers[q], if const { has_offset(C) } { Some(offset) } else { None })
 }
 
 /// Multiplied by the factors of the rows, where rows have them.
