@@ -14,8 +14,7 @@ use sluice_converter::{Options, Progress, convert};
 pub struct KillAt {
     /// After so many bytes.
     pub bytes: u64,
-    /// And not before its journal says that something is done. There must be a full batch of extents before those bytes, and
-    /// the pool must have a second thread: one of them waits for the drive while the other one comes here.
+    /// And not before its journal says that something is done. The conversion must have more extents than make a batch.
     pub journaled: bool,
 }
 
@@ -26,7 +25,9 @@ impl KillAt {
 /// Kills this process.
 struct Killer {
     at: KillAt,
-    advanced: AtomicU64,
+    /// Bytes that have not been made yet.
+    left: AtomicU64,
+    total: AtomicU64,
     journal: PathBuf,
     /// The journal's length before the first extent was finished.
     empty: OnceLock<u64>,
@@ -39,19 +40,31 @@ impl Killer {
 }
 
 impl Progress for Killer {
-    fn started(&self, _: u64, _: u64) {}
+    fn started(&self, total: u64, done: u64) {
+        self.total.store(total, Ordering::Relaxed);
+        self.left.store(total - done, Ordering::Relaxed);
+    }
+
     fn note(&self, _: &str) {}
+
     fn advanced(&self, bytes: u64) {
         let empty = *self.empty.get_or_init(|| self.journal_len());
-        if self.advanced.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) < self.at.bytes {
+        let left = self.left.fetch_sub(bytes, Ordering::Relaxed) - bytes;
+        if self.total.load(Ordering::Relaxed) - left < self.at.bytes && left > 0 {
             return;
         }
+        // The other thread may still wait for the drive with a full batch. This one goes on as long as there is more to do.
         let since = Instant::now();
         while self.at.journaled && self.journal_len() == empty {
+            if left > 0 {
+                return;
+            }
             assert!(since.elapsed() < Duration::from_secs(300), "nothing was journaled");
             thread::sleep(Duration::from_millis(1));
         }
-        nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL).unwrap();
+        if self.at.bytes < u64::MAX {
+            nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL).unwrap();
+        }
     }
 }
 
@@ -82,7 +95,13 @@ pub fn child(options: impl FnOnce(&str) -> Options) {
     };
     let mut journal = dst.clone().into_os_string();
     journal.push(".partial.journal");
-    let killer = Killer { at, advanced: AtomicU64::new(0), journal: journal.into(), empty: OnceLock::new() };
+    let killer = Killer {
+        at,
+        left: AtomicU64::new(0),
+        total: AtomicU64::new(0),
+        journal: journal.into(),
+        empty: OnceLock::new(),
+    };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
     let options = options(&variable("SLUICE_TEST_ALSO"));
     pool.install(|| convert(Path::new(&src), &dst, &options, &killer)).unwrap();
