@@ -107,6 +107,7 @@ goldens! {
     mixtral
     mixtral_swa
     olmoe
+    granitemoe
     llama
     mistral
     qwen3

@@ -15,6 +15,7 @@ mod glm4_moe_lite;
 mod glm_moe_dsa;
 mod gpt_oss;
 mod gqa;
+mod granitemoe;
 mod indexer;
 mod kimi_k25;
 mod minimax_m2;
@@ -55,6 +56,7 @@ static FAMILIES: &[&dyn Family] = &[
     &minimax_m2::MiniMaxM2,
     &mixtral::Mixtral,
     &olmoe::Olmoe,
+    &granitemoe::GraniteMoe,
     &dense::Llama,
     &dense::Mistral,
     &dense::Qwen3,
