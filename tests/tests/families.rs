@@ -108,6 +108,8 @@ goldens! {
     mixtral_swa
     olmoe
     granitemoe
+    ernie4_5_moe
+    ernie4_5
     llama
     mistral
     qwen3

@@ -10,6 +10,7 @@ mod deepseek_v3;
 mod deepseek_v32;
 pub(crate) mod delta;
 mod dense;
+mod ernie4_5_moe;
 mod glm4_moe;
 mod glm4_moe_lite;
 mod glm_moe_dsa;
@@ -57,6 +58,8 @@ static FAMILIES: &[&dyn Family] = &[
     &mixtral::Mixtral,
     &olmoe::Olmoe,
     &granitemoe::GraniteMoe,
+    &ernie4_5_moe::Ernie45Moe,
+    &ernie4_5_moe::Ernie45,
     &dense::Llama,
     &dense::Mistral,
     &dense::Qwen3,
