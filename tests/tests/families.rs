@@ -110,6 +110,7 @@ goldens! {
     granitemoe
     ernie4_5_moe
     ernie4_5
+    hunyuan_v1_moe
     llama
     mistral
     qwen3

@@ -17,6 +17,7 @@ mod glm_moe_dsa;
 mod gpt_oss;
 mod gqa;
 mod granitemoe;
+mod hunyuan_v1_moe;
 mod indexer;
 mod kimi_k25;
 mod minimax_m2;
@@ -60,6 +61,7 @@ static FAMILIES: &[&dyn Family] = &[
     &granitemoe::GraniteMoe,
     &ernie4_5_moe::Ernie45Moe,
     &ernie4_5_moe::Ernie45,
+    &hunyuan_v1_moe::HunyuanV1Moe,
     &dense::Llama,
     &dense::Mistral,
     &dense::Qwen3,
