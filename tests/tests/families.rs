@@ -111,6 +111,7 @@ goldens! {
     ernie4_5_moe
     ernie4_5
     hunyuan_v1_moe
+    hy_v3
     llama
     mistral
     qwen3

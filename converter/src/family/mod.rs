@@ -18,6 +18,7 @@ mod gpt_oss;
 mod gqa;
 mod granitemoe;
 mod hunyuan_v1_moe;
+mod hy_v3;
 mod indexer;
 mod kimi_k25;
 mod minimax_m2;
@@ -62,6 +63,7 @@ static FAMILIES: &[&dyn Family] = &[
     &ernie4_5_moe::Ernie45Moe,
     &ernie4_5_moe::Ernie45,
     &hunyuan_v1_moe::HunyuanV1Moe,
+    &hy_v3::HyV3,
     &dense::Llama,
     &dense::Mistral,
     &dense::Qwen3,
