@@ -112,6 +112,7 @@ goldens! {
     ernie4_5
     hunyuan_v1_moe
     hy_v3
+    llama4_text
     llama
     mistral
     qwen3

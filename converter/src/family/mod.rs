@@ -21,6 +21,7 @@ mod hunyuan_v1_moe;
 mod hy_v3;
 mod indexer;
 mod kimi_k25;
+mod llama4;
 mod minimax_m2;
 mod mixtral;
 mod mla;
@@ -64,6 +65,8 @@ static FAMILIES: &[&dyn Family] = &[
     &ernie4_5_moe::Ernie45,
     &hunyuan_v1_moe::HunyuanV1Moe,
     &hy_v3::HyV3,
+    &llama4::Llama4,
+    &llama4::Llama4Text,
     &dense::Llama,
     &dense::Mistral,
     &dense::Qwen3,
