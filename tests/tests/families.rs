@@ -113,6 +113,7 @@ goldens! {
     hunyuan_v1_moe
     hy_v3
     llama4_text
+    mimo_v2_flash
     llama
     mistral
     qwen3

@@ -22,6 +22,7 @@ mod hy_v3;
 mod indexer;
 mod kimi_k25;
 mod llama4;
+mod mimo_v2_flash;
 mod minimax_m2;
 mod mixtral;
 mod mla;
@@ -67,6 +68,7 @@ static FAMILIES: &[&dyn Family] = &[
     &hy_v3::HyV3,
     &llama4::Llama4,
     &llama4::Llama4Text,
+    &mimo_v2_flash::MiMoV2Flash,
     &dense::Llama,
     &dense::Mistral,
     &dense::Qwen3,
