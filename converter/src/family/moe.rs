@@ -76,7 +76,11 @@ pub(crate) fn deepseek_v3(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<
         groups: groups(decoder, defaults, GroupScore::TopTwoSum)?,
         renormalise,
         least_sum: None,
-        scale: config.f32_or("routed_scaling_factor", defaults.scale)?,
+        // MiMo's release says null.
+        scale: match config.has("routed_scaling_factor") {
+            true => config.f32_or("routed_scaling_factor", defaults.scale)?,
+            false => defaults.scale as f32,
+        },
     };
     with_shared(decoder, defaults, router)
 }
