@@ -28,6 +28,17 @@ fn edited(family: &str, mut config: serde_json::Value) -> serde_json::Value {
         "deepseek_v2" => config["rope_scaling"]["mscale"] = json!(1.0),
         "gpt_oss" => config["swiglu_limit"] = json!(7.0),
         "mistral" => config["sliding_window"] = json!(null),
+        "hunyuan_v1_moe" => {
+            config["rope_scaling"] = json!(null);
+            config["moe_intermediate_size"] = json!([32, 32]);
+            config["num_shared_expert"] = json!([1, 1]);
+        }
+        "llama4_text" => {
+            let text = &mut config["text_config"];
+            text["attention_chunk_size"] = json!(8192);
+            text["floor_scale"] = json!(8192);
+            text["rope_scaling"]["original_max_position_embeddings"] = json!(8192);
+        }
         "olmoe" => {
             config["clip_qkv"] = json!(null);
             config["rms_norm_eps"] = json!(1e-5);
@@ -43,8 +54,8 @@ fn of_llama_cpp(family: &str, config: &serde_json::Value, tensors: &Tensors) -> 
     let (described, begin) = read_head(&head);
     let (mut out, mut kept) = (head[..begin].to_vec(), &head[begin..]);
     let text = config.get("text_config").unwrap_or(config);
-    let prefix =
-        if tensors.keys().any(|n| n.starts_with("model.language_model.")) { "model.language_model." } else { "model." };
+    let around = ["model.language_model.", "language_model.model."];
+    let prefix = around.into_iter().find(|prefix| tensors.keys().any(|n| n.starts_with(prefix))).unwrap_or("model.");
     let origin = Origin { tensors, config: text, prefix };
     for Described { name, ty, shape, offset } in described {
         assert_eq!(out.len(), begin + offset, "{family}: {name}");
@@ -118,7 +129,7 @@ fn assert_same_numbers(family: &str, found: &Content, expected: &Content) {
 fn files_of_llama_cpp_hold_the_models_of_their_checkpoints() {
     let digests: BTreeMap<String, String> =
         serde_json::from_slice(&fs::read(fixture("gguf/digests.json")).unwrap()).unwrap();
-    assert_eq!(digests.len(), 20);
+    assert_eq!(digests.len(), 26);
     for (family, digest) in &digests {
         let golden = fixture(&format!("golden/{family}"));
         let config: serde_json::Value = serde_json::from_slice(&fs::read(golden.join("config.json")).unwrap()).unwrap();

@@ -8,7 +8,7 @@ use common::{Synthetic, fixture, options};
 use serde_json::{Value, json};
 use sluice_converter::synth::Geometry;
 use sluice_converter::{ConvertError, plan};
-use sluice_format::{AttentionSpec, MlaSpec, ModelSpec, RopePairing, RopeScaling};
+use sluice_format::{AttentionSpec, GqaSpec, MlaSpec, ModelSpec, RopePairing, RopeScaling};
 
 fn spec_of(dir: &Path) -> ModelSpec {
     plan(dir, &options("keep", "keep")).unwrap().spec().clone()
@@ -186,7 +186,7 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
     type Basics = (usize, usize, usize, usize, usize, usize, usize, f32, f64);
     /// Routed experts, experts per token, width of an expert, whether weights are divided by their sum, scale.
     type Experts = Option<(usize, usize, usize, bool, f32)>;
-    let table: [(&str, Basics, Experts); 18] = [
+    let table: [(&str, Basics, Experts); 25] = [
         // Vocabulary of version 5; 4.57 had 32,000.
         ("deepseek_v2", (102_400, 4096, 32, 32, 32, 192, 2048, 1e-6, 1e4), Some((64, 6, 1407, false, 1.0))),
         ("deepseek_v3", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
@@ -202,6 +202,14 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
         ("minimax_m2", (200_064, 3072, 62, 48, 8, 128, 196_608, 1e-6, 5e6), Some((256, 8, 1536, true, 1.0))),
         ("mixtral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-5, 1e6), Some((8, 2, 14_336, true, 1.0))),
         ("olmoe", (50_304, 2048, 16, 16, 16, 128, 4096, 1e-5, 1e4), Some((64, 8, 2048, false, 1.0))),
+        ("granitemoe", (32_000, 4096, 32, 32, 32, 128, 2048, 1e-6, 1e4), Some((8, 2, 11_008, false, 1.0))),
+        ("ernie4_5_moe", (103_424, 2560, 28, 20, 4, 128, 131_072, 1e-5, 5e5), Some((64, 6, 1536, true, 1.0))),
+        ("ernie4_5", (103_424, 1024, 18, 16, 2, 128, 131_072, 1e-5, 5e5), None),
+        ("hunyuan_v1_moe", (290_943, 4096, 32, 32, 32, 128, 2048, 1e-5, 1e4), Some((1, 1, 11_008, true, 1.0))),
+        ("hy_v3", (120_832, 4096, 80, 64, 8, 128, 131_072, 1e-5, 11_158_840.0), Some((192, 8, 1536, true, 2.826))),
+        // One layer short, because the last of all has no rotation.
+        ("llama4_text", (202_048, 5120, 47, 40, 8, 128, 131_072, 1e-5, 5e5), Some((16, 1, 8192, false, 1.0))),
+        ("mimo_v2_flash", (152_576, 4096, 48, 64, 4, 192, 131_072, 1e-5, 5e6), Some((256, 8, 2048, true, 1.0))),
         ("llama", (32_000, 4096, 32, 32, 32, 128, 2048, 1e-6, 1e4), None),
         ("mistral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-6, 1e4), None),
         ("qwen3", (151_936, 4096, 32, 32, 32, 128, 32_768, 1e-6, 1e4), None),
@@ -220,6 +228,7 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
             "deepseek_v2" => config["num_experts_per_tok"] = json!(6),
             // What follows from the other values, 42, cannot be rotated.
             "glm4_moe" => config["head_dim"] = json!(128),
+            "llama4_text" => config["num_hidden_layers"] = json!(47),
             _ => {}
         }
         let path = dir.path().join("config.json");
@@ -239,6 +248,101 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
         let moe = last.ffn.moe.as_ref();
         let found = moe.map(|m| (m.experts, m.top_k, m.width, m.router.renormalise.is_some(), m.router.scale));
         assert_eq!(found, experts, "{name}");
+    }
+}
+
+/// Models of which only the family is said, and some keys.
+fn of_keys(config: &Value) -> Result<ModelSpec, ConvertError> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.json");
+    std::fs::write(&path, config.to_string()).unwrap();
+    Geometry::load(path.to_str().unwrap(), None).map(|geometry| geometry.spec().clone())
+}
+
+fn gqa(spec: &ModelSpec, layer: usize) -> &GqaSpec {
+    match &spec.layers[layer].attention {
+        AttentionSpec::Gqa(gqa) => gqa,
+        other => panic!("grouped-query attention, not {other:?}"),
+    }
+}
+
+/// The release's own code spells its keys differently from transformers.
+#[test]
+fn both_spellings_of_mimo_mean_the_same() {
+    let defaults = of_keys(&json!({"model_type": "mimo_v2_flash"})).unwrap();
+    let slides: Vec<u8> = (0..48).map(|i| u8::from(i != 0 && (i + 1) % 6 != 0)).collect();
+    let sparse: Vec<u8> = (0..48).map(|i| u8::from(i != 0)).collect();
+    let release = json!({
+        "model_type": "mimo_v2_flash", "hybrid_layer_pattern": slides, "moe_layer_freq": sparse, "layernorm_epsilon": 1e-5,
+        "sliding_window": 128, "sliding_window_size": 128, "rope_theta": 5_000_000, "swa_rope_theta": 10_000,
+        "partial_rotary_factor": 0.334, "swa_num_attention_heads": 64, "swa_num_key_value_heads": 8, "swa_head_dim": 192,
+        "swa_v_head_dim": 128, "add_swa_attention_sink_bias": true, "add_full_attention_sink_bias": false,
+        "attention_value_scale": 0.707, "n_shared_experts": null, "routed_scaling_factor": null, "rope_scaling": null,
+    });
+    assert_eq!(of_keys(&release).unwrap(), defaults);
+    let (full, sliding) = (gqa(&defaults, 0), gqa(&defaults, 1));
+    assert_eq!((full.kv_heads, full.window, full.sinks), (4, None, false));
+    assert_eq!((sliding.kv_heads, sliding.window, sliding.sinks), (8, Some(129), true));
+    let theta = |gqa: &GqaSpec| gqa.rope.as_ref().map(|rope| (rope.theta, rope.dim));
+    assert_eq!([theta(full), theta(sliding)], [Some((5e6, 64)), Some((1e4, 64))]);
+}
+
+#[test]
+fn layers_of_llama_4() {
+    let of = |mut keys: Value| {
+        keys["model_type"] = json!("llama4_text");
+        keys["num_hidden_layers"] = json!(4);
+        of_keys(&keys)
+    };
+    let kinds = |spec: &ModelSpec| {
+        let kind = |i| (gqa(spec, i).rope.is_some(), gqa(spec, i).chunk, spec.layers[i].ffn.moe.is_some());
+        (0..4).map(kind).collect::<Vec<_>>()
+    };
+    let turning = (true, Some(8192), true);
+    let defaults = of(json!({})).unwrap();
+    assert_eq!(kinds(&defaults), [turning, turning, turning, (false, None, true)]);
+    assert!(gqa(&defaults, 3).temperature.is_some() && gqa(&defaults, 3).qk_norm.is_none());
+    assert!(gqa(&defaults, 0).temperature.is_none() && gqa(&defaults, 0).qk_norm.as_ref().unwrap().weightless);
+    let other = json!({"no_rope_layers": [0, 1, 1, 1], "moe_layers": [1, 3], "attention_chunk_size": null, "use_qk_norm": false,
+        "attn_temperature_tuning": 0});
+    let other = of(other).unwrap();
+    assert_eq!(kinds(&other), [(false, None, false), (true, None, true), (true, None, false), (true, None, true)]);
+    assert_eq!(other.layers[0].ffn.dense_width, 16_384);
+    assert!(gqa(&other, 0).temperature.is_none() && gqa(&other, 1).qk_norm.is_none());
+    for (keys, words) in [
+        (json!({"no_rope_layers": [1]}), "`no_rope_layers` has 1 entries"),
+        (json!({"no_rope_layers": [1, 2, 1, 1]}), "`no_rope_layers` holds 2"),
+        (json!({"attention_chunk_size": 0}), "`attention_chunk_size` is 0"),
+        (json!({"floor_scale": 0}), "`floor_scale` is 0"),
+        (json!({"no_rope_layer_interval": 0}), "`no_rope_layer_interval` is 0"),
+    ] {
+        let error = of(keys).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn what_newer_families_do_not_compute_is_refused_by_its_key() {
+    for (config, words) in [
+        (json!({"model_type": "granitemoe", "logits_scaling": 0}), "`logits_scaling` is 0"),
+        (json!({"model_type": "ernie4_5_moe", "use_bias": true}), "`use_bias` is true"),
+        (json!({"model_type": "ernie4_5_moe", "moe_k": 65}), "`moe_k` is 65"),
+        (json!({"model_type": "ernie4_5_moe", "moe_layer_interval": 0}), "`moe_layer_interval` is 0"),
+        (json!({"model_type": "hunyuan_v1_moe", "moe_topk": [1]}), "`moe_topk` has 1 entries"),
+        (json!({"model_type": "hunyuan_v1_moe", "num_experts": 4, "moe_topk": 5}), "`moe_topk` is 5"),
+        (json!({"model_type": "hunyuan_v1_moe", "moe_intermediate_size": 64}), "`moe_intermediate_size` must be 11008"),
+        (json!({"model_type": "hunyuan_v1_moe", "use_cla": true}), "`use_cla` is true"),
+        (
+            json!({"model_type": "hunyuan_v1_moe", "rope_scaling": {"type": "dynamic", "alpha": -1.0}}),
+            "`rope_scaling.alpha` is -1",
+        ),
+        (json!({"model_type": "hunyuan_v1_moe", "rope_scaling": {"type": "dynamic", "factor": 2.0}}), "\"dynamic\""),
+        (json!({"model_type": "hy_v3", "qk_norm": false}), "`qk_norm` is false"),
+        (json!({"model_type": "mimo_v2_flash", "hybrid_layer_pattern": [2]}), "`hybrid_layer_pattern` has 1 entries"),
+        (json!({"model_type": "mimo_v2_flash", "num_key_value_heads": 3}), "`num_key_value_heads` is 3"),
+    ] {
+        let error = of_keys(&config).unwrap_err().to_string();
+        assert!(error.contains(words), "{config}: {error}");
     }
 }
 

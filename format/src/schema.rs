@@ -150,7 +150,7 @@ fn gqa_tensors(g: &GqaSpec, hidden: usize) -> Vec<TensorShape> {
     if g.qkv_bias {
         list.extend([vector("q_bias", query), vector("k_bias", key), vector("v_bias", value)]);
     }
-    if let Some(norm) = &g.qk_norm {
+    if let Some(norm) = g.qk_norm.as_ref().filter(|norm| !norm.weightless) {
         let (q, k) = match norm.scope {
             QkNormScope::Head => (g.head_dim, g.head_dim),
             QkNormScope::Whole => (query, key),

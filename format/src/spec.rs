@@ -4,8 +4,10 @@
 //! Stored as JSON in the metadata, versioned by [`SPEC_VERSION`], and validated on both sides.
 
 mod delta;
+mod factors;
 mod gqa;
 mod indexer;
+mod temperature;
 
 use serde::{Deserialize, Serialize};
 
@@ -13,8 +15,10 @@ use crate::limits::{
     MAX_EXPERTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_MODEL_EXPERTS, MAX_SPEC_BYTES, MAX_WIDTH,
 };
 pub use delta::DeltaSpec;
+pub use factors::Factors;
 pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 pub use indexer::IndexerSpec;
+pub use temperature::QueryTemperature;
 
 /// Version of the JSON; an unknown one is refused.
 pub const SPEC_VERSION: u32 = 1;
@@ -35,11 +39,14 @@ pub struct ModelSpec {
     pub max_positions: usize,
     /// Epsilon of the norms before attention, before the feed-forward part and before the head.
     pub norm_eps: f32,
+    /// Factors on embedding, residual stream and logits.
+    #[serde(default, skip_serializing_if = "Factors::are_one")]
+    pub factors: Factors,
     /// One entry per decoder layer.
     pub layers: Vec<LayerSpec>,
 }
 
-/// One decoder layer: `x += attention(norm(x)); x += ffn(norm(x))`.
+/// One decoder layer: `x += attention(norm(x)); x += ffn(norm(x))`, with [`Factors::residual`] on what is added.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerSpec {
@@ -191,6 +198,9 @@ pub struct MoeSpec {
     /// Whether gate, up and down projections have biases.
     #[serde(default, skip_serializing_if = "is_false")]
     pub expert_bias: bool,
+    /// Whether an expert's weight multiplies its input instead of its output.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub weighted_input: bool,
     /// How the experts of a token and their weights are chosen.
     pub router: RouterSpec,
 }
@@ -210,6 +220,9 @@ pub struct RouterSpec {
     pub groups: Option<RouterGroups>,
     /// Divides the chosen weights by their sum plus this; `None`: not.
     pub renormalise: Option<f32>,
+    /// The least that the chosen weights are divided by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub least_sum: Option<f32>,
     /// Factor on the weights.
     pub scale: f32,
 }
@@ -224,6 +237,8 @@ pub enum RouterScore {
     Softmax,
     /// The logit itself; the weights are the softmax over the chosen logits.
     SoftmaxOfChosen,
+    /// The logit itself; the weights are the sigmoids of the chosen logits.
+    SigmoidOfChosen,
 }
 
 /// Group-limited choice (DeepSeek-V2, section 2.2.2; DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
@@ -286,6 +301,7 @@ impl ModelSpec {
         check_range("max_positions", self.max_positions, MAX_LENGTH)?;
         check_width("hidden_size", self.hidden_size)?;
         check_eps("norm_eps", self.norm_eps)?;
+        self.factors.validate()?;
         if self.layers.is_empty() || self.layers.len() > Self::MAX_LAYERS {
             return Err(format!("it has {} layers", self.layers.len()));
         }
@@ -450,6 +466,7 @@ impl MoeSpec {
         if let Some(eps) = self.router.renormalise {
             check_eps("router.renormalise", eps)?;
         }
+        check_eps("router.least_sum", self.router.least_sum.unwrap_or(0.0))?;
         let Some(g) = &self.router.groups else { return Ok(()) };
         if g.count == 0 || !self.experts.is_multiple_of(g.count) || g.keep == 0 || g.keep > g.count {
             return Err(format!("{} of {} groups of {} experts", g.keep, g.count, self.experts));

@@ -198,7 +198,10 @@ fn specs() -> Vec<ModelSpec> {
     (plain.layers[1].ffn.dense_width, plain.layers[1].ffn.dense_gate) = (0, false);
     for layer in &mut plain.layers {
         if let AttentionSpec::Gqa(gqa) = &mut layer.attention {
-            (gqa.qk_norm, gqa.qkv_bias, gqa.o_bias, gqa.sinks, gqa.output_gate) = (None, false, false, false, false);
+            (gqa.qkv_bias, gqa.o_bias, gqa.sinks, gqa.output_gate) = (false, false, false, false);
+            // No norm, or one without weights: there are no tensors of either.
+            gqa.qk_norm = gqa.qk_norm.take().filter(|norm| norm.scope == QkNormScope::Whole);
+            gqa.qk_norm.iter_mut().for_each(|norm| norm.weightless = true);
         }
     }
     vec![small_spec(), gqa_spec(), plain, sparse_spec()]

@@ -358,6 +358,11 @@ fn specs_of_grouped_queries() {
         let error = ModelSpec::from_json(&serde_json::to_vec(&json).unwrap()).expect_err(says);
         assert!(error.contains(says), "{says}: {error}");
     };
+    let mut both = gqa_spec();
+    if let AttentionSpec::Gqa(gqa) = &mut both.layers[0].attention {
+        gqa.chunk = gqa.window;
+    }
+    assert!(both.validate().unwrap_err().contains("a window and chunks"));
     for field in ["heads", "kv_heads", "head_dim", "v_head_dim", "window"] {
         bad("outside 1..=", &format!("/layers/0/attention/{field}"), 0.into());
         bad("outside 1..=", &format!("/layers/0/attention/{field}"), u64::MAX.into());
@@ -365,6 +370,12 @@ fn specs_of_grouped_queries() {
     bad("4 heads share 3", "/layers/0/attention/kv_heads", 3.into());
     bad("4 heads share 8", "/layers/0/attention/kv_heads", 8.into());
     bad("clip_qkv", "/layers/0/attention/clip_qkv", 0.0.into());
+    bad("temperature.step", "/layers/0/attention/temperature/step", 0.into());
+    bad("temperature.slope", "/layers/0/attention/temperature/slope", 1e300.into());
+    bad("value_factor", "/layers/0/attention/value_factor", 1e300.into());
+    bad("factors.logits is 0", "/factors/logits", 0.0.into());
+    bad("factors.residual", "/factors/residual", 1e300.into());
+    bad("least_sum", "/layers/1/ffn/moe/router/least_sum", (-1.0).into());
     bad("qk_norm.eps", "/layers/0/attention/qk_norm/eps", (-1.0).into());
     bad("activation", "/layers/0/ffn/activation/limit", (-7.0).into());
     bad("activation", "/layers/0/ffn/activation/alpha", 1e300.into());

@@ -123,6 +123,22 @@ impl Activations {
         self.quantised = true;
     }
 
+    /// As [`gather`](Self::gather), with each token multiplied by its factor.
+    ///
+    /// # Panics
+    /// If an index is not below `src.n()`, or there are fewer factors than indices.
+    pub fn gather_scaled(&mut self, src: &Activations, indices: &[u32], factors: &[f32]) {
+        self.shape(indices.len(), src.cols);
+        let padded = self.padded();
+        for (i, (&from, &factor)) in indices.iter().zip(&factors[..indices.len()]).enumerate() {
+            let from = src.padded_row(from as usize);
+            self.rows[i * padded..][..padded].iter_mut().zip(from).for_each(|(to, x)| *to = factor * x);
+        }
+        if self.precision == Precision::Int8 {
+            self.quantise();
+        }
+    }
+
     /// Tokens.
     pub fn n(&self) -> usize {
         self.n
@@ -305,6 +321,20 @@ mod tests {
             b.set(&picked, 3, 45);
             assert_eq!((a.rows, a.blocks), (b.rows, b.blocks));
         }
+    }
+
+    #[test]
+    fn gather_scaled_equals_set() {
+        let x: Vec<f32> = (0..5 * 45).map(|i| (i as f32).sin()).collect();
+        let mut src = Activations::new(Precision::Int8);
+        src.set(&x, 5, 45);
+        let (indices, factors) = ([4, 0, 4], [0.5, 3.0, -1.5]);
+        let of = |(&i, &factor): (&u32, &f32)| src.row(i as usize).iter().map(move |x| factor * x).collect::<Vec<_>>();
+        let scaled: Vec<f32> = indices.iter().zip(&factors).flat_map(of).collect();
+        let (mut a, mut b) = (Activations::new(Precision::Int8), Activations::new(Precision::Int8));
+        a.gather_scaled(&src, &indices, &factors);
+        b.set(&scaled, 3, 45);
+        assert_eq!((a.rows, a.blocks), (b.rows, b.blocks));
     }
 
     #[test]

@@ -107,6 +107,13 @@ goldens! {
     mixtral
     mixtral_swa
     olmoe
+    granitemoe
+    ernie4_5_moe
+    ernie4_5
+    hunyuan_v1_moe
+    hy_v3
+    llama4_text
+    mimo_v2_flash
     llama
     mistral
     qwen3

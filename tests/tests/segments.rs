@@ -11,10 +11,19 @@ use sluice_tests::{Converted, Golden};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
-/// and keys beside recurrent states.
-const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next"];
+/// keys beside recurrent states, chunks, and windows with heads of their own.
+const ATTENTIONS: [&str; 8] = [
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "mixtral_swa",
+    "qwen3_next",
+    "llama4_text",
+    "mimo_v2_flash",
+];
 /// Those that cannot go back to any token.
-const FORGETTING: [&str; 3] = ["gpt_oss", "mixtral_swa", "qwen3_next"];
+const FORGETTING: [&str; 5] = ["gpt_oss", "mixtral_swa", "qwen3_next", "llama4_text", "mimo_v2_flash"];
 
 fn options() -> EngineOptions {
     EngineOptions {

@@ -13,8 +13,17 @@ use sluice_tests::{Converted, Golden};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
-/// and keys beside recurrent states.
-const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next"];
+/// keys beside recurrent states, chunks, and windows with heads of their own.
+const ATTENTIONS: [&str; 8] = [
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "mixtral_swa",
+    "qwen3_next",
+    "llama4_text",
+    "mimo_v2_flash",
+];
 const HEADER_LEN: usize = 120;
 
 fn options(kv_type: KvType) -> EngineOptions {
@@ -143,7 +152,7 @@ fn marks_are_saved_with_what_they_keep() {
         }
         // With room for fewer, the newest stay, of those that take room.
         let mut back = restored(&few, &bytes).unwrap();
-        let forgets = ["gpt_oss", "mixtral_swa", "qwen3_next"].contains(&family);
+        let forgets = ["gpt_oss", "mixtral_swa", "qwen3_next", "llama4_text", "mimo_v2_flash"].contains(&family);
         let stay = positions(&back);
         assert_eq!(stay, if forgets { &[0, 120][..] } else { &marked[..] }, "{family}");
         let last = back.marks().last().unwrap();

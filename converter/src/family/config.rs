@@ -141,7 +141,12 @@ impl Config {
 
     /// A number that may be missing or null.
     pub(crate) fn opt_f64(&self, key: &str) -> Result<Option<f64>, ConvertError> {
-        self.read(key, None, "a number or null", |v| match v {
+        self.opt_f64_or(key, None)
+    }
+
+    /// A number that may be null; `default` when the key is missing.
+    pub(crate) fn opt_f64_or(&self, key: &str, default: Option<f64>) -> Result<Option<f64>, ConvertError> {
+        self.read(key, default, "a number or null", |v| match v {
             Value::Null => Some(None),
             v => v.as_f64().map(Some),
         })
@@ -152,6 +157,11 @@ impl Config {
         self.read(key, default, "true or false", Value::as_bool)
     }
 
+    /// A truth value that may be written as a number, of which 0 alone is false.
+    pub(crate) fn flag_or(&self, key: &str, default: bool) -> Result<bool, ConvertError> {
+        self.read(key, default, "true or false", |v| v.as_bool().or_else(|| v.as_f64().map(|n| n != 0.0)))
+    }
+
     /// A text that may be missing or null.
     pub(crate) fn opt_str(&self, key: &str) -> Result<Option<&str>, ConvertError> {
         match self.keys.get(key) {
@@ -159,6 +169,11 @@ impl Config {
             Some(Value::String(s)) => Ok(Some(s)),
             Some(other) => Err(self.refuse(key, format!("is {other}, expected a text"))),
         }
+    }
+
+    /// The list under `key`; `None` if there is something else, or nothing.
+    pub(crate) fn list(&self, key: &str) -> Option<&[Value]> {
+        self.keys.get(key)?.as_array().map(Vec::as_slice)
     }
 
     /// A list that may be missing or null.

@@ -2,7 +2,7 @@
 
 use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{
-    ActivationSpec, AttentionSpec, FfnSpec, LayerSpec, ModelSpec, RopeScaling, RopeSpec, SPEC_VERSION,
+    ActivationSpec, AttentionSpec, Factors, FfnSpec, LayerSpec, ModelSpec, RopeScaling, RopeSpec, SPEC_VERSION,
 };
 
 use super::config::Config;
@@ -75,6 +75,7 @@ impl<'a> Decoder<'a> {
             hidden_size: self.hidden,
             max_positions: self.max_positions.max(extended_positions(&layers)),
             norm_eps: self.norm_eps,
+            factors: Factors::default(),
             layers,
         })
     }

@@ -43,8 +43,11 @@ pub(crate) fn read(decoder: &Decoder<'_>, heads: Heads) -> Result<GqaSpec, Conve
         softmax_scale: (head_dim as f64).powf(-0.5) as f32,
         rope: Some(rope.spec),
         window: None,
+        chunk: None,
         qk_norm: None,
         clip_qkv: None,
+        temperature: None,
+        value_factor: None,
         qkv_bias: false,
         o_bias: false,
         sinks: false,
@@ -54,7 +57,7 @@ pub(crate) fn read(decoder: &Decoder<'_>, heads: Heads) -> Result<GqaSpec, Conve
 
 /// A norm of queries and keys with the model's epsilon.
 pub(crate) fn qk_norm(decoder: &Decoder<'_>, scope: QkNormScope) -> Option<QkNorm> {
-    Some(QkNorm { scope, eps: decoder.norm_eps })
+    Some(QkNorm { scope, eps: decoder.norm_eps, weightless: false, after_rope: false })
 }
 
 /// The window that every layer has under `sliding_window`, if it is a number.

@@ -10,13 +10,19 @@ mod deepseek_v3;
 mod deepseek_v32;
 pub(crate) mod delta;
 mod dense;
+mod ernie4_5_moe;
 mod glm4_moe;
 mod glm4_moe_lite;
 mod glm_moe_dsa;
 mod gpt_oss;
 mod gqa;
+mod granitemoe;
+mod hunyuan_v1_moe;
+mod hy_v3;
 mod indexer;
 mod kimi_k25;
+mod llama4;
+mod mimo_v2_flash;
 mod minimax_m2;
 mod mixtral;
 mod mla;
@@ -55,6 +61,14 @@ static FAMILIES: &[&dyn Family] = &[
     &minimax_m2::MiniMaxM2,
     &mixtral::Mixtral,
     &olmoe::Olmoe,
+    &granitemoe::GraniteMoe,
+    &ernie4_5_moe::Ernie45Moe,
+    &ernie4_5_moe::Ernie45,
+    &hunyuan_v1_moe::HunyuanV1Moe,
+    &hy_v3::HyV3,
+    &llama4::Llama4,
+    &llama4::Llama4Text,
+    &mimo_v2_flash::MiMoV2Flash,
     &dense::Llama,
     &dense::Mistral,
     &dense::Qwen3,

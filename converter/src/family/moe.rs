@@ -7,7 +7,7 @@ use super::decoder::Decoder;
 use crate::error::ConvertError;
 
 /// DeepSeek-V3's reference adds it to the sum of the chosen weights.
-const RENORMALISE_EPS: f32 = 1e-20;
+pub(crate) const RENORMALISE_EPS: f32 = 1e-20;
 
 /// Values for missing keys.
 pub(crate) struct Defaults {
@@ -38,6 +38,7 @@ pub(crate) fn softmax_router(renormalise: bool) -> RouterSpec {
         choice_bias: false,
         groups: None,
         renormalise: renormalise.then_some(0.0),
+        least_sum: None,
         scale: 1.0,
     }
 }
@@ -51,7 +52,14 @@ pub(crate) fn softmax_experts(
 ) -> Result<FfnSpec, ConvertError> {
     let (experts, top_k) = experts(decoder, defaults)?;
     let width = decoder.config.size_or(width_key, defaults.width, MAX_WIDTH)?;
-    let moe = MoeSpec { experts, top_k, width, expert_bias: false, router: softmax_router(renormalise) };
+    let moe = MoeSpec {
+        experts,
+        top_k,
+        width,
+        expert_bias: false,
+        weighted_input: false,
+        router: softmax_router(renormalise),
+    };
     Ok(FfnSpec { activation: ActivationSpec::Silu, dense_width: 0, dense_gate: false, moe: Some(moe) })
 }
 
@@ -67,7 +75,12 @@ pub(crate) fn deepseek_v3(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<
         choice_bias: true,
         groups: groups(decoder, defaults, GroupScore::TopTwoSum)?,
         renormalise,
-        scale: config.f32_or("routed_scaling_factor", defaults.scale)?,
+        least_sum: None,
+        // MiMo's release says null.
+        scale: match config.has("routed_scaling_factor") {
+            true => config.f32_or("routed_scaling_factor", defaults.scale)?,
+            false => defaults.scale as f32,
+        },
     };
     with_shared(decoder, defaults, router)
 }
@@ -112,11 +125,33 @@ pub(crate) fn with_shared(
     let (experts, top_k) = experts(decoder, defaults)?;
     let width = config.size_or("moe_intermediate_size", defaults.width, MAX_WIDTH)?;
     let shared = config.opt_usize_or("n_shared_experts", Some(defaults.shared))?.unwrap_or(0);
-    let moe = MoeSpec { experts, top_k, width, expert_bias: false, router };
+    of_shape(decoder, &Shape { experts, top_k, width, shared }, "n_shared_experts", router)
+}
+
+/// Numbers and widths of experts.
+pub(crate) struct Shape {
+    pub(crate) experts: usize,
+    pub(crate) top_k: usize,
+    /// Width of one expert.
+    pub(crate) width: usize,
+    /// Width of the shared expert, in experts.
+    pub(crate) shared: usize,
+}
+
+/// Experts of this shape; `shared_key` says how wide the shared expert is.
+pub(crate) fn of_shape(
+    decoder: &Decoder<'_>,
+    shape: &Shape,
+    shared_key: &str,
+    router: RouterSpec,
+) -> Result<FfnSpec, ConvertError> {
+    let Shape { experts, top_k, width, shared } = *shape;
     let dense_width = width.saturating_mul(shared);
     if dense_width > MAX_WIDTH {
-        return Err(config.refuse("n_shared_experts", format!("is {shared}: together wider than {MAX_WIDTH}")));
+        let problem = format!("is {shared}: together wider than {MAX_WIDTH}");
+        return Err(decoder.config.refuse(shared_key, problem));
     }
+    let moe = MoeSpec { experts, top_k, width, expert_bias: false, weighted_input: false, router };
     Ok(FfnSpec { activation: ActivationSpec::Silu, dense_width, dense_gate: false, moe: Some(moe) })
 }
 

@@ -13,6 +13,8 @@ pub(crate) struct Names {
     pub(crate) prefix: &'static str,
     /// The output head.
     pub(crate) head: &'static str,
+    /// The module of a feed-forward network without experts.
+    pub(crate) dense: &'static str,
     /// Modules of a layer that may hold router and experts, the usual one first.
     pub(crate) moe: &'static [&'static str],
     /// The router's module inside.
@@ -33,6 +35,7 @@ impl Names {
     pub(crate) const USUAL: Names = Names {
         prefix: "model.",
         head: "lm_head.weight",
+        dense: "mlp",
         moe: &["mlp"],
         router: "gate",
         expert: ["gate_proj", "up_proj", "down_proj"],
@@ -93,6 +96,18 @@ impl Names {
         View { plus_one: self.zero_centred, ..View::vector(tensor, len) }
     }
 
+    /// A vector of a layer under a name of its own.
+    pub(crate) fn vector(self, place: Place, rest: &str, tensor: &TensorShape) -> Origin {
+        vec![vec![View::vector(self.layer(place.layer, rest), tensor.shape[2])]]
+    }
+
+    /// `own`, and behind it where a tensor comes from under the usual names: transformers since version 5 and MLX call most things
+    /// by them, and so does what is made of GGUF.
+    pub(crate) fn or_usual(self, own: Origin, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
+        let usual = Names { prefix: self.prefix, head: self.head, ..Names::USUAL };
+        [own, usual.origin(spec, place, tensor)].concat()
+    }
+
     /// Where a tensor comes from, for families that differ in names only.
     pub(crate) fn origin(self, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
         let layer = &spec.layers[place.layer];
@@ -143,7 +158,7 @@ impl Names {
     fn dense(self, spec: &LayerSpec, layer: &dyn Fn(&str) -> String, tensor: &TensorShape) -> Origin {
         let [_, rows, cols] = tensor.shape;
         if spec.ffn.moe.is_none() {
-            return vec![gated(&layer("mlp"), Names::USUAL.expert, tensor)];
+            return vec![gated(&layer(self.dense), Names::USUAL.expert, tensor)];
         }
         let each = |m: &&str| match tensor.name {
             "dense_gate" => vec![View::whole(layer(&format!("{m}.{}_gate.weight", self.shared)), rows, cols)],

@@ -79,6 +79,17 @@ pub(crate) fn read(
             );
         }
     }
+    of_section(&section, dim, pairing, outer_theta, max_positions)
+}
+
+/// The rotation that a section of its own describes. `outer_theta`: the base where it names none.
+pub(crate) fn of_section(
+    section: &Config,
+    dim: usize,
+    pairing: RopePairing,
+    outer_theta: f64,
+    max_positions: usize,
+) -> Result<Rope, ConvertError> {
     let theta = section.opt_f64("rope_theta")?.unwrap_or(outer_theta);
     section.check_above("rope_theta", theta, 1.0)?;
     // `type` is what the key was called before it became `rope_type`.
@@ -88,8 +99,12 @@ pub(crate) fn read(
     };
     let (scaling, score_mscale) = match kind {
         "default" => (RopeScaling::None, 1.0),
-        "yarn" => yarn(&section, max_positions)?,
-        "llama3" => (llama3(&section, max_positions)?, 1.0),
+        "dynamic" if section.has("alpha") => {
+            let spec = RopeSpec { pairing, theta: stretched(section, theta, dim)?, dim, scaling: RopeScaling::None };
+            return Ok(Rope { spec, score_mscale: 1.0 });
+        }
+        "yarn" => yarn(section, max_positions)?,
+        "llama3" => (llama3(section, max_positions)?, 1.0),
         other => return Err(section.refuse(key, format!("is \"{other}\"; supported: default, yarn, llama3"))),
     };
     Ok(Rope { spec: RopeSpec { pairing, theta, dim, scaling }, score_mscale })
@@ -134,6 +149,15 @@ pub(crate) fn untruncated_yarn(factor: f64, original_max_positions: usize) -> Ro
         truncate: false,
         attention_factor: magnitude(factor, 1.0),
     }
+}
+
+/// Hunyuan's scaling, which a fixed `alpha` makes independent of the context: `theta · alpha^(dim / (dim − 2))`.
+fn stretched(section: &Config, theta: f64, dim: usize) -> Result<f64, ConvertError> {
+    let alpha = section.check_above("alpha", section.f64_or("alpha", 1.0)?, 0.0)?;
+    if dim <= 2 {
+        return Err(section.refuse("alpha", format!("stretches nothing where {dim} elements turn")));
+    }
+    section.check_above("alpha", theta * alpha.powf(dim as f64 / (dim as f64 - 2.0)), 1.0)
 }
 
 fn llama3(section: &Config, max_positions: usize) -> Result<RopeScaling, ConvertError> {

@@ -159,6 +159,12 @@ impl Origin<'_> {
         values(self.tensors, name)
     }
 
+    /// The first of these that there is.
+    fn of_any<const N: usize>(&self, names: [impl AsRef<str>; N]) -> Vec<f32> {
+        let found = names.iter().map(AsRef::as_ref).find(|name| self.has(name));
+        self.of(found.unwrap_or_else(|| panic!("none of {:?}", names.each_ref().map(AsRef::as_ref))))
+    }
+
     fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
@@ -167,7 +173,7 @@ impl Origin<'_> {
     pub fn data(&self, name: &str) -> Vec<f32> {
         match name {
             "token_embd.weight" => return self.of(&format!("{}embed_tokens.weight", self.prefix)),
-            "output.weight" => return self.of("lm_head.weight"),
+            "output.weight" => return self.of_any(["lm_head.weight", "language_model.lm_head.weight"]),
             "output_norm.weight" => return self.norm(&format!("{}norm.weight", self.prefix)),
             _ => {}
         }
@@ -197,8 +203,13 @@ impl Origin<'_> {
             }
             "attn_v" => plain("self_attn.v_proj"),
             "attn_output" => plain("self_attn.o_proj"),
-            "attn_q_norm" => self.norm(&at("self_attn.q_norm.weight")),
-            "attn_k_norm" => self.norm(&at("self_attn.k_norm.weight")),
+            "attn_q_norm" | "attn_k_norm" => {
+                let (queries, part) = (module == "attn_q_norm", &module[5..6]);
+                let hunyuan =
+                    at(if queries { "self_attn.query_layernorm.weight" } else { "self_attn.key_layernorm.weight" });
+                let usual = at(&format!("self_attn.{part}_norm.weight"));
+                self.norm(if self.has(&hunyuan) { &hunyuan } else { &usual })
+            }
             "attn_sinks" => self.of(&at("self_attn.sinks")),
             "attn_q_a" => plain("self_attn.q_a_proj"),
             "attn_q_b" => plain("self_attn.q_b_proj"),
@@ -227,7 +238,7 @@ impl Origin<'_> {
     fn query_or_key(&self, name: &str, queries: bool) -> Vec<f32> {
         let all = self.of(name);
         let family = self.config["model_type"].as_str().unwrap();
-        if !["llama", "mistral", "mixtral"].contains(&family) {
+        if !["llama", "mistral", "mixtral", "granitemoe"].contains(&family) {
             return all;
         }
         let heads = self.count(if queries { "num_attention_heads" } else { "num_key_value_heads" });
@@ -251,34 +262,44 @@ impl Origin<'_> {
 
     fn feed_forward(&self, layer: &str, module: &str, end: &str) -> Vec<f32> {
         let at = |name: &str| format!("{layer}{name}");
-        let mut of_any = [at("mlp"), at("block_sparse_moe")].into_iter();
+        let mut of_any = [at("mlp"), at("block_sparse_moe"), at("feed_forward")].into_iter();
         let moe = of_any.find(|m| self.tensors.keys().any(|name| name.starts_with(&format!("{m}.")))).unwrap();
-        let first = |names: [String; 2]| self.of(names.iter().find(|name| self.has(name)).unwrap());
         let part = module.split('_').nth(1).unwrap();
         match module {
-            "ffn_gate_inp" => first([format!("{moe}.gate.{end}"), format!("{moe}.router.{end}")]),
+            "ffn_gate_inp" => {
+                let routers = ["gate", "router", "gate.wg", "router.gate", "router.layer"];
+                self.of_any(routers.map(|router| format!("{moe}.{router}.{end}")))
+            }
             "ffn_gate_inp_shexp" => self.of(&format!("{moe}.shared_expert_gate.weight")),
             "exp_probs_b" => {
-                first([format!("{moe}.gate.e_score_correction_bias"), format!("{moe}.e_score_correction_bias")])
+                let biases = [
+                    "gate.e_score_correction_bias",
+                    "e_score_correction_bias",
+                    "expert_bias",
+                    "moe_statics.e_score_correction_bias",
+                ];
+                self.of_any(biases.map(|bias| format!("{moe}.{bias}")))
             }
             "ffn_gate" | "ffn_up" | "ffn_down" => self.of(&format!("{moe}.{part}_proj.{end}")),
-            shared if shared.ends_with("_shexp") => first([
-                format!("{moe}.shared_experts.{part}_proj.{end}"),
-                format!("{moe}.shared_expert.{part}_proj.{end}"),
-            ]),
+            shared if shared.ends_with("_shexp") => {
+                let modules = ["shared_experts", "shared_expert", "shared_mlp"];
+                self.of_any(modules.map(|module| format!("{moe}.{module}.{part}_proj.{end}")))
+            }
             _ => self.experts(&moe, part, end),
         }
     }
 
     /// All experts of a layer, one after the other.
     fn experts(&self, moe: &str, part: &str, end: &str) -> Vec<f32> {
-        let fused = format!("{moe}.experts.gate_up_proj");
-        let model_type = self.config["model_type"].as_str().unwrap();
-        if model_type == "gpt_oss" {
-            return self.alternating(moe, part, end);
+        match self.config["model_type"].as_str().unwrap() {
+            "gpt_oss" => return self.alternating(moe, part, end),
+            "llama4_text" => return self.transposed(moe, part),
+            _ => {}
         }
-        if self.has(&fused) {
-            let stack = if part == "down" { format!("{moe}.experts.down_proj") } else { fused };
+        let fused = [["experts.gate_up_proj", "experts.down_proj"], ["input_linear.weight", "output_linear.weight"]];
+        let mut fused = fused.map(|names| names.map(|name| format!("{moe}.{name}"))).into_iter();
+        if let Some([gate_up, down]) = fused.find(|[gate_up, _]| self.has(gate_up)) {
+            let stack = if part == "down" { down } else { gate_up };
             let [experts, rows, cols] = self.tensors[&stack].shape[..] else { panic!("{stack}") };
             let all = self.of(&stack);
             let half = if part == "down" {
@@ -298,6 +319,19 @@ impl Origin<'_> {
         };
         let name = |e: usize| names(e).into_iter().find(|name| self.has(name));
         (0..).map_while(name).flat_map(|name| self.of(&name)).collect()
+    }
+
+    /// Llama 4: transposed, gate before up.
+    fn transposed(&self, moe: &str, part: &str) -> Vec<f32> {
+        let name = format!("{moe}.experts.{}", if part == "down" { "down_proj" } else { "gate_up_proj" });
+        let [experts, inputs, outputs] = self.tensors[&name].shape[..] else { panic!("{name}") };
+        let (all, picked) = (self.of(&name), if part == "down" { outputs } else { outputs / 2 });
+        let first = if part == "up" { picked } else { 0 };
+        let element = |i: usize| {
+            let (expert, output, input) = (i / inputs / picked, i / inputs % picked, i % inputs);
+            all[(expert * inputs + input) * outputs + first + output]
+        };
+        (0..experts * picked * inputs).map(element).collect()
     }
 
     /// gpt-oss: transposed, and gate and up alternate.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{RopeSpec, check_eps, check_range, check_width, is_false};
+use super::{QueryTemperature, RopeSpec, check_eps, check_range, check_width, is_false};
 use crate::limits::MAX_LENGTH;
 
 /// Grouped-query attention (arXiv:2305.13245): query head `h` uses key-value head `h / (heads / kv_heads)`.
@@ -24,12 +24,21 @@ pub struct GqaSpec {
     /// Keys that a query sees, itself included; `None`: all before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window: Option<usize>,
-    /// RMS norm of queries and keys before the rotation.
+    /// Positions are cut into chunks of this many, and a query sees the keys of its own chunk up to itself; `None`: of all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunk: Option<usize>,
+    /// RMS norm of queries and keys, before the rotation unless it says otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qk_norm: Option<QkNorm>,
     /// Bounds queries, keys and values to ± this, after the norm.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clip_qkv: Option<f32>,
+    /// Factor on queries that grows with the position.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<QueryTemperature>,
+    /// Factor on values; `None`: 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value_factor: Option<f32>,
     /// Whether the projections of queries, keys and values have biases.
     #[serde(default, skip_serializing_if = "is_false")]
     pub qkv_bias: bool,
@@ -52,6 +61,12 @@ pub struct QkNorm {
     pub scope: QkNormScope,
     /// Epsilon.
     pub eps: f32,
+    /// Whether it has no weights: they are 1.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub weightless: bool,
+    /// Whether it comes behind the rotation.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub after_rope: bool,
 }
 
 /// What a norm of queries and keys normalises at once.
@@ -65,6 +80,20 @@ pub enum QkNormScope {
 }
 
 impl GqaSpec {
+    /// The most keys that a query sees; `None`: all before it.
+    pub fn reach(&self) -> Option<usize> {
+        self.window.or(self.chunk)
+    }
+
+    /// The first position that a query at `position` sees.
+    pub fn first_seen(&self, position: usize) -> usize {
+        match (self.window, self.chunk) {
+            (Some(window), _) => (position + 1).saturating_sub(window),
+            (None, Some(chunk)) => position / chunk * chunk,
+            (None, None) => 0,
+        }
+    }
+
     pub(super) fn validate(&self) -> Result<(), String> {
         for (name, value) in [
             ("heads", self.heads),
@@ -77,6 +106,10 @@ impl GqaSpec {
             check_width(name, value)?;
         }
         check_range("window", self.window.unwrap_or(1), MAX_LENGTH)?;
+        check_range("chunk", self.chunk.unwrap_or(1), MAX_LENGTH)?;
+        if self.window.is_some() && self.chunk.is_some() {
+            return Err("it has a window and chunks".into());
+        }
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(format!("{} heads share {} key-value heads", self.heads, self.kv_heads));
         }
@@ -85,6 +118,12 @@ impl GqaSpec {
         }
         if let Some(norm) = &self.qk_norm {
             check_eps("qk_norm.eps", norm.eps)?;
+        }
+        if let Some(temperature) = &self.temperature {
+            temperature.validate()?;
+        }
+        if self.value_factor.is_some_and(|factor| !factor.is_finite()) {
+            return Err("value_factor is not a number".into());
         }
         match &self.rope {
             Some(rope) if rope.dim > self.head_dim => {

@@ -59,9 +59,10 @@ pub(crate) fn small_spec() -> ModelSpec {
         choice_bias: true,
         groups: None,
         renormalise: Some(1e-20),
+        least_sum: None,
         scale: 2.5,
     };
-    let moe = MoeSpec { experts: 3, top_k: 2, width: 24, expert_bias: false, router };
+    let moe = MoeSpec { experts: 3, top_k: 2, width: 24, expert_bias: false, weighted_input: false, router };
     let ffn = |dense_width, moe| FfnSpec { activation: ActivationSpec::Silu, dense_width, dense_gate: false, moe };
     ModelSpec {
         version: SPEC_VERSION,
@@ -70,6 +71,7 @@ pub(crate) fn small_spec() -> ModelSpec {
         hidden_size: 32,
         max_positions: 256,
         norm_eps: 1e-5,
+        factors: Factors::default(),
         layers: vec![
             LayerSpec { attention: mla(None, RopeScaling::None), ffn: ffn(40, None) },
             LayerSpec { attention: mla(Some(8), yarn), ffn: ffn(24, Some(moe)) },
@@ -80,6 +82,7 @@ pub(crate) fn small_spec() -> ModelSpec {
 /// Two layers that between them have everything that [`small_spec`] lacks: grouped queries, biases, gates, sinks.
 pub(crate) fn gqa_spec() -> ModelSpec {
     let mut spec = small_spec();
+    spec.factors = Factors { embedding: 2.0, residual: 0.5, logits: 0.25 };
     for (layer, scope) in spec.layers.iter_mut().zip([QkNormScope::Head, QkNormScope::Whole]) {
         layer.attention = AttentionSpec::Gqa(GqaSpec {
             heads: 4,
@@ -89,8 +92,11 @@ pub(crate) fn gqa_spec() -> ModelSpec {
             softmax_scale: 0.25,
             rope: None,
             window: Some(16),
-            qk_norm: Some(QkNorm { scope, eps: 1e-6 }),
+            chunk: None,
+            qk_norm: Some(QkNorm { scope, eps: 1e-6, weightless: false, after_rope: false }),
             clip_qkv: Some(8.0),
+            temperature: Some(QueryTemperature { slope: 0.1, step: 8 }),
+            value_factor: Some(0.5),
             qkv_bias: true,
             o_bias: true,
             sinks: true,
@@ -100,7 +106,9 @@ pub(crate) fn gqa_spec() -> ModelSpec {
         layer.ffn.activation = ActivationSpec::SwigluOai { alpha: 1.5, limit: 7.0 };
         if let Some(moe) = &mut layer.ffn.moe {
             moe.expert_bias = true;
+            moe.weighted_input = true;
             moe.router.logit_bias = true;
+            moe.router.least_sum = Some(1e-12);
             moe.router.choice_bias = false;
         }
     }

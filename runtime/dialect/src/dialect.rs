@@ -167,6 +167,7 @@ fn by_template(source: &str, has_token: &dyn Fn(&str) -> bool) -> Option<&'stati
         () if has("<tool_call>") => &syntax::HERMES,
         () if has("[TOOL_CALLS]") && has("[ARGS]") => &syntax::MISTRAL,
         () if has("[TOOL_CALLS]") => &syntax::MISTRAL_LIST,
+        () if has("<|start_of_role|>") && has("<|tool_call|>") => &syntax::GRANITE,
         () if has("<|python_start|>") || has("<|header_start|>") => &syntax::LLAMA_4,
         () if has("<|start_header_id|>") && has("\"parameters\"") => &syntax::LLAMA_3,
         () if has("<|python_tag|>") && has_token("<|python_tag|>") => &syntax::LLAMA_3,
@@ -189,6 +190,8 @@ fn by_type(model_type: &str) -> Option<&'static Syntax> {
         "glm4_moe_lite" | "glm_moe_dsa" => &syntax::GLM_47,
         "qwen3_5_moe" | "qwen3_5" => &syntax::QWEN_XML,
         "llama4" | "llama4_text" => &syntax::LLAMA_4,
+        "granitemoe" => &syntax::GRANITE,
+        "mimo_v2_flash" => &syntax::QWEN_XML,
         _ => return None,
     };
     Some(family)
@@ -206,6 +209,7 @@ fn by_tokens(has: &dyn Fn(&str) -> bool) -> Option<&'static Syntax> {
         () if has("<arg_key>") => &syntax::GLM_47,
         () if has("[TOOL_CALLS]") && has("[ARGS]") => &syntax::MISTRAL,
         () if has("[TOOL_CALLS]") => &syntax::MISTRAL_LIST,
+        () if has("<|start_of_role|>") && has("<|tool_call|>") => &syntax::GRANITE,
         () if has("<|python_start|>") => &syntax::LLAMA_4,
         () if has("<|python_tag|>") => &syntax::LLAMA_3,
         () => return None,

@@ -27,6 +27,7 @@
 //! | `harmony` | gpt-oss | `<|channel|>commentary to=functions.… <|constrain|>json<|message|>…` |
 //! | `minimax-m2`, `minimax-m3` | MiniMax M2 to M2.7; M3 | `<invoke name="…"><parameter name="…">`; nested tags |
 //! | `mistral`, `mistral-list` | Mistral and Magistral | `[TOOL_CALLS]…[ARGS]…`; `[TOOL_CALLS] [{"name": …}]` |
+//! | `granite` | Granite 3 | `<|tool_call|>[{"name": …, "arguments": …}]` |
 //! | `llama-3`, `llama-4` | Llama | `{"name": …, "parameters": …}`; `[name(parameter=value)]` |
 //!
 //! # Why not one of the parser crates

@@ -322,6 +322,16 @@ pub(crate) static MISTRAL: Syntax = Syntax {
     ids: Ids::Nine,
 };
 
+/// Granite 3: a list of objects.
+pub(crate) static GRANITE: Syntax = Syntax {
+    name: "granite",
+    think: THINK,
+    section: None,
+    calls: Calls::Objects(Objects { open: "<|tool_call|>", close: None, bare: false }),
+    calls_end_thinking: false,
+    ids: Ids::Long,
+};
+
 /// Llama 3.x: a bare object, or one behind a token.
 pub(crate) static LLAMA_3: Syntax = Syntax {
     name: "llama-3",

@@ -13,7 +13,7 @@ macro_rules! template {
 }
 
 /// A family's name, what config.json calls it, a template, and what ends an answer.
-const FAMILIES: [(&str, &str, Option<&str>, &[&str]); 12] = [
+const FAMILIES: [(&str, &str, Option<&str>, &[&str]); 13] = [
     ("hermes", "qwen3_moe", Some(template!("qwen3")), &["<|im_end|>"]),
     ("qwen-xml", "qwen3_moe", Some(template!("qwen3_coder")), &["<|im_end|>"]),
     ("deepseek-v3.1", "deepseek_v3", Some(template!("deepseek")), &["<｜end▁of▁sentence｜>"]),
@@ -21,6 +21,7 @@ const FAMILIES: [(&str, &str, Option<&str>, &[&str]); 12] = [
     ("kimi-k2", "kimi_k2", Some(template!("kimi")), &["<|im_end|>"]),
     ("minimax-m2", "minimax_m2", Some(template!("minimax")), &["[e~["]),
     ("mistral-list", "mistral", Some(template!("mistral")), &["</s>"]),
+    ("granite", "granitemoe", Some(template!("granite")), &["<|end_of_text|>"]),
     ("llama-3", "llama", Some(template!("llama3")), &["<|eot_id|>"]),
     ("harmony", "gpt_oss", Some(template!("harmony")), &["<|call|>"]),
     ("deepseek-v3.2", "deepseek_v32", None, &["<｜end▁of▁sentence｜>"]),

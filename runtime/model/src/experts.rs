@@ -108,10 +108,21 @@ impl Early {
     }
 }
 
+/// What one expert is applied to.
+#[derive(Debug)]
+struct Inputs {
+    /// Rows of the pass.
+    rows: Vec<u32>,
+    /// Weights of these uses, where weights multiply inputs.
+    factors: Vec<f32>,
+    /// The gathered rows.
+    x: Activations,
+}
+
 /// Buffers that routed experts reuse from call to call.
 #[derive(Debug)]
 pub(super) struct ExpertScratch {
-    gathered: Activations,
+    inputs: Inputs,
     gated: GatedScratch,
     tally: Tally,
     early: Early,
@@ -123,8 +134,6 @@ pub(super) struct ExpertScratch {
     uses: Vec<Use>,
     /// Distinct experts of the pass, ascending.
     experts: Vec<u32>,
-    /// Rows that use the current expert.
-    rows: Vec<u32>,
     /// One expert's output, `[its rows, hidden]`.
     output: Vec<f32>,
     outputs: Outputs,
@@ -134,7 +143,7 @@ impl ExpertScratch {
     /// Empty buffers; they grow to what the first call needs.
     pub fn new(compute: &Compute, most_kept: u64) -> Self {
         ExpertScratch {
-            gathered: Activations::new(compute.precision),
+            inputs: Inputs { rows: Vec::new(), factors: Vec::new(), x: Activations::new(compute.precision) },
             gated: GatedScratch::new(compute),
             tally: Tally::default(),
             early: Early::new(compute),
@@ -144,7 +153,6 @@ impl ExpertScratch {
             choices: Vec::new(),
             uses: Vec::new(),
             experts: Vec::new(),
-            rows: Vec::new(),
             output: Vec::new(),
             outputs: Outputs::new(most_kept),
         }
@@ -287,7 +295,7 @@ impl Routed {
     ) -> Result<Duration, ModelError> {
         let (compute, mut time) = (step.compute, Duration::ZERO);
         let combining = s.outputs.combining();
-        s.outputs.begin(x.n(), self.spec.top_k, x.cols());
+        s.outputs.begin(x.n(), self.spec.top_k, x.cols(), self.spec.weighted_input);
         // An observer of inputs keeps what it sees, so that has to be right at once. An output that is added at once cannot be taken back.
         let observed = compute.observer.is_some();
         let first = observed || combining == Combining::InOrder;
@@ -338,9 +346,9 @@ impl Routed {
             s.outputs.add(waiting.output(hidden).settled_by(expert), uses_of(id, &s.uses), &s.choices);
             return s.early.free.push(waiting.values);
         }
-        let output = gather(id, x, &s.uses, &mut s.rows, &mut s.gathered, &mut s.output);
+        let output = self.gather(x, uses_of(id, &s.uses), &s.choices, &mut s.inputs, &mut s.output);
         let output = Settled::compute(expert, output, |bytes, out| {
-            self.expert.forward(compute, Tallied::not(bytes), id, &s.gathered, &mut s.gated, out);
+            self.expert.forward(compute, Tallied::not(bytes), id, &s.inputs.x, &mut s.gated, out);
         });
         if !compute.is_cancelled() {
             s.outputs.add(output, uses_of(id, &s.uses), &s.choices);
@@ -363,9 +371,9 @@ impl Routed {
             }
             return s.early.free.push(waiting.values);
         }
-        let output = gather(id, x, &s.uses, &mut s.rows, &mut s.gathered, &mut s.output);
+        let output = self.gather(x, uses_of(id, &s.uses), &s.choices, &mut s.inputs, &mut s.output);
         let output = Unsettled::compute(&expert, &mut s.tally, output, |extent, out| {
-            self.expert.forward(compute, extent, id, &s.gathered, &mut s.gated, out);
+            self.expert.forward(compute, extent, id, &s.inputs.x, &mut s.gated, out);
             // Once cancelled, the tally may have only some of the bytes, and cannot tell whether they are right.
             !compute.is_cancelled()
         });
@@ -394,13 +402,16 @@ impl Routed {
         let (id, bytes, len) = (part.expert(), part.bytes(), part.len());
         let early = &mut s.early;
         if early.expert != Some(id) {
-            let (&[Use { row, .. }], false) = (uses_of(id, &s.uses), early.free.is_empty()) else {
+            let (&[Use { row, choice, .. }], false) = (uses_of(id, &s.uses), early.free.is_empty()) else {
                 return part.more_at(None);
             };
             early.expert = Some(id);
             early.begun.restart();
             early.tally.begin(len);
-            early.x.gather(x, &[row]);
+            match self.spec.weighted_input {
+                true => early.x.gather_scaled(x, &[row], &[s.choices[choice as usize].weight]),
+                false => early.x.gather(x, &[row]),
+            }
         }
         self.advance_early(compute, bytes, len, !part.is_verified(), early);
         let more_at = early.expert.map(|_| (bytes.len() + PART_BYTES).min(len));
@@ -422,19 +433,26 @@ impl Routed {
         waiting.push(Waiting { expert: id, sum: prefix.tally.map(Tally::checksum), values });
         *expert = None;
     }
-}
 
-/// Gathers the rows of `x` that use an expert; returns the place of its output `[its rows, hidden]`.
-fn gather<'o>(
-    expert: u32,
-    x: &Activations,
-    uses: &[Use],
-    rows: &mut Vec<u32>,
-    gathered: &mut Activations,
-    output: &'o mut Vec<f32>,
-) -> &'o mut [f32] {
-    rows.clear();
-    rows.extend(uses_of(expert, uses).iter().map(|used| used.row));
-    gathered.gather(x, rows);
-    sized(output, rows.len() * x.cols())
+    /// Gathers the rows of `x` that use an expert; returns the place of its output `[its rows, hidden]`.
+    fn gather<'o>(
+        &self,
+        x: &Activations,
+        uses: &[Use],
+        choices: &[Choice],
+        inputs: &mut Inputs,
+        output: &'o mut Vec<f32>,
+    ) -> &'o mut [f32] {
+        let Inputs { rows, factors, x: gathered } = inputs;
+        rows.clear();
+        rows.extend(uses.iter().map(|used| used.row));
+        if self.spec.weighted_input {
+            factors.clear();
+            factors.extend(uses.iter().map(|used| choices[used.choice as usize].weight));
+            gathered.gather_scaled(x, rows, factors);
+        } else {
+            gathered.gather(x, rows);
+        }
+        sized(output, rows.len() * x.cols())
+    }
 }

@@ -1,5 +1,5 @@
 //! Grouped-query attention (arXiv:2305.13245) with rotary positions, and what families add to it: norms of queries and keys,
-//! biases, a sliding window, attention sinks, an output gate.
+//! biases, a sliding window or chunks, attention sinks, a temperature that falls with the position, an output gate.
 
 use sluice_format::{GqaSpec, QkNormScope};
 use sluice_kernels::{Activations, QueryTile, rms_norm, sigmoid};
@@ -109,7 +109,8 @@ impl GqaScratch {
 impl Gqa {
     pub(super) fn new(spec: &GqaSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
         let bias = |on: bool, name| on.then_some(name);
-        let norm = |name| spec.qk_norm.as_ref().map(|_| tensors.vector(name)).transpose();
+        let weighted = spec.qk_norm.as_ref().is_some_and(|norm| !norm.weightless);
+        let norm = |name| weighted.then(|| tensors.vector(name)).transpose();
         Ok(Gqa {
             rope: spec.rope.as_ref().map(Rope::new),
             q: Projection::new(tensors, "q", bias(spec.qkv_bias, "q_bias"))?,
@@ -161,8 +162,10 @@ impl Gqa {
         self.q.apply(step, activations, vector, query);
         self.k.apply(step, activations, vector, key);
         self.v.apply(step, activations, vector, value);
-        self.normalise(step, self.q_norm.as_ref(), s.heads, vector, query);
-        self.normalise(step, self.k_norm.as_ref(), s.kv_heads, vector, key);
+        let after_rope = s.qk_norm.as_ref().is_some_and(|norm| norm.after_rope);
+        if !after_rope {
+            self.normalise(step, vector, query, key);
+        }
         if let Some(limit) = s.clip_qkv {
             for x in [&mut *query, &mut *key, &mut *value] {
                 x.iter_mut().for_each(|v| *v = v.clamp(-limit, limit));
@@ -170,21 +173,53 @@ impl Gqa {
         }
         if let Some(rope) = &self.rope {
             rope.angles(step.rows.positions(), angles);
-            for (x, heads) in [(query, s.heads), (key, s.kv_heads)] {
+            for (x, heads) in [(&mut *query, s.heads), (&mut *key, s.kv_heads)] {
                 for (i, head) in x.chunks_exact_mut(s.head_dim).enumerate() {
                     rope.rotate(head, angles, i / heads);
                 }
             }
         }
+        if after_rope {
+            self.normalise(step, vector, query, key);
+        }
+        if let Some(temperature) = &s.temperature {
+            for (row, position) in query.chunks_exact_mut(s.heads * s.head_dim).zip(step.rows.positions()) {
+                let factor = temperature.factor(position);
+                row.iter_mut().for_each(|q| *q *= factor);
+            }
+        }
+        if let Some(factor) = s.value_factor {
+            value.iter_mut().for_each(|v| *v *= factor);
+        }
     }
 
-    fn normalise(&self, step: Step<'_>, norm: Option<&VectorRef>, heads: usize, vector: &mut Vec<f32>, x: &mut [f32]) {
-        let (Some(spec), Some(norm)) = (&self.spec.qk_norm, norm) else { return };
+    /// The norm of queries and keys, if there is one.
+    fn normalise(&self, step: Step<'_>, vector: &mut Vec<f32>, query: &mut [f32], key: &mut [f32]) {
+        for (norm, heads, x) in [(&self.q_norm, self.spec.heads, query), (&self.k_norm, self.spec.kv_heads, key)] {
+            self.normalise_heads(step, norm.as_ref(), heads, vector, x);
+        }
+    }
+
+    fn normalise_heads(
+        &self,
+        step: Step<'_>,
+        norm: Option<&VectorRef>,
+        heads: usize,
+        vector: &mut Vec<f32>,
+        x: &mut [f32],
+    ) {
+        let Some(spec) = &self.spec.qk_norm else { return };
         let width = match spec.scope {
             QkNormScope::Head => self.spec.head_dim,
             QkNormScope::Whole => heads * self.spec.head_dim,
         };
-        step.read(norm, vector);
+        match norm {
+            Some(norm) => step.read(norm, vector),
+            None => {
+                vector.clear();
+                vector.resize(width, 1.0);
+            }
+        }
         // In and out differ for the kernel; a head is short.
         with_head_scratch(|scratch| {
             for row in x.chunks_exact_mut(width) {
@@ -237,8 +272,8 @@ impl Gqa {
         let kv_head = task.heads.start / (s.heads / s.kv_heads);
         tile.begin(s.head_dim, s.v_head_dim, s.softmax_scale);
         for row in task.rows.clone() {
-            let end = step.rows.get(row).position + 1;
-            let first = s.window.map_or(0, |window| end.saturating_sub(window));
+            let position = step.rows.get(row).position;
+            let (first, end) = (s.first_seen(position), position + 1);
             for head in task.heads.clone() {
                 let query = &query[(row * s.heads + head) * s.head_dim..][..s.head_dim];
                 tile.add(first..end, sinks.map(|sinks| sinks[head])).copy_from_slice(query);

@@ -295,6 +295,7 @@ impl Model {
                 self.embedding.rows(weights.file, tokens, &mut x[..tokens.len() * hidden])?;
             }
         }
+        scale(&mut self.scratch.x[..len], self.spec.factors.embedding);
         Ok(())
     }
 
@@ -324,7 +325,7 @@ impl Model {
         mut caches: Caches<'_, '_>,
         index: usize,
     ) -> Result<(), ModelError> {
-        let eps = self.spec.norm_eps;
+        let (eps, factor) = (self.spec.norm_eps, self.spec.factors.residual);
         let len = rows.len() * self.spec.hidden_size;
         let Scratch { x, normed, delta, norm, attention: mixer, ffn, .. } = &mut self.scratch;
         let (x, normed, delta) = (&mut x[..len], sized(normed, len), sized(delta, len));
@@ -341,7 +342,7 @@ impl Model {
         if compute.is_cancelled() {
             return Err(ModelError::Cancelled);
         }
-        add(x, delta);
+        add(x, delta, factor);
         let attended = Instant::now();
         self.times.attention += (attended - started).saturating_sub(dense_parts.stats().wait - waited);
 
@@ -358,7 +359,7 @@ impl Model {
         let next_router = next.map(|l| dense_parts.dense(l.extents.router)).transpose()?;
         let prefetch = next.zip(next_router.as_ref()).and_then(|(l, router)| {
             let (norm, extent) = (l.ffn_norm, router.bytes());
-            Some((&*x, NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, eps, extent }))
+            Some((&*x, NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, eps, factor, extent }))
         });
         let step = FfnStep {
             compute,
@@ -369,7 +370,7 @@ impl Model {
             ahead: prefetch,
         };
         let experts = layer.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
-        add(x, delta);
+        add(x, delta, factor);
         self.times.experts += experts;
         self.times.feed_forward += attended.elapsed().saturating_sub(experts);
         Ok(())
@@ -417,6 +418,7 @@ impl Model {
             if compute.is_cancelled() {
                 return Err(ModelError::Cancelled);
             }
+            scale(logits, self.spec.factors.logits);
             logits.chunks_exact(vocab).enumerate().for_each(|(i, row)| sink(block * LOGIT_ROWS + i, row));
             started = Instant::now();
         }
@@ -460,6 +462,13 @@ fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     x.chunks_exact(width).zip(out.chunks_exact_mut(width)).for_each(|(x, out)| rms_norm(x, weight, eps, out));
 }
 
-fn add(x: &mut [f32], delta: &[f32]) {
-    x.iter_mut().zip(delta).for_each(|(x, d)| *x += d);
+/// `x += factor · delta`; a factor of 1 changes no bit.
+fn add(x: &mut [f32], delta: &[f32], factor: f32) {
+    x.iter_mut().zip(delta).for_each(|(x, d)| *x += factor * d);
+}
+
+fn scale(x: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        x.iter_mut().for_each(|x| *x *= factor);
+    }
 }

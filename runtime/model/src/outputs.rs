@@ -136,6 +136,8 @@ pub struct Outputs {
     /// Bytes of outputs that may be kept.
     most_kept: u64,
     hidden: usize,
+    /// Whether weights were multiplied with the inputs of experts, and are not with their outputs.
+    weighted_input: bool,
     /// [`Combining::Kept`]: every expert's output, `[rows, top_k, hidden]`; [`Combining::InOrder`]: the sums so far, `[rows,
     /// hidden]`.
     values: Vec<f32>,
@@ -146,7 +148,14 @@ pub struct Outputs {
 impl Outputs {
     /// Empty; grows to what the first pass needs.
     pub(super) fn new(most_kept: u64) -> Self {
-        Outputs { combining: Combining::Kept, most_kept, hidden: 0, values: Vec::new(), added: 0 }
+        Outputs {
+            combining: Combining::Kept,
+            most_kept,
+            hidden: 0,
+            weighted_input: false,
+            values: Vec::new(),
+            added: 0,
+        }
     }
 
     /// Bytes of outputs that may be kept.
@@ -164,13 +173,18 @@ impl Outputs {
         self.combining
     }
 
-    /// Forgets the last pass.
-    pub(super) fn begin(&mut self, rows: usize, top_k: usize, hidden: usize) {
-        (self.hidden, self.added) = (hidden, 0);
+    /// Forgets the last pass. `weighted_input`: outputs are added as they are.
+    pub(super) fn begin(&mut self, rows: usize, top_k: usize, hidden: usize, weighted_input: bool) {
+        (self.hidden, self.added, self.weighted_input) = (hidden, 0, weighted_input);
         match self.combining {
             Combining::Kept => _ = sized(&mut self.values, rows * top_k * hidden),
             Combining::InOrder => sized(&mut self.values, rows * hidden).fill(0.0),
         }
+    }
+
+    /// The factor on the output of a choice.
+    fn weight(&self, choice: Choice) -> f32 {
+        if self.weighted_input { 1.0 } else { choice.weight }
     }
 
     /// Takes the output of an expert. `uses`: those of this expert, in the order of its rows; `choices` `[rows, top_k]`.
@@ -185,7 +199,7 @@ impl Outputs {
             match self.combining {
                 Combining::Kept => self.values[used.choice as usize * hidden..][..hidden].copy_from_slice(row),
                 Combining::InOrder => {
-                    let weight = choices[used.choice as usize].weight;
+                    let weight = self.weight(choices[used.choice as usize]);
                     // The operations of the other way, one by one: a fused multiply-add would give other bits.
                     let sums = &mut self.values[used.row as usize * hidden..][..hidden];
                     sums.iter_mut().zip(row).for_each(|(sum, o)| *sum += weight * o);
@@ -211,7 +225,10 @@ impl Outputs {
                 let choices = &choices[row * top_k..][..top_k];
                 let rows = &self.values[row * top_k * hidden..][..top_k * hidden];
                 for (i, out) in out.iter_mut().enumerate() {
-                    let sum = choices.iter().enumerate().fold(0.0, |sum, (j, c)| sum + c.weight * rows[j * hidden + i]);
+                    let sum = choices
+                        .iter()
+                        .enumerate()
+                        .fold(0.0, |sum, (j, c)| sum + self.weight(*c) * rows[j * hidden + i]);
                     *out += sum;
                 }
             }
@@ -271,7 +288,7 @@ mod tests {
         let ids: Vec<u32> = (0..experts.into()).collect();
         let (mut outputs, mut tally, mut values) = (Outputs::new(0), Tally::default(), vec![0.0; 2 * HIDDEN]);
         outputs.combining = combining;
-        outputs.begin(2, top_k, HIDDEN);
+        outputs.begin(2, top_k, HIDDEN, false);
         let in_order = combining == Combining::InOrder;
         let mut pass = pool.begin_layer(0, &ids, &Routing { tokens: 2, prefill: true, in_order, choices: &choices })?;
         while let Some(arrival) = pass.arrival(None)? {
@@ -337,7 +354,7 @@ mod tests {
             cancel: None,
         };
         let mut outputs = Outputs::new(u64::MAX);
-        outputs.begin(1, 1, HIDDEN);
+        outputs.begin(1, 1, HIDDEN, false);
         outputs.sum(&compute, &[Choice { expert: 0, weight: 1.0 }], &mut [0.0; HIDDEN]);
     }
 }

@@ -31,6 +31,8 @@ pub struct NextLayer<'a> {
     pub(super) routed: &'a Routed,
     pub(super) norm: VectorRef,
     pub(super) eps: f32,
+    /// On what the layer before it adds to the residual stream.
+    pub(super) factor: f32,
     /// Bytes of its router extent.
     pub(super) extent: &'a [u8],
 }
@@ -100,8 +102,8 @@ impl Prefetcher {
         self.layer = usize::MAX;
     }
 
-    /// Applies the next layer's router to `residual + delta`, both `[rows, hidden]`, the state of the rows as far as it is known,
-    /// and starts to read what is likely enough.
+    /// Applies the next layer's router to `residual + factor · delta`, both `[rows, hidden]`, the state of the rows as far as it is
+    /// known, and starts to read what is likely enough.
     pub fn prefetch(
         &mut self,
         compute: &Compute,
@@ -114,7 +116,7 @@ impl Prefetcher {
         let hidden = self.norm.len();
         let rows = residual.len() / hidden;
         let state = sized(&mut self.state, rows * hidden);
-        state.iter_mut().zip(residual.iter().zip(delta)).for_each(|(s, (r, d))| *s = r + d);
+        state.iter_mut().zip(residual.iter().zip(delta)).for_each(|(s, (r, d))| *s = r + next.factor * d);
         let normed = sized(&mut self.normed, rows * hidden);
         for (state, normed) in state.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
             rms_norm(state, &self.norm, next.eps, normed);

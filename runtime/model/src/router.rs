@@ -30,9 +30,12 @@ pub fn route(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut 
         softmax(choice);
         chosen.iter().zip(&*choice).for_each(|(&e, &w)| scores[e as usize] = w);
     }
+    if moe.router.score == RouterScore::SigmoidOfChosen {
+        chosen.iter().for_each(|&e| scores[e as usize] = sigmoid(scores[e as usize]));
+    }
     // The reference sums the weights in the order of descending score.
     let sum: f32 = chosen.iter().map(|&e| scores[e as usize]).sum();
-    let divisor = moe.router.renormalise.map_or(1.0, |eps| sum + eps);
+    let divisor = moe.router.renormalise.map_or(1.0, |eps| (sum + eps).max(moe.router.least_sum.unwrap_or(0.0)));
     chosen.sort_unstable();
     let weight = |expert: u32| scores[expert as usize] / divisor * moe.router.scale;
     out.extend(chosen.iter().map(|&expert| Choice { expert, weight: weight(expert) }));
@@ -61,7 +64,7 @@ fn score(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut Rout
             scores.extend_from_slice(logits);
             softmax(scores);
         }
-        RouterScore::SoftmaxOfChosen => scores.extend_from_slice(logits),
+        RouterScore::SoftmaxOfChosen | RouterScore::SigmoidOfChosen => scores.extend_from_slice(logits),
     }
     choice.clear();
     match bias {
@@ -114,12 +117,14 @@ mod tests {
             top_k: 2,
             width: 8,
             expert_bias: false,
+            weighted_input: false,
             router: RouterSpec {
                 score: RouterScore::Sigmoid,
                 logit_bias: false,
                 choice_bias: true,
                 groups,
                 renormalise,
+                least_sum: None,
                 scale: 2.0,
             },
         }

@@ -25,9 +25,18 @@ pub(super) enum Arch {
     GptOss,
     MiniMaxM2,
     Olmoe,
+    /// Granite 3 with experts.
+    GraniteMoe,
+    Ernie45,
+    Ernie45Moe,
+    /// Hunyuan-A13B.
+    HunyuanMoe,
+    HyV3,
+    /// Llama 4.
+    Llama4,
 }
 
-const NAMES: [(&str, Arch); 14] = [
+const NAMES: [(&str, Arch); 20] = [
     ("llama", Arch::Llama),
     ("mistral3", Arch::Mistral3),
     ("qwen3", Arch::Qwen3),
@@ -42,9 +51,15 @@ const NAMES: [(&str, Arch); 14] = [
     ("gpt-oss", Arch::GptOss),
     ("minimax-m2", Arch::MiniMaxM2),
     ("olmoe", Arch::Olmoe),
+    ("granitemoe", Arch::GraniteMoe),
+    ("ernie4_5", Arch::Ernie45),
+    ("ernie4_5-moe", Arch::Ernie45Moe),
+    ("hunyuan-moe", Arch::HunyuanMoe),
+    ("hy_v3", Arch::HyV3),
+    ("llama4", Arch::Llama4),
 ];
 
-/// Keys that change what a model computes, which no family here has; the value at which they change nothing.
+/// Keys that change what a model computes, which few families have; the value at which they change nothing.
 const NEUTRAL: [(&str, f64); 9] = [
     ("attention.temperature_scale", 0.0),
     ("attention.max_alibi_bias", 0.0),
@@ -56,6 +71,9 @@ const NEUTRAL: [(&str, f64); 9] = [
     ("embedding_scale", 1.0),
     ("attention.value_scale", 1.0),
 ];
+
+/// Those of them that Granite has.
+const OF_GRANITE: [&str; 3] = ["logit_scale", "residual_scale", "embedding_scale"];
 
 impl Arch {
     /// The architecture that the metadata name, and its name.
@@ -75,7 +93,7 @@ impl Arch {
 
     /// Whether llama.cpp's converter stores rows of queries and keys in the order in which it turns them.
     pub(super) fn interleaves(self) -> bool {
-        matches!(self, Arch::Llama | Arch::Mistral3)
+        matches!(self, Arch::Llama | Arch::Mistral3 | Arch::GraniteMoe)
     }
 
     /// Whether the attention is latent.
@@ -90,7 +108,16 @@ impl Arch {
 
     /// Whether every layer has experts, if any has.
     pub(super) fn is_all_sparse(self) -> bool {
-        matches!(self, Arch::Llama | Arch::Mistral3 | Arch::GptOss | Arch::MiniMaxM2 | Arch::Olmoe)
+        matches!(
+            self,
+            Arch::Llama
+                | Arch::Mistral3
+                | Arch::GptOss
+                | Arch::MiniMaxM2
+                | Arch::Olmoe
+                | Arch::GraniteMoe
+                | Arch::HunyuanMoe
+        )
     }
 
     /// The module of the shared expert.
@@ -101,9 +128,10 @@ impl Arch {
         }
     }
 
-    /// Refuses keys whose values change what the model computes in a way that no family here knows.
-    pub(super) fn refuse_unknown_computation(keys: &Keys<'_>) -> Result<(), Problem> {
-        for (end, neutral) in NEUTRAL {
+    /// Refuses keys whose values change what the model computes in a way that the family does not know.
+    pub(super) fn refuse_unknown_computation(self, keys: &Keys<'_>) -> Result<(), Problem> {
+        let known = |end: &str| self == Arch::GraniteMoe && OF_GRANITE.contains(&end);
+        for (end, neutral) in NEUTRAL.into_iter().filter(|(end, _)| !known(end)) {
             if let Some(found) = keys.float(end)?.filter(|&f| f != neutral) {
                 return Err(
                     keys.refuse(end, format!("is {found}, which changes what the model computes; not supported"))

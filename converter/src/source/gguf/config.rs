@@ -1,6 +1,8 @@
 //! `config.json` as the original checkpoint would have it, of what a GGUF file says in its keys and by its tensors. Where both
 //! disagree, the tensors are right: tools that take experts out of a model leave `expert_count` as it was.
 
+mod own;
+
 use serde_json::{Value as Json, json};
 use sluice_format::ModelSpec;
 
@@ -33,7 +35,7 @@ pub(super) struct Described {
 
 /// Describes the model. `factors` are the contents of `rope_freqs.weight`.
 pub(super) fn describe(arch: Arch, keys: &Keys<'_>, factors: Option<&[f32]>) -> Result<Described, Problem> {
-    Arch::refuse_unknown_computation(keys)?;
+    arch.refuse_unknown_computation(keys)?;
     let layers = layers(keys)?;
     let mut writer =
         Writer { arch, keys, layers, heads: 0, kv_heads: 0, head_dim: 0, out: Synthesised::default(), notes: vec![] };
@@ -42,6 +44,7 @@ pub(super) fn describe(arch: Arch, keys: &Keys<'_>, factors: Option<&[f32]>) -> 
     let rope = rope::read(keys, &rope, factors)?;
     writer.out.set("rope_parameters", rope);
     writer.experts()?;
+    writer.own()?;
     let linear = if arch.is_hybrid() { writer.hybrid()? } else { vec![false; layers] };
     let Writer { heads, kv_heads, head_dim, out, notes, .. } = writer;
     Ok(Described { config: Json::Object(out.0), heads, kv_heads, head_dim, linear, notes })
@@ -137,6 +140,12 @@ impl Writer<'_> {
             Arch::GptOss => "gpt_oss",
             Arch::MiniMaxM2 => "minimax_m2",
             Arch::Olmoe => "olmoe",
+            Arch::GraniteMoe => "granitemoe",
+            Arch::Ernie45 => "ernie4_5",
+            Arch::Ernie45Moe => "ernie4_5_moe",
+            Arch::HunyuanMoe => "hunyuan_v1_moe",
+            Arch::HyV3 => "hy_v3",
+            Arch::Llama4 => "llama4_text",
         })
     }
 
@@ -251,7 +260,9 @@ impl Writer<'_> {
             ));
         }
         let count_key = match self.arch {
-            Arch::Llama | Arch::Mistral3 | Arch::GptOss | Arch::MiniMaxM2 => "num_local_experts",
+            Arch::Llama | Arch::Mistral3 | Arch::GptOss | Arch::MiniMaxM2 | Arch::GraniteMoe | Arch::Llama4 => {
+                "num_local_experts"
+            }
             Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe => "n_routed_experts",
             _ => "num_experts",
         };
@@ -297,8 +308,10 @@ impl Writer<'_> {
         let scale = keys.float("expert_weights_scale")?.filter(|&s| s != 0.0);
         let (sigmoid, supported): (bool, &[u64]) = match self.arch {
             Arch::DeepSeek2 => (self.is_sigmoid()?, &[SOFTMAX, SIGMOID]),
-            Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe | Arch::MiniMaxM2 => (true, &[SIGMOID]),
-            Arch::GptOss => (false, &[SOFTMAX, SOFTMAX_OF_CHOSEN]),
+            Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe | Arch::MiniMaxM2 | Arch::HyV3 | Arch::Llama4 => {
+                (true, &[SIGMOID])
+            }
+            Arch::GptOss | Arch::GraniteMoe => (false, &[SOFTMAX, SOFTMAX_OF_CHOSEN]),
             _ => (false, &[SOFTMAX]),
         };
         if let Some(func) = keys.uint("expert_gating_func")?.filter(|f| *f != 0 && !supported.contains(f)) {
@@ -318,12 +331,17 @@ impl Writer<'_> {
                 self.groups(sigmoid)?;
             }
             Arch::MiniMaxM2 => self.out.set("scoring_func", "sigmoid"),
+            Arch::HyV3 => {
+                self.out.set("route_norm", norm.unwrap_or(true));
+                self.out.set("router_scaling_factor", scale.unwrap_or(1.0));
+            }
             // llama.cpp knows without a key which of these divide by the sum.
             Arch::Qwen2Moe | Arch::Olmoe => self.out.set("norm_topk_prob", norm.unwrap_or(false)),
             Arch::Qwen3Moe | Arch::Qwen3Next => self.out.set("norm_topk_prob", norm.unwrap_or(true)),
             _ => {}
         }
-        if let Some(scale) = scale.filter(|&s| s != 1.0 && !self.arch.is_latent() && self.arch != Arch::Glm4Moe) {
+        let scales = self.arch.is_latent() || matches!(self.arch, Arch::Glm4Moe | Arch::HyV3);
+        if let Some(scale) = scale.filter(|&s| s != 1.0 && !scales) {
             return Err(keys.refuse("expert_weights_scale", format!("is {scale}; only 1 is supported here")));
         }
         Ok(())
@@ -367,13 +385,26 @@ impl Writer<'_> {
             Arch::Qwen2Moe | Arch::Qwen3Next | Arch::Qwen35Moe => {
                 self.out.set("shared_expert_intermediate_size", width);
             }
-            Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe => {
+            Arch::DeepSeek2
+            | Arch::DeepSeek32
+            | Arch::GlmDsa
+            | Arch::Glm4Moe
+            | Arch::Ernie45Moe
+            | Arch::HunyuanMoe
+            | Arch::HyV3
+            | Arch::Llama4 => {
                 let expert = self.expert_width()?;
                 if expert == 0 || !width.is_multiple_of(expert) {
                     let problem = format!("is {expert}, of which the {width} of the shared expert are no multiple");
                     return Err(keys.refuse("expert_feed_forward_length", problem));
                 }
-                self.out.set("n_shared_experts", width / expert);
+                let key = match self.arch {
+                    Arch::Ernie45Moe => "moe_num_shared_experts",
+                    Arch::HunyuanMoe => "num_shared_expert",
+                    Arch::HyV3 => "num_shared_experts",
+                    _ => "n_shared_experts",
+                };
+                self.out.set(key, width / expert);
             }
             _ => {}
         }

@@ -106,6 +106,10 @@ pub(super) fn rename(arch: Arch, is_linear: &dyn Fn(usize) -> bool, name: &str) 
         }
         "ssm_dt.bias" => return plain(in_layer("linear_attn.dt_bias")),
         "attn_sinks.weight" | "attn_sinks" => return plain(in_layer("self_attn.sinks")),
+        "exp_probs_b.bias" | "exp_probs_b" if arch == Arch::Ernie45Moe => {
+            let name = in_layer("mlp.moe_statics.e_score_correction_bias");
+            return Some(Renamed { name, change: Change::OneRow });
+        }
         "exp_probs_b.bias" | "exp_probs_b" => return plain(in_layer("mlp.gate.e_score_correction_bias")),
         "attn_rot_embd.weight" | "attn_rot_embd" | "rope_freqs.weight" => {
             return plain(in_layer("self_attn.rotary_emb.inv_freq"));
@@ -206,6 +210,12 @@ mod tests {
             (Arch::Qwen3Next, "blk.0.ssm_a", "model.layers.0.linear_attn.A_log", Change::NegativeExponential),
             (Arch::Qwen3, "blk.1.attn_qkv.weight", "model.layers.1.self_attn.q_proj.weight", Change::Fused),
             (Arch::GlmDsa, "blk.1.indexer.k_norm.bias", "model.layers.1.self_attn.indexer.k_norm.bias", Change::None),
+            (
+                Arch::Ernie45Moe,
+                "blk.1.exp_probs_b.bias",
+                "model.layers.1.mlp.moe_statics.e_score_correction_bias",
+                Change::OneRow,
+            ),
             (Arch::Glm4Moe, "blk.46.nextn.eh_proj.weight", "model.layers.46.eh_proj.weight", Change::None),
         ] {
             let found = rename(arch, &|layer| layer == 0, own);

@@ -91,6 +91,7 @@ fn samples() -> Vec<(&'static Syntax, String, String)> {
         ),
         json(&syntax::MISTRAL, "[TOOL_CALLS]get_weather[ARGS]", ""),
         json(&syntax::MISTRAL_LIST, "[TOOL_CALLS][{\"name\": \"get_weather\", \"arguments\": ", "}]"),
+        json(&syntax::GRANITE, "<|tool_call|>[{\"name\": \"get_weather\", \"arguments\": ", "}]"),
         json(&syntax::LLAMA_3, "{\"name\": \"get_weather\", \"parameters\": ", "}"),
         json(&syntax::LLAMA_4, "{\"name\": \"get_weather\", \"parameters\": ", "}"),
         json(&syntax::HARMONY, "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>", ""),

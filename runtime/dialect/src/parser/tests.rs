@@ -292,6 +292,15 @@ fn mistral() {
 }
 
 #[test]
+fn granite() {
+    let text = format!(
+        "Look.<|tool_call|>[{{\"name\": \"get_weather\", \"arguments\": {WEATHER}}}, {{\"name\": \"clock\", \"arguments\": {{}}}}]"
+    );
+    let want = said("", "Look.", &[("get_weather", WEATHER), ("clock", "{}")]);
+    assert_eq!(parse(&syntax::GRANITE, "", &text), want);
+}
+
+#[test]
 fn llama() {
     let text = format!(
         "{{\"name\": \"get_weather\", \"parameters\": {WEATHER}}}; {{\"name\": \"clock\", \"parameters\": {{}}}}"
@@ -371,7 +380,7 @@ fn ids_are_unique_and_follow_from_the_seed() {
     assert_eq!(all.len(), 12);
 }
 
-const SYNTAXES: [&Syntax; 17] = [
+const SYNTAXES: [&Syntax; 18] = [
     &syntax::HERMES,
     &syntax::DEEPSEEK_V3,
     &syntax::DEEPSEEK_V31,
@@ -387,12 +396,13 @@ const SYNTAXES: [&Syntax; 17] = [
     &syntax::MINIMAX_M3,
     &syntax::MISTRAL_LIST,
     &syntax::MISTRAL,
+    &syntax::GRANITE,
     &syntax::LLAMA_3,
     &syntax::LLAMA_4,
 ];
 
 /// Answers with two calls, for each of them. `@` are arguments.
-const ANSWERS: [&str; 17] = [
+const ANSWERS: [&str; 18] = [
     "a\n<tool_call>\n{\"name\": \"clock\", \"arguments\": @}\n</tool_call>\n<tool_call>{\"arguments\": @, \"name\": \"clock\"}</tool_call>\n",
     "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n@\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n@\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>clock<｜tool▁sep｜>@<｜tool▁call▁end｜><｜tool▁call▁begin｜>clock<｜tool▁sep｜>@<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
@@ -408,6 +418,7 @@ const ANSWERS: [&str; 17] = [
     "a]<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name=\"get_weather\">]<]minimax[>[<city>x]<]minimax[>[</city>]<]minimax[>[<hours>]<]minimax[>[<item>1]<]minimax[>[</item>]<]minimax[>[</hours>]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>",
     "a[TOOL_CALLS] [{\"name\": \"clock\", \"arguments\": @, \"id\": \"123456789\"}, {\"name\": \"clock\", \"arguments\": @}]",
     "a[TOOL_CALLS]clock[ARGS]@[TOOL_CALLS]clock[CALL_ID]abc123DEF[ARGS]@",
+    "a<|tool_call|>[{\"name\": \"clock\", \"arguments\": @}, {\"name\": \"clock\", \"arguments\": @}]",
     "{\"name\": \"clock\", \"parameters\": @}; {\"name\": \"clock\", \"parameters\": @}<|python_tag|>x.call(a=\"b\")",
     "<|python_start|>[clock(), get_weather(city='x', hours=[1, {'a': None}])]<|python_end|>",
 ];

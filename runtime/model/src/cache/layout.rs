@@ -218,7 +218,7 @@ impl Layout {
     fn place(&mut self, attention: &AttentionSpec, ty: KvType) -> (usize, Place) {
         let kind = match attention {
             AttentionSpec::Mla(_) => PageKind::Rows,
-            AttentionSpec::Gqa(gqa) => gqa.window.map_or(PageKind::Rows, PageKind::Window),
+            AttentionSpec::Gqa(gqa) => gqa.reach().map_or(PageKind::Rows, PageKind::Window),
             AttentionSpec::Delta(_) => PageKind::State,
         };
         let number = self.pages.iter().position(|page| page.kind == kind).unwrap_or_else(|| {

@@ -1,0 +1,197 @@
+//! MiMo-V2-Flash: layers with a window and a sink have other heads of keys and values, and another rotation, than those that see
+//! everything.
+
+use serde_json::Value;
+use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
+use sluice_format::{AttentionSpec, GqaSpec, LayerSpec, ModelSpec, RopePairing, TensorShape};
+
+use super::config::Config;
+use super::decoder::{Decoder, Defaults};
+use super::names::Names;
+use super::view::Origin;
+use super::{Family, Place, moe, rope};
+use crate::error::ConvertError;
+
+/// The family.
+pub(crate) struct MiMoV2Flash;
+
+const DEFAULTS: Defaults = Defaults {
+    vocab: 152_576,
+    hidden: 4096,
+    intermediate: 16_384,
+    layers: 48,
+    heads: 64,
+    kv_heads: Some(4),
+    max_positions: 131_072,
+    norm_eps: 1e-5,
+    theta: 5e6,
+};
+
+const EXPERTS: moe::Defaults =
+    moe::Defaults { experts: 256, top_k: 8, width: 2048, shared: 0, groups: 1, groups_kept: 1, scale: 1.0 };
+
+const HEAD_DIM: usize = 192;
+const VALUE_DIM: usize = 128;
+const ROTARY_FACTOR: f64 = 0.334;
+const SLIDING_THETA: f64 = 1e4;
+const WINDOW: usize = 129;
+const VALUE_FACTOR: f64 = 0.707;
+
+impl Family for MiMoV2Flash {
+    fn model_types(&self) -> &'static [&'static str] {
+        &["mimo_v2_flash"]
+    }
+
+    fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError> {
+        let mut decoder = Decoder::read(config, &DEFAULTS)?;
+        if !config.has("rms_norm_eps") {
+            decoder.norm_eps = config.f32_or("layernorm_epsilon", DEFAULTS.norm_eps)?;
+        }
+        let full = attention(&decoder, &FULL)?;
+        let sliding = GqaSpec { window: Some(window(config)?), ..attention(&decoder, &SLIDING)? };
+        let sparse = moe::deepseek_v3(&decoder, &EXPERTS)?;
+        let slides = match decoder.layer_list("layer_types", ["sliding_attention", "full_attention"])? {
+            Some(slides) => slides,
+            None => flags(&decoder, "hybrid_layer_pattern", |i| i != 0 && (i + 1) % 6 != 0)?,
+        };
+        let is_sparse = match decoder.layer_list("mlp_layer_types", ["sparse", "dense"])? {
+            Some(is_sparse) => is_sparse,
+            None => flags(&decoder, "moe_layer_freq", |i| i != 0)?,
+        };
+        let layer = |(slides, is_sparse): (bool, bool)| LayerSpec {
+            attention: AttentionSpec::Gqa(if slides { sliding.clone() } else { full.clone() }),
+            ffn: if is_sparse { sparse.clone() } else { decoder.dense() },
+        };
+        decoder.model(slides.into_iter().zip(is_sparse).map(layer).collect())
+    }
+
+    fn origin(&self, names: Names, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
+        match tensor.name {
+            "sinks" => {
+                [names.vector(place, "self_attn.attention_sink_bias", tensor), names.origin(spec, place, tensor)]
+                    .concat()
+            }
+            _ => names.origin(spec, place, tensor),
+        }
+    }
+}
+
+/// Where a kind of layer says what differs, and what it is where nothing is said.
+struct Kind {
+    /// Its name in the lists of transformers 5.
+    name: &'static str,
+    /// In the files of the release: heads of queries, of keys and values, widths of keys and values, theta, and sinks.
+    keys: [&'static str; 6],
+    /// Heads of keys and values for each that `num_key_value_heads` counts.
+    kv_factor: usize,
+    theta: f64,
+    sinks: bool,
+}
+
+const FULL: Kind = Kind {
+    name: "full_attention",
+    keys: [
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "v_head_dim",
+        "rope_theta",
+        "add_full_attention_sink_bias",
+    ],
+    kv_factor: 1,
+    theta: DEFAULTS.theta,
+    sinks: false,
+};
+
+const SLIDING: Kind = Kind {
+    name: "sliding_attention",
+    keys: [
+        "swa_num_attention_heads",
+        "swa_num_key_value_heads",
+        "swa_head_dim",
+        "swa_v_head_dim",
+        "swa_rope_theta",
+        "add_swa_attention_sink_bias",
+    ],
+    kv_factor: 2,
+    theta: SLIDING_THETA,
+    sinks: true,
+};
+
+fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError> {
+    let config = decoder.config;
+    let [heads_key, kv_key, dim_key, value_key, theta_key, sinks_key] = kind.keys;
+    let heads = config.size_or(heads_key, decoder.heads, MAX_WIDTH)?;
+    // Both kinds have the widths of the first unless the second has keys of its own.
+    let width = |key: &str, common: &str, default| {
+        let common = config.size_or(common, default, MAX_WIDTH / heads)?;
+        config.size_or(key, common, MAX_WIDTH / heads)
+    };
+    let head_dim = width(dim_key, "head_dim", HEAD_DIM)?;
+    let v_head_dim = width(value_key, "v_head_dim", VALUE_DIM)?;
+    let kv_heads = match config.opt_usize_or(kv_key, None)? {
+        // Under the common key, it is the number of the layers that see everything.
+        Some(count) => count,
+        None => decoder.kv_heads.saturating_mul(kind.kv_factor),
+    };
+    let kv_heads = config.check_size(kv_key, kv_heads, heads)?;
+    if !heads.is_multiple_of(kv_heads) {
+        return Err(config.refuse(kv_key, format!("is {kv_heads}, which does not divide the {heads} heads")));
+    }
+    let nested = match config.section("rope_parameters")? {
+        Some(section) => section.section(kind.name)?,
+        None => None,
+    };
+    let place = nested.as_ref().unwrap_or(config);
+    let theta = config.f64_or(theta_key, kind.theta)?;
+    let rotated = rope::width(place, head_dim, ROTARY_FACTOR)?;
+    let rope = match &nested {
+        Some(section) => rope::of_section(section, rotated, RopePairing::Half, theta, decoder.max_positions)?.spec,
+        None => {
+            let plain = rope::read(config, rotated, RopePairing::Half, theta, decoder.max_positions)?.spec;
+            // `rope_theta` is that of layers that see everything.
+            sluice_format::RopeSpec { theta: config.check_above(theta_key, theta, 1.0)?, ..plain }
+        }
+    };
+    let value_factor = config.opt_f64_or("attention_value_scale", Some(VALUE_FACTOR))?.map(|factor| factor as f32);
+    Ok(GqaSpec {
+        heads,
+        kv_heads,
+        head_dim,
+        v_head_dim,
+        softmax_scale: (head_dim as f64).powf(-0.5) as f32,
+        rope: Some(rope),
+        window: None,
+        chunk: None,
+        qk_norm: None,
+        clip_qkv: None,
+        temperature: None,
+        value_factor: value_factor.filter(|&factor| factor != 1.0),
+        qkv_bias: config.bool_or("attention_bias", false)?,
+        o_bias: false,
+        sinks: config.bool_or(sinks_key, kind.sinks)?,
+        output_gate: false,
+    })
+}
+
+/// Keys that a query sees. `sliding_window_size` counts those before it, `sliding_window` the query's own as well.
+fn window(config: &Config) -> Result<usize, ConvertError> {
+    match config.opt_size_or("sliding_window_size", None, MAX_LENGTH - 1)? {
+        Some(before) => Ok(before + 1),
+        None => config.size_or("sliding_window", WINDOW, MAX_LENGTH),
+    }
+}
+
+/// A list of zeros and ones with one entry per layer; where it is missing, as `default` says.
+fn flags(decoder: &Decoder<'_>, key: &str, default: impl Fn(usize) -> bool) -> Result<Vec<bool>, ConvertError> {
+    let config = decoder.config;
+    let Some(list) = config.opt_list(key)? else { return Ok((0..decoder.layers).map(default).collect()) };
+    if list.len() != decoder.layers {
+        return Err(config.refuse(key, format!("has {} entries for {} layers", list.len(), decoder.layers)));
+    }
+    let flag = |value: &Value| match value.as_u64() {
+        Some(flag @ (0 | 1)) => Ok(flag == 1),
+        _ => Err(config.refuse(key, format!("holds {value}, expected 0 or 1"))),
+    };
+    list.iter().map(flag).collect()
+}
