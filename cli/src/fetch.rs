@@ -231,6 +231,7 @@ fn duration(seconds: f64) -> String {
 pub(crate) fn model_file(argument: &Path, yes: bool) -> Result<PathBuf, CliError> {
     let Some(reference) = reference(argument)? else { return Ok(argument.to_owned()) };
     let models = Models::of_user()?;
+    models.check()?;
     let found = models.find(&reference);
     if let [usual, others @ ..] = &found[..] {
         if !others.is_empty() && *usual != models.path(&reference, None) {

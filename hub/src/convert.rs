@@ -16,7 +16,7 @@ use crate::error::HubError;
 use crate::name::{PREFIX, Reference};
 use crate::pieces::with_suffix;
 use crate::pin::Pin;
-use crate::pull::{CONNECTIONS, PIN, free_space, pinned_snapshot};
+use crate::pull::{CONNECTIONS, PIN, free_space, pinned_snapshot, unverified};
 use crate::select::{Form, base_name, form, gguf_files};
 use crate::snapshot::{RemoteFile, Snapshot};
 use crate::source::{HubSource, Remote};
@@ -73,6 +73,7 @@ impl HubConversion {
         let (pin, pinned) = Pin::of_interrupted(&folder.join(PIN), &reference.repo, &revision)?;
         let snapshot = pinned_snapshot(&client, reference, pinned.as_deref(), &mut notes)?;
         let files = model_files(&client, &snapshot, reference)?;
+        notes.extend(unverified(files.iter()));
         let remote = Remote::open(client, Arc::new(snapshot), observer, files, (folder.clone(), keep))?;
         Ok(HubConversion { remote: Arc::new(remote), revision, folder, keep, pin: Mutex::new(pin), notes })
     }

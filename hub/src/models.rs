@@ -2,6 +2,7 @@
 
 use std::env;
 use std::fs::{self, File, TryLockError};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -64,6 +65,17 @@ impl Models {
     /// Where it is.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Whether the folder, if there is one, can be read: else its models would seem not to be there.
+    ///
+    /// # Errors
+    /// [`HubError::Io`].
+    pub fn check(&self) -> Result<(), HubError> {
+        match fs::read_dir(&self.folder) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(HubError::io(&self.folder, "list it")(e)),
+            _ => Ok(()),
+        }
     }
 
     /// Makes the folder.
@@ -255,6 +267,11 @@ mod tests {
         assert_eq!(of(&[("XDG_DATA_HOME", "/d"), ("HOME", "/h")]).unwrap().folder(), Path::new("/d/sluice/models"));
         assert!(of(&[("HOME", "/h")]).unwrap().folder().ends_with("sluice/models"));
         assert!(matches!(of(&[]), Err(HubError::Setting { .. })));
+        let folder = tempfile::tempdir().unwrap();
+        let models = of(&[("SLUICE_HOME", folder.path().to_str().unwrap())]).unwrap();
+        models.check().unwrap();
+        fs::write(models.folder(), "no folder").unwrap();
+        assert!(matches!(models.check(), Err(HubError::Io { .. })));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use nix::sys::statvfs::statvfs;
 
 use crate::client::Client;
+use crate::digest::Digest;
 use crate::downloads::{Downloads, Observer, Target, Terms};
 use crate::error::HubError;
 use crate::name::Reference;
@@ -54,6 +55,7 @@ impl Pull {
         let snapshot = pinned_snapshot(&client, reference, pinned.as_deref(), &mut notes)?;
         let (files, left_out) = to_pull(&snapshot, reference, filter)?;
         check_names(&snapshot, &files)?;
+        notes.extend(unverified(files.iter().copied()));
         let owned = |files: Vec<&RemoteFile>| files.into_iter().cloned().collect();
         let (files, left_out) = (owned(files), owned(left_out));
         fs::create_dir_all(folder).map_err(HubError::io(folder, "create it"))?;
@@ -126,6 +128,17 @@ impl Pull {
         drop(downloads);
         self.pin.remove()
     }
+}
+
+/// A remark on files of which the server states no digest.
+pub(crate) fn unverified<'f>(files: impl Iterator<Item = &'f RemoteFile>) -> Option<String> {
+    let mut without = files.filter(|file| file.digest == Digest::Unstated);
+    let first = without.next()?;
+    let others = match without.count() {
+        0 => String::new(),
+        count => format!(" and {count} others"),
+    };
+    Some(format!("the digest of `{}`{others} is not stated: only the length of what comes can be verified", first.path))
 }
 
 /// Refuses names that downloads have for what they keep beside files.
