@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar};
-use sluice_converter::{Options, Plan, Progress, plan_source};
+use sluice_converter::{ConvertError, Options, Plan, Progress, check_destination, plan_source};
 use sluice_hub::models::Models;
 use sluice_hub::{Client, HubConversion, HubError, Needs, Notice, Observer, Patience, Reference, Settings};
 use sluice_lab::estimate;
@@ -140,7 +140,7 @@ impl Fetched {
 
     /// Size, time and fit, for people.
     pub(crate) fn facts(&self, plan: &Plan, dst: &Path) -> Result<String, CliError> {
-        let Needs { download, scratch, file, free } = self.hub.needs(plan, dst);
+        let Needs { download, cached, scratch, file, free } = self.hub.needs(plan, dst);
         let commit = self.hub.commit();
         let mut out = format!("{} at {}\n", plan.spec().family, commit.get(..12).unwrap_or(commit));
         let line = self.hub.measure_line()?;
@@ -148,7 +148,11 @@ impl Fetched {
             let seconds = (download as f64 / rate).max(conversion_seconds(plan));
             format!(", about {} at {}/s", duration(seconds), Bytes(rate as u64))
         });
-        out += &format!("download    {}{time}\n", Bytes(download));
+        let cached = match cached {
+            0 => String::new(),
+            cached => format!("; {} are in the cache of the hub's own programs", Bytes(cached)),
+        };
+        out += &format!("download    {}{time}{cached}\n", Bytes(download));
         let free = free.map_or_else(String::new, |free| format!("; {} are free there", Bytes(free)));
         out += &format!("model file  {}, and {} for downloads meanwhile{free}\n", Bytes(file), Bytes(scratch));
         let needs =
@@ -183,6 +187,19 @@ impl Fetched {
         Ok(())
     }
 
+    /// Clears up after an earlier run that was interrupted when its model file was complete already.
+    pub(crate) fn settle(&self, plan: &Plan, dst: &Path) -> Result<(), CliError> {
+        if !matches!(check_destination(plan, dst), Err(ConvertError::Exists { .. })) || !self.hub.is_unfinished(dst) {
+            return Ok(());
+        }
+        let said = match self.hub.finish(dst)? {
+            Some(kept) => format!("what was downloaded for it is in {}", kept.display()),
+            None => "what was left of its downloads has been removed".into(),
+        };
+        note(&format_args!("note: {} was complete when its conversion was interrupted; {said}", dst.display()));
+        Ok(())
+    }
+
     /// After the conversion; says where files are that were kept.
     pub(crate) fn finish(&self, dst: &Path) -> Result<Option<PathBuf>, CliError> {
         Ok(self.hub.finish(dst)?)
@@ -214,6 +231,7 @@ fn duration(seconds: f64) -> String {
 pub(crate) fn model_file(argument: &Path, yes: bool) -> Result<PathBuf, CliError> {
     let Some(reference) = reference(argument)? else { return Ok(argument.to_owned()) };
     let models = Models::of_user()?;
+    models.check()?;
     let found = models.find(&reference);
     if let [usual, others @ ..] = &found[..] {
         if !others.is_empty() && *usual != models.path(&reference, None) {

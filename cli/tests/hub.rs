@@ -6,22 +6,33 @@ mod common;
 mod server;
 #[path = "../../hub/tests/common/shards.rs"]
 mod shards;
+#[path = "../../hub/tests/common/watch.rs"]
+mod watch;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
 use common::{assert_fails, demo_checkpoint, json, stderr, stdout};
 use server::{Faults, Files, Server};
+use watch::Watch;
 
 /// A program that knows this server, with a folder of models of its own.
 fn command(server: &Server, home: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
-    for variable in ["HF_TOKEN", "HF_HOME", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "XDG_DATA_HOME"] {
+    for variable in [
+        "HF_TOKEN",
+        "HF_HOME",
+        "HF_TOKEN_PATH",
+        "HF_HUB_OFFLINE",
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+        "XDG_CACHE_HOME",
+        "XDG_DATA_HOME",
+    ] {
         command.env_remove(variable);
     }
     command.env("HF_ENDPOINT", &server.address).env("SLUICE_HOME", home).env("HOME", home).args(args);
@@ -50,36 +61,6 @@ fn local(files: &Files, folder: &Path) -> Vec<u8> {
 
 fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).ok().map_or(default, |text| text.parse().unwrap())
-}
-
-/// Most bytes of downloaded weights in a folder, until it is dropped.
-struct Watch {
-    over: Arc<AtomicBool>,
-    most: Arc<AtomicU64>,
-    thread: thread::JoinHandle<()>,
-}
-
-impl Watch {
-    fn new(folder: PathBuf) -> Watch {
-        let (over, most) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (stop, peak) = (Arc::clone(&over), Arc::clone(&most));
-        let thread = thread::spawn(move || {
-            while !stop.load(Ordering::Relaxed) {
-                let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
-                let weights = entries.filter(|e| e.file_name().to_string_lossy().contains(".safetensors"));
-                let bytes = weights.filter_map(|e| e.metadata().ok()).map(|m| m.len()).sum();
-                peak.fetch_max(bytes, Ordering::Relaxed);
-                thread::sleep(Duration::from_micros(500));
-            }
-        });
-        Watch { over, most, thread }
-    }
-
-    fn most(self) -> u64 {
-        self.over.store(true, Ordering::Relaxed);
-        self.thread.join().unwrap();
-        self.most.load(Ordering::Relaxed)
-    }
 }
 
 /// 20 kills on a line that breaks (`SLUICE_HUB_KILLS` for more), each while files are downloaded and converted; in the end the branch
@@ -213,10 +194,16 @@ fn a_conversion_that_measures_is_the_local_one() {
     stdout(&common::sluice(&[&["convert", &at("checkpoint"), &at("here.sluice")], &types[..]].concat()));
     let there = at("there.sluice");
     let args = [&["convert", "hf:a/b", &there], &types[..]].concat();
+    // Killed when it has measured and converted some: a line that is slow leaves the time to see it.
+    server.slow_down(2000);
     let mut child = command(&server, folder.path(), &args).spawn().unwrap();
-    thread::sleep(Duration::from_millis(700));
+    let journal = folder.path().join("there.sluice.partial.journal");
+    while journal.metadata().map_or(0, |found| found.len()) == 0 && child.try_wait().unwrap().is_none() {
+        thread::sleep(Duration::from_millis(1));
+    }
     let _ = child.kill();
     child.wait().unwrap();
+    server.slow_down(0);
     if !folder.path().join("there.sluice").exists() {
         stdout(&sluice(&server, folder.path(), &args));
     }

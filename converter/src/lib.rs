@@ -10,7 +10,7 @@
 //! |---|---|
 //! | [`source`] | where the bytes of a checkpoint come from, and which tensors there are; trusts nothing in them |
 //! | `family` | knows what `config.json` means and what tensors are called, one file per family |
-//! | `recipe` | types by pattern |
+//! | `recipe`, [`mod@pattern`] | types by pattern |
 //! | `plan` | chooses types, lays out extents, checks that every tensor is accounted for |
 //! | `encoding` | knows how numbers are written down, one file per published encoding |
 //! | `fp8`, `pack` | rows of numbers → row groups of the file |
@@ -35,6 +35,7 @@ pub mod measure;
 mod options;
 mod pack;
 mod partial;
+pub mod pattern;
 mod plan;
 pub mod provenance;
 mod recipe;
@@ -94,6 +95,12 @@ pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
         return Err(ConvertError::NoFolder { path: folder.to_owned() });
     }
     partial::refuse_all_existing(dst, plan)
+}
+
+/// Removes what a conversion to `dst` has left that was killed when the model file was complete and had its name: the journal, and
+/// volumes that a compressed model did not need. Does nothing where a conversion may still go on.
+pub fn clear_remains(plan: &Plan, dst: &Path) {
+    partial::clear_remains(dst, plan);
 }
 
 /// Carries out a plan: [`convert`] with a plan that the caller has looked at.

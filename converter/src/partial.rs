@@ -77,8 +77,15 @@ pub(crate) fn refuse_all_existing(destination: &Path, plan: &Plan) -> Result<(),
     let most = plan.layout.ends().len();
     // How many a compressed model has is known when it is there.
     let counts = if plan.options.compress { 1..=most } else { most..=most };
-    let targets = counts.flat_map(|count| targets(destination, count));
-    targets.into_iter().try_for_each(|target| refuse_existing(&target, plan.options.overwrite, source_of(plan)))
+    for count in counts {
+        let targets = targets(destination, count);
+        let early = early(destination, &targets);
+        let others = targets.iter().enumerate().filter(|(volume, _)| !early.contains(volume));
+        for (_, target) in others {
+            refuse_existing(target, plan.options.overwrite, source_of(plan))?;
+        }
+    }
+    Ok(())
 }
 
 /// The folder of the checkpoint.
@@ -86,29 +93,52 @@ fn source_of(plan: &Plan) -> Option<&Path> {
     plan.checkpoint.source().folder()
 }
 
+/// Those of these volumes that a conversion had given their names when it was killed, before the first one had its.
+fn early(destination: &Path, targets: &[PathBuf]) -> Vec<usize> {
+    let is_journaled = || is_journal(&with_suffix(destination, ".partial.journal"));
+    if targets.first().is_none_or(|first| first.exists()) || !partial_path(destination, 0).exists() || !is_journaled() {
+        return Vec::new();
+    }
+    let is_it = |volume: usize, found: &Volume| {
+        let sb = found.superblock();
+        (usize::from(sb.volume), usize::from(sb.volume_count)) == (volume, targets.len())
+    };
+    let is_early = |&volume: &usize| {
+        let has_left = !partial_path(destination, volume).exists();
+        has_left && Volume::open(&targets[volume]).is_ok_and(|found| is_it(volume, &found))
+    };
+    (1..targets.len()).filter(is_early).collect()
+}
+
 /// Takes volumes back that a conversion had given their names when it was killed, before the first one had its: then it goes on
 /// where it was.
 fn take_back(destination: &Path, most: usize) {
-    if !partial_path(destination, 0).exists() || !is_journal(&with_suffix(destination, ".partial.journal")) {
-        return;
-    }
     for count in 2..=most {
         let targets = targets(destination, count);
-        if targets.first().is_none_or(|first| first.exists()) {
-            continue;
-        }
-        for (volume, target) in targets.iter().enumerate().skip(1) {
-            let partial = partial_path(destination, volume);
-            let is_it = |found: Volume| {
-                let sb = found.superblock();
-                (usize::from(sb.volume), usize::from(sb.volume_count)) == (volume, count)
-            };
-            if !partial.exists() && Volume::open(target).is_ok_and(is_it) {
-                // If it cannot be renamed, it stands in the way, which is then said.
-                let _ = fs::rename(target, partial);
-            }
+        for volume in early(destination, &targets) {
+            // If it cannot be renamed, it stands in the way, which is then said.
+            let _ = fs::rename(&targets[volume], partial_path(destination, volume));
         }
     }
+}
+
+/// Removes what a conversion has left that was killed when its model file had its name already: its journal, and files for volumes
+/// that a compressed model did not need. They are in nobody's way, so an error is none.
+pub(crate) fn clear_remains(destination: &Path, plan: &Plan) {
+    let journal = with_suffix(destination, ".partial.journal");
+    let most = plan.layout.ends().len();
+    let is_complete =
+        || (1..=most).any(|count| targets(destination, count).first().is_some_and(|first| first.exists()));
+    if partial_path(destination, 0).exists() || !is_journal(&journal) || !is_complete() {
+        return;
+    }
+    for volume in 1..most {
+        let path = partial_path(destination, volume);
+        if matches!(open_own(&path, false), Ok(Some(file)) if is_partial(&file).unwrap_or(false)) {
+            let _ = fs::remove_file(path);
+        }
+    }
+    let _ = fs::remove_file(journal);
 }
 
 /// What the journal of a conversion by this plan belongs to.
@@ -126,7 +156,7 @@ pub(crate) fn identity(plan: &Plan) -> Identity {
 pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertError> {
     let volumes = plan.layout.ends().len();
     take_back(destination, volumes);
-    refuse_all_existing(destination, plan)?;
+    refuse_all_existing(destination, plan).inspect_err(|_| clear_remains(destination, plan))?;
     let journal_path = with_suffix(destination, ".partial.journal");
     // First, so that nothing is left behind where it is in the way.
     if open_own(&journal_path, false)?.is_some() && !may_be_journal(&journal_path) {

@@ -2,17 +2,17 @@
 //!
 //! `docs/QUANTISATION.md` describes the file.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use sluice_format::{ExtentKind, NO_LAYER};
 
 use crate::error::ConvertError;
 use crate::options::TypeChoice;
+use crate::pattern::Pattern;
+use crate::source::read_side_file;
 
 /// Longest recipe that is read.
-const MAX_LEN: u64 = 1 << 20;
+const MAX_LEN: usize = 1 << 20;
 
 /// Patterns and types; the first pattern that matches a tensor decides.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,33 +26,20 @@ pub struct Recipe {
 struct Rule {
     line: usize,
     text: String,
-    pattern: Vec<Piece>,
+    pattern: Pattern,
     choice: TypeChoice,
-}
-
-/// A part of a pattern.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Piece {
-    Text(String),
-    /// Any text, dots included.
-    Any,
-    /// A number from the first to the last.
-    Range(usize, usize),
 }
 
 impl Recipe {
     /// Reads the recipe in the file at `path`.
     ///
     /// # Errors
-    /// [`ConvertError::Io`] and [`ConvertError::Recipe`].
+    /// [`ConvertError::Io`], among others for what is no regular file, and [`ConvertError::Recipe`].
     pub fn load(path: &Path) -> Result<Self, ConvertError> {
-        let io = |action| ConvertError::io(path, action);
-        let mut text = Vec::new();
-        let file = File::open(path).map_err(io("open it"))?;
-        file.take(MAX_LEN + 1).read_to_end(&mut text).map_err(io("read it"))?;
+        let text = read_side_file(path)?;
         let whole =
             |problem: &str| ConvertError::Recipe { path: path.to_owned(), line: 1, problem: problem.to_owned() };
-        if text.len() as u64 > MAX_LEN {
+        if text.len() > MAX_LEN {
             return Err(whole("it has more than a mebibyte, so it is no recipe"));
         }
         let text = String::from_utf8(text).map_err(|_| whole("it is not text"))?;
@@ -78,7 +65,7 @@ impl Recipe {
 
     /// The type of a tensor, if a pattern matches it, and the number of that rule.
     pub(crate) fn choice(&self, name: &str) -> Option<(usize, TypeChoice)> {
-        let found = self.rules.iter().enumerate().find(|(_, rule)| matches(&rule.pattern, name));
+        let found = self.rules.iter().enumerate().find(|(_, rule)| rule.pattern.matches(name));
         found.map(|(number, rule)| (number, rule.choice))
     }
 
@@ -105,53 +92,7 @@ impl Rule {
             return Err(format!("`{rule}` is not a pattern and a type"));
         };
         let text = format!("{pattern} {ty}");
-        Ok(Rule { line, text, pattern: pieces(pattern)?, choice: ty.parse()? })
-    }
-}
-
-fn pieces(pattern: &str) -> Result<Vec<Piece>, String> {
-    let mut pieces = Vec::new();
-    let mut rest = pattern;
-    while let Some(at) = rest.find(['*', '{']) {
-        let (text, special) = rest.split_at(at);
-        if !text.is_empty() {
-            pieces.push(Piece::Text(text.to_owned()));
-        }
-        if let Some(behind) = special.strip_prefix('*') {
-            pieces.push(Piece::Any);
-            rest = behind;
-            continue;
-        }
-        let wrong = || format!("`{pattern}` has a brace that is no range of numbers such as {{0-3}}");
-        let (range, behind) = special[1..].split_once('}').ok_or_else(wrong)?;
-        let (first, last) = range.split_once('-').unwrap_or((range, range));
-        match (first.parse(), last.parse()) {
-            (Ok(first), Ok(last)) if first <= last => pieces.push(Piece::Range(first, last)),
-            _ => return Err(wrong()),
-        }
-        rest = behind;
-    }
-    if !rest.is_empty() {
-        pieces.push(Piece::Text(rest.to_owned()));
-    }
-    Ok(pieces)
-}
-
-/// Whether a pattern matches all of a name.
-fn matches(pattern: &[Piece], name: &str) -> bool {
-    let Some((piece, others)) = pattern.split_first() else { return name.is_empty() };
-    match piece {
-        Piece::Text(text) => name.strip_prefix(text.as_str()).is_some_and(|rest| matches(others, rest)),
-        Piece::Any => {
-            // Two in a row are one, so that the work is bounded by the pattern's texts.
-            let others = &others[others.iter().take_while(|p| **p == Piece::Any).count()..];
-            name.char_indices().map(|(i, _)| i).chain([name.len()]).any(|i| matches(others, &name[i..]))
-        }
-        Piece::Range(first, last) => {
-            let digits = name.bytes().take_while(u8::is_ascii_digit).count();
-            let (number, rest) = name.split_at(digits);
-            number.parse().is_ok_and(|n: usize| (*first..=*last).contains(&n)) && matches(others, rest)
-        }
+        Ok(Rule { line, text, pattern: Pattern::of_tensors(pattern)?, choice: ty.parse()? })
     }
 }
 
@@ -205,6 +146,6 @@ mod tests {
         }
         assert!(recipe("layers.{7}.*.o q8").choice("layers.7.attention.o").is_some());
         assert!(recipe("**a**** q8").choice("bab").is_some());
-        assert!(recipe("*a*a*a*a*a*a*b q8").choice(&"a".repeat(60)).is_none());
+        assert!(recipe("*a*a*a*a*a*a*a*a*a*a*b q8").choice(&"a".repeat(600)).is_none());
     }
 }

@@ -150,6 +150,21 @@ fn a_journal_without_its_file_is_not_believed() {
     }
 }
 
+/// Killed in its last moment, a conversion leaves its journal beside the file that has its name.
+#[test]
+fn what_is_left_beside_a_complete_file_is_removed() {
+    let (dir, src) = source();
+    let (want, summary) = reference(&src, dir.path());
+    let (dst, journal) = (dir.path().join("last"), dir.path().join("last.partial.journal"));
+    spawn(&src, &dst, KillAt { bytes: summary.bytes_written * 9 / 10, journaled: true }).wait().unwrap();
+    std::fs::remove_file(dir.path().join("last.partial")).unwrap();
+    std::fs::write(&dst, &want).unwrap();
+    assert!(journal.exists());
+    let error = convert(&src, &dst, &test_options(), &()).unwrap_err();
+    assert!(matches!(error, ConvertError::Exists { .. }), "{error}");
+    assert!(!journal.exists() && std::fs::read(&dst).unwrap() == want);
+}
+
 #[test]
 fn an_existing_destination_is_kept_unless_told_otherwise() {
     let (dir, src) = source();

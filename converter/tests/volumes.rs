@@ -104,6 +104,8 @@ fn volumes_that_have_their_names_already_are_taken_back() {
         fs::remove_file(partial).unwrap();
         fs::copy(&whole.files[usize::from(volume)], names.path_of(volume)).unwrap();
     }
+    let plan = sluice_converter::plan(&src, &options).unwrap();
+    sluice_converter::check_destination(&plan, &other).expect("what will be taken back is in nobody's way");
     let again = convert(&src, &other, &options, &()).unwrap();
     assert!(again.resumed_extents > 0);
     for (file, want) in again.files.iter().zip(&want) {

@@ -9,11 +9,13 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use ureq::Agent;
-use ureq::http::{HeaderMap, StatusCode, Uri};
+use ureq::http::{HeaderMap, StatusCode};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 
 use crate::digest::Digest;
 use crate::error::HubError;
+use crate::headers::{asked_pause, content_range, next_page, number, origin, redirected, text};
+use crate::paced::Paced;
 use crate::settings::Settings;
 
 /// Most redirects of one request: the hub needs two, one for a repository that was renamed, one to where the bytes are.
@@ -38,6 +40,8 @@ pub struct Patience {
     pub connect: Duration,
     /// For an answer to begin, and for its next bytes.
     pub silence: Duration,
+    /// Bytes that come in the time of `silence` at least, and that an attempt brings to count as a success.
+    pub slowest: u64,
 }
 
 impl Default for Patience {
@@ -49,11 +53,12 @@ impl Default for Patience {
             longest_wait: Duration::from_secs(15 * 60),
             connect: Duration::from_secs(15),
             silence: Duration::from_secs(30),
+            slowest: 8 << 10,
         }
     }
 }
 
-/// Hears of pauses that the hub asks for.
+/// Hears of pauses that the hub asks for, and of what is read of the cache because nothing may be asked.
 pub type Notice = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// Asks the hub. Threads share it; it keeps connections open.
@@ -129,6 +134,8 @@ struct Attempts<'c> {
     url: String,
     failed: u32,
     waited: Duration,
+    /// Bytes since the last success.
+    came: u64,
 }
 
 /// Takes bytes of a file with their place in it.
@@ -185,6 +192,11 @@ impl Client {
         &self.settings
     }
 
+    /// Tells the user something.
+    pub(crate) fn say(&self, text: &str) {
+        self.notice.iter().for_each(|notice| notice(text));
+    }
+
     /// The address of a repository's page.
     pub(crate) fn page(&self, repo: &str) -> String {
         format!("{}/{repo}", self.settings.endpoint)
@@ -201,7 +213,7 @@ impl Client {
             let outcome = self.ask("GET", url, question, None).and_then(|mut reply| {
                 let next = next_page(&reply.headers);
                 let mut bytes = Vec::new();
-                let read = reply.body.as_reader().take(LONGEST_ANSWER + 1).read_to_end(&mut bytes);
+                let read = self.paced(&mut reply.body).take(LONGEST_ANSWER + 1).read_to_end(&mut bytes);
                 read.map_err(|e| Trouble::passing(format!("its answer breaks off ({e})")))?;
                 if bytes.len() as u64 > LONGEST_ANSWER {
                     let problem = format!("its answer has more than {LONGEST_ANSWER} bytes");
@@ -225,7 +237,7 @@ impl Client {
         loop {
             match self.ask(method, url, question, range) {
                 Ok(reply) => {
-                    let total = reply.headers.get("content-range").and_then(|v| content_range(v.to_str().ok()?)?.2);
+                    let total = text(&reply.headers, "content-range").and_then(|v| content_range(v)?.2);
                     let length = total.or_else(|| number(&reply.headers, "content-length"));
                     return Ok(Linked { size: reply.linked.size.or(length), ..reply.linked });
                 }
@@ -250,10 +262,10 @@ impl Client {
         while next < end {
             let before = next;
             let outcome = self.read_once(wanted, &what, (&mut next, end), &mut buffer, sink);
-            if next > before {
-                attempts.progressed();
-            }
+            attempts.progressed(next - before);
             if let Err(trouble) = outcome {
+                // Another host may have the bytes too.
+                lock(&self.places).remove(wanted.url);
                 attempts.failed(trouble)?;
             }
         }
@@ -278,7 +290,7 @@ impl Client {
         let whole = *next == 0 && end == wanted.size;
         let length = number(&reply.headers, "content-length");
         let expected = if reply.status == StatusCode::PARTIAL_CONTENT {
-            let range = reply.headers.get("content-range").and_then(|v| v.to_str().ok()).and_then(content_range);
+            let range = text(&reply.headers, "content-range").and_then(content_range);
             let Some((first, last, total)) = range else {
                 return Err(wrong("it sends bytes and does not say which".into()));
             };
@@ -308,7 +320,7 @@ impl Client {
             return Err(wrong(format!("it states two lengths, {expected} and {}", length.unwrap_or_default())));
         }
         let mut left = expected;
-        let mut reader = reply.body.as_reader();
+        let mut reader = self.paced(&mut reply.body);
         while left > 0 {
             let most = (left.min(buffer.len() as u64)) as usize;
             let count = reader.read(&mut buffer[..most]).map_err(|e| wrong(format!("the line breaks ({e})")))?;
@@ -324,11 +336,15 @@ impl Client {
         Ok(())
     }
 
+    fn paced<'b>(&self, body: &'b mut ureq::Body) -> Paced<ureq::BodyReader<'b>> {
+        Paced::new(body.as_reader(), self.patience.slowest, self.patience.silence)
+    }
+
     fn attempts(&self, url: &str, question: Question<'_>) -> Result<Attempts<'_>, HubError> {
         if self.settings.offline {
             return Err(HubError::Offline { what: question.what.to_owned() });
         }
-        Ok(Attempts { client: self, url: url.to_owned(), failed: 0, waited: Duration::ZERO })
+        Ok(Attempts { client: self, url: url.to_owned(), failed: 0, waited: Duration::ZERO, came: 0 })
     }
 
     /// One request, with the redirects that answer it.
@@ -356,10 +372,18 @@ impl Client {
                 if method == "HEAD" && linked.digest.is_some() && linked.size.is_some() {
                     return Ok(Reply { body: response.into_body(), status, headers, linked });
                 }
-                place = self.target(&place, &headers)?;
+                let target = redirected(&place, text(&headers, "location").unwrap_or_default());
+                let wrong = |problem: &str| HubError::Protocol { url: place.clone(), problem: problem.to_owned() };
+                place = target.map_err(|problem| Trouble::Final(wrong(problem)))?;
                 continue;
             }
             if status.is_success() {
+                if let Some(coding) = text(&headers, "content-encoding").filter(|c| !c.eq_ignore_ascii_case("identity"))
+                {
+                    return Err(Trouble::passing(format!(
+                        "it compresses its answer ({coding}), which nobody asked for"
+                    )));
+                }
                 if range.is_some() && place != url {
                     lock(&self.places).insert(url.to_owned(), place);
                 }
@@ -405,24 +429,6 @@ impl Client {
         })
     }
 
-    /// Where a redirect leads.
-    fn target(&self, from: &str, headers: &HeaderMap) -> Result<String, Trouble> {
-        let wrong =
-            |problem: &str| Trouble::Final(HubError::Protocol { url: from.to_owned(), problem: problem.to_owned() });
-        let to = headers.get("location").and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let target = if to.starts_with('/') && !to.starts_with("//") {
-            format!("{}{to}", origin(from).ok_or_else(|| wrong("it is no address"))?)
-        } else if to.starts_with("https://") || to.starts_with("http://") {
-            to.to_owned()
-        } else {
-            return Err(wrong("it leads to something that is no address"));
-        };
-        if from.starts_with("https://") && !target.starts_with("https://") {
-            return Err(wrong("it leads from an encrypted connection to one that is not"));
-        }
-        Ok(target)
-    }
-
     /// Whether an address is the hub's, which may know who asks.
     fn is_hub(&self, url: &str) -> bool {
         origin(url).is_some() && origin(url) == origin(&self.settings.endpoint)
@@ -430,7 +436,7 @@ impl Client {
 
     /// What a status that is no success means.
     fn refusal(&self, url: &str, status: StatusCode, headers: &HeaderMap, question: Question<'_>) -> Trouble {
-        let header = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        let header = |name: &str| text(headers, name).unwrap_or_default().to_owned();
         let (code, message) = (header("x-error-code"), header("x-error-message"));
         let repo = question.repo.to_owned();
         let has_token = self.settings.token.is_some();
@@ -440,7 +446,7 @@ impl Client {
         match status.as_u16() {
             401 | 403 if gated => Trouble::Final(HubError::Gated { page: self.page(&repo), repo, has_token }),
             401 if !has_token => Trouble::Final(HubError::NoToken { repo }),
-            401 | 403 => Trouble::Final(HubError::Refused { repo, problem: said }),
+            401 | 403 => Trouble::Final(HubError::Refused { repo, problem: said, has_token }),
             404 | 410 if code == "RevisionNotFound" => {
                 absent(format!("this revision of {repo}"), ". Its page lists branches and tags under `Files`")
             }
@@ -458,8 +464,12 @@ impl Client {
 }
 
 impl Attempts<'_> {
-    fn progressed(&mut self) {
-        (self.failed, self.waited) = (0, Duration::ZERO);
+    /// So many bytes have come.
+    fn progressed(&mut self, bytes: u64) {
+        self.came += bytes;
+        if self.came >= self.client.patience.slowest {
+            (self.failed, self.waited, self.came) = (0, Duration::ZERO, 0);
+        }
     }
 
     /// Waits before the next attempt, or gives up.
@@ -477,6 +487,7 @@ impl Attempts<'_> {
         self.waited = self.waited.saturating_add(pause);
         let url = self.url.clone();
         if busy && self.waited > longest_wait {
+            let problem = format!("{problem}; it asks for a pause of {} s", pause.as_secs());
             return Err(HubError::Busy { url, problem });
         }
         // One who is asked to wait, and does, has not failed.
@@ -488,10 +499,8 @@ impl Attempts<'_> {
             let mut not_before = lock(&self.client.not_before);
             *not_before = Some(not_before.map_or(until, |then| then.max(until)));
         }
-        if pause >= LONG_PAUSE
-            && let Some(notice) = &self.client.notice
-        {
-            notice(&format!("{url}: {problem}; trying again in {} s", pause.as_secs()));
+        if pause >= LONG_PAUSE {
+            self.client.say(&format!("{url}: {problem}; trying again in {} s", pause.as_secs()));
         }
         sleep(pause);
         Ok(())
@@ -500,14 +509,14 @@ impl Attempts<'_> {
 
 impl Linked {
     fn take(&mut self, headers: &HeaderMap) {
-        let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
-        if let Some(commit) = text("x-repo-commit") {
+        if let Some(commit) = text(headers, "x-repo-commit") {
             self.commit = Some(commit.to_owned());
         }
-        if let Some(digest) = text("x-linked-etag").or_else(|| text("etag")).and_then(Digest::parse) {
+        let tag = text(headers, "x-linked-etag").or_else(|| text(headers, "etag"));
+        if let Some(digest) = tag.and_then(Digest::parse) {
             self.digest = Some(digest);
         }
-        if let Some(size) = text("x-linked-size").and_then(|n| n.parse().ok()) {
+        if let Some(size) = number(headers, "x-linked-size") {
             self.size = Some(size);
         }
     }
@@ -524,69 +533,7 @@ fn jitter() -> f64 {
     (RandomState::new().hash_one(0u8) % 1024) as f64 / 1024.0
 }
 
-fn number(headers: &HeaderMap, name: &str) -> Option<u64> {
-    headers.get(name)?.to_str().ok()?.trim().parse().ok()
-}
-
-/// The pause that an answer asks for, in seconds or by the hub's `RateLimit: "api";r=0;t=55`.
-fn asked_pause(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = number(headers, "retry-after").or_else(|| {
-        let limit = headers.get("ratelimit")?.to_str().ok()?;
-        limit.split(';').find_map(|field| field.trim().strip_prefix("t=")?.parse().ok())
-    })?;
-    Some(Duration::from_secs(seconds))
-}
-
-/// First byte, last byte and length of the whole, of `bytes 0-9/100`.
-fn content_range(text: &str) -> Option<(u64, u64, Option<u64>)> {
-    let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
-    let (first, last) = range.split_once('-')?;
-    let total = if total == "*" { None } else { Some(total.parse().ok()?) };
-    Some((first.parse().ok()?, last.parse().ok()?, total))
-}
-
-/// The address behind `rel="next"`.
-fn next_page(headers: &HeaderMap) -> Option<String> {
-    let links = headers.get("link")?.to_str().ok()?;
-    let link = links.split(',').find(|link| link.contains("rel=\"next\""))?;
-    let (_, rest) = link.split_once('<')?;
-    Some(rest.split_once('>')?.0.to_owned())
-}
-
-/// Scheme, host and port of an address.
-fn origin(url: &str) -> Option<String> {
-    let uri: Uri = url.parse().ok()?;
-    Some(format!("{}://{}", uri.scheme_str()?, uri.authority()?.as_str().to_ascii_lowercase()))
-}
-
 /// A thread that panicked has left these whole: every change to them is one step.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn headers_are_read() {
-        assert_eq!(content_range("bytes 5-9/100"), Some((5, 9, Some(100))));
-        assert_eq!(content_range("bytes 5-9/*"), Some((5, 9, None)));
-        for text in ["", "bytes 5-/7", "bytes */7", "5-9/10", "bytes 5-99999999999999999999/1"] {
-            assert_eq!(content_range(text), None, "{text}");
-        }
-        let headers = |name: &'static str, value: &'static str| {
-            HeaderMap::from_iter([(
-                ureq::http::HeaderName::from_static(name),
-                ureq::http::HeaderValue::from_static(value),
-            )])
-        };
-        let next = headers("link", "<https://x/y?cursor=1>; rel=\"next\"");
-        assert_eq!(next_page(&next).as_deref(), Some("https://x/y?cursor=1"));
-        assert_eq!(next_page(&headers("link", "<https://x>; rel=\"prev\"")), None);
-        assert_eq!(asked_pause(&headers("retry-after", "7")), Some(Duration::from_secs(7)));
-        assert_eq!(asked_pause(&headers("ratelimit", "\"api\";r=0;t=55")), Some(Duration::from_secs(55)));
-        assert_eq!(origin("https://A.b:8/c?d"), Some("https://a.b:8".into()));
-        assert_eq!(origin("/c"), None);
-    }
 }

@@ -16,16 +16,14 @@ use crate::error::HubError;
 use crate::name::{PREFIX, Reference};
 use crate::pieces::with_suffix;
 use crate::pin::Pin;
-use crate::pull::{CONNECTIONS, free_space, pinned_snapshot};
-use crate::select::{Form, form, gguf_files};
+use crate::pull::{CONNECTIONS, PIN, free_space, pinned_snapshot, unverified};
+use crate::select::{Form, base_name, form, gguf_files};
 use crate::snapshot::{RemoteFile, Snapshot};
 use crate::source::{HubSource, Remote};
 
 /// Files that are here at once: one that is being converted, and one that comes. A third waits until what both need of the first is
 /// done, which comes first.
 pub(crate) const WINDOW: usize = 2;
-/// The file of the folder beside the model file that says which commit it is of.
-const PIN: &str = ".sluice-download";
 /// The line is measured with at most so many bytes, over so long.
 const PROBE_BYTES: u64 = 48 << 20;
 const PROBE_TIME: Duration = Duration::from_secs(2);
@@ -46,6 +44,8 @@ pub struct HubConversion {
 pub struct Needs {
     /// Bytes to download.
     pub download: u64,
+    /// Bytes of files that the hub's own programs have downloaded already.
+    pub cached: u64,
     /// Most bytes of downloaded files that are on the drive at once.
     pub scratch: u64,
     /// Bytes of the model file.
@@ -70,15 +70,10 @@ impl HubConversion {
     ) -> Result<Self, HubError> {
         let folder = with_suffix(dst, ".partial.source");
         let (revision, mut notes) = (reference.revision().to_owned(), Vec::new());
-        let (pin, pinned) = match folder.join(PIN).exists() {
-            true => {
-                let (pin, pinned) = Pin::open(&folder.join(PIN), &reference.repo, &revision)?;
-                (Some(pin), pinned)
-            }
-            false => (None, None),
-        };
+        let (pin, pinned) = Pin::of_interrupted(&folder.join(PIN), &reference.repo, &revision)?;
         let snapshot = pinned_snapshot(&client, reference, pinned.as_deref(), &mut notes)?;
         let files = model_files(&client, &snapshot, reference)?;
+        notes.extend(unverified(files.iter()));
         let remote = Remote::open(client, Arc::new(snapshot), observer, files, (folder.clone(), keep))?;
         Ok(HubConversion { remote: Arc::new(remote), revision, folder, keep, pin: Mutex::new(pin), notes })
     }
@@ -101,10 +96,16 @@ impl HubConversion {
     /// How much has to be downloaded and written.
     pub fn needs(&self, plan: &Plan, dst: &Path) -> Needs {
         let files = self.remote.files();
-        let download = files.iter().map(|file| file.size).sum();
-        let scratch = if self.keep { download } else { scratch(files, &plan.file_uses()) };
+        let all: u64 = files.iter().map(|file| file.size).sum();
+        let sizes: Vec<u64> = files.iter().map(|file| if self.is_cached(file) { 0 } else { file.size }).collect();
+        let download = sizes.iter().sum();
+        let scratch = if self.keep { all } else { scratch(&sizes, &plan.file_uses()) };
         let folder = dst.parent().unwrap_or(Path::new("."));
-        Needs { download, scratch, file: plan.file_bytes(), free: free_space(folder) }
+        Needs { download, cached: all - download, scratch, file: plan.file_bytes(), free: free_space(folder) }
+    }
+
+    fn is_cached(&self, file: &RemoteFile) -> bool {
+        self.remote.snapshot().cached_file(self.remote.client(), file).is_some()
     }
 
     /// Bytes on the drive that an interrupted conversion to `dst` has taken, and that this one uses again.
@@ -114,13 +115,14 @@ impl HubConversion {
         occupied(&with_suffix(dst, ".partial")) + downloads.map(|entry| occupied(&entry.path())).sum::<u64>()
     }
 
-    /// Measures the line, in bytes per second, with a few megabytes; `None` for models that are here before it is measured.
+    /// Measures the line, in bytes per second, with a few megabytes; `None` for models that are here before it is
+    /// measured.
     ///
     /// # Errors
     /// [`HubError`].
     pub fn measure_line(&self) -> Result<Option<f64>, HubError> {
-        let files = self.remote.files();
-        let Some(largest) = files.iter().max_by_key(|file| file.size).filter(|file| file.size > 4 * PROBE_BYTES) else {
+        let wanted = self.remote.files().iter().filter(|file| !self.is_cached(file));
+        let Some(largest) = wanted.max_by_key(|file| file.size).filter(|file| file.size > 4 * PROBE_BYTES) else {
             return Ok(None);
         };
         let (snapshot, client) = (self.remote.snapshot(), self.remote.client());
@@ -160,6 +162,16 @@ impl HubConversion {
         }
         self.remote.begin();
         Ok(())
+    }
+
+    /// Whether an earlier run, whose model file at `dst` is complete, was interrupted before it could do what [`Self::finish`] does.
+    pub fn is_unfinished(&self, dst: &Path) -> bool {
+        let is_here = |file: &RemoteFile| {
+            let path = self.folder.join(base_name(&file.path));
+            path.metadata().is_ok_and(|found| found.len() == file.size)
+        };
+        let is_settled = !self.keep || self.remote.files().iter().all(is_here);
+        lock(&self.pin).is_some() && !with_suffix(dst, ".partial").exists() && is_settled
     }
 
     /// After the conversion: removes the folder, or completes the checkpoint in it, gives it a name beside the model file and
@@ -212,7 +224,7 @@ fn model_files(client: &Client, snapshot: &Snapshot, reference: &Reference) -> R
 }
 
 /// Most bytes of files that are here at once, by the rule that lets them come.
-fn scratch(files: &[RemoteFile], uses: &[FileUse]) -> u64 {
+fn scratch(sizes: &[u64], uses: &[FileUse]) -> u64 {
     let mut order: Vec<&FileUse> = uses.iter().collect();
     order.sort_by_key(|u| (u.first, u.last, u.file));
     let (mut here, mut most): (Vec<&FileUse>, u64) = (Vec::new(), 0);
@@ -224,7 +236,7 @@ fn scratch(files: &[RemoteFile], uses: &[FileUse]) -> u64 {
             here.remove(at);
         }
         here.push(next);
-        most = most.max(here.iter().map(|u| files[u.file].size).sum());
+        most = most.max(here.iter().map(|u| sizes[u.file]).sum());
     }
     most
 }
@@ -232,12 +244,10 @@ fn scratch(files: &[RemoteFile], uses: &[FileUse]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::digest::Digest;
 
     #[test]
     fn the_scratch_space_is_a_few_files() {
-        let file = |size| RemoteFile { path: String::new(), size, digest: Digest::Git([0; 20]) };
-        let files: Vec<RemoteFile> = [5, 7, 9, 3, 1].map(file).to_vec();
+        let files = [5, 7, 9, 3, 1];
         let uses = |spans: &[(usize, usize)]| -> Vec<FileUse> {
             spans.iter().enumerate().map(|(file, &(first, last))| FileUse { file, first, last }).collect()
         };

@@ -2,8 +2,9 @@
 //! verified, and no more files on the drive than are allowed.
 
 use std::fs::{self, File};
+use std::io::{self, Seek as _};
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
@@ -102,8 +103,10 @@ enum Entry {
 }
 
 struct Active {
-    /// `None`: the file has its name already, and is only verified.
+    /// `None`: the file has its name already, or is one of the cache, and is only verified.
     partial: Option<PartialFile>,
+    /// Where in the cache of the hub's own programs it is, if it is used there.
+    cached: Option<PathBuf>,
     file: Arc<File>,
     taken: Vec<bool>,
     there: Vec<bool>,
@@ -186,9 +189,22 @@ impl Drop for Downloads {
     }
 }
 
+/// Whoever waits for a file is told if a thread that was to bring it has panicked.
+struct Guard<'s>(&'s Shared);
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            lock(&self.0.table).failure.get_or_insert(HubError::Stopped);
+            self.0.changed.notify_all();
+        }
+    }
+}
+
 impl Shared {
     fn work(&self) {
         let mut buffer = Vec::new();
+        let _guard = Guard(self);
         while let Some(task) = self.next() {
             let outcome = match task {
                 Task::Open(target) => self.open(target).and_then(|()| self.digest(target, &mut buffer)),
@@ -243,9 +259,14 @@ impl Shared {
         }
         refuse_strange(path)?;
         let count = piece_count(remote.size);
-        let active = match File::open(path) {
-            Ok(file) if file.metadata().is_ok_and(|m| m.len() == remote.size) => {
+        let active = match (File::open(path), self.snapshot.cached_file(&self.client, remote)) {
+            (Ok(file), _) if file.metadata().is_ok_and(|m| m.len() == remote.size) => {
                 self.active(remote, None, Arc::new(file), vec![true; count])
+            }
+            (_, Some((place, file))) if self.terms.keep => self.copied(target, &place, file)?,
+            (_, Some((place, file))) => {
+                let active = self.active(remote, None, Arc::new(file), vec![true; count]);
+                Active { cached: Some(place), ..active }
             }
             _ => self.partial(target)?,
         };
@@ -264,9 +285,26 @@ impl Shared {
         Ok(self.active(remote, Some(partial), Arc::new(file), there))
     }
 
+    /// A copy of a file of the cache, to be verified as if it had been downloaded.
+    fn copied(&self, target: usize, place: &Path, mut cached: File) -> Result<Active, HubError> {
+        let mut active = self.partial(target)?;
+        if let Some(partial) = &active.partial {
+            let copied = (&partial.file).rewind().and_then(|()| io::copy(&mut cached, &mut &partial.file));
+            // What is not as long as it was comes from the hub.
+            if copied.map_err(HubError::io(place, "copy it"))? == self.targets[target].remote.size {
+                let missing = (0..active.there.len()).filter(|&number| !active.there[number]);
+                missing.into_iter().try_for_each(|number| partial.add(number))?;
+                active.there.fill(true);
+                active.taken.fill(true);
+            }
+        }
+        Ok(active)
+    }
+
     fn active(&self, remote: &RemoteFile, partial: Option<PartialFile>, file: Arc<File>, there: Vec<bool>) -> Active {
         let hasher = Some(Hasher::new(&remote.digest, remote.size));
-        Active { partial, file, taken: there.clone(), there, hashed: 0, hasher, failed: 0, computed: None }
+        let (taken, cached) = (there.clone(), None);
+        Active { partial, cached, file, taken, there, hashed: 0, hasher, failed: 0, computed: None }
     }
 
     /// Downloads a piece.
@@ -360,8 +398,11 @@ impl Shared {
                 None => remove_remains(path)?,
             }
             // Read only, from here on.
-            let file = File::open(path).map_err(HubError::io(path, "open it"))?;
-            table.entries[target] = Entry::Complete(Arc::new(file));
+            let file = match active.cached {
+                Some(_) => Arc::clone(&active.file),
+                None => Arc::new(File::open(path).map_err(HubError::io(path, "open it"))?),
+            };
+            table.entries[target] = Entry::Complete(file);
             return Ok(());
         }
         self.observer.lost(remote.size);
@@ -376,7 +417,8 @@ impl Shared {
         }
         let (again, kind) = ("it is downloaded again", remote.digest.kind());
         self.observer.note(&if was_here {
-            format!("{}: it is another file than the hub's; {again}", path.display())
+            let place = active.cached.as_ref().unwrap_or(path);
+            format!("{}: it is another file than the hub's; {again}", place.display())
         } else {
             format!("{}: what has come has not the {kind} that the hub states; {again}", remote.path)
         });
@@ -404,8 +446,13 @@ mod tests {
 
     /// Who would wait for files that nobody sends.
     fn shared(needs: &[(usize, usize)], window: usize) -> Shared {
-        let settings =
-            Settings { endpoint: "http://127.0.0.1:1".into(), token: None, offline: true, certificates: None };
+        let settings = Settings {
+            endpoint: "http://127.0.0.1:1".into(),
+            token: None,
+            offline: true,
+            certificates: None,
+            cache: None,
+        };
         let client = Client::with_patience(settings, Patience::default(), None).unwrap();
         let remote = RemoteFile { path: String::new(), size: 1, digest: Digest::Git([0; 20]) };
         let target =
@@ -414,7 +461,12 @@ mod tests {
         let entries = targets.iter().map(|_| Entry::Waiting).collect();
         Shared {
             client: Arc::new(client),
-            snapshot: Arc::new(Snapshot { repo: String::new(), commit: String::new(), files: Vec::new() }),
+            snapshot: Arc::new(Snapshot {
+                repo: String::new(),
+                commit: String::new(),
+                files: Vec::new(),
+                cached: None,
+            }),
             observer: Arc::new(()),
             order: (0..targets.len()).collect(),
             targets,

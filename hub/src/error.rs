@@ -28,7 +28,10 @@ pub enum HubError {
         problem: String,
     },
     /// A request would be necessary, and requests are forbidden.
-    #[error("{what} would have to be asked of the hub, and HF_HUB_OFFLINE says that nothing is. Unset it to go on")]
+    #[error(
+        "{what} is not here, and HF_HUB_OFFLINE says that the hub is not asked. Unset it to go on, or have HF_HUB_CACHE name the \
+         folder of the hub's own programs that has it"
+    )]
     Offline {
         /// What is needed.
         what: String,
@@ -42,16 +45,20 @@ pub enum HubError {
         /// The repository.
         repo: String,
     },
-    /// The token does not suffice.
+    /// The token does not suffice, or there is none.
     #[error(
-        "{repo}: the hub refuses this token ({problem}). Check the name of the repository, and that the token of HF_TOKEN, or of \
-         `hf auth login`, is valid and may read it"
+        "{repo}: the hub refuses {} ({problem}). Check the name of the repository, and {}",
+        if *has_token { "this token" } else { "to show it" },
+        if *has_token { "that the token of HF_TOKEN, or of `hf auth login`, is valid and may read it" }
+        else { "HF_ENDPOINT; if it is private, set HF_TOKEN, or log in with `hf auth login`" }
     )]
     Refused {
         /// The repository.
         repo: String,
         /// What the hub says.
         problem: String,
+        /// Whether a token was sent.
+        has_token: bool,
     },
     /// The authors of the model want its terms accepted.
     #[error(
@@ -121,7 +128,8 @@ pub enum HubError {
     },
     /// A name that the hub gives a file cannot be the name of a file here.
     #[error(
-        "{repo}: the hub names a file {file:?}, which would lie outside the folder of the download. Nothing was written"
+        "{repo}: the hub names a file {file:?}, which would lie outside the folder of the download, or be taken for something \
+         else. Nothing was written"
     )]
     StrangeName {
         /// The repository.
@@ -159,10 +167,10 @@ pub enum HubError {
         /// Bytes available.
         available: u64,
     },
-    /// Another process downloads to the same place.
-    #[error("{path}: another process downloads to this folder. Wait for it, or stop it")]
+    /// Another process downloads or converts to the same place.
+    #[error("{path}: another process downloads or converts to this place. Wait for it, or stop it")]
     Locked {
-        /// The folder.
+        /// What it has locked.
         path: PathBuf,
     },
     /// A folder holds something else than a download of this repository.

@@ -6,21 +6,24 @@
 //! | module | does |
 //! |---|---|
 //! | `name`, `settings` | what users call things, and what the environment says |
-//! | `client`, `snapshot` | requests; what a repository holds at a commit |
+//! | `client`, `headers`, `paced` | requests, what answers say, and how slowly they may come |
+//! | `snapshot`, `cache` | what a repository holds at a commit; what of it the hub's own programs have downloaded |
 //! | `pieces`, `downloads` | files in pieces over several connections, verified and resumable |
-//! | `select`, `glob` | which files are meant |
+//! | `select` | which files are meant |
 //! | `pin`, `pull` | a repository becomes a folder |
 //! | [`mod@models`] | the folder of models |
 //! | `source`, `convert` | a repository becomes a model file |
 
+mod cache;
 mod client;
 mod convert;
 mod digest;
 mod downloads;
 mod error;
-pub mod glob;
+mod headers;
 pub mod models;
 mod name;
+mod paced;
 mod pieces;
 mod pin;
 mod pull;

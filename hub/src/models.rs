@@ -1,7 +1,8 @@
 //! The folder of models: what was made of which name, so that the name is enough.
 
 use std::env;
-use std::fs;
+use std::fs::{self, File, TryLockError};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -64,6 +65,17 @@ impl Models {
     /// Where it is.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Whether the folder, if there is one, can be read: else its models would seem not to be there.
+    ///
+    /// # Errors
+    /// [`HubError::Io`].
+    pub fn check(&self) -> Result<(), HubError> {
+        match fs::read_dir(&self.folder) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(HubError::io(&self.folder, "list it")(e)),
+            _ => Ok(()),
+        }
     }
 
     /// Makes the folder.
@@ -141,22 +153,31 @@ impl Models {
     /// Removes a model, or what an interrupted conversion has left of one; returns the bytes that are free again.
     ///
     /// # Errors
-    /// [`HubError::Io`].
+    /// [`HubError::Io`]; [`HubError::Locked`] for a conversion that is running.
     pub fn remove(&self, entry: &Entry) -> Result<u64, HubError> {
         let mut freed = entry.bytes;
+        if entry.interrupted
+            && File::open(&entry.path).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)))
+        {
+            return Err(HubError::Locked { path: entry.path.clone() });
+        }
         let others = self.others(&entry.path);
         fs::remove_file(&entry.path).map_err(HubError::io(&entry.path, "remove it"))?;
         others.iter().try_for_each(|path| crate::pieces::remove(path))?;
         let mut beside = vec![with_suffix(&entry.path, ".counts")];
+        let whole = VolumeName::parse(&entry.path).map_or_else(|| entry.path.clone(), |name| name.whole());
+        let mut partial = with_suffix(&whole, ".partial");
         if entry.interrupted {
-            beside.push(with_suffix(&entry.path, ".journal"));
-            let source = with_suffix(&entry.path, ".source");
+            partial.clone_from(&entry.path);
+            beside.push(with_suffix(&partial, ".journal"));
+        }
+        // Of a complete model, downloads are left if it was interrupted in its last moment. Those of another conversion stay.
+        let source = with_suffix(&partial, ".source");
+        if source.is_dir() && !partial.exists() {
             for file in fs::read_dir(&source).into_iter().flatten().flatten() {
                 freed += file.metadata().map_or(0, |m| occupied(&m));
             }
-            if source.is_dir() {
-                fs::remove_dir_all(&source).map_err(HubError::io(&source, "remove it"))?;
-            }
+            fs::remove_dir_all(&source).map_err(HubError::io(&source, "remove it"))?;
         }
         beside.iter().try_for_each(|path| crate::pieces::remove(path))?;
         Ok(freed)
@@ -246,6 +267,11 @@ mod tests {
         assert_eq!(of(&[("XDG_DATA_HOME", "/d"), ("HOME", "/h")]).unwrap().folder(), Path::new("/d/sluice/models"));
         assert!(of(&[("HOME", "/h")]).unwrap().folder().ends_with("sluice/models"));
         assert!(matches!(of(&[]), Err(HubError::Setting { .. })));
+        let folder = tempfile::tempdir().unwrap();
+        let models = of(&[("SLUICE_HOME", folder.path().to_str().unwrap())]).unwrap();
+        models.check().unwrap();
+        fs::write(models.folder(), "no folder").unwrap();
+        assert!(matches!(models.check(), Err(HubError::Io { .. })));
     }
 
     #[test]
@@ -288,7 +314,15 @@ mod tests {
         assert_eq!(models.named("mine").len(), 1);
         let [left] = &models.named("hf:a/d")[..] else { panic!("one is there") };
         assert!(left.interrupted);
+        let running = File::open(&left.path).unwrap();
+        running.lock().unwrap();
+        assert!(matches!(models.remove(left), Err(HubError::Locked { .. })));
+        drop(running);
         models.remove(left).unwrap();
+        // One that was interrupted when all but its downloads was in order.
+        fs::write(folder.path().join("a--d.sluice"), "x").unwrap();
+        fs::create_dir(folder.path().join("a--d.sluice.partial.source")).unwrap();
+        models.remove(&models.named("hf:a/d")[0]).unwrap();
         assert!(
             fs::read_dir(folder.path()).unwrap().all(|e| !e.unwrap().file_name().to_str().unwrap().starts_with("a--d"))
         );

@@ -65,7 +65,8 @@ impl FromStr for Reference {
         }
         if !segments.iter().all(|segment| is_segment(segment)) {
             return Err(wrong(
-                "owner and name are letters, digits, `-`, `_` and `.`, and begin and end with none of the last",
+                "owner and name are letters, digits, `-`, `_` and `.`, begin and end with neither `-` nor `.`, and have neither \
+                 `--` nor `..`",
             ));
         }
         if revision.is_some_and(|revision| !is_revision(revision)) {
@@ -96,7 +97,9 @@ fn is_segment(text: &str) -> bool {
         && (1..=LONGEST).contains(&text.len())
         && !text.starts_with(edge)
         && !text.ends_with(edge)
+        // The hub gives no such names, and folders of models and caches have `--` for the `/`.
         && !text.contains("..")
+        && !text.contains("--")
 }
 
 fn is_revision(text: &str) -> bool {
@@ -122,10 +125,10 @@ pub(crate) fn escaped_path(path: &str) -> String {
     segments.join("/")
 }
 
-/// Whether a path that the hub names stays inside the folder that it is to be written to.
+/// Whether a path that the hub names stays inside the folder that it is to be written to, and can be shown at a terminal.
 pub(crate) fn stays_inside(path: &str) -> bool {
     let plain = |segment: &str| !segment.is_empty() && segment != "." && segment != "..";
-    !path.contains(['\\', '\0']) && path.split('/').all(plain)
+    !path.contains(|c: char| c == '\\' || c.is_control()) && path.split('/').all(plain)
 }
 
 #[cfg(test)]
@@ -151,7 +154,7 @@ mod tests {
     fn nonsense_is_refused() {
         for text in [
             "", "hf:", "a/b/c", "../etc", "a/..", "a/b@", "a/b@x y", "a/b:", "a/.b", "/b", "a/", "a b/c", "a/b@../c",
-            "-a/b",
+            "-a/b", "a--b/c", "a/b--c",
         ] {
             assert!(matches!(text.parse::<Reference>(), Err(HubError::Name { .. })), "{text:?}");
         }
@@ -160,7 +163,8 @@ mod tests {
     #[test]
     fn paths_stay_inside() {
         assert!(stays_inside("a.json") && stays_inside("Q4_K_M/a-00001-of-00002.gguf"));
-        for path in ["", "/etc/passwd", "../a", "a/../../b", "a//b", "a/./b", "a\\b", "a/"] {
+        for path in ["", "/etc/passwd", "../a", "a/../../b", "a//b", "a/./b", "a\\b", "a/", "a\0", "a\u{1b}[2J", "a\nb"]
+        {
             assert!(!stays_inside(path), "{path}");
         }
         assert_eq!(escaped_path("a b/c#d?.json"), "a%20b/c%23d%3F.json");

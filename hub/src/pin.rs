@@ -2,12 +2,14 @@
 
 use std::fs::{File, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::HubError;
 use crate::pieces::{refuse_strange, remove};
+use crate::snapshot::is_commit;
 
 /// Longest file that is read.
 const LONGEST: u64 = 64 << 10;
@@ -30,19 +32,13 @@ pub(crate) struct Pin {
 impl Pin {
     /// Opens and locks the file at `path`; returns it with the commit of the download that was interrupted, if one was.
     pub(crate) fn open(path: &Path, repo: &str, revision: &str) -> Result<(Self, Option<String>), HubError> {
-        refuse_strange(path)?;
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
-        let file = file.map_err(HubError::io(path, "create it"))?;
-        match file.try_lock() {
-            Err(TryLockError::WouldBlock) => return Err(HubError::Locked { path: path.to_owned() }),
-            // A filesystem without locks: whoever uses it takes care.
-            Err(TryLockError::Error(_)) | Ok(()) => {}
-        }
+        let file = locked(path)?;
         let mut bytes = Vec::new();
         (&file).take(LONGEST).read_to_end(&mut bytes).map_err(HubError::io(path, "read it"))?;
         let pin = Pin { path: path.to_owned(), file };
         // What a power cut has left of it says nothing.
-        let Ok(found) = serde_json::from_slice::<Content>(&bytes) else { return Ok((pin, None)) };
+        let found = serde_json::from_slice::<Content>(&bytes).ok().filter(|found| is_commit(&found.commit));
+        let Some(found) = found else { return Ok((pin, None)) };
         if found.repo != repo {
             return Err(HubError::InTheWay {
                 path: path.to_owned(),
@@ -53,6 +49,18 @@ impl Pin {
             });
         }
         Ok((pin, Some(found.commit).filter(|_| found.revision == revision)))
+    }
+
+    /// Opens the file at `path` if an interrupted download has left one; returns it with the commit.
+    pub(crate) fn of_interrupted(
+        path: &Path,
+        repo: &str,
+        revision: &str,
+    ) -> Result<(Option<Self>, Option<String>), HubError> {
+        if !path.exists() {
+            return Ok((None, None));
+        }
+        Self::open(path, repo, revision).map(|(pin, commit)| (Some(pin), commit))
     }
 
     /// Notes the commit.
@@ -74,6 +82,25 @@ impl Pin {
     }
 }
 
+/// Opens and locks a file, which is made if it is not there.
+fn locked(path: &Path) -> Result<File, HubError> {
+    loop {
+        refuse_strange(path)?;
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
+        let file = file.map_err(HubError::io(path, "create it"))?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => return Err(HubError::Locked { path: path.to_owned() }),
+            // A filesystem without locks: whoever uses it takes care.
+            Err(TryLockError::Error(_)) | Ok(()) => {}
+        }
+        // Another process may have completed its download, and removed the file, since it was opened: the name is free again.
+        let opened = file.metadata().map_err(HubError::io(path, "look at it"))?;
+        if path.metadata().is_ok_and(|named| (named.dev(), named.ino()) == (opened.dev(), opened.ino())) {
+            return Ok(file);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -84,11 +111,12 @@ mod tests {
         let path = folder.path().join("pin");
         let (mut pin, found) = Pin::open(&path, "a/b", "main").unwrap();
         assert_eq!(found, None);
-        pin.set("a/b", "main", "c0ffee").unwrap();
-        pin.set("a/b", "main", "c0").unwrap();
+        let commit = "c0".repeat(20);
+        pin.set("a/b", "main", "../../etc").unwrap();
+        pin.set("a/b", "main", &commit).unwrap();
         assert!(matches!(Pin::open(&path, "a/b", "main"), Err(HubError::Locked { .. })));
         drop(pin);
-        assert_eq!(Pin::open(&path, "a/b", "main").unwrap().1.as_deref(), Some("c0"));
+        assert_eq!(Pin::open(&path, "a/b", "main").unwrap().1, Some(commit));
         assert_eq!(Pin::open(&path, "a/b", "v2").unwrap().1, None);
         assert!(matches!(Pin::open(&path, "a/c", "main"), Err(HubError::InTheWay { .. })));
         Pin::open(&path, "a/b", "main").unwrap().0.remove().unwrap();

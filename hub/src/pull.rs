@@ -1,12 +1,15 @@
 //! Downloading a repository to a folder.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::sys::statvfs::statvfs;
 
 use crate::client::Client;
+use crate::digest::Digest;
 use crate::downloads::{Downloads, Observer, Target, Terms};
 use crate::error::HubError;
 use crate::name::Reference;
@@ -17,8 +20,8 @@ use crate::snapshot::{RemoteFile, Snapshot};
 
 /// Requests at the same time.
 pub(crate) const CONNECTIONS: usize = 8;
-/// Says in the folder which commit is being downloaded to it.
-const PIN: &str = ".sluice-download";
+/// Says in a folder which commit is being downloaded to it.
+pub(crate) const PIN: &str = ".sluice-download";
 
 /// A download that is about to begin: what it is, where it goes, and how large it is.
 #[derive(Debug)]
@@ -45,34 +48,21 @@ impl Pull {
         folder: &Path,
         filter: &Filter,
     ) -> Result<Self, HubError> {
-        fs::create_dir_all(folder).map_err(HubError::io(folder, "create it"))?;
-        let revision = reference.revision().to_owned();
-        let (mut pin, pinned) = Pin::open(&folder.join(PIN), &reference.repo, &revision)?;
+        let (path, revision) = (folder.join(PIN), reference.revision().to_owned());
+        // Nothing is written before it is known what comes.
+        let (pin, pinned) = Pin::of_interrupted(&path, &reference.repo, &revision)?;
         let mut notes = Vec::new();
-        let snapshot = match pinned_snapshot(&client, reference, pinned.as_deref(), &mut notes) {
-            Ok(snapshot) => snapshot,
-            Err(e) => {
-                // Nothing has begun: the folder is left as it was.
-                if pinned.is_none() {
-                    let _ = pin.remove();
-                    let _ = fs::remove_dir(folder);
-                }
-                return Err(e);
-            }
-        };
-        let selected = to_pull(&snapshot, reference, filter);
-        let (files, left_out) = match selected {
-            Ok(selected) => selected,
-            Err(e) => {
-                if pinned.is_none() {
-                    let _ = pin.remove();
-                    let _ = fs::remove_dir(folder);
-                }
-                return Err(e);
-            }
-        };
+        let snapshot = pinned_snapshot(&client, reference, pinned.as_deref(), &mut notes)?;
+        let (files, left_out) = to_pull(&snapshot, reference, filter)?;
+        check_names(&snapshot, &files)?;
+        notes.extend(unverified(files.iter().copied()));
         let owned = |files: Vec<&RemoteFile>| files.into_iter().cloned().collect();
         let (files, left_out) = (owned(files), owned(left_out));
+        fs::create_dir_all(folder).map_err(HubError::io(folder, "create it"))?;
+        let mut pin = match pin {
+            Some(pin) => pin,
+            None => Pin::open(&path, &reference.repo, &revision)?.0,
+        };
         pin.set(&reference.repo, &revision, &snapshot.commit)?;
         let snapshot = Arc::new(snapshot);
         Ok(Pull { client, snapshot, revision, folder: folder.to_owned(), pin, files, left_out, notes })
@@ -115,8 +105,9 @@ impl Pull {
     pub fn run(self, observer: Arc<dyn Observer>) -> Result<(), HubError> {
         let occupied = |file: &RemoteFile| {
             let path = self.folder.join(&file.path);
-            let len = |path: &Path| path.metadata().map_or(0, |m| m.len());
-            len(&path).max(len(&with_suffix(&path, ".partial"))).min(file.size)
+            // Pieces come in any order, and what is between them takes no space yet.
+            let space = |path: &Path| path.metadata().map_or(0, |m| m.blocks() * 512);
+            space(&path).max(space(&with_suffix(&path, ".partial"))).min(file.size)
         };
         let needed = self.files.iter().map(|file| file.size - occupied(file)).sum();
         check_space(&self.folder, needed)?;
@@ -139,6 +130,35 @@ impl Pull {
     }
 }
 
+/// A remark on files of which the server states no digest.
+pub(crate) fn unverified<'f>(files: impl Iterator<Item = &'f RemoteFile>) -> Option<String> {
+    let mut without = files.filter(|file| file.digest == Digest::Unstated);
+    let first = without.next()?;
+    let others = match without.count() {
+        0 => String::new(),
+        count => format!(" and {count} others"),
+    };
+    Some(format!("the digest of `{}`{others} is not stated: only the length of what comes can be verified", first.path))
+}
+
+/// Refuses names that downloads have for what they keep beside files.
+fn check_names(snapshot: &Snapshot, files: &[&RemoteFile]) -> Result<(), HubError> {
+    let names: BTreeSet<&str> = files.iter().map(|file| file.path.as_str()).collect();
+    let is_taken = |name: &&&str| {
+        let of = [".partial", ".partial.pieces"].iter().find_map(|ending| name.strip_suffix(ending));
+        **name == PIN || of.is_some_and(|of| names.contains(of))
+    };
+    match names.iter().find(is_taken) {
+        Some(name) => Err(HubError::Selection {
+            repo: snapshot.repo.clone(),
+            problem: format!(
+                "a download needs the name of its file `{name}` for itself. Leave it out: --exclude '{name}'"
+            ),
+        }),
+        None => Ok(()),
+    }
+}
+
 /// What the repository holds at the commit of an interrupted download, or else now.
 pub(crate) fn pinned_snapshot(
     client: &Client,
@@ -147,7 +167,16 @@ pub(crate) fn pinned_snapshot(
     notes: &mut Vec<String>,
 ) -> Result<Snapshot, HubError> {
     let Some(commit) = pinned else { return client.snapshot(&reference.repo, reference.revision()) };
-    let snapshot = client.snapshot(&reference.repo, commit)?;
+    let snapshot = client.snapshot(&reference.repo, commit).map_err(|e| match e {
+        HubError::Absent { .. } => HubError::Selection {
+            repo: reference.repo.clone(),
+            problem: format!(
+                "the hub no longer has the commit {} with which this was begun. Remove what has come of it to begin anew",
+                short(commit)
+            ),
+        },
+        other => other,
+    })?;
     // Only to say so: the download does not depend on it.
     if let Ok(now) = client.commit(&reference.repo, reference.revision())
         && now != commit

@@ -1,9 +1,10 @@
 //! Which files of a repository make the model that is meant.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+use sluice_converter::pattern::Pattern;
 
 use crate::error::HubError;
-use crate::glob;
 use crate::name::Reference;
 use crate::snapshot::{RemoteFile, Snapshot};
 
@@ -53,21 +54,33 @@ pub fn form(snapshot: &Snapshot, reference: &Reference) -> Result<Form, HubError
             )),
         },
         (false, true) => Ok(Form::Gguf),
-        (false, false) => {
-            let (found, advice) = if ["*.bin", "*.pt", "*.pth"]
-                .iter()
-                .any(|p| snapshot.files.iter().any(|f| glob::matches(p, &f.path)))
-            {
-                (
-                    "only weights as PyTorch pickles them",
-                    "Look for a repository of the same model with safetensors or GGUF files",
-                )
-            } else {
-                ("no weights", "Check its name")
-            };
-            Err(selection(snapshot, format!("there are no safetensors or GGUF files, {found}. {advice}")))
-        }
+        (false, false) => Err(selection(snapshot, what_else(snapshot))),
     }
+}
+
+/// What a repository has instead of weights that can be read, and what to do.
+fn what_else(snapshot: &Snapshot) -> String {
+    let pickled = patterns(&["*.bin", "*.pt", "*.pth"]);
+    if let Some(below) = snapshot.files.iter().find(|file| file.path.ends_with(".safetensors")) {
+        let (path, repo) = (&below.path, &snapshot.repo);
+        let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
+        return format!(
+            "its safetensors files are in folders, such as `{path}`, and a checkpoint is at the top of a repository. If that folder \
+             is one, take it: `sluice pull {repo} --include '{folder}/*'`, then `sluice convert` of the folder that this makes"
+        );
+    }
+    let (found, advice) = match snapshot.files.iter().any(|file| pickled.iter().any(|p| p.matches(&file.path))) {
+        true => (
+            "only weights as PyTorch pickles them",
+            "Look for a repository of the same model with safetensors or GGUF files",
+        ),
+        false => ("no weights", "Check its name"),
+    };
+    format!("there are no safetensors or GGUF files, {found}. {advice}")
+}
+
+fn patterns<S: AsRef<str>>(texts: &[S]) -> Vec<Pattern> {
+    texts.iter().map(|text| Pattern::of_files(text.as_ref())).collect()
 }
 
 /// The GGUF files of the model that is meant, those of a split in their order.
@@ -171,31 +184,32 @@ pub fn to_pull<'s>(
     reference: &Reference,
     filter: &Filter,
 ) -> Result<(Vec<&'s RemoteFile>, Vec<&'s RemoteFile>), HubError> {
-    let any = |patterns: &[String], file: &RemoteFile| patterns.iter().any(|p| glob::matches(p, &file.path));
-    let wanted: Vec<&RemoteFile> = if !filter.include.is_empty() {
-        snapshot.files.iter().filter(|file| any(&filter.include, file)).collect()
-    } else {
-        let other = |file: &RemoteFile| OTHER_WEIGHTS.iter().any(|p| glob::matches(p, &file.path));
-        let weights = match form(snapshot, reference) {
-            Ok(Form::Gguf) => gguf_files(snapshot, reference.part.as_deref())?,
-            Ok(Form::Safetensors) => Vec::new(),
+    let any = |patterns: &[Pattern], file: &RemoteFile| patterns.iter().any(|p| p.matches(&file.path));
+    let (include, exclude) = (patterns(&filter.include), patterns(&filter.exclude));
+    let mut wanted: Box<dyn Fn(&RemoteFile) -> bool> = Box::new(|file| any(&include, file));
+    if include.is_empty() {
+        let other = patterns(&OTHER_WEIGHTS);
+        wanted = match form(snapshot, reference) {
+            Ok(Form::Gguf) => {
+                let weights = gguf_files(snapshot, reference.part.as_deref())?;
+                let paths: BTreeSet<&str> = weights.iter().map(|file| file.path.as_str()).collect();
+                Box::new(move |file| {
+                    let is_weights = any(&other, file) || file.path.ends_with(".safetensors");
+                    !is_weights || paths.contains(file.path.as_str())
+                })
+            }
+            Ok(Form::Safetensors) => Box::new(move |file| !any(&other, file)),
             // Whoever asks for a repository without a model gets it.
-            Err(_) if reference.part.is_none() => snapshot.files.iter().collect(),
+            Err(_) if reference.part.is_none() => Box::new(|_| true),
             Err(e) => return Err(e),
         };
-        let is_gguf = !weights.is_empty() && weights.len() < snapshot.files.len();
-        let left_out = |file: &&RemoteFile| other(file) || (is_gguf && file.path.ends_with(".safetensors"));
-        snapshot.files.iter().filter(|file| weights.contains(file) || !left_out(file)).collect()
-    };
-    let (taken, mut left): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|file| !any(&filter.exclude, file));
-    left.clear();
-    if filter.include.is_empty() {
-        left = snapshot.files.iter().filter(|file| !taken.contains(file) && !any(&filter.exclude, file)).collect();
     }
+    let not_excluded = snapshot.files.iter().filter(|file| !any(&exclude, file));
+    let (taken, left): (Vec<_>, Vec<_>) = not_excluded.partition(|file| wanted(file));
     if taken.is_empty() {
         return Err(selection(snapshot, "none of its files is wanted. Check --include and --exclude".into()));
     }
-    Ok((taken, left))
+    Ok((taken, if include.is_empty() { left } else { Vec::new() }))
 }
 
 fn selection(snapshot: &Snapshot, problem: String) -> HubError {
@@ -213,7 +227,7 @@ mod tests {
             .map(|path| RemoteFile { path: (*path).into(), size: 1, digest: Digest::Git([0; 20]) })
             .collect();
         files.sort_by(|a, b| a.path.cmp(&b.path));
-        Snapshot { repo: "a/b".into(), commit: "0".repeat(40), files }
+        Snapshot { repo: "a/b".into(), commit: "0".repeat(40), files, cached: None }
     }
 
     fn names(files: &[&RemoteFile]) -> Vec<String> {
@@ -289,5 +303,7 @@ mod tests {
         assert!(form(&snapshot(&["model.safetensors"]), &reference("a/b:Q4_0")).is_err());
         let error = form(&snapshot(&["pytorch_model.bin"]), &reference("a/b")).unwrap_err().to_string();
         assert!(error.contains("PyTorch"), "{error}");
+        let error = form(&snapshot(&["fp16/model.safetensors"]), &reference("a/b")).unwrap_err().to_string();
+        assert!(error.contains("--include 'fp16/*'"), "{error}");
     }
 }

@@ -2,8 +2,11 @@
 
 use std::env;
 use std::fmt;
-use std::fs;
+use std::io::{self, Read as _};
 use std::path::PathBuf;
+
+use sluice_format::open_regular;
+use ureq::http::Uri;
 
 use crate::error::HubError;
 
@@ -23,6 +26,8 @@ pub struct Settings {
     pub offline: bool,
     /// File of certificates to trust instead of those that are built in.
     pub certificates: Option<PathBuf>,
+    /// Where the hub's own programs keep what they download. It is only read.
+    pub cache: Option<PathBuf>,
 }
 
 /// A token. It is sent to the hub, and shown to nobody.
@@ -50,7 +55,7 @@ impl fmt::Debug for Token {
 
 impl Settings {
     /// As the environment says: `HF_ENDPOINT`; `HF_TOKEN`, or the file that `HF_TOKEN_PATH` names, or `token` in `HF_HOME`, which is
-    /// `~/.cache/huggingface` unless it is said; `HF_HUB_OFFLINE`; `SSL_CERT_FILE`.
+    /// `~/.cache/huggingface` unless it is said; `HF_HUB_OFFLINE`; `HF_HUB_CACHE`, which is `hub` in `HF_HOME`; `SSL_CERT_FILE`.
     ///
     /// # Errors
     /// [`HubError::Setting`] for an address that is none, and for a token that cannot be one.
@@ -63,9 +68,12 @@ impl Settings {
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| HUB.to_owned());
         let endpoint = endpoint.trim().trim_end_matches('/').to_owned();
         let host = endpoint.strip_prefix("https://").or_else(|| endpoint.strip_prefix("http://"));
-        if host.is_none_or(|host| {
-            host.is_empty() || host.contains(|c: char| c.is_whitespace() || matches!(c, '?' | '#' | '@'))
-        }) {
+        let strange = |c: char| c.is_whitespace() || matches!(c, '?' | '#' | '@');
+        // The port is looked at only where it is asked for.
+        let is_host = |text: &str| text.ends_with(']') || !text.contains(':');
+        let is_uri = |uri: Uri| uri.authority().is_some_and(|a| a.port().is_some() || is_host(a.as_str()));
+        let is_sound = endpoint.parse().is_ok_and(is_uri) && host.is_some_and(|host| !host.starts_with('/'));
+        if !is_sound || endpoint.contains(strange) {
             let problem = format!("{endpoint:?} is no address. It begins with https:// or http:// and a name");
             return Err(HubError::Setting { variable: "HF_ENDPOINT", problem });
         }
@@ -77,8 +85,15 @@ impl Settings {
             token: token(variable)?,
             offline: is_set("HF_HUB_OFFLINE"),
             certificates: variable("SSL_CERT_FILE").map(PathBuf::from),
+            cache: cache(variable),
         })
     }
+}
+
+/// Where the hub's own programs keep what they download.
+fn cache(variable: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    let said = variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE"));
+    said.map(|path| expanded(&path, variable)).or_else(|| Some(home(variable)?.join("hub")))
 }
 
 fn token(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<Token>, HubError> {
@@ -89,29 +104,48 @@ fn token(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<Token>, Hub
         }
     }
     let Some(path) = token_path(variable) else { return Ok(None) };
-    let Ok(text) = fs::read_to_string(&path) else { return Ok(None) };
-    if text.trim().is_empty() {
-        return Ok(None);
+    let wrong = |problem: String| HubError::Setting { variable: "HF_TOKEN_PATH", problem };
+    let mut text = String::new();
+    let read = open_regular(&path).and_then(|file| file.take(2 * LONGEST_TOKEN as u64).read_to_string(&mut text));
+    match read {
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+        Err(e) => return Err(wrong(format!("{}: the token cannot be read: {e}", path.display()))),
+        Ok(_) if text.trim().is_empty() => return Ok(None),
+        Ok(_) => {}
     }
     let problem = format!("{} holds no token. Log in again with `hf auth login`", path.display());
-    Token::new(&text).map(Some).ok_or(HubError::Setting { variable: "HF_TOKEN_PATH", problem })
+    Token::new(&text).map(Some).ok_or(wrong(problem))
 }
 
 /// Where `hf auth login` leaves a token.
 fn token_path(variable: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
-    if let Some(path) = variable("HF_TOKEN_PATH") {
-        return Some(path.into());
-    }
-    let home = variable("HF_HOME").map(PathBuf::from).or_else(|| {
-        let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
+    let said = variable("HF_TOKEN_PATH").map(|path| expanded(&path, variable));
+    said.or_else(|| Some(home(variable)?.join("token")))
+}
+
+/// The folder of the hub's own programs.
+fn home(variable: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    variable("HF_HOME").map(|path| expanded(&path, variable)).or_else(|| {
+        let cache = variable("XDG_CACHE_HOME").map(|path| expanded(&path, variable));
         let cache = cache.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")))?;
         Some(cache.join("huggingface"))
-    })?;
-    Some(home.join("token"))
+    })
+}
+
+/// A path whose `~` at the beginning is the user's folder, also where no shell has seen to it.
+fn expanded(path: &str, variable: &dyn Fn(&str) -> Option<String>) -> PathBuf {
+    let below = path.strip_prefix('~').filter(|rest| rest.is_empty() || rest.starts_with('/'));
+    match (below, variable("HOME")) {
+        (Some(below), Some(home)) => PathBuf::from(home + below),
+        _ => path.into(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::Path;
+
     use super::*;
 
     fn settings(variables: &[(&str, &str)]) -> Result<Settings, HubError> {
@@ -140,11 +174,39 @@ mod tests {
     }
 
     #[test]
+    fn the_cache_is_where_the_hub_s_programs_have_it() {
+        let cache = |variables: &[(&str, &str)]| settings(variables).unwrap().cache;
+        let is = |path: &str| Some(Path::new(path).to_owned());
+        assert_eq!(cache(&[]), None);
+        assert_eq!(cache(&[("HOME", "/h")]), is("/h/.cache/huggingface/hub"));
+        assert_eq!(cache(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]), is("/x/huggingface/hub"));
+        assert_eq!(cache(&[("HOME", "/h"), ("HF_HOME", "~/hf")]), is("/h/hf/hub"));
+        assert_eq!(cache(&[("HF_HOME", "/hf"), ("HUGGINGFACE_HUB_CACHE", "/old")]), is("/old"));
+        assert_eq!(cache(&[("HF_HUB_CACHE", "/new"), ("HUGGINGFACE_HUB_CACHE", "/old")]), is("/new"));
+        assert_eq!(cache(&[("HOME", "/h"), ("HF_HUB_CACHE", "~x/hub")]), is("~x/hub"));
+    }
+
+    #[test]
     fn nonsense_is_named() {
-        for endpoint in ["huggingface.co", "ftp://x", "https://", "https://a b", "https://user@host"] {
+        for endpoint in [
+            "huggingface.co",
+            "ftp://x",
+            "https://",
+            "https:///x",
+            "https://a b",
+            "https://user@host",
+            "http://a:99999",
+            "http://a:b",
+            "http://a/?x",
+        ] {
             let error = settings(&[("HF_ENDPOINT", endpoint)]).unwrap_err().to_string();
             assert!(error.contains("HF_ENDPOINT"), "{error}");
         }
+        for endpoint in ["http://[::1]:8080", "https://a.b:443/mirror/", "http://[::1]", "http://a"] {
+            assert_eq!(settings(&[("HF_ENDPOINT", endpoint)]).unwrap().endpoint, endpoint.trim_end_matches('/'));
+        }
+        let error = settings(&[("HF_TOKEN_PATH", "/")]).unwrap_err().to_string();
+        assert!(error.contains("HF_TOKEN_PATH") && error.contains("folder"), "{error}");
         let error = settings(&[("HF_TOKEN", "two words")]).unwrap_err().to_string();
         assert!(error.contains("HF_TOKEN") && !error.contains("two words"), "{error}");
         assert_eq!(format!("{:?}", Token::new("hf_secret")), "Some(Token)");

@@ -1,7 +1,13 @@
 //! What a repository holds at one commit.
 
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
+use crate::cache::{self, Cached};
 use crate::client::{Client, Linked, Question, Wanted};
 use crate::digest::Digest;
 use crate::error::HubError;
@@ -10,7 +16,7 @@ use crate::name::{escaped, escaped_path, stays_inside};
 /// Most pages of a listing that are followed.
 const MOST_PAGES: usize = 2000;
 /// Most files of a repository.
-const MOST_FILES: usize = 1 << 20;
+pub(crate) const MOST_FILES: usize = 1 << 20;
 /// Longest file that is read whole into memory.
 const LONGEST_SMALL: u64 = 256 << 20;
 
@@ -34,6 +40,8 @@ pub struct Snapshot {
     pub commit: String,
     /// Sorted by path.
     pub files: Vec<RemoteFile>,
+    /// Folder in which the hub's own programs have some of these files, or all.
+    pub cached: Option<PathBuf>,
 }
 
 #[derive(Deserialize)]
@@ -68,13 +76,26 @@ struct Lfs {
 }
 
 impl Client {
-    /// The commit that a branch or tag of a repository is now, and what it holds.
+    /// The commit that a branch or tag of a repository is now, and what it holds. Where nothing may be asked, what the cache of the
+    /// hub's own programs has of it.
     ///
     /// # Errors
     /// [`HubError`], among others for repositories that do not exist or may not be read.
     pub fn snapshot(&self, repo: &str, revision: &str) -> Result<Snapshot, HubError> {
         let what = format!("revision {revision} of {repo}");
         let question = Question { repo, what: &what };
+        let in_cache = self.settings().cache.as_deref().map(|cache| Cached::new(cache, repo));
+        if self.settings().offline {
+            let found = in_cache.and_then(|cached| {
+                let commit = cached.commit(revision)?;
+                Some((cached.snapshot(&commit)?, commit))
+            });
+            let (folder, commit) = found.ok_or(HubError::Offline { what })?;
+            self.say(&format!("HF_HUB_OFFLINE: what {repo} holds is taken to be what {} has of it", folder.display()));
+            let mut files = cache::listing(&folder)?;
+            files.sort_by(|a, b| a.path.cmp(&b.path));
+            return Ok(Snapshot { repo: repo.to_owned(), commit, files, cached: Some(folder) });
+        }
         let (commit, siblings) = self.revision(repo, revision, question)?;
         let mut files = match self.tree(repo, &commit, question) {
             Err(HubError::Absent { .. }) => self.siblings(repo, &commit, &siblings)?,
@@ -85,7 +106,8 @@ impl Client {
         }
         files.sort_by(|a, b| a.path.cmp(&b.path));
         files.dedup_by(|a, b| a.path == b.path);
-        Ok(Snapshot { repo: repo.to_owned(), commit, files })
+        let cached = in_cache.and_then(|cached| cached.snapshot(&commit));
+        Ok(Snapshot { repo: repo.to_owned(), commit, files, cached })
     }
 
     /// The commit that a branch or tag of a repository is now.
@@ -100,8 +122,7 @@ impl Client {
         let wrong = |problem: String| HubError::Protocol { url: url.clone(), problem };
         let info: Info =
             serde_json::from_value(info).map_err(|e| wrong(format!("its answer is not understood ({e})")))?;
-        let commit =
-            info.sha.filter(|sha| (40..=64).contains(&sha.len()) && sha.bytes().all(|b| b.is_ascii_hexdigit()));
+        let commit = info.sha.filter(|sha| is_commit(sha));
         Ok((commit.ok_or_else(|| wrong("its answer names no commit".into()))?, info.siblings))
     }
 
@@ -164,8 +185,21 @@ impl Snapshot {
         self.files.binary_search_by(|file| file.path.as_str().cmp(path)).ok().map(|at| &self.files[at])
     }
 
-    /// Bytes of a file from `at` on, as they come, unverified.
+    /// A file that the hub's own programs have downloaded, unverified; `None` where there is nothing to verify it by, unless the hub
+    /// may not be asked.
+    pub(crate) fn cached_file(&self, client: &Client, file: &RemoteFile) -> Option<(PathBuf, File)> {
+        let folder = self.cached.as_deref()?;
+        (file.digest != Digest::Unstated || client.settings().offline).then(|| cache::open(folder, file))?
+    }
+
+    /// Bytes of a file from `at` on, as they come, unverified. They are of the cache only where the hub may not be asked: what a damaged
+    /// copy begins with would end a plan, before the copy is verified.
     pub(crate) fn range(&self, client: &Client, file: &RemoteFile, at: u64, out: &mut [u8]) -> Result<(), HubError> {
+        if client.settings().offline
+            && let Some((path, cached)) = self.cached_file(client, file)
+        {
+            return cached.read_exact_at(out, at).map_err(HubError::io(&path, "read it"));
+        }
         let url = client.file_url(&self.repo, &self.commit, &file.path);
         let len = out.len() as u64;
         client.read(self.wanted(&url, file), at, len, &mut |place, bytes| {
@@ -186,6 +220,18 @@ impl Snapshot {
             return Err(HubError::Selection { repo: self.repo.clone(), problem });
         }
         let mut before = None;
+        if let Some((path, cached)) = self.cached_file(client, file) {
+            let mut bytes = Vec::new();
+            cached.take(file.size).read_to_end(&mut bytes).map_err(HubError::io(&path, "read it"))?;
+            if bytes.len() as u64 == file.size && file.digest.is_of(&bytes) {
+                return Ok(bytes);
+            }
+            if client.settings().offline {
+                let problem =
+                    "it has not the content that its name in the cache states. Remove it, and unset HF_HUB_OFFLINE";
+                return Err(HubError::InTheWay { path, problem: problem.into() });
+            }
+        }
         for _ in 0..ATTEMPTS {
             let mut bytes = vec![0; file.size as usize];
             self.range(client, file, 0, &mut bytes)?;
@@ -207,4 +253,9 @@ impl Snapshot {
 /// wrongly by servers that stand in for the hub, and nothing on the way changes two downloads alike.
 pub(crate) fn is_settled(stated: &Digest, computed: &[u8], before: Option<&Vec<u8>>) -> bool {
     matches!(stated, Digest::Git(_)) && before.is_some_and(|before| before == computed)
+}
+
+/// Whether a text is what git calls a commit.
+pub(crate) fn is_commit(text: &str) -> bool {
+    (40..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_hexdigit())
 }

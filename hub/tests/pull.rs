@@ -166,9 +166,70 @@ fn what_is_not_there_is_named() {
 }
 
 #[test]
+fn revisions_are_branches_tags_requests_and_commits() {
+    let server = Server::start();
+    let first = server.commit("a/b", files(1));
+    server.commit("a/b", files(2));
+    for name in ["v1.0", "refs/pr/1", "feature/x"] {
+        server.name("a/b", name, &first);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for revision in ["v1.0", "refs/pr/1", "feature/x", &first] {
+        let to = folder.path().join(revision.replace('/', "_"));
+        pull(&server, &format!("a/b@{revision}"), &to).unwrap();
+        check(&to, &files(1));
+    }
+}
+
+#[test]
+fn a_commit_that_is_gone_is_an_error_that_says_what_to_do() {
+    let server = Server::start();
+    server.commit("a/b", files(1));
+    let folder = tempfile::tempdir().unwrap();
+    server.damage("model-00003-of-00003.safetensors", 99);
+    pull(&server, "a/b", folder.path()).unwrap_err();
+    server.commit("a/b", files(2));
+    server.forget("a/b");
+    let error = pull(&server, "a/b", folder.path()).unwrap_err().to_string();
+    assert!(error.contains("no longer has the commit") && error.contains("begin anew"), "{error}");
+}
+
+#[test]
+fn names_that_downloads_need_are_refused() {
+    let server = Server::start();
+    for path in [".sluice-download", "config.json.partial", "config.json.partial.pieces"] {
+        server.commit("a/b", files(1).into_iter().chain([(path.to_owned(), b"x".to_vec())]).collect());
+        let folder = tempfile::tempdir().unwrap();
+        let error = pull(&server, "a/b", &folder.path().join("x")).unwrap_err().to_string();
+        assert!(error.contains(&format!("--exclude '{path}'")), "{error}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "nothing was begun");
+    }
+}
+
+#[test]
+fn a_folder_of_the_user_stays_where_nothing_comes_to_it() {
+    let server = Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    pull(&server, "a/b", folder.path()).unwrap_err();
+    assert!(folder.path().is_dir());
+    // A link to a folder is a folder.
+    server.commit("a/b", files(1));
+    let link = folder.path().join("link");
+    fs::create_dir(folder.path().join("there")).unwrap();
+    std::os::unix::fs::symlink("there", &link).unwrap();
+    pull(&server, "a/b", &link).unwrap();
+    check(&folder.path().join("there"), &files(1));
+    // A link to a file is nobody's download.
+    fs::remove_file(link.join("config.json")).unwrap();
+    std::os::unix::fs::symlink("tokenizer.json", link.join("config.json")).unwrap();
+    let error = pull(&server, "a/b", &link).unwrap_err();
+    assert!(matches!(error, HubError::InTheWay { .. }), "{error}");
+}
+
+#[test]
 fn names_that_lead_elsewhere_are_refused() {
     let server = Server::start();
-    for path in ["../evil", "/etc/evil", "a/../../evil"] {
+    for path in ["../evil", "/etc/evil", "a/../../evil", "a\\..\\evil"] {
         let mut files = files(1);
         files.insert(path.to_owned(), b"x".to_vec());
         server.commit("a/b", files);

@@ -13,7 +13,7 @@ use sluice_calibrate::{CalibrateError, Measurement, TEXT, digest};
 use sluice_converter::measure::Measure;
 use sluice_converter::{
     ConvertError, KindSize, LeftOut, Options, Plan, Progress, Recipe, Summary, TypeChoice, check_destination,
-    convert_measured, plan,
+    clear_remains, convert_measured, plan,
 };
 use sluice_format::WeightType;
 use sluice_hub::Reference;
@@ -184,7 +184,7 @@ fn check(args: &Args, dst: &Path, plan: &Plan) -> Result<(), CliError> {
     check_types(args, plan)?;
     match check_destination(plan, dst).map_err(explain) {
         Err(problem) if args.dry_run => note(&format_args!("note: the conversion itself would be refused: {problem}")),
-        checked => checked?,
+        checked => checked.inspect_err(|_| clear_remains(plan, dst))?,
     }
     check_text(&args.src, dst, plan)
 }
@@ -203,6 +203,9 @@ fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(),
     let (text, name) = (measured_text(args)?, PathBuf::from(reference.to_string()));
     let (fetched, plan, mut measurement) =
         planned(options, text.as_deref(), &name, |options| Fetched::plan(reference, &dst, options, args.keep))?;
+    if !args.dry_run {
+        fetched.settle(&plan, &dst)?;
+    }
     check(args, &dst, &plan)?;
     if args.dry_run && args.json {
         return print_json(&plan_json(&plan, options));

@@ -27,6 +27,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let models = Models::of_user()?;
+    models.check()?;
     let entries = models.list();
     if args.json {
         let entry = |e: &Entry| {

@@ -30,6 +30,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let models = Models::of_user()?;
+    models.check()?;
     let found = models.named(&args.name);
     if found.is_empty() {
         return Err(CliError::Failure(format!(

@@ -4,6 +4,7 @@
 
 pub mod server;
 pub mod shards;
+pub mod watch;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,12 +14,15 @@ use sluice_hub::{Client, Patience, Settings, Token};
 
 /// A client of a server that is not patient.
 pub fn client_of(endpoint: &str, token: Option<&str>) -> Arc<Client> {
-    let settings = Settings {
-        endpoint: endpoint.to_owned(),
-        token: token.and_then(Token::new),
-        offline: false,
-        certificates: None,
-    };
+    client_with(settings(endpoint, token))
+}
+
+pub fn settings(endpoint: &str, token: Option<&str>) -> Settings {
+    let (endpoint, token) = (endpoint.to_owned(), token.and_then(Token::new));
+    Settings { endpoint, token, offline: false, certificates: None, cache: None }
+}
+
+pub fn client_with(settings: Settings) -> Arc<Client> {
     let patience = Patience {
         attempts: 8,
         first_pause: Duration::from_millis(1),
@@ -26,6 +30,7 @@ pub fn client_of(endpoint: &str, token: Option<&str>) -> Arc<Client> {
         longest_wait: Duration::from_secs(2),
         connect: Duration::from_secs(2),
         silence: Duration::from_secs(5),
+        slowest: 256,
     };
     Arc::new(Client::with_patience(settings, patience, None).unwrap())
 }

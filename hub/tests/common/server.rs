@@ -34,9 +34,12 @@ pub struct Faults {
 /// The files of a commit.
 pub type Files = BTreeMap<String, Vec<u8>>;
 
+#[derive(Default)]
 struct Repo {
     commits: BTreeMap<String, Files>,
     main: String,
+    /// Other branches and tags, and their commits.
+    names: BTreeMap<String, String>,
     gated: bool,
     renamed: Option<String>,
 }
@@ -105,16 +108,24 @@ impl Server {
     /// Adds a repository, or moves the branch `main` of one to other files; returns the commit.
     pub fn commit(&self, repo: &str, files: Files) -> String {
         let mut repos = self.shared.repos.lock().unwrap();
-        let entry = repos.entry(repo.to_owned()).or_insert_with(|| Repo {
-            commits: BTreeMap::new(),
-            main: String::new(),
-            gated: false,
-            renamed: None,
-        });
+        let entry = repos.entry(repo.to_owned()).or_default();
         let commit = format!("{:040x}", 0xc0_ffee + entry.commits.len());
         entry.commits.insert(commit.clone(), files);
         entry.main.clone_from(&commit);
         commit
+    }
+
+    /// Gives a commit the name of a branch or tag.
+    pub fn name(&self, repo: &str, name: &str, commit: &str) {
+        let mut repos = self.shared.repos.lock().unwrap();
+        repos.get_mut(repo).unwrap().names.insert(name.to_owned(), commit.to_owned());
+    }
+
+    /// Forgets all commits of a repository but that of `main`, as a branch that is pushed anew does.
+    pub fn forget(&self, repo: &str) {
+        let mut repos = self.shared.repos.lock().unwrap();
+        let repo = repos.get_mut(repo).unwrap();
+        repo.commits.retain(|commit, _| *commit == repo.main);
     }
 
     pub fn gate(&self, repo: &str) {
@@ -123,7 +134,7 @@ impl Server {
 
     /// Has a name lead to another repository.
     pub fn rename(&self, from: &str, to: &str) {
-        let repo = Repo { commits: BTreeMap::new(), main: String::new(), gated: false, renamed: Some(to.to_owned()) };
+        let repo = Repo { renamed: Some(to.to_owned()), ..Repo::default() };
         self.shared.repos.lock().unwrap().insert(from.to_owned(), repo);
     }
 
@@ -326,8 +337,8 @@ fn hub(shared: &Shared, request: &Request) -> Answer {
         return error(401, "GatedRepo");
     }
     let commit_of = |revision: &str| {
-        let commit = if revision == "main" { &repo.main } else { revision };
-        repo.commits.get_key_value(commit)
+        let commit = if revision == "main" { Some(&repo.main) } else { repo.names.get(revision) };
+        repo.commits.get_key_value(commit.map_or(revision, String::as_str))
     };
     match (api.is_some(), verb) {
         (true, "revision") => {
@@ -395,6 +406,11 @@ fn content(shared: &Shared, request: &Request) -> Answer {
         *body.last_mut().unwrap() ^= 1;
     }
     Answer { status: 200, headers: Vec::new(), body, is_file: true }
+}
+
+/// The digest that the hub states of a file: SHA-256 of what Git LFS keeps, git's own of others.
+pub fn digest(path: &str, bytes: &[u8]) -> String {
+    if is_large(path) { sha256(bytes) } else { git_id(bytes) }
 }
 
 /// Whether the hub keeps a file with Git LFS.
