@@ -3,18 +3,22 @@
 //! The converter translates a family's `config.json` into a [`ModelSpec`]; the runtime executes specs and knows no family.
 //! Stored as JSON in the metadata, versioned by [`SPEC_VERSION`], and validated on both sides.
 
+mod compressed;
 mod delta;
 mod gqa;
 mod indexer;
+mod streams;
 
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{
     MAX_EXPERTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_MODEL_EXPERTS, MAX_SPEC_BYTES, MAX_WIDTH,
 };
+pub use compressed::{CompressedSpec, CompressionSpec, EntryIndexerSpec};
 pub use delta::DeltaSpec;
 pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 pub use indexer::IndexerSpec;
+pub use streams::StreamsSpec;
 
 /// Version of the JSON; an unknown one is refused.
 pub const SPEC_VERSION: u32 = 1;
@@ -29,12 +33,15 @@ pub struct ModelSpec {
     pub family: String,
     /// Rows of the embedding and of the output head.
     pub vocab_size: usize,
-    /// Width of the residual stream.
+    /// Width of the residual stream, or of each of several.
     pub hidden_size: usize,
     /// Longest context that the model was made for, in tokens.
     pub max_positions: usize,
     /// Epsilon of the norms before attention, before the feed-forward part and before the head.
     pub norm_eps: f32,
+    /// How the residual is several streams; `None`: it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub streams: Option<StreamsSpec>,
     /// One entry per decoder layer.
     pub layers: Vec<LayerSpec>,
 }
@@ -59,6 +66,8 @@ pub enum AttentionSpec {
     Gqa(GqaSpec),
     /// Gated delta net.
     Delta(DeltaSpec),
+    /// A sliding window and compressed entries.
+    Compressed(CompressedSpec),
 }
 
 /// Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) in the absorbed form: the cache holds one
@@ -176,6 +185,11 @@ pub enum ActivationSpec {
         /// Bound.
         limit: f32,
     },
+    /// `silu(min(gate, limit)) · clamp(up, ±limit)`.
+    SiluClamped {
+        /// Bound.
+        limit: f32,
+    },
 }
 
 /// The routed experts of a layer.
@@ -212,6 +226,10 @@ pub struct RouterSpec {
     pub renormalise: Option<f32>,
     /// Factor on the weights.
     pub scale: f32,
+    /// Rows of a table that gives the experts of each token by its id, whatever the scores, which are still the weights;
+    /// `None`: the scores decide.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_table: Option<usize>,
 }
 
 /// Score of an expert from its logit.
@@ -222,6 +240,8 @@ pub enum RouterScore {
     Sigmoid,
     /// Softmax over all experts.
     Softmax,
+    /// `sqrt(ln(1 + exp(logit)))`.
+    SqrtSoftplus,
     /// The logit itself; the weights are the softmax over the chosen logits.
     SoftmaxOfChosen,
 }
@@ -286,6 +306,7 @@ impl ModelSpec {
         check_range("max_positions", self.max_positions, MAX_LENGTH)?;
         check_width("hidden_size", self.hidden_size)?;
         check_eps("norm_eps", self.norm_eps)?;
+        self.streams.as_ref().map_or(Ok(()), |streams| streams.validate(self.hidden_size))?;
         if self.layers.is_empty() || self.layers.len() > Self::MAX_LAYERS {
             return Err(format!("it has {} layers", self.layers.len()));
         }
@@ -305,6 +326,11 @@ impl ModelSpec {
             true => Err("its first indexer is shared, and there is none before it".into()),
             false => Ok(()),
         }
+    }
+
+    /// Numbers of the residual of one token: of all streams.
+    pub fn residual_width(&self) -> usize {
+        self.hidden_size * self.streams.as_ref().map_or(1, |streams| streams.count)
     }
 
     /// Experts that one token routes to, over all layers.
@@ -348,6 +374,7 @@ impl AttentionSpec {
             AttentionSpec::Mla(m) => m.validate(),
             AttentionSpec::Gqa(g) => g.validate(),
             AttentionSpec::Delta(d) => d.validate(),
+            AttentionSpec::Compressed(c) => c.validate(),
         }
     }
 }
@@ -429,6 +456,11 @@ impl FfnSpec {
         {
             return Err(format!("its activation has alpha {alpha} and limit {limit}"));
         }
+        if let ActivationSpec::SiluClamped { limit } = self.activation
+            && !(limit.is_finite() && limit > 0.0)
+        {
+            return Err(format!("its activation has limit {limit}"));
+        }
         match &self.moe {
             None if self.dense_width == 0 => Err("it has neither experts nor a dense part".into()),
             None => Ok(()),
@@ -449,6 +481,10 @@ impl MoeSpec {
         }
         if let Some(eps) = self.router.renormalise {
             check_eps("router.renormalise", eps)?;
+        }
+        if let Some(rows) = self.router.token_table {
+            check_range("router.token_table", rows, MAX_LENGTH)?;
+            check_range("router.token_table × top_k", rows.saturating_mul(self.top_k), MAX_LENGTH)?;
         }
         let Some(g) = &self.router.groups else { return Ok(()) };
         if g.count == 0 || !self.experts.is_multiple_of(g.count) || g.keep == 0 || g.keep > g.count {

@@ -75,6 +75,7 @@ impl<'a> Decoder<'a> {
             hidden_size: self.hidden,
             max_positions: self.max_positions.max(extended_positions(&layers)),
             norm_eps: self.norm_eps,
+            streams: None,
             layers,
         })
     }
@@ -116,6 +117,7 @@ fn extended_positions(layers: &[LayerSpec]) -> usize {
     let rope = |layer: &LayerSpec| match &layer.attention {
         AttentionSpec::Mla(mla) => Some(mla.rope.clone()),
         AttentionSpec::Gqa(gqa) => gqa.rope.clone(),
+        AttentionSpec::Compressed(compressed) => Some(compressed.rope.clone()),
         AttentionSpec::Delta(_) => None,
     };
     let extended = |rope: RopeSpec| match rope.scaling {

@@ -39,6 +39,7 @@ pub(crate) fn softmax_router(renormalise: bool) -> RouterSpec {
         groups: None,
         renormalise: renormalise.then_some(0.0),
         scale: 1.0,
+        token_table: None,
     }
 }
 
@@ -68,6 +69,7 @@ pub(crate) fn deepseek_v3(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<
         groups: groups(decoder, defaults, GroupScore::TopTwoSum)?,
         renormalise,
         scale: config.f32_or("routed_scaling_factor", defaults.scale)?,
+        token_table: None,
     };
     with_shared(decoder, defaults, router)
 }

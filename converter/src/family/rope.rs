@@ -79,7 +79,17 @@ pub(crate) fn read(
             );
         }
     }
-    let theta = section.opt_f64("rope_theta")?.unwrap_or(outer_theta);
+    of_section(&section, (dim, pairing), outer_theta, max_positions)
+}
+
+/// Reads the rotation of `dim` elements that a section gives.
+pub(crate) fn of_section(
+    section: &Config,
+    (dim, pairing): (usize, RopePairing),
+    default_theta: f64,
+    max_positions: usize,
+) -> Result<Rope, ConvertError> {
+    let theta = section.opt_f64("rope_theta")?.unwrap_or(default_theta);
     section.check_above("rope_theta", theta, 1.0)?;
     // `type` is what the key was called before it became `rope_type`.
     let (key, kind) = match section.opt_str("rope_type")? {
@@ -88,8 +98,8 @@ pub(crate) fn read(
     };
     let (scaling, score_mscale) = match kind {
         "default" => (RopeScaling::None, 1.0),
-        "yarn" => yarn(&section, max_positions)?,
-        "llama3" => (llama3(&section, max_positions)?, 1.0),
+        "yarn" => yarn(section, max_positions)?,
+        "llama3" => (llama3(section, max_positions)?, 1.0),
         other => return Err(section.refuse(key, format!("is \"{other}\"; supported: default, yarn, llama3"))),
     };
     Ok(Rope { spec: RopeSpec { pairing, theta, dim, scaling }, score_mscale })

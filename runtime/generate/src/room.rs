@@ -157,7 +157,7 @@ impl Scheduler {
         if self.shed(full, false) || std::mem::take(&mut self.drafts) {
             return true;
         }
-        let keeps_marks = full.kind != PageKind::Rows;
+        let keeps_marks = full.kind.forgets();
         keeps_marks && self.running.iter_mut().rev().any(Running::unmark)
     }
 
