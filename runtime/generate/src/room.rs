@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use sluice_model::engine::{Engine, RuntimeError};
-use sluice_model::{ModelError, PAGE_TOKENS, PageKind, PagesFull, Sequence};
+use sluice_model::{ModelError, PAGE_TOKENS, PagesFull, Sequence};
 
 use super::Generation;
 use super::guard::tell;

@@ -10,7 +10,7 @@ use sluice_model::control::{Control, Progress, ProgressObserver, RoutingObserver
 use sluice_model::engine::{Engine, RuntimeError};
 use sluice_model::router::Choice;
 use sluice_model::rows::{Phase, Span, Want};
-use sluice_model::{ModelError, PageKind, PagesFull, Sequence};
+use sluice_model::{ModelError, PagesFull, Sequence};
 use sluice_sessions::Store;
 use sluice_text::Tokenizer;
 
