@@ -148,7 +148,7 @@ pub(crate) fn sparse_spec() -> ModelSpec {
 pub(crate) fn streams_spec() -> ModelSpec {
     let mut spec = small_spec();
     spec.streams = Some(StreamsSpec { count: 3, iterations: 2, eps: 1e-6 });
-    let indexer = EntryIndexerSpec { index_heads: 3, index_head_dim: 6, index_top_k: 5 };
+    let indexer = EntryIndexerSpec { index_heads: 3, index_head_dim: 6, index_top_k: 2 };
     let compressions = [
         None,
         Some(CompressionSpec { ratio: 8, spans: 1, indexer: None }),
