@@ -69,9 +69,11 @@ pub fn digest(text: &str) -> u64 {
 pub struct Measurement {
     tokens: Vec<u32>,
     window: usize,
-    hidden: usize,
+    /// Residual streams, and the numbers of all of them.
+    streams: usize,
+    width: usize,
     layers: usize,
-    /// The residual stream, `[tokens, hidden]`, before the next layer.
+    /// The residual, `[tokens, width]`, before the next layer.
     states: Vec<f32>,
     kernels: Kernels,
     /// Of all layers so far.
@@ -99,7 +101,8 @@ impl Measurement {
         Ok(Some(Measurement {
             tokens,
             window: WINDOW.min(spec.max_positions.max(1)),
-            hidden: spec.hidden_size,
+            streams: spec.residual_width() / spec.hidden_size,
+            width: spec.residual_width(),
             layers: spec.layers.len(),
             states: Vec::new(),
             kernels: Kernels::detect()?,
@@ -132,15 +135,13 @@ impl Measurement {
         // What the head meets is behind the last layer; its one row costs nothing.
         let want = if layer + 1 == self.layers { Want::All } else { Want::Nothing };
         let mut sequences: Vec<_> = (0..together).map(|_| engine.new_sequence()).collect();
-        // The layer's file has one token, whose embedding is not used.
-        let ids = vec![0; self.window];
-        let rows = self.window * together * self.hidden;
+        let rows = self.window * together;
         let mut behind = Vec::with_capacity(self.states.len());
-        for states in self.states.chunks(rows) {
+        for (states, tokens) in self.states.chunks(rows * self.width).zip(self.tokens.chunks(rows)) {
             sequences.iter_mut().for_each(|sequence| sequence.clear());
-            let lengths = states.chunks(self.window * self.hidden).map(|window| window.len() / self.hidden);
-            let spans = sequences.iter_mut().zip(lengths);
-            let mut spans: Vec<_> = spans.map(|(sequence, n)| Span::prompt(sequence, &ids[..n], want)).collect();
+            // Embeddings are not looked up: the states are given.
+            let spans = sequences.iter_mut().zip(tokens.chunks(self.window));
+            let mut spans: Vec<_> = spans.map(|(sequence, tokens)| Span::prompt(sequence, tokens, want)).collect();
             let mut sink = |layers: usize, x: &[f32]| {
                 if layers == 1 {
                     behind.extend_from_slice(x);
@@ -171,7 +172,12 @@ impl Measure for Measurement {
     }
 
     fn begin(&mut self, states: Vec<f32>) {
-        self.states = states;
+        // All streams begin with the embedding.
+        let streams = |embedding: &[f32]| embedding.repeat(self.streams);
+        self.states = match self.streams {
+            1 => states,
+            _ => states.chunks_exact(self.width / self.streams).flat_map(streams).collect(),
+        };
     }
 
     fn layer(&mut self, layer: usize, file: &Path) -> Result<Arc<dyn Inputs>, Box<dyn Error + Send + Sync>> {

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use sluice_format::{
-    ExtentKind, FileLayout, FileWriter, Layout, Metadata, ModelSpec, NO_LAYER, PlannedExtent, SPEC_BLOB, TensorRecord,
-    WeightType, Written,
+    ExtentKind, FileLayout, FileWriter, FormatError, Metadata, ModelSpec, NO_LAYER, PlannedExtent, SPEC_BLOB,
+    TensorRecord, TensorShape, WeightType, Written, pack_tensors,
 };
 
 use crate::contents::Contents;
@@ -48,32 +48,21 @@ impl LayerFile {
             .filter(|&i| belongs(reading.planned[i].kind, reading.planned[i].layer))
             .collect();
         // Not read, but part of every model file.
-        let stubs = [
-            (ExtentKind::FinalNorm, Layout::Plain, "norm"),
-            (ExtentKind::Embedding, Layout::Plain, ExtentKind::Embedding.name()),
-            (ExtentKind::Head, Layout::Tiled, ExtentKind::Head.name()),
-        ];
-        let stubs = stubs.into_iter().filter(|&(kind, ..)| !belongs(kind, NO_LAYER)).map(|(kind, layout, name)| {
-            let (shape, name) = ([1, 1, spec.hidden_size as u64], name.to_owned());
-            let weight_type = WeightType::F32;
-            let mut record =
-                TensorRecord { kind, weight_type, layout, layer: NO_LAYER, index: 0, shape, offset: 0, len: 0, name };
-            record.len = record.expected_len().expect("a row fits in memory");
-            record
-        });
-        let stubs: Vec<TensorRecord> = stubs.collect();
-        let stub = |r: &TensorRecord| PlannedExtent { kind: r.kind, layer: NO_LAYER, index: 0, logical_len: r.len };
+        let stubs = [ExtentKind::FinalNorm, ExtentKind::Embedding, ExtentKind::Head].into_iter();
+        let stubs = stubs.filter(|&kind| !belongs(kind, NO_LAYER)).map(|kind| stub(&spec, kind));
+        let stubs: Vec<(PlannedExtent, Vec<TensorRecord>)> = stubs.collect::<Result<_, ConvertError>>()?;
         let moved = |&i: &usize| PlannedExtent { layer: here(reading.planned[i].layer), ..reading.planned[i] };
-        let planned: Vec<PlannedExtent> = stubs.iter().map(stub).chain(numbers.iter().map(moved)).collect();
+        let planned = stubs.iter().map(|stub| stub.0).chain(numbers.iter().map(moved));
+        let planned: Vec<PlannedExtent> = planned.collect();
         let records = reading.records.iter().filter(|r| belongs(r.kind, r.layer));
         let records = records.map(|r| TensorRecord { layer: here(r.layer), ..r.clone() });
-        let records: Vec<TensorRecord> = stubs.iter().cloned().chain(records).collect();
+        let records: Vec<TensorRecord> = stubs.iter().flat_map(|stub| stub.1.clone()).chain(records).collect();
         let layout = FileLayout::new(plan.options.page_size, &planned)?;
         let writer = FileWriter::open(&made.path, layout)?;
         let pack = |packer: &mut Packer<'a>, number: usize| -> Result<Written, ConvertError> {
             let mut extent = writer.extent(number);
             match number.checked_sub(stubs.len()) {
-                None => extent.write(&vec![0; stubs[number].len as usize])?,
+                None => extent.write(&vec![0; stubs[number].0.logical_len as usize])?,
                 Some(i) => packer.reading(&reading.extents[numbers[i]], &mut extent)?,
             }
             Ok(extent.finish()?)
@@ -85,6 +74,26 @@ impl LayerFile {
         writer.finish(&written, &records, &metadata)?;
         Ok(made)
     }
+}
+
+/// An extent that is part of every model file, of zeros: of embedding and head one row.
+fn stub(spec: &ModelSpec, kind: ExtentKind) -> Result<(PlannedExtent, Vec<TensorRecord>), ConvertError> {
+    let part = spec.part_tensor(kind, 1, WeightType::F32);
+    let tensors = part.map_or_else(|| spec.tensors(kind, usize::MAX), |part| vec![part]);
+    let record = |tensor: TensorShape| TensorRecord {
+        kind,
+        weight_type: WeightType::F32,
+        layout: tensor.layout,
+        layer: NO_LAYER,
+        index: 0,
+        shape: tensor.shape.map(|n| n as u64),
+        offset: 0,
+        len: 0,
+        name: tensor.name.to_owned(),
+    };
+    let mut records: Vec<TensorRecord> = tensors.into_iter().map(record).collect();
+    let logical_len = pack_tensors(&mut records).map_err(FormatError::Layout)?;
+    Ok((PlannedExtent { kind, layer: NO_LAYER, index: 0, logical_len }, records))
 }
 
 /// Whether the file of a layer has the extents of this kind and layer: its own, and what is behind the last one.

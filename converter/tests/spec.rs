@@ -163,6 +163,22 @@ fn impossible_values_of_other_families_are_named_by_their_keys() {
         (json!({"model_type": "qwen3_moe", "num_experts": 4}), ["`num_experts_per_tok` is 8", "1 to 4"]),
         (json!({"model_type": "mixtral", "num_local_experts": 0}), ["`num_local_experts` is 0", ""]),
         (
+            json!({"model_type": "deepseek_v4", "compress_ratios": [0, 8]}),
+            ["`compress_ratios` has 2 entries", "43 layers"],
+        ),
+        (
+            json!({"model_type": "deepseek_v4", "compress_ratios": vec![8; 43]}),
+            ["`compress_ratios` holds 8", "0, 4, 128"],
+        ),
+        (
+            json!({"model_type": "deepseek_v4", "layer_types": vec!["mamba"; 43]}),
+            ["`layer_types` holds \"mamba\"", "sliding_attention"],
+        ),
+        (json!({"model_type": "deepseek_v4", "o_groups": 7}), ["`o_groups` is 7", "`num_attention_heads`"]),
+        (json!({"model_type": "deepseek_v4", "num_key_value_heads": 2}), ["`num_key_value_heads` must be 1", ""]),
+        (json!({"model_type": "deepseek_v4", "scoring_func": "relu"}), ["`scoring_func` is \"relu\"", "sqrtsoftplus"]),
+        (json!({"model_type": "deepseek_v4", "swiglu_limit": 0}), ["`swiglu_limit` is 0", ""]),
+        (
             json!({"model_type": "deepseek_v2", "num_experts_per_tok": 6, "topk_method": "group_limited_greedy", "n_group": 0}),
             ["`n_group` is 0", ""],
         ),
@@ -186,10 +202,12 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
     type Basics = (usize, usize, usize, usize, usize, usize, usize, f32, f64);
     /// Routed experts, experts per token, width of an expert, whether weights are divided by their sum, scale.
     type Experts = Option<(usize, usize, usize, bool, f32)>;
-    let table: [(&str, Basics, Experts); 25] = [
+    let table: [(&str, Basics, Experts); 26] = [
         // Vocabulary of version 5; 4.57 had 32,000.
         ("deepseek_v2", (102_400, 4096, 32, 32, 32, 192, 2048, 1e-6, 1e4), Some((64, 6, 1407, false, 1.0))),
         ("deepseek_v3", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
+        // Theta is that of layers that compress, of which the last is one.
+        ("deepseek_v4", (129_280, 4096, 43, 64, 1, 512, 1 << 20, 1e-6, 160_000.0), Some((256, 6, 2048, true, 1.5))),
         ("kimi_k2", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
         ("glm4_moe", (151_552, 4096, 46, 96, 8, 128, 131_072, 1e-5, 1e4), Some((128, 8, 1408, true, 1.0))),
         ("glm4_moe_lite", (154_880, 2048, 47, 20, 20, 256, 202_752, 1e-5, 1e4), Some((64, 4, 1536, true, 1.8))),
@@ -240,6 +258,7 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
         let (heads, kv_heads, width, theta) = match &last.attention {
             AttentionSpec::Mla(m) => (m.heads, m.heads, m.qk_nope_head_dim + m.qk_rope_head_dim, m.rope.theta),
             AttentionSpec::Gqa(g) => (g.heads, g.kv_heads, g.head_dim, g.rope.as_ref().unwrap().theta),
+            AttentionSpec::Compressed(c) => (c.heads(), 1, c.head_dim, c.rope.theta),
             AttentionSpec::Delta(_) => panic!("{name}"),
         };
         let sizes = (spec.vocab_size, spec.hidden_size, spec.layers.len(), heads, kv_heads, width, spec.max_positions);
@@ -344,6 +363,47 @@ fn what_newer_families_do_not_compute_is_refused_by_its_key() {
         let error = of_keys(&config).unwrap_err().to_string();
         assert!(error.contains(words), "{config}: {error}");
     }
+}
+
+/// Both generations of spelling, and what the classes of transformers make of neither.
+#[test]
+fn layers_of_deepseek_v4_in_every_spelling() {
+    let spec = |mut config: Value| {
+        config["model_type"] = json!("deepseek_v4");
+        config["num_hidden_layers"] = json!(4);
+        of_keys(&config).unwrap()
+    };
+    let yarn = json!({"type": "yarn", "factor": 16, "original_max_position_embeddings": 65_536});
+    // Of the layer that predicts further tokens there is an entry too.
+    let old = spec(json!({
+        "compress_ratios": [0, 4, 128, 4, 0], "num_hash_layers": 1, "qk_rope_head_dim": 32, "rope_scaling": yarn, "rope_theta": 5e3,
+        "compress_rope_theta": 5e4,
+    }));
+    let mut nested = yarn;
+    (nested["rope_type"], nested["rope_theta"]) = (json!("yarn"), json!(5e4));
+    let new = spec(json!({
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "partial_rotary_factor": 0.0625,
+        "rope_parameters": {"main": {"rope_type": "default", "rope_theta": 5e3}, "compress": nested},
+    }));
+    assert_eq!(old, new);
+    let compressed = |layer: usize| match &new.layers[layer].attention {
+        AttentionSpec::Compressed(compressed) => compressed.clone(),
+        other => panic!("{other:?}"),
+    };
+    let ratio = |layer| compressed(layer).compression.map(|c| (c.ratio, c.spans, c.indexer.is_some()));
+    assert_eq!([0, 1, 2].map(ratio), [None, Some((4, 2, true)), Some((128, 1, false))]);
+    assert_eq!((compressed(0).rope.theta, compressed(0).rope.scaling), (5e3, RopeScaling::None));
+    let RopeScaling::Yarn { attention_factor, factor, .. } = compressed(1).rope.scaling else { panic!() };
+    assert_eq!((compressed(1).rope.theta, compressed(1).rope.dim, attention_factor, factor), (5e4, 32, 1.0, 16.0));
+    let tables = new.layers.iter().map(|l| l.ffn.moe.as_ref().unwrap().router.token_table.is_some());
+    assert_eq!(tables.collect::<Vec<_>>(), [true, false, false, false]);
+    let silent = spec(json!({}));
+    let ratios = silent.layers.iter().map(|l| match &l.attention {
+        AttentionSpec::Compressed(c) => c.compression.as_ref().unwrap().ratio,
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(ratios.collect::<Vec<_>>(), [128, 128, 128, 4]);
 }
 
 #[test]

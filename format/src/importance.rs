@@ -127,7 +127,9 @@ fn expected(spec: &ModelSpec) -> BTreeMap<MatrixKey, (u32, u64)> {
     for layer in 0..spec.layers.len() {
         for kind in ExtentKind::ALL {
             let extents = spec.extent_count(kind, layer);
-            for tensor in spec.tensors(kind, layer).into_iter().filter(|t| t.layout != Layout::Plain) {
+            let matrices =
+                spec.tensors(kind, layer).into_iter().filter(|t| t.layout != Layout::Plain && !t.joins_streams());
+            for tensor in matrices {
                 let key = MatrixKey { kind, layer: layer as u32, name: tensor.name.into(), index: 0 };
                 let count = extents.saturating_mul(tensor.shape[0]);
                 all.insert(key, (u32::try_from(count).unwrap_or(u32::MAX), tensor.shape[2] as u64));

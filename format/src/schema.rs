@@ -1,7 +1,7 @@
 //! Which tensors a model of a given spec has: the contract between converter and runtime.
 
 use crate::extent::ExtentKind;
-use crate::spec::{AttentionSpec, DeltaSpec, FfnSpec, GqaSpec, MlaSpec, ModelSpec, QkNormScope};
+use crate::spec::{AttentionSpec, CompressedSpec, DeltaSpec, FfnSpec, GqaSpec, MlaSpec, ModelSpec, QkNormScope};
 use crate::tensor::Layout;
 use sluice_weights::WeightType;
 
@@ -15,6 +15,9 @@ pub struct TensorShape {
     /// `[batch, rows, cols]`.
     pub shape: [usize; 3],
 }
+
+/// Name of the matrix that joins several residual streams.
+const STREAMS: &str = "streams";
 
 fn vector(name: &'static str, len: usize) -> TensorShape {
     TensorShape { name, layout: Layout::Plain, shape: [1, 1, len] }
@@ -59,21 +62,27 @@ impl ModelSpec {
     pub fn tensors(&self, kind: ExtentKind, layer: usize) -> Vec<TensorShape> {
         let hidden = self.hidden_size;
         let Some(spec) = self.layers.get(layer) else {
-            return if kind == ExtentKind::FinalNorm { vec![vector("norm", hidden)] } else { Vec::new() };
+            return if kind == ExtentKind::FinalNorm { self.final_tensors() } else { Vec::new() };
         };
         match kind {
             ExtentKind::Embedding | ExtentKind::Head => Vec::new(),
-            ExtentKind::FinalNorm => vec![vector("norm", hidden)],
+            ExtentKind::FinalNorm => self.final_tensors(),
             ExtentKind::Attention => {
-                let mut list = vec![vector("attn_norm", hidden)];
+                let mut list = self.stream_tensors();
+                list.push(vector("attn_norm", hidden));
                 match &spec.attention {
                     AttentionSpec::Mla(m) => list.extend(mla_tensors(m, hidden)),
                     AttentionSpec::Gqa(g) => list.extend(gqa_tensors(g, hidden)),
                     AttentionSpec::Delta(d) => list.extend(delta_tensors(d, hidden)),
+                    AttentionSpec::Compressed(c) => list.extend(compressed_tensors(c, hidden)),
                 }
                 list
             }
-            ExtentKind::Router => router_tensors(&spec.ffn, hidden),
+            ExtentKind::Router => {
+                let mut list = self.stream_tensors();
+                list.extend(router_tensors(&spec.ffn, hidden));
+                list
+            }
             ExtentKind::Dense if spec.ffn.dense_width > 0 => {
                 let gate = spec.ffn.dense_gate.then(|| matrix("dense_gate", 1, hidden));
                 gate.into_iter().chain(ffn_pair(spec.ffn.dense_width, hidden)).collect()
@@ -91,6 +100,40 @@ impl ModelSpec {
             // The spec of this version has neither prediction layers nor tables.
             ExtentKind::Prediction | ExtentKind::Table => Vec::new(),
         }
+    }
+
+    /// What joins the streams for a part of a layer, and takes its output in.
+    fn stream_tensors(&self) -> Vec<TensorShape> {
+        let Some(streams) = &self.streams else { return Vec::new() };
+        let functions = streams.functions();
+        vec![
+            matrix(STREAMS, functions, self.residual_width()),
+            vector("streams_bias", functions),
+            vector("streams_scale", 3),
+        ]
+    }
+
+    fn final_tensors(&self) -> Vec<TensorShape> {
+        let mut list = Vec::new();
+        if let Some(streams) = &self.streams {
+            list.push(matrix(STREAMS, streams.count, self.residual_width()));
+            list.extend([vector("streams_bias", streams.count), vector("streams_scale", 1)]);
+        }
+        list.push(vector("norm", self.hidden_size));
+        list
+    }
+}
+
+impl TensorShape {
+    /// Whether it decides more than it computes, so that its precision counts and costs nothing: it is a float whatever type
+    /// matrices have.
+    pub fn decides(&self, kind: ExtentKind) -> bool {
+        kind == ExtentKind::Router || self.joins_streams()
+    }
+
+    /// Whether it is the matrix that joins several residual streams.
+    pub fn joins_streams(&self) -> bool {
+        self.name == STREAMS
     }
 }
 
@@ -170,6 +213,44 @@ fn gqa_tensors(g: &GqaSpec, hidden: usize) -> Vec<TensorShape> {
     list
 }
 
+/// Those of entries lie together, those of the indexer's behind them.
+fn compressed_tensors(c: &CompressedSpec, hidden: usize) -> Vec<TensorShape> {
+    let mut list = vec![
+        matrix("q_a", c.q_lora_rank, hidden),
+        vector("q_a_norm", c.q_lora_rank),
+        matrix("q_b", c.heads() * c.head_dim, c.q_lora_rank),
+        matrix("kv", c.head_dim, hidden),
+        vector("kv_norm", c.head_dim),
+    ];
+    if let Some(compression) = &c.compression {
+        let (ratio, spans) = (compression.ratio, compression.spans);
+        list.extend([
+            matrix("entry_kv", spans * c.head_dim, hidden),
+            matrix("entry_gate", spans * c.head_dim, hidden),
+            vector("entry_bias", ratio * spans * c.head_dim),
+            vector("entry_norm", c.head_dim),
+        ]);
+        if let Some(indexer) = &compression.indexer {
+            let width = indexer.index_head_dim;
+            list.extend([
+                matrix("index_q", indexer.index_heads * width, c.q_lora_rank),
+                matrix("index_weights", indexer.index_heads, hidden),
+                matrix("index_entry_kv", spans * width, hidden),
+                matrix("index_entry_gate", spans * width, hidden),
+                vector("index_entry_bias", ratio * spans * width),
+                vector("index_entry_norm", width),
+            ]);
+        }
+    }
+    if c.sinks {
+        list.push(vector("sinks", c.heads()));
+    }
+    let group = [c.output_groups, c.output_rank, c.group_heads * c.head_dim];
+    list.push(TensorShape { name: "o_a", layout: Layout::Tiled, shape: group });
+    list.push(matrix("o", hidden, c.output_groups * c.output_rank));
+    list
+}
+
 fn router_tensors(ffn: &FfnSpec, hidden: usize) -> Vec<TensorShape> {
     let mut list = vec![vector("ffn_norm", hidden)];
     if let Some(moe) = &ffn.moe {
@@ -179,6 +260,9 @@ fn router_tensors(ffn: &FfnSpec, hidden: usize) -> Vec<TensorShape> {
         }
         if moe.router.choice_bias {
             list.push(vector("router_bias", moe.experts));
+        }
+        if let Some(rows) = moe.router.token_table {
+            list.push(vector("token_experts", rows * moe.top_k));
         }
     }
     list

@@ -3,10 +3,12 @@
 //! The converter translates a family's `config.json` into a [`ModelSpec`]; the runtime executes specs and knows no family.
 //! Stored as JSON in the metadata, versioned by [`SPEC_VERSION`], and validated on both sides.
 
+mod compressed;
 mod delta;
 mod factors;
 mod gqa;
 mod indexer;
+mod streams;
 mod temperature;
 
 use serde::{Deserialize, Serialize};
@@ -14,10 +16,12 @@ use serde::{Deserialize, Serialize};
 use crate::limits::{
     MAX_EXPERTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_MODEL_EXPERTS, MAX_SPEC_BYTES, MAX_WIDTH,
 };
+pub use compressed::{CompressedSpec, CompressionSpec, EntryIndexerSpec};
 pub use delta::DeltaSpec;
 pub use factors::Factors;
 pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 pub use indexer::IndexerSpec;
+pub use streams::StreamsSpec;
 pub use temperature::QueryTemperature;
 
 /// Version of the JSON; an unknown one is refused.
@@ -33,7 +37,7 @@ pub struct ModelSpec {
     pub family: String,
     /// Rows of the embedding and of the output head.
     pub vocab_size: usize,
-    /// Width of the residual stream.
+    /// Width of the residual stream, or of each of several.
     pub hidden_size: usize,
     /// Longest context that the model was made for, in tokens.
     pub max_positions: usize,
@@ -42,6 +46,9 @@ pub struct ModelSpec {
     /// Factors on embedding, residual stream and logits.
     #[serde(default, skip_serializing_if = "Factors::are_one")]
     pub factors: Factors,
+    /// How the residual is several streams; `None`: it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub streams: Option<StreamsSpec>,
     /// One entry per decoder layer.
     pub layers: Vec<LayerSpec>,
 }
@@ -66,6 +73,8 @@ pub enum AttentionSpec {
     Gqa(GqaSpec),
     /// Gated delta net.
     Delta(DeltaSpec),
+    /// A sliding window and compressed entries.
+    Compressed(CompressedSpec),
 }
 
 /// Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) in the absorbed form: the cache holds one
@@ -183,6 +192,11 @@ pub enum ActivationSpec {
         /// Bound.
         limit: f32,
     },
+    /// `silu(min(gate, limit)) · clamp(up, ±limit)`.
+    SiluClamped {
+        /// Bound.
+        limit: f32,
+    },
 }
 
 /// The routed experts of a layer.
@@ -225,6 +239,10 @@ pub struct RouterSpec {
     pub least_sum: Option<f32>,
     /// Factor on the weights.
     pub scale: f32,
+    /// Rows of a table that gives the experts of each token by its id, whatever the scores, which are still the weights;
+    /// `None`: the scores decide.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_table: Option<usize>,
 }
 
 /// Score of an expert from its logit.
@@ -235,6 +253,8 @@ pub enum RouterScore {
     Sigmoid,
     /// Softmax over all experts.
     Softmax,
+    /// `sqrt(ln(1 + exp(logit)))`.
+    SqrtSoftplus,
     /// The logit itself; the weights are the softmax over the chosen logits.
     SoftmaxOfChosen,
     /// The logit itself; the weights are the sigmoids of the chosen logits.
@@ -302,6 +322,12 @@ impl ModelSpec {
         check_width("hidden_size", self.hidden_size)?;
         check_eps("norm_eps", self.norm_eps)?;
         self.factors.validate()?;
+        if let Some(streams) = &self.streams {
+            streams.validate(self.hidden_size)?;
+            if self.factors.residual != 1.0 {
+                return Err("it has a factor on the residual beside several streams".to_owned());
+            }
+        }
         if self.layers.is_empty() || self.layers.len() > Self::MAX_LAYERS {
             return Err(format!("it has {} layers", self.layers.len()));
         }
@@ -321,6 +347,11 @@ impl ModelSpec {
             true => Err("its first indexer is shared, and there is none before it".into()),
             false => Ok(()),
         }
+    }
+
+    /// Numbers of the residual of one token: of all streams.
+    pub fn residual_width(&self) -> usize {
+        self.hidden_size * self.streams.as_ref().map_or(1, |streams| streams.count)
     }
 
     /// Experts that one token routes to, over all layers.
@@ -364,6 +395,7 @@ impl AttentionSpec {
             AttentionSpec::Mla(m) => m.validate(),
             AttentionSpec::Gqa(g) => g.validate(),
             AttentionSpec::Delta(d) => d.validate(),
+            AttentionSpec::Compressed(c) => c.validate(),
         }
     }
 }
@@ -445,6 +477,11 @@ impl FfnSpec {
         {
             return Err(format!("its activation has alpha {alpha} and limit {limit}"));
         }
+        if let ActivationSpec::SiluClamped { limit } = self.activation
+            && !(limit.is_finite() && limit > 0.0)
+        {
+            return Err(format!("its activation has limit {limit}"));
+        }
         match &self.moe {
             None if self.dense_width == 0 => Err("it has neither experts nor a dense part".into()),
             None => Ok(()),
@@ -467,6 +504,10 @@ impl MoeSpec {
             check_eps("router.renormalise", eps)?;
         }
         check_eps("router.least_sum", self.router.least_sum.unwrap_or(0.0))?;
+        if let Some(rows) = self.router.token_table {
+            check_range("router.token_table", rows, MAX_LENGTH)?;
+            check_range("router.token_table × top_k", rows.saturating_mul(self.top_k), MAX_LENGTH)?;
+        }
         let Some(g) = &self.router.groups else { return Ok(()) };
         if g.count == 0 || !self.experts.is_multiple_of(g.count) || g.keep == 0 || g.keep > g.count {
             return Err(format!("{} of {} groups of {} experts", g.keep, g.count, self.experts));

@@ -165,7 +165,12 @@ fn paths(spec: &ModelSpec, layer: &LayerSpec) -> Paths {
             out.insert(path, value.clone());
         }
     }
-    let mut out = Paths::from([(".hidden_size".into(), spec.hidden_size.into()), (".part_rows".into(), 7.into())]);
+    let streams = spec.streams.as_ref().map_or(0, |streams| streams.count);
+    let mut out = Paths::from([
+        (".hidden_size".into(), spec.hidden_size.into()),
+        (".part_rows".into(), 7.into()),
+        (".streams".into(), streams.into()),
+    ]);
     collect(&serde_json::to_value(layer).unwrap(), "", &mut out);
     out
 }
@@ -204,7 +209,7 @@ fn specs() -> Vec<ModelSpec> {
             gqa.qk_norm.iter_mut().for_each(|norm| norm.weightless = true);
         }
     }
-    vec![small_spec(), gqa_spec(), plain, sparse_spec()]
+    vec![small_spec(), gqa_spec(), plain, sparse_spec(), streams_spec()]
 }
 
 #[test]

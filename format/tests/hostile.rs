@@ -382,6 +382,40 @@ fn specs_of_grouped_queries() {
     bad("gates a dense part", "/layers/1/ffn/dense_width", 0.into());
 }
 
+#[test]
+fn specs_of_streams_and_entries() {
+    assert_eq!(ModelSpec::from_json(&streams_spec().to_json()).unwrap(), streams_spec());
+    let bad = |says: &str, pointer: &str, value: serde_json::Value| {
+        let mut json: serde_json::Value = serde_json::from_slice(&streams_spec().to_json()).unwrap();
+        *json.pointer_mut(pointer).expect("the spec has this field") = value;
+        let error = ModelSpec::from_json(&serde_json::to_vec(&json).unwrap()).expect_err(says);
+        assert!(error.contains(says), "{says}: {error}");
+    };
+    let attention = "/layers/2/attention";
+    for field in ["output_groups", "group_heads", "output_rank", "head_dim", "q_lora_rank", "window"] {
+        bad("outside 1..=", &format!("{attention}/{field}"), 0.into());
+        bad("outside 1..=", &format!("{attention}/{field}"), u64::MAX.into());
+    }
+    for field in ["ratio", "spans", "indexer/index_heads", "indexer/index_head_dim", "indexer/index_top_k"] {
+        bad("outside 1..=", &format!("{attention}/compression/{field}"), 0.into());
+        bad("outside 1..=", &format!("{attention}/compression/{field}"), u64::MAX.into());
+    }
+    bad("rope.dim is 14 of a head of 12", &format!("{attention}/rope/dim"), 14.into());
+    bad("rope.dim is 8 of an index head of 6", &format!("{attention}/rope/dim"), 8.into());
+    bad("heads × head_dim", &format!("{attention}/head_dim"), (1 << 20).into());
+    bad("ratio × spans × width", &format!("{attention}/compression/ratio"), (1 << 22).into());
+    bad("norm_eps", &format!("{attention}/norm_eps"), (-1.0).into());
+    bad("streams.count is 0", "/streams/count", 0.into());
+    bad("streams.count", "/streams/count", u64::MAX.into());
+    bad("streams.count × hidden_size", "/streams/count", (1 << 16).into());
+    bad("streams.iterations", "/streams/iterations", 0.into());
+    bad("streams.iterations", "/streams/iterations", (1 << 20).into());
+    bad("streams.eps", "/streams/eps", (-1.0).into());
+    bad("router.token_table", "/layers/0/ffn/moe/router/token_table", 0.into());
+    bad("router.token_table × top_k", "/layers/0/ffn/moe/router/token_table", (1 << 24).into());
+    bad("activation", "/layers/0/ffn/activation/limit", 0.0.into());
+}
+
 /// The most that a spec can claim: 4 layers of 65536 experts. The extent table ends the check, not the claim.
 #[test]
 fn a_spec_cannot_make_the_check_long() {

@@ -96,6 +96,8 @@ pub struct QueryTile {
     pub(crate) queries: Vec<f32>,
     /// Positions that each query sees, and its sink.
     sees: Vec<(Range<usize>, Option<f32>)>,
+    /// Whether each query has seen a key of those that it met before [`go_on`](Self::go_on).
+    has_seen: Vec<bool>,
     pub(crate) running: Vec<Running>,
     /// `[n, value]`: what `l` is to divide.
     pub(crate) out: Vec<f32>,
@@ -113,6 +115,7 @@ impl QueryTile {
         (self.key, self.value, self.scale, self.met) = (key, value, scale, 0);
         self.queries.clear();
         self.sees.clear();
+        self.has_seen.clear();
         self.running.clear();
         self.out.clear();
     }
@@ -124,8 +127,19 @@ impl QueryTile {
         self.queries.resize(at + self.key, 0.0);
         self.out.resize(self.out.len() + self.value, 0.0);
         self.sees.push((positions, sink));
+        self.has_seen.push(false);
         self.running.push(Running::NONE);
         &mut self.queries[at..]
+    }
+
+    /// The queries go on with other keys, which have positions of their own: query `i` sees those at `sees(i)`. What they have gathered
+    /// so far stays, and takes part in the same softmax.
+    pub fn go_on(&mut self, sees: impl Fn(usize) -> Range<usize>) {
+        self.met = 0;
+        for (i, ((positions, _), has_seen)) in self.sees.iter_mut().zip(&mut self.has_seen).enumerate() {
+            *has_seen |= positions.start < positions.end;
+            *positions = sees(i);
+        }
     }
 
     /// Number of queries.
@@ -153,11 +167,12 @@ impl QueryTile {
     /// Takes in sinks and divides, once all blocks have been met.
     pub fn finish(&mut self) {
         let outs = self.out.chunks_exact_mut(self.value.max(1));
-        for ((out, running), (positions, sink)) in outs.zip(&mut self.running).zip(&self.sees) {
+        let sees = self.sees.iter().zip(&self.has_seen);
+        for ((out, running), ((positions, sink), has_seen)) in outs.zip(&mut self.running).zip(sees) {
             if let Some(sink) = *sink {
                 let [alpha, _] = running.combine(Running { max: sink, sum: 1.0 });
                 out.iter_mut().for_each(|o| *o *= alpha);
-            } else if positions.is_empty() {
+            } else if positions.is_empty() && !has_seen {
                 continue;
             }
             out.iter_mut().for_each(|o| *o /= running.sum);

@@ -12,6 +12,26 @@ use sluice_format::WeightType;
 use sluice_model::{Engine, EngineOptions, RuntimeError};
 use tempfile::TempDir;
 
+/// Golden models with one of each kind of attention: latents, latents with an indexer, with one that layers share, windows with
+/// sinks, windows, keys beside recurrent states, chunks, windows with heads of their own, windows with compressed entries behind
+/// them.
+pub const ATTENTIONS: [&str; 9] = [
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "mixtral_swa",
+    "qwen3_next",
+    "llama4_text",
+    "mimo_v2_flash",
+    "deepseek_v4",
+];
+
+/// Those of [`ATTENTIONS`] whose sequences cannot go back to any token.
+pub fn forgets(family: &str) -> bool {
+    !["deepseek_v3", "deepseek_v32", "glm_moe_dsa"].contains(&family)
+}
+
 /// The folder of a fixture, such as `golden/deepseek_v3` or `demo-model`.
 pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)

@@ -2,20 +2,8 @@
 
 use proptest::prelude::*;
 use sluice_model::{Control, Engine, EngineOptions, Phase, ReadEngineKind, Sequence, Span, Want};
-use sluice_tests::{Converted, Golden};
+use sluice_tests::{ATTENTIONS, Converted, Golden};
 
-/// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
-/// keys beside recurrent states, chunks, and windows with heads of their own.
-const ATTENTIONS: [&str; 8] = [
-    "deepseek_v3",
-    "deepseek_v32",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "mixtral_swa",
-    "qwen3_next",
-    "llama4_text",
-    "mimo_v2_flash",
-];
 /// Tokens of a sequence.
 const LENGTH: usize = 30;
 

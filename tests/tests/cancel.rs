@@ -9,7 +9,7 @@ use sluice_model::{Cancel, Control, Engine, EngineOptions, RuntimeError, Sequenc
 use sluice_tests::{Converted, Golden};
 
 /// One of each kind of attention.
-const ATTENTIONS: [&str; 5] = ["deepseek_v3", "deepseek_v32", "gpt_oss", "mixtral_swa", "qwen3_next"];
+const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "gpt_oss", "mixtral_swa", "qwen3_next", "deepseek_v4"];
 
 fn is_cancelled(outcome: &Result<(), RuntimeError>) -> bool {
     matches!(outcome, Err(RuntimeError::Model(ModelError::Cancelled)))

@@ -86,6 +86,8 @@ goldens! {
     deepseek_v3
     deepseek_v3_fp8
     deepseek_v32
+    deepseek_v4
+    deepseek_v4_fp4
     kimi_k2
     kimi_k2_int4
     kimi_k25_int4

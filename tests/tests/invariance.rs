@@ -5,7 +5,7 @@ use sluice_format::WeightType;
 use sluice_model::{Control, EngineOptions, KvType, Prefetch, ReadEngineKind, RuntimeError, Span, Want};
 use sluice_storage::io::IoConfig;
 use sluice_storage::pool::{Choice, PolicyKind};
-use sluice_tests::{Converted, Golden, greedy, relative_error};
+use sluice_tests::{ATTENTIONS, Converted, Golden, greedy, relative_error};
 
 /// The smallest budget that works, from the error that a budget of one byte gives.
 #[test]
@@ -116,19 +116,6 @@ fn engine_policy_prefetch_and_budget_never_change_a_bit() {
     });
     outcome.unwrap();
 }
-
-/// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
-/// keys beside recurrent states, chunks, and windows with heads of their own.
-const ATTENTIONS: [&str; 8] = [
-    "deepseek_v3",
-    "deepseek_v32",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "mixtral_swa",
-    "qwen3_next",
-    "llama4_text",
-    "mimo_v2_flash",
-];
 
 /// How far the logits of half of the tokens may be from those with f32. The others may be further: the models are tiny and
 /// random, so that a rounding now and then turns a choice of the router or the indexer.

@@ -7,23 +7,8 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use sluice_model::session::{HEADER_FIELDS, PrefixHash, SECTION_FIELDS, SegmentFile, SegmentInfo, SessionError, peek};
 use sluice_model::{Engine, EngineOptions, KvType, PAGE_TOKENS, Sequence};
-use sluice_tests::{Converted, Golden};
+use sluice_tests::{ATTENTIONS, Converted, Golden, forgets};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
-
-/// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
-/// keys beside recurrent states, chunks, and windows with heads of their own.
-const ATTENTIONS: [&str; 8] = [
-    "deepseek_v3",
-    "deepseek_v32",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "mixtral_swa",
-    "qwen3_next",
-    "llama4_text",
-    "mimo_v2_flash",
-];
-/// Those that cannot go back to any token.
-const FORGETTING: [&str; 5] = ["gpt_oss", "mixtral_swa", "qwen3_next", "llama4_text", "mimo_v2_flash"];
 
 fn options() -> EngineOptions {
     EngineOptions {
@@ -96,7 +81,7 @@ fn a_chain_goes_on_with_the_same_bits_wherever_it_can() {
         let cases = [(250, 3, 240), (240, 3, 240), (239, 3, 200), (200, 2, 200), (190, 2, 150), (149, 2, 100)];
         for (wanted, files, reached) in cases.into_iter().chain([(99, 1, 70), (70, 1, 70), (69, 1, 0)]) {
             let mut back = engine.restore_segments(&mut open(&paths[..files]), &tokens[..wanted]).unwrap();
-            let expected = if FORGETTING.contains(&family) { reached } else { wanted.min(240) };
+            let expected = if forgets(family) { reached } else { wanted.min(240) };
             assert_eq!(back.tokens(), &tokens[..expected], "{family}: {wanted} of {files} files");
             let at = back.position();
             let end = tokens.len().min(at + 20);
@@ -106,13 +91,13 @@ fn a_chain_goes_on_with_the_same_bits_wherever_it_can() {
         let mut other = tokens.clone();
         other[170] = (other[170] + 1) % 90;
         let back = engine.restore_segments(&mut open(&paths[..2]), &other).unwrap();
-        assert_eq!(back.position(), if FORGETTING.contains(&family) { 150 } else { 170 }, "{family}");
+        assert_eq!(back.position(), if forgets(family) { 150 } else { 170 }, "{family}");
         assert!(engine.restore_segments(&mut [], &tokens).unwrap().tokens().is_empty());
         // An engine with less room takes what fits.
         for (context, reached) in [(80, 70), (50, 0)] {
             let mut short = model.open(&EngineOptions { context: Some(context), ..options() });
             let mut back = short.restore_segments(&mut open(&paths), &tokens).unwrap();
-            let expected = if FORGETTING.contains(&family) { reached } else { context };
+            let expected = if forgets(family) { reached } else { context };
             assert_eq!(back.tokens(), &tokens[..expected], "{family}");
             let end = context.min(expected + 5);
             assert!(

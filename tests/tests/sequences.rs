@@ -8,20 +8,8 @@ use sluice_model::{
     Cancel, Control, Engine, EngineOptions, KvType, Mark, Phase, Progress, RewindError, RuntimeError, Sequence, Span,
     Want,
 };
-use sluice_tests::{Converted, Golden};
+use sluice_tests::{ATTENTIONS, Converted, Golden, forgets};
 
-/// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
-/// keys beside recurrent states, chunks, and windows with heads of their own.
-const ATTENTIONS: [&str; 8] = [
-    "deepseek_v3",
-    "deepseek_v32",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "mixtral_swa",
-    "qwen3_next",
-    "llama4_text",
-    "mimo_v2_flash",
-];
 /// Most tokens of a sequence: within a page, and over several.
 const LENGTHS: [usize; 2] = [30, 300];
 /// Most sequences.
@@ -252,7 +240,7 @@ fn save_and_restore(engine: &Engine, tracked: &mut Tracked) {
 
 fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), TestCaseError> {
     let [engine, alone] = engines;
-    let forgets = ["qwen3_next", "gpt_oss", "mixtral_swa", "llama4_text", "mimo_v2_flash"].contains(&family);
+    let forgets = forgets(family);
     let vocab = engine.spec().vocab_size as u32;
     let new = |engine: &Engine| Tracked { sequence: engine.new_sequence(), tokens: vec![], logits: vec![] };
     let mut all = vec![new(engine), new(engine)];

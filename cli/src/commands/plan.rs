@@ -24,8 +24,8 @@ use crate::size::{parse_size, parse_speed};
 use crate::terminal::{note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
-TARGET is a model file, a checkpoint's folder, a GGUF file, or the name of a model that `sluice synth` knows (deepseek-r1, kimi-k2, \
-glm-4.6, qwen3-235b, qwen3-30b, gpt-oss-120b, mixtral-8x7b), or a config.json or a folder with nothing else. Weights are not \
+TARGET is a model file, a checkpoint's folder, a GGUF file, or the name of a model that `sluice synth` knows (deepseek-r1, deepseek-v4-flash, \
+deepseek-v4-pro, kimi-k2, glm-4.6, qwen3-235b, qwen3-30b, gpt-oss-120b, mixtral-8x7b), or a config.json or a folder with nothing else. Weights are not \
 read. What is no model file yet is planned as `sluice convert` would write it: as published, bit for bit, unless --type and \
 --dense-type say otherwise.
 

@@ -12,6 +12,7 @@
 //! | `ggml` | the blocks of GGUF files |
 //! | `grouped` | codes by row with scales by group of columns: what `integers`, `float4` and `mlx` have in common |
 //! | `carry` | the weight types that hold such codes and scales, and how rows get there |
+//! | `numbers` | whole numbers, such as those of experts in a table |
 //! | `reader`, `lines`, `checks` | bytes of rows; which rows; whether tensors have the shapes that they must have |
 //!
 //! An [`Encoding`] is found when a conversion is planned ([`resolve`]); its [`Decoder`] gives values, or carries codes into the
@@ -28,6 +29,7 @@ mod hqq;
 mod integers;
 mod lines;
 mod mlx;
+mod numbers;
 mod plain;
 mod reader;
 
@@ -165,6 +167,19 @@ impl Selection {
     pub(crate) fn tensors(&self) -> impl Iterator<Item = usize> {
         std::iter::once(self.tensor).chain(self.encoding.others())
     }
+}
+
+/// The encoding of a table of whole numbers that `parts` hold, whose shape is to be `shape`.
+pub(crate) fn resolve_numbers(
+    checkpoint: &Checkpoint,
+    shape: &[usize],
+    parts: &Parts,
+) -> Result<Arc<dyn Encoding>, ConvertError> {
+    let tensor = parts.tensors[0];
+    let encoding = numbers::of(&checkpoint.tensors[tensor].dtype);
+    let encoding = encoding.ok_or_else(|| dtype_error(checkpoint, tensor, numbers::SUPPORTED))?;
+    check_shape(checkpoint, tensor, shape)?;
+    Ok(Arc::new(encoding))
 }
 
 /// The encoding of the tensor that `parts` hold, whose shape is to be `shape`. `plain`: it is a vector, which no checkpoint

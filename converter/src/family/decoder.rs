@@ -76,6 +76,7 @@ impl<'a> Decoder<'a> {
             max_positions: self.max_positions.max(extended_positions(&layers)),
             norm_eps: self.norm_eps,
             factors: Factors::default(),
+            streams: None,
             layers,
         })
     }
@@ -117,6 +118,7 @@ fn extended_positions(layers: &[LayerSpec]) -> usize {
     let rope = |layer: &LayerSpec| match &layer.attention {
         AttentionSpec::Mla(mla) => Some(mla.rope.clone()),
         AttentionSpec::Gqa(gqa) => gqa.rope.clone(),
+        AttentionSpec::Compressed(compressed) => Some(compressed.rope.clone()),
         AttentionSpec::Delta(_) => None,
     };
     let extended = |rope: RopeSpec| match rope.scaling {

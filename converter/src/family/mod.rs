@@ -8,6 +8,7 @@ mod decoder;
 mod deepseek_v2;
 mod deepseek_v3;
 mod deepseek_v32;
+mod deepseek_v4;
 pub(crate) mod delta;
 mod dense;
 mod ernie4_5_moe;
@@ -48,6 +49,7 @@ static FAMILIES: &[&dyn Family] = &[
     &deepseek_v2::DeepSeekV2,
     &deepseek_v3::DeepSeekV3,
     &deepseek_v32::DeepSeekV32,
+    &deepseek_v4::DeepSeekV4,
     &kimi_k25::KimiK25,
     &glm4_moe::Glm4Moe,
     &glm4_moe_lite::Glm4MoeLite,
@@ -97,8 +99,13 @@ pub(crate) trait Family: Sync {
         vec![self.names()]
     }
 
+    /// Where a tensor behind the last layer comes from, other than the head: the norm, and what joins streams before it.
+    fn final_origin(&self, names: Names, spec: &ModelSpec, _tensor: &TensorShape) -> Origin {
+        vec![vec![names.final_norm(spec.hidden_size)]]
+    }
+
     /// Where a tensor of an extent comes from, in one of the family's spellings. Asked for what [`ModelSpec::tensors`] lists
-    /// in layers, not for embedding, head and final norm.
+    /// in layers, not for embedding, head and what is behind the last layer.
     fn origin(&self, names: Names, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
         names.origin(spec, place, tensor)
     }

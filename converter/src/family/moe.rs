@@ -40,6 +40,7 @@ pub(crate) fn softmax_router(renormalise: bool) -> RouterSpec {
         renormalise: renormalise.then_some(0.0),
         least_sum: None,
         scale: 1.0,
+        token_table: None,
     }
 }
 
@@ -81,6 +82,7 @@ pub(crate) fn deepseek_v3(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<
             true => config.f32_or("routed_scaling_factor", defaults.scale)?,
             false => defaults.scale as f32,
         },
+        token_table: None,
     };
     with_shared(decoder, defaults, router)
 }

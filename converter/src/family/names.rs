@@ -11,6 +11,8 @@ use super::{Place, delta, gqa, mla};
 pub(crate) struct Names {
     /// What stands before `layers.N`, such as `model.`.
     pub(crate) prefix: &'static str,
+    /// The token embedding, behind the prefix.
+    pub(crate) embedding: &'static str,
     /// The output head.
     pub(crate) head: &'static str,
     /// The module of a feed-forward network without experts.
@@ -34,6 +36,7 @@ impl Names {
     /// The names of most checkpoints.
     pub(crate) const USUAL: Names = Names {
         prefix: "model.",
+        embedding: "embed_tokens.weight",
         head: "lm_head.weight",
         dense: "mlp",
         moe: &["mlp"],
@@ -50,7 +53,7 @@ impl Names {
 
     /// The token embedding.
     pub(crate) fn embedding(self) -> String {
-        format!("{}embed_tokens.weight", self.prefix)
+        format!("{}{}", self.prefix, self.embedding)
     }
 
     /// The norm before the head.
@@ -133,6 +136,7 @@ impl Names {
             }
             // The norm inside is not zero-centred, even where the others are.
             (_, AttentionSpec::Delta(spec)) => delta::origin(spec, self.conv_last, layer, name, shape),
+            (_, AttentionSpec::Compressed(_)) => unreachable!("a family with such attention has names of its own"),
         }
     }
 

@@ -41,6 +41,8 @@ pub(crate) struct View {
     pub(crate) strides: Strides,
     /// Whether 1 is added to each: norms that the family stores around zero.
     pub(crate) plus_one: bool,
+    /// Whether they are whole numbers, such as those of experts.
+    pub(crate) numbers: bool,
 }
 
 /// Where a tensor comes from: alternatives, the first of which that the checkpoint has is taken. Each is one view, or gate
@@ -50,7 +52,7 @@ pub(crate) type Origin = Vec<Vec<View>>;
 impl View {
     /// Any part.
     pub(crate) fn new(tensor: String, source_shape: &[usize], strides: Strides) -> Self {
-        View { tensor, source_shape: source_shape.to_vec(), strides, plus_one: false }
+        View { tensor, source_shape: source_shape.to_vec(), strides, plus_one: false, numbers: false }
     }
 
     /// All of a matrix.
@@ -61,6 +63,11 @@ impl View {
     /// All of a vector.
     pub(crate) fn vector(tensor: String, len: usize) -> Self {
         View::new(tensor, &[len], Strides::rows(0, 1, len))
+    }
+
+    /// All of a table of whole numbers, row behind row.
+    pub(crate) fn table(tensor: String, rows: usize, cols: usize) -> Self {
+        View { numbers: true, ..View::new(tensor, &[rows, cols], Strides::rows(0, 1, rows * cols)) }
     }
 
     /// The rows from `first` to `first + rows` of matrix `index` of a stack of shape `stack`.

@@ -88,8 +88,7 @@ pub(crate) fn build(
     };
     let mut b = Builder { checkpoint, options, scheme, out: empty };
     let norm = spec.tensors(ExtentKind::FinalNorm, usize::MAX);
-    let norm_view = names.final_norm(spec.hidden_size);
-    b.extents(ExtentKind::FinalNorm, NO_LAYER, &[0], &norm, |_, _| vec![vec![norm_view.clone()]])?;
+    b.extents(ExtentKind::FinalNorm, NO_LAYER, &[0], &norm, |_, t| family.final_origin(names, spec, t))?;
     b.parts(ExtentKind::Embedding, &names.embedding(), spec)?;
     b.parts(ExtentKind::Head, head, spec)?;
     for place in dense_places(spec) {
@@ -161,7 +160,7 @@ impl Builder<'_> {
             let sources = sources.collect::<Result<Vec<_>, _>>()?;
             let choice = self.choice(kind, layer, tensor.name);
             let all = sources.iter().flatten();
-            let chosen = choose(kind, tensor.layout, tensor.shape, choice, all.clone());
+            let chosen = choose(kind, tensor, choice, all.clone());
             self.note_widened(kind, layer, tensor.name, chosen);
             self.out.obstacles.extend(all.filter(|_| chosen.widened).filter_map(|s| s.encoding.obstacle()));
             let group = self.group(kind, tensor.name);
@@ -198,7 +197,8 @@ impl Builder<'_> {
         let (rows, cols) = (spec.vocab_size, spec.hidden_size);
         let whole = resolve(self.checkpoint, self.scheme, &View::whole(tensor.to_owned(), rows, cols), false)?;
         let choice = self.choice(kind, NO_LAYER, kind.name());
-        let chosen = choose(kind, Layout::Tiled, [1, rows, cols], choice, std::iter::once(&whole));
+        let described = TensorShape { name: kind.name(), layout: Layout::Tiled, shape: [1, rows, cols] };
+        let chosen = choose(kind, &described, choice, std::iter::once(&whole));
         self.note_widened(kind, NO_LAYER, kind.name(), chosen);
         let shape = spec.part_tensor(kind, rows, chosen.weight_type).expect("embedding and head have parts");
         let layout = shape.layout;

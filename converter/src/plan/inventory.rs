@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use sluice_checksum::Xxh3;
-use sluice_format::ModelSpec;
+use sluice_format::{ExtentKind, ModelSpec};
 
 use super::LeftOut;
 use super::build::places;
@@ -129,8 +129,12 @@ pub(crate) fn take(
         (_, Some(_)) => names.head.to_owned(),
         (_, None) => return Err(no_head(&ledger, tied)),
     };
-    for name in [&names.embedding(), &head, &names.final_norm(spec.hidden_size).tensor] {
+    for name in [&names.embedding(), &head] {
         ledger.need(name);
+    }
+    for tensor in spec.tensors(ExtentKind::FinalNorm, usize::MAX) {
+        let views = pick(checkpoint, family.final_origin(names, spec, &tensor));
+        views.iter().for_each(|view| ledger.need(&view.tensor));
     }
     for place in places(spec) {
         for tensor in spec.tensors(place.kind, place.layer) {

@@ -1,6 +1,6 @@
 //! Which type a tensor is stored in.
 
-use sluice_format::{ExtentKind, Layout, WeightType};
+use sluice_format::{ExtentKind, Layout, TensorShape, WeightType};
 use sluice_weights::Codes;
 
 use crate::encoding::Selection;
@@ -17,11 +17,11 @@ pub(crate) struct Chosen {
 /// one description.
 pub(crate) fn choose<'a>(
     kind: ExtentKind,
-    layout: Layout,
-    shape: [usize; 3],
+    tensor: &TensorShape,
     choice: TypeChoice,
     sources: impl Iterator<Item = &'a Selection> + Clone,
 ) -> Chosen {
+    let TensorShape { layout, shape, .. } = *tensor;
     let exact = |weight_type| Chosen { weight_type, widened: false };
     let stored = || carried(shape, sources.clone());
     match (kind, layout, choice) {
@@ -32,8 +32,8 @@ pub(crate) fn choose<'a>(
         },
         (_, Layout::Plain, _) => exact(WeightType::F32),
         // A router decides; its precision costs nothing.
-        (ExtentKind::Router, _, TypeChoice::Type(WeightType::F32)) => exact(WeightType::F32),
-        (ExtentKind::Router, ..) => floats_only(stored()),
+        (.., TypeChoice::Type(WeightType::F32)) if tensor.decides(kind) => exact(WeightType::F32),
+        _ if tensor.decides(kind) => floats_only(stored()),
         (.., TypeChoice::Keep) => stored(),
         (.., TypeChoice::Type(WeightType::Fp8)) => {
             let stored = stored();

@@ -22,8 +22,10 @@ macro_rules! presets {
     };
 }
 
-static PRESETS: [Preset; 8] = presets![
+static PRESETS: [Preset; 10] = presets![
     "deepseek-r1",
+    "deepseek-v4-flash",
+    "deepseek-v4-pro",
     "kimi-k2",
     "glm-4.6",
     "qwen3-235b",
@@ -166,6 +168,8 @@ mod tests {
     fn presets_are_the_models_that_they_name() {
         for (name, experts, one) in [
             ("deepseek-r1", 653_909, 44.04),
+            ("deepseek-v4-flash", 277_025, 25.17),
+            ("deepseek-v4-pro", 1_547_396, 66.06),
             ("kimi-k2", 1_014_686, 44.04),
             ("glm-4.6", 335_964, 23.59),
             ("qwen3-235b", 227_096, 18.87),
@@ -182,7 +186,7 @@ mod tests {
             assert_eq!(all.round(), f64::from(experts), "{name}");
             assert!((weights(moe[0].width) - one).abs() < 0.005, "{name}");
         }
-        assert_eq!(Geometry::presets().count(), 8);
+        assert_eq!(Geometry::presets().count(), 10);
     }
 
     #[test]

@@ -134,7 +134,7 @@ impl Builder<'_> {
         let vector = tensor.layout == sluice_format::Layout::Plain && kind != ExtentKind::Embedding;
         TensorRecord {
             kind,
-            weight_type: if vector { WeightType::F32 } else { self.types.of(kind) },
+            weight_type: if vector || tensor.joins_streams() { WeightType::F32 } else { self.types.of(kind) },
             layout: tensor.layout,
             layer,
             index,

@@ -41,7 +41,7 @@ pub fn expert_noise(file: &ModelFile) -> Result<Vec<u8>, ConvertError> {
         noise.resize(tensor.offset as usize, 0);
         let mut bytes = Vec::new();
         if tensor.layout == Layout::Plain {
-            vector(tensor, &mut random, &mut bytes);
+            vector(tensor, &[], &mut random, &mut bytes);
         } else {
             let size = own.as_deref().and_then(|own| root_mean_square(tensor, own)).filter(|size| *size > 0.0);
             let shrink = if tensor.name == DOWN { (moe.top_k as f32).sqrt().recip() } else { 1.0 };

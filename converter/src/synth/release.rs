@@ -27,6 +27,8 @@ struct Form {
 enum Dense {
     /// Attention and feed-forward networks, not the head.
     Most,
+    /// As `Most`, in another type.
+    Of(WeightType),
     /// The head and the embedding too.
     All,
     /// Nothing.
@@ -46,6 +48,12 @@ pub(super) fn read(config: &Value) -> Release {
     };
     let mlx = find("quantization").filter(|q| q.get("group_size").is_some());
     let quantised = mlx.map(mlx_form).or_else(|| find("quantization_config").and_then(form));
+    // DeepSeek-V4: experts in another form than the rest.
+    let fp4 = find("expert_dtype").and_then(Value::as_str) == Some("fp4");
+    let quantised = quantised.map(|form| match fp4 {
+        true => Form { name: "fp8 with fp4 experts", experts: WeightType::Mxfp4, dense: Dense::Of(form.experts) },
+        false => form,
+    });
     let Some(form) = quantised else {
         let types = KindTypes { experts: plain, dense: plain, head: plain, plain };
         return Release { types, form: name, said: dtype.is_some() };
@@ -53,6 +61,7 @@ pub(super) fn read(config: &Value) -> Release {
     let (dense, head) = match form.dense {
         Dense::None => (plain, plain),
         Dense::Most => (form.experts, plain),
+        Dense::Of(dense) => (dense, plain),
         Dense::All => (form.experts, form.experts),
     };
     // An embedding of codes becomes f32, which holds their values.

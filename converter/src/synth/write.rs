@@ -261,7 +261,8 @@ impl<'a> Synthesis<'a> {
         }
         let mut random = Random::new(self.seed, [record.kind as u32, record.layer, record.index]);
         let mut out = writer.extent(number);
-        for tensor in &self.layout.records[self.layout.tensors[number].clone()] {
+        let tensors = &self.layout.records[self.layout.tensors[number].clone()];
+        for tensor in tensors {
             let gap = tensor.offset - out.position();
             out.write(&vec![0; gap as usize])?;
             let mut write = |batch: &mut Vec<u8>| {
@@ -273,7 +274,7 @@ impl<'a> Synthesis<'a> {
             batch.clear();
             match (record.kind, tensor.layout) {
                 (ExtentKind::Embedding, _) => self.embedding(record.index, tensor, batch, &mut write)?,
-                (_, Arrangement::Plain) => vector(tensor, &mut random, batch),
+                (_, Arrangement::Plain) => vector(tensor, tensors, &mut random, batch),
                 (_, Arrangement::Tiled | Arrangement::TiledPair) => {
                     matrix(tensor, usual_deviation(tensor), &mut random, batch, &mut write)?;
                 }
@@ -309,8 +310,14 @@ impl<'a> Synthesis<'a> {
     }
 }
 
-/// Norms are 1, taps of convolutions random; everything else that is a vector is a bias, or the like, and 0.
-pub(super) fn vector(tensor: &TensorRecord, random: &mut Random, batch: &mut Vec<u8>) {
+/// Norms are 1, taps of convolutions random; tables give the tokens experts in turn; everything else that is a vector is a bias, or the
+/// like, and 0. `extent`: all tensors beside it.
+pub(super) fn vector(tensor: &TensorRecord, extent: &[TensorRecord], random: &mut Random, batch: &mut Vec<u8>) {
+    if tensor.name == "token_experts" {
+        let experts = extent.iter().find(|t| t.name == "router").map_or(1, |router| router.shape[1].max(1));
+        // A token's experts follow each other, so none of them is there twice.
+        return (0..tensor.shape[2]).for_each(|i| batch.extend(((i % experts) as f32).to_le_bytes()));
+    }
     let value: f32 = if tensor.name.ends_with("norm") { 1.0 } else { 0.0 };
     (0..tensor.shape[2]).for_each(|_| batch.extend(value.to_le_bytes()));
     if tensor.name == "conv" {

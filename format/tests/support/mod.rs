@@ -61,6 +61,7 @@ pub(crate) fn small_spec() -> ModelSpec {
         renormalise: Some(1e-20),
         least_sum: None,
         scale: 2.5,
+        token_table: None,
     };
     let moe = MoeSpec { experts: 3, top_k: 2, width: 24, expert_bias: false, weighted_input: false, router };
     let ffn = |dense_width, moe| FfnSpec { activation: ActivationSpec::Silu, dense_width, dense_gate: false, moe };
@@ -72,6 +73,7 @@ pub(crate) fn small_spec() -> ModelSpec {
         max_positions: 256,
         norm_eps: 1e-5,
         factors: Factors::default(),
+        streams: None,
         layers: vec![
             LayerSpec { attention: mla(None, RopeScaling::None), ffn: ffn(40, None) },
             LayerSpec { attention: mla(Some(8), yarn), ffn: ffn(24, Some(moe)) },
@@ -146,6 +148,44 @@ pub(crate) fn sparse_spec() -> ModelSpec {
         })
         .to_vec();
     spec.layers.push(LayerSpec { attention: AttentionSpec::Delta(delta), ffn });
+    spec
+}
+
+/// Three layers with several residual streams, a window each, and behind it nothing, entries, and entries of which an indexer
+/// chooses; experts by a table and by scores.
+pub(crate) fn streams_spec() -> ModelSpec {
+    let mut spec = small_spec();
+    spec.streams = Some(StreamsSpec { count: 3, iterations: 2, eps: 1e-6 });
+    let indexer = EntryIndexerSpec { index_heads: 3, index_head_dim: 6, index_top_k: 2 };
+    let compressions = [
+        None,
+        Some(CompressionSpec { ratio: 8, spans: 1, indexer: None }),
+        Some(CompressionSpec { ratio: 4, spans: 2, indexer: Some(indexer) }),
+    ];
+    let mut ffn = spec.layers[1].ffn.clone();
+    ffn.activation = ActivationSpec::SiluClamped { limit: 10.0 };
+    let layer = |(i, compression): (usize, Option<CompressionSpec>)| {
+        let mut ffn = ffn.clone();
+        if let Some(moe) = &mut ffn.moe {
+            moe.router.score = RouterScore::SqrtSoftplus;
+            (moe.router.choice_bias, moe.router.token_table) = if i == 0 { (false, Some(20)) } else { (true, None) };
+        }
+        let attention = AttentionSpec::Compressed(CompressedSpec {
+            output_groups: 2,
+            group_heads: 3,
+            output_rank: 5,
+            head_dim: 12,
+            q_lora_rank: 8,
+            window: 16,
+            softmax_scale: 0.25,
+            norm_eps: 1e-6,
+            rope: RopeSpec { pairing: RopePairing::Interleaved, theta: 10000.0, dim: 4, scaling: RopeScaling::None },
+            sinks: i > 0,
+            compression,
+        });
+        LayerSpec { attention, ffn }
+    };
+    spec.layers = compressions.into_iter().enumerate().map(layer).collect();
     spec
 }
 

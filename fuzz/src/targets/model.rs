@@ -144,7 +144,12 @@ fn generate(path: &Path, choice: u64) {
 }
 
 pub(crate) fn seeds(_folder: &Path) -> Seeds {
-    let specs = [("mla", support::small_spec()), ("gqa", support::gqa_spec()), ("sparse", support::sparse_spec())];
+    let specs = [
+        ("mla", support::small_spec()),
+        ("gqa", support::gqa_spec()),
+        ("sparse", support::sparse_spec()),
+        ("streams", support::streams_spec()),
+    ];
     let files = specs.iter().map(|(name, spec)| ((*name).to_owned(), support::file_of(spec, 4096)));
     let jsons = specs.iter().map(|(name, spec)| (format!("{name}.json"), spec.to_json()));
     let mut seeds: Seeds = files.chain(jsons).collect();

@@ -115,9 +115,10 @@ impl Kept {
         let Some(least) = least else { return false };
         let sequence = &mut self.entries[least].sequence;
         let cut = full.wanted.saturating_sub(full.free).min(own[least]).max(1);
-        let left = sequence.position().div_ceil(PAGE_TOKENS).saturating_sub(cut) * PAGE_TOKENS;
+        let tokens = PAGE_TOKENS * full.kind.ratio();
+        let left = sequence.position().div_ceil(tokens).saturating_sub(cut) * tokens;
         let reached = match full.kind {
-            PageKind::Rows => sequence.reachable(left).unwrap_or(0),
+            PageKind::Rows | PageKind::Entries(_) => sequence.reachable(left).unwrap_or(0),
             // What layers with windows and states remember does not become less with fewer tokens.
             PageKind::Window(_) | PageKind::State => 0,
         };

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use sluice_model::engine::{Engine, RuntimeError};
-use sluice_model::{ModelError, PAGE_TOKENS, PageKind, PagesFull, Sequence};
+use sluice_model::{ModelError, PAGE_TOKENS, PagesFull, Sequence};
 
 use super::Generation;
 use super::guard::tell;
@@ -157,7 +157,7 @@ impl Scheduler {
         if self.shed(full, false) || std::mem::take(&mut self.drafts) {
             return true;
         }
-        let keeps_marks = full.kind != PageKind::Rows;
+        let keeps_marks = full.kind.forgets();
         keeps_marks && self.running.iter_mut().rev().any(Running::unmark)
     }
 

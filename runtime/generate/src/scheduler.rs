@@ -10,7 +10,7 @@ use sluice_model::control::{Control, Progress, ProgressObserver, RoutingObserver
 use sluice_model::engine::{Engine, RuntimeError};
 use sluice_model::router::Choice;
 use sluice_model::rows::{Phase, Span, Want};
-use sluice_model::{ModelError, PageKind, PagesFull, Sequence};
+use sluice_model::{ModelError, PagesFull, Sequence};
 use sluice_sessions::Store;
 use sluice_text::Tokenizer;
 
@@ -233,7 +233,7 @@ impl Scheduler {
     /// A scheduler for `engine`, which its turns have to be given. Without a tokenizer there is no text.
     pub fn new(engine: &Engine, tokenizer: Option<Tokenizer>, options: SchedulerOptions) -> Self {
         let shape = Shape { vocab: engine.spec().vocab_size, context: engine.memory().context, tokenizer };
-        let forgets = engine.pages().iter().any(|pages| pages.kind != PageKind::Rows);
+        let forgets = engine.pages().iter().any(|pages| pages.kind.forgets());
         Scheduler {
             shared: Shared::new(shape, options.queue.map(|limit| limit.max(1))),
             kept: Kept::new(options.kept),

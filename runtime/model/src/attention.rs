@@ -3,6 +3,7 @@
 use sluice_format::AttentionSpec;
 
 use super::ModelError;
+use super::compressed::{self, Compressed, CompressedScratch};
 use super::compute::{Compute, Step};
 use super::delta::{self, Delta, DeltaScratch};
 use super::gqa::{self, Gqa, GqaScratch};
@@ -19,6 +20,8 @@ pub enum Attention {
     Gqa(Gqa),
     /// Gated delta net.
     Delta(Delta),
+    /// A window and compressed entries.
+    Compressed(Box<Compressed>),
 }
 
 /// Buffers that attention reuses from call to call.
@@ -27,6 +30,7 @@ pub struct AttentionScratch {
     mla: MlaScratch,
     gqa: GqaScratch,
     delta: DeltaScratch,
+    compressed: CompressedScratch,
 }
 
 impl AttentionScratch {
@@ -36,6 +40,7 @@ impl AttentionScratch {
             mla: MlaScratch::new(compute),
             gqa: GqaScratch::new(compute),
             delta: DeltaScratch::new(compute),
+            compressed: CompressedScratch::new(compute),
         }
     }
 }
@@ -46,6 +51,7 @@ pub fn scratch_width(spec: &AttentionSpec) -> usize {
         AttentionSpec::Mla(m) => mla::scratch_width(m),
         AttentionSpec::Gqa(g) => gqa::scratch_width(g),
         AttentionSpec::Delta(d) => delta::scratch_width(d),
+        AttentionSpec::Compressed(c) => compressed::scratch_width(c),
     }
 }
 
@@ -55,6 +61,7 @@ impl Attention {
             AttentionSpec::Mla(m) => Attention::Mla(Box::new(Mla::new(m, tensors)?)),
             AttentionSpec::Gqa(g) => Attention::Gqa(Gqa::new(g, tensors)?),
             AttentionSpec::Delta(d) => Attention::Delta(Delta::new(d, tensors)?),
+            AttentionSpec::Compressed(c) => Attention::Compressed(Box::new(Compressed::new(c, tensors)?)),
         })
     }
 
@@ -72,6 +79,7 @@ impl Attention {
             Attention::Mla(mla) => mla.forward(step, caches, x, &mut scratch.mla, out),
             Attention::Gqa(gqa) => gqa.forward(step, caches, x, &mut scratch.gqa, out),
             Attention::Delta(delta) => delta.forward(step, caches, x, &mut scratch.delta, out),
+            Attention::Compressed(compressed) => compressed.forward(step, caches, x, &mut scratch.compressed, out),
         }
     }
 }

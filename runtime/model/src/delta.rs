@@ -355,7 +355,7 @@ impl Delta {
 ///
 /// `ln(1 + u) = 2 artanh(u / (2 + u))` with `u = exp(-|x|)`: the argument is at most 1/3, where eight terms of the series
 /// leave less than f32 can tell.
-fn softplus(x: f32) -> f32 {
+pub(super) fn softplus(x: f32) -> f32 {
     let u = exp(-x.abs());
     let z = u / (2.0 + u);
     let series = (0..8).rev().fold(0.0, |sum, i| sum * (z * z) + 1.0 / (2 * i + 1) as f32);

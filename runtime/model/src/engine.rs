@@ -14,7 +14,7 @@ use serde::Serialize;
 use sluice_format::{Codec, ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, open_regular};
 use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
-use crate::cache::{PageCount, PageKind, PagePool, PagesFull};
+use crate::cache::{PageCount, PagePool, PagesFull};
 use crate::compute::Compute;
 use crate::control::{Cancel, Control};
 use crate::counts;
@@ -498,7 +498,7 @@ impl Engine {
         // A step that an observer's panic ended has left pages behind the last token.
         spans.iter_mut().for_each(|span| span.sequence.settle());
         if let Err(full) = self.room(spans) {
-            if full.kind == PageKind::Rows {
+            if !full.kind.forgets() {
                 return Err(ModelError::from(full).into());
             }
             // Automatic marks go first: they keep pages of windows and states.

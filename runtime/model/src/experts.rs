@@ -12,8 +12,9 @@ use super::ModelError;
 use super::compute::{Compute, Step, sized};
 use super::gated::{Begun, GatedFfn, GatedScratch};
 use super::outputs::{Combining, Outputs, Settled, Unsettled, Use};
-use super::router::{Choice, RouterScratch, route};
+use super::router::{Choice, RouterScratch, route, route_to};
 use super::tally::{Tallied, Tally};
+use super::token_table::TokenTable;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 use sluice_storage::pool::{self, Arrival, Expert, ExpertPart, LayerPass};
 
@@ -30,6 +31,8 @@ struct Router {
     logit_bias: Option<VectorRef>,
     /// Added to the scores for the choice.
     choice_bias: Option<VectorRef>,
+    /// The experts of each token, which decide instead of scores.
+    table: Option<TokenTable>,
 }
 
 /// The routed experts of one layer.
@@ -129,6 +132,8 @@ pub(super) struct ExpertScratch {
     logits: Vec<f32>,
     bias: Vec<f32>,
     router: RouterScratch,
+    /// The experts of one token, out of a table.
+    listed: Vec<u32>,
     choices: Vec<Choice>,
     /// By expert, then row.
     uses: Vec<Use>,
@@ -150,6 +155,7 @@ impl ExpertScratch {
             logits: Vec::new(),
             bias: Vec::new(),
             router: RouterScratch::default(),
+            listed: Vec::new(),
             choices: Vec::new(),
             uses: Vec::new(),
             experts: Vec::new(),
@@ -226,6 +232,7 @@ impl Routed {
                 matrix: router.matrix("router")?,
                 logit_bias: moe.router.logit_bias.then(|| router.vector("router_logit_bias")).transpose()?,
                 choice_bias: moe.router.choice_bias.then(|| router.vector("router_bias")).transpose()?,
+                table: TokenTable::new(moe, router)?,
             },
             expert: GatedFfn::new(moe.width, activation, moe.expert_bias, expert)?,
             expert_len: expert.extent_len(),
@@ -265,13 +272,27 @@ impl Routed {
         Some(vector)
     }
 
+    /// Where the experts of tokens are listed, if scores do not decide.
+    pub(super) fn table(&self) -> Option<&TokenTable> {
+        self.router.table.as_ref()
+    }
+
     /// Fills `choices`, `uses` (by expert, then row) and `experts` (distinct, ascending). `x`: the rows.
-    pub(super) fn route(&self, step: Step<'_>, x: &Activations, s: &mut ExpertScratch) {
+    ///
+    /// # Errors
+    /// [`ModelError::TokenTable`] and [`ModelError::Token`], if a table decides.
+    pub(super) fn route(&self, step: Step<'_>, x: &Activations, s: &mut ExpertScratch) -> Result<(), ModelError> {
         step.compute.observe(&self.router.matrix, 0, x);
         let logits = sized(&mut s.logits, x.n() * self.spec.experts);
         let bias = self.logits(step.compute, step.extent, x, &mut s.bias, logits);
-        for logits in logits.chunks_exact(self.spec.experts) {
-            route(&self.spec, logits, bias, &mut s.router, &mut s.choices);
+        for (logits, &token) in logits.chunks_exact(self.spec.experts).zip(step.rows.ids()) {
+            match &self.router.table {
+                None => route(&self.spec, logits, bias, &mut s.router, &mut s.choices),
+                Some(table) => {
+                    table.experts(step.extent, token, &mut s.listed)?;
+                    route_to(&self.spec, logits, &s.listed, &mut s.router, &mut s.choices);
+                }
+            }
         }
         s.uses.extend(s.choices.iter().enumerate().map(|(i, c)| Use {
             expert: c.expert,
@@ -281,6 +302,7 @@ impl Routed {
         s.uses.sort_unstable();
         s.experts.extend(s.uses.iter().map(|a| a.expert));
         s.experts.dedup();
+        Ok(())
     }
 
     /// Computes the experts of the rows `x` as the pool hands them out and adds their weighted sum to `out` `[n, hidden]`, which

@@ -80,7 +80,7 @@ pub struct FfnStep<'a> {
     pub router: &'a [u8],
     /// Bytes of the dense extent, if the layer has one.
     pub dense: Option<&'a [u8]>,
-    /// The residual stream before this part `[n, hidden]` and the next layer, to read ahead for it.
+    /// What this part sees of the residual `[n, hidden]` and the next layer, to read ahead for it.
     pub ahead: Option<(&'a [f32], NextLayer<'a>)>,
 }
 
@@ -133,7 +133,7 @@ impl Ffn {
         let mut pass = match &self.routed {
             None => None,
             Some(routed) => {
-                routed.route(step.router(), activations, experts);
+                routed.route(step.router(), activations, experts)?;
                 let routing = Routing {
                     tokens: n,
                     prefill: !step.rows.generate(),
@@ -154,7 +154,7 @@ impl Ffn {
         let (Some(routed), Some(pass)) = (&self.routed, &mut pass) else { return Ok(Duration::ZERO) };
         prefetcher.judge(step.layer, experts.distinct());
         if let Some((residual, next)) = &step.ahead {
-            prefetcher.prefetch(step.compute, next, residual, out, pass);
+            prefetcher.prefetch(step.compute, next, (step.rows.ids(), residual), out, pass);
         }
         routed.run(step.router(), pass, activations, experts, out)
     }

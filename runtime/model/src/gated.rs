@@ -104,6 +104,7 @@ impl GatedFfn {
         let activation = match spec {
             ActivationSpec::Silu => Activation::Silu,
             ActivationSpec::SwigluOai { alpha, limit } => Activation::SwigluOai { alpha, limit },
+            ActivationSpec::SiluClamped { limit } => Activation::SiluClamped { limit },
         };
         let vector = |name| tensors.vector(name);
         let bias = match bias {

@@ -7,9 +7,10 @@ use sluice_format::{IndexerSpec, RopeSpec};
 use sluice_kernels::{Activations, KeyBlock, KvRows, key_blocks};
 
 use super::ModelError;
+use super::cache::IndexCache;
 use super::compute::{HeadScratch, Step, sized, with_head_scratch};
 use super::rope::{Rope, RopeAngles};
-use super::rows::Caches;
+use super::rows::{Caches, Row};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
 /// Weights of one layer's indexer, as places in its extent.
@@ -121,19 +122,42 @@ impl Indexer {
         for (i, head) in query.chunks_exact_mut(width).enumerate() {
             self.rope.rotate(&mut head[..self.rotated], angles, i / heads);
         }
-        let (query, weights) = (&*query, &*weights);
+        let chooser = Chooser { heads, width, top_k: s.index_top_k, query, weights };
+        let keys = |row: Row| (row.position + 1, caches.of(row.span).latent().index());
+        chooser.choose(step, keys, &mut chosen[..n]);
+    }
+}
+
+/// What chooses keys: queries `[rows, heads, width]` and weights `[rows, heads]`.
+pub struct Chooser<'a> {
+    pub heads: usize,
+    pub width: usize,
+    /// How many are chosen.
+    pub top_k: usize,
+    pub query: &'a [f32],
+    pub weights: &'a [f32],
+}
+
+impl Chooser<'_> {
+    /// For every row, the keys with the highest scores, ascending, in its place in `chosen`; rows that see no more keys than are chosen
+    /// keep what is there. `keys`: how many keys a row sees, and where they are.
+    pub fn choose<'c>(
+        &self,
+        step: Step<'_>,
+        keys: impl Fn(Row) -> (usize, IndexCache<'c>) + Sync,
+        chosen: &mut [Vec<u32>],
+    ) {
+        let Chooser { heads, width, top_k, query, weights } = *self;
         let (q_scale, w_scale) = ((width as f32).powf(-0.5), (heads as f32).powf(-0.5));
-        step.compute.threads.for_each_piece(&mut chosen[..n], 1, &|t, chosen| {
-            let row = step.rows.get(t);
-            let seen = row.position + 1;
-            if seen <= s.index_top_k || step.is_cancelled() {
+        step.compute.threads.for_each_piece(chosen, 1, &|t, chosen| {
+            let (seen, index) = keys(step.rows.get(t));
+            if seen <= top_k || step.is_cancelled() {
                 return;
             }
-            let index = caches.of(row.span).latent().index();
             with_head_scratch(|scratch| {
                 // All scores are not kept: of as many tokens as a context may have, that would be memory that no plan counts.
                 let HeadScratch { tile, scores, best, .. } = scratch;
-                best.begin(s.index_top_k);
+                best.begin(top_k);
                 tile.begin(width, 0, 1.0);
                 for query in query[t * heads * width..][..heads * width].chunks_exact(width) {
                     tile.add(0..seen, None).copy_from_slice(query);

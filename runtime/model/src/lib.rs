@@ -5,6 +5,7 @@
 
 mod attention;
 mod cache;
+mod compressed;
 pub mod compute;
 pub mod control;
 pub mod counts;
@@ -21,6 +22,7 @@ mod mla;
 mod model;
 pub mod outputs;
 mod prefetch;
+mod residual;
 mod room;
 mod rope;
 pub mod router;
@@ -29,6 +31,7 @@ mod sequence;
 pub mod session;
 mod tally;
 mod tasks;
+mod token_table;
 pub mod weights;
 
 pub use self::cache::{PAGE_TOKENS, PageCount, PageKind, PagesFull, WINDOW_SLACK};

@@ -6,10 +6,10 @@
 use std::ops::Range;
 
 use sluice_format::MlaSpec;
-use sluice_kernels::{Activations, KEY_BLOCK, KeyBlock, KvBuffer, key_blocks, rms_norm};
+use sluice_kernels::{Activations, rms_norm};
 
 use super::ModelError;
-use super::cache::{LatentCache, latent_width};
+use super::cache::latent_width;
 use super::compute::{Compute, HeadScratch, Step, sized, with_head_scratch};
 use super::indexer::{self, IndexScratch, Indexer};
 use super::rope::{Rope, RopeAngles};
@@ -260,9 +260,10 @@ impl Mla {
                 let end = if chosen.is_some() { row + 1 } else { alike.unwrap_or(rows.end.min(row + most)) };
                 self.begin_tile(queries, task, row..end, scratch);
                 let cache = queries.caches.of(span).latent();
+                let HeadScratch { tile, chosen: buffer, .. } = scratch;
                 let done = match chosen {
-                    Some(chosen) => attend_chosen(step, cache, chosen, scratch),
-                    None => tasks::attend(step, &mut scratch.tile, |positions| {
+                    Some(chosen) => tasks::meet_chosen(step, tile, buffer, chosen, |at| cache.rows(at..at + 1)),
+                    None => tasks::meet(step, tile, |positions| {
                         let rows = cache.rows(positions);
                         (rows, rows)
                     }),
@@ -270,6 +271,7 @@ impl Mla {
                 if !done {
                     return false;
                 }
+                tile.finish();
                 for (i, result) in scratch.tile.results().chunks_exact(rank).enumerate() {
                     let (row, head) = (row + i / task.heads.len(), i % task.heads.len());
                     scratch.input[(head * n + row - first) * rank..][..rank].copy_from_slice(result);
@@ -328,27 +330,4 @@ fn most_together(rows: usize, chosen: bool) -> Most {
 /// Most rows that are absorbed together for so many heads.
 fn rows_together(heads: usize) -> usize {
     (ABSORBED_TOGETHER / heads).clamp(1, ROWS_TOGETHER)
-}
-
-/// The tile meets the latents at the positions `chosen`: gathered, and cut into blocks by their place in the list. False once nobody
-/// wants the result any more.
-fn attend_chosen(step: Step<'_>, cache: LatentCache<'_>, chosen: &[u32], scratch: &mut HeadScratch) -> bool {
-    let HeadScratch { tile, chosen: buffer, .. } = scratch;
-    for places in key_blocks(tile.positions()) {
-        if step.is_cancelled() {
-            return false;
-        }
-        for (to, &position) in chosen[places.clone()].iter().enumerate() {
-            let row = cache.rows(position as usize..position as usize + 1);
-            let buffer = match buffer {
-                Some(buffer) if buffer.is_like(&row) => buffer,
-                _ => buffer.insert(KvBuffer::new(row.ty(), KEY_BLOCK, row.width())),
-            };
-            buffer.copy_row(to, &row, 0);
-        }
-        let rows = buffer.as_ref().map(|buffer| buffer.rows(0..places.len())).expect("a block has keys");
-        step.compute.kernels.attend_block(tile, &KeyBlock::new(places, rows, rows));
-    }
-    tile.finish();
-    true
 }

@@ -15,6 +15,7 @@ use crate::control::{Control, Progress};
 use crate::embedding::Embedding;
 use crate::ffn::{Ffn, FfnScratch, FfnStep};
 use crate::prefetch::NextLayer;
+use crate::residual::{self, Residual, ResidualScratch};
 use crate::rows::{Caches, Rows, Span};
 use crate::weights::{ExtentTensors, MatrixRef, VectorRef};
 use sluice_storage::pool::{DenseHandle, DenseParts, Pool, PoolError};
@@ -56,6 +57,23 @@ pub enum ModelError {
         /// Tokens wanted.
         wanted: usize,
     },
+    /// The table of a layer's router names something that is no expert, or an expert twice.
+    #[error(
+        "{path}: {extent}: tensor `token_experts` gives token {token} the expert {listed}, twice or not one of {experts}. The \
+         checkpoint is damaged: convert another copy"
+    )]
+    TokenTable {
+        /// The file.
+        path: PathBuf,
+        /// The extent's name.
+        extent: String,
+        /// The token.
+        token: u32,
+        /// What is named.
+        listed: f32,
+        /// Experts of the layer.
+        experts: usize,
+    },
     /// Fewer pages are free than the step needs. Nothing has been appended: it can be tried again when another sequence has given
     /// pages back.
     #[error(transparent)]
@@ -90,6 +108,7 @@ pub struct Model {
     spec: ModelSpec,
     layers: Vec<Layer>,
     embedding: Embedding,
+    final_residual: Residual,
     final_norm: (DenseHandle, VectorRef),
     head: Vec<(DenseHandle, MatrixRef)>,
     scratch: Scratch,
@@ -98,6 +117,8 @@ pub struct Model {
 
 #[derive(Debug)]
 struct Layer {
+    /// How attention and the feed-forward part see the residual.
+    residuals: [Residual; 2],
     attn_norm: VectorRef,
     attention: Attention,
     ffn_norm: VectorRef,
@@ -114,8 +135,9 @@ struct LayerExtents {
 
 #[derive(Debug)]
 struct Scratch {
-    /// Residual stream, `[rows, hidden]`.
+    /// The residual, `[rows, streams, hidden]`.
     x: Vec<f32>,
+    residual: ResidualScratch,
     normed: Vec<f32>,
     delta: Vec<f32>,
     norm: Vec<f32>,
@@ -180,6 +202,7 @@ impl Model {
             let tensors = |kind| ExtentTensors { file, kind, layer: i as u32, index: 0 };
             let (attention, router) = (tensors(ExtentKind::Attention), tensors(ExtentKind::Router));
             layers.push(Layer {
+                residuals: [Residual::new(&spec, &attention)?, Residual::new(&spec, &router)?],
                 attn_norm: attention.vector("attn_norm")?,
                 attention: Attention::new(&layer.attention, &attention)?,
                 ffn_norm: router.vector("ffn_norm")?,
@@ -192,13 +215,15 @@ impl Model {
             });
         }
         let tail = |kind, index| ExtentTensors { file, kind, layer: NO_LAYER, index };
-        let final_norm = (next(), tail(ExtentKind::FinalNorm, 0).vector("norm")?);
+        let last = tail(ExtentKind::FinalNorm, 0);
+        let (final_residual, final_norm) = (Residual::new(&spec, &last)?, (next(), last.vector("norm")?));
         let parts = file.parts(ExtentKind::Head).count() as u32;
         let head = (0..parts)
             .map(|i| Ok((next(), tail(ExtentKind::Head, i).matrix("head")?)))
             .collect::<Result<_, ModelError>>()?;
         let scratch = Scratch {
             x: Vec::new(),
+            residual: ResidualScratch::new(),
             normed: Vec::new(),
             delta: Vec::new(),
             norm: Vec::new(),
@@ -212,6 +237,7 @@ impl Model {
             embedding: Embedding::new(file),
             spec,
             layers,
+            final_residual,
             final_norm,
             head,
             scratch,
@@ -221,7 +247,8 @@ impl Model {
 
     /// Gives all buffers back; they grow again to what the next call needs.
     pub fn give_back(&mut self, compute: &Compute) {
-        let Scratch { x, normed, delta, norm, head_input, part, logits, attention, ffn } = &mut self.scratch;
+        let Scratch { x, residual, normed, delta, norm, head_input, part, logits, attention, ffn } = &mut self.scratch;
+        *residual = ResidualScratch::new();
         for buffer in [x, normed, delta, norm, part, logits] {
             *buffer = Vec::new();
         }
@@ -272,7 +299,7 @@ impl Model {
         Ok(())
     }
 
-    /// Fills the residual stream with what the first layer is to see.
+    /// Fills the residual with what the first layer is to see: all streams begin with the embedding.
     fn begin(
         &mut self,
         weights: &Weights<'_>,
@@ -280,11 +307,11 @@ impl Model {
         spans: &[Span<'_>],
         control: &Control<'_>,
     ) -> Result<(), ModelError> {
-        let hidden = self.spec.hidden_size;
-        let len = rows.len() * hidden;
+        let (hidden, width) = (self.spec.hidden_size, self.spec.residual_width());
+        let len = rows.len() * width;
         let x = sized(&mut self.scratch.x, len);
         if let Some(states) = control.states {
-            x.copy_from_slice(&states[rows.before() * hidden..][..len]);
+            x.copy_from_slice(&states[rows.before() * width..][..len]);
             return Ok(());
         }
         for part in rows.spans() {
@@ -295,7 +322,15 @@ impl Model {
                 self.embedding.rows(weights.file, tokens, &mut x[..tokens.len() * hidden])?;
             }
         }
-        scale(&mut self.scratch.x[..len], self.spec.factors.embedding);
+        scale(&mut x[..rows.len() * hidden], self.spec.factors.embedding);
+        if width > hidden {
+            // From the last row on, since each row goes where later ones were.
+            for row in (0..rows.len()).rev() {
+                x.copy_within(row * hidden..(row + 1) * hidden, row * width);
+                let streams = width / hidden;
+                (1..streams).for_each(|s| x.copy_within(row * width..row * width + hidden, row * width + s * hidden));
+            }
+        }
         Ok(())
     }
 
@@ -310,7 +345,7 @@ impl Model {
             }
         }
         if let Some(sink) = &mut control.hidden {
-            sink(layers, &self.scratch.x[..rows.len() * self.spec.hidden_size]);
+            sink(layers, &self.scratch.x[..rows.len() * self.spec.residual_width()]);
         }
         if let (Some(_), Some(sink)) = (layer, &mut control.progress) {
             sink(Progress { layers, ..rows.progress() });
@@ -327,8 +362,9 @@ impl Model {
     ) -> Result<(), ModelError> {
         let (eps, factor) = (self.spec.norm_eps, self.spec.factors.residual);
         let len = rows.len() * self.spec.hidden_size;
-        let Scratch { x, normed, delta, norm, attention: mixer, ffn, .. } = &mut self.scratch;
-        let (x, normed, delta) = (&mut x[..len], sized(normed, len), sized(delta, len));
+        let Scratch { x, residual, normed, delta, norm, attention: mixer, ffn, .. } = &mut self.scratch;
+        let x = &mut x[..rows.len() * self.spec.residual_width()];
+        let (normed, delta) = (sized(normed, len), sized(delta, len));
         let layer = &self.layers[index];
 
         let dense_parts = weights.dense;
@@ -336,20 +372,21 @@ impl Model {
         let attention = dense_parts.dense(layer.extents.attention)?;
         let step = Step { compute, rows, extent: attention.bytes() };
         step.read(&layer.attn_norm, norm);
-        norm_rows(x, norm, eps, normed);
+        norm_rows(layer.residuals[0].read(compute, step.extent, x, residual), norm, eps, normed);
         layer.attention.forward(step, &mut caches, normed, mixer, delta);
         drop(attention);
         if compute.is_cancelled() {
             return Err(ModelError::Cancelled);
         }
-        add(x, delta, factor);
+        layer.residuals[0].add(&compute.threads, x, delta, residual);
         let attended = Instant::now();
         self.times.attention += (attended - started).saturating_sub(dense_parts.stats().wait - waited);
 
         let router = dense_parts.dense(layer.extents.router)?;
         let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
         layer.ffn_norm.read(router.bytes(), norm);
-        norm_rows(x, norm, eps, normed);
+        let input = layer.residuals[1].read(compute, router.bytes(), x, residual);
+        norm_rows(input, norm, eps, normed);
         // A prompt will need most experts of the next layer anyway; a prefetch needs that layer's router in memory.
         let ahead = index + 1;
         let next = self.layers.get(ahead).filter(|l| {
@@ -359,7 +396,7 @@ impl Model {
         let next_router = next.map(|l| dense_parts.dense(l.extents.router)).transpose()?;
         let prefetch = next.zip(next_router.as_ref()).and_then(|(l, router)| {
             let (norm, extent) = (l.ffn_norm, router.bytes());
-            Some((&*x, NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, eps, factor, extent }))
+            Some((input, NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, eps, factor, extent }))
         });
         let step = FfnStep {
             compute,
@@ -370,7 +407,7 @@ impl Model {
             ahead: prefetch,
         };
         let experts = layer.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
-        add(x, delta, factor);
+        layer.residuals[1].add(&compute.threads, x, delta, residual);
         self.times.experts += experts;
         self.times.feed_forward += attended.elapsed().saturating_sub(experts);
         Ok(())
@@ -390,14 +427,19 @@ impl Model {
     ) -> Result<(), ModelError> {
         let (mut started, waited) = (Instant::now(), dense.stats().wait);
         let (hidden, vocab) = (self.spec.hidden_size, self.spec.vocab_size);
-        let Scratch { x, normed, norm, head_input, part, logits, .. } = &mut self.scratch;
-        self.final_norm.1.read(dense.dense(self.final_norm.0)?.bytes(), norm);
+        let width = self.spec.residual_width();
+        let Scratch { x, residual, normed, delta, norm, head_input, part, logits, .. } = &mut self.scratch;
+        let last = dense.dense(self.final_norm.0)?;
+        self.final_norm.1.read(last.bytes(), norm);
         for (block, rows) in wanted.chunks(LOGIT_ROWS).enumerate() {
             let n = rows.len();
             let normed = sized(normed, n * hidden);
-            for (row, normed) in rows.iter().zip(normed.chunks_exact_mut(hidden)) {
-                rms_norm(&x[row * hidden..][..hidden], norm, self.spec.norm_eps, normed);
+            let wanted = sized(delta, n * width);
+            for (row, wanted) in rows.iter().zip(wanted.chunks_exact_mut(width)) {
+                wanted.copy_from_slice(&x[row * width..][..width]);
             }
+            let input = self.final_residual.read(compute, last.bytes(), wanted, residual);
+            norm_rows(input, norm, self.spec.norm_eps, normed);
             head_input.set(normed, n, hidden);
             let logits = sized(logits, n * vocab);
             let mut row = 0;
@@ -440,7 +482,10 @@ impl Model {
         let widest = spec.layers.iter().map(layer).max().unwrap_or(0);
         let kept = Model::output_memory(spec, rows).min(most_kept);
         let logits = (2 * LOGIT_ROWS.min(rows) * spec.vocab_size * 4) as u64;
-        (widest + 8 * hidden) * 4 * rows as u64 + kept + logits + crate::experts::tally_memory(expert_len)
+        // More than one stream is what the residual has beyond the stream that is counted with the rest.
+        let streams = (spec.residual_width() - spec.hidden_size) as u64 * 4 * rows as u64;
+        let residual = streams + residual::scratch_memory(spec, rows);
+        (widest + 8 * hidden) * 4 * rows as u64 + residual + kept + logits + crate::experts::tally_memory(expert_len)
     }
 
     /// Bytes of the outputs of all experts that `rows` rows choose in a layer.
@@ -460,11 +505,6 @@ impl Model {
 fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let width = weight.len();
     x.chunks_exact(width).zip(out.chunks_exact_mut(width)).for_each(|(x, out)| rms_norm(x, weight, eps, out));
-}
-
-/// `x += factor · delta`; a factor of 1 changes no bit.
-fn add(x: &mut [f32], delta: &[f32], factor: f32) {
-    x.iter_mut().zip(delta).for_each(|(x, d)| *x += factor * d);
 }
 
 fn scale(x: &mut [f32], factor: f32) {

@@ -103,15 +103,28 @@ impl Prefetcher {
     }
 
     /// Applies the next layer's router to `residual + factor · delta`, both `[rows, hidden]`, the state of the rows as far as it is
-    /// known, and starts to read what is likely enough.
+    /// known, and starts to read what is likely enough. Where a table says which experts the tokens `ids` have, all of them are
+    /// read.
     pub fn prefetch(
         &mut self,
         compute: &Compute,
         next: &NextLayer<'_>,
-        residual: &[f32],
+        (ids, residual): (&[u32], &[f32]),
         delta: &[f32],
         pass: &mut LayerPass<'_>,
     ) {
+        if let Some(table) = next.routed.table() {
+            self.wanted.clear();
+            for &token in ids {
+                // An error is the router's to report.
+                if table.experts(next.extent, token, &mut self.ranked).is_ok() {
+                    self.wanted.extend(self.ranked.iter().filter(|expert| !pass.has(next.layer as u32, **expert)));
+                }
+            }
+            self.wanted.sort_unstable();
+            self.wanted.dedup();
+            return pass.prefetch(next.layer as u32, &self.wanted);
+        }
         next.norm.read(next.extent, &mut self.norm);
         let hidden = self.norm.len();
         let rows = residual.len() / hidden;

@@ -61,6 +61,19 @@ impl Rope {
         }
     }
 
+    /// Fills `back` with the angles that undo `angles`.
+    pub fn reverse(angles: &RopeAngles, back: &mut RopeAngles) {
+        back.cos.clone_from(&angles.cos);
+        back.sin.clear();
+        back.sin.extend(angles.sin.iter().map(|sin| -sin));
+    }
+
+    /// Rotates the last elements of `x`, as many as rotate, by the angles of position number `index`.
+    pub fn rotate_end(&self, x: &mut [f32], angles: &RopeAngles, index: usize) {
+        let first = x.len() - 2 * self.inv_freq.len();
+        self.rotate(&mut x[first..], angles, index);
+    }
+
     /// Rotates `x` by the angles of position number `index`.
     pub fn rotate(&self, x: &mut [f32], angles: &RopeAngles, index: usize) {
         let half = self.inv_freq.len();
@@ -123,6 +136,21 @@ mod tests {
         assert_eq!(plain.inv_freq[0], yarn.inv_freq[0]);
         assert_eq!(plain.inv_freq[3] / 4.0, yarn.inv_freq[3]);
         assert!(yarn.inv_freq[1] < plain.inv_freq[1] && yarn.inv_freq[1] > plain.inv_freq[1] / 4.0);
+    }
+
+    #[test]
+    fn the_end_rotates_there_and_back() {
+        let rope = Rope::new(&spec(RopeScaling::None));
+        let (mut angles, mut back) = (RopeAngles::default(), RopeAngles::default());
+        rope.angles([7].into_iter(), &mut angles);
+        Rope::reverse(&angles, &mut back);
+        let x: Vec<f32> = (1..=11).map(|i| i as f32).collect();
+        let mut y = x.clone();
+        rope.rotate_end(&mut y, &angles, 0);
+        assert_eq!(x[..3], y[..3]);
+        assert!(x[3..].iter().zip(&y[3..]).all(|(x, y)| x != y), "{y:?}");
+        rope.rotate_end(&mut y, &back, 0);
+        assert!(x.iter().zip(&y).all(|(x, y)| (x - y).abs() < 1e-5), "{y:?}");
     }
 
     #[test]

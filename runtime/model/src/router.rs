@@ -3,6 +3,7 @@
 use sluice_format::{GroupScore, MoeSpec, RouterScore};
 use sluice_kernels::{sigmoid, softmax, top_k};
 
+use super::delta::softplus;
 pub use sluice_storage::pool::Choice;
 
 /// Buffers that routing reuses from token to token.
@@ -21,8 +22,21 @@ pub struct RouterScratch {
 /// Formulas: DeepSeek-V3, arXiv:2412.19437, equations 12–16; softmax scores as in DeepSeek-V2.
 pub fn route(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut RouterScratch, out: &mut Vec<Choice>) {
     score(moe, logits, bias, scratch);
+    top_k(&scratch.choice, moe.top_k, &mut scratch.chosen);
+    weigh(moe, scratch, out);
+}
+
+/// As [`route`], where the token has these `experts`, whatever their scores.
+pub fn route_to(moe: &MoeSpec, logits: &[f32], experts: &[u32], scratch: &mut RouterScratch, out: &mut Vec<Choice>) {
+    score(moe, logits, None, scratch);
+    scratch.chosen.clear();
+    scratch.chosen.extend_from_slice(experts);
+    weigh(moe, scratch, out);
+}
+
+/// Appends the chosen experts with their weights.
+fn weigh(moe: &MoeSpec, scratch: &mut RouterScratch, out: &mut Vec<Choice>) {
     let RouterScratch { scores, choice, chosen, .. } = scratch;
-    top_k(choice, moe.top_k, chosen);
     if moe.router.score == RouterScore::SoftmaxOfChosen {
         // Only the chosen logits take part, largest first.
         choice.clear();
@@ -64,6 +78,7 @@ fn score(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut Rout
             scores.extend_from_slice(logits);
             softmax(scores);
         }
+        RouterScore::SqrtSoftplus => scores.extend(logits.iter().map(|&l| softplus(l).sqrt())),
         RouterScore::SoftmaxOfChosen | RouterScore::SigmoidOfChosen => scores.extend_from_slice(logits),
     }
     choice.clear();
@@ -126,6 +141,7 @@ mod tests {
                 renormalise,
                 least_sum: None,
                 scale: 2.0,
+                token_table: None,
             },
         }
     }
@@ -145,6 +161,22 @@ mod tests {
         assert_eq!(choices.iter().map(|c| c.expert).collect::<Vec<_>>(), [1, 6]);
         assert_eq!(choices[0].weight, 2.0 * sigmoid(0.0));
         assert_eq!(choices[1].weight, 2.0 * sigmoid(3.0));
+    }
+
+    #[test]
+    fn a_table_decides_the_choice_and_scores_the_weights() {
+        let logits = [0.0, 2.0, 1.0, -1.0, 0.5, 3.0, 0.0, 0.0];
+        let mut moe = moe(None, Some(0.0));
+        moe.router.score = RouterScore::SqrtSoftplus;
+        let mut out = Vec::new();
+        route_to(&moe, &logits, &[4, 1], &mut RouterScratch::default(), &mut out);
+        let score = |logit: f64| logit.exp().ln_1p().sqrt();
+        let (first, second) = (score(2.0), score(0.5));
+        assert_eq!(out.iter().map(|c| c.expert).collect::<Vec<_>>(), [1, 4]);
+        for (choice, want) in out.iter().zip([first, second]) {
+            let want = 2.0 * want / (first + second);
+            assert!((f64::from(choice.weight) - want).abs() < 1e-6, "{} instead of {want}", choice.weight);
+        }
     }
 
     #[test]

@@ -104,6 +104,8 @@ impl SpanRows {
 #[derive(Debug, Default)]
 pub struct Rows {
     rows: Vec<Row>,
+    /// The token of each row.
+    ids: Vec<u32>,
     spans: Vec<SpanRows>,
     /// Rows of the step that earlier passes have taken.
     before: usize,
@@ -127,6 +129,7 @@ impl Rows {
         self.total = spans.iter().map(|span| span.tokens.len()).sum();
         self.before = cursor.taken;
         self.rows.clear();
+        self.ids.clear();
         self.spans.clear();
         while let Some(span) = spans.get(cursor.span) {
             let left = span.tokens.len() - cursor.token;
@@ -136,6 +139,7 @@ impl Rows {
                 let (first, token) = (self.rows.len(), cursor.token);
                 self.spans.push(SpanRows { span: cursor.span, first, count, token, start, phase: span.phase });
                 self.rows.extend((start..start + count).map(|position| Row { span: cursor.span, position }));
+                self.ids.extend_from_slice(&span.tokens[token..token + count]);
             }
             if count < left {
                 cursor.token += count;
@@ -176,6 +180,11 @@ impl Rows {
     /// Whether the pass has no rows, as before the first one.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
+    }
+
+    /// The token of every row.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
     }
 
     /// Row `index`.
@@ -235,12 +244,25 @@ impl<'a, 's> Caches<'a, 's> {
 
     /// The cache of a span's sequence.
     pub fn of(&self, span: usize) -> LayerCache<'_> {
-        self.spans[span].sequence.layer(self.layer)
+        self.store(span, 0)
     }
 
     /// The cache of a span's sequence, to extend it.
     pub fn of_mut(&mut self, span: usize) -> LayerCacheMut<'_> {
-        self.spans[span].sequence.layer_mut(self.layer)
+        self.store_mut(span, 0)
+    }
+
+    /// One of several things that the layer keeps of a span's sequence.
+    pub fn store(&self, span: usize, number: usize) -> LayerCache<'_> {
+        let sequence = &self.spans[span].sequence;
+        sequence.store(sequence.store_of(self.layer, number))
+    }
+
+    /// The same, to extend it.
+    pub fn store_mut(&mut self, span: usize, number: usize) -> LayerCacheMut<'_> {
+        let sequence = &mut self.spans[span].sequence;
+        let store = sequence.store_of(self.layer, number);
+        sequence.store_mut(store)
     }
 }
 

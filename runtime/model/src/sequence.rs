@@ -344,7 +344,7 @@ impl Sequence {
     pub(crate) fn beginning(&self, position: usize) -> Self {
         let kinds = self.pool.layout().pages().iter().enumerate().zip(&self.tables);
         let tables = kinds.map(|((number, page), table)| match page.kind() {
-            PageKind::Rows => {
+            PageKind::Rows | PageKind::Entries(_) => {
                 let mut table = table.fork();
                 table.rewind(position, None);
                 table
@@ -393,7 +393,8 @@ impl Sequence {
 
     /// Takes the pages for a saved sequence of `position` tokens.
     pub(crate) fn make_room(&mut self, position: usize) -> Result<(), PagesFull> {
-        self.tables.iter_mut().try_for_each(|table| table.restore(&self.pool, position))
+        let there = self.position();
+        self.tables.iter_mut().try_for_each(|table| table.restore(&self.pool, there, position))
     }
 
     /// The tokens of a restored sequence, whose layers have been filled.
@@ -415,7 +416,7 @@ impl Sequence {
                 return Some(None);
             }
             let mut table = Table::new(number, page.kind(), 0);
-            let fits = newest <= self.limits.most && table.restore(&self.pool, position).is_ok();
+            let fits = newest <= self.limits.most && table.restore(&self.pool, 0, position).is_ok();
             fits.then_some(Some(table))
         };
         let kept = kinds.map(room).collect::<Option<Arc<[_]>>>()?;
@@ -432,47 +433,57 @@ impl Sequence {
         self.forget_marks(self.limits.most);
     }
 
-    /// Layers of the model.
-    pub(crate) fn layers(&self) -> usize {
-        self.pool.layout().layers()
+    /// Stores of the model: what each layer keeps, layer by layer. Most layers have one, some several.
+    pub(crate) fn stores(&self) -> usize {
+        self.pool.layout().stores()
     }
 
-    /// Whether a mark keeps something of a layer.
-    pub(crate) fn forgets(&self, layer: usize) -> bool {
+    /// The layer that a store belongs to.
+    pub(crate) fn layer_of(&self, store: usize) -> usize {
+        self.pool.layout().layer_of(store)
+    }
+
+    /// Store `number` of a layer.
+    pub(crate) fn store_of(&self, layer: usize, number: usize) -> usize {
+        self.pool.layout().first_store(layer) + number
+    }
+
+    /// Whether a mark keeps something of a store.
+    pub(crate) fn forgets(&self, store: usize) -> bool {
         let layout = self.pool.layout();
-        layout.pages()[layout.layer(layer).0].kind() != PageKind::Rows
+        layout.pages()[layout.place(store).0].kind().forgets()
     }
 
-    /// The layers that keep what they remember of a token as long as the sequence has it.
-    pub(crate) fn remembering_layers(&self) -> impl Iterator<Item = usize> {
-        (0..self.layers()).filter(|&layer| !self.forgets(layer))
+    /// The stores that keep what they remember of a token as long as the sequence has it.
+    pub(crate) fn remembering_stores(&self) -> impl Iterator<Item = usize> {
+        (0..self.stores()).filter(|&store| !self.forgets(store))
     }
 
-    /// The layers with windows or recurrent states.
-    pub(crate) fn forgetting_layers(&self) -> impl Iterator<Item = usize> {
-        (0..self.layers()).filter(|&layer| self.forgets(layer))
+    /// The stores with windows or recurrent states.
+    pub(crate) fn forgetting_stores(&self) -> impl Iterator<Item = usize> {
+        (0..self.stores()).filter(|&store| self.forgets(store))
     }
 
-    pub(crate) fn layer(&self, index: usize) -> LayerCache<'_> {
+    pub(crate) fn store(&self, index: usize) -> LayerCache<'_> {
         let layout = self.pool.layout();
-        LayerCache::new(layout, index, &self.tables[layout.layer(index).0])
+        LayerCache::new(layout, index, &self.tables[layout.place(index).0])
     }
 
-    pub(crate) fn layer_mut(&mut self, index: usize) -> LayerCacheMut<'_> {
+    pub(crate) fn store_mut(&mut self, index: usize) -> LayerCacheMut<'_> {
         let layout = self.pool.layout();
-        LayerCacheMut::new(layout, index, &mut self.tables[layout.layer(index).0])
+        LayerCacheMut::new(layout, index, &mut self.tables[layout.place(index).0])
     }
 
-    /// What a mark keeps of a layer.
-    pub(crate) fn layer_at<'a>(&'a self, mark: &'a Snapshot, index: usize) -> Option<LayerCache<'a>> {
+    /// What a mark keeps of a store.
+    pub(crate) fn store_at<'a>(&'a self, mark: &'a Snapshot, index: usize) -> Option<LayerCache<'a>> {
         let layout = self.pool.layout();
-        Some(LayerCache::new(layout, index, mark.kept.get(layout.layer(index).0)?.as_ref()?))
+        Some(LayerCache::new(layout, index, mark.kept.get(layout.place(index).0)?.as_ref()?))
     }
 
     /// The same, to fill it.
-    pub(crate) fn layer_at_mut<'a>(&'a self, mark: &'a mut Snapshot, index: usize) -> Option<LayerCacheMut<'a>> {
+    pub(crate) fn store_at_mut<'a>(&'a self, mark: &'a mut Snapshot, index: usize) -> Option<LayerCacheMut<'a>> {
         let layout = self.pool.layout();
-        let kept = Arc::get_mut(&mut mark.kept)?.get_mut(layout.layer(index).0)?;
+        let kept = Arc::get_mut(&mut mark.kept)?.get_mut(layout.place(index).0)?;
         Some(LayerCacheMut::new(layout, index, kept.as_mut()?))
     }
 

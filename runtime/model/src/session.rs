@@ -105,12 +105,14 @@ impl fmt::Display for Part {
     }
 }
 
-/// The number of a layer's kind of section.
+/// The number of a store's kind of section.
 fn kind_of(place: Place) -> u32 {
     match place {
         Place::Latent(_) => 2,
         Place::KeyValue(_) => 3,
         Place::State(_) => 4,
+        Place::Entries(_) => 6,
+        Place::Raw(_) => 7,
     }
 }
 
@@ -119,7 +121,8 @@ const MARKS_KIND: u32 = 5;
 /// Bytes of a mark: its position, and whether it was asked for.
 const MARK_LEN: usize = 12;
 /// Names of the kinds of sections, the first of them 1.
-pub const SECTION_KINDS: [&str; 5] = ["tokens", "latents", "keys and values", "state", "marks"];
+pub const SECTION_KINDS: [&str; 7] =
+    ["tokens", "latents", "keys and values", "state", "marks", "entries", "to be compressed"];
 
 /// A section: what it begins with, and its records.
 #[derive(Clone, Debug)]
@@ -148,14 +151,14 @@ impl Section {
         Section::new(MARKS_KIND, NO_LAYER, 0..count, MARK_LEN)
     }
 
-    /// Rows of a layer.
-    fn rows(index: usize, layer: LayerCache<'_>, positions: Range<usize>) -> Self {
-        Section::new(kind_of(layer.place()), index as u32, positions, layer.record_len())
+    /// Records of a store of a layer.
+    fn rows(layer: usize, store: LayerCache<'_>, records: Range<usize>) -> Self {
+        Section::new(kind_of(store.place()), layer as u32, records, store.record_len())
     }
 
-    /// What a layer with a window or a state has to remember of `position` tokens.
-    fn kept(index: usize, layer: LayerCache<'_>, position: usize) -> Self {
-        Section::rows(index, layer, layer.records(position))
+    /// What a store with a window or a state has to remember of `position` tokens.
+    fn kept(layer: usize, store: LayerCache<'_>, position: usize) -> Self {
+        Section::rows(layer, store, store.records(position))
     }
 
     /// Bytes of it in the file.
@@ -188,16 +191,17 @@ fn stretches(positions: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     positions.step_by(STRETCH).map(move |first| first..end.min(first + STRETCH))
 }
 
-/// Bytes of the rows of so many tokens.
-fn rows_len(sequence: &Sequence, tokens: usize) -> u64 {
-    let frames = tokens.div_ceil(STRETCH) as u64 * SECTION_FRAME;
-    let layers = sequence.remembering_layers();
-    layers.map(|i| frames + tokens as u64 * sequence.layer(i).record_len() as u64).sum()
+/// Bytes of the rows of the tokens at these positions.
+fn rows_len(sequence: &Sequence, positions: Range<usize>) -> u64 {
+    let frames = positions.len().div_ceil(STRETCH) as u64 * SECTION_FRAME;
+    let stores = sequence.remembering_stores().map(|i| sequence.store(i));
+    let records = stores.map(|store| store.records_of(positions.clone()).len() as u64 * store.record_len() as u64);
+    records.map(|bytes| frames + bytes).sum()
 }
 
 /// Bytes of what layers with windows and states remember of `position` tokens.
 fn kept_len(sequence: &Sequence, position: usize) -> u64 {
-    sequence.forgetting_layers().map(|i| Section::kept(i, sequence.layer(i), position).len()).sum()
+    sequence.forgetting_stores().map(|i| Section::kept(0, sequence.store(i), position).len()).sum()
 }
 
 /// Bytes of what a mark keeps.
@@ -208,7 +212,7 @@ fn mark_len(sequence: &Sequence, position: usize) -> u64 {
 /// Bytes of the file of a segment of these positions with marks at those.
 fn file_len(sequence: &Sequence, positions: Range<usize>, marks: impl ExactSizeIterator<Item = usize>) -> u64 {
     let lists = Section::tokens(positions.clone()).len() + Section::marks(marks.len()).len();
-    let layers = rows_len(sequence, positions.len()) + kept_len(sequence, positions.end);
+    let layers = rows_len(sequence, positions.clone()) + kept_len(sequence, positions.end);
     let marks: u64 = marks.map(|position| mark_len(sequence, position)).sum();
     header::HEADER_LEN as u64 + lists + layers + marks
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use sluice_kernels::{KeyBlock, KvRows, QueryTile, ThreadPool, key_blocks};
+use sluice_kernels::{KEY_BLOCK, KeyBlock, KvBuffer, KvRows, QueryTile, ThreadPool, key_blocks};
 
 use super::compute::Step;
 use super::rows::SpanRows;
@@ -96,13 +96,22 @@ impl Tasks {
     }
 }
 
-/// The queries of `tile` meet all keys that they see, block by block; `rows` gives the keys and values at positions of one block.
-/// False if the step was cancelled; the results are then unfinished.
+/// The queries of `tile` meet all keys that they see, block by block, and are finished; `rows` gives the keys and values at positions of
+/// one block. False if the step was cancelled; the results are then unfinished.
 pub fn attend<'a>(
     step: Step<'_>,
     tile: &mut QueryTile,
     rows: impl Fn(Range<usize>) -> (KvRows<'a>, KvRows<'a>),
 ) -> bool {
+    let met = meet(step, tile, rows);
+    if met {
+        tile.finish();
+    }
+    met
+}
+
+/// As [`attend`], of queries that have yet to meet other keys.
+pub fn meet<'a>(step: Step<'_>, tile: &mut QueryTile, rows: impl Fn(Range<usize>) -> (KvRows<'a>, KvRows<'a>)) -> bool {
     for positions in key_blocks(tile.positions()) {
         if step.is_cancelled() {
             return false;
@@ -110,7 +119,33 @@ pub fn attend<'a>(
         let (keys, values) = rows(positions.clone());
         step.compute.kernels.attend_block(tile, &KeyBlock::new(positions, keys, values));
     }
-    tile.finish();
+    true
+}
+
+/// The queries of `tile` meet the keys that were chosen, which are their values too: gathered in `buffer`, and cut into blocks by their
+/// place in the list. `row` gives that at one position. False once nobody wants the result any more.
+pub fn meet_chosen<'a>(
+    step: Step<'_>,
+    tile: &mut QueryTile,
+    buffer: &mut Option<KvBuffer>,
+    chosen: &[u32],
+    row: impl Fn(usize) -> KvRows<'a>,
+) -> bool {
+    for places in key_blocks(tile.positions()) {
+        if step.is_cancelled() {
+            return false;
+        }
+        for (to, &position) in chosen[places.clone()].iter().enumerate() {
+            let row = row(position as usize);
+            let buffer = match buffer {
+                Some(buffer) if buffer.is_like(&row) => buffer,
+                _ => buffer.insert(KvBuffer::new(row.ty(), KEY_BLOCK, row.width())),
+            };
+            buffer.copy_row(to, &row, 0);
+        }
+        let rows = buffer.as_ref().map(|buffer| buffer.rows(0..places.len())).expect("a block has keys");
+        step.compute.kernels.attend_block(tile, &KeyBlock::new(places, rows, rows));
+    }
     true
 }
 

@@ -118,6 +118,12 @@ impl VectorRef {
         self.len
     }
 
+    /// Some of its numbers.
+    pub fn part<'a>(&self, extent: &'a [u8], part: Range<usize>) -> impl Iterator<Item = f32> + use<'a> {
+        let bytes = &extent[self.offset..self.offset + 4 * self.len][4 * part.start..4 * part.end];
+        bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes))
+    }
+
     /// Byte of the extent at which it ends.
     pub fn end(&self) -> usize {
         self.offset + 4 * self.len

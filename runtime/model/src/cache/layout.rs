@@ -1,11 +1,13 @@
 //! Which pages a model's sequences need, and where in them each layer's rows lie.
 
-use sluice_format::{AttentionSpec, LayerSpec, ModelSpec};
+use sluice_format::{AttentionSpec, CompressedSpec, LayerSpec, ModelSpec};
 use sluice_kernels::{KEY_BLOCK, KvBuffer, KvType};
 
 use super::key_value::KeyValuePlace;
 use super::latent::{LatentPlace, index_width, latent_width};
 use super::page::Page;
+use super::raw::RawPlace;
+use crate::compressed::raw_width;
 use crate::delta::StateShape;
 
 /// Tokens of a page: those of a block of keys. A smaller page would cut blocks. A larger one would waste more at the end of each
@@ -25,6 +27,8 @@ pub enum PageKind {
     /// The same, in the layers with a window of this many positions, the token's own included. They go back to the pool as the window
     /// moves on.
     Window(usize),
+    /// Rows of entries, each of which stands for this many tokens: [`PAGE_TOKENS`] entries, in every layer that has such entries.
+    Entries(usize),
     /// The state of every recurrent layer after one token.
     State,
 }
@@ -37,6 +41,9 @@ impl PageKind {
         let marks = (sequences as u64).saturating_mul(marks as u64);
         match self {
             PageKind::Rows => whole,
+            PageKind::Entries(ratio) => {
+                (sequences as u64).saturating_mul((context / ratio).div_ceil(PAGE_TOKENS) as u64)
+            }
             PageKind::Window(window) => {
                 let in_pass = Self::in_pass(window, sequences, rows);
                 in_pass.min(whole).saturating_add(marks.saturating_mul(self.marked(context)))
@@ -49,7 +56,7 @@ impl PageKind {
     /// The most pages that a mark keeps in a sequence of up to `context` tokens.
     pub fn marked(self, context: usize) -> u64 {
         match self {
-            PageKind::Rows => 0,
+            PageKind::Rows | PageKind::Entries(_) => 0,
             // The window can begin and end in the middle of a page.
             PageKind::Window(window) => {
                 let seen = window.saturating_sub(1).div_ceil(PAGE_TOKENS) + 1;
@@ -57,6 +64,16 @@ impl PageKind {
             }
             PageKind::State => 1,
         }
+    }
+
+    /// Whether a sequence gives up what it holds before the tokens that it is of, so that going back needs a mark.
+    pub fn forgets(self) -> bool {
+        matches!(self, PageKind::Window(_) | PageKind::State)
+    }
+
+    /// Tokens that each row is of.
+    pub fn ratio(self) -> usize {
+        if let PageKind::Entries(ratio) = self { ratio } else { 1 }
     }
 
     /// The most pages that `sequences` sequences have in layers with a window of `window` tokens during a pass of `rows` rows.
@@ -72,6 +89,7 @@ impl std::fmt::Display for PageKind {
         match self {
             PageKind::Rows => write!(f, "{PAGE_TOKENS} tokens"),
             PageKind::Window(window) => write!(f, "{PAGE_TOKENS} tokens in layers that see {window}"),
+            PageKind::Entries(ratio) => write!(f, "{PAGE_TOKENS} entries of {ratio} tokens"),
             PageKind::State => f.write_str("recurrent states"),
         }
     }
@@ -96,8 +114,12 @@ impl Rows {
 pub enum Place {
     /// Keys and values.
     KeyValue(KeyValuePlace),
-    /// Latents.
+    /// Latents, or keys that are values too.
     Latent(LatentPlace),
+    /// Entries that stand for some tokens each.
+    Entries(LatentPlace),
+    /// Numbers of tokens that are yet to be compressed.
+    Raw(RawPlace),
     /// Recurrent states.
     State(StatePlace),
 }
@@ -171,20 +193,32 @@ impl PageLayout {
     }
 }
 
-/// The kinds of pages of a model, and each layer's place in one of them.
+/// One thing that a layer keeps of a sequence. Most layers keep one.
+#[derive(Clone, Copy, Debug)]
+struct Store {
+    layer: usize,
+    /// Number of its kind of page.
+    kind: usize,
+    place: Place,
+}
+
+/// The kinds of pages of a model, and each store's place in one of them.
 #[derive(Clone, Debug)]
 pub struct Layout {
     pages: Vec<PageLayout>,
-    layers: Vec<(usize, Place)>,
+    /// Layer by layer.
+    stores: Vec<Store>,
+    /// The first store of each layer.
+    first: Vec<usize>,
 }
 
 impl Layout {
     /// The layout of a model whose keys and values are of type `ty`. Index keys and states are always f32.
     pub fn new(spec: &ModelSpec, ty: KvType) -> Self {
-        let mut layout = Layout { pages: Vec::new(), layers: Vec::with_capacity(spec.layers.len()) };
-        for LayerSpec { attention, .. } in &spec.layers {
-            let place = layout.place(attention, ty);
-            layout.layers.push(place);
+        let mut layout = Layout { pages: Vec::new(), stores: Vec::new(), first: Vec::with_capacity(spec.layers.len()) };
+        for (layer, LayerSpec { attention, .. }) in spec.layers.iter().enumerate() {
+            layout.first.push(layout.stores.len());
+            layout.add(layer, attention, ty);
         }
         layout
     }
@@ -192,21 +226,21 @@ impl Layout {
     /// The layout of a model without layers.
     #[cfg(test)]
     pub fn empty() -> Self {
-        Layout { pages: Vec::new(), layers: Vec::new() }
+        Layout { pages: Vec::new(), stores: Vec::new(), first: Vec::new() }
     }
 
     /// Bytes of rows and states that the token at `position` reads, in all layers.
     pub fn touched(&self, position: usize) -> u64 {
-        let layers = self.layers.iter().enumerate();
-        let layer = |(layer, &(number, _)): (usize, &(usize, Place))| {
-            let records = match self.pages[number].kind {
+        let store = |(number, store): (usize, &Store)| {
+            let records = match self.pages[store.kind].kind {
                 PageKind::Rows => position,
                 PageKind::Window(window) => position.min(window),
+                PageKind::Entries(ratio) => position / ratio,
                 PageKind::State => 1,
             };
-            (records as u64).saturating_mul(self.record_len(layer) as u64)
+            (records as u64).saturating_mul(self.record_len(number) as u64)
         };
-        layers.map(layer).fold(0, u64::saturating_add)
+        self.stores.iter().enumerate().map(store).fold(0, u64::saturating_add)
     }
 
     /// The most bytes that a mark keeps in a sequence of up to `capacity` tokens.
@@ -215,34 +249,55 @@ impl Layout {
         self.pages.iter().map(kept).fold(0, u64::saturating_add)
     }
 
-    fn place(&mut self, attention: &AttentionSpec, ty: KvType) -> (usize, Place) {
-        let kind = match attention {
-            AttentionSpec::Mla(_) => PageKind::Rows,
-            AttentionSpec::Gqa(gqa) => gqa.reach().map_or(PageKind::Rows, PageKind::Window),
-            AttentionSpec::Delta(_) => PageKind::State,
-        };
+    /// Adds what a layer keeps.
+    fn add(&mut self, layer: usize, attention: &AttentionSpec, ty: KvType) {
+        match attention {
+            AttentionSpec::Gqa(gqa) => {
+                let kind = gqa.reach().map_or(PageKind::Rows, PageKind::Window);
+                self.store(layer, kind, ty, |page| {
+                    Place::KeyValue(KeyValuePlace {
+                        keys: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.head_dim),
+                        values: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.v_head_dim),
+                        kv_heads: gqa.kv_heads,
+                    })
+                });
+            }
+            AttentionSpec::Mla(mla) => {
+                let index = mla.indexer.as_ref().map_or(0, index_width);
+                self.store(layer, PageKind::Rows, ty, |page| Place::Latent(latents(page, latent_width(mla), index)));
+            }
+            AttentionSpec::Delta(spec) => {
+                let shape = StateShape::of(spec);
+                self.store(layer, PageKind::State, ty, |page| {
+                    Place::State(StatePlace { first: page.numbers(shape.numbers()), shape })
+                });
+            }
+            AttentionSpec::Compressed(spec) => self.add_compressed(layer, spec, ty),
+        }
+    }
+
+    /// In the order of [`compressed::WINDOW`](crate::compressed::WINDOW) and what follows it.
+    fn add_compressed(&mut self, layer: usize, spec: &CompressedSpec, ty: KvType) {
+        self.store(layer, PageKind::Window(spec.window), ty, |page| Place::Latent(latents(page, spec.head_dim, 0)));
+        let Some(compression) = &spec.compression else { return };
+        self.store(layer, PageKind::Window(compression.reach()), ty, |page| {
+            let width = raw_width(spec.head_dim, compression);
+            Place::Raw(RawPlace { first: page.numbers(width * PAGE_TOKENS), width })
+        });
+        let index = compression.indexer.as_ref().map_or(0, |indexer| indexer.index_head_dim);
+        self.store(layer, PageKind::Entries(compression.ratio), ty, |page| {
+            Place::Entries(latents(page, spec.head_dim, index))
+        });
+    }
+
+    /// Adds a store in pages of a kind, where `place` makes room for it.
+    fn store(&mut self, layer: usize, kind: PageKind, ty: KvType, place: impl FnOnce(&mut PageLayout) -> Place) {
         let number = self.pages.iter().position(|page| page.kind == kind).unwrap_or_else(|| {
             self.pages.push(PageLayout::new(kind, ty));
             self.pages.len() - 1
         });
-        let page = &mut self.pages[number];
-        let place = match attention {
-            AttentionSpec::Gqa(gqa) => Place::KeyValue(KeyValuePlace {
-                keys: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.head_dim),
-                values: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.v_head_dim),
-                kv_heads: gqa.kv_heads,
-            }),
-            AttentionSpec::Mla(mla) => {
-                let index = mla.indexer.as_ref().map_or(0, index_width);
-                let rows = page.rows(PAGE_TOKENS, latent_width(mla));
-                Place::Latent(LatentPlace { rows, first_index: page.numbers(index * PAGE_TOKENS), index })
-            }
-            AttentionSpec::Delta(spec) => {
-                let shape = StateShape::of(spec);
-                Place::State(StatePlace { first: page.numbers(shape.numbers()), shape })
-            }
-        };
-        (number, place)
+        let place = place(&mut self.pages[number]);
+        self.stores.push(Store { layer, kind: number, place });
     }
 
     /// The kinds of pages.
@@ -250,25 +305,42 @@ impl Layout {
         &self.pages
     }
 
-    /// Of a layer: the number of its kind of page, and its place there.
-    pub fn layer(&self, index: usize) -> (usize, Place) {
-        self.layers[index]
+    /// Of a store: the number of its kind of page, and its place there.
+    pub fn place(&self, store: usize) -> (usize, Place) {
+        (self.stores[store].kind, self.stores[store].place)
     }
 
-    /// Layers of the model.
-    pub fn layers(&self) -> usize {
-        self.layers.len()
+    /// The layer that a store belongs to.
+    pub fn layer_of(&self, store: usize) -> usize {
+        self.stores[store].layer
     }
 
-    /// Bytes of a saved record of a layer: the rows of a position, or a state.
-    pub fn record_len(&self, layer: usize) -> usize {
-        let (number, place) = self.layers[layer];
+    /// The first store of a layer; its others follow.
+    pub fn first_store(&self, layer: usize) -> usize {
+        self.first[layer]
+    }
+
+    /// Stores of all layers.
+    pub fn stores(&self) -> usize {
+        self.stores.len()
+    }
+
+    /// Bytes of a saved record of a store: the rows of a position, an entry, or a state.
+    pub fn record_len(&self, store: usize) -> usize {
+        let (number, place) = self.place(store);
         let page = &self.pages[number];
         let row = |rows: Rows| KvBuffer::row_bytes(page.ty, page.buffers[rows.buffer].1);
         match place {
             Place::KeyValue(place) => place.kv_heads * (row(place.keys) + row(place.values)),
-            Place::Latent(place) => row(place.rows) + 4 * place.index,
+            Place::Latent(place) | Place::Entries(place) => row(place.rows) + 4 * place.index,
+            Place::Raw(place) => 4 * place.width,
             Place::State(place) => 4 * place.shape.kept(),
         }
     }
+}
+
+/// Room for the rows of one head and as many index keys.
+fn latents(page: &mut PageLayout, width: usize, index: usize) -> LatentPlace {
+    let rows = page.rows(PAGE_TOKENS, width);
+    LatentPlace { rows, first_index: page.numbers(index * PAGE_TOKENS), index }
 }

@@ -10,21 +10,23 @@ mod key_value;
 mod latent;
 mod layout;
 mod page;
+mod raw;
 mod table;
 
 use std::ops::Range;
 
 pub use self::key_value::{KeyValueCache, KeyValueCacheMut};
-pub use self::latent::{LatentCache, LatentCacheMut, latent_width};
+pub use self::latent::{IndexCache, LatentCache, LatentCacheMut, latent_width};
 pub use self::layout::{Layout, PAGE_TOKENS, PageKind, PageLayout, Place, WINDOW_SLACK};
 pub use self::page::{Held, PageCount, PagePool, PagesFull};
+pub use self::raw::{RawCache, RawCacheMut};
 pub use self::table::Table;
 use crate::delta::{State, StateMut};
 
 /// Why a cache always is of the kind that its layer expects.
 const OF_ITS_SPEC: &str = "a cache is made from the spec of its layer";
 
-/// What one layer remembers of the tokens of one sequence.
+/// What one layer remembers of the tokens of one sequence, or one of several such things.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerCache<'a> {
     table: &'a Table,
@@ -41,9 +43,9 @@ pub struct LayerCacheMut<'a> {
 }
 
 impl<'a> LayerCache<'a> {
-    /// The cache of layer `index`, whose pages are those of `table`.
+    /// The cache of store `index`, whose pages are those of `table`.
     pub fn new(layout: &Layout, index: usize, table: &'a Table) -> Self {
-        LayerCache { table, place: layout.layer(index).1, record_len: layout.record_len(index) }
+        LayerCache { table, place: layout.place(index).1, record_len: layout.record_len(index) }
     }
 
     /// Its place in its pages.
@@ -60,19 +62,31 @@ impl<'a> LayerCache<'a> {
         KeyValueCache { table: self.table.rows(), place }
     }
 
-    /// Latents.
+    /// Latents, or entries.
     pub fn latent(self) -> LatentCache<'a> {
-        let Place::Latent(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
+        let (Place::Latent(place) | Place::Entries(place)) = self.place else { unreachable!("{OF_ITS_SPEC}") };
         LatentCache { table: self.table.rows(), place }
     }
 
-    /// Records that a saved sequence of `position` tokens has of this layer: the positions of rows that later tokens can see, or
-    /// the one state.
+    /// What is yet to be compressed.
+    pub fn raw(self) -> RawCache<'a> {
+        let Place::Raw(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
+        RawCache { table: self.table.rows(), place }
+    }
+
+    /// Records that a saved sequence of `position` tokens has of this layer: the positions of rows that later tokens can see, all
+    /// entries, or the one state.
     pub fn records(self, position: usize) -> Range<usize> {
         match self.table {
             Table::Rows(rows) => rows.seen_from(position),
             Table::State(_) => position.saturating_sub(1)..position,
         }
+    }
+
+    /// Records that come with the tokens at these positions, in a layer that remembers everything.
+    pub fn records_of(self, positions: Range<usize>) -> Range<usize> {
+        let ratio = self.table.rows().ratio();
+        positions.start / ratio..positions.end / ratio
     }
 
     /// Bytes of each record.
@@ -83,7 +97,8 @@ impl<'a> LayerCache<'a> {
     /// Writes a record. A state's record is the one after its token.
     pub fn record_to_bytes(self, record: usize, out: &mut [u8]) {
         match self.place {
-            Place::Latent(_) => self.latent().row_to_bytes(record, out),
+            Place::Latent(_) | Place::Entries(_) => self.latent().row_to_bytes(record, out),
+            Place::Raw(_) => self.raw().row_to_bytes(record, out),
             Place::KeyValue(_) => self.key_value().row_to_bytes(record, out),
             Place::State(place) => {
                 let page = self.table.state().now().expect("the last complete step has left a state");
@@ -94,9 +109,9 @@ impl<'a> LayerCache<'a> {
 }
 
 impl<'a> LayerCacheMut<'a> {
-    /// The cache of layer `index`, whose pages are those of `table`.
+    /// The cache of store `index`, whose pages are those of `table`.
     pub fn new(layout: &Layout, index: usize, table: &'a mut Table) -> Self {
-        LayerCacheMut { table, place: layout.layer(index).1, record_len: layout.record_len(index) }
+        LayerCacheMut { table, place: layout.place(index).1, record_len: layout.record_len(index) }
     }
 
     /// The same, to read it.
@@ -113,10 +128,16 @@ impl<'a> LayerCacheMut<'a> {
         KeyValueCacheMut { table: self.table.rows_mut(), place }
     }
 
-    /// Latents.
+    /// Latents, or entries.
     pub fn latent_mut(self) -> LatentCacheMut<'a> {
-        let Place::Latent(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
+        let (Place::Latent(place) | Place::Entries(place)) = self.place else { unreachable!("{OF_ITS_SPEC}") };
         LatentCacheMut { table: self.table.rows_mut(), place }
+    }
+
+    /// What is yet to be compressed.
+    pub fn raw_mut(self) -> RawCacheMut<'a> {
+        let Place::Raw(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
+        RawCacheMut { table: self.table.rows_mut(), place }
     }
 
     /// The states that a step reads, and those that it writes.
@@ -131,7 +152,10 @@ impl<'a> LayerCacheMut<'a> {
     pub fn record_from_bytes(&mut self, record: usize, bytes: &[u8]) {
         let LayerCacheMut { table, place, .. } = self;
         match *place {
-            Place::Latent(place) => LatentCacheMut { table: table.rows_mut(), place }.row_from_bytes(record, bytes),
+            Place::Latent(place) | Place::Entries(place) => {
+                LatentCacheMut { table: table.rows_mut(), place }.row_from_bytes(record, bytes);
+            }
+            Place::Raw(place) => RawCacheMut { table: table.rows_mut(), place }.row_from_bytes(record, bytes),
             Place::KeyValue(place) => KeyValueCacheMut { table: table.rows_mut(), place }.row_from_bytes(record, bytes),
             Place::State(place) => {
                 let page = table.restored_state();

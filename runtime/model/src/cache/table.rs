@@ -16,26 +16,36 @@ pub enum Table {
     State(StateTable),
 }
 
-/// Pages of rows, one for each [`PAGE_TOKENS`] positions.
+/// Pages of rows, one for each [`PAGE_TOKENS`] rows. A row is of one token, and its number is the token's position; or it is an entry
+/// for some tokens, which is there when the last of them is.
 #[derive(Clone, Debug)]
 pub struct RowTable {
     kind: usize,
+    /// Tokens of a row.
+    ratio: usize,
     window: Option<usize>,
     pages: VecDeque<Held>,
-    /// Number of the first page that is there: what it holds begins at `first · PAGE_TOKENS`.
+    /// Number of the first page that is there: what it holds begins at row `first · PAGE_TOKENS`.
     first: usize,
-    /// The first position that has rows: of a restored sequence, the first in the window.
+    /// The first row that is there: of a restored sequence, the first in the window.
     from: usize,
 }
 
 impl RowTable {
-    fn new(kind: usize, window: Option<usize>, capacity: usize) -> Self {
+    fn new(number: usize, kind: PageKind, capacity: usize) -> Self {
+        let ratio = kind.ratio();
+        let window = if let PageKind::Window(window) = kind { Some(window) } else { None };
         // One more, for the copy of a shared page.
-        let pages = VecDeque::with_capacity(capacity.div_ceil(PAGE_TOKENS) + 1);
-        RowTable { kind, window, pages, first: 0, from: 0 }
+        let pages = VecDeque::with_capacity((capacity / ratio).div_ceil(PAGE_TOKENS) + 1);
+        RowTable { kind: number, ratio, window, pages, first: 0, from: 0 }
     }
 
-    /// The page of `positions`, and their places in it.
+    /// Tokens of a row.
+    pub fn ratio(&self) -> usize {
+        self.ratio
+    }
+
+    /// The page of the rows at `positions`, and their places in it.
     ///
     /// # Panics
     /// If they are not all there, or lie in more than one block of keys.
@@ -46,7 +56,7 @@ impl RowTable {
         (page, places)
     }
 
-    /// The page of a position, and the position's place in it.
+    /// The page of a row, and its place in it. `position`: its number.
     ///
     /// # Panics
     /// If it is not there.
@@ -62,10 +72,10 @@ impl RowTable {
         (self.pages[position / PAGE_TOKENS - self.first].get_mut(), position % PAGE_TOKENS)
     }
 
-    /// Rows before `position` that the token there and later ones can see.
+    /// Rows of the tokens before `position` that the token there and later ones can see.
     pub fn seen_from(&self, position: usize) -> Range<usize> {
         // The window includes the token itself, so it has one earlier row fewer.
-        self.window.map_or(0, |window| (position + 1).saturating_sub(window))..position
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))..position / self.ratio
     }
 
     fn reaches(&self, position: usize) -> bool {
@@ -75,7 +85,7 @@ impl RowTable {
     /// Whether a sequence of `position` tokens ends in the middle of a page that is shared.
     fn copies(&self, position: usize) -> bool {
         let last = self.pages.back();
-        !position.is_multiple_of(PAGE_TOKENS) && last.is_some_and(Held::is_shared)
+        !(position / self.ratio).is_multiple_of(PAGE_TOKENS) && last.is_some_and(Held::is_shared)
     }
 
     /// The page that has to be copied before a sequence of `position` tokens goes on.
@@ -84,8 +94,8 @@ impl RowTable {
     }
 
     fn wanted(&self, position: usize, count: usize) -> usize {
-        let there = if self.pages.is_empty() { position / PAGE_TOKENS } else { self.first + self.pages.len() };
-        (position + count).div_ceil(PAGE_TOKENS).saturating_sub(there) + usize::from(self.copies(position))
+        let there = if self.pages.is_empty() { self.begins(position) } else { self.first + self.pages.len() };
+        self.ends(position + count).saturating_sub(there) + usize::from(self.copies(position))
     }
 
     fn prepare(&mut self, pool: &Arc<PagePool>, position: usize, count: usize) -> Result<(), PagesFull> {
@@ -95,17 +105,27 @@ impl RowTable {
             *last = last.own()?;
         }
         if self.pages.is_empty() {
-            self.first = position / PAGE_TOKENS;
+            self.first = self.begins(position);
         }
-        while self.first + self.pages.len() < (position + count).div_ceil(PAGE_TOKENS) {
+        while self.first + self.pages.len() < self.ends(position + count) {
             self.pages.push_back(pool.take(self.kind)?);
         }
         Ok(())
     }
 
+    /// Number of the page that has the next row behind `position` tokens.
+    fn begins(&self, position: usize) -> usize {
+        position / self.ratio / PAGE_TOKENS
+    }
+
+    /// Pages that have all rows of `position` tokens.
+    fn ends(&self, position: usize) -> usize {
+        (position / self.ratio).div_ceil(PAGE_TOKENS)
+    }
+
     /// Gives back what lies behind `position`.
     fn truncate(&mut self, position: usize) {
-        self.pages.truncate(position.div_ceil(PAGE_TOKENS).saturating_sub(self.first));
+        self.pages.truncate(self.ends(position).saturating_sub(self.first));
         if position == 0 {
             (self.first, self.from) = (0, 0);
         }
@@ -125,7 +145,7 @@ impl RowTable {
         let from = self.seen_from(position).start;
         let skip = (from / PAGE_TOKENS).saturating_sub(self.first);
         let pages = self.pages.iter().skip(skip).cloned().collect();
-        RowTable { kind: self.kind, window: self.window, pages, first: self.first + skip, from: from.max(self.from) }
+        RowTable { pages, first: self.first + skip, from: from.max(self.from), ..*self }
     }
 
     /// Replaces what is there by what a mark has kept.
@@ -242,8 +262,9 @@ impl Table {
     /// A table without pages, for a sequence of up to `capacity` tokens.
     pub fn new(number: usize, kind: PageKind, capacity: usize) -> Self {
         match kind {
-            PageKind::Rows => Table::Rows(RowTable::new(number, None, capacity)),
-            PageKind::Window(window) => Table::Rows(RowTable::new(number, Some(window), capacity)),
+            PageKind::Rows | PageKind::Window(_) | PageKind::Entries(_) => {
+                Table::Rows(RowTable::new(number, kind, capacity))
+            }
             PageKind::State => Table::State(StateTable { kind: number, now: None, other: None, before: None }),
         }
     }
@@ -381,12 +402,14 @@ impl Table {
         state
     }
 
-    /// Takes the pages for a saved sequence of `position` tokens.
+    /// Takes the pages for a saved sequence of `position` tokens. Of layers that remember everything, the first `there` tokens are
+    /// there already.
     ///
     /// # Errors
     /// [`PagesFull`].
-    pub fn restore(&mut self, pool: &Arc<PagePool>, position: usize) -> Result<(), PagesFull> {
+    pub fn restore(&mut self, pool: &Arc<PagePool>, there: usize, position: usize) -> Result<(), PagesFull> {
         match self {
+            Table::Rows(rows) if rows.window.is_none() => rows.prepare(pool, there, position - there),
             Table::Rows(rows) => {
                 rows.from = rows.seen_from(position).start;
                 rows.prepare(pool, rows.from, position - rows.from)

@@ -59,8 +59,9 @@ pub(super) struct Header {
     pub state_id: StateId,
     pub kv_code: u16,
     pub exact: u16,
+    /// Stores of all layers.
     pub layers: u32,
-    /// Layers with windows or recurrent states.
+    /// Stores with windows or recurrent states.
     pub forgetting: u32,
     /// Tokens before the segment.
     pub start: u64,
@@ -124,8 +125,8 @@ impl Header {
             state_id,
             kv_code: kv_code(kv_type),
             exact: u16::from(exact),
-            layers: sequence.layers() as u32,
-            forgetting: sequence.forgetting_layers().count() as u32,
+            layers: sequence.stores() as u32,
+            forgetting: sequence.forgetting_stores().count() as u32,
             start: start as u64,
             position: sequence.position() as u64,
             marks: marks as u64,
@@ -247,7 +248,7 @@ impl Header {
         if self.exact != u16::from(wanted.exact) {
             return Err(SessionError::Precision { path: path(), exact: self.exact != 0 });
         }
-        let layers = (sequence.layers() as u32, sequence.forgetting_layers().count() as u32);
+        let layers = (sequence.stores() as u32, sequence.forgetting_stores().count() as u32);
         match (self.layers, self.forgetting) == layers {
             true => Ok(()),
             false => Err(reader.misplaced()),

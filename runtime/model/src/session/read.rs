@@ -116,16 +116,18 @@ impl<'a> Reader<'a> {
             if positions.start >= until {
                 break;
             }
-            for i in 0..sequence.layers() {
+            for i in 0..sequence.stores() {
                 if sequence.forgets(i) {
                     continue;
                 }
-                let part = Part::Rows { first: positions.start, layer: i };
-                let mut layer = sequence.layer_mut(i);
-                let section = Section::rows(i, layer.as_ref(), positions.clone());
+                let layer = sequence.layer_of(i);
+                let part = Part::Rows { first: positions.start, layer };
+                let mut store = sequence.store_mut(i);
+                let end = store.as_ref().records_of(0..until).end;
+                let section = Section::rows(layer, store.as_ref(), store.as_ref().records_of(positions.clone()));
                 self.section(part, &section, |record, bytes| {
-                    if record < until {
-                        layer.record_from_bytes(record, bytes);
+                    if record < end {
+                        store.record_from_bytes(record, bytes);
                     }
                 })?;
             }
@@ -200,9 +202,10 @@ pub(crate) fn append(
         return Err(SessionError::Misplaced { path: path.to_owned(), part: Part::Header, offset: 0 });
     }
     reader.rows(&mut sequence, &header, position)?;
-    for i in 0..sequence.layers() {
+    for i in 0..sequence.stores() {
         if sequence.forgets(i) {
-            reader.kept(Part::Layer(i), i, sequence.layer_mut(i), position)?;
+            let layer = sequence.layer_of(i);
+            reader.kept(Part::Layer(layer), layer, sequence.store_mut(i), position)?;
         }
     }
     sequence.restored(&tokens);
@@ -216,12 +219,13 @@ pub(crate) fn append(
 fn append_marks(reader: &mut Reader<'_>, sequence: &mut Sequence, marks: &[(usize, bool)]) -> Result<(), SessionError> {
     for (i, &(position, automatic)) in marks.iter().enumerate() {
         let mut mark = sequence.room_for_mark(marks.len() - i, position, automatic);
-        for layer in (0..sequence.layers()).filter(|&layer| position > 0 && sequence.forgets(layer)) {
+        for i in (0..sequence.stores()).filter(|&i| position > 0 && sequence.forgets(i)) {
+            let layer = sequence.layer_of(i);
             let part = Part::Mark { position, layer };
-            let cache = mark.as_mut().and_then(|mark| sequence.layer_at_mut(mark, layer));
-            match cache {
-                Some(cache) => reader.kept(part, layer, cache, position)?,
-                None => reader.section(part, &Section::kept(layer, sequence.layer(layer), position), |_, _| ())?,
+            let store = mark.as_mut().and_then(|mark| sequence.store_at_mut(mark, i));
+            match store {
+                Some(store) => reader.kept(part, layer, store, position)?,
+                None => reader.section(part, &Section::kept(layer, sequence.store(i), position), |_, _| ())?,
             }
         }
         mark.into_iter().for_each(|mark| sequence.restore_mark(mark));
@@ -314,7 +318,7 @@ impl<'a> Opened<'a> {
     /// Reads what layers with windows and states have to remember to go on at the target.
     fn kept(&mut self, sequence: &mut Sequence, target: Target) -> Result<(), SessionError> {
         let end = self.positions().end;
-        let rows_end = self.rows_at + rows_len(sequence, self.positions().len());
+        let rows_end = self.rows_at + rows_len(sequence, self.positions());
         let before = self.marks[..target.mark.unwrap_or(0)].iter();
         let skipped = match target.mark {
             Some(_) => kept_len(sequence, end) + before.map(|&mark| mark_len(sequence, mark)).sum::<u64>(),
@@ -329,13 +333,14 @@ impl<'a> Opened<'a> {
         })?;
         let mut reader = Reader::new(file, path);
         (reader.seed, reader.offset) = (self.seed, offset);
-        for layer in 0..sequence.layers() {
-            if sequence.forgets(layer) {
+        for i in 0..sequence.stores() {
+            if sequence.forgets(i) {
+                let layer = sequence.layer_of(i);
                 let part = match target.mark {
                     Some(_) => Part::Mark { position: target.position, layer },
                     None => Part::Layer(layer),
                 };
-                reader.kept(part, layer, sequence.layer_mut(layer), target.position)?;
+                reader.kept(part, layer, sequence.store_mut(i), target.position)?;
             }
         }
         Ok(())

@@ -90,19 +90,19 @@ impl Sequence {
             asked.copy_from_slice(&u32::from(!marks[record].is_automatic()).to_le_bytes());
         })?;
         for positions in stretches(start..position) {
-            for (i, layer) in self.remembering_layers().map(|i| (i, self.layer(i))) {
-                let section = Section::rows(i, layer, positions.clone());
-                writer.section(&section, |record, bytes| layer.record_to_bytes(record, bytes))?;
+            for (i, store) in self.remembering_stores().map(|i| (i, self.store(i))) {
+                let section = Section::rows(self.layer_of(i), store, store.records_of(positions.clone()));
+                writer.section(&section, |record, bytes| store.record_to_bytes(record, bytes))?;
             }
         }
-        for (i, layer) in self.forgetting_layers().map(|i| (i, self.layer(i))) {
-            let section = Section::kept(i, layer, position);
-            writer.section(&section, |record, bytes| layer.record_to_bytes(record, bytes))?;
+        for (i, store) in self.forgetting_stores().map(|i| (i, self.store(i))) {
+            let section = Section::kept(self.layer_of(i), store, position);
+            writer.section(&section, |record, bytes| store.record_to_bytes(record, bytes))?;
         }
         for mark in marks {
-            for (i, layer) in self.forgetting_layers().filter_map(|i| Some((i, self.layer_at(mark, i)?))) {
-                let section = Section::kept(i, layer, mark.position());
-                writer.section(&section, |record, bytes| layer.record_to_bytes(record, bytes))?;
+            for (i, store) in self.forgetting_stores().filter_map(|i| Some((i, self.store_at(mark, i)?))) {
+                let section = Section::kept(self.layer_of(i), store, mark.position());
+                writer.section(&section, |record, bytes| store.record_to_bytes(record, bytes))?;
             }
         }
         writer.out.flush()

@@ -1,0 +1,197 @@
+//! How the parts of a layer see the residual, and how their outputs enter it: one stream, to which outputs are added, or several
+//! that are mixed (formulas at [`StreamsSpec`]).
+
+use sluice_format::{ModelSpec, StreamsSpec};
+use sluice_kernels::{Activations, Precision, ThreadPool, rms_norm, sigmoid, softmax};
+
+use super::ModelError;
+use super::compute::{Compute, sized, with_head_scratch};
+use super::weights::{ExtentTensors, MatrixRef, VectorRef};
+
+/// Rows whose streams are normalised and multiplied together: bounds the scratch, whatever the pass.
+const ROWS_TOGETHER: usize = 64;
+
+/// The residual as one part of a layer sees it, or the head.
+#[derive(Debug)]
+pub enum Residual {
+    /// One stream, to which outputs are added times a factor.
+    One(f32),
+    /// Several.
+    Streams(Streams),
+}
+
+/// Functions of all streams that say what a part sees of each, and what becomes of them.
+#[derive(Debug)]
+pub struct Streams {
+    spec: StreamsSpec,
+    hidden: usize,
+    norm_eps: f32,
+    functions: MatrixRef,
+    bias: VectorRef,
+    scale: VectorRef,
+}
+
+/// Buffers for the residual.
+#[derive(Debug)]
+pub struct ResidualScratch {
+    /// What a part sees of several streams, `[rows, hidden]`.
+    input: Vec<f32>,
+    /// Outputs of the functions, turned into weights, `[rows, functions]`.
+    weights: Vec<f32>,
+    activations: Activations,
+    normed: Vec<f32>,
+    ones: Vec<f32>,
+    bias: Vec<f32>,
+    scale: Vec<f32>,
+}
+
+impl ResidualScratch {
+    /// Empty buffers; they grow to what the first call needs.
+    pub fn new() -> Self {
+        ResidualScratch {
+            input: Vec::new(),
+            weights: Vec::new(),
+            activations: Activations::new(Precision::Exact),
+            normed: Vec::new(),
+            ones: Vec::new(),
+            bias: Vec::new(),
+            scale: Vec::new(),
+        }
+    }
+}
+
+/// Bytes of scratch for passes of `rows` rows.
+pub fn scratch_memory(spec: &ModelSpec, rows: usize) -> u64 {
+    let Some(streams) = &spec.streams else { return 0 };
+    let width = spec.residual_width() as u64;
+    let per_row = spec.hidden_size as u64 + streams.functions() as u64;
+    // Normalised streams and their copy as activations, for some rows at a time.
+    let together = 2 * width * ROWS_TOGETHER.min(rows) as u64 + width;
+    4 * (per_row * rows as u64 + together)
+}
+
+impl Residual {
+    /// The residual as a part sees it whose extent has `tensors`.
+    pub(super) fn new(spec: &ModelSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+        let Some(streams) = &spec.streams else { return Ok(Residual::One(spec.factors.residual)) };
+        Ok(Residual::Streams(Streams {
+            spec: streams.clone(),
+            hidden: spec.hidden_size,
+            norm_eps: spec.norm_eps,
+            functions: tensors.matrix("streams")?,
+            bias: tensors.vector("streams_bias")?,
+            scale: tensors.vector("streams_scale")?,
+        }))
+    }
+
+    /// What the part sees of the residual `x` `[n, width]`: `[n, hidden]`.
+    pub fn read<'a>(
+        &self,
+        compute: &Compute,
+        extent: &[u8],
+        x: &'a [f32],
+        scratch: &'a mut ResidualScratch,
+    ) -> &'a [f32] {
+        match self {
+            Residual::One(_) => x,
+            Residual::Streams(streams) => streams.read(compute, extent, x, scratch),
+        }
+    }
+
+    /// Takes the part's output `[n, hidden]` into the residual. [`Residual::read`] has been called for it.
+    pub fn add(&self, threads: &ThreadPool, x: &mut [f32], output: &[f32], scratch: &ResidualScratch) {
+        match self {
+            // A factor of 1 changes no bit.
+            Residual::One(factor) => x.iter_mut().zip(output).for_each(|(x, o)| *x += factor * o),
+            Residual::Streams(streams) => streams.add(threads, x, output, &scratch.weights),
+        }
+    }
+}
+
+impl Streams {
+    fn width(&self) -> usize {
+        self.spec.count * self.hidden
+    }
+
+    fn read<'a>(&self, compute: &Compute, extent: &[u8], x: &[f32], scratch: &'a mut ResidualScratch) -> &'a [f32] {
+        let (width, hidden, functions) = (self.width(), self.hidden, self.functions.rows());
+        let n = x.len() / width;
+        let ResidualScratch { input, weights, activations, normed, ones, bias, scale } = scratch;
+        self.bias.read(extent, bias);
+        self.scale.read(extent, scale);
+        if ones.len() != width {
+            *ones = vec![1.0; width];
+        }
+        let weights = sized(weights, n * functions);
+        for (x, weights) in x.chunks(ROWS_TOGETHER * width).zip(weights.chunks_mut(ROWS_TOGETHER * functions)) {
+            let normed = sized(normed, x.len());
+            compute.threads.for_each_piece(normed, width, &|row, normed| {
+                rms_norm(&x[row * width..][..width], ones, self.norm_eps, normed);
+            });
+            activations.set(normed, x.len() / width, width);
+            // Nobody observes what meets this matrix: it is never rounded.
+            compute.kernels.matmul(&compute.threads, self.functions.view(extent), activations, weights);
+        }
+        weights.chunks_exact_mut(functions).for_each(|row| self.weigh(row, bias, scale));
+        let weights = &*weights;
+        let input = sized(input, n * hidden);
+        compute.threads.for_each_piece(input, hidden, &|row, input| {
+            input.fill(0.0);
+            let streams = x[row * width..][..width].chunks_exact(hidden);
+            for (stream, pre) in streams.zip(&weights[row * functions..]) {
+                input.iter_mut().zip(stream).for_each(|(i, s)| *i += pre * s);
+            }
+        });
+        input
+    }
+
+    /// Turns the outputs of the functions into weights: `pre`, and before a part of a layer `post` and `mix` behind it.
+    fn weigh(&self, row: &mut [f32], bias: &[f32], scale: &[f32]) {
+        let (count, eps) = (self.spec.count, self.spec.eps);
+        // The first scale is of `pre`, the second of `post`, the third of the square behind them.
+        row.iter_mut().enumerate().for_each(|(i, v)| *v = *v * scale[(i / count).min(scale.len() - 1)] + bias[i]);
+        let (pre, rest) = row.split_at_mut(count);
+        pre.iter_mut().for_each(|v| *v = sigmoid(*v) + eps);
+        let Some((post, mix)) = rest.split_at_mut_checked(count) else { return };
+        post.iter_mut().for_each(|v| *v = 2.0 * sigmoid(*v));
+        for row in mix.chunks_exact_mut(count) {
+            softmax(row);
+            row.iter_mut().for_each(|v| *v += eps);
+        }
+        divide_columns(mix, count, eps);
+        for _ in 1..self.spec.iterations {
+            for row in mix.chunks_exact_mut(count) {
+                let sum = row.iter().sum::<f32>() + eps;
+                row.iter_mut().for_each(|v| *v /= sum);
+            }
+            divide_columns(mix, count, eps);
+        }
+    }
+
+    fn add(&self, threads: &ThreadPool, x: &mut [f32], output: &[f32], weights: &[f32]) {
+        let (count, hidden, functions) = (self.spec.count, self.hidden, self.functions.rows());
+        threads.for_each_piece(x, self.width(), &|row, streams| {
+            let weights = &weights[row * functions + count..][..functions - count];
+            let (post, mix) = weights.split_at(count);
+            let output = &output[row * hidden..][..hidden];
+            with_head_scratch(|scratch| {
+                let before = sized(&mut scratch.input, streams.len());
+                before.copy_from_slice(streams);
+                for (i, stream) in streams.chunks_exact_mut(hidden).enumerate() {
+                    stream.iter_mut().zip(output).for_each(|(s, o)| *s = post[i] * o);
+                    for (j, before) in before.chunks_exact(hidden).enumerate() {
+                        let part = mix[j * count + i];
+                        stream.iter_mut().zip(before).for_each(|(s, b)| *s += part * b);
+                    }
+                }
+            });
+        });
+    }
+}
+
+fn divide_columns(mix: &mut [f32], count: usize, eps: f32) {
+    for column in 0..count {
+        let sum = mix[column..].iter().step_by(count).sum::<f32>() + eps;
+        mix[column..].iter_mut().step_by(count).for_each(|v| *v /= sum);
+    }
+}
