@@ -201,7 +201,7 @@ fn specs() -> Vec<ModelSpec> {
             (gqa.qk_norm, gqa.qkv_bias, gqa.o_bias, gqa.sinks, gqa.output_gate) = (None, false, false, false, false);
         }
     }
-    vec![small_spec(), gqa_spec(), plain, sparse_spec()]
+    vec![small_spec(), gqa_spec(), plain, sparse_spec(), hybrid_spec()]
 }
 
 #[test]

@@ -9,7 +9,9 @@ use support::*;
 
 #[test]
 fn a_model_comes_back_as_it_was_written() {
-    for (spec, page_size) in [(small_spec(), 4096), (small_spec(), 16384), (gqa_spec(), 4096), (sparse_spec(), 4096)] {
+    for (spec, page_size) in
+        [(small_spec(), 4096), (small_spec(), 16384), (gqa_spec(), 4096), (sparse_spec(), 4096), (hybrid_spec(), 4096)]
+    {
         let (_dir, path) = temp();
         let content = plan(&spec, 8);
         let id = write(&path, &content, page_size).unwrap();

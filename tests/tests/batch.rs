@@ -5,8 +5,9 @@ use sluice_model::{Control, Engine, EngineOptions, Phase, ReadEngineKind, Sequen
 use sluice_tests::{Converted, Golden};
 
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
-/// and keys beside recurrent states.
-const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next"];
+/// keys beside recurrent states, latents beside those, and keys in blocks that are chosen.
+const ATTENTIONS: [&str; 8] =
+    ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next", "kimi_linear", "minimax_m3"];
 /// Tokens of a sequence.
 const LENGTH: usize = 30;
 

@@ -118,8 +118,9 @@ fn engine_policy_prefetch_and_budget_never_change_a_bit() {
 }
 
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
-/// and keys beside recurrent states.
-const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next"];
+/// keys beside recurrent states, latents beside those, and keys in blocks that are chosen.
+const ATTENTIONS: [&str; 8] =
+    ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next", "kimi_linear", "minimax_m3"];
 
 /// How far the logits of half of the tokens may be from those with f32. The others may be further: the models are tiny and
 /// random, so that a rounding now and then turns a choice of the router or the indexer.

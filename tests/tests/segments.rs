@@ -11,10 +11,11 @@ use sluice_tests::{Converted, Golden};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
-/// and keys beside recurrent states.
-const ATTENTIONS: [&str; 6] = ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next"];
+/// keys beside recurrent states, latents beside those, and keys in blocks that are chosen.
+const ATTENTIONS: [&str; 8] =
+    ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gpt_oss", "mixtral_swa", "qwen3_next", "kimi_linear", "minimax_m3"];
 /// Those that cannot go back to any token.
-const FORGETTING: [&str; 3] = ["gpt_oss", "mixtral_swa", "qwen3_next"];
+const FORGETTING: [&str; 4] = ["gpt_oss", "mixtral_swa", "qwen3_next", "kimi_linear"];
 
 fn options() -> EngineOptions {
     EngineOptions {

@@ -17,7 +17,9 @@ mod gpt_oss;
 mod gqa;
 mod indexer;
 mod kimi_k25;
+mod kimi_linear;
 mod minimax_m2;
+mod minimax_m3;
 mod mixtral;
 mod mla;
 mod moe;
@@ -43,6 +45,7 @@ static FAMILIES: &[&dyn Family] = &[
     &deepseek_v3::DeepSeekV3,
     &deepseek_v32::DeepSeekV32,
     &kimi_k25::KimiK25,
+    &kimi_linear::KimiLinear,
     &glm4_moe::Glm4Moe,
     &glm4_moe_lite::Glm4MoeLite,
     &glm_moe_dsa::GlmMoeDsa,
@@ -53,6 +56,8 @@ static FAMILIES: &[&dyn Family] = &[
     &qwen3_next::Qwen35Moe,
     &qwen3_next::Qwen35MoeText,
     &minimax_m2::MiniMaxM2,
+    &minimax_m3::MiniMaxM3,
+    &minimax_m3::MiniMaxM3Text,
     &mixtral::Mixtral,
     &olmoe::Olmoe,
     &dense::Llama,

@@ -144,14 +144,19 @@ fn generate(path: &Path, choice: u64) {
 }
 
 pub(crate) fn seeds(_folder: &Path) -> Seeds {
-    let specs = [("mla", support::small_spec()), ("gqa", support::gqa_spec()), ("sparse", support::sparse_spec())];
+    let specs = [
+        ("mla", support::small_spec()),
+        ("gqa", support::gqa_spec()),
+        ("sparse", support::sparse_spec()),
+        ("hybrid", support::hybrid_spec()),
+    ];
     let files = specs.iter().map(|(name, spec)| ((*name).to_owned(), support::file_of(spec, 4096)));
     let jsons = specs.iter().map(|(name, spec)| (format!("{name}.json"), spec.to_json()));
     let mut seeds: Seeds = files.chain(jsons).collect();
     // Rotary embeddings, without which grouped queries know no places.
     let mut spec = support::gqa_spec();
     let rope = support::small_spec().layers.into_iter().find_map(|l| match l.attention {
-        sluice_format::AttentionSpec::Mla(mla) => Some(mla.rope),
+        sluice_format::AttentionSpec::Mla(mla) => mla.rope,
         _ => None,
     });
     for layer in &mut spec.layers {

@@ -105,13 +105,14 @@ fn passes_do_not_allocate_in_steady_state() {
     }
 }
 
-/// A model of which some layers see everything and others a window, and one with recurrent states and an indexer.
-fn specs() -> [ModelSpec; 2] {
+/// A model of which some layers see everything and others a window, one with recurrent states and an indexer, and one that chooses
+/// blocks of keys.
+fn specs() -> [ModelSpec; 3] {
     let mut windows = support::gqa_spec();
     if let AttentionSpec::Gqa(gqa) = &mut windows.layers[0].attention {
         gqa.window = None;
     }
-    [windows, support::sparse_spec()].map(|spec| ModelSpec { max_positions: 4096, ..spec })
+    [windows, support::sparse_spec(), support::hybrid_spec()].map(|spec| ModelSpec { max_positions: 4096, ..spec })
 }
 
 /// Decodes a token of each sequence and says how often it allocated meanwhile.

@@ -3,6 +3,7 @@
 use sluice_format::{AttentionSpec, LayerSpec, ModelSpec};
 use sluice_kernels::{KEY_BLOCK, KvBuffer, KvType};
 
+use super::index::IndexPlace;
 use super::key_value::KeyValuePlace;
 use super::latent::{LatentPlace, index_width, latent_width};
 use super::page::Page;
@@ -169,6 +170,11 @@ impl PageLayout {
         self.numbers += count;
         self.numbers - count
     }
+
+    /// Room for index keys of `width` numbers.
+    fn index(&mut self, width: usize) -> IndexPlace {
+        IndexPlace { first: self.numbers(width * PAGE_TOKENS), width }
+    }
 }
 
 /// The kinds of pages of a model, and each layer's place in one of them.
@@ -231,11 +237,11 @@ impl Layout {
                 keys: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.head_dim),
                 values: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.v_head_dim),
                 kv_heads: gqa.kv_heads,
+                index: page.index(gqa.blocks.as_ref().map_or(0, |blocks| blocks.index_head_dim)),
             }),
             AttentionSpec::Mla(mla) => {
-                let index = mla.indexer.as_ref().map_or(0, index_width);
                 let rows = page.rows(PAGE_TOKENS, latent_width(mla));
-                Place::Latent(LatentPlace { rows, first_index: page.numbers(index * PAGE_TOKENS), index })
+                Place::Latent(LatentPlace { rows, index: page.index(mla.indexer.as_ref().map_or(0, index_width)) })
             }
             AttentionSpec::Delta(spec) => {
                 let shape = StateShape::of(spec);
@@ -266,8 +272,8 @@ impl Layout {
         let page = &self.pages[number];
         let row = |rows: Rows| KvBuffer::row_bytes(page.ty, page.buffers[rows.buffer].1);
         match place {
-            Place::KeyValue(place) => place.kv_heads * (row(place.keys) + row(place.values)),
-            Place::Latent(place) => row(place.rows) + 4 * place.index,
+            Place::KeyValue(place) => place.kv_heads * (row(place.keys) + row(place.values)) + 4 * place.index.width,
+            Place::Latent(place) => row(place.rows) + 4 * place.index.width,
             Place::State(place) => 4 * place.shape.kept(),
         }
     }

@@ -6,6 +6,7 @@
 //! shares pages with its forks, and with its marks, which keep pages that it would otherwise give back. A sequence that is about to
 //! write in a shared page takes a copy first, so a shared page is never written.
 
+mod index;
 mod key_value;
 mod latent;
 mod layout;
