@@ -244,7 +244,7 @@ fn save_and_restore(engine: &Engine, tracked: &mut Tracked) {
 
 fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), TestCaseError> {
     let [engine, alone] = engines;
-    let forgets = ["qwen3_next", "gpt_oss", "mixtral_swa"].contains(&family);
+    let forgets = ["qwen3_next", "kimi_linear", "gpt_oss", "mixtral_swa"].contains(&family);
     let vocab = engine.spec().vocab_size as u32;
     let new = |engine: &Engine| Tracked { sequence: engine.new_sequence(), tokens: vec![], logits: vec![] };
     let mut all = vec![new(engine), new(engine)];

@@ -24,10 +24,12 @@ pub(super) enum Arch {
     Glm4Moe,
     GptOss,
     MiniMaxM2,
+    MiniMaxM3,
+    KimiLinear,
     Olmoe,
 }
 
-const NAMES: [(&str, Arch); 14] = [
+const NAMES: [(&str, Arch); 16] = [
     ("llama", Arch::Llama),
     ("mistral3", Arch::Mistral3),
     ("qwen3", Arch::Qwen3),
@@ -41,6 +43,8 @@ const NAMES: [(&str, Arch); 14] = [
     ("glm4moe", Arch::Glm4Moe),
     ("gpt-oss", Arch::GptOss),
     ("minimax-m2", Arch::MiniMaxM2),
+    ("minimax-m3", Arch::MiniMaxM3),
+    ("kimi-linear", Arch::KimiLinear),
     ("olmoe", Arch::Olmoe),
 ];
 
@@ -80,12 +84,12 @@ impl Arch {
 
     /// Whether the attention is latent.
     pub(super) fn is_latent(self) -> bool {
-        matches!(self, Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa)
+        matches!(self, Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::KimiLinear)
     }
 
     /// Whether some layers have linear attention.
     pub(super) fn is_hybrid(self) -> bool {
-        matches!(self, Arch::Qwen3Next | Arch::Qwen35Moe)
+        matches!(self, Arch::Qwen3Next | Arch::Qwen35Moe | Arch::KimiLinear)
     }
 
     /// Whether every layer has experts, if any has.
