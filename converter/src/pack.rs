@@ -80,6 +80,7 @@ impl<'a> Packer<'a> {
             let sources = self.open(tensor)?;
             for rows in blocks(tensor) {
                 for source in &sources {
+                    let rows = rows_of(plan, tensor, source.source, rows);
                     source.decoder.skim(rows, source.carries, &mut self.reader)?;
                 }
             }
@@ -181,11 +182,20 @@ impl<'a> Packer<'a> {
 
     /// A block of a row-major tensor: a vector, or part of the embedding.
     fn plain(&mut self, job: &mut Job<'_>, rows: Rows) -> Result<(), ConvertError> {
-        let ty = job.tensor.weight_type;
-        if job.sources[0].carries {
-            return job.sources[0].decoder.carry_plain(rows, &mut self.reader, &mut self.packed);
+        for number in 0..job.sources.len() {
+            let rows = rows_of(self.plan, job.tensor, job.sources[number].source, rows);
+            self.plain_source(job, number, rows)?;
         }
-        self.values(&job.sources[0], rows)?;
+        Ok(())
+    }
+
+    /// What one source gives to such a block.
+    fn plain_source(&mut self, job: &mut Job<'_>, number: usize, rows: Rows) -> Result<(), ConvertError> {
+        let ty = job.tensor.weight_type;
+        if job.sources[number].carries {
+            return job.sources[number].decoder.carry_plain(rows, &mut self.reader, &mut self.packed);
+        }
+        self.values(&job.sources[number], rows)?;
         match ty {
             WeightType::F32 => self.packed.extend(self.values.iter().flat_map(|v| v.to_le_bytes())),
             WeightType::Bf16 => {
@@ -197,7 +207,7 @@ impl<'a> Packer<'a> {
             }
             other => unreachable!("the plan stores nothing plain as {other}"),
         }
-        self.check_sums(job, job.sources[0].source)
+        self.check_sums(job, job.sources[number].source)
     }
 
     /// Brings rows of a source into `values`, all of them finite.
@@ -281,6 +291,14 @@ impl<'a> Packer<'a> {
         let tensor = self.plan.checkpoint.tensors[source.tensor].name.clone();
         ConvertError::TooLarge { tensor, weight_type: job.tensor.weight_type }
     }
+}
+
+/// What a source gives to a block of `rows`: of a vector that is made of several tensors, all of its own, one behind the other.
+fn rows_of(plan: &Plan, tensor: &TensorPlan, source: &Selection, rows: Rows) -> Rows {
+    if tensor.layout != Layout::Plain || tensor.sources.len() == 1 {
+        return rows;
+    }
+    one_row(0, plan.checkpoint.tensors[source.tensor].shape.iter().product())
 }
 
 /// Blocks of rows of `cols` columns that are zero as stored and nowhere else.

@@ -8,10 +8,14 @@ use common::{Synthetic, fixture, options};
 use serde_json::{Value, json};
 use sluice_converter::synth::Geometry;
 use sluice_converter::{ConvertError, plan};
-use sluice_format::{AttentionSpec, GqaSpec, MlaSpec, ModelSpec, RopePairing, RopeScaling};
+use sluice_format::{AttentionSpec, GqaSpec, LayerSpec, MlaSpec, ModelSpec, RopePairing, RopeScaling, RopeSpec};
 
 fn spec_of(dir: &Path) -> ModelSpec {
     plan(dir, &options("keep", "keep")).unwrap().spec().clone()
+}
+
+fn rope(mla: &MlaSpec) -> &RopeSpec {
+    mla.rope.as_ref().expect("the layer knows positions")
 }
 
 fn mla(spec: &ModelSpec) -> &MlaSpec {
@@ -27,10 +31,11 @@ fn golden_deepseek_v3() {
     let m = mla(&spec);
     let mscale = 0.1 * 4f64.ln() + 1.0;
     assert_eq!(m.softmax_scale, (24f64.powf(-0.5) * mscale * mscale) as f32);
-    assert_eq!(m.rope.pairing, RopePairing::Interleaved);
+    assert_eq!(rope(m).pairing, RopePairing::Interleaved);
     assert_eq!(m.latent_norm_eps, 1e-6);
     assert_eq!(spec.norm_eps, 0.01);
-    let RopeScaling::Yarn { attention_factor, beta_fast, original_max_positions, truncate, .. } = m.rope.scaling else {
+    let RopeScaling::Yarn { attention_factor, beta_fast, original_max_positions, truncate, .. } = rope(m).scaling
+    else {
         panic!("{:?}", m.rope)
     };
     assert_eq!((attention_factor, beta_fast, original_max_positions, truncate), (1.0, 32.0, 64, true));
@@ -47,9 +52,9 @@ fn golden_deepseek_v3() {
 fn golden_kimi_k2() {
     let spec = spec_of(&fixture("golden/kimi_k2"));
     assert_eq!(spec.family, "kimi_k2");
-    let RopeScaling::Yarn { beta_fast, beta_slow, .. } = mla(&spec).rope.scaling else { panic!() };
+    let RopeScaling::Yarn { beta_fast, beta_slow, .. } = rope(mla(&spec)).scaling else { panic!() };
     assert_eq!((beta_fast, beta_slow), (1.0, 1.0));
-    assert_eq!(mla(&spec).rope.theta, 50000.0);
+    assert_eq!(rope(mla(&spec)).theta, 50000.0);
     assert!(spec.layers[1].ffn.moe.as_ref().unwrap().router.groups.is_none());
 }
 
@@ -74,11 +79,11 @@ fn both_spellings_of_rope_mean_the_same() {
     let old = with(json!({"rope_scaling": old, "rope_theta": 5e5})).unwrap();
     let new = with(json!({"rope_parameters": new, "rope_theta": 1e4})).unwrap();
     assert_eq!(old, new);
-    let RopeScaling::Yarn { attention_factor, .. } = mla(&new).rope.scaling else { panic!() };
+    let RopeScaling::Yarn { attention_factor, .. } = rope(mla(&new)).scaling else { panic!() };
     let g = |m: f64| 0.1 * m * 8f64.ln() + 1.0;
     assert!((attention_factor - g(0.7) / g(0.5)).abs() < 1e-12);
     let default = with(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 7e3}})).unwrap();
-    assert_eq!((mla(&default).rope.theta, &mla(&default).rope.scaling), (7e3, &RopeScaling::None));
+    assert_eq!((rope(mla(&default)).theta, &rope(mla(&default)).scaling), (7e3, &RopeScaling::None));
 }
 
 #[test]
@@ -86,7 +91,7 @@ fn layer_lists_and_switches() {
     let spec = with(json!({"mlp_layer_types": ["dense", "sparse", "sparse"], "norm_topk_prob": false})).unwrap();
     assert_eq!(spec.layers[1].ffn.moe.as_ref().unwrap().router.renormalise, None);
     let spec = with(json!({"rope_interleave": false})).unwrap();
-    assert_eq!(mla(&spec).rope.pairing, RopePairing::Half);
+    assert_eq!(rope(mla(&spec)).pairing, RopePairing::Half);
 }
 
 #[test]
@@ -202,7 +207,7 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
     type Basics = (usize, usize, usize, usize, usize, usize, usize, f32, f64);
     /// Routed experts, experts per token, width of an expert, whether weights are divided by their sum, scale.
     type Experts = Option<(usize, usize, usize, bool, f32)>;
-    let table: [(&str, Basics, Experts); 26] = [
+    let table: [(&str, Basics, Experts); 28] = [
         // Vocabulary of version 5; 4.57 had 32,000.
         ("deepseek_v2", (102_400, 4096, 32, 32, 32, 192, 2048, 1e-6, 1e4), Some((64, 6, 1407, false, 1.0))),
         ("deepseek_v3", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
@@ -218,6 +223,9 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
         ("qwen3_next", (151_936, 2048, 48, 16, 2, 256, 32_768, 1e-6, 1e4), Some((512, 10, 512, true, 1.0))),
         ("qwen3_5_moe_text", (248_320, 2048, 40, 16, 2, 256, 32_768, 1e-6, 1e4), Some((256, 8, 512, true, 1.0))),
         ("minimax_m2", (200_064, 3072, 62, 48, 8, 128, 196_608, 1e-6, 5e6), Some((256, 8, 1536, true, 1.0))),
+        ("minimax_m3_vl_text", (200_064, 6144, 60, 64, 4, 128, 524_288, 1e-6, 5e6), Some((128, 4, 3072, true, 2.0))),
+        // Without positions, there is no base of frequencies.
+        ("kimi_linear", (163_840, 2304, 27, 32, 32, 192, 1_048_576, 1e-5, 0.0), Some((256, 8, 1024, true, 2.446))),
         ("mixtral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-5, 1e6), Some((8, 2, 14_336, true, 1.0))),
         ("olmoe", (50_304, 2048, 16, 16, 16, 128, 4096, 1e-5, 1e4), Some((64, 8, 2048, false, 1.0))),
         ("granitemoe", (32_000, 4096, 32, 32, 32, 128, 2048, 1e-6, 1e4), Some((8, 2, 11_008, false, 1.0))),
@@ -253,10 +261,16 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
         std::fs::write(&path, config.to_string()).unwrap();
         let geometry = Geometry::load(path.to_str().unwrap(), None).unwrap();
         let spec = geometry.spec();
-        // The last layer is one with experts and full attention in every family that mixes.
-        let last = spec.layers.last().unwrap();
+        // The last layer with full attention has experts in every family that mixes.
+        let is_full = |layer: &&LayerSpec| !matches!(layer.attention, AttentionSpec::Delta(_));
+        let last = spec.layers.iter().rev().find(is_full).unwrap();
         let (heads, kv_heads, width, theta) = match &last.attention {
-            AttentionSpec::Mla(m) => (m.heads, m.heads, m.qk_nope_head_dim + m.qk_rope_head_dim, m.rope.theta),
+            AttentionSpec::Mla(m) => (
+                m.heads,
+                m.heads,
+                m.qk_nope_head_dim + m.qk_rope_head_dim,
+                m.rope.as_ref().map_or(0.0, |rope| rope.theta),
+            ),
             AttentionSpec::Gqa(g) => (g.heads, g.kv_heads, g.head_dim, g.rope.as_ref().unwrap().theta),
             AttentionSpec::Compressed(c) => (c.heads(), 1, c.head_dim, c.rope.theta),
             AttentionSpec::Delta(_) => panic!("{name}"),
@@ -423,6 +437,71 @@ fn no_key_of_heads_means_as_many_as_heads() {
     assert!(error.contains("`num_experts_per_tok` is missing"), "{error}");
 }
 
+/// What a configuration that says no more than this becomes.
+fn bare(config: Value) -> Result<ModelSpec, ConvertError> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.json");
+    std::fs::write(&path, config.to_string()).unwrap();
+    Geometry::load(path.to_str().unwrap(), None).map(|geometry| geometry.spec().clone())
+}
+
+#[test]
+fn layers_of_kimi_linear_are_counted_from_one() {
+    let with = |linear: Value, full: Value| {
+        let lists = json!({"kda_layers": linear, "full_attn_layers": full});
+        bare(json!({"model_type": "kimi_linear", "num_hidden_layers": 3, "linear_attn_config": lists}))
+    };
+    let is_linear = |spec: ModelSpec| -> Vec<bool> {
+        spec.layers.iter().map(|layer| matches!(layer.attention, AttentionSpec::Delta(_))).collect()
+    };
+    assert_eq!(is_linear(with(json!([1, 3]), json!([2])).unwrap()), [true, false, true]);
+    let default = bare(json!({"model_type": "kimi_linear", "num_hidden_layers": 6})).unwrap();
+    assert_eq!(is_linear(default), [true, true, true, true, false, true]);
+    for (linear, full, words) in [
+        (json!([0, 1]), json!([2]), "kda_layers` holds 0"),
+        (json!([1, 2]), json!([4]), "full_attn_layers` holds 4"),
+        (json!([1, 2]), json!([2, 3]), "names layer 2"),
+        (json!([1]), json!([3]), "does not name layer 2"),
+    ] {
+        let error = with(linear, full).unwrap_err().to_string();
+        assert!(error.contains(words), "{words}: {error}");
+    }
+    let error = bare(json!({"model_type": "kimi_linear", "mla_use_nope": false})).unwrap_err().to_string();
+    assert!(error.contains("mla_use_nope"), "{error}");
+}
+
+#[test]
+fn blocks_of_minimax_m3_are_where_the_configuration_says() {
+    let with = |more: Value| {
+        let mut config = json!({"model_type": "minimax_m3_vl_text", "num_hidden_layers": 2});
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        bare(config)
+    };
+    let blocks = |spec: &ModelSpec| -> Vec<Option<usize>> {
+        let of = |attention: &AttentionSpec| match attention {
+            AttentionSpec::Gqa(gqa) => gqa.blocks.as_ref().map(|blocks| blocks.block_len),
+            other => panic!("{other:?}"),
+        };
+        spec.layers.iter().map(|layer| of(&layer.attention)).collect()
+    };
+    assert_eq!(blocks(&with(json!({})).unwrap()), [None, None]);
+    let nested = json!({"sparse_attention_config": {"sparse_attention_freq": [0, 1], "sparse_block_size": 64}});
+    assert_eq!(blocks(&with(nested).unwrap()), [None, Some(64)]);
+    let flat = json!({"layer_types": ["minimax_m3_sparse", "full_attention"], "moe_layer_freq": [0, 1]});
+    let spec = with(flat).unwrap();
+    assert_eq!(blocks(&spec), [Some(128), None]);
+    assert_eq!(spec.layers.iter().map(|l| l.ffn.dense_width).collect::<Vec<_>>(), [12_288, 3072]);
+    for (more, words) in [
+        (json!({"moe_layer_freq": [1]}), "has 1 entries for 2 layers"),
+        (json!({"sparse_attention_config": {"sparse_attention_freq": [true, 1]}}), "expected 0 or 1"),
+        (json!({"use_gemma_norm": false}), "use_gemma_norm"),
+        (json!({"swiglu_limit": 0}), "swiglu_limit"),
+    ] {
+        let error = with(more).unwrap_err().to_string();
+        assert!(error.contains(words), "{words}: {error}");
+    }
+}
+
 #[test]
 fn gpt_oss_that_does_not_mention_yarn_has_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -454,7 +533,7 @@ fn yarn_extends_the_positions_that_may_be_asked_for() {
     assert_eq!(positions(yarn(json!(1.5), json!(64))), 128);
     // Without a factor, it follows from both.
     let spec = with(yarn(json!(null), json!(32))).unwrap();
-    let RopeScaling::Yarn { factor, original_max_positions, .. } = mla(&spec).rope.scaling else { panic!() };
+    let RopeScaling::Yarn { factor, original_max_positions, .. } = rope(mla(&spec)).scaling else { panic!() };
     assert_eq!((factor, original_max_positions, spec.max_positions), (4.0, 32, 128));
     assert_eq!(positions(yarn(json!(1e300), json!(100))), 1 << 24);
 }

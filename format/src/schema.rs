@@ -170,19 +170,22 @@ fn mla_tensors(m: &MlaSpec, hidden: usize) -> Vec<TensorShape> {
 /// `conv` holds the taps of each channel together, oldest first; channels are those of queries, keys and values.
 fn delta_tensors(d: &DeltaSpec, hidden: usize) -> Vec<TensorShape> {
     let (key, value) = (d.key_heads * d.key_head_dim, d.value_heads * d.value_head_dim);
-    vec![
-        matrix("q", key, hidden),
-        matrix("k", key, hidden),
-        matrix("v", value, hidden),
-        matrix("b", d.value_heads, hidden),
-        matrix("a", d.value_heads, hidden),
+    let decays = d.value_heads * d.decays_per_head();
+    let projection = |rank, whole, [down, up]: [&'static str; 2], rows| match rank {
+        None => vec![matrix(whole, rows, hidden)],
+        Some(rank) => vec![matrix(down, rank, hidden), matrix(up, rows, rank)],
+    };
+    let mut list = vec![matrix("q", key, hidden), matrix("k", key, hidden), matrix("v", value, hidden)];
+    list.push(matrix("b", d.value_heads, hidden));
+    list.extend(projection(d.decay_rank, "a", ["a_down", "a_up"], decays));
+    list.extend([
         vector("conv", d.conv_channels() * d.conv_width),
         vector("a_log", d.value_heads),
-        vector("dt_bias", d.value_heads),
-        matrix("z", value, hidden),
-        vector("out_norm", d.value_head_dim),
-        matrix("o", hidden, value),
-    ]
+        vector("dt_bias", decays),
+    ]);
+    list.extend(projection(d.gate_rank, "z", ["z_down", "z_up"], value));
+    list.extend([vector("out_norm", d.value_head_dim), matrix("o", hidden, value)]);
+    list
 }
 
 /// `gate` is the half of the query projection of Qwen3-Next that gates the output.
@@ -202,6 +205,14 @@ fn gqa_tensors(g: &GqaSpec, hidden: usize) -> Vec<TensorShape> {
     }
     if g.sinks {
         list.push(vector("sinks", g.heads));
+    }
+    if let Some(blocks) = &g.blocks {
+        list.extend([
+            matrix("index_q", blocks.index_heads * blocks.index_head_dim, hidden),
+            matrix("index_k", blocks.index_head_dim, hidden),
+            vector("index_q_norm", blocks.index_head_dim),
+            vector("index_k_norm", blocks.index_head_dim),
+        ]);
     }
     if g.output_gate {
         list.push(matrix("gate", output, hidden));

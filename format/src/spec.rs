@@ -8,6 +8,7 @@ mod delta;
 mod factors;
 mod gqa;
 mod indexer;
+mod key_blocks;
 mod streams;
 mod temperature;
 
@@ -21,6 +22,7 @@ pub use delta::DeltaSpec;
 pub use factors::Factors;
 pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 pub use indexer::IndexerSpec;
+pub use key_blocks::KeyBlocksSpec;
 pub use streams::StreamsSpec;
 pub use temperature::QueryTemperature;
 
@@ -98,8 +100,9 @@ pub struct MlaSpec {
     pub latent_norm_eps: f32,
     /// Factor on the scores before the softmax.
     pub softmax_scale: f32,
-    /// Rotation of the positional part.
-    pub rope: RopeSpec,
+    /// Rotation of the positional part; `None`: the layer knows no positions, and the part is as the projections give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope: Option<RopeSpec>,
     /// Limits attention to the tokens that an indexer chooses; `None`: all before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub indexer: Option<IndexerSpec>,
@@ -421,13 +424,16 @@ impl MlaSpec {
         if !self.softmax_scale.is_finite() {
             return Err(format!("softmax_scale is {}", self.softmax_scale));
         }
-        if self.rope.dim != self.qk_rope_head_dim {
-            return Err(format!("rope.dim is {}, not qk_rope_head_dim {}", self.rope.dim, self.qk_rope_head_dim));
+        let Some(rope) = &self.rope else {
+            return if self.indexer.is_none() { Ok(()) } else { Err("an indexer needs positions".into()) };
+        };
+        if rope.dim != self.qk_rope_head_dim {
+            return Err(format!("rope.dim is {}, not qk_rope_head_dim {}", rope.dim, self.qk_rope_head_dim));
         }
         if let Some(indexer) = &self.indexer {
-            indexer.validate(self.rope.dim, self.q_lora_rank.is_some())?;
+            indexer.validate(rope.dim, self.q_lora_rank.is_some())?;
         }
-        self.rope.validate()
+        rope.validate()
     }
 }
 

@@ -209,7 +209,7 @@ fn specs() -> Vec<ModelSpec> {
             gqa.qk_norm.iter_mut().for_each(|norm| norm.weightless = true);
         }
     }
-    vec![small_spec(), gqa_spec(), plain, sparse_spec(), streams_spec()]
+    vec![small_spec(), gqa_spec(), plain, sparse_spec(), hybrid_spec(), streams_spec()]
 }
 
 #[test]

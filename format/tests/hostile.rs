@@ -346,6 +346,36 @@ fn specs() {
 }
 
 #[test]
+fn specs_of_hybrids() {
+    assert_eq!(ModelSpec::from_json(&hybrid_spec().to_json()).unwrap(), hybrid_spec());
+    let bad = |says: &str, pointer: &str, value: serde_json::Value| {
+        let mut json: serde_json::Value = serde_json::from_slice(&hybrid_spec().to_json()).unwrap();
+        *json.pointer_mut(pointer).expect("the spec has this field") = value;
+        let error = ModelSpec::from_json(&serde_json::to_vec(&json).unwrap()).expect_err(says);
+        assert!(error.contains(says), "{says}: {error}");
+    };
+    for value in [0, u64::MAX] {
+        bad("decay_rank is", "/layers/0/attention/decay_rank", value.into());
+        bad("gate_rank is", "/layers/0/attention/gate_rank", value.into());
+        for field in ["index_heads", "index_head_dim", "block_len", "top_blocks"] {
+            bad(field, &format!("/layers/2/attention/blocks/{field}"), value.into());
+        }
+    }
+    bad("4 of 3 blocks", "/layers/2/attention/blocks/local_blocks", 4.into());
+    bad("3 index heads", "/layers/2/attention/blocks/index_heads", 3.into());
+    bad("index_norm_eps", "/layers/2/attention/blocks/index_norm_eps", (-1.0).into());
+
+    let mut spec = hybrid_spec();
+    let AttentionSpec::Gqa(gqa) = &mut spec.layers[2].attention else { panic!() };
+    gqa.window = Some(4);
+    assert!(spec.validate().unwrap_err().contains("within a window"));
+    let mut spec = sparse_spec();
+    let AttentionSpec::Mla(mla) = &mut spec.layers[0].attention else { panic!() };
+    mla.rope = None;
+    assert!(spec.validate().unwrap_err().contains("an indexer needs positions"));
+}
+
+#[test]
 fn specs_of_grouped_queries() {
     assert_eq!(ModelSpec::from_json(&sparse_spec().to_json()).unwrap(), sparse_spec());
     let mut orphan = sparse_spec();

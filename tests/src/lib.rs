@@ -14,8 +14,8 @@ use tempfile::TempDir;
 
 /// Golden models with one of each kind of attention: latents, latents with an indexer, with one that layers share, windows with
 /// sinks, windows, keys beside recurrent states, chunks, windows with heads of their own, windows with compressed entries behind
-/// them.
-pub const ATTENTIONS: [&str; 9] = [
+/// them, latents beside recurrent states, and keys in blocks that are chosen.
+pub const ATTENTIONS: [&str; 11] = [
     "deepseek_v3",
     "deepseek_v32",
     "glm_moe_dsa",
@@ -25,11 +25,13 @@ pub const ATTENTIONS: [&str; 9] = [
     "llama4_text",
     "mimo_v2_flash",
     "deepseek_v4",
+    "kimi_linear",
+    "minimax_m3",
 ];
 
 /// Those of [`ATTENTIONS`] whose sequences cannot go back to any token.
 pub fn forgets(family: &str) -> bool {
-    !["deepseek_v3", "deepseek_v32", "glm_moe_dsa"].contains(&family)
+    !["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "minimax_m3"].contains(&family)
 }
 
 /// The folder of a fixture, such as `golden/deepseek_v3` or `demo-model`.

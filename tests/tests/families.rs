@@ -91,6 +91,7 @@ goldens! {
     kimi_k2
     kimi_k2_int4
     kimi_k25_int4
+    kimi_linear
     glm4_moe
     glm4_moe_air
     glm4_moe_lite
@@ -106,6 +107,7 @@ goldens! {
     qwen3_next
     qwen3_5_moe
     minimax_m2
+    minimax_m3
     mixtral
     mixtral_swa
     olmoe

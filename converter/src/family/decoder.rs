@@ -40,7 +40,12 @@ pub(crate) struct Decoder<'a> {
 
 impl<'a> Decoder<'a> {
     pub(crate) fn read(config: &'a Config, defaults: &Defaults) -> Result<Self, ConvertError> {
-        config.require_str("hidden_act", &["silu", "swish"])?;
+        Self::read_as(config, defaults, &["silu", "swish"])
+    }
+
+    /// Of a family whose `hidden_act` may be one of `activations`.
+    pub(crate) fn read_as(config: &'a Config, defaults: &Defaults, activations: &[&str]) -> Result<Self, ConvertError> {
+        config.require_str("hidden_act", activations)?;
         let heads = config.size_or("num_attention_heads", defaults.heads, MAX_WIDTH)?;
         Ok(Decoder {
             config,
@@ -116,7 +121,7 @@ impl<'a> Decoder<'a> {
 /// `rope_scaling` alone, and leave `max_position_embeddings` as it is.
 fn extended_positions(layers: &[LayerSpec]) -> usize {
     let rope = |layer: &LayerSpec| match &layer.attention {
-        AttentionSpec::Mla(mla) => Some(mla.rope.clone()),
+        AttentionSpec::Mla(mla) => mla.rope.clone(),
         AttentionSpec::Gqa(gqa) => gqa.rope.clone(),
         AttentionSpec::Compressed(compressed) => Some(compressed.rope.clone()),
         AttentionSpec::Delta(_) => None,

@@ -33,6 +33,9 @@ pub(crate) fn read(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
         norm_eps: decoder.norm_eps,
         // No release says so: it describes GGUF files.
         value_heads_tiled: config.bool_or("linear_value_heads_tiled", false)?,
+        decay_rank: None,
+        gate_rank: None,
+        gate_sigmoid: false,
     })
 }
 

@@ -52,6 +52,7 @@ pub(crate) fn read(decoder: &Decoder<'_>, heads: Heads) -> Result<GqaSpec, Conve
         o_bias: false,
         sinks: false,
         output_gate: false,
+        blocks: None,
     })
 }
 
@@ -83,6 +84,8 @@ pub(crate) fn origin(gqa: &GqaSpec, layer: &dyn Fn(&str) -> String, name: &str, 
         "q_norm" => vector("q_norm.weight"),
         "k_norm" => vector("k_norm.weight"),
         "sinks" => vector("sinks"),
+        "index_q" | "index_k" => matrix(&format!("{name}_proj")),
+        "index_q_norm" | "index_k_norm" => vector(&format!("{name}.weight")),
         other => unreachable!("grouped-query attention has no `{other}`"),
     }
 }

@@ -163,6 +163,7 @@ fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError
         rope: Some(rope),
         window: None,
         chunk: None,
+        blocks: None,
         qk_norm: None,
         clip_qkv: None,
         temperature: None,

@@ -47,7 +47,7 @@ pub(crate) fn read(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<MlaSpec
         v_head_dim: size("v_head_dim", defaults.v_head_dim)?,
         latent_norm_eps: LATENT_NORM_EPS,
         softmax_scale: (head_dim.powf(-0.5) * rope.score_mscale * rope.score_mscale) as f32,
-        rope: rope.spec,
+        rope: Some(rope.spec),
         indexer: None,
     })
 }

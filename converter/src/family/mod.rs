@@ -22,9 +22,11 @@ mod hunyuan_v1_moe;
 mod hy_v3;
 mod indexer;
 mod kimi_k25;
+mod kimi_linear;
 mod llama4;
 mod mimo_v2_flash;
 mod minimax_m2;
+mod minimax_m3;
 mod mixtral;
 mod mla;
 mod moe;
@@ -51,6 +53,7 @@ static FAMILIES: &[&dyn Family] = &[
     &deepseek_v32::DeepSeekV32,
     &deepseek_v4::DeepSeekV4,
     &kimi_k25::KimiK25,
+    &kimi_linear::KimiLinear,
     &glm4_moe::Glm4Moe,
     &glm4_moe_lite::Glm4MoeLite,
     &glm_moe_dsa::GlmMoeDsa,
@@ -61,6 +64,8 @@ static FAMILIES: &[&dyn Family] = &[
     &qwen3_next::Qwen35Moe,
     &qwen3_next::Qwen35MoeText,
     &minimax_m2::MiniMaxM2,
+    &minimax_m3::MiniMaxM3,
+    &minimax_m3::MiniMaxM3Text,
     &mixtral::Mixtral,
     &olmoe::Olmoe,
     &granitemoe::GraniteMoe,

@@ -27,7 +27,8 @@ fn experts(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<(usize, usize),
     let config = decoder.config;
     let key = config.first_of(&["n_routed_experts", "num_experts", "num_local_experts"]);
     let experts = config.opt_size_or(key, Some(defaults.experts), MAX_EXPERTS)?.unwrap_or(defaults.experts);
-    Ok((experts, config.size_or("num_experts_per_tok", defaults.top_k, experts)?))
+    let per_token = config.first_of(&["num_experts_per_tok", "num_experts_per_token"]);
+    Ok((experts, config.size_or(per_token, defaults.top_k, experts)?))
 }
 
 /// Softmax over all experts; the chosen weights are divided by their sum if `renormalise`.
@@ -67,9 +68,10 @@ pub(crate) fn softmax_experts(
 /// Experts as DeepSeek-V3 has them: sigmoid scores, a bias on the choice, groups, a shared expert.
 pub(crate) fn deepseek_v3(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<FfnSpec, ConvertError> {
     let config = decoder.config;
-    config.require_str("scoring_func", &["sigmoid"])?;
+    config.require_str(config.first_of(&["scoring_func", "moe_router_activation_func"]), &["sigmoid"])?;
     config.require_str("topk_method", &["noaux_tc"])?;
-    let renormalise = config.bool_or("norm_topk_prob", true)?.then_some(RENORMALISE_EPS);
+    let norm = config.first_of(&["norm_topk_prob", "moe_renormalize"]);
+    let renormalise = config.bool_or(norm, true)?.then_some(RENORMALISE_EPS);
     let router = RouterSpec {
         score: RouterScore::Sigmoid,
         logit_bias: false,
@@ -95,10 +97,11 @@ pub(crate) fn groups(
 ) -> Result<Option<RouterGroups>, ConvertError> {
     let config = decoder.config;
     let (experts, top_k) = experts(decoder, defaults)?;
-    let count = config.opt_size_or("n_group", Some(defaults.groups), experts)?.unwrap_or(1);
+    let key = config.first_of(&["n_group", "num_expert_group"]);
+    let count = config.opt_size_or(key, Some(defaults.groups), experts)?.unwrap_or(1);
     let keep = config.opt_size_or("topk_group", Some(defaults.groups_kept.min(count)), count)?.unwrap_or(count);
     if !experts.is_multiple_of(count) {
-        return Err(config.refuse("n_group", format!("is {count}, which does not divide the {experts} experts")));
+        return Err(config.refuse(key, format!("is {count}, which does not divide the {experts} experts")));
     }
     if count == 1 {
         return Ok(None);
@@ -107,7 +110,7 @@ pub(crate) fn groups(
         let members = experts / count;
         if members == 1 {
             let problem = format!("is {count}: a group of one expert has no two best scores");
-            return Err(config.refuse("n_group", problem));
+            return Err(config.refuse(key, problem));
         }
         if keep * members < top_k {
             let problem = format!("is {keep}: that many groups hold fewer than the {top_k} of `num_experts_per_tok`");
@@ -126,8 +129,9 @@ pub(crate) fn with_shared(
     let config = decoder.config;
     let (experts, top_k) = experts(decoder, defaults)?;
     let width = config.size_or("moe_intermediate_size", defaults.width, MAX_WIDTH)?;
-    let shared = config.opt_usize_or("n_shared_experts", Some(defaults.shared))?.unwrap_or(0);
-    of_shape(decoder, &Shape { experts, top_k, width, shared }, "n_shared_experts", router)
+    let key = config.first_of(&["n_shared_experts", "num_shared_experts"]);
+    let shared = config.opt_usize_or(key, Some(defaults.shared))?.unwrap_or(0);
+    of_shape(decoder, &Shape { experts, top_k, width, shared }, key, router)
 }
 
 /// Numbers and widths of experts.

@@ -82,14 +82,17 @@ impl Names {
     /// Vectors that are stored around zero where norms are.
     pub(crate) fn centred_norms(self, spec: &ModelSpec) -> Vec<String> {
         let of_layer = |(layer, spec): (usize, &LayerSpec)| {
-            let heads: &[&str] = match &spec.attention {
-                AttentionSpec::Gqa(gqa) if gqa.qk_norm.is_some() => {
-                    &["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+            let (mut heads, mut choice): (&[&str], &[&str]) = (&[], &[]);
+            if let AttentionSpec::Gqa(gqa) = &spec.attention {
+                if gqa.qk_norm.is_some() {
+                    heads = &["self_attn.q_norm.weight", "self_attn.k_norm.weight"];
                 }
-                _ => &[],
-            };
+                if gqa.blocks.is_some() {
+                    choice = &["self_attn.index_q_norm.weight", "self_attn.index_k_norm.weight"];
+                }
+            }
             let both = ["input_layernorm.weight", "post_attention_layernorm.weight"];
-            both.iter().chain(heads).map(|rest| self.layer(layer, rest)).collect::<Vec<_>>()
+            both.iter().chain(heads).chain(choice).map(|rest| self.layer(layer, rest)).collect::<Vec<_>>()
         };
         let layers = spec.layers.iter().enumerate().flat_map(of_layer);
         layers.chain([self.final_norm(spec.hidden_size).tensor]).collect()

@@ -46,7 +46,7 @@ pub(crate) struct View {
 }
 
 /// Where a tensor comes from: alternatives, the first of which that the checkpoint has is taken. Each is one view, or gate
-/// and up of a pair.
+/// and up of a pair, or of a vector the whole tensors that it consists of.
 pub(crate) type Origin = Vec<Vec<View>>;
 
 impl View {

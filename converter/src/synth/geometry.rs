@@ -138,12 +138,16 @@ fn read_spec(path: &Path, bytes: &[u8]) -> Result<ModelSpec, ConvertError> {
 }
 
 /// The configuration of a model that is cut to its first `layers` of `all` layers: their number, and the lists that have one
-/// entry per layer, here and in sections.
+/// entry per layer or name some of them, here and in sections.
 fn with_layers(config: &[u8], all: usize, layers: usize) -> Vec<u8> {
     fn cut(value: &mut Value, all: usize, layers: usize) {
         let Value::Object(keys) = value else { return };
         for (key, value) in keys {
             match value {
+                // Kimi's lists hold numbers of layers, from one on.
+                Value::Array(list) if matches!(key.as_str(), "kda_layers" | "full_attn_layers") => {
+                    list.retain(|number| number.as_u64().is_some_and(|number| number <= layers as u64));
+                }
                 Value::Array(list) if list.len() == all => list.truncate(layers),
                 Value::Number(_) if key == "num_hidden_layers" => *value = layers.into(),
                 section => cut(section, all, layers),
@@ -198,6 +202,11 @@ mod tests {
         for layers in [0, 62] {
             assert!(Geometry::load("deepseek-r1", Some(layers)).unwrap_err().to_string().contains("1 to 61"));
         }
+        let lists = serde_json::json!({"kda_layers": [1, 2, 4], "full_attn_layers": [3]});
+        let config =
+            serde_json::json!({"model_type": "kimi_linear", "num_hidden_layers": 4, "linear_attn_config": lists});
+        let parse = |layers| Geometry::parse("kimi", Path::new("config.json"), config.to_string().into_bytes(), layers);
+        assert_eq!(parse(Some(2)).unwrap().spec().layers, parse(None).unwrap().spec().layers[..2]);
     }
 
     #[test]

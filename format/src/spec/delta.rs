@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{check_eps, check_width};
+use super::{check_eps, check_width, is_false};
 
 /// Gated delta net (arXiv:2412.06464) as in Qwen3-Next: a recurrent state per value head instead of cached keys.
 ///
@@ -10,6 +10,8 @@ use super::{check_eps, check_width};
 /// `j / (value_heads / key_heads)`; queries and keys have length 1, queries then `key_head_dim^-0.5`. With
 /// `beta = sigmoid(b · x)` and `decay = exp(-exp(a_log) · softplus(a · x + dt_bias))`, each token does
 /// `S = decay · S; S += k ⊗ beta (v - Sᵀk); out = Sᵀq`, and the output is `rms(out) · norm · silu(z · x)`, per head.
+/// With `decay_rank`, each row of `S`, a channel of the key, has a decay of its own (Kimi Delta Attention, arXiv:2510.26692,
+/// equation 1): `a · x` is then `a_up · a_down · x` with one number per value head and channel, `a_log` still one per head.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeltaSpec {
@@ -27,14 +29,29 @@ pub struct DeltaSpec {
     pub norm_eps: f32,
     /// Whether value head `j` uses key head `j mod key_heads` instead: llama.cpp's order of value heads for Qwen3.5. Files
     /// without such heads do not have the key, so that older programs read them.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[serde(default, skip_serializing_if = "is_false")]
     pub value_heads_tiled: bool,
+    /// Rank of the projection of decays, which there are for each channel of a key; `None`: one full matrix, and one decay per
+    /// value head.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decay_rank: Option<usize>,
+    /// Rank of the projection `z` of output gates, `z_up · z_down`; `None`: one full matrix.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gate_rank: Option<usize>,
+    /// Whether the output is gated by the sigmoid of the projection instead of its SiLU.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub gate_sigmoid: bool,
 }
 
 impl DeltaSpec {
     /// Channels of the convolution: queries, keys and values.
     pub fn conv_channels(&self) -> usize {
         2 * self.key_heads * self.key_head_dim + self.value_heads * self.value_head_dim
+    }
+
+    /// Decays of a value head: one, or one per channel of its key.
+    pub fn decays_per_head(&self) -> usize {
+        if self.decay_rank.is_some() { self.key_head_dim } else { 1 }
     }
 
     /// The key head that a value head uses.
@@ -56,6 +73,9 @@ impl DeltaSpec {
             ("key_heads × key_head_dim", self.key_heads.saturating_mul(self.key_head_dim)),
             ("value_heads × value_head_dim", self.value_heads.saturating_mul(self.value_head_dim)),
             ("key_head_dim × value_head_dim", self.key_head_dim.saturating_mul(self.value_head_dim)),
+            ("value_heads × decays", self.value_heads.saturating_mul(self.decays_per_head())),
+            ("decay_rank", self.decay_rank.unwrap_or(1)),
+            ("gate_rank", self.gate_rank.unwrap_or(1)),
         ] {
             check_width(name, value)?;
         }

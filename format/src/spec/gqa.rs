@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{QueryTemperature, RopeSpec, check_eps, check_range, check_width, is_false};
+use super::{KeyBlocksSpec, QueryTemperature, RopeSpec, check_eps, check_range, check_width, is_false};
 use crate::limits::MAX_LENGTH;
 
 /// Grouped-query attention (arXiv:2305.13245): query head `h` uses key-value head `h / (heads / kv_heads)`.
@@ -51,6 +51,9 @@ pub struct GqaSpec {
     /// Whether the heads' outputs are multiplied by the sigmoid of a projection of the input.
     #[serde(default, skip_serializing_if = "is_false")]
     pub output_gate: bool,
+    /// Limits attention to blocks of keys; `None`: all that the window leaves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blocks: Option<KeyBlocksSpec>,
 }
 
 /// RMS norm of queries and keys.
@@ -94,6 +97,12 @@ impl GqaSpec {
         }
     }
 
+    /// Adjacent query heads that see the same keys.
+    pub fn heads_together(&self) -> usize {
+        let choosing = self.blocks.as_ref().map_or(1, |blocks| blocks.index_heads);
+        self.heads / self.kv_heads.max(choosing)
+    }
+
     pub(super) fn validate(&self) -> Result<(), String> {
         for (name, value) in [
             ("heads", self.heads),
@@ -124,6 +133,12 @@ impl GqaSpec {
         }
         if self.value_factor.is_some_and(|factor| !factor.is_finite()) {
             return Err("value_factor is not a number".into());
+        }
+        if let Some(blocks) = &self.blocks {
+            if self.reach().is_some() {
+                return Err("it attends to blocks of keys within a window or chunk".into());
+            }
+            blocks.validate(self.heads, self.kv_heads, self.rope.as_ref().map_or(0, |rope| rope.dim))?;
         }
         match &self.rope {
             Some(rope) if rope.dim > self.head_dim => {

@@ -38,7 +38,7 @@ fn mla(q_lora_rank: Option<usize>, scaling: RopeScaling) -> AttentionSpec {
         v_head_dim: 6,
         latent_norm_eps: 1e-6,
         softmax_scale: 0.25,
-        rope: RopeSpec { pairing: RopePairing::Interleaved, theta: 10000.0, dim: 4, scaling },
+        rope: Some(RopeSpec { pairing: RopePairing::Interleaved, theta: 10000.0, dim: 4, scaling }),
         indexer: None,
     })
 }
@@ -103,6 +103,7 @@ pub(crate) fn gqa_spec() -> ModelSpec {
             o_bias: true,
             sinks: true,
             output_gate: true,
+            blocks: None,
         });
         layer.ffn.dense_gate = true;
         layer.ffn.activation = ActivationSpec::SwigluOai { alpha: 1.5, limit: 7.0 };
@@ -136,6 +137,9 @@ pub(crate) fn sparse_spec() -> ModelSpec {
         conv_width: 4,
         norm_eps: 1e-6,
         value_heads_tiled: false,
+        decay_rank: None,
+        gate_rank: None,
+        gate_sigmoid: false,
     };
     let ffn = spec.layers[0].ffn.clone();
     spec.layers = [false, true]
@@ -186,6 +190,31 @@ pub(crate) fn streams_spec() -> ModelSpec {
         LayerSpec { attention, ffn }
     };
     spec.layers = compressions.into_iter().enumerate().map(layer).collect();
+    spec
+}
+
+/// Three layers: a gated delta net with a decay per channel, latent attention without positions, and attention to blocks of keys.
+pub(crate) fn hybrid_spec() -> ModelSpec {
+    let mut spec = sparse_spec();
+    if let AttentionSpec::Mla(mla) = &mut spec.layers[1].attention {
+        (mla.indexer, mla.rope) = (None, None);
+    }
+    if let AttentionSpec::Delta(delta) = &mut spec.layers[2].attention {
+        (delta.decay_rank, delta.gate_rank, delta.gate_sigmoid) = (Some(5), Some(3), true);
+    }
+    spec.layers.swap(0, 2);
+    spec.layers[2].attention = gqa_spec().layers.swap_remove(0).attention;
+    if let AttentionSpec::Gqa(gqa) = &mut spec.layers[2].attention {
+        gqa.window = None;
+        gqa.blocks = Some(KeyBlocksSpec {
+            index_heads: 2,
+            index_head_dim: 8,
+            index_norm_eps: 1e-6,
+            block_len: 6,
+            top_blocks: 3,
+            local_blocks: 1,
+        });
+    }
     spec
 }
 

@@ -149,6 +149,7 @@ pub(crate) fn seeds(_folder: &Path) -> Seeds {
         ("gqa", support::gqa_spec()),
         ("sparse", support::sparse_spec()),
         ("streams", support::streams_spec()),
+        ("hybrid", support::hybrid_spec()),
     ];
     let files = specs.iter().map(|(name, spec)| ((*name).to_owned(), support::file_of(spec, 4096)));
     let jsons = specs.iter().map(|(name, spec)| (format!("{name}.json"), spec.to_json()));
@@ -156,7 +157,7 @@ pub(crate) fn seeds(_folder: &Path) -> Seeds {
     // Rotary embeddings, without which grouped queries know no places.
     let mut spec = support::gqa_spec();
     let rope = support::small_spec().layers.into_iter().find_map(|l| match l.attention {
-        sluice_format::AttentionSpec::Mla(mla) => Some(mla.rope),
+        sluice_format::AttentionSpec::Mla(mla) => mla.rope,
         _ => None,
     });
     for layer in &mut spec.layers {

@@ -18,10 +18,11 @@ thread_local! {
     static ENGINES: RefCell<Vec<Engine>> = const { RefCell::new(Vec::new()) };
 }
 
-/// One model with latents, one with windows, one with an indexer and recurrent states, each with another type of keys and values.
+/// One model with latents, one with windows, one with an indexer and recurrent states, one that chooses blocks of keys, each with
+/// another type of keys and values.
 fn open(folder: &Path) -> Vec<Engine> {
-    let specs = [support::small_spec(), support::gqa_spec(), support::sparse_spec()];
-    let types = [KvType::Q8, KvType::F16, KvType::F32];
+    let specs = [support::small_spec(), support::gqa_spec(), support::sparse_spec(), support::hybrid_spec()];
+    let types = [KvType::Q8, KvType::F16, KvType::F32, KvType::Bf16];
     let engines = specs.iter().zip(types).enumerate().map(|(i, (spec, kv_type))| {
         let path = folder.join(format!("{i}.sluice"));
         fs::write(&path, support::file_of(spec, 4096)).expect("the folder can be written");

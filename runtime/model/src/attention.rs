@@ -17,9 +17,9 @@ pub enum Attention {
     /// Multi-head latent attention.
     Mla(Box<Mla>),
     /// Grouped-query attention.
-    Gqa(Gqa),
+    Gqa(Box<Gqa>),
     /// Gated delta net.
-    Delta(Delta),
+    Delta(Box<Delta>),
     /// A window and compressed entries.
     Compressed(Box<Compressed>),
 }
@@ -59,8 +59,8 @@ impl Attention {
     pub(super) fn new(spec: &AttentionSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
         Ok(match spec {
             AttentionSpec::Mla(m) => Attention::Mla(Box::new(Mla::new(m, tensors)?)),
-            AttentionSpec::Gqa(g) => Attention::Gqa(Gqa::new(g, tensors)?),
-            AttentionSpec::Delta(d) => Attention::Delta(Delta::new(d, tensors)?),
+            AttentionSpec::Gqa(g) => Attention::Gqa(Box::new(Gqa::new(g, tensors)?)),
+            AttentionSpec::Delta(d) => Attention::Delta(Box::new(Delta::new(d, tensors)?)),
             AttentionSpec::Compressed(c) => Attention::Compressed(Box::new(Compressed::new(c, tensors)?)),
         })
     }

@@ -113,6 +113,8 @@ pub struct HeadScratch {
     pub tile: QueryTile,
     /// Of the keys that an indexer has chosen, those of one block.
     pub chosen: Option<KvBuffer>,
+    /// Their values, where those are other rows.
+    pub chosen_values: Option<KvBuffer>,
     /// An indexer's scores of one block of keys.
     pub scores: Vec<f32>,
     /// The positions with the best of all its scores.
@@ -128,6 +130,7 @@ thread_local! {
         output: Vec::new(),
         tile: QueryTile::default(),
         chosen: None,
+        chosen_values: None,
         scores: Vec::new(),
         best: TopK::default(),
     });

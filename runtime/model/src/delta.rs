@@ -1,4 +1,4 @@
-//! Gated delta net: what replaces attention in three of four layers of Qwen3-Next and Qwen3.5.
+//! Gated delta net: what replaces attention in three of four layers of Qwen3-Next, Qwen3.5 and Kimi Linear.
 //!
 //! Formulas at [`DeltaSpec`]. Its memory is one matrix per value head and the last inputs of the convolution, whatever the
 //! length of the context. A sequence's tokens go through one after the other: a span gives the same bits as its tokens one at a
@@ -9,6 +9,7 @@ use sluice_kernels::{Activations, exp, rms_norm, sigmoid, silu};
 
 use super::ModelError;
 use super::compute::{Compute, Step, sized, with_head_scratch};
+use super::projection::{self, Projection, ProjectionScratch};
 use super::rows::{Caches, SpanRows};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
@@ -21,9 +22,9 @@ pub struct Delta {
     spec: DeltaSpec,
     /// Queries, keys, values: the convolution's channels, in this order.
     qkv: [MatrixRef; 3],
-    a: MatrixRef,
+    a: Projection,
     b: MatrixRef,
-    z: MatrixRef,
+    z: Projection,
     o: MatrixRef,
     conv: VectorRef,
     a_log: VectorRef,
@@ -118,19 +119,23 @@ fn head_len(spec: &DeltaSpec) -> usize {
 pub fn scratch_width(spec: &DeltaSpec) -> usize {
     let value = spec.value_heads * spec.value_head_dim;
     // The convolution's inputs of a span of one row, and what it makes of them.
-    (spec.conv_width + 2) * spec.conv_channels() + 3 * value + 2 * spec.value_heads
+    let mixed = (spec.conv_width + 2) * spec.conv_channels();
+    let low = [spec.decay_rank, spec.gate_rank].map(projection::scratch_width).into_iter().max().unwrap_or(0);
+    mixed + 3 * value + spec.value_heads * (1 + spec.decays_per_head()) + low
 }
 
 /// Buffers that the layers reuse from call to call.
 #[derive(Debug)]
 pub struct DeltaScratch {
     activations: Activations,
+    projection: ProjectionScratch,
     /// One of queries, keys and values, `[tokens, width]`.
     part: Vec<f32>,
     /// Inputs of the convolution, span by span, those before its first token included: `[conv_width - 1 + count, channels]`.
     inputs: Vec<f32>,
     /// Its outputs, `[tokens, channels]`.
     mixed: Vec<f32>,
+    /// Decays, `[tokens, value_heads]`, or `[tokens, value_heads, key_head_dim]`.
     a: Vec<f32>,
     b: Vec<f32>,
     z: Vec<f32>,
@@ -147,6 +152,7 @@ impl DeltaScratch {
     pub fn new(compute: &Compute) -> Self {
         DeltaScratch {
             activations: Activations::new(compute.precision),
+            projection: ProjectionScratch::new(compute),
             part: Vec::new(),
             inputs: Vec::new(),
             mixed: Vec::new(),
@@ -167,9 +173,9 @@ impl Delta {
         Ok(Delta {
             spec: spec.clone(),
             qkv: [tensors.matrix("q")?, tensors.matrix("k")?, tensors.matrix("v")?],
-            a: tensors.matrix("a")?,
+            a: Projection::new(tensors, spec.decay_rank, "a", ["a_down", "a_up"])?,
             b: tensors.matrix("b")?,
-            z: tensors.matrix("z")?,
+            z: Projection::new(tensors, spec.gate_rank, "z", ["z_down", "z_up"])?,
             o: tensors.matrix("o")?,
             conv: tensors.vector("conv")?,
             a_log: tensors.vector("a_log")?,
@@ -217,7 +223,7 @@ impl Delta {
     fn project(&self, step: Step<'_>, scratch: &mut DeltaScratch) {
         let (s, n) = (&self.spec, step.n());
         let (channels, before) = (s.conv_channels(), s.conv_width - 1);
-        let DeltaScratch { activations, part, inputs, a, b, z, .. } = scratch;
+        let DeltaScratch { activations, projection, part, inputs, a, b, z, .. } = scratch;
         let spans = step.rows.spans();
         let inputs = sized(inputs, (before * spans.len() + n) * channels);
         let mut first = 0;
@@ -234,10 +240,10 @@ impl Delta {
             }
             first += width;
         }
-        step.multiply(&self.a, activations, sized(a, n * s.value_heads));
+        self.a.apply(step, activations, projection, sized(a, n * s.value_heads * s.decays_per_head()));
         step.multiply(&self.b, activations, sized(b, n * s.value_heads));
         let width = s.value_heads * s.value_head_dim;
-        step.multiply(&self.z, activations, sized(z, n * width));
+        self.z.apply(step, activations, projection, sized(z, n * width));
     }
 
     /// Causal convolution of each channel of a span by itself, then SiLU. `index`: which of the pass's spans it is.
@@ -283,13 +289,13 @@ impl Delta {
 
     /// Turns the projections into decays, in `a`, and writing strengths, in `b`.
     fn gates(&self, step: Step<'_>, scratch: &mut DeltaScratch) {
-        let (heads, n) = (self.spec.value_heads, step.n());
+        let (heads, each, n) = (self.spec.value_heads, self.spec.decays_per_head(), step.n());
         let DeltaScratch { a, b, a_log, dt_bias, .. } = scratch;
         step.read(&self.a_log, a_log);
         step.read(&self.dt_bias, dt_bias);
-        for row in a[..n * heads].chunks_exact_mut(heads) {
-            for ((a, log), bias) in row.iter_mut().zip(&*a_log).zip(&*dt_bias) {
-                *a = exp(-exp(*log) * softplus(*a + bias));
+        for row in a[..n * heads * each].chunks_exact_mut(heads * each) {
+            for (i, (a, bias)) in row.iter_mut().zip(&*dt_bias).enumerate() {
+                *a = exp(-exp(a_log[i / each]) * softplus(*a + bias));
             }
         }
         b[..n * heads].iter_mut().for_each(|b| *b = sigmoid(*b));
@@ -298,9 +304,9 @@ impl Delta {
     /// Row `t`: reads the state of `from`, or that in place, and leaves the new one with its output. One task per head.
     fn recur(&self, compute: &Compute, t: usize, from: Option<&[f32]>, to: &mut [f32], scratch: &mut DeltaScratch) {
         let s = &self.spec;
-        let (dk, dv, len) = (s.key_head_dim, s.value_head_dim, head_len(s));
+        let (dk, dv, len, each) = (s.key_head_dim, s.value_head_dim, head_len(s), s.decays_per_head());
         let DeltaScratch { mixed, a, b, out, .. } = scratch;
-        let (a, b) = (&a[t * s.value_heads..], &b[t * s.value_heads..]);
+        let (a, b) = (&a[t * s.value_heads * each..], &b[t * s.value_heads..]);
         let mixed = &mixed[t * s.conv_channels()..][..s.conv_channels()];
         let (queries, rest) = mixed.split_at(s.key_heads * dk);
         let (keys, values) = rest.split_at(s.key_heads * dk);
@@ -314,8 +320,10 @@ impl Delta {
             with_head_scratch(|scratch| {
                 let change = sized(&mut scratch.input, dv);
                 change.fill(0.0);
-                for (row, k) in state.chunks_exact_mut(dv).zip(k) {
-                    row.iter_mut().for_each(|v| *v *= a[h]);
+                // One for the whole state, or one for each of its rows.
+                let decays = a[h * each..][..each].iter().cycle();
+                for ((row, k), decay) in state.chunks_exact_mut(dv).zip(k).zip(decays) {
+                    row.iter_mut().for_each(|v| *v *= decay);
                     compute.kernels.axpy(*k, row, change);
                 }
                 let wanted = &values[h * dv..][..dv];
@@ -337,6 +345,7 @@ impl Delta {
     /// Norm of each head's output, then the gate.
     fn gate_output(&self, step: Step<'_>, scratch: &mut DeltaScratch) {
         let width = self.spec.value_head_dim;
+        let gate: fn(f32) -> f32 = if self.spec.gate_sigmoid { sigmoid } else { silu };
         let DeltaScratch { out, z, norm, .. } = scratch;
         step.read(&self.out_norm, norm);
         let len = step.n() * self.spec.value_heads * width;
@@ -345,7 +354,7 @@ impl Delta {
                 let copy = sized(&mut scratch.input, width);
                 copy.copy_from_slice(out);
                 rms_norm(copy, norm, self.spec.norm_eps, out);
-                out.iter_mut().zip(z).for_each(|(o, z)| *o *= silu(*z));
+                out.iter_mut().zip(z).for_each(|(o, z)| *o *= gate(*z));
             }
         });
     }

@@ -1,11 +1,13 @@
 //! Grouped-query attention (arXiv:2305.13245) with rotary positions, and what families add to it: norms of queries and keys,
-//! biases, a sliding window or chunks, attention sinks, a temperature that falls with the position, an output gate.
+//! biases, a sliding window or chunks, attention sinks, a temperature that falls with the position, an output gate, a choice of
+//! blocks of keys.
 
 use sluice_format::{GqaSpec, QkNormScope};
 use sluice_kernels::{Activations, QueryTile, rms_norm, sigmoid};
 
 use super::ModelError;
-use super::compute::{Compute, Step, sized, with_head_scratch};
+use super::compute::{Compute, HeadScratch, Step, sized, with_head_scratch};
+use super::key_blocks::{self, KeyBlocks, KeyBlocksScratch};
 use super::rope::{Rope, RopeAngles};
 use super::rows::Caches;
 use super::tasks::{self, Heads, Most, Task, Tasks};
@@ -27,6 +29,7 @@ pub struct Gqa {
     k_norm: Option<VectorRef>,
     sinks: Option<VectorRef>,
     gate: Option<MatrixRef>,
+    blocks: Option<KeyBlocks>,
 }
 
 /// A matrix and, in some families, a bias.
@@ -62,13 +65,15 @@ struct Queries<'a, 's> {
     query: &'a [f32],
     /// One per head.
     sinks: Option<&'a [f32]>,
+    blocks: &'a KeyBlocksScratch,
 }
 
 /// f32 values of scratch per token.
 pub fn scratch_width(spec: &GqaSpec) -> usize {
     let gate = if spec.output_gate { spec.heads * spec.v_head_dim } else { 0 };
     let key_value = spec.kv_heads * (spec.head_dim + spec.v_head_dim);
-    spec.heads * (spec.head_dim + 2 * spec.v_head_dim) + key_value + gate
+    let blocks = spec.blocks.as_ref().map_or(0, key_blocks::scratch_width);
+    spec.heads * (spec.head_dim + 2 * spec.v_head_dim) + key_value + gate + blocks
 }
 
 /// Buffers that grouped-query attention reuses from call to call.
@@ -85,6 +90,7 @@ pub struct GqaScratch {
     tasks: Tasks,
     by_token: Vec<f32>,
     angles: RopeAngles,
+    blocks: KeyBlocksScratch,
 }
 
 impl GqaScratch {
@@ -102,6 +108,7 @@ impl GqaScratch {
             tasks: Tasks::default(),
             by_token: Vec::new(),
             angles: RopeAngles::default(),
+            blocks: KeyBlocksScratch::default(),
         }
     }
 }
@@ -121,6 +128,7 @@ impl Gqa {
             k_norm: norm("k_norm")?,
             sinks: spec.sinks.then(|| tensors.vector("sinks")).transpose()?,
             gate: spec.output_gate.then(|| tensors.matrix("gate")).transpose()?,
+            blocks: spec.blocks.as_ref().map(|blocks| KeyBlocks::new(spec, blocks, tensors)).transpose()?,
             spec: spec.clone(),
         })
     }
@@ -141,6 +149,14 @@ impl Gqa {
             return;
         }
         self.extend_caches(step, caches, scratch);
+        if let Some(blocks) = &self.blocks {
+            let GqaScratch { activations, angles, blocks: chosen, .. } = scratch;
+            blocks.extend(step, caches, activations, angles, chosen);
+            blocks.choose(step, caches, activations, angles, chosen);
+            if step.is_cancelled() {
+                return;
+            }
+        }
         self.attend(step, caches, scratch);
         if step.is_cancelled() {
             return;
@@ -246,20 +262,20 @@ impl Gqa {
     /// Leaves the heads' outputs in `scratch.by_task`, as `scratch.tasks` say.
     fn attend(&self, step: Step<'_>, caches: &Caches<'_, '_>, scratch: &mut GqaScratch) {
         let s = &self.spec;
-        let GqaScratch { query, by_task, tasks, sinks, .. } = scratch;
+        let GqaScratch { query, by_task, tasks, sinks, blocks, .. } = scratch;
         if let Some(sink) = &self.sinks {
             step.read(sink, sinks);
         }
-        let sharing = s.heads / s.kv_heads;
+        let sharing = s.heads_together();
         let heads = Heads { heads: s.heads, sharing, width: s.v_head_dim };
         tasks.plan(step, heads, false, |_| Most { rows: (QUERIES_TOGETHER / sharing).max(1), heads: sharing });
-        let queries = Queries { step, caches, query, sinks: self.sinks.as_ref().map(|_| &sinks[..]) };
+        let queries = Queries { step, caches, query, sinks: self.sinks.as_ref().map(|_| &sinks[..]), blocks };
         tasks.run(&step.compute.threads, sized(by_task, step.n() * s.heads * s.v_head_dim), &|task, out| {
             with_head_scratch(|scratch| {
                 let mut left = out;
                 for (span, rows) in step.rows.parts(task.rows.clone()) {
                     let (out, rest) = left.split_at_mut(rows.len() * task.heads.len() * s.v_head_dim);
-                    self.attend_rows(queries, span, &Task { rows, heads: task.heads.clone() }, &mut scratch.tile, out);
+                    self.attend_rows(queries, span, &Task { rows, heads: task.heads.clone() }, scratch, out);
                     left = rest;
                 }
             });
@@ -267,21 +283,52 @@ impl Gqa {
     }
 
     /// Rows of one span with heads that share their keys: `out` is `[rows, heads, v_head_dim]`.
-    fn attend_rows(&self, queries: Queries<'_, '_>, span: usize, task: &Task, tile: &mut QueryTile, out: &mut [f32]) {
-        let (s, Queries { step, caches, query, sinks }) = (&self.spec, queries);
+    fn attend_rows(
+        &self,
+        queries: Queries<'_, '_>,
+        span: usize,
+        task: &Task,
+        scratch: &mut HeadScratch,
+        out: &mut [f32],
+    ) {
+        let (s, Queries { step, caches, blocks, .. }) = (&self.spec, queries);
+        let chosen = |row| self.blocks.as_ref().and_then(|b| b.chosen(step, row, task.heads.start, blocks));
         let kv_head = task.heads.start / (s.heads / s.kv_heads);
+        let cache = caches.of(span).key_value();
+        let (mut left, mut row) = (out, task.rows.start);
+        while row < task.rows.end {
+            // A row with blocks of its own choice is alone with its heads; others meet their keys together.
+            let own = chosen(row);
+            let alike = (row + 1..task.rows.end).find(|&row| chosen(row).is_some());
+            let end = if own.is_some() { row + 1 } else { alike.unwrap_or(task.rows.end) };
+            self.begin_tile(queries, &Task { rows: row..end, heads: task.heads.clone() }, &mut scratch.tile);
+            let done = match own {
+                Some(own) => key_blocks::attend(step, cache, kv_head, own, scratch),
+                None => tasks::attend(step, &mut scratch.tile, |positions| cache.rows(kv_head, positions)),
+            };
+            if !done {
+                return;
+            }
+            let results = scratch.tile.results();
+            let (out, rest) = left.split_at_mut(results.len());
+            out.copy_from_slice(results);
+            (left, row) = (rest, end);
+        }
+    }
+
+    /// Puts the queries of a task's rows and heads into the tile, with what they see: positions, or places in the list of chosen keys.
+    fn begin_tile(&self, queries: Queries<'_, '_>, task: &Task, tile: &mut QueryTile) {
+        let (s, Queries { step, query, sinks, blocks, .. }) = (&self.spec, queries);
         tile.begin(s.head_dim, s.v_head_dim, s.softmax_scale);
         for row in task.rows.clone() {
             let position = step.rows.get(row).position;
-            let (first, end) = (s.first_seen(position), position + 1);
+            let chosen = self.blocks.as_ref().and_then(|b| b.chosen(step, row, task.heads.start, blocks));
+            let end = chosen.map_or(position + 1, |chosen| chosen.keys());
+            let first = if chosen.is_some() { 0 } else { s.first_seen(position) };
             for head in task.heads.clone() {
                 let query = &query[(row * s.heads + head) * s.head_dim..][..s.head_dim];
                 tile.add(first..end, sinks.map(|sinks| sinks[head])).copy_from_slice(query);
             }
-        }
-        let cache = caches.of(span).key_value();
-        if tasks::attend(step, tile, |positions| cache.rows(kv_head, positions)) {
-            out.copy_from_slice(tile.results());
         }
     }
 

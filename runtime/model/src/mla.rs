@@ -29,7 +29,7 @@ const ROWS_TOGETHER: usize = 32;
 #[derive(Debug)]
 pub struct Mla {
     spec: MlaSpec,
-    rope: Rope,
+    rope: Option<Rope>,
     query: Query,
     kv_a: MatrixRef,
     kv_a_norm: VectorRef,
@@ -107,11 +107,12 @@ impl Mla {
                 b: tensors.matrix("q_b")?,
             },
         };
-        let indexer = spec.indexer.as_ref().map(|i| Indexer::new(i, &spec.rope, tensors)).transpose()?;
+        let indexer = spec.indexer.as_ref().zip(spec.rope.as_ref());
+        let indexer = indexer.map(|(indexer, rope)| Indexer::new(indexer, rope, tensors)).transpose()?;
         Ok(Mla {
             indexer: indexer.flatten(),
             spec: spec.clone(),
-            rope: Rope::new(&spec.rope),
+            rope: spec.rope.as_ref().map(Rope::new),
             query,
             kv_a: tensors.matrix("kv_a")?,
             kv_a_norm: tensors.vector("kv_a_norm")?,
@@ -132,7 +133,9 @@ impl Mla {
     ) {
         let n = step.n();
         scratch.activations.set(x, n, x.len() / n);
-        self.rope.angles(step.rows.positions(), &mut scratch.angles);
+        if let Some(rope) = &self.rope {
+            rope.angles(step.rows.positions(), &mut scratch.angles);
+        }
         self.extend_caches(step, caches, scratch);
         if let Some(indexer) = &self.indexer {
             indexer.extend(step, caches, &scratch.activations, &mut scratch.index);
@@ -175,9 +178,16 @@ impl Mla {
                 let kv = &kv[row * width..][..width];
                 rms_norm(&kv[..rank], norm, self.spec.latent_norm_eps, &mut latent[..rank]);
                 latent[rank..].copy_from_slice(&kv[rank..]);
-                self.rope.rotate(&mut latent[rank..], angles, row);
+                self.rotate(&mut latent[rank..], angles, row);
                 cache.set(span.start + t, latent);
             }
+        }
+    }
+
+    /// Rotates the positional part of a query or key of a row, if the layer knows positions.
+    fn rotate(&self, part: &mut [f32], angles: &RopeAngles, row: usize) {
+        if let Some(rope) = &self.rope {
+            rope.rotate(part, angles, row);
         }
     }
 
@@ -299,7 +309,7 @@ impl Mla {
                 let full = tile.add(0..seen, None);
                 full[..rank].copy_from_slice(&product[(i * task.rows.len() + row - task.rows.start) * rank..][..rank]);
                 full[rank..].copy_from_slice(&query[(row * s.heads + head) * head_width..][nope..head_width]);
-                self.rope.rotate(&mut full[rank..], angles, row);
+                self.rotate(&mut full[rank..], angles, row);
             }
         }
     }

@@ -105,9 +105,9 @@ fn passes_do_not_allocate_in_steady_state() {
     }
 }
 
-/// A model of which some layers see everything and others a window, one with recurrent states and an indexer, and one with streams and
-/// compressed entries.
-fn specs() -> [ModelSpec; 3] {
+/// A model of which some layers see everything and others a window, one with recurrent states and an indexer, one with streams and
+/// compressed entries, and one that chooses blocks of keys.
+fn specs() -> [ModelSpec; 4] {
     let mut windows = support::gqa_spec();
     if let AttentionSpec::Gqa(gqa) = &mut windows.layers[0].attention {
         gqa.window = None;
@@ -116,7 +116,8 @@ fn specs() -> [ModelSpec; 3] {
     // The numbers in the file are random, and so are no experts.
     let experts = streams.layers.iter_mut().filter_map(|layer| layer.ffn.moe.as_mut());
     experts.for_each(|moe| moe.router.token_table = None);
-    [windows, support::sparse_spec(), streams].map(|spec| ModelSpec { max_positions: 4096, ..spec })
+    [windows, support::sparse_spec(), streams, support::hybrid_spec()]
+        .map(|spec| ModelSpec { max_positions: 4096, ..spec })
 }
 
 /// Decodes a token of each sequence and says how often it allocated meanwhile.

@@ -24,6 +24,8 @@ pub(super) enum Arch {
     Glm4Moe,
     GptOss,
     MiniMaxM2,
+    MiniMaxM3,
+    KimiLinear,
     Olmoe,
     /// Granite 3 with experts.
     GraniteMoe,
@@ -36,7 +38,7 @@ pub(super) enum Arch {
     Llama4,
 }
 
-const NAMES: [(&str, Arch); 20] = [
+const NAMES: [(&str, Arch); 22] = [
     ("llama", Arch::Llama),
     ("mistral3", Arch::Mistral3),
     ("qwen3", Arch::Qwen3),
@@ -50,6 +52,8 @@ const NAMES: [(&str, Arch); 20] = [
     ("glm4moe", Arch::Glm4Moe),
     ("gpt-oss", Arch::GptOss),
     ("minimax-m2", Arch::MiniMaxM2),
+    ("minimax-m3", Arch::MiniMaxM3),
+    ("kimi-linear", Arch::KimiLinear),
     ("olmoe", Arch::Olmoe),
     ("granitemoe", Arch::GraniteMoe),
     ("ernie4_5", Arch::Ernie45),
@@ -98,12 +102,12 @@ impl Arch {
 
     /// Whether the attention is latent.
     pub(super) fn is_latent(self) -> bool {
-        matches!(self, Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa)
+        matches!(self, Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::KimiLinear)
     }
 
     /// Whether some layers have linear attention.
     pub(super) fn is_hybrid(self) -> bool {
-        matches!(self, Arch::Qwen3Next | Arch::Qwen35Moe)
+        matches!(self, Arch::Qwen3Next | Arch::Qwen35Moe | Arch::KimiLinear)
     }
 
     /// Whether every layer has experts, if any has.

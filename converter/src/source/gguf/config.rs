@@ -91,7 +91,9 @@ impl Writer<'_> {
             let problem = format!("is {said}, and rows of `token_embd.weight` have {hidden} elements");
             return Err(keys.refuse("embedding_length", problem));
         }
-        let (heads, kv_heads) = (keys.need("attention.head_count")?, keys.uint("attention.head_count_kv")?);
+        let heads = keys.need("attention.head_count")?;
+        // Where attention is latent, it counts the latents of a layer: none in those with linear attention.
+        let kv_heads = if self.arch == Arch::KimiLinear { None } else { keys.uint("attention.head_count_kv")? };
         self.heads = index(keys, "attention.head_count", heads)?;
         self.kv_heads = index(keys, "attention.head_count_kv", kv_heads.unwrap_or(heads))?;
         if self.heads == 0 || self.kv_heads == 0 {
@@ -111,7 +113,8 @@ impl Writer<'_> {
         self.out.set("hidden_act", "silu");
         let dense = keys.of_any_layer(self.layers, "ffn_gate.weight").map(|t| t.rows() as u64);
         let width = if dense.is_some() { dense } else { keys.uint("feed_forward_length")? };
-        self.out.set_some("intermediate_size", width);
+        let key = if self.arch == Arch::MiniMaxM3 { "dense_intermediate_size" } else { "intermediate_size" };
+        self.out.set_some(key, width);
         Ok(())
     }
 
@@ -139,6 +142,8 @@ impl Writer<'_> {
             Arch::Glm4Moe => "glm4_moe",
             Arch::GptOss => "gpt_oss",
             Arch::MiniMaxM2 => "minimax_m2",
+            Arch::MiniMaxM3 => "minimax_m3_vl_text",
+            Arch::KimiLinear => "kimi_linear",
             Arch::Olmoe => "olmoe",
             Arch::GraniteMoe => "granitemoe",
             Arch::Ernie45 => "ernie4_5",
@@ -190,7 +195,10 @@ impl Writer<'_> {
         if matches!(self.arch, Arch::GptOss | Arch::Llama | Arch::Mistral3) {
             self.out.set("sliding_window", window);
         }
-        if self.arch == Arch::MiniMaxM2 {
+        if self.arch == Arch::MiniMaxM3 {
+            self.key_blocks()?;
+        }
+        if matches!(self.arch, Arch::MiniMaxM2 | Arch::MiniMaxM3) {
             // The family has a key of its own for it.
             self.out.set("rotary_dim", rotated);
             return Ok(Rope { dim: head_dim, head_dim, mscale: false, truncate: true });
@@ -222,10 +230,30 @@ impl Writer<'_> {
             true => self.out.set("q_lora_rank", keys.need("attention.q_lora_rank")?),
             false => self.out.set("q_lora_rank", Json::Null),
         }
-        if self.arch != Arch::DeepSeek2 {
+        if matches!(self.arch, Arch::DeepSeek32 | Arch::GlmDsa) {
             self.indexer()?;
         }
         Ok(Rope { dim: rotated, head_dim: rotated, mscale: true, truncate: true })
+    }
+
+    /// The choice of blocks of keys, and which layers have it.
+    fn key_blocks(&mut self) -> Result<(), Problem> {
+        let keys = self.keys;
+        for (own, hub) in [
+            ("head_count", "index_n_heads"),
+            ("key_length", "index_head_dim"),
+            ("top_k", "index_topk_blocks"),
+            ("block_size", "index_block_size"),
+            ("local_blocks", "index_local_blocks"),
+        ] {
+            self.out.set(hub, keys.need(&format!("attention.indexer.{own}"))?);
+        }
+        let kind = |layer| match keys.of_layer(layer, "indexer.q_proj.weight") {
+            Some(_) => Json::from("minimax_m3_sparse"),
+            None => Json::from("full_attention"),
+        };
+        self.out.set("layer_types", (0..self.layers).map(kind).collect::<Vec<_>>());
+        Ok(())
     }
 
     /// The indexer of sparse attention.
@@ -260,16 +288,20 @@ impl Writer<'_> {
             ));
         }
         let count_key = match self.arch {
-            Arch::Llama | Arch::Mistral3 | Arch::GptOss | Arch::MiniMaxM2 | Arch::GraniteMoe | Arch::Llama4 => {
-                "num_local_experts"
-            }
+            Arch::Llama
+            | Arch::Mistral3
+            | Arch::GptOss
+            | Arch::MiniMaxM2
+            | Arch::MiniMaxM3
+            | Arch::GraniteMoe
+            | Arch::Llama4 => "num_local_experts",
             Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe => "n_routed_experts",
             _ => "num_experts",
         };
         self.out.set(count_key, experts);
         let used = keys.need("expert_used_count")?;
         self.out.set("num_experts_per_tok", used);
-        let width_key = match self.arch.is_all_sparse() {
+        let width_key = match self.arch.is_all_sparse() || self.arch == Arch::MiniMaxM3 {
             true => "intermediate_size",
             false => "moe_intermediate_size",
         };
@@ -308,9 +340,14 @@ impl Writer<'_> {
         let scale = keys.float("expert_weights_scale")?.filter(|&s| s != 0.0);
         let (sigmoid, supported): (bool, &[u64]) = match self.arch {
             Arch::DeepSeek2 => (self.is_sigmoid()?, &[SOFTMAX, SIGMOID]),
-            Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe | Arch::MiniMaxM2 | Arch::HyV3 | Arch::Llama4 => {
-                (true, &[SIGMOID])
-            }
+            Arch::DeepSeek32
+            | Arch::GlmDsa
+            | Arch::Glm4Moe
+            | Arch::MiniMaxM2
+            | Arch::MiniMaxM3
+            | Arch::KimiLinear
+            | Arch::HyV3
+            | Arch::Llama4 => (true, &[SIGMOID]),
             Arch::GptOss | Arch::GraniteMoe => (false, &[SOFTMAX, SOFTMAX_OF_CHOSEN]),
             _ => (false, &[SOFTMAX]),
         };
@@ -330,7 +367,18 @@ impl Writer<'_> {
                 self.out.set("scoring_func", if sigmoid { "sigmoid" } else { "softmax" });
                 self.groups(sigmoid)?;
             }
+            Arch::KimiLinear => {
+                // llama.cpp knows without a key that it divides by the sum.
+                self.out.set("norm_topk_prob", norm.unwrap_or(true));
+                self.out.set("routed_scaling_factor", scale.unwrap_or(1.0));
+                self.out.set("scoring_func", "sigmoid");
+                self.groups(true)?;
+            }
             Arch::MiniMaxM2 => self.out.set("scoring_func", "sigmoid"),
+            Arch::MiniMaxM3 => {
+                self.out.set("scoring_func", "sigmoid");
+                self.out.set("routed_scaling_factor", scale.unwrap_or(1.0));
+            }
             Arch::HyV3 => {
                 self.out.set("route_norm", norm.unwrap_or(true));
                 self.out.set("router_scaling_factor", scale.unwrap_or(1.0));
@@ -340,7 +388,7 @@ impl Writer<'_> {
             Arch::Qwen3Moe | Arch::Qwen3Next => self.out.set("norm_topk_prob", norm.unwrap_or(true)),
             _ => {}
         }
-        let scales = self.arch.is_latent() || matches!(self.arch, Arch::Glm4Moe | Arch::HyV3);
+        let scales = self.arch.is_latent() || matches!(self.arch, Arch::Glm4Moe | Arch::HyV3 | Arch::MiniMaxM3);
         if let Some(scale) = scale.filter(|&s| s != 1.0 && !scales) {
             return Err(keys.refuse("expert_weights_scale", format!("is {scale}; only 1 is supported here")));
         }
@@ -385,10 +433,12 @@ impl Writer<'_> {
             Arch::Qwen2Moe | Arch::Qwen3Next | Arch::Qwen35Moe => {
                 self.out.set("shared_expert_intermediate_size", width);
             }
+            Arch::MiniMaxM3 => self.out.set("shared_intermediate_size", width),
             Arch::DeepSeek2
             | Arch::DeepSeek32
             | Arch::GlmDsa
             | Arch::Glm4Moe
+            | Arch::KimiLinear
             | Arch::Ernie45Moe
             | Arch::HunyuanMoe
             | Arch::HyV3
@@ -414,6 +464,9 @@ impl Writer<'_> {
     /// Linear attention, and which layers have it.
     fn hybrid(&mut self) -> Result<Vec<bool>, Problem> {
         let keys = self.keys;
+        if self.arch == Arch::KimiLinear {
+            return self.kimi_delta();
+        }
         let value_heads = keys.need("ssm.time_step_rank")?;
         let inner = keys.need("ssm.inner_size")?;
         if value_heads == 0 || !inner.is_multiple_of(value_heads) {
@@ -435,6 +488,19 @@ impl Writer<'_> {
         }
         let by_interval = || (1..=self.layers as u64).map(|layer| layer % interval != 0).collect();
         let linear: Vec<bool> = keys.per_layer("attention.recurrent_layers", self.layers)?.unwrap_or_else(by_interval);
+        let name = |linear: &bool| json!(if *linear { "linear_attention" } else { "full_attention" });
+        self.out.set("layer_types", linear.iter().map(name).collect::<Vec<_>>());
+        Ok(linear)
+    }
+
+    /// Kimi's linear attention, in the layers that have its tensors.
+    fn kimi_delta(&mut self) -> Result<Vec<bool>, Problem> {
+        let keys = self.keys;
+        let heads = keys.of_any_layer(self.layers, "ssm_beta.weight").map_or(self.heads, |t| t.rows());
+        self.out.set("linear_num_heads", heads as u64);
+        self.out.set("linear_head_dim", keys.need("kda.head_dim")?);
+        self.out.set("linear_conv_kernel_dim", keys.need("ssm.conv_kernel")?);
+        let linear: Vec<bool> = (0..self.layers).map(|l| keys.of_layer(l, "ssm_f_a.weight").is_some()).collect();
         let name = |linear: &bool| json!(if *linear { "linear_attention" } else { "full_attention" });
         self.out.set("layer_types", linear.iter().map(name).collect::<Vec<_>>());
         Ok(linear)

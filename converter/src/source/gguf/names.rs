@@ -85,6 +85,27 @@ const LINEAR: [(&str, &str, Change); 10] = [
     ("nextn.shared_head_norm", "shared_head.norm", Change::None),
 ];
 
+/// Modules of a layer with Kimi's linear attention.
+const KIMI: [(&str, &str, Change); 9] = [
+    ("ssm_conv1d_q", "self_attn.q_conv1d", Change::Convolution),
+    ("ssm_conv1d_k", "self_attn.k_conv1d", Change::Convolution),
+    ("ssm_conv1d_v", "self_attn.v_conv1d", Change::Convolution),
+    ("ssm_f_a", "self_attn.f_a_proj", Change::None),
+    ("ssm_f_b", "self_attn.f_b_proj", Change::None),
+    ("ssm_g_a", "self_attn.g_a_proj", Change::None),
+    ("ssm_g_b", "self_attn.g_b_proj", Change::None),
+    ("ssm_beta", "self_attn.b_proj", Change::None),
+    ("ssm_norm", "self_attn.o_norm", Change::None),
+];
+
+/// Modules that choose blocks of keys.
+const MINIMAX: [(&str, &str, Change); 4] = [
+    ("indexer.q_proj", "self_attn.index_q_proj", Change::None),
+    ("indexer.k_proj", "self_attn.index_k_proj", Change::None),
+    ("indexer.q_norm", "self_attn.index_q_norm", Change::None),
+    ("indexer.k_norm", "self_attn.index_k_norm", Change::None),
+];
+
 /// Gate, up and down.
 const PARTS: [&str; 3] = ["gate", "up", "down"];
 
@@ -99,12 +120,13 @@ pub(super) fn rename(arch: Arch, is_linear: &dyn Fn(usize) -> bool, name: &str) 
     let layer: usize = layer.parse().ok()?;
     let in_layer = |rest: &str| format!("model.layers.{layer}.{rest}");
     // Names without an end: of a vector, and of old files.
+    let linear = if arch == Arch::KimiLinear { "self_attn" } else { "linear_attn" };
     match rest {
         "ssm_a" => {
-            let name = in_layer("linear_attn.A_log");
+            let name = in_layer(&format!("{linear}.A_log"));
             return Some(Renamed { name, change: Change::NegativeExponential });
         }
-        "ssm_dt.bias" => return plain(in_layer("linear_attn.dt_bias")),
+        "ssm_dt.bias" => return plain(in_layer(&format!("{linear}.dt_bias"))),
         "attn_sinks.weight" | "attn_sinks" => return plain(in_layer("self_attn.sinks")),
         "exp_probs_b.bias" | "exp_probs_b" if arch == Arch::Ernie45Moe => {
             let name = in_layer("mlp.moe_statics.e_score_correction_bias");
@@ -124,7 +146,12 @@ pub(super) fn rename(arch: Arch, is_linear: &dyn Fn(usize) -> bool, name: &str) 
     if module == "attn_qkv" && !is_linear(layer) {
         return Some(Renamed { name: in_layer(&format!("self_attn.q_proj.{end}")), change: Change::Fused });
     }
-    let all = MODULES.iter().chain(&LINEAR);
+    let own: &[_] = match arch {
+        Arch::KimiLinear => &KIMI,
+        Arch::MiniMaxM3 => &MINIMAX,
+        _ => &[],
+    };
+    let all = own.iter().chain(&MODULES).chain(&LINEAR);
     let &(_, hub, change) = all.into_iter().find(|(own, ..)| *own == module)?;
     // Of scales beside a matrix, nothing is in another order.
     let change = if matches!(end, "weight" | "bias") { change } else { Change::None };
@@ -209,6 +236,20 @@ mod tests {
             (Arch::Qwen3Next, "blk.0.attn_qkv.weight", "model.layers.0.linear_attn.in_proj_qkv.weight", Change::None),
             (Arch::Qwen3Next, "blk.0.ssm_a", "model.layers.0.linear_attn.A_log", Change::NegativeExponential),
             (Arch::Qwen3, "blk.1.attn_qkv.weight", "model.layers.1.self_attn.q_proj.weight", Change::Fused),
+            (
+                Arch::KimiLinear,
+                "blk.0.ssm_conv1d_k.weight",
+                "model.layers.0.self_attn.k_conv1d.weight",
+                Change::Convolution,
+            ),
+            (Arch::KimiLinear, "blk.0.ssm_a", "model.layers.0.self_attn.A_log", Change::NegativeExponential),
+            (Arch::KimiLinear, "blk.0.ssm_norm.weight", "model.layers.0.self_attn.o_norm.weight", Change::None),
+            (
+                Arch::MiniMaxM3,
+                "blk.3.indexer.k_norm.weight",
+                "model.layers.3.self_attn.index_k_norm.weight",
+                Change::None,
+            ),
             (Arch::GlmDsa, "blk.1.indexer.k_norm.bias", "model.layers.1.self_attn.indexer.k_norm.bias", Change::None),
             (
                 Arch::Ernie45Moe,

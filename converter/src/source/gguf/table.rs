@@ -56,13 +56,18 @@ impl Table<'_> {
             }
             (Change::Fused, _) => return self.split(tensor, entry),
             (Change::OneRow, &[n]) => entry.shape = vec![1, n],
-            (Change::Convolution, &[channels, width]) => entry.shape = vec![channels, 1, width],
+            (Change::Convolution, &[channels, width] | &[1, channels, 1, width]) => {
+                entry.shape = vec![channels, 1, width];
+            }
             (Change::Heads, &[rows, cols]) if rows.is_multiple_of(self.described.heads) => {
                 entry.shape = vec![self.described.heads, rows / self.described.heads, cols];
             }
             (Change::NegativeExponential, _) => {
                 if let Some(numbers) = vector(tensor, self.read)? {
                     derive(&mut entry, numbers.iter().map(|&a| (-a).ln()).collect());
+                    if self.arch == Arch::KimiLinear {
+                        entry.shape = vec![1, 1, numbers.len(), 1];
+                    }
                 }
             }
             _ => {}

@@ -1,10 +1,12 @@
-//! Keys and values of grouped-query attention.
+//! Keys and values of grouped-query attention, and beside them the index keys by which blocks of keys are chosen.
 
 use std::ops::Range;
 
 use sluice_kernels::KvRows;
 
+use super::index::{IndexCache, IndexPlace};
 use super::layout::Rows;
+use super::page::Page;
 use super::table::RowTable;
 
 /// Where a layer's keys and values are in a page, and of how many heads.
@@ -13,6 +15,7 @@ pub struct KeyValuePlace {
     pub(super) keys: Rows,
     pub(super) values: Rows,
     pub(super) kv_heads: usize,
+    pub(super) index: IndexPlace,
 }
 
 /// Keys and values of one layer and one sequence.
@@ -41,11 +44,18 @@ impl<'a> KeyValueCache<'a> {
         (rows(self.place.keys), rows(self.place.values))
     }
 
-    /// Writes the rows of a position.
+    /// Keys by which blocks of keys are chosen.
+    pub fn index(self) -> IndexCache<'a> {
+        IndexCache { table: self.table, place: self.place.index }
+    }
+
+    /// Writes the rows of a position: keys, values, and the index key.
     pub fn row_to_bytes(&self, position: usize, out: &mut [u8]) {
         let (page, place) = self.table.page(position);
-        let KeyValuePlace { keys, values, kv_heads } = self.place;
-        let (of_keys, of_values) = out.split_at_mut(kv_heads * page.rows[keys.buffer].row_len());
+        let KeyValuePlace { keys, values, kv_heads, index } = self.place;
+        let (of_keys, rest) = out.split_at_mut(kv_heads * page.rows[keys.buffer].row_len());
+        let (of_values, of_index) = rest.split_at_mut(kv_heads * page.rows[values.buffer].row_len());
+        index.to_bytes(&page.numbers, place, of_index);
         for (rows, out) in [(keys, of_keys), (values, of_values)] {
             let buffer = &page.rows[rows.buffer];
             for (head, out) in out.chunks_exact_mut(buffer.row_len()).enumerate() {
@@ -70,13 +80,25 @@ impl KeyValueCacheMut<'_> {
         }
     }
 
+    /// The index key of a position, to write it.
+    ///
+    /// # Panics
+    /// If the sequence was not prepared for it.
+    pub fn index_key_mut(&mut self, position: usize) -> &mut [f32] {
+        let (page, place) = self.table.page_mut(position);
+        &mut page.numbers[self.place.index.numbers(place..place + 1)]
+    }
+
     /// Puts the rows of a position back.
     pub fn row_from_bytes(&mut self, position: usize, bytes: &[u8]) {
         let (page, place) = self.table.page_mut(position);
-        let KeyValuePlace { keys, values, kv_heads } = self.place;
-        let (of_keys, of_values) = bytes.split_at(kv_heads * page.rows[keys.buffer].row_len());
+        let KeyValuePlace { keys, values, kv_heads, index } = self.place;
+        let Page { rows: buffers, numbers, .. } = page;
+        let (of_keys, rest) = bytes.split_at(kv_heads * buffers[keys.buffer].row_len());
+        let (of_values, of_index) = rest.split_at(kv_heads * buffers[values.buffer].row_len());
+        index.put_bytes(numbers, place, of_index);
         for (rows, bytes) in [(keys, of_keys), (values, of_values)] {
-            let buffer = &mut page.rows[rows.buffer];
+            let buffer = &mut buffers[rows.buffer];
             for (head, bytes) in bytes.chunks_exact(buffer.row_len()).enumerate() {
                 buffer.row_from_bytes(rows.at(head, place), bytes);
             }

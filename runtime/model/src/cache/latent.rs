@@ -1,11 +1,11 @@
-//! Latents of multi-head latent attention, and beside them the index keys of sparse attention. Those are f32 whatever the latents
-//! are, since they decide what is attended to.
+//! Latents of multi-head latent attention, and beside them the index keys of sparse attention.
 
 use std::ops::Range;
 
 use sluice_format::{IndexerSpec, MlaSpec};
 use sluice_kernels::KvRows;
 
+use super::index::{IndexCache, IndexPlace};
 use super::layout::Rows;
 use super::page::Page;
 use super::table::RowTable;
@@ -14,16 +14,7 @@ use super::table::RowTable;
 #[derive(Clone, Copy, Debug)]
 pub struct LatentPlace {
     pub(super) rows: Rows,
-    /// First of the page's numbers that belongs to index keys.
-    pub(super) first_index: usize,
-    /// Numbers of an index key: none in a layer without an indexer, or with one that uses what another layer chose.
-    pub(super) index: usize,
-}
-
-impl LatentPlace {
-    fn index(self, places: Range<usize>) -> Range<usize> {
-        self.first_index + places.start * self.index..self.first_index + places.end * self.index
-    }
+    pub(super) index: IndexPlace,
 }
 
 /// Latents with their rotated keys of one layer and one sequence.
@@ -32,10 +23,6 @@ pub struct LatentCache<'a> {
     pub(super) table: &'a RowTable,
     pub(super) place: LatentPlace,
 }
-
-/// Index keys of one layer and one sequence.
-#[derive(Clone, Copy, Debug)]
-pub struct IndexCache<'a>(LatentCache<'a>);
 
 /// The same, to write them.
 #[derive(Debug)]
@@ -67,7 +54,7 @@ impl<'a> LatentCache<'a> {
 
     /// Keys of the layer's own indexer.
     pub fn index(self) -> IndexCache<'a> {
-        IndexCache(self)
+        IndexCache { table: self.table, place: self.place.index }
     }
 
     /// Writes the row of a position: the latent with its rotated key, then its index key.
@@ -76,20 +63,7 @@ impl<'a> LatentCache<'a> {
         let buffer = &page.rows[self.place.rows.buffer];
         let (latent, key) = out.split_at_mut(buffer.row_len());
         buffer.row_to_bytes(self.place.rows.at(0, place), latent);
-        let numbers = &page.numbers[self.place.index(place..place + 1)];
-        key.as_chunks_mut::<4>().0.iter_mut().zip(numbers).for_each(|(out, v)| *out = v.to_le_bytes());
-    }
-}
-
-impl<'a> IndexCache<'a> {
-    /// Index keys at `positions`, `[positions, index_head_dim]`: ask for those of one block of keys at a time.
-    ///
-    /// # Panics
-    /// If there are fewer positions, or they are not in one block.
-    pub fn keys(self, positions: Range<usize>) -> &'a [f32] {
-        let LatentCache { table, place } = self.0;
-        let (page, places) = table.block(positions);
-        &page.numbers[place.index(places)]
+        self.place.index.to_bytes(&page.numbers, place, key);
     }
 }
 
@@ -109,7 +83,7 @@ impl LatentCacheMut<'_> {
     /// If the sequence was not prepared for it.
     pub fn index_key_mut(&mut self, position: usize) -> &mut [f32] {
         let (page, place) = self.table.page_mut(position);
-        &mut page.numbers[self.place.index(place..place + 1)]
+        &mut page.numbers[self.place.index.numbers(place..place + 1)]
     }
 
     /// Puts the row of a position back.
@@ -119,7 +93,6 @@ impl LatentCacheMut<'_> {
         let buffer = &mut rows[self.place.rows.buffer];
         let (latent, key) = bytes.split_at(buffer.row_len());
         buffer.row_from_bytes(self.place.rows.at(0, place), latent);
-        let numbers = &mut numbers[self.place.index(place..place + 1)];
-        numbers.iter_mut().zip(key.as_chunks::<4>().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
+        self.place.index.put_bytes(numbers, place, key);
     }
 }

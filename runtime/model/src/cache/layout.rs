@@ -3,6 +3,7 @@
 use sluice_format::{AttentionSpec, CompressedSpec, LayerSpec, ModelSpec};
 use sluice_kernels::{KEY_BLOCK, KvBuffer, KvType};
 
+use super::index::IndexPlace;
 use super::key_value::KeyValuePlace;
 use super::latent::{LatentPlace, index_width, latent_width};
 use super::page::Page;
@@ -191,6 +192,11 @@ impl PageLayout {
         self.numbers += count;
         self.numbers - count
     }
+
+    /// Room for index keys of `width` numbers.
+    fn index(&mut self, width: usize) -> IndexPlace {
+        IndexPlace { first: self.numbers(width * PAGE_TOKENS), width }
+    }
 }
 
 /// One thing that a layer keeps of a sequence. Most layers keep one.
@@ -259,6 +265,7 @@ impl Layout {
                         keys: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.head_dim),
                         values: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.v_head_dim),
                         kv_heads: gqa.kv_heads,
+                        index: page.index(gqa.blocks.as_ref().map_or(0, |blocks| blocks.index_head_dim)),
                     })
                 });
             }
@@ -331,8 +338,8 @@ impl Layout {
         let page = &self.pages[number];
         let row = |rows: Rows| KvBuffer::row_bytes(page.ty, page.buffers[rows.buffer].1);
         match place {
-            Place::KeyValue(place) => place.kv_heads * (row(place.keys) + row(place.values)),
-            Place::Latent(place) | Place::Entries(place) => row(place.rows) + 4 * place.index,
+            Place::KeyValue(place) => place.kv_heads * (row(place.keys) + row(place.values)) + 4 * place.index.width,
+            Place::Latent(place) | Place::Entries(place) => row(place.rows) + 4 * place.index.width,
             Place::Raw(place) => 4 * place.width,
             Place::State(place) => 4 * place.shape.kept(),
         }
@@ -342,5 +349,5 @@ impl Layout {
 /// Room for the rows of one head and as many index keys.
 fn latents(page: &mut PageLayout, width: usize, index: usize) -> LatentPlace {
     let rows = page.rows(PAGE_TOKENS, width);
-    LatentPlace { rows, first_index: page.numbers(index * PAGE_TOKENS), index }
+    LatentPlace { rows, index: page.index(index) }
 }

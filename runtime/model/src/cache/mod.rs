@@ -6,6 +6,7 @@
 //! shares pages with its forks, and with its marks, which keep pages that it would otherwise give back. A sequence that is about to
 //! write in a shared page takes a copy first, so a shared page is never written.
 
+mod index;
 mod key_value;
 mod latent;
 mod layout;
@@ -15,8 +16,9 @@ mod table;
 
 use std::ops::Range;
 
+pub use self::index::IndexCache;
 pub use self::key_value::{KeyValueCache, KeyValueCacheMut};
-pub use self::latent::{IndexCache, LatentCache, LatentCacheMut, latent_width};
+pub use self::latent::{LatentCache, LatentCacheMut, latent_width};
 pub use self::layout::{Layout, PAGE_TOKENS, PageKind, PageLayout, Place, WINDOW_SLACK};
 pub use self::page::{Held, PageCount, PagePool, PagesFull};
 pub use self::raw::{RawCache, RawCacheMut};

@@ -1,0 +1,251 @@
+//! GGUF files of models whose layers differ from each other, as llama.cpp's converter (`conversion/kimi_linear.py` and
+//! `conversion/minimax.py`) writes them: they give the models of the checkpoints that they were made of.
+
+mod common;
+
+use std::fs;
+
+use common::gguf::{Origin, Value, Written, file};
+use common::safetensors::{Tensors, read_dir, values, write_dir};
+use common::{Content, content, fixture};
+use serde_json::{Value as Json, json};
+use sluice_converter::{Options, convert, plan};
+use sluice_format::ModelSpec;
+
+const F32: u32 = 0;
+
+/// Tensors that keep their shape and numbers: name in the file, name on the hub.
+const PLAIN: [(&str, &str); 36] = [
+    ("attn_norm.weight", "input_layernorm.weight"),
+    ("ffn_norm.weight", "post_attention_layernorm.weight"),
+    ("attn_q.weight", "self_attn.q_proj.weight"),
+    ("attn_k.weight", "self_attn.k_proj.weight"),
+    ("attn_v.weight", "self_attn.v_proj.weight"),
+    ("attn_output.weight", "self_attn.o_proj.weight"),
+    ("attn_q_norm.weight", "self_attn.q_norm.weight"),
+    ("attn_k_norm.weight", "self_attn.k_norm.weight"),
+    ("attn_kv_a_mqa.weight", "self_attn.kv_a_proj_with_mqa.weight"),
+    ("attn_kv_a_norm.weight", "self_attn.kv_a_layernorm.weight"),
+    ("ssm_conv1d_q.weight", "self_attn.q_conv1d.weight"),
+    ("ssm_conv1d_k.weight", "self_attn.k_conv1d.weight"),
+    ("ssm_conv1d_v.weight", "self_attn.v_conv1d.weight"),
+    ("ssm_f_a.weight", "self_attn.f_a_proj.weight"),
+    ("ssm_f_b.weight", "self_attn.f_b_proj.weight"),
+    ("ssm_g_a.weight", "self_attn.g_a_proj.weight"),
+    ("ssm_g_b.weight", "self_attn.g_b_proj.weight"),
+    ("ssm_beta.weight", "self_attn.b_proj.weight"),
+    ("ssm_norm.weight", "self_attn.o_norm.weight"),
+    ("ssm_dt.bias", "self_attn.dt_bias"),
+    ("ssm_a", "self_attn.A_log"),
+    ("indexer.q_proj.weight", "self_attn.index_q_proj.weight"),
+    ("indexer.k_proj.weight", "self_attn.index_k_proj.weight"),
+    ("indexer.q_norm.weight", "self_attn.index_q_norm.weight"),
+    ("indexer.k_norm.weight", "self_attn.index_k_norm.weight"),
+    ("ffn_gate.weight", "mlp.gate_proj.weight"),
+    ("ffn_up.weight", "mlp.up_proj.weight"),
+    ("ffn_down.weight", "mlp.down_proj.weight"),
+    ("ffn_gate_inp.weight", "block_sparse_moe.gate.weight"),
+    ("exp_probs_b.bias", "block_sparse_moe.gate.e_score_correction_bias"),
+    ("exp_probs_b.bias", "block_sparse_moe.e_score_correction_bias"),
+    ("ffn_gate_shexp.weight", "block_sparse_moe.shared_experts.gate_proj.weight"),
+    ("ffn_up_shexp.weight", "block_sparse_moe.shared_experts.up_proj.weight"),
+    ("ffn_down_shexp.weight", "block_sparse_moe.shared_experts.down_proj.weight"),
+    ("token_embd.weight", "embed_tokens.weight"),
+    ("output_norm.weight", "norm.weight"),
+];
+
+fn floats(numbers: &[f32]) -> Vec<u8> {
+    numbers.iter().flat_map(|n| n.to_le_bytes()).collect()
+}
+
+/// A tensor as it is written. `centred`: norms are stored around zero, and the converter adds one.
+fn tensor(tensors: &Tensors, centred: bool, name: String, hub: &str) -> Written {
+    let (mut numbers, mut shape) = (values(tensors, hub), tensors[hub].shape.clone());
+    if centred && name.ends_with("norm.weight") {
+        numbers.iter_mut().for_each(|n| *n += 1.0);
+    }
+    if name.ends_with("ssm_a") {
+        numbers.iter_mut().for_each(|n| *n = -n.exp());
+    }
+    if name.contains("ssm_conv1d") {
+        shape = vec![1, shape[0], 1, shape[2]];
+    }
+    (name, F32, shape, floats(&numbers))
+}
+
+/// All tensors of a checkpoint as they are written.
+fn written(tensors: &Tensors, config: &Json, prefix: &'static str, head: &str, centred: bool) -> Vec<Written> {
+    let origin = Origin { tensors, config, prefix };
+    let count = |key: &str| config[key].as_u64().unwrap() as usize;
+    let mut all = vec![tensor(tensors, centred, "output.weight".into(), head)];
+    for (own, hub) in &PLAIN[34..] {
+        all.push(tensor(tensors, centred, (*own).to_owned(), &format!("{prefix}{hub}")));
+    }
+    for layer in 0..count("num_hidden_layers") {
+        let (own, hub) =
+            (|rest: &str| format!("blk.{layer}.{rest}"), |rest: &str| format!("{prefix}layers.{layer}.{rest}"));
+        for (to, from) in &PLAIN[..34] {
+            if tensors.contains_key(&hub(from)) {
+                all.push(tensor(tensors, centred, own(to), &hub(from)));
+            }
+        }
+        if tensors.contains_key(&hub("self_attn.kv_b_proj.weight")) {
+            let (heads, rank) = (count("num_attention_heads"), count("kv_lora_rank"));
+            for (name, shape) in [
+                ("attn_k_b.weight", vec![heads, rank, count("qk_nope_head_dim")]),
+                ("attn_v_b.weight", vec![heads, count("v_head_dim"), rank]),
+            ] {
+                all.push((own(name), F32, shape, floats(&origin.data(&own(name)))));
+            }
+        }
+        for (part, module) in [("gate", "w1"), ("up", "w3"), ("down", "w2")] {
+            let Some(one) = tensors.get(&hub(&format!("block_sparse_moe.experts.0.{module}.weight"))) else { continue };
+            let name = own(&format!("ffn_{part}_exps.weight"));
+            let data = floats(&origin.data(&name));
+            all.push((
+                name,
+                F32,
+                vec![data.len() / 4 / one.shape.iter().product::<usize>(), one.shape[0], one.shape[1]],
+                data,
+            ));
+        }
+    }
+    all
+}
+
+/// The models of the file and of the checkpoint are the same.
+fn check(
+    family: &str,
+    config: &Json,
+    text: &Json,
+    tensors: &Tensors,
+    metadata: &[(String, Value)],
+    written: &[Written],
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let (checkpoint, path) = (folder.path().join("hub"), folder.path().join("m.gguf"));
+    fs::create_dir(&checkpoint).unwrap();
+    write_dir(&checkpoint, config, tensors, 1);
+    fs::write(&path, file(metadata, written)).unwrap();
+    let model = |source: &std::path::Path, name: &str| -> (ModelSpec, Content) {
+        let out = folder.path().join(name);
+        convert(source, &out, &Options::default(), &()).unwrap_or_else(|e| panic!("{family}: {e}"));
+        (plan(source, &Options::default()).unwrap().spec().clone(), content(&out))
+    };
+    let ((found, numbers), (spec, expected)) = (model(&path, "a"), model(&checkpoint, "b"));
+    assert_eq!(found, spec, "{family}");
+    assert_eq!(text["num_hidden_layers"].as_u64(), Some(spec.layers.len() as u64));
+    let layers = |content: &Content| -> Vec<_> {
+        content.iter().filter(|(key, _)| key.1 < 99).map(|(key, (_, numbers))| (key.clone(), numbers.clone())).collect()
+    };
+    let (numbers, expected) = (layers(&numbers), layers(&expected));
+    assert_eq!(numbers.len(), expected.len(), "{family}");
+    for ((key, ours), (expected_key, theirs)) in numbers.iter().zip(&expected) {
+        assert_eq!((key, ours.len()), (expected_key, theirs.len()), "{family}");
+        // The logarithm of an exponential is the number but for rounding.
+        let tolerance = if key.3 == "a_log" { 1e-6 } else { 0.0 };
+        let same = |(a, b): (&f32, &f32)| (a - b).abs() <= tolerance * b.abs();
+        assert!(ours.iter().zip(theirs).all(same), "{family}: {key:?}");
+    }
+}
+
+/// `config.json` and tensors of a golden checkpoint.
+fn golden(family: &str) -> (Json, Tensors) {
+    let folder = fixture(&format!("golden/{family}"));
+    (serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap(), read_dir(&folder))
+}
+
+/// Metadata with the architecture before each key, counts under the names that they have in `config`.
+fn metadata(
+    arch: &'static str,
+    config: &Json,
+    counts: &[(&str, &str)],
+    others: &[(&str, Value)],
+) -> Vec<(String, Value)> {
+    let count = |(own, hub): &(&str, &str)| {
+        let n = config.pointer(&format!("/{hub}")).and_then(Json::as_u64).unwrap_or_else(|| panic!("{hub}"));
+        (format!("{arch}.{own}"), Value::U32(n as u32))
+    };
+    let mut all = vec![("general.architecture".to_owned(), Value::Text(arch))];
+    all.extend(counts.iter().map(count));
+    all.extend(others.iter().map(|(own, value)| (format!("{arch}.{own}"), value.clone())));
+    all
+}
+
+fn float(config: &Json, key: &str) -> Value {
+    Value::F32(config[key].as_f64().unwrap() as f32)
+}
+
+#[test]
+fn kimi_linear_comes_back_from_gguf() {
+    let (config, tensors) = golden("kimi_linear");
+    let counts = [
+        ("block_count", "num_hidden_layers"),
+        ("context_length", "model_max_length"),
+        ("embedding_length", "hidden_size"),
+        ("feed_forward_length", "intermediate_size"),
+        ("attention.head_count", "num_attention_heads"),
+        ("attention.kv_lora_rank", "kv_lora_rank"),
+        ("attention.value_length_mla", "v_head_dim"),
+        ("rope.dimension_count", "qk_rope_head_dim"),
+        ("expert_count", "num_experts"),
+        ("expert_used_count", "num_experts_per_token"),
+        ("expert_group_used_count", "topk_group"),
+        ("expert_feed_forward_length", "moe_intermediate_size"),
+        ("expert_shared_count", "num_shared_experts"),
+        ("leading_dense_block_count", "first_k_dense_replace"),
+        ("ssm.conv_kernel", "linear_attn_config/short_conv_kernel_size"),
+        ("kda.head_dim", "linear_attn_config/head_dim"),
+    ];
+    let others = [
+        // One head of latents where attention is latent, none elsewhere.
+        ("attention.head_count_kv", Value::Bools(vec![false, false, true])),
+        ("attention.key_length_mla", Value::U32(24)),
+        ("attention.layer_norm_rms_epsilon", float(&config, "rms_norm_eps")),
+        ("rope.freq_base", float(&config, "rope_theta")),
+        ("expert_weights_scale", float(&config, "routed_scaling_factor")),
+        ("expert_gating_func", Value::U32(2)),
+    ];
+    let metadata = metadata("kimi-linear", &config, &counts, &others);
+    let written = written(&tensors, &config, "model.", "lm_head.weight", false);
+    check("kimi_linear", &config, &config, &tensors, &metadata, &written);
+}
+
+#[test]
+fn minimax_m3_comes_back_from_gguf() {
+    let (mut config, tensors) = golden("minimax_m3");
+    // llama.cpp knows this limit without a key.
+    config["text_config"]["swiglu_limit"] = json!(7.0);
+    let text = config["text_config"].clone();
+    let counts = [
+        ("block_count", "num_hidden_layers"),
+        ("context_length", "max_position_embeddings"),
+        ("embedding_length", "hidden_size"),
+        ("feed_forward_length", "dense_intermediate_size"),
+        ("attention.head_count", "num_attention_heads"),
+        ("attention.head_count_kv", "num_key_value_heads"),
+        ("attention.key_length", "head_dim"),
+        ("attention.value_length", "head_dim"),
+        ("rope.dimension_count", "rotary_dim"),
+        ("expert_count", "num_local_experts"),
+        ("expert_used_count", "num_experts_per_tok"),
+        ("expert_feed_forward_length", "intermediate_size"),
+        ("attention.indexer.head_count", "sparse_attention_config/sparse_num_index_heads"),
+        ("attention.indexer.key_length", "sparse_attention_config/sparse_index_dim"),
+        ("attention.indexer.top_k", "sparse_attention_config/sparse_topk_blocks"),
+        ("attention.indexer.block_size", "sparse_attention_config/sparse_block_size"),
+        ("attention.indexer.local_blocks", "sparse_attention_config/sparse_local_block"),
+    ];
+    let others = [
+        ("attention.layer_norm_rms_epsilon", float(&text, "rms_norm_eps")),
+        ("rope.freq_base", float(&text, "rope_theta")),
+        ("expert_shared_count", Value::U32(1)),
+        ("leading_dense_block_count", Value::U32(1)),
+        ("expert_weights_scale", float(&text, "routed_scaling_factor")),
+        ("expert_weights_norm", Value::Bool(true)),
+        ("expert_gating_func", Value::U32(2)),
+    ];
+    let metadata = metadata("minimax-m3", &text, &counts, &others);
+    let written = written(&tensors, &text, "language_model.model.", "language_model.lm_head.weight", true);
+    check("minimax_m3", &config, &text, &tensors, &metadata, &written);
+}
