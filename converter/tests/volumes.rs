@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::killed::{self, KillAt};
 use common::{Noise, Synthetic, options};
-use sluice_converter::{ConvertError, Options, Progress, convert};
+use sluice_converter::{ConvertError, Options, convert};
 use sluice_format::{ModelFile, VolumeName};
 
 const SPLIT: u64 = 700_000;
