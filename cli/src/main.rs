@@ -18,6 +18,7 @@ mod size;
 mod terminal;
 mod text_files;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -74,20 +75,25 @@ enum Command {
 
 /// Has names on the hub stand for the model files that were made of them, wherever a command takes one.
 fn find_models(command: &mut Command) -> Result<(), CliError> {
-    let (files, yes) = match command {
-        Command::Run(args) => (std::slice::from_mut(&mut args.file), args.yes),
-        Command::Serve(args) => (args.files.as_mut_slice(), args.yes),
-        Command::Inspect(args) => (std::slice::from_mut(&mut args.file), false),
-        Command::Verify(args) => (std::slice::from_mut(&mut args.file), false),
-        Command::Set(args) => (std::slice::from_mut(&mut args.file), false),
-        Command::Logits(args) => (std::slice::from_mut(&mut args.file), false),
-        Command::Perplexity(args) => (std::slice::from_mut(&mut args.file), false),
-        Command::Calibrate(args) => (std::slice::from_mut(&mut args.file), false),
-        Command::Tokenize(args) => (std::slice::from_mut(&mut args.file), false),
-        Command::Bench(args) => (args.file().map_or(&mut [][..], std::slice::from_mut), false),
+    if let Command::Plan(args) = command {
+        return args.find_model();
+    }
+    let (files, yes): (Vec<&mut PathBuf>, bool) = match command {
+        Command::Run(args) => (vec![&mut args.file], args.yes),
+        Command::Serve(args) => (args.files.iter_mut().collect(), args.yes),
+        Command::Inspect(args) => (vec![&mut args.file], false),
+        Command::Verify(args) => (vec![&mut args.file], false),
+        Command::Set(args) => (vec![&mut args.file], false),
+        Command::Upgrade(args) => (vec![&mut args.file], false),
+        Command::Logits(args) => (vec![&mut args.file], false),
+        Command::Perplexity(args) => (vec![&mut args.file], false),
+        Command::Compare(args) => (vec![&mut args.reference, &mut args.other], false),
+        Command::Calibrate(args) => (vec![&mut args.file], false),
+        Command::Tokenize(args) => (vec![&mut args.file], false),
+        Command::Bench(args) => (args.file().into_iter().collect(), false),
         _ => return Ok(()),
     };
-    files.iter_mut().try_for_each(|file| {
+    files.into_iter().try_for_each(|file| {
         *file = fetch::model_file(file, yes)?;
         Ok(())
     })

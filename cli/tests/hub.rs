@@ -146,6 +146,11 @@ fn names_of_the_hub_stand_for_model_files() {
     assert_eq!(stdout(&run(&["run", "hf:a/b", "--prompt", "To be", "-n", "4", "--temperature", "0"])), text);
     stdout(&run(&["inspect", "hf:a/b"]));
     stdout(&run(&["verify", "hf:a/b"]));
+    stdout(&run(&["plan", "hf:a/b"]));
+    let text = home.path().join("text.txt");
+    fs::write(&text, "To be, or not to be, that is the question.").unwrap();
+    stdout(&run(&["compare", "hf:a/b", "hf:a/b", "--text", text.to_str().unwrap()]));
+    stdout(&run(&["upgrade", "hf:a/b"]));
     assert_eq!(server.seen().requests.load(Ordering::Relaxed), requests, "what is here is not asked for");
     let list = json(&run(&["list", "--json"]));
     assert_eq!(list["models"][0]["name"], "hf:a/b");

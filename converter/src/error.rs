@@ -6,6 +6,15 @@ use std::sync::Arc;
 
 use sluice_format::{FormatError, ImportanceError, WeightType};
 
+/// What to do about a repository of the hub that is not sound itself.
+pub(crate) const OF_REPOSITORY: &str =
+    "The repository is so on the hub: tell its authors, or name another revision of it, as hf:OWNER/NAME@REVISION";
+
+/// Whether a source is on the hub, by the path that stands for it.
+pub(crate) fn is_of_hub(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().starts_with(b"hf:")
+}
+
 /// Why a conversion was refused or failed. Every message names the file, key or tensor, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -56,9 +65,11 @@ pub enum ConvertError {
     },
     /// Files of the checkpoint are missing.
     #[error(
-        "{path}: {missing} of {total} safetensors files {} missing: {names}{unfinished}. The download is not complete: \
-         repeat `hf download` with this folder as `--local-dir`, which fetches what is missing",
-        if *.missing == 1 { "is" } else { "are" }
+        "{path}: {missing} of {total} safetensors files {} missing: {names}{unfinished}. {}",
+        if *.missing == 1 { "is" } else { "are" },
+        if is_of_hub(path) { OF_REPOSITORY } else {
+            "The download is not complete: repeat `hf download` with this folder as `--local-dir`, which fetches what is missing"
+        }
     )]
     Incomplete {
         /// The folder.
@@ -74,8 +85,9 @@ pub enum ConvertError {
     },
     /// Parts of a model in several GGUF files are missing.
     #[error(
-        "{path}: {missing} of {total} parts of the model {} missing: {names}. Download them into the same folder",
-        if *.missing == 1 { "is" } else { "are" }
+        "{path}: {missing} of {total} parts of the model {} missing: {names}. {}",
+        if *.missing == 1 { "is" } else { "are" },
+        if is_of_hub(path) { OF_REPOSITORY } else { "Download them into the same folder" }
     )]
     MissingParts {
         /// The folder.
@@ -125,7 +137,7 @@ pub enum ConvertError {
         hint: String,
     },
     /// A file of the checkpoint is damaged or lies.
-    #[error("{path} is damaged: {problem}. Download it again")]
+    #[error("{path} is damaged: {problem}. {}", if is_of_hub(path) { OF_REPOSITORY } else { "Download it again" })]
     Damaged {
         /// The file.
         path: PathBuf,

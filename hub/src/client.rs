@@ -448,7 +448,7 @@ impl Client {
             401 if !has_token => Trouble::Final(HubError::NoToken { repo }),
             401 | 403 => Trouble::Final(HubError::Refused { repo, problem: said, has_token }),
             404 | 410 if code == "RevisionNotFound" => {
-                absent(format!("this revision of {repo}"), ". Its page lists branches and tags under `Files`")
+                absent(question.what.to_owned(), ". Its page lists branches and tags under `Files`")
             }
             404 | 410 if code == "RepoNotFound" => absent(format!("the model {repo}"), ". Check its name"),
             404 | 410 => absent(question.what.to_owned(), ". Check names and revision"),

@@ -14,7 +14,7 @@ use crate::client::{Client, lock};
 use crate::downloads::Observer;
 use crate::error::HubError;
 use crate::name::{PREFIX, Reference};
-use crate::pieces::with_suffix;
+use crate::pieces::{remove, with_suffix};
 use crate::pin::Pin;
 use crate::pull::{CONNECTIONS, PIN, free_space, pinned_snapshot, unverified};
 use crate::select::{Form, base_name, form, gguf_files};
@@ -171,7 +171,7 @@ impl HubConversion {
             path.metadata().is_ok_and(|found| found.len() == file.size)
         };
         let is_settled = !self.keep || self.remote.files().iter().all(is_here);
-        lock(&self.pin).is_some() && !with_suffix(dst, ".partial").exists() && is_settled
+        self.folder.is_dir() && !with_suffix(dst, ".partial").exists() && is_settled
     }
 
     /// After the conversion: removes the folder, or completes the checkpoint in it, gives it a name beside the model file and
@@ -180,9 +180,8 @@ impl HubConversion {
     /// # Errors
     /// [`HubError`].
     pub fn finish(&self, dst: &Path) -> Result<Option<PathBuf>, HubError> {
-        if let Some(pin) = lock(&self.pin).take() {
-            pin.remove()?;
-        }
+        // Held to the end: nobody else begins meanwhile, and whoever comes after a kill sees what this is.
+        let _pin = lock(&self.pin).take();
         if !self.keep {
             fs::remove_dir_all(&self.folder).map_err(HubError::io(&self.folder, "remove it"))?;
             return Ok(None);
@@ -195,6 +194,7 @@ impl HubConversion {
         }
         let kept = with_suffix(dst, ".source");
         fs::rename(&self.folder, &kept).map_err(HubError::io(&self.folder, "rename it"))?;
+        remove(&kept.join(PIN))?;
         Ok(Some(kept))
     }
 }
@@ -211,14 +211,15 @@ fn model_files(client: &Client, snapshot: &Snapshot, reference: &Reference) -> R
         return Ok(gguf_files(snapshot, reference.part.as_deref())?.into_iter().cloned().collect());
     }
     if snapshot.find(CONFIG).is_none() {
-        let problem = format!("there is no `{CONFIG}`: the weights alone do not say what to compute with them");
+        let problem =
+            format!("there is no `{CONFIG}`: the weights alone do not say what to compute with them. Check its name");
         return Err(HubError::Selection { repo: snapshot.repo.clone(), problem });
     }
     let index = snapshot.find(INDEX).map(|file| snapshot.small_file(client, file)).transpose()?;
     let names: Vec<String> = snapshot.files.iter().map(|file| file.path.clone()).filter(|p| !p.contains('/')).collect();
     let path = PathBuf::from(format!("{PREFIX}{}", snapshot.repo));
     let files = safetensors_files(&path, &names, index.as_deref());
-    let files = files.map_err(|e| HubError::Selection { repo: snapshot.repo.clone(), problem: e.to_string() })?;
+    let files = files.map_err(|e| HubError::NoCheckpoint { problem: e.to_string() })?;
     let found = files.iter().filter_map(|name| snapshot.find(name)).cloned();
     Ok(found.collect())
 }

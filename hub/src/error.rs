@@ -145,6 +145,12 @@ pub enum HubError {
         /// What is the matter, and what to do.
         problem: String,
     },
+    /// The files of a repository are no checkpoint.
+    #[error("{problem}")]
+    NoCheckpoint {
+        /// What is the matter with which of them, and what to do.
+        problem: String,
+    },
     /// The operating system refused.
     #[error("{path}: cannot {action}: {source}")]
     Io {

@@ -56,8 +56,9 @@ impl Pull {
         let (files, left_out) = to_pull(&snapshot, reference, filter)?;
         check_names(&snapshot, &files)?;
         notes.extend(unverified(files.iter().copied()));
-        let owned = |files: Vec<&RemoteFile>| files.into_iter().cloned().collect();
+        let owned = |files: Vec<&RemoteFile>| -> Vec<RemoteFile> { files.into_iter().cloned().collect() };
         let (files, left_out) = (owned(files), owned(left_out));
+        check_space(folder, missing(folder, &files))?;
         fs::create_dir_all(folder).map_err(HubError::io(folder, "create it"))?;
         let mut pin = match pin {
             Some(pin) => pin,
@@ -103,14 +104,6 @@ impl Pull {
     /// # Errors
     /// [`HubError`]. What has come stays, and the next attempt goes on with it.
     pub fn run(self, observer: Arc<dyn Observer>) -> Result<(), HubError> {
-        let occupied = |file: &RemoteFile| {
-            let path = self.folder.join(&file.path);
-            // Pieces come in any order, and what is between them takes no space yet.
-            let space = |path: &Path| path.metadata().map_or(0, |m| m.blocks() * 512);
-            space(&path).max(space(&with_suffix(&path, ".partial"))).min(file.size)
-        };
-        let needed = self.files.iter().map(|file| file.size - occupied(file)).sum();
-        check_space(&self.folder, needed)?;
         let target = |(i, file): (usize, &RemoteFile)| Target {
             remote: file.clone(),
             path: self.folder.join(&file.path),
@@ -128,6 +121,17 @@ impl Pull {
         drop(downloads);
         self.pin.remove()
     }
+}
+
+/// Bytes that files which come to a folder still take on the drive.
+fn missing(folder: &Path, files: &[RemoteFile]) -> u64 {
+    let occupied = |file: &RemoteFile| {
+        let path = folder.join(&file.path);
+        // Pieces come in any order, and what is between them takes no space yet.
+        let space = |path: &Path| path.metadata().map_or(0, |m| m.blocks() * 512);
+        space(&path).max(space(&with_suffix(&path, ".partial"))).min(file.size)
+    };
+    files.iter().map(|file| file.size - occupied(file)).sum()
 }
 
 /// A remark on files of which the server states no digest.
@@ -197,9 +201,9 @@ pub(crate) fn short(commit: &str) -> &str {
     commit.get(..10).unwrap_or(commit)
 }
 
-/// Bytes that are free in a folder; `None` where the system does not say.
+/// Bytes that are free in a folder, or where it would be made; `None` where the system does not say.
 pub fn free_space(folder: &Path) -> Option<u64> {
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let folder = folder.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("."));
     let stats = statvfs(folder).ok()?;
     #[allow(clippy::unnecessary_cast, reason = "the types of the fields differ between systems")]
     Some(stats.blocks_available() as u64 * stats.fragment_size() as u64)

@@ -94,6 +94,37 @@ fn kept_files_are_a_checkpoint() {
     assert_eq!(fs::read_dir(kept).unwrap().count(), files.len());
 }
 
+/// Killed when the model file is complete, a conversion leaves its downloads: the next one knows what they are.
+#[test]
+fn what_is_left_of_a_complete_conversion_is_seen() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, files) = (Server::start(), files("mixtral", 3));
+    server.commit("a/b", files.clone());
+    let dst = folder.path().join("m.sluice");
+    let prepare = |keep| {
+        let reference = "hf:a/b".parse().unwrap();
+        HubConversion::prepare(client(&server), &reference, &dst, keep, Arc::new(())).unwrap()
+    };
+    for keep in [false, true] {
+        // All but the end of `remote`.
+        let hub = prepare(keep);
+        let plan = plan_source(hub.source(), &Options::default()).unwrap();
+        assert!(!hub.is_unfinished(&dst), "nothing was begun");
+        hub.begin().unwrap();
+        convert_plan(&plan, &dst, &()).unwrap();
+        drop((plan, hub));
+        let again = prepare(keep);
+        assert!(again.is_unfinished(&dst));
+        assert_eq!(again.finish(&dst).unwrap().is_some(), keep);
+        assert!(!again.is_unfinished(&dst));
+        fs::remove_file(&dst).unwrap();
+    }
+    let kept = folder.path().join("m.sluice.source");
+    assert!(files.iter().all(|(path, bytes)| fs::read(kept.join(path)).unwrap() == *bytes));
+    assert_eq!(fs::read_dir(kept).unwrap().count(), files.len());
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
 #[test]
 fn a_failed_conversion_goes_on_with_its_commit() {
     let folder = tempfile::tempdir().unwrap();
@@ -129,6 +160,11 @@ fn repositories_that_are_no_models_are_refused() {
     torn.insert("model-00001-of-00002.safetensors".into(), b"<html>".to_vec());
     server.commit("a/b", torn);
     assert!(remote(&server, &dst, false).unwrap_err().contains("model-00001"));
+    let mut without = self::files("mixtral", 2);
+    without.remove("model-00002-of-00002.safetensors");
+    server.commit("a/b", without);
+    let error = remote(&server, &dst, false).unwrap_err();
+    assert!(error.contains("model-00002") && error.contains("tell its authors"), "{error}");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "nothing was begun");
     let _: fn(HubError) -> ConvertError = |e| ConvertError::Fetch(Arc::new(e));
 }

@@ -35,11 +35,11 @@ const KEPT_BYTES: usize = 256 << 20;
 pub(crate) struct Args {
     /// The reference
     #[arg(value_name = "A")]
-    reference: PathBuf,
+    pub(crate) reference: PathBuf,
 
     /// The model that is compared with it
     #[arg(value_name = "B")]
-    other: PathBuf,
+    pub(crate) other: PathBuf,
 
     /// The text, UTF-8
     #[arg(long, value_name = "FILE")]

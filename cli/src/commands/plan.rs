@@ -20,6 +20,7 @@ use sluice_model::memory::available_memory;
 use super::synth::type_parser;
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
+use crate::fetch::model_file;
 use crate::size::{parse_size, parse_speed};
 use crate::terminal::{note, print, print_json, seconds};
 
@@ -114,6 +115,17 @@ struct Compression {
     done: bool,
     #[serde(flatten)]
     worth: CompressionWorth,
+}
+
+impl Args {
+    /// Has a name on the hub stand for the model file that was made of it.
+    pub(crate) fn find_model(&mut self) -> Result<(), CliError> {
+        let file = model_file(Path::new(&self.target), false)?;
+        if let Some(found) = file.to_str().filter(|found| *found != self.target) {
+            found.clone_into(&mut self.target);
+        }
+        Ok(())
+    }
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {

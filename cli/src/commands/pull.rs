@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::json;
-use sluice_hub::{Filter, Observer, Pull, Reference};
+use sluice_hub::{Digest, Filter, Observer, Pull, Reference};
 use sluice_model::memory::Bytes;
 
 use crate::error::CliError;
@@ -81,6 +81,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         ));
     }
     pull.notes().iter().for_each(|text| note(&format_args!("note: {text}")));
+    // What the server states no digest of has only its length, which a note says.
+    let is_verified = pull.files().iter().all(|file| file.digest != Digest::Unstated);
     let (bytes, count, commit) = (pull.bytes(), pull.files().len(), pull.commit().to_owned());
     note(&format_args!("{}: {count} files, {}, to {}", reference, Bytes(bytes), folder.display()));
     let bars = Bars::download(bytes);
@@ -94,5 +96,6 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         }));
     }
     let elapsed = seconds(started.elapsed().as_secs_f64());
-    print(&format!("{}: {count} files, {}, verified, in {elapsed}\n", folder.display(), Bytes(bytes)))
+    let verified = if is_verified { ", verified," } else { "" };
+    print(&format!("{}: {count} files, {}{verified} in {elapsed}\n", folder.display(), Bytes(bytes)))
 }

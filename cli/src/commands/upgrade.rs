@@ -32,7 +32,7 @@ Examples:
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// The model file, or one of its volumes
-    file: PathBuf,
+    pub(crate) file: PathBuf,
 
     /// Model file to write [default: in the place of the other one]
     dst: Option<PathBuf>,

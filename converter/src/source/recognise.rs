@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use sluice_format::{MAGIC, open_regular};
 
 use super::{CONFIG, INDEX, SINGLE};
-use crate::error::{ConvertError, first_few};
+use crate::error::{ConvertError, OF_REPOSITORY, first_few, is_of_hub};
 
 /// Bytes that tell the kind of a file.
 const HEAD: u64 = 256;
@@ -74,6 +74,8 @@ impl Foreign {
                 "Download it again with `hf download`; some models want `hf auth login` first",
             ),
         };
+        let is_download = matches!(self, Foreign::LfsPointer | Foreign::WebPage);
+        let advice = if is_download && is_of_hub(path) { OF_REPOSITORY } else { advice };
         ConvertError::Foreign { path: path.to_owned(), what, advice }
     }
 }
