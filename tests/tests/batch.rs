@@ -5,7 +5,7 @@ use sluice_model::{Control, Engine, EngineOptions, Phase, ReadEngineKind, Sequen
 use sluice_tests::{Converted, Golden};
 
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
-/// keys beside recurrent states, chunks, and windows with heads of their own.
+/// keys beside recurrent states, stretches, and windows with heads of their own.
 const ATTENTIONS: [&str; 8] = [
     "deepseek_v3",
     "deepseek_v32",

@@ -118,7 +118,7 @@ fn engine_policy_prefetch_and_budget_never_change_a_bit() {
 }
 
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
-/// keys beside recurrent states, chunks, and windows with heads of their own.
+/// keys beside recurrent states, stretches, and windows with heads of their own.
 const ATTENTIONS: [&str; 8] = [
     "deepseek_v3",
     "deepseek_v32",

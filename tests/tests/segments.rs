@@ -11,7 +11,7 @@ use sluice_tests::{Converted, Golden};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// One of each kind of attention: latents, latents with an indexer, with one that layers share, windows with sinks, windows,
-/// keys beside recurrent states, chunks, and windows with heads of their own.
+/// keys beside recurrent states, stretches, and windows with heads of their own.
 const ATTENTIONS: [&str; 8] = [
     "deepseek_v3",
     "deepseek_v32",
