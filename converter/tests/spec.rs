@@ -328,7 +328,7 @@ fn layers_of_llama_4() {
         of_keys(&keys)
     };
     let kinds = |spec: &ModelSpec| {
-        let kind = |i| (gqa(spec, i).rope.is_some(), gqa(spec, i).chunk, spec.layers[i].ffn.moe.is_some());
+        let kind = |i| (gqa(spec, i).rope.is_some(), gqa(spec, i).stretch, spec.layers[i].ffn.moe.is_some());
         (0..4).map(kind).collect::<Vec<_>>()
     };
     let turning = (true, Some(8192), true);

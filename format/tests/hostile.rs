@@ -390,9 +390,9 @@ fn specs_of_grouped_queries() {
     };
     let mut both = gqa_spec();
     if let AttentionSpec::Gqa(gqa) = &mut both.layers[0].attention {
-        gqa.chunk = gqa.window;
+        gqa.stretch = gqa.window;
     }
-    assert!(both.validate().unwrap_err().contains("a window and chunks"));
+    assert!(both.validate().unwrap_err().contains("a window and stretches"));
     for field in ["heads", "kv_heads", "head_dim", "v_head_dim", "window"] {
         bad("outside 1..=", &format!("/layers/0/attention/{field}"), 0.into());
         bad("outside 1..=", &format!("/layers/0/attention/{field}"), u64::MAX.into());

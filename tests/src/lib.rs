@@ -13,7 +13,7 @@ use sluice_model::{Engine, EngineOptions, RuntimeError};
 use tempfile::TempDir;
 
 /// Golden models with one of each kind of attention: latents, latents with an indexer, with one that layers share, windows with
-/// sinks, windows, keys beside recurrent states, chunks, windows with heads of their own, windows with compressed entries behind
+/// sinks, windows, keys beside recurrent states, stretches, windows with heads of their own, windows with compressed entries behind
 /// them, latents beside recurrent states, and keys in blocks that are chosen.
 pub const ATTENTIONS: [&str; 11] = [
     "deepseek_v3",

@@ -7,7 +7,7 @@ use super::config::Config;
 use super::decoder::{Decoder, Defaults};
 use super::names::Names;
 use super::view::{Origin, Strides, View};
-use super::{Family, Place, gqa, moe};
+use super::{Family, Place, Unused, gqa, moe, usually_unused};
 use crate::error::ConvertError;
 
 /// With experts.
@@ -72,6 +72,11 @@ impl Family for Ernie45Moe {
             _ => names.origin(spec, place, tensor),
         }
     }
+
+    fn unused(&self, name: &str) -> Option<Unused> {
+        // `model.mtp_block.0`, `model.mtp_emb_norm.0` and others.
+        if name.starts_with("model.mtp_") { Some(Unused::MultiTokenPrediction) } else { usually_unused(name) }
+    }
 }
 
 /// Without experts.
@@ -121,4 +126,18 @@ fn sparse_layers(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
         config.usize_or("moe_layer_end_index", last)?
     };
     Ok((0..decoder.layers).map(|i| (i + 1) % interval == 0 && (start..=end).contains(&i)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_that_predict_further_tokens_are_left_out() {
+        let unused = |name| Ernie45Moe.unused(name);
+        for name in ["model.mtp_block.0.mlp.up_proj.weight", "model.mtp_emb_norm.0.weight", "mtp.norm.weight"] {
+            assert_eq!(unused(name), Some(Unused::MultiTokenPrediction), "{name}");
+        }
+        assert_eq!(unused("model.layers.0.mlp.up_proj.weight"), None);
+    }
 }

@@ -43,7 +43,7 @@ pub(crate) fn read(decoder: &Decoder<'_>, heads: Heads) -> Result<GqaSpec, Conve
         softmax_scale: (head_dim as f64).powf(-0.5) as f32,
         rope: Some(rope.spec),
         window: None,
-        chunk: None,
+        stretch: None,
         qk_norm: None,
         clip_qkv: None,
         temperature: None,

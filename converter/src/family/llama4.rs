@@ -1,4 +1,4 @@
-//! Llama 4 Scout and Maverick, and the text model by itself: chunks of attention, layers without positions whose temperature
+//! Llama 4 Scout and Maverick, and the text model by itself: attention in stretches, layers without positions whose temperature
 //! falls with them, and an expert whose weight multiplies its input.
 
 use serde_json::Value;
@@ -37,7 +37,7 @@ const HEAD_DIM: usize = 128;
 const DENSE_WIDTH: usize = 16_384;
 const EXPERTS: usize = 16;
 const NOPE_INTERVAL: usize = 4;
-const CHUNK: usize = 8192;
+const STRETCH: usize = 8192;
 /// Positions from one temperature to the next, and its slope.
 const FLOOR_SCALE: usize = 8192;
 const ATTENTION_SCALE: f64 = 0.1;
@@ -57,12 +57,12 @@ impl Family for Llama4Text {
         let layers = Layers::read(&decoder)?;
         let (plain, turning) = attention(&decoder)?;
         let sparse = experts(&decoder, expert_width)?;
-        let chunk = config.opt_size_or("attention_chunk_size", Some(CHUNK), MAX_LENGTH)?;
+        let stretch = config.opt_size_or("attention_chunk_size", Some(STRETCH), MAX_LENGTH)?;
         let layer = |i: usize| {
             let attention = if layers.turns[i] { &turning } else { &plain };
-            let chunk = chunk.filter(|_| layers.chunked[i]);
+            let stretch = stretch.filter(|_| layers.bounded[i]);
             LayerSpec {
-                attention: AttentionSpec::Gqa(GqaSpec { chunk, ..attention.clone() }),
+                attention: AttentionSpec::Gqa(GqaSpec { stretch, ..attention.clone() }),
                 ffn: if layers.sparse[i] { sparse.clone() } else { decoder.dense() },
             }
         };
@@ -117,8 +117,8 @@ impl Family for Llama4 {
 struct Layers {
     /// Whether queries and keys turn with their positions.
     turns: Vec<bool>,
-    /// Whether attention ends at the border of a chunk.
-    chunked: Vec<bool>,
+    /// Whether attention ends at the border of a stretch.
+    bounded: Vec<bool>,
     /// Whether there are experts.
     sparse: Vec<bool>,
 }
@@ -126,7 +126,7 @@ struct Layers {
 impl Layers {
     fn read(decoder: &Decoder<'_>) -> Result<Self, ConvertError> {
         let config = decoder.config;
-        let interval = config.size_or("no_rope_layer_interval", NOPE_INTERVAL, usize::MAX)?;
+        let interval = config.size_or("no_rope_layer_interval", NOPE_INTERVAL, MAX_LENGTH)?;
         let turns: Vec<bool> = match config.opt_list("no_rope_layers")?.filter(|list| !list.is_empty()) {
             None => (0..decoder.layers).map(|i| (i + 1) % interval != 0).collect(),
             // 1 means that the layer turns, whatever the name says.
@@ -142,13 +142,13 @@ impl Layers {
                 return Err(config.refuse("no_rope_layers", problem));
             }
         };
-        let chunked = decoder.layer_list("layer_types", ["chunked_attention", "full_attention"])?;
-        let step = config.size_or("interleave_moe_layer_step", 1, usize::MAX)?;
+        let bounded = decoder.layer_list("layer_types", ["chunked_attention", "full_attention"])?;
+        let step = config.size_or("interleave_moe_layer_step", 1, MAX_LENGTH)?;
         let sparse: Vec<bool> = match config.opt_list("moe_layers")? {
             None => (0..decoder.layers).map(|i| (i + 1) % step == 0).collect(),
             Some(list) => (0..decoder.layers).map(|i| list.iter().any(|l| l.as_u64() == Some(i as u64))).collect(),
         };
-        Ok(Layers { chunked: chunked.unwrap_or_else(|| turns.clone()), turns, sparse })
+        Ok(Layers { bounded: bounded.unwrap_or_else(|| turns.clone()), turns, sparse })
     }
 }
 

@@ -162,7 +162,7 @@ fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError
         softmax_scale: (head_dim as f64).powf(-0.5) as f32,
         rope: Some(rope),
         window: None,
-        chunk: None,
+        stretch: None,
         blocks: None,
         qk_norm: None,
         clip_qkv: None,

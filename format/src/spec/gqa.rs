@@ -24,9 +24,9 @@ pub struct GqaSpec {
     /// Keys that a query sees, itself included; `None`: all before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window: Option<usize>,
-    /// Positions are cut into chunks of this many, and a query sees the keys of its own chunk up to itself; `None`: of all.
+    /// Positions are cut into stretches of this many, and a query sees the keys of its own stretch up to itself; `None`: of all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub chunk: Option<usize>,
+    pub stretch: Option<usize>,
     /// RMS norm of queries and keys, before the rotation unless it says otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qk_norm: Option<QkNorm>,
@@ -85,14 +85,14 @@ pub enum QkNormScope {
 impl GqaSpec {
     /// The most keys that a query sees; `None`: all before it.
     pub fn reach(&self) -> Option<usize> {
-        self.window.or(self.chunk)
+        self.window.or(self.stretch)
     }
 
     /// The first position that a query at `position` sees.
     pub fn first_seen(&self, position: usize) -> usize {
-        match (self.window, self.chunk) {
+        match (self.window, self.stretch) {
             (Some(window), _) => (position + 1).saturating_sub(window),
-            (None, Some(chunk)) => position / chunk * chunk,
+            (None, Some(stretch)) => position / stretch * stretch,
             (None, None) => 0,
         }
     }
@@ -115,9 +115,9 @@ impl GqaSpec {
             check_width(name, value)?;
         }
         check_range("window", self.window.unwrap_or(1), MAX_LENGTH)?;
-        check_range("chunk", self.chunk.unwrap_or(1), MAX_LENGTH)?;
-        if self.window.is_some() && self.chunk.is_some() {
-            return Err("it has a window and chunks".into());
+        check_range("stretch", self.stretch.unwrap_or(1), MAX_LENGTH)?;
+        if self.window.is_some() && self.stretch.is_some() {
+            return Err("it has a window and stretches".into());
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(format!("{} heads share {} key-value heads", self.heads, self.kv_heads));
@@ -136,7 +136,7 @@ impl GqaSpec {
         }
         if let Some(blocks) = &self.blocks {
             if self.reach().is_some() {
-                return Err("it attends to blocks of keys within a window or chunk".into());
+                return Err("it attends to blocks of keys within a window or stretch".into());
             }
             blocks.validate(self.heads, self.kv_heads, self.rope.as_ref().map_or(0, |rope| rope.dim))?;
         }
@@ -147,5 +147,36 @@ impl GqaSpec {
             Some(rope) => rope.validate(),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_query_sees() {
+        let spec = |window, stretch| GqaSpec {
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 2,
+            v_head_dim: 2,
+            softmax_scale: 1.0,
+            rope: None,
+            window,
+            stretch,
+            qk_norm: None,
+            clip_qkv: None,
+            temperature: None,
+            value_factor: None,
+            qkv_bias: false,
+            o_bias: false,
+            sinks: false,
+            output_gate: false,
+        };
+        let first = |spec: &GqaSpec| [0, 7, 8, 15, 16].map(|position| spec.first_seen(position));
+        assert_eq!((first(&spec(None, None)), spec(None, None).reach()), ([0; 5], None));
+        assert_eq!((first(&spec(Some(8), None)), spec(Some(8), None).reach()), ([0, 0, 1, 8, 9], Some(8)));
+        assert_eq!((first(&spec(None, Some(8))), spec(None, Some(8)).reach()), ([0, 0, 8, 8, 16], Some(8)));
     }
 }

@@ -94,7 +94,7 @@ pub(crate) fn gqa_spec() -> ModelSpec {
             softmax_scale: 0.25,
             rope: None,
             window: Some(16),
-            chunk: None,
+            stretch: None,
             qk_norm: Some(QkNorm { scope, eps: 1e-6, weightless: false, after_rope: false }),
             clip_qkv: Some(8.0),
             temperature: Some(QueryTemperature { slope: 0.1, step: 8 }),

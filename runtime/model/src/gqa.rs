@@ -1,5 +1,5 @@
 //! Grouped-query attention (arXiv:2305.13245) with rotary positions, and what families add to it: norms of queries and keys,
-//! biases, a sliding window or chunks, attention sinks, a temperature that falls with the position, an output gate, a choice of
+//! biases, a sliding window or stretches, attention sinks, a temperature that falls with the position, an output gate, a choice of
 //! blocks of keys.
 
 use sluice_format::{GqaSpec, QkNormScope};

@@ -189,4 +189,27 @@ mod tests {
         let total: f32 = choices.iter().map(|c| c.weight).sum();
         assert!((total - 2.0).abs() < 1e-6);
     }
+
+    #[test]
+    fn sigmoids_of_chosen_logits_do_not_decide_the_choice() {
+        let mut moe = moe(None, None);
+        (moe.router.score, moe.router.choice_bias) = (RouterScore::SigmoidOfChosen, false);
+        // As sigmoids, the two largest of these are the same number in f32.
+        let mut out = Vec::new();
+        let logits = [0.0, 30.0, 20.0, 25.0, 0.0, 0.0, 0.0, 0.0];
+        route(&moe, &logits, None, &mut RouterScratch::default(), &mut out);
+        assert_eq!(out.iter().map(|c| (c.expert, c.weight)).collect::<Vec<_>>(), [(1, 2.0), (3, 2.0)]);
+    }
+
+    #[test]
+    fn weights_are_divided_by_the_least_sum_or_more() {
+        let weights = |least: Option<f32>, logit: f32| {
+            let mut moe = moe(None, Some(0.0));
+            moe.router.least_sum = least;
+            routed(&moe, &[logit; 8], &[0.0; 8]).iter().map(|c| c.weight).sum::<f32>()
+        };
+        assert_eq!(weights(None, -20.0), 2.0);
+        assert_eq!(weights(Some(1e-3), -20.0), 2.0 * (2.0 * sigmoid(-20.0)) / 1e-3);
+        assert_eq!(weights(Some(1e-3), 0.0), 2.0);
+    }
 }

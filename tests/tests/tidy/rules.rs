@@ -197,16 +197,17 @@ fn chunks(source: &Source) -> Vec<Finding> {
     if !WITHOUT_READS.iter().any(|folder| source.path.starts_with(folder)) {
         return Vec::new();
     }
-    let ours = |token: &&Token| mentions(&token.text, &["chunk*"]) && !is_of_the_standard_library(&token.text);
+    let ours = |token: &&Token| mentions(&token.text, &["chunk*"]) && !is_called_so_elsewhere(&token.text);
     source.tokens.iter().filter(ours).map(|token| finding(token.line, &token.text)).collect()
 }
 
-/// What the standard library calls a chunk is called so.
-fn is_of_the_standard_library(name: &str) -> bool {
+/// What the standard library calls a chunk is called so, and so are keys and values of configurations.
+fn is_called_so_elsewhere(name: &str) -> bool {
+    const OF_CONFIGURATIONS: [&str; 2] = ["\"attention_chunk_size\"", "\"chunked_attention\""];
     const NAMES: [&str; 4] = ["chunk_by", "chunks", "utf8_chunks", "ChunksExact"];
     const STARTS: [&str; 6] =
         ["chunks_", "as_chunks", "first_chunk", "last_chunk", "split_first_chunk", "split_last_chunk"];
-    NAMES.contains(&name) || STARTS.iter().any(|start| name.starts_with(start))
+    OF_CONFIGURATIONS.contains(&name) || NAMES.contains(&name) || STARTS.iter().any(|start| name.starts_with(start))
 }
 
 fn finding(line: usize, what: &str) -> Finding {

@@ -62,7 +62,7 @@ impl Writer<'_> {
         let experts = self.out.0.get("num_local_experts").and_then(Json::as_u64);
         self.out.set("use_qk_norm", experts != Some(WITHOUT_NORMS));
         if keys.uint("attention.sliding_window")? == Some(0) {
-            // No chunks, and a rotation in every layer.
+            // No stretches, and a rotation in every layer.
             self.out.set("attention_chunk_size", Json::Null);
             self.out.set("no_rope_layers", vec![Json::from(1); self.layers]);
         }
