@@ -1,4 +1,4 @@
-//! Measures what meets the matrices of a model while it is converted, so that `q4` and `q3` are rounded where it costs least.
+//! Measures what meets the matrices of a model while it is converted, so that `q4`, `q3` and `q2` are rounded where it costs least.
 //!
 //! A text, [`TEXT`] unless there is a better one, runs through the model layer by layer ([`sluice_converter::measure`]). Of each
 //! matrix the products of its inputs are summed ([`Moments`](sluice_kernels::Moments)), from which error feedback follows; of

@@ -17,8 +17,9 @@ use crate::commands::convert::{Job, convert_file};
 use crate::error::CliError;
 use crate::terminal::{byte_bar, note};
 
-/// Weights per second and core that become q4 or q3, of `docs/BENCHMARKS.md`.
+/// Weights per second and core that become q4 or q3, and that become q2, of `docs/BENCHMARKS.md`.
 const QUANTISED_PER_CORE: f64 = 10e6;
+const Q2_PER_CORE: f64 = 2e6;
 
 impl From<HubError> for CliError {
     fn from(error: HubError) -> Self {
@@ -208,13 +209,16 @@ impl Fetched {
 
 /// Seconds that quantising takes at least.
 fn conversion_seconds(plan: &Plan) -> f64 {
-    let quantised = |types: &Vec<String>| types.iter().any(|t| t == "q4" || t == "q3");
-    if !plan.types().values().any(quantised) {
-        return 0.0;
-    }
+    let types = plan.types();
+    let becomes = |names: &[&str]| types.values().flatten().any(|t| names.contains(&t.as_str()));
+    let per_core = match (becomes(&["q2"]), becomes(&["q4", "q3"])) {
+        (true, _) => Q2_PER_CORE,
+        (false, true) => QUANTISED_PER_CORE,
+        (false, false) => return 0.0,
+    };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     // About half a byte for each weight.
-    2.0 * plan.file_bytes() as f64 / (QUANTISED_PER_CORE * cores as f64)
+    2.0 * plan.file_bytes() as f64 / (per_core * cores as f64)
 }
 
 /// A time in words.

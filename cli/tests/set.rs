@@ -123,8 +123,8 @@ fn convert_refuses_types_that_change_nothing() {
     let text = write(folder.path(), "text", "To be, or not to be, that is the question.");
     stdout(&sluice(&["calibrate", demo_model(), "--text", &text, "--out", imatrix.to_str().unwrap()]));
     let imatrix = imatrix.to_str().unwrap();
-    assert_fails(&convert(&["--imatrix", imatrix]), 2, &["--imatrix", "q4 and q3"]);
-    assert_fails(&convert(&["--imatrix", imatrix, "--type", "q8"]), 2, &["--imatrix", "q4 and q3"]);
+    assert_fails(&convert(&["--imatrix", imatrix]), 2, &["--imatrix", "q4, q3 and q2"]);
+    assert_fails(&convert(&["--imatrix", imatrix, "--type", "q8"]), 2, &["--imatrix", "q4, q3 and q2"]);
     stdout(&convert(&["--imatrix", imatrix, "--type", "q3"]));
 
     // The same shape without experts: every layer dense.

@@ -11,8 +11,15 @@ use crate::error::ConvertError;
 use crate::recipe::Recipe;
 
 /// Types that a conversion can produce; f16 and the four-bit types are only carried by `keep`.
-const OUTPUT_TYPES: [WeightType; 6] =
-    [WeightType::F32, WeightType::Bf16, WeightType::Fp8, WeightType::Q8, WeightType::Q4, WeightType::Q3];
+const OUTPUT_TYPES: [WeightType; 7] = [
+    WeightType::F32,
+    WeightType::Bf16,
+    WeightType::Fp8,
+    WeightType::Q8,
+    WeightType::Q4,
+    WeightType::Q3,
+    WeightType::Q2,
+];
 
 /// The type that a group of weights is stored in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -66,13 +73,13 @@ pub struct Options {
     pub recipe: Option<Recipe>,
     /// Page size of the file, one of [`sluice_format::PAGE_SIZES`].
     pub page_size: u32,
-    /// An importance file (`sluice calibrate`), which weights the errors of `q4` and `q3`.
+    /// An importance file (`sluice calibrate`), which weights the errors of `q4`, `q3` and `q2`.
     pub importance: Option<PathBuf>,
     /// Whether extents are compressed where that saves enough.
     pub compress: bool,
     /// Most bytes of one file: a larger model becomes several volumes.
     pub split_size: Option<u64>,
-    /// Whether the inputs of matrices that are rounded to `q4` and `q3` are measured on the way ([`mod@crate::measure`]), and on what: a
+    /// Whether the inputs of matrices that are rounded to `q4`, `q3` and `q2` are measured on the way ([`mod@crate::measure`]), and on what: a
     /// digest of the text and of how it is run. An importance file takes its place.
     pub measured: Option<u64>,
     /// Whether an existing destination is replaced, once the new file is complete.

@@ -319,7 +319,7 @@ impl ErrorSums {
 
 /// How the matrices of a tensor are rounded, by number in the batch.
 fn guides(plan: &Plan, inputs: Option<&dyn Inputs>, extent: &ExtentRecord, tensor: &TensorPlan) -> Vec<Guide> {
-    if !matches!(tensor.weight_type, WeightType::Q4 | WeightType::Q3) {
+    if !tensor.weight_type.is_fitted() {
         return Vec::new();
     }
     let guide = |index| match (&plan.importance, inputs) {

@@ -20,7 +20,7 @@ pub(crate) fn planes(ty: WeightType, n_rows: usize, cols: usize, src: usize, out
     (&mut scales[..planes.scales], &mut values[..planes.values])
 }
 
-/// Packs one row group of type `f32`, `f16`, `bf16`, `q8`, `q4` or `q3`.
+/// Packs one row group of type `f32`, `f16`, `bf16`, `q8`, `q4`, `q3` or `q2`.
 ///
 /// `src` is row-major `[n_rows, cols]` with `n_rows ≤ 8`; missing rows become zero. `out` is all of the group,
 /// [`row_group_len`](crate::row_group_len) bytes. `f16` and `bf16` round to nearest, ties to even.
@@ -30,12 +30,12 @@ pub(crate) fn planes(ty: WeightType, n_rows: usize, cols: usize, src: usize, out
 /// next larger f16 is taken; scales beyond f16 become its largest number and weights beyond that saturate. A block with
 /// a NaN or an infinity has scale NaN, so that it is not mistaken for a number.
 ///
-/// `q4` and `q3`: as [`pack_row_group_weighted`](crate::pack_row_group_weighted) with all columns alike.
+/// `q4`, `q3` and `q2`: as [`pack_row_group_weighted`](crate::pack_row_group_weighted) with all columns alike.
 ///
 /// # Panics
 /// For other types, more than 8 rows, or lengths that do not fit the shape.
 pub fn pack_row_group(ty: WeightType, src: &[f32], n_rows: usize, cols: usize, out: &mut [u8]) {
-    if matches!(ty, WeightType::Q4 | WeightType::Q3) {
+    if ty.is_fitted() {
         return quant::pack_unweighted(ty, src, n_rows, cols, out);
     }
     let (scales, values) = planes(ty, n_rows, cols, src.len(), out);
@@ -231,7 +231,7 @@ pub fn unpack_row(w: Matrix<'_>, row: usize, out: &mut [f32]) {
 fn unpack_column(w: &Group<'_>, k: usize) -> scalar::Rows {
     match w.ty {
         WeightType::F32 | WeightType::F16 | WeightType::Bf16 => scalar::column(w, k),
-        WeightType::Q4 | WeightType::Q3 => quant::unpack_column(w, k),
+        WeightType::Q4 | WeightType::Q3 | WeightType::Q2 => quant::unpack_column(w, k),
         WeightType::Grouped(ty) => grouped::unpack_column(ty, w, k),
         WeightType::Fp8 => {
             let scale = scalar::f32_at(w.scales, k / FP8_BLOCK);

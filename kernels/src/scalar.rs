@@ -13,7 +13,7 @@
 //! - `q8`, `int4`, `mxfp4` with int8 activations: per 32-column block `g` the dot product of integers, exact; then
 //!   `s[g mod 2] = fma(dot, scale·(xscale·unit), s[g mod 2])`; the result is `s0 + s1`.
 //!
-//! - `q4`, `q3` with f32 activations: per block of 32 or 16 columns, in order, that sum over integers
+//! - `q4`, `q3`, `q2` with f32 activations: per block of 32, 16 or 16 columns, in order, that sum over integers
 //!   `w = C[n] + o`; then `total = fma(sum·2^17, s/2^17, total)`; the result is `total·S`. With int8 activations: per
 //!   block `b` the dot product of integers, exact; then `s[b mod 2] = fma(dot, (s/2^17)·(xscale·2^17), s[b mod 2])`; the
 //!   result is `(s0 + s1)·S`. The `quant` module defines the symbols; 2^17 is what moves `s` into binary16's range.
@@ -60,8 +60,8 @@ pub(crate) fn group(w: &Group<'_>, x: &Activations, t: usize, int8: bool) -> Row
     match w.ty {
         WeightType::F32 | WeightType::F16 | WeightType::Bf16 => columns(w, x.row(t), 0),
         WeightType::Fp8 => fp8(w, x.row(t)),
-        WeightType::Q4 | WeightType::Q3 if int8 => quant::group_int8(w, x.quantised_row(t)),
-        WeightType::Q4 | WeightType::Q3 => quant::group_f32(w, x.padded_row(t)),
+        WeightType::Q4 | WeightType::Q3 | WeightType::Q2 if int8 => quant::group_int8(w, x.quantised_row(t)),
+        WeightType::Q4 | WeightType::Q3 | WeightType::Q2 => quant::group_f32(w, x.padded_row(t)),
         WeightType::Grouped(ty) if int8 => grouped::group_int8(ty, w, x.quantised_row(t)),
         WeightType::Grouped(ty) => grouped::group_f32(ty, w, x.padded_row(t)),
         _ if int8 => blocks_int8(w, x.quantised_row(t)),

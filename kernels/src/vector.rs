@@ -30,6 +30,7 @@ pub(crate) const INT4: u8 = 6;
 pub(crate) const MXFP4: u8 = 7;
 pub(crate) const Q4: u8 = 8;
 pub(crate) const Q3: u8 = 9;
+pub(crate) const Q2: u8 = 10;
 
 /// Bytes of four columns of a row group of an unblocked type.
 pub(crate) const fn four_columns(ty: u8) -> usize {
@@ -47,6 +48,7 @@ pub(crate) const fn block_bytes(ty: u8) -> usize {
         Q8 => 256,
         INT4 | MXFP4 | Q4 => 128,
         Q3 => 96,
+        Q2 => 64,
         _ => panic!("not blocked"),
     }
 }
@@ -73,11 +75,22 @@ pub(crate) const fn e2m1_table(bias: i8) -> [u8; 16] {
     table
 }
 
-/// The codebook of `q4` or `q3`.
+/// Whether a type has a codebook, a scale for each row, and bytes that say scale and offset of a block.
+pub(crate) const fn has_codebook(ty: u8) -> bool {
+    matches!(ty, Q4 | Q3 | Q2)
+}
+
+/// Whether the halves of 32 columns have scales of their own.
+pub(crate) const fn by_halves(ty: u8) -> bool {
+    matches!(ty, Q3 | Q2)
+}
+
+/// The codebook of `q4`, `q3` or `q2`.
 pub(crate) const fn codebook(ty: u8) -> &'static Codebook {
     match ty {
         Q4 => &Codebook::Q4,
         Q3 => &Codebook::Q3,
+        Q2 => &Codebook::Q2,
         _ => panic!("no codebook"),
     }
 }

@@ -66,7 +66,7 @@ fn feedback_lowers_the_error_of_outputs() {
         moments.add(&kernels, &pool, &seen);
         let feedback = Feedback::new(kernels, &moments).unwrap();
         let w: Vec<f32> = normal(&mut Rng(9), 12 * cols).iter().map(|w| 0.02 * w).collect();
-        for (ty, share) in [(WeightType::Q4, 0.8), (WeightType::Q3, 0.8)] {
+        for (ty, share) in [(WeightType::Q4, 0.8), (WeightType::Q3, 0.8), (WeightType::Q2, 0.8)] {
             let mut scratch = FeedbackScratch::default();
             let rows = feedback.quantise(ty, &w, &mut scratch);
             let plain: Vec<f32> = w
@@ -102,7 +102,7 @@ fn feedback_takes_any_numbers() {
     w[cols] = f32::NAN;
     w[2 * cols..3 * cols].fill(f32::MIN_POSITIVE);
     w[4 * cols + 3] = f32::from_bits(1);
-    for ty in [WeightType::Q4, WeightType::Q3] {
+    for ty in [WeightType::Q4, WeightType::Q3, WeightType::Q2] {
         let stored = packed(ty, &feedback.quantise(ty, &w, &mut FeedbackScratch::default()), 5, cols);
         assert!(stored[..cols].iter().all(|v| v.is_finite()));
         assert!(stored[cols..2 * cols].iter().all(|v| v.is_nan()));

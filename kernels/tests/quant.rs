@@ -1,11 +1,11 @@
-//! The types that are quantised by minimising an error: `q4` and `q3`.
+//! The types that are quantised by minimising an error: `q4`, `q3` and `q2`.
 
 mod common;
 
 use common::*;
 use sluice_kernels::*;
 
-const TYPES: [WeightType; 2] = [WeightType::Q4, WeightType::Q3];
+const TYPES: [WeightType; 3] = [WeightType::Q4, WeightType::Q3, WeightType::Q2];
 
 /// Levels, step of the offsets and columns of a block, as `docs/QUANTISATION.md` gives them.
 fn book(ty: WeightType) -> (&'static [f32], f32, usize) {
@@ -14,6 +14,11 @@ fn book(ty: WeightType) -> (&'static [f32], f32, usize) {
             let levels =
                 &[-64.0, -48.0, -38.0, -30.0, -23.0, -16.0, -9.0, -3.0, 3.0, 9.0, 16.0, 23.0, 30.0, 39.0, 49.0, 64.0];
             (levels, 2.0, 32)
+        }
+        WeightType::Q2 => {
+            let levels =
+                &[-64.0, -8.0, 46.0, 16.0, -8.0, 31.0, 9.0, -26.0, 26.0, -9.0, -31.0, 8.0, -16.0, -46.0, 8.0, 64.0];
+            (levels, 4.0, 16)
         }
         _ => (&[-64.0, -39.0, -22.0, -7.0, 7.0, 22.0, 39.0, 64.0], 4.0, 16),
     }
@@ -49,7 +54,7 @@ fn normal(rng: &mut Rng, n: usize) -> Vec<f32> {
 #[test]
 fn relative_error_on_normal_weights() {
     let src = normal(&mut Rng(1), 64 * 1024);
-    for (ty, most) in [(WeightType::Q4, 0.0715), (WeightType::Q3, 0.124)] {
+    for (ty, most) in [(WeightType::Q4, 0.0715), (WeightType::Q3, 0.124), (WeightType::Q2, 0.2525)] {
         let got = round_trip(ty, &src, 1024, None);
         let relative = (error(&got, &src, |_| 1.0) / error(&vec![0.0; src.len()], &src, |_| 1.0)).sqrt();
         assert!(relative < most, "{ty:?}: {relative}");
@@ -71,7 +76,11 @@ fn bytes_mean_what_the_documents_say() {
             let want = |r: usize, k: usize| {
                 let (g, q, i) = (k / 32, k % 32 / 4, k % 4);
                 let nibble = |v: usize, len: usize| values[g * len + v * 32 + r * 4 + i] >> (q / 4 * 4) & 15;
+                let word =
+                    |half: usize| u32::from_le_bytes(*values[g * 64 + half * 32 + r * 4..].first_chunk().unwrap());
                 let number = match (ty, q % 4) {
+                    // Two bits for each place of the ring, of which four belong to a number.
+                    (WeightType::Q2, v) => (word(q / 4).rotate_right((8 * i + 2 * v) as u32) & 15) as u8,
                     (WeightType::Q4, v) => nibble(v, 128),
                     (_, 3) => (0..3).map(|v| nibble(v, 96) >> 3 << v).sum(),
                     (_, v) => nibble(v, 96) & 7,
@@ -104,10 +113,11 @@ fn nearest(ty: WeightType, row: &[f32]) -> Vec<f32> {
     out
 }
 
+/// Of the types whose levels stand for one number each.
 #[test]
 fn never_worse_than_rounding_to_nearest() {
     let mut rng = Rng(3);
-    for ty in TYPES {
+    for ty in [WeightType::Q4, WeightType::Q3] {
         for cols in [1, 5, 16, 31, 33, 128, 300] {
             for i in 0..40 {
                 let mut row = normal(&mut rng, cols);
@@ -198,7 +208,7 @@ fn any_magnitude() {
                 assert_eq!(error(&got, &moved, |_| 1.0) / factor / factor, want, "{ty:?} 2^{e}");
             }
         }
-        assert!(round_trip(ty, &[f32::MAX; 40], 40, None).iter().all(|v| (v / f32::MAX - 1.0).abs() < 0.02));
+        assert!(round_trip(ty, &[f32::MAX; 48], 48, None).iter().all(|v| (v / f32::MAX - 1.0).abs() < 0.02));
         assert!(round_trip(ty, &[f32::MIN_POSITIVE, f32::MAX, -f32::MAX], 3, None).iter().all(|v| v.is_finite()));
     }
 }

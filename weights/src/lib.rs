@@ -43,6 +43,9 @@ pub enum WeightType {
     Q4,
     /// Three-bit codebook, one scale byte per row and 16 columns, one f32 per row (`docs/QUANTISATION.md`).
     Q3,
+    /// Two bits per weight that neighbours share, one scale byte per row and 16 columns, one f32 per row
+    /// (`docs/QUANTISATION.md`).
+    Q2,
     /// A published form, carried bit for bit.
     Grouped(Grouped),
 }
@@ -65,7 +68,7 @@ pub struct Planes {
 
 impl WeightType {
     /// The types that have a form of their own, by their codes in the file, which begin with 1.
-    pub const OWN: [WeightType; 9] = [
+    pub const OWN: [WeightType; 10] = [
         WeightType::F32,
         WeightType::F16,
         WeightType::Bf16,
@@ -75,6 +78,7 @@ impl WeightType {
         WeightType::Mxfp4,
         WeightType::Q4,
         WeightType::Q3,
+        WeightType::Q2,
     ];
 
     /// Every type of which there are examples in the wild: those of [`WeightType::OWN`] and [`Grouped::PUBLISHED`].
@@ -111,6 +115,7 @@ impl WeightType {
             WeightType::Mxfp4 => "mxfp4",
             WeightType::Q4 => "q4",
             WeightType::Q3 => "q3",
+            WeightType::Q2 => "q2",
             WeightType::Grouped(grouped) => grouped.name(),
         }
     }
@@ -124,6 +129,12 @@ impl WeightType {
         }
     }
 
+    /// Whether its numbers are chosen to make a weighted error small: `q4`, `q3` and `q2`, which have a scale for each row and a
+    /// byte for each block.
+    pub const fn is_fitted(self) -> bool {
+        matches!(self, WeightType::Q4 | WeightType::Q3 | WeightType::Q2)
+    }
+
     /// Byte lengths of the planes of one row group of `cols` columns; `None` on overflow, or if the type has no such rows.
     pub fn planes(self, cols: usize) -> Option<Planes> {
         let blocks = cols.div_ceil(BLOCK);
@@ -135,10 +146,13 @@ impl WeightType {
             WeightType::Int4 => (blocks.checked_mul(2 * ROW_GROUP)?, nibbles(blocks)?),
             WeightType::Mxfp4 => (blocks.checked_mul(ROW_GROUP)?, nibbles(blocks)?),
             WeightType::Q4 => (blocks.checked_mul(ROW_GROUP)?.checked_add(4 * ROW_GROUP)?, nibbles(blocks)?),
-            WeightType::Q3 => (
-                blocks.checked_mul(2 * ROW_GROUP)?.checked_add(4 * ROW_GROUP)?,
-                nibbles(blocks)?.checked_div(4)?.checked_mul(3)?,
-            ),
+            WeightType::Q3 | WeightType::Q2 => {
+                let bits = if self == WeightType::Q3 { 3 } else { 2 };
+                (
+                    blocks.checked_mul(2 * ROW_GROUP)?.checked_add(4 * ROW_GROUP)?,
+                    nibbles(blocks)?.checked_div(4)?.checked_mul(bits)?,
+                )
+            }
             WeightType::Grouped(grouped) => {
                 (grouped.scale_plane(cols)?, blocks.checked_mul(ROW_GROUP * grouped.codes().block_len())?)
             }
@@ -206,7 +220,7 @@ mod tests {
             assert_eq!(ty.name().parse(), Ok(ty));
         }
         assert_eq!(WeightType::from_code(0), None);
-        assert_eq!(WeightType::from_code(10), None);
+        assert_eq!(WeightType::from_code(11), None);
     }
 
     #[test]

@@ -30,11 +30,11 @@ use crate::text_files::{examine, other_tokenizers};
 
 const EXAMPLES: &str = "\
 Types: keep, the default, carries the weights bit for bit. The others may change them, and the summary says by how \
-much: q8 is int8 with one f16 scale per 32 weights, half of bf16 and close to lossless; q4 and q3 take 4.3 and 3.5 bits \
-per weight, a quarter of bf16 and less, for experts; fp8 is DeepSeek's (e4m3, one scale per 128x128); bf16 and f32 are for reference. \
+much: q8 is int8 with one f16 scale per 32 weights, half of bf16 and close to lossless; q4, q3 and q2 take 4.3, 3.5 and 2.5 \
+bits per weight, a quarter of bf16 and less, for experts; fp8 is DeepSeek's (e4m3, one scale per 128x128); bf16 and f32 are for reference. \
 Norms, biases and routers are never quantised.
 
-Before weights become q4 or q3, a text of 28 kB runs through the model layer by layer, and what it shows of the inputs of each \
+Before weights become q4, q3 or q2, a text of 28 kB runs through the model layer by layer, and what it shows of the inputs of each \
 matrix decides how its weights are rounded. This takes room beside the model file for one layer as the checkpoint has it.
 
 Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
@@ -76,11 +76,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
 
-    /// Take what `sluice calibrate` or --save-importance measured to round q4 and q3, rather than measure on the way
+    /// Take what `sluice calibrate` or --save-importance measured to round q4, q3 and q2, rather than measure on the way
     #[arg(long, visible_alias = "imatrix", value_name = "FILE")]
     importance: Option<PathBuf>,
 
-    /// Round q4 and q3 without measuring what meets their matrices: faster, and further from the original
+    /// Round q4, q3 and q2 without measuring what meets their matrices: faster, and further from the original
     #[arg(long, conflicts_with_all = ["importance", "importance_text", "save_importance"])]
     no_importance: bool,
 
@@ -122,7 +122,7 @@ pub(crate) struct Args {
 }
 
 fn type_parser() -> impl clap::builder::TypedValueParser<Value = TypeChoice> {
-    PossibleValuesParser::new(["keep", "q3", "q4", "q8", "fp8", "bf16", "f32"])
+    PossibleValuesParser::new(["keep", "q2", "q3", "q4", "q8", "fp8", "bf16", "f32"])
         .try_map(|name| name.parse::<TypeChoice>())
 }
 
@@ -373,10 +373,10 @@ fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
             "--dense-type {ty} would change nothing: none of the weights of {src} but experts can be stored so"
         )));
     }
-    let weighted = [WeightType::Q4, WeightType::Q3];
+    let weighted = [WeightType::Q4, WeightType::Q3, WeightType::Q2];
     if args.importance.is_some() && !weighted.iter().any(|&ty| stored(true, ty) || stored(false, ty)) {
         return Err(CliError::Usage(
-            "--importance (--imatrix) would change nothing: it spends the bits of q4 and q3, and nothing is stored so. Ask for one with \
+            "--importance (--imatrix) would change nothing: it spends the bits of q4, q3 and q2, and nothing is stored so. Ask for one with \
              --type, or leave --importance out"
                 .into(),
         ));
@@ -384,7 +384,7 @@ fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
     let asked = [("--importance-text", &args.importance_text), ("--save-importance", &args.save_importance)];
     if let Some((option, _)) = asked.iter().find(|(_, file)| file.is_some() && !plan.is_measured()) {
         return Err(CliError::Usage(format!(
-            "{option} would change nothing: nothing is measured unless weights become q4 or q3 and the model has a tokenizer. Ask              for one of these types with --type, or leave {option} out"
+            "{option} would change nothing: nothing is measured unless weights become q4, q3 or q2 and the model has a tokenizer. Ask for one of these types with --type, or leave {option} out"
         )));
     }
     Ok(())

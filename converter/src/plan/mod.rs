@@ -150,7 +150,7 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     let inventory = inventory::take(&checkpoint, family, names, &spec, tied)?;
     let built = build::build(&checkpoint, family, names, &spec, options, scheme, &inventory.head)?;
     let layout = FileLayout::new(options.page_size, &built.planned)?;
-    let weighted = built.records.iter().any(|r| matches!(r.weight_type, WeightType::Q4 | WeightType::Q3));
+    let weighted = built.records.iter().any(|r| r.weight_type.is_fitted());
     let measured = options.measured.is_some() && weighted && importance.is_none();
     let reading = |choice| {
         let options = Options { expert_type: choice, dense_type: choice, recipe: None, ..options.clone() };

@@ -8,11 +8,12 @@ use sluice_format::{BLOCK, ROW_GROUP, WeightType};
 
 use super::random::Random;
 
-/// Bytes of the row scales of `q4` and `q3`.
+/// Bytes of the row scales of `q4`, `q3` and `q2`.
 const ROW_SCALES: usize = 4 * ROW_GROUP;
 
 /// Types that weights can be made in, in the order of help texts.
-pub const TYPES: [WeightType; 8] = [
+pub const TYPES: [WeightType; 9] = [
+    WeightType::Q2,
     WeightType::Q3,
     WeightType::Q4,
     WeightType::Int4,
@@ -41,6 +42,7 @@ const FP8_MEAN_SQUARE: f32 = 0.713_37;
 /// The levels of `docs/QUANTISATION.md` with all eight shifts.
 const Q4_MEAN_SQUARE: f32 = 1234.25;
 const Q3_MEAN_SQUARE: f32 = 1621.5;
+const Q2_MEAN_SQUARE: f32 = 1123.25;
 const UNIFORM_MEAN_SQUARE: f32 = 1.0 / 3.0;
 
 /// Why a published form cannot be asked for.
@@ -93,12 +95,13 @@ impl Filler {
             }
             WeightType::Q4 => self.shifted_scales(random, rows, BLOCK, Q4_MEAN_SQUARE, out),
             WeightType::Q3 => self.shifted_scales(random, rows, BLOCK / 2, Q3_MEAN_SQUARE, out),
+            WeightType::Q2 => self.shifted_scales(random, rows, BLOCK / 2, Q2_MEAN_SQUARE, out),
             WeightType::F32 | WeightType::F16 | WeightType::Bf16 => {}
             WeightType::Grouped(_) => unreachable!("{NOT_MADE}"),
         }
     }
 
-    /// Of `q4` and `q3`: one scale for each row; for each block always the same scale and a random shift of its levels.
+    /// Of `q4`, `q3` and `q2`: one scale for each row; for each block always the same scale and a random shift of its levels.
     fn shifted_scales(&self, random: &mut Random, rows: usize, block: usize, mean_square: f32, out: &mut [u8]) {
         /// A scale of 12: of the five lower bits, e = 1 and m = 4.
         const CODE: (u8, f32) = (12, 12.0);
@@ -118,7 +121,7 @@ impl Filler {
         let factor = self.deviation / UNIFORM_MEAN_SQUARE.sqrt();
         match self.ty {
             WeightType::Int4 => random.fill(out, without_zero_nibbles),
-            WeightType::Mxfp4 | WeightType::Q4 | WeightType::Q3 => random.fill(out, |bits| bits),
+            WeightType::Mxfp4 | WeightType::Q4 | WeightType::Q3 | WeightType::Q2 => random.fill(out, |bits| bits),
             WeightType::Q8 => random.fill(out, without_least_bytes),
             WeightType::Fp8 => random.fill(out, small_exponents),
             WeightType::F32 => {
@@ -176,6 +179,10 @@ impl Filler {
                     3 => (0..3).for_each(|vector| values[at(vector)] &= !(nibble & 0x88)),
                     vector => values[at(vector)] &= !(nibble & 0x77),
                 }
+            }
+            WeightType::Q2 => {
+                let at = 2 * (k % 4 * 4 + k / 4 % 4);
+                values[g * 64 + k % BLOCK / 16 * 32 + r * 4 + at / 8] &= !(3 << (at % 8));
             }
             WeightType::Grouped(_) => unreachable!("{NOT_MADE}"),
             WeightType::Int4 | WeightType::Mxfp4 | WeightType::Q4 => {
@@ -297,7 +304,7 @@ mod tests {
                         for shift in [0, 4] {
                             assert!(packed >> shift & 15 != zero || ours >> shift & 15 == zero, "{ty} {at}");
                         }
-                    } else if packed == 0 && (at < scales || ty != WeightType::Q3) {
+                    } else if packed == 0 && (at < scales || !matches!(ty, WeightType::Q3 | WeightType::Q2)) {
                         assert_eq!(ours, 0, "{ty} {rows}x{cols} byte {at}");
                     }
                 }

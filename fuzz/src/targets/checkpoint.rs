@@ -100,7 +100,7 @@ const FILE_MAX: u64 = 2 << 20;
 
 /// Plans the conversion of a checkpoint with every recipe, describes the plan, and carries out one that is small.
 pub(crate) fn convert(checkpoint: &Path, destination: &Path, choice: u64) -> Result<(), ConvertError> {
-    let types = ["keep", "q8", "q4", "q3", "fp8", "bf16", "f32"];
+    let types = ["keep", "q8", "q4", "q3", "q2", "fp8", "bf16", "f32"];
     let ty = |choice: u64| types[choice as usize % types.len()].parse().expect("a name of a type");
     let options =
         Options { expert_type: ty(choice), dense_type: ty(choice >> 8), overwrite: true, ..Default::default() };

@@ -1,36 +1,38 @@
 //! What the bytes of blocked types stand for, and their products with f32 activations.
 //!
-//! A weight is `scale · (integer + offset)`; of `q4` and `q3` also times the scale of its row. Integers are one byte each,
+//! A weight is `scale · (integer + offset)`; of `q4`, `q3` and `q2` also times the scale of its row. Integers are one byte each,
 //! looked up in a table where they are not there as such.
 
-use super::{INT4, IntLanes, Lanes, MXFP4, Q3, Q4, Q8};
+use super::{INT4, IntLanes, Lanes, MXFP4, Q2, Q3, Q4, Q8};
 use super::{add_columns, byte_columns, fold4, load, load_bytes, load_eight_bytes, put, widen_bf16, widen_f16, zero};
 use crate::activations::Activations;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;
 use crate::quant::UNIT;
-use crate::vector::{block_bytes, codebook, e2m1_table, levels, offset_base, padded_rows, parts, unit};
+use crate::vector::{
+    block_bytes, by_halves, codebook, e2m1_table, has_codebook, levels, offset_base, padded_rows, parts, unit,
+};
 use std::arch::aarch64::*;
 
 /// Parts of 32 columns that have a scale of their own.
 pub(super) const fn scales_per_block(ty: u8) -> usize {
-    if ty == Q3 { 2 } else { 1 }
+    if by_halves(ty) { 2 } else { 1 }
 }
 
 /// Halves of 32 columns that belong to a part.
 #[inline(always)]
 pub(super) fn halves<const TY: u8>(part: usize) -> std::ops::Range<usize> {
-    if TY == Q3 { part..part + 1 } else { 0..2 }
+    if const { by_halves(TY) } { part..part + 1 } else { 0..2 }
 }
 
 /// Whether integers have an offset.
 pub(super) const fn has_offset(ty: u8) -> bool {
-    matches!(ty, INT4 | Q4 | Q3)
+    ty == INT4 || has_codebook(ty)
 }
 
 /// What a sum of integers is multiplied by before the scale.
 pub(super) const fn factor(ty: u8) -> f32 {
-    if matches!(ty, Q4 | Q3) { UNIT } else { unit(ty) }
+    if has_codebook(ty) { UNIT } else { unit(ty) }
 }
 
 /// Integers of columns `16·half + 4v..16·half + 4v + 4` of a block, without their offset: rows 0..4 and 4..8.
@@ -40,6 +42,7 @@ pub(super) fn integers<const TY: u8>(values: &[u8], half: usize, v: usize) -> [i
     let table = match TY {
         MXFP4 => load_bytes(&const { e2m1_table(0) }, 0),
         Q4 => load_bytes(&const { levels(Q4, 0) }, 0),
+        Q2 => load_bytes(&const { levels(Q2, 0) }, 0),
         _ => load_bytes(&const { levels(Q3, 0) }, 0),
     };
     let mut integers = [vdupq_n_s8(0); 2];
@@ -47,9 +50,10 @@ pub(super) fn integers<const TY: u8>(values: &[u8], half: usize, v: usize) -> [i
         let number = match TY {
             Q8 => load_bytes(values, 128 * half + 32 * v + 16 * h),
             Q3 if v == 3 => fourth(values, 16 * h),
+            Q2 => turned(load_bytes(values, 32 * half + 16 * h), v),
             _ => load_bytes(values, 32 * v + 16 * h),
         };
-        let nibble = if half == 0 { vandq_u8(number, vdupq_n_u8(15)) } else { vshrq_n_u8::<4>(number) };
+        let nibble = if half == 0 || TY == Q2 { vandq_u8(number, vdupq_n_u8(15)) } else { vshrq_n_u8::<4>(number) };
         integers[h] = vreinterpretq_s8_u8(match TY {
             Q8 => number,
             INT4 => nibble,
@@ -69,7 +73,20 @@ fn fourth(values: &[u8], at: usize) -> uint8x16_t {
     vorrq_u8(vorrq_u8(vshrq_n_u8::<3>(a), vshrq_n_u8::<2>(b)), vshrq_n_u8::<1>(c))
 }
 
-/// The scales number `b`; those of `q4` and `q3` over `UNIT`.
+/// Words of `q2`, twice `v` bits further down; what falls out comes back at the top.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn turned(words: uint8x16_t, v: usize) -> uint8x16_t {
+    let words = vreinterpretq_u32_u8(words);
+    vreinterpretq_u8_u32(match v {
+        0 => words,
+        1 => vshrq_n_u32::<2>(words),
+        2 => vshrq_n_u32::<4>(words),
+        _ => vsliq_n_u32::<26>(vshrq_n_u32::<6>(words), words),
+    })
+}
+
+/// The scales number `b`; those of `q4`, `q3` and `q2` over `UNIT`.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn block_scales<const TY: u8>(scales: &[u8], b: usize) -> Lanes {
@@ -104,6 +121,7 @@ pub(super) fn offsets<const TY: u8>(scales: &[u8], b: usize) -> IntLanes {
     let (step, base) = match TY {
         Q4 => const { (codebook(Q4).step as i8, offset_base(Q4) as i8) },
         Q3 => const { (codebook(Q3).step as i8, offset_base(Q3) as i8) },
+        Q2 => const { (codebook(Q2).step as i8, offset_base(Q2) as i8) },
         _ => return [vdupq_n_s32(-8); 2],
     };
     let steps = vreinterpret_s8_u8(vshr_n_u8::<5>(load_eight_bytes(scales, 32 + 8 * b)));
@@ -115,7 +133,7 @@ pub(super) fn offsets<const TY: u8>(scales: &[u8], b: usize) -> IntLanes {
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn times_row_scales<const TY: u8>(total: Lanes, scales: &[u8]) -> Lanes {
-    if !matches!(TY, Q4 | Q3) {
+    if !const { has_codebook(TY) } {
         return total;
     }
     each!(total[0]; 2, h => vmulq_f32(total[h], vreinterpretq_f32_u8(load_bytes(scales, 16 * h))))

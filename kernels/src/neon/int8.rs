@@ -1,11 +1,11 @@
 //! Blocked types with int8 activations: `sdot`, four columns of four rows at a time.
 
 use super::blocked::{block_scales, factor, halves, has_offset, integers, offsets, scales_per_block, times_row_scales};
-use super::{IntLanes, Lanes, Q3, load_words, put, zero};
+use super::{IntLanes, Lanes, load_words, put, zero};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;
-use crate::vector::{block_bytes, quantised_rows};
+use crate::vector::{block_bytes, by_halves, quantised_rows};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -110,9 +110,9 @@ fn add<const TY: u8, const T: usize>(
     let b = g * const { scales_per_block(TY) } + part;
     let (scale, offset) = (block_scales::<TY>(w.scales, b), offsets::<TY>(w.scales, b));
     for t in 0..T {
-        let sum = match (TY, part) {
-            (Q3, 0) => x[t][g].halves.first(),
-            (Q3, _) => x[t][g].halves.second(),
+        let sum = match (const { by_halves(TY) }, part) {
+            (true, 0) => x[t][g].halves.first(),
+            (true, _) => x[t][g].halves.second(),
             _ => x[t][g].sum,
         };
         let x_scale = x[t][g].scale * const { factor(TY) };
@@ -121,7 +121,7 @@ fn add<const TY: u8, const T: usize>(
             let scale = vmulq_n_f32(scale[h], x_scale);
             s[t][part][h] = vfmaq_f32(s[t][part][h], vcvtq_f32_s32(dot), scale);
         }
-        if TY != Q3 {
+        if !const { by_halves(TY) } {
             // Even and odd blocks take turns; in the end the order of their sums does not matter.
             s[t].swap(0, 1);
         }

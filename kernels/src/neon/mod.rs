@@ -90,11 +90,13 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
             (WeightType::Mxfp4, false) => blocked::tile::<MXFP4>(&group, x, shape, g, out),
             (WeightType::Q4, false) => blocked::tile::<Q4>(&group, x, shape, g, out),
             (WeightType::Q3, false) => blocked::tile::<Q3>(&group, x, shape, g, out),
+            (WeightType::Q2, false) => blocked::tile::<Q2>(&group, x, shape, g, out),
             (WeightType::Q8, true) => int8::tile::<Q8>(&group, x, shape, g, out),
             (WeightType::Int4, true) => int8::tile::<INT4>(&group, x, shape, g, out),
             (WeightType::Mxfp4, true) => int8::tile::<MXFP4>(&group, x, shape, g, out),
             (WeightType::Q4, true) => int8::tile::<Q4>(&group, x, shape, g, out),
             (WeightType::Q3, true) => int8::tile::<Q3>(&group, x, shape, g, out),
+            (WeightType::Q2, true) => int8::tile::<Q2>(&group, x, shape, g, out),
             (WeightType::Grouped(ty), _) => grouped::tile(ty, &group, x, shape, g, out),
         }
     }

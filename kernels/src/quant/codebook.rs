@@ -1,4 +1,4 @@
-//! The constants of the two types.
+//! The constants of the three types.
 
 use crate::matrix::{BLOCK, WeightType};
 use crate::number::f16_to_f32;
@@ -9,10 +9,10 @@ pub(crate) const UNIT: f32 = 131_072.0;
 /// The largest value of a scale.
 pub(super) const SCALE_MAX: f32 = 60.0;
 
-/// What distinguishes `q4` from `q3`.
+/// What distinguishes `q4`, `q3` and `q2`.
 #[derive(Debug)]
 pub(crate) struct Codebook {
-    /// Levels in ascending order, −64 to 64. Three-bit levels occur twice, so that a fourth bit is ignored.
+    /// Levels, −64 to 64, by number. Those of `q4` and `q3` ascend; three-bit levels occur twice, so that a fourth bit is ignored.
     pub(crate) levels: [i8; 16],
     /// Levels that differ.
     pub(super) len: usize,
@@ -39,6 +39,15 @@ impl Codebook {
         block: BLOCK / 2,
     };
 
+    /// 2 bits and 8 per 16. The number of a level is a column's own two bits, and twice two bits further up those of its
+    /// neighbour: whatever either is, the four levels that the other can choose from lie far apart.
+    pub(crate) const Q2: Codebook = Codebook {
+        levels: [-64, -8, 46, 16, -8, 31, 9, -26, 26, -9, -31, 8, -16, -46, 8, 64],
+        len: 16,
+        step: 4,
+        block: BLOCK / 2,
+    };
+
     /// The codebook of a type.
     ///
     /// # Panics
@@ -47,7 +56,8 @@ impl Codebook {
         match ty {
             WeightType::Q4 => &Self::Q4,
             WeightType::Q3 => &Self::Q3,
-            _ => panic!("only q4 and q3 have a codebook"),
+            WeightType::Q2 => &Self::Q2,
+            _ => panic!("only q4, q3 and q2 have a codebook"),
         }
     }
 
@@ -60,4 +70,10 @@ impl Codebook {
 /// The scale in the byte of a block, times `1/UNIT`.
 pub(crate) fn scale_over_unit(byte: u8) -> f32 {
     f16_to_f32(u16::from(byte & 31) << 7)
+}
+
+/// Where in the word of a row and 16 columns `q2` keeps column `k`, in units of two bits: the codes of a chain lie side by side,
+/// and those of columns that meet the activations together in bytes side by side.
+pub(crate) const fn place(k: usize) -> usize {
+    k % 4 * 4 + k / 4 % 4
 }

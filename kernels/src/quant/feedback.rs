@@ -5,14 +5,16 @@
 //! `k` are known, `w_k − Σ_{j<k} C_kj e_j` is what column `k` should be rounded to, and `D_k` is what a deviation from it costs
 //! (E. Frantar et al., "GPTQ", arXiv:2210.17323; in this form J. Chee et al., "QuIP", arXiv:2307.13304, as LDLQ).
 
-use super::codebook::SCALE_MAX;
+use super::codebook::{SCALE_MAX, place};
 use super::moments::{Moments, pack_f32};
-use super::pack::{Quantised, QuantisedRow, table};
+use super::pack::{Quantised, QuantisedRow, table, trellis};
 use super::search::{Block, Table, normalising};
+use super::trellis::{Ring, RingFeedback, Trellis};
 use crate::activations::{Activations, Precision};
 use crate::isa::Kernels;
 use crate::matrix::{BLOCK, Matrix, WeightType};
 use crate::threads::ThreadPool;
+use std::ops::Range;
 
 /// Columns whose errors are propagated one by one; beyond them they are propagated together, by a matrix product.
 const STRIP: usize = 4 * BLOCK;
@@ -86,7 +88,7 @@ impl Feedback {
         Some(Feedback { kernels, cols: moments.cols(), panels: panels.collect::<Option<_>>()? })
     }
 
-    /// Quantises rows, `[n, cols]`, to `q4` or `q3`.
+    /// Quantises rows, `[n, cols]`, to `q4`, `q3` or `q2`.
     ///
     /// # Panics
     /// For other types, or if `src` is not of whole rows.
@@ -94,14 +96,14 @@ impl Feedback {
         let rows = src.len() / self.cols.max(1);
         assert_eq!(src.len(), rows * self.cols, "whole rows");
         let mut out = Quantised::new(ty, rows, self.cols);
-        let table = table(ty);
         // A power of two brings the largest of a row to 1..2; rows of zeros, or of what is no number, are done already.
         let factors: Vec<Option<(f64, f32)>> =
             (0..rows).map(|r| out.begin(r, &src[r * self.cols..][..self.cols])).collect();
         for panel in &self.panels {
             match ty {
-                WeightType::Q4 => panel.quantise::<32>(self, table, src, &factors, &mut out, scratch),
-                _ => panel.quantise::<16>(self, table, src, &factors, &mut out, scratch),
+                WeightType::Q4 => panel.quantise(self, &Levels::<32>(table(ty)), src, &factors, &mut out, scratch),
+                WeightType::Q3 => panel.quantise(self, &Levels::<16>(table(ty)), src, &factors, &mut out, scratch),
+                _ => panel.quantise(self, trellis(), src, &factors, &mut out, scratch),
             }
         }
         out
@@ -141,8 +143,10 @@ impl Panel {
         let mut blocks: Vec<usize> = (0..width / BLOCK).collect();
         let of_block = |b: &usize| (b * BLOCK..(b + 1) * BLOCK).map(diagonal).sum::<f64>();
         blocks.sort_by(|a, b| of_block(b).total_cmp(&of_block(a)));
-        let places: Vec<usize> =
-            blocks.iter().flat_map(|b| b * BLOCK..(b + 1) * BLOCK).chain(width - width % BLOCK..width).collect();
+        let columns = blocks.iter().flat_map(|b| b * BLOCK..(b + 1) * BLOCK).chain(width - width % BLOCK..width);
+        let mut places: Vec<usize> = columns.collect();
+        // Within 16 columns in the order of a ring of `q2`; the other types do not care.
+        places.chunks_mut(BLOCK / 2).for_each(|half| half.sort_by_key(|column| place(column % (BLOCK / 2))));
         let entry = |i: usize, j: usize| {
             let sum = f64::from(sums[places[i] * width + places[j]]);
             let value = if i == j { sum / mean + DAMPING } else { own * sum / mean };
@@ -164,10 +168,10 @@ impl Panel {
         Some(Panel { order: places.into_iter().map(|place| begin + place).collect(), weight, strips })
     }
 
-    fn quantise<const B: usize>(
+    fn quantise(
         &self,
         whole: &Feedback,
-        table: &Table,
+        types: &impl Rounding,
         src: &[f32],
         factors: &[Option<(f64, f32)>],
         out: &mut Quantised,
@@ -190,8 +194,11 @@ impl Panel {
                 let targets = &mut targets[r * width + strip.begin..][..strip.width];
                 let errors = &mut errors[r * strip.width..][..strip.width];
                 let exact = |column: usize| (f64::from(src[r * cols + column]) * factor) as f32;
-                let row = StripRow { scale, targets, errors, out: out.row(r) };
-                self.strip::<B>(strip, table, row, exact);
+                let mut row = StripRow { scale, targets, errors, out: out.row(r) };
+                for first in (0..strip.width).step_by(BLOCK / 2 * types.halves()) {
+                    let places = first..(first + BLOCK / 2 * types.halves()).min(strip.width);
+                    types.round(self, strip, places, &mut row, exact);
+                }
             }
             let (behind, rest) = (strip.begin + strip.width, width - strip.begin - strip.width);
             if rest > 0 {
@@ -207,23 +214,98 @@ impl Panel {
         }
     }
 
-    /// One row of a strip; `exact`: its weights by column.
-    fn strip<const B: usize>(&self, strip: &Strip, table: &Table, row: StripRow<'_>, exact: impl Fn(usize) -> f32) {
-        let StripRow { scale, targets, errors, out } = row;
-        for first in (0..strip.width).step_by(B) {
-            let places = first..(first + B).min(strip.width);
-            let weight = &self.weight[strip.begin + first..][..places.len()];
-            let byte = table.byte(&Block::<B>::new(&targets[places.clone()], weight), scale).1;
-            out.bytes[self.order[strip.begin + first] / B] = byte;
-            for i in places {
-                let column = self.order[strip.begin + i];
-                let (number, value) = table.nearest(targets[i], scale, byte);
-                out.numbers[column] = number;
-                errors[i] = value - exact(column);
-                let within = &strip.within[i * strip.width..][..strip.width];
-                let error = errors[i];
-                targets[i + 1..].iter_mut().zip(&within[i + 1..]).for_each(|(t, c)| *t -= c * error);
+    /// The columns at these places of a strip, in the order of rounding.
+    fn columns(&self, strip: &Strip, places: &Range<usize>) -> &[usize] {
+        &self.order[strip.begin..][places.clone()]
+    }
+}
+
+impl Strip {
+    /// Takes what an error at a place means for later places, from `first` on, off their targets.
+    fn feed_back(&self, place: usize, error: f32, first: usize, targets: &mut [f32]) {
+        let within = &self.within[place * self.width..][..self.width];
+        targets[first..].iter_mut().zip(&within[first..]).for_each(|(t, c)| *t -= c * error);
+    }
+}
+
+/// How the blocks of a type are rounded.
+trait Rounding {
+    /// Halves of 32 columns in a block.
+    fn halves(&self) -> usize;
+
+    /// Rounds a block, whose places in its strip are `places`; `exact`: the weights by column.
+    fn round(
+        &self,
+        panel: &Panel,
+        strip: &Strip,
+        places: Range<usize>,
+        row: &mut StripRow<'_>,
+        exact: impl Fn(usize) -> f32,
+    );
+}
+
+/// Types with a level for each number, in blocks of `B` columns: each column is rounded for itself.
+struct Levels<const B: usize>(&'static Table);
+
+impl<const B: usize> Rounding for Levels<B> {
+    fn halves(&self) -> usize {
+        2 * B / BLOCK
+    }
+
+    fn round(
+        &self,
+        panel: &Panel,
+        strip: &Strip,
+        places: Range<usize>,
+        row: &mut StripRow<'_>,
+        exact: impl Fn(usize) -> f32,
+    ) {
+        let columns = panel.columns(strip, &places);
+        let weight = &panel.weight[strip.begin..][places.clone()];
+        let byte = self.0.byte(&Block::<B>::new(&row.targets[places.clone()], weight), row.scale).1;
+        row.out.bytes[columns[0] / B] = byte;
+        for (place, &column) in places.zip(columns) {
+            let (number, value) = self.0.nearest(row.targets[place], row.scale, byte);
+            row.out.numbers[column] = number;
+            row.errors[place] = value - exact(column);
+            strip.feed_back(place, row.errors[place], place + 1, row.targets);
+        }
+    }
+}
+
+/// `q2`: a block is rounded as a whole, with the feedback inside it.
+impl Rounding for Trellis {
+    fn halves(&self) -> usize {
+        1
+    }
+
+    fn round(
+        &self,
+        panel: &Panel,
+        strip: &Strip,
+        places: Range<usize>,
+        row: &mut StripRow<'_>,
+        exact: impl Fn(usize) -> f32,
+    ) {
+        const RING: usize = BLOCK / 2;
+        let columns = panel.columns(strip, &places);
+        let on_ring = |column: usize| place(column % RING);
+        let weight = &panel.weight[strip.begin..];
+        let ring = Ring::new(places.clone().zip(columns).map(|(i, &k)| (on_ring(k), row.targets[i], weight[i])));
+        let mut inner = RingFeedback { within: [[0.0; RING]; RING], exact: [0.0; RING] };
+        for (i, &column) in places.clone().zip(columns) {
+            inner.exact[on_ring(column)] = exact(column);
+            for (later, &other) in (i + 1..places.end).zip(&columns[i + 1 - places.start..]) {
+                inner.within[on_ring(column)][on_ring(other)] = strip.within[i * strip.width + later];
             }
+        }
+        let byte = self.byte(&ring, row.scale);
+        row.out.bytes[columns[0] / RING] = byte;
+        let found = self.codes(&ring, row.scale, byte, Some(&inner));
+        for (i, &column) in places.clone().zip(columns) {
+            row.out.numbers[column] = found.codes[on_ring(column)];
+            row.errors[i] = found.values[on_ring(column)] - exact(column);
+            strip.feed_back(i, row.errors[i], places.end, row.targets);
         }
     }
 }

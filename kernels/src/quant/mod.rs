@@ -1,11 +1,12 @@
-//! The types `q4` and `q3`: a codebook of integers, one byte per block, one f32 per row.
+//! The types `q4`, `q3` and `q2`: a codebook of integers, one byte per block, one f32 per row.
 //!
 //! A weight is `S · s(b) · (C[n] + o(b))`:
 //! - `S`, f32, belongs to the row;
-//! - `b`, a byte, belongs to a block: 32 columns of a row for `q4`, 16 for `q3`. Its low five bits are a small float
+//! - `b`, a byte, belongs to a block: 32 columns of a row for `q4`, 16 for `q3` and `q2`. Its low five bits are a small float
 //!   without sign, `s(b) = m` for exponent 0 and `(8 + m)·2^(e−1)` for exponent `e` in 1..4, so 0..60; its high three
 //!   bits `k` move the codebook, `o(b) = step·(k − 7/2)`;
-//! - `n`, four or three bits, belongs to the weight and picks a level of the codebook `C`.
+//! - `n`, four or three bits, belongs to the weight and picks a level of the codebook `C`. For `q2` it is four bits, two of
+//!   which belong to the weight and two to its neighbour as well (the `trellis` module).
 //!
 //! Levels and offsets are integers, so that a block meets int8 activations in an exact integer dot product.
 //!
@@ -27,6 +28,7 @@ mod moments;
 mod pack;
 mod product;
 mod search;
+mod trellis;
 
 pub(crate) use codebook::{Codebook, UNIT};
 pub use feedback::{Feedback, FeedbackScratch};

@@ -1,15 +1,17 @@
-//! Packing of `q4` and `q3` row groups.
+//! Packing of `q4`, `q3` and `q2` row groups.
 
-use super::codebook::Codebook;
+use super::codebook::{Codebook, place};
 use super::search::Table;
+use super::trellis::Trellis;
 use crate::matrix::{BLOCK, ROW_GROUP, WeightType};
 use crate::pack::{pack_row_group, planes, put_nibbles};
 use std::sync::LazyLock;
 
 static Q4: LazyLock<Table> = LazyLock::new(|| Table::new(&Codebook::Q4));
 static Q3: LazyLock<Table> = LazyLock::new(|| Table::new(&Codebook::Q3));
+static Q2: LazyLock<Trellis> = LazyLock::new(|| Trellis::new(&Codebook::Q2));
 
-/// As [`pack_row_group`], with the importance of each input column for the types that minimise an error, `q4` and `q3`.
+/// As [`pack_row_group`], with the importance of each input column for the types that minimise an error, `q4`, `q3` and `q2`.
 ///
 /// They minimise `Σ ω_j (x_j − x̂_j)²` over a row. `ω_j` is the importance of column `j`, best the mean square of the
 /// activations that meet it, for then the sum estimates the mean square error of the output; without importance it is 1.
@@ -34,12 +36,12 @@ pub fn pack_row_group_weighted(
         normalise(importance)
     });
     match ty {
-        WeightType::Q4 | WeightType::Q3 => pack(ty, src, n_rows, cols, weight.as_deref(), out),
+        _ if ty.is_fitted() => pack(ty, src, n_rows, cols, weight.as_deref(), out),
         _ => pack_row_group(ty, src, n_rows, cols, out),
     }
 }
 
-/// Packs a row group of `q4` or `q3` with all columns alike.
+/// Packs a row group of `q4`, `q3` or `q2` with all columns alike.
 pub(crate) fn pack_unweighted(ty: WeightType, src: &[f32], n_rows: usize, cols: usize, out: &mut [u8]) {
     pack(ty, src, n_rows, cols, None, out);
 }
@@ -52,12 +54,17 @@ fn normalise(importance: &[f32]) -> Vec<f32> {
     importance.iter().map(|&w| f64::from(w) / divisor).map(|w| if w < floor { 0.0 } else { w as f32 }).collect()
 }
 
-/// The codebook of a type in the form that searches read.
+/// The codebook of `q4` or `q3` in the form that searches read.
 pub(super) fn table(ty: WeightType) -> &'static Table {
     if ty == WeightType::Q4 { &Q4 } else { &Q3 }
 }
 
-/// Rows of `q4` or `q3` before they are interleaved.
+/// That of `q2`.
+pub(super) fn trellis() -> &'static Trellis {
+    &Q2
+}
+
+/// Rows of `q4`, `q3` or `q2` before they are interleaved.
 #[derive(Debug)]
 pub struct Quantised {
     ty: WeightType,
@@ -66,7 +73,7 @@ pub struct Quantised {
     pub(super) scales: Vec<f32>,
     /// One per block, row after row.
     bytes: Vec<u8>,
-    /// The number of the level of each weight, `[rows, cols]`.
+    /// The number of the level of each weight, of `q2` its own code, `[rows, cols]`.
     numbers: Vec<u8>,
 }
 
@@ -116,10 +123,10 @@ impl Quantised {
             }
         }
         let numbers = &self.numbers[first * cols..][..n_rows * cols];
-        if self.ty == WeightType::Q4 {
-            put_nibbles(numbers, n_rows, cols, values);
-        } else {
-            put_threes(numbers, n_rows, cols, values);
+        match self.ty {
+            WeightType::Q4 => put_nibbles(numbers, n_rows, cols, values),
+            WeightType::Q3 => put_threes(numbers, n_rows, cols, values),
+            _ => put_rings(numbers, n_rows, cols, values),
         }
     }
 }
@@ -130,7 +137,10 @@ fn pack(ty: WeightType, src: &[f32], n_rows: usize, cols: usize, weight: Option<
     if cols > 0 {
         for (r, x) in src.chunks_exact(cols).enumerate() {
             let row = rows.row(r);
-            let found = table(ty).row(x, weight, row.numbers);
+            let found = match ty {
+                WeightType::Q2 => trellis().row(x, weight, row.numbers),
+                _ => table(ty).row(x, weight, row.numbers),
+            };
             row.bytes.copy_from_slice(&found.bytes);
             rows.scales[r] = found.scale;
         }
@@ -149,6 +159,17 @@ fn put_threes(numbers: &[u8], n_rows: usize, cols: usize, values: &mut [u8]) {
             } else {
                 (0..3).for_each(|bit| or(bit, (number >> bit & 1) << 3));
             }
+        }
+    }
+}
+
+/// A word per row and 16 columns, of two bits for each place.
+fn put_rings(codes: &[u8], n_rows: usize, cols: usize, values: &mut [u8]) {
+    const HALF: usize = BLOCK / 2;
+    for r in 0..n_rows {
+        for (h, codes) in codes[r * cols..][..cols].chunks(HALF).enumerate() {
+            let word = codes.iter().enumerate().fold(0, |word, (k, &code)| word | u32::from(code) << (2 * place(k)));
+            values[h * 4 * ROW_GROUP + 4 * r..][..4].copy_from_slice(&word.to_le_bytes());
         }
     }
 }

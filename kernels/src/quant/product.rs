@@ -1,6 +1,6 @@
-//! The specification of products with `q4` and `q3`, in the order that the `scalar` module documents.
+//! The specification of products with `q4`, `q3` and `q2`, in the order that the `scalar` module documents.
 
-use super::codebook::{Codebook, UNIT, scale_over_unit};
+use super::codebook::{Codebook, UNIT, place, scale_over_unit};
 use crate::activations::QuantisedBlock;
 use crate::matrix::{BLOCK, Group, ROW_GROUP, WeightType};
 use crate::scalar::{Rows, f32_at, fold4, nibbles};
@@ -22,6 +22,11 @@ fn level_numbers(w: &Group<'_>, k: usize) -> [u8; ROW_GROUP] {
         return nibbles(w, g, k);
     }
     let (vector, i, high) = (k / 4 % 4, k % 4, k / 16 * 4);
+    if w.ty == WeightType::Q2 {
+        let word =
+            |r: usize| u32::from_le_bytes(*w.values[g * 64 + k / 16 * 32 + r * 4..].first_chunk().expect("a word"));
+        return std::array::from_fn(|r| (word(r).rotate_right(2 * place(k) as u32) & 15) as u8);
+    }
     std::array::from_fn(|r| {
         let nibble = |v: usize| w.values[g * 96 + v * 32 + r * 4 + i] >> high & 15;
         // Three vectors hold three; the bits that they leave over are the fourth.

@@ -8,7 +8,7 @@ pub(super) mod grouped;
 mod many;
 
 use super::ahead::{Ahead, in_streams};
-use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q3, Q4, Q8};
+use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
 use super::{
     bias, block_bytes, blocks_of, bytes, cut, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows,
     rows,
@@ -72,6 +72,7 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
             WeightType::Mxfp4 => many::<MXFP4>(w, x, shape, out),
             WeightType::Q4 => many::<Q4>(w, x, shape, out),
             WeightType::Q3 => many::<Q3>(w, x, shape, out),
+            WeightType::Q2 => many::<Q2>(w, x, shape, out),
             _ => unreachable!("unblocked types have no integers"),
         };
     }
@@ -84,6 +85,7 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
             (WeightType::Fp8, _) => unblocked::<FP8>(&group, x, shape, g, out),
             (WeightType::Q4, _) => codebook::tile::<Q4>(&group, x, shape, g, out),
             (WeightType::Q3, _) => codebook::tile::<Q3>(&group, x, shape, g, out),
+            (WeightType::Q2, _) => codebook::tile::<Q2>(&group, x, shape, g, out),
             (WeightType::Q8, false) => blocked_f32::<Q8>(&group, x, shape, g, out),
             (WeightType::Int4, false) => blocked_f32::<INT4>(&group, x, shape, g, out),
             (WeightType::Mxfp4, false) => blocked_f32::<MXFP4>(&group, x, shape, g, out),

@@ -9,7 +9,7 @@ mod grouped;
 
 use super::ahead::Ahead;
 use super::avx2::Avx2;
-use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q3, Q4, Q8};
+use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
 use super::{
     bias, block_bytes, blocks_of, bytes, cut, e2m1_table, four_columns, in_fours, parts, quantised_rows, rows,
 };
@@ -75,6 +75,7 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
     match w.ty() {
         WeightType::Q4 => codebook::tile::<Q4>(&pair, x, shape, out),
         WeightType::Q3 => codebook::tile::<Q3>(&pair, x, shape, out),
+        WeightType::Q2 => codebook::tile::<Q2>(&pair, x, shape, out),
         WeightType::F32 => unblocked::<F32>(&pair, x, shape, out),
         WeightType::F16 => unblocked::<F16>(&pair, x, shape, out),
         WeightType::Bf16 => unblocked::<BF16>(&pair, x, shape, out),

@@ -52,7 +52,7 @@ const AHEAD: usize = 4096;
 /// Bytes of the scales of 32 columns of a row group of a blocked type.
 const fn scale_bytes(ty: u8) -> usize {
     match ty {
-        Q8 | INT4 | Q3 => 16,
+        Q8 | INT4 | Q3 | Q2 => 16,
         MXFP4 | Q4 => 8,
         _ => panic!("not blocked"),
     }
@@ -70,7 +70,7 @@ const fn bias(ty: u8) -> i32 {
 
 /// Bytes before the scales of the first block.
 const fn scales_from(ty: u8) -> usize {
-    if matches!(ty, Q4 | Q3) { 32 } else { 0 }
+    if has_codebook(ty) { 32 } else { 0 }
 }
 
 /// Values and scales of a row group, block by block. Pieces of known length leave no checks in the loops over them.

@@ -1,4 +1,4 @@
-//! `q4` and `q3`: nibbles that `vpshufb` turns into integers, in the order of `quant::product`.
+//! `q4`, `q3` and `q2`: nibbles that `vpshufb` turns into integers, in the order of `quant::product`.
 
 use super::{fold4, load16, load32, prefetch, put};
 use crate::activations::{Activations, QuantisedBlock};
@@ -7,7 +7,7 @@ use crate::matrix::Group;
 use crate::quant::UNIT;
 use crate::x86::ahead::Ahead;
 use crate::x86::{
-    Q4, block_bytes, blocks_of, bytes, cut, levels, offset_base, padded_rows, parts, quantised_rows, words,
+    Q2, Q4, block_bytes, blocks_of, bytes, cut, levels, offset_base, padded_rows, parts, quantised_rows, words,
 };
 use std::arch::x86_64::*;
 
@@ -27,11 +27,16 @@ pub(super) fn tile<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShap
     put(blocks_int8::<TY, 1>(w, quantised_rows(x, shape.token)), out, g);
 }
 
-/// 32 columns as four vectors of nibbles. In those of `q3` the fourth bit is zero.
+/// 32 columns as four vectors of nibbles. In those of `q3` the fourth bit is zero. `q2` has a vector of words for each half, and
+/// behind them the same turned by six bits.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn nibbles<const TY: u8>(w: &[u8]) -> [__m256i; 4] {
-    let [a, b, c] = [load32(w, 0), load32(w, 32), load32(w, 64)];
+    let [a, b] = [load32(w, 0), load32(w, 32)];
+    if TY == Q2 {
+        return [a, b, turned(a), turned(b)];
+    }
+    let c = load32(w, 64);
     if TY == Q4 {
         return [a, b, c, load32(w, 96)];
     }
@@ -46,10 +51,35 @@ pub(super) fn nibbles<const TY: u8>(w: &[u8]) -> [__m256i; 4] {
     [_mm256_and_si256(a, three), _mm256_and_si256(b, three), _mm256_and_si256(c, three), last]
 }
 
+/// Each word, six bits further down, its lowest six at the top.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn turned(words: __m256i) -> __m256i {
+    _mm256_or_si256(_mm256_srli_epi32::<6>(words), _mm256_slli_epi32::<26>(words))
+}
+
+/// Four columns, number `v` of a half, of what `nibbles` gives: what they stand for.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn level<const TY: u8>(table: __m256i, nibbles: &[__m256i; 4], half: usize, v: usize) -> __m256i {
+    if TY != Q2 {
+        return look_up::<TY>(table, nibbles[v], half == 1);
+    }
+    let words = nibbles[half];
+    // A number is the four bits from twice its place in the word on.
+    let moved = match v {
+        0 => words,
+        1 => _mm256_srli_epi32::<2>(words),
+        2 => _mm256_srli_epi32::<4>(words),
+        _ => nibbles[2 + half],
+    };
+    _mm256_shuffle_epi8(table, _mm256_and_si256(moved, _mm256_set1_epi8(15)))
+}
+
 /// What the low or the high nibbles stand for. Without fourth bits, bits above a nibble do not disturb the look-up.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn look_up<const TY: u8>(table: __m256i, nibbles: __m256i, high: bool) -> __m256i {
+fn look_up<const TY: u8>(table: __m256i, nibbles: __m256i, high: bool) -> __m256i {
     let moved = if high { _mm256_srli_epi16::<4>(nibbles) } else { nibbles };
     _mm256_shuffle_epi8(table, if TY == Q4 { _mm256_and_si256(moved, _mm256_set1_epi8(15)) } else { moved })
 }
@@ -102,11 +132,11 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[QuantisedBlock
         let nibbles = nibbles::<TY>(values);
         let (mut low, mut high) = ([_mm256_setzero_si256(); T], [_mm256_setzero_si256(); T]);
         for v in 0..4 {
-            dot(&mut low, look_up::<TY>(table, nibbles[v], false), &words, v);
+            dot(&mut low, level::<TY>(table, &nibbles, 0, v), &words, v);
         }
         s = add::<TY, T>(codes, 0, &low, &each!(0; T, t => x[t][g].halves.first()), &x, g, &s);
         for v in 0..4 {
-            dot(&mut high, look_up::<TY>(table, nibbles[v], true), &words, v + 4);
+            dot(&mut high, level::<TY>(table, &nibbles, 1, v), &words, v + 4);
         }
         let rest = each!(0; T, t => x[t][g].halves.second());
         other = add::<TY, T>(codes, 8, &high, &rest, &x, g, &other);
@@ -164,7 +194,7 @@ fn blocks_f32<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [_
             let (scale, offset) = scale_and_offset::<TY>(w.scales, 32 + 8 * b);
             let offset = _mm256_sub_epi32(offset, _mm256_set1_epi32(const { offset_base(TY) }));
             for v in 0..4 {
-                let level = look_up::<TY>(table, nibbles[v], half == 1);
+                let level = level::<TY>(table, &nibbles, half, v);
                 let q = 4 * half + v;
                 // The offset is added in 32 bits, after the four columns have been taken apart.
                 let columns = [

@@ -3,7 +3,7 @@
 //! The integers of a block are unpacked once for all tokens of a tile. Then each vector of them meets four tokens, and each
 //! word of a token both row groups, before the next: sums stay in registers, and what is loaded serves several products.
 
-use super::codebook::{look_up, nibbles, row_scales, scale_and_offset};
+use super::codebook::{level, nibbles, row_scales, scale_and_offset};
 use super::{block_scales, load16, load32, put};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
@@ -11,8 +11,8 @@ use crate::matrix::Group;
 use crate::quant::UNIT;
 use crate::x86::ahead::Ahead;
 use crate::x86::{
-    AVX2_TOKENS, INT4, MXFP4, Q3, Q4, Q8, bias, block_bytes, e2m1_table, levels, offset_base, scale_bytes, scales_from,
-    unit,
+    AVX2_TOKENS, INT4, MXFP4, Q4, Q8, bias, block_bytes, by_halves, e2m1_table, has_codebook, levels, offset_base,
+    scale_bytes, scales_from, unit,
 };
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -20,7 +20,7 @@ use std::hint::black_box;
 /// Tokens that a vector of weights meets: with two row groups, as many as leave their sums in the 16 registers.
 const PASS: usize = 4;
 
-/// What makes the levels of `q4` and `q3` unsigned.
+/// What makes the levels of `q4`, `q3` and `q2` unsigned.
 const LEVEL_BIAS: i32 = 64;
 
 /// The sums of a tile, by token and row group, for even and for odd blocks.
@@ -71,7 +71,7 @@ pub(super) fn tile<const TY: u8, const G: usize>(
     for (t, out) in out[..shape.tokens].iter_mut().enumerate() {
         for i in 0..G {
             let sum = _mm256_add_ps(sums[0][t][i], sums[1][t][i]);
-            let sum = if matches!(TY, Q4 | Q3) { _mm256_mul_ps(sum, row_scales(w[i].scales)) } else { sum };
+            let sum = if const { has_codebook(TY) } { _mm256_mul_ps(sum, row_scales(w[i].scales)) } else { sum };
             put([sum], std::slice::from_mut(out), i);
         }
     }
@@ -84,7 +84,7 @@ fn block<'a, const TY: u8>(w: &Group<'a>, g: usize) -> Block<'a> {
     let values = &w.values[g * len..][..len];
     let scales = &w.scales[const { scales_from(TY) } + g * scale_len..][..scale_len];
     let first = scale_and_bias::<TY, 0>(scales);
-    let second = if TY == Q3 { scale_and_bias::<TY, 1>(scales) } else { first };
+    let second = if const { by_halves(TY) } { scale_and_bias::<TY, 1>(scales) } else { first };
     Block { values, terms: [first, second], integers: unpack::<TY>(values) }
 }
 
@@ -96,11 +96,11 @@ fn unpack<const TY: u8>(values: &[u8]) -> [__m256i; 8] {
         return integers;
     }
     let table = _mm256_broadcastsi128_si256(load16(&const { table(TY) }, 0));
-    if matches!(TY, Q4 | Q3) {
+    if const { has_codebook(TY) } {
         let nibbles = nibbles::<TY>(values);
         for v in 0..4 {
-            integers[v] = look_up::<TY>(table, nibbles[v], false);
-            integers[v + 4] = look_up::<TY>(table, nibbles[v], true);
+            integers[v] = level::<TY>(table, &nibbles, 0, v);
+            integers[v + 4] = level::<TY>(table, &nibbles, 1, v);
         }
         return integers;
     }
@@ -116,7 +116,7 @@ fn unpack<const TY: u8>(values: &[u8]) -> [__m256i; 8] {
 const fn table(ty: u8) -> [u8; 16] {
     match ty {
         MXFP4 => e2m1_table(bias(MXFP4) as i8),
-        Q4 | Q3 => levels(ty, LEVEL_BIAS),
+        _ if has_codebook(ty) => levels(ty, LEVEL_BIAS),
         _ => [0; 16],
     }
 }
@@ -133,7 +133,7 @@ fn pass<const TY: u8, const G: usize, const T: usize>(
     first: usize,
 ) {
     let x: [&QuantisedBlock; T] = each!(&x[0][g]; T, t => &x[t][g]);
-    if TY == Q3 {
+    if const { by_halves(TY) } {
         let [even, odd] = sums;
         part::<TY, G, T, 0>(w, &x, steps, even[first..].first_chunk_mut().expect(PASS_FITS));
         part::<TY, G, T, 1>(w, &x, steps, odd[first..].first_chunk_mut().expect(PASS_FITS));
@@ -146,7 +146,7 @@ const PASS_FITS: &str = "a tile has sums for all its tokens";
 
 /// Pairs of vectors of weights in a part.
 const fn steps_of(ty: u8) -> usize {
-    if ty == Q3 { 2 } else { 4 }
+    if by_halves(ty) { 2 } else { 4 }
 }
 
 /// Adds the columns that share a scale: all of a block, or a half of it.
@@ -191,7 +191,9 @@ fn part<const TY: u8, const G: usize, const T: usize, const P: usize>(
             let dot = match TY {
                 INT4 | MXFP4 => _mm256_madd_epi16(dots[t][i], _mm256_set1_epi16(1)),
                 Q4 => _mm256_add_epi32(dots[t][i], _mm256_madd_epi16(bias, _mm256_set1_epi32(x[t].sum))),
-                Q3 => _mm256_add_epi32(dots[t][i], _mm256_madd_epi16(bias, _mm256_set1_epi32(x[t].halves.0))),
+                _ if const { by_halves(TY) } => {
+                    _mm256_add_epi32(dots[t][i], _mm256_madd_epi16(bias, _mm256_set1_epi32(x[t].halves.0)))
+                }
                 _ => dots[t][i],
             };
             let x_scale = _mm256_mul_ps(_mm256_set1_ps(x[t].scale), _mm256_set1_ps(const { factor(TY) }));
@@ -204,14 +206,14 @@ fn part<const TY: u8, const G: usize, const T: usize, const P: usize>(
 const fn bias_of(ty: u8) -> i32 {
     match ty {
         INT4 | MXFP4 => bias(ty),
-        Q4 | Q3 => LEVEL_BIAS + offset_base(ty),
+        _ if has_codebook(ty) => LEVEL_BIAS + offset_base(ty),
         _ => 0,
     }
 }
 
 /// What the scale of the activations is multiplied by.
 const fn factor(ty: u8) -> f32 {
-    if matches!(ty, Q4 | Q3) { UNIT } else { 1.0 }
+    if has_codebook(ty) { UNIT } else { 1.0 }
 }
 
 /// Adds the products of four columns: to pairs of sums of 16 bits, or to sums of 32. Sums of two products stay within
@@ -236,7 +238,7 @@ fn add_products<const TY: u8>(dots: __m256i, w: __m256i, x: __m256i) -> __m256i 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn scale_and_bias<const TY: u8, const P: usize>(scales: &[u8]) -> (__m256, __m256i) {
-    if !matches!(TY, Q4 | Q3) {
+    if !const { has_codebook(TY) } {
         // Powers of two from 2^-127 have halves, so that it does not matter which scale the unit is applied to.
         let scale = _mm256_mul_ps(block_scales::<TY>(scales, 0), _mm256_set1_ps(const { unit(TY) }));
         return (scale, _mm256_setzero_si256());

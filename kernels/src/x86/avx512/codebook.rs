@@ -1,11 +1,11 @@
-//! `q4` and `q3` with int8 activations, in the order of `quant::product`.
+//! `q4`, `q3` and `q2` with int8 activations, in the order of `quant::product`.
 
 use super::{Pair, add, load, load8x2, load16, load32, load32x2, multiply, put};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::quant::UNIT;
 use crate::x86::ahead::Ahead;
-use crate::x86::{Q4, block_bytes, blocks_of, codebook, cut, levels, quantised_rows, words};
+use crate::x86::{Q2, Q4, block_bytes, blocks_of, codebook, cut, levels, quantised_rows, words};
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -28,11 +28,15 @@ pub(super) fn tile<const TY: u8>(w: &Pair<'_>, x: &Activations, shape: TileShape
     }
 }
 
-/// 32 columns as four vectors of nibbles. In those of `q3` the fourth bit is zero.
+/// 32 columns as four vectors of nibbles. In those of `q3` the fourth bit is zero. `q2` has a vector of words for each half.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn nibbles<const TY: u8>(a: &[u8], b: &[u8]) -> [__m512i; 4] {
-    let [p, q, r] = [load32x2(a, b, 0), load32x2(a, b, 32), load32x2(a, b, 64)];
+    let [p, q] = [load32x2(a, b, 0), load32x2(a, b, 32)];
+    if TY == Q2 {
+        return [p, q, p, q];
+    }
+    let r = load32x2(a, b, 64);
     if TY == Q4 {
         return [p, q, r, load32x2(a, b, 96)];
     }
@@ -44,6 +48,24 @@ fn nibbles<const TY: u8>(a: &[u8], b: &[u8]) -> [__m512i; 4] {
         _mm512_srli_epi16::<1>(_mm512_and_si512(r, fourth)),
     );
     [_mm512_and_si512(p, three), _mm512_and_si512(q, three), _mm512_and_si512(r, three), last]
+}
+
+/// Four columns, number `v` of a half, of what `nibbles` gives: what they stand for.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn level<const TY: u8>(table: __m512i, nibbles: &[__m512i; 4], half: usize, v: usize) -> __m512i {
+    if TY != Q2 {
+        return look_up::<TY>(table, nibbles[v], half == 1);
+    }
+    let words = nibbles[half];
+    // A number is the four bits from twice its place in the word on.
+    let moved = match v {
+        0 => words,
+        1 => _mm512_ror_epi32::<2>(words),
+        2 => _mm512_ror_epi32::<4>(words),
+        _ => _mm512_ror_epi32::<6>(words),
+    };
+    _mm512_shuffle_epi8(table, _mm512_and_si512(moved, _mm512_set1_epi8(15)))
 }
 
 /// What the low or the high nibbles stand for. Without fourth bits, bits above a nibble do not disturb the look-up.
@@ -83,13 +105,13 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]
         let nibbles = nibbles::<TY>(a, b);
         let mut low = biased::<TY, T>(codes, &each!(0; T, t => x[t][g].halves.first()));
         for v in 0..4 {
-            multiply(&mut low, look_up::<TY>(table, nibbles[v], false), &words, v);
+            multiply(&mut low, level::<TY>(table, &nibbles, 0, v), &words, v);
         }
         s = add(&low, scale(codes), &x, g, UNIT, &s);
         let codes = _mm512_cvtepu8_epi32(load8x2(a_codes, b_codes, 8));
         let mut high = biased::<TY, T>(codes, &each!(0; T, t => x[t][g].halves.second()));
         for v in 0..4 {
-            multiply(&mut high, look_up::<TY>(table, nibbles[v], true), &words, v + 4);
+            multiply(&mut high, level::<TY>(table, &nibbles, 1, v), &words, v + 4);
         }
         other = add(&high, scale(codes), &x, g, UNIT, &other);
     }
