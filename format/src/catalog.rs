@@ -249,8 +249,10 @@ fn check_shapes(found: &[TensorRecord], wanted: &[TensorShape], extent: impl Fn(
         }
         // Vectors are f32, so that no kernel needs a second path for a few bytes.
         let vector = t.kind != ExtentKind::Embedding && t.layout == Layout::Plain;
-        if t.shape != w.shape.map(|d| d as u64) || t.layout != w.layout || (vector && t.weight_type != WeightType::F32)
-        {
+        // What is looked up row by row, and what decides, has its columns as they come.
+        let in_order = matches!(t.kind, ExtentKind::Embedding | ExtentKind::Router);
+        let layout = if in_order { t.layout } else { t.layout.unordered() };
+        if t.shape != w.shape.map(|d| d as u64) || layout != w.layout || (vector && t.weight_type != WeightType::F32) {
             return Err(format!(
                 "{} is {} {} {:?}, its spec implies {} {:?}",
                 describe(t),

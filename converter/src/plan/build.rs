@@ -160,11 +160,12 @@ impl Builder<'_> {
             });
             let sources = sources.collect::<Result<Vec<_>, _>>()?;
             let choice = self.choice(kind, layer, tensor.name);
-            let all = sources.iter().flatten();
-            let chosen = choose(kind, tensor.layout, tensor.shape, choice, all.clone());
+            let chosen = choose(kind, tensor.layout, tensor.shape, choice, &sources);
             self.note_widened(kind, layer, tensor.name, chosen);
-            self.out.obstacles.extend(all.filter(|_| chosen.widened).filter_map(|s| s.encoding.obstacle()));
+            let all = sources.iter().flatten().filter(|_| chosen.widened);
+            self.out.obstacles.extend(all.filter_map(|s| s.encoding.obstacle()).chain(chosen.obstacle));
             let group = self.group(kind, tensor.name);
+            let tensor = &TensorShape { layout: layout_of(tensor.layout, chosen), ..tensor.clone() };
             for (extent, sources) in self.out.extents[first..].iter_mut().zip(sources) {
                 let TensorShape { name, layout, shape } = *tensor;
                 extent.push(TensorPlan {
@@ -198,10 +199,12 @@ impl Builder<'_> {
         let (rows, cols) = (spec.vocab_size, spec.hidden_size);
         let whole = resolve(self.checkpoint, self.scheme, &View::whole(tensor.to_owned(), rows, cols), false)?;
         let choice = self.choice(kind, NO_LAYER, kind.name());
-        let chosen = choose(kind, Layout::Tiled, [1, rows, cols], choice, std::iter::once(&whole));
+        let sources = [vec![whole]];
+        let chosen = choose(kind, Layout::Tiled, [1, rows, cols], choice, &sources);
+        let [whole] = &sources[0][..] else { unreachable!("it has one source") };
         self.note_widened(kind, NO_LAYER, kind.name(), chosen);
         let shape = spec.part_tensor(kind, rows, chosen.weight_type).expect("embedding and head have parts");
-        let layout = shape.layout;
+        let layout = layout_of(shape.layout, chosen);
         let height = if kind == ExtentKind::Embedding {
             embedding_part_rows(chosen.weight_type, cols)?
         } else {
@@ -229,6 +232,11 @@ impl Builder<'_> {
             self.out.widened.push(name);
         }
     }
+}
+
+/// The arrangement of a tensor of this type.
+fn layout_of(layout: Layout, chosen: Chosen) -> Layout {
+    if chosen.ordered { layout.ordered().expect("what is row-major is not carried in order") } else { layout }
 }
 
 /// Rows of a part of the embedding: as many as fit, in whole row groups unless its numbers stand alone.

@@ -47,13 +47,16 @@ struct Progress {
 pub(super) struct Begun {
     progress: Progress,
     scratch: GatedScratch,
+    /// The input of the matrix that was last begun, if its columns have an order of their own.
+    reordered: Activations,
     /// `[hidden]`, or longer.
     output: Vec<f32>,
 }
 
 impl Begun {
     pub fn new(compute: &Compute) -> Self {
-        Begun { progress: Progress::default(), scratch: GatedScratch::new(compute), output: Vec::new() }
+        let (scratch, reordered) = (GatedScratch::new(compute), Activations::new(compute.precision));
+        Begun { progress: Progress::default(), scratch, reordered, output: Vec::new() }
     }
 
     /// Begins with another network or another row.
@@ -123,11 +126,19 @@ impl GatedFfn {
         s: &mut GatedScratch,
         out: &mut [f32],
     ) {
+        // Every byte is tallied once, though some rows may meet the weights after the others.
+        let of_rows = |rows: &Range<usize>| if rows.start == 0 { extent } else { Tallied::not(extent.bytes) };
         compute.observe(&self.gate_up, index, x);
-        self.gate_up_rows(compute, extent, 0..self.gate_up.groups() / 2, x, s);
+        self.make_room(x.n(), s);
+        compute.inputs(&self.gate_up, extent.bytes, x, |rows, x| {
+            self.gate_up_rows(compute, of_rows(&rows), 0..self.gate_up.groups() / 2, x, rows.start, s);
+        });
         self.activate(extent.bytes, x.n(), s);
         compute.observe(&self.down, index, &s.activations);
-        self.down_rows(compute, extent, 0..self.down.groups(), s, out);
+        compute.inputs(&self.down, extent.bytes, &s.activations, |rows, x| {
+            let out = &mut out[rows.start * self.down.rows()..rows.end * self.down.rows()];
+            self.down_rows(compute, of_rows(&rows), 0..self.down.groups(), x, out);
+        });
         self.add_down_bias(extent.bytes, s, out);
         self.tally_rest(extent);
     }
@@ -153,7 +164,7 @@ impl GatedFfn {
         begun: &mut Begun,
     ) {
         assert_eq!(x.n(), 1, "the rows of several tokens do not lie together");
-        let Begun { progress, scratch: s, output } = begun;
+        let Begun { progress, scratch: s, reordered, output } = begun;
         let out = sized(output, self.down.rows());
         let bytes = prefix.bytes;
         if progress.done || self.biases_end() > bytes.len() {
@@ -162,7 +173,12 @@ impl GatedFfn {
         let pairs = self.gate_up.groups() / 2;
         let there = self.gate_up.groups_within(bytes.len()) / 2;
         if there > progress.gate_up {
-            self.gate_up_rows(compute, prefix, progress.gate_up..there, x, s);
+            let x = match progress.gate_up {
+                0 => self.gate_up.input(bytes, x, reordered),
+                _ => self.gate_up.same_input(x, reordered),
+            };
+            self.make_room(1, s);
+            self.gate_up_rows(compute, prefix, progress.gate_up..there, x, 0, s);
             progress.gate_up = there;
             if there == pairs {
                 self.activate(bytes, 1, s);
@@ -173,7 +189,11 @@ impl GatedFfn {
         }
         let there = self.down.groups_within(bytes.len());
         if there > progress.down {
-            self.down_rows(compute, prefix, progress.down..there, s, out);
+            let x = match progress.down {
+                0 => self.down.input(bytes, &s.activations, reordered),
+                _ => self.down.same_input(&s.activations, reordered),
+            };
+            self.down_rows(compute, prefix, progress.down..there, x, out);
             progress.down = there;
         }
         if there == self.down.groups() && bytes.len() == len {
@@ -185,12 +205,17 @@ impl GatedFfn {
 
     /// Makes room in `begun` for one row of `cols` numbers, so that a later call allocates nothing.
     pub(super) fn reserve(&self, cols: usize, begun: &mut Begun) {
-        sized(&mut begun.output, cols);
+        let output = sized(&mut begun.output, cols);
+        if self.gate_up.is_ordered() {
+            begun.reordered.set(output, 1, cols);
+        }
         let s = &mut begun.scratch;
-        let hidden = sized(&mut s.hidden, self.width);
-        s.activations.set(hidden, 1, self.width);
+        self.make_room(1, s);
+        s.activations.set(&s.hidden[..self.width], 1, self.width);
+        if self.down.is_ordered() {
+            begun.reordered.set(&s.hidden[..self.width], 1, self.width);
+        }
         if let Some(bias) = &self.bias {
-            sized(&mut s.pair, self.gate_up.rows());
             s.gate_bias.reserve(bias.gate.count().max(bias.down.count()));
             s.up_bias.reserve(bias.up.count());
         }
@@ -201,13 +226,23 @@ impl GatedFfn {
         self.bias.map_or(0, |bias| bias.gate.end().max(bias.up.end()).max(bias.down.end()))
     }
 
-    /// Computes the rows of these groups, of gate and up each: of all groups, or for one token of any.
+    /// Room for what `gate_up_rows` computes of `n` tokens.
+    fn make_room(&self, n: usize, s: &mut GatedScratch) {
+        sized(&mut s.hidden, n * self.width);
+        if self.bias.is_some() {
+            sized(&mut s.pair, n * self.gate_up.rows());
+        }
+    }
+
+    /// Computes the rows of these groups, of gate and up each: of all groups, or for one token of any. `x`: the tokens from `first`
+    /// on, as they are for the matrix.
     fn gate_up_rows(
         &self,
         compute: &Compute,
         extent: Tallied<'_>,
         groups: Range<usize>,
         x: &Activations,
+        first: usize,
         s: &mut GatedScratch,
     ) {
         let (kernels, threads) = (&compute.kernels, &compute.threads);
@@ -215,11 +250,11 @@ impl GatedFfn {
         let matrix = self.gate_up.view_of_groups(extent.bytes, 2 * groups.start..2 * groups.end);
         let matrix = matrix.watched_by(watch.as_ref().map(|watch| watch as &dyn Watch));
         if self.bias.is_none() {
-            let hidden = sized(&mut s.hidden, x.n() * self.width);
+            let hidden = &mut s.hidden[first * self.width..][..x.n() * self.width];
             let (rows, hidden) = rows_of(hidden, x.n(), &groups, self.width);
             kernels.gate_up(threads, matrix, rows, self.activation, x, hidden);
         } else {
-            let pair = sized(&mut s.pair, x.n() * self.gate_up.rows());
+            let pair = &mut s.pair[first * self.gate_up.rows()..][..x.n() * self.gate_up.rows()];
             let (_, pair) = rows_of(pair, x.n(), &(2 * groups.start..2 * groups.end), self.gate_up.rows());
             kernels.matmul(threads, matrix, x, pair);
         }
@@ -243,19 +278,20 @@ impl GatedFfn {
         s.activations.set(hidden, n, self.width);
     }
 
+    /// Computes the rows of these groups of `down`: of all groups, or for one token of any.
     fn down_rows(
         &self,
         compute: &Compute,
         extent: Tallied<'_>,
         groups: Range<usize>,
-        s: &mut GatedScratch,
+        x: &Activations,
         out: &mut [f32],
     ) {
         let watch = extent.watch(self.down.group_start(groups.start));
         let matrix = self.down.view_of_groups(extent.bytes, groups.clone());
         let matrix = matrix.watched_by(watch.as_ref().map(|watch| watch as &dyn Watch));
-        let (_, out) = rows_of(out, s.activations.n(), &groups, self.down.rows());
-        compute.kernels.matmul(&compute.threads, matrix, &s.activations, out);
+        let (_, out) = rows_of(out, x.n(), &groups, self.down.rows());
+        compute.kernels.matmul(&compute.threads, matrix, x, out);
     }
 
     fn add_down_bias(&self, extent: &[u8], s: &mut GatedScratch, out: &mut [f32]) {
@@ -304,13 +340,8 @@ mod tests {
     }
 
     fn compute() -> Compute {
-        Compute {
-            kernels: Kernels::detect().expect("an instruction set"),
-            threads: ThreadPool::new(2).into(),
-            precision: Precision::Int8,
-            observer: None,
-            cancel: None,
-        }
+        let kernels = Kernels::detect().expect("an instruction set");
+        Compute::new(kernels, ThreadPool::new(2).into(), Precision::Int8)
     }
 
     /// Numbers from -1 to 1, always the same.
