@@ -239,11 +239,24 @@ fn describe(t: &TensorRecord) -> String {
     }
 }
 
+/// The tensors that are wanted, with the matrices of a pair apart where `found` has them apart.
+fn as_found(found: &[TensorRecord], wanted: &[TensorShape]) -> Vec<TensorShape> {
+    let mut all = Vec::with_capacity(wanted.len() + 1);
+    for w in wanted {
+        match w.apart() {
+            Some(halves) if found.get(all.len()).is_some_and(|t| t.name == halves[0].name) => all.extend(halves),
+            _ => all.push(w.clone()),
+        }
+    }
+    all
+}
+
 fn check_shapes(found: &[TensorRecord], wanted: &[TensorShape], extent: impl Fn() -> String) -> Result<(), String> {
+    let wanted = as_found(found, wanted);
     if found.len() != wanted.len() {
         return Err(format!("{} holds {} tensors, its spec implies {}", extent(), found.len(), wanted.len()));
     }
-    for (t, w) in found.iter().zip(wanted) {
+    for (t, w) in found.iter().zip(&wanted) {
         if t.name != w.name {
             return Err(format!("{} holds `{}` where its spec implies `{}`", extent(), t.name, w.name));
         }

@@ -16,6 +16,14 @@ pub struct TensorShape {
     pub shape: [usize; 3],
 }
 
+impl TensorShape {
+    /// The two matrices of a pair, gate and up, each for itself. They may stand in its place where one description does not fit both.
+    pub fn apart(&self) -> Option<[TensorShape; 2]> {
+        let half = |name| TensorShape { name, layout: Layout::Tiled, shape: self.shape };
+        (self.layout == Layout::TiledPair).then(|| [half("gate"), half("up")])
+    }
+}
+
 fn vector(name: &'static str, len: usize) -> TensorShape {
     TensorShape { name, layout: Layout::Plain, shape: [1, 1, len] }
 }

@@ -169,7 +169,7 @@ fn the_logits_are_those_of_the_reference_at_the_size_of_the_source() {
     let error = relative_error(&rows.concat(), &steps.data[..rows.len() * steps.shape[1]]);
     assert!(error < 1e-4, "step logits differ by {error:e}");
     // With int8 activations, other columns share a block and so a scale: as near to the reference as the columns in their order.
-    let mut with_int8 = |checkpoint: &Checkpoint| {
+    let with_int8 = |checkpoint: &Checkpoint| {
         let model = checkpoint.convert(TypeChoice::Keep);
         relative_error(&logits(&mut model.open(&options(false, 2)), &prompt, prompt.len()), &expected.data)
     };
@@ -200,18 +200,19 @@ fn batches_threads_and_budgets_give_the_same_bits() {
     }
 }
 
-/// Makes every projection that it fits a matrix of GPTQ by activation order, with codes by chance, and the same of f32.
-fn by_chance(source: &Checkpoint) -> [Checkpoint; 2] {
+/// Makes every projection that it fits a matrix of GPTQ by activation order, with codes by chance, and the same of f32. `alike`: gate
+/// and up have the same order.
+fn by_chance(source: &Checkpoint, alike: bool) -> [Checkpoint; 2] {
     let (mut packed, mut plain) = (source.tensors.clone(), source.tensors.clone());
     for (name, t) in &source.tensors {
         let Some(stem) = name.strip_suffix(".weight").filter(|s| s.contains("_proj")) else { continue };
         let &[out, inputs] = &t.shape[..] else { continue };
-        if !out.is_multiple_of(8) || !inputs.is_multiple_of(32) || inputs < 64 {
+        if !out.is_multiple_of(8) || !inputs.is_multiple_of(16) || inputs < 32 {
             continue;
         }
-        let alike = stem.replace("up_proj", "gate_proj");
-        let count = inputs / 32;
-        let group = Noise(alike.len() as u64 + 77 * inputs as u64).groups(inputs, count);
+        let seed = inputs as u64 + if alike { 0 } else { stem.len() as u64 };
+        let count = inputs / 16;
+        let group = Noise(seed).groups(inputs, count);
         let mut noise = Noise(stem.bytes().fold(3u64, |seed, byte| seed.wrapping_mul(31) + u64::from(byte)));
         let codes: Vec<u32> = (0..inputs * out).map(|_| noise.bits() & 15).collect();
         let zeros: Vec<u32> = (0..count * out).map(|_| 6 + noise.bits() % 3).collect();
@@ -236,30 +237,33 @@ fn by_chance(source: &Checkpoint) -> [Checkpoint; 2] {
         packed.insert(format!("{stem}.g_idx"), words(&[inputs], group.iter().map(|&g| g as u32)));
     }
     let mut config = source.config.clone();
-    config["quantization_config"] = json!({"quant_method": "gptq", "bits": 4, "desc_act": true, "group_size": 32});
+    config["quantization_config"] = json!({"quant_method": "gptq", "bits": 4, "desc_act": true, "group_size": 16});
     [Checkpoint { config, tensors: packed }, Checkpoint { config: source.config.clone(), tensors: plain }]
 }
 
-/// Latent attention, a matrix per head, shared experts and dense layers too.
+/// Latent attention, a matrix per head, shared experts and dense layers too; gate and up together, and apart.
 #[test]
 fn every_kind_of_matrix_meets_its_columns_in_order() {
     let golden = Golden::load("deepseek_v3");
     let prompt = golden.ids("input_ids");
-    let [packed, plain] = by_chance(&Checkpoint::of_fixture("deepseek_v3"));
-    let (packed, plain) = (packed.convert(TypeChoice::Keep), plain.convert(TypeChoice::Type(WeightType::F32)));
-    let file = packed.file();
-    let ordered: Vec<&str> = file.tensors().iter().filter(|t| t.layout.is_ordered()).map(|t| t.name.as_str()).collect();
-    for name in ["q_b", "v_b", "o", "gate_up", "down"] {
-        assert!(ordered.contains(&name), "{name} is not among {ordered:?}");
+    for (alike, pair) in [(true, &["gate_up"][..]), (false, &["gate", "up"])] {
+        let [packed, plain] = by_chance(&Checkpoint::of_fixture("deepseek_v3"), alike);
+        let (packed, plain) = (packed.convert(TypeChoice::Keep), plain.convert(TypeChoice::Type(WeightType::F32)));
+        let file = packed.file();
+        let ordered = file.tensors().iter().filter(|t| t.layout.is_ordered());
+        let ordered: Vec<&str> = ordered.map(|t| t.name.as_str()).collect();
+        for name in ["q_b", "v_b", "o", "down"].iter().chain(pair) {
+            assert!(ordered.contains(name), "{name} is not among {ordered:?}");
+        }
+        let want = logits(&mut plain.open(&options(true, 2)), &prompt, prompt.len());
+        let found = logits(&mut packed.open(&options(true, 2)), &prompt, prompt.len());
+        let error = relative_error(&found, &want);
+        assert!(error < 1e-4, "{pair:?}: logits differ by {error:e}");
+        assert!(logits(&mut packed.open(&options(true, 1)), &prompt, 3) == found, "{pair:?}: other bits");
+        let int8 = logits(&mut packed.open(&options(false, 2)), &prompt, prompt.len());
+        let error = relative_error(&int8, &want);
+        assert!(error < 0.1, "{pair:?}: logits with int8 activations differ by {error:e}");
     }
-    let want = logits(&mut plain.open(&options(true, 2)), &prompt, prompt.len());
-    let found = logits(&mut packed.open(&options(true, 2)), &prompt, prompt.len());
-    let error = relative_error(&found, &want);
-    assert!(error < 1e-4, "logits differ by {error:e}");
-    assert!(logits(&mut packed.open(&options(true, 1)), &prompt, 3) == found, "other bits");
-    let int8 = logits(&mut packed.open(&options(false, 2)), &prompt, prompt.len());
-    let error = relative_error(&int8, &want);
-    assert!(error < 0.1, "logits with int8 activations differ by {error:e}");
 }
 
 /// An order that names a column which is not there, in a file whose checksums are right: no number, and no panic.

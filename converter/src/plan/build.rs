@@ -148,41 +148,24 @@ impl Builder<'_> {
         self.out.extents.resize_with(first + indices.len(), Vec::new);
         let mut offset = 0u64;
         for tensor in tensors {
-            let plain = tensor.layout == Layout::Plain;
-            let sources = indices.iter().map(|&index| {
-                let views = pick(self.checkpoint, origin(index, tensor));
-                // There are many of these lists: none takes more room than it needs.
-                let mut sources = Vec::with_capacity(views.len());
-                for view in &views {
-                    sources.push(resolve(self.checkpoint, self.scheme, view, plain)?);
-                }
-                Ok::<_, ConvertError>(sources)
-            });
-            let sources = sources.collect::<Result<Vec<_>, _>>()?;
+            let sources = self.sources(indices, tensor, &origin)?;
             let choice = self.choice(kind, layer, tensor.name);
-            let chosen = choose(kind, tensor.layout, tensor.shape, choice, &sources);
-            self.note_widened(kind, layer, tensor.name, chosen);
-            let all = sources.iter().flatten().filter(|_| chosen.widened);
-            self.out.obstacles.extend(all.filter_map(|s| s.encoding.obstacle()).chain(chosen.obstacle));
-            let group = self.group(kind, tensor.name);
-            let tensor = &TensorShape { layout: layout_of(tensor.layout, chosen), ..tensor.clone() };
-            for (extent, sources) in self.out.extents[first..].iter_mut().zip(sources) {
-                let TensorShape { name, layout, shape } = *tensor;
-                extent.push(TensorPlan {
-                    group,
-                    name,
-                    weight_type: chosen.weight_type,
-                    layout,
-                    shape,
-                    offset,
-                    sources,
-                });
-            }
-            let index = if kind == ExtentKind::Expert { ANY_INDEX } else { indices[0] };
-            let record = record(kind, layer, index, tensor, chosen.weight_type, offset)?;
-            offset = (record.offset + record.len).next_multiple_of(PLANE_ALIGN as u64);
-            if !indices.is_empty() {
-                self.out.records.push(record);
+            for part in parts_of(kind, tensor, choice, sources) {
+                let (tensor, chosen) = (part.tensor, part.chosen);
+                self.note_widened(kind, layer, tensor.name, chosen);
+                let all = part.sources.iter().flatten().filter(|_| chosen.widened);
+                self.out.obstacles.extend(all.filter_map(|s| s.encoding.obstacle()));
+                let group = self.group(kind, tensor.name);
+                for (extent, sources) in self.out.extents[first..].iter_mut().zip(part.sources) {
+                    let (TensorShape { name, layout, shape }, weight_type) = (tensor.clone(), chosen.weight_type);
+                    extent.push(TensorPlan { group, name, weight_type, layout, shape, offset, sources });
+                }
+                let index = if kind == ExtentKind::Expert { ANY_INDEX } else { indices[0] };
+                let record = record(kind, layer, index, &tensor, chosen.weight_type, offset)?;
+                offset = (record.offset + record.len).next_multiple_of(PLANE_ALIGN as u64);
+                if !indices.is_empty() {
+                    self.out.records.push(record);
+                }
             }
         }
         // Without the padding behind the last tensor.
@@ -192,6 +175,26 @@ impl Builder<'_> {
         };
         self.out.planned.extend(indices.iter().map(|&index| PlannedExtent { kind, layer, index, logical_len }));
         Ok(())
+    }
+
+    /// Where a tensor of the extents of `indices` comes from, extent by extent.
+    fn sources(
+        &self,
+        indices: &[u32],
+        tensor: &TensorShape,
+        origin: &impl Fn(u32, &TensorShape) -> Origin,
+    ) -> Result<Vec<Vec<Selection>>, ConvertError> {
+        let plain = tensor.layout == Layout::Plain;
+        let of_extent = |&index: &u32| {
+            let views = pick(self.checkpoint, origin(index, tensor));
+            // There are many of these lists: none takes more room than it needs.
+            let mut sources = Vec::with_capacity(views.len());
+            for view in &views {
+                sources.push(resolve(self.checkpoint, self.scheme, view, plain)?);
+            }
+            Ok(sources)
+        };
+        indices.iter().map(of_extent).collect()
     }
 
     /// Adds embedding or head, split by rows into parts of equal height.
@@ -231,6 +234,37 @@ impl Builder<'_> {
             let name = if layer == NO_LAYER { tensor.to_owned() } else { format!("layer {layer} {kind}.{tensor}") };
             self.out.widened.push(name);
         }
+    }
+}
+
+/// A tensor of some extents, as it is to be stored.
+struct Part {
+    tensor: TensorShape,
+    chosen: Chosen,
+    /// By extent.
+    sources: Vec<Vec<Selection>>,
+}
+
+impl Part {
+    fn new(kind: ExtentKind, tensor: TensorShape, choice: TypeChoice, sources: Vec<Vec<Selection>>) -> Part {
+        let chosen = choose(kind, tensor.layout, tensor.shape, choice, &sources);
+        let layout = layout_of(tensor.layout, chosen);
+        Part { tensor: TensorShape { layout, ..tensor }, chosen, sources }
+    }
+}
+
+/// What is stored of a tensor: itself, or the matrices of a pair apart, where one description does not fit both, and would for one.
+fn parts_of(kind: ExtentKind, tensor: &TensorShape, choice: TypeChoice, sources: Vec<Vec<Selection>>) -> Vec<Part> {
+    let whole = Part::new(kind, tensor.clone(), choice, sources);
+    let Some(halves) = tensor.apart().filter(|_| whole.chosen.widened) else { return vec![whole] };
+    let of_half = |(which, half): (usize, TensorShape)| {
+        let sources = whole.sources.iter().map(|s| s.get(which).map(|s| vec![s.clone()]));
+        Some(Part::new(kind, half, choice, sources.collect::<Option<_>>()?))
+    };
+    let halves: Option<Vec<Part>> = halves.into_iter().enumerate().map(of_half).collect();
+    match halves {
+        Some(halves) if halves.iter().any(|half| !half.chosen.widened) => halves,
+        _ => vec![whole],
     }
 }
 

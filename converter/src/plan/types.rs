@@ -13,8 +13,6 @@ pub(crate) struct Chosen {
     /// Whether the order of the columns is stored.
     pub(crate) ordered: bool,
     pub(crate) widened: bool,
-    /// Why, where it is not the sources' encodings that say so.
-    pub(crate) obstacle: Option<&'static str>,
 }
 
 /// Chooses the type of a tensor that comes from `sources`, those of each extent: two for a pair, and several extents for the experts
@@ -26,7 +24,7 @@ pub(crate) fn choose(
     choice: TypeChoice,
     sources: &[Vec<Selection>],
 ) -> Chosen {
-    let exact = |weight_type| Chosen { weight_type, ordered: false, widened: false, obstacle: None };
+    let exact = |weight_type| Chosen { weight_type, ordered: false, widened: false };
     let stored = || carried(shape, sources);
     match (kind, layout, choice) {
         // What is looked up row by row costs no time: it loses nothing unless the checkpoint has it smaller.
@@ -53,7 +51,7 @@ pub(crate) fn choose(
     }
 }
 
-const WIDENED: Chosen = Chosen { weight_type: WeightType::F32, ordered: false, widened: true, obstacle: None };
+const WIDENED: Chosen = Chosen { weight_type: WeightType::F32, ordered: false, widened: true };
 
 fn floats_only(chosen: Chosen) -> Chosen {
     match chosen.weight_type {
@@ -77,11 +75,10 @@ fn carried(shape: [usize; 3], sources: &[Vec<Selection>]) -> Chosen {
     // The matrices of a pair meet one input. Those of several extents have an order each.
     let alike = |sources: &Vec<Selection>| sources.iter().all(|s| s.order() == sources[0].order());
     if !sources.iter().all(alike) {
-        let obstacle = "gate and up of an expert or of a dense part have groups in different orders (`desc_act`)";
-        return Chosen { obstacle: Some(obstacle), ..WIDENED };
+        return WIDENED;
     }
     let ordered = sources.iter().flatten().any(|s| s.order().is_some());
-    Chosen { weight_type: first, ordered, widened: false, obstacle: None }
+    Chosen { weight_type: first, ordered, widened: false }
 }
 
 /// Whether a source has fp8 codes that the file's type cannot hold: making new ones of them would lose more than the type does.

@@ -176,8 +176,18 @@ impl ExtentTensors<'_> {
     }
 
     pub(super) fn matrix(&self, name: &'static str) -> Result<MatrixRef, ModelError> {
+        self.part_of(name, name)
+    }
+
+    /// Whether there is a tensor of that name.
+    pub(super) fn has(&self, name: &'static str) -> bool {
+        self.file.tensor(self.kind, self.layer, self.index, name).is_some()
+    }
+
+    /// The matrix `name`, which is part of what the spec calls `whole`.
+    pub(super) fn part_of(&self, whole: &'static str, name: &'static str) -> Result<MatrixRef, ModelError> {
         let record = self.record(name)?;
-        let place = MatrixPlace { kind: self.kind, layer: self.layer, name };
+        let place = MatrixPlace { kind: self.kind, layer: self.layer, name: whole };
         MatrixRef::from_record(place, record).ok_or_else(|| ModelError::MissingTensor {
             path: self.file.path().to_owned(),
             extent: sluice_format::extent_name(self.kind, self.layer, self.index),
