@@ -1,6 +1,8 @@
 //! One extent: reads its tensors in bounded blocks of rows, brings them into the file's layout, writes them front to back.
 
-use sluice_format::{BLOCK, ExtentKind, ExtentRecord, ExtentWriter, Layout, MatrixKey, ROW_GROUP, WeightType, Written};
+use sluice_format::{
+    BLOCK, ExtentKind, ExtentRecord, ExtentWriter, Layout, MatrixKey, ROW_GROUP, WeightType, Written, order_len,
+};
 use sluice_kernels as kernels;
 
 use crate::contents::Contents;
@@ -91,7 +93,9 @@ impl<'a> Packer<'a> {
     /// Opens the sources of a tensor.
     fn open(&mut self, tensor: &'a TensorPlan) -> Result<Vec<Opened<'a>>, ConvertError> {
         let open = |source: &'a Selection| {
-            let carries = source.carrier(tensor.shape) == Some(tensor.weight_type);
+            // What is stored in order is carried.
+            let carries = source.carrier(tensor.shape) == Some(tensor.weight_type)
+                && (tensor.layout.is_ordered() || source.order().is_none());
             Ok(Opened { source, decoder: source.open(&mut self.reader)?, carries })
         };
         tensor.sources.iter().map(open).collect()
@@ -167,12 +171,17 @@ impl<'a> Packer<'a> {
         let gap = tensor.offset - writer.position();
         writer.write(&vec![0; gap as usize])?;
         let sources = self.open(tensor)?;
+        if tensor.layout.is_ordered() {
+            let order = column_order(&sources, tensor.shape[2]);
+            writer.write(&order)?;
+            written(order.len() as u64);
+        }
         let mut job = Job { tensor, sources, guides, sums: ErrorSums::default() };
         for rows in blocks(tensor) {
             self.packed.clear();
             match tensor.layout {
                 Layout::Plain => self.plain(&mut job, rows)?,
-                Layout::Tiled | Layout::TiledPair => self.tiled(&mut job, rows)?,
+                _ => self.tiled(&mut job, rows)?,
             }
             writer.write(&self.packed)?;
             written(self.packed.len() as u64);
@@ -315,6 +324,18 @@ impl ErrorSums {
         self.error += (value - stored) * (value - stored);
         self.magnitude += value * value;
     }
+}
+
+/// The order of the columns of a tensor as it is stored before its matrices: that of its sources, which is one.
+fn column_order(sources: &[Opened<'_>], cols: usize) -> Vec<u8> {
+    let len = order_len(cols).expect("the plan computed the tensor's length from it");
+    let mut bytes: Vec<u8> = match sources[0].decoder.order() {
+        Some(order) => order.iter().flat_map(|column| column.to_le_bytes()).collect(),
+        // Of other experts of the layer, they are in disorder.
+        None => (0..=u16::MAX).take(cols).flat_map(u16::to_le_bytes).collect(),
+    };
+    bytes.resize(len, 0);
+    bytes
 }
 
 /// How the matrices of a tensor are rounded, by number in the batch.

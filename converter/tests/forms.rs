@@ -203,21 +203,30 @@ fn asymmetric(noise: &mut Noise, [r, c]: [usize; 2], bits: usize, packed: bool) 
     (parts, values)
 }
 
-/// HQQ with the settings that it saves: codes of distant rows share a byte, zeros are halves of integers.
-fn hqq(noise: &mut Noise, [r, c]: [usize; 2], bits: usize) -> Encoded {
-    let (group, apart) = (64, 8 / bits);
-    let groups = r * c / group;
+/// HQQ with the settings that it saves: codes of distant elements share a byte or a word, zeros are halves of integers.
+fn hqq(noise: &mut Noise, [r, c]: [usize; 2], bits: usize, axis: usize) -> Encoded {
+    let groups = r * c / 64;
     let (q, s) = (codes(noise, r * c, bits), scales(noise, groups));
     let z: Vec<f32> = codes(noise, groups, bits.min(6)).iter().map(|&z| z as f32 + 0.5).collect();
-    let values = q.iter().enumerate().map(|(i, &q)| (q as f32 - z[i / group]) * s[i / group]).collect();
-    let step = r * c / apart;
-    let byte = |i: usize| (0..apart).fold(0, |byte, part| byte << bits | q[part * step + i]) as u8;
+    // The matrix as rows of a group each, or as columns of one.
+    let (lines, width, grid) = if axis == 1 { (groups, 64, [groups, 1]) } else { (64, groups, [1, groups]) };
+    let group = |i: usize| if axis == 1 { i / width } else { i % width };
+    let values = q.iter().enumerate().map(|(i, &q)| (q as f32 - z[group(i)]) * s[group(i)]).collect();
+    let apart = if bits == 3 { 10 } else { 8 / bits };
+    let rows = lines.div_ceil(apart);
+    let code = |i: usize| q.get(i).copied().unwrap_or(0);
+    let number = |i: usize| (0..apart).fold(0, |number, part| number << bits | code(part * rows * width + i));
+    let numbers: Vec<u32> = (0..rows * width).map(number).collect();
+    let packed = match bits {
+        3 => words("I32", &[rows, width], numbers),
+        _ => tensor("U8", &[rows, width], numbers.iter().map(|&n| n as u8).collect()),
+    };
     let parts = vec![
-        (".W_q", tensor("U8", &[groups / apart, group], (0..step).map(byte).collect())),
-        (".scale", Tensor::bf16(&[groups, 1], s)),
-        (".zero", Tensor::bf16(&[groups, 1], z)),
+        (".W_q", packed),
+        (".scale", Tensor::bf16(&grid, s)),
+        (".zero", Tensor::bf16(&grid, z)),
         (".nbits", words("I32", &[], vec![bits as u32])),
-        (".axis", words("I32", &[], vec![1])),
+        (".axis", words("I32", &[], vec![axis as u32])),
         (".packing", tensor("U8", &[7], b"4bit_u8".to_vec())),
     ];
     (parts, values)
@@ -291,7 +300,11 @@ fn check(name: &str, quantisation: &Value, encode: Encoder<'_>) -> Summary {
         };
         let shape = [t.shape[0], t.shape[1]];
         // Shapes that the form cannot hold stay as they are, as in real checkpoints.
-        let multiple = if name.contains("gptq") { 32 } else { 8 };
+        let multiple = match name {
+            _ if name.contains("gptq") => 32,
+            _ if name.contains("axis 0") => 64,
+            _ => 8,
+        };
         if !shape[0].is_multiple_of(multiple) || !shape[1].is_multiple_of(64) {
             plain.insert(tensor, t);
             continue;
@@ -407,6 +420,8 @@ fn groups_of_codes_are_carried() {
         add(&name, &gptq_of(bits), Box::new(move |n, s| gptq(n, s, bits, 1, false)), &ty);
         add(&name, &ordered, Box::new(move |n, s| gptq(n, s, bits, 1, false)), &ty);
         add(&name, &v2, Box::new(move |n, s| gptq(n, s, bits, 0, false)), &ty);
+        let name = format!("gptq {bits} by activation order");
+        add(&name, &gptq_of(bits), Box::new(move |n, s| gptq(n, s, bits, 1, true)), &ty);
     }
     add("mlx 4 by 64", &json!({"quantization": {}}), Box::new(|n, s| mlx_affine(n, s, 4, 64)), "u4-g64-bf16-bias");
     add("asymmetric bytes", &asymmetric_config, Box::new(|n, s| asymmetric(n, s, 8, false)), "u8-g32-bf16-zero");
@@ -416,9 +431,9 @@ fn groups_of_codes_are_carried() {
     add("mlx nvfp4", &nv, Box::new(mlx_nvfp4), "nvfp4");
     add("mxfp8", &method("fp8"), Box::new(|n, s| mxfp8(n, s, false)), "mxfp8");
     add("mlx mxfp8", &json!({"quantization": {"mode": "mxfp8"}}), Box::new(|n, s| mxfp8(n, s, true)), "mxfp8");
-    for bits in [2, 4, 8] {
+    for bits in [2, 3, 4, 8] {
         let name = format!("hqq {bits}");
-        add(&name, &method("hqq"), Box::new(move |n, s| hqq(n, s, bits)), &format!("u{bits}-g64-bf16-float-zero"));
+        add(&name, &method("hqq"), Box::new(move |n, s| hqq(n, s, bits, 1)), &format!("u{bits}-g64-bf16-float-zero"));
     }
     for (name, config, encode, ty) in forms {
         let summary = check(&name, &config, &*encode);
@@ -453,42 +468,144 @@ fn forms_are_known_by_what_there_is() {
     }
 }
 
-/// Groups of inputs in disorder, and a zero that a byte does not hold: f32 holds the numbers.
+/// A zero that a byte does not hold is a number beside the scale.
 #[test]
-fn forms_that_no_type_fits_are_widened_and_named() {
-    let forms: [(&str, Encoder<'_>); 2] = [
-        ("gptq by activation order", &|n, s| gptq(n, s, 4, 1, true)),
-        ("gptq with large zeros", &|n, s| {
-            let (mut parts, mut values) = gptq(n, s, 8, 1, false);
-            // The first output's zeros: stored 255, so 256.
-            let zeros = &mut parts[1].1;
-            let (row, old) = (zeros.shape[1] * 4, zeros.bytes[0]);
-            zeros.bytes[0] = 255;
-            let (inputs, scale) = (s[1], f16_at(&parts[2].1.bytes, 0));
-            assert!(row > 0 && inputs >= 32);
-            for value in &mut values[..32] {
-                let code = (*value / scale).round() + f32::from(old) + 1.0;
-                *value = (code - 256.0) * scale;
-            }
-            (parts, values)
-        }),
-    ];
-    for (name, encode) in forms {
-        let summary = check(name, &method("gptq"), encode);
-        for group in ["expert.gate_up", "expert.down", "attention.o"] {
-            assert_eq!(summary.types[group], ["f32"], "{name}: {group}");
+fn zeros_of_256_are_carried() {
+    let encode: Encoder<'_> = &|n, s| {
+        let (mut parts, mut values) = gptq(n, s, 8, 1, false);
+        // The first output's zeros: stored 255, so 256.
+        let zeros = &mut parts[1].1;
+        let (row, old) = (zeros.shape[1] * 4, zeros.bytes[0]);
+        zeros.bytes[0] = 255;
+        let (inputs, scale) = (s[1], f16_at(&parts[2].1.bytes, 0));
+        assert!(row > 0 && inputs >= 32);
+        for value in &mut values[..32] {
+            let code = (*value / scale).round() + f32::from(old) + 1.0;
+            *value = (code - 256.0) * scale;
         }
-        assert!(summary.widened.iter().any(|w| w.contains("expert.down")), "{name}: {:?}", summary.widened);
+        (parts, values)
+    };
+    let summary = check("gptq with large zeros", &method("gptq"), encode);
+    assert_types("gptq with large zeros", &summary, |_| "u8-g32-f16-float-zero".to_owned(), "f32");
+}
+
+/// A scale for rows that lie apart is not one that a type has.
+#[test]
+fn hqq_of_axis_0_is_widened_and_named() {
+    for bits in [2, 3, 4, 8] {
+        let name = format!("hqq {bits}, axis 0");
+        let summary = check(&name, &method("hqq"), &|n, s| hqq(n, s, bits, 0));
+        assert!(summary.widened.iter().any(|w| w.contains("expert.gate_up")), "{name}: {:?}", summary.widened);
+        assert!(summary.notes.iter().any(|n| n.contains("HQQ with `axis` 0")), "{name}: {:?}", summary.notes);
+    }
+}
+
+/// The checkpoint of [`shape`] with GPTQ's tensors in the place of some weights, by the ends of their names.
+fn with_gptq(noise: &mut Noise, ends: &[&str]) -> (Value, Tensors) {
+    let (mut config, mut tensors) = (shape().config(), shape().tensors());
+    config["quantization_config"] = method("gptq")["quantization_config"].clone();
+    for (name, t) in shape().tensors() {
+        let stem = name.strip_suffix(".weight").unwrap_or(&name);
+        if ends.iter().any(|end| stem.ends_with(end)) {
+            tensors.remove(&name);
+            let parts = gptq(noise, [t.shape[0], t.shape[1]], 4, 1, true).0;
+            tensors.extend(parts.into_iter().map(|(end, part)| (format!("{stem}{end}"), part)));
+        }
+    }
+    (config, tensors)
+}
+
+/// Whether two files have the same numbers, also where gate and up stand apart.
+fn assert_same_numbers(found: &Content, want: &Content) {
+    for (key, (_, want)) in want {
+        let apart = |name: &str| found.get(&(key.0, key.1, key.2, name.to_owned())).map(|t| t.1.clone());
+        let numbers = apart(&key.3).or_else(|| Some([apart("gate")?, apart("up")?].concat()));
+        assert!(numbers.as_ref() == Some(want), "{key:?}");
+    }
+}
+
+fn set_groups(tensors: &mut Tensors, stem: &str, group: impl Fn(usize) -> u32) {
+    let t = tensors.get_mut(&format!("{stem}.g_idx")).unwrap();
+    t.bytes = (0..t.shape[0]).flat_map(|i| group(i).to_le_bytes()).collect();
+}
+
+/// Groups in disorder are carried with the order of their columns; gate and up with different ones apart.
+#[test]
+fn columns_in_disorder_have_an_order_of_their_own() {
+    const EXPERT: &str = "model.layers.1.mlp.experts.0";
+    let layouts = |config: &Value, tensors: &Tensors| {
+        let (src, dst) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        write_dir(src.path(), config, tensors, 2);
+        let file = dst.path().join("m");
+        let summary = convert(src.path(), &file, &options("keep", "keep"), &()).unwrap();
+        let model = sluice_format::ModelFile::open(&file).unwrap();
+        let matrices = model.tensors_in(ExtentKind::Expert, 1, 0);
+        let found: Vec<String> = matrices.map(|t| format!("{} {}", t.name, t.layout.name())).collect();
+        (found, summary, content(&file))
+    };
+    let experts = ["gate_proj", "up_proj", "down_proj"];
+    let (config, tensors) = with_gptq(&mut Noise(9), &experts);
+    let together = ["gate_up tiled-pair-ordered", "down tiled-ordered"];
+    assert_eq!(layouts(&config, &tensors).0, together);
+    // Nothing is stored of an order that nobody needs.
+    let mut in_order = tensors.clone();
+    for name in tensors.keys().filter_map(|name| name.strip_suffix(".g_idx")) {
+        set_groups(&mut in_order, name, |i| i as u32 / 32);
+    }
+    assert_eq!(layouts(&config, &in_order).0, ["gate_up tiled-pair", "down tiled"]);
+    // One expert in order among others, and another order: each has its own.
+    let mut mixed = tensors.clone();
+    for part in ["gate_proj", "up_proj"] {
+        set_groups(&mut mixed, &format!("{EXPERT}.{part}"), |i| i as u32 / 32);
+        set_groups(&mut mixed, &format!("model.layers.1.mlp.experts.1.{part}"), |i| 3 - i as u32 / 32);
+    }
+    let (found, _, kept) = layouts(&config, &mixed);
+    assert_eq!(found, together);
+    let (_, want) = convert_to_content(&config, &mixed, "f32").unwrap();
+    assert!(kept.iter().all(|(key, value)| value.1 == want[key].1));
+    // Gate and up meet one input.
+    set_groups(&mut mixed, &format!("{EXPERT}.up_proj"), |i| 3 - i as u32 / 32);
+    let (found, summary, kept) = layouts(&config, &mixed);
+    assert_eq!(found, ["gate tiled-ordered", "up tiled-ordered", "down tiled-ordered"]);
+    assert!(!summary.widened.iter().any(|w| w.contains("expert")), "{:?}", summary.widened);
+    let (_, want) = convert_to_content(&config, &mixed, "f32").unwrap();
+    assert_same_numbers(&kept, &want);
+    // One of them in no order at all: the other is carried.
+    set_groups(&mut mixed, &format!("{EXPERT}.up_proj"), |i| u32::from(i == 3));
+    let (found, summary, kept) = layouts(&config, &mixed);
+    assert_eq!(found, ["gate tiled-ordered", "up tiled", "down tiled-ordered"]);
+    assert!(summary.widened.iter().any(|w| w.contains("layer 1 expert.up")), "{:?}", summary.widened);
+    let (_, want) = convert_to_content(&config, &mixed, "f32").unwrap();
+    assert_same_numbers(&kept, &want);
+}
+
+/// Groups of which no order makes equal ones become f32 with a note; groups that do not exist are an error that names the tensor.
+#[test]
+fn hostile_groups_are_widened_or_refused() {
+    const DOWN: &str = "model.layers.1.mlp.experts.0.down_proj";
+    let (mut config, tensors) = with_gptq(&mut Noise(5), &["experts.0.down_proj"]);
+    let of = |group: &dyn Fn(usize) -> u32| {
+        let mut tensors = tensors.clone();
+        set_groups(&mut tensors, DOWN, group);
+        tensors
+    };
+    for (group, word) in [(2, "group 2 of 2"), (u32::MAX, "group -1 of 2"), (1 << 31, "group -2147483648 of 2")] {
+        for choice in ["keep", "q8"] {
+            let tensors = of(&|i| if i == 40 { group } else { i as u32 / 32 });
+            let error = convert_to_content(&config, &tensors, choice).unwrap_err();
+            assert!(matches!(error, ConvertError::Damaged { .. }), "{error}");
+            let error = error.to_string();
+            assert!(error.contains(&format!("{DOWN}.g_idx")) && error.contains(word), "{error}");
+        }
+    }
+    for uneven in [of(&|i| u32::from(i == 7)), of(&|_| 1), of(&|i| u32::from(i < 31))] {
+        let (summary, kept) = convert_to_content(&config, &uneven, "keep").unwrap();
+        assert!(summary.notes.iter().any(|n| n.contains("g_idx") && n.contains("f32")), "{:?}", summary.notes);
+        let (_, want) = convert_to_content(&config, &uneven, "f32").unwrap();
+        assert!(kept.iter().all(|(key, value)| value.1 == want[key].1));
     }
     // Said to be in order, and not.
-    let ordered = json!({"quantization_config": {"quant_method": "gptq", "desc_act": false}});
-    let mut config = shape().config();
-    config["quantization_config"] = ordered["quantization_config"].clone();
-    let mut tensors = shape().tensors();
-    let stem = "model.layers.1.mlp.experts.0.down_proj";
-    tensors.remove(&format!("{stem}.weight"));
-    let parts = gptq(&mut Noise(5), [128, 64], 4, 1, true).0;
-    tensors.extend(parts.into_iter().map(|(end, part)| (format!("{stem}{end}"), part)));
+    config["quantization_config"]["desc_act"] = json!(false);
     let error = convert_to_content(&config, &tensors, "keep").unwrap_err().to_string();
     assert!(error.contains("g_idx") && error.contains("desc_act"), "{error}");
 }

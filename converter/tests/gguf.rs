@@ -398,6 +398,30 @@ fn block_types_are_carried_at_their_own_size() {
     }
 }
 
+/// Dynamic quantisations give gate and up of one layer other types: both are carried.
+#[test]
+fn gate_and_up_may_have_different_types() {
+    let mut noise = Noise(11);
+    let (metadata, tensors) = small(|matrix, rows, cols| {
+        let numbers: Vec<f32> = (0..rows * cols).map(|_| noise.value()).collect();
+        match matrix {
+            // ggml's number of bf16.
+            "blk.0.ffn_up" => (30, numbers.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()),
+            _ => (F32, numbers.iter().flat_map(|v| v.to_le_bytes()).collect()),
+        }
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.gguf");
+    fs::write(&path, file(&metadata, &tensors)).unwrap();
+    let (_, found) = converted(&path);
+    let matrix = |name: &str| &found[&(ExtentKind::Dense, 0, 0, name.to_owned())];
+    let stored = |name: &str| &tensors.iter().find(|t| t.0 == format!("blk.0.{name}.weight")).unwrap().3;
+    assert_eq!((matrix("gate").0, matrix("up").0), (sluice_format::WeightType::F32, sluice_format::WeightType::Bf16));
+    let gate: Vec<u8> = matrix("gate").1.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let up: Vec<u8> = matrix("up").1.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
+    assert!(&gate == stored("ffn_gate") && &up == stored("ffn_up"));
+}
+
 #[test]
 fn queries_keys_and_values_may_be_in_one_tensor() {
     let mut noise = Noise(3);

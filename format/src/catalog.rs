@@ -239,18 +239,33 @@ fn describe(t: &TensorRecord) -> String {
     }
 }
 
+/// The tensors that are wanted, with the matrices of a pair apart where `found` has them apart.
+fn as_found(found: &[TensorRecord], wanted: &[TensorShape]) -> Vec<TensorShape> {
+    let mut all = Vec::with_capacity(wanted.len() + 1);
+    for w in wanted {
+        match w.apart() {
+            Some(halves) if found.get(all.len()).is_some_and(|t| t.name == halves[0].name) => all.extend(halves),
+            _ => all.push(w.clone()),
+        }
+    }
+    all
+}
+
 fn check_shapes(found: &[TensorRecord], wanted: &[TensorShape], extent: impl Fn() -> String) -> Result<(), String> {
+    let wanted = as_found(found, wanted);
     if found.len() != wanted.len() {
         return Err(format!("{} holds {} tensors, its spec implies {}", extent(), found.len(), wanted.len()));
     }
-    for (t, w) in found.iter().zip(wanted) {
+    for (t, w) in found.iter().zip(&wanted) {
         if t.name != w.name {
             return Err(format!("{} holds `{}` where its spec implies `{}`", extent(), t.name, w.name));
         }
         // Vectors are f32, so that no kernel needs a second path for a few bytes.
         let vector = t.kind != ExtentKind::Embedding && t.layout == Layout::Plain;
-        if t.shape != w.shape.map(|d| d as u64) || t.layout != w.layout || (vector && t.weight_type != WeightType::F32)
-        {
+        // What is looked up row by row, and what decides, has its columns as they come.
+        let in_order = matches!(t.kind, ExtentKind::Embedding | ExtentKind::Router);
+        let layout = if in_order { t.layout } else { t.layout.unordered() };
+        if t.shape != w.shape.map(|d| d as u64) || layout != w.layout || (vector && t.weight_type != WeightType::F32) {
             return Err(format!(
                 "{} is {} {} {:?}, its spec implies {} {:?}",
                 describe(t),

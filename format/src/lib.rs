@@ -59,7 +59,7 @@ pub use sluice_weights::{BLOCK, FP8_BLOCK, Grouped, PLANE_ALIGN, ROW_GROUP, Weig
 pub use spec::*;
 pub use state_id::StateId;
 pub use superblock::{FORMAT_VERSION, MAGIC, ModelId, PAGE_SIZES, READ_VERSIONS, Superblock, TableRef};
-pub use tensor::{ANY_INDEX, Layout, TensorRecord, pack_tensors};
+pub use tensor::{ANY_INDEX, Layout, MAX_ORDERED_COLS, TensorRecord, order_len, pack_tensors};
 pub use volumes::{Volume, VolumeName};
 pub use writer::{ExtentWriter, FileWriter, Written};
 

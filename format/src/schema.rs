@@ -18,6 +18,13 @@ pub struct TensorShape {
 
 /// Name of the matrix that joins several residual streams.
 const STREAMS: &str = "streams";
+impl TensorShape {
+    /// The two matrices of a pair, gate and up, each for itself. They may stand in its place where one description does not fit both.
+    pub fn apart(&self) -> Option<[TensorShape; 2]> {
+        let half = |name| TensorShape { name, layout: Layout::Tiled, shape: self.shape };
+        (self.layout == Layout::TiledPair).then(|| [half("gate"), half("up")])
+    }
+}
 
 fn vector(name: &'static str, len: usize) -> TensorShape {
     TensorShape { name, layout: Layout::Plain, shape: [1, 1, len] }

@@ -18,11 +18,25 @@ pub enum Layout {
     Tiled = 1,
     /// As `Tiled`, but the row groups of two matrices of `rows` rows alternate: gate, up, gate, up, …
     TiledPair = 2,
+    /// As `Tiled`, behind the order of the columns: [`order_len`] bytes.
+    TiledOrdered = 3,
+    /// As `TiledPair`, behind the order of the columns of both.
+    TiledPairOrdered = 4,
+}
+
+/// Most columns of a matrix in order: their numbers have 16 bits.
+pub const MAX_ORDERED_COLS: usize = 1 << 16;
+
+/// Bytes before the matrices of an ordered layout: for each stored column the number of the input feature that it meets, u16,
+/// and zeros up to a multiple of 64. `None`: more columns than have numbers.
+pub fn order_len(cols: usize) -> Option<usize> {
+    (cols <= MAX_ORDERED_COLS).then(|| (2 * cols).next_multiple_of(PLANE_ALIGN))
 }
 
 impl Layout {
     /// Every layout of this format version.
-    pub const ALL: [Layout; 3] = [Layout::Plain, Layout::Tiled, Layout::TiledPair];
+    pub const ALL: [Layout; 5] =
+        [Layout::Plain, Layout::Tiled, Layout::TiledPair, Layout::TiledOrdered, Layout::TiledPairOrdered];
 
     /// The layout with this code in the file, if this version knows it.
     pub fn from_code(code: u16) -> Option<Self> {
@@ -35,6 +49,36 @@ impl Layout {
             Layout::Plain => "plain",
             Layout::Tiled => "tiled",
             Layout::TiledPair => "tiled-pair",
+            Layout::TiledOrdered => "tiled-ordered",
+            Layout::TiledPairOrdered => "tiled-pair-ordered",
+        }
+    }
+
+    /// Whether two matrices alternate.
+    pub fn is_pair(self) -> bool {
+        matches!(self, Layout::TiledPair | Layout::TiledPairOrdered)
+    }
+
+    /// Whether the columns have an order of their own, which is stored before them.
+    pub fn is_ordered(self) -> bool {
+        self != self.unordered()
+    }
+
+    /// The same arrangement with the columns as they come.
+    pub fn unordered(self) -> Layout {
+        match self {
+            Layout::TiledOrdered => Layout::Tiled,
+            Layout::TiledPairOrdered => Layout::TiledPair,
+            other => other,
+        }
+    }
+
+    /// The same arrangement with an order of the columns; `None` for row-major ones, which need none.
+    pub fn ordered(self) -> Option<Layout> {
+        match self {
+            Layout::Plain => None,
+            Layout::Tiled | Layout::TiledOrdered => Some(Layout::TiledOrdered),
+            Layout::TiledPair | Layout::TiledPairOrdered => Some(Layout::TiledPairOrdered),
         }
     }
 }
@@ -89,7 +133,7 @@ pub(crate) fn next_tensor_offset(end: u64) -> Option<u64> {
 impl TensorRecord {
     /// Numbers in the tensor, those of both matrices of a pair.
     pub fn weights(&self) -> u64 {
-        let pair = if self.layout == Layout::TiledPair { 2 } else { 1 };
+        let pair = if self.layout.is_pair() { 2 } else { 1 };
         self.shape.iter().fold(pair, |product, &size| product.saturating_mul(size))
     }
 
@@ -97,12 +141,13 @@ impl TensorRecord {
     pub fn expected_len(&self) -> Option<u64> {
         let [batch, rows, cols] = self.shape.map(|d| usize::try_from(d).ok());
         let (batch, rows, cols) = (batch?, rows?, cols?);
-        let one = match self.layout {
+        let one = match self.layout.unordered() {
             Layout::Plain => rows.checked_mul(cols)?.checked_mul(self.weight_type.plain_element_len()?)?,
-            Layout::Tiled => self.weight_type.matrix_len(rows, cols)?,
             Layout::TiledPair => self.weight_type.matrix_len(rows, cols)?.checked_mul(2)?,
+            _ => self.weight_type.matrix_len(rows, cols)?,
         };
-        u64::try_from(one.checked_mul(batch)?).ok()
+        let order = if self.layout.is_ordered() { order_len(cols)? } else { 0 };
+        u64::try_from(one.checked_mul(batch)?.checked_add(order)?).ok()
     }
 
     /// Serialises to the table's record. The name must fit [`at::NAME_LEN`] (the writer's plan checks it).

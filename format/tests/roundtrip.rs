@@ -121,6 +121,89 @@ fn extents_must_be_as_long_as_planned() {
     assert_eq!(variant(&padded.finish().unwrap_err()), "Layout");
 }
 
+/// Changes the records of extents of a kind with a matrix, those of the first layer that has any, and what follows from them.
+fn change(content: &mut Content, kind: ExtentKind, change: &dyn Fn(&mut Vec<TensorRecord>)) {
+    let matrix = content.tensors.iter().find(|t| t.kind == kind && t.layout != Layout::Plain).unwrap();
+    let (layer, index) = (matrix.layer, matrix.index);
+    let same = |t: &&TensorRecord| (t.kind, t.layer, t.index) == (kind, layer, index);
+    let first = content.tensors.iter().position(|t| same(&t)).unwrap();
+    let count = content.tensors[first..].iter().take_while(same).count();
+    let mut records = content.tensors[first..first + count].to_vec();
+    change(&mut records);
+    let len = pack_tensors(&mut records).unwrap();
+    let of_kind = content.planned.iter_mut().filter(|p| (p.kind, p.layer) == (kind, layer));
+    of_kind.filter(|p| index == ANY_INDEX || p.index == index).for_each(|p| p.logical_len = len);
+    content.tensors.splice(first..first + count, records);
+}
+
+type Change = fn(&mut Vec<TensorRecord>);
+
+/// Gives every matrix an order of its columns.
+const ORDER: Change = |records| {
+    records.iter_mut().for_each(|t| t.layout = t.layout.ordered().unwrap_or(t.layout));
+};
+
+/// Puts gate and up apart.
+fn part(records: &mut Vec<TensorRecord>) {
+    let at = records.iter().position(|t| t.name == "gate_up").unwrap();
+    let half = |name: &str, weight_type| {
+        let layout = if records[at].layout.is_ordered() { Layout::TiledOrdered } else { Layout::Tiled };
+        TensorRecord { name: name.to_owned(), weight_type, layout, ..records[at].clone() }
+    };
+    let halves = [half("gate", WeightType::Q8), half("up", WeightType::Q4)];
+    records.splice(at..=at, halves);
+}
+
+/// Columns may have an order, and gate and up stand apart; not where rows are looked up, nor where a router decides.
+#[test]
+fn matrices_may_be_ordered_and_pairs_apart() {
+    let taken: [(ExtentKind, Change); 7] = [
+        (ExtentKind::Attention, ORDER),
+        (ExtentKind::Head, ORDER),
+        (ExtentKind::Dense, ORDER),
+        (ExtentKind::Expert, ORDER),
+        (ExtentKind::Dense, part),
+        (ExtentKind::Expert, part),
+        (ExtentKind::Expert, |records| {
+            part(records);
+            ORDER(records);
+        }),
+    ];
+    for (kind, form) in taken {
+        let (_dir, path) = temp();
+        let mut content = plan(&small_spec(), 8);
+        change(&mut content, kind, &form);
+        write(&path, &content, 4096).unwrap_or_else(|e| panic!("{kind}: {e}"));
+        assert_eq!(ModelFile::open(&path).unwrap().tensors(), content.tensors);
+    }
+    let refused: [(ExtentKind, Change, &str); 4] = [
+        (ExtentKind::Router, ORDER, "its spec implies tiled"),
+        (
+            ExtentKind::Expert,
+            |r| {
+                part(r);
+                r[1].name = "gate".into();
+            },
+            "its spec implies `up`",
+        ),
+        (ExtentKind::Expert, |r| r.swap(0, 1), "its spec implies `gate_up`"),
+        (ExtentKind::Expert, |r| r[0].layout = Layout::Tiled, "its spec implies tiled-pair"),
+    ];
+    for (kind, form, says) in refused {
+        let (_dir, path) = temp();
+        let mut content = plan(&small_spec(), 8);
+        change(&mut content, kind, &form);
+        let error = write(&path, &content, 4096).unwrap_err().to_string();
+        assert!(error.contains(says), "{says}: {error}");
+    }
+    // Columns have numbers of 16 bits.
+    let mut wide = TensorRecord { shape: [1, 8, 1 << 16], ..plan(&small_spec(), 8).tensors.pop().unwrap() };
+    wide.layout = Layout::TiledOrdered;
+    assert!(pack_tensors(std::slice::from_mut(&mut wide)).is_ok());
+    wide.shape[2] += 32;
+    assert!(pack_tensors(std::slice::from_mut(&mut wide)).is_err());
+}
+
 /// Whatever is wrong with a plan is said before the first byte of a weight is written, and `finish` refuses it too.
 #[test]
 fn the_writer_refuses_what_the_reader_would() {

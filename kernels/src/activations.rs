@@ -1,5 +1,7 @@
 //! Activations in the form that kernels consume.
 
+use std::ops::Range;
+
 use crate::BLOCK;
 use crate::math::ROUND;
 
@@ -133,6 +135,29 @@ impl Activations {
         for (i, (&from, &factor)) in indices.iter().zip(&factors[..indices.len()]).enumerate() {
             let from = src.padded_row(from as usize);
             self.rows[i * padded..][..padded].iter_mut().zip(from).for_each(|(to, x)| *to = factor * x);
+        }
+        if self.precision == Precision::Int8 {
+            self.quantise();
+        }
+    }
+
+    /// Copies the tokens `tokens` of `src` with their columns in the order of a matrix: column `k` is column `order[k]` of `src`,
+    /// two bytes each, little-endian. Blocks are rounded to int8 anew, as other columns share them. A column that `src` does not
+    /// have is NaN, and so is every product with it.
+    ///
+    /// # Panics
+    /// If a token is not below `src.n()`, or `order` does not have two bytes for each column.
+    pub fn reorder(&mut self, src: &Activations, tokens: Range<usize>, order: &[u8]) {
+        assert_eq!(order.len(), 2 * src.cols, "a number for each of {} columns", src.cols);
+        self.shape(tokens.len(), src.cols);
+        let padded = self.padded();
+        for (i, token) in tokens.enumerate() {
+            let from = src.row(token);
+            let (to, rest) = self.rows[i * padded..][..padded].split_at_mut(from.len());
+            for (to, column) in to.iter_mut().zip(order.as_chunks::<2>().0) {
+                *to = from.get(usize::from(u16::from_le_bytes(*column))).copied().unwrap_or(f32::NAN);
+            }
+            rest.fill(0.0);
         }
         if self.precision == Precision::Int8 {
             self.quantise();
@@ -335,6 +360,30 @@ mod tests {
         a.gather_scaled(&src, &indices, &factors);
         b.set(&scaled, 3, 45);
         assert_eq!((a.rows, a.blocks), (b.rows, b.blocks));
+    }
+
+    #[test]
+    fn reorder_equals_set() {
+        let x: Vec<f32> = (0..3 * 45).map(|i| (i as f32).sin()).collect();
+        let order: Vec<u16> = (0..45).map(|k| (k * 7 + 3) % 45).collect();
+        let bytes = |order: &[u16]| order.iter().flat_map(|k| k.to_le_bytes()).collect::<Vec<u8>>();
+        let moved: Vec<f32> = x.chunks(45).flat_map(|row| order.iter().map(|&k| row[usize::from(k)])).collect();
+        for precision in [Precision::Exact, Precision::Int8] {
+            let (mut src, mut a, mut b) =
+                (Activations::new(precision), Activations::new(precision), Activations::new(precision));
+            src.set(&x, 3, 45);
+            a.set(&[f32::MAX; 4 * 64], 4, 64);
+            a.reorder(&src, 1..3, &bytes(&order));
+            b.set(&moved[45..], 2, 45);
+            assert_eq!((&a.rows, &a.blocks, a.quantised), (&b.rows, &b.blocks, b.quantised));
+        }
+        // What a damaged order names is no number, and never a number of another place.
+        let mut damaged = order;
+        damaged[40] = 45;
+        let (mut src, mut a) = (Activations::new(Precision::Int8), Activations::new(Precision::Int8));
+        src.set(&x, 3, 45);
+        a.reorder(&src, 0..3, &bytes(&damaged));
+        assert!(a.row(1)[40].is_nan() && a.quantised_row(2)[1].scale.is_nan() && !a.quantised_row(2)[0].scale.is_nan());
     }
 
     #[test]

@@ -3,14 +3,15 @@
 //! <https://github.com/ModelCloud/GPTQModel>).
 
 use sluice_checksum::Xxh3;
-use sluice_format::WeightType;
+use sluice_format::{MAX_ORDERED_COLS, WeightType};
+use sluice_kernels as kernels;
 use sluice_weights::{Codes, ScaleType, Zero};
 
 use super::carry::{Carrier, CodeRows};
 use super::checks::{check_dtype, check_shape, dtype_error, shape_error};
 use super::grouped::{scale_values, unpack_codes, wide_scale};
 use super::lines::{Lines, gather, of_rows, pieces};
-use super::{Decoder, Encoding, Groups, Reader, Rows, Selection};
+use super::{ColumnOrder, Decoder, Encoding, Groups, Reader, Rows, Selection};
 use crate::error::ConvertError;
 use crate::plan::form::Parts;
 use crate::plan::scheme::Scheme;
@@ -36,14 +37,49 @@ pub(super) struct ColumnarMatrix {
     scale_type: ScaleType,
     /// Group of each input feature; `None`: groups follow one another.
     groups: Option<usize>,
-    /// Whether they follow one another where they are given.
-    in_order: bool,
+    columns: Columns,
     /// Whether each zero fits in a byte.
     byte_zeros: bool,
     /// Number of groups.
     count: usize,
     /// Output and input features.
     shape: [usize; 2],
+}
+
+/// How the groups share out the columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Columns {
+    /// They follow one another.
+    InOrder,
+    /// In disorder, as GPTQ leaves them by activation order (`desc_act`). Equally large: sorted by group, they follow one another.
+    Disorder(ColumnOrder),
+    /// Some have more columns than others.
+    Uneven,
+}
+
+impl Columns {
+    /// `groups`: the group of each column, of `count`. The first that is none of them is an error.
+    fn of(groups: &[u32], count: usize) -> Result<Columns, u32> {
+        let size = groups.len() / count;
+        if follow_one_another(groups, size) {
+            return Ok(Columns::InOrder);
+        }
+        let mut sizes = vec![0; count];
+        for &group in groups {
+            *sizes.get_mut(group as usize).ok_or(group)? += 1;
+        }
+        if sizes.iter().any(|&s| s != size) {
+            return Ok(Columns::Uneven);
+        }
+        let bytes: Vec<u8> = groups.iter().flat_map(|group| group.to_le_bytes()).collect();
+        let mut hash = Xxh3::new();
+        hash.update(&bytes);
+        Ok(Columns::Disorder(ColumnOrder(hash.digest128())))
+    }
+
+    fn order(self) -> Option<ColumnOrder> {
+        if let Columns::Disorder(order) = self { Some(order) } else { None }
+    }
 }
 
 pub(super) fn resolve(
@@ -90,16 +126,26 @@ pub(super) fn resolve(
     }
     let scale_type = wide_scale(&checkpoint.tensors[scales].dtype);
     let scale_type = scale_type.ok_or_else(|| dtype_error(checkpoint, scales, WIDE_FLOATS))?;
-    let in_order = match groups {
-        Some(groups) if scheme.act_order => follow_one_another(&all_words(checkpoint, groups)?, inputs / count),
-        _ => true,
+    let columns = match groups {
+        Some(groups) if scheme.act_order => {
+            Columns::of(&all_words(checkpoint, groups)?, count).map_err(|group| ConvertError::Damaged {
+                path: checkpoint.path_of(groups).to_owned(),
+                problem: format!("`{}` {}", checkpoint.tensors[groups].name, no_group(group, count)),
+            })?
+        }
+        _ => Columns::InOrder,
     };
     // Only the largest of eight bits can be stored as one less than what a byte holds.
     let byte_zeros = bits != 8
         || !matches!(kind, Columnar::Gptq { zero_offset: 1.. })
         || !all_words(checkpoint, zeros)?.iter().any(|word| word.to_le_bytes().contains(&255));
     let shape = [outputs, inputs];
-    Ok(ColumnarMatrix { kind, bits, zeros, scales, scale_type, groups, in_order, byte_zeros, count, shape })
+    Ok(ColumnarMatrix { kind, bits, zeros, scales, scale_type, groups, columns, byte_zeros, count, shape })
+}
+
+/// What is wrong with a group that is none of `count`. Tools write signed numbers.
+fn no_group(group: u32, count: usize) -> String {
+    format!("names group {} of {count}", group.cast_signed())
 }
 
 /// All words of a small tensor, for the plan.
@@ -144,8 +190,25 @@ impl ColumnarMatrix {
     fn carrier(&self) -> Option<Carrier> {
         let [_, inputs] = self.shape;
         let group = (inputs / self.count, inputs);
-        let carrier = Carrier::new(Codes::Uint(self.bits as u8), group, self.scale_type, Zero::Byte);
-        carrier.filter(|_| self.in_order && self.byte_zeros)
+        // Every float type has all integers up to 256.
+        let zero = if self.byte_zeros { Zero::Byte } else { Zero::Float };
+        let carrier = Carrier::new(Codes::Uint(self.bits as u8), group, self.scale_type, zero);
+        carrier.filter(|_| match self.columns {
+            Columns::InOrder => true,
+            Columns::Disorder(_) => inputs <= MAX_ORDERED_COLS,
+            Columns::Uneven => false,
+        })
+    }
+
+    /// A zero as the carrier has it.
+    fn zero_bytes(&self, zero: u16, out: &mut Vec<u8>) {
+        out.clear();
+        match (self.byte_zeros, self.scale_type) {
+            (true, _) => out.push(zero as u8),
+            (false, ScaleType::F16) => out.extend(kernels::f32_to_f16(f32::from(zero)).to_le_bytes()),
+            (false, ScaleType::Bf16) => out.extend(kernels::f32_to_bf16(f32::from(zero)).to_le_bytes()),
+            (false, _) => out.extend(f32::from(zero).to_le_bytes()),
+        }
     }
 
     /// Rows of words, and words of a row that hold eight outputs. AWQ packs outputs in words, GPTQ inputs.
@@ -166,13 +229,18 @@ impl Encoding for ColumnarMatrix {
         self.carrier().map(|c| WeightType::Grouped(c.ty))
     }
 
+    fn order(&self) -> Option<ColumnOrder> {
+        self.columns.order()
+    }
+
     fn obstacle(&self) -> Option<&'static str> {
-        if !self.in_order {
-            Some("their groups of columns are in disorder, as GPTQ leaves them by activation order (`desc_act`)")
-        } else if !self.byte_zeros {
-            Some("a zero of 256 does not fit in a byte")
-        } else {
-            None
+        match self.columns {
+            Columns::InOrder => None,
+            Columns::Uneven => Some("`g_idx` gives some of their groups more columns than others"),
+            Columns::Disorder(_) if self.shape[1] > MAX_ORDERED_COLS => {
+                Some("their groups are in disorder (`desc_act`), and they have more than 65536 columns")
+            }
+            Columns::Disorder(_) => None,
         }
     }
 
@@ -192,23 +260,34 @@ impl Encoding for ColumnarMatrix {
             None => (0..selection.cols).map(|i| i / size).collect(),
             Some(tensor) => {
                 let found = words(&reader.all(tensor)?);
-                if let Some(group) = found.iter().find(|&&g| g as usize >= self.count) {
-                    return Err(reader.damaged(tensor, &format!("names group {group} of {}", self.count)));
-                }
-                if self.in_order && !follow_one_another(&found, size) {
-                    let problem = "has groups in disorder, although `desc_act` of the configuration is false";
+                let columns = Columns::of(&found, self.count);
+                let columns = columns.map_err(|group| reader.damaged(tensor, &no_group(group, self.count)))?;
+                if columns != self.columns {
+                    // Where it may be in disorder, it has been read before; what is read twice can have changed.
+                    let problem = match self.columns {
+                        Columns::InOrder => {
+                            "has groups in disorder, although `desc_act` of the configuration is false, or has changed"
+                        }
+                        _ => "has changed since the conversion was planned",
+                    };
                     return Err(reader.damaged(tensor, problem));
                 }
-                found.iter().map(|&g| g as usize).collect()
+                found.iter().map(|&g| g as usize).collect::<Vec<_>>()
             }
         };
+        let order = self.columns.order().filter(|_| selection.cols <= MAX_ORDERED_COLS).map(|_| {
+            let mut order: Vec<u16> = (0..=u16::MAX).take(selection.cols).collect();
+            // Stable: columns of a group stay in their order.
+            order.sort_by_key(|&column| groups[usize::from(column)]);
+            order
+        });
         let (rows, per_eight) = self.words();
         let bytes = rows * self.outputs() / 8 * per_eight * 4;
         let codes = (bytes <= WHOLE).then(|| reader.all(selection.tensor)).transpose()?;
         let scale_bytes = scales;
         let scales = scale_values(self.scale_type, &scale_bytes);
         let zeros = self.unpack_zeros(&zeros);
-        Ok(Box::new(ColumnarDecoder { layout: self, selection, codes, zeros, scales, scale_bytes, groups }))
+        Ok(Box::new(ColumnarDecoder { layout: self, selection, codes, zeros, scales, scale_bytes, groups, order }))
     }
 }
 
@@ -223,6 +302,8 @@ struct ColumnarDecoder<'s> {
     /// The scales as they are stored.
     scale_bytes: Vec<u8>,
     groups: Vec<usize>,
+    /// The columns by group, if those are in disorder.
+    order: Option<Vec<u16>>,
 }
 
 /// The codes of `8 · words` outputs, `[outputs, inputs]`, from `words` words for each input.
@@ -313,21 +394,32 @@ impl Decoder for ColumnarDecoder<'_> {
     fn carry(&self, rows: Rows, reader: &mut Reader<'_>, mut groups: Groups<'_>) -> Result<(), ConvertError> {
         let Carrier { ty, repeat } = self.layout.carrier().expect("it is carried");
         let (outputs, width) = (self.layout.outputs(), self.layout.scale_type.len());
-        let mut code_rows = CodeRows::default();
+        let (mut code_rows, mut zero) = (CodeRows::default(), Vec::new());
         // Values reach two to the bits, or the zero, times the scale.
         let reach = 256.0f32;
         let mut finite = true;
         for lines in of_rows(self.selection, rows) {
-            code_rows.codes.append(&mut self.line_codes(lines, reader)?);
+            let codes = self.line_codes(lines, reader)?;
+            match &self.order {
+                None => code_rows.codes.extend_from_slice(&codes),
+                Some(order) => code_rows.codes.extend(
+                    codes.chunks_exact(rows.cols).flat_map(|row| order.iter().map(|&column| row[usize::from(column)])),
+                ),
+            }
             for output in lines.numbers() {
                 for at in (0..self.layout.count).map(|group| group * outputs + output) {
                     finite &= (self.scales[at] * reach).is_finite();
-                    code_rows.add_group(repeat, &self.scale_bytes[at * width..][..width], &[self.zeros[at] as u8]);
+                    self.layout.zero_bytes(self.zeros[at], &mut zero);
+                    code_rows.add_group(repeat, &self.scale_bytes[at * width..][..width], &zero);
                 }
             }
         }
         code_rows.pack(ty, rows.cols, &mut groups);
         if finite { Ok(()) } else { Err(reader.not_finite(self.selection.tensor)) }
+    }
+
+    fn order(&self) -> Option<&[u16]> {
+        self.order.as_deref()
     }
 
     fn skim(&self, rows: Rows, _carried: bool, reader: &mut Reader<'_>) -> Result<(), ConvertError> {

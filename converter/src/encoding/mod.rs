@@ -58,6 +58,11 @@ pub(crate) trait Encoding: fmt::Debug + Send + Sync {
     /// The type that holds codes and scales bit for bit; `None`: there is none, and f32 holds the values.
     fn carried(&self) -> Option<WeightType>;
 
+    /// The order in which the carried columns lie, if it is not the tensor's.
+    fn order(&self) -> Option<ColumnOrder> {
+        None
+    }
+
     /// Why there is no such type, for a note, where the form usually has one.
     fn obstacle(&self) -> Option<&'static str> {
         None
@@ -88,6 +93,11 @@ pub(crate) trait Decoder {
     /// [`ConvertError::NotFinite`] if a value would be infinite or none, and those of reading.
     fn carry(&self, rows: Rows, reader: &mut Reader<'_>, groups: Groups<'_>) -> Result<(), ConvertError>;
 
+    /// For each column that [`Decoder::carry`] packs the number of the tensor's column, if they lie in another order.
+    fn order(&self) -> Option<&[u16]> {
+        None
+    }
+
     /// Appends `rows` as they are, row-major: for types whose elements stand alone, as the embedding's do.
     fn carry_plain(&self, _rows: Rows, _reader: &mut Reader<'_>, _out: &mut Vec<u8>) -> Result<(), ConvertError> {
         unreachable!("the plan stores only numbers that stand alone row by row")
@@ -97,6 +107,10 @@ pub(crate) trait Decoder {
     /// alone.
     fn skim(&self, rows: Rows, carried: bool, reader: &mut Reader<'_>) -> Result<(), ConvertError>;
 }
+
+/// Tells orders of columns apart: the xxh3-128 of what decides one. There are too many orders to keep them all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ColumnOrder(pub(crate) u128);
 
 /// A range of rows of a tensor; those of a batch are counted through.
 #[derive(Clone, Copy, Debug)]
@@ -156,6 +170,11 @@ impl Selection {
     /// The type that carries these elements bit for bit; `shape` is batch, rows and columns.
     pub(crate) fn carrier(&self, shape: [usize; 3]) -> Option<WeightType> {
         self.encoding.carried().filter(|_| !self.plus_one && self.encoding.fits(self, shape))
+    }
+
+    /// The order of the columns of what is carried, if it is not the tensor's.
+    pub(crate) fn order(&self) -> Option<ColumnOrder> {
+        self.encoding.order()
     }
 
     /// Opens its decoder.

@@ -147,40 +147,24 @@ impl Builder<'_> {
         self.out.extents.resize_with(first + indices.len(), Vec::new);
         let mut offset = 0u64;
         for tensor in tensors {
-            let plain = tensor.layout == Layout::Plain;
-            let sources = indices.iter().map(|&index| {
-                let views = pick(self.checkpoint, origin(index, tensor));
-                // There are many of these lists: none takes more room than it needs.
-                let mut sources = Vec::with_capacity(views.len());
-                for view in &views {
-                    sources.push(resolve(self.checkpoint, self.scheme, view, plain)?);
-                }
-                Ok::<_, ConvertError>(sources)
-            });
-            let sources = sources.collect::<Result<Vec<_>, _>>()?;
+            let sources = self.sources(indices, tensor, &origin)?;
             let choice = self.choice(kind, layer, tensor.name);
-            let all = sources.iter().flatten();
-            let chosen = choose(kind, tensor, choice, all.clone());
-            self.note_widened(kind, layer, tensor.name, chosen);
-            self.out.obstacles.extend(all.filter(|_| chosen.widened).filter_map(|s| s.encoding.obstacle()));
-            let group = self.group(kind, tensor.name);
-            for (extent, sources) in self.out.extents[first..].iter_mut().zip(sources) {
-                let TensorShape { name, layout, shape } = *tensor;
-                extent.push(TensorPlan {
-                    group,
-                    name,
-                    weight_type: chosen.weight_type,
-                    layout,
-                    shape,
-                    offset,
-                    sources,
-                });
-            }
-            let index = if kind == ExtentKind::Expert { ANY_INDEX } else { indices[0] };
-            let record = record(kind, layer, index, tensor, chosen.weight_type, offset)?;
-            offset = (record.offset + record.len).next_multiple_of(PLANE_ALIGN as u64);
-            if !indices.is_empty() {
-                self.out.records.push(record);
+            for part in parts_of(kind, tensor, choice, sources) {
+                let (tensor, chosen) = (part.tensor, part.chosen);
+                self.note_widened(kind, layer, tensor.name, chosen);
+                let all = part.sources.iter().flatten().filter(|_| chosen.widened);
+                self.out.obstacles.extend(all.filter_map(|s| s.encoding.obstacle()));
+                let group = self.group(kind, tensor.name);
+                for (extent, sources) in self.out.extents[first..].iter_mut().zip(part.sources) {
+                    let (TensorShape { name, layout, shape }, weight_type) = (tensor.clone(), chosen.weight_type);
+                    extent.push(TensorPlan { group, name, weight_type, layout, shape, offset, sources });
+                }
+                let index = if kind == ExtentKind::Expert { ANY_INDEX } else { indices[0] };
+                let record = record(kind, layer, index, &tensor, chosen.weight_type, offset)?;
+                offset = (record.offset + record.len).next_multiple_of(PLANE_ALIGN as u64);
+                if !indices.is_empty() {
+                    self.out.records.push(record);
+                }
             }
         }
         // Without the padding behind the last tensor.
@@ -192,16 +176,38 @@ impl Builder<'_> {
         Ok(())
     }
 
+    /// Where a tensor of the extents of `indices` comes from, extent by extent.
+    fn sources(
+        &self,
+        indices: &[u32],
+        tensor: &TensorShape,
+        origin: &impl Fn(u32, &TensorShape) -> Origin,
+    ) -> Result<Vec<Vec<Selection>>, ConvertError> {
+        let plain = tensor.layout == Layout::Plain;
+        let of_extent = |&index: &u32| {
+            let views = pick(self.checkpoint, origin(index, tensor));
+            // There are many of these lists: none takes more room than it needs.
+            let mut sources = Vec::with_capacity(views.len());
+            for view in &views {
+                sources.push(resolve(self.checkpoint, self.scheme, view, plain)?);
+            }
+            Ok(sources)
+        };
+        indices.iter().map(of_extent).collect()
+    }
+
     /// Adds embedding or head, split by rows into parts of equal height.
     fn parts(&mut self, kind: ExtentKind, tensor: &str, spec: &ModelSpec) -> Result<(), ConvertError> {
         let (rows, cols) = (spec.vocab_size, spec.hidden_size);
         let whole = resolve(self.checkpoint, self.scheme, &View::whole(tensor.to_owned(), rows, cols), false)?;
         let choice = self.choice(kind, NO_LAYER, kind.name());
         let described = TensorShape { name: kind.name(), layout: Layout::Tiled, shape: [1, rows, cols] };
-        let chosen = choose(kind, &described, choice, std::iter::once(&whole));
+        let sources = [vec![whole]];
+        let chosen = choose(kind, &described, choice, &sources);
+        let [whole] = &sources[0][..] else { unreachable!("it has one source") };
         self.note_widened(kind, NO_LAYER, kind.name(), chosen);
         let shape = spec.part_tensor(kind, rows, chosen.weight_type).expect("embedding and head have parts");
-        let layout = shape.layout;
+        let layout = layout_of(shape.layout, chosen);
         let height = if kind == ExtentKind::Embedding {
             embedding_part_rows(chosen.weight_type, cols)?
         } else {
@@ -229,6 +235,42 @@ impl Builder<'_> {
             self.out.widened.push(name);
         }
     }
+}
+
+/// A tensor of some extents, as it is to be stored.
+struct Part {
+    tensor: TensorShape,
+    chosen: Chosen,
+    /// By extent.
+    sources: Vec<Vec<Selection>>,
+}
+
+impl Part {
+    fn new(kind: ExtentKind, tensor: TensorShape, choice: TypeChoice, sources: Vec<Vec<Selection>>) -> Part {
+        let chosen = choose(kind, &tensor, choice, &sources);
+        let layout = layout_of(tensor.layout, chosen);
+        Part { tensor: TensorShape { layout, ..tensor }, chosen, sources }
+    }
+}
+
+/// What is stored of a tensor: itself, or the matrices of a pair apart, where one description does not fit both, and would for one.
+fn parts_of(kind: ExtentKind, tensor: &TensorShape, choice: TypeChoice, sources: Vec<Vec<Selection>>) -> Vec<Part> {
+    let whole = Part::new(kind, tensor.clone(), choice, sources);
+    let Some(halves) = tensor.apart().filter(|_| whole.chosen.widened) else { return vec![whole] };
+    let of_half = |(which, half): (usize, TensorShape)| {
+        let sources = whole.sources.iter().map(|s| s.get(which).map(|s| vec![s.clone()]));
+        Some(Part::new(kind, half, choice, sources.collect::<Option<_>>()?))
+    };
+    let halves: Option<Vec<Part>> = halves.into_iter().enumerate().map(of_half).collect();
+    match halves {
+        Some(halves) if halves.iter().any(|half| !half.chosen.widened) => halves,
+        _ => vec![whole],
+    }
+}
+
+/// The arrangement of a tensor of this type.
+fn layout_of(layout: Layout, chosen: Chosen) -> Layout {
+    if chosen.ordered { layout.ordered().expect("what is row-major is not carried in order") } else { layout }
 }
 
 /// Rows of a part of the embedding: as many as fit, in whole row groups unless its numbers stand alone.

@@ -275,9 +275,7 @@ impl<'a> Synthesis<'a> {
             match (record.kind, tensor.layout) {
                 (ExtentKind::Embedding, _) => self.embedding(record.index, tensor, batch, &mut write)?,
                 (_, Arrangement::Plain) => vector(tensor, tensors, &mut random, batch),
-                (_, Arrangement::Tiled | Arrangement::TiledPair) => {
-                    matrix(tensor, usual_deviation(tensor), &mut random, batch, &mut write)?;
-                }
+                _ => matrix(tensor, usual_deviation(tensor), &mut random, batch, &mut write)?,
             }
             write(batch)?;
         }

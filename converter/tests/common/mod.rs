@@ -168,8 +168,18 @@ pub fn unpack(t: &TensorRecord, extent: &[u8]) -> Vec<Vec<f32>> {
     let [batch, rows, cols] = t.shape.map(|d| d as usize);
     let bytes = &extent[t.offset as usize..(t.offset + t.len) as usize];
     let ty = t.weight_type;
-    let matrix = |bytes: &[u8]| kernels::unpack(kernels::Matrix::new(ty, rows, cols, bytes).unwrap());
-    match t.layout {
+    let order_len = if t.layout.is_ordered() { sluice_format::order_len(cols).unwrap() } else { 0 };
+    let (order, bytes) = bytes.split_at(order_len);
+    let matrix = |bytes: &[u8]| {
+        let stored = kernels::unpack(kernels::Matrix::new(ty, rows, cols, bytes).unwrap());
+        let mut values = stored.clone();
+        for (i, value) in stored.iter().enumerate().filter(|_| order_len > 0) {
+            let column = u16::from_le_bytes([order[i % cols * 2], order[i % cols * 2 + 1]]);
+            values[i / cols * cols + usize::from(column)] = *value;
+        }
+        values
+    };
+    match t.layout.unordered() {
         Layout::Plain if t.weight_type == WeightType::F32 => {
             vec![bytes.chunks(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect()]
         }
@@ -180,12 +190,12 @@ pub fn unpack(t: &TensorRecord, extent: &[u8]) -> Vec<Vec<f32>> {
             };
             vec![bytes.chunks(2).map(wide).collect()]
         }
-        Layout::Tiled => bytes.chunks(bytes.len() / batch).map(matrix).collect(),
         Layout::TiledPair => {
             let group = t.weight_type.row_group_len(cols).unwrap();
             let half = |which: usize| bytes.chunks(group).skip(which).step_by(2).collect::<Vec<_>>().concat();
             vec![matrix(&half(0)), matrix(&half(1))]
         }
+        _ => bytes.chunks(bytes.len() / batch).map(matrix).collect(),
     }
 }
 

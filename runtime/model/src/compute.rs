@@ -2,7 +2,8 @@
 
 use std::cell::RefCell;
 use std::fmt;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use sluice_kernels::{Activations, Kernels, KvBuffer, Precision, QueryTile, ThreadPool, TopK};
 
@@ -30,7 +31,13 @@ pub struct Compute {
     pub observer: Option<Arc<dyn InputObserver>>,
     /// Ends what is being computed.
     pub cancel: Option<Cancel>,
+    /// Inputs of a matrix whose columns have an order of their own, [`REORDERED_ROWS`] rows at most.
+    reordered: Mutex<Activations>,
 }
+
+/// Rows whose columns are brought into the order of a matrix at a time: enough for the weights to be met by many at once, and few
+/// enough that their memory is small.
+const REORDERED_ROWS: usize = 128;
 
 impl fmt::Debug for Compute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -44,6 +51,17 @@ impl fmt::Debug for Compute {
 }
 
 impl Compute {
+    /// For a model that nobody observes.
+    pub fn new(kernels: Kernels, threads: Arc<ThreadPool>, precision: Precision) -> Self {
+        let reordered = Mutex::new(Activations::new(precision));
+        Compute { kernels, threads, precision, observer: None, cancel: None, reordered }
+    }
+
+    /// Gives its buffer back.
+    pub fn give_back(&self) {
+        *self.reordered.lock().unwrap_or_else(PoisonError::into_inner) = Activations::new(self.precision);
+    }
+
     /// Shows the observer, if there is one, what `matrix` is about to be multiplied with.
     #[inline]
     pub fn observe(&self, matrix: &MatrixRef, index: u32, x: &Activations) {
@@ -60,7 +78,34 @@ impl Compute {
     /// `out` `[n, rows]` = `matrix` · `x`, on all threads.
     pub fn multiply(&self, matrix: &MatrixRef, extent: &[u8], x: &Activations, out: &mut [f32]) {
         self.observe(matrix, 0, x);
-        self.kernels.matmul(&self.threads, matrix.view(extent), x, out);
+        self.product(matrix, extent, x, out);
+    }
+
+    /// As [`multiply`](Self::multiply), without telling the observer.
+    pub fn product(&self, matrix: &MatrixRef, extent: &[u8], x: &Activations, out: &mut [f32]) {
+        let view = matrix.view(extent);
+        self.inputs(matrix, extent, x, |rows, x| {
+            let out = &mut out[rows.start * matrix.rows()..rows.end * matrix.rows()];
+            self.kernels.matmul(&self.threads, view, x, out);
+        });
+    }
+
+    /// Calls `f` with what the rows `x` are for `matrix`: all at once, or some at a time, numbered, with their columns in the order
+    /// of the matrix. Not re-entrant.
+    pub fn inputs(
+        &self,
+        matrix: &MatrixRef,
+        extent: &[u8],
+        x: &Activations,
+        mut f: impl FnMut(Range<usize>, &Activations),
+    ) {
+        let Some(order) = matrix.order(extent) else { return f(0..x.n(), x) };
+        let mut reordered = self.reordered.lock().unwrap_or_else(PoisonError::into_inner);
+        for first in (0..x.n()).step_by(REORDERED_ROWS) {
+            let rows = first..(first + REORDERED_ROWS).min(x.n());
+            reordered.reorder(x, rows.clone(), order);
+            f(rows, &reordered);
+        }
     }
 }
 
@@ -103,6 +148,8 @@ pub struct HeadScratch {
     pub serial: ThreadPool,
     /// f32 activations of one head.
     pub activations: Activations,
+    /// The same for a matrix whose columns have an order of their own.
+    pub reordered: Activations,
     /// Gathered inputs, `[tokens, width]`.
     pub input: Vec<f32>,
     /// Product of the inputs, `[tokens, width]`.
@@ -125,6 +172,7 @@ thread_local! {
     static HEAD_SCRATCH: RefCell<HeadScratch> = RefCell::new(HeadScratch {
         serial: ThreadPool::new(1),
         activations: Activations::new(Precision::Exact),
+        reordered: Activations::new(Precision::Exact),
         input: Vec::new(),
         product: Vec::new(),
         output: Vec::new(),

@@ -216,7 +216,7 @@ impl Engine {
         let threads = Arc::new(compute_threads(options.threads, storage.io.reading()));
         let workers: Arc<dyn Workers> = Arc::new(Unpacking(Arc::clone(&threads)));
         storage.set_workers(&workers);
-        let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
+        let compute = Compute::new(kernels, threads, precision);
         if !options.forget
             && let Some(counts) = counts::load(file.path(), file.state_id())
         {

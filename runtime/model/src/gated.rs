@@ -16,11 +16,46 @@ use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 /// A gated feed-forward network inside an extent: the dense part or one expert.
 #[derive(Clone, Copy, Debug)]
 pub struct GatedFfn {
-    gate_up: MatrixRef,
+    gate_up: GateUp,
     down: MatrixRef,
     bias: Option<FfnBias>,
     width: usize,
     activation: Activation,
+}
+
+/// Gate and up projection.
+#[derive(Clone, Copy, Debug)]
+enum GateUp {
+    /// One matrix, in which their row groups alternate.
+    Pair(MatrixRef),
+    /// One behind the other: each with a type and an order of columns of its own.
+    Apart([MatrixRef; 2]),
+}
+
+impl GateUp {
+    fn new(tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+        if tensors.has("gate") {
+            let part = |name| tensors.part_of("gate_up", name);
+            return Ok(GateUp::Apart([part("gate")?, part("up")?]));
+        }
+        Ok(GateUp::Pair(tensors.matrix("gate_up")?))
+    }
+
+    /// The matrices, in the order in which they are stored.
+    fn matrices(&self) -> &[MatrixRef] {
+        match self {
+            GateUp::Pair(pair) => std::slice::from_ref(pair),
+            GateUp::Apart(both) => both,
+        }
+    }
+
+    /// What one row group of the network's hidden layer takes of each matrix, in row groups.
+    fn groups_each(&self) -> usize {
+        match self {
+            GateUp::Pair(_) => 2,
+            GateUp::Apart(_) => 1,
+        }
+    }
 }
 
 /// Biases of gate, up and down projection.
@@ -34,8 +69,8 @@ struct FfnBias {
 /// How far a network has been computed.
 #[derive(Clone, Copy, Debug, Default)]
 struct Progress {
-    /// Row groups of gate, and as many of up, that are computed.
-    gate_up: usize,
+    /// Row groups of the hidden layer that are computed of each matrix of gate and up.
+    gate_up: [usize; 2],
     /// Row groups of down that are computed.
     down: usize,
     /// The bias of down has been added: nothing is left to do.
@@ -47,13 +82,16 @@ struct Progress {
 pub(super) struct Begun {
     progress: Progress,
     scratch: GatedScratch,
+    /// The input of the matrix that was last begun, if its columns have an order of their own.
+    reordered: Activations,
     /// `[hidden]`, or longer.
     output: Vec<f32>,
 }
 
 impl Begun {
     pub fn new(compute: &Compute) -> Self {
-        Begun { progress: Progress::default(), scratch: GatedScratch::new(compute), output: Vec::new() }
+        let (scratch, reordered) = (GatedScratch::new(compute), Activations::new(compute.precision));
+        Begun { progress: Progress::default(), scratch, reordered, output: Vec::new() }
     }
 
     /// Begins with another network or another row.
@@ -111,7 +149,7 @@ impl GatedFfn {
             true => Some(FfnBias { gate: vector("gate_bias")?, up: vector("up_bias")?, down: vector("down_bias")? }),
             false => None,
         };
-        Ok(GatedFfn { gate_up: tensors.matrix("gate_up")?, down: tensors.matrix("down")?, bias, width, activation })
+        Ok(GatedFfn { gate_up: GateUp::new(tensors)?, down: tensors.matrix("down")?, bias, width, activation })
     }
 
     /// `out` `[n, hidden]` = down · act(gate · x, up · x). `index`: the expert, if it is one.
@@ -124,23 +162,35 @@ impl GatedFfn {
         s: &mut GatedScratch,
         out: &mut [f32],
     ) {
-        compute.observe(&self.gate_up, index, x);
-        self.gate_up_rows(compute, extent, 0..self.gate_up.groups() / 2, x, s);
+        // Every byte is tallied once, though some rows may meet the weights after the others.
+        let of_rows = |rows: &Range<usize>| if rows.start == 0 { extent } else { Tallied::not(extent.bytes) };
+        compute.observe(&self.gate_up.matrices()[0], index, x);
+        self.make_room(x.n(), s);
+        let groups = self.width.div_ceil(ROW_GROUP);
+        for (which, matrix) in self.gate_up.matrices().iter().enumerate() {
+            compute.inputs(matrix, extent.bytes, x, |rows, x| {
+                self.gate_up_rows(compute, of_rows(&rows), (which, 0..groups), x, rows.start, s);
+            });
+        }
         self.activate(extent.bytes, x.n(), s);
         compute.observe(&self.down, index, &s.activations);
-        self.down_rows(compute, extent, 0..self.down.groups(), s, out);
+        compute.inputs(&self.down, extent.bytes, &s.activations, |rows, x| {
+            let out = &mut out[rows.start * self.down.rows()..rows.end * self.down.rows()];
+            self.down_rows(compute, of_rows(&rows), 0..self.down.groups(), x, out);
+        });
         self.add_down_bias(extent.bytes, s, out);
         self.tally_rest(extent);
     }
 
     /// Adds what is in no matrix to the tally of a whole extent: every byte is in it then.
     fn tally_rest(&self, extent: Tallied<'_>) {
-        let matrix = |m: &MatrixRef| m.group_start(0)..m.end();
-        let (a, b) = (matrix(&self.gate_up), matrix(&self.down));
-        let (first, second) = if a.start < b.start { (a, b) } else { (b, a) };
-        for rest in [0..first.start, first.end..second.start, second.end..extent.bytes.len()] {
-            extent.add(rest);
+        // The file's reader has checked that they are stored in this order.
+        let mut end = 0;
+        for matrix in self.gate_up.matrices().iter().chain([&self.down]) {
+            extent.add(end..matrix.group_start(0));
+            end = matrix.end();
         }
+        extent.add(end..extent.bytes.len());
     }
 
     /// Goes on with `begun`, for the one row `x`, as far as `prefix`, the first bytes of an extent of `len` bytes, allows. Tells no
@@ -154,27 +204,36 @@ impl GatedFfn {
         begun: &mut Begun,
     ) {
         assert_eq!(x.n(), 1, "the rows of several tokens do not lie together");
-        let Begun { progress, scratch: s, output } = begun;
+        let Begun { progress, scratch: s, reordered, output } = begun;
         let out = sized(output, self.down.rows());
         let bytes = prefix.bytes;
         if progress.done || self.biases_end() > bytes.len() {
             return;
         }
-        let pairs = self.gate_up.groups() / 2;
-        let there = self.gate_up.groups_within(bytes.len()) / 2;
-        if there > progress.gate_up {
-            self.gate_up_rows(compute, prefix, progress.gate_up..there, x, s);
-            progress.gate_up = there;
-            if there == pairs {
-                self.activate(bytes, 1, s);
+        let matrices = self.gate_up.matrices();
+        for (which, matrix) in matrices.iter().enumerate() {
+            let (before, all) = (progress.gate_up[which], self.width.div_ceil(ROW_GROUP));
+            let there = matrix.groups_within(bytes.len()) / self.gate_up.groups_each();
+            if there > before {
+                let x = if before == 0 { matrix.input(bytes, x, reordered) } else { matrix.same_input(x, reordered) };
+                self.make_room(1, s);
+                self.gate_up_rows(compute, prefix, (which, before..there), x, 0, s);
+                progress.gate_up[which] = there;
+                if there == all && which + 1 == matrices.len() {
+                    self.activate(bytes, 1, s);
+                }
             }
-        }
-        if progress.gate_up < pairs {
-            return;
+            if there < all {
+                return;
+            }
         }
         let there = self.down.groups_within(bytes.len());
         if there > progress.down {
-            self.down_rows(compute, prefix, progress.down..there, s, out);
+            let x = match progress.down {
+                0 => self.down.input(bytes, &s.activations, reordered),
+                _ => self.down.same_input(&s.activations, reordered),
+            };
+            self.down_rows(compute, prefix, progress.down..there, x, out);
             progress.down = there;
         }
         if there == self.down.groups() && bytes.len() == len {
@@ -186,12 +245,17 @@ impl GatedFfn {
 
     /// Makes room in `begun` for one row of `cols` numbers, so that a later call allocates nothing.
     pub(super) fn reserve(&self, cols: usize, begun: &mut Begun) {
-        sized(&mut begun.output, cols);
+        let output = sized(&mut begun.output, cols);
+        if self.gate_up.matrices().iter().any(MatrixRef::is_ordered) {
+            begun.reordered.set(output, 1, cols);
+        }
         let s = &mut begun.scratch;
-        let hidden = sized(&mut s.hidden, self.width);
-        s.activations.set(hidden, 1, self.width);
+        self.make_room(1, s);
+        s.activations.set(&s.hidden[..self.width], 1, self.width);
+        if self.down.is_ordered() {
+            begun.reordered.set(&s.hidden[..self.width], 1, self.width);
+        }
         if let Some(bias) = &self.bias {
-            sized(&mut s.pair, self.gate_up.rows());
             s.gate_bias.reserve(bias.gate.count().max(bias.down.count()));
             s.up_bias.reserve(bias.up.count());
         }
@@ -202,27 +266,53 @@ impl GatedFfn {
         self.bias.map_or(0, |bias| bias.gate.end().max(bias.up.end()).max(bias.down.end()))
     }
 
-    /// Computes the rows of these groups, of gate and up each: of all groups, or for one token of any.
+    /// Room for what `gate_up_rows` computes of `n` tokens.
+    fn make_room(&self, n: usize, s: &mut GatedScratch) {
+        sized(&mut s.hidden, n * self.width);
+        match &self.gate_up {
+            GateUp::Pair(pair) if self.bias.is_some() => _ = sized(&mut s.pair, n * pair.rows()),
+            GateUp::Pair(_) => (),
+            GateUp::Apart(_) => _ = sized(&mut s.pair, n * self.width),
+        }
+    }
+
+    /// Computes the rows of these groups of the hidden layer, of one matrix of gate and up: of all groups, or for one token of any.
+    /// `x`: the tokens from `first` on, as they are for the matrix.
+    ///
+    /// A pair leaves the hidden layer in `s.hidden`, or with biases both products in `s.pair`, as the row groups alternate. Of two
+    /// matrices the product of gate is left in `s.pair`, that of up in `s.hidden`.
     fn gate_up_rows(
         &self,
         compute: &Compute,
         extent: Tallied<'_>,
-        groups: Range<usize>,
+        (which, groups): (usize, Range<usize>),
         x: &Activations,
+        first: usize,
         s: &mut GatedScratch,
     ) {
         let (kernels, threads) = (&compute.kernels, &compute.threads);
-        let watch = extent.watch(self.gate_up.group_start(2 * groups.start));
-        let matrix = self.gate_up.view_of_groups(extent.bytes, 2 * groups.start..2 * groups.end);
-        let matrix = matrix.watched_by(watch.as_ref().map(|watch| watch as &dyn Watch));
-        if self.bias.is_none() {
-            let hidden = sized(&mut s.hidden, x.n() * self.width);
-            let (rows, hidden) = rows_of(hidden, x.n(), &groups, self.width);
-            kernels.gate_up(threads, matrix, rows, self.activation, x, hidden);
-        } else {
-            let pair = sized(&mut s.pair, x.n() * self.gate_up.rows());
-            let (_, pair) = rows_of(pair, x.n(), &(2 * groups.start..2 * groups.end), self.gate_up.rows());
-            kernels.matmul(threads, matrix, x, pair);
+        let (matrix, each) = (&self.gate_up.matrices()[which], self.gate_up.groups_each());
+        let stored = each * groups.start..each * groups.end;
+        let watch = extent.watch(matrix.group_start(stored.start));
+        let view = matrix.view_of_groups(extent.bytes, stored.clone());
+        let view = view.watched_by(watch.as_ref().map(|watch| watch as &dyn Watch));
+        match (&self.gate_up, &self.bias) {
+            (GateUp::Pair(_), None) => {
+                let hidden = &mut s.hidden[first * self.width..][..x.n() * self.width];
+                let (rows, hidden) = rows_of(hidden, x.n(), &groups, self.width);
+                kernels.gate_up(threads, view, rows, self.activation, x, hidden);
+            }
+            (GateUp::Pair(_), Some(_)) => {
+                let pair = &mut s.pair[first * matrix.rows()..][..x.n() * matrix.rows()];
+                let (_, pair) = rows_of(pair, x.n(), &stored, matrix.rows());
+                kernels.matmul(threads, view, x, pair);
+            }
+            (GateUp::Apart(_), _) => {
+                let product = if which == 0 { &mut s.pair } else { &mut s.hidden };
+                let product = &mut product[first * self.width..][..x.n() * self.width];
+                let (_, product) = rows_of(product, x.n(), &groups, self.width);
+                kernels.matmul(threads, view, x, product);
+            }
         }
     }
 
@@ -232,31 +322,47 @@ impl GatedFfn {
         if let Some(bias) = &self.bias {
             bias.gate.read(extent, &mut s.gate_bias);
             bias.up.read(extent, &mut s.up_bias);
-            for (pair, hidden) in s.pair.chunks_exact(self.gate_up.rows()).zip(hidden.chunks_exact_mut(self.width)) {
-                for (i, h) in hidden.iter_mut().enumerate() {
-                    // Row groups alternate: gate, up, gate, up.
-                    let gate = pair[i / ROW_GROUP * 2 * ROW_GROUP + i % ROW_GROUP] + s.gate_bias[i];
-                    let up = pair[(i / ROW_GROUP * 2 + 1) * ROW_GROUP + i % ROW_GROUP] + s.up_bias[i];
-                    *h = self.activation.apply(gate, up);
+        }
+        let hidden_rows = hidden.chunks_exact_mut(self.width);
+        match (&self.gate_up, &self.bias) {
+            (GateUp::Pair(_), None) => (),
+            (GateUp::Pair(matrix), Some(_)) => {
+                for (pair, hidden) in s.pair.chunks_exact(matrix.rows()).zip(hidden_rows) {
+                    for (i, h) in hidden.iter_mut().enumerate() {
+                        // Row groups alternate: gate, up, gate, up.
+                        let gate = pair[i / ROW_GROUP * 2 * ROW_GROUP + i % ROW_GROUP] + s.gate_bias[i];
+                        let up = pair[(i / ROW_GROUP * 2 + 1) * ROW_GROUP + i % ROW_GROUP] + s.up_bias[i];
+                        *h = self.activation.apply(gate, up);
+                    }
+                }
+            }
+            (GateUp::Apart(_), bias) => {
+                for (gates, hidden) in s.pair.chunks_exact(self.width).zip(hidden_rows) {
+                    for (i, (h, &gate)) in hidden.iter_mut().zip(gates).enumerate() {
+                        let biased = || (gate + s.gate_bias[i], *h + s.up_bias[i]);
+                        let (gate, up) = if bias.is_some() { biased() } else { (gate, *h) };
+                        *h = self.activation.apply(gate, up);
+                    }
                 }
             }
         }
         s.activations.set(hidden, n, self.width);
     }
 
+    /// Computes the rows of these groups of `down`: of all groups, or for one token of any.
     fn down_rows(
         &self,
         compute: &Compute,
         extent: Tallied<'_>,
         groups: Range<usize>,
-        s: &mut GatedScratch,
+        x: &Activations,
         out: &mut [f32],
     ) {
         let watch = extent.watch(self.down.group_start(groups.start));
         let matrix = self.down.view_of_groups(extent.bytes, groups.clone());
         let matrix = matrix.watched_by(watch.as_ref().map(|watch| watch as &dyn Watch));
-        let (_, out) = rows_of(out, s.activations.n(), &groups, self.down.rows());
-        compute.kernels.matmul(&compute.threads, matrix, &s.activations, out);
+        let (_, out) = rows_of(out, x.n(), &groups, self.down.rows());
+        compute.kernels.matmul(&compute.threads, matrix, x, out);
     }
 
     fn add_down_bias(&self, extent: &[u8], s: &mut GatedScratch, out: &mut [f32]) {
@@ -281,8 +387,8 @@ fn rows_of<'a>(out: &'a mut [f32], n: usize, groups: &Range<usize>, rows: usize)
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use sluice_format::{ExtentKind, Layout, TensorRecord, WeightType as Stored, pack_tensors};
-    use sluice_kernels::{Kernels, Precision, ThreadPool, WeightType, pack_row_group, row_group_len};
+    use sluice_format::{ExtentKind, Layout, TensorRecord, WeightType as Stored, order_len, pack_tensors};
+    use sluice_kernels::{Kernels, Precision, ThreadPool, pack_row_group, row_group_len};
 
     use xxhash_rust::xxh3::xxh3_64;
 
@@ -305,13 +411,8 @@ mod tests {
     }
 
     fn compute() -> Compute {
-        Compute {
-            kernels: Kernels::detect().expect("an instruction set"),
-            threads: ThreadPool::new(2).into(),
-            precision: Precision::Int8,
-            observer: None,
-            cancel: None,
-        }
+        let kernels = Kernels::detect().expect("an instruction set");
+        Compute::new(kernels, ThreadPool::new(2).into(), Precision::Int8)
     }
 
     /// Numbers from -1 to 1, always the same.
@@ -319,28 +420,47 @@ mod tests {
         (0..count as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0)
     }
 
-    fn fill_matrix(extent: &mut [u8], record: &TensorRecord, ty: WeightType) {
-        let cols = record.shape[2] as usize;
+    /// Row groups that are multiples of each other, behind an order that turns the columns around.
+    fn fill_matrix(extent: &mut [u8], record: &TensorRecord) {
+        let (ty, cols) = (record.weight_type, record.shape[2] as usize);
         let values: Vec<f32> = numbers(ROW_GROUP * cols).collect();
         let bytes = &mut extent[record.offset as usize..][..record.len as usize];
+        let order_len = if record.layout.is_ordered() { order_len(cols).expect("few") } else { 0 };
+        let (order, bytes) = bytes.split_at_mut(order_len);
+        let columns = (0..cols as u16).rev().map(u16::to_le_bytes);
+        order.as_chunks_mut().0.iter_mut().zip(columns).for_each(|(to, column)| *to = column);
         for (i, group) in bytes.chunks_exact_mut(row_group_len(ty, cols).expect("small")).enumerate() {
             let scaled: Vec<f32> = values.iter().map(|v| v * (i + 1) as f32).collect();
             pack_row_group(ty, &scaled, ROW_GROUP, cols, group);
         }
     }
 
-    /// An expert and the bytes of its extent, whole pages.
-    fn network(stored: Stored, width: usize, hidden: usize, bias: bool) -> (GatedFfn, Vec<u8>) {
+    /// An expert and the bytes of its extent, whole pages. `up`: the type of up, if that stands apart.
+    fn network(
+        stored: Stored,
+        up: Option<Stored>,
+        (width, hidden): (usize, usize),
+        bias: bool,
+        ordered: bool,
+    ) -> (GatedFfn, Vec<u8>) {
+        let tiled = |layout: Layout| if ordered { layout.ordered().expect("tiled") } else { layout };
         let vector = |name, n| record(name, Stored::F32, Layout::Plain, 1, n);
         let mut records = match bias {
             true => vec![vector("gate_bias", width), vector("up_bias", width), vector("down_bias", hidden)],
             false => Vec::new(),
         };
-        records.push(record("gate_up", stored, Layout::TiledPair, width, hidden));
-        records.push(record("down", stored, Layout::Tiled, hidden, width));
+        let biases = records.len();
+        match up {
+            None => records.push(record("gate_up", stored, tiled(Layout::TiledPair), width, hidden)),
+            Some(up) => {
+                records.push(record("gate", stored, tiled(Layout::Tiled), width, hidden));
+                records.push(record("up", up, tiled(Layout::Tiled), width, hidden));
+            }
+        }
+        records.push(record("down", stored, tiled(Layout::Tiled), hidden, width));
         let len = pack_tensors(&mut records).expect("possible") as usize;
         let mut extent = vec![0; len.next_multiple_of(4096)];
-        let (biases, matrices) = records.split_at(records.len() - 2);
+        let (biases, matrices) = records.split_at(biases);
         for record in biases {
             let bytes = &mut extent[record.offset as usize..][..record.len as usize];
             bytes.chunks_exact_mut(4).zip(numbers(usize::MAX)).for_each(|(b, v)| b.copy_from_slice(&v.to_le_bytes()));
@@ -349,13 +469,18 @@ mod tests {
             let place = MatrixPlace { kind: ExtentKind::Expert, layer: 0, name };
             MatrixRef::from_record(place, record).expect("a matrix")
         };
-        matrices.iter().for_each(|record| fill_matrix(&mut extent, record, stored));
+        matrices.iter().for_each(|record| fill_matrix(&mut extent, record));
         let bias = bias.then(|| FfnBias {
             gate: VectorRef::from_record(&biases[0]),
             up: VectorRef::from_record(&biases[1]),
             down: VectorRef::from_record(&biases[2]),
         });
-        let (gate_up, down) = (matrix(&matrices[0], "gate_up"), matrix(&matrices[1], "down"));
+        let gate_up = match matrices {
+            [pair, _] => GateUp::Pair(matrix(pair, "gate_up")),
+            [gate, up, _] => GateUp::Apart([matrix(gate, "gate_up"), matrix(up, "gate_up")]),
+            _ => unreachable!("two or three"),
+        };
+        let down = matrix(&matrices[matrices.len() - 1], "down");
         (GatedFfn { gate_up, down, bias, width, activation: Activation::Silu }, extent)
     }
 
@@ -366,12 +491,13 @@ mod tests {
         #[test]
         fn portions_give_what_the_whole_gives(
             stored in prop_oneof![Just(Stored::F32), Just(Stored::Bf16), Just(Stored::Q8), Just(Stored::Q4)],
+            up in prop_oneof![Just(None), Just(Some(Stored::Bf16)), Just(Some(Stored::Q8))],
             (width, hidden) in (1usize..100, 1usize..100),
-            bias in any::<bool>(),
+            (bias, ordered) in any::<(bool, bool)>(),
             cuts in proptest::collection::vec(0.0f64..1.0, 0..8),
         ) {
             let compute = compute();
-            let (network, extent) = network(stored, width, hidden, bias);
+            let (network, extent) = network(stored, up, (width, hidden), bias, ordered);
             let mut x = Activations::new(compute.precision);
             x.set(&numbers(hidden).collect::<Vec<_>>(), 1, hidden);
             let mut whole = vec![f32::NAN; hidden];
@@ -387,7 +513,8 @@ mod tests {
             ends.sort_unstable();
             ends.push(extent.len());
             // Whatever an earlier network left behind.
-            let mut begun = Begun { progress: Progress::default(), scratch, output: vec![f32::NAN; hidden + 3] };
+            let (reordered, output) = (Activations::new(compute.precision), vec![f32::NAN; hidden + 3]);
+            let mut begun = Begun { progress: Progress::default(), scratch, reordered, output };
             let tally = tally.begin(extent.len());
             for end in ends {
                 prop_assert!(!begun.is_done());
@@ -400,6 +527,38 @@ mod tests {
             let mut output = Vec::new();
             begun.swap_output(&mut output);
             prop_assert_eq!(bits(&output[..hidden]), bits(&whole));
+        }
+    }
+
+    /// Gate and up apart: the bits of the pair.
+    #[test]
+    fn apart_gives_what_the_pair_gives() {
+        let compute = compute();
+        for (bias, ordered) in [(false, false), (true, false), (false, true)] {
+            let outputs = [None, Some(Stored::Q4)].map(|up| {
+                let (network, extent) = network(Stored::Q4, up, (30, 70), bias, ordered);
+                let mut extent = extent;
+                if up.is_none() {
+                    alternate(&network, &mut extent);
+                }
+                let mut x = Activations::new(compute.precision);
+                x.set(&numbers(140).collect::<Vec<_>>(), 2, 70);
+                let mut out = vec![f32::NAN; 140];
+                let mut scratch = GatedScratch::new(&compute);
+                network.forward(&compute, Tallied::not(&extent), 0, &x, &mut scratch, &mut out);
+                out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+            });
+            assert_eq!(outputs[0], outputs[1], "bias: {bias}, ordered: {ordered}");
+        }
+    }
+
+    /// Makes the row groups of a pair what those of two equal matrices are: the first of each, then the second of each.
+    fn alternate(network: &GatedFfn, extent: &mut [u8]) {
+        let GateUp::Pair(pair) = network.gate_up else { unreachable!("it is a pair") };
+        let group = |i| pair.group_start(i)..pair.group_start(i + 1);
+        let groups: Vec<Vec<u8>> = (0..pair.groups()).map(|i| extent[group(i)].to_vec()).collect();
+        for i in 0..groups.len() {
+            extent[group(i)].copy_from_slice(&groups[i / 2]);
         }
     }
 }

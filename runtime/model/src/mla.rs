@@ -242,7 +242,7 @@ impl Mla {
     fn absorb(&self, Queries { step, query, .. }: Queries<'_, '_>, task: &Task, scratch: &mut HeadScratch) {
         let (s, n) = (&self.spec, task.rows.len());
         let (nope, rank, head_width) = (s.qk_nope_head_dim, s.kv_lora_rank, s.qk_nope_head_dim + s.qk_rope_head_dim);
-        let HeadScratch { serial, activations, input, product, .. } = scratch;
+        let HeadScratch { serial, activations, reordered, input, product, .. } = scratch;
         let product = sized(product, task.heads.len() * n * rank);
         for (h, absorbed) in task.heads.clone().zip(product.chunks_exact_mut(n * rank)) {
             let input = sized(input, n * nope);
@@ -251,6 +251,7 @@ impl Mla {
             }
             activations.set(input, n, nope);
             step.compute.observe(&self.k_b, h as u32, activations);
+            let activations = self.k_b.input(step.extent, activations, reordered);
             step.compute.kernels.matmul(serial, self.k_b.view_of_batch(step.extent, h), activations, absorbed);
         }
     }
@@ -317,11 +318,12 @@ impl Mla {
     /// `out` `[rows, heads, v_head_dim]`: the values that a task's latents stand for.
     fn expand(&self, step: Step<'_>, task: &Task, scratch: &mut HeadScratch, out: &mut [f32]) {
         let (n, rank, width) = (task.rows.len(), self.spec.kv_lora_rank, self.spec.v_head_dim);
-        let HeadScratch { serial, activations, input, output, .. } = scratch;
+        let HeadScratch { serial, activations, reordered, input, output, .. } = scratch;
         let output = sized(output, n * width);
         for (i, (h, latents)) in task.heads.clone().zip(input.chunks_exact(n * rank)).enumerate() {
             activations.set(latents, n, rank);
             step.compute.observe(&self.v_b, h as u32, activations);
+            let activations = self.v_b.input(step.extent, activations, reordered);
             step.compute.kernels.matmul(serial, self.v_b.view_of_batch(step.extent, h), activations, output);
             for (out, output) in out.chunks_exact_mut(task.heads.len() * width).zip(output.chunks_exact(width)) {
                 out[i * width..][..width].copy_from_slice(output);

@@ -255,6 +255,7 @@ impl Model {
         *head_input = Activations::new(compute.precision);
         *attention = AttentionScratch::new(compute);
         ffn.give_back(compute);
+        compute.give_back();
         self.embedding.give_back();
     }
 
@@ -450,7 +451,7 @@ impl Model {
                 if row == 0 {
                     compute.observe(matrix, 0, head_input);
                 }
-                compute.kernels.matmul(&compute.threads, matrix.view(extent.bytes()), head_input, part);
+                compute.product(matrix, extent.bytes(), head_input, part);
                 for (part, logits) in part.chunks_exact(matrix.rows()).zip(logits.chunks_exact_mut(vocab)) {
                     logits[row..row + matrix.rows()].copy_from_slice(part);
                 }

@@ -274,8 +274,7 @@ mod tests {
     /// Two rows that use every expert with weight 1, and one pass over them. An expert gives its first byte.
     fn sum(pool: &mut Pool, experts: u8, combining: Combining) -> Result<Vec<f32>, PoolError> {
         let kernels = Kernels::detect().unwrap();
-        let (threads, precision) = (ThreadPool::new(2).into(), Precision::Exact);
-        let compute = Compute { kernels, threads, precision, observer: None, cancel: None };
+        let compute = Compute::new(kernels, ThreadPool::new(2).into(), Precision::Exact);
         let top_k = usize::from(experts);
         let choices: Vec<Choice> = (0..2 * u32::from(experts))
             .map(|choice| Choice { expert: choice % u32::from(experts), weight: 1.0 })
@@ -346,13 +345,7 @@ mod tests {
     #[should_panic(expected = "outputs are missing")]
     fn a_sum_without_one_of_its_outputs_is_a_panic() {
         let kernels = Kernels::detect().unwrap();
-        let compute = Compute {
-            kernels,
-            threads: ThreadPool::new(1).into(),
-            precision: Precision::Exact,
-            observer: None,
-            cancel: None,
-        };
+        let compute = Compute::new(kernels, ThreadPool::new(1).into(), Precision::Exact);
         let mut outputs = Outputs::new(u64::MAX);
         outputs.begin(1, 1, HIDDEN, false);
         outputs.sum(&compute, &[Choice { expert: 0, weight: 1.0 }], &mut [0.0; HIDDEN]);

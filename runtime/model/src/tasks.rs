@@ -170,7 +170,7 @@ mod tests {
             assert!(rows.take(&spans, &mut Cursor::default(), 1000));
             for threads in [1, 2, 5] {
                 let (kernels, threads) = (Kernels::scalar(), ThreadPool::new(threads).into());
-                let compute = Compute { kernels, threads, precision: Precision::Exact, observer: None, cancel: None };
+                let compute = Compute::new(kernels, threads, Precision::Exact);
                 let step = Step { compute: &compute, rows: &rows, extent: &[] };
                 for (heads, sharing) in [(8, 8), (8, 2), (6, 3), (4, 1)] {
                     for (in_order, most) in [(false, Most { rows: 7, heads: 4 }), (true, Most { rows: 7, heads: 8 })] {

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use sluice_format::{ExtentKind, Layout, ModelFile, TensorRecord};
-use sluice_kernels::{Matrix, ROW_GROUP, WeightType, packed_len};
+use sluice_format::{ExtentKind, Layout, ModelFile, TensorRecord, order_len};
+use sluice_kernels::{Activations, Matrix, ROW_GROUP, WeightType, packed_len};
 
 use super::ModelError;
 
@@ -25,9 +25,12 @@ pub struct MatrixRef {
     ty: WeightType,
     rows: usize,
     cols: usize,
+    /// Byte of the extent at which the first matrix of the batch begins.
     offset: usize,
     /// Bytes of one matrix of the batch.
     len: usize,
+    /// Where the order of the columns begins, if they have one of their own: before the first matrix.
+    order: Option<usize>,
 }
 
 impl MatrixRef {
@@ -72,6 +75,29 @@ impl MatrixRef {
         self.len / self.groups()
     }
 
+    /// Whether the columns have an order of their own.
+    pub fn is_ordered(&self) -> bool {
+        self.order.is_some()
+    }
+
+    /// The order of the columns, if they have one of their own: bytes of the extent before the first row group.
+    pub fn order<'a>(&self, extent: &'a [u8]) -> Option<&'a [u8]> {
+        self.order.map(|start| &extent[start..start + 2 * self.cols])
+    }
+
+    /// What the tokens `x` are for this matrix: themselves, or in `scratch` with their columns in the order of the matrix. An order
+    /// that is damaged gives other numbers or NaN.
+    pub fn input<'x>(&self, extent: &[u8], x: &'x Activations, scratch: &'x mut Activations) -> &'x Activations {
+        let Some(order) = self.order(extent) else { return x };
+        scratch.reorder(x, 0..x.n(), order);
+        scratch
+    }
+
+    /// What [`MatrixRef::input`] has given for the same tokens and left in `scratch`.
+    pub fn same_input<'x>(&self, x: &'x Activations, scratch: &'x Activations) -> &'x Activations {
+        if self.order.is_some() { scratch } else { x }
+    }
+
     /// The matrix inside its extent's bytes.
     pub fn view<'a>(&self, extent: &'a [u8]) -> Matrix<'a> {
         self.view_of_batch(extent, 0)
@@ -92,12 +118,13 @@ impl MatrixRef {
     pub(super) fn from_record(place: MatrixPlace, t: &TensorRecord) -> Option<Self> {
         let [_, rows, cols] = t.shape.map(|d| d as usize);
         let rows = match t.layout {
-            Layout::Tiled => rows,
-            Layout::TiledPair => 2 * rows.next_multiple_of(ROW_GROUP),
+            Layout::Tiled | Layout::TiledOrdered => rows,
+            Layout::TiledPair | Layout::TiledPairOrdered => 2 * rows.next_multiple_of(ROW_GROUP),
             Layout::Plain => return None,
         };
-        let ty = t.weight_type;
-        Some(MatrixRef { place, ty, rows, cols, offset: t.offset as usize, len: packed_len(ty, rows, cols)? })
+        let (ty, start) = (t.weight_type, t.offset as usize);
+        let (order, before) = if t.layout.is_ordered() { (Some(start), order_len(cols)?) } else { (None, 0) };
+        Some(MatrixRef { place, ty, rows, cols, offset: start + before, len: packed_len(ty, rows, cols)?, order })
     }
 }
 
@@ -155,8 +182,18 @@ impl ExtentTensors<'_> {
     }
 
     pub(super) fn matrix(&self, name: &'static str) -> Result<MatrixRef, ModelError> {
+        self.part_of(name, name)
+    }
+
+    /// Whether there is a tensor of that name.
+    pub(super) fn has(&self, name: &'static str) -> bool {
+        self.file.tensor(self.kind, self.layer, self.index, name).is_some()
+    }
+
+    /// The matrix `name`, which is part of what the spec calls `whole`.
+    pub(super) fn part_of(&self, whole: &'static str, name: &'static str) -> Result<MatrixRef, ModelError> {
         let record = self.record(name)?;
-        let place = MatrixPlace { kind: self.kind, layer: self.layer, name };
+        let place = MatrixPlace { kind: self.kind, layer: self.layer, name: whole };
         MatrixRef::from_record(place, record).ok_or_else(|| ModelError::MissingTensor {
             path: self.file.path().to_owned(),
             extent: sluice_format::extent_name(self.kind, self.layer, self.index),
