@@ -17,8 +17,8 @@ use crate::commands::convert::{Job, convert_file};
 use crate::error::CliError;
 use crate::terminal::{byte_bar, note};
 
-/// Weights per second and core that become q4 or q3, of `docs/BENCHMARKS.md`.
-const QUANTISED_PER_CORE: f64 = 10e6;
+/// Weights per second and core that become q4 or q3, measuring included, of `docs/BENCHMARKS.md`.
+const QUANTISED_PER_CORE: f64 = 4.5e6;
 
 impl From<HubError> for CliError {
     fn from(error: HubError) -> Self {

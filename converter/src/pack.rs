@@ -232,12 +232,13 @@ impl<'a> Packer<'a> {
         self.values(&job.sources[first], rows)?;
         let (step, height) = (job.sources.len(), piece_rows(ty));
         let guide = job.guides.get(rows.first / job.tensor.shape[1]).unwrap_or(&Guide::Nothing);
-        let values = self.values.par_chunks(height * rows.cols);
-        let packed = self.packed.par_chunks_mut(height / ROW_GROUP * step * group_len);
+        let values = self.values.chunks(height * rows.cols);
+        let packed = self.packed.chunks_mut(height / ROW_GROUP * step * group_len);
+        let pieces: Vec<(&[f32], &mut [u8])> = values.zip(packed).collect();
         let pack = |scratch: &mut kernels::FeedbackScratch, (values, packed): (&[f32], &mut [u8])| {
             pack_piece(ty, values, rows.cols, guide, Groups { packed, group_len, first, step }, scratch)
         };
-        let sums: Vec<ErrorSums> = values.zip(packed).map_init(Default::default, pack).collect();
+        let sums: Vec<ErrorSums> = pieces.into_par_iter().map_init(Default::default, pack).collect();
         sums.iter().for_each(|sums| job.sums.join(sums));
         if ty == WeightType::Q8 && self.values.iter().any(|v| v.abs() > Q8_LARGEST) {
             return Err(self.too_large(job, source));
