@@ -171,7 +171,7 @@ fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
                 from: "what `sluice convert` would write of this checkpoint".into(),
             };
             let mut report = report(args, plan.spec(), plan.extents(), plan.file_bytes(), types);
-            report.measuring_bytes = measuring_bytes(&plan)?;
+            report.measuring_bytes = measuring_bytes(&plan);
             Ok(report)
         }
         // It has no `config.json`.
@@ -186,13 +186,11 @@ fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
     }
 }
 
-/// What converting takes on the drive beside the model file, because the model is measured.
-fn measuring_bytes(plan: &converter::Plan) -> Result<u64, CliError> {
-    if !plan.is_measured() {
-        return Ok(0);
-    }
-    let measurement = Measurement::new(plan, TEXT, Effort::default()).map_err(|e| CliError::Failure(e.to_string()))?;
-    Ok(measurement.map_or(0, |measurement| plan.measuring_bytes(measurement.kept_bytes())))
+/// What converting takes on the drive beside the model file, because the model is measured. One whose tokenizer is not understood is
+/// not: what is wrong with it, `convert` says.
+fn measuring_bytes(plan: &converter::Plan) -> u64 {
+    let measurement = plan.is_measured().then(|| Measurement::new(plan, TEXT, Effort::default()).ok().flatten());
+    measurement.flatten().map_or(0, |measurement| plan.measuring_bytes(measurement.kept_bytes()))
 }
 
 fn of_geometry(args: &Args) -> Result<Report, CliError> {
