@@ -1,13 +1,13 @@
 //! What quantising costs: converts a checkpoint to types, plainly and measured, and scores a text with each.
 //!
-//! `cargo run --release -p sluice-calibrate --example quality -- CHECKPOINT TEXT [TYPE...]` prints perplexity in windows of 512 and the
+//! `cargo run --release -p sluice-calibrate --example quality -- CHECKPOINT TEXT [TYPE[/EFFORT]...]` prints perplexity in windows of 512 and the
 //! mean divergence from what the f32 model says. Temporary files lie beside the text.
 
 use std::error::Error;
 use std::path::Path;
 use std::time::Instant;
 
-use sluice_calibrate::{Measurement, TEXT, digest};
+use sluice_calibrate::{Effort, Measurement, TEXT, digest};
 use sluice_converter::measure::Measure;
 use sluice_converter::{Options, TypeChoice, convert_measured, plan};
 use sluice_format::WeightType;
@@ -19,17 +19,21 @@ const WINDOW: usize = 512;
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [source, text, types @ ..] = &arguments[..] else {
-        return Err("usage: quality CHECKPOINT TEXT [TYPE[/plain]...]".into());
+        return Err("usage: quality CHECKPOINT TEXT [TYPE[/plain|/fast|/default|/best]...]".into());
     };
     let path = format!("{text}.quality.sluice");
     let text = std::fs::read_to_string(text)?;
-    convert(source, &path, TypeChoice::Type(WeightType::F32), true)?;
+    convert(source, &path, TypeChoice::Type(WeightType::F32), None)?;
     let truth = score(&path, &text, None)?;
     println!("f32: perplexity {:.4} over {} tokens", truth.perplexity, truth.rows.len());
     for ty in types {
-        let (name, plain) = ty.strip_suffix("/plain").map_or((ty.as_str(), false), |name| (name, true));
+        let (name, effort) = match ty.split_once('/') {
+            None => (ty.as_str(), Some(Effort::default())),
+            Some((name, "plain")) => (name, None),
+            Some((name, effort)) => (name, Some(effort.parse()?)),
+        };
         let started = Instant::now();
-        convert(source, &path, name.parse()?, plain)?;
+        convert(source, &path, name.parse()?, effort)?;
         let seconds = started.elapsed().as_secs_f64();
         let found = score(&path, &text, Some(&truth))?;
         let change = 100.0 * (found.perplexity / truth.perplexity - 1.0);
@@ -42,11 +46,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn convert(source: &str, path: &str, ty: TypeChoice, plain: bool) -> Result<(), Box<dyn Error>> {
-    let measured = (!plain).then(|| digest(TEXT));
+fn convert(source: &str, path: &str, ty: TypeChoice, effort: Option<Effort>) -> Result<(), Box<dyn Error>> {
+    let measured = effort.map(|effort| digest(TEXT, effort));
     let options = Options { expert_type: ty, dense_type: ty, measured, overwrite: true, ..Options::default() };
     let plan = plan(Path::new(source), &options)?;
-    let mut measurement = if plan.is_measured() { Measurement::new(&plan, TEXT)? } else { None };
+    let effort = effort.filter(|_| plan.is_measured());
+    let mut measurement = effort.map(|effort| Measurement::new(&plan, TEXT, effort)).transpose()?.flatten();
     let measure = measurement.as_mut().map(|m| m as &mut dyn Measure);
     convert_measured(&plan, Path::new(path), measure, &())?;
     Ok(())

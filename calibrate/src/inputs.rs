@@ -1,6 +1,6 @@
 //! What has met the matrices of one layer, and how they are to be rounded for it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 
 use sluice_converter::measure::{Guide, Inputs};
@@ -38,17 +38,26 @@ impl ExpertRows {
     }
 }
 
-/// Inputs of a matrix that every token meets, and what follows from them once it is asked for.
-struct Common {
+/// Inputs of matrices that every token meets, and what follows from them once it is asked for.
+pub(crate) struct Common {
     moments: Moments,
     feedback: OnceLock<Option<Arc<Feedback>>>,
+}
+
+impl Common {
+    pub(crate) fn new(moments: Moments) -> Self {
+        Common { moments, feedback: OnceLock::new() }
+    }
 }
 
 /// What has met the matrices of one layer.
 pub(crate) struct LayerInputs {
     kernels: Kernels,
+    threads: ThreadPool,
     layer: u32,
-    common: BTreeMap<MatrixKey, Common>,
+    common: Vec<Common>,
+    /// Number in `common` of what a matrix has met.
+    matrices: BTreeMap<MatrixKey, usize>,
     gates: BTreeMap<u32, ColumnMeans>,
     downs: BTreeMap<u32, ExpertRows>,
     /// Mean squares of the inputs of all experts' second matrices.
@@ -58,8 +67,9 @@ pub(crate) struct LayerInputs {
 impl LayerInputs {
     pub(crate) fn new(
         kernels: Kernels,
+        threads: ThreadPool,
         layer: u32,
-        moments: BTreeMap<MatrixKey, Moments>,
+        (common, matrices): (Vec<Common>, BTreeMap<MatrixKey, usize>),
         gates: BTreeMap<u32, ColumnMeans>,
         downs: BTreeMap<u32, ExpertRows>,
     ) -> Self {
@@ -70,16 +80,17 @@ impl LayerInputs {
             sums.iter_mut().zip(rows.squares()).for_each(|(sum, squares)| *sum += squares);
         }
         let mean_down = sums.iter().map(|sum| (sum / tokens.max(1) as f64) as f32).collect();
-        let common = moments.into_iter().map(|(key, moments)| (key, Common { moments, feedback: OnceLock::new() }));
-        LayerInputs { kernels, layer, common: common.collect(), gates, downs, mean_down }
+        LayerInputs { kernels, threads, layer, common, matrices, gates, downs, mean_down }
     }
 
     /// Mean squares by matrix, for an importance file.
     pub(crate) fn means(&self) -> BTreeMap<MatrixKey, ColumnMeans> {
         let expert =
             |name: &str, index| MatrixKey { kind: ExtentKind::Expert, layer: self.layer, name: name.to_owned(), index };
-        let common = self.common.iter().filter(|(key, _)| key.kind != ExtentKind::Router).map(|(key, common)| {
-            let (tokens, mean_squares) = (common.moments.tokens(), common.moments.mean_squares());
+        let quantisable = self.matrices.iter().filter(|(key, _)| key.kind != ExtentKind::Router);
+        let common = quantisable.map(|(key, &number)| {
+            let moments = &self.common[number].moments;
+            let (tokens, mean_squares) = (moments.tokens(), moments.mean_squares());
             (key.clone(), ColumnMeans { tokens, mean_squares })
         });
         let gates = self.gates.iter().map(|(&index, means)| (expert("gate_up", index), means.clone()));
@@ -91,11 +102,22 @@ impl LayerInputs {
         common.chain(gates).chain(downs).collect()
     }
 
-    /// How a matrix that every token meets is rounded.
-    fn common(&self, key: &MatrixKey) -> Guide {
-        let Some(Common { moments, feedback }) = self.common.get(key) else { return Guide::Nothing };
-        let made = feedback.get_or_init(|| Feedback::new(self.kernels, moments).map(Arc::new));
-        made.as_ref().map_or_else(|| columns(moments.mean_squares()), |f| Guide::Feedback(f.clone()))
+    /// What every token brings to a matrix; all experts of a layer choose from the inputs of their router. `None` for the second matrices
+    /// of experts, and where nothing was seen.
+    fn common(&self, key: &MatrixKey) -> Option<usize> {
+        match (key.kind, key.name.as_str()) {
+            (ExtentKind::Expert, "down") => None,
+            (ExtentKind::Expert, _) => {
+                let (kind, name) = (ExtentKind::Router, "router".to_owned());
+                self.matrices.get(&MatrixKey { kind, layer: self.layer, name, index: 0 }).copied()
+            }
+            _ => self.matrices.get(key).copied(),
+        }
+    }
+
+    fn feedback(&self, number: usize) -> Option<Arc<Feedback>> {
+        let Common { moments, feedback } = &self.common[number];
+        feedback.get_or_init(|| Feedback::new(self.kernels, moments).map(Arc::new)).clone()
     }
 
     /// How an expert's second matrix is rounded.
@@ -119,15 +141,20 @@ fn columns(mean_squares: Vec<f32>) -> Guide {
 }
 
 impl Inputs for LayerInputs {
+    fn prepare(&self, keys: &[MatrixKey]) {
+        let numbers: BTreeSet<usize> = keys.iter().filter_map(|key| self.common(key)).collect();
+        let mut numbers: Vec<usize> = numbers.into_iter().collect();
+        // The widest first: it takes longest.
+        numbers.sort_by_key(|&number| std::cmp::Reverse(self.common[number].moments.cols()));
+        self.threads.run(numbers.len(), &|i| drop(self.feedback(numbers[i])));
+    }
+
     fn guide(&self, key: &MatrixKey) -> Guide {
-        match (key.kind, key.name.as_str()) {
-            (ExtentKind::Expert, "down") => self.down(key.index),
-            // All experts of a layer choose from the inputs of their router.
-            (ExtentKind::Expert, _) => {
-                let (kind, name) = (ExtentKind::Router, "router".to_owned());
-                self.common(&MatrixKey { kind, layer: self.layer, name, index: 0 })
-            }
-            _ => self.common(key),
+        if let (ExtentKind::Expert, "down") = (key.kind, key.name.as_str()) {
+            return self.down(key.index);
         }
+        let Some(number) = self.common(key) else { return Guide::Nothing };
+        let means = || columns(self.common[number].moments.mean_squares());
+        self.feedback(number).map_or_else(means, Guide::Feedback)
     }
 }

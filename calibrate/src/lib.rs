@@ -4,7 +4,9 @@
 //! matrix the products of its inputs are summed ([`Moments`](sluice_kernels::Moments)), from which error feedback follows; of
 //! experts, which see few of the tokens, the inputs themselves are kept until the layer is converted.
 
+mod effort;
 mod inputs;
+mod kept;
 mod observer;
 
 use std::collections::BTreeMap;
@@ -15,25 +17,25 @@ use std::sync::Arc;
 use sluice_checksum::Xxh3;
 use sluice_converter::Plan;
 use sluice_converter::measure::{Inputs, Measure};
-use sluice_format::{ColumnMeans, Importance, MatrixKey, Metadata, TEXT_FILES};
+use sluice_format::{ColumnMeans, Importance, MatrixKey, Metadata, ModelSpec, TEXT_FILES};
 use sluice_kernels::{IsaError, Kernels};
 use sluice_model::{Control, Engine, EngineOptions, RuntimeError, Span, Want};
 use sluice_text::{TextError, Tokenizer};
 
+pub use effort::Effort;
+
+use inputs::LayerInputs;
 use observer::Observer;
 
 /// The text that models are measured on unless there is a better one: prose, speech, many languages, code, mathematics, tables.
 /// It was written for this purpose, and belongs to this project.
 pub const TEXT: &str = include_str!("text.txt");
 
-/// Tokens that remember each other.
-const WINDOW: usize = 512;
-
-/// Windows that go through a layer together.
-const TOGETHER: usize = 8;
+/// Tokens that go through a layer together.
+const TOGETHER: usize = 4096;
 
 /// Raised whenever the same text can give another measurement.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Why a model cannot be measured.
 #[derive(Debug, thiserror::Error)]
@@ -57,10 +59,10 @@ pub enum CalibrateError {
 }
 
 /// What identifies a measurement on a text, for [`sluice_converter::Options::measured`].
-pub fn digest(text: &str) -> u64 {
+pub fn digest(text: &str, effort: Effort) -> u64 {
     let mut hash = Xxh3::new();
     hash.update(&VERSION.to_le_bytes());
-    hash.update(&(WINDOW as u64).to_le_bytes());
+    hash.update(effort.name().as_bytes());
     hash.update(text.as_bytes());
     hash.digest()
 }
@@ -69,15 +71,15 @@ pub fn digest(text: &str) -> u64 {
 pub struct Measurement {
     tokens: Vec<u32>,
     window: usize,
-    /// Residual streams, and the numbers of all of them.
+    panel: usize,
+    /// Residual streams.
     streams: usize,
-    width: usize,
-    layers: usize,
+    spec: ModelSpec,
     /// The residual, `[tokens, width]`, before the next layer.
     states: Vec<f32>,
     kernels: Kernels,
-    /// Of all layers so far.
-    means: BTreeMap<MatrixKey, ColumnMeans>,
+    /// Of all layers so far, if they are asked for.
+    means: Option<BTreeMap<MatrixKey, ColumnMeans>>,
 }
 
 impl Measurement {
@@ -85,7 +87,7 @@ impl Measurement {
     ///
     /// # Errors
     /// [`CalibrateError::Text`], [`CalibrateError::NoTokens`] and [`CalibrateError::Isa`].
-    pub fn new(plan: &Plan, text: &str) -> Result<Option<Measurement>, CalibrateError> {
+    pub fn new(plan: &Plan, text: &str, effort: Effort) -> Result<Option<Measurement>, CalibrateError> {
         let mut metadata = Metadata::default();
         for name in TEXT_FILES {
             if let Some(bytes) = plan.side_file(name) {
@@ -93,37 +95,44 @@ impl Measurement {
             }
         }
         let Some(tokenizer) = Tokenizer::of(&metadata)? else { return Ok(None) };
-        let tokens = tokenizer.encode(text, true)?;
+        let spec = plan.spec();
+        let window = effort.window().min(spec.max_positions.max(1));
+        let tokens = effort::spread(&tokenizer.encode(text, true)?, window, effort.tokens(spec));
         if tokens.is_empty() {
             return Err(CalibrateError::NoTokens);
         }
-        let spec = plan.spec();
         Ok(Some(Measurement {
             tokens,
-            window: WINDOW.min(spec.max_positions.max(1)),
+            window,
+            panel: effort.panel(),
             streams: spec.residual_width() / spec.hidden_size,
-            width: spec.residual_width(),
-            layers: spec.layers.len(),
+            spec: spec.clone(),
             states: Vec::new(),
             kernels: Kernels::detect()?,
-            means: BTreeMap::new(),
+            means: None,
         }))
     }
 
-    /// The importance of the columns of all matrices that have been measured, for an importance file.
+    /// The means of all matrices are kept, for [`Measurement::importance`].
+    #[must_use]
+    pub fn keeping_means(self) -> Self {
+        Measurement { means: Some(BTreeMap::new()), ..self }
+    }
+
+    /// The importance of the columns of all matrices that have been measured, for an importance file; of none unless their means are
+    /// kept ([`Measurement::keeping_means`]).
     ///
     /// # Errors
     /// [`CalibrateError::NotANumber`].
-    pub fn importance(&self, plan: &Plan) -> Result<Importance, CalibrateError> {
-        Importance::new(plan.spec(), self.tokens.len() as u64, self.means.clone()).map_err(CalibrateError::NotANumber)
+    pub fn importance(&self) -> Result<Importance, CalibrateError> {
+        let means = self.means.clone().unwrap_or_default();
+        Importance::new(&self.spec, self.tokens.len() as u64, means).map_err(CalibrateError::NotANumber)
     }
 
     /// Takes the states through the layer in `file`.
-    fn run(&mut self, layer: usize, file: &Path) -> Result<Observer, CalibrateError> {
-        let windows = self.tokens.len().div_ceil(self.window);
-        let together = TOGETHER.min(windows);
+    fn run(&mut self, layer: usize, file: &Path) -> Result<LayerInputs, CalibrateError> {
+        let together = (TOGETHER / self.window).clamp(1, self.tokens.len().div_ceil(self.window));
         let options = EngineOptions {
-            exact: true,
             no_calibration: true,
             forget: true,
             context: Some(self.window),
@@ -131,13 +140,40 @@ impl Measurement {
             ..EngineOptions::default()
         };
         let mut engine = Engine::open(file, &options)?;
-        let observer = Arc::new(Observer::new(self.kernels, engine.threads(), layer));
+        let observer = Observer::new(self.kernels, engine.threads(), layer, self.panel);
+        let (seen, behind) = self.pass(&mut engine, layer, together, observer)?;
+        let (seen, behind) = match seen {
+            Some(seen) => (seen, behind),
+            // No model known does this.
+            None => {
+                let alone = Observer::new(self.kernels, engine.threads(), layer, self.panel).without_sharing();
+                let (seen, behind) = self.pass(&mut engine, layer, together, alone)?;
+                (seen.expect("what is not shared does not part"), behind)
+            }
+        };
+        self.states = behind;
+        if self.states.iter().all(|x| x.is_finite()) {
+            Ok(seen)
+        } else {
+            Err(CalibrateError::NotANumber(format!("behind layer {layer}")))
+        }
+    }
+
+    /// What the observer has seen, and the states behind the layer.
+    fn pass(
+        &self,
+        engine: &mut Engine,
+        layer: usize,
+        together: usize,
+        observer: Observer,
+    ) -> Result<(Option<LayerInputs>, Vec<f32>), CalibrateError> {
+        let observer = Arc::new(observer);
         // What the head meets is behind the last layer; its one row costs nothing.
-        let want = if layer + 1 == self.layers { Want::All } else { Want::Nothing };
+        let want = if layer + 1 == self.spec.layers.len() { Want::All } else { Want::Nothing };
         let mut sequences: Vec<_> = (0..together).map(|_| engine.new_sequence()).collect();
-        let rows = self.window * together;
+        let (rows, width) = (self.window * together, self.spec.residual_width());
         let mut behind = Vec::with_capacity(self.states.len());
-        for (states, tokens) in self.states.chunks(rows * self.width).zip(self.tokens.chunks(rows)) {
+        for (states, tokens) in self.states.chunks(rows * width).zip(self.tokens.chunks(rows)) {
             sequences.iter_mut().for_each(|sequence| sequence.clear());
             // Embeddings are not looked up: the states are given.
             let spans = sequences.iter_mut().zip(tokens.chunks(self.window));
@@ -155,14 +191,8 @@ impl Measurement {
             };
             engine.step(&mut spans, &mut control, &mut |_, _, _| ())?;
         }
-        drop((sequences, engine));
-        self.states = behind;
-        let observer = Arc::into_inner(observer).expect("the engine is closed");
-        if self.states.iter().all(|x| x.is_finite()) {
-            Ok(observer)
-        } else {
-            Err(CalibrateError::NotANumber(format!("behind layer {layer}")))
-        }
+        let observer = Arc::into_inner(observer).expect("a step that is over has forgotten its observer");
+        Ok((observer.finish(), behind))
     }
 }
 
@@ -176,13 +206,41 @@ impl Measure for Measurement {
         let streams = |embedding: &[f32]| embedding.repeat(self.streams);
         self.states = match self.streams {
             1 => states,
-            _ => states.chunks_exact(self.width / self.streams).flat_map(streams).collect(),
+            _ => states.chunks_exact(self.spec.hidden_size).flat_map(streams).collect(),
         };
     }
 
     fn layer(&mut self, layer: usize, file: &Path) -> Result<Arc<dyn Inputs>, Box<dyn Error + Send + Sync>> {
-        let inputs = self.run(layer, file)?.finish();
-        self.means.extend(inputs.means());
+        let inputs = self.run(layer, file)?;
+        if let Some(means) = &mut self.means {
+            means.extend(inputs.means());
+        }
         Ok(Arc::new(inputs))
+    }
+
+    fn kept_bytes(&self) -> u64 {
+        let means = if self.means.is_some() { Importance::longest(&self.spec) } else { 0 };
+        (size_of::<u64>() + self.tokens.len() * self.spec.residual_width() * size_of::<f32>()) as u64 + means
+    }
+
+    fn keep(&self) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
+        let means = self.means.as_ref().map(|_| self.importance()).transpose()?;
+        Ok(kept::to_bytes(&self.states, means.as_ref()))
+    }
+
+    fn go_on(&mut self, kept: &[u8]) -> bool {
+        let states = self.tokens.len() * self.spec.residual_width();
+        match (kept::from_bytes(kept, states, &self.spec), &mut self.means) {
+            (Some((states, Some(found))), Some(means)) => {
+                (self.states, *means) = (states, found.matrices().clone());
+                true
+            }
+            (Some((states, _)), None) => {
+                self.states = states;
+                true
+            }
+            // Means that are asked for now were not kept then.
+            _ => false,
+        }
     }
 }

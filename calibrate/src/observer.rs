@@ -3,30 +3,28 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
+use sluice_checksum::Xxh3;
 use sluice_format::{ColumnMeans, ExtentKind, MatrixKey, NO_LAYER};
-use sluice_kernels::{Activations, Kernels, Moments, Precision, ThreadPool};
+use sluice_kernels::{Activations, Kernels, Moments, ThreadPool};
 use sluice_model::compute::InputObserver;
 use sluice_model::weights::MatrixPlace;
 
-use crate::inputs::{ExpertRows, LayerInputs};
+use crate::inputs::{Common, ExpertRows, LayerInputs};
 
-/// Columns whose errors can be made good in each other. The moments of wider matrices take less memory and time so, and most
-/// of the gain remains (`docs/QUANTISATION.md`).
-const PANEL: usize = 2048;
-
-/// Rows that are collected before they are multiplied.
-const ROWS: usize = 1024;
-
-/// Inputs of a matrix that every token meets.
+/// Inputs that several matrices can have in common, such as queries, keys and values.
 struct Seen {
     moments: Moments,
-    /// Rows that are not in the moments yet.
-    rows: Vec<f32>,
+    /// Of all rows so far.
+    digest: u128,
 }
 
 #[derive(Default)]
 struct State {
-    matrices: BTreeMap<MatrixKey, Seen>,
+    seen: Vec<Seen>,
+    /// Number in `seen` of what a matrix has met, and the digest of the rows that it has met.
+    matrices: BTreeMap<MatrixKey, (usize, u128)>,
+    /// Whether matrices have met the same rows at first, and then others.
+    parted: bool,
     /// Mean squares of an expert's inputs as a sum, and tokens: the inputs themselves are the router's too.
     gates: BTreeMap<u32, (u64, Vec<f64>)>,
     /// Inputs of an expert's second matrix.
@@ -39,39 +37,83 @@ pub(crate) struct Observer {
     threads: ThreadPool,
     /// Number of the layer, which is 0 in its file.
     layer: u32,
+    /// Columns whose errors can be made good in each other.
+    panel: usize,
+    /// Whether matrices that have met the same rows share their moments.
+    shares: bool,
     state: Mutex<State>,
 }
 
 impl Observer {
-    pub(crate) fn new(kernels: Kernels, threads: usize, layer: usize) -> Self {
+    pub(crate) fn new(kernels: Kernels, threads: usize, layer: usize, panel: usize) -> Self {
         let threads = ThreadPool::new(threads);
-        Observer { kernels, threads, layer: layer as u32, state: Mutex::default() }
+        Observer { kernels, threads, layer: layer as u32, panel, shares: true, state: Mutex::default() }
     }
 
-    /// What has been seen.
-    pub(crate) fn finish(self) -> LayerInputs {
-        let State { matrices, gates, downs } = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let mut moments = BTreeMap::new();
-        for (key, mut seen) in matrices {
-            seen.flush(&self.kernels, &self.threads);
-            moments.insert(key, seen.moments);
+    /// Matrices that have met the same rows do not share their moments.
+    #[must_use]
+    pub(crate) fn without_sharing(self) -> Self {
+        Observer { shares: false, ..self }
+    }
+
+    /// What has been seen. `None` if matrices that had met the same rows have then met others: it has to be seen once more, without
+    /// sharing.
+    pub(crate) fn finish(self) -> Option<LayerInputs> {
+        let State { seen, matrices, parted, gates, downs } =
+            self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // A matrix that others have left behind has not met all that its moments say.
+        if parted || matrices.values().any(|&(number, digest)| self.shares && seen[number].digest != digest) {
+            return None;
         }
         let gates = gates.into_iter().map(|(expert, (tokens, squares))| {
             let mean_squares = squares.iter().map(|sum| (sum / tokens.max(1) as f64) as f32).collect();
             (expert, ColumnMeans { tokens, mean_squares })
         });
-        LayerInputs::new(self.kernels, self.layer, moments, gates.collect(), downs)
+        let common = seen.into_iter().map(|seen| Common::new(seen.moments)).collect();
+        let matrices = matrices.into_iter().map(|(key, (number, _))| (key, number)).collect();
+        Some(LayerInputs::new(self.kernels, self.threads, self.layer, (common, matrices), gates.collect(), downs))
+    }
+
+    /// Inputs of a matrix that every token meets.
+    fn common(&self, state: &mut State, key: MatrixKey, x: &Activations) {
+        let before = state.matrices.get(&key).copied();
+        let digest = if self.shares { digest(before.map_or(0, |(_, digest)| digest), x) } else { 0 };
+        let same = state.seen.iter().position(|seen| self.shares && seen.digest == digest);
+        let number = match (same, before) {
+            // Another matrix has met all this already.
+            (Some(number), _) => number,
+            (None, Some((number, before))) => {
+                state.parted |= state.seen[number].digest != before;
+                number
+            }
+            (None, None) => {
+                state.seen.push(Seen { moments: Moments::new(x.cols(), self.panel), digest });
+                state.seen.len() - 1
+            }
+        };
+        if same.is_none() {
+            state.seen[number].moments.add(&self.kernels, &self.threads, x);
+            state.seen[number].digest = digest;
+        }
+        state.matrices.insert(key, (number, digest));
     }
 }
 
-impl Seen {
-    fn flush(&mut self, kernels: &Kernels, threads: &ThreadPool) {
-        let cols = self.moments.cols();
-        let mut x = Activations::new(Precision::Exact);
-        x.set(&self.rows, self.rows.len() / cols, cols);
-        self.moments.add(kernels, threads, &x);
-        self.rows.clear();
+/// The digest of rows behind others, to the bit.
+fn digest(before: u128, x: &Activations) -> u128 {
+    let mut hash = Xxh3::new();
+    hash.update(&before.to_le_bytes());
+    hash.update(&(x.cols() as u64).to_le_bytes());
+    let mut bytes = [0; 1024];
+    for t in 0..x.n() {
+        for values in x.row(t).chunks(bytes.len() / size_of::<f32>()) {
+            for (to, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
+                *to = value.to_le_bytes();
+            }
+            hash.update(&bytes[..size_of_val(values)]);
+        }
     }
+    hash.digest128()
 }
 
 impl InputObserver for Observer {
@@ -94,16 +136,54 @@ impl InputObserver for Observer {
             }
             (kind, name) => {
                 let layer = if place.layer == NO_LAYER { NO_LAYER } else { self.layer };
-                let key = MatrixKey { kind, layer, name: name.to_owned(), index };
-                let new = || Seen { moments: Moments::new(x.cols(), PANEL), rows: Vec::new() };
-                let seen = state.matrices.entry(key).or_insert_with(new);
-                for row in rows() {
-                    seen.rows.extend_from_slice(row);
-                    if seen.rows.len() == ROWS * x.cols() {
-                        seen.flush(&self.kernels, &self.threads);
-                    }
-                }
+                self.common(&mut state, MatrixKey { kind, layer, name: name.to_owned(), index }, x);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sluice_converter::measure::{Guide, Inputs as _};
+    use sluice_kernels::Precision;
+
+    use super::*;
+
+    fn rows(n: usize, seed: f32) -> Activations {
+        let x: Vec<f32> = (0..n * 64).map(|i| ((i as f32 + 1.0) * seed).sin()).collect();
+        let mut rows = Activations::new(Precision::Exact);
+        rows.set(&x, n, 64);
+        rows
+    }
+
+    /// Means of what the matrices of a layer have met in two passes.
+    fn seen(shares: bool, passes: [[(&'static str, f32); 3]; 2]) -> Option<Vec<(String, ColumnMeans)>> {
+        let observer = Observer { shares, ..Observer::new(Kernels::scalar(), 1, 3, 2048) };
+        for (name, seed) in passes.into_iter().flatten() {
+            observer.inputs(MatrixPlace { kind: ExtentKind::Attention, layer: 0, name }, 0, &rows(40, seed));
+        }
+        let inputs = observer.finish()?;
+        let key = |name: &str| MatrixKey { kind: ExtentKind::Attention, layer: 3, name: name.to_owned(), index: 0 };
+        assert!(matches!(inputs.guide(&key("q")), Guide::Feedback(_)));
+        assert!(matches!(inputs.guide(&key("other")), Guide::Nothing));
+        Some(inputs.means().into_iter().map(|(key, means)| (key.name, means)).collect())
+    }
+
+    #[test]
+    fn matrices_with_the_same_inputs_share_their_moments() {
+        let passes = [[("q", 0.3), ("k", 0.3), ("o", 0.7)], [("q", 0.4), ("k", 0.4), ("o", 0.9)]];
+        let (shared, alone) = (seen(true, passes).unwrap(), seen(false, passes).unwrap());
+        assert_eq!(shared, alone);
+        assert!(shared.iter().all(|(_, means)| means.tokens == 80));
+    }
+
+    #[test]
+    fn matrices_that_part_are_noticed() {
+        let of_leader = [[("q", 0.3), ("k", 0.3), ("o", 0.7)], [("q", 0.4), ("k", 0.5), ("o", 0.9)]];
+        let left_behind = [[("q", 0.3), ("k", 0.3), ("o", 0.7)], [("q", 0.4), ("o", 0.5), ("o", 0.9)]];
+        for passes in [of_leader, left_behind] {
+            assert!(seen(true, passes).is_none());
+            assert!(seen(false, passes).is_some());
         }
     }
 }

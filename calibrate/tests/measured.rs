@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use sluice_calibrate::{Measurement, TEXT, digest};
+use sluice_calibrate::{Effort, Measurement, TEXT, digest};
 use sluice_converter::measure::{Inputs, Measure};
 use sluice_converter::{ConvertError, Options, Plan, TypeChoice, convert_measured, plan};
 use sluice_format::{ExtentKind, Importance, WeightType};
@@ -20,12 +20,19 @@ fn fixture() -> PathBuf {
 
 fn planned(ty: WeightType, measured: bool) -> Plan {
     let choice = TypeChoice::Type(ty);
-    let measured = measured.then(|| digest(TEXT));
+    let measured = measured.then(|| digest(TEXT, Effort::Default));
     plan(&fixture(), &Options { expert_type: choice, dense_type: choice, measured, ..Options::default() }).unwrap()
 }
 
-fn measurement(plan: &Plan) -> Measurement {
-    Measurement::new(plan, TEXT).unwrap().expect("the fixture has a tokenizer")
+/// A few tokens: of interruptions, longer texts say no more.
+fn few() -> &'static str {
+    let (end, _) = TEXT.match_indices("\n\n").nth(4).expect("the text has paragraphs");
+    &TEXT[..end]
+}
+
+fn measurement(plan: &Plan, text: &str) -> Measurement {
+    let measurement = Measurement::new(plan, text, Effort::Default).unwrap();
+    measurement.expect("the fixture has a tokenizer").keeping_means()
 }
 
 /// Logits behind every token of a text, computed in windows.
@@ -69,12 +76,12 @@ fn what_is_measured_brings_the_model_nearer_to_the_original() {
         let (plain, measured) = (path(&format!("{ty}-plain")), path(&format!("{ty}")));
         convert_measured(&planned(ty, false), &plain, None, &()).unwrap();
         let plan = planned(ty, true);
-        let mut measurement = measurement(&plan);
+        let mut measurement = measurement(&plan, TEXT);
         convert_measured(&plan, &measured, Some(&mut measurement), &()).unwrap();
         let [before, after] = [plain, measured].map(|model| divergence(&truth, &rows(&model, &text)));
         println!("{ty}: divergence {before:.5} plainly, {after:.5} measured");
         assert!(after < 0.95 * before, "{ty}: {after} beside {before}");
-        let importance = measurement.importance(&plan).unwrap();
+        let importance = measurement.importance().unwrap();
         importance.save(&path("importance")).unwrap();
         let loaded = Importance::load(&path("importance"), plan.spec()).unwrap();
         assert!(loaded.matrices().keys().any(|key| key.kind == ExtentKind::Head));
@@ -82,10 +89,23 @@ fn what_is_measured_brings_the_model_nearer_to_the_original() {
     }
 }
 
-/// Ends a conversion before a layer.
+/// Ends a conversion before a layer, and counts those that are measured.
 struct Failing {
     inner: Measurement,
     at: usize,
+    measured: Vec<usize>,
+    /// What the plan says that measuring takes on the drive.
+    scratch: u64,
+    /// What it says to keep more than it does.
+    more: u64,
+}
+
+impl Failing {
+    fn new(plan: &Plan, at: usize) -> Self {
+        let inner = measurement(plan, few());
+        let scratch = plan.measuring_bytes(inner.kept_bytes());
+        Failing { inner, at, measured: Vec::new(), scratch, more: 0 }
+    }
 }
 
 impl Measure for Failing {
@@ -98,8 +118,33 @@ impl Measure for Failing {
     }
 
     fn layer(&mut self, layer: usize, file: &Path) -> Result<Arc<dyn Inputs>, Box<dyn Error + Send + Sync>> {
-        if layer == self.at { Err("enough".into()) } else { self.inner.layer(layer, file) }
+        if layer == self.at {
+            return Err("enough".into());
+        }
+        self.measured.push(layer);
+        assert!(file.metadata()?.len() + 2 * self.inner.kept_bytes() <= self.scratch, "layer {layer}");
+        self.inner.layer(layer, file)
     }
+
+    fn kept_bytes(&self) -> u64 {
+        self.inner.kept_bytes() + self.more
+    }
+
+    fn keep(&self) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
+        let kept = self.inner.keep()?;
+        assert!(kept.len() as u64 <= self.kept_bytes());
+        Ok(kept)
+    }
+
+    fn go_on(&mut self, kept: &[u8]) -> bool {
+        self.inner.go_on(kept)
+    }
+}
+
+/// On one thread, so that the file depends on threads if anything does.
+fn resumed(plan: &Plan, path: &Path, measure: &mut Failing) -> usize {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    pool.install(|| convert_measured(plan, path, Some(measure), &())).unwrap().resumed_extents
 }
 
 #[test]
@@ -107,16 +152,76 @@ fn the_file_depends_neither_on_interruptions_nor_on_threads() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let plan = planned(WeightType::Q3, true);
-    convert_measured(&plan, &path("whole"), Some(&mut measurement(&plan)), &()).unwrap();
-    let mut failing = Failing { inner: measurement(&plan), at: plan.spec().layers.len() - 1 };
-    let failed = convert_measured(&plan, &path("cut"), Some(&mut failing), &());
-    assert!(matches!(failed, Err(ConvertError::Measure { .. })), "{failed:?}");
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-    let summary = pool.install(|| convert_measured(&plan, &path("cut"), Some(&mut measurement(&plan)), &())).unwrap();
-    assert!(summary.resumed_extents > 0);
-    assert!(fs::read(path("whole")).unwrap() == fs::read(path("cut")).unwrap(), "the files differ");
-    let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert_eq!(left.len(), 2, "{left:?}");
+    let layers = plan.spec().layers.len();
+    let mut whole = measurement(&plan, few());
+    convert_measured(&plan, &path("whole"), Some(&mut whole), &()).unwrap();
+    for at in 0..layers {
+        let failed = convert_measured(&plan, &path("cut"), Some(&mut Failing::new(&plan, at)), &());
+        assert!(matches!(failed, Err(ConvertError::Measure { .. })), "{failed:?}");
+        assert!(path("cut.partial.states").exists());
+        let mut going_on = Failing::new(&plan, layers);
+        let kept = resumed(&plan, &path("cut"), &mut going_on);
+        assert!(kept > 0);
+        // What was measured is not measured again, and yet nothing of it is missing.
+        assert_eq!(going_on.measured, (at..layers).collect::<Vec<_>>());
+        assert_eq!(going_on.inner.importance().unwrap().digest(), whole.importance().unwrap().digest());
+        assert!(fs::read(path("whole")).unwrap() == fs::read(path("cut")).unwrap(), "the files differ");
+        let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left.len(), 2, "{left:?}");
+        fs::remove_file(path("cut")).unwrap();
+    }
+}
+
+#[test]
+fn states_that_are_damaged_are_measured_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let plan = planned(WeightType::Q3, true);
+    let layers = plan.spec().layers.len();
+    convert_measured(&plan, &path("whole"), Some(&mut measurement(&plan, few())), &()).unwrap();
+    let whole = fs::read(path("whole")).unwrap();
+    let damages: [fn(&mut Vec<u8>); 4] = [
+        |bytes| bytes[100] ^= 1,
+        |bytes| bytes.truncate(bytes.len() / 2),
+        |bytes| bytes.clear(),
+        // The layer that it says it is of.
+        |bytes| bytes[24] ^= 1,
+    ];
+    for damage in damages {
+        convert_measured(&plan, &path("cut"), Some(&mut Failing::new(&plan, layers - 1)), &()).unwrap_err();
+        let states = path("cut.partial.states");
+        let mut bytes = fs::read(&states).unwrap();
+        damage(&mut bytes);
+        fs::write(&states, bytes).unwrap();
+        let mut again = Failing::new(&plan, layers);
+        resumed(&plan, &path("cut"), &mut again);
+        assert_eq!(again.measured, (0..layers).collect::<Vec<_>>());
+        assert!(fs::read(path("cut")).unwrap() == whole && !states.exists());
+        fs::remove_file(path("cut")).unwrap();
+    }
+    // Those of another plan go with its journal.
+    convert_measured(&planned(WeightType::Q4, true), &path("cut"), Some(&mut Failing::new(&plan, 1)), &()).unwrap_err();
+    let mut other = Failing::new(&plan, layers);
+    resumed(&plan, &path("cut"), &mut other);
+    assert_eq!(other.measured.len(), layers);
+    assert!(fs::read(path("cut")).unwrap() == whole);
+}
+
+#[test]
+fn a_drive_without_room_to_measure_is_refused_before_anything_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    for compress in [false, true] {
+        let choice = TypeChoice::Type(WeightType::Q4);
+        let options =
+            Options { expert_type: choice, dense_type: choice, measured: Some(1), compress, ..Options::default() };
+        let plan = plan(&fixture(), &options).unwrap();
+        let mut measure = Failing { more: 1 << 60, ..Failing::new(&plan, 0) };
+        let refused = convert_measured(&plan, &folder.path().join("a"), Some(&mut measure), &()).unwrap_err();
+        assert!(refused.to_string().contains("--no-importance"), "{refused}");
+        let ConvertError::NoSpace { needed, scratch, available, .. } = refused else { panic!("{refused}") };
+        assert!(scratch >= 2 << 60 && needed >= scratch && available < needed);
+        assert!(fs::read_dir(folder.path()).unwrap().next().is_none(), "nothing is left behind");
+    }
 }
 
 #[test]
@@ -126,6 +231,6 @@ fn a_plan_that_is_measured_needs_somebody_to_measure() {
     assert!(measured.is_measured() && !plain.is_measured() && !planned(WeightType::Q8, true).is_measured());
     let refused = convert_measured(&measured, &folder.path().join("a"), None, &());
     assert!(matches!(refused, Err(ConvertError::Options(_))));
-    let refused = convert_measured(&plain, &folder.path().join("a"), Some(&mut measurement(&measured)), &());
+    let refused = convert_measured(&plain, &folder.path().join("a"), Some(&mut measurement(&measured, few())), &());
     assert!(matches!(refused, Err(ConvertError::Options(_))));
 }

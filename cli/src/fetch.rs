@@ -17,8 +17,8 @@ use crate::commands::convert::{Job, convert_file};
 use crate::error::CliError;
 use crate::terminal::{byte_bar, note};
 
-/// Weights per second and core that become q4 or q3, and that become q2, of `docs/BENCHMARKS.md`.
-const QUANTISED_PER_CORE: f64 = 10e6;
+/// Weights per second and core that become q4 or q3, measuring included, and that become q2, of `docs/BENCHMARKS.md`.
+const QUANTISED_PER_CORE: f64 = 4.5e6;
 const Q2_PER_CORE: f64 = 2e6;
 
 impl From<HubError> for CliError {
@@ -139,9 +139,9 @@ impl Fetched {
         Ok((Fetched { hub, bars }, plan))
     }
 
-    /// Size, time and fit, for people.
-    pub(crate) fn facts(&self, plan: &Plan, dst: &Path) -> Result<String, CliError> {
-        let Needs { download, cached, scratch, file, free } = self.hub.needs(plan, dst);
+    /// Size, time and fit, for people. `kept`: bytes that measuring keeps from layer to layer.
+    pub(crate) fn facts(&self, plan: &Plan, dst: &Path, kept: u64) -> Result<String, CliError> {
+        let Needs { download, cached, scratch, measuring, file, free } = self.hub.needs(plan, dst, kept);
         let commit = self.hub.commit();
         let mut out = format!("{} at {}\n", plan.spec().family, commit.get(..12).unwrap_or(commit));
         let line = self.hub.measure_line()?;
@@ -155,7 +155,9 @@ impl Fetched {
         };
         out += &format!("download    {}{time}{cached}\n", Bytes(download));
         let free = free.map_or_else(String::new, |free| format!("; {} are free there", Bytes(free)));
-        out += &format!("model file  {}, and {} for downloads meanwhile{free}\n", Bytes(file), Bytes(scratch));
+        let measuring = if measuring == 0 { String::new() } else { format!(" and {} to measure", Bytes(measuring)) };
+        out +=
+            &format!("model file  {}, and {} for downloads{measuring} meanwhile{free}\n", Bytes(file), Bytes(scratch));
         let needs =
             estimate::Needs::of(plan.spec(), plan.extents(), 4096.min(plan.spec().max_positions), KvType::default());
         let here = available_memory();
@@ -170,17 +172,17 @@ impl Fetched {
     }
 
     /// Refuses what the drive has no room for, and makes the folder for the downloads.
-    pub(crate) fn begin(&self, plan: &Plan, dst: &Path) -> Result<(), CliError> {
-        let Needs { scratch, file, free, .. } = self.hub.needs(plan, dst);
+    pub(crate) fn begin(&self, plan: &Plan, dst: &Path, kept: u64) -> Result<(), CliError> {
+        let Needs { scratch, measuring, file, free, .. } = self.hub.needs(plan, dst, kept);
         // What an interrupted conversion has taken already is taken again.
         let taken = self.hub.taken(dst);
-        if let Some(free) = free.filter(|free| free + taken < file + scratch) {
+        if let Some(free) = free.filter(|free| free + taken < file + scratch + measuring) {
             return Err(CliError::Failure(format!(
-                "{}: the model file takes {} and downloads {} meanwhile; {} are free there. Free some space, or choose another \
-                 drive",
+                "{}: the model file takes {}, downloads and measuring {} meanwhile; {} are free there. Free some space, or choose \
+                 another drive",
                 dst.display(),
                 Bytes(file),
-                Bytes(scratch),
+                Bytes(scratch + measuring),
                 Bytes(free + taken)
             )));
         }

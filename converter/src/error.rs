@@ -337,14 +337,16 @@ pub enum ConvertError {
     },
     /// The drive is too small.
     #[error(
-        "{path}: the converted file needs {} more on this drive, {} are free. Free some space or choose another drive",
-        human_bytes(*needed), human_bytes(*available)
+        "{path}: the converted file needs {} more on this drive{}, {} are free. Free some space or choose another drive",
+        human_bytes(*needed), of_scratch(*scratch), human_bytes(*available)
     )]
     NoSpace {
         /// The destination.
         path: PathBuf,
         /// Bytes still needed.
         needed: u64,
+        /// How many of them are for temporary files of measuring.
+        scratch: u64,
         /// Bytes available.
         available: u64,
     },
@@ -372,6 +374,14 @@ impl ConvertError {
     pub(crate) fn io(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> ConvertError {
         move |source| ConvertError::Io { path: path.to_owned(), action, source }
     }
+}
+
+/// Says what part of the space only measuring needs.
+fn of_scratch(scratch: u64) -> String {
+    if scratch == 0 {
+        return String::new();
+    }
+    format!(" ({} of it only meanwhile, to measure; --no-importance does without)", human_bytes(scratch))
 }
 
 /// A number of bytes as people read it, with the exact number behind it.

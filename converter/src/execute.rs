@@ -1,5 +1,6 @@
 //! Carrying out a plan: extents in file order over the threads, the journal behind them.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,10 +13,11 @@ use crate::error::ConvertError;
 use crate::journal::Journal;
 use crate::layer_file::{self, LayerFile};
 use crate::measure::{Inputs, Measure};
-use crate::pack::{Outcome, Packer};
+use crate::pack::{self, Outcome, Packer};
 use crate::partial::{Partial, with_suffix};
 use crate::plan::Plan;
 use crate::resume::{Start, is_possible};
+use crate::states;
 use crate::steps::{self, Step};
 
 /// Finished extents are journaled in batches, because each batch waits for the drive: this many, …
@@ -35,6 +37,7 @@ struct Pending {
 struct Execution<'a> {
     plan: &'a Plan,
     writer: &'a FileWriter,
+    states_path: &'a Path,
     progress: &'a dyn Progress,
     contents: &'a Contents<'a>,
     /// By extent.
@@ -61,7 +64,7 @@ pub(crate) fn run(
     plan: &Plan,
     partial: &Partial,
     start: Start<'_>,
-    measure: Option<&mut dyn Measure>,
+    mut measure: Option<&mut dyn Measure>,
     progress: &dyn Progress,
 ) -> Result<Finished, ConvertError> {
     let Start { journal, contents, done } = start;
@@ -73,14 +76,19 @@ pub(crate) fn run(
     let source = plan.checkpoint.source();
     let is_todo = |extent: usize| outcomes[extent].is_none();
     let is_unknown = |file: usize| !contents.is_file_whole(file);
-    let steps = match measure {
+    let steps = match &mut measure {
         None => steps::of(plan, &is_todo, &is_unknown),
-        Some(_) => steps::measured(plan, &is_todo, &is_unknown),
+        Some(measure) => {
+            let note = |text: &str| progress.note(text);
+            let from = states::go_on(plan, &partial.states_path, &outcomes, &mut **measure, &note)?;
+            steps::measured(plan, from, &is_todo, &is_unknown)
+        }
     };
     source.schedule(&steps::uses(plan, &steps));
     let execution = Execution {
         plan,
         writer: &partial.writer,
+        states_path: &partial.states_path,
         progress,
         contents: &contents,
         outcomes: Mutex::new(outcomes),
@@ -109,6 +117,11 @@ impl Execution<'_> {
     /// Makes some extents; `inputs`: what has been measured of their layer.
     fn round(&self, steps: &[Step], inputs: Option<&dyn Inputs>) -> Result<(), ConvertError> {
         self.next.store(0, Ordering::Relaxed);
+        if let Some(inputs) = inputs {
+            let extents =
+                steps.iter().filter_map(|step| if let Step::Extent(extent) = *step { Some(extent) } else { None });
+            inputs.prepare(&extents.flat_map(|extent| pack::guided(self.plan, extent)).collect::<Vec<_>>());
+        }
         // A shared counter instead of a parallel iterator: threads stay close together in the file, so that reads and writes
         // are nearly sequential, and each thread keeps its buffers.
         rayon::broadcast(|_| self.work(steps, inputs)).into_iter().collect()
@@ -126,9 +139,19 @@ impl Execution<'_> {
                 (&[Step::Measure(layer)], Some(measure)) => {
                     let (first, _) = self.writer.files().next().expect("a conversion writes a file");
                     let path = with_suffix(first, ".layer");
-                    let file = LayerFile::write(plan, self.contents, layer, path)?;
+                    let file = LayerFile::write(plan, self.contents, layer, path).map_err(|e| match e {
+                        // Of the type that it is measured in, which is not the one that was asked for.
+                        ConvertError::TooLarge { .. } => ConvertError::Measure { layer, source: e.into() },
+                        other => other,
+                    })?;
                     let found = measure.layer(layer, file.path());
                     inputs = Some(found.map_err(|source| ConvertError::Measure { layer, source })?);
+                }
+                (&[Step::Keep(layer)], Some(measure)) => {
+                    // What comes before the layer need not be made again: only then is it of use.
+                    self.flush()?;
+                    let outcomes = lock(&self.outcomes);
+                    states::keep(plan, self.states_path, layer, &outcomes, &**measure, self.writer.syncer())?;
                 }
                 _ => {
                     self.round(steps, inputs.as_deref())?;
@@ -151,7 +174,7 @@ impl Execution<'_> {
                     packed.and_then(|outcome| self.finished(outcome))
                 }
                 Step::Rest(file) => self.done_with(file),
-                Step::Embed | Step::Measure(_) => unreachable!("these stand alone"),
+                Step::Embed | Step::Measure(_) | Step::Keep(_) => unreachable!("these stand alone"),
             };
             result.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))?;
         }

@@ -16,7 +16,7 @@
 //! | `fp8`, `pack` | rows of numbers → row groups of the file |
 //! | `journal`, `partial`, `resume`, `execute` | crash safety, disk space, threads |
 //! | `contents`, [`mod@provenance`] | which bytes the source holds; whether a model file was made of them |
-//! | `layer_file`, [`mod@measure`] | what meets the matrices, measured layer by layer on the way |
+//! | `layer_file`, `states`, [`mod@measure`] | what meets the matrices, measured layer by layer on the way |
 //! | `report` | summary |
 //! | `upgrade` | model files rewritten as the newest version of the format, compressed, in volumes |
 //! | [`mod@synth`] | model files with random weights, to measure machines |
@@ -42,6 +42,7 @@ mod recipe;
 mod report;
 mod resume;
 pub mod source;
+mod states;
 mod steps;
 pub mod synth;
 mod upgrade;
@@ -125,7 +126,8 @@ pub fn convert_measured(
         let problem = "the plan and the conversion disagree on whether the model is measured";
         return Err(ConvertError::Options(problem.into()));
     }
-    let partial::Opened { partial, identity, found, notes: mut remarks } = partial::open(dst, plan)?;
+    let scratch = measure.as_ref().map_or(0, |measure| plan.measuring_bytes(measure.kept_bytes()));
+    let partial::Opened { partial, identity, found, notes: mut remarks } = partial::open(dst, plan, scratch)?;
     let restarted = matches!(found, journal::Found::OtherPlan);
     if restarted {
         progress.note("an interrupted conversion with other options or from another source was there; it starts over");

@@ -4,7 +4,8 @@
 //! through the model layer by layer: as soon as the weights of a layer can be read, a model file of this one layer is written
 //! (`layer_file`), in types that hold them as they are; somebody who can execute it takes the states of the
 //! text through, and says what met its matrices; then the layer is converted. So one pass over the checkpoint does both, and what
-//! is kept is the states and the measurements of one layer.
+//! is kept is the states and the measurements of one layer. The states before a layer also lie beside the journal (`states`), so that an
+//! interrupted conversion goes on in the layer where it was.
 
 use std::error::Error;
 use std::fmt;
@@ -28,10 +29,26 @@ pub trait Measure {
     /// # Errors
     /// What keeps the layer from being executed.
     fn layer(&mut self, layer: usize, file: &Path) -> Result<Arc<dyn Inputs>, Box<dyn Error + Send + Sync>>;
+
+    /// Most bytes that [`Measure::keep`] gives.
+    fn kept_bytes(&self) -> u64;
+
+    /// All that is needed to go on before the next layer.
+    ///
+    /// # Errors
+    /// What keeps it from being kept.
+    fn keep(&self) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>>;
+
+    /// Goes on where a measurement on the same text, of the same weights, gave `kept` away. `false`, and nothing has changed, if these are
+    /// no such bytes.
+    fn go_on(&mut self, kept: &[u8]) -> bool;
 }
 
 /// What met the matrices of one layer.
 pub trait Inputs: Send + Sync {
+    /// Does what [`Inputs::guide`] will need for these matrices, on all threads.
+    fn prepare(&self, keys: &[MatrixKey]);
+
     /// How a matrix is to be rounded.
     fn guide(&self, key: &MatrixKey) -> Guide;
 }

@@ -1,5 +1,6 @@
 //! One extent: reads its tensors in bounded blocks of rows, brings them into the file's layout, writes them front to back.
 
+use rayon::prelude::*;
 use sluice_format::{
     BLOCK, ExtentKind, ExtentRecord, ExtentWriter, Layout, MatrixKey, ROW_GROUP, WeightType, Written, order_len,
 };
@@ -49,7 +50,6 @@ pub(crate) struct Packer<'a> {
     reader: Reader<'a>,
     values: Vec<f32>,
     packed: Vec<u8>,
-    feedback: kernels::FeedbackScratch,
 }
 
 /// A source of a tensor, open.
@@ -72,7 +72,7 @@ struct Job<'a> {
 impl<'a> Packer<'a> {
     pub(crate) fn new(plan: &'a Plan, contents: &'a Contents<'a>) -> Self {
         let reader = Reader::new(&plan.checkpoint, contents);
-        Packer { plan, reader, values: Vec::new(), packed: Vec::new(), feedback: Default::default() }
+        Packer { plan, reader, values: Vec::new(), packed: Vec::new() }
     }
 
     /// Digest and number of the source bytes of an extent as [`Packer::extent`] finds them, without packing anything.
@@ -245,46 +245,20 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    /// Everything that goes through f32.
+    /// Everything that goes through f32. Pieces of rows are packed on all threads that have nothing else to do.
     fn convert(&mut self, job: &mut Job<'_>, first: usize, rows: Rows, group_len: usize) -> Result<(), ConvertError> {
         let (source, ty) = (job.sources[first].source, job.tensor.weight_type);
         self.values(&job.sources[first], rows)?;
-        let mut groups = Groups { packed: &mut self.packed, group_len, first, step: job.sources.len() };
-        // Everything fits in f32.
-        let lossy = ty != WeightType::F32;
-        let group_values = ROW_GROUP * rows.cols;
+        let (step, height) = (job.sources.len(), piece_rows(ty));
         let guide = job.guides.get(rows.first / job.tensor.shape[1]).unwrap_or(&Guide::Nothing);
-        let importance = if let Guide::Columns(columns) = guide { Some(&columns[..]) } else { None };
-        // Strips of 128 rows: fp8 computes one scale per strip and 128 columns, the other types do not care.
-        for (s, strip) in self.values.chunks(SCALE_BLOCK * rows.cols).enumerate() {
-            let quantised = (ty == WeightType::Fp8).then(|| fp8::quantise_strip(strip, rows.cols));
-            let fed_back = match guide {
-                Guide::Feedback(feedback) => Some(feedback.quantise(ty, strip, &mut self.feedback)),
-                _ => None,
-            };
-            for (g, values) in strip.chunks(group_values).enumerate() {
-                let n = values.len() / rows.cols;
-                let out = groups.slot(s * (SCALE_BLOCK / ROW_GROUP) + g);
-                match (&quantised, &fed_back) {
-                    (_, Some(rows)) => rows.pack_row_group(g * ROW_GROUP, n, out),
-                    (Some((codes, scales)), _) => {
-                        let codes = &codes[g * group_values..][..values.len()];
-                        kernels::pack_row_group_fp8(codes, n, rows.cols, scales, out);
-                    }
-                    (None, None) => {
-                        kernels::pack_row_group_weighted(ty, values, n, rows.cols, importance, out);
-                    }
-                }
-                if lossy {
-                    let matrix = kernels::Matrix::new(ty, n, rows.cols, out);
-                    let stored = kernels::unpack(matrix.expect("the slot has a row group's length"));
-                    values.iter().zip(&stored).for_each(|(&value, &stored)| job.sums.add(value, stored));
-                    if ty == WeightType::Q8 {
-                        job.sums.vanished += vanished(values, &stored, rows.cols);
-                    }
-                }
-            }
-        }
+        let values = self.values.chunks(height * rows.cols);
+        let packed = self.packed.chunks_mut(height / ROW_GROUP * step * group_len);
+        let pieces: Vec<(&[f32], &mut [u8])> = values.zip(packed).collect();
+        let pack = |scratch: &mut kernels::FeedbackScratch, (values, packed): (&[f32], &mut [u8])| {
+            pack_piece(ty, values, rows.cols, guide, Groups { packed, group_len, first, step }, scratch)
+        };
+        let sums: Vec<ErrorSums> = pieces.into_par_iter().map_init(Default::default, pack).collect();
+        sums.iter().for_each(|sums| job.sums.join(sums));
         if ty == WeightType::Q8 && self.values.iter().any(|v| v.abs() > Q8_LARGEST) {
             return Err(self.too_large(job, source));
         }
@@ -310,6 +284,52 @@ fn rows_of(plan: &Plan, tensor: &TensorPlan, source: &Selection, rows: Rows) -> 
     one_row(0, plan.checkpoint.tensors[source.tensor].shape.iter().product())
 }
 
+/// Rows that one thread packs at once: `fp8` has one scale for so many, error feedback takes multiples of 48 best.
+fn piece_rows(ty: WeightType) -> usize {
+    if ty == WeightType::Fp8 { SCALE_BLOCK } else { 48 }
+}
+
+/// Packs some rows of a matrix, and says by how much they have changed.
+fn pack_piece(
+    ty: WeightType,
+    values: &[f32],
+    cols: usize,
+    guide: &Guide,
+    mut groups: Groups<'_>,
+    scratch: &mut kernels::FeedbackScratch,
+) -> ErrorSums {
+    let mut sums = ErrorSums::default();
+    let group_values = ROW_GROUP * cols;
+    let importance = if let Guide::Columns(columns) = guide { Some(&columns[..]) } else { None };
+    let quantised = (ty == WeightType::Fp8).then(|| fp8::quantise_strip(values, cols));
+    let fed_back = match guide {
+        Guide::Feedback(feedback) => Some(feedback.quantise(ty, values, scratch)),
+        _ => None,
+    };
+    for (g, values) in values.chunks(group_values).enumerate() {
+        let n = values.len() / cols;
+        let out = groups.slot(g);
+        match (&quantised, &fed_back) {
+            (_, Some(rows)) => rows.pack_row_group(g * ROW_GROUP, n, out),
+            (Some((codes, scales)), _) => {
+                let codes = &codes[g * group_values..][..values.len()];
+                kernels::pack_row_group_fp8(codes, n, cols, scales, out);
+            }
+            (None, None) => kernels::pack_row_group_weighted(ty, values, n, cols, importance, out),
+        }
+        // Everything fits in f32.
+        if ty != WeightType::F32 {
+            let matrix = kernels::Matrix::new(ty, n, cols, out);
+            let stored = kernels::unpack(matrix.expect("the slot has a row group's length"));
+            values.iter().zip(&stored).for_each(|(&value, &stored)| sums.add(value, stored));
+            if ty == WeightType::Q8 {
+                sums.vanished += vanished(values, &stored, cols);
+            }
+        }
+    }
+    sums
+}
+
 /// Blocks of rows of `cols` columns that are zero as stored and nowhere else.
 fn vanished(values: &[f32], stored: &[f32], cols: usize) -> u64 {
     let zero = |block: &[f32]| block.iter().all(|&v| v == 0.0);
@@ -324,6 +344,31 @@ impl ErrorSums {
         self.error += (value - stored) * (value - stored);
         self.magnitude += value * value;
     }
+
+    fn join(&mut self, other: &ErrorSums) {
+        self.error += other.error;
+        self.magnitude += other.magnitude;
+        self.vanished += other.vanished;
+    }
+}
+
+/// The matrices of a tensor whose rounding depends on their inputs; of a batch, all of them.
+fn guided_of(extent: &ExtentRecord, tensor: &TensorPlan) -> Vec<MatrixKey> {
+    if !tensor.weight_type.is_fitted() {
+        return Vec::new();
+    }
+    let key = |index| MatrixKey { kind: extent.kind, layer: extent.layer, name: tensor.name.to_owned(), index };
+    match extent.kind {
+        ExtentKind::Expert => vec![key(extent.index)],
+        // All parts of the head meet the same input.
+        _ => (0..tensor.shape[0] as u32).map(key).collect(),
+    }
+}
+
+/// The matrices of an extent whose rounding depends on their inputs.
+pub(crate) fn guided(plan: &Plan, extent: usize) -> Vec<MatrixKey> {
+    let record = &plan.layout.extents()[extent];
+    plan.extents[extent].iter().flat_map(|tensor| guided_of(record, tensor)).collect()
 }
 
 /// The order of the columns of a tensor as it is stored before its matrices: that of its sources, which is one.
@@ -340,25 +385,15 @@ fn column_order(sources: &[Opened<'_>], cols: usize) -> Vec<u8> {
 
 /// How the matrices of a tensor are rounded, by number in the batch.
 fn guides(plan: &Plan, inputs: Option<&dyn Inputs>, extent: &ExtentRecord, tensor: &TensorPlan) -> Vec<Guide> {
-    if !tensor.weight_type.is_fitted() {
-        return Vec::new();
-    }
-    let guide = |index| match (&plan.importance, inputs) {
+    let guide = |key: MatrixKey| match (&plan.importance, inputs) {
         (Some(importance), _) => {
-            let columns = importance.columns(extent.kind, extent.layer, tensor.name, index);
+            let columns = importance.columns(key.kind, key.layer, &key.name, key.index);
             columns.map_or(Guide::Nothing, Guide::Columns)
         }
-        (None, Some(inputs)) => {
-            let (kind, layer, name) = (extent.kind, extent.layer, tensor.name.to_owned());
-            inputs.guide(&MatrixKey { kind, layer, name, index })
-        }
+        (None, Some(inputs)) => inputs.guide(&key),
         (None, None) => Guide::Nothing,
     };
-    match extent.kind {
-        ExtentKind::Expert => vec![guide(extent.index)],
-        // All parts of the head meet the same input.
-        _ => (0..tensor.shape[0] as u32).map(guide).collect(),
-    }
+    guided_of(extent, tensor).into_iter().map(guide).collect()
 }
 
 fn group_len(ty: WeightType, cols: usize) -> usize {

@@ -15,6 +15,7 @@ use sluice_format::{ExtentRecord, FileWriter, MAGIC, Metadata, ModelId, Volume, 
 use crate::error::ConvertError;
 use crate::journal::{Found, Identity, Journal, is_journal, may_be_journal};
 use crate::plan::Plan;
+use crate::states;
 
 /// Unit of `st_blocks`, whatever the filesystem's blocks are.
 const STAT_BLOCK: u64 = 512;
@@ -25,6 +26,8 @@ const PIECE: usize = 1 << 20;
 pub(crate) struct Partial {
     destination: PathBuf,
     pub(crate) journal_path: PathBuf,
+    /// Where measuring keeps what it goes on with.
+    pub(crate) states_path: PathBuf,
     pub(crate) writer: FileWriter,
     /// Hold the locks until the files have their names: a duplicate keeps the lock when the writer closes its own.
     locks: Vec<(PathBuf, File)>,
@@ -152,8 +155,9 @@ pub(crate) fn identity(plan: &Plan) -> Identity {
     }
 }
 
-/// Opens the partial files for `destination`, gives them their space, and reads their journal.
-pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertError> {
+/// Opens the partial files for `destination`, gives them their space, and reads their journal. `scratch`: bytes of temporary files that
+/// the conversion will need besides.
+pub(crate) fn open(destination: &Path, plan: &Plan, scratch: u64) -> Result<Opened, ConvertError> {
     let volumes = plan.layout.ends().len();
     take_back(destination, volumes);
     refuse_all_existing(destination, plan).inspect_err(|_| clear_remains(destination, plan))?;
@@ -182,11 +186,12 @@ pub(crate) fn open(destination: &Path, plan: &Plan) -> Result<Opened, ConvertErr
     if plan.options.compress {
         writer.compress(&plan.records);
     }
-    let partial = Partial { destination: destination.to_owned(), journal_path, writer, locks };
+    let states_path = with_suffix(destination, states::SUFFIX);
+    let partial = Partial { destination: destination.to_owned(), journal_path, states_path, writer, locks };
     if !matches!(found, Found::Same { .. }) {
         partial.clear()?;
     }
-    partial.reserve(plan, &mut notes)?;
+    partial.reserve(plan, scratch, &mut notes)?;
     Ok(Opened { partial, identity, found, notes })
 }
 
@@ -333,13 +338,14 @@ impl Partial {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(ConvertError::io(&self.journal_path, "remove the journal")(e)),
         }
+        states::remove(&self.states_path)?;
         self.locks.iter().try_for_each(|(path, file)| file.set_len(0).map_err(ConvertError::io(path, "empty it")))
     }
 
-    /// Checks that the drive has room and takes it. How much a compressed model takes is known when it is there: of that, nothing is
-    /// taken beforehand.
-    fn reserve(&self, plan: &Plan, notes: &mut Vec<String>) -> Result<(), ConvertError> {
-        if plan.options.compress {
+    /// Checks that the drive has room, for `scratch` bytes besides too, and takes that of the files. How much a compressed model takes is
+    /// known when it is there: of that, nothing is taken beforehand.
+    fn reserve(&self, plan: &Plan, scratch: u64, notes: &mut Vec<String>) -> Result<(), ConvertError> {
+        if plan.options.compress && scratch == 0 {
             return Ok(());
         }
         let mut occupied = 0;
@@ -347,10 +353,16 @@ impl Partial {
             occupied += file.metadata().map_err(ConvertError::io(path, "read its state"))?.blocks() * STAT_BLOCK;
         }
         let available = free_space(self.path(), notes)?.unwrap_or(u64::MAX);
-        let needed = plan.file_bytes().saturating_sub(occupied);
-        let no_space = || ConvertError::NoSpace { path: self.destination.clone(), needed, available };
+        let file_bytes = if plan.options.compress { 0 } else { plan.file_bytes().saturating_sub(occupied) };
+        // What an earlier run has kept is replaced.
+        let kept = self.states_path.metadata().map_or(0, |found| found.blocks() * STAT_BLOCK);
+        let scratch = scratch.saturating_sub(kept);
+        let needed = file_bytes.saturating_add(scratch);
+        let no_space = || ConvertError::NoSpace { path: self.destination.clone(), needed, scratch, available };
         let result = if needed > available {
             Err(no_space())
+        } else if plan.options.compress {
+            Ok(())
         } else {
             // Of one file, also its tables and metadata.
             let spare = if self.locks.len() == 1 { plan.file_bytes() - plan.layout.ends()[0] } else { 0 };
@@ -398,7 +410,7 @@ impl Partial {
         written: &[Written],
         metadata: &Metadata,
     ) -> Result<Published, ConvertError> {
-        let Partial { destination, journal_path, writer, locks } = self;
+        let Partial { destination, journal_path, states_path, writer, locks } = self;
         let syncer = writer.syncer().clone();
         let (model_id, lens) = writer.finish(written, &plan.records, metadata)?;
         let files = targets(&destination, lens.len());
@@ -421,6 +433,7 @@ impl Partial {
         }
         let folder = folder_of(&destination);
         syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
+        states::remove(&states_path)?;
         match fs::remove_file(&journal_path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 Err(ConvertError::io(&journal_path, "remove the journal")(e))
@@ -458,7 +471,7 @@ fn free_space(path: &Path, notes: &mut Vec<String>) -> Result<Option<u64>, Conve
 pub(crate) fn check_space(path: &Path, needed: u64, notes: &mut Vec<String>) -> Result<(), ConvertError> {
     match free_space(path, notes)? {
         Some(available) if needed > available => {
-            Err(ConvertError::NoSpace { path: path.to_owned(), needed, available })
+            Err(ConvertError::NoSpace { path: path.to_owned(), needed, scratch: 0, available })
         }
         _ => Ok(()),
     }

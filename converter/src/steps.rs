@@ -21,12 +21,14 @@ pub(crate) enum Step {
     Embed,
     /// To measure a layer.
     Measure(usize),
+    /// To keep what measuring goes on with before a layer, now that everything before it is made.
+    Keep(usize),
 }
 
 impl Step {
     /// Whether it measures: such a step stands alone, since what comes behind it depends on it.
     pub(crate) fn measures(self) -> bool {
-        matches!(self, Step::Embed | Step::Measure(_))
+        matches!(self, Step::Embed | Step::Measure(_) | Step::Keep(_))
     }
 }
 
@@ -53,28 +55,39 @@ pub(crate) fn of(plan: &Plan, is_todo: &dyn Fn(usize) -> bool, is_unknown: &dyn 
     steps.into_iter().map(|(_, step)| step).collect()
 }
 
-/// As [`of`], where the model is measured: layer by layer, each of them measured before its extents are made, and the head, whose
-/// inputs are what the last layer gives, with that.
-pub(crate) fn measured(plan: &Plan, is_todo: &dyn Fn(usize) -> bool, is_unknown: &dyn Fn(usize) -> bool) -> Vec<Step> {
-    let last = plan.spec.layers.len().saturating_sub(1);
-    // Before all layers comes what meets no input.
+/// In which round an extent is made where the model is measured: before all layers what meets no input, then layer by layer, and the
+/// head, whose inputs are what the last layer gives, with that.
+pub(crate) fn round_of(plan: &Plan, extent: usize) -> usize {
+    match plan.layout.extents()[extent] {
+        ExtentRecord { kind: ExtentKind::Embedding | ExtentKind::FinalNorm, .. } => 0,
+        ExtentRecord { kind: ExtentKind::Head, .. } => plan.spec.layers.len(),
+        ExtentRecord { layer, .. } => layer as usize + 1,
+    }
+}
+
+/// As [`of`], where the model is measured: each layer before its extents are made. `from`: the layer that measuring can go on with,
+/// because an earlier run has kept the states before it; nothing of the layers before it has to be made.
+pub(crate) fn measured(
+    plan: &Plan,
+    from: Option<usize>,
+    is_todo: &dyn Fn(usize) -> bool,
+    is_unknown: &dyn Fn(usize) -> bool,
+) -> Vec<Step> {
     let round_of = |step: &Step| match *step {
-        Step::Extent(extent) => match plan.layout.extents()[extent] {
-            ExtentRecord { kind: ExtentKind::Embedding | ExtentKind::FinalNorm, .. } => Some(0),
-            ExtentRecord { kind: ExtentKind::Head, .. } => Some(last + 1),
-            ExtentRecord { layer, .. } => Some(layer as usize + 1),
-        },
+        Step::Extent(extent) => Some(round_of(plan, extent)),
         _ => None,
     };
     let all = of(plan, is_todo, is_unknown);
     // What an earlier run has finished with need not be measured again, but for the states that later layers see.
-    let rounds = all.iter().filter_map(round_of).max();
-    let mut steps = Vec::with_capacity(all.len() + last + 2);
-    for round in 0..rounds.map_or(0, |last| last + 1) {
+    let last = all.iter().filter_map(round_of).max().unwrap_or(0);
+    let mut steps = Vec::with_capacity(all.len() + 2 * last + 2);
+    for round in 0..=last {
         // There is something to measure for, and nothing of the embedding has been released.
-        steps.extend((round == 0 && rounds > Some(0)).then_some(Step::Embed));
-        steps.extend(round.checked_sub(1).map(Step::Measure));
+        let measures = last > 0 && from.is_none_or(|from| round > from);
+        steps.extend(measures.then(|| round.checked_sub(1).map_or(Step::Embed, Step::Measure)));
         steps.extend(all.iter().filter(|step| round_of(step) == Some(round)));
+        // What is behind the last layer of all only its own extents need.
+        steps.extend((measures && round < last).then_some(Step::Keep(round)));
     }
     steps.extend(all.iter().filter(|step| round_of(step).is_none()));
     steps
@@ -110,6 +123,9 @@ pub(crate) fn files_of(plan: &Plan, step: Step) -> Vec<usize> {
         Step::Extent(extent) => plan.files_of(extent).into_iter().collect(),
         Step::Rest(file) => vec![file],
         Step::Embed => of_extents(&|e| e.kind == ExtentKind::Embedding),
+        // Only once it is kept are the files released that it was made of.
+        Step::Keep(0) => files_of(plan, Step::Embed),
+        Step::Keep(layer) => files_of(plan, Step::Measure(layer - 1)),
         Step::Measure(layer) => of_extents(&|e| layer_file::reads(plan, layer, e.kind, e.layer)),
     }
 }

@@ -271,6 +271,17 @@ impl Importance {
         Self::parse(path, &read(path, spec)?)?.bound_to(path, spec)
     }
 
+    /// What [`Importance::to_bytes`] has made of an importance for this model; `None` if it is anything else.
+    pub fn from_bytes(bytes: &[u8], spec: &ModelSpec) -> Option<Importance> {
+        let nowhere = Path::new("");
+        Self::parse(nowhere, bytes).and_then(|importance| importance.bound_to(nowhere, spec)).ok()
+    }
+
+    /// Most bytes of an importance for this model.
+    pub fn longest(spec: &ModelSpec) -> u64 {
+        longest(spec)
+    }
+
     fn bound_to(self, path: &Path, spec: &ModelSpec) -> Result<Importance, ImportanceError> {
         if self.geometry != geometry(spec) {
             return Err(ImportanceError::Geometry { path: path.to_owned() });

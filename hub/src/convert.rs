@@ -48,6 +48,8 @@ pub struct Needs {
     pub cached: u64,
     /// Most bytes of downloaded files that are on the drive at once.
     pub scratch: u64,
+    /// Most bytes of what measuring needs on the drive meanwhile.
+    pub measuring: u64,
     /// Bytes of the model file.
     pub file: u64,
     /// Bytes that are free where it goes; `None` where the system does not say.
@@ -93,15 +95,17 @@ impl HubConversion {
         &self.notes
     }
 
-    /// How much has to be downloaded and written.
-    pub fn needs(&self, plan: &Plan, dst: &Path) -> Needs {
+    /// How much has to be downloaded and written. `kept`: bytes that measuring keeps from layer to layer
+    /// ([`sluice_converter::measure::Measure::kept_bytes`]).
+    pub fn needs(&self, plan: &Plan, dst: &Path, kept: u64) -> Needs {
         let files = self.remote.files();
         let all: u64 = files.iter().map(|file| file.size).sum();
         let sizes: Vec<u64> = files.iter().map(|file| if self.is_cached(file) { 0 } else { file.size }).collect();
         let download = sizes.iter().sum();
         let scratch = if self.keep { all } else { scratch(&sizes, &plan.file_uses()) };
         let folder = dst.parent().unwrap_or(Path::new("."));
-        Needs { download, cached: all - download, scratch, file: plan.file_bytes(), free: free_space(folder) }
+        let (cached, measuring) = (all - download, plan.measuring_bytes(kept));
+        Needs { download, cached, scratch, measuring, file: plan.file_bytes(), free: free_space(folder) }
     }
 
     fn is_cached(&self, file: &RemoteFile) -> bool {
@@ -112,7 +116,8 @@ impl HubConversion {
     pub fn taken(&self, dst: &Path) -> u64 {
         let occupied = |path: &Path| path.metadata().map_or(0, |m| m.blocks() * 512);
         let downloads = fs::read_dir(&self.folder).into_iter().flatten().flatten();
-        occupied(&with_suffix(dst, ".partial")) + downloads.map(|entry| occupied(&entry.path())).sum::<u64>()
+        let here = [".partial", ".partial.states"].map(|suffix| occupied(&with_suffix(dst, suffix)));
+        here.iter().sum::<u64>() + downloads.map(|entry| occupied(&entry.path())).sum::<u64>()
     }
 
     /// Measures the line, in bytes per second, with a few megabytes; `None` for models that are here before it is

@@ -118,6 +118,22 @@ impl Kernels {
         }
     }
 
+    /// Runs `f`, which has loops that compilers make vectors of, compiled for this instruction set; it must be inlined, and so must what
+    /// it calls. Compilers contract nothing, so the bits are the same.
+    #[inline(always)]
+    pub(crate) fn compiled<R>(&self, f: impl FnOnce() -> R) -> R {
+        match self.isa {
+            Isa::Scalar => f(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(isa) => isa.compiled(f),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(isa) => isa.compiled(f),
+            // NEON is part of every aarch64.
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(_) => f(),
+        }
+    }
+
     /// Inner product of two vectors, in the lane structure that the `scalar` module documents.
     ///
     /// # Panics

@@ -39,6 +39,7 @@ mod quant;
 mod scalar;
 mod threads;
 mod top_k;
+mod update;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[macro_use]
 mod vector;

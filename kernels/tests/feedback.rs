@@ -115,3 +115,20 @@ fn feedback_takes_any_numbers() {
     nothing.add(&kernels, &ThreadPool::new(1), &bad);
     assert!(Feedback::new(kernels, &nothing).is_none());
 }
+
+#[test]
+fn every_instruction_set_gives_the_same_bits() {
+    let cols = 200;
+    let x = correlated(300, cols, 3);
+    let w = normal(&mut Rng(4), 21 * cols);
+    for ty in [WeightType::Q4, WeightType::Q3] {
+        let of = |kernels: Kernels| {
+            let mut moments = Moments::new(cols, 160);
+            moments.add(&kernels, &ThreadPool::new(2), &x);
+            let feedback = Feedback::new(kernels, &moments).unwrap();
+            packed(ty, &feedback.quantise(ty, &w, &mut FeedbackScratch::default()), 21, cols)
+        };
+        let all: Vec<Vec<f32>> = Kernels::available().into_iter().map(of).collect();
+        assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "{ty:?}");
+    }
+}

@@ -9,7 +9,7 @@ use clap::builder::PossibleValuesParser;
 use clap::builder::TypedValueParser as _;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
-use sluice_calibrate::{CalibrateError, Measurement, TEXT, digest};
+use sluice_calibrate::{CalibrateError, Effort, Measurement, TEXT, digest};
 use sluice_converter::measure::Measure;
 use sluice_converter::{
     ConvertError, KindSize, LeftOut, Options, Plan, Progress, Recipe, Summary, TypeChoice, check_destination,
@@ -34,8 +34,10 @@ much: q8 is int8 with one f16 scale per 32 weights, half of bf16 and close to lo
 bits per weight, a quarter of bf16 and less, for experts; fp8 is DeepSeek's (e4m3, one scale per 128x128); bf16 and f32 are for reference. \
 Norms, biases and routers are never quantised.
 
-Before weights become q4, q3 or q2, a text of 28 kB runs through the model layer by layer, and what it shows of the inputs of each \
-matrix decides how its weights are rounded. This takes room beside the model file for one layer as the checkpoint has it.
+Before weights become q4, q3 or q2, a text runs through the model layer by layer, and what it shows of the inputs of each matrix \
+decides how its weights are rounded. This takes room beside the model file for one layer. --effort says how much of the text is \
+taken: fast takes 1024 tokens, default 2048, of models with experts as many times more as there are experts for each that is chosen; \
+best takes all of it.
 
 Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
 
@@ -50,7 +52,7 @@ Examples:
   sluice convert hf:unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M qwen3.sluice
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8
   sluice convert my-moe-bf16/ my-moe.sluice --compress --split-size 50GB
-  sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --importance-text mine.txt
+  sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --importance-text mine.txt --effort best
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8 --recipe my-moe.recipe
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
 
@@ -83,6 +85,10 @@ pub(crate) struct Args {
     /// Round q4, q3 and q2 without measuring what meets their matrices: faster, and further from the original
     #[arg(long, conflicts_with_all = ["importance", "importance_text", "save_importance"])]
     no_importance: bool,
+
+    /// How much time measuring for q4 and q3 may take: fast, default or best
+    #[arg(long, value_name = "EFFORT", value_parser = effort_parser(), conflicts_with_all = ["importance", "no_importance"])]
+    effort: Option<Effort>,
 
     /// Measure on this text, UTF-8, rather than on the one that is built in
     #[arg(long, value_name = "FILE", conflicts_with = "importance")]
@@ -126,6 +132,10 @@ fn type_parser() -> impl clap::builder::TypedValueParser<Value = TypeChoice> {
         .try_map(|name| name.parse::<TypeChoice>())
 }
 
+fn effort_parser() -> impl clap::builder::TypedValueParser<Value = Effort> {
+    PossibleValuesParser::new(Effort::ALL.map(Effort::name)).try_map(|name| name.parse::<Effort>())
+}
+
 fn page_size_parser() -> impl clap::builder::TypedValueParser<Value = u32> {
     PossibleValuesParser::new(["4096", "16384"]).try_map(|size| size.parse::<u32>())
 }
@@ -158,13 +168,13 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let started = Instant::now();
     let text = measured_text(args)?;
     let ((), plan, mut measurement) =
-        planned(&options, text.as_deref(), &args.src, |options| Ok(((), plan(&args.src, options)?)))?;
+        planned(&options, text.as_ref(), &args.src, |options| Ok(((), plan(&args.src, options)?)))?;
     check(args, dst, &plan)?;
     if args.dry_run {
         return if args.json {
-            print_json(&plan_json(&plan, &options))
+            print_json(&plan_json(&plan, &options, measurement.as_ref()))
         } else {
-            print(&describe_plan(&plan, args.compress))
+            print(&describe_plan(&plan, args.compress, measurement.as_ref()))
         };
     }
     let bar = Bar(byte_bar("converting", 0));
@@ -172,7 +182,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let outcome = convert_measured(&plan, dst, measure, &bar);
     bar.0.finish_and_clear();
     let summary = outcome.map_err(explain)?;
-    save_importance(args, &plan, measurement.as_ref())?;
+    save_importance(args, measurement.as_ref())?;
     if args.json {
         return print_json(&summary);
     }
@@ -202,21 +212,21 @@ fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(),
     };
     let (text, name) = (measured_text(args)?, PathBuf::from(reference.to_string()));
     let (fetched, plan, mut measurement) =
-        planned(options, text.as_deref(), &name, |options| Fetched::plan(reference, &dst, options, args.keep))?;
+        planned(options, text.as_ref(), &name, |options| Fetched::plan(reference, &dst, options, args.keep))?;
     if !args.dry_run {
         fetched.settle(&plan, &dst)?;
     }
     check(args, &dst, &plan)?;
     if args.dry_run && args.json {
-        return print_json(&plan_json(&plan, options));
+        return print_json(&plan_json(&plan, options, measurement.as_ref()));
     }
-    let facts = format!("{reference}: {}", fetched.facts(&plan, &dst)?);
+    let facts = format!("{reference}: {}", fetched.facts(&plan, &dst, kept_bytes(measurement.as_ref()))?);
     if args.dry_run {
-        return print(&format!("{facts}{}", describe_plan(&plan, args.compress)));
+        return print(&format!("{facts}{}", describe_plan(&plan, args.compress, measurement.as_ref())));
     }
     note(&facts.trim_end());
     let (summary, kept) = carry_out(&fetched, &plan, &dst, measurement.as_mut())?;
-    save_importance(args, &plan, measurement.as_ref())?;
+    save_importance(args, measurement.as_ref())?;
     if let Some(kept) = kept {
         note(&format_args!("what was downloaded is in {}", kept.display()));
     }
@@ -250,10 +260,10 @@ pub(crate) struct Job {
 pub(crate) fn convert_file(reference: &Reference, dst: &Path, job: &Job) -> Result<(), CliError> {
     let name = PathBuf::from(reference.to_string());
     let (fetched, plan, mut measurement) =
-        planned(&job.options, Some(TEXT), &name, |options| Fetched::plan(reference, dst, options, false))?;
+        planned(&job.options, Some(&Asked::default()), &name, |options| Fetched::plan(reference, dst, options, false))?;
     check_destination(&plan, dst).map_err(explain)?;
     check_text(Path::new(&reference.to_string()), dst, &plan)?;
-    note(&fetched.facts(&plan, dst)?.trim_end());
+    note(&fetched.facts(&plan, dst, kept_bytes(measurement.as_ref()))?.trim_end());
     if job.confirm && !confirm("Download and convert it?")? {
         return Err(CliError::Failure("nothing was downloaded".into()));
     }
@@ -269,7 +279,7 @@ fn carry_out(
     dst: &Path,
     measurement: Option<&mut Measurement>,
 ) -> Result<(Summary, Option<PathBuf>), CliError> {
-    fetched.begin(plan, dst)?;
+    fetched.begin(plan, dst, measurement.as_ref().map_or(0, |measurement| measurement.kept_bytes()))?;
     let measure = measurement.map(|measurement| measurement as &mut dyn Measure);
     let outcome = convert_measured(plan, dst, measure, &*fetched.bars);
     fetched.bars.finish();
@@ -277,25 +287,46 @@ fn carry_out(
     Ok((summary, fetched.finish(dst)?))
 }
 
-/// The text that the model is to be measured on; `None` if it is not to be.
-fn measured_text(args: &Args) -> Result<Option<String>, CliError> {
-    match &args.importance_text {
-        Some(path) => Ok(Some(read_text(path, "read the text")?)),
-        None => Ok((!args.no_importance && args.importance.is_none()).then(|| TEXT.to_owned())),
+/// What is to be measured, and how.
+struct Asked {
+    text: String,
+    effort: Effort,
+    /// Whether the means are asked for.
+    means: bool,
+}
+
+impl Default for Asked {
+    fn default() -> Self {
+        Asked { text: TEXT.to_owned(), effort: Effort::default(), means: false }
     }
 }
 
-/// A plan, with what measures the model on `text` if it has types that are rounded by importance. A model that cannot read a text is
+/// What is to be measured; `None` if nothing is.
+fn measured_text(args: &Args) -> Result<Option<Asked>, CliError> {
+    if args.no_importance || args.importance.is_some() {
+        return Ok(None);
+    }
+    let mut asked = Asked { effort: args.effort.unwrap_or_default(), ..Asked::default() };
+    asked.means = args.save_importance.is_some();
+    if let Some(path) = &args.importance_text {
+        asked.text = read_text(path, "read the text")?;
+    }
+    Ok(Some(asked))
+}
+
+/// A plan, with what measures the model if it has types that are rounded by importance. A model that cannot read a text is
 /// planned once more, without.
 fn planned<T>(
     options: &Options,
-    text: Option<&str>,
+    asked: Option<&Asked>,
     src: &Path,
     plan: impl Fn(&Options) -> Result<(T, Plan), CliError>,
 ) -> Result<(T, Plan, Option<Measurement>), CliError> {
-    let (more, first) = plan(&Options { measured: text.map(digest), ..options.clone() })?;
-    let Some(text) = text.filter(|_| first.is_measured()) else { return Ok((more, first, None)) };
-    if let Some(measurement) = Measurement::new(&first, text).map_err(unmeasured)? {
+    let measured = asked.map(|asked| digest(&asked.text, asked.effort));
+    let (more, first) = plan(&Options { measured, ..options.clone() })?;
+    let Some(asked) = asked.filter(|_| first.is_measured()) else { return Ok((more, first, None)) };
+    if let Some(measurement) = Measurement::new(&first, &asked.text, asked.effort).map_err(unmeasured)? {
+        let measurement = if asked.means { measurement.keeping_means() } else { measurement };
         return Ok((more, first, Some(measurement)));
     }
     note(&format_args!(
@@ -307,10 +338,15 @@ fn planned<T>(
     Ok((more, second, None))
 }
 
+/// Bytes that measuring keeps from layer to layer.
+fn kept_bytes(measurement: Option<&Measurement>) -> u64 {
+    measurement.map_or(0, Measure::kept_bytes)
+}
+
 /// Keeps what was measured, if that is asked for.
-fn save_importance(args: &Args, plan: &Plan, measurement: Option<&Measurement>) -> Result<(), CliError> {
+fn save_importance(args: &Args, measurement: Option<&Measurement>) -> Result<(), CliError> {
     if let (Some(path), Some(measurement)) = (&args.save_importance, measurement) {
-        measurement.importance(plan).map_err(unmeasured)?.save(path)?;
+        measurement.importance().map_err(unmeasured)?.save(path)?;
     }
     Ok(())
 }
@@ -381,8 +417,12 @@ fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
                 .into(),
         ));
     }
-    let asked = [("--importance-text", &args.importance_text), ("--save-importance", &args.save_importance)];
-    if let Some((option, _)) = asked.iter().find(|(_, file)| file.is_some() && !plan.is_measured()) {
+    let asked = [
+        ("--importance-text", args.importance_text.is_some()),
+        ("--save-importance", args.save_importance.is_some()),
+        ("--effort", args.effort.is_some()),
+    ];
+    if let Some((option, _)) = asked.iter().find(|(_, given)| *given && !plan.is_measured()) {
         return Err(CliError::Usage(format!(
             "{option} would change nothing: nothing is measured unless weights become q4, q3 or q2 and the model has a tokenizer. Ask for one of these types with --type, or leave {option} out"
         )));
@@ -503,9 +543,13 @@ fn describe(dst: &Path, s: &Summary, elapsed: f64) -> String {
     head + &facts.describe()
 }
 
-fn describe_plan(plan: &Plan, compress: bool) -> String {
+fn describe_plan(plan: &Plan, compress: bool, measurement: Option<&Measurement>) -> String {
+    let scratch = match plan.measuring_bytes(kept_bytes(measurement)) {
+        0 => String::new(),
+        scratch => format!("measuring takes up to {} beside the model file meanwhile\n", Bytes(scratch)),
+    };
     let head = format!(
-        "would read {} and write {}{} of {}; nothing was written\n",
+        "would read {} and write {}{} of {}; nothing was written\n{scratch}",
         Bytes(plan.source_bytes()),
         Bytes(plan.file_bytes()),
         if compress { ", less what compression saves," } else { "" },
@@ -522,7 +566,7 @@ fn describe_plan(plan: &Plan, compress: bool) -> String {
     head + &facts.describe()
 }
 
-fn plan_json(plan: &Plan, options: &Options) -> Value {
+fn plan_json(plan: &Plan, options: &Options, measurement: Option<&Measurement>) -> Value {
     json!({
         "dry_run": true,
         "family": plan.spec().family,
@@ -530,6 +574,7 @@ fn plan_json(plan: &Plan, options: &Options) -> Value {
         "dense_type": options.dense_type,
         "source_bytes": plan.source_bytes(),
         "file_bytes": plan.file_bytes(),
+        "measuring_bytes": plan.measuring_bytes(kept_bytes(measurement)),
         "sizes": plan.sizes(),
         "types": plan.types(),
         "widened": plan.widened(),

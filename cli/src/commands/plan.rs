@@ -6,6 +6,8 @@ use std::path::Path;
 
 use clap::value_parser;
 use serde::Serialize;
+use sluice_calibrate::{Effort, Measurement, TEXT, digest};
+use sluice_converter::measure::Measure as _;
 use sluice_converter::synth::{Geometry, KindTypes, Layout, Release, WeightTypes};
 use sluice_converter::{self as converter, Options, TypeChoice, no_model};
 use sluice_format::{
@@ -99,6 +101,8 @@ struct Report {
     context: usize,
     kv_type: &'static str,
     disk_bytes: u64,
+    /// On the drive besides while it is converted.
+    measuring_bytes: u64,
     #[serde(flatten)]
     needs: Needs,
     machine: Machine,
@@ -168,7 +172,8 @@ fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
     let (Some(expert_type), Some(dense_type)) = (choice(args.expert_type), choice(args.dense_type)) else {
         return of_geometry(args);
     };
-    let options = Options { expert_type, dense_type, ..Options::default() };
+    let measured = Some(digest(TEXT, Effort::default()));
+    let options = Options { expert_type, dense_type, measured, ..Options::default() };
     match converter::plan(Path::new(&args.target), &options) {
         Ok(plan) => {
             let names = |kinds: &[ExtentKind]| plan.weight_types(kinds).into_iter().map(WeightType::name).collect();
@@ -177,7 +182,9 @@ fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
                 dense: names(DENSE),
                 from: "what `sluice convert` would write of this checkpoint".into(),
             };
-            Ok(report(args, plan.spec(), plan.extents(), plan.file_bytes(), types))
+            let mut report = report(args, plan.spec(), plan.extents(), plan.file_bytes(), types);
+            report.measuring_bytes = measuring_bytes(&plan);
+            Ok(report)
         }
         // It has no `config.json`.
         Err(refused) if is_gguf(Path::new(&args.target)) => Err(refused.into()),
@@ -189,6 +196,13 @@ fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
             Ok(report)
         }
     }
+}
+
+/// What converting takes on the drive beside the model file, because the model is measured. One whose tokenizer is not understood is
+/// not: what is wrong with it, `convert` says.
+fn measuring_bytes(plan: &converter::Plan) -> u64 {
+    let measurement = plan.is_measured().then(|| Measurement::new(plan, TEXT, Effort::default()).ok().flatten());
+    measurement.flatten().map_or(0, |measurement| plan.measuring_bytes(measurement.kept_bytes()))
 }
 
 fn of_geometry(args: &Args) -> Result<Report, CliError> {
@@ -282,6 +296,7 @@ fn report(args: &Args, spec: &ModelSpec, extents: &[ExtentRecord], disk_bytes: u
         context,
         kv_type: args.kv_type.name(),
         disk_bytes,
+        measuring_bytes: 0,
         needs,
         machine,
         compression,
@@ -365,6 +380,9 @@ fn describe(r: &Report) -> String {
     );
     line("types", r.types_from.clone());
     line("on the drive", gigabytes(r.disk_bytes));
+    if r.measuring_bytes > 0 {
+        line("to convert it", format!("{} more, meanwhile", gigabytes(r.measuring_bytes)));
+    }
     line(
         "memory",
         format!("at least {}; with {} nothing is read twice", gigabytes_up(n.least_memory), gigabytes(n.best_memory)),

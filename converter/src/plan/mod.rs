@@ -152,14 +152,17 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     let layout = FileLayout::new(options.page_size, &built.planned)?;
     let weighted = built.records.iter().any(|r| r.weight_type.is_fitted());
     let measured = options.measured.is_some() && weighted && importance.is_none();
-    let reading = |choice| {
-        let options = Options { expert_type: choice, dense_type: choice, recipe: None, ..options.clone() };
+    let reading = |expert_type, dense_type| {
+        let options = Options { expert_type, dense_type, recipe: None, ..options.clone() };
         build::build(&checkpoint, family, names, &spec, &options, scheme, &inventory.head)
     };
-    let reading = match measured.then(|| reading(TypeChoice::Keep)).transpose()? {
-        // What no type carries is measured in bf16: f32 would be long, and tells nothing more.
-        Some(carried) if !carried.widened.is_empty() => Some(reading(TypeChoice::Type(WeightType::Bf16))?),
-        carried => carried,
+    let reading = match measured.then(|| reading(TypeChoice::Keep, TypeChoice::Keep)).transpose()? {
+        // Products with integers take half the time of those with floats, and tell the same.
+        Some(carried) => match [true, false].map(|experts| integers(&carried.records, experts)) {
+            [TypeChoice::Keep, TypeChoice::Keep] => Some(carried),
+            [experts, others] => Some(reading(experts, others)?),
+        },
+        None => None,
     };
     let mut notes = inventory.notes;
     notes.extend(built.obstacles.iter().map(|why| {
@@ -195,6 +198,13 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     }
     plan.hash = plan.digest();
     Ok(plan)
+}
+
+/// The choice of types that has integers for the matrices of experts, or for all others: as they are carried, if these are integers.
+fn integers(carried: &[TensorRecord], experts: bool) -> TypeChoice {
+    let mut matrices = carried.iter().filter(|r| r.layout != Layout::Plain && r.kind != ExtentKind::Router);
+    let floats = matrices.any(|r| (r.kind == ExtentKind::Expert) == experts && !r.weight_type.is_blocked());
+    if floats { TypeChoice::Type(WeightType::Q8) } else { TypeChoice::Keep }
 }
 
 impl Plan {
@@ -273,6 +283,24 @@ impl Plan {
         self.reading.is_some()
     }
 
+    /// Most bytes of temporary files beside the model file, if measuring keeps so many bytes from layer to layer ([`measure::Measure`]).
+    ///
+    /// [`measure::Measure`]: crate::measure::Measure
+    pub fn measuring_bytes(&self, kept: u64) -> u64 {
+        let Some(reading) = &self.reading else { return 0 };
+        let page = u64::from(self.options.page_size);
+        let mut layers = vec![0u64; self.spec.layers.len()];
+        for extent in &reading.planned {
+            let bytes = extent.logical_len.next_multiple_of(page);
+            let of = layers.iter_mut().enumerate();
+            of.filter(|(layer, _)| crate::layer_file::reads(self, *layer, extent.kind, extent.layer))
+                .for_each(|(_, sum)| *sum += bytes);
+        }
+        let tables = self.tail_bytes();
+        // What is kept lies there twice while it is replaced.
+        layers.into_iter().max().map_or(0, |layer| layer + tables) + 2 * kept.next_multiple_of(page)
+    }
+
     /// Remarks for the user.
     pub fn notes(&self) -> &[String] {
         &self.notes
@@ -280,7 +308,10 @@ impl Plan {
 
     /// When a conversion from its beginning reads each file of the source: what a source that is fetched will be told.
     pub fn file_uses(&self) -> Vec<source::FileUse> {
-        steps::uses(self, &steps::of(self, &|_| true, &|_| true))
+        let all = |_| true;
+        let steps =
+            if self.is_measured() { steps::measured(self, None, &all, &all) } else { steps::of(self, &all, &all) };
+        steps::uses(self, &steps)
     }
 
     /// Numbers of the source's files that an extent is made of.

@@ -15,12 +15,14 @@ mod blocked;
 mod grouped;
 mod int8;
 mod unblocked;
+mod update;
 mod vectors;
 
 use crate::activations::Activations;
 use crate::attention::{KeyBlock, QueryTile};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{Matrix, ROW_GROUP, WeightType};
+use crate::update::{TALL, UpdateTile, WIDE};
 use crate::vector::*;
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
@@ -51,6 +53,11 @@ impl Neon {
     pub(crate) fn axpy(self, a: f32, x: &[f32], y: &mut [f32]) {
         // SAFETY: as above.
         unsafe { vectors::axpy(a, x, y) }
+    }
+
+    pub(crate) fn update_tile(self, a: &[[f32; TALL]], b: &[[f32; WIDE]], tile: &mut UpdateTile) {
+        // SAFETY: as above.
+        unsafe { update::update_tile(a, b, tile) }
     }
 
     /// For rows of f32 numbers; false for others, which have no kernel of their own.

@@ -4,20 +4,33 @@
 //! lower triangular with ones on its diagonal, makes it `Σ_k D_k (e_k + Σ_{j<k} C_kj e_j)²`: once the errors of the columns before
 //! `k` are known, `w_k − Σ_{j<k} C_kj e_j` is what column `k` should be rounded to, and `D_k` is what a deviation from it costs
 //! (E. Frantar et al., "GPTQ", arXiv:2210.17323; in this form J. Chee et al., "QuIP", arXiv:2307.13304, as LDLQ).
+//!
+//! Errors reach columns of the same block one by one, those of the same strip once a block is done, and all others once a strip is
+//! done, by sums of outer products.
+#![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 use super::codebook::{SCALE_MAX, place};
-use super::moments::{Moments, pack_f32};
-use super::pack::{Quantised, QuantisedRow, table, trellis};
-use super::search::{Block, Table, normalising};
+use super::factor::Factors;
+use super::moments::Moments;
+use super::pack::{Quantised, table, trellis};
+use super::search::{Block, Grid, Table, normalising};
 use super::trellis::{Ring, RingFeedback, Trellis};
-use crate::activations::{Activations, Precision};
 use crate::isa::Kernels;
-use crate::matrix::{BLOCK, Matrix, WeightType};
-use crate::threads::ThreadPool;
+use crate::matrix::{BLOCK, WeightType};
+use crate::update::{Stripes, TALL, Target, WIDE};
 use std::ops::Range;
 
-/// Columns whose errors are propagated one by one; beyond them they are propagated together, by a matrix product.
+/// Columns whose errors are propagated block by block; beyond them they are propagated together.
 const STRIP: usize = 4 * BLOCK;
+
+/// Columns of a ring of `q2`.
+const RING: usize = BLOCK / 2;
+
+/// Rows that are rounded together.
+const LANES: usize = 16;
+
+/// Scales of a block that may bring nothing before its search ends. Feedback makes good what more of them would bring.
+const PATIENCE: usize = 1;
 
 /// What is added to the diagonal of `H`, as a fraction of its mean: directions that the text did not show have some weight too.
 const DAMPING: f64 = 0.01;
@@ -41,39 +54,47 @@ struct Panel {
 
 #[derive(Debug)]
 struct Strip {
-    /// Place in the order, and columns.
+    blocks: Vec<BlockFactors>,
+    /// Place in the order, of the first column and behind the last.
     begin: usize,
-    width: usize,
-    /// `[width, width]`: in row `j`, `C_kj` for the columns `k` of this strip.
-    within: Vec<f32>,
-    /// `C_kj` for the columns behind this strip, as a matrix of as many rows and `width` columns.
-    beyond: Vec<u8>,
+    end: usize,
+    /// In row `j`, `C_kj` for the columns `k` behind this strip.
+    beyond: Stripes<WIDE>,
 }
 
-/// One row of a strip while it is quantised.
-struct StripRow<'a> {
-    /// `S`.
-    scale: f32,
-    /// What the columns are to be rounded to, after all errors so far.
-    targets: &'a mut [f32],
-    /// What they have been rounded to, less the weights.
-    errors: &'a mut [f32],
-    out: QuantisedRow<'a>,
+/// [`BLOCK`] columns.
+#[derive(Debug)]
+struct BlockFactors {
+    /// Place of the first in the order.
+    begin: usize,
+    width: usize,
+    /// `[BLOCK, BLOCK]`: in row `j`, `C_kj` for the columns `k` of this block.
+    within: Vec<f32>,
+    /// In row `j`, `C_kj` for the columns `k` behind this block in its strip.
+    rest: Stripes<WIDE>,
 }
 
 /// What a thread that quantises needs besides.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct FeedbackScratch {
-    serial: ThreadPool,
-    errors: Activations,
-    product: Vec<f32>,
+    /// Rows that there is something to round in.
+    rows: Vec<Row>,
+    /// Their weights in the order of a panel, brought to 1..2, `[rows, width]`.
+    exact: Vec<f32>,
+    /// What they are to be rounded to, after all errors so far.
+    targets: Vec<f32>,
+    /// What columns of a strip have been rounded to, less the weights, negated: `[columns, rows]`.
+    errors: Vec<f32>,
+    tall: Stripes<TALL>,
 }
 
-impl Default for FeedbackScratch {
-    fn default() -> Self {
-        let (errors, product) = (Activations::new(Precision::Exact), Vec::new());
-        FeedbackScratch { serial: ThreadPool::new(1), errors, product }
-    }
+#[derive(Clone, Copy, Debug)]
+struct Row {
+    number: usize,
+    /// What brings it to 1..2.
+    factor: f64,
+    /// `S` of the result.
+    scale: f32,
 }
 
 impl Feedback {
@@ -84,26 +105,26 @@ impl Feedback {
     pub fn new(kernels: Kernels, moments: &Moments) -> Option<Feedback> {
         let tokens = moments.tokens() as f64;
         let own = |width: usize| tokens / (tokens + width as f64);
-        let panels = moments.panels().map(|(begin, width, sums)| Panel::new(begin, width, sums, own(width)));
-        Some(Feedback { kernels, cols: moments.cols(), panels: panels.collect::<Option<_>>()? })
+        let panels = moments.panels().map(|(begin, width, sums)| Panel::new(&kernels, begin, width, sums, own(width)));
+        let panels = panels.collect::<Option<_>>()?;
+        Some(Feedback { kernels, cols: moments.cols(), panels })
     }
 
-    /// Quantises rows, `[n, cols]`, to `q4`, `q3` or `q2`.
+    /// Quantises rows, `[n, cols]`, to `q4`, `q3` or `q2`. What becomes of a row does not depend on the others.
     ///
     /// # Panics
     /// For other types, or if `src` is not of whole rows.
     pub fn quantise(&self, ty: WeightType, src: &[f32], scratch: &mut FeedbackScratch) -> Quantised {
-        let rows = src.len() / self.cols.max(1);
-        assert_eq!(src.len(), rows * self.cols, "whole rows");
-        let mut out = Quantised::new(ty, rows, self.cols);
-        // A power of two brings the largest of a row to 1..2; rows of zeros, or of what is no number, are done already.
-        let factors: Vec<Option<(f64, f32)>> =
-            (0..rows).map(|r| out.begin(r, &src[r * self.cols..][..self.cols])).collect();
+        let n = src.len() / self.cols.max(1);
+        assert_eq!(src.len(), n * self.cols, "whole rows");
+        let mut out = Quantised::new(ty, n, self.cols);
+        let row = |number: usize| out.begin(number, &src[number * self.cols..][..self.cols]);
+        // Rows of zeros, or of what is no number, are done already.
+        scratch.rows = (0..n).filter_map(row).collect();
         for panel in &self.panels {
-            match ty {
-                WeightType::Q4 => panel.quantise(self, &Levels::<32>(table(ty)), src, &factors, &mut out, scratch),
-                WeightType::Q3 => panel.quantise(self, &Levels::<16>(table(ty)), src, &factors, &mut out, scratch),
-                _ => panel.quantise(self, trellis(), src, &factors, &mut out, scratch),
+            panel.take(src, self.cols, scratch);
+            for strip in &panel.strips {
+                panel.strip(&self.kernels, strip, ty, &mut out, scratch);
             }
         }
         out
@@ -111,13 +132,13 @@ impl Feedback {
 }
 
 impl Quantised {
-    /// Chooses the row scale. Returns the factor that brings the row to 1..2 and the row scale of the result, if there is something to
-    /// round. The scale need not be searched: it only moves the grid of the blocks' scales a little, and feedback makes that good.
-    fn begin(&mut self, row: usize, x: &[f32]) -> Option<(f64, f32)> {
+    /// Chooses the row scale; `None` if there is nothing to round. The scale need not be searched: it only moves the grid of the blocks'
+    /// scales a little, and feedback makes that good.
+    fn begin(&mut self, number: usize, x: &[f32]) -> Option<Row> {
         let (absmax, exponent) = match normalising(x) {
             Ok(found) => found,
             Err(scale) => {
-                self.scales[row] = scale;
+                self.scales[number] = scale;
                 return None;
             }
         };
@@ -127,13 +148,14 @@ impl Quantised {
         // The largest integer that a level, its offset and a scale give must stay finite.
         let largest = f64::from(SCALE_MAX * (reach + (self.book().step * 7 / 2) as f32));
         let stored = (f64::from(scale) * power(exponent)).min(f64::from(f32::MAX) / largest) as f32;
-        self.scales[row] = if f64::from(stored) * largest > f64::from(f32::MAX) { stored.next_down() } else { stored };
-        Some((power(-exponent), scale))
+        let fits = f64::from(stored) * largest <= f64::from(f32::MAX);
+        self.scales[number] = if fits { stored } else { stored.next_down() };
+        Some(Row { number, factor: power(-exponent), scale })
     }
 }
 
 impl Panel {
-    fn new(begin: usize, width: usize, sums: &[f32], own: f64) -> Option<Panel> {
+    fn new(kernels: &Kernels, begin: usize, width: usize, sums: &[f32], own: f64) -> Option<Panel> {
         let diagonal = |i: usize| f64::from(sums[i * width + i]);
         let mean = (0..width).map(diagonal).sum::<f64>() / width as f64;
         if !(mean > 0.0 && mean.is_finite()) {
@@ -146,209 +168,201 @@ impl Panel {
         let columns = blocks.iter().flat_map(|b| b * BLOCK..(b + 1) * BLOCK).chain(width - width % BLOCK..width);
         let mut places: Vec<usize> = columns.collect();
         // Within 16 columns in the order of a ring of `q2`; the other types do not care.
-        places.chunks_mut(BLOCK / 2).for_each(|half| half.sort_by_key(|column| place(column % (BLOCK / 2))));
-        let entry = |i: usize, j: usize| {
-            let sum = f64::from(sums[places[i] * width + places[j]]);
+        places.chunks_mut(RING).for_each(|half| half.sort_by_key(|column| place(column % RING)));
+        let factors = Factors::new(kernels, width, |i, j| {
+            // Of two columns, the later one has the sum.
+            let (a, b) = (places[i].max(places[j]), places[i].min(places[j]));
+            let sum = f64::from(sums[a * width + b]);
             let value = if i == j { sum / mean + DAMPING } else { own * sum / mean };
             value as f32
-        };
-        let (c, mut weight) = factor(width, entry)?;
+        })?;
+        let mut weight: Vec<f32> = (0..width).map(|k| factors.weight(k)).collect();
         let largest = weight.iter().fold(0.0f32, |m, &d| m.max(d));
         weight.iter_mut().for_each(|d| *d /= largest);
-        let strips = (0..width).step_by(STRIP).map(|first| {
-            let (strip, end) = (STRIP.min(width - first), (first + STRIP).min(width));
-            let mut within = vec![0.0; strip * strip];
-            for j in 0..strip {
-                (j + 1..strip).for_each(|k| within[j * strip + k] = c[(first + k) * width + first + j]);
-            }
-            let rest: Vec<f32> = (end..width).flat_map(|k| &c[k * width + first..][..strip]).copied().collect();
-            Strip { begin: first, width: strip, within, beyond: pack_f32(&rest, width - end, strip) }
-        });
+        let strips =
+            (0..width).step_by(STRIP).map(|first| Strip::new(&factors, first, (first + STRIP).min(width), width));
         let strips = strips.collect();
         Some(Panel { order: places.into_iter().map(|place| begin + place).collect(), weight, strips })
     }
 
-    fn quantise(
+    /// Takes this panel's columns of the rows.
+    fn take(&self, src: &[f32], cols: usize, scratch: &mut FeedbackScratch) {
+        scratch.exact.clear();
+        for row in &scratch.rows {
+            let src = &src[row.number * cols..][..cols];
+            scratch.exact.extend(self.order.iter().map(|&column| (f64::from(src[column]) * row.factor) as f32));
+        }
+        scratch.targets.clone_from(&scratch.exact);
+    }
+
+    /// Rounds the columns of a strip, and lets those behind it know.
+    fn strip(
         &self,
-        whole: &Feedback,
-        types: &impl Rounding,
-        src: &[f32],
-        factors: &[Option<(f64, f32)>],
+        kernels: &Kernels,
+        strip: &Strip,
+        ty: WeightType,
         out: &mut Quantised,
         scratch: &mut FeedbackScratch,
     ) {
-        let (rows, cols, width) = (factors.len(), whole.cols, self.order.len());
-        let mut targets = vec![0.0f32; rows * width];
-        for ((targets, factor), src) in targets.chunks_exact_mut(width).zip(factors).zip(src.chunks_exact(cols)) {
-            if let Some((factor, _)) = factor {
-                let scaled = |&column: &usize| (f64::from(src[column]) * factor) as f32;
-                targets.iter_mut().zip(&self.order).for_each(|(to, column)| *to = scaled(column));
+        let (n, stride) = (scratch.rows.len(), self.order.len());
+        let errors = (strip.end - strip.begin) * n;
+        scratch.errors.resize(errors.max(scratch.errors.len()), 0.0);
+        for block in &strip.blocks {
+            for first in (0..n).step_by(LANES) {
+                kernels.compiled(|| match ty {
+                    WeightType::Q4 => self.block::<32>(strip, block, table(ty), first, out, scratch),
+                    WeightType::Q3 => self.block::<16>(strip, block, table(ty), first, out, scratch),
+                    _ => self.rings(strip, block, trellis(), first, out, scratch),
+                });
+            }
+            let made = (block.begin - strip.begin)..(block.begin - strip.begin + block.width);
+            scratch.pass_on(kernels, made, &block.rest, block.begin + block.width..strip.end, stride);
+        }
+        scratch.pass_on(kernels, 0..strip.end - strip.begin, &strip.beyond, strip.end..stride, stride);
+    }
+
+    /// Rounds the columns of a block in a few rows, from number `first` of those that are rounded on.
+    #[inline(always)]
+    fn block<const B: usize>(
+        &self,
+        strip: &Strip,
+        block: &BlockFactors,
+        table: &Table,
+        first: usize,
+        out: &mut Quantised,
+        scratch: &mut FeedbackScratch,
+    ) {
+        let (n, stride, width) = (scratch.rows.len(), self.order.len(), block.width);
+        let rows = &scratch.rows[first..n.min(first + LANES)];
+        let columns = &self.order[block.begin..][..width];
+        // Lanes are rows.
+        let (mut exact, mut targets) = ([[0.0f32; LANES]; BLOCK], [[0.0f32; LANES]; BLOCK]);
+        for l in 0..rows.len() {
+            let at = (first + l) * stride + block.begin;
+            for j in 0..width {
+                exact[j][l] = scratch.exact[at + j];
+                targets[j][l] = scratch.targets[at + j];
             }
         }
-        let mut errors = Vec::new();
-        for strip in &self.strips {
-            errors.clear();
-            errors.resize(rows * strip.width, 0.0);
-            for (r, factor) in factors.iter().enumerate() {
-                let Some((factor, scale)) = *factor else { continue };
-                let targets = &mut targets[r * width + strip.begin..][..strip.width];
-                let errors = &mut errors[r * strip.width..][..strip.width];
-                let exact = |column: usize| (f64::from(src[r * cols + column]) * factor) as f32;
-                let mut row = StripRow { scale, targets, errors, out: out.row(r) };
-                for first in (0..strip.width).step_by(BLOCK / 2 * types.halves()) {
-                    let places = first..(first + BLOCK / 2 * types.halves()).min(strip.width);
-                    types.round(self, strip, places, &mut row, exact);
+        let mut grids = [Grid::default(); LANES];
+        let mut numbers = [[0u8; LANES]; BLOCK];
+        for j in 0..width {
+            if j % B == 0 {
+                let count = B.min(width - j);
+                let weight = &self.weight[block.begin + j..][..count];
+                for (l, row) in rows.iter().enumerate() {
+                    let mut x = [0.0; B];
+                    for (x, targets) in x[..count].iter_mut().zip(&targets[j..]) {
+                        *x = targets[l];
+                    }
+                    let byte = table.byte(&Block::<B>::new(&x[..count], weight), row.scale, PATIENCE).1;
+                    grids[l] = table.grid(row.scale, byte);
+                    out.row(row.number).bytes[columns[j] / B] = byte;
                 }
             }
-            let (behind, rest) = (strip.begin + strip.width, width - strip.begin - strip.width);
-            if rest > 0 {
-                scratch.errors.set(&errors, rows, strip.width);
-                scratch.product.resize(rows * rest, 0.0);
-                let beyond =
-                    Matrix::new(WeightType::F32, rest, strip.width, &strip.beyond).expect("packed to this shape");
-                whole.kernels.matmul(&scratch.serial, beyond, &scratch.errors, &mut scratch.product);
-                for (targets, product) in targets.chunks_exact_mut(width).zip(scratch.product.chunks_exact(rest)) {
-                    targets[behind..].iter_mut().zip(product).for_each(|(t, p)| *t -= p);
+            let (found, values) = table.nearest(&targets[j], &grids);
+            numbers[j] = found;
+            let mut errors = [0.0; LANES];
+            for l in 0..LANES {
+                errors[l] = exact[j][l] - values[l];
+            }
+            scratch.errors[(block.begin - strip.begin + j) * n + first..][..rows.len()]
+                .copy_from_slice(&errors[..rows.len()]);
+            for k in j + 1..width {
+                let c = block.within[j * BLOCK + k];
+                for l in 0..LANES {
+                    targets[k][l] += c * errors[l];
+                }
+            }
+        }
+        for (l, row) in rows.iter().enumerate() {
+            let to = out.row(row.number).numbers;
+            columns.iter().zip(&numbers).for_each(|(&column, numbers)| to[column] = numbers[l]);
+        }
+    }
+
+    /// As [`Panel::block`], for `q2`: rings are rounded as a whole, with the feedback inside them.
+    #[inline(always)]
+    fn rings(
+        &self,
+        strip: &Strip,
+        block: &BlockFactors,
+        trellis: &Trellis,
+        first: usize,
+        out: &mut Quantised,
+        scratch: &mut FeedbackScratch,
+    ) {
+        let (n, stride, width) = (scratch.rows.len(), self.order.len(), block.width);
+        for number in first..n.min(first + LANES) {
+            let (row, at) = (scratch.rows[number], number * stride + block.begin);
+            let (exact, targets) = (&scratch.exact[at..][..width], &mut scratch.targets[at..][..width]);
+            for begin in (0..width).step_by(RING) {
+                let end = (begin + RING).min(width);
+                let on_ring = |i: usize| place(self.order[block.begin + i] % RING);
+                let weight = &self.weight[block.begin..];
+                let ring = Ring::new((begin..end).map(|i| (on_ring(i), targets[i], weight[i])));
+                let mut inner = RingFeedback { within: [[0.0; RING]; RING], exact: [0.0; RING] };
+                for i in begin..end {
+                    inner.exact[on_ring(i)] = exact[i];
+                    for later in i + 1..end {
+                        inner.within[on_ring(i)][on_ring(later)] = block.within[i * BLOCK + later];
+                    }
+                }
+                let byte = trellis.byte(&ring, row.scale);
+                let found = trellis.codes(&ring, row.scale, byte, Some(&inner));
+                let to = out.row(row.number);
+                to.bytes[self.order[block.begin + begin] / RING] = byte;
+                for i in begin..end {
+                    to.numbers[self.order[block.begin + i]] = found.codes[on_ring(i)];
+                    let error = exact[i] - found.values[on_ring(i)];
+                    scratch.errors[(block.begin - strip.begin + i) * n + number] = error;
+                    let within = &block.within[i * BLOCK..][..width];
+                    targets[end..].iter_mut().zip(&within[end..]).for_each(|(t, c)| *t += c * error);
                 }
             }
         }
     }
+}
 
-    /// The columns at these places of a strip, in the order of rounding.
-    fn columns(&self, strip: &Strip, places: &Range<usize>) -> &[usize] {
-        &self.order[strip.begin..][places.clone()]
+impl FeedbackScratch {
+    /// Lets columns know of errors that have been made in some columns of their strip.
+    fn pass_on(
+        &mut self,
+        kernels: &Kernels,
+        made: Range<usize>,
+        factors: &Stripes<WIDE>,
+        columns: Range<usize>,
+        stride: usize,
+    ) {
+        let n = self.rows.len();
+        if n > 0 && !columns.is_empty() {
+            let errors = &self.errors[made.start * n..made.end * n];
+            self.tall.set(made.len(), n, |j| &errors[j * n..][..n]);
+            let mut to = Target { values: &mut self.targets, stride, columns };
+            kernels.update(&self.tall, 0..self.tall.count(), factors, &mut to, false);
+        }
     }
 }
 
 impl Strip {
-    /// Takes what an error at a place means for later places, from `first` on, off their targets.
-    fn feed_back(&self, place: usize, error: f32, first: usize, targets: &mut [f32]) {
-        let within = &self.within[place * self.width..][..self.width];
-        targets[first..].iter_mut().zip(&within[first..]).for_each(|(t, c)| *t -= c * error);
-    }
-}
-
-/// How the blocks of a type are rounded.
-trait Rounding {
-    /// Halves of 32 columns in a block.
-    fn halves(&self) -> usize;
-
-    /// Rounds a block, whose places in its strip are `places`; `exact`: the weights by column.
-    fn round(
-        &self,
-        panel: &Panel,
-        strip: &Strip,
-        places: Range<usize>,
-        row: &mut StripRow<'_>,
-        exact: impl Fn(usize) -> f32,
-    );
-}
-
-/// Types with a level for each number, in blocks of `B` columns: each column is rounded for itself.
-struct Levels<const B: usize>(&'static Table);
-
-impl<const B: usize> Rounding for Levels<B> {
-    fn halves(&self) -> usize {
-        2 * B / BLOCK
-    }
-
-    fn round(
-        &self,
-        panel: &Panel,
-        strip: &Strip,
-        places: Range<usize>,
-        row: &mut StripRow<'_>,
-        exact: impl Fn(usize) -> f32,
-    ) {
-        let columns = panel.columns(strip, &places);
-        let weight = &panel.weight[strip.begin..][places.clone()];
-        let byte = self.0.byte(&Block::<B>::new(&row.targets[places.clone()], weight), row.scale).1;
-        row.out.bytes[columns[0] / B] = byte;
-        for (place, &column) in places.zip(columns) {
-            let (number, value) = self.0.nearest(row.targets[place], row.scale, byte);
-            row.out.numbers[column] = number;
-            row.errors[place] = value - exact(column);
-            strip.feed_back(place, row.errors[place], place + 1, row.targets);
-        }
-    }
-}
-
-/// `q2`: a block is rounded as a whole, with the feedback inside it.
-impl Rounding for Trellis {
-    fn halves(&self) -> usize {
-        1
-    }
-
-    fn round(
-        &self,
-        panel: &Panel,
-        strip: &Strip,
-        places: Range<usize>,
-        row: &mut StripRow<'_>,
-        exact: impl Fn(usize) -> f32,
-    ) {
-        const RING: usize = BLOCK / 2;
-        let columns = panel.columns(strip, &places);
-        let on_ring = |column: usize| place(column % RING);
-        let weight = &panel.weight[strip.begin..];
-        let ring = Ring::new(places.clone().zip(columns).map(|(i, &k)| (on_ring(k), row.targets[i], weight[i])));
-        let mut inner = RingFeedback { within: [[0.0; RING]; RING], exact: [0.0; RING] };
-        for (i, &column) in places.clone().zip(columns) {
-            inner.exact[on_ring(column)] = exact(column);
-            for (later, &other) in (i + 1..places.end).zip(&columns[i + 1 - places.start..]) {
-                inner.within[on_ring(column)][on_ring(other)] = strip.within[i * strip.width + later];
+    fn new(factors: &Factors, begin: usize, end: usize, of: usize) -> Strip {
+        let columns = factors.columns(begin, end);
+        let row = |j: usize| &columns[j * (of - begin)..][..of - begin];
+        let stripes = |rows: Range<usize>, from: usize, to: usize| {
+            let mut stripes = Stripes::default();
+            stripes.set(rows.len(), to - from, |j| &row(rows.start + j)[from..to]);
+            stripes
+        };
+        let width = end - begin;
+        let blocks = (0..width).step_by(BLOCK).map(|first| {
+            let behind = (first + BLOCK).min(width);
+            let mut within = vec![0.0; BLOCK * BLOCK];
+            for j in first..behind {
+                within[(j - first) * BLOCK..][..behind - first].copy_from_slice(&row(j)[first..behind]);
             }
-        }
-        let byte = self.byte(&ring, row.scale);
-        row.out.bytes[columns[0] / RING] = byte;
-        let found = self.codes(&ring, row.scale, byte, Some(&inner));
-        for (i, &column) in places.clone().zip(columns) {
-            row.out.numbers[column] = found.codes[on_ring(column)];
-            row.errors[i] = found.values[on_ring(column)] - exact(column);
-            strip.feed_back(i, row.errors[i], places.end, row.targets);
-        }
+            let rest = stripes(first..behind, behind, width);
+            BlockFactors { begin: begin + first, width: behind - first, within, rest }
+        });
+        Strip { begin, end, blocks: blocks.collect(), beyond: stripes(0..width, width, of - begin) }
     }
-}
-
-/// `C`, row-major `[n, n]`, and `D` of a symmetric positive matrix `H = Cᵀ D C`; `None` if it is not positive.
-fn factor(n: usize, entry: impl Fn(usize, usize) -> f32) -> Option<(Vec<f32>, Vec<f32>)> {
-    // Cholesky's L of the matrix with its columns in reverse order, row by row.
-    let mut l = vec![0.0f32; n * n];
-    for i in 0..n {
-        let (above, row) = l.split_at_mut(i * n);
-        for j in 0..=i {
-            let value = entry(n - 1 - i, n - 1 - j);
-            let other = if j < i { &above[j * n..][..j] } else { &[] };
-            if j < i {
-                row[j] = (value - dot(&row[..j], other)) / above[j * n + j];
-            } else {
-                let rest = value - dot(&row[..i], &row[..i]);
-                if !(rest > 0.0 && rest.is_finite()) {
-                    return None;
-                }
-                row[i] = rest.sqrt();
-            }
-        }
-    }
-    let mut c = vec![0.0f32; n * n];
-    let mut d = vec![0.0f32; n];
-    for i in 0..n {
-        let of = n - 1 - i;
-        let root = l[of * n + of];
-        d[i] = root * root;
-        (0..=i).for_each(|j| c[i * n + j] = l[(n - 1 - j) * n + of] / root);
-    }
-    Some((c, d))
-}
-
-/// A dot product in sixteen lanes.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    let (a, b) = (a.as_chunks::<16>(), b.as_chunks::<16>());
-    for (a, b) in a.0.iter().zip(b.0) {
-        for (lane, (a, b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
-            *lane += a * b;
-        }
-    }
-    a.1.iter().zip(b.1).fold(lanes.iter().sum(), |sum, (a, b)| sum + a * b)
 }

@@ -23,6 +23,7 @@
 //! for the first `S` are tried. `ω` is the importance of a column.
 
 mod codebook;
+mod factor;
 mod feedback;
 mod moments;
 mod pack;

@@ -1,13 +1,16 @@
 //! How the inputs of a matrix vary together.
 
-use crate::activations::{Activations, Precision};
+use crate::activations::Activations;
 use crate::isa::Kernels;
-use crate::matrix::{BLOCK, Matrix, ROW_GROUP, WeightType, packed_len};
-use crate::pack::pack_row_group;
+use crate::matrix::BLOCK;
 use crate::threads::ThreadPool;
+use crate::update::{Stripes, TALL, Target};
 
-/// Tokens that are added at once.
-const TOKENS: usize = 1024;
+/// Tokens that are added at once: stripes of them stay in the nearest cache.
+const TOKENS: usize = 256;
+
+/// Stripes of rows that one thread takes at once, so that the other operand comes to it once for all of them.
+const STRIPES: usize = 4;
 
 /// Sums of the products of the inputs of a matrix, `Σ x_i x_j` over tokens, for columns of the same panel: all that error feedback
 /// can use. Panels bound memory and time: a panel of `w` columns takes `4 w²` bytes, and its factorisation `w³/3` steps.
@@ -16,7 +19,7 @@ pub struct Moments {
     cols: usize,
     panel: usize,
     tokens: u64,
-    /// `[w, w]`, one for each panel.
+    /// `[w, w]`, one for each panel; what is above the diagonal has no meaning.
     sums: Vec<Vec<f32>>,
 }
 
@@ -41,28 +44,26 @@ impl Moments {
         self.tokens
     }
 
-    /// Adds the inputs of some tokens, `[n, cols]`. The result depends on the order in which tokens come, not on the threads.
+    /// Adds the inputs of some tokens, `[n, cols]`. The result depends on the order in which tokens come, neither on how many come at once
+    /// nor on the threads.
     ///
     /// # Panics
     /// If their width is another one.
     pub fn add(&mut self, kernels: &Kernels, pool: &ThreadPool, x: &Activations) {
         assert_eq!(x.cols(), self.cols, "inputs and moments differ in width");
-        let mut transposed = Activations::new(Precision::Exact);
+        let (mut tall, mut wide) = (Stripes::default(), Stripes::default());
         for first in (0..x.n()).step_by(TOKENS) {
             let n = TOKENS.min(x.n() - first);
             for (begin, sums) in (0..self.cols).step_by(self.panel).zip(&mut self.sums) {
                 let width = self.panel.min(self.cols - begin);
-                let mut columns = vec![0.0; width * n];
-                for t in 0..n {
-                    let row = &x.row(first + t)[begin..begin + width];
-                    row.iter().zip(columns[t..].iter_mut().step_by(n)).for_each(|(&x, to)| *to = x);
-                }
-                transposed.set(&columns, width, n);
-                let packed = pack_f32(&columns, width, n);
-                let matrix = Matrix::new(WeightType::F32, width, n, &packed).expect("packed to this shape");
-                let mut products = vec![0.0; width * width];
-                kernels.matmul(pool, matrix, &transposed, &mut products);
-                sums.iter_mut().zip(&products).for_each(|(sum, p)| *sum += p);
+                let row = |t: usize| &x.row(first + t)[begin..begin + width];
+                tall.set(n, width, row);
+                wide.set(n, width, row);
+                pool.for_each_piece(sums, STRIPES * TALL * width, &|i, values| {
+                    let stripes = i * STRIPES..((i + 1) * STRIPES).min(tall.count());
+                    let mut to = Target { values, stride: width, columns: 0..width };
+                    kernels.update(&tall, stripes, &wide, &mut to, true);
+                });
             }
         }
         self.tokens += x.n() as u64;
@@ -92,15 +93,4 @@ impl Moments {
         let begins = (0..self.cols).step_by(self.panel);
         begins.zip(&self.sums).map(|(begin, sums)| (begin, self.panel.min(self.cols - begin), &sums[..]))
     }
-}
-
-/// A row-major matrix in the form of the kernels.
-pub(super) fn pack_f32(values: &[f32], rows: usize, cols: usize) -> Vec<u8> {
-    let len = packed_len(WeightType::F32, rows, cols).expect("it is no longer than its values are");
-    let mut packed = vec![0; len];
-    let group = len / rows.div_ceil(ROW_GROUP).max(1);
-    for (values, out) in values.chunks(ROW_GROUP * cols.max(1)).zip(packed.chunks_mut(group.max(1))) {
-        pack_row_group(WeightType::F32, values, values.len() / cols, cols, out);
-    }
-    packed
 }

@@ -1,4 +1,5 @@
 //! The choice of row scale, block bytes and levels that makes the weighted squared error small.
+#![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 use super::codebook::{Codebook, SCALE_MAX, scale_over_unit};
 use crate::math::ROUND;
@@ -32,6 +33,7 @@ pub(super) struct Block<const B: usize> {
 
 impl<const B: usize> Block<B> {
     /// Numbers and their weights, at most `B`.
+    #[inline(always)]
     pub(super) fn new(x: &[f32], weight: &[f32]) -> Self {
         let mut block = Block { x: [0.0; B], weight: [0.0; B], absmax: 0.0 };
         block.x[..x.len()].copy_from_slice(x);
@@ -39,6 +41,16 @@ impl<const B: usize> Block<B> {
         block.absmax = x.iter().fold(0.0, |m, x| m.max(x.abs()));
         block
     }
+}
+
+/// What a block of some byte can stand for.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Grid {
+    step: f32,
+    inverse: f32,
+    byte: u8,
+    /// Of the numbers of levels.
+    mask: u8,
 }
 
 /// A quantised row.
@@ -54,7 +66,7 @@ pub(super) struct Row {
 const FIRST: [f32; 3] = [0.8, 0.9, 1.0];
 
 /// Scales tried in each direction without improvement before the search of a block ends.
-const PATIENCE: usize = 2;
+pub(super) const PATIENCE: usize = 2;
 
 /// Rounds of least squares for the row scale.
 const REFINEMENTS: usize = 2;
@@ -142,7 +154,7 @@ impl Table {
         for (i, (block, byte)) in blocks.iter().zip(bytes).enumerate() {
             let error;
             (error, *byte) = match near {
-                None => self.byte(block, scale),
+                None => self.byte(block, scale, PATIENCE),
                 Some(near) => self.byte_near(block, scale, near[i]),
             };
             sum += f64::from(error);
@@ -150,41 +162,65 @@ impl Table {
         sum
     }
 
-    /// Number of the level nearest to `x` in a block of this byte, and its value; both in a row of scale `scale`.
-    #[inline]
-    pub(super) fn nearest(&self, x: f32, scale: f32, byte: u8) -> (u8, f32) {
-        let s = self.scales[usize::from(byte & 31)];
-        if s == 0.0 {
-            return (0, 0.0);
-        }
-        let step = scale * s;
-        let (_, [cell]) = cells(&[x], 1.0 / step);
-        let number = self.number[moved(cell, self.book.offset(byte))];
-        (number, step * self.values[cell as usize % CELLS][usize::from(byte >> 5)])
+    /// The grid of a block of this byte, in a row of scale `scale`.
+    #[inline(always)]
+    pub(super) fn grid(&self, scale: f32, byte: u8) -> Grid {
+        let step = scale * self.scales[usize::from(byte & 31)];
+        // Where all is zero, so is what is rounded, and its number.
+        let inverse = if step == 0.0 { 0.0 } else { 1.0 / step };
+        Grid { step, inverse, byte, mask: if step == 0.0 { 0 } else { 255 } }
     }
 
-    /// Error and byte of a block for a given row scale.
-    pub(super) fn byte<const B: usize>(&self, block: &Block<B>, scale: f32) -> (f32, u8) {
+    /// Number and value of the level nearest to each of `x`, each in a grid of its own.
+    #[inline(always)]
+    pub(super) fn nearest<const L: usize>(&self, x: &[f32; L], grids: &[Grid; L]) -> ([u8; L], [f32; L]) {
+        let values: &[[f32; OFFSETS]; CELLS] = self.values[..].try_into().expect("one element per cell");
+        let mut y = [0.0; L];
+        for l in 0..L {
+            y[l] = x[l] * grids[l].inverse;
+        }
+        let (cells, mut numbers, mut rounded) = (cells_of(&y), [0; L], [0.0; L]);
+        for l in 0..L {
+            let Grid { step, byte, mask, .. } = grids[l];
+            numbers[l] = self.number[moved(cells[l], self.book.offset(byte))] & mask;
+            rounded[l] = step * values[cells[l] as usize % CELLS][usize::from(byte >> 5)];
+        }
+        (numbers, rounded)
+    }
+
+    /// Error and byte of a block for a given row scale. `patience`: scales in each direction that may bring nothing.
+    #[inline(always)]
+    pub(super) fn byte<const B: usize>(&self, block: &Block<B>, scale: f32, patience: usize) -> (f32, u8) {
         let mut best = (self.error_of_zero(block), 0);
         if block.absmax == 0.0 {
             return best;
         }
         let covers = |&s: &f32| s * scale * self.reach() >= block.absmax;
         let start = self.scales.iter().position(covers).unwrap_or(31).max(1);
-        let mut walk = |codes: &mut dyn Iterator<Item = usize>| {
-            let mut misses = 0;
-            for code in codes {
-                let before = best.0;
-                self.try_scale(block, scale, code, &mut best);
-                misses = if best.0 < before { 0 } else { misses + 1 };
-                if misses > PATIENCE {
-                    break;
-                }
-            }
-        };
-        walk(&mut (start..32));
-        walk(&mut (1..start).rev());
+        self.walk(block, scale, start..32, patience, &mut best);
+        self.walk(block, scale, (1..start).rev(), patience, &mut best);
         best
+    }
+
+    /// Tries scales until some in a row bring nothing.
+    #[inline(always)]
+    fn walk<const B: usize>(
+        &self,
+        block: &Block<B>,
+        scale: f32,
+        codes: impl Iterator<Item = usize>,
+        patience: usize,
+        best: &mut (f32, u8),
+    ) {
+        let mut misses = 0;
+        for code in codes {
+            let before = best.0;
+            self.try_scale(block, scale, code, best);
+            misses = if best.0 < before { 0 } else { misses + 1 };
+            if misses > patience {
+                break;
+            }
+        }
     }
 
     fn byte_near<const B: usize>(&self, block: &Block<B>, scale: f32, near: u8) -> (f32, u8) {
@@ -196,11 +232,13 @@ impl Table {
         best
     }
 
+    #[inline(always)]
     fn error_of_zero<const B: usize>(&self, block: &Block<B>) -> f32 {
         sum(|j| block.weight[j] * block.x[j] * block.x[j], &block.x)
     }
 
     /// Tries all offsets with one scale.
+    #[inline(always)]
     fn try_scale<const B: usize>(&self, block: &Block<B>, scale: f32, code: usize, best: &mut (f32, u8)) {
         let step = scale * self.scales[code];
         let (y, cells) = cells(&block.x, 1.0 / step);
@@ -214,6 +252,7 @@ impl Table {
     }
 
     /// The weighted squared error with each offset, in steps; lanes are offsets.
+    #[inline(always)]
     fn errors<const B: usize>(&self, y: &[f32; B], cells: &[u32; B], weight: &[f32; B]) -> [f32; OFFSETS] {
         let values: &[[f32; OFFSETS]; CELLS] = self.values[..].try_into().expect("one element per cell");
         let mut sums = [[0.0; OFFSETS]; 2];
@@ -279,7 +318,7 @@ pub(super) fn normalising(x: &[f32]) -> Result<(f32, i64), f32> {
 }
 
 /// The cell of a number from which `offset` is taken.
-#[inline]
+#[inline(always)]
 fn moved(cell: u32, offset: i32) -> usize {
     cell.wrapping_sub((2 * offset) as u32) as usize % CELLS
 }
@@ -306,21 +345,29 @@ fn blocks<const B: usize>(x: &[f32], weight: Option<&[f32]>, factor: f64) -> Vec
 }
 
 /// Numbers over the step, and the cell of each. Far beyond the last level, further away makes no difference.
-#[inline]
+#[inline(always)]
 fn cells<const B: usize>(x: &[f32; B], inverse: f32) -> ([f32; B], [u32; B]) {
+    let mut y = *x;
+    y.iter_mut().for_each(|y| *y *= inverse);
+    (y, cells_of(&y))
+}
+
+/// The cell of each number of steps.
+#[inline(always)]
+fn cells_of<const B: usize>(y: &[f32; B]) -> [u32; B] {
     const FAR: f32 = CELLS as f32 / 2.0 - 64.0;
-    let y = x.map(|x| x * inverse);
-    let cells = y.map(|y| {
+    let mut cells = [0; B];
+    for (cell, y) in cells.iter_mut().zip(y) {
         let half = 2.0 * y - 0.5;
         let half = if half < -FAR { -FAR } else { half };
         let half = if half > FAR { FAR } else { half };
-        (half + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(CELLS as u32 / 2)
-    });
-    (y, cells)
+        *cell = (half + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(CELLS as u32 / 2);
+    }
+    cells
 }
 
 /// The sum of a term over a block, in eight lanes that can be added as vectors.
-#[inline]
+#[inline(always)]
 fn sum<const B: usize>(term: impl Fn(usize) -> f32, _: &[f32; B]) -> f32 {
     let mut lanes = [0.0f32; 8];
     for j in (0..B).step_by(8) {

@@ -6,6 +6,7 @@ mod attention;
 mod codebook;
 pub(super) mod grouped;
 mod many;
+mod update;
 
 use super::ahead::{Ahead, in_streams};
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
@@ -19,6 +20,7 @@ use crate::attention::{KeyBlock, QueryTile};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
+use crate::update::{TALL, UpdateTile, WIDE};
 use std::arch::x86_64::*;
 
 /// Proof that this CPU has AVX2, FMA and F16C.
@@ -47,6 +49,22 @@ impl Avx2 {
     pub(crate) fn axpy(self, a: f32, x: &[f32], y: &mut [f32]) {
         // SAFETY: as above.
         unsafe { axpy(a, x, y) }
+    }
+
+    /// Runs `f` as it is compiled with these instructions, if it is inlined.
+    #[inline(always)]
+    pub(crate) fn compiled<R>(self, f: impl FnOnce() -> R) -> R {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn compiled<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        // SAFETY: as above.
+        unsafe { compiled(f) }
+    }
+
+    pub(crate) fn update_tile(self, a: &[[f32; TALL]], b: &[[f32; WIDE]], tile: &mut UpdateTile) {
+        // SAFETY: as above.
+        unsafe { update::update_tile(a, b, tile) }
     }
 
     pub(crate) fn score(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {

@@ -6,6 +6,7 @@
 mod attention;
 mod codebook;
 mod grouped;
+mod update;
 
 use super::ahead::Ahead;
 use super::avx2::Avx2;
@@ -19,6 +20,7 @@ use crate::attention::{KeyBlock, QueryTile};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
+use crate::update::{TALL, UpdateTile, WIDE};
 use std::arch::x86_64::*;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI besides what [`Avx2`] proves.
@@ -53,6 +55,22 @@ impl Avx512 {
     pub(crate) fn axpy(self, a: f32, x: &[f32], y: &mut [f32]) {
         // SAFETY: as above.
         unsafe { axpy(a, x, y) }
+    }
+
+    /// As [`Avx2::compiled`].
+    #[inline(always)]
+    pub(crate) fn compiled<R>(self, f: impl FnOnce() -> R) -> R {
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        fn compiled<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        // SAFETY: as above.
+        unsafe { compiled(f) }
+    }
+
+    pub(crate) fn update_tile(self, a: &[[f32; TALL]], b: &[[f32; WIDE]], tile: &mut UpdateTile) {
+        // SAFETY: as above.
+        unsafe { update::update_tile(a, b, tile) }
     }
 
     pub(crate) fn score(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
