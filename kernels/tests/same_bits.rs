@@ -186,6 +186,8 @@ fn products_are_close_to_f64() {
         let w = Matrix::new(ty, rows, cols, &data).unwrap();
         let x = rng.vec(n * cols);
         let numbers = unpack(w);
+        // Where a scaled code and a bias cancel, a weight is smaller than what was rounded on the way to it.
+        let largest = numbers.iter().fold(0.0f32, |m, w| m.max(w.abs()));
         for precision in PRECISIONS {
             // Half a step of 1/127 per activation, or the rounding of f32.
             let tolerance = if precision == Precision::Exact { 1e-6 } else { 0.5 / 127.0 + 1e-6 };
@@ -193,7 +195,7 @@ fn products_are_close_to_f64() {
             for (i, &y) in y.iter().enumerate() {
                 let (x, w) = (&x[i / rows * cols..][..cols], &numbers[i % rows * cols..][..cols]);
                 let want: f64 = x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
-                let size: f64 = w.iter().map(|&w| f64::from(w.abs())).sum();
+                let size: f64 = w.iter().map(|&w| f64::from(w.abs().max(0.1 * largest))).sum();
                 assert!((f64::from(y) - want).abs() <= tolerance * size + 1e-30, "{ty:?} {precision:?}: {y} {want}");
             }
         }
