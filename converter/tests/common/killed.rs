@@ -84,5 +84,6 @@ pub fn child(options: impl FnOnce(&str) -> Options) {
     journal.push(".partial.journal");
     let killer = Killer { at, advanced: AtomicU64::new(0), journal: journal.into(), empty: OnceLock::new() };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
-    pool.install(|| convert(Path::new(&src), &dst, &options(&variable("SLUICE_TEST_ALSO")), &killer)).unwrap();
+    let options = options(&variable("SLUICE_TEST_ALSO"));
+    pool.install(|| convert(Path::new(&src), &dst, &options, &killer)).unwrap();
 }
