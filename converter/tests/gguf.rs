@@ -555,9 +555,10 @@ fn divided_frequencies() {
     let divisors: Vec<f32> = (0..32).map(|i| 1.0 + i as f32 / 8.0).collect();
     assert_eq!(spec_of(&[], &divisors).unwrap(), RopeScaling::Divided { divisors: divisors.clone() });
     assert_eq!(spec_of(&[], &[1.0; 32]).unwrap(), RopeScaling::None);
+    let both = divisors.iter().map(|d| d * 4.0).collect();
+    assert_eq!(spec_of(&linear, &divisors).unwrap(), RopeScaling::Divided { divisors: both });
     for (keys, factors, words) in [
-        (&linear[..], &divisors[..], ["rope.scaling.type", "rope_freqs.weight"]),
-        (&[], &divisors[1..], ["divisors", "31 numbers"]),
+        (&[][..], &divisors[1..], ["divisors", "31 numbers"]),
         (&[], &[f32::NAN; 32], ["rope_freqs.weight", "NaN"]),
         (&[], &[0.0; 32], ["rope_freqs.weight", "positive"]),
         (&[("scaling.attn_factor", Value::F32(2.0))], &[], ["rope.scaling.attn_factor", "is 2"]),

@@ -42,17 +42,13 @@ pub(super) fn read(keys: &Keys<'_>, rope: &Rope, factors: Option<&[f32]>) -> Res
         ("none" | "linear", _) => {
             // `scale_linear` is what the factor was called before the type was; 0 stands for none.
             let linear = factor.or(keys.float("rope.scale_linear")?);
-            match (linear.filter(|&f| kind == "linear" && f != 0.0 && f != 1.0), factors) {
-                (Some(factor), None) => {
-                    out["rope_type"] = "linear".into();
-                    out["factor"] = factor.into();
-                }
-                (None, Some(factors)) => by_factors(&mut out, theta, factors)?,
-                (None, None) => {}
-                (Some(_), Some(_)) => {
-                    let problem = "is linear, and `rope_freqs.weight` holds factors: only one of both is supported";
-                    return Err(keys.refuse("rope.scaling.type", problem));
-                }
+            let linear = linear.filter(|&f| kind == "linear" && f != 0.0 && f != 1.0);
+            if let Some(factors) = factors {
+                let all: Vec<f32> = factors.iter().map(|f| f * linear.unwrap_or(1.0) as f32).collect();
+                by_factors(&mut out, theta, &all)?;
+            } else if let Some(factor) = linear {
+                out["rope_type"] = "linear".into();
+                out["factor"] = factor.into();
             }
         }
         ("yarn", None) => yarn(keys, rope, factor, &mut out)?,
