@@ -341,6 +341,9 @@ fn sources_that_are_something_else() {
     says("pointer", &["Git LFS"]);
     says("other", &["not a folder"]);
     says("missing", &["there is no such folder"]);
+    says("missing.gguf", &["there is no such file"]);
+    fs::write(path("bom.GGUF"), b"\xef\xbb\xbfGGUF\x03\0\0\0").unwrap();
+    says("bom.GGUF", &["does not begin as GGUF files do"]);
     assert!(no_model(&path("m.gguf")).is_some() && no_model(&path("other")).is_none());
 
     let checkpoint = path("checkpoint");

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use serde_json::json;
 use sluice_converter::provenance::Comparison;
 use sluice_converter::{ConvertError, Options, Plan, convert, plan};
-use sluice_format::{AttentionSpec, ExtentKind, ModelFile, ModelSpec};
+use sluice_format::{AttentionSpec, ExtentKind, ModelFile, ModelSpec, RopeScaling};
 
 const F32: u32 = 0;
 const MXFP4: u32 = 39;
@@ -470,6 +470,13 @@ fn a_model_in_parts_is_named_by_any_of_them() {
     fs::copy(name(2), &alone).unwrap();
     let error = error_of(&alone);
     assert!(error.contains("split.count") && error.contains("00001-of-00003"), "{error}");
+    let mut keys = vec![("general.architecture".to_owned(), Value::Text("qwen3"))];
+    keys.extend([("split.no", 2), ("split.count", 3)].map(|(key, n)| (key.to_owned(), Value::U32(n))));
+    fs::rename(name(3), &alone).unwrap();
+    fs::write(name(3), file(&keys, &tensors[8..])).unwrap();
+    let error = error_of(&name(1));
+    assert!(error.contains("general.architecture") && error.contains("big-00003"), "{error}");
+    fs::rename(&alone, name(3)).unwrap();
     fs::copy(name(3), name(2)).unwrap();
     let error = error_of(&name(1));
     assert!(error.contains("split.no") && error.contains("part 3"), "{error}");
@@ -546,12 +553,52 @@ fn what_is_not_supported_is_named_with_its_key() {
         ),
         (error_after(|_, t| t.retain(|t| t.0 != "blk.0.ffn_up.weight")), &["missing", "mlp.up_proj"]),
         (error_after(|_, t| t.push(("blk.0.what.weight".into(), F32, vec![1], vec![0; 4]))), &["blk.0.what.weight"]),
+        (error_after(|_, t| t.push(("a\u{1b}[31m".into(), F32, vec![1], vec![0; 4]))), &["\\u{1b}[31m", "control"]),
         (error_after(|_, t| t[3].1 = 4), &["blk.0.attn_k.weight", "gave up"]),
         (error_after(|_, t| t[3].1 = 99), &["blk.0.attn_k.weight", "99"]),
         (error_after(|_, t| t.push(t[3].clone())), &["blk.0.attn_k.weight", "twice"]),
         (error_after(|k, _| k.push(k[1].clone())), &["llama.block_count", "twice"]),
         (error_after(|_, t| (t[3].1, t[3].2) = (2, vec![128, 250])), &["before byte", "Q4_0", "multiples of 32"]),
     ] {
+        words.iter().for_each(|word| assert!(error.contains(word), "{error} lacks {word}"));
+    }
+}
+
+/// Frequencies that are divided by one number, by Llama 3's and by others, and what cannot be divided by.
+#[test]
+fn divided_frequencies() {
+    let spec_of = |keys: &[(&str, Value)], factors: &[f32]| {
+        let (mut metadata, mut tensors) = small(zeros);
+        metadata.extend(keys.iter().map(|(key, value)| (format!("llama.rope.{key}"), value.clone())));
+        if !factors.is_empty() {
+            tensors.push(("rope_freqs.weight".into(), F32, vec![factors.len()], floats(factors)));
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.gguf");
+        fs::write(&path, file(&metadata, &tensors)).unwrap();
+        let spec = plan(&path, &Options::default()).map_err(|error| error.to_string())?.spec().clone();
+        let AttentionSpec::Gqa(gqa) = &spec.layers[0].attention else { panic!("{spec:?}") };
+        Ok::<_, String>(gqa.rope.as_ref().unwrap().scaling.clone())
+    };
+    let linear = [("scaling.type", Value::Text("linear")), ("scaling.factor", Value::F32(4.0))];
+    assert_eq!(spec_of(&linear, &[]).unwrap(), RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(spec_of(&[("scale_linear", Value::F32(2.0))], &[]).unwrap(), RopeScaling::Linear { factor: 2.0 });
+    assert_eq!(spec_of(&linear[1..], &[]).unwrap(), RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(spec_of(&[("scaling.type", Value::Text("linear"))], &[]).unwrap(), RopeScaling::None);
+    let none = [("scaling.type", Value::Text("none")), linear[1].clone()];
+    assert_eq!(spec_of(&none, &[]).unwrap(), RopeScaling::None);
+    let divisors: Vec<f32> = (0..32).map(|i| 1.0 + i as f32 / 8.0).collect();
+    assert_eq!(spec_of(&[], &divisors).unwrap(), RopeScaling::Divided { divisors: divisors.clone() });
+    assert_eq!(spec_of(&[], &[1.0; 32]).unwrap(), RopeScaling::None);
+    let both = divisors.iter().map(|d| d * 4.0).collect();
+    assert_eq!(spec_of(&linear, &divisors).unwrap(), RopeScaling::Divided { divisors: both });
+    for (keys, factors, words) in [
+        (&[][..], &divisors[1..], ["divisors", "31 numbers"]),
+        (&[], &[f32::NAN; 32], ["rope_freqs.weight", "NaN"]),
+        (&[], &[0.0; 32], ["rope_freqs.weight", "positive"]),
+        (&[("scaling.attn_factor", Value::F32(2.0))], &[], ["rope.scaling.attn_factor", "is 2"]),
+    ] {
+        let error = spec_of(keys, factors).unwrap_err();
         words.iter().for_each(|word| assert!(error.contains(word), "{error} lacks {word}"));
     }
 }

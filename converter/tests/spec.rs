@@ -84,6 +84,8 @@ fn both_spellings_of_rope_mean_the_same() {
     assert!((attention_factor - g(0.7) / g(0.5)).abs() < 1e-12);
     let default = with(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 7e3}})).unwrap();
     assert_eq!((rope(mla(&default)).theta, &rope(mla(&default)).scaling), (7e3, &RopeScaling::None));
+    let linear = with(json!({"rope_scaling": {"type": "linear", "factor": 4}})).unwrap();
+    assert_eq!(rope(mla(&linear)).scaling, RopeScaling::Linear { factor: 4.0 });
 }
 
 #[test]
@@ -138,6 +140,8 @@ fn what_is_not_supported_is_named_with_what_is() {
         ),
         (json!({"rope_scaling": {"type": "longrope"}}), vec!["`rope_scaling.type`", "longrope", "yarn"]),
         (json!({"rope_scaling": {"rope_type": "yarn"}}), vec!["`rope_scaling.factor`"]),
+        (json!({"rope_scaling": {"rope_type": "linear"}}), vec!["`rope_scaling.factor`", "missing"]),
+        (json!({"rope_scaling": {"rope_type": "linear", "factor": 0}}), vec!["`rope_scaling.factor` is 0"]),
         (
             json!({"quantization_config": {"transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}}}),
             vec!["`quantization_config.transform_config.config_groups.R4`", "not supported"],

@@ -45,7 +45,9 @@ pub enum FormatError {
         source: io::Error,
     },
     /// No magic.
-    #[error("{path} is not a Sluice model file. Convert a Hugging Face checkpoint with `sluice convert` first")]
+    #[error(
+        "{path} is not a Sluice model file. Convert a Hugging Face checkpoint or a GGUF file with `sluice convert` first"
+    )]
     NotSluice {
         /// The file.
         path: PathBuf,

@@ -138,6 +138,16 @@ pub enum RopePairing {
 pub enum RopeScaling {
     /// None.
     None,
+    /// Position interpolation (arXiv:2306.15595): all frequencies are divided by the same number.
+    Linear {
+        /// Extension factor.
+        factor: f64,
+    },
+    /// Every frequency is divided by a number of its own.
+    Divided {
+        /// One for each pair of elements, the fastest first.
+        divisors: Vec<f32>,
+    },
     /// YaRN (arXiv:2309.00071): interpolates low frequencies by `factor`, keeps high ones, ramps between.
     Yarn {
         /// Extension factor.
@@ -447,6 +457,15 @@ impl RopeSpec {
         }
         match self.scaling {
             RopeScaling::None => Ok(()),
+            RopeScaling::Linear { factor } if factor.is_finite() && factor > 0.0 => Ok(()),
+            RopeScaling::Linear { factor } => Err(format!("its linear rope factor is {factor}")),
+            RopeScaling::Divided { ref divisors } if divisors.len() != self.dim / 2 => {
+                Err(format!("rope.dim is {}, and there are {} divisors", self.dim, divisors.len()))
+            }
+            RopeScaling::Divided { ref divisors } => match divisors.iter().find(|d| !(d.is_normal() && **d > 0.0)) {
+                None => Ok(()),
+                Some(divisor) => Err(format!("a rope divisor is {divisor}")),
+            },
             RopeScaling::Yarn { factor, original_max_positions, beta_fast, beta_slow, attention_factor, .. } => {
                 check_range("original_max_positions", original_max_positions, MAX_LENGTH)?;
                 let sane = |v: f64| v.is_finite() && v > 0.0;

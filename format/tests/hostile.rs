@@ -326,6 +326,10 @@ fn specs() {
     bad("rope.dim", "/layers/1/attention/rope/dim", 6.into());
     bad("rope.theta", "/layers/1/attention/rope/theta", 1.0.into());
     bad("YaRN", "/layers/1/attention/rope/scaling/factor", 0.0.into());
+    let scaling = |value: serde_json::Value, says: &str| bad(says, "/layers/1/attention/rope/scaling", value);
+    scaling(serde_json::json!({ "kind": "linear", "factor": 0.0 }), "linear rope factor is 0");
+    scaling(serde_json::json!({ "kind": "divided", "divisors": [1.0] }), "1 divisors");
+    scaling(serde_json::json!({ "kind": "divided", "divisors": [1.0, -1.0] }), "a rope divisor is -1");
     bad("original_max_positions", "/layers/1/attention/rope/scaling/original_max_positions", max.into());
     bad("unknown variant", "/layers/1/attention/kind", "other".into());
     bad("norm_eps", "/norm_eps", 1e300.into());

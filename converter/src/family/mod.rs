@@ -44,6 +44,7 @@ use sluice_format::{ExtentKind, ModelSpec, TensorShape};
 use crate::error::ConvertError;
 use config::Config;
 use names::Names;
+pub(crate) use rope::DIVIDED as DIVIDED_ROPE;
 pub(crate) use view::{Origin, Strides, View};
 
 /// Every family that can be converted.

@@ -11,6 +11,9 @@ use crate::error::ConvertError;
 const BETA_FAST: f64 = 32.0;
 const BETA_SLOW: f64 = 1.0;
 
+/// The kind of rotation that this program's own reader of GGUF files describes: a list `divisors`.
+pub(crate) const DIVIDED: &str = "divided";
+
 /// What a configuration says about rotation.
 pub(crate) struct Rope {
     /// The rotation.
@@ -103,11 +106,33 @@ pub(crate) fn of_section(
             let spec = RopeSpec { pairing, theta: stretched(section, theta, dim)?, dim, scaling: RopeScaling::None };
             return Ok(Rope { spec, score_mscale: 1.0 });
         }
+        "linear" => (linear(section)?, 1.0),
         "yarn" => yarn(section, max_positions)?,
         "llama3" => (llama3(section, max_positions)?, 1.0),
-        other => return Err(section.refuse(key, format!("is \"{other}\"; supported: default, yarn, llama3"))),
+        // Of GGUF files alone, which do not say how their divisors came about.
+        DIVIDED => (divided(section, dim)?, 1.0),
+        other => return Err(section.refuse(key, format!("is \"{other}\"; supported: default, linear, yarn, llama3"))),
     };
     Ok(Rope { spec: RopeSpec { pairing, theta, dim, scaling }, score_mscale })
+}
+
+fn linear(section: &Config) -> Result<RopeScaling, ConvertError> {
+    let factor = section.opt_f64("factor")?.ok_or_else(|| section.refuse("factor", "is missing"))?;
+    Ok(RopeScaling::Linear { factor: section.check_above("factor", factor, 0.0)? })
+}
+
+fn divided(section: &Config, dim: usize) -> Result<RopeScaling, ConvertError> {
+    const KEY: &str = "divisors";
+    let list = section.opt_list(KEY)?.unwrap_or_default();
+    if list.len() != dim / 2 {
+        let problem = format!("has {} numbers for {dim} rotated elements, expected one for each two", list.len());
+        return Err(section.refuse(KEY, problem));
+    }
+    let number = |value: &serde_json::Value| {
+        let number = value.as_f64().map(|n| n as f32).filter(|n| n.is_normal() && *n > 0.0);
+        number.ok_or_else(|| section.refuse(KEY, format!("holds {value}, expected positive numbers")))
+    };
+    Ok(RopeScaling::Divided { divisors: list.iter().map(number).collect::<Result<_, _>>()? })
 }
 
 fn yarn(section: &Config, max_positions: usize) -> Result<(RopeScaling, f64), ConvertError> {

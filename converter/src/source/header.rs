@@ -89,6 +89,10 @@ pub(crate) fn parse(json: &[u8], file_len: u64) -> Result<Vec<HeaderEntry>, Stri
 
 fn check_entry(name: String, raw: RawEntry, data_start: u64, data_len: u64) -> Result<HeaderEntry, String> {
     let [begin, end] = raw.data_offsets;
+    // Messages name it, and a terminal would do what they say.
+    if name.contains(char::is_control) {
+        return Err(format!("the name of a tensor, {name:?}, has control characters"));
+    }
     if begin > end {
         return Err(format!("`{name}` ends before it begins"));
     }

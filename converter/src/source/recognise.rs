@@ -118,7 +118,9 @@ pub(crate) fn no_folder(path: &Path) -> ConvertError {
     }
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let of_checkpoint = path.extension().is_some_and(|e| e == "safetensors" || e == "json");
-    no_checkpoint(if of_checkpoint {
+    no_checkpoint(if is_named_gguf(path) {
+        "it does not begin as GGUF files do. Download it again".to_owned()
+    } else if of_checkpoint {
         format!("it is a file. Name the folder that holds it, {}", parent.display())
     } else {
         "it is not a folder. Name the folder that holds `config.json`".to_owned()
@@ -138,7 +140,13 @@ pub(crate) fn nothing_there(path: &Path) -> String {
     if path.symlink_metadata().is_ok() {
         return "it is a link to something that is not there".to_owned();
     }
-    on_hub(path, None).unwrap_or_else(|| "there is no such folder".to_owned())
+    let what = if is_named_gguf(path) { "file" } else { "folder" };
+    on_hub(path, None).unwrap_or_else(|| format!("there is no such {what}"))
+}
+
+/// Whether the name says that it is a GGUF file.
+fn is_named_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"))
 }
 
 /// What to say of a path that is a name on the hub: how to use it as that, or how to download one file of the model.

@@ -165,6 +165,7 @@ mod tests {
             rope: None,
             window,
             stretch,
+            blocks: None,
             qk_norm: None,
             clip_qkv: None,
             temperature: None,

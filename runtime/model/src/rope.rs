@@ -35,6 +35,8 @@ impl Rope {
         };
         let (inv_freq, attention_factor) = match &spec.scaling {
             RopeScaling::None => (plain.collect(), 1.0),
+            RopeScaling::Linear { factor } => (plain.map(|inv| (f64::from(inv) / factor) as f32).collect(), 1.0),
+            RopeScaling::Divided { divisors } => (plain.zip(divisors).map(|(inv, d)| inv / d).collect(), 1.0),
             RopeScaling::Yarn { factor, attention_factor, .. } => {
                 let ramp = yarn_ramp(spec);
                 let scaled = plain.zip(ramp).map(|(inv, ramp)| {
@@ -151,6 +153,15 @@ mod tests {
         assert!(x[3..].iter().zip(&y[3..]).all(|(x, y)| x != y), "{y:?}");
         rope.rotate_end(&mut y, &back, 0);
         assert!(x.iter().zip(&y).all(|(x, y)| (x - y).abs() < 1e-5), "{y:?}");
+    }
+
+    #[test]
+    fn plain_changes_divide_frequencies() {
+        let plain = Rope::new(&spec(RopeScaling::None)).inv_freq;
+        let linear = Rope::new(&spec(RopeScaling::Linear { factor: 2.5 })).inv_freq;
+        assert!(plain.iter().zip(&linear).all(|(p, l)| (p / l - 2.5).abs() < 1e-6), "{plain:?} {linear:?}");
+        let divided = Rope::new(&spec(RopeScaling::Divided { divisors: vec![1.0, 2.0, 0.5, 8.0] })).inv_freq;
+        assert_eq!(divided, [plain[0], plain[1] / 2.0, plain[2] * 2.0, plain[3] / 8.0]);
     }
 
     #[test]

@@ -64,7 +64,7 @@ const NAMES: [(&str, Arch); 22] = [
 ];
 
 /// Keys that change what a model computes, which few families have; the value at which they change nothing.
-const NEUTRAL: [(&str, f64); 9] = [
+const NEUTRAL: [(&str, f64); 10] = [
     ("attention.temperature_scale", 0.0),
     ("attention.max_alibi_bias", 0.0),
     ("attn_logit_softcapping", 0.0),
@@ -74,6 +74,7 @@ const NEUTRAL: [(&str, f64); 9] = [
     ("residual_scale", 1.0),
     ("embedding_scale", 1.0),
     ("attention.value_scale", 1.0),
+    ("rope.scaling.attn_factor", 1.0),
 ];
 
 /// Those of them that Granite has.

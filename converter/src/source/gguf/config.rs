@@ -134,7 +134,7 @@ impl Writer<'_> {
             Arch::DeepSeek2 => match (self.is_sigmoid()?, keys.pre_tokenizer()?) {
                 (false, _) => "deepseek_v2",
                 (true, "kimi-k2") => "kimi_k2",
-                (true, "glm4" | "chatglm-bpe") => "glm4_moe_lite",
+                (true, "glm4" | "glm5" | "chatglm-bpe") => "glm4_moe_lite",
                 (true, _) => "deepseek_v3",
             },
             Arch::DeepSeek32 => "deepseek_v32",
@@ -190,6 +190,13 @@ impl Writer<'_> {
             Arch::Glm4Moe | Arch::MiniMaxM2 => self.out.set("use_qk_norm", self.has("attn_q_norm.weight")),
             Arch::Olmoe => self.out.set("clip_qkv", keys.float("attention.clamp_kqv")?),
             _ => {}
+        }
+        let theta = keys.float("rope.freq_base")?;
+        if let Some(other) =
+            keys.float("rope.freq_base_swa")?.filter(|other| self.arch == Arch::GptOss && Some(*other) != theta)
+        {
+            let problem = format!("is {other}, and layers without a window have another base: not supported");
+            return Err(keys.refuse("rope.freq_base_swa", problem));
         }
         let window = keys.uint("attention.sliding_window")?.filter(|&w| w > 0);
         if matches!(self.arch, Arch::GptOss | Arch::Llama | Arch::Mistral3) {

@@ -179,8 +179,9 @@ fn list(cursor: &mut Cursor<'_>, depth: usize) -> Result<Value, ConvertError> {
             Ok(Value::Strings(strings))
         }
         LIST => {
-            let lists = (0..cursor.count(4 + 8, MAX_HEAD, what)?).map(|_| list(cursor, depth + 1));
-            lists.collect::<Result<_, _>>().map(Value::Lists)
+            let count = cursor.count(4 + 8, MAX_HEAD, what)?;
+            (0..count).try_for_each(|_| list(cursor, depth + 1).map(drop))?;
+            Ok(Value::Lists(count))
         }
         _ => Err(cursor.damaged(format!("a list has the unknown type {ty}"))),
     }
@@ -223,7 +224,7 @@ fn tensor(path: &Path, cursor: &mut Cursor<'_>) -> Result<Tensor, ConvertError> 
     match (whole(), &sizes) {
         (Some(len), Some(sizes)) => Ok(Tensor { name, ty, shape: sizes.clone(), start, len: len as u64 }),
         _ => Err(cursor.damaged(format!(
-            "`{name}` has the shape {shape:?}, which {} cannot have: rows are multiples of {}",
+            "`{name}` has the shape {shape:?}, which {} cannot have: rows are multiples of {}, and nothing is empty",
             ty.name(),
             ty.block_cols()
         ))),

@@ -108,10 +108,11 @@ impl<'a> Cursor<'a> {
         self.take(len, what)
     }
 
-    /// A text in UTF-8.
+    /// A text in UTF-8 that can be shown: messages name it, and a terminal would do what control characters say.
     pub(crate) fn name(&mut self, most: u64, what: &str) -> Result<String, ConvertError> {
-        match std::str::from_utf8(self.string(most, what)?) {
-            Ok(name) => Ok(name.to_owned()),
+        match std::str::from_utf8(self.string(most, what)?).map(str::to_owned) {
+            Ok(name) if !name.contains(char::is_control) => Ok(name),
+            Ok(name) => Err(self.damaged(format!("{what}, {name:?}, has control characters"))),
             Err(_) => Err(self.damaged(format!("{what} is not UTF-8"))),
         }
     }

@@ -19,8 +19,8 @@ pub(crate) enum Value {
     Numbers(Numbers),
     /// A list of texts.
     Strings(Strings),
-    /// A list of lists.
-    Lists(Vec<Value>),
+    /// A list of so many lists. No key has one, so what is in them is not kept: it would take more memory than the file has bytes.
+    Lists(usize),
 }
 
 /// The type of the numbers in a list, or of one value.
@@ -159,7 +159,7 @@ impl Value {
             }
             Value::Numbers(n) => format!("a list of {} numbers", n.len()),
             Value::Strings(s) => format!("a list of {} texts", s.len()),
-            Value::Lists(l) => format!("a list of {} lists", l.len()),
+            Value::Lists(count) => format!("a list of {count} lists"),
         }
     }
 }

@@ -4,6 +4,7 @@ use serde_json::{Value as Json, json};
 
 use super::keys::Keys;
 use super::metadata::Problem;
+use crate::family::DIVIDED_ROPE as DIVIDED;
 
 /// Where nothing is said, as in llama.cpp.
 const THETA: f64 = 10_000.0;
@@ -27,30 +28,50 @@ pub(super) struct Rope {
     pub(super) truncate: bool,
 }
 
-/// Reads the rotation. `factors` are the contents of `rope_freqs.weight`, by which frequencies are divided.
+/// Reads the rotation as llama.cpp does, for which scaling without a type is linear. `factors` are the contents of
+/// `rope_freqs.weight`, by which frequencies are divided.
 pub(super) fn read(keys: &Keys<'_>, rope: &Rope, factors: Option<&[f32]>) -> Result<Json, Problem> {
     let theta = keys.float("rope.freq_base")?.unwrap_or(THETA);
     let mut out = json!({ "rope_theta": theta, "rope_type": "default" });
     if rope.dim != rope.head_dim {
         out["partial_rotary_factor"] = partial(keys, rope)?.into();
     }
-    let kind = keys.metadata.text(&keys.key("rope.scaling.type"))?.unwrap_or("none");
+    let kind = keys.metadata.text(&keys.key("rope.scaling.type"))?.unwrap_or("linear");
     let factor = keys.float("rope.scaling.factor")?;
-    let linear = keys.float("rope.scale_linear")?.filter(|&f| f != 1.0);
-    match kind {
-        "none" | "linear" if linear.is_none() && (kind == "none" || factor.is_none_or(|f| f == 1.0)) => {
+    match (kind, factors) {
+        ("none" | "linear", _) => {
+            // `scale_linear` is what the factor was called before the type was; 0 stands for none.
+            let linear = factor.or(keys.float("rope.scale_linear")?);
+            let linear = linear.filter(|&f| kind == "linear" && f != 0.0 && f != 1.0);
             if let Some(factors) = factors {
-                llama3(&mut out, theta, factors)?;
+                let all: Vec<f32> = factors.iter().map(|f| f * linear.unwrap_or(1.0) as f32).collect();
+                by_factors(&mut out, theta, &all)?;
+            } else if let Some(factor) = linear {
+                out["rope_type"] = "linear".into();
+                out["factor"] = factor.into();
             }
         }
-        "yarn" if factors.is_none() => yarn(keys, rope, factor, &mut out)?,
-        "none" => return Err(keys.refuse("rope.scale_linear", "is not 1: linear scaling is not supported")),
-        other => {
-            let problem = format!("is \"{other}\"; supported: none, yarn, and the factors of Llama 3");
+        ("yarn", None) => yarn(keys, rope, factor, &mut out)?,
+        (other, _) => {
+            let of_factors = if factors.is_some() { " with `rope_freqs.weight`" } else { "" };
+            let problem =
+                format!("is \"{other}\"{of_factors}; supported: none, linear, yarn, and factors of frequencies");
             return Err(keys.refuse("rope.scaling.type", problem));
         }
     }
     Ok(out)
+}
+
+/// What the factors of `rope_freqs.weight` say: Llama 3's parameters where they are such factors, else the factors.
+fn by_factors(out: &mut Json, theta: f64, factors: &[f32]) -> Result<(), Problem> {
+    if let Some(bad) = factors.iter().find(|f| !(f.is_normal() && **f > 0.0)) {
+        return Err(Problem::new("rope_freqs.weight", format!("holds {bad}, expected positive numbers")));
+    }
+    if !llama3(out, theta, factors) {
+        out["rope_type"] = DIVIDED.into();
+        out["divisors"] = factors.into();
+    }
+    Ok(())
 }
 
 /// The part of a head that is rotated, such that it gives the same number of elements when it is multiplied and rounded down.
@@ -76,10 +97,9 @@ fn yarn(keys: &Keys<'_>, rope: &Rope, factor: Option<f64>, out: &mut Json) -> Re
             out[key] = beta.into();
         }
     }
-    for end in ["rope.scaling.yarn_ext_factor", "rope.scaling.attn_factor"] {
-        if let Some(other) = keys.float(end)?.filter(|&f| f != 1.0) {
-            return Err(keys.refuse(end, format!("is {other}; only 1 is supported")));
-        }
+    const EXTENSION: &str = "rope.scaling.yarn_ext_factor";
+    if let Some(other) = keys.float(EXTENSION)?.filter(|&f| f != 1.0) {
+        return Err(keys.refuse(EXTENSION, format!("is {other}; only 1 is supported")));
     }
     if let Some(attention) = keys.float("rope.scaling.yarn_attn_factor")? {
         out["attention_factor"] = attention.into();
@@ -106,16 +126,15 @@ fn yarn(keys: &Keys<'_>, rope: &Rope, factor: Option<f64>, out: &mut Json) -> Re
 
 /// Finds the parameters of Llama 3 that give these factors (the formula is in `docs/MODELS.md`): 1 for short wavelengths, the
 /// whole factor for long ones, and between them `1/((1 − s)/factor + s)` with `s = (L/wavelength − low)/(high − low)`. Only the
-/// ratios of `L`, `low` and `high` matter.
-fn llama3(out: &mut Json, theta: f64, factors: &[f32]) -> Result<(), Problem> {
-    let refuse = |problem: String| Problem::new("rope_freqs.weight", problem);
+/// ratios of `L`, `low` and `high` matter. `false`: there are none.
+fn llama3(out: &mut Json, theta: f64, factors: &[f32]) -> bool {
     let factor = factors.iter().fold(1.0f32, |a, &b| a.max(b));
-    if !factors.iter().all(|f| f.is_finite() && *f >= 1.0 - NEAR as f32) {
-        return Err(refuse("holds factors that are not numbers from 1 on".to_owned()));
+    if factors.iter().any(|f| *f < 1.0 - NEAR as f32) {
+        return false;
     }
     let factor = f64::from(factor);
     if factor <= 1.0 + NEAR {
-        return Ok(());
+        return true;
     }
     let pairs = factors.len() as f64;
     let wavelength = |i: usize| std::f64::consts::TAU * theta.powf(i as f64 / pairs);
@@ -145,18 +164,13 @@ fn llama3(out: &mut Json, theta: f64, factors: &[f32]) -> Result<(), Problem> {
             1.0 / ((1.0 - s) / factor + s)
         }
     };
-    if let Some((i, (wave, f))) =
-        all().enumerate().find(|(_, (wave, f))| (expected(*wave) / f - 1.0).abs() > LLAMA3_TOLERANCE)
-    {
-        return Err(refuse(format!(
-            "holds other factors than those of Llama 3: number {i} is {f}, expected {}",
-            expected(wave)
-        )));
+    if all().any(|(wave, f)| (expected(wave) / f - 1.0).abs() > LLAMA3_TOLERANCE) {
+        return false;
     }
     out["rope_type"] = "llama3".into();
     out["factor"] = factor.into();
     out["low_freq_factor"] = LLAMA3_LOW.into();
     out["high_freq_factor"] = LLAMA3_HIGH.into();
     out["original_max_position_embeddings"] = (original as u64).into();
-    Ok(())
+    true
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::container::Head;
+use super::keys::ARCHITECTURE;
 use super::metadata::Problem;
 use crate::error::{ConvertError, first_few};
 
@@ -99,6 +100,12 @@ pub(super) fn check(names: &[String], heads: &[Head]) -> Result<(), (usize, Prob
                 return Err((i, Problem::new(COUNT, problem)));
             }
         }
+    }
+    let architecture = |head: &Head| head.metadata.get(ARCHITECTURE).cloned();
+    if let Some(other) = heads.iter().position(|h| architecture(h).is_some_and(|a| Some(a) != architecture(&heads[0])))
+    {
+        let problem = format!("differs from that of {}: these are parts of different models", names[0]);
+        return Err((other, Problem::new(ARCHITECTURE, problem)));
     }
     let said = heads[0].metadata.uint(TENSORS).map_err(|problem| (0, problem))?;
     let found: usize = heads.iter().map(|head| head.tensors.len()).sum();

@@ -127,7 +127,7 @@ fn named(name: &str) -> Option<Pre> {
             ranked_with_bos(&[Split(LLAMA3)])
         }
         "dbrx" | "smaug-bpe" => plain(&[Split(LLAMA3)]),
-        "glm4" | "chatglm-bpe" => ranked(&[Split(LLAMA3)]),
+        "glm4" | "glm5" | "chatglm-bpe" => ranked(&[Split(LLAMA3)]),
         "minicpm5" => ranked(&[Split(r"\p{N}{1,3}"), Split(LLAMA3)]),
         "qwen2" | "megrez" | "kormo" | "f2llmv2" => composed(&[Split(QWEN2)]),
         "deepseek-r1-qwen" | "stablelm2" | "solar-open" | "grok-2" => plain(&[Split(QWEN2)]),
