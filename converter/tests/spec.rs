@@ -203,51 +203,53 @@ fn impossible_values_of_other_families_are_named_by_their_keys() {
     }
 }
 
+/// Vocabulary, hidden size, layers, heads, heads of keys and values, width of a head, positions, norm epsilon, theta.
+type Basics = (usize, usize, usize, usize, usize, usize, usize, f32, f64);
+/// Routed experts, experts per token, width of an expert, whether weights are divided by their sum, scale.
+type Experts = Option<(usize, usize, usize, bool, f32)>;
+
 /// What `config.json` gives where it says nothing but its family: the values of the configuration classes of transformers
 /// 4.57 and 5, which are the same but where noted. Checkpoints are saved without keys that have these values.
+const DEFAULTS: [(&str, Basics, Experts); 28] = [
+    // Vocabulary of version 5; 4.57 had 32,000.
+    ("deepseek_v2", (102_400, 4096, 32, 32, 32, 192, 2048, 1e-6, 1e4), Some((64, 6, 1407, false, 1.0))),
+    ("deepseek_v3", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
+    // Theta is that of layers that compress, of which the last is one.
+    ("deepseek_v4", (129_280, 4096, 43, 64, 1, 512, 1 << 20, 1e-6, 160_000.0), Some((256, 6, 2048, true, 1.5))),
+    ("kimi_k2", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
+    ("glm4_moe", (151_552, 4096, 46, 96, 8, 128, 131_072, 1e-5, 1e4), Some((128, 8, 1408, true, 1.0))),
+    ("glm4_moe_lite", (154_880, 2048, 47, 20, 20, 256, 202_752, 1e-5, 1e4), Some((64, 4, 1536, true, 1.8))),
+    ("glm_moe_dsa", (154_880, 6144, 78, 64, 64, 256, 202_752, 1e-5, 1e4), Some((256, 8, 2048, true, 2.5))),
+    ("gpt_oss", (201_088, 2880, 36, 64, 8, 64, 131_072, 1e-5, 150_000.0), Some((128, 4, 2880, false, 1.0))),
+    ("qwen2_moe", (151_936, 2048, 24, 16, 16, 128, 32_768, 1e-6, 1e4), Some((60, 4, 1408, false, 1.0))),
+    ("qwen3_moe", (151_936, 2048, 24, 32, 4, 64, 32_768, 1e-6, 1e4), Some((128, 8, 768, false, 1.0))),
+    ("qwen3_next", (151_936, 2048, 48, 16, 2, 256, 32_768, 1e-6, 1e4), Some((512, 10, 512, true, 1.0))),
+    ("qwen3_5_moe_text", (248_320, 2048, 40, 16, 2, 256, 32_768, 1e-6, 1e4), Some((256, 8, 512, true, 1.0))),
+    ("minimax_m2", (200_064, 3072, 62, 48, 8, 128, 196_608, 1e-6, 5e6), Some((256, 8, 1536, true, 1.0))),
+    ("minimax_m3_vl_text", (200_064, 6144, 60, 64, 4, 128, 524_288, 1e-6, 5e6), Some((128, 4, 3072, true, 2.0))),
+    // Without positions, there is no base of frequencies.
+    ("kimi_linear", (163_840, 2304, 27, 32, 32, 192, 1_048_576, 1e-5, 0.0), Some((256, 8, 1024, true, 2.446))),
+    ("mixtral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-5, 1e6), Some((8, 2, 14_336, true, 1.0))),
+    ("olmoe", (50_304, 2048, 16, 16, 16, 128, 4096, 1e-5, 1e4), Some((64, 8, 2048, false, 1.0))),
+    ("granitemoe", (32_000, 4096, 32, 32, 32, 128, 2048, 1e-6, 1e4), Some((8, 2, 11_008, false, 1.0))),
+    ("ernie4_5_moe", (103_424, 2560, 28, 20, 4, 128, 131_072, 1e-5, 5e5), Some((64, 6, 1536, true, 1.0))),
+    ("ernie4_5", (103_424, 1024, 18, 16, 2, 128, 131_072, 1e-5, 5e5), None),
+    ("hunyuan_v1_moe", (290_943, 4096, 32, 32, 32, 128, 2048, 1e-5, 1e4), Some((1, 1, 11_008, true, 1.0))),
+    ("hy_v3", (120_832, 4096, 80, 64, 8, 128, 131_072, 1e-5, 11_158_840.0), Some((192, 8, 1536, true, 2.826))),
+    // One layer short, because the last of all has no rotation.
+    ("llama4_text", (202_048, 5120, 47, 40, 8, 128, 131_072, 1e-5, 5e5), Some((16, 1, 8192, false, 1.0))),
+    ("mimo_v2_flash", (152_576, 4096, 48, 64, 4, 192, 131_072, 1e-5, 5e6), Some((256, 8, 2048, true, 1.0))),
+    ("llama", (32_000, 4096, 32, 32, 32, 128, 2048, 1e-6, 1e4), None),
+    ("mistral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-6, 1e4), None),
+    ("qwen3", (151_936, 4096, 32, 32, 32, 128, 32_768, 1e-6, 1e4), None),
+    // Where the class knows no number, as many as heads.
+    ("llama 40", (32_000, 4096, 32, 40, 40, 102, 2048, 1e-6, 1e4), None),
+];
+
 #[test]
 fn missing_keys_mean_what_they_mean_in_transformers() {
-    /// Vocabulary, hidden size, layers, heads, heads of keys and values, width of a head, positions, norm epsilon, theta.
-    type Basics = (usize, usize, usize, usize, usize, usize, usize, f32, f64);
-    /// Routed experts, experts per token, width of an expert, whether weights are divided by their sum, scale.
-    type Experts = Option<(usize, usize, usize, bool, f32)>;
-    let table: [(&str, Basics, Experts); 28] = [
-        // Vocabulary of version 5; 4.57 had 32,000.
-        ("deepseek_v2", (102_400, 4096, 32, 32, 32, 192, 2048, 1e-6, 1e4), Some((64, 6, 1407, false, 1.0))),
-        ("deepseek_v3", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
-        // Theta is that of layers that compress, of which the last is one.
-        ("deepseek_v4", (129_280, 4096, 43, 64, 1, 512, 1 << 20, 1e-6, 160_000.0), Some((256, 6, 2048, true, 1.5))),
-        ("kimi_k2", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
-        ("glm4_moe", (151_552, 4096, 46, 96, 8, 128, 131_072, 1e-5, 1e4), Some((128, 8, 1408, true, 1.0))),
-        ("glm4_moe_lite", (154_880, 2048, 47, 20, 20, 256, 202_752, 1e-5, 1e4), Some((64, 4, 1536, true, 1.8))),
-        ("glm_moe_dsa", (154_880, 6144, 78, 64, 64, 256, 202_752, 1e-5, 1e4), Some((256, 8, 2048, true, 2.5))),
-        ("gpt_oss", (201_088, 2880, 36, 64, 8, 64, 131_072, 1e-5, 150_000.0), Some((128, 4, 2880, false, 1.0))),
-        ("qwen2_moe", (151_936, 2048, 24, 16, 16, 128, 32_768, 1e-6, 1e4), Some((60, 4, 1408, false, 1.0))),
-        ("qwen3_moe", (151_936, 2048, 24, 32, 4, 64, 32_768, 1e-6, 1e4), Some((128, 8, 768, false, 1.0))),
-        ("qwen3_next", (151_936, 2048, 48, 16, 2, 256, 32_768, 1e-6, 1e4), Some((512, 10, 512, true, 1.0))),
-        ("qwen3_5_moe_text", (248_320, 2048, 40, 16, 2, 256, 32_768, 1e-6, 1e4), Some((256, 8, 512, true, 1.0))),
-        ("minimax_m2", (200_064, 3072, 62, 48, 8, 128, 196_608, 1e-6, 5e6), Some((256, 8, 1536, true, 1.0))),
-        ("minimax_m3_vl_text", (200_064, 6144, 60, 64, 4, 128, 524_288, 1e-6, 5e6), Some((128, 4, 3072, true, 2.0))),
-        // Without positions, there is no base of frequencies.
-        ("kimi_linear", (163_840, 2304, 27, 32, 32, 192, 1_048_576, 1e-5, 0.0), Some((256, 8, 1024, true, 2.446))),
-        ("mixtral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-5, 1e6), Some((8, 2, 14_336, true, 1.0))),
-        ("olmoe", (50_304, 2048, 16, 16, 16, 128, 4096, 1e-5, 1e4), Some((64, 8, 2048, false, 1.0))),
-        ("granitemoe", (32_000, 4096, 32, 32, 32, 128, 2048, 1e-6, 1e4), Some((8, 2, 11_008, false, 1.0))),
-        ("ernie4_5_moe", (103_424, 2560, 28, 20, 4, 128, 131_072, 1e-5, 5e5), Some((64, 6, 1536, true, 1.0))),
-        ("ernie4_5", (103_424, 1024, 18, 16, 2, 128, 131_072, 1e-5, 5e5), None),
-        ("hunyuan_v1_moe", (290_943, 4096, 32, 32, 32, 128, 2048, 1e-5, 1e4), Some((1, 1, 11_008, true, 1.0))),
-        ("hy_v3", (120_832, 4096, 80, 64, 8, 128, 131_072, 1e-5, 11_158_840.0), Some((192, 8, 1536, true, 2.826))),
-        // One layer short, because the last of all has no rotation.
-        ("llama4_text", (202_048, 5120, 47, 40, 8, 128, 131_072, 1e-5, 5e5), Some((16, 1, 8192, false, 1.0))),
-        ("mimo_v2_flash", (152_576, 4096, 48, 64, 4, 192, 131_072, 1e-5, 5e6), Some((256, 8, 2048, true, 1.0))),
-        ("llama", (32_000, 4096, 32, 32, 32, 128, 2048, 1e-6, 1e4), None),
-        ("mistral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-6, 1e4), None),
-        ("qwen3", (151_936, 4096, 32, 32, 32, 128, 32_768, 1e-6, 1e4), None),
-        // Where the class knows no number, as many as heads.
-        ("llama 40", (32_000, 4096, 32, 40, 40, 102, 2048, 1e-6, 1e4), None),
-    ];
     let dir = tempfile::tempdir().unwrap();
-    for (name, basics, experts) in table {
+    for (name, basics, experts) in DEFAULTS {
         let (model_type, heads) = name.split_once(' ').map_or((name, None), |(m, heads)| (m, Some(heads)));
         let mut config = json!({"model_type": model_type});
         if let Some(heads) = heads {

@@ -15,7 +15,7 @@ fn expected(spec: &ModelSpec, source: &Tensors, kind: ExtentKind, layer: u32, in
     let all = |rest: &str| values(source, &l(rest));
     let ffn = |module: &str| match name {
         "gate_up" => [all(&format!("{module}.gate_proj.weight")), all(&format!("{module}.up_proj.weight"))].concat(),
-        _ => all(&format!("{module}.down_proj.weight")),
+        _ => all(&format!("{module}.{name}_proj.weight")),
     };
     match (kind, name) {
         (ExtentKind::FinalNorm, _) => values(source, "model.norm.weight"),
@@ -207,7 +207,7 @@ fn fp8_from_wider_sources_is_within_half_a_code_and_reported() {
 }
 
 #[test]
-fn experts_of_different_types_share_the_wider_one() {
+fn experts_of_different_types_share_the_wider_one_and_the_other_matrix_of_the_pair_keeps_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let shape = Synthetic::default();
     let mut source = shape.tensors();
@@ -217,8 +217,9 @@ fn experts_of_different_types_share_the_wider_one() {
     common::safetensors::write_dir(dir.path(), &shape.config(), &source, 1);
     let (_dir, summary, spec, content) = convert_to(dir.path(), "keep", "keep");
     compare(&spec, &content, &source, |name, _, stored, want| assert_exact(name, stored, want));
-    assert_eq!(summary.types["expert.gate_up"], ["f32", "bf16"]);
-    assert_eq!(summary.widened, ["layer 1 expert.gate_up"]);
+    assert_eq!(summary.types["expert.gate"], ["bf16"]);
+    assert_eq!(summary.types["expert.up"], ["f32"]);
+    assert_eq!(summary.widened, ["layer 1 expert.up"]);
 }
 
 #[test]
