@@ -19,9 +19,13 @@ fn fixture() -> PathBuf {
 }
 
 fn planned(ty: WeightType, measured: bool) -> Plan {
+    planned_of(&fixture(), ty, measured)
+}
+
+fn planned_of(source: &Path, ty: WeightType, measured: bool) -> Plan {
     let choice = TypeChoice::Type(ty);
     let measured = measured.then(|| digest(TEXT, Effort::Default));
-    plan(&fixture(), &Options { expert_type: choice, dense_type: choice, measured, ..Options::default() }).unwrap()
+    plan(source, &Options { expert_type: choice, dense_type: choice, measured, ..Options::default() }).unwrap()
 }
 
 /// A few tokens: of interruptions, longer texts say no more.
@@ -205,6 +209,69 @@ fn states_that_are_damaged_are_measured_again() {
     resumed(&plan, &path("cut"), &mut other);
     assert_eq!(other.measured.len(), layers);
     assert!(fs::read(path("cut")).unwrap() == whole);
+}
+
+/// A copy of the fixture.
+fn copied(to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(fixture()).unwrap().map(Result::unwrap) {
+        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+/// How a matrix is rounded follows from all weights before it, so what is kept of an interrupted conversion does too.
+#[test]
+fn weights_that_have_changed_change_what_was_rounded_behind_them() {
+    for tenths in [1, 4, 7] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        copied(&path("source"));
+        let before = planned_of(&path("source"), WeightType::Q3, true);
+        let layers = before.spec().layers.len();
+        convert_measured(&before, &path("cut"), Some(&mut Failing::new(&before, layers - 1)), &()).unwrap_err();
+        let weights = path("source").join("model.safetensors");
+        let mut bytes = fs::read(&weights).unwrap();
+        let at = bytes.len() / 10 * tenths / 8 * 8;
+        let (first, second) = bytes[at..at + 1024].split_at_mut(512);
+        first.swap_with_slice(second);
+        fs::write(&weights, bytes).unwrap();
+        let now = planned_of(&path("source"), WeightType::Q3, true);
+        resumed(&now, &path("cut"), &mut Failing::new(&now, layers));
+        convert_measured(&now, &path("whole"), Some(&mut measurement(&now, few())), &()).unwrap();
+        assert!(fs::read(path("cut")).unwrap() == fs::read(path("whole")).unwrap(), "changed at {tenths} tenths");
+    }
+}
+
+#[test]
+fn with_another_tokenizer_a_conversion_begins_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    copied(&path("source"));
+    let before = planned_of(&path("source"), WeightType::Q3, true);
+    let layers = before.spec().layers.len();
+    convert_measured(&before, &path("cut"), Some(&mut Failing::new(&before, layers - 1)), &()).unwrap_err();
+    let tokenizer = path("source").join("tokenizer.json");
+    let text = fs::read_to_string(&tokenizer).unwrap();
+    fs::write(&tokenizer, text + "\n").unwrap();
+    let now = planned_of(&path("source"), WeightType::Q3, true);
+    assert_eq!(resumed(&now, &path("cut"), &mut Failing::new(&now, layers)), 0);
+}
+
+#[test]
+fn what_lies_where_a_layer_is_written_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let plan = planned(WeightType::Q3, true);
+    fs::write(path("precious"), "a novel").unwrap();
+    std::os::unix::fs::symlink(path("precious"), path("a.partial.layer")).unwrap();
+    fs::hard_link(path("precious"), path("b.partial.layer")).unwrap();
+    fs::write(path("c.partial.layer"), "a novel").unwrap();
+    for name in ["a", "b", "c"] {
+        let refused = convert_measured(&plan, &path(name), Some(&mut measurement(&plan, few())), &());
+        assert!(matches!(refused, Err(ConvertError::InTheWay { .. })), "{refused:?}");
+    }
+    assert_eq!(fs::read_to_string(path("precious")).unwrap(), "a novel");
+    assert_eq!(fs::read_to_string(path("c.partial.layer")).unwrap(), "a novel");
 }
 
 #[test]

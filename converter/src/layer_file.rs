@@ -5,14 +5,15 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use sluice_format::{
-    ExtentKind, FileLayout, FileWriter, FormatError, Metadata, ModelSpec, NO_LAYER, PlannedExtent, SPEC_BLOB,
-    TensorRecord, TensorShape, WeightType, Written, pack_tensors,
+    AttentionSpec, ExtentKind, FileLayout, FileWriter, FormatError, LayerSpec, Metadata, ModelSpec, NO_LAYER,
+    PlannedExtent, SPEC_BLOB, TensorRecord, TensorShape, WeightType, Written, pack_tensors,
 };
 
 use crate::contents::Contents;
 use crate::encoding::Rows;
 use crate::error::ConvertError;
 use crate::pack::Packer;
+use crate::partial::make_room;
 use crate::plan::Plan;
 
 /// A file that is removed when it is no longer needed.
@@ -39,10 +40,11 @@ impl LayerFile {
         layer: usize,
         path: PathBuf,
     ) -> Result<LayerFile, ConvertError> {
+        make_room(&path)?;
         let made = LayerFile { path };
         let reading = plan.reading.as_ref().expect("the plan knows that it is measured");
         let belongs = |kind, of: u32| reads(plan, layer, kind, of);
-        let spec = ModelSpec { vocab_size: 1, layers: vec![plan.spec.layers[layer].clone()], ..plan.spec.clone() };
+        let spec = ModelSpec { vocab_size: 1, layers: vec![alone(&plan.spec.layers[layer])], ..plan.spec.clone() };
         let here = |of: u32| if of == NO_LAYER { NO_LAYER } else { 0 };
         let numbers: Vec<usize> = (0..reading.planned.len())
             .filter(|&i| belongs(reading.planned[i].kind, reading.planned[i].layer))
@@ -74,6 +76,16 @@ impl LayerFile {
         writer.finish(&written, &records, &metadata)?;
         Ok(made)
     }
+}
+
+/// A layer as it is without those before it. One that attends to what an indexer of theirs chooses attends to all: the windows of the
+/// text are no longer than what such an indexer chooses in all published models, and so it chooses all.
+fn alone(layer: &LayerSpec) -> LayerSpec {
+    let mut layer = layer.clone();
+    if let AttentionSpec::Mla(mla) = &mut layer.attention {
+        mla.indexer = mla.indexer.take().filter(|indexer| !indexer.shared);
+    }
+    layer
 }
 
 /// An extent that is part of every model file, of zeros: of embedding and head one row.

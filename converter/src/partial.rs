@@ -265,6 +265,19 @@ fn has_name(file: &File, path: &Path) -> Result<bool, ConvertError> {
     Ok(path.symlink_metadata().is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())))
 }
 
+/// Makes room at `path` for a temporary model file.
+///
+/// # Errors
+/// [`ConvertError::InTheWay`] if there is something that no conversion has left there.
+pub(crate) fn make_room(path: &Path) -> Result<(), ConvertError> {
+    let Some(file) = open_own(path, false)? else { return Ok(()) };
+    if !is_partial(&file).map_err(ConvertError::io(path, "read it"))? {
+        let problem = "it is not what a conversion leaves";
+        return Err(ConvertError::InTheWay { path: path.to_owned(), problem });
+    }
+    fs::remove_file(path).map_err(ConvertError::io(path, "remove it"))
+}
+
 /// Whether a file begins as unfinished and finished model files do, as far as it goes.
 fn is_partial(file: &File) -> io::Result<bool> {
     let mut start = [0; MAGIC.len()];

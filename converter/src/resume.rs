@@ -5,7 +5,8 @@
 //! checksum. And they were made of the bytes that the source holds now: where every file of the source has the identity that
 //! the journal names, its bytes are the same, which a few samples confirm; where any differs (a download was mended, the folder
 //! was copied, another checkpoint is converted to the same place, a file was touched), the source bytes of every extent are read
-//! again and must have the journal's digest. Extents of which either is not true are made again.
+//! again and must have the journal's digest. Extents of which either is not true are made again; where the model is measured on the way,
+//! so are those behind them, whose inputs they change.
 //!
 //! What is not proven are the errors of the quantisation: they can only be had by making the extent again. They are figures of the
 //! provenance, which nothing computes with; a record whose figures are impossible is not believed at all.
@@ -21,6 +22,7 @@ use crate::journal::{Content, Found, Identity, Journal};
 use crate::pack::{ErrorSums, Outcome, Packer};
 use crate::partial::Partial;
 use crate::plan::Plan;
+use crate::steps;
 
 /// Extents whose source is read again although no file has changed: images of filesystems that were built to be reproducible
 /// can give the same identity to files of two checkpoints.
@@ -91,6 +93,7 @@ pub(crate) fn start<'a>(
             "{other} of {all} extents of an interrupted conversion were made of other weights; they are made again"
         ));
     }
+    done = keep_of_same_inputs(plan, done, note);
     let parts = contents.take_news();
     let journal = create(&Content { stamps, outcomes: done.clone(), parts })?;
     Ok(Start { journal, contents, done })
@@ -150,11 +153,32 @@ fn keep_of_same_files<'a>(
             "{other} of {all} extents of an interrupted conversion were made of other files; they are made again"
         ));
     }
+    let done = keep_of_same_inputs(plan, done, note);
     let mut parts = content.parts;
     parts.retain(|&(part, _)| is_same(plan.checkpoint.parts[part].file));
     let contents = Contents::new(&plan.checkpoint, &parts);
     let journal = create(&Content { stamps, outcomes: done.clone(), parts })?;
     Ok(Start { journal, contents, done })
+}
+
+/// Where the model is measured, how an extent is rounded follows from its inputs, and so from all weights of its layer and of those
+/// before it: where the source is not what it was, only those are kept before which, and beside which, everything has stayed. What meets
+/// no input stays in any case.
+fn keep_of_same_inputs(plan: &Plan, done: Vec<Outcome>, note: &mut dyn FnMut(String)) -> Vec<Outcome> {
+    if !plan.is_measured() {
+        return done;
+    }
+    let mut is_done = vec![false; plan.extents.len()];
+    done.iter().for_each(|o| is_done[o.extent] = true);
+    let missing = (0..is_done.len()).filter(|&extent| !is_done[extent]).map(|extent| steps::round_of(plan, extent));
+    let Some(first) = missing.min() else { return done };
+    let all = done.len();
+    let done = keep(done, |o| matches!(steps::round_of(plan, o.extent), round if round == 0 || round < first));
+    if done.len() < all {
+        let other = all - done.len();
+        note(format!("{other} more were rounded by what the other weights gave; they are made again"));
+    }
+    done
 }
 
 /// Whether an extent can have become what is said of it, and whether the figures of its errors can be those of its tensors.

@@ -86,7 +86,7 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with_all = ["importance", "importance_text", "save_importance"])]
     no_importance: bool,
 
-    /// How much time measuring for q4 and q3 may take: fast, default or best
+    /// How much time measuring for q4, q3 and q2 may take: fast, default or best
     #[arg(long, value_name = "EFFORT", value_parser = effort_parser(), conflicts_with_all = ["importance", "no_importance"])]
     effort: Option<Effort>,
 
@@ -424,7 +424,7 @@ fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
     ];
     if let Some((option, _)) = asked.iter().find(|(_, given)| *given && !plan.is_measured()) {
         return Err(CliError::Usage(format!(
-            "{option} would change nothing: nothing is measured unless weights become q4, q3 or q2 and the model has a tokenizer. Ask for one of these types with --type, or leave {option} out"
+            "{option} would change nothing: nothing is measured unless weights become q4, q3 or q2 and the checkpoint has a tokenizer. See to both, or leave {option} out"
         )));
     }
     Ok(())

@@ -357,6 +357,8 @@ impl Plan {
         add(&self.importance.as_ref().map_or(0, Importance::digest).to_le_bytes());
         if let (Some(_), Some(measured)) = (&self.reading, self.options.measured) {
             add(&measured.to_le_bytes());
+            // What is measured are the tokens that these make of the text.
+            TEXT_FILES.iter().for_each(|name| add(self.side_file(name).unwrap_or_default()));
         }
         for (f, header) in self.checkpoint.files().iter().zip(&self.checkpoint.header_digests) {
             add(f.name.as_bytes());

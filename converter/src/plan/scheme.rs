@@ -32,6 +32,20 @@ impl Default for Scheme {
     }
 }
 
+/// Where columns are in disorder, something must say in which.
+fn check_orders(section: &Config, checkpoint: &Checkpoint) -> Result<(), ConvertError> {
+    let stems = checkpoint.tensors.iter().filter_map(|t| t.name.strip_suffix(".qweight"));
+    match stems.map(|stem| format!("{stem}.g_idx")).find(|name| checkpoint.find(name).is_none()) {
+        None => Ok(()),
+        Some(name) => {
+            let problem = format!(
+                "is true, and there is no `{name}` to say which group a column is of: get the checkpoint again"
+            );
+            Err(section.refuse("desc_act", problem))
+        }
+    }
+}
+
 /// Reads `quantization_config` of the text model, or of the whole.
 pub(crate) fn read(text: &Config, whole: &Config, checkpoint: &Checkpoint) -> Result<Scheme, ConvertError> {
     let has = |end: &str| checkpoint.tensors.iter().any(|t| t.name.ends_with(end));
@@ -53,6 +67,9 @@ pub(crate) fn read(text: &Config, whole: &Config, checkpoint: &Checkpoint) -> Re
         // Only what is said counts: old tools do not say it and do it.
         let said = sections.iter().find(|s| s.has("desc_act"));
         scheme.act_order = said.map_or(Ok(true), |s| s.bool_or("desc_act", true))?;
+        if let Some(said) = said.filter(|_| scheme.act_order) {
+            check_orders(said, checkpoint)?;
+        }
     }
     let Some(section) = section else { return Ok(scheme) };
     if checkpoint.tensors.iter().any(|t| t.dtype == Dtype::F8E4M3) {
