@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 use sluice_converter::synth::Geometry;
 use sluice_converter::{ConvertError, plan};
 use sluice_format::{
-    ActivationSpec, AttentionSpec, GqaSpec, LayerSpec, MlaSpec, ModelSpec, RopePairing, RopeScaling, RopeSpec, RouterScore,
+    ActivationSpec, AttentionSpec, GqaSpec, LayerSpec, MlaSpec, ModelSpec, RopePairing, RopeScaling, RopeSpec,
+    RouterScore,
 };
 
 fn spec_of(dir: &Path) -> ModelSpec {
@@ -387,19 +388,31 @@ fn what_newer_families_do_not_compute_is_refused_by_its_key() {
         (json!({"model_type": "mimo_v2_flash", "num_key_value_heads": 3}), "`num_key_value_heads` is 3"),
         (json!({"model_type": "bailing_moe", "norm_head": true}), "`norm_head` is true"),
         (json!({"model_type": "bailing_moe", "score_function": "sigmoid"}), "`score_function` is \"sigmoid\""),
-        (json!({"model_type": "bailing_moe", "architectures": ["BailingMoeLinearForCausalLM"]}), "`architectures` names"),
+        (
+            json!({"model_type": "bailing_moe", "architectures": ["BailingMoeLinearForCausalLM"]}),
+            "`architectures` names",
+        ),
         (json!({"model_type": "bailing_moe_v2", "norm_topk_prob": false}), "`norm_topk_prob` is false"),
         (
             json!({"model_type": "bailing_moe_v2", "moe_shared_expert_intermediate_size": 64}),
             "`moe_shared_expert_intermediate_size` is 64",
         ),
-        (json!({"model_type": "bailing_hybrid", "architectures": ["BailingMoeV2_5ForCausalLM"]}), "`architectures` names"),
+        (
+            json!({"model_type": "bailing_hybrid", "architectures": ["BailingMoeV2_5ForCausalLM"]}),
+            "`architectures` names",
+        ),
         (json!({"model_type": "bailing_hybrid", "kda_lower_bound": 0.0}), "`kda_lower_bound` is 0"),
         (json!({"model_type": "nemotron_h", "use_bias": true}), "`use_bias` is true"),
         (json!({"model_type": "nemotron_h", "mlp_hidden_act": "silu"}), "`mlp_hidden_act` is \"silu\""),
-        (json!({"model_type": "nemotron_h", "hybrid_override_pattern": "M-E"}), "block, number 2, that follows no block"),
+        (
+            json!({"model_type": "nemotron_h", "hybrid_override_pattern": "M-E"}),
+            "block, number 2, that follows no block",
+        ),
         (json!({"model_type": "nemotron_h", "hybrid_override_pattern": "MX"}), "`hybrid_override_pattern` holds 'X'"),
-        (json!({"model_type": "nemotron_h", "layers_block_type": ["mamba", "rnn"]}), "`layers_block_type` holds \"rnn\""),
+        (
+            json!({"model_type": "nemotron_h", "layers_block_type": ["mamba", "rnn"]}),
+            "`layers_block_type` holds \"rnn\"",
+        ),
         (json!({"model_type": "nemotron_h", "layers_block_type": []}), "`layers_block_type` has 0 blocks"),
         (json!({"model_type": "nemotron_h", "time_step_limit": [0.001, 0.1]}), "`time_step_limit` bounds"),
         (json!({"model_type": "nemotron_h", "n_groups": 3}), "`n_groups` is 3"),
@@ -421,7 +434,8 @@ fn blocks_of_nemotron_make_layers() {
         keys["model_type"] = json!("nemotron_h");
         of_keys(&keys).unwrap()
     };
-    let spec = of(json!({"hybrid_override_pattern": "MEM*EM-", "time_step_limit": [0.0, "Infinity"], "moe_latent_size": 64}));
+    let spec =
+        of(json!({"hybrid_override_pattern": "MEM*EM-", "time_step_limit": [0.0, "Infinity"], "moe_latent_size": 64}));
     let words = ["mamba", "moe", "linear_attention", "attention", "moe", "mamba", "mlp"];
     assert_eq!(spec, of(json!({"layers_block_type": words, "moe_latent_size": 64, "time_step_limit": [0.0, 1e30]})));
     let kind = |layer: &LayerSpec| {
@@ -467,7 +481,10 @@ fn layers_of_step_in_both_spellings() {
     let sliding = json!({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0});
     assert_eq!(old, of(json!({"rope_parameters": {"full_attention": full, "sliding_attention": sliding}})));
     let (full, sliding) = (gqa(&old, 0), gqa(&old, 1));
-    assert_eq!([full, sliding].map(|gqa| (gqa.heads, gqa.window, gqa.head_gate)), [(64, None, true), (96, Some(512), true)]);
+    assert_eq!(
+        [full, sliding].map(|gqa| (gqa.heads, gqa.window, gqa.head_gate)),
+        [(64, None, true), (96, Some(512), true)]
+    );
     let rope = |gqa: &GqaSpec| gqa.rope.as_ref().map(|rope| (rope.theta, rope.dim, rope.scaling != RopeScaling::None));
     assert_eq!([rope(full), rope(sliding)], [Some((5e6, 64, true)), Some((1e4, 128, false))]);
     let bounded = |limit| ActivationSpec::SiluBounded { limit };

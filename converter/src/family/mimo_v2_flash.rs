@@ -218,7 +218,9 @@ fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError
             sluice_format::RopeSpec { theta: config.check_above(theta_key, theta, 1.0)?, ..plain }
         }
     };
-    let value_factor = config.opt_f64_or("attention_value_scale", if newer { None } else { Some(VALUE_FACTOR) })?.map(|factor| factor as f32);
+    let value_factor = config
+        .opt_f64_or("attention_value_scale", if newer { None } else { Some(VALUE_FACTOR) })?
+        .map(|factor| factor as f32);
     Ok(GqaSpec {
         heads,
         kv_heads,

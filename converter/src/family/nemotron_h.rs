@@ -72,13 +72,15 @@ impl Family for NemotronH {
                 Block::Experts => (None, &sparse),
                 Block::Dense => (None, &dense),
             };
-            match (mixer, layers.last_mut()) {
-                (Some(mixer), _) => layers.push(LayerSpec { attention: mixer.clone(), ffn: ffn.clone() }),
-                (None, Some(last)) if last.ffn.is_none() => last.ffn = ffn.clone(),
-                (None, _) => {
-                    let problem =
-                        format!("has a feed-forward block, number {number}, that follows no block of another kind");
-                    return Err(config.refuse(pattern_key(config), problem));
+            match mixer {
+                Some(mixer) => layers.push(LayerSpec { attention: mixer.clone(), ffn: ffn.clone() }),
+                None => {
+                    let Some(last) = layers.last_mut().filter(|last| last.ffn.is_none()) else {
+                        let problem =
+                            format!("has a feed-forward block, number {number}, that follows no block of another kind");
+                        return Err(config.refuse(pattern_key(config), problem));
+                    };
+                    last.ffn = ffn.clone();
                 }
             }
         }

@@ -105,7 +105,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConvertError> {
     let is_sparse = sparse_layers(&decoder)?;
     let (limits, shared_limits) = (limits(&decoder, "swiglu_limits")?, limits(&decoder, "swiglu_limits_shared")?);
     let sparse = experts(&decoder)?;
-    let layer = |i: usize| {
+    let layer = |i: usize| -> Result<LayerSpec, ConvertError> {
         // The bound on the shared expert is that of a network without experts as well.
         let dense_activation = activation(shared_limits[i]);
         let ffn = match is_sparse[i] {
@@ -118,7 +118,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConvertError> {
         };
         Ok(LayerSpec { attention: AttentionSpec::Gqa(attention(&decoder, i, slides[i])?), ffn })
     };
-    decoder.model((0..decoder.layers).map(layer).collect::<Result<_, ConvertError>>()?)
+    decoder.model((0..decoder.layers).map(layer).collect::<Result<_, _>>()?)
 }
 
 /// A list with one entry per layer under `key`. Entries for layers that predict further tokens may follow.
