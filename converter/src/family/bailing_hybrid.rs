@@ -96,9 +96,9 @@ fn latent(decoder: &Decoder<'_>) -> Result<MlaSpec, ConvertError> {
 fn delta(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
     let config = decoder.config;
     let width = config.size_or("head_dim", 128, MAX_WIDTH)?;
-    let least = config.f32_or("kda_lower_bound", -5.0)?;
+    let least = config.f64_or("kda_lower_bound", -5.0)? as f32;
     let bounded = config.bool_or("kda_safe_gate", true)?;
-    if bounded && least >= 0.0 {
+    if bounded && !(least.is_finite() && least < 0.0) {
         return Err(config.refuse("kda_lower_bound", format!("is {least}, expected a negative number")));
     }
     Ok(DeltaSpec {
