@@ -7,7 +7,7 @@ use super::bailing_moe::{NAMES, check_shared, renamed};
 use super::config::Config;
 use super::decoder::{Decoder, Defaults};
 use super::names::Names;
-use super::view::Origin;
+use super::view::{Origin, View};
 use super::{Family, Place, kimi_linear, mla, moe};
 use crate::error::ConvertError;
 
@@ -62,6 +62,10 @@ impl Family for BailingHybrid {
     fn origin(&self, names: Names, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
         let name = |rest: &str| names.layer(place.layer, &renamed(rest));
         match (place.kind, &spec.layers[place.layer].attention) {
+            // Kimi Linear has it with more dimensions.
+            (ExtentKind::Attention, _) if tensor.name == "a_log" => {
+                vec![vec![View::vector(name("self_attn.A_log"), tensor.shape[2])]]
+            }
             (ExtentKind::Attention, AttentionSpec::Delta(delta)) if tensor.name != "attn_norm" => {
                 kimi_linear::origin(delta, &name, tensor)
             }
