@@ -1,5 +1,5 @@
-//! GGUF files of models whose layers differ from each other, as llama.cpp's converter (`conversion/kimi_linear.py` and
-//! `conversion/minimax.py`) writes them: they give the models of the checkpoints that they were made of.
+//! GGUF files of models whose layers differ from each other, as llama.cpp's converter (`conversion/kimi_linear.py`,
+//! `conversion/minimax.py` and `conversion/mimo.py`) writes them: they give the models of the checkpoints that they were made of.
 
 mod common;
 
@@ -15,7 +15,7 @@ use sluice_format::ModelSpec;
 const F32: u32 = 0;
 
 /// Tensors that keep their shape and numbers: name in the file, name on the hub.
-const PLAIN: [(&str, &str); 36] = [
+const PLAIN: [(&str, &str); 39] = [
     ("attn_norm.weight", "input_layernorm.weight"),
     ("ffn_norm.weight", "post_attention_layernorm.weight"),
     ("attn_q.weight", "self_attn.q_proj.weight"),
@@ -50,9 +50,15 @@ const PLAIN: [(&str, &str); 36] = [
     ("ffn_gate_shexp.weight", "block_sparse_moe.shared_experts.gate_proj.weight"),
     ("ffn_up_shexp.weight", "block_sparse_moe.shared_experts.up_proj.weight"),
     ("ffn_down_shexp.weight", "block_sparse_moe.shared_experts.down_proj.weight"),
+    ("attn_sinks.weight", "self_attn.attention_sink_bias"),
+    ("ffn_gate_inp.weight", "mlp.gate.weight"),
+    ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias"),
     ("token_embd.weight", "embed_tokens.weight"),
     ("output_norm.weight", "norm.weight"),
 ];
+
+/// How many of them are in layers.
+const IN_LAYERS: usize = PLAIN.len() - 2;
 
 fn floats(numbers: &[f32]) -> Vec<u8> {
     numbers.iter().flat_map(|n| n.to_le_bytes()).collect()
@@ -78,13 +84,13 @@ fn written(tensors: &Tensors, config: &Json, prefix: &'static str, head: &str, c
     let origin = Origin { tensors, config, prefix };
     let count = |key: &str| config[key].as_u64().unwrap() as usize;
     let mut all = vec![tensor(tensors, centred, "output.weight".into(), head)];
-    for (own, hub) in &PLAIN[34..] {
+    for (own, hub) in &PLAIN[IN_LAYERS..] {
         all.push(tensor(tensors, centred, (*own).to_owned(), &format!("{prefix}{hub}")));
     }
     for layer in 0..count("num_hidden_layers") {
         let (own, hub) =
             (|rest: &str| format!("blk.{layer}.{rest}"), |rest: &str| format!("{prefix}layers.{layer}.{rest}"));
-        for (to, from) in &PLAIN[..34] {
+        for (to, from) in &PLAIN[..IN_LAYERS] {
             if tensors.contains_key(&hub(from)) {
                 all.push(tensor(tensors, centred, own(to), &hub(from)));
             }
@@ -99,7 +105,9 @@ fn written(tensors: &Tensors, config: &Json, prefix: &'static str, head: &str, c
             }
         }
         for (part, module) in [("gate", "w1"), ("up", "w3"), ("down", "w2")] {
-            let Some(one) = tensors.get(&hub(&format!("block_sparse_moe.experts.0.{module}.weight"))) else { continue };
+            let first =
+                [format!("block_sparse_moe.experts.0.{module}.weight"), format!("mlp.experts.0.{part}_proj.weight")];
+            let Some(one) = first.iter().find_map(|name| tensors.get(&hub(name))) else { continue };
             let name = own(&format!("ffn_{part}_exps.weight"));
             let data = floats(&origin.data(&name));
             all.push((
@@ -248,4 +256,38 @@ fn minimax_m3_comes_back_from_gguf() {
     let metadata = metadata("minimax-m3", &text, &counts, &others);
     let written = written(&tensors, &text, "language_model.model.", "language_model.lm_head.weight", true);
     check("minimax_m3", &config, &text, &tensors, &metadata, &written);
+}
+
+#[test]
+fn mimo_v2_flash_comes_back_from_gguf() {
+    let (config, tensors) = golden("mimo_v2_flash");
+    let counts = [
+        ("block_count", "num_hidden_layers"),
+        ("context_length", "max_position_embeddings"),
+        ("embedding_length", "hidden_size"),
+        ("feed_forward_length", "intermediate_size"),
+        ("attention.head_count", "num_attention_heads"),
+        ("attention.key_length", "head_dim"),
+        ("attention.value_length", "v_head_dim"),
+        ("attention.sliding_window", "sliding_window"),
+        ("expert_count", "n_routed_experts"),
+        ("expert_used_count", "num_experts_per_tok"),
+        ("expert_feed_forward_length", "moe_intermediate_size"),
+    ];
+    let others = [
+        ("attention.head_count_kv", Value::U32s(vec![1, 2, 2])),
+        ("attention.sliding_window_pattern", Value::Bools(vec![false, true, true])),
+        ("attention.layer_norm_rms_epsilon", float(&config, "rms_norm_eps")),
+        ("rope.dimension_count", Value::U32(8)),
+        ("rope.freq_base", Value::F32(5e6)),
+        ("rope.freq_base_swa", Value::F32(1e4)),
+        ("expert_gating_func", Value::U32(2)),
+    ];
+    let value_scale = ("attention.value_scale", float(&config, "attention_value_scale"));
+    let written = written(&tensors, &config, "model.", "lm_head.weight", false);
+    // Early files lack the factor of values.
+    for others in [&others[..], &[&others[..], &[value_scale]].concat()] {
+        let metadata = metadata("mimo2", &config, &counts, others);
+        check("mimo_v2_flash", &config, &config, &tensors, &metadata, &written);
+    }
 }

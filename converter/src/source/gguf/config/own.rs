@@ -4,6 +4,8 @@ use serde_json::Value as Json;
 
 use super::{Arch, Problem, Writer};
 
+/// What MiMo-V2-Flash multiplies values by, which files from before May 2026 do not say.
+const MIMO_VALUE_SCALE: f64 = 0.707;
 /// Experts of the one Llama 4 that has no norms of queries and keys: Maverick. llama.cpp tells it by them as well.
 const WITHOUT_NORMS: u64 = 128;
 
@@ -67,5 +69,57 @@ impl Writer<'_> {
             self.out.set("no_rope_layers", vec![Json::from(1); self.layers]);
         }
         Ok(())
+    }
+
+    /// MiMo-V2, whose layers with a window have other heads of keys and values, and another rotation, than those without.
+    pub(super) fn mimo(&mut self, value_dim: u64) -> Result<(), Problem> {
+        let keys = self.keys;
+        const PATTERN: &str = "attention.sliding_window_pattern";
+        let slides = keys.per_layer(PATTERN, self.layers)?.ok_or_else(|| keys.refuse(PATTERN, "is missing"))?;
+        if self.has("attn_qkv.weight") {
+            return Err(keys.refuse("attention.value_length", "is that of fused projections, which are not supported"));
+        }
+        for (slide, count_key, sinks_key) in [
+            (false, "num_key_value_heads", "add_full_attention_sink_bias"),
+            (true, "swa_num_key_value_heads", "add_swa_attention_sink_bias"),
+        ] {
+            let layers: Vec<usize> = (0..self.layers).filter(|&layer| slides[layer] == slide).collect();
+            self.out.set_some(count_key, self.heads_of(&layers)?);
+            let sinks = layers.iter().any(|&layer| {
+                ["attn_sinks.weight", "attn_sinks"].iter().any(|name| keys.of_layer(layer, name).is_some())
+            });
+            self.out.set(sinks_key, sinks);
+        }
+        let kind = |slides: &bool| Json::from(if *slides { "sliding_attention" } else { "full_attention" });
+        self.out.set("layer_types", slides.iter().map(kind).collect::<Vec<_>>());
+        self.out.set("v_head_dim", value_dim);
+        self.out.set("sliding_window", keys.need("attention.sliding_window")?);
+        let theta = keys.float("rope.freq_base")?;
+        self.out.set_some("rope_theta", theta);
+        self.out.set_some("swa_rope_theta", keys.float("rope.freq_base_swa")?.or(theta));
+        let scale = keys.float("attention.value_scale")?;
+        if scale.is_none() {
+            self.notes.push(format!(
+                "`{}` is missing, as in all files from before May 2026: {MIMO_VALUE_SCALE}, as Xiaomi has published the model",
+                keys.key("attention.value_scale")
+            ));
+        }
+        self.out.set("attention_value_scale", scale.unwrap_or(MIMO_VALUE_SCALE));
+        Ok(())
+    }
+
+    /// Heads of keys and values of these layers, which have to be the same for all of them; `None` if there are no layers.
+    fn heads_of(&self, layers: &[usize]) -> Result<Option<u64>, Problem> {
+        const COUNTS: &str = "attention.head_count_kv";
+        let keys = self.keys;
+        let counts = keys.metadata.integers(&keys.key(COUNTS))?;
+        let counts = counts.ok_or_else(|| keys.refuse(COUNTS, "is missing, or not a list with one for each layer"))?;
+        let mut all = layers.iter().map(|&layer| counts.get(layer).and_then(|&n| u64::try_from(n).ok()));
+        let Some(first) = all.next() else { return Ok(None) };
+        let count = first.filter(|&n| n > 0).ok_or_else(|| keys.refuse(COUNTS, "has no count for every layer"))?;
+        if all.any(|other| other != first) {
+            return Err(keys.refuse(COUNTS, "differs between layers of one kind, which is not supported"));
+        }
+        Ok(Some(count))
     }
 }
