@@ -39,9 +39,11 @@ pub(super) enum Arch {
     Llama4,
     /// MiMo-V2-Flash.
     MiMo2,
+    /// DeepSeek-V4.
+    DeepSeek4,
 }
 
-const NAMES: [(&str, Arch); 23] = [
+const NAMES: [(&str, Arch); 24] = [
     ("llama", Arch::Llama),
     ("mistral3", Arch::Mistral3),
     ("qwen3", Arch::Qwen3),
@@ -65,6 +67,7 @@ const NAMES: [(&str, Arch); 23] = [
     ("hy_v3", Arch::HyV3),
     ("llama4", Arch::Llama4),
     ("mimo2", Arch::MiMo2),
+    ("deepseek4", Arch::DeepSeek4),
 ];
 
 /// Keys that change what a model computes, which few families have; the value at which they change nothing.
@@ -131,6 +134,7 @@ impl Arch {
                 | Arch::Olmoe
                 | Arch::GraniteMoe
                 | Arch::HunyuanMoe
+                | Arch::DeepSeek4
         )
     }
 

@@ -15,6 +15,7 @@ use super::rope::{self, Rope};
 const SOFTMAX: u64 = 1;
 const SIGMOID: u64 = 2;
 const SOFTMAX_OF_CHOSEN: u64 = 3;
+const SQRT_SOFTPLUS: u64 = 4;
 /// Longest context of GLM-5 and 5.1; longer ones are of 5.2, whose layers share indexers in a pattern.
 const GLM_5_1_CONTEXT: u64 = 1 << 20;
 
@@ -153,6 +154,7 @@ impl Writer<'_> {
             Arch::HyV3 => "hy_v3",
             Arch::Llama4 => "llama4_text",
             Arch::MiMo2 => "mimo_v2_flash",
+            Arch::DeepSeek4 => "deepseek_v4",
         })
     }
 
@@ -306,7 +308,9 @@ impl Writer<'_> {
             | Arch::MiniMaxM3
             | Arch::GraniteMoe
             | Arch::Llama4 => "num_local_experts",
-            Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe | Arch::MiMo2 => "n_routed_experts",
+            Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::DeepSeek4 | Arch::GlmDsa | Arch::Glm4Moe | Arch::MiMo2 => {
+                "n_routed_experts"
+            }
             _ => "num_experts",
         };
         self.out.set(count_key, experts);
@@ -361,6 +365,7 @@ impl Writer<'_> {
             | Arch::MiMo2
             | Arch::Llama4 => (true, &[SIGMOID]),
             Arch::GptOss | Arch::GraniteMoe => (false, &[SOFTMAX, SOFTMAX_OF_CHOSEN]),
+            Arch::DeepSeek4 => (false, &[SQRT_SOFTPLUS]),
             _ => (false, &[SOFTMAX]),
         };
         if let Some(func) = keys.uint("expert_gating_func")?.filter(|f| *f != 0 && !supported.contains(f)) {
@@ -386,6 +391,10 @@ impl Writer<'_> {
                 self.out.set("scoring_func", "sigmoid");
                 self.groups(true)?;
             }
+            Arch::DeepSeek4 => {
+                self.out.set("norm_topk_prob", norm.unwrap_or(true));
+                self.out.set("routed_scaling_factor", scale.unwrap_or(1.0));
+            }
             Arch::MiniMaxM2 => self.out.set("scoring_func", "sigmoid"),
             Arch::MiniMaxM3 => {
                 self.out.set("scoring_func", "sigmoid");
@@ -400,8 +409,8 @@ impl Writer<'_> {
             Arch::Qwen3Moe | Arch::Qwen3Next => self.out.set("norm_topk_prob", norm.unwrap_or(true)),
             _ => {}
         }
-        let scales =
-            self.arch.is_latent() || matches!(self.arch, Arch::Glm4Moe | Arch::HyV3 | Arch::MiMo2 | Arch::MiniMaxM3);
+        let scales = self.arch.is_latent()
+            || matches!(self.arch, Arch::DeepSeek4 | Arch::Glm4Moe | Arch::HyV3 | Arch::MiMo2 | Arch::MiniMaxM3);
         if let Some(scale) = scale.filter(|&s| s != 1.0 && !scales) {
             return Err(keys.refuse("expert_weights_scale", format!("is {scale}; only 1 is supported here")));
         }
@@ -449,6 +458,7 @@ impl Writer<'_> {
             Arch::MiniMaxM3 => self.out.set("shared_intermediate_size", width),
             Arch::DeepSeek2
             | Arch::DeepSeek32
+            | Arch::DeepSeek4
             | Arch::GlmDsa
             | Arch::Glm4Moe
             | Arch::KimiLinear

@@ -1,7 +1,9 @@
 //! Keys that one family has.
 
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 
+use super::super::keys::decimal;
+use super::super::metadata::Value;
 use super::{Arch, Problem, Writer};
 
 /// What MiMo-V2-Flash multiplies values by, which files from before May 2026 do not say.
@@ -24,6 +26,7 @@ impl Writer<'_> {
                 Ok(())
             }
             Arch::Llama4 => self.llama_4(),
+            Arch::DeepSeek4 => self.deepseek_4(),
             _ => Ok(()),
         }
     }
@@ -121,5 +124,63 @@ impl Writer<'_> {
             return Err(keys.refuse(COUNTS, "differs between layers of one kind, which is not supported"));
         }
         Ok(Some(count))
+    }
+
+    /// DeepSeek-V4.
+    fn deepseek_4(&mut self) -> Result<(), Problem> {
+        let keys = self.keys;
+        self.copy("intermediate_size", "moe_intermediate_size");
+        for (own, hub) in [
+            ("attention.q_lora_rank", "q_lora_rank"),
+            ("attention.output_lora_rank", "o_lora_rank"),
+            ("attention.output_group_count", "o_groups"),
+            ("attention.sliding_window", "sliding_window"),
+            ("attention.indexer.head_count", "index_n_heads"),
+            ("attention.indexer.key_length", "index_head_dim"),
+            ("attention.indexer.top_k", "index_topk"),
+            ("rope.dimension_count", "qk_rope_head_dim"),
+            ("hyper_connection.count", "hc_mult"),
+            ("hyper_connection.sinkhorn_iterations", "hc_sinkhorn_iters"),
+        ] {
+            self.out.set(hub, keys.need(own)?);
+        }
+        self.out.set_some("hc_eps", keys.float("hyper_connection.epsilon")?);
+        self.out.set_some("swiglu_limit", self.expert_limit()?);
+        self.out.set_some("rope_theta", keys.float("rope.freq_base")?);
+        self.out.set_some("compress_rope_theta", keys.float("attention.compress_rope_freq_base")?);
+        const RATIOS: &str = "attention.compress_ratios";
+        let ratios = keys.metadata.integers(&keys.key(RATIOS))?;
+        let ratios = ratios.ok_or_else(|| keys.refuse(RATIOS, "is missing, or not a list with one for each layer"))?;
+        let ratio = |n: i128| i64::try_from(n).map_or(Json::Null, Json::from);
+        self.out.set("compress_ratios", ratios.into_iter().map(ratio).collect::<Vec<_>>());
+        let kind = |layer| match keys.of_layer(layer, "ffn_gate_tid2eid.weight") {
+            Some(_) => Json::from("hash_moe"),
+            None => Json::from("moe"),
+        };
+        self.out.set("mlp_layer_types", (0..self.layers).map(kind).collect::<Vec<_>>());
+        if keys.metadata.get(&keys.key("rope.scaling.type")).is_none() {
+            self.notes.push(format!(
+                "`{}` is missing: YaRN by 16 from 65,536 tokens in layers that compress, as DeepSeek has published the model",
+                keys.key("rope.scaling.type")
+            ));
+            self.out.set(
+                "rope_parameters",
+                json!({"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 65_536}),
+            );
+        }
+        Ok(())
+    }
+
+    /// The limit of an expert's gate and up, which files give for each layer.
+    fn expert_limit(&self) -> Result<Option<f64>, Problem> {
+        const LIMITS: &str = "swiglu_clamp_exp";
+        let keys = self.keys;
+        let Some(Value::Numbers(_)) = keys.metadata.get(&keys.key(LIMITS)) else { return keys.float(LIMITS) };
+        let limits = keys.metadata.floats(&keys.key(LIMITS))?.unwrap_or_default();
+        match limits.get(..self.layers) {
+            Some([first, others @ ..]) if others.iter().all(|other| other == first) => Ok(Some(decimal(*first))),
+            Some([_, ..]) => Err(keys.refuse(LIMITS, "differs from layer to layer, which is not supported")),
+            _ => Err(keys.refuse(LIMITS, format!("has {} entries for {} layers", limits.len(), self.layers))),
+        }
     }
 }
