@@ -3,6 +3,8 @@
 //! A family is one file that implements [`Family`] and says only what differs; what several share stands in `decoder`,
 //! `mla`, `indexer`, `gqa`, `delta`, `moe`, `rope` and `names`. `docs/ADDING_A_MODEL.md` says how to add one.
 
+mod bailing_hybrid;
+mod bailing_moe;
 pub(crate) mod config;
 mod decoder;
 mod deepseek_v2;
@@ -31,12 +33,14 @@ mod mixtral;
 mod mla;
 mod moe;
 pub(crate) mod names;
+mod nemotron_h;
 mod olmoe;
 mod qwen;
 mod qwen2_moe;
 mod qwen3_moe;
 mod qwen3_next;
 mod rope;
+mod step3p5;
 mod view;
 
 use sluice_format::{ExtentKind, ModelSpec, TensorShape};
@@ -78,6 +82,11 @@ static FAMILIES: &[&dyn Family] = &[
     &llama4::Llama4,
     &llama4::Llama4Text,
     &mimo_v2_flash::MiMoV2Flash,
+    &bailing_moe::BailingMoe,
+    &bailing_hybrid::BailingHybrid,
+    &nemotron_h::NemotronH,
+    &step3p5::Step3p5,
+    &step3p5::Step3p7,
     &dense::Llama,
     &dense::Mistral,
     &dense::Qwen3,
@@ -104,6 +113,16 @@ pub(crate) trait Family: Sync {
     /// Everything that tensors may be called: that of the family's own releases first.
     fn spellings(&self) -> Vec<Names> {
         vec![self.names()]
+    }
+
+    /// What tensors are called, where their shapes say more than the configuration. `shape_of`: the shape of a tensor, if it is there.
+    fn arranged(&self, names: Names, _spec: &ModelSpec, _shape_of: &dyn Fn(&str) -> Option<Vec<usize>>) -> Names {
+        names
+    }
+
+    /// Layers by the numbers in names of tensors.
+    fn named_layers(&self, spec: &ModelSpec) -> usize {
+        spec.layers.len()
     }
 
     /// Where a tensor behind the last layer comes from, other than the head: the norm, and what joins streams before it.
