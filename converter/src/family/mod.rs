@@ -46,6 +46,7 @@ mod view;
 use sluice_format::{ExtentKind, ModelSpec, TensorShape};
 
 use crate::error::ConvertError;
+use crate::nearest;
 use config::Config;
 use names::Names;
 pub(crate) use rope::DIVIDED as DIVIDED_ROPE;
@@ -220,12 +221,12 @@ fn usually_unused(name: &str) -> Option<Unused> {
 
 /// The family that `config.json` names.
 pub(crate) fn find(config: &Config) -> Result<&'static dyn Family, ConvertError> {
-    let supported = || FAMILIES.iter().flat_map(|f| f.model_types()).copied().collect::<Vec<_>>().join(", ");
+    let supported: Vec<_> = FAMILIES.iter().flat_map(|f| f.model_types()).copied().collect();
     let Some(model_type) = config.opt_str("model_type")? else {
-        return Err(config.refuse("model_type", format!("is missing; supported: {}", supported())));
+        return Err(config.refuse("model_type", format!("is missing; supported: {}", supported.join(", "))));
     };
     let found = FAMILIES.iter().find(|f| f.model_types().contains(&model_type)).copied();
-    found.ok_or_else(|| config.refuse("model_type", format!("is \"{model_type}\"; supported: {}", supported())))
+    found.ok_or_else(|| config.refuse("model_type", nearest::refusal(model_type, &supported)))
 }
 
 /// What the model that `text` describes computes, valid.
