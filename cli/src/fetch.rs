@@ -213,7 +213,9 @@ impl Fetched {
 fn conversion_seconds(plan: &Plan) -> f64 {
     let types = plan.types();
     let becomes = |name: &str| types.values().flatten().any(|ty| ty == name);
-    let Some((_, measured, plain)) = QUANTISED_PER_CORE.into_iter().find(|(name, ..)| becomes(name)) else { return 0.0 };
+    let Some((_, measured, plain)) = QUANTISED_PER_CORE.into_iter().find(|(name, ..)| becomes(name)) else {
+        return 0.0;
+    };
     let per_core = if plan.is_measured() { measured } else { plain };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     // About half a byte for each weight.

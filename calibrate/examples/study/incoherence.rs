@@ -47,7 +47,9 @@ pub fn matrices(path: &Path, text: &str) -> Result<(), Box<dyn Error>> {
             }
         }
     }
-    println!("matrix, type, block: square error of the outputs in percent on the measured text and on the other, matrices");
+    println!(
+        "matrix, type, block: square error of the outputs in percent on the measured text and on the other, matrices"
+    );
     for ((name, ty, block), (sum, count)) in &sums {
         let [measured, other] = sum.map(|sum| 100.0 * sum / f64::from(*count));
         println!("{name:8} {ty} {block:4}: {measured:.4} {other:.4} {count}");
@@ -71,7 +73,8 @@ fn errors(
         rotation.iter().for_each(|rotation| rotation.apply(&mut rows));
         rows
     };
-    let key = inputs[0].keys().find(|key| key.0 == tensor.layer && key.1 == tensor.name).ok_or("a matrix was not met")?;
+    let key =
+        inputs[0].keys().find(|key| key.0 == tensor.layer && key.1 == tensor.name).ok_or("a matrix was not met")?;
     let (weights, inputs) = (turned(&model.weights(number)), inputs.map(|inputs| turned(&inputs[key])));
     let feedback = feedback(kernels, &pool, &inputs[0], cols).ok_or("nothing was measured")?;
     let outputs = inputs.each_ref().map(|inputs| energy(kernels, &pool, &weights, inputs, cols));

@@ -12,8 +12,8 @@ use sluice_format::{
     pack_tensors,
 };
 use sluice_kernels::{
-    Activations, Feedback, FeedbackScratch, Kernels, Matrix, Moments, Precision, ROW_GROUP, ThreadPool,
-    pack_row_group, row_group_len, unpack,
+    Activations, Feedback, FeedbackScratch, Kernels, Matrix, Moments, Precision, ROW_GROUP, ThreadPool, pack_row_group,
+    row_group_len, unpack,
 };
 use sluice_model::compute::InputObserver;
 use sluice_model::weights::MatrixPlace;
