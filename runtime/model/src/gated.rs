@@ -540,6 +540,35 @@ mod tests {
         }
     }
 
+    /// A network without a gate, of which more is there each time: the bits of the whole, which are the square of what is positive of up.
+    #[test]
+    fn without_a_gate_portions_give_what_the_whole_gives() {
+        let compute = compute();
+        let (pair, extent) = network(Stored::F32, Some(Stored::F32), (30, 70), false, false);
+        let GateUp::Apart([_, up]) = pair.gate_up else { unreachable!("they are apart") };
+        let network = GatedFfn { gate_up: GateUp::Up(up), activation: Activation::ReluSquared, ..pair };
+        let mut x = Activations::new(compute.precision);
+        x.set(&numbers(70).collect::<Vec<_>>(), 1, 70);
+        let (mut whole, mut scratch) = (vec![f32::NAN; 70], GatedScratch::new(&compute));
+        network.forward(&compute, Tallied::not(&extent), 0, &x, &mut scratch, &mut whole);
+        let mut hidden = vec![f32::NAN; 30];
+        compute.kernels.matmul(&compute.threads, up.view(&extent), &x, &mut hidden);
+        hidden.iter_mut().for_each(|h| *h = h.max(0.0) * h.max(0.0));
+        assert!(hidden.contains(&0.0) && hidden.iter().any(|h| *h > 0.0));
+        let (mut joined, mut expected) = (Activations::new(compute.precision), vec![f32::NAN; 70]);
+        joined.set(&hidden, 1, 30);
+        compute.kernels.matmul(&compute.threads, network.down.view(&extent), &joined, &mut expected);
+        assert_eq!(whole, expected);
+        let mut begun = Begun::new(&compute);
+        for end in (4096..=extent.len()).step_by(4096) {
+            network.advance(&compute, Tallied::not(&extent[..end]), extent.len(), &x, &mut begun);
+        }
+        assert!(begun.is_done());
+        let mut output = Vec::new();
+        begun.swap_output(&mut output);
+        assert_eq!(&output[..70], whole);
+    }
+
     /// Gate and up apart: the bits of the pair.
     #[test]
     fn apart_gives_what_the_pair_gives() {

@@ -131,6 +131,7 @@ mod tests {
             experts: 8,
             top_k: 2,
             width: 8,
+            latent: None,
             expert_bias: false,
             weighted_input: false,
             router: RouterSpec {
