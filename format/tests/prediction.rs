@@ -137,7 +137,7 @@ fn specs() {
     };
     bad("prediction layer: top_k is 0", &with_layer(&|l| l.ffn.moe.as_mut().unwrap().top_k = 0));
     bad(
-        "prediction layer: it has neither experts",
+        "prediction layer: it has no feed-forward part",
         &with_layer(&|l| {
             (l.ffn.moe, l.ffn.dense_width) = (None, 0);
         }),

@@ -35,6 +35,9 @@ impl PredictionSpec {
         self.layer.attention.validate()?;
         self.layer.ffn.validate()?;
         check_width("hidden_size × 2", model.hidden_size.saturating_mul(2))?;
+        if self.layer.ffn.is_none() {
+            return Err("it has no feed-forward part".into());
+        }
         if model.streams.is_some() {
             return Err("the model has several residual streams".into());
         }

@@ -152,14 +152,15 @@ struct Layer {
     residuals: [Residual; 2],
     attn_norm: VectorRef,
     attention: Attention,
-    ffn_norm: VectorRef,
-    ffn: Ffn,
-    extents: LayerExtents,
+    attention_extent: DenseHandle,
+    ffn: Option<LayerFfn>,
 }
 
+/// The feed-forward part of a layer that has one.
 #[derive(Debug)]
-struct LayerExtents {
-    attention: DenseHandle,
+struct LayerFfn {
+    norm: VectorRef,
+    ffn: Ffn,
     router: DenseHandle,
     dense: Option<DenseHandle>,
 }
@@ -236,9 +237,16 @@ impl Layer {
             residuals: [Residual::new(spec, &attention)?, Residual::new(spec, &router)?],
             attn_norm: attention.vector("attn_norm")?,
             attention: Attention::new(&layer.attention, &attention)?,
-            ffn_norm: router.vector("ffn_norm")?,
-            ffn: Ffn::new(&layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
-            extents: LayerExtents { attention: next(), router: next(), dense: (layer.ffn.dense_width > 0).then(next) },
+            attention_extent: next(),
+            ffn: match layer.ffn.is_none() {
+                true => None,
+                false => Some(LayerFfn {
+                    norm: router.vector("ffn_norm")?,
+                    ffn: Ffn::new(&layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
+                    router: next(),
+                    dense: (!spec.tensors(ExtentKind::Dense, number).is_empty()).then(next),
+                }),
+            },
         })
     }
 }
@@ -480,7 +488,7 @@ impl Model {
 
         let dense_parts = weights.dense;
         let (started, waited) = (Instant::now(), dense_parts.stats().wait);
-        let attention = dense_parts.dense(layer.extents.attention)?;
+        let attention = dense_parts.dense(layer.attention_extent)?;
         let step = Step { compute, rows, extent: attention.bytes() };
         step.read(&layer.attn_norm, norm);
         norm_rows(layer.residuals[0].read(compute, step.extent, x, residual), norm, eps, normed);
@@ -493,21 +501,22 @@ impl Model {
         let attended = Instant::now();
         self.times.attention += (attended - started).saturating_sub(dense_parts.stats().wait - waited);
 
-        let router = dense_parts.dense(layer.extents.router)?;
-        let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
-        layer.ffn_norm.read(router.bytes(), norm);
+        let Some(part) = &layer.ffn else { return Ok(()) };
+        let router = dense_parts.dense(part.router)?;
+        let dense = part.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
+        part.norm.read(router.bytes(), norm);
         let input = layer.residuals[1].read(compute, router.bytes(), x, residual);
         norm_rows(input, norm, eps, normed);
         // A prompt will need most experts of the next layer anyway; a prefetch needs that layer's router in memory.
-        let ahead = index + 1;
-        let next = self.layers[..self.spec.layers.len()].get(ahead).filter(|l| {
+        let mut later = self.layers[..self.spec.layers.len()].iter().enumerate().skip(index + 1);
+        let next = later.find_map(|(number, l)| Some((number, l.ffn.as_ref()?))).filter(|(_, l)| {
             let wanted = rows.generate() && ffn.prefetches() && l.ffn.routed().is_some();
-            wanted && dense_parts.is_pinned(l.extents.router)
+            wanted && dense_parts.is_pinned(l.router)
         });
-        let next_router = next.map(|l| dense_parts.dense(l.extents.router)).transpose()?;
-        let prefetch = next.zip(next_router.as_ref()).and_then(|(l, router)| {
-            let (norm, extent) = (l.ffn_norm, router.bytes());
-            Some((input, NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, eps, factor, extent }))
+        let next_router = next.map(|(_, l)| dense_parts.dense(l.router)).transpose()?;
+        let prefetch = next.zip(next_router.as_ref()).and_then(|((number, l), router)| {
+            let (norm, extent) = (l.norm, router.bytes());
+            Some((input, NextLayer { layer: number, routed: l.ffn.routed()?, norm, eps, factor, extent }))
         });
         let step = FfnStep {
             compute,
@@ -517,7 +526,7 @@ impl Model {
             dense: dense.as_ref().map(|d| d.bytes()),
             ahead: prefetch,
         };
-        let experts = layer.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
+        let experts = part.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
         layer.residuals[1].add(&compute.threads, x, delta, residual);
         self.times.experts += experts;
         self.times.feed_forward += attended.elapsed().saturating_sub(experts);
@@ -593,7 +602,9 @@ impl Model {
             let widest = l.ffn.dense_width.max(moe.map_or(0, |m| m.width)) as u64;
             let routed =
                 moe.map_or(0, |m| crate::experts::combining_width(hidden) + 8 * m.top_k as u64 + m.experts as u64);
-            attention + 2 * widest + routed
+            // What experts read and write, as f32 and in the form that kernels consume, and what becomes of it.
+            let latent = moe.and_then(|m| m.latent).map_or(0, |latent| 3 * latent as u64 + hidden);
+            attention + 2 * widest + routed + latent
         };
         let widest = spec.layers.iter().map(layer).max().unwrap_or(0);
         let kept = Model::output_memory(spec, rows).min(most_kept);
@@ -607,7 +618,7 @@ impl Model {
     /// Bytes of the outputs of all experts that `rows` rows choose in a layer.
     pub fn output_memory(spec: &ModelSpec, rows: usize) -> u64 {
         let moe = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref());
-        moe.map(|moe| crate::experts::output_bytes(moe, rows, spec.hidden_size)).max().unwrap_or(0)
+        moe.map(|moe| crate::experts::output_bytes(moe, rows, moe.input_width(spec.hidden_size))).max().unwrap_or(0)
     }
 
     /// Bytes of scratch for what the prediction layer makes of its inputs, for a model of this layer alone.
