@@ -164,7 +164,7 @@ fn qwens_have_a_module_of_their_own() {
 }
 
 #[test]
-fn norms_of_a_prediction_layer_in_an_arrangement_of_mlx_are_not_guessed() {
+fn norms_of_a_prediction_layer_in_an_arrangement_of_mlx_are_left_alone() {
     let (config, mut tensors) = with_qwen("qwen3_next");
     // As mlx-lm saves it: norms of the decoder plus one, convolutions with the width before the channel.
     for (name, tensor) in &mut tensors {

@@ -229,6 +229,15 @@ fn types(bytes: &BTreeMap<&'static str, u64>) -> String {
     large.into_iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }
 
+/// Every extent, a line each.
+fn list(out: &mut String, extents: &[Extent]) {
+    let _ = writeln!(out, "\n{:<24} {:>16} {:>14} {:>14}  checksum (xxh3-64)", "extent", "offset", "stored", "used");
+    for e in extents {
+        let (name, offset) = (&e.name, e.offset);
+        let _ = writeln!(out, "{name:<24} {offset:>16} {:>14} {:>14}  {}", e.stored_bytes, e.logical_bytes, e.checksum);
+    }
+}
+
 /// For people.
 fn describe(r: &Report) -> String {
     let mut out = String::new();
@@ -294,13 +303,7 @@ fn describe(r: &Report) -> String {
         let _ = writeln!(out, "{:<12} {:>8} {:>12}  {types}", kind.kind, kind.extents, Bytes(kind.bytes).to_string());
     }
     if let Some(extents) = &r.extents {
-        let _ =
-            writeln!(out, "\n{:<24} {:>16} {:>14} {:>14}  checksum (xxh3-64)", "extent", "offset", "stored", "used");
-        for e in extents {
-            let (name, offset) = (&e.name, e.offset);
-            let _ =
-                writeln!(out, "{name:<24} {offset:>16} {:>14} {:>14}  {}", e.stored_bytes, e.logical_bytes, e.checksum);
-        }
+        list(&mut out, extents);
     }
     out
 }

@@ -167,20 +167,9 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     let layout = FileLayout::new(options.page_size, &built.planned)?;
     let weighted = built.records.iter().any(|r| r.weight_type.is_fitted());
     let measured = options.measured.is_some() && weighted && importance.is_none();
-    let reading = |expert_type, dense_type| {
-        let options = Options { expert_type, dense_type, recipe: None, ..options.clone() };
-        // What predicts is not measured.
-        let naming = Naming { spec: &decoder, prediction: None, ..naming };
-        build::build(&checkpoint, naming, &options, scheme, &inventory.head)
-    };
-    let reading = match measured.then(|| reading(TypeChoice::Keep, TypeChoice::Keep)).transpose()? {
-        // Products with integers take half the time of those with floats, and tell the same.
-        Some(carried) => match [true, false].map(|experts| integers(&carried.records, experts)) {
-            [TypeChoice::Keep, TypeChoice::Keep] => Some(carried),
-            [experts, others] => Some(reading(experts, others)?),
-        },
-        None => None,
-    };
+    // What predicts is not measured.
+    let naming = Naming { spec: &decoder, prediction: None, ..naming };
+    let reading = measured.then(|| reading(&checkpoint, naming, options, scheme, &inventory.head)).transpose()?;
     let mut notes = inventory.notes;
     notes.extend(left_out.cloned());
     notes.extend(built.obstacles.iter().map(|why| {
@@ -216,6 +205,26 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     }
     plan.hash = plan.digest();
     Ok(plan)
+}
+
+/// How the layers are written to be executed while the model is measured.
+fn reading(
+    checkpoint: &Checkpoint,
+    naming: Naming<'_>,
+    options: &Options,
+    scheme: scheme::Scheme,
+    head: &str,
+) -> Result<build::Built, ConvertError> {
+    let built = |expert_type, dense_type| {
+        let options = Options { expert_type, dense_type, recipe: None, ..options.clone() };
+        build::build(checkpoint, naming, &options, scheme, head)
+    };
+    let carried = built(TypeChoice::Keep, TypeChoice::Keep)?;
+    // Products with integers take half the time of those with floats, and tell the same.
+    match [true, false].map(|experts| integers(&carried.records, experts)) {
+        [TypeChoice::Keep, TypeChoice::Keep] => Ok(carried),
+        [experts, others] => built(experts, others),
+    }
 }
 
 /// The choice of types that has integers for the matrices of experts, or for all others: as they are carried, if these are integers.

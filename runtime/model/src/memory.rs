@@ -239,10 +239,7 @@ impl MemoryPlan {
             pinned: dense.pinned,
             kv_cache,
             pages: need.counts(&need.layout, demand.marks, rows),
-            prediction_pages: need
-                .prediction
-                .as_ref()
-                .map_or_else(Vec::new, |(_, layout)| need.counts(layout, 0, rows)),
+            prediction_pages: need.prediction_counts(rows),
             kv_type: demand.kv_type,
             sequences: demand.sequences,
             context: demand.context,
@@ -388,6 +385,11 @@ impl Need<'_> {
 
     fn counts(&self, layout: &Layout, marks: usize, rows: usize) -> Vec<usize> {
         self.most_pages(layout, marks, rows).map(|(count, _)| count as usize).collect()
+    }
+
+    /// The same of the prediction layer; none unless it is opened.
+    fn prediction_counts(&self, rows: usize) -> Vec<usize> {
+        self.prediction.as_ref().map_or_else(Vec::new, |(_, layout)| self.counts(layout, 0, rows))
     }
 
     /// The sum of `bytes` over all pages.
