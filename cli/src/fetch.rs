@@ -17,9 +17,9 @@ use crate::commands::convert::{Job, convert_file};
 use crate::error::CliError;
 use crate::terminal::{byte_bar, note};
 
-/// Weights per second and core that become q4 or q3, measuring included, and that become q2, of `docs/BENCHMARKS.md`.
-const QUANTISED_PER_CORE: f64 = 4.5e6;
-const Q2_PER_CORE: f64 = 2e6;
+/// Weights per second and core that become a type, the slowest first: with what is measured on the way, and without, of
+/// `docs/BENCHMARKS.md`.
+const QUANTISED_PER_CORE: [(&str, f64, f64); 3] = [("q2", 2e6, 3e6), ("q3", 4.4e6, 10e6), ("q4", 4.5e6, 15e6)];
 
 impl From<HubError> for CliError {
     fn from(error: HubError) -> Self {
@@ -212,12 +212,11 @@ impl Fetched {
 /// Seconds that quantising takes at least.
 fn conversion_seconds(plan: &Plan) -> f64 {
     let types = plan.types();
-    let becomes = |names: &[&str]| types.values().flatten().any(|t| names.contains(&t.as_str()));
-    let per_core = match (becomes(&["q2"]), becomes(&["q4", "q3"])) {
-        (true, _) => Q2_PER_CORE,
-        (false, true) => QUANTISED_PER_CORE,
-        (false, false) => return 0.0,
+    let becomes = |name: &str| types.values().flatten().any(|ty| ty == name);
+    let Some((_, measured, plain)) = QUANTISED_PER_CORE.into_iter().find(|(name, ..)| becomes(name)) else {
+        return 0.0;
     };
+    let per_core = if plan.is_measured() { measured } else { plain };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     // About half a byte for each weight.
     2.0 * plan.file_bytes() as f64 / (per_core * cores as f64)

@@ -348,7 +348,7 @@ fn specs() {
     bad("its spec implies", "/layers/1/ffn/moe/experts", (1 << 16).into());
     bad("its spec implies", "/hidden_size", 64.into());
     bad("layer 1", "/layers/1/attention/q_lora_rank", serde_json::Value::Null);
-    bad("has no tensors", "/layers/0/ffn/dense_width", 0.into());
+    bad("its spec implies 14", "/layers/0/ffn/dense_width", 0.into());
 }
 
 #[test]

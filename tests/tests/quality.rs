@@ -85,7 +85,8 @@ fn perplexity_stays_near_that_of_f32() {
     let f32_model = Converted::new(MODEL, Some(WeightType::F32));
     let truth = scores(&f32_model.path, &text, true);
     let reference = truth.perplexity();
-    for (ty, bound) in [(WeightType::Q8, 0.001), (WeightType::Q4, 0.015), (WeightType::Q3, 0.05)] {
+    let bounds = [(WeightType::Q8, 0.001), (WeightType::Q4, 0.015), (WeightType::Q3, 0.05), (WeightType::Q2, 0.12)];
+    for (ty, bound) in bounds {
         let model = quantised(&folder, [TypeChoice::Type(ty); 2], None);
         for exact in [false, true] {
             let scores = scores(&model, &text, exact);

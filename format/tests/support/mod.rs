@@ -207,8 +207,9 @@ pub(crate) fn streams_spec() -> ModelSpec {
     spec
 }
 
-/// Four layers: Mamba-2 with experts that have no gate and compute in a latent space, grouped-query attention without feed-forward part,
-/// a gated delta net with bounded decays, and latent attention; heads of both attentions are gated.
+/// Five layers: Mamba-2 with experts that have no gate and compute in a latent space, grouped-query attention without feed-forward part,
+/// a gated delta net with bounded decays, latent attention with gated experts in a
+/// latent space, and Mamba-2 once more; heads of both attentions are gated.
 pub(crate) fn recurrent_spec() -> ModelSpec {
     let mut spec = sparse_spec();
     let mamba = |groups, conv_bias| {
@@ -222,7 +223,11 @@ pub(crate) fn recurrent_spec() -> ModelSpec {
     }
     let dense = FfnSpec { activation: ActivationSpec::ReluSquared, dense_width: 40, ..FfnSpec::NONE };
     let bounded = ActivationSpec::SiluBounded { limit: 7.0 };
-    let other = FfnSpec { dense_activation: Some(bounded), ..small_spec().layers.swap_remove(1).ffn };
+    let mut other = FfnSpec { dense_activation: Some(bounded), ..small_spec().layers.swap_remove(1).ffn };
+    let mut direct = sparse.clone();
+    for (ffn, latent) in [(&mut other, Some(12)), (&mut direct, None)] {
+        ffn.moe.iter_mut().for_each(|moe| moe.latent = latent);
+    }
     let mut gqa = gqa_spec().layers.swap_remove(0).attention;
     if let AttentionSpec::Gqa(gqa) = &mut gqa {
         (gqa.output_gate, gqa.head_gate) = (false, true);
@@ -238,7 +243,7 @@ pub(crate) fn recurrent_spec() -> ModelSpec {
     let ffns = [sparse, FfnSpec::NONE, dense, other];
     let attentions = [mamba(2, true), gqa, delta, latent];
     spec.layers = attentions.into_iter().zip(ffns).map(|(attention, ffn)| LayerSpec { attention, ffn }).collect();
-    spec.layers.push(LayerSpec { attention: mamba(1, false), ffn: spec.layers[3].ffn.clone() });
+    spec.layers.push(LayerSpec { attention: mamba(1, false), ffn: direct });
     spec
 }
 
