@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use sluice_format::{
-    AttentionSpec, ExtentKind, FileLayout, FileWriter, FormatError, LayerSpec, Metadata, ModelSpec, NO_LAYER,
-    PlannedExtent, SPEC_BLOB, TensorRecord, TensorShape, WeightType, Written, pack_tensors,
+    AttentionSpec, ExtentKind, ExtentRecord, FileLayout, FileWriter, FormatError, LayerSpec, Metadata, ModelSpec,
+    NO_LAYER, PlannedExtent, SPEC_BLOB, TensorRecord, TensorShape, WeightType, Written, pack_tensors,
 };
 
 use crate::contents::Contents;
@@ -44,7 +44,8 @@ impl LayerFile {
         let made = LayerFile { path };
         let reading = plan.reading.as_ref().expect("the plan knows that it is measured");
         let belongs = |kind, of: u32| reads(plan, layer, kind, of);
-        let spec = ModelSpec { vocab_size: 1, layers: vec![alone(&plan.spec.layers[layer])], ..plan.spec.clone() };
+        let layers = vec![alone(&plan.spec.layers[layer])];
+        let spec = ModelSpec { vocab_size: 1, layers, prediction: None, ..plan.spec.clone() };
         let here = |of: u32| if of == NO_LAYER { NO_LAYER } else { 0 };
         let numbers: Vec<usize> = (0..reading.planned.len())
             .filter(|&i| belongs(reading.planned[i].kind, reading.planned[i].layer))
@@ -118,7 +119,8 @@ pub(crate) fn reads(plan: &Plan, layer: usize, kind: ExtentKind, of: u32) -> boo
 /// # Errors
 /// [`ConvertError::Options`] for an unknown token, and those of reading.
 pub(crate) fn embeddings(plan: &Plan, contents: &Contents<'_>, tokens: &[u32]) -> Result<Vec<f32>, ConvertError> {
-    let parts = plan.layout.extents().iter().zip(&plan.extents).filter(|(e, _)| e.kind == ExtentKind::Embedding);
+    let is_part = |e: &ExtentRecord| e.kind == ExtentKind::Embedding && e.layer == NO_LAYER;
+    let parts = plan.layout.extents().iter().zip(&plan.extents).filter(|(e, _)| is_part(e));
     let parts: Vec<_> = parts.map(|(_, tensors)| &tensors[0]).collect();
     let (height, hidden) = (parts.first().map_or(1, |p| p.shape[1]), plan.spec.hidden_size);
     let mut order: Vec<usize> = (0..tokens.len()).collect();

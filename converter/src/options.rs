@@ -82,6 +82,8 @@ pub struct Options {
     /// Whether the inputs of matrices that are rounded to `q4`, `q3` and `q2` are measured on the way ([`mod@crate::measure`]), and on what: a
     /// digest of the text and of how it is run. An importance file takes its place.
     pub measured: Option<u64>,
+    /// Whether a layer for multi-token prediction is carried, where the checkpoint has one.
+    pub mtp: bool,
     /// Whether an existing destination is replaced, once the new file is complete.
     pub overwrite: bool,
 }
@@ -97,6 +99,7 @@ impl Default for Options {
             compress: false,
             split_size: None,
             measured: None,
+            mtp: true,
             overwrite: false,
         }
     }

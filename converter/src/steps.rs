@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicUsize;
 
-use sluice_format::{ExtentKind, ExtentRecord};
+use sluice_format::{ExtentKind, ExtentRecord, NO_LAYER};
 
 use crate::layer_file;
 use crate::plan::Plan;
@@ -55,11 +55,12 @@ pub(crate) fn of(plan: &Plan, is_todo: &dyn Fn(usize) -> bool, is_unknown: &dyn 
     steps.into_iter().map(|(_, step)| step).collect()
 }
 
-/// In which round an extent is made where the model is measured: before all layers what meets no input, then layer by layer, and the
-/// head, whose inputs are what the last layer gives, with that.
+/// In which round an extent is made where the model is measured: before all layers what meets no input that is measured, such as the
+/// embedding and a prediction layer, then layer by layer, and the head, whose inputs are what the last layer gives, with that.
 pub(crate) fn round_of(plan: &Plan, extent: usize) -> usize {
     match plan.layout.extents()[extent] {
         ExtentRecord { kind: ExtentKind::Embedding | ExtentKind::FinalNorm, .. } => 0,
+        ref extent if !plan.spec.decodes(extent) => 0,
         ExtentRecord { kind: ExtentKind::Head, .. } => plan.spec.layers.len(),
         ExtentRecord { layer, .. } => layer as usize + 1,
     }
@@ -122,7 +123,7 @@ pub(crate) fn files_of(plan: &Plan, step: Step) -> Vec<usize> {
     match step {
         Step::Extent(extent) => plan.files_of(extent).into_iter().collect(),
         Step::Rest(file) => vec![file],
-        Step::Embed => of_extents(&|e| e.kind == ExtentKind::Embedding),
+        Step::Embed => of_extents(&|e| e.kind == ExtentKind::Embedding && e.layer == NO_LAYER),
         // Only once it is kept are the files released that it was made of.
         Step::Keep(0) => files_of(plan, Step::Embed),
         Step::Keep(layer) => files_of(plan, Step::Measure(layer - 1)),

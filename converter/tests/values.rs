@@ -6,7 +6,7 @@ use std::path::Path;
 
 use common::safetensors::{Tensors, read_dir, values};
 use common::{Content, GOLDENS, Synthetic, content, fixture, joined, options};
-use sluice_converter::{Summary, convert};
+use sluice_converter::{Options, Summary, convert};
 use sluice_format::{AttentionSpec, ExtentKind, MlaSpec, ModelFile, ModelSpec, WeightType};
 
 /// Name of the source tensor, and the slice of rows and transposition that a test applies to it.
@@ -39,7 +39,13 @@ fn expected(spec: &ModelSpec, source: &Tensors, kind: ExtentKind, layer: u32, in
         (ExtentKind::Dense, _) => ffn("mlp.shared_experts"),
         (ExtentKind::Expert, _) => ffn(&format!("mlp.experts.{index}")),
         (ExtentKind::Embedding | ExtentKind::Head, _) => unreachable!("joined by the caller"),
-        (ExtentKind::Prediction | ExtentKind::Table, _) => unreachable!("no family has them yet"),
+        (ExtentKind::Prediction, name) => all(match name {
+            "embedding_norm" => "enorm.weight",
+            "hidden_norm" => "hnorm.weight",
+            "projection" => "eh_proj.weight",
+            _ => "shared_head.norm.weight",
+        }),
+        (ExtentKind::Table, _) => unreachable!("no family has them yet"),
     }
 }
 
@@ -242,9 +248,28 @@ fn tied_embeddings_are_also_the_head() {
 }
 
 #[test]
-fn prediction_layers_are_left_out_and_reported() {
-    let (_dir, summary, spec, _) = convert_to(&fixture("golden/deepseek_v3"), "keep", "keep");
-    assert_eq!(spec.layers.len(), 3);
+fn prediction_layers_are_carried() {
+    let src = fixture("golden/deepseek_v3");
+    let (_dir, summary, spec, content) = convert_to(&src, "keep", "keep");
+    assert_eq!((spec.layers.len(), spec.prediction_layer()), (3, Some(3)));
+    let prediction = spec.prediction.as_ref().unwrap();
+    assert_eq!(prediction.layer, spec.layers[2]);
+    // Embedding and head are copies of the model's, and accounted for.
+    assert!(!prediction.own_embedding && !prediction.own_head);
+    assert!(summary.left_out.is_empty() && summary.notes.is_empty(), "{:?} {:?}", summary.left_out, summary.notes);
+    let count = |kind| content.keys().filter(|(k, layer, ..)| *k == kind && *layer == 3).count();
+    assert_eq!((count(ExtentKind::Prediction), count(ExtentKind::Expert)), (4, 16 * 2));
+    compare(&spec, &content, &read_dir(&src), |name, _, stored, want| assert_exact(name, stored, want));
+}
+
+#[test]
+fn prediction_layers_can_be_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let dst = dir.path().join("m.sluice");
+    let without = Options { mtp: false, ..options("keep", "keep") };
+    let summary = convert(&fixture("golden/deepseek_v3"), &dst, &without, &()).unwrap();
+    let spec = ModelFile::open(&dst).unwrap().spec().clone();
+    assert_eq!((spec.layers.len(), spec.prediction), (3, None));
     let [left_out] = summary.left_out.as_slice() else { panic!("{:?}", summary.left_out) };
     assert_eq!(left_out.reason, "multi-token prediction layers");
     assert!(left_out.tensors > 16 * 3 && left_out.bytes > 0);

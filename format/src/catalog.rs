@@ -74,12 +74,20 @@ impl Catalog {
     /// Every extent and tensor that the spec implies is there, with the right shape, and nothing else.
     fn check_against_spec(&self) -> Result<(), Problem> {
         let tensor_table = |e| (Region::TensorTable, e);
-        let mut expected = self.check_parts(ExtentKind::Embedding).map_err(tensor_table)?;
-        expected += self.check_parts(ExtentKind::Head).map_err(tensor_table)?;
+        let mut expected = self.check_parts(ExtentKind::Embedding, NO_LAYER).map_err(tensor_table)?;
+        expected += self.check_parts(ExtentKind::Head, NO_LAYER).map_err(tensor_table)?;
         expected += self.check_kind(ExtentKind::FinalNorm, usize::MAX, NO_LAYER)?;
-        for layer in 0..self.spec.layers.len() {
-            for kind in [ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense, ExtentKind::Expert] {
+        let of_layer =
+            [ExtentKind::Prediction, ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense, ExtentKind::Expert];
+        for layer in 0..self.spec.all_layers().count() {
+            for kind in of_layer {
                 expected += self.check_kind(kind, layer, layer as u32)?;
+            }
+        }
+        if let (Some(prediction), Some(layer)) = (&self.spec.prediction, self.spec.prediction_layer()) {
+            let own = [(ExtentKind::Embedding, prediction.own_embedding), (ExtentKind::Head, prediction.own_head)];
+            for (kind, _) in own.into_iter().filter(|(_, own)| *own) {
+                expected += self.check_parts(kind, layer as u32).map_err(tensor_table)?;
             }
         }
         if expected != self.extents.len() {
@@ -109,12 +117,12 @@ impl Catalog {
         Ok(count)
     }
 
-    /// The parts of embedding or head cover the vocabulary; returns their number.
-    fn check_parts(&self, kind: ExtentKind) -> Result<usize, String> {
+    /// The parts of embedding or head of a layer or of none cover the vocabulary; returns their number.
+    fn check_parts(&self, kind: ExtentKind, layer: u32) -> Result<usize, String> {
         let (mut rows, mut count) = (0u64, 0);
         let mut first: Option<(u64, WeightType)> = None;
-        while let Some(e) = self.extent(kind, NO_LAYER, count as u32) {
-            let found = self.tensors_in(kind, NO_LAYER, e.index);
+        while let Some(e) = self.extent(kind, layer, count as u32) {
+            let found = self.tensors_in(kind, layer, e.index);
             let (part_rows, ty) = found.first().map_or((0, WeightType::F32), |t| (t.shape[1], t.weight_type));
             let wanted = usize::try_from(part_rows).ok().and_then(|rows| self.spec.part_tensor(kind, rows, ty));
             check_shapes(found, wanted.as_slice(), || e.name())?;
@@ -131,7 +139,8 @@ impl Catalog {
             count += 1;
         }
         if rows != self.spec.vocab_size as u64 {
-            return Err(format!("the {kind} has {rows} rows, the vocabulary {}", self.spec.vocab_size));
+            let whose = if layer == NO_LAYER { String::new() } else { format!(" of layer {layer}") };
+            return Err(format!("the {kind}{whose} has {rows} rows, the vocabulary {}", self.spec.vocab_size));
         }
         Ok(count)
     }
@@ -235,6 +244,9 @@ fn index_tensors(tensors: &[TensorRecord]) -> Result<HashMap<ExtentKey, std::ops
 fn describe(t: &TensorRecord) -> String {
     match (t.layer, t.index) {
         (NO_LAYER, index) => format!("`{}` of {} {index}", t.name, t.kind),
+        (layer, index) if matches!(t.kind, ExtentKind::Embedding | ExtentKind::Head) => {
+            format!("`{}` of layer {layer} {} {index}", t.name, t.kind)
+        }
         (layer, _) => format!("`{}` of layer {layer} {}", t.name, t.kind),
     }
 }

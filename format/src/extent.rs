@@ -189,11 +189,12 @@ pub(crate) fn padded_len(logical_len: u64, page_size: u32) -> Option<u64> {
 /// The name of an extent in reports and errors, such as `layer 3 expert 17`.
 pub fn extent_name(kind: ExtentKind, layer: u32, index: u32) -> String {
     match kind {
-        ExtentKind::Embedding | ExtentKind::Head => format!("{kind} part {index}"),
+        ExtentKind::Embedding | ExtentKind::Head | ExtentKind::Table if layer == NO_LAYER => {
+            format!("{kind} part {index}")
+        }
+        ExtentKind::Embedding | ExtentKind::Head | ExtentKind::Table => format!("layer {layer} {kind} part {index}"),
         ExtentKind::FinalNorm => kind.to_string(),
         ExtentKind::Expert => format!("layer {layer} expert {index}"),
-        ExtentKind::Table if layer == NO_LAYER => format!("{kind} part {index}"),
-        ExtentKind::Table => format!("layer {layer} {kind} part {index}"),
         ExtentKind::Attention | ExtentKind::Router | ExtentKind::Dense | ExtentKind::Prediction => {
             format!("layer {layer} {kind}")
         }

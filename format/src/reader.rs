@@ -151,7 +151,12 @@ impl ModelFile {
 
     /// Parts of the embedding or head: `(extent, tensor)` in row order. All but the last have the same number of rows.
     pub fn parts(&self, kind: ExtentKind) -> impl Iterator<Item = (&ExtentRecord, &TensorRecord)> {
-        (0..).map_while(move |i| Some((self.extent(kind, NO_LAYER, i)?, self.tensors_in(kind, NO_LAYER, i).next()?)))
+        self.parts_of(kind, NO_LAYER)
+    }
+
+    /// The same of what a prediction layer has of its own: none if it uses the model's.
+    pub fn parts_of(&self, kind: ExtentKind, layer: u32) -> impl Iterator<Item = (&ExtentRecord, &TensorRecord)> {
+        (0..).map_while(move |i| Some((self.extent(kind, layer, i)?, self.tensors_in(kind, layer, i).next()?)))
     }
 
     /// Reads an extent into `buffer` through the page cache and verifies it: its padded bytes, whether it is compressed or not.

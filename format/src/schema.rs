@@ -48,9 +48,9 @@ fn network(activation: ActivationSpec, width: usize, hidden: usize) -> [TensorSh
 
 impl ModelSpec {
     /// Number of extents of `kind` in `layer` (of the whole model for the final norm). Embedding and head are split into as
-    /// many parts as the converter likes.
+    /// many parts as the converter likes. Layers are those of [`ModelSpec::all_layers`].
     pub fn extent_count(&self, kind: ExtentKind, layer: usize) -> usize {
-        match (kind, self.layers.get(layer).and_then(|l| l.ffn.moe.as_ref())) {
+        match (kind, self.layer(layer).and_then(|l| l.ffn.moe.as_ref())) {
             _ if self.tensors(kind, layer).is_empty() => 0,
             (ExtentKind::Expert, moe) => moe.map_or(0, |m| m.experts),
             _ => 1,
@@ -73,7 +73,7 @@ impl ModelSpec {
     /// [`ModelSpec::part_tensor`].
     pub fn tensors(&self, kind: ExtentKind, layer: usize) -> Vec<TensorShape> {
         let hidden = self.hidden_size;
-        let Some(spec) = self.layers.get(layer) else {
+        let Some(spec) = self.layer(layer) else {
             return if kind == ExtentKind::FinalNorm { self.final_tensors() } else { Vec::new() };
         };
         match kind {
@@ -107,7 +107,13 @@ impl ModelSpec {
                 list.extend(network(spec.ffn.activation, moe.width, moe.input_width(hidden)));
                 list
             }),
-            // The spec of this version has neither prediction layers nor tables.
+            ExtentKind::Prediction if self.prediction_layer() == Some(layer) => vec![
+                vector("embedding_norm", hidden),
+                vector("hidden_norm", hidden),
+                matrix("projection", hidden, 2 * hidden),
+                vector("norm", hidden),
+            ],
+            // The spec of this version has no tables.
             ExtentKind::Prediction | ExtentKind::Table => Vec::new(),
         }
     }

@@ -10,11 +10,13 @@ mod gqa;
 mod indexer;
 mod key_blocks;
 mod mamba;
+mod prediction;
 mod streams;
 mod temperature;
 
 use serde::{Deserialize, Serialize};
 
+use crate::extent::{ExtentRecord, NO_LAYER};
 use crate::limits::{
     MAX_EXPERTS, MAX_FAMILY_NAME, MAX_LAYERS, MAX_LENGTH, MAX_MODEL_EXPERTS, MAX_SPEC_BYTES, MAX_WIDTH,
 };
@@ -25,6 +27,7 @@ pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 pub use indexer::IndexerSpec;
 pub use key_blocks::KeyBlocksSpec;
 pub use mamba::MambaSpec;
+pub use prediction::PredictionSpec;
 pub use streams::StreamsSpec;
 pub use temperature::QueryTemperature;
 
@@ -55,6 +58,9 @@ pub struct ModelSpec {
     pub streams: Option<StreamsSpec>,
     /// One entry per decoder layer.
     pub layers: Vec<LayerSpec>,
+    /// The layer behind them that predicts the token after the next one; `None`: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<PredictionSpec>,
 }
 
 /// One decoder layer: `x += attention(norm(x)); x += ffn(norm(x))`, with [`Factors::residual`] on what is added. Of a layer without
@@ -392,8 +398,11 @@ impl ModelSpec {
         if self.streams.is_some() && self.layers.iter().any(|layer| layer.ffn.is_none()) {
             return Err("it has several streams and a layer without feed-forward part".to_owned());
         }
+        if let Some(prediction) = &self.prediction {
+            prediction.validate(self).map_err(|e| format!("prediction layer: {e}"))?;
+        }
         // Each is an extent: whoever lays out a file may go through all of them.
-        let experts: usize = self.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.experts).sum();
+        let experts: usize = self.all_layers().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.experts).sum();
         if experts > MAX_MODEL_EXPERTS {
             return Err(format!("its layers have {experts} experts together; a model has {MAX_MODEL_EXPERTS} at most"));
         }
@@ -407,12 +416,39 @@ impl ModelSpec {
         }
     }
 
+    /// The layers of the file in the order of their numbers: those of the decoder, then the prediction layer, if there is one.
+    pub fn all_layers(&self) -> impl Iterator<Item = &LayerSpec> {
+        self.layers.iter().chain(self.prediction.as_ref().map(|prediction| &prediction.layer))
+    }
+
+    /// The layer of the file with this number; `None` if there are fewer.
+    pub fn layer(&self, number: usize) -> Option<&LayerSpec> {
+        self.layers.get(number).or_else(|| self.all_layers().nth(number))
+    }
+
+    /// Whether generating text needs an extent: all but those of a prediction layer.
+    pub fn decodes(&self, extent: &ExtentRecord) -> bool {
+        extent.layer == NO_LAYER || (extent.layer as usize) < self.layers.len()
+    }
+
+    /// Number of the prediction layer in the file: it stands behind those of the decoder. `None` if there is none.
+    pub fn prediction_layer(&self) -> Option<usize> {
+        self.prediction.as_ref().map(|_| self.layers.len())
+    }
+
+    /// The prediction layer as a model of one layer: what it remembers of a sequence, and the scratch that it takes, are those of such
+    /// a model. `None` if there is none.
+    pub fn prediction_model(&self) -> Option<ModelSpec> {
+        let layers = vec![self.prediction.as_ref()?.layer.clone()];
+        Some(ModelSpec { layers, prediction: None, ..self.clone() })
+    }
+
     /// Numbers of the residual of one token: of all streams.
     pub fn residual_width(&self) -> usize {
         self.hidden_size * self.streams.as_ref().map_or(1, |streams| streams.count)
     }
 
-    /// Experts that one token routes to, over all layers.
+    /// Experts that one token routes to, over all layers of the decoder.
     pub fn routed_per_token(&self) -> usize {
         self.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).sum()
     }

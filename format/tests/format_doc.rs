@@ -157,7 +157,7 @@ fn errors() {
 /// Everything in a layer's JSON by its path, such as `ffn.moe.experts`.
 type Paths = BTreeMap<String, serde_json::Value>;
 
-fn paths(spec: &ModelSpec, layer: &LayerSpec) -> Paths {
+fn paths(spec: &ModelSpec, number: usize, layer: &LayerSpec) -> Paths {
     fn collect(json: &serde_json::Value, prefix: &str, out: &mut Paths) {
         for (name, value) in json.as_object().into_iter().flatten() {
             let path = format!("{prefix}.{name}");
@@ -170,6 +170,7 @@ fn paths(spec: &ModelSpec, layer: &LayerSpec) -> Paths {
         (".hidden_size".into(), spec.hidden_size.into()),
         (".part_rows".into(), 7.into()),
         (".streams".into(), streams.into()),
+        (".prediction".into(), (spec.prediction_layer() == Some(number)).into()),
     ]);
     collect(&serde_json::to_value(layer).unwrap(), "", &mut out);
     out
@@ -213,7 +214,16 @@ fn specs() -> Vec<ModelSpec> {
             gqa.qk_norm.iter_mut().for_each(|norm| norm.weightless = true);
         }
     }
-    vec![small_spec(), gqa_spec(), plain, sparse_spec(), hybrid_spec(), streams_spec(), recurrent_spec()]
+    vec![
+        small_spec(),
+        gqa_spec(),
+        plain,
+        sparse_spec(),
+        hybrid_spec(),
+        streams_spec(),
+        recurrent_spec(),
+        predicting_spec(),
+    ]
 }
 
 #[test]
@@ -221,8 +231,8 @@ fn canonical_tensors() {
     let rows = table("tensors");
     let mut used = BTreeSet::new();
     for spec in specs() {
-        for (i, layer) in spec.layers.iter().enumerate() {
-            let paths = paths(&spec, layer);
+        for (i, layer) in spec.all_layers().enumerate() {
+            let paths = paths(&spec, i, layer);
             for kind in ExtentKind::ALL {
                 let documented = rows.iter().enumerate().filter(|(_, r)| r[0] == kind.name() && applies(&r[6], &paths));
                 let documented: Vec<_> = documented

@@ -124,8 +124,9 @@ fn apply(image: &mut Image, m: &Mutation) {
 }
 
 fn hostile_file(model: usize, mutations: &[Mutation]) -> Vec<u8> {
-    static SOUND: OnceLock<[Image; 2]> = OnceLock::new();
-    let sound = SOUND.get_or_init(|| [small_spec(), gqa_spec()].map(|spec| Image::of(&file_of(&spec, 4096))));
+    static SOUND: OnceLock<[Image; 3]> = OnceLock::new();
+    let sound = SOUND
+        .get_or_init(|| [small_spec(), gqa_spec(), predicting_spec()].map(|spec| Image::of(&file_of(&spec, 4096))));
     let mut image = sound[model].clone();
     mutations.iter().for_each(|m| apply(&mut image, m));
     for m in mutations {
@@ -165,7 +166,7 @@ fn keeps_its_promises(model: &ModelFile, file_len: u64) {
             assert_eq!(t.expected_len(), Some(t.len));
         }
     }
-    for (i, layer) in spec.layers.iter().enumerate() {
+    for (i, layer) in spec.all_layers().enumerate() {
         for kind in ExtentKind::ALL {
             for index in 0..spec.extent_count(kind, i).min(4) as u32 {
                 let id = if kind == ExtentKind::FinalNorm { NO_LAYER } else { i as u32 };
@@ -190,7 +191,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_hostile_file_is_refused_or_keeps_every_promise(model in 0usize..2, mutations in prop::collection::vec(mutation(), 1..4)) {
+    fn a_hostile_file_is_refused_or_keeps_every_promise(model in 0usize..3, mutations in prop::collection::vec(mutation(), 1..4)) {
         let (_dir, path) = temp();
         let file = hostile_file(model, &mutations);
         match open_bytes(&path, &file) {
@@ -233,7 +234,7 @@ proptest! {
 /// The machinery above is alive: what it leaves alone opens.
 #[test]
 fn an_untouched_file_opens() {
-    for model in 0..2 {
+    for model in 0..3 {
         let (_dir, path) = temp();
         let file = hostile_file(model, &[]);
         keeps_its_promises(&open_bytes(&path, &file).unwrap(), file.len() as u64);

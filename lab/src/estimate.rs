@@ -5,7 +5,7 @@
 //! leaves out is computation itself, which on small machines and with small types can be slower than both.
 
 use serde::Serialize;
-use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec, TensorRecord};
+use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec, NO_LAYER, TensorRecord};
 use sluice_kernels::KvType;
 
 use sluice_model::Sequence;
@@ -154,6 +154,7 @@ impl Needs {
     /// What a model of these extents needs for `context` tokens, with keys and values of type `kv_type`.
     pub fn of(spec: &ModelSpec, extents: &[ExtentRecord], context: usize, kv_type: KvType) -> Self {
         let demand = Demand::one(context, kv_type);
+        let extents = &extents.iter().filter(|extent| spec.decodes(extent)).copied().collect::<Vec<_>>()[..];
         let least = MemoryPlan::of_extents(spec, extents, Some(0), demand, u64::MAX / 2);
         let best = MemoryPlan::of_extents(spec, extents, None, demand, u64::MAX / 2);
         let bytes_of = |wanted: &dyn Fn(ExtentKind) -> bool| -> u64 {
@@ -195,8 +196,10 @@ impl StepWork {
     /// Every row meets every dense weight, and top-k experts in each layer that has some; whatever is read is read once for all
     /// rows, but for keys and values, which are a row's own.
     pub fn of(file: &ModelFile, sequences: usize, experts: f64, position: f64, kv_type: KvType) -> Self {
+        let decodes = |t: &TensorRecord| t.layer == NO_LAYER || (t.layer as usize) < file.spec().layers.len();
         let weights = |kind: ExtentKind, layer: Option<usize>| -> f64 {
-            let of_kind = |t: &&TensorRecord| t.kind == kind && layer.is_none_or(|layer| t.layer as usize == layer);
+            let of_kind =
+                |t: &&TensorRecord| t.kind == kind && decodes(t) && layer.is_none_or(|layer| t.layer as usize == layer);
             file.tensors().iter().filter(of_kind).map(TensorRecord::weights).sum::<u64>() as f64
         };
         let dense_kinds = [ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense, ExtentKind::Head];

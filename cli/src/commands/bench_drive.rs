@@ -146,7 +146,8 @@ fn refuse_streaming(
     (count, total): (usize, usize),
 ) -> Result<(), CliError> {
     let options = args.engine.options(total);
-    let demand = Demand { sequences: count, context: total, kv_type: options.kv_type, marks: options.marks };
+    let EngineOptions { kv_type, marks, prediction, .. } = options;
+    let demand = Demand { sequences: count, context: total, kv_type, marks, prediction };
     let plan = MemoryPlan::new(file, budget, demand).map_err(RuntimeError::from)?;
     if plan.dense_streamed == 0 {
         return Ok(());

@@ -98,6 +98,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "importance")]
     save_importance: Option<PathBuf>,
 
+    /// Leave out the layer for multi-token prediction, which is carried where the checkpoint has one
+    #[arg(long)]
+    no_mtp: bool,
+
     /// Alignment of everything in the file, in bytes; 16384 for Apple silicon
     #[arg(long, value_name = "BYTES", default_value = "4096", value_parser = page_size_parser())]
     page_size: u32,
@@ -150,6 +154,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         measured: None,
         compress: args.compress,
         split_size: args.split_size,
+        mtp: !args.no_mtp,
         overwrite: args.overwrite,
     };
     if let Some(reference) = reference(&args.src)? {

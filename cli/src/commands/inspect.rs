@@ -83,6 +83,9 @@ struct Report {
     experts_per_token: usize,
     /// Bytes of those: what a token reads when none is in memory.
     token_cycle_bytes: u64,
+    /// Of all extents of the layer for multi-token prediction, if there is one. Only sizes of the file and by kind count it too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prediction_bytes: Option<u64>,
     kinds: Vec<Kind>,
     /// Least budget for `context` tokens.
     least_budget: u64,
@@ -162,12 +165,13 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         expert_bytes: file
             .extents()
             .iter()
-            .filter(|e| e.kind == ExtentKind::Expert)
+            .filter(|e| e.kind == ExtentKind::Expert && spec.decodes(e))
             .map(|e| e.padded_len)
             .max()
             .unwrap_or(0),
         experts_per_token: spec.routed_per_token(),
         token_cycle_bytes: file.token_cycle_bytes(),
+        prediction_bytes: prediction_bytes(file),
         kinds: kinds(file),
         least_budget: least_budget(file, context, args.kv_type),
         context,
@@ -185,6 +189,12 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
 fn least_budget(file: &ModelFile, context: usize, kv_type: KvType) -> u64 {
     MemoryPlan::new(file, Some(0), Demand::one(context, kv_type))
         .map_or_else(|refused| refused.least, |plan| plan.effective)
+}
+
+fn prediction_bytes(file: &ModelFile) -> Option<u64> {
+    let spec = file.spec();
+    spec.prediction.as_ref()?;
+    Some(file.extents().iter().filter(|extent| !spec.decodes(extent)).map(|extent| extent.stored_len).sum())
 }
 
 fn kinds(file: &ModelFile) -> Vec<Kind> {
@@ -217,6 +227,15 @@ fn types(bytes: &BTreeMap<&'static str, u64>) -> String {
     let mut large: Vec<_> = bytes.iter().filter(|&(_, &b)| b * 50 >= all).collect();
     large.sort_by_key(|&(_, &b)| std::cmp::Reverse(b));
     large.into_iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+}
+
+/// Every extent, a line each.
+fn list(out: &mut String, extents: &[Extent]) {
+    let _ = writeln!(out, "\n{:<24} {:>16} {:>14} {:>14}  checksum (xxh3-64)", "extent", "offset", "stored", "used");
+    for e in extents {
+        let (name, offset) = (&e.name, e.offset);
+        let _ = writeln!(out, "{name:<24} {offset:>16} {:>14} {:>14}  {}", e.stored_bytes, e.logical_bytes, e.checksum);
+    }
 }
 
 /// For people.
@@ -260,6 +279,12 @@ fn describe(r: &Report) -> String {
             r.experts_per_token
         ),
     );
+    if let Some(bytes) = r.prediction_bytes {
+        line(
+            "prediction",
+            format!("a layer for multi-token prediction, {}; not in memory unless it is used", Bytes(bytes)),
+        );
+    }
     let tokens = r.context;
     line("least budget", format!("{} for a context of {tokens} tokens", Bytes::at_least(r.least_budget)));
     line("of which", format!("{} for their keys and values in {}", Bytes(r.kv_cache_bytes), r.kv_type));
@@ -278,13 +303,7 @@ fn describe(r: &Report) -> String {
         let _ = writeln!(out, "{:<12} {:>8} {:>12}  {types}", kind.kind, kind.extents, Bytes(kind.bytes).to_string());
     }
     if let Some(extents) = &r.extents {
-        let _ =
-            writeln!(out, "\n{:<24} {:>16} {:>14} {:>14}  checksum (xxh3-64)", "extent", "offset", "stored", "used");
-        for e in extents {
-            let (name, offset) = (&e.name, e.offset);
-            let _ =
-                writeln!(out, "{name:<24} {offset:>16} {:>14} {:>14}  {}", e.stored_bytes, e.logical_bytes, e.checksum);
-        }
+        list(&mut out, extents);
     }
     out
 }

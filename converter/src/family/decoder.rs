@@ -83,6 +83,7 @@ impl<'a> Decoder<'a> {
             factors: Factors::default(),
             streams: None,
             layers,
+            prediction: None,
         })
     }
 

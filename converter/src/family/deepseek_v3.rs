@@ -1,6 +1,6 @@
 //! DeepSeek-V3, R1 and V3.1, and Kimi K2, which computes the same under another name.
 
-use sluice_format::{AttentionSpec, ModelSpec};
+use sluice_format::{AttentionSpec, LayerSpec, ModelSpec};
 
 use super::config::Config;
 use super::decoder::{Decoder, Defaults};
@@ -38,5 +38,9 @@ impl Family for DeepSeekV3 {
         let attention = AttentionSpec::Mla(mla::read(&decoder, &mla::Defaults::DEEPSEEK)?);
         let sparse = moe::deepseek_v3(&decoder, &EXPERTS)?;
         decoder.uniform(attention, &sparse, &moe::after_dense(&decoder, DENSE_LAYERS)?)
+    }
+
+    fn prediction(&self, decoder: &ModelSpec) -> Option<LayerSpec> {
+        decoder.layers.last().cloned()
     }
 }

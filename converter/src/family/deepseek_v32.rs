@@ -1,6 +1,6 @@
 //! DeepSeek-V3.2: V3 whose every layer attends to what its indexer chooses.
 
-use sluice_format::{AttentionSpec, MlaSpec, ModelSpec, RopePairing};
+use sluice_format::{AttentionSpec, LayerSpec, MlaSpec, ModelSpec, RopePairing};
 
 use super::config::Config;
 use super::decoder::{Decoder, Defaults};
@@ -26,5 +26,9 @@ impl Family for DeepSeekV32 {
         let sparse = moe::deepseek_v3(&decoder, &deepseek_v3::EXPERTS)?;
         let is_sparse = moe::after_dense(&decoder, deepseek_v3::DENSE_LAYERS)?;
         decoder.uniform(AttentionSpec::Mla(attention), &sparse, &is_sparse)
+    }
+
+    fn prediction(&self, decoder: &ModelSpec) -> Option<LayerSpec> {
+        decoder.layers.last().cloned()
     }
 }

@@ -1,6 +1,6 @@
 //! GLM-4.5, 4.6 and 4.7, and 4.5-Air, which has no norms of queries and keys.
 
-use sluice_format::{AttentionSpec, GqaSpec, ModelSpec, QkNormScope};
+use sluice_format::{AttentionSpec, GqaSpec, LayerSpec, ModelSpec, QkNormScope};
 
 use super::config::Config;
 use super::decoder::{Decoder, Defaults};
@@ -41,5 +41,9 @@ impl Family for Glm4Moe {
         };
         let sparse = moe::deepseek_v3(&decoder, &EXPERTS)?;
         decoder.uniform(AttentionSpec::Gqa(attention), &sparse, &moe::after_dense(&decoder, 1)?)
+    }
+
+    fn prediction(&self, decoder: &ModelSpec) -> Option<LayerSpec> {
+        decoder.layers.last().cloned()
     }
 }

@@ -1,6 +1,6 @@
 //! GLM-4.7-Flash: latent attention as in DeepSeek-V3, experts as in GLM-4.5.
 
-use sluice_format::{AttentionSpec, ModelSpec};
+use sluice_format::{AttentionSpec, LayerSpec, ModelSpec};
 
 use super::config::Config;
 use super::decoder::{Decoder, Defaults};
@@ -38,5 +38,9 @@ impl Family for Glm4MoeLite {
         let attention = AttentionSpec::Mla(mla::read(&decoder, &LATENT)?);
         let sparse = moe::deepseek_v3(&decoder, &EXPERTS)?;
         decoder.uniform(attention, &sparse, &moe::after_dense(&decoder, 1)?)
+    }
+
+    fn prediction(&self, decoder: &ModelSpec) -> Option<LayerSpec> {
+        decoder.layers.last().cloned()
     }
 }

@@ -1,6 +1,6 @@
 //! GLM-5 to 5.3: latent attention with an indexer that some layers share.
 
-use sluice_format::{AttentionSpec, IndexerSpec, MlaSpec, ModelSpec, RopePairing};
+use sluice_format::{AttentionSpec, IndexerSpec, LayerSpec, MlaSpec, ModelSpec, RopePairing};
 
 use super::config::Config;
 use super::decoder::{Decoder, Defaults};
@@ -49,6 +49,15 @@ impl Family for GlmMoeDsa {
             layer.attention = AttentionSpec::Mla(MlaSpec { indexer, ..latent.clone() });
         }
         Ok(model)
+    }
+
+    fn prediction(&self, decoder: &ModelSpec) -> Option<LayerSpec> {
+        let mut layer = decoder.layers.last()?.clone();
+        if let AttentionSpec::Mla(mla) = &mut layer.attention {
+            // It sees other states than the layers before it, and so chooses for itself.
+            mla.indexer.iter_mut().for_each(|indexer| indexer.shared = false);
+        }
+        Some(layer)
     }
 }
 

@@ -35,6 +35,7 @@ mod moe;
 pub(crate) mod names;
 mod nemotron_h;
 mod olmoe;
+pub(crate) mod prediction;
 mod qwen;
 mod qwen2_moe;
 mod qwen3_moe;
@@ -43,7 +44,7 @@ mod rope;
 mod step3p5;
 mod view;
 
-use sluice_format::{ExtentKind, ModelSpec, TensorShape};
+use sluice_format::{ExtentKind, LayerSpec, ModelSpec, TensorShape};
 
 use crate::error::ConvertError;
 use crate::nearest;
@@ -104,6 +105,12 @@ pub(crate) trait Family: Sync {
 
     /// What the model computes; `config` is the text model's.
     fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError>;
+
+    /// What the layer computes that checkpoints of the family may have for multi-token prediction, beside a decoder of this spec;
+    /// `None`: they have none, or it is left out.
+    fn prediction(&self, _decoder: &ModelSpec) -> Option<LayerSpec> {
+        None
+    }
 
     /// What tensors are called.
     fn names(&self) -> Names {
@@ -213,6 +220,11 @@ fn usually_unused(name: &str) -> Option<Unused> {
     if ["mtp.", "model.mtp.", "language_model.mtp."].iter().any(|prefix| name.starts_with(prefix)) {
         return Some(Unused::MultiTokenPrediction);
     }
+    by_its_name(name)
+}
+
+/// Why a tensor of this name is not needed in any model.
+pub(crate) fn by_its_name(name: &str) -> Option<Unused> {
     if ACTIVATION_SCALES.iter().any(|end| name.ends_with(end)) {
         return Some(Unused::ActivationScales);
     }

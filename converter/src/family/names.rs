@@ -30,6 +30,10 @@ pub(crate) struct Names {
     /// Whether convolutions are `[channels, width, 1]`, as MLX has them, not `[channels, 1, width]`. The numbers lie in the
     /// same order.
     pub(crate) conv_last: bool,
+    /// The number that layer 0 has in names.
+    pub(crate) first: usize,
+    /// Modules that a prediction layer may be in, such as `mtp.`, in place of being numbered behind the layers of the decoder.
+    pub(crate) mtp: &'static [&'static str],
     /// Parts into which a fused projection of queries, keys and values is cut: each has its share of all three.
     pub(crate) qkv_shards: usize,
 }
@@ -47,6 +51,8 @@ impl Names {
         shared: "shared_experts",
         zero_centred: false,
         conv_last: false,
+        first: 0,
+        mtp: &[],
         qkv_shards: 1,
     };
 
@@ -66,7 +72,7 @@ impl Names {
 
     /// A tensor of a layer.
     pub(crate) fn layer(self, layer: usize, rest: &str) -> String {
-        format!("{}layers.{layer}.{rest}", self.prefix)
+        format!("{}layers.{}.{rest}", self.prefix, self.first + layer)
     }
 
     /// The layer that a tensor belongs to.
@@ -101,7 +107,8 @@ impl Names {
         layers.chain([self.final_norm(spec.hidden_size).tensor]).collect()
     }
 
-    fn norm(self, tensor: String, len: usize) -> View {
+    /// A norm, whatever its name.
+    pub(super) fn norm(self, tensor: String, len: usize) -> View {
         View { plus_one: self.zero_centred, ..View::vector(tensor, len) }
     }
 
@@ -113,7 +120,7 @@ impl Names {
     /// `own`, and behind it where a tensor comes from under the usual names: transformers since version 5 and MLX call most things
     /// by them, and so does what is made of GGUF.
     pub(crate) fn or_usual(self, own: Origin, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
-        let usual = Names { prefix: self.prefix, head: self.head, ..Names::USUAL };
+        let usual = Names { prefix: self.prefix, head: self.head, first: self.first, ..Names::USUAL };
         [own, usual.origin(spec, place, tensor)].concat()
     }
 

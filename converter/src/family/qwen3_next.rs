@@ -40,8 +40,12 @@ impl Family for Qwen3Next {
         model(&decoder, &NEXT_EXPERTS, renormalise)
     }
 
+    fn prediction(&self, decoder: &ModelSpec) -> Option<LayerSpec> {
+        predicting(decoder)
+    }
+
     fn names(&self) -> Names {
-        Names { shared: "shared_expert", zero_centred: true, ..Names::USUAL }
+        Names { shared: "shared_expert", zero_centred: true, mtp: &["mtp."], ..Names::USUAL }
     }
 }
 
@@ -63,6 +67,10 @@ impl Family for Qwen35MoeText {
         config.require_bool("attn_output_gate", true)?;
         // It renormalises whatever `norm_topk_prob` says.
         model(&Decoder::read(config, &QWEN35)?, &QWEN35_EXPERTS, true)
+    }
+
+    fn prediction(&self, decoder: &ModelSpec) -> Option<LayerSpec> {
+        predicting(decoder)
     }
 
     fn names(&self) -> Names {
@@ -97,6 +105,10 @@ impl Family for Qwen35Moe {
         Qwen35MoeText.spec(config)
     }
 
+    fn prediction(&self, decoder: &ModelSpec) -> Option<LayerSpec> {
+        predicting(decoder)
+    }
+
     fn names(&self) -> Names {
         Names { prefix: "model.language_model.", ..Qwen3Next.names() }
     }
@@ -109,6 +121,13 @@ impl Family for Qwen35Moe {
         let vision = ["model.visual.", "visual.", "vision_tower."].iter().any(|prefix| name.starts_with(prefix));
         if vision { Some(Unused::Vision) } else { usually_unused(name) }
     }
+}
+
+/// The layer for multi-token prediction: full attention with experts, wherever those stand in the decoder.
+fn predicting(decoder: &ModelSpec) -> Option<LayerSpec> {
+    let full = decoder.layers.iter().find(|layer| matches!(layer.attention, AttentionSpec::Gqa(_)))?;
+    let sparse = decoder.layers.iter().find(|layer| layer.ffn.moe.is_some())?;
+    Some(LayerSpec { attention: full.attention.clone(), ffn: sparse.ffn.clone() })
 }
 
 fn model(decoder: &Decoder<'_>, experts: &moe::Defaults, renormalise: bool) -> Result<ModelSpec, ConvertError> {

@@ -8,13 +8,13 @@ use sluice_format::{
 };
 
 use super::TensorPlan;
+use super::naming::Naming;
 use super::resolve::{pick, resolve};
 use super::scheme::Scheme;
 use super::types::{Chosen, choose};
 use crate::encoding::Selection;
 use crate::error::ConvertError;
-use crate::family::names::Names;
-use crate::family::{Family, Origin, Place, Strides, View};
+use crate::family::{Origin, Place, Strides, View};
 use crate::fp8::SCALE_BLOCK;
 use crate::options::{Options, TypeChoice};
 use crate::recipe;
@@ -53,26 +53,34 @@ impl Built {
 
 /// The extents of all layers in file order: dense parts, then experts.
 pub(crate) fn places(spec: &ModelSpec) -> impl Iterator<Item = Place> {
-    dense_places(spec).chain((0..spec.layers.len()).flat_map(|layer| expert_places(spec, layer)))
+    let layers = 0..spec.all_layers().count();
+    dense_places(spec).chain(layers.flat_map(|layer| expert_places(spec, layer)))
+}
+
+/// The extents of one layer in file order.
+pub(crate) fn places_of(spec: &ModelSpec, layer: usize) -> impl Iterator<Item = Place> {
+    dense_places_of(spec, layer).chain(expert_places(spec, layer))
 }
 
 fn dense_places(spec: &ModelSpec) -> impl Iterator<Item = Place> {
-    let kinds = [ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense];
-    let all = (0..spec.layers.len()).flat_map(move |layer| kinds.map(|kind| Place { kind, layer, index: 0 }));
+    (0..spec.all_layers().count()).flat_map(|layer| dense_places_of(spec, layer))
+}
+
+fn dense_places_of(spec: &ModelSpec, layer: usize) -> impl Iterator<Item = Place> {
+    let kinds = [ExtentKind::Prediction, ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense];
+    let all = kinds.into_iter().map(move |kind| Place { kind, layer, index: 0 });
     all.filter(|p| !spec.tensors(p.kind, p.layer).is_empty())
 }
 
 fn expert_places(spec: &ModelSpec, layer: usize) -> impl Iterator<Item = Place> + use<> {
-    let count = spec.layers[layer].ffn.moe.as_ref().map_or(0, |m| m.experts);
+    let count = spec.layer(layer).and_then(|layer| layer.ffn.moe.as_ref()).map_or(0, |m| m.experts);
     (0..count).map(move |index| Place { kind: ExtentKind::Expert, layer, index })
 }
 
 /// Lays out the whole file; `head` is the tensor that makes the output head.
 pub(crate) fn build(
     checkpoint: &Checkpoint,
-    family: &dyn Family,
-    names: Names,
-    spec: &ModelSpec,
+    naming: Naming<'_>,
     options: &Options,
     scheme: Scheme,
     head: &str,
@@ -86,20 +94,26 @@ pub(crate) fn build(
         obstacles: BTreeSet::new(),
         rules: BTreeSet::new(),
     };
+    let Naming { family, names, spec, .. } = naming;
     let mut b = Builder { checkpoint, options, scheme, out: empty };
     let norm = spec.tensors(ExtentKind::FinalNorm, usize::MAX);
     b.extents(ExtentKind::FinalNorm, NO_LAYER, &[0], &norm, |_, t| family.final_origin(names, spec, t))?;
-    b.parts(ExtentKind::Embedding, &names.embedding(), spec)?;
-    b.parts(ExtentKind::Head, head, spec)?;
+    b.parts(ExtentKind::Embedding, NO_LAYER, &names.embedding(), spec)?;
+    b.parts(ExtentKind::Head, NO_LAYER, head, spec)?;
     for place in dense_places(spec) {
+        if place.kind == ExtentKind::Prediction {
+            for (kind, tensor) in naming.own_parts() {
+                b.parts(kind, place.layer as u32, tensor, spec)?;
+            }
+        }
         let tensors = spec.tensors(place.kind, place.layer);
-        b.extents(place.kind, place.layer as u32, &[0], &tensors, |_, t| family.origin(names, spec, place, t))?;
+        b.extents(place.kind, place.layer as u32, &[0], &tensors, |_, t| naming.origin(place, t))?;
     }
-    for layer in 0..spec.layers.len() {
+    for layer in 0..spec.all_layers().count() {
         let indices: Vec<u32> = expert_places(spec, layer).map(|p| p.index as u32).collect();
         let tensors = spec.tensors(ExtentKind::Expert, layer);
         let origin = |index: u32, t: &TensorShape| {
-            family.origin(names, spec, Place { kind: ExtentKind::Expert, layer, index: index as usize }, t)
+            naming.origin(Place { kind: ExtentKind::Expert, layer, index: index as usize }, t)
         };
         b.extents(ExtentKind::Expert, layer as u32, &indices, &tensors, origin)?;
     }
@@ -196,16 +210,16 @@ impl Builder<'_> {
         indices.iter().map(of_extent).collect()
     }
 
-    /// Adds embedding or head, split by rows into parts of equal height.
-    fn parts(&mut self, kind: ExtentKind, tensor: &str, spec: &ModelSpec) -> Result<(), ConvertError> {
+    /// Adds embedding or head of the model or of a prediction layer, split by rows into parts of equal height.
+    fn parts(&mut self, kind: ExtentKind, layer: u32, tensor: &str, spec: &ModelSpec) -> Result<(), ConvertError> {
         let (rows, cols) = (spec.vocab_size, spec.hidden_size);
         let whole = resolve(self.checkpoint, self.scheme, &View::whole(tensor.to_owned(), rows, cols), false)?;
-        let choice = self.choice(kind, NO_LAYER, kind.name());
+        let choice = self.choice(kind, layer, kind.name());
         let described = TensorShape { name: kind.name(), layout: Layout::Tiled, shape: [1, rows, cols] };
         let sources = [vec![whole]];
         let chosen = choose(kind, &described, choice, &sources);
         let [whole] = &sources[0][..] else { unreachable!("it has one source") };
-        self.note_widened(kind, NO_LAYER, kind.name(), chosen);
+        self.note_widened(kind, layer, kind.name(), chosen);
         let shape = spec.part_tensor(kind, rows, chosen.weight_type).expect("embedding and head have parts");
         let layout = layout_of(shape.layout, chosen);
         let height = if kind == ExtentKind::Embedding {
@@ -217,8 +231,8 @@ impl Builder<'_> {
         for (part, first_row) in (0..rows).step_by(height).enumerate() {
             let shape = [1, height.min(rows - first_row), cols];
             let described = TensorShape { name: kind.name(), layout, shape };
-            let record = record(kind, NO_LAYER, part as u32, &described, chosen.weight_type, 0)?;
-            let planned = PlannedExtent { kind, layer: NO_LAYER, index: part as u32, logical_len: record.len };
+            let record = record(kind, layer, part as u32, &described, chosen.weight_type, 0)?;
+            let planned = PlannedExtent { kind, layer, index: part as u32, logical_len: record.len };
             self.out.planned.push(planned);
             self.out.records.push(record);
             let strides = Strides::rows(first_row, shape[1], cols);

@@ -9,6 +9,7 @@ use super::LeftOut;
 use super::build::places;
 use super::form;
 use super::harmless::{self, Harmless};
+use super::naming::Naming;
 use super::resolve::pick;
 use crate::error::{ConvertError, counted, first_few};
 use crate::family::config::Config;
@@ -18,7 +19,7 @@ use crate::source::recognise::unfinished;
 use crate::source::{AbsentTensor, Checkpoint, INDEX};
 
 /// Missing names are counted up to this many: a hostile configuration can imply billions.
-const MAX_MISSING: usize = 10_000;
+pub(crate) const MAX_MISSING: usize = 10_000;
 /// Pieces of embedding and head that are compared, and their bytes.
 const PIECES: u64 = 9;
 const COMPARED: u64 = 64 << 10;
@@ -96,13 +97,8 @@ impl Ledger<'_> {
     }
 }
 
-pub(crate) fn take(
-    checkpoint: &Checkpoint,
-    family: &dyn Family,
-    names: Names,
-    spec: &ModelSpec,
-    tied: Tied,
-) -> Result<Inventory, ConvertError> {
+pub(crate) fn take(checkpoint: &Checkpoint, naming: Naming<'_>, tied: Tied) -> Result<Inventory, ConvertError> {
+    let Naming { family, names, spec, .. } = naming;
     // Not as many as `num_nextn_predict_layers` says: published files say 0 there and have such a layer all the same.
     let all = checkpoint.tensors.iter().map(|t| &t.name).chain(checkpoint.absent.iter().map(|a| &a.tensor));
     let mut ledger = Ledger {
@@ -138,13 +134,15 @@ pub(crate) fn take(
     }
     for place in places(spec) {
         for tensor in spec.tensors(place.kind, place.layer) {
-            let views = pick(checkpoint, family.origin(names, spec, place, &tensor));
+            let views = pick(checkpoint, naming.origin(place, &tensor));
             views.iter().for_each(|view| ledger.need(&view.tensor));
         }
         if ledger.missing.len() >= MAX_MISSING {
             break;
         }
     }
+    naming.own_parts().iter().for_each(|(_, tensor)| ledger.need(tensor));
+    naming.prediction.iter().flat_map(|p| &p.copies).for_each(|tensor| ledger.need(tensor));
     ledger.missing.dedup();
     if !ledger.missing.is_empty() {
         return Err(ConvertError::MissingTensors {
@@ -173,18 +171,32 @@ fn holds_other_numbers(checkpoint: &Checkpoint, names: Names) -> Result<bool, Co
     if (&a.dtype, &a.shape) != (&b.dtype, &b.shape) {
         return Ok(false);
     }
+    Ok(!pieces_agree(checkpoint, [embedding, head])?)
+}
+
+/// Whether two tensors hold the same numbers, as far as pieces tell; never of tensors in different forms.
+pub(super) fn same_numbers(checkpoint: &Checkpoint, one: &str, other: &str) -> Result<bool, ConvertError> {
+    let (Some(one), Some(other)) = (checkpoint.find(one), checkpoint.find(other)) else { return Ok(false) };
+    let [a, b] = [one, other].map(|tensor| &checkpoint.tensors[tensor]);
+    let alike = (&a.dtype, &a.shape, &a.order) == (&b.dtype, &b.shape, &b.order) && a.derived == b.derived;
+    Ok(alike && pieces_agree(checkpoint, [one, other])?)
+}
+
+/// Whether pieces of two tensors of the same length are the same.
+fn pieces_agree(checkpoint: &Checkpoint, tensors: [usize; 2]) -> Result<bool, ConvertError> {
+    let a = &checkpoint.tensors[tensors[0]];
     let piece = a.len.min(COMPARED);
     let mut bytes = [vec![0; piece as usize], vec![0; piece as usize]];
     for part in 0..PIECES {
         let at = (a.len - piece) / (PIECES - 1) * part;
-        for (tensor, out) in [embedding, head].into_iter().zip(&mut bytes) {
+        for (tensor, out) in tensors.into_iter().zip(&mut bytes) {
             checkpoint.read(tensor, at, out, &mut Xxh3::new())?;
         }
         if bytes[0] != bytes[1] {
-            return Ok(true);
+            return Ok(false);
         }
     }
-    Ok(false)
+    Ok(true)
 }
 
 fn no_head(ledger: &Ledger<'_>, tied: Tied) -> ConvertError {

@@ -5,6 +5,8 @@ pub(crate) mod build;
 pub(crate) mod form;
 mod harmless;
 mod inventory;
+mod naming;
+mod prediction;
 pub(crate) mod resolve;
 pub(crate) mod scheme;
 mod types;
@@ -25,6 +27,8 @@ use crate::family::{self, config::Config};
 use crate::options::{Options, TypeChoice};
 use crate::source::{self, CONFIG, Checkpoint, RowOrder, recognise, side_file};
 use crate::steps;
+use naming::Naming;
+use prediction::Found;
 
 /// Name and version of this converter, part of every file that it writes.
 pub(crate) const CONVERTER: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
@@ -143,28 +147,31 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     let text = text.as_ref().unwrap_or(&config);
     let scheme = scheme::read(text, &config, &checkpoint)?;
     checkpoint.has_zero_points = scheme.asymmetric;
-    let spec = family::spec(family, text)?;
+    let mut spec = family::spec(family, text)?;
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
     let tied = inventory::Tied::read(text, &config)?;
     let names = arrangement::names(&checkpoint, family, &spec)?;
-    let inventory = inventory::take(&checkpoint, family, names, &spec, tied)?;
-    let built = build::build(&checkpoint, family, names, &spec, options, scheme, &inventory.head)?;
+    let decoder = spec.clone();
+    let found = match options.mtp {
+        true => prediction::find(&checkpoint, family, names, &mut spec, tied)?,
+        false => Found::None,
+    };
+    let (prediction, left_out) = match &found {
+        Found::Layer(prediction) => (Some(&**prediction), None),
+        Found::LeftOut(why) => (None, Some(why)),
+        Found::None => (None, None),
+    };
+    let naming = Naming { family, names, spec: &spec, prediction };
+    let inventory = inventory::take(&checkpoint, naming, tied)?;
+    let built = build::build(&checkpoint, naming, options, scheme, &inventory.head)?;
     let layout = FileLayout::new(options.page_size, &built.planned)?;
     let weighted = built.records.iter().any(|r| r.weight_type.is_fitted());
     let measured = options.measured.is_some() && weighted && importance.is_none();
-    let reading = |expert_type, dense_type| {
-        let options = Options { expert_type, dense_type, recipe: None, ..options.clone() };
-        build::build(&checkpoint, family, names, &spec, &options, scheme, &inventory.head)
-    };
-    let reading = match measured.then(|| reading(TypeChoice::Keep, TypeChoice::Keep)).transpose()? {
-        // Products with integers take half the time of those with floats, and tell the same.
-        Some(carried) => match [true, false].map(|experts| integers(&carried.records, experts)) {
-            [TypeChoice::Keep, TypeChoice::Keep] => Some(carried),
-            [experts, others] => Some(reading(experts, others)?),
-        },
-        None => None,
-    };
+    // What predicts is not measured.
+    let naming = Naming { spec: &decoder, prediction: None, ..naming };
+    let reading = measured.then(|| reading(&checkpoint, naming, options, scheme, &inventory.head)).transpose()?;
     let mut notes = inventory.notes;
+    notes.extend(left_out.cloned());
     notes.extend(built.obstacles.iter().map(|why| {
         format!("weights are stored as f32, which takes much more space, because {why}. `--type q8` makes them small")
     }));
@@ -198,6 +205,26 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     }
     plan.hash = plan.digest();
     Ok(plan)
+}
+
+/// How the layers are written to be executed while the model is measured.
+fn reading(
+    checkpoint: &Checkpoint,
+    naming: Naming<'_>,
+    options: &Options,
+    scheme: scheme::Scheme,
+    head: &str,
+) -> Result<build::Built, ConvertError> {
+    let built = |expert_type, dense_type| {
+        let options = Options { expert_type, dense_type, recipe: None, ..options.clone() };
+        build::build(checkpoint, naming, &options, scheme, head)
+    };
+    let carried = built(TypeChoice::Keep, TypeChoice::Keep)?;
+    // Products with integers take half the time of those with floats, and tell the same.
+    match [true, false].map(|experts| integers(&carried.records, experts)) {
+        [TypeChoice::Keep, TypeChoice::Keep] => Ok(carried),
+        [experts, others] => built(experts, others),
+    }
 }
 
 /// The choice of types that has integers for the matrices of experts, or for all others: as they are carried, if these are integers.

@@ -80,7 +80,16 @@ pub(crate) fn small_spec() -> ModelSpec {
             LayerSpec { attention: mla(None, RopeScaling::None), ffn: ffn(40, None) },
             LayerSpec { attention: mla(Some(8), yarn), ffn: ffn(24, Some(moe)) },
         ],
+        prediction: None,
     }
+}
+
+/// The small model with a prediction layer like its last layer, that has an embedding and a head of its own.
+pub(crate) fn predicting_spec() -> ModelSpec {
+    let mut spec = small_spec();
+    let layer = spec.layers[1].clone();
+    spec.prediction = Some(PredictionSpec { layer, own_embedding: true, own_head: true });
+    spec
 }
 
 /// Two layers that between them have everything that [`small_spec`] lacks: grouped queries, biases, gates, sinks.
@@ -305,16 +314,22 @@ pub(crate) fn plan_as(spec: &ModelSpec, rows_per_part: usize, types: &[WeightTyp
         content.tensors.extend(records);
     };
     add(ExtentKind::FinalNorm, NO_LAYER, 0..1, spec.tensors(ExtentKind::FinalNorm, 0), None);
-    for (kind, ty) in [(ExtentKind::Embedding, WeightType::Bf16), (ExtentKind::Head, head)] {
+    let mut tables = vec![(ExtentKind::Embedding, NO_LAYER), (ExtentKind::Head, NO_LAYER)];
+    if let (Some(prediction), Some(layer)) = (&spec.prediction, spec.prediction_layer()) {
+        let own = [(ExtentKind::Embedding, prediction.own_embedding), (ExtentKind::Head, prediction.own_head)];
+        tables.extend(own.into_iter().filter(|(_, own)| *own).map(|(kind, _)| (kind, layer as u32)));
+    }
+    for (kind, of) in tables {
+        let ty = if kind == ExtentKind::Head { head } else { WeightType::Bf16 };
         for (part, first) in (0..spec.vocab_size).step_by(rows_per_part).enumerate() {
             let rows = rows_per_part.min(spec.vocab_size - first);
             let shape = spec.part_tensor(kind, rows, ty).expect("embedding and head have parts");
-            add(kind, NO_LAYER, part as u32..part as u32 + 1, vec![shape], Some(ty));
+            add(kind, of, part as u32..part as u32 + 1, vec![shape], Some(ty));
         }
     }
-    let dense = [ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense].as_slice();
+    let dense = [ExtentKind::Prediction, ExtentKind::Attention, ExtentKind::Router, ExtentKind::Dense].as_slice();
     for kinds in [dense, &[ExtentKind::Expert]] {
-        for layer in 0..spec.layers.len() {
+        for layer in 0..spec.all_layers().count() {
             for &kind in kinds {
                 let count = spec.extent_count(kind, layer) as u32;
                 if count > 0 {

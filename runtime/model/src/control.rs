@@ -40,6 +40,10 @@ pub type RoutingObserver<'a> = dyn FnMut(usize, usize, usize, &[Choice]) + 'a;
 /// have run, and the stream.
 pub type HiddenObserver<'a> = dyn FnMut(usize, &[f32]) + 'a;
 
+/// Sees what the output head is to multiply, `[rows, hidden]`: the residual behind the last layer after the norm before the head. Is
+/// called several times in a pass, until it has seen all rows of the step, span by span.
+pub type HeadInputObserver<'a> = dyn FnMut(&[f32]) + 'a;
+
 /// How far a step is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
@@ -67,6 +71,9 @@ pub struct Control<'a> {
     pub routing: Option<&'a mut RoutingObserver<'a>>,
     /// Sees the residual stream.
     pub hidden: Option<&'a mut HiddenObserver<'a>>,
+    /// Sees what the head multiplies, of all rows, whether their logits are wanted or not: what the prediction layer begins with
+    /// ([`Engine::predict`](crate::Engine::predict)).
+    pub head_inputs: Option<&'a mut HeadInputObserver<'a>>,
     /// The residual stream of the step's rows, `[rows, hidden]`, to begin with in place of their tokens' embeddings.
     pub states: Option<&'a [f32]>,
     /// Sees what every quantisable matrix is multiplied with.

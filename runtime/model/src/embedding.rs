@@ -42,10 +42,10 @@ pub fn cache_memory(parts: usize, longest: u64) -> u64 {
 }
 
 impl Embedding {
-    /// The table of a file. Reads nothing yet.
-    pub fn new(file: &ModelFile) -> Self {
+    /// The table of a file: the model's, or what a prediction layer has of its own. Reads nothing yet.
+    pub fn new(file: &ModelFile, layer: u32) -> Self {
         let mut rows_per_part = 1;
-        let parts = file.parts(ExtentKind::Embedding).enumerate().map(|(i, (extent, tensor))| {
+        let parts = file.parts_of(ExtentKind::Embedding, layer).enumerate().map(|(i, (extent, tensor))| {
             if i == 0 {
                 rows_per_part = tensor.shape[1] as usize;
             }

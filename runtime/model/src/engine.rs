@@ -1,6 +1,7 @@
 //! The opened model: file, pool, layers and kernels, and the steps that it takes with sequences.
 
 mod budget;
+mod prediction;
 mod residency;
 
 use std::io;
@@ -21,11 +22,12 @@ use crate::counts;
 #[cfg(feature = "sim")]
 use crate::memory::available_memory;
 use crate::memory::{BudgetError, Demand, MemoryPlan, PressureWatch};
+use crate::model::HeadStep;
 use crate::room;
 use crate::rows::{Cursor, Rows, Span, Want};
 use crate::sequence::MarkLimits;
 use crate::session::{self, Binding, SegmentFile, SessionError};
-use crate::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents};
+use crate::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents, opened_extents};
 use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, Tuning};
 use sluice_storage::pool::{
     DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, Packed, PolicyKind, PoolError, Storage, StorageConfig,
@@ -73,6 +75,10 @@ pub struct EngineOptions {
     /// While a prompt is read, a sequence with room for marks makes one by itself each time it has read this many tokens; `None`: 2048. So a
     /// rewind into a long prompt need not begin anew. Marks that are asked for take the place of these.
     pub mark_every: Option<usize>,
+    /// Whether the layer for multi-token prediction is opened too ([`Engine::predict`]). It then takes memory: its dense parts, and keys and
+    /// values of as many sequences; its experts share the slots. What policies have learned ([`Engine::save_counts`]) is not carried
+    /// over between runs with it and without.
+    pub prediction: bool,
 }
 
 /// The default of [`EngineOptions::mark_every`]. A rewind to one of the latest such marks computes at most this many tokens again, or
@@ -133,6 +139,17 @@ pub enum RuntimeError {
     /// The instruction set that was asked for is not available.
     #[error(transparent)]
     Isa(#[from] IsaError),
+    /// The prediction layer is asked for, and the file has none.
+    #[error(
+        "{path} has no layer for multi-token prediction: its checkpoint has none, or it was converted with --no-mtp or an older version"
+    )]
+    NoPrediction {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The prediction layer is used, and was not opened.
+    #[error("the layer for multi-token prediction is not open: open the model with EngineOptions::prediction")]
+    PredictionClosed,
     /// A policy that only replays can have.
     #[error("the policy {0} needs to know the future; choose lru, lfu or next-use")]
     Policy(PolicyKind),
@@ -181,6 +198,8 @@ pub struct Engine {
     tuning: Vec<Tuning>,
     model: Model,
     pages: Arc<PagePool>,
+    /// Those of sequences of the prediction layer, if it is open.
+    prediction_pages: Option<Arc<PagePool>>,
     /// What the numbers of a sequence depend on besides its tokens.
     binding: Binding,
     marks: MarkLimits,
@@ -204,7 +223,11 @@ impl Engine {
         let file = ModelFile::open(path)?;
         let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
         let sequences = options.sequences.unwrap_or(1).max(1);
-        let demand = Demand { sequences, context, kv_type: options.kv_type, marks: options.marks };
+        let EngineOptions { kv_type, marks, prediction, .. } = *options;
+        if prediction && file.spec().prediction.is_none() {
+            return Err(RuntimeError::NoPrediction { path: path.to_owned() });
+        }
+        let demand = Demand { sequences, context, kv_type, marks, prediction };
         let memory = plan_memory(&file, options, demand)?;
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
@@ -224,8 +247,10 @@ impl Engine {
             let _ = storage.pool.policy_mut().import(&counts);
         }
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
-        let model = Model::new(&file, &handles, &compute, options.prefetch == Prefetch::Auto, memory.kept_outputs)?;
+        let (prefetch, kept) = (options.prefetch == Prefetch::Auto, memory.kept_outputs);
+        let model = Model::new(&file, &handles, &compute, prefetch, kept, prediction)?;
         let pages = memory.page_pool(model.spec());
+        let prediction_pages = memory.prediction_pool(model.spec());
         let binding = Binding { state_id: file.state_id(), kv_type: memory.kv_type, exact: options.exact };
         let marks = MarkLimits { most: memory.marks, every: options.mark_every.unwrap_or(MARK_EVERY).max(1) };
         let (tokens, time) = (0, Duration::ZERO);
@@ -245,6 +270,7 @@ impl Engine {
             tuning,
             model,
             pages,
+            prediction_pages,
             binding,
             marks,
             tokens,
@@ -482,12 +508,25 @@ impl Engine {
         control: &mut Control<'_>,
         sink: &mut dyn FnMut(usize, usize, &[f32]),
     ) -> Result<(), RuntimeError> {
+        let pages = Arc::clone(&self.pages);
+        self.take_step(&pages, None, spans, control, sink)
+    }
+
+    /// A step of the decoder, or, with what the head saw before, of the prediction layer. `pages`: those of its sequences.
+    fn take_step(
+        &mut self,
+        pages: &Arc<PagePool>,
+        head_inputs: Option<&[&[f32]]>,
+        spans: &mut [Span<'_>],
+        control: &mut Control<'_>,
+        sink: &mut dyn FnMut(usize, usize, &[f32]),
+    ) -> Result<(), RuntimeError> {
         let started = Instant::now();
         if spans.is_empty() || spans.iter().any(|span| span.tokens.is_empty()) {
             return Err(ModelError::NoTokens.into());
         }
         for span in &*spans {
-            if !Arc::ptr_eq(span.sequence.pool(), &self.pages) {
+            if !Arc::ptr_eq(span.sequence.pool(), pages) {
                 return Err(ModelError::ForeignSequence.into());
             }
             let (capacity, wanted) = (span.sequence.capacity(), span.sequence.position() + span.tokens.len());
@@ -497,19 +536,19 @@ impl Engine {
         }
         // A step that an observer's panic ended has left pages behind the last token.
         spans.iter_mut().for_each(|span| span.sequence.settle());
-        if let Err(full) = self.room(spans) {
+        if let Err(full) = self.room(pages, spans) {
             if !full.kind.forgets() {
                 return Err(ModelError::from(full).into());
             }
             // Automatic marks go first: they keep pages of windows and states.
             spans.iter_mut().for_each(|span| span.sequence.forget_automatic_marks());
-            self.room(spans).map_err(ModelError::from)?;
+            self.room(pages, spans).map_err(ModelError::from)?;
         }
         self.wake_up()?;
         self.compute.observer = control.inputs.clone();
         self.compute.cancel = control.cancel.cloned();
         self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));
-        let outcome = self.passes(spans, control, sink);
+        let outcome = self.passes(head_inputs, spans, control, sink);
         spans.iter_mut().for_each(|span| span.sequence.settle());
         (self.compute.observer, self.compute.cancel) = (None, None);
         self.compute.threads.cancel_by(None);
@@ -517,13 +556,14 @@ impl Engine {
         Ok(outcome?)
     }
 
-    fn room(&self, spans: &[Span<'_>]) -> Result<(), PagesFull> {
-        self.room_for(spans.iter().map(|span| (&*span.sequence, span.tokens.len())))
+    fn room(&self, pages: &PagePool, spans: &[Span<'_>]) -> Result<(), PagesFull> {
+        room::check(pages, spans.iter().map(|span| (&*span.sequence, span.tokens.len())), self.memory.rows)
     }
 
     /// As many passes as the spans need.
     fn passes(
         &mut self,
+        head_inputs: Option<&[&[f32]]>,
         spans: &mut [Span<'_>],
         control: &mut Control<'_>,
         sink: &mut dyn FnMut(usize, usize, &[f32]),
@@ -534,14 +574,20 @@ impl Engine {
             prepare(rows, spans)?;
             let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
             compute.threads.spare(rows.wait_for_memory());
-            model.forward(compute, &mut weights, rows, spans, control)?;
-            self.tokens += rows.len() as u64;
+            match head_inputs {
+                None => {
+                    model.forward(compute, &mut weights, rows, spans, control)?;
+                    self.tokens += rows.len() as u64;
+                }
+                Some(before) => model.predict(compute, &mut weights, rows, spans, before, control)?,
+            }
             wanted.clear();
             for part in rows.spans() {
                 let Span { tokens, logits, .. } = &spans[part.span];
                 wanted.extend(part.rows().filter(|row| logits.includes(part.token + row - part.first, tokens.len())));
             }
-            model.logits(compute, &storage.dense, wanted, &mut |i, logits| {
+            let step = HeadStep { prediction: head_inputs.is_some(), dense: &storage.dense, rows: rows.len(), wanted };
+            model.logits(compute, &step, control, &mut |i, logits| {
                 let (span, token) = rows.token(wanted[i]);
                 sink(span, token, logits);
             })?;
@@ -603,9 +649,11 @@ fn open_storage(
     options: &EngineOptions,
     tuning: &[Tuning],
 ) -> Result<Storage, RuntimeError> {
+    let opened = opened_extents(file.spec(), file.extents(), options.prediction);
     let dense: Vec<_> =
-        dense_extents(file.extents()).iter().map(|e| DenseLocation { extent: location(e), name: name(e) }).collect();
-    let layers = file.spec().layers.iter().enumerate().map(|(layer, spec)| {
+        dense_extents(&opened).iter().map(|e| DenseLocation { extent: location(e), name: name(e) }).collect();
+    let layers = file.spec().layers.len() + usize::from(options.prediction);
+    let layers = file.spec().all_layers().take(layers).enumerate().map(|(layer, spec)| {
         let count = spec.ffn.moe.as_ref().map_or(0, |m| m.experts as u32);
         let experts = (0..count).filter_map(|e| file.extent(ExtentKind::Expert, layer as u32, e));
         experts.map(location).collect::<Vec<_>>()

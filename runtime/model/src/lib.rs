@@ -23,6 +23,7 @@ pub mod memory;
 mod mla;
 mod model;
 pub mod outputs;
+mod prediction;
 mod prefetch;
 mod projection;
 mod recurrent;
@@ -42,7 +43,8 @@ pub use self::cache::{PAGE_TOKENS, PageCount, PageKind, PagesFull, WINDOW_SLACK}
 pub use self::control::{Cancel, Control, Progress};
 pub use self::engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, ShrinkError, Stats, Yields};
 pub use self::model::ModelError;
-pub(crate) use self::model::{LayerTimes, Model, Weights, dense_extents};
+pub(crate) use self::model::{LayerTimes, Model, Weights, dense_extents, opened_extents};
+pub use self::prediction::{PredictionSequence, PredictionSpan};
 pub use self::rows::{Phase, Span, Want};
 pub use self::sequence::{Mark, RewindError, Sequence};
 pub use sluice_kernels::KvType;

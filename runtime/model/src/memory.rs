@@ -10,8 +10,8 @@ use serde::Serialize;
 use sluice_format::{Codec, ExtentKind, ExtentRecord, ModelFile, ModelSpec};
 use sluice_kernels::KvType;
 
-use crate::cache::{Layout, PagePool};
-use crate::{Model, dense_extents};
+use crate::cache::{Layout, PageLayout, PagePool};
+use crate::{Model, dense_extents, opened_extents};
 use sluice_storage::pool::RING_SLOTS;
 
 pub use available::available_memory;
@@ -59,6 +59,9 @@ pub struct MemoryPlan {
     /// Pages of each kind; they are a part of `kv_cache`.
     #[serde(skip)]
     pub pages: Vec<usize>,
+    /// The same for sequences of the prediction layer; none unless it is opened.
+    #[serde(skip)]
+    pub prediction_pages: Vec<usize>,
     /// How those are stored.
     #[serde(serialize_with = "name_of_kv_type")]
     pub kv_type: KvType,
@@ -103,12 +106,14 @@ pub struct Demand {
     pub kv_type: KvType,
     /// Marks of each of them whose windows and recurrent states can be kept.
     pub marks: usize,
+    /// Whether the prediction layer is opened too, with as many sequences.
+    pub prediction: bool,
 }
 
 impl Demand {
     /// One sequence.
     pub fn one(context: usize, kv_type: KvType) -> Self {
-        Demand { sequences: 1, context, kv_type, marks: 0 }
+        Demand { sequences: 1, context, kv_type, marks: 0, prediction: false }
     }
 }
 
@@ -233,7 +238,8 @@ impl MemoryPlan {
             dense_ring: dense.ring,
             pinned: dense.pinned,
             kv_cache,
-            pages: need.pages(rows).map(|(count, _)| count as usize).collect(),
+            pages: need.counts(&need.layout, demand.marks, rows),
+            prediction_pages: need.prediction_counts(rows),
             kv_type: demand.kv_type,
             sequences: demand.sequences,
             context: demand.context,
@@ -255,6 +261,12 @@ impl MemoryPlan {
         PagePool::new(Layout::new(spec, self.kv_type), &self.pages)
     }
 
+    /// The same for sequences of the prediction layer, if it was planned for.
+    pub(crate) fn prediction_pool(&self, spec: &ModelSpec) -> Option<Arc<PagePool>> {
+        let model = spec.prediction_model().filter(|_| !self.prediction_pages.is_empty())?;
+        Some(PagePool::new(Layout::new(&model, self.kv_type), &self.prediction_pages))
+    }
+
     /// Bytes that will be allocated.
     pub fn used(&self) -> u64 {
         self.dense + self.dense_ring + self.kv_cache + self.scratch + self.staging + self.slots as u64 * self.slot_len
@@ -272,6 +284,8 @@ struct Need<'a> {
     /// The dense extents in the order of use: bytes in memory, and of compressed ones, in the file.
     dense: Vec<(ExtentKind, u64, u64)>,
     layout: Layout,
+    /// The prediction layer as a model of its own, if it is opened.
+    prediction: Option<(ModelSpec, Layout)>,
     embedding: u64,
     experts: usize,
     slot_len: u64,
@@ -298,10 +312,17 @@ impl Pinning {
 
 impl Need<'_> {
     fn of<'a>(spec: &'a ModelSpec, extents: &[ExtentRecord], demand: Demand) -> Need<'a> {
+        let extents = &opened_extents(spec, extents, demand.prediction)[..];
         let experts = extents.iter().filter(|e| e.kind == ExtentKind::Expert);
         let (count, slot_len) = experts.clone().fold((0, 0), |(n, len), e| (n + 1, e.padded_len.max(len)));
         let packed = experts.filter(|e| e.codec != Codec::Raw).map(|e| e.stored_len);
-        let top_k = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).max();
+        let prediction = spec.prediction_model().filter(|_| demand.prediction);
+        let layers = spec.layers.iter().chain(prediction.iter().flat_map(|model| &model.layers));
+        let top_k = layers.filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).max();
+        let with_layout = |model: ModelSpec| {
+            let layout = Layout::new(&model, demand.kv_type);
+            (model, layout)
+        };
         Need {
             spec,
             demand,
@@ -310,12 +331,18 @@ impl Need<'_> {
                 .map(|e| (e.kind, e.padded_len, if e.codec == Codec::Raw { 0 } else { e.stored_len }))
                 .collect(),
             layout: Layout::new(spec, demand.kv_type),
+            prediction: prediction.map(with_layout),
             embedding: Model::embedding_memory(extents),
             experts: count,
             slot_len,
             staging_len: packed.max().unwrap_or(0),
             top_k: top_k.unwrap_or(0),
         }
+    }
+
+    /// What takes steps: the decoder, and the prediction layer if it is opened.
+    fn models(&self) -> impl Iterator<Item = &ModelSpec> {
+        std::iter::once(self.spec).chain(self.prediction.iter().map(|(model, _)| model))
     }
 
     fn dense_total(&self) -> u64 {
@@ -338,24 +365,50 @@ impl Need<'_> {
         (slots as usize, slots * self.staging_len)
     }
 
-    /// Of each kind of page how many there are, and the bytes of one, where `rows` rows go through a layer together: layers with a
-    /// window keep that and the rows.
-    fn pages(&self, rows: usize) -> impl Iterator<Item = (u64, u64)> {
-        let Demand { sequences, context, marks, .. } = self.demand;
-        self.layout.pages().iter().map(move |page| (page.kind().most(sequences, context, marks, rows), page.bytes()))
+    /// What the sequences of the decoder are made of, and those of the prediction layer, which keep no marks.
+    fn layouts(&self) -> impl Iterator<Item = (&Layout, usize)> {
+        let prediction = self.prediction.iter().map(|(_, layout)| (layout, 0));
+        std::iter::once((&self.layout, self.demand.marks)).chain(prediction)
+    }
+
+    /// Of each kind of page how many there are where `rows` rows go through a layer together: layers with a window keep that and the
+    /// rows.
+    fn most_pages<'a>(
+        &self,
+        layout: &'a Layout,
+        marks: usize,
+        rows: usize,
+    ) -> impl Iterator<Item = (u64, &'a PageLayout)> {
+        let Demand { sequences, context, .. } = self.demand;
+        layout.pages().iter().map(move |page| (page.kind().most(sequences, context, marks, rows), page))
+    }
+
+    fn counts(&self, layout: &Layout, marks: usize, rows: usize) -> Vec<usize> {
+        self.most_pages(layout, marks, rows).map(|(count, _)| count as usize).collect()
+    }
+
+    /// The same of the prediction layer; none unless it is opened.
+    fn prediction_counts(&self, rows: usize) -> Vec<usize> {
+        self.prediction.as_ref().map_or_else(Vec::new, |(_, layout)| self.counts(layout, 0, rows))
+    }
+
+    /// The sum of `bytes` over all pages.
+    fn of_pages(&self, rows: usize, bytes: impl Fn(&PageLayout) -> u64) -> u64 {
+        let pages = self.layouts().flat_map(|(layout, marks)| self.most_pages(layout, marks, rows));
+        pages.map(|(count, page)| count.saturating_mul(bytes(page))).fold(0, u64::saturating_add)
     }
 
     /// Bytes of the pages.
     fn kv_cache(&self, rows: usize) -> u64 {
-        self.pages(rows).map(|(count, bytes)| count.saturating_mul(bytes)).fold(0, u64::saturating_add)
+        self.of_pages(rows, PageLayout::bytes)
     }
 
     /// Bytes of the lists of pages and tokens.
     fn lists(&self, rows: usize) -> u64 {
         let Demand { sequences, context, .. } = self.demand;
         let tokens = (context as u64).saturating_mul(4).saturating_mul(sequences as u64);
-        let pages = self.pages(rows).zip(self.layout.pages());
-        pages.map(|((count, _), page)| count.saturating_mul(page.overhead())).fold(tokens, u64::saturating_add)
+        let tokens = tokens.saturating_mul(self.layouts().count() as u64);
+        tokens.saturating_add(self.of_pages(rows, PageLayout::overhead))
     }
 
     /// Bytes that depend on how many rows go through a layer together.
@@ -374,7 +427,7 @@ impl Need<'_> {
 
     /// Outputs of one row's experts: fewer must not be kept, so that decoding never waits for a particular expert.
     fn fewest_kept(&self) -> u64 {
-        Model::output_memory(self.spec, 1)
+        self.models().map(|model| Model::output_memory(model, 1)).max().unwrap_or(0)
     }
 
     /// How many rows go through a layer together, and how many bytes of their outputs are kept, where the budget has `spare`
@@ -391,7 +444,9 @@ impl Need<'_> {
     }
 
     fn scratch(&self, rows: usize, kept: u64) -> u64 {
-        let scratch = Model::scratch_memory(self.spec, rows, self.slot_len, kept) + self.embedding;
+        let passes = self.models().map(|model| Model::scratch_memory(model, rows, self.slot_len, kept));
+        let prediction = self.prediction.as_ref().map_or(0, |(model, _)| Model::projection_memory(model));
+        let scratch = passes.max().unwrap_or(0) + self.embedding + prediction;
         scratch.saturating_add(self.lists(rows)).saturating_sub(FREE_SCRATCH)
     }
 

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
+use sluice_format::{ExtentKind, ExtentRecord, FormatError, LayerSpec, ModelFile, ModelSpec, NO_LAYER};
 use sluice_kernels::{Activations, rms_norm};
 
 use crate::attention::{Attention, AttentionScratch};
@@ -14,6 +14,7 @@ use crate::compute::{Compute, Step, sized};
 use crate::control::{Control, Progress};
 use crate::embedding::Embedding;
 use crate::ffn::{Ffn, FfnScratch, FfnStep};
+use crate::prediction::Prediction;
 use crate::prefetch::NextLayer;
 use crate::residual::{self, Residual, ResidualScratch};
 use crate::rows::{Caches, Rows, Span};
@@ -84,6 +85,16 @@ pub enum ModelError {
     /// The caller has ended the step.
     #[error("the step was cancelled")]
     Cancelled,
+    /// What the head saw of the tokens before those that the prediction layer is given has another length.
+    #[error("{tokens} tokens need {expected} numbers of what the head saw before them, {found} were given")]
+    HeadInputs {
+        /// Tokens of the span.
+        tokens: usize,
+        /// Tokens times hidden size.
+        expected: usize,
+        /// Numbers that were given.
+        found: usize,
+    },
     /// No tokens.
     #[error("there are no tokens to compute: give a prompt of at least one token")]
     NoTokens,
@@ -106,13 +117,33 @@ pub struct LayerTimes {
 #[derive(Debug)]
 pub struct Model {
     spec: ModelSpec,
+    /// Those of the decoder, then the prediction layer if it is open.
     layers: Vec<Layer>,
     embedding: Embedding,
-    final_residual: Residual,
-    final_norm: (DenseHandle, VectorRef),
-    head: Vec<(DenseHandle, MatrixRef)>,
+    tail: Tail,
+    prediction: Option<Prediction>,
     scratch: Scratch,
     times: LayerTimes,
+}
+
+/// What stands behind the last layer.
+#[derive(Debug)]
+pub(crate) struct Tail {
+    pub(crate) residual: Residual,
+    pub(crate) norm: (DenseHandle, VectorRef),
+    pub(crate) head: Vec<(DenseHandle, MatrixRef)>,
+}
+
+/// Whose logits are asked for, and of which rows.
+pub struct HeadStep<'a> {
+    /// Whether the prediction layer was run last, not the decoder.
+    pub prediction: bool,
+    /// Where norm and head are.
+    pub dense: &'a DenseParts,
+    /// The rows of the pass.
+    pub rows: usize,
+    /// Those whose logits are wanted.
+    pub wanted: &'a [usize],
 }
 
 #[derive(Debug)]
@@ -160,31 +191,96 @@ pub struct Weights<'a> {
 }
 
 /// Tokens whose rows of the embedding are read between two looks at whether the step is to end.
-const EMBEDDED_AT_ONCE: usize = 64;
+pub(crate) const EMBEDDED_AT_ONCE: usize = 64;
 
 /// Rows of logits computed at once: bounds the memory of a long prompt whose every logit is wanted.
 const LOGIT_ROWS: usize = 16;
+
+/// The extents of a file that are of use: without those of the prediction layer unless it is opened.
+pub fn opened_extents(spec: &ModelSpec, extents: &[ExtentRecord], prediction: bool) -> Vec<ExtentRecord> {
+    extents.iter().filter(|extent| prediction || spec.decodes(extent)).copied().collect()
+}
 
 /// The extents of a file that every token needs, in the order in which a token needs them. The position in this list is
 /// the handle.
 pub fn dense_extents(extents: &[ExtentRecord]) -> Vec<ExtentRecord> {
     // A layer's parts follow each other; NO_LAYER sorts the final norm and the head behind all layers.
     let order = |kind| match kind {
-        ExtentKind::Attention => Some(0),
-        ExtentKind::Router => Some(1),
-        ExtentKind::Dense => Some(2),
-        ExtentKind::FinalNorm => Some(3),
-        ExtentKind::Head => Some(4),
-        ExtentKind::Embedding | ExtentKind::Expert | ExtentKind::Prediction | ExtentKind::Table => None,
+        ExtentKind::Prediction => Some(0),
+        ExtentKind::Attention => Some(1),
+        ExtentKind::Router => Some(2),
+        ExtentKind::Dense => Some(3),
+        ExtentKind::FinalNorm => Some(4),
+        ExtentKind::Head => Some(5),
+        ExtentKind::Embedding | ExtentKind::Expert | ExtentKind::Table => None,
     };
+    // What predicts stands behind all that decodes: many tokens are decoded without it.
+    let predicting = extents.iter().find(|e| e.kind == ExtentKind::Prediction).map_or(NO_LAYER, |e| e.layer);
+    let predicts = |e: &ExtentRecord| e.layer >= predicting && e.layer != NO_LAYER;
     let mut dense: Vec<_> = extents.iter().filter(|e| order(e.kind).is_some()).copied().collect();
-    dense.sort_by_key(|e| (e.layer, order(e.kind), e.index));
+    dense.sort_by_key(|e| (predicts(e), e.layer, order(e.kind), e.index));
     dense
 }
 
+impl Layer {
+    /// The layer with this number in `file`; `next` gives the handles of its extents in their order.
+    fn new(
+        file: &ModelFile,
+        number: usize,
+        layer: &LayerSpec,
+        next: &mut impl FnMut() -> DenseHandle,
+    ) -> Result<Self, ModelError> {
+        let spec = file.spec();
+        let tensors = |kind| ExtentTensors { file, kind, layer: number as u32, index: 0 };
+        let (attention, router) = (tensors(ExtentKind::Attention), tensors(ExtentKind::Router));
+        Ok(Layer {
+            residuals: [Residual::new(spec, &attention)?, Residual::new(spec, &router)?],
+            attn_norm: attention.vector("attn_norm")?,
+            attention: Attention::new(&layer.attention, &attention)?,
+            attention_extent: next(),
+            ffn: match layer.ffn.is_none() {
+                true => None,
+                false => Some(LayerFfn {
+                    norm: router.vector("ffn_norm")?,
+                    ffn: Ffn::new(&layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
+                    router: next(),
+                    dense: (!spec.tensors(ExtentKind::Dense, number).is_empty()).then(next),
+                }),
+            },
+        })
+    }
+}
+
+impl Tail {
+    /// Brings these rows of the residual into `scratch.normed`, `[rows, hidden]`, as the head multiplies them. `last`: bytes of the
+    /// extent of the norm, whose weights are in `scratch.norm`.
+    fn inputs(&self, compute: &Compute, last: &[u8], spec: &ModelSpec, rows: &[usize], scratch: &mut Scratch) {
+        let (hidden, width) = (spec.hidden_size, spec.residual_width());
+        let Scratch { x, residual, normed, delta, norm, .. } = scratch;
+        let wanted = sized(delta, rows.len() * width);
+        for (row, wanted) in rows.iter().zip(wanted.chunks_exact_mut(width)) {
+            wanted.copy_from_slice(&x[row * width..][..width]);
+        }
+        let input = self.residual.read(compute, last, wanted, residual);
+        norm_rows(input, norm, spec.norm_eps, sized(normed, rows.len() * hidden));
+    }
+}
+
+/// The parts of a head in `file`: the model's, or what the prediction layer has of its own.
+pub(crate) fn head_parts(
+    file: &ModelFile,
+    layer: u32,
+    next: &mut impl FnMut() -> DenseHandle,
+) -> Result<Vec<(DenseHandle, MatrixRef)>, ModelError> {
+    let parts = file.parts_of(ExtentKind::Head, layer).count() as u32;
+    let part = |index| ExtentTensors { file, kind: ExtentKind::Head, layer, index };
+    (0..parts).map(|index| Ok((next(), part(index).matrix("head")?))).collect()
+}
+
 impl Model {
-    /// Resolves every tensor of `file`. `handles` belong to [`dense_extents`] in the same order. `prefetch`: whether experts
-    /// are read ahead of the router while tokens are decoded. `most_kept`: bytes of experts' outputs that may wait to be summed.
+    /// Resolves every tensor of `file`, those of the prediction layer if `prediction` says so and there is one. `handles` belong to
+    /// [`dense_extents`] of the [`opened_extents`] in the same order. `prefetch`: whether experts are read ahead of the router while
+    /// tokens are decoded. `most_kept`: bytes of experts' outputs that may wait to be summed.
     ///
     /// # Errors
     /// [`ModelError::MissingTensor`].
@@ -194,38 +290,26 @@ impl Model {
         compute: &Compute,
         prefetch: bool,
         most_kept: u64,
+        prediction: bool,
     ) -> Result<Self, ModelError> {
         let spec = file.spec().clone();
         let mut handles = handles.iter().copied();
         let mut next = || handles.next().expect("one handle per dense extent");
         let mut layers = Vec::with_capacity(spec.layers.len());
-        for (i, layer) in spec.layers.iter().enumerate() {
-            let tensors = |kind| ExtentTensors { file, kind, layer: i as u32, index: 0 };
-            let (attention, router) = (tensors(ExtentKind::Attention), tensors(ExtentKind::Router));
-            let (dense, expert) = (tensors(ExtentKind::Dense), tensors(ExtentKind::Expert));
-            layers.push(Layer {
-                residuals: [Residual::new(&spec, &attention)?, Residual::new(&spec, &router)?],
-                attn_norm: attention.vector("attn_norm")?,
-                attention: Attention::new(&layer.attention, &attention)?,
-                attention_extent: next(),
-                ffn: match layer.ffn.is_none() {
-                    true => None,
-                    false => Some(LayerFfn {
-                        norm: router.vector("ffn_norm")?,
-                        ffn: Ffn::new(&layer.ffn, &router, &dense, &expert)?,
-                        router: next(),
-                        dense: (!spec.tensors(ExtentKind::Dense, i).is_empty()).then(&mut next),
-                    }),
-                },
-            });
+        for (number, layer) in spec.layers.iter().enumerate() {
+            layers.push(Layer::new(file, number, layer, &mut next)?);
         }
-        let tail = |kind, index| ExtentTensors { file, kind, layer: NO_LAYER, index };
-        let last = tail(ExtentKind::FinalNorm, 0);
-        let (final_residual, final_norm) = (Residual::new(&spec, &last)?, (next(), last.vector("norm")?));
-        let parts = file.parts(ExtentKind::Head).count() as u32;
-        let head = (0..parts)
-            .map(|i| Ok((next(), tail(ExtentKind::Head, i).matrix("head")?)))
-            .collect::<Result<_, ModelError>>()?;
+        let last = ExtentTensors { file, kind: ExtentKind::FinalNorm, layer: NO_LAYER, index: 0 };
+        let (residual, norm) = (Residual::new(&spec, &last)?, (next(), last.vector("norm")?));
+        let tail = Tail { residual, norm, head: head_parts(file, NO_LAYER, &mut next)? };
+        let prediction = match spec.prediction.as_ref().filter(|_| prediction) {
+            None => None,
+            Some(of_spec) => {
+                let opening = Prediction::open(file, layers.len(), compute, &mut next)?;
+                layers.push(Layer::new(file, layers.len(), &of_spec.layer, &mut next)?);
+                Some(opening.with_head(file, of_spec.own_head, &tail, &mut next)?)
+            }
+        };
         let scratch = Scratch {
             x: Vec::new(),
             residual: ResidualScratch::new(),
@@ -239,12 +323,11 @@ impl Model {
             ffn: FfnScratch::new(compute, prefetch, most_kept),
         };
         Ok(Model {
-            embedding: Embedding::new(file),
+            embedding: Embedding::new(file, NO_LAYER),
             spec,
             layers,
-            final_residual,
-            final_norm,
-            head,
+            tail,
+            prediction,
             scratch,
             times: LayerTimes::default(),
         })
@@ -262,6 +345,7 @@ impl Model {
         ffn.give_back(compute);
         compute.give_back();
         self.embedding.give_back();
+        self.prediction.iter_mut().for_each(|prediction| prediction.give_back(compute));
     }
 
     /// What the model computes.
@@ -276,7 +360,7 @@ impl Model {
 
     /// Bytes of the embedding read from the file.
     pub fn embedding_bytes_read(&self) -> u64 {
-        self.embedding.bytes_read()
+        self.embedding.bytes_read() + self.prediction.as_ref().map_or(0, Prediction::embedding_bytes_read)
     }
 
     /// Runs all layers over `rows` of `spans`; then [`Model::logits`] can be asked for. The sequences do not count the rows yet: that
@@ -297,10 +381,39 @@ impl Model {
     ) -> Result<(), ModelError> {
         self.begin(weights, rows, spans, control)?;
         self.watch(0, rows, control);
-        for layer in 0..self.layers.len() {
+        for layer in 0..self.spec.layers.len() {
             self.layer(compute, weights, rows, Caches::new(spans, layer), layer)?;
             control.check()?;
             self.watch(layer + 1, rows, control);
+        }
+        Ok(())
+    }
+
+    /// Runs the prediction layer over `rows` of `spans`, whose sequences are of this layer alone; then [`Model::logits`] can be asked
+    /// for. `head_inputs`: by span, what the head saw of the token before each of its tokens, `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    ///
+    /// # Panics
+    /// If the prediction layer is not open, or there are fewer head inputs than tokens; as [`Model::forward`].
+    pub fn predict(
+        &mut self,
+        compute: &Compute,
+        weights: &mut Weights<'_>,
+        rows: &Rows,
+        spans: &mut [Span<'_>],
+        head_inputs: &[&[f32]],
+        control: &mut Control<'_>,
+    ) -> Result<(), ModelError> {
+        let prediction = self.prediction.as_mut().expect("the prediction layer is open");
+        let x = sized(&mut self.scratch.x, rows.len() * self.spec.hidden_size);
+        prediction.begin(compute, weights, (rows, head_inputs), &self.spec, &mut self.embedding, x)?;
+        let number = prediction.number();
+        self.layer(compute, weights, rows, Caches::new(spans, 0), number)?;
+        control.check()?;
+        if let Some(sink) = &mut control.hidden {
+            sink(1, &self.scratch.x[..rows.len() * self.spec.hidden_size]);
         }
         Ok(())
     }
@@ -395,7 +508,7 @@ impl Model {
         let input = layer.residuals[1].read(compute, router.bytes(), x, residual);
         norm_rows(input, norm, eps, normed);
         // A prompt will need most experts of the next layer anyway; a prefetch needs that layer's router in memory.
-        let mut later = self.layers.iter().enumerate().skip(index + 1);
+        let mut later = self.layers[..self.spec.layers.len()].iter().enumerate().skip(index + 1);
         let next = later.find_map(|(number, l)| Some((number, l.ffn.as_ref()?))).filter(|(_, l)| {
             let wanted = rows.generate() && ffn.prefetches() && l.ffn.routed().is_some();
             wanted && dense_parts.is_pinned(l.router)
@@ -420,37 +533,42 @@ impl Model {
         Ok(())
     }
 
-    /// Logits of these rows of the last [`Model::forward`], in this order: calls `sink` with the place in `wanted` and the row's
-    /// logits `[vocab]`.
+    /// Logits of the wanted rows of the last [`Model::forward`] or [`Model::predict`], in their order: calls `sink` with the place among
+    /// them and the row's logits `[vocab]`. `control` sees before that what the head is to multiply of all rows.
     ///
     /// # Errors
     /// [`ModelError::Pool`] when a part of the head cannot be read.
     pub fn logits(
         &mut self,
         compute: &Compute,
-        dense: &DenseParts,
-        wanted: &[usize],
+        step: &HeadStep<'_>,
+        control: &mut Control<'_>,
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), ModelError> {
+        let dense = step.dense;
         let (mut started, waited) = (Instant::now(), dense.stats().wait);
         let (hidden, vocab) = (self.spec.hidden_size, self.spec.vocab_size);
-        let width = self.spec.residual_width();
-        let Scratch { x, residual, normed, delta, norm, head_input, part, logits, .. } = &mut self.scratch;
-        let last = dense.dense(self.final_norm.0)?;
-        self.final_norm.1.read(last.bytes(), norm);
-        for (block, rows) in wanted.chunks(LOGIT_ROWS).enumerate() {
-            let n = rows.len();
-            let normed = sized(normed, n * hidden);
-            let wanted = sized(delta, n * width);
-            for (row, wanted) in rows.iter().zip(wanted.chunks_exact_mut(width)) {
-                wanted.copy_from_slice(&x[row * width..][..width]);
+        let tail = match &self.prediction {
+            Some(prediction) if step.prediction => prediction.tail(),
+            _ => &self.tail,
+        };
+        let last = dense.dense(tail.norm.0)?;
+        tail.norm.1.read(last.bytes(), &mut self.scratch.norm);
+        if let Some(observer) = &mut control.head_inputs {
+            let all: Vec<usize> = (0..step.rows).collect();
+            for rows in all.chunks(LOGIT_ROWS) {
+                tail.inputs(compute, last.bytes(), &self.spec, rows, &mut self.scratch);
+                observer(&self.scratch.normed[..rows.len() * hidden]);
             }
-            let input = self.final_residual.read(compute, last.bytes(), wanted, residual);
-            norm_rows(input, norm, self.spec.norm_eps, normed);
-            head_input.set(normed, n, hidden);
+        }
+        for (block, rows) in step.wanted.chunks(LOGIT_ROWS).enumerate() {
+            let n = rows.len();
+            tail.inputs(compute, last.bytes(), &self.spec, rows, &mut self.scratch);
+            let Scratch { normed, head_input, part, logits, .. } = &mut self.scratch;
+            head_input.set(&normed[..n * hidden], n, hidden);
             let logits = sized(logits, n * vocab);
             let mut row = 0;
-            for (handle, matrix) in &self.head {
+            for (handle, matrix) in &tail.head {
                 let extent = dense.dense(*handle)?;
                 let part = sized(part, n * matrix.rows());
                 // The parts of the head are one matrix, which its input meets once.
@@ -503,20 +621,29 @@ impl Model {
         moe.map(|moe| crate::experts::output_bytes(moe, rows, moe.input_width(spec.hidden_size))).max().unwrap_or(0)
     }
 
-    /// Bytes that the cached parts of the embedding may take, in a file of these extents.
+    /// Bytes of scratch for what the prediction layer makes of its inputs, for a model of this layer alone.
+    pub fn projection_memory(spec: &ModelSpec) -> u64 {
+        crate::prediction::projection_width(spec.hidden_size as u64) * 4 * EMBEDDED_AT_ONCE as u64
+    }
+
+    /// Bytes that the cached parts of the embeddings may take, in a file of these extents: of the model's, and of one that the prediction
+    /// layer has of its own.
     pub fn embedding_memory(extents: &[ExtentRecord]) -> u64 {
-        let parts = extents.iter().filter(|e| e.kind == ExtentKind::Embedding);
-        let (count, longest) = parts.fold((0, 0), |(n, longest), e| (n + 1, e.padded_len.max(longest)));
-        crate::embedding::cache_memory(count, longest)
+        let cache = |own: bool| {
+            let parts = extents.iter().filter(|e| e.kind == ExtentKind::Embedding && (e.layer != NO_LAYER) == own);
+            let (count, longest) = parts.fold((0, 0), |(n, longest), e| (n + 1, e.padded_len.max(longest)));
+            crate::embedding::cache_memory(count, longest)
+        };
+        cache(false) + cache(true)
     }
 }
 
-fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub(crate) fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let width = weight.len();
     x.chunks_exact(width).zip(out.chunks_exact_mut(width)).for_each(|(x, out)| rms_norm(x, weight, eps, out));
 }
 
-fn scale(x: &mut [f32], factor: f32) {
+pub(crate) fn scale(x: &mut [f32], factor: f32) {
     if factor != 1.0 {
         x.iter_mut().for_each(|x| *x *= factor);
     }

@@ -97,6 +97,7 @@ impl Engine {
         let _ = self.storage.pool.resize(0);
         self.model.give_back(&self.compute);
         self.pages.give_back();
+        self.prediction_pages.iter().for_each(|pages| pages.give_back());
         trim_heap();
     }
 
