@@ -1,4 +1,5 @@
-//! Experiments with what may make few bits better, on a dense model. What they have shown is in `docs/notes`.
+//! Experiments with what may make few bits better, on dense models; `matrices` takes others too, without their experts. What they
+//! have shown is in `docs/notes`.
 //!
 //! `cargo run --release -p sluice-calibrate --example study -- EXPERIMENT CHECKPOINT TEXT`; temporary files lie beside the text.
 //!

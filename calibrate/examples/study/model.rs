@@ -31,10 +31,10 @@ const ROWS: usize = 8 * ROW_GROUP;
 /// Number of a tensor in the model's table.
 pub type Number = usize;
 
-/// An f32 model file of a dense model.
+/// An f32 model file, without its routed experts.
 pub struct Model {
     pub file: ModelFile,
-    /// Of each tensor.
+    /// Of each tensor; none of what belongs to experts.
     bytes: Vec<Vec<u8>>,
 }
 
@@ -50,8 +50,11 @@ impl Model {
         let file = ModelFile::open(path)?;
         let (mut bytes, mut extent) = (Vec::new(), Vec::new());
         for tensor in file.tensors() {
-            let record = file.extent(tensor.kind, tensor.layer, tensor.index);
-            file.read_extent(record.ok_or("models with experts are not studied")?, &mut extent)?;
+            let Some(record) = file.extent(tensor.kind, tensor.layer, tensor.index) else {
+                bytes.push(Vec::new());
+                continue;
+            };
+            file.read_extent(record, &mut extent)?;
             bytes.push(extent[tensor.offset as usize..][..tensor.len as usize].to_vec());
         }
         Ok(Model { file, bytes })
@@ -61,18 +64,16 @@ impl Model {
         &self.file.tensors()[number]
     }
 
-    /// All matrices that a conversion quantises.
+    /// All matrices that a conversion quantises and every token meets, but those in batches.
     pub fn matrices(&self) -> Vec<Number> {
-        let quantisable = |t: &TensorRecord| {
-            !matches!(t.kind, ExtentKind::Embedding | ExtentKind::Router) && t.layout != Layout::Plain
-        };
+        let others = [ExtentKind::Embedding, ExtentKind::Router, ExtentKind::Expert];
+        let quantisable = |t: &TensorRecord| !others.contains(&t.kind) && t.layout != Layout::Plain && t.shape[0] == 1;
         (0..self.bytes.len()).filter(|&i| quantisable(self.tensor(i))).collect()
     }
 
     /// Rows, those of both matrices of a pair and their padding included, and columns.
     pub fn shape(&self, number: Number) -> (usize, usize) {
-        let TensorRecord { shape: [batch, rows, cols], layout, .. } = self.tensor(number);
-        assert_eq!(*batch, 1, "a batch of matrices");
+        let TensorRecord { shape: [_, rows, cols], layout, .. } = self.tensor(number);
         let rows = *rows as usize;
         (if layout.is_pair() { 2 * rows.next_multiple_of(ROW_GROUP) } else { rows }, *cols as usize)
     }
@@ -88,8 +89,11 @@ impl Model {
         unpack(Matrix::new(ty, rows, cols, bytes).expect("the bytes of the tensor"))
     }
 
-    /// Writes a model file in which `replaced` stands for the tensors that it has.
+    /// Writes a model file in which `replaced` stands for the tensors that it has; of a model without experts.
     pub fn write(&self, path: &Path, replaced: &BTreeMap<Number, &Packed>) -> Result<(), Box<dyn Error>> {
+        if self.bytes.iter().any(Vec::is_empty) {
+            return Err("models with experts can only be looked at matrix by matrix".into());
+        }
         let mut tensors = self.file.tensors().to_vec();
         replaced.iter().for_each(|(&number, packed)| tensors[number].weight_type = packed.ty);
         let (mut planned, mut contents, mut first) = (Vec::new(), Vec::new(), 0);
@@ -172,7 +176,8 @@ struct Recorder<F> {
 
 impl<F: Fn(u32) -> bool + Send + Sync> InputObserver for Recorder<F> {
     fn inputs(&self, place: MatrixPlace, _: u32, x: &Activations) {
-        if (self.wanted)(place.layer) {
+        // An expert's matrices have the names of others.
+        if place.kind != ExtentKind::Expert && (self.wanted)(place.layer) {
             let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
             let rows = seen.entry((place.layer, place.name)).or_default();
             (0..x.n()).for_each(|t| rows.extend_from_slice(x.row(t)));
