@@ -13,6 +13,8 @@ use sluice_model::{Engine, EngineOptions};
 use sluice_text::Tokenizer;
 
 const WINDOW: usize = 256;
+/// What the system says of a full drive, on Linux and macOS.
+const ENOSPC: i32 = 28;
 
 fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/demo-model")
@@ -97,6 +99,8 @@ fn what_is_measured_brings_the_model_nearer_to_the_original() {
 struct Failing {
     inner: Measurement,
     at: usize,
+    /// What the layer says that it ends before.
+    problem: fn() -> Box<dyn Error + Send + Sync>,
     measured: Vec<usize>,
     /// What the plan says that measuring takes on the drive.
     scratch: u64,
@@ -108,7 +112,7 @@ impl Failing {
     fn new(plan: &Plan, at: usize) -> Self {
         let inner = measurement(plan, few());
         let scratch = plan.measuring_bytes(inner.kept_bytes());
-        Failing { inner, at, measured: Vec::new(), scratch, more: 0 }
+        Failing { inner, at, problem: || "enough".into(), measured: Vec::new(), scratch, more: 0 }
     }
 }
 
@@ -123,7 +127,7 @@ impl Measure for Failing {
 
     fn layer(&mut self, layer: usize, file: &Path) -> Result<Arc<dyn Inputs>, Box<dyn Error + Send + Sync>> {
         if layer == self.at {
-            return Err("enough".into());
+            return Err((self.problem)());
         }
         self.measured.push(layer);
         assert!(file.metadata()?.len() + 2 * self.inner.kept_bytes() <= self.scratch, "layer {layer}");
@@ -219,16 +223,23 @@ fn copied(to: &Path) {
     }
 }
 
+/// A copy of the fixture in `source`, whose conversion to `cut` was interrupted before its last layer; and how many layers there are.
+fn interrupted(folder: &Path) -> usize {
+    let source = folder.join("source");
+    copied(&source);
+    let plan = planned_of(&source, WeightType::Q3, true);
+    let layers = plan.spec().layers.len();
+    convert_measured(&plan, &folder.join("cut"), Some(&mut Failing::new(&plan, layers - 1)), &()).unwrap_err();
+    layers
+}
+
 /// How a matrix is rounded follows from all weights before it, so what is kept of an interrupted conversion does too.
 #[test]
 fn weights_that_have_changed_change_what_was_rounded_behind_them() {
     for tenths in [1, 4, 7] {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
-        copied(&path("source"));
-        let before = planned_of(&path("source"), WeightType::Q3, true);
-        let layers = before.spec().layers.len();
-        convert_measured(&before, &path("cut"), Some(&mut Failing::new(&before, layers - 1)), &()).unwrap_err();
+        let layers = interrupted(folder.path());
         let weights = path("source").join("model.safetensors");
         let mut bytes = fs::read(&weights).unwrap();
         let at = bytes.len() / 10 * tenths / 8 * 8;
@@ -242,36 +253,104 @@ fn weights_that_have_changed_change_what_was_rounded_behind_them() {
     }
 }
 
+/// What is measured are tokens: what makes others of the text makes another measurement, and nothing else does.
 #[test]
-fn with_another_tokenizer_a_conversion_begins_anew() {
+fn with_other_tokens_a_conversion_begins_anew() {
+    let replace = |path: &Path, from: &str, to: &str| {
+        let text = fs::read_to_string(path).unwrap();
+        assert!(text.contains(from), "{} lacks {from}", path.display());
+        fs::write(path, text.replace(from, to)).unwrap();
+    };
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
-    copied(&path("source"));
-    let before = planned_of(&path("source"), WeightType::Q3, true);
-    let layers = before.spec().layers.len();
-    convert_measured(&before, &path("cut"), Some(&mut Failing::new(&before, layers - 1)), &()).unwrap_err();
+    let layers = interrupted(folder.path());
     let tokenizer = path("source").join("tokenizer.json");
-    let text = fs::read_to_string(&tokenizer).unwrap();
-    fs::write(&tokenizer, text + "\n").unwrap();
+    // The ids of two letters, exchanged.
+    for [from, to] in [["\"e\": ", "\"?e\": "], ["\"z\": ", "\"e\": "], ["\"?e\": ", "\"z\": "]] {
+        replace(&tokenizer, from, to);
+    }
     let now = planned_of(&path("source"), WeightType::Q3, true);
     assert_eq!(resumed(&now, &path("cut"), &mut Failing::new(&now, layers)), 0);
+
+    // A template is carried, and changes no token.
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let layers = interrupted(folder.path());
+    fs::write(path("source").join("chat_template.jinja"), "{{ messages[0]['content'] }}").unwrap();
+    let now = planned_of(&path("source"), WeightType::Q3, true);
+    let mut going_on = Failing::new(&now, layers);
+    assert!(resumed(&now, &path("cut"), &mut going_on) > 0);
+    assert_eq!(going_on.measured, [layers - 1]);
+    convert_measured(&now, &path("whole"), Some(&mut measurement(&now, few())), &()).unwrap();
+    assert!(fs::read(path("cut")).unwrap() == fs::read(path("whole")).unwrap());
+}
+
+/// Without room for a layer or for what is kept, the conversion is not lost, and says so.
+#[test]
+fn a_drive_that_becomes_full_while_measuring_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cut");
+    let plan = planned(WeightType::Q3, true);
+    let layers = plan.spec().layers.len();
+    let problem = || std::io::Error::from_raw_os_error(ENOSPC).into();
+    let mut full = Failing { problem, ..Failing::new(&plan, layers - 1) };
+    let error = convert_measured(&plan, &path, Some(&mut full), &()).unwrap_err();
+    assert!(matches!(error, ConvertError::Full { .. }), "{error}");
+    let said = error.to_string();
+    assert!(said.contains("the same command goes on") && !said.contains("--no-importance"), "{said}");
+    let mut again = Failing::new(&plan, layers);
+    assert!(resumed(&plan, &path, &mut again) > 0);
+    assert_eq!(again.measured, [layers - 1]);
+}
+
+/// What the other one has left goes, whatever was asked for in between.
+#[test]
+fn nothing_is_left_of_a_conversion_that_was_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    interrupted(folder.path());
+    // As a kill leaves them, in the middle of a layer and of what is kept.
+    fs::copy(path("cut.partial"), path("cut.partial.layer")).unwrap();
+    fs::copy(path("cut.partial.states"), path("cut.partial.states.new")).unwrap();
+    // What is somebody's stays.
+    let strange = ["cut.partial.journal.old", "cut.partial-2", "cut.partial-00099", "other.partial.states"];
+    strange.iter().for_each(|name| fs::write(path(name), "a novel").unwrap());
+    convert_measured(&planned_of(&path("source"), WeightType::Q3, false), &path("cut"), None, &()).unwrap();
+    let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(
+        left,
+        ["cut", "cut.partial-00099", "cut.partial-2", "cut.partial.journal.old", "other.partial.states", "source"]
+    );
+    assert!(strange.iter().all(|name| fs::read_to_string(path(name)).unwrap() == "a novel"));
 }
 
 #[test]
-fn what_lies_where_a_layer_is_written_stays() {
+fn what_lies_where_measuring_writes_stays() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
-    let plan = planned(WeightType::Q3, true);
+    let (plan, plain) = (planned(WeightType::Q3, true), planned(WeightType::Q3, false));
     fs::write(path("precious"), "a novel").unwrap();
-    std::os::unix::fs::symlink(path("precious"), path("a.partial.layer")).unwrap();
-    fs::hard_link(path("precious"), path("b.partial.layer")).unwrap();
-    fs::write(path("c.partial.layer"), "a novel").unwrap();
-    for name in ["a", "b", "c"] {
-        let refused = convert_measured(&plan, &path(name), Some(&mut measurement(&plan, few())), &());
-        assert!(matches!(refused, Err(ConvertError::InTheWay { .. })), "{refused:?}");
+    for place in ["layer", "states", "states.new"] {
+        let of = |name: &str| path(&format!("{name}.partial.{place}"));
+        std::os::unix::fs::symlink(path("precious"), of("a")).unwrap();
+        fs::write(of("c"), "a novel").unwrap();
+        for name in ["a", "c"] {
+            let refused = convert_measured(&plan, &path(name), Some(&mut measurement(&plan, few())), &());
+            assert!(matches!(refused, Err(ConvertError::InTheWay { .. })), "{place}: {refused:?}");
+            assert!(!path(&format!("{name}.partial")).exists(), "nothing was begun");
+            // Whoever does not measure has no need of the place.
+            convert_measured(&plain, &path(name), None, &()).unwrap();
+            assert_eq!(fs::read_to_string(of(name)).unwrap(), "a novel");
+            fs::remove_file(path(name)).unwrap();
+            fs::remove_file(of(name)).unwrap();
+        }
+        fs::hard_link(path("precious"), of("b")).unwrap();
+        let refused = convert_measured(&plan, &path("b"), Some(&mut measurement(&plan, few())), &());
+        assert!(matches!(refused, Err(ConvertError::InTheWay { .. })), "{place}: {refused:?}");
+        fs::remove_file(of("b")).unwrap();
     }
     assert_eq!(fs::read_to_string(path("precious")).unwrap(), "a novel");
-    assert_eq!(fs::read_to_string(path("c.partial.layer")).unwrap(), "a novel");
 }
 
 #[test]

@@ -2,11 +2,12 @@
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar};
 use sluice_converter::{ConvertError, Options, Plan, Progress, check_destination, plan_source};
+use sluice_format::model_path;
 use sluice_hub::models::Models;
 use sluice_hub::{Client, HubConversion, HubError, Needs, Notice, Observer, Patience, Reference, Settings};
 use sluice_lab::estimate;
@@ -52,6 +53,8 @@ pub(crate) struct Bars {
     all: MultiProgress,
     download: ProgressBar,
     convert: Option<ProgressBar>,
+    /// What was said of the download.
+    heard: Mutex<Vec<String>>,
 }
 
 impl Bars {
@@ -59,7 +62,7 @@ impl Bars {
     pub(crate) fn download(bytes: u64) -> Arc<Self> {
         let all = MultiProgress::new();
         let download = all.add(byte_bar("downloading", bytes));
-        Arc::new(Bars { all, download, convert: None })
+        Arc::new(Bars { all, download, convert: None, heard: Mutex::default() })
     }
 
     /// Bars for both.
@@ -67,7 +70,7 @@ impl Bars {
         let all = MultiProgress::new();
         let download = all.add(byte_bar("downloading", 0));
         let convert = Some(all.add(byte_bar("converting ", 0)));
-        Arc::new(Bars { all, download, convert })
+        Arc::new(Bars { all, download, convert, heard: Mutex::default() })
     }
 
     pub(crate) fn finish(&self) {
@@ -77,6 +80,11 @@ impl Bars {
 
     fn say(&self, text: &str) {
         self.all.suspend(|| note(&text));
+    }
+
+    /// What was said of the download so far.
+    pub(crate) fn heard(&self) -> Vec<String> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -95,6 +103,7 @@ impl Observer for Bars {
 
     fn note(&self, text: &str) {
         self.say(&format!("note: {text}"));
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).push(text.to_owned());
     }
 }
 
@@ -134,7 +143,7 @@ impl Fetched {
     ) -> Result<(Self, Plan), CliError> {
         let bars = Bars::both();
         let hub = HubConversion::prepare(client()?, reference, dst, keep, Arc::clone(&bars) as Arc<dyn Observer>)?;
-        hub.notes().iter().for_each(|text| note(&format_args!("note: {text}")));
+        hub.notes().iter().for_each(|text| Observer::note(&*bars, text));
         let plan = plan_source(hub.source(), options)?;
         Ok((Fetched { hub, bars }, plan))
     }
@@ -231,10 +240,10 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-/// The model file that an argument means: itself, or what was made of a name on the hub. If nothing was, it is made, once somebody
+/// The model file that an argument means: itself, its first volume, or what was made of a name on the hub. If nothing was, it is made, once somebody
 /// has agreed: by `yes`, or at the terminal.
 pub(crate) fn model_file(argument: &Path, yes: bool) -> Result<PathBuf, CliError> {
-    let Some(reference) = reference(argument)? else { return Ok(argument.to_owned()) };
+    let Some(reference) = reference(argument)? else { return Ok(model_path(argument)?) };
     let models = Models::of_user()?;
     models.check()?;
     let found = models.find(&reference);

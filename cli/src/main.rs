@@ -17,6 +17,7 @@ mod sampling;
 mod size;
 mod terminal;
 mod text_files;
+mod types;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

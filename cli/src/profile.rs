@@ -85,30 +85,31 @@ impl Phase {
         if self.tokens == 0 {
             return format!("{name:<9} nothing to do\n");
         }
-        let mut out = format!(
-            "{name:<9} {} tokens in {}: {:.2} tokens/s, {} of experts read per token, {} in all\n",
-            self.tokens,
-            seconds(self.seconds),
-            self.tokens_per_second,
-            Bytes(self.expert_bytes_read_per_token as u64),
-            Bytes(self.expert_bytes_read),
-        );
+        let (tokens, rate) = (self.tokens, self.tokens_per_second);
+        let mut out = format!("{name:<9} {tokens} tokens in {}: {rate:.2} tokens/s", seconds(self.seconds));
         let part = |value| percent(value, self.seconds);
+        let mut experts = String::new();
+        // None is needed where a model has none.
+        if let Some(hit_rate) = self.hit_rate {
+            let _ = write!(
+                out,
+                ", {} of experts read per token, {} in all\n          \
+                 {} of {} experts were in memory ({:.1} %); {} read ahead, {} of them used, {} in vain",
+                Bytes(self.expert_bytes_read_per_token as u64),
+                Bytes(self.expert_bytes_read),
+                self.hits,
+                self.hits + self.misses,
+                100.0 * hit_rate,
+                self.prefetched,
+                self.prefetched_used,
+                self.prefetched_wasted,
+            );
+            experts = format!("experts {:.0} %, ", part(self.expert_seconds));
+        }
         let _ = writeln!(
             out,
-            "          {} of {} experts were in memory ({:.1} %); {} read ahead, {} of them used, {} in vain",
-            self.hits,
-            self.hits + self.misses,
-            100.0 * self.hit_rate.unwrap_or(0.0),
-            self.prefetched,
-            self.prefetched_used,
-            self.prefetched_wasted,
-        );
-        let _ = writeln!(
-            out,
-            "          waiting for the drive {:.0} %, experts {:.0} %, attention {:.0} %, output head {:.0} %, other {:.0} %",
+            "\n          waiting for the drive {:.0} %, {experts}attention {:.0} %, output head {:.0} %, other {:.0} %",
             part(self.io_wait_seconds),
-            part(self.expert_seconds),
             part(self.attention_seconds),
             part(self.head_seconds),
             part(self.other_seconds),
@@ -196,19 +197,20 @@ impl Profile {
         let memory = &self.memory;
         let mut out = self.prefill.lines("prefill") + &self.decode.lines("decode");
         let requested = memory.requested.map_or("not limited".to_owned(), |r| Bytes(r).to_string());
+        let experts = match memory.experts {
+            0 => String::new(),
+            all => format!(", {} of {all} experts of {}", memory.slots, Bytes(memory.slot_len)),
+        };
         let _ = writeln!(
             out,
             "memory    requested {requested}, effective {}, used {}: dense {}, key-value cache {} ({}),\n          \
-             scratch {}, {} of {} experts of {}",
+             scratch {}{experts}",
             Bytes(memory.effective),
             Bytes(memory.used()),
             Bytes(memory.dense),
             Bytes(memory.kv_cache),
             memory.kv_type,
             Bytes(memory.scratch),
-            memory.slots,
-            memory.experts,
-            Bytes(memory.slot_len),
         );
         let _ = writeln!(out, "reads     {}", self.read_path);
         let _ = writeln!(out, "          {}", self.read_tuning.line());
@@ -237,6 +239,15 @@ mod tests {
         assert_eq!((phase.tokens, phase.tokens_per_second), (4, 2.0));
         assert_eq!((phase.expert_bytes_read_per_token, phase.hit_rate), (10.0, Some(0.75)));
         assert_eq!(phase.other_seconds, 1.5);
+        let lines = phase.lines("decode");
+        assert!(lines.contains("3 of 4 experts were in memory (75.0 %)") && lines.lines().count() == 3, "{lines}");
+    }
+
+    #[test]
+    fn models_without_experts_have_none_in_the_report() {
+        let phase = Phase::between(&Stats::default(), &Stats { tokens: 4, ..Stats::default() }, 2.0);
+        let lines = phase.lines("decode");
+        assert!(lines.contains("4 tokens in") && lines.lines().count() == 2 && !lines.contains("experts"), "{lines}");
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! Why a conversion was refused or failed.
 
+use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use sluice_format::{FormatError, ImportanceError, WeightType};
 
 /// What to do about a repository of the hub that is not sound itself.
@@ -350,17 +352,28 @@ pub enum ConvertError {
         /// Bytes available.
         available: u64,
     },
+    /// The drive has become full on the way.
+    #[error(
+        "{path}: the drive is full ({source}). What has been converted is kept: free some space, and the same command goes on where \
+         it stopped"
+    )]
+    Full {
+        /// The destination.
+        path: PathBuf,
+        /// What could not be written.
+        source: Box<dyn Error + Send + Sync>,
+    },
     /// A layer could not be executed to measure what meets its matrices.
     #[error("layer {layer} cannot be measured: {source}. Convert with --no-importance, which measures nothing")]
     Measure {
         /// The layer.
         layer: usize,
         /// Why.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: Box<dyn Error + Send + Sync>,
     },
     /// A source that has yet to be fetched could not be.
     #[error("{0}")]
-    Fetch(Arc<dyn std::error::Error + Send + Sync>),
+    Fetch(Arc<dyn Error + Send + Sync>),
     /// The importance file is unreadable, damaged, or belongs to another model.
     #[error(transparent)]
     Importance(#[from] ImportanceError),
@@ -373,6 +386,22 @@ impl ConvertError {
     /// An adapter for `map_err`.
     pub(crate) fn io(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> ConvertError {
         move |source| ConvertError::Io { path: path.to_owned(), action, source }
+    }
+
+    /// [`ConvertError::Full`] of the conversion to `path`, if that is what this comes of.
+    pub(crate) fn or_full(self, path: &Path) -> Self {
+        let full = [Errno::ENOSPC, Errno::EDQUOT].map(|errno| Some(errno as i32));
+        let is_full = |error: &(dyn Error + 'static)| {
+            error.downcast_ref::<io::Error>().is_some_and(|error| full.contains(&error.raw_os_error()))
+        };
+        if std::iter::successors(Some(&self as &(dyn Error + 'static)), |&error| error.source()).any(is_full) {
+            let source = match self {
+                ConvertError::Measure { source, .. } => source,
+                other => other.into(),
+            };
+            return ConvertError::Full { path: path.to_owned(), source };
+        }
+        self
     }
 }
 

@@ -14,7 +14,7 @@ use crate::journal::Journal;
 use crate::layer_file::{self, LayerFile};
 use crate::measure::{Inputs, Measure};
 use crate::pack::{self, Outcome, Packer};
-use crate::partial::{Partial, with_suffix};
+use crate::partial::Partial;
 use crate::plan::Plan;
 use crate::resume::{Start, is_possible};
 use crate::states;
@@ -38,6 +38,7 @@ struct Execution<'a> {
     plan: &'a Plan,
     writer: &'a FileWriter,
     states_path: &'a Path,
+    layer_path: &'a Path,
     progress: &'a dyn Progress,
     contents: &'a Contents<'a>,
     /// By extent.
@@ -89,6 +90,7 @@ pub(crate) fn run(
         plan,
         writer: &partial.writer,
         states_path: &partial.states_path,
+        layer_path: &partial.layer_path,
         progress,
         contents: &contents,
         outcomes: Mutex::new(outcomes),
@@ -137,8 +139,7 @@ impl Execution<'_> {
                     measure.begin(layer_file::embeddings(plan, self.contents, measure.tokens())?);
                 }
                 (&[Step::Measure(layer)], Some(measure)) => {
-                    let (first, _) = self.writer.files().next().expect("a conversion writes a file");
-                    let path = with_suffix(first, ".layer");
+                    let path = self.layer_path.to_owned();
                     let file = LayerFile::write(plan, self.contents, layer, path).map_err(|e| match e {
                         // Of the type that it is measured in, which is not the one that was asked for.
                         ConvertError::TooLarge { .. } => ConvertError::Measure { layer, source: e.into() },

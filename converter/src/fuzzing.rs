@@ -11,7 +11,7 @@ use crate::plan::{Plan, build};
 /// Gives header and records of a journal the checksums that they must have to belong to this plan's conversion. What is no
 /// whole record stays as it is.
 pub fn seal_journal(plan: &Plan, journal: &mut [u8]) {
-    partial::identity(plan).seal(journal);
+    partial::identity(plan, plan.hash_with(None)).seal(journal);
 }
 
 /// Names and shapes of tensors that make a checkpoint of this `config.json`, in the first spelling that its family has;

@@ -7,7 +7,7 @@
 //! record, such as the half of one that a power cut left, is cut off.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -15,12 +15,12 @@ use sluice_checksum::{xxh3_64, xxh3_64_with_seed};
 use sluice_format::{Codec, Syncer, Written};
 
 use crate::error::ConvertError;
+use crate::own::{Own, make_room, new_of, open_own};
 use crate::pack::{ErrorSums, Outcome};
-use crate::partial::{open_own, with_suffix};
 use crate::source::Stamp;
 
 /// What all versions begin with.
-const FAMILY: &[u8; 6] = b"SLJRNL";
+pub(crate) const FAMILY: &[u8; 6] = b"SLJRNL";
 /// The version is to change with the records, and with everything that makes extents from the same source and options others
 /// than before.
 const MAGIC: [u8; 8] = *b"SLJRNL\x04\n";
@@ -260,14 +260,9 @@ impl Journal {
         content: &Content,
         syncer: &Syncer,
     ) -> Result<Self, ConvertError> {
-        let new = with_suffix(path, ".new");
-        // Whatever has this name, it is removed and not followed; the lock of the partial file keeps others away.
-        match fs::remove_file(&new) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                return Err(ConvertError::io(&new, "remove what an interrupted conversion has left")(e));
-            }
-            _ => {}
-        }
+        let new = new_of(path);
+        // The lock of the partial file keeps others away.
+        make_room(&new, Own::Journal)?;
         let io = |action| ConvertError::io(&new, action);
         let file = File::options().read(true).write(true).create_new(true).open(&new);
         let file = file.map_err(io("create the journal"))?;
@@ -307,13 +302,6 @@ pub(crate) fn is_journal(path: &Path) -> bool {
     let mut start = [0; FAMILY.len()];
     let is_file = path.symlink_metadata().is_ok_and(|m| m.is_file());
     is_file && File::open(path).and_then(|mut f| f.read_exact(&mut start)).is_ok() && start == *FAMILY
-}
-
-/// Whether the file at `path` is a journal, or what a crash of the machine can leave of one: nothing, or zeros.
-pub(crate) fn may_be_journal(path: &Path) -> bool {
-    let mut start = Vec::new();
-    let read = File::open(path).and_then(|file| file.take(FAMILY.len() as u64).read_to_end(&mut start));
-    read.is_ok() && (FAMILY.starts_with(&start) || start.iter().all(|&byte| byte == 0))
 }
 
 #[cfg(test)]
@@ -429,6 +417,9 @@ mod tests {
         }
         let found = Journal::open(&path, IDENTITY);
         assert!(matches!(found, Err(ConvertError::InTheWay { .. })));
+        let created = Journal::create(&path, IDENTITY, &empty(), &Syncer::default());
+        assert!(matches!(created, Err(ConvertError::InTheWay { .. })));
+        std::fs::remove_file(dir.path().join("journal.new")).unwrap();
         create(&path, IDENTITY, &empty());
         assert_eq!(std::fs::read(&precious).unwrap(), b"precious");
         assert!(matches!(open(&path), Found::Same { .. }));

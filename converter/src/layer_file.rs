@@ -12,8 +12,8 @@ use sluice_format::{
 use crate::contents::Contents;
 use crate::encoding::Rows;
 use crate::error::ConvertError;
+use crate::own::{Own, make_room};
 use crate::pack::Packer;
-use crate::partial::make_room;
 use crate::plan::Plan;
 
 /// A file that is removed when it is no longer needed.
@@ -40,7 +40,7 @@ impl LayerFile {
         layer: usize,
         path: PathBuf,
     ) -> Result<LayerFile, ConvertError> {
-        make_room(&path)?;
+        make_room(&path, Own::Model)?;
         let made = LayerFile { path };
         let reading = plan.reading.as_ref().expect("the plan knows that it is measured");
         let belongs = |kind, of: u32| reads(plan, layer, kind, of);

@@ -14,7 +14,7 @@
 //! | `plan` | chooses types, lays out extents, checks that every tensor is accounted for |
 //! | `encoding` | knows how numbers are written down, one file per published encoding |
 //! | `fp8`, `pack` | rows of numbers → row groups of the file |
-//! | `journal`, `partial`, `resume`, `execute` | crash safety, disk space, threads |
+//! | `journal`, `own`, `partial`, `resume`, `execute` | crash safety, disk space, threads |
 //! | `contents`, [`mod@provenance`] | which bytes the source holds; whether a model file was made of them |
 //! | `layer_file`, `states`, [`mod@measure`] | what meets the matrices, measured layer by layer on the way |
 //! | `report` | summary |
@@ -34,6 +34,7 @@ mod layer_file;
 pub mod measure;
 mod nearest;
 mod options;
+mod own;
 mod pack;
 mod partial;
 pub mod pattern;
@@ -49,6 +50,7 @@ pub mod synth;
 mod upgrade;
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use sluice_format::Written;
 
@@ -75,6 +77,27 @@ impl Progress for () {
     fn started(&self, _total_bytes: u64, _already_done: u64) {}
     fn advanced(&self, _bytes: u64) {}
     fn note(&self, _text: &str) {}
+}
+
+/// Passes everything on, and keeps what was said.
+struct Remarks<'a> {
+    progress: &'a dyn Progress,
+    said: Mutex<Vec<String>>,
+}
+
+impl Progress for Remarks<'_> {
+    fn started(&self, total_bytes: u64, already_done: u64) {
+        self.progress.started(total_bytes, already_done);
+    }
+
+    fn advanced(&self, bytes: u64) {
+        self.progress.advanced(bytes);
+    }
+
+    fn note(&self, text: &str) {
+        self.progress.note(text);
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).push(text.to_owned());
+    }
 }
 
 /// Converts the checkpoint in the folder `src` to the file `dst`, resuming an interrupted conversion of the same source with
@@ -128,28 +151,29 @@ pub fn convert_measured(
         return Err(ConvertError::Options(problem.into()));
     }
     let scratch = measure.as_ref().map_or(0, |measure| plan.measuring_bytes(measure.kept_bytes()));
-    let partial::Opened { partial, identity, found, notes: mut remarks } = partial::open(dst, plan, scratch)?;
+    let hash = plan.hash_with(measure.as_ref().map(|measure| measure.tokens()));
+    let remarks = Remarks { progress, said: Mutex::default() };
+    let progress: &dyn Progress = &remarks;
+    let partial::Opened { partial, identity, found, notes } = partial::open(dst, plan, hash, scratch)?;
     let restarted = matches!(found, journal::Found::OtherPlan);
     if restarted {
         progress.note("an interrupted conversion with other options or from another source was there; it starts over");
     }
-    remarks.extend(partial::sync_note(dst, &partial.writer));
-    plan.notes().iter().chain(&remarks).for_each(|note| progress.note(note));
-    let mut note = |text: String| {
-        progress.note(&text);
-        remarks.push(text);
-    };
-    let start = resume::start(plan, &partial, identity, found, &mut note)?;
+    let synced = partial::sync_note(dst, &partial.writer);
+    plan.notes().iter().chain(&notes).chain(&synced).for_each(|note| progress.note(note));
+    let start = resume::start(plan, &partial, identity, found, &|text| progress.note(&text))?;
     let (resumed_extents, resumed_read) = (start.done.len(), bytes_read(&start.done));
     let resumed_bytes: u64 = start.done.iter().map(|o| plan.layout.extents()[o.extent].stored_len).sum();
     progress.started(plan.extent_bytes(), resumed_bytes);
-    let execute::Finished { outcomes, parts } = execute::run(plan, &partial, start, measure, progress)?;
+    let is_full = |error: ConvertError| error.or_full(dst);
+    let execute::Finished { outcomes, parts } =
+        execute::run(plan, &partial, start, measure, progress).map_err(is_full)?;
     let written: Vec<Written> = outcomes.iter().map(|o| o.written).collect();
     let metadata = plan.metadata(provenance::blob(plan, &outcomes, &parts), &parts);
-    let partial::Published { model_id, file_bytes, files } = partial.finish(plan, &written, &metadata)?;
+    let published = partial.finish(plan, &written, &metadata).map_err(is_full)?;
+    let partial::Published { model_id, file_bytes, files } = published;
     let found = report::empty(plan, &parts).into_iter().chain(report::vanished(plan, &outcomes));
-    let found: Vec<String> = found.collect();
-    found.iter().for_each(|note| progress.note(note));
+    found.for_each(|note| progress.note(&note));
     Ok(Summary {
         family: plan.spec.family.clone(),
         model_id: model_id.to_string(),
@@ -162,7 +186,7 @@ pub fn convert_measured(
         errors: report::errors(plan, &outcomes),
         widened: plan.widened.clone(),
         left_out: plan.left_out.clone(),
-        notes: plan.notes.iter().cloned().chain(remarks).chain(found).collect(),
+        notes: remarks.said.into_inner().unwrap_or_else(PoisonError::into_inner),
         bytes_read: bytes_read(&outcomes).saturating_sub(resumed_read),
         bytes_written: plan.extent_bytes() - resumed_bytes,
         resumed_extents,

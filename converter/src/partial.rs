@@ -1,21 +1,21 @@
 //! The partial file: opened, locked, given its space, resumed or begun anew, and in the end given its name.
 
-use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read as _};
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
 use nix::sys::statvfs::statvfs;
 use sluice_checksum::Xxh3;
 use sluice_format::{ExtentRecord, FileWriter, MAGIC, Metadata, ModelId, Volume, VolumeName, Written};
 
 use crate::error::ConvertError;
-use crate::journal::{Found, Identity, Journal, is_journal, may_be_journal};
+use crate::journal::{Found, Identity, Journal, is_journal};
+use crate::own::{
+    self, Own, clear_all, clear_idle, folder_of, journal_path, layer_path, new_of, open_own, partial_path, states_path,
+};
 use crate::plan::Plan;
-use crate::states;
 
 /// Unit of `st_blocks`, whatever the filesystem's blocks are.
 const STAT_BLOCK: u64 = 512;
@@ -28,6 +28,8 @@ pub(crate) struct Partial {
     pub(crate) journal_path: PathBuf,
     /// Where measuring keeps what it goes on with.
     pub(crate) states_path: PathBuf,
+    /// Where a layer is while it is measured.
+    pub(crate) layer_path: PathBuf,
     pub(crate) writer: FileWriter,
     /// Hold the locks until the files have their names: a duplicate keeps the lock when the writer closes its own.
     locks: Vec<(PathBuf, File)>,
@@ -48,21 +50,6 @@ pub(crate) struct Opened {
     pub(crate) found: Found,
     /// What this filesystem cannot do, for the user.
     pub(crate) notes: Vec<String>,
-}
-
-/// `path` with something behind its name.
-pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name: OsString = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
-/// Where the partial file of a volume is.
-pub(crate) fn partial_path(destination: &Path, volume: usize) -> PathBuf {
-    match volume {
-        0 => with_suffix(destination, ".partial"),
-        volume => with_suffix(destination, &format!(".partial-{:05}", volume + 1)),
-    }
 }
 
 /// The names of the finished files, of which there are `count`.
@@ -98,7 +85,7 @@ fn source_of(plan: &Plan) -> Option<&Path> {
 
 /// Those of these volumes that a conversion had given their names when it was killed, before the first one had its.
 fn early(destination: &Path, targets: &[PathBuf]) -> Vec<usize> {
-    let is_journaled = || is_journal(&with_suffix(destination, ".partial.journal"));
+    let is_journaled = || is_journal(&journal_path(destination));
     if targets.first().is_none_or(|first| first.exists()) || !partial_path(destination, 0).exists() || !is_journaled() {
         return Vec::new();
     }
@@ -114,9 +101,10 @@ fn early(destination: &Path, targets: &[PathBuf]) -> Vec<usize> {
 }
 
 /// Takes volumes back that a conversion had given their names when it was killed, before the first one had its: then it goes on
-/// where it was.
+/// where it was, or another one takes its place, whose plan has `most` volumes at most.
 fn take_back(destination: &Path, most: usize) {
-    for count in 2..=most {
+    let others = other_counts(destination, most);
+    for count in (2..=most).chain(others) {
         let targets = targets(destination, count);
         for volume in early(destination, &targets) {
             // If it cannot be renamed, it stands in the way, which is then said.
@@ -125,29 +113,33 @@ fn take_back(destination: &Path, most: usize) {
     }
 }
 
-/// Removes what a conversion has left that was killed when its model file had its name already: its journal, and files for volumes
-/// that a compressed model did not need. They are in nobody's way, so an error is none.
+/// Into how many volumes, more than `most`, a conversion had divided the model that was killed while it gave them their names. Each of them
+/// repeats the tables, which tells them from those of other models.
+fn other_counts(destination: &Path, most: usize) -> Option<usize> {
+    let first = Volume::open(&partial_path(destination, 0)).ok()?;
+    let sb = first.superblock();
+    let count = usize::from(sb.volume_count);
+    let tables = |volume: &Volume| [volume.superblock().extents, volume.superblock().tensors].map(|t| t.checksum);
+    let is_of_it = |path: &PathBuf| Volume::open(path).map_or(true, |other| tables(&other) == tables(&first));
+    let is_whole = sb.volume == 0 && count > most.max(1) && targets(destination, count)[1..].iter().all(is_of_it);
+    is_whole.then_some(count)
+}
+
+/// Removes what a conversion has left that was killed when its model file had its name already: its journal, and what else is beside
+/// it. It is in nobody's way, so an error is none.
 pub(crate) fn clear_remains(destination: &Path, plan: &Plan) {
-    let journal = with_suffix(destination, ".partial.journal");
     let most = plan.layout.ends().len();
     let is_complete =
         || (1..=most).any(|count| targets(destination, count).first().is_some_and(|first| first.exists()));
-    if partial_path(destination, 0).exists() || !is_journal(&journal) || !is_complete() {
-        return;
+    if !partial_path(destination, 0).exists() && is_journal(&journal_path(destination)) && is_complete() {
+        let _ = clear_all(destination);
     }
-    for volume in 1..most {
-        let path = partial_path(destination, volume);
-        if matches!(open_own(&path, false), Ok(Some(file)) if is_partial(&file).unwrap_or(false)) {
-            let _ = fs::remove_file(path);
-        }
-    }
-    let _ = fs::remove_file(journal);
 }
 
-/// What the journal of a conversion by this plan belongs to.
-pub(crate) fn identity(plan: &Plan) -> Identity {
+/// What the journal of a conversion by this plan belongs to, whose hash is [`Plan::hash_with`].
+pub(crate) fn identity(plan: &Plan, hash: u128) -> Identity {
     Identity {
-        plan_hash: plan.hash,
+        plan_hash: hash,
         tensors_per_extent: plan.tensors_per_extent(),
         extents: plan.extents.len(),
         parts: plan.checkpoint.parts.len(),
@@ -155,18 +147,20 @@ pub(crate) fn identity(plan: &Plan) -> Identity {
     }
 }
 
-/// Opens the partial files for `destination`, gives them their space, and reads their journal. `scratch`: bytes of temporary files that
-/// the conversion will need besides.
-pub(crate) fn open(destination: &Path, plan: &Plan, scratch: u64) -> Result<Opened, ConvertError> {
+/// Opens the partial files for `destination`, gives them their space, and reads their journal. `hash`: [`Plan::hash_with`]; `scratch`:
+/// bytes of temporary files that the conversion will need besides.
+pub(crate) fn open(destination: &Path, plan: &Plan, hash: u128, scratch: u64) -> Result<Opened, ConvertError> {
     let volumes = plan.layout.ends().len();
     take_back(destination, volumes);
     refuse_all_existing(destination, plan).inspect_err(|_| clear_remains(destination, plan))?;
-    let journal_path = with_suffix(destination, ".partial.journal");
-    // First, so that nothing is left behind where it is in the way.
-    if open_own(&journal_path, false)?.is_some() && !may_be_journal(&journal_path) {
-        let problem = "it is not what a conversion leaves when it is interrupted";
-        return Err(ConvertError::InTheWay { path: journal_path, problem });
+    let (journal_path, states_path) = (journal_path(destination), states_path(destination));
+    // First, so that nothing is left behind where something is in the way, nor found hours later.
+    let mut places = vec![(journal_path.clone(), Own::Journal), (new_of(&journal_path), Own::Journal)];
+    if plan.is_measured() {
+        places.extend([&states_path, &new_of(&states_path)].map(|path| (path.clone(), Own::States)));
+        places.push((layer_path(destination), Own::Model));
     }
+    places.iter().try_for_each(|(path, own)| own::check(path, *own).map(drop))?;
     let mut notes = Vec::new();
     let mut locks = Vec::with_capacity(volumes);
     for volume in 0..volumes {
@@ -176,7 +170,7 @@ pub(crate) fn open(destination: &Path, plan: &Plan, scratch: u64) -> Result<Open
     }
     // Another conversion may have finished while this one waited to open the files.
     refuse_all_existing(destination, plan)?;
-    let identity = identity(plan);
+    let identity = identity(plan, hash);
     let found = Journal::open(&journal_path, identity)?;
     let duplicate = |(path, lock): &(PathBuf, File)| {
         Ok((path.clone(), lock.try_clone().map_err(ConvertError::io(path, "open it"))?))
@@ -186,8 +180,9 @@ pub(crate) fn open(destination: &Path, plan: &Plan, scratch: u64) -> Result<Open
     if plan.options.compress {
         writer.compress(&plan.records);
     }
-    let states_path = with_suffix(destination, states::SUFFIX);
-    let partial = Partial { destination: destination.to_owned(), journal_path, states_path, writer, locks };
+    let (destination, layer_path) = (destination.to_owned(), layer_path(destination));
+    let partial = Partial { destination, journal_path, states_path, layer_path, writer, locks };
+    clear_idle(&partial.destination, volumes)?;
     if !matches!(found, Found::Same { .. }) {
         partial.clear()?;
     }
@@ -252,7 +247,7 @@ pub(crate) fn claim(path: &Path, journal_path: &Path, notes: &mut Vec<String>) -
     if !has_name(&file, path)? {
         return Err(ConvertError::Locked { path: path.to_owned() });
     }
-    if !is_partial(&file).map_err(ConvertError::io(path, "read it"))? && !is_journal(journal_path) {
+    if !Own::Model.is(&file).map_err(ConvertError::io(path, "read it"))? && !is_journal(journal_path) {
         let problem = "it is not what a conversion leaves when it is interrupted";
         return Err(ConvertError::InTheWay { path: path.to_owned(), problem });
     }
@@ -263,71 +258,6 @@ pub(crate) fn claim(path: &Path, journal_path: &Path, notes: &mut Vec<String>) -
 fn has_name(file: &File, path: &Path) -> Result<bool, ConvertError> {
     let ours = file.metadata().map_err(ConvertError::io(path, "read its state"))?;
     Ok(path.symlink_metadata().is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())))
-}
-
-/// Makes room at `path` for a temporary model file.
-///
-/// # Errors
-/// [`ConvertError::InTheWay`] if there is something that no conversion has left there.
-pub(crate) fn make_room(path: &Path) -> Result<(), ConvertError> {
-    let Some(file) = open_own(path, false)? else { return Ok(()) };
-    if !is_partial(&file).map_err(ConvertError::io(path, "read it"))? {
-        let problem = "it is not what a conversion leaves";
-        return Err(ConvertError::InTheWay { path: path.to_owned(), problem });
-    }
-    fs::remove_file(path).map_err(ConvertError::io(path, "remove it"))
-}
-
-/// Whether a file begins as unfinished and finished model files do, as far as it goes.
-fn is_partial(file: &File) -> io::Result<bool> {
-    let mut start = [0; MAGIC.len()];
-    let len = file.metadata()?.len().min(start.len() as u64) as usize;
-    file.read_exact_at(&mut start[..len], 0)?;
-    Ok(start == [0; MAGIC.len()] || start == MAGIC)
-}
-
-/// Opens a file for reading and writing that only this program writes; `None` if there is none and it is not to be created.
-/// Never follows a link, nor opens anything but a regular file of a single name: what else is there stays as it is.
-pub(crate) fn open_own(path: &Path, create: bool) -> Result<Option<File>, ConvertError> {
-    let in_the_way = |problem| Err(ConvertError::InTheWay { path: path.to_owned(), problem });
-    match path.symlink_metadata() {
-        Ok(found) => {
-            if let Some(problem) = obstacle(&found) {
-                return in_the_way(problem);
-            }
-        }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(ConvertError::io(path, "read its state")(e)),
-    }
-    // Whatever takes its place in this moment: no link is followed, and no pipe waited for.
-    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-    let file =
-        File::options().read(true).write(true).create(create).truncate(false).custom_flags(flags.bits()).open(path);
-    let file = match file {
-        Ok(file) => file,
-        Err(e) if e.kind() == io::ErrorKind::NotFound && !create => return Ok(None),
-        Err(e) => return Err(ConvertError::io(path, if create { "create it" } else { "open it" })(e)),
-    };
-    let opened = file.metadata().map_err(ConvertError::io(path, "read its state"))?;
-    obstacle(&opened).map_or(Ok(Some(file)), in_the_way)
-}
-
-/// Why something is no file that this program has made.
-fn obstacle(found: &fs::Metadata) -> Option<&'static str> {
-    let kind = found.file_type();
-    if kind.is_symlink() {
-        Some("it is a link, which is not followed")
-    } else if kind.is_dir() {
-        Some("it is a folder")
-    } else if kind.is_fifo() || kind.is_socket() {
-        Some("it is a pipe or a socket")
-    } else if !kind.is_file() {
-        Some("it is a device")
-    } else if found.nlink() > 1 {
-        Some("it has another name too (a hard link), whose content would change with it")
-    } else {
-        None
-    }
 }
 
 /// Whether an error says that there are no locks here: not every filesystem has them, nor does every sandbox permit them.
@@ -351,7 +281,7 @@ impl Partial {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(ConvertError::io(&self.journal_path, "remove the journal")(e)),
         }
-        states::remove(&self.states_path)?;
+        own::clear(&self.states_path, Own::States)?;
         self.locks.iter().try_for_each(|(path, file)| file.set_len(0).map_err(ConvertError::io(path, "empty it")))
     }
 
@@ -423,7 +353,7 @@ impl Partial {
         written: &[Written],
         metadata: &Metadata,
     ) -> Result<Published, ConvertError> {
-        let Partial { destination, journal_path, states_path, writer, locks } = self;
+        let Partial { destination, writer, locks, .. } = self;
         let syncer = writer.syncer().clone();
         let (model_id, lens) = writer.finish(written, &plan.records, metadata)?;
         let files = targets(&destination, lens.len());
@@ -446,13 +376,8 @@ impl Partial {
         }
         let folder = folder_of(&destination);
         syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
-        states::remove(&states_path)?;
-        match fs::remove_file(&journal_path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(ConvertError::io(&journal_path, "remove the journal")(e))
-            }
-            _ => Ok(Published { model_id, file_bytes: lens.iter().sum(), files }),
-        }
+        clear_all(&destination)?;
+        Ok(Published { model_id, file_bytes: lens.iter().sum(), files })
     }
 }
 
@@ -497,10 +422,6 @@ pub(crate) fn sync_note(path: &Path, writer: &FileWriter) -> Option<String> {
         "{}: this filesystem cannot sync files ({refusal}): what is written may be lost if the power fails soon after",
         path.display()
     ))
-}
-
-pub(crate) fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Allocates blocks where the filesystem can, so that the drive cannot fill up halfway; else sets the length.

@@ -2,6 +2,7 @@
 //!
 //! `docs/QUANTISATION.md` describes the file.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use sluice_format::{ExtentKind, NO_LAYER};
@@ -63,10 +64,10 @@ impl Recipe {
         Ok(Recipe { path: path.to_owned(), rules })
     }
 
-    /// The type of a tensor, if a pattern matches it, and the number of that rule.
-    pub(crate) fn choice(&self, name: &str) -> Option<(usize, TypeChoice)> {
-        let found = self.rules.iter().enumerate().find(|(_, rule)| rule.pattern.matches(name));
-        found.map(|(number, rule)| (number, rule.choice))
+    /// The rules that match a tensor, by number, and their types; the first decides.
+    pub(crate) fn matching(&self, name: &str) -> impl Iterator<Item = (usize, TypeChoice)> {
+        let matching = self.rules.iter().enumerate().filter(move |(_, rule)| rule.pattern.matches(name));
+        matching.map(|(number, rule)| (number, rule.choice))
     }
 
     /// Its rules as they were written, without comments and empty lines.
@@ -74,15 +75,35 @@ impl Recipe {
         self.rules.iter().map(|rule| rule.text.as_str()).collect()
     }
 
-    /// A remark on rules that have decided nothing.
-    pub(crate) fn unused(&self, used: &[usize]) -> Option<String> {
-        let idle = self.rules.iter().enumerate().filter(|(number, _)| !used.contains(number));
-        let idle: Vec<String> = idle.map(|(_, rule)| format!("line {}: `{}`", rule.line, rule.text)).collect();
-        (!idle.is_empty()).then(|| {
-            let path = self.path.display();
-            format!("{path}: no tensor is left for these patterns: {}", idle.join(", "))
-        })
+    /// Remarks on rules that have changed nothing. `effects`: of the rules that match any tensor, the most that each does, by number.
+    pub(crate) fn idle(&self, effects: &BTreeMap<usize, Effect>) -> Vec<String> {
+        let of = |effect: Option<Effect>, why: &str| {
+            let rules = self.rules.iter().enumerate().filter(|(number, _)| effects.get(number).copied() == effect);
+            let lines: Vec<String> = rules.map(|(_, rule)| format!("line {}: `{}`", rule.line, rule.text)).collect();
+            (!lines.is_empty()).then(|| format!("{}: {why}: {}", self.path.display(), lines.join(", ")))
+        };
+        let idle = [
+            of(None, "these patterns match no tensor"),
+            of(Some(Effect::Overridden), "lines above these decide all tensors that they match"),
+            of(
+                Some(Effect::Nothing),
+                "these change nothing, since what they decide has that type without them too, or never changes, as norms, biases \
+                 and routers do, and the embedding unless it becomes bf16 or f32",
+            ),
+        ];
+        idle.into_iter().flatten().collect()
     }
+}
+
+/// What a rule does to a tensor that it matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Effect {
+    /// A rule above it decides.
+    Overridden,
+    /// It decides what would be so without it.
+    Nothing,
+    /// It changes the type.
+    Changes,
 }
 
 impl Rule {
@@ -119,15 +140,21 @@ mod tests {
         let recipe = recipe(
             "# the first layers matter\nlayers.{0-2}.expert.*  q8 # all of them\n\n*.expert.down q4\n*expert* q3\nhead keep\n",
         );
-        let choice = |name: &str| recipe.choice(name);
+        let choice = |name: &str| recipe.matching(name).next();
         let ty = |ty| TypeChoice::Type(ty);
         assert_eq!(choice("layers.2.expert.down"), Some((0, ty(WeightType::Q8))));
         assert_eq!(choice("layers.12.expert.down"), Some((1, ty(WeightType::Q4))));
         assert_eq!(choice("layers.3.expert.gate_up"), Some((2, ty(WeightType::Q3))));
         assert_eq!(choice("head"), Some((3, TypeChoice::Keep)));
         assert_eq!(choice("layers.0.attention.o"), None);
-        let unused = recipe.unused(&[0, 3]).unwrap();
-        assert!(unused.contains("line 4: `*.expert.down q4`, line 5: `*expert* q3`"), "{unused}");
+        let matching: Vec<usize> = recipe.matching("layers.1.expert.down").map(|(rule, _)| rule).collect();
+        assert_eq!(matching, [0, 1, 2]);
+        let effects = BTreeMap::from([(0, Effect::Changes), (1, Effect::Nothing), (2, Effect::Overridden)]);
+        let idle = recipe.idle(&effects);
+        assert_eq!(idle.len(), 3);
+        assert!(idle[0].contains("match no tensor: line 6: `head keep`"), "{idle:?}");
+        assert!(idle[1].contains("lines above") && idle[1].ends_with("line 5: `*expert* q3`"), "{idle:?}");
+        assert!(idle[2].contains("change nothing") && idle[2].ends_with("line 4: `*.expert.down q4`"), "{idle:?}");
         assert_eq!(recipe.lines().len(), 4);
     }
 
@@ -144,8 +171,8 @@ mod tests {
             let error = Recipe::parse(Path::new("r"), text).unwrap_err().to_string();
             assert!(error.contains(word), "{text}: {error}");
         }
-        assert!(recipe("layers.{7}.*.o q8").choice("layers.7.attention.o").is_some());
-        assert!(recipe("**a**** q8").choice("bab").is_some());
-        assert!(recipe("*a*a*a*a*a*a*a*a*a*a*b q8").choice(&"a".repeat(600)).is_none());
+        assert!(recipe("layers.{7}.*.o q8").matching("layers.7.attention.o").next().is_some());
+        assert!(recipe("**a**** q8").matching("bab").next().is_some());
+        assert!(recipe("*a*a*a*a*a*a*a*a*a*a*b q8").matching(&"a".repeat(600)).next().is_none());
     }
 }

@@ -36,7 +36,7 @@ pub struct Summary {
     pub widened: Vec<String>,
     /// Tensors of the checkpoint that are not in the file.
     pub left_out: Vec<LeftOut>,
-    /// Remarks.
+    /// Everything that [`crate::Progress::note`] was told.
     pub notes: Vec<String>,
     /// Bytes of weights read by this run.
     pub bytes_read: u64,

@@ -43,7 +43,7 @@ pub(crate) fn start<'a>(
     partial: &Partial,
     identity: Identity,
     found: Found,
-    note: &mut dyn FnMut(String),
+    note: &dyn Fn(String),
 ) -> Result<Start<'a>, ConvertError> {
     let stamps = plan.checkpoint.stamps();
     let syncer = partial.writer.syncer();
@@ -141,7 +141,7 @@ fn keep_of_same_files<'a>(
     done: Vec<Outcome>,
     content: Content,
     create: impl Fn(&Content) -> Result<Journal, ConvertError>,
-    note: &mut dyn FnMut(String),
+    note: &dyn Fn(String),
 ) -> Result<Start<'a>, ConvertError> {
     let stamps = plan.checkpoint.stamps();
     let is_same = |file: usize| content.stamps.get(file) == stamps.get(file);
@@ -164,7 +164,7 @@ fn keep_of_same_files<'a>(
 /// Where the model is measured, how an extent is rounded follows from its inputs, and so from all weights of its layer and of those
 /// before it: where the source is not what it was, only those are kept before which, and beside which, everything has stayed. What meets
 /// no input stays in any case.
-fn keep_of_same_inputs(plan: &Plan, done: Vec<Outcome>, note: &mut dyn FnMut(String)) -> Vec<Outcome> {
+fn keep_of_same_inputs(plan: &Plan, done: Vec<Outcome>, note: &dyn Fn(String)) -> Vec<Outcome> {
     if !plan.is_measured() {
         return done;
     }

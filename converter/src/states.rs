@@ -1,12 +1,12 @@
 //! What measuring goes on with after an interruption, beside the journal: `DST.partial.states`.
 //!
-//! One file: a header that names the plan, a layer, and the source bytes of everything before that layer; what the measurement itself
+//! One file: a header that names the plan and the tokens, a layer, and the source bytes of everything before that layer; what the measurement itself
 //! has kept; a checksum of all of it. It is written once everything before its layer is journaled, and takes the place of the one before
 //! it as a whole. Where anything of it is not as it should be, the model is measured from its first layer on: so the file saves time,
 //! and nothing else depends on it.
 
 use std::fs::{self, File};
-use std::io::{self, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::path::Path;
 
 use sluice_checksum::xxh3_128;
@@ -14,17 +14,16 @@ use sluice_format::Syncer;
 
 use crate::error::ConvertError;
 use crate::measure::Measure;
+use crate::own::{Own, make_room, new_of, open_own};
 use crate::pack::Outcome;
-use crate::partial::{open_own, with_suffix};
 use crate::plan::Plan;
 use crate::steps;
 
-/// Behind the name of the destination.
-pub(crate) const SUFFIX: &str = ".partial.states";
-
+/// What all versions begin with.
+pub(crate) const FAMILY: &[u8; 6] = b"SLSTAT";
 /// The last but one byte is the version.
 const MAGIC: [u8; 8] = *b"SLSTAT\x01\n";
-/// Magic, hash of the plan, layer, digest of the source, length.
+/// Magic, hash of plan and tokens, layer, digest of the source, length.
 const HEADER: usize = 8 + 16 + 8 + 16 + 8;
 const CHECKSUM: usize = 16;
 
@@ -35,9 +34,9 @@ fn made_of(plan: &Plan, layer: usize, outcomes: &[Option<Outcome>]) -> Option<u1
     Some(xxh3_128(&digests.collect::<Option<Vec<_>>>()?.concat()))
 }
 
-fn header(plan: &Plan, layer: usize, made_of: u128, len: usize) -> Vec<u8> {
+fn header(hash: u128, layer: usize, made_of: u128, len: usize) -> Vec<u8> {
     let mut header = MAGIC.to_vec();
-    header.extend(plan.hash.to_le_bytes());
+    header.extend(hash.to_le_bytes());
     header.extend((layer as u64).to_le_bytes());
     header.extend(made_of.to_le_bytes());
     header.extend((len as u64).to_le_bytes());
@@ -55,12 +54,11 @@ pub(crate) fn keep(
 ) -> Result<(), ConvertError> {
     let made_of = made_of(plan, layer, outcomes).expect("everything before the layer is made");
     let kept = measure.keep().map_err(|source| ConvertError::Measure { layer, source })?;
-    let mut bytes = header(plan, layer, made_of, kept.len());
+    let mut bytes = header(plan.hash_with(Some(measure.tokens())), layer, made_of, kept.len());
     bytes.extend(kept);
     bytes.extend(xxh3_128(&bytes).to_le_bytes());
-    let new = with_suffix(path, ".new");
-    // Whatever has this name, it is removed and not followed.
-    remove(&new)?;
+    let new = new_of(path);
+    make_room(&new, Own::States)?;
     let file = File::options().write(true).create_new(true).open(&new);
     let mut file = file.map_err(ConvertError::io(&new, "create it"))?;
     file.write_all(&bytes).map_err(ConvertError::io(&new, "write it"))?;
@@ -85,7 +83,8 @@ pub(crate) fn go_on(
     let longest = (HEADER + CHECKSUM) as u64 + measure.kept_bytes();
     let mut bytes = Vec::new();
     file.take(longest).read_to_end(&mut bytes).map_err(ConvertError::io(path, "read it"))?;
-    let found = parse(plan, &bytes, outcomes).filter(|&(layer, _)| layer < first);
+    let hash = plan.hash_with(Some(measure.tokens()));
+    let found = parse(plan, hash, &bytes, outcomes).filter(|&(layer, _)| layer < first);
     let found = found.filter(|(_, kept)| measure.go_on(kept)).map(|(layer, _)| layer);
     if found.is_none() {
         note(&format!(
@@ -97,19 +96,11 @@ pub(crate) fn go_on(
 }
 
 /// Layer and content of a file that is whole, and was made by this plan of the bytes that the source has.
-fn parse<'b>(plan: &Plan, bytes: &'b [u8], outcomes: &[Option<Outcome>]) -> Option<(usize, &'b [u8])> {
+fn parse<'b>(plan: &Plan, hash: u128, bytes: &'b [u8], outcomes: &[Option<Outcome>]) -> Option<(usize, &'b [u8])> {
     let (body, checksum) = bytes.split_last_chunk::<CHECKSUM>()?;
     let (head, kept) = body.split_at_checked(HEADER)?;
     let layer = usize::try_from(u64::from_le_bytes(*head.get(24..)?.first_chunk()?)).ok()?;
     let whole = *checksum == xxh3_128(body).to_le_bytes() && layer < plan.spec.layers.len();
-    let expected = || Some(header(plan, layer, made_of(plan, layer, outcomes)?, kept.len()));
+    let expected = || Some(header(hash, layer, made_of(plan, layer, outcomes)?, kept.len()));
     (whole && expected()? == head).then_some((layer, kept))
-}
-
-/// Removes what is no longer of use.
-pub(crate) fn remove(path: &Path) -> Result<(), ConvertError> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(ConvertError::io(path, "remove it")(e)),
-        _ => Ok(()),
-    }
 }

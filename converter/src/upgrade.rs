@@ -13,9 +13,8 @@ use sluice_format::{
 
 use crate::Progress;
 use crate::error::ConvertError;
-use crate::partial::{
-    check_space, claim, folder_of, partial_path, publish, refuse_existing, sync_note, targets, with_suffix,
-};
+use crate::own::{self, Own, clear_all, clear_idle, folder_of, journal_path, make_room, partial_path};
+use crate::partial::{check_space, claim, publish, refuse_existing, sync_note, targets};
 
 /// What the caller may choose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -93,6 +92,7 @@ pub fn upgrade(
         fs::remove_file(src).map_err(ConvertError::io(src, "remove it, since its volumes are complete"))?;
     }
     written.syncer.folder(folder_of(dst)).map_err(ConvertError::io(folder_of(dst), "sync the folder"))?;
+    clear_all(dst)?;
     Ok(UpgradeSummary {
         written: true,
         files,
@@ -170,21 +170,19 @@ type Locks = Vec<(PathBuf, File)>;
 /// Opens and locks the partial files.
 fn claim_all(dst: &Path, count: usize, progress: &dyn Progress) -> Result<(Vec<PathBuf>, Locks), ConvertError> {
     let mut notes = Vec::new();
-    let journal = with_suffix(dst, ".partial.journal");
+    let journal = journal_path(dst);
     let partials: Vec<PathBuf> = (0..count).map(|volume| partial_path(dst, volume)).collect();
+    // First, so that nothing is left behind where it is in the way.
+    own::check(&journal, Own::Journal)?;
     let mut locks = Vec::with_capacity(count);
     for path in &partials {
         let lock = claim(path, &journal, &mut notes)?;
         lock.set_len(0).map_err(ConvertError::io(path, "empty it"))?;
         locks.push((path.clone(), lock));
     }
+    clear_idle(dst, count)?;
     // It would vouch for what is now empty.
-    match fs::remove_file(&journal) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            return Err(ConvertError::io(&journal, "remove the journal")(e));
-        }
-        _ => {}
-    }
+    make_room(&journal, Own::Journal)?;
     notes.iter().for_each(|note| progress.note(note));
     Ok((partials, locks))
 }

@@ -4,10 +4,10 @@ mod common;
 
 use std::path::Path;
 
-use common::safetensors::{Tensor, Tensors, encode, write_dir};
-use common::{Synthetic, options};
+use common::safetensors::{Tensor, Tensors, encode, read_dir, write_dir};
+use common::{Synthetic, fixture, options};
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 use sluice_converter::{ConvertError, Options, TypeChoice, convert, plan};
 use sluice_format::WeightType;
 
@@ -125,6 +125,32 @@ fn what_is_not_a_number_is_named() {
     assert_names(&error, &["_scale_inv", "not a number"]);
 }
 
+/// What a token would be refused for days after the conversion.
+#[test]
+fn tables_that_name_no_expert_are_refused() {
+    let folder = fixture("golden/deepseek_v4");
+    let config: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
+    let (tensors, dir) = (read_dir(&folder), tempfile::tempdir().unwrap());
+    let experts = config["n_routed_experts"].as_i64().unwrap();
+    let (name, table) =
+        tensors.iter().find(|(name, _)| name.ends_with("ffn.gate.tid2eid")).expect("layers with tables");
+    assert_eq!(table.dtype, "I64");
+    let cols = table.shape[1];
+    let listed = |at: usize| i64::from_le_bytes(table.bytes[8 * at..][..8].try_into().unwrap());
+    let at = 17 * cols + 1;
+    for (value, word) in [(experts, ""), (-1, ""), (i64::MAX, ""), (listed(at - 1), " twice")] {
+        let mut damaged = tensors.clone();
+        damaged.get_mut(name).unwrap().bytes[8 * at..][..8].copy_from_slice(&value.to_le_bytes());
+        let source = dir.path().join(format!("source{value}"));
+        std::fs::create_dir(&source).unwrap();
+        write_dir(&source, &config, &damaged, 2);
+        let error = convert(&source, &dir.path().join(format!("m{value}")), &options("keep", "keep"), &()).unwrap_err();
+        assert!(matches!(error, ConvertError::Damaged { .. }), "{error}");
+        let said = format!("`{name}` has {}{word} in row 17,", value as f64);
+        assert_names(&error.to_string(), &[&said, &format!("from 0 to {}", experts - 1), ".safetensors"]);
+    }
+}
+
 #[test]
 fn what_does_not_fit_the_type_is_named() {
     let dir = tempfile::tempdir().unwrap();
@@ -136,6 +162,7 @@ fn what_does_not_fit_the_type_is_named() {
     let error = convert(dir.path(), &dst, &options("bf16", "keep"), &()).unwrap_err();
     assert!(matches!(error, ConvertError::TooLarge { .. }), "{error}");
     assert_names(&error.to_string(), &[UP, "bf16"]);
+    let dst = dir.path().join("q");
     // Half a step beyond ±127 times f16's largest number is the last that q8 holds.
     for (value, holds) in [(8_351_760.0, true), (8_351_761.0, false)] {
         tensors.insert(UP.into(), Tensor::f32(&[40, 72], vec![value; 40 * 72]));

@@ -43,3 +43,26 @@ fn the_first_pattern_that_matches_decides() {
     let provenance = String::from_utf8(model.metadata().get(PROVENANCE_BLOB).unwrap().to_vec()).unwrap();
     assert!(provenance.contains("layers.{1-1}.expert.down q8"), "{provenance}");
 }
+
+/// A line that does nothing is most likely a slip: it says what became of it.
+#[test]
+fn lines_that_change_nothing_are_named_with_the_reason() {
+    let src = tempfile::tempdir().unwrap();
+    Synthetic::default().write(src.path(), 2);
+    let notes = |recipe: &str| {
+        let recipe = Recipe::parse(Path::new("a.recipe"), recipe).unwrap();
+        let plan = plan(src.path(), &sluice_converter::Options { recipe: Some(recipe), ..options("q8", "keep") });
+        plan.unwrap().notes().iter().filter(|n| n.starts_with("a.recipe")).cloned().collect::<Vec<_>>()
+    };
+    let said = notes("*.expert.gate_up q4\nlayers.1.expert.* q4\nlayers.1.expert.gate_up q8\nlayers.99.* q4\n");
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said[0].contains("match no tensor") && said[0].contains("line 4: `layers.99.* q4`"), "{said:?}");
+    assert!(said[1].contains("lines above") && said[1].ends_with("line 3: `layers.1.expert.gate_up q8`"), "{said:?}");
+    // What is never changed, and what is so anyway; the line for layer 1 keeps it from the one below.
+    let said = notes("*.router q4\nembedding q4\nlayers.1.expert.* q8\n*.expert.* q4\n*_norm q8\nhead bf16\n");
+    let [said] = &said[..] else { panic!("{said:?}") };
+    for line in ["line 1: `*.router q4`", "line 2: `embedding q4`", "line 5: `*_norm q8`", "line 6: `head bf16`"] {
+        assert!(said.contains("change nothing") && said.contains(line), "{said}");
+    }
+    assert!(!said.contains("line 3") && !said.contains("line 4"), "{said}");
+}

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use common::killed::{self, KillAt};
 use common::{Noise, Synthetic, options};
-use sluice_converter::{ConvertError, Options, convert};
-use sluice_format::{ModelFile, VolumeName};
+use sluice_converter::{ConvertError, Options, UpgradeOptions, convert, upgrade};
+use sluice_format::{FormatError, ModelFile, VolumeName};
 
 const SPLIT: u64 = 700_000;
 
@@ -114,6 +114,42 @@ fn volumes_that_have_their_names_already_are_taken_back() {
     ModelFile::open(&again.files[1]).unwrap();
 }
 
+/// Whatever was asked for before: nothing of it is left beside the result, nor has anything of strangers gone.
+#[test]
+fn nothing_is_left_of_volumes_that_were_not_finished() {
+    let (dir, src) = source();
+    let split = test_options(false);
+    let finished = convert(&src, &dir.path().join("m.sluice"), &split, &()).unwrap();
+    for named in [false, true] {
+        let folder = dir.path().join(format!("folder-{named}"));
+        fs::create_dir(&folder).unwrap();
+        let dst = folder.join("m.sluice");
+        let at = KillAt { bytes: finished.bytes_written - 1, journaled: true };
+        spawn(&src, &dst, at, false).wait().unwrap();
+        assert!(folder.join("m.sluice.partial-00002").exists());
+        if named {
+            // As if all but the first had their names.
+            let names = VolumeName::first_of(&dst, want_len(&finished.files));
+            fs::copy(&finished.files[0], folder.join("m.sluice.partial")).unwrap();
+            for volume in 1..want_len(&finished.files) {
+                fs::remove_file(folder.join(format!("m.sluice.partial-{:05}", volume + 1))).unwrap();
+                fs::copy(&finished.files[usize::from(volume)], names.path_of(volume)).unwrap();
+            }
+        }
+        let strange = ["m.sluice.partial-00077", "m-00002-of-00009.sluice", "m.sluice.partial-000002"];
+        strange.iter().for_each(|name| fs::write(folder.join(name), "a novel").unwrap());
+        let whole = convert(&src, &dst, &Options { split_size: None, ..split.clone() }, &()).unwrap();
+        assert!(whole.restarted);
+        let mut left: Vec<_> = fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        let mut expected = vec!["m.sluice"];
+        expected.extend(strange);
+        expected.sort_unstable();
+        assert_eq!(left, expected);
+        assert!(strange.iter().all(|name| fs::read(folder.join(name)).unwrap() == b"a novel"));
+    }
+}
+
 #[test]
 fn what_exists_is_not_replaced_unless_asked() {
     let (dir, src) = source();
@@ -127,6 +163,31 @@ fn what_exists_is_not_replaced_unless_asked() {
     let refused = convert(&src, &dst, &Options { overwrite: true, ..test_options(true) }, &());
     assert!(matches!(refused, Err(ConvertError::NotReplaced { .. })));
     assert_eq!(fs::read(&whole.files[1]).unwrap(), b"precious");
-    let small = Options { split_size: Some(20_000), ..test_options(true) };
-    assert!(convert(&src, &dir.path().join("s.sluice"), &small, &()).unwrap_err().to_string().contains("volume"));
+}
+
+/// The least that is named is the least that does.
+#[test]
+fn volumes_that_are_too_small_are_refused_with_the_least() {
+    let (dir, src) = source();
+    for compress in [false, true] {
+        let with = |bytes| Options { split_size: Some(bytes), ..test_options(compress) };
+        let dst = dir.path().join(format!("{compress}.sluice"));
+        let refused = convert(&src, &dst, &with(20_000), &()).unwrap_err();
+        let ConvertError::Format(FormatError::VolumeSize { most: 20_000, least }) = refused else {
+            panic!("{refused}")
+        };
+        assert!(refused.to_string().contains(&format!("the least is {least} bytes")), "{refused}");
+        assert!(convert(&src, &dst, &with(least - 1), &()).is_err());
+        let made = convert(&src, &dst, &with(least), &()).unwrap();
+        assert!(made.files.iter().all(|file| fs::metadata(file).unwrap().len() <= least));
+        let options = UpgradeOptions { split_size: Some(1), ..UpgradeOptions::default() };
+        let refused = upgrade(&dst, Some(&dir.path().join("other.sluice")), &options, &()).unwrap_err();
+        let ConvertError::Format(FormatError::VolumeSize { least, .. }) = refused else { panic!("{refused}") };
+        let options = UpgradeOptions { split_size: Some(least), ..options };
+        let to = dir.path().join(format!("upgraded-{compress}.sluice"));
+        // It may be so already.
+        let made = upgrade(&dst, Some(&to), &options, &()).unwrap();
+        let lens: Vec<u64> = made.files.iter().map(|file| fs::metadata(file).unwrap().len()).collect();
+        assert!(lens.iter().all(|len| *len <= least), "{lens:?} for {least}");
+    }
 }

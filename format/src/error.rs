@@ -107,6 +107,25 @@ pub enum FormatError {
         /// Volumes in all.
         count: u16,
     },
+    /// No file has the name, and several models have volumes of it.
+    #[error(
+        "{path} is not there, and volumes of several models are called so. Name one of them: {} or {}", found[0].display(),
+        found[1].display()
+    )]
+    Ambiguous {
+        /// The name.
+        path: PathBuf,
+        /// The first volumes of two of the models.
+        found: [PathBuf; 2],
+    },
+    /// Volumes would be too small for the model.
+    #[error("volumes of {most} bytes are too small for this model: the least is {least} bytes")]
+    VolumeSize {
+        /// Most bytes of one volume, as they were asked for.
+        most: u64,
+        /// The least that does.
+        least: u64,
+    },
     /// A volume is not there.
     #[error(
         "{path} is missing: {named} is one of the {count} volumes of a model, and all are needed. Put it beside the others, or a \

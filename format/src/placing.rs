@@ -70,11 +70,46 @@ impl FileLayout {
     /// that fits into one has one.
     ///
     /// # Errors
-    /// [`FormatError::Layout`] for an extent that does not fit into any volume, or more volumes than the format allows.
+    /// [`FormatError::VolumeSize`] if an extent fits into no volume, or there would be more volumes than the format allows.
     pub fn split(mut self, most: u64, tables: u64) -> Result<Self, FormatError> {
-        self.room = Some(most.saturating_sub(tables));
+        let room = most.saturating_sub(tables);
+        let least = self.least_room()?;
+        if room < least {
+            let least = least.checked_add(tables).ok_or_else(too_long)?;
+            return Err(FormatError::VolumeSize { most, least });
+        }
+        self.room = Some(room);
         self.place()?;
         Ok(self)
+    }
+
+    /// The least room in which every extent fits into a volume, and all fit into as many as there can be. More room never makes more
+    /// volumes: they are filled in order.
+    fn least_room(&self) -> Result<u64, FormatError> {
+        let page = u64::from(self.page_size);
+        let longest = self.extents.iter().map(|e| e.stored_len).max().unwrap_or(0);
+        let end = self.ends.iter().try_fold(0u64, |sum, end| sum.checked_add(*end)).ok_or_else(too_long)?;
+        let mut least = round_up(longest, page).and_then(|len| len.checked_add(page)).ok_or_else(too_long)?;
+        let mut enough = end.max(least);
+        while least < enough {
+            let room = least + (enough - least) / 2;
+            if self.volumes(room) <= MAX_VOLUMES { enough = room } else { least = room + 1 }
+        }
+        Ok(least)
+    }
+
+    /// Volumes of so much room that hold all extents, if none is too long for one.
+    fn volumes(&self, room: u64) -> usize {
+        let page = u64::from(self.page_size);
+        let (mut volumes, mut end) = (1, page);
+        for e in &self.extents {
+            end += e.stored_len;
+            if end > room {
+                volumes += 1;
+                end = page + e.stored_len;
+            }
+        }
+        volumes
     }
 
     fn place(&mut self) -> Result<(), FormatError> {
@@ -186,4 +221,44 @@ pub(crate) fn too_long() -> FormatError {
 
 pub(crate) fn layout_error(region: Region, problem: &str) -> FormatError {
     FormatError::Layout(format!("the {region} is invalid: {problem}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::extent::NO_LAYER;
+
+    const PAGE: u64 = 4096;
+
+    fn layout(pages: &[u64]) -> FileLayout {
+        let planned = (0..).zip(pages).map(|(index, pages)| PlannedExtent {
+            kind: ExtentKind::Head,
+            layer: NO_LAYER,
+            index,
+            logical_len: pages * PAGE,
+        });
+        FileLayout::new(PAGE as u32, &planned.collect::<Vec<_>>()).unwrap()
+    }
+
+    #[test]
+    fn the_least_volume_that_is_named_is_the_least_that_does() {
+        let many = MAX_VOLUMES as u64;
+        let mut mixed: Vec<u64> = (0..3 * many).map(|n| 1 + n * n % 7).collect();
+        mixed[1000] = 31;
+        for (pages, least) in [
+            (vec![3, 7, 1], 8),
+            (vec![1; MAX_VOLUMES], 2),
+            // One more takes all but one of them to have room for two.
+            (vec![1; MAX_VOLUMES + 1], 3),
+            (vec![1; 3 * MAX_VOLUMES], 4),
+            (mixed, 32),
+        ] {
+            let refused = layout(&pages).split(0, 5 * PAGE).unwrap_err();
+            let FormatError::VolumeSize { most: 0, least: named } = refused else { panic!("{refused}") };
+            assert_eq!(named, (least + 5) * PAGE);
+            let split = layout(&pages).split(named, 5 * PAGE).unwrap();
+            assert!(split.ends().len() <= MAX_VOLUMES && split.ends().iter().all(|end| end + 5 * PAGE <= named));
+            assert!(layout(&pages).split(named - 1, 5 * PAGE).is_err());
+        }
+    }
 }

@@ -19,7 +19,7 @@ use crate::spec::ModelSpec;
 use crate::state_id::StateId;
 use crate::superblock::{ModelId, Superblock, SuperblockError, TableRef};
 use crate::tensor::TensorRecord;
-use crate::volumes::{Volume, VolumeName};
+use crate::volumes::{Volume, VolumeName, model_path};
 
 /// An opened model, whose superblocks, tables and metadata have passed every check.
 #[derive(Debug)]
@@ -31,18 +31,20 @@ pub struct ModelFile {
 }
 
 impl ModelFile {
-    /// Opens and checks the model in the file `path`, or in the volumes of which that is one. Reads superblocks, tables and metadata,
-    /// not the extents.
+    /// Opens and checks the model in the file `path`, or in the volumes of which that is one, or that are called so but for their numbers.
+    /// Reads superblocks, tables and metadata, not the extents.
     ///
     /// # Errors
     /// The first check that fails, as its own variant of [`FormatError`].
     pub fn open(path: &Path) -> Result<Self, FormatError> {
+        let path = &model_path(path)?;
         Volume::open(path).and_then(Volume::with_others).and_then(|volumes| Self::check(volumes, None)).map_err(
             |refused| {
                 // Only the first volume's file is ever changed.
                 let first = VolumeName::parse(path).map_or_else(|| path.to_owned(), |name| name.path_of(0));
-                let changed =
-                    [path, &first].into_iter().find(|path| open_regular(path).is_ok_and(|file| is_interrupted(&file)));
+                let changed = [path.as_path(), first.as_path()]
+                    .into_iter()
+                    .find(|path| open_regular(path).is_ok_and(|file| is_interrupted(&file)));
                 match changed {
                     Some(path) if !matches!(refused, FormatError::Io { .. }) => {
                         FormatError::Interrupted { path: path.to_owned() }

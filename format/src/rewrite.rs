@@ -21,7 +21,7 @@ use crate::metadata::{Metadata, SPEC_BLOB};
 use crate::reader::{ModelFile, check_table_place, parse_superblock_at};
 use crate::superblock::{ModelId, PAGE_SIZES, Superblock, TableRef};
 use crate::tensor::TensorRecord;
-use crate::volumes::{Volume, VolumeName};
+use crate::volumes::{Volume, VolumeName, model_path};
 
 /// First bytes of the footer of a log.
 pub const REWRITE_MAGIC: [u8; 8] = *b"SLUICERW";
@@ -199,6 +199,7 @@ pub fn rewrite_metadata(model: &ModelFile, metadata: &Metadata) -> Result<ModelF
 /// What [`ModelFile::open`] says of the file, when that is not what is wrong with it, or would say of it afterwards: then the
 /// file stays as it is; [`FormatError::Locked`]; [`FormatError::Io`].
 pub fn recover(path: &Path) -> Result<Option<Recovery>, FormatError> {
+    let path = &model_path(path)?;
     let Err(refused) = ModelFile::open(path) else { return Ok(None) };
     if matches!(refused, FormatError::Io { .. }) {
         return Err(refused);

@@ -1,5 +1,6 @@
 //! The files of a model: one, or several volumes whose names say which they are.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -65,6 +66,29 @@ impl VolumeName {
         let mut name = self.stem.clone();
         name.push(".sluice");
         self.folder.join(name)
+    }
+}
+
+/// The file to open for a model that is called `path`: that file or, where there is none and volumes of a model of that name are there, the
+/// first of these.
+///
+/// # Errors
+/// [`FormatError::Ambiguous`] for volumes of several models.
+pub fn model_path(path: &Path) -> Result<PathBuf, FormatError> {
+    if path.symlink_metadata().is_ok() || VolumeName::parse(path).is_some() {
+        return Ok(path.to_owned());
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let names = folder.read_dir().into_iter().flatten().flatten().filter_map(|entry| {
+        let name = VolumeName::parse(&path.with_file_name(entry.file_name()))?;
+        (name.whole() == path).then(|| name.path_of(0))
+    });
+    let firsts: BTreeSet<PathBuf> = names.collect();
+    let mut firsts = firsts.into_iter();
+    match (firsts.next(), firsts.next()) {
+        (None, _) => Ok(path.to_owned()),
+        (Some(first), None) => Ok(first),
+        (Some(first), Some(second)) => Err(FormatError::Ambiguous { path: path.to_owned(), found: [first, second] }),
     }
 }
 

@@ -48,6 +48,34 @@ fn any_name_opens_the_model() {
     drop(dir);
 }
 
+/// The name that the model would have as one file opens it, as long as it says which model.
+#[test]
+fn the_name_without_numbers_opens_the_model() {
+    let (dir, paths) = parts();
+    let whole = dir.path().join("m.sluice");
+    assert_eq!(model_path(&whole).unwrap(), paths[0]);
+    assert_eq!(ModelFile::open(&whole).unwrap().path(), paths[0]);
+    assert!(recover(&whole).unwrap().is_none());
+    for other in ["n.sluice", "m", "m.sluice.partial", "m-00009-of-00009.sluice"] {
+        let other = dir.path().join(other);
+        assert_eq!(model_path(&other).unwrap(), other);
+        assert!(matches!(refusal(&other), FormatError::Io { .. }));
+    }
+    // Without the first one, it is said which is missing.
+    let hidden = dir.path().join("hidden");
+    fs::rename(&paths[0], &hidden).unwrap();
+    assert!(refusal(&whole).to_string().contains(&paths[0].display().to_string()));
+    fs::rename(&hidden, &paths[0]).unwrap();
+    // Volumes of two models are ambiguous; a file of that name is not.
+    let second = dir.path().join("m-00002-of-00077.sluice");
+    fs::copy(&paths[1], &second).unwrap();
+    let refused = refusal(&whole);
+    assert!(matches!(&refused, FormatError::Ambiguous { .. }), "{refused}");
+    assert!(refused.to_string().contains("m-00001-of-00077.sluice"), "{refused}");
+    fs::copy(&paths[0], &whole).unwrap();
+    assert_eq!(model_path(&whole).unwrap(), whole);
+}
+
 #[test]
 fn what_a_model_is_does_not_depend_on_its_volumes() {
     let content = wide(WeightType::Bf16);
@@ -161,13 +189,18 @@ fn metadata_is_replaced_in_the_first_volume_alone() {
 #[test]
 fn what_cannot_be_split_is_refused() {
     let layout = || FileLayout::new(4096, &wide(WeightType::Bf16).planned).unwrap();
-    let refused = |most| layout().split(most, 3 * 4096).unwrap_err().to_string();
-    assert!(refused(20_000).contains("do not fit into one volume"), "{}", refused(20_000));
-    assert!(refused(0).contains("do not fit into one volume"));
+    let least = |layout: FileLayout, most, tables| match layout.split(most, tables).unwrap_err() {
+        FormatError::VolumeSize { most: asked, least } if asked == most => least,
+        other => panic!("{other}"),
+    };
+    // The longest extent, the superblock and the tables.
+    let named = least(layout(), 20_000, 3 * 4096);
+    assert_eq!(named, least(layout(), 0, 3 * 4096));
+    layout().split(named, 3 * 4096).unwrap();
     let many = vec![PlannedExtent { kind: ExtentKind::Expert, layer: 0, index: 0, logical_len: 1 }; 1025];
-    let layout = FileLayout::new(4096, &many).unwrap();
-    let refused = layout.split(3 * 4096, 4096).unwrap_err().to_string();
-    assert!(refused.contains("more than 1024 volumes"), "{refused}");
+    let layout = || FileLayout::new(4096, &many).unwrap();
+    assert_eq!(least(layout(), 3 * 4096, 4096), 4 * 4096);
+    assert_eq!(layout().split(4 * 4096, 4096).unwrap().ends().len(), 513);
 }
 
 /// A run that was killed while it drew a compressed model together, wherever it was, is gone on with.

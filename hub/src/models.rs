@@ -145,7 +145,9 @@ impl Models {
         let bare = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
         let is_meant = |entry: &Entry| {
             let file = entry.path.file_name().map(|f| f.to_string_lossy().into_owned()).unwrap_or_default();
-            bare(&entry.name) == bare(name) || file == name || file == format!("{name}{EXTENSION}")
+            let whole = whole_name(&file).unwrap_or_default();
+            bare(&entry.name) == bare(name)
+                || [&file, &whole].iter().any(|f| *f == name || **f == format!("{name}{EXTENSION}"))
         };
         self.list().into_iter().filter(is_meant).collect()
     }
@@ -164,12 +166,13 @@ impl Models {
         let others = self.others(&entry.path);
         fs::remove_file(&entry.path).map_err(HubError::io(&entry.path, "remove it"))?;
         others.iter().try_for_each(|path| crate::pieces::remove(path))?;
-        let mut beside = vec![with_suffix(&entry.path, ".counts")];
         let whole = VolumeName::parse(&entry.path).map_or_else(|| entry.path.clone(), |name| name.whole());
+        let mut beside = vec![with_suffix(&whole, ".counts")];
         let mut partial = with_suffix(&whole, ".partial");
         if entry.interrupted {
             partial.clone_from(&entry.path);
-            beside.push(with_suffix(&partial, ".journal"));
+            let kinds = [".journal", ".journal.new", ".states", ".states.new", ".layer"];
+            beside.extend(kinds.map(|kind| with_suffix(&partial, kind)));
         }
         // Of a complete model, downloads are left if it was interrupted in its last moment. Those of another conversion stay.
         let source = with_suffix(&partial, ".source");
@@ -291,7 +294,9 @@ mod tests {
         }
         fs::write(folder.path().join("mine.sluice"), "x").unwrap();
         fs::write(folder.path().join("a--d.sluice.partial"), "x").unwrap();
-        fs::write(folder.path().join("a--d.sluice.partial.journal"), "x").unwrap();
+        for beside in ["journal", "states", "states.new", "layer"] {
+            fs::write(folder.path().join(format!("a--d.sluice.partial.{beside}")), "x").unwrap();
+        }
         fs::create_dir(folder.path().join("a--d.sluice.partial.source")).unwrap();
         let find = |text: &str| models.find(&text.parse().unwrap());
         assert_eq!(find("a/b"), [of("a/b", None), of("a/b", Some("q4-q8"))]);

@@ -254,7 +254,7 @@ impl Facts {
         let since = written.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
         Facts {
             family: file.spec().family.clone(),
-            bytes: metadata.map_or(0, |m| m.len()),
+            bytes: file.file_bytes(),
             created: since.map_or(0, |since| since.as_secs()),
             max_positions: file.spec().max_positions,
             state_id: file.state_id().to_string(),

@@ -2,6 +2,7 @@
 
 pub mod chat_model;
 pub mod house;
+pub mod models_table;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -201,21 +201,24 @@ fn machine(file: &ModelFile, threads: usize) -> Result<(f64, f64), CliError> {
 
 fn describe(o: &Outcome) -> String {
     let budget = o.budget.map_or("as much as is useful".into(), |b| Bytes(b).to_string());
+    let (fit, used) = match o.experts {
+        0 => (String::new(), String::new()),
+        all => {
+            let (union, found) = (o.union_of_experts, 100.0 * o.hit_rate);
+            let used = format!("a step uses {union:.0} different experts, {found:.1} % of them in memory\n  ");
+            (format!(", {} of {all} experts fit", o.slots), used)
+        }
+    };
     format!(
-        "budget {budget}: {} in use, {} of {} experts fit; {} sequences\n  \
+        "budget {budget}: {} in use{fit}; {} sequences\n  \
          {:.2} tokens/s in all; a step takes {:.1} ms and reads {}, {} per token\n  \
-         a step uses {:.0} different experts, {:.1} % of them in memory\n  \
-         bounds of a step: {}; the step takes {:.2} times the largest\n",
+         {used}bounds of a step: {}; the step takes {:.2} times the largest\n",
         Bytes(o.memory_used),
-        o.slots,
-        o.experts,
         o.sequences,
         o.tokens_per_second,
         o.milliseconds_per_step,
         Bytes(o.bytes_per_step as u64),
         Bytes(o.bytes_per_token as u64),
-        o.union_of_experts,
-        100.0 * o.hit_rate,
         o.bounds.describe(),
         o.time_over_bound,
     )

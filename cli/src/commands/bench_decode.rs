@@ -10,7 +10,7 @@ use sluice_converter::synth::token_stream;
 use sluice_format::ModelFile;
 use sluice_model::memory::Bytes;
 use sluice_model::{Engine, EngineOptions, Prefetch, ReadEngineKind, Sequence, Stats};
-use sluice_storage::io::bench::{BenchEngine, DiskBench, Pattern, Point, median};
+use sluice_storage::io::bench::{BenchEngine, BenchError, DiskBench, Pattern, Point, median};
 use sluice_storage::io::sim::DriveSpeed;
 use sluice_storage::io::{DirectMode, IoConfig};
 
@@ -377,11 +377,12 @@ impl Drive {
     pub(crate) fn open(file: &Path, config: &IoConfig) -> Result<Self, CliError> {
         let engine = if cfg!(target_os = "linux") { BenchEngine::Uring } else { BenchEngine::Pread };
         let point = Point { engine, pattern: Pattern::Random, block_bytes: config.chunk_bytes, depth: config.depth };
-        Ok(Drive { bench: DiskBench::open(file, DirectMode::default())?, point, rates: Vec::new() })
+        let bench = DiskBench::open(file, DirectMode::default()).map_err(unmeasured)?;
+        Ok(Drive { bench, point, rates: Vec::new() })
     }
 
     pub(crate) fn visit(&mut self) -> Result<(), CliError> {
-        let visit = self.bench.visit(&self.point, Duration::from_millis(700))?;
+        let visit = self.bench.visit(&self.point, Duration::from_millis(700)).map_err(unmeasured)?;
         self.rates.push(visit.bytes as f64 / visit.elapsed.as_secs_f64());
         Ok(())
     }
@@ -389,6 +390,11 @@ impl Drive {
     pub(crate) fn median(&self) -> f64 {
         median(&self.rates)
     }
+}
+
+/// Says how a decoder is measured on a drive that cannot be.
+fn unmeasured(error: BenchError) -> CliError {
+    CliError::Failure(format!("{error}. With --drive 7GB/s, experts come from a simulated drive"))
 }
 
 /// The pairs of a comparison: tokens per second of both ways, and the ratio.
@@ -464,15 +470,18 @@ fn table(outcomes: &[Outcome]) -> String {
     for o in outcomes {
         let budget = o.budget.map_or("as much as is useful".into(), |b| Bytes(b).to_string());
         let rate = |r: f64| format!("{}/s", Bytes(r as u64));
+        let (fit, found) = match o.experts {
+            0 => (String::new(), String::new()),
+            all => {
+                let found = format!(", {:.1} % of experts in memory", 100.0 * o.hit_rate);
+                (format!(", {} of {all} experts fit", o.slots), found)
+            }
+        };
         out += &format!(
-            "budget {budget}: {} in use, {} of {} experts fit\n  {:.2} tokens/s, {} read per token, {:.1} % of experts \
-             in memory\n",
+            "budget {budget}: {} in use{fit}\n  {:.2} tokens/s, {} read per token{found}\n",
             Bytes(o.memory_used),
-            o.slots,
-            o.experts,
             o.tokens_per_second,
             Bytes(o.bytes_per_token as u64),
-            100.0 * o.hit_rate,
         );
         out += &format!(
             "  {} of {} that the drive gives: {:.1} %; token time is {:.2} of the roof\n",
@@ -482,11 +491,14 @@ fn table(outcomes: &[Outcome]) -> String {
             o.time_over_roof,
         );
         let s = o.milliseconds;
+        let experts = if o.experts == 0 { String::new() } else { format!("{:.1} experts, ", s.experts) };
         out += &format!(
-            "  {:.1} ms per token: {:.1} waiting for the drive, {:.1} experts, {:.1} attention, {:.1} head, {:.1} other\n",
-            s.total, s.io_wait, s.experts, s.attention, s.head, s.other
+            "  {:.1} ms per token: {:.1} waiting for the drive, {experts}{:.1} attention, {:.1} head, {:.1} other\n",
+            s.total, s.io_wait, s.attention, s.head, s.other
         );
-        out += &format!("  {} experts read ahead, {} of them used\n", o.prefetched, o.prefetched_used);
+        if o.experts > 0 {
+            out += &format!("  {} experts read ahead, {} of them used\n", o.prefetched, o.prefetched_used);
+        }
         out += &regimes(o);
     }
     out

@@ -145,6 +145,19 @@ struct EngineNote {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    measure(args).map_err(|error| {
+        let advice = match &error {
+            CliError::Bench(BenchError::NotDirect { .. } | BenchError::NotTheDrive { .. }) => {
+                "--buffered measures what reads through the page cache give"
+            }
+            CliError::Bench(BenchError::TooShort { .. }) => "Or read smaller blocks, with --block",
+            _ => return error,
+        };
+        CliError::Failure(format!("{error}. {advice}"))
+    })
+}
+
+fn measure(args: &Args) -> Result<(), CliError> {
     plot::check_target(args.plot.as_deref(), &args.path)?;
     let scratch = scratch_file(args)?;
     let mode = if args.buffered { DirectMode::Never } else { DirectMode::Prefer };

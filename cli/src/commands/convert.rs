@@ -1,5 +1,6 @@
 //! `sluice convert`: a Hugging Face checkpoint, in a folder or on the hub, or a GGUF file becomes one model file.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,7 @@ use crate::input::read_text;
 use crate::size::parse_size;
 use crate::terminal::{byte_bar, note, print, print_json, seconds};
 use crate::text_files::{examine, other_tokenizers};
+use crate::types::{Types, is_stored};
 
 const EXAMPLES: &str = "\
 Types: keep, the default, carries the weights bit for bit. The others may change them, and the summary says by how \
@@ -171,13 +173,13 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         return Err(CliError::Usage(message.into()));
     };
     let started = Instant::now();
-    let text = measured_text(args)?;
+    let (text, remarks) = (measured_text(args)?, Remarks::default());
     let ((), plan, mut measurement) =
-        planned(&options, text.as_ref(), &args.src, |options| Ok(((), plan(&args.src, options)?)))?;
-    check(args, dst, &plan)?;
+        planned(&options, text.as_ref(), &args.src, &remarks, |options| Ok(((), plan(&args.src, options)?)))?;
+    check(args, dst, &plan, &remarks)?;
     if args.dry_run {
         return if args.json {
-            print_json(&plan_json(&plan, &options, measurement.as_ref()))
+            print_json(&plan_json(&plan, &options, measurement.as_ref(), remarks))
         } else {
             print(&describe_plan(&plan, args.compress, measurement.as_ref()))
         };
@@ -186,22 +188,41 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let measure = measurement.as_mut().map(|measurement| measurement as &mut dyn Measure);
     let outcome = convert_measured(&plan, dst, measure, &bar);
     bar.0.finish_and_clear();
-    let summary = outcome.map_err(explain)?;
+    let mut summary = outcome.map_err(explain)?;
     save_importance(args, measurement.as_ref())?;
     if args.json {
+        summary.notes = remarks.and(summary.notes);
         return print_json(&summary);
     }
     print(&describe(dst, &summary, started.elapsed().as_secs_f64()))
 }
 
+/// What is said of a conversion before it begins, and again in its JSON.
+#[derive(Default)]
+struct Remarks(RefCell<Vec<String>>);
+
+impl Remarks {
+    fn say(&self, text: &str) {
+        note(&format_args!("note: {text}"));
+        self.0.borrow_mut().push(text.to_owned());
+    }
+
+    /// All that was said, and what else there is to say.
+    fn and(self, more: impl IntoIterator<Item = String>) -> Vec<String> {
+        let mut all = self.0.into_inner();
+        all.extend(more);
+        all
+    }
+}
+
 /// Everything that can be wrong before anything is written.
-fn check(args: &Args, dst: &Path, plan: &Plan) -> Result<(), CliError> {
-    check_types(args, plan)?;
+fn check(args: &Args, dst: &Path, plan: &Plan, remarks: &Remarks) -> Result<(), CliError> {
+    check_types(args, plan, remarks)?;
     match check_destination(plan, dst).map_err(explain) {
-        Err(problem) if args.dry_run => note(&format_args!("note: the conversion itself would be refused: {problem}")),
+        Err(problem) if args.dry_run => remarks.say(&format!("the conversion itself would be refused: {problem}")),
         checked => checked.inspect_err(|_| clear_remains(plan, dst))?,
     }
-    check_text(&args.src, dst, plan)
+    check_text(&args.src, dst, plan, remarks)
 }
 
 /// Converts straight from the hub.
@@ -216,26 +237,29 @@ fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(),
         }
     };
     let (text, name) = (measured_text(args)?, PathBuf::from(reference.to_string()));
-    let (fetched, plan, mut measurement) =
-        planned(options, text.as_ref(), &name, |options| Fetched::plan(reference, &dst, options, args.keep))?;
+    let remarks = Remarks::default();
+    let plan = |options: &Options| Fetched::plan(reference, &dst, options, args.keep);
+    let (fetched, plan, mut measurement) = planned(options, text.as_ref(), &name, &remarks, plan)?;
     if !args.dry_run {
         fetched.settle(&plan, &dst)?;
     }
-    check(args, &dst, &plan)?;
+    check(args, &dst, &plan, &remarks)?;
     if args.dry_run && args.json {
-        return print_json(&plan_json(&plan, options, measurement.as_ref()));
+        fetched.bars.heard().into_iter().for_each(|text| remarks.0.borrow_mut().push(text));
+        return print_json(&plan_json(&plan, options, measurement.as_ref(), remarks));
     }
     let facts = format!("{reference}: {}", fetched.facts(&plan, &dst, kept_bytes(measurement.as_ref()))?);
     if args.dry_run {
         return print(&format!("{facts}{}", describe_plan(&plan, args.compress, measurement.as_ref())));
     }
     note(&facts.trim_end());
-    let (summary, kept) = carry_out(&fetched, &plan, &dst, measurement.as_mut())?;
+    let (mut summary, kept) = carry_out(&fetched, &plan, &dst, measurement.as_mut())?;
     save_importance(args, measurement.as_ref())?;
     if let Some(kept) = kept {
         note(&format_args!("what was downloaded is in {}", kept.display()));
     }
     if args.json {
+        summary.notes = remarks.and(fetched.bars.heard().into_iter().chain(summary.notes));
         return print_json(&summary);
     }
     print(&describe(&dst, &summary, started.elapsed().as_secs_f64()))
@@ -263,11 +287,11 @@ pub(crate) struct Job {
 
 /// Converts a model of the hub to `dst`, if the user wants that, and says what it takes before.
 pub(crate) fn convert_file(reference: &Reference, dst: &Path, job: &Job) -> Result<(), CliError> {
-    let name = PathBuf::from(reference.to_string());
-    let (fetched, plan, mut measurement) =
-        planned(&job.options, Some(&Asked::default()), &name, |options| Fetched::plan(reference, dst, options, false))?;
+    let (name, remarks) = (PathBuf::from(reference.to_string()), Remarks::default());
+    let plan = |options: &Options| Fetched::plan(reference, dst, options, false);
+    let (fetched, plan, mut measurement) = planned(&job.options, Some(&Asked::default()), &name, &remarks, plan)?;
     check_destination(&plan, dst).map_err(explain)?;
-    check_text(Path::new(&reference.to_string()), dst, &plan)?;
+    check_text(&name, dst, &plan, &remarks)?;
     note(&fetched.facts(&plan, dst, kept_bytes(measurement.as_ref()))?.trim_end());
     if job.confirm && !confirm("Download and convert it?")? {
         return Err(CliError::Failure("nothing was downloaded".into()));
@@ -325,6 +349,7 @@ fn planned<T>(
     options: &Options,
     asked: Option<&Asked>,
     src: &Path,
+    remarks: &Remarks,
     plan: impl Fn(&Options) -> Result<(T, Plan), CliError>,
 ) -> Result<(T, Plan, Option<Measurement>), CliError> {
     let measured = asked.map(|asked| digest(&asked.text, asked.effort));
@@ -334,8 +359,8 @@ fn planned<T>(
         let measurement = if asked.means { measurement.keeping_means() } else { measurement };
         return Ok((more, first, Some(measurement)));
     }
-    note(&format_args!(
-        "note: {} has no tokenizer, so nothing can be measured: weights are rounded as with --no-importance",
+    remarks.say(&format!(
+        "{} has no tokenizer, so nothing can be measured: weights are rounded as with --no-importance",
         src.display()
     ));
     drop(more);
@@ -362,7 +387,7 @@ fn unmeasured(problem: CalibrateError) -> CliError {
 
 /// Reads tokenizer, chat template and sampling defaults as `run` will: a conversion can take hours, and would end in a file
 /// without text. What can be mended afterwards is a remark, as nobody should have to wait for it.
-fn check_text(src: &Path, dst: &Path, plan: &Plan) -> Result<(), CliError> {
+fn check_text(src: &Path, dst: &Path, plan: &Plan, remarks: &Remarks) -> Result<(), CliError> {
     let set = format!("sluice set {}", dst.display());
     let findings = examine(|name| plan.side_file(name), plan.spec(), &set).map_err(|e| {
         let src = src.display();
@@ -374,48 +399,19 @@ fn check_text(src: &Path, dst: &Path, plan: &Plan) -> Result<(), CliError> {
     })?;
     let has_tokenizer = ["tokenizer.json", "tiktoken.model"].iter().any(|name| plan.side_file(name).is_some());
     let other = other_tokenizers(src).filter(|_| !has_tokenizer);
-    for text in findings.notes.iter().chain(&other) {
-        note(&format_args!("note: {text}"));
-    }
+    findings.notes.iter().chain(&other).for_each(|text| remarks.say(text));
     Ok(())
 }
 
 /// Refuses types and measurements that would change nothing: whoever asks for them would find out hours later.
-fn check_types(args: &Args, plan: &Plan) -> Result<(), CliError> {
-    let src = args.src.display();
-    let is_expert = |group: &str| group.starts_with("expert.");
-    let stored = |experts: bool, ty: WeightType| {
-        let mut groups = plan.types().iter().filter(|(group, _)| is_expert(group) == experts);
-        groups.any(|(_, types)| types.iter().any(|t| t == ty.name()))
-    };
-    // With a recipe, the two are for what no pattern matches, which may well be nothing.
-    let without_recipe = |choice: Option<TypeChoice>| choice.filter(|_| args.recipe.is_none());
-    if let Some(TypeChoice::Type(ty)) = without_recipe(args.expert_type) {
-        let has_experts = plan.types().keys().any(|group| is_expert(group));
-        if !has_experts && args.dense_type.is_none() {
-            return Err(CliError::Usage(format!(
-                "--type {ty} would change nothing: it is for routed experts, and {src} has none. --dense-type {ty} is for \
-                 all other weights"
-            )));
-        }
-        if !has_experts {
-            note(&format_args!("note: --type {ty} changes nothing: it is for routed experts, and {src} has none"));
-        } else if !stored(true, ty) {
-            return Err(CliError::Usage(format!(
-                "--type {ty} would change nothing: none of the experts of {src} can be stored so. `--dry-run` without it \
-                 says what they would be"
-            )));
-        }
-    }
-    if let Some(TypeChoice::Type(ty)) = without_recipe(args.dense_type)
-        && !stored(false, ty)
-    {
-        return Err(CliError::Usage(format!(
-            "--dense-type {ty} would change nothing: none of the weights of {src} but experts can be stored so"
-        )));
+fn check_types(args: &Args, plan: &Plan, remarks: &Remarks) -> Result<(), CliError> {
+    if args.recipe.is_none() {
+        let types = Types { experts: args.expert_type, dense: args.dense_type };
+        types.check(&args.src, plan)?.iter().for_each(|remark| remarks.say(remark));
     }
     let weighted = [WeightType::Q4, WeightType::Q3, WeightType::Q2];
-    if args.importance.is_some() && !weighted.iter().any(|&ty| stored(true, ty) || stored(false, ty)) {
+    let is_weighted = || weighted.iter().any(|&ty| is_stored(plan, true, ty) || is_stored(plan, false, ty));
+    if args.importance.is_some() && !is_weighted() {
         return Err(CliError::Usage(
             "--importance (--imatrix) would change nothing: it spends the bits of q4, q3 and q2, and nothing is stored so. Ask for one with \
              --type, or leave --importance out"
@@ -571,7 +567,7 @@ fn describe_plan(plan: &Plan, compress: bool, measurement: Option<&Measurement>)
     head + &facts.describe()
 }
 
-fn plan_json(plan: &Plan, options: &Options, measurement: Option<&Measurement>) -> Value {
+fn plan_json(plan: &Plan, options: &Options, measurement: Option<&Measurement>, remarks: Remarks) -> Value {
     json!({
         "dry_run": true,
         "family": plan.spec().family,
@@ -584,6 +580,6 @@ fn plan_json(plan: &Plan, options: &Options, measurement: Option<&Measurement>) 
         "types": plan.types(),
         "widened": plan.widened(),
         "left_out": plan.left_out(),
-        "notes": plan.notes(),
+        "notes": remarks.and(plan.notes().iter().cloned()),
     })
 }

@@ -255,30 +255,38 @@ fn describe(r: &Report) -> String {
         );
     }
     line("model", format!("{}, id {}", r.family, r.model_id));
+    let with_experts = match r.moe_layers {
+        0 => "none with experts".to_owned(),
+        n => format!("of which {n} with experts"),
+    };
     line(
         "layers",
         format!(
-            "{}, of which {} with experts; hidden {}, vocabulary {}, up to {} tokens",
-            r.layers, r.moe_layers, r.hidden_size, r.vocab_size, r.max_positions
+            "{}, {with_experts}; hidden {}, vocabulary {}, up to {} tokens",
+            r.layers, r.hidden_size, r.vocab_size, r.max_positions
         ),
     );
-    line(
-        "experts",
-        format!(
-            "{} in each of those layers, {} per token; {} each",
-            r.experts_per_layer,
-            r.top_k,
-            Bytes(r.expert_bytes)
-        ),
-    );
-    line(
-        "token cycle",
-        format!(
-            "{}: the {} experts of one token, read from the drive when none is in memory",
-            Bytes(r.token_cycle_bytes),
-            r.experts_per_token
-        ),
-    );
+    if r.moe_layers == 0 {
+        line("experts", "none: every token reads what does not fit in memory".into());
+    } else {
+        line(
+            "experts",
+            format!(
+                "{} in each of those layers, {} per token; {} each",
+                r.experts_per_layer,
+                r.top_k,
+                Bytes(r.expert_bytes)
+            ),
+        );
+        line(
+            "token cycle",
+            format!(
+                "{}: the {} experts of one token, read from the drive when none is in memory",
+                Bytes(r.token_cycle_bytes),
+                r.experts_per_token
+            ),
+        );
+    }
     if let Some(bytes) = r.prediction_bytes {
         line(
             "prediction",

@@ -25,11 +25,12 @@ use crate::error::CliError;
 use crate::fetch::model_file;
 use crate::size::{parse_size, parse_speed};
 use crate::terminal::{note, print, print_json, seconds};
+use crate::types as asked;
 
 const EXAMPLES: &str = "\
-TARGET is a model file, a checkpoint's folder, a GGUF file, or the name of a model that `sluice synth` knows (deepseek-r1, deepseek-v4-flash, \
-deepseek-v4-pro, kimi-k2, glm-4.6, qwen3-235b, qwen3-30b, gpt-oss-120b, mixtral-8x7b), or a config.json or a folder with nothing else. Weights are not \
-read. What is no model file yet is planned as `sluice convert` would write it: as published, bit for bit, unless --type and \
+TARGET is a model file, a checkpoint's folder, a GGUF file, or the name of a published model (deepseek-r1, kimi-k2, glm-5, qwen3-30b, \
+gpt-oss-120b, minimax-m3, llama-4-scout and so on; a name that is not known is answered with all of them), or a config.json or a folder with \
+nothing else. Weights are not read. What is no model file yet is planned as `sluice convert` would write it: as published, bit for bit, unless --type and \
 --dense-type say otherwise.
 
 The speed is arithmetic, an upper bound of what can be expected: the slower of drive and memory, without computation. \
@@ -174,8 +175,10 @@ fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
     };
     let measured = Some(digest(TEXT, Effort::default()));
     let options = Options { expert_type, dense_type, measured, ..Options::default() };
-    match converter::plan(Path::new(&args.target), &options) {
+    let target = Path::new(&args.target);
+    match converter::plan(target, &options) {
         Ok(plan) => {
+            let remark = asked(args).check(target, &plan)?;
             let names = |kinds: &[ExtentKind]| plan.weight_types(kinds).into_iter().map(WeightType::name).collect();
             let types = Types {
                 experts: names(&[ExtentKind::Expert]),
@@ -184,10 +187,11 @@ fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
             };
             let mut report = report(args, plan.spec(), plan.extents(), plan.file_bytes(), types);
             report.measuring_bytes = measuring_bytes(&plan);
+            report.warnings.extend(remark);
             Ok(report)
         }
         // It has no `config.json`.
-        Err(refused) if is_gguf(Path::new(&args.target)) => Err(refused.into()),
+        Err(refused) if is_gguf(target) => Err(refused.into()),
         Err(refused) => {
             let mut report = of_geometry(args)?;
             report
@@ -196,6 +200,12 @@ fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
             Ok(report)
         }
     }
+}
+
+/// The types that are asked for, as `convert` knows them.
+fn asked(args: &Args) -> asked::Types {
+    let choice = |ty: Option<WeightType>| ty.map(TypeChoice::Type);
+    asked::Types { experts: choice(args.expert_type), dense: choice(args.dense_type) }
 }
 
 /// What converting takes on the drive beside the model file, because the model is measured. One whose tokenizer is not understood is
@@ -222,8 +232,12 @@ fn of_geometry(args: &Args) -> Result<Report, CliError> {
     let disk_bytes = layout.file_bytes(spec.to_json().len() + geometry.config().len() + PROVENANCE_ROOM);
     let mut dense = vec![types.dense.name()];
     dense.extend(Some(types.head.name()).filter(|head| *head != types.dense.name()));
+    let has_experts = layout.extents().iter().any(|e| e.kind == ExtentKind::Expert);
+    let remark = asked(args).check_experts(Path::new(&args.target), has_experts)?;
     let types = Types { experts: vec![types.experts.name()], dense, from: types_from(args, release) };
-    Ok(report(args, spec, layout.extents(), disk_bytes, types))
+    let mut report = report(args, spec, layout.extents(), disk_bytes, types);
+    report.warnings.extend(remark);
+    Ok(report)
 }
 
 /// Why a model that is no file yet is planned with its types.

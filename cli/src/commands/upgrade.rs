@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use sluice_converter::{UpgradeOptions, UpgradeSummary, upgrade};
-use sluice_format::FORMAT_VERSION;
+use sluice_format::{FORMAT_VERSION, ModelFile};
+use sluice_model::counts;
 use sluice_model::memory::Bytes;
 
 use super::convert::{Bar, explain};
 use crate::error::CliError;
 use crate::size::parse_size;
-use crate::terminal::{byte_bar, print, print_json, seconds};
+use crate::terminal::{byte_bar, note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
 The weights stay what they are to the bit, and so do saved sessions and what is known of the experts: nothing is \
@@ -69,10 +70,21 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let outcome = upgrade(&args.file, args.dst.as_deref(), &options, &bar);
     bar.0.finish_and_clear();
     let summary = outcome.map_err(explain)?;
+    if let (true, Some(dst)) = (summary.written, summary.files.first()) {
+        carry_counts(&args.file, dst);
+    }
     if args.json {
         return print_json(&summary);
     }
     print(&describe(&args.file, &summary, started.elapsed().as_secs_f64()))
+}
+
+/// What runs have learned of the experts is true of the new file as well. Without it, the first run is slower.
+fn carry_counts(src: &Path, dst: &Path) {
+    let carried = ModelFile::open(dst).map(|model| counts::carry(src, dst, model.state_id()));
+    if let Ok(Err(e)) = carried {
+        note(&format_args!("note: what runs have learned about the experts is not known of the new file: {e}"));
+    }
 }
 
 fn describe(file: &Path, s: &UpgradeSummary, elapsed: f64) -> String {

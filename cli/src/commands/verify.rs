@@ -171,6 +171,18 @@ impl From<FormatError> for Damage {
     }
 }
 
+/// How many files are the same. Of GGUF files, the others of the list are made.
+fn same(files: &[SourceFile]) -> String {
+    let (gguf, others): (Vec<&SourceFile>, Vec<&SourceFile>) = files.iter().partition(|f| f.name.ends_with(".gguf"));
+    let number =
+        |n: usize| if n == 1 { "the file is the same".to_owned() } else { format!("all {n} files are the same") };
+    if gguf.is_empty() || others.is_empty() {
+        return number(files.len());
+    }
+    let made: Vec<&str> = others.iter().map(|f| f.name.as_str()).collect();
+    format!("{}, and so is what is made of it: {}", number(gguf.len()), made.join(", "))
+}
+
 fn describe(report: &Report) -> String {
     let mut out = String::new();
     if report.intact {
@@ -182,7 +194,7 @@ fn describe(report: &Report) -> String {
     }
     let Some(source) = &report.source else { return out };
     if source.same {
-        out += &format!("{}: what it was made of; all {} files are the same\n", source.folder, source.files.len());
+        out += &format!("{}: what it was made of; {}\n", source.folder, same(&source.files));
     }
     for f in &source.files {
         let Some(difference) = &f.difference else { continue };
@@ -195,4 +207,24 @@ fn describe(report: &Report) -> String {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_files_that_are_there_are_counted() {
+        let said = |names: &[&str]| {
+            let file = |name: &&str| SourceFile { name: (*name).to_owned(), difference: None, tensors: Vec::new() };
+            same(&names.iter().map(file).collect::<Vec<_>>())
+        };
+        assert_eq!(said(&["model.safetensors", "config.json"]), "all 2 files are the same");
+        assert_eq!(
+            said(&["m.gguf", "config.json", "tokenizer.json"]),
+            "the file is the same, and so is what is made of it: config.json, tokenizer.json"
+        );
+        let parts = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "config.json"];
+        assert_eq!(said(&parts), "all 2 files are the same, and so is what is made of it: config.json");
+    }
 }

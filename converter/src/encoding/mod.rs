@@ -188,14 +188,16 @@ impl Selection {
     }
 }
 
-/// The encoding of a table of whole numbers that `parts` hold, whose shape is to be `shape`.
+/// The encoding of a table of whole numbers that `parts` hold, whose shape is to be `shape`: less than `below`, and all different in
+/// each row.
 pub(crate) fn resolve_numbers(
     checkpoint: &Checkpoint,
     shape: &[usize],
     parts: &Parts,
+    below: usize,
 ) -> Result<Arc<dyn Encoding>, ConvertError> {
     let tensor = parts.tensors[0];
-    let encoding = numbers::of(&checkpoint.tensors[tensor].dtype);
+    let encoding = numbers::of(&checkpoint.tensors[tensor].dtype, below);
     let encoding = encoding.ok_or_else(|| dtype_error(checkpoint, tensor, numbers::SUPPORTED))?;
     check_shape(checkpoint, tensor, shape)?;
     Ok(Arc::new(encoding))

@@ -1,4 +1,5 @@
-//! Whole numbers that stand for themselves, such as those of experts in a table. f32 holds all that can be meant.
+//! Whole numbers that stand for themselves, such as those of experts in a table: which of them can be meant is known, and what cannot
+//! be is an error here, before any token asks for it.
 
 use sluice_format::WeightType;
 
@@ -10,45 +11,69 @@ use crate::source::Dtype;
 pub(super) const SUPPORTED: &str = "I64, I32, and F32 with whole numbers";
 
 /// The largest number up to which f32 holds all whole ones.
-const MOST: i64 = 1 << 24;
+const MOST: usize = 1 << 24;
 
-/// How they are written.
+/// How one of them is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Numbers {
+enum Word {
     I64,
     I32,
     F32,
 }
 
-/// The encoding of tensors of that type, if it is one for whole numbers.
-pub(super) fn of(dtype: &Dtype) -> Option<Numbers> {
-    match dtype.name() {
-        "I64" => Some(Numbers::I64),
-        "I32" => Some(Numbers::I32),
-        "F32" => Some(Numbers::F32),
-        _ => None,
+/// A table of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Numbers {
+    word: Word,
+    /// They are all less than this.
+    below: usize,
+}
+
+/// The encoding of tables of that type, if it is one for whole numbers.
+pub(super) fn of(dtype: &Dtype, below: usize) -> Option<Numbers> {
+    let word = match dtype.name() {
+        "I64" => Word::I64,
+        "I32" => Word::I32,
+        "F32" => Word::F32,
+        _ => return None,
+    };
+    Some(Numbers { word, below: below.min(MOST + 1) })
+}
+
+impl Word {
+    fn bytes(self) -> usize {
+        if self == Word::I64 { 8 } else { 4 }
+    }
+
+    /// The numbers of some bytes. Those beyond 2^53, which none is, may be rounded.
+    fn read(self, raw: &[u8]) -> impl Iterator<Item = f64> {
+        let four = |bytes: &[u8]| [bytes[0], bytes[1], bytes[2], bytes[3]];
+        raw.chunks_exact(self.bytes()).map(move |bytes| match self {
+            Word::I64 => i64::from_le_bytes(bytes.try_into().expect("eight bytes")) as f64,
+            Word::I32 => f64::from(i32::from_le_bytes(four(bytes))),
+            Word::F32 => f64::from(f32::from_le_bytes(four(bytes))),
+        })
     }
 }
 
 impl Numbers {
-    fn element_len(self) -> usize {
-        if self == Numbers::I64 { 8 } else { 4 }
-    }
-
-    /// The numbers of some bytes; `None` for one that cannot be meant.
-    fn read(self, raw: &[u8]) -> impl Iterator<Item = Option<f32>> {
-        let four = |bytes: &[u8]| [bytes[0], bytes[1], bytes[2], bytes[3]];
-        raw.chunks_exact(self.element_len()).map(move |bytes| {
-            let number = match self {
-                Numbers::I64 => i64::from_le_bytes(bytes.try_into().expect("eight bytes")),
-                Numbers::I32 => i64::from(i32::from_le_bytes(four(bytes))),
-                Numbers::F32 => {
-                    let number = f32::from_le_bytes(four(bytes));
-                    if number.fract() == 0.0 { number as i64 } else { -1 }
-                }
-            };
-            (0..=MOST).contains(&number).then_some(number as f32)
-        })
+    /// The numbers of some bytes, the first of which is element `first` of a table with `cols` columns. The error says row and value of
+    /// what cannot be meant.
+    fn read(self, raw: &[u8], first: usize, cols: usize) -> Result<Vec<f32>, String> {
+        let mut out: Vec<f32> = Vec::with_capacity(raw.len() / self.word.bytes());
+        for (at, number) in self.word.read(raw).enumerate() {
+            let (row, col) = ((first + at) / cols, (first + at) % cols);
+            let is_one = number.fract() == 0.0 && (0.0..self.below as f64).contains(&number);
+            let before = &out[at.saturating_sub(col)..];
+            if !is_one || before.contains(&(number as f32)) {
+                let (what, most) = (if is_one { " twice" } else { "" }, self.below.saturating_sub(1));
+                return Err(format!(
+                    "has {number}{what} in row {row}, where all are different numbers from 0 to {most}"
+                ));
+            }
+            out.push(number as f32);
+        }
+        Ok(out)
     }
 }
 
@@ -70,21 +95,21 @@ impl Encoding for Numbers {
         selection: &'s Selection,
         _reader: &mut Reader<'_>,
     ) -> Result<Box<dyn Decoder + 's>, ConvertError> {
-        Ok(Box::new(NumbersDecoder { ty: *self, selection }))
+        Ok(Box::new(NumbersDecoder { numbers: *self, selection }))
     }
 }
 
 struct NumbersDecoder<'s> {
-    ty: Numbers,
+    numbers: Numbers,
     selection: &'s Selection,
 }
 
 impl Decoder for NumbersDecoder<'_> {
     fn values(&self, rows: Rows, reader: &mut Reader<'_>, out: &mut Vec<f32>) -> Result<(), ConvertError> {
-        let raw = reader.raw(self.selection, self.ty.element_len(), rows)?;
-        let numbers: Option<Vec<f32>> = self.ty.read(raw).collect();
-        let problem = "has a number that is negative, not whole or larger than any model has of anything";
-        *out = numbers.ok_or_else(|| reader.damaged(self.selection.tensor, problem))?;
+        let (first, cols) = (self.selection.strides.at(rows.first, 0), self.selection.cols);
+        let raw = reader.raw(self.selection, self.numbers.word.bytes(), rows)?;
+        let numbers = self.numbers.read(raw, first, cols);
+        *out = numbers.map_err(|problem| reader.damaged(self.selection.tensor, &problem))?;
         Ok(())
     }
 
@@ -93,7 +118,7 @@ impl Decoder for NumbersDecoder<'_> {
     }
 
     fn skim(&self, rows: Rows, _carried: bool, reader: &mut Reader<'_>) -> Result<(), ConvertError> {
-        reader.raw(self.selection, self.ty.element_len(), rows).map(drop)
+        reader.raw(self.selection, self.numbers.word.bytes(), rows).map(drop)
     }
 }
 
@@ -103,14 +128,24 @@ mod tests {
 
     #[test]
     fn only_what_can_be_meant_is_a_number() {
-        let read = |ty: Numbers, bytes: &[u8]| ty.read(bytes).collect::<Vec<_>>();
-        let wide: Vec<u8> = [0i64, 7, MOST, MOST + 1, -1, i64::MAX].iter().flat_map(|v| v.to_le_bytes()).collect();
-        let most = Some(MOST as f32);
-        assert_eq!(read(Numbers::I64, &wide), [Some(0.0), Some(7.0), most, None, None, None]);
+        let read = |name: &str, bytes: &[u8]| {
+            let numbers = of(&Dtype::from_name(name), 256).unwrap();
+            numbers.read(bytes, 12, 3)
+        };
+        let wide = |values: &[i64]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>();
+        // From one row to the next, a number may come again.
+        assert_eq!(read("I64", &wide(&[0, 255, 7, 7, 0, 1])).unwrap(), [0.0, 255.0, 7.0, 7.0, 0.0, 1.0]);
+        assert!(read("I64", &wide(&[0, 1, 2, 3, 256])).unwrap_err().contains("has 256 in row 5"));
+        assert!(read("I64", &wide(&[-1])).unwrap_err().contains("has -1 in row 4, where all are different"));
+        assert!(read("I64", &wide(&[i64::MAX])).unwrap_err().contains("numbers from 0 to 255"));
+        assert!(read("I64", &wide(&[0, 1, 2, 9, 3, 9])).unwrap_err().contains("has 9 twice in row 5"));
         let narrow: Vec<u8> = [3i32, -3].iter().flat_map(|v| v.to_le_bytes()).collect();
-        assert_eq!(read(Numbers::I32, &narrow), [Some(3.0), None]);
-        let floats: Vec<u8> =
-            [5.0f32, 5.5, f32::NAN, f32::INFINITY, -2.0].iter().flat_map(|v| v.to_le_bytes()).collect();
-        assert_eq!(read(Numbers::F32, &floats), [Some(5.0), None, None, None, None]);
+        assert_eq!(read("I32", &narrow[..4]).unwrap(), [3.0]);
+        assert!(read("I32", &narrow).unwrap_err().contains("has -3 in row 4"));
+        for wrong in [5.5, f32::NAN, f32::INFINITY, -2.0] {
+            let floats: Vec<u8> = [5.0, wrong].iter().flat_map(|v| v.to_le_bytes()).collect();
+            assert_eq!(read("F32", &floats[..4]).unwrap(), [5.0]);
+            assert!(read("F32", &floats).unwrap_err().contains(&format!("has {wrong} in row 4")));
+        }
     }
 }

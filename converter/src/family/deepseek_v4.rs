@@ -113,7 +113,8 @@ impl Family for DeepSeekV4 {
             (ExtentKind::Router, "router_bias") => vector("ffn.gate.bias"),
             (ExtentKind::Router, "token_experts") => {
                 let rows = spec.vocab_size;
-                vec![vec![View::table(layer("ffn.gate.tid2eid"), rows, cols / rows)]]
+                let experts = spec.layers[place.layer].ffn.moe.as_ref().map_or(0, |moe| moe.experts);
+                vec![vec![View::table(layer("ffn.gate.tid2eid"), rows, cols / rows, experts)]]
             }
             (ExtentKind::Router, _) => stream_tensor(tensor, "hc_ffn", &layer).into_iter().map(|v| vec![v]).collect(),
             (ExtentKind::Dense, "down") => matrix("ffn.shared_experts.w2.weight"),

@@ -41,8 +41,8 @@ pub(crate) struct View {
     pub(crate) strides: Strides,
     /// Whether 1 is added to each: norms that the family stores around zero.
     pub(crate) plus_one: bool,
-    /// Whether they are whole numbers, such as those of experts.
-    pub(crate) numbers: bool,
+    /// Of whole numbers, such as those of experts: less than this, and all different in a row of the source.
+    pub(crate) below: Option<usize>,
 }
 
 /// Where a tensor comes from: alternatives, the first of which that the checkpoint has is taken. Each is one view, or gate
@@ -52,7 +52,7 @@ pub(crate) type Origin = Vec<Vec<View>>;
 impl View {
     /// Any part.
     pub(crate) fn new(tensor: String, source_shape: &[usize], strides: Strides) -> Self {
-        View { tensor, source_shape: source_shape.to_vec(), strides, plus_one: false, numbers: false }
+        View { tensor, source_shape: source_shape.to_vec(), strides, plus_one: false, below: None }
     }
 
     /// All of a matrix.
@@ -65,9 +65,9 @@ impl View {
         View::new(tensor, &[len], Strides::rows(0, 1, len))
     }
 
-    /// All of a table of whole numbers, row behind row.
-    pub(crate) fn table(tensor: String, rows: usize, cols: usize) -> Self {
-        View { numbers: true, ..View::new(tensor, &[rows, cols], Strides::rows(0, 1, rows * cols)) }
+    /// All of a table of whole numbers less than `below`, row behind row.
+    pub(crate) fn table(tensor: String, rows: usize, cols: usize, below: usize) -> Self {
+        View { below: Some(below), ..View::new(tensor, &[rows, cols], Strides::rows(0, 1, rows * cols)) }
     }
 
     /// The rows from `first` to `first + rows` of matrix `index` of a stack of shape `stack`.

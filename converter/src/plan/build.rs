@@ -17,7 +17,7 @@ use crate::error::ConvertError;
 use crate::family::{Origin, Place, Strides, View};
 use crate::fp8::SCALE_BLOCK;
 use crate::options::{Options, TypeChoice};
-use crate::recipe;
+use crate::recipe::{self, Effect};
 use crate::source::Checkpoint;
 
 /// Longest part of the embedding: one token reads one part, so parts are small.
@@ -35,8 +35,8 @@ pub(crate) struct Built {
     pub(crate) widened: Vec<String>,
     /// Why some could not be carried.
     pub(crate) obstacles: BTreeSet<&'static str>,
-    /// Rules of the recipe that have decided something.
-    pub(crate) rules: BTreeSet<usize>,
+    /// The most that each rule of the recipe does, of those that match anything, by number.
+    pub(crate) effects: BTreeMap<usize, Effect>,
 }
 
 impl Built {
@@ -92,7 +92,7 @@ pub(crate) fn build(
         groups: Vec::new(),
         widened: Vec::new(),
         obstacles: BTreeSet::new(),
-        rules: BTreeSet::new(),
+        effects: BTreeMap::new(),
     };
     let Naming { family, names, spec, .. } = naming;
     let mut b = Builder { checkpoint, options, scheme, out: empty };
@@ -128,14 +128,21 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    /// What the recipe says of a tensor, or else the options of all of its kind.
-    fn choice(&mut self, kind: ExtentKind, layer: u32, tensor: &str) -> TypeChoice {
-        let found = self.options.recipe.as_ref().and_then(|r| r.choice(&recipe::name(kind, layer, tensor)));
-        if let Some((rule, choice)) = found {
-            self.out.rules.insert(rule);
-            return choice;
+    /// What the recipe says of a tensor, or else the options of all of its kind. `sources`: of each extent.
+    fn choice(&mut self, kind: ExtentKind, layer: u32, tensor: &TensorShape, sources: &[Vec<Selection>]) -> TypeChoice {
+        let usual = if kind == ExtentKind::Expert { self.options.expert_type } else { self.options.dense_type };
+        let Some(recipe) = &self.options.recipe else { return usual };
+        let matching: Vec<_> = recipe.matching(&recipe::name(kind, layer, tensor.name)).collect();
+        let Some(&(first, choice)) = matching.first() else { return usual };
+        let otherwise = matching.get(1).map_or(usual, |&(_, choice)| choice);
+        let is_other = choose(kind, tensor, choice, sources) != choose(kind, tensor, otherwise, sources);
+        let first = (first, if is_other { Effect::Changes } else { Effect::Nothing });
+        let others = matching[1..].iter().map(|&(rule, _)| (rule, Effect::Overridden));
+        for (rule, effect) in others.chain([first]) {
+            let most = self.out.effects.entry(rule).or_insert(effect);
+            *most = effect.max(*most);
         }
-        if kind == ExtentKind::Expert { self.options.expert_type } else { self.options.dense_type }
+        choice
     }
 
     fn group(&mut self, kind: ExtentKind, tensor: &str) -> usize {
@@ -162,7 +169,7 @@ impl Builder<'_> {
         let mut offset = 0u64;
         for tensor in tensors {
             let sources = self.sources(indices, tensor, &origin)?;
-            let choice = self.choice(kind, layer, tensor.name);
+            let choice = self.choice(kind, layer, tensor, &sources);
             for part in parts_of(kind, tensor, choice, sources) {
                 let (tensor, chosen) = (part.tensor, part.chosen);
                 self.note_widened(kind, layer, tensor.name, chosen);
@@ -214,9 +221,9 @@ impl Builder<'_> {
     fn parts(&mut self, kind: ExtentKind, layer: u32, tensor: &str, spec: &ModelSpec) -> Result<(), ConvertError> {
         let (rows, cols) = (spec.vocab_size, spec.hidden_size);
         let whole = resolve(self.checkpoint, self.scheme, &View::whole(tensor.to_owned(), rows, cols), false)?;
-        let choice = self.choice(kind, layer, kind.name());
         let described = TensorShape { name: kind.name(), layout: Layout::Tiled, shape: [1, rows, cols] };
         let sources = [vec![whole]];
+        let choice = self.choice(kind, layer, &described, &sources);
         let chosen = choose(kind, &described, choice, &sources);
         let [whole] = &sources[0][..] else { unreachable!("it has one source") };
         self.note_widened(kind, layer, kind.name(), chosen);

@@ -175,8 +175,7 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     notes.extend(built.obstacles.iter().map(|why| {
         format!("weights are stored as f32, which takes much more space, because {why}. `--type q8` makes them small")
     }));
-    let idle = options.recipe.as_ref().and_then(|r| r.unused(&built.rules.iter().copied().collect::<Vec<_>>()));
-    notes.extend(idle);
+    notes.extend(options.recipe.iter().flat_map(|recipe| recipe.idle(&built.effects)));
     let mut blobs = vec![(SOURCE_CONFIG_BLOB, config_bytes)];
     for name in TEXT_FILES {
         blobs.extend(checkpoint.side_file(name)?.map(|bytes| (name, bytes)));
@@ -364,8 +363,17 @@ impl Plan {
         metadata
     }
 
-    /// A hash of everything that the extents of the file depend on but the bytes of the weights: what a resumed conversion must
-    /// share with the one that was interrupted.
+    /// What a resumed conversion must share with the one that was interrupted: everything that the extents of the file depend on but
+    /// the bytes of the weights. `tokens`: those that are measured, if any are, whatever tokenizer has made them of whichever text.
+    pub(crate) fn hash_with(&self, tokens: Option<&[u32]>) -> u128 {
+        let Some(tokens) = tokens else { return self.hash };
+        let mut hash = Xxh3::new();
+        hash.update(&self.hash.to_le_bytes());
+        tokens.iter().for_each(|token| hash.update(&token.to_le_bytes()));
+        hash.digest128()
+    }
+
+    /// A hash of everything that the plan decides.
     fn digest(&self) -> u128 {
         let mut hash = Xxh3::new();
         let mut add = |bytes: &[u8]| {
@@ -384,8 +392,6 @@ impl Plan {
         add(&self.importance.as_ref().map_or(0, Importance::digest).to_le_bytes());
         if let (Some(_), Some(measured)) = (&self.reading, self.options.measured) {
             add(&measured.to_le_bytes());
-            // What is measured are the tokens that these make of the text.
-            TEXT_FILES.iter().for_each(|name| add(self.side_file(name).unwrap_or_default()));
         }
         for (f, header) in self.checkpoint.files().iter().zip(&self.checkpoint.header_digests) {
             add(f.name.as_bytes());

@@ -30,9 +30,9 @@ pub(crate) fn resolve(
         hint: String::new(),
     })?;
     let shape = view.source_shape.as_slice();
-    let encoding = match view.numbers {
-        true => encoding::resolve_numbers(checkpoint, shape, &parts)?,
-        false => encoding::resolve(checkpoint, scheme, shape, &parts, plain)?,
+    let encoding = match view.below {
+        Some(below) => encoding::resolve_numbers(checkpoint, shape, &parts, below)?,
+        None => encoding::resolve(checkpoint, scheme, shape, &parts, plain)?,
     };
     let cols = *shape.last().expect("a view has columns");
     Ok(Selection { tensor: parts.tensors[0], encoding, cols, strides: view.strides, plus_one: view.plus_one })

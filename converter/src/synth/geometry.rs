@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use sluice_format::{ModelSpec, WeightType};
+use sluice_format::{ExtentKind, ModelSpec, PAGE_SIZES, WeightType};
 
+use super::layout::{Layout, WeightTypes};
 use super::release::{self, Release};
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
@@ -22,18 +23,64 @@ macro_rules! presets {
     };
 }
 
-static PRESETS: [Preset; 10] = presets![
+static PRESETS: [Preset; 47] = presets![
+    "deepseek-v2",
+    "deepseek-v2-lite",
     "deepseek-r1",
+    "deepseek-v3.2",
     "deepseek-v4-flash",
     "deepseek-v4-pro",
     "kimi-k2",
+    "kimi-k2-thinking",
+    "kimi-linear-48b",
+    "glm-4.5-air",
     "glm-4.6",
-    "qwen3-235b",
+    "glm-4.7-flash",
+    "glm-5",
+    "glm-5.2",
+    "qwen1.5-moe",
+    "qwen2-57b",
     "qwen3-30b",
+    "qwen3-235b",
+    "qwen3-coder-480b",
+    "qwen3-next-80b",
+    "qwen3.5-35b",
+    "qwen3.5-122b",
+    "qwen3.5-397b",
+    "gpt-oss-20b",
     "gpt-oss-120b",
+    "minimax-m2",
+    "minimax-m3",
     "mixtral-8x7b",
+    "mixtral-8x22b",
+    "olmoe-7b",
+    "granite-3.1-1b-a400m",
+    "granite-3.1-3b-a800m",
+    "ernie-4.5-0.3b",
+    "ernie-4.5-21b",
+    "ernie-4.5-300b",
+    "hunyuan-a13b",
+    "hy3",
+    "llama-4-scout",
+    "llama-4-maverick",
+    "mimo-v2-flash",
+    "llama-3.1-8b",
+    "llama-3.1-70b",
+    "llama-3.1-405b",
+    "mistral-7b",
+    "qwen3-8b",
+    "qwen3-32b",
     "bench-34x128",
 ];
+
+/// Numbers of weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Weights {
+    /// Of the whole model; a head that is the token embedding counts once.
+    pub all: u64,
+    /// That every token is multiplied with: all but the routed experts and the embedding.
+    pub every_token: u64,
+}
 
 /// What a model looks like: its configuration, and what follows from it.
 #[derive(Clone, Debug)]
@@ -95,6 +142,28 @@ impl Geometry {
     /// Its `config.json`.
     pub fn config(&self) -> &[u8] {
         &self.config
+    }
+
+    /// How many weights it has, norms and biases included.
+    ///
+    /// # Panics
+    /// Never for a geometry that was loaded: its specification is one that a file can have.
+    pub fn weights(&self) -> Weights {
+        let types = WeightTypes { experts: WeightType::Bf16, dense: WeightType::Bf16 };
+        let layout = Layout::new(&self.spec, types, PAGE_SIZES[0]).expect("it was parsed before");
+        let of = |wanted: &dyn Fn(ExtentKind) -> bool| layout.weights(wanted);
+        let head = if self.is_tied() { of(&|kind| kind == ExtentKind::Head) } else { 0 };
+        Weights {
+            all: of(&|_| true) - head,
+            every_token: of(&|kind| !matches!(kind, ExtentKind::Expert | ExtentKind::Embedding)),
+        }
+    }
+
+    /// Whether the configuration says that the head is the token embedding.
+    fn is_tied(&self) -> bool {
+        let config: Value = sluice_format::json::from_slice(&self.config).expect("it was parsed before");
+        let said = |config: &Value| config.get("tie_word_embeddings").and_then(Value::as_bool);
+        said(&config).or_else(|| said(config.get("text_config")?)).unwrap_or(false)
     }
 
     /// The types of the model's own release, which a conversion keeps; `None` for what was never released.
@@ -190,7 +259,64 @@ mod tests {
             assert_eq!(all.round(), f64::from(experts), "{name}");
             assert!((weights(moe[0].width) - one).abs() < 0.005, "{name}");
         }
-        assert_eq!(Geometry::presets().count(), 10);
+    }
+
+    /// Billions of weights, as their authors or the sums of their published tensors say: of all but what predicts further tokens and reads
+    /// images.
+    #[test]
+    fn presets_have_as_many_weights_as_the_models() {
+        for (name, billions) in [
+            ("deepseek-v2", 235.7),
+            ("deepseek-v2-lite", 15.7),
+            ("deepseek-r1", 671.0),
+            ("deepseek-v3.2", 671.9),
+            ("deepseek-v4-flash", 284.3),
+            ("deepseek-v4-pro", 1573.2),
+            ("kimi-k2", 1026.4),
+            ("kimi-k2-thinking", 1026.4),
+            ("kimi-linear-48b", 49.1),
+            ("glm-4.5-air", 106.9),
+            ("glm-4.6", 352.8),
+            ("glm-4.7-flash", 29.9),
+            ("glm-5", 743.9),
+            ("glm-5.2", 743.4),
+            ("qwen1.5-moe", 14.3),
+            ("qwen2-57b", 57.4),
+            ("qwen3-30b", 30.5),
+            ("qwen3-235b", 235.1),
+            ("qwen3-coder-480b", 480.2),
+            ("qwen3-next-80b", 79.7),
+            ("qwen3.5-35b", 34.7),
+            ("qwen3.5-122b", 122.1),
+            ("qwen3.5-397b", 396.3),
+            ("gpt-oss-20b", 20.9),
+            ("gpt-oss-120b", 116.8),
+            ("minimax-m2", 228.7),
+            ("minimax-m3", 426.0),
+            ("mixtral-8x7b", 46.7),
+            ("mixtral-8x22b", 140.6),
+            ("olmoe-7b", 6.9),
+            ("granite-3.1-1b-a400m", 1.3),
+            ("granite-3.1-3b-a800m", 3.3),
+            ("ernie-4.5-0.3b", 0.4),
+            ("ernie-4.5-21b", 21.8),
+            ("ernie-4.5-300b", 299.5),
+            ("hunyuan-a13b", 80.4),
+            ("hy3", 295.0),
+            ("llama-4-scout", 107.8),
+            ("llama-4-maverick", 400.7),
+            ("mimo-v2-flash", 308.8),
+            ("llama-3.1-8b", 8.0),
+            ("llama-3.1-70b", 70.6),
+            ("llama-3.1-405b", 405.9),
+            ("mistral-7b", 7.2),
+            ("qwen3-8b", 8.2),
+            ("qwen3-32b", 32.8),
+            ("bench-34x128", 21.0),
+        ] {
+            let all = Geometry::load(name, None).unwrap().weights().all as f64 / 1e9;
+            assert!((all - billions).abs() < 0.051, "{name}: {all:.2} billion weights, not {billions}");
+        }
     }
 
     #[test]

@@ -109,6 +109,12 @@ impl Layout {
         self.file.extents()
     }
 
+    /// Numbers in the tensors of all extents of these kinds.
+    pub(super) fn weights(&self, wanted: &dyn Fn(ExtentKind) -> bool) -> u64 {
+        let extents = self.extents().iter().zip(&self.tensors).filter(|(extent, _)| wanted(extent.kind));
+        extents.flat_map(|(_, tensors)| &self.records[tensors.clone()]).map(TensorRecord::weights).sum()
+    }
+
     /// Bytes of all extents.
     pub fn extent_bytes(&self) -> u64 {
         self.file.extent_bytes()

@@ -13,7 +13,7 @@ mod topics;
 mod values;
 mod write;
 
-pub use geometry::Geometry;
+pub use geometry::{Geometry, Weights};
 pub use layout::{KindTypes, Layout, WeightTypes};
 pub use noise::expert_noise;
 pub use release::Release;

@@ -21,7 +21,8 @@ use super::topics::Embeddings;
 use super::values::{Filler, truncate_to_bf16};
 use crate::Progress;
 use crate::error::ConvertError;
-use crate::partial::{check_space, claim, folder_of, publish, refuse_existing, sync_note, with_suffix};
+use crate::own::{clear_all, folder_of, journal_path, partial_path};
+use crate::partial::{check_space, claim, publish, refuse_existing, sync_note};
 use crate::plan::{CONVERTER, KindSize, kind_sizes};
 
 /// Bytes that are made before they are written.
@@ -103,9 +104,9 @@ pub fn synth(
     let layout = Layout::new(geometry.spec(), options.types, options.page_size)?;
     let metadata = metadata(geometry, options);
     refuse_existing(dst, options.overwrite, None)?;
-    let path = with_suffix(dst, ".partial");
+    let path = partial_path(dst, 0);
     let mut notes = Vec::new();
-    let lock = claim(&path, &with_suffix(dst, ".partial.journal"), &mut notes)?;
+    let lock = claim(&path, &journal_path(dst), &mut notes)?;
     refuse_existing(dst, options.overwrite, None)?;
     let file = lock.try_clone().map_err(ConvertError::io(&path, "open it"))?;
     let writer = FileWriter::of_files(vec![(path.clone(), file)], layout.file.clone())?;
@@ -130,6 +131,7 @@ pub fn synth(
     let file_bytes = lock.metadata().map_err(ConvertError::io(&path, "read its length"))?.len();
     publish(&lock, &path, dst)?;
     syncer.folder(folder_of(dst)).map_err(ConvertError::io(folder_of(dst), "sync the folder"))?;
+    clear_all(dst)?;
     Ok(SynthSummary {
         geometry: geometry.name().to_owned(),
         family: geometry.spec().family.clone(),

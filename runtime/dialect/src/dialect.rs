@@ -95,8 +95,13 @@ impl Dialect {
             }
         }
         let is_mistral = matches!(self.syntax.name, "mistral" | "mistral-list");
+        let is_hunyuan = matches!(self.syntax.name, "hunyuan-3" | "hunyuan-3-plain");
         let effort = match (effort, thinking) {
             _ if !self.knows_effort => None,
+            // It knows three.
+            (_, Some(false)) if is_hunyuan => Some("no_think"),
+            (Some("minimal" | "low"), Some(true)) if is_hunyuan => Some("low"),
+            (_, Some(true)) if is_hunyuan => Some("high"),
             (_, Some(thinking)) if is_mistral => Some(if thinking { "high" } else { "none" }),
             (Some("xhigh" | "max"), _) => Some("max"),
             (Some(effort), Some(true)) => Some(effort),
@@ -126,6 +131,10 @@ impl Dialect {
     pub fn before_answer(&self, prompt_tail: &str) -> Option<&'static str> {
         match self.syntax.calls {
             Calls::Harmony => Some("<|channel|>final<|message|>"),
+            _ if self.syntax.answer.is_some() => {
+                let open = self.syntax.answer.map_or("", |answer| answer.open);
+                (!prompt_tail.trim_end().ends_with(open)).then_some("<answer>\n")
+            }
             _ => prompt_tail.trim_end().ends_with(self.syntax.think.open).then_some(self.syntax.think.close),
         }
     }
@@ -161,9 +170,13 @@ fn by_template(source: &str, has_token: &dyn Fn(&str) -> bool) -> Option<&'stati
         () if has("<｜tool▁calls▁begin｜>") && has("```json") => &syntax::DEEPSEEK_V3,
         () if has("<｜tool▁calls▁begin｜>") => &syntax::DEEPSEEK_V31,
         () if has("<|tool_calls_section_begin|>") => &syntax::KIMI_K2,
+        // It makes its markers of a suffix: `'<tool_sep{}>'.format(HYTK)`.
+        () if has("<tool_sep") && has(":opensource") => &syntax::HUNYUAN_3,
+        () if has("<tool_sep") => &syntax::HUNYUAN_3_PLAIN,
         () if has("<arg_key>") && (has("'\\n<tool_call>'") || has("{function-name}\n")) => &syntax::GLM_45,
         () if has("<arg_key>") => &syntax::GLM_47,
         () if has("<function=") && has("<parameter=") => &syntax::QWEN_XML,
+        () if has("<tool_calls>") && has("<tool_response>") => &syntax::HUNYUAN,
         () if has("<tool_call>") => &syntax::HERMES,
         () if has("[TOOL_CALLS]") && has("[ARGS]") => &syntax::MISTRAL,
         () if has("[TOOL_CALLS]") => &syntax::MISTRAL_LIST,
@@ -192,6 +205,8 @@ fn by_type(model_type: &str) -> Option<&'static Syntax> {
         "llama4" | "llama4_text" => &syntax::LLAMA_4,
         "granitemoe" => &syntax::GRANITE,
         "mimo_v2_flash" => &syntax::QWEN_XML,
+        "hunyuan_v1_moe" => &syntax::HUNYUAN,
+        "hy_v3" => &syntax::HUNYUAN_3,
         _ => return None,
     };
     Some(family)
@@ -206,6 +221,8 @@ fn by_tokens(has: &dyn Fn(&str) -> bool) -> Option<&'static Syntax> {
         () if has("<|tool_calls_section_begin|>") => &syntax::KIMI_K2,
         () if has("｜DSML｜") => &syntax::DEEPSEEK_V32,
         () if has("<｜tool▁calls▁begin｜>") => &syntax::DEEPSEEK_V31,
+        () if has("<tool_sep:opensource>") => &syntax::HUNYUAN_3,
+        () if has("<tool_sep>") => &syntax::HUNYUAN_3_PLAIN,
         () if has("<arg_key>") => &syntax::GLM_47,
         () if has("[TOOL_CALLS]") && has("[ARGS]") => &syntax::MISTRAL,
         () if has("[TOOL_CALLS]") => &syntax::MISTRAL_LIST,

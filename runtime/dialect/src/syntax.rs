@@ -13,6 +13,8 @@ pub(crate) struct Syntax {
     pub(crate) name: &'static str,
     /// Around thinking.
     pub(crate) think: Marks,
+    /// Around the text of an answer.
+    pub(crate) answer: Option<Marks>,
     /// Around all calls of an answer.
     pub(crate) section: Option<Marks>,
     pub(crate) calls: Calls,
@@ -57,6 +59,8 @@ pub(crate) struct Objects {
     pub(crate) open: &'static str,
     /// Behind it.
     pub(crate) close: Option<&'static str>,
+    /// Whether the family's template writes a list, rather than a call for each object.
+    pub(crate) list: bool,
     /// Whether an answer that begins with an object is a call as well.
     pub(crate) bare: bool,
 }
@@ -117,8 +121,9 @@ const THINK: Marks = Marks { open: "<think>", close: "</think>" };
 pub(crate) static HERMES: Syntax = Syntax {
     name: "hermes",
     think: THINK,
+    answer: None,
     section: None,
-    calls: Calls::Objects(Objects { open: "<tool_call>", close: Some("</tool_call>"), bare: false }),
+    calls: Calls::Objects(Objects { open: "<tool_call>", close: Some("</tool_call>"), list: false, bare: false }),
     calls_end_thinking: false,
     ids: Ids::Long,
 };
@@ -127,6 +132,7 @@ const fn deepseek(name: &'static str) -> Syntax {
     Syntax {
         name,
         think: THINK,
+        answer: None,
         section: Some(Marks { open: "<｜tool▁calls▁begin｜>", close: "<｜tool▁calls▁end｜>" }),
         calls: Calls::Named(Named {
             open: "<｜tool▁call▁begin｜>",
@@ -154,6 +160,7 @@ const fn dsml(name: &'static str, section: Marks, spaced: bool) -> Syntax {
     Syntax {
         name,
         think: THINK,
+        answer: None,
         section: Some(section),
         calls: Calls::Tagged(Tagged {
             open: "",
@@ -185,6 +192,7 @@ pub(crate) static DEEPSEEK_V41: Syntax =
 pub(crate) static KIMI_K2: Syntax = Syntax {
     name: "kimi-k2",
     think: THINK,
+    answer: None,
     section: Some(Marks { open: "<|tool_calls_section_begin|>", close: "<|tool_calls_section_end|>" }),
     calls: Calls::Named(Named {
         open: "<|tool_call_begin|>",
@@ -200,6 +208,7 @@ const fn glm(name: &'static str) -> Syntax {
     Syntax {
         name,
         think: THINK,
+        answer: None,
         section: None,
         calls: Calls::Tagged(Tagged {
             open: "<tool_call>",
@@ -231,6 +240,7 @@ pub(crate) static GLM_47: Syntax = glm("glm-4.7");
 pub(crate) static QWEN_XML: Syntax = Syntax {
     name: "qwen-xml",
     think: THINK,
+    answer: None,
     section: None,
     calls: Calls::Tagged(Tagged {
         open: "<tool_call>",
@@ -249,6 +259,7 @@ pub(crate) static QWEN_XML: Syntax = Syntax {
 pub(crate) static HARMONY: Syntax = Syntax {
     name: "harmony",
     think: THINK,
+    answer: None,
     section: None,
     calls: Calls::Harmony,
     calls_end_thinking: false,
@@ -259,6 +270,7 @@ pub(crate) static HARMONY: Syntax = Syntax {
 pub(crate) static MINIMAX_M2: Syntax = Syntax {
     name: "minimax-m2",
     think: THINK,
+    answer: None,
     section: Some(Marks { open: "<minimax:tool_call>", close: "</minimax:tool_call>" }),
     calls: Calls::Tagged(Tagged {
         open: "",
@@ -286,6 +298,7 @@ pub(crate) const M3: &str = "]<]minimax[>[";
 pub(crate) static MINIMAX_M3: Syntax = Syntax {
     name: "minimax-m3",
     think: Marks { open: "<mm:think>", close: "</mm:think>" },
+    answer: None,
     section: Some(Marks { open: "]<]minimax[>[<tool_call>", close: "]<]minimax[>[</tool_call>" }),
     calls: Calls::Tagged(Tagged {
         open: "",
@@ -306,8 +319,9 @@ const MISTRAL_THINK: Marks = Marks { open: "[THINK]", close: "[/THINK]" };
 pub(crate) static MISTRAL_LIST: Syntax = Syntax {
     name: "mistral-list",
     think: MISTRAL_THINK,
+    answer: None,
     section: None,
-    calls: Calls::Objects(Objects { open: "[TOOL_CALLS]", close: None, bare: false }),
+    calls: Calls::Objects(Objects { open: "[TOOL_CALLS]", close: None, list: true, bare: false }),
     calls_end_thinking: false,
     ids: Ids::Nine,
 };
@@ -316,6 +330,7 @@ pub(crate) static MISTRAL_LIST: Syntax = Syntax {
 pub(crate) static MISTRAL: Syntax = Syntax {
     name: "mistral",
     think: MISTRAL_THINK,
+    answer: None,
     section: None,
     calls: Calls::Named(Named { open: "[TOOL_CALLS]", separator: "[ARGS]", close: None }),
     calls_end_thinking: false,
@@ -326,8 +341,9 @@ pub(crate) static MISTRAL: Syntax = Syntax {
 pub(crate) static GRANITE: Syntax = Syntax {
     name: "granite",
     think: THINK,
+    answer: None,
     section: None,
-    calls: Calls::Objects(Objects { open: "<|tool_call|>", close: None, bare: false }),
+    calls: Calls::Objects(Objects { open: "<|tool_call|>", close: None, list: true, bare: false }),
     calls_end_thinking: false,
     ids: Ids::Long,
 };
@@ -336,8 +352,9 @@ pub(crate) static GRANITE: Syntax = Syntax {
 pub(crate) static LLAMA_3: Syntax = Syntax {
     name: "llama-3",
     think: THINK,
+    answer: None,
     section: None,
-    calls: Calls::Objects(Objects { open: "<|python_tag|>", close: None, bare: true }),
+    calls: Calls::Objects(Objects { open: "<|python_tag|>", close: None, list: false, bare: true }),
     calls_end_thinking: false,
     ids: Ids::Long,
 };
@@ -346,8 +363,62 @@ pub(crate) static LLAMA_3: Syntax = Syntax {
 pub(crate) static LLAMA_4: Syntax = Syntax {
     name: "llama-4",
     think: THINK,
+    answer: None,
     section: None,
     calls: Calls::Python,
     calls_end_thinking: false,
     ids: Ids::Long,
 };
+
+/// Hunyuan-A13B: a list of objects, and marks around the answer as well as around thinking.
+pub(crate) static HUNYUAN: Syntax = Syntax {
+    name: "hunyuan",
+    think: THINK,
+    answer: Some(Marks { open: "<answer>", close: "</answer>" }),
+    section: None,
+    calls: Calls::Objects(Objects { open: "<tool_calls>", close: Some("</tool_calls>"), list: true, bare: false }),
+    calls_end_thinking: false,
+    ids: Ids::Long,
+};
+
+/// Hunyuan 3, whose markers all have the same suffix or none.
+macro_rules! hunyuan_3 {
+    ($name:literal, $suffix:literal) => {
+        Syntax {
+            name: $name,
+            think: Marks { open: concat!("<think", $suffix, ">"), close: concat!("</think", $suffix, ">") },
+            answer: None,
+            section: Some(Marks {
+                open: concat!("<tool_calls", $suffix, ">"),
+                close: concat!("</tool_calls", $suffix, ">"),
+            }),
+            calls: Calls::Tagged(Tagged {
+                open: concat!("<tool_call", $suffix, ">"),
+                name: "",
+                name_ends: &[
+                    (concat!("<tool_sep", $suffix, ">"), true),
+                    (concat!("<arg_key", $suffix, ">"), false),
+                    (concat!("</tool_call", $suffix, ">"), false),
+                ],
+                parameter: Parameter::Plain {
+                    open: concat!("<arg_key", $suffix, ">"),
+                    middle: concat!("</arg_key", $suffix, ">"),
+                    value: concat!("<arg_value", $suffix, ">"),
+                    close: concat!("</arg_value", $suffix, ">"),
+                    lines: false,
+                },
+                close: concat!("</tool_call", $suffix, ">"),
+                trailer: None,
+                bare: false,
+            }),
+            calls_end_thinking: true,
+            ids: Ids::Long,
+        }
+    };
+}
+
+/// Hunyuan 3 as it was previewed.
+pub(crate) static HUNYUAN_3_PLAIN: Syntax = hunyuan_3!("hunyuan-3-plain", "");
+
+/// Hunyuan 3 as it was published.
+pub(crate) static HUNYUAN_3: Syntax = hunyuan_3!("hunyuan-3", ":opensource");

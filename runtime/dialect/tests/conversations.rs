@@ -13,7 +13,7 @@ macro_rules! template {
 }
 
 /// A family's name, what config.json calls it, a template, and what ends an answer.
-const FAMILIES: [(&str, &str, Option<&str>, &[&str]); 13] = [
+const FAMILIES: [(&str, &str, Option<&str>, &[&str]); 15] = [
     ("hermes", "qwen3_moe", Some(template!("qwen3")), &["<|im_end|>"]),
     ("qwen-xml", "qwen3_moe", Some(template!("qwen3_coder")), &["<|im_end|>"]),
     ("deepseek-v3.1", "deepseek_v3", Some(template!("deepseek")), &["<｜end▁of▁sentence｜>"]),
@@ -24,6 +24,8 @@ const FAMILIES: [(&str, &str, Option<&str>, &[&str]); 13] = [
     ("granite", "granitemoe", Some(template!("granite")), &["<|end_of_text|>"]),
     ("llama-3", "llama", Some(template!("llama3")), &["<|eot_id|>"]),
     ("harmony", "gpt_oss", Some(template!("harmony")), &["<|call|>"]),
+    ("hunyuan", "hunyuan_v1_moe", Some(template!("hunyuan")), &["<|eos|>"]),
+    ("hunyuan-3", "hy_v3", Some(template!("hunyuan_3")), &["<｜hy_eos:opensource｜>"]),
     ("deepseek-v3.2", "deepseek_v32", None, &["<｜end▁of▁sentence｜>"]),
     ("deepseek-v4", "deepseek_v4", None, &["<｜end▁of▁sentence｜>"]),
     ("harmony", "gpt_oss", None, &["<|call|>"]),
@@ -233,6 +235,12 @@ fn wishes_become_variables_of_the_template() {
         json!({"enable_thinking": true, "thinking": true})
     );
     assert_eq!(Value::Object(qwen.template_options(None, Some("\n# Rules"))), json!({}));
+    let hunyuan = Dialect::detect(Some("hy_v3"), Some(template!("hunyuan_3")), &none);
+    let effort = |thinking, effort| hunyuan.template_options(thinking, effort)["reasoning_effort"].clone();
+    assert_eq!((effort(Some(false), None), effort(Some(true), None)), (json!("no_think"), json!("high")));
+    assert_eq!((effort(None, Some("none")), effort(None, Some("minimal"))), (json!("no_think"), json!("low")));
+    assert_eq!((effort(None, Some("low")), effort(None, Some("max"))), (json!("low"), json!("high")));
+    assert_eq!(Value::Object(hunyuan.template_options(None, None)), json!({}));
     let harmony = Dialect::detect(Some("gpt_oss"), None, &none);
     assert_eq!(Value::Object(harmony.template_options(Some(true), None)), json!({}));
     assert_eq!(Value::Object(harmony.template_options(None, Some("minimal"))), json!({"reasoning_effort": "low"}));
@@ -240,4 +248,18 @@ fn wishes_become_variables_of_the_template() {
     let v4 = Dialect::detect(Some("deepseek_v4"), None, &none);
     let want = json!({"enable_thinking": true, "thinking": true, "reasoning_effort": "max"});
     assert_eq!(Value::Object(v4.template_options(None, Some("max"))), want);
+}
+
+/// A form begins where the text of an answer does.
+#[test]
+fn answers_begin_behind_their_marker() {
+    let hunyuan = Dialect::detect(Some("hunyuan_v1_moe"), Some(template!("hunyuan")), &none);
+    assert_eq!(hunyuan.before_answer("<|extra_0|>"), Some("<answer>\n"));
+    assert_eq!(hunyuan.before_answer("<think>\n\n</think>\n"), Some("<answer>\n"));
+    assert_eq!(hunyuan.before_answer("<think>\n\n</think>\n<answer>\n"), None);
+    let hunyuan = Dialect::detect(Some("hy_v3"), None, &none);
+    assert_eq!(hunyuan.before_answer("<think:opensource>"), Some("</think:opensource>"));
+    assert_eq!(hunyuan.before_answer("<think:opensource></think:opensource>"), None);
+    let plain = |token: &str| token == "<tool_sep>";
+    assert_eq!(Dialect::detect(None, None, &plain).name(), "hunyuan-3-plain");
 }

@@ -1,13 +1,13 @@
 //! What the eviction policy has learned, kept beside the model: the next start begins warm.
 //!
-//! The file `MODEL.counts` is: magic (8 bytes), state id of the model (16), length of the counts (u64), counts, xxh3-64 of all before.
+//! The file `MODEL.counts`, of volumes too `NAME.sluice.counts`, is: magic (8 bytes), state id of the model (16), length of the counts (u64), counts, xxh3-64 of all before.
 //! Little-endian. It only ever changes speed: a file that is missing, damaged or of another model is ignored.
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use sluice_checksum::xxh3_64;
-use sluice_format::{StateId, may_replace, open_regular, replace_file};
+use sluice_format::{StateId, VolumeName, may_replace, open_regular, replace_file};
 
 const MAGIC: [u8; 8] = *b"SLCOUNT1";
 /// Bytes of a state id.
@@ -16,11 +16,23 @@ const HEADER: usize = MAGIC.len() + STATE_ID_LEN + 8;
 /// Longest counts that are read: a trillion-parameter model has 23,000 experts with a few numbers each.
 const MAX_COUNTS: usize = 64 << 20;
 
-/// Where the counts of a model are.
+/// Where the counts of a model are: of one in volumes, where they would be if it were one file, which it may become again.
 pub fn path_of(model: &Path) -> PathBuf {
-    let mut name = model.as_os_str().to_owned();
+    let whole = VolumeName::parse(model).map_or_else(|| model.to_owned(), |name| name.whole());
+    let mut name = whole.into_os_string();
     name.push(".counts");
     name.into()
+}
+
+/// Has what was learned of a model serve the copy of it at `to`, unless something is known of that already.
+///
+/// # Errors
+/// As [`save`].
+pub fn carry(from: &Path, to: &Path, id: StateId) -> io::Result<()> {
+    match load(from, id) {
+        Some(counts) if load(to, id).is_none() => save(to, id, &counts),
+        _ => Ok(()),
+    }
 }
 
 /// Reads the counts of a model; `None` if there are none that can be trusted.
@@ -84,6 +96,25 @@ mod tests {
         save(&model, id, b"c").unwrap();
         assert_eq!(load(&model, id).as_deref(), Some(&b"c"[..]));
         assert_eq!(fs::read(&precious).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn counts_go_with_the_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let id = StateId([7; STATE_ID_LEN]);
+        save(&at("m.sluice"), id, b"learned").unwrap();
+        // Into volumes in the same place, and out of them.
+        assert_eq!(load(&at("m-00001-of-00003.sluice"), id).as_deref(), Some(&b"learned"[..]));
+        carry(&at("m-00001-of-00003.sluice"), &at("copy.sluice"), id).unwrap();
+        assert_eq!(load(&at("copy.sluice"), id).as_deref(), Some(&b"learned"[..]));
+        // What is known of the copy counts; what is of another model does not, and nothing is no error.
+        save(&at("copy.sluice"), id, b"more").unwrap();
+        carry(&at("m.sluice"), &at("copy.sluice"), id).unwrap();
+        assert_eq!(load(&at("copy.sluice"), id).as_deref(), Some(&b"more"[..]));
+        carry(&at("m.sluice"), &at("other.sluice"), StateId([8; STATE_ID_LEN])).unwrap();
+        carry(&at("none.sluice"), &at("other.sluice"), id).unwrap();
+        assert!(!path_of(&at("other.sluice")).exists());
     }
 
     #[test]

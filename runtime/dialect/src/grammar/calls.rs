@@ -71,11 +71,13 @@ fn frame(calls: &Calls, name: &str) -> Frame {
     };
     match calls {
         Calls::Objects(Objects { bare: true, .. }) | Calls::Python => frame("", "", "; "),
-        Calls::Objects(Objects { open, close: Some(close), .. }) => {
-            frame(&format!("{open}\n"), &format!("\n{close}"), "\n")
-        }
-        Calls::Objects(Objects { open, close: None, .. }) => {
-            Frame { open: format!("{open}["), between: ", ".to_owned(), close: "]".to_owned() }
+        Calls::Objects(Objects { open, close, list: true, .. }) => Frame {
+            open: format!("{open}["),
+            between: ", ".to_owned(),
+            close: format!("]{}", close.unwrap_or_default()),
+        },
+        Calls::Objects(Objects { open, close, .. }) => {
+            frame(&format!("{open}\n"), &format!("\n{}", close.unwrap_or_default()), "\n")
         }
         Calls::Named(Named { open, close, .. }) => {
             frame(open, close.unwrap_or_default(), if name == "deepseek-v3" { "\n" } else { "" })

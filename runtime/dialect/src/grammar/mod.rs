@@ -29,8 +29,9 @@ pub(crate) fn markers(syntax: &Syntax) -> Vec<&'static str> {
         Calls::Named(Named { open, separator, close }) => {
             markers.extend([*open, separator].into_iter().chain(*close));
         }
-        Calls::Tagged(Tagged { open, close, parameter, .. }) => {
+        Calls::Tagged(Tagged { open, close, parameter, name_ends, .. }) => {
             markers.extend([*open, close]);
+            markers.extend(name_ends.iter().map(|(end, _)| *end).filter(|end| end.starts_with('<')));
             if let Parameter::Plain { value, middle, close, open, .. } = parameter {
                 markers.extend([*open, middle, value, close]);
             }

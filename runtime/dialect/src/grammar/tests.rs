@@ -92,12 +92,15 @@ fn samples() -> Vec<(&'static Syntax, String, String)> {
         json(&syntax::MISTRAL, "[TOOL_CALLS]get_weather[ARGS]", ""),
         json(&syntax::MISTRAL_LIST, "[TOOL_CALLS][{\"name\": \"get_weather\", \"arguments\": ", "}]"),
         json(&syntax::GRANITE, "<|tool_call|>[{\"name\": \"get_weather\", \"arguments\": ", "}]"),
+        json(&syntax::HUNYUAN, "<tool_calls>[{\"name\": \"get_weather\", \"arguments\": ", "}]</tool_calls>"),
         json(&syntax::LLAMA_3, "{\"name\": \"get_weather\", \"parameters\": ", "}"),
         json(&syntax::LLAMA_4, "{\"name\": \"get_weather\", \"parameters\": ", "}"),
         json(&syntax::HARMONY, "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>", ""),
         tags(&syntax::DEEPSEEK_V32, &dsml("function_calls")),
         tags(&syntax::DEEPSEEK_V4, &dsml("tool_calls")),
         tags(&syntax::DEEPSEEK_V41, &dsml(" calls").replace("DSML｜in", "DSML｜ in").replace("DSML｜pa", "DSML｜ pa")),
+        tags(&syntax::HUNYUAN_3_PLAIN, HUNYUAN_3),
+        tags(&syntax::HUNYUAN_3, &HUNYUAN_3.replace('>', ":opensource>")),
         tags(
             &syntax::GLM_45,
             "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>a b</arg_value>\n<arg_key>days</arg_key>\n\
@@ -125,6 +128,9 @@ fn samples() -> Vec<(&'static Syntax, String, String)> {
         ),
     ]
 }
+
+const HUNYUAN_3: &str = "<tool_calls>\n<tool_call>get_weather<tool_sep>\n<arg_key>city</arg_key>\n<arg_value>a b</arg_value>\n\
+    <arg_key>days</arg_key>\n<arg_value>@</arg_value>\n</tool_call>\n</tool_calls>";
 
 fn dsml(section: &str) -> String {
     format!(

@@ -177,7 +177,7 @@ fn named(syntax: &'static Syntax, call: &'static Named, text: &str) -> Header {
         match rest.trim_start().chars().next() {
             None => return Header::Wait,
             Some('[' | '{') => {
-                return marked_object(&Objects { open: call.open, close: None, bare: false }, text);
+                return marked_object(&Objects { open: call.open, close: None, list: true, bare: false }, text);
             }
             Some(_) => {}
         }

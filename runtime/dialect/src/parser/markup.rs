@@ -22,6 +22,10 @@ pub(super) struct Markup {
     skips_lines: bool,
     /// Whether a section of calls is open.
     in_section: bool,
+    /// Whether the marker that opens an answer may follow.
+    opens_answer: bool,
+    /// Whether it has come, so that the one that closes it counts.
+    in_answer: bool,
     /// Markers that may follow here and mean nothing more.
     trailers: Vec<&'static str>,
     out: Output,
@@ -57,13 +61,15 @@ enum Effect {
     EndThinking,
     OpenSection,
     CloseSection,
+    CloseAnswer,
     Call,
     Draft,
 }
 
 impl Markup {
     pub(super) fn new(syntax: &'static Syntax, prompt_tail: &str, tools: &Tools) -> Self {
-        let thinks = prompt_tail.trim_end().ends_with(syntax.think.open);
+        let (tail, answer) = (prompt_tail.trim_end(), syntax.answer);
+        let thinks = tail.ends_with(syntax.think.open);
         Self {
             syntax,
             tools: tools.clone(),
@@ -72,6 +78,8 @@ impl Markup {
             at_start: !thinks,
             skips_lines: true,
             in_section: false,
+            opens_answer: false,
+            in_answer: answer.is_some_and(|answer| tail.ends_with(answer.open)),
             trailers: Vec::new(),
             out: Output::new(syntax.ids),
         }
@@ -129,6 +137,18 @@ impl Markup {
             }
             self.trailers.clear();
         }
+        if let (Some(answer), true) = (self.syntax.answer, self.opens_answer) {
+            let rest = self.buffer.trim_start();
+            if !end && (rest.is_empty() || begins(rest, answer.open)) {
+                return false;
+            }
+            self.opens_answer = false;
+            if rest.starts_with(answer.open) {
+                let used = self.buffer.len() - rest.len() + answer.open.len();
+                self.buffer.drain(..used);
+                (self.in_answer, self.skips_lines) = (true, true);
+            }
+        }
         self.skip_lines();
         if self.at_start {
             if let Some(goes_on) = self.step_start(end) {
@@ -155,9 +175,12 @@ impl Markup {
         if rest.is_empty() && !end {
             return Some(false);
         }
-        let think = self.syntax.think;
-        for (marker, state) in [(think.open, State::Thinking), (think.close, State::Text)] {
+        let (think, answer) = (self.syntax.think, self.syntax.answer.map(|answer| answer.open));
+        let marks = [(think.open, State::Thinking), (think.close, State::Text)];
+        for (marker, state) in marks.into_iter().chain(answer.map(|open| (open, State::Text))) {
             if rest.starts_with(marker) {
+                self.in_answer |= answer == Some(marker);
+                self.opens_answer = marker == think.close;
                 self.buffer.drain(..space + marker.len());
                 (self.state, self.at_start, self.skips_lines) = (state, false, true);
                 return Some(true);
@@ -200,6 +223,9 @@ impl Markup {
     /// Markers that count here.
     fn markers(&self) -> Vec<(&'static str, Effect)> {
         let mut markers = Vec::new();
+        if let (Some(answer), true, State::Text) = (self.syntax.answer, self.in_answer, &self.state) {
+            markers.push((answer.close, Effect::CloseAnswer));
+        }
         if matches!(self.state, State::Thinking) {
             markers.push((self.syntax.think.close, Effect::EndThinking));
             if !self.syntax.calls_end_thinking {
@@ -233,6 +259,9 @@ impl Markup {
 
     /// Does what a marker says. Gives whether there is more to do.
     fn mark(&mut self, at: usize, marker: &'static str, effect: Effect, end: bool) -> bool {
+        if effect == Effect::CloseAnswer {
+            return self.close_answer(at, marker, end);
+        }
         let rest = &self.buffer[at..];
         let found = match (effect, self.syntax.section) {
             (Effect::Call | Effect::Draft, None) | (Effect::Call, Some(_)) => {
@@ -246,6 +275,7 @@ impl Markup {
                 let used = self.buffer.find(marker).map_or(0, |at| at + marker.len());
                 self.buffer.drain(..used);
                 self.in_section = false;
+                self.opens_answer |= effect == Effect::EndThinking;
                 self.skips_lines = true;
                 self.state = State::Text;
                 return true;
@@ -275,6 +305,19 @@ impl Markup {
                 true
             }
         }
+    }
+
+    /// At the marker that closes an answer: it does where nothing follows. Elsewhere, the text speaks of it.
+    fn close_answer(&mut self, at: usize, marker: &'static str, end: bool) -> bool {
+        if !self.buffer[at + marker.len()..].trim().is_empty() {
+            self.emit_before(at + marker.len(), false);
+            return true;
+        }
+        self.emit_before(at, true);
+        if end {
+            self.buffer.clear();
+        }
+        false
     }
 
     /// Sets aside what may be a call, from the line breaks before it on.
@@ -369,6 +412,9 @@ impl Markup {
         };
         if let (Some(section), false) = (self.syntax.section, self.in_section) {
             self.trailers.push(section.close);
+        }
+        if let (Some(answer), true) = (self.syntax.answer, self.in_answer) {
+            self.trailers.push(answer.close);
         }
     }
 

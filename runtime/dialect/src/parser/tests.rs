@@ -301,6 +301,54 @@ fn granite() {
 }
 
 #[test]
+fn hunyuan() {
+    let parse = |tail: &str, text: &str| parse(&syntax::HUNYUAN, tail, text);
+    let thought = "<think>\nHm.\n</think>\n";
+    assert_eq!(parse("", &format!("{thought}<answer>\nYes.\n</answer>")), said("Hm.", "Yes.", &[]));
+    // Without thinking, whichever part of that the prompt has said already.
+    for (tail, open) in [("", "<answer>\n"), ("<think>\n\n</think>\n", "<answer>\n"), ("</think>\n<answer>\n", "")] {
+        assert_eq!(parse(tail, &format!("{open}Yes.\nNo.\n</answer>\n")), said("", "Yes.\nNo.", &[]), "{tail}");
+        assert_eq!(parse(tail, &format!("{open}cut")), said("", "cut", &[]));
+    }
+    let calls = format!(
+        "<tool_calls>[{{\"name\": \"get_weather\", \"arguments\": {WEATHER}}}, {{\"name\": \"clock\", \"arguments\": {{}}}}]</tool_calls>"
+    );
+    let want = [("get_weather", WEATHER), ("clock", "{}")];
+    assert_eq!(parse("", &calls), said("", "", &want));
+    assert_eq!(parse("", &format!("{thought}<answer>\nLook.\n{calls}\n</answer>")), said("Hm.", "Look.", &want));
+    assert_eq!(parse("", &format!("{thought}{calls}")), said("Hm.", "", &want));
+    // Answers may speak of marks; only what closes at the very end is one, and only where one was opened.
+    let mention = "It writes <answer> and\n</answer> around it.";
+    assert_eq!(parse("", mention), said("", mention, &[]));
+    assert_eq!(parse("", &format!("<answer>\n{mention}\n</answer>")), said("", mention, &[]));
+    assert_eq!(parse("", "Yes.\n</answer>"), said("", "Yes.\n</answer>", &[]));
+    assert_eq!(parse("", "<answer>\n<answ"), said("", "<answ", &[]));
+}
+
+#[test]
+fn hunyuan_3() {
+    let plain = format!(
+        "<think>Hm.</think>Look.<tool_calls>\n<tool_call>get_weather<tool_sep>\n<arg_key>city</arg_key>\n\
+         <arg_value>12\nKöln</arg_value>\n<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>\n\
+         <tool_call>clock<tool_sep>\n</tool_call>\n</tool_calls>"
+    );
+    let want = said("Hm.", "Look.", &[("get_weather", r#"{"city": "12\nKöln", "days": 2}"#), ("clock", "{}")]);
+    let suffixed = plain.replace('>', ":opensource>");
+    for (syntax, text) in [(&syntax::HUNYUAN_3_PLAIN, &plain), (&syntax::HUNYUAN_3, &suffixed)] {
+        assert_eq!(parse(syntax, "", text), want);
+        // Calls end thinking that nothing else ends, and the separator may be missing.
+        let open = text.replace(syntax.think.close, "").replace("Look.", "");
+        assert_eq!(parse(syntax, "", &open), Said { text: String::new(), ..want.clone() });
+        let Calls::Tagged(tags) = &syntax.calls else { panic!("it has tags") };
+        assert_eq!(parse(syntax, "", &text.replace(tags.name_ends[0].0, "")), want);
+        let thinks = format!("<hy_Assistant>{}", syntax.think.open);
+        assert_eq!(parse(syntax, &thinks, &text[syntax.think.open.len()..]), want);
+    }
+    // Each knows its own markers alone.
+    assert_eq!(parse(&syntax::HUNYUAN_3, "", &plain), said("", &plain, &[]));
+}
+
+#[test]
 fn llama() {
     let text = format!(
         "{{\"name\": \"get_weather\", \"parameters\": {WEATHER}}}; {{\"name\": \"clock\", \"parameters\": {{}}}}"
@@ -380,7 +428,7 @@ fn ids_are_unique_and_follow_from_the_seed() {
     assert_eq!(all.len(), 12);
 }
 
-const SYNTAXES: [&Syntax; 18] = [
+const SYNTAXES: [&Syntax; 21] = [
     &syntax::HERMES,
     &syntax::DEEPSEEK_V3,
     &syntax::DEEPSEEK_V31,
@@ -399,10 +447,13 @@ const SYNTAXES: [&Syntax; 18] = [
     &syntax::GRANITE,
     &syntax::LLAMA_3,
     &syntax::LLAMA_4,
+    &syntax::HUNYUAN,
+    &syntax::HUNYUAN_3_PLAIN,
+    &syntax::HUNYUAN_3,
 ];
 
 /// Answers with two calls, for each of them. `@` are arguments.
-const ANSWERS: [&str; 18] = [
+const ANSWERS: [&str; 21] = [
     "a\n<tool_call>\n{\"name\": \"clock\", \"arguments\": @}\n</tool_call>\n<tool_call>{\"arguments\": @, \"name\": \"clock\"}</tool_call>\n",
     "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n@\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n@\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>clock<｜tool▁sep｜>@<｜tool▁call▁end｜><｜tool▁call▁begin｜>clock<｜tool▁sep｜>@<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
@@ -421,10 +472,13 @@ const ANSWERS: [&str; 18] = [
     "a<|tool_call|>[{\"name\": \"clock\", \"arguments\": @}, {\"name\": \"clock\", \"arguments\": @}]",
     "{\"name\": \"clock\", \"parameters\": @}; {\"name\": \"clock\", \"parameters\": @}<|python_tag|>x.call(a=\"b\")",
     "<|python_start|>[clock(), get_weather(city='x', hours=[1, {'a': None}])]<|python_end|>",
+    "<answer>\na<tool_calls>[{\"name\": \"clock\", \"arguments\": @}, {\"name\": \"clock\", \"arguments\": @}]</tool_calls>\n</answer>",
+    "a<tool_calls>\n<tool_call>get_weather<tool_sep>\n<arg_key>city</arg_key>\n<arg_value>x</arg_value>\n<arg_key>more</arg_key>\n<arg_value>@</arg_value>\n</tool_call>\n<tool_call>clock<tool_sep>\n</tool_call>\n</tool_calls>",
+    "a<tool_calls:opensource>\n<tool_call:opensource>get_weather<tool_sep:opensource>\n<arg_key:opensource>city</arg_key:opensource>\n<arg_value:opensource>x</arg_value:opensource>\n<arg_key:opensource>more</arg_key:opensource>\n<arg_value:opensource>@</arg_value:opensource>\n</tool_call:opensource>\n</tool_calls:opensource>",
 ];
 
 /// Things of which answers, well formed or not, consist.
-const BITS: [&str; 70] = [
+const BITS: [&str; 76] = [
     "<think>",
     "</think>",
     "[THINK]",
@@ -495,6 +549,12 @@ const BITS: [&str; 70] = [
     "<|channel|>commentary to=functions.clock ",
     "<|message|>",
     "<|end|>",
+    "<answer>",
+    "</answer>",
+    "<tool_calls>",
+    "</tool_calls>",
+    "<tool_call>get_weather<tool_sep>",
+    "<tool_call:opensource>clock<tool_sep:opensource>",
 ];
 
 /// The last boundary of characters up to a byte.
@@ -585,6 +645,7 @@ proptest! {
         for (syntax, text) in [
             (&syntax::QWEN_XML, format!("<tool_call>\n<function=get_weather>\n<parameter=city>\n{city}\n</parameter>\n<parameter=days>\n{days}\n</parameter>\n</function>\n</tool_call>")),
             (&syntax::GLM_45, format!("<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>{city}</arg_value>\n<arg_key>days</arg_key>\n<arg_value>{days}</arg_value>\n</tool_call>")),
+            (&syntax::HUNYUAN_3_PLAIN, format!("<tool_calls>\n<tool_call>get_weather<tool_sep>\n<arg_key>city</arg_key>\n<arg_value>{city}</arg_value>\n<arg_key>days</arg_key>\n<arg_value>{days}</arg_value>\n</tool_call>\n</tool_calls>")),
             (&syntax::MINIMAX_M2, format!("<minimax:tool_call>\n<invoke name=\"get_weather\">\n<parameter name=\"city\">{city}</parameter>\n<parameter name=\"days\">{days}</parameter>\n</invoke>\n</minimax:tool_call>")),
             (&syntax::DEEPSEEK_V4, format!("<｜DSML｜tool_calls>\n<｜DSML｜invoke name=\"get_weather\">\n<｜DSML｜parameter name=\"city\" string=\"true\">{city}</｜DSML｜parameter>\n<｜DSML｜parameter name=\"days\" string=\"false\">{days}</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>")),
         ] {

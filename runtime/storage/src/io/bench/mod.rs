@@ -131,7 +131,7 @@ pub enum BenchError {
     /// Direct I/O is not to be had, so figures would be the page cache's.
     #[error(
         "{path} cannot be read directly: {reason}. Reads would be answered by the page cache, not by the drive: measure a \
-         file on another filesystem, or use --buffered to see what reads through the page cache give"
+         file on another filesystem"
     )]
     NotDirect {
         /// The file.
@@ -146,6 +146,19 @@ pub enum BenchError {
         path: PathBuf,
         /// What was observed, and what to do.
         reason: String,
+    },
+    /// The file is shorter than a block.
+    #[error(
+        "{path} cannot be measured: it has {len} bytes, and blocks of up to {block_bytes} are to be read. Name a file of at least as many \
+         (better: of a gigabyte or more)"
+    )]
+    TooShort {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        len: u64,
+        /// The longest block that is to be read.
+        block_bytes: usize,
     },
     /// The file has nothing that a drive could be asked for.
     #[error("{path} cannot be measured: {reason}")]
@@ -320,7 +333,7 @@ impl DiskBench {
     /// Keeps `depth` reads in flight for as long as `window`, then awaits what is in flight.
     ///
     /// # Errors
-    /// [`BenchError::Io`] if engine or memory cannot be had, [`BenchError::Unsuitable`] if the file is smaller than a
+    /// [`BenchError::Io`] if engine or memory cannot be had, [`BenchError::TooShort`] if the file is smaller than a
     /// block, [`BenchError::Read`].
     pub fn visit(&mut self, point: &Point, window: Duration) -> Result<Visit, BenchError> {
         point.config().validate()?;
@@ -361,12 +374,8 @@ impl DiskBench {
     fn blocks(&self, block_bytes: usize) -> Result<u64, BenchError> {
         match self.file.len() / block_bytes as u64 {
             0 => {
-                let reason = format!(
-                    "it has {} bytes, and blocks of up to {block_bytes} are to be read. Name a file of at least as many \
-                     (better: of a gigabyte or more), or smaller blocks with --block",
-                    self.file.len()
-                );
-                Err(BenchError::Unsuitable { path: self.path().to_owned(), reason })
+                let (path, len) = (self.path().to_owned(), self.file.len());
+                Err(BenchError::TooShort { path, len, block_bytes })
             }
             blocks => Ok(blocks),
         }

@@ -82,7 +82,7 @@ fn cached_refutation(cached: u64, sampled: u64) -> Option<String> {
         format!(
             "{cached} of {sampled} sampled pages of the file are in the page cache, which may answer in its place. Measure a \
              file that nobody has read or written lately, or a folder; or drop the pages of this one (`dd if=FILE \
-             iflag=nocache count=0`) and stop what else reads it. --buffered measures the page cache"
+             iflag=nocache count=0`) and stop what else reads it"
         )
     })
 }

@@ -136,7 +136,9 @@ fn what_cannot_be_measured_says_why() {
     let file = noise();
     let point = Point { engine: BenchEngine::Pread, pattern: Pattern::Random, block_bytes: 16 << 20, depth: 1 };
     let error = open(file.path()).visit(&point, Duration::ZERO).expect_err("too large").to_string();
-    assert!(error.contains("8388608 bytes") && error.contains("up to 16777216"), "{error}");
+    // What a command can do about it is its own business.
+    let words = ["8388608 bytes", "up to 16777216"];
+    assert!(words.iter().all(|word| error.contains(word)) && !error.contains("--"), "{error}");
     let mut bench = open(file.path());
     let point = Point { block_bytes: 100, ..point };
     assert!(matches!(bench.visit(&point, Duration::ZERO), Err(BenchError::Io(IoError::Config { .. }))));
@@ -149,7 +151,7 @@ fn a_file_in_memory_is_refused() {
     let error = DiskBench::open(file.path(), DirectMode::Prefer).err().expect("refused");
     assert!(matches!(error, BenchError::NotDirect { .. }));
     let text = error.to_string();
-    assert!(text.contains("tmpfs") && text.contains("--buffered"), "{text}");
+    assert!(text.contains("tmpfs") && !text.contains("--"), "{text}");
     let bench = DiskBench::open(file.path(), DirectMode::Never).expect("asked for");
     assert!(bench.proof().expect("none needed").summary().starts_with("BUFFERED"));
 }
@@ -168,7 +170,7 @@ fn what_is_in_the_page_cache_is_not_measured() {
     let mut bench = open(file.path());
     if bench.direct().is_engaged() && bench.file.is_cached(0) == Some(true) {
         let error = sweep(&mut bench, &options, &mut |_| ()).expect_err("cached").to_string();
-        assert!(error.contains("page cache") && error.contains("--buffered"), "{error}");
+        assert!(error.contains("page cache") && !error.contains("--"), "{error}");
     }
     let mut buffered = DiskBench::open(file.path(), DirectMode::Never).expect("asked for");
     sweep(&mut buffered, &options, &mut |_| ()).expect("the page cache is what is measured");

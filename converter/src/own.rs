@@ -1,0 +1,198 @@
+//! Files that only this program writes, beside a model file that is being made. One rule for all of them: they are regular files of a
+//! single name that begin as such files do; whatever else lies in their places is somebody's, stays as it is, and is said to be in the
+//! way where its place is needed.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::OFlag;
+use sluice_format::MAGIC;
+
+use crate::error::ConvertError;
+use crate::{journal, states};
+
+/// What a file is, by how it begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Own {
+    /// A model file, finished or not.
+    Model,
+    Journal,
+    States,
+}
+
+impl Own {
+    fn magic(self) -> &'static [u8] {
+        match self {
+            Own::Model => &MAGIC,
+            Own::Journal => journal::FAMILY,
+            Own::States => states::FAMILY,
+        }
+    }
+
+    /// Whether a file begins so, as far as it goes. A crash of the machine can leave nothing, or zeros.
+    pub(crate) fn is(self, file: &File) -> io::Result<bool> {
+        let mut start = vec![0; self.magic().len()];
+        let len = file.metadata()?.len().min(start.len() as u64) as usize;
+        start.truncate(len);
+        file.read_exact_at(&mut start, 0)?;
+        Ok(self.magic().starts_with(&start) || start.iter().all(|&byte| byte == 0))
+    }
+}
+
+/// Opens a file for reading and writing that only this program writes; `None` if there is none and it is not to be created.
+/// Never follows a link, nor opens anything but a regular file of a single name: what else is there stays as it is.
+pub(crate) fn open_own(path: &Path, create: bool) -> Result<Option<File>, ConvertError> {
+    let in_the_way = |problem| Err(ConvertError::InTheWay { path: path.to_owned(), problem });
+    match path.symlink_metadata() {
+        Ok(found) => {
+            if let Some(problem) = obstacle(&found) {
+                return in_the_way(problem);
+            }
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(ConvertError::io(path, "read its state")(e)),
+    }
+    // Whatever takes its place in this moment: no link is followed, and no pipe waited for.
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let file =
+        File::options().read(true).write(true).create(create).truncate(false).custom_flags(flags.bits()).open(path);
+    let file = match file {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound && !create => return Ok(None),
+        Err(e) => return Err(ConvertError::io(path, if create { "create it" } else { "open it" })(e)),
+    };
+    let opened = file.metadata().map_err(ConvertError::io(path, "read its state"))?;
+    obstacle(&opened).map_or(Ok(Some(file)), in_the_way)
+}
+
+/// Why something is no file that this program has made.
+fn obstacle(found: &fs::Metadata) -> Option<&'static str> {
+    let kind = found.file_type();
+    if kind.is_symlink() {
+        Some("it is a link, which is not followed")
+    } else if kind.is_dir() {
+        Some("it is a folder")
+    } else if kind.is_fifo() || kind.is_socket() {
+        Some("it is a pipe or a socket")
+    } else if !kind.is_file() {
+        Some("it is a device")
+    } else if found.nlink() > 1 {
+        Some("it has another name too (a hard link), whose content would change with it")
+    } else {
+        None
+    }
+}
+
+/// Whether there is such a file at `path`.
+///
+/// # Errors
+/// [`ConvertError::InTheWay`] if there is something else.
+pub(crate) fn check(path: &Path, own: Own) -> Result<bool, ConvertError> {
+    let Some(file) = open_own(path, false)? else { return Ok(false) };
+    if own.is(&file).map_err(ConvertError::io(path, "read it"))? {
+        return Ok(true);
+    }
+    let problem = "it is not what a conversion leaves when it is interrupted";
+    Err(ConvertError::InTheWay { path: path.to_owned(), problem })
+}
+
+/// Makes room for such a file at `path`.
+///
+/// # Errors
+/// As [`check`]: only such files are removed.
+pub(crate) fn make_room(path: &Path, own: Own) -> Result<(), ConvertError> {
+    if check(path, own)? { remove(path) } else { Ok(()) }
+}
+
+/// Removes such a file, if there is one that nobody holds; anything else at `path` is in nobody's way, and stays.
+pub(crate) fn clear(path: &Path, own: Own) -> Result<(), ConvertError> {
+    let Ok(Some(file)) = open_own(path, false) else { return Ok(()) };
+    let is_held = matches!(file.try_lock(), Err(TryLockError::WouldBlock));
+    if is_held || !own.is(&file).unwrap_or(false) { Ok(()) } else { remove(path) }
+}
+
+fn remove(path: &Path) -> Result<(), ConvertError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(ConvertError::io(path, "remove it")(e)),
+        _ => Ok(()),
+    }
+}
+
+/// `path` with something behind its name.
+pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// The name under which a file is written that is to take the place of another one as a whole.
+pub(crate) fn new_of(path: &Path) -> PathBuf {
+    with_suffix(path, ".new")
+}
+
+/// Where the partial file of a volume is.
+pub(crate) fn partial_path(destination: &Path, volume: usize) -> PathBuf {
+    match volume {
+        0 => with_suffix(destination, ".partial"),
+        volume => with_suffix(destination, &format!("{VOLUME}{:05}", volume + 1)),
+    }
+}
+
+/// What the number of a volume behind the first follows.
+const VOLUME: &str = ".partial-";
+
+/// Where the journal is.
+pub(crate) fn journal_path(destination: &Path) -> PathBuf {
+    with_suffix(destination, ".partial.journal")
+}
+
+/// Where measuring keeps what it goes on with.
+pub(crate) fn states_path(destination: &Path) -> PathBuf {
+    with_suffix(destination, ".partial.states")
+}
+
+/// Where the file of a layer is while it is measured.
+pub(crate) fn layer_path(destination: &Path) -> PathBuf {
+    with_suffix(destination, ".partial.layer")
+}
+
+/// Files that any conversion to `destination` may have left and that are of no use to another one of `volumes` volumes: those that
+/// were to take the place of others, the file of a layer, and partial files of further volumes.
+fn idle(destination: &Path, volumes: usize) -> Vec<(PathBuf, Own)> {
+    let mut files = vec![
+        (layer_path(destination), Own::Model),
+        (new_of(&states_path(destination)), Own::States),
+        (new_of(&journal_path(destination)), Own::Journal),
+    ];
+    let name = destination.file_name().unwrap_or_default().as_encoded_bytes();
+    for entry in fs::read_dir(folder_of(destination)).into_iter().flatten().flatten() {
+        let found = entry.file_name();
+        let rest = found.as_encoded_bytes().strip_prefix(name).and_then(|rest| rest.strip_prefix(VOLUME.as_bytes()));
+        let number = rest.filter(|rest| rest.len() == 5).and_then(|rest| std::str::from_utf8(rest).ok()?.parse().ok());
+        if number.is_some_and(|number: usize| number > volumes.max(1)) {
+            files.push((folder_of(destination).join(found), Own::Model));
+        }
+    }
+    files
+}
+
+/// Removes what conversions to `destination` have left that is of no use to one of `volumes` volumes, whose first partial file the caller
+/// has locked.
+pub(crate) fn clear_idle(destination: &Path, volumes: usize) -> Result<(), ConvertError> {
+    idle(destination, volumes).into_iter().try_for_each(|(path, own)| clear(&path, own))
+}
+
+/// Removes everything that conversions to `destination` have left beside its first partial file; the journal last, since it says whose
+/// the others are.
+pub(crate) fn clear_all(destination: &Path) -> Result<(), ConvertError> {
+    clear_idle(destination, 0)?;
+    clear(&states_path(destination), Own::States)?;
+    clear(&journal_path(destination), Own::Journal)
+}
+
+/// The folder that a file is in.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
