@@ -132,6 +132,7 @@ impl EngineArgs {
             simulated_packed: None,
             yields: Yields::default(),
             mark_every: None,
+            prediction: false,
         }
     }
 }
