@@ -560,7 +560,10 @@ impl RopeSpec {
             RopeScaling::Llama3 { factor, original_max_positions, low_freq_factor, high_freq_factor } => {
                 check_range("original_max_positions", original_max_positions, MAX_LENGTH)?;
                 let sane = |v: f64| v.is_finite() && v > 0.0;
-                if sane(factor) && sane(low_freq_factor) && sane(high_freq_factor) && high_freq_factor > low_freq_factor
+                if sane(factor)
+                    && sane(low_freq_factor)
+                    && sane(high_freq_factor)
+                    && high_freq_factor >= low_freq_factor
                 {
                     Ok(())
                 } else {

@@ -197,11 +197,17 @@ fn llama3(section: &Config, max_positions: usize) -> Result<RopeScaling, Convert
     };
     let original = section.opt_size_or("original_max_position_embeddings", None, MAX_LENGTH)?;
     let low_freq_factor = number("low_freq_factor", 0.0)?;
+    // Where both are the same, as in Llama 4 Scout, nothing lies between them.
+    let high_freq_factor = number("high_freq_factor", 0.0)?;
+    if high_freq_factor < low_freq_factor {
+        let problem = format!("is {high_freq_factor}, expected {low_freq_factor} or more, as `low_freq_factor` is");
+        return Err(section.refuse("high_freq_factor", problem));
+    }
     Ok(RopeScaling::Llama3 {
         factor: number("factor", 0.0)?,
         original_max_positions: original.unwrap_or(max_positions),
         low_freq_factor,
-        high_freq_factor: number("high_freq_factor", low_freq_factor)?,
+        high_freq_factor,
     })
 }
 

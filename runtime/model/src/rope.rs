@@ -112,7 +112,11 @@ fn llama3_frequency(scaling: &RopeScaling, inv: f32) -> f32 {
     };
     let inv = f64::from(inv);
     let turns = original_max_positions as f64 * inv / (2.0 * PI);
-    let smooth = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+    // Both may be the same: then there is nothing between what stays and what is divided.
+    let smooth = match turns >= high_freq_factor {
+        true => 1.0,
+        false => ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).max(0.0),
+    };
     ((1.0 - smooth) * inv / factor + smooth * inv) as f32
 }
 
@@ -122,6 +126,23 @@ mod tests {
 
     fn spec(scaling: RopeScaling) -> RopeSpec {
         RopeSpec { pairing: StoredPairing::Interleaved, theta: 10000.0, dim: 8, scaling }
+    }
+
+    #[test]
+    fn llama_3_may_have_nothing_between_its_factors() {
+        let scaling = |high_freq_factor| RopeScaling::Llama3 {
+            factor: 16.0,
+            original_max_positions: 8192,
+            low_freq_factor: 1.0,
+            high_freq_factor,
+        };
+        // Wavelengths of half and twice the original positions, and of those themselves.
+        let [short, long, border] = [0.5, 2.0, 1.0].map(|waves| (2.0 * PI / (8192.0 * waves)) as f32);
+        assert_eq!(llama3_frequency(&scaling(1.0), short), short);
+        assert!((llama3_frequency(&scaling(1.0), long) / long - 1.0 / 16.0).abs() < 1e-6);
+        assert!(llama3_frequency(&scaling(1.0), border).is_finite());
+        let between = llama3_frequency(&scaling(4.0), short) / short;
+        assert!((between - (1.0 / 3.0 + 2.0 / 3.0 / 16.0)).abs() < 1e-6, "{between}");
     }
 
     #[test]
