@@ -100,7 +100,7 @@ pub(crate) fn take(
     checkpoint: &Checkpoint,
     family: &dyn Family,
     names: Names,
-    spec: &ModelSpec,
+    (spec, table_parts): (&ModelSpec, usize),
     tied: Tied,
 ) -> Result<Inventory, ConvertError> {
     // Not as many as `num_nextn_predict_layers` says: published files say 0 there and have such a layer all the same.
@@ -144,6 +144,13 @@ pub(crate) fn take(
         if ledger.missing.len() >= MAX_MISSING {
             break;
         }
+    }
+    family.deciding(names, spec).iter().for_each(|name| ledger.need(name));
+    for (layer, part) in spec.ngrams.iter().flat_map(|n| (0..table_parts).map(|part| (n.layer, part))) {
+        if ledger.missing.len() >= MAX_MISSING {
+            break;
+        }
+        ledger.need(&family.table_part(names, layer, part));
     }
     ledger.missing.dedup();
     if !ledger.missing.is_empty() {

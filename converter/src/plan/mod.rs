@@ -7,6 +7,7 @@ mod harmless;
 mod inventory;
 pub(crate) mod resolve;
 pub(crate) mod scheme;
+mod stored;
 mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -143,18 +144,19 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     let text = text.as_ref().unwrap_or(&config);
     let scheme = scheme::read(text, &config, &checkpoint)?;
     checkpoint.has_zero_points = scheme.asymmetric;
-    let spec = family::spec(family, text)?;
+    let (spec, parts) = (family::spec(family, text)?, family.table_parts(text)?);
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
     let tied = inventory::Tied::read(text, &config)?;
     let names = arrangement::names(&checkpoint, family, &spec)?;
-    let inventory = inventory::take(&checkpoint, family, names, &spec, tied)?;
-    let built = build::build(&checkpoint, family, names, &spec, options, scheme, &inventory.head)?;
+    let inventory = inventory::take(&checkpoint, family, names, (&spec, parts), tied)?;
+    let spec = family::complete(family, text, names, spec, parts, &stored::Tensors(&checkpoint))?;
+    let built = build::build(&checkpoint, family, names, (&spec, parts), options, scheme, &inventory.head)?;
     let layout = FileLayout::new(options.page_size, &built.planned)?;
     let weighted = built.records.iter().any(|r| r.weight_type.is_fitted());
     let measured = options.measured.is_some() && weighted && importance.is_none();
     let reading = |expert_type, dense_type| {
         let options = Options { expert_type, dense_type, recipe: None, ..options.clone() };
-        build::build(&checkpoint, family, names, &spec, &options, scheme, &inventory.head)
+        build::build(&checkpoint, family, names, (&spec, parts), &options, scheme, &inventory.head)
     };
     let reading = match measured.then(|| reading(TypeChoice::Keep, TypeChoice::Keep)).transpose()? {
         // Products with integers take half the time of those with floats, and tell the same.
@@ -202,7 +204,8 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
 
 /// The choice of types that has integers for the matrices of experts, or for all others: as they are carried, if these are integers.
 fn integers(carried: &[TensorRecord], experts: bool) -> TypeChoice {
-    let mut matrices = carried.iter().filter(|r| r.layout != Layout::Plain && r.kind != ExtentKind::Router);
+    let looked_up = |kind| matches!(kind, ExtentKind::Router | ExtentKind::Table);
+    let mut matrices = carried.iter().filter(|r| r.layout != Layout::Plain && !looked_up(r.kind));
     let floats = matrices.any(|r| (r.kind == ExtentKind::Expert) == experts && !r.weight_type.is_blocked());
     if floats { TypeChoice::Type(WeightType::Q8) } else { TypeChoice::Keep }
 }

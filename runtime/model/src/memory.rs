@@ -11,6 +11,7 @@ use sluice_format::{Codec, ExtentKind, ExtentRecord, ModelFile, ModelSpec};
 use sluice_kernels::KvType;
 
 use crate::cache::{Layout, PagePool};
+use crate::ngrams::cached_sectors;
 use crate::{Model, dense_extents};
 use sluice_storage::pool::RING_SLOTS;
 
@@ -69,7 +70,7 @@ pub struct MemoryPlan {
     /// Marks of each of them whose windows and recurrent states can be kept; a part of `kv_cache`.
     #[serde(skip)]
     pub marks: usize,
-    /// Scratch and cached embedding rows, as far as they are charged.
+    /// Scratch and cached rows of embedding and tables, as far as they are charged.
     pub scratch: u64,
     /// Rows that go through a layer together.
     pub rows: usize,
@@ -272,7 +273,8 @@ struct Need<'a> {
     /// The dense extents in the order of use: bytes in memory, and of compressed ones, in the file.
     dense: Vec<(ExtentKind, u64, u64)>,
     layout: Layout,
-    embedding: u64,
+    /// Cached parts of the embedding, and of tables.
+    looked_up: u64,
     experts: usize,
     slot_len: u64,
     /// Stored bytes of the longest compressed expert; 0 if there is none.
@@ -310,7 +312,7 @@ impl Need<'_> {
                 .map(|e| (e.kind, e.padded_len, if e.codec == Codec::Raw { 0 } else { e.stored_len }))
                 .collect(),
             layout: Layout::new(spec, demand.kv_type),
-            embedding: Model::embedding_memory(extents),
+            looked_up: Model::embedding_memory(extents) + cached_sectors(spec).1,
             experts: count,
             slot_len,
             staging_len: packed.max().unwrap_or(0),
@@ -391,7 +393,7 @@ impl Need<'_> {
     }
 
     fn scratch(&self, rows: usize, kept: u64) -> u64 {
-        let scratch = Model::scratch_memory(self.spec, rows, self.slot_len, kept) + self.embedding;
+        let scratch = Model::scratch_memory(self.spec, rows, self.slot_len, kept) + self.looked_up;
         scratch.saturating_add(self.lists(rows)).saturating_sub(FREE_SCRATCH)
     }
 

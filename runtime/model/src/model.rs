@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
-use sluice_kernels::{Activations, rms_norm};
+use sluice_kernels::Activations;
 
 use crate::attention::{Attention, AttentionScratch};
 use crate::cache::PagesFull;
@@ -14,11 +14,12 @@ use crate::compute::{Compute, Step, sized};
 use crate::control::{Control, Progress};
 use crate::embedding::Embedding;
 use crate::ffn::{Ffn, FfnScratch, FfnStep};
+use crate::ngrams::{self, NgramScratch, Ngrams};
 use crate::prefetch::NextLayer;
 use crate::residual::{self, Residual, ResidualScratch};
 use crate::rows::{Caches, Rows, Span};
-use crate::weights::{ExtentTensors, MatrixRef, VectorRef};
-use sluice_storage::pool::{DenseHandle, DenseParts, Pool, PoolError};
+use crate::weights::{ExtentTensors, MatrixRef};
+use sluice_storage::pool::{DenseHandle, DenseParts, Pool, PoolError, SectorCache};
 
 /// Why a model could not be opened or run.
 #[derive(Debug, thiserror::Error)]
@@ -108,8 +109,8 @@ pub struct Model {
     spec: ModelSpec,
     layers: Vec<Layer>,
     embedding: Embedding,
-    final_residual: Residual,
-    final_norm: (DenseHandle, VectorRef),
+    /// How the head sees the residual, and the extent that says so.
+    last: (DenseHandle, Residual),
     head: Vec<(DenseHandle, MatrixRef)>,
     scratch: Scratch,
     times: LayerTimes,
@@ -119,9 +120,8 @@ pub struct Model {
 struct Layer {
     /// How attention and the feed-forward part see the residual.
     residuals: [Residual; 2],
-    attn_norm: VectorRef,
+    ngrams: Option<Ngrams>,
     attention: Attention,
-    ffn_norm: VectorRef,
     ffn: Ffn,
     extents: LayerExtents,
 }
@@ -140,7 +140,7 @@ struct Scratch {
     residual: ResidualScratch,
     normed: Vec<f32>,
     delta: Vec<f32>,
-    norm: Vec<f32>,
+    ngrams: NgramScratch,
     head_input: Activations,
     part: Vec<f32>,
     logits: Vec<f32>,
@@ -156,6 +156,8 @@ pub struct Weights<'a> {
     pub dense: &'a DenseParts,
     /// The routed experts.
     pub experts: &'a mut Pool,
+    /// Rows of tables.
+    pub tables: &'a mut SectorCache,
 }
 
 /// Tokens whose rows of the embedding are read between two looks at whether the step is to end.
@@ -202,10 +204,9 @@ impl Model {
             let tensors = |kind| ExtentTensors { file, kind, layer: i as u32, index: 0 };
             let (attention, router) = (tensors(ExtentKind::Attention), tensors(ExtentKind::Router));
             layers.push(Layer {
-                residuals: [Residual::new(&spec, &attention)?, Residual::new(&spec, &router)?],
-                attn_norm: attention.vector("attn_norm")?,
+                residuals: [Residual::new(&spec, &attention, "attn_norm")?, Residual::new(&spec, &router, "ffn_norm")?],
+                ngrams: Ngrams::new(&spec, i, &attention)?,
                 attention: Attention::new(&layer.attention, &attention)?,
-                ffn_norm: router.vector("ffn_norm")?,
                 ffn: Ffn::new(&layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
                 extents: LayerExtents {
                     attention: next(),
@@ -215,8 +216,7 @@ impl Model {
             });
         }
         let tail = |kind, index| ExtentTensors { file, kind, layer: NO_LAYER, index };
-        let last = tail(ExtentKind::FinalNorm, 0);
-        let (final_residual, final_norm) = (Residual::new(&spec, &last)?, (next(), last.vector("norm")?));
+        let last = (next(), Residual::new(&spec, &tail(ExtentKind::FinalNorm, 0), "norm")?);
         let parts = file.parts(ExtentKind::Head).count() as u32;
         let head = (0..parts)
             .map(|i| Ok((next(), tail(ExtentKind::Head, i).matrix("head")?)))
@@ -226,30 +226,22 @@ impl Model {
             residual: ResidualScratch::new(),
             normed: Vec::new(),
             delta: Vec::new(),
-            norm: Vec::new(),
+            ngrams: NgramScratch::new(compute),
             head_input: Activations::new(compute.precision),
             part: Vec::new(),
             logits: Vec::new(),
             attention: AttentionScratch::new(compute),
             ffn: FfnScratch::new(compute, prefetch, most_kept),
         };
-        Ok(Model {
-            embedding: Embedding::new(file),
-            spec,
-            layers,
-            final_residual,
-            final_norm,
-            head,
-            scratch,
-            times: LayerTimes::default(),
-        })
+        Ok(Model { embedding: Embedding::new(file), spec, layers, last, head, scratch, times: LayerTimes::default() })
     }
 
     /// Gives all buffers back; they grow again to what the next call needs.
     pub fn give_back(&mut self, compute: &Compute) {
-        let Scratch { x, residual, normed, delta, norm, head_input, part, logits, attention, ffn } = &mut self.scratch;
-        *residual = ResidualScratch::new();
-        for buffer in [x, normed, delta, norm, part, logits] {
+        let Scratch { x, residual, normed, delta, ngrams, head_input, part, logits, attention, ffn } =
+            &mut self.scratch;
+        (*residual, *ngrams) = (ResidualScratch::new(), NgramScratch::new(compute));
+        for buffer in [x, normed, delta, part, logits] {
             *buffer = Vec::new();
         }
         *head_input = Activations::new(compute.precision);
@@ -290,6 +282,7 @@ impl Model {
         spans: &mut [Span<'_>],
         control: &mut Control<'_>,
     ) -> Result<(), ModelError> {
+        self.read_ahead(weights, rows, spans)?;
         self.begin(weights, rows, spans, control)?;
         self.watch(0, rows, control);
         for layer in 0..self.layers.len() {
@@ -298,6 +291,13 @@ impl Model {
             self.watch(layer + 1, rows, control);
         }
         Ok(())
+    }
+
+    /// Starts to read the rows of tables that the first rows of the pass need, of each table as many.
+    fn read_ahead(&mut self, weights: &mut Weights<'_>, rows: &Rows, spans: &[Span<'_>]) -> Result<(), ModelError> {
+        let most = weights.tables.ahead() / self.spec.ngrams.len().max(1);
+        let mut tables = self.layers.iter().filter_map(|layer| layer.ngrams.as_ref());
+        tables.try_for_each(|ngrams| ngrams.read_ahead((rows, spans), most, weights.tables, &mut self.scratch.ngrams))
     }
 
     /// Fills the residual with what the first layer is to see: all streams begin with the embedding.
@@ -363,17 +363,19 @@ impl Model {
     ) -> Result<(), ModelError> {
         let (eps, factor) = (self.spec.norm_eps, self.spec.factors.residual);
         let len = rows.len() * self.spec.hidden_size;
-        let Scratch { x, residual, normed, delta, norm, attention: mixer, ffn, .. } = &mut self.scratch;
+        let Scratch { x, residual, normed, delta, ngrams, attention: mixer, ffn, .. } = &mut self.scratch;
         let x = &mut x[..rows.len() * self.spec.residual_width()];
         let (normed, delta) = (sized(normed, len), sized(delta, len));
         let layer = &self.layers[index];
 
         let dense_parts = weights.dense;
-        let (started, waited) = (Instant::now(), dense_parts.stats().wait);
+        let (started, waited) = (Instant::now(), dense_parts.stats().wait + weights.tables.wait());
         let attention = dense_parts.dense(layer.extents.attention)?;
         let step = Step { compute, rows, extent: attention.bytes() };
-        step.read(&layer.attn_norm, norm);
-        norm_rows(layer.residuals[0].read(compute, step.extent, x, residual), norm, eps, normed);
+        if let Some(table) = &layer.ngrams {
+            table.forward(step, &mut caches, weights.tables, x, ngrams)?;
+        }
+        layer.residuals[0].read(compute, step.extent, x, residual, normed);
         layer.attention.forward(step, &mut caches, normed, mixer, delta);
         drop(attention);
         if compute.is_cancelled() {
@@ -381,13 +383,13 @@ impl Model {
         }
         layer.residuals[0].add(&compute.threads, x, delta, residual);
         let attended = Instant::now();
-        self.times.attention += (attended - started).saturating_sub(dense_parts.stats().wait - waited);
+        let waited = dense_parts.stats().wait + weights.tables.wait() - waited;
+        self.times.attention += (attended - started).saturating_sub(waited);
 
         let router = dense_parts.dense(layer.extents.router)?;
         let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
-        layer.ffn_norm.read(router.bytes(), norm);
-        let input = layer.residuals[1].read(compute, router.bytes(), x, residual);
-        norm_rows(input, norm, eps, normed);
+        layer.residuals[1].read(compute, router.bytes(), x, residual, normed);
+        let input = layer.residuals[1].joined(x, len, residual).unwrap_or(normed);
         // A prompt will need most experts of the next layer anyway; a prefetch needs that layer's router in memory.
         let ahead = index + 1;
         let next = self.layers.get(ahead).filter(|l| {
@@ -396,7 +398,7 @@ impl Model {
         });
         let next_router = next.map(|l| dense_parts.dense(l.extents.router)).transpose()?;
         let prefetch = next.zip(next_router.as_ref()).and_then(|(l, router)| {
-            let (norm, extent) = (l.ffn_norm, router.bytes());
+            let (norm, extent) = (l.residuals[1].norm(), router.bytes());
             Some((input, NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, eps, factor, extent }))
         });
         let step = FfnStep {
@@ -429,9 +431,8 @@ impl Model {
         let (mut started, waited) = (Instant::now(), dense.stats().wait);
         let (hidden, vocab) = (self.spec.hidden_size, self.spec.vocab_size);
         let width = self.spec.residual_width();
-        let Scratch { x, residual, normed, delta, norm, head_input, part, logits, .. } = &mut self.scratch;
-        let last = dense.dense(self.final_norm.0)?;
-        self.final_norm.1.read(last.bytes(), norm);
+        let Scratch { x, residual, normed, delta, head_input, part, logits, .. } = &mut self.scratch;
+        let last = dense.dense(self.last.0)?;
         for (block, rows) in wanted.chunks(LOGIT_ROWS).enumerate() {
             let n = rows.len();
             let normed = sized(normed, n * hidden);
@@ -439,8 +440,7 @@ impl Model {
             for (row, wanted) in rows.iter().zip(wanted.chunks_exact_mut(width)) {
                 wanted.copy_from_slice(&x[row * width..][..width]);
             }
-            let input = self.final_residual.read(compute, last.bytes(), wanted, residual);
-            norm_rows(input, norm, self.spec.norm_eps, normed);
+            self.last.1.read(compute, last.bytes(), wanted, residual, normed);
             head_input.set(normed, n, hidden);
             let logits = sized(logits, n * vocab);
             let mut row = 0;
@@ -485,7 +485,7 @@ impl Model {
         let logits = (2 * LOGIT_ROWS.min(rows) * spec.vocab_size * 4) as u64;
         // More than one stream is what the residual has beyond the stream that is counted with the rest.
         let streams = (spec.residual_width() - spec.hidden_size) as u64 * 4 * rows as u64;
-        let residual = streams + residual::scratch_memory(spec, rows);
+        let residual = streams + residual::scratch_memory(spec, rows) + ngrams::scratch_memory(spec, rows);
         (widest + 8 * hidden) * 4 * rows as u64 + residual + kept + logits + crate::experts::tally_memory(expert_len)
     }
 
@@ -501,11 +501,6 @@ impl Model {
         let (count, longest) = parts.fold((0, 0), |(n, longest), e| (n + 1, e.padded_len.max(longest)));
         crate::embedding::cache_memory(count, longest)
     }
-}
-
-fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let width = weight.len();
-    x.chunks_exact(width).zip(out.chunks_exact_mut(width)).for_each(|(x, out)| rms_norm(x, weight, eps, out));
 }
 
 fn scale(x: &mut [f32], factor: f32) {
