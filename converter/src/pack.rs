@@ -209,10 +209,10 @@ impl<'a> Packer<'a> {
         let sectors = sectors_of(job.tensor);
         let numbers = std::mem::take(&mut self.packed);
         self.packed.resize(sectors.bytes(rows.count).expect("the plan computed the tensor's length from it"), 0);
-        let sealed =
-            self.packed.par_chunks_exact_mut(sectors.len).zip(numbers.par_chunks(sectors.rows * sectors.row_len));
+        let full = numbers.chunks(sectors.rows * sectors.row_len);
+        let pieces: Vec<(&mut [u8], &[u8])> = self.packed.chunks_exact_mut(sectors.len).zip(full).collect();
         let before = rows.first / sectors.rows;
-        sealed.enumerate().for_each(|(number, (sector, rows))| {
+        pieces.into_par_iter().enumerate().for_each(|(number, (sector, rows))| {
             // An extent has at most MAX_EXTENT_BYTES, so that 32 bits are enough.
             sectors.seal(SectorId { sector: (before + number) as u32, ..first }, rows, sector);
         });

@@ -101,7 +101,7 @@ fn rows(path: &Path, layer: u32) -> Vec<f32> {
         let [_, rows, cols] = tensor.shape.map(|n| n as usize);
         let element = tensor.weight_type.plain_element_len().unwrap();
         let sectors = Sectors::of_rows(cols * element).unwrap();
-        for (number, sector) in extent.chunks_exact(sectors.len).enumerate() {
+        for (number, sector) in extent.chunks_exact(sectors.len).take(rows.div_ceil(sectors.rows)).enumerate() {
             let id = SectorId { layer, part: record.index, sector: number as u32 };
             assert_eq!(sectors.check(id, sector), Ok(()), "{id:?}");
         }

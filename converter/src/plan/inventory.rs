@@ -74,6 +74,18 @@ impl Ledger<'_> {
         self.missing.extend(parts.missing);
     }
 
+    /// Marks what tables of n-grams consist of, each of so many parts, and what says which of their rows are meant.
+    fn need_tables(&mut self, family: &dyn Family, spec: &ModelSpec, parts: usize) {
+        let names = self.names;
+        family.deciding(names, spec).iter().for_each(|name| self.need(name));
+        for (layer, part) in spec.ngrams.iter().flat_map(|n| (0..parts).map(|part| (n.layer, part))) {
+            if self.missing.len() >= MAX_MISSING {
+                break;
+            }
+            self.need(&family.table_part(names, layer, part));
+        }
+    }
+
     /// The layer of a tensor, if it is behind those that the configuration counts.
     fn surplus_layer(&self, tensor: &str) -> Option<usize> {
         self.names.layer_of(tensor).filter(|&layer| layer >= self.layers)
@@ -145,13 +157,7 @@ pub(crate) fn take(
             break;
         }
     }
-    family.deciding(names, spec).iter().for_each(|name| ledger.need(name));
-    for (layer, part) in spec.ngrams.iter().flat_map(|n| (0..table_parts).map(|part| (n.layer, part))) {
-        if ledger.missing.len() >= MAX_MISSING {
-            break;
-        }
-        ledger.need(&family.table_part(names, layer, part));
-    }
+    ledger.need_tables(family, spec, table_parts);
     ledger.missing.dedup();
     if !ledger.missing.is_empty() {
         return Err(ConvertError::MissingTensors {
