@@ -42,6 +42,19 @@ pub(crate) fn read(decoder: &Decoder<'_>, heads: Heads) -> Result<GqaSpec, Conve
         v_head_dim: head_dim,
         softmax_scale: (head_dim as f64).powf(-0.5) as f32,
         rope: Some(rope.spec),
+        ..plain()
+    })
+}
+
+/// Attention without anything that only some have, and without sizes.
+pub(crate) fn plain() -> GqaSpec {
+    GqaSpec {
+        heads: 0,
+        kv_heads: 0,
+        head_dim: 0,
+        v_head_dim: 0,
+        softmax_scale: 1.0,
+        rope: None,
         window: None,
         stretch: None,
         qk_norm: None,
@@ -52,8 +65,9 @@ pub(crate) fn read(decoder: &Decoder<'_>, heads: Heads) -> Result<GqaSpec, Conve
         o_bias: false,
         sinks: false,
         output_gate: false,
+        head_gate: false,
         blocks: None,
-    })
+    }
 }
 
 /// A norm of queries and keys with the model's epsilon.
@@ -76,6 +90,7 @@ pub(crate) fn origin(gqa: &GqaSpec, layer: &dyn Fn(&str) -> String, name: &str, 
         "q" => matrix("q_proj"),
         "k" => matrix("k_proj"),
         "v" => matrix("v_proj"),
+        "head_gate" => matrix("g_proj"),
         "o" => matrix("o_proj"),
         "q_bias" => vector("q_proj.bias"),
         "k_bias" => vector("k_proj.bias"),

@@ -51,6 +51,9 @@ pub struct GqaSpec {
     /// Whether the heads' outputs are multiplied by the sigmoid of a projection of the input.
     #[serde(default, skip_serializing_if = "is_false")]
     pub output_gate: bool,
+    /// Whether the output of each head is multiplied by the sigmoid of a projection of the input to one number per head.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub head_gate: bool,
     /// Limits attention to blocks of keys; `None`: all that the window leaves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blocks: Option<KeyBlocksSpec>,
@@ -116,6 +119,9 @@ impl GqaSpec {
         }
         check_range("window", self.window.unwrap_or(1), MAX_LENGTH)?;
         check_range("stretch", self.stretch.unwrap_or(1), MAX_LENGTH)?;
+        if self.output_gate && self.head_gate {
+            return Err("it gates its heads twice".into());
+        }
         if self.window.is_some() && self.stretch.is_some() {
             return Err("it has a window and stretches".into());
         }
@@ -174,6 +180,7 @@ mod tests {
             o_bias: false,
             sinks: false,
             output_gate: false,
+            head_gate: false,
         };
         let first = |spec: &GqaSpec| [0, 7, 8, 15, 16].map(|position| spec.first_seen(position));
         assert_eq!((first(&spec(None, None)), spec(None, None).reach()), ([0; 5], None));

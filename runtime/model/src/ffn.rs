@@ -23,6 +23,14 @@ pub struct Ffn {
     dense: Option<GatedFfn>,
     dense_gate: Option<MatrixRef>,
     routed: Option<Routed>,
+    latent: Option<Latent>,
+}
+
+/// Projections into the space that experts compute in, and back, as places in the dense extent.
+#[derive(Debug)]
+struct Latent {
+    down: MatrixRef,
+    up: MatrixRef,
 }
 
 /// Buffers that the feed-forward part reuses from call to call.
@@ -31,8 +39,25 @@ pub struct FfnScratch {
     x: Activations,
     gated: GatedScratch,
     gate: Vec<f32>,
+    latent: LatentScratch,
     experts: ExpertScratch,
     prefetcher: Prefetcher,
+}
+
+/// What experts read and write, where that is not as wide as the layer.
+#[derive(Debug)]
+struct LatentScratch {
+    /// `[n, latent]`.
+    product: Vec<f32>,
+    input: Activations,
+    /// `[n, hidden]`.
+    output: Vec<f32>,
+}
+
+impl LatentScratch {
+    fn new(compute: &Compute) -> Self {
+        LatentScratch { product: Vec::new(), input: Activations::new(compute.precision), output: Vec::new() }
+    }
 }
 
 impl FfnScratch {
@@ -42,6 +67,7 @@ impl FfnScratch {
             x: Activations::new(compute.precision),
             gated: GatedScratch::new(compute),
             gate: Vec::new(),
+            latent: LatentScratch::new(compute),
             experts: ExpertScratch::new(compute, most_kept),
             prefetcher: Prefetcher::new(prefetch, compute),
         }
@@ -49,7 +75,8 @@ impl FfnScratch {
 
     /// Gives all buffers back; what prefetches have taught stays.
     pub fn give_back(&mut self, compute: &Compute) {
-        let FfnScratch { x, gated, gate, experts, prefetcher } = self;
+        let FfnScratch { x, gated, gate, latent, experts, prefetcher } = self;
+        *latent = LatentScratch::new(compute);
         *x = Activations::new(compute.precision);
         *gated = GatedScratch::new(compute);
         *gate = Vec::new();
@@ -100,11 +127,15 @@ impl Ffn {
     ) -> Result<Self, ModelError> {
         let routed = spec.moe.as_ref().map(|moe| Routed::new(moe, spec.activation, router, expert)).transpose()?;
         let dense_gate = spec.dense_gate.then(|| dense.matrix("dense_gate")).transpose()?;
-        let dense = match spec.dense_width {
-            0 => None,
-            width => Some(GatedFfn::new(width, spec.activation, false, dense)?),
+        let latent = match spec.moe.as_ref().and_then(|moe| moe.latent) {
+            None => None,
+            Some(_) => Some(Latent { down: dense.matrix("latent_down")?, up: dense.matrix("latent_up")? }),
         };
-        Ok(Ffn { dense, dense_gate, routed })
+        let network = match spec.dense_width {
+            0 => None,
+            width => Some(GatedFfn::new(width, spec.dense_activation(), false, dense)?),
+        };
+        Ok(Ffn { dense: network, dense_gate, routed, latent })
     }
 
     /// The routed experts, if the layer has any.
@@ -127,7 +158,7 @@ impl Ffn {
     ) -> Result<Duration, ModelError> {
         let n = step.rows.len();
         let hidden = x.len() / n;
-        let FfnScratch { x: activations, gated, gate, experts, prefetcher } = scratch;
+        let FfnScratch { x: activations, gated, gate, latent, experts, prefetcher } = scratch;
         activations.set(x, n, hidden);
         experts.begin();
         let mut pass = match &self.routed {
@@ -137,7 +168,7 @@ impl Ffn {
                 let routing = Routing {
                     tokens: n,
                     prefill: !step.rows.generate(),
-                    in_order: experts.combine(routed, n, hidden) == Combining::InOrder,
+                    in_order: experts.combine(routed, n, routed.spec().input_width(hidden)) == Combining::InOrder,
                     choices: experts.choices(),
                 };
                 Some(pool.begin_layer(step.layer as u32, experts.distinct(), &routing)?)
@@ -156,7 +187,25 @@ impl Ffn {
         if let Some((residual, next)) = &step.ahead {
             prefetcher.prefetch(step.compute, next, (step.rows.ids(), residual), out, pass);
         }
-        routed.run(step.router(), pass, activations, experts, out)
+        match (&self.latent, step.dense) {
+            (Some(of_layer), Some(extent)) => {
+                let compute = step.compute;
+                let LatentScratch { product, input, output } = latent;
+                let width = of_layer.down.rows();
+                let product = sized(product, n * width);
+                compute.multiply(&of_layer.down, extent, activations, product);
+                input.set(product, n, width);
+                compute.observe_experts_input(of_layer.down.place().layer, input);
+                product.fill(0.0);
+                let time = routed.run(step.router(), pass, input, experts, product)?;
+                input.set(product, n, width);
+                let output = sized(output, n * hidden);
+                compute.multiply(&of_layer.up, extent, input, output);
+                out.iter_mut().zip(output).for_each(|(o, v)| *o += *v);
+                Ok(time)
+            }
+            _ => routed.run(step.router(), pass, activations, experts, out),
+        }
     }
 
     /// Multiplies the dense part's output by the sigmoid of its gate (Qwen's shared expert).

@@ -118,17 +118,20 @@ pub struct Model {
 
 #[derive(Debug)]
 struct Layer {
-    /// How attention and the feed-forward part see the residual.
-    residuals: [Residual; 2],
+    /// How attention sees the residual.
+    residual: Residual,
     ngrams: Option<Ngrams>,
     attention: Attention,
-    ffn: Ffn,
-    extents: LayerExtents,
+    attention_extent: DenseHandle,
+    ffn: Option<LayerFfn>,
 }
 
+/// The feed-forward part of a layer that has one.
 #[derive(Debug)]
-struct LayerExtents {
-    attention: DenseHandle,
+struct LayerFfn {
+    /// How it sees the residual.
+    residual: Residual,
+    ffn: Ffn,
     router: DenseHandle,
     dense: Option<DenseHandle>,
 }
@@ -203,15 +206,20 @@ impl Model {
         for (i, layer) in spec.layers.iter().enumerate() {
             let tensors = |kind| ExtentTensors { file, kind, layer: i as u32, index: 0 };
             let (attention, router) = (tensors(ExtentKind::Attention), tensors(ExtentKind::Router));
+            let (dense, expert) = (tensors(ExtentKind::Dense), tensors(ExtentKind::Expert));
             layers.push(Layer {
-                residuals: [Residual::new(&spec, &attention, "attn_norm")?, Residual::new(&spec, &router, "ffn_norm")?],
+                residual: Residual::new(&spec, &attention, "attn_norm")?,
                 ngrams: Ngrams::new(&spec, i, &attention)?,
                 attention: Attention::new(&layer.attention, &attention)?,
-                ffn: Ffn::new(&layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
-                extents: LayerExtents {
-                    attention: next(),
-                    router: next(),
-                    dense: (layer.ffn.dense_width > 0).then(&mut next),
+                attention_extent: next(),
+                ffn: match layer.ffn.is_none() {
+                    true => None,
+                    false => Some(LayerFfn {
+                        residual: Residual::new(&spec, &router, "ffn_norm")?,
+                        ffn: Ffn::new(&layer.ffn, &router, &dense, &expert)?,
+                        router: next(),
+                        dense: (!spec.tensors(ExtentKind::Dense, i).is_empty()).then(&mut next),
+                    }),
                 },
             });
         }
@@ -370,36 +378,37 @@ impl Model {
 
         let dense_parts = weights.dense;
         let (started, waited) = (Instant::now(), dense_parts.stats().wait + weights.tables.wait());
-        let attention = dense_parts.dense(layer.extents.attention)?;
+        let attention = dense_parts.dense(layer.attention_extent)?;
         let step = Step { compute, rows, extent: attention.bytes() };
         if let Some(table) = &layer.ngrams {
             table.forward(step, &mut caches, weights.tables, x, ngrams)?;
         }
-        layer.residuals[0].read(compute, step.extent, x, residual, normed);
+        layer.residual.read(compute, step.extent, x, residual, normed);
         layer.attention.forward(step, &mut caches, normed, mixer, delta);
         drop(attention);
         if compute.is_cancelled() {
             return Err(ModelError::Cancelled);
         }
-        layer.residuals[0].add(&compute.threads, x, delta, residual);
+        layer.residual.add(&compute.threads, x, delta, residual);
         let attended = Instant::now();
         let waited = dense_parts.stats().wait + weights.tables.wait() - waited;
         self.times.attention += (attended - started).saturating_sub(waited);
 
-        let router = dense_parts.dense(layer.extents.router)?;
-        let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
-        layer.residuals[1].read(compute, router.bytes(), x, residual, normed);
-        let input = layer.residuals[1].joined(x, len, residual).unwrap_or(normed);
+        let Some(part) = &layer.ffn else { return Ok(()) };
+        let router = dense_parts.dense(part.router)?;
+        let dense = part.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
+        part.residual.read(compute, router.bytes(), x, residual, normed);
+        let input = part.residual.joined(x, len, residual).unwrap_or(normed);
         // A prompt will need most experts of the next layer anyway; a prefetch needs that layer's router in memory.
-        let ahead = index + 1;
-        let next = self.layers.get(ahead).filter(|l| {
+        let mut later = self.layers.iter().enumerate().skip(index + 1);
+        let next = later.find_map(|(number, l)| Some((number, l.ffn.as_ref()?))).filter(|(_, l)| {
             let wanted = rows.generate() && ffn.prefetches() && l.ffn.routed().is_some();
-            wanted && dense_parts.is_pinned(l.extents.router)
+            wanted && dense_parts.is_pinned(l.router)
         });
-        let next_router = next.map(|l| dense_parts.dense(l.extents.router)).transpose()?;
-        let prefetch = next.zip(next_router.as_ref()).and_then(|(l, router)| {
-            let (norm, extent) = (l.residuals[1].norm(), router.bytes());
-            Some((input, NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, eps, factor, extent }))
+        let next_router = next.map(|(_, l)| dense_parts.dense(l.router)).transpose()?;
+        let prefetch = next.zip(next_router.as_ref()).and_then(|((number, l), router)| {
+            let (norm, extent) = (l.residual.norm(), router.bytes());
+            Some((input, NextLayer { layer: number, routed: l.ffn.routed()?, norm, eps, factor, extent }))
         });
         let step = FfnStep {
             compute,
@@ -409,8 +418,8 @@ impl Model {
             dense: dense.as_ref().map(|d| d.bytes()),
             ahead: prefetch,
         };
-        let experts = layer.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
-        layer.residuals[1].add(&compute.threads, x, delta, residual);
+        let experts = part.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
+        part.residual.add(&compute.threads, x, delta, residual);
         self.times.experts += experts;
         self.times.feed_forward += attended.elapsed().saturating_sub(experts);
         Ok(())
@@ -478,7 +487,9 @@ impl Model {
             let widest = l.ffn.dense_width.max(moe.map_or(0, |m| m.width)) as u64;
             let routed =
                 moe.map_or(0, |m| crate::experts::combining_width(hidden) + 8 * m.top_k as u64 + m.experts as u64);
-            attention + 2 * widest + routed
+            // What experts read and write, as f32 and in the form that kernels consume, and what becomes of it.
+            let latent = moe.and_then(|m| m.latent).map_or(0, |latent| 3 * latent as u64 + hidden);
+            attention + 2 * widest + routed + latent
         };
         let widest = spec.layers.iter().map(layer).max().unwrap_or(0);
         let kept = Model::output_memory(spec, rows).min(most_kept);
@@ -492,7 +503,7 @@ impl Model {
     /// Bytes of the outputs of all experts that `rows` rows choose in a layer.
     pub fn output_memory(spec: &ModelSpec, rows: usize) -> u64 {
         let moe = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref());
-        moe.map(|moe| crate::experts::output_bytes(moe, rows, spec.hidden_size)).max().unwrap_or(0)
+        moe.map(|moe| crate::experts::output_bytes(moe, rows, moe.input_width(spec.hidden_size))).max().unwrap_or(0)
     }
 
     /// Bytes that the cached parts of the embedding may take, in a file of these extents.

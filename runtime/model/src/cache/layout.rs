@@ -9,7 +9,7 @@ use super::latent::{LatentPlace, index_width, latent_width};
 use super::page::Page;
 use super::raw::RawPlace;
 use crate::compressed::raw_width;
-use crate::delta::StateShape;
+use crate::recurrent::StateShape;
 
 /// Tokens of a page: those of a block of keys. A smaller page would cut blocks. A larger one would waste more at the end of each
 /// sequence, copy more when a fork goes on and keep more before a window, and make nothing faster: attention takes one block at a
@@ -229,7 +229,7 @@ impl Layout {
             layout.add(layer, attention, ty);
             if let Some(ngrams) = spec.ngrams_of(layer).filter(|ngrams| ngrams.conv_reach() > 0) {
                 let shape = StateShape::of_inputs(ngrams.conv_reach() * spec.residual_width());
-                layout.state(layer, shape, ty);
+                layout.add_state(layer, shape, ty);
             }
         }
         layout
@@ -269,7 +269,8 @@ impl Layout {
                 let index = mla.indexer.as_ref().map_or(0, index_width);
                 self.store(layer, PageKind::Rows, ty, |page| Place::Latent(latents(page, latent_width(mla), index)));
             }
-            AttentionSpec::Delta(spec) => self.state(layer, StateShape::of(spec), ty),
+            AttentionSpec::Delta(spec) => self.add_state(layer, StateShape::of_delta(spec), ty),
+            AttentionSpec::Mamba(spec) => self.add_state(layer, StateShape::of_mamba(spec), ty),
             AttentionSpec::Compressed(spec) => self.add_compressed(layer, spec, ty),
         }
     }
@@ -294,8 +295,7 @@ impl Layout {
         self.store(layer, PageKind::Entries(block_len), ty, |page| Place::BlockKeys(page.index(width)));
     }
 
-    /// Adds a recurrent state.
-    fn state(&mut self, layer: usize, shape: StateShape, ty: KvType) {
+    fn add_state(&mut self, layer: usize, shape: StateShape, ty: KvType) {
         self.store(layer, PageKind::State, ty, |page| {
             Place::State(StatePlace { first: page.numbers(shape.numbers()), shape })
         });
