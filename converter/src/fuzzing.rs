@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use sluice_format::ExtentKind;
+
 use crate::family::{self, config::Config};
 use crate::partial;
 use crate::plan::{Plan, build};
@@ -22,13 +24,12 @@ pub fn tensors_of(config: &[u8], most: usize) -> Option<Vec<(String, Vec<usize>)
     let text = family::text(family, &config).ok()?;
     let spec = family::spec(family, text.as_ref().unwrap_or(&config)).ok()?;
     let names = family.names();
-    let norm = names.final_norm(spec.hidden_size);
     let head = vec![spec.vocab_size, spec.hidden_size];
-    let mut tensors = BTreeMap::from([
-        (names.embedding(), head.clone()),
-        (names.head.to_owned(), head),
-        (norm.tensor, norm.source_shape),
-    ]);
+    let mut tensors = BTreeMap::from([(names.embedding(), head.clone()), (names.head.to_owned(), head)]);
+    for tensor in spec.tensors(ExtentKind::FinalNorm, usize::MAX) {
+        let views = family.final_origin(names, &spec, &tensor).into_iter().flatten();
+        tensors.extend(views.map(|view| (view.tensor, view.source_shape)));
+    }
     for place in build::places(&spec) {
         for tensor in spec.tensors(place.kind, place.layer) {
             let views = family.origin(names, &spec, place, &tensor).into_iter().next().unwrap_or_default();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use sluice_format::{
     AttentionSpec, ExtentKind, ExtentRecord, FileLayout, FileWriter, FormatError, LayerSpec, Metadata, ModelSpec,
-    NO_LAYER, PlannedExtent, SPEC_BLOB, TensorRecord, TensorShape, WeightType, Written, pack_tensors,
+    NO_LAYER, NgramSpec, PlannedExtent, SPEC_BLOB, TensorRecord, TensorShape, WeightType, Written, pack_tensors,
 };
 
 use crate::contents::Contents;
@@ -44,8 +44,14 @@ impl LayerFile {
         let made = LayerFile { path };
         let reading = plan.reading.as_ref().expect("the plan knows that it is measured");
         let belongs = |kind, of: u32| reads(plan, layer, kind, of);
-        let layers = vec![alone(&plan.spec.layers[layer])];
-        let spec = ModelSpec { vocab_size: 1, layers, prediction: None, ..plan.spec.clone() };
+        let ngrams = plan.spec.ngrams_of(layer).map(|ngrams| NgramSpec { layer: 0, ..ngrams.clone() });
+        let spec = ModelSpec {
+            vocab_size: 1,
+            ngrams: ngrams.into_iter().collect(),
+            layers: vec![alone(&plan.spec.layers[layer])],
+            prediction: None,
+            ..plan.spec.clone()
+        };
         let here = |of: u32| if of == NO_LAYER { NO_LAYER } else { 0 };
         let numbers: Vec<usize> = (0..reading.planned.len())
             .filter(|&i| belongs(reading.planned[i].kind, reading.planned[i].layer))
@@ -66,7 +72,10 @@ impl LayerFile {
             let mut extent = writer.extent(number);
             match number.checked_sub(stubs.len()) {
                 None => extent.write(&vec![0; stubs[number].0.logical_len as usize])?,
-                Some(i) => packer.reading(&reading.extents[numbers[i]], &mut extent)?,
+                Some(i) => {
+                    let PlannedExtent { layer, index, .. } = planned[number];
+                    packer.reading(&reading.extents[numbers[i]], (layer, index), &mut extent)?;
+                }
             }
             Ok(extent.finish()?)
         };

@@ -1,6 +1,7 @@
 //! One extent: reads its tensors in bounded blocks of rows, brings them into the file's layout, writes them front to back.
 
 use rayon::prelude::*;
+use sluice_format::sectors::{SectorId, Sectors};
 use sluice_format::{
     BLOCK, ExtentKind, ExtentRecord, ExtentWriter, Layout, MatrixKey, ROW_GROUP, WeightType, Written, order_len,
 };
@@ -120,7 +121,8 @@ impl<'a> Packer<'a> {
         let record = &plan.layout.extents()[extent];
         for tensor in &plan.extents[extent] {
             let guides = guides(plan, inputs, record, tensor);
-            errors.push(self.tensor(tensor, guides, &mut writer, &mut |bytes| {
+            let place = (record.layer, record.index);
+            errors.push(self.tensor(tensor, place, guides, &mut writer, &mut |bytes| {
                 written(bytes);
                 reported += bytes;
             })?);
@@ -132,14 +134,15 @@ impl<'a> Packer<'a> {
         Ok(Outcome { extent, written: became, source_digest, source_bytes, errors })
     }
 
-    /// Writes the tensors of an extent of a layer that is to be executed.
+    /// Writes the tensors of an extent of a layer that is to be executed. `place`: layer and index of the extent there.
     pub(crate) fn reading(
         &mut self,
         tensors: &'a [TensorPlan],
+        place: (u32, u32),
         writer: &mut ExtentWriter<'_>,
     ) -> Result<(), ConvertError> {
         for tensor in tensors {
-            self.tensor(tensor, Vec::new(), writer, &mut |_| ())?;
+            self.tensor(tensor, place, Vec::new(), writer, &mut |_| ())?;
         }
         self.reset();
         Ok(())
@@ -164,6 +167,7 @@ impl<'a> Packer<'a> {
     fn tensor(
         &mut self,
         tensor: &'a TensorPlan,
+        (layer, part): (u32, u32),
         guides: Vec<Guide>,
         writer: &mut ExtentWriter<'_>,
         written: &mut dyn FnMut(u64),
@@ -181,6 +185,7 @@ impl<'a> Packer<'a> {
             self.packed.clear();
             match tensor.layout {
                 Layout::Plain => self.plain(&mut job, rows)?,
+                Layout::Sectors => self.sectors(&mut job, rows, SectorId { layer, part, sector: 0 })?,
                 _ => self.tiled(&mut job, rows)?,
             }
             writer.write(&self.packed)?;
@@ -195,6 +200,22 @@ impl<'a> Packer<'a> {
             let rows = rows_of(self.plan, job.tensor, job.sources[number].source, rows);
             self.plain_source(job, number, rows)?;
         }
+        Ok(())
+    }
+
+    /// Rows of a table, in sectors: all but the last of them full. `first`: the first sector of the table's part.
+    fn sectors(&mut self, job: &mut Job<'_>, rows: Rows, first: SectorId) -> Result<(), ConvertError> {
+        self.plain(job, rows)?;
+        let sectors = sectors_of(job.tensor);
+        let numbers = std::mem::take(&mut self.packed);
+        self.packed.resize(sectors.bytes(rows.count).expect("the plan computed the tensor's length from it"), 0);
+        let full = numbers.chunks(sectors.rows * sectors.row_len);
+        let pieces: Vec<(&mut [u8], &[u8])> = self.packed.chunks_exact_mut(sectors.len).zip(full).collect();
+        let before = rows.first / sectors.rows;
+        pieces.into_par_iter().enumerate().for_each(|(number, (sector, rows))| {
+            // An extent has at most MAX_EXTENT_BYTES, so that 32 bits are enough.
+            sectors.seal(SectorId { sector: (before + number) as u32, ..first }, rows, sector);
+        });
         Ok(())
     }
 
@@ -400,13 +421,28 @@ fn group_len(ty: WeightType, cols: usize) -> usize {
     ty.row_group_len(cols).expect("the plan computed the tensor's length from it")
 }
 
+/// The sectors of a table.
+fn sectors_of(tensor: &TensorPlan) -> Sectors {
+    let element = tensor.weight_type.plain_element_len();
+    let sectors = element.and_then(|element| Sectors::of_rows(element * tensor.shape[2]));
+    sectors.expect("the plan computed the tensor's length from it")
+}
+
 /// The blocks of rows of a tensor, matrix after matrix.
 fn blocks(tensor: &TensorPlan) -> impl Iterator<Item = Rows> + use<> {
-    let [batch, rows, cols] = tensor.shape;
+    let cols = tensor.shape[2];
     let fit = BLOCK_ELEMENTS / cols.max(1);
+    if tensor.layout == Layout::Sectors {
+        let unit = sectors_of(tensor).rows;
+        return blocks_of(tensor.shape, (fit - fit % unit).max(unit));
+    }
     // Whole scale blocks where they fit, and always for fp8, which needs them; else whole row groups.
     let unit = if fit >= SCALE_BLOCK || tensor.weight_type == WeightType::Fp8 { SCALE_BLOCK } else { ROW_GROUP };
-    let height = (fit - fit % unit).max(unit);
+    blocks_of(tensor.shape, (fit - fit % unit).max(unit))
+}
+
+/// Blocks of `height` rows, and of what is left.
+fn blocks_of([batch, rows, cols]: [usize; 3], height: usize) -> impl Iterator<Item = Rows> + use<> {
     let starts = move |batch| (0..rows).step_by(height).map(move |first| (batch, first));
     let block = move |(batch, first): (usize, usize)| Rows {
         first: batch * rows + first,

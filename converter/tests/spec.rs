@@ -213,7 +213,7 @@ type Experts = Option<(usize, usize, usize, bool, f32)>;
 
 /// What `config.json` gives where it says nothing but its family: the values of the configuration classes of transformers
 /// 4.57 and 5, which are the same but where noted. Checkpoints are saved without keys that have these values.
-const DEFAULTS: [(&str, Basics, Experts); 31] = [
+const DEFAULTS: [(&str, Basics, Experts); 32] = [
     // Vocabulary of version 5; 4.57 had 32,000.
     ("deepseek_v2", (102_400, 4096, 32, 32, 32, 192, 2048, 1e-6, 1e4), Some((64, 6, 1407, false, 1.0))),
     ("deepseek_v3", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
@@ -228,6 +228,7 @@ const DEFAULTS: [(&str, Basics, Experts); 31] = [
     ("qwen3_moe", (151_936, 2048, 24, 32, 4, 64, 32_768, 1e-6, 1e4), Some((128, 8, 768, false, 1.0))),
     ("qwen3_next", (151_936, 2048, 48, 16, 2, 256, 32_768, 1e-6, 1e4), Some((512, 10, 512, true, 1.0))),
     ("qwen3_5_moe_text", (248_320, 2048, 40, 16, 2, 256, 32_768, 1e-6, 1e4), Some((256, 8, 512, true, 1.0))),
+    ("qwen4_exp_text", (248_320, 2048, 40, 16, 2, 256, 32_768, 1e-6, 1e4), Some((512, 10, 512, true, 1.0))),
     ("minimax_m2", (200_064, 3072, 62, 48, 8, 128, 196_608, 1e-6, 5e6), Some((256, 8, 1536, true, 1.0))),
     ("minimax_m3_vl_text", (200_064, 6144, 60, 64, 4, 128, 524_288, 1e-6, 5e6), Some((128, 4, 3072, true, 2.0))),
     // Without positions, there is no base of frequencies.

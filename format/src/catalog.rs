@@ -6,7 +6,7 @@ use crate::error::Region;
 use crate::extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER, padded_len};
 use crate::limits::{MAX_EXTENT_BYTES, MAX_EXTENTS, MAX_TENSORS};
 use crate::schema::TensorShape;
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, NgramSpec};
 use crate::superblock::Superblock;
 use crate::tensor::{ANY_INDEX, Layout, TensorRecord, next_tensor_offset};
 use sluice_weights::WeightType;
@@ -90,6 +90,9 @@ impl Catalog {
                 expected += self.check_parts(kind, layer as u32).map_err(tensor_table)?;
             }
         }
+        for ngrams in &self.spec.ngrams {
+            expected += self.check_table(ngrams).map_err(tensor_table)?;
+        }
         if expected != self.extents.len() {
             let problem = format!("the file has {} extents, its spec implies {expected}", self.extents.len());
             return Err((Region::ExtentTable, problem));
@@ -119,12 +122,42 @@ impl Catalog {
 
     /// The parts of embedding or head of a layer or of none cover the vocabulary; returns their number.
     fn check_parts(&self, kind: ExtentKind, layer: u32) -> Result<usize, String> {
+        let wanted = |rows, ty| self.spec.part_tensor(kind, rows, ty);
+        let (rows, count) = self.cover(kind, layer, &wanted)?;
+        if rows != self.spec.vocab_size as u64 {
+            let whose = if layer == NO_LAYER { String::new() } else { format!(" of layer {layer}") };
+            return Err(format!("the {kind}{whose} has {rows} rows, the vocabulary {}", self.spec.vocab_size));
+        }
+        Ok(count)
+    }
+
+    /// The parts of a table cover its rows, and none is compressed; returns their number.
+    fn check_table(&self, ngrams: &NgramSpec) -> Result<usize, String> {
+        let layer = ngrams.layer as u32;
+        let (rows, count) = self.cover(ExtentKind::Table, layer, &|rows, _| Some(ngrams.part_tensor(rows)))?;
+        if rows != ngrams.table_rows {
+            return Err(format!("the table of layer {layer} has {rows} rows, its spec implies {}", ngrams.table_rows));
+        }
+        let parts = (0..count as u32).filter_map(|index| self.extent(ExtentKind::Table, layer, index));
+        match parts.filter(|e| e.codec != Codec::Raw).map(ExtentRecord::name).next() {
+            Some(name) => Err(format!("{name} is compressed, so that its rows cannot be read")),
+            None => Ok(count),
+        }
+    }
+
+    /// Rows and number of the parts of `kind` in `layer`; `wanted`: what a part of so many rows of a type holds.
+    fn cover(
+        &self,
+        kind: ExtentKind,
+        layer: u32,
+        wanted: &dyn Fn(usize, WeightType) -> Option<TensorShape>,
+    ) -> Result<(u64, usize), String> {
         let (mut rows, mut count) = (0u64, 0);
         let mut first: Option<(u64, WeightType)> = None;
         while let Some(e) = self.extent(kind, layer, count as u32) {
             let found = self.tensors_in(kind, layer, e.index);
             let (part_rows, ty) = found.first().map_or((0, WeightType::F32), |t| (t.shape[1], t.weight_type));
-            let wanted = usize::try_from(part_rows).ok().and_then(|rows| self.spec.part_tensor(kind, rows, ty));
+            let wanted = usize::try_from(part_rows).ok().and_then(|rows| wanted(rows, ty));
             check_shapes(found, wanted.as_slice(), || e.name())?;
             let (uniform, first_type) = *first.get_or_insert((part_rows, ty));
             // A part shorter than the first anywhere but at the end would break "row / rows per part = part".
@@ -138,11 +171,7 @@ impl Catalog {
             rows += part_rows;
             count += 1;
         }
-        if rows != self.spec.vocab_size as u64 {
-            let whose = if layer == NO_LAYER { String::new() } else { format!(" of layer {layer}") };
-            return Err(format!("the {kind}{whose} has {rows} rows, the vocabulary {}", self.spec.vocab_size));
-        }
-        Ok(count)
+        Ok((rows, count))
     }
 }
 

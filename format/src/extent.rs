@@ -28,7 +28,7 @@ pub enum ExtentKind {
     Expert = 7,
     /// What only a prediction layer has; those are numbered behind the layers of the model.
     Prediction = 8,
-    /// A range of rows of a table of which a token needs single rows, plain layout; `index` is the part.
+    /// A range of rows of a table of which a token needs single rows, in sectors; `index` is the part.
     Table = 9,
 }
 

@@ -31,6 +31,7 @@ pub mod planes;
 mod reader;
 mod rewrite;
 mod schema;
+pub mod sectors;
 mod spec;
 mod state_id;
 mod superblock;

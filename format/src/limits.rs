@@ -34,6 +34,8 @@ pub const MAX_MODEL_EXPERTS: usize = 1 << 18;
 pub const MAX_WIDTH: usize = 1 << 20;
 /// Largest vocabulary, and longest context.
 pub const MAX_LENGTH: usize = 1 << 24;
+/// Most rows of a table: a row has at least two bytes, and at most `4 · MAX_WIDTH`.
+pub const MAX_TABLE_ROWS: u64 = 1 << 40;
 /// Longest name of a model family, in bytes.
 pub const MAX_FAMILY_NAME: usize = 64;
 

@@ -10,6 +10,7 @@ use std::ops::Range;
 use sluice_weights::{BLOCK, WeightType};
 
 use crate::bytes::{get_u32, get_u64, put, round_up};
+use crate::extent::ExtentKind;
 use crate::fields::{planes_frame, planes_head, reserved_in_use};
 use crate::limits::MAX_FRAME_BYTES;
 use crate::tensor::TensorRecord;
@@ -208,9 +209,9 @@ fn width_of(ty: WeightType) -> Option<usize> {
     }
 }
 
-/// Whether compression may shorten an extent of these tensors at all.
+/// Whether compression may shorten an extent of these tensors at all. Tables are not compressed: their rows are read one by one.
 pub fn may_gain(tensors: &[TensorRecord]) -> bool {
-    tensors.iter().any(|tensor| width_of(tensor.weight_type).is_some())
+    tensors.iter().any(|tensor| tensor.kind != ExtentKind::Table && width_of(tensor.weight_type).is_some())
 }
 
 /// The stored bytes, in whole pages, of an extent with these logical bytes and tensors; `None` where that saves less than

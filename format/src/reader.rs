@@ -161,6 +161,12 @@ impl ModelFile {
         (0..).map_while(move |i| Some((self.extent(kind, layer, i)?, self.tensors_in(kind, layer, i).next()?)))
     }
 
+    /// Parts of the table of n-grams of a layer: as [`ModelFile::parts`].
+    pub fn table_parts(&self, layer: u32) -> impl Iterator<Item = (&ExtentRecord, &TensorRecord)> {
+        let kind = ExtentKind::Table;
+        (0..).map_while(move |i| Some((self.extent(kind, layer, i)?, self.tensors_in(kind, layer, i).next()?)))
+    }
+
     /// Reads an extent into `buffer` through the page cache and verifies it: its padded bytes, whether it is compressed or not.
     /// Allocates at most twice [`crate::limits::MAX_EXTENT_BYTES`].
     ///

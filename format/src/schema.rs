@@ -3,7 +3,7 @@
 use crate::extent::ExtentKind;
 use crate::spec::{
     ActivationSpec, AttentionSpec, CompressedSpec, DeltaSpec, FfnSpec, GqaSpec, MambaSpec, MlaSpec, ModelSpec,
-    QkNormScope,
+    NgramSpec, QkNormScope,
 };
 use crate::tensor::Layout;
 use sluice_weights::WeightType;
@@ -19,8 +19,12 @@ pub struct TensorShape {
     pub shape: [usize; 3],
 }
 
-/// Name of the matrix that joins several residual streams.
+/// Name of the matrix that joins several residual streams, and of those that gated streams have instead.
 const STREAMS: &str = "streams";
+const STREAMS_DOWN: &str = "streams_down";
+const STREAMS_UP: &str = "streams_up";
+const STREAMS_INJECT: &str = "streams_inject";
+
 impl TensorShape {
     /// The two matrices of a pair, gate and up, each for itself. They may stand in its place where one description does not fit both.
     pub fn apart(&self) -> Option<[TensorShape; 2]> {
@@ -80,8 +84,9 @@ impl ModelSpec {
             ExtentKind::Embedding | ExtentKind::Head => Vec::new(),
             ExtentKind::FinalNorm => self.final_tensors(),
             ExtentKind::Attention => {
-                let mut list = self.stream_tensors();
-                list.push(vector("attn_norm", hidden));
+                let mut list = self.ngrams_of(layer).map_or_else(Vec::new, |n| self.ngram_tensors(n));
+                list.extend(self.stream_tensors());
+                list.extend(self.norm("attn_norm"));
                 match &spec.attention {
                     AttentionSpec::Mla(m) => list.extend(mla_tensors(m, hidden)),
                     AttentionSpec::Gqa(g) => list.extend(gqa_tensors(g, hidden)),
@@ -94,6 +99,7 @@ impl ModelSpec {
             ExtentKind::Router if spec.ffn.is_none() => Vec::new(),
             ExtentKind::Router => {
                 let mut list = self.stream_tensors();
+                list.extend(self.norm("ffn_norm"));
                 list.extend(router_tensors(&spec.ffn, hidden));
                 list
             }
@@ -113,13 +119,47 @@ impl ModelSpec {
                 matrix("projection", hidden, 2 * hidden),
                 vector("norm", hidden),
             ],
-            // The spec of this version has no tables.
-            ExtentKind::Prediction | ExtentKind::Table => Vec::new(),
+            // A table is split into parts by rows: see [`NgramSpec::part_tensor`].
+            ExtentKind::Table | ExtentKind::Prediction => Vec::new(),
         }
+    }
+
+    /// The norm of what a part sees, or the head. Gated streams have been normalised before they were joined.
+    fn norm(&self, name: &'static str) -> Option<TensorShape> {
+        self.gated_streams.is_none().then(|| vector(name, self.hidden_size))
+    }
+
+    /// What brings the rows of a table of n-grams into the residual.
+    fn ngram_tensors(&self, ngrams: &NgramSpec) -> Vec<TensorShape> {
+        let residual = self.residual_width();
+        vec![
+            matrix("ngram_key", residual, ngrams.width),
+            matrix("ngram_value", self.hidden_size, ngrams.width),
+            vector("ngram_key_norm", residual),
+            vector("ngram_query_norm", residual),
+            vector("ngram_conv_norm", residual),
+            vector("ngram_conv", residual * ngrams.conv_width),
+        ]
+    }
+
+    /// What makes one input of gated streams.
+    fn gate_tensors(&self) -> Vec<TensorShape> {
+        let Some(streams) = &self.gated_streams else { return Vec::new() };
+        let residual = self.residual_width();
+        vec![
+            vector("streams_norm", residual),
+            matrix(STREAMS_DOWN, streams.rank, residual),
+            matrix(STREAMS_UP, residual, streams.rank),
+        ]
     }
 
     /// What joins the streams for a part of a layer, and takes its output in.
     fn stream_tensors(&self) -> Vec<TensorShape> {
+        if let Some(gated) = &self.gated_streams {
+            let mut list = self.gate_tensors();
+            list.push(matrix(STREAMS_INJECT, gated.count, self.residual_width()));
+            return list;
+        }
         let Some(streams) = &self.streams else { return Vec::new() };
         let functions = streams.functions();
         vec![
@@ -130,13 +170,20 @@ impl ModelSpec {
     }
 
     fn final_tensors(&self) -> Vec<TensorShape> {
-        let mut list = Vec::new();
+        let mut list = self.gate_tensors();
         if let Some(streams) = &self.streams {
             list.push(matrix(STREAMS, streams.count, self.residual_width()));
             list.extend([vector("streams_bias", streams.count), vector("streams_scale", 1)]);
         }
-        list.push(vector("norm", self.hidden_size));
+        list.extend(self.norm("norm"));
         list
+    }
+}
+
+impl NgramSpec {
+    /// The tensor of a part of the table, of `rows` rows.
+    pub fn part_tensor(&self, rows: usize) -> TensorShape {
+        TensorShape { name: ExtentKind::Table.name(), layout: Layout::Sectors, shape: [1, rows, self.row_width()] }
     }
 }
 
@@ -147,9 +194,9 @@ impl TensorShape {
         kind == ExtentKind::Router || self.joins_streams()
     }
 
-    /// Whether it is the matrix that joins several residual streams.
+    /// Whether it is a matrix that joins several residual streams, or says which of them a part's output enters.
     pub fn joins_streams(&self) -> bool {
-        self.name == STREAMS
+        [STREAMS, STREAMS_DOWN, STREAMS_UP, STREAMS_INJECT].contains(&self.name)
     }
 }
 
@@ -305,7 +352,7 @@ fn dense_tensors(ffn: &FfnSpec, hidden: usize) -> Vec<TensorShape> {
 }
 
 fn router_tensors(ffn: &FfnSpec, hidden: usize) -> Vec<TensorShape> {
-    let mut list = vec![vector("ffn_norm", hidden)];
+    let mut list = Vec::new();
     if let Some(moe) = &ffn.moe {
         list.push(matrix("router", moe.experts, hidden));
         if moe.router.logit_bias {

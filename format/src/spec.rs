@@ -10,6 +10,7 @@ mod gqa;
 mod indexer;
 mod key_blocks;
 mod mamba;
+mod ngrams;
 mod prediction;
 mod streams;
 mod temperature;
@@ -25,10 +26,11 @@ pub use delta::DeltaSpec;
 pub use factors::Factors;
 pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 pub use indexer::IndexerSpec;
-pub use key_blocks::KeyBlocksSpec;
+pub use key_blocks::{BlockScore, KeyBlocksSpec};
 pub use mamba::MambaSpec;
+pub use ngrams::{NgramHead, NgramSpec};
 pub use prediction::PredictionSpec;
-pub use streams::StreamsSpec;
+pub use streams::{GatedStreamsSpec, StreamsSpec};
 pub use temperature::QueryTemperature;
 
 /// Version of the JSON; an unknown one is refused.
@@ -56,6 +58,12 @@ pub struct ModelSpec {
     /// How the residual is several streams; `None`: it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub streams: Option<StreamsSpec>,
+    /// How it is several streams that gates join; `None`: it is not. A model has one kind of streams or none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gated_streams: Option<GatedStreamsSpec>,
+    /// Tables of n-grams, at most one per layer, in the order of layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ngrams: Vec<NgramSpec>,
     /// One entry per decoder layer.
     pub layers: Vec<LayerSpec>,
     /// The layer behind them that predicts the token after the next one; `None`: there is none.
@@ -385,9 +393,15 @@ impl ModelSpec {
         self.factors.validate()?;
         if let Some(streams) = &self.streams {
             streams.validate(self.hidden_size)?;
-            if self.factors.residual != 1.0 {
-                return Err("it has a factor on the residual beside several streams".to_owned());
-            }
+        }
+        if let Some(streams) = &self.gated_streams {
+            streams.validate(self.hidden_size)?;
+        }
+        if self.streams.is_some() && self.gated_streams.is_some() {
+            return Err("it has two kinds of streams".to_owned());
+        }
+        if (self.streams.is_some() || self.gated_streams.is_some()) && self.factors.residual != 1.0 {
+            return Err("it has a factor on the residual beside several streams".to_owned());
         }
         if self.layers.is_empty() || self.layers.len() > Self::MAX_LAYERS {
             return Err(format!("it has {} layers", self.layers.len()));
@@ -395,7 +409,13 @@ impl ModelSpec {
         self.layers.iter().enumerate().try_for_each(|(i, layer)| {
             layer.attention.validate().and_then(|()| layer.ffn.validate()).map_err(|e| format!("layer {i}: {e}"))
         })?;
-        if self.streams.is_some() && self.layers.iter().any(|layer| layer.ffn.is_none()) {
+        let (residual, layers) = (self.residual_width(), self.layers.len());
+        self.ngrams.iter().try_for_each(|ngrams| ngrams.validate(residual, layers))?;
+        if !self.ngrams.is_sorted_by(|a, b| a.layer < b.layer) {
+            return Err("its tables of n-grams are not in the order of layers, one for each at most".to_owned());
+        }
+        let streams = self.streams.is_some() || self.gated_streams.is_some();
+        if streams && self.layers.iter().any(|layer| layer.ffn.is_none()) {
             return Err("it has several streams and a layer without feed-forward part".to_owned());
         }
         if let Some(prediction) = &self.prediction {
@@ -445,7 +465,13 @@ impl ModelSpec {
 
     /// Numbers of the residual of one token: of all streams.
     pub fn residual_width(&self) -> usize {
-        self.hidden_size * self.streams.as_ref().map_or(1, |streams| streams.count)
+        let gated = || self.gated_streams.as_ref().map(|streams| streams.count);
+        self.hidden_size * self.streams.as_ref().map(|streams| streams.count).or_else(gated).unwrap_or(1)
+    }
+
+    /// The table of n-grams of a layer.
+    pub fn ngrams_of(&self, layer: usize) -> Option<&NgramSpec> {
+        self.ngrams.iter().find(|ngrams| ngrams.layer == layer)
     }
 
     /// Experts that one token routes to, over all layers of the decoder.

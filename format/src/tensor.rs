@@ -3,6 +3,7 @@
 use crate::bytes::{array, get_u16, get_u32, get_u64, put, round_up};
 use crate::extent::ExtentKind;
 use crate::fields::{reserved_in_use, tensor as at};
+use crate::sectors::Sectors;
 use sluice_weights::{PLANE_ALIGN, WeightType};
 
 /// `index` of a record that describes every extent of its kind and layer: the experts of a layer share one.
@@ -22,6 +23,8 @@ pub enum Layout {
     TiledOrdered = 3,
     /// As `TiledPair`, behind the order of the columns of both.
     TiledPairOrdered = 4,
+    /// Row-major, in sectors of whole rows with a checksum each ([`crate::sectors`]).
+    Sectors = 5,
 }
 
 /// Most columns of a matrix in order: their numbers have 16 bits.
@@ -35,8 +38,14 @@ pub fn order_len(cols: usize) -> Option<usize> {
 
 impl Layout {
     /// Every layout of this format version.
-    pub const ALL: [Layout; 5] =
-        [Layout::Plain, Layout::Tiled, Layout::TiledPair, Layout::TiledOrdered, Layout::TiledPairOrdered];
+    pub const ALL: [Layout; 6] = [
+        Layout::Plain,
+        Layout::Tiled,
+        Layout::TiledPair,
+        Layout::TiledOrdered,
+        Layout::TiledPairOrdered,
+        Layout::Sectors,
+    ];
 
     /// The layout with this code in the file, if this version knows it.
     pub fn from_code(code: u16) -> Option<Self> {
@@ -51,6 +60,7 @@ impl Layout {
             Layout::TiledPair => "tiled-pair",
             Layout::TiledOrdered => "tiled-ordered",
             Layout::TiledPairOrdered => "tiled-pair-ordered",
+            Layout::Sectors => "sectors",
         }
     }
 
@@ -76,7 +86,7 @@ impl Layout {
     /// The same arrangement with an order of the columns; `None` for row-major ones, which need none.
     pub fn ordered(self) -> Option<Layout> {
         match self {
-            Layout::Plain => None,
+            Layout::Plain | Layout::Sectors => None,
             Layout::Tiled | Layout::TiledOrdered => Some(Layout::TiledOrdered),
             Layout::TiledPair | Layout::TiledPairOrdered => Some(Layout::TiledPairOrdered),
         }
@@ -143,6 +153,9 @@ impl TensorRecord {
         let (batch, rows, cols) = (batch?, rows?, cols?);
         let one = match self.layout.unordered() {
             Layout::Plain => rows.checked_mul(cols)?.checked_mul(self.weight_type.plain_element_len()?)?,
+            Layout::Sectors => {
+                Sectors::of_rows(cols.checked_mul(self.weight_type.plain_element_len()?)?)?.bytes(rows)?
+            }
             Layout::TiledPair => self.weight_type.matrix_len(rows, cols)?.checked_mul(2)?,
             _ => self.weight_type.matrix_len(rows, cols)?,
         };

@@ -134,6 +134,7 @@ fn limits() {
         limits::MAX_MODEL_EXPERTS as u64,
         limits::MAX_WIDTH as u64,
         limits::MAX_LENGTH as u64,
+        limits::MAX_TABLE_ROWS,
         limits::MAX_FAMILY_NAME as u64,
     ];
     assert_eq!(values, code);
@@ -171,7 +172,17 @@ fn paths(spec: &ModelSpec, number: usize, layer: &LayerSpec) -> Paths {
         (".part_rows".into(), 7.into()),
         (".streams".into(), streams.into()),
         (".prediction".into(), (spec.prediction_layer() == Some(number)).into()),
+        (".residual_width".into(), spec.residual_width().into()),
     ]);
+    if let Some(ngrams) = spec.ngrams_of(number) {
+        out.insert(".ngrams.row_width".into(), ngrams.row_width().into());
+        out.insert(".ngrams".into(), true.into());
+        collect(&serde_json::to_value(ngrams).unwrap(), ".ngrams", &mut out);
+    }
+    if let Some(gated) = &spec.gated_streams {
+        out.insert(".gated_streams".into(), true.into());
+        collect(&serde_json::to_value(gated).unwrap(), ".gated_streams", &mut out);
+    }
     collect(&serde_json::to_value(layer).unwrap(), "", &mut out);
     out
 }
@@ -214,16 +225,8 @@ fn specs() -> Vec<ModelSpec> {
             gqa.qk_norm.iter_mut().for_each(|norm| norm.weightless = true);
         }
     }
-    vec![
-        small_spec(),
-        gqa_spec(),
-        plain,
-        sparse_spec(),
-        hybrid_spec(),
-        streams_spec(),
-        recurrent_spec(),
-        predicting_spec(),
-    ]
+    let others = [sparse_spec(), hybrid_spec(), streams_spec(), tables_spec(), recurrent_spec(), predicting_spec()];
+    [small_spec(), gqa_spec(), plain].into_iter().chain(others).collect()
 }
 
 #[test]
@@ -241,8 +244,9 @@ fn canonical_tensors() {
                         (r[1].clone(), r[2].clone(), [&r[3], &r[4], &r[5]].map(|e| evaluate(e, &paths)))
                     })
                     .collect();
-                let shapes =
-                    spec.part_tensor(kind, 7, WeightType::Bf16).map_or_else(|| spec.tensors(kind, i), |t| vec![t]);
+                let table = || spec.ngrams_of(i).filter(|_| kind == ExtentKind::Table).map(|n| n.part_tensor(7));
+                let part = spec.part_tensor(kind, 7, WeightType::Bf16).or_else(table);
+                let shapes = part.map_or_else(|| spec.tensors(kind, i), |t| vec![t]);
                 let code = shapes.into_iter().map(|t| (t.name.to_owned(), t.layout.name().to_owned(), t.shape));
                 assert_eq!(documented, code.collect::<Vec<_>>(), "{kind} of layer {i}");
             }

@@ -492,6 +492,87 @@ fn specs_of_streams_and_entries() {
     bad("activation", "/layers/0/ffn/activation/limit", 0.0.into());
 }
 
+#[test]
+fn specs_of_gated_streams_and_tables() {
+    assert_eq!(ModelSpec::from_json(&tables_spec().to_json()).unwrap(), tables_spec());
+    let bad = |says: &str, pointer: &str, value: serde_json::Value| {
+        let mut json: serde_json::Value = serde_json::from_slice(&tables_spec().to_json()).unwrap();
+        *json.pointer_mut(pointer).expect("the spec has this field") = value;
+        let error = ModelSpec::from_json(&serde_json::to_vec(&json).unwrap()).expect_err(says);
+        assert!(error.contains(says), "{says}: {error}");
+    };
+    for value in [0, u64::MAX] {
+        bad("gated_streams.count", "/gated_streams/count", value.into());
+        bad("gated_streams.rank", "/gated_streams/rank", value.into());
+        bad("ngrams.width", "/ngrams/0/width", value.into());
+        bad("ngrams.conv_width", "/ngrams/0/conv_width", value.into());
+        bad("ngrams.table_rows", "/ngrams/0/table_rows", value.into());
+        bad("a head of n-grams has", "/ngrams/0/heads/3/rows", value.into());
+    }
+    bad("gated_streams.count × hidden_size", "/gated_streams/count", (1 << 16).into());
+    bad("layer 2 of 2 has a table", "/ngrams/1/layer", 2.into());
+    bad("not in the order of layers", "/ngrams/1/layer", 0.into());
+    bad("numbers together", "/ngrams/0/width", 13.into());
+    bad("numbers together", "/ngrams/0/heads", serde_json::json!([]));
+    bad("n-grams have up to 1 tokens", "/ngrams/0/multipliers", serde_json::json!([1]));
+    bad("a head of n-grams has 5 rows from 2896 on", "/ngrams/0/heads/0/first", 2896.into());
+    bad("a head of n-grams has", "/ngrams/0/heads/0/first", u64::MAX.into());
+    bad("tokens of the convolution", "/ngrams/0/conv_width", (1 << 17).into());
+    bad("invalid value", "/ngrams/0/separator", (-1).into());
+    bad("unknown variant", "/layers/1/attention/blocks/score", "other".into());
+    bad("scored by their mean key", "/layers/1/attention/blocks/local_blocks", 1.into());
+
+    let mut both = tables_spec();
+    both.streams = streams_spec().streams;
+    assert!(both.validate().unwrap_err().contains("two kinds of streams"));
+    let mut factor = tables_spec();
+    factor.factors.residual = 0.5;
+    assert!(factor.validate().unwrap_err().contains("beside several streams"));
+}
+
+#[test]
+fn tables_cover_their_rows_and_are_not_compressed() {
+    let (_dir, path) = temp();
+    write(&path, &plan(&tables_spec(), 8), 4096).unwrap();
+    let file = ModelFile::open(&path).unwrap();
+    let rows: Vec<_> = file.table_parts(0).map(|(_, tensor)| tensor.shape[1]).collect();
+    assert_eq!((rows, file.table_parts(1).count(), file.table_parts(2).count()), (vec![1500, 1400], 1, 0));
+    let spoilt = |says: &str, change: &dyn Fn(&mut Image)| {
+        let mut image = Image::of(&std::fs::read(&path).unwrap());
+        change(&mut image);
+        std::fs::write(path.with_extension("bad"), image.seal()).unwrap();
+        let error = ModelFile::open(&path.with_extension("bad")).unwrap_err().to_string();
+        assert!(error.contains(says), "{says}: {error}");
+    };
+    spoilt("the table of layer 0 has 2900 rows, its spec implies 2901", &|i| {
+        i.change_spec(|s| s["ngrams"][0]["table_rows"] = 2901.into());
+    });
+    spoilt("implies", &|i| i.change_spec(|s| drop(s["ngrams"].as_array_mut().unwrap().pop())));
+    spoilt("not what its shape implies", &|i| {
+        let record = tensor_named(i, "table");
+        i.set_tensor(record, "rows", 1);
+    });
+    spoilt("table part 1 is f16, the first part bf16", &|i| {
+        let record = tensor_named(i, "table") + 1;
+        i.set_tensor(record, "weight_type", u64::from(WeightType::F16.code()));
+    });
+    let tensors: Vec<_> = plan(&tables_spec(), 8).tensors.into_iter().filter(|t| t.kind == ExtentKind::Table).collect();
+    assert!(tensors.len() == 3 && !planes::may_gain(&tensors));
+    spoilt("table part 0 is compressed", &|i| {
+        let extent = extent_of(i, ExtentKind::Table);
+        i.set_extent(extent, "codec", 1);
+        // A page shorter, as what is compressed must be.
+        let stored = get(&i.extents[extent], 24, 8);
+        i.set_extent(extent, "stored_len", stored - 4096);
+        let start = get(&i.extents[extent], 16, 8) as usize - 4096;
+        i.body.drain(start..start + 4096);
+        for later in extent + 1..i.extents.len() {
+            let offset = get(&i.extents[later], 16, 8);
+            i.set_extent(later, "offset", offset - 4096);
+        }
+    });
+}
+
 /// The most that a spec can claim: 4 layers of 65536 experts. The extent table ends the check, not the claim.
 #[test]
 fn a_spec_cannot_make_the_check_long() {

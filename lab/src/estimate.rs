@@ -170,7 +170,9 @@ impl Needs {
         Needs {
             least_memory: least.map_or_else(|e| e.least, |plan| plan.effective),
             best_memory: best.as_ref().map_or(0, |plan| plan.effective),
-            dense_bytes: bytes_of(&|kind| !matches!(kind, ExtentKind::Expert | ExtentKind::Embedding)),
+            dense_bytes: bytes_of(&|kind| {
+                !matches!(kind, ExtentKind::Expert | ExtentKind::Embedding | ExtentKind::Table)
+            }),
             kv_cache_bytes: Sequence::touched(spec, context, kv_type),
             expert_bytes: experts().map(|e| e.padded_len).max().unwrap_or(0),
             experts: experts().count(),

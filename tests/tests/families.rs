@@ -106,6 +106,7 @@ goldens! {
     qwen3_moe_nvfp4
     qwen3_next
     qwen3_5_moe
+    qwen4_exp
     minimax_m2
     minimax_m3
     mixtral

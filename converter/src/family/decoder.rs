@@ -82,6 +82,8 @@ impl<'a> Decoder<'a> {
             norm_eps: self.norm_eps,
             factors: Factors::default(),
             streams: None,
+            gated_streams: None,
+            ngrams: Vec::new(),
             layers,
             prediction: None,
         })

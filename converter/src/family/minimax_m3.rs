@@ -2,8 +2,8 @@
 
 use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{
-    ActivationSpec, AttentionSpec, FfnSpec, GqaSpec, KeyBlocksSpec, LayerSpec, ModelSpec, MoeSpec, QkNormScope,
-    RouterScore, RouterSpec,
+    ActivationSpec, AttentionSpec, BlockScore, FfnSpec, GqaSpec, KeyBlocksSpec, LayerSpec, ModelSpec, MoeSpec,
+    QkNormScope, RouterScore, RouterSpec,
 };
 
 use super::config::Config;
@@ -123,6 +123,7 @@ fn key_blocks(decoder: &Decoder<'_>) -> Result<KeyBlocksSpec, ConvertError> {
         block_len: size("sparse_block_size", "index_block_size", 128, MAX_LENGTH)?,
         top_blocks: size("sparse_topk_blocks", "index_topk_blocks", 16, MAX_LENGTH)?,
         local_blocks: section.map_or(Ok(local), |section| section.usize_or("sparse_local_block", local))?,
+        score: BlockScore::LargestKey,
     })
 }
 

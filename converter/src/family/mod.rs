@@ -40,6 +40,7 @@ mod qwen;
 mod qwen2_moe;
 mod qwen3_moe;
 mod qwen3_next;
+mod qwen4_exp;
 mod rope;
 mod step3p5;
 mod view;
@@ -70,6 +71,8 @@ static FAMILIES: &[&dyn Family] = &[
     &qwen3_next::Qwen3Next,
     &qwen3_next::Qwen35Moe,
     &qwen3_next::Qwen35MoeText,
+    &qwen4_exp::Qwen4Exp,
+    &qwen4_exp::Qwen4ExpText,
     &minimax_m2::MiniMaxM2,
     &minimax_m3::MiniMaxM3,
     &minimax_m3::MiniMaxM3Text,
@@ -143,10 +146,61 @@ pub(crate) trait Family: Sync {
         names.origin(spec, place, tensor)
     }
 
+    /// What the model computes, with what only tensors of the checkpoint say: `spec` is what [`Family::spec`] says, `parts` what
+    /// [`Family::table_parts`] says.
+    ///
+    /// # Errors
+    /// For a tensor that is missing, or is not what it must be.
+    fn complete(
+        &self,
+        _names: Names,
+        spec: ModelSpec,
+        _parts: usize,
+        _stored: &dyn Stored,
+    ) -> Result<ModelSpec, ConvertError> {
+        Ok(spec)
+    }
+
+    /// How many tensors each table of n-grams is split into.
+    ///
+    /// # Errors
+    /// For a configuration that does not say a possible number.
+    fn table_parts(&self, _config: &Config) -> Result<usize, ConvertError> {
+        Ok(0)
+    }
+
+    /// The tensors that [`Family::complete`] reads.
+    fn deciding(&self, _names: Names, _spec: &ModelSpec) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// The tensor that is a part of the table of n-grams of a layer: a range of its rows, all but the last of equal length.
+    fn table_part(&self, _names: Names, layer: usize, _part: usize) -> String {
+        unreachable!("layer {layer} of this family has no table")
+    }
+
     /// Why a tensor that no extent uses may be left out; `None`: it is unknown. Not asked for layers behind the decoder's.
     fn unused(&self, name: &str) -> Option<Unused> {
         usually_unused(name)
     }
+}
+
+/// The tensors of a checkpoint, for families whose models depend on the values of some.
+pub(crate) trait Stored {
+    /// The numbers of a vector of 64-bit integers that must have this length.
+    ///
+    /// # Errors
+    /// If there is no such tensor, or it is anything else.
+    fn integers(&self, tensor: &str, len: usize) -> Result<Vec<i64>, ConvertError>;
+
+    /// The same, of numbers that may not be negative.
+    ///
+    /// # Errors
+    /// As [`Stored::integers`].
+    fn unsigned(&self, tensor: &str, len: usize) -> Result<Vec<u64>, ConvertError>;
+
+    /// Rows of a matrix; `None` if there is none of that name.
+    fn rows(&self, tensor: &str) -> Option<usize>;
 }
 
 /// An extent, by what it holds.
@@ -239,6 +293,20 @@ pub(crate) fn find(config: &Config) -> Result<&'static dyn Family, ConvertError>
     };
     let found = FAMILIES.iter().find(|f| f.model_types().contains(&model_type)).copied();
     found.ok_or_else(|| config.refuse("model_type", nearest::refusal(model_type, &supported)))
+}
+
+/// What the model computes by its configuration `spec` and the tensors of its checkpoint, valid.
+pub(crate) fn complete(
+    family: &dyn Family,
+    text: &Config,
+    names: Names,
+    spec: ModelSpec,
+    parts: usize,
+    stored: &dyn Stored,
+) -> Result<ModelSpec, ConvertError> {
+    let spec = family.complete(names, spec, parts, stored)?;
+    spec.validate().map_err(|problem| text.impossible(problem))?;
+    Ok(spec)
 }
 
 /// What the model that `text` describes computes, valid.

@@ -90,6 +90,7 @@ impl Names {
 
     /// Vectors that are stored around zero where norms are.
     pub(crate) fn centred_norms(self, spec: &ModelSpec) -> Vec<String> {
+        let gated = spec.gated_streams.is_some();
         let of_layer = |(layer, spec): (usize, &LayerSpec)| {
             let (mut heads, mut choice): (&[&str], &[&str]) = (&[], &[]);
             if let AttentionSpec::Gqa(gqa) = &spec.attention {
@@ -100,7 +101,11 @@ impl Names {
                     choice = &["self_attn.index_q_norm.weight", "self_attn.index_k_norm.weight"];
                 }
             }
-            let both = ["input_layernorm.weight", "post_attention_layernorm.weight"];
+            let both = if gated {
+                ["attn_hyper_connection.hc_norm.weight", "mlp_hyper_connection.hc_norm.weight"]
+            } else {
+                ["input_layernorm.weight", "post_attention_layernorm.weight"]
+            };
             both.iter().chain(heads).chain(choice).map(|rest| self.layer(layer, rest)).collect::<Vec<_>>()
         };
         let layers = spec.layers.iter().enumerate().flat_map(of_layer);

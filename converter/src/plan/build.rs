@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use sluice_format::{
-    ANY_INDEX, ExtentKind, Layout, ModelSpec, NO_LAYER, PLANE_ALIGN, PlannedExtent, ROW_GROUP, TensorRecord,
+    ANY_INDEX, ExtentKind, Layout, ModelSpec, NO_LAYER, NgramSpec, PLANE_ALIGN, PlannedExtent, ROW_GROUP, TensorRecord,
     TensorShape, WeightType,
 };
 
@@ -11,6 +11,7 @@ use super::TensorPlan;
 use super::naming::Naming;
 use super::resolve::{pick, resolve};
 use super::scheme::Scheme;
+use super::stored::rows_of;
 use super::types::{Chosen, choose};
 use crate::encoding::Selection;
 use crate::error::ConvertError;
@@ -94,7 +95,7 @@ pub(crate) fn build(
         obstacles: BTreeSet::new(),
         effects: BTreeMap::new(),
     };
-    let Naming { family, names, spec, .. } = naming;
+    let Naming { family, names, spec, table_parts, .. } = naming;
     let mut b = Builder { checkpoint, options, scheme, out: empty };
     let norm = spec.tensors(ExtentKind::FinalNorm, usize::MAX);
     b.extents(ExtentKind::FinalNorm, NO_LAYER, &[0], &norm, |_, t| family.final_origin(names, spec, t))?;
@@ -116,6 +117,10 @@ pub(crate) fn build(
             naming.origin(Place { kind: ExtentKind::Expert, layer, index: index as usize }, t)
         };
         b.extents(ExtentKind::Expert, layer as u32, &indices, &tensors, origin)?;
+    }
+    for ngrams in &spec.ngrams {
+        let parts: Vec<String> = (0..table_parts).map(|part| family.table_part(names, ngrams.layer, part)).collect();
+        b.table(ngrams, &parts)?;
     }
     Ok(b.out)
 }
@@ -245,6 +250,36 @@ impl Builder<'_> {
             let strides = Strides::rows(first_row, shape[1], cols);
             let sources = vec![Selection { strides, ..whole.clone() }];
             let (name, weight_type) = (kind.name(), chosen.weight_type);
+            self.out.extents.push(vec![TensorPlan { group, name, weight_type, layout, shape, offset: 0, sources }]);
+        }
+        Ok(())
+    }
+
+    /// Adds the table of n-grams of a layer, which the checkpoint has in `parts`: each is a part here too.
+    fn table(&mut self, ngrams: &NgramSpec, parts: &[String]) -> Result<(), ConvertError> {
+        let (kind, layer) = (ExtentKind::Table, ngrams.layer as u32);
+        let height = |part: &String| rows_of(self.checkpoint, part).unwrap_or(0);
+        let heights: Vec<usize> = parts.iter().map(height).collect();
+        let usual = heights.first().copied().unwrap_or(0);
+        let mut sources = Vec::with_capacity(parts.len());
+        for (number, (part, &rows)) in parts.iter().zip(&heights).enumerate() {
+            // A row's part is its number divided by their height: only the last may be shorter.
+            let rows = if number + 1 == parts.len() { rows.min(usual) } else { usual };
+            let view = View::whole(part.clone(), rows, ngrams.row_width());
+            sources.push(vec![resolve(self.checkpoint, self.scheme, &view, false)?]);
+        }
+        let described = ngrams.part_tensor(usual);
+        let choice = self.choice(kind, layer, &described, &sources);
+        let chosen = choose(kind, &described, choice, &sources);
+        self.note_widened(kind, layer, kind.name(), chosen);
+        let group = self.group(kind, kind.name());
+        for (part, (rows, sources)) in heights.into_iter().zip(sources).enumerate() {
+            let TensorShape { name, layout, shape } = ngrams.part_tensor(rows);
+            let described = TensorShape { name, layout, shape };
+            let record = record(kind, layer, part as u32, &described, chosen.weight_type, 0)?;
+            self.out.planned.push(PlannedExtent { kind, layer, index: part as u32, logical_len: record.len });
+            self.out.records.push(record);
+            let weight_type = chosen.weight_type;
             self.out.extents.push(vec![TensorPlan { group, name, weight_type, layout, shape, offset: 0, sources }]);
         }
         Ok(())

@@ -75,6 +75,18 @@ impl Ledger<'_> {
         self.missing.extend(parts.missing);
     }
 
+    /// Marks what tables of n-grams consist of, each of so many parts, and what says which of their rows are meant.
+    fn need_tables(&mut self, family: &dyn Family, spec: &ModelSpec, parts: usize) {
+        let names = self.names;
+        family.deciding(names, spec).iter().for_each(|name| self.need(name));
+        for (layer, part) in spec.ngrams.iter().flat_map(|n| (0..parts).map(|part| (n.layer, part))) {
+            if self.missing.len() >= MAX_MISSING {
+                break;
+            }
+            self.need(&family.table_part(names, layer, part));
+        }
+    }
+
     /// The layer of a tensor, if it is behind those that the configuration counts.
     fn surplus_layer(&self, tensor: &str) -> Option<usize> {
         self.names.layer_of(tensor).filter(|&layer| layer >= self.layers)
@@ -98,7 +110,7 @@ impl Ledger<'_> {
 }
 
 pub(crate) fn take(checkpoint: &Checkpoint, naming: Naming<'_>, tied: Tied) -> Result<Inventory, ConvertError> {
-    let Naming { family, names, spec, .. } = naming;
+    let Naming { family, names, spec, table_parts, .. } = naming;
     // Not as many as `num_nextn_predict_layers` says: published files say 0 there and have such a layer all the same.
     let all = checkpoint.tensors.iter().map(|t| &t.name).chain(checkpoint.absent.iter().map(|a| &a.tensor));
     let mut ledger = Ledger {
@@ -143,6 +155,7 @@ pub(crate) fn take(checkpoint: &Checkpoint, naming: Naming<'_>, tied: Tied) -> R
     }
     naming.own_parts().iter().for_each(|(_, tensor)| ledger.need(tensor));
     naming.prediction.iter().flat_map(|p| &p.copies).for_each(|tensor| ledger.need(tensor));
+    ledger.need_tables(family, spec, table_parts);
     ledger.missing.dedup();
     if !ledger.missing.is_empty() {
         return Err(ConvertError::MissingTensors {

@@ -9,6 +9,7 @@ mod naming;
 mod prediction;
 pub(crate) mod resolve;
 pub(crate) mod scheme;
+mod stored;
 mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -147,11 +148,10 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     let text = text.as_ref().unwrap_or(&config);
     let scheme = scheme::read(text, &config, &checkpoint)?;
     checkpoint.has_zero_points = scheme.asymmetric;
-    let mut spec = family::spec(family, text)?;
+    let (mut spec, table_parts) = (family::spec(family, text)?, family.table_parts(text)?);
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
     let tied = inventory::Tied::read(text, &config)?;
     let names = arrangement::names(&checkpoint, family, &spec)?;
-    let decoder = spec.clone();
     let found = match options.mtp {
         true => prediction::find(&checkpoint, family, names, &mut spec, tied)?,
         false => Found::None,
@@ -161,13 +161,15 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
         Found::LeftOut(why) => (None, Some(why)),
         Found::None => (None, None),
     };
-    let naming = Naming { family, names, spec: &spec, prediction };
-    let inventory = inventory::take(&checkpoint, naming, tied)?;
+    let inventory = inventory::take(&checkpoint, Naming { family, names, spec: &spec, table_parts, prediction }, tied)?;
+    let spec = family::complete(family, text, names, spec, table_parts, &stored::Tensors(&checkpoint))?;
+    let naming = Naming { family, names, spec: &spec, table_parts, prediction };
     let built = build::build(&checkpoint, naming, options, scheme, &inventory.head)?;
     let layout = FileLayout::new(options.page_size, &built.planned)?;
     let weighted = built.records.iter().any(|r| r.weight_type.is_fitted());
     let measured = options.measured.is_some() && weighted && importance.is_none();
     // What predicts is not measured.
+    let decoder = ModelSpec { prediction: None, ..spec.clone() };
     let naming = Naming { spec: &decoder, prediction: None, ..naming };
     let reading = measured.then(|| reading(&checkpoint, naming, options, scheme, &inventory.head)).transpose()?;
     let mut notes = inventory.notes;
@@ -228,7 +230,8 @@ fn reading(
 
 /// The choice of types that has integers for the matrices of experts, or for all others: as they are carried, if these are integers.
 fn integers(carried: &[TensorRecord], experts: bool) -> TypeChoice {
-    let mut matrices = carried.iter().filter(|r| r.layout != Layout::Plain && r.kind != ExtentKind::Router);
+    let looked_up = |kind| matches!(kind, ExtentKind::Router | ExtentKind::Table);
+    let mut matrices = carried.iter().filter(|r| r.layout != Layout::Plain && !looked_up(r.kind));
     let floats = matrices.any(|r| (r.kind == ExtentKind::Expert) == experts && !r.weight_type.is_blocked());
     if floats { TypeChoice::Type(WeightType::Q8) } else { TypeChoice::Keep }
 }

@@ -12,6 +12,8 @@ pub(crate) struct Naming<'a> {
     pub(crate) family: &'a dyn Family,
     pub(crate) names: Names,
     pub(crate) spec: &'a ModelSpec,
+    /// How many tensors each table of n-grams is split into.
+    pub(crate) table_parts: usize,
     /// Of the prediction layer, if the model that `spec` describes has one.
     pub(crate) prediction: Option<&'a Prediction>,
 }

@@ -27,6 +27,9 @@ pub(crate) fn choose(kind: ExtentKind, tensor: &TensorShape, choice: TypeChoice,
             TypeChoice::Type(ty @ (WeightType::F32 | WeightType::Bf16)) => exact(ty),
             _ => by_row(stored()),
         },
+        // A table too, and its rows must be found.
+        (_, Layout::Sectors, TypeChoice::Type(ty @ (WeightType::F32 | WeightType::Bf16))) => exact(ty),
+        (_, Layout::Sectors, _) => floats_only(stored()),
         (_, Layout::Plain, _) => exact(WeightType::F32),
         // A router decides; its precision costs nothing.
         (.., TypeChoice::Type(WeightType::F32)) if tensor.decides(kind) => exact(WeightType::F32),

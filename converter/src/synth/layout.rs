@@ -3,13 +3,16 @@
 use std::ops::Range;
 
 use sluice_format::{
-    ANY_INDEX, ExtentKind, ExtentRecord, FileLayout, FormatError, ModelSpec, NO_LAYER, PlannedExtent, TensorRecord,
-    TensorShape, WeightType, pack_tensors,
+    ANY_INDEX, ExtentKind, ExtentRecord, FileLayout, FormatError, ModelSpec, NO_LAYER, NgramSpec, PlannedExtent,
+    TensorRecord, TensorShape, WeightType, pack_tensors,
 };
 
 use super::values::TYPES;
 use crate::error::ConvertError;
 use crate::plan::build::{embedding_part_rows, head_part_rows};
+
+/// Bytes of the rows of a part of a table, about those of a release.
+const TABLE_PART: u64 = 192 << 20;
 
 /// Types of the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +56,7 @@ impl KindTypes {
     fn of(self, kind: ExtentKind) -> WeightType {
         match kind {
             ExtentKind::Expert => self.experts,
-            ExtentKind::Embedding | ExtentKind::Router => self.plain,
+            ExtentKind::Embedding | ExtentKind::Router | ExtentKind::Table => self.plain,
             ExtentKind::Head => self.head,
             _ => self.dense,
         }
@@ -98,6 +101,9 @@ impl Layout {
         }
         for layer in 0..spec.layers.len() {
             b.extents(ExtentKind::Expert, layer as u32, layer)?;
+        }
+        for ngrams in &spec.ngrams {
+            b.table(ngrams)?;
         }
         let file = FileLayout::new(page_size, &b.planned)?;
         file.check(&b.records, spec)?;
@@ -179,6 +185,21 @@ impl Builder<'_> {
             let index = part as u32;
             let (range, logical_len) = self.add(vec![self.record(kind, NO_LAYER, index, tensor)])?;
             self.planned.push(PlannedExtent { kind, layer: NO_LAYER, index, logical_len });
+            self.tensors.push(range);
+        }
+        Ok(())
+    }
+
+    /// The table of n-grams of a layer, in parts.
+    fn table(&mut self, ngrams: &NgramSpec) -> Result<(), ConvertError> {
+        let kind = ExtentKind::Table;
+        let row = self.types.of(kind).plain_element_len().unwrap_or(1) * ngrams.row_width();
+        let height = (TABLE_PART / row as u64).max(1);
+        for part in 0..ngrams.table_rows.div_ceil(height) {
+            let rows = height.min(ngrams.table_rows - part * height) as usize;
+            let (layer, index) = (ngrams.layer as u32, part as u32);
+            let (range, logical_len) = self.add(vec![self.record(kind, layer, index, ngrams.part_tensor(rows))])?;
+            self.planned.push(PlannedExtent { kind, layer, index, logical_len });
             self.tensors.push(range);
         }
         Ok(())

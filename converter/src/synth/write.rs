@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::Serialize;
 use serde_json::json;
 use sluice_checksum::Xxh3;
+use sluice_format::sectors::{SectorId, Sectors};
 use sluice_format::{
     ExtentKind, ExtentRecord, FileWriter, Layout as Arrangement, Metadata, PROVENANCE_BLOB, ROW_GROUP,
     SOURCE_CONFIG_BLOB, SPEC_BLOB, TensorRecord, WeightType, Written,
@@ -276,6 +277,7 @@ impl<'a> Synthesis<'a> {
             batch.clear();
             match (record.kind, tensor.layout) {
                 (ExtentKind::Embedding, _) => self.embedding(record.index, tensor, batch, &mut write)?,
+                (_, Arrangement::Sectors) => table(tensor, &mut random, batch, &mut write)?,
                 (_, Arrangement::Plain) => vector(tensor, tensors, &mut random, batch),
                 _ => matrix(tensor, usual_deviation(tensor), &mut random, batch, &mut write)?,
             }
@@ -320,11 +322,48 @@ pub(super) fn vector(tensor: &TensorRecord, extent: &[TensorRecord], random: &mu
     }
     let value: f32 = if tensor.name.ends_with("norm") { 1.0 } else { 0.0 };
     (0..tensor.shape[2]).for_each(|_| batch.extend(value.to_le_bytes()));
-    if tensor.name == "conv" {
+    if matches!(tensor.name.as_str(), "conv" | "ngram_conv") {
         for four in batch.chunks_mut(16) {
             four.as_chunks_mut::<4>().0.iter_mut().zip(random.uniform()).for_each(|(slot, v)| *slot = v.to_le_bytes());
         }
     }
+}
+
+/// A part of a table: rows of unit variance, in sectors.
+fn table(
+    tensor: &TensorRecord,
+    random: &mut Random,
+    batch: &mut Vec<u8>,
+    write: &mut dyn FnMut(&mut Vec<u8>) -> Result<(), ConvertError>,
+) -> Result<(), ConvertError> {
+    let [_, rows, cols] = tensor.shape.map(|d| d as usize);
+    let element = tensor.weight_type.plain_element_len().expect("the layout computed the tensor's length from it");
+    let sectors = Sectors::of_rows(element * cols).expect("the layout computed the tensor's length from it");
+    let mut numbers = Vec::with_capacity(sectors.rows * sectors.row_len);
+    for (sector, first) in (0..rows).step_by(sectors.rows).enumerate() {
+        numbers.clear();
+        let len = sectors.rows.min(rows - first) * cols;
+        while numbers.len() < len * element {
+            for v in random.uniform() {
+                // Uniform from -1 to 1: a third is its variance.
+                let v = v * 3f32.sqrt();
+                match tensor.weight_type {
+                    WeightType::F32 => numbers.extend(v.to_le_bytes()),
+                    WeightType::F16 => numbers.extend(sluice_kernels::f32_to_f16(v).to_le_bytes()),
+                    _ => numbers.extend(truncate_to_bf16(v).to_le_bytes()),
+                }
+            }
+        }
+        numbers.truncate(len * element);
+        let id = SectorId { layer: tensor.layer, part: tensor.index, sector: sector as u32 };
+        let start = batch.len();
+        batch.resize(start + sectors.len, 0);
+        sectors.seal(id, &numbers, &mut batch[start..]);
+        if batch.len() >= BATCH {
+            write(batch)?;
+        }
+    }
+    Ok(())
 }
 
 /// A matrix, a pair, or a batch: all of them are row groups one after the other. Weights have this standard deviation.

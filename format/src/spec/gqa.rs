@@ -102,7 +102,7 @@ impl GqaSpec {
 
     /// Adjacent query heads that see the same keys.
     pub fn heads_together(&self) -> usize {
-        let choosing = self.blocks.as_ref().map_or(1, |blocks| blocks.index_heads);
+        let choosing = self.blocks.as_ref().map_or(1, |blocks| blocks.choices());
         self.heads / self.kv_heads.max(choosing)
     }
 

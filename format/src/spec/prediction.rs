@@ -38,7 +38,7 @@ impl PredictionSpec {
         if self.layer.ffn.is_none() {
             return Err("it has no feed-forward part".into());
         }
-        if model.streams.is_some() {
+        if model.residual_width() != model.hidden_size {
             return Err("the model has several residual streams".into());
         }
         if let AttentionSpec::Mla(mla) = &self.layer.attention

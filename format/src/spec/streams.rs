@@ -40,3 +40,27 @@ impl StreamsSpec {
         check_eps("streams.eps", self.eps)
     }
 }
+
+/// Gated streams (the hyper-connections of Qwen4-Exp, `Qwen4ExpHyperConnection` of transformers): the residual is `count` streams
+/// `S_i`, all of them the token's embedding at first.
+///
+/// Before a part of a layer, and in place of its norm, with `N_i` the root mean square norm of `S_i` with weights of its own and the
+/// model's epsilon, and `N` all of them in one row: `m = sigmoid(up · silu(down · N / count))`, and the part sees the mean over `i` of
+/// `m_i · N_i`, number by number. Its output `y` is added to each stream: `S_i += 2·sigmoid(inject_i · N / count) · y`. The head sees
+/// the same mean, with weights of its own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatedStreamsSpec {
+    /// Number of streams.
+    pub count: usize,
+    /// Rank of the gates' projection, `up · down`.
+    pub rank: usize,
+}
+
+impl GatedStreamsSpec {
+    pub(super) fn validate(&self, hidden: usize) -> Result<(), String> {
+        check_width("gated_streams.count", self.count)?;
+        check_width("gated_streams.rank", self.rank)?;
+        check_width("gated_streams.count × hidden_size", self.count.saturating_mul(hidden))
+    }
+}

@@ -76,6 +76,8 @@ pub(crate) fn small_spec() -> ModelSpec {
         norm_eps: 1e-5,
         factors: Factors::default(),
         streams: None,
+        gated_streams: None,
+        ngrams: Vec::new(),
         layers: vec![
             LayerSpec { attention: mla(None, RopeScaling::None), ffn: ffn(40, None) },
             LayerSpec { attention: mla(Some(8), yarn), ffn: ffn(24, Some(moe)) },
@@ -267,8 +269,36 @@ pub(crate) fn hybrid_spec() -> ModelSpec {
             block_len: 6,
             top_blocks: 3,
             local_blocks: 1,
+            score: BlockScore::LargestKey,
         });
     }
+    spec
+}
+
+/// Two layers with gated streams: a gated delta net, and attention to blocks of keys by their mean; each with a table of n-grams.
+pub(crate) fn tables_spec() -> ModelSpec {
+    let mut spec = small_spec();
+    spec.gated_streams = Some(GatedStreamsSpec { count: 2, rank: 5 });
+    let ffn = |layer: usize| spec.layers[layer].ffn.clone();
+    let attention = |from: ModelSpec, layer: usize| from.layers[layer].attention.clone();
+    let mut layers = vec![
+        LayerSpec { attention: attention(sparse_spec(), 2), ffn: ffn(0) },
+        LayerSpec { attention: attention(hybrid_spec(), 2), ffn: ffn(1) },
+    ];
+    if let AttentionSpec::Gqa(GqaSpec { blocks: Some(blocks), .. }) = &mut layers[1].attention {
+        (blocks.score, blocks.local_blocks, blocks.index_heads) = (BlockScore::MeanKey, 0, 3);
+    }
+    spec.layers = layers;
+    let table = |layer: usize| NgramSpec {
+        layer,
+        width: 12,
+        multipliers: vec![3, -5, i64::MAX],
+        heads: [0, 5, 12, 23].map(|first| NgramHead { first, rows: 5 }).to_vec(),
+        table_rows: 2900,
+        separator: 1,
+        conv_width: 4,
+    };
+    spec.ngrams = vec![table(0), NgramSpec { table_rows: 28, ..table(1) }];
     spec
 }
 
@@ -336,6 +366,15 @@ pub(crate) fn plan_as(spec: &ModelSpec, rows_per_part: usize, types: &[WeightTyp
                     add(kind, layer as u32, 0..count, spec.tensors(kind, layer), None);
                 }
             }
+        }
+    }
+    for ngrams in &spec.ngrams {
+        // More than fit into a sector.
+        let height = 1500;
+        for (part, first) in (0..ngrams.table_rows as usize).step_by(height).enumerate() {
+            let shape = ngrams.part_tensor(height.min(ngrams.table_rows as usize - first));
+            let part = part as u32;
+            add(ExtentKind::Table, ngrams.layer as u32, part..part + 1, vec![shape], Some(WeightType::Bf16));
         }
     }
     content.metadata.insert(SPEC_BLOB, spec.to_json());

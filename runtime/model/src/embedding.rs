@@ -122,7 +122,7 @@ impl Embedding {
 }
 
 /// Widens little-endian numbers of a plain tensor to f32, exactly.
-fn widen(ty: WeightType, bytes: &[u8], out: &mut [f32]) {
+pub fn widen(ty: WeightType, bytes: &[u8], out: &mut [f32]) {
     match ty {
         WeightType::F32 => {
             for (b, o) in bytes.chunks_exact(4).zip(out) {

@@ -23,6 +23,7 @@ use crate::counts;
 use crate::memory::available_memory;
 use crate::memory::{BudgetError, Demand, MemoryPlan, PressureWatch};
 use crate::model::HeadStep;
+use crate::ngrams;
 use crate::room;
 use crate::rows::{Cursor, Rows, Span, Want};
 use crate::sequence::MarkLimits;
@@ -184,7 +185,7 @@ pub struct Stats {
     pub prefetched_wasted: u64,
     /// Bytes of experts read, prefetched ones included.
     pub expert_bytes_read: u64,
-    /// Bytes of dense parts and embedding read.
+    /// Bytes of dense parts, embedding and tables read.
     pub dense_bytes_read: u64,
 }
 
@@ -572,7 +573,8 @@ impl Engine {
         let mut cursor = Cursor::default();
         while rows.take(spans, &mut cursor, self.memory.rows) {
             prepare(rows, spans)?;
-            let mut weights = Weights { file, dense: &storage.dense, experts: &mut storage.pool };
+            let Storage { dense, pool: experts, tables, .. } = storage;
+            let mut weights = Weights { file, dense, experts, tables };
             compute.threads.spare(rows.wait_for_memory());
             match head_inputs {
                 None => {
@@ -600,7 +602,7 @@ impl Engine {
     pub fn stats(&self) -> Stats {
         let pool = self.storage.pool.stats();
         let LayerTimes { attention, experts, head, .. } = self.model.times();
-        let wait = Duration::from_nanos(pool.wait_ns) + self.storage.dense.stats().wait;
+        let wait = Duration::from_nanos(pool.wait_ns) + self.storage.dense.stats().wait + self.storage.tables.wait();
         let accounted = attention + experts + wait + head;
         Stats {
             tokens: self.tokens,
@@ -616,7 +618,9 @@ impl Engine {
             prefetched_used: pool.prefetched_used,
             prefetched_wasted: pool.prefetched_wasted,
             expert_bytes_read: pool.bytes_read,
-            dense_bytes_read: self.storage.dense.stats().bytes_read + self.model.embedding_bytes_read(),
+            dense_bytes_read: self.storage.dense.stats().bytes_read
+                + self.model.embedding_bytes_read()
+                + self.storage.tables.bytes_read(),
         }
     }
 }
@@ -663,6 +667,8 @@ fn open_storage(
         expert_slots: memory.slots,
         staging_slots: memory.staging_slots,
         pinned: memory.pinned.clone(),
+        tables: ngrams::tables(file),
+        sectors: ngrams::cached_sectors(file.spec()).0,
         tuning: tuning.to_vec(),
         direct: DirectMode::default(),
         #[cfg(feature = "sim")]

@@ -1,14 +1,15 @@
 //! Block-sparse attention: which blocks of keys each row attends to, and how a tile of queries meets them.
 //!
-//! Formula at [`KeyBlocksSpec`]. While there are no more blocks than a token may attend to, it attends to all, and nothing but the
+//! Formulas at [`KeyBlocksSpec`] and [`BlockScore`]; those of blocks with one key are in `key_means`. While there are no more blocks than a token may attend to, it attends to all, and nothing but the
 //! index keys is computed.
 
-use sluice_format::{GqaSpec, KeyBlocksSpec};
+use sluice_format::{BlockScore, GqaSpec, KeyBlocksSpec};
 use sluice_kernels::{Activations, KEY_BLOCK, KeyBlock, KvBuffer, KvRows, key_blocks, rms_norm};
 
 use super::ModelError;
 use super::cache::{KeyValueCache, PAGE_TOKENS};
 use super::compute::{HeadScratch, Step, sized, with_head_scratch};
+use super::key_means::{self, MeansScratch};
 use super::rope::{Rope, RopeAngles};
 use super::rows::Caches;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
@@ -16,27 +17,28 @@ use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 /// Weights that choose blocks in one layer, as places in its extent.
 #[derive(Debug)]
 pub struct KeyBlocks {
-    spec: KeyBlocksSpec,
-    /// Query heads that follow one index head.
+    pub(super) spec: KeyBlocksSpec,
+    /// Query heads that follow one choice.
     following: usize,
-    rope: Option<Rope>,
+    pub(super) rope: Option<Rope>,
     q: MatrixRef,
-    k: MatrixRef,
+    pub(super) k: MatrixRef,
     q_norm: VectorRef,
-    k_norm: VectorRef,
+    pub(super) k_norm: VectorRef,
 }
 
 /// What the rows of the current pass attend to, and buffers.
 #[derive(Debug, Default)]
 pub struct KeyBlocksScratch {
-    query: Vec<f32>,
-    key: Vec<f32>,
-    norm: Vec<f32>,
-    /// Per row and index head, ascending numbers of blocks; none where the row attends to all.
-    chosen: Vec<Vec<u32>>,
+    pub(super) query: Vec<f32>,
+    pub(super) key: Vec<f32>,
+    pub(super) norm: Vec<f32>,
+    /// Per row and choice, ascending numbers of blocks; none where the row attends to all.
+    pub(super) chosen: Vec<Vec<u32>>,
+    pub(super) means: MeansScratch,
 }
 
-/// The blocks that a row attends to with the heads that follow one index head.
+/// The blocks that a row attends to with the heads that follow one choice.
 #[derive(Clone, Copy, Debug)]
 pub struct ChosenBlocks<'a> {
     blocks: &'a [u32],
@@ -47,8 +49,9 @@ pub struct ChosenBlocks<'a> {
 
 /// f32 values of scratch per token.
 pub fn scratch_width(spec: &KeyBlocksSpec) -> usize {
-    // A list of blocks takes six more, and may have room for twice as many as it holds.
-    spec.index_heads * (spec.index_head_dim + 2 * spec.top_blocks + 6) + spec.index_head_dim
+    // A list of blocks takes six more, and may have room for twice as many as it holds, one more of which may be incomplete.
+    let lists = spec.choices() * (2 * (spec.top_blocks + 1) + 6);
+    spec.index_heads * (spec.index_head_dim + 1) + lists + spec.index_head_dim + key_means::scratch_width(spec)
 }
 
 impl ChosenBlocks<'_> {
@@ -73,7 +76,7 @@ impl KeyBlocks {
     /// `spec`: of the layer's attention.
     pub(super) fn new(spec: &GqaSpec, blocks: &KeyBlocksSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
         Ok(KeyBlocks {
-            following: spec.heads / blocks.index_heads,
+            following: spec.heads / blocks.choices(),
             rope: spec.rope.as_ref().map(Rope::new),
             q: tensors.matrix("index_q")?,
             k: tensors.matrix("index_k")?,
@@ -91,7 +94,7 @@ impl KeyBlocks {
         head: usize,
         scratch: &'a KeyBlocksScratch,
     ) -> Option<ChosenBlocks<'a>> {
-        let blocks = scratch.chosen.get(t * self.spec.index_heads + head / self.following)?;
+        let blocks = scratch.chosen.get(t * self.spec.choices() + head / self.following)?;
         let last = *blocks.last()? as usize;
         let (block_len, seen) = (self.spec.block_len, step.rows.get(t).position + 1);
         // Only the last block can have keys that the row does not see.
@@ -109,6 +112,9 @@ impl KeyBlocks {
         angles: &RopeAngles,
         scratch: &mut KeyBlocksScratch,
     ) {
+        if self.spec.score == BlockScore::MeanKey {
+            return self.extend_means(step, caches, x, scratch);
+        }
         let width = self.spec.index_head_dim;
         let KeyBlocksScratch { key, norm, .. } = scratch;
         let key = sized(key, step.n() * width);
@@ -134,31 +140,42 @@ impl KeyBlocks {
         scratch: &mut KeyBlocksScratch,
     ) {
         let (s, n) = (&self.spec, step.n());
-        let (heads, width) = (s.index_heads, s.index_head_dim);
-        let KeyBlocksScratch { query, key, norm, chosen } = scratch;
-        if chosen.len() < n * heads {
-            chosen.resize_with(n * heads, Vec::new);
+        let choices = s.choices();
+        if scratch.chosen.len() < n * choices {
+            scratch.chosen.resize_with(n * choices, Vec::new);
         }
-        chosen.iter_mut().for_each(Vec::clear);
+        scratch.chosen.iter_mut().for_each(Vec::clear);
+        if s.score == BlockScore::MeanKey {
+            return self.choose_by_means(step, caches, x, angles, scratch);
+        }
         if step.rows.positions().all(|position| position / s.block_len < s.top_blocks) {
             return;
         }
-        let query = sized(query, n * heads * width);
-        step.multiply(&self.q, x, query);
-        step.read(&self.q_norm, norm);
-        let raw = sized(key, width);
-        for (i, head) in query.chunks_exact_mut(width).enumerate() {
-            raw.copy_from_slice(head);
-            rms_norm(raw, norm, s.index_norm_eps, head);
-            self.rotate(head, angles, i / heads);
-        }
-        let query = &*query;
+        self.queries(step, x, angles, scratch);
+        let (heads, width) = (s.index_heads, s.index_head_dim);
+        let KeyBlocksScratch { query, chosen, .. } = scratch;
+        let query = &query[..n * heads * width];
         step.compute.threads.for_each_piece(&mut chosen[..n * heads], 1, &|i, chosen| {
             let (t, query) = (i / heads, &query[i * width..][..width]);
             if step.rows.get(t).position / s.block_len >= s.top_blocks && !step.is_cancelled() {
                 with_head_scratch(|scratch| self.choose_for(step, caches, (t, query), scratch, &mut chosen[0]));
             }
         });
+    }
+
+    /// Leaves the queries of the scores in `scratch.query`, `[rows, index_heads, index_head_dim]`.
+    pub(super) fn queries(&self, step: Step<'_>, x: &Activations, angles: &RopeAngles, scratch: &mut KeyBlocksScratch) {
+        let KeyBlocksSpec { index_heads: heads, index_head_dim: width, index_norm_eps: eps, .. } = self.spec;
+        let KeyBlocksScratch { query, key, norm, .. } = scratch;
+        let query = sized(query, step.n() * heads * width);
+        step.multiply(&self.q, x, query);
+        step.read(&self.q_norm, norm);
+        let raw = sized(key, width);
+        for (i, head) in query.chunks_exact_mut(width).enumerate() {
+            raw.copy_from_slice(head);
+            rms_norm(raw, norm, eps, head);
+            self.rotate(head, angles, i / heads);
+        }
     }
 
     /// Chooses for one row with the query of one index head.
@@ -197,7 +214,7 @@ impl KeyBlocks {
         best.finish(chosen);
     }
 
-    fn rotate(&self, x: &mut [f32], angles: &RopeAngles, row: usize) {
+    pub(super) fn rotate(&self, x: &mut [f32], angles: &RopeAngles, row: usize) {
         if let Some(rope) = &self.rope {
             rope.rotate(x, angles, row);
         }

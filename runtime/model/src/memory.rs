@@ -11,6 +11,7 @@ use sluice_format::{Codec, ExtentKind, ExtentRecord, ModelFile, ModelSpec};
 use sluice_kernels::KvType;
 
 use crate::cache::{Layout, PageLayout, PagePool};
+use crate::ngrams::cached_sectors;
 use crate::{Model, dense_extents, opened_extents};
 use sluice_storage::pool::RING_SLOTS;
 
@@ -72,7 +73,7 @@ pub struct MemoryPlan {
     /// Marks of each of them whose windows and recurrent states can be kept; a part of `kv_cache`.
     #[serde(skip)]
     pub marks: usize,
-    /// Scratch and cached embedding rows, as far as they are charged.
+    /// Scratch and cached rows of embedding and tables, as far as they are charged.
     pub scratch: u64,
     /// Rows that go through a layer together.
     pub rows: usize,
@@ -286,7 +287,8 @@ struct Need<'a> {
     layout: Layout,
     /// The prediction layer as a model of its own, if it is opened.
     prediction: Option<(ModelSpec, Layout)>,
-    embedding: u64,
+    /// Cached parts of the embedding, and of tables.
+    looked_up: u64,
     experts: usize,
     slot_len: u64,
     /// Stored bytes of the longest compressed expert; 0 if there is none.
@@ -332,7 +334,7 @@ impl Need<'_> {
                 .collect(),
             layout: Layout::new(spec, demand.kv_type),
             prediction: prediction.map(with_layout),
-            embedding: Model::embedding_memory(extents),
+            looked_up: Model::embedding_memory(extents) + cached_sectors(spec).1,
             experts: count,
             slot_len,
             staging_len: packed.max().unwrap_or(0),
@@ -446,7 +448,7 @@ impl Need<'_> {
     fn scratch(&self, rows: usize, kept: u64) -> u64 {
         let passes = self.models().map(|model| Model::scratch_memory(model, rows, self.slot_len, kept));
         let prediction = self.prediction.as_ref().map_or(0, |(model, _)| Model::projection_memory(model));
-        let scratch = passes.max().unwrap_or(0) + self.embedding + prediction;
+        let scratch = passes.max().unwrap_or(0) + self.looked_up + prediction;
         scratch.saturating_add(self.lists(rows)).saturating_sub(FREE_SCRATCH)
     }
 

@@ -14,12 +14,13 @@ use crate::compute::{Compute, Step, sized};
 use crate::control::{Control, Progress};
 use crate::embedding::Embedding;
 use crate::ffn::{Ffn, FfnScratch, FfnStep};
+use crate::ngrams::{self, NgramScratch, Ngrams};
 use crate::prediction::Prediction;
 use crate::prefetch::NextLayer;
 use crate::residual::{self, Residual, ResidualScratch};
 use crate::rows::{Caches, Rows, Span};
-use crate::weights::{ExtentTensors, MatrixRef, VectorRef};
-use sluice_storage::pool::{DenseHandle, DenseParts, Pool, PoolError};
+use crate::weights::{ExtentTensors, MatrixRef};
+use sluice_storage::pool::{DenseHandle, DenseParts, Pool, PoolError, SectorCache};
 
 /// Why a model could not be opened or run.
 #[derive(Debug, thiserror::Error)]
@@ -129,8 +130,9 @@ pub struct Model {
 /// What stands behind the last layer.
 #[derive(Debug)]
 pub(crate) struct Tail {
+    /// The extent that says how the head sees the residual.
+    pub(crate) extent: DenseHandle,
     pub(crate) residual: Residual,
-    pub(crate) norm: (DenseHandle, VectorRef),
     pub(crate) head: Vec<(DenseHandle, MatrixRef)>,
 }
 
@@ -148,9 +150,9 @@ pub struct HeadStep<'a> {
 
 #[derive(Debug)]
 struct Layer {
-    /// How attention and the feed-forward part see the residual.
-    residuals: [Residual; 2],
-    attn_norm: VectorRef,
+    /// How attention sees the residual.
+    residual: Residual,
+    ngrams: Option<Ngrams>,
     attention: Attention,
     attention_extent: DenseHandle,
     ffn: Option<LayerFfn>,
@@ -159,7 +161,8 @@ struct Layer {
 /// The feed-forward part of a layer that has one.
 #[derive(Debug)]
 struct LayerFfn {
-    norm: VectorRef,
+    /// How it sees the residual.
+    residual: Residual,
     ffn: Ffn,
     router: DenseHandle,
     dense: Option<DenseHandle>,
@@ -172,7 +175,7 @@ struct Scratch {
     residual: ResidualScratch,
     normed: Vec<f32>,
     delta: Vec<f32>,
-    norm: Vec<f32>,
+    ngrams: NgramScratch,
     head_input: Activations,
     part: Vec<f32>,
     logits: Vec<f32>,
@@ -188,6 +191,8 @@ pub struct Weights<'a> {
     pub dense: &'a DenseParts,
     /// The routed experts.
     pub experts: &'a mut Pool,
+    /// Rows of tables.
+    pub tables: &'a mut SectorCache,
 }
 
 /// Tokens whose rows of the embedding are read between two looks at whether the step is to end.
@@ -234,14 +239,14 @@ impl Layer {
         let tensors = |kind| ExtentTensors { file, kind, layer: number as u32, index: 0 };
         let (attention, router) = (tensors(ExtentKind::Attention), tensors(ExtentKind::Router));
         Ok(Layer {
-            residuals: [Residual::new(spec, &attention)?, Residual::new(spec, &router)?],
-            attn_norm: attention.vector("attn_norm")?,
+            residual: Residual::new(spec, &attention, "attn_norm")?,
+            ngrams: Ngrams::new(spec, number, &attention)?,
             attention: Attention::new(&layer.attention, &attention)?,
             attention_extent: next(),
             ffn: match layer.ffn.is_none() {
                 true => None,
                 false => Some(LayerFfn {
-                    norm: router.vector("ffn_norm")?,
+                    residual: Residual::new(spec, &router, "ffn_norm")?,
                     ffn: Ffn::new(&layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
                     router: next(),
                     dense: (!spec.tensors(ExtentKind::Dense, number).is_empty()).then(next),
@@ -253,16 +258,15 @@ impl Layer {
 
 impl Tail {
     /// Brings these rows of the residual into `scratch.normed`, `[rows, hidden]`, as the head multiplies them. `last`: bytes of the
-    /// extent of the norm, whose weights are in `scratch.norm`.
+    /// extent of the tail.
     fn inputs(&self, compute: &Compute, last: &[u8], spec: &ModelSpec, rows: &[usize], scratch: &mut Scratch) {
         let (hidden, width) = (spec.hidden_size, spec.residual_width());
-        let Scratch { x, residual, normed, delta, norm, .. } = scratch;
+        let Scratch { x, residual, normed, delta, .. } = scratch;
         let wanted = sized(delta, rows.len() * width);
         for (row, wanted) in rows.iter().zip(wanted.chunks_exact_mut(width)) {
             wanted.copy_from_slice(&x[row * width..][..width]);
         }
-        let input = self.residual.read(compute, last, wanted, residual);
-        norm_rows(input, norm, spec.norm_eps, sized(normed, rows.len() * hidden));
+        self.residual.read(compute, last, wanted, residual, sized(normed, rows.len() * hidden));
     }
 }
 
@@ -300,8 +304,8 @@ impl Model {
             layers.push(Layer::new(file, number, layer, &mut next)?);
         }
         let last = ExtentTensors { file, kind: ExtentKind::FinalNorm, layer: NO_LAYER, index: 0 };
-        let (residual, norm) = (Residual::new(&spec, &last)?, (next(), last.vector("norm")?));
-        let tail = Tail { residual, norm, head: head_parts(file, NO_LAYER, &mut next)? };
+        let (extent, residual) = (next(), Residual::new(&spec, &last, "norm")?);
+        let tail = Tail { extent, residual, head: head_parts(file, NO_LAYER, &mut next)? };
         let prediction = match spec.prediction.as_ref().filter(|_| prediction) {
             None => None,
             Some(of_spec) => {
@@ -315,7 +319,7 @@ impl Model {
             residual: ResidualScratch::new(),
             normed: Vec::new(),
             delta: Vec::new(),
-            norm: Vec::new(),
+            ngrams: NgramScratch::new(compute),
             head_input: Activations::new(compute.precision),
             part: Vec::new(),
             logits: Vec::new(),
@@ -335,9 +339,10 @@ impl Model {
 
     /// Gives all buffers back; they grow again to what the next call needs.
     pub fn give_back(&mut self, compute: &Compute) {
-        let Scratch { x, residual, normed, delta, norm, head_input, part, logits, attention, ffn } = &mut self.scratch;
-        *residual = ResidualScratch::new();
-        for buffer in [x, normed, delta, norm, part, logits] {
+        let Scratch { x, residual, normed, delta, ngrams, head_input, part, logits, attention, ffn } =
+            &mut self.scratch;
+        (*residual, *ngrams) = (ResidualScratch::new(), NgramScratch::new(compute));
+        for buffer in [x, normed, delta, part, logits] {
             *buffer = Vec::new();
         }
         *head_input = Activations::new(compute.precision);
@@ -379,6 +384,7 @@ impl Model {
         spans: &mut [Span<'_>],
         control: &mut Control<'_>,
     ) -> Result<(), ModelError> {
+        self.read_ahead(weights, rows, spans)?;
         self.begin(weights, rows, spans, control)?;
         self.watch(0, rows, control);
         for layer in 0..self.spec.layers.len() {
@@ -416,6 +422,13 @@ impl Model {
             sink(1, &self.scratch.x[..rows.len() * self.spec.hidden_size]);
         }
         Ok(())
+    }
+
+    /// Starts to read the rows of tables that the first rows of the pass need, of each table as many.
+    fn read_ahead(&mut self, weights: &mut Weights<'_>, rows: &Rows, spans: &[Span<'_>]) -> Result<(), ModelError> {
+        let most = weights.tables.ahead() / self.spec.ngrams.len().max(1);
+        let mut tables = self.layers.iter().filter_map(|layer| layer.ngrams.as_ref());
+        tables.try_for_each(|ngrams| ngrams.read_ahead((rows, spans), most, weights.tables, &mut self.scratch.ngrams))
     }
 
     /// Fills the residual with what the first layer is to see: all streams begin with the embedding.
@@ -481,32 +494,34 @@ impl Model {
     ) -> Result<(), ModelError> {
         let (eps, factor) = (self.spec.norm_eps, self.spec.factors.residual);
         let len = rows.len() * self.spec.hidden_size;
-        let Scratch { x, residual, normed, delta, norm, attention: mixer, ffn, .. } = &mut self.scratch;
+        let Scratch { x, residual, normed, delta, ngrams, attention: mixer, ffn, .. } = &mut self.scratch;
         let x = &mut x[..rows.len() * self.spec.residual_width()];
         let (normed, delta) = (sized(normed, len), sized(delta, len));
         let layer = &self.layers[index];
 
         let dense_parts = weights.dense;
-        let (started, waited) = (Instant::now(), dense_parts.stats().wait);
+        let (started, waited) = (Instant::now(), dense_parts.stats().wait + weights.tables.wait());
         let attention = dense_parts.dense(layer.attention_extent)?;
         let step = Step { compute, rows, extent: attention.bytes() };
-        step.read(&layer.attn_norm, norm);
-        norm_rows(layer.residuals[0].read(compute, step.extent, x, residual), norm, eps, normed);
+        if let Some(table) = &layer.ngrams {
+            table.forward(step, &mut caches, weights.tables, x, ngrams)?;
+        }
+        layer.residual.read(compute, step.extent, x, residual, normed);
         layer.attention.forward(step, &mut caches, normed, mixer, delta);
         drop(attention);
         if compute.is_cancelled() {
             return Err(ModelError::Cancelled);
         }
-        layer.residuals[0].add(&compute.threads, x, delta, residual);
+        layer.residual.add(&compute.threads, x, delta, residual);
         let attended = Instant::now();
-        self.times.attention += (attended - started).saturating_sub(dense_parts.stats().wait - waited);
+        let waited = dense_parts.stats().wait + weights.tables.wait() - waited;
+        self.times.attention += (attended - started).saturating_sub(waited);
 
         let Some(part) = &layer.ffn else { return Ok(()) };
         let router = dense_parts.dense(part.router)?;
         let dense = part.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
-        part.norm.read(router.bytes(), norm);
-        let input = layer.residuals[1].read(compute, router.bytes(), x, residual);
-        norm_rows(input, norm, eps, normed);
+        part.residual.read(compute, router.bytes(), x, residual, normed);
+        let input = part.residual.joined(x, len, residual).unwrap_or(normed);
         // A prompt will need most experts of the next layer anyway; a prefetch needs that layer's router in memory.
         let mut later = self.layers[..self.spec.layers.len()].iter().enumerate().skip(index + 1);
         let next = later.find_map(|(number, l)| Some((number, l.ffn.as_ref()?))).filter(|(_, l)| {
@@ -515,7 +530,7 @@ impl Model {
         });
         let next_router = next.map(|(_, l)| dense_parts.dense(l.router)).transpose()?;
         let prefetch = next.zip(next_router.as_ref()).and_then(|((number, l), router)| {
-            let (norm, extent) = (l.norm, router.bytes());
+            let (norm, extent) = (l.residual.norm(), router.bytes());
             Some((input, NextLayer { layer: number, routed: l.ffn.routed()?, norm, eps, factor, extent }))
         });
         let step = FfnStep {
@@ -527,7 +542,7 @@ impl Model {
             ahead: prefetch,
         };
         let experts = part.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
-        layer.residuals[1].add(&compute.threads, x, delta, residual);
+        part.residual.add(&compute.threads, x, delta, residual);
         self.times.experts += experts;
         self.times.feed_forward += attended.elapsed().saturating_sub(experts);
         Ok(())
@@ -552,8 +567,7 @@ impl Model {
             Some(prediction) if step.prediction => prediction.tail(),
             _ => &self.tail,
         };
-        let last = dense.dense(tail.norm.0)?;
-        tail.norm.1.read(last.bytes(), &mut self.scratch.norm);
+        let last = dense.dense(tail.extent)?;
         if let Some(observer) = &mut control.head_inputs {
             let all: Vec<usize> = (0..step.rows).collect();
             for rows in all.chunks(LOGIT_ROWS) {
@@ -611,7 +625,7 @@ impl Model {
         let logits = (2 * LOGIT_ROWS.min(rows) * spec.vocab_size * 4) as u64;
         // More than one stream is what the residual has beyond the stream that is counted with the rest.
         let streams = (spec.residual_width() - spec.hidden_size) as u64 * 4 * rows as u64;
-        let residual = streams + residual::scratch_memory(spec, rows);
+        let residual = streams + residual::scratch_memory(spec, rows) + ngrams::scratch_memory(spec, rows);
         (widest + 8 * hidden) * 4 * rows as u64 + residual + kept + logits + crate::experts::tally_memory(expert_len)
     }
 

@@ -69,7 +69,6 @@ impl Prediction {
         let tensors = ExtentTensors { file, kind: ExtentKind::Prediction, layer: number as u32, index: 0 };
         let own_embedding = file.spec().prediction.as_ref().is_some_and(|prediction| prediction.own_embedding);
         let extent = next();
-        let norm = (extent, tensors.vector("norm")?);
         Ok(Prediction {
             number,
             extent,
@@ -77,7 +76,7 @@ impl Prediction {
             hidden_norm: tensors.vector("hidden_norm")?,
             projection: tensors.matrix("projection")?,
             embedding: own_embedding.then(|| Embedding::new(file, number as u32)),
-            tail: Tail { residual: Residual::new(file.spec(), &tensors)?, norm, head: Vec::new() },
+            tail: Tail { extent, residual: Residual::new(file.spec(), &tensors, "norm")?, head: Vec::new() },
             scratch: Scratch::new(compute),
         })
     }

@@ -29,7 +29,8 @@ pub struct NextLayer<'a> {
     /// Its number.
     pub(super) layer: usize,
     pub(super) routed: &'a Routed,
-    pub(super) norm: VectorRef,
+    /// The norm of what its router sees; `None`: that is normalised already, and so is what stands for it here.
+    pub(super) norm: Option<VectorRef>,
     pub(super) eps: f32,
     /// On what the layer before it adds to the residual stream.
     pub(super) factor: f32,
@@ -103,7 +104,7 @@ impl Prefetcher {
     }
 
     /// Applies the next layer's router to `residual + factor · delta`, both `[rows, hidden]`, the state of the rows as far as it is
-    /// known, and starts to read what is likely enough. Where a table says which experts the tokens `ids` have, all of them are
+    /// known, or to what this layer's router saw where the next one's input is joined of streams, and starts to read what is likely enough. Where a table says which experts the tokens `ids` have, all of them are
     /// read.
     pub fn prefetch(
         &mut self,
@@ -125,14 +126,18 @@ impl Prefetcher {
             self.wanted.dedup();
             return pass.prefetch(next.layer as u32, &self.wanted);
         }
-        next.norm.read(next.extent, &mut self.norm);
-        let hidden = self.norm.len();
-        let rows = residual.len() / hidden;
-        let state = sized(&mut self.state, rows * hidden);
-        state.iter_mut().zip(residual.iter().zip(delta)).for_each(|(s, (r, d))| *s = r + next.factor * d);
+        let rows = ids.len();
+        let hidden = residual.len() / rows;
         let normed = sized(&mut self.normed, rows * hidden);
-        for (state, normed) in state.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
-            rms_norm(state, &self.norm, next.eps, normed);
+        if let Some(norm) = &next.norm {
+            norm.read(next.extent, &mut self.norm);
+            let state = sized(&mut self.state, rows * hidden);
+            state.iter_mut().zip(residual.iter().zip(delta)).for_each(|(s, (r, d))| *s = r + next.factor * d);
+            for (state, normed) in state.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
+                rms_norm(state, &self.norm, next.eps, normed);
+            }
+        } else {
+            normed.copy_from_slice(residual);
         }
         self.activations.set(normed, rows, hidden);
         let logits = sized(&mut self.logits, rows * next.routed.experts());

@@ -30,6 +30,11 @@ impl StateShape {
         Self::new(inputs, spec.heads, [spec.state_dim, spec.head_dim])
     }
 
+    /// That of a convolution alone, with so many numbers before a position.
+    pub fn of_inputs(inputs: usize) -> Self {
+        StateShape { inputs, heads: 0, head: (1, 1) }
+    }
+
     fn new(inputs: usize, heads: usize, [rows, width]: [usize; 2]) -> Self {
         StateShape { inputs, heads, head: ((rows + 1) * width, rows * width) }
     }
@@ -70,6 +75,11 @@ impl<'a> State<'a> {
         State { shape, inputs, heads }
     }
 
+    /// Inputs of the convolution before the next token, oldest first.
+    pub fn inputs(self) -> &'a [f32] {
+        self.inputs
+    }
+
     /// Writes it, little-endian, without the heads' last outputs, which nothing reads again.
     pub fn to_bytes(self, out: &mut [u8]) {
         let StateShape { head, .. } = self.shape;
@@ -84,6 +94,11 @@ impl<'a> StateMut<'a> {
     pub fn new(shape: StateShape, numbers: &'a mut [f32]) -> Self {
         let (inputs, heads) = numbers.split_at_mut(shape.inputs);
         StateMut { shape, inputs, heads }
+    }
+
+    /// Inputs of the convolution before the next token, oldest first.
+    pub fn inputs(self) -> &'a mut [f32] {
+        self.inputs
     }
 
     /// Puts back what [`State::to_bytes`] wrote.

@@ -1,11 +1,12 @@
-//! How the parts of a layer see the residual, and how their outputs enter it: one stream, to which outputs are added, or several
-//! that are mixed (formulas at [`StreamsSpec`]).
+//! How the parts of a layer see the residual, and how their outputs enter it: one stream, to which outputs are added, several
+//! that are mixed (formulas at [`StreamsSpec`]), or several that gates join (`gated_streams`).
 
 use sluice_format::{ModelSpec, StreamsSpec};
 use sluice_kernels::{Activations, Precision, ThreadPool, rms_norm, sigmoid, softmax};
 
 use super::ModelError;
 use super::compute::{Compute, sized, with_head_scratch};
+use super::gated_streams::{self, GatedScratch, GatedStreams};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
 /// Rows whose streams are normalised and multiplied together: bounds the scratch, whatever the pass.
@@ -13,11 +14,21 @@ const ROWS_TOGETHER: usize = 64;
 
 /// The residual as one part of a layer sees it, or the head.
 #[derive(Debug)]
-pub enum Residual {
+pub struct Residual {
+    streams: Kind,
+    /// The norm of what is seen; gated streams have none behind those inside.
+    norm: Option<VectorRef>,
+    norm_eps: f32,
+}
+
+#[derive(Debug)]
+enum Kind {
     /// One stream, to which outputs are added times a factor.
     One(f32),
     /// Several.
     Streams(Streams),
+    /// Several that gates join.
+    Gated(GatedStreams),
 }
 
 /// Functions of all streams that say what a part sees of each, and what becomes of them.
@@ -43,6 +54,8 @@ pub struct ResidualScratch {
     ones: Vec<f32>,
     bias: Vec<f32>,
     scale: Vec<f32>,
+    norm: Vec<f32>,
+    gated: GatedScratch,
 }
 
 impl ResidualScratch {
@@ -56,12 +69,17 @@ impl ResidualScratch {
             ones: Vec::new(),
             bias: Vec::new(),
             scale: Vec::new(),
+            norm: Vec::new(),
+            gated: GatedScratch::default(),
         }
     }
 }
 
 /// Bytes of scratch for passes of `rows` rows.
 pub fn scratch_memory(spec: &ModelSpec, rows: usize) -> u64 {
+    if let Some(gated) = &spec.gated_streams {
+        return gated_streams::scratch_memory(gated, spec.hidden_size, rows);
+    }
     let Some(streams) = &spec.streams else { return 0 };
     let width = spec.residual_width() as u64;
     let per_row = spec.hidden_size as u64 + streams.functions() as u64;
@@ -71,39 +89,65 @@ pub fn scratch_memory(spec: &ModelSpec, rows: usize) -> u64 {
 }
 
 impl Residual {
-    /// The residual as a part sees it whose extent has `tensors`.
-    pub(super) fn new(spec: &ModelSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
-        let Some(streams) = &spec.streams else { return Ok(Residual::One(spec.factors.residual)) };
-        Ok(Residual::Streams(Streams {
-            spec: streams.clone(),
-            hidden: spec.hidden_size,
-            norm_eps: spec.norm_eps,
-            functions: tensors.matrix("streams")?,
-            bias: tensors.vector("streams_bias")?,
-            scale: tensors.vector("streams_scale")?,
-        }))
+    /// The residual as a part sees it whose extent has `tensors`, among them the norm of that name.
+    pub(super) fn new(spec: &ModelSpec, tensors: &ExtentTensors<'_>, norm: &'static str) -> Result<Self, ModelError> {
+        let streams = if let Some(gated) = &spec.gated_streams {
+            Kind::Gated(GatedStreams::new(spec, gated, tensors)?)
+        } else if let Some(streams) = &spec.streams {
+            Kind::Streams(Streams {
+                spec: streams.clone(),
+                hidden: spec.hidden_size,
+                norm_eps: spec.norm_eps,
+                functions: tensors.matrix("streams")?,
+                bias: tensors.vector("streams_bias")?,
+                scale: tensors.vector("streams_scale")?,
+            })
+        } else {
+            Kind::One(spec.factors.residual)
+        };
+        let norm = spec.gated_streams.is_none().then(|| tensors.vector(norm)).transpose()?;
+        Ok(Residual { streams, norm, norm_eps: spec.norm_eps })
     }
 
-    /// What the part sees of the residual `x` `[n, width]`: `[n, hidden]`.
-    pub fn read<'a>(
-        &self,
-        compute: &Compute,
-        extent: &[u8],
-        x: &'a [f32],
-        scratch: &'a mut ResidualScratch,
-    ) -> &'a [f32] {
-        match self {
-            Residual::One(_) => x,
-            Residual::Streams(streams) => streams.read(compute, extent, x, scratch),
+    /// What the part sees of the residual `x` `[n, width]`, normalised: writes `normed` `[n, hidden]`.
+    pub fn read(&self, compute: &Compute, extent: &[u8], x: &[f32], scratch: &mut ResidualScratch, normed: &mut [f32]) {
+        match &self.streams {
+            Kind::Gated(streams) => return streams.read(compute, extent, x, &mut scratch.gated, normed),
+            Kind::Streams(streams) => streams.read(compute, extent, x, scratch),
+            Kind::One(_) => {}
         }
+        let Some(norm) = &self.norm else { return };
+        let mut weight = std::mem::take(&mut scratch.norm);
+        norm.read(extent, &mut weight);
+        let input = self.joined(x, normed.len(), scratch).unwrap_or(x);
+        let width = weight.len();
+        let rows = input.chunks_exact(width).zip(normed.chunks_exact_mut(width));
+        rows.for_each(|(x, out)| rms_norm(x, &weight, self.norm_eps, out));
+        scratch.norm = weight;
+    }
+
+    /// What [`Residual::read`] has normalised of `x`, `len` numbers; `None` where there is no such thing, because what it joined was
+    /// normalised before.
+    pub fn joined<'a>(&self, x: &'a [f32], len: usize, scratch: &'a ResidualScratch) -> Option<&'a [f32]> {
+        match &self.streams {
+            Kind::One(_) => Some(x),
+            Kind::Streams(_) => Some(&scratch.input[..len]),
+            Kind::Gated(_) => None,
+        }
+    }
+
+    /// The norm of what is seen.
+    pub fn norm(&self) -> Option<VectorRef> {
+        self.norm
     }
 
     /// Takes the part's output `[n, hidden]` into the residual. [`Residual::read`] has been called for it.
     pub fn add(&self, threads: &ThreadPool, x: &mut [f32], output: &[f32], scratch: &ResidualScratch) {
-        match self {
+        match &self.streams {
             // A factor of 1 changes no bit.
-            Residual::One(factor) => x.iter_mut().zip(output).for_each(|(x, o)| *x += factor * o),
-            Residual::Streams(streams) => streams.add(threads, x, output, &scratch.weights),
+            Kind::One(factor) => x.iter_mut().zip(output).for_each(|(x, o)| *x += factor * o),
+            Kind::Streams(streams) => streams.add(threads, x, output, &scratch.weights),
+            Kind::Gated(streams) => streams.add(threads, x, output, &scratch.gated),
         }
     }
 }
@@ -113,10 +157,11 @@ impl Streams {
         self.spec.count * self.hidden
     }
 
-    fn read<'a>(&self, compute: &Compute, extent: &[u8], x: &[f32], scratch: &'a mut ResidualScratch) -> &'a [f32] {
+    /// Leaves what a part sees in `scratch.input`.
+    fn read(&self, compute: &Compute, extent: &[u8], x: &[f32], scratch: &mut ResidualScratch) {
         let (width, hidden, functions) = (self.width(), self.hidden, self.functions.rows());
         let n = x.len() / width;
-        let ResidualScratch { input, weights, activations, normed, ones, bias, scale } = scratch;
+        let ResidualScratch { input, weights, activations, normed, ones, bias, scale, .. } = scratch;
         self.bias.read(extent, bias);
         self.scale.read(extent, scale);
         if ones.len() != width {
@@ -142,7 +187,6 @@ impl Streams {
                 input.iter_mut().zip(stream).for_each(|(i, s)| *i += pre * s);
             }
         });
-        input
     }
 
     /// Turns the outputs of the functions into weights: `pre`, and before a part of a layer `post` and `mix` behind it.

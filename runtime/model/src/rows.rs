@@ -230,6 +230,34 @@ impl Rows {
     }
 }
 
+/// The tokens of a sequence as far as a pass goes.
+#[derive(Clone, Copy, Debug)]
+pub struct SpanTokens<'a> {
+    /// Those that the sequence has.
+    pub before: &'a [u32],
+    /// Those of the pass.
+    pub new: &'a [u32],
+}
+
+impl<'a> SpanTokens<'a> {
+    /// Those of the sequence that has these rows of the pass.
+    pub fn of(spans: &'a [Span<'_>], part: SpanRows) -> Self {
+        let span = &spans[part.span];
+        SpanTokens { before: span.sequence.tokens(), new: &span.tokens[part.token..][..part.count] }
+    }
+
+    /// The token at a position.
+    ///
+    /// # Panics
+    /// If the pass does not go so far.
+    pub fn at(self, position: usize) -> u32 {
+        match position.checked_sub(self.before.len()) {
+            None => self.before[position],
+            Some(new) => self.new[new],
+        }
+    }
+}
+
 /// What one layer remembers of every sequence of a step.
 pub struct Caches<'a, 's> {
     spans: &'a mut [Span<'s>],
@@ -250,6 +278,18 @@ impl<'a, 's> Caches<'a, 's> {
     /// The cache of a span's sequence, to extend it.
     pub fn of_mut(&mut self, span: usize) -> LayerCacheMut<'_> {
         self.store_mut(span, 0)
+    }
+
+    /// The last of the things that the layer keeps of a span's sequence, to extend it.
+    pub fn last_mut(&mut self, span: usize) -> LayerCacheMut<'_> {
+        let sequence = &mut self.spans[span].sequence;
+        let store = sequence.last_store_of(self.layer);
+        sequence.store_mut(store)
+    }
+
+    /// The tokens of the sequence that has these rows of the pass.
+    pub fn tokens_of(&self, part: SpanRows) -> SpanTokens<'_> {
+        SpanTokens::of(self.spans, part)
     }
 
     /// One of several things that the layer keeps of a span's sequence.

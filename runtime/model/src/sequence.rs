@@ -448,6 +448,11 @@ impl Sequence {
         self.pool.layout().first_store(layer) + number
     }
 
+    /// The last store of a layer.
+    pub(crate) fn last_store_of(&self, layer: usize) -> usize {
+        self.pool.layout().last_store(layer)
+    }
+
     /// Whether a mark keeps something of a store.
     pub(crate) fn forgets(&self, store: usize) -> bool {
         let layout = self.pool.layout();

@@ -113,6 +113,7 @@ fn kind_of(place: Place) -> u32 {
         Place::State(_) => 4,
         Place::Entries(_) => 6,
         Place::Raw(_) => 7,
+        Place::BlockKeys(_) => 8,
     }
 }
 
@@ -121,8 +122,8 @@ const MARKS_KIND: u32 = 5;
 /// Bytes of a mark: its position, and whether it was asked for.
 const MARK_LEN: usize = 12;
 /// Names of the kinds of sections, the first of them 1.
-pub const SECTION_KINDS: [&str; 7] =
-    ["tokens", "latents", "keys and values", "state", "marks", "entries", "to be compressed"];
+pub const SECTION_KINDS: [&str; 8] =
+    ["tokens", "latents", "keys and values", "state", "marks", "entries", "to be compressed", "keys of blocks"];
 
 /// A section: what it begins with, and its records.
 #[derive(Clone, Debug)]

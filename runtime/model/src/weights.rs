@@ -120,7 +120,7 @@ impl MatrixRef {
         let rows = match t.layout {
             Layout::Tiled | Layout::TiledOrdered => rows,
             Layout::TiledPair | Layout::TiledPairOrdered => 2 * rows.next_multiple_of(ROW_GROUP),
-            Layout::Plain => return None,
+            Layout::Plain | Layout::Sectors => return None,
         };
         let (ty, start) = (t.weight_type, t.offset as usize);
         let (order, before) = if t.layout.is_ordered() { (Some(start), order_len(cols)?) } else { (None, 0) };

@@ -1,6 +1,6 @@
 //! Which pages a model's sequences need, and where in them each layer's rows lie.
 
-use sluice_format::{AttentionSpec, CompressedSpec, LayerSpec, ModelSpec};
+use sluice_format::{AttentionSpec, BlockScore, CompressedSpec, GqaSpec, KeyBlocksSpec, LayerSpec, ModelSpec};
 use sluice_kernels::{KEY_BLOCK, KvBuffer, KvType};
 
 use super::index::IndexPlace;
@@ -119,6 +119,8 @@ pub enum Place {
     Latent(LatentPlace),
     /// Entries that stand for some tokens each.
     Entries(LatentPlace),
+    /// Index keys that stand for a block of keys each.
+    BlockKeys(IndexPlace),
     /// Numbers of tokens that are yet to be compressed.
     Raw(RawPlace),
     /// Recurrent states.
@@ -225,6 +227,10 @@ impl Layout {
         for (layer, LayerSpec { attention, .. }) in spec.layers.iter().enumerate() {
             layout.first.push(layout.stores.len());
             layout.add(layer, attention, ty);
+            if let Some(ngrams) = spec.ngrams_of(layer).filter(|ngrams| ngrams.conv_reach() > 0) {
+                let shape = StateShape::of_inputs(ngrams.conv_reach() * spec.residual_width());
+                layout.add_state(layer, shape, ty);
+            }
         }
         layout
     }
@@ -258,17 +264,7 @@ impl Layout {
     /// Adds what a layer keeps.
     fn add(&mut self, layer: usize, attention: &AttentionSpec, ty: KvType) {
         match attention {
-            AttentionSpec::Gqa(gqa) => {
-                let kind = gqa.reach().map_or(PageKind::Rows, PageKind::Window);
-                self.store(layer, kind, ty, |page| {
-                    Place::KeyValue(KeyValuePlace {
-                        keys: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.head_dim),
-                        values: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.v_head_dim),
-                        kv_heads: gqa.kv_heads,
-                        index: page.index(gqa.blocks.as_ref().map_or(0, |blocks| blocks.index_head_dim)),
-                    })
-                });
-            }
+            AttentionSpec::Gqa(gqa) => self.add_key_value(layer, gqa, ty),
             AttentionSpec::Mla(mla) => {
                 let index = mla.indexer.as_ref().map_or(0, index_width);
                 self.store(layer, PageKind::Rows, ty, |page| Place::Latent(latents(page, latent_width(mla), index)));
@@ -277,6 +273,26 @@ impl Layout {
             AttentionSpec::Mamba(spec) => self.add_state(layer, StateShape::of_mamba(spec), ty),
             AttentionSpec::Compressed(spec) => self.add_compressed(layer, spec, ty),
         }
+    }
+
+    /// In the order of [`key_means::RAW`](crate::key_means::RAW) and what follows it.
+    fn add_key_value(&mut self, layer: usize, gqa: &GqaSpec, ty: KvType) {
+        let kind = gqa.reach().map_or(PageKind::Rows, PageKind::Window);
+        let means = gqa.blocks.as_ref().filter(|blocks| blocks.score == BlockScore::MeanKey);
+        let each = gqa.blocks.as_ref().filter(|blocks| blocks.score == BlockScore::LargestKey);
+        self.store(layer, kind, ty, |page| {
+            Place::KeyValue(KeyValuePlace {
+                keys: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.head_dim),
+                values: page.rows(gqa.kv_heads * PAGE_TOKENS, gqa.v_head_dim),
+                kv_heads: gqa.kv_heads,
+                index: page.index(each.map_or(0, |blocks| blocks.index_head_dim)),
+            })
+        });
+        let Some(&KeyBlocksSpec { index_head_dim: width, block_len, .. }) = means else { return };
+        self.store(layer, PageKind::Window(block_len), ty, |page| {
+            Place::Raw(RawPlace { first: page.numbers(width * PAGE_TOKENS), width })
+        });
+        self.store(layer, PageKind::Entries(block_len), ty, |page| Place::BlockKeys(page.index(width)));
     }
 
     fn add_state(&mut self, layer: usize, shape: StateShape, ty: KvType) {
@@ -329,6 +345,11 @@ impl Layout {
         self.first[layer]
     }
 
+    /// The last store of a layer.
+    pub fn last_store(&self, layer: usize) -> usize {
+        self.first.get(layer + 1).copied().unwrap_or(self.stores.len()) - 1
+    }
+
     /// Stores of all layers.
     pub fn stores(&self) -> usize {
         self.stores.len()
@@ -342,6 +363,7 @@ impl Layout {
         match place {
             Place::KeyValue(place) => place.kv_heads * (row(place.keys) + row(place.values)) + 4 * place.index.width,
             Place::Latent(place) | Place::Entries(place) => row(place.rows) + 4 * place.index.width,
+            Place::BlockKeys(place) => 4 * place.width,
             Place::Raw(place) => 4 * place.width,
             Place::State(place) => 4 * place.shape.kept(),
         }

@@ -70,6 +70,12 @@ impl<'a> LayerCache<'a> {
         LatentCache { table: self.table.rows(), place }
     }
 
+    /// Index keys of blocks of keys.
+    pub fn block_keys(self) -> IndexCache<'a> {
+        let Place::BlockKeys(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
+        IndexCache { table: self.table.rows(), place }
+    }
+
     /// What is yet to be compressed.
     pub fn raw(self) -> RawCache<'a> {
         let Place::Raw(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
@@ -100,6 +106,10 @@ impl<'a> LayerCache<'a> {
     pub fn record_to_bytes(self, record: usize, out: &mut [u8]) {
         match self.place {
             Place::Latent(_) | Place::Entries(_) => self.latent().row_to_bytes(record, out),
+            Place::BlockKeys(place) => {
+                let (page, at) = self.table.rows().page(record);
+                place.to_bytes(&page.numbers, at, out);
+            }
             Place::Raw(_) => self.raw().row_to_bytes(record, out),
             Place::KeyValue(_) => self.key_value().row_to_bytes(record, out),
             Place::State(place) => {
@@ -136,6 +146,13 @@ impl<'a> LayerCacheMut<'a> {
         LatentCacheMut { table: self.table.rows_mut(), place }
     }
 
+    /// The index key of a block of keys, to write it.
+    pub fn block_key_mut(self, block: usize) -> &'a mut [f32] {
+        let Place::BlockKeys(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
+        let (page, at) = self.table.rows_mut().page_mut(block);
+        &mut page.numbers[place.numbers(at..at + 1)]
+    }
+
     /// What is yet to be compressed.
     pub fn raw_mut(self) -> RawCacheMut<'a> {
         let Place::Raw(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
@@ -156,6 +173,10 @@ impl<'a> LayerCacheMut<'a> {
         match *place {
             Place::Latent(place) | Place::Entries(place) => {
                 LatentCacheMut { table: table.rows_mut(), place }.row_from_bytes(record, bytes);
+            }
+            Place::BlockKeys(place) => {
+                let (page, at) = table.rows_mut().page_mut(record);
+                place.put_bytes(&mut page.numbers, at, bytes);
             }
             Place::Raw(place) => RawCacheMut { table: table.rows_mut(), place }.row_from_bytes(record, bytes),
             Place::KeyValue(place) => KeyValueCacheMut { table: table.rows_mut(), place }.row_from_bytes(record, bytes),

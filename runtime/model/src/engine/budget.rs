@@ -93,6 +93,7 @@ impl Engine {
     /// reads what was in it, which takes seconds for a large model.
     pub fn release_idle(&mut self) {
         self.storage.dense.give_back();
+        self.storage.tables.give_back();
         // Giving memory back cannot fail: it needs none from the system.
         let _ = self.storage.pool.resize(0);
         self.model.give_back(&self.compute);
@@ -111,6 +112,7 @@ impl Engine {
         if self.is_at_rest() {
             let slots = self.memory.slots;
             self.resize(slots)?;
+            self.storage.tables.take_again()?;
             self.storage.dense.take_again()?;
         }
         Ok(())

@@ -24,6 +24,7 @@ mod parts;
 pub mod policy;
 mod prefetch;
 mod resize;
+mod sectors;
 mod settle;
 mod storage;
 mod unpack;
@@ -38,6 +39,7 @@ pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation, P
 pub use error::PoolError;
 pub use parts::{Arrival, ExpertPart};
 pub use policy::{Choice, Key, Policy, PolicyKind};
+pub use sectors::{SectorCache, TableLocation};
 pub use settle::{Damaged, Expert, Unsettled};
 pub use storage::{Storage, StorageConfig};
 pub use unpack::{Serial, Started, Workers};

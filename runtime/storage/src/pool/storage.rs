@@ -6,7 +6,7 @@ use std::sync::Arc;
 #[cfg(feature = "sim")]
 use super::Packed;
 use super::dense::DenseMemory;
-use super::{DenseLocation, DenseParts, ExpertDirectory, Policy, Pool, PoolError, Workers};
+use super::{DenseLocation, DenseParts, ExpertDirectory, Policy, Pool, PoolError, SectorCache, TableLocation, Workers};
 #[cfg(feature = "sim")]
 use crate::io::sim::SimulatedDrive;
 use crate::io::{Arena, DataFile, DirectIo, DirectMode, Lane, Scheduler, Tuning, open_lanes};
@@ -20,6 +20,10 @@ pub struct StorageConfig {
     pub staging_slots: usize,
     /// For each dense extent, whether it stays in memory; the others are streamed.
     pub pinned: Vec<bool>,
+    /// The tables whose rows are read one by one.
+    pub tables: Vec<TableLocation>,
+    /// Sectors of them that stay in memory.
+    pub sectors: usize,
     /// How each file is read; files on one drive are read as the first of them.
     pub tuning: Vec<Tuning>,
     /// Whether to bypass the page cache.
@@ -40,6 +44,8 @@ pub struct Storage {
     pub dense: DenseParts,
     /// The experts.
     pub pool: Pool,
+    /// Rows of tables.
+    pub tables: SectorCache,
     /// For each file, whether reads bypass the page cache.
     pub direct: Vec<DirectIo>,
 }
@@ -71,13 +77,15 @@ impl Storage {
             experts: Pool::reserve(&experts, config.expert_slots)?,
             staging: Pool::reserve_staging(&experts, config.staging_slots)?,
             dense: DenseParts::reserve(dense, &config.pinned)?,
+            tables: SectorCache::reserve(&config.tables, config.sectors)?,
         };
         let lanes = read_lanes(files, config, &experts, &mut memory)?;
-        let Memory { experts: pool_arena, staging, dense: memory } = memory;
+        let Memory { experts: pool_arena, staging, dense: memory, tables } = memory;
         let io = Arc::new(Scheduler::start_lanes(lanes)?);
         let dense = DenseParts::load(&io, memory, dense, &config.pinned)?;
         let pool = Pool::new(Arc::clone(&io), pool_arena, staging, experts, policy);
-        Ok(Storage { io, dense, pool, direct })
+        let tables = SectorCache::new(&io, tables, config.tables.clone());
+        Ok(Storage { io, dense, pool, tables, direct })
     }
 
     /// Says which threads decompress extents from now on.
@@ -92,6 +100,7 @@ struct Memory {
     experts: Arena,
     staging: Arena,
     dense: DenseMemory,
+    tables: Arena,
 }
 
 /// What reads the files into this memory. If that is a simulated drive, the memory has its contents from now on.
@@ -110,8 +119,8 @@ fn read_lanes(
         let engine = Box::new(drive.engine(files, experts.places(), io.depth));
         return Ok(vec![Lane { engine, files: numbers, config: io.clone() }]);
     }
-    let Memory { experts: slots, staging, dense } = memory;
-    let arenas = [&*slots, staging, &dense.pinned, &dense.ring, &dense.staging];
+    let Memory { experts: slots, staging, dense, tables } = memory;
+    let arenas = [&*slots, staging, &dense.pinned, &dense.ring, &dense.staging, tables];
     let regions: Vec<_> = arenas.into_iter().map(Arena::region).collect();
     Ok(open_lanes(files, &config.tuning, &regions)?)
 }

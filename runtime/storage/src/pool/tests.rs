@@ -366,6 +366,8 @@ fn storage_opens_loads_and_serves() {
             expert_slots,
             staging_slots: 2,
             pinned,
+            tables: Vec::new(),
+            sectors: 0,
             tuning,
             direct,
             #[cfg(feature = "sim")]
