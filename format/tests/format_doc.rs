@@ -148,8 +148,9 @@ fn errors() {
     let variants: BTreeSet<_> =
         variants.map(|l| l.trim_end_matches(" {").split('(').next().unwrap().to_owned()).collect();
     let mut documented: BTreeSet<_> = table("checks").into_iter().map(|row| row[2].clone()).collect();
-    // Named in the sentences below the table; `Layout` is the writer's.
-    documented.extend(["Io", "ExtentRead", "Interrupted", "Locked", "Layout"].map(str::to_owned));
+    // Named in the sentences below the table.
+    let below = ["Io", "ExtentRead", "Interrupted", "Locked", "Layout", "VolumeSize", "Ambiguous"];
+    documented.extend(below.map(str::to_owned));
     assert_eq!(documented, variants);
     let steps: Vec<_> = table("checks").iter().map(|row| row[0].parse::<usize>().unwrap()).collect();
     assert_eq!(steps, (1..=steps.len()).collect::<Vec<_>>());

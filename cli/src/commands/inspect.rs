@@ -238,6 +238,19 @@ fn list(out: &mut String, extents: &[Extent]) {
     }
 }
 
+/// What is said of experts, by line.
+fn experts(r: &Report) -> Vec<(&'static str, String)> {
+    if r.moe_layers == 0 {
+        return vec![("experts", "none: every token reads what does not fit in memory".into())];
+    }
+    let (layer, token, each) = (r.experts_per_layer, r.top_k, Bytes(r.expert_bytes));
+    let (cycle, all) = (Bytes(r.token_cycle_bytes), r.experts_per_token);
+    vec![
+        ("experts", format!("{layer} in each of those layers, {token} per token; {each} each")),
+        ("token cycle", format!("{cycle}: the {all} experts of one token, read from the drive when none is in memory")),
+    ]
+}
+
 /// For people.
 fn describe(r: &Report) -> String {
     let mut out = String::new();
@@ -266,27 +279,7 @@ fn describe(r: &Report) -> String {
             r.layers, r.hidden_size, r.vocab_size, r.max_positions
         ),
     );
-    if r.moe_layers == 0 {
-        line("experts", "none: every token reads what does not fit in memory".into());
-    } else {
-        line(
-            "experts",
-            format!(
-                "{} in each of those layers, {} per token; {} each",
-                r.experts_per_layer,
-                r.top_k,
-                Bytes(r.expert_bytes)
-            ),
-        );
-        line(
-            "token cycle",
-            format!(
-                "{}: the {} experts of one token, read from the drive when none is in memory",
-                Bytes(r.token_cycle_bytes),
-                r.experts_per_token
-            ),
-        );
-    }
+    experts(r).into_iter().for_each(|(name, value)| line(name, value));
     if let Some(bytes) = r.prediction_bytes {
         line(
             "prediction",
