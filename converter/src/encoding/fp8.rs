@@ -70,16 +70,16 @@ pub(super) fn resolve(
     if found == [stack, &blocks].concat() {
         return with(blocks, block);
     }
-    if let ([shards], []) = (shards(*rows, block[0], found, blocks[1]).as_slice(), stack) {
-        let grid = [found[0] / shards, blocks[1]];
-        let (block, matrix_rows) = (block.map(|n| n.max(1)), rows / shards);
-        return Ok(Arc::new(Fp8 { scales, scale_type, matrix_rows, block, grid }));
-    }
     if found == [stack, &[*rows, 1]].concat() || found == [stack, &[*rows]].concat() {
         return with([*rows, 1], [1, *cols]);
     }
     if stack.is_empty() && (found.is_empty() || found == [1] || found == [1, 1]) {
         return with([1, 1], [*rows, *cols]);
+    }
+    if let ([shards], []) = (shards(*rows, block[0], found, blocks[1]).as_slice(), stack) {
+        let grid = [found[0] / shards, blocks[1]];
+        let (block, matrix_rows) = (block.map(|n| n.max(1)), rows / shards);
+        return Ok(Arc::new(Fp8 { scales, scale_type, matrix_rows, block, grid }));
     }
     Err(shape_error(checkpoint, scales, &[stack, &blocks].concat()))
 }
@@ -93,7 +93,7 @@ fn shards(rows: usize, block_rows: usize, found: &[usize], block_cols: usize) ->
     }
     let fits = |&shards: &usize| {
         let (each, rest) = (rows / shards, rows % shards);
-        rest == 0 && each > 0 && each.div_ceil(block_rows.max(1)).checked_mul(shards) == Some(of_rows)
+        rest == 0 && each > block_rows && each.div_ceil(block_rows.max(1)).checked_mul(shards) == Some(of_rows)
     };
     (2..=MOST_SHARDS).filter(fits).collect()
 }
