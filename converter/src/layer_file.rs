@@ -28,6 +28,9 @@ impl Drop for LayerFile {
     }
 }
 
+/// The tensor that has a number for each token of the vocabulary.
+const HEAD_BIAS: &str = "head_bias";
+
 impl LayerFile {
     pub(crate) fn path(&self) -> &Path {
         &self.path
@@ -44,7 +47,9 @@ impl LayerFile {
         let made = LayerFile { path };
         let reading = plan.reading.as_ref().expect("the plan knows that it is measured");
         let belongs = |kind, of: u32| reads(plan, layer, kind, of);
-        let spec = ModelSpec { vocab_size: 1, layers: vec![alone(&plan.spec.layers[layer])], ..plan.spec.clone() };
+        let layers = vec![alone(&plan.spec.layers[layer])];
+        // Nobody asks for logits: there is one row of embedding and head, and no bias for each token.
+        let spec = ModelSpec { vocab_size: 1, head_bias: false, layers, ..plan.spec.clone() };
         let here = |of: u32| if of == NO_LAYER { NO_LAYER } else { 0 };
         let numbers: Vec<usize> = (0..reading.planned.len())
             .filter(|&i| belongs(reading.planned[i].kind, reading.planned[i].layer))
@@ -53,10 +58,17 @@ impl LayerFile {
         let stubs = [ExtentKind::FinalNorm, ExtentKind::Embedding, ExtentKind::Head].into_iter();
         let stubs = stubs.filter(|&kind| !belongs(kind, NO_LAYER)).map(|kind| stub(&spec, kind));
         let stubs: Vec<(PlannedExtent, Vec<TensorRecord>)> = stubs.collect::<Result<_, ConvertError>>()?;
-        let moved = |&i: &usize| PlannedExtent { layer: here(reading.planned[i].layer), ..reading.planned[i] };
+        let behind_layers = reading.records.iter().filter(|r| r.kind == ExtentKind::FinalNorm && r.name != HEAD_BIAS);
+        let behind_len = behind_layers.map(|r| r.offset + r.len).max();
+        let moved = |&i: &usize| {
+            let planned = reading.planned[i];
+            let whole = if planned.kind == ExtentKind::FinalNorm { behind_len } else { None };
+            let logical_len = whole.unwrap_or(planned.logical_len);
+            PlannedExtent { layer: here(planned.layer), logical_len, ..planned }
+        };
         let planned = stubs.iter().map(|stub| stub.0).chain(numbers.iter().map(moved));
         let planned: Vec<PlannedExtent> = planned.collect();
-        let records = reading.records.iter().filter(|r| belongs(r.kind, r.layer));
+        let records = reading.records.iter().filter(|r| belongs(r.kind, r.layer) && r.name != HEAD_BIAS);
         let records = records.map(|r| TensorRecord { layer: here(r.layer), ..r.clone() });
         let records: Vec<TensorRecord> = stubs.iter().flat_map(|stub| stub.1.clone()).chain(records).collect();
         let layout = FileLayout::new(plan.options.page_size, &planned)?;
@@ -65,7 +77,12 @@ impl LayerFile {
             let mut extent = writer.extent(number);
             match number.checked_sub(stubs.len()) {
                 None => extent.write(&vec![0; stubs[number].0.logical_len as usize])?,
-                Some(i) => packer.reading(&reading.extents[numbers[i]], &mut extent)?,
+                Some(i) => {
+                    let tensors = &reading.extents[numbers[i]];
+                    // The bias of the head is the last tensor of its extent.
+                    let without_bias = tensors.split_last().filter(|(last, _)| last.name == HEAD_BIAS);
+                    packer.reading(without_bias.map_or(&tensors[..], |(_, others)| others), &mut extent)?;
+                }
             }
             Ok(extent.finish()?)
         };

@@ -76,18 +76,22 @@ impl ModelSpec {
             ExtentKind::FinalNorm => self.final_tensors(),
             ExtentKind::Attention => {
                 let mut list = self.stream_tensors();
-                list.push(vector("attn_norm", hidden));
+                list.extend(self.norm_before("attn_norm", "attn_norm_bias"));
                 match &spec.attention {
                     AttentionSpec::Mla(m) => list.extend(mla_tensors(m, hidden)),
                     AttentionSpec::Gqa(g) => list.extend(gqa_tensors(g, hidden)),
                     AttentionSpec::Delta(d) => list.extend(delta_tensors(d, hidden)),
                     AttentionSpec::Compressed(c) => list.extend(compressed_tensors(c, hidden)),
                 }
+                list.extend(self.norms.behind.then(|| vector("attn_post_norm", hidden)));
                 list
             }
             ExtentKind::Router => {
                 let mut list = self.stream_tensors();
+                list.extend(self.norm_before("ffn_norm", "ffn_norm_bias"));
                 list.extend(router_tensors(&spec.ffn, hidden));
+                list.extend(self.norms.behind.then(|| vector("ffn_post_norm", hidden)));
+                list.extend(self.layer_scale.then(|| vector("layer_scale", 1)));
                 list
             }
             ExtentKind::Dense if spec.ffn.dense_width > 0 => {
@@ -120,13 +124,20 @@ impl ModelSpec {
         ]
     }
 
+    /// The norm before a part of a layer or before the head.
+    fn norm_before(&self, weight: &'static str, bias: &'static str) -> impl Iterator<Item = TensorShape> {
+        let hidden = self.hidden_size;
+        [weight].into_iter().chain(self.norms.centred.then_some(bias)).map(move |name| vector(name, hidden))
+    }
+
     fn final_tensors(&self) -> Vec<TensorShape> {
         let mut list = Vec::new();
         if let Some(streams) = &self.streams {
             list.push(matrix(STREAMS, streams.count, self.residual_width()));
             list.extend([vector("streams_bias", streams.count), vector("streams_scale", 1)]);
         }
-        list.push(vector("norm", self.hidden_size));
+        list.extend(self.norm_before("norm", "norm_bias"));
+        list.extend(self.head_bias.then(|| vector("head_bias", self.vocab_size)));
         list
     }
 }
@@ -199,9 +210,11 @@ fn delta_tensors(d: &DeltaSpec, hidden: usize) -> Vec<TensorShape> {
 fn gqa_tensors(g: &GqaSpec, hidden: usize) -> Vec<TensorShape> {
     let (query, key, value) = (g.heads * g.head_dim, g.kv_heads * g.head_dim, g.kv_heads * g.v_head_dim);
     let output = g.heads * g.v_head_dim;
-    let mut list = vec![matrix("q", query, hidden), matrix("k", key, hidden), matrix("v", value, hidden)];
+    let mut list = vec![matrix("q", query, hidden), matrix("k", key, hidden)];
+    list.extend((!g.value_is_key).then(|| matrix("v", value, hidden)));
     if g.qkv_bias {
-        list.extend([vector("q_bias", query), vector("k_bias", key), vector("v_bias", value)]);
+        list.extend([vector("q_bias", query), vector("k_bias", key)]);
+        list.extend((!g.value_is_key).then(|| vector("v_bias", value)));
     }
     if let Some(norm) = g.qk_norm.as_ref().filter(|norm| !norm.weightless) {
         let (q, k) = match norm.scope {
@@ -270,7 +283,7 @@ fn compressed_tensors(c: &CompressedSpec, hidden: usize) -> Vec<TensorShape> {
 }
 
 fn router_tensors(ffn: &FfnSpec, hidden: usize) -> Vec<TensorShape> {
-    let mut list = vec![vector("ffn_norm", hidden)];
+    let mut list = Vec::new();
     if let Some(moe) = &ffn.moe {
         list.push(matrix("router", moe.experts, hidden));
         if moe.router.logit_bias {
@@ -281,6 +294,14 @@ fn router_tensors(ffn: &FfnSpec, hidden: usize) -> Vec<TensorShape> {
         }
         if let Some(rows) = moe.router.token_table {
             list.push(vector("token_experts", rows * moe.top_k));
+        }
+        if moe.router.expert_scale {
+            list.push(vector("expert_scale", moe.experts));
+        }
+        if moe.apart {
+            list.extend(
+                ["router_norm", "expert_norm", "dense_post_norm", "expert_post_norm"].map(|name| vector(name, hidden)),
+            );
         }
     }
     list

@@ -170,6 +170,11 @@ fn paths(spec: &ModelSpec, layer: &LayerSpec) -> Paths {
         (".hidden_size".into(), spec.hidden_size.into()),
         (".part_rows".into(), 7.into()),
         (".streams".into(), streams.into()),
+        (".vocab_size".into(), spec.vocab_size.into()),
+        (".norms.centred".into(), spec.norms.centred.into()),
+        (".norms.behind".into(), spec.norms.behind.into()),
+        (".layer_scale".into(), spec.layer_scale.into()),
+        (".head_bias".into(), spec.head_bias.into()),
     ]);
     collect(&serde_json::to_value(layer).unwrap(), "", &mut out);
     out
@@ -209,7 +214,7 @@ fn specs() -> Vec<ModelSpec> {
             gqa.qk_norm.iter_mut().for_each(|norm| norm.weightless = true);
         }
     }
-    vec![small_spec(), gqa_spec(), plain, sparse_spec(), hybrid_spec(), streams_spec()]
+    vec![small_spec(), gqa_spec(), plain, sparse_spec(), hybrid_spec(), streams_spec(), norms_spec()]
 }
 
 #[test]

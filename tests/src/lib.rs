@@ -14,8 +14,8 @@ use tempfile::TempDir;
 
 /// Golden models with one of each kind of attention: latents, latents with an indexer, with one that layers share, windows with
 /// sinks, windows, keys beside recurrent states, stretches, windows with heads of their own, windows with compressed entries behind
-/// them, latents beside recurrent states, and keys in blocks that are chosen.
-pub const ATTENTIONS: [&str; 11] = [
+/// them, latents beside recurrent states, keys in blocks that are chosen, and wider heads whose values are keys beside windows.
+pub const ATTENTIONS: [&str; 12] = [
     "deepseek_v3",
     "deepseek_v32",
     "glm_moe_dsa",
@@ -27,6 +27,7 @@ pub const ATTENTIONS: [&str; 11] = [
     "deepseek_v4",
     "kimi_linear",
     "minimax_m3",
+    "gemma4",
 ];
 
 /// Those of [`ATTENTIONS`] whose sequences cannot go back to any token.

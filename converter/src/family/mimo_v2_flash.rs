@@ -168,6 +168,8 @@ fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError
         clip_qkv: None,
         temperature: None,
         value_factor: value_factor.filter(|&factor| factor != 1.0),
+        value_norm: None,
+        value_is_key: false,
         qkv_bias: config.bool_or("attention_bias", false)?,
         o_bias: false,
         sinks: config.bool_or(sinks_key, kind.sinks)?,

@@ -145,7 +145,7 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     checkpoint.has_zero_points = scheme.asymmetric;
     let spec = family::spec(family, text)?;
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
-    let tied = inventory::Tied::read(text, &config)?;
+    let tied = inventory::Tied::read(text, &config, family.tied_by_default())?;
     let names = arrangement::names(&checkpoint, family, &spec)?;
     let inventory = inventory::take(&checkpoint, family, names, &spec, tied)?;
     let built = build::build(&checkpoint, family, names, &spec, options, scheme, &inventory.head)?;

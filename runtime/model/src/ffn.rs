@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use sluice_format::FfnSpec;
+use sluice_format::{FfnSpec, ModelSpec};
 use sluice_kernels::{Activations, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, Step, sized};
 use super::experts::{ExpertScratch, Routed};
 use super::gated::{GatedFfn, GatedScratch};
+use super::norm::{Norm, NormScratch};
 use super::outputs::Combining;
 use super::prefetch::{NextLayer, Prefetcher};
 use super::router::Choice;
@@ -23,6 +24,67 @@ pub struct Ffn {
     dense: Option<GatedFfn>,
     dense_gate: Option<MatrixRef>,
     routed: Option<Routed>,
+    apart: Option<Apart>,
+}
+
+/// Norms of their own that experts and router have before them, and dense part and experts behind them.
+#[derive(Debug)]
+struct Apart {
+    router: Norm,
+    experts: Norm,
+    dense_post: Norm,
+    experts_post: Norm,
+}
+
+impl Apart {
+    fn new(spec: &ModelSpec, router: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+        let norm = |name| Norm::rms(spec.norm_eps, router, name);
+        Ok(Apart {
+            router: norm("router_norm")?,
+            experts: norm("expert_norm")?,
+            dense_post: norm("dense_post_norm")?,
+            experts_post: norm("expert_post_norm")?,
+        })
+    }
+}
+
+/// f32 values of scratch per row for experts apart from the dense part.
+pub(super) fn apart_width(spec: &FfnSpec, hidden: u64) -> u64 {
+    // Inputs of router and experts, in f32 and in int8, what is being normalised, and the experts' sum.
+    if spec.moe.as_ref().is_some_and(|moe| moe.apart) { 6 * hidden } else { 0 }
+}
+
+/// Buffers for experts apart from the dense part.
+#[derive(Debug)]
+struct ApartScratch {
+    norm: NormScratch,
+    /// `[n, hidden]`.
+    normed: Vec<f32>,
+    router: Activations,
+    experts: Activations,
+    /// The experts' weighted sum, `[n, hidden]`.
+    sum: Vec<f32>,
+}
+
+impl ApartScratch {
+    fn new(compute: &Compute) -> Self {
+        ApartScratch {
+            norm: NormScratch::default(),
+            normed: Vec::new(),
+            router: Activations::new(compute.precision),
+            experts: Activations::new(compute.precision),
+            sum: Vec::new(),
+        }
+    }
+
+    /// The rows `x` of the residual as router and experts see them.
+    fn set(&mut self, apart: &Apart, extent: &[u8], x: &[f32]) {
+        let (hidden, normed) = (apart.router.width(), sized(&mut self.normed, x.len()));
+        for (norm, input) in [(&apart.router, &mut self.router), (&apart.experts, &mut self.experts)] {
+            norm.apply(extent, x, &mut self.norm, normed);
+            input.set(normed, x.len() / hidden, hidden);
+        }
+    }
 }
 
 /// Buffers that the feed-forward part reuses from call to call.
@@ -32,6 +94,7 @@ pub struct FfnScratch {
     gated: GatedScratch,
     gate: Vec<f32>,
     experts: ExpertScratch,
+    apart: ApartScratch,
     prefetcher: Prefetcher,
 }
 
@@ -43,17 +106,19 @@ impl FfnScratch {
             gated: GatedScratch::new(compute),
             gate: Vec::new(),
             experts: ExpertScratch::new(compute, most_kept),
+            apart: ApartScratch::new(compute),
             prefetcher: Prefetcher::new(prefetch, compute),
         }
     }
 
     /// Gives all buffers back; what prefetches have taught stays.
     pub fn give_back(&mut self, compute: &Compute) {
-        let FfnScratch { x, gated, gate, experts, prefetcher } = self;
+        let FfnScratch { x, gated, gate, experts, apart, prefetcher } = self;
         *x = Activations::new(compute.precision);
         *gated = GatedScratch::new(compute);
         *gate = Vec::new();
         *experts = ExpertScratch::new(compute, experts.most_kept());
+        *apart = ApartScratch::new(compute);
         prefetcher.give_back(compute);
     }
 
@@ -80,8 +145,10 @@ pub struct FfnStep<'a> {
     pub router: &'a [u8],
     /// Bytes of the dense extent, if the layer has one.
     pub dense: Option<&'a [u8]>,
-    /// What this part sees of the residual `[n, hidden]` and the next layer, to read ahead for it.
-    pub ahead: Option<(&'a [f32], NextLayer<'a>)>,
+    /// What this part sees of the residual, `[n, hidden]`.
+    pub residual: &'a [f32],
+    /// The next layer, to read ahead for it.
+    pub ahead: Option<NextLayer<'a>>,
 }
 
 impl FfnStep<'_> {
@@ -93,23 +160,31 @@ impl FfnStep<'_> {
 
 impl Ffn {
     pub(super) fn new(
+        model: &ModelSpec,
         spec: &FfnSpec,
         router: &ExtentTensors<'_>,
         dense: &ExtentTensors<'_>,
         expert: &ExtentTensors<'_>,
     ) -> Result<Self, ModelError> {
+        let is_apart = spec.moe.as_ref().is_some_and(|moe| moe.apart);
+        let apart = is_apart.then(|| Apart::new(model, router)).transpose()?;
         let routed = spec.moe.as_ref().map(|moe| Routed::new(moe, spec.activation, router, expert)).transpose()?;
         let dense_gate = spec.dense_gate.then(|| dense.matrix("dense_gate")).transpose()?;
         let dense = match spec.dense_width {
             0 => None,
             width => Some(GatedFfn::new(width, spec.activation, false, dense)?),
         };
-        Ok(Ffn { dense, dense_gate, routed })
+        Ok(Ffn { dense, dense_gate, routed, apart })
     }
 
     /// The routed experts, if the layer has any.
     pub(super) fn routed(&self) -> Option<&Routed> {
         self.routed.as_ref()
+    }
+
+    /// The norm before the router, if it has one that the dense part does not share.
+    pub(super) fn router_norm(&self) -> Option<&Norm> {
+        self.apart.as_ref().map(|apart| &apart.router)
     }
 
     /// The feed-forward part of the rows of a pass: reads `x` `[n, hidden]` (normalised), writes `out` `[n, hidden]`.
@@ -127,13 +202,16 @@ impl Ffn {
     ) -> Result<Duration, ModelError> {
         let n = step.rows.len();
         let hidden = x.len() / n;
-        let FfnScratch { x: activations, gated, gate, experts, prefetcher } = scratch;
+        let FfnScratch { x: activations, gated, gate, experts, apart: own, prefetcher } = scratch;
         activations.set(x, n, hidden);
         experts.begin();
+        if let Some(apart) = &self.apart {
+            own.set(apart, step.router, step.residual);
+        }
         let mut pass = match &self.routed {
             None => None,
             Some(routed) => {
-                routed.route(step.router(), activations, experts)?;
+                routed.route(step.router(), if self.apart.is_some() { &own.router } else { activations }, experts)?;
                 let routing = Routing {
                     tokens: n,
                     prefill: !step.rows.generate(),
@@ -153,10 +231,18 @@ impl Ffn {
         }
         let (Some(routed), Some(pass)) = (&self.routed, &mut pass) else { return Ok(Duration::ZERO) };
         prefetcher.judge(step.layer, experts.distinct());
-        if let Some((residual, next)) = &step.ahead {
-            prefetcher.prefetch(step.compute, next, (step.rows.ids(), residual), out, pass);
+        if let Some(next) = &step.ahead {
+            prefetcher.prefetch(step.compute, next, (step.rows.ids(), step.residual), out, pass);
         }
-        routed.run(step.router(), pass, activations, experts, out)
+        let Some(apart) = &self.apart else { return routed.run(step.router(), pass, activations, experts, out) };
+        let ApartScratch { norm, normed, experts: x, sum, .. } = own;
+        let (normed, sum) = (sized(normed, n * hidden), sized(sum, n * hidden));
+        sum.fill(0.0);
+        let time = routed.run(step.router(), pass, x, experts, sum)?;
+        apart.dense_post.apply_in_place(step.router, out, norm, normed);
+        apart.experts_post.apply(step.router, sum, norm, normed);
+        out.iter_mut().zip(&*normed).for_each(|(out, n)| *out += n);
+        Ok(time)
     }
 
     /// Multiplies the dense part's output by the sigmoid of its gate (Qwen's shared expert).

@@ -143,6 +143,7 @@ impl GatedFfn {
             ActivationSpec::Silu => Activation::Silu,
             ActivationSpec::SwigluOai { alpha, limit } => Activation::SwigluOai { alpha, limit },
             ActivationSpec::SiluClamped { limit } => Activation::SiluClamped { limit },
+            ActivationSpec::GeluTanh => Activation::GeluTanh,
         };
         let vector = |name| tensors.vector(name);
         let bias = match bias {

@@ -21,6 +21,7 @@ mod key_blocks;
 pub mod memory;
 mod mla;
 mod model;
+mod norm;
 pub mod outputs;
 mod prefetch;
 mod projection;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER};
-use sluice_kernels::{Activations, rms_norm};
+use sluice_kernels::{Activations, tanh};
 
 use crate::attention::{Attention, AttentionScratch};
 use crate::cache::PagesFull;
@@ -14,6 +14,7 @@ use crate::compute::{Compute, Step, sized};
 use crate::control::{Control, Progress};
 use crate::embedding::Embedding;
 use crate::ffn::{Ffn, FfnScratch, FfnStep};
+use crate::norm::{Norm, NormScratch};
 use crate::prefetch::NextLayer;
 use crate::residual::{self, Residual, ResidualScratch};
 use crate::rows::{Caches, Rows, Span};
@@ -109,7 +110,8 @@ pub struct Model {
     layers: Vec<Layer>,
     embedding: Embedding,
     final_residual: Residual,
-    final_norm: (DenseHandle, VectorRef),
+    final_norm: (DenseHandle, Norm),
+    head_bias: Option<VectorRef>,
     head: Vec<(DenseHandle, MatrixRef)>,
     scratch: Scratch,
     times: LayerTimes,
@@ -119,10 +121,14 @@ pub struct Model {
 struct Layer {
     /// How attention and the feed-forward part see the residual.
     residuals: [Residual; 2],
-    attn_norm: VectorRef,
+    attn_norm: Norm,
     attention: Attention,
-    ffn_norm: VectorRef,
+    attn_post_norm: Option<Norm>,
+    ffn_norm: Norm,
     ffn: Ffn,
+    ffn_post_norm: Option<Norm>,
+    /// Factor on what leaves the layer.
+    scale: Option<VectorRef>,
     extents: LayerExtents,
 }
 
@@ -140,7 +146,8 @@ struct Scratch {
     residual: ResidualScratch,
     normed: Vec<f32>,
     delta: Vec<f32>,
-    norm: Vec<f32>,
+    norm: NormScratch,
+    head_bias: Vec<f32>,
     head_input: Activations,
     part: Vec<f32>,
     logits: Vec<f32>,
@@ -197,16 +204,22 @@ impl Model {
         let spec = file.spec().clone();
         let mut handles = handles.iter().copied();
         let mut next = || handles.next().expect("one handle per dense extent");
+        let behind = |tensors: &ExtentTensors<'_>, name| {
+            spec.norms.behind.then(|| Norm::rms(spec.norm_eps, tensors, name)).transpose()
+        };
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (i, layer) in spec.layers.iter().enumerate() {
             let tensors = |kind| ExtentTensors { file, kind, layer: i as u32, index: 0 };
             let (attention, router) = (tensors(ExtentKind::Attention), tensors(ExtentKind::Router));
             layers.push(Layer {
                 residuals: [Residual::new(&spec, &attention)?, Residual::new(&spec, &router)?],
-                attn_norm: attention.vector("attn_norm")?,
+                attn_norm: Norm::before(&spec, &attention, "attn_norm", "attn_norm_bias")?,
                 attention: Attention::new(&layer.attention, &attention)?,
-                ffn_norm: router.vector("ffn_norm")?,
-                ffn: Ffn::new(&layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
+                attn_post_norm: behind(&attention, "attn_post_norm")?,
+                ffn_norm: Norm::before(&spec, &router, "ffn_norm", "ffn_norm_bias")?,
+                ffn: Ffn::new(&spec, &layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
+                ffn_post_norm: behind(&router, "ffn_post_norm")?,
+                scale: spec.layer_scale.then(|| router.vector("layer_scale")).transpose()?,
                 extents: LayerExtents {
                     attention: next(),
                     router: next(),
@@ -216,7 +229,9 @@ impl Model {
         }
         let tail = |kind, index| ExtentTensors { file, kind, layer: NO_LAYER, index };
         let last = tail(ExtentKind::FinalNorm, 0);
-        let (final_residual, final_norm) = (Residual::new(&spec, &last)?, (next(), last.vector("norm")?));
+        let (final_residual, final_norm) =
+            (Residual::new(&spec, &last)?, (next(), Norm::before(&spec, &last, "norm", "norm_bias")?));
+        let head_bias = spec.head_bias.then(|| last.vector("head_bias")).transpose()?;
         let parts = file.parts(ExtentKind::Head).count() as u32;
         let head = (0..parts)
             .map(|i| Ok((next(), tail(ExtentKind::Head, i).matrix("head")?)))
@@ -226,7 +241,8 @@ impl Model {
             residual: ResidualScratch::new(),
             normed: Vec::new(),
             delta: Vec::new(),
-            norm: Vec::new(),
+            norm: NormScratch::default(),
+            head_bias: Vec::new(),
             head_input: Activations::new(compute.precision),
             part: Vec::new(),
             logits: Vec::new(),
@@ -239,6 +255,7 @@ impl Model {
             layers,
             final_residual,
             final_norm,
+            head_bias,
             head,
             scratch,
             times: LayerTimes::default(),
@@ -247,9 +264,11 @@ impl Model {
 
     /// Gives all buffers back; they grow again to what the next call needs.
     pub fn give_back(&mut self, compute: &Compute) {
-        let Scratch { x, residual, normed, delta, norm, head_input, part, logits, attention, ffn } = &mut self.scratch;
+        let Scratch { x, residual, normed, delta, norm, head_bias, head_input, part, logits, attention, ffn } =
+            &mut self.scratch;
         *residual = ResidualScratch::new();
-        for buffer in [x, normed, delta, norm, part, logits] {
+        *norm = NormScratch::default();
+        for buffer in [x, normed, delta, head_bias, part, logits] {
             *buffer = Vec::new();
         }
         *head_input = Activations::new(compute.precision);
@@ -361,7 +380,8 @@ impl Model {
         mut caches: Caches<'_, '_>,
         index: usize,
     ) -> Result<(), ModelError> {
-        let (eps, factor) = (self.spec.norm_eps, self.spec.factors.residual);
+        // What goes through a norm before it is added is not known from a part of it.
+        let factor = if self.spec.norms.behind { 0.0 } else { self.spec.factors.residual };
         let len = rows.len() * self.spec.hidden_size;
         let Scratch { x, residual, normed, delta, norm, attention: mixer, ffn, .. } = &mut self.scratch;
         let x = &mut x[..rows.len() * self.spec.residual_width()];
@@ -372,9 +392,12 @@ impl Model {
         let (started, waited) = (Instant::now(), dense_parts.stats().wait);
         let attention = dense_parts.dense(layer.extents.attention)?;
         let step = Step { compute, rows, extent: attention.bytes() };
-        step.read(&layer.attn_norm, norm);
-        norm_rows(layer.residuals[0].read(compute, step.extent, x, residual), norm, eps, normed);
+        let input = layer.residuals[0].read(compute, step.extent, x, residual);
+        layer.attn_norm.apply(step.extent, input, norm, normed);
         layer.attention.forward(step, &mut caches, normed, mixer, delta);
+        if let Some(post) = &layer.attn_post_norm {
+            post.apply_in_place(step.extent, delta, norm, normed);
+        }
         drop(attention);
         if compute.is_cancelled() {
             return Err(ModelError::Cancelled);
@@ -385,9 +408,8 @@ impl Model {
 
         let router = dense_parts.dense(layer.extents.router)?;
         let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
-        layer.ffn_norm.read(router.bytes(), norm);
         let input = layer.residuals[1].read(compute, router.bytes(), x, residual);
-        norm_rows(input, norm, eps, normed);
+        layer.ffn_norm.apply(router.bytes(), input, norm, normed);
         // A prompt will need most experts of the next layer anyway; a prefetch needs that layer's router in memory.
         let ahead = index + 1;
         let next = self.layers.get(ahead).filter(|l| {
@@ -396,8 +418,8 @@ impl Model {
         });
         let next_router = next.map(|l| dense_parts.dense(l.extents.router)).transpose()?;
         let prefetch = next.zip(next_router.as_ref()).and_then(|(l, router)| {
-            let (norm, extent) = (l.ffn_norm, router.bytes());
-            Some((input, NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, eps, factor, extent }))
+            let (norm, extent) = (l.ffn.router_norm().unwrap_or(&l.ffn_norm), router.bytes());
+            Some(NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, factor, extent })
         });
         let step = FfnStep {
             compute,
@@ -405,10 +427,15 @@ impl Model {
             layer: index,
             router: router.bytes(),
             dense: dense.as_ref().map(|d| d.bytes()),
+            residual: input,
             ahead: prefetch,
         };
         let experts = layer.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
+        if let Some(post) = &layer.ffn_post_norm {
+            post.apply_in_place(router.bytes(), delta, norm, normed);
+        }
         layer.residuals[1].add(&compute.threads, x, delta, residual);
+        layer.scale.iter().flat_map(|place| place.part(router.bytes(), 0..1)).for_each(|factor| scale(x, factor));
         self.times.experts += experts;
         self.times.feed_forward += attended.elapsed().saturating_sub(experts);
         Ok(())
@@ -429,9 +456,11 @@ impl Model {
         let (mut started, waited) = (Instant::now(), dense.stats().wait);
         let (hidden, vocab) = (self.spec.hidden_size, self.spec.vocab_size);
         let width = self.spec.residual_width();
-        let Scratch { x, residual, normed, delta, norm, head_input, part, logits, .. } = &mut self.scratch;
+        let Scratch { x, residual, normed, delta, norm, head_bias, head_input, part, logits, .. } = &mut self.scratch;
         let last = dense.dense(self.final_norm.0)?;
-        self.final_norm.1.read(last.bytes(), norm);
+        if let Some(bias) = &self.head_bias {
+            bias.read(last.bytes(), head_bias);
+        }
         for (block, rows) in wanted.chunks(LOGIT_ROWS).enumerate() {
             let n = rows.len();
             let normed = sized(normed, n * hidden);
@@ -440,7 +469,7 @@ impl Model {
                 wanted.copy_from_slice(&x[row * width..][..width]);
             }
             let input = self.final_residual.read(compute, last.bytes(), wanted, residual);
-            norm_rows(input, norm, self.spec.norm_eps, normed);
+            self.final_norm.1.apply(last.bytes(), input, norm, normed);
             head_input.set(normed, n, hidden);
             let logits = sized(logits, n * vocab);
             let mut row = 0;
@@ -461,7 +490,7 @@ impl Model {
             if compute.is_cancelled() {
                 return Err(ModelError::Cancelled);
             }
-            scale(logits, self.spec.factors.logits);
+            finish_logits(&self.spec, head_bias, logits);
             logits.chunks_exact(vocab).enumerate().for_each(|(i, row)| sink(block * LOGIT_ROWS + i, row));
             started = Instant::now();
         }
@@ -478,7 +507,7 @@ impl Model {
             let widest = l.ffn.dense_width.max(moe.map_or(0, |m| m.width)) as u64;
             let routed =
                 moe.map_or(0, |m| crate::experts::combining_width(hidden) + 8 * m.top_k as u64 + m.experts as u64);
-            attention + 2 * widest + routed
+            attention + 2 * widest + routed + crate::ffn::apart_width(&l.ffn, hidden)
         };
         let widest = spec.layers.iter().map(layer).max().unwrap_or(0);
         let kept = Model::output_memory(spec, rows).min(most_kept);
@@ -503,9 +532,15 @@ impl Model {
     }
 }
 
-fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let width = weight.len();
-    x.chunks_exact(width).zip(out.chunks_exact_mut(width)).for_each(|(x, out)| rms_norm(x, weight, eps, out));
+/// From products with the head to logits `[n, vocab]`; `bias` is empty or `[vocab]`.
+fn finish_logits(spec: &ModelSpec, bias: &[f32], logits: &mut [f32]) {
+    if !bias.is_empty() {
+        logits.chunks_exact_mut(bias.len()).for_each(|row| row.iter_mut().zip(bias).for_each(|(l, b)| *l += b));
+    }
+    scale(logits, spec.factors.logits);
+    if let Some(cap) = spec.logit_cap {
+        logits.iter_mut().for_each(|l| *l = cap * tanh(*l / cap));
+    }
 }
 
 fn scale(x: &mut [f32], factor: f32) {

@@ -6,12 +6,11 @@
 //! rank of the candidate, from every token, whether the candidate was read or not.
 
 use sluice_kernels::Activations;
-use sluice_kernels::rms_norm;
 
 use super::compute::{Compute, sized};
 use super::experts::Routed;
+use super::norm::{Norm, NormScratch};
 use super::router::{RouterScratch, rank};
-use super::weights::VectorRef;
 use sluice_storage::pool::LayerPass;
 
 /// Ranks beyond the router's top-k that are watched: where they turn out to be likely enough, they are read as well.
@@ -29,9 +28,9 @@ pub struct NextLayer<'a> {
     /// Its number.
     pub(super) layer: usize,
     pub(super) routed: &'a Routed,
-    pub(super) norm: VectorRef,
-    pub(super) eps: f32,
-    /// On what the layer before it adds to the residual stream.
+    /// Before its router.
+    pub(super) norm: &'a Norm,
+    /// On what the layer before it adds to the residual stream; 0 where what it adds follows from all of its parts.
     pub(super) factor: f32,
     /// Bytes of its router extent.
     pub(super) extent: &'a [u8],
@@ -51,7 +50,7 @@ pub struct Prefetcher {
     wanted: Vec<u32>,
     state: Vec<f32>,
     normed: Vec<f32>,
-    norm: Vec<f32>,
+    norm: NormScratch,
     logits: Vec<f32>,
     bias: Vec<f32>,
     activations: Activations,
@@ -70,7 +69,7 @@ impl Prefetcher {
             wanted: Vec::new(),
             state: Vec::new(),
             normed: Vec::new(),
-            norm: Vec::new(),
+            norm: NormScratch::default(),
             logits: Vec::new(),
             bias: Vec::new(),
             activations: Activations::new(compute.precision),
@@ -125,15 +124,12 @@ impl Prefetcher {
             self.wanted.dedup();
             return pass.prefetch(next.layer as u32, &self.wanted);
         }
-        next.norm.read(next.extent, &mut self.norm);
-        let hidden = self.norm.len();
+        let hidden = next.norm.width();
         let rows = residual.len() / hidden;
         let state = sized(&mut self.state, rows * hidden);
         state.iter_mut().zip(residual.iter().zip(delta)).for_each(|(s, (r, d))| *s = r + next.factor * d);
         let normed = sized(&mut self.normed, rows * hidden);
-        for (state, normed) in state.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
-            rms_norm(state, &self.norm, next.eps, normed);
-        }
+        next.norm.apply(next.extent, state, &mut self.norm, normed);
         self.activations.set(normed, rows, hidden);
         let logits = sized(&mut self.logits, rows * next.routed.experts());
         let bias = next.routed.logits(compute, next.extent, &self.activations, &mut self.bias, logits);

@@ -34,11 +34,13 @@ pub(super) enum Arch {
     /// Hunyuan-A13B.
     HunyuanMoe,
     HyV3,
+    /// dots.llm1.
+    Dots1,
     /// Llama 4.
     Llama4,
 }
 
-const NAMES: [(&str, Arch); 22] = [
+const NAMES: [(&str, Arch); 23] = [
     ("llama", Arch::Llama),
     ("mistral3", Arch::Mistral3),
     ("qwen3", Arch::Qwen3),
@@ -60,6 +62,7 @@ const NAMES: [(&str, Arch); 22] = [
     ("ernie4_5-moe", Arch::Ernie45Moe),
     ("hunyuan-moe", Arch::HunyuanMoe),
     ("hy_v3", Arch::HyV3),
+    ("dots1", Arch::Dots1),
     ("llama4", Arch::Llama4),
 ];
 
