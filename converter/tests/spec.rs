@@ -138,7 +138,7 @@ fn what_is_not_supported_is_named_with_what_is() {
             json!({"n_routed_experts": 1 << 16, "n_group": 1, "num_hidden_layers": 40}),
             vec!["impossible model", "experts together", "262144"],
         ),
-        (json!({"rope_scaling": {"type": "longrope"}}), vec!["`rope_scaling.type`", "longrope", "yarn"]),
+        (json!({"rope_scaling": {"type": "ntk"}}), vec!["`rope_scaling.type`", "longrope", "yarn"]),
         (json!({"rope_scaling": {"rope_type": "yarn"}}), vec!["`rope_scaling.factor`"]),
         (json!({"rope_scaling": {"rope_type": "linear"}}), vec!["`rope_scaling.factor`", "missing"]),
         (json!({"rope_scaling": {"rope_type": "linear", "factor": 0}}), vec!["`rope_scaling.factor` is 0"]),

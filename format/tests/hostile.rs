@@ -427,7 +427,7 @@ fn specs_of_norms_and_scales() {
         let error = ModelSpec::from_json(&serde_json::to_vec(&json).unwrap()).expect_err(says);
         assert!(error.contains(says), "{says}: {error}");
     };
-    for value in [0.0, -1.0, 1e300] {
+    for value in [0.0f64, -1.0, 1e300] {
         bad("logit_cap", "/logit_cap", value.into());
         bad("attention_factor", "/layers/0/attention/rope/scaling/attention_factor", value.min(0.0).into());
     }

@@ -397,7 +397,8 @@ impl Writer<'_> {
             Arch::Qwen3Moe | Arch::Qwen3Next => self.out.set("norm_topk_prob", norm.unwrap_or(true)),
             _ => {}
         }
-        let scales = self.arch.is_latent() || matches!(self.arch, Arch::Glm4Moe | Arch::HyV3 | Arch::Dots1 | Arch::MiniMaxM3);
+        let scales =
+            self.arch.is_latent() || matches!(self.arch, Arch::Glm4Moe | Arch::HyV3 | Arch::Dots1 | Arch::MiniMaxM3);
         if let Some(scale) = scale.filter(|&s| s != 1.0 && !scales) {
             return Err(keys.refuse("expert_weights_scale", format!("is {scale}; only 1 is supported here")));
         }
