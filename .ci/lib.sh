@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # What .ci/run and .ci/long share. NAME is how their messages begin.
 
+# Nothing here is compiled twice after a small change, which is what the bookkeeping of incremental compilation is for.
+export CARGO_INCREMENTAL=0
+
 # Checks for which something could not be had.
 skipped=()
 # Names and seconds of the steps that are done.
@@ -93,6 +96,14 @@ has_zigbuild() {
     return 1
 }
 
+# Looks at the code that is there for another target, and links the program, without a machine of that kind. Nothing is
+# optimised, since nothing is run.
+build_for() {
+    has_target "$1" "a link for $1" && has_zigbuild "a link for $1" || return 0
+    if has_component clippy clippy; then cargo-zigbuild clippy --workspace --all-targets --target "$1" -- -D warnings; fi
+    CARGO_PROFILE_DEV_OPT_LEVEL=0 CARGO_PROFILE_DEV_DEBUG=false cargo-zigbuild zigbuild -p sluice --target "$1"
+}
+
 # A virtual environment of Python's.
 make_python() {
     python3 -m venv "$TOOLS/python" && return
@@ -118,10 +129,11 @@ test_kernels_on() {
     QEMU_CPU=$1 cargo test -p sluice-checksum -p sluice-kernels --target aarch64-unknown-linux-gnu
 }
 
-# What the server is tried with: program, scripted server, and models that chat.
+# What the server is tried with: program, scripted server, and models that chat. All of the workspace is named, since a choice
+# of packages has other features, with which everything would be compiled once more.
 readonly SERVED=$PWD/target/clients
 build_server() {
-    cargo build -p sluice -p sluice-tests --bins --example chat-model --example scripted-server
+    cargo build --workspace --bins --example chat-model --example scripted-server
     mkdir -p "$SERVED"
     target/debug/examples/chat-model "$SERVED/chat-model.sluice" full "$SERVED/checkpoint"
     target/debug/examples/chat-model "$SERVED/chat-states.sluice" states

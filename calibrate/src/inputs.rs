@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use sluice_converter::measure::{Guide, Inputs};
 use sluice_format::{ColumnMeans, ExtentKind, MatrixKey};
 use sluice_kernels::{Activations, Feedback, Kernels, Moments, Precision, ThreadPool};
+use sluice_model::compute::EXPERTS_INPUT;
 
 /// Columns of an expert's second matrix whose errors can be made good in each other: it sees few tokens, which say little of more,
 /// and there are very many such matrices.
@@ -58,6 +59,8 @@ pub(crate) struct LayerInputs {
     common: Vec<Common>,
     /// Number in `common` of what a matrix has met.
     matrices: BTreeMap<MatrixKey, usize>,
+    /// Name of an expert's first matrix.
+    first: &'static str,
     gates: BTreeMap<u32, ColumnMeans>,
     downs: BTreeMap<u32, ExpertRows>,
     /// Mean squares of the inputs of all experts' second matrices.
@@ -70,7 +73,7 @@ impl LayerInputs {
         threads: ThreadPool,
         layer: u32,
         (common, matrices): (Vec<Common>, BTreeMap<MatrixKey, usize>),
-        gates: BTreeMap<u32, ColumnMeans>,
+        (first, gates): (&'static str, BTreeMap<u32, ColumnMeans>),
         downs: BTreeMap<u32, ExpertRows>,
     ) -> Self {
         let cols = downs.values().next().map_or(0, |rows| rows.cols);
@@ -80,7 +83,7 @@ impl LayerInputs {
             sums.iter_mut().zip(rows.squares()).for_each(|(sum, squares)| *sum += squares);
         }
         let mean_down = sums.iter().map(|sum| (sum / tokens.max(1) as f64) as f32).collect();
-        LayerInputs { kernels, threads, layer, common, matrices, gates, downs, mean_down }
+        LayerInputs { kernels, threads, layer, common, matrices, first, gates, downs, mean_down }
     }
 
     /// Mean squares by matrix, for an importance file.
@@ -93,7 +96,7 @@ impl LayerInputs {
             let (tokens, mean_squares) = (moments.tokens(), moments.mean_squares());
             (key.clone(), ColumnMeans { tokens, mean_squares })
         });
-        let gates = self.gates.iter().map(|(&index, means)| (expert("gate_up", index), means.clone()));
+        let gates = self.gates.iter().map(|(&index, means)| (expert(self.first, index), means.clone()));
         let downs = self.downs.iter().filter(|(_, rows)| rows.tokens() > 0).map(|(&index, rows)| {
             let tokens = rows.tokens() as u64;
             let mean_squares = rows.squares().iter().map(|sum| (sum / tokens as f64) as f32).collect();
@@ -102,14 +105,17 @@ impl LayerInputs {
         common.chain(gates).chain(downs).collect()
     }
 
-    /// What every token brings to a matrix; all experts of a layer choose from the inputs of their router. `None` for the second matrices
-    /// of experts, and where nothing was seen.
+    /// What every token brings to a matrix; all experts of a layer choose from the inputs of their router, or from what a projection makes
+    /// of them. `None` for the second matrices of experts, and where nothing was seen.
     fn common(&self, key: &MatrixKey) -> Option<usize> {
         match (key.kind, key.name.as_str()) {
             (ExtentKind::Expert, "down") => None,
             (ExtentKind::Expert, _) => {
-                let (kind, name) = (ExtentKind::Router, "router".to_owned());
-                self.matrices.get(&MatrixKey { kind, layer: self.layer, name, index: 0 }).copied()
+                let seen = |name: &str| {
+                    let (kind, name) = (ExtentKind::Router, name.to_owned());
+                    self.matrices.get(&MatrixKey { kind, layer: self.layer, name, index: 0 }).copied()
+                };
+                seen(EXPERTS_INPUT).or_else(|| seen("router"))
             }
             _ => self.matrices.get(key).copied(),
         }

@@ -27,6 +27,8 @@ struct State {
     parted: bool,
     /// Mean squares of an expert's inputs as a sum, and tokens: the inputs themselves are the router's too.
     gates: BTreeMap<u32, (u64, Vec<f64>)>,
+    /// Name of an expert's first matrix.
+    first: Option<&'static str>,
     /// Inputs of an expert's second matrix.
     downs: BTreeMap<u32, ExpertRows>,
 }
@@ -59,7 +61,7 @@ impl Observer {
     /// What has been seen. `None` if matrices that had met the same rows have then met others: it has to be seen once more, without
     /// sharing.
     pub(crate) fn finish(self) -> Option<LayerInputs> {
-        let State { seen, matrices, parted, gates, downs } =
+        let State { seen, matrices, parted, gates, first, downs } =
             self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
         // A matrix that others have left behind has not met all that its moments say.
         if parted || matrices.values().any(|&(number, digest)| self.shares && seen[number].digest != digest) {
@@ -71,7 +73,8 @@ impl Observer {
         });
         let common = seen.into_iter().map(|seen| Common::new(seen.moments)).collect();
         let matrices = matrices.into_iter().map(|(key, (number, _))| (key, number)).collect();
-        Some(LayerInputs::new(self.kernels, self.threads, self.layer, (common, matrices), gates.collect(), downs))
+        let gates = (first.unwrap_or_default(), gates.collect());
+        Some(LayerInputs::new(self.kernels, self.threads, self.layer, (common, matrices), gates, downs))
     }
 
     /// Inputs of a matrix that every token meets.
@@ -127,6 +130,7 @@ impl InputObserver for Observer {
                 rows().for_each(|row| seen.rows.extend_from_slice(row));
             }
             (ExtentKind::Expert, _) => {
+                state.first = Some(place.name);
                 let (tokens, squares) = state.gates.entry(index).or_default();
                 *tokens += x.n() as u64;
                 squares.resize(x.cols(), 0.0);

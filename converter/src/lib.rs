@@ -32,6 +32,7 @@ pub mod fuzzing;
 mod journal;
 mod layer_file;
 pub mod measure;
+mod nearest;
 mod options;
 mod pack;
 mod partial;

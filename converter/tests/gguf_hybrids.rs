@@ -1,5 +1,6 @@
 //! GGUF files of models whose layers differ from each other, as llama.cpp's converter (`conversion/kimi_linear.py`,
-//! `conversion/minimax.py` and `conversion/dots1.py`) writes them: they give the models of the checkpoints that they were made of.
+//! `minimax.py`, `mimo.py`, `deepseek.py` and `dots1.py` beside it) writes them: they give the models of the checkpoints that
+//! they were made of.
 
 mod common;
 
@@ -13,9 +14,10 @@ use sluice_converter::{Options, convert, plan};
 use sluice_format::ModelSpec;
 
 const F32: u32 = 0;
+const I32: u32 = 26;
 
 /// Tensors that keep their shape and numbers: name in the file, name on the hub.
-const PLAIN: [(&str, &str); 41] = [
+const PLAIN: [(&str, &str); 42] = [
     ("attn_norm.weight", "input_layernorm.weight"),
     ("ffn_norm.weight", "post_attention_layernorm.weight"),
     ("attn_q.weight", "self_attn.q_proj.weight"),
@@ -50,6 +52,7 @@ const PLAIN: [(&str, &str); 41] = [
     ("ffn_gate_shexp.weight", "block_sparse_moe.shared_experts.gate_proj.weight"),
     ("ffn_up_shexp.weight", "block_sparse_moe.shared_experts.up_proj.weight"),
     ("ffn_down_shexp.weight", "block_sparse_moe.shared_experts.down_proj.weight"),
+    ("attn_sinks.weight", "self_attn.attention_sink_bias"),
     ("ffn_gate_inp.weight", "mlp.gate.weight"),
     ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias"),
     ("ffn_gate_shexp.weight", "mlp.shared_experts.gate_proj.weight"),
@@ -58,6 +61,9 @@ const PLAIN: [(&str, &str); 41] = [
     ("token_embd.weight", "embed_tokens.weight"),
     ("output_norm.weight", "norm.weight"),
 ];
+
+/// How many of them are in layers.
+const IN_LAYERS: usize = PLAIN.len() - 2;
 
 fn floats(numbers: &[f32]) -> Vec<u8> {
     numbers.iter().flat_map(|n| n.to_le_bytes()).collect()
@@ -83,13 +89,13 @@ fn written(tensors: &Tensors, config: &Json, prefix: &'static str, head: &str, c
     let origin = Origin { tensors, config, prefix };
     let count = |key: &str| config[key].as_u64().unwrap() as usize;
     let mut all = vec![tensor(tensors, centred, "output.weight".into(), head)];
-    for (own, hub) in &PLAIN[39..] {
+    for (own, hub) in &PLAIN[IN_LAYERS..] {
         all.push(tensor(tensors, centred, (*own).to_owned(), &format!("{prefix}{hub}")));
     }
     for layer in 0..count("num_hidden_layers") {
         let (own, hub) =
             (|rest: &str| format!("blk.{layer}.{rest}"), |rest: &str| format!("{prefix}layers.{layer}.{rest}"));
-        for (to, from) in &PLAIN[..39] {
+        for (to, from) in &PLAIN[..IN_LAYERS] {
             if tensors.contains_key(&hub(from)) {
                 all.push(tensor(tensors, centred, own(to), &hub(from)));
             }
@@ -104,9 +110,9 @@ fn written(tensors: &Tensors, config: &Json, prefix: &'static str, head: &str, c
             }
         }
         for (part, module) in [("gate", "w1"), ("up", "w3"), ("down", "w2")] {
-            let mixtral = tensors.get(&hub(&format!("block_sparse_moe.experts.0.{module}.weight")));
-            let usual = || tensors.get(&hub(&format!("mlp.experts.0.{part}_proj.weight")));
-            let Some(one) = mixtral.or_else(usual) else { continue };
+            let first =
+                [format!("block_sparse_moe.experts.0.{module}.weight"), format!("mlp.experts.0.{part}_proj.weight")];
+            let Some(one) = first.iter().find_map(|name| tensors.get(&hub(name))) else { continue };
             let name = own(&format!("ffn_{part}_exps.weight"));
             let data = floats(&origin.data(&name));
             all.push((
@@ -287,4 +293,151 @@ fn dots1_comes_back_from_gguf() {
     let metadata = metadata("dots1", &config, &counts, &others);
     let written = written(&tensors, &config, "model.", "lm_head.weight", false);
     check("dots1", &config, &config, &tensors, &metadata, &written);
+}
+
+#[test]
+fn mimo_v2_flash_comes_back_from_gguf() {
+    let (config, tensors) = golden("mimo_v2_flash");
+    let counts = [
+        ("block_count", "num_hidden_layers"),
+        ("context_length", "max_position_embeddings"),
+        ("embedding_length", "hidden_size"),
+        ("feed_forward_length", "intermediate_size"),
+        ("attention.head_count", "num_attention_heads"),
+        ("attention.key_length", "head_dim"),
+        ("attention.value_length", "v_head_dim"),
+        ("attention.sliding_window", "sliding_window"),
+        ("expert_count", "n_routed_experts"),
+        ("expert_used_count", "num_experts_per_tok"),
+        ("expert_feed_forward_length", "moe_intermediate_size"),
+    ];
+    let others = [
+        ("attention.head_count_kv", Value::U32s(vec![1, 2, 2])),
+        ("attention.sliding_window_pattern", Value::Bools(vec![false, true, true])),
+        ("attention.layer_norm_rms_epsilon", float(&config, "rms_norm_eps")),
+        ("rope.dimension_count", Value::U32(8)),
+        ("rope.freq_base", Value::F32(5e6)),
+        ("rope.freq_base_swa", Value::F32(1e4)),
+        ("expert_gating_func", Value::U32(2)),
+    ];
+    let value_scale = ("attention.value_scale", float(&config, "attention_value_scale"));
+    let written = written(&tensors, &config, "model.", "lm_head.weight", false);
+    // Early files lack the factor of values.
+    for others in [&others[..], &[&others[..], &[value_scale]].concat()] {
+        let metadata = metadata("mimo2", &config, &counts, others);
+        check("mimo_v2_flash", &config, &config, &tensors, &metadata, &written);
+    }
+}
+
+/// The tensors of DeepSeek-V4 as they are written: the release's own names on the right, in layers behind their number.
+fn deepseek_v4_written(tensors: &Tensors) -> Vec<Written> {
+    let outside = [
+        ("token_embd.weight", "embed.weight"),
+        ("output_norm.weight", "norm.weight"),
+        ("output.weight", "head.weight"),
+        ("output_hc_fn.weight", "hc_head_fn"),
+        ("output_hc_base.weight", "hc_head_base"),
+        ("output_hc_scale.weight", "hc_head_scale"),
+    ];
+    let in_layers = [
+        ("hc_attn_fn.weight", "hc_attn_fn"),
+        ("hc_attn_base.weight", "hc_attn_base"),
+        ("hc_attn_scale.weight", "hc_attn_scale"),
+        ("hc_ffn_fn.weight", "hc_ffn_fn"),
+        ("hc_ffn_base.weight", "hc_ffn_base"),
+        ("hc_ffn_scale.weight", "hc_ffn_scale"),
+        ("attn_sinks.weight", "attn.attn_sink"),
+        ("attn_norm.weight", "attn_norm.weight"),
+        ("ffn_norm.weight", "ffn_norm.weight"),
+        ("attn_q_a.weight", "attn.wq_a.weight"),
+        ("attn_q_a_norm.weight", "attn.q_norm.weight"),
+        ("attn_q_b.weight", "attn.wq_b.weight"),
+        ("attn_kv.weight", "attn.wkv.weight"),
+        ("attn_kv_a_norm.weight", "attn.kv_norm.weight"),
+        ("attn_output_a.weight", "attn.wo_a.weight"),
+        ("attn_output_b.weight", "attn.wo_b.weight"),
+        ("attn_compressor_ape.weight", "attn.compressor.ape"),
+        ("attn_compressor_kv.weight", "attn.compressor.wkv.weight"),
+        ("attn_compressor_gate.weight", "attn.compressor.wgate.weight"),
+        ("attn_compressor_norm.weight", "attn.compressor.norm.weight"),
+        ("indexer.attn_q_b.weight", "attn.indexer.wq_b.weight"),
+        ("indexer.proj.weight", "attn.indexer.weights_proj.weight"),
+        ("indexer_compressor_ape.weight", "attn.indexer.compressor.ape"),
+        ("indexer_compressor_kv.weight", "attn.indexer.compressor.wkv.weight"),
+        ("indexer_compressor_gate.weight", "attn.indexer.compressor.wgate.weight"),
+        ("indexer_compressor_norm.weight", "attn.indexer.compressor.norm.weight"),
+        ("ffn_gate_inp.weight", "ffn.gate.weight"),
+        ("exp_probs_b.bias", "ffn.gate.bias"),
+        ("ffn_gate_shexp.weight", "ffn.shared_experts.w1.weight"),
+        ("ffn_up_shexp.weight", "ffn.shared_experts.w3.weight"),
+        ("ffn_down_shexp.weight", "ffn.shared_experts.w2.weight"),
+    ];
+    let plain = |own: String, hub: &str| (own, F32, tensors[hub].shape.clone(), floats(&values(tensors, hub)));
+    let mut all: Vec<_> = outside.iter().map(|(own, hub)| plain((*own).to_owned(), hub)).collect();
+    for layer in 0..4 {
+        let (own, hub) = (|rest: &str| format!("blk.{layer}.{rest}"), |rest: &str| format!("layers.{layer}.{rest}"));
+        let there = in_layers.iter().filter(|(_, from)| tensors.contains_key(&hub(from)));
+        all.extend(there.map(|(to, from)| plain(own(to), &hub(from))));
+        if let Some(table) = tensors.get(&hub("ffn.gate.tid2eid")) {
+            let narrow = table.bytes.chunks(8).flat_map(|n| n[..4].to_vec()).collect();
+            all.push((own("ffn_gate_tid2eid.weight"), I32, table.shape.clone(), narrow));
+        }
+        for (part, module) in [("gate", "w1"), ("up", "w3"), ("down", "w2")] {
+            let experts = (0..8).map(|expert| hub(&format!("ffn.experts.{expert}.{module}.weight")));
+            let shape = &tensors[&hub(&format!("ffn.experts.0.{module}.weight"))].shape;
+            let data = experts.flat_map(|name| floats(&values(tensors, &name))).collect();
+            all.push((own(&format!("ffn_{part}_exps.weight")), F32, vec![8, shape[0], shape[1]], data));
+        }
+    }
+    // A layer that predicts, which is left out.
+    all.push(("blk.4.nextn.enorm.weight".to_owned(), F32, vec![64], vec![0; 256]));
+    all
+}
+
+#[test]
+fn deepseek_v4_comes_back_from_gguf() {
+    let (config, tensors) = golden("deepseek_v4");
+    let counts = [
+        ("context_length", "max_position_embeddings"),
+        ("embedding_length", "hidden_size"),
+        ("attention.head_count", "num_attention_heads"),
+        ("attention.head_count_kv", "num_key_value_heads"),
+        ("attention.key_length", "head_dim"),
+        ("attention.value_length", "head_dim"),
+        ("attention.sliding_window", "sliding_window"),
+        ("attention.q_lora_rank", "q_lora_rank"),
+        ("attention.output_lora_rank", "o_lora_rank"),
+        ("attention.output_group_count", "o_groups"),
+        ("attention.indexer.head_count", "index_n_heads"),
+        ("attention.indexer.key_length", "index_head_dim"),
+        ("attention.indexer.top_k", "index_topk"),
+        ("rope.dimension_count", "qk_rope_head_dim"),
+        ("rope.scaling.original_context_length", "rope_scaling/original_max_position_embeddings"),
+        ("expert_count", "n_routed_experts"),
+        ("expert_used_count", "num_experts_per_tok"),
+        ("expert_shared_count", "n_shared_experts"),
+        ("expert_feed_forward_length", "moe_intermediate_size"),
+        ("hash_layer_count", "num_hash_layers"),
+        ("hyper_connection.count", "hc_mult"),
+        ("hyper_connection.sinkhorn_iterations", "hc_sinkhorn_iters"),
+        ("nextn_predict_layers", "num_nextn_predict_layers"),
+    ];
+    let others = [
+        ("block_count", Value::U32(5)),
+        ("attention.layer_norm_rms_epsilon", float(&config, "rms_norm_eps")),
+        ("attention.compress_ratios", Value::U32s(vec![0, 4, 128, 4, 0])),
+        ("attention.compress_rope_freq_base", float(&config, "compress_rope_theta")),
+        ("rope.freq_base", float(&config, "rope_theta")),
+        ("rope.scaling.type", Value::Text("yarn")),
+        ("rope.scaling.factor", Value::F32(16.0)),
+        ("rope.scaling.yarn_beta_fast", Value::F32(32.0)),
+        ("rope.scaling.yarn_beta_slow", Value::F32(1.0)),
+        ("swiglu_clamp_exp", Value::F32(1.0)),
+        ("expert_weights_scale", float(&config, "routed_scaling_factor")),
+        ("expert_weights_norm", Value::Bool(true)),
+        ("expert_gating_func", Value::U32(4)),
+        ("hyper_connection.epsilon", float(&config, "hc_eps")),
+    ];
+    let metadata = metadata("deepseek4", &config, &counts, &others);
+    check("deepseek_v4", &config, &config, &tensors, &metadata, &deepseek_v4_written(&tensors));
 }

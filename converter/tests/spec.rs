@@ -8,7 +8,10 @@ use common::{Synthetic, fixture, options};
 use serde_json::{Value, json};
 use sluice_converter::synth::Geometry;
 use sluice_converter::{ConvertError, plan};
-use sluice_format::{AttentionSpec, GqaSpec, LayerSpec, MlaSpec, ModelSpec, RopePairing, RopeScaling, RopeSpec};
+use sluice_format::{
+    ActivationSpec, AttentionSpec, GqaSpec, LayerSpec, MlaSpec, ModelSpec, RopePairing, RopeScaling, RopeSpec,
+    RouterScore,
+};
 
 fn spec_of(dir: &Path) -> ModelSpec {
     plan(dir, &options("keep", "keep")).unwrap().spec().clone()
@@ -210,7 +213,7 @@ type Experts = Option<(usize, usize, usize, bool, f32)>;
 
 /// What `config.json` gives where it says nothing but its family: the values of the configuration classes of transformers
 /// 4.57 and 5, which are the same but where noted. Checkpoints are saved without keys that have these values.
-const DEFAULTS: [(&str, Basics, Experts); 32] = [
+const DEFAULTS: [(&str, Basics, Experts); 35] = [
     // Vocabulary of version 5; 4.57 had 32,000.
     ("deepseek_v2", (102_400, 4096, 32, 32, 32, 192, 2048, 1e-6, 1e4), Some((64, 6, 1407, false, 1.0))),
     ("deepseek_v3", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
@@ -242,6 +245,10 @@ const DEFAULTS: [(&str, Basics, Experts); 32] = [
     // One layer short, because the last of all has no rotation.
     ("llama4_text", (202_048, 5120, 47, 40, 8, 128, 131_072, 1e-5, 5e5), Some((16, 1, 8192, false, 1.0))),
     ("mimo_v2_flash", (152_576, 4096, 48, 64, 4, 192, 131_072, 1e-5, 5e6), Some((256, 8, 2048, true, 1.0))),
+    // The release's own class, which transformers lacks.
+    ("bailing_moe_v2", (157_184, 2048, 20, 16, 4, 128, 32_768, 1e-6, 6e5), Some((256, 8, 512, true, 1.0))),
+    ("bailing_hybrid", (157_184, 2560, 42, 32, 32, 192, 262_144, 1e-6, 6e6), Some((512, 8, 768, true, 2.5))),
+    ("step3p5", (128_815, 4096, 45, 64, 8, 128, 128_000, 1e-5, 1e4), Some((288, 8, 1280, true, 1.0))),
     ("llama", (32_000, 4096, 32, 32, 32, 128, 2048, 1e-6, 1e4), None),
     ("mistral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-6, 1e4), None),
     ("qwen3", (151_936, 4096, 32, 32, 32, 128, 32_768, 1e-6, 1e4), None),
@@ -288,7 +295,7 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
             ),
             AttentionSpec::Gqa(g) => (g.heads, g.kv_heads, g.head_dim, g.rope.as_ref().unwrap().theta),
             AttentionSpec::Compressed(c) => (c.heads(), 1, c.head_dim, c.rope.theta),
-            AttentionSpec::Delta(_) => panic!("{name}"),
+            AttentionSpec::Delta(_) | AttentionSpec::Mamba(_) => panic!("{name}"),
         };
         let sizes = (spec.vocab_size, spec.hidden_size, spec.layers.len(), heads, kv_heads, width, spec.max_positions);
         let found = (sizes.0, sizes.1, sizes.2, sizes.3, sizes.4, sizes.5, sizes.6, spec.norm_eps, theta);
@@ -407,10 +414,131 @@ fn what_newer_families_do_not_compute_is_refused_by_its_key() {
         ),
         (json!({"model_type": "mimo_v2_flash", "hybrid_layer_pattern": [2]}), "`hybrid_layer_pattern` has 1 entries"),
         (json!({"model_type": "mimo_v2_flash", "num_key_value_heads": 3}), "`num_key_value_heads` is 3"),
+        (json!({"model_type": "bailing_moe", "norm_head": true}), "`norm_head` is true"),
+        (json!({"model_type": "bailing_moe", "score_function": "sigmoid"}), "`score_function` is \"sigmoid\""),
+        (
+            json!({"model_type": "bailing_moe", "architectures": ["BailingMoeLinearForCausalLM"]}),
+            "`architectures` names",
+        ),
+        (json!({"model_type": "bailing_moe_v2", "norm_topk_prob": false}), "`norm_topk_prob` is false"),
+        (
+            json!({"model_type": "bailing_moe_v2", "moe_shared_expert_intermediate_size": 64}),
+            "`moe_shared_expert_intermediate_size` is 64",
+        ),
+        (
+            json!({"model_type": "bailing_hybrid", "architectures": ["BailingMoeV2_5ForCausalLM"]}),
+            "`architectures` names",
+        ),
+        (json!({"model_type": "bailing_hybrid", "kda_lower_bound": 0.0}), "`kda_lower_bound` is 0"),
+        (json!({"model_type": "nemotron_h", "use_bias": true}), "`use_bias` is true"),
+        (json!({"model_type": "nemotron_h", "mlp_hidden_act": "silu"}), "`mlp_hidden_act` is \"silu\""),
+        (
+            json!({"model_type": "nemotron_h", "hybrid_override_pattern": "M-E"}),
+            "block, number 2, that follows no block",
+        ),
+        (json!({"model_type": "nemotron_h", "hybrid_override_pattern": "MX"}), "`hybrid_override_pattern` holds 'X'"),
+        (
+            json!({"model_type": "nemotron_h", "layers_block_type": ["mamba", "rnn"]}),
+            "`layers_block_type` holds \"rnn\"",
+        ),
+        (json!({"model_type": "nemotron_h", "layers_block_type": []}), "`layers_block_type` has 0 blocks"),
+        (json!({"model_type": "nemotron_h", "time_step_limit": [0.001, 0.1]}), "`time_step_limit` bounds"),
+        (json!({"model_type": "nemotron_h", "n_groups": 3}), "`n_groups` is 3"),
+        (json!({"model_type": "nemotron_h", "n_shared_experts": 2}), "`n_shared_experts` is 2"),
+        (json!({"model_type": "step3p5", "swiglu_limits": [7.0]}), "`swiglu_limits` has 1 entries"),
+        (json!({"model_type": "step3p5", "moe_layers_enum": "3,x"}), "`moe_layers_enum` holds something else"),
+        (json!({"model_type": "step3p5", "layer_types": ["chunked"]}), "`layer_types` has 1 entries"),
+        (json!({"model_type": "step3p5", "yarn_only_types": ["sliding_attention"]}), "`yarn_only_types` names"),
     ] {
         let error = of_keys(&config).unwrap_err().to_string();
         assert!(error.contains(words), "{config}: {error}");
     }
+}
+
+/// Blocks of Nemotron-H make layers of a mixer and the feed-forward block behind it, in every spelling.
+#[test]
+fn blocks_of_nemotron_make_layers() {
+    let of = |mut keys: Value| {
+        keys["model_type"] = json!("nemotron_h");
+        of_keys(&keys).unwrap()
+    };
+    let spec =
+        of(json!({"hybrid_override_pattern": "MEM*EM-", "time_step_limit": [0.0, "Infinity"], "moe_latent_size": 64}));
+    let words = ["mamba", "moe", "linear_attention", "attention", "moe", "mamba", "mlp"];
+    assert_eq!(spec, of(json!({"layers_block_type": words, "moe_latent_size": 64, "time_step_limit": [0.0, 1e30]})));
+    let kind = |layer: &LayerSpec| {
+        let mixer = if matches!(layer.attention, AttentionSpec::Mamba(_)) { 'M' } else { '*' };
+        let ffn = match (&layer.ffn.moe, layer.ffn.is_none()) {
+            (Some(moe), _) if moe.latent == Some(64) => 'E',
+            (_, true) => ' ',
+            _ => '-',
+        };
+        [mixer, ffn]
+    };
+    let kinds: String = spec.layers.iter().flat_map(kind).collect();
+    assert_eq!(kinds, "MEM *EM-");
+    let AttentionSpec::Mamba(mamba) = &spec.layers[0].attention else { panic!() };
+    assert_eq!((mamba.heads, mamba.head_dim, mamba.groups, mamba.state_dim, mamba.conv_width), (128, 64, 8, 128, 4));
+    assert!(mamba.conv_bias && gqa(&spec, 2).rope.is_none());
+    assert!(spec.layers.iter().all(|layer| layer.ffn.is_none() || !layer.ffn.activation.is_gated()));
+    // What transformers fills in.
+    assert_eq!(of(json!({})).layers.len(), 2);
+}
+
+/// Per-layer lists of Step may have entries for layers that predict further tokens, and both spellings of rotation mean the same.
+#[test]
+fn layers_of_step_in_both_spellings() {
+    let of = |mut keys: Value| {
+        let common = json!({
+            "model_type": "step3p5", "num_hidden_layers": 2, "num_nextn_predict_layers": 1, "sliding_window": 512,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "moe_layers_enum": "1,2",
+            "attention_other_setting": {"attention_type": "sliding_attention", "num_attention_heads": 96, "num_attention_groups": 8},
+            "swiglu_limits": [0.0, 7.0, 0.0], "swiglu_limits_shared": [0.0, 16.0, 0.0],
+        });
+        keys.as_object_mut().unwrap().extend(common.as_object().unwrap().clone());
+        of_keys(&keys).unwrap()
+    };
+    let scaling = json!({"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 131_072,
+        "low_freq_factor": 1.0, "high_freq_factor": 32.0});
+    let old = of(json!({
+        "rope_theta": [5e6, 1e4, 1e4], "partial_rotary_factors": [0.5, 1.0, 1.0], "rope_scaling": scaling,
+        "yarn_only_types": ["full_attention"],
+    }));
+    let mut full = scaling;
+    (full["rope_theta"], full["partial_rotary_factor"]) = (json!(5e6), json!(0.5));
+    let sliding = json!({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0});
+    assert_eq!(old, of(json!({"rope_parameters": {"full_attention": full, "sliding_attention": sliding}})));
+    let (full, sliding) = (gqa(&old, 0), gqa(&old, 1));
+    assert_eq!(
+        [full, sliding].map(|gqa| (gqa.heads, gqa.window, gqa.head_gate)),
+        [(64, None, true), (96, Some(512), true)]
+    );
+    let rope = |gqa: &GqaSpec| gqa.rope.as_ref().map(|rope| (rope.theta, rope.dim, rope.scaling != RopeScaling::None));
+    assert_eq!([rope(full), rope(sliding)], [Some((5e6, 64, true)), Some((1e4, 128, false))]);
+    let bounded = |limit| ActivationSpec::SiluBounded { limit };
+    let [dense, sparse] = [0, 1].map(|layer: usize| &old.layers[layer].ffn);
+    assert_eq!((dense.activation, dense.dense_activation, dense.moe.is_some()), (ActivationSpec::Silu, None, false));
+    assert_eq!((sparse.activation, sparse.dense_activation()), (bounded(7.0), bounded(16.0)));
+    assert!(sparse.moe.is_some());
+}
+
+/// Both generations of Ling have the same `model_type`.
+#[test]
+fn generations_of_ling_are_told_by_their_class() {
+    let keys = json!({
+        "model_type": "bailing_moe", "moe_intermediate_size": 64, "intermediate_size": 64, "num_key_value_heads": 4,
+        "use_bias": false, "n_group": 4, "topk_group": 2,
+    });
+    let of = |class: &str| {
+        let mut keys = keys.clone();
+        keys["architectures"] = json!([class]);
+        of_keys(&keys).unwrap()
+    };
+    let (first, second) = (of("BailingMoeForCausalLM"), of("BailingMoeV2ForCausalLM"));
+    let router = |spec: &ModelSpec| spec.layers[1].ffn.moe.as_ref().unwrap().router.clone();
+    assert_eq!((router(&first).score, router(&second).score), (RouterScore::Softmax, RouterScore::Sigmoid));
+    assert_eq!([router(&first).groups.is_some(), router(&second).groups.is_some()], [false, true]);
+    assert_eq!([&first, &second].map(|spec| gqa(spec, 0).qk_norm.is_some()), [false, true]);
 }
 
 /// Both generations of spelling, and what the classes of transformers make of neither.

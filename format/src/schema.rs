@@ -1,7 +1,10 @@
 //! Which tensors a model of a given spec has: the contract between converter and runtime.
 
 use crate::extent::ExtentKind;
-use crate::spec::{AttentionSpec, CompressedSpec, DeltaSpec, FfnSpec, GqaSpec, MlaSpec, ModelSpec, QkNormScope};
+use crate::spec::{
+    ActivationSpec, AttentionSpec, CompressedSpec, DeltaSpec, FfnSpec, GqaSpec, MambaSpec, MlaSpec, ModelSpec,
+    QkNormScope,
+};
 use crate::tensor::Layout;
 use sluice_weights::WeightType;
 
@@ -34,11 +37,13 @@ fn matrix(name: &'static str, rows: usize, cols: usize) -> TensorShape {
     TensorShape { name, layout: Layout::Tiled, shape: [1, rows, cols] }
 }
 
-fn ffn_pair(width: usize, hidden: usize) -> Vec<TensorShape> {
-    vec![
-        TensorShape { name: "gate_up", layout: Layout::TiledPair, shape: [1, width, hidden] },
-        matrix("down", hidden, width),
-    ]
+/// The matrices of one feed-forward network.
+fn network(activation: ActivationSpec, width: usize, hidden: usize) -> [TensorShape; 2] {
+    let first = match activation.is_gated() {
+        true => TensorShape { name: "gate_up", layout: Layout::TiledPair, shape: [1, width, hidden] },
+        false => matrix("up", width, hidden),
+    };
+    [first, matrix("down", hidden, width)]
 }
 
 impl ModelSpec {
@@ -81,11 +86,13 @@ impl ModelSpec {
                     AttentionSpec::Mla(m) => list.extend(mla_tensors(m, hidden)),
                     AttentionSpec::Gqa(g) => list.extend(gqa_tensors(g, hidden)),
                     AttentionSpec::Delta(d) => list.extend(delta_tensors(d, hidden)),
+                    AttentionSpec::Mamba(m) => list.extend(mamba_tensors(m, hidden)),
                     AttentionSpec::Compressed(c) => list.extend(compressed_tensors(c, hidden)),
                 }
                 list.extend(self.norms.behind.then(|| vector("attn_post_norm", hidden)));
                 list
             }
+            ExtentKind::Router if spec.ffn.is_none() => Vec::new(),
             ExtentKind::Router => {
                 let mut list = self.stream_tensors();
                 list.extend(self.norm_before("ffn_norm", "ffn_norm_bias"));
@@ -94,18 +101,14 @@ impl ModelSpec {
                 list.extend(self.layer_scale.then(|| vector("layer_scale", 1)));
                 list
             }
-            ExtentKind::Dense if spec.ffn.dense_width > 0 => {
-                let gate = spec.ffn.dense_gate.then(|| matrix("dense_gate", 1, hidden));
-                gate.into_iter().chain(ffn_pair(spec.ffn.dense_width, hidden)).collect()
-            }
-            ExtentKind::Dense => Vec::new(),
+            ExtentKind::Dense => dense_tensors(&spec.ffn, hidden),
             ExtentKind::Expert => spec.ffn.moe.as_ref().map_or(Vec::new(), |moe| {
                 let mut list = Vec::new();
                 if moe.expert_bias {
                     list.extend([vector("gate_bias", moe.width), vector("up_bias", moe.width)]);
                     list.push(vector("down_bias", hidden));
                 }
-                list.extend(ffn_pair(moe.width, hidden));
+                list.extend(network(spec.ffn.activation, moe.width, moe.input_width(hidden)));
                 list
             }),
             // The spec of this version has neither prediction layers nor tables.
@@ -169,8 +172,9 @@ fn mla_tensors(m: &MlaSpec, hidden: usize) -> Vec<TensorShape> {
         vector("kv_a_norm", m.kv_lora_rank),
         batched("k_b", m.kv_lora_rank, m.qk_nope_head_dim),
         batched("v_b", m.v_head_dim, m.kv_lora_rank),
-        matrix("o", hidden, m.heads * m.v_head_dim),
     ]);
+    list.extend(m.head_gate.then(|| matrix("head_gate", m.heads, hidden)));
+    list.push(matrix("o", hidden, m.heads * m.v_head_dim));
     if let (Some(indexer), Some(rank)) = (&m.indexer, m.q_lora_rank)
         && !indexer.shared
     {
@@ -206,6 +210,17 @@ fn delta_tensors(d: &DeltaSpec, hidden: usize) -> Vec<TensorShape> {
     list
 }
 
+/// `conv` holds the taps of each channel together, oldest first; channels are those of `x`, `b` and `c`.
+fn mamba_tensors(m: &MambaSpec, hidden: usize) -> Vec<TensorShape> {
+    let (inner, group) = (m.inner_width(), m.groups * m.state_dim);
+    let mut list = vec![matrix("x", inner, hidden), matrix("b", group, hidden), matrix("c", group, hidden)];
+    list.extend([matrix("dt", m.heads, hidden), vector("conv", m.conv_channels() * m.conv_width)]);
+    list.extend(m.conv_bias.then(|| vector("conv_bias", m.conv_channels())));
+    list.extend([vector("a_log", m.heads), vector("dt_bias", m.heads), vector("d", m.heads)]);
+    list.extend([matrix("z", inner, hidden), vector("out_norm", inner), matrix("o", hidden, inner)]);
+    list
+}
+
 /// `gate` is the half of the query projection of Qwen3-Next that gates the output.
 fn gqa_tensors(g: &GqaSpec, hidden: usize) -> Vec<TensorShape> {
     let (query, key, value) = (g.heads * g.head_dim, g.kv_heads * g.head_dim, g.kv_heads * g.v_head_dim);
@@ -237,6 +252,7 @@ fn gqa_tensors(g: &GqaSpec, hidden: usize) -> Vec<TensorShape> {
     if g.output_gate {
         list.push(matrix("gate", output, hidden));
     }
+    list.extend(g.head_gate.then(|| matrix("head_gate", g.heads, hidden)));
     list.push(matrix("o", hidden, output));
     if g.o_bias {
         list.push(vector("o_bias", hidden));
@@ -279,6 +295,19 @@ fn compressed_tensors(c: &CompressedSpec, hidden: usize) -> Vec<TensorShape> {
     let group = [c.output_groups, c.output_rank, c.group_heads * c.head_dim];
     list.push(TensorShape { name: "o_a", layout: Layout::Tiled, shape: group });
     list.push(matrix("o", hidden, c.output_groups * c.output_rank));
+    list
+}
+
+/// What every token computes, and the projections into the latent space of experts and back.
+fn dense_tensors(ffn: &FfnSpec, hidden: usize) -> Vec<TensorShape> {
+    let mut list = Vec::new();
+    if let Some(latent) = ffn.moe.as_ref().and_then(|moe| moe.latent) {
+        list.extend([matrix("latent_down", latent, hidden), matrix("latent_up", hidden, latent)]);
+    }
+    if ffn.dense_width > 0 {
+        list.extend(ffn.dense_gate.then(|| matrix("dense_gate", 1, hidden)));
+        list.extend(network(ffn.dense_activation(), ffn.dense_width, hidden));
+    }
     list
 }
 

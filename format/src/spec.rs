@@ -9,6 +9,7 @@ mod factors;
 mod gqa;
 mod indexer;
 mod key_blocks;
+mod mamba;
 mod norms;
 mod streams;
 mod temperature;
@@ -24,6 +25,7 @@ pub use factors::Factors;
 pub use gqa::{GqaSpec, QkNorm, QkNormScope};
 pub use indexer::IndexerSpec;
 pub use key_blocks::KeyBlocksSpec;
+pub use mamba::MambaSpec;
 pub use norms::NormsSpec;
 pub use streams::StreamsSpec;
 pub use temperature::QueryTemperature;
@@ -69,7 +71,8 @@ pub struct ModelSpec {
     pub layers: Vec<LayerSpec>,
 }
 
-/// One decoder layer: `x += attention(norm(x)); x += ffn(norm(x))`, with [`Factors::residual`] on what is added.
+/// One decoder layer: `x += attention(norm(x)); x += ffn(norm(x))`, with [`Factors::residual`] on what is added. Of a layer without
+/// feed-forward part ([`FfnSpec::NONE`]) only the first.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerSpec {
@@ -89,6 +92,8 @@ pub enum AttentionSpec {
     Gqa(GqaSpec),
     /// Gated delta net.
     Delta(DeltaSpec),
+    /// Mamba-2.
+    Mamba(MambaSpec),
     /// A sliding window and compressed entries.
     Compressed(CompressedSpec),
 }
@@ -120,6 +125,9 @@ pub struct MlaSpec {
     /// Limits attention to the tokens that an indexer chooses; `None`: all before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub indexer: Option<IndexerSpec>,
+    /// Whether the output of each head is multiplied by the sigmoid of a projection of the input to one number per head.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub head_gate: bool,
 }
 
 /// Rotary position embedding.
@@ -199,12 +207,15 @@ pub enum RopeScaling {
     },
 }
 
-/// The feed-forward part of a layer: what every token computes, plus the routed experts.
+/// The feed-forward part of a layer: what every token computes, plus the routed experts. With neither, the layer has none.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FfnSpec {
     /// Activation of dense part and experts.
     pub activation: ActivationSpec,
+    /// Activation of the dense part where it has another; `None`: the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dense_activation: Option<ActivationSpec>,
     /// Width of the dense feed-forward network or of all shared experts together; 0: none.
     pub dense_width: usize,
     /// Whether the dense part's output is multiplied by the sigmoid of a projection of the input to one number.
@@ -214,7 +225,7 @@ pub struct FfnSpec {
     pub moe: Option<MoeSpec>,
 }
 
-/// Gated activation of a feed-forward network.
+/// Activation of a feed-forward network, which joins the products of two matrices, gate and up, unless it says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum ActivationSpec {
@@ -234,6 +245,33 @@ pub enum ActivationSpec {
     },
     /// `gelu(gate) · up` (GeGLU, arXiv:2002.05202), with the approximation by tanh (arXiv:1606.08415, section 2).
     GeluTanh,
+    /// `min(silu(gate), limit) · clamp(up, ±limit)`.
+    SiluBounded {
+        /// Bound.
+        limit: f32,
+    },
+    /// `max(up, 0)²` (arXiv:2109.08668): there is no gate.
+    ReluSquared,
+}
+
+impl ActivationSpec {
+    /// Whether it joins a gate with up.
+    pub fn is_gated(self) -> bool {
+        self != ActivationSpec::ReluSquared
+    }
+
+    fn validate(self) -> Result<(), String> {
+        let bound = |limit: f32| limit.is_finite() && limit > 0.0;
+        match self {
+            ActivationSpec::SwigluOai { alpha, limit } if !(alpha.is_finite() && bound(limit)) => {
+                Err(format!("its activation has alpha {alpha} and limit {limit}"))
+            }
+            ActivationSpec::SiluClamped { limit } | ActivationSpec::SiluBounded { limit } if !bound(limit) => {
+                Err(format!("its activation has limit {limit}"))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// The routed experts of a layer.
@@ -246,6 +284,10 @@ pub struct MoeSpec {
     pub top_k: usize,
     /// Width of one expert.
     pub width: usize,
+    /// Width of what experts read and write: a projection of the layer's input, of which another one makes its output again (LatentMoE,
+    /// arXiv:2601.18089); `None`: the hidden size, without projections.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latent: Option<usize>,
     /// Whether gate, up and down projections have biases.
     #[serde(default, skip_serializing_if = "is_false")]
     pub expert_bias: bool,
@@ -379,6 +421,9 @@ impl ModelSpec {
         if self.logit_cap.is_some_and(|cap| !(cap.is_finite() && cap > 0.0)) {
             return Err("logit_cap is not a positive number".into());
         }
+        if self.layer_scale && self.layers.iter().any(|layer| layer.ffn.is_none()) {
+            return Err("it has a scale for a layer without feed-forward part".into());
+        }
         if self.streams.is_some() && (self.norms.behind || self.layer_scale) {
             return Err("it has norms or a scale behind its layers' parts beside several streams".into());
         }
@@ -394,6 +439,9 @@ impl ModelSpec {
         self.layers.iter().enumerate().try_for_each(|(i, layer)| {
             layer.attention.validate().and_then(|()| layer.ffn.validate()).map_err(|e| format!("layer {i}: {e}"))
         })?;
+        if self.streams.is_some() && self.layers.iter().any(|layer| layer.ffn.is_none()) {
+            return Err("it has several streams and a layer without feed-forward part".to_owned());
+        }
         // Each is an extent: whoever lays out a file may go through all of them.
         let experts: usize = self.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.experts).sum();
         if experts > MAX_MODEL_EXPERTS {
@@ -463,6 +511,7 @@ impl AttentionSpec {
             AttentionSpec::Mla(m) => m.validate(),
             AttentionSpec::Gqa(g) => g.validate(),
             AttentionSpec::Delta(d) => d.validate(),
+            AttentionSpec::Mamba(m) => m.validate(),
             AttentionSpec::Compressed(c) => c.validate(),
         }
     }
@@ -556,6 +605,25 @@ impl RopeSpec {
 }
 
 impl FfnSpec {
+    /// What a layer without feed-forward part has.
+    pub const NONE: FfnSpec = FfnSpec {
+        activation: ActivationSpec::Silu,
+        dense_activation: None,
+        dense_width: 0,
+        dense_gate: false,
+        moe: None,
+    };
+
+    /// Whether there is no feed-forward part.
+    pub fn is_none(&self) -> bool {
+        self.dense_width == 0 && self.moe.is_none()
+    }
+
+    /// Activation of the dense part.
+    pub fn dense_activation(&self) -> ActivationSpec {
+        self.dense_activation.unwrap_or(self.activation)
+    }
+
     fn validate(&self) -> Result<(), String> {
         if self.dense_width > 0 {
             check_width("dense_width", self.dense_width)?;
@@ -563,21 +631,21 @@ impl FfnSpec {
         if self.dense_gate && self.dense_width == 0 {
             return Err("it gates a dense part that it does not have".into());
         }
-        if let ActivationSpec::SwigluOai { alpha, limit } = self.activation
-            && !(alpha.is_finite() && limit.is_finite() && limit > 0.0)
-        {
-            return Err(format!("its activation has alpha {alpha} and limit {limit}"));
-        }
-        if let ActivationSpec::SiluClamped { limit } = self.activation
-            && !(limit.is_finite() && limit > 0.0)
-        {
-            return Err(format!("its activation has limit {limit}"));
+        self.activation.validate()?;
+        self.dense_activation().validate()?;
+        if self.dense_activation().is_gated() != self.activation.is_gated() {
+            return Err("only one of its dense part and its experts has a gate".into());
         }
         match &self.moe {
-            None if self.dense_width == 0 => Err("it has neither experts nor a dense part".into()),
             None => Ok(()),
+            Some(moe) if moe.apart && moe.latent.is_some() => {
+                Err("its experts are apart from the dense part, and compute in a space of their own".into())
+            }
             Some(moe) if moe.apart && self.dense_width == 0 => {
                 Err("its experts are apart from a dense part that it does not have".into())
+            }
+            Some(moe) if moe.expert_bias && !self.activation.is_gated() => {
+                Err("its experts have biases and no gate".into())
             }
             Some(moe) => moe.validate(),
         }
@@ -585,9 +653,18 @@ impl FfnSpec {
 }
 
 impl MoeSpec {
+    /// Width of what experts read and write.
+    pub fn input_width(&self, hidden_size: usize) -> usize {
+        self.latent.unwrap_or(hidden_size)
+    }
+
     fn validate(&self) -> Result<(), String> {
         check_range("experts", self.experts, MAX_EXPERTS)?;
         check_width("width", self.width)?;
+        check_width("latent", self.latent.unwrap_or(1))?;
+        if self.latent.is_some() && self.weighted_input {
+            return Err("a weight multiplies the input of its experts, which is a projection".into());
+        }
         if self.top_k == 0 || self.top_k > self.experts {
             return Err(format!("top_k is {} of {} experts", self.top_k, self.experts));
         }

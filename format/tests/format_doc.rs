@@ -193,11 +193,15 @@ fn evaluate(expression: &str, paths: &Paths) -> usize {
     expression.split('+').map(|term| term.split('·').map(|f| factor(f.trim())).product::<u64>()).sum::<u64>() as usize
 }
 
-/// Whether a layer has what the last column asks for: `field`, `no field` or `field = value`, all of them.
+/// Whether a layer has what the last column asks for: `field`, `no field`, `field = value` or `field ≠ value`, all of them.
 fn applies(when: &str, paths: &Paths) -> bool {
     let set = |name: &str| find(paths, name).is_some_and(|v| !(v.is_null() || *v == false || *v == 0));
     when.split(',').map(str::trim).filter(|term| !term.is_empty()).all(|term| match term.split_once(" = ") {
         Some((name, value)) => find(paths, name).is_some_and(|v| *v == value),
+        None if term.contains(" ≠ ") => {
+            let (name, value) = term.split_once(" ≠ ").expect("it is there");
+            find(paths, name).is_none_or(|v| *v != value)
+        }
         None => term.strip_prefix("no ").map_or_else(|| set(term), |name| !set(name)),
     })
 }
@@ -214,7 +218,7 @@ fn specs() -> Vec<ModelSpec> {
             gqa.qk_norm.iter_mut().for_each(|norm| norm.weightless = true);
         }
     }
-    vec![small_spec(), gqa_spec(), plain, sparse_spec(), hybrid_spec(), streams_spec(), norms_spec()]
+    vec![small_spec(), gqa_spec(), plain, sparse_spec(), hybrid_spec(), streams_spec(), recurrent_spec(), norms_spec()]
 }
 
 #[test]

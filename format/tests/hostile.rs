@@ -348,7 +348,7 @@ fn specs() {
     bad("its spec implies", "/layers/1/ffn/moe/experts", (1 << 16).into());
     bad("its spec implies", "/hidden_size", 64.into());
     bad("layer 1", "/layers/1/attention/q_lora_rank", serde_json::Value::Null);
-    bad("neither experts", "/layers/0/ffn/dense_width", 0.into());
+    bad("has no tensors", "/layers/0/ffn/dense_width", 0.into());
 }
 
 #[test]
@@ -379,6 +379,46 @@ fn specs_of_hybrids() {
     let AttentionSpec::Mla(mla) = &mut spec.layers[0].attention else { panic!() };
     mla.rope = None;
     assert!(spec.validate().unwrap_err().contains("an indexer needs positions"));
+}
+
+#[test]
+fn specs_of_recurrent_layers() {
+    assert_eq!(ModelSpec::from_json(&recurrent_spec().to_json()).unwrap(), recurrent_spec());
+    let bad = |says: &str, pointer: &str, value: serde_json::Value| {
+        let mut json: serde_json::Value = serde_json::from_slice(&recurrent_spec().to_json()).unwrap();
+        *json.pointer_mut(pointer).expect("the spec has this field") = value;
+        let error = ModelSpec::from_json(&serde_json::to_vec(&json).unwrap()).expect_err(says);
+        assert!(error.contains(says), "{says}: {error}");
+    };
+    for value in [0, u64::MAX] {
+        for field in ["heads", "head_dim", "groups", "state_dim", "conv_width"] {
+            bad(field, &format!("/layers/0/attention/{field}"), value.into());
+        }
+        bad("latent", "/layers/0/ffn/moe/latent", value.into());
+    }
+    bad("4 heads share 3 groups", "/layers/0/attention/groups", 3.into());
+    bad("channels × conv_width", "/layers/0/attention/conv_width", (1 << 18).into());
+    bad("norm_eps", "/layers/0/attention/norm_eps", (-1.0).into());
+    for value in [0.0, 1.0, 1e300] {
+        bad("least_log_decay", "/layers/2/attention/least_log_decay", value.into());
+    }
+    bad("activation has limit 0", "/layers/3/ffn/dense_activation/limit", 0.0.into());
+    bad("has a gate", "/layers/3/ffn/dense_activation", serde_json::json!({ "kind": "relu_squared" }));
+
+    let mut twice = recurrent_spec();
+    let AttentionSpec::Gqa(gqa) = &mut twice.layers[1].attention else { panic!() };
+    gqa.output_gate = true;
+    assert!(twice.validate().unwrap_err().contains("gates its heads twice"));
+    let changed = |change: fn(&mut MoeSpec)| {
+        let mut spec = recurrent_spec();
+        change(spec.layers[0].ffn.moe.as_mut().unwrap());
+        spec.validate().unwrap_err()
+    };
+    assert!(changed(|moe| moe.weighted_input = true).contains("multiplies the input"));
+    assert!(changed(|moe| moe.expert_bias = true).contains("biases and no gate"));
+    let mut streams = streams_spec();
+    streams.layers[0].ffn = FfnSpec::NONE;
+    assert!(streams.validate().unwrap_err().contains("several streams and a layer without"));
 }
 
 #[test]

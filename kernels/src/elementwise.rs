@@ -24,6 +24,13 @@ pub enum Activation {
     },
     /// `gelu(gate) · up`, with the approximation by tanh.
     GeluTanh,
+    /// `min(silu(gate), limit) · clamp(up, ±limit)`.
+    SiluBounded {
+        /// Bound on both factors.
+        limit: f32,
+    },
+    /// `max(up, 0)²`, whatever the gate: networks with it have none.
+    ReluSquared,
 }
 
 impl Activation {
@@ -38,6 +45,15 @@ impl Activation {
             }
             Activation::SiluClamped { limit } => silu(at_most(gate, limit)) * within(up, limit),
             Activation::GeluTanh => gelu_tanh(gate) * up,
+            Activation::SiluBounded { limit } => at_most(silu(gate), limit) * within(up, limit),
+            // A comparison, so that NaN stays NaN.
+            Activation::ReluSquared => {
+                if up < 0.0 {
+                    0.0
+                } else {
+                    up * up
+                }
+            }
         }
     }
 
@@ -52,6 +68,8 @@ impl Activation {
             }
             Activation::SiluClamped { limit } => join(gate, up, |g, u| Activation::SiluClamped { limit }.apply(g, u)),
             Activation::GeluTanh => join(gate, up, |g, u| Activation::GeluTanh.apply(g, u)),
+            Activation::SiluBounded { limit } => join(gate, up, |g, u| Activation::SiluBounded { limit }.apply(g, u)),
+            Activation::ReluSquared => join(gate, up, |g, u| Activation::ReluSquared.apply(g, u)),
         }
     }
 }
@@ -208,7 +226,12 @@ mod tests {
         assert_eq!(oai.apply(9.0, -9.0), -6.0 * (7.0 * sigmoid(1.702 * 7.0)));
         let clamped = Activation::SiluClamped { limit: 7.0 };
         assert_eq!(clamped.apply(9.0, 9.0), silu(7.0) * 7.0);
-        for act in [Activation::Silu, oai, clamped] {
+        let bounded = Activation::SiluBounded { limit: 7.0 };
+        assert_eq!(bounded.apply(9.0, -9.0), 7.0 * -7.0);
+        assert_eq!(bounded.apply(2.0, 3.0), silu(2.0) * 3.0);
+        assert_eq!([-2.0, 3.0].map(|up| Activation::ReluSquared.apply(f32::NAN, up)), [0.0, 9.0]);
+        assert!(Activation::ReluSquared.apply(1.0, f32::NAN).is_nan());
+        for act in [Activation::Silu, oai, clamped, bounded] {
             assert!(act.apply(f32::NAN, 1.0).is_nan());
             assert!(act.apply(1.0, f32::NAN).is_nan());
         }
@@ -220,7 +243,8 @@ mod tests {
         let steps = |i: i32| (i as f32).mul_add(0.37, -90.0);
         let values: Vec<f32> = odd.into_iter().chain((0..500).map(steps)).collect();
         let oai = Activation::SwigluOai { alpha: 1.702, limit: 7.0 };
-        for act in [Activation::Silu, oai, Activation::SiluClamped { limit: 7.0 }] {
+        let (clamped, bounded) = (Activation::SiluClamped { limit: 7.0 }, Activation::SiluBounded { limit: 7.0 });
+        for act in [Activation::Silu, oai, clamped, bounded, Activation::ReluSquared] {
             for shift in 0..values.len() {
                 let at = |i: usize| values[i % values.len()];
                 let (gate, up): ([f32; 8], [f32; 8]) = (array::from_fn(at), array::from_fn(|i| at(i + shift)));

@@ -14,8 +14,9 @@ use tempfile::TempDir;
 
 /// Golden models with one of each kind of attention: latents, latents with an indexer, with one that layers share, windows with
 /// sinks, windows, keys beside recurrent states, stretches, windows with heads of their own, windows with compressed entries behind
-/// them, latents beside recurrent states, keys in blocks that are chosen, and wider heads whose values are keys beside windows.
-pub const ATTENTIONS: [&str; 12] = [
+/// them, latents beside recurrent states, keys in blocks that are chosen, keys beside recurrent states of another kind, and wider
+/// heads whose values are keys beside windows.
+pub const ATTENTIONS: [&str; 13] = [
     "deepseek_v3",
     "deepseek_v32",
     "glm_moe_dsa",
@@ -28,6 +29,7 @@ pub const ATTENTIONS: [&str; 12] = [
     "kimi_linear",
     "minimax_m3",
     "gemma4",
+    "nemotron_h",
 ];
 
 /// Those of [`ATTENTIONS`] whose sequences cannot go back to any token.

@@ -120,6 +120,14 @@ goldens! {
     hy_v3
     llama4_text
     mimo_v2_flash
+    mimo_v2
+    mimo_v2_fp8
+    bailing_moe
+    bailing_moe_v2
+    bailing_hybrid
+    nemotron_h
+    nemotron_h_latent
+    step3p5
     llama
     mistral
     qwen3

@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     importance.save(&args.out)?;
     let spec = engine.spec();
     let experts: usize = (0..spec.layers.len()).map(|layer| spec.extent_count(ExtentKind::Expert, layer)).sum();
-    let reached = importance.matrices().keys().filter(|k| k.kind == ExtentKind::Expert && k.name == "gate_up").count();
+    let reached = importance.matrices().keys().filter(|k| k.kind == ExtentKind::Expert && k.name != "down").count();
     let (tokens, matrices) = (importance.tokens(), importance.matrices().len());
     if args.json {
         return print_json(&json!({

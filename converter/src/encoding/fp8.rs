@@ -14,6 +14,9 @@ use crate::error::ConvertError;
 use crate::fp8::{self, SCALE_BLOCK};
 use crate::source::Checkpoint;
 
+/// Most parts of a matrix that have blocks of their own.
+const MOST_SHARDS: usize = 64;
+
 /// Columns that share a scale in MXFP8.
 const MX_BLOCK: usize = 32;
 
@@ -22,7 +25,7 @@ const MX_BLOCK: usize = 32;
 pub(super) struct Fp8 {
     scales: usize,
     scale_type: ScaleType,
-    /// Rows of one matrix of a stack; scales begin anew with each.
+    /// Rows of one matrix of a stack, or of one part of a matrix; scales begin anew with each.
     matrix_rows: usize,
     /// Rows and columns that share one scale.
     block: [usize; 2],
@@ -67,6 +70,11 @@ pub(super) fn resolve(
     if found == [stack, &blocks].concat() {
         return with(blocks, block);
     }
+    if let ([shards], []) = (shards(*rows, block[0], found, blocks[1]).as_slice(), stack) {
+        let grid = [found[0] / shards, blocks[1]];
+        let (block, matrix_rows) = (block.map(|n| n.max(1)), rows / shards);
+        return Ok(Arc::new(Fp8 { scales, scale_type, matrix_rows, block, grid }));
+    }
     if found == [stack, &[*rows, 1]].concat() || found == [stack, &[*rows]].concat() {
         return with([*rows, 1], [1, *cols]);
     }
@@ -74,6 +82,20 @@ pub(super) fn resolve(
         return with([1, 1], [*rows, *cols]);
     }
     Err(shape_error(checkpoint, scales, &[stack, &blocks].concat()))
+}
+
+/// Numbers of equal parts, two or more, one behind the other and each with blocks of its own, for which a matrix would have scales of the
+/// shape `found`. MiMo-V2.5 keeps its fused attention so.
+fn shards(rows: usize, block_rows: usize, found: &[usize], block_cols: usize) -> Vec<usize> {
+    let [of_rows, of_cols] = *found else { return Vec::new() };
+    if of_cols != block_cols {
+        return Vec::new();
+    }
+    let fits = |&shards: &usize| {
+        let (each, rest) = (rows / shards, rows % shards);
+        rest == 0 && each > 0 && each.div_ceil(block_rows.max(1)).checked_mul(shards) == Some(of_rows)
+    };
+    (2..=MOST_SHARDS).filter(fits).collect()
 }
 
 impl Fp8 {

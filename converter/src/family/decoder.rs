@@ -65,7 +65,7 @@ impl<'a> Decoder<'a> {
 
     /// A feed-forward network without experts.
     pub(crate) fn dense(&self) -> FfnSpec {
-        FfnSpec { activation: ActivationSpec::Silu, dense_width: self.intermediate, dense_gate: false, moe: None }
+        FfnSpec { activation: ActivationSpec::Silu, dense_width: self.intermediate, ..FfnSpec::NONE }
     }
 
     /// The model that has these layers.
@@ -129,7 +129,7 @@ fn extended_positions(layers: &[LayerSpec]) -> usize {
         AttentionSpec::Mla(mla) => mla.rope.clone(),
         AttentionSpec::Gqa(gqa) => gqa.rope.clone(),
         AttentionSpec::Compressed(compressed) => Some(compressed.rope.clone()),
-        AttentionSpec::Delta(_) => None,
+        AttentionSpec::Delta(_) | AttentionSpec::Mamba(_) => None,
     };
     let extended = |rope: RopeSpec| match rope.scaling {
         RopeScaling::Yarn { factor, original_max_positions, .. } => (original_max_positions as f64 * factor) as usize,

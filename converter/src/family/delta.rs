@@ -34,6 +34,8 @@ pub(crate) fn read(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
         // No release says so: it describes GGUF files.
         value_heads_tiled: config.bool_or("linear_value_heads_tiled", false)?,
         decay_rank: None,
+        channel_decay: false,
+        least_log_decay: None,
         gate_rank: None,
         gate_sigmoid: false,
     })

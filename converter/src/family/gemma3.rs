@@ -65,7 +65,7 @@ impl Family for Gemma3Text {
             qk_norm: gqa::qk_norm(&decoder, QkNormScope::Head),
             qkv_bias: bias,
             o_bias: bias,
-            ..gqa::plain(decoder.heads, kv_heads, head_dim, rope)
+            ..gqa::of_heads(decoder.heads, kv_heads, head_dim, rope)
         };
         let (full, local) = rotations(&decoder, head_dim)?;
         let window = Some(config.size_or("sliding_window", WINDOW, MAX_LENGTH)?);

@@ -179,7 +179,7 @@ fn attention(decoder: &Decoder<'_>, kv_heads: usize, dim: usize, rope: RopeSpec)
         value_norm: Some(decoder.norm_eps),
         qkv_bias: bias,
         o_bias: bias,
-        ..gqa::plain(decoder.heads, kv_heads, dim, rope)
+        ..gqa::of_heads(decoder.heads, kv_heads, dim, rope)
     })
 }
 
@@ -223,6 +223,7 @@ fn experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
         experts,
         top_k: number("top_k_experts", experts)?,
         width: number("moe_intermediate_size", MAX_WIDTH)?,
+        latent: None,
         expert_bias: false,
         weighted_input: false,
         apart: true,

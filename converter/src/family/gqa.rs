@@ -35,11 +35,11 @@ pub(crate) fn read(decoder: &Decoder<'_>, heads: Heads) -> Result<GqaSpec, Conve
     }
     let rotated = rope::width(config, head_dim, heads.rotary_factor)?;
     let rope = rope::read(config, rotated, RopePairing::Half, decoder.theta, decoder.max_positions)?;
-    Ok(plain(decoder.heads, kv_heads, head_dim, rope.spec))
+    Ok(of_heads(decoder.heads, kv_heads, head_dim, rope.spec))
 }
 
 /// Plain attention of these heads.
-pub(crate) fn plain(heads: usize, kv_heads: usize, head_dim: usize, rope: RopeSpec) -> GqaSpec {
+pub(crate) fn of_heads(heads: usize, kv_heads: usize, head_dim: usize, rope: RopeSpec) -> GqaSpec {
     GqaSpec {
         heads,
         kv_heads,
@@ -47,6 +47,19 @@ pub(crate) fn plain(heads: usize, kv_heads: usize, head_dim: usize, rope: RopeSp
         v_head_dim: head_dim,
         softmax_scale: (head_dim as f64).powf(-0.5) as f32,
         rope: Some(rope),
+        ..plain()
+    }
+}
+
+/// Attention without anything that only some have, and without sizes.
+pub(crate) fn plain() -> GqaSpec {
+    GqaSpec {
+        heads: 0,
+        kv_heads: 0,
+        head_dim: 0,
+        v_head_dim: 0,
+        softmax_scale: 1.0,
+        rope: None,
         window: None,
         stretch: None,
         qk_norm: None,
@@ -59,6 +72,7 @@ pub(crate) fn plain(heads: usize, kv_heads: usize, head_dim: usize, rope: RopeSp
         o_bias: false,
         sinks: false,
         output_gate: false,
+        head_gate: false,
         blocks: None,
     }
 }
@@ -83,6 +97,7 @@ pub(crate) fn origin(gqa: &GqaSpec, layer: &dyn Fn(&str) -> String, name: &str, 
         "q" => matrix("q_proj"),
         "k" => matrix("k_proj"),
         "v" => matrix("v_proj"),
+        "head_gate" => matrix("g_proj"),
         "o" => matrix("o_proj"),
         "q_bias" => vector("q_proj.bias"),
         "k_bias" => vector("k_proj.bias"),

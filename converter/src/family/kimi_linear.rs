@@ -95,6 +95,8 @@ fn delta(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
         norm_eps: decoder.norm_eps,
         value_heads_tiled: false,
         decay_rank: Some(width),
+        channel_decay: false,
+        least_log_decay: None,
         gate_rank: Some(width),
         gate_sigmoid: true,
     })
@@ -132,7 +134,7 @@ fn linear_layers(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
 }
 
 /// Where a tensor of Kimi Delta Attention comes from; `layer` completes names.
-fn origin(delta: &DeltaSpec, layer: &dyn Fn(&str) -> String, tensor: &TensorShape) -> Origin {
+pub(super) fn origin(delta: &DeltaSpec, layer: &dyn Fn(&str) -> String, tensor: &TensorShape) -> Origin {
     let [_, rows, cols] = tensor.shape;
     let name = |rest: &str| layer(&format!("self_attn.{rest}"));
     let one = |view: View| vec![vec![view]];
@@ -150,8 +152,10 @@ fn origin(delta: &DeltaSpec, layer: &dyn Fn(&str) -> String, tensor: &TensorShap
         "a_log" => one(View::new(name("A_log"), &[1, 1, cols, 1], Strides::rows(0, 1, cols))),
         "dt_bias" => one(View::vector(name("dt_bias"), cols)),
         "out_norm" => one(View::vector(name("o_norm.weight"), cols)),
+        "a" => matrix("f"),
         "a_down" => matrix("f_a"),
         "a_up" => matrix("f_b"),
+        "z" => matrix("g"),
         "z_down" => matrix("g_a"),
         "z_up" => matrix("g_b"),
         module => matrix(module),

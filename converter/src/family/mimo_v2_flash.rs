@@ -1,4 +1,4 @@
-//! MiMo-V2-Flash: layers with a window and a sink have other heads of keys and values, and another rotation, than those that see
+//! MiMo-V2-Flash, V2.5 and V2.5-Pro: layers with a window and a sink have other heads of keys and values, and another rotation, than those that see
 //! everything.
 
 use serde_json::Value;
@@ -8,8 +8,8 @@ use sluice_format::{AttentionSpec, GqaSpec, LayerSpec, ModelSpec, RopePairing, T
 use super::config::Config;
 use super::decoder::{Decoder, Defaults};
 use super::names::Names;
-use super::view::Origin;
-use super::{Family, Place, moe, rope};
+use super::view::{Origin, Strides, View};
+use super::{Family, Place, Unused, gqa, moe, rope, usually_unused};
 use crate::error::ConvertError;
 
 /// The family.
@@ -39,7 +39,7 @@ const VALUE_FACTOR: f64 = 0.707;
 
 impl Family for MiMoV2Flash {
     fn model_types(&self) -> &'static [&'static str] {
-        &["mimo_v2_flash"]
+        &["mimo_v2_flash", NEWER]
     }
 
     fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError> {
@@ -67,6 +67,13 @@ impl Family for MiMoV2Flash {
 
     fn origin(&self, names: Names, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
         match tensor.name {
+            "q" | "k" | "v" => match &spec.layers[place.layer].attention {
+                AttentionSpec::Gqa(gqa) => {
+                    let fused = fused(gqa, names, place, tensor);
+                    [names.origin(spec, place, tensor), vec![vec![fused]]].concat()
+                }
+                _ => names.origin(spec, place, tensor),
+            },
             "sinks" => {
                 [names.vector(place, "self_attn.attention_sink_bias", tensor), names.origin(spec, place, tensor)]
                     .concat()
@@ -74,6 +81,63 @@ impl Family for MiMoV2Flash {
             _ => names.origin(spec, place, tensor),
         }
     }
+
+    /// Releases in FP8 keep the fused projection in the parts that as many devices would take, each with blocks of its own. A layer whose parts
+    /// are no whole blocks shows how many there are.
+    fn arranged(&self, names: Names, spec: &ModelSpec, shape_of: &dyn Fn(&str) -> Option<Vec<usize>>) -> Names {
+        let of_layer = |(layer, spec): (usize, &LayerSpec)| {
+            let AttentionSpec::Gqa(gqa) = &spec.attention else { return None };
+            let scales = shape_of(&names.layer(layer, &format!("{FUSED}_scale_inv")))?;
+            let rows = fused_rows(gqa);
+            let fits = |&shards: &usize| {
+                divides(gqa, shards) && scales.first() == Some(&((rows / shards).div_ceil(BLOCK) * shards))
+            };
+            let possible: Vec<usize> = (1..=gqa.kv_heads).filter(fits).collect();
+            // Where one part would do as well, the shape says nothing.
+            (possible.len() == 1).then(|| possible[0])
+        };
+        let known = spec.layers.iter().enumerate().find_map(of_layer);
+        let whole = |&shards: &usize| {
+            spec.layers.iter().all(|layer| matches!(&layer.attention, AttentionSpec::Gqa(gqa) if divides(gqa, shards)))
+        };
+        Names { qkv_shards: known.filter(whole).unwrap_or(1), ..names }
+    }
+
+    fn unused(&self, name: &str) -> Option<Unused> {
+        let vision = ["visual.", "audio_encoder.", "speech_embeddings."].iter().any(|part| name.starts_with(part));
+        if vision { Some(Unused::Vision) } else { usually_unused(name) }
+    }
+}
+
+/// Queries, keys and values in one tensor, and rows of its blocks of FP8.
+const FUSED: &str = "self_attn.qkv_proj.weight";
+const BLOCK: usize = 128;
+
+/// The `model_type` of V2.5 and V2.5-Pro, whose configuration class fills in less.
+const NEWER: &str = "mimo_v2";
+
+/// Whether so many parts have the same number of heads.
+fn divides(gqa: &GqaSpec, shards: usize) -> bool {
+    gqa.kv_heads.is_multiple_of(shards) && gqa.heads.is_multiple_of(shards)
+}
+
+fn fused_rows(gqa: &GqaSpec) -> usize {
+    (gqa.heads + gqa.kv_heads) * gqa.head_dim + gqa.kv_heads * gqa.v_head_dim
+}
+
+/// Queries, keys or values: their rows in each part of the fused tensor.
+fn fused(gqa: &GqaSpec, names: Names, place: Place, tensor: &TensorShape) -> View {
+    let [_, rows, cols] = tensor.shape;
+    let (all, shards) = (fused_rows(gqa), names.qkv_shards);
+    let (query, key) = (gqa.heads * gqa.head_dim / shards, gqa.kv_heads * gqa.head_dim / shards);
+    let first = match tensor.name {
+        "q" => 0,
+        "k" => query,
+        _ => query + key,
+    };
+    let run_step = all / shards * cols;
+    let strides = Strides { start: first * cols, run: rows / shards, run_step, row_step: cols, col_step: 1 };
+    View::new(names.layer(place.layer, FUSED), &[all, cols], strides)
 }
 
 /// Where a kind of layer says what differs, and what it is where nothing is said.
@@ -144,7 +208,8 @@ fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError
     };
     let place = nested.as_ref().unwrap_or(config);
     let theta = config.f64_or(theta_key, kind.theta)?;
-    let rotated = rope::width(place, head_dim, ROTARY_FACTOR)?;
+    let newer = config.opt_str("model_type")? == Some(NEWER);
+    let rotated = rope::width(place, head_dim, if newer { 1.0 } else { ROTARY_FACTOR })?;
     let rope = match &nested {
         Some(section) => rope::of_section(section, rotated, RopePairing::Half, theta, decoder.max_positions)?.spec,
         None => {
@@ -153,7 +218,9 @@ fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError
             sluice_format::RopeSpec { theta: config.check_above(theta_key, theta, 1.0)?, ..plain }
         }
     };
-    let value_factor = config.opt_f64_or("attention_value_scale", Some(VALUE_FACTOR))?.map(|factor| factor as f32);
+    let value_factor = config
+        .opt_f64_or("attention_value_scale", if newer { None } else { Some(VALUE_FACTOR) })?
+        .map(|factor| factor as f32);
     Ok(GqaSpec {
         heads,
         kv_heads,
@@ -161,24 +228,21 @@ fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError
         v_head_dim,
         softmax_scale: (head_dim as f64).powf(-0.5) as f32,
         rope: Some(rope),
-        window: None,
-        stretch: None,
-        blocks: None,
-        qk_norm: None,
-        clip_qkv: None,
-        temperature: None,
         value_factor: value_factor.filter(|&factor| factor != 1.0),
         value_norm: None,
         value_is_key: false,
         qkv_bias: config.bool_or("attention_bias", false)?,
-        o_bias: false,
         sinks: config.bool_or(sinks_key, kind.sinks)?,
-        output_gate: false,
+        ..gqa::plain()
     })
 }
 
-/// Keys that a query sees. `sliding_window_size` counts those before it, `sliding_window` the query's own as well.
+/// Keys that a query sees. `sliding_window` counts the query's own as well, `sliding_window_size` those before it; where the newer models
+/// have both, their published code goes by the first.
 fn window(config: &Config) -> Result<usize, ConvertError> {
+    if config.opt_str("model_type")? == Some(NEWER) && config.has("sliding_window") {
+        return config.size_or("sliding_window", WINDOW, MAX_LENGTH);
+    }
     match config.opt_size_or("sliding_window_size", None, MAX_LENGTH - 1)? {
         Some(before) => Ok(before + 1),
         None => config.size_or("sliding_window", WINDOW, MAX_LENGTH),

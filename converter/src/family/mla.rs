@@ -49,6 +49,7 @@ pub(crate) fn read(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<MlaSpec
         softmax_scale: (head_dim.powf(-0.5) * rope.score_mscale * rope.score_mscale) as f32,
         rope: Some(rope.spec),
         indexer: None,
+        head_gate: false,
     })
 }
 
@@ -77,6 +78,7 @@ fn single(layer: &dyn Fn(&str) -> String, name: &str, shape: [usize; 3]) -> View
         "q_b" => matrix("q_b_proj"),
         "kv_a" => matrix("kv_a_proj_with_mqa"),
         "kv_a_norm" => norm("kv_a_layernorm"),
+        "head_gate" => matrix("g_proj"),
         "o" => matrix("o_proj"),
         index if index.starts_with("index_") => indexer::origin(layer, index, shape),
         other => unreachable!("latent attention has no `{other}`"),

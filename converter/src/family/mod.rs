@@ -3,6 +3,8 @@
 //! A family is one file that implements [`Family`] and says only what differs; what several share stands in `decoder`,
 //! `mla`, `indexer`, `gqa`, `delta`, `moe`, `rope` and `names`. `docs/ADDING_A_MODEL.md` says how to add one.
 
+mod bailing_hybrid;
+mod bailing_moe;
 pub(crate) mod config;
 mod decoder;
 mod deepseek_v2;
@@ -34,6 +36,7 @@ mod mixtral;
 mod mla;
 mod moe;
 pub(crate) mod names;
+mod nemotron_h;
 mod olmoe;
 mod phimoe;
 mod qwen;
@@ -41,11 +44,13 @@ mod qwen2_moe;
 mod qwen3_moe;
 mod qwen3_next;
 mod rope;
+mod step3p5;
 mod view;
 
 use sluice_format::{ExtentKind, ModelSpec, TensorShape};
 
 use crate::error::ConvertError;
+use crate::nearest;
 use config::Config;
 use names::Names;
 pub(crate) use rope::DIVIDED as DIVIDED_ROPE;
@@ -83,6 +88,11 @@ static FAMILIES: &[&dyn Family] = &[
     &llama4::Llama4,
     &llama4::Llama4Text,
     &mimo_v2_flash::MiMoV2Flash,
+    &bailing_moe::BailingMoe,
+    &bailing_hybrid::BailingHybrid,
+    &nemotron_h::NemotronH,
+    &step3p5::Step3p5,
+    &step3p5::Step3p7,
     &dense::Llama,
     &dense::Mistral,
     &dense::Qwen3,
@@ -118,6 +128,16 @@ pub(crate) trait Family: Sync {
     /// Everything that tensors may be called: that of the family's own releases first.
     fn spellings(&self) -> Vec<Names> {
         vec![self.names()]
+    }
+
+    /// What tensors are called, where their shapes say more than the configuration. `shape_of`: the shape of a tensor, if it is there.
+    fn arranged(&self, names: Names, _spec: &ModelSpec, _shape_of: &dyn Fn(&str) -> Option<Vec<usize>>) -> Names {
+        names
+    }
+
+    /// Layers by the numbers in names of tensors.
+    fn named_layers(&self, spec: &ModelSpec) -> usize {
+        spec.layers.len()
     }
 
     /// Where a tensor behind the last layer comes from, other than the head: the norm, and what joins streams before it.
@@ -216,12 +236,12 @@ fn usually_unused(name: &str) -> Option<Unused> {
 
 /// The family that `config.json` names.
 pub(crate) fn find(config: &Config) -> Result<&'static dyn Family, ConvertError> {
-    let supported = || FAMILIES.iter().flat_map(|f| f.model_types()).copied().collect::<Vec<_>>().join(", ");
+    let supported: Vec<_> = FAMILIES.iter().flat_map(|f| f.model_types()).copied().collect();
     let Some(model_type) = config.opt_str("model_type")? else {
-        return Err(config.refuse("model_type", format!("is missing; supported: {}", supported())));
+        return Err(config.refuse("model_type", format!("is missing; supported: {}", supported.join(", "))));
     };
     let found = FAMILIES.iter().find(|f| f.model_types().contains(&model_type)).copied();
-    found.ok_or_else(|| config.refuse("model_type", format!("is \"{model_type}\"; supported: {}", supported())))
+    found.ok_or_else(|| config.refuse("model_type", nearest::refusal(model_type, &supported)))
 }
 
 /// What the model that `text` describes computes, valid.

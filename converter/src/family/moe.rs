@@ -1,7 +1,7 @@
 //! Routed experts: keys of `config.json`.
 
 use sluice_format::limits::{MAX_EXPERTS, MAX_WIDTH};
-use sluice_format::{ActivationSpec, FfnSpec, GroupScore, MoeSpec, RouterGroups, RouterScore, RouterSpec};
+use sluice_format::{FfnSpec, GroupScore, MoeSpec, RouterGroups, RouterScore, RouterSpec};
 
 use super::decoder::Decoder;
 use crate::error::ConvertError;
@@ -60,12 +60,13 @@ pub(crate) fn softmax_experts(
         experts,
         top_k,
         width,
+        latent: None,
         expert_bias: false,
         weighted_input: false,
         apart: false,
         router: softmax_router(renormalise),
     };
-    Ok(FfnSpec { activation: ActivationSpec::Silu, dense_width: 0, dense_gate: false, moe: Some(moe) })
+    Ok(FfnSpec { moe: Some(moe), ..FfnSpec::NONE })
 }
 
 /// Experts as DeepSeek-V3 has them: sigmoid scores, a bias on the choice, groups, a shared expert.
@@ -158,8 +159,17 @@ pub(crate) fn of_shape(
         let problem = format!("is {shared}: together wider than {MAX_WIDTH}");
         return Err(decoder.config.refuse(shared_key, problem));
     }
-    let moe = MoeSpec { experts, top_k, width, expert_bias: false, weighted_input: false, apart: false, router };
-    Ok(FfnSpec { activation: ActivationSpec::Silu, dense_width, dense_gate: false, moe: Some(moe) })
+    let moe = MoeSpec {
+        experts,
+        top_k,
+        width,
+        latent: None,
+        expert_bias: false,
+        weighted_input: false,
+        apart: false,
+        router,
+    };
+    Ok(FfnSpec { dense_width, moe: Some(moe), ..FfnSpec::NONE })
 }
 
 /// Which layers have experts: all from `first_k_dense_replace` on, or as a list says.

@@ -32,6 +32,8 @@ pub(crate) struct Names {
     /// Whether convolutions are `[channels, width, 1]`, as MLX has them, not `[channels, 1, width]`. The numbers lie in the
     /// same order.
     pub(crate) conv_last: bool,
+    /// Parts into which a fused projection of queries, keys and values is cut: each has its share of all three.
+    pub(crate) qkv_shards: usize,
 }
 
 impl Names {
@@ -48,6 +50,7 @@ impl Names {
         zero_centred: false,
         mlx_adds_one: true,
         conv_last: false,
+        qkv_shards: 1,
     };
 
     /// The names of Mixtral and its descendants.
@@ -134,13 +137,23 @@ impl Names {
 
     /// Where a tensor comes from, for families that differ in names only.
     pub(crate) fn origin(self, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
+        self.origin_in(spec, place, &|rest| self.layer(place.layer, rest), tensor)
+    }
+
+    /// The same for families that complete the names of a layer in another way.
+    pub(crate) fn origin_in(
+        self,
+        spec: &ModelSpec,
+        place: Place,
+        name: &dyn Fn(&str) -> String,
+        tensor: &TensorShape,
+    ) -> Origin {
         let layer = &spec.layers[place.layer];
-        let name = |rest: &str| self.layer(place.layer, rest);
         match place.kind {
-            ExtentKind::Attention => self.attention(layer, &name, tensor),
-            ExtentKind::Router => self.router(spec, &name, tensor).into_iter().map(|view| vec![view]).collect(),
-            ExtentKind::Dense => self.dense(layer, &name, tensor),
-            ExtentKind::Expert => self.expert(layer, &name, place.index, tensor),
+            ExtentKind::Attention => self.attention(layer, name, tensor),
+            ExtentKind::Router => self.router(spec, name, tensor).into_iter().map(|view| vec![view]).collect(),
+            ExtentKind::Dense => self.dense(layer, name, tensor),
+            ExtentKind::Expert => self.expert(layer, name, place.index, tensor),
             kind => unreachable!("{kind} is in no layer"),
         }
     }
@@ -159,7 +172,9 @@ impl Names {
             }
             // The norm inside is not zero-centred, even where the others are.
             (_, AttentionSpec::Delta(spec)) => delta::origin(spec, self.conv_last, layer, name, shape),
-            (_, AttentionSpec::Compressed(_)) => unreachable!("a family with such attention has names of its own"),
+            (_, AttentionSpec::Mamba(_) | AttentionSpec::Compressed(_)) => {
+                unreachable!("a family with such attention has names of its own")
+            }
         }
     }
 
@@ -214,12 +229,13 @@ pub(crate) fn matrix(name: String, tensor: &TensorShape) -> Origin {
     vec![vec![View::whole(name, rows, cols)]]
 }
 
-/// A gated feed-forward network of its own; `parts` are its gate, up and down.
+/// A feed-forward network of its own; `parts` are its gate, up and down.
 pub(crate) fn gated(module: &str, parts: [&str; 3], tensor: &TensorShape) -> Vec<View> {
     let [_, rows, cols] = tensor.shape;
     let part = |which: &str| View::whole(format!("{module}.{which}.weight"), rows, cols);
     match tensor.name {
         "gate_up" => vec![part(parts[0]), part(parts[1])],
+        "up" => vec![part(parts[1])],
         "down" => vec![part(parts[2])],
         other => unreachable!("a feed-forward network has no `{other}`"),
     }
@@ -234,7 +250,7 @@ pub(crate) fn fused(module: &str, experts: usize, index: usize, tensor: &TensorS
                 |first| View::of_stack(format!("{module}.gate_up_proj"), [experts, 2 * rows, cols], index, first, rows);
             vec![half(0), half(rows)]
         }
-        _ => vec![View::of_stack(format!("{module}.down_proj"), [experts, rows, cols], index, 0, rows)],
+        which => vec![View::of_stack(format!("{module}.{which}_proj"), [experts, rows, cols], index, 0, rows)],
     }
 }
 
@@ -243,5 +259,8 @@ pub(crate) fn stacked(module: &str, experts: usize, index: usize, tensor: &Tenso
     let [_, rows, cols] = tensor.shape;
     let part =
         |which: &str| View::of_stack(format!("{module}.{which}_proj.weight"), [experts, rows, cols], index, 0, rows);
-    if tensor.name == "gate_up" { vec![part("gate"), part("up")] } else { vec![part("down")] }
+    match tensor.name {
+        "gate_up" => vec![part("gate"), part("up")],
+        which => vec![part(which)],
+    }
 }

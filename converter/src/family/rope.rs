@@ -36,13 +36,18 @@ pub(crate) fn width(config: &Config, head_dim: usize, default_factor: f64) -> Re
 }
 
 fn checked_width(config: &Config, head_dim: usize, factor: f64) -> Result<usize, ConvertError> {
+    part(config, "partial_rotary_factor", head_dim, factor)
+}
+
+/// The part `factor` of `head_dim` elements, rounded down; `key` is where it comes from.
+pub(crate) fn part(config: &Config, key: &str, head_dim: usize, factor: f64) -> Result<usize, ConvertError> {
     if !(factor > 0.0 && factor <= 1.0) {
-        return Err(config.refuse("partial_rotary_factor", format!("is {factor}, expected more than 0 and at most 1")));
+        return Err(config.refuse(key, format!("is {factor}, expected more than 0 and at most 1")));
     }
     let width = (head_dim as f64 * factor) as usize;
     if width == 0 || !width.is_multiple_of(2) {
         let problem = format!("is {factor}: {width} of the {head_dim} elements of a head, which do not make pairs");
-        return Err(config.refuse("partial_rotary_factor", problem));
+        return Err(config.refuse(key, problem));
     }
     Ok(width)
 }

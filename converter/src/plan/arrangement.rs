@@ -36,6 +36,8 @@ pub(super) fn names(checkpoint: &Checkpoint, family: &dyn Family, spec: &ModelSp
     let spellings = family.spellings();
     let exists = |names: &&Names| form::find(checkpoint, &names.embedding()).is_some();
     let names = *spellings.iter().find(exists).unwrap_or(&spellings[0]);
+    let shape_of = |name: &str| Some(checkpoint.tensors[checkpoint.find(name)?].shape.clone());
+    let names = family.arranged(names, spec, &shape_of);
     if !names.zero_centred {
         return Ok(names);
     }

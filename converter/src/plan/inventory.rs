@@ -57,7 +57,7 @@ impl Tied {
 struct Ledger<'a> {
     checkpoint: &'a Checkpoint,
     names: Names,
-    /// Layers of the model as configured.
+    /// Layers of the model as configured, by the numbers in names.
     layers: usize,
     /// Layers that predict further tokens.
     predicting: BTreeSet<usize>,
@@ -110,7 +110,7 @@ pub(crate) fn take(
     let mut ledger = Ledger {
         checkpoint,
         names,
-        layers: spec.layers.len(),
+        layers: family.named_layers(spec),
         predicting: all.filter_map(|name| names.prediction_layer_of(name)).collect(),
         used: vec![false; checkpoint.tensors.len()],
         missing: Vec::new(),

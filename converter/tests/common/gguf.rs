@@ -12,6 +12,7 @@ pub enum Value {
     Bool(bool),
     Text(&'static str),
     Bools(Vec<bool>),
+    U32s(Vec<u32>),
 }
 
 impl Value {
@@ -22,6 +23,12 @@ impl Value {
             Value::F32(n) => (ty(out, 6), out.extend(n.to_le_bytes())).1,
             Value::Bool(b) => (ty(out, 7), out.push(u8::from(*b))).1,
             Value::Text(text) => (ty(out, 8), string(out, text)).1,
+            Value::U32s(all) => {
+                ty(out, 9);
+                ty(out, 4);
+                out.extend((all.len() as u64).to_le_bytes());
+                out.extend(all.iter().flat_map(|n| n.to_le_bytes()));
+            }
             Value::Bools(all) => {
                 ty(out, 9);
                 ty(out, 7);

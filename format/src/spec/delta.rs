@@ -10,8 +10,9 @@ use super::{check_eps, check_width, is_false};
 /// `j / (value_heads / key_heads)`; queries and keys have length 1, queries then `key_head_dim^-0.5`. With
 /// `beta = sigmoid(b · x)` and `decay = exp(-exp(a_log) · softplus(a · x + dt_bias))`, each token does
 /// `S = decay · S; S += k ⊗ beta (v - Sᵀk); out = Sᵀq`, and the output is `rms(out) · norm · silu(z · x)`, per head.
-/// With `decay_rank`, each row of `S`, a channel of the key, has a decay of its own (Kimi Delta Attention, arXiv:2510.26692,
-/// equation 1): `a · x` is then `a_up · a_down · x` with one number per value head and channel, `a_log` still one per head.
+/// With `decay_rank` or `channel_decay`, each row of `S`, a channel of the key, has a decay of its own (Kimi Delta Attention,
+/// arXiv:2510.26692, equation 1): `a · x` then has one number per value head and channel, `a_log` still one per head, and with a rank
+/// it is `a_up · a_down · x`. With `least_log_decay`, `decay = exp(least_log_decay · sigmoid(exp(a_log) · (a · x + dt_bias)))`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeltaSpec {
@@ -31,10 +32,15 @@ pub struct DeltaSpec {
     /// without such heads do not have the key, so that older programs read them.
     #[serde(default, skip_serializing_if = "is_false")]
     pub value_heads_tiled: bool,
-    /// Rank of the projection of decays, which there are for each channel of a key; `None`: one full matrix, and one decay per
-    /// value head.
+    /// Rank of the projection of decays, which there are for each channel of a key; `None`: one full matrix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decay_rank: Option<usize>,
+    /// Whether there is a decay for each channel of a key although their projection is one full matrix.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub channel_decay: bool,
+    /// The least logarithm of a decay, negative, which makes decays another function of their projection; `None`: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub least_log_decay: Option<f32>,
     /// Rank of the projection `z` of output gates, `z_up · z_down`; `None`: one full matrix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gate_rank: Option<usize>,
@@ -51,7 +57,7 @@ impl DeltaSpec {
 
     /// Decays of a value head: one, or one per channel of its key.
     pub fn decays_per_head(&self) -> usize {
-        if self.decay_rank.is_some() { self.key_head_dim } else { 1 }
+        if self.decay_rank.is_some() || self.channel_decay { self.key_head_dim } else { 1 }
     }
 
     /// The key head that a value head uses.
@@ -80,6 +86,9 @@ impl DeltaSpec {
             check_width(name, value)?;
         }
         check_width("channels × conv_width", self.conv_channels().saturating_mul(self.conv_width))?;
+        if self.least_log_decay.is_some_and(|least| !(least.is_finite() && least < 0.0)) {
+            return Err("least_log_decay is not a negative number".into());
+        }
         if !self.value_heads.is_multiple_of(self.key_heads) {
             return Err(format!("{} value heads share {} key heads", self.value_heads, self.key_heads));
         }

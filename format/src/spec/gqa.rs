@@ -57,6 +57,9 @@ pub struct GqaSpec {
     /// Whether the heads' outputs are multiplied by the sigmoid of a projection of the input.
     #[serde(default, skip_serializing_if = "is_false")]
     pub output_gate: bool,
+    /// Whether the output of each head is multiplied by the sigmoid of a projection of the input to one number per head.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub head_gate: bool,
     /// Limits attention to blocks of keys; `None`: all that the window leaves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blocks: Option<KeyBlocksSpec>,
@@ -125,6 +128,9 @@ impl GqaSpec {
         if self.value_is_key && self.v_head_dim != self.head_dim {
             return Err(format!("its values are keys, but have {} numbers, not {}", self.v_head_dim, self.head_dim));
         }
+        if self.output_gate && self.head_gate {
+            return Err("it gates its heads twice".into());
+        }
         if self.window.is_some() && self.stretch.is_some() {
             return Err("it has a window and stretches".into());
         }
@@ -186,6 +192,7 @@ mod tests {
             o_bias: false,
             sinks: false,
             output_gate: false,
+            head_gate: false,
         };
         let first = |spec: &GqaSpec| [0, 7, 8, 15, 16].map(|position| spec.first_seen(position));
         assert_eq!((first(&spec(None, None)), spec(None, None).reach()), ([0; 5], None));

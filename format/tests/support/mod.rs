@@ -40,6 +40,7 @@ fn mla(q_lora_rank: Option<usize>, scaling: RopeScaling) -> AttentionSpec {
         softmax_scale: 0.25,
         rope: Some(RopeSpec { pairing: RopePairing::Interleaved, theta: 10000.0, dim: 4, scaling }),
         indexer: None,
+        head_gate: false,
     })
 }
 
@@ -65,9 +66,17 @@ pub(crate) fn small_spec() -> ModelSpec {
         expert_scale: false,
         token_table: None,
     };
-    let moe =
-        MoeSpec { experts: 3, top_k: 2, width: 24, expert_bias: false, weighted_input: false, apart: false, router };
-    let ffn = |dense_width, moe| FfnSpec { activation: ActivationSpec::Silu, dense_width, dense_gate: false, moe };
+    let moe = MoeSpec {
+        experts: 3,
+        top_k: 2,
+        width: 24,
+        latent: None,
+        expert_bias: false,
+        weighted_input: false,
+        apart: false,
+        router,
+    };
+    let ffn = |dense_width, moe| FfnSpec { dense_width, moe, ..FfnSpec::NONE };
     ModelSpec {
         version: SPEC_VERSION,
         family: "small".into(),
@@ -112,6 +121,7 @@ pub(crate) fn gqa_spec() -> ModelSpec {
             o_bias: true,
             sinks: true,
             output_gate: true,
+            head_gate: false,
             blocks: None,
         });
         layer.ffn.dense_gate = true;
@@ -147,6 +157,8 @@ pub(crate) fn sparse_spec() -> ModelSpec {
         norm_eps: 1e-6,
         value_heads_tiled: false,
         decay_rank: None,
+        channel_decay: false,
+        least_log_decay: None,
         gate_rank: None,
         gate_sigmoid: false,
     };
@@ -199,6 +211,41 @@ pub(crate) fn streams_spec() -> ModelSpec {
         LayerSpec { attention, ffn }
     };
     spec.layers = compressions.into_iter().enumerate().map(layer).collect();
+    spec
+}
+
+/// Four layers: Mamba-2 with experts that have no gate and compute in a latent space, grouped-query attention without feed-forward part,
+/// a gated delta net with bounded decays, and latent attention; heads of both attentions are gated.
+pub(crate) fn recurrent_spec() -> ModelSpec {
+    let mut spec = sparse_spec();
+    let mamba = |groups, conv_bias| {
+        let (heads, head_dim, state_dim) = (4, 6, 5);
+        AttentionSpec::Mamba(MambaSpec { heads, head_dim, groups, state_dim, conv_width: 3, conv_bias, norm_eps: 1e-6 })
+    };
+    let mut sparse = small_spec().layers.swap_remove(1).ffn;
+    sparse.activation = ActivationSpec::ReluSquared;
+    if let Some(moe) = &mut sparse.moe {
+        moe.latent = Some(12);
+    }
+    let dense = FfnSpec { activation: ActivationSpec::ReluSquared, dense_width: 40, ..FfnSpec::NONE };
+    let bounded = ActivationSpec::SiluBounded { limit: 7.0 };
+    let other = FfnSpec { dense_activation: Some(bounded), ..small_spec().layers.swap_remove(1).ffn };
+    let mut gqa = gqa_spec().layers.swap_remove(0).attention;
+    if let AttentionSpec::Gqa(gqa) = &mut gqa {
+        (gqa.output_gate, gqa.head_gate) = (false, true);
+    }
+    let mut latent = mla(None, RopeScaling::None);
+    if let AttentionSpec::Mla(mla) = &mut latent {
+        mla.head_gate = true;
+    }
+    let mut delta = spec.layers[2].attention.clone();
+    if let AttentionSpec::Delta(delta) = &mut delta {
+        (delta.channel_decay, delta.least_log_decay) = (true, Some(-5.0));
+    }
+    let ffns = [sparse, FfnSpec::NONE, dense, other];
+    let attentions = [mamba(2, true), gqa, delta, latent];
+    spec.layers = attentions.into_iter().zip(ffns).map(|(attention, ffn)| LayerSpec { attention, ffn }).collect();
+    spec.layers.push(LayerSpec { attention: mamba(1, false), ffn: spec.layers[3].ffn.clone() });
     spec
 }
 

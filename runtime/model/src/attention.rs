@@ -7,6 +7,7 @@ use super::compressed::{self, Compressed, CompressedScratch};
 use super::compute::{Compute, Step};
 use super::delta::{self, Delta, DeltaScratch};
 use super::gqa::{self, Gqa, GqaScratch};
+use super::mamba::{self, Mamba, MambaScratch};
 use super::mla::{self, Mla, MlaScratch};
 use super::rows::Caches;
 use super::weights::ExtentTensors;
@@ -20,6 +21,8 @@ pub enum Attention {
     Gqa(Box<Gqa>),
     /// Gated delta net.
     Delta(Box<Delta>),
+    /// Mamba-2.
+    Mamba(Box<Mamba>),
     /// A window and compressed entries.
     Compressed(Box<Compressed>),
 }
@@ -30,6 +33,7 @@ pub struct AttentionScratch {
     mla: MlaScratch,
     gqa: GqaScratch,
     delta: DeltaScratch,
+    mamba: MambaScratch,
     compressed: CompressedScratch,
 }
 
@@ -40,6 +44,7 @@ impl AttentionScratch {
             mla: MlaScratch::new(compute),
             gqa: GqaScratch::new(compute),
             delta: DeltaScratch::new(compute),
+            mamba: MambaScratch::new(compute),
             compressed: CompressedScratch::new(compute),
         }
     }
@@ -51,6 +56,7 @@ pub fn scratch_width(spec: &AttentionSpec) -> usize {
         AttentionSpec::Mla(m) => mla::scratch_width(m),
         AttentionSpec::Gqa(g) => gqa::scratch_width(g),
         AttentionSpec::Delta(d) => delta::scratch_width(d),
+        AttentionSpec::Mamba(m) => mamba::scratch_width(m),
         AttentionSpec::Compressed(c) => compressed::scratch_width(c),
     }
 }
@@ -61,6 +67,7 @@ impl Attention {
             AttentionSpec::Mla(m) => Attention::Mla(Box::new(Mla::new(m, tensors)?)),
             AttentionSpec::Gqa(g) => Attention::Gqa(Box::new(Gqa::new(g, tensors)?)),
             AttentionSpec::Delta(d) => Attention::Delta(Box::new(Delta::new(d, tensors)?)),
+            AttentionSpec::Mamba(m) => Attention::Mamba(Box::new(Mamba::new(m, tensors)?)),
             AttentionSpec::Compressed(c) => Attention::Compressed(Box::new(Compressed::new(c, tensors)?)),
         })
     }
@@ -79,6 +86,7 @@ impl Attention {
             Attention::Mla(mla) => mla.forward(step, caches, x, &mut scratch.mla, out),
             Attention::Gqa(gqa) => gqa.forward(step, caches, x, &mut scratch.gqa, out),
             Attention::Delta(delta) => delta.forward(step, caches, x, &mut scratch.delta, out),
+            Attention::Mamba(mamba) => mamba.forward(step, caches, x, &mut scratch.mamba, out),
             Attention::Compressed(compressed) => compressed.forward(step, caches, x, &mut scratch.compressed, out),
         }
     }

@@ -5,11 +5,16 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use sluice_format::ExtentKind;
 use sluice_kernels::{Activations, Kernels, KvBuffer, Precision, QueryTile, ThreadPool, TopK};
 
 use super::control::Cancel;
 use super::rows::Rows;
 use super::weights::{MatrixPlace, MatrixRef, VectorRef};
+
+/// What observers are told of as the inputs of a matrix of this name in the router's extent, though none has it: what all experts of a
+/// layer choose from, where that is a projection of what the router meets.
+pub const EXPERTS_INPUT: &str = "experts_input";
 
 /// Sees what every matrix is multiplied with.
 pub trait InputObserver: Send + Sync {
@@ -67,6 +72,13 @@ impl Compute {
     pub fn observe(&self, matrix: &MatrixRef, index: u32, x: &Activations) {
         if let Some(observer) = &self.observer {
             observer.inputs(matrix.place(), index, x);
+        }
+    }
+
+    /// Shows the observer, if there is one, what the experts of a layer choose from.
+    pub fn observe_experts_input(&self, layer: u32, x: &Activations) {
+        if let Some(observer) = &self.observer {
+            observer.inputs(MatrixPlace { kind: ExtentKind::Router, layer, name: EXPERTS_INPUT }, 0, x);
         }
     }
 

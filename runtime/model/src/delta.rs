@@ -10,7 +10,8 @@ use sluice_kernels::{Activations, exp, rms_norm, sigmoid, silu};
 use super::ModelError;
 use super::compute::{Compute, Step, sized, with_head_scratch};
 use super::projection::{self, Projection, ProjectionScratch};
-use super::rows::{Caches, SpanRows};
+use super::recurrent::{Convolution, ConvolutionScratch, convolution_scratch_width};
+use super::rows::Caches;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
 /// Added to the squared length of queries and keys before they are divided by it.
@@ -20,94 +21,15 @@ const LENGTH_EPS: f32 = 1e-6;
 #[derive(Debug)]
 pub struct Delta {
     spec: DeltaSpec,
-    /// Queries, keys, values: the convolution's channels, in this order.
-    qkv: [MatrixRef; 3],
+    /// Of queries, keys and values, in this order.
+    convolution: Convolution,
     a: Projection,
     b: MatrixRef,
     z: Projection,
     o: MatrixRef,
-    conv: VectorRef,
     a_log: VectorRef,
     dt_bias: VectorRef,
     out_norm: VectorRef,
-}
-
-/// Numbers of the state of a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StateShape {
-    /// Inputs of the convolution before a position, `[conv_width - 1, channels]`.
-    inputs: usize,
-    heads: usize,
-    /// Of each value head: its state and its last output, and the state alone.
-    head: (usize, usize),
-}
-
-impl StateShape {
-    /// That of a layer.
-    pub fn of(spec: &DeltaSpec) -> Self {
-        let inputs = (spec.conv_width - 1) * spec.conv_channels();
-        StateShape { inputs, heads: spec.value_heads, head: (head_len(spec), spec.key_head_dim * spec.value_head_dim) }
-    }
-
-    /// Numbers in memory.
-    pub fn numbers(self) -> usize {
-        self.inputs + self.heads * self.head.0
-    }
-
-    /// Numbers that later tokens depend on: without the heads' last outputs.
-    pub fn kept(self) -> usize {
-        self.inputs + self.heads * self.head.1
-    }
-}
-
-/// What one layer remembers of one sequence behind some token.
-#[derive(Clone, Copy, Debug)]
-pub struct State<'a> {
-    shape: StateShape,
-    /// Inputs of the convolution before the next token, `[conv_width - 1, channels]`, oldest first.
-    inputs: &'a [f32],
-    /// Per value head the state `[key_head_dim, value_head_dim]` and the last output.
-    heads: &'a [f32],
-}
-
-/// The same, to write it.
-#[derive(Debug)]
-pub struct StateMut<'a> {
-    shape: StateShape,
-    inputs: &'a mut [f32],
-    heads: &'a mut [f32],
-}
-
-impl<'a> State<'a> {
-    /// The state in `numbers`.
-    pub fn new(shape: StateShape, numbers: &'a [f32]) -> Self {
-        let (inputs, heads) = numbers.split_at(shape.inputs);
-        State { shape, inputs, heads }
-    }
-
-    /// Writes it, little-endian, without the heads' last outputs, which nothing reads again.
-    pub fn to_bytes(self, out: &mut [u8]) {
-        let StateShape { head, .. } = self.shape;
-        let heads = self.heads.chunks_exact(head.0).flat_map(|numbers| &numbers[..head.1]);
-        let numbers = self.inputs.iter().chain(heads);
-        out.as_chunks_mut::<4>().0.iter_mut().zip(numbers).for_each(|(out, v)| *out = v.to_le_bytes());
-    }
-}
-
-impl<'a> StateMut<'a> {
-    /// The state in `numbers`.
-    pub fn new(shape: StateShape, numbers: &'a mut [f32]) -> Self {
-        let (inputs, heads) = numbers.split_at_mut(shape.inputs);
-        StateMut { shape, inputs, heads }
-    }
-
-    /// Puts back what [`State::to_bytes`] wrote.
-    pub fn put_bytes(self, bytes: &[u8]) {
-        let StateShape { head, .. } = self.shape;
-        let heads = self.heads.chunks_exact_mut(head.0).flat_map(|numbers| &mut numbers[..head.1]);
-        let numbers = self.inputs.iter_mut().chain(heads);
-        numbers.zip(bytes.as_chunks::<4>().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
-    }
 }
 
 /// f32 values per value head.
@@ -118,8 +40,7 @@ fn head_len(spec: &DeltaSpec) -> usize {
 /// f32 values of scratch per token.
 pub fn scratch_width(spec: &DeltaSpec) -> usize {
     let value = spec.value_heads * spec.value_head_dim;
-    // The convolution's inputs of a span of one row, and what it makes of them.
-    let mixed = (spec.conv_width + 2) * spec.conv_channels();
+    let mixed = convolution_scratch_width(spec.conv_channels(), spec.conv_width);
     let low = [spec.decay_rank, spec.gate_rank].map(projection::scratch_width).into_iter().max().unwrap_or(0);
     mixed + 3 * value + spec.value_heads * (1 + spec.decays_per_head()) + low
 }
@@ -129,19 +50,13 @@ pub fn scratch_width(spec: &DeltaSpec) -> usize {
 pub struct DeltaScratch {
     activations: Activations,
     projection: ProjectionScratch,
-    /// One of queries, keys and values, `[tokens, width]`.
-    part: Vec<f32>,
-    /// Inputs of the convolution, span by span, those before its first token included: `[conv_width - 1 + count, channels]`.
-    inputs: Vec<f32>,
-    /// Its outputs, `[tokens, channels]`.
-    mixed: Vec<f32>,
+    convolution: ConvolutionScratch,
     /// Decays, `[tokens, value_heads]`, or `[tokens, value_heads, key_head_dim]`.
     a: Vec<f32>,
     b: Vec<f32>,
     z: Vec<f32>,
     /// `[tokens, value_heads, value_head_dim]`.
     out: Vec<f32>,
-    conv: Vec<f32>,
     a_log: Vec<f32>,
     dt_bias: Vec<f32>,
     norm: Vec<f32>,
@@ -153,14 +68,11 @@ impl DeltaScratch {
         DeltaScratch {
             activations: Activations::new(compute.precision),
             projection: ProjectionScratch::new(compute),
-            part: Vec::new(),
-            inputs: Vec::new(),
-            mixed: Vec::new(),
+            convolution: ConvolutionScratch::default(),
             a: Vec::new(),
             b: Vec::new(),
             z: Vec::new(),
             out: Vec::new(),
-            conv: Vec::new(),
             a_log: Vec::new(),
             dt_bias: Vec::new(),
             norm: Vec::new(),
@@ -172,12 +84,16 @@ impl Delta {
     pub(super) fn new(spec: &DeltaSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
         Ok(Delta {
             spec: spec.clone(),
-            qkv: [tensors.matrix("q")?, tensors.matrix("k")?, tensors.matrix("v")?],
+            convolution: Convolution {
+                width: spec.conv_width,
+                projections: [tensors.matrix("q")?, tensors.matrix("k")?, tensors.matrix("v")?],
+                taps: tensors.vector("conv")?,
+                bias: None,
+            },
             a: Projection::new(tensors, spec.decay_rank, "a", ["a_down", "a_up"])?,
             b: tensors.matrix("b")?,
             z: Projection::new(tensors, spec.gate_rank, "z", ["z_down", "z_up"])?,
             o: tensors.matrix("o")?,
-            conv: tensors.vector("conv")?,
             a_log: tensors.vector("a_log")?,
             dt_bias: tensors.vector("dt_bias")?,
             out_norm: tensors.vector("out_norm")?,
@@ -196,11 +112,8 @@ impl Delta {
     ) {
         let n = step.n();
         scratch.activations.set(x, n, x.len() / n);
+        self.convolution.apply(step, caches, &scratch.activations, &mut scratch.convolution);
         self.project(step, scratch);
-        for (i, span) in step.rows.spans().iter().enumerate() {
-            let (from, to) = caches.of_mut(span.span).state_mut();
-            self.convolve(step, (i, *span), from, to, scratch);
-        }
         self.normalise_keys(n, scratch);
         self.gates(step, scratch);
         for span in step.rows.spans() {
@@ -219,65 +132,21 @@ impl Delta {
         step.multiply(&self.o, &scratch.activations, out);
     }
 
-    /// Leaves the convolution's new inputs, and the projections of decay, writing strength and output gate, in the scratch.
+    /// Leaves the projections of decay, writing strength and output gate in the scratch.
     fn project(&self, step: Step<'_>, scratch: &mut DeltaScratch) {
         let (s, n) = (&self.spec, step.n());
-        let (channels, before) = (s.conv_channels(), s.conv_width - 1);
-        let DeltaScratch { activations, projection, part, inputs, a, b, z, .. } = scratch;
-        let spans = step.rows.spans();
-        let inputs = sized(inputs, (before * spans.len() + n) * channels);
-        let mut first = 0;
-        for matrix in &self.qkv {
-            let width = matrix.rows();
-            let part = sized(part, n * width);
-            step.multiply(matrix, activations, part);
-            for (i, span) in spans.iter().enumerate() {
-                let inputs = inputs[(before * (i + 1) + span.first) * channels..].chunks_exact_mut(channels);
-                let part = part[span.first * width..].chunks_exact(width);
-                for (row, part) in inputs.zip(part).take(span.count) {
-                    row[first..first + width].copy_from_slice(part);
-                }
-            }
-            first += width;
-        }
+        let DeltaScratch { activations, projection, a, b, z, .. } = scratch;
         self.a.apply(step, activations, projection, sized(a, n * s.value_heads * s.decays_per_head()));
         step.multiply(&self.b, activations, sized(b, n * s.value_heads));
         let width = s.value_heads * s.value_head_dim;
         self.z.apply(step, activations, projection, sized(z, n * width));
     }
 
-    /// Causal convolution of each channel of a span by itself, then SiLU. `index`: which of the pass's spans it is.
-    fn convolve(
-        &self,
-        step: Step<'_>,
-        (index, span): (usize, SpanRows),
-        from: State<'_>,
-        to: StateMut<'_>,
-        scratch: &mut DeltaScratch,
-    ) {
-        let (channels, width) = (self.spec.conv_channels(), self.spec.conv_width);
-        let DeltaScratch { inputs, mixed, conv, .. } = scratch;
-        let before = width - 1;
-        let inputs = &mut inputs[(before * index + span.first) * channels..][..(before + span.count) * channels];
-        inputs[..from.inputs.len()].copy_from_slice(from.inputs);
-        step.read(&self.conv, conv);
-        let mixed = &mut sized(mixed, step.n() * channels)[span.first * channels..][..span.count * channels];
-        for (t, out) in mixed.chunks_exact_mut(channels).enumerate() {
-            let seen = &inputs[t * channels..][..width * channels];
-            for (c, out) in out.iter_mut().enumerate() {
-                let taps = &conv[c * width..][..width];
-                let sum = taps.iter().enumerate().fold(0.0, |sum, (i, tap)| sum + tap * seen[i * channels + c]);
-                *out = silu(sum);
-            }
-        }
-        to.inputs.copy_from_slice(&inputs[span.count * channels..]);
-    }
-
     /// Gives queries and keys length 1, queries then the scale of the scores.
     fn normalise_keys(&self, n: usize, scratch: &mut DeltaScratch) {
         let s = &self.spec;
         let scale = (s.key_head_dim as f32).powf(-0.5);
-        for row in scratch.mixed[..n * s.conv_channels()].chunks_exact_mut(s.conv_channels()) {
+        for row in scratch.convolution.mixed[..n * s.conv_channels()].chunks_exact_mut(s.conv_channels()) {
             let heads = row[..2 * s.key_heads * s.key_head_dim].chunks_exact_mut(s.key_head_dim);
             for (h, head) in heads.enumerate() {
                 let length = (head.iter().map(|v| v * v).sum::<f32>() + LENGTH_EPS).sqrt();
@@ -295,7 +164,11 @@ impl Delta {
         step.read(&self.dt_bias, dt_bias);
         for row in a[..n * heads * each].chunks_exact_mut(heads * each) {
             for (i, (a, bias)) in row.iter_mut().zip(&*dt_bias).enumerate() {
-                *a = exp(-exp(a_log[i / each]) * softplus(*a + bias));
+                let rate = exp(a_log[i / each]);
+                *a = exp(match self.spec.least_log_decay {
+                    None => -rate * softplus(*a + bias),
+                    Some(least) => least * sigmoid(rate * (*a + bias)),
+                });
             }
         }
         b[..n * heads].iter_mut().for_each(|b| *b = sigmoid(*b));
@@ -305,9 +178,9 @@ impl Delta {
     fn recur(&self, compute: &Compute, t: usize, from: Option<&[f32]>, to: &mut [f32], scratch: &mut DeltaScratch) {
         let s = &self.spec;
         let (dk, dv, len, each) = (s.key_head_dim, s.value_head_dim, head_len(s), s.decays_per_head());
-        let DeltaScratch { mixed, a, b, out, .. } = scratch;
+        let DeltaScratch { convolution, a, b, out, .. } = scratch;
         let (a, b) = (&a[t * s.value_heads * each..], &b[t * s.value_heads..]);
-        let mixed = &mixed[t * s.conv_channels()..][..s.conv_channels()];
+        let mixed = &convolution.mixed[t * s.conv_channels()..][..s.conv_channels()];
         let (queries, rest) = mixed.split_at(s.key_heads * dk);
         let (keys, values) = rest.split_at(s.key_heads * dk);
         compute.threads.for_each_piece(to, len, &|h, head| {

@@ -16,7 +16,7 @@ use super::router::Choice;
 use super::rows::Rows;
 use super::tally::Tallied;
 use super::weights::{ExtentTensors, MatrixRef};
-use sluice_storage::pool::{Pool, Routing};
+use sluice_storage::pool::{LayerPass, Pool, Routing};
 
 /// The feed-forward part of one layer.
 #[derive(Debug)]
@@ -24,7 +24,15 @@ pub struct Ffn {
     dense: Option<GatedFfn>,
     dense_gate: Option<MatrixRef>,
     routed: Option<Routed>,
+    latent: Option<Latent>,
     apart: Option<Apart>,
+}
+
+/// Projections into the space that experts compute in, and back, as places in the dense extent.
+#[derive(Debug)]
+struct Latent {
+    down: MatrixRef,
+    up: MatrixRef,
 }
 
 /// Norms of their own that experts and router have before them, and dense part and experts behind them.
@@ -93,9 +101,26 @@ pub struct FfnScratch {
     x: Activations,
     gated: GatedScratch,
     gate: Vec<f32>,
+    latent: LatentScratch,
     experts: ExpertScratch,
     apart: ApartScratch,
     prefetcher: Prefetcher,
+}
+
+/// What experts read and write, where that is not as wide as the layer.
+#[derive(Debug)]
+struct LatentScratch {
+    /// `[n, latent]`.
+    product: Vec<f32>,
+    input: Activations,
+    /// `[n, hidden]`.
+    output: Vec<f32>,
+}
+
+impl LatentScratch {
+    fn new(compute: &Compute) -> Self {
+        LatentScratch { product: Vec::new(), input: Activations::new(compute.precision), output: Vec::new() }
+    }
 }
 
 impl FfnScratch {
@@ -105,6 +130,7 @@ impl FfnScratch {
             x: Activations::new(compute.precision),
             gated: GatedScratch::new(compute),
             gate: Vec::new(),
+            latent: LatentScratch::new(compute),
             experts: ExpertScratch::new(compute, most_kept),
             apart: ApartScratch::new(compute),
             prefetcher: Prefetcher::new(prefetch, compute),
@@ -113,7 +139,8 @@ impl FfnScratch {
 
     /// Gives all buffers back; what prefetches have taught stays.
     pub fn give_back(&mut self, compute: &Compute) {
-        let FfnScratch { x, gated, gate, experts, apart, prefetcher } = self;
+        let FfnScratch { x, gated, gate, latent, experts, apart, prefetcher } = self;
+        *latent = LatentScratch::new(compute);
         *x = Activations::new(compute.precision);
         *gated = GatedScratch::new(compute);
         *gate = Vec::new();
@@ -170,11 +197,15 @@ impl Ffn {
         let apart = is_apart.then(|| Apart::new(model, router)).transpose()?;
         let routed = spec.moe.as_ref().map(|moe| Routed::new(moe, spec.activation, router, expert)).transpose()?;
         let dense_gate = spec.dense_gate.then(|| dense.matrix("dense_gate")).transpose()?;
-        let dense = match spec.dense_width {
-            0 => None,
-            width => Some(GatedFfn::new(width, spec.activation, false, dense)?),
+        let latent = match spec.moe.as_ref().and_then(|moe| moe.latent) {
+            None => None,
+            Some(_) => Some(Latent { down: dense.matrix("latent_down")?, up: dense.matrix("latent_up")? }),
         };
-        Ok(Ffn { dense, dense_gate, routed, apart })
+        let network = match spec.dense_width {
+            0 => None,
+            width => Some(GatedFfn::new(width, spec.dense_activation(), false, dense)?),
+        };
+        Ok(Ffn { dense: network, dense_gate, routed, latent, apart })
     }
 
     /// The routed experts, if the layer has any.
@@ -202,7 +233,7 @@ impl Ffn {
     ) -> Result<Duration, ModelError> {
         let n = step.rows.len();
         let hidden = x.len() / n;
-        let FfnScratch { x: activations, gated, gate, experts, apart: own, prefetcher } = scratch;
+        let FfnScratch { x: activations, gated, gate, latent, experts, apart: own, prefetcher } = scratch;
         activations.set(x, n, hidden);
         experts.begin();
         if let Some(apart) = &self.apart {
@@ -215,7 +246,7 @@ impl Ffn {
                 let routing = Routing {
                     tokens: n,
                     prefill: !step.rows.generate(),
-                    in_order: experts.combine(routed, n, hidden) == Combining::InOrder,
+                    in_order: experts.combine(routed, n, routed.spec().input_width(hidden)) == Combining::InOrder,
                     choices: experts.choices(),
                 };
                 Some(pool.begin_layer(step.layer as u32, experts.distinct(), &routing)?)
@@ -234,15 +265,12 @@ impl Ffn {
         if let Some(next) = &step.ahead {
             prefetcher.prefetch(step.compute, next, (step.rows.ids(), step.residual), out, pass);
         }
-        let Some(apart) = &self.apart else { return routed.run(step.router(), pass, activations, experts, out) };
-        let ApartScratch { norm, normed, experts: x, sum, .. } = own;
-        let (normed, sum) = (sized(normed, n * hidden), sized(sum, n * hidden));
-        sum.fill(0.0);
-        let time = routed.run(step.router(), pass, x, experts, sum)?;
-        apart.dense_post.apply_in_place(step.router, out, norm, normed);
-        apart.experts_post.apply(step.router, sum, norm, normed);
-        out.iter_mut().zip(&*normed).for_each(|(out, n)| *out += n);
-        Ok(time)
+        let begun = Experts { routed, step, pass, scratch: experts };
+        match (&self.latent, &self.apart, step.dense) {
+            (Some(of_layer), _, Some(extent)) => begun.in_latents(of_layer, extent, activations, latent, out),
+            (_, Some(apart), _) => begun.apart(apart, own, out),
+            _ => begun.routed.run(step.router(), begun.pass, activations, begun.scratch, out),
+        }
     }
 
     /// Multiplies the dense part's output by the sigmoid of its gate (Qwen's shared expert).
@@ -254,5 +282,54 @@ impl Ffn {
             let gate = sigmoid(*gate);
             row.iter_mut().for_each(|o| *o *= gate);
         }
+    }
+}
+
+/// The routed experts of a layer whose input is not that of the dense part.
+struct Experts<'a, 's, 'p> {
+    routed: &'a Routed,
+    step: &'a FfnStep<'a>,
+    pass: &'a mut LayerPass<'p>,
+    scratch: &'s mut ExpertScratch,
+}
+
+impl Experts<'_, '_, '_> {
+    /// Experts that compute in a space of their own: their weighted sum is projected back and added to `out` `[n, hidden]`. `x`: the
+    /// rows as the dense part sees them.
+    fn in_latents(
+        self,
+        of_layer: &Latent,
+        extent: &[u8],
+        x: &Activations,
+        scratch: &mut LatentScratch,
+        out: &mut [f32],
+    ) -> Result<Duration, ModelError> {
+        let (compute, n, width) = (self.step.compute, x.n(), of_layer.down.rows());
+        let LatentScratch { product, input, output } = scratch;
+        let product = sized(product, n * width);
+        compute.multiply(&of_layer.down, extent, x, product);
+        input.set(product, n, width);
+        compute.observe_experts_input(of_layer.down.place().layer, input);
+        product.fill(0.0);
+        let time = self.routed.run(self.step.router(), self.pass, input, self.scratch, product)?;
+        input.set(product, n, width);
+        let output = sized(output, out.len());
+        compute.multiply(&of_layer.up, extent, input, output);
+        out.iter_mut().zip(output).for_each(|(o, v)| *o += *v);
+        Ok(time)
+    }
+
+    /// Experts apart from the dense part, whose output `out` `[n, hidden]` holds: both are normalised before they are added.
+    fn apart(self, apart: &Apart, scratch: &mut ApartScratch, out: &mut [f32]) -> Result<Duration, ModelError> {
+        let (step, len) = (self.step, out.len());
+        let ApartScratch { norm, normed, experts: x, sum, .. } = scratch;
+        let (normed, sum) = (sized(normed, len), sized(sum, len));
+        step.compute.observe_experts_input(step.layer as u32, x);
+        sum.fill(0.0);
+        let time = self.routed.run(step.router(), self.pass, x, self.scratch, sum)?;
+        apart.dense_post.apply_in_place(step.router, out, norm, normed);
+        apart.experts_post.apply(step.router, sum, norm, normed);
+        out.iter_mut().zip(&*normed).for_each(|(out, n)| *out += n);
+        Ok(time)
     }
 }

@@ -1,4 +1,4 @@
-//! One gated feed-forward network inside an extent: the dense part of a layer, or an expert.
+//! One feed-forward network inside an extent: the dense part of a layer, or an expert. Most have a gate.
 //!
 //! Rows are stored in file order and never added to each other, so that an extent which is still being read can be computed
 //! as far as it is there: first rows of gate and up, then rows of down. The result has the same bits.
@@ -13,7 +13,7 @@ use super::compute::{Compute, sized};
 use super::tally::Tallied;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
-/// A gated feed-forward network inside an extent: the dense part or one expert.
+/// A feed-forward network inside an extent: the dense part or one expert.
 #[derive(Clone, Copy, Debug)]
 pub struct GatedFfn {
     gate_up: GateUp,
@@ -23,17 +23,22 @@ pub struct GatedFfn {
     activation: Activation,
 }
 
-/// Gate and up projection.
+/// Gate and up projection, or up alone.
 #[derive(Clone, Copy, Debug)]
 enum GateUp {
     /// One matrix, in which their row groups alternate.
     Pair(MatrixRef),
     /// One behind the other: each with a type and an order of columns of its own.
     Apart([MatrixRef; 2]),
+    /// Up, where there is no gate.
+    Up(MatrixRef),
 }
 
 impl GateUp {
-    fn new(tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+    fn new(gated: bool, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+        if !gated {
+            return Ok(GateUp::Up(tensors.matrix("up")?));
+        }
         if tensors.has("gate") {
             let part = |name| tensors.part_of("gate_up", name);
             return Ok(GateUp::Apart([part("gate")?, part("up")?]));
@@ -44,7 +49,7 @@ impl GateUp {
     /// The matrices, in the order in which they are stored.
     fn matrices(&self) -> &[MatrixRef] {
         match self {
-            GateUp::Pair(pair) => std::slice::from_ref(pair),
+            GateUp::Pair(one) | GateUp::Up(one) => std::slice::from_ref(one),
             GateUp::Apart(both) => both,
         }
     }
@@ -53,7 +58,7 @@ impl GateUp {
     fn groups_each(&self) -> usize {
         match self {
             GateUp::Pair(_) => 2,
-            GateUp::Apart(_) => 1,
+            GateUp::Apart(_) | GateUp::Up(_) => 1,
         }
     }
 }
@@ -144,16 +149,19 @@ impl GatedFfn {
             ActivationSpec::SwigluOai { alpha, limit } => Activation::SwigluOai { alpha, limit },
             ActivationSpec::SiluClamped { limit } => Activation::SiluClamped { limit },
             ActivationSpec::GeluTanh => Activation::GeluTanh,
+            ActivationSpec::SiluBounded { limit } => Activation::SiluBounded { limit },
+            ActivationSpec::ReluSquared => Activation::ReluSquared,
         };
         let vector = |name| tensors.vector(name);
         let bias = match bias {
             true => Some(FfnBias { gate: vector("gate_bias")?, up: vector("up_bias")?, down: vector("down_bias")? }),
             false => None,
         };
-        Ok(GatedFfn { gate_up: GateUp::new(tensors)?, down: tensors.matrix("down")?, bias, width, activation })
+        let gate_up = GateUp::new(spec.is_gated(), tensors)?;
+        Ok(GatedFfn { gate_up, down: tensors.matrix("down")?, bias, width, activation })
     }
 
-    /// `out` `[n, hidden]` = down · act(gate · x, up · x). `index`: the expert, if it is one.
+    /// `out` `[n, hidden]` = down · act(gate · x, up · x), or without a gate down · act(up · x). `index`: the expert, if it is one.
     pub(super) fn forward(
         &self,
         compute: &Compute,
@@ -272,7 +280,7 @@ impl GatedFfn {
         sized(&mut s.hidden, n * self.width);
         match &self.gate_up {
             GateUp::Pair(pair) if self.bias.is_some() => _ = sized(&mut s.pair, n * pair.rows()),
-            GateUp::Pair(_) => (),
+            GateUp::Pair(_) | GateUp::Up(_) => (),
             GateUp::Apart(_) => _ = sized(&mut s.pair, n * self.width),
         }
     }
@@ -281,7 +289,7 @@ impl GatedFfn {
     /// `x`: the tokens from `first` on, as they are for the matrix.
     ///
     /// A pair leaves the hidden layer in `s.hidden`, or with biases both products in `s.pair`, as the row groups alternate. Of two
-    /// matrices the product of gate is left in `s.pair`, that of up in `s.hidden`.
+    /// matrices the product of gate is left in `s.pair`, that of up in `s.hidden`; so is that of up alone.
     fn gate_up_rows(
         &self,
         compute: &Compute,
@@ -308,8 +316,9 @@ impl GatedFfn {
                 let (_, pair) = rows_of(pair, x.n(), &stored, matrix.rows());
                 kernels.matmul(threads, view, x, pair);
             }
-            (GateUp::Apart(_), _) => {
-                let product = if which == 0 { &mut s.pair } else { &mut s.hidden };
+            (GateUp::Apart(_) | GateUp::Up(_), _) => {
+                let gate = which == 0 && matches!(self.gate_up, GateUp::Apart(_));
+                let product = if gate { &mut s.pair } else { &mut s.hidden };
                 let product = &mut product[first * self.width..][..x.n() * self.width];
                 let (_, product) = rows_of(product, x.n(), &groups, self.width);
                 kernels.matmul(threads, view, x, product);
@@ -327,6 +336,7 @@ impl GatedFfn {
         let hidden_rows = hidden.chunks_exact_mut(self.width);
         match (&self.gate_up, &self.bias) {
             (GateUp::Pair(_), None) => (),
+            (GateUp::Up(_), _) => hidden_rows.flatten().for_each(|h| *h = self.activation.apply(0.0, *h)),
             (GateUp::Pair(matrix), Some(_)) => {
                 for (pair, hidden) in s.pair.chunks_exact(matrix.rows()).zip(hidden_rows) {
                     for (i, h) in hidden.iter_mut().enumerate() {

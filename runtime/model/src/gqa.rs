@@ -30,6 +30,7 @@ pub struct Gqa {
     k_norm: Option<VectorRef>,
     sinks: Option<VectorRef>,
     gate: Option<MatrixRef>,
+    head_gate: Option<MatrixRef>,
     blocks: Option<KeyBlocks>,
 }
 
@@ -71,7 +72,11 @@ struct Queries<'a, 's> {
 
 /// f32 values of scratch per token.
 pub fn scratch_width(spec: &GqaSpec) -> usize {
-    let gate = if spec.output_gate { spec.heads * spec.v_head_dim } else { 0 };
+    let gate = match (spec.output_gate, spec.head_gate) {
+        (true, _) => spec.heads * spec.v_head_dim,
+        (false, true) => spec.heads,
+        (false, false) => 0,
+    };
     let key_value = spec.kv_heads * (spec.head_dim + spec.v_head_dim);
     let blocks = spec.blocks.as_ref().map_or(0, key_blocks::scratch_width);
     spec.heads * (spec.head_dim + 2 * spec.v_head_dim) + key_value + gate + blocks
@@ -132,6 +137,7 @@ impl Gqa {
             k_norm: norm("k_norm")?,
             sinks: spec.sinks.then(|| tensors.vector("sinks")).transpose()?,
             gate: spec.output_gate.then(|| tensors.matrix("gate")).transpose()?,
+            head_gate: spec.head_gate.then(|| tensors.matrix("head_gate")).transpose()?,
             blocks: spec.blocks.as_ref().map(|blocks| KeyBlocks::new(spec, blocks, tensors)).transpose()?,
             spec: spec.clone(),
         })
@@ -349,6 +355,21 @@ impl Gqa {
             step.multiply(matrix, activations, gate);
             by_token.iter_mut().zip(gate).for_each(|(o, g)| *o *= sigmoid(*g));
         }
+        if let Some(matrix) = &self.head_gate {
+            gate_heads(step, matrix, activations, gate, by_token);
+        }
+    }
+}
+
+/// Multiplies the outputs of heads, `[n, heads, width]`, by the sigmoid of one number per head, which `matrix` makes of the layer's
+/// input `x`.
+pub(super) fn gate_heads(step: Step<'_>, matrix: &MatrixRef, x: &Activations, gate: &mut Vec<f32>, out: &mut [f32]) {
+    let gate = sized(gate, step.n() * matrix.rows());
+    step.multiply(matrix, x, gate);
+    let width = out.len() / gate.len();
+    for (head, gate) in out.chunks_exact_mut(width).zip(gate) {
+        let gate = sigmoid(*gate);
+        head.iter_mut().for_each(|o| *o *= gate);
     }
 }
 

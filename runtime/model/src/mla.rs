@@ -11,6 +11,7 @@ use sluice_kernels::{Activations, rms_norm};
 use super::ModelError;
 use super::cache::latent_width;
 use super::compute::{Compute, HeadScratch, Step, sized, with_head_scratch};
+use super::gqa::gate_heads;
 use super::indexer::{self, IndexScratch, Indexer};
 use super::rope::{Rope, RopeAngles};
 use super::rows::Caches;
@@ -35,6 +36,7 @@ pub struct Mla {
     kv_a_norm: VectorRef,
     k_b: MatrixRef,
     v_b: MatrixRef,
+    head_gate: Option<MatrixRef>,
     o: MatrixRef,
     indexer: Option<Indexer>,
 }
@@ -60,7 +62,8 @@ enum Query {
 pub fn scratch_width(spec: &MlaSpec) -> usize {
     let head = spec.qk_nope_head_dim + spec.qk_rope_head_dim + 2 * spec.v_head_dim;
     let index = spec.indexer.as_ref().map_or(0, indexer::scratch_width);
-    spec.heads * head + 2 * spec.q_lora_rank.unwrap_or(0) + 4 * latent_width(spec) + index
+    let gate = if spec.head_gate { spec.heads } else { 0 };
+    gate + spec.heads * head + 2 * spec.q_lora_rank.unwrap_or(0) + 4 * latent_width(spec) + index
 }
 
 /// Buffers that latent attention reuses from call to call.
@@ -75,6 +78,7 @@ pub struct MlaScratch {
     tasks: Tasks,
     /// `[tokens, heads, v_head_dim]`.
     by_token: Vec<f32>,
+    gate: Vec<f32>,
     angles: RopeAngles,
     index: IndexScratch,
 }
@@ -91,6 +95,7 @@ impl MlaScratch {
             by_task: Vec::new(),
             tasks: Tasks::default(),
             by_token: Vec::new(),
+            gate: Vec::new(),
             angles: RopeAngles::default(),
             index: IndexScratch::default(),
         }
@@ -118,6 +123,7 @@ impl Mla {
             kv_a_norm: tensors.vector("kv_a_norm")?,
             k_b: tensors.matrix("k_b")?,
             v_b: tensors.matrix("v_b")?,
+            head_gate: spec.head_gate.then(|| tensors.matrix("head_gate")).transpose()?,
             o: tensors.matrix("o")?,
         })
     }
@@ -156,10 +162,15 @@ impl Mla {
             return;
         }
 
-        let MlaScratch { by_task, tasks, by_token, activations, .. } = scratch;
+        let MlaScratch { by_task, tasks, by_token, activations, gate, .. } = scratch;
         let (heads, width) = (self.spec.heads, self.spec.v_head_dim);
         let by_token = sized(by_token, n * heads * width);
         tasks.by_row(by_task, heads, by_token);
+        if let Some(matrix) = &self.head_gate {
+            // The query's latent may have taken the place of the layer's input.
+            activations.set(x, n, x.len() / n);
+            gate_heads(step, matrix, activations, gate, by_token);
+        }
         activations.set(by_token, n, heads * width);
         step.multiply(&self.o, activations, out);
     }

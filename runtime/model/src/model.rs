@@ -124,17 +124,18 @@ struct Layer {
     attn_norm: Norm,
     attention: Attention,
     attn_post_norm: Option<Norm>,
-    ffn_norm: Norm,
-    ffn: Ffn,
-    ffn_post_norm: Option<Norm>,
-    /// Factor on what leaves the layer.
-    scale: Option<VectorRef>,
-    extents: LayerExtents,
+    attention_extent: DenseHandle,
+    ffn: Option<LayerFfn>,
 }
 
+/// The feed-forward part of a layer that has one.
 #[derive(Debug)]
-struct LayerExtents {
-    attention: DenseHandle,
+struct LayerFfn {
+    norm: Norm,
+    ffn: Ffn,
+    post_norm: Option<Norm>,
+    /// Factor on what leaves the layer.
+    scale: Option<VectorRef>,
     router: DenseHandle,
     dense: Option<DenseHandle>,
 }
@@ -211,19 +212,23 @@ impl Model {
         for (i, layer) in spec.layers.iter().enumerate() {
             let tensors = |kind| ExtentTensors { file, kind, layer: i as u32, index: 0 };
             let (attention, router) = (tensors(ExtentKind::Attention), tensors(ExtentKind::Router));
+            let (dense, expert) = (tensors(ExtentKind::Dense), tensors(ExtentKind::Expert));
             layers.push(Layer {
                 residuals: [Residual::new(&spec, &attention)?, Residual::new(&spec, &router)?],
                 attn_norm: Norm::before(&spec, &attention, "attn_norm", "attn_norm_bias")?,
                 attention: Attention::new(&layer.attention, &attention)?,
                 attn_post_norm: behind(&attention, "attn_post_norm")?,
-                ffn_norm: Norm::before(&spec, &router, "ffn_norm", "ffn_norm_bias")?,
-                ffn: Ffn::new(&spec, &layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
-                ffn_post_norm: behind(&router, "ffn_post_norm")?,
-                scale: spec.layer_scale.then(|| router.vector("layer_scale")).transpose()?,
-                extents: LayerExtents {
-                    attention: next(),
-                    router: next(),
-                    dense: (layer.ffn.dense_width > 0).then(&mut next),
+                attention_extent: next(),
+                ffn: match layer.ffn.is_none() {
+                    true => None,
+                    false => Some(LayerFfn {
+                        norm: Norm::before(&spec, &router, "ffn_norm", "ffn_norm_bias")?,
+                        ffn: Ffn::new(&spec, &layer.ffn, &router, &dense, &expert)?,
+                        post_norm: behind(&router, "ffn_post_norm")?,
+                        scale: spec.layer_scale.then(|| router.vector("layer_scale")).transpose()?,
+                        router: next(),
+                        dense: (!spec.tensors(ExtentKind::Dense, i).is_empty()).then(&mut next),
+                    }),
                 },
             });
         }
@@ -390,7 +395,7 @@ impl Model {
 
         let dense_parts = weights.dense;
         let (started, waited) = (Instant::now(), dense_parts.stats().wait);
-        let attention = dense_parts.dense(layer.extents.attention)?;
+        let attention = dense_parts.dense(layer.attention_extent)?;
         let step = Step { compute, rows, extent: attention.bytes() };
         let input = layer.residuals[0].read(compute, step.extent, x, residual);
         layer.attn_norm.apply(step.extent, input, norm, normed);
@@ -406,20 +411,21 @@ impl Model {
         let attended = Instant::now();
         self.times.attention += (attended - started).saturating_sub(dense_parts.stats().wait - waited);
 
-        let router = dense_parts.dense(layer.extents.router)?;
-        let dense = layer.extents.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
+        let Some(part) = &layer.ffn else { return Ok(()) };
+        let router = dense_parts.dense(part.router)?;
+        let dense = part.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
         let input = layer.residuals[1].read(compute, router.bytes(), x, residual);
-        layer.ffn_norm.apply(router.bytes(), input, norm, normed);
+        part.norm.apply(router.bytes(), input, norm, normed);
         // A prompt will need most experts of the next layer anyway; a prefetch needs that layer's router in memory.
-        let ahead = index + 1;
-        let next = self.layers.get(ahead).filter(|l| {
+        let mut later = self.layers.iter().enumerate().skip(index + 1);
+        let next = later.find_map(|(number, l)| Some((number, l.ffn.as_ref()?))).filter(|(_, l)| {
             let wanted = rows.generate() && ffn.prefetches() && l.ffn.routed().is_some();
-            wanted && dense_parts.is_pinned(l.extents.router)
+            wanted && dense_parts.is_pinned(l.router)
         });
-        let next_router = next.map(|l| dense_parts.dense(l.extents.router)).transpose()?;
-        let prefetch = next.zip(next_router.as_ref()).and_then(|(l, router)| {
-            let (norm, extent) = (l.ffn.router_norm().unwrap_or(&l.ffn_norm), router.bytes());
-            Some(NextLayer { layer: ahead, routed: l.ffn.routed()?, norm, factor, extent })
+        let next_router = next.map(|(_, l)| dense_parts.dense(l.router)).transpose()?;
+        let prefetch = next.zip(next_router.as_ref()).and_then(|((number, l), router)| {
+            let (norm, extent) = (l.ffn.router_norm().unwrap_or(&l.norm), router.bytes());
+            Some(NextLayer { layer: number, routed: l.ffn.routed()?, norm, factor, extent })
         });
         let step = FfnStep {
             compute,
@@ -430,12 +436,12 @@ impl Model {
             residual: input,
             ahead: prefetch,
         };
-        let experts = layer.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
-        if let Some(post) = &layer.ffn_post_norm {
+        let experts = part.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
+        if let Some(post) = &part.post_norm {
             post.apply_in_place(router.bytes(), delta, norm, normed);
         }
         layer.residuals[1].add(&compute.threads, x, delta, residual);
-        layer.scale.iter().flat_map(|place| place.part(router.bytes(), 0..1)).for_each(|factor| scale(x, factor));
+        part.scale.iter().flat_map(|place| place.part(router.bytes(), 0..1)).for_each(|factor| scale(x, factor));
         self.times.experts += experts;
         self.times.feed_forward += attended.elapsed().saturating_sub(experts);
         Ok(())
@@ -507,7 +513,9 @@ impl Model {
             let widest = l.ffn.dense_width.max(moe.map_or(0, |m| m.width)) as u64;
             let routed =
                 moe.map_or(0, |m| crate::experts::combining_width(hidden) + 8 * m.top_k as u64 + m.experts as u64);
-            attention + 2 * widest + routed + crate::ffn::apart_width(&l.ffn, hidden)
+            // What experts read and write, as f32 and in the form that kernels consume, and what becomes of it.
+            let latent = moe.and_then(|m| m.latent).map_or(0, |latent| 3 * latent as u64 + hidden);
+            attention + 2 * widest + routed + latent + crate::ffn::apart_width(&l.ffn, hidden)
         };
         let widest = spec.layers.iter().map(layer).max().unwrap_or(0);
         let kept = Model::output_memory(spec, rows).min(most_kept);
@@ -521,7 +529,7 @@ impl Model {
     /// Bytes of the outputs of all experts that `rows` rows choose in a layer.
     pub fn output_memory(spec: &ModelSpec, rows: usize) -> u64 {
         let moe = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref());
-        moe.map(|moe| crate::experts::output_bytes(moe, rows, spec.hidden_size)).max().unwrap_or(0)
+        moe.map(|moe| crate::experts::output_bytes(moe, rows, moe.input_width(spec.hidden_size))).max().unwrap_or(0)
     }
 
     /// Bytes that the cached parts of the embedding may take, in a file of these extents.

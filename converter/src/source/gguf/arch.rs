@@ -2,6 +2,7 @@
 
 use super::keys::{ARCHITECTURE, Keys};
 use super::metadata::{Metadata, Problem};
+use crate::nearest;
 
 /// An architecture of llama.cpp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,9 +39,13 @@ pub(super) enum Arch {
     Dots1,
     /// Llama 4.
     Llama4,
+    /// MiMo-V2-Flash.
+    MiMo2,
+    /// DeepSeek-V4.
+    DeepSeek4,
 }
 
-const NAMES: [(&str, Arch); 23] = [
+const NAMES: [(&str, Arch); 25] = [
     ("llama", Arch::Llama),
     ("mistral3", Arch::Mistral3),
     ("qwen3", Arch::Qwen3),
@@ -64,6 +69,8 @@ const NAMES: [(&str, Arch); 23] = [
     ("hy_v3", Arch::HyV3),
     ("dots1", Arch::Dots1),
     ("llama4", Arch::Llama4),
+    ("mimo2", Arch::MiMo2),
+    ("deepseek4", Arch::DeepSeek4),
 ];
 
 /// Keys that change what a model computes, which few families have; the value at which they change nothing.
@@ -80,8 +87,13 @@ const NEUTRAL: [(&str, f64); 10] = [
     ("rope.scaling.attn_factor", 1.0),
 ];
 
-/// Those of them that Granite has.
-const OF_GRANITE: [&str; 3] = ["logit_scale", "residual_scale", "embedding_scale"];
+/// Those of them that a family has.
+const OF_FAMILIES: [(Arch, &str); 4] = [
+    (Arch::GraniteMoe, "logit_scale"),
+    (Arch::GraniteMoe, "residual_scale"),
+    (Arch::GraniteMoe, "embedding_scale"),
+    (Arch::MiMo2, "attention.value_scale"),
+];
 
 impl Arch {
     /// The architecture that the metadata name, and its name.
@@ -90,13 +102,13 @@ impl Arch {
             let problem = format!("is \"{other}\": the file is not a model, but goes with one");
             return Err(Problem::new("general.type", problem));
         }
-        let supported = || NAMES.map(|(name, _)| name).join(", ");
+        let supported = NAMES.map(|(name, _)| name);
         let Some(name) = metadata.text(ARCHITECTURE)? else {
-            return Err(Problem::new(ARCHITECTURE, format!("is missing; supported: {}", supported())));
+            return Err(Problem::new(ARCHITECTURE, format!("is missing; supported: {}", supported.join(", "))));
         };
         let known = NAMES.into_iter().find(|(known, _)| *known == name);
         let known = known.map(|(_, arch)| (arch, name));
-        known.ok_or_else(|| Problem::new(ARCHITECTURE, format!("is \"{name}\"; supported: {}", supported())))
+        known.ok_or_else(|| Problem::new(ARCHITECTURE, nearest::refusal(name, &supported)))
     }
 
     /// Whether llama.cpp's converter stores rows of queries and keys in the order in which it turns them.
@@ -125,6 +137,7 @@ impl Arch {
                 | Arch::Olmoe
                 | Arch::GraniteMoe
                 | Arch::HunyuanMoe
+                | Arch::DeepSeek4
         )
     }
 
@@ -138,7 +151,7 @@ impl Arch {
 
     /// Refuses keys whose values change what the model computes in a way that the family does not know.
     pub(super) fn refuse_unknown_computation(self, keys: &Keys<'_>) -> Result<(), Problem> {
-        let known = |end: &str| self == Arch::GraniteMoe && OF_GRANITE.contains(&end);
+        let known = |end: &str| OF_FAMILIES.contains(&(self, end));
         for (end, neutral) in NEUTRAL.into_iter().filter(|(end, _)| !known(end)) {
             if let Some(found) = keys.float(end)?.filter(|&f| f != neutral) {
                 return Err(

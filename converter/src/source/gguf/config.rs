@@ -15,6 +15,7 @@ use super::rope::{self, Rope};
 const SOFTMAX: u64 = 1;
 const SIGMOID: u64 = 2;
 const SOFTMAX_OF_CHOSEN: u64 = 3;
+const SQRT_SOFTPLUS: u64 = 4;
 /// Longest context of GLM-5 and 5.1; longer ones are of 5.2, whose layers share indexers in a pattern.
 const GLM_5_1_CONTEXT: u64 = 1 << 20;
 
@@ -93,7 +94,8 @@ impl Writer<'_> {
         }
         let heads = keys.need("attention.head_count")?;
         // Where attention is latent, it counts the latents of a layer: none in those with linear attention.
-        let kv_heads = if self.arch == Arch::KimiLinear { None } else { keys.uint("attention.head_count_kv")? };
+        let differs = matches!(self.arch, Arch::KimiLinear | Arch::MiMo2);
+        let kv_heads = if differs { None } else { keys.uint("attention.head_count_kv")? };
         self.heads = index(keys, "attention.head_count", heads)?;
         self.kv_heads = index(keys, "attention.head_count_kv", kv_heads.unwrap_or(heads))?;
         if self.heads == 0 || self.kv_heads == 0 {
@@ -152,6 +154,8 @@ impl Writer<'_> {
             Arch::HyV3 => "hy_v3",
             Arch::Dots1 => "dots1",
             Arch::Llama4 => "llama4_text",
+            Arch::MiMo2 => "mimo_v2_flash",
+            Arch::DeepSeek4 => "deepseek_v4",
         })
     }
 
@@ -176,7 +180,8 @@ impl Writer<'_> {
         let keys = self.keys;
         let hidden = keys.need("embedding_length")?;
         let head_dim = keys.uint("attention.key_length")?.unwrap_or(hidden / self.heads as u64);
-        if let Some(value) = keys.uint("attention.value_length")?.filter(|&n| n != head_dim) {
+        let value = keys.uint("attention.value_length")?.filter(|&n| n != head_dim);
+        if let Some(value) = value.filter(|_| self.arch != Arch::MiMo2) {
             let problem = format!("is {value}, and heads of keys have {head_dim} elements: not supported");
             return Err(keys.refuse("attention.value_length", problem));
         }
@@ -190,6 +195,7 @@ impl Writer<'_> {
         match self.arch {
             Arch::Glm4Moe | Arch::MiniMaxM2 => self.out.set("use_qk_norm", self.has("attn_q_norm.weight")),
             Arch::Olmoe => self.out.set("clip_qkv", keys.float("attention.clamp_kqv")?),
+            Arch::MiMo2 => self.mimo(value.unwrap_or(head_dim))?,
             _ => {}
         }
         let theta = keys.float("rope.freq_base")?;
@@ -303,7 +309,13 @@ impl Writer<'_> {
             | Arch::MiniMaxM3
             | Arch::GraniteMoe
             | Arch::Llama4 => "num_local_experts",
-            Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe | Arch::Dots1 => "n_routed_experts",
+            Arch::DeepSeek2
+            | Arch::DeepSeek32
+            | Arch::DeepSeek4
+            | Arch::GlmDsa
+            | Arch::Glm4Moe
+            | Arch::Dots1
+            | Arch::MiMo2 => "n_routed_experts",
             _ => "num_experts",
         };
         self.out.set(count_key, experts);
@@ -356,8 +368,10 @@ impl Writer<'_> {
             | Arch::KimiLinear
             | Arch::HyV3
             | Arch::Dots1
+            | Arch::MiMo2
             | Arch::Llama4 => (true, &[SIGMOID]),
             Arch::GptOss | Arch::GraniteMoe => (false, &[SOFTMAX, SOFTMAX_OF_CHOSEN]),
+            Arch::DeepSeek4 => (false, &[SQRT_SOFTPLUS]),
             _ => (false, &[SOFTMAX]),
         };
         if let Some(func) = keys.uint("expert_gating_func")?.filter(|f| *f != 0 && !supported.contains(f)) {
@@ -376,12 +390,16 @@ impl Writer<'_> {
                 self.out.set("scoring_func", if sigmoid { "sigmoid" } else { "softmax" });
                 self.groups(sigmoid)?;
             }
-            Arch::KimiLinear => {
-                // llama.cpp knows without a key that it divides by the sum.
+            Arch::KimiLinear | Arch::MiMo2 => {
+                // llama.cpp knows without a key that they divide by the sum.
                 self.out.set("norm_topk_prob", norm.unwrap_or(true));
                 self.out.set("routed_scaling_factor", scale.unwrap_or(1.0));
                 self.out.set("scoring_func", "sigmoid");
                 self.groups(true)?;
+            }
+            Arch::DeepSeek4 => {
+                self.out.set("norm_topk_prob", norm.unwrap_or(true));
+                self.out.set("routed_scaling_factor", scale.unwrap_or(1.0));
             }
             Arch::MiniMaxM2 => self.out.set("scoring_func", "sigmoid"),
             Arch::MiniMaxM3 => {
@@ -397,8 +415,11 @@ impl Writer<'_> {
             Arch::Qwen3Moe | Arch::Qwen3Next => self.out.set("norm_topk_prob", norm.unwrap_or(true)),
             _ => {}
         }
-        let scales =
-            self.arch.is_latent() || matches!(self.arch, Arch::Glm4Moe | Arch::HyV3 | Arch::Dots1 | Arch::MiniMaxM3);
+        let scales = self.arch.is_latent()
+            || matches!(
+                self.arch,
+                Arch::DeepSeek4 | Arch::Glm4Moe | Arch::HyV3 | Arch::Dots1 | Arch::MiMo2 | Arch::MiniMaxM3
+            );
         if let Some(scale) = scale.filter(|&s| s != 1.0 && !scales) {
             return Err(keys.refuse("expert_weights_scale", format!("is {scale}; only 1 is supported here")));
         }
@@ -446,6 +467,7 @@ impl Writer<'_> {
             Arch::MiniMaxM3 => self.out.set("shared_intermediate_size", width),
             Arch::DeepSeek2
             | Arch::DeepSeek32
+            | Arch::DeepSeek4
             | Arch::GlmDsa
             | Arch::Glm4Moe
             | Arch::KimiLinear

@@ -1,6 +1,8 @@
 //! From llama.cpp's names to those of the hub (`gguf-py/gguf/tensor_mapping.py` and `conversion/` of
 //! <https://github.com/ggml-org/llama.cpp>), and what becomes of the numbers.
 
+mod deepseek4;
+
 use super::arch::Arch;
 
 /// What a tensor of the file is in the checkpoint.
@@ -109,10 +111,13 @@ const MINIMAX: [(&str, &str, Change); 4] = [
 /// Gate, up and down.
 const PARTS: [&str; 3] = ["gate", "up", "down"];
 
-/// The name on the hub of the tensor `name`; `None` if it is none that llama.cpp's converter writes. `is_linear` says which
-/// layers have linear attention.
-pub(super) fn rename(arch: Arch, is_linear: &dyn Fn(usize) -> bool, name: &str) -> Option<Renamed> {
+/// The name on the hub of the tensor `name`; `None` if it is none that llama.cpp's converter writes. `linear` says of each layer
+/// whether it has linear attention.
+pub(super) fn rename(arch: Arch, linear: &[bool], name: &str) -> Option<Renamed> {
     let plain = |name: String| Some(Renamed { name, change: Change::None });
+    if arch == Arch::DeepSeek4 {
+        return deepseek4::rename(linear.len(), name).and_then(plain);
+    }
     if let Some((_, outside)) = OUTSIDE.iter().find(|(own, _)| *own == name) {
         return plain((*outside).to_owned());
     }
@@ -120,13 +125,13 @@ pub(super) fn rename(arch: Arch, is_linear: &dyn Fn(usize) -> bool, name: &str) 
     let layer: usize = layer.parse().ok()?;
     let in_layer = |rest: &str| format!("model.layers.{layer}.{rest}");
     // Names without an end: of a vector, and of old files.
-    let linear = if arch == Arch::KimiLinear { "self_attn" } else { "linear_attn" };
+    let of_linear = if arch == Arch::KimiLinear { "self_attn" } else { "linear_attn" };
     match rest {
         "ssm_a" => {
-            let name = in_layer(&format!("{linear}.A_log"));
+            let name = in_layer(&format!("{of_linear}.A_log"));
             return Some(Renamed { name, change: Change::NegativeExponential });
         }
-        "ssm_dt.bias" => return plain(in_layer(&format!("{linear}.dt_bias"))),
+        "ssm_dt.bias" => return plain(in_layer(&format!("{of_linear}.dt_bias"))),
         "attn_sinks.weight" | "attn_sinks" => return plain(in_layer("self_attn.sinks")),
         "exp_probs_b.bias" | "exp_probs_b" if arch == Arch::Ernie45Moe => {
             let name = in_layer("mlp.moe_statics.e_score_correction_bias");
@@ -143,7 +148,7 @@ pub(super) fn rename(arch: Arch, is_linear: &dyn Fn(usize) -> bool, name: &str) 
     if let Some(name) = feed_forward(arch, module, end) {
         return plain(in_layer(&name));
     }
-    if module == "attn_qkv" && !is_linear(layer) {
+    if module == "attn_qkv" && !linear.get(layer).is_some_and(|&linear| linear) {
         return Some(Renamed { name: in_layer(&format!("self_attn.q_proj.{end}")), change: Change::Fused });
     }
     let own: &[_] = match arch {
@@ -259,11 +264,11 @@ mod tests {
             ),
             (Arch::Glm4Moe, "blk.46.nextn.eh_proj.weight", "model.layers.46.eh_proj.weight", Change::None),
         ] {
-            let found = rename(arch, &|layer| layer == 0, own);
+            let found = rename(arch, &[true, false], own);
             assert_eq!(found, Some(Renamed { name: hub.to_owned(), change }), "{own}");
         }
         for unknown in ["blk.weight", "blk.x.attn_q.weight", "v.blk.0.attn_q.weight", "blk.0.ffn_gateway.weight", ""] {
-            assert_eq!(rename(Arch::Llama, &|_| false, unknown), None, "{unknown}");
+            assert_eq!(rename(Arch::Llama, &[], unknown), None, "{unknown}");
         }
     }
 }

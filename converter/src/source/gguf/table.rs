@@ -44,8 +44,7 @@ impl Table<'_> {
     /// What `tensor` is in the checkpoint. One that llama.cpp's converter does not write keeps its name, by which the plan
     /// refuses it.
     pub(super) fn entries(&self, tensor: &Tensor) -> Result<Vec<SourceTensor>, ConvertError> {
-        let is_linear = |layer: usize| self.described.linear.get(layer).copied().unwrap_or(false);
-        let Some(renamed) = rename(self.arch, &is_linear, &tensor.name) else {
+        let Some(renamed) = rename(self.arch, &self.described.linear, &tensor.name) else {
             return Ok(vec![self.entry(tensor, tensor.name.clone())]);
         };
         let mut entry = self.entry(tensor, renamed.name);

@@ -9,7 +9,7 @@ use super::latent::{LatentPlace, index_width, latent_width};
 use super::page::Page;
 use super::raw::RawPlace;
 use crate::compressed::raw_width;
-use crate::delta::StateShape;
+use crate::recurrent::StateShape;
 
 /// Tokens of a page: those of a block of keys. A smaller page would cut blocks. A larger one would waste more at the end of each
 /// sequence, copy more when a fork goes on and keep more before a window, and make nothing faster: attention takes one block at a
@@ -273,14 +273,16 @@ impl Layout {
                 let index = mla.indexer.as_ref().map_or(0, index_width);
                 self.store(layer, PageKind::Rows, ty, |page| Place::Latent(latents(page, latent_width(mla), index)));
             }
-            AttentionSpec::Delta(spec) => {
-                let shape = StateShape::of(spec);
-                self.store(layer, PageKind::State, ty, |page| {
-                    Place::State(StatePlace { first: page.numbers(shape.numbers()), shape })
-                });
-            }
+            AttentionSpec::Delta(spec) => self.add_state(layer, StateShape::of_delta(spec), ty),
+            AttentionSpec::Mamba(spec) => self.add_state(layer, StateShape::of_mamba(spec), ty),
             AttentionSpec::Compressed(spec) => self.add_compressed(layer, spec, ty),
         }
+    }
+
+    fn add_state(&mut self, layer: usize, shape: StateShape, ty: KvType) {
+        self.store(layer, PageKind::State, ty, |page| {
+            Place::State(StatePlace { first: page.numbers(shape.numbers()), shape })
+        });
     }
 
     /// In the order of [`compressed::WINDOW`](crate::compressed::WINDOW) and what follows it.

@@ -23,7 +23,7 @@ pub use self::layout::{Layout, PAGE_TOKENS, PageKind, PageLayout, Place, WINDOW_
 pub use self::page::{Held, PageCount, PagePool, PagesFull};
 pub use self::raw::{RawCache, RawCacheMut};
 pub use self::table::Table;
-use crate::delta::{State, StateMut};
+use crate::recurrent::{State, StateMut};
 
 /// Why a cache always is of the kind that its layer expects.
 const OF_ITS_SPEC: &str = "a cache is made from the spec of its layer";

@@ -1,9 +1,13 @@
 //! Keys that one family has.
 
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 
+use super::super::keys::decimal;
+use super::super::metadata::Value;
 use super::{Arch, Problem, Writer};
 
+/// What MiMo-V2-Flash multiplies values by, which files from before May 2026 do not say.
+const MIMO_VALUE_SCALE: f64 = 0.707;
 /// Experts of the one Llama 4 that has no norms of queries and keys: Maverick. llama.cpp tells it by them as well.
 const WITHOUT_NORMS: u64 = 128;
 
@@ -22,6 +26,7 @@ impl Writer<'_> {
                 Ok(())
             }
             Arch::Llama4 => self.llama_4(),
+            Arch::DeepSeek4 => self.deepseek_4(),
             _ => Ok(()),
         }
     }
@@ -67,5 +72,115 @@ impl Writer<'_> {
             self.out.set("no_rope_layers", vec![Json::from(1); self.layers]);
         }
         Ok(())
+    }
+
+    /// MiMo-V2, whose layers with a window have other heads of keys and values, and another rotation, than those without.
+    pub(super) fn mimo(&mut self, value_dim: u64) -> Result<(), Problem> {
+        let keys = self.keys;
+        const PATTERN: &str = "attention.sliding_window_pattern";
+        let slides = keys.per_layer(PATTERN, self.layers)?.ok_or_else(|| keys.refuse(PATTERN, "is missing"))?;
+        if self.has("attn_qkv.weight") {
+            return Err(keys.refuse("attention.value_length", "is that of fused projections, which are not supported"));
+        }
+        for (slide, count_key, sinks_key) in [
+            (false, "num_key_value_heads", "add_full_attention_sink_bias"),
+            (true, "swa_num_key_value_heads", "add_swa_attention_sink_bias"),
+        ] {
+            let layers: Vec<usize> = (0..self.layers).filter(|&layer| slides[layer] == slide).collect();
+            self.out.set_some(count_key, self.heads_of(&layers)?);
+            let sinks = layers.iter().any(|&layer| {
+                ["attn_sinks.weight", "attn_sinks"].iter().any(|name| keys.of_layer(layer, name).is_some())
+            });
+            self.out.set(sinks_key, sinks);
+        }
+        let kind = |slides: &bool| Json::from(if *slides { "sliding_attention" } else { "full_attention" });
+        self.out.set("layer_types", slides.iter().map(kind).collect::<Vec<_>>());
+        self.out.set("v_head_dim", value_dim);
+        self.out.set("sliding_window", keys.need("attention.sliding_window")?);
+        let theta = keys.float("rope.freq_base")?;
+        self.out.set_some("rope_theta", theta);
+        self.out.set_some("swa_rope_theta", keys.float("rope.freq_base_swa")?.or(theta));
+        let scale = keys.float("attention.value_scale")?;
+        if scale.is_none() {
+            self.notes.push(format!(
+                "`{}` is missing, as in all files from before May 2026: {MIMO_VALUE_SCALE}, as Xiaomi has published the model",
+                keys.key("attention.value_scale")
+            ));
+        }
+        self.out.set("attention_value_scale", scale.unwrap_or(MIMO_VALUE_SCALE));
+        Ok(())
+    }
+
+    /// Heads of keys and values of these layers, which have to be the same for all of them; `None` if there are no layers.
+    fn heads_of(&self, layers: &[usize]) -> Result<Option<u64>, Problem> {
+        const COUNTS: &str = "attention.head_count_kv";
+        let keys = self.keys;
+        let counts = keys.metadata.integers(&keys.key(COUNTS))?;
+        let counts = counts.ok_or_else(|| keys.refuse(COUNTS, "is missing, or not a list with one for each layer"))?;
+        let mut all = layers.iter().map(|&layer| counts.get(layer).and_then(|&n| u64::try_from(n).ok()));
+        let Some(first) = all.next() else { return Ok(None) };
+        let count = first.filter(|&n| n > 0).ok_or_else(|| keys.refuse(COUNTS, "has no count for every layer"))?;
+        if all.any(|other| other != first) {
+            return Err(keys.refuse(COUNTS, "differs between layers of one kind, which is not supported"));
+        }
+        Ok(Some(count))
+    }
+
+    /// DeepSeek-V4.
+    fn deepseek_4(&mut self) -> Result<(), Problem> {
+        let keys = self.keys;
+        self.copy("intermediate_size", "moe_intermediate_size");
+        for (own, hub) in [
+            ("attention.q_lora_rank", "q_lora_rank"),
+            ("attention.output_lora_rank", "o_lora_rank"),
+            ("attention.output_group_count", "o_groups"),
+            ("attention.sliding_window", "sliding_window"),
+            ("attention.indexer.head_count", "index_n_heads"),
+            ("attention.indexer.key_length", "index_head_dim"),
+            ("attention.indexer.top_k", "index_topk"),
+            ("rope.dimension_count", "qk_rope_head_dim"),
+            ("hyper_connection.count", "hc_mult"),
+            ("hyper_connection.sinkhorn_iterations", "hc_sinkhorn_iters"),
+        ] {
+            self.out.set(hub, keys.need(own)?);
+        }
+        self.out.set_some("hc_eps", keys.float("hyper_connection.epsilon")?);
+        self.out.set_some("swiglu_limit", self.expert_limit()?);
+        self.out.set_some("rope_theta", keys.float("rope.freq_base")?);
+        self.out.set_some("compress_rope_theta", keys.float("attention.compress_rope_freq_base")?);
+        const RATIOS: &str = "attention.compress_ratios";
+        let ratios = keys.metadata.integers(&keys.key(RATIOS))?;
+        let ratios = ratios.ok_or_else(|| keys.refuse(RATIOS, "is missing, or not a list with one for each layer"))?;
+        let ratio = |n: i128| i64::try_from(n).map_or(Json::Null, Json::from);
+        self.out.set("compress_ratios", ratios.into_iter().map(ratio).collect::<Vec<_>>());
+        let kind = |layer| match keys.of_layer(layer, "ffn_gate_tid2eid.weight") {
+            Some(_) => Json::from("hash_moe"),
+            None => Json::from("moe"),
+        };
+        self.out.set("mlp_layer_types", (0..self.layers).map(kind).collect::<Vec<_>>());
+        if keys.metadata.get(&keys.key("rope.scaling.type")).is_none() {
+            self.notes.push(format!(
+                "`{}` is missing: YaRN by 16 from 65,536 tokens in layers that compress, as DeepSeek has published the model",
+                keys.key("rope.scaling.type")
+            ));
+            self.out.set(
+                "rope_parameters",
+                json!({"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 65_536}),
+            );
+        }
+        Ok(())
+    }
+
+    /// The limit of an expert's gate and up, which files give for each layer.
+    fn expert_limit(&self) -> Result<Option<f64>, Problem> {
+        const LIMITS: &str = "swiglu_clamp_exp";
+        let keys = self.keys;
+        let Some(Value::Numbers(_)) = keys.metadata.get(&keys.key(LIMITS)) else { return keys.float(LIMITS) };
+        let limits = keys.metadata.floats(&keys.key(LIMITS))?.unwrap_or_default();
+        match limits.get(..self.layers) {
+            Some([first, others @ ..]) if others.iter().all(|other| other == first) => Ok(Some(decimal(*first))),
+            Some([_, ..]) => Err(keys.refuse(LIMITS, "differs from layer to layer, which is not supported")),
+            _ => Err(keys.refuse(LIMITS, format!("has {} entries for {} layers", limits.len(), self.layers))),
+        }
     }
 }
