@@ -28,6 +28,9 @@ impl Drop for LayerFile {
     }
 }
 
+/// The tensor that has a number for each token of the vocabulary.
+const HEAD_BIAS: &str = "head_bias";
+
 impl LayerFile {
     pub(crate) fn path(&self) -> &Path {
         &self.path
@@ -47,6 +50,8 @@ impl LayerFile {
         let ngrams = plan.spec.ngrams_of(layer).map(|ngrams| NgramSpec { layer: 0, ..ngrams.clone() });
         let spec = ModelSpec {
             vocab_size: 1,
+            // Nobody asks for logits: there is one row of embedding and head, and no bias for each token.
+            head_bias: false,
             ngrams: ngrams.into_iter().collect(),
             layers: vec![alone(&plan.spec.layers[layer])],
             prediction: None,
@@ -60,10 +65,17 @@ impl LayerFile {
         let stubs = [ExtentKind::FinalNorm, ExtentKind::Embedding, ExtentKind::Head].into_iter();
         let stubs = stubs.filter(|&kind| !belongs(kind, NO_LAYER)).map(|kind| stub(&spec, kind));
         let stubs: Vec<(PlannedExtent, Vec<TensorRecord>)> = stubs.collect::<Result<_, ConvertError>>()?;
-        let moved = |&i: &usize| PlannedExtent { layer: here(reading.planned[i].layer), ..reading.planned[i] };
+        let behind_layers = reading.records.iter().filter(|r| r.kind == ExtentKind::FinalNorm && r.name != HEAD_BIAS);
+        let behind_len = behind_layers.map(|r| r.offset + r.len).max();
+        let moved = |&i: &usize| {
+            let planned = reading.planned[i];
+            let whole = if planned.kind == ExtentKind::FinalNorm { behind_len } else { None };
+            let logical_len = whole.unwrap_or(planned.logical_len);
+            PlannedExtent { layer: here(planned.layer), logical_len, ..planned }
+        };
         let planned = stubs.iter().map(|stub| stub.0).chain(numbers.iter().map(moved));
         let planned: Vec<PlannedExtent> = planned.collect();
-        let records = reading.records.iter().filter(|r| belongs(r.kind, r.layer));
+        let records = reading.records.iter().filter(|r| belongs(r.kind, r.layer) && r.name != HEAD_BIAS);
         let records = records.map(|r| TensorRecord { layer: here(r.layer), ..r.clone() });
         let records: Vec<TensorRecord> = stubs.iter().flat_map(|stub| stub.1.clone()).chain(records).collect();
         let layout = FileLayout::new(plan.options.page_size, &planned)?;
@@ -74,7 +86,11 @@ impl LayerFile {
                 None => extent.write(&vec![0; stubs[number].0.logical_len as usize])?,
                 Some(i) => {
                     let PlannedExtent { layer, index, .. } = planned[number];
-                    packer.reading(&reading.extents[numbers[i]], (layer, index), &mut extent)?;
+                    let tensors = &reading.extents[numbers[i]];
+                    // The bias of the head is the last tensor of its extent.
+                    let without_bias = tensors.split_last().filter(|(last, _)| last.name == HEAD_BIAS);
+                    let tensors = without_bias.map_or(&tensors[..], |(_, others)| others);
+                    packer.reading(tensors, (layer, index), &mut extent)?;
                 }
             }
             Ok(extent.finish()?)

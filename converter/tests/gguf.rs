@@ -599,10 +599,13 @@ fn divided_frequencies() {
     let none = [("scaling.type", Value::Text("none")), linear[1].clone()];
     assert_eq!(spec_of(&none, &[]).unwrap(), RopeScaling::None);
     let divisors: Vec<f32> = (0..32).map(|i| 1.0 + i as f32 / 8.0).collect();
-    assert_eq!(spec_of(&[], &divisors).unwrap(), RopeScaling::Divided { divisors: divisors.clone() });
+    assert_eq!(
+        spec_of(&[], &divisors).unwrap(),
+        RopeScaling::Divided { divisors: divisors.clone(), attention_factor: 1.0 }
+    );
     assert_eq!(spec_of(&[], &[1.0; 32]).unwrap(), RopeScaling::None);
     let both = divisors.iter().map(|d| d * 4.0).collect();
-    assert_eq!(spec_of(&linear, &divisors).unwrap(), RopeScaling::Divided { divisors: both });
+    assert_eq!(spec_of(&linear, &divisors).unwrap(), RopeScaling::Divided { divisors: both, attention_factor: 1.0 });
     for (keys, factors, words) in [
         (&[][..], &divisors[1..], ["divisors", "31 numbers"]),
         (&[], &[f32::NAN; 32], ["rope_freqs.weight", "NaN"]),

@@ -1,5 +1,6 @@
 //! GGUF files of models whose layers differ from each other, as llama.cpp's converter (`conversion/kimi_linear.py`,
-//! `minimax.py`, `mimo.py` and `deepseek.py` beside it) writes them: they give the models of the checkpoints that they were made of.
+//! `minimax.py`, `mimo.py`, `deepseek.py` and `dots1.py` beside it) writes them: they give the models of the checkpoints that
+//! they were made of.
 
 mod common;
 
@@ -16,7 +17,7 @@ const F32: u32 = 0;
 const I32: u32 = 26;
 
 /// Tensors that keep their shape and numbers: name in the file, name on the hub.
-const PLAIN: [(&str, &str); 39] = [
+const PLAIN: [(&str, &str); 42] = [
     ("attn_norm.weight", "input_layernorm.weight"),
     ("ffn_norm.weight", "post_attention_layernorm.weight"),
     ("attn_q.weight", "self_attn.q_proj.weight"),
@@ -54,6 +55,9 @@ const PLAIN: [(&str, &str); 39] = [
     ("attn_sinks.weight", "self_attn.attention_sink_bias"),
     ("ffn_gate_inp.weight", "mlp.gate.weight"),
     ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias"),
+    ("ffn_gate_shexp.weight", "mlp.shared_experts.gate_proj.weight"),
+    ("ffn_up_shexp.weight", "mlp.shared_experts.up_proj.weight"),
+    ("ffn_down_shexp.weight", "mlp.shared_experts.down_proj.weight"),
     ("token_embd.weight", "embed_tokens.weight"),
     ("output_norm.weight", "norm.weight"),
 ];
@@ -257,6 +261,38 @@ fn minimax_m3_comes_back_from_gguf() {
     let metadata = metadata("minimax-m3", &text, &counts, &others);
     let written = written(&tensors, &text, "language_model.model.", "language_model.lm_head.weight", true);
     check("minimax_m3", &config, &text, &tensors, &metadata, &written);
+}
+
+#[test]
+fn dots1_comes_back_from_gguf() {
+    let (mut config, tensors) = golden("dots1");
+    // llama.cpp knows no windows of this family, and no released model has one.
+    config["max_window_layers"] = config["num_hidden_layers"].clone();
+    let counts = [
+        ("block_count", "num_hidden_layers"),
+        ("context_length", "max_position_embeddings"),
+        ("embedding_length", "hidden_size"),
+        ("feed_forward_length", "intermediate_size"),
+        ("attention.head_count", "num_attention_heads"),
+        ("attention.head_count_kv", "num_key_value_heads"),
+        ("attention.key_length", "head_dim"),
+        ("attention.value_length", "head_dim"),
+        ("expert_count", "n_routed_experts"),
+        ("expert_used_count", "num_experts_per_tok"),
+        ("expert_feed_forward_length", "moe_intermediate_size"),
+        ("expert_shared_count", "n_shared_experts"),
+        ("leading_dense_block_count", "first_k_dense_replace"),
+    ];
+    let others = [
+        ("attention.layer_norm_rms_epsilon", float(&config, "rms_norm_eps")),
+        ("rope.freq_base", float(&config, "rope_theta")),
+        ("expert_weights_scale", float(&config, "routed_scaling_factor")),
+        ("expert_weights_norm", Value::Bool(true)),
+        ("expert_gating_func", Value::U32(2)),
+    ];
+    let metadata = metadata("dots1", &config, &counts, &others);
+    let written = written(&tensors, &config, "model.", "lm_head.weight", false);
+    check("dots1", &config, &config, &tensors, &metadata, &written);
 }
 
 #[test]

@@ -141,7 +141,7 @@ fn what_is_not_supported_is_named_with_what_is() {
             json!({"n_routed_experts": 1 << 16, "n_group": 1, "num_hidden_layers": 40}),
             vec!["impossible model", "experts together", "262144"],
         ),
-        (json!({"rope_scaling": {"type": "longrope"}}), vec!["`rope_scaling.type`", "longrope", "yarn"]),
+        (json!({"rope_scaling": {"type": "ntk"}}), vec!["`rope_scaling.type`", "longrope", "yarn"]),
         (json!({"rope_scaling": {"rope_type": "yarn"}}), vec!["`rope_scaling.factor`"]),
         (json!({"rope_scaling": {"rope_type": "linear"}}), vec!["`rope_scaling.factor`", "missing"]),
         (json!({"rope_scaling": {"rope_type": "linear", "factor": 0}}), vec!["`rope_scaling.factor` is 0"]),
@@ -213,13 +213,15 @@ type Experts = Option<(usize, usize, usize, bool, f32)>;
 
 /// What `config.json` gives where it says nothing but its family: the values of the configuration classes of transformers
 /// 4.57 and 5, which are the same but where noted. Checkpoints are saved without keys that have these values.
-const DEFAULTS: [(&str, Basics, Experts); 32] = [
+const DEFAULTS: [(&str, Basics, Experts); 36] = [
     // Vocabulary of version 5; 4.57 had 32,000.
     ("deepseek_v2", (102_400, 4096, 32, 32, 32, 192, 2048, 1e-6, 1e4), Some((64, 6, 1407, false, 1.0))),
     ("deepseek_v3", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
     // Theta is that of layers that compress, of which the last is one.
     ("deepseek_v4", (129_280, 4096, 43, 64, 1, 512, 1 << 20, 1e-6, 160_000.0), Some((256, 6, 2048, true, 1.5))),
     ("kimi_k2", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
+    // The class has no numbers of experts: those of the released models.
+    ("dots1", (152_064, 4608, 62, 32, 32, 144, 2048, 1e-6, 1e4), Some((128, 6, 1408, false, 1.0))),
     ("glm4_moe", (151_552, 4096, 46, 96, 8, 128, 131_072, 1e-5, 1e4), Some((128, 8, 1408, true, 1.0))),
     ("glm4_moe_lite", (154_880, 2048, 47, 20, 20, 256, 202_752, 1e-5, 1e4), Some((64, 4, 1536, true, 1.8))),
     ("glm_moe_dsa", (154_880, 6144, 78, 64, 64, 256, 202_752, 1e-5, 1e4), Some((256, 8, 2048, true, 2.5))),
@@ -235,6 +237,7 @@ const DEFAULTS: [(&str, Basics, Experts); 32] = [
     ("kimi_linear", (163_840, 2304, 27, 32, 32, 192, 1_048_576, 1e-5, 0.0), Some((256, 8, 1024, true, 2.446))),
     ("mixtral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-5, 1e6), Some((8, 2, 14_336, true, 1.0))),
     ("olmoe", (50_304, 2048, 16, 16, 16, 128, 4096, 1e-5, 1e4), Some((64, 8, 2048, false, 1.0))),
+    ("phimoe", (32_064, 4096, 32, 32, 8, 128, 131_072, 1e-5, 1e6), Some((16, 2, 6400, false, 1.0))),
     ("granitemoe", (32_000, 4096, 32, 32, 32, 128, 2048, 1e-6, 1e4), Some((8, 2, 11_008, false, 1.0))),
     ("ernie4_5_moe", (103_424, 2560, 28, 20, 4, 128, 131_072, 1e-5, 5e5), Some((64, 6, 1536, true, 1.0))),
     ("ernie4_5", (103_424, 1024, 18, 16, 2, 128, 131_072, 1e-5, 5e5), None),
@@ -250,6 +253,9 @@ const DEFAULTS: [(&str, Basics, Experts); 32] = [
     ("llama", (32_000, 4096, 32, 32, 32, 128, 2048, 1e-6, 1e4), None),
     ("mistral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-6, 1e4), None),
     ("qwen3", (151_936, 4096, 32, 32, 32, 128, 32_768, 1e-6, 1e4), None),
+    // Two layers short, as the last of all has a window; of Gemma 4, heads of layers without one are wider.
+    ("gemma3_text", (262_208, 2304, 24, 8, 4, 256, 131_072, 1e-6, 1e6), None),
+    ("gemma4_text", (262_144, 2304, 30, 8, 4, 512, 131_072, 1e-6, 1e6), None),
     // Where the class knows no number, as many as heads.
     ("llama 40", (32_000, 4096, 32, 40, 40, 102, 2048, 1e-6, 1e4), None),
 ];
@@ -269,6 +275,9 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
             // What follows from the other values, 42, cannot be rotated.
             "glm4_moe" => config["head_dim"] = json!(128),
             "llama4_text" => config["num_hidden_layers"] = json!(47),
+            // Two layers short, so that the last one sees everything.
+            "gemma3_text" => config["num_hidden_layers"] = json!(24),
+            "gemma4_text" => config["hidden_size_per_layer_input"] = json!(0),
             _ => {}
         }
         let path = dir.path().join("config.json");
@@ -385,6 +394,25 @@ fn what_newer_families_do_not_compute_is_refused_by_its_key() {
         ),
         (json!({"model_type": "hunyuan_v1_moe", "rope_scaling": {"type": "dynamic", "factor": 2.0}}), "\"dynamic\""),
         (json!({"model_type": "hy_v3", "qk_norm": false}), "`qk_norm` is false"),
+        (json!({"model_type": "dots1", "scoring_func": "softmax"}), "`scoring_func` is \"softmax\""),
+        (json!({"model_type": "phimoe", "num_experts_per_tok": 3}), "`num_experts_per_tok` must be 2"),
+        (json!({"model_type": "phimoe", "rope_scaling": {"type": "longrope"}}), "`rope_scaling.original_max_position"),
+        (
+            json!({"model_type": "phimoe", "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 4096}}),
+            "`rope_scaling.long_factor` has 0 numbers",
+        ),
+        (json!({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}), "`attn_logit_softcapping` must be null"),
+        (json!({"model_type": "gemma3_text", "use_bidirectional_attention": true}), "`use_bidirectional_attention` is"),
+        (json!({"model_type": "gemma3_text", "hidden_activation": "relu"}), "`hidden_activation` is \"relu\""),
+        (json!({"model_type": "gemma4_text"}), "`hidden_size_per_layer_input` is 256; only 0"),
+        (
+            json!({"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4}),
+            "`num_kv_shared_layers` is 4",
+        ),
+        (
+            json!({"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "enable_moe_block": true}),
+            "`num_experts` is missing",
+        ),
         (json!({"model_type": "mimo_v2_flash", "hybrid_layer_pattern": [2]}), "`hybrid_layer_pattern` has 1 entries"),
         (json!({"model_type": "mimo_v2_flash", "num_key_value_heads": 3}), "`num_key_value_heads` is 3"),
         (json!({"model_type": "bailing_moe", "norm_head": true}), "`norm_head` is true"),

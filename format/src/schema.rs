@@ -86,7 +86,7 @@ impl ModelSpec {
             ExtentKind::Attention => {
                 let mut list = self.ngrams_of(layer).map_or_else(Vec::new, |n| self.ngram_tensors(n));
                 list.extend(self.stream_tensors());
-                list.extend(self.norm("attn_norm"));
+                list.extend(self.norm_before("attn_norm", "attn_norm_bias"));
                 match &spec.attention {
                     AttentionSpec::Mla(m) => list.extend(mla_tensors(m, hidden)),
                     AttentionSpec::Gqa(g) => list.extend(gqa_tensors(g, hidden)),
@@ -94,13 +94,16 @@ impl ModelSpec {
                     AttentionSpec::Mamba(m) => list.extend(mamba_tensors(m, hidden)),
                     AttentionSpec::Compressed(c) => list.extend(compressed_tensors(c, hidden)),
                 }
+                list.extend(self.norms.behind.then(|| vector("attn_post_norm", hidden)));
                 list
             }
             ExtentKind::Router if spec.ffn.is_none() => Vec::new(),
             ExtentKind::Router => {
                 let mut list = self.stream_tensors();
-                list.extend(self.norm("ffn_norm"));
+                list.extend(self.norm_before("ffn_norm", "ffn_norm_bias"));
                 list.extend(router_tensors(&spec.ffn, hidden));
+                list.extend(self.norms.behind.then(|| vector("ffn_post_norm", hidden)));
+                list.extend(self.layer_scale.then(|| vector("layer_scale", 1)));
                 list
             }
             ExtentKind::Dense => dense_tensors(&spec.ffn, hidden),
@@ -122,11 +125,6 @@ impl ModelSpec {
             // A table is split into parts by rows: see [`NgramSpec::part_tensor`].
             ExtentKind::Table | ExtentKind::Prediction => Vec::new(),
         }
-    }
-
-    /// The norm of what a part sees, or the head. Gated streams have been normalised before they were joined.
-    fn norm(&self, name: &'static str) -> Option<TensorShape> {
-        self.gated_streams.is_none().then(|| vector(name, self.hidden_size))
     }
 
     /// What brings the rows of a table of n-grams into the residual.
@@ -169,13 +167,20 @@ impl ModelSpec {
         ]
     }
 
+    /// The norm before a part of a layer or before the head. Gated streams have been normalised before they were joined.
+    fn norm_before(&self, weight: &'static str, bias: &'static str) -> impl Iterator<Item = TensorShape> {
+        let names = [weight].into_iter().chain(self.norms.centred.then_some(bias));
+        names.filter(|_| self.gated_streams.is_none()).map(|name| vector(name, self.hidden_size))
+    }
+
     fn final_tensors(&self) -> Vec<TensorShape> {
         let mut list = self.gate_tensors();
         if let Some(streams) = &self.streams {
             list.push(matrix(STREAMS, streams.count, self.residual_width()));
             list.extend([vector("streams_bias", streams.count), vector("streams_scale", 1)]);
         }
-        list.extend(self.norm("norm"));
+        list.extend(self.norm_before("norm", "norm_bias"));
+        list.extend(self.head_bias.then(|| vector("head_bias", self.vocab_size)));
         list
     }
 }
@@ -267,9 +272,11 @@ fn mamba_tensors(m: &MambaSpec, hidden: usize) -> Vec<TensorShape> {
 fn gqa_tensors(g: &GqaSpec, hidden: usize) -> Vec<TensorShape> {
     let (query, key, value) = (g.heads * g.head_dim, g.kv_heads * g.head_dim, g.kv_heads * g.v_head_dim);
     let output = g.heads * g.v_head_dim;
-    let mut list = vec![matrix("q", query, hidden), matrix("k", key, hidden), matrix("v", value, hidden)];
+    let mut list = vec![matrix("q", query, hidden), matrix("k", key, hidden)];
+    list.extend((!g.value_is_key).then(|| matrix("v", value, hidden)));
     if g.qkv_bias {
-        list.extend([vector("q_bias", query), vector("k_bias", key), vector("v_bias", value)]);
+        list.extend([vector("q_bias", query), vector("k_bias", key)]);
+        list.extend((!g.value_is_key).then(|| vector("v_bias", value)));
     }
     if let Some(norm) = g.qk_norm.as_ref().filter(|norm| !norm.weightless) {
         let (q, k) = match norm.scope {
@@ -363,6 +370,14 @@ fn router_tensors(ffn: &FfnSpec, hidden: usize) -> Vec<TensorShape> {
         }
         if let Some(rows) = moe.router.token_table {
             list.push(vector("token_experts", rows * moe.top_k));
+        }
+        if moe.router.expert_scale {
+            list.push(vector("expert_scale", moe.experts));
+        }
+        if moe.apart {
+            list.extend(
+                ["router_norm", "expert_norm", "dense_post_norm", "expert_post_norm"].map(|name| vector(name, hidden)),
+            );
         }
     }
     list

@@ -11,6 +11,7 @@ mod indexer;
 mod key_blocks;
 mod mamba;
 mod ngrams;
+mod norms;
 mod prediction;
 mod streams;
 mod temperature;
@@ -29,6 +30,7 @@ pub use indexer::IndexerSpec;
 pub use key_blocks::{BlockScore, KeyBlocksSpec};
 pub use mamba::MambaSpec;
 pub use ngrams::{NgramHead, NgramSpec};
+pub use norms::NormsSpec;
 pub use prediction::PredictionSpec;
 pub use streams::{GatedStreamsSpec, StreamsSpec};
 pub use temperature::QueryTemperature;
@@ -55,6 +57,18 @@ pub struct ModelSpec {
     /// Factors on embedding, residual stream and logits.
     #[serde(default, skip_serializing_if = "Factors::are_one")]
     pub factors: Factors,
+    /// Of which kind the norms of the residual stream are, and where they stand.
+    #[serde(default, skip_serializing_if = "NormsSpec::are_usual")]
+    pub norms: NormsSpec,
+    /// Whether what leaves a layer is multiplied by a number that is one of its weights.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub layer_scale: bool,
+    /// Whether the output head has a bias.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub head_bias: bool,
+    /// Bounds logits `x` smoothly: `cap · tanh(x / cap)` (Gemma 2, arXiv:2408.00118, section 2); `None`: not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logit_cap: Option<f32>,
     /// How the residual is several streams; `None`: it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub streams: Option<StreamsSpec>,
@@ -169,6 +183,14 @@ pub enum RopeScaling {
     Divided {
         /// One for each pair of elements, the fastest first.
         divisors: Vec<f32>,
+        /// Factor on cosine and sine.
+        #[serde(default = "one", skip_serializing_if = "is_one")]
+        attention_factor: f64,
+    },
+    /// Only the fastest pairs turn, the others stand still; frequencies are those of `dim` elements.
+    Partial {
+        /// Pairs that turn, at most `dim / 2`.
+        pairs: usize,
     },
     /// YaRN (arXiv:2309.00071): interpolates low frequencies by `factor`, keeps high ones, ramps between.
     Yarn {
@@ -235,6 +257,8 @@ pub enum ActivationSpec {
         /// Bound.
         limit: f32,
     },
+    /// `gelu(gate) · up` (GeGLU, arXiv:2002.05202), with the approximation by tanh (arXiv:1606.08415, section 2).
+    GeluTanh,
     /// `min(silu(gate), limit) · clamp(up, ±limit)`.
     SiluBounded {
         /// Bound.
@@ -284,6 +308,10 @@ pub struct MoeSpec {
     /// Whether an expert's weight multiplies its input instead of its output.
     #[serde(default, skip_serializing_if = "is_false")]
     pub weighted_input: bool,
+    /// Whether dense part, experts and router each have a norm of their own before them, and dense part and experts each an RMS norm
+    /// behind them, before they are added to each other.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub apart: bool,
     /// How the experts of a token and their weights are chosen.
     pub router: RouterSpec,
 }
@@ -294,6 +322,9 @@ pub struct MoeSpec {
 pub struct RouterSpec {
     /// Score of an expert from its logit.
     pub score: RouterScore,
+    /// Factor on the logits; `None`: 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logit_factor: Option<f32>,
     /// Whether a bias is added to the logits.
     #[serde(default, skip_serializing_if = "is_false")]
     pub logit_bias: bool,
@@ -308,6 +339,9 @@ pub struct RouterSpec {
     pub least_sum: Option<f32>,
     /// Factor on the weights.
     pub scale: f32,
+    /// Whether each expert has a factor of its own on its weight as well.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub expert_scale: bool,
     /// Rows of a table that gives the experts of each token by its id, whatever the scores, which are still the weights;
     /// `None`: the scores decide.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -315,7 +349,7 @@ pub struct RouterSpec {
 }
 
 /// Score of an expert from its logit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RouterScore {
     /// `1 / (1 + exp(-logit))`.
@@ -328,6 +362,13 @@ pub enum RouterScore {
     SoftmaxOfChosen,
     /// The logit itself; the weights are the sigmoids of the chosen logits.
     SigmoidOfChosen,
+    /// The logit `l` itself. With `m` the largest logit among the experts that are not chosen yet, the weight of the next one
+    /// is its share in the softmax over those of them with `(m − l) / max(|l|, m) ≤ 2 · jitter`: SparseMixer as it infers
+    /// (arXiv:2310.00811; GRIN, arXiv:2409.12136, section 2.2).
+    SparseMixer {
+        /// Half of the distance from the largest logit, as a part of it, within which an expert counts.
+        jitter: f32,
+    },
 }
 
 /// Group-limited choice (DeepSeek-V2, section 2.2.2; DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
@@ -391,6 +432,15 @@ impl ModelSpec {
         check_width("hidden_size", self.hidden_size)?;
         check_eps("norm_eps", self.norm_eps)?;
         self.factors.validate()?;
+        if self.logit_cap.is_some_and(|cap| !(cap.is_finite() && cap > 0.0)) {
+            return Err("logit_cap is not a positive number".into());
+        }
+        if self.layer_scale && self.layers.iter().any(|layer| layer.ffn.is_none()) {
+            return Err("it has a scale for a layer without feed-forward part".into());
+        }
+        if self.streams.is_some() && (self.norms.behind || self.layer_scale) {
+            return Err("it has norms or a scale behind its layers' parts beside several streams".into());
+        }
         if let Some(streams) = &self.streams {
             streams.validate(self.hidden_size)?;
         }
@@ -417,6 +467,10 @@ impl ModelSpec {
         let streams = self.streams.is_some() || self.gated_streams.is_some();
         if streams && self.layers.iter().any(|layer| layer.ffn.is_none()) {
             return Err("it has several streams and a layer without feed-forward part".to_owned());
+        }
+        let apart = |layer: &LayerSpec| layer.ffn.moe.as_ref().is_some_and(|moe| moe.apart);
+        if self.gated_streams.is_some() && (self.norms.centred || self.layers.iter().any(apart)) {
+            return Err("it has gated streams, and layer norms or experts apart from the dense part".to_owned());
         }
         if let Some(prediction) = &self.prediction {
             prediction.validate(self).map_err(|e| format!("prediction layer: {e}"))?;
@@ -482,6 +536,14 @@ impl ModelSpec {
 
 fn is_false(value: &bool) -> bool {
     !value
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+fn is_one(value: &f64) -> bool {
+    *value == 1.0
 }
 
 fn check_version(version: u32) -> Result<(), String> {
@@ -567,13 +629,24 @@ impl RopeSpec {
             RopeScaling::None => Ok(()),
             RopeScaling::Linear { factor } if factor.is_finite() && factor > 0.0 => Ok(()),
             RopeScaling::Linear { factor } => Err(format!("its linear rope factor is {factor}")),
-            RopeScaling::Divided { ref divisors } if divisors.len() != self.dim / 2 => {
+            RopeScaling::Divided { ref divisors, .. } if divisors.len() != self.dim / 2 => {
                 Err(format!("rope.dim is {}, and there are {} divisors", self.dim, divisors.len()))
             }
-            RopeScaling::Divided { ref divisors } => match divisors.iter().find(|d| !(d.is_normal() && **d > 0.0)) {
-                None => Ok(()),
-                Some(divisor) => Err(format!("a rope divisor is {divisor}")),
-            },
+            RopeScaling::Divided { attention_factor, .. }
+                if !(attention_factor.is_finite() && attention_factor > 0.0) =>
+            {
+                Err(format!("its rope's attention_factor is {attention_factor}"))
+            }
+            RopeScaling::Divided { ref divisors, .. } => {
+                match divisors.iter().find(|d| !(d.is_normal() && **d > 0.0)) {
+                    None => Ok(()),
+                    Some(divisor) => Err(format!("a rope divisor is {divisor}")),
+                }
+            }
+            RopeScaling::Partial { pairs } if pairs == 0 || pairs > self.dim / 2 => {
+                Err(format!("{pairs} pairs turn of the {} elements of rope.dim", self.dim))
+            }
+            RopeScaling::Partial { .. } => Ok(()),
             RopeScaling::Yarn { factor, original_max_positions, beta_fast, beta_slow, attention_factor, .. } => {
                 check_range("original_max_positions", original_max_positions, MAX_LENGTH)?;
                 let sane = |v: f64| v.is_finite() && v > 0.0;
@@ -634,6 +707,12 @@ impl FfnSpec {
         }
         match &self.moe {
             None => Ok(()),
+            Some(moe) if moe.apart && moe.latent.is_some() => {
+                Err("its experts are apart from the dense part, and compute in a space of their own".into())
+            }
+            Some(moe) if moe.apart && self.dense_width == 0 => {
+                Err("its experts are apart from a dense part that it does not have".into())
+            }
             Some(moe) if moe.expert_bias && !self.activation.is_gated() => {
                 Err("its experts have biases and no gate".into())
             }
@@ -665,6 +744,15 @@ impl MoeSpec {
             check_eps("router.renormalise", eps)?;
         }
         check_eps("router.least_sum", self.router.least_sum.unwrap_or(0.0))?;
+        if self.router.logit_factor.is_some_and(|factor| !factor.is_finite()) {
+            return Err("router.logit_factor is not a number".into());
+        }
+        if let RouterScore::SparseMixer { jitter } = self.router.score {
+            check_eps("router.score.jitter", jitter)?;
+            if self.router.choice_bias || self.router.groups.is_some() || self.router.token_table.is_some() {
+                return Err("its sparse mixer chooses by logits alone".into());
+            }
+        }
         if let Some(rows) = self.router.token_table {
             check_range("router.token_table", rows, MAX_LENGTH)?;
             check_range("router.token_table × top_k", rows.saturating_mul(self.top_k), MAX_LENGTH)?;

@@ -174,6 +174,11 @@ fn paths(spec: &ModelSpec, number: usize, layer: &LayerSpec) -> Paths {
         (".streams".into(), streams.into()),
         (".prediction".into(), (spec.prediction_layer() == Some(number)).into()),
         (".residual_width".into(), spec.residual_width().into()),
+        (".vocab_size".into(), spec.vocab_size.into()),
+        (".norms.centred".into(), spec.norms.centred.into()),
+        (".norms.behind".into(), spec.norms.behind.into()),
+        (".layer_scale".into(), spec.layer_scale.into()),
+        (".head_bias".into(), spec.head_bias.into()),
     ]);
     if let Some(ngrams) = spec.ngrams_of(number) {
         out.insert(".ngrams.row_width".into(), ngrams.row_width().into());
@@ -226,8 +231,9 @@ fn specs() -> Vec<ModelSpec> {
             gqa.qk_norm.iter_mut().for_each(|norm| norm.weightless = true);
         }
     }
-    let others = [sparse_spec(), hybrid_spec(), streams_spec(), tables_spec(), recurrent_spec(), predicting_spec()];
-    [small_spec(), gqa_spec(), plain].into_iter().chain(others).collect()
+    let others = [sparse_spec(), hybrid_spec(), streams_spec(), tables_spec(), recurrent_spec()];
+    let latest = [predicting_spec(), norms_spec()];
+    [small_spec(), gqa_spec(), plain].into_iter().chain(others).chain(latest).collect()
 }
 
 #[test]

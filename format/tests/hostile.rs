@@ -459,6 +459,35 @@ fn specs_of_grouped_queries() {
 }
 
 #[test]
+fn specs_of_norms_and_scales() {
+    assert_eq!(ModelSpec::from_json(&norms_spec().to_json()).unwrap(), norms_spec());
+    let bad = |says: &str, pointer: &str, value: serde_json::Value| {
+        let mut json: serde_json::Value = serde_json::from_slice(&norms_spec().to_json()).unwrap();
+        *json.pointer_mut(pointer).expect("the spec has this field") = value;
+        let error = ModelSpec::from_json(&serde_json::to_vec(&json).unwrap()).expect_err(says);
+        assert!(error.contains(says), "{says}: {error}");
+    };
+    for value in [0.0f64, -1.0, 1e300] {
+        bad("logit_cap", "/logit_cap", value.into());
+        bad("attention_factor", "/layers/0/attention/rope/scaling/attention_factor", value.min(0.0).into());
+    }
+    bad("value_norm", "/layers/0/attention/value_norm", (-1.0).into());
+    bad("its values are keys, but have 6", "/layers/0/attention/v_head_dim", 6.into());
+    bad("0 pairs turn of the 6", "/layers/1/attention/rope/scaling/pairs", 0.into());
+    bad("4 pairs turn of the 6", "/layers/1/attention/rope/scaling/pairs", 4.into());
+    bad("logit_factor", "/layers/1/ffn/moe/router/logit_factor", 1e300.into());
+    bad("jitter", "/layers/1/ffn/moe/router/score/sparse_mixer/jitter", (-1.0).into());
+    bad("sparse mixer chooses by logits alone", "/layers/1/ffn/moe/router/choice_bias", true.into());
+    let mut alone = norms_spec();
+    (alone.layers[1].ffn.dense_width, alone.layers[1].ffn.dense_gate) = (0, false);
+    assert!(alone.validate().unwrap_err().contains("apart from a dense part"));
+    let mut several = norms_spec();
+    several.factors.residual = 1.0;
+    several.streams = Some(StreamsSpec { count: 2, iterations: 1, eps: 1e-6 });
+    assert!(several.validate().unwrap_err().contains("beside several streams"));
+}
+
+#[test]
 fn specs_of_streams_and_entries() {
     assert_eq!(ModelSpec::from_json(&streams_spec().to_json()).unwrap(), streams_spec());
     let bad = |says: &str, pointer: &str, value: serde_json::Value| {

@@ -10,7 +10,7 @@ use support::*;
 #[test]
 fn a_model_comes_back_as_it_was_written() {
     let others = [gqa_spec(), sparse_spec(), streams_spec(), hybrid_spec(), tables_spec(), recurrent_spec()];
-    let others = others.into_iter().chain([predicting_spec()]).map(|spec| (spec, 4096));
+    let others = others.into_iter().chain([predicting_spec(), norms_spec()]).map(|spec| (spec, 4096));
     for (spec, page_size) in [(small_spec(), 4096), (small_spec(), 16384)].into_iter().chain(others) {
         let (_dir, path) = temp();
         let content = plan(&spec, 8);

@@ -1,6 +1,6 @@
 //! Operations on one row of activations: norms, rotary positions, gated activations, softmax.
 
-use crate::math::{exp, sigmoid, silu};
+use crate::math::{exp, gelu_tanh, sigmoid, silu};
 
 /// Lanes in which long sums are kept; they are folded in halves at the end.
 const LANES: usize = 16;
@@ -22,6 +22,8 @@ pub enum Activation {
         /// Bound on both operands.
         limit: f32,
     },
+    /// `gelu(gate) · up`, with the approximation by tanh.
+    GeluTanh,
     /// `min(silu(gate), limit) · clamp(up, ±limit)`.
     SiluBounded {
         /// Bound on both factors.
@@ -42,6 +44,7 @@ impl Activation {
                 (within(up, limit) + 1.0) * (gate * sigmoid(alpha * gate))
             }
             Activation::SiluClamped { limit } => silu(at_most(gate, limit)) * within(up, limit),
+            Activation::GeluTanh => gelu_tanh(gate) * up,
             Activation::SiluBounded { limit } => at_most(silu(gate), limit) * within(up, limit),
             // A comparison, so that NaN stays NaN.
             Activation::ReluSquared => {
@@ -64,6 +67,7 @@ impl Activation {
                 join(gate, up, |g, u| Activation::SwigluOai { alpha, limit }.apply(g, u))
             }
             Activation::SiluClamped { limit } => join(gate, up, |g, u| Activation::SiluClamped { limit }.apply(g, u)),
+            Activation::GeluTanh => join(gate, up, |g, u| Activation::GeluTanh.apply(g, u)),
             Activation::SiluBounded { limit } => join(gate, up, |g, u| Activation::SiluBounded { limit }.apply(g, u)),
             Activation::ReluSquared => join(gate, up, |g, u| Activation::ReluSquared.apply(g, u)),
         }

@@ -43,6 +43,20 @@ pub fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
+/// tanh(x), within 2^-23 of it.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    2.0 * sigmoid(2.0 * x) - 1.0
+}
+
+/// x · Φ(x) by the approximation with tanh (arXiv:1606.08415, section 2): `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`, where
+/// half of one plus the tanh is the sigmoid of twice its argument.
+#[inline(always)]
+pub fn gelu_tanh(x: f32) -> f32 {
+    const TWICE_ROOT: f32 = 1.595_769_1;
+    x * sigmoid(TWICE_ROOT * (x + 0.044_715 * (x * x * x)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,6 +81,21 @@ mod tests {
         assert_eq!(exp(f32::INFINITY), f32::INFINITY);
         assert!(exp(f32::NAN).is_nan());
         assert!(exp(-100.0) > 0.0, "subnormal results are kept");
+    }
+
+    #[test]
+    fn tanh_and_gelu_are_near() {
+        let mut x = -9.0f32;
+        while x < 9.0 {
+            assert!((f64::from(tanh(x)) - f64::from(x).tanh()).abs() < 2.4e-7, "tanh({x}) = {}", tanh(x));
+            let wide = f64::from(x);
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044715 * wide.powi(3));
+            let want = 0.5 * wide * (1.0 + inner.tanh());
+            let error = (f64::from(gelu_tanh(x)) - want).abs();
+            assert!(error < 1e-6 * want.abs().max(0.1), "gelu({x}) = {}, not {want}", gelu_tanh(x));
+            x += 0.001_37;
+        }
+        assert_eq!((tanh(100.0), tanh(-100.0), gelu_tanh(100.0), gelu_tanh(-100.0)), (1.0, -1.0, 100.0, 0.0));
     }
 
     #[test]

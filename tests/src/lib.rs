@@ -15,9 +15,9 @@ use tempfile::TempDir;
 
 /// Golden models with one of each kind of attention: latents, latents with an indexer, with one that layers share, windows with
 /// sinks, windows, keys beside recurrent states, stretches, windows with heads of their own, windows with compressed entries behind
-/// them, latents beside recurrent states, keys in blocks that are chosen, keys beside recurrent states of another kind, and blocks that
-/// are chosen by their mean, beside tables of n-grams.
-pub const ATTENTIONS: [&str; 13] = [
+/// them, latents beside recurrent states, keys in blocks that are chosen, keys beside recurrent states of another kind, blocks that are
+/// chosen by their mean, beside tables of n-grams, and wider heads whose values are keys beside windows.
+pub const ATTENTIONS: [&str; 14] = [
     "deepseek_v3",
     "deepseek_v32",
     "glm_moe_dsa",
@@ -29,6 +29,7 @@ pub const ATTENTIONS: [&str; 13] = [
     "deepseek_v4",
     "kimi_linear",
     "minimax_m3",
+    "gemma4",
     "nemotron_h",
     "qwen4_exp",
 ];

@@ -92,6 +92,7 @@ goldens! {
     kimi_k2_int4
     kimi_k25_int4
     kimi_linear
+    dots1
     glm4_moe
     glm4_moe_air
     glm4_moe_lite
@@ -112,6 +113,7 @@ goldens! {
     mixtral
     mixtral_swa
     olmoe
+    phimoe
     granitemoe
     ernie4_5_moe
     ernie4_5
@@ -130,6 +132,9 @@ goldens! {
     llama
     mistral
     qwen3
+    gemma3
+    gemma4
+    gemma4_text
 }
 
 /// The golden checkpoints of the folder that `SLUICE_GOLDENS` names, if it is set: those of other seeds, shapes and forms.

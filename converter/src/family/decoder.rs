@@ -2,7 +2,8 @@
 
 use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{
-    ActivationSpec, AttentionSpec, Factors, FfnSpec, LayerSpec, ModelSpec, RopeScaling, RopeSpec, SPEC_VERSION,
+    ActivationSpec, AttentionSpec, Factors, FfnSpec, LayerSpec, ModelSpec, NormsSpec, RopeScaling, RopeSpec,
+    SPEC_VERSION,
 };
 
 use super::config::Config;
@@ -81,6 +82,10 @@ impl<'a> Decoder<'a> {
             max_positions: self.max_positions.max(extended_positions(&layers)),
             norm_eps: self.norm_eps,
             factors: Factors::default(),
+            norms: NormsSpec::default(),
+            layer_scale: false,
+            head_bias: false,
+            logit_cap: None,
             streams: None,
             gated_streams: None,
             ngrams: Vec::new(),

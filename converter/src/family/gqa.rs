@@ -1,7 +1,7 @@
 //! Grouped-query attention: keys of `config.json`, and the tensors of a layer.
 
 use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
-use sluice_format::{GqaSpec, QkNorm, QkNormScope, RopePairing};
+use sluice_format::{GqaSpec, QkNorm, QkNormScope, RopePairing, RopeSpec};
 
 use super::decoder::Decoder;
 use super::rope;
@@ -35,15 +35,20 @@ pub(crate) fn read(decoder: &Decoder<'_>, heads: Heads) -> Result<GqaSpec, Conve
     }
     let rotated = rope::width(config, head_dim, heads.rotary_factor)?;
     let rope = rope::read(config, rotated, RopePairing::Half, decoder.theta, decoder.max_positions)?;
-    Ok(GqaSpec {
-        heads: decoder.heads,
+    Ok(of_heads(decoder.heads, kv_heads, head_dim, rope.spec))
+}
+
+/// Plain attention of these heads.
+pub(crate) fn of_heads(heads: usize, kv_heads: usize, head_dim: usize, rope: RopeSpec) -> GqaSpec {
+    GqaSpec {
+        heads,
         kv_heads,
         head_dim,
         v_head_dim: head_dim,
         softmax_scale: (head_dim as f64).powf(-0.5) as f32,
-        rope: Some(rope.spec),
+        rope: Some(rope),
         ..plain()
-    })
+    }
 }
 
 /// Attention without anything that only some have, and without sizes.
@@ -61,6 +66,8 @@ pub(crate) fn plain() -> GqaSpec {
         clip_qkv: None,
         temperature: None,
         value_factor: None,
+        value_norm: None,
+        value_is_key: false,
         qkv_bias: false,
         o_bias: false,
         sinks: false,

@@ -229,6 +229,8 @@ fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError
         softmax_scale: (head_dim as f64).powf(-0.5) as f32,
         rope: Some(rope),
         value_factor: value_factor.filter(|&factor| factor != 1.0),
+        value_norm: None,
+        value_is_key: false,
         qkv_bias: config.bool_or("attention_bias", false)?,
         sinks: config.bool_or(sinks_key, kind.sinks)?,
         ..gqa::plain()

@@ -13,7 +13,10 @@ mod deepseek_v32;
 mod deepseek_v4;
 pub(crate) mod delta;
 mod dense;
+mod dots1;
 mod ernie4_5_moe;
+mod gemma3;
+mod gemma4;
 mod glm4_moe;
 mod glm4_moe_lite;
 mod glm_moe_dsa;
@@ -35,6 +38,7 @@ mod moe;
 pub(crate) mod names;
 mod nemotron_h;
 mod olmoe;
+mod phimoe;
 pub(crate) mod prediction;
 mod qwen;
 mod qwen2_moe;
@@ -62,6 +66,7 @@ static FAMILIES: &[&dyn Family] = &[
     &deepseek_v4::DeepSeekV4,
     &kimi_k25::KimiK25,
     &kimi_linear::KimiLinear,
+    &dots1::Dots1,
     &glm4_moe::Glm4Moe,
     &glm4_moe_lite::Glm4MoeLite,
     &glm_moe_dsa::GlmMoeDsa,
@@ -78,6 +83,7 @@ static FAMILIES: &[&dyn Family] = &[
     &minimax_m3::MiniMaxM3Text,
     &mixtral::Mixtral,
     &olmoe::Olmoe,
+    &phimoe::Phimoe,
     &granitemoe::GraniteMoe,
     &ernie4_5_moe::Ernie45Moe,
     &ernie4_5_moe::Ernie45,
@@ -94,6 +100,10 @@ static FAMILIES: &[&dyn Family] = &[
     &dense::Llama,
     &dense::Mistral,
     &dense::Qwen3,
+    &gemma3::Gemma3,
+    &gemma3::Gemma3Text,
+    &gemma4::Gemma4,
+    &gemma4::Gemma4Text,
 ];
 
 /// What the converter must know about a family.
@@ -104,6 +114,11 @@ pub(crate) trait Family: Sync {
     /// The key under which `config.json` describes the text model; `None`: at the top.
     fn text_section(&self) -> Option<&'static str> {
         None
+    }
+
+    /// Whether the token embedding is the output head where `tie_word_embeddings` is missing.
+    fn tied_by_default(&self) -> bool {
+        false
     }
 
     /// What the model computes; `config` is the text model's.
@@ -136,8 +151,8 @@ pub(crate) trait Family: Sync {
     }
 
     /// Where a tensor behind the last layer comes from, other than the head: the norm, and what joins streams before it.
-    fn final_origin(&self, names: Names, spec: &ModelSpec, _tensor: &TensorShape) -> Origin {
-        vec![vec![names.final_norm(spec.hidden_size)]]
+    fn final_origin(&self, names: Names, _spec: &ModelSpec, tensor: &TensorShape) -> Origin {
+        names.final_origin(tensor)
     }
 
     /// Where a tensor of an extent comes from, in one of the family's spellings. Asked for what [`ModelSpec::tensors`] lists

@@ -35,12 +35,14 @@ fn experts(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<(usize, usize),
 pub(crate) fn softmax_router(renormalise: bool) -> RouterSpec {
     RouterSpec {
         score: RouterScore::Softmax,
+        logit_factor: None,
         logit_bias: false,
         choice_bias: false,
         groups: None,
         renormalise: renormalise.then_some(0.0),
         least_sum: None,
         scale: 1.0,
+        expert_scale: false,
         token_table: None,
     }
 }
@@ -61,6 +63,7 @@ pub(crate) fn softmax_experts(
         latent: None,
         expert_bias: false,
         weighted_input: false,
+        apart: false,
         router: softmax_router(renormalise),
     };
     Ok(FfnSpec { moe: Some(moe), ..FfnSpec::NONE })
@@ -75,17 +78,15 @@ pub(crate) fn deepseek_v3(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<
     let renormalise = config.bool_or(norm, true)?.then_some(RENORMALISE_EPS);
     let router = RouterSpec {
         score: RouterScore::Sigmoid,
-        logit_bias: false,
         choice_bias: true,
         groups: groups(decoder, defaults, GroupScore::TopTwoSum)?,
         renormalise,
-        least_sum: None,
         // MiMo's release says null.
         scale: match config.has("routed_scaling_factor") {
             true => config.f32_or("routed_scaling_factor", defaults.scale)?,
             false => defaults.scale as f32,
         },
-        token_table: None,
+        ..softmax_router(false)
     };
     with_shared(decoder, defaults, router)
 }
@@ -158,7 +159,16 @@ pub(crate) fn of_shape(
         let problem = format!("is {shared}: together wider than {MAX_WIDTH}");
         return Err(decoder.config.refuse(shared_key, problem));
     }
-    let moe = MoeSpec { experts, top_k, width, latent: None, expert_bias: false, weighted_input: false, router };
+    let moe = MoeSpec {
+        experts,
+        top_k,
+        width,
+        latent: None,
+        expert_bias: false,
+        weighted_input: false,
+        apart: false,
+        router,
+    };
     Ok(FfnSpec { dense_width, moe: Some(moe), ..FfnSpec::NONE })
 }
 

@@ -27,6 +27,8 @@ pub(crate) struct Names {
     pub(crate) shared: &'static str,
     /// Whether norms are stored around zero: the model multiplies by one more.
     pub(crate) zero_centred: bool,
+    /// Whether MLX adds that one before it saves such norms.
+    pub(crate) mlx_adds_one: bool,
     /// Whether convolutions are `[channels, width, 1]`, as MLX has them, not `[channels, 1, width]`. The numbers lie in the
     /// same order.
     pub(crate) conv_last: bool,
@@ -50,6 +52,7 @@ impl Names {
         expert: ["gate_proj", "up_proj", "down_proj"],
         shared: "shared_experts",
         zero_centred: false,
+        mlx_adds_one: true,
         conv_last: false,
         first: 0,
         mtp: &[],
@@ -68,6 +71,18 @@ impl Names {
     /// The norm before the head.
     pub(crate) fn final_norm(self, hidden: usize) -> View {
         self.norm(format!("{}norm.weight", self.prefix), hidden)
+    }
+
+    /// Where a tensor behind the last layer comes from, other than the head.
+    pub(crate) fn final_origin(self, tensor: &TensorShape) -> Origin {
+        let len = tensor.shape[2];
+        let view = match tensor.name {
+            "norm" => self.final_norm(len),
+            "norm_bias" => View::vector(format!("{}norm.bias", self.prefix), len),
+            "head_bias" => View::vector(self.head.replace(".weight", ".bias"), len),
+            other => unreachable!("there is no `{other}` behind the last layer"),
+        };
+        vec![vec![view]]
     }
 
     /// A tensor of a layer.
@@ -91,6 +106,7 @@ impl Names {
     /// Vectors that are stored around zero where norms are.
     pub(crate) fn centred_norms(self, spec: &ModelSpec) -> Vec<String> {
         let gated = spec.gated_streams.is_some();
+        let norms = &spec.norms;
         let of_layer = |(layer, spec): (usize, &LayerSpec)| {
             let (mut heads, mut choice): (&[&str], &[&str]) = (&[], &[]);
             if let AttentionSpec::Gqa(gqa) = &spec.attention {
@@ -106,7 +122,9 @@ impl Names {
             } else {
                 ["input_layernorm.weight", "post_attention_layernorm.weight"]
             };
-            both.iter().chain(heads).chain(choice).map(|rest| self.layer(layer, rest)).collect::<Vec<_>>()
+            let behind = ["pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"];
+            let behind = if norms.behind { &behind[..] } else { &[] };
+            both.iter().chain(behind).chain(heads).chain(choice).map(|rest| self.layer(layer, rest)).collect::<Vec<_>>()
         };
         let layers = spec.layers.iter().enumerate().flat_map(of_layer);
         layers.chain([self.final_norm(spec.hidden_size).tensor]).collect()
@@ -145,7 +163,7 @@ impl Names {
         let layer = &spec.layers[place.layer];
         match place.kind {
             ExtentKind::Attention => self.attention(layer, name, tensor),
-            ExtentKind::Router => self.router(name, tensor).into_iter().map(|view| vec![view]).collect(),
+            ExtentKind::Router => self.router(spec, name, tensor).into_iter().map(|view| vec![view]).collect(),
             ExtentKind::Dense => self.dense(layer, name, tensor),
             ExtentKind::Expert => self.expert(layer, name, place.index, tensor),
             kind => unreachable!("{kind} is in no layer"),
@@ -157,6 +175,8 @@ impl Names {
         let one = |view: View| vec![vec![view]];
         match (name, &spec.attention) {
             ("attn_norm", _) => one(self.norm(layer("input_layernorm.weight"), shape[2])),
+            ("attn_norm_bias", _) => one(View::vector(layer("input_layernorm.bias"), shape[2])),
+            ("attn_post_norm", _) => one(self.norm(layer("post_attention_layernorm.weight"), shape[2])),
             (_, AttentionSpec::Mla(spec)) => mla::origin(spec, layer, name, shape),
             (_, AttentionSpec::Gqa(spec)) => {
                 let plus_one = self.zero_centred && name.ends_with("_norm");
@@ -170,13 +190,17 @@ impl Names {
         }
     }
 
-    fn router(self, layer: &dyn Fn(&str) -> String, tensor: &TensorShape) -> Vec<View> {
+    fn router(self, spec: &ModelSpec, layer: &dyn Fn(&str) -> String, tensor: &TensorShape) -> Vec<View> {
         let [_, rows, cols] = tensor.shape;
         let vector = |rest: String| View::vector(layer(&rest), cols);
         let gate = self.router;
         let each = |view: &dyn Fn(&str) -> View| self.moe.iter().map(|m| view(m)).collect::<Vec<_>>();
         match tensor.name {
+            // Where a norm stands behind attention, it has this name.
+            "ffn_norm" if spec.norms.behind => vec![self.norm(layer("pre_feedforward_layernorm.weight"), cols)],
             "ffn_norm" => vec![self.norm(layer("post_attention_layernorm.weight"), cols)],
+            "ffn_norm_bias" => vec![vector("post_attention_layernorm.bias".to_owned())],
+            "ffn_post_norm" => vec![self.norm(layer("post_feedforward_layernorm.weight"), cols)],
             "router" => each(&|m| View::whole(layer(&format!("{m}.{gate}.weight")), rows, cols)),
             "router_logit_bias" => each(&|m| vector(format!("{m}.{gate}.bias"))),
             // Inside the router in DeepSeek's models, beside it in MiniMax's.
@@ -211,8 +235,14 @@ impl Names {
     }
 }
 
+/// All of a matrix.
+pub(crate) fn matrix(name: String, tensor: &TensorShape) -> Origin {
+    let [_, rows, cols] = tensor.shape;
+    vec![vec![View::whole(name, rows, cols)]]
+}
+
 /// A feed-forward network of its own; `parts` are its gate, up and down.
-fn gated(module: &str, parts: [&str; 3], tensor: &TensorShape) -> Vec<View> {
+pub(crate) fn gated(module: &str, parts: [&str; 3], tensor: &TensorShape) -> Vec<View> {
     let [_, rows, cols] = tensor.shape;
     let part = |which: &str| View::whole(format!("{module}.{which}.weight"), rows, cols);
     match tensor.name {
@@ -224,7 +254,7 @@ fn gated(module: &str, parts: [&str; 3], tensor: &TensorShape) -> Vec<View> {
 }
 
 /// One of all experts of a layer as transformers fuses them: gate above up in one tensor, down in another.
-fn fused(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Vec<View> {
+pub(crate) fn fused(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Vec<View> {
     let [_, rows, cols] = tensor.shape;
     match tensor.name {
         "gate_up" => {
@@ -237,7 +267,7 @@ fn fused(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Ve
 }
 
 /// One of all experts of a layer as MLX stacks them: three tensors.
-fn stacked(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Vec<View> {
+pub(crate) fn stacked(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Vec<View> {
     let [_, rows, cols] = tensor.shape;
     let part =
         |which: &str| View::of_stack(format!("{module}.{which}_proj.weight"), [experts, rows, cols], index, 0, rows);

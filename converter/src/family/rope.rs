@@ -114,9 +114,13 @@ pub(crate) fn of_section(
         "linear" => (linear(section)?, 1.0),
         "yarn" => yarn(section, max_positions)?,
         "llama3" => (llama3(section, max_positions)?, 1.0),
+        "longrope" | "su" => (longrope(section, dim, max_positions)?, 1.0),
         // Of GGUF files alone, which do not say how their divisors came about.
-        DIVIDED => (divided(section, dim)?, 1.0),
-        other => return Err(section.refuse(key, format!("is \"{other}\"; supported: default, linear, yarn, llama3"))),
+        DIVIDED => (RopeScaling::Divided { divisors: divisors(section, "divisors", dim)?, attention_factor: 1.0 }, 1.0),
+        other => {
+            let problem = format!("is \"{other}\"; supported: default, linear, yarn, llama3, longrope");
+            return Err(section.refuse(key, problem));
+        }
     };
     Ok(Rope { spec: RopeSpec { pairing, theta, dim, scaling }, score_mscale })
 }
@@ -126,18 +130,36 @@ fn linear(section: &Config) -> Result<RopeScaling, ConvertError> {
     Ok(RopeScaling::Linear { factor: section.check_above("factor", factor, 0.0)? })
 }
 
-fn divided(section: &Config, dim: usize) -> Result<RopeScaling, ConvertError> {
-    const KEY: &str = "divisors";
-    let list = section.opt_list(KEY)?.unwrap_or_default();
+/// LongRoPE (arXiv:2402.13753), which has divisors for the context that the model was trained on and others for a longer one.
+/// What is in a cache cannot be turned otherwise once a sequence grows beyond the first, so the context that the
+/// configuration asks for decides, as in vLLM: with `max_position_embeddings` no longer than the original, it is the short ones.
+fn longrope(section: &Config, dim: usize, max_positions: usize) -> Result<RopeScaling, ConvertError> {
+    let original = "original_max_position_embeddings";
+    let trained =
+        section.opt_size_or(original, None, MAX_LENGTH)?.ok_or_else(|| section.refuse(original, "is missing"))?;
+    let extended = max_positions > trained;
+    let [list, factor] = if extended { ["long_factor", "long_mscale"] } else { ["short_factor", "short_mscale"] };
+    let usual = match extended {
+        true => (1.0 + (max_positions as f64 / trained as f64).ln() / (trained as f64).ln()).sqrt(),
+        false => 1.0,
+    };
+    let explicit = section.opt_f64(factor)?.or(section.opt_f64("attention_factor")?);
+    let attention_factor = section.check_above(factor, explicit.unwrap_or(usual), 0.0)?;
+    Ok(RopeScaling::Divided { divisors: divisors(section, list, dim)?, attention_factor })
+}
+
+/// A list with one divisor for each pair of rotated elements.
+fn divisors(section: &Config, key: &str, dim: usize) -> Result<Vec<f32>, ConvertError> {
+    let list = section.opt_list(key)?.unwrap_or_default();
     if list.len() != dim / 2 {
         let problem = format!("has {} numbers for {dim} rotated elements, expected one for each two", list.len());
-        return Err(section.refuse(KEY, problem));
+        return Err(section.refuse(key, problem));
     }
     let number = |value: &serde_json::Value| {
         let number = value.as_f64().map(|n| n as f32).filter(|n| n.is_normal() && *n > 0.0);
-        number.ok_or_else(|| section.refuse(KEY, format!("holds {value}, expected positive numbers")))
+        number.ok_or_else(|| section.refuse(key, format!("holds {value}, expected positive numbers")))
     };
-    Ok(RopeScaling::Divided { divisors: list.iter().map(number).collect::<Result<_, _>>()? })
+    list.iter().map(number).collect()
 }
 
 fn yarn(section: &Config, max_positions: usize) -> Result<(RopeScaling, f64), ConvertError> {

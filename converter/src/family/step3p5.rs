@@ -278,6 +278,7 @@ fn experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
         latent: None,
         expert_bias: false,
         weighted_input: false,
+        apart: false,
         router,
     };
     let shared = config.first_of(&["share_expert_dim", "share_expert_dims"]);

@@ -44,6 +44,9 @@ pub(super) fn names(checkpoint: &Checkpoint, family: &dyn Family, spec: &ModelSp
     if checkpoint.whole_norms {
         return Ok(Names { zero_centred: false, ..names });
     }
+    if !names.mlx_adds_one {
+        return Ok(names);
+    }
     let refuse =
         |problem: &str| Err(ConvertError::Mixture { path: checkpoint.dir.clone(), problem: problem.to_owned() });
     let conv_last = match convolutions(checkpoint, names, spec) {

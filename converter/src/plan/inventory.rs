@@ -41,14 +41,16 @@ pub(crate) enum Tied {
     Yes,
     /// It is a tensor of its own.
     No,
-    /// Nothing, which means the same in the configuration class of every family here.
+    /// Nothing, and the configuration class of the family takes that for no.
     Unsaid,
 }
 
 impl Tied {
-    /// Of the text model, or else of the whole.
-    pub(crate) fn read(text: &Config, whole: &Config) -> Result<Self, ConvertError> {
-        let Some(config) = [text, whole].into_iter().find(|c| c.has(TIE)) else { return Ok(Tied::Unsaid) };
+    /// Of the text model, or else of the whole. `by_default`: what nothing means.
+    pub(crate) fn read(text: &Config, whole: &Config, by_default: bool) -> Result<Self, ConvertError> {
+        let Some(config) = [text, whole].into_iter().find(|c| c.has(TIE)) else {
+            return Ok(if by_default { Tied::Yes } else { Tied::Unsaid });
+        };
         Ok(if config.bool_or(TIE, false)? { Tied::Yes } else { Tied::No })
     }
 }

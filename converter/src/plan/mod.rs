@@ -150,7 +150,7 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
     checkpoint.has_zero_points = scheme.asymmetric;
     let (mut spec, table_parts) = (family::spec(family, text)?, family.table_parts(text)?);
     let importance = options.importance.as_deref().map(|path| Importance::load(path, &spec)).transpose()?;
-    let tied = inventory::Tied::read(text, &config)?;
+    let tied = inventory::Tied::read(text, &config, family.tied_by_default())?;
     let names = arrangement::names(&checkpoint, family, &spec)?;
     let found = match options.mtp {
         true => prediction::find(&checkpoint, family, names, &mut spec, tied)?,

@@ -39,6 +39,12 @@ pub struct GqaSpec {
     /// Factor on values; `None`: 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub value_factor: Option<f32>,
+    /// Epsilon of an RMS norm without weights on each head's value; `None`: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value_norm: Option<f32>,
+    /// Whether values have no projection: they are the keys, before norm and rotation.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub value_is_key: bool,
     /// Whether the projections of queries, keys and values have biases.
     #[serde(default, skip_serializing_if = "is_false")]
     pub qkv_bias: bool,
@@ -119,6 +125,9 @@ impl GqaSpec {
         }
         check_range("window", self.window.unwrap_or(1), MAX_LENGTH)?;
         check_range("stretch", self.stretch.unwrap_or(1), MAX_LENGTH)?;
+        if self.value_is_key && self.v_head_dim != self.head_dim {
+            return Err(format!("its values are keys, but have {} numbers, not {}", self.v_head_dim, self.head_dim));
+        }
         if self.output_gate && self.head_gate {
             return Err("it gates its heads twice".into());
         }
@@ -137,6 +146,7 @@ impl GqaSpec {
         if let Some(temperature) = &self.temperature {
             temperature.validate()?;
         }
+        check_eps("value_norm", self.value_norm.unwrap_or(0.0))?;
         if self.value_factor.is_some_and(|factor| !factor.is_finite()) {
             return Err("value_factor is not a number".into());
         }
@@ -176,6 +186,8 @@ mod tests {
             clip_qkv: None,
             temperature: None,
             value_factor: None,
+            value_norm: None,
+            value_is_key: false,
             qkv_bias: false,
             o_bias: false,
             sinks: false,

@@ -38,6 +38,9 @@ impl PredictionSpec {
         if self.layer.ffn.is_none() {
             return Err("it has no feed-forward part".into());
         }
+        if model.norms.centred || model.head_bias {
+            return Err("the model has layer norms, or a bias of the head".into());
+        }
         if model.residual_width() != model.hidden_size {
             return Err("the model has several residual streams".into());
         }

@@ -56,16 +56,26 @@ pub(crate) fn small_spec() -> ModelSpec {
     };
     let router = RouterSpec {
         score: RouterScore::Sigmoid,
+        logit_factor: None,
         logit_bias: false,
         choice_bias: true,
         groups: None,
         renormalise: Some(1e-20),
         least_sum: None,
         scale: 2.5,
+        expert_scale: false,
         token_table: None,
     };
-    let moe =
-        MoeSpec { experts: 3, top_k: 2, width: 24, latent: None, expert_bias: false, weighted_input: false, router };
+    let moe = MoeSpec {
+        experts: 3,
+        top_k: 2,
+        width: 24,
+        latent: None,
+        expert_bias: false,
+        weighted_input: false,
+        apart: false,
+        router,
+    };
     let ffn = |dense_width, moe| FfnSpec { dense_width, moe, ..FfnSpec::NONE };
     ModelSpec {
         version: SPEC_VERSION,
@@ -75,6 +85,10 @@ pub(crate) fn small_spec() -> ModelSpec {
         max_positions: 256,
         norm_eps: 1e-5,
         factors: Factors::default(),
+        norms: NormsSpec::default(),
+        layer_scale: false,
+        head_bias: false,
+        logit_cap: None,
         streams: None,
         gated_streams: None,
         ngrams: Vec::new(),
@@ -112,6 +126,8 @@ pub(crate) fn gqa_spec() -> ModelSpec {
             clip_qkv: Some(8.0),
             temperature: Some(QueryTemperature { slope: 0.1, step: 8 }),
             value_factor: Some(0.5),
+            value_norm: None,
+            value_is_key: false,
             qkv_bias: true,
             o_bias: true,
             sinks: true,
@@ -299,6 +315,33 @@ pub(crate) fn tables_spec() -> ModelSpec {
         conv_width: 4,
     };
     spec.ngrams = vec![table(0), NgramSpec { table_rows: 28, ..table(1) }];
+    spec
+}
+
+/// Two layers with layer norms and norms behind the parts, experts apart from the dense part, values that are keys, scales of
+/// layers and experts, and a head with a bias.
+pub(crate) fn norms_spec() -> ModelSpec {
+    let mut spec = gqa_spec();
+    spec.norms = NormsSpec { centred: true, behind: true };
+    (spec.layer_scale, spec.head_bias, spec.logit_cap) = (true, true, Some(30.0));
+    for layer in &mut spec.layers {
+        if let AttentionSpec::Gqa(gqa) = &mut layer.attention {
+            (gqa.value_is_key, gqa.v_head_dim, gqa.value_norm) = (true, gqa.head_dim, Some(1e-6));
+            let scaling = RopeScaling::Divided { divisors: vec![1.0, 2.0, 4.0], attention_factor: 1.25 };
+            gqa.rope = Some(RopeSpec { pairing: RopePairing::Half, theta: 10000.0, dim: 6, scaling });
+        }
+        layer.ffn.activation = ActivationSpec::GeluTanh;
+    }
+    if let AttentionSpec::Gqa(gqa) = &mut spec.layers[1].attention
+        && let Some(rope) = &mut gqa.rope
+    {
+        rope.scaling = RopeScaling::Partial { pairs: 2 };
+    }
+    if let Some(moe) = &mut spec.layers[1].ffn.moe {
+        moe.apart = true;
+        (moe.router.logit_factor, moe.router.expert_scale) = (Some(0.125), true);
+        moe.router.score = RouterScore::SparseMixer { jitter: 0.01 };
+    }
     spec
 }
 

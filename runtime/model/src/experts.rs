@@ -31,6 +31,8 @@ struct Router {
     logit_bias: Option<VectorRef>,
     /// Added to the scores for the choice.
     choice_bias: Option<VectorRef>,
+    /// Factors on the weights.
+    expert_scale: Option<VectorRef>,
     /// The experts of each token, which decide instead of scores.
     table: Option<TokenTable>,
 }
@@ -232,6 +234,7 @@ impl Routed {
                 matrix: router.matrix("router")?,
                 logit_bias: moe.router.logit_bias.then(|| router.vector("router_logit_bias")).transpose()?,
                 choice_bias: moe.router.choice_bias.then(|| router.vector("router_bias")).transpose()?,
+                expert_scale: moe.router.expert_scale.then(|| router.vector("expert_scale")).transpose()?,
                 table: TokenTable::new(moe, router)?,
             },
             expert: GatedFfn::new(moe.width, activation, moe.expert_bias, expert)?,
@@ -261,6 +264,9 @@ impl Routed {
         logits: &mut [f32],
     ) -> Option<&'v [f32]> {
         compute.kernels.matmul(&compute.threads, self.router.matrix.view(extent), x, logits);
+        if let Some(factor) = self.spec.router.logit_factor {
+            logits.iter_mut().for_each(|l| *l *= factor);
+        }
         if let Some(bias) = &self.router.logit_bias {
             bias.read(extent, vector);
             for row in logits.chunks_exact_mut(self.spec.experts) {
@@ -293,6 +299,10 @@ impl Routed {
                     route_to(&self.spec, logits, &s.listed, &mut s.router, &mut s.choices);
                 }
             }
+        }
+        if let Some(scale) = &self.router.expert_scale {
+            scale.read(step.extent, &mut s.bias);
+            s.choices.iter_mut().for_each(|choice| choice.weight *= s.bias[choice.expert as usize]);
         }
         s.uses.extend(s.choices.iter().enumerate().map(|(i, c)| Use {
             expert: c.expert,

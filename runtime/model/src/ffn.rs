@@ -2,20 +2,21 @@
 
 use std::time::Duration;
 
-use sluice_format::FfnSpec;
+use sluice_format::{FfnSpec, ModelSpec};
 use sluice_kernels::{Activations, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, Step, sized};
 use super::experts::{ExpertScratch, Routed};
 use super::gated::{GatedFfn, GatedScratch};
+use super::norm::{Norm, NormScratch};
 use super::outputs::Combining;
 use super::prefetch::{NextLayer, Prefetcher};
 use super::router::Choice;
 use super::rows::Rows;
 use super::tally::Tallied;
 use super::weights::{ExtentTensors, MatrixRef};
-use sluice_storage::pool::{Pool, Routing};
+use sluice_storage::pool::{LayerPass, Pool, Routing};
 
 /// The feed-forward part of one layer.
 #[derive(Debug)]
@@ -24,6 +25,7 @@ pub struct Ffn {
     dense_gate: Option<MatrixRef>,
     routed: Option<Routed>,
     latent: Option<Latent>,
+    apart: Option<Apart>,
 }
 
 /// Projections into the space that experts compute in, and back, as places in the dense extent.
@@ -31,6 +33,66 @@ pub struct Ffn {
 struct Latent {
     down: MatrixRef,
     up: MatrixRef,
+}
+
+/// Norms of their own that experts and router have before them, and dense part and experts behind them.
+#[derive(Debug)]
+struct Apart {
+    router: Norm,
+    experts: Norm,
+    dense_post: Norm,
+    experts_post: Norm,
+}
+
+impl Apart {
+    fn new(spec: &ModelSpec, router: &ExtentTensors<'_>) -> Result<Self, ModelError> {
+        let norm = |name| Norm::rms(spec.norm_eps, router, name);
+        Ok(Apart {
+            router: norm("router_norm")?,
+            experts: norm("expert_norm")?,
+            dense_post: norm("dense_post_norm")?,
+            experts_post: norm("expert_post_norm")?,
+        })
+    }
+}
+
+/// f32 values of scratch per row for experts apart from the dense part.
+pub(super) fn apart_width(spec: &FfnSpec, hidden: u64) -> u64 {
+    // Inputs of router and experts, in f32 and in int8, what is being normalised, and the experts' sum.
+    if spec.moe.as_ref().is_some_and(|moe| moe.apart) { 6 * hidden } else { 0 }
+}
+
+/// Buffers for experts apart from the dense part.
+#[derive(Debug)]
+struct ApartScratch {
+    norm: NormScratch,
+    /// `[n, hidden]`.
+    normed: Vec<f32>,
+    router: Activations,
+    experts: Activations,
+    /// The experts' weighted sum, `[n, hidden]`.
+    sum: Vec<f32>,
+}
+
+impl ApartScratch {
+    fn new(compute: &Compute) -> Self {
+        ApartScratch {
+            norm: NormScratch::default(),
+            normed: Vec::new(),
+            router: Activations::new(compute.precision),
+            experts: Activations::new(compute.precision),
+            sum: Vec::new(),
+        }
+    }
+
+    /// The rows `x` of the residual as router and experts see them.
+    fn set(&mut self, apart: &Apart, extent: &[u8], x: &[f32]) {
+        let (hidden, normed) = (apart.router.width(), sized(&mut self.normed, x.len()));
+        for (norm, input) in [(&apart.router, &mut self.router), (&apart.experts, &mut self.experts)] {
+            norm.apply(extent, x, &mut self.norm, normed);
+            input.set(normed, x.len() / hidden, hidden);
+        }
+    }
 }
 
 /// Buffers that the feed-forward part reuses from call to call.
@@ -41,6 +103,7 @@ pub struct FfnScratch {
     gate: Vec<f32>,
     latent: LatentScratch,
     experts: ExpertScratch,
+    apart: ApartScratch,
     prefetcher: Prefetcher,
 }
 
@@ -69,18 +132,20 @@ impl FfnScratch {
             gate: Vec::new(),
             latent: LatentScratch::new(compute),
             experts: ExpertScratch::new(compute, most_kept),
+            apart: ApartScratch::new(compute),
             prefetcher: Prefetcher::new(prefetch, compute),
         }
     }
 
     /// Gives all buffers back; what prefetches have taught stays.
     pub fn give_back(&mut self, compute: &Compute) {
-        let FfnScratch { x, gated, gate, latent, experts, prefetcher } = self;
+        let FfnScratch { x, gated, gate, latent, experts, apart, prefetcher } = self;
         *latent = LatentScratch::new(compute);
         *x = Activations::new(compute.precision);
         *gated = GatedScratch::new(compute);
         *gate = Vec::new();
         *experts = ExpertScratch::new(compute, experts.most_kept());
+        *apart = ApartScratch::new(compute);
         prefetcher.give_back(compute);
     }
 
@@ -107,8 +172,10 @@ pub struct FfnStep<'a> {
     pub router: &'a [u8],
     /// Bytes of the dense extent, if the layer has one.
     pub dense: Option<&'a [u8]>,
-    /// What this part sees of the residual `[n, hidden]` and the next layer, to read ahead for it.
-    pub ahead: Option<(&'a [f32], NextLayer<'a>)>,
+    /// What this part sees of the residual, `[n, hidden]`.
+    pub residual: &'a [f32],
+    /// The next layer, to read ahead for it.
+    pub ahead: Option<NextLayer<'a>>,
 }
 
 impl FfnStep<'_> {
@@ -120,11 +187,14 @@ impl FfnStep<'_> {
 
 impl Ffn {
     pub(super) fn new(
+        model: &ModelSpec,
         spec: &FfnSpec,
         router: &ExtentTensors<'_>,
         dense: &ExtentTensors<'_>,
         expert: &ExtentTensors<'_>,
     ) -> Result<Self, ModelError> {
+        let is_apart = spec.moe.as_ref().is_some_and(|moe| moe.apart);
+        let apart = is_apart.then(|| Apart::new(model, router)).transpose()?;
         let routed = spec.moe.as_ref().map(|moe| Routed::new(moe, spec.activation, router, expert)).transpose()?;
         let dense_gate = spec.dense_gate.then(|| dense.matrix("dense_gate")).transpose()?;
         let latent = match spec.moe.as_ref().and_then(|moe| moe.latent) {
@@ -135,12 +205,17 @@ impl Ffn {
             0 => None,
             width => Some(GatedFfn::new(width, spec.dense_activation(), false, dense)?),
         };
-        Ok(Ffn { dense: network, dense_gate, routed, latent })
+        Ok(Ffn { dense: network, dense_gate, routed, latent, apart })
     }
 
     /// The routed experts, if the layer has any.
     pub(super) fn routed(&self) -> Option<&Routed> {
         self.routed.as_ref()
+    }
+
+    /// The norm before the router, if it has one that the dense part does not share.
+    pub(super) fn router_norm(&self) -> Option<&Norm> {
+        self.apart.as_ref().map(|apart| &apart.router)
     }
 
     /// The feed-forward part of the rows of a pass: reads `x` `[n, hidden]` (normalised), writes `out` `[n, hidden]`.
@@ -158,13 +233,16 @@ impl Ffn {
     ) -> Result<Duration, ModelError> {
         let n = step.rows.len();
         let hidden = x.len() / n;
-        let FfnScratch { x: activations, gated, gate, latent, experts, prefetcher } = scratch;
+        let FfnScratch { x: activations, gated, gate, latent, experts, apart: own, prefetcher } = scratch;
         activations.set(x, n, hidden);
         experts.begin();
+        if let Some(apart) = &self.apart {
+            own.set(apart, step.router, step.residual);
+        }
         let mut pass = match &self.routed {
             None => None,
             Some(routed) => {
-                routed.route(step.router(), activations, experts)?;
+                routed.route(step.router(), if self.apart.is_some() { &own.router } else { activations }, experts)?;
                 let routing = Routing {
                     tokens: n,
                     prefill: !step.rows.generate(),
@@ -184,27 +262,14 @@ impl Ffn {
         }
         let (Some(routed), Some(pass)) = (&self.routed, &mut pass) else { return Ok(Duration::ZERO) };
         prefetcher.judge(step.layer, experts.distinct());
-        if let Some((residual, next)) = &step.ahead {
-            prefetcher.prefetch(step.compute, next, (step.rows.ids(), residual), out, pass);
+        if let Some(next) = &step.ahead {
+            prefetcher.prefetch(step.compute, next, (step.rows.ids(), step.residual), out, pass);
         }
-        match (&self.latent, step.dense) {
-            (Some(of_layer), Some(extent)) => {
-                let compute = step.compute;
-                let LatentScratch { product, input, output } = latent;
-                let width = of_layer.down.rows();
-                let product = sized(product, n * width);
-                compute.multiply(&of_layer.down, extent, activations, product);
-                input.set(product, n, width);
-                compute.observe_experts_input(of_layer.down.place().layer, input);
-                product.fill(0.0);
-                let time = routed.run(step.router(), pass, input, experts, product)?;
-                input.set(product, n, width);
-                let output = sized(output, n * hidden);
-                compute.multiply(&of_layer.up, extent, input, output);
-                out.iter_mut().zip(output).for_each(|(o, v)| *o += *v);
-                Ok(time)
-            }
-            _ => routed.run(step.router(), pass, activations, experts, out),
+        let begun = Experts { routed, step, pass, scratch: experts };
+        match (&self.latent, &self.apart, step.dense) {
+            (Some(of_layer), _, Some(extent)) => begun.in_latents(of_layer, extent, activations, latent, out),
+            (_, Some(apart), _) => begun.apart(apart, own, out),
+            _ => begun.routed.run(step.router(), begun.pass, activations, begun.scratch, out),
         }
     }
 
@@ -217,5 +282,54 @@ impl Ffn {
             let gate = sigmoid(*gate);
             row.iter_mut().for_each(|o| *o *= gate);
         }
+    }
+}
+
+/// The routed experts of a layer whose input is not that of the dense part.
+struct Experts<'a, 's, 'p> {
+    routed: &'a Routed,
+    step: &'a FfnStep<'a>,
+    pass: &'a mut LayerPass<'p>,
+    scratch: &'s mut ExpertScratch,
+}
+
+impl Experts<'_, '_, '_> {
+    /// Experts that compute in a space of their own: their weighted sum is projected back and added to `out` `[n, hidden]`. `x`: the
+    /// rows as the dense part sees them.
+    fn in_latents(
+        self,
+        of_layer: &Latent,
+        extent: &[u8],
+        x: &Activations,
+        scratch: &mut LatentScratch,
+        out: &mut [f32],
+    ) -> Result<Duration, ModelError> {
+        let (compute, n, width) = (self.step.compute, x.n(), of_layer.down.rows());
+        let LatentScratch { product, input, output } = scratch;
+        let product = sized(product, n * width);
+        compute.multiply(&of_layer.down, extent, x, product);
+        input.set(product, n, width);
+        compute.observe_experts_input(of_layer.down.place().layer, input);
+        product.fill(0.0);
+        let time = self.routed.run(self.step.router(), self.pass, input, self.scratch, product)?;
+        input.set(product, n, width);
+        let output = sized(output, out.len());
+        compute.multiply(&of_layer.up, extent, input, output);
+        out.iter_mut().zip(output).for_each(|(o, v)| *o += *v);
+        Ok(time)
+    }
+
+    /// Experts apart from the dense part, whose output `out` `[n, hidden]` holds: both are normalised before they are added.
+    fn apart(self, apart: &Apart, scratch: &mut ApartScratch, out: &mut [f32]) -> Result<Duration, ModelError> {
+        let (step, len) = (self.step, out.len());
+        let ApartScratch { norm, normed, experts: x, sum, .. } = scratch;
+        let (normed, sum) = (sized(normed, len), sized(sum, len));
+        step.compute.observe_experts_input(step.layer as u32, x);
+        sum.fill(0.0);
+        let time = self.routed.run(step.router(), self.pass, x, self.scratch, sum)?;
+        apart.dense_post.apply_in_place(step.router, out, norm, normed);
+        apart.experts_post.apply(step.router, sum, norm, normed);
+        out.iter_mut().zip(&*normed).for_each(|(out, n)| *out += n);
+        Ok(time)
     }
 }

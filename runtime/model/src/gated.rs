@@ -148,6 +148,7 @@ impl GatedFfn {
             ActivationSpec::Silu => Activation::Silu,
             ActivationSpec::SwigluOai { alpha, limit } => Activation::SwigluOai { alpha, limit },
             ActivationSpec::SiluClamped { limit } => Activation::SiluClamped { limit },
+            ActivationSpec::GeluTanh => Activation::GeluTanh,
             ActivationSpec::SiluBounded { limit } => Activation::SiluBounded { limit },
             ActivationSpec::ReluSquared => Activation::ReluSquared,
         };

@@ -23,7 +23,8 @@ pub struct Gqa {
     rope: Option<Rope>,
     q: Projection,
     k: Projection,
-    v: Projection,
+    /// Without one, values are keys.
+    v: Option<Projection>,
     o: Projection,
     q_norm: Option<VectorRef>,
     k_norm: Option<VectorRef>,
@@ -127,7 +128,10 @@ impl Gqa {
             rope: spec.rope.as_ref().map(Rope::new),
             q: Projection::new(tensors, "q", bias(spec.qkv_bias, "q_bias"))?,
             k: Projection::new(tensors, "k", bias(spec.qkv_bias, "k_bias"))?,
-            v: Projection::new(tensors, "v", bias(spec.qkv_bias, "v_bias"))?,
+            v: match spec.value_is_key {
+                true => None,
+                false => Some(Projection::new(tensors, "v", bias(spec.qkv_bias, "v_bias"))?),
+            },
             o: Projection::new(tensors, "o", bias(spec.o_bias, "o_bias"))?,
             q_norm: norm("q_norm")?,
             k_norm: norm("k_norm")?,
@@ -183,7 +187,10 @@ impl Gqa {
         let value = sized(value, n * s.kv_heads * s.v_head_dim);
         self.q.apply(step, activations, vector, query);
         self.k.apply(step, activations, vector, key);
-        self.v.apply(step, activations, vector, value);
+        match &self.v {
+            Some(v) => v.apply(step, activations, vector, value),
+            None => value.copy_from_slice(key),
+        }
         let after_rope = s.qk_norm.as_ref().is_some_and(|norm| norm.after_rope);
         if !after_rope {
             self.normalise(step, vector, query, key);
@@ -209,6 +216,11 @@ impl Gqa {
                 let factor = temperature.factor(position);
                 row.iter_mut().for_each(|q| *q *= factor);
             }
+        }
+        if let Some(eps) = s.value_norm {
+            vector.clear();
+            vector.resize(s.v_head_dim, 1.0);
+            normalise_rows(vector, eps, value);
         }
         if let Some(factor) = s.value_factor {
             value.iter_mut().for_each(|v| *v *= factor);
@@ -242,14 +254,7 @@ impl Gqa {
                 vector.resize(width, 1.0);
             }
         }
-        // In and out differ for the kernel; a head is short.
-        with_head_scratch(|scratch| {
-            for row in x.chunks_exact_mut(width) {
-                let copy = sized(&mut scratch.input, width);
-                copy.copy_from_slice(row);
-                rms_norm(copy, vector, spec.eps, row);
-            }
-        });
+        normalise_rows(vector, spec.eps, x);
     }
 
     fn extend_caches(&self, step: Step<'_>, caches: &mut Caches<'_, '_>, scratch: &GqaScratch) {
@@ -366,4 +371,16 @@ pub(super) fn gate_heads(step: Step<'_>, matrix: &MatrixRef, x: &Activations, ga
         let gate = sigmoid(*gate);
         head.iter_mut().for_each(|o| *o *= gate);
     }
+}
+
+/// The RMS norm of each row of `x`, whose width is that of `weight`.
+fn normalise_rows(weight: &[f32], eps: f32, x: &mut [f32]) {
+    // In and out differ for the kernel; a head is short.
+    with_head_scratch(|scratch| {
+        for row in x.chunks_exact_mut(weight.len()) {
+            let copy = sized(&mut scratch.input, weight.len());
+            copy.copy_from_slice(row);
+            rms_norm(copy, weight, eps, row);
+        }
+    });
 }

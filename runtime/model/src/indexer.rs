@@ -9,6 +9,7 @@ use sluice_kernels::{Activations, KeyBlock, KvRows, key_blocks};
 use super::ModelError;
 use super::cache::IndexCache;
 use super::compute::{HeadScratch, Step, sized, with_head_scratch};
+use super::norm::layer_norm;
 use super::rope::{Rope, RopeAngles};
 use super::rows::{Caches, Row};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
@@ -180,16 +181,5 @@ impl Chooser<'_> {
                 best.finish(&mut chosen[0]);
             });
         });
-    }
-}
-
-/// `(x - mean) / sqrt(variance + eps) · weight + bias`.
-fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
-    let n = x.len() as f32;
-    let mean = x.iter().sum::<f32>() / n;
-    let variance = x.iter().map(|v| (v - mean) * (v - mean)).sum::<f32>() / n;
-    let factor = 1.0 / (variance + eps).sqrt();
-    for (((out, x), w), b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
-        *out = (x - mean) * factor * w + b;
     }
 }

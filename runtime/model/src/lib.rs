@@ -25,6 +25,7 @@ pub mod memory;
 mod mla;
 mod model;
 mod ngrams;
+mod norm;
 pub mod outputs;
 mod prediction;
 mod prefetch;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, LayerSpec, ModelFile, ModelSpec, NO_LAYER};
-use sluice_kernels::{Activations, rms_norm};
+use sluice_kernels::{Activations, tanh};
 
 use crate::attention::{Attention, AttentionScratch};
 use crate::cache::PagesFull;
@@ -15,11 +15,12 @@ use crate::control::{Control, Progress};
 use crate::embedding::Embedding;
 use crate::ffn::{Ffn, FfnScratch, FfnStep};
 use crate::ngrams::{self, NgramScratch, Ngrams};
+use crate::norm::{Norm, NormScratch};
 use crate::prediction::Prediction;
 use crate::prefetch::NextLayer;
 use crate::residual::{self, Residual, ResidualScratch};
 use crate::rows::{Caches, Rows, Span};
-use crate::weights::{ExtentTensors, MatrixRef};
+use crate::weights::{ExtentTensors, MatrixRef, VectorRef};
 use sluice_storage::pool::{DenseHandle, DenseParts, Pool, PoolError, SectorCache};
 
 /// Why a model could not be opened or run.
@@ -133,6 +134,7 @@ pub(crate) struct Tail {
     /// The extent that says how the head sees the residual.
     pub(crate) extent: DenseHandle,
     pub(crate) residual: Residual,
+    pub(crate) head_bias: Option<VectorRef>,
     pub(crate) head: Vec<(DenseHandle, MatrixRef)>,
 }
 
@@ -154,6 +156,7 @@ struct Layer {
     residual: Residual,
     ngrams: Option<Ngrams>,
     attention: Attention,
+    attn_post_norm: Option<Norm>,
     attention_extent: DenseHandle,
     ffn: Option<LayerFfn>,
 }
@@ -164,6 +167,9 @@ struct LayerFfn {
     /// How it sees the residual.
     residual: Residual,
     ffn: Ffn,
+    post_norm: Option<Norm>,
+    /// Factor on what leaves the layer.
+    scale: Option<VectorRef>,
     router: DenseHandle,
     dense: Option<DenseHandle>,
 }
@@ -176,6 +182,8 @@ struct Scratch {
     normed: Vec<f32>,
     delta: Vec<f32>,
     ngrams: NgramScratch,
+    norm: NormScratch,
+    head_bias: Vec<f32>,
     head_input: Activations,
     part: Vec<f32>,
     logits: Vec<f32>,
@@ -238,16 +246,23 @@ impl Layer {
         let spec = file.spec();
         let tensors = |kind| ExtentTensors { file, kind, layer: number as u32, index: 0 };
         let (attention, router) = (tensors(ExtentKind::Attention), tensors(ExtentKind::Router));
+        let (dense, expert) = (tensors(ExtentKind::Dense), tensors(ExtentKind::Expert));
+        let behind = |tensors: &ExtentTensors<'_>, name| {
+            spec.norms.behind.then(|| Norm::rms(spec.norm_eps, tensors, name)).transpose()
+        };
         Ok(Layer {
-            residual: Residual::new(spec, &attention, "attn_norm")?,
+            residual: Residual::new(spec, &attention, ["attn_norm", "attn_norm_bias"])?,
             ngrams: Ngrams::new(spec, number, &attention)?,
             attention: Attention::new(&layer.attention, &attention)?,
+            attn_post_norm: behind(&attention, "attn_post_norm")?,
             attention_extent: next(),
             ffn: match layer.ffn.is_none() {
                 true => None,
                 false => Some(LayerFfn {
-                    residual: Residual::new(spec, &router, "ffn_norm")?,
-                    ffn: Ffn::new(&layer.ffn, &router, &tensors(ExtentKind::Dense), &tensors(ExtentKind::Expert))?,
+                    residual: Residual::new(spec, &router, ["ffn_norm", "ffn_norm_bias"])?,
+                    ffn: Ffn::new(spec, &layer.ffn, &router, &dense, &expert)?,
+                    post_norm: behind(&router, "ffn_post_norm")?,
+                    scale: spec.layer_scale.then(|| router.vector("layer_scale")).transpose()?,
                     router: next(),
                     dense: (!spec.tensors(ExtentKind::Dense, number).is_empty()).then(next),
                 }),
@@ -304,8 +319,9 @@ impl Model {
             layers.push(Layer::new(file, number, layer, &mut next)?);
         }
         let last = ExtentTensors { file, kind: ExtentKind::FinalNorm, layer: NO_LAYER, index: 0 };
-        let (extent, residual) = (next(), Residual::new(&spec, &last, "norm")?);
-        let tail = Tail { extent, residual, head: head_parts(file, NO_LAYER, &mut next)? };
+        let (extent, residual) = (next(), Residual::new(&spec, &last, ["norm", "norm_bias"])?);
+        let head_bias = spec.head_bias.then(|| last.vector("head_bias")).transpose()?;
+        let tail = Tail { extent, residual, head_bias, head: head_parts(file, NO_LAYER, &mut next)? };
         let prediction = match spec.prediction.as_ref().filter(|_| prediction) {
             None => None,
             Some(of_spec) => {
@@ -320,6 +336,8 @@ impl Model {
             normed: Vec::new(),
             delta: Vec::new(),
             ngrams: NgramScratch::new(compute),
+            norm: NormScratch::default(),
+            head_bias: Vec::new(),
             head_input: Activations::new(compute.precision),
             part: Vec::new(),
             logits: Vec::new(),
@@ -339,10 +357,10 @@ impl Model {
 
     /// Gives all buffers back; they grow again to what the next call needs.
     pub fn give_back(&mut self, compute: &Compute) {
-        let Scratch { x, residual, normed, delta, ngrams, head_input, part, logits, attention, ffn } =
+        let Scratch { x, residual, normed, delta, ngrams, norm, head_bias, head_input, part, logits, attention, ffn } =
             &mut self.scratch;
-        (*residual, *ngrams) = (ResidualScratch::new(), NgramScratch::new(compute));
-        for buffer in [x, normed, delta, part, logits] {
+        (*residual, *ngrams, *norm) = (ResidualScratch::new(), NgramScratch::new(compute), NormScratch::default());
+        for buffer in [x, normed, delta, head_bias, part, logits] {
             *buffer = Vec::new();
         }
         *head_input = Activations::new(compute.precision);
@@ -492,9 +510,10 @@ impl Model {
         mut caches: Caches<'_, '_>,
         index: usize,
     ) -> Result<(), ModelError> {
-        let (eps, factor) = (self.spec.norm_eps, self.spec.factors.residual);
+        // What goes through a norm before it is added is not known from a part of it.
+        let factor = if self.spec.norms.behind { 0.0 } else { self.spec.factors.residual };
         let len = rows.len() * self.spec.hidden_size;
-        let Scratch { x, residual, normed, delta, ngrams, attention: mixer, ffn, .. } = &mut self.scratch;
+        let Scratch { x, residual, normed, delta, ngrams, norm, attention: mixer, ffn, .. } = &mut self.scratch;
         let x = &mut x[..rows.len() * self.spec.residual_width()];
         let (normed, delta) = (sized(normed, len), sized(delta, len));
         let layer = &self.layers[index];
@@ -508,6 +527,9 @@ impl Model {
         }
         layer.residual.read(compute, step.extent, x, residual, normed);
         layer.attention.forward(step, &mut caches, normed, mixer, delta);
+        if let Some(post) = &layer.attn_post_norm {
+            post.apply_in_place(step.extent, delta, norm, normed);
+        }
         drop(attention);
         if compute.is_cancelled() {
             return Err(ModelError::Cancelled);
@@ -530,8 +552,8 @@ impl Model {
         });
         let next_router = next.map(|(_, l)| dense_parts.dense(l.router)).transpose()?;
         let prefetch = next.zip(next_router.as_ref()).and_then(|((number, l), router)| {
-            let (norm, extent) = (l.residual.norm(), router.bytes());
-            Some((input, NextLayer { layer: number, routed: l.ffn.routed()?, norm, eps, factor, extent }))
+            let (norm, extent) = (l.ffn.router_norm().or(l.residual.norm()), router.bytes());
+            Some(NextLayer { layer: number, routed: l.ffn.routed()?, norm, factor, extent })
         });
         let step = FfnStep {
             compute,
@@ -539,10 +561,15 @@ impl Model {
             layer: index,
             router: router.bytes(),
             dense: dense.as_ref().map(|d| d.bytes()),
+            residual: input,
             ahead: prefetch,
         };
         let experts = part.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
+        if let Some(post) = &part.post_norm {
+            post.apply_in_place(router.bytes(), delta, norm, normed);
+        }
         part.residual.add(&compute.threads, x, delta, residual);
+        part.scale.iter().flat_map(|place| place.part(router.bytes(), 0..1)).for_each(|factor| scale(x, factor));
         self.times.experts += experts;
         self.times.feed_forward += attended.elapsed().saturating_sub(experts);
         Ok(())
@@ -568,6 +595,10 @@ impl Model {
             _ => &self.tail,
         };
         let last = dense.dense(tail.extent)?;
+        match &tail.head_bias {
+            Some(bias) => bias.read(last.bytes(), &mut self.scratch.head_bias),
+            None => self.scratch.head_bias.clear(),
+        }
         if let Some(observer) = &mut control.head_inputs {
             let all: Vec<usize> = (0..step.rows).collect();
             for rows in all.chunks(LOGIT_ROWS) {
@@ -578,7 +609,7 @@ impl Model {
         for (block, rows) in step.wanted.chunks(LOGIT_ROWS).enumerate() {
             let n = rows.len();
             tail.inputs(compute, last.bytes(), &self.spec, rows, &mut self.scratch);
-            let Scratch { normed, head_input, part, logits, .. } = &mut self.scratch;
+            let Scratch { normed, head_bias, head_input, part, logits, .. } = &mut self.scratch;
             head_input.set(&normed[..n * hidden], n, hidden);
             let logits = sized(logits, n * vocab);
             let mut row = 0;
@@ -599,7 +630,7 @@ impl Model {
             if compute.is_cancelled() {
                 return Err(ModelError::Cancelled);
             }
-            scale(logits, self.spec.factors.logits);
+            finish_logits(&self.spec, head_bias, logits);
             logits.chunks_exact(vocab).enumerate().for_each(|(i, row)| sink(block * LOGIT_ROWS + i, row));
             started = Instant::now();
         }
@@ -618,7 +649,7 @@ impl Model {
                 moe.map_or(0, |m| crate::experts::combining_width(hidden) + 8 * m.top_k as u64 + m.experts as u64);
             // What experts read and write, as f32 and in the form that kernels consume, and what becomes of it.
             let latent = moe.and_then(|m| m.latent).map_or(0, |latent| 3 * latent as u64 + hidden);
-            attention + 2 * widest + routed + latent
+            attention + 2 * widest + routed + latent + crate::ffn::apart_width(&l.ffn, hidden)
         };
         let widest = spec.layers.iter().map(layer).max().unwrap_or(0);
         let kept = Model::output_memory(spec, rows).min(most_kept);
@@ -652,9 +683,15 @@ impl Model {
     }
 }
 
-pub(crate) fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let width = weight.len();
-    x.chunks_exact(width).zip(out.chunks_exact_mut(width)).for_each(|(x, out)| rms_norm(x, weight, eps, out));
+/// From products with the head to logits `[n, vocab]`; `bias` is empty or `[vocab]`.
+fn finish_logits(spec: &ModelSpec, bias: &[f32], logits: &mut [f32]) {
+    if !bias.is_empty() {
+        logits.chunks_exact_mut(bias.len()).for_each(|row| row.iter_mut().zip(bias).for_each(|(l, b)| *l += b));
+    }
+    scale(logits, spec.factors.logits);
+    if let Some(cap) = spec.logit_cap {
+        logits.iter_mut().for_each(|l| *l = cap * tanh(*l / cap));
+    }
 }
 
 pub(crate) fn scale(x: &mut [f32], factor: f32) {

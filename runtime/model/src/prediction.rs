@@ -7,11 +7,12 @@ use sluice_kernels::Activations;
 
 use crate::compute::{Compute, sized};
 use crate::embedding::Embedding;
-use crate::model::{EMBEDDED_AT_ONCE, Tail, head_parts, norm_rows, scale};
+use crate::model::{EMBEDDED_AT_ONCE, Tail, head_parts, scale};
+use crate::norm::{Norm, NormScratch};
 use crate::residual::Residual;
 use crate::rows::{Phase, Rows, Want};
 use crate::sequence::Sequence;
-use crate::weights::{ExtentTensors, MatrixRef, VectorRef};
+use crate::weights::{ExtentTensors, MatrixRef};
 use crate::{ModelError, RewindError, Weights};
 use sluice_storage::pool::DenseHandle;
 
@@ -21,8 +22,8 @@ pub(crate) struct Prediction {
     /// Number of the layer.
     number: usize,
     extent: DenseHandle,
-    embedding_norm: VectorRef,
-    hidden_norm: VectorRef,
+    embedding_norm: Norm,
+    hidden_norm: Norm,
     projection: MatrixRef,
     /// Its own token embedding; `None`: it uses the model's.
     embedding: Option<Embedding>,
@@ -33,7 +34,7 @@ pub(crate) struct Prediction {
 #[derive(Debug)]
 struct Scratch {
     embedded: Vec<f32>,
-    norm: [Vec<f32>; 2],
+    norm: NormScratch,
     normed: Vec<f32>,
     /// Both inputs, `[rows, 2 · hidden]`.
     joined: Vec<f32>,
@@ -44,7 +45,7 @@ impl Scratch {
     fn new(compute: &Compute) -> Self {
         Scratch {
             embedded: Vec::new(),
-            norm: [Vec::new(), Vec::new()],
+            norm: NormScratch::default(),
             normed: Vec::new(),
             joined: Vec::new(),
             activations: Activations::new(compute.precision),
@@ -68,15 +69,16 @@ impl Prediction {
     ) -> Result<Self, ModelError> {
         let tensors = ExtentTensors { file, kind: ExtentKind::Prediction, layer: number as u32, index: 0 };
         let own_embedding = file.spec().prediction.as_ref().is_some_and(|prediction| prediction.own_embedding);
-        let extent = next();
+        let (extent, eps) = (next(), file.spec().norm_eps);
+        let residual = Residual::new(file.spec(), &tensors, ["norm", "norm_bias"])?;
         Ok(Prediction {
             number,
             extent,
-            embedding_norm: tensors.vector("embedding_norm")?,
-            hidden_norm: tensors.vector("hidden_norm")?,
+            embedding_norm: Norm::rms(eps, &tensors, "embedding_norm")?,
+            hidden_norm: Norm::rms(eps, &tensors, "hidden_norm")?,
             projection: tensors.matrix("projection")?,
             embedding: own_embedding.then(|| Embedding::new(file, number as u32)),
-            tail: Tail { extent, residual: Residual::new(file.spec(), &tensors, "norm")?, head: Vec::new() },
+            tail: Tail { extent, residual, head_bias: None, head: Vec::new() },
             scratch: Scratch::new(compute),
         })
     }
@@ -125,11 +127,9 @@ impl Prediction {
         shared: &mut Embedding,
         x: &mut [f32],
     ) -> Result<(), ModelError> {
-        let (hidden, eps) = (spec.hidden_size, spec.norm_eps);
+        let hidden = spec.hidden_size;
         let extent = weights.dense.dense(self.extent)?;
-        let Scratch { embedded, norm: [of_embedding, of_hidden], normed, joined, activations } = &mut self.scratch;
-        self.embedding_norm.read(extent.bytes(), of_embedding);
-        self.hidden_norm.read(extent.bytes(), of_hidden);
+        let Scratch { embedded, norm: buffers, normed, joined, activations } = &mut self.scratch;
         let embedding = self.embedding.as_mut().unwrap_or(shared);
         for part in rows.spans() {
             let before = &head_inputs[part.span][part.token * hidden..][..part.count * hidden];
@@ -144,8 +144,9 @@ impl Prediction {
                 let joined = sized(joined, 2 * n * hidden);
                 embedding.rows(weights.file, tokens, embedded)?;
                 scale(embedded, spec.factors.embedding);
-                for (half, input, norm) in [(0, &*embedded, &*of_embedding), (hidden, before, &*of_hidden)] {
-                    norm_rows(input, norm, eps, normed);
+                for (half, input, norm) in [(0, &*embedded, &self.embedding_norm), (hidden, before, &self.hidden_norm)]
+                {
+                    norm.apply(extent.bytes(), input, buffers, normed);
                     for (joined, normed) in joined.chunks_exact_mut(2 * hidden).zip(normed.chunks_exact(hidden)) {
                         joined[half..half + hidden].copy_from_slice(normed);
                     }

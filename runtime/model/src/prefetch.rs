@@ -6,12 +6,11 @@
 //! rank of the candidate, from every token, whether the candidate was read or not.
 
 use sluice_kernels::Activations;
-use sluice_kernels::rms_norm;
 
 use super::compute::{Compute, sized};
 use super::experts::Routed;
+use super::norm::{Norm, NormScratch};
 use super::router::{RouterScratch, rank};
-use super::weights::VectorRef;
 use sluice_storage::pool::LayerPass;
 
 /// Ranks beyond the router's top-k that are watched: where they turn out to be likely enough, they are read as well.
@@ -30,9 +29,8 @@ pub struct NextLayer<'a> {
     pub(super) layer: usize,
     pub(super) routed: &'a Routed,
     /// The norm of what its router sees; `None`: that is normalised already, and so is what stands for it here.
-    pub(super) norm: Option<VectorRef>,
-    pub(super) eps: f32,
-    /// On what the layer before it adds to the residual stream.
+    pub(super) norm: Option<&'a Norm>,
+    /// On what the layer before it adds to the residual stream; 0 where what it adds follows from all of its parts.
     pub(super) factor: f32,
     /// Bytes of its router extent.
     pub(super) extent: &'a [u8],
@@ -52,7 +50,7 @@ pub struct Prefetcher {
     wanted: Vec<u32>,
     state: Vec<f32>,
     normed: Vec<f32>,
-    norm: Vec<f32>,
+    norm: NormScratch,
     logits: Vec<f32>,
     bias: Vec<f32>,
     activations: Activations,
@@ -71,7 +69,7 @@ impl Prefetcher {
             wanted: Vec::new(),
             state: Vec::new(),
             normed: Vec::new(),
-            norm: Vec::new(),
+            norm: NormScratch::default(),
             logits: Vec::new(),
             bias: Vec::new(),
             activations: Activations::new(compute.precision),
@@ -104,8 +102,8 @@ impl Prefetcher {
     }
 
     /// Applies the next layer's router to `residual + factor · delta`, both `[rows, hidden]`, the state of the rows as far as it is
-    /// known, or to what this layer's router saw where the next one's input is joined of streams, and starts to read what is likely enough. Where a table says which experts the tokens `ids` have, all of them are
-    /// read.
+    /// known, or to what this layer's router saw where the next one's input is joined of streams, and starts to read what is likely
+    /// enough. Where a table says which experts the tokens `ids` have, all of them are read.
     pub fn prefetch(
         &mut self,
         compute: &Compute,
@@ -129,13 +127,10 @@ impl Prefetcher {
         let rows = ids.len();
         let hidden = residual.len() / rows;
         let normed = sized(&mut self.normed, rows * hidden);
-        if let Some(norm) = &next.norm {
-            norm.read(next.extent, &mut self.norm);
+        if let Some(norm) = next.norm {
             let state = sized(&mut self.state, rows * hidden);
             state.iter_mut().zip(residual.iter().zip(delta)).for_each(|(s, (r, d))| *s = r + next.factor * d);
-            for (state, normed) in state.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
-                rms_norm(state, &self.norm, next.eps, normed);
-            }
+            norm.apply(next.extent, state, &mut self.norm, normed);
         } else {
             normed.copy_from_slice(residual);
         }

@@ -7,6 +7,7 @@ use sluice_kernels::{Activations, Precision, ThreadPool, rms_norm, sigmoid, soft
 use super::ModelError;
 use super::compute::{Compute, sized, with_head_scratch};
 use super::gated_streams::{self, GatedScratch, GatedStreams};
+use super::norm::{Norm, NormScratch};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
 /// Rows whose streams are normalised and multiplied together: bounds the scratch, whatever the pass.
@@ -17,8 +18,7 @@ const ROWS_TOGETHER: usize = 64;
 pub struct Residual {
     streams: Kind,
     /// The norm of what is seen; gated streams have none behind those inside.
-    norm: Option<VectorRef>,
-    norm_eps: f32,
+    norm: Option<Norm>,
 }
 
 #[derive(Debug)]
@@ -54,7 +54,7 @@ pub struct ResidualScratch {
     ones: Vec<f32>,
     bias: Vec<f32>,
     scale: Vec<f32>,
-    norm: Vec<f32>,
+    norm: NormScratch,
     gated: GatedScratch,
 }
 
@@ -69,7 +69,7 @@ impl ResidualScratch {
             ones: Vec::new(),
             bias: Vec::new(),
             scale: Vec::new(),
-            norm: Vec::new(),
+            norm: NormScratch::default(),
             gated: GatedScratch::default(),
         }
     }
@@ -89,8 +89,12 @@ pub fn scratch_memory(spec: &ModelSpec, rows: usize) -> u64 {
 }
 
 impl Residual {
-    /// The residual as a part sees it whose extent has `tensors`, among them the norm of that name.
-    pub(super) fn new(spec: &ModelSpec, tensors: &ExtentTensors<'_>, norm: &'static str) -> Result<Self, ModelError> {
+    /// The residual as a part sees it whose extent has `tensors`, among them the norm whose weight and bias are called so.
+    pub(super) fn new(
+        spec: &ModelSpec,
+        tensors: &ExtentTensors<'_>,
+        [weight, bias]: [&'static str; 2],
+    ) -> Result<Self, ModelError> {
         let streams = if let Some(gated) = &spec.gated_streams {
             Kind::Gated(GatedStreams::new(spec, gated, tensors)?)
         } else if let Some(streams) = &spec.streams {
@@ -105,8 +109,8 @@ impl Residual {
         } else {
             Kind::One(spec.factors.residual)
         };
-        let norm = spec.gated_streams.is_none().then(|| tensors.vector(norm)).transpose()?;
-        Ok(Residual { streams, norm, norm_eps: spec.norm_eps })
+        let norm = spec.gated_streams.is_none().then(|| Norm::before(spec, tensors, weight, bias)).transpose()?;
+        Ok(Residual { streams, norm })
     }
 
     /// What the part sees of the residual `x` `[n, width]`, normalised: writes `normed` `[n, hidden]`.
@@ -117,13 +121,10 @@ impl Residual {
             Kind::One(_) => {}
         }
         let Some(norm) = &self.norm else { return };
-        let mut weight = std::mem::take(&mut scratch.norm);
-        norm.read(extent, &mut weight);
+        let mut buffers = std::mem::take(&mut scratch.norm);
         let input = self.joined(x, normed.len(), scratch).unwrap_or(x);
-        let width = weight.len();
-        let rows = input.chunks_exact(width).zip(normed.chunks_exact_mut(width));
-        rows.for_each(|(x, out)| rms_norm(x, &weight, self.norm_eps, out));
-        scratch.norm = weight;
+        norm.apply(extent, input, &mut buffers, normed);
+        scratch.norm = buffers;
     }
 
     /// What [`Residual::read`] has normalised of `x`, `len` numbers; `None` where there is no such thing, because what it joined was
@@ -137,8 +138,8 @@ impl Residual {
     }
 
     /// The norm of what is seen.
-    pub fn norm(&self) -> Option<VectorRef> {
-        self.norm
+    pub fn norm(&self) -> Option<&Norm> {
+        self.norm.as_ref()
     }
 
     /// Takes the part's output `[n, hidden]` into the residual. [`Residual::read`] has been called for it.

@@ -36,7 +36,13 @@ impl Rope {
         let (inv_freq, attention_factor) = match &spec.scaling {
             RopeScaling::None => (plain.collect(), 1.0),
             RopeScaling::Linear { factor } => (plain.map(|inv| (f64::from(inv) / factor) as f32).collect(), 1.0),
-            RopeScaling::Divided { divisors } => (plain.zip(divisors).map(|(inv, d)| inv / d).collect(), 1.0),
+            RopeScaling::Divided { divisors, attention_factor } => {
+                (plain.zip(divisors).map(|(inv, d)| inv / d).collect(), *attention_factor as f32)
+            }
+            // An angle of zero turns nothing, to the bit.
+            RopeScaling::Partial { pairs } => {
+                (plain.enumerate().map(|(i, inv)| if i < *pairs { inv } else { 0.0 }).collect(), 1.0)
+            }
             RopeScaling::Yarn { factor, attention_factor, .. } => {
                 let ramp = yarn_ramp(spec);
                 let scaled = plain.zip(ramp).map(|(inv, ramp)| {
@@ -181,7 +187,9 @@ mod tests {
         let plain = Rope::new(&spec(RopeScaling::None)).inv_freq;
         let linear = Rope::new(&spec(RopeScaling::Linear { factor: 2.5 })).inv_freq;
         assert!(plain.iter().zip(&linear).all(|(p, l)| (p / l - 2.5).abs() < 1e-6), "{plain:?} {linear:?}");
-        let divided = Rope::new(&spec(RopeScaling::Divided { divisors: vec![1.0, 2.0, 0.5, 8.0] })).inv_freq;
+        let divided =
+            Rope::new(&spec(RopeScaling::Divided { divisors: vec![1.0, 2.0, 0.5, 8.0], attention_factor: 1.0 }))
+                .inv_freq;
         assert_eq!(divided, [plain[0], plain[1] / 2.0, plain[2] * 2.0, plain[3] / 8.0]);
     }
 

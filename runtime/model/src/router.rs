@@ -1,7 +1,7 @@
 //! Which experts a token uses, and with what weight.
 
 use sluice_format::{GroupScore, MoeSpec, RouterScore};
-use sluice_kernels::{sigmoid, softmax, top_k};
+use sluice_kernels::{exp, sigmoid, softmax, top_k};
 
 use super::delta::softplus;
 pub use sluice_storage::pool::Choice;
@@ -47,12 +47,27 @@ fn weigh(moe: &MoeSpec, scratch: &mut RouterScratch, out: &mut Vec<Choice>) {
     if moe.router.score == RouterScore::SigmoidOfChosen {
         chosen.iter().for_each(|&e| scores[e as usize] = sigmoid(scores[e as usize]));
     }
+    if let RouterScore::SparseMixer { jitter } = moe.router.score {
+        choice.clear();
+        choice.extend((0..chosen.len()).map(|i| share_of_near(scores, &chosen[..=i], jitter)));
+        chosen.iter().zip(&*choice).for_each(|(&e, &w)| scores[e as usize] = w);
+    }
     // The reference sums the weights in the order of descending score.
     let sum: f32 = chosen.iter().map(|&e| scores[e as usize]).sum();
     let divisor = moe.router.renormalise.map_or(1.0, |eps| (sum + eps).max(moe.router.least_sum.unwrap_or(0.0)));
     chosen.sort_unstable();
     let weight = |expert: u32| scores[expert as usize] / divisor * moe.router.scale;
     out.extend(chosen.iter().map(|&expert| Choice { expert, weight: weight(expert) }));
+}
+
+/// The share of the last of `chosen` in the softmax over the experts that are not chosen before it and whose logit is near its own
+/// ([`RouterScore::SparseMixer`]).
+fn share_of_near(logits: &[f32], chosen: &[u32], jitter: f32) -> f32 {
+    let Some((&last, before)) = chosen.split_last() else { return 0.0 };
+    let most = logits[last as usize];
+    let is_near = |logit: f32| !((most - logit) / logit.abs().max(most) > 2.0 * jitter);
+    let others = (0u32..).zip(logits).filter(|(expert, logit)| !before.contains(expert) && is_near(**logit));
+    1.0 / others.map(|(_, logit)| exp(logit - most)).sum::<f32>()
 }
 
 /// The `count` experts that the router prefers, best first; the first `top_k` are what it would choose.
@@ -79,7 +94,9 @@ fn score(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut Rout
             softmax(scores);
         }
         RouterScore::SqrtSoftplus => scores.extend(logits.iter().map(|&l| softplus(l).sqrt())),
-        RouterScore::SoftmaxOfChosen | RouterScore::SigmoidOfChosen => scores.extend_from_slice(logits),
+        RouterScore::SoftmaxOfChosen | RouterScore::SigmoidOfChosen | RouterScore::SparseMixer { .. } => {
+            scores.extend_from_slice(logits);
+        }
     }
     choice.clear();
     match bias {
@@ -134,14 +151,17 @@ mod tests {
             latent: None,
             expert_bias: false,
             weighted_input: false,
+            apart: false,
             router: RouterSpec {
                 score: RouterScore::Sigmoid,
+                logit_factor: None,
                 logit_bias: false,
                 choice_bias: true,
                 groups,
                 renormalise,
                 least_sum: None,
                 scale: 2.0,
+                expert_scale: false,
                 token_table: None,
             },
         }
@@ -151,6 +171,24 @@ mod tests {
         let mut out = Vec::new();
         route(moe, logits, Some(bias), &mut RouterScratch::default(), &mut out);
         out
+    }
+
+    #[test]
+    fn a_sparse_mixer_weighs_among_logits_that_are_near() {
+        let mut spec = moe(None, None);
+        (spec.router.score, spec.router.scale) = (RouterScore::SparseMixer { jitter: 0.05 }, 1.0);
+        let routed = |logits: [f32; 8]| {
+            let mut out = Vec::new();
+            route(&spec, &logits, None, &mut RouterScratch::default(), &mut out);
+            [0, 1].map(|i| (out[i].expert, out[i].weight))
+        };
+        // Alone, each has all of its softmax.
+        assert_eq!(routed([-9.0, 4.0, 0.0, 1.0, -1.0, 3.0, 0.0, 0.0]), [(1, 1.0), (5, 1.0)]);
+        // 4.0 and 3.8 are near each other; without the first, 3.8 and 3.5 are.
+        let [(first, with_second), (second, with_third)] = routed([0.0, 4.0, 3.5, 0.0, 0.0, 3.8, 0.0, 0.0]);
+        assert_eq!((first, second), (1, 5));
+        assert!((with_second - 1.0 / (1.0 + (-0.2f32).exp())).abs() < 1e-6, "{with_second}");
+        assert!((with_third - 1.0 / (1.0 + (-0.3f32).exp())).abs() < 1e-6, "{with_third}");
     }
 
     #[test]

@@ -80,6 +80,7 @@ impl Class {
                 "LlamaTokenizerFast"
             }
             "qwen2_moe" | "qwen3_moe" | "qwen3_next" | "qwen2" | "qwen3" => "Qwen2TokenizerFast",
+            "gemma3" | "gemma3_text" => "GemmaTokenizerFast",
             "olmoe" => "GPTNeoXTokenizerFast",
             "minimax" | "dbrx" => "GPT2TokenizerFast",
             _ => "PreTrainedTokenizerFast",

@@ -35,6 +35,8 @@ pub(super) enum Arch {
     /// Hunyuan-A13B.
     HunyuanMoe,
     HyV3,
+    /// dots.llm1.
+    Dots1,
     /// Llama 4.
     Llama4,
     /// MiMo-V2-Flash.
@@ -43,7 +45,7 @@ pub(super) enum Arch {
     DeepSeek4,
 }
 
-const NAMES: [(&str, Arch); 24] = [
+const NAMES: [(&str, Arch); 25] = [
     ("llama", Arch::Llama),
     ("mistral3", Arch::Mistral3),
     ("qwen3", Arch::Qwen3),
@@ -65,6 +67,7 @@ const NAMES: [(&str, Arch); 24] = [
     ("ernie4_5-moe", Arch::Ernie45Moe),
     ("hunyuan-moe", Arch::HunyuanMoe),
     ("hy_v3", Arch::HyV3),
+    ("dots1", Arch::Dots1),
     ("llama4", Arch::Llama4),
     ("mimo2", Arch::MiMo2),
     ("deepseek4", Arch::DeepSeek4),

@@ -152,6 +152,7 @@ impl Writer<'_> {
             Arch::Ernie45Moe => "ernie4_5_moe",
             Arch::HunyuanMoe => "hunyuan_v1_moe",
             Arch::HyV3 => "hy_v3",
+            Arch::Dots1 => "dots1",
             Arch::Llama4 => "llama4_text",
             Arch::MiMo2 => "mimo_v2_flash",
             Arch::DeepSeek4 => "deepseek_v4",
@@ -308,9 +309,13 @@ impl Writer<'_> {
             | Arch::MiniMaxM3
             | Arch::GraniteMoe
             | Arch::Llama4 => "num_local_experts",
-            Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::DeepSeek4 | Arch::GlmDsa | Arch::Glm4Moe | Arch::MiMo2 => {
-                "n_routed_experts"
-            }
+            Arch::DeepSeek2
+            | Arch::DeepSeek32
+            | Arch::DeepSeek4
+            | Arch::GlmDsa
+            | Arch::Glm4Moe
+            | Arch::Dots1
+            | Arch::MiMo2 => "n_routed_experts",
             _ => "num_experts",
         };
         self.out.set(count_key, experts);
@@ -362,6 +367,7 @@ impl Writer<'_> {
             | Arch::MiniMaxM3
             | Arch::KimiLinear
             | Arch::HyV3
+            | Arch::Dots1
             | Arch::MiMo2
             | Arch::Llama4 => (true, &[SIGMOID]),
             Arch::GptOss | Arch::GraniteMoe => (false, &[SOFTMAX, SOFTMAX_OF_CHOSEN]),
@@ -372,7 +378,7 @@ impl Writer<'_> {
             return Err(keys.refuse("expert_gating_func", format!("is {func}; supported here: {supported:?}")));
         }
         match self.arch {
-            Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe => {
+            Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe | Arch::Dots1 => {
                 // It is written where it is true.
                 let norm = norm.unwrap_or(false);
                 if !sigmoid && norm {
@@ -410,7 +416,10 @@ impl Writer<'_> {
             _ => {}
         }
         let scales = self.arch.is_latent()
-            || matches!(self.arch, Arch::DeepSeek4 | Arch::Glm4Moe | Arch::HyV3 | Arch::MiMo2 | Arch::MiniMaxM3);
+            || matches!(
+                self.arch,
+                Arch::DeepSeek4 | Arch::Glm4Moe | Arch::HyV3 | Arch::Dots1 | Arch::MiMo2 | Arch::MiniMaxM3
+            );
         if let Some(scale) = scale.filter(|&s| s != 1.0 && !scales) {
             return Err(keys.refuse("expert_weights_scale", format!("is {scale}; only 1 is supported here")));
         }
@@ -465,6 +474,7 @@ impl Writer<'_> {
             | Arch::Ernie45Moe
             | Arch::HunyuanMoe
             | Arch::HyV3
+            | Arch::Dots1
             | Arch::Llama4 => {
                 let expert = self.expert_width()?;
                 if expert == 0 || !width.is_multiple_of(expert) {
