@@ -377,9 +377,17 @@ fn layers_of_llama_4() {
     }
 }
 
+/// Configurations are refused with these words.
+fn refused(cases: &[(Value, &str)]) {
+    for (config, words) in cases {
+        let error = of_keys(config).unwrap_err().to_string();
+        assert!(error.contains(words), "{config}: {error}");
+    }
+}
+
 #[test]
 fn what_newer_families_do_not_compute_is_refused_by_its_key() {
-    for (config, words) in [
+    refused(&[
         (json!({"model_type": "granitemoe", "logits_scaling": 0}), "`logits_scaling` is 0"),
         (json!({"model_type": "ernie4_5_moe", "use_bias": true}), "`use_bias` is true"),
         (json!({"model_type": "ernie4_5_moe", "moe_k": 65}), "`moe_k` is 65"),
@@ -437,6 +445,12 @@ fn what_newer_families_do_not_compute_is_refused_by_its_key() {
             json!({"model_type": "nemotron_h", "hybrid_override_pattern": "M-E"}),
             "block, number 2, that follows no block",
         ),
+    ]);
+}
+
+#[test]
+fn what_nemotron_and_step_do_not_compute_is_refused_by_its_key() {
+    refused(&[
         (json!({"model_type": "nemotron_h", "hybrid_override_pattern": "MX"}), "`hybrid_override_pattern` holds 'X'"),
         (
             json!({"model_type": "nemotron_h", "layers_block_type": ["mamba", "rnn"]}),
@@ -450,10 +464,7 @@ fn what_newer_families_do_not_compute_is_refused_by_its_key() {
         (json!({"model_type": "step3p5", "moe_layers_enum": "3,x"}), "`moe_layers_enum` holds something else"),
         (json!({"model_type": "step3p5", "layer_types": ["chunked"]}), "`layer_types` has 1 entries"),
         (json!({"model_type": "step3p5", "yarn_only_types": ["sliding_attention"]}), "`yarn_only_types` names"),
-    ] {
-        let error = of_keys(&config).unwrap_err().to_string();
-        assert!(error.contains(words), "{config}: {error}");
-    }
+    ]);
 }
 
 /// Blocks of Nemotron-H make layers of a mixer and the feed-forward block behind it, in every spelling.

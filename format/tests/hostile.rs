@@ -200,8 +200,8 @@ fn tensor_records() {
     bad("its extent kind 65535 is unknown", "kind", 65535);
     bad("its weight type 0 is unknown", "weight_type", 0);
     bad("its weight type 99 is unknown", "weight_type", 99);
-    bad("its layout 5 is unknown", "layout", 5);
-    for layout in 2..5 {
+    bad("its layout 6 is unknown", "layout", 6);
+    for layout in 2..6 {
         bad("what its shape implies", "layout", layout);
     }
     for dim in ["batch", "rows", "cols"] {

@@ -53,7 +53,7 @@ pub fn tanh(x: f32) -> f32 {
 /// half of one plus the tanh is the sigmoid of twice its argument.
 #[inline(always)]
 pub fn gelu_tanh(x: f32) -> f32 {
-    const TWICE_ROOT: f32 = 1.595_769_1;
+    const TWICE_ROOT: f32 = 1.595_769;
     x * sigmoid(TWICE_ROOT * (x + 0.044_715 * (x * x * x)))
 }
 

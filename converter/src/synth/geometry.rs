@@ -271,7 +271,7 @@ mod tests {
             ("deepseek-r1", 671.0),
             ("deepseek-v3.2", 671.9),
             ("deepseek-v4-flash", 284.3),
-            ("deepseek-v4-pro", 1573.2),
+            ("deepseek-v4-pro", 1573.0),
             ("kimi-k2", 1026.4),
             ("kimi-k2-thinking", 1026.4),
             ("kimi-linear-48b", 49.1),

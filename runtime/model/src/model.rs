@@ -271,6 +271,13 @@ impl Layer {
     }
 }
 
+/// The next layer that has a feed-forward part behind the one with this number, if it has experts: a prefetch asks its router.
+fn next_routed(layers: &[Layer], number: usize) -> Option<(usize, &LayerFfn)> {
+    let mut later = layers.iter().enumerate().skip(number + 1);
+    let next = later.find_map(|(number, layer)| Some((number, layer.ffn.as_ref()?)));
+    next.filter(|(_, part)| part.ffn.routed().is_some())
+}
+
 impl Tail {
     /// Brings these rows of the residual into `scratch.normed`, `[rows, hidden]`, as the head multiplies them. `last`: bytes of the
     /// extent of the tail.
@@ -544,12 +551,10 @@ impl Model {
         let dense = part.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
         part.residual.read(compute, router.bytes(), x, residual, normed);
         let input = part.residual.joined(x, len, residual).unwrap_or(normed);
-        // A prompt will need most experts of the next layer anyway; a prefetch needs that layer's router in memory.
-        let mut later = self.layers[..self.spec.layers.len()].iter().enumerate().skip(index + 1);
-        let next = later.find_map(|(number, l)| Some((number, l.ffn.as_ref()?))).filter(|(_, l)| {
-            let wanted = rows.generate() && ffn.prefetches() && l.ffn.routed().is_some();
-            wanted && dense_parts.is_pinned(l.router)
-        });
+        // A prompt will need most experts of the next layer anyway.
+        let decoder = &self.layers[..self.spec.layers.len()];
+        let wanted = rows.generate() && ffn.prefetches();
+        let next = next_routed(decoder, index).filter(|(_, l)| wanted && dense_parts.is_pinned(l.router));
         let next_router = next.map(|(_, l)| dense_parts.dense(l.router)).transpose()?;
         let prefetch = next.zip(next_router.as_ref()).and_then(|((number, l), router)| {
             let (norm, extent) = (l.ffn.router_norm().or(l.residual.norm()), router.bytes());

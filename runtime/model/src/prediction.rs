@@ -159,7 +159,7 @@ impl Prediction {
     }
 }
 
-/// What the prediction layer remembers of the tokens of one sequence. [`Engine::new_prediction_sequence`](crate::Engine) makes it; it
+/// What the prediction layer remembers of the tokens of one sequence. The engine makes it; it
 /// is not saved, because it can be computed again from what the head sees of the sequence.
 #[derive(Debug)]
 pub struct PredictionSequence(Sequence);

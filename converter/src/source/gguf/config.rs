@@ -353,12 +353,9 @@ impl Writer<'_> {
         keys.need(if self.arch.is_all_sparse() { "feed_forward_length" } else { "expert_feed_forward_length" })
     }
 
-    /// How experts are chosen and weighted.
-    fn router(&mut self) -> Result<(), Problem> {
-        let keys = self.keys;
-        let norm = keys.bool("expert_weights_norm")?;
-        let scale = keys.float("expert_weights_scale")?.filter(|&s| s != 0.0);
-        let (sigmoid, supported): (bool, &[u64]) = match self.arch {
+    /// Whether scores of experts are sigmoids, and the numbers of `expert_gating_func` that the family can have.
+    fn gating(&self) -> Result<(bool, &'static [u64]), Problem> {
+        Ok(match self.arch {
             Arch::DeepSeek2 => (self.is_sigmoid()?, &[SOFTMAX, SIGMOID]),
             Arch::DeepSeek32
             | Arch::GlmDsa
@@ -373,7 +370,15 @@ impl Writer<'_> {
             Arch::GptOss | Arch::GraniteMoe => (false, &[SOFTMAX, SOFTMAX_OF_CHOSEN]),
             Arch::DeepSeek4 => (false, &[SQRT_SOFTPLUS]),
             _ => (false, &[SOFTMAX]),
-        };
+        })
+    }
+
+    /// How experts are chosen and weighted.
+    fn router(&mut self) -> Result<(), Problem> {
+        let keys = self.keys;
+        let norm = keys.bool("expert_weights_norm")?;
+        let scale = keys.float("expert_weights_scale")?.filter(|&s| s != 0.0);
+        let (sigmoid, supported) = self.gating()?;
         if let Some(func) = keys.uint("expert_gating_func")?.filter(|f| *f != 0 && !supported.contains(f)) {
             return Err(keys.refuse("expert_gating_func", format!("is {func}; supported here: {supported:?}")));
         }
