@@ -110,7 +110,7 @@ fn parity(doc: &str) -> BTreeMap<String, String> {
     let rows = doc.lines().filter_map(|line| {
         let cells: Vec<&str> = line.split('|').map(str::trim).collect();
         let [_, types, _, errors, _] = cells[..] else { return None };
-        errors.contains("e-").then(|| (types, errors))
+        errors.contains("e-").then_some((types, errors))
     });
     let names = |(types, errors): (&str, &str)| -> Vec<(String, String)> {
         types.split(',').map(|name| (name.trim().replace('`', ""), errors.to_owned())).collect()

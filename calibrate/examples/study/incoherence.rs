@@ -57,6 +57,9 @@ pub fn matrices(path: &Path, text: &str) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// Errors on the text that was measured, and on another, by type.
+type Errors = Vec<(WeightType, [f64; 2])>;
+
 /// The square errors of a matrix's outputs, over the square of the outputs, in each type with its columns turned in blocks.
 fn errors(
     kernels: Kernels,
@@ -64,7 +67,7 @@ fn errors(
     number: usize,
     inputs: [&Inputs; 2],
     block: usize,
-) -> Result<Vec<(WeightType, [f64; 2])>, Box<dyn Error>> {
+) -> Result<Errors, Box<dyn Error>> {
     let (tensor, (_, cols)) = (model.tensor(number), model.shape(number));
     let pool = ThreadPool::new(std::thread::available_parallelism()?.get());
     let rotation = (block > 0).then(|| Rotation::new(cols, block));

@@ -60,8 +60,8 @@ pub fn run(path: &Path, text: &str) -> Result<(), Box<dyn Error>> {
     let reference = score(path, &ids, 512, None)?;
     println!("f32: perplexity {:.4} over {} tokens", reference.perplexity, reference.rows.len());
     let uniform = [0, 1, 2].map(|ty| types.bytes(&vec![ty; types.groups.len()]));
-    for ty in 0..3 {
-        types.report(path, &ids, &reference, TYPES[ty].name(), &vec![ty; types.groups.len()])?;
+    for (number, ty) in TYPES.iter().enumerate().take(uniform.len()) {
+        types.report(path, &ids, &reference, ty.name(), &vec![number; types.groups.len()])?;
     }
     let between = (uniform[0] + uniform[1]) / 2;
     for (label, budget) in [("as q3", uniform[1]), ("between", between), ("as q4", uniform[2])] {

@@ -369,7 +369,7 @@ mod tests {
     fn rows_follow_the_formula_and_do_not_reach_across_a_separator() {
         let spec = spec(&[3, 5, 7], &[1000, 100, 1000, 100]);
         let hashed = |t: [i64; 3]| {
-            let (two, three) = (t[0] * 3 ^ t[1] * 5, t[0] * 3 ^ t[1] * 5 ^ t[2] * 7);
+            let (two, three) = ((t[0] * 3) ^ (t[1] * 5), (t[0] * 3) ^ (t[1] * 5) ^ (t[2] * 7));
             vec![two % 1000, 1000 + two % 100, 1100 + three % 1000, 2100 + three % 100].into_iter().map(|v| v as u64)
         };
         let tokens = [9, 40, 1, 50, 60, 1, 1, 70];

@@ -65,8 +65,8 @@ fn weigh(moe: &MoeSpec, scratch: &mut RouterScratch, out: &mut Vec<Choice>) {
 fn share_of_near(logits: &[f32], chosen: &[u32], jitter: f32) -> f32 {
     let Some((&last, before)) = chosen.split_last() else { return 0.0 };
     let most = logits[last as usize];
-    let is_near = |logit: f32| !((most - logit) / logit.abs().max(most) > 2.0 * jitter);
-    let others = (0u32..).zip(logits).filter(|(expert, logit)| !before.contains(expert) && is_near(**logit));
+    let is_far = |logit: f32| (most - logit) / logit.abs().max(most) > 2.0 * jitter;
+    let others = (0u32..).zip(logits).filter(|(expert, logit)| !before.contains(expert) && !is_far(**logit));
     1.0 / others.map(|(_, logit)| exp(logit - most)).sum::<f32>()
 }
 

@@ -327,14 +327,12 @@ fn hunyuan() {
 
 #[test]
 fn hunyuan_3() {
-    let plain = format!(
-        "<think>Hm.</think>Look.<tool_calls>\n<tool_call>get_weather<tool_sep>\n<arg_key>city</arg_key>\n\
+    let plain = "<think>Hm.</think>Look.<tool_calls>\n<tool_call>get_weather<tool_sep>\n<arg_key>city</arg_key>\n\
          <arg_value>12\nKöln</arg_value>\n<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>\n\
-         <tool_call>clock<tool_sep>\n</tool_call>\n</tool_calls>"
-    );
+         <tool_call>clock<tool_sep>\n</tool_call>\n</tool_calls>";
     let want = said("Hm.", "Look.", &[("get_weather", r#"{"city": "12\nKöln", "days": 2}"#), ("clock", "{}")]);
     let suffixed = plain.replace('>', ":opensource>");
-    for (syntax, text) in [(&syntax::HUNYUAN_3_PLAIN, &plain), (&syntax::HUNYUAN_3, &suffixed)] {
+    for (syntax, text) in [(&syntax::HUNYUAN_3_PLAIN, plain), (&syntax::HUNYUAN_3, &*suffixed)] {
         assert_eq!(parse(syntax, "", text), want);
         // Calls end thinking that nothing else ends, and the separator may be missing.
         let open = text.replace(syntax.think.close, "").replace("Look.", "");
@@ -345,7 +343,7 @@ fn hunyuan_3() {
         assert_eq!(parse(syntax, &thinks, &text[syntax.think.open.len()..]), want);
     }
     // Each knows its own markers alone.
-    assert_eq!(parse(&syntax::HUNYUAN_3, "", &plain), said("", &plain, &[]));
+    assert_eq!(parse(&syntax::HUNYUAN_3, "", plain), said("", plain, &[]));
 }
 
 #[test]

@@ -53,7 +53,7 @@ impl Engine {
         let head_inputs: Vec<&[f32]> = spans.iter().map(|span| span.head_inputs).collect();
         let as_spans = spans.iter_mut().map(|span| {
             let PredictionSpan { sequence, tokens, phase, logits, .. } = span;
-            Span { sequence: sequence.sequence_mut(), tokens: *tokens, phase: *phase, logits: *logits }
+            Span { sequence: sequence.sequence_mut(), tokens, phase: *phase, logits: *logits }
         });
         self.take_step(&pages, Some(&head_inputs), &mut as_spans.collect::<Vec<_>>(), control, sink)
     }
