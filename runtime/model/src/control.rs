@@ -72,7 +72,7 @@ pub struct Control<'a> {
     /// Sees the residual stream.
     pub hidden: Option<&'a mut HiddenObserver<'a>>,
     /// Sees what the head multiplies, of all rows, whether their logits are wanted or not: what the prediction layer begins with
-    /// ([`Engine::predict`](crate::Engine::predict)).
+    /// (`Engine::predict`).
     pub head_inputs: Option<&'a mut HeadInputObserver<'a>>,
     /// The residual stream of the step's rows, `[rows, hidden]`, to begin with in place of their tokens' embeddings.
     pub states: Option<&'a [f32]>,
