@@ -20,7 +20,7 @@ use crate::terminal::{byte_bar, note};
 
 /// Weights per second and core that become a type, the slowest first: with what is measured on the way, and without, of
 /// `docs/BENCHMARKS.md`.
-const QUANTISED_PER_CORE: [(&str, f64, f64); 3] = [("q2", 5e5, 8e5), ("q3", 4.4e6, 4e6), ("q4", 4.5e6, 5.2e6)];
+const QUANTISED_PER_CORE: [(&str, f64, f64); 3] = [("q2", 5e5, 8e5), ("q3", 3.1e6, 3.4e6), ("q4", 3.2e6, 4.9e6)];
 
 impl From<HubError> for CliError {
     fn from(error: HubError) -> Self {
