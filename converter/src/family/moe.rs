@@ -56,17 +56,13 @@ pub(crate) fn softmax_experts(
 ) -> Result<FfnSpec, ConvertError> {
     let (experts, top_k) = experts(decoder, defaults)?;
     let width = decoder.config.size_or(width_key, defaults.width, MAX_WIDTH)?;
-    let moe = MoeSpec {
-        experts,
-        top_k,
-        width,
-        latent: None,
-        expert_bias: false,
-        weighted_input: false,
-        apart: false,
-        router: softmax_router(renormalise),
-    };
+    let moe = plain([experts, top_k, width], softmax_router(renormalise));
     Ok(FfnSpec { moe: Some(moe), ..FfnSpec::NONE })
+}
+
+/// So many experts, of which so many are chosen, of this width: without anything that only some families have.
+fn plain([experts, top_k, width]: [usize; 3], router: RouterSpec) -> MoeSpec {
+    MoeSpec { experts, top_k, width, latent: None, expert_bias: false, weighted_input: false, apart: false, router }
 }
 
 /// Experts as DeepSeek-V3 has them: sigmoid scores, a bias on the choice, groups, a shared expert.
@@ -159,16 +155,7 @@ pub(crate) fn of_shape(
         let problem = format!("is {shared}: together wider than {MAX_WIDTH}");
         return Err(decoder.config.refuse(shared_key, problem));
     }
-    let moe = MoeSpec {
-        experts,
-        top_k,
-        width,
-        latent: None,
-        expert_bias: false,
-        weighted_input: false,
-        apart: false,
-        router,
-    };
+    let moe = plain([experts, top_k, width], router);
     Ok(FfnSpec { dense_width, moe: Some(moe), ..FfnSpec::NONE })
 }
 
