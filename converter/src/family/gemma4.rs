@@ -219,19 +219,12 @@ fn experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
         config.opt_size_or(key, None, most)?.ok_or_else(|| config.refuse(key, "is missing: it describes the experts"))
     };
     let experts = number("num_experts", MAX_EXPERTS)?;
-    let moe = MoeSpec {
-        experts,
-        top_k: number("top_k_experts", experts)?,
-        width: number("moe_intermediate_size", MAX_WIDTH)?,
-        latent: None,
-        expert_bias: false,
-        weighted_input: false,
-        apart: true,
-        router: RouterSpec {
-            logit_factor: Some((decoder.hidden as f64).powf(-0.5) as f32),
-            expert_scale: true,
-            ..moe::softmax_router(true)
-        },
+    let sizes = [experts, number("top_k_experts", experts)?, number("moe_intermediate_size", MAX_WIDTH)?];
+    let router = RouterSpec {
+        logit_factor: Some((decoder.hidden as f64).powf(-0.5) as f32),
+        expert_scale: true,
+        ..moe::softmax_router(true)
     };
+    let moe = MoeSpec { apart: true, ..moe::plain(sizes, router) };
     Ok(FfnSpec { moe: Some(moe), ..gemma3::dense(decoder) })
 }

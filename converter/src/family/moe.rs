@@ -61,7 +61,7 @@ pub(crate) fn softmax_experts(
 }
 
 /// So many experts, of which so many are chosen, of this width: without anything that only some families have.
-fn plain([experts, top_k, width]: [usize; 3], router: RouterSpec) -> MoeSpec {
+pub(crate) fn plain([experts, top_k, width]: [usize; 3], router: RouterSpec) -> MoeSpec {
     MoeSpec { experts, top_k, width, latent: None, expert_bias: false, weighted_input: false, apart: false, router }
 }
 

@@ -4,8 +4,8 @@
 use serde_json::Value;
 use sluice_format::limits::{MAX_EXPERTS, MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{
-    ActivationSpec, AttentionSpec, ExtentKind, FfnSpec, GqaSpec, LayerSpec, ModelSpec, MoeSpec, QkNormScope,
-    RopePairing, RopeScaling, RopeSpec, RouterScore, RouterSpec, TensorShape,
+    ActivationSpec, AttentionSpec, ExtentKind, FfnSpec, GqaSpec, LayerSpec, ModelSpec, QkNormScope, RopePairing,
+    RopeScaling, RopeSpec, RouterScore, RouterSpec, TensorShape,
 };
 
 use super::config::Config;
@@ -271,16 +271,9 @@ fn experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
     };
     let experts = config.first_of(&["moe_num_experts", "n_routed_experts", "num_local_experts"]);
     let experts = config.size_or(experts, EXPERTS, MAX_EXPERTS)?;
-    let routed = MoeSpec {
-        experts,
-        top_k: config.size_or(config.first_of(&["moe_top_k", "num_experts_per_tok"]), TOP_K, experts)?,
-        width: config.size_or("moe_intermediate_size", EXPERT_WIDTH, MAX_WIDTH)?,
-        latent: None,
-        expert_bias: false,
-        weighted_input: false,
-        apart: false,
-        router,
-    };
+    let top_k = config.size_or(config.first_of(&["moe_top_k", "num_experts_per_tok"]), TOP_K, experts)?;
+    let width = config.size_or("moe_intermediate_size", EXPERT_WIDTH, MAX_WIDTH)?;
+    let routed = moe::plain([experts, top_k, width], router);
     let shared = config.first_of(&["share_expert_dim", "share_expert_dims"]);
     let dense_width = config.size_or(shared, SHARED_WIDTH, MAX_WIDTH)?;
     Ok(FfnSpec { dense_width, moe: Some(routed), ..FfnSpec::NONE })
