@@ -13,14 +13,14 @@ use crate::x86::{Avx2, Avx512};
 const OVERRIDE: &str = "SLUICE_ISA";
 
 /// Names of what is not on every CPU.
-const OPTIONAL: [&str; 3] = ["avx2", "avx512", "neon"];
+const OPTIONAL: [&str; 4] = ["avx2", "avxvnni", "avx512", "neon"];
 
 /// Why an instruction set asked for by `SLUICE_ISA` cannot be used.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IsaError {
     /// No kernels go by this name.
-    #[error("SLUICE_ISA={name:?} names no instruction set; known are scalar, avx2, avx512 and neon")]
+    #[error("SLUICE_ISA={name:?} names no instruction set; known are scalar, avx2, avxvnni, avx512 and neon")]
     Unknown {
         /// The name asked for.
         name: String,
@@ -55,7 +55,7 @@ pub struct Kernels {
 
 impl Kernels {
     /// The fastest kernels of this CPU, or those that the environment variable `SLUICE_ISA` names
-    /// (`scalar`; `avx2`, `avx512` on x86-64; `neon` on aarch64).
+    /// (`scalar`; `avx2`, `avxvnni`, `avx512` on x86-64; `neon` on aarch64).
     ///
     /// # Errors
     /// If `SLUICE_ISA` names an unknown or an unavailable instruction set.
@@ -97,7 +97,8 @@ impl Kernels {
         let mut all = vec![Self::scalar()];
         #[cfg(target_arch = "x86_64")]
         {
-            all.extend(Avx2::new().map(|token| Kernels { isa: Isa::Avx2(token) }));
+            let eight_lanes = [Avx2::new(), Avx2::with_vnni()];
+            all.extend(eight_lanes.into_iter().flatten().map(|token| Kernels { isa: Isa::Avx2(token) }));
             all.extend(Avx512::new().map(|token| Kernels { isa: Isa::Avx512(token) }));
         }
         #[cfg(target_arch = "aarch64")]
@@ -105,12 +106,12 @@ impl Kernels {
         all
     }
 
-    /// `scalar`, `avx2`, `avx512` or `neon`.
+    /// `scalar`, `avx2`, `avxvnni`, `avx512` or `neon`.
     pub fn isa_name(&self) -> &'static str {
         match self.isa {
             Isa::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2(_) => "avx2",
+            Isa::Avx2(isa) => isa.name(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => "avx512",
             #[cfg(target_arch = "aarch64")]

@@ -13,7 +13,7 @@
 //!
 //! # Instruction sets
 //!
-//! The safe scalar code is the specification. AVX2, AVX-512 and NEON kernels must agree with it bit for bit (NaN
+//! The safe scalar code is the specification. AVX2 (with or without AVX-VNNI), AVX-512 and NEON kernels must agree with it bit for bit (NaN
 //! payloads excepted) and are chosen once, by [`Kernels::detect`], through tokens that can only be made where the CPU
 //! has the instructions. `unsafe` is confined to `x86/`, `neon/`, `threads.rs` and `par_slice.rs`.
 
@@ -36,6 +36,7 @@ pub const NUMERICS_VERSION: u32 = 2;
 mod pack;
 mod par_slice;
 mod quant;
+mod reading;
 mod scalar;
 mod threads;
 mod top_k;
@@ -62,5 +63,6 @@ pub use pack::{
     pack_row_group_u16, unpack, unpack_row,
 };
 pub use quant::{Feedback, FeedbackScratch, Moments, Quantised, pack_row_group_weighted};
+pub use reading::READING_STREAMS;
 pub use threads::ThreadPool;
 pub use top_k::{TopK, top_k};

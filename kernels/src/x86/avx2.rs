@@ -1,4 +1,5 @@
-//! AVX2 with FMA and F16C: one row group, eight lanes.
+//! AVX2 with FMA and F16C: one row group, eight lanes. With AVX-VNNI, integers are multiplied and added up by one instruction; that is the
+//! only difference, so it is a constant of the functions that do (`V`).
 //!
 //! Each function follows the operation of the same name in the `scalar` module; lanes are rows.
 
@@ -7,6 +8,7 @@ mod codebook;
 pub(super) mod grouped;
 mod many;
 mod update;
+mod vnni;
 
 use super::ahead::{Ahead, in_streams};
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
@@ -23,22 +25,32 @@ use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
 use crate::update::{TALL, UpdateTile, WIDE};
 use std::arch::x86_64::*;
 
-/// Proof that this CPU has AVX2, FMA and F16C.
+/// Proof that this CPU has AVX2, FMA and F16C, and AVX-VNNI if that is to be used.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx2 {
-    _private: (),
+    vnni: bool,
 }
 
 impl Avx2 {
     pub(crate) fn new() -> Option<Self> {
         let has =
             is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-        has.then_some(Avx2 { _private: () })
+        has.then_some(Avx2 { vnni: false })
+    }
+
+    /// With AVX-VNNI, as processors have it that have no AVX-512.
+    pub(crate) fn with_vnni() -> Option<Self> {
+        Self::new().filter(|_| is_x86_feature_detected!("avxvnni")).map(|_| Avx2 { vnni: true })
+    }
+
+    /// `avx2`, or with AVX-VNNI `avxvnni`.
+    pub(crate) fn name(self) -> &'static str {
+        if self.vnni { "avxvnni" } else { "avx2" }
     }
 
     pub(crate) fn tile(self, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
-        // SAFETY: the token proves the features that the function enables.
-        unsafe { tile(w, x, shape, out) }
+        // SAFETY: the token proves the features that the function enables, and AVX-VNNI where that is used.
+        unsafe { if self.vnni { tile::<true>(w, x, shape, out) } else { tile::<false>(w, x, shape, out) } }
     }
 
     pub(crate) fn dot(self, a: &[f32], b: &[f32]) -> f32 {
@@ -79,18 +91,18 @@ impl Avx2 {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+fn tile<const V: bool>(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
     if let WeightType::Grouped(ty) = w.ty() {
         return grouped::tile(ty, w, x, shape, out);
     }
     if shape.int8 && shape.tokens > 1 {
         return match w.ty() {
-            WeightType::Q8 => many::<Q8>(w, x, shape, out),
-            WeightType::Int4 => many::<INT4>(w, x, shape, out),
-            WeightType::Mxfp4 => many::<MXFP4>(w, x, shape, out),
-            WeightType::Q4 => many::<Q4>(w, x, shape, out),
-            WeightType::Q3 => many::<Q3>(w, x, shape, out),
-            WeightType::Q2 => many::<Q2>(w, x, shape, out),
+            WeightType::Q8 => many::<Q8, V>(w, x, shape, out),
+            WeightType::Int4 => many::<INT4, V>(w, x, shape, out),
+            WeightType::Mxfp4 => many::<MXFP4, V>(w, x, shape, out),
+            WeightType::Q4 => many::<Q4, V>(w, x, shape, out),
+            WeightType::Q3 => many::<Q3, V>(w, x, shape, out),
+            WeightType::Q2 => many::<Q2, V>(w, x, shape, out),
             _ => unreachable!("unblocked types have no integers"),
         };
     }
@@ -101,26 +113,26 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
             (WeightType::F16, _) => unblocked::<F16>(&group, x, shape, g, out),
             (WeightType::Bf16, _) => unblocked::<BF16>(&group, x, shape, g, out),
             (WeightType::Fp8, _) => unblocked::<FP8>(&group, x, shape, g, out),
-            (WeightType::Q4, _) => codebook::tile::<Q4>(&group, x, shape, g, out),
-            (WeightType::Q3, _) => codebook::tile::<Q3>(&group, x, shape, g, out),
-            (WeightType::Q2, _) => codebook::tile::<Q2>(&group, x, shape, g, out),
+            (WeightType::Q4, _) => codebook::tile::<Q4, V>(&group, x, shape, g, out),
+            (WeightType::Q3, _) => codebook::tile::<Q3, V>(&group, x, shape, g, out),
+            (WeightType::Q2, _) => codebook::tile::<Q2, V>(&group, x, shape, g, out),
             (WeightType::Q8, false) => blocked_f32::<Q8>(&group, x, shape, g, out),
             (WeightType::Int4, false) => blocked_f32::<INT4>(&group, x, shape, g, out),
             (WeightType::Mxfp4, false) => blocked_f32::<MXFP4>(&group, x, shape, g, out),
-            (WeightType::Q8, true) => blocked_int8::<Q8>(&group, x, shape, g, out),
-            (WeightType::Int4, true) => blocked_int8::<INT4>(&group, x, shape, g, out),
-            (WeightType::Mxfp4, true) => blocked_int8::<MXFP4>(&group, x, shape, g, out),
+            (WeightType::Q8, true) => blocked_int8::<Q8, V>(&group, x, shape, g, out),
+            (WeightType::Int4, true) => blocked_int8::<INT4, V>(&group, x, shape, g, out),
+            (WeightType::Mxfp4, true) => blocked_int8::<MXFP4, V>(&group, x, shape, g, out),
             (WeightType::Grouped(_), _) => unreachable!("they have kernels of their own"),
         }
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn many<const TY: u8>(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+fn many<const TY: u8, const V: bool>(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
     if shape.groups == 2 {
-        many::tile::<TY, 2>(&[w.group(shape.group), w.group(shape.group + 1)], x, shape, out);
+        many::tile::<TY, 2, V>(&[w.group(shape.group), w.group(shape.group + 1)], x, shape, out);
     } else {
-        many::tile::<TY, 1>(&[w.group(shape.group)], x, shape, out);
+        many::tile::<TY, 1, V>(&[w.group(shape.group)], x, shape, out);
     }
 }
 
@@ -151,8 +163,14 @@ fn blocked_f32<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn blocked_int8<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
-    put(blocks_int8::<TY, 1>(w, quantised_rows(x, shape.token)), out, g);
+fn blocked_int8<const TY: u8, const V: bool>(
+    w: &Group<'_>,
+    x: &Activations,
+    shape: TileShape,
+    g: usize,
+    out: &mut Tile,
+) {
+    put(blocks_int8::<TY, 1, V>(w, quantised_rows(x, shape.token)), out, g);
 }
 
 #[inline]
@@ -338,7 +356,7 @@ fn blocks_f32<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [_
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[QuantisedBlock]; T]) -> [__m256; T] {
+fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&[QuantisedBlock]; T]) -> [__m256; T] {
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm256_setzero_ps(); T];
     let mut other = s;
@@ -351,7 +369,11 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[QuantisedBlock
         } else {
             ahead.block::<TY, 1>(g)
         }
-        let dots = if TY == Q8 { dots_q8(values, &x, g) } else { dots_nibbles::<TY, T>(values, &x, g) };
+        let dots = match (V, TY) {
+            (true, _) => vnni::dots::<TY, T>(values, &x, g),
+            (false, Q8) => dots_q8(values, &x, g),
+            (false, _) => dots_nibbles::<TY, T>(values, &x, g),
+        };
         let scale = block_scales::<TY>(scales, 0);
         for t in 0..T {
             let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[t][g].scale * const { unit(TY) }));

@@ -122,6 +122,7 @@ const UNSAFE_FILES: &[(&str, usize)] = &[
     ("kernels/src/x86/avx2.rs", ANY),
     ("kernels/src/x86/avx2/attention.rs", ANY),
     ("kernels/src/x86/avx2/grouped/grids.rs", ANY),
+    ("kernels/src/x86/avx2/vnni.rs", ANY),
     ("kernels/src/x86/avx512.rs", ANY),
     ("kernels/src/x86/avx512/attention.rs", ANY),
     ("kernels/src/x86/avx512/grouped/grids.rs", ANY),

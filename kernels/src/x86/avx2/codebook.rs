@@ -1,6 +1,6 @@
 //! `q4`, `q3` and `q2`: nibbles that `vpshufb` turns into integers, in the order of `quant::product`.
 
-use super::{fold4, load16, load32, prefetch, put};
+use super::{fold4, load16, load32, prefetch, put, vnni};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;
@@ -12,7 +12,13 @@ use crate::x86::{
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn tile<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
+pub(super) fn tile<const TY: u8, const V: bool>(
+    w: &Group<'_>,
+    x: &Activations,
+    shape: TileShape,
+    g: usize,
+    out: &mut Tile,
+) {
     let mut t = 0;
     if !shape.int8 {
         while shape.tokens - t >= 2 {
@@ -24,7 +30,7 @@ pub(super) fn tile<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShap
         }
         return;
     }
-    put(blocks_int8::<TY, 1>(w, quantised_rows(x, shape.token)), out, g);
+    put(blocks_int8::<TY, 1, V>(w, quantised_rows(x, shape.token)), out, g);
 }
 
 /// 32 columns as four vectors of nibbles. In those of `q3` the fourth bit is zero. `q2` has a vector of words for each half, and
@@ -107,7 +113,7 @@ pub(super) fn row_scales(scales: &[u8]) -> __m256 {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[QuantisedBlock]; T]) -> [__m256; T] {
+fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&[QuantisedBlock]; T]) -> [__m256; T] {
     let table = _mm256_broadcastsi128_si256(load16(&const { levels(TY, 64) }, 0));
     // The sums of even and odd blocks take turns; in the end their order does not matter.
     let mut s = [_mm256_setzero_ps(); T];
@@ -122,8 +128,8 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[QuantisedBlock
             let mut dots = [_mm256_setzero_si256(); T];
             for v in 0..4 {
                 let nibbles = load32(values, 32 * v);
-                dot(&mut dots, look_up::<TY>(table, nibbles, false), &words, v);
-                dot(&mut dots, look_up::<TY>(table, nibbles, true), &words, v + 4);
+                dot::<T, V>(&mut dots, look_up::<TY>(table, nibbles, false), &words, v);
+                dot::<T, V>(&mut dots, look_up::<TY>(table, nibbles, true), &words, v + 4);
             }
             let next = add::<TY, T>(codes, 0, &dots, &each!(0; T, t => x[t][g].sum), &x, g, &s);
             (s, other) = (other, next);
@@ -132,11 +138,11 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[QuantisedBlock
         let nibbles = nibbles::<TY>(values);
         let (mut low, mut high) = ([_mm256_setzero_si256(); T], [_mm256_setzero_si256(); T]);
         for v in 0..4 {
-            dot(&mut low, level::<TY>(table, &nibbles, 0, v), &words, v);
+            dot::<T, V>(&mut low, level::<TY>(table, &nibbles, 0, v), &words, v);
         }
         s = add::<TY, T>(codes, 0, &low, &each!(0; T, t => x[t][g].halves.first()), &x, g, &s);
         for v in 0..4 {
-            dot(&mut high, level::<TY>(table, &nibbles, 1, v), &words, v + 4);
+            dot::<T, V>(&mut high, level::<TY>(table, &nibbles, 1, v), &words, v + 4);
         }
         let rest = each!(0; T, t => x[t][g].halves.second());
         other = add::<TY, T>(codes, 8, &high, &rest, &x, g, &other);
@@ -148,9 +154,14 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[QuantisedBlock
 /// Adds the products of four columns with unsigned levels. Pair sums stay within 2·128·127 = 32512.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot<const T: usize>(dots: &mut [__m256i; T], level: __m256i, words: &[&[i32; 8]; T], q: usize) {
+fn dot<const T: usize, const V: bool>(dots: &mut [__m256i; T], level: __m256i, words: &[&[i32; 8]; T], q: usize) {
     for t in 0..T {
-        let pairs = _mm256_maddubs_epi16(level, _mm256_set1_epi32(words[t][q]));
+        let x = _mm256_set1_epi32(words[t][q]);
+        if V {
+            dots[t] = vnni::add_products(dots[t], level, x);
+            continue;
+        }
+        let pairs = _mm256_maddubs_epi16(level, x);
         dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
 }

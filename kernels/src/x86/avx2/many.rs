@@ -4,7 +4,7 @@
 //! word of a token both row groups, before the next: sums stay in registers, and what is loaded serves several products.
 
 use super::codebook::{level, nibbles, row_scales, scale_and_offset};
-use super::{block_scales, load16, load32, put};
+use super::{block_scales, load16, load32, put, vnni};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;
@@ -37,7 +37,7 @@ struct Block<'a> {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn tile<const TY: u8, const G: usize>(
+pub(super) fn tile<const TY: u8, const G: usize, const V: bool>(
     w: &[Group<'_>; G],
     x: &Activations,
     shape: TileShape,
@@ -55,16 +55,16 @@ pub(super) fn tile<const TY: u8, const G: usize>(
     let steps = black_box(const { steps_of(TY) });
     for g in 0..blocks {
         ahead.block::<TY, G>(g);
-        let block = each!(block::<TY>(&w[0], g); G, i => block::<TY>(&w[i], g));
+        let block = each!(block::<TY, V>(&w[0], g); G, i => block::<TY, V>(&w[i], g));
         let (full, rest) = rows.as_chunks::<PASS>();
         for (p, x) in full.iter().enumerate() {
-            pass::<TY, G, PASS>(&block, x, g, steps, &mut sums, PASS * p);
+            pass::<TY, G, PASS, V>(&block, x, g, steps, &mut sums, PASS * p);
         }
         let first = PASS * full.len();
         match *rest {
-            [a, b, c] => pass::<TY, G, 3>(&block, &[a, b, c], g, steps, &mut sums, first),
-            [a, b] => pass::<TY, G, 2>(&block, &[a, b], g, steps, &mut sums, first),
-            [a] => pass::<TY, G, 1>(&block, &[a], g, steps, &mut sums, first),
+            [a, b, c] => pass::<TY, G, 3, V>(&block, &[a, b, c], g, steps, &mut sums, first),
+            [a, b] => pass::<TY, G, 2, V>(&block, &[a, b], g, steps, &mut sums, first),
+            [a] => pass::<TY, G, 1, V>(&block, &[a], g, steps, &mut sums, first),
             _ => {}
         }
     }
@@ -79,20 +79,24 @@ pub(super) fn tile<const TY: u8, const G: usize>(
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn block<'a, const TY: u8>(w: &Group<'a>, g: usize) -> Block<'a> {
+fn block<'a, const TY: u8, const V: bool>(w: &Group<'a>, g: usize) -> Block<'a> {
     let (len, scale_len) = const { (block_bytes(TY), scale_bytes(TY)) };
     let values = &w.values[g * len..][..len];
     let scales = &w.scales[const { scales_from(TY) } + g * scale_len..][..scale_len];
     let first = scale_and_bias::<TY, 0>(scales);
     let second = if const { by_halves(TY) } { scale_and_bias::<TY, 1>(scales) } else { first };
-    Block { values, terms: [first, second], integers: unpack::<TY>(values) }
+    Block { values, terms: [first, second], integers: unpack::<TY, V>(values) }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unpack<const TY: u8>(values: &[u8]) -> [__m256i; 8] {
+fn unpack<const TY: u8, const V: bool>(values: &[u8]) -> [__m256i; 8] {
     let mut integers = [_mm256_setzero_si256(); 8];
     if TY == Q8 {
+        if V {
+            let flip = _mm256_set1_epi8(-128);
+            integers = each!(integers[0]; 8, q => _mm256_xor_si256(load32(values, 32 * q), flip));
+        }
         return integers;
     }
     let table = _mm256_broadcastsi128_si256(load16(&const { table(TY) }, 0));
@@ -124,7 +128,7 @@ const fn table(ty: u8) -> [u8; 16] {
 /// Adds block `g` of `T` tokens, whose sums are those from `first`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn pass<const TY: u8, const G: usize, const T: usize>(
+fn pass<const TY: u8, const G: usize, const T: usize, const V: bool>(
     w: &[Block<'_>; G],
     x: &[&[QuantisedBlock]; T],
     g: usize,
@@ -135,10 +139,10 @@ fn pass<const TY: u8, const G: usize, const T: usize>(
     let x: [&QuantisedBlock; T] = each!(&x[0][g]; T, t => &x[t][g]);
     if const { by_halves(TY) } {
         let [even, odd] = sums;
-        part::<TY, G, T, 0>(w, &x, steps, even[first..].first_chunk_mut().expect(PASS_FITS));
-        part::<TY, G, T, 1>(w, &x, steps, odd[first..].first_chunk_mut().expect(PASS_FITS));
+        part::<TY, G, T, 0, V>(w, &x, steps, even[first..].first_chunk_mut().expect(PASS_FITS));
+        part::<TY, G, T, 1, V>(w, &x, steps, odd[first..].first_chunk_mut().expect(PASS_FITS));
     } else {
-        part::<TY, G, T, 0>(w, &x, steps, sums[g % 2][first..].first_chunk_mut().expect(PASS_FITS));
+        part::<TY, G, T, 0, V>(w, &x, steps, sums[g % 2][first..].first_chunk_mut().expect(PASS_FITS));
     }
 }
 
@@ -152,7 +156,7 @@ const fn steps_of(ty: u8) -> usize {
 /// Adds the columns that share a scale: all of a block, or a half of it.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn part<const TY: u8, const G: usize, const T: usize, const P: usize>(
+fn part<const TY: u8, const G: usize, const T: usize, const P: usize, const V: bool>(
     w: &[Block<'_>; G],
     x: &[&QuantisedBlock; T],
     steps: usize,
@@ -160,7 +164,11 @@ fn part<const TY: u8, const G: usize, const T: usize, const P: usize>(
 ) {
     let mut dots = [[_mm256_setzero_si256(); G]; T];
     // Sums of 16 bits may wrap on the way, but without their bias they end within 16·8·127 or 16·12·127.
-    if matches!(TY, INT4 | MXFP4) {
+    if V && matches!(TY, Q8 | INT4 | MXFP4) {
+        for t in 0..T {
+            dots[t] = [_mm256_set1_epi32(-const { byte_bias(TY) } * x[t].sum); G];
+        }
+    } else if matches!(TY, INT4 | MXFP4) {
         for t in 0..T {
             let start = _mm256_mullo_epi16(
                 _mm256_set1_epi32(x[t].minus_pairs.0),
@@ -175,12 +183,12 @@ fn part<const TY: u8, const G: usize, const T: usize, const P: usize>(
         for q in [2 * step, 2 * step + 1] {
             let q = 4 * P + q;
             let vector = each!(_mm256_setzero_si256(); G, i => {
-                if TY == Q8 { load32(w[i].values, 32 * q) } else { w[i].integers[q] }
+                if TY == Q8 && !V { load32(w[i].values, 32 * q) } else { w[i].integers[q] }
             });
             for t in 0..T {
                 let x = _mm256_set1_epi32(x[t].words[q]);
                 for i in 0..G {
-                    dots[t][i] = add_products::<TY>(dots[t][i], vector[i], x);
+                    dots[t][i] = add_products::<TY, V>(dots[t][i], vector[i], x);
                 }
             }
         }
@@ -189,7 +197,7 @@ fn part<const TY: u8, const G: usize, const T: usize, const P: usize>(
         let (scale, bias) = w[i].terms[P];
         for t in 0..T {
             let dot = match TY {
-                INT4 | MXFP4 => _mm256_madd_epi16(dots[t][i], _mm256_set1_epi16(1)),
+                INT4 | MXFP4 if !V => _mm256_madd_epi16(dots[t][i], _mm256_set1_epi16(1)),
                 Q4 => _mm256_add_epi32(dots[t][i], _mm256_madd_epi16(bias, _mm256_set1_epi32(x[t].sum))),
                 _ if const { by_halves(TY) } => {
                     _mm256_add_epi32(dots[t][i], _mm256_madd_epi16(bias, _mm256_set1_epi32(x[t].halves.0)))
@@ -211,16 +219,25 @@ const fn bias_of(ty: u8) -> i32 {
     }
 }
 
+/// What makes the integers of a type without a codebook unsigned.
+const fn byte_bias(ty: u8) -> i32 {
+    if has_codebook(ty) { 0 } else { bias(ty) }
+}
+
 /// What the scale of the activations is multiplied by.
 const fn factor(ty: u8) -> f32 {
     if has_codebook(ty) { UNIT } else { 1.0 }
 }
 
 /// Adds the products of four columns: to pairs of sums of 16 bits, or to sums of 32. Sums of two products stay within
-/// 2·128·127 = 32512, so nothing saturates. `q8` has no bias: the other operand takes over the sign.
+/// 2·128·127 = 32512, so nothing saturates. `q8` has no bias: the other operand takes over the sign. With AVX-VNNI all sums have 32 bits, and
+/// all integers are unsigned.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_products<const TY: u8>(dots: __m256i, w: __m256i, x: __m256i) -> __m256i {
+fn add_products<const TY: u8, const V: bool>(dots: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    if V {
+        return vnni::add_products(dots, w, x);
+    }
     match TY {
         INT4 | MXFP4 => _mm256_add_epi16(dots, _mm256_maddubs_epi16(w, x)),
         Q8 => {
