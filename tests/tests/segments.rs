@@ -213,10 +213,13 @@ fn damage_in_a_chain_is_found() {
     }
 }
 
+/// Bytes of the header.
+const HEADER_LEN: usize = 128;
+
 /// Begin and end of every section that is whole, as `docs/SESSIONS.md` says.
 fn sections(bytes: &[u8]) -> Vec<(usize, usize)> {
     let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
-    let (mut sections, mut at) = (Vec::new(), 120);
+    let (mut sections, mut at) = (Vec::new(), HEADER_LEN);
     while at + 40 <= bytes.len() {
         let len = number(at + 16).checked_mul(number(at + 24)).and_then(|len| len.checked_add(at + 40));
         let Some(end) = len.filter(|&end| end <= bytes.len()) else { break };
@@ -235,8 +238,8 @@ fn seal(bytes: &mut [u8]) {
         let before = PrefixHash(u128::from_le_bytes(bytes[80..96].try_into().unwrap()));
         bytes[96..112].copy_from_slice(&before.then(&ids).0.to_le_bytes());
     }
-    let seed = xxh3_64(&bytes[..112]);
-    bytes[112..120].copy_from_slice(&seed.to_le_bytes());
+    let seed = xxh3_64(&bytes[..HEADER_LEN - 8]);
+    bytes[HEADER_LEN - 8..HEADER_LEN].copy_from_slice(&seed.to_le_bytes());
     for (begin, end) in sections {
         let sum = xxh3_64_with_seed(&bytes[begin..end - 8], seed);
         bytes[end - 8..end].copy_from_slice(&sum.to_le_bytes());

@@ -12,7 +12,7 @@ use sluice_model::{Engine, EngineOptions, KvType, Sequence};
 use sluice_tests::{ATTENTIONS, Converted, Golden, forgets};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-const HEADER_LEN: usize = 120;
+const HEADER_LEN: usize = 128;
 
 fn options(kv_type: KvType) -> EngineOptions {
     EngineOptions { context: Some(64), sequences: Some(4), kv_type, forget: true, ..EngineOptions::default() }
@@ -54,8 +54,8 @@ fn sections(bytes: &[u8]) -> Vec<(usize, usize)> {
 
 /// Makes all checksums right again.
 fn seal(bytes: &mut [u8]) {
-    let seed = xxh3_64(&bytes[..112]);
-    bytes[112..120].copy_from_slice(&seed.to_le_bytes());
+    let seed = xxh3_64(&bytes[..HEADER_LEN - 8]);
+    bytes[HEADER_LEN - 8..HEADER_LEN].copy_from_slice(&seed.to_le_bytes());
     for (begin, end) in sections(bytes) {
         let sum = xxh3_64_with_seed(&bytes[begin..end - 8], seed);
         bytes[end - 8..end].copy_from_slice(&sum.to_le_bytes());
@@ -288,14 +288,18 @@ fn what_is_sound_and_does_not_fit_is_refused_by_name() {
     assert!(matches!(refused(&narrow), SessionError::KvType { wanted: KvType::Q8, found, .. } if found == "f32"));
     assert!(matches!(refused(&exact), SessionError::Precision { exact: false, .. }));
     assert!(matches!(refused(&short), SessionError::TooLong { position: 40, capacity: 39, .. }));
-    for version in [1, 2, 4] {
+    for version in [1, 2, 3, 5] {
         assert!(matches!(changed(8, &[version]), SessionError::Version { found, .. } if found == u32::from(version)));
     }
     assert!(matches!(changed(12, &[0]), SessionError::Numerics { found: 0, .. }));
     assert!(matches!(changed(32, &[9]), SessionError::KvType { found, .. } if found == "type 9"));
+    for (at, words) in [(112, "up to 0.09 %"), (114, "at most 9 experts")] {
+        assert!(matches!(changed(at, &[9]), SessionError::Thrift { found, .. } if found.contains(words)));
+    }
+    assert!(matches!(changed(112, &[0xff; 2]), SessionError::Thrift { found, .. } if found.contains("not known")));
     assert!(matches!(changed(36, &[77]), SessionError::Misplaced { .. }));
     assert!(matches!(changed(64, &[42]), SessionError::Misplaced { .. }));
-    for wrong in [40, 44, 48, 72, 80, 96] {
+    for wrong in [40, 44, 48, 72, 80, 96, 116] {
         assert!(matches!(changed(wrong, &[77]), SessionError::Misplaced { .. }), "byte {wrong}");
     }
     // A sound header of a segment that begins elsewhere.

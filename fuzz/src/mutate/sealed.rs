@@ -210,7 +210,7 @@ fn sections(file: &[u8]) -> Vec<Range<usize>> {
 }
 
 /// Bytes of the header of a saved sequence, with its checksum.
-const SESSION_HEADER: usize = 120;
+const SESSION_HEADER: usize = 128;
 const SECTION_LEN: usize = 32;
 
 /// Makes length, hash and checksums of a saved sequence right: that of the header is the seed of those of the sections.

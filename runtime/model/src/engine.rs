@@ -28,7 +28,9 @@ use crate::room;
 use crate::rows::{Cursor, Rows, Span, Want};
 use crate::sequence::MarkLimits;
 use crate::session::{self, Binding, SegmentFile, SessionError};
-use crate::{LayerTimes, Model, ModelError, RewindError, Sequence, Weights, dense_extents, opened_extents};
+use crate::{
+    LayerTimes, Model, ModelError, ModelOptions, RewindError, Sequence, Thrift, Weights, dense_extents, opened_extents,
+};
 use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, Tuning};
 use sluice_storage::pool::{
     DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, Packed, PolicyKind, PoolError, Storage, StorageConfig,
@@ -80,6 +82,8 @@ pub struct EngineOptions {
     /// values of as many sequences; its experts share the slots. What policies have learned ([`Engine::save_counts`]) is not carried
     /// over between runs with it and without.
     pub prediction: bool,
+    /// How experts are chosen otherwise than the model's routers say, to read fewer: lossy, and the default is not to.
+    pub thrift: Thrift,
 }
 
 /// The default of [`EngineOptions::mark_every`]. A rewind to one of the latest such marks computes at most this many tokens again, or
@@ -187,6 +191,8 @@ pub struct Stats {
     pub expert_bytes_read: u64,
     /// Bytes of dense parts, embedding and tables read.
     pub dense_bytes_read: u64,
+    /// Experts chosen in place of the routers' own, because those in memory were preferred ([`Thrift::preference`]).
+    pub replaced: u64,
 }
 
 /// An opened model.
@@ -248,11 +254,13 @@ impl Engine {
             let _ = storage.pool.policy_mut().import(&counts);
         }
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
-        let (prefetch, kept) = (options.prefetch == Prefetch::Auto, memory.kept_outputs);
-        let model = Model::new(&file, &handles, &compute, prefetch, kept, prediction)?;
+        let thrift = options.thrift.in_model(file.spec());
+        let prefetch = options.prefetch == Prefetch::Auto;
+        let of_model = ModelOptions { prefetch, most_kept: memory.kept_outputs, prediction, thrift };
+        let model = Model::new(&file, &handles, &compute, of_model)?;
         let pages = memory.page_pool(model.spec());
         let prediction_pages = memory.prediction_pool(model.spec());
-        let binding = Binding { state_id: file.state_id(), kv_type: memory.kv_type, exact: options.exact };
+        let binding = Binding { state_id: file.state_id(), kv_type: memory.kv_type, exact: options.exact, thrift };
         let marks = MarkLimits { most: memory.marks, every: options.mark_every.unwrap_or(MARK_EVERY).max(1) };
         let (tokens, time) = (0, Duration::ZERO);
         let (rows, wanted) = (Rows::default(), Vec::new());
@@ -291,6 +299,11 @@ impl Engine {
     /// The file.
     pub fn file(&self) -> &ModelFile {
         &self.file
+    }
+
+    /// How experts are chosen otherwise than the routers say: what of [`EngineOptions::thrift`] makes a difference in this model.
+    pub fn thrift(&self) -> Thrift {
+        self.binding.thrift
     }
 
     /// How the budget is spent.
@@ -621,6 +634,7 @@ impl Engine {
             dense_bytes_read: self.storage.dense.stats().bytes_read
                 + self.model.embedding_bytes_read()
                 + self.storage.tables.bytes_read(),
+            replaced: self.model.replaced(),
         }
     }
 }

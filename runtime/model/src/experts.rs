@@ -12,8 +12,9 @@ use super::ModelError;
 use super::compute::{Compute, Step, sized};
 use super::gated::{Begun, GatedFfn, GatedScratch};
 use super::outputs::{Combining, Outputs, Settled, Unsettled, Use};
-use super::router::{Choice, RouterScratch, route, route_to};
+use super::router::{Choice, RouterScratch, route, route_preferring, route_to};
 use super::tally::{Tallied, Tally};
+use super::thrift::Preferred;
 use super::token_table::TokenTable;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 use sluice_storage::pool::{self, Arrival, Expert, ExpertPart, LayerPass};
@@ -137,6 +138,8 @@ pub(super) struct ExpertScratch {
     /// The experts of one token, out of a table.
     listed: Vec<u32>,
     choices: Vec<Choice>,
+    /// Choices that are others than the routers' own, since the start.
+    replaced: u64,
     /// By expert, then row.
     uses: Vec<Use>,
     /// Distinct experts of the pass, ascending.
@@ -159,6 +162,7 @@ impl ExpertScratch {
             router: RouterScratch::default(),
             listed: Vec::new(),
             choices: Vec::new(),
+            replaced: 0,
             uses: Vec::new(),
             experts: Vec::new(),
             output: Vec::new(),
@@ -166,9 +170,9 @@ impl ExpertScratch {
         }
     }
 
-    /// Bytes of outputs that may be kept.
-    pub fn most_kept(&self) -> u64 {
-        self.outputs.most_kept()
+    /// Empty buffers in place of these; what was counted stays.
+    pub fn anew(&self, compute: &Compute) -> Self {
+        ExpertScratch { replaced: self.replaced, ..ExpertScratch::new(compute, self.outputs.most_kept()) }
     }
 
     /// Forgets the last pass.
@@ -181,6 +185,11 @@ impl ExpertScratch {
     /// The choices of the pass, `[rows, top_k]`, experts ascending.
     pub fn choices(&self) -> &[Choice] {
         &self.choices
+    }
+
+    /// How many choices have been others than the routers' own, because those in memory were preferred.
+    pub fn replaced(&self) -> u64 {
+        self.replaced
     }
 
     /// The experts of the pass, ascending.
@@ -283,18 +292,29 @@ impl Routed {
         self.router.table.as_ref()
     }
 
-    /// Fills `choices`, `uses` (by expert, then row) and `experts` (distinct, ascending). `x`: the rows.
+    /// Fills `choices`, `uses` (by expert, then row) and `experts` (distinct, ascending). `x`: the rows. `preferred`: the experts that
+    /// are preferred to others, if any are.
     ///
     /// # Errors
     /// [`ModelError::TokenTable`] and [`ModelError::Token`], if a table decides.
-    pub(super) fn route(&self, step: Step<'_>, x: &Activations, s: &mut ExpertScratch) -> Result<(), ModelError> {
+    pub(super) fn route(
+        &self,
+        step: Step<'_>,
+        x: &Activations,
+        preferred: Option<&Preferred<'_>>,
+        s: &mut ExpertScratch,
+    ) -> Result<(), ModelError> {
         step.compute.observe(&self.router.matrix, 0, x);
         let logits = sized(&mut s.logits, x.n() * self.spec.experts);
         let bias = self.logits(step.compute, step.extent, x, &mut s.bias, logits);
         for (logits, &token) in logits.chunks_exact(self.spec.experts).zip(step.rows.ids()) {
-            match &self.router.table {
-                None => route(&self.spec, logits, bias, &mut s.router, &mut s.choices),
-                Some(table) => {
+            match (&self.router.table, preferred) {
+                (None, None) => route(&self.spec, logits, bias, &mut s.router, &mut s.choices),
+                (None, Some(preferred)) => {
+                    let others = route_preferring(&self.spec, logits, bias, preferred, &mut s.router, &mut s.choices);
+                    s.replaced += others as u64;
+                }
+                (Some(table), _) => {
                     table.experts(step.extent, token, &mut s.listed)?;
                     route_to(&self.spec, logits, &s.listed, &mut s.router, &mut s.choices);
                 }

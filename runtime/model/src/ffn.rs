@@ -9,12 +9,14 @@ use super::ModelError;
 use super::compute::{Compute, Step, sized};
 use super::experts::{ExpertScratch, Routed};
 use super::gated::{GatedFfn, GatedScratch};
+use super::model::ModelOptions;
 use super::norm::{Norm, NormScratch};
 use super::outputs::Combining;
 use super::prefetch::{NextLayer, Prefetcher};
 use super::router::Choice;
 use super::rows::Rows;
 use super::tally::Tallied;
+use super::thrift::{Preference, Preferred};
 use super::weights::{ExtentTensors, MatrixRef};
 use sluice_storage::pool::{LayerPass, Pool, Routing};
 
@@ -105,6 +107,8 @@ pub struct FfnScratch {
     experts: ExpertScratch,
     apart: ApartScratch,
     prefetcher: Prefetcher,
+    /// How much experts in memory are preferred while tokens are generated.
+    preference: Preference,
 }
 
 /// What experts read and write, where that is not as wide as the layer.
@@ -124,27 +128,28 @@ impl LatentScratch {
 }
 
 impl FfnScratch {
-    /// Empty buffers; they grow to what the first call needs. `most_kept`: bytes of experts' outputs that may wait to be summed.
-    pub fn new(compute: &Compute, prefetch: bool, most_kept: u64) -> Self {
+    /// Empty buffers; they grow to what the first call needs.
+    pub fn new(compute: &Compute, options: ModelOptions) -> Self {
         FfnScratch {
             x: Activations::new(compute.precision),
             gated: GatedScratch::new(compute),
             gate: Vec::new(),
             latent: LatentScratch::new(compute),
-            experts: ExpertScratch::new(compute, most_kept),
+            experts: ExpertScratch::new(compute, options.most_kept),
             apart: ApartScratch::new(compute),
-            prefetcher: Prefetcher::new(prefetch, compute),
+            prefetcher: Prefetcher::new(options.prefetch, compute),
+            preference: options.thrift.preference,
         }
     }
 
     /// Gives all buffers back; what prefetches have taught stays.
     pub fn give_back(&mut self, compute: &Compute) {
-        let FfnScratch { x, gated, gate, latent, experts, apart, prefetcher } = self;
+        let FfnScratch { x, gated, gate, latent, experts, apart, prefetcher, preference: _ } = self;
         *latent = LatentScratch::new(compute);
         *x = Activations::new(compute.precision);
         *gated = GatedScratch::new(compute);
         *gate = Vec::new();
-        *experts = ExpertScratch::new(compute, experts.most_kept());
+        *experts = experts.anew(compute);
         *apart = ApartScratch::new(compute);
         prefetcher.give_back(compute);
     }
@@ -152,6 +157,11 @@ impl FfnScratch {
     /// Whether the next layer's experts are to be prefetched.
     pub(super) fn prefetches(&self) -> bool {
         self.prefetcher.enabled()
+    }
+
+    /// How many choices have been others than the routers' own.
+    pub(super) fn replaced(&self) -> u64 {
+        self.experts.replaced()
     }
 
     /// The choices of the last call, `[rows, top_k]`, experts ascending.
@@ -233,7 +243,7 @@ impl Ffn {
     ) -> Result<Duration, ModelError> {
         let n = step.rows.len();
         let hidden = x.len() / n;
-        let FfnScratch { x: activations, gated, gate, latent, experts, apart: own, prefetcher } = scratch;
+        let FfnScratch { x: activations, gated, gate, latent, experts, apart: own, prefetcher, preference } = scratch;
         activations.set(x, n, hidden);
         experts.begin();
         if let Some(apart) = &self.apart {
@@ -242,7 +252,11 @@ impl Ffn {
         let mut pass = match &self.routed {
             None => None,
             Some(routed) => {
-                routed.route(step.router(), if self.apart.is_some() { &own.router } else { activations }, experts)?;
+                let in_memory = |expert| pool.has(step.layer as u32, expert);
+                let preferred = Preferred { part: preference.part(), in_memory: &in_memory };
+                let preferred = Some(&preferred).filter(|_| !preference.is_none() && step.rows.generate());
+                let input = if self.apart.is_some() { &own.router } else { &*activations };
+                routed.route(step.router(), input, preferred, experts)?;
                 let routing = Routing {
                     tokens: n,
                     prefill: !step.rows.generate(),

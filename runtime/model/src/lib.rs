@@ -40,6 +40,7 @@ mod sequence;
 pub mod session;
 mod tally;
 mod tasks;
+mod thrift;
 mod token_table;
 pub mod weights;
 
@@ -47,8 +48,9 @@ pub use self::cache::{PAGE_TOKENS, PageCount, PageKind, PagesFull, WINDOW_SLACK}
 pub use self::control::{Cancel, Control, Progress};
 pub use self::engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeError, ShrinkError, Stats, Yields};
 pub use self::model::ModelError;
-pub(crate) use self::model::{LayerTimes, Model, Weights, dense_extents, opened_extents};
+pub(crate) use self::model::{LayerTimes, Model, ModelOptions, Weights, dense_extents, opened_extents};
 pub use self::prediction::{PredictionSequence, PredictionSpan};
 pub use self::rows::{Phase, Span, Want};
 pub use self::sequence::{Mark, RewindError, Sequence};
+pub use self::thrift::{Preference, Thrift};
 pub use sluice_kernels::KvType;

@@ -20,6 +20,7 @@ use crate::prediction::Prediction;
 use crate::prefetch::NextLayer;
 use crate::residual::{self, Residual, ResidualScratch};
 use crate::rows::{Caches, Rows, Span};
+use crate::thrift::Thrift;
 use crate::weights::{ExtentTensors, MatrixRef, VectorRef};
 use sluice_storage::pool::{DenseHandle, DenseParts, Pool, PoolError, SectorCache};
 
@@ -100,6 +101,19 @@ pub enum ModelError {
     /// No tokens.
     #[error("there are no tokens to compute: give a prompt of at least one token")]
     NoTokens,
+}
+
+/// How a model is opened, besides its file.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelOptions {
+    /// Whether experts are read ahead of the router while tokens are decoded.
+    pub prefetch: bool,
+    /// Bytes of experts' outputs that may wait to be summed.
+    pub most_kept: u64,
+    /// Whether the prediction layer is opened, if there is one.
+    pub prediction: bool,
+    /// How experts are chosen otherwise than the routers say.
+    pub thrift: Thrift,
 }
 
 /// Where the time of a forward pass went.
@@ -304,9 +318,8 @@ pub(crate) fn head_parts(
 }
 
 impl Model {
-    /// Resolves every tensor of `file`, those of the prediction layer if `prediction` says so and there is one. `handles` belong to
-    /// [`dense_extents`] of the [`opened_extents`] in the same order. `prefetch`: whether experts are read ahead of the router while
-    /// tokens are decoded. `most_kept`: bytes of experts' outputs that may wait to be summed.
+    /// Resolves every tensor of `file` that `options` open. `handles` belong to [`dense_extents`] of the [`opened_extents`] in the same
+    /// order.
     ///
     /// # Errors
     /// [`ModelError::MissingTensor`].
@@ -314,11 +327,10 @@ impl Model {
         file: &ModelFile,
         handles: &[DenseHandle],
         compute: &Compute,
-        prefetch: bool,
-        most_kept: u64,
-        prediction: bool,
+        options: ModelOptions,
     ) -> Result<Self, ModelError> {
-        let spec = file.spec().clone();
+        let mut spec = file.spec().clone();
+        options.thrift.limit(&mut spec);
         let mut handles = handles.iter().copied();
         let mut next = || handles.next().expect("one handle per dense extent");
         let mut layers = Vec::with_capacity(spec.layers.len());
@@ -329,7 +341,7 @@ impl Model {
         let (extent, residual) = (next(), Residual::new(&spec, &last, ["norm", "norm_bias"])?);
         let head_bias = spec.head_bias.then(|| last.vector("head_bias")).transpose()?;
         let tail = Tail { extent, residual, head_bias, head: head_parts(file, NO_LAYER, &mut next)? };
-        let prediction = match spec.prediction.as_ref().filter(|_| prediction) {
+        let prediction = match spec.prediction.as_ref().filter(|_| options.prediction) {
             None => None,
             Some(of_spec) => {
                 let opening = Prediction::open(file, layers.len(), compute, &mut next)?;
@@ -349,7 +361,7 @@ impl Model {
             part: Vec::new(),
             logits: Vec::new(),
             attention: AttentionScratch::new(compute),
-            ffn: FfnScratch::new(compute, prefetch, most_kept),
+            ffn: FfnScratch::new(compute, options),
         };
         Ok(Model {
             embedding: Embedding::new(file, NO_LAYER),
@@ -381,6 +393,11 @@ impl Model {
     /// What the model computes.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    /// How many experts were chosen in place of the routers' own since the model was opened.
+    pub fn replaced(&self) -> u64 {
+        self.scratch.ffn.replaced()
     }
 
     /// Where the time went since the model was opened.
@@ -643,7 +660,7 @@ impl Model {
         Ok(())
     }
 
-    /// Bytes of scratch for passes of `rows` rows and experts of `expert_len` bytes, at most. `most_kept`: as in [`Model::new`].
+    /// Bytes of scratch for passes of `rows` rows and experts of `expert_len` bytes, at most. `most_kept`: as in [`ModelOptions`].
     pub fn scratch_memory(spec: &ModelSpec, rows: usize, expert_len: u64, most_kept: u64) -> u64 {
         let hidden = spec.hidden_size as u64;
         let layer = |l: &sluice_format::LayerSpec| {

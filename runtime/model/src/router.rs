@@ -4,6 +4,7 @@ use sluice_format::{GroupScore, MoeSpec, RouterScore};
 use sluice_kernels::{exp, sigmoid, softmax, top_k};
 
 use super::delta::softplus;
+use super::thrift::Preferred;
 pub use sluice_storage::pool::Choice;
 
 /// Buffers that routing reuses from token to token.
@@ -14,6 +15,8 @@ pub struct RouterScratch {
     group_scores: Vec<f32>,
     kept_groups: Vec<u32>,
     chosen: Vec<u32>,
+    /// What the router would choose, where experts in memory are preferred.
+    own: Vec<u32>,
 }
 
 /// Routes one token: appends its `top_k` choices to `out`, in ascending order of expert, which is the order of summation.
@@ -24,6 +27,43 @@ pub fn route(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut 
     score(moe, logits, bias, scratch);
     top_k(&scratch.choice, moe.top_k, &mut scratch.chosen);
     weigh(moe, scratch, out);
+}
+
+/// As [`route`], with experts in memory preferred to others whose scores are little better. Returns how many of the choices are others
+/// than the router's own. Raising what is in memory is the cache prior of arXiv:2412.00099.
+pub fn route_preferring(
+    moe: &MoeSpec,
+    logits: &[f32],
+    bias: Option<&[f32]>,
+    preferred: &Preferred<'_>,
+    scratch: &mut RouterScratch,
+    out: &mut Vec<Choice>,
+) -> usize {
+    score(moe, logits, bias, scratch);
+    top_k(&scratch.choice, moe.top_k, &mut scratch.own);
+    prefer(moe, preferred, scratch);
+    top_k(&scratch.choice, moe.top_k, &mut scratch.chosen);
+    let others = scratch.chosen.iter().filter(|expert| !scratch.own.contains(expert)).count();
+    weigh(moe, scratch, out);
+    others
+}
+
+/// Raises what decides the choice of the experts in memory. Weights are made of scores, which stay as they are.
+fn prefer(moe: &MoeSpec, preferred: &Preferred<'_>, scratch: &mut RouterScratch) {
+    let RouterScratch { choice, kept_groups, .. } = scratch;
+    // Experts of other groups stay out of the choice, whatever number says that they are.
+    let size = moe.router.groups.as_ref().map_or(moe.experts, |groups| moe.experts / groups.count);
+    let has_groups = moe.router.groups.is_some();
+    let takes_part = |expert: usize| !has_groups || kept_groups.contains(&((expert / size) as u32));
+    let scores = choice.iter().enumerate().filter(|&(expert, _)| takes_part(expert)).map(|(_, &score)| score);
+    let (least, most) =
+        scores.fold((f32::INFINITY, f32::NEG_INFINITY), |(least, most), score| (least.min(score), most.max(score)));
+    let raise = preferred.part * (most - least);
+    for (expert, score) in choice.iter_mut().enumerate() {
+        if takes_part(expert) && (preferred.in_memory)(expert as u32) {
+            *score += raise;
+        }
+    }
 }
 
 /// As [`route`], where the token has these `experts`, whatever their scores.
@@ -227,6 +267,39 @@ mod tests {
         assert_eq!(choices.iter().map(|c| c.expert).collect::<Vec<_>>(), [2, 3]);
         let total: f32 = choices.iter().map(|c| c.weight).sum();
         assert!((total - 2.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn experts_in_memory_are_preferred_to_little_better_ones() {
+        let mut spec = moe(None, Some(1e-20));
+        (spec.router.score, spec.router.scale) = (RouterScore::SoftmaxOfChosen, 1.0);
+        // From the best to the lowest logit it is 10.
+        let logits = [0.0, 10.0, 8.0, 7.5, 7.0, 1.0, 2.0, 3.0];
+        let choose = |part: f32, memory: &[u32]| {
+            let (in_memory, mut out) = (|expert: u32| memory.contains(&expert), Vec::new());
+            let preferred = Preferred { part, in_memory: &in_memory };
+            let others = route_preferring(&spec, &logits, None, &preferred, &mut RouterScratch::default(), &mut out);
+            (out.iter().map(|c| c.expert).collect::<Vec<_>>(), others, out[0].weight)
+        };
+        assert_eq!(choose(0.04, &[3, 4]).0, [1, 2], "8 is better by more than 0.4");
+        assert_eq!(choose(0.06, &[3, 4]).0, [1, 3], "and by less than 0.6");
+        assert_eq!(choose(0.06, &[2, 3, 4]), choose(0.0, &[]), "what the router wants is there");
+        assert_eq!(choose(0.4, &[3, 4]).0, [3, 4]);
+        assert_eq!([0.0, 0.06, 0.4].map(|part| choose(part, &[3, 4]).1), [0, 1, 2]);
+        let share = 1.0 / (1.0 + (-2.5f32).exp());
+        assert!((choose(0.06, &[3]).2 - share).abs() < 1e-6, "weights are those of the scores");
+    }
+
+    #[test]
+    fn experts_of_other_groups_are_not_preferred() {
+        let groups = RouterGroups { count: 4, keep: 1, score: GroupScore::Max };
+        let mut spec = moe(Some(groups), None);
+        spec.router.score = RouterScore::Softmax;
+        let (in_memory, mut out) = (|expert: u32| expert > 1, Vec::new());
+        let preferred = Preferred { part: 1.0, in_memory: &in_memory };
+        let logits = [5.0, -9.0, 4.0, 4.0, 0.0, 0.0, 0.0, 0.0];
+        route_preferring(&spec, &logits, None, &preferred, &mut RouterScratch::default(), &mut out);
+        assert_eq!(out.iter().map(|c| c.expert).collect::<Vec<_>>(), [0, 1]);
     }
 
     #[test]

@@ -21,11 +21,14 @@ use sluice_format::{NO_LAYER, StateId};
 use sluice_kernels::KvType;
 
 pub use self::error::SessionError;
-pub use self::header::{HEADER_FIELDS, SESSION_MAGIC, SESSION_VERSION, STRETCH, SegmentInfo, kv_code, peek, peek_file};
+pub use self::header::{
+    HEADER_FIELDS, SESSION_MAGIC, SESSION_VERSION, STRETCH, SegmentInfo, kv_code, peek, peek_file, thrift_codes,
+};
 pub use self::prefix::PrefixHash;
 pub(crate) use self::read::{append, restore_segments};
 use super::cache::{LayerCache, Place};
 use super::sequence::Sequence;
+use super::thrift::Thrift;
 
 /// What a section begins with.
 pub const SECTION_FIELDS: [Field; 5] = [
@@ -51,6 +54,8 @@ pub struct Binding {
     pub kv_type: KvType,
     /// f32 activations everywhere.
     pub exact: bool,
+    /// How experts were chosen otherwise than the routers say.
+    pub thrift: Thrift,
 }
 
 /// The opened file of a segment.

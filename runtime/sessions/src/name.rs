@@ -3,7 +3,7 @@
 use std::fmt;
 
 use sluice_checksum::xxh3_128;
-use sluice_model::session::{Binding, PrefixHash, kv_code};
+use sluice_model::session::{Binding, PrefixHash, kv_code, thrift_codes};
 
 /// What the name of a segment ends with.
 const SUFFIX: &str = ".session";
@@ -19,6 +19,7 @@ impl SegmentId {
         let mut bytes = binding.state_id.0.to_vec();
         bytes.extend(kv_code(binding.kv_type).to_le_bytes());
         bytes.extend(u16::from(binding.exact).to_le_bytes());
+        thrift_codes(binding.thrift).iter().for_each(|code| bytes.extend(code.to_le_bytes()));
         bytes.extend((start as u64).to_le_bytes());
         bytes.extend(text.0.to_le_bytes());
         SegmentId(xxh3_128(&bytes))

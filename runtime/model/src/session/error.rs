@@ -8,6 +8,7 @@ use sluice_kernels::{KvType, NUMERICS_VERSION};
 
 use super::{Part, SESSION_VERSION};
 use crate::cache::{PAGE_TOKENS, PagesFull};
+use crate::thrift::Thrift;
 
 /// Why a sequence could not be saved or restored.
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +138,19 @@ pub enum SessionError {
         path: PathBuf,
         /// Whether it was computed with f32 activations.
         exact: bool,
+    },
+    /// Other experts.
+    #[error(
+        "{path}: the experts of the session were chosen otherwise ({found}) than those of the opened model ({wanted}): give the \
+         same --expert-preference and --top-k-experts"
+    )]
+    Thrift {
+        /// The file.
+        path: PathBuf,
+        /// How its experts were chosen, in words.
+        found: String,
+        /// How the engine chooses them.
+        wanted: Thrift,
     },
     /// More tokens than there is room for.
     #[error("{path}: the session has {position} tokens, there is room for {capacity}: raise --context")]

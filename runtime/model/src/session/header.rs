@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU16;
 use std::path::Path;
 
 use sluice_checksum::xxh3_64;
@@ -13,11 +14,12 @@ use super::read::{Reader, u32_at, u64_at};
 use super::{Binding, Part, PrefixHash, SessionError};
 use crate::cache::PAGE_TOKENS;
 use crate::sequence::Sequence;
+use crate::thrift::{Preference, Thrift};
 
 /// The first bytes of a saved sequence.
 pub const SESSION_MAGIC: [u8; 8] = *b"SLUSEQ\x0d\x1a";
 /// Version of the file that is written and read.
-pub const SESSION_VERSION: u32 = 3;
+pub const SESSION_VERSION: u32 = 4;
 /// Positions whose rows stand together in the file, those of all layers one after another: who needs fewer tokens than a segment has
 /// reads no more than this many too many.
 pub const STRETCH: usize = 4 * PAGE_TOKENS;
@@ -27,7 +29,7 @@ const fn field(name: &'static str, offset: usize, len: usize) -> Field {
 }
 
 /// The header.
-pub const HEADER_FIELDS: [Field; 16] = [
+pub const HEADER_FIELDS: [Field; 19] = [
     field("magic", 0, 8),
     field("version", 8, 4),
     field("numerics", 12, 4),
@@ -43,11 +45,14 @@ pub const HEADER_FIELDS: [Field; 16] = [
     field("length", 72, 8),
     field("before", 80, 16),
     field("text", 96, 16),
-    field("checksum", 112, 8),
+    field("preference", 112, 2),
+    field("top_k", 114, 2),
+    field("reserved", 116, 4),
+    field("checksum", 120, 8),
 ];
 
 const VERSION_AT: usize = 8;
-const CHECKSUM_AT: usize = 112;
+const CHECKSUM_AT: usize = 120;
 pub(super) const HEADER_LEN: usize = CHECKSUM_AT + 8;
 /// More tokens than any model takes. A file that claims more is not believed.
 const TOKENS_MAX: u64 = 1 << 26;
@@ -59,6 +64,8 @@ pub(super) struct Header {
     pub state_id: StateId,
     pub kv_code: u16,
     pub exact: u16,
+    /// Preference and most experts per token, 0 for none, as numbers in the file.
+    pub thrift: [u16; 2],
     /// Stores of all layers.
     pub layers: u32,
     /// Stores with windows or recurrent states.
@@ -114,10 +121,19 @@ fn kv_type_of(code: u16) -> Option<KvType> {
     KvType::ALL.into_iter().find(|&ty| kv_code(ty) == code)
 }
 
+/// The numbers of the ways in which experts are chosen otherwise than routers say: preference, and most experts per token or 0.
+pub fn thrift_codes(thrift: Thrift) -> [u16; 2] {
+    [thrift.preference.code(), thrift.top_k.map_or(0, NonZeroU16::get)]
+}
+
+fn thrift_of([preference, top_k]: [u16; 2]) -> Option<Thrift> {
+    Some(Thrift { preference: Preference::from_code(preference)?, top_k: NonZeroU16::new(top_k) })
+}
+
 impl Header {
     /// The header of what `sequence` has from `start` on; `marks`: how many of its marks, `length`: bytes of the file.
     pub fn new(sequence: &Sequence, start: usize, marks: usize, length: u64) -> Self {
-        let Binding { state_id, kv_type, exact } = sequence.binding();
+        let Binding { state_id, kv_type, exact, thrift } = sequence.binding();
         let (first, rest) = sequence.tokens().split_at(start);
         let before = PrefixHash::of(first);
         Header {
@@ -125,6 +141,7 @@ impl Header {
             state_id,
             kv_code: kv_code(kv_type),
             exact: u16::from(exact),
+            thrift: thrift_codes(thrift),
             layers: sequence.stores() as u32,
             forgetting: sequence.forgetting_stores().count() as u32,
             start: start as u64,
@@ -153,6 +170,9 @@ impl Header {
         }
         bytes[80..96].copy_from_slice(&self.before.0.to_le_bytes());
         bytes[96..112].copy_from_slice(&self.text.0.to_le_bytes());
+        for (at, code) in [112, 114].into_iter().zip(self.thrift) {
+            bytes[at..at + 2].copy_from_slice(&code.to_le_bytes());
+        }
         let sum = xxh3_64(&bytes[..CHECKSUM_AT]);
         bytes[CHECKSUM_AT..].copy_from_slice(&sum.to_le_bytes());
         bytes
@@ -192,7 +212,7 @@ impl Header {
         }
         reader.seed = sum;
         let header = Header::parse(&bytes);
-        let contradicts = u32_at(&bytes, 44) as usize != STRETCH || !header.is_consistent();
+        let contradicts = u32_at(&bytes, 44) as usize != STRETCH || u32_at(&bytes, 116) != 0 || !header.is_consistent();
         if contradicts { Err(reader.misplaced()) } else { Ok(header) }
     }
 
@@ -206,6 +226,7 @@ impl Header {
             state_id: StateId(id),
             kv_code: u16_at(32),
             exact: u16_at(34),
+            thrift: [u16_at(112), u16_at(114)],
             layers: u32_at(bytes, 36),
             forgetting: u32_at(bytes, 40),
             start: u64_at(bytes, 48),
@@ -247,6 +268,10 @@ impl Header {
         }
         if self.exact != u16::from(wanted.exact) {
             return Err(SessionError::Precision { path: path(), exact: self.exact != 0 });
+        }
+        if self.thrift != thrift_codes(wanted.thrift) {
+            let found = thrift_of(self.thrift).map_or_else(|| "in a way that is not known".into(), |t| t.to_string());
+            return Err(SessionError::Thrift { path: path(), found, wanted: wanted.thrift });
         }
         let layers = (sequence.stores() as u32, sequence.forgetting_stores().count() as u32);
         match (self.layers, self.forgetting) == layers {
@@ -290,8 +315,8 @@ pub fn peek_file(file: &mut File, path: &Path) -> Result<SegmentInfo, SessionErr
     if header.numerics != NUMERICS_VERSION {
         return Err(SessionError::Numerics { path: path.to_owned(), found: header.numerics });
     }
-    let kv_type = kv_type_of(header.kv_code).filter(|_| header.exact <= 1);
-    let kv_type = kv_type.ok_or_else(|| reader.misplaced())?;
+    let known = kv_type_of(header.kv_code).zip(thrift_of(header.thrift)).filter(|_| header.exact <= 1);
+    let (kv_type, thrift) = known.ok_or_else(|| reader.misplaced())?;
     let (start, position) = header.range(path, usize::MAX)?;
     reader.is_whole(&header, found)?;
     let mut tokens = Vec::new();
@@ -301,7 +326,7 @@ pub fn peek_file(file: &mut File, path: &Path) -> Result<SegmentInfo, SessionErr
     }
     let marks = reader.marks(&header)?.into_iter().map(|(at, _)| at).collect();
     Ok(SegmentInfo {
-        binding: Binding { state_id: header.state_id, kv_type, exact: header.exact != 0 },
+        binding: Binding { state_id: header.state_id, kv_type, exact: header.exact != 0, thrift },
         forgets: header.forgetting > 0,
         start,
         position,

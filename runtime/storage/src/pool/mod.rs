@@ -253,6 +253,12 @@ impl Pool {
         self.slots.get(slot as usize).is_some_and(|content| matches!(content, Content::Resident { .. }))
     }
 
+    /// True if an expert of any layer is in memory, or on its way.
+    #[must_use]
+    pub fn has(&self, layer: u32, expert: u32) -> bool {
+        self.table[self.directory.index(ExpertKey { layer, expert }).index()] != ABSENT
+    }
+
     /// The experts that the pool serves.
     #[must_use]
     pub fn directory(&self) -> &ExpertDirectory {
@@ -629,10 +635,10 @@ impl LayerPass<'_> {
         self.pool.prefetch(layer, experts);
     }
 
-    /// True if an expert of any layer is in memory, or on its way.
+    /// As [`Pool::has`].
     #[must_use]
     pub fn has(&self, layer: u32, expert: u32) -> bool {
-        self.pool.table[self.pool.directory.index(ExpertKey { layer, expert }).index()] != ABSENT
+        self.pool.has(layer, expert)
     }
 
     /// Experts of the pass that have not been yielded.
