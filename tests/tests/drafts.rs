@@ -1,10 +1,12 @@
 //! Drafts change no text: tokens are those that sampling would have chosen one by one, and what did not come true is forgotten.
 
 use sluice_format::WeightType;
-use sluice_generate::{Constraint, Draft, PromptLookup, Request, SamplerConfig, SchedulerOptions, WhenFull};
-use sluice_model::EngineOptions;
-use sluice_tests::Converted;
+use sluice_generate::{
+    Constraint, Draft, Drafts, Penalties, PromptLookup, Request, SamplerConfig, SchedulerOptions, WhenFull,
+};
+use sluice_model::{Control, Engine, EngineOptions, Phase, PredictionSpan, Span, Want};
 use sluice_tests::house::{Heard, House};
+use sluice_tests::{Converted, argmax};
 use sluice_text::StopCondition;
 
 const CONTEXT: usize = 192;
@@ -66,15 +68,25 @@ fn request(number: u32, vocab: u32, text: bool) -> Request {
     }
 }
 
-fn open(model: &Converted, sequences: usize) -> House {
-    let options = EngineOptions {
+fn options(sequences: usize) -> EngineOptions {
+    EngineOptions {
         sequences: Some(sequences),
         context: Some(CONTEXT),
         forget: true,
         threads: Some(1),
         ..EngineOptions::default()
-    };
-    House::new(model.open(&options), SchedulerOptions { prompt_rows: 20, ..SchedulerOptions::default() })
+    }
+}
+
+fn open(model: &Converted, sequences: usize) -> House {
+    House::new(model.open(&options(sequences)), SchedulerOptions { prompt_rows: 20, ..SchedulerOptions::default() })
+}
+
+/// With proposals to generations that bring none: `tokens` each time, or as many as pay.
+fn open_drafting(model: &Converted, sequences: usize, drafts: Drafts, tokens: Option<usize>) -> House {
+    let engine = model.open(&EngineOptions { prediction: drafts.opens_prediction(true), ..options(sequences) });
+    let scheduling = SchedulerOptions { prompt_rows: 20, drafts, draft_tokens: tokens, ..SchedulerOptions::default() };
+    House::new(engine, scheduling)
 }
 
 /// What these requests say together, and in how many turns.
@@ -128,4 +140,80 @@ fn a_draft_that_comes_true_saves_steps() {
     let (got, turns) = run(&mut house, vec![Request { draft: Some(draft), ..request() }]);
     assert_eq!(got[0].said(), want[0].said());
     assert_eq!((alone, turns), (80, 9), "the prompt gives one token, and every step with nine proposals ten");
+}
+
+#[test]
+fn whoever_proposes_changes_no_text() {
+    for (name, ty) in [("golden/deepseek_v3", None), ("golden/glm4_moe", Some(WeightType::Q8))] {
+        let model = Converted::new(name, ty);
+        let mut house = open(&model, 2);
+        let vocab = house.engine.spec().vocab_size as u32;
+        let requests = || {
+            let with_more = |request: Request| Request {
+                logprobs: Some(1),
+                penalties: Penalties { presence: 0.2, frequency: 0.1 },
+                ..request
+            };
+            (0..8).map(move |n| with_more(request(n, vocab, false)))
+        };
+        let (want, _) = run(&mut house, requests().collect());
+        assert!(want.iter().all(|heard| heard.error.is_none() && heard.finish.is_some()));
+        for (drafts, tokens) in
+            [(Drafts::Lookup, Some(3)), (Drafts::Prediction, Some(4)), (Drafts::Auto, Some(2)), (Drafts::Auto, None)]
+        {
+            let mut house = open_drafting(&model, 2, drafts, tokens);
+            let (got, _) = run(&mut house, requests().collect());
+            for (number, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert_eq!((got.said(), &got.shifts), (want.said(), &want.shifts), "{name}: {number}, {drafts:?}");
+            }
+            let status = house.scheduler.status();
+            assert!(tokens.is_none() || status.proposed > 20, "{name}, {drafts:?}: {status:?}");
+            assert_eq!((house.scheduler.draft_failure(), status.drafts_failed), (None, false));
+            house.scheduler.release_kept();
+            let free = house.engine.pages();
+            assert!(free.iter().all(|count| count.free == count.total), "{name}, {drafts:?}: {free:?}");
+        }
+    }
+}
+
+/// What the prediction layer finds the likeliest behind each token but the first and last of a text, given all of it.
+fn predicted(engine: &mut Engine, text: &[u32]) -> Vec<u32> {
+    let mut inputs = Vec::new();
+    let mut observer = |rows: &[f32]| inputs.extend_from_slice(rows);
+    let mut control = Control { head_inputs: Some(&mut observer), ..Control::default() };
+    let mut sequence = engine.new_sequence();
+    engine.step(&mut [Span::prompt(&mut sequence, text, Want::Last)], &mut control, &mut |_, _, _| ()).unwrap();
+    let mut sequence = engine.new_prediction_sequence().unwrap();
+    let (tokens, width) = (&text[1..], engine.spec().hidden_size);
+    let head_inputs = &inputs[..tokens.len() * width];
+    let span = PredictionSpan { sequence: &mut sequence, tokens, head_inputs, phase: Phase::Prompt, logits: Want::All };
+    let mut found = Vec::new();
+    engine.predict(&mut [span], &mut Control::default(), &mut |_, _, row| found.push(argmax(row))).unwrap();
+    found
+}
+
+#[test]
+fn the_prediction_layer_proposes_what_it_finds_likeliest() {
+    let model = Converted::new("golden/deepseek_v3", None);
+    let mut house = open_drafting(&model, 1, Drafts::Prediction, Some(1));
+    let (mut proposed, mut came_true) = (0, 0);
+    for number in 0..6 {
+        let prompt: Vec<u32> = (0..20).map(|i| (i * 37 + number * 11) % 160).collect();
+        let (heard, _) = run(&mut house, vec![Request::new(prompt.clone(), 60)]);
+        let text = [&prompt[..], &heard[0].ids].concat();
+        house.scheduler.release_kept();
+        // Proposal `i` is of token `i + 2`.
+        let proposals = predicted(&mut house.engine, &text);
+        let mut at = prompt.len() + 1;
+        // The last token of a text is not proposed.
+        while at + 1 < text.len() {
+            proposed += 1;
+            let comes_true = proposals[at - 2] == text[at];
+            came_true += u64::from(comes_true);
+            at += 1 + usize::from(comes_true);
+        }
+        let status = house.scheduler.status();
+        assert_eq!((status.proposed, status.came_true), (proposed, came_true), "prompt {number}");
+    }
+    assert!(came_true > 0, "none of {proposed} proposals came true: the test shows nothing");
 }

@@ -151,27 +151,43 @@ impl Generation {
     /// # Errors
     /// [`GenerationError::Panicked`]. The generation cannot go on then.
     pub fn draft(&mut self, position: usize, most: usize) -> Result<(), GenerationError> {
-        self.ahead.clear();
-        let Some(draft) = &mut self.draft else { return Ok(()) };
-        let left = self.max_tokens - self.generated.len().min(self.max_tokens);
-        // The last token of a text need not fit, but a row of a step must.
-        let most = most.min(left.saturating_sub(1)).min(self.context.saturating_sub(self.tokens.len()));
-        let Some(&last) = self.tokens.last() else { return Ok(()) };
-        if self.finish.is_some() || position < self.to_read || position + 1 != self.tokens.len() || most == 0 {
-            return Ok(());
-        }
-        self.proposals.clear();
-        guarded("the request's draft", || draft.propose(&self.tokens, &mut self.proposals))?;
-        let known = self.proposals.iter().take(most).take_while(|&&id| (id as usize) < self.vocab).copied();
-        self.ahead.push(last);
-        self.ahead.extend(known);
-        if self.ahead.len() == 1 {
-            self.ahead.clear();
-            return Ok(());
-        }
-        self.true_so_far = Some(0);
-        self.proposed += self.ahead.len() as u64 - 1;
+        self.check(&[]);
+        let most = self.most_proposals(position, most);
+        let Some(draft) = self.draft.as_mut().filter(|_| most > 0) else { return Ok(()) };
+        let mut proposals = std::mem::take(&mut self.proposals);
+        proposals.clear();
+        guarded("the request's draft", || draft.propose(&self.tokens, &mut proposals))?;
+        self.check(&proposals[..most.min(proposals.len())]);
+        self.proposals = proposals;
         Ok(())
+    }
+
+    /// Whether its request has brought a draft.
+    pub(super) fn has_draft(&self) -> bool {
+        self.draft.is_some()
+    }
+
+    /// How many proposals, `most` at most, can be checked with a sequence that has seen `position` tokens: none unless it has seen all
+    /// tokens but the last.
+    pub(super) fn most_proposals(&self, position: usize, most: usize) -> usize {
+        if self.finish.is_some() || position < self.to_read || position + 1 != self.tokens.len() {
+            return 0;
+        }
+        // The last token of a text need not fit, but a row of a step must.
+        let room = self.context.saturating_sub(self.tokens.len());
+        most.min(self.remaining().saturating_sub(1)).min(room)
+    }
+
+    /// The next offer has these proposals, no more than [`most_proposals`](Self::most_proposals) says, in place of others.
+    pub(super) fn check(&mut self, proposals: &[u32]) {
+        self.ahead.clear();
+        let known = proposals.iter().take_while(|&&id| (id as usize) < self.vocab).count();
+        if let (Some(&last), true) = (self.tokens.last(), known > 0) {
+            self.ahead.push(last);
+            self.ahead.extend_from_slice(&proposals[..known]);
+            self.true_so_far = Some(0);
+            self.proposed += known as u64;
+        }
     }
 
     /// Takes the logits behind token `index` of an offer with proposals, in ascending order. They count as long as the proposals have

@@ -110,6 +110,7 @@ fn difference(earlier: &Stats, later: &Stats) -> Stats {
         prefetched_wasted: count(later.prefetched_wasted, earlier.prefetched_wasted),
         expert_bytes_read: count(later.expert_bytes_read, earlier.expert_bytes_read),
         dense_bytes_read: count(later.dense_bytes_read, earlier.dense_bytes_read),
+        replaced: count(later.replaced, earlier.replaced),
     }
 }
 

@@ -15,6 +15,7 @@ use sluice_model::{ModelError, PAGE_TOKENS, PagesFull, Sequence};
 
 use super::Generation;
 use super::guard::tell;
+use super::proposing::Ahead;
 use super::scheduler::{Running, Scheduler};
 use super::shared::{Arrival, Owner, Place};
 use super::start::Start;
@@ -169,7 +170,18 @@ impl Scheduler {
         drop(state);
         generation.limit_marks(self.marks);
         let (events, reported, failed, follows) = (Vec::new(), 0, false, None);
-        self.running.push(Running { id, generation, sequence, owner, events, reported, failed, follows, saved: 0 });
+        self.running.push(Running {
+            id,
+            generation,
+            sequence,
+            owner,
+            events,
+            reported,
+            failed,
+            follows,
+            saved: 0,
+            ahead: Ahead::default(),
+        });
         Some(self.running.len() - 1)
     }
 
@@ -178,7 +190,18 @@ impl Scheduler {
         let Saved { id, generation, owner, reported, file } = self.saved.remove(0);
         let sequence = file.and_then(|file| file.restore(engine)).unwrap_or(sequence);
         let (events, failed, follows) = (Vec::new(), false, None);
-        let running = Running { id, generation, sequence, owner, events, reported, failed, follows, saved: 0 };
+        let running = Running {
+            id,
+            generation,
+            sequence,
+            owner,
+            events,
+            reported,
+            failed,
+            follows,
+            saved: 0,
+            ahead: Ahead::default(),
+        };
         let place = self.running.partition_point(|other| other.id < id);
         self.running.insert(place, running);
         Some(place)

@@ -4,9 +4,9 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use sluice_model::control::{Control, Progress, ProgressObserver, RoutingObserver};
+use sluice_model::control::{Cancel, Control, Progress, ProgressObserver, RoutingObserver};
 use sluice_model::engine::{Engine, RuntimeError};
 use sluice_model::router::Choice;
 use sluice_model::rows::{Phase, Span, Want};
@@ -18,6 +18,8 @@ use super::drive::Drive;
 use super::guard::{discard, tell};
 use super::kept::Kept;
 use super::meter::Meter;
+use super::predicted::Wanted;
+use super::proposing::{Ahead, Drafts, Proposer};
 use super::report::Reporter;
 use super::room::{Saved, pages_full};
 use super::shared::{Arrival, Owner, Place, Shared, State, Totals};
@@ -58,6 +60,10 @@ pub struct SchedulerOptions {
     /// Where there is a store, a generation is saved whenever this many tokens are new, and once a prompt with so many new tokens has
     /// been read: so that a program that is killed loses little.
     pub save_every: usize,
+    /// Who proposes tokens to generations that have no draft of their own.
+    pub drafts: Drafts,
+    /// How many tokens are proposed to a generation in a step; `None`: as many as pay, often none, which is learnt while steps are taken.
+    pub draft_tokens: Option<usize>,
 }
 
 impl Default for SchedulerOptions {
@@ -71,6 +77,8 @@ impl Default for SchedulerOptions {
             queue: None,
             store: None,
             save_every: 2048,
+            drafts: Drafts::Off,
+            draft_tokens: None,
         }
     }
 }
@@ -105,6 +113,8 @@ pub(super) struct Running {
     pub(super) follows: Option<Follows>,
     /// Tokens that have been saved.
     pub(super) saved: usize,
+    /// What has been proposed to it.
+    pub(super) ahead: Ahead,
 }
 
 impl Running {
@@ -212,6 +222,7 @@ pub struct Scheduler {
     pub(super) drafts: bool,
     /// Tokens that drafts have proposed since the start, and those that came true.
     proposals: (u64, u64),
+    pub(super) proposer: Proposer,
     meter: Meter,
     reporter: Reporter,
     /// Whether the last turn had nothing to do.
@@ -243,6 +254,7 @@ impl Scheduler {
             forgets,
             marks: if forgets { engine.memory().marks } else { 0 },
             totals: Totals::default(),
+            proposer: Proposer::new(options.drafts, options.draft_tokens.map(|most| most.min(DRAFT)), engine),
             options,
             running: Vec::new(),
             saved: Vec::new(),
@@ -279,6 +291,11 @@ impl Scheduler {
     /// What it is doing.
     pub fn status(&self) -> Status {
         self.submitter().status()
+    }
+
+    /// Why the model's prediction layer proposes no tokens any more, if it has failed: a part of it that cannot be read, for instance.
+    pub fn draft_failure(&self) -> Option<&str> {
+        self.proposer.failure()
     }
 
     /// Waits until there is something to do; false once the scheduler has been closed and nothing is left.
@@ -400,15 +417,21 @@ impl Scheduler {
         }
     }
 
-    /// Takes sequences back to where their generations say, and asks for drafts, for a step with room for `rows` rows.
-    fn prepare(&mut self, rows: usize) {
+    /// Takes sequences back to where their generations say, and asks for drafts. `all`: whether all generations take part in the step.
+    fn prepare(&mut self, engine: &mut Engine, all: bool) {
+        let rows = engine.memory().rows;
         let most = if self.drafts { (rows / self.running.len().max(1)).clamp(1, DRAFT + 1) } else { 1 };
         for running in &mut self.running {
-            let Running { generation, sequence, .. } = running;
+            let Running { generation, sequence, ahead, .. } = running;
             go_back(generation, sequence);
+            ahead.go_back(sequence.position());
             if let Err(error) = generation.draft(sequence.position(), most - 1) {
                 running.fail(error);
             }
+        }
+        match all {
+            true => self.propose(engine, most - 1),
+            false => self.proposer.pause(),
         }
     }
 
@@ -446,7 +469,7 @@ impl Scheduler {
         cancellable: bool,
     ) -> Result<(), RuntimeError> {
         let before = said(&self.running);
-        self.prepare(engine.memory().rows);
+        self.prepare(engine, only.is_none());
         self.save_running();
         let takes_part = |r: &Running| !r.is_over() && r.follows.is_none() && only.is_none_or(|id| id == r.id);
         let rows = self.rows(engine.memory().rows, &takes_part);
@@ -485,30 +508,21 @@ impl Scheduler {
             let draft = phase == Phase::Draft;
             takers.push(Taker { generation, events, reported, failed, draft, scores_from, chooses_at });
         }
-        let Watch { progress, routing } = watch;
-        let (sees_progress, sees_routing) = (progress.is_some(), routing.is_some());
-        let mut on_progress = |p: Progress| progress.iter_mut().for_each(|progress| progress(p));
-        let mut on_routing = |layer: usize, position: usize, top_k: usize, choices: &[Choice]| {
-            routing.iter_mut().for_each(|routing| routing(layer, position, top_k, choices));
-        };
-        let mut control = Control { cancel: cancel.as_ref(), ..Control::default() };
-        if sees_progress {
-            control.progress = Some(&mut on_progress);
-        }
-        if sees_routing {
-            control.routing = Some(&mut on_routing);
-        }
-        // A generation takes its logits at once: keeping a row of the vocabulary for each would take memory that no plan has.
-        // If the step fails afterwards, the sequence lacks one token more, and the next offer has it.
-        let outcome =
-            engine.step(&mut spans, &mut control, &mut |span, token, logits| takers[span].accept(token, logits));
+        let counts: Vec<usize> = spans.iter().map(|span| span.tokens.len()).collect();
+        let mut wanted = self.proposer.wanted(&counts, engine);
+        let started = Instant::now();
+        let outcome = take_step(engine, (&mut spans, &mut takers), watch, cancel.as_ref(), wanted.as_mut());
+        let seconds = started.elapsed().as_secs_f64();
         self.shared.end_step();
-        self.account(before, if outcome.is_ok() { Some(prompt_rows) } else { None });
+        let generated = self.account(before, if outcome.is_ok() { Some(prompt_rows) } else { None });
+        if outcome.is_ok() {
+            self.learn(&rows, wanted, seconds, generated);
+        }
         outcome
     }
 
-    /// What a step has brought since `before`; `read`: rows of prompts, if it was completed.
-    fn account(&mut self, before: (u64, u64, u64), read: Option<usize>) {
+    /// What a step has brought since `before`; `read`: rows of prompts, if it was completed. Returns the tokens that were generated.
+    fn account(&mut self, before: (u64, u64, u64), read: Option<usize>) -> u64 {
         let after = said(&self.running);
         self.generated += after.0 - before.0;
         self.totals.generated_tokens += after.0 - before.0;
@@ -521,6 +535,7 @@ impl Scheduler {
                 running.mark();
             }
         }
+        after.0 - before.0
     }
 
     /// Kept sequences give up the pages that a step needs. The engine would do without automatic marks first, and those are worth more.
@@ -606,6 +621,7 @@ impl Scheduler {
         state.rates = self.meter.rates();
         state.preemptions = self.preemptions;
         state.proposals = self.proposals;
+        state.drafts_failed = self.proposer.failure().is_some();
         state.kept = (self.kept.len(), self.kept.tokens());
         state.totals = self.totals;
         drop(state);
@@ -628,6 +644,36 @@ impl fmt::Debug for Scheduler {
             .field("status", &self.status())
             .finish_non_exhaustive()
     }
+}
+
+/// Takes a step with these spans, each of which has its taker. `wanted`: sees what the head sees.
+fn take_step(
+    engine: &mut Engine,
+    (spans, takers): (&mut [Span<'_>], &mut [Taker<'_>]),
+    watch: &mut Watch<'_>,
+    cancel: Option<&Cancel>,
+    wanted: Option<&mut Wanted>,
+) -> Result<(), RuntimeError> {
+    let Watch { progress, routing } = watch;
+    let (sees_progress, sees_routing) = (progress.is_some(), routing.is_some());
+    let mut on_progress = |p: Progress| progress.iter_mut().for_each(|progress| progress(p));
+    let mut on_routing = |layer: usize, position: usize, top_k: usize, choices: &[Choice]| {
+        routing.iter_mut().for_each(|routing| routing(layer, position, top_k, choices));
+    };
+    let mut on_head_inputs = wanted.map(|wanted| move |rows: &[f32]| wanted.see(rows));
+    let mut control = Control { cancel, ..Control::default() };
+    if sees_progress {
+        control.progress = Some(&mut on_progress);
+    }
+    if sees_routing {
+        control.routing = Some(&mut on_routing);
+    }
+    if let Some(observer) = &mut on_head_inputs {
+        control.head_inputs = Some(observer);
+    }
+    // A generation takes its logits at once: keeping a row of the vocabulary for each would take memory that no plan has.
+    // If the step fails afterwards, the sequence lacks one token more, and the next offer has it.
+    engine.step(spans, &mut control, &mut |span, token, logits| takers[span].accept(token, logits))
 }
 
 /// Ends a generation that was cancelled, and delivers its last events.

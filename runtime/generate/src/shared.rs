@@ -60,6 +60,8 @@ pub struct Status {
     pub proposed: u64,
     /// Of these, the ones that came true.
     pub came_true: u64,
+    /// Whether the model's prediction layer proposes no tokens any more, because a part of it cannot be read.
+    pub drafts_failed: bool,
     /// Tokens of prompts read per second, over the latest turns, of all generations together.
     pub prompt_tokens_per_second: f64,
     /// Tokens generated per second, over the latest turns, of all generations together.
@@ -108,6 +110,7 @@ pub(super) struct State {
     pub(super) rates: (f64, f64),
     pub(super) preemptions: u64,
     pub(super) proposals: (u64, u64),
+    pub(super) drafts_failed: bool,
     /// Sequences that are kept, and their tokens.
     pub(super) kept: (usize, usize),
     pub(super) totals: Totals,
@@ -202,6 +205,7 @@ impl Shared {
             preemptions: state.preemptions,
             proposed: state.proposals.0,
             came_true: state.proposals.1,
+            drafts_failed: state.drafts_failed,
             prompt_tokens_per_second: state.rates.0,
             tokens_per_second: state.rates.1,
             kept: state.kept.0,

@@ -1,0 +1,229 @@
+//! Proposals to generations that bring no draft of their own: who makes them, and how many.
+//!
+//! What the text itself proposes costs nothing, so it is compared with what comes in any case, and is known to be right or not before any
+//! of it has been checked. What the prediction layer proposes takes time, and is only made where it is expected to pay ([`Worth`]).
+
+use std::time::Instant;
+
+use sluice_model::Engine;
+use sluice_model::rows::Phase;
+
+use super::predicted::{self, Asked, Predicted, Wanted};
+use super::scheduler::{Running, Scheduler};
+use super::worth::{DEEPEST, Offer, Source, Worth};
+use super::{Draft, PromptLookup};
+
+/// Who proposes tokens, which a step checks together, to generations that have no draft of their own. Whoever does, the text is the
+/// same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Drafts {
+    /// Nobody.
+    #[default]
+    Off,
+    /// The text itself, where its latest tokens occur earlier ([`PromptLookup`]).
+    Lookup,
+    /// The model's layer for multi-token prediction, if it is open ([`EngineOptions::prediction`](sluice_model::EngineOptions)).
+    Prediction,
+    /// The text where it can, else the layer.
+    Auto,
+}
+
+impl Drafts {
+    fn looks_up(self) -> bool {
+        matches!(self, Drafts::Lookup | Drafts::Auto)
+    }
+
+    fn predicts(self) -> bool {
+        matches!(self, Drafts::Prediction | Drafts::Auto)
+    }
+
+    /// Whether a model is to be opened with its prediction layer; `has_layer`: whether it has one.
+    pub fn opens_prediction(self, has_layer: bool) -> bool {
+        self == Drafts::Prediction || (self == Drafts::Auto && has_layer)
+    }
+}
+
+/// What has been proposed to one generation.
+#[derive(Debug, Default)]
+pub(super) struct Ahead {
+    /// What the prediction layer remembers of it.
+    predicted: Option<Predicted>,
+    /// What was proposed last, whether it was checked or not, and by whom.
+    proposals: Vec<u32>,
+    source: Option<Source>,
+    /// Tokens that its text had then.
+    tokens: usize,
+}
+
+impl Ahead {
+    /// The sequence has gone back to `position`.
+    pub(super) fn go_back(&mut self, position: usize) {
+        self.predicted.iter_mut().for_each(|predicted| predicted.go_back(position));
+    }
+}
+
+/// Makes the proposals of a scheduler.
+#[derive(Debug)]
+pub(super) struct Proposer {
+    drafts: Drafts,
+    /// As many as this, whether they pay or not.
+    fixed: Option<usize>,
+    worth: Worth,
+    /// Whether what the next step takes says something about proposals.
+    measures: bool,
+    /// Seconds that went into proposals for the next step.
+    seconds: f64,
+    /// What went wrong with the prediction layer, which is not asked again.
+    failed: Option<String>,
+}
+
+impl Proposer {
+    pub(super) fn new(drafts: Drafts, fixed: Option<usize>, engine: &Engine) -> Self {
+        // A layer that is not open proposes nothing.
+        let drafts = match drafts {
+            Drafts::Auto if !engine.predicts() => Drafts::Lookup,
+            Drafts::Prediction if !engine.predicts() => Drafts::Off,
+            drafts => drafts,
+        };
+        Proposer { drafts, fixed, worth: Worth::new(), measures: false, seconds: 0.0, failed: None }
+    }
+
+    fn predicts(&self) -> bool {
+        self.drafts.predicts() && self.failed.is_none()
+    }
+
+    /// Why the prediction layer proposes no more, if it has failed.
+    pub(super) fn failure(&self) -> Option<&str> {
+        self.failed.as_deref()
+    }
+
+    /// What the prediction layer wants to see of a step whose spans have so many tokens.
+    pub(super) fn wanted(&self, tokens: &[usize], engine: &Engine) -> Option<Wanted> {
+        self.predicts().then(|| Wanted::new(tokens.iter().copied(), engine.spec().hidden_size))
+    }
+
+    /// The next step says nothing about proposals.
+    pub(super) fn pause(&mut self) {
+        self.measures = false;
+    }
+
+    fn depth(&self, offers: &[Option<Offer>]) -> usize {
+        match self.fixed {
+            Some(depth) => depth,
+            None => self.worth.depth(offers),
+        }
+    }
+
+    /// Most proposals to one sequence.
+    fn deepest(&self) -> usize {
+        self.fixed.unwrap_or(DEEPEST)
+    }
+}
+
+impl Scheduler {
+    /// Proposes tokens to the generations that take part in the next step, `most` to each at most. While a prompt is read, to none: such a
+    /// step takes long anyway, and would say nothing of what proposals cost.
+    pub(super) fn propose(&mut self, engine: &mut Engine, most: usize) {
+        let Scheduler { running, proposer, .. } = self;
+        if proposer.predicts() {
+            let new = running.iter_mut().filter(|running| running.ahead.predicted.is_none());
+            new.for_each(|running| running.ahead.predicted = Predicted::new(engine));
+        }
+        (proposer.measures, proposer.seconds) = (false, 0.0);
+        let mut taking: Vec<&mut Running> =
+            running.iter_mut().filter(|r| !r.is_over() && r.follows.is_none()).collect();
+        let reads = |r: &&mut Running| r.generation.offer(r.sequence.position()).1 == Phase::Prompt;
+        if proposer.drafts == Drafts::Off || taking.iter().any(|r| reads(r) || r.generation.has_draft()) {
+            return;
+        }
+        let offers: Vec<Option<Offer>> = taking.iter_mut().map(|r| r.offer(proposer, most)).collect();
+        let depth = proposer.depth(&offers);
+        let mut asked = Vec::new();
+        for (running, offer) in taking.into_iter().zip(offers) {
+            let Some(Offer { source, most }) = offer.filter(|_| depth > 0) else { continue };
+            let Running { generation, ahead, .. } = running;
+            let most = most.min(depth);
+            match (source, &mut ahead.predicted) {
+                (Source::Lookup, _) => generation.check(&ahead.proposals[..most]),
+                (Source::Prediction, Some(predicted)) => {
+                    asked.push((generation, &mut ahead.proposals, predicted, most));
+                }
+                (Source::Prediction, None) => {}
+            }
+        }
+        proposer.measures = true;
+        if asked.is_empty() {
+            return;
+        }
+        let started = Instant::now();
+        let mut layers: Vec<Asked<'_>> = asked
+            .iter_mut()
+            .map(|(generation, _, predicted, most)| Asked {
+                predicted,
+                tokens: generation.tokens(),
+                most: *most,
+                proposals: Vec::new(),
+            })
+            .collect();
+        let outcome = predicted::propose(engine, &mut layers);
+        let proposals: Vec<Vec<u32>> = layers.into_iter().map(|asked| asked.proposals).collect();
+        proposer.seconds = started.elapsed().as_secs_f64();
+        proposer.worth.record_predicting(asked.len(), depth, proposer.seconds);
+        for ((generation, ahead, ..), proposals) in asked.into_iter().zip(proposals) {
+            generation.check(&proposals);
+            *ahead = proposals;
+        }
+        if let Err(error) = outcome {
+            // What it proposes changes no text, so nobody's generation has to end for it.
+            proposer.failed = Some(error.to_string());
+        }
+    }
+
+    /// Learns from a step that took so many `seconds`: of each generation `rows`, and `generated` tokens in all. `seen`: what the prediction
+    /// layer wanted of it.
+    pub(super) fn learn(&mut self, rows: &[usize], seen: Option<Wanted>, seconds: f64, generated: u64) {
+        let Scheduler { running, proposer, .. } = self;
+        let taken = running.iter_mut().zip(rows).filter(|(_, rows)| **rows > 0).map(|(running, _)| running);
+        let mut seen = seen.into_iter().flat_map(|seen| seen.kept);
+        for running in taken {
+            let Running { sequence, ahead, generation, .. } = running;
+            if let (Some(predicted), Some(inputs)) = (&mut ahead.predicted, seen.next()) {
+                predicted.take_behind(sequence.position(), &inputs);
+            }
+            let Some(source) = ahead.source.take() else { continue };
+            // Fewer if tokens were dropped because the context is full.
+            let new = generation.tokens().get(ahead.tokens..).unwrap_or_default();
+            let right = new.iter().zip(&ahead.proposals).take_while(|(new, proposed)| new == proposed).count();
+            proposer.worth.judge(source, right, new.len().min(ahead.proposals.len()));
+        }
+        if proposer.measures {
+            let sequences = rows.iter().filter(|rows| **rows > 0).count();
+            let gained = (generated as usize).saturating_sub(sequences);
+            proposer.worth.record(sequences, rows.iter().sum(), seconds, proposer.seconds, gained);
+        }
+    }
+}
+
+impl Running {
+    /// What could be proposed to it.
+    fn offer(&mut self, proposer: &Proposer, most: usize) -> Option<Offer> {
+        let Running { generation, sequence, ahead, .. } = self;
+        let most = generation.most_proposals(sequence.position(), most).min(proposer.deepest());
+        if most == 0 {
+            return None;
+        }
+        ahead.proposals.clear();
+        ahead.tokens = generation.len();
+        if proposer.drafts.looks_up() {
+            PromptLookup { most, ..PromptLookup::default() }.propose(generation.tokens(), &mut ahead.proposals);
+        }
+        let is_ready = || ahead.predicted.as_ref().is_some_and(|predicted| predicted.is_ready(generation.len()));
+        ahead.source = match ahead.proposals.len() {
+            0 if proposer.predicts() && is_ready() => Some(Source::Prediction),
+            0 => None,
+            _ => Some(Source::Lookup),
+        };
+        let most = if ahead.source == Some(Source::Lookup) { ahead.proposals.len() } else { most };
+        ahead.source.map(|source| Offer { source, most })
+    }
+}
