@@ -258,3 +258,29 @@ fn run_uses_a_calibration_and_survives_a_broken_one() {
         assert_eq!(other["ids"], fresh["ids"], "the tokens do not depend on it");
     }
 }
+
+#[test]
+fn a_machine_is_measured_once_and_planned_for_elsewhere() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("there.json").to_str().unwrap().to_owned();
+    let measured = json(&sluice(&["bench", "machine", "--bytes", "1MiB", "--no-save", "--out", &file, "--json"]));
+    let products = measured["product_bytes_per_second"].as_object().unwrap();
+    assert!(products.len() > 5 && products.values().all(|rate| rate.as_f64().unwrap() > 1.0), "{measured}");
+    assert_eq!(measured, serde_json::from_str::<Value>(&fs::read_to_string(&file).unwrap()).unwrap());
+
+    let elsewhere = serde_json::json!({
+        "version": 1, "ram": 64u64 << 30, "drive_bytes_per_second": 5e9, "memory_bytes_per_second": 80e9,
+        "product_bytes_per_second": {"fp8": 40e9, "bf16": 40e9}, "isa": "avx512", "threads": 16,
+    });
+    fs::write(&file, elsewhere.to_string()).unwrap();
+    let plan = |more: &[&str]| json(&sluice(&[&["plan", "deepseek-r1", "--machine", &file, "--json"], more].concat()));
+    let there = plan(&[]);
+    let machine = |plan: &Value| ["ram", "ssd", "memory_bandwidth"].map(|name| plan["machine"][name].as_u64().unwrap());
+    assert_eq!(machine(&there), [64 << 30, 5_000_000_000, 40_000_000_000], "{there}");
+    assert!(there["speeds_from"].as_str().unwrap().contains("there.json"), "{there}");
+    let asked = plan(&["--ssd", "7GB/s", "--mem-bandwidth", "50GB/s", "--ram", "32GiB"]);
+    assert_eq!(machine(&asked), [32 << 30, 7_000_000_000, 50_000_000_000]);
+    assert_eq!(asked["speeds_from"], "drive as asked for, memory as asked for");
+    fs::write(&file, "{}").unwrap();
+    assert_fails(&sluice(&["plan", "deepseek-r1", "--machine", &file]), 1, &["there.json", "bench machine"]);
+}

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 
-use super::{bench_decode, bench_disk, bench_kernels};
+use super::{bench_decode, bench_disk, bench_kernels, bench_machine};
 use crate::error::CliError;
 
 const EXAMPLES: &str = "\
@@ -12,6 +12,7 @@ Examples:
   sluice bench disk r1.sluice            what the drive gives, and how it is best read
   sluice bench disk /mnt/fast            the same, with a file made for it
   sluice bench kernels                   how fast weights of each type are multiplied
+  sluice bench machine                   the same for the usual types, and the memory, kept for `sluice plan`
   sluice bench decode r1.sluice          tokens per second, and how close that is to what the machine allows";
 
 /// Measure this machine
@@ -27,6 +28,7 @@ enum What {
     Disk(bench_disk::Args),
     Decode(bench_decode::Args),
     Kernels(bench_kernels::Args),
+    Machine(bench_machine::Args),
 }
 
 impl Args {
@@ -44,5 +46,6 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         What::Disk(args) => bench_disk::run(args),
         What::Decode(args) => bench_decode::run(args),
         What::Kernels(args) => bench_kernels::run(args),
+        What::Machine(args) => bench_machine::run(args),
     }
 }

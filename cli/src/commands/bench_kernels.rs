@@ -7,7 +7,9 @@ use std::thread::available_parallelism;
 use std::time::Instant;
 
 use serde::Serialize;
-use sluice_kernels::{Activations, Kernels, Matrix, Precision, ROW_GROUP, ThreadPool, WeightType, row_group_len};
+use sluice_kernels::{
+    Activations, Kernels, Matrix, Precision, READING_STREAMS, ROW_GROUP, ThreadPool, WeightType, row_group_len,
+};
 use sluice_model::RuntimeError;
 use sluice_model::memory::Bytes;
 use sluice_storage::io::bench::median;
@@ -18,8 +20,8 @@ use crate::size::{parse_count, parse_size};
 use crate::terminal::{print, print_json};
 
 const EXAMPLES: &str = "\
-Every measurement takes turns with reading the same memory without computing anything, and the median counts: on a \
-busy machine both suffer alike. SLUICE_ISA (scalar, avx2, avx512, neon) measures other instructions. Products that \
+Every measurement takes turns with reading the same memory without computing anything, by the best of several loops, and the \
+median counts: on a busy machine both suffer alike. SLUICE_ISA (scalar, avx2, avxvnni, avx512, neon) measures other instructions. Products that \
 take long are cut to a part of their rows, so that the default takes a few minutes at most.
 
 Examples:
@@ -159,6 +161,14 @@ impl Bench<'_> {
         }
     }
 
+    /// Bytes of weights per second that products with one token take: the median of some rounds.
+    pub(crate) fn product_rate(&self, ty: WeightType) -> f64 {
+        let mut product = self.product(ty, self.data, 1);
+        let groups = fitting(self.data.len() / product.group, &mut |groups| product.seconds(groups));
+        let seconds: Vec<_> = (0..ROUNDS).map(|_| product.seconds(groups)).collect();
+        (groups * product.group) as f64 / median(&seconds)
+    }
+
     /// Products of weights out of `data` with `n` tokens.
     fn product<'b>(&'b self, ty: WeightType, data: &'b [u8], n: usize) -> Product<'b> {
         let group = row_group_len(ty, COLS).expect("small");
@@ -174,20 +184,18 @@ impl Bench<'_> {
         self.data.len() as f64 / median(&seconds)
     }
 
-    /// Seconds that it takes to look at all bytes.
+    /// Seconds that it takes to look at all bytes, by the best of several loops.
     fn read(&self, data: &[u8]) -> f64 {
         let part = data.len().div_ceil(self.pool.threads()).next_multiple_of(128);
-        seconds(|| {
-            self.pool.run(data.len().div_ceil(part), &|i| {
-                let mut sums = [0u64; 16];
-                for chunk in data[i * part..((i + 1) * part).min(data.len())].as_chunks::<128>().0 {
-                    for (sum, word) in sums.iter_mut().zip(chunk.as_chunks::<8>().0) {
-                        *sum ^= u64::from_le_bytes(*word);
-                    }
-                }
-                black_box(sums);
-            });
-        })
+        let by = |streams: usize| {
+            seconds(|| {
+                self.pool.run(data.len().div_ceil(part), &|i| {
+                    let part = &data[i * part..((i + 1) * part).min(data.len())];
+                    black_box(self.kernels.look_at(part, streams));
+                });
+            })
+        };
+        READING_STREAMS.map(by).into_iter().fold(f64::INFINITY, f64::min)
     }
 
     /// Billions of multiplications and additions per second with `n` tokens.

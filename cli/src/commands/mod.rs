@@ -6,6 +6,7 @@ pub(crate) mod bench_decode;
 pub(crate) mod bench_disk;
 pub(crate) mod bench_drive;
 pub(crate) mod bench_kernels;
+pub(crate) mod bench_machine;
 pub(crate) mod calibrate;
 pub(crate) mod compare;
 pub(crate) mod completions;

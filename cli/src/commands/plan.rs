@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::value_parser;
 use serde::Serialize;
@@ -19,10 +19,12 @@ use sluice_lab::estimate::{Bound, HIT_RATE_SPREAD, Machine, Needs, Speed};
 use sluice_model::KvType;
 use sluice_model::memory::available_memory;
 
+use super::bench_machine;
 use super::synth::type_parser;
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
 use crate::fetch::model_file;
+use crate::machine::MachineFile;
 use crate::size::{parse_size, parse_speed};
 use crate::terminal::{note, print, print_json, seconds};
 use crate::types as asked;
@@ -39,6 +41,7 @@ The speed is arithmetic, an upper bound of what can be expected: the slower of d
 Examples:
   sluice plan deepseek-r1
   sluice plan kimi-k2 --ram 128GiB --ssd 7GB/s --mem-bandwidth 80GB/s
+  sluice plan deepseek-r1 --machine server.json
   sluice plan qwen3-30b --type q4 --dense-type q8 --ram 8GiB
   sluice plan DeepSeek-R1/
   sluice plan r1.sluice --context 16384
@@ -58,13 +61,17 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     ram: Option<u64>,
 
-    /// What the drive reads
-    #[arg(long, value_name = "SPEED", default_value = "3GB/s", value_parser = parse_speed)]
-    ssd: u64,
+    /// What the drive reads [default: as `sluice bench disk` has measured it, else 3GB/s]
+    #[arg(long, value_name = "SPEED", value_parser = parse_speed)]
+    ssd: Option<u64>,
 
-    /// What the memory reads
-    #[arg(long, value_name = "SPEED", default_value = "50GB/s", value_parser = parse_speed)]
-    mem_bandwidth: u64,
+    /// What the memory reads, or products take of it [default: as `sluice bench machine` has measured it, else 50GB/s]
+    #[arg(long, value_name = "SPEED", value_parser = parse_speed)]
+    mem_bandwidth: Option<u64>,
+
+    /// Plan for the machine of this file, which `sluice bench machine --out` has written there
+    #[arg(long, value_name = "FILE")]
+    machine: Option<PathBuf>,
 
     /// Type of the routed experts, of a model that is no file yet [default: as published]
     #[arg(long = "type", value_name = "TYPE", value_parser = type_parser())]
@@ -107,6 +114,8 @@ struct Report {
     #[serde(flatten)]
     needs: Needs,
     machine: Machine,
+    /// Where its speeds come from.
+    speeds_from: String,
     /// Of experts, where it shortens their type.
     compression: Option<Compression>,
     /// None when the memory does not suffice.
@@ -185,7 +194,7 @@ fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
                 dense: names(DENSE),
                 from: "what `sluice convert` would write of this checkpoint".into(),
             };
-            let mut report = report(args, plan.spec(), plan.extents(), plan.file_bytes(), types);
+            let mut report = report(args, plan.spec(), plan.extents(), plan.file_bytes(), types)?;
             report.measuring_bytes = measuring_bytes(&plan);
             report.warnings.extend(remark);
             Ok(report)
@@ -235,7 +244,7 @@ fn of_geometry(args: &Args) -> Result<Report, CliError> {
     let has_experts = layout.extents().iter().any(|e| e.kind == ExtentKind::Expert);
     let remark = asked(args).check_experts(Path::new(&args.target), has_experts)?;
     let types = Types { experts: vec![types.experts.name()], dense, from: types_from(args, release) };
-    let mut report = report(args, spec, layout.extents(), disk_bytes, types);
+    let mut report = report(args, spec, layout.extents(), disk_bytes, types)?;
     report.warnings.extend(remark);
     Ok(report)
 }
@@ -275,7 +284,7 @@ fn of_file(args: &Args) -> Result<Report, CliError> {
         types.into_iter().map(WeightType::name).collect::<Vec<_>>()
     };
     let types = Types { experts: types(&[ExtentKind::Expert]), dense: types(DENSE), from: "those of the file".into() };
-    Ok(report(args, file.spec(), file.extents(), file.file_bytes(), types))
+    report(args, file.spec(), file.extents(), file.file_bytes(), types)
 }
 
 /// Kinds of extents that are neither experts nor always plain.
@@ -288,18 +297,23 @@ struct Types {
     from: String,
 }
 
-fn report(args: &Args, spec: &ModelSpec, extents: &[ExtentRecord], disk_bytes: u64, types: Types) -> Report {
+fn report(
+    args: &Args,
+    spec: &ModelSpec,
+    extents: &[ExtentRecord],
+    disk_bytes: u64,
+    types: Types,
+) -> Result<Report, CliError> {
     let context = (args.context.unwrap_or(4096) as usize).clamp(1, spec.max_positions.max(1));
     if args.context.is_some_and(|asked| asked as usize > context) {
         note(&format_args!("note: this is for {context} tokens of context, the most that the model takes"));
     }
-    let ram = args.ram.unwrap_or_else(available_memory);
-    let machine = Machine { ram, ssd: args.ssd, memory_bandwidth: args.mem_bandwidth };
     let needs = Needs::of(spec, extents, context, args.kv_type);
+    let (machine, speeds_from) = machine(args, &needs, &types)?;
     let speed = Speed::of(spec, extents, machine, context, args.kv_type);
     let warnings = warnings(&needs, &speed);
     let compression = compression(spec, extents, &types.experts);
-    Report {
+    Ok(Report {
         target: args.target.clone(),
         family: spec.family.clone(),
         layers: spec.layers.len(),
@@ -313,10 +327,57 @@ fn report(args: &Args, spec: &ModelSpec, extents: &[ExtentRecord], disk_bytes: u
         measuring_bytes: 0,
         needs,
         machine,
+        speeds_from,
         compression,
         speed: speed.ok(),
         warnings,
-    }
+    })
+}
+
+/// Usual speeds of a drive and of memory, where nothing was measured, in bytes per second.
+const USUAL_DRIVE: u64 = 3_000_000_000;
+const USUAL_MEMORY: u64 = 50_000_000_000;
+
+/// The machine to plan for, and where its speeds come from. What is asked for goes first, then what was measured.
+fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, String), CliError> {
+    let measured = match (&args.machine, MachineFile::of_user().filter(|path| path.exists())) {
+        (Some(path), _) => Some((MachineFile::load(path)?, path.display().to_string())),
+        (None, None) => None,
+        (None, Some(path)) => match MachineFile::load(&path) {
+            Ok(machine) => Some((machine, "`sluice bench machine`".to_owned())),
+            Err(error) => {
+                note(&format_args!("note: {error}"));
+                None
+            }
+        },
+    };
+    let target = Path::new(&args.target);
+    // The drive that the model lies on, if this is its machine.
+    let own = if args.machine.is_none() && target.is_file() { bench_machine::drive(target)? } else { None };
+    let of_file = measured.as_ref().map(|(machine, _)| machine);
+    let drive = own.or_else(|| of_file?.drive_bytes_per_second).map(|rate| rate as u64);
+    let first = |types: &[&'static str]| types.first().copied();
+    let experts = (needs.token_cycle_bytes, first(&types.experts));
+    let memory = of_file.map(|machine| machine.weights_per_second(experts, (needs.dense_bytes, first(&types.dense))));
+    let ram = args.ram.or_else(|| args.machine.as_ref().and(of_file).map(|machine| machine.ram));
+    let from = |asked: bool, measured: Option<&str>| match (asked, measured) {
+        (true, _) => "as asked for".to_owned(),
+        (false, Some(source)) => format!("measured ({source})"),
+        (false, None) => "assumed: `sluice bench disk` and `sluice bench machine` measure".to_owned(),
+    };
+    let source = measured.as_ref().map(|(_, source)| source.as_str());
+    let drive_source = own.map(|_| "`sluice bench disk`").or(source.filter(|_| drive.is_some()));
+    let speeds_from = format!(
+        "drive {}, memory {}",
+        from(args.ssd.is_some(), drive_source),
+        from(args.mem_bandwidth.is_some(), source)
+    );
+    let machine = Machine {
+        ram: ram.unwrap_or_else(available_memory),
+        ssd: args.ssd.or(drive).unwrap_or(USUAL_DRIVE),
+        memory_bandwidth: args.mem_bandwidth.or(memory.map(|rate| rate.round() as u64)).unwrap_or(USUAL_MEMORY),
+    };
+    Ok((machine, speeds_from))
 }
 
 /// What compression of the experts is, or would be, worth here; none for types that it does not shorten.
@@ -410,6 +471,7 @@ fn describe(r: &Report) -> String {
             gigabytes(r.machine.memory_bandwidth)
         ),
     );
+    line("its speeds", r.speeds_from.clone());
     out.push_str("\na token reads\n");
     let mut part = |name: &str, bytes: u64, what: String| {
         let _ = writeln!(out, "  {name:<16} {:>10}  {what}", gigabytes(bytes));

@@ -1,0 +1,127 @@
+//! `sluice bench machine`: what this machine does, for `sluice plan`.
+
+use std::fmt::Write as _;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::thread::available_parallelism;
+
+use sluice_kernels::{Kernels, ThreadPool, WeightType};
+use sluice_model::RuntimeError;
+use sluice_model::memory::{Bytes, available_memory};
+use sluice_storage::io::calibration::DeviceId;
+use sluice_storage::io::{CalibrationStore, DataFile, DirectMode};
+
+use super::bench_kernels::{Bench, TAME};
+use crate::error::CliError;
+use crate::machine::MachineFile;
+use crate::progress::step_bar;
+use crate::size::{parse_count, parse_size};
+use crate::terminal::{print, print_json};
+
+const EXAMPLES: &str = "\
+What is measured is kept in ~/.cache/sluice/machine.json, and `sluice plan` uses it from then on. FILE can be any file on the drive \
+that models lie on: if `sluice bench disk` has measured that drive, its speed is kept as well.
+
+Examples:
+  sluice bench machine
+  sluice bench machine r1.sluice --out here.json
+  sluice plan deepseek-r1 --machine here.json";
+
+/// Measure memory and arithmetic once, for `sluice plan`
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// A file on the drive that models lie on
+    file: Option<PathBuf>,
+
+    /// Threads that compute [default: one per core]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    threads: Option<NonZeroUsize>,
+
+    /// Memory that is read, at least 1MiB; more than the caches hold
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256MiB")]
+    bytes: u64,
+
+    /// Write what was measured into this file as well, for `sluice plan --machine` on another machine
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+
+    /// Do not keep it for this machine
+    #[arg(long)]
+    no_save: bool,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Types that models are often of.
+const TYPES: [WeightType; 9] = [
+    WeightType::F32,
+    WeightType::Bf16,
+    WeightType::Fp8,
+    WeightType::Q8,
+    WeightType::Q4,
+    WeightType::Int4,
+    WeightType::Mxfp4,
+    WeightType::Q3,
+    WeightType::Q2,
+];
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    if let Some(out) = &args.out {
+        CliError::refuse_output(out, &args.file.iter().map(PathBuf::as_path).collect::<Vec<_>>())?;
+    }
+    let machine = measure(args)?;
+    if let Some(out) = &args.out {
+        machine.save(out)?;
+    }
+    if let Some(path) = MachineFile::of_user().filter(|_| !args.no_save) {
+        machine.save(&path)?;
+    }
+    if args.json { print_json(&machine) } else { print(&describe(&machine)) }
+}
+
+fn measure(args: &Args) -> Result<MachineFile, CliError> {
+    let (ram, drive) = (available_memory(), args.file.as_deref().map(drive).transpose()?.flatten());
+    let kernels = Kernels::detect().map_err(RuntimeError::from)?;
+    let threads = args.threads.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
+    let bytes = usize::try_from(args.bytes).ok().filter(|bytes| *bytes >= 1 << 20);
+    let bytes = bytes.ok_or_else(|| CliError::Usage("--bytes must be at least 1MiB, and fit into memory".into()))?;
+    let mut data = Vec::new();
+    data.try_reserve_exact(bytes)
+        .map_err(|_| CliError::Failure(format!("the system has no {} of memory: lower --bytes", Bytes(args.bytes))))?;
+    data.resize(bytes, TAME);
+    let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
+    let bar = step_bar("measuring", 1 + TYPES.len() as u64);
+    let memory = bench.read_rate();
+    bar.inc(1);
+    let products = TYPES.map(|ty| (ty, (bench.product_rate(ty), bar.inc(1)).0));
+    bar.finish_and_clear();
+    Ok(MachineFile::new((ram, drive), memory, products.into_iter(), (kernels.isa_name(), bench.pool.threads())))
+}
+
+/// Bytes per second of the drive below a file, if it has been calibrated.
+pub(crate) fn drive(file: &Path) -> Result<Option<f64>, CliError> {
+    let failed = |source| CliError::File { path: file.to_owned(), action: "find its drive", source };
+    let opened = DataFile::open(file, DirectMode::Never).map_err(|e| CliError::Failure(e.to_string()))?;
+    let device = DeviceId::of(&opened).map_err(failed)?;
+    // Calibrations that cannot be read are as good as none.
+    let store = CalibrationStore::of_user().ok();
+    Ok(store.and_then(|store| store.find(&device).ok().flatten()).map(|known| known.bytes_per_second))
+}
+
+fn describe(machine: &MachineFile) -> String {
+    let rate = |rate: f64| format!("{:.1} GB/s", rate / 1e9);
+    let mut out = format!("{:<12} {} with {} threads\n", "computes", machine.isa, machine.threads);
+    let drive = machine
+        .drive_bytes_per_second
+        .map_or("not known: name a file on a drive that `sluice bench disk` has measured".into(), rate);
+    let _ = writeln!(out, "{:<12} {drive}", "drive");
+    let _ = writeln!(out, "{:<12} {}", "memory", rate(machine.memory_bytes_per_second));
+    for (ty, product) in &machine.product_bytes_per_second {
+        let share = 100.0 * product / machine.memory_bytes_per_second;
+        let _ = writeln!(out, "{ty:<12} {} of weights, {share:.0} %", rate(*product));
+    }
+    out
+}
