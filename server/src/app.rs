@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::Response;
+use axum::http::{HeaderName, HeaderValue, Response};
 use axum::middleware::{self, Next};
 
 use sluice_sessions::Store;
@@ -28,6 +28,9 @@ use crate::page;
 const BODY: Duration = Duration::from_secs(30);
 /// How long it may send a body at all, so that a byte now and then does not keep its connection for ever.
 const WHOLE_BODY: Duration = Duration::from_secs(600);
+
+/// Says how answers differ from the models' own, if they were asked to.
+pub const LOSSY: HeaderName = HeaderName::from_static("x-sluice-lossy");
 
 /// Most requests that are prepared at a time.
 const PREPARING: usize = 2;
@@ -113,7 +116,10 @@ async fn not_allowed(request: Request) -> Response<Body> {
 async fn record(State(app): State<Arc<App>>, request: Request, next: Next) -> Response<Body> {
     let began = Instant::now();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let response = next.run(request).await;
+    let mut response = next.run(request).await;
+    if let Some(Ok(lossy)) = app.models.lossy().map(HeaderValue::from_str) {
+        response.headers_mut().insert(LOSSY, lossy);
+    }
     let status = response.status().as_u16();
     app.metrics.response(status);
     let milliseconds = began.elapsed().as_millis() as u64;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use sluice_dialect::Dialect;
 use sluice_format::{FormatError, ModelFile, VolumeName};
 use sluice_generate::{GenerationError, SchedulerOptions};
+use sluice_model::Thrift;
 use sluice_model::engine::{EngineOptions, RuntimeError};
 use sluice_text::ChatTemplate;
 
@@ -42,6 +43,10 @@ pub struct Facts {
     pub state_id: String,
     /// The source of its chat template, of the one for tools if there are several.
     pub template: Option<String>,
+    /// Whether it has a layer for multi-token prediction.
+    pub predicts: bool,
+    /// How its experts are chosen otherwise than its routers say, in words, if they are.
+    pub lossy: Option<String>,
 }
 
 struct Loaded {
@@ -80,7 +85,12 @@ impl Models {
             let taken = |id: &str| entries.iter().any(|entry| entry.id == id);
             let more = (2..).map(|n| format!("{name}-{n}"));
             let id = std::iter::once(name.clone()).chain(more).find(|id| !taken(id)).unwrap_or(name);
-            entries.push(Entry { id, path: path.clone(), facts: Facts::of(&file), loaded: Mutex::default() });
+            entries.push(Entry {
+                id,
+                path: path.clone(),
+                facts: Facts::of(&file, options.engine.thrift),
+                loaded: Mutex::default(),
+            });
         }
         Ok(Models { entries, engine: options.engine.clone(), scheduling, loading: tokio::sync::Mutex::new(()) })
     }
@@ -88,6 +98,11 @@ impl Models {
     /// The models, in the order of the command line.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
+    }
+
+    /// How experts are chosen otherwise than the routers of any of the models say, in words.
+    pub fn lossy(&self) -> Option<&str> {
+        self.entries.iter().find_map(|entry| entry.facts.lossy.as_deref())
     }
 
     /// The model of a name. With one model, every name means that one, since many clients send the name of somebody else's model.
@@ -154,7 +169,11 @@ impl Models {
         let entry = self.entries.iter().find(|entry| entry.id == id).expect("the name was found before");
         let mut options = self.engine.clone();
         options.budget = options.budget.map(|total| total.saturating_sub(busy));
+        options.prediction = self.scheduling.drafts.opens_prediction(entry.facts.predicts);
         let served = Served::open(entry.id.clone(), &entry.path, &options, self.scheduling.clone())?;
+        if let Some(lossy) = &entry.facts.lossy {
+            tracing::warn!(model = entry.id, lossy, "answers differ from the model's own");
+        }
         let (served, budget) = (Arc::new(served), options.budget);
         let least = served.model().least_budget();
         *entry.lock() = Some(Loaded { served: Arc::clone(&served), used: Instant::now(), budget, least });
@@ -248,7 +267,8 @@ impl Entry {
 }
 
 impl Facts {
-    fn of(file: &ModelFile) -> Self {
+    fn of(file: &ModelFile, thrift: Thrift) -> Self {
+        let thrift = thrift.in_model(file.spec());
         let metadata = std::fs::metadata(file.path()).ok();
         let written = metadata.as_ref().and_then(|m| m.modified().ok());
         let since = written.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
@@ -259,6 +279,8 @@ impl Facts {
             max_positions: file.spec().max_positions,
             state_id: file.state_id().to_string(),
             template: template(file),
+            predicts: file.spec().prediction.is_some(),
+            lossy: (!thrift.is_exact()).then(|| thrift.to_string()),
         }
     }
 }

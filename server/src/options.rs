@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sluice_generate::Drafts;
 use sluice_grammar::Form;
 use sluice_model::engine::EngineOptions;
 
@@ -38,6 +39,10 @@ pub struct ServerOptions {
     pub max_body: usize,
     /// How long answers may take to end once the server is told to end.
     pub grace: Duration,
+    /// Who proposes tokens, which one step checks together.
+    pub drafts: Drafts,
+    /// Tokens that are always proposed; `None`: as many as pay.
+    pub draft_tokens: Option<usize>,
     /// Whether logs may contain what clients write.
     pub log_prompts: bool,
     /// Whether the parts of a prompt that agents change on every call are made the same again, see [`hygiene`](crate::hygiene).
@@ -70,6 +75,8 @@ impl Default for ServerOptions {
             rest_after: Some(Duration::from_secs(300)),
             max_body: 32 << 20,
             grace: Duration::from_secs(30),
+            drafts: Drafts::Off,
+            draft_tokens: None,
             log_prompts: false,
             normalise: false,
             force: None,

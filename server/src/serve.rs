@@ -89,6 +89,8 @@ impl Server {
             queue: Some(options.queue),
             store: store.clone(),
             rest_after: options.rest_after,
+            drafts: options.drafts,
+            draft_tokens: options.draft_tokens,
             ..SchedulerOptions::default()
         };
         let models = Models::new(&options, scheduling)?;

@@ -2,8 +2,11 @@
 
 mod common;
 
+use std::num::NonZeroU16;
+
 use common::start;
 use serde_json::{Value, json};
+use sluice_model::{EngineOptions, Thrift};
 use sluice_server::ServerOptions;
 
 const GREEDY: &str = r#"{"temperature": 0, "num_predict": 10}"#;
@@ -90,4 +93,19 @@ async fn what_is_not_there_says_so() {
     assert!(wrong.json()["error"].as_str().unwrap().contains("`model`"), "{}", wrong.text);
     assert_eq!(server.get("/api/chat", &[]).await.status, 405);
     assert!(server.get("/api/nothing", &[]).await.json()["error"].is_string());
+}
+
+#[tokio::test]
+async fn answers_that_are_lossy_say_so() {
+    let engine = |n: u16| EngineOptions {
+        thrift: Thrift { top_k: NonZeroU16::new(n), ..Thrift::default() },
+        ..EngineOptions::default()
+    };
+    // The model has four experts per token.
+    for (n, lossy) in [(2, Some("at most 2 experts per token and layer")), (4, None)] {
+        let server = start(ServerOptions { engine: engine(n), ..ServerOptions::default() }).await;
+        let reply = server.post("/api/generate", with(json!({"prompt": "Speak.", "stream": false}))).await;
+        assert_eq!(reply.headers.get("x-sluice-lossy").map(|said| said.to_str().unwrap()), lossy);
+        assert_eq!(server.get("/status", &[]).await.json()["models"][0]["lossy"], json!(lossy));
+    }
 }

@@ -67,6 +67,7 @@ async fn status(State(app): State<Arc<App>>) -> Response<Body> {
             "family": entry.facts.family,
             "bytes": entry.facts.bytes,
             "loaded": served.is_some(),
+            "lossy": entry.facts.lossy,
             "idle_seconds": entry.idle_seconds(),
             "context": served.as_ref().map(|served| served.context()),
             "status": served.as_ref().map(|served| served.model().status()),
