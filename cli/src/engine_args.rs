@@ -1,13 +1,13 @@
 //! The options that every command which computes has in common.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::Path;
 
 use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use sluice_format::ModelFile;
 use sluice_model::memory::Bytes;
-use sluice_model::{Engine, EngineOptions, KvType, Prefetch, ReadEngineKind, Yields};
+use sluice_model::{Engine, EngineOptions, KvType, Preference, Prefetch, ReadEngineKind, Thrift, Yields};
 use sluice_storage::pool::PolicyKind;
 use sluice_text::{TextError, Tokenizer};
 
@@ -60,6 +60,20 @@ pub(crate) struct EngineArgs {
     /// Compute with f32 activations throughout: slower; for comparison with reference implementations
     #[arg(long)]
     pub(crate) exact: bool,
+
+    /// Lossy: generate with experts in memory in place of others whose scores are better by this part of the range of scores, or less
+    ///
+    /// 0.05, for instance, is 5 % of the distance between a token's best score and its lowest. Fewer experts are read, and the text
+    /// becomes another one, which depends on what is in memory: the same request can give another text the next time. Prompts are
+    /// read without it.
+    #[arg(long, value_name = "S", hide_short_help = true)]
+    pub(crate) expert_preference: Option<Preference>,
+
+    /// Lossy: use no more than this many experts per token and layer, fewer than the model was made for
+    ///
+    /// As if its config.json gave this number, such as num_experts_per_tok. (--top-k chooses among tokens.)
+    #[arg(long, value_name = "N", hide_short_help = true)]
+    pub(crate) top_k_experts: Option<NonZeroU16>,
 }
 
 /// Names of the read engines.
@@ -74,7 +88,12 @@ pub(crate) enum EngineChoice {
 impl EngineArgs {
     /// Opens the model for a sequence of `context` tokens. Reads all dense weights: seconds, for a large model.
     pub(crate) fn open(&self, path: &Path, context: usize) -> Result<Engine, CliError> {
-        let engine = self.open_with(path, &self.options(context))?;
+        self.open_as(path, &self.options(context))
+    }
+
+    /// As [`open`](Self::open), with options that begin with [`options`](Self::options).
+    pub(crate) fn open_as(&self, path: &Path, options: &EngineOptions) -> Result<Engine, CliError> {
+        let engine = self.open_with(path, options)?;
         self.say_what_is_lossy();
         Ok(engine)
     }
@@ -84,11 +103,20 @@ impl EngineArgs {
         self.open_with(path, &EngineOptions { budget: Some(budget), ..self.options(context) })
     }
 
+    /// As [`open_within`](Self::open_within), with the experts that the model's routers choose.
+    pub(crate) fn open_exactly(&self, path: &Path, context: usize, budget: u64) -> Result<Engine, CliError> {
+        let options = EngineOptions { budget: Some(budget), thrift: Thrift::default(), ..self.options(context) };
+        self.open_with(path, &options)
+    }
+
     fn open_with(&self, path: &Path, options: &EngineOptions) -> Result<Engine, CliError> {
         let spinner = spinner("opening the model");
         let engine = Engine::open(path, options);
         spinner.finish_and_clear();
         let engine = engine?;
+        if engine.thrift() != options.thrift {
+            note(&format_args!("note: in {}, {}", path.display(), engine.thrift()));
+        }
         let memory = engine.memory();
         if let Some(requested) = memory.requested.filter(|&requested| memory.effective < requested) {
             note(&format_args!(
@@ -108,6 +136,25 @@ impl EngineArgs {
                 self.kv_type
             ));
         }
+        if !self.thrift().is_exact() {
+            note(&format_args!("note: lossy: {}; results differ from the model's own", self.thrift()));
+        }
+    }
+
+    /// Refuses other experts than the model's routers choose, where those are what `command` measures.
+    pub(crate) fn refuse_thrift(&self, command: &str) -> Result<(), CliError> {
+        if self.thrift().is_exact() {
+            return Ok(());
+        }
+        let message = format!(
+            "{command} measures what the model's routers choose: leave --expert-preference and --top-k-experts out"
+        );
+        Err(CliError::Usage(message))
+    }
+
+    /// How experts are to be chosen otherwise than the model's routers say.
+    fn thrift(&self) -> Thrift {
+        Thrift { preference: self.expert_preference.unwrap_or_default(), top_k: self.top_k_experts }
     }
 
     /// What the arguments say, for a sequence of `context` tokens.
@@ -134,6 +181,7 @@ impl EngineArgs {
             yields: Yields::default(),
             mark_every: None,
             prediction: false,
+            thrift: self.thrift(),
         }
     }
 }

@@ -10,10 +10,12 @@ use sluice_model::router::Choice;
 use sluice_model::{Engine, Progress};
 use sluice_text::{Special, StopCondition, Tokenizer};
 
+use crate::drafts::DraftCounts;
 use crate::error::CliError;
 use crate::profile;
 use crate::progress::{Meter, step_bar};
 use crate::recorder::Recorder;
+use crate::terminal::note;
 
 pub(crate) use sluice_generate::Finish;
 
@@ -34,6 +36,8 @@ pub(crate) struct Request<'a> {
     pub(crate) special: Special,
     /// What to do when the context is full.
     pub(crate) when_full: WhenFull,
+    /// Who proposes tokens, among others.
+    pub(crate) scheduling: SchedulerOptions,
 }
 
 impl Request<'_> {
@@ -58,6 +62,7 @@ pub(crate) struct Generation {
     pub(crate) finish: Finish,
     /// Tokens that were dropped because the context was full.
     pub(crate) dropped: usize,
+    pub(crate) drafts: DraftCounts,
     pub(crate) prefill: profile::Phase,
     pub(crate) decode: profile::Phase,
 }
@@ -73,7 +78,7 @@ pub(crate) fn generate(
     mut recorder: Option<&mut Recorder>,
     sink: &mut TokenSink<'_>,
 ) -> Result<Generation, CliError> {
-    let mut scheduler = Scheduler::new(engine, request.tokenizer.cloned(), SchedulerOptions::default());
+    let mut scheduler = Scheduler::new(engine, request.tokenizer.cloned(), request.scheduling.clone());
     let (sender, events) = channel();
     let handle = scheduler.submit(request.to_library(), move |event| match sender.send(event) {
         Ok(()) => ControlFlow::Continue(()),
@@ -95,8 +100,14 @@ pub(crate) fn generate(
             done.take(event, sink)?;
         }
     }
-    let decode = profile::Phase::since(&before, engine);
+    let status = scheduler.status();
+    let drafts = DraftCounts { proposed: status.proposed, accepted: status.came_true };
+    let decode = profile::Phase::since(&before, engine).without(drafts.rejected());
+    if let Some(failure) = scheduler.draft_failure() {
+        note(&format_args!("note: the layer for multi-token prediction proposed nothing any more: {failure}"));
+    }
     Ok(Generation {
+        drafts,
         ids: done.ids,
         text: request.tokenizer.map(|_| done.text),
         finish: done.finish.unwrap_or(Finish::Cancelled),

@@ -4,12 +4,15 @@
 
 mod commands;
 mod doctor;
+mod drafts;
 mod engine_args;
 mod error;
+mod feed;
 mod fetch;
 mod generate;
 mod ids;
 mod input;
+mod machine;
 mod nearest;
 mod npy;
 mod plot;

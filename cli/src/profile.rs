@@ -8,6 +8,7 @@ use sluice_model::memory::{Bytes, MemoryPlan};
 use sluice_model::{Engine, Stats};
 use sluice_storage::io::TuningSource;
 
+use crate::drafts::DraftCounts;
 use crate::generate::Generation;
 use crate::plot::bars::{Bar, BarChart};
 use crate::terminal::{percent, seconds};
@@ -35,6 +36,8 @@ pub(crate) struct Phase {
     pub(crate) prefetched_wasted: u64,
     /// Hits among both; `None` when no expert was needed.
     pub(crate) hit_rate: Option<f64>,
+    /// Of both: chosen in place of the routers' own, because those in memory were preferred.
+    pub(crate) replaced: u64,
     /// Of the time: waiting for experts.
     pub(crate) io_wait_seconds: f64,
     /// Of the time: attention.
@@ -73,12 +76,25 @@ impl Phase {
             prefetched: b.prefetched - a.prefetched,
             prefetched_used: b.prefetched_used - a.prefetched_used,
             prefetched_wasted: b.prefetched_wasted - a.prefetched_wasted,
+            replaced: b.replaced - a.replaced,
             hit_rate: (hits + misses > 0).then(|| hits as f64 / (hits + misses) as f64),
             io_wait_seconds,
             attention_seconds,
             expert_seconds,
             head_seconds,
             other_seconds: (seconds - named).max(0.0),
+        }
+    }
+
+    /// Without rows that gave no token: of so many proposals that did not come true.
+    pub(crate) fn without(self, rejected: u64) -> Phase {
+        let tokens = self.tokens.saturating_sub(rejected);
+        let each = |total: f64, by: f64| if by > 0.0 { total / by } else { 0.0 };
+        Phase {
+            tokens,
+            tokens_per_second: each(tokens as f64, self.seconds),
+            expert_bytes_read_per_token: each(self.expert_bytes_read as f64, tokens as f64),
+            ..self
         }
     }
 
@@ -139,6 +155,8 @@ pub(crate) struct Profile {
     pub(crate) open_seconds: f64,
     pub(crate) prefill: Phase,
     pub(crate) decode: Phase,
+    /// What became of proposed tokens.
+    pub(crate) drafts: DraftCounts,
     /// Bytes of dense weights and embedding read.
     pub(crate) dense_bytes_read: u64,
     pub(crate) memory: MemoryPlan,
@@ -147,6 +165,8 @@ pub(crate) struct Profile {
     pub(crate) read_tuning: ReadTuning,
     pub(crate) isa: &'static str,
     pub(crate) threads: usize,
+    /// How experts were chosen otherwise than the model's routers say, in words; `None` if they were not.
+    pub(crate) lossy: Option<String>,
 }
 
 /// In which pieces the file is read.
@@ -191,18 +211,26 @@ impl ReadTuning {
     }
 }
 
+/// How experts are chosen otherwise than the model's routers say, in words, if they are.
+pub(crate) fn lossy(engine: &Engine) -> Option<String> {
+    let thrift = engine.thrift();
+    (!thrift.is_exact()).then(|| thrift.to_string())
+}
+
 impl Profile {
     pub(crate) fn new(engine: &Engine, generation: &Generation, open_seconds: f64) -> Profile {
         Profile {
             open_seconds,
             prefill: generation.prefill.clone(),
             decode: generation.decode.clone(),
+            drafts: generation.drafts,
             dense_bytes_read: engine.stats().dense_bytes_read,
             memory: engine.memory().clone(),
             read_path: engine.read_path(),
             read_tuning: ReadTuning::of(engine),
             isa: engine.isa(),
             threads: engine.threads(),
+            lossy: lossy(engine),
         }
     }
 
@@ -237,6 +265,18 @@ impl Profile {
             memory.kv_type,
             Bytes(memory.scratch),
         );
+        if self.drafts.proposed > 0 {
+            let DraftCounts { proposed, accepted } = self.drafts;
+            let _ = writeln!(out, "drafts    {proposed} tokens were proposed, {accepted} of them came true");
+        }
+        if let Some(lossy) = &self.lossy {
+            let _ = writeln!(out, "lossy     {lossy}");
+            let replaced = self.prefill.replaced + self.decode.replaced;
+            if replaced > 0 {
+                let all = [&self.prefill, &self.decode].map(|phase| phase.hits + phase.misses).iter().sum::<u64>();
+                let _ = writeln!(out, "          {replaced} of {all} experts were not the routers' own");
+            }
+        }
         let _ = writeln!(out, "reads     {}", self.read_path);
         let _ = writeln!(out, "          {}", self.read_tuning.line());
         let _ = writeln!(

@@ -4,6 +4,7 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::process::Output;
 
 use common::{
     assert_fails, copy_checkpoint, demo_checkpoint, demo_model, expected, json, sluice, sluice_with_input, stderr,
@@ -84,6 +85,83 @@ fn narrow_keys_and_values_are_asked_for_and_said() {
     let q8 = cache_bytes("q8");
     assert!(plain / 4 < q8 && q8 <= plain * 9 / 32, "{q8} of {plain}");
     assert_fails(&run("q4"), 2, &["--kv-type", "q8"]);
+}
+
+#[test]
+fn other_experts_are_asked_for_and_said() {
+    let least =
+        json(&sluice(&["inspect", demo_model(), "--json", "--context", "64"]))["least_budget"].as_u64().unwrap();
+    let budget = (least + (5 << 20)).to_string();
+    let args = ["run", demo_model(), "--prompt", "ROMEO:\n", "-n", "40", "--temperature", "0", "--budget", &budget];
+    let run =
+        |more: &[&str]| sluice(&[&args[..], &["--json", "--profile", "--forget", "--no-prefetch"], more].concat());
+    let own = run(&[]);
+    assert_eq!(json(&own)["profile"]["lossy"], Value::Null);
+    let missed = |output: &Output| json(output)["profile"]["decode"]["misses"].as_u64().unwrap();
+    for (option, value, words) in [
+        ("--expert-preference", "0.5", "experts in memory replace others that score better by up to 50 % of the range"),
+        ("--top-k-experts", "2", "at most 2 experts per token and layer"),
+    ] {
+        let output = run(&[option, value]);
+        assert_eq!(json(&output)["profile"]["lossy"], words);
+        assert_eq!(stderr(&output).matches(words).count(), 2, "{}", stderr(&output));
+        assert_ne!(json(&output)["text"], json(&own)["text"]);
+        assert!(missed(&output) < missed(&own), "{option}: {} of {}", missed(&output), missed(&own));
+        let trace = tempfile::tempdir().unwrap();
+        let file = trace.path().join("t.jsonl");
+        assert_fails(&run(&[option, value, "--trace", file.to_str().unwrap()]), 2, &["--trace", option]);
+    }
+    let same = run(&["--top-k-experts", "4"]);
+    assert_eq!(json(&same)["ids"], json(&own)["ids"]);
+    assert!(stderr(&same).contains("as the model's routers say"), "{}", stderr(&same));
+    for wrong in [["--expert-preference", "0"], ["--expert-preference", "2"], ["--top-k-experts", "0"]] {
+        assert_fails(&run(&wrong), 2, &[wrong[0]]);
+    }
+}
+
+#[test]
+fn what_other_experts_cost_is_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let eval = folder.path().join("beginning.txt");
+    fs::write(&eval, &fs::read(demo_checkpoint().join("eval.txt")).unwrap()[..1000]).unwrap();
+    let of = |command: &[&str], more: &[&str]| {
+        let text = ["--text", eval.to_str().unwrap(), "--window", "64", "--json"];
+        json(&sluice(&[command, &text, more].concat()))
+    };
+    let perplexity = |more: &[&str]| of(&["perplexity", demo_model()], more);
+    let compare = |more: &[&str]| of(&["compare", demo_model(), demo_model()], more);
+    let number = |value: &Value| value.as_f64().unwrap();
+    let (own, few) = (perplexity(&[]), perplexity(&["--top-k-experts", "1"]));
+    assert!(number(&few["perplexity"]) > number(&own["perplexity"]), "{few} against {own}");
+    assert_eq!((&own["lossy"], few["lossy"].as_str()), (&Value::Null, Some("at most 1 experts per token and layer")));
+    assert_eq!(number(&compare(&[])["divergence"]), 0.0);
+    let compared = compare(&["--top-k-experts", "1"]);
+    assert!(number(&compared["divergence"]) > 0.0);
+    for (side, alone) in [&own, &few].into_iter().enumerate() {
+        let ratio = number(&compared["perplexity"][side]) / number(&alone["perplexity"]);
+        assert!((ratio - 1.0).abs() < 1e-9, "{compared}");
+    }
+    assert_eq!(compared["lossy"], few["lossy"]);
+}
+
+#[test]
+fn drafts_are_counted_and_change_no_text() {
+    let args = ["run", demo_model(), "--prompt", "ROMEO:\nROMEO:\n", "-n", "48", "--json", "--profile"];
+    let run = |more: &[&str]| sluice(&[&args[..], more].concat());
+    let own = json(&run(&[]));
+    assert_eq!(own["profile"]["drafts"], serde_json::json!({"proposed": 0, "accepted": 0}));
+    for more in [&["--drafts", "lookup", "--draft-tokens", "3"][..], &["--drafts", "lookup"], &["--drafts", "auto"]] {
+        let output = run(more);
+        let report = json(&output);
+        assert_eq!((&report["ids"], &report["text"]), (&own["ids"], &own["text"]), "{more:?}");
+        assert_eq!(report["profile"]["decode"]["tokens"], own["profile"]["decode"]["tokens"], "{more:?}");
+        let proposed = report["profile"]["drafts"]["proposed"].as_u64().unwrap();
+        assert!(more.len() < 4 || proposed > 0, "{report}");
+        let said = format!("{proposed} tokens were proposed");
+        assert_eq!(stderr(&output).contains(&said), proposed > 0, "{}", stderr(&output));
+    }
+    assert_fails(&run(&["--drafts", "mtp"]), 1, &["multi-token prediction"]);
+    assert_fails(&run(&["--drafts", "always"]), 2, &["--drafts", "lookup"]);
 }
 
 #[test]

@@ -15,6 +15,7 @@ use sluice_storage::io::bench::median;
 use super::bench_decode::{Args, Drive, bytes_read};
 use super::bench_kernels::{Bench, TAME};
 use crate::error::CliError;
+use crate::profile::lossy;
 use crate::progress::step_bar;
 use crate::terminal::{print, print_json};
 
@@ -36,6 +37,8 @@ struct Outcome {
     milliseconds_per_step: f64,
     bytes_per_step: f64,
     bytes_per_token: f64,
+    /// How experts were chosen otherwise than the model's routers say, in words.
+    lossy: Option<String>,
     /// Distinct experts that a step uses, over all layers.
     union_of_experts: f64,
     hit_rate: f64,
@@ -180,6 +183,7 @@ fn measure(args: &Args, budget: Option<u64>, count: usize, total: usize) -> Resu
         milliseconds_per_step: step,
         bytes_per_step: bytes,
         bytes_per_token: bytes / count as f64,
+        lossy: lossy(&batch.engine),
         union_of_experts: uses / steps,
         hit_rate: (after.hits - before.hits) as f64 / uses.max(1.0),
         time_over_bound: step / bounds.largest(),
@@ -202,6 +206,7 @@ fn machine(file: &ModelFile, threads: usize) -> Result<(f64, f64), CliError> {
 
 fn describe(o: &Outcome) -> String {
     let budget = o.budget.map_or("as much as is useful".into(), |b| Bytes(b).to_string());
+    let lossy = o.lossy.as_ref().map(|lossy| format!("  lossy: {lossy}\n")).unwrap_or_default();
     let (fit, used) = match o.experts {
         0 => (String::new(), String::new()),
         all => {
@@ -213,7 +218,7 @@ fn describe(o: &Outcome) -> String {
     format!(
         "budget {budget}: {} in use{fit}; {} sequences\n  \
          {:.2} tokens/s in all; a step takes {:.1} ms and reads {}, {} per token\n  \
-         {used}bounds of a step: {}; the step takes {:.2} times the largest\n",
+         {used}bounds of a step: {}; the step takes {:.2} times the largest\n{lossy}",
         Bytes(o.memory_used),
         o.sequences,
         o.tokens_per_second,

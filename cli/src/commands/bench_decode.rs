@@ -18,6 +18,7 @@ use super::{bench_batch, bench_drive};
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
 use crate::plot::{self, LineChart, Series};
+use crate::profile::lossy;
 use crate::progress::step_bar;
 use crate::size::{parse_count, parse_drive, parse_size};
 use crate::terminal::{print, print_json};
@@ -124,6 +125,10 @@ struct Outcome {
     hit_rate: f64,
     prefetched: u64,
     prefetched_used: u64,
+    /// How experts were chosen otherwise than the model's routers say, in words.
+    lossy: Option<String>,
+    /// Experts that were not the routers' own, because those in memory were preferred.
+    replaced: u64,
     /// Bytes read ÷ time.
     achieved: f64,
     /// What the drive gives to random direct reads, measured around the decoding: median.
@@ -350,6 +355,8 @@ fn outcome(engine: &Engine, budget: Option<u64>, before: &Stats, each: &[Token],
         hit_rate: hits as f64 / (hits + misses).max(1) as f64,
         prefetched: after.prefetched - before.prefetched,
         prefetched_used: after.prefetched_used - before.prefetched_used,
+        lossy: lossy(engine),
+        replaced: after.replaced - before.replaced,
         achieved: bytes / seconds,
         attainable,
         achieved_of_attainable: bytes / seconds / attainable,
@@ -501,6 +508,9 @@ fn table(outcomes: &[Outcome]) -> String {
             out += &format!("  {} experts read ahead, {} of them used\n", o.prefetched, o.prefetched_used);
         }
         out += &regimes(o);
+        if let Some(lossy) = &o.lossy {
+            out += &format!("  lossy: {lossy}; {} experts were not the routers' own\n", o.replaced);
+        }
     }
     out
 }

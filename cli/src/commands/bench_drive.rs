@@ -19,6 +19,7 @@ use sluice_storage::pool::Packed;
 use super::bench_batch::{Batch, Bounds};
 use super::bench_decode::Args;
 use crate::error::CliError;
+use crate::profile::lossy;
 use crate::progress::step_bar;
 use crate::terminal::{print, print_json};
 
@@ -57,6 +58,8 @@ struct Outcome {
     hit_rate: f64,
     prefetched: u64,
     prefetched_used: u64,
+    /// How experts were chosen otherwise than the model's routers say, in words.
+    lossy: Option<String>,
     /// Distinct experts that a step uses, over all layers.
     union_of_experts: f64,
     bounds: Bounds,
@@ -307,6 +310,7 @@ fn outcome(
         hit_rate: counts.hits as f64 / uses.max(1.0),
         prefetched: counts.prefetched,
         prefetched_used: counts.prefetched_used,
+        lossy: lossy(engine),
         union_of_experts: uses / steps,
         time_over_bound: step / bounds.largest(),
         bounds,
@@ -330,6 +334,7 @@ fn drive_report(Bench { batch, speed, used, .. }: &Bench) -> DriveReport {
 fn describe(o: &Outcome) -> String {
     let budget = o.budget.map_or("as much as is useful".into(), |b| Bytes(b).to_string());
     let rate = |r: f64| format!("{}/s", Bytes(r as u64));
+    let lossy = o.lossy.as_ref().map(|lossy| format!("  lossy: {lossy}\n")).unwrap_or_default();
     let d = &o.drive;
     let reached = match d.reached_bytes_per_second {
         Some(reached) => {
@@ -352,7 +357,7 @@ fn describe(o: &Outcome) -> String {
          {:.2} tokens/s in all; a step takes {:.1} ms and misses {}, {} per token\n  \
          a step uses {:.0} different experts, {:.1} % of them in memory; {} prefetched, {} of them used\n  \
          computing alone {:.1} ms, the drive alone {:.1} ms: a step takes {:.2} times the longer\n  \
-         bounds of a step: {}; the step takes {:.2} times the largest\n",
+         bounds of a step: {}; the step takes {:.2} times the largest\n{lossy}",
         Bytes(o.memory_used),
         o.slots,
         o.experts,

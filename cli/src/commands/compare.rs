@@ -12,7 +12,9 @@ use sluice_model::memory::available_memory;
 use super::perplexity::read_ids;
 use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
+use crate::feed::feed;
 use crate::input::read_text;
+use crate::profile::lossy;
 use crate::progress::step_bar;
 use crate::terminal::{print, print_json};
 
@@ -20,11 +22,13 @@ const EXAMPLES: &str = "\
 A is the reference, such as a conversion without loss, and B another conversion of the same model. The text is cut \
 into windows as by `sluice perplexity`, and both predict every token but the first of each. The divergence is \
 Kullback-Leibler's, of what B says from what A says: 0 where both say the same. Both models are open at once, and \
-share the budget by the sizes of their files.
+share the budget by the sizes of their files. --expert-preference and --top-k-experts count for B alone, which can be A's \
+file: so what they cost is measured.
 
 Examples:
   sluice compare model-f32.sluice model-q4.sluice --text eval.txt
-  sluice compare model-q8.sluice model-q3.sluice --text eval.txt --window 512 --json";
+  sluice compare model-q8.sluice model-q3.sluice --text eval.txt --window 512 --json
+  sluice compare model.sluice model.sluice --text eval.txt --top-k-experts 6";
 
 /// Logits of the reference that are kept until the other model has computed its own: few rows at a time would read many experts
 /// again and again.
@@ -63,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let ids = read_ids(&args.reference, &args.text, window)?;
     check_other(args, &ids)?;
     let [first, second] = budgets(args)?;
-    let mut reference = args.engine.open_within(&args.reference, window, first)?;
+    let mut reference = args.engine.open_exactly(&args.reference, window, first)?;
     let mut other = args.engine.open_within(&args.other, window, second)?;
     args.engine.say_what_is_lossy();
     let comparison = compare(&mut reference, &mut other, &ids, window)?;
@@ -72,7 +76,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
             return Err(CliError::NotANumber { file: file.clone() });
         }
     }
-    report(args, &comparison)
+    report(args, &comparison, lossy(&other))
 }
 
 /// Refuses a model that reads the text as other tokens, or has others. One without a tokenizer takes the reference's.
@@ -123,7 +127,7 @@ fn compare(reference: &mut Engine, other: &mut Engine, ids: &[u32], window: usiz
         for (given, targets) in given.chunks(rows).zip(targets.chunks(rows)) {
             kept.clear();
             reference.forward_all(&mut of_reference, given, &mut |_, row| kept.extend_from_slice(row))?;
-            other.forward_all(&mut of_other, given, &mut |i, row| {
+            feed(other, &mut of_other, given, &mut |i, row| {
                 comparison.add(&kept[i * vocab..(i + 1) * vocab], row, targets[i]);
                 bar.inc(1);
             })?;
@@ -133,7 +137,8 @@ fn compare(reference: &mut Engine, other: &mut Engine, ids: &[u32], window: usiz
     Ok(comparison)
 }
 
-fn report(args: &Args, comparison: &Comparison) -> Result<(), CliError> {
+/// `lossy`: how the experts of B were chosen otherwise than its routers say.
+fn report(args: &Args, comparison: &Comparison, lossy: Option<String>) -> Result<(), CliError> {
     let &Comparison { tokens, nll, max_divergence, max_difference, .. } = comparison;
     let (divergence, agreement) = (comparison.mean_divergence(), comparison.agreement());
     let [of_reference, of_other] = comparison.perplexity();
@@ -146,14 +151,16 @@ fn report(args: &Args, comparison: &Comparison) -> Result<(), CliError> {
             "max_logit_difference": max_difference,
             "perplexity": [of_reference, of_other],
             "nll": nll,
+            "lossy": lossy,
         }));
     }
+    let lossy = lossy.map(|lossy| format!("B is lossy        {lossy}\n")).unwrap_or_default();
     let change = (of_other / of_reference - 1.0) * 100.0;
     print(&format!(
         "divergence        {divergence:.6} nats per token (at most {max_divergence:.4})\n\
          same first choice {:.2} % of {tokens} tokens in windows of {}\n\
          perplexity        {of_reference:.4} and {of_other:.4} ({change:+.2} %)\n\
-         logits            differ by {max_difference:.4} at most\n",
+         logits            differ by {max_difference:.4} at most\n{lossy}",
         agreement * 100.0,
         args.window,
     ))

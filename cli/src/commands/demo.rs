@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use sluice_converter::{Options, TypeChoice, convert};
 use sluice_format::{ModelFile, TOKENIZER_BLOB, WeightType};
-use sluice_generate::WhenFull;
 use sluice_generate::sampler::SamplerConfig;
+use sluice_generate::{SchedulerOptions, WhenFull};
 use sluice_model::memory::{Bytes, Demand, MemoryPlan};
 use sluice_model::{Engine, EngineOptions, KvType};
 use sluice_text::{Special, StopCondition, Tokenizer};
@@ -259,6 +259,7 @@ fn speak(engine: &mut Engine, sink: &mut dyn FnMut(&str) -> Result<(), CliError>
         tokenizer: Some(&tokenizer),
         special: Special::Markup,
         when_full: WhenFull::Stop,
+        scheduling: SchedulerOptions::default(),
     };
     generate(engine, &request, None, &mut |_, text| sink(text))
 }

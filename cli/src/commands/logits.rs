@@ -9,6 +9,7 @@ use sluice_model::Engine;
 
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
+use crate::feed::feed;
 use crate::ids::{TokenIds, check_ids};
 use crate::npy;
 
@@ -33,7 +34,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE.npy")]
     out: PathBuf,
 
-    /// One token at a time through the key-value cache, as text is generated, instead of all at once
+    /// One token at a time through the key-value cache, as text is generated, instead of all at once; with --expert-preference always
     #[arg(long)]
     step: bool,
 
@@ -65,7 +66,7 @@ fn compute(engine: &mut Engine, model: &Path, ids: &[u32], step: bool, mut out: 
     let mut sequence = engine.new_sequence();
     let mut finite = true;
     for part in ids.chunks(if step { 1 } else { ids.len() }) {
-        engine.forward_all(&mut sequence, part, &mut |_, row| {
+        feed(engine, &mut sequence, part, &mut |_, row| {
             finite &= row.iter().all(|x| x.is_finite());
             out.push(row);
         })?;

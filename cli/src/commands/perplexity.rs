@@ -10,13 +10,16 @@ use sluice_model::Engine;
 
 use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
+use crate::feed::feed;
 use crate::input::read_text;
+use crate::profile::lossy;
 use crate::progress::step_bar;
 use crate::terminal::{print, print_json};
 
 const EXAMPLES: &str = "\
 The text is cut into windows of N + 1 tokens that overlap by one. Each window starts without memory of the \
-one before; its first token is given, the N others are scored. `nll` is the sum of -ln p in nats.
+one before; its first token is given, the N others are scored. `nll` is the sum of -ln p in nats. With \
+--expert-preference, tokens go through the model one by one, as text is generated.
 
 Examples:
   sluice perplexity model.sluice --text eval.txt
@@ -50,6 +53,8 @@ struct Score {
     perplexity: f64,
     nll: f64,
     tokens: u64,
+    /// How experts were chosen otherwise than the model's routers say, in words.
+    lossy: Option<String>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
@@ -63,8 +68,11 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if args.json {
         return print_json(&score);
     }
-    let Score { perplexity, nll, tokens } = score;
-    print(&format!("perplexity {perplexity:.4} over {tokens} tokens in windows of {window} (nll {nll:.3} nats)\n"))
+    let Score { perplexity, nll, tokens, lossy } = score;
+    let lossy = lossy.map(|lossy| format!("lossy: {lossy}\n")).unwrap_or_default();
+    print(&format!(
+        "perplexity {perplexity:.4} over {tokens} tokens in windows of {window} (nll {nll:.3} nats)\n{lossy}"
+    ))
 }
 
 /// The tokens of a text: two at least, to be run in windows that the model must be able to take.
@@ -100,7 +108,7 @@ fn score(engine: &mut Engine, ids: &[u32], window: usize) -> Result<Score, CliEr
         let ids = &ids[start..ids.len().min(start + window + 1)];
         let targets = &ids[1..];
         sequence.clear();
-        engine.forward_all(&mut sequence, &ids[..ids.len() - 1], &mut |i, row| {
+        feed(engine, &mut sequence, &ids[..ids.len() - 1], &mut |i, row| {
             nll -= LogProbabilities::new(row).of(targets[i]);
             tokens += 1;
             bar.inc(1);
@@ -108,5 +116,5 @@ fn score(engine: &mut Engine, ids: &[u32], window: usize) -> Result<Score, CliEr
     }
     bar.finish_and_clear();
     let perplexity = (nll / tokens as f64).exp();
-    Ok(Score { perplexity, nll, tokens })
+    Ok(Score { perplexity, nll, tokens, lossy: lossy(engine) })
 }

@@ -9,10 +9,11 @@ use serde_json::json;
 use sluice_format::ModelFile;
 use sluice_generate::WhenFull;
 use sluice_generate::sampler::SamplerConfig;
-use sluice_model::Engine;
 use sluice_model::memory::{Demand, MemoryPlan};
+use sluice_model::{Engine, EngineOptions};
 use sluice_text::{ChatTemplate, GenerationDefaults, Message, Special, StopCondition, Tokenizer, encode_chat};
 
+use crate::drafts::DraftArgs;
 use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
 use crate::generate::{Finish, Generation, Request, generate};
@@ -112,6 +113,9 @@ pub(crate) struct Args {
     sampling: SamplingArgs,
 
     #[command(flatten)]
+    drafts: DraftArgs,
+
+    #[command(flatten)]
     engine: EngineArgs,
 
     /// Tokens that the key-value cache has room for [default: prompt and -n; with -n -1 the model's limit, or what fits into a
@@ -156,10 +160,13 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if let Some(trace) = &args.trace {
         let prompt = args.prompt_file.as_deref().unwrap_or(&args.file);
         CliError::refuse_output(trace, &[&args.file, prompt])?;
+        args.engine.refuse_thrift("run --trace")?;
     }
     plot::check_target(args.profile_svg.as_deref(), &args.file)?;
     let prepared = prepare(args)?;
-    let mut engine = args.engine.open(&args.file, prepared.context)?;
+    let prediction = args.drafts.predicts(&ModelFile::open(&args.file)?);
+    let options = EngineOptions { prediction, ..args.engine.options(prepared.context) };
+    let mut engine = args.engine.open_as(&args.file, &options)?;
     let open_seconds = started.elapsed().as_secs_f64();
     let request = Request {
         prompt: &prepared.prompt,
@@ -169,6 +176,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         tokenizer: prepared.tokenizer.as_ref(),
         special: if args.special { Special::Shown } else { Special::Markup },
         when_full: prepared.when_full,
+        scheduling: args.drafts.options(),
     };
     let mut recorder = args.trace.as_deref().map(|path| Recorder::start(path, &engine)).transpose()?;
     let generation = stream(args, &mut engine, &request, recorder.as_mut()).inspect_err(|_| {

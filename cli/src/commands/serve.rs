@@ -9,6 +9,7 @@ use sluice_model::EngineOptions;
 use sluice_server::logs::{self, LogFormat};
 use sluice_server::{Guard, ServerOptions, SessionOptions, serve_until_told};
 
+use crate::drafts::DraftArgs;
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
 use crate::size::{parse_count, parse_size};
@@ -102,6 +103,9 @@ pub(crate) struct Args {
     log_prompts: bool,
 
     #[command(flatten)]
+    drafts: DraftArgs,
+
+    #[command(flatten)]
     engine: EngineArgs,
 }
 
@@ -142,6 +146,8 @@ fn options(args: &Args) -> Result<ServerOptions, CliError> {
         queue: args.queue.get(),
         sessions: args.sessions.as_ref().map(sessions),
         grace: Duration::from_secs(args.grace),
+        drafts: args.drafts.drafts(),
+        draft_tokens: args.drafts.tokens(),
         log_prompts: args.log_prompts,
         normalise: args.normalise_agents,
         ..ServerOptions::default()

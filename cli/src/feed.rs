@@ -1,0 +1,20 @@
+//! Tokens whose logits are all wanted, as they go through a model.
+
+use sluice_model::{Control, Engine, RuntimeError, Sequence, Span};
+
+/// Appends tokens to a sequence; calls `sink` with the index and the logits `[vocab]` of each. As a prompt, all at once; but where
+/// experts in memory are preferred, one by one as text is generated, because prompts are read without that.
+pub(crate) fn feed(
+    engine: &mut Engine,
+    sequence: &mut Sequence,
+    tokens: &[u32],
+    sink: &mut dyn FnMut(usize, &[f32]),
+) -> Result<(), RuntimeError> {
+    if engine.thrift().preference.is_none() {
+        return engine.forward_all(sequence, tokens, sink);
+    }
+    tokens.iter().enumerate().try_for_each(|(index, token)| {
+        let mut sink = |_: usize, _: usize, row: &[f32]| sink(index, row);
+        engine.step(&mut [Span::decode(sequence, token)], &mut Control::default(), &mut sink)
+    })
+}
