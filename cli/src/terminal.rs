@@ -117,6 +117,12 @@ pub(crate) fn print_json(value: &impl Serialize) -> Result<(), CliError> {
     print_as_is(&(escape_json(&json) + "\n"))
 }
 
+/// Writes one JSON value on a line of its own to standard output.
+pub(crate) fn print_json_line(value: &impl Serialize) -> Result<(), CliError> {
+    let json = serde_json::to_string(value).map_err(|e| CliError::Failure(format!("cannot write JSON: {e}")))?;
+    print_as_is(&(escape_json(&json) + "\n"))
+}
+
 /// A number of single precision for JSON: the shortest that means it, as it was given, and not 0.699999988079071.
 pub(crate) fn json_number(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
@@ -158,6 +164,11 @@ pub(crate) fn byte_bar(what: &'static str, bytes: u64) -> ProgressBar {
 /// Progress through steps, with the time remaining.
 pub(crate) fn step_bar(what: impl Into<std::borrow::Cow<'static, str>>, steps: u64) -> ProgressBar {
     bar(steps, "{prefix:.bold} {bar:32.cyan} {percent} %  {eta} left").with_prefix(what)
+}
+
+/// Progress through things that are counted, with a message behind it.
+pub(crate) fn count_bar(what: &'static str, count: u64) -> ProgressBar {
+    bar(count, "{prefix:.bold} {bar:24.cyan} {pos} of {len}  {wide_msg}").with_prefix(what)
 }
 
 /// A sign of life, for work whose length is not known.

@@ -192,17 +192,21 @@ pub fn serve_until_told(
     let runtime = runtime.map_err(ServerError::Runtime)?;
     runtime.block_on(async {
         let server = Server::bind(options, insecure).await?;
-        let ended = told_to_end()?;
+        let ended = told_to_end().map_err(ServerError::Runtime)?;
         ready(server.address().map_err(ServerError::Runtime)?);
         server.serve(ended).await;
         Ok(())
     })
 }
 
-fn told_to_end() -> Result<impl Future<Output = ()>, ServerError> {
+/// Ends once the process is told to end (SIGINT, SIGTERM).
+///
+/// # Errors
+/// What the system says.
+pub fn told_to_end() -> io::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate()).map_err(ServerError::Runtime)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(ServerError::Runtime)?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     Ok(async move {
         tokio::select! {
             _ = terminate.recv() => {}

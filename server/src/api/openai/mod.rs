@@ -4,6 +4,7 @@ mod batches;
 mod chat;
 mod chat_reply;
 mod completions;
+pub mod line;
 mod logprobs;
 mod models;
 pub mod request;

@@ -16,6 +16,8 @@ mod tools;
 #[cfg(test)]
 mod tests;
 
+pub use reply::{Maker, ResponsesFold};
+
 use std::sync::Arc;
 
 use axum::Router;
