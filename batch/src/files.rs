@@ -201,7 +201,7 @@ impl<'a> Scan<'a> {
             self.offset += self.filled as u64;
             self.start = 0;
         }
-        let end = self.filled.min(self.start + most);
+        let end = self.filled.min(self.start.saturating_add(most));
         let taken = &self.buffer[self.start..end];
         self.start = end;
         Ok(taken)

@@ -98,9 +98,9 @@ impl Width {
     pub fn best(file: &ModelFile, budget: Option<u64>, kv_type: KvType, load: &Load, rates: &Rates) -> Option<Width> {
         let most = load.answers.clamp(1, MOST);
         // Powers of two and what lies in the middle between them.
-        let steps =
-            (0..).flat_map(|power| [1_usize << power, (1 << power) + (1 << power >> 1)]).take_while(|n| *n < most);
-        let mut sizes: Vec<usize> = steps.chain([most]).collect();
+        let powers = (0..usize::BITS).map(|power| 1_usize << power);
+        let mut sizes: Vec<usize> =
+            powers.flat_map(|n| [n, n + n / 2]).take_while(|n| *n < most).chain([most]).collect();
         sizes.dedup();
         let widths = sizes.into_iter().map_while(|n| Self::of(file, budget, kv_type, load, rates, n));
         let widths: Vec<Width> = widths.collect();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::StreamExt as _;
+use serde_json::Value;
 use sluice_batch::{
     Answerer, Batch, BatchError, Ending, Event, Events, Failure, Identity, Job, Line, Ongoing, Progress, Summary,
     Token, number_of,
@@ -24,9 +25,10 @@ use crate::api::openai::line::{generated, make_repeatable, prepare};
 use crate::ask::Ask;
 use crate::error::{ApiError, Flavour, Kind, PANICKED};
 use crate::live::Live;
+use crate::models::Models;
 use crate::reply::Fold;
 use crate::run::side_by_side;
-use crate::served::{Repeatable, Served};
+use crate::served::{Hears, Repeatable, Served};
 
 /// Files of a model besides its weights that answers depend on: templates, and settings that its authors recommend.
 const TEXT_FILES: [&str; 6] = [
@@ -58,8 +60,8 @@ pub struct BatchAnswerer {
     runtime: Handle,
     live: Live,
     priority: Priority,
-    /// The only path that requests may name.
-    endpoint: Option<String>,
+    /// The only path that requests may name, and the models that there are.
+    only: Option<(String, Arc<Models>)>,
     pieces: Option<Pieces>,
 }
 
@@ -67,13 +69,13 @@ impl BatchAnswerer {
     /// Answers with this model, on the threads of a runtime.
     pub fn new(served: Arc<Served>, runtime: Handle) -> Self {
         let (live, priority) = (Live::default(), Priority::Usual);
-        BatchAnswerer { served, runtime, live, priority, endpoint: None, pieces: None }
+        BatchAnswerer { served, runtime, live, priority, only: None, pieces: None }
     }
 
-    /// The same, for requests that nobody waits for, which all name this path; their answers are in the list `live`.
+    /// The same, for requests that nobody waits for, and that all name this path and one of these models.
     #[must_use]
-    pub fn in_background(self, endpoint: String, live: Live) -> Self {
-        BatchAnswerer { live, priority: Priority::Background, endpoint: Some(endpoint), ..self }
+    pub fn in_background(self, endpoint: String, models: Arc<Models>) -> Self {
+        BatchAnswerer { priority: Priority::Background, only: Some((endpoint, models)), ..self }
     }
 
     /// The same, with somebody who sees the pieces as they come.
@@ -84,9 +86,17 @@ impl BatchAnswerer {
 
     /// Puts the generations of a request into the model's queue.
     fn start(&self, job: &mut Job) -> Result<(Vec<Answer>, Box<dyn Fold>), ApiError> {
-        if let Some(endpoint) = self.endpoint.as_ref().filter(|endpoint| **endpoint != job.line.url) {
-            let message = format!("`url` is {:?}, but the batch is for {endpoint}", job.line.url);
-            return Err(ApiError::field("url", message).code("mismatched_url"));
+        if let Some((endpoint, models)) = &self.only {
+            if *endpoint != job.line.url {
+                let message = format!("`url` is {:?}, but the batch is for {endpoint}", job.line.url);
+                return Err(ApiError::field("url", message).code("mismatched_url"));
+            }
+            let model = &models.find(job.line.body.get("model").and_then(Value::as_str).unwrap_or_default())?.id;
+            if *model != self.served.id {
+                let message =
+                    format!("`model` is {model:?}, but the first request of the batch is for {:?}", self.served.id);
+                return Err(ApiError::field("model", message).code("mismatched_model"));
+            }
         }
         let (asks, fold) = prepare(&job.line, &self.served.id)?;
         let mut answers = Vec::new();
@@ -105,7 +115,7 @@ impl BatchAnswerer {
             let hears = move |sampled| {
                 events.send(Event::Sampled { request, answer: answer as u32, token: token_of(sampled) });
             };
-            (sampled.into_iter().map(sampled_of).collect(), Box::new(hears) as _)
+            (sampled.into_iter().map(sampled_of).collect(), Box::new(hears) as Hears)
         };
         let Line { custom_id, .. } = &job.line;
         Repeatable {
@@ -139,11 +149,7 @@ impl Answerer for BatchAnswerer {
 }
 
 /// Waits for all answers, and makes an object of them.
-async fn gather(
-    answers: Vec<Answer>,
-    mut fold: Box<dyn Fold>,
-    pieces: Option<Pieces>,
-) -> Result<serde_json::Value, ApiError> {
+async fn gather(answers: Vec<Answer>, mut fold: Box<dyn Fold>, pieces: Option<Pieces>) -> Result<Value, ApiError> {
     let mut steps = side_by_side(answers);
     while let Some((index, step)) = steps.next().await {
         if let (Some(pieces), Step::Piece(piece, _)) = (&pieces, &step) {
@@ -171,7 +177,7 @@ struct Delivery {
 }
 
 impl Delivery {
-    fn deliver(&mut self, custom_id: &str, outcome: Result<serde_json::Value, ApiError>) {
+    fn deliver(&mut self, custom_id: &str, outcome: Result<Value, ApiError>) {
         self.delivered = true;
         let outcome = match outcome {
             Ok(mut body) => {

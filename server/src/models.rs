@@ -193,6 +193,11 @@ impl Entry {
         Some(Arc::clone(&loaded.served))
     }
 
+    /// The model file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The model, if it is loaded, for somebody who only looks.
     pub fn peek(&self) -> Option<Arc<Served>> {
         self.lock().as_ref().map(|loaded| Arc::clone(&loaded.served))

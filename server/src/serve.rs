@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -19,8 +20,9 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::app::{App, router};
+use crate::batches::{Batches, worker};
 use crate::models::Models;
-use crate::options::{ServerOptions, SessionOptions};
+use crate::options::{BatchOptions, ServerOptions, SessionOptions};
 use crate::stalled::Unstalled;
 
 /// How long a client may take to send the head of a request.
@@ -46,6 +48,14 @@ pub enum ServerError {
     /// The folder of responses.
     #[error("the folder of responses cannot be used: {0}")]
     Responses(io::Error),
+    /// The folder of batches.
+    #[error("the folder of batches {} cannot be used: {source}", folder.display())]
+    Batches {
+        /// The folder.
+        folder: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
     /// The address.
     #[error("cannot listen at {address}: {source}")]
     Listen {
@@ -92,8 +102,9 @@ impl Server {
             ..SchedulerOptions::default()
         };
         let models = Models::new(&options, scheduling)?;
+        let batches = options.batches.as_ref().map(open_batches).transpose()?;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })?;
-        let app = App::new(options, models, store);
+        let app = App::new(options, models, store, batches);
         app.responses.open().map_err(ServerError::Responses)?;
         Ok(Server { app, listener })
     }
@@ -111,6 +122,10 @@ impl Server {
     pub async fn serve(self, ended: impl Future<Output = ()>) {
         let Server { app, listener } = self;
         let router = router(&app);
+        let worker = app.batches.clone().map(|batches| {
+            let (app, runtime) = (Arc::clone(&app), tokio::runtime::Handle::current());
+            tokio::task::spawn_blocking(move || worker::work(&app, &batches, &runtime))
+        });
         let graceful = GracefulShutdown::new();
         let places = Arc::new(Semaphore::new(CONNECTIONS));
         tokio::pin!(ended);
@@ -135,6 +150,13 @@ impl Server {
         }
         app.closing.store(true, Ordering::Relaxed);
         drop(listener);
+        if let Some(batches) = &app.batches {
+            batches.close();
+        }
+        if let Some(worker) = worker {
+            // A panic over there has been reported.
+            let _ = worker.await;
+        }
         end(&app, graceful).await;
     }
 }
@@ -142,6 +164,11 @@ impl Server {
 fn open_store(options: &SessionOptions) -> Result<Arc<Store>, StoreError> {
     let SessionOptions { folder, max_bytes, expire_after } = options.clone();
     Store::open(StoreOptions { folder, max_bytes, expire_after }).map(Arc::new)
+}
+
+fn open_batches(options: &BatchOptions) -> Result<Arc<Batches>, ServerError> {
+    let failed = |source| ServerError::Batches { folder: options.folder.clone(), source };
+    Batches::open(options.clone()).map(Arc::new).map_err(failed)
 }
 
 async fn accept(

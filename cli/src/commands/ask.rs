@@ -156,7 +156,12 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         )));
     }
     let options = Options { input: request, output: folder.join("result.jsonl"), ..Options::default() };
-    answer(args, options, overnight)?;
+    let answered = answer(args, options, overnight);
+    if overnight && matches!(answered, Err(CliError::SomeFailed(_))) {
+        // There is nothing to go on with.
+        fs::remove_dir_all(&folder).map_err(CliError::file(&folder, "remove it"))?;
+    }
+    answered?;
     if overnight {
         fs::remove_dir_all(&folder).map_err(CliError::file(&folder, "remove it, though the answer is whole"))?;
         note(&format_args!("the answer is in {}", args.out.display()));

@@ -18,6 +18,7 @@ use axum::routing::{get, post};
 
 use crate::app::App;
 
+pub use batches::BatchRequest;
 pub use chat::ChatRequest;
 pub use completions::CompletionRequest;
 

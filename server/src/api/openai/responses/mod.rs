@@ -16,6 +16,7 @@ mod tools;
 #[cfg(test)]
 mod tests;
 
+pub use handlers::{ItemsQuery, page};
 pub use reply::{Maker, ResponsesFold};
 
 use std::sync::Arc;
