@@ -160,10 +160,15 @@ fn model(input: &Path, index: &Index) -> Result<String, Halt> {
     Err(Halt::Failed(Problem { code: "empty_batch".into(), message, line: None, param: Some("input_file_id".into()) }))
 }
 
+/// What keeps results from their files passes: when somebody has made room, for instance.
+fn later(error: ApiError) -> Halt {
+    Halt::Later(error.message)
+}
+
 /// Puts the results into files of their own, those of requests that failed apart. Done again after a crash, it only leaves files behind that
 /// nobody knows.
 fn settle(batches: &Batches, id: &str, options: &Options) -> Result<(), Halt> {
-    let (mut output, mut errors) = (batches.upload()?, batches.upload()?);
+    let (mut output, mut errors) = (batches.upload().map_err(later)?, batches.upload().map_err(later)?);
     let mut counts = Counts { total: options.index(&SystemFiles)?.entries.len(), ..Counts::default() };
     for line in BufReader::new(File::open(&options.output)?).split(b'\n') {
         let mut line = line?;
@@ -171,15 +176,15 @@ fn settle(batches: &Batches, id: &str, options: &Options) -> Result<(), Halt> {
         line.push(b'\n');
         if value["error"].is_null() {
             counts.completed += 1;
-            output.write(&line)?;
+            output.write(&line).map_err(later)?;
         } else {
             counts.failed += 1;
-            errors.write(&line)?;
+            errors.write(&line).map_err(later)?;
         }
     }
     let keep = |upload: super::Upload<'_>, count: usize, name: &str| match count {
         0 => Ok(None),
-        _ => upload.keep(format!("{id}_{name}.jsonl"), "batch_output").map(|file| Some(file.id)),
+        _ => upload.keep(format!("{id}_{name}.jsonl"), "batch_output").map(|file| Some(file.id)).map_err(later),
     };
     let (output, errors) = (keep(output, counts.completed, "output")?, keep(errors, counts.failed, "error")?);
     batches.change(id, |batch| {

@@ -232,6 +232,41 @@ fn interrupted_it_says_how_to_go_on() {
     assert_fails(&done, 130, &["interrupted", "The same command goes on"]);
 }
 
+/// Most memory that a process has had, in KiB.
+#[cfg(target_os = "linux")]
+fn peak_memory(child: &Child) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn ten_thousand_requests_take_no_more_memory_than_a_hundred() {
+    let peak = |count: usize| {
+        // Most of a line is nothing to the model, but it has to be read.
+        let line = |number: usize| {
+            json!({"prompt": format!("{number}"), "max_tokens": 100, "user": "x".repeat(2500)}).to_string() + "\n"
+        };
+        let requests: String = (0..count).map(line).collect();
+        let run = Run::new(&requests);
+        let mut child = run.spawn();
+        let began = Instant::now();
+        // Until some are answered.
+        let answered = || fs::read_to_string(&run.output).is_ok_and(|text| text.lines().count() >= 4);
+        while !answered() && began.elapsed() < Duration::from_secs(300) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let peak = peak_memory(&child);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        (peak, requests.len() as u64 / 1024)
+    };
+    let ((few, _), (many, input)) = (peak(100), peak(10_000));
+    assert!(input > 20_000, "an input of {input} KiB");
+    assert!(many < few + 8_000, "{many} KiB with 10000 requests, {few} with 100");
+}
+
 #[test]
 fn what_a_run_does_not_belong_to_is_refused() {
     let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 2}\n");
