@@ -149,8 +149,9 @@ impl Journal {
         let count = read_full(&*file, &mut bytes, 0).map_err(io("read the journal"))?;
         bytes.truncate(count);
         let found = Header::parse(&bytes);
-        let is_torn =
-            JOURNAL_MAGIC.starts_with(&bytes[..count.min(JOURNAL_MAGIC.len())]) || bytes.iter().all(|b| *b == 0);
+        // A crash of the system can leave zeros in the place of what was not written yet.
+        let written = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        let is_torn = JOURNAL_MAGIC.starts_with(&bytes[..written.min(JOURNAL_MAGIC.len())]);
         if found.is_none() && !is_torn {
             return Err(BatchError::NotAJournal { path: path.to_owned() });
         }

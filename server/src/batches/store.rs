@@ -401,3 +401,64 @@ fn missing(what: &str, id: &str) -> ApiError {
 fn unwritten(error: io::Error) -> ApiError {
     ApiError::new(Kind::Internal, format!("the folder of batches cannot be used: {error}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(folder: &Path) -> Batches {
+        Batches::open(BatchOptions { largest_file: 10, max_bytes: 15, ..BatchOptions::new(folder.to_owned()) }).unwrap()
+    }
+
+    fn upload(batches: &Batches, bytes: &[u8]) -> Result<FileObject, ApiError> {
+        let mut upload = batches.upload()?;
+        bytes.chunks(3).try_for_each(|piece| upload.receive(piece))?;
+        upload.keep("in.jsonl".into(), "batch")
+    }
+
+    fn batch_of(file: &FileObject) -> NewBatch {
+        NewBatch {
+            input_file_id: file.id.clone(),
+            endpoint: "/v1/completions".into(),
+            completion_window: "24h".into(),
+            metadata: None,
+        }
+    }
+
+    #[test]
+    fn files_and_batches_survive_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let batches = open(folder.path());
+        let file = upload(&batches, b"12345678").unwrap();
+        let batch = batches.create(batch_of(&file)).unwrap();
+        batches.cancel(&batch.id).unwrap();
+        assert!(Batches::open(BatchOptions::new(folder.path().to_owned())).is_err(), "one server has the folder");
+        drop(batches.upload().unwrap());
+        drop(batches);
+        fs::write(folder.path().join("files/file-x.jsonl.partial"), "left by a crash").unwrap();
+        let batches = open(folder.path());
+        assert_eq!(batches.files(), [file.clone()]);
+        assert_eq!(fs::read(batches.content(&file.id)).unwrap(), b"12345678");
+        assert_eq!(batches.batch(&batch.id).unwrap().status, Status::Cancelling);
+        assert_eq!(fs::read_dir(folder.path().join("files")).unwrap().count(), 2, "content and description");
+    }
+
+    #[test]
+    fn files_are_bounded_and_kept_while_they_are_needed() {
+        let folder = tempfile::tempdir().unwrap();
+        let batches = open(folder.path());
+        assert_eq!(upload(&batches, &[b'x'; 11]).unwrap_err().kind, Kind::TooLarge);
+        let file = upload(&batches, &[b'x'; 10]).unwrap();
+        assert_eq!(upload(&batches, &[b'x'; 6]).unwrap_err().kind, Kind::TooLarge, "all together");
+        let batch = batches.create(batch_of(&file)).unwrap();
+        assert_eq!(batches.delete(&file.id).unwrap_err().kind, Kind::Invalid);
+        let (next, _) = batches.next().unwrap();
+        assert_eq!(next, batch);
+        batches.change(&batch.id, |batch| batch.set(Status::Failed)).unwrap();
+        batches.delete(&file.id).unwrap();
+        assert_eq!(batches.create(batch_of(&file)).unwrap_err().kind, Kind::NotFound);
+        assert_eq!(batches.cancel(&batch.id).unwrap_err().kind, Kind::Invalid);
+        batches.close();
+        assert!(batches.next().is_none());
+    }
+}
