@@ -120,7 +120,7 @@ impl Header {
         let length = HEADER_START + rest.min(HEADER_MOST) + CHECKSUM;
         let (sealed, checksum) = bytes.get(..length)?.split_last_chunk::<CHECKSUM>()?;
         let checksum = u64::from_le_bytes(*checksum);
-        if rest < HEADER_FIXED || rest > HEADER_MOST || xxh3_64(sealed) != checksum {
+        if !(HEADER_FIXED..=HEADER_MOST).contains(&rest) || xxh3_64(sealed) != checksum {
             return None;
         }
         let mut reader = Reader(&sealed[HEADER_START..]);

@@ -125,7 +125,12 @@ impl Line {
 }
 
 /// Path and body of a line, and whether it was a body alone.
-fn request_of(mut fields: Map<String, Value>) -> Result<(String, Map<String, Value>, bool), (&'static str, String)> {
+type Asked = (String, Map<String, Value>, bool);
+
+/// A word for programs, and what is wrong.
+type Wrong = (&'static str, String);
+
+fn request_of(mut fields: Map<String, Value>) -> Result<Asked, Wrong> {
     match fields.remove("method") {
         None | Some(Value::Null) => {}
         Some(Value::String(method)) if method == "POST" => {}

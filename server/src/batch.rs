@@ -231,6 +231,9 @@ pub enum RunError {
     Runtime(std::io::Error),
 }
 
+/// Hears of the progress of a run, of what the model is doing, and of what goes on inside it; stops the run with `Break`.
+pub type RunWatch<'a> = dyn FnMut(&Progress, &Status, Option<&Report>) -> ControlFlow<()> + 'a;
+
 /// How a batch is run by a process of its own.
 pub struct BatchRun {
     /// The model file.
@@ -250,11 +253,7 @@ impl BatchRun {
     ///
     /// # Errors
     /// What is wrong with the model, or keeps the batch from going on. What was done until then is kept.
-    pub fn until_told(
-        self,
-        batch: &mut Batch,
-        watch: &mut dyn FnMut(&Progress, &Status, Option<&Report>) -> ControlFlow<()>,
-    ) -> Result<Summary, RunError> {
+    pub fn until_told(self, batch: &mut Batch, watch: &mut RunWatch<'_>) -> Result<Summary, RunError> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = runtime.map_err(RunError::Runtime)?;
         let stop = Arc::new(AtomicBool::new(false));
