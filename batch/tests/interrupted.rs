@@ -14,7 +14,7 @@ use serde_json::Value;
 use sluice_batch::{Batch, BatchError, Files, Identity, Options, Summary, Sync, SystemFiles};
 
 /// Histories of each fault. `SLUICE_BATCH_HISTORIES` asks for more.
-const HISTORIES: u64 = 30;
+const HISTORIES: u64 = 8;
 /// Runs of a history in which something goes wrong.
 const WRONG: usize = 6;
 
