@@ -437,7 +437,7 @@ mod tests {
         drop(batches);
         fs::write(folder.path().join("files/file-x.jsonl.partial"), "left by a crash").unwrap();
         let batches = open(folder.path());
-        assert_eq!(batches.files(), [file.clone()]);
+        assert_eq!(batches.files(), std::slice::from_ref(&file));
         assert_eq!(fs::read(batches.content(&file.id)).unwrap(), b"12345678");
         assert_eq!(batches.batch(&batch.id).unwrap().status, Status::Cancelling);
         assert_eq!(fs::read_dir(folder.path().join("files")).unwrap().count(), 2, "content and description");
