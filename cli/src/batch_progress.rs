@@ -1,6 +1,5 @@
 //! The progress of a batch: a bar for people at a terminal, a line now and then for those who look later, JSON for programs.
 
-use std::io::{self, IsTerminal as _};
 use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
@@ -9,7 +8,8 @@ use sluice_batch::Progress;
 use sluice_generate::{Report, Status, Window};
 
 use crate::error::CliError;
-use crate::terminal::{count_bar, note, print_json_line, seconds};
+use crate::progress::count_bar;
+use crate::terminal::{can_show_bars, note, print_json_line, seconds};
 
 /// How often somebody without a terminal is told.
 const LINES: Duration = Duration::from_secs(60);
@@ -27,7 +27,7 @@ pub(crate) struct Reporter {
 
 impl Reporter {
     pub(crate) fn new(json: bool) -> Self {
-        Reporter { json, terminal: io::stderr().is_terminal(), bar: None, told: None, finished: 0 }
+        Reporter { json, terminal: can_show_bars(), bar: None, told: None, finished: 0 }
     }
 
     /// Reports, if it is time to.

@@ -12,8 +12,9 @@ use sluice_storage::pool::PolicyKind;
 use sluice_text::{TextError, Tokenizer};
 
 use crate::error::CliError;
+use crate::progress::spinner;
 use crate::size::{parse_count, parse_size};
-use crate::terminal::{note, spinner};
+use crate::terminal::note;
 
 /// How the model is opened.
 #[derive(Debug, clap::Args)]

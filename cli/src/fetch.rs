@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use indicatif::{MultiProgress, ProgressBar};
+use indicatif::MultiProgress;
 use sluice_converter::{ConvertError, Options, Plan, Progress, check_destination, plan_source};
 use sluice_format::model_path;
 use sluice_hub::models::Models;
@@ -16,10 +16,11 @@ use sluice_model::memory::{Bytes, available_memory};
 
 use crate::commands::convert::{Job, convert_file};
 use crate::error::CliError;
-use crate::terminal::{byte_bar, note};
+use crate::progress::{Meter, byte_bar};
+use crate::terminal::note;
 
 /// Weights per second and core that become a type, the slowest first: with what is measured on the way, and without, of
-/// `docs/BENCHMARKS.md`.
+/// `docs/notes/2026-11-30-benchmarks.md`.
 const QUANTISED_PER_CORE: [(&str, f64, f64); 3] = [("q2", 5e5, 8e5), ("q3", 3.1e6, 3.4e6), ("q4", 3.2e6, 4.9e6)];
 
 impl From<HubError> for CliError {
@@ -51,8 +52,8 @@ pub(crate) fn client() -> Result<Arc<Client>, CliError> {
 /// Progress of a download, and of the conversion of what has come.
 pub(crate) struct Bars {
     all: MultiProgress,
-    download: ProgressBar,
-    convert: Option<ProgressBar>,
+    download: Meter,
+    convert: Option<Meter>,
     /// What was said of the download.
     heard: Mutex<Vec<String>>,
 }
@@ -61,21 +62,21 @@ impl Bars {
     /// A bar for a download of so many bytes.
     pub(crate) fn download(bytes: u64) -> Arc<Self> {
         let all = MultiProgress::new();
-        let download = all.add(byte_bar("downloading", bytes));
+        let download = byte_bar("downloading", bytes).beside(&all);
         Arc::new(Bars { all, download, convert: None, heard: Mutex::default() })
     }
 
     /// Bars for both.
     fn both() -> Arc<Self> {
         let all = MultiProgress::new();
-        let download = all.add(byte_bar("downloading", 0));
-        let convert = Some(all.add(byte_bar("converting ", 0)));
+        let download = byte_bar("downloading", 0).beside(&all);
+        let convert = Some(byte_bar("converting ", 0).beside(&all));
         Arc::new(Bars { all, download, convert, heard: Mutex::default() })
     }
 
     pub(crate) fn finish(&self) {
         self.download.finish_and_clear();
-        self.convert.iter().for_each(ProgressBar::finish_and_clear);
+        self.convert.iter().for_each(Meter::finish_and_clear);
     }
 
     fn say(&self, text: &str) {

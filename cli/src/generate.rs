@@ -4,7 +4,6 @@ use std::ops::ControlFlow;
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
-use indicatif::ProgressBar;
 use sluice_generate::sampler::SamplerConfig;
 use sluice_generate::{self, Event, Place, Scheduler, SchedulerOptions, Watch, WhenFull};
 use sluice_model::router::Choice;
@@ -13,8 +12,8 @@ use sluice_text::{Special, StopCondition, Tokenizer};
 
 use crate::error::CliError;
 use crate::profile;
+use crate::progress::{Meter, step_bar};
 use crate::recorder::Recorder;
-use crate::terminal::step_bar;
 
 pub(crate) use sluice_generate::Finish;
 
@@ -111,7 +110,7 @@ pub(crate) fn generate(
 fn turn(
     engine: &mut Engine,
     scheduler: &mut Scheduler,
-    bar: Option<&ProgressBar>,
+    bar: Option<&Meter>,
     read: usize,
     mut recorder: Option<&mut Recorder>,
 ) {

@@ -5,29 +5,35 @@
 mod batch_plan;
 mod batch_progress;
 mod commands;
+mod doctor;
 mod engine_args;
 mod error;
 mod fetch;
 mod generate;
 mod ids;
 mod input;
+mod nearest;
 mod npy;
 mod plot;
 mod profile;
+mod progress;
 mod recorder;
 mod sampling;
 mod size;
 mod terminal;
 mod text_files;
 mod types;
+mod version;
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::CliError;
+use crate::terminal::{ProgressKind, Wishes};
 
 const ABOUT: &str =
     "Runs mixture-of-experts language models far larger than memory by streaming their weights from SSD";
@@ -45,10 +51,31 @@ Start here:
 
 Exit codes: 0 success, 1 failure, 2 wrong usage; `batch` and `ask` have more.";
 
+/// What `sluice` alone says.
+const WELCOME: &str = "\
+Five commands do most of the work:
+
+  sluice demo                                          a small model, start to end, in seconds
+  sluice plan deepseek-r1 --ram 64GiB                  what a model would need and reach here, before the download
+  sluice convert hf:Qwen/Qwen3-30B-A3B qwen.sluice     a model of the Hugging Face hub, or a folder, becomes one file
+  sluice run qwen.sluice --chat --prompt 'Hello'       text
+  sluice serve qwen.sluice                             the same over HTTP, for editors, agents and people
+
+Something is slow or refused: sluice doctor. All commands: sluice --help. One of them: sluice help run.";
+
 /// The command line.
 #[derive(Debug, Parser)]
-#[command(name = "sluice", version, about = ABOUT, after_help = EXAMPLES, max_term_width = 100)]
+#[command(name = "sluice", version, long_version = version::VERSION.as_str(), about = ABOUT, after_help = EXAMPLES)]
+#[command(max_term_width = 100)]
 struct Cli {
+    /// Say nothing on standard error but errors: neither notes nor progress
+    #[arg(short, long, global = true, help_heading = "Every command")]
+    quiet: bool,
+
+    /// How the progress of long work is shown on standard error
+    #[arg(long, value_name = "HOW", global = true, default_value = "auto", help_heading = "Every command")]
+    progress: ProgressKind,
+
     #[command(subcommand)]
     command: Command,
 }
@@ -77,6 +104,10 @@ enum Command {
     Trace(commands::trace::Args),
     Bench(commands::bench::Args),
     Demo(commands::demo::Args),
+    Doctor(commands::doctor::Args),
+    Completions(commands::completions::Args),
+    Man(commands::man::Args),
+    Picture(commands::picture::Args),
 }
 
 /// Has names on the hub stand for the model files that were made of them, wherever a command takes one.
@@ -99,6 +130,7 @@ fn find_models(command: &mut Command) -> Result<(), CliError> {
         Command::Calibrate(args) => (vec![&mut args.file], false),
         Command::Tokenize(args) => (vec![&mut args.file], false),
         Command::Bench(args) => (args.file().into_iter().collect(), false),
+        Command::Doctor(args) => (args.file().into_iter().collect(), false),
         _ => return Ok(()),
     };
     files.into_iter().try_for_each(|file| {
@@ -112,16 +144,27 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(refused) => return refuse(&refused),
     };
+    terminal::keep_wishes(Wishes { is_quiet: cli.quiet, progress: cli.progress });
     let mut command = cli.command;
     let outcome = find_models(&mut command).and_then(|()| run(command));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if e.is_broken_pipe() => ExitCode::SUCCESS,
         Err(e) => {
-            terminal::error(&e);
+            terminal::error(&with_suggestion(&e));
             ExitCode::from(e.exit_code())
         }
     }
+}
+
+/// What is wrong, and which file may have been meant by the name of one that is not there.
+fn with_suggestion(error: &CliError) -> String {
+    let mut said = error.to_string();
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some(suggestion) = nearest::suggestion(error, arguments.iter().map(|argument| argument.as_os_str())) {
+        let _ = write!(said, "\n{suggestion}");
+    }
+    said
 }
 
 fn run(command: Command) -> Result<(), CliError> {
@@ -148,6 +191,10 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Trace(args) => commands::trace::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Demo(args) => commands::demo::run(&args),
+        Command::Doctor(args) => commands::doctor::run(&args),
+        Command::Completions(args) => commands::completions::run(&args, Cli::command()),
+        Command::Man(args) => commands::man::run(&args, Cli::command()),
+        Command::Picture(args) => commands::picture::run(&args),
     }
 }
 
@@ -158,6 +205,10 @@ fn refuse(refused: &clap::Error) -> ExitCode {
     }
     let text = refused.render().to_string();
     // Whoever names no command asks for help.
+    if std::env::args_os().len() == 1 {
+        terminal::report(&format!("{ABOUT}.\n\n{WELCOME}"));
+        return ExitCode::from(2);
+    }
     if refused.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         terminal::report(text.trim_end());
         return ExitCode::from(2);
@@ -169,7 +220,6 @@ fn refuse(refused: &clap::Error) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

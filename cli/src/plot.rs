@@ -1,4 +1,7 @@
-//! Line charts as SVG, without a dependency.
+//! Pictures as SVG, without a dependency: line charts here, bars and the data flow in modules of their own.
+
+pub(crate) mod bars;
+pub(crate) mod flow;
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -102,11 +105,7 @@ impl LineChart {
     pub(crate) fn to_svg(&self) -> String {
         let scale = Scale::of(self);
         let (width, height) = SIZE;
-        let mut out = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} \
-             {height}\" font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"100%\" height=\"100%\" \
-             fill=\"white\"/>\n"
-        );
+        let mut out = head(width, height);
         let _ = writeln!(out, "<text x=\"{}\" y=\"24\" font-size=\"15\">{}</text>", MARGIN.0, escape(&self.title));
         self.axes(&mut out, &scale);
         for (at, series) in self.series.iter().enumerate() {
@@ -201,6 +200,15 @@ fn line(out: &mut String, scale: &Scale, series: &Series, legend: f64) {
     );
 }
 
+/// How every picture begins; `</svg>` ends it. In pixels.
+fn head(width: f64, height: f64) -> String {
+    format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} \
+         {height}\" font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"100%\" height=\"100%\" \
+         fill=\"white\"/>\n"
+    )
+}
+
 /// Round values from 0 up to at most `max`: about five.
 fn steps(max: f64) -> Vec<f64> {
     let rough = max / 5.0;
@@ -234,7 +242,7 @@ mod tests {
     use super::*;
 
     /// Every tag is closed, in order; attributes are quoted; nothing but known entities.
-    fn assert_well_formed(svg: &str) {
+    pub(crate) fn assert_well_formed(svg: &str) {
         let mut open = Vec::new();
         let mut rest = svg;
         while let Some(at) = rest.find('<') {

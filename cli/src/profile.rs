@@ -9,6 +9,7 @@ use sluice_model::{Engine, Stats};
 use sluice_storage::io::TuningSource;
 
 use crate::generate::Generation;
+use crate::plot::bars::{Bar, BarChart};
 use crate::terminal::{percent, seconds};
 
 /// One part of a generation: the prompt, or the tokens after it.
@@ -79,6 +80,19 @@ impl Phase {
             head_seconds,
             other_seconds: (seconds - named).max(0.0),
         }
+    }
+
+    /// Milliseconds of one token, part by part.
+    fn bar(&self, name: &str) -> Bar {
+        let parts =
+            [self.io_wait_seconds, self.expert_seconds, self.attention_seconds, self.head_seconds, self.other_seconds];
+        let of_token = |seconds: f64| 1e3 * seconds / self.tokens.max(1) as f64;
+        let mut remark = format!("{} tokens, {:.2} tokens/s", self.tokens, self.tokens_per_second);
+        if let Some(hit_rate) = self.hit_rate {
+            let read = Bytes(self.expert_bytes_read_per_token as u64);
+            let _ = write!(remark, "; {read} of experts read per token, {:.1} % found in memory", 100.0 * hit_rate);
+        }
+        Bar { name: name.to_owned(), remark, values: parts.map(of_token).to_vec() }
     }
 
     fn lines(&self, name: &str) -> String {
@@ -192,6 +206,17 @@ impl Profile {
         }
     }
 
+    /// Where the time of a token went, of the answer and of the prompt.
+    pub(crate) fn chart(&self, family: &str) -> BarChart {
+        let memory = Bytes(self.memory.used());
+        BarChart {
+            title: format!("A token's time: {family}, {memory} in use, {} on {} threads", self.isa, self.threads),
+            unit: "ms",
+            parts: vec!["waiting for the drive", "experts", "attention", "output head", "other"],
+            bars: vec![self.decode.bar("A token of the answer"), self.prefill.bar("A token of the prompt")],
+        }
+    }
+
     /// For people.
     pub(crate) fn report(&self) -> String {
         let memory = &self.memory;
@@ -241,6 +266,14 @@ mod tests {
         assert_eq!(phase.other_seconds, 1.5);
         let lines = phase.lines("decode");
         assert!(lines.contains("3 of 4 experts were in memory (75.0 %)") && lines.lines().count() == 3, "{lines}");
+    }
+
+    #[test]
+    fn a_token_has_its_part_of_the_time() {
+        let b = Stats { tokens: 4, hits: 1, misses: 1, io_wait_seconds: 0.5, expert_seconds: 1.0, ..Stats::default() };
+        let bar = Phase::between(&Stats::default(), &b, 2.0).bar("A token");
+        assert_eq!(bar.values, [125.0, 250.0, 0.0, 0.0, 125.0]);
+        assert!(bar.remark.contains("2.00 tokens/s") && bar.remark.contains("50.0 % found"), "{}", bar.remark);
     }
 
     #[test]

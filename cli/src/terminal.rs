@@ -2,12 +2,68 @@
 
 use std::fmt::{Display, Write as _};
 use std::io::{self, IsTerminal, Write as _};
-use std::time::Duration;
+use std::sync::OnceLock;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
+use serde_json::json;
 
 use crate::error::CliError;
+
+/// What the command line wants to see of work that goes on, on standard error.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Wishes {
+    /// Nothing but errors.
+    pub(crate) is_quiet: bool,
+    /// How progress is shown.
+    pub(crate) progress: ProgressKind,
+}
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ProgressKind {
+    /// Bars where standard error is a terminal
+    #[default]
+    Auto,
+    /// One JSON object a line, notes and errors included
+    Json,
+    /// Nothing
+    None,
+}
+
+static WISHES: OnceLock<Wishes> = OnceLock::new();
+
+/// Keeps the wishes of the command line: once, before anything is said.
+pub(crate) fn keep_wishes(wishes: Wishes) {
+    // Whoever asks twice has asked the same.
+    let _ = WISHES.set(wishes);
+}
+
+pub(crate) fn wishes() -> Wishes {
+    WISHES.get().copied().unwrap_or_default()
+}
+
+/// Whether standard error is a terminal that can move its cursor.
+pub(crate) fn can_show_bars() -> bool {
+    io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+/// Whether text that goes to a stream has colours, or is bold.
+pub(crate) fn is_coloured(stream: &impl IsTerminal) -> bool {
+    wants_colour(|name| std::env::var(name).ok(), stream.is_terminal())
+}
+
+/// By the conventions of no-color.org and bixense.com/clicolors, in the order that clap's help follows as well.
+fn wants_colour(variable: impl Fn(&str) -> Option<String>, is_terminal: bool) -> bool {
+    let given = |name| variable(name).filter(|value| !value.is_empty());
+    let is_on = |value: String| value != "0";
+    if given("NO_COLOR").is_some() {
+        return false;
+    }
+    if given("CLICOLOR_FORCE").is_some_and(is_on) {
+        return true;
+    }
+    given("CLICOLOR").is_none_or(is_on) && given("TERM").is_none_or(|term| term != "dumb") && is_terminal
+}
 
 /// Most lines of an error or remark, and most characters of a line: about a screenful. Whoever writes a file can make a name
 /// in it as long as he likes.
@@ -72,20 +128,39 @@ fn shortened(text: &str) -> String {
 
 /// Prints an error as one paragraph on standard error.
 pub(crate) fn error(message: &dyn Display) {
-    let mut err = io::stderr().lock();
-    let prefix = if err.is_terminal() { "\x1b[1;31merror:\x1b[0m" } else { "error:" };
+    if wishes().progress == ProgressKind::Json {
+        return say_json(&json!({ "event": "error", "message": screenful(message) }));
+    }
+    let prefix = if is_coloured(&io::stderr()) { "\x1b[1;31merror:\x1b[0m" } else { "error:" };
     // Nobody is left to tell when this fails.
-    let _ = writeln!(err, "{prefix} {}", screenful(message));
+    let _ = writeln!(io::stderr().lock(), "{prefix} {}", screenful(message));
 }
 
 /// Prints a remark on standard error.
 pub(crate) fn note(message: &dyn Display) {
-    let _ = writeln!(io::stderr().lock(), "{}", screenful(message));
+    match wishes() {
+        Wishes { is_quiet: true, .. } => {}
+        Wishes { progress: ProgressKind::Json, .. } => {
+            let text = screenful(message);
+            say_json(&json!({ "event": "note", "text": text.strip_prefix("note: ").unwrap_or(&text) }));
+        }
+        _ => {
+            let _ = writeln!(io::stderr().lock(), "{}", screenful(message));
+        }
+    }
 }
 
-/// Prints a whole report on standard error.
+/// Prints a whole report, which somebody has asked for, on standard error.
 pub(crate) fn report(text: &str) {
+    if wishes().progress == ProgressKind::Json {
+        return say_json(&json!({ "event": "report", "text": text }));
+    }
     let _ = writeln!(io::stderr().lock(), "{}", printable(&text));
+}
+
+/// Writes one JSON object as a line to standard error.
+pub(crate) fn say_json(value: &serde_json::Value) {
+    let _ = writeln!(io::stderr().lock(), "{}", escape_json(&value.to_string()));
 }
 
 /// Writes a report to standard output. Names in it may be strangers'.
@@ -142,40 +217,6 @@ fn escape_json(json: &str) -> String {
     out
 }
 
-/// A progress bar on standard error: nothing at all when that is not a terminal.
-fn bar(length: u64, template: &str) -> ProgressBar {
-    if !io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr_with_hz(10));
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style.progress_chars("━━╌"));
-    }
-    bar.enable_steady_tick(Duration::from_millis(200));
-    bar
-}
-
-/// Progress through bytes, with rate and remaining time.
-pub(crate) fn byte_bar(what: &'static str, bytes: u64) -> ProgressBar {
-    let template = "{prefix:.bold} {bar:32.cyan} {bytes} of {total_bytes}  {binary_bytes_per_sec}  {eta} left";
-    bar(bytes, template).with_prefix(what)
-}
-
-/// Progress through steps, with the time remaining.
-pub(crate) fn step_bar(what: impl Into<std::borrow::Cow<'static, str>>, steps: u64) -> ProgressBar {
-    bar(steps, "{prefix:.bold} {bar:32.cyan} {percent} %  {eta} left").with_prefix(what)
-}
-
-/// Progress through things that are counted, with a message behind it.
-pub(crate) fn count_bar(what: &'static str, count: u64) -> ProgressBar {
-    bar(count, "{prefix:.bold} {bar:24.cyan} {pos} of {len}  {wide_msg}").with_prefix(what)
-}
-
-/// A sign of life, for work whose length is not known.
-pub(crate) fn spinner(what: &'static str) -> ProgressBar {
-    bar(0, "{spinner} {prefix} ({elapsed})").with_prefix(what)
-}
-
 /// `value` of `whole` in percent, 0 when there is no whole.
 pub(crate) fn percent(value: f64, whole: f64) -> f64 {
     if whole > 0.0 { 100.0 * value / whole } else { 0.0 }
@@ -193,6 +234,22 @@ pub(crate) fn seconds(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn colours_follow_the_conventions() {
+        let colours = |variables: &[(&str, &str)], is_terminal| {
+            let find = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
+            wants_colour(find, is_terminal)
+        };
+        assert!(colours(&[], true) && !colours(&[], false));
+        assert!(!colours(&[("NO_COLOR", "1")], true) && colours(&[("NO_COLOR", "")], true));
+        assert!(!colours(&[("CLICOLOR", "0")], true) && colours(&[("CLICOLOR", "1")], true));
+        assert!(!colours(&[("CLICOLOR", "1")], false));
+        assert!(colours(&[("CLICOLOR_FORCE", "1")], false) && !colours(&[("CLICOLOR_FORCE", "0")], false));
+        assert!(colours(&[("CLICOLOR_FORCE", "1"), ("CLICOLOR", "0"), ("TERM", "dumb")], false));
+        assert!(!colours(&[("CLICOLOR_FORCE", "1"), ("NO_COLOR", "1")], true));
+        assert!(!colours(&[("TERM", "dumb")], true));
+    }
 
     #[test]
     fn durations_read_well() {

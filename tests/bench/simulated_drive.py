@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How well reading and computing overlap, on drives that are only simulated: the table in docs/BENCHMARKS.md, in one run.
+"""How well reading and computing overlap, on drives that are only simulated: the table in docs/notes/2026-11-30-benchmarks.md, in one run.
 
     python3 tests/bench/simulated_drive.py --scratch DIR [--sluice target/release/sluice] [--geometry bench-34x128] [--layers N]
         [--drives 3GB/s,7GB/s] [--hits 40,60,80] [--sequences 1,8,32,128] [--json FILE]

@@ -25,8 +25,9 @@ use crate::batch_plan;
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
 use crate::input::{MAX_TEXT, text_of};
+use crate::progress::message_line;
 use crate::size::parse_count;
-use crate::terminal::{note, print_text, seconds, spinner};
+use crate::terminal::{note, print_text, seconds};
 
 const EXAMPLES: &str = "\
 The question is a user's message in the model's chat template. With --overnight the answer so far is in a file that can be \
@@ -243,8 +244,7 @@ fn answer(args: &Args, options: Options, overnight: bool) -> Result<(), CliError
             pieces: Some(pieces(&so_far)),
         };
         let shown = if overnight { Shown::file(&args.out) } else { Shown::terminal() };
-        let mut show =
-            Show { shown, so_far, most: load.answer_tokens, failed: None, bar: spinner("answering"), told: None };
+        let mut show = Show { shown, so_far, most: load.answer_tokens, failed: None, bar: message_line(), told: None };
         let outcome = run.until_told(&mut batch, &mut |progress, status, _| show.show(progress, status));
         show.bar.finish_and_clear();
         let summary = outcome?;
@@ -356,7 +356,7 @@ impl Show {
             return ControlFlow::Break(());
         }
         let line = self.describe(progress, status);
-        self.bar.set_prefix(line.clone());
+        self.bar.set_message(line.clone());
         let quiet = matches!(self.shown, Shown::Terminal(_)) || !self.bar.is_hidden();
         if !quiet && self.told.is_none_or(|told| told.elapsed() >= LINES) {
             self.told = Some(Instant::now());

@@ -15,7 +15,8 @@ use sluice_storage::io::bench::median;
 use super::bench_decode::{Args, Drive, bytes_read};
 use super::bench_kernels::{Bench, TAME};
 use crate::error::CliError;
-use crate::terminal::{print, print_json, step_bar};
+use crate::progress::step_bar;
+use crate::terminal::{print, print_json};
 
 /// Bytes that are read to measure the memory: more than the caches hold.
 const MEMORY_BYTES: usize = 256 << 20;

@@ -18,8 +18,9 @@ use super::{bench_batch, bench_drive};
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
 use crate::plot::{self, LineChart, Series};
+use crate::progress::step_bar;
 use crate::size::{parse_count, parse_drive, parse_size};
-use crate::terminal::{print, print_json, step_bar};
+use crate::terminal::{print, print_json};
 
 const EXAMPLES: &str = "\
 Decodes a fixed stream of tokens whose topic changes slowly, as text does, and measures the drive before, between and \

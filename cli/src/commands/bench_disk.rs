@@ -15,8 +15,9 @@ use sluice_storage::io::{Calibration, CalibrationStore, DEPTH_MAX, DirectMode, I
 
 use crate::error::CliError;
 use crate::plot::{self, LineChart, Series};
+use crate::progress::{byte_bar, step_bar};
 use crate::size::parse_size;
-use crate::terminal::{byte_bar, note, print, print_json, step_bar};
+use crate::terminal::{note, print, print_json};
 
 /// Smaller files may fit into a drive's own memory: what they show is not kept.
 const KEPT_LEAST: u64 = 256 << 20;

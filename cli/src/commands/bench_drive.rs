@@ -19,7 +19,8 @@ use sluice_storage::pool::Packed;
 use super::bench_batch::{Batch, Bounds};
 use super::bench_decode::Args;
 use crate::error::CliError;
-use crate::terminal::{print, print_json, step_bar};
+use crate::progress::step_bar;
+use crate::terminal::{print, print_json};
 
 /// Rounds of which medians are taken. Each has steps with the drive and as many that wait for nothing.
 const ROUNDS: usize = 8;

@@ -13,8 +13,9 @@ use sluice_model::memory::Bytes;
 use sluice_storage::io::bench::median;
 
 use crate::error::CliError;
+use crate::progress::step_bar;
 use crate::size::{parse_count, parse_size};
-use crate::terminal::{print, print_json, step_bar};
+use crate::terminal::{print, print_json};
 
 const EXAMPLES: &str = "\
 Every measurement takes turns with reading the same memory without computing anything, and the median counts: on a \

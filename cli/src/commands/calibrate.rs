@@ -12,7 +12,8 @@ use sluice_model::{Control, Engine, Span, Want};
 use super::perplexity::read_ids;
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
-use crate::terminal::{print, print_json, step_bar};
+use crate::progress::step_bar;
+use crate::terminal::{print, print_json};
 
 const EXAMPLES: &str = "\
 The text runs through the model in windows of N tokens that do not remember each other. Any text of the kind that \

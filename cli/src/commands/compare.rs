@@ -13,7 +13,8 @@ use super::perplexity::read_ids;
 use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
 use crate::input::read_text;
-use crate::terminal::{print, print_json, step_bar};
+use crate::progress::step_bar;
+use crate::terminal::{print, print_json};
 
 const EXAMPLES: &str = "\
 A is the reference, such as a conversion without loss, and B another conversion of the same model. The text is cut \

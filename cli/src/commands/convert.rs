@@ -8,7 +8,6 @@ use std::time::Instant;
 
 use clap::builder::PossibleValuesParser;
 use clap::builder::TypedValueParser as _;
-use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use sluice_calibrate::{CalibrateError, Effort, Measurement, TEXT, digest};
 use sluice_converter::measure::Measure;
@@ -25,8 +24,9 @@ use sluice_text::TextError;
 use crate::error::CliError;
 use crate::fetch::{Fetched, confirm, reference};
 use crate::input::read_text;
+use crate::progress::{Meter, byte_bar};
 use crate::size::parse_size;
-use crate::terminal::{byte_bar, note, print, print_json, seconds};
+use crate::terminal::{note, print, print_json, seconds};
 use crate::text_files::{examine, other_tokenizers};
 use crate::types::{Types, is_stored};
 
@@ -444,7 +444,7 @@ pub(crate) fn explain(error: ConvertError) -> CliError {
 
 /// The converter's progress on the terminal.
 #[derive(Debug)]
-pub(crate) struct Bar(pub(crate) ProgressBar);
+pub(crate) struct Bar(pub(crate) Meter);
 
 impl Progress for Bar {
     fn started(&self, total_bytes: u64, already_done: u64) {

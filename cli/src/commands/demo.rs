@@ -1,7 +1,7 @@
 //! `sluice demo`: a small real model, from checkpoint to text, in seconds.
 
 use std::fs;
-use std::io::{self, IsTerminal, Write as _};
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -17,7 +17,8 @@ use crate::commands::convert::Bar;
 use crate::commands::verify;
 use crate::error::CliError;
 use crate::generate::{Generation, Request, generate};
-use crate::terminal::{byte_bar, print, print_as_is, print_text, printable, seconds};
+use crate::progress::byte_bar;
+use crate::terminal::{is_coloured, print, print_as_is, print_text, printable, seconds};
 
 const EXAMPLES: &str = "\
 The model has 5.1 million weights, the architecture of DeepSeek-V3, and has read Shakespeare: its verse scans \
@@ -64,7 +65,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
             temporary.path()
         }
     };
-    let show = Show { bold: io::stdout().is_terminal() };
+    let show = Show { bold: is_coloured(&io::stdout()) };
     show.line("Sluice demo: a mixture of experts, streamed from the drive", "")?;
     let (checkpoint, model) = (folder.join("checkpoint"), folder.join("demo.sluice"));
     check_folder(&checkpoint, &model)?;

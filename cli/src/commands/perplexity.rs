@@ -11,7 +11,8 @@ use sluice_model::Engine;
 use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
 use crate::input::read_text;
-use crate::terminal::{print, print_json, step_bar};
+use crate::progress::step_bar;
+use crate::terminal::{print, print_json};
 
 const EXAMPLES: &str = "\
 The text is cut into windows of N + 1 tokens that overlap by one. Each window starts without memory of the \

@@ -18,6 +18,7 @@ use crate::error::CliError;
 use crate::generate::{Finish, Generation, Request, generate};
 use crate::ids::{TokenIds, check_ids};
 use crate::input::{MAX_TEXT, read_text, text_of};
+use crate::plot;
 use crate::profile::Profile;
 use crate::recorder::Recorder;
 use crate::sampling::SamplingArgs;
@@ -95,6 +96,10 @@ pub(crate) struct Args {
     #[arg(long, help_heading = "Output")]
     profile: bool,
 
+    /// Draw where the time of a token went, as SVG
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    profile_svg: Option<PathBuf>,
+
     /// Record the routing of every token as JSON lines, for `sluice trace`
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     trace: Option<PathBuf>,
@@ -152,6 +157,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         let prompt = args.prompt_file.as_deref().unwrap_or(&args.file);
         CliError::refuse_output(trace, &[&args.file, prompt])?;
     }
+    plot::check_target(args.profile_svg.as_deref(), &args.file)?;
     let prepared = prepare(args)?;
     let mut engine = args.engine.open(&args.file, prepared.context)?;
     let open_seconds = started.elapsed().as_secs_f64();
@@ -174,6 +180,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     recorder.map(Recorder::finish).transpose()?;
     let profile = Profile::new(&engine, &generation, open_seconds);
     report(args, &request, &generation, &profile, engine.spec().max_positions)?;
+    if let Some(file) = &args.profile_svg {
+        profile.chart(&engine.spec().family).write(file)?;
+    }
     if !args.engine.forget {
         // The counts are a convenience: a folder that cannot be written is no reason to fail or to complain. Something else in
         // their place is worth a word.

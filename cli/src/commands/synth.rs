@@ -12,7 +12,8 @@ use sluice_model::memory::Bytes;
 
 use super::convert::{Bar, explain};
 use crate::error::CliError;
-use crate::terminal::{byte_bar, print, print_json, seconds};
+use crate::progress::byte_bar;
+use crate::terminal::{print, print_json, seconds};
 
 const EXAMPLES: &str = "\
 GEOMETRY is the name of a published model (deepseek-r1, kimi-k2, glm-5, qwen3-30b, gpt-oss-120b, minimax-m3, llama-4-scout and so on; a name \

@@ -10,8 +10,9 @@ use sluice_model::memory::Bytes;
 
 use super::convert::{Bar, explain};
 use crate::error::CliError;
+use crate::progress::byte_bar;
 use crate::size::parse_size;
-use crate::terminal::{byte_bar, note, print, print_json, seconds};
+use crate::terminal::{note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
 The weights stay what they are to the bit, and so do saved sessions and what is known of the experts: nothing is \

@@ -8,7 +8,8 @@ use sluice_format::{FormatError, ModelFile, TEXT_FILES};
 use sluice_model::memory::Bytes;
 
 use crate::error::CliError;
-use crate::terminal::{byte_bar, print, print_json};
+use crate::progress::byte_bar;
+use crate::terminal::{print, print_json};
 
 const EXAMPLES: &str = "\
 Reads the whole file. `sluice run` also checks every byte that it reads; this command finds damage before it \

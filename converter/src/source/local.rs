@@ -1,6 +1,6 @@
 //! Reading files of this machine: from the page cache what is there, else from the drive past the cache.
 //!
-//! Cold files are read fastest so (`docs/BENCHMARKS.md`), and what is read once need not push out the pages of other programs. What
+//! Cold files are read fastest so (`docs/notes/2026-11-30-benchmarks.md`), and what is read once need not push out the pages of other programs. What
 //! has just been downloaded is still in memory, and comes from there.
 
 use std::cell::RefCell;

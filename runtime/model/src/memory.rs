@@ -15,7 +15,7 @@ use crate::ngrams::cached_sectors;
 use crate::{Model, dense_extents, opened_extents};
 use sluice_storage::pool::RING_SLOTS;
 
-pub use available::available_memory;
+pub use available::{GroupLimit, SystemMemory, available_memory, group_limits};
 pub use pressure::{Pressure, PressureWatch, Sample, Wish};
 
 /// Memory outside the budget: the program itself, its tokenizer and small buffers, in bytes.

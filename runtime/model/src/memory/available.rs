@@ -6,15 +6,65 @@ use std::path::{Path, PathBuf};
 /// Bytes that this process may take: available memory, and what every control group above it still allows.
 pub fn available_memory() -> u64 {
     let system = meminfo_available(Path::new("/proc/meminfo")).or_else(physical_memory).unwrap_or(u64::MAX);
-    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    groups_of(&groups, Path::new("/sys/fs/cgroup")).iter().filter_map(Group::allows).fold(system, u64::min)
+    group_limits(Path::new("/")).iter().map(|group| group.allows).fold(system, u64::min)
+}
+
+/// What a system says of its memory as a whole, in bytes; `None` where it does not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SystemMemory {
+    /// All there is.
+    pub total: Option<u64>,
+    /// What programs can have without anything being moved to swap.
+    pub available: Option<u64>,
+    /// Swap, used or not.
+    pub swap: Option<u64>,
+    /// Swap that is not used.
+    pub swap_free: Option<u64>,
+}
+
+impl SystemMemory {
+    /// That of the system whose root folder is `root`: `/`, except in tests.
+    #[must_use]
+    pub fn read(root: &Path) -> SystemMemory {
+        let text = fs::read_to_string(root.join("proc/meminfo")).unwrap_or_default();
+        let is_real = root == Path::new("/");
+        SystemMemory {
+            total: meminfo(&text, "MemTotal:").or_else(|| physical_memory().filter(|_| is_real)),
+            available: meminfo(&text, "MemAvailable:"),
+            swap: meminfo(&text, "SwapTotal:"),
+            swap_free: meminfo(&text, "SwapFree:"),
+        }
+    }
+}
+
+/// A limit of memory that a control group of this process has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupLimit {
+    /// The group's folder.
+    pub folder: PathBuf,
+    /// The limit, in bytes; near 2^63 where the first version of control groups means none.
+    pub limit: u64,
+    /// Bytes below the limit that are free or can be freed.
+    pub allows: u64,
+}
+
+/// The limits of all control groups (v1 and v2) that hold this process, from its own up, in the system whose root folder is
+/// `root`: `/`, except in tests.
+#[must_use]
+pub fn group_limits(root: &Path) -> Vec<GroupLimit> {
+    let list = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    groups_of(&list, &root.join("sys/fs/cgroup")).iter().filter_map(Group::limit).collect()
 }
 
 pub(super) fn meminfo_available(path: &Path) -> Option<u64> {
-    let text = fs::read_to_string(path).ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    meminfo(&fs::read_to_string(path).ok()?, "MemAvailable:")
+}
+
+/// Bytes behind a word at the beginning of a line of `/proc/meminfo`.
+fn meminfo(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
+    kib.checked_mul(1024)
 }
 
 fn physical_memory() -> Option<u64> {
@@ -63,12 +113,18 @@ impl Group {
 
     /// Bytes below the limit, if there is one, that are free or can be freed.
     pub(super) fn allows(&self) -> Option<u64> {
+        self.limit().map(|limit| limit.allows)
+    }
+
+    /// The limit, if there is one.
+    fn limit(&self) -> Option<GroupLimit> {
         let number = |name: &str| self.read(name)?.trim().parse::<u64>().ok();
         // "max" is no number, and v1's "no limit" (near 2^63) does not bind.
         let limit = self.names.limits.iter().filter_map(|name| number(name)).min()?;
         let stat = self.read("memory.stat").unwrap_or_default();
         let droppable = self.names.droppable.iter().filter_map(|name| value_of(&stat, name)).sum();
-        Some(limit.saturating_sub(number(self.names.usage).unwrap_or(0).saturating_sub(droppable)))
+        let used = number(self.names.usage).unwrap_or(0).saturating_sub(droppable);
+        Some(GroupLimit { folder: self.folder.clone(), limit, allows: limit.saturating_sub(used) })
     }
 }
 
@@ -115,6 +171,22 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         }
+    }
+
+    #[test]
+    fn a_system_says_what_it_has() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        assert_eq!(SystemMemory::read(root), SystemMemory::default());
+        let text = "MemTotal:  2048 kB\nMemAvailable:    1024 kB\nSwapTotal: 8 kB\nSwapFree:  x kB\n";
+        write(root, &[("proc/meminfo", text), ("proc/self/cgroup", "0::/a\n")]);
+        write(root, &[("sys/fs/cgroup/a/memory.max", "900"), ("sys/fs/cgroup/a/memory.current", "300")]);
+        let said = SystemMemory::read(root);
+        assert_eq!((said.total, said.available), (Some(2 << 20), Some(1 << 20)));
+        assert_eq!((said.swap, said.swap_free), (Some(8192), None));
+        let folder = root.join("sys/fs/cgroup/a");
+        assert_eq!(group_limits(root), [GroupLimit { folder, limit: 900, allows: 600 }]);
+        assert!(SystemMemory::read(Path::new("/")).total > Some(1 << 20));
     }
 
     #[test]

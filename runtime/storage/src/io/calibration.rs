@@ -7,6 +7,7 @@ use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use sluice_format::{open_regular, replace_file};
@@ -90,6 +91,9 @@ pub struct Calibration {
     pub prefetch_depth: usize,
     /// Bandwidth of random reads at this setting, in bytes per second.
     pub bytes_per_second: f64,
+    /// When it was found, in seconds since 1970; older programs did not say.
+    #[serde(default)]
+    pub made: Option<u64>,
 }
 
 impl Calibration {
@@ -103,7 +107,16 @@ impl Calibration {
         let (chunk_bytes, depth) = (knee.point.block_bytes, knee.point.depth);
         // The knee is the least that fills the drive: prefetches need as much, while they have it for themselves.
         let prefetch_depth = depth;
-        Calibration { device, engine, chunk_bytes, depth, prefetch_depth, bytes_per_second: knee.bytes_per_second }
+        let made = SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs());
+        Calibration {
+            device,
+            engine,
+            chunk_bytes,
+            depth,
+            prefetch_depth,
+            bytes_per_second: knee.bytes_per_second,
+            made,
+        }
     }
 
     /// The configuration of the I/O thread.
@@ -189,7 +202,7 @@ impl CalibrationStore {
     /// # Errors
     /// [`CalibrationError`]; a file that does not exist is no error.
     pub fn find(&self, device: &DeviceId) -> Result<Option<Calibration>, CalibrationError> {
-        Ok(self.load()?.into_iter().find(|known| known.device.is_same(device)))
+        Ok(self.all()?.into_iter().find(|known| known.device.is_same(device)))
     }
 
     /// Keeps a calibration, in the place of an older one of the same drive. The file is replaced as a whole: readers
@@ -198,7 +211,7 @@ impl CalibrationStore {
     /// # Errors
     /// [`CalibrationError::File`].
     pub fn save(&self, calibration: &Calibration) -> Result<(), CalibrationError> {
-        let mut drives = match self.load() {
+        let mut drives = match self.all() {
             Err(CalibrationError::Foreign { .. }) => Vec::new(),
             loaded => loaded?,
         };
@@ -209,7 +222,11 @@ impl CalibrationStore {
         replace(&self.path, &json).map_err(failed)
     }
 
-    fn load(&self) -> Result<Vec<Calibration>, CalibrationError> {
+    /// The calibrations of all drives.
+    ///
+    /// # Errors
+    /// [`CalibrationError`]; a file that does not exist is no error.
+    pub fn all(&self) -> Result<Vec<Calibration>, CalibrationError> {
         let failed = |source| CalibrationError::File { path: self.path.clone(), action: "read", source };
         let foreign = |reason: String| CalibrationError::Foreign { path: self.path.clone(), reason };
         let bytes = match fs::metadata(&self.path) {
@@ -324,6 +341,7 @@ mod tests {
             depth,
             prefetch_depth: depth.div_ceil(2),
             bytes_per_second: 1.5e9,
+            made: None,
         }
     }
 

@@ -162,6 +162,17 @@ pub enum EngineKind {
     Pread,
 }
 
+/// Why io_uring cannot be used here, if it cannot.
+///
+/// # Errors
+/// The reason, in words.
+pub fn try_uring() -> Result<(), String> {
+    #[cfg(target_os = "linux")]
+    return uring::UringEngine::plain(&[], 1).map(drop);
+    #[cfg(not(target_os = "linux"))]
+    open_uring(&[], &[], 1).map(drop)
+}
+
 /// Starts a read engine on `files`. `regions` is the memory that reads will go to: engines that
 /// can register it with the kernel do so.
 ///
