@@ -4,12 +4,14 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use sluice_batch::BatchError;
 use sluice_converter::ConvertError;
 use sluice_format::{FormatError, ImportanceError, MAGIC, open_regular};
 use sluice_generate::GenerationError;
 use sluice_generate::sampler::SamplerError;
 use sluice_lab::trace::{ReplayError, TraceError};
 use sluice_model::RuntimeError;
+use sluice_server::batch::RunError;
 use sluice_storage::io::bench::BenchError;
 use sluice_text::TextError;
 
@@ -59,6 +61,15 @@ pub(crate) enum CliError {
         /// Why.
         source: ReplayError,
     },
+    /// A batch cannot begin or go on.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// A batch is done, but not all of it is answered.
+    #[error("{0}")]
+    SomeFailed(String),
+    /// The user has ended it, and it can go on.
+    #[error("{0}")]
+    Interrupted(String),
     /// The model computes infinities or worse.
     #[error("{file}: the model's output is not a number; check the file with `sluice verify`")]
     NotANumber {
@@ -73,6 +84,16 @@ impl From<GenerationError> for CliError {
             GenerationError::Sampler(error) => CliError::Sampler(error),
             GenerationError::Text(error) => CliError::Text(error),
             GenerationError::Engine(error) => CliError::Runtime(error),
+            other => CliError::Failure(other.to_string()),
+        }
+    }
+}
+
+impl From<RunError> for CliError {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Batch(error) => CliError::Batch(error),
+            RunError::Model(error) => error.into(),
             other => CliError::Failure(other.to_string()),
         }
     }
@@ -114,7 +135,7 @@ impl CliError {
         }
     }
 
-    /// 2 when the command line must change, else 1.
+    /// 2 when the command line must change; 3 and 130 are of batches; else 1.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             CliError::Usage(_)
@@ -122,6 +143,9 @@ impl CliError {
             | CliError::Bench(BenchError::ScratchSize { .. })
             | CliError::Sampler(SamplerError::Config { .. })
             | CliError::Text(TextError::EmptyStopString { .. } | TextError::StopStringTooLong { .. }) => 2,
+            CliError::SomeFailed(_) => 3,
+            // As shells say of a program that SIGINT has ended.
+            CliError::Interrupted(_) => 130,
             _ => 1,
         }
     }

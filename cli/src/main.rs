@@ -2,6 +2,8 @@
 //!
 //! Glue only: every command is one file in `commands/`, which parses its arguments, calls a crate and prints.
 
+mod batch_plan;
+mod batch_progress;
 mod commands;
 mod doctor;
 mod drafts;
@@ -48,8 +50,9 @@ Start here:
   sluice inspect r1.sluice                             what it holds and what it needs
   sluice run r1.sluice --prompt 'Once upon a time'     text
   sluice serve r1.sluice                               the same over HTTP, for clients and for people
+  sluice batch r1.sluice in.jsonl out.jsonl            many requests, which nothing that happens can lose
 
-Exit codes: 0 success, 1 failure, 2 wrong usage.";
+Exit codes: 0 success, 1 failure, 2 wrong usage; `batch` and `ask` have more.";
 
 /// What `sluice` alone says.
 const WELCOME: &str = "\
@@ -94,6 +97,8 @@ enum Command {
     Upgrade(commands::upgrade::Args),
     Run(Box<commands::run::Args>),
     Serve(Box<commands::serve::Args>),
+    Batch(Box<commands::batch::Args>),
+    Ask(Box<commands::ask::Args>),
     Logits(commands::logits::Args),
     Perplexity(commands::perplexity::Args),
     Compare(commands::compare::Args),
@@ -116,6 +121,8 @@ fn find_models(command: &mut Command) -> Result<(), CliError> {
     let (files, yes): (Vec<&mut PathBuf>, bool) = match command {
         Command::Run(args) => (vec![&mut args.file], args.yes),
         Command::Serve(args) => (args.files.iter_mut().collect(), args.yes),
+        Command::Batch(args) => (vec![&mut args.file], args.yes),
+        Command::Ask(args) => (vec![&mut args.file], args.yes),
         Command::Inspect(args) => (vec![&mut args.file], false),
         Command::Verify(args) => (vec![&mut args.file], false),
         Command::Set(args) => (vec![&mut args.file], false),
@@ -177,6 +184,8 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Upgrade(args) => commands::upgrade::run(&args),
         Command::Run(args) => commands::run::run(&args),
         Command::Serve(args) => commands::serve::run(&args),
+        Command::Batch(args) => commands::batch::run(&args),
+        Command::Ask(args) => commands::ask::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
         Command::Compare(args) => commands::compare::run(&args),

@@ -48,6 +48,28 @@ pub(crate) fn spinner(what: &'static str) -> Meter {
     meter
 }
 
+/// Progress through things that are counted, with a message behind it. It is hidden where there are no bars.
+pub(crate) fn count_bar(what: &'static str, count: u64) -> ProgressBar {
+    told(count, "{prefix:.bold} {bar:24.cyan} {pos} of {len}  {wide_msg}").with_prefix(what)
+}
+
+/// A sign of life with a message. It is hidden where there are no bars.
+pub(crate) fn message_line() -> ProgressBar {
+    told(0, "{spinner} {wide_msg} ({elapsed})")
+}
+
+fn told(length: u64, template: &str) -> ProgressBar {
+    if !can_show_bars() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr_with_hz(10));
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("━━╌"));
+    }
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
 impl Meter {
     fn new(what: Cow<'static, str>, unit: &'static str, length: u64, template: &str) -> Meter {
         let wishes = wishes();

@@ -192,6 +192,12 @@ pub(crate) fn print_json(value: &impl Serialize) -> Result<(), CliError> {
     print_as_is(&(escape_json(&json) + "\n"))
 }
 
+/// Writes one JSON value on a line of its own to standard output.
+pub(crate) fn print_json_line(value: &impl Serialize) -> Result<(), CliError> {
+    let json = serde_json::to_string(value).map_err(|e| CliError::Failure(format!("cannot write JSON: {e}")))?;
+    print_as_is(&(escape_json(&json) + "\n"))
+}
+
 /// A number of single precision for JSON: the shortest that means it, as it was given, and not 0.699999988079071.
 pub(crate) fn json_number(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))

@@ -2,8 +2,9 @@
 //! line depends on it.
 //!
 //! [`trace`] records, measures and replays routing; [`estimate`] says how fast a model can be; [`calibrate`] measures the inputs
-//! of matrices; [`compare`] puts two models beside each other; [`compression`] says when compressed experts come faster.
+//! of matrices; [`batch`] says how many sequences at a time pay; [`compare`] puts two models beside each other; [`compression`] says when compressed experts come faster.
 
+pub mod batch;
 pub mod calibrate;
 pub mod compare;
 pub mod compression;

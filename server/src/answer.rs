@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use sluice_dialect::{AnswerParser, Piece};
-use sluice_generate::{Event, Finish, Handle, Logprob, Place, Request};
+use sluice_generate::{Event, Finish, Handle, Logprob, Place, Request, Sampled};
 use sluice_text::{StopCondition, StopMatcher, Tokenizer};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::{Instant, timeout_at};
@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::ask::{Ask, Input};
 use crate::error::{ApiError, Kind};
 use crate::live::{Live, LiveAnswer, LiveGuard};
-use crate::served::Served;
+use crate::served::{Hears, Served};
 
 /// A client hears something at least this often.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(4);
@@ -127,6 +127,10 @@ pub struct Reading {
     pub strings: StopCondition,
     /// Turns tokens into text.
     pub tokenizer: Option<Tokenizer>,
+    /// Hears of every token that is sampled now, and not of those that the request brings along.
+    pub hears: Option<Hears>,
+    /// Whether the tokens of the answer are of no use to later requests.
+    pub forgets: bool,
 }
 
 impl Reading {
@@ -189,18 +193,28 @@ impl Answer {
     pub fn start(
         served: Arc<Served>,
         request: Request,
-        reading: Reading,
+        mut reading: Reading,
         ask: &Ask,
         live: &Live,
     ) -> Result<Self, ApiError> {
         let usage = Usage { prompt: request.prompt.len(), ..Usage::default() };
         let logprobs = request.logprobs.is_some();
-        let transcript = (ask.keep && matches!(ask.input, Input::Chat(_))).then(|| request.prompt.clone());
+        let remembers = ask.keep && !reading.forgets;
+        let transcript = (remembers && matches!(ask.input, Input::Chat(_))).then(|| request.prompt.clone());
         // It holds no more than the context has tokens.
         let (sender, events) = unbounded_channel();
-        let owner = move |event| match sender.send(event) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(_) => ControlFlow::Break(()),
+        let (mut hears, mut known) = (reading.hears.take(), request.sampled.len());
+        let owner = move |event| {
+            if let (Some(hears), Event::Token { id, logprob, top }) = (&mut hears, &event) {
+                match known {
+                    0 => hears(Sampled { id: *id, logprob: *logprob, top: top.clone() }),
+                    _ => known -= 1,
+                }
+            }
+            match sender.send(event) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
+            }
         };
         let echo = ask.echo.then(|| echo(&request, &reading, ask)).transpose()?;
         let handle = served.model().submit(request, owner)?;

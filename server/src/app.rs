@@ -16,6 +16,7 @@ use tower_http::timeout::{RequestBodyDeadlineLayer, RequestBodyTimeoutLayer};
 
 use crate::api;
 use crate::api::openai::responses::store::ResponseStore;
+use crate::batches::Batches;
 use crate::error::{ApiError, Flavour, Kind};
 use crate::guard::{self, Guard};
 use crate::live::Live;
@@ -47,6 +48,8 @@ pub struct App {
     pub live: Live,
     /// Responses that can be continued.
     pub responses: Arc<ResponseStore>,
+    /// Files and batches, if there are any.
+    pub batches: Option<Arc<Batches>>,
     /// Requests that are being prepared: templates, tokenizers and grammars take memory and processors.
     pub preparing: Semaphore,
     /// Counters.
@@ -59,7 +62,12 @@ pub struct App {
 
 impl App {
     /// A server's state.
-    pub fn new(options: ServerOptions, models: Models, store: Option<Arc<Store>>) -> Arc<Self> {
+    pub fn new(
+        options: ServerOptions,
+        models: Models,
+        store: Option<Arc<Store>>,
+        batches: Option<Arc<Batches>>,
+    ) -> Arc<Self> {
         let responses = Arc::new(ResponseStore::new(options.sessions.as_ref()));
         Arc::new(App {
             responses,
@@ -67,6 +75,7 @@ impl App {
             models: Arc::new(models),
             store,
             live: Live::default(),
+            batches,
             preparing: Semaphore::new(PREPARING),
             metrics: Metrics::new(),
             started: Instant::now(),

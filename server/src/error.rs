@@ -81,6 +81,9 @@ impl Kind {
     }
 }
 
+/// The code of an error that concerns one request alone, though it is not the client's fault.
+pub const PANICKED: &str = "panicked";
+
 /// An error that a client is told.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -187,7 +190,9 @@ impl From<GenerationError> for ApiError {
             GenerationError::Engine(RuntimeError::Model(ModelError::PagesFull(_))) => {
                 ApiError { retry_after: Some(10), ..Self::new(Kind::Busy, message) }
             }
-            GenerationError::Engine(_) | GenerationError::Thread { .. } | GenerationError::Panicked { .. } => {
+            // The fault of what this request has brought, and of nothing else.
+            GenerationError::Panicked { .. } => Self::new(Kind::Internal, message).code(PANICKED),
+            GenerationError::Engine(_) | GenerationError::Thread { .. } | GenerationError::SampledTooMany { .. } => {
                 Self::new(Kind::Internal, message)
             }
             _ => Self::invalid(message),

@@ -8,6 +8,8 @@ pub mod answer;
 pub mod api;
 pub mod app;
 pub mod ask;
+pub mod batch;
+pub mod batches;
 pub mod clock;
 pub mod error;
 pub mod guard;
@@ -26,5 +28,6 @@ pub mod stalled;
 pub mod transcripts;
 
 pub use guard::Guard;
-pub use options::{Force, ServerOptions, SessionOptions};
+pub use options::{BatchOptions, Force, ServerOptions, SessionOptions};
 pub use serve::{Server, ServerError, serve_until_told};
+pub use sluice_dialect::Piece;

@@ -1,6 +1,6 @@
 //! The models of a server. They share one budget: a model is loaded when it is first asked for, and an idle one makes room.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -76,12 +76,7 @@ impl Models {
         let mut entries: Vec<Entry> = Vec::new();
         for path in &options.files {
             let file = ModelFile::open(path)?;
-            let whole = VolumeName::parse(path).map(|name| name.whole());
-            let name = whole
-                .as_ref()
-                .unwrap_or(path)
-                .file_stem()
-                .map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
+            let name = name_of(path);
             let taken = |id: &str| entries.iter().any(|entry| entry.id == id);
             let more = (2..).map(|n| format!("{name}-{n}"));
             let id = std::iter::once(name.clone()).chain(more).find(|id| !taken(id)).unwrap_or(name);
@@ -217,6 +212,11 @@ impl Entry {
         Some(Arc::clone(&loaded.served))
     }
 
+    /// The model file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The model, if it is loaded, for somebody who only looks.
     pub fn peek(&self) -> Option<Arc<Served>> {
         self.lock().as_ref().map(|loaded| Arc::clone(&loaded.served))
@@ -264,6 +264,13 @@ impl Entry {
     fn lock(&self) -> MutexGuard<'_, Option<Loaded>> {
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The name of a model file's model: that of the file, without folder and extension.
+pub fn name_of(path: &Path) -> String {
+    let whole = VolumeName::parse(path).map(|name| name.whole());
+    let stem = whole.as_deref().unwrap_or(path).file_stem();
+    stem.map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned())
 }
 
 impl Facts {

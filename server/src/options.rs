@@ -33,6 +33,8 @@ pub struct ServerOptions {
     pub queue: usize,
     /// Where sequences are kept, so that they survive a restart.
     pub sessions: Option<SessionOptions>,
+    /// Where files and batches are kept; `None`: there are none.
+    pub batches: Option<BatchOptions>,
     /// An idle model gives its memory back after this time.
     pub rest_after: Option<Duration>,
     /// Most bytes of a request.
@@ -62,6 +64,24 @@ pub struct SessionOptions {
     pub expire_after: Option<Duration>,
 }
 
+/// Where files and batches are kept.
+#[derive(Clone, Debug)]
+pub struct BatchOptions {
+    /// The folder.
+    pub folder: PathBuf,
+    /// The most bytes of a file that is uploaded.
+    pub largest_file: u64,
+    /// The most bytes of all files when one is uploaded.
+    pub max_bytes: u64,
+}
+
+impl BatchOptions {
+    /// A folder with the bounds that OpenAI has for a file, and room for many of them.
+    pub fn new(folder: PathBuf) -> Self {
+        BatchOptions { folder, largest_file: 200 << 20, max_bytes: 20 << 30 }
+    }
+}
+
 impl Default for ServerOptions {
     fn default() -> Self {
         ServerOptions {
@@ -72,6 +92,7 @@ impl Default for ServerOptions {
             parallel: None,
             queue: 64,
             sessions: None,
+            batches: None,
             rest_after: Some(Duration::from_secs(300)),
             max_body: 32 << 20,
             grace: Duration::from_secs(30),

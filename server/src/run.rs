@@ -19,7 +19,8 @@ use crate::served::Served;
 const SETTLE: Duration = Duration::from_secs(3);
 
 type Starting = Pin<Box<dyn Future<Output = Result<Vec<Answer>, ApiError>> + Send>>;
-type Going = SelectAll<Pin<Box<dyn Stream<Item = (usize, Step)> + Send>>>;
+/// Steps of several answers.
+pub type Going = SelectAll<Pin<Box<dyn Stream<Item = (usize, Step)> + Send>>>;
 
 /// The answers to a request. Dropping it ends them.
 pub struct Run {
@@ -100,13 +101,18 @@ impl Run {
         self.served = answers.first().map(|answer| Arc::clone(answer.served()));
         self.queued = answers.first().map_or(0, Answer::queue_position);
         self.prompt = answers.first().map(Answer::prompt_tokens);
-        let steps = |(index, answer): (usize, Answer)| {
-            let next = move |mut answer: Answer| async move { Some(((index, answer.next().await?), answer)) };
-            stream::unfold(answer, next).boxed()
-        };
-        self.state = State::Going(answers.into_iter().enumerate().map(steps).collect());
+        self.state = State::Going(side_by_side(answers));
         Ok(())
     }
+}
+
+/// The steps of all of these answers as they come, each with the answer's index.
+pub fn side_by_side(answers: Vec<Answer>) -> Going {
+    let steps = |(index, answer): (usize, Answer)| {
+        let next = move |mut answer: Answer| async move { Some(((index, answer.next().await?), answer)) };
+        stream::unfold(answer, next).boxed()
+    };
+    answers.into_iter().enumerate().map(steps).collect()
 }
 
 async fn start(app: Arc<App>, mut asks: Vec<Ask>) -> Result<Vec<Answer>, ApiError> {

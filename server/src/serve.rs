@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -19,8 +20,9 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::app::{App, router};
+use crate::batches::{Batches, worker};
 use crate::models::Models;
-use crate::options::{ServerOptions, SessionOptions};
+use crate::options::{BatchOptions, ServerOptions, SessionOptions};
 use crate::stalled::Unstalled;
 
 /// How long a client may take to send the head of a request.
@@ -46,6 +48,14 @@ pub enum ServerError {
     /// The folder of responses.
     #[error("the folder of responses cannot be used: {0}")]
     Responses(io::Error),
+    /// The folder of batches.
+    #[error("the folder of batches {} cannot be used: {source}", folder.display())]
+    Batches {
+        /// The folder.
+        folder: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
     /// The address.
     #[error("cannot listen at {address}: {source}")]
     Listen {
@@ -94,8 +104,9 @@ impl Server {
             ..SchedulerOptions::default()
         };
         let models = Models::new(&options, scheduling)?;
+        let batches = options.batches.as_ref().map(open_batches).transpose()?;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })?;
-        let app = App::new(options, models, store);
+        let app = App::new(options, models, store, batches);
         app.responses.open().map_err(ServerError::Responses)?;
         Ok(Server { app, listener })
     }
@@ -113,6 +124,10 @@ impl Server {
     pub async fn serve(self, ended: impl Future<Output = ()>) {
         let Server { app, listener } = self;
         let router = router(&app);
+        let worker = app.batches.clone().map(|batches| {
+            let (app, runtime) = (Arc::clone(&app), tokio::runtime::Handle::current());
+            tokio::task::spawn_blocking(move || worker::work(&app, &batches, &runtime))
+        });
         let graceful = GracefulShutdown::new();
         let places = Arc::new(Semaphore::new(CONNECTIONS));
         tokio::pin!(ended);
@@ -137,6 +152,13 @@ impl Server {
         }
         app.closing.store(true, Ordering::Relaxed);
         drop(listener);
+        if let Some(batches) = &app.batches {
+            batches.close();
+        }
+        if let Some(worker) = worker {
+            // A panic over there has been reported.
+            let _ = worker.await;
+        }
         end(&app, graceful).await;
     }
 }
@@ -144,6 +166,11 @@ impl Server {
 fn open_store(options: &SessionOptions) -> Result<Arc<Store>, StoreError> {
     let SessionOptions { folder, max_bytes, expire_after } = options.clone();
     Store::open(StoreOptions { folder, max_bytes, expire_after }).map(Arc::new)
+}
+
+fn open_batches(options: &BatchOptions) -> Result<Arc<Batches>, ServerError> {
+    let failed = |source| ServerError::Batches { folder: options.folder.clone(), source };
+    Batches::open(options.clone()).map(Arc::new).map_err(failed)
 }
 
 async fn accept(
@@ -194,17 +221,21 @@ pub fn serve_until_told(
     let runtime = runtime.map_err(ServerError::Runtime)?;
     runtime.block_on(async {
         let server = Server::bind(options, insecure).await?;
-        let ended = told_to_end()?;
+        let ended = told_to_end().map_err(ServerError::Runtime)?;
         ready(server.address().map_err(ServerError::Runtime)?);
         server.serve(ended).await;
         Ok(())
     })
 }
 
-fn told_to_end() -> Result<impl Future<Output = ()>, ServerError> {
+/// Ends once the process is told to end (SIGINT, SIGTERM).
+///
+/// # Errors
+/// What the system says.
+pub fn told_to_end() -> io::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate()).map_err(ServerError::Runtime)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(ServerError::Runtime)?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     Ok(async move {
         tokio::select! {
             _ = terminate.recv() => {}

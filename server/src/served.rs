@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 use sluice_dialect::{Dialect, Tools};
-use sluice_generate::{Drain, GenerationError, Model, Request, SamplerConfig, SchedulerOptions};
+use sluice_generate::{Drain, GenerationError, Model, Priority, Request, Sampled, SamplerConfig, SchedulerOptions};
 use sluice_grammar::{Form, Grammar, Vocabulary};
 use sluice_model::engine::{Engine, EngineOptions};
 use sluice_text::{ChatTemplate, Prompt, RenderOptions, Special, StopCondition, Tokenizer};
@@ -37,6 +37,23 @@ pub struct Served {
     transcripts: Transcripts,
     /// Bytes of the longest token.
     longest_token: OnceLock<usize>,
+}
+
+/// Hears of tokens as they are sampled.
+pub type Hears = Box<dyn FnMut(Sampled) + Send>;
+
+/// What a batch says of a request besides what the request asks for, so that it can be answered again in the same way.
+pub struct Repeatable {
+    /// Seconds since 1970 that templates are told.
+    pub now: i64,
+    /// Where random numbers start, if the request does not say.
+    pub seed: u64,
+    /// What the ids of calls follow from.
+    pub calls: u64,
+    /// For each answer: what was sampled for it in an earlier run, and who hears of what is sampled now.
+    pub answers: Vec<(Vec<Sampled>, Hears)>,
+    /// Whose turn it is.
+    pub priority: Priority,
 }
 
 /// A prompt in tokens, and what its text was.
@@ -123,12 +140,15 @@ impl Served {
     /// # Errors
     /// When the model has no template, or it refuses the conversation.
     pub fn prompt(&self, chat: &Chat, ask: &Ask) -> Result<Prompt, ApiError> {
+        self.prompt_at(chat, ask, now())
+    }
+
+    fn prompt_at(&self, chat: &Chat, ask: &Ask, now: i64) -> Result<Prompt, ApiError> {
         let template = self.template.as_ref().ok_or_else(|| ApiError::from(GenerationError::NoChatTemplate))?;
         let messages = self.dialect.messages(chat.messages.clone());
         let messages = messages.map_err(|error| ApiError::field("messages", error.to_string()))?;
         let mut extra = self.dialect.template_options(ask.thinking.enabled, ask.thinking.effort.as_deref());
         extra.extend(chat.variables.clone());
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
         let tools = Some(declarations(ask)).filter(|tools| !tools.is_empty()).map(Value::Array);
         let options = RenderOptions { add_generation_prompt: !chat.continues, tools, extra, now };
         let mut prompt = template.prompt(self.tokenizer()?, &messages, &options)?;
@@ -162,6 +182,12 @@ impl Served {
     /// # Errors
     /// As [`Served::prompt`], and what the tokenizer refuses.
     pub fn encode(&self, ask: &Ask) -> Result<Encoded, ApiError> {
+        self.encode_at(ask, now(), ask.keep)
+    }
+
+    /// As [`Served::encode`], at this time. `goes_on`: whether the tokens of earlier answers take the place of those that the tokenizer
+    /// makes of their texts.
+    fn encode_at(&self, ask: &Ask, now: i64, goes_on: bool) -> Result<Encoded, ApiError> {
         // Each message takes tokens of its own.
         let messages = ask.messages();
         if messages > self.context() {
@@ -170,17 +196,17 @@ impl Served {
         self.check_size(ask.text_bytes())?;
         match &ask.input {
             Input::Chat(chat) => {
-                let prompt = self.prompt(chat, ask)?;
+                let prompt = self.prompt_at(chat, ask, now)?;
                 let tokenizer = self.tokenizer()?;
                 let ids = prompt.encode(tokenizer)?;
-                let ids = match ask.keep {
+                let ids = match goes_on {
                     true => self.transcripts.continue_from(tokenizer, prompt.text(), ids),
                     false => ids,
                 };
                 Ok(Encoded { ids, tail: tail_of(prompt.text()).to_owned() })
             }
             Input::After { before, chat } => {
-                let prompt = self.prompt(chat, ask)?;
+                let prompt = self.prompt_at(chat, ask, now)?;
                 let tokenizer = self.tokenizer()?;
                 let mut ids = prompt.encode(tokenizer)?;
                 // A text has one beginning.
@@ -203,15 +229,48 @@ impl Served {
     /// # Errors
     /// What is wrong with the request, or that the queue is full.
     pub fn start(self: &Arc<Self>, ask: &Ask, forced: Option<&Form>, live: &Live) -> Result<Vec<Answer>, ApiError> {
+        self.start_all(ask, forced, live, None)
+    }
+
+    /// Starts the generations of a request of a batch.
+    ///
+    /// # Errors
+    /// What is wrong with the request.
+    pub fn start_again(
+        self: &Arc<Self>,
+        ask: &Ask,
+        live: &Live,
+        repeatable: Repeatable,
+    ) -> Result<Vec<Answer>, ApiError> {
+        self.start_all(ask, None, live, Some(repeatable))
+    }
+
+    fn start_all(
+        self: &Arc<Self>,
+        ask: &Ask,
+        forced: Option<&Form>,
+        live: &Live,
+        repeatable: Option<Repeatable>,
+    ) -> Result<Vec<Answer>, ApiError> {
         ask.settings.check()?;
-        let encoded = self.encode(ask)?;
+        let encoded = match &repeatable {
+            Some(repeatable) => self.encode_at(ask, repeatable.now, false)?,
+            None => self.encode(ask)?,
+        };
         let room = (self.context() + 1).saturating_sub(encoded.ids.len());
         let max_tokens = ask.settings.max_tokens.unwrap_or(room).min(room);
         let grammar = match forced {
             Some(form) => Some(self.compile(form, "model")?),
             None => self.grammar(ask, &encoded.tail)?,
         };
-        let seed = ask.settings.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
+        let random = || repeatable.as_ref().map_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0, |r| r.seed);
+        let seed = ask.settings.seed.unwrap_or_else(random);
+        let (calls, priority) = match &repeatable {
+            Some(repeatable) => (Some(repeatable.calls), repeatable.priority),
+            None => (None, Priority::Usual),
+        };
+        let is_repeatable = repeatable.is_some();
+        let mut earlier = repeatable.map(|repeatable| repeatable.answers).unwrap_or_default().into_iter();
         let tools = tools_of(ask, false)?;
         let marks = self.marks(&encoded.ids);
         let mut answers = Vec::new();
@@ -220,6 +279,9 @@ impl Served {
             let sampling = sampling(&ask.settings, usual.sampling, seed.wrapping_add(index as u64));
             let is_chat = ask.input.is_chat();
             let (stop, strings) = self.stops(&ask.settings.stop, is_chat)?;
+            // A prompt that is scored is read before anything is sampled, and what follows it is short.
+            let scored = ask.settings.logprobs.filter(|_| ask.echo);
+            let (sampled, hears) = earlier.next().filter(|_| scored.is_none()).unzip();
             let request = Request {
                 max_tokens,
                 sampling,
@@ -227,16 +289,23 @@ impl Served {
                 special: if is_chat { Special::Markup } else { usual.special },
                 bias: ask.settings.bias.clone(),
                 logprobs: ask.settings.logprobs,
-                prompt_logprobs: ask.settings.logprobs.filter(|_| ask.echo),
+                prompt_logprobs: scored,
                 penalties: ask.settings.penalties,
                 marks: marks.clone(),
                 keep: ask.keep,
-                title: title(&ask.input),
+                title: title(&ask.input).filter(|_| !is_repeatable),
+                sampled: sampled.unwrap_or_default(),
+                priority,
                 constraint: grammar.as_ref().map(Grammar::constraint),
                 ..usual
             };
             let parser = is_chat.then(|| self.dialect.parser(&encoded.tail, &tools));
-            let reading = Reading { parser, strings, tokenizer: self.model.tokenizer().cloned() };
+            let parser = match calls {
+                Some(calls) => parser.map(|parser| parser.with_seed(calls.wrapping_add(index as u64))),
+                None => parser,
+            };
+            let tokenizer = self.model.tokenizer().cloned();
+            let reading = Reading { parser, strings, tokenizer, hears, forgets: is_repeatable };
             answers.push(Answer::start(Arc::clone(self), request, reading, ask, live)?);
         }
         Ok(answers)
@@ -328,6 +397,11 @@ impl Served {
         let vocabulary = vocabulary.as_ref().map_err(|error| ApiError::new(Kind::NotImplemented, error.clone()))?;
         Grammar::compile(vocabulary, form).map_err(|error| ApiError::field(field, error.to_string()))
     }
+}
+
+/// Seconds since 1970.
+fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64)
 }
 
 /// The template of a family that publishes none, if this model is one of them.

@@ -9,7 +9,7 @@ fn root() -> PathBuf {
 }
 
 /// Crates of this workspace, by folder, and those that each may use outside its own tests.
-const CRATES: [(&str, &[&str]); 17] = [
+const CRATES: [(&str, &[&str]); 18] = [
     ("checksum", &[]),
     ("weights", &[]),
     ("format", &["checksum", "weights"]),
@@ -24,11 +24,13 @@ const CRATES: [(&str, &[&str]); 17] = [
     ("runtime/dialect", &["text"]),
     ("calibrate", &["checksum", "converter", "format", "kernels", "model", "text"]),
     ("lab", &["model", "storage", "format", "kernels"]),
-    ("server", &["dialect", "format", "generate", "grammar", "model", "sessions", "text"]),
+    ("batch", &["checksum", "format"]),
+    ("server", &["batch", "checksum", "dialect", "format", "generate", "grammar", "model", "sessions", "text"]),
     ("hub", &["converter", "format"]),
     (
         "cli",
         &[
+            "batch",
             "calibrate",
             "converter",
             "generate",

@@ -193,7 +193,7 @@ fn measure(args: &Args, budget: Option<u64>, count: usize, total: usize) -> Resu
 
 /// Bytes per second of the memory, and operations per second with weights of the type that the experts have (or, without
 /// experts, the head).
-fn machine(file: &ModelFile, threads: usize) -> Result<(f64, f64), CliError> {
+pub(crate) fn machine(file: &ModelFile, threads: usize) -> Result<(f64, f64), CliError> {
     let kernels = Kernels::detect().map_err(RuntimeError::from)?;
     let data = vec![TAME; MEMORY_BYTES];
     let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };

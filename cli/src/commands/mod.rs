@@ -1,5 +1,7 @@
 //! One file per command.
 
+pub(crate) mod ask;
+pub(crate) mod batch;
 pub(crate) mod bench;
 pub(crate) mod bench_batch;
 pub(crate) mod bench_decode;

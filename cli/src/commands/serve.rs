@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use sluice_model::EngineOptions;
 use sluice_server::logs::{self, LogFormat};
-use sluice_server::{Guard, ServerOptions, SessionOptions, serve_until_told};
+use sluice_server::{BatchOptions, Guard, ServerOptions, SessionOptions, serve_until_told};
 
 use crate::drafts::DraftArgs;
 use crate::engine_args::EngineArgs;
@@ -73,6 +73,10 @@ pub(crate) struct Args {
     /// Days after which sessions that nobody has used are deleted
     #[arg(long, value_name = "DAYS", default_value_t = 30, help_heading = "Server")]
     sessions_days: u64,
+
+    /// Folder for files and batches (/v1/files, /v1/batches), which survive a restart [default: there are none]
+    #[arg(long, value_name = "DIR", help_heading = "Server")]
+    batches: Option<PathBuf>,
 
     /// Most tokens of a conversation, prompt and answer together [default: 8192, or fewer if the model sees fewer]
     #[arg(long, value_name = "N", value_parser = parse_count, help_heading = "Server")]
@@ -145,6 +149,7 @@ fn options(args: &Args) -> Result<ServerOptions, CliError> {
         engine,
         queue: args.queue.get(),
         sessions: args.sessions.as_ref().map(sessions),
+        batches: args.batches.clone().map(BatchOptions::new),
         grace: Duration::from_secs(args.grace),
         drafts: args.drafts.drafts(),
         draft_tokens: args.drafts.tokens(),

@@ -142,6 +142,21 @@ pub enum GenerationError {
         /// Tokens of the prompt.
         prompt: usize,
     },
+    /// A prompt is scored before anything is sampled.
+    #[error(
+        "tokens that were sampled already cannot be given together with log probabilities of the prompt: leave one of them out"
+    )]
+    SampledAndScored,
+    /// Tokens that were sampled already go on behind the end of the generation.
+    #[error(
+        "{given} tokens are given as sampled already, but the generation ends after {taken}: they belong to another request"
+    )]
+    SampledTooMany {
+        /// Tokens that are given.
+        given: usize,
+        /// Tokens with which it ends.
+        taken: usize,
+    },
     /// Too many wait.
     #[error("{queued} generations are waiting, and the queue holds {limit}: try again later")]
     QueueFull {

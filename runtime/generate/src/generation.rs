@@ -8,7 +8,7 @@ use sluice_model::rows::Phase;
 use super::guard::guarded;
 use super::request::{Constraint, Penalties, Shape, WhenFull};
 use super::text::TextStream;
-use super::{Draft, Event, Finish, GenerationError, Request, Usage};
+use super::{Draft, Event, Finish, GenerationError, Priority, Request, Sampled, Usage};
 
 /// Receives the events of a generation.
 pub type EventSink<'a> = dyn FnMut(Event) + 'a;
@@ -62,8 +62,11 @@ pub struct Generation {
     marks: Vec<usize>,
     keep: bool,
     title: Option<String>,
+    priority: Priority,
     /// Tokens of the prompt that a sequence had seen when the generation began with it.
     cached: Option<usize>,
+    /// What its owner has to hear of tokens that were sampled in an earlier run, before anything else.
+    replayed: Vec<Event>,
 }
 
 impl Generation {
@@ -74,8 +77,9 @@ impl Generation {
     pub fn new(request: Request, shape: &Shape) -> Result<Self, GenerationError> {
         request.check(shape)?;
         let Request { prompt, max_tokens, sampling, stop, special, bias, logprobs, constraint, .. } = request;
-        let Request { when_full, draft, marks, keep, title, prompt_logprobs, penalties, .. } = request;
-        Ok(Generation {
+        let Request { when_full, draft, marks, keep, title, prompt_logprobs, penalties, priority, sampled, .. } =
+            request;
+        let mut generation = Generation {
             prompt: prompt.len(),
             to_read: prompt.len(),
             tokens: prompt,
@@ -105,8 +109,42 @@ impl Generation {
             marks,
             keep,
             title,
+            priority,
             cached: None,
-        })
+            replayed: Vec::new(),
+        };
+        generation.replay(sampled)?;
+        Ok(generation)
+    }
+
+    /// Takes tokens that were sampled in an earlier run.
+    fn replay(&mut self, sampled: Vec<Sampled>) -> Result<(), GenerationError> {
+        let given = sampled.len();
+        let mut events = Vec::new();
+        for token in sampled {
+            let taken = self.generated.len();
+            if self.finish.is_some() || taken >= self.max_tokens {
+                return Err(GenerationError::SampledTooMany { given, taken });
+            }
+            self.take(token, &mut |event| events.push(event))?;
+        }
+        if given > 0 {
+            // All of them are read like a prompt. Nothing has been read yet, so there is nothing to go back from.
+            self.to_read = self.tokens.len();
+            self.back_to = None;
+        }
+        self.replayed = events;
+        Ok(())
+    }
+
+    /// What its owner has to hear of tokens that were sampled in an earlier run; once.
+    pub fn take_replayed(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.replayed)
+    }
+
+    /// Whose turn it is.
+    pub fn priority(&self) -> Priority {
+        self.priority
     }
 
     /// The tokens to append next to a sequence that has seen the first `position`: the rest of the prompt, later the token that was
@@ -269,9 +307,13 @@ impl Generation {
             }
             None => (None, Vec::new()),
         };
+        self.take(Sampled { id, logprob, top }, sink)
+    }
+
+    /// Takes a token that was chosen, and sees whether it ends the generation.
+    fn take(&mut self, Sampled { id, logprob, top }: Sampled, sink: &mut EventSink<'_>) -> Result<(), GenerationError> {
         self.tokens.push(id);
         self.generated.push(id);
-        self.penalise();
         if let Some(constraint) = &mut self.constraint {
             guarded(CONSTRAINT, || constraint.accept(id))?;
         }
@@ -400,6 +442,7 @@ impl Generation {
                 *score = if score.is_finite() && bias.is_finite() { sum.clamp(f32::MIN, f32::MAX) } else { sum };
             }
         }
+        self.penalise();
         if let Some(constraint) = &mut self.constraint {
             let failure = guarded(CONSTRAINT, || {
                 constraint.mask(&mut self.scores);

@@ -70,7 +70,7 @@ pub use generation::{EventSink, Generation};
 pub use model::{Completion, Drain, Model};
 pub use proposing::Drafts;
 pub use report::{Pages, Report, Window};
-pub use request::{Constraint, Penalties, Request, Shape, WhenFull};
+pub use request::{Constraint, Penalties, Priority, Request, Sampled, Shape, WhenFull};
 pub use scheduler::{Scheduler, SchedulerOptions, Watch, Work};
 pub use shared::{Handle, Place, Status, Submitter, Totals};
 

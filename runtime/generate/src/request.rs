@@ -5,7 +5,7 @@ use std::fmt;
 use crate::sampler::SamplerConfig;
 use sluice_text::{Special, StopCondition, Tokenizer};
 
-use super::{Draft, GenerationError};
+use super::{Draft, GenerationError, Logprob};
 
 /// Says which tokens may come next: a grammar, a schema, a list of answers.
 ///
@@ -61,11 +61,37 @@ impl Penalties {
     }
 }
 
+/// A token that was sampled, and what was said of it ([`Event::Token`](super::Event)).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// The token.
+    pub id: u32,
+    /// Natural logarithm of its probability, if that was asked for.
+    pub logprob: Option<f32>,
+    /// The likeliest tokens, as many as were asked for.
+    pub top: Vec<Logprob>,
+}
+
+/// Whose turn it is when not all can be served at a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Priority {
+    /// Somebody waits for it.
+    #[default]
+    Usual,
+    /// Nobody waits for it: it begins once nothing of usual priority is in the queue, and gives its place and its pages to what is.
+    Background,
+}
+
 /// What to generate.
 #[derive(Debug)]
 pub struct Request {
     /// Tokens to continue, at least one.
     pub prompt: Vec<u32>,
+    /// Tokens that were sampled behind the prompt already, in an earlier run of the program. The owner hears of them again, and the
+    /// generation goes on behind them exactly as if it had sampled them now: they count for `max_tokens`, stop strings, penalties and
+    /// the constraint, and randomness goes on with the index of the next one. They are read together with the prompt. Not together
+    /// with `prompt_logprobs`.
+    pub sampled: Vec<Sampled>,
     /// Most tokens to generate; with 0 the prompt is read and nothing more.
     pub max_tokens: usize,
     /// How tokens are chosen.
@@ -100,6 +126,8 @@ pub struct Request {
     pub keep: bool,
     /// What the sequence is called in the list of those on the drive.
     pub title: Option<String>,
+    /// Whose turn it is.
+    pub priority: Priority,
 }
 
 impl Request {
@@ -107,6 +135,7 @@ impl Request {
     pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Self {
         Request {
             prompt,
+            sampled: Vec::new(),
             max_tokens,
             sampling: SamplerConfig::default(),
             stop: StopCondition::default(),
@@ -121,6 +150,7 @@ impl Request {
             marks: Vec::new(),
             keep: true,
             title: None,
+            priority: Priority::default(),
         }
     }
 
@@ -139,8 +169,12 @@ impl Request {
             return Err(GenerationError::KeepsTooMuch { keep, context: shape.context });
         }
         let outside = |id: u32| id as usize >= shape.vocab;
-        if let Some(&id) = self.prompt.iter().find(|&&id| outside(id)) {
+        let all = self.prompt.iter().chain(self.sampled.iter().map(|token| &token.id));
+        if let Some(&id) = all.into_iter().find(|&&id| outside(id)) {
             return Err(GenerationError::PromptToken { id, vocab: shape.vocab });
+        }
+        if self.prompt_logprobs.is_some() && !self.sampled.is_empty() {
+            return Err(GenerationError::SampledAndScored);
         }
         for (field, value) in [("presence", self.penalties.presence), ("frequency", self.penalties.frequency)] {
             if !value.is_finite() {

@@ -4,6 +4,8 @@
 //! for some more tokens of each. Tokens beyond that can exhaust the pages. Then the youngest is saved: its tokens and its sampler
 //! stay in memory, and its sequence is written to a file or dropped. It is admitted again before everyone in the queue. The oldest
 //! is never saved, so one always goes on; and each that is admitted has room for some tokens, so all of them do.
+//!
+//! Generations in the background count as younger than all others, and one that somebody waits for takes the place of the youngest of them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +19,7 @@ use super::Generation;
 use super::guard::tell;
 use super::proposing::Ahead;
 use super::scheduler::{Running, Scheduler};
-use super::shared::{Arrival, Owner, Place};
+use super::shared::{Arrival, Owner, Place, is_background};
 use super::start::Start;
 
 /// For how many more tokens of each generation there must be pages when another one is admitted. With fewer, generations would be
@@ -75,14 +77,18 @@ struct Next {
     ahead: usize,
     /// It begins with an empty sequence: its own is in a file, or it wants to see the whole prompt.
     anew: bool,
+    /// It was saved, and is not in the queue.
+    saved: bool,
 }
 
 impl Scheduler {
     /// Admits as many generations as there is room for: first those that were saved, then the queue, each in order of arrival.
     pub(super) fn admit(&mut self, engine: &Engine) {
         let most = self.options.running.unwrap_or(usize::MAX).min(engine.memory().rows).max(1);
-        while self.running.len() < most {
-            let Some(next) = self.next() else { break };
+        while let Some(next) = self.next() {
+            if self.running.len() >= most && !self.yields_to(next.id) {
+                break;
+            }
             let start = match next.anew {
                 true => Start::With(engine.new_sequence()),
                 false => self.start(engine, next.id, &next.tokens, true),
@@ -103,11 +109,14 @@ impl Scheduler {
                     // What it goes on from may have given up the rest meanwhile.
                     _ => self.kept.insert(sequence),
                 }
-                break;
+                match self.yields_to(next.id) {
+                    true => continue,
+                    false => break,
+                }
             }
-            let at = match self.saved.is_empty() {
-                true => self.begin(sequence),
-                false => self.resume(engine, sequence),
+            let at = match next.saved {
+                false => self.begin(next.id, sequence),
+                true => self.resume(engine, sequence),
             };
             let Some(at) = at else { break };
             self.running[at].follows = follows;
@@ -121,20 +130,27 @@ impl Scheduler {
 
     /// The one that is to be admitted next.
     fn next(&mut self) -> Option<Next> {
-        let of = |id, generation: &Generation, tokens: Arc<[u32]>, in_file| {
+        let of = |id, generation: &Generation, tokens: Arc<[u32]>, in_file, saved| {
             let anew = in_file || generation.scores_prompt();
-            Some(Next { id, tokens, ahead: generation.remaining().min(AHEAD), anew })
+            // One that has ended with what it sampled in an earlier run needs no pages.
+            let (tokens, ahead) = match generation.finish() {
+                Some(_) => (Arc::default(), 0),
+                None => (tokens, generation.remaining().min(AHEAD)),
+            };
+            Some(Next { id, tokens, ahead, anew, saved })
         };
-        if let Some(saved) = self.saved.first() {
-            return of(saved.id, &saved.generation, saved.generation.tokens().into(), saved.file.is_some());
-        }
         let state = self.shared.lock();
+        let queued = state.queue.front().map(|arrival| arrival.id);
+        // What was saved has arrived earlier than what is in the queue, unless it is in the background.
+        if let Some(saved) = self.saved.first().filter(|saved| queued.is_none_or(|queued| saved.id < queued)) {
+            return of(saved.id, &saved.generation, saved.generation.tokens().into(), saved.file.is_some(), true);
+        }
         let Arrival { id, generation, .. } = state.queue.front()?;
         // It can wait for many turns.
         if self.next.as_ref().is_none_or(|next| next.0 != *id) {
             self.next = Some((*id, generation.tokens().into()));
         }
-        of(*id, generation, Arc::clone(&self.next.as_ref()?.1), false)
+        of(*id, generation, Arc::clone(&self.next.as_ref()?.1), false, false)
     }
 
     /// Whether there are pages for another generation that wants `tokens` tokens more than `sequence` has, besides what the running
@@ -162,27 +178,35 @@ impl Scheduler {
         keeps_marks && self.running.iter_mut().rev().any(Running::unmark)
     }
 
-    /// Admits the head of the queue; its place among the running ones.
-    fn begin(&mut self, sequence: Sequence) -> Option<usize> {
+    /// Admits one from the queue, before which others may have come meanwhile; its place among the running ones.
+    fn begin(&mut self, id: u64, sequence: Sequence) -> Option<usize> {
         let mut state = self.shared.lock();
-        let Arrival { id, mut generation, owner } = state.queue.pop_front()?;
+        let at = state.queue.binary_search_by_key(&id, |arrival| arrival.id).ok()?;
+        let Arrival { id, mut generation, owner } = state.queue.remove(at)?;
         state.places.insert(id, Place::Reading { read: 0, prompt: generation.usage().prompt_tokens });
         drop(state);
         generation.limit_marks(self.marks);
-        let (events, reported, failed, follows) = (Vec::new(), 0, false, None);
-        self.running.push(Running {
-            id,
-            generation,
-            sequence,
-            owner,
-            events,
-            reported,
-            failed,
-            follows,
-            saved: 0,
-            ahead: Ahead::default(),
-        });
-        Some(self.running.len() - 1)
+        let (events, reported, failed, follows) = (generation.take_replayed(), 0, false, None);
+        let (saved, ahead) = (0, Ahead::default());
+        let running = Running { id, generation, sequence, owner, events, reported, failed, follows, saved, ahead };
+        Some(self.run(running))
+    }
+
+    /// Puts a generation among the running ones; its place there.
+    fn run(&mut self, running: Running) -> usize {
+        let place = self.running.partition_point(|other| other.id < running.id);
+        self.running.insert(place, running);
+        place
+    }
+
+    /// Saves the youngest generation if it is in the background and `id` is not.
+    fn yields_to(&mut self, id: u64) -> bool {
+        let youngest = self.running.iter().rposition(|r| !r.is_over());
+        match youngest.filter(|&at| is_background(self.running[at].id) && !is_background(id)) {
+            Some(youngest) => self.save(youngest),
+            None => return false,
+        }
+        true
     }
 
     /// Admits the oldest of the saved generations; its place among the running ones.
@@ -190,21 +214,9 @@ impl Scheduler {
         let Saved { id, generation, owner, reported, file } = self.saved.remove(0);
         let sequence = file.and_then(|file| file.restore(engine)).unwrap_or(sequence);
         let (events, failed, follows) = (Vec::new(), false, None);
-        let running = Running {
-            id,
-            generation,
-            sequence,
-            owner,
-            events,
-            reported,
-            failed,
-            follows,
-            saved: 0,
-            ahead: Ahead::default(),
-        };
-        let place = self.running.partition_point(|other| other.id < id);
-        self.running.insert(place, running);
-        Some(place)
+        let (saved, ahead) = (0, Ahead::default());
+        let running = Running { id, generation, sequence, owner, events, reported, failed, follows, saved, ahead };
+        Some(self.run(running))
     }
 
     /// A step did not find the pages that it needs: the youngest generation gives its pages back. If only one is left, its context
@@ -222,8 +234,14 @@ impl Scheduler {
             return;
         }
         // One that waits for another is younger than that, and has no pages. It goes first, so that the order of arrival stays.
-        let Some(youngest) = self.running.iter().rposition(|r| !r.is_over()) else { return };
-        let Running { id, generation, sequence, mut owner, events, reported, .. } = self.running.remove(youngest);
+        if let Some(youngest) = self.running.iter().rposition(|r| !r.is_over()) {
+            self.save(youngest);
+        }
+    }
+
+    /// A running generation gives its pages back, and waits to be admitted again.
+    fn save(&mut self, at: usize) {
+        let Running { id, generation, sequence, mut owner, events, reported, .. } = self.running.remove(at);
         let file = self.options.spill.as_deref().and_then(|folder| SavedSequence::new(&sequence, folder));
         if file.is_none() && generation.keeps().0 {
             // It gives up no more than the others need.

@@ -22,7 +22,7 @@ use super::predicted::Wanted;
 use super::proposing::{Ahead, Drafts, Proposer};
 use super::report::Reporter;
 use super::room::{Saved, pages_full};
-use super::shared::{Arrival, Owner, Place, Shared, State, Totals};
+use super::shared::{Arrival, Owner, Place, Shared, State, Totals, is_background};
 use super::start::Follows;
 use super::{Event, Generation, GenerationError, Handle, Request, Shape, Status, Submitter};
 
@@ -52,7 +52,7 @@ pub struct SchedulerOptions {
     /// Most sequences of generations that have ended to keep in memory, so that a later request that begins with the same tokens need
     /// not read them again. They only have pages that nobody else needs.
     pub kept: usize,
-    /// Most generations in the queue; `None`: any number.
+    /// Most generations in the queue, without those in the background; `None`: any number.
     pub queue: Option<usize>,
     /// Sequences on the drive. What a generation leaves behind is written there, and a later request that begins with the same tokens goes
     /// on from it, also in another run of the program. Several models can share a store.
@@ -528,6 +528,7 @@ impl Scheduler {
         self.totals.generated_tokens += after.0 - before.0;
         self.proposals = (self.proposals.0 + after.1 - before.1, self.proposals.1 + after.2 - before.2);
         self.read += read.unwrap_or(0) as u64;
+        self.totals.steps += u64::from(read.is_some());
         for running in &mut self.running {
             running.report(running.sequence.position());
             // A step that finds no pages has brought nobody further, and takes no marks.
@@ -565,7 +566,17 @@ impl Scheduler {
         let decoded: usize = decoding.iter().sum();
         let rows = if decoded > 0 { self.options.prompt_rows } else { most };
         let rows = rows.min(most.saturating_sub(decoded)).max(1);
-        shares(&wanted(true), rows).into_iter().zip(decoding).map(|(a, b)| a + b).collect()
+        // What is in the background reads with the rows that the others leave.
+        let wanted = wanted(true);
+        let of = |background: bool, rows| {
+            let each = self.running.iter().zip(&wanted);
+            let each = each.map(|(r, &wanted)| if is_background(r.id) == background { wanted } else { 0 });
+            shares(&each.collect::<Vec<_>>(), rows)
+        };
+        let usual = of(false, rows);
+        let left = of(true, rows - usual.iter().sum::<usize>());
+        let reading = usual.into_iter().zip(left).map(|(usual, left)| usual + left);
+        reading.zip(decoding).map(|(a, b)| a + b).collect()
     }
 
     /// Repeats a failed step for each generation alone, and ends those whose step fails again. False if cancelling interrupted

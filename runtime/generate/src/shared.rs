@@ -10,7 +10,15 @@ use serde::Serialize;
 use sluice_model::control::Cancel;
 
 use super::report::{Board, Report};
-use super::{Event, Generation, GenerationError, Request, Shape};
+use super::{Event, Generation, GenerationError, Priority, Request, Shape};
+
+/// The numbers of generations in the background begin here. All orders go by number, so these come behind all others.
+const BACKGROUND: u64 = 1 << 63;
+
+/// Whether this is the number of a generation in the background.
+pub(super) fn is_background(id: u64) -> bool {
+    id >= BACKGROUND
+}
 
 /// Is given a generation's events, between steps; `Break` cancels the generation.
 pub(super) type Owner = Box<dyn FnMut(Event) -> ControlFlow<()> + Send>;
@@ -85,6 +93,8 @@ pub struct Totals {
     pub restored_tokens: u64,
     /// Tokens that were generated.
     pub generated_tokens: u64,
+    /// Steps of the engine.
+    pub steps: u64,
 }
 
 /// A generation that has not been admitted.
@@ -220,7 +230,7 @@ impl Shared {
 pub struct Submitter(pub(super) Arc<Shared>);
 
 impl Submitter {
-    /// Puts a generation at the end of the queue. `owner` is called with its events on the scheduler's thread, between steps, and
+    /// Puts a generation at the end of the queue, or of the part of it that has its priority. `owner` is called with its events on the scheduler's thread, between steps, and
     /// should return quickly; `Break` cancels the generation.
     ///
     /// # Errors
@@ -235,13 +245,15 @@ impl Submitter {
         if state.closed {
             return Err(GenerationError::Closed);
         }
-        let queued = state.queue.len();
-        if let Some(limit) = self.0.limit.filter(|&limit| queued >= limit) {
+        let background = generation.priority() == Priority::Background;
+        let queued = state.queue.partition_point(|arrival| !is_background(arrival.id));
+        if let Some(limit) = self.0.limit.filter(|&limit| queued >= limit && !background) {
             return Err(GenerationError::QueueFull { queued, limit });
         }
-        let id = state.next;
+        let id = state.next + if background { BACKGROUND } else { 0 };
         state.next += 1;
-        state.queue.push_back(Arrival { id, generation, owner: Box::new(owner) });
+        let place = state.queue.partition_point(|arrival| arrival.id < id);
+        state.queue.insert(place, Arrival { id, generation, owner: Box::new(owner) });
         drop(state);
         self.0.work.notify_all();
         Ok(Handle { id, shared: Arc::clone(&self.0) })
@@ -301,7 +313,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Its number, in order of arrival.
+    /// Its number: they ascend in order of arrival, and those in the background come behind all others.
     pub fn id(&self) -> u64 {
         self.id
     }

@@ -7,6 +7,7 @@ use axum::extract::{FromRequest, Request};
 use axum::http::Response;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 use tower_http::timeout::TimeoutError;
 
 use crate::error::{ApiError, Flavour, Kind};
@@ -60,17 +61,26 @@ fn is_timeout(error: &(dyn Error + 'static)) -> bool {
 /// Names the field that is wrong.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     let mut reader = serde_json::Deserializer::from_slice(bytes);
-    let read = serde_path_to_error::deserialize(&mut reader);
-    let value = read.map_err(|error| {
-        let path = error.path().to_string();
-        let inner = error.into_inner();
-        if inner.is_data() && path != "." {
-            return ApiError::field(path.clone(), format!("`{path}`: {inner}")).code("invalid_type");
-        }
-        ApiError::invalid(format!("the body is not JSON that this path takes: {inner}"))
-    })?;
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(wrong)?;
     reader.end().map_err(|error| ApiError::invalid(format!("the body goes on after its JSON: {error}")))?;
     Ok(value)
+}
+
+/// Reads what JSON says.
+///
+/// # Errors
+/// Names the field that is wrong.
+pub fn read<T: DeserializeOwned>(value: Value) -> Result<T, ApiError> {
+    serde_path_to_error::deserialize(value).map_err(wrong)
+}
+
+fn wrong(error: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
+    let path = error.path().to_string();
+    let inner = error.into_inner();
+    if inner.is_data() && path != "." {
+        return ApiError::field(path.clone(), format!("`{path}`: {inner}")).code("invalid_type");
+    }
+    ApiError::invalid(format!("the body is not JSON that this path takes: {inner}"))
 }
 
 #[cfg(test)]

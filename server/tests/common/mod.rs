@@ -66,7 +66,7 @@ pub async fn start(options: ServerOptions) -> Running {
     let engine = EngineOptions { threads: Some(1), sequences: Some(2), ..options.engine.clone() };
     let options = ServerOptions { files: vec![model().to_owned()], engine, ..options };
     let models = Models::new(&options, SchedulerOptions::default()).unwrap();
-    let app = App::new(options, models, None);
+    let app = App::new(options, models, None, None);
     Running { router: router(&app), app }
 }
 

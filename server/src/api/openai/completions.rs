@@ -106,10 +106,7 @@ async fn begin(app: &Arc<App>, request: CompletionRequest) -> Result<(Run, Reply
     app.open()?;
     let model = app.models.find(&request.model)?.id.clone();
     let asks = request.into_asks()?;
-    let n = asks.first().map_or(1, |ask| ask.n);
-    let logprobs = asks.iter().any(|ask| ask.settings.logprobs.is_some());
-    let answers = (0..asks.len() * n).map(|_| Collected::default()).collect();
-    let reply = Reply { id: new_id("cmpl-"), created: now(), model, n, logprobs, answers, offsets: Vec::new() };
+    let reply = Reply::new(model, &asks);
     Ok((Run::begin_all(app, asks).await?, reply))
 }
 
@@ -178,6 +175,13 @@ struct Reply {
 }
 
 impl Reply {
+    fn new(model: String, asks: &[Ask]) -> Self {
+        let n = asks.first().map_or(1, |ask| ask.n);
+        let logprobs = asks.iter().any(|ask| ask.settings.logprobs.is_some());
+        let answers = (0..asks.len() * n).map(|_| Collected::default()).collect();
+        Reply { id: new_id("cmpl-"), created: now(), model, n, logprobs, answers, offsets: Vec::new() }
+    }
+
     fn object(&self, choices: Vec<Value>) -> Value {
         json!({
             "id": self.id,
@@ -246,8 +250,15 @@ impl Writer for CompletionWriter {
 }
 
 /// Makes one object.
-struct CompletionFold {
+pub struct CompletionFold {
     reply: Reply,
+}
+
+impl CompletionFold {
+    /// An object of the answers to these.
+    pub fn new(model: String, asks: &[Ask]) -> Self {
+        CompletionFold { reply: Reply::new(model, asks) }
+    }
 }
 
 impl Fold for CompletionFold {

@@ -4,6 +4,7 @@ mod batches;
 mod chat;
 mod chat_reply;
 mod completions;
+pub mod line;
 mod logprobs;
 mod models;
 pub mod request;
@@ -17,6 +18,7 @@ use axum::routing::{get, post};
 
 use crate::app::App;
 
+pub use batches::BatchRequest;
 pub use chat::ChatRequest;
 pub use completions::CompletionRequest;
 

@@ -185,6 +185,7 @@ fn schemas() -> Value {
     let Value::Object(mut all) = answers else { return Value::Null };
     add::<openai::ChatRequest>(&mut all, "ChatRequest");
     add::<openai::CompletionRequest>(&mut all, "CompletionRequest");
+    add::<openai::BatchRequest>(&mut all, "BatchRequest");
     add::<openai::responses::request::ResponsesRequest>(&mut all, "ResponsesRequest");
     add::<anthropic::MessagesRequest>(&mut all, "MessagesRequest");
     add::<ollama::ChatRequest>(&mut all, "OllamaChatRequest");

@@ -82,6 +82,7 @@ impl Operation {
 
 const STREAM: Parameter = Parameter { name: "stream", schema: r#"{"type": "boolean", "enum": [false]}"# };
 const AFTER: Parameter = Parameter { name: "after", schema: r#"{"type": "string"}"# };
+const PURPOSE: Parameter = Parameter { name: "purpose", schema: r#"{"type": "string"}"# };
 const LIMIT: Parameter = Parameter { name: "limit", schema: r#"{"type": "integer", "minimum": 1, "maximum": 100}"# };
 const ORDER: Parameter = Parameter { name: "order", schema: r#"{"type": "string", "enum": ["asc", "desc"]}"# };
 
@@ -105,15 +106,15 @@ pub const OPERATIONS: &[Operation] = &[
     act("/v1/responses/{id}/cancel", Json("Response"), "Cancels a response in the background; there are none"),
     get("/v1/responses/{id}/input_items", Json("Items"), "Lists the items that a response answered")
         .with(&[AFTER, LIMIT, ORDER]),
-    get("/v1/files", Missing, "Lists files: not there yet"),
-    act("/v1/files", Missing, "Takes a file: not there yet"),
-    get("/v1/files/{id}", Missing, "Describes a file: not there yet"),
-    delete("/v1/files/{id}", Missing, "Deletes a file: not there yet"),
-    get("/v1/files/{id}/content", Missing, "Gives a file: not there yet"),
-    get("/v1/batches", Missing, "Lists batches: not there yet"),
-    act("/v1/batches", Missing, "Begins a batch: not there yet"),
-    get("/v1/batches/{id}", Missing, "Describes a batch: not there yet"),
-    act("/v1/batches/{id}/cancel", Missing, "Cancels a batch: not there yet"),
+    get("/v1/files", Json("Files"), "Lists files").with(&[PURPOSE, AFTER, LIMIT, ORDER]),
+    act("/v1/files", Json("File"), "Takes a file, as a form with `purpose` and `file`"),
+    get("/v1/files/{id}", Json("File"), "Describes a file"),
+    delete("/v1/files/{id}", Json("Deleted"), "Deletes a file"),
+    get("/v1/files/{id}/content", Other("application/jsonl"), "Gives a file"),
+    get("/v1/batches", Json("Batches"), "Lists batches").with(&[AFTER, LIMIT, ORDER]),
+    post("/v1/batches", "BatchRequest", Json("Batch"), "Begins a batch of the requests in a file"),
+    get("/v1/batches/{id}", Json("Batch"), "Describes a batch"),
+    act("/v1/batches/{id}/cancel", Json("Batch"), "Ends a batch early"),
     post("/v1/messages", "MessagesRequest", Events("Message"), "Answers a conversation"),
     post("/v1/messages/count_tokens", "MessagesRequest", Json("MessageTokens"), "Counts the tokens of a conversation"),
     get("/api/version", Json("OllamaVersion"), "The version of Ollama's API that this is"),

@@ -70,7 +70,7 @@ fn every_route_is_in_the_document() {
 async fn everything_in_the_document_is_a_route() {
     let options = ServerOptions::default();
     let models = Models::new(&options, SchedulerOptions::default()).unwrap();
-    let app = App::new(options, models, None);
+    let app = App::new(options, models, None, None);
     for (path, methods) in documented() {
         let filled = path.replace("{id}", "x").replace("{digest}", "x");
         for method in methods {

@@ -127,7 +127,7 @@ pub async fn cancel(State(app): State<Arc<App>>, Path(id): Path<String>) -> Resp
     finish(cancelled.await)
 }
 
-/// What `GET /v1/responses/{id}/input_items` takes.
+/// Which part of a list is asked for.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct ItemsQuery {
@@ -150,7 +150,11 @@ pub async fn input_items(
     finish(listed.await)
 }
 
-fn page(items: &[Value], query: &ItemsQuery) -> Result<Value, ApiError> {
+/// A page of a list whose items have ids, the oldest first.
+///
+/// # Errors
+/// Names the parameter that has an impossible value.
+pub fn page(items: &[Value], query: &ItemsQuery) -> Result<Value, ApiError> {
     let limit = count("limit", query.limit, 1, 100)?.unwrap_or(20);
     let mut items: Vec<&Value> = items.iter().collect();
     match query.order.as_deref() {

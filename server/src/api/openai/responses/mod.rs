@@ -16,6 +16,9 @@ mod tools;
 #[cfg(test)]
 mod tests;
 
+pub use handlers::{ItemsQuery, page};
+pub use reply::{Maker, ResponsesFold};
+
 use std::sync::Arc;
 
 use axum::Router;

@@ -1,0 +1,131 @@
+//! Why a batch does not go on.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why a batch does not begin or go on. Nothing that was written is lost by any of these; where the cause can be removed, the same command
+/// goes on afterwards.
+#[derive(Debug, thiserror::Error)]
+pub enum BatchError {
+    /// The filesystem.
+    #[error(
+        "{path}: cannot {action}: {source}. Nothing is lost: once that is mended, the same command goes on where it was"
+    )]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What was being done.
+        action: &'static str,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// Another process works on the same output.
+    #[error("{path}: another process is working on this batch: wait for it, or end it")]
+    Busy {
+        /// The journal.
+        path: PathBuf,
+    },
+    /// Two requests with one name.
+    #[error(
+        "{path}: lines {first} and {second} have the same custom_id {id:?}: results could not be told apart. Give each its own"
+    )]
+    Duplicate {
+        /// The input.
+        path: PathBuf,
+        /// The line that has it first, from 1.
+        first: usize,
+        /// The other.
+        second: usize,
+        /// The name, shortened.
+        id: String,
+    },
+    /// More requests than can be counted.
+    #[error("{path}: more than {most} lines: split it")]
+    TooMany {
+        /// The input.
+        path: PathBuf,
+        /// The most.
+        most: usize,
+    },
+    /// The input is another one than when the run began.
+    #[error(
+        "{path}: the requests are others than when this run began. Put the earlier file back to go on, or begin another run with another \
+         output file"
+    )]
+    InputChanged {
+        /// The input.
+        path: PathBuf,
+    },
+    /// The model is another one than when the run began.
+    #[error(
+        "{journal}: this run began with another model ({before}, now {now}). Give that one to go on, or begin another run with another \
+         output file"
+    )]
+    OtherModel {
+        /// The journal.
+        journal: PathBuf,
+        /// What the journal says.
+        before: String,
+        /// What was given.
+        now: String,
+    },
+    /// The settings that answers depend on are others than when the run began.
+    #[error(
+        "{journal}: this run began with other settings ({before}, now {now}). Give the same to go on, or begin another run with another \
+         output file"
+    )]
+    OtherSettings {
+        /// The journal.
+        journal: PathBuf,
+        /// What the journal says.
+        before: String,
+        /// What was given.
+        now: String,
+    },
+    /// There is a file in the place of the output that no run has written.
+    #[error(
+        "{path}: there is a file already, and {journal} is not there, so it is not the result of a run: choose another name"
+    )]
+    OutputExists {
+        /// The output.
+        path: PathBuf,
+        /// The journal that would belong to it.
+        journal: PathBuf,
+    },
+    /// The output does not hold what the journal says.
+    #[error(
+        "{path}: line {line} is not the result that this run has written. Put the file back as it was to go on, or begin another run with \
+         another output file"
+    )]
+    OutputChanged {
+        /// The output.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+    },
+    /// There is a file in the place of the journal that is none.
+    #[error("{path}: this is not a journal of this version of the program: choose another name for the output")]
+    NotAJournal {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file that cannot be written to at any place.
+    #[error("{path}: this is no regular file: results are written to a file, which the next run has to read")]
+    NotRegular {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The answerer cannot go on.
+    #[error("{message}. Nothing is lost: once that is mended, the same command goes on where it was")]
+    Broken {
+        /// What it says.
+        message: String,
+    },
+}
+
+impl BatchError {
+    /// An adapter for `map_err`.
+    pub(crate) fn file(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> BatchError {
+        move |source| BatchError::File { path: path.to_owned(), action, source }
+    }
+}

@@ -1,0 +1,604 @@
+//! The runner: hands requests to an answerer, and keeps what comes of them.
+
+use std::any::Any;
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::io;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::{Value, json};
+use sluice_checksum::xxh3_64;
+
+use crate::error::BatchError;
+use crate::files::{Access, Files, OpenFile};
+use crate::index::Index;
+use crate::journal::{Content, Header, Journal, Sampled, Token, Written};
+use crate::line::{Line, LineError, id_of};
+use crate::output::Output;
+
+/// How long the runner waits for news before it looks whether it has been told to stop.
+const WAIT: Duration = Duration::from_millis(100);
+/// How often files are made durable, with [`Sync::Seconds`].
+const SYNC_EVERY: Duration = Duration::from_secs(5);
+/// How often progress is reported.
+const REPORT_EVERY: Duration = Duration::from_millis(500);
+/// How far back the present rate reaches.
+const RECENT: Duration = Duration::from_secs(30);
+/// Most events that are taken before something is written.
+const AT_ONCE: usize = 4096;
+
+/// When what is written is made durable. Whatever this says, nothing is lost when the process is killed; it is for crashes of the system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sync {
+    /// After every write.
+    Always,
+    /// Every few seconds, and at the end.
+    #[default]
+    Seconds,
+    /// Whenever the system likes.
+    Never,
+}
+
+/// What answers depend on besides the requests. A run only goes on with the same.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// The model, for people and for comparison.
+    pub model: String,
+    /// The settings.
+    pub settings: String,
+}
+
+/// What a batch is.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The requests.
+    pub input: PathBuf,
+    /// The results. The journal is beside it, as `OUTPUT.journal`.
+    pub output: PathBuf,
+    /// When what is written is made durable.
+    pub sync: Sync,
+    /// What answers depend on.
+    pub identity: Identity,
+    /// Seconds since 1970, for a batch that begins.
+    pub now: u64,
+}
+
+/// A request for an answerer.
+#[derive(Debug)]
+pub struct Job {
+    /// Its number, which events repeat.
+    pub request: u32,
+    /// What it asks for.
+    pub line: Line,
+    /// Seconds since 1970 at which the batch began: what prompts say of the time is to follow from this.
+    pub started: u64,
+    /// What was sampled for each of its answers in earlier runs, as far as is known.
+    pub sampled: Vec<Vec<Token>>,
+    /// Where news of it go.
+    pub events: Events,
+}
+
+/// Takes news of requests.
+#[derive(Clone, Debug)]
+pub struct Events(Sender<Event>);
+
+impl Events {
+    /// Sends news. They are lost once the run has ended.
+    pub fn send(&self, event: Event) {
+        // Nobody is left who could do something about it.
+        let _ = self.0.send(event);
+    }
+}
+
+/// News of a request.
+#[derive(Debug)]
+pub enum Event {
+    /// A token was sampled: one behind those that the job has brought.
+    Sampled {
+        /// The request.
+        request: u32,
+        /// Which of its answers.
+        answer: u32,
+        /// The token.
+        token: Token,
+    },
+    /// The request has ended, with the body of its response or because something is wrong with it.
+    Ended {
+        /// The request.
+        request: u32,
+        /// What came of it.
+        outcome: Result<Ending, Failure>,
+    },
+    /// Nothing can go on, and it is not the request's fault.
+    Broken {
+        /// What is wrong.
+        message: String,
+    },
+}
+
+/// How a request has ended.
+#[derive(Debug)]
+pub struct Ending {
+    /// The body of its response.
+    pub body: Value,
+    /// Tokens that were generated.
+    pub generated: u32,
+}
+
+/// Why a request has failed.
+#[derive(Debug)]
+pub struct Failure {
+    /// The status of the response.
+    pub status: u16,
+    /// A word for programs.
+    pub code: String,
+    /// What is wrong.
+    pub message: String,
+    /// The body of the response.
+    pub body: Value,
+}
+
+/// A request that is being answered. Dropping it ends that.
+pub type Ongoing = Box<dyn Any + Send>;
+
+/// Answers requests. From the same request and the same sampled tokens it makes the same answer to the last byte, whatever else goes on.
+pub trait Answerer {
+    /// Begins to answer. Every job gets an [`Event::Ended`] or an [`Event::Broken`], unless it is dropped before.
+    fn begin(&self, job: Job) -> Ongoing;
+}
+
+/// How far a run is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Progress {
+    /// Requests in all.
+    pub requests: usize,
+    /// Those that have a result, failed ones included.
+    pub finished: usize,
+    /// Those that failed.
+    pub failed: usize,
+    /// Those that are being answered.
+    pub running: usize,
+    /// Tokens that were generated in this run.
+    pub generated: u64,
+    /// Seconds since the run began.
+    pub seconds: f64,
+    /// Tokens per second lately.
+    pub tokens_per_second: f64,
+    /// Tokens per second since the run began.
+    pub mean_tokens_per_second: f64,
+    /// Seconds that are left, from the mean rate and the mean length of answers so far; `None` while nothing is known of these.
+    pub seconds_left: Option<f64>,
+}
+
+/// Hears of the progress of a run, and stops it with `Break`.
+pub type Watch<'a> = dyn FnMut(&Progress) -> ControlFlow<()> + 'a;
+
+/// How a run has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Summary {
+    /// Requests in all.
+    pub requests: usize,
+    /// Those that have a result, failed ones included.
+    pub finished: usize,
+    /// Those that failed.
+    pub failed: usize,
+    /// Whether it was told to stop before all had a result.
+    pub interrupted: bool,
+}
+
+/// A batch that this process works on.
+pub struct Batch {
+    options: Options,
+    input: Box<dyn OpenFile>,
+    index: Index,
+    journal: Journal,
+    output: Output,
+    started: u64,
+    /// Whether each request has a result.
+    done: Vec<bool>,
+    sampled: HashMap<u32, Vec<Vec<Token>>>,
+    failed: usize,
+    finished: usize,
+    /// Tokens of all results.
+    answered_tokens: u64,
+    dirty: bool,
+    synced: Instant,
+}
+
+impl fmt::Debug for Batch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Batch")
+            .field("options", &self.options)
+            .field("finished", &self.finished)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Options {
+    /// Where the journal is.
+    pub fn journal(&self) -> PathBuf {
+        let mut name = self.output.clone().into_os_string();
+        name.push(".journal");
+        name.into()
+    }
+
+    /// The requests of the input.
+    ///
+    /// # Errors
+    /// The filesystem's, and two requests with the same name.
+    pub fn index(&self, files: &dyn Files) -> Result<Index, BatchError> {
+        Index::read(&self.input, &*self.open_input(files)?)
+    }
+
+    fn open_input(&self, files: &dyn Files) -> Result<Box<dyn OpenFile>, BatchError> {
+        files.open(&self.input, Access::Read).map_err(BatchError::file(&self.input, "read the requests"))
+    }
+}
+
+/// The file at `path`, if there is one.
+fn open_there(files: &dyn Files, path: &Path) -> Result<Option<Box<dyn OpenFile>>, BatchError> {
+    match files.open(path, Access::Read) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(BatchError::file(path, "look at it")(error)),
+    }
+}
+
+impl Batch {
+    /// Reads the input, and begins a run or goes on with one.
+    ///
+    /// # Errors
+    /// [`BatchError`]. Nothing that other programs have written is changed.
+    pub fn open(files: &dyn Files, options: Options) -> Result<Batch, BatchError> {
+        let input = options.open_input(files)?;
+        let index = Index::read(&options.input, &*input)?;
+        let path = options.journal();
+        if open_there(files, &path)?.is_none()
+            && let Some(output) = open_there(files, &options.output)?
+        {
+            // Nothing is made where a run would not begin.
+            Output::begin(&options.output, output, &path)?;
+        }
+        let open = |path: &Path| files.open(path, Access::Write).map_err(BatchError::file(path, "open it"));
+        let (mut journal, found) = Journal::claim(&path, open(&path)?)?;
+        let output = open(&options.output)?;
+        let (started, output, content) = match found {
+            None => {
+                let output = Output::begin(&options.output, output, &path)?;
+                let Identity { model, settings } = options.identity.clone();
+                let header =
+                    Header { digest: index.digest, length: index.length, started: options.now, model, settings };
+                journal.begin(&header)?;
+                let named = files.sync_folder_of(&options.output);
+                named.map_err(BatchError::file(&options.output, "sync the folder of the results"))?;
+                (options.now, output, Content::default())
+            }
+            Some(header) => {
+                check(&header, &index, &options, &path)?;
+                let mut content = journal.read(index.entries.len())?;
+                let (output, kept) = Output::resume(&options.output, output, &content.results)?;
+                if kept < content.results.len() {
+                    journal.kept(kept)?;
+                    content.results.truncate(kept);
+                }
+                (header.started, output, content)
+            }
+        };
+        let mut done = vec![false; index.entries.len()];
+        content.results.iter().for_each(|written| done[written.request as usize] = true);
+        let results = &content.results;
+        Ok(Batch {
+            failed: results.iter().filter(|written| written.failed).count(),
+            finished: results.len(),
+            answered_tokens: results.iter().map(|written| u64::from(written.generated)).sum(),
+            sampled: content.sampled,
+            dirty: true,
+            synced: Instant::now(),
+            options,
+            input,
+            index,
+            journal,
+            output,
+            started,
+            done,
+        })
+    }
+
+    /// The requests.
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// Seconds since 1970 at which the batch began.
+    pub fn started(&self) -> u64 {
+        self.started
+    }
+
+    /// Whether all requests have results.
+    pub fn is_finished(&self) -> bool {
+        self.finished == self.index.entries.len()
+    }
+
+    /// How far it is, before or after a run.
+    pub fn summary(&self) -> Summary {
+        Summary {
+            requests: self.index.entries.len(),
+            finished: self.finished,
+            failed: self.failed,
+            interrupted: !self.is_finished(),
+        }
+    }
+
+    /// Answers the requests that have no result yet, so many answers at a time, until all have one or `stop` is set. `watch` hears of
+    /// the progress about twice a second, and stops the run as well with `Break`.
+    ///
+    /// # Errors
+    /// [`BatchError`]. What has been written until then is kept, and the next run goes on from there.
+    pub fn run(
+        &mut self,
+        answerer: &dyn Answerer,
+        at_a_time: usize,
+        stop: &AtomicBool,
+        watch: &mut Watch<'_>,
+    ) -> Result<Summary, BatchError> {
+        let (sender, events) = channel();
+        let queue = self.index.order.iter().copied().filter(|&request| !self.done[request as usize]).collect();
+        let mut flight = Flight { queue, ongoing: HashMap::new(), answers: 0, at_a_time, events: Events(sender) };
+        let mut meter = Meter::new();
+        let outcome = self.steps(answerer, &mut flight, &events, stop, &mut meter, watch);
+        // Answers that are being made end before anything else is done.
+        drop(flight);
+        if self.options.sync != Sync::Never {
+            self.sync()?;
+        }
+        outcome?;
+        // It has ended anyway.
+        let _ = watch(&self.progress((0, 0), &mut meter));
+        Ok(self.summary())
+    }
+
+    fn steps(
+        &mut self,
+        answerer: &dyn Answerer,
+        flight: &mut Flight,
+        events: &Receiver<Event>,
+        stop: &AtomicBool,
+        meter: &mut Meter,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), BatchError> {
+        let mut reported: Option<Instant> = None;
+        loop {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            self.begin_more(answerer, flight)?;
+            if flight.ongoing.is_empty() {
+                return Ok(());
+            }
+            if reported.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
+                reported = Some(Instant::now());
+                if watch(&self.progress(flight.underway(), meter)).is_break() {
+                    return Ok(());
+                }
+            }
+            let first = events.recv_timeout(WAIT).ok();
+            let news: Vec<Event> = first.into_iter().chain(events.try_iter().take(AT_ONCE)).collect();
+            self.take(news, flight, meter)?;
+            if self.options.sync == Sync::Seconds && self.dirty && self.synced.elapsed() >= SYNC_EVERY {
+                self.sync()?;
+            }
+        }
+    }
+
+    /// Hands out requests while there is room for more.
+    fn begin_more(&mut self, answerer: &dyn Answerer, flight: &mut Flight) -> Result<(), BatchError> {
+        while flight.ongoing.is_empty() || flight.answers < flight.at_a_time {
+            let Some(request) = flight.queue.pop_front() else { return Ok(()) };
+            let entry = self.index.entries[request as usize];
+            match Index::line(&self.options.input, &*self.input, &entry)? {
+                Err(error) => self.refuse(request, error)?,
+                Ok(line) => {
+                    let sampled = self.sampled.remove(&request).unwrap_or_default();
+                    let (started, events) = (self.started, flight.events.clone());
+                    let custom_id = line.custom_id.clone();
+                    let ongoing = answerer.begin(Job { request, line, started, sampled, events });
+                    let answers = entry.wanted.answers as usize;
+                    flight.answers += answers;
+                    flight.ongoing.insert(request, Underway { custom_id, answers, generated: 0, _ongoing: ongoing });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes news: tokens go to the journal, results to the output.
+    fn take(&mut self, news: Vec<Event>, flight: &mut Flight, meter: &mut Meter) -> Result<(), BatchError> {
+        let (mut tokens, mut ended) = (Vec::<Sampled>::new(), Vec::new());
+        for event in news {
+            match event {
+                Event::Sampled { request, answer, token } => {
+                    let Some(underway) = flight.ongoing.get_mut(&request) else { continue };
+                    underway.generated += 1;
+                    meter.generated += 1;
+                    let known =
+                        tokens.iter_mut().rev().find(|known| known.request == request && known.answer == answer);
+                    match known {
+                        Some(known) => known.tokens.push(token),
+                        None => tokens.push(Sampled { request, answer, tokens: vec![token] }),
+                    }
+                }
+                Event::Ended { request, outcome } => ended.push((request, outcome)),
+                Event::Broken { message } => return Err(BatchError::Broken { message }),
+            }
+        }
+        // Those that have ended need no tokens any more.
+        tokens.retain(|sampled| ended.iter().all(|(request, _)| *request != sampled.request));
+        if !tokens.is_empty() {
+            self.journal.sampled(&tokens)?;
+            self.written()?;
+        }
+        for (request, outcome) in ended {
+            let Some(underway) = flight.ongoing.remove(&request) else { continue };
+            flight.answers -= underway.answers;
+            self.finish(request, &underway.custom_id, outcome)?;
+        }
+        Ok(())
+    }
+
+    /// A line that is no request.
+    fn refuse(&mut self, request: u32, error: LineError) -> Result<(), BatchError> {
+        let LineError { custom_id, code, message } = error;
+        let object = json!({"message": message, "type": "invalid_request_error", "param": null, "code": code});
+        let failure = Failure { status: 400, code: code.to_owned(), message, body: json!({"error": object}) };
+        self.finish(request, &custom_id, Err(failure))
+    }
+
+    /// Writes a result: to the output first, so that the journal never has one that the output has not.
+    fn finish(&mut self, request: u32, custom_id: &str, outcome: Result<Ending, Failure>) -> Result<(), BatchError> {
+        let (failed, generated) = (outcome.is_err(), outcome.as_ref().map_or(0, |ending| ending.generated));
+        let mut line = result(custom_id, outcome).to_string().into_bytes();
+        line.push(b'\n');
+        self.output.append(&line)?;
+        if self.options.sync == Sync::Always {
+            self.output.sync()?;
+        }
+        let bytes = u32::try_from(line.len()).map_err(|_| BatchError::Broken {
+            message: format!("the result of {custom_id:?} has more than 4 GiB, the most that a result can have"),
+        })?;
+        self.journal.result(&Written { request, bytes, checksum: xxh3_64(&line), failed, generated })?;
+        self.done[request as usize] = true;
+        self.finished += 1;
+        self.failed += usize::from(failed);
+        self.answered_tokens += u64::from(generated);
+        self.written()
+    }
+
+    /// Something has been written.
+    fn written(&mut self) -> Result<(), BatchError> {
+        self.dirty = true;
+        if self.options.sync == Sync::Always { self.sync() } else { Ok(()) }
+    }
+
+    /// Makes everything durable: the output first, for the same reason.
+    fn sync(&mut self) -> Result<(), BatchError> {
+        self.output.sync()?;
+        self.journal.sync()?;
+        (self.dirty, self.synced) = (false, Instant::now());
+        Ok(())
+    }
+
+    /// `underway`: requests that are being answered, and the tokens that this run has generated for them.
+    fn progress(&self, (running, underway): (usize, u64), meter: &mut Meter) -> Progress {
+        let requests = self.index.entries.len();
+        let (recent, mean) = meter.rates();
+        let answered = self.finished - self.failed;
+        let left = match (answered, requests - self.finished) {
+            (_, 0) => Some(0.0),
+            (0, _) => None,
+            (answered, left) => {
+                let tokens = self.answered_tokens as f64 / answered as f64 * left as f64;
+                Some((tokens - underway as f64).max(0.0))
+            }
+        };
+        Progress {
+            requests,
+            finished: self.finished,
+            failed: self.failed,
+            running,
+            generated: meter.generated,
+            seconds: meter.began.elapsed().as_secs_f64(),
+            tokens_per_second: recent,
+            mean_tokens_per_second: mean,
+            seconds_left: left.filter(|left| *left == 0.0 || mean > 0.0).map(|left| left / mean.max(f64::MIN_POSITIVE)),
+        }
+    }
+}
+
+/// Refuses to go on with anything else than the run began with.
+fn check(header: &Header, index: &Index, options: &Options, journal: &Path) -> Result<(), BatchError> {
+    let (journal, now) = (journal.to_owned(), &options.identity);
+    if (header.digest, header.length) != (index.digest, index.length) {
+        return Err(BatchError::InputChanged { path: options.input.clone() });
+    }
+    if header.model != now.model {
+        return Err(BatchError::OtherModel { journal, before: header.model.clone(), now: now.model.clone() });
+    }
+    if header.settings != now.settings {
+        let (before, now) = (header.settings.clone(), now.settings.clone());
+        return Err(BatchError::OtherSettings { journal, before, now });
+    }
+    Ok(())
+}
+
+/// A line of the output, in the form of OpenAI's batches.
+fn result(custom_id: &str, outcome: Result<Ending, Failure>) -> Value {
+    let (status, body, error) = match outcome {
+        Ok(Ending { body, .. }) => (200, body, Value::Null),
+        Err(Failure { status, code, message, body }) => (status, body, json!({"code": code, "message": message})),
+    };
+    let request_id = format!("req_{}", id_of(custom_id, "request"));
+    json!({
+        "id": format!("batch_req_{}", id_of(custom_id, "result")),
+        "custom_id": custom_id,
+        "response": {"status_code": status, "request_id": request_id, "body": body},
+        "error": error,
+    })
+}
+
+/// Requests that are being answered.
+struct Flight {
+    queue: VecDeque<u32>,
+    ongoing: HashMap<u32, Underway>,
+    /// Their answers.
+    answers: usize,
+    at_a_time: usize,
+    events: Events,
+}
+
+impl Flight {
+    /// How many requests are being answered, and the tokens that this run has generated for them.
+    fn underway(&self) -> (usize, u64) {
+        (self.ongoing.len(), self.ongoing.values().map(|underway| underway.generated).sum())
+    }
+}
+
+/// A request that is being answered.
+struct Underway {
+    custom_id: String,
+    answers: usize,
+    generated: u64,
+    _ongoing: Ongoing,
+}
+
+/// How fast tokens come.
+struct Meter {
+    began: Instant,
+    generated: u64,
+    samples: VecDeque<(Instant, u64)>,
+}
+
+impl Meter {
+    fn new() -> Self {
+        let began = Instant::now();
+        Meter { began, generated: 0, samples: VecDeque::from([(began, 0)]) }
+    }
+
+    /// Tokens per second lately, and since the beginning.
+    fn rates(&mut self) -> (f64, f64) {
+        let now = Instant::now();
+        while self.samples.get(1).is_some_and(|next| now.duration_since(next.0) >= RECENT) {
+            self.samples.pop_front();
+        }
+        self.samples.push_back((now, self.generated));
+        let since = |(at, before): (Instant, u64)| {
+            let seconds = now.duration_since(at).as_secs_f64();
+            if seconds > 0.0 { (self.generated - before) as f64 / seconds } else { 0.0 }
+        };
+        (self.samples.front().map_or(0.0, |&oldest| since(oldest)), since((self.began, 0)))
+    }
+}

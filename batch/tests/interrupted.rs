@@ -1,0 +1,226 @@
+//! Whatever goes wrong with the files, at whichever operation, the same command goes on, and the results are those of a run in which
+//! nothing went wrong: each once, none missing.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use common::{FAULTS, Fault, FaultyFiles, Random, Teller};
+use serde_json::Value;
+use sluice_batch::{Batch, BatchError, Files, Identity, Options, Summary, Sync, SystemFiles};
+
+/// Histories of each fault. `SLUICE_BATCH_HISTORIES` asks for more.
+const HISTORIES: u64 = 8;
+/// Runs of a history in which something goes wrong.
+const WRONG: usize = 6;
+
+fn input() -> String {
+    let mut text = String::new();
+    for number in 0..60 {
+        text += &match number % 10 {
+            3 => "this is no request\n".to_owned(),
+            5 => format!("{{\"custom_id\": \"f{number}\", \"prompt\": \"x\", \"fails\": \"on_purpose\"}}\r\n"),
+            7 => format!("{{\"prompt\": \"{}\", \"n\": 2}}\n\n", "long ".repeat(200)),
+            _ => format!("{{\"custom_id\": \"r{number}\", \"prompt\": \"{}\"}}\n", "ab".repeat(number)),
+        };
+    }
+    text
+}
+
+fn options(folder: &Path, sync: Sync) -> Options {
+    Options {
+        input: folder.join("in.jsonl"),
+        output: folder.join("out.jsonl"),
+        sync,
+        identity: Identity { model: "m".into(), settings: "s".into() },
+        now: 1,
+    }
+}
+
+fn run(files: &dyn Files, options: &Options, teller: &Teller) -> Result<Summary, BatchError> {
+    let mut batch = Batch::open(files, options.clone())?;
+    batch.run(teller, 8, &AtomicBool::new(false), &mut |_| ControlFlow::Continue(()))
+}
+
+/// The lines of the output by name; none may be there twice.
+fn results(options: &Options) -> BTreeMap<String, String> {
+    let text = fs::read_to_string(&options.output).unwrap();
+    let mut results = BTreeMap::new();
+    for line in text.lines() {
+        let value: Value = serde_json::from_str(line).unwrap();
+        let twice = results.insert(value["custom_id"].as_str().unwrap().to_owned(), line.to_owned());
+        assert_eq!(twice, None, "a result is there twice");
+    }
+    results
+}
+
+fn reference() -> BTreeMap<String, String> {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("in.jsonl"), input()).unwrap();
+    let options = options(folder.path(), Sync::Never);
+    let summary = run(&SystemFiles, &options, &Teller::default()).unwrap();
+    assert_eq!(summary, Summary { requests: 60, finished: 60, failed: 12, interrupted: false });
+    results(&options)
+}
+
+#[test]
+fn whatever_fails_the_results_are_those_of_a_run_without() {
+    let histories = std::env::var("SLUICE_BATCH_HISTORIES").map_or(HISTORIES, |n| n.parse().unwrap());
+    let want = reference();
+    let mut fired = BTreeMap::new();
+    let teller = Teller::default();
+    for seed in 0..histories {
+        for fault in FAULTS {
+            let mut random = Random(seed * FAULTS.len() as u64 + fault as u64);
+            let folder = tempfile::tempdir().unwrap();
+            fs::write(folder.path().join("in.jsonl"), input()).unwrap();
+            let sync = if random.below(4) == 0 { Sync::Always } else { Sync::Seconds };
+            let options = options(folder.path(), sync);
+            for _ in 0..WRONG {
+                let files = FaultyFiles::new(random.next(), fault, random.below(120));
+                let outcome = run(&files, &options, &teller);
+                let has_fired = files.has_fired();
+                *fired.entry(fault).or_insert(0) += u32::from(has_fired);
+                match outcome {
+                    Ok(summary) => assert!(!summary.interrupted && (fault == Fault::Short || !has_fired)),
+                    Err(BatchError::File { .. }) => assert!(has_fired, "seed {seed}, {fault:?}"),
+                    Err(error) => panic!("seed {seed}, {fault:?}: {error}"),
+                }
+                files.settle();
+            }
+            let summary =
+                run(&SystemFiles, &options, &teller).unwrap_or_else(|e| panic!("seed {seed}, {fault:?}: {e}"));
+            assert_eq!((summary.finished, summary.failed), (60, 12), "seed {seed}, {fault:?}");
+            assert_eq!(results(&options), want, "seed {seed}, {fault:?}");
+        }
+    }
+    // Or nothing was tried.
+    assert!(
+        FAULTS.iter().all(|fault| fired.get(fault).is_some_and(|count| u64::from(*count) > histories)),
+        "{fired:?}"
+    );
+    assert!(*teller.resumed.lock().unwrap() > 100, "tokens of earlier runs come back");
+}
+
+#[test]
+fn a_run_that_is_told_to_stop_goes_on_later() {
+    let want = reference();
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("in.jsonl"), input()).unwrap();
+    let options = options(folder.path(), Sync::Always);
+    for _ in 0..3 {
+        let mut batch = Batch::open(&SystemFiles, options.clone()).unwrap();
+        let before = batch.summary().finished;
+        let mut looks = 0;
+        let mut watch = |_: &sluice_batch::Progress| {
+            looks += 1;
+            if looks > 1 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let summary = batch.run(&Teller::default(), 1, &AtomicBool::new(false), &mut watch).unwrap();
+        assert!(summary.finished >= before);
+    }
+    let mut batch = Batch::open(&SystemFiles, options.clone()).unwrap();
+    let summary = batch.run(&Teller::default(), 4, &AtomicBool::new(true), &mut |_| ControlFlow::Continue(())).unwrap();
+    assert!(summary.interrupted || summary.finished == 60);
+    drop(batch);
+    run(&SystemFiles, &options, &Teller::default()).unwrap();
+    assert_eq!(results(&options), want);
+    // The same command once more has nothing to do.
+    let (before, teller) = (fs::read(&options.output).unwrap(), Teller::default());
+    assert_eq!(run(&SystemFiles, &options, &teller).unwrap().finished, 60);
+    assert_eq!(fs::read(&options.output).unwrap(), before);
+}
+
+#[test]
+fn what_a_run_does_not_belong_to_is_refused_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("in.jsonl"), input()).unwrap();
+    let options = options(folder.path(), Sync::Never);
+    let open = |options: &Options| Batch::open(&SystemFiles, options.clone());
+
+    fs::write(&options.output, "precious\n").unwrap();
+    assert!(matches!(open(&options), Err(BatchError::OutputExists { .. })));
+    assert!(!options.journal().exists());
+    fs::write(options.journal(), "something else").unwrap();
+    assert!(matches!(open(&options), Err(BatchError::NotAJournal { .. })));
+    fs::write(options.journal(), "").unwrap();
+    assert!(matches!(open(&options), Err(BatchError::OutputExists { .. })));
+    assert_eq!(fs::read(&options.output).unwrap(), b"precious\n");
+    fs::remove_file(options.journal()).unwrap();
+    fs::remove_file(&options.output).unwrap();
+
+    let first = open(&options).unwrap();
+    assert!(matches!(open(&options), Err(BatchError::Busy { .. })));
+    drop(first);
+    run(&SystemFiles, &options, &Teller::default()).unwrap();
+    let done = fs::read(&options.output).unwrap();
+    let with = |model: &str, settings: &str| Options {
+        identity: Identity { model: model.into(), settings: settings.into() },
+        ..options.clone()
+    };
+    assert!(matches!(open(&with("other", "s")), Err(BatchError::OtherModel { .. })));
+    assert!(matches!(open(&with("m", "other")), Err(BatchError::OtherSettings { .. })));
+    fs::write(&options.input, input() + "{\"prompt\": \"more\"}\n").unwrap();
+    assert!(matches!(open(&options), Err(BatchError::InputChanged { .. })));
+    fs::write(&options.input, input()).unwrap();
+    let mut changed = done.clone();
+    changed[20] ^= 1;
+    fs::write(&options.output, &changed).unwrap();
+    assert!(matches!(open(&options), Err(BatchError::OutputChanged { line: 1, .. })));
+    assert_eq!(fs::read(&options.output).unwrap(), changed);
+    fs::write(&options.output, &done).unwrap();
+    assert!(open(&options).unwrap().is_finished());
+}
+
+#[test]
+fn results_that_are_gone_come_again() {
+    let want = reference();
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("in.jsonl"), input()).unwrap();
+    let options = options(folder.path(), Sync::Never);
+    run(&SystemFiles, &options, &Teller::default()).unwrap();
+    let whole = fs::read(&options.output).unwrap().len();
+    for length in [0, 1, whole / 2, whole - 1] {
+        // In the order of the latest run.
+        let done = fs::read(&options.output).unwrap();
+        fs::write(&options.output, &done[..length]).unwrap();
+        run(&SystemFiles, &options, &Teller::default()).unwrap();
+        assert_eq!(results(&options), want, "{length} bytes were left");
+    }
+}
+
+#[test]
+fn an_input_that_changes_during_the_run_is_noticed() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("in.jsonl"), input()).unwrap();
+    let options = options(folder.path(), Sync::Never);
+    let mut batch = Batch::open(&SystemFiles, options.clone()).unwrap();
+    fs::write(&options.input, input().replace("\"prompt\"", "\"Prompt\"")).unwrap();
+    let outcome = batch.run(&Teller::default(), 4, &AtomicBool::new(false), &mut |_| ControlFlow::Continue(()));
+    assert!(matches!(outcome, Err(BatchError::InputChanged { .. })), "{outcome:?}");
+}
+
+#[test]
+fn an_answerer_that_cannot_go_on_ends_the_run_and_loses_nothing() {
+    struct Breaking;
+    impl sluice_batch::Answerer for Breaking {
+        fn begin(&self, job: sluice_batch::Job) -> sluice_batch::Ongoing {
+            job.events.send(sluice_batch::Event::Broken { message: "the drive is gone".into() });
+            Box::new(())
+        }
+    }
+    let want = reference();
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("in.jsonl"), input()).unwrap();
+    let options = options(folder.path(), Sync::Seconds);
+    let mut batch = Batch::open(&SystemFiles, options.clone()).unwrap();
+    let outcome = batch.run(&Breaking, 4, &AtomicBool::new(false), &mut |_| ControlFlow::Continue(()));
+    assert!(outcome.unwrap_err().to_string().contains("the drive is gone"));
+    drop(batch);
+    run(&SystemFiles, &options, &Teller::default()).unwrap();
+    assert_eq!(results(&options), want);
+}

@@ -1,0 +1,177 @@
+//! `sluice batch`: a file of requests becomes a file of results.
+
+use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::ValueEnum;
+use serde_json::json;
+use sluice_batch::{Batch, Options, Summary, Sync, SystemFiles};
+use sluice_format::ModelFile;
+use sluice_model::EngineOptions;
+use sluice_server::batch::{BatchRun, identity};
+use sluice_server::models::name_of;
+
+use crate::batch_plan::{self, Plan};
+use crate::batch_progress::Reporter;
+use crate::engine_args::EngineArgs;
+use crate::error::CliError;
+use crate::size::parse_count;
+use crate::terminal::{note, print, print_json_line};
+
+const EXAMPLES: &str = "\
+Each line of IN is a request of OpenAI's batches (chat/completions, completions, responses), or the body of one alone, such \
+as {\"prompt\": \"…\"}. OUT gets a line for each as it is done, once, with its `custom_id`. What has been done is kept in \
+OUT.journal: if anything ends the run, the same command goes on, to the same results. docs/USAGE.md says more.
+
+Exit codes: 0 all answered; 1 the run could not go on, the same command goes on; 2 wrong usage; 3 all done, but some \
+requests failed; 130 interrupted, the same command goes on.
+
+Examples:
+  sluice batch r1.sluice questions.jsonl answers.jsonl
+  sluice batch r1.sluice questions.jsonl answers.jsonl --dry-run
+  sluice batch r1.sluice questions.jsonl answers.jsonl --budget 48GiB --json | tee progress.jsonl";
+
+/// Answer a file of requests, many at a time; nothing is lost if it is interrupted
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// The model file, or hf:NAME for what was made of a model of the hub
+    pub(crate) file: PathBuf,
+
+    /// The requests, one JSON object a line
+    #[arg(value_name = "IN")]
+    input: PathBuf,
+
+    /// The results, one JSON object a line
+    #[arg(value_name = "OUT")]
+    output: PathBuf,
+
+    /// Make the model file of hf:NAME if it is not there, without asking
+    #[arg(long)]
+    pub(crate) yes: bool,
+
+    /// Say how long it will take on this machine, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Answers that are made at a time [default: what pays on this machine, from what the drive, the memory and the processor do in a
+    /// second]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    sequences: Option<NonZeroUsize>,
+
+    /// Most tokens of a request and its answer together [default: what the longest request needs, or the model's limit]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    context: Option<NonZeroUsize>,
+
+    /// When results and journal are made safe from a crash of the system; a killed process loses nothing in any case
+    #[arg(long, value_name = "WHEN", default_value = "seconds")]
+    sync: SyncChoice,
+
+    /// Print progress as JSON, one object a line
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+/// When files are made durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SyncChoice {
+    /// After every write
+    Always,
+    /// Every five seconds, and at the end
+    Seconds,
+    /// Whenever the system likes
+    Never,
+}
+
+impl SyncChoice {
+    fn policy(self) -> Sync {
+        match self {
+            SyncChoice::Always => Sync::Always,
+            SyncChoice::Seconds => Sync::Seconds,
+            SyncChoice::Never => Sync::Never,
+        }
+    }
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    for written in [args.output.clone(), Options { output: args.output.clone(), ..Options::default() }.journal()] {
+        CliError::refuse_output(&written, &[&args.file, &args.input])?;
+    }
+    let file = ModelFile::open(&args.file)?;
+    let options = Options { input: args.input.clone(), output: args.output.clone(), ..Options::default() };
+    let index = options.index(&SystemFiles)?;
+    let load = batch_plan::load(&file, &args.input, &index, args.context.map(NonZeroUsize::get))?;
+    if args.dry_run {
+        let plan = Plan::choose(&args.engine, &file, load, args.sequences)?.measured(&args.engine, &file)?;
+        return if args.json { print_json_line(&plan.to_json()) } else { print(&plan.describe()) };
+    }
+    let identity = identity(&file, args.engine.kv_type, args.engine.exact, load.context);
+    let mut batch = Batch::open(&SystemFiles, Options { sync: args.sync.policy(), identity, now: now(), ..options })?;
+    if batch.is_finished() {
+        return settle(&batch.summary(), &args.output, args.json);
+    }
+    let plan = Plan::choose(&args.engine, &file, load, args.sequences)?;
+    drop(file);
+    args.engine.say_what_is_lossy();
+    let mut reporter = Reporter::new(args.json);
+    match args.json {
+        true => print_json_line(&json!({"event": "begin", "plan": plan.to_json(), "state": batch.summary()}))?,
+        false => note(&plan.describe().trim_end()),
+    }
+    let run = BatchRun {
+        file: args.file.clone(),
+        name: name_of(&args.file),
+        engine: EngineOptions { sequences: Some(plan.planned), ..args.engine.options(plan.load.context) },
+        at_a_time: plan.sequences,
+        pieces: None,
+    };
+    let mut failed = None;
+    let outcome =
+        run.until_told(&mut batch, &mut |progress, status, report| match reporter.report(progress, status, report) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                failed = Some(error);
+                ControlFlow::Break(())
+            }
+        });
+    reporter.finish();
+    let summary = outcome?;
+    match failed {
+        Some(error) => Err(error),
+        None => settle(&summary, &args.output, args.json),
+    }
+}
+
+/// Says how a run has ended.
+fn settle(summary: &Summary, output: &Path, json: bool) -> Result<(), CliError> {
+    if json {
+        print_json_line(&json!({"event": "end", "state": summary}))?;
+    }
+    let Summary { requests, finished, failed, interrupted } = *summary;
+    let output = output.display();
+    match (interrupted, failed) {
+        (true, _) => Err(CliError::Interrupted(format!(
+            "interrupted: {finished} of {requests} requests have a result in {output}, and what was generated for others is kept. \
+             The same command goes on where it was"
+        ))),
+        (false, 0) => {
+            if !json {
+                note(&format_args!("all {requests} requests are answered: {output}"));
+            }
+            Ok(())
+        }
+        (false, failed) => Err(CliError::SomeFailed(format!(
+            "{failed} of {requests} requests failed: each has its error object in {output}"
+        ))),
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

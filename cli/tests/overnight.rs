@@ -1,0 +1,351 @@
+//! `sluice batch` and `sluice ask`: killed at random moments, the same command goes on, and the results are the bytes of a run that was
+//! left alone.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use common::{assert_fails, demo_model, sluice, stderr, stdout};
+use serde_json::{Value, json};
+
+/// Requests of the acceptance test.
+const REQUESTS: usize = 200;
+/// How often runs are killed. `SLUICE_BATCH_KILLS` asks for more.
+const KILLS: usize = 10;
+/// Most kills of one run before it is left alone.
+const KILLS_OF_A_RUN: usize = 20;
+
+/// The demo model with a template that makes conversations of Shakespeare's kind.
+fn model() -> &'static str {
+    static MODEL: OnceLock<(tempfile::TempDir, String)> = OnceLock::new();
+    let (_, path) = MODEL.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("demo.sluice").to_str().unwrap().to_owned();
+        fs::copy(demo_model(), &path).unwrap();
+        let template = folder.path().join("plain.jinja");
+        let text = "{% for m in messages %}{{ m.role | upper }}:{{ \"\\n\" }}{{ m.content }}{{ \"\\n\\n\" }}{% endfor %}ROMEO:{{ \"\\n\" }}";
+        fs::write(&template, text).unwrap();
+        stdout(&sluice(&["set", &path, "--chat-template", template.to_str().unwrap()]));
+        (folder, path)
+    });
+    path
+}
+
+/// Requests of all kinds, some of which fail.
+fn requests() -> String {
+    let mut lines = Vec::new();
+    for number in 0..REQUESTS {
+        let id = format!("request-{number}");
+        let most = 4 + number * 7 % 30;
+        let question = ["Who are you?", "What light is that?", "Speak of love.", "Farewell."][number / 7 % 4];
+        let messages = json!([{"role": "system", "content": "Verona. ".repeat(number % 3 * 20)}, {"role": "user", "content": question}]);
+        let chat = |more: Value| {
+            let mut body = json!({"model": "any", "messages": messages, "max_completion_tokens": most});
+            body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            json!({"custom_id": id, "method": "POST", "url": "/v1/chat/completions", "body": body})
+        };
+        let line = match number % 10 {
+            0 => json!({"custom_id": id, "prompt": format!("JULIET:\n{question}"), "max_tokens": most}),
+            1 => chat(json!({})),
+            2 => chat(json!({"temperature": 1.1})),
+            3 => chat(json!({"temperature": 0.9, "n": 3, "stop": ["e"]})),
+            4 => chat(json!({"temperature": 1.0, "logprobs": true, "top_logprobs": 3, "frequency_penalty": 0.7})),
+            5 => json!({"custom_id": id, "method": "POST", "url": "/v1/responses",
+                        "body": {"input": question, "max_output_tokens": most, "temperature": 1.0}}),
+            6 => json!({"custom_id": id, "method": "POST", "url": "/v1/completions",
+                        "body": {"prompt": ["A", "B"], "max_tokens": most, "temperature": 1.3, "logprobs": 1, "echo": number % 20 == 6}}),
+            7 => chat(
+                json!({"seed": 5, "temperature": 1.0, "response_format": {"type": "regex", "regex": "[a-z ]{3,40}"}}),
+            ),
+            8 if number % 40 == 8 => json!({"custom_id": id, "method": "POST", "url": "/v1/embeddings", "body": {}}),
+            8 => chat(json!({"temperature": 1.0, "presence_penalty": 1.5})),
+            _ if number % 50 == 9 => chat(json!({"temperature": 9})),
+            _ => json!({"prompt": question, "max_tokens": most}),
+        };
+        lines.push(line.to_string());
+    }
+    // One that is none; 5 ask for embeddings, and 4 want it too hot.
+    lines.insert(100, "not JSON".to_owned());
+    lines.join("\n")
+}
+
+/// Of 201 lines.
+const FAILED: usize = 1 + 5 + 4;
+
+struct Run {
+    _folder: tempfile::TempDir,
+    input: PathBuf,
+    output: PathBuf,
+}
+
+impl Run {
+    fn new(requests: &str) -> Run {
+        let folder = tempfile::tempdir().unwrap();
+        let (input, output) = (folder.path().join("in.jsonl"), folder.path().join("out.jsonl"));
+        fs::write(&input, requests).unwrap();
+        Run { _folder: folder, input, output }
+    }
+
+    fn args<'a>(&'a self, more: &[&'a str]) -> Vec<&'a str> {
+        let mut args = vec!["batch", model(), self.input.to_str().unwrap(), self.output.to_str().unwrap()];
+        args.extend(["--sequences", "8", "--forget", "--threads", "2"]);
+        args.extend(more);
+        args
+    }
+
+    fn spawn(&self) -> Child {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+        command.args(self.args(&[])).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// Results by name, none of which may be there twice.
+    fn results(&self) -> BTreeMap<String, String> {
+        results(&self.output)
+    }
+}
+
+fn results(output: &Path) -> BTreeMap<String, String> {
+    let mut results = BTreeMap::new();
+    for line in fs::read_to_string(output).unwrap().lines() {
+        let value: Value = serde_json::from_str(line).unwrap();
+        let id = value["custom_id"].as_str().unwrap().to_owned();
+        assert_eq!(results.insert(id.clone(), line.to_owned()), None, "{id} is there twice");
+    }
+    results
+}
+
+/// What a run that is left alone gives, and how long it takes.
+fn reference() -> &'static (BTreeMap<String, String>, Duration) {
+    static REFERENCE: OnceLock<(BTreeMap<String, String>, Duration)> = OnceLock::new();
+    REFERENCE.get_or_init(|| {
+        let run = Run::new(&requests());
+        let began = Instant::now();
+        let done = sluice(&run.args(&[]));
+        assert_fails(&done, 3, &["10 of 201 requests failed"]);
+        (run.results(), began.elapsed())
+    })
+}
+
+#[test]
+fn killed_at_random_it_goes_on_to_the_same_bytes() {
+    let kills = std::env::var("SLUICE_BATCH_KILLS").map_or(KILLS, |n| n.parse().unwrap());
+    let (want, whole) = reference();
+    assert_eq!(want.len(), REQUESTS + 1);
+    let mut random: u64 = 42;
+    let (mut killed, mut began_again) = (0, 0);
+    while killed < kills {
+        let run = Run::new(&requests());
+        let mut killed_here = 0;
+        let status = loop {
+            let mut child = run.spawn();
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let part = (random >> 33) as f64 / (1_u64 << 31) as f64;
+            if killed < kills && killed_here < KILLS_OF_A_RUN {
+                std::thread::sleep(whole.mul_f64(0.6 * part));
+                // One that has ended by itself cannot be killed.
+                let _ = child.kill();
+            }
+            let done = child.wait_with_output().unwrap();
+            match done.status.signal() {
+                Some(9) => (killed, killed_here) = (killed + 1, killed_here + 1),
+                _ => break done,
+            }
+        };
+        assert_fails(&status, 3, &["10 of 201 requests failed"]);
+        began_again += usize::from(killed_here > 0);
+        let got = run.results();
+        assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
+        for (id, line) in &got {
+            assert_eq!(line, &want[id], "{id}");
+        }
+    }
+    assert!(began_again > 0);
+}
+
+#[test]
+fn results_have_the_form_of_openai_and_say_what_is_wrong() {
+    let (results, _) = reference();
+    let parse = |id: &str| serde_json::from_str::<Value>(&results[id]).unwrap();
+    let failed = results.values().filter(|line| !serde_json::from_str::<Value>(line).unwrap()["error"].is_null());
+    assert_eq!(failed.count(), FAILED);
+    let chat = parse("request-1");
+    assert_eq!((&chat["error"], &chat["response"]["status_code"]), (&Value::Null, &json!(200)));
+    assert!(chat["id"].as_str().unwrap().starts_with("batch_req_"));
+    let body = &chat["response"]["body"];
+    assert_eq!((body["object"].as_str(), body["created"].as_u64()), (Some("chat.completion"), Some(0)));
+    assert!(body["id"].as_str().unwrap().starts_with("chatcmpl-"));
+    assert!(!body["choices"][0]["message"]["content"].as_str().unwrap().is_empty());
+    let three = parse("request-3");
+    let choices = three["response"]["body"]["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), 3);
+    assert!(choices.iter().all(|choice| !choice["message"]["content"].as_str().unwrap().contains('e')));
+    assert_ne!(choices[0]["message"], choices[1]["message"], "answers have seeds of their own");
+    let scored = &parse("request-4")["response"]["body"]["choices"][0]["logprobs"]["content"];
+    assert_eq!(scored[0]["top_logprobs"].as_array().unwrap().len(), 3);
+    assert_eq!(parse("request-5")["response"]["body"]["object"], "response");
+    assert_eq!(parse("request-6")["response"]["body"]["choices"].as_array().unwrap().len(), 2);
+    let unknown = parse("request-8");
+    assert_eq!(
+        (unknown["response"]["status_code"].as_u64(), unknown["error"]["code"].as_str()),
+        (Some(404), Some("invalid_url"))
+    );
+    assert_eq!(parse("request-9")["error"]["code"], "invalid_value");
+    assert_eq!(parse("line-101")["error"]["code"], "invalid_json");
+    let plain = parse("line-20");
+    assert_eq!(plain["response"]["body"]["object"], "text_completion");
+}
+
+#[test]
+fn answers_do_not_depend_on_the_others() {
+    let (results, _) = reference();
+    let lines: Vec<String> = requests().lines().map(str::to_owned).collect();
+    // The same requests in another order, a few of them, one at a time, with little memory.
+    let chosen: Vec<&str> = [57, 4, 33, 12].iter().map(|&at| lines[at].as_str()).collect();
+    let run = Run::new(&chosen.join("\n"));
+    let mut args = vec!["batch", model(), run.input.to_str().unwrap(), run.output.to_str().unwrap()];
+    args.extend(["--sequences", "1", "--context", "1000", "--no-prefetch", "--forget"]);
+    stdout(&sluice(&args));
+    for (id, line) in run.results() {
+        assert_eq!(line, results[&id], "{id}");
+    }
+}
+
+#[test]
+fn interrupted_it_says_how_to_go_on() {
+    let long = json!({"prompt": "ROMEO:", "max_tokens": 200, "temperature": 1.0}).to_string();
+    let run = Run::new(&format!("{long}\n").repeat(500));
+    let child = run.spawn();
+    let began = Instant::now();
+    while !run.output.exists() && began.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::thread::sleep(Duration::from_millis(400));
+    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let done = child.wait_with_output().unwrap();
+    assert_fails(&done, 130, &["interrupted", "The same command goes on"]);
+}
+
+/// Most memory that a process has had, in KiB.
+#[cfg(target_os = "linux")]
+fn peak_memory(child: &Child) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn ten_thousand_requests_take_no_more_memory_than_a_hundred() {
+    let peak = |count: usize| {
+        // Most of a line is nothing to the model, but it has to be read.
+        let line = |number: usize| {
+            json!({"prompt": format!("{number}"), "max_tokens": 100, "user": "x".repeat(2500)}).to_string() + "\n"
+        };
+        let requests: String = (0..count).map(line).collect();
+        let run = Run::new(&requests);
+        let mut child = run.spawn();
+        let began = Instant::now();
+        // Until some are answered.
+        let answered = || fs::read_to_string(&run.output).is_ok_and(|text| text.lines().count() >= 4);
+        while !answered() && began.elapsed() < Duration::from_secs(300) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let peak = peak_memory(&child);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        (peak, requests.len() as u64 / 1024)
+    };
+    let ((few, _), (many, input)) = (peak(100), peak(10_000));
+    assert!(input > 20_000, "an input of {input} KiB");
+    assert!(many < few + 8_000, "{many} KiB with 10000 requests, {few} with 100");
+}
+
+#[test]
+fn what_a_run_does_not_belong_to_is_refused() {
+    let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 2}\n");
+    stdout(&sluice(&run.args(&[])));
+    let before = fs::read(&run.output).unwrap();
+    // All is done: nothing happens.
+    stdout(&sluice(&run.args(&[])));
+    assert_eq!(fs::read(&run.output).unwrap(), before);
+    assert_fails(&sluice(&run.args(&["--context", "300"])), 1, &["other settings", "--context 300"]);
+    let mut args = run.args(&[]);
+    args[1] = demo_model();
+    assert_fails(&sluice(&args), 1, &["other settings"]);
+    fs::write(&run.input, "{\"prompt\": \"B\", \"max_tokens\": 2}\n").unwrap();
+    assert_fails(&sluice(&run.args(&[])), 1, &["the requests are others"]);
+
+    let run = Run::new("{\"prompt\": \"A\"}\n{\"custom_id\": \"line-1\", \"prompt\": \"B\"}\n");
+    assert_fails(&sluice(&run.args(&[])), 1, &["lines 1 and 2", "line-1"]);
+    fs::write(&run.output, "mine\n").unwrap();
+    fs::write(&run.input, "{\"prompt\": \"A\"}\n").unwrap();
+    assert_fails(&sluice(&run.args(&[])), 1, &["there is a file already"]);
+    assert_eq!(fs::read(&run.output).unwrap(), b"mine\n");
+    let args = ["batch", model(), run.input.to_str().unwrap(), run.input.to_str().unwrap()];
+    assert_fails(&sluice(&args), 2, &["is a file that is read"]);
+}
+
+#[test]
+fn progress_and_plan_are_there_for_programs() {
+    let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 20}\n{\"prompt\": \"B\", \"max_tokens\": 20}\n");
+    let done = sluice(&run.args(&["--json"]));
+    let events: Vec<Value> = stdout(&done).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((events[0]["event"].as_str(), events[0]["plan"]["sequences"].as_u64()), (Some("begin"), Some(8)));
+    let last = &events[events.len() - 1];
+    assert_eq!((last["event"].as_str(), last["state"]["finished"].as_u64()), (Some("end"), Some(2)));
+    assert!(events.iter().any(|event| event["event"] == "progress" && event["progress"]["requests"] == 2));
+
+    let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 20}\n");
+    let plan = sluice(&run.args(&["--dry-run"]));
+    let text = stdout(&plan);
+    for word in ["1 answers to give", "drive", "memory", "arithmetic", "tokens/s at most"] {
+        assert!(text.contains(word), "`{word}` is not in: {text}");
+    }
+    assert!(!run.output.exists());
+}
+
+#[test]
+fn a_question_is_answered_once_and_survives() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("answer.md");
+    let out = out.to_str().unwrap();
+    let ask = |more: &[&str]| {
+        let mut args = vec!["ask", model()];
+        args.extend(more);
+        args.extend(["--context", "2000", "--forget"]);
+        sluice(&args)
+    };
+    let at_once = stdout(&ask(&["Who are you?", "-n", "400", "--temperature", "1"]));
+    let night = ["Who are you?", "-n", "400", "--temperature", "1", "--overnight", "--out", out];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+    command.arg("ask").arg(model()).args(night).args(["--context", "2000", "--forget"]);
+    let mut child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let began = Instant::now();
+    while !Path::new(out).exists() && child.try_wait().unwrap().is_none() && began.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let _ = child.kill();
+    let killed = child.wait().unwrap().signal() == Some(9);
+    if killed {
+        if let Ok(so_far) = fs::read_to_string(out) {
+            assert!(at_once.trim_start().starts_with(so_far.trim()) && !so_far.trim().is_empty());
+        }
+        let other = ask(&["Another one?", "--overnight", "--out", out]);
+        assert_fails(&other, 2, &["belongs to another question"]);
+        stdout(&ask(&["--resume", "--out", out]));
+    }
+    assert_eq!(fs::read_to_string(out).unwrap().trim(), at_once.trim());
+    assert!(!folder.path().join("answer.md.run").exists());
+    assert_fails(&ask(&night), 2, &["is there already"]);
+    assert_fails(&ask(&["--resume", "--out", out]), 2, &["nothing to go on with"]);
+    let wrong = ask(&["Hot?", "--temperature", "7"]);
+    assert_fails(&wrong, 3, &["temperature"]);
+    assert!(!stderr(&wrong).contains("lost"));
+}

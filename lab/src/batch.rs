@@ -1,0 +1,186 @@
+//! How many sequences at a time a batch is best decoded with, and how long it takes: arithmetic on sizes and on the rates of a machine.
+//!
+//! A step decodes one token of each sequence. It cannot be faster than any of three things: the drive, which reads the experts that
+//! are not in memory; the memory, out of which everything comes once that the step multiplies; the arithmetic, which multiplies every row. More
+//! sequences share what is read, so the first two grow more slowly than the tokens; but they take memory from the experts.
+
+use serde::Serialize;
+use sluice_format::{ModelFile, ModelSpec};
+use sluice_kernels::KvType;
+use sluice_model::memory::{Demand, MemoryPlan};
+
+use crate::estimate::{Curve, Needs, StepWork};
+
+/// Most sequences that are thought of.
+const MOST: usize = 1024;
+/// Of the best rate, what is good enough: fewer sequences finish earlier, and leave memory to experts.
+const GOOD_ENOUGH: f64 = 0.97;
+
+/// What a machine does in a second.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Rates {
+    /// Bytes that the drive reads.
+    pub drive: f64,
+    /// Bytes that the memory reads.
+    pub memory: f64,
+    /// Multiplications and additions.
+    pub arithmetic: f64,
+}
+
+/// The requests of a batch, in the mean.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Load {
+    /// Answers.
+    pub answers: usize,
+    /// Tokens of all prompts.
+    pub prompt_tokens: f64,
+    /// Tokens of all answers, as many as they may have.
+    pub answer_tokens: f64,
+    /// Most tokens of a sequence.
+    pub context: usize,
+}
+
+/// What bounds a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepBound {
+    /// The drive.
+    Drive,
+    /// The memory.
+    Memory,
+    /// The arithmetic.
+    Arithmetic,
+}
+
+/// A number of sequences, and what a step of them takes at least.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Width {
+    /// Sequences that decode at a time.
+    pub sequences: usize,
+    /// Sequences of the whole context that memory is planned for: these have as many tokens as the others together.
+    pub planned: usize,
+    /// Experts that memory has room for.
+    pub slots: usize,
+    /// Different experts that a step uses, over all layers, if every row chooses at random.
+    pub union_of_experts: f64,
+    /// Part of them that is expected in memory.
+    pub hit_rate: f64,
+    /// Seconds of a step for the drive, …
+    pub drive: f64,
+    /// … the memory, …
+    pub memory: f64,
+    /// … and the arithmetic.
+    pub arithmetic: f64,
+    /// The largest of the three.
+    pub bound: StepBound,
+    /// Tokens per second at that bound.
+    pub tokens_per_second: f64,
+    /// Rows that go through the layers together at most.
+    pub rows: usize,
+}
+
+impl Load {
+    /// Sequences of the whole context that have as many tokens as so many sequences in the mean.
+    pub fn planned(&self, sequences: usize) -> usize {
+        let tokens = sequences as f64 * self.tokens_per_answer();
+        ((tokens / self.context.max(1) as f64).ceil() as usize).clamp(1, sequences.max(1))
+    }
+
+    /// Tokens that a sequence has in the mean when it ends.
+    fn tokens_per_answer(&self) -> f64 {
+        let tokens = (self.prompt_tokens + self.answer_tokens) / self.answers.max(1) as f64;
+        tokens.clamp(1.0, self.context as f64)
+    }
+}
+
+impl Width {
+    /// The number of sequences that pays: the least with nearly the best rate that memory and bounds allow. `None` if not even one fits.
+    pub fn best(file: &ModelFile, budget: Option<u64>, kv_type: KvType, load: &Load, rates: &Rates) -> Option<Width> {
+        let most = load.answers.clamp(1, MOST);
+        // Powers of two and what lies in the middle between them.
+        let powers = (0..usize::BITS).map(|power| 1_usize << power);
+        let mut sizes: Vec<usize> =
+            powers.flat_map(|n| [n, n + n / 2]).take_while(|n| *n < most).chain([most]).collect();
+        sizes.dedup();
+        let widths = sizes.into_iter().map_while(|n| Self::of(file, budget, kv_type, load, rates, n));
+        let widths: Vec<Width> = widths.collect();
+        let best = widths.iter().map(|width| width.tokens_per_second).fold(0.0, f64::max);
+        widths.into_iter().find(|width| width.tokens_per_second >= GOOD_ENOUGH * best)
+    }
+
+    /// What a step of so many sequences takes at least; `None` if memory has no room for them.
+    pub fn of(
+        file: &ModelFile,
+        budget: Option<u64>,
+        kv_type: KvType,
+        load: &Load,
+        rates: &Rates,
+        sequences: usize,
+    ) -> Option<Width> {
+        let tokens = load.tokens_per_answer();
+        let planned = load.planned(sequences);
+        let demand = Demand { sequences: planned, ..Demand::one(load.context, kv_type) };
+        let plan = MemoryPlan::new(file, budget, demand).ok().filter(|plan| plan.rows >= sequences)?;
+        let needs = Needs::of(file.spec(), file.extents(), tokens as usize, kv_type);
+        let union = union_of_experts(file.spec(), sequences);
+        let hit_rate = hit_rate(file.spec(), &plan, union);
+        let stored = needs.token_cycle_stored as f64 / needs.experts_per_token.max(1) as f64;
+        let missed = union * (1.0 - hit_rate) * stored + plan.dense_streamed as f64;
+        let work = StepWork::of(file, sequences, union, tokens / 2.0, kv_type);
+        let drive = missed / rates.drive;
+        let (memory, arithmetic) = (work.touched_bytes / rates.memory, work.operations / rates.arithmetic);
+        let largest = drive.max(memory).max(arithmetic);
+        let bound = match () {
+            () if largest == drive => StepBound::Drive,
+            () if largest == memory => StepBound::Memory,
+            () => StepBound::Arithmetic,
+        };
+        Some(Width {
+            sequences,
+            planned,
+            slots: plan.slots,
+            union_of_experts: union,
+            hit_rate,
+            drive,
+            memory,
+            arithmetic,
+            bound,
+            tokens_per_second: sequences as f64 / largest.max(f64::MIN_POSITIVE),
+            rows: plan.rows,
+        })
+    }
+
+    /// Seconds that the whole load takes at these bounds. Prompts are read beside the decoding: a step that reads one meets most experts of
+    /// the model, and each of its rows is multiplied.
+    pub fn seconds(&self, file: &ModelFile, load: &Load, rates: &Rates, kv_type: KvType) -> f64 {
+        let decoding = load.answer_tokens / self.tokens_per_second;
+        let per_prompt = load.prompt_tokens / load.answers.max(1) as f64;
+        let rows = per_prompt.max(1.0).min(self.rows as f64);
+        let union = union_of_experts(file.spec(), rows as usize);
+        let needs = Needs::of(file.spec(), file.extents(), per_prompt as usize, kv_type);
+        let stored = needs.token_cycle_stored as f64 / needs.experts_per_token.max(1) as f64;
+        let resident = self.slots as f64 / needs.experts.max(1) as f64;
+        let missed = union * (1.0 - resident.min(1.0)) * stored;
+        let work = StepWork::of(file, rows as usize, union, per_prompt / 2.0, kv_type);
+        let pass = (missed / rates.drive).max(work.operations / rates.arithmetic);
+        decoding + pass * load.prompt_tokens / rows
+    }
+}
+
+/// Different experts that so many rows use, summed over the layers, if each chooses at random.
+fn union_of_experts(spec: &ModelSpec, rows: usize) -> f64 {
+    let layers = spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref());
+    let of = |experts: f64, top_k: f64| experts * (1.0 - (1.0 - top_k / experts).max(0.0).powf(rows as f64));
+    layers.map(|moe| of(moe.experts.max(1) as f64, moe.top_k as f64)).sum()
+}
+
+/// The part of a step's experts that is in memory: for one sequence what a trace gives, for a step that uses all experts the part of them that
+/// fits, and in between in proportion.
+fn hit_rate(spec: &ModelSpec, plan: &MemoryPlan, union: f64) -> f64 {
+    let moe = spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref()).max_by_key(|moe| moe.experts);
+    let (Some(moe), experts) = (moe, plan.experts.max(1) as f64) else { return 1.0 };
+    let cached = (plan.slots as f64 / experts).min(1.0);
+    let alone = Curve::nearest(moe.top_k, moe.experts).hit_rate(cached);
+    let part = (union / experts).clamp(0.0, 1.0);
+    (alone + (cached - alone) * part).clamp(0.0, 1.0)
+}

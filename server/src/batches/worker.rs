@@ -1,0 +1,200 @@
+//! Works on batches, one after another, until the server is to end.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead as _, BufReader};
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use serde_json::Value;
+use sluice_batch::{Batch, BatchError, Index, Line, Options, Sync, SystemFiles};
+use sluice_format::ModelFile;
+use tokio::runtime::Handle;
+
+use super::object::{BatchObject, Counts, Problem, Status};
+use super::store::Batches;
+use crate::api::openai::now;
+use crate::app::App;
+use crate::batch::{BatchAnswerer, identity};
+use crate::error::ApiError;
+
+/// After how long a batch that could not go on is tried again.
+const RETRY: Duration = Duration::from_secs(30);
+/// Answers of a batch that wait for room, for each sequence that memory is planned for.
+const WAITING: usize = 4;
+
+/// Why a batch does not go on.
+enum Halt {
+    /// It never will.
+    Failed(Problem),
+    /// It may, later.
+    Later(String),
+}
+
+impl From<ApiError> for Halt {
+    fn from(error: ApiError) -> Self {
+        if error.kind.status().is_server_error() {
+            return Halt::Later(error.message);
+        }
+        let code = error.code.unwrap_or("invalid_request").to_owned();
+        Halt::Failed(Problem { code, message: error.message, line: None, param: error.param })
+    }
+}
+
+impl From<io::Error> for Halt {
+    fn from(error: io::Error) -> Self {
+        Halt::Later(error.to_string())
+    }
+}
+
+impl From<BatchError> for Halt {
+    fn from(error: BatchError) -> Self {
+        let (code, line) = match &error {
+            BatchError::File { .. } | BatchError::Broken { .. } | BatchError::Busy { .. } => {
+                return Halt::Later(error.to_string());
+            }
+            BatchError::Duplicate { second, .. } => ("duplicate_custom_id", Some(*second)),
+            BatchError::OtherModel { .. } | BatchError::OtherSettings { .. } => ("model_changed", None),
+            _ => ("invalid_batch", None),
+        };
+        Halt::Failed(Problem { code: code.to_owned(), message: error.to_string(), line, param: None })
+    }
+}
+
+/// Works until the server is to end. Blocks; `runtime` is where answers are made.
+pub fn work(app: &Arc<App>, batches: &Batches, runtime: &Handle) {
+    while let Some((batch, stop)) = batches.next() {
+        let id = batch.id.clone();
+        match (Work { app, batches, runtime, batch, stop }).run() {
+            Ok(()) => {}
+            Err(Halt::Failed(problem)) => {
+                tracing::warn!(id, message = problem.message, "a batch has failed");
+                let failed = batches.change(&id, |batch| {
+                    batch.problems.push(problem);
+                    batch.set(Status::Failed);
+                });
+                if let Err(error) = failed {
+                    tracing::error!(id, %error, "a batch cannot be described");
+                    batches.pause(RETRY);
+                }
+            }
+            Err(Halt::Later(message)) => {
+                tracing::error!(id, message, "a batch waits, and is tried again");
+                batches.pause(RETRY);
+            }
+        }
+    }
+}
+
+/// Work on one batch.
+struct Work<'a> {
+    app: &'a Arc<App>,
+    batches: &'a Batches,
+    runtime: &'a Handle,
+    batch: BatchObject,
+    stop: Arc<AtomicBool>,
+}
+
+impl Work<'_> {
+    fn run(&self) -> Result<(), Halt> {
+        let Work { batches, batch, .. } = self;
+        let (input, output) = (batches.content(&batch.input_file_id), batches.results(&batch.id));
+        let options = Options { input, output, sync: Sync::Seconds, now: now(), ..Options::default() };
+        if batch.status == Status::Cancelling && !options.journal().exists() {
+            batches.change(&batch.id, |batch| batch.set(Status::Cancelled))?;
+            return Ok(());
+        }
+        if batch.status != Status::Finalizing {
+            let finished = self.answer(&options)?;
+            let cancelled = batches.batch(&batch.id)?.status == Status::Cancelling;
+            match (finished, cancelled) {
+                // The server ends; the next one goes on.
+                (false, false) => return Ok(()),
+                (true, false) => _ = batches.change(&batch.id, |batch| batch.set(Status::Finalizing))?,
+                (_, true) => {}
+            }
+        }
+        settle(batches, &batch.id, &options)
+    }
+
+    /// Answers the requests; whether all have a result now.
+    fn answer(&self, options: &Options) -> Result<bool, Halt> {
+        let Work { app, batches, runtime, batch, stop } = self;
+        let index = options.index(&SystemFiles)?;
+        let served = runtime.block_on(app.models.get(&model(&options.input, &index)?))?;
+        let engine = &app.options.engine;
+        let file = ModelFile::open(app.models.find(&served.id)?.path());
+        let file = file.map_err(|error| Halt::Later(error.to_string()))?;
+        let identity = identity(&file, engine.kv_type, engine.exact, served.context());
+        let mut run = Batch::open(&SystemFiles, Options { identity, ..options.clone() })?;
+        if batch.status == Status::Validating {
+            batches.change(&batch.id, |batch| batch.set(Status::InProgress))?;
+        }
+        let answerer = BatchAnswerer::new(served, (*runtime).clone());
+        let answerer = answerer.in_background(batch.endpoint.clone(), Arc::clone(&app.models));
+        let at_a_time = WAITING * engine.sequences.unwrap_or(1).max(1);
+        let summary = run.run(&answerer, at_a_time, stop, &mut |progress| {
+            let (finished, failed) = (progress.finished, progress.failed);
+            batches.count(&batch.id, Counts { total: progress.requests, completed: finished - failed, failed });
+            if batches.is_closing() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+        Ok(!summary.interrupted)
+    }
+}
+
+/// The model that the requests name: that of the first line that is one.
+fn model(input: &Path, index: &Index) -> Result<String, Halt> {
+    let file = File::open(input)?;
+    for entry in &index.entries {
+        let mut line = vec![0; entry.bytes.unwrap_or(0) as usize];
+        file.read_exact_at(&mut line, entry.offset)?;
+        if let Ok(line) = Line::parse(&line, entry.line as usize) {
+            return Ok(line.body.get("model").and_then(Value::as_str).unwrap_or_default().to_owned());
+        }
+    }
+    let message =
+        "no line of the file is a request: each is a JSON object with `custom_id`, `method`, `url` and `body`".into();
+    Err(Halt::Failed(Problem { code: "empty_batch".into(), message, line: None, param: Some("input_file_id".into()) }))
+}
+
+/// What keeps results from their files passes: when somebody has made room, for instance.
+fn later(error: ApiError) -> Halt {
+    Halt::Later(error.message)
+}
+
+/// Puts the results into files of their own, those of requests that failed apart. Done again after a crash, it only leaves files behind that
+/// nobody knows.
+fn settle(batches: &Batches, id: &str, options: &Options) -> Result<(), Halt> {
+    let (mut output, mut errors) = (batches.upload().map_err(later)?, batches.upload().map_err(later)?);
+    let mut counts = Counts { total: options.index(&SystemFiles)?.entries.len(), ..Counts::default() };
+    for line in BufReader::new(File::open(&options.output)?).split(b'\n') {
+        let mut line = line?;
+        let value: Value = serde_json::from_slice(&line).map_err(io::Error::from)?;
+        line.push(b'\n');
+        if value["error"].is_null() {
+            counts.completed += 1;
+            output.write(&line).map_err(later)?;
+        } else {
+            counts.failed += 1;
+            errors.write(&line).map_err(later)?;
+        }
+    }
+    let keep = |upload: super::Upload<'_>, count: usize, name: &str| match count {
+        0 => Ok(None),
+        _ => upload.keep(format!("{id}_{name}.jsonl"), "batch_output").map(|file| Some(file.id)).map_err(later),
+    };
+    let (output, errors) = (keep(output, counts.completed, "output")?, keep(errors, counts.failed, "error")?);
+    batches.change(id, |batch| {
+        (batch.output_file_id, batch.error_file_id, batch.counts) = (output, errors, counts);
+        batch.set(if batch.status == Status::Cancelling { Status::Cancelled } else { Status::Completed });
+    })?;
+    for path in [options.journal(), options.output.clone()] {
+        if let Err(error) = fs::remove_file(&path) {
+            tracing::warn!(path = %path.display(), %error, "a file that nobody needs any more cannot be removed");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""What a batch gains: tokens per second of many answers at a time beside one at a time, and beside what the drive allows.
+
+    tests/bench/batch.py SLUICE MODEL SCRATCH [--memory 4GiB] [--requests 64] [--alone 4] [--prompts 16,256] [--answers 32,128]
+
+Prompts are token ids, so models of `sluice synth` will do. For each length of prompts and answers, `sluice batch` answers --requests
+requests all at a time, and --alone of them one at a time, in turns. With --memory, both run in a control group of that size, page cache
+included (Linux, as root), and with a budget of 9/10 of it.
+
+The bound is computed from outside the program: bytes that the process has read (`/proc/PID/io`) ÷ what this script reads from the same file
+with direct I/O in 1 MiB pieces on 8 threads, before and after the run; it counts from the first progress event, when the model is open, to
+the end. `bound/time` is that time over the time that the run took; 1 is a drive that never waits. Where the plan (`--dry-run`) says that
+memory or arithmetic bounds a step instead, the figure is small and says nothing.
+"""
+
+import argparse
+import json
+import mmap
+import os
+import pathlib
+import random
+import statistics
+import subprocess
+import threading
+import time
+
+PIECE = 1 << 20
+THREADS = 8
+GROUPS = pathlib.Path("/sys/fs/cgroup")
+
+
+def size(text):
+    """Bytes of `4GiB` and the like."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("GB", 10**9)):
+        if text.endswith(unit):
+            return int(float(text.removesuffix(unit)) * factor)
+    return int(text)
+
+
+def drive_rate(path, seconds=2.0):
+    """Bytes per second of random reads with direct I/O."""
+    pieces = os.path.getsize(path) // PIECE
+    done = [0] * THREADS
+    end = time.monotonic() + seconds
+
+    def read(thread):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        buffer = mmap.mmap(-1, PIECE)
+        choose = random.Random(thread)
+        while time.monotonic() < end:
+            done[thread] += os.preadv(handle, [buffer], choose.randrange(pieces) * PIECE)
+        os.close(handle)
+
+    threads = [threading.Thread(target=read, args=(thread,)) for thread in range(THREADS)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(done) / (time.monotonic() - began)
+
+
+def group(memory):
+    """A control group of so many bytes, or none."""
+    if not memory:
+        return None
+    folder = GROUPS / f"sluice-bench-{os.getpid()}"
+    folder.mkdir()
+    (folder / "memory.max").write_text(str(memory))
+    return folder
+
+
+def read_bytes(pid):
+    """Bytes that a process has read from drives."""
+    lines = pathlib.Path(f"/proc/{pid}/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+
+def run(args, folder, prompt, answer, requests, at_a_time):
+    """Tokens, seconds and bytes read of a run, from when the model was open."""
+    choose = random.Random(prompt * 1000 + answer)
+    source, target = args.scratch / "in.jsonl", args.scratch / "out.jsonl"
+    with source.open("w") as out:
+        for number in range(requests):
+            ids = [choose.randrange(10, 500) for _ in range(prompt)]
+            request = {"custom_id": str(number), "prompt": ids, "max_tokens": answer, "temperature": 1.0}
+            out.write(json.dumps(request) + "\n")
+    for path in (target, pathlib.Path(f"{target}.journal")):
+        path.unlink(missing_ok=True)
+    command = [args.sluice, "batch", args.model, source, target, "--json", "--forget", "--sequences", str(at_a_time)]
+    command += ["--context", str(prompt + answer)]
+    command += ["--budget", str(args.memory * 9 // 10)] if args.memory else []
+    enter = (lambda: (folder / "cgroup.procs").write_text(str(os.getpid()))) if folder else None
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, preexec_fn=enter)
+    began = before = after = None
+    generated = 0
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["event"] == "progress":
+            generated = event["progress"]["generated"]
+            after = read_bytes(process.pid)
+            if began is None:
+                began, before = time.monotonic(), after
+    seconds = time.monotonic() - began
+    if process.wait() != 0:
+        raise SystemExit("the batch failed")
+    return generated, seconds, after - before
+
+
+def case(args, folder, prompt, answer):
+    """One line of the table."""
+    rates = [drive_rate(args.model)]
+    alone = run(args, folder, prompt, answer, args.alone, 1)
+    together = run(args, folder, prompt, answer, args.requests, args.requests)
+    rates.append(drive_rate(args.model))
+    single, many = alone[0] / alone[1], together[0] / together[1]
+    bound = together[2] / statistics.mean(rates) / together[1]
+    print(f"prompt {prompt:5}, answer {answer:4}: {single:8.2f} tokens/s alone, {many:8.2f} with {args.requests} ({many / single:.1f} times); "
+          f"drive {statistics.mean(rates) / 1e9:.2f} GB/s, {together[2] / together[0] / 1e6:.1f} MB per token, bound/time {bound:.2f}",
+          flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sluice")
+    parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument("scratch", type=pathlib.Path)
+    parser.add_argument("--memory", type=size, default=0)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--alone", type=int, default=4)
+    parser.add_argument("--prompts", default="16,256")
+    parser.add_argument("--answers", default="32,128")
+    args = parser.parse_args()
+    folder = group(args.memory)
+    try:
+        for prompt in map(int, args.prompts.split(",")):
+            for answer in map(int, args.answers.split(",")):
+                case(args, folder, prompt, answer)
+    finally:
+        if folder:
+            folder.rmdir()
+
+
+if __name__ == "__main__":
+    main()
