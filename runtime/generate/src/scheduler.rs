@@ -486,15 +486,15 @@ impl Scheduler {
             takers.push(Taker { generation, events, reported, failed, draft, scores_from, chooses_at });
         }
         let Watch { progress, routing } = watch;
-        let (sees_progress, sees_routing) = (progress.is_some(), routing.is_some());
-        let mut on_progress = |p: Progress| progress.iter_mut().for_each(|progress| progress(p));
+        let sees_routing = routing.is_some();
+        let mut on_progress = |p: Progress| {
+            self.shared.progress(p);
+            progress.iter_mut().for_each(|progress| progress(p));
+        };
         let mut on_routing = |layer: usize, position: usize, top_k: usize, choices: &[Choice]| {
             routing.iter_mut().for_each(|routing| routing(layer, position, top_k, choices));
         };
-        let mut control = Control { cancel: cancel.as_ref(), ..Control::default() };
-        if sees_progress {
-            control.progress = Some(&mut on_progress);
-        }
+        let mut control = Control { cancel: cancel.as_ref(), progress: Some(&mut on_progress), ..Control::default() };
         if sees_routing {
             control.routing = Some(&mut on_routing);
         }
@@ -502,7 +502,7 @@ impl Scheduler {
         // If the step fails afterwards, the sequence lacks one token more, and the next offer has it.
         let outcome =
             engine.step(&mut spans, &mut control, &mut |span, token, logits| takers[span].accept(token, logits));
-        self.shared.end_step();
+        self.shared.end_step(engine.stats());
         self.account(before, if outcome.is_ok() { Some(prompt_rows) } else { None });
         outcome
     }
