@@ -74,7 +74,12 @@ pub(crate) enum EngineChoice {
 impl EngineArgs {
     /// Opens the model for a sequence of `context` tokens. Reads all dense weights: seconds, for a large model.
     pub(crate) fn open(&self, path: &Path, context: usize) -> Result<Engine, CliError> {
-        let engine = self.open_with(path, &self.options(context))?;
+        self.open_as(path, &self.options(context))
+    }
+
+    /// Opens the model with options that were made of these arguments.
+    pub(crate) fn open_as(&self, path: &Path, options: &EngineOptions) -> Result<Engine, CliError> {
+        let engine = self.open_with(path, options)?;
         self.say_what_is_lossy();
         Ok(engine)
     }

@@ -2,6 +2,7 @@
 //!
 //! Glue only: every command is one file in `commands/`, which parses its arguments, calls a crate and prints.
 
+mod chat;
 mod commands;
 mod doctor;
 mod engine_args;
@@ -18,6 +19,7 @@ mod progress;
 mod recorder;
 mod sampling;
 mod size;
+mod stage;
 mod terminal;
 mod text_files;
 mod types;
@@ -44,6 +46,7 @@ Start here:
   sluice convert hf:deepseek-ai/DeepSeek-R1 r1.sluice  the same straight from the hub
   sluice inspect r1.sluice                             what it holds and what it needs
   sluice run r1.sluice --prompt 'Once upon a time'     text
+  sluice chat r1.sluice                                a conversation
   sluice serve r1.sluice                               the same over HTTP, for clients and for people
 
 Exit codes: 0 success, 1 failure, 2 wrong usage.";
@@ -90,6 +93,7 @@ enum Command {
     Set(commands::set::Args),
     Upgrade(commands::upgrade::Args),
     Run(Box<commands::run::Args>),
+    Chat(Box<commands::chat::Args>),
     Serve(Box<commands::serve::Args>),
     Logits(commands::logits::Args),
     Perplexity(commands::perplexity::Args),
@@ -112,6 +116,7 @@ fn find_models(command: &mut Command) -> Result<(), CliError> {
     }
     let (files, yes): (Vec<&mut PathBuf>, bool) = match command {
         Command::Run(args) => (vec![&mut args.file], args.yes),
+        Command::Chat(args) => (vec![&mut args.file], args.yes),
         Command::Serve(args) => (args.files.iter_mut().collect(), args.yes),
         Command::Inspect(args) => (vec![&mut args.file], false),
         Command::Verify(args) => (vec![&mut args.file], false),
@@ -173,6 +178,7 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Set(args) => commands::set::run(&args),
         Command::Upgrade(args) => commands::upgrade::run(&args),
         Command::Run(args) => commands::run::run(&args),
+        Command::Chat(args) => commands::chat::run(&args),
         Command::Serve(args) => commands::serve::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
@@ -300,7 +306,15 @@ mod tests {
             }
         }
         assert!(found.contains("SLUICE_ISA"), "{found:?}");
-        for name in found.iter().map(String::as_str).chain(["XDG_CACHE_HOME", "HOME", "TMPDIR"]) {
+        for name in found.iter().map(String::as_str).chain([
+            "XDG_CACHE_HOME",
+            "XDG_STATE_HOME",
+            "HOME",
+            "TMPDIR",
+            "NO_COLOR",
+            "CLICOLOR",
+            "TERM",
+        ]) {
             assert!(section("Environment variables").contains(&format!("`{name}`")), "docs/USAGE.md lacks {name}");
         }
     }

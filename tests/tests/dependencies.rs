@@ -31,11 +31,13 @@ const CRATES: [(&str, &[&str]); 17] = [
         &[
             "calibrate",
             "converter",
+            "dialect",
             "generate",
             "hub",
             "lab",
             "model",
             "server",
+            "sessions",
             "storage",
             "text",
             "format",
