@@ -88,8 +88,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 
 /// What to try next.
 const NEXT: [(&str, &str); 3] = [
-    ("sluice plan deepseek-r1", "what a large model would need, and how fast it would be here"),
-    ("sluice convert hf:Qwen/Qwen3-30B-A3B qwen.sluice", "one from the hub becomes a file"),
+    ("sluice plan deepseek-r1", "what a large one needs here"),
+    ("sluice convert hf:Qwen/Qwen3-30B-A3B qwen.sluice", "a file of one"),
     ("sluice chat qwen.sluice", "and you talk with it"),
 ];
 
@@ -103,10 +103,7 @@ fn perform(show: &Show, stage: &mut Stage, model: &Path) -> Result<(), CliError>
     let budget = small_budget(model, context)?;
     let small = EngineOptions { budget: Some(budget), context: Some(context), ..EngineOptions::default() };
     let mut engine = Engine::open(model, &small)?;
-    show.line(
-        "Run",
-        &format!("budget {}, reads: {}", Bytes(budget), engine.read_path().split(',').next().unwrap_or_default()),
-    )?;
+    show.line("Run", &format!("budget {}, reads: {}", Bytes(budget), engine.read_engine()))?;
     let streamed = speak_on(stage, "a third of the experts fits", &mut engine)?;
     drop(engine);
     let mut engine = Engine::open(model, &EngineOptions { context: Some(context), ..EngineOptions::default() })?;
