@@ -248,6 +248,11 @@ fn reading_a_prompt_is_watched_and_stopped() {
 /// Settings with which the model goes on and on.
 const ENDLESS: [&str; 4] = ["--temperature", "0", "--context", "65536"];
 
+/// Whether a screen shows an answer that has gone on for a while.
+fn is_long(screen: &str) -> bool {
+    screen.len() > 700
+}
+
 /// A message to which the model, with these settings, has a long answer.
 const ENDLESS_MESSAGE: &str = "go on";
 
@@ -256,7 +261,7 @@ fn an_answer_is_stopped_and_what_was_said_stays() {
     let user = User::new();
     let mut terminal = user.open(&ENDLESS);
     terminal.line(ENDLESS_MESSAGE);
-    terminal.shows("an answer", |screen| screen.lines().filter(|line| !line.trim().is_empty()).count() > 4);
+    terminal.shows("an answer", is_long);
     // What is typed meanwhile waits for the next prompt.
     terminal.send("/undo");
     terminal.resize(30, 60);
@@ -272,7 +277,7 @@ fn an_answer_is_stopped_and_what_was_said_stays() {
     assert_eq!(user.messages("chat-1"), [""; 0]);
     // A signal from elsewhere stops as well, and does not end.
     terminal.line(ENDLESS_MESSAGE);
-    terminal.shows("an answer", |screen| screen.lines().filter(|line| !line.trim().is_empty()).count() > 8);
+    terminal.shows("an answer", is_long);
     terminal.signal(Signal::SIGINT);
     terminal.see("[stopped]");
     terminal.ready();
@@ -495,7 +500,7 @@ fn a_chat_that_was_killed_goes_on() {
     terminal.ask(&question);
     terminal.ask("/set max_tokens=60000");
     terminal.line(ENDLESS_MESSAGE);
-    terminal.shows("an answer", |screen| screen.lines().filter(|line| !line.trim().is_empty()).count() > 8);
+    terminal.shows("an answer", is_long);
     terminal.signal(Signal::SIGKILL);
     terminal.end();
 
@@ -575,7 +580,7 @@ fn what_has_no_answer_is_asked_again() {
     let user = User::new();
     let mut terminal = user.open(&ENDLESS);
     terminal.line(ENDLESS_MESSAGE);
-    terminal.shows("an answer", |screen| screen.lines().filter(|line| !line.trim().is_empty()).count() > 4);
+    terminal.shows("an answer", is_long);
     terminal.signal(Signal::SIGKILL);
     terminal.end();
     // Without a name, the latest one.

@@ -13,7 +13,7 @@ pub(crate) mod talk;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use sluice_server::ask::{Ask, Chat, Input as Asked};
 use sluice_server::error::Kind;
@@ -28,6 +28,8 @@ use talk::{Failure, How, Outcome, Talk, Took};
 
 /// Least likeness, by Jaro and Winkler, of a name to one that was meant.
 const LIKE: f64 = 0.8;
+/// How often `/stats` looks for a report of the model.
+const LOOKS: usize = 50;
 /// Conversations that a list shows.
 const LISTED: usize = 20;
 
@@ -362,7 +364,12 @@ impl Session {
     fn stats(&mut self) -> Result<(), CliError> {
         let served = self.talk.served();
         let mut text = format!("model    {}, {} tokens of context\n", served.id, served.context());
-        if let Some(report) = served.model().report() {
+        // The model makes one when it is asked for the first time.
+        let looks = (0..LOOKS).map(|look| {
+            std::thread::sleep(Duration::from_millis(if look == 0 { 0 } else { 20 }));
+            served.model().report()
+        });
+        if let Some(report) = looks.flatten().next() {
             let memory = &report.memory;
             text += &format!(
                 "memory   room for {} of {} experts; {}, {} threads\ndrive    {}\n",
