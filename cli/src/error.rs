@@ -37,6 +37,9 @@ pub(crate) enum CliError {
     /// Standard output cannot be written.
     #[error("cannot write to standard output: {0}")]
     Output(io::Error),
+    /// Standard input cannot be read.
+    #[error("cannot read standard input: {0}")]
+    Input(io::Error),
     #[error(transparent)]
     Convert(#[from] ConvertError),
     #[error(transparent)]

@@ -67,8 +67,8 @@ pub(crate) struct Generation {
     pub(crate) decode: profile::Phase,
 }
 
-/// Sees every token, and the text that became certain with it.
-pub(crate) type TokenSink<'a> = dyn FnMut(Option<u32>, &str) -> Result<(), CliError> + 'a;
+/// Sees every token, and the text that became certain with it; the engine is as it was when the step ended.
+pub(crate) type TokenSink<'a> = dyn FnMut(&Engine, Option<u32>, &str) -> Result<(), CliError> + 'a;
 
 /// Generates; calls `sink` with every token (without text), and with text as it becomes certain (without a token). `recorder` sees
 /// the routing.
@@ -97,7 +97,7 @@ pub(crate) fn generate(
             bar.finish_and_clear();
         }
         for event in events.try_iter() {
-            done.take(event, sink)?;
+            done.take(engine, event, sink)?;
         }
     }
     let status = scheduler.status();
@@ -152,16 +152,16 @@ struct Collected {
 }
 
 impl Collected {
-    fn take(&mut self, event: Event, sink: &mut TokenSink<'_>) -> Result<(), CliError> {
+    fn take(&mut self, engine: &Engine, event: Event, sink: &mut TokenSink<'_>) -> Result<(), CliError> {
         match event {
             Event::Progress { read, .. } => self.read = read,
             Event::PromptToken { .. } => {}
             Event::Token { id, .. } => {
                 self.ids.push(id);
-                sink(Some(id), "")?;
+                sink(engine, Some(id), "")?;
             }
             Event::Text(piece) => {
-                sink(None, &piece)?;
+                sink(engine, None, &piece)?;
                 self.text += &piece;
             }
             Event::Shifted { dropped, .. } => self.dropped += dropped,

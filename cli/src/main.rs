@@ -4,6 +4,7 @@
 
 mod batch_plan;
 mod batch_progress;
+mod chat;
 mod commands;
 mod doctor;
 mod drafts;
@@ -23,6 +24,7 @@ mod progress;
 mod recorder;
 mod sampling;
 mod size;
+mod stage;
 mod terminal;
 mod text_files;
 mod types;
@@ -49,6 +51,7 @@ Start here:
   sluice convert hf:deepseek-ai/DeepSeek-R1 r1.sluice  the same straight from the hub
   sluice inspect r1.sluice                             what it holds and what it needs
   sluice run r1.sluice --prompt 'Once upon a time'     text
+  sluice chat r1.sluice                                a conversation
   sluice serve r1.sluice                               the same over HTTP, for clients and for people
   sluice batch r1.sluice in.jsonl out.jsonl            many requests, which nothing that happens can lose
 
@@ -96,6 +99,7 @@ enum Command {
     Set(commands::set::Args),
     Upgrade(commands::upgrade::Args),
     Run(Box<commands::run::Args>),
+    Chat(Box<commands::chat::Args>),
     Serve(Box<commands::serve::Args>),
     Batch(Box<commands::batch::Args>),
     Ask(Box<commands::ask::Args>),
@@ -120,6 +124,7 @@ fn find_models(command: &mut Command) -> Result<(), CliError> {
     }
     let (files, yes): (Vec<&mut PathBuf>, bool) = match command {
         Command::Run(args) => (vec![&mut args.file], args.yes),
+        Command::Chat(args) => (vec![&mut args.file], args.yes),
         Command::Serve(args) => (args.files.iter_mut().collect(), args.yes),
         Command::Batch(args) => (vec![&mut args.file], args.yes),
         Command::Ask(args) => (vec![&mut args.file], args.yes),
@@ -183,6 +188,7 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Set(args) => commands::set::run(&args),
         Command::Upgrade(args) => commands::upgrade::run(&args),
         Command::Run(args) => commands::run::run(&args),
+        Command::Chat(args) => commands::chat::run(&args),
         Command::Serve(args) => commands::serve::run(&args),
         Command::Batch(args) => commands::batch::run(&args),
         Command::Ask(args) => commands::ask::run(&args),
@@ -312,7 +318,15 @@ mod tests {
             }
         }
         assert!(found.contains("SLUICE_ISA"), "{found:?}");
-        for name in found.iter().map(String::as_str).chain(["XDG_CACHE_HOME", "HOME", "TMPDIR"]) {
+        for name in found.iter().map(String::as_str).chain([
+            "XDG_CACHE_HOME",
+            "XDG_STATE_HOME",
+            "HOME",
+            "TMPDIR",
+            "NO_COLOR",
+            "CLICOLOR",
+            "TERM",
+        ]) {
             assert!(section("Environment variables").contains(&format!("`{name}`")), "docs/USAGE.md lacks {name}");
         }
     }

@@ -28,9 +28,9 @@ pub(crate) struct SamplingArgs {
     #[arg(long, value_name = "R", allow_negative_numbers = true)]
     pub(crate) repetition_penalty: Option<f32>,
 
-    /// Where the random numbers start: the same seed gives the same text
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) seed: u64,
+    /// Where the random numbers start: the same seed gives the same text [default: 0]
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
 }
 
 impl SamplingArgs {
@@ -54,7 +54,7 @@ impl SamplingArgs {
                 .repetition_penalty
                 .or(model.repetition_penalty)
                 .unwrap_or(neutral.repetition_penalty),
-            seed: self.seed,
+            seed: self.seed.unwrap_or(neutral.seed),
         }
     }
 
@@ -90,7 +90,7 @@ mod tests {
     fn greedy_unless_somebody_asks() {
         let silent = GenerationDefaults::default();
         assert_eq!(SamplingArgs::default().config(&silent), SamplerConfig::default());
-        let seeded = SamplingArgs { seed: 7, ..SamplingArgs::default() };
+        let seeded = SamplingArgs { seed: Some(7), ..SamplingArgs::default() };
         assert_eq!(seeded.config(&silent).temperature, 0.0);
         let narrowed = SamplingArgs { top_p: Some(0.9), ..SamplingArgs::default() };
         assert_eq!(narrowed.config(&silent).temperature, 1.0);

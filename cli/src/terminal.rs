@@ -73,7 +73,7 @@ const MOST_CHARACTERS: usize = 1200;
 /// Whether a terminal may be told to do something by it, other than to begin a line: control characters, and those that
 /// change the order in which others are shown.
 fn is_command(c: char) -> bool {
-    let reorders = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let reorders = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{206f}');
     c != '\n' && (c.is_control() || reorders || matches!(c, '\u{2028}' | '\u{2029}'))
 }
 
@@ -175,8 +175,9 @@ pub(crate) fn print_text(text: &str) -> Result<(), CliError> {
     if io::stdout().is_terminal() { print_as_is(&text_for_terminal(text)) } else { print_as_is(text) }
 }
 
-/// Tabs and line ends are text; other control characters are shown.
-fn text_for_terminal(text: &str) -> String {
+/// Tabs and line ends are text; other control characters are shown. A sequence that begins in one piece of a text and ends in another is
+/// shown as well, because no character of it that could begin one is left.
+pub(crate) fn text_for_terminal(text: &str) -> String {
     shown(text, |c| c != '\t' && is_command(c))
 }
 
@@ -266,6 +267,20 @@ mod tests {
         assert_eq!(serde_json::from_str::<String>(&json).unwrap(), hostile);
         assert_eq!(printable(&"a\u{202e}b\u{2066}"), "a\\u{202e}b\\u{2066}");
         assert_eq!(text_for_terminal("\ta\u{1b}]0;x\u{7}\r\nb\u{9d}\u{e4}"), "\ta\\u{1b}]0;x\\u{7}\\r\nb\\u{9d}\u{e4}");
+    }
+
+    #[test]
+    fn sequences_are_shown_wherever_a_text_is_cut() {
+        // A colour, a window's name, the clipboard, a link, C1 controls with their strings, a charset, a reset, reversed text.
+        let hostile = "\u{1b}[31m\u{1b}]0;x\u{7}\u{1b}]52;c;QQ==\u{1b}\\\u{1b}]8;;http://x\u{1b}\\link\u{9b}2J\u{9d}0;x\u{9c}\
+                       \u{90}q\u{9c}\u{1b}(0\u{1b}c\u{e}\u{f}\u{8}\r\u{202e}abc\u{202c}\u{2067}\u{206b}\u{85}\u{7f}ä日👩‍👩‍👧";
+        let whole = text_for_terminal(hostile);
+        assert!(!whole.contains(|c: char| c.is_control() || is_command(c)), "{whole:?}");
+        assert!(whole.ends_with("\\u{7f}ä日👩‍👩‍👧"), "what people write stays: {whole}");
+        for (at, _) in hostile.char_indices() {
+            let (before, behind) = hostile.split_at(at);
+            assert_eq!(text_for_terminal(before) + &text_for_terminal(behind), whole);
+        }
     }
 
     #[test]

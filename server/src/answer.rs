@@ -281,7 +281,21 @@ impl Answer {
         }
     }
 
-    fn waiting(&self) -> Waiting {
+    /// Ends the answer where it is. What it has said so far comes as pieces, and then the end, once the model has let go of it; what the
+    /// model remembers of it is kept as of an answer that ended by itself.
+    pub fn stop(&mut self) {
+        if self.over || self.stopped.is_some() {
+            return;
+        }
+        let pieces = self.reading.parser.as_mut().map(AnswerParser::finish).unwrap_or_default();
+        self.add(pieces);
+        self.release();
+        self.stopped.get_or_insert(Why::Stop(None));
+        self.handle.cancel();
+    }
+
+    /// Where it is: waiting for others, reading its prompt, or generating.
+    pub fn waiting(&self) -> Waiting {
         match (self.handle.place(), self.read) {
             (Some(Place::Queued { ahead }), _) => Waiting::Queued { ahead },
             (Some(Place::Reading { read, prompt }), _) => Waiting::Reading { read, prompt },

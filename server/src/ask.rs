@@ -128,6 +128,9 @@ pub struct Chat {
     pub variables: Map<String, Value>,
     /// Whether the last message, an assistant's, is to be continued instead of answered.
     pub continues: bool,
+    /// The time that templates are told, in seconds since 1970; `None`: now. A conversation that keeps the time of its beginning has
+    /// the same prompt on another day.
+    pub now: Option<i64>,
 }
 
 /// How tokens are chosen, and when to stop. What is not given is as the model's authors recommend.

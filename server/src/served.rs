@@ -76,12 +76,27 @@ impl Served {
         scheduling: SchedulerOptions,
     ) -> Result<Self, GenerationError> {
         let engine = Engine::open(path, options)?;
+        Self::of(id, engine, scheduling, !options.forget, None)
+    }
+
+    /// A model of an engine. `learn`: whether to keep what is learned about the experts; `template`: a chat template in the place of the
+    /// model's own.
+    ///
+    /// # Errors
+    /// What is wrong with the model's text files, or that the system gives no thread.
+    pub fn of(
+        id: String,
+        engine: Engine,
+        scheduling: SchedulerOptions,
+        learn: bool,
+        template: Option<ChatTemplate>,
+    ) -> Result<Self, GenerationError> {
         let store = scheduling.store.clone();
-        let model = Model::new(engine, scheduling, !options.forget)?;
+        let model = Model::new(engine, scheduling, learn)?;
         let tokenizer = model.tokenizer();
         let has_token = |text: &str| tokenizer.is_some_and(|t| t.token_id(text).is_some());
-        let template = match model.template() {
-            Some(template) => Some(template.clone()),
+        let template = match template.or_else(|| model.template().cloned()) {
+            Some(template) => Some(template),
             None => own_template(model.family(), tokenizer, &has_token)?,
         };
         let source = template.as_ref().map(|template| template.source(true));
@@ -149,6 +164,7 @@ impl Served {
         let messages = messages.map_err(|error| ApiError::field("messages", error.to_string()))?;
         let mut extra = self.dialect.template_options(ask.thinking.enabled, ask.thinking.effort.as_deref());
         extra.extend(chat.variables.clone());
+        let now = chat.now.unwrap_or(now);
         let tools = Some(declarations(ask)).filter(|tools| !tools.is_empty()).map(Value::Array);
         let options = RenderOptions { add_generation_prompt: !chat.continues, tools, extra, now };
         let mut prompt = template.prompt(self.tokenizer()?, &messages, &options)?;

@@ -18,6 +18,7 @@ use crate::commands::verify;
 use crate::error::CliError;
 use crate::generate::{Generation, Request, generate};
 use crate::progress::byte_bar;
+use crate::stage::Stage;
 use crate::terminal::{is_coloured, print, print_as_is, print_text, printable, seconds};
 
 const EXAMPLES: &str = "\
@@ -71,13 +72,62 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     check_folder(&checkpoint, &model)?;
     unpack(&show, &checkpoint)?;
     convert_and_verify(&show, &checkpoint, &model)?;
-    let streamed = stream(&show, &model)?;
-    compare(&show, &model, &streamed)?;
+    match Stage::new() {
+        Some(mut stage) => perform(&show, &mut stage, &model)?,
+        None => {
+            let streamed = stream(&show, &model)?;
+            compare(&show, &model, &streamed)?;
+        }
+    }
     if args.keep.is_some() {
         let model = model.display();
         show.line("Kept", &format!("{model}; go on with: sluice run {model} --prompt 'JULIET:'"))?;
     }
     Ok(())
+}
+
+/// What to try next.
+const NEXT: [(&str, &str); 3] = [
+    ("sluice plan deepseek-r1", "what a large one needs here"),
+    ("sluice convert hf:Qwen/Qwen3-30B-A3B qwen.sluice", "a file of one"),
+    ("sluice chat qwen.sluice", "and you talk with it"),
+];
+
+fn next((command, what): &(&str, &str)) -> String {
+    format!("{command}  # {what}")
+}
+
+/// Both runs on one stage: first with a small cache, then with everything in memory.
+fn perform(show: &Show, stage: &mut Stage, model: &Path) -> Result<(), CliError> {
+    let context = PROMPT.len() + TOKENS;
+    let budget = small_budget(model, context)?;
+    let small = EngineOptions { budget: Some(budget), context: Some(context), ..EngineOptions::default() };
+    let mut engine = Engine::open(model, &small)?;
+    show.line("Run", &format!("budget {}, reads: {}", Bytes(budget), engine.read_engine()))?;
+    let streamed = speak_on(stage, "a third of the experts fits", &mut engine)?;
+    drop(engine);
+    let mut engine = Engine::open(model, &EngineOptions { context: Some(context), ..EngineOptions::default() })?;
+    let resident = speak_on(stage, "the same with all in memory", &mut engine)?;
+    check_same(&resident.0, &streamed.0)?;
+    let (tokens, fast, slow) = (resident.0.ids.len(), resident.1, streamed.1);
+    show.line("Check", &format!("the same {tokens} tokens: {slow:.0} per second streamed, {fast:.0} in memory"))?;
+    show.line("Next", &next(&NEXT[0]))?;
+    NEXT[1..].iter().try_for_each(|command| show.more(&next(command)))
+}
+
+/// Speaks on a stage. Returns the tokens, and how many come in a second without the time that is left to look at them.
+fn speak_on(stage: &mut Stage, title: &'static str, engine: &mut Engine) -> Result<(Generation, f64), CliError> {
+    stage.begin(title, PROMPT, engine);
+    stage.draw(engine)?;
+    let before = engine.stats();
+    let done = speak(engine, &mut |engine, text| {
+        stage.say(text);
+        stage.draw(engine)
+    })?;
+    let after = engine.stats();
+    let seconds = after.seconds - before.seconds;
+    let tokens = (after.tokens - before.tokens) as f64;
+    Ok((done, if seconds > 0.0 { tokens / seconds } else { 0.0 }))
 }
 
 /// What the demo prints.
@@ -204,7 +254,7 @@ fn stream(show: &Show, model: &Path) -> Result<Generation, CliError> {
     show.more(&format!("reads: {}", engine.read_path()))?;
     show.more(&format!("kernels: {}, {} threads", engine.isa(), engine.threads()))?;
     print(&format!("\n    {}", indent(PROMPT)))?;
-    let done = speak(&mut engine, &mut |text| print_text(&indent(text)))?;
+    let done = speak(&mut engine, &mut |_, text| print_text(&indent(text)))?;
     print("\n\n")?;
     let decode = &done.decode;
     show.line(
@@ -233,12 +283,8 @@ fn stream(show: &Show, model: &Path) -> Result<Generation, CliError> {
 fn compare(show: &Show, model: &Path, streamed: &Generation) -> Result<(), CliError> {
     let context = PROMPT.len() + TOKENS;
     let mut engine = Engine::open(model, &EngineOptions { context: Some(context), ..EngineOptions::default() })?;
-    let resident = speak(&mut engine, &mut |_| Ok(()))?;
-    if resident.ids != streamed.ids {
-        return Err(CliError::Failure(
-            "the text depends on the size of the cache: this is a bug, please report it".into(),
-        ));
-    }
+    let resident = speak(&mut engine, &mut |_, _| Ok(()))?;
+    check_same(&resident, streamed)?;
     let speed = resident.decode.tokens_per_second;
     show.line(
         "Check",
@@ -246,7 +292,17 @@ fn compare(show: &Show, model: &Path, streamed: &Generation) -> Result<(), CliEr
     )
 }
 
-fn speak(engine: &mut Engine, sink: &mut dyn FnMut(&str) -> Result<(), CliError>) -> Result<Generation, CliError> {
+fn check_same(resident: &Generation, streamed: &Generation) -> Result<(), CliError> {
+    if resident.ids == streamed.ids {
+        return Ok(());
+    }
+    Err(CliError::Failure("the text depends on the size of the cache: this is a bug, please report it".into()))
+}
+
+fn speak(
+    engine: &mut Engine,
+    sink: &mut dyn FnMut(&Engine, &str) -> Result<(), CliError>,
+) -> Result<Generation, CliError> {
     let missing = || CliError::Failure("the demo model has no tokenizer".into());
     let tokenizer = Tokenizer::of(engine.file().metadata())?.ok_or_else(missing)?;
     let prompt = tokenizer.encode(PROMPT, true)?;
@@ -261,7 +317,7 @@ fn speak(engine: &mut Engine, sink: &mut dyn FnMut(&str) -> Result<(), CliError>
         when_full: WhenFull::Stop,
         scheduling: SchedulerOptions::default(),
     };
-    generate(engine, &request, None, &mut |_, text| sink(text))
+    generate(engine, &request, None, &mut |engine, _, text| sink(engine, text))
 }
 
 /// Sets the text off from the report.

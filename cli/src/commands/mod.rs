@@ -10,6 +10,7 @@ pub(crate) mod bench_drive;
 pub(crate) mod bench_kernels;
 pub(crate) mod bench_machine;
 pub(crate) mod calibrate;
+pub(crate) mod chat;
 pub(crate) mod compare;
 pub(crate) mod completions;
 pub(crate) mod convert;

@@ -262,7 +262,7 @@ fn stream(
     recorder: Option<&mut Recorder>,
 ) -> Result<Generation, CliError> {
     let mut first = true;
-    generate(engine, request, recorder, &mut |id, text| match id {
+    generate(engine, request, recorder, &mut |_, id, text| match id {
         _ if args.json => Ok(()),
         Some(id) if args.ids => {
             let comma = if std::mem::take(&mut first) { "" } else { "," };

@@ -9,7 +9,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::sampler::SamplerConfig;
-use sluice_model::engine::{Engine, EngineOptions};
+use sluice_model::control::Progress;
+use sluice_model::engine::{Engine, EngineOptions, Stats};
 use sluice_model::session::Binding;
 use sluice_text::{ChatTemplate, GenerationDefaults, Message, RenderOptions, StopCondition, Tokenizer, encode_chat};
 
@@ -57,6 +58,7 @@ pub struct Model {
 /// What is known of a model while its engine is on another thread.
 struct About {
     vocab_size: usize,
+    layers: usize,
     context: usize,
     family: String,
     binding: Binding,
@@ -68,6 +70,7 @@ impl About {
         let files = engine.file().metadata().iter().filter(|(_, bytes)| bytes.len() <= LARGEST_FILE);
         About {
             vocab_size: engine.spec().vocab_size,
+            layers: engine.spec().layers.len(),
             context: engine.memory().context,
             family: engine.spec().family.clone(),
             binding: engine.binding(),
@@ -156,6 +159,11 @@ impl Model {
     /// Number of logits: token ids are less than this.
     pub fn vocab_size(&self) -> usize {
         self.about.vocab_size
+    }
+
+    /// How many layers every token goes through.
+    pub fn layers(&self) -> usize {
+        self.about.layers
     }
 
     /// Most tokens of a generation, prompt included.
@@ -268,6 +276,16 @@ impl Model {
     /// What it is doing.
     pub fn status(&self) -> Status {
         self.submitter.status()
+    }
+
+    /// How far its running step is ([`Submitter::progress`]).
+    pub fn progress(&self) -> Option<Progress> {
+        self.submitter.progress()
+    }
+
+    /// What it has done since it was opened ([`Submitter::stats`]).
+    pub fn stats(&self) -> Stats {
+        self.submitter.stats()
     }
 
     /// What goes on inside it ([`Submitter::report`]).

@@ -511,9 +511,9 @@ impl Scheduler {
         let counts: Vec<usize> = spans.iter().map(|span| span.tokens.len()).collect();
         let mut wanted = self.proposer.wanted(&counts, engine);
         let started = Instant::now();
-        let outcome = take_step(engine, (&mut spans, &mut takers), watch, cancel.as_ref(), wanted.as_mut());
+        let outcome = take_step(engine, &self.shared, (&mut spans, &mut takers), watch, cancel.as_ref(), wanted.as_mut());
         let seconds = started.elapsed().as_secs_f64();
-        self.shared.end_step();
+        self.shared.end_step(engine.stats());
         let generated = self.account(before, if outcome.is_ok() { Some(prompt_rows) } else { None });
         if outcome.is_ok() {
             self.learn(&rows, wanted, seconds, generated);
@@ -660,22 +660,23 @@ impl fmt::Debug for Scheduler {
 /// Takes a step with these spans, each of which has its taker. `wanted`: sees what the head sees.
 fn take_step(
     engine: &mut Engine,
+    shared: &Shared,
     (spans, takers): (&mut [Span<'_>], &mut [Taker<'_>]),
     watch: &mut Watch<'_>,
     cancel: Option<&Cancel>,
     wanted: Option<&mut Wanted>,
 ) -> Result<(), RuntimeError> {
     let Watch { progress, routing } = watch;
-    let (sees_progress, sees_routing) = (progress.is_some(), routing.is_some());
-    let mut on_progress = |p: Progress| progress.iter_mut().for_each(|progress| progress(p));
+    let sees_routing = routing.is_some();
+    let mut on_progress = |p: Progress| {
+        shared.progress(p);
+        progress.iter_mut().for_each(|progress| progress(p));
+    };
     let mut on_routing = |layer: usize, position: usize, top_k: usize, choices: &[Choice]| {
         routing.iter_mut().for_each(|routing| routing(layer, position, top_k, choices));
     };
     let mut on_head_inputs = wanted.map(|wanted| move |rows: &[f32]| wanted.see(rows));
-    let mut control = Control { cancel, ..Control::default() };
-    if sees_progress {
-        control.progress = Some(&mut on_progress);
-    }
+    let mut control = Control { cancel, progress: Some(&mut on_progress), ..Control::default() };
     if sees_routing {
         control.routing = Some(&mut on_routing);
     }

@@ -7,7 +7,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 
-use sluice_model::control::Cancel;
+use sluice_model::control::{Cancel, Progress};
+use sluice_model::engine::Stats;
 
 use super::report::{Board, Report};
 use super::{Event, Generation, GenerationError, Priority, Request, Shape};
@@ -115,6 +116,10 @@ pub(super) struct State {
     step: Cancel,
     /// The generations in the running step: cancelling one of them ends it.
     in_step: Vec<u64>,
+    /// How far the running step is; `None` between steps.
+    progress: Option<Progress>,
+    /// What the engine had done when the last step ended.
+    stats: Stats,
     /// Where the generations are that have been admitted.
     pub(super) places: BTreeMap<u64, Place>,
     pub(super) rates: (f64, f64),
@@ -198,8 +203,17 @@ impl Shared {
         Some(state.step.clone())
     }
 
-    pub(super) fn end_step(&self) {
-        self.lock().in_step.clear();
+    /// The running step has gone through another layer.
+    pub(super) fn progress(&self, progress: Progress) {
+        self.lock().progress = Some(progress);
+    }
+
+    /// The step is over, and the engine has done so much since it was opened.
+    pub(super) fn end_step(&self, stats: Stats) {
+        let mut state = self.lock();
+        state.in_step.clear();
+        state.progress = None;
+        state.stats = stats;
     }
 
     fn status(&self) -> Status {
@@ -262,6 +276,17 @@ impl Submitter {
     /// What the scheduler is doing.
     pub fn status(&self) -> Status {
         self.0.status()
+    }
+
+    /// How far the running step is through the layers; `None` between steps. A step that reads a prompt can take minutes.
+    pub fn progress(&self) -> Option<Progress> {
+        self.0.lock().progress
+    }
+
+    /// What the engine had done when its last step ended, since it was opened. When the owner of a generation hears of its tokens or of
+    /// its end, the steps that it took part in are included.
+    pub fn stats(&self) -> Stats {
+        self.0.lock().stats.clone()
     }
 
     /// What goes on in the engine, as of the latest report; `None` for a moment after the start. As long as somebody calls this every few

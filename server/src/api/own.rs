@@ -168,7 +168,7 @@ async fn apply_template(State(app): State<Arc<App>>, Json(request): Json<Templat
         request::check_messages(&request.messages)?;
         let served = app.models.get(&request.model).await?;
         let messages = request.messages.into_iter().map(Message::from).collect();
-        let chat = Chat { messages, variables: request.chat_template_kwargs, continues: false };
+        let chat = Chat { messages, variables: request.chat_template_kwargs, ..Chat::default() };
         let ask = Ask { tools: request::tools(&request.tools)?, ..Ask::default() };
         aside(move || Ok(json!({"prompt": served.prompt(&chat, &ask)?.text()}))).await
     };

@@ -113,6 +113,7 @@ pub(crate) const RULES: &[Rule] = &[
 const UNSAFE_FILES: &[(&str, usize)] = &[
     ("checksum/src/avx2.rs", ANY),
     ("checksum/src/neon.rs", ANY),
+    ("cli/tests/common/pty.rs", ANY),
     ("cli/tests/optional.rs", ANY),
     ("fuzz/src/limits.rs", ANY),
     ("kernels/src/neon/int8.rs", ANY),

@@ -162,7 +162,7 @@ impl Conversation {
         if messages.is_empty() {
             return Err(ApiError::field("messages", "`messages` has no text: give one to answer"));
         }
-        Ok(Chat { messages, variables: Map::new(), continues })
+        Ok(Chat { messages, continues, ..Chat::default() })
     }
 }
 

@@ -241,7 +241,7 @@ fn conversation(messages: Vec<Map<String, Value>>) -> Result<Chat, ApiError> {
     let continues =
         last.is_some_and(|last| last["role"] == "assistant" && last["content"] != "" && !last["content"].is_null());
     let calls = last.is_some_and(|last| last.contains_key("tool_calls"));
-    Ok(Chat { messages: told, variables: Map::new(), continues: continues && !calls })
+    Ok(Chat { messages: told, continues: continues && !calls, ..Chat::default() })
 }
 
 /// `calls`: how many there were; `open`: names and ids of those whose results have not come.

@@ -154,6 +154,7 @@ impl ChatRequest {
                 messages: self.messages.into_iter().map(Message::from).collect(),
                 variables: self.chat_template_kwargs.unwrap_or_default(),
                 continues,
+                now: None,
             }),
             settings,
             tools,

@@ -170,6 +170,7 @@ impl ResponsesRequest {
                 messages: conversation.into_messages(),
                 variables: self.chat_template_kwargs.unwrap_or_default(),
                 continues: false,
+                now: None,
             }),
             settings,
             tools: allowed,

@@ -1,0 +1,226 @@
+//! `sluice chat`: a conversation in the terminal.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sluice_format::ModelFile;
+use sluice_generate::SchedulerOptions;
+use sluice_model::EngineOptions;
+use sluice_server::served::Served;
+use sluice_sessions::{Store, StoreError, StoreOptions};
+use sluice_text::{ChatTemplate, TextError};
+
+use crate::chat::Session;
+use crate::chat::conversation::{Conversation, Folder, Kept};
+use crate::chat::history::History;
+use crate::chat::input::Input;
+use crate::chat::screen::{Kind, Screen};
+use crate::chat::settings::Choices;
+use crate::chat::talk::Talk;
+use crate::engine_args::{EngineArgs, tokenizer};
+use crate::error::CliError;
+use crate::sampling::SamplingArgs;
+use crate::size::{parse_count, parse_size};
+use crate::terminal::note;
+use crate::text_files::{CHAT_TEMPLATE, read_template, try_out};
+
+const EXAMPLES: &str = "\
+The conversation is kept in files, and so is what the model remembers of it: --resume goes on where it ended, even if the program \
+was killed, and reads only what is new. Ctrl-C stops an answer, /help lists the commands. From a pipe, each line is a message, and \
+standard output gets the answers alone.
+
+Examples:
+  sluice chat r1.sluice
+  sluice chat r1.sluice --system 'You answer in verse.' --temperature 0.7
+  sluice chat r1.sluice --resume
+  sluice chat r1.sluice --resume verse --budget 24GiB
+  echo 'Why is the sky blue?' | sluice chat r1.sluice --private";
+
+/// Talk with a model: it remembers the conversation, and goes on with it later
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// The model file, or hf:NAME for what was made of a model of the hub
+    pub(crate) file: PathBuf,
+
+    /// Make the model file of hf:NAME if it is not there, without asking
+    #[arg(long)]
+    pub(crate) yes: bool,
+
+    /// Go on with the conversation of this name; without one, with the latest
+    #[arg(long, value_name = "NAME", help_heading = "Conversation")]
+    resume: Option<Option<String>>,
+
+    /// System message; with --resume, instead of the one that the conversation has
+    #[arg(long, value_name = "TEXT", help_heading = "Conversation")]
+    system: Option<String>,
+
+    /// Chat template in the place of the model's, in Jinja, or JSON with one as `chat_template`
+    #[arg(long, value_name = "FILE", help_heading = "Conversation")]
+    chat_template: Option<PathBuf>,
+
+    /// Folder for conversations and for what models remember of them [default: sluice/sessions in $XDG_STATE_HOME or ~/.local/state]
+    #[arg(long, value_name = "DIR", help_heading = "Conversation")]
+    sessions: Option<PathBuf>,
+
+    /// Most bytes of what models remember in that folder; the least useful go first
+    #[arg(long, value_name = "SIZE", default_value = "20GB", value_parser = parse_size, help_heading = "Conversation")]
+    sessions_max: u64,
+
+    /// Keep nothing of this conversation on the drive
+    #[arg(long, conflicts_with_all = ["resume", "sessions"], help_heading = "Conversation")]
+    private: bool,
+
+    /// Most tokens of an answer [default: as many as the context has room for]
+    #[arg(short = 'n', long, value_name = "N", value_parser = parse_count)]
+    max_tokens: Option<NonZeroUsize>,
+
+    /// End an answer before this text appears; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+
+    /// Most tokens of a conversation, messages and answers together [default: 8192, or fewer if the model sees fewer]
+    #[arg(long, value_name = "N", value_parser = parse_count, help_heading = "Engine")]
+    context: Option<NonZeroUsize>,
+
+    #[command(flatten)]
+    sampling: SamplingArgs,
+
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+/// Most tokens of a conversation, unless somebody says otherwise.
+const CONTEXT: usize = 8192;
+/// Marks of its sequence: at the ends of the latest messages.
+const MARKS: usize = 4;
+/// New tokens after which what the model remembers is saved in the middle of an answer.
+const SAVE_EVERY: usize = 512;
+/// Conversations, in the folder of the sessions.
+const CONVERSATIONS: &str = "chats";
+/// Earlier messages, in the folder of the conversations.
+const HISTORY: &str = "history.jsonl";
+
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    let screen = Screen::new(Kind::of_stdout());
+    let template = prepare(args)?;
+    let sessions = if args.private { None } else { Some(sessions_folder(args)?) };
+    let folder = sessions.as_ref().map(|sessions| Folder::open(&sessions.join(CONVERSATIONS))).transpose()?;
+    let (mut conversation, kept) = match resumed(args, folder.as_ref())? {
+        Some((conversation, kept)) => (conversation, Some(kept)),
+        None => (Conversation::new(String::new(), None, Choices::default()), None),
+    };
+    settle(args, &mut conversation)?;
+    let history = History::new(sessions.as_ref().map(|sessions| sessions.join(CONVERSATIONS).join(HISTORY)));
+    let input = Input::new(screen.kind(), history)?;
+    let store = sessions.map(|sessions| open_store(args, sessions)).transpose()?.flatten();
+    let served = open_model(args, template, store.clone())?;
+    let model = served.model().state_id();
+    let file = args.file.display().to_string();
+    let talk = Talk::new(served)?;
+    let mut session = Session { file, talk, screen, input, conversation, folder, kept, store, took: None };
+    session.take_over(model)?;
+    session.run()
+}
+
+/// Says what can be wrong before weights are read, and finds the chat template that was given.
+fn prepare(args: &Args) -> Result<Option<ChatTemplate>, CliError> {
+    let file = ModelFile::open(&args.file)?;
+    let name = args.file.display();
+    if tokenizer(&file)?.is_none() {
+        return Err(CliError::Usage(format!(
+            "{name} has no tokenizer, so it cannot chat: add one with `sluice set {name} --tokenizer FILE`"
+        )));
+    }
+    let Some(path) = &args.chat_template else { return Ok(None) };
+    let given = read_template(path)?;
+    let wrong = |error: TextError| CliError::Failure(format!("{}: {error}", path.display()));
+    let template = ChatTemplate::find(|name| match name {
+        CHAT_TEMPLATE => Some(given.as_slice()),
+        _ => file.metadata().get(name),
+    });
+    let template = template.map_err(wrong)?;
+    template.iter().try_for_each(try_out).map_err(wrong)?;
+    Ok(template)
+}
+
+/// The folder of the sessions.
+fn sessions_folder(args: &Args) -> Result<PathBuf, CliError> {
+    if let Some(folder) = &args.sessions {
+        return Ok(folder.clone());
+    }
+    // Relative paths are invalid by the XDG specification.
+    let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let own = if cfg!(target_os = "macos") { "Library/Application Support" } else { ".local/state" };
+    let state = variable("XDG_STATE_HOME").or_else(|| Some(variable("HOME")?.join(own)));
+    let none = || {
+        let message = "there is no folder for conversations: neither XDG_STATE_HOME nor HOME names one. Give one with --sessions DIR, or \
+                       keep nothing with --private";
+        CliError::Usage(message.into())
+    };
+    Ok(state.ok_or_else(none)?.join("sluice").join("sessions"))
+}
+
+/// The conversation that is to go on.
+fn resumed(args: &Args, folder: Option<&Folder>) -> Result<Option<(Conversation, Kept)>, CliError> {
+    let (Some(resume), Some(folder)) = (&args.resume, folder) else { return Ok(None) };
+    let latest = || folder.list().map(|list| list.into_iter().next().map(|listed| listed.name));
+    let name = match resume {
+        Some(name) => Some(name.clone()),
+        None => latest()?,
+    };
+    let none = || CliError::Failure("there is no conversation to go on with yet".into());
+    folder.load(&name.ok_or_else(none)?).map(Some)
+}
+
+/// The command line goes before what a conversation has.
+fn settle(args: &Args, conversation: &mut Conversation) -> Result<(), CliError> {
+    let most = args.max_tokens.map(NonZeroUsize::get);
+    conversation.settings.take(&args.sampling, most, &args.stop).map_err(CliError::Usage)?;
+    if let Some(system) = &args.system {
+        conversation.system = Some(system.clone()).filter(|text| !text.is_empty());
+    }
+    Ok(())
+}
+
+/// What models remember. If another program has the folder, the chat goes on without.
+fn open_store(args: &Args, folder: PathBuf) -> Result<Option<Arc<Store>>, CliError> {
+    let options = StoreOptions { folder, max_bytes: args.sessions_max, expire_after: None };
+    match Store::open(options) {
+        Ok(store) => Ok(Some(Arc::new(store))),
+        Err(StoreError::Busy { folder }) => {
+            note(&format_args!(
+                "note: another program keeps its sessions in {}, so that what the model remembers of this conversation is in memory only. \
+                 The conversation itself is kept",
+                folder.display()
+            ));
+            Ok(None)
+        }
+        Err(error) => {
+            Err(CliError::Failure(format!("{error}. Give another one with --sessions, or keep nothing with --private")))
+        }
+    }
+}
+
+fn open_model(args: &Args, template: Option<ChatTemplate>, store: Option<Arc<Store>>) -> Result<Served, CliError> {
+    let context = args.context.map_or(CONTEXT, NonZeroUsize::get);
+    let options = EngineOptions { sequences: Some(1), marks: MARKS, ..args.engine.options(context) };
+    let engine = args.engine.open_as(&args.file, &options)?;
+    let scheduling = SchedulerOptions { store, save_every: SAVE_EVERY, ..SchedulerOptions::default() };
+    let id = name_of(&args.file);
+    let served = Served::of(id, engine, scheduling, !args.engine.forget, template)?;
+    if served.template().is_none() {
+        let name = args.file.display();
+        return Err(CliError::Usage(format!(
+            "{name} has no chat template: give one with --chat-template FILE, or for good with `sluice set {name} --chat-template \
+             FILE`; `sluice run` continues a text without one"
+        )));
+    }
+    Ok(served)
+}
+
+/// What a model is called: its file without folder and extension.
+fn name_of(path: &Path) -> String {
+    path.file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned())
+}

@@ -1,0 +1,190 @@
+//! A program under a pseudo-terminal: what is typed, and what its screen shows.
+#![allow(dead_code, reason = "every test file uses a part of it")]
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::num::NonZeroU16;
+use std::os::fd::AsFd as _;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::pty::{Winsize, openpty};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rustix::termios::tcsetwinsize;
+
+/// No test waits for a time: this only ends one that would wait for ever.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// What a line editor sends when it begins to read a line: it asks the terminal to mark what is pasted.
+const READY: &str = "\x1b[?2004h";
+
+/// A terminal with a program on it.
+pub struct Terminal {
+    master: File,
+    child: Child,
+    screen: vt100::Parser,
+    /// All that the program has written.
+    written: String,
+    /// How much of it has been looked at.
+    seen: usize,
+    /// Bytes of a character that is not whole yet.
+    rest: Vec<u8>,
+    ended: bool,
+}
+
+impl Terminal {
+    /// Starts a program on a terminal of this size, which is the one that its keys come from.
+    pub fn start(mut command: Command, rows: u16, columns: u16) -> Self {
+        let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        // Programs that other tests start meanwhile must not keep this terminal open.
+        let pty = openpty(Some(&size), None).unwrap();
+        for end in [&pty.master, &pty.slave] {
+            fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
+        }
+        let slave = || Stdio::from(pty.slave.try_clone().unwrap());
+        command.stdin(slave()).stdout(slave()).stderr(slave());
+        // SAFETY: between fork and exec only two system calls are made, which change nothing but the child's session and terminal.
+        unsafe {
+            command.pre_exec(|| {
+                nix::unistd::setsid()?;
+                nix::errno::Errno::result(nix::libc::ioctl(0, nix::libc::TIOCSCTTY as _, 0))?;
+                Ok(())
+            });
+        }
+        let child = command.spawn().unwrap();
+        // The last of ours: a terminal ends when nobody can write to it.
+        drop(command);
+        drop(pty.slave);
+        let master = File::from(pty.master);
+        let screen = vt100::Parser::new(lines(rows), lines(columns), 1000);
+        Terminal { master, child, screen, written: String::new(), seen: 0, rest: Vec::new(), ended: false }
+    }
+
+    /// Types.
+    pub fn send(&mut self, keys: &str) {
+        let mut left = keys.as_bytes();
+        while !left.is_empty() {
+            // A terminal takes only some KiB before somebody reads them.
+            let part = left.len().min(1024);
+            self.master.write_all(&left[..part]).unwrap();
+            left = &left[part..];
+            self.take(PollTimeout::ZERO);
+        }
+    }
+
+    /// Types a line and Enter.
+    pub fn line(&mut self, line: &str) {
+        self.send(&format!("{line}\r"));
+    }
+
+    /// Waits until the program reads a line.
+    pub fn ready(&mut self) {
+        self.see(READY);
+    }
+
+    /// Types a line, and waits until the program reads the next one. Returns what it has written.
+    pub fn ask(&mut self, line: &str) -> String {
+        let from = self.seen;
+        self.line(line);
+        self.ready();
+        self.written[from..self.seen].to_owned()
+    }
+
+    /// Waits until the program has written this, behind what was seen before.
+    pub fn see(&mut self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(at) = self.written[self.seen..].find(text) {
+                self.seen += at + text.len();
+                return;
+            }
+            self.wait(deadline, text);
+        }
+    }
+
+    /// Waits until the screen is like this.
+    pub fn shows(&mut self, what: &str, is: impl Fn(&str) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !is(&self.contents()) {
+            self.wait(deadline, what);
+        }
+    }
+
+    fn wait(&mut self, deadline: Instant, what: &str) {
+        let gone = self.ended || Instant::now() > deadline;
+        assert!(!gone, "no {what:?} on the screen:\n{}\nall: {:?}", self.contents(), self.written);
+        self.take(PollTimeout::from(100u8));
+    }
+
+    /// Reads what the program has written, if there is any in time.
+    fn take(&mut self, timeout: PollTimeout) {
+        let mut wanted = [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut wanted, timeout).unwrap() == 0 {
+            return;
+        }
+        let mut bytes = [0; 1 << 16];
+        // On Linux a terminal that nobody writes to any more ends with an error.
+        let count = self.master.read(&mut bytes).unwrap_or(0);
+        self.ended = count == 0;
+        self.screen.process(&bytes[..count]);
+        self.rest.extend(&bytes[..count]);
+        let whole = match std::str::from_utf8(&self.rest) {
+            Ok(_) => self.rest.len(),
+            Err(error) => error.valid_up_to(),
+        };
+        let text: Vec<u8> = self.rest.drain(..whole).collect();
+        self.written += std::str::from_utf8(&text).unwrap();
+    }
+
+    /// What the screen shows.
+    pub fn contents(&self) -> String {
+        self.screen.screen().contents()
+    }
+
+    /// The screen itself.
+    pub fn screen(&self) -> &vt100::Screen {
+        self.screen.screen()
+    }
+
+    /// All that the program has written.
+    pub fn written(&self) -> &str {
+        &self.written
+    }
+
+    /// Makes the terminal another size, of which the program hears.
+    pub fn resize(&mut self, rows: u16, columns: u16) {
+        let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&self.master, size).unwrap();
+        self.screen.set_size(lines(rows), lines(columns));
+    }
+
+    /// Sends the program a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// Waits for the end of the program.
+    pub fn end(mut self) -> (ExitStatus, String) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.ended {
+            assert!(Instant::now() < deadline, "the program does not end:\n{}", self.contents());
+            self.take(PollTimeout::from(100u8));
+        }
+        (self.child.wait().unwrap(), std::mem::take(&mut self.written))
+    }
+}
+
+fn lines(count: u16) -> NonZeroU16 {
+    NonZeroU16::new(count).unwrap()
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        // A test that has failed leaves nothing running.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
