@@ -98,7 +98,5 @@ class Collector:
 def start(folder: Path) -> ActorHandle:
     """Starts the actor on this machine. If it dies, it comes back and reads what it has written."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Collector).options(
-        num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
-    )
+    actor = ray.remote(Collector).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
     return actor.remote(str(folder.absolute()))

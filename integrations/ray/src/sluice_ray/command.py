@@ -38,15 +38,28 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("requests", type=Path, metavar="REQUESTS", help="file of requests, on this machine")
     made.add_argument(
-        "results", type=Path, metavar="RESULTS", help="file for the results, on this machine: JSONL, or Parquet if it ends so"
+        "results",
+        type=Path,
+        metavar="RESULTS",
+        help="file for the results, on this machine: JSONL, or Parquet if it ends so",
     )
     made.add_argument("--model", required=True, metavar="FILE", help="the model file, at the same path on each machine")
-    made.add_argument("--program", default=usual.program, help="the sluice program on each machine [default: %(default)s]")
     made.add_argument(
-        "--at-once", type=int, default=usual.at_once, metavar="N", help="requests at a time on a machine [default: %(default)s]"
+        "--program", default=usual.program, help="the sluice program on each machine [default: %(default)s]"
     )
     made.add_argument(
-        "--attempts", type=int, default=usual.attempts, metavar="N", help="how often a request is tried [default: %(default)s]"
+        "--at-once",
+        type=int,
+        default=usual.at_once,
+        metavar="N",
+        help="requests at a time on a machine [default: %(default)s]",
+    )
+    made.add_argument(
+        "--attempts",
+        type=int,
+        default=usual.attempts,
+        metavar="N",
+        help="how often a request is tried [default: %(default)s]",
     )
     made.add_argument("--workers", type=int, metavar="N", help="how many there are [default: one on each machine]")
     made.add_argument(
@@ -56,12 +69,20 @@ def parser() -> argparse.ArgumentParser:
         help="how workers are placed; all but the default allow several on a machine [default: %(default)s]",
     )
     made.add_argument(
-        "--resource", metavar="NAME", help="only machines with this resource serve [default: sluice, if any machine has it]"
+        "--resource",
+        metavar="NAME",
+        help="only machines with this resource serve [default: sluice, if any machine has it]",
     )
     made.add_argument(
-        "--cpus", type=float, default=1.0, metavar="N", help="processors that a worker takes in Ray's books [default: 1]"
+        "--cpus",
+        type=float,
+        default=1.0,
+        metavar="N",
+        help="processors that a worker takes in Ray's books [default: 1]",
     )
-    made.add_argument("--address", help="Ray's address [default: as RAY_ADDRESS says, or a cluster of this machine alone]")
+    made.add_argument(
+        "--address", help="Ray's address [default: as RAY_ADDRESS says, or a cluster of this machine alone]"
+    )
     made.add_argument("serve", nargs="*", metavar="-- OPTION", help="options of `sluice serve`, behind two hyphens")
     return made
 
@@ -88,7 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         ray.shutdown()
-    _say(f"{summary.requests} requests: {summary.failures} failed, {summary.skipped} were there already; {options.results}")
+    _say(
+        f"{summary.requests} requests: {summary.failures} failed, {summary.skipped} were there already; {options.results}"
+    )
     return SOME_FAILED if summary.failures else FINE
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from . import collector as collecting
 from .collector import Progress
-from .requests import Place, RequestError, read, scan
+from .requests import LineError, Place, RequestError, read, scan
+from .results import refused
 from .server import Serving
 from .worker import Worker
 
@@ -92,7 +94,7 @@ def run(
         say: gets a line about progress now and then.
 
     Raises:
-        RequestError: the file has lines that are no requests. Nothing has been asked for then.
+        RequestError: two requests have the same `custom_id`. Nothing has been asked for then.
         RunError: the results cannot be written, no machine can serve, or nothing gets on.
         OSError: the requests cannot be read.
     """
@@ -120,6 +122,10 @@ class _Run:
         try:
             left = self._left(collector)
             skipped = len(self._places) - len(left)
+            for place in left:
+                if place.error is not None:
+                    ray.get(collector.add.remote(refused(place.error, place.digest)))
+            left = [place for place in left if place.error is None]
             passes = idle = 0
             while left:
                 before: Progress = ray.get(collector.progress.remote())
@@ -163,10 +169,10 @@ class _Run:
         try:
             if not group.wait(PLACING):
                 return f"the cluster had no room for {count} workers within {PLACING:.0f} s"
-            for batch in self._pipeline(collector, left, group, resource, count).iter_batches(
+            for _ in self._pipeline(collector, left, group, resource, count).iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
             ):
-                self._tell(collector, batch.num_rows)
+                self._tell(collector)
         except RayError as error:
             return str(getattr(error, "cause", None) or error)
         finally:
@@ -174,7 +180,7 @@ class _Run:
             remove_placement_group(group)
         return ""
 
-    def _tell(self, collector: ActorHandle, _rows: int) -> None:
+    def _tell(self, collector: ActorHandle) -> None:
         if time.monotonic() - self._told > TELLING:
             self._told = time.monotonic()
             progress: Progress = ray.get(collector.progress.remote())
@@ -192,21 +198,23 @@ class _Run:
         context.max_errored_blocks = -1
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        lines = data.flat_map(
-            _read_block, fn_args=(str(self._path),), num_cpus=0, scheduling_strategy=here
-        )
-        return answer(
-            lines,
-            self._serving,
-            workers=count,
-            collector=collector,
-            num_cpus=self._placing.cpus,
-            resources=resource or None,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group),
-            # A worker comes back where a machine does. Its blocks do not wait for that.
-            max_restarts=-1,
-            max_task_retries=0,
-        )
+        with warnings.catch_warnings():
+            # There is no other way yet to say where actors are and that their blocks are not tried again; pyproject.toml has the
+            # version that takes this one away.
+            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+            lines = data.flat_map(_read_block, fn_args=(str(self._path),), num_cpus=0, scheduling_strategy=here)
+            return answer(
+                lines,
+                self._serving,
+                workers=count,
+                collector=collector,
+                num_cpus=self._placing.cpus,
+                resources=resource or None,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+                # A worker comes back where a machine does. Its blocks do not wait for that.
+                max_restarts=-1,
+                max_task_retries=0,
+            )
 
 
 def answer(
@@ -237,8 +245,9 @@ def answer(
         fn_constructor_kwargs={"serving": serving, "collector": collector},
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=OVERLAP),
-        max_concurrency=OVERLAP,
+        compute=ray.data.ActorPoolStrategy(
+            size=workers, max_tasks_in_flight_per_actor=OVERLAP, max_concurrent_calls_per_actor=OVERLAP
+        ),
         **options,
     )
 
@@ -261,8 +270,11 @@ def _read_block(block: dict[str, list[Any]], path: str) -> Iterator[dict[str, st
     for start, length, number, digest in zip(
         block["start"], block["length"], block["number"], block["digest"], strict=True
     ):
-        request = read(Path(path), int(start), int(length), int(number))
-        if request.digest != digest:
+        try:
+            request = read(Path(path), int(start), int(length), int(number))
+        except LineError:
+            request = None
+        if request is None or request.digest != digest:
             raise RequestError(f"{path}: line {number} has changed since the run began")
         yield {"request": request.line()}
 

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -142,7 +143,9 @@ class Parts:
             file.flush()
             os.fsync(file.fileno())
         except OSError:
-            # Part of the line may be there. Nothing follows it.
+            # The line, or part of it, may be there. If it cannot be taken out, at least nothing follows it.
+            with suppress(OSError):
+                file.truncate(start)
             self._end_part()
             raise
         part = self._folder / Path(file.name).name
@@ -221,8 +224,8 @@ def _write_parquet(path: Path, lines: Iterator[str]) -> None:
         response, error = value["response"], value["error"]
         return {
             "custom_id": value["custom_id"],
-            "status_code": response and response["status_code"],
-            "body": response and as_json(response["body"]),
+            "status_code": response["status_code"],
+            "body": as_json(response["body"]),
             "error": error and as_json(error),
         }
 

@@ -1,7 +1,7 @@
-"""Requests: lines of JSON, in the form of OpenAI's batches or as plain prompts.
+"""Requests: lines of JSON, in the form of OpenAI's batches or as bodies alone, read as `sluice batch` reads them.
 
 A request is known by its `custom_id`. Everything that must not depend on where and when it is answered (its seed, the ids in
-its result) is derived from that.
+its result) is derived from that, in the way of `sluice batch`, so that both give the same answers.
 """
 
 from __future__ import annotations
@@ -13,17 +13,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 # The server takes bodies of 32 MiB.
 MOST_BYTES = 32 << 20
 # What a `custom_id` may have, in bytes of UTF-8.
 MOST_ID_BYTES = 512
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
-# Requests that are named in one message.
-MOST_NAMED = 10
+# What bodies alone ask for, by the field that they have.
+PLAIN = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/responses"}
+# Tokens that a `prompt` alone generates unless it says how many.
+USUAL_TOKENS = 256
 
 
 class RequestError(ValueError):
-    """Lines that cannot be requests. Nothing has been asked for yet when this is raised."""
+    """A file that cannot be a file of requests. Nothing has been asked for when this is raised."""
+
+
+@dataclass
+class LineError(Exception):
+    """A line that is no request. Its result is this error."""
+
+    custom_id: str
+    code: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -47,92 +59,114 @@ class Request:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a request is in its file."""
+    """Where a line is in its file."""
 
     custom_id: str
     digest: str
     number: int
     start: int
     length: int
+    # Why it is no request, if it is none.
+    error: LineError | None = None
 
 
-def derived(custom_id: str, *what: object) -> str:
-    """32 hexadecimal digits that depend on a `custom_id` and on what they are for, and on nothing else."""
-    text = "\0".join(["sluice-ray", custom_id, *map(str, what)])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def id_of(custom_id: str, what: str) -> str:
+    """32 hexadecimal digits that follow from a request's name and from what they are for."""
+    return xxhash.xxh3_128_hexdigest(_named(custom_id, what))
 
 
 def seed_of(custom_id: str) -> int:
-    """Where the random numbers of a request start that has no seed of its own: 63 bits, since JSON's readers have signs."""
-    return int(derived(custom_id, "seed")[:16], 16) >> 1
+    """Where the random numbers of a request start that has no seed of its own: 64 bits, as a number with a sign."""
+    number = xxhash.xxh3_128_intdigest(_named(custom_id, "seed")) & (2**64 - 1)
+    return number - 2**64 if number >= 2**63 else number
 
 
-def parse(line: str | bytes, number: int | None = None) -> Request:
-    """Reads a line. One without `custom_id` is called by its number, if that is given.
+def _named(custom_id: str, what: str) -> bytes:
+    return what.encode() + b"\0" + custom_id.encode()
+
+
+def parse(line: str | bytes, number: int) -> Request:
+    """Reads line `number`, counted from 1. A request without `custom_id` is called `line-NUMBER`.
 
     Raises:
-        RequestError: says what is wrong, without the number.
+        LineError: it is no request.
     """
+    name = f"line-{number}"
     if len(line) > MOST_BYTES:
-        raise RequestError(f"it has {len(line)} bytes; the most is {MOST_BYTES}")
+        raise LineError(name, "invalid_line", f"line {number} has {len(line)} bytes, {MOST_BYTES} are the most")
     try:
         value = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"it is not JSON: {error}") from None
+        raise LineError(name, "invalid_json", f"line {number} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise RequestError("it is JSON, but not an object")
-    custom_id = _custom_id(value, number)
-    url, body = _plain(value) if "prompt" in value and "body" not in value else _batched(value)
-    if body.get("stream"):
-        raise RequestError("its `stream` is true: results are written when they are whole, so leave `stream` out")
+        raise LineError(name, "invalid_line", f"line {number} is no JSON object")
+    custom_id = _custom_id(value.pop("custom_id", None), number)
+    try:
+        url, body = _request(value)
+    except _Refusal as refusal:
+        raise LineError(custom_id, refusal.code, f"line {number}: {refusal.message}") from None
+    # Results are written when they are whole.
     body.pop("stream", None)
     body.pop("stream_options", None)
     if body.get("seed") is None:
-        # The server would take any. With temperature 0, or where an API has no temperature, a seed changes nothing.
+        # The server would take any. With temperature 0 a seed changes nothing.
         body["seed"] = seed_of(custom_id)
     return Request(custom_id, url, body)
+
+
+@dataclass
+class _Refusal(Exception):
+    code: str
+    message: str
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"JSON has no {constant}")
 
 
-def _custom_id(value: dict[str, Any], number: int | None) -> str:
-    custom_id = value.get("custom_id")
-    if custom_id is None and number is not None:
+def _custom_id(value: Any, number: int) -> str:
+    if value is None:
         return f"line-{number}"
-    if not isinstance(custom_id, str) or not custom_id:
-        raise RequestError("it needs a `custom_id`, a text that is not empty")
     try:
-        length = len(custom_id.encode())
+        if isinstance(value, str) and 0 < len(value.encode()) <= MOST_ID_BYTES:
+            return value
     except UnicodeEncodeError:
-        raise RequestError("its `custom_id` has half of a surrogate pair") from None
-    if length > MOST_ID_BYTES:
-        raise RequestError(f"its `custom_id` has {length} bytes; the most is {MOST_ID_BYTES}")
-    return custom_id
+        # Half of a surrogate pair.
+        pass
+    message = f"line {number}: `custom_id` must be a text of 1 to {MOST_ID_BYTES} bytes, or be left out"
+    raise LineError(f"line-{number}", "invalid_custom_id", message)
 
 
-def _plain(value: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    return "/v1/completions", {name: field for name, field in value.items() if name != "custom_id"}
-
-
-def _batched(value: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    url, method, body = value.get("url"), value.get("method", "POST"), value.get("body")
-    if url not in ENDPOINTS:
-        raise RequestError(f"its `url` is {json.dumps(url)}; it must be one of {', '.join(ENDPOINTS)}")
-    if method != "POST":
-        raise RequestError(f'its `method` is {json.dumps(method)}; it must be "POST"')
+def _request(value: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Path and body of a line."""
+    method, url, body = value.pop("method", None), value.pop("url", None), value.pop("body", None)
+    if method not in (None, "POST"):
+        raise _Refusal("invalid_method", f'`method` is {json.dumps(method)}, it must be "POST"')
+    if url is None and body is None:
+        plain = next((url for field, url in PLAIN.items() if field in value), None)
+        if plain is None:
+            raise _Refusal("invalid_line", "it has neither `url` and `body`, nor a `prompt`, `messages` or `input`")
+        if "prompt" in value:
+            value.setdefault("max_tokens", USUAL_TOKENS)
+        return plain, value
+    if url not in PLAIN.values():
+        raise _Refusal("invalid_url", f"`url` is {json.dumps(url)}, it must be one of {', '.join(PLAIN.values())}")
     if not isinstance(body, dict):
-        raise RequestError("it needs a `body`, an object, or a `prompt`")
-    return url, dict(body)
+        raise _Refusal("invalid_body", "`body` must be a JSON object")
+    if body.get("previous_response_id") is not None:
+        message = (
+            "`previous_response_id`: requests of a batch continue no response, give the whole conversation as `input`"
+        )
+        raise _Refusal("unsupported_parameter", message)
+    return url, body
 
 
 def read(path: Path, start: int, length: int, number: int) -> Request:
     """Reads the request that a `Place` points to.
 
     Raises:
-        RequestError: if the file has changed since it was scanned, so that there is no request any more.
-        OSError: if the file cannot be read.
+        LineError: the file has changed since it was scanned, and there is no request any more.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         file.seek(start)
@@ -143,26 +177,24 @@ def scan(path: Path) -> list[Place]:
     """Looks through a file of requests, which needs memory for their names only.
 
     Raises:
-        RequestError: names the lines that are no requests, and those that have the same `custom_id`.
-        OSError: if the file cannot be read.
+        RequestError: two requests have the same `custom_id`.
+        OSError: the file cannot be read.
     """
     places: list[Place] = []
-    lines: dict[str, int] = {}
-    wrong: list[str] = []
+    numbers: dict[str, int] = {}
     for number, start, line in _lines(path):
+        error = None
         try:
             request = parse(line, number)
-        except RequestError as error:
-            wrong.append(f"line {number}: {error}")
-            continue
-        custom_id = request.custom_id
-        if (first := lines.setdefault(custom_id, number)) != number:
-            wrong.append(f"lines {first} and {number} have the same `custom_id` {json.dumps(custom_id)}")
-            continue
-        places.append(Place(custom_id, request.digest, number, start, len(line)))
-    if wrong:
-        more = [f"and {len(wrong) - MOST_NAMED} more"] if len(wrong) > MOST_NAMED else []
-        raise RequestError("\n".join(f"{path}: {what}" for what in wrong[:MOST_NAMED] + more))
+            custom_id, digest = request.custom_id, request.digest
+        except LineError as wrong:
+            error, custom_id, digest = wrong, wrong.custom_id, hashlib.sha256(line).hexdigest()[:32]
+        if (first := numbers.setdefault(custom_id, number)) != number:
+            raise RequestError(
+                f"{path}: lines {first} and {number} have the same custom_id {json.dumps(custom_id)}: results could not be told "
+                "apart. Give each its own"
+            )
+        places.append(Place(custom_id, digest, number, start, len(line), error))
     return places
 
 

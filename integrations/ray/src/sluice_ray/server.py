@@ -245,7 +245,8 @@ class Server:
 
     def _get(self, url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-        request = urllib.request.Request(url + path, body and json.dumps(body).encode(), headers)
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url + path, data, headers)
         with urllib.request.urlopen(request, timeout=self._serving.patience) as answer:
             value: dict[str, Any] = json.loads(answer.read())
             return value

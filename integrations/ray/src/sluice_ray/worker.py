@@ -16,8 +16,8 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
-from .requests import Request, parse
-from .results import Result, answered, as_json, failed
+from .requests import LineError, Request, parse
+from .results import Result, answered, as_json, failed, refused
 from .server import Address, Server, ServerError, Serving
 
 logger = logging.getLogger(__name__)
@@ -78,8 +78,9 @@ class _Reply:
 class Worker:
     """A class for `ray.data.Dataset.map_batches`, with `batch_format="pyarrow"` and one actor on each machine.
 
-    The column `request` has requests as JSON, in the form of OpenAI's batches. The result has the columns `custom_id`, `failed` and
-    `result`, the last one as JSON in the same form. Calls may overlap: what counts is how many requests the server has at a time.
+    The column `request` has requests as JSON, in the form of OpenAI's batches, each with a `custom_id`. The result has the columns
+    `custom_id`, `failed` and `result`, the last one as JSON in the same form. Calls may overlap: what counts is how many requests the
+    server has at a time.
     """
 
     def __init__(self, serving: Serving, collector: ActorHandle | None = None) -> None:
@@ -94,8 +95,9 @@ class Worker:
         """
         self._serving = serving
         self._collector = collector
-        self._node = ray.get_runtime_context().get_node_id()
+        self._node = "" if collector is None else ray.get_runtime_context().get_node_id()
         self._session: aiohttp.ClientSession | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._gate: Gate | None = None
         self._server = Server(serving)
         try:
@@ -113,22 +115,30 @@ class Worker:
     def __del__(self) -> None:
         if hasattr(self, "_server"):
             self._server.close()
+        session = getattr(self, "_session", None)
+        if session is not None and self._loop is not None and self._loop.is_running():
+            asyncio.run_coroutine_threadsafe(session.close(), self._loop)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """Answers a block of requests. Those that have a final result already are left out.
 
         Raises:
-            RequestError: a line is no request.
             ServerError: the server cannot run here any more.
         """
-        requests = [parse(line) for line in batch.column("request").to_pylist()]
+        requests: list[Request] = []
+        results: list[Result] = []
+        for number, line in enumerate(batch.column("request").to_pylist(), 1):
+            try:
+                requests.append(parse(line, number))
+            except LineError as error:
+                results.append(refused(error, ""))
         if self._collector is not None:
             names = [(request.custom_id, request.digest) for request in requests]
             wanted = await self._collector.unsettled.remote(names)
             requests = [request for request, is_wanted in zip(requests, wanted, strict=True) if is_wanted]
         tasks = [asyncio.create_task(self._settle(request)) for request in requests]
         try:
-            results = await asyncio.gather(*tasks)
+            results += await asyncio.gather(*tasks)
         except BaseException:
             for task in tasks:
                 task.cancel()
@@ -183,7 +193,7 @@ class Worker:
             attempt += 1
             if attempt <= attempts:
                 await asyncio.sleep(pause)
-        return failed(request, "server_error", f"{trouble}, in the last of {attempts} attempts")
+        return failed(request, f"{trouble}, in the last of {attempts} attempts")
 
     async def _address(self) -> Address:
         return await asyncio.to_thread(self._server.address)
@@ -193,8 +203,11 @@ class Worker:
             # Long answers are no fault; silence is one. How many connections there are is up to the gate.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=self._serving.silence)
             connector = aiohttp.TCPConnector(limit=0)
+            self._loop = asyncio.get_running_loop()
             headers = {"Authorization": f"Bearer {self._server.key}"}
-            self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers, trust_env=False)
+            self._session = aiohttp.ClientSession(
+                timeout=timeout, connector=connector, headers=headers, trust_env=False
+            )
         async with self._session.post(address.url + request.url, json=request.body) as response:
             body = json.loads(await response.read())
             if not isinstance(body, dict):
