@@ -29,7 +29,7 @@ os.environ.update(
         "RAY_memory_monitor_refresh_ms": "0",
         # Machines that are busy with other things answer late.
         "RAY_agent_register_timeout_ms": "300000",
-        "PYTHONPATH": str(HERE.parent / "src"),
+        "PYTHONPATH": os.pathsep.join(str(HERE.parent / name) for name in ("src", "examples")),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 )

@@ -100,7 +100,12 @@ class Handler(BaseHTTPRequestHandler):
         else:
             usage = {"prompt_tokens_details": {"cached_tokens": before}}
             choices = [{"index": 0, "text": f"{prompt}, with {body['seed'] if 'seed' in body else None}"}]
-            answer = {"id": f"cmpl-{os.urandom(4).hex()}", "created": int(time.time()), "choices": choices, "usage": usage}
+            answer = {
+                "id": f"cmpl-{os.urandom(4).hex()}",
+                "created": int(time.time()),
+                "choices": choices,
+                "usage": usage,
+            }
             self.reply(200, answer)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import http_processor
 import pytest
 import ray
 import ray.data
@@ -21,6 +22,7 @@ from ray.cluster_utils import Cluster
 
 from sluice_ray import Placing, RunError, Serving, answer, run
 from sluice_ray.requests import seed_of
+from sluice_ray.server import Server
 
 FAKE = str(Path(__file__).with_name("fake_sluice.py"))
 MACHINES = 3
@@ -165,6 +167,20 @@ def test_a_data_set_is_answered(machines: Any, folder: Path, requests: Path, alo
     want = {json.loads(line)["custom_id"]: json.loads(line) for line in alone.splitlines()}
     assert len(rows) == 12
     assert all(json.loads(row["result"]) == want[row["custom_id"]] for row in rows)
+
+
+def test_the_http_processor_asks_a_server_that_runs(machines: Any, folder: Path) -> None:
+    """The example of the second way."""
+    server = Server(serving(folder))
+    server.start()
+    try:
+        prompts = ray.data.from_items([{"text": f"Speak of the sea, part {number}."} for number in range(6)])
+        url = f"{server.address().url}/v1/chat/completions"
+        rows = http_processor.answers(prompts, url, server.key, at_once=1, most=8).take_all()
+    finally:
+        server.close()
+    assert len({row["prompt"] for row in rows}) == 6
+    assert all(isinstance(row["answer"], str) for row in rows)
 
 
 def test_machines_that_cannot_serve_end_the_run(machines: Any, folder: Path) -> None:

@@ -107,7 +107,10 @@ def test_a_file_is_scanned_whatever_its_lines_end_with(tmp_path: Path) -> None:
 def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
     """Also one that was made up for a line without one."""
     path = tmp_path / "in.jsonl"
-    for text in [f"{batched()}\n{batched('b')}\n{batched()}\n", '{"custom_id": "line-3", "prompt": ""}\n\n{"prompt": ""}\n']:
+    for text in [
+        f"{batched()}\n{batched('b')}\n{batched()}\n",
+        '{"custom_id": "line-3", "prompt": ""}\n\n{"prompt": ""}\n',
+    ]:
         path.write_text(text)
         with pytest.raises(RequestError, match="lines 1 and 3 have the same custom_id"):
             scan(path)
