@@ -4,8 +4,10 @@
     shards.py split IN.jsonl FOLDER --parts N     FOLDER/0.in.jsonl, FOLDER/1.in.jsonl, ...
     shards.py merge IN.jsonl FOLDER OUT.jsonl     from FOLDER/0.out.jsonl, ..., in the order of IN
 
-A part is a piece of the input, so that requests which begin alike stay together and share what is read of them. Requests without a
-`custom_id` get the one that they have in the whole file. Both commands can be made again: the parts are the same bytes each time.
+A part is a piece of the input, so that requests which begin alike stay together and share what is read of them.
+Requests without a `custom_id` get the one that they have in the whole file. Both commands can be made again: the
+parts are the same bytes each time.
+
 Exit codes: 0 done, 1 something is missing or wrong, 2 wrong usage.
 """
 
@@ -39,7 +41,7 @@ def requests(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def named(line: bytes, number: int) -> tuple[str, bytes]:
-    """The name that the result of line `number` will have, and the line that has it. What is no request is refused there, not here."""
+    """The name that the result of line `number` will have, and a line that has it. No request is refused here."""
     name = f"line-{number}"
     try:
         value: Any = json.loads(line)
@@ -56,7 +58,7 @@ def named(line: bytes, number: int) -> tuple[str, bytes]:
 
 
 def refusal(name: str) -> tuple[str, bytes]:
-    """A line that is refused under this name, for one that is no request and would be called by its number in the part."""
+    """A line that is refused under this name, for one that would be called by its number in the part."""
     return name, json.dumps({"custom_id": name}).encode()
 
 

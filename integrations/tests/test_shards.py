@@ -145,7 +145,7 @@ def slurm(_: Path) -> list[str]:
 def test_a_part_is_answered_and_goes_on_after_a_kill(
     requests: Path, tools: Path, tmp_path: Path, scheduler: Callable[[Path], list[str]]
 ) -> None:
-    """Told to end, it saves, and Slurm queues it again; the second time all is there. Some failed requests are no failure."""
+    """Told to end, it saves, and Slurm queues it again; then all is there. Failed requests are no failed part."""
     folder = tmp_path / "parts"
     shards("split", requests, folder, "--parts", 2)
     command = scheduler(folder)

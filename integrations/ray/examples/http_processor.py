@@ -5,9 +5,9 @@
     pip install 'sluice-ray[llm]'
     python examples/http_processor.py prompts.txt answers/ --url http://127.0.0.1:8080/v1/chat/completions
 
-It suits one server, or several behind one address, and a pipeline that is built on `ray.data.llm` anyway. What `sluice-ray` has and this
-does not: a server on each machine, results that are kept one by one, and a bad request that is an error of its own; here it ends the
-run, or a whole batch is lost to it.
+It suits one server, or several behind one address, and a pipeline that is built on `ray.data.llm` anyway. What
+`sluice-ray` has and this does not: a server on each machine, results that are kept one by one, and a bad request that
+is an error of its own; here it ends the run, or a whole batch is lost to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def session() -> aiohttp.ClientSession:
 
 
 def payload(row: dict[str, Any], most: int) -> dict[str, Any]:
-    """What is asked for a line of the input. The seed follows from the text, so that each run gives the same answers."""
+    """What is asked for a line of the input. The seed follows from the text, so that each run answers the same."""
     text = row["text"]
     return {
         "payload": {
@@ -56,7 +56,8 @@ def answers(prompts: ray.data.Dataset, url: str, key: str, at_once: int, most: i
     config = HttpRequestProcessorConfig(
         url=url,
         headers={"Authorization": f"Bearer {key}"},
-        # The processor sends the requests of a batch one after the other, so what the server has at a time is the number of workers.
+        # The processor sends the requests of a batch one after the other, so what the server has at a time is the
+        # number of workers.
         batch_size=1,
         concurrency=at_once,
         max_retries=5,

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Something that looks like `sluice serve`, and does what a prompt says: `fake_sluice.py serve MODEL ... --notes FOLDER`.
+"""Something that looks like `sluice serve`, and does what a prompt says.
+
+    fake_sluice.py serve MODEL ... --notes FOLDER
 
 * `poison` kills it.
 * `fault` is a fault of the server, each time.
@@ -99,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, {"error": {**wrong, "type": "invalid_request_error", "message": "the prompt is too long"}})
         else:
             usage = {"prompt_tokens_details": {"cached_tokens": before}}
-            choices = [{"index": 0, "text": f"{prompt}, with {body['seed'] if 'seed' in body else None}"}]
+            choices = [{"index": 0, "text": f"{prompt}, with {body.get('seed')}"}]
             answer = {
                 "id": f"cmpl-{os.urandom(4).hex()}",
                 "created": int(time.time()),

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import http_processor
 import pytest
 import ray
 import ray.data
-from cluster import MODEL, PROGRAM, cluster
 from ray.cluster_utils import Cluster
 
+import http_processor
+from cluster import MODEL, PROGRAM, cluster
 from sluice_ray import Placing, RunError, Serving, answer, run
 from sluice_ray.requests import seed_of
 from sluice_ray.server import Server

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ FAKE = str(Path(__file__).with_name("fake_sluice.py"))
 
 
 @pytest.fixture
-def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
+def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serving:
     """The fake server. Pauses are short; they are no part of what is tested."""
     monkeypatch.setattr(sluice_ray.worker, "FIRST_PAUSE", 0.05)
-    yield Serving("model", FAKE, ("--notes", str(tmp_path)), at_once=4, silence=2.0)
+    return Serving("model", FAKE, ("--notes", str(tmp_path)), at_once=4, silence=2.0)
 
 
 def ask(serving: Serving, *prompts: str) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,8 @@ FINE, FAILURE, USAGE, SOME_FAILED = 0, 1, 2, 3
 EPILOG = """\
 The same command goes on with an interrupted run: results are in RESULTS.parts as soon as they are there.
 
-exit codes: 0 all requests are answered, 1 the run cannot go on, 2 wrong usage, 3 some requests have an error as their result
+exit codes: 0 all requests are answered, 1 the run cannot go on, 2 wrong usage, 3 some requests have an error as their
+result
 
 examples:
   sluice-ray requests.jsonl results.jsonl --model /models/r1.sluice
@@ -31,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
     usual = Serving(model="")
     made = argparse.ArgumentParser(
         prog="sluice-ray",
-        description="Answers a file of requests (JSONL, in the form of OpenAI's batches, or plain prompts) on the machines of a "
-        "Ray cluster, each of which has a copy of the model.",
+        description="Answers a file of requests (JSONL, in the form of OpenAI's batches, or bodies alone) on the "
+        "machines of a Ray cluster, each of which has a copy of the model.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -109,9 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         ray.shutdown()
-    _say(
-        f"{summary.requests} requests: {summary.failures} failed, {summary.skipped} were there already; {options.results}"
-    )
+    counts = f"{summary.requests} requests: {summary.failures} failed, {summary.skipped} were there already"
+    _say(f"{counts}; {options.results}")
     return SOME_FAILED if summary.failures else FINE
 
 

@@ -1,8 +1,8 @@
 """A file of requests becomes a file of results, by way of a server on each machine of a Ray cluster.
 
-A run makes passes. Each pass is a Ray Data pipeline over the requests that have no result yet: blocks of them are read on the
-driver's machine and go to a pool of actors, one on each machine. Requests that a pass leaves, because a machine was lost or cannot
-serve, are those of the next pass, on the machines that are there by then.
+A run makes passes. Each pass is a Ray Data pipeline over the requests that have no result yet: blocks of them are
+read on the driver's machine and go to a pool of actors, one on each machine. Requests that a pass leaves, because a
+machine was lost or cannot serve, are those of the next pass, on the machines that are there by then.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ class Placing:
     Attributes:
         workers: how many; `None` means one on each machine.
         strategy: Ray's word for how they are placed. `STRICT_SPREAD` allows one on each machine.
-        resource: only machines with this custom resource serve, and a worker takes one of it; `None` means `sluice` if any machine
-            has that, and otherwise no resource.
-        cpus: processors that a worker takes in Ray's books, which keeps other tasks away. The server uses the cores that there are.
+        resource: only machines with this custom resource serve, and a worker takes one of it; `None` means `sluice`
+            if any machine has that, and otherwise no resource.
+        cpus: processors that a worker takes in Ray's books, which keeps other tasks away. The server uses the cores
+            that there are.
     """
 
     workers: int | None = None
@@ -82,9 +83,9 @@ def run(
 ) -> Summary:
     """Answers a file of requests.
 
-    Results are kept in the folder `RESULTS.parts` as they come, and written to `results` in the order of the requests when all are
-    there: as Parquet if its name ends so, otherwise as JSONL. A call that was interrupted is made again, and goes on. Ray is
-    started, or found by `RAY_ADDRESS`, unless that has been done.
+    Results are kept in the folder `RESULTS.parts` as they come, and written to `results` in the order of the requests
+    when all are there: as Parquet if its name ends so, otherwise as JSONL. A call that was interrupted is made again,
+    and goes on. Ray is started, or found by `RAY_ADDRESS`, unless that has been done.
 
     Args:
         requests: the file, on the machine where this runs.
@@ -157,18 +158,9 @@ class _Run:
 
     def _pass(self, collector: ActorHandle, left: list[Place], progress: Progress) -> str:
         """One pass; why it ended early, if it did."""
-        resource, machines = _machines(self._placing, set(progress.broken))
-        if not machines:
-            broken = "\n".join(f"machine {node}: {why}" for node, why in progress.broken.items())
-            raise RunError(f"no machine can serve\n{broken}" if broken else "no machine has what a worker needs")
-        count = self._placing.workers or len(machines)
-        if self._placing.strategy == "STRICT_SPREAD":
-            count = min(count, len(machines))
+        group, resource, count = self._place(progress.broken)
         self._say(f"{len(left)} of {len(self._places)} requests to do, {count} workers")
-        group = _group(self._placing, resource, machines, count)
         try:
-            if not group.wait(PLACING):
-                return f"the cluster had no room for {count} workers within {PLACING:.0f} s"
             for _ in self._pipeline(collector, left, group, resource, count).iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
             ):
@@ -179,6 +171,29 @@ class _Run:
             # Ends the workers that are left, too.
             remove_placement_group(group)
         return ""
+
+    def _place(self, broken: dict[str, str]) -> tuple[PlacementGroup, dict[str, float], int]:
+        """Room for workers on the machines that are there and not broken; what each takes; how many there are."""
+        end = time.monotonic() + PLACING
+        while True:
+            resource, machines = _machines(self._placing, set(broken))
+            if not machines:
+                why = "\n".join(f"machine {node}: {why}" for node, why in broken.items())
+                raise RunError(f"no machine can serve\n{why}" if broken else "no machine has what a worker needs")
+            count = self._placing.workers or len(machines)
+            if self._placing.strategy == "STRICT_SPREAD":
+                count = min(count, len(machines))
+            group = _group(self._placing, resource, machines, count)
+            # A machine that is lost is still counted for some seconds. Nobody should wait for it longer than that.
+            while not group.wait(1):
+                if time.monotonic() > end:
+                    remove_placement_group(group)
+                    raise RunError(f"the cluster had no room for {count} workers within {PLACING:.0f} s")
+                if _machines(self._placing, set(broken))[1] != machines:
+                    remove_placement_group(group)
+                    break
+            else:
+                return group, resource, count
 
     def _tell(self, collector: ActorHandle) -> None:
         if time.monotonic() - self._told > TELLING:
@@ -199,8 +214,8 @@ class _Run:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         with warnings.catch_warnings():
-            # There is no other way yet to say where actors are and that their blocks are not tried again; pyproject.toml has the
-            # version that takes this one away.
+            # There is no other way yet to say where actors are and that their blocks are not tried again;
+            # pyproject.toml has the version that takes this one away.
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
             lines = data.flat_map(_read_block, fn_args=(str(self._path),), num_cpus=0, scheduling_strategy=here)
             return answer(
@@ -227,13 +242,13 @@ def answer(
     """Answers a data set of requests, for pipelines of your own.
 
     Args:
-        requests: has a column `request` with JSON in the form of OpenAI's batches. Blocks of about half of `serving.at_once` rows
-            keep the servers busy: `repartition(target_num_rows_per_block=...)`.
+        requests: has a column `request` with JSON in the form of OpenAI's batches. Blocks of about half of
+            `serving.at_once` rows keep the servers busy: `repartition(target_num_rows_per_block=...)`.
         serving: how each machine serves its copy of the model.
         workers: how many there are.
         collector: where results are kept besides, if anywhere.
-        options: for `map_batches`. Without any, a worker takes one of the custom resource `sluice`: give each machine with the
-            model one (`ray start --resources '{"sluice": 1}'`).
+        options: for `map_batches`. Without any, a worker takes one of the custom resource `sluice`: give each machine
+            with the model one (`ray start --resources '{"sluice": 1}'`).
 
     Returns:
         A data set with the columns `custom_id`, `failed` and `result` (JSON).

@@ -1,7 +1,7 @@
 """Results as they come: a folder of parts, to which one process appends, and which survives it.
 
-A part is a file of lines, each with a result and whether it is final. A process begins a part of its own, so that the last line
-of an older part, which may have been cut by a crash, stays alone.
+A part is a file of lines, each with a result and whether it is final. A process begins a part of its own, so that the
+last line of an older part, which may have been cut by a crash, stays alone.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Parts:
         known = json.loads(path.read_text())
         if known != model:
             raise PartsError(
-                f"{self._folder}: its results are made with {as_json(known)}, and this is {as_json(model)}: put the same model "
-                "file on all machines and use the same options, or take another folder"
+                f"{self._folder}: its results are made with {as_json(known)}, and this is {as_json(model)}: put the "
+                "same model file on all machines and use the same options, or take another folder"
             )
 
     def state(self, custom_id: str, digest: str) -> bool | None:
@@ -188,7 +188,7 @@ class Parts:
                 file.close()
 
     def write(self, path: Path, custom_ids: Iterable[str]) -> int:
-        """Writes the results of these requests to a file, as a whole or not at all: Parquet if it is called so, otherwise JSONL.
+        """Writes the results of these requests to a file, as a whole or not at all: Parquet if called so, else JSONL.
 
         Returns:
             How many of them are errors.

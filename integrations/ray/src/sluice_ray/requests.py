@@ -1,7 +1,7 @@
 """Requests: lines of JSON, in the form of OpenAI's batches or as bodies alone, read as `sluice batch` reads them.
 
-A request is known by its `custom_id`. Everything that must not depend on where and when it is answered (its seed, the ids in
-its result) is derived from that, in the way of `sluice batch`, so that both give the same answers.
+A request is known by its `custom_id`. Everything that must not depend on where and when it is answered (its seed, the
+ids in its result) is derived from that, in the way of `sluice batch`, so that both give the same answers.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ def scan(path: Path) -> list[Place]:
             error, custom_id, digest = wrong, wrong.custom_id, hashlib.sha256(line).hexdigest()[:32]
         if (first := numbers.setdefault(custom_id, number)) != number:
             raise RequestError(
-                f"{path}: lines {first} and {number} have the same custom_id {json.dumps(custom_id)}: results could not be told "
-                "apart. Give each its own"
+                f"{path}: lines {first} and {number} have the same custom_id {json.dumps(custom_id)}: results could "
+                "not be told apart. Give each its own"
             )
         places.append(Place(custom_id, digest, number, start, len(line), error))
     return places

@@ -13,7 +13,8 @@ from .requests import LineError, Request, id_of
 class Result:
     """What a request came to.
 
-    `line` is an object in the form of OpenAI's batches: `custom_id`, `response` (`status_code`, `request_id`, `body`), `error`.
+    `line` is an object in the form of OpenAI's batches: `custom_id`, `response` (`status_code`, `request_id`,
+    `body`), `error`.
     """
 
     custom_id: str
@@ -73,8 +74,8 @@ def _line(custom_id: str, status: int, body: dict[str, Any], error: dict[str, st
 def make_repeatable(body: dict[str, Any], custom_id: str) -> None:
     """Makes an answer the same whenever it is made.
 
-    Ids become ones that follow from the request's name, and times 0. How many tokens of the prompt were remembered from other requests
-    depends on which ones this machine had before, and becomes 0 too.
+    Ids become ones that follow from the request's name, and times 0. How many tokens of the prompt were remembered
+    from other requests depends on which ones this machine had before, and becomes 0 too.
     """
     _rename(body, "id", custom_id, "answer")
     for name in ("created", "created_at", "completed_at"):

@@ -44,10 +44,11 @@ class Serving:
         model: path of the model file, the same on all machines.
         program: the `sluice` program, as a path or as a name that is found on each machine.
         arguments: more for `sluice serve`, such as `("--budget", "48GiB")`.
-        at_once: requests that the server has at a time. More of them share each read of an expert, and take more memory.
+        at_once: requests that the server has at a time. More of them share each read of an expert, and take more
+            memory.
         attempts: how often a request is tried before its result is an error. The last time, nothing else runs.
-        silence: seconds without a byte of an answer after which the server is taken for dead; a living one sends white space
-            every five seconds.
+        silence: seconds without a byte of an answer after which the server is taken for dead; a living one sends
+            white space every five seconds.
         patience: seconds that the server may take to start and to load the model.
     """
 
@@ -91,7 +92,7 @@ class Address:
 
 
 class Server:
-    """The process. One thread starts it and waits for its end, since the process dies with the thread that started it."""
+    """The process. One thread starts it and waits for its end, since it dies with the thread that started it."""
 
     def __init__(self, serving: Serving) -> None:
         self.key = secrets.token_urlsafe(24)
@@ -180,9 +181,9 @@ class Server:
                 if self._starts == 0 or self._deaths >= MOST_DEATHS:
                     self._set(None, words)
                     return
-                pause = min(LONGEST_PAUSE, 2.0 ** (self._deaths - 1))
-                logger.warning("%s; it is started again in %.0f s", words, pause)
-                self._closed.wait(pause)
+                # Nothing is said if this process ends, too.
+                if not self._closed.wait(min(LONGEST_PAUSE, 2.0 ** (self._deaths - 1))):
+                    logger.warning("%s; it is started again", words)
         except Exception as error:
             # Whoever waits for the server should not wait for ever.
             self._set(None, f"the server cannot be started: {error!r}")
@@ -227,7 +228,7 @@ class Server:
         return code
 
     def _warm(self, process: subprocess.Popen[str], url: str) -> None:
-        """Asks for one token, so that the model is loaded, and what prevents that is known before there are requests."""
+        """Asks for one token, so that the model is loaded, and what prevents that is known before all else."""
         body = {"prompt": "a", "max_tokens": 1, "temperature": 0, "cache_prompt": False}
         try:
             answer = self._get(url, "/v1/completions", body)

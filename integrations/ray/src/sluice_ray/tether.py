@@ -1,8 +1,8 @@
 """Runs a program that dies with the thread that started it: `python tether.py PARENT PROGRAM ARGUMENT...`.
 
-An actor can be killed in ways that leave it no time to end its server, which would then hold the memory that the next server
-needs. So the system is told to do it (`PR_SET_PDEATHSIG`, which stays over `exec`). This is a program of its own because nothing
-but the new process itself can ask for that.
+An actor can be killed in ways that leave it no time to end its server, which would then hold the memory that the next
+server needs. So the system is told to do it (`PR_SET_PDEATHSIG`, which stays over `exec`). This is a program of its
+own because nothing but the new process itself can ask for that.
 """
 
 import ctypes

@@ -22,7 +22,8 @@ from .server import Address, Server, ServerError, Serving
 
 logger = logging.getLogger(__name__)
 
-# Seconds before the second attempt. Each pause is twice the one before, a little more or less, so that not all come at once.
+# Seconds before the second attempt. Each pause is twice the one before, a little more or less, so that not all come
+# at once.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 # Seconds to come again when the server's queue is full and it does not say when.
 BUSY_PAUSE = 10.0
@@ -78,9 +79,9 @@ class _Reply:
 class Worker:
     """A class for `ray.data.Dataset.map_batches`, with `batch_format="pyarrow"` and one actor on each machine.
 
-    The column `request` has requests as JSON, in the form of OpenAI's batches, each with a `custom_id`. The result has the columns
-    `custom_id`, `failed` and `result`, the last one as JSON in the same form. Calls may overlap: what counts is how many requests the
-    server has at a time.
+    The column `request` has requests as JSON, in the form of OpenAI's batches, each with a `custom_id`. The result
+    has the columns `custom_id`, `failed` and `result`, the last one as JSON in the same form. Calls may overlap: what
+    counts is how many requests the server has at a time.
     """
 
     def __init__(self, serving: Serving, collector: ActorHandle | None = None) -> None:
@@ -165,8 +166,8 @@ class Worker:
     async def _ask(self, request: Request) -> Result:
         """Asks until there is an answer, a refusal, or no attempt left.
 
-        A request can kill the server, and with it all that are being answered. So the last attempt is made with nothing else
-        running, where it can only harm itself.
+        A request can kill the server, and with it all that are being answered. So the last attempt is made with
+        nothing else running, where it can only harm itself.
         """
         if self._gate is None:
             self._gate = Gate(self._serving.at_once)
@@ -216,7 +217,7 @@ class Worker:
 
 
 def _status(status: int, body: dict[str, Any]) -> int:
-    """The status of a response. A response that takes long begins before it is known, with 200, and may end with an error."""
+    """The status of a response. One that takes long begins before it is known, with 200, and may end with an error."""
     error = body.get("error")
     if status != 200 or not isinstance(error, dict):
         return status
