@@ -48,7 +48,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def machine(**options: Any) -> dict[str, Any]:
-    """How a machine is started. Its agents get ports: a machine whose agents choose some waits for that, and not long."""
+    """How a machine is started. Its agents get ports: a machine whose agents choose waits for that, and not long."""
     names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     return {"object_store_memory": OBJECT_BYTES, "node_ip_address": LOOPBACK, "num_cpus": 1, **ports, **options}

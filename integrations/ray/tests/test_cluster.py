@@ -147,6 +147,7 @@ def test_two_machines_and_a_server_that_dies(folder: Path, requests: Path, alone
     assert out.read_bytes() == alone
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_interrupted_goes_on(folder: Path, requests: Path, alone: bytes) -> None:
     """With half of the results, of which the last one is cut."""
     out, parts = folder / "again.jsonl", folder / "again.jsonl.parts"
@@ -159,6 +160,7 @@ def test_a_run_that_is_interrupted_goes_on(folder: Path, requests: Path, alone: 
     assert out.read_bytes() == alone
 
 
+@pytest.mark.thorough
 def test_a_data_set_is_answered(machines: Any, folder: Path, requests: Path, alone: bytes) -> None:
     """Without the command, as a part of somebody's pipeline."""
     lines = requests.read_text().splitlines()[:12]
@@ -169,6 +171,7 @@ def test_a_data_set_is_answered(machines: Any, folder: Path, requests: Path, alo
     assert all(json.loads(row["result"]) == want[row["custom_id"]] for row in rows)
 
 
+@pytest.mark.thorough
 def test_the_http_processor_asks_a_server_that_runs(machines: Any, folder: Path) -> None:
     """The example of the second way."""
     server = Server(serving(folder))
@@ -183,6 +186,7 @@ def test_the_http_processor_asks_a_server_that_runs(machines: Any, folder: Path)
     assert all(isinstance(row["answer"], str) for row in rows)
 
 
+@pytest.mark.thorough
 def test_machines_that_cannot_serve_end_the_run(machines: Any, folder: Path) -> None:
     """And the error says which, and why."""
     path = folder / "few.jsonl"
@@ -207,6 +211,7 @@ def test_three_machines_of_which_one_is_lost(machines: Any, folder: Path, reques
         time.sleep(0.05)
 
 
+@pytest.mark.thorough
 def test_the_answers_are_those_of_sluice_batch(folder: Path, requests: Path, alone: bytes) -> None:
     """Whoever moves from one machine to several gets the same texts, seeds and ids."""
     if subprocess.run([PROGRAM, "batch", "--help"], capture_output=True).returncode != 0:

@@ -34,10 +34,14 @@ def ask(serving: Serving, *prompts: str) -> dict[str, dict[str, Any]]:
     """What a worker makes of these prompts, by their texts."""
     worker = Worker(serving)
     lines = [json.dumps({"custom_id": prompt, "prompt": prompt}) for prompt in prompts]
-    try:
-        table = asyncio.run(worker(pa.table({"request": lines})))
-    finally:
-        worker._server.close()
+
+    async def answers() -> pa.Table:
+        try:
+            return await worker(pa.table({"request": lines}))
+        finally:
+            await worker.close()
+
+    table = asyncio.run(answers())
     assert sorted(table.column("custom_id").to_pylist()) == sorted(prompts)
     return {line["custom_id"]: line for line in map(json.loads, table.column("result").to_pylist())}
 

@@ -134,10 +134,17 @@ class Server:
         self._deaths = 0
 
     def kill(self, address: Address) -> None:
-        """Ends a server that does not answer any more, unless it has been started again since."""
+        """Ends a server that does not answer any more, unless it has been started again since. Nobody is sent there."""
         with self._changed:
             if self._address == address and self._process is not None:
                 self._process.kill()
+                self._address = None
+
+    def note_failure(self, address: Address) -> None:
+        """Says that a connection has ended. If the server has ended too, nobody is sent there now."""
+        with self._changed:
+            if self._address == address and self._process is not None and self._process.poll() is not None:
+                self._address = None
 
     def close(self) -> None:
         """Ends it for good."""

@@ -113,12 +113,19 @@ class Worker:
             self._server.close()
             raise
 
+    async def close(self) -> None:
+        """Ends the server."""
+        if self._session is not None:
+            await self._session.close()
+        self._server.close()
+
     def __del__(self) -> None:
+        # Ray Data drops its actors, and says nothing to what is in them.
         if hasattr(self, "_server"):
             self._server.close()
-        session = getattr(self, "_session", None)
-        if session is not None and self._loop is not None and self._loop.is_running():
-            asyncio.run_coroutine_threadsafe(session.close(), self._loop)
+        loop = getattr(self, "_loop", None)
+        if loop is not None and loop.is_running():
+            asyncio.run_coroutine_threadsafe(self.close(), loop)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """Answers a block of requests. Those that have a final result already are left out.
@@ -178,10 +185,16 @@ class Worker:
                 address = await self._address()
                 try:
                     reply = await self._post(address, request)
+                except aiohttp.ClientConnectorError as error:
+                    # There was nobody to try it.
+                    self._server.kill(address)
+                    trouble, pause, attempt = f"no connection: {error!r}", 0.0, attempt - 1
                 except (aiohttp.ClientError, OSError, ValueError) as error:
                     trouble, pause = f"no answer: {error!r}", _pause(attempt)
                     if isinstance(error, TimeoutError | asyncio.TimeoutError):
                         self._server.kill(address)
+                    else:
+                        self._server.note_failure(address)
                 else:
                     if reply.status != BUSY and reply.status not in PASSING:
                         self._server.note_success()
