@@ -3,6 +3,8 @@
 
 # Nothing here is compiled twice after a small change, which is what the bookkeeping of incremental compilation is for.
 export CARGO_INCREMENTAL=0
+# Nobody looks at these programs in a debugger, and a message of a panic has its line without.
+export CARGO_PROFILE_DEV_DEBUG=false
 
 # Checks for which something could not be had.
 skipped=()
@@ -96,12 +98,16 @@ has_zigbuild() {
     return 1
 }
 
-# Looks at the code that is there for another target, and links the program, without a machine of that kind. Nothing is
-# optimised, since nothing is run.
-build_for() {
+# Looks at the code that is there for another target. Tests are not looked at: none of them is written for a target alone.
+check_for() {
+    has_target "$1" "clippy for $1" && has_zigbuild "clippy for $1" || return 0
+    if has_component clippy clippy; then CARGO_PROFILE_DEV_OPT_LEVEL=0 cargo-zigbuild clippy --workspace --lib --bins --target "$1" -- -D warnings; fi
+}
+
+# Links the program without a machine of that kind. Nothing is optimised, since nothing is run.
+link_for() {
     has_target "$1" "a link for $1" && has_zigbuild "a link for $1" || return 0
-    if has_component clippy clippy; then cargo-zigbuild clippy --workspace --all-targets --target "$1" -- -D warnings; fi
-    CARGO_PROFILE_DEV_OPT_LEVEL=0 CARGO_PROFILE_DEV_DEBUG=false cargo-zigbuild zigbuild -p sluice --target "$1"
+    CARGO_PROFILE_DEV_OPT_LEVEL=0 cargo-zigbuild zigbuild -p sluice --target "$1"
 }
 
 # A virtual environment of Python's.
