@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -148,15 +149,19 @@ def test_two_machines_and_a_server_that_dies(folder: Path, requests: Path, alone
 
 
 @pytest.mark.thorough
-def test_a_run_that_is_interrupted_goes_on(folder: Path, requests: Path, alone: bytes) -> None:
-    """With half of the results, of which the last one is cut."""
+def test_a_run_that_is_interrupted_goes_on(machines: Any, folder: Path, requests: Path, alone: bytes) -> None:
+    """By the same command, with half of the results, of which the last one is cut."""
     out, parts = folder / "again.jsonl", folder / "again.jsonl.parts"
     parts.mkdir()
     [part] = (folder / "alone.jsonl.parts").glob("part-*")
     whole = part.read_bytes().splitlines(keepends=True)
     (parts / part.name).write_bytes(b"".join(whole[:50]) + whole[50][:-7])
-    summary = run(requests, out, serving(folder), Placing(workers=1))
-    assert (summary.skipped, summary.failures) == (50, 2)
+    settings = serving(folder)
+    command = [sys.executable, "-m", "sluice_ray.command", str(requests), str(out), "--model", settings.model]
+    command += ["--program", PROGRAM, "--at-once", "8", "--workers", "1", "--address", machines[0].address]
+    done = subprocess.run([*command, "--", *settings.arguments], capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "100 requests: 2 failed, 50 were there already" in done.stderr
     assert out.read_bytes() == alone
 
 

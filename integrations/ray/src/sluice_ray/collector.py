@@ -1,6 +1,6 @@
 """The one place where results are written: an actor on the machine where the results are to be.
 
-Workers need no file system that all machines see. Each sends a result when it has it, and goes on once the result is
+Workers need no filesystem that all machines see. Each sends a result when it has it, and goes on once the result is
 on the drive.
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ray
 
-from .job import Placing, RunError, run
+from .job import Placing, RunError, connect, run
 from .requests import RequestError
 from .server import Serving
 
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     usual = Serving(model="")
     made = argparse.ArgumentParser(
         prog="sluice-ray",
+        usage="%(prog)s REQUESTS RESULTS --model FILE [OPTION...] [-- OPTION of `sluice serve`...]",
         description="Answers a file of requests (JSONL, in the form of OpenAI's batches, or bodies alone) on the "
         "machines of a Ray cluster, each of which has a copy of the model.",
         epilog=EPILOG,
@@ -48,21 +49,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--program", default=usual.program, help="the sluice program on each machine [default: %(default)s]"
     )
-    made.add_argument(
-        "--at-once",
-        type=int,
-        default=usual.at_once,
-        metavar="N",
-        help="requests at a time on a machine [default: %(default)s]",
-    )
-    made.add_argument(
-        "--attempts",
-        type=int,
-        default=usual.attempts,
-        metavar="N",
-        help="how often a request is tried [default: %(default)s]",
-    )
-    made.add_argument("--workers", type=int, metavar="N", help="how many there are [default: one on each machine]")
+    numbers: list[tuple[str, int | None, str]] = [
+        ("--at-once", usual.at_once, "requests at a time on a machine [default: %(default)s]"),
+        ("--attempts", usual.attempts, "how often a request is tried [default: %(default)s]"),
+        ("--workers", None, "how many there are [default: one on each machine]"),
+    ]
+    for name, default, text in numbers:
+        made.add_argument(name, type=int, default=default, metavar="N", help=text)
     made.add_argument(
         "--strategy",
         default="STRICT_SPREAD",
@@ -82,25 +75,29 @@ def parser() -> argparse.ArgumentParser:
         help="processors that a worker takes in Ray's books [default: 1]",
     )
     made.add_argument(
-        "--address", help="Ray's address [default: as RAY_ADDRESS says, or a cluster of this machine alone]"
+        "--address", help="Ray's address [default: the cluster that this machine is in, or else this machine alone]"
     )
-    made.add_argument("serve", nargs="*", metavar="-- OPTION", help="options of `sluice serve`, behind two hyphens")
     return made
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; its exit code."""
     made = parser()
-    options = made.parse_args(arguments)
+    own = sys.argv[1:] if arguments is None else arguments
+    cut = own.index("--") if "--" in own else len(own)
+    own, serve = own[:cut], own[cut + 1 :]
+    options = made.parse_args(own)
     if options.workers is not None and options.workers < 1:
         made.error("--workers: the least is 1")
+    # Workers have folders of their own. A name on the hub is no path.
+    model = options.model if options.model.startswith("hf:") else str(Path(options.model).absolute())
     try:
-        serving = Serving(options.model, options.program, tuple(options.serve), options.at_once, options.attempts)
+        serving = Serving(model, options.program, tuple(serve), options.at_once, options.attempts)
     except ValueError as error:
         made.error(str(error))
     placing = Placing(options.workers, options.strategy, options.resource, options.cpus)
-    ray.init(address=options.address, log_to_driver=False)
     try:
+        connect(options.address)
         summary = run(options.requests, options.results, serving, placing, say=_say)
     except (RequestError, RunError, OSError) as error:
         print(f"sluice-ray: {error}", file=sys.stderr)

@@ -33,6 +33,8 @@ from .worker import Worker
 RESOURCE = "sluice"
 # Blocks that a worker has at a time. A block has half of what the server answers at once, so that it always has enough.
 OVERLAP = 4
+# What Ray has for objects if it is started here. A few blocks of requests and results are all that it holds.
+OBJECT_BYTES = 200_000_000
 # Passes one after the other that bring nothing, after which the run ends.
 MOST_IDLE = 3
 # Seconds that the cluster may take to find room for the workers, and between two lines about progress.
@@ -85,7 +87,7 @@ def run(
 
     Results are kept in the folder `RESULTS.parts` as they come, and written to `results` in the order of the requests
     when all are there: as Parquet if its name ends so, otherwise as JSONL. A call that was interrupted is made again,
-    and goes on. Ray is started, or found by `RAY_ADDRESS`, unless that has been done.
+    and goes on. If Ray has not been initialised, `connect` does that.
 
     Args:
         requests: the file, on the machine where this runs.
@@ -102,11 +104,25 @@ def run(
     path, out = Path(requests).absolute(), Path(results).absolute()
     places = scan(path)
     if not ray.is_initialized():
-        ray.init()
+        connect()
     try:
         return _Run(path, places, serving, placing or Placing(), say).until_done(out)
     except RayError as error:
         raise RunError(str(getattr(error, "cause", None) or error)) from error
+
+
+def connect(address: str | None = None) -> None:
+    """Connects to the cluster at an address, or to the one that this machine is in, or else makes one of it alone.
+
+    Raises:
+        ConnectionError: there is no cluster at this address.
+    """
+    try:
+        ray.init(address=address or "auto", log_to_driver=False)
+    except ConnectionError:
+        if address is not None:
+            raise
+        ray.init(address="local", log_to_driver=False, object_store_memory=OBJECT_BYTES, include_dashboard=False)
 
 
 class _Run:
