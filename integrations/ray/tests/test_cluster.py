@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def requests(folder: Path) -> Path:
     chance = random.Random(20)
     lines: list[Any] = []
     for number in range(98):
-        settings: dict[str, Any] = {"max_tokens": chance.randint(4, 16)}
+        settings: dict[str, Any] = {"max_tokens": chance.randint(8, 48)}
         settings |= chance.choice([{}, {"temperature": 0}, {"temperature": 0.9}, {"temperature": 1.1, "seed": number}])
         prompt = f"{chance.choice(PROMPTS)} {number % 10}"
         messages = [{"role": "user", "content": prompt}]
@@ -141,7 +142,7 @@ def test_two_machines_and_a_server_that_dies(folder: Path, requests: Path, alone
     """One server is killed midway, and the results are those of a single machine."""
     out = folder / "two.jsonl"
     killed = once(out, 30, lambda: os.kill(servers(folder)[0], signal.SIGKILL))
-    summary = run(requests, out, serving(folder), Placing(workers=2))
+    summary = run(requests, out, replace(serving(folder), at_once=4), Placing(workers=2))
     killed.join(1)
     assert not killed.is_alive(), "nothing was killed"
     assert (summary.failures, summary.skipped) == (2, 0)
@@ -200,14 +201,26 @@ def test_machines_that_cannot_serve_end_the_run(machines: Any, folder: Path) -> 
         run(path, folder / "few.out", Serving("nowhere", FAKE, ("--notes", str(folder))))
 
 
-def test_three_machines_of_which_one_is_lost(machines: Any, folder: Path, requests: Path, alone: bytes) -> None:
+def test_three_machines_of_which_one_is_lost(
+    machines: Any, folder: Path, requests: Path, alone: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All is answered, each once, and the results are those of a single machine. No server is left."""
+    # None begins before all are ready, so that each has requests when one is lost.
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "wait_for_min_actors_s", 120)
     made, nodes = machines
     out = folder / "three.jsonl"
-    lost = once(out, 30, lambda: made.remove_node(nodes[-1], allow_graceful=False))
-    summary = run(requests, out, serving(folder))
+    done: list[int] = []
+
+    def lose() -> None:
+        done.append(sum(part.read_bytes().count(b"\n") for part in out.with_name(out.name + ".parts").glob("part-*")))
+        made.remove_node(nodes[-1], allow_graceful=False)
+
+    lost = once(out, 30, lose)
+    summary = run(requests, out, replace(serving(folder), at_once=4))
     lost.join(60)
     assert not lost.is_alive(), "no machine was lost"
+    assert done[0] < 80, "the machine was lost too late to matter"
+    assert summary.passes > 1, "what the machine had was not done again"
     assert (summary.requests, summary.failures, summary.skipped) == (100, 2, 0)
     assert out.read_bytes() == alone
     end = time.monotonic() + 60
