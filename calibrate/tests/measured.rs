@@ -95,6 +95,50 @@ fn what_is_measured_brings_the_model_nearer_to_the_original() {
     }
 }
 
+/// The golden checkpoint of Qwen3.8-Flash-Next, whose layers have tables of n-grams and several residual streams, with a token for each
+/// printable character.
+fn model_of_ngrams(to: &Path) {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/qwen4_exp");
+    fs::create_dir(to).unwrap();
+    for name in ["config.json", "generation_config.json", "model.safetensors"] {
+        fs::copy(golden.join(name), to.join(name)).unwrap();
+    }
+    let characters = ('!'..='~').chain(['\u{120}', '\u{10a}']).enumerate();
+    let vocab: Vec<String> = characters.map(|(id, character)| format!("{:?}: {id}", character.to_string())).collect();
+    let bytes = r#"{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": true}"#;
+    let tokenizer = format!(
+        r#"{{"version": "1.0", "added_tokens": [], "pre_tokenizer": {bytes}, "decoder": {bytes},
+            "model": {{"type": "BPE", "vocab": {{{}}}, "merges": []}}}}"#,
+        vocab.join(", ")
+    );
+    fs::write(to.join("tokenizer.json"), tokenizer).unwrap();
+}
+
+/// A layer's table goes into its temporary file, and what the layer makes of it goes on to the next.
+#[test]
+fn layers_with_tables_of_ngrams_are_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let source = path("source");
+    model_of_ngrams(&source);
+    let text = "A measurement takes the states of a text through one layer after the other. ".repeat(40);
+    convert_measured(&planned_of(&source, WeightType::F32, false), &path("f32"), None, &()).unwrap();
+    let plan = planned_of(&source, WeightType::Q4, true);
+    let mut measurement = measurement(&plan, &text);
+    convert_measured(&plan, &path("q4"), Some(&mut measurement), &()).unwrap();
+    let importance = measurement.importance().unwrap();
+    let measured = |layer: u32, name: &str| {
+        importance.matrices().iter().any(|(key, means)| key.layer == layer && key.name == name && means.tokens > 0)
+    };
+    for layer in 0..4 {
+        assert!(measured(layer, "o"), "layer {layer}");
+        assert!(measured(layer, "ngram_key") == (layer % 2 == 0), "layer {layer}");
+    }
+    // Rounded where it costs least, the model says much the same.
+    let divergence = divergence(&rows(&path("f32"), &text), &rows(&path("q4"), &text));
+    assert!(divergence < 0.05, "{divergence}");
+}
+
 /// Ends a conversion before a layer, and counts those that are measured.
 struct Failing {
     inner: Measurement,

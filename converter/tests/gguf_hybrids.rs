@@ -4,16 +4,11 @@
 
 mod common;
 
-use std::fs;
-
-use common::gguf::{Origin, Value, Written, file};
-use common::safetensors::{Tensors, read_dir, values, write_dir};
-use common::{Content, content, fixture};
+use common::gguf::{Origin, Value, Written};
+use common::safetensors::{Tensors, values};
+use common::written::{F32, check, float, floats, golden, metadata};
 use serde_json::{Value as Json, json};
-use sluice_converter::{Options, convert, plan};
-use sluice_format::ModelSpec;
 
-const F32: u32 = 0;
 const I32: u32 = 26;
 
 /// Tensors that keep their shape and numbers: name in the file, name on the hub.
@@ -64,10 +59,6 @@ const PLAIN: [(&str, &str); 42] = [
 
 /// How many of them are in layers.
 const IN_LAYERS: usize = PLAIN.len() - 2;
-
-fn floats(numbers: &[f32]) -> Vec<u8> {
-    numbers.iter().flat_map(|n| n.to_le_bytes()).collect()
-}
 
 /// A tensor as it is written. `centred`: norms are stored around zero, and the converter adds one.
 fn tensor(tensors: &Tensors, centred: bool, name: String, hub: &str) -> Written {
@@ -126,69 +117,6 @@ fn written(tensors: &Tensors, config: &Json, prefix: &'static str, head: &str, c
     all
 }
 
-/// The models of the file and of the checkpoint are the same.
-fn check(
-    family: &str,
-    config: &Json,
-    text: &Json,
-    tensors: &Tensors,
-    metadata: &[(String, Value)],
-    written: &[Written],
-) {
-    let folder = tempfile::tempdir().unwrap();
-    let (checkpoint, path) = (folder.path().join("hub"), folder.path().join("m.gguf"));
-    fs::create_dir(&checkpoint).unwrap();
-    write_dir(&checkpoint, config, tensors, 1);
-    fs::write(&path, file(metadata, written)).unwrap();
-    let model = |source: &std::path::Path, name: &str| -> (ModelSpec, Content) {
-        let out = folder.path().join(name);
-        convert(source, &out, &Options::default(), &()).unwrap_or_else(|e| panic!("{family}: {e}"));
-        (plan(source, &Options::default()).unwrap().spec().clone(), content(&out))
-    };
-    let ((found, numbers), (spec, expected)) = (model(&path, "a"), model(&checkpoint, "b"));
-    assert_eq!(found, spec, "{family}");
-    assert_eq!(text["num_hidden_layers"].as_u64(), Some(spec.layers.len() as u64));
-    let layers = |content: &Content| -> Vec<_> {
-        content.iter().filter(|(key, _)| key.1 < 99).map(|(key, (_, numbers))| (key.clone(), numbers.clone())).collect()
-    };
-    let (numbers, expected) = (layers(&numbers), layers(&expected));
-    assert_eq!(numbers.len(), expected.len(), "{family}");
-    for ((key, ours), (expected_key, theirs)) in numbers.iter().zip(&expected) {
-        assert_eq!((key, ours.len()), (expected_key, theirs.len()), "{family}");
-        // The logarithm of an exponential is the number but for rounding.
-        let tolerance = if key.3 == "a_log" { 1e-6 } else { 0.0 };
-        let same = |(a, b): (&f32, &f32)| (a - b).abs() <= tolerance * b.abs();
-        assert!(ours.iter().zip(theirs).all(same), "{family}: {key:?}");
-    }
-}
-
-/// `config.json` and tensors of a golden checkpoint.
-fn golden(family: &str) -> (Json, Tensors) {
-    let folder = fixture(&format!("golden/{family}"));
-    (serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap(), read_dir(&folder))
-}
-
-/// Metadata with the architecture before each key, counts under the names that they have in `config`.
-fn metadata(
-    arch: &'static str,
-    config: &Json,
-    counts: &[(&str, &str)],
-    others: &[(&str, Value)],
-) -> Vec<(String, Value)> {
-    let count = |(own, hub): &(&str, &str)| {
-        let n = config.pointer(&format!("/{hub}")).and_then(Json::as_u64).unwrap_or_else(|| panic!("{hub}"));
-        (format!("{arch}.{own}"), Value::U32(n as u32))
-    };
-    let mut all = vec![("general.architecture".to_owned(), Value::Text(arch))];
-    all.extend(counts.iter().map(count));
-    all.extend(others.iter().map(|(own, value)| (format!("{arch}.{own}"), value.clone())));
-    all
-}
-
-fn float(config: &Json, key: &str) -> Value {
-    Value::F32(config[key].as_f64().unwrap() as f32)
-}
-
 #[test]
 fn kimi_linear_comes_back_from_gguf() {
     let (config, tensors) = golden("kimi_linear");
@@ -221,7 +149,7 @@ fn kimi_linear_comes_back_from_gguf() {
     ];
     let metadata = metadata("kimi-linear", &config, &counts, &others);
     let written = written(&tensors, &config, "model.", "lm_head.weight", false);
-    check("kimi_linear", &config, &config, &tensors, &metadata, &written);
+    check("kimi_linear", &config, &tensors, &metadata, &written);
 }
 
 #[test]
@@ -260,7 +188,7 @@ fn minimax_m3_comes_back_from_gguf() {
     ];
     let metadata = metadata("minimax-m3", &text, &counts, &others);
     let written = written(&tensors, &text, "language_model.model.", "language_model.lm_head.weight", true);
-    check("minimax_m3", &config, &text, &tensors, &metadata, &written);
+    check("minimax_m3", &config, &tensors, &metadata, &written);
 }
 
 #[test]
@@ -292,7 +220,7 @@ fn dots1_comes_back_from_gguf() {
     ];
     let metadata = metadata("dots1", &config, &counts, &others);
     let written = written(&tensors, &config, "model.", "lm_head.weight", false);
-    check("dots1", &config, &config, &tensors, &metadata, &written);
+    check("dots1", &config, &tensors, &metadata, &written);
 }
 
 #[test]
@@ -325,7 +253,7 @@ fn mimo_v2_flash_comes_back_from_gguf() {
     // Early files lack the factor of values.
     for others in [&others[..], &[&others[..], &[value_scale]].concat()] {
         let metadata = metadata("mimo2", &config, &counts, others);
-        check("mimo_v2_flash", &config, &config, &tensors, &metadata, &written);
+        check("mimo_v2_flash", &config, &tensors, &metadata, &written);
     }
 }
 
@@ -439,5 +367,5 @@ fn deepseek_v4_comes_back_from_gguf() {
         ("hyper_connection.epsilon", float(&config, "hc_eps")),
     ];
     let metadata = metadata("deepseek4", &config, &counts, &others);
-    check("deepseek_v4", &config, &config, &tensors, &metadata, &deepseek_v4_written(&tensors));
+    check("deepseek_v4", &config, &tensors, &metadata, &deepseek_v4_written(&tensors));
 }

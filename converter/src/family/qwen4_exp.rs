@@ -148,9 +148,11 @@ impl Family for Qwen4ExpText {
         };
         let own = module.and_then(|module| stream_tensor(names, &module, tensor));
         let own = own.or_else(|| ngram_tensor(names, spec, &layer, tensor));
-        match own.or_else(|| index_tensor(names, spec, place, &layer, tensor)) {
-            Some(view) => vec![vec![view]],
-            None => names.origin(spec, place, tensor),
+        match (own, index_tensor(names, spec, place, &layer, tensor)) {
+            (Some(view), _) => vec![vec![view]],
+            // Apart, as what is made of GGUF has them.
+            (None, Some(view)) => [vec![vec![view]], names.origin(spec, place, tensor)].concat(),
+            (None, None) => names.origin(spec, place, tensor),
         }
     }
 

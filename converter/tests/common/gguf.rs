@@ -13,6 +13,8 @@ pub enum Value {
     Text(&'static str),
     Bools(Vec<bool>),
     U32s(Vec<u32>),
+    U64s(Vec<u64>),
+    F32s(Vec<f32>),
 }
 
 impl Value {
@@ -26,6 +28,18 @@ impl Value {
             Value::U32s(all) => {
                 ty(out, 9);
                 ty(out, 4);
+                out.extend((all.len() as u64).to_le_bytes());
+                out.extend(all.iter().flat_map(|n| n.to_le_bytes()));
+            }
+            Value::U64s(all) => {
+                ty(out, 9);
+                ty(out, 10);
+                out.extend((all.len() as u64).to_le_bytes());
+                out.extend(all.iter().flat_map(|n| n.to_le_bytes()));
+            }
+            Value::F32s(all) => {
+                ty(out, 9);
+                ty(out, 6);
                 out.extend((all.len() as u64).to_le_bytes());
                 out.extend(all.iter().flat_map(|n| n.to_le_bytes()));
             }
@@ -154,6 +168,13 @@ pub struct Origin<'a> {
     pub prefix: &'static str,
 }
 
+/// Rows of queries or keys as llama.cpp turns them: the halves of each head alternate.
+pub fn alternate(all: &[f32], rows: usize, heads: usize) -> Vec<f32> {
+    let (cols, half) = (all.len() / rows, rows / heads / 2);
+    let source = |row: usize| row / (2 * half) * 2 * half + row % 2 * half + row % (2 * half) / 2;
+    (0..rows).flat_map(|row| all[source(row) * cols..][..cols].to_vec()).collect()
+}
+
 /// Rows of so many columns.
 type Matrix = (Vec<f32>, usize);
 
@@ -250,9 +271,7 @@ impl Origin<'_> {
         }
         let heads = self.count(if queries { "num_attention_heads" } else { "num_key_value_heads" });
         let rows = self.tensors[name].shape[0];
-        let (cols, half) = (all.len() / rows, rows / heads / 2);
-        let source = |row: usize| row / (2 * half) * 2 * half + row % 2 * half + row % (2 * half) / 2;
-        (0..rows).flat_map(|row| all[source(row) * cols..][..cols].to_vec()).collect()
+        alternate(&all, rows, heads)
     }
 
     /// Head by head, the rows that make keys, transposed, or those that make values.

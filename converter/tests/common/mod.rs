@@ -4,6 +4,7 @@
 pub mod gguf;
 pub mod killed;
 pub mod safetensors;
+pub mod written;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 use safetensors::{Tensor, Tensors};
 use serde_json::{Value, json};
 use sluice_converter::{Options, TypeChoice};
+use sluice_format::sectors::Sectors;
 use sluice_format::{ExtentKind, Layout, ModelFile, TensorRecord, WeightType};
 use sluice_kernels as kernels;
 
@@ -179,16 +181,21 @@ pub fn unpack(t: &TensorRecord, extent: &[u8]) -> Vec<Vec<f32>> {
         }
         values
     };
+    let element = ty.plain_element_len().unwrap_or(1);
+    let wide = |c: &[u8]| match ty {
+        WeightType::F32 => f32::from_le_bytes(c.try_into().unwrap()),
+        WeightType::F16 => half::f16::from_le_bytes(c.try_into().unwrap()).to_f32(),
+        _ => half::bf16::from_le_bytes(c.try_into().unwrap()).to_f32(),
+    };
     match t.layout.unordered() {
-        Layout::Plain if t.weight_type == WeightType::F32 => {
-            vec![bytes.chunks(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect()]
-        }
-        Layout::Plain => {
-            let wide = |c: &[u8]| match t.weight_type {
-                WeightType::F16 => half::f16::from_le_bytes(c.try_into().unwrap()).to_f32(),
-                _ => half::bf16::from_le_bytes(c.try_into().unwrap()).to_f32(),
+        Layout::Plain => vec![bytes.chunks(element).map(wide).collect()],
+        Layout::Sectors => {
+            let sectors = Sectors::of_rows(cols * element).unwrap();
+            let row = |row: usize| {
+                let (sector, at) = sectors.place(row);
+                &bytes[sector * sectors.len + at..][..sectors.row_len]
             };
-            vec![bytes.chunks(2).map(wide).collect()]
+            vec![(0..rows).flat_map(row).copied().collect::<Vec<u8>>().chunks(element).map(wide).collect()]
         }
         Layout::TiledPair => {
             let group = t.weight_type.row_group_len(cols).unwrap();

@@ -62,6 +62,8 @@ impl Dialect {
     ///   to take turns, messages of a user in a row become one.
     /// * Where templates take one call per message, each call becomes a message, followed by its result. Results are
     ///   always in the order of their calls.
+    /// * Where templates want results in the message of their calls (`tool_responses`), they come there, and the answer that follows
+    ///   with them: the model goes on in the same turn.
     /// * Where templates leave out the text of messages with calls, it becomes a message of its own. If they do not
     ///   take that either, it becomes the beginning of the model's next text; until there is one, it is left out.
     /// * Ids of calls take the form that the family writes (Kimi, Mistral).
@@ -162,6 +164,7 @@ fn by_template(source: &str, has_token: &dyn Fn(&str) -> bool) -> Option<&'stati
     let has = |text: &str| source.contains(text);
     let family = match () {
         () if has("<|channel|>") && has("<|message|>") => &syntax::HARMONY,
+        () if has("<|tool_call>call:") => &syntax::GEMMA_4,
         () if has(syntax::M3) => &syntax::MINIMAX_M3,
         () if has("<minimax:tool_call>") => &syntax::MINIMAX_M2,
         () if has("DSML｜ calls") || has("DSML｜ invoke") => &syntax::DEEPSEEK_V41,
@@ -207,6 +210,7 @@ fn by_type(model_type: &str) -> Option<&'static Syntax> {
         "mimo_v2_flash" => &syntax::QWEN_XML,
         "hunyuan_v1_moe" => &syntax::HUNYUAN,
         "hy_v3" => &syntax::HUNYUAN_3,
+        "gemma4" | "gemma4_text" => &syntax::GEMMA_4,
         _ => return None,
     };
     Some(family)
@@ -224,6 +228,7 @@ fn by_tokens(has: &dyn Fn(&str) -> bool) -> Option<&'static Syntax> {
         () if has("<tool_sep:opensource>") => &syntax::HUNYUAN_3,
         () if has("<tool_sep>") => &syntax::HUNYUAN_3_PLAIN,
         () if has("<arg_key>") => &syntax::GLM_47,
+        () if has("<|tool_call>") && has("<tool_call|>") => &syntax::GEMMA_4,
         () if has("[TOOL_CALLS]") && has("[ARGS]") => &syntax::MISTRAL,
         () if has("[TOOL_CALLS]") => &syntax::MISTRAL_LIST,
         () if has("<|start_of_role|>") && has("<|tool_call|>") => &syntax::GRANITE,

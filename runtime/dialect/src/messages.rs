@@ -31,6 +31,8 @@ pub(crate) struct Wants {
     pub(crate) text_moves: bool,
     /// Whether a message with calls must have `null` for a text.
     pub(crate) null_text: bool,
+    /// Whether it wants results in the message of their calls.
+    pub(crate) results_inside: bool,
 }
 
 impl Wants {
@@ -39,7 +41,11 @@ impl Wants {
         let harmony = matches!(syntax.calls, Calls::Harmony);
         let own = Self { text_arguments: harmony, one_system: harmony, one_call: harmony, ..Self::default() };
         let wants = template.map_or(own, |source| probe(source).unwrap_or_default());
-        Self { developer: harmony, ..wants }
+        let results_inside = template.is_some_and(|source| source.contains("'tool_responses'"));
+        let calls_without_text = wants.calls_without_text || results_inside;
+        // Text would be printed, but not in the notation that the model knows.
+        let text_arguments = wants.text_arguments && !matches!(syntax.calls, Calls::Fields(_));
+        Self { text_arguments, developer: harmony, results_inside, calls_without_text, ..wants }
     }
 }
 
@@ -64,6 +70,9 @@ pub(crate) fn convert(
         true => move_text(messages),
         false => messages.into_iter().flat_map(|message| split_text(message, wants)).collect(),
     };
+    if wants.results_inside {
+        messages = move_results(messages);
+    }
     if wants.one_call {
         messages = split_calls(messages)?;
     }
@@ -357,6 +366,39 @@ fn split_text(mut message: Map<String, Value>, wants: Wants) -> Vec<Map<String, 
     before.insert("role".into(), "assistant".into());
     before.insert("content".into(), text);
     vec![before, message]
+}
+
+/// Results into the message of their calls, and behind them the answer that follows: the model goes on in the same turn.
+fn move_results(messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>> {
+    let is_open = |message: &Map<String, Value>| {
+        message.contains_key("tool_responses")
+            && message.get("content").and_then(Value::as_str).unwrap_or_default().is_empty()
+    };
+    let mut moved: Vec<Map<String, Value>> = Vec::new();
+    for mut message in messages {
+        let last = moved.last_mut().filter(|last| last.contains_key("tool_calls"));
+        match (role(&message), last) {
+            ("tool", Some(last)) => {
+                let id = message.get("tool_call_id");
+                let calls = last.get("tool_calls").and_then(Value::as_array).into_iter().flatten();
+                let name =
+                    calls.into_iter().find(|call| Some(&call["id"]) == id).map(|call| call["function"]["name"].clone());
+                let content = message.remove("content").unwrap_or_default();
+                let object = content.as_str().and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok());
+                let response = object.map_or(content, Value::Object);
+                let result = json!({"name": name.unwrap_or_else(|| "unknown".into()), "response": response});
+                let results = last.entry("tool_responses").or_insert_with(|| json!([]));
+                if let Value::Array(results) = results {
+                    results.push(result);
+                }
+            }
+            ("assistant", Some(last)) if is_open(last) && !message.contains_key("tool_calls") => {
+                last.insert("content".into(), message.remove("content").unwrap_or_default());
+            }
+            _ => moved.push(message),
+        }
+    }
+    moved
 }
 
 /// Each call as a message of its own, followed by its result.

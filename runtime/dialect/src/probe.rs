@@ -65,6 +65,7 @@ pub(crate) fn probe(source: &str) -> Option<Wants> {
         calls_without_text,
         text_moves,
         null_text,
+        results_inside: false,
     };
     (probe.started.elapsed() <= PATIENCE).then_some(wants)
 }

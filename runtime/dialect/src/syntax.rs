@@ -32,6 +32,8 @@ pub(crate) enum Calls {
     Named(Named),
     /// A name and a tag for each parameter.
     Tagged(Tagged),
+    /// A name and fields whose texts stand between tokens.
+    Fields(Fields),
     /// Python: `[name(parameter=value)]`, or objects in JSON.
     Python,
     /// OpenAI's harmony: messages to recipients.
@@ -46,6 +48,7 @@ impl Calls {
             Self::Named(call) => call.open,
             Self::Tagged(call) if call.open.is_empty() => call.name,
             Self::Tagged(call) => call.open,
+            Self::Fields(call) => call.open,
             Self::Python => "<|python_start|>",
             Self::Harmony => "",
         }
@@ -72,6 +75,15 @@ pub(crate) struct Named {
     pub(crate) separator: &'static str,
     /// `None`: a call ends with its arguments.
     pub(crate) close: Option<&'static str>,
+}
+
+/// Calls of a name and fields.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Fields {
+    pub(crate) open: &'static str,
+    /// Before the name, which ends where the fields begin.
+    pub(crate) name: &'static str,
+    pub(crate) close: &'static str,
 }
 
 /// Calls with a tag for each parameter.
@@ -310,6 +322,20 @@ pub(crate) static MINIMAX_M3: Syntax = Syntax {
         bare: false,
     }),
     calls_end_thinking: false,
+    ids: Ids::Long,
+};
+
+/// The token on both sides of a text in Gemma 4's calls.
+pub(crate) const QUOTE: &str = "<|\"|>";
+
+/// Gemma 4.
+pub(crate) static GEMMA_4: Syntax = Syntax {
+    name: "gemma-4",
+    think: Marks { open: "<|channel>thought", close: "<channel|>" },
+    answer: None,
+    section: None,
+    calls: Calls::Fields(Fields { open: "<|tool_call>", name: "call:", close: "<tool_call|>" }),
+    calls_end_thinking: true,
     ids: Ids::Long,
 };
 

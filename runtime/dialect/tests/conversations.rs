@@ -13,7 +13,7 @@ macro_rules! template {
 }
 
 /// A family's name, what config.json calls it, a template, and what ends an answer.
-const FAMILIES: [(&str, &str, Option<&str>, &[&str]); 15] = [
+const FAMILIES: [(&str, &str, Option<&str>, &[&str]); 16] = [
     ("hermes", "qwen3_moe", Some(template!("qwen3")), &["<|im_end|>"]),
     ("qwen-xml", "qwen3_moe", Some(template!("qwen3_coder")), &["<|im_end|>"]),
     ("deepseek-v3.1", "deepseek_v3", Some(template!("deepseek")), &["<｜end▁of▁sentence｜>"]),
@@ -26,6 +26,7 @@ const FAMILIES: [(&str, &str, Option<&str>, &[&str]); 15] = [
     ("harmony", "gpt_oss", Some(template!("harmony")), &["<|call|>"]),
     ("hunyuan", "hunyuan_v1_moe", Some(template!("hunyuan")), &["<|eos|>"]),
     ("hunyuan-3", "hy_v3", Some(template!("hunyuan_3")), &["<｜hy_eos:opensource｜>"]),
+    ("gemma-4", "gemma4", Some(template!("gemma4")), &["<turn|>"]),
     ("deepseek-v3.2", "deepseek_v32", None, &["<｜end▁of▁sentence｜>"]),
     ("deepseek-v4", "deepseek_v4", None, &["<｜end▁of▁sentence｜>"]),
     ("harmony", "gpt_oss", None, &["<|call|>"]),
@@ -137,6 +138,41 @@ fn messages_are_as_the_template_wants_them() {
     let got = fields(dialect.messages(messages(broken)).unwrap());
     assert_eq!(got[0]["tool_calls"][0]["function"]["arguments"], json!({"arguments": "{\"a"}));
     assert_eq!(got[0]["tool_calls"][1]["function"]["arguments"], json!({}));
+}
+
+/// Gemma 4 goes on behind the results in the same turn.
+#[test]
+fn results_stand_with_their_calls_where_templates_want_them() {
+    let source = template!("gemma4");
+    let dialect = Dialect::detect(None, Some(source), &none);
+    let result = |id: &str, content: &str| json!({"role": "tool", "tool_call_id": id, "content": content});
+    let asked = json!([
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "tool_calls": [call("x", "f", "{\"k\": 1}"), call("y", "g", "{}")]},
+        result("y", "two"),
+        result("x", "{\"one\": 1}"),
+    ]);
+    let answered = [
+        asked.as_array().unwrap().clone(),
+        vec![json!({"role": "assistant", "content": "c"}), json!({"role": "user", "content": "d"})],
+    ]
+    .concat();
+    let render = |list: Value| {
+        let options = RenderOptions {
+            add_generation_prompt: true,
+            tools: None,
+            extra: dialect.template_options(Some(true), None),
+            now: 0,
+        };
+        let template = ChatTemplate::new(source, SpecialTokens::default()).unwrap();
+        template.render(&dialect.messages(messages(list)).unwrap(), &options).unwrap()
+    };
+    let turn = "<|turn>user\na<turn|>\n<|turn>model\nb<turn|>\n<|turn>model\n<|tool_call>call:f{k:1}<tool_call|>\
+                <|tool_call>call:g{}<tool_call|><|tool_response>response:f{one:1}<tool_response|>\
+                <|tool_response>response:g{value:<|\"|>two<|\"|>}<tool_response|>";
+    assert_eq!(render(asked), format!("<|turn>system\n<|think|>\n<turn|>\n{turn}"));
+    let end = "c<turn|>\n<|turn>user\nd<turn|>\n<|turn>model\n";
+    assert_eq!(render(Value::Array(answered)), format!("<|turn>system\n<|think|>\n<turn|>\n{turn}{end}"));
 }
 
 #[test]

@@ -43,9 +43,23 @@ pub(super) enum Arch {
     MiMo2,
     /// DeepSeek-V4.
     DeepSeek4,
+    /// Ling and Ring of the first generation.
+    BailingMoe,
+    /// Ling and Ring of the second generation.
+    BailingMoe2,
+    /// Nemotron-H, and with experts Nemotron 3.
+    NemotronH,
+    /// Step 3.5.
+    Step35,
+    /// Phi-3.5-MoE.
+    PhiMoe,
+    Gemma3,
+    Gemma4,
+    /// Qwen3.8-Flash-Next.
+    Qwen4Exp,
 }
 
-const NAMES: [(&str, Arch); 25] = [
+const NAMES: [(&str, Arch); 34] = [
     ("llama", Arch::Llama),
     ("mistral3", Arch::Mistral3),
     ("qwen3", Arch::Qwen3),
@@ -71,6 +85,15 @@ const NAMES: [(&str, Arch); 25] = [
     ("llama4", Arch::Llama4),
     ("mimo2", Arch::MiMo2),
     ("deepseek4", Arch::DeepSeek4),
+    ("bailingmoe", Arch::BailingMoe),
+    ("bailingmoe2", Arch::BailingMoe2),
+    ("nemotron_h", Arch::NemotronH),
+    ("nemotron_h_moe", Arch::NemotronH),
+    ("step35", Arch::Step35),
+    ("phimoe", Arch::PhiMoe),
+    ("gemma3", Arch::Gemma3),
+    ("gemma4", Arch::Gemma4),
+    ("qwen4exp", Arch::Qwen4Exp),
 ];
 
 /// Keys that change what a model computes, which few families have; the value at which they change nothing.
@@ -88,11 +111,14 @@ const NEUTRAL: [(&str, f64); 10] = [
 ];
 
 /// Those of them that a family has.
-const OF_FAMILIES: [(Arch, &str); 4] = [
+const OF_FAMILIES: [(Arch, &str); 7] = [
     (Arch::GraniteMoe, "logit_scale"),
     (Arch::GraniteMoe, "residual_scale"),
     (Arch::GraniteMoe, "embedding_scale"),
     (Arch::MiMo2, "attention.value_scale"),
+    (Arch::Gemma3, "final_logit_softcapping"),
+    (Arch::Gemma4, "final_logit_softcapping"),
+    (Arch::PhiMoe, "rope.scaling.attn_factor"),
 ];
 
 impl Arch {
@@ -113,7 +139,7 @@ impl Arch {
 
     /// Whether llama.cpp's converter stores rows of queries and keys in the order in which it turns them.
     pub(super) fn interleaves(self) -> bool {
-        matches!(self, Arch::Llama | Arch::Mistral3 | Arch::GraniteMoe)
+        matches!(self, Arch::Llama | Arch::Mistral3 | Arch::GraniteMoe | Arch::BailingMoe | Arch::NemotronH)
     }
 
     /// Whether the attention is latent.
@@ -123,7 +149,7 @@ impl Arch {
 
     /// Whether some layers have linear attention.
     pub(super) fn is_hybrid(self) -> bool {
-        matches!(self, Arch::Qwen3Next | Arch::Qwen35Moe | Arch::KimiLinear)
+        matches!(self, Arch::Qwen3Next | Arch::Qwen35Moe | Arch::Qwen4Exp | Arch::KimiLinear)
     }
 
     /// Whether every layer has experts, if any has.
@@ -138,13 +164,19 @@ impl Arch {
                 | Arch::GraniteMoe
                 | Arch::HunyuanMoe
                 | Arch::DeepSeek4
+                | Arch::PhiMoe
         )
+    }
+
+    /// Whether layers differ in how many heads they have.
+    pub(super) fn differs_in_heads(self) -> bool {
+        matches!(self, Arch::MiMo2 | Arch::NemotronH | Arch::Step35 | Arch::Gemma4)
     }
 
     /// The module of the shared expert.
     pub(super) fn shared(self) -> &'static str {
         match self {
-            Arch::Qwen2Moe | Arch::Qwen3Next | Arch::Qwen35Moe => "shared_expert",
+            Arch::Qwen2Moe | Arch::Qwen3Next | Arch::Qwen35Moe | Arch::Qwen4Exp => "shared_expert",
             _ => "shared_experts",
         }
     }

@@ -1,7 +1,11 @@
 //! `config.json` as the original checkpoint would have it, of what a GGUF file says in its keys and by its tensors. Where both
 //! disagree, the tensors are right: tools that take experts out of a model leave `expert_count` as it was.
 
+mod gemma;
+mod nemotron;
 mod own;
+mod qwen4;
+mod step;
 
 use serde_json::{Value as Json, json};
 use sluice_format::ModelSpec;
@@ -10,6 +14,7 @@ use super::arch::Arch;
 use super::keys::{Keys, Synthesised};
 use super::metadata::Problem;
 use super::rope::{self, Rope};
+pub(super) use qwen4::Ngrams;
 
 /// The numbers of `expert_gating_func`.
 const SOFTMAX: u64 = 1;
@@ -26,29 +31,61 @@ pub(super) struct Described {
     /// Heads of queries, and of keys and values.
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
-    /// Width of a head; 0 where attention is latent.
-    pub(super) head_dim: usize,
+    /// Rows of keys and of values in each layer; none where attention is latent.
+    pub(super) kv_rows: Vec<[usize; 2]>,
     /// Which layers have linear attention.
     pub(super) linear: Vec<bool>,
+    /// The table of n-grams.
+    pub(super) ngrams: Option<Ngrams>,
     /// Remarks for the user.
     pub(super) notes: Vec<String>,
 }
 
-/// Describes the model. `factors` are the contents of `rope_freqs.weight`.
-pub(super) fn describe(arch: Arch, keys: &Keys<'_>, factors: Option<&[f32]>) -> Result<Described, Problem> {
+/// What tensors hold that decides how frequencies are divided.
+pub(super) struct Factors {
+    /// `rope_freqs.weight`.
+    pub(super) all: Option<Vec<f32>>,
+    /// `rope_factors_short.weight`.
+    pub(super) short: Option<Vec<f32>>,
+    /// `rope_factors_long.weight`.
+    pub(super) long: Option<Vec<f32>>,
+}
+
+/// Describes the model.
+pub(super) fn describe(arch: Arch, keys: &Keys<'_>, factors: &Factors) -> Result<Described, Problem> {
     arch.refuse_unknown_computation(keys)?;
     let layers = layers(keys)?;
-    let mut writer =
-        Writer { arch, keys, layers, heads: 0, kv_heads: 0, head_dim: 0, out: Synthesised::default(), notes: vec![] };
+    let mut writer = Writer {
+        arch,
+        keys,
+        layers,
+        heads: 0,
+        kv_heads: 0,
+        head_dim: 0,
+        value_dim: 0,
+        out: Synthesised::default(),
+        notes: vec![],
+    };
     writer.common()?;
     let rope = if arch.is_latent() { writer.latent()? } else { writer.grouped_query()? };
-    let rope = rope::read(keys, &rope, factors)?;
+    let rope = match arch {
+        Arch::Gemma4 => writer.gemma_4_rotations(factors.all.as_deref())?,
+        Arch::PhiMoe => writer.longrope(factors)?,
+        _ => rope::read(keys, &rope, factors.all.as_deref())?,
+    };
+    let rope = match arch {
+        Arch::Gemma3 => writer.gemma_3_rotations(rope)?,
+        Arch::Step35 => writer.step_rotations(rope)?,
+        _ => rope,
+    };
     writer.out.set("rope_parameters", rope);
     writer.experts()?;
     writer.own()?;
     let linear = if arch.is_hybrid() { writer.hybrid()? } else { vec![false; layers] };
-    let Writer { heads, kv_heads, head_dim, out, notes, .. } = writer;
-    Ok(Described { config: Json::Object(out.0), heads, kv_heads, head_dim, linear, notes })
+    let ngrams = if arch == Arch::Qwen4Exp { writer.qwen_4(&linear)? } else { None };
+    let kv_rows = writer.kv_rows()?;
+    let Writer { heads, kv_heads, out, notes, .. } = writer;
+    Ok(Described { config: Json::Object(out.0), heads, kv_heads, kv_rows, linear, ngrams, notes })
 }
 
 /// Layers without those that predict further tokens, which files count among the blocks.
@@ -74,6 +111,7 @@ struct Writer<'a> {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    value_dim: usize,
     out: Synthesised,
     notes: Vec<String>,
 }
@@ -92,10 +130,16 @@ impl Writer<'_> {
             let problem = format!("is {said}, and rows of `token_embd.weight` have {hidden} elements");
             return Err(keys.refuse("embedding_length", problem));
         }
-        let heads = keys.need("attention.head_count")?;
-        // Where attention is latent, it counts the latents of a layer: none in those with linear attention.
-        let differs = matches!(self.arch, Arch::KimiLinear | Arch::MiMo2);
-        let kv_heads = if differs { None } else { keys.uint("attention.head_count_kv")? };
+        let (heads, kv_heads) = match self.arch {
+            // Where attention is latent, it counts the latents of a layer: none in those with linear attention.
+            Arch::KimiLinear => (keys.need("attention.head_count")?, None),
+            arch if arch.differs_in_heads() => {
+                let most = |end: &str| keys.most(end, self.layers);
+                let missing = || keys.refuse("attention.head_count", "is missing");
+                (most("attention.head_count")?.ok_or_else(missing)?, most("attention.head_count_kv")?)
+            }
+            _ => (keys.need("attention.head_count")?, keys.uint("attention.head_count_kv")?),
+        };
         self.heads = index(keys, "attention.head_count", heads)?;
         self.kv_heads = index(keys, "attention.head_count_kv", kv_heads.unwrap_or(heads))?;
         if self.heads == 0 || self.kv_heads == 0 {
@@ -113,8 +157,11 @@ impl Writer<'_> {
         self.out.set("rms_norm_eps", eps.ok_or_else(missing)?);
         self.out.set("tie_word_embeddings", tied);
         self.out.set("hidden_act", "silu");
-        let dense = keys.of_any_layer(self.layers, "ffn_gate.weight").map(|t| t.rows() as u64);
-        let width = if dense.is_some() { dense } else { keys.uint("feed_forward_length")? };
+        let widest = if self.arch == Arch::NemotronH { "ffn_up.weight" } else { "ffn_gate.weight" };
+        let width = match keys.of_any_layer(self.layers, widest) {
+            Some(dense) => Some(dense.rows() as u64),
+            None => keys.most("feed_forward_length", self.layers)?,
+        };
         let key = if self.arch == Arch::MiniMaxM3 { "dense_intermediate_size" } else { "intermediate_size" };
         self.out.set_some(key, width);
         Ok(())
@@ -156,6 +203,14 @@ impl Writer<'_> {
             Arch::Llama4 => "llama4_text",
             Arch::MiMo2 => "mimo_v2_flash",
             Arch::DeepSeek4 => "deepseek_v4",
+            Arch::BailingMoe => "bailing_moe",
+            Arch::BailingMoe2 => "bailing_moe_v2",
+            Arch::NemotronH => "nemotron_h",
+            Arch::Step35 => "step3p5",
+            Arch::PhiMoe => "phimoe",
+            Arch::Gemma3 => "gemma3_text",
+            Arch::Gemma4 => "gemma4_text",
+            Arch::Qwen4Exp => "qwen4_exp_text",
         })
     }
 
@@ -186,6 +241,7 @@ impl Writer<'_> {
             return Err(keys.refuse("attention.value_length", problem));
         }
         self.head_dim = index(keys, "attention.key_length", head_dim)?;
+        self.value_dim = index(keys, "attention.value_length", value.unwrap_or(head_dim))?;
         let rotated = keys.uint("rope.dimension_count")?.unwrap_or(head_dim);
         self.out.set("num_key_value_heads", self.kv_heads as u64);
         self.out.set("head_dim", head_dim);
@@ -218,6 +274,15 @@ impl Writer<'_> {
             return Ok(Rope { dim: head_dim, head_dim, mscale: false, truncate: true });
         }
         Ok(Rope { dim: rotated, head_dim, mscale: false, truncate: self.arch != Arch::GptOss })
+    }
+
+    /// Rows of keys and of values in each layer.
+    fn kv_rows(&self) -> Result<Vec<[usize; 2]>, Problem> {
+        const COUNTS: &str = "attention.head_count_kv";
+        let rows = |heads: usize| [heads.saturating_mul(self.head_dim), heads.saturating_mul(self.value_dim)];
+        let counts = if self.arch.differs_in_heads() { self.keys.counts(COUNTS, self.layers)? } else { None };
+        let Some(counts) = counts else { return Ok(vec![rows(self.kv_heads); self.layers]) };
+        counts.into_iter().map(|count| index(self.keys, COUNTS, count).map(rows)).collect()
     }
 
     /// Latent attention. Files count one head of keys, as wide as the latent and the rotated part together; those from before
@@ -308,6 +373,7 @@ impl Writer<'_> {
             | Arch::MiniMaxM2
             | Arch::MiniMaxM3
             | Arch::GraniteMoe
+            | Arch::PhiMoe
             | Arch::Llama4 => "num_local_experts",
             Arch::DeepSeek2
             | Arch::DeepSeek32
@@ -315,6 +381,8 @@ impl Writer<'_> {
             | Arch::GlmDsa
             | Arch::Glm4Moe
             | Arch::Dots1
+            | Arch::NemotronH
+            | Arch::Step35
             | Arch::MiMo2 => "n_routed_experts",
             _ => "num_experts",
         };
@@ -366,6 +434,9 @@ impl Writer<'_> {
             | Arch::HyV3
             | Arch::Dots1
             | Arch::MiMo2
+            | Arch::BailingMoe2
+            | Arch::NemotronH
+            | Arch::Step35
             | Arch::Llama4 => (true, &[SIGMOID]),
             Arch::GptOss | Arch::GraniteMoe => (false, &[SOFTMAX, SOFTMAX_OF_CHOSEN]),
             Arch::DeepSeek4 => (false, &[SQRT_SOFTPLUS]),
@@ -383,7 +454,13 @@ impl Writer<'_> {
             return Err(keys.refuse("expert_gating_func", format!("is {func}; supported here: {supported:?}")));
         }
         match self.arch {
-            Arch::DeepSeek2 | Arch::DeepSeek32 | Arch::GlmDsa | Arch::Glm4Moe | Arch::Dots1 => {
+            Arch::DeepSeek2
+            | Arch::DeepSeek32
+            | Arch::GlmDsa
+            | Arch::Glm4Moe
+            | Arch::Dots1
+            | Arch::BailingMoe2
+            | Arch::NemotronH => {
                 // It is written where it is true.
                 let norm = norm.unwrap_or(false);
                 if !sigmoid && norm {
@@ -415,18 +492,39 @@ impl Writer<'_> {
                 self.out.set("route_norm", norm.unwrap_or(true));
                 self.out.set("router_scaling_factor", scale.unwrap_or(1.0));
             }
+            Arch::Step35 => {
+                self.out.set("moe_router_activation", "sigmoid");
+                self.out.set("norm_expert_weight", norm.unwrap_or(false));
+                self.out.set("moe_router_scaling_factor", scale.unwrap_or(1.0));
+                self.out.set("use_moe_router_bias", self.has("exp_probs_b.bias") || self.has("exp_probs_b"));
+            }
             // llama.cpp knows without a key which of these divide by the sum.
-            Arch::Qwen2Moe | Arch::Olmoe => self.out.set("norm_topk_prob", norm.unwrap_or(false)),
-            Arch::Qwen3Moe | Arch::Qwen3Next => self.out.set("norm_topk_prob", norm.unwrap_or(true)),
+            Arch::BailingMoe | Arch::Qwen2Moe | Arch::Olmoe => self.out.set("norm_topk_prob", norm.unwrap_or(false)),
+            Arch::Qwen3Moe | Arch::Qwen3Next | Arch::Qwen4Exp => {
+                self.out.set("norm_topk_prob", norm.unwrap_or(true));
+            }
             _ => {}
         }
+        self.check_scale(scale)
+    }
+
+    /// Refuses a factor of all experts where the family has none.
+    fn check_scale(&self, scale: Option<f64>) -> Result<(), Problem> {
         let scales = self.arch.is_latent()
             || matches!(
                 self.arch,
-                Arch::DeepSeek4 | Arch::Glm4Moe | Arch::HyV3 | Arch::Dots1 | Arch::MiMo2 | Arch::MiniMaxM3
+                Arch::DeepSeek4
+                    | Arch::Glm4Moe
+                    | Arch::HyV3
+                    | Arch::Dots1
+                    | Arch::MiMo2
+                    | Arch::MiniMaxM3
+                    | Arch::BailingMoe2
+                    | Arch::NemotronH
+                    | Arch::Step35
             );
         if let Some(scale) = scale.filter(|&s| s != 1.0 && !scales) {
-            return Err(keys.refuse("expert_weights_scale", format!("is {scale}; only 1 is supported here")));
+            return Err(self.keys.refuse("expert_weights_scale", format!("is {scale}; only 1 is supported here")));
         }
         Ok(())
     }
@@ -466,10 +564,12 @@ impl Writer<'_> {
         let keys = self.keys;
         let width = keys.of_any_layer(self.layers, "ffn_up_shexp.weight").map_or(0, |t| t.rows() as u64);
         match self.arch {
-            Arch::Qwen2Moe | Arch::Qwen3Next | Arch::Qwen35Moe => {
+            Arch::Qwen2Moe | Arch::Qwen3Next | Arch::Qwen35Moe | Arch::Qwen4Exp => {
                 self.out.set("shared_expert_intermediate_size", width);
             }
             Arch::MiniMaxM3 => self.out.set("shared_intermediate_size", width),
+            Arch::NemotronH => self.out.set("moe_shared_expert_intermediate_size", width),
+            Arch::Step35 => self.out.set("share_expert_dim", width),
             Arch::DeepSeek2
             | Arch::DeepSeek32
             | Arch::DeepSeek4
@@ -480,6 +580,8 @@ impl Writer<'_> {
             | Arch::HunyuanMoe
             | Arch::HyV3
             | Arch::Dots1
+            | Arch::BailingMoe
+            | Arch::BailingMoe2
             | Arch::Llama4 => {
                 let expert = self.expert_width()?;
                 if expert == 0 || !width.is_multiple_of(expert) {
@@ -489,7 +591,7 @@ impl Writer<'_> {
                 let key = match self.arch {
                     Arch::Ernie45Moe => "moe_num_shared_experts",
                     Arch::HunyuanMoe => "num_shared_expert",
-                    Arch::HyV3 => "num_shared_experts",
+                    Arch::HyV3 | Arch::BailingMoe | Arch::BailingMoe2 => "num_shared_experts",
                     _ => "n_shared_experts",
                 };
                 self.out.set(key, width / expert);
@@ -516,7 +618,7 @@ impl Writer<'_> {
         self.out.set("linear_key_head_dim", keys.need("ssm.state_size")?);
         self.out.set("linear_value_head_dim", inner / value_heads);
         self.out.set("linear_conv_kernel_dim", keys.need("ssm.conv_kernel")?);
-        if self.arch == Arch::Qwen35Moe {
+        if matches!(self.arch, Arch::Qwen35Moe | Arch::Qwen4Exp) {
             // llama.cpp's converter puts value heads in this order for this architecture.
             self.out.set("linear_value_heads_tiled", true);
         }

@@ -57,6 +57,41 @@ impl<'a> Keys<'a> {
         self.uint(end)?.ok_or_else(|| self.refuse(end, "is missing"))
     }
 
+    /// The largest of the numbers that a key has for `layers` layers, or its one number. Longer lists go on with layers that
+    /// predict further tokens.
+    pub(super) fn most(&self, end: &str, layers: usize) -> Result<Option<u64>, Problem> {
+        Ok(self.counts(end, layers)?.into_iter().flatten().max())
+    }
+
+    /// A whole number for each of `layers` layers, of a list of them or of one that is that of all.
+    pub(super) fn counts(&self, end: &str, layers: usize) -> Result<Option<Vec<u64>>, Problem> {
+        let key = self.key(end);
+        let Some(Value::Numbers(_)) = self.metadata.get(&key) else {
+            return Ok(self.metadata.uint(&key)?.map(|count| vec![count; layers]));
+        };
+        let all = self.metadata.integers(&key)?.unwrap_or_default();
+        let Some(of_layers) = all.get(..layers) else {
+            return Err(Problem::new(&key, format!("has {} entries for {layers} layers", all.len())));
+        };
+        let count = |n: &i128| {
+            u64::try_from(*n).map_err(|_| Problem::new(&key, format!("holds {n}, expected whole numbers from 0 on")))
+        };
+        of_layers.iter().map(count).collect::<Result<_, _>>().map(Some)
+    }
+
+    /// A number for each of `layers` layers, of a list of them or of one that is that of all.
+    pub(super) fn numbers(&self, end: &str, layers: usize) -> Result<Option<Vec<f64>>, Problem> {
+        let key = self.key(end);
+        let Some(Value::Numbers(_)) = self.metadata.get(&key) else {
+            return Ok(self.float(end)?.map(|number| vec![number; layers]));
+        };
+        let all = self.metadata.floats(&key)?.unwrap_or_default();
+        match all.get(..layers) {
+            Some(numbers) => Ok(Some(numbers.iter().copied().map(decimal).collect())),
+            None => Err(Problem::new(&key, format!("has {} entries for {layers} layers", all.len()))),
+        }
+    }
+
     /// A number.
     pub(super) fn float(&self, end: &str) -> Result<Option<f64>, Problem> {
         Ok(self.metadata.float(&self.key(end))?.map(decimal))

@@ -28,7 +28,7 @@ mod tokenizer;
 use std::path::Path;
 
 use self::arch::Arch;
-use self::config::Described;
+use self::config::{Described, Factors};
 pub(crate) use self::container::MAGIC;
 use self::container::{Head, Tensor};
 use self::keys::Keys;
@@ -90,16 +90,23 @@ fn describe(source: &dyn Source, arch: Arch, name: &str, heads: &[Head]) -> Resu
     let path = &source.files()[0].path;
     let tensors = heads.iter().flat_map(|head| &head.tensors).map(|t| (t.name.as_str(), t)).collect();
     let keys = Keys { arch: name, metadata: &heads[0].metadata, tensors };
-    let factors = ["rope_freqs.weight", "blk.0.rope_freqs.weight"].into_iter().find_map(|name| {
-        let in_file = |(file, head): (usize, &Head)| {
-            let tensor = head.tensors.iter().find(|t| t.name == name)?;
-            Some(table::vector(tensor, &|t: &Tensor| read_tensor(source, file, t)))
-        };
-        heads.iter().enumerate().find_map(in_file)
-    });
-    let factors = factors.transpose()?.flatten();
+    let read = |names: &[&str]| {
+        let found = names.iter().find_map(|name| {
+            let in_file = |(file, head): (usize, &Head)| {
+                let tensor = head.tensors.iter().find(|t| t.name == *name)?;
+                Some(table::vector(tensor, &|t: &Tensor| read_tensor(source, file, t)))
+            };
+            heads.iter().enumerate().find_map(in_file)
+        });
+        found.transpose().map(Option::flatten)
+    };
+    let factors = Factors {
+        all: read(&["rope_freqs.weight", "blk.0.rope_freqs.weight"])?,
+        short: read(&[table::SHORT_FACTORS])?,
+        long: read(&[table::LONG_FACTORS])?,
+    };
     let problem = |Problem { key, problem }| ConvertError::Config { path: path.clone(), key, problem };
-    config::describe(arch, &keys, factors.as_deref()).map_err(problem)
+    config::describe(arch, &keys, &factors).map_err(problem)
 }
 
 /// All bytes of a tensor, which the caller knows to be few.

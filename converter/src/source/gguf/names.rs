@@ -2,6 +2,7 @@
 //! <https://github.com/ggml-org/llama.cpp>), and what becomes of the numbers.
 
 mod deepseek4;
+mod nemotron;
 
 use super::arch::Arch;
 
@@ -25,6 +26,8 @@ pub(super) enum Change {
     Fused,
     /// A matrix of one row has become a vector.
     OneRow,
+    /// A vector has become a matrix.
+    Flat,
     /// A convolution, `[channels, width]`, was `[channels, 1, width]`.
     Convolution,
     /// The heads of keys and values of latent attention are in one matrix, as the first files with them had it.
@@ -34,10 +37,12 @@ pub(super) enum Change {
 }
 
 /// Names outside of the layers.
-const OUTSIDE: [(&str, &str); 4] = [
+const OUTSIDE: [(&str, &str); 6] = [
     ("token_embd.weight", "model.embed_tokens.weight"),
     ("output_norm.weight", "model.norm.weight"),
     ("output.weight", "lm_head.weight"),
+    ("output_norm.bias", "model.norm.bias"),
+    ("output.bias", "lm_head.bias"),
     // Constants that follow from the configuration.
     ("rope_freqs.weight", "model.rotary_emb.inv_freq"),
 ];
@@ -108,6 +113,57 @@ const MINIMAX: [(&str, &str, Change); 4] = [
     ("indexer.k_norm", "self_attn.index_k_norm", Change::None),
 ];
 
+/// Modules of a layer with norms behind attention and the feed-forward part.
+const GEMMA: [(&str, &str, Change); 6] = [
+    ("ffn_norm", "pre_feedforward_layernorm", Change::None),
+    ("post_ffw_norm", "post_feedforward_layernorm", Change::None),
+    ("pre_ffw_norm_2", "pre_feedforward_layernorm_2", Change::None),
+    ("post_ffw_norm_1", "post_feedforward_layernorm_1", Change::None),
+    ("post_ffw_norm_2", "post_feedforward_layernorm_2", Change::None),
+    ("ffn_gate_inp", "router.proj", Change::None),
+];
+
+/// Modules of a layer with gated residual streams and a table of n-grams.
+const QWEN_4: [(&str, &str, Change); 21] = [
+    ("hc_attn_norm", "attn_hyper_connection.hc_norm", Change::None),
+    ("hc_attn_down", "attn_hyper_connection.input_mix_weight_down", Change::None),
+    ("hc_attn_up", "attn_hyper_connection.input_mix_weight_up", Change::None),
+    ("hc_attn_inject", "attn_hyper_connection.block_inject_weight", Change::None),
+    ("hc_ffn_norm", "mlp_hyper_connection.hc_norm", Change::None),
+    ("hc_ffn_down", "mlp_hyper_connection.input_mix_weight_down", Change::None),
+    ("hc_ffn_up", "mlp_hyper_connection.input_mix_weight_up", Change::None),
+    ("hc_ffn_inject", "mlp_hyper_connection.block_inject_weight", Change::None),
+    ("ple_key", "ple.key_proj", Change::None),
+    ("ple_value", "ple.value_proj", Change::None),
+    ("ple_norm_key", "ple.norm_key", Change::None),
+    ("ple_norm_query", "ple.norm_query", Change::None),
+    ("ple_norm_conv", "ple.norm_conv", Change::None),
+    ("ple_conv1d", "ple.conv1d", Change::Convolution),
+    ("indexer.q_proj", "self_attn.index_q_proj", Change::None),
+    ("indexer.k_proj", "self_attn.index_k_proj", Change::None),
+    ("indexer.q_norm", "self_attn.index_q_norm", Change::None),
+    ("indexer.k_norm", "self_attn.index_k_norm", Change::None),
+    // What a layer has that predicts a further token.
+    ("nextn.hc_head_norm", "hyper_connection_mixer.hc_norm", Change::None),
+    ("nextn.hc_head_down", "hyper_connection_mixer.input_mix_weight_down", Change::None),
+    ("nextn.hc_head_up", "hyper_connection_mixer.input_mix_weight_up", Change::None),
+];
+
+/// Modules of Step 3.5.
+const STEP: [(&str, &str, Change); 8] = [
+    ("attn_gate", "self_attn.g_proj", Change::None),
+    ("ffn_gate_inp", "moe.gate", Change::None),
+    ("ffn_gate_exps", "moe.gate_proj", Change::None),
+    ("ffn_up_exps", "moe.up_proj", Change::None),
+    ("ffn_down_exps", "moe.down_proj", Change::None),
+    ("ffn_gate_shexp", "share_expert.gate_proj", Change::None),
+    ("ffn_up_shexp", "share_expert.up_proj", Change::None),
+    ("ffn_down_shexp", "share_expert.down_proj", Change::None),
+];
+
+/// The last norm of a layer that predicts a further token.
+const BAILING: [(&str, &str, Change); 1] = [("layer_output_norm", "final_layernorm", Change::None)];
+
 /// Gate, up and down.
 const PARTS: [&str; 3] = ["gate", "up", "down"];
 
@@ -115,10 +171,13 @@ const PARTS: [&str; 3] = ["gate", "up", "down"];
 /// whether it has linear attention.
 pub(super) fn rename(arch: Arch, linear: &[bool], name: &str) -> Option<Renamed> {
     let plain = |name: String| Some(Renamed { name, change: Change::None });
-    if arch == Arch::DeepSeek4 {
-        return deepseek4::rename(linear.len(), name).and_then(plain);
+    match arch {
+        Arch::DeepSeek4 => return deepseek4::rename(linear.len(), name).and_then(plain),
+        Arch::NemotronH => return nemotron::rename(name),
+        _ => {}
     }
-    if let Some((_, outside)) = OUTSIDE.iter().find(|(own, _)| *own == name) {
+    let outside = outside_of(arch).iter().chain(&OUTSIDE);
+    if let Some((_, outside)) = outside.into_iter().find(|(own, _)| *own == name) {
         return plain((*outside).to_owned());
     }
     let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
@@ -137,6 +196,10 @@ pub(super) fn rename(arch: Arch, linear: &[bool], name: &str) -> Option<Renamed>
             let name = in_layer("mlp.moe_statics.e_score_correction_bias");
             return Some(Renamed { name, change: Change::OneRow });
         }
+        "exp_probs_b.bias" | "exp_probs_b" if arch == Arch::Step35 => return plain(in_layer("moe.router_bias")),
+        "layer_output_scale.weight" if arch == Arch::Gemma4 => return plain(in_layer("layer_scalar")),
+        "ffn_gate_inp.scale" if arch == Arch::Gemma4 => return plain(in_layer("router.scale")),
+        "ffn_down_exps.scale" if arch == Arch::Gemma4 => return plain(in_layer("router.per_expert_scale")),
         "exp_probs_b.bias" | "exp_probs_b" => return plain(in_layer("mlp.gate.e_score_correction_bias")),
         "attn_rot_embd.weight" | "attn_rot_embd" | "rope_freqs.weight" => {
             return plain(in_layer("self_attn.rotary_emb.inv_freq"));
@@ -145,22 +208,44 @@ pub(super) fn rename(arch: Arch, linear: &[bool], name: &str) -> Option<Renamed>
         _ => {}
     }
     let (module, end) = rest.rsplit_once('.')?;
-    if let Some(name) = feed_forward(arch, module, end) {
+    let own = modules_of(arch).iter().find(|(own, ..)| *own == module);
+    if let Some(name) = feed_forward(arch, module, end).filter(|_| own.is_none()) {
         return plain(in_layer(&name));
     }
     if module == "attn_qkv" && !linear.get(layer).is_some_and(|&linear| linear) {
         return Some(Renamed { name: in_layer(&format!("self_attn.q_proj.{end}")), change: Change::Fused });
     }
-    let own: &[_] = match arch {
-        Arch::KimiLinear => &KIMI,
-        Arch::MiniMaxM3 => &MINIMAX,
-        _ => &[],
-    };
-    let all = own.iter().chain(&MODULES).chain(&LINEAR);
-    let &(_, hub, change) = all.into_iter().find(|(own, ..)| *own == module)?;
+    let mut usual = MODULES.iter().chain(&LINEAR);
+    let &(_, hub, change) = own.or_else(|| usual.find(|(own, ..)| *own == module))?;
     // Of scales beside a matrix, nothing is in another order.
     let change = if matches!(end, "weight" | "bias") { change } else { Change::None };
     Some(Renamed { name: in_layer(&format!("{hub}.{end}")), change })
+}
+
+/// Names outside of the layers that a family has, or calls otherwise.
+fn outside_of(arch: Arch) -> &'static [(&'static str, &'static str)] {
+    match arch {
+        Arch::BailingMoe | Arch::BailingMoe2 => &[("token_embd.weight", "model.word_embeddings.weight")],
+        Arch::Qwen4Exp => &[
+            ("output_hc_norm.weight", "model.hyper_connection_mixer.hc_norm.weight"),
+            ("output_hc_down.weight", "model.hyper_connection_mixer.input_mix_weight_down.weight"),
+            ("output_hc_up.weight", "model.hyper_connection_mixer.input_mix_weight_up.weight"),
+        ],
+        _ => &[],
+    }
+}
+
+/// Modules of a layer that a family has, or calls otherwise.
+fn modules_of(arch: Arch) -> &'static [(&'static str, &'static str, Change)] {
+    match arch {
+        Arch::KimiLinear => &KIMI,
+        Arch::MiniMaxM3 => &MINIMAX,
+        Arch::BailingMoe2 => &BAILING,
+        Arch::Gemma3 | Arch::Gemma4 => &GEMMA,
+        Arch::Step35 => &STEP,
+        Arch::Qwen4Exp => &QWEN_4,
+        _ => &[],
+    }
 }
 
 /// Dense networks, routers, experts and shared experts.
@@ -172,17 +257,15 @@ fn feed_forward(arch: Arch, module: &str, end: &str) -> Option<String> {
     }
     if rest == "gate_up_exps" {
         // Without an end, as transformers has it.
-        return Some(if end == "weight" {
-            "mlp.experts.gate_up_proj".to_owned()
-        } else {
-            format!("mlp.experts.gate_up_proj.{end}")
-        });
+        let module = if arch == Arch::Gemma4 { "experts.gate_up_proj" } else { "mlp.experts.gate_up_proj" };
+        return Some(if end == "weight" { module.to_owned() } else { format!("{module}.{end}") });
     }
     let part = PARTS
         .into_iter()
         .find(|part| rest.strip_prefix(part).is_some_and(|r| r.is_empty() || r.starts_with(['_', '.'])))?;
     match &rest[part.len()..] {
         "" => Some(format!("mlp.{part}_proj.{end}")),
+        "_exps" if arch == Arch::Gemma4 => Some(format!("experts.switch_glu.{part}_proj.{end}")),
         "_exps" if arch == Arch::GptOss => Some(format!("mlp.experts.{part}_proj.{end}")),
         "_exps" => Some(format!("mlp.switch_mlp.{part}_proj.{end}")),
         "_shexp" => Some(format!("mlp.{}.{part}_proj.{end}", arch.shared())),

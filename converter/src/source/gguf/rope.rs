@@ -124,6 +124,16 @@ fn yarn(keys: &Keys<'_>, rope: &Rope, factor: Option<f64>, out: &mut Json) -> Re
     Ok(())
 }
 
+/// `high` of Llama 3's formula where it is not what all of Llama's models have: by two factors that are blended, as `s` is a line
+/// over the inverse wavelength that goes through `−1/(high − 1)`.
+fn fitted_high(blended: &[(f64, f64)], smooth: impl Fn(f64) -> f64) -> Option<f64> {
+    let [(first, first_factor), .., (last, last_factor)] = *blended else { return None };
+    let (first_s, last_s) = (smooth(first_factor), smooth(last_factor));
+    let slope = (last_s - first_s) / (1.0 / last - 1.0 / first);
+    let high = 1.0 - 1.0 / (first_s - slope / first);
+    (high.is_finite() && high > LLAMA3_LOW).then_some((high * 1e3).round() / 1e3)
+}
+
 /// Finds the parameters of Llama 3 that give these factors (the formula is in `docs/MODELS.md`): 1 for short wavelengths, the
 /// whole factor for long ones, and between them `1/((1 − s)/factor + s)` with `s = (L/wavelength − low)/(high − low)`. Only the
 /// ratios of `L`, `low` and `high` matter. `false`: there are none.
@@ -142,11 +152,20 @@ fn llama3(out: &mut Json, theta: f64, factors: &[f32]) -> bool {
     let blended = |(_, f): &(f64, f64)| *f > 1.0 + NEAR && *f < factor * (1.0 - NEAR);
     // `s` by its factor, and with it `L`, as low is 1 and high is 4 in all published models.
     let smooth = |f: f64| (1.0 / f - 1.0 / factor) / (1.0 - 1.0 / factor);
-    let length = |(wave, f): (f64, f64)| (smooth(f) * (LLAMA3_HIGH - LLAMA3_LOW) + LLAMA3_LOW) * wave;
-    let lengths: Vec<f64> = all().filter(blended).map(length).collect();
+    let blended: Vec<(f64, f64)> = all().filter(blended).collect();
+    let candidates = [Some(LLAMA3_HIGH), fitted_high(&blended, smooth)];
+    candidates.into_iter().flatten().any(|high| llama3_of(out, &all().collect::<Vec<_>>(), &blended, factor, high))
+}
+
+/// The same with a given `high`. `all` are wavelengths with their factors, `blended` those that are neither 1 nor `factor`.
+fn llama3_of(out: &mut Json, all: &[(f64, f64)], blended: &[(f64, f64)], factor: f64, high: f64) -> bool {
+    let all = || all.iter().copied();
+    let smooth = |f: f64| (1.0 / f - 1.0 / factor) / (1.0 - 1.0 / factor);
+    let length = |(wave, f): (f64, f64)| (smooth(f) * (high - LLAMA3_LOW) + LLAMA3_LOW) * wave;
+    let lengths: Vec<f64> = blended.iter().copied().map(length).collect();
     let original = if lengths.is_empty() {
         // Nothing is blended: any length between the longest wavelength that is kept and the shortest one that is not.
-        let kept = all().filter(|(_, f)| *f <= 1.0 + NEAR).map(|(wave, _)| wave * LLAMA3_HIGH).fold(1.0, f64::max);
+        let kept = all().filter(|(_, f)| *f <= 1.0 + NEAR).map(|(wave, _)| wave * high).fold(1.0, f64::max);
         let divided = all().filter(|(_, f)| *f > 1.0 + NEAR).map(|(wave, _)| wave * LLAMA3_LOW);
         (kept * divided.fold(f64::INFINITY, f64::min)).sqrt()
     } else {
@@ -155,10 +174,10 @@ fn llama3(out: &mut Json, theta: f64, factors: &[f32]) -> bool {
     let original = original.round().max(1.0);
     let factor = (factor * 1e4).round() / 1e4;
     let expected = |wave: f64| {
-        let s = (original / wave - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW);
+        let s = (original / wave - LLAMA3_LOW) / (high - LLAMA3_LOW);
         if wave > original / LLAMA3_LOW {
             factor
-        } else if wave < original / LLAMA3_HIGH {
+        } else if wave < original / high {
             1.0
         } else {
             1.0 / ((1.0 - s) / factor + s)
@@ -170,7 +189,7 @@ fn llama3(out: &mut Json, theta: f64, factors: &[f32]) -> bool {
     out["rope_type"] = "llama3".into();
     out["factor"] = factor.into();
     out["low_freq_factor"] = LLAMA3_LOW.into();
-    out["high_freq_factor"] = LLAMA3_HIGH.into();
+    out["high_freq_factor"] = high.into();
     out["original_max_position_embeddings"] = (original as u64).into();
     true
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::arch::Arch;
-use super::config::Described;
+use super::config::{Described, Ngrams};
 use super::container::Tensor;
 use super::metadata::Problem;
 use super::names::{Change, rename};
@@ -13,6 +13,10 @@ use sluice_kernels::{bf16_to_f32, f16_to_f32};
 
 /// Most bytes of a vector that is read to be changed: enough for any width there is.
 const MAX_VECTOR: u64 = 1 << 20;
+
+/// Factors of LongRoPE, which become part of the configuration.
+pub(super) const SHORT_FACTORS: &str = "rope_factors_short.weight";
+pub(super) const LONG_FACTORS: &str = "rope_factors_long.weight";
 
 /// Reads all bytes of a tensor.
 pub(super) type ReadTensor<'a> = &'a dyn Fn(&Tensor) -> Result<Vec<u8>, ConvertError>;
@@ -44,6 +48,11 @@ impl Table<'_> {
     /// What `tensor` is in the checkpoint. One that llama.cpp's converter does not write keeps its name, by which the plan
     /// refuses it.
     pub(super) fn entries(&self, tensor: &Tensor) -> Result<Vec<SourceTensor>, ConvertError> {
+        match (tensor.name.as_str(), &self.described.ngrams) {
+            (SHORT_FACTORS | LONG_FACTORS, _) if self.arch == Arch::PhiMoe => return Ok(Vec::new()),
+            ("per_layer_token_embd.weight", Some(ngrams)) => return Ok(self.ngram_table(tensor, ngrams)),
+            _ => {}
+        }
         let Some(renamed) = rename(self.arch, &self.described.linear, &tensor.name) else {
             return Ok(vec![self.entry(tensor, tensor.name.clone())]);
         };
@@ -55,6 +64,7 @@ impl Table<'_> {
             }
             (Change::Fused, _) => return self.split(tensor, entry),
             (Change::OneRow, &[n]) => entry.shape = vec![1, n],
+            (Change::Flat, &[rows, cols]) => entry.shape = vec![rows.saturating_mul(cols)],
             (Change::Convolution, &[channels, width] | &[1, channels, 1, width]) => {
                 entry.shape = vec![channels, 1, width];
             }
@@ -72,6 +82,24 @@ impl Table<'_> {
             _ => {}
         }
         Ok(vec![entry])
+    }
+
+    /// A table of n-grams, and beside it the numbers that choose its rows.
+    fn ngram_table(&self, tensor: &Tensor, ngrams: &Ngrams) -> Vec<SourceTensor> {
+        let name = |rest: &str| format!("model.layers.{}.ple.ple_embedding.{rest}", ngrams.layer);
+        let mut entries = vec![self.entry(tensor, name("ngram_embedding.shard_0.weight"))];
+        for (rest, numbers) in &ngrams.numbers {
+            let bytes: Arc<[u8]> = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+            entries.push(SourceTensor {
+                dtype: Dtype::from_name("I64"),
+                shape: vec![numbers.len()],
+                len: bytes.len() as u64,
+                start: 0,
+                derived: Some(bytes),
+                ..self.entry(tensor, name(rest))
+            });
+        }
+        entries
     }
 
     fn entry(&self, tensor: &Tensor, name: String) -> SourceTensor {
@@ -115,14 +143,18 @@ impl Table<'_> {
     /// Queries, keys and values out of one tensor: rows of a matrix, or elements of a bias, one after the other.
     fn split(&self, tensor: &Tensor, queries: SourceTensor) -> Result<Vec<SourceTensor>, ConvertError> {
         let rows = tensor.shape[0];
-        let of_keys = self.described.kv_heads.saturating_mul(self.described.head_dim);
-        let Some(of_queries) = rows.checked_sub(of_keys.saturating_mul(2)).filter(|&n| n > 0) else {
+        // Layers that predict further tokens are as the last of the others, as far as that matters: they are left out.
+        let kv_rows = &self.described.kv_rows;
+        let layer = tensor.name.split('.').nth(1).and_then(|number| number.parse::<usize>().ok());
+        let [of_keys, of_values] =
+            layer.and_then(|layer| kv_rows.get(layer)).or(kv_rows.last()).copied().unwrap_or_default();
+        let Some(of_queries) = rows.checked_sub(of_keys.saturating_add(of_values)).filter(|&n| n > 0) else {
             return Ok(vec![self.entry(tensor, tensor.name.clone())]);
         };
         let row_bytes = tensor.len / rows as u64;
         let mut parts = Vec::new();
         let mut first = 0;
-        for (module, count) in [("q_proj", of_queries), ("k_proj", of_keys), ("v_proj", of_keys)] {
+        for (module, count) in [("q_proj", of_queries), ("k_proj", of_keys), ("v_proj", of_values)] {
             let mut shape = tensor.shape.clone();
             shape[0] = count;
             let mut part = SourceTensor {

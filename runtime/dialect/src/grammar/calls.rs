@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::write::{Writer, schema};
-use crate::syntax::{Calls, Named, Objects, Parameter, Tagged};
+use crate::syntax::{Calls, Fields, Named, Objects, Parameter, QUOTE, Tagged};
 use crate::tools::Tool;
 
 /// A way to begin calls.
@@ -87,6 +87,8 @@ fn frame(calls: &Calls, name: &str) -> Frame {
             let trailer = trailer.map_or(String::new(), |trailer| format!("\n{trailer}"));
             frame(&format!("{open}{line}{name}"), &format!("{close}{trailer}"), "\n")
         }
+        // A call's end is part of its arguments.
+        Calls::Fields(Fields { open, name, .. }) => frame(&format!("{open}{name}"), "", ""),
         Calls::Harmony => frame("", "", ""),
     }
 }
@@ -97,6 +99,16 @@ fn call(writer: &mut Writer<'_>, i: usize, tool: &Tool) -> String {
     let family = writer.syntax.name;
     let (before, behind) = match &writer.syntax.calls {
         Calls::Tagged(syntax) => return tagged(writer, syntax, i, tool),
+        Calls::Fields(Fields { close, .. }) => {
+            let (begun, quote) = (writer.literal(&format!("{name}{{")), writer.literal(QUOTE));
+            let last = writer.until(&format!("arguments_{i}"), &format!("}}{close}"));
+            // No text contains a special token.
+            if !quote.starts_with("<[") {
+                return format!("{begun} {last}");
+            }
+            writer.rule(&format!("FIELDS_{i}"), "/(?s:.*)/");
+            return format!("{begun} ( FIELDS_{i}? {quote} )* {last}");
+        }
         Calls::Named(Named { separator, .. }) => match family {
             "deepseek-v3" => (format!("function{separator}{name}\n```json\n"), "\n```"),
             "kimi-k2" => {

@@ -5,7 +5,8 @@
 //! is such a rule. To it, special tokens are not text; they are written as ids (`<[17]>`), and text before them ends with them.
 //!
 //! A strict tool's arguments follow its schema. Where a family writes them as tags, parameters come in the order of the
-//! schema, values that may be strings are bound by `enum` and `const` only, and MiniMax M3's nested values are free.
+//! schema, values that may be strings are bound by `enum` and `const` only, and MiniMax M3's nested values and all of Gemma 4's arguments
+//! are free.
 //! The arguments of other tools are any object.
 
 mod calls;
@@ -17,7 +18,7 @@ mod write;
 use calls::{Entry, entries};
 use write::Writer;
 
-use crate::syntax::{self, Calls, Named, Objects, Parameter, Syntax, Tagged};
+use crate::syntax::{self, Calls, Fields, Named, Objects, Parameter, Syntax, Tagged};
 use crate::tools::{Tool, ToolChoice, Tools};
 
 /// Tokens that may be special ones and occur in what a family writes.
@@ -36,6 +37,7 @@ pub(crate) fn markers(syntax: &Syntax) -> Vec<&'static str> {
                 markers.extend([*open, middle, value, close]);
             }
         }
+        Calls::Fields(Fields { open, close, .. }) => markers.extend([*open, close, syntax::QUOTE, "<|channel>"]),
         Calls::Python => {}
         Calls::Harmony => markers.extend(harmony::MARKERS),
     }

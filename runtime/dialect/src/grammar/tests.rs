@@ -121,6 +121,11 @@ fn samples() -> Vec<(&'static Syntax, String, String)> {
             "<minimax:tool_call>\n<invoke name=\"get_weather\">\n<parameter name=\"city\">a b</parameter>\n\
              <parameter name=\"days\">@</parameter>\n</invoke>\n</minimax:tool_call>",
         ),
+        (
+            &syntax::GEMMA_4,
+            "<|tool_call>call:get_weather{city:<|\"|>a b<|\"|>,days:2}<tool_call|>".into(),
+            "<|tool_call>call:unknown{days:2}<tool_call|>".into(),
+        ),
         tags(
             &syntax::MINIMAX_M3,
             "]<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name=\"get_weather\">]<]minimax[>[<city>a b]<]minimax[>[</city>\
@@ -150,6 +155,8 @@ fn all_special(syntax: &Syntax) -> Vec<(&'static str, u32)> {
         .filter(|m| !plain.contains(m) && !m.contains("｜DSML｜") || *m == "｜DSML｜");
     // Longer ones contain this one.
     let tokens = tokens.filter(|marker| !marker.contains(syntax::M3) || *marker == syntax::M3);
+    // Here the first word of thinking belongs to the marker.
+    let tokens = tokens.filter(|marker| *marker != syntax::GEMMA_4.think.open);
     tokens.zip(256..).collect()
 }
 

@@ -1,11 +1,12 @@
 //! The beginning of a call, up to its arguments.
 
 use super::arguments::Arguments;
+use super::fields;
 use super::python;
 use super::scan::begins;
 use super::tags::Tags;
 use crate::json::value_length;
-use crate::syntax::{Calls, Ids, Marks, Named, Objects, Syntax, Tagged};
+use crate::syntax::{Calls, Fields, Ids, Marks, Named, Objects, Syntax, Tagged};
 use crate::tools::{MAX_NAME_BYTES, Tools};
 
 /// Within how many bytes the name of a call must be known. A call in JSON may have its arguments first.
@@ -43,6 +44,7 @@ pub(super) enum Body {
     /// The call is one of a list of objects.
     Object(Box<Arguments>),
     Tags(Box<Tags>),
+    Fields(fields::Fields),
     /// They have all been read.
     Whole(String),
 }
@@ -55,6 +57,7 @@ pub(super) fn header(syntax: &'static Syntax, tools: &Tools, text: &str, end: bo
         Calls::Objects(objects) => marked_object(objects, bounded),
         Calls::Named(call) => named(syntax, call, bounded),
         Calls::Tagged(call) => tagged(call, tools, bounded),
+        Calls::Fields(call) => of_fields(call, bounded),
         Calls::Python => python::header(bounded, tools),
         Calls::Harmony => Header::Not,
     };
@@ -232,6 +235,22 @@ fn own_id(written: &str) -> (&str, Option<&str>) {
         Some((name, number)) if number.bytes().all(|b| b.is_ascii_digit()) => (name, Some(written)),
         _ => (name, None),
     }
+}
+
+/// Reads a name up to the brace before its fields.
+fn of_fields(call: &'static Fields, text: &str) -> Header {
+    let rest = text[call.open.len()..].trim_start();
+    if begins(rest, call.name) {
+        return Header::Wait;
+    }
+    let Some(written) = rest.strip_prefix(call.name) else { return Header::Not };
+    let Some(at) = written.find('{') else { return short(written, "{") };
+    let name = written[..at].trim();
+    if !is_name(name) {
+        return Header::Not;
+    }
+    let length = text.len() - written.len() + at;
+    Header::Call(Begun { length, name: name.to_owned(), id: None, body: Body::Fields(fields::Fields::new(call.close)) })
 }
 
 /// Reads a name up to the tags of parameters.

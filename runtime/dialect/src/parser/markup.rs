@@ -5,7 +5,7 @@ use super::header::{self, Begun, Body, Header, bare_object, object};
 use super::output::Output;
 use super::python;
 use super::scan::{Scan, begins, scan};
-use crate::syntax::{Calls, Named, Objects, Syntax, Tagged};
+use crate::syntax::{Calls, Fields, Named, Objects, Syntax, Tagged};
 use crate::tools::Tools;
 
 /// The parser of these answers.
@@ -104,7 +104,11 @@ impl Markup {
         match &mut self.state {
             State::Call(Body::Json(arguments) | Body::Object(arguments)) => arguments.finish(&mut self.out),
             State::Call(Body::Tags(tags)) => tags.finish(&mut self.out),
-            State::Call(Body::Whole(_)) | State::Text | State::Thinking | State::Next | State::Drafted(_) => {}
+            State::Call(Body::Fields(_) | Body::Whole(_))
+            | State::Text
+            | State::Thinking
+            | State::Next
+            | State::Drafted(_) => {}
         }
         self.out.take()
     }
@@ -387,6 +391,7 @@ impl Markup {
         let (used, over) = match body {
             Body::Json(arguments) | Body::Object(arguments) => arguments.read(&self.buffer, end, &mut self.out),
             Body::Tags(tags) => tags.read(&self.buffer, end, &mut self.out),
+            Body::Fields(fields) => fields.read(&self.buffer, end, &mut self.out),
             Body::Whole(_) => (0, true),
         };
         let listed = matches!(body, Body::Object(_));
@@ -407,6 +412,7 @@ impl Markup {
             Calls::Named(Named { close, .. }) => close.iter().copied().collect(),
             Calls::Tagged(Tagged { trailer, .. }) => trailer.iter().copied().collect(),
             Calls::Objects(Objects { close, .. }) => close.iter().copied().collect(),
+            Calls::Fields(Fields { close, .. }) => vec![close],
             Calls::Python => vec![python::CLOSE],
             Calls::Harmony => Vec::new(),
         };
@@ -431,7 +437,7 @@ impl Markup {
             Calls::Objects(Objects { close, .. }) => object(&self.buffer, close.iter().copied().collect()),
             Calls::Named(_) => object(&self.buffer, Vec::new()),
             Calls::Python => python::next(&self.buffer, &self.tools),
-            Calls::Tagged(_) | Calls::Harmony => Header::Not,
+            Calls::Tagged(_) | Calls::Fields(_) | Calls::Harmony => Header::Not,
         };
         match found {
             Header::Wait if !end => false,

@@ -19,6 +19,7 @@
 //!   schema says so, escaped, as they come; everything else once it is complete, as the type that schema and text agree on.
 
 mod arguments;
+mod fields;
 mod harmony;
 mod header;
 mod ids;

@@ -97,6 +97,37 @@ fn hermes() {
 }
 
 #[test]
+fn gemma_4() {
+    let quoted = |text: &str| format!("<|\"|>{text}<|\"|>");
+    let text = format!(
+        "<|channel>thought\nHmm.\n<channel|>Look:<|tool_call>call:get_weather{{city:{},days:2,hours:[1,2],more:{{a:{},{}:None}},\
+         wind:true}}<tool_call|><|tool_call>call:clock{{}}<tool_call|>",
+        quoted("Köln \"D\" {,}\n"),
+        quoted(""),
+        quoted("b:")
+    );
+    let weather = "{\"city\": \"Köln \\\"D\\\" {,}\\n\", \"days\": 2, \"hours\": [1, 2], \"more\": {\"a\": \"\", \"b:\": null}, \
+                   \"wind\": true}";
+    let want = said("Hmm.", "Look:", &[("get_weather", weather), ("clock", "{}")]);
+    assert_eq!(parse(&syntax::GEMMA_4, "<|turn>model\n", &text), want);
+    // A prompt that wants no thinking has closed it, and a call ends what nothing else ends.
+    let tail = "<|turn>model\n<|channel>thought\n<channel|>";
+    assert_eq!(parse(&syntax::GEMMA_4, tail, "Yes."), said("", "Yes.", &[]));
+    let call = "<|tool_call>call:clock{}<tool_call|>";
+    assert_eq!(
+        parse(&syntax::GEMMA_4, "", &format!("<|channel>thought\nHm.{call}")),
+        said("Hm.", "", &[("clock", "{}")])
+    );
+    for (text, want) in [
+        ("<|tool_call>call:clock{a:<|\"|>x", said("", "", &[("clock", "{a:<|\"|>x")])),
+        ("<|tool_call>call:clock{a:b c}<tool_call|>d", said("", "d", &[("clock", "{a:b c}")])),
+        ("<|tool_call>clock{}<tool_call|>", said("", "<|tool_call>clock{}<tool_call|>", &[])),
+    ] {
+        assert_eq!(parse(&syntax::GEMMA_4, "", text), want, "{text}");
+    }
+}
+
+#[test]
 fn what_is_no_call_is_text() {
     for text in [
         "The marker <tool_call> begins a call.",
@@ -426,7 +457,7 @@ fn ids_are_unique_and_follow_from_the_seed() {
     assert_eq!(all.len(), 12);
 }
 
-const SYNTAXES: [&Syntax; 21] = [
+const SYNTAXES: [&Syntax; 22] = [
     &syntax::HERMES,
     &syntax::DEEPSEEK_V3,
     &syntax::DEEPSEEK_V31,
@@ -440,6 +471,7 @@ const SYNTAXES: [&Syntax; 21] = [
     &syntax::HARMONY,
     &syntax::MINIMAX_M2,
     &syntax::MINIMAX_M3,
+    &syntax::GEMMA_4,
     &syntax::MISTRAL_LIST,
     &syntax::MISTRAL,
     &syntax::GRANITE,
@@ -451,7 +483,7 @@ const SYNTAXES: [&Syntax; 21] = [
 ];
 
 /// Answers with two calls, for each of them. `@` are arguments.
-const ANSWERS: [&str; 21] = [
+const ANSWERS: [&str; 22] = [
     "a\n<tool_call>\n{\"name\": \"clock\", \"arguments\": @}\n</tool_call>\n<tool_call>{\"arguments\": @, \"name\": \"clock\"}</tool_call>\n",
     "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n@\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n@\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>clock<｜tool▁sep｜>@<｜tool▁call▁end｜><｜tool▁call▁begin｜>clock<｜tool▁sep｜>@<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
@@ -465,6 +497,7 @@ const ANSWERS: [&str; 21] = [
     "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary<|message|>b<|end|><|start|>assistant to=functions.clock<|channel|>commentary json<|message|>@<|call|>",
     "a\n<minimax:tool_call>\n<invoke name=\"get_weather\">\n<parameter name=\"city\">x</parameter>\n<parameter name=\"days\">@</parameter>\n</invoke>\n<invoke name=\"clock\">\n</invoke>\n</minimax:tool_call>",
     "a]<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name=\"get_weather\">]<]minimax[>[<city>x]<]minimax[>[</city>]<]minimax[>[<hours>]<]minimax[>[<item>1]<]minimax[>[</item>]<]minimax[>[</hours>]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>",
+    "a<|tool_call>call:get_weather{city:<|\"|>x<|\"|>,more:@}<tool_call|><|tool_call>call:clock{}<tool_call|>",
     "a[TOOL_CALLS] [{\"name\": \"clock\", \"arguments\": @, \"id\": \"123456789\"}, {\"name\": \"clock\", \"arguments\": @}]",
     "a[TOOL_CALLS]clock[ARGS]@[TOOL_CALLS]clock[CALL_ID]abc123DEF[ARGS]@",
     "a<|tool_call|>[{\"name\": \"clock\", \"arguments\": @}, {\"name\": \"clock\", \"arguments\": @}]",
@@ -476,7 +509,7 @@ const ANSWERS: [&str; 21] = [
 ];
 
 /// Things of which answers, well formed or not, consist.
-const BITS: [&str; 76] = [
+const BITS: [&str; 78] = [
     "<think>",
     "</think>",
     "[THINK]",
@@ -544,6 +577,8 @@ const BITS: [&str; 76] = [
     "[TOOL_CALLS]",
     "[ARGS]",
     "]<]minimax[>[<city>",
+    "<|\"|>",
+    "<tool_call|>",
     "<|channel|>commentary to=functions.clock ",
     "<|message|>",
     "<|end|>",

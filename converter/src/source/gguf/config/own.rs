@@ -4,12 +4,16 @@ use serde_json::{Value as Json, json};
 
 use super::super::keys::decimal;
 use super::super::metadata::Value;
-use super::{Arch, Problem, Writer};
+use super::super::rope::{self, Rope};
+use super::{Arch, Factors, Problem, Writer};
 
 /// What MiMo-V2-Flash multiplies values by, which files from before May 2026 do not say.
 const MIMO_VALUE_SCALE: f64 = 0.707;
 /// Experts of the one Llama 4 that has no norms of queries and keys: Maverick. llama.cpp tells it by them as well.
 const WITHOUT_NORMS: u64 = 128;
+/// Contexts of Phi-3.5-MoE before it was extended and since, and what its scores are scaled by, which files do not say.
+const PHI_CONTEXTS: (u64, u64) = (4096, 131_072);
+const PHI_MSCALE: f64 = 1.243_163_121_016_122;
 
 impl Writer<'_> {
     /// What the family calls otherwise, or has alone.
@@ -27,12 +31,21 @@ impl Writer<'_> {
             }
             Arch::Llama4 => self.llama_4(),
             Arch::DeepSeek4 => self.deepseek_4(),
+            Arch::BailingMoe | Arch::BailingMoe2 => self.bailing(),
+            Arch::NemotronH => self.nemotron(),
+            Arch::Step35 => self.step(),
+            Arch::PhiMoe => {
+                self.out.set("lm_head_bias", self.keys.tensors.contains_key("output.bias"));
+                Ok(())
+            }
+            Arch::Gemma3 => self.gemma_3(),
+            Arch::Gemma4 => self.gemma_4(),
             _ => Ok(()),
         }
     }
 
     /// A key under another name.
-    fn copy(&mut self, from: &str, to: &str) {
+    pub(super) fn copy(&mut self, from: &str, to: &str) {
         let value = self.out.0.get(from).cloned();
         self.out.set_some(to, value);
     }
@@ -51,6 +64,38 @@ impl Writer<'_> {
         let usual = (self.head_dim as f64).powf(-0.5);
         self.out.set("attention_multiplier", keys.float("attention.scale")?.filter(|&s| s != 0.0).unwrap_or(usual));
         Ok(())
+    }
+
+    /// Ling and Ring. Their generations have other defaults.
+    fn bailing(&mut self) -> Result<(), Problem> {
+        self.out.set("use_qkv_bias", self.out.0.get("attention_bias").cloned());
+        self.out.set("use_bias", self.has("attn_output.bias"));
+        self.out.set("use_qk_norm", self.has("attn_q_norm.weight"));
+        Ok(())
+    }
+
+    /// LongRoPE of Phi-3.5-MoE, whose factors are tensors.
+    pub(super) fn longrope(&mut self, factors: &Factors) -> Result<Json, Problem> {
+        let keys = self.keys;
+        let rope = Rope { dim: self.head_dim as u64, head_dim: self.head_dim as u64, mscale: false, truncate: true };
+        let mut out = rope::read(keys, &rope, factors.all.as_deref())?;
+        let (Some(short), Some(long)) = (&factors.short, &factors.long) else { return Ok(out) };
+        let original = keys.need("rope.scaling.original_context_length")?;
+        let mut factor = keys.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
+        if (original, keys.need("context_length")?) == PHI_CONTEXTS {
+            self.notes.push(format!(
+                "`{}` is {factor}, which llama.cpp makes of the contexts: {PHI_MSCALE}, as Microsoft has published the model",
+                keys.key("rope.scaling.attn_factor")
+            ));
+            factor = PHI_MSCALE;
+        }
+        out["rope_type"] = "longrope".into();
+        out["original_max_position_embeddings"] = original.into();
+        for (kind, factors) in [("short", short), ("long", long)] {
+            out[format!("{kind}_factor")] = factors.iter().map(|&f| decimal(f.into())).collect();
+            out[format!("{kind}_mscale")] = factor.into();
+        }
+        Ok(out)
     }
 
     /// Llama 4, of which files say little more than the tensors: llama.cpp knows the rest by heart.
@@ -79,22 +124,18 @@ impl Writer<'_> {
         let keys = self.keys;
         const PATTERN: &str = "attention.sliding_window_pattern";
         let slides = keys.per_layer(PATTERN, self.layers)?.ok_or_else(|| keys.refuse(PATTERN, "is missing"))?;
-        if self.has("attn_qkv.weight") {
-            return Err(keys.refuse("attention.value_length", "is that of fused projections, which are not supported"));
-        }
         for (slide, count_key, sinks_key) in [
             (false, "num_key_value_heads", "add_full_attention_sink_bias"),
             (true, "swa_num_key_value_heads", "add_swa_attention_sink_bias"),
         ] {
             let layers: Vec<usize> = (0..self.layers).filter(|&layer| slides[layer] == slide).collect();
-            self.out.set_some(count_key, self.heads_of(&layers)?);
+            self.out.set_some(count_key, self.heads_of("attention.head_count_kv", &layers)?);
             let sinks = layers.iter().any(|&layer| {
                 ["attn_sinks.weight", "attn_sinks"].iter().any(|name| keys.of_layer(layer, name).is_some())
             });
             self.out.set(sinks_key, sinks);
         }
-        let kind = |slides: &bool| Json::from(if *slides { "sliding_attention" } else { "full_attention" });
-        self.out.set("layer_types", slides.iter().map(kind).collect::<Vec<_>>());
+        self.set_slides(&slides);
         self.out.set("v_head_dim", value_dim);
         self.out.set("sliding_window", keys.need("attention.sliding_window")?);
         let theta = keys.float("rope.freq_base")?;
@@ -111,19 +152,16 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Heads of keys and values of these layers, which have to be the same for all of them; `None` if there are no layers.
-    fn heads_of(&self, layers: &[usize]) -> Result<Option<u64>, Problem> {
-        const COUNTS: &str = "attention.head_count_kv";
+    /// What a key counts of these layers, which has to be the same for all of them; `None` if there are no layers.
+    pub(super) fn heads_of(&self, end: &str, layers: &[usize]) -> Result<Option<u64>, Problem> {
         let keys = self.keys;
-        let counts = keys.metadata.integers(&keys.key(COUNTS))?;
-        let counts = counts.ok_or_else(|| keys.refuse(COUNTS, "is missing, or not a list with one for each layer"))?;
-        let mut all = layers.iter().map(|&layer| counts.get(layer).and_then(|&n| u64::try_from(n).ok()));
+        let counts = keys.counts(end, self.layers)?.ok_or_else(|| keys.refuse(end, "is missing"))?;
+        let mut all = layers.iter().map(|&layer| counts[layer]);
         let Some(first) = all.next() else { return Ok(None) };
-        let count = first.filter(|&n| n > 0).ok_or_else(|| keys.refuse(COUNTS, "has no count for every layer"))?;
-        if all.any(|other| other != first) {
-            return Err(keys.refuse(COUNTS, "differs between layers of one kind, which is not supported"));
+        if first == 0 || all.any(|other| other != first) {
+            return Err(keys.refuse(end, "is 0 or differs between layers of one kind, which is not supported"));
         }
-        Ok(Some(count))
+        Ok(Some(first))
     }
 
     /// DeepSeek-V4.

@@ -63,6 +63,8 @@ pub struct NextUse {
     shape: Shape,
     /// Decayed counts of every key: parts of its layer's tokens.
     rates: Vec<[f32; RATES]>,
+    /// Counts of a layer behind these, as they were imported: one that predicts, which only some runs open.
+    beyond: Vec<u8>,
     recall: Recall,
     /// Passes so far.
     clock: u64,
@@ -79,6 +81,7 @@ impl NextUse {
         let mut policy = NextUse {
             shape,
             rates: vec![[0.0; RATES]; shape.keys()],
+            beyond: Vec::new(),
             recall: Recall::new(shape),
             clock: 0,
             next: (0..u64::from(shape.layers)).collect(),
@@ -167,14 +170,17 @@ impl Policy for NextUse {
 
     /// Magic, layers, experts, then the counts of every key; all little-endian, four bytes each.
     fn export(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(HEAD + self.rates.len() * RATES * 4);
+        let mut bytes = Vec::with_capacity(HEAD + self.rates.len() * RATES * 4 + self.beyond.len());
+        let layers = self.shape.layers + u32::from(!self.beyond.is_empty());
         bytes.extend_from_slice(MAGIC);
-        bytes.extend_from_slice(&self.shape.layers.to_le_bytes());
+        bytes.extend_from_slice(&layers.to_le_bytes());
         bytes.extend_from_slice(&self.shape.experts.to_le_bytes());
         bytes.extend(self.rates.iter().flatten().flat_map(|rate| rate.to_le_bytes()));
+        bytes.extend_from_slice(&self.beyond);
         bytes
     }
 
+    /// The counts may have a layer more or less at the end: the one that predicts, which only some runs open.
     fn import(&mut self, bytes: &[u8]) -> Result<(), ImportError> {
         let (words, rest) = bytes.as_chunks::<4>();
         let [magic, layers, experts, counts @ ..] = words else { return Err(ImportError::Policy) };
@@ -182,16 +188,19 @@ impl Policy for NextUse {
             return Err(ImportError::Policy);
         }
         let (layers, experts) = (u32::from_le_bytes(*layers), u32::from_le_bytes(*experts));
-        if (Shape { layers, experts }) != self.shape {
+        if experts != self.shape.experts || layers.abs_diff(self.shape.layers) > 1 {
             return Err(ImportError::Shape { layers, experts });
         }
         let valid = |bytes: &[u8; 4]| (0.0..=1.0 + 1e-3).contains(&f32::from_le_bytes(*bytes));
-        if !rest.is_empty() || counts.len() != self.rates.len() * RATES || !counts.iter().all(valid) {
+        let expected = (layers as usize).saturating_mul(experts as usize).saturating_mul(RATES);
+        if !rest.is_empty() || counts.len() != expected || !counts.iter().all(valid) {
             return Err(ImportError::Damaged);
         }
         for (rate, bytes) in self.rates.iter_mut().flatten().zip(counts) {
             *rate = f32::from_le_bytes(*bytes);
         }
+        let beyond = counts.get(self.rates.len() * RATES..).unwrap_or_default();
+        self.beyond = beyond.as_flattened().to_vec();
         (0..self.shape.layers).for_each(|layer| self.rescore(layer, None));
         Ok(())
     }

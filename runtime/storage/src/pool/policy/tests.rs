@@ -98,6 +98,32 @@ fn a_prompt_counts_like_its_tokens() {
     }
 }
 
+/// The layer for multi-token prediction stands behind the others, and only some runs open it.
+#[test]
+fn counts_serve_runs_with_one_layer_more_or_less() {
+    let fewer = Shape { layers: 2, experts: 8 };
+    let (mut with, mut without) = (NextUse::new(SHAPE), NextUse::new(fewer));
+    for (layer, experts) in [(0, [1, 2]), (1, [3, 4]), (2, [5, 6])] {
+        pass(&mut with, layer, 1, &experts);
+    }
+    without.import(&with.export()).unwrap();
+    assert_eq!(without.export(), with.export(), "counts of the layer that is not open are kept");
+    without.insert(fewer.key(1, 3));
+    without.insert(fewer.key(1, 7));
+    assert_eq!(without.victim(), Some(fewer.key(1, 7)));
+    pass(&mut without, 0, 1, &[7, 0]);
+    let mut again = NextUse::new(SHAPE);
+    again.import(&without.export()).unwrap();
+    assert_eq!(again.export(), without.export());
+    let (of_layers, head) = (2 * 8 * 12, 12);
+    assert_eq!(again.export()[head + of_layers..], with.export()[head + of_layers..]);
+    // What knows nothing of the last layer leaves it as it is.
+    let mut fresh = NextUse::new(fewer);
+    pass(&mut fresh, 0, 1, &[7, 0]);
+    again.import(&fresh.export()).unwrap();
+    assert_eq!(again.export()[head + of_layers..], with.export()[head + of_layers..]);
+}
+
 #[test]
 fn foreign_counts_are_refused() {
     let mut policy = NextUse::new(SHAPE);
@@ -106,6 +132,8 @@ fn foreign_counts_are_refused() {
     let before = format!("{policy:?}");
     let other = NextUse::new(Shape { layers: 8, experts: 3 }).export();
     assert_eq!(policy.import(&other), Err(ImportError::Shape { layers: 8, experts: 3 }));
+    let two_more = NextUse::new(Shape { layers: SHAPE.layers + 2, ..SHAPE }).export();
+    assert_eq!(policy.import(&two_more), Err(ImportError::Shape { layers: 5, experts: 8 }));
     assert_eq!(policy.import(b""), Err(ImportError::Policy));
     assert_eq!(policy.import(b"SNU\x02aaaaaaaa"), Err(ImportError::Policy));
     for cut in 12..good.len() {
