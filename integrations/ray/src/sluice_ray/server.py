@@ -123,10 +123,19 @@ class Server:
             ServerError: it will not be there any more.
         """
         with self._changed:
-            while self._address is None:
-                if self._broken is not None:
-                    raise ServerError(self._broken)
+            while (address := self.address_now()) is None:
                 self._changed.wait()
+            return address
+
+    def address_now(self) -> Address | None:
+        """Where it is, if it is there.
+
+        Raises:
+            ServerError: it will not be there any more.
+        """
+        with self._changed:
+            if self._address is None and self._broken is not None:
+                raise ServerError(self._broken)
             return self._address
 
     def note_success(self) -> None:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 # Seconds before the second attempt. Each pause is twice the one before, a little more or less, so that not all come
 # at once.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+# Seconds between two looks whether the server is there again.
+LOOK = 0.05
 # Seconds to come again when the server's queue is full and it does not say when.
 BUSY_PAUSE = 10.0
 # Statuses that say nothing about the request.
@@ -210,7 +212,10 @@ class Worker:
         return failed(request, f"{trouble}, in the last of {attempts} attempts")
 
     async def _address(self) -> Address:
-        return await asyncio.to_thread(self._server.address)
+        # No thread waits for the server: it would keep the process from ending.
+        while (address := self._server.address_now()) is None:
+            await asyncio.sleep(LOOK)
+        return address
 
     async def _post(self, address: Address, request: Request) -> _Reply:
         if self._session is None:
