@@ -64,7 +64,7 @@ Five commands do most of the work:
   sluice demo                                          a small model, start to end, in seconds
   sluice plan deepseek-r1 --ram 64GiB                  what a model would need and reach here, before the download
   sluice convert hf:Qwen/Qwen3-30B-A3B qwen.sluice     a model of the Hugging Face hub, or a folder, becomes one file
-  sluice run qwen.sluice --chat --prompt 'Hello'       text
+  sluice chat qwen.sluice                              a conversation in the terminal
   sluice serve qwen.sluice                             the same over HTTP, for editors, agents and people
 
 Something is slow or refused: sluice doctor. All commands: sluice --help. One of them: sluice help run.";
