@@ -167,7 +167,8 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// A new file in the folder of `path`, with these permissions at most, locked where it can be, and its path.
+/// Creates a file in the folder of `path`, with at most these permissions, and locks it if that is possible; returns
+/// it with its path.
 fn create_beside(path: &Path, mode: u32) -> io::Result<(PathBuf, File)> {
     let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
     name.push(format!(".{}", std::process::id()));

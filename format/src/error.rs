@@ -126,7 +126,7 @@ pub enum FormatError {
         /// The smallest limit that is enough, in bytes.
         least: u64,
     },
-    /// A volume is not there.
+    /// A volume is missing.
     #[error(
         "{path} is missing: {named} is one of the {count} volumes of a model, and all are needed. Put it beside the others, or a \
          link to it: {source}"

@@ -105,7 +105,8 @@ pub struct Importance {
     layer_means: BTreeMap<MatrixKey, Vec<f64>>,
 }
 
-/// A hash of which matrices a model has and how many columns: what an importance file is bound to.
+/// A hash of which matrices a model has and how many columns they have. It binds an importance file to the model's
+/// shape.
 fn geometry(spec: &ModelSpec) -> u64 {
     let mut hash = Xxh3::new();
     hash.update(&(spec.hidden_size as u64).to_le_bytes());
@@ -120,7 +121,7 @@ fn geometry(spec: &ModelSpec) -> u64 {
     hash.digest()
 }
 
-/// Every kind of matrix of the model, with index 0: how many there are of it, and their columns.
+/// Every kind of matrix of the model, with index 0, and the number and the columns of its matrices.
 fn expected(spec: &ModelSpec) -> BTreeMap<MatrixKey, (u32, u64)> {
     let head = MatrixKey { kind: ExtentKind::Head, layer: NO_LAYER, name: ExtentKind::Head.name().into(), index: 0 };
     let mut all = BTreeMap::from([(head, (1, spec.hidden_size as u64))]);
@@ -140,8 +141,8 @@ fn expected(spec: &ModelSpec) -> BTreeMap<MatrixKey, (u32, u64)> {
 }
 
 impl Importance {
-    /// What was measured at `matrices` of a model while `tokens` tokens ran through it. Matrices that the model does not
-    /// have, or not with so many columns, and numbers that are negative or not finite are refused.
+    /// The importance that was measured at `matrices` of a model while `tokens` tokens ran through it. Refuses matrices
+    /// that the model does not have or that have another number of columns, and numbers that are negative or not finite.
     ///
     /// # Errors
     /// Which matrix is at fault.
@@ -198,7 +199,7 @@ impl Importance {
     }
 
     /// The importance of the columns of a matrix, or `None` if nothing is known of it. An expert's own measurement is mixed
-    /// with the mean of its layer's experts, the more of it the fewer tokens the expert has seen.
+    /// with the mean of its layer's experts; the fewer tokens the expert has seen, the more the mean counts.
     pub fn columns(&self, kind: ExtentKind, layer: u32, name: &str, index: u32) -> Option<Vec<f32>> {
         let mut key = MatrixKey { kind, layer, name: name.to_owned(), index };
         let own = self.matrices.get(&key).filter(|m| m.tokens > 0);

@@ -40,8 +40,8 @@ pub struct CompressedSpec {
     pub compression: Option<CompressionSpec>,
 }
 
-/// How tokens become entries. Entry `e` is complete when token `(e + 1)·ratio − 1` is there, is seen from that token on, and
-/// rotates as a key at position `e·ratio`.
+/// How tokens become entries. Entry `e` is complete with token `(e + 1)·ratio − 1`, is seen from that token on, and rotates
+/// as a key at position `e·ratio`.
 ///
 /// With `kv` and `gate` two projections of a token's input to `spans` keys each, and `bias` a constant for each place in a span:
 /// entry `e` is `norm(Σ_t softmax_t(gate_t + bias_t) · kv_t)`, channel by channel, over the tokens of the `spans` spans of

@@ -26,7 +26,7 @@ pub struct SessionEntry {
     pub parent: Option<String>,
     /// Sessions that continue it.
     pub children: Vec<String>,
-    /// What it was computed with.
+    /// The model and the settings that computed it.
     pub binding: Binding,
     /// Tokens of the session, those before its segment included.
     pub tokens: usize,

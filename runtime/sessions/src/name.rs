@@ -5,7 +5,7 @@ use std::fmt;
 use sluice_checksum::xxh3_128;
 use sluice_model::session::{Binding, PrefixHash, kv_code};
 
-/// What the name of a segment ends with.
+/// The end of a segment's name.
 const SUFFIX: &str = ".session";
 /// Hexadecimal digits of an id.
 const DIGITS: usize = 32;

@@ -70,7 +70,7 @@ pub enum IoError {
     Memory {
         /// Bytes asked for.
         bytes: usize,
-        /// What they were for.
+        /// The purpose of the memory.
         what: &'static str,
         /// What the system said.
         source: io::Error,

@@ -33,7 +33,7 @@ pub struct UringEngine {
     /// The engine's own descriptors: they outlive the reads.
     files: Vec<File>,
     files_registered: bool,
-    /// The memory that is to be registered; none if that has failed.
+    /// The memory to be registered; none if that has failed.
     regions: Vec<Region>,
     /// The registered mappings.
     buffers: Vec<Registered>,

@@ -103,9 +103,9 @@ impl DenseParts {
         Ok(DenseMemory { pinned: Arena::carve(sizes.into_iter(), "the dense parts")?, ring, staging })
     }
 
-    /// Reads the pinned extents into the memory that [`reserve`](Self::reserve) took for them, blocks until all are there
-    /// and verified, and starts streaming the others. Extent `i` has the handle `DenseHandle(i)`; handles ascend in the
-    /// order of use.
+    /// Reads the pinned extents into the memory that [`reserve`](Self::reserve) took for them, blocks until all of them
+    /// are in memory and verified, and starts streaming the others. Extent `i` has the handle `DenseHandle(i)`; handles
+    /// ascend in the order of use.
     ///
     /// # Errors
     /// [`PoolError::Read`] for the first extent of the list that cannot be read.

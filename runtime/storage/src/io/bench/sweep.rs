@@ -208,7 +208,7 @@ fn finalists(points: &[Measured]) -> Vec<Measured> {
     chosen.into_iter().map(Measured::new).collect()
 }
 
-/// Visits all points in rounds until `end`; every second round runs backwards, so that nobody always comes first.
+/// Visits all points in rounds until `end`; every second round runs backwards, so that no point always comes first.
 fn visit_all(
     bench: &mut DiskBench,
     points: &mut [Measured],
