@@ -6,8 +6,8 @@ use crate::blocks::{BLOCK_BYTES, BlockSum};
 use crate::constants::PRIME32;
 use crate::isa::{SCRAMBLE_SECRET, STRIPE, Secret};
 
-/// How far behind the block that is being summed memory is prefetched into the caches. Summing reads from a cache: without this,
-/// memory would be idle meanwhile, and the thread would wait for it when it multiplies the next bytes.
+/// How far ahead of the block that is being summed memory is prefetched into the caches. Summing reads from a cache. Without the
+/// prefetch, memory would be idle meanwhile, and the thread would wait for it when it multiplies the next bytes.
 const AHEAD: usize = 32 << 10;
 
 /// Proof that the CPU has AVX2.

@@ -10,10 +10,11 @@ pub const BLOCK_BYTES: usize = 1024;
 /// What one block adds to the accumulators.
 pub type BlockSum = [u64; 8];
 
-/// The sums of consecutive blocks. `ends`: whether the last of them ends the input; such a block has a secret of its own.
+/// The sums of consecutive blocks. `ends` says whether the last of them ends the input; such a block has a secret of its
+/// own.
 ///
 /// # Panics
-/// If `bytes` are not as many blocks as there are `sums`.
+/// If the number of blocks in `bytes` differs from the number of `sums`.
 pub fn block_sums(bytes: &[u8], ends: bool, sums: &mut [BlockSum]) {
     let (blocks, rest) = bytes.as_chunks();
     assert!(rest.is_empty() && blocks.len() == sums.len(), "{} bytes for {} sums", bytes.len(), sums.len());
@@ -25,7 +26,7 @@ pub fn block_sums(bytes: &[u8], ends: bool, sums: &mut [BlockSum]) {
     }
 }
 
-/// An unfinished xxh3-64 of an input of whole blocks: the accumulators after the first of them.
+/// An unfinished xxh3-64 of an input of whole blocks: the accumulators after the blocks taken so far.
 #[derive(Clone, Debug)]
 pub struct BlockHash {
     state: BlockSum,
@@ -51,7 +52,8 @@ impl BlockHash {
         self.blocks += sums.len();
     }
 
-    /// Takes the next blocks themselves, none of which is the last of the input. The same as absorbing their sums, but faster.
+    /// Takes the next blocks themselves, none of which is the last of the input. This gives the same as absorbing their sums,
+    /// but faster.
     ///
     /// # Panics
     /// If `bytes` are not whole blocks.
@@ -62,7 +64,7 @@ impl BlockHash {
         self.blocks += blocks.len();
     }
 
-    /// The checksum of an input that ends with one more block, whose sum this is.
+    /// The checksum of an input that ends with one more block, which has this sum.
     #[must_use]
     pub fn finish(mut self, last: BlockSum) -> u64 {
         self.state.iter_mut().zip(last).for_each(|(word, sum)| *word = word.wrapping_add(sum));

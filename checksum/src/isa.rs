@@ -3,12 +3,12 @@
 use crate::blocks::{BLOCK_BYTES, BlockSum};
 use crate::constants::{PRIME32, SECRET_BYTES, u64_at};
 
-/// Bytes that meet the accumulators at once.
+/// Bytes that are added to the accumulators at once.
 pub(crate) const STRIPE: usize = 64;
 /// Where the secret of the scrambling begins.
 pub(crate) const SCRAMBLE_SECRET: usize = SECRET_BYTES - STRIPE;
 
-/// The eight words that meet eight words of input, or the accumulators.
+/// The eight words that are combined with eight words of input, or with the accumulators.
 pub(crate) type Secret = [u8; SECRET_BYTES];
 
 /// A value of a variant permits its instructions: the tokens inside exist only where the CPU has them.
@@ -36,7 +36,7 @@ impl Isa {
         Isa::Scalar
     }
 
-    /// What whole blocks add to the accumulators, each for itself.
+    /// What each whole block adds to the accumulators.
     pub(crate) fn sums(self, secret: &Secret, blocks: &[[u8; BLOCK_BYTES]], sums: &mut [BlockSum]) {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -58,7 +58,8 @@ impl Isa {
         }
     }
 
-    /// Sums blocks and adds them in one: scrambling is a chain of dependent steps, which is hidden while the next block is summed.
+    /// Sums blocks and adds them in one loop: scrambling is a chain of dependent steps, and summing the next block hides its
+    /// latency.
     pub(crate) fn update(self, secret: &Secret, state: &mut BlockSum, blocks: &[[u8; BLOCK_BYTES]]) {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -70,7 +71,7 @@ impl Isa {
     }
 }
 
-/// The sum of one stripe is added to `sum`. `at`: its place in the secret.
+/// Adds the sum of one stripe to `sum`. `at` is its place in the secret.
 #[inline(always)]
 pub(crate) fn add_stripe(secret: &Secret, at: usize, stripe: &[u8; STRIPE], sum: &mut BlockSum) {
     let keys: &[u8; STRIPE] = secret[at..].first_chunk().expect("inside the secret");

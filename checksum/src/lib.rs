@@ -3,8 +3,8 @@
 //!
 //! The blocks are the reason not to use a library. For each kibibyte of its input, XXH3 adds sums that depend on that kibibyte alone
 //! to eight accumulators, and then scrambles these. So a thread that has just multiplied weights can form the sums of their blocks
-//! from its cache, and scrambling takes microseconds for a whole expert. No library exposes these sums. They are the part of the
-//! algorithm that takes time, so the rest is here as well: one implementation instead of two.
+//! from its cache, and scrambling takes microseconds for a whole expert. No library exposes these sums. Since they are the part of
+//! the algorithm that takes time, the rest is implemented here as well: one implementation instead of two.
 //!
 //! The algorithm is specified in `doc/xxhash_spec.md` of the [xxHash](https://github.com/Cyan4973/xxHash) repository; the constants
 //! have its names. The instruction set is chosen at run time; all of them give the same checksums.

@@ -8,11 +8,11 @@ use crate::isa::{Isa, STRIPE, Secret, add_stripe};
 
 /// Where the secret of the last stripe of an input begins.
 pub(crate) const LAST_STRIPE_SECRET: usize = SECRET_BYTES - STRIPE - 7;
-/// Where the secret of the merging begins, and of that for the upper half.
+/// Where the secret of the merging begins, and that of the merging for the upper half.
 const MERGE_SECRET: usize = 11;
 const MERGE_HIGH_SECRET: usize = SECRET_BYTES - STRIPE - MERGE_SECRET;
 
-/// What the accumulators begin with.
+/// Initial values of the accumulators.
 pub(crate) const START: BlockSum =
     [PRIME32[2], PRIME64[0], PRIME64[1], PRIME64[2], PRIME64[3], PRIME32[1], PRIME64[4], PRIME32[0]];
 

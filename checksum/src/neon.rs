@@ -1,4 +1,4 @@
-//! Blocks with NEON, two accumulators to a vector. Compilers make no vectors of the specification there.
+//! Blocks with NEON, two accumulators to a vector. Compilers do not vectorise the scalar specification there.
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 use std::arch::aarch64::*;

@@ -13,7 +13,7 @@ use crate::{long, short};
 pub struct Xxh3 {
     seed: u64,
     secret: Cow<'static, [u8; SECRET_BYTES]>,
-    /// The accumulators after all bytes that are not kept.
+    /// The accumulators after all bytes but the kept ones.
     state: BlockSum,
     /// Bytes in all.
     len: u64,

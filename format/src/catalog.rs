@@ -1,4 +1,4 @@
-//! What the tables say, checked: extents, tensors and spec that agree with each other.
+//! The checked content of the tables: extents, tensors and spec that agree with each other.
 
 use std::collections::{HashMap, HashSet};
 
@@ -71,7 +71,7 @@ impl Catalog {
         }
     }
 
-    /// Every extent and tensor that the spec implies is there, with the right shape, and nothing else.
+    /// Every extent and tensor that the spec implies exists, with the right shape, and there are no others.
     fn check_against_spec(&self) -> Result<(), Problem> {
         let tensor_table = |e| (Region::TensorTable, e);
         let mut expected = self.check_parts(ExtentKind::Embedding, NO_LAYER).map_err(tensor_table)?;
@@ -103,7 +103,7 @@ impl Catalog {
     /// Checks the extents of one kind and layer; returns their number.
     fn check_kind(&self, kind: ExtentKind, spec_layer: usize, layer: u32) -> Result<usize, Problem> {
         let count = self.spec.extent_count(kind, spec_layer);
-        // The first missing one ends the loop: a spec cannot make it longer than the extent table.
+        // The first missing extent ends the loop, so a spec cannot make it longer than the extent table.
         for index in 0..count as u32 {
             if self.extent(kind, layer, index).is_none() {
                 let name = crate::extent_name(kind, layer, index);
@@ -111,7 +111,7 @@ impl Catalog {
             }
         }
         if count > 0 {
-            // Experts share their records, so that the first speaks for all.
+            // Experts share their records, so checking the first is enough.
             let found = self.tensors_in(kind, layer, 0);
             let wanted = self.spec.tensors(kind, spec_layer);
             check_shapes(found, &wanted, || crate::extent_name(kind, layer, 0))
@@ -120,7 +120,7 @@ impl Catalog {
         Ok(count)
     }
 
-    /// The parts of embedding or head of a layer or of none cover the vocabulary; returns their number.
+    /// The parts of an embedding or head, of a layer or of the model, cover the vocabulary; returns their number.
     fn check_parts(&self, kind: ExtentKind, layer: u32) -> Result<usize, String> {
         let wanted = |rows, ty| self.spec.part_tensor(kind, rows, ty);
         let (rows, count) = self.cover(kind, layer, &wanted)?;
@@ -145,7 +145,8 @@ impl Catalog {
         }
     }
 
-    /// Rows and number of the parts of `kind` in `layer`; `wanted`: what a part of so many rows of a type holds.
+    /// Rows and number of the parts of `kind` in `layer`; `wanted` gives what a part with a number of rows of a type
+    /// holds.
     fn cover(
         &self,
         kind: ExtentKind,
@@ -186,7 +187,7 @@ pub(crate) fn check_tiling(superblocks: &[&Superblock], extents: &[ExtentRecord]
     superblocks.iter().zip(ends).try_for_each(|(superblock, end)| check_tables(superblock, end))
 }
 
-/// Where the region behind one that begins at `offset` begins.
+/// Where the next region begins after the one at `offset`.
 fn next_region(end: u64, offset: u64, len: u64) -> Result<u64, String> {
     if offset != end {
         return Err(format!("a region begins at offset {offset}, the one before it ends at {end}"));
@@ -280,7 +281,7 @@ fn describe(t: &TensorRecord) -> String {
     }
 }
 
-/// The tensors that are wanted, with the matrices of a pair apart where `found` has them apart.
+/// The tensors that the spec implies, with the two matrices of a pair apart where `found` has them apart.
 fn as_found(found: &[TensorRecord], wanted: &[TensorShape]) -> Vec<TensorShape> {
     let mut all = Vec::with_capacity(wanted.len() + 1);
     for w in wanted {
@@ -303,7 +304,8 @@ fn check_shapes(found: &[TensorRecord], wanted: &[TensorShape], extent: impl Fn(
         }
         // Vectors are f32, so that no kernel needs a second path for a few bytes.
         let vector = t.kind != ExtentKind::Embedding && t.layout == Layout::Plain;
-        // What is looked up row by row, and what decides, has its columns as they come.
+        // Tables that are looked up row by row, and tensors that make decisions, keep their columns in the source's
+        // order.
         let in_order = matches!(t.kind, ExtentKind::Embedding | ExtentKind::Router);
         let layout = if in_order { t.layout } else { t.layout.unordered() };
         if t.shape != w.shape.map(|d| d as u64) || layout != w.layout || (vector && t.weight_type != WeightType::F32) {

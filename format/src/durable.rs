@@ -1,5 +1,5 @@
-//! What becomes durable, as far as the system can do that: some filesystems, most of them networked or in user space, cannot
-//! sync, and a file on them is none the worse for it until the power fails.
+//! Makes files and folders durable, as far as the system can: some filesystems, most of them networked or in user space,
+//! cannot sync. A file on them is sound all the same until the power fails.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
@@ -13,12 +13,13 @@ use crate::reader::open_regular;
 const READABLE: u32 = 0o666;
 /// Permissions of a file that only its owner may read.
 const PRIVATE: u32 = 0o600;
-/// Names that are tried for a new file beside another one.
+/// How many names are tried for a new file beside another one.
 const NAMES: usize = 100;
 
-/// Whether a sync failed because it does not exist here. Data that could not be written is another matter (`EIO`, `ENOSPC`).
+/// Whether a sync failed because the filesystem has none. That data could not be written is another matter (`EIO`,
+/// `ENOSPC`).
 fn is_unsupported(error: &io::Error) -> bool {
-    // ENOSYS and EOPNOTSUPP; and EINVAL, which stands for a descriptor that cannot be synced.
+    // ENOSYS and EOPNOTSUPP, and EINVAL, which systems return for a descriptor that cannot be synced.
     matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput)
 }
 
@@ -32,7 +33,7 @@ impl Syncer {
     /// Makes a file's content and its state durable.
     ///
     /// # Errors
-    /// The operating system's, but that it cannot sync such a file: that is no error.
+    /// The operating system's. It is no error if the system cannot sync such a file.
     pub fn all(&self, file: &File) -> io::Result<()> {
         self.tolerate(file.sync_all())
     }
@@ -56,7 +57,7 @@ impl Syncer {
     fn tolerate(&self, result: io::Result<()>) -> io::Result<()> {
         match result {
             Err(e) if is_unsupported(&e) => {
-                // The first says it all.
+                // The first error is enough.
                 let _ = self.refusal.set(e);
                 Ok(())
             }
@@ -70,11 +71,11 @@ impl Syncer {
     }
 }
 
-/// Whether nothing but a file of ours would be lost by replacing `path`: there is none, or an empty one, or one that begins with
-/// `magic`, perhaps damaged behind it. A link is replaced, not what it leads to.
+/// Whether replacing `path` would lose nothing but a file of ours: there is no file, or it is empty, or it begins with `magic`
+/// (it may be damaged after that). A link would be replaced, not its target.
 ///
 /// # Errors
-/// The operating system's, when the file is there and cannot be read.
+/// The operating system's, if the file exists but cannot be read.
 pub fn may_replace(path: &Path, magic: &[u8]) -> io::Result<bool> {
     match fs::symlink_metadata(path) {
         Ok(found) if found.is_file() => {}
@@ -86,8 +87,8 @@ pub fn may_replace(path: &Path, magic: &[u8]) -> io::Result<bool> {
     Ok(start.is_empty() || start == magic)
 }
 
-/// Writes a file whole or not at all: under a name of its own beside `path`, synced where the system can, and then under its
-/// name. What lies under other names there, links too, is left alone; what has the name is replaced, and not followed.
+/// Writes a file whole or not at all: first under a temporary name beside `path`, synced if the system can, and then under
+/// its name. Other files and links there are left alone; a link at `path` is replaced, not followed.
 ///
 /// # Errors
 /// What the filesystem says. `path` is then what it was.
@@ -95,7 +96,7 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     replace_file_with(path, |file| file.write_all(bytes))
 }
 
-/// As [`replace_file`], for what is too large to be in memory at once: `write` writes it.
+/// As [`replace_file`], for content that is too large to be in memory at once: `write` writes it.
 ///
 /// # Errors
 /// What `write` says, or the filesystem. `path` is then what it was.
@@ -106,8 +107,8 @@ pub fn replace_file_with<E: From<io::Error>>(
     replace_with(path, READABLE, write)
 }
 
-/// As [`replace_file_with`], for what is nobody else's business: from its creation, only its owner can read it. Its name is
-/// durable as well when this returns.
+/// As [`replace_file_with`], for private content: from its creation, only its owner can read the file. When this returns,
+/// the name is durable as well.
 ///
 /// # Errors
 /// What `write` says, or the filesystem. If writing has failed, `path` is what it was.
@@ -131,13 +132,13 @@ fn replace_with<E: From<io::Error>>(
         Ok(())
     });
     outcome.inspect_err(|_| {
-        // The error that is being returned says more than a second one would.
+        // The first error, which is being returned, says more than a second one would.
         let _ = fs::remove_file(&beside);
     })
 }
 
-/// Removes what writers that were killed have left beside `path`: files under the names that [`replace_file_with`] takes, which
-/// begin with `magic` or are empty, and which nobody is writing. As far as that can be done; nothing depends on it.
+/// Removes the leftovers of killed writers beside `path`: files with the names that [`replace_file_with`] uses, which begin
+/// with `magic` or are empty, and which no process is writing. Failures are ignored, because nothing depends on it.
 pub fn remove_leftovers(path: &Path, magic: &[u8]) {
     let (Some(name), Ok(files)) = (path.file_name(), fs::read_dir(folder_of(path))) else { return };
     for found in files.flatten() {
@@ -146,7 +147,7 @@ pub fn remove_leftovers(path: &Path, magic: &[u8]) {
             continue;
         }
         let is_file = fs::symlink_metadata(&beside).is_ok_and(|found| found.is_file());
-        // Who writes it has locked it. Where nobody can lock, nobody can tell.
+        // A process that writes the file has locked it. Without locks, this cannot be known.
         let idle = |file: File| file.try_lock().is_ok();
         if is_file && may_replace(&beside, magic).is_ok_and(|ours| ours) && open_regular(&beside).is_ok_and(idle) {
             let _ = fs::remove_file(&beside);
@@ -154,7 +155,7 @@ pub fn remove_leftovers(path: &Path, magic: &[u8]) {
     }
 }
 
-/// Whether this is what [`create_beside`] appends to a name: `.PID-N`.
+/// Whether this is the suffix that [`create_beside`] appends to a name: `.PID-N`.
 fn is_besides(suffix: &[u8]) -> bool {
     let number = |bytes: &[u8]| !bytes.is_empty() && bytes.iter().all(u8::is_ascii_digit);
     let mut parts = suffix.strip_prefix(b".").unwrap_or_default().splitn(2, |&byte| byte == b'-');
@@ -166,7 +167,8 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// A new file in the folder of `path`, with these permissions at most, locked where it can be, and its path.
+/// Creates a file in the folder of `path`, with at most these permissions, and locks it if that is possible; returns
+/// it with its path.
 fn create_beside(path: &Path, mode: u32) -> io::Result<(PathBuf, File)> {
     let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
     name.push(format!(".{}", std::process::id()));
@@ -174,12 +176,13 @@ fn create_beside(path: &Path, mode: u32) -> io::Result<(PathBuf, File)> {
         let mut name = name.clone();
         name.push(format!("-{number}"));
         let beside = path.with_file_name(name);
-        // A name that is taken is somebody's file, or a trap: `create_new` does not follow links.
+        // If the name is taken, that is somebody's file, or a trap: `create_new` does not follow links.
         match File::options().write(true).create_new(true).mode(mode).open(&beside) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             file => {
                 let file = file?;
-                // So that nobody takes it for a leftover. Where files cannot be locked, nobody does.
+                // The lock keeps other processes from taking the file for a leftover. Where files cannot be locked,
+                // they remove none.
                 let _ = file.try_lock();
                 return Ok((beside, file));
             }
@@ -197,7 +200,7 @@ mod tests {
         let syncer = Syncer::default();
         for errno in [22, 95, 38] {
             let unsupported = io::Error::from_raw_os_error(errno);
-            // Numbers differ between systems; the kinds are what counts.
+            // Error numbers differ between systems, so this compares kinds.
             if is_unsupported(&unsupported) {
                 syncer.tolerate(Err(unsupported)).unwrap();
             }

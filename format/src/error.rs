@@ -94,7 +94,7 @@ pub enum FormatError {
         /// Its page size.
         found: u32,
     },
-    /// The name of a volume does not say which it is, so that the others cannot be found.
+    /// The name of a volume does not say which volume it is, so the others cannot be found.
     #[error(
         "{path} is volume {} of {count} of a model: the others cannot be found, because it is not called \
          NAME-{:05}-of-{count:05}.sluice. Give all volumes such names, in one folder", volume + 1, volume + 1
@@ -121,12 +121,12 @@ pub enum FormatError {
     /// Volumes would be too small for the model.
     #[error("volumes of {most} bytes are too small for this model: the least is {least} bytes")]
     VolumeSize {
-        /// Most bytes of one volume, as they were asked for.
+        /// The requested limit for one volume, in bytes.
         most: u64,
-        /// The least that does.
+        /// The smallest limit that is enough, in bytes.
         least: u64,
     },
-    /// A volume is not there.
+    /// A volume is missing.
     #[error(
         "{path} is missing: {named} is one of the {count} volumes of a model, and all are needed. Put it beside the others, or a \
          link to it: {source}"
@@ -138,7 +138,7 @@ pub enum FormatError {
         named: PathBuf,
         /// Volumes in all.
         count: u16,
-        /// What the system said of it.
+        /// The operating system's error.
         source: io::Error,
     },
     /// A volume belongs to another model.

@@ -22,11 +22,12 @@ pub enum ExtentKind {
     Attention = 4,
     /// Router of one layer with its biases, and the norm before the feed-forward part.
     Router = 5,
-    /// What every token computes in the feed-forward part: the shared expert, or the dense feed-forward network.
+    /// What is computed for every token in the feed-forward part: the shared expert, or the dense feed-forward
+    /// network.
     Dense = 6,
     /// One routed expert; `index` is its number.
     Expert = 7,
-    /// What only a prediction layer has; those are numbered behind the layers of the model.
+    /// What only a prediction layer has; prediction layers are numbered after the layers of the model.
     Prediction = 8,
     /// A range of rows of a table of which a token needs single rows, in sectors; `index` is the part.
     Table = 9,
@@ -79,8 +80,8 @@ impl fmt::Display for ExtentKind {
 pub enum Codec {
     /// Stored bytes are the logical bytes, then zero padding up to the page.
     Raw = 0,
-    /// The bytes of numbers, separated by their place in the number, those planes compressed that get shorter
-    /// ([`crate::planes`]).
+    /// The bytes of numbers are separated into planes by their place in the number; planes that get shorter are
+    /// compressed ([`crate::planes`]).
     Planes = 1,
 }
 
@@ -123,7 +124,7 @@ pub struct ExtentRecord {
     pub logical_len: u64,
     /// xxh3-64 of the stored bytes, padding included.
     pub checksum: u64,
-    /// xxh3-64 of the padded bytes: of an extent that is not compressed, the same.
+    /// xxh3-64 of the padded bytes; equal to `checksum` if the extent is not compressed.
     pub logical_checksum: u64,
     /// Bytes in memory: the logical bytes, then zeros up to the page. Not in the table, which implies it.
     pub padded_len: u64,
@@ -170,7 +171,7 @@ impl ExtentRecord {
             logical_len,
             checksum,
             logical_checksum: if version == 1 { checksum } else { logical_checksum },
-            // One that overflows is refused by the check of its lengths.
+            // The check of the lengths refuses one that overflows.
             padded_len: padded_len(logical_len, page_size).unwrap_or(u64::MAX),
         })
     }
@@ -181,7 +182,7 @@ impl ExtentRecord {
     }
 }
 
-/// Bytes in memory of an extent with so many logical bytes; `None` on overflow.
+/// Bytes in memory of an extent with this many logical bytes; `None` on overflow.
 pub(crate) fn padded_len(logical_len: u64, page_size: u32) -> Option<u64> {
     round_up(logical_len.max(1), u64::from(page_size))
 }

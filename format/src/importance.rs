@@ -1,7 +1,7 @@
 //! Importance matrices: the mean square of the activations that meet each column of a matrix, measured on a text.
 //!
-//! `docs/FORMAT.md` describes the file. It is bound to a model's geometry, not to its weights or their types: measured
-//! with one conversion of a checkpoint, it serves every other.
+//! `docs/FORMAT.md` describes the file. It is bound to a model's geometry, not to its weights or their types: a file
+//! that was measured with one conversion of a checkpoint serves every other.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,8 +23,8 @@ pub const IMPORTANCE_MAGIC: [u8; 8] = *b"SLUICEIM";
 /// Version of importance files that this crate reads and writes.
 pub const IMPORTANCE_VERSION: u32 = 1;
 
-/// An expert's own measurement counts as if it had come with this many tokens of its layer's mean: what few tokens say is
-/// noise, and what none says is the mean.
+/// An expert's own measurement is averaged with this many tokens of its layer's mean. So the noise of a few tokens counts
+/// little, and an expert without tokens has the mean.
 const PRIOR_TOKENS: f64 = 8.0;
 
 /// Why an importance file was refused. Every variant names the file.
@@ -105,7 +105,8 @@ pub struct Importance {
     layer_means: BTreeMap<MatrixKey, Vec<f64>>,
 }
 
-/// A hash of which matrices a model has and how many columns: what an importance file is bound to.
+/// A hash of which matrices a model has and how many columns they have. It binds an importance file to the model's
+/// shape.
 fn geometry(spec: &ModelSpec) -> u64 {
     let mut hash = Xxh3::new();
     hash.update(&(spec.hidden_size as u64).to_le_bytes());
@@ -120,7 +121,7 @@ fn geometry(spec: &ModelSpec) -> u64 {
     hash.digest()
 }
 
-/// Every kind of matrix of the model, with index 0: how many there are of it, and their columns.
+/// Every kind of matrix of the model, with index 0, and the number and the columns of its matrices.
 fn expected(spec: &ModelSpec) -> BTreeMap<MatrixKey, (u32, u64)> {
     let head = MatrixKey { kind: ExtentKind::Head, layer: NO_LAYER, name: ExtentKind::Head.name().into(), index: 0 };
     let mut all = BTreeMap::from([(head, (1, spec.hidden_size as u64))]);
@@ -140,8 +141,8 @@ fn expected(spec: &ModelSpec) -> BTreeMap<MatrixKey, (u32, u64)> {
 }
 
 impl Importance {
-    /// What was measured at `matrices` of a model while `tokens` tokens ran through it. Matrices that the model does not
-    /// have, or not with so many columns, and numbers that are negative or not finite are refused.
+    /// The importance that was measured at `matrices` of a model while `tokens` tokens ran through it. Refuses matrices
+    /// that the model does not have or that have another number of columns, and numbers that are negative or not finite.
     ///
     /// # Errors
     /// Which matrix is at fault.
@@ -198,7 +199,7 @@ impl Importance {
     }
 
     /// The importance of the columns of a matrix, or `None` if nothing is known of it. An expert's own measurement is mixed
-    /// with the mean of its layer's experts, the more of it the fewer tokens the expert has seen.
+    /// with the mean of its layer's experts; the fewer tokens the expert has seen, the more the mean counts.
     pub fn columns(&self, kind: ExtentKind, layer: u32, name: &str, index: u32) -> Option<Vec<f32>> {
         let mut key = MatrixKey { kind, layer, name: name.to_owned(), index };
         let own = self.matrices.get(&key).filter(|m| m.tokens > 0);
@@ -254,7 +255,8 @@ impl Importance {
     /// [`ImportanceError::Io`].
     pub fn save(&self, path: &Path) -> Result<(), ImportanceError> {
         let error = |action| move |source| ImportanceError::Io { path: path.to_owned(), action, source };
-        // Where a link leads to; and what is no file, such as a pipe, is written to and not replaced.
+        // The target of a link is replaced. Something that is no file, such as a pipe, is written to and not
+        // replaced.
         let place = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let path = place.as_path();
         if path.metadata().is_ok_and(|found| !found.is_file()) {
@@ -271,7 +273,7 @@ impl Importance {
         Self::parse(path, &read(path, spec)?)?.bound_to(path, spec)
     }
 
-    /// What [`Importance::to_bytes`] has made of an importance for this model; `None` if it is anything else.
+    /// Parses the output of [`Importance::to_bytes`] for this model; `None` if the bytes are anything else.
     pub fn from_bytes(bytes: &[u8], spec: &ModelSpec) -> Option<Importance> {
         let nowhere = Path::new("");
         Self::parse(nowhere, bytes).and_then(|importance| importance.bound_to(nowhere, spec)).ok()
@@ -317,8 +319,8 @@ impl Importance {
     }
 }
 
-/// Reads a file that may be one of this model: no more than that can have, and nothing that is not a file, which may have no
-/// end.
+/// Reads a file that may be an importance of this model. It reads no more bytes than such a file can have, and only regular
+/// files, because others may have no end.
 fn read(path: &Path, spec: &ModelSpec) -> Result<Vec<u8>, ImportanceError> {
     let io = |source| ImportanceError::Io { path: path.to_owned(), action: "read the importance file", source };
     let file = open_regular(path).map_err(io)?;

@@ -61,7 +61,8 @@ impl ModelFile {
         self.extents().iter().map(|e| e.stored_len).sum()
     }
 
-    /// Stored bytes of the experts that one token routes to: what a token reads from disk when nothing is cached.
+    /// Stored bytes of the experts that one token routes to: what a token reads from the drive when nothing is
+    /// cached.
     pub fn token_cycle_bytes(&self) -> u64 {
         let layers = self.spec().layers.iter().enumerate();
         let routed = layers.filter_map(|(i, l)| {

@@ -1,8 +1,9 @@
 //! JSON as Python's `json` module writes it: with `NaN`, `Infinity` and `-Infinity`, which JSON does not have.
 //!
-//! Checkpoints are written by Python, whose `json.dump` writes these words unless it is told not to, and whose reader takes
-//! them. A file is not refused for a key that nobody reads; a key that is read must still hold something sensible. So these
-//! words become texts of the same name: whoever expects a number refuses them, and the message shows what is in the file.
+//! Checkpoints are written by Python, whose `json.dump` writes these words by default, and whose reader accepts them. A
+//! file should not be refused because of a key that nobody reads, but a key that is read must still hold something
+//! sensible. So these words become strings of the same text: code that expects a number refuses them, and the message shows
+//! what is in the file.
 
 use std::borrow::Cow;
 
@@ -11,7 +12,8 @@ use serde::de::DeserializeOwned;
 /// Python's words for numbers that JSON cannot express. None is the beginning of another.
 const WORDS: [&[u8]; 3] = [b"NaN", b"Infinity", b"-Infinity"];
 
-/// Reads JSON, in which Python's words for numbers that are not finite may stand where a value may; they read as texts.
+/// Reads JSON in which Python's words for numbers that are not finite may stand in the place of values; they become
+/// strings.
 ///
 /// # Errors
 /// As [`serde_json::from_slice`]. Columns count the quotes that such words were given.
@@ -25,7 +27,7 @@ pub fn from_slice<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
     }
 }
 
-/// The same bytes with every such word outside of texts in quotes; borrowed if there is none.
+/// The same bytes with quotes around every such word outside of strings; borrowed if there is none.
 fn quote_words(bytes: &[u8]) -> Cow<'_, [u8]> {
     let mut quoted = Vec::new();
     // Bytes up to here are in `quoted`.
@@ -55,7 +57,8 @@ fn quote_words(bytes: &[u8]) -> Cow<'_, [u8]> {
     Cow::Owned(quoted)
 }
 
-/// Bytes of the text that begins with `bytes`, quotes included; all that is left if it has no end.
+/// Length in bytes of the string at the beginning of `bytes`, quotes included; that of all `bytes` if the string has
+/// no end.
 fn text_len(bytes: &[u8]) -> usize {
     let mut at = 1;
     while at < bytes.len() {
@@ -68,7 +71,7 @@ fn text_len(bytes: &[u8]) -> usize {
     bytes.len()
 }
 
-/// Whether what stands between `before` and `after` is a value.
+/// Whether a word between `before` and `after` is a value.
 fn is_value(before: &[u8], after: &[u8]) -> bool {
     let solid = |b: &&u8| !b.is_ascii_whitespace();
     before.iter().rev().find(solid).is_none_or(|b| b",:[".contains(b))

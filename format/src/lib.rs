@@ -3,12 +3,12 @@
 //! A file is a superblock, a set of checksummed, page-aligned **extents**, and three tables that say what they hold.
 //! `docs/FORMAT.md` describes it byte by byte; a test compares that document with the constants of this crate.
 //!
-//! This crate has no policy and no threads: it does not choose types or places, it does not cache, and it does not know
-//! how a kernel multiplies. Writing goes through [`FileLayout`] and [`FileWriter`], reading through [`ModelFile`], which is a
-//! ladder of checks with one typed error each; nothing is ever allocated from a length that has not been checked. Both sides
-//! share those checks, so that the writer refuses what the reader would.
+//! This crate has no policy and no threads: it does not choose types or places, it does not cache, and it does not know how a
+//! kernel multiplies. Writing goes through [`FileLayout`] and [`FileWriter`], reading through [`ModelFile`], which is a
+//! ladder of checks with one typed error each; no length is used for an allocation before it has been checked. Both sides
+//! share those checks, so the writer refuses what the reader would refuse.
 //!
-//! A model can lie in several such files, its volumes, and an extent can be compressed ([`planes`]).
+//! A model can consist of several such files, its volumes, and an extent can be compressed ([`planes`]).
 //!
 //! ```text
 //! | superblock | extent | extent | ... | extent | extent table | tensor table | metadata |

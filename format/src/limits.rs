@@ -27,7 +27,7 @@ pub const MAX_VOLUMES: usize = 1 << 10;
 pub const MAX_LAYERS: usize = 4096;
 /// Most experts of a layer.
 pub const MAX_EXPERTS: usize = 1 << 16;
-/// Most experts of all layers together: whoever plans a conversion keeps in memory where each comes from. Models of a trillion
+/// Most experts of all layers together: the plan of a conversion keeps the source of each in memory. Models of a trillion
 /// parameters have about 23 thousand.
 pub const MAX_MODEL_EXPERTS: usize = 1 << 18;
 /// Largest width inside a layer: hidden size, ranks, feed-forward widths, heads times head width.

@@ -15,8 +15,8 @@ pub const SOURCE_CONFIG_BLOB: &str = "config.json";
 /// The source's `tokenizer.json`.
 pub const TOKENIZER_BLOB: &str = "tokenizer.json";
 
-/// Files of a checkpoint that say how text becomes tokens, how a conversation becomes text, and how a generation goes: carried
-/// verbatim under their own names, and read from there by whoever runs the model.
+/// Files of a checkpoint that say how text becomes tokens, how a conversation becomes text, and how to generate. They are
+/// carried verbatim under their own names, and the runtime reads them from there.
 pub const TEXT_FILES: [&str; 9] = [
     TOKENIZER_BLOB,
     "tokenizer_config.json",
@@ -30,7 +30,7 @@ pub const TEXT_FILES: [&str; 9] = [
 ];
 /// The source's `tokenizer_config.json`.
 pub const TOKENIZER_CONFIG_BLOB: &str = "tokenizer_config.json";
-/// The files that a tokenizer is made of. A checkpoint has some of them.
+/// The files from which a tokenizer is made. A checkpoint has some of them.
 pub const TOKENIZER_BLOBS: [&str; 5] =
     [TOKENIZER_BLOB, "tiktoken.model", TOKENIZER_CONFIG_BLOB, "added_tokens.json", "special_tokens_map.json"];
 
@@ -89,7 +89,8 @@ impl Metadata {
         out
     }
 
-    /// The logical bytes of the region in a file of this version, and the bytes before compression, of which the model's id is made.
+    /// The logical bytes of the region in a file of this version, and the bytes before compression, from which the model's id is
+    /// made.
     pub(crate) fn encode(&self, version: u32) -> Result<(Vec<u8>, Vec<u8>), String> {
         let bytes = self.to_bytes();
         if bytes.len() as u64 > MAX_METADATA_BYTES {

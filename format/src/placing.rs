@@ -23,7 +23,7 @@ pub struct PlannedExtent {
     pub logical_len: u64,
 }
 
-/// The place of every extent as it is before compression: one after the other from the second page on, tables behind them, in one
+/// The place of every extent before compression: one after the other from the second page on, with the tables behind them, in one
 /// file or in volumes of limited length.
 #[derive(Clone, Debug)]
 pub struct FileLayout {
@@ -66,8 +66,8 @@ impl FileLayout {
         Ok(layout)
     }
 
-    /// The same extents in volumes of at most `most` bytes, where the tables and metadata of each take at most `tables` bytes. A model
-    /// that fits into one has one.
+    /// The same extents in volumes of at most `most` bytes, if the tables and metadata of each take at most `tables` bytes. A model
+    /// that fits into one volume has one.
     ///
     /// # Errors
     /// [`FormatError::VolumeSize`] if an extent fits into no volume, or there would be more volumes than the format allows.
@@ -83,8 +83,8 @@ impl FileLayout {
         Ok(self)
     }
 
-    /// The least room in which every extent fits into a volume, and all fit into as many as there can be. More room never makes more
-    /// volumes: they are filled in order.
+    /// The least room per volume with which every extent fits into a volume, and all extents fit into the largest number of volumes
+    /// allowed. More room never needs more volumes, because they are filled in order.
     fn least_room(&self) -> Result<u64, FormatError> {
         let page = u64::from(self.page_size);
         let longest = self.extents.iter().map(|e| e.stored_len).max().unwrap_or(0);
@@ -98,7 +98,7 @@ impl FileLayout {
         Ok(least)
     }
 
-    /// Volumes of so much room that hold all extents, if none is too long for one.
+    /// Number of volumes with this much room that hold all extents; `None` if an extent is too long for one.
     fn volumes(&self, room: u64) -> usize {
         let page = u64::from(self.page_size);
         let (mut volumes, mut end) = (1, page);
@@ -121,7 +121,7 @@ impl FileLayout {
         Ok(())
     }
 
-    /// What gives extents their places, from the first on.
+    /// Gives extents their places, from the first on.
     pub(crate) fn placer(&self) -> Placer {
         let page = u64::from(self.page_size);
         Placer { ends: vec![page], page, room: self.room }
@@ -135,7 +135,7 @@ impl FileLayout {
         self.check_as(&self.extents, tensors, spec)
     }
 
-    /// The same of extents that have been written.
+    /// The same check for extents that have been written.
     pub(crate) fn check_as(
         &self,
         extents: &[ExtentRecord],
@@ -174,7 +174,7 @@ impl FileLayout {
         self.extents.iter().map(|e| e.stored_len).sum()
     }
 
-    /// Bytes of extent table and tensor table of a file of so many tensors.
+    /// Bytes of extent table and tensor table of a file with this many tensors.
     pub fn table_bytes(&self, tensors: usize) -> u64 {
         let page = self.page_size as usize;
         let tables = [self.extents.len() * fields::extent::LEN, tensors * fields::tensor::LEN];
@@ -192,7 +192,7 @@ pub(crate) struct Placer {
 }
 
 impl Placer {
-    /// The volume and the offset of an extent of so many stored bytes.
+    /// The volume and the offset of an extent with this many stored bytes.
     pub(crate) fn next(&mut self, name: &str, stored_len: u64) -> Result<(u16, u64), FormatError> {
         let last = self.ends.len() - 1;
         let end = self.ends[last].checked_add(stored_len).ok_or_else(too_long)?;
@@ -248,7 +248,7 @@ mod tests {
         for (pages, least) in [
             (vec![3, 7, 1], 8),
             (vec![1; MAX_VOLUMES], 2),
-            // One more takes all but one of them to have room for two.
+            // One volume more takes all but one of the others to have room for two.
             (vec![1; MAX_VOLUMES + 1], 3),
             (vec![1; 3 * MAX_VOLUMES], 4),
             (mixed, 32),

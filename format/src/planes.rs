@@ -1,8 +1,9 @@
-//! Codec 1: the bytes of numbers, separated by their place in the number, each such plane compressed where it gets shorter.
+//! Codec 1: the bytes of numbers, separated into planes by their place in the number; each plane is compressed if it gets
+//! shorter.
 //!
-//! `docs/FORMAT.md` describes the stored bytes. They are cut into frames that are decoded independently, so that several threads
-//! share an extent. Nothing here trusts them: [`Frames::read`] checks every length before anything is decoded, and nothing is
-//! allocated but a record per frame.
+//! `docs/FORMAT.md` describes the stored bytes. They are cut into frames that are decoded independently, so several threads can
+//! share an extent. This code does not trust them: [`Frames::read`] checks every length before anything is decoded, and
+//! allocates only a record per frame.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -18,9 +19,11 @@ use crate::zstandard::{PlaneCoder, decompress};
 
 /// Most planes of a frame.
 const WIDEST: usize = 4;
-/// Bytes of a frame as it is made. Its planes and what they are made into stay in a core's own cache.
+/// Logical bytes of the frames that this program makes. A frame's planes and its decoded bytes fit in a core's own
+/// cache.
 const FRAME_BYTES: usize = 256 << 10;
-/// A plane that does not lose this part, one of so many, is left as it is: decoding it would cost more than reading it.
+/// A plane that compression shortens by less than one part in this many is left as it is: decoding it would cost more
+/// than reading it.
 const PLANE_GAIN: usize = 32;
 /// An extent is compressed only if that saves this much of what a read moves, in percent.
 pub const LEAST_GAIN: u64 = 8;
@@ -30,7 +33,7 @@ thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// One frame: what it becomes, and where its planes are.
+/// One frame: its decoded bytes, and where its planes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frame {
     /// First logical byte.
@@ -44,19 +47,19 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// The logical bytes that it becomes.
+    /// The logical bytes to which it decodes.
     pub fn range(&self) -> Range<usize> {
         self.start..self.start + self.len
     }
 
-    /// Decodes it. `stored`: the stored bytes of the extent that [`Frames::read`] was given; `out`: [`Frame::range`] of what they
-    /// become.
+    /// Decodes it. `stored` are the stored bytes of the extent, as [`Frames::read`] got them; `out` is [`Frame::range`] of the
+    /// decoded extent.
     ///
     /// # Errors
     /// What is wrong with a plane.
     ///
     /// # Panics
-    /// If `out` has another length than the range, or `stored` is not what was read.
+    /// If `out` has another length than the range, or `stored` are other bytes than were read.
     pub fn decode(&self, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
         assert_eq!(out.len(), self.len, "the range of the frame");
         let plane_len = self.len / self.width;
@@ -94,7 +97,7 @@ fn decode_plane(bytes: &[u8], out: &mut [u8]) -> Result<(), String> {
     decompress(bytes, out)
 }
 
-/// Puts the bytes of numbers together again.
+/// Joins the planes into numbers again.
 fn merge(planes: [&[u8]; WIDEST], width: usize, out: &mut [u8]) {
     let [a, b, c, d] = planes;
     match width {
@@ -114,12 +117,13 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// Room for this many frames, so that reading as many allocates nothing.
+    /// Makes room for this many frames, so that reading as many allocates nothing.
     pub fn with_capacity(frames: usize) -> Self {
         Frames { frames: Vec::with_capacity(frames) }
     }
 
-    /// Reads head and records of an extent's stored bytes, which become `logical_len` bytes; what was here before is forgotten.
+    /// Reads head and records of an extent's stored bytes, which decode to `logical_len` bytes. They replace the frames that
+    /// were read before.
     ///
     /// # Errors
     /// The rule that they break.
@@ -139,7 +143,7 @@ impl Frames {
         for (number, record) in records.chunks_exact(planes_frame::LEN).enumerate() {
             let frame = Frame::parse(record, start, place).map_err(|problem| format!("frame {number}: {problem}"))?;
             start += frame.len;
-            // Cannot overflow: a plane is no longer than what it becomes, and that has a limit.
+            // Cannot overflow: a plane is no longer than its decoded bytes, and these have a limit.
             place += frame.planes.iter().map(|&len| len as usize).sum::<usize>();
             if start as u64 > logical_len || place > coded_len {
                 return Err(format!("frame {number}: it runs past the end"));
@@ -197,7 +201,7 @@ pub fn decode(stored: &[u8], logical_len: u64, out: &mut [u8]) -> Result<(), Str
     Ok(())
 }
 
-/// How the numbers of a type are separated; `None` for one that compression has nothing to give.
+/// How the numbers of a type are separated; `None` for a type that does not get shorter.
 fn width_of(ty: WeightType) -> Option<usize> {
     match ty {
         WeightType::F32 => Some(4),
@@ -214,8 +218,8 @@ pub fn may_gain(tensors: &[TensorRecord]) -> bool {
     tensors.iter().any(|tensor| tensor.kind != ExtentKind::Table && width_of(tensor.weight_type).is_some())
 }
 
-/// The stored bytes, in whole pages, of an extent with these logical bytes and tensors; `None` where that saves less than
-/// [`LEAST_GAIN`]. Equal bytes give equal ones.
+/// The stored bytes, in whole pages, of an extent with these logical bytes and tensors; `None` if that saves less than
+/// [`LEAST_GAIN`]. Equal input gives equal output.
 pub fn encode(logical: &[u8], tensors: &[TensorRecord], page_size: u32) -> Option<Vec<u8>> {
     let page = u64::from(page_size);
     let raw = round_up(logical.len().max(1) as u64, page)?;
@@ -242,7 +246,7 @@ pub fn encode(logical: &[u8], tensors: &[TensorRecord], page_size: u32) -> Optio
             put(&mut out, record + planes_frame::PLANES + 4 * number, &(stored.len() as u32).to_le_bytes());
             out.extend(stored);
         }
-        // What is left must not get shorter than nothing.
+        // The subtraction must not go below zero.
         if out.len() > most {
             return None;
         }
@@ -263,7 +267,7 @@ fn cut(len: usize, tensors: &[TensorRecord]) -> Vec<(Range<usize>, Option<usize>
         let end = starts.get(i + 1).copied().unwrap_or(len);
         for start in (starts[i]..end).step_by(FRAME_BYTES) {
             let range = start..(start + FRAME_BYTES).min(end);
-            // Tensors begin at multiples of 64, so that only the last can end within a number, and only if its type says so.
+            // Tensors begin at multiples of 64, so only the last can end within a number, and only if its type allows that.
             let width = width_of(tensor.weight_type).filter(|&width| range.len().is_multiple_of(width));
             parts.push((range, width));
         }

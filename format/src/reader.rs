@@ -31,7 +31,7 @@ pub struct ModelFile {
 }
 
 impl ModelFile {
-    /// Opens and checks the model in the file `path`, or in the volumes of which that is one, or that are called so but for their numbers.
+    /// Opens and checks the model in the file `path`. `path` can also be one of several volumes, or their common name without the numbers.
     /// Reads superblocks, tables and metadata, not the extents.
     ///
     /// # Errors
@@ -55,7 +55,7 @@ impl ModelFile {
         )
     }
 
-    /// Checks a model that has these volumes, with what their superblocks say, and these stored bytes of the metadata, if any.
+    /// Checks a model with these volumes, the content of their superblocks, and these stored bytes of the metadata, if any.
     pub(crate) fn check(volumes: Vec<Volume>, metadata: Option<Vec<u8>>) -> Result<Self, FormatError> {
         let sb = *volumes[0].superblock();
         let (path, file) = (volumes[0].path(), volumes[0].file());
@@ -91,7 +91,7 @@ impl ModelFile {
         Ok(ModelFile { volumes, catalog, metadata })
     }
 
-    /// Where the file is; of several volumes, the first.
+    /// Path of the file; of several volumes, that of the first.
     pub fn path(&self) -> &Path {
         self.volumes[0].path()
     }
@@ -106,7 +106,7 @@ impl ModelFile {
         self.volumes[0].superblock()
     }
 
-    /// The id of what a saved state of this model depends on.
+    /// Identifies everything on which a saved state of this model depends.
     pub fn state_id(&self) -> StateId {
         StateId::of_model(self.extents(), self.superblock().page_size, self.tensors(), &self.metadata)
     }
@@ -156,7 +156,7 @@ impl ModelFile {
         self.parts_of(kind, NO_LAYER)
     }
 
-    /// The same of what a prediction layer has of its own: none if it uses the model's.
+    /// The same for the parts that a prediction layer has of its own; empty if it uses the model's.
     pub fn parts_of(&self, kind: ExtentKind, layer: u32) -> impl Iterator<Item = (&ExtentRecord, &TensorRecord)> {
         (0..).map_while(move |i| Some((self.extent(kind, layer, i)?, self.tensors_in(kind, layer, i).next()?)))
     }
@@ -167,7 +167,7 @@ impl ModelFile {
         (0..).map_while(move |i| Some((self.extent(kind, layer, i)?, self.tensors_in(kind, layer, i).next()?)))
     }
 
-    /// Reads an extent into `buffer` through the page cache and verifies it: its padded bytes, whether it is compressed or not.
+    /// Reads the padded bytes of an extent, compressed or not, into `buffer` through the page cache and verifies them.
     /// Allocates at most twice [`crate::limits::MAX_EXTENT_BYTES`].
     ///
     /// # Errors
@@ -208,7 +208,7 @@ impl ModelFile {
         self.volumes[usize::from(extent.volume)].file()
     }
 
-    /// Where that is.
+    /// The path of that file.
     pub fn path_of(&self, extent: &ExtentRecord) -> &Path {
         self.volumes[usize::from(extent.volume)].path()
     }
@@ -219,7 +219,7 @@ impl ModelFile {
     }
 }
 
-/// The model id of every volume is that of its content: of the first, extent table, tensor table and metadata.
+/// The model id of every volume matches its content: for the first volume, extent table, tensor table and metadata.
 fn check_ids(volumes: &[Volume], [extents, tensors, blobs]: [&[u8]; 3]) -> Result<(), FormatError> {
     let ids = [ModelId::of(extents, tensors, blobs), ModelId::of(extents, tensors, &[])];
     for volume in volumes {
@@ -240,8 +240,8 @@ fn check_ids(volumes: &[Volume], [extents, tensors, blobs]: [&[u8]; 3]) -> Resul
     Ok(())
 }
 
-/// Opens a file for reading; an error if it is not a regular one. Opening a named pipe would wait for somebody to write to it,
-/// which may be for ever.
+/// Opens a file for reading; gives an error if it is not a regular file. Opening a named pipe would wait until somebody writes
+/// to it, perhaps for ever.
 ///
 /// # Errors
 /// The operating system's, or that it is not a regular file.
@@ -265,14 +265,14 @@ pub fn open_no_link(path: &Path) -> io::Result<File> {
     }
     let file = File::open(path)?;
     let opened = file.metadata()?;
-    // A link may have taken the name since.
+    // The name may have become a link since.
     match (opened.dev(), opened.ino()) == (named.dev(), named.ino()) {
         true => Ok(file),
         false => Err(io::Error::new(io::ErrorKind::InvalidInput, "another file has taken its name")),
     }
 }
 
-/// Resizes to a length from a file; an error, not an abort, where memory does not suffice.
+/// Resizes to a length from a file; gives an error instead of aborting if there is not enough memory.
 fn resize(buffer: &mut Vec<u8>, len: u64) -> io::Result<()> {
     let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
     buffer.try_reserve_exact(len.saturating_sub(buffer.len())).map_err(|_| io::ErrorKind::OutOfMemory)?;
@@ -309,7 +309,7 @@ pub(crate) fn read_superblock(path: &Path, file: &File, actual: u64) -> Result<S
     Ok(superblock)
 }
 
-/// The superblock of a file of `actual` bytes, whatever length it announces.
+/// The superblock of a file of `actual` bytes, whatever length the superblock announces.
 pub(crate) fn parse_superblock_at(path: &Path, file: &File, actual: u64) -> Result<Superblock, FormatError> {
     let path_buf = || path.to_owned();
     let refuse = |e| match e {
@@ -353,7 +353,7 @@ pub(crate) fn read_table(
     Ok(bytes)
 }
 
-/// Verifies the stored bytes of a table that is in a possible place; returns its logical bytes.
+/// Verifies the stored bytes of a table whose place has been checked; returns its logical bytes.
 fn check_table(path: &Path, region: Region, table: TableRef, mut bytes: Vec<u8>) -> Result<Vec<u8>, FormatError> {
     if checksum(&bytes) != table.checksum {
         return Err(FormatError::RegionChecksum { path: path.to_owned(), region });
@@ -366,7 +366,7 @@ fn check_table(path: &Path, region: Region, table: TableRef, mut bytes: Vec<u8>)
     Ok(bytes)
 }
 
-/// Bounds what a table can make us allocate, before anything is read.
+/// Bounds how much memory a table can make the reader allocate, before anything is read.
 pub(crate) fn check_table_place(superblock: &Superblock, region: Region, table: TableRef) -> Result<(), String> {
     let page = u64::from(superblock.page_size);
     let max = match region {

@@ -1,10 +1,10 @@
 //! Replacing the metadata of a finished file. The weights stay where they are: a file of hundreds of gigabytes gets another
 //! tokenizer in the time that it takes to write one.
 //!
-//! The new metadata goes where the old one is, so a power cut must neither lose the one nor leave half of the other. A log at
-//! the end of the file has all that will be written, and a footer that says where. Only once both are on the drive does
-//! anything change that the file needs; from then on [`recover`] can finish the work, as often as it takes. `docs/FORMAT.md`
-//! describes log and footer.
+//! The new metadata takes the place of the old, so a power cut must neither lose the old nor leave half of the new. A log at
+//! the end of the file has everything that will be written, and a footer that says where it goes. Only when both are on the
+//! drive does anything change that the file needs; from then on [`recover`] can finish the work, as often as necessary.
+//! `docs/FORMAT.md` describes log and footer.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -33,11 +33,11 @@ pub const REWRITE_VERSION: u32 = 1;
 pub enum Recovery {
     /// The log was complete: the file has its new metadata now.
     Finished,
-    /// The log was not: the file has its old metadata still.
+    /// The log was incomplete: the file still has its old metadata.
     Undone,
 }
 
-/// One thing to do to a file. What stands between two `Sync` may reach the drive in any order, and in part.
+/// One operation on a file. Operations between two `Sync` may reach the drive in any order, and in part.
 #[derive(Debug)]
 enum Step {
     Write(u64, Vec<u8>),
@@ -51,7 +51,7 @@ impl Step {
             Step::Write(offset, bytes) => file.write_all_at(bytes, *offset),
             Step::SetLen(len) => file.set_len(*len),
             Step::Sync => match file.sync_all() {
-                // Some network and user-space filesystems cannot sync: then nothing better can be done there.
+                // Some network and user-space filesystems cannot sync; nothing better can be done there.
                 Err(e) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
                 outcome => outcome,
             },
@@ -59,7 +59,7 @@ impl Step {
     }
 }
 
-/// A rewriting whose log is complete.
+/// A replacement of metadata whose log is complete.
 #[derive(Debug)]
 struct Pending {
     superblock: Superblock,
@@ -67,8 +67,8 @@ struct Pending {
 }
 
 impl Pending {
-    /// Puts the log behind all that is there and all that will be. What is between is written too: that the drive is full must be
-    /// known before anything changes.
+    /// Puts the log behind everything that the file has and everything that it will have. The bytes in between are written too,
+    /// so that a full drive is noticed before anything changes.
     fn prepare(&self, old_len: u64) -> Vec<Step> {
         let log_offset = old_len.max(self.superblock.file_len);
         let between = vec![0; (log_offset - old_len) as usize];
@@ -88,8 +88,8 @@ impl Pending {
         ]
     }
 
-    /// Whether the file will be whole once the work is done: nobody else than a hostile hand puts a log behind a file that it
-    /// does not belong to, but redoing that would destroy what is there.
+    /// Whether the file will be whole once the work is done. Only an attacker puts a log behind a file to which it does not
+    /// belong, but replaying such a log would destroy the file.
     fn check(&self, path: &Path, file: File) -> Result<(), FormatError> {
         let volumes = Volume::new(path, file, self.superblock).with_others()?;
         ModelFile::check(volumes, Some(self.metadata.clone())).map(drop)
@@ -154,15 +154,16 @@ impl Pending {
     }
 }
 
-/// Whether the file ends with a complete log, that is, somebody began to replace its metadata and was interrupted.
+/// Whether the file ends with a complete log, which means that a replacement of its metadata was interrupted.
 pub(crate) fn is_interrupted(file: &File) -> bool {
     let found = file.metadata().and_then(|m| Pending::find(file, m.len()));
     found.is_ok_and(|pending| pending.is_some())
 }
 
-/// Replaces the metadata of the file that `model` was opened from, of several volumes the first, and returns the model opened anew. The weights are neither
-/// moved nor read. Killed at any moment, the file is either as it was, or as it will be, or refused with
-/// [`FormatError::Interrupted`] until [`recover`] is called. The spec must stay: it is part of what the weights are.
+/// Replaces the metadata of the file from which `model` was opened (of several volumes, the first), and returns the model opened anew. The
+/// weights are neither moved nor read. If the program is killed at any moment, the file is either the old one or the new one, or it is
+/// refused with [`FormatError::Interrupted`] until [`recover`] is called. The spec must stay the same, because the weights have no meaning
+/// without it.
 ///
 /// # Errors
 /// [`FormatError::Layout`] for metadata that a reader would refuse, and when the file is not the one that was opened;
@@ -177,14 +178,14 @@ pub fn rewrite_metadata(model: &ModelFile, metadata: &Metadata) -> Result<ModelF
         return ModelFile::open(path);
     }
     let file = open_locked(path)?;
-    // Whoever held the lock before may have replaced it meanwhile.
+    // The process that held the lock before may have replaced the file meanwhile.
     if ModelFile::open(path)?.superblock() != model.superblock() {
         return Err(FormatError::Layout(format!("{} has changed meanwhile: try again", path.display())));
     }
     let io = |action| move |source| FormatError::Io { path: path.to_owned(), action, source };
     let old_len = model.superblock().file_len;
     pending.prepare(old_len).iter().try_for_each(|step| step.apply(&file)).map_err(|source| {
-        // Nothing that the file needs has changed yet. Where even this fails, `recover` does the same.
+        // Nothing that the file needs has changed yet. If even this fails, `recover` does the same.
         let _ = file.set_len(old_len);
         io("write the new metadata behind its end")(source)
     })?;
@@ -196,8 +197,8 @@ pub fn rewrite_metadata(model: &ModelFile, metadata: &Metadata) -> Result<ModelF
 /// volume.
 ///
 /// # Errors
-/// What [`ModelFile::open`] says of the file, when that is not what is wrong with it, or would say of it afterwards: then the
-/// file stays as it is; [`FormatError::Locked`]; [`FormatError::Io`].
+/// The error of [`ModelFile::open`], if the file has another fault than an interrupted replacement, or would have one after
+/// the recovery: the file then stays as it is. [`FormatError::Locked`]; [`FormatError::Io`].
 pub fn recover(path: &Path) -> Result<Option<Recovery>, FormatError> {
     let path = &model_path(path)?;
     let Err(refused) = ModelFile::open(path) else { return Ok(None) };
@@ -223,7 +224,8 @@ pub fn recover(path: &Path) -> Result<Option<Recovery>, FormatError> {
     ModelFile::open(path).map(|_| Some(recovery))
 }
 
-/// Cuts off an incomplete log: what is behind the end of a file that is otherwise whole, and no longer than a log can be.
+/// Cuts off an incomplete log: bytes behind the end of a file that is otherwise whole, if they are no longer than a log
+/// can be.
 fn undo(path: &Path, file: &File, len: u64) -> Option<Vec<Step>> {
     let superblock = parse_superblock_at(path, file, len).ok()?;
     let excess = len.checked_sub(superblock.file_len)?;
@@ -242,7 +244,7 @@ fn open_locked(path: &Path) -> Result<File, FormatError> {
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(io("open it for writing"))?;
     match file.try_lock() {
         Err(TryLockError::WouldBlock) => Err(FormatError::Locked { path: path.to_owned() }),
-        // A filesystem without locks is no reason not to go on: they only keep two of us apart.
+        // A filesystem without locks is no reason to stop: they only keep two processes of this program apart.
         _ => Ok(file),
     }
 }
@@ -321,7 +323,7 @@ mod tests {
             assert!(bytes[4096..end] == SMALL[4096..end], "weights and tables stay");
             assert_eq!(recover(&path).unwrap(), None);
 
-            // And back: the same bytes as before, whatever was in between.
+            // And back: this gives the same bytes as before, whatever was in between.
             rewrite_metadata(&new, old.metadata()).unwrap();
             assert!(fs::read(&path).unwrap() == SMALL);
         }
@@ -387,7 +389,7 @@ mod tests {
         assert_eq!(recover(&path).unwrap(), Some(Recovery::Finished));
     }
 
-    /// Applies a step to the bytes of a file as a power cut would have it: of each sector, old or new.
+    /// Applies a step to the bytes of a file as if the power were cut: each sector is the old or the new one.
     fn tear(bytes: &mut Vec<u8>, step: &Step, reached: &mut dyn FnMut() -> bool) {
         const SECTOR: usize = 512;
         match step {

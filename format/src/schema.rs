@@ -19,14 +19,14 @@ pub struct TensorShape {
     pub shape: [usize; 3],
 }
 
-/// Name of the matrix that joins several residual streams, and of those that gated streams have instead.
+/// Names of the matrix that joins several residual streams, and of the matrices that gated streams have instead.
 const STREAMS: &str = "streams";
 const STREAMS_DOWN: &str = "streams_down";
 const STREAMS_UP: &str = "streams_up";
 const STREAMS_INJECT: &str = "streams_inject";
 
 impl TensorShape {
-    /// The two matrices of a pair, gate and up, each for itself. They may stand in its place where one description does not fit both.
+    /// The two matrices of a pair, gate and up, as separate tensors. They may replace the pair if one description does not fit both.
     pub fn apart(&self) -> Option<[TensorShape; 2]> {
         let half = |name| TensorShape { name, layout: Layout::Tiled, shape: self.shape };
         (self.layout == Layout::TiledPair).then(|| [half("gate"), half("up")])
@@ -62,7 +62,7 @@ impl ModelSpec {
     }
 
     /// The tensor of an embedding or head part of `rows` rows of type `ty`; `None` for other kinds. The embedding is looked up
-    /// row by row: numbers that stand alone are plain, and of all other types a row is unpacked from its row group.
+    /// row by row: types with one number per weight are plain; with all other types, a row is unpacked from its row group.
     pub fn part_tensor(&self, kind: ExtentKind, rows: usize, ty: WeightType) -> Option<TensorShape> {
         let layout = match kind {
             ExtentKind::Embedding if ty.plain_element_len().is_some() => Layout::Plain,
@@ -127,7 +127,7 @@ impl ModelSpec {
         }
     }
 
-    /// What brings the rows of a table of n-grams into the residual.
+    /// The tensors that add the rows of a table of n-grams to the residual.
     fn ngram_tensors(&self, ngrams: &NgramSpec) -> Vec<TensorShape> {
         let residual = self.residual_width();
         vec![
@@ -140,7 +140,7 @@ impl ModelSpec {
         ]
     }
 
-    /// What makes one input of gated streams.
+    /// The tensors that make one input from gated streams.
     fn gate_tensors(&self) -> Vec<TensorShape> {
         let Some(streams) = &self.gated_streams else { return Vec::new() };
         let residual = self.residual_width();
@@ -151,7 +151,7 @@ impl ModelSpec {
         ]
     }
 
-    /// What joins the streams for a part of a layer, and takes its output in.
+    /// The tensors that join the streams for a part of a layer, and add its output to them.
     fn stream_tensors(&self) -> Vec<TensorShape> {
         if let Some(gated) = &self.gated_streams {
             let mut list = self.gate_tensors();
@@ -193,7 +193,7 @@ impl NgramSpec {
 }
 
 impl TensorShape {
-    /// Whether it decides more than it computes, so that its precision counts and costs nothing: it is a float whatever type
+    /// Whether it makes decisions rather than sums, so its precision matters and costs little: it is a float whatever type
     /// matrices have.
     pub fn decides(&self, kind: ExtentKind) -> bool {
         kind == ExtentKind::Router || self.joins_streams()
@@ -307,7 +307,7 @@ fn gqa_tensors(g: &GqaSpec, hidden: usize) -> Vec<TensorShape> {
     list
 }
 
-/// Those of entries lie together, those of the indexer's behind them.
+/// The tensors for entries lie together, with those for the indexer's entries behind them.
 fn compressed_tensors(c: &CompressedSpec, hidden: usize) -> Vec<TensorShape> {
     let mut list = vec![
         matrix("q_a", c.q_lora_rank, hidden),
@@ -345,7 +345,7 @@ fn compressed_tensors(c: &CompressedSpec, hidden: usize) -> Vec<TensorShape> {
     list
 }
 
-/// What every token computes, and the projections into the latent space of experts and back.
+/// What is computed for every token, and the projections into the latent space of experts and back.
 fn dense_tensors(ffn: &FfnSpec, hidden: usize) -> Vec<TensorShape> {
     let mut list = Vec::new();
     if let Some(latent) = ffn.moe.as_ref().and_then(|moe| moe.latent) {

@@ -1,15 +1,15 @@
-//! Sectors: how the rows of a table lie in the file, so that single rows can be read and are verified all the same.
+//! Sectors: how the rows of a table lie in the file, so that single rows can be read and verified.
 //!
-//! A table is far larger than memory, and a token needs a few rows of it. The checksum of an extent is of no use to whoever reads
-//! one row, so a table is made of sectors, each of whole rows and the checksum of these. A sector is whole pages of 4096 bytes, which
-//! is what drives and direct I/O move at least.
+//! A table is far larger than memory, and a token needs a few rows of it. The checksum of an extent does not help a reader of one
+//! row, so a table consists of sectors, each with whole rows and their checksum. A sector has whole pages of 4096 bytes, the least
+//! that drives and direct I/O move.
 
 use sluice_checksum::xxh3_64_with_seed;
 
-/// Sectors are multiples of this, and begin at multiples of it in a file of any page size.
+/// The length of a sector is a multiple of this, and so is its offset, in a file of any page size.
 pub const SECTOR_ALIGN: usize = 4096;
 
-/// Bytes of a sector's checksum, which are its last.
+/// Bytes of a sector's checksum, at the end of the sector.
 const CHECKSUM_LEN: usize = 8;
 
 /// The sectors of a table whose rows have a certain length.
@@ -42,7 +42,7 @@ impl SectorId {
 }
 
 impl Sectors {
-    /// Those of rows of `row_len` bytes; `None` for none, or for more than memory can have.
+    /// The sectors for rows of `row_len` bytes; `None` if that is 0, or more than memory can have.
     pub fn of_rows(row_len: usize) -> Option<Sectors> {
         if row_len == 0 {
             return None;
@@ -61,7 +61,7 @@ impl Sectors {
         (row / self.rows, row % self.rows * self.row_len)
     }
 
-    /// Brings the rows of a sector, [`Sectors::rows`] at most, into their places, with zeros behind them, and the checksum.
+    /// Writes the rows of a sector, [`Sectors::rows`] at most, to their places, with zeros behind them, and the checksum.
     ///
     /// # Panics
     /// Unless `sector` has the length of one, and the rows fit.

@@ -57,10 +57,10 @@ pub struct ModelSpec {
     /// Factors on embedding, residual stream and logits.
     #[serde(default, skip_serializing_if = "Factors::are_one")]
     pub factors: Factors,
-    /// Of which kind the norms of the residual stream are, and where they stand.
+    /// The kind of the norms of the residual stream, and where they stand.
     #[serde(default, skip_serializing_if = "NormsSpec::are_usual")]
     pub norms: NormsSpec,
-    /// Whether what leaves a layer is multiplied by a number that is one of its weights.
+    /// Whether the output of a layer is multiplied by a number that is one of its weights.
     #[serde(default, skip_serializing_if = "is_false")]
     pub layer_scale: bool,
     /// Whether the output head has a bias.
@@ -69,10 +69,10 @@ pub struct ModelSpec {
     /// Bounds logits `x` smoothly: `cap · tanh(x / cap)` (Gemma 2, arXiv:2408.00118, section 2); `None`: not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logit_cap: Option<f32>,
-    /// How the residual is several streams; `None`: it is one.
+    /// How several streams form the residual; `None`: there is one stream.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub streams: Option<StreamsSpec>,
-    /// How it is several streams that gates join; `None`: it is not. A model has one kind of streams or none.
+    /// How gates join several streams; `None`: they do not. A model has one kind of streams or none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gated_streams: Option<GatedStreamsSpec>,
     /// Tables of n-grams, at most one per layer, in the order of layers.
@@ -85,8 +85,8 @@ pub struct ModelSpec {
     pub prediction: Option<PredictionSpec>,
 }
 
-/// One decoder layer: `x += attention(norm(x)); x += ffn(norm(x))`, with [`Factors::residual`] on what is added. Of a layer without
-/// feed-forward part ([`FfnSpec::NONE`]) only the first.
+/// One decoder layer: `x += attention(norm(x)); x += ffn(norm(x))`, with [`Factors::residual`] on what is added. A layer without
+/// feed-forward part ([`FfnSpec::NONE`]) has only the first step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerSpec {
@@ -187,7 +187,7 @@ pub enum RopeScaling {
         #[serde(default = "one", skip_serializing_if = "is_one")]
         attention_factor: f64,
     },
-    /// Only the fastest pairs turn, the others stand still; frequencies are those of `dim` elements.
+    /// Only the fastest pairs turn, and the others stand still; frequencies are those of `dim` elements.
     Partial {
         /// Pairs that turn, at most `dim / 2`.
         pairs: usize,
@@ -221,13 +221,14 @@ pub enum RopeScaling {
     },
 }
 
-/// The feed-forward part of a layer: what every token computes, plus the routed experts. With neither, the layer has none.
+/// The feed-forward part of a layer: what is computed for every token, plus the routed experts. With neither, the layer
+/// has none.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FfnSpec {
     /// Activation of dense part and experts.
     pub activation: ActivationSpec,
-    /// Activation of the dense part where it has another; `None`: the same.
+    /// Activation of the dense part if it has another; `None`: the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dense_activation: Option<ActivationSpec>,
     /// Width of the dense feed-forward network or of all shared experts together; 0: none.
@@ -298,8 +299,8 @@ pub struct MoeSpec {
     pub top_k: usize,
     /// Width of one expert.
     pub width: usize,
-    /// Width of what experts read and write: a projection of the layer's input, of which another one makes its output again (LatentMoE,
-    /// arXiv:2601.18089); `None`: the hidden size, without projections.
+    /// Width of the input and output of experts. One projection makes their input from the layer's, and another one makes the layer's
+    /// output from theirs (LatentMoE, arXiv:2601.18089). `None`: the hidden size, without projections.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latent: Option<usize>,
     /// Whether gate, up and down projections have biases.
@@ -363,7 +364,7 @@ pub enum RouterScore {
     /// The logit itself; the weights are the sigmoids of the chosen logits.
     SigmoidOfChosen,
     /// The logit `l` itself. With `m` the largest logit among the experts that are not chosen yet, the weight of the next one
-    /// is its share in the softmax over those of them with `(m − l) / max(|l|, m) ≤ 2 · jitter`: SparseMixer as it infers
+    /// is its share in the softmax over those of them with `(m − l) / max(|l|, m) ≤ 2 · jitter`: SparseMixer at inference
     /// (arXiv:2310.00811; GRIN, arXiv:2409.12136, section 2.2).
     SparseMixer {
         /// Half of the distance from the largest logit, as a part of it, within which an expert counts.
@@ -475,7 +476,7 @@ impl ModelSpec {
         if let Some(prediction) = &self.prediction {
             prediction.validate(self).map_err(|e| format!("prediction layer: {e}"))?;
         }
-        // Each is an extent: whoever lays out a file may go through all of them.
+        // Each is an extent, and laying out a file may loop over all of them.
         let experts: usize = self.all_layers().filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.experts).sum();
         if experts > MAX_MODEL_EXPERTS {
             return Err(format!("its layers have {experts} experts together; a model has {MAX_MODEL_EXPERTS} at most"));
@@ -505,13 +506,14 @@ impl ModelSpec {
         extent.layer == NO_LAYER || (extent.layer as usize) < self.layers.len()
     }
 
-    /// Number of the prediction layer in the file: it stands behind those of the decoder. `None` if there is none.
+    /// Number of the prediction layer in the file, where it stands behind the layers of the decoder. `None` if there
+    /// is none.
     pub fn prediction_layer(&self) -> Option<usize> {
         self.prediction.as_ref().map(|_| self.layers.len())
     }
 
-    /// The prediction layer as a model of one layer: what it remembers of a sequence, and the scratch that it takes, are those of such
-    /// a model. `None` if there is none.
+    /// The prediction layer as a model of one layer: it remembers as much of a sequence, and takes as much scratch, as such a model.
+    /// `None` if there is none.
     pub fn prediction_model(&self) -> Option<ModelSpec> {
         let layers = vec![self.prediction.as_ref()?.layer.clone()];
         Some(ModelSpec { layers, prediction: None, ..self.clone() })
@@ -722,7 +724,7 @@ impl FfnSpec {
 }
 
 impl MoeSpec {
-    /// Width of what experts read and write.
+    /// Width of the input and output of experts.
     pub fn input_width(&self, hidden_size: usize) -> usize {
         self.latent.unwrap_or(hidden_size)
     }

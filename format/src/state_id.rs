@@ -1,4 +1,4 @@
-//! The id that everything is bound to that is kept beside a model and would be wrong with another.
+//! The id that binds files to a model: those that are kept beside it and would be wrong with another model.
 
 use std::fmt;
 
@@ -9,9 +9,9 @@ use crate::extent::{Codec, ExtentRecord};
 use crate::metadata::{Metadata, SPEC_BLOB, TOKENIZER_BLOBS, TOKENIZER_CONFIG_BLOB};
 use crate::tensor::TensorRecord;
 
-/// Identity of what a saved state of a model depends on: its weights, what it computes, and its tokenizer. Unlike the
-/// [`crate::ModelId`] it does not depend on anything else in the metadata, so it stays when a chat template or sampling
-/// defaults are replaced. As little cryptographic as that one.
+/// Identity of everything on which a saved state of a model depends: its weights, what it computes, and its tokenizer.
+/// Unlike the [`crate::ModelId`], it does not depend on anything else in the metadata, so it stays the same when a chat
+/// template or sampling defaults are replaced. Like the model id, it is not cryptographic.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct StateId(pub [u8; 16]);
 
@@ -27,8 +27,8 @@ impl StateId {
         StateId::of(&uncompressed_table(extents, page_size), &tensors, metadata)
     }
 
-    /// The xxh3-128 of the digests of extent table and tensor table, and of name and content of those blobs that are there, of
-    /// the spec and [`TOKENIZER_BLOBS`]. `tokenizer_config.json` counts without its `chat_template`.
+    /// The xxh3-128 of the digests of extent table and tensor table, and of name and content of the spec and of those
+    /// [`TOKENIZER_BLOBS`] that exist. `tokenizer_config.json` counts without its `chat_template`.
     fn of(extents: &[u8], tensors: &[u8], metadata: &Metadata) -> Self {
         let mut hash = Xxh3::new();
         let mut add = |bytes: &[u8]| hash.update(&xxh3_128(bytes).to_le_bytes());
@@ -46,7 +46,7 @@ impl StateId {
     }
 }
 
-/// The extent table that a file of version 1 has of the same extents: what a state depends on is neither compression nor volumes.
+/// The extent table of the same extents in a file of version 1: a state depends neither on compression nor on volumes.
 fn uncompressed_table(extents: &[ExtentRecord], page_size: u32) -> Vec<u8> {
     let mut offset = u64::from(page_size);
     let mut record = |e: &ExtentRecord| {
@@ -61,7 +61,7 @@ fn uncompressed_table(extents: &[ExtentRecord], page_size: u32) -> Vec<u8> {
 /// `tokenizer_config.json` as JSON without white space and chat template; `None` if there is nothing to leave out.
 fn without_template(config: &[u8]) -> Option<Vec<u8>> {
     let mut config: Map<String, Value> = crate::json::from_slice(config).ok()?;
-    // Not `remove`, which would change the order of what stays.
+    // `remove` would change the order of the remaining keys.
     config.shift_remove("chat_template")?;
     serde_json::to_vec(&config).ok()
 }

@@ -19,7 +19,7 @@ pub const READ_VERSIONS: [u32; 2] = [1, FORMAT_VERSION];
 pub const PAGE_SIZES: [u32; 2] = [4096, 16384];
 
 /// Identity of a model: a hash of all its content, so that equal files have equal ids. It is not cryptographic: it tells
-/// models apart, it does not vouch for where they come from.
+/// models apart, but does not prove where they come from.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct ModelId(pub [u8; 16]);
 
@@ -45,7 +45,7 @@ impl fmt::Debug for ModelId {
     }
 }
 
-/// Where a table is, how long, and what it hashes to.
+/// Where a table is, how long it is, and its checksum.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TableRef {
     /// Byte offset, a multiple of the page size.
@@ -85,7 +85,7 @@ pub struct Superblock {
     pub version: u32,
     /// Page size in bytes: alignment of every region.
     pub page_size: u32,
-    /// Identity of the model; of a volume behind the first, that of what it repeats.
+    /// Identity of the model; in a volume after the first, that of the tables that it repeats.
     pub model_id: ModelId,
     /// This volume, `0..volume_count`.
     pub volume: u16,

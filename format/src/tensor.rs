@@ -27,11 +27,11 @@ pub enum Layout {
     Sectors = 5,
 }
 
-/// Most columns of a matrix in order: their numbers have 16 bits.
+/// Most columns of a matrix with an ordered layout: the numbers of columns have 16 bits.
 pub const MAX_ORDERED_COLS: usize = 1 << 16;
 
 /// Bytes before the matrices of an ordered layout: for each stored column the number of the input feature that it meets, u16,
-/// and zeros up to a multiple of 64. `None`: more columns than have numbers.
+/// and zeros up to a multiple of 64. `None`: there are more columns than numbers of 16 bits.
 pub fn order_len(cols: usize) -> Option<usize> {
     (cols <= MAX_ORDERED_COLS).then(|| (2 * cols).next_multiple_of(PLANE_ALIGN))
 }
@@ -74,7 +74,7 @@ impl Layout {
         self != self.unordered()
     }
 
-    /// The same arrangement with the columns as they come.
+    /// The same arrangement without an order of the columns.
     pub fn unordered(self) -> Layout {
         match self {
             Layout::TiledOrdered => Layout::Tiled,
@@ -83,7 +83,7 @@ impl Layout {
         }
     }
 
-    /// The same arrangement with an order of the columns; `None` for row-major ones, which need none.
+    /// The same arrangement with an order of the columns; `None` for row-major arrangements, which need none.
     pub fn ordered(self) -> Option<Layout> {
         match self {
             Layout::Plain | Layout::Sectors => None,
@@ -135,7 +135,7 @@ pub fn pack_tensors(tensors: &mut [TensorRecord]) -> Result<u64, String> {
     Ok(end)
 }
 
-/// Where the tensor behind one that ends at `end` begins.
+/// Where the next tensor begins after one that ends at `end`.
 pub(crate) fn next_tensor_offset(end: u64) -> Option<u64> {
     round_up(end, PLANE_ALIGN as u64)
 }

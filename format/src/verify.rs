@@ -10,15 +10,15 @@ use crate::extent::{Codec, ExtentRecord};
 use crate::reader::{ModelFile, checksum_error, read_table};
 use crate::volumes::Volume;
 
-/// Bytes read at once: far above what a drive needs to reach its full rate, far below any extent that would hurt.
+/// Bytes read at once: far more than a drive needs for its full rate, and little memory.
 const PIECE: usize = 8 << 20;
 
 impl ModelFile {
     /// Reads every extent in file order, through the page cache and a buffer of 8 MiB, and returns what is wrong: one
     /// [`FormatError::ExtentChecksum`], [`FormatError::ExtentCode`] or [`FormatError::ExtentRead`] for each damaged extent, one
     /// [`FormatError::RegionChecksum`] or [`FormatError::Io`] for each damaged table of a volume behind the first, none for a sound
-    /// model. The other superblocks, tables and metadata have been verified by [`ModelFile::open`]; together that is every byte of the
-    /// files. A compressed extent is in memory as a whole while it is decompressed.
+    /// model. [`ModelFile::open`] has verified the other superblocks, tables and metadata, so together every byte of the files is
+    /// checked. A compressed extent is in memory as a whole while it is decompressed.
     ///
     /// `progress` is told the bytes done so far, up to [`ModelFile::extent_bytes`].
     pub fn verify_all(&self, progress: &mut dyn FnMut(u64)) -> Vec<FormatError> {

@@ -34,7 +34,7 @@ impl VolumeName {
         VolumeName { folder, stem: OsStr::from_bytes(stem).to_owned(), volume: 0, count }
     }
 
-    /// What a name says, if it is that of a volume.
+    /// Parses the name of a volume; `None` for other names.
     pub fn parse(path: &Path) -> Option<Self> {
         let stem = path.file_name()?.as_bytes().strip_suffix(ENDING)?;
         let (stem, count) = number_behind(stem, b"-of-")?;
@@ -69,8 +69,8 @@ impl VolumeName {
     }
 }
 
-/// The file to open for a model that is called `path`: that file or, where there is none and volumes of a model of that name are there, the
-/// first of these.
+/// The file to open for a model that is called `path`: that file, or if it does not exist but volumes of a model of that name do, the first
+/// of these.
 ///
 /// # Errors
 /// [`FormatError::Ambiguous`] for volumes of several models.
@@ -92,7 +92,7 @@ pub fn model_path(path: &Path) -> Result<PathBuf, FormatError> {
     }
 }
 
-/// What is before a separator and five digits, and their number.
+/// The text before a separator and five digits, and the number that they give.
 fn number_behind<'a>(name: &'a [u8], separator: &[u8]) -> Option<(&'a [u8], u16)> {
     let (before, digits) = name.split_at_checked(name.len().checked_sub(DIGITS)?)?;
     let number = std::str::from_utf8(digits).ok().filter(|text| text.bytes().all(|c| c.is_ascii_digit()))?;
@@ -168,7 +168,7 @@ impl Volume {
     }
 }
 
-/// Another volume than the one that was named.
+/// Opens another volume than the one that was named.
 fn other(path: &Path, named: &Path, count: u16) -> Result<Volume, FormatError> {
     Volume::open(path).map_err(|refused| match refused {
         FormatError::Io { path, source, .. } if source.kind() == std::io::ErrorKind::NotFound => {

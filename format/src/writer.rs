@@ -22,7 +22,7 @@ use crate::reader::{check_table_place, checksum_error, read_spec};
 use crate::superblock::{FORMAT_VERSION, ModelId, Superblock, TableRef};
 use crate::tensor::{ANY_INDEX, TensorRecord};
 
-/// What has become of an extent that was written. Where it lies follows from this and from all extents before it.
+/// The result of writing an extent. Its place follows from this and from all extents before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Written {
     /// Whether and how it is compressed.
@@ -36,7 +36,7 @@ pub struct Written {
 }
 
 impl Written {
-    /// Of an extent that is not compressed.
+    /// The result for an extent that is not compressed.
     pub fn raw(record: &ExtentRecord, checksum: u64) -> Self {
         Written { codec: Codec::Raw, stored_len: record.padded_len, checksum, logical_checksum: checksum }
     }
@@ -53,8 +53,8 @@ pub struct FileWriter {
 }
 
 impl FileWriter {
-    /// Opens `path` for writing a model of one file, creating it if need be. The bytes of extents stay: a resumed conversion relies on
-    /// them. A superblock does not: from here on until [`FileWriter::finish`] the file is unfinished.
+    /// Opens `path` for writing a model of one file, creating it if need be. The bytes of extents stay, because a resumed conversion
+    /// relies on them. A superblock is cleared: from here on until [`FileWriter::finish`] the file is unfinished.
     ///
     /// # Errors
     /// [`FormatError::Io`].
@@ -64,8 +64,8 @@ impl FileWriter {
         Self::of_files(vec![(path.to_owned(), file)], layout)
     }
 
-    /// As [`FileWriter::open`], of files that the caller has opened for reading and writing, one for each volume of the layout, and
-    /// locked if need be: their paths are for messages.
+    /// As [`FileWriter::open`], for files that the caller has opened for reading and writing, and locked if need be: one for each
+    /// volume of the layout. Their paths are for messages.
     ///
     /// # Errors
     /// [`FormatError::Io`].
@@ -81,15 +81,15 @@ impl FileWriter {
         Ok(writer)
     }
 
-    /// From now on, compresses extents where that saves enough. `tensors`: those of the model. Each is written where it would begin
-    /// without compression, with a hole behind it; [`FileWriter::finish`] draws them together.
+    /// From now on, compresses extents if that saves enough. `tensors` are those of the model. Each extent is written where it
+    /// would begin without compression, with a hole behind it; [`FileWriter::finish`] moves them together.
     pub fn compress(&mut self, tensors: &[TensorRecord]) {
         let key = |t: &TensorRecord| (t.kind, t.layer, t.index);
         let groups = tensors.chunk_by(|a, b| key(a) == key(b)).filter(|group| may_gain(group));
         self.compressed = groups.map(|group| (key(&group[0]), group.to_vec())).collect();
     }
 
-    /// Synced, so that no superblock can outlive the extents that it vouches for.
+    /// Synced, so that no superblock can outlive the extents to which it refers.
     fn clear_superblock(&self, volume: usize) -> io::Result<()> {
         let page = vec![0; self.layout.page_size() as usize];
         self.file(volume).write_all_at(&page, 0)?;
@@ -110,7 +110,7 @@ impl FileWriter {
         &self.volumes[volume].1
     }
 
-    /// What syncs the files, and knows whether the system could.
+    /// Syncs the files, and knows whether the system could.
     pub fn syncer(&self) -> &Arc<Syncer> {
         &self.syncer
     }
@@ -124,7 +124,7 @@ impl FileWriter {
         ExtentWriter { writer: self, record, written: 0, hash: Box::default(), tensors, held: Vec::new() }
     }
 
-    /// The records of all extents, of which this has become.
+    /// The records of all extents, given the result of writing each.
     ///
     /// # Errors
     /// [`FormatError::Layout`] if they cannot have places.
@@ -138,10 +138,9 @@ impl FileWriter {
         layout.extents().iter().zip(written).map(record).collect()
     }
 
-    /// Writes tables and metadata behind the extents, syncs, writes the superblocks, syncs again, as far as the system can.
-    /// `written` has one entry per extent of the layout, from [`ExtentWriter::finish`].
-    /// Returns the model's id, which is a hash of all content: equal content, equal files; and the length of each volume, which may be
-    /// fewer than there are files.
+    /// Writes tables and metadata behind the extents, syncs, writes the superblocks, syncs again, as far as the system can. `written`
+    /// has one entry per extent of the layout, from [`ExtentWriter::finish`]. Returns the model's id, which is a hash of all content,
+    /// and the length of each volume; compression may leave fewer volumes than there are files.
     ///
     /// # Errors
     /// [`FormatError::Io`]; [`FormatError::Layout`] for tables that a reader would refuse.
@@ -193,7 +192,7 @@ impl FileWriter {
         }
         let all: Vec<_> = superblocks.iter().collect();
         check_tiling(&all, &records).map_err(|e| layout_error(Region::ExtentTable, &e))?;
-        // The first last: without it, the others are no model.
+        // The first volume comes last: without it, the others are no model.
         for (volume, sb) in superblocks.iter().enumerate().rev() {
             self.io(volume, "write its superblock", self.file(volume).write_all_at(&sb.to_page(), 0))?;
             self.io(volume, "sync it", self.syncer.all(self.file(volume)))?;
@@ -201,8 +200,8 @@ impl FileWriter {
         Ok((model_id, superblocks.iter().map(|sb| sb.file_len).collect()))
     }
 
-    /// Moves extents towards the beginning, where those before them are compressed. In their order none is written over one that has
-    /// yet to be moved; what an interrupted run has moved stays where it is.
+    /// Moves extents towards the beginning if those before them are compressed. It goes in their order, so none overwrites one that
+    /// has yet to be moved. Extents that an interrupted run has moved stay where they are.
     fn draw_together(&self, records: &[ExtentRecord]) -> Result<(), FormatError> {
         let mut buffer = Vec::new();
         for (written, to) in self.layout.extents().iter().zip(records) {
@@ -247,13 +246,14 @@ impl FileWriter {
     }
 }
 
-/// Writes one extent front to back and hashes it on the way. One that may be compressed is held in memory until it is whole.
+/// Writes one extent front to back and hashes it on the way. An extent that may be compressed is held in memory until it is
+/// whole.
 pub struct ExtentWriter<'a> {
     writer: &'a FileWriter,
     record: ExtentRecord,
     written: u64,
     hash: Box<Xxh3>,
-    /// Its tensors, if it may be compressed, and then all bytes so far.
+    /// Its tensors and all bytes so far, if it may be compressed.
     tensors: Option<&'a [TensorRecord]>,
     held: Vec<u8>,
 }
@@ -292,7 +292,7 @@ impl ExtentWriter<'_> {
         self.written
     }
 
-    /// Pads with zeros up to the page; returns what has become of the extent.
+    /// Pads with zeros up to the end of the page; returns the result of writing the extent.
     ///
     /// # Errors
     /// As [`ExtentWriter::write`]; [`FormatError::Layout`] when fewer bytes than planned were written.
@@ -318,7 +318,7 @@ impl ExtentWriter<'_> {
         Ok(Written { codec: Codec::Planes, stored_len: coded.len() as u64, checksum: checksum(&coded), ..raw })
     }
 
-    /// Takes over what has become of this extent in another file, and its stored bytes.
+    /// Takes over this extent from another file: the result of writing it there, and its stored bytes.
     ///
     /// # Errors
     /// [`FormatError::Io`]; [`FormatError::Layout`] for more bytes than planned.

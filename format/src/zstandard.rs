@@ -1,4 +1,5 @@
-//! Zstandard frames (RFC 8878) whose length before compression is known from elsewhere: nothing is allocated on their word.
+//! Zstandard frames (RFC 8878) whose length before compression is known from elsewhere, so the frame's own statement never
+//! decides an allocation.
 
 use std::cell::RefCell;
 
@@ -6,11 +7,11 @@ use zstd::zstd_safe::{CCtx, CParameter, DCtx, ParamSwitch, compress_bound, get_e
 
 /// Level for metadata: text, compressed once and read at every opening.
 const METADATA_LEVEL: i32 = 12;
-/// Level for planes. At the fastest ones no matches are sought: what remains is an entropy code of single bytes, which is all that
-/// there is to find in weights. It decodes twice as fast as what the usual levels make of the same plane, and is shorter: matches of
-/// three or four bytes are there by chance, and cost more than they save.
+/// Level for planes. The fastest levels do not search for matches and leave an entropy code of single bytes, which is all that
+/// compresses weights. The result decodes twice as fast as that of the usual levels, and is shorter: matches of three or four bytes
+/// occur only by chance, and cost more than they save.
 const PLANE_LEVEL: i32 = -20;
-/// Shortest match, for the same reason the longest that can be asked for.
+/// Shortest match; for the same reason, the largest value that can be set.
 const PLANE_MATCH: u32 = 7;
 
 thread_local! {
@@ -29,13 +30,13 @@ impl PlaneCoder {
             CParameter::LiteralCompressionMode(ParamSwitch::Enable),
         ];
         for parameter in parameters {
-            // A library that does not know one of them compresses less.
+            // A library that does not know one of these settings compresses less.
             let _ = context.set_parameter(parameter);
         }
         PlaneCoder(context)
     }
 
-    /// One frame of `bytes` in the place of what is in `out`; false if it cannot be had.
+    /// Replaces `out` by one frame of `bytes`; false if that fails.
     pub(crate) fn compress(&mut self, bytes: &[u8], out: &mut Vec<u8>) -> bool {
         out.clear();
         out.reserve(compress_bound(bytes.len()));
@@ -46,14 +47,14 @@ impl PlaneCoder {
 /// One frame of `bytes`, which compresses text well.
 ///
 /// # Errors
-/// What the library says, which only fails for want of memory.
+/// The library's error; it fails only if memory is short.
 pub(crate) fn compress_text(bytes: &[u8]) -> Result<Vec<u8>, &'static str> {
     let mut out = Vec::with_capacity(compress_bound(bytes.len()));
     CCtx::create().compress(&mut out, bytes, METADATA_LEVEL).map_err(get_error_name)?;
     Ok(out)
 }
 
-/// Decodes frames that become exactly `out`.
+/// Decodes frames that give exactly `out`.
 ///
 /// # Errors
 /// What is wrong with them.

@@ -1,8 +1,9 @@
-//! The cache of the hub's own programs: what they have downloaded already is read there instead of being downloaded again. Nothing is
-//! written to it, and nothing is removed.
+//! The cache of the hub's own programs. Files that they have already downloaded are read there instead of being downloaded again.
+//! This module never writes to the cache or removes anything from it.
 //!
-//! As `huggingface_hub` lays it out: `models--OWNER--NAME/refs/REVISION` holds a commit, `models--OWNER--NAME/snapshots/COMMIT/` the
-//! files of one, as links to `models--OWNER--NAME/blobs/DIGEST`. Files that nobody has asked for are not there.
+//! `huggingface_hub` lays it out like this: `models--OWNER--NAME/refs/REVISION` holds a commit, and
+//! `models--OWNER--NAME/snapshots/COMMIT/` the files of a commit, as links to `models--OWNER--NAME/blobs/DIGEST`. It has only files
+//! that somebody has asked for.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -15,10 +16,10 @@ use crate::error::HubError;
 use crate::name::stays_inside;
 use crate::snapshot::{MOST_FILES, RemoteFile, is_commit};
 
-/// Folders inside each other that are looked into.
+/// How many levels of folders are searched.
 const DEEPEST: usize = 16;
 
-/// What the cache in `cache` has of a repository.
+/// The folder that the cache in `cache` has for a repository.
 #[derive(Debug)]
 pub(crate) struct Cached {
     folder: PathBuf,
@@ -29,7 +30,7 @@ impl Cached {
         Cached { folder: cache.join(format!("models--{}", repo.replace('/', "--"))) }
     }
 
-    /// The commit that a revision was when it was last asked for.
+    /// The commit that a revision had when it was last asked for.
     pub(crate) fn commit(&self, revision: &str) -> Option<String> {
         if is_commit(revision) {
             return Some(revision.to_owned());
@@ -47,7 +48,7 @@ impl Cached {
     }
 }
 
-/// The files in the folder of a commit. The names of what they link to say what they should hold.
+/// The files in the folder of a commit. The names of the blobs to which they link say what they should hold.
 ///
 /// # Errors
 /// [`HubError::Io`].
@@ -58,7 +59,7 @@ pub(crate) fn listing(folder: &Path) -> Result<Vec<RemoteFile>, HubError> {
         let path = folder.join(&below);
         for entry in fs::read_dir(&path).map_err(HubError::io(&path, "list it"))? {
             let entry = entry.map_err(HubError::io(&path, "list it"))?;
-            // No name of the hub is other than UTF-8.
+            // All names on the hub are UTF-8.
             let Ok(name) = entry.file_name().into_string() else { continue };
             let name = if below.is_empty() { name } else { format!("{below}/{name}") };
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) && depth < DEEPEST {
@@ -78,7 +79,7 @@ pub(crate) fn listing(folder: &Path) -> Result<Vec<RemoteFile>, HubError> {
     Ok(files)
 }
 
-/// Opens a file in the folder of a commit, if it is there with the length that it should have.
+/// Opens a file in the folder of a commit, if it exists and has the right length.
 pub(crate) fn open(folder: &Path, file: &RemoteFile) -> Option<(PathBuf, File)> {
     let path = Some(folder.join(&file.path)).filter(|_| stays_inside(&file.path))?;
     let found = open_regular(&path).ok()?;

@@ -1,4 +1,4 @@
-//! Requests to the hub: tried again where that can help, and never with the token to anybody else.
+//! Requests to the hub. They are tried again if that can help, and the token never goes to another server.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -18,29 +18,30 @@ use crate::headers::{asked_pause, content_range, next_page, number, origin, redi
 use crate::paced::Paced;
 use crate::settings::Settings;
 
-/// Most redirects of one request: the hub needs two, one for a repository that was renamed, one to where the bytes are.
+/// Most redirects of one request: the hub needs two, one for a repository that was renamed, and one to the server with
+/// the bytes.
 const REDIRECTS: usize = 5;
-/// Longest answer of the interface that is read, a page of a listing.
+/// Longest answer of the interface that is read, such as a page of a listing.
 const LONGEST_ANSWER: u64 = 64 << 20;
-/// Pauses that the user hears of.
+/// Shortest pause about which the user is told.
 const LONG_PAUSE: Duration = Duration::from_secs(5);
 
-/// How long it is tried.
+/// How patiently a request is tried.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
-    /// Attempts in a row that bring no byte.
+    /// Most attempts in a row that bring no byte.
     pub attempts: u32,
     /// Pause after the first failure; it doubles with each.
     pub first_pause: Duration,
-    /// The longest pause of our own.
+    /// The longest pause that the client chooses itself.
     pub longest_pause: Duration,
     /// The longest pause that the hub may ask for.
     pub longest_wait: Duration,
-    /// To connect.
+    /// Time limit to connect.
     pub connect: Duration,
-    /// For an answer to begin, and for its next bytes.
+    /// Time limit for an answer to begin, and for its next bytes.
     pub silence: Duration,
-    /// Bytes that come in the time of `silence` at least, and that an attempt brings to count as a success.
+    /// Fewest bytes that must come within `silence`, and that an attempt must bring to count as a success.
     pub slowest: u64,
 }
 
@@ -58,18 +59,18 @@ impl Default for Patience {
     }
 }
 
-/// Hears of pauses that the hub asks for, and of what is read of the cache because nothing may be asked.
+/// Learns of pauses that the hub asks for, and of what is read from the cache because requests are forbidden.
 pub type Notice = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// Asks the hub. Threads share it; it keeps connections open.
+/// Sends requests to the hub. Threads share a client; it keeps connections open.
 pub struct Client {
     agent: Agent,
     settings: Settings,
     patience: Patience,
     notice: Option<Notice>,
-    /// Where addresses of files lead, until that is no longer valid.
+    /// The addresses to which files are redirected, while those are valid.
     places: Mutex<HashMap<String, String>>,
-    /// Nobody asks before: the hub wants fewer requests.
+    /// No request is sent before this time, because the hub wants fewer requests.
     not_before: Mutex<Option<Instant>>,
 }
 
@@ -79,7 +80,7 @@ impl fmt::Debug for Client {
     }
 }
 
-/// What the hub's own answers say of a file, before they lead to where its bytes are.
+/// What the hub's own answers say about a file, before they redirect to its bytes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Linked {
     pub(crate) commit: Option<String>,
@@ -89,7 +90,7 @@ pub(crate) struct Linked {
 
 /// Why a request failed.
 enum Trouble {
-    /// It would fail again.
+    /// The request would fail again.
     Final(HubError),
     /// It may succeed later.
     Passing { problem: String, pause: Option<Duration>, busy: bool },
@@ -109,7 +110,7 @@ struct Reply {
     linked: Linked,
 }
 
-/// What is asked, for messages and errors.
+/// What is requested, for messages and errors.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Question<'a> {
     pub(crate) repo: &'a str,
@@ -117,7 +118,7 @@ pub(crate) struct Question<'a> {
     pub(crate) what: &'a str,
 }
 
-/// A file of a repository at a commit, as it is asked for.
+/// A file of a repository at a commit, as a request names it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wanted<'a> {
     pub(crate) url: &'a str,
@@ -150,7 +151,7 @@ impl Client {
         Self::with_patience(settings, Patience::default(), None)
     }
 
-    /// A client that is more or less patient, and says when it has to wait.
+    /// A client with the given patience, which says when it has to wait.
     ///
     /// # Errors
     /// As [`Client::new`].
@@ -171,7 +172,7 @@ impl Client {
         }
         let config = Agent::config_builder()
             .http_status_as_error(false)
-            // Followed here, where it is known who may have the token.
+            // Redirects are followed here, because this code knows which server may have the token.
             .max_redirects(0)
             .max_redirects_will_error(false)
             .user_agent(concat!("sluice/", env!("CARGO_PKG_VERSION")))
@@ -187,7 +188,7 @@ impl Client {
         Ok(Client { agent: config.new_agent(), settings, patience, notice, places, not_before })
     }
 
-    /// The settings it was made with.
+    /// The settings with which it was made.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
@@ -202,7 +203,7 @@ impl Client {
         format!("{}/{repo}", self.settings.endpoint)
     }
 
-    /// Asks the interface for a document of JSON; returns it with the address of the next page, if there is one.
+    /// Requests a JSON document from the interface; returns it with the address of the next page, if there is one.
     pub(crate) fn json(
         &self,
         url: &str,
@@ -220,7 +221,7 @@ impl Client {
                     return Err(Trouble::Final(HubError::Protocol { url: url.to_owned(), problem }));
                 }
                 let value = serde_json::from_slice(&bytes);
-                // An answer that was cut off, by whatever stands between, may be whole the next time.
+                // An answer that something on the way has cut off may be whole the next time.
                 Ok((value.map_err(|e| Trouble::passing(format!("its answer is no JSON ({e})")))?, next))
             });
             match outcome {
@@ -230,7 +231,8 @@ impl Client {
         }
     }
 
-    /// Asks what the hub says of a file: by `HEAD`, or where a server knows only `GET`, by its first byte.
+    /// Requests what the hub says about a file: with `HEAD`, or if a server knows only `GET`, by reading the first
+    /// byte.
     pub(crate) fn head(&self, url: &str, question: Question<'_>) -> Result<Linked, HubError> {
         let mut attempts = self.attempts(url, question)?;
         let (mut method, mut range) = ("HEAD", None);
@@ -249,11 +251,11 @@ impl Client {
         }
     }
 
-    /// Reads `len` bytes of a file from byte `at` on and gives them to `sink` in order, each once, with its place. What a cut line
-    /// has brought is kept, and asked for no more.
+    /// Reads `len` bytes of a file from byte `at` on and passes them to `sink` in order, each once, with its place. If the line
+    /// breaks, the bytes so far are kept and not requested again.
     ///
     /// # Errors
-    /// Those of the requests, and those of `sink`.
+    /// The errors of the requests, and those of `sink`.
     pub(crate) fn read(&self, wanted: Wanted<'_>, at: u64, len: u64, sink: &mut Sink<'_>) -> Result<(), HubError> {
         let what = format!("the file `{}` of {}", wanted.file, wanted.repo);
         let mut attempts = self.attempts(wanted.url, Question { repo: wanted.repo, what: &what })?;
@@ -264,7 +266,7 @@ impl Client {
             let outcome = self.read_once(wanted, &what, (&mut next, end), &mut buffer, sink);
             attempts.progressed(next - before);
             if let Err(trouble) = outcome {
-                // Another host may have the bytes too.
+                // Another host may be able to serve the bytes.
                 lock(&self.places).remove(wanted.url);
                 attempts.failed(trouble)?;
             }
@@ -272,7 +274,7 @@ impl Client {
         Ok(())
     }
 
-    /// One request of [`Client::read`]; advances the place for all that was given away.
+    /// One request of [`Client::read`]; advances the place past all bytes that were passed on.
     fn read_once(
         &self,
         wanted: Wanted<'_>,
@@ -307,7 +309,7 @@ impl Client {
             }
             last + 1 - first
         } else if whole || *next == 0 {
-            // A server that knows no ranges sends everything, of which the beginning may be enough.
+            // A server without ranges sends everything, and the beginning may be enough.
             if length.is_some_and(|length| length != wanted.size) {
                 let length = length.unwrap_or_default();
                 return Err(wrong(format!("it states a length of {length}, and before of {}", wanted.size)));
@@ -331,7 +333,7 @@ impl Client {
             *next += count as u64;
             left -= count as u64;
         }
-        // The end of the body, so that the connection can be used again.
+        // Read to the end of the body, so that the connection can be used again.
         let _ = reader.read(&mut buffer[..1]);
         Ok(())
     }
@@ -368,7 +370,7 @@ impl Client {
                 linked.take(&headers);
             }
             if status.is_redirection() && headers.contains_key("location") {
-                // What is asked is who has the bytes, not the bytes.
+                // This asks where the bytes are, not for the bytes.
                 if method == "HEAD" && linked.digest.is_some() && linked.size.is_some() {
                     return Ok(Reply { body: response.into_body(), status, headers, linked });
                 }
@@ -389,7 +391,7 @@ impl Client {
                 }
                 return Ok(Reply { body: response.into_body(), status, headers, linked });
             }
-            // Addresses of bytes are valid for a while: the hub gives a new one.
+            // Addresses of bytes are valid only for a while; the hub gives a new one.
             if !self.is_hub(&place) && status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS {
                 lock(&self.places).remove(url);
                 let pause = from_memory.then_some(Duration::ZERO);
@@ -429,12 +431,12 @@ impl Client {
         })
     }
 
-    /// Whether an address is the hub's, which may know who asks.
+    /// Whether an address is the hub's, which may get the token.
     fn is_hub(&self, url: &str) -> bool {
         origin(url).is_some() && origin(url) == origin(&self.settings.endpoint)
     }
 
-    /// What a status that is no success means.
+    /// The error for a status that is not a success.
     fn refusal(&self, url: &str, status: StatusCode, headers: &HeaderMap, question: Question<'_>) -> Trouble {
         let header = |name: &str| text(headers, name).unwrap_or_default().to_owned();
         let (code, message) = (header("x-error-code"), header("x-error-message"));
@@ -464,7 +466,7 @@ impl Client {
 }
 
 impl Attempts<'_> {
-    /// So many bytes have come.
+    /// This many bytes have come.
     fn progressed(&mut self, bytes: u64) {
         self.came += bytes;
         if self.came >= self.client.patience.slowest {
@@ -481,7 +483,7 @@ impl Attempts<'_> {
         let Patience { attempts, first_pause, longest_pause, longest_wait, .. } = self.client.patience;
         self.failed += 1;
         let own = first_pause.saturating_mul(1 << (self.failed - 1).min(16)).min(longest_pause);
-        // Not all threads at the same moment again.
+        // So that not all threads try again at the same moment.
         let own = own.mul_f64(0.75 + 0.5 * jitter());
         let pause = pause.map_or(own, |asked| if busy { asked.max(own) } else { asked.min(longest_wait) });
         self.waited = self.waited.saturating_add(pause);
@@ -490,7 +492,7 @@ impl Attempts<'_> {
             let problem = format!("{problem}; it asks for a pause of {} s", pause.as_secs());
             return Err(HubError::Busy { url, problem });
         }
-        // One who is asked to wait, and does, has not failed.
+        // A request that waits because the hub asks for it has not failed.
         if !busy && self.failed >= attempts {
             return Err(HubError::Unreachable { url, problem, attempts });
         }
@@ -522,18 +524,19 @@ impl Linked {
     }
 }
 
-/// Whether two digests are of one kind: a server may state that of a Git LFS pointer instead of what it points to.
+/// Whether two digests are of one kind: a server may state the digest of a Git LFS pointer instead of that of the
+/// file.
 fn comparable(a: &Digest, b: &Digest) -> bool {
     std::mem::discriminant(a) == std::mem::discriminant(b)
 }
 
-/// A number between 0 and 1 that differs from thread to thread and from call to call: nothing but pauses depends on it.
+/// A number between 0 and 1 that differs from thread to thread and from call to call. Only pauses depend on it.
 fn jitter() -> f64 {
     use std::hash::{BuildHasher as _, RandomState};
     (RandomState::new().hash_one(0u8) % 1024) as f64 / 1024.0
 }
 
-/// A thread that panicked has left these whole: every change to them is one step.
+/// A thread that panicked leaves these values whole, because every change to them is one step.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

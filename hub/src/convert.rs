@@ -21,10 +21,10 @@ use crate::select::{Form, base_name, form, gguf_files};
 use crate::snapshot::{RemoteFile, Snapshot};
 use crate::source::{HubSource, Remote};
 
-/// Files that are here at once: one that is being converted, and one that comes. A third waits until what both need of the first is
-/// done, which comes first.
+/// Files on the drive at once: one that is being converted, and one that is being downloaded. A third waits until all extents that
+/// need the first are done; those are made first.
 pub(crate) const WINDOW: usize = 2;
-/// The line is measured with at most so many bytes, over so long.
+/// The line is measured with at most this many bytes, for at most this long.
 const PROBE_BYTES: u64 = 48 << 20;
 const PROBE_TIME: Duration = Duration::from_secs(2);
 
@@ -39,7 +39,7 @@ pub struct HubConversion {
     notes: Vec<String>,
 }
 
-/// What a conversion needs, before it begins.
+/// What a conversion will need.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Needs {
     /// Bytes to download.
@@ -48,18 +48,18 @@ pub struct Needs {
     pub cached: u64,
     /// Most bytes of downloaded files that are on the drive at once.
     pub scratch: u64,
-    /// Most bytes of what measuring needs on the drive meanwhile.
+    /// Most bytes on the drive that measuring needs meanwhile.
     pub measuring: u64,
     /// Bytes of the model file.
     pub file: u64,
-    /// Bytes that are free where it goes; `None` where the system does not say.
+    /// Bytes that are free on its drive; `None` if the system does not say.
     pub free: Option<u64>,
 }
 
 impl HubConversion {
     /// Asks the hub for the repository, and reads the headers of the files that make the model. `dst` is the model file that will be
-    /// written; beside it, `DST.partial.source` holds what is downloaded, and says which commit an interrupted conversion is of.
-    /// With `keep`, the files stay there.
+    /// written. Beside it, `DST.partial.source` holds the downloads and the commit of an interrupted conversion. With `keep`, the
+    /// files stay there.
     ///
     /// # Errors
     /// [`HubError`].
@@ -95,8 +95,8 @@ impl HubConversion {
         &self.notes
     }
 
-    /// How much has to be downloaded and written. `kept`: bytes that measuring keeps from layer to layer
-    /// ([`sluice_converter::measure::Measure::kept_bytes`]).
+    /// How much has to be downloaded and written. `kept` is the number of bytes that measuring keeps from layer to
+    /// layer ([`sluice_converter::measure::Measure::kept_bytes`]).
     pub fn needs(&self, plan: &Plan, dst: &Path, kept: u64) -> Needs {
         let files = self.remote.files();
         let all: u64 = files.iter().map(|file| file.size).sum();
@@ -112,7 +112,7 @@ impl HubConversion {
         self.remote.snapshot().cached_file(self.remote.client(), file).is_some()
     }
 
-    /// Bytes on the drive that an interrupted conversion to `dst` has taken, and that this one uses again.
+    /// Bytes on the drive that an interrupted conversion to `dst` occupies, and that this one uses again.
     pub fn taken(&self, dst: &Path) -> u64 {
         let occupied = |path: &Path| path.metadata().map_or(0, |m| m.blocks() * 512);
         let downloads = fs::read_dir(&self.folder).into_iter().flatten().flatten();
@@ -120,8 +120,8 @@ impl HubConversion {
         here.iter().sum::<u64>() + downloads.map(|entry| occupied(&entry.path())).sum::<u64>()
     }
 
-    /// Measures the line, in bytes per second, with a few megabytes; `None` for models that are here before it is
-    /// measured.
+    /// Measures the line, in bytes per second, with a few megabytes; `None` if no file is large enough to make that
+    /// worthwhile.
     ///
     /// # Errors
     /// [`HubError`].
@@ -151,7 +151,7 @@ impl HubConversion {
         Ok(Some(total as f64 / started.elapsed().as_secs_f64().max(1e-3)))
     }
 
-    /// Makes the folder for what is downloaded: from here on, reads of the source wait for files.
+    /// Makes the folder for downloads. From here on, reads of the source wait for files.
     ///
     /// # Errors
     /// [`HubError`]; among others [`HubError::Locked`] if another process converts to the same place.
@@ -179,13 +179,14 @@ impl HubConversion {
         self.folder.is_dir() && !with_suffix(dst, ".partial").exists() && is_settled
     }
 
-    /// After the conversion: removes the folder, or completes the checkpoint in it, gives it a name beside the model file and
-    /// returns that.
+    /// Call this after the conversion. Removes the folder; or completes the checkpoint in it, gives it a name beside the
+    /// model file and returns that name.
     ///
     /// # Errors
     /// [`HubError`].
     pub fn finish(&self, dst: &Path) -> Result<Option<PathBuf>, HubError> {
-        // Held to the end: nobody else begins meanwhile, and whoever comes after a kill sees what this is.
+        // Held to the end, so that no other process begins meanwhile, and after a kill the next one sees what this
+        // is.
         let _pin = lock(&self.pin).take();
         if !self.keep {
             fs::remove_dir_all(&self.folder).map_err(HubError::io(&self.folder, "remove it"))?;
@@ -210,7 +211,7 @@ fn is_text(path: &str) -> bool {
     !path.contains('/') && (endings.iter().any(|end| path.ends_with(end)) || path.starts_with("LICENSE"))
 }
 
-/// The files that make the model that is meant.
+/// The files that make the chosen model.
 fn model_files(client: &Client, snapshot: &Snapshot, reference: &Reference) -> Result<Vec<RemoteFile>, HubError> {
     if form(snapshot, reference)? == Form::Gguf {
         return Ok(gguf_files(snapshot, reference.part.as_deref())?.into_iter().cloned().collect());
@@ -229,14 +230,14 @@ fn model_files(client: &Client, snapshot: &Snapshot, reference: &Reference) -> R
     Ok(found.collect())
 }
 
-/// Most bytes of files that are here at once, by the rule that lets them come.
+/// Most bytes of files that are on the drive at once, by the rule that admits them.
 fn scratch(sizes: &[u64], uses: &[FileUse]) -> u64 {
     let mut order: Vec<&FileUse> = uses.iter().collect();
     order.sort_by_key(|u| (u.first, u.last, u.file));
     let (mut here, mut most): (Vec<&FileUse>, u64) = (Vec::new(), 0);
     for next in order {
         while here.iter().filter(|u| u.last < next.last).count() >= WINDOW {
-            // The one that leaves first, if it leaves before the next one is needed.
+            // The file that can be deleted first, if that is possible before the next one is needed.
             let leaving = here.iter().enumerate().filter(|(_, u)| u.last < next.first);
             let Some((at, _)) = leaving.min_by_key(|(_, u)| u.last) else { break };
             here.remove(at);

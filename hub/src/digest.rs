@@ -1,16 +1,16 @@
-//! What the hub says a file's content is: SHA-256 of large files (Git LFS), and git's own name of small ones.
+//! Digests that the hub states for files: SHA-256 for large files (Git LFS), and git's own digest for small ones.
 
 use std::fmt;
 
 use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY, SHA256};
 
-/// The digest that the hub states of a file's content.
+/// The digest that the hub states for a file's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Digest {
     /// Of the bytes of a file that Git LFS or Xet keeps.
     Sha256([u8; 32]),
-    /// SHA-1 over `blob LENGTH\0` and the bytes: git's name of a file that it keeps itself. Not every server that stands in for
-    /// the hub states it rightly.
+    /// SHA-1 over `blob LENGTH\0` and the bytes: git's digest of a file that it keeps itself. Not every server that replaces
+    /// the hub states it correctly.
     Git([u8; 20]),
     /// None is stated.
     Unstated,
@@ -37,12 +37,12 @@ impl Digest {
         }
     }
 
-    /// Whether `bytes` are the content, as far as it is stated.
+    /// Whether `bytes` have this digest; true if none is stated.
     pub fn is_of(&self, bytes: &[u8]) -> bool {
         self.is(&self.computed(bytes))
     }
 
-    /// The digest of this kind that bytes have.
+    /// The digest of this kind of the bytes.
     pub(crate) fn computed(&self, bytes: &[u8]) -> Vec<u8> {
         let mut hasher = Hasher::new(self, bytes.len() as u64);
         hasher.update(bytes);
@@ -80,7 +80,7 @@ fn hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     Some(bytes)
 }
 
-/// Forms the digest of a file's bytes, front to back.
+/// Computes the digest of a file's bytes, front to back.
 #[derive(Clone)]
 pub(crate) struct Hasher(Context);
 

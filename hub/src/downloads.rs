@@ -1,5 +1,5 @@
-//! Downloads of several files at once: pieces over several connections, in the order in which the files are needed, each file
-//! verified, and no more files on the drive than are allowed.
+//! Downloads several files at once: in pieces over several connections, and in the order in which the files are needed. It
+//! verifies each file, and keeps no more files on the drive than are allowed.
 
 use std::fs::{self, File};
 use std::io::{self, Seek as _};
@@ -18,13 +18,13 @@ use crate::snapshot::{RemoteFile, Snapshot, is_settled};
 /// How often a file is downloaded before its digest is believed to be wrong.
 const ATTEMPTS: u32 = 3;
 
-/// Hears how downloads go. Called from several threads.
+/// Learns how downloads proceed. Called from several threads.
 pub trait Observer: Send + Sync {
-    /// So many bytes will be here in the end.
+    /// This many bytes will be on the drive in the end.
     fn expects(&self, bytes: u64);
-    /// So many more bytes of files are here, or have been found here.
+    /// This many more bytes of files have arrived, or were found on the drive.
     fn arrived(&self, bytes: u64);
-    /// So many bytes that had arrived are of no use.
+    /// This many bytes that had arrived are useless.
     fn lost(&self, bytes: u64);
     /// Something that the user should know.
     fn note(&self, text: &str);
@@ -43,7 +43,7 @@ pub(crate) struct Target {
     pub(crate) remote: RemoteFile,
     /// Where it goes.
     pub(crate) path: PathBuf,
-    /// The step of work that needs it first, and that which needs it last. Files come in the order of the first.
+    /// The first and the last step of work that need it. Files are downloaded in the order of their first steps.
     pub(crate) first: usize,
     pub(crate) last: usize,
 }
@@ -53,16 +53,16 @@ pub(crate) struct Target {
 pub(crate) struct Terms {
     /// Requests at the same time.
     pub(crate) connections: usize,
-    /// Files on the drive, or on their way, that have not been released. Those that are needed to the end do not count, and more
-    /// come where the work could not go on otherwise.
+    /// Most files that are on the drive or being downloaded and have not been released. Files that are needed to the end do not
+    /// count, and more are admitted if the work could not continue otherwise.
     pub(crate) window: usize,
     /// Whether released files stay.
     pub(crate) keep: bool,
-    /// Whether files are on the drive for good once they have their names.
+    /// Whether files are durable once they have their names.
     pub(crate) durable: bool,
 }
 
-/// Files that are being downloaded by threads of their own, until this is dropped.
+/// Files that separate threads download until this value is dropped.
 #[derive(Debug)]
 pub(crate) struct Downloads {
     shared: Arc<Shared>,
@@ -89,7 +89,7 @@ impl std::fmt::Debug for Shared {
 
 struct Table {
     entries: Vec<Entry>,
-    /// How many of the order have been begun.
+    /// How many files, in that order, have been begun.
     admitted: usize,
     failure: Option<HubError>,
 }
@@ -103,20 +103,20 @@ enum Entry {
 }
 
 struct Active {
-    /// `None`: the file has its name already, or is one of the cache, and is only verified.
+    /// `None` if the file has its name already, or is in the cache, and is only verified.
     partial: Option<PartialFile>,
-    /// Where in the cache of the hub's own programs it is, if it is used there.
+    /// Its place in the cache of the hub's own programs, if it is used from there.
     cached: Option<PathBuf>,
     file: Arc<File>,
     taken: Vec<bool>,
     there: Vec<bool>,
     /// Pieces at the beginning that are in the digest.
     hashed: usize,
-    /// Not here while a thread works with it.
+    /// `None` while a thread works with it.
     hasher: Option<Hasher>,
-    /// Downloads that had another digest.
+    /// How many downloads had a wrong digest.
     failed: u32,
-    /// That of the last one.
+    /// The digest of the last one.
     computed: Option<Vec<u8>>,
 }
 
@@ -149,7 +149,7 @@ impl Downloads {
         Downloads { shared }
     }
 
-    /// Waits until a file is here, whole and verified.
+    /// Waits until a file is whole and verified.
     pub(crate) fn wait(&self, target: usize) -> Result<Arc<File>, HubError> {
         let mut table = lock(&self.shared.table);
         loop {
@@ -165,16 +165,16 @@ impl Downloads {
         }
     }
 
-    /// A file is no longer needed: it is removed, unless released files stay, and makes room for the next.
+    /// Says that a file is no longer needed. It is removed, unless released files stay, and makes room for the next.
     pub(crate) fn release(&self, target: usize) {
         let shared = &self.shared;
         if !shared.terms.keep {
-            // What cannot be removed is in nobody's way but the user's, who hears of it.
+            // A file that cannot be removed disturbs only the user, who is told.
             if let Err(e) = remove(&shared.targets[target].path) {
                 shared.observer.note(&e.to_string());
             }
         }
-        // Last, and the file is closed with it: from here on, its space is free.
+        // This comes last and closes the file; from here on, its space is free.
         lock(&shared.table).entries[target] = Entry::Released;
         shared.changed.notify_all();
     }
@@ -183,13 +183,13 @@ impl Downloads {
 impl Drop for Downloads {
     fn drop(&mut self) {
         self.shared.stopped.store(true, Ordering::Relaxed);
-        // Whoever has looked and is about to wait has the table.
+        // A thread that has checked and is about to wait holds the lock of the table.
         drop(lock(&self.shared.table));
         self.shared.changed.notify_all();
     }
 }
 
-/// Whoever waits for a file is told if a thread that was to bring it has panicked.
+/// Tells the threads that wait for a file if a thread that should download it has panicked.
 struct Guard<'s>(&'s Shared);
 
 impl Drop for Guard<'_> {
@@ -219,7 +219,7 @@ impl Shared {
         }
     }
 
-    /// The next thing to do; waits for one, and is `None` when there will be none.
+    /// The next piece of work; waits for one, and returns `None` when there will be no more.
     fn next(&self) -> Option<Task> {
         let mut table = lock(&self.table);
         loop {
@@ -243,7 +243,8 @@ impl Shared {
         }
     }
 
-    /// Whether one more file may come: there are few that will be gone before it is, or none of them can go before it has come.
+    /// Whether one more file may come: either few of the current files will be released before this one is, or none of
+    /// them can be released until it has come.
     fn may_begin(&self, table: &Table, target: usize) -> bool {
         let here = || self.order[..table.admitted].iter().filter(|&&i| !matches!(table.entries[i], Entry::Released));
         let next = &self.targets[target];
@@ -251,7 +252,7 @@ impl Shared {
         count < self.terms.window || !here().any(|&i| self.targets[i].last < next.first)
     }
 
-    /// Finds out what is there of a file.
+    /// Finds out which parts of a file exist.
     fn open(&self, target: usize) -> Result<(), HubError> {
         let Target { remote, path, .. } = &self.targets[target];
         if let Some(folder) = path.parent() {
@@ -277,7 +278,7 @@ impl Shared {
         Ok(())
     }
 
-    /// What there is of a file that has no name yet.
+    /// The parts of a file that has no final name yet.
     fn partial(&self, target: usize) -> Result<Active, HubError> {
         let Target { remote, path, .. } = &self.targets[target];
         let (partial, there) = PartialFile::open(path, remote)?;
@@ -290,7 +291,7 @@ impl Shared {
         let mut active = self.partial(target)?;
         if let Some(partial) = &active.partial {
             let copied = (&partial.file).rewind().and_then(|()| io::copy(&mut cached, &mut &partial.file));
-            // What is not as long as it was comes from the hub.
+            // If its length has changed, the file comes from the hub.
             if copied.map_err(HubError::io(place, "copy it"))? == self.targets[target].remote.size {
                 let missing = (0..active.there.len()).filter(|&number| !active.there[number]);
                 missing.into_iter().try_for_each(|number| partial.add(number))?;
@@ -332,8 +333,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Carries the digest of a file on over the pieces that are there, unless another thread does; after the last one, the file
-    /// is complete or comes again.
+    /// Continues the digest of a file over the pieces that have arrived, unless another thread does. After the last piece, the
+    /// file is complete or is downloaded again.
     fn digest(&self, target: usize, buffer: &mut Vec<u8>) -> Result<(), HubError> {
         let Target { remote, path, .. } = &self.targets[target];
         let count = piece_count(remote.size);
@@ -365,7 +366,7 @@ impl Shared {
         }
     }
 
-    /// All pieces are there.
+    /// All pieces have arrived.
     fn finish(&self, target: usize, hasher: Hasher) -> Result<(), HubError> {
         let Target { remote, path, .. } = &self.targets[target];
         let computed = hasher.finish();
@@ -385,7 +386,7 @@ impl Shared {
                 remote.digest.kind()
             ));
         }
-        // Takes long, and others need the table.
+        // This takes long, and other threads need the table.
         if let Some(file) = written.filter(|_| is_sound && self.terms.durable) {
             file.sync_data().map_err(HubError::io(path, "sync it"))?;
         }
@@ -394,7 +395,7 @@ impl Shared {
         if is_sound {
             match &active.partial {
                 Some(partial) => partial.finish(path)?,
-                // It had its name before its remains could be removed.
+                // The file got its name before its remains could be removed.
                 None => remove_remains(path)?,
             }
             // Read only, from here on.
@@ -409,7 +410,7 @@ impl Shared {
         let was_here = active.partial.is_none();
         let failed = active.failed + u32::from(!was_here);
         if failed >= ATTEMPTS {
-            // What is left would only be verified again.
+            // The remains would only be verified again.
             let partial = &mut active.partial;
             partial.as_mut().map_or(Ok(()), PartialFile::clear)?;
             let (file, digest) = (remote.path.clone(), remote.digest.kind());
@@ -444,7 +445,7 @@ mod tests {
     use crate::digest::Digest;
     use crate::settings::Settings;
 
-    /// Who would wait for files that nobody sends.
+    /// The state of downloads that no server would answer.
     fn shared(needs: &[(usize, usize)], window: usize) -> Shared {
         let settings = Settings {
             endpoint: "http://127.0.0.1:1".into(),
@@ -477,7 +478,7 @@ mod tests {
         }
     }
 
-    /// Files that are begun without any being released.
+    /// The files that are begun as long as none is released.
     fn begun(needs: &[(usize, usize)], window: usize) -> usize {
         let shared = shared(needs, window);
         let mut table = lock(&shared.table);
@@ -493,11 +494,11 @@ mod tests {
     fn no_more_files_come_than_may_be_here_unless_the_work_would_stand_still() {
         assert_eq!(begun(&[(0, 0), (1, 1), (2, 2), (3, 3)], 2), 2);
         assert_eq!(begun(&[(0, 1), (1, 2), (2, 3), (3, 4)], 2), 2);
-        // One step needs all.
+        // One step needs all files.
         assert_eq!(begun(&[(0, 9), (1, 9), (2, 9), (3, 9)], 2), 4);
         // The first leaves before the third is needed.
         assert_eq!(begun(&[(0, 1), (1, 8), (2, 9), (3, 9)], 2), 2);
-        // The first stays to the end, and is in nobody's way.
+        // The first stays to the end, and does not count.
         assert_eq!(begun(&[(0, 9), (1, 1), (2, 2), (3, 3)], 2), 3);
     }
 }

@@ -1,14 +1,14 @@
-//! Why something cannot be had from the hub.
+//! Errors of the hub.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Why something cannot be had from the hub, and what to do about it.
+/// Why something could not be got from the hub, and what to do about it.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HubError {
-    /// A text is no name of a repository.
+    /// A text is not the name of a repository.
     #[error(
         "{text:?} is no name of a model on the hub: {problem}. Names are like deepseek-ai/DeepSeek-R1; @REVISION may follow, \
          and for repositories of GGUF files :QUANT"
@@ -36,7 +36,7 @@ pub enum HubError {
         /// What is needed.
         what: String,
     },
-    /// The hub hides a repository from those who do not say who they are.
+    /// The hub hides a repository from requests without a token.
     #[error(
         "{repo}: the hub shows no such repository without a token: it may be private or gated, or not exist. Check the name. \
          If it is private, set HF_TOKEN, or log in with `hf auth login`"
@@ -45,7 +45,7 @@ pub enum HubError {
         /// The repository.
         repo: String,
     },
-    /// The token does not suffice, or there is none.
+    /// The token is not sufficient, or there is none.
     #[error(
         "{repo}: the hub refuses {} ({problem}). Check the name of the repository, and {}",
         if *has_token { "this token" } else { "to show it" },
@@ -82,7 +82,7 @@ pub enum HubError {
         /// What to do, as the rest of the sentence.
         advice: String,
     },
-    /// The hub wants fewer requests, and waiting as long as it asks has not helped.
+    /// The hub wants fewer requests, and waiting as long as it asked has not helped.
     #[error(
         "{url}: the hub refuses further requests for now ({problem}). Run the same command again later: it goes on"
     )]
@@ -100,12 +100,12 @@ pub enum HubError {
     Unreachable {
         /// The address.
         url: String,
-        /// What happened last.
+        /// The last error.
         problem: String,
-        /// Attempts without a byte of success.
+        /// Attempts that brought no byte.
         attempts: u32,
     },
-    /// An answer is not what the interface of the hub says.
+    /// An answer does not follow the interface of the hub.
     #[error("{url}: {problem}. Check that HF_ENDPOINT, if it is set, names a server that speaks the hub's interface")]
     Protocol {
         /// The address.
@@ -113,7 +113,7 @@ pub enum HubError {
         /// What is wrong.
         problem: String,
     },
-    /// A file has been downloaded several times, and never was what the hub says it is.
+    /// A file has been downloaded several times, and never had the digest that the hub states.
     #[error(
         "{file}: what is downloaded has not the {digest} that the hub states, {attempts} times in a row. Something on the way \
          changes it, or the hub holds a damaged file: try another network, or tell the authors of the repository"
@@ -126,7 +126,7 @@ pub enum HubError {
         /// How often.
         attempts: u32,
     },
-    /// A name that the hub gives a file cannot be the name of a file here.
+    /// The hub's name for a file cannot be the name of a local file.
     #[error(
         "{repo}: the hub names a file {file:?}, which would lie outside the folder of the download, or be taken for something \
          else. Nothing was written"
@@ -137,18 +137,18 @@ pub enum HubError {
         /// The file.
         file: String,
     },
-    /// Which files are meant cannot be told, or there are none.
+    /// It is not clear which files are meant, or there are none.
     #[error("{repo}: {problem}")]
     Selection {
         /// The repository.
         repo: String,
-        /// What is the matter, and what to do.
+        /// What the problem is, and what to do.
         problem: String,
     },
-    /// The files of a repository are no checkpoint.
+    /// The files of a repository are not a checkpoint.
     #[error("{problem}")]
     NoCheckpoint {
-        /// What is the matter with which of them, and what to do.
+        /// Which file has what problem, and what to do.
         problem: String,
     },
     /// The operating system refused.
@@ -176,10 +176,10 @@ pub enum HubError {
     /// Another process downloads or converts to the same place.
     #[error("{path}: another process downloads or converts to this place. Wait for it, or stop it")]
     Locked {
-        /// What it has locked.
+        /// The file or folder that it has locked.
         path: PathBuf,
     },
-    /// A folder holds something else than a download of this repository.
+    /// A folder holds something other than a download of this repository.
     #[error("{path}: {problem}")]
     InTheWay {
         /// The folder or file.
@@ -187,7 +187,7 @@ pub enum HubError {
         /// What is there, and what to do.
         problem: String,
     },
-    /// The download was given up, because something else failed.
+    /// The download was given up because something else failed.
     #[error("the download was stopped")]
     Stopped,
 }

@@ -1,10 +1,10 @@
-//! What the headers of an answer say.
+//! Parses the headers of an answer.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ureq::http::{HeaderMap, Uri};
 
-/// A header's text; `None` if it is not there, or has other characters than those of ASCII that are shown.
+/// A header's text; `None` if it is missing, or has characters other than printable ASCII.
 pub(crate) fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
     headers.get(name)?.to_str().ok().map(str::trim)
 }
@@ -13,7 +13,8 @@ pub(crate) fn number(headers: &HeaderMap, name: &str) -> Option<u64> {
     text(headers, name)?.parse().ok()
 }
 
-/// The pause that an answer asks for: in seconds, as the time when it is over, or by the hub's `RateLimit: "api";r=0;t=55`.
+/// The pause that an answer asks for: in seconds, as the time at which it ends, or in the hub's form
+/// `RateLimit: "api";r=0;t=55`.
 pub(crate) fn asked_pause(headers: &HeaderMap) -> Option<Duration> {
     let limit =
         || text(headers, "ratelimit")?.split(';').find_map(|field| field.trim().strip_prefix("t=")?.parse().ok());
@@ -21,14 +22,14 @@ pub(crate) fn asked_pause(headers: &HeaderMap) -> Option<Duration> {
         return Some(Duration::from_secs(seconds));
     }
     let until = seconds_of_date(text(headers, "retry-after")?)?;
-    // By the server's clock, if it says what that shows.
+    // By the server's clock, if the answer says what it shows.
     let now = text(headers, "date").and_then(seconds_of_date);
     let own = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     Some(Duration::from_secs(until.saturating_sub(now.unwrap_or_else(own))))
 }
 
-/// Seconds since 1970 of a date as servers write it: `Wed, 21 Oct 2015 07:28:00 GMT` (RFC 9110, section 5.6.7, which has servers
-/// write no other form).
+/// Seconds since 1970 of a date as servers write it: `Wed, 21 Oct 2015 07:28:00 GMT` (RFC 9110, section 5.6.7, which allows
+/// servers no other form).
 fn seconds_of_date(text: &str) -> Option<u64> {
     const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let mut words = text.split_once(", ")?.1.split(' ');
@@ -43,7 +44,7 @@ fn seconds_of_date(text: &str) -> Option<u64> {
     if !sound || words.next() != Some("GMT") {
         return None;
     }
-    // Days of a calendar whose years begin in March, so that the day that some have more is their last.
+    // Days of a calendar whose years begin in March, so that a leap day is the last day of its year.
     let (year, month) = if month < 2 { (year - 1, month + 10) } else { (year, month - 2) };
     let days = year * 365 + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1;
     const UNTIL_1970: u64 = 719_468;
@@ -69,12 +70,12 @@ pub(crate) fn next_page(headers: &HeaderMap) -> Option<String> {
 pub(crate) fn origin(url: &str) -> Option<String> {
     let uri: Uri = url.parse().ok()?;
     let (scheme, authority) = (uri.scheme_str()?, uri.authority()?.as_str().to_ascii_lowercase());
-    // The same server, whether its usual port is named or not.
+    // The server is the same, whether the address names its default port or not.
     let port = if scheme == "https" { ":443" } else { ":80" };
     Some(format!("{scheme}://{}", authority.strip_suffix(port).unwrap_or(&authority)))
 }
 
-/// Where a redirect from an address leads; the text is the rest of a sentence about `from`.
+/// The target of a redirect from an address. The error is the rest of a sentence about `from`.
 pub(crate) fn redirected(from: &str, to: &str) -> Result<String, &'static str> {
     let scheme = |url: &str| Some(url.split_once("://")?.0.to_ascii_lowercase());
     let own = scheme(from).unwrap_or_default();

@@ -1,7 +1,7 @@
 //! The Hugging Face hub: downloads of models, and conversions that need no more room than a few of their files.
 //!
-//! The only crate that opens connections to other machines; a test of the workspace sees to it. Requests go through
-//! [`Client`], which tries again where that can help and gives the token to nobody but the hub.
+//! This is the only crate that opens connections to other machines; a test of the workspace checks that. Requests go
+//! through [`Client`], which tries again if that can help, and gives the token only to the hub.
 //!
 //! | module | does |
 //! |---|---|

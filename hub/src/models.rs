@@ -1,4 +1,4 @@
-//! The folder of models: what was made of which name, so that the name is enough.
+//! The folder of models: it records which file was made from which name, so the name is enough to find the file.
 
 use std::env;
 use std::fs::{self, File, TryLockError};
@@ -13,9 +13,9 @@ use crate::name::{PREFIX, Reference};
 use crate::pieces::with_suffix;
 
 const EXTENSION: &str = ".sluice";
-/// What stands for the `/` of a name.
+/// Replaces the `/` of a name.
 const SLASH: &str = "--";
-/// What stands before a part of a repository, and before a type. No name has it.
+/// Stands before the part of a repository, and before a type. No name contains it.
 const PLUS: char = '+';
 
 /// The folder of models.
@@ -27,7 +27,7 @@ pub struct Models {
 /// A model of the folder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
-    /// Its name on the hub, or that of the file without its extension, where nothing on the hub is called so.
+    /// Its name on the hub, or that of the file without its extension, if that is not a name on the hub.
     pub name: String,
     /// The file.
     pub path: PathBuf,
@@ -42,11 +42,11 @@ pub struct Entry {
 }
 
 impl Models {
-    /// The user's folder: `models` in `SLUICE_HOME`; else `sluice/models` in `XDG_DATA_HOME` or `~/.local/share`, on macOS in
-    /// `~/Library/Application Support`.
+    /// The user's folder: `models` in `SLUICE_HOME`; otherwise `sluice/models` in `XDG_DATA_HOME` or `~/.local/share`, on
+    /// macOS in `~/Library/Application Support`.
     ///
     /// # Errors
-    /// [`HubError::Setting`] if no variable leads anywhere.
+    /// [`HubError::Setting`] if no variable gives a folder.
     pub fn of_user() -> Result<Self, HubError> {
         Self::from(&|name| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from))
     }
@@ -67,7 +67,7 @@ impl Models {
         &self.folder
     }
 
-    /// Whether the folder, if there is one, can be read: else its models would seem not to be there.
+    /// Checks that the folder, if it exists, can be read; otherwise its models would seem to be missing.
     ///
     /// # Errors
     /// [`HubError::Io`].
@@ -86,13 +86,13 @@ impl Models {
         fs::create_dir_all(&self.folder).map_err(HubError::io(&self.folder, "create it"))
     }
 
-    /// The file for a name on the hub, converted to other types than usual if `types` says which.
+    /// The file for a name on the hub; `types` names the weight types if they are not the default.
     pub fn path(&self, reference: &Reference, types: Option<&str>) -> PathBuf {
         let types = types.map(|types| format!("{PLUS}{types}")).unwrap_or_default();
         self.folder.join(format!("{}{types}{EXTENSION}", stem(reference)))
     }
 
-    /// Files that were made of a name on the hub: with the usual types first, then with others.
+    /// Files that were made from a name on the hub: first with the default types, then with others.
     pub fn find(&self, reference: &Reference) -> Vec<PathBuf> {
         let stem = stem(reference);
         let with_types = format!("{stem}{PLUS}");
@@ -100,7 +100,7 @@ impl Models {
             let name = whole_name(name)?;
             let name = name.strip_suffix(EXTENSION)?;
             let types = if name == stem { "" } else { name.strip_prefix(&with_types)? };
-            // Types follow the part, and a part is no type.
+            // Types follow the part, and a part is not a type.
             (reference.part.is_some() || is_types(types)).then(|| types.to_owned())
         };
         let names = self.names();
@@ -140,7 +140,8 @@ impl Models {
         entries
     }
 
-    /// The entries that a name means: one on the hub, as [`Models::list`] says it, with or without `hf:`, or that of the file.
+    /// The entries to which a name refers: a name on the hub as [`Models::list`] gives it, with or without `hf:`, or the name
+    /// of the file.
     pub fn named(&self, name: &str) -> Vec<Entry> {
         let bare = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
         let is_meant = |entry: &Entry| {
@@ -152,7 +153,7 @@ impl Models {
         self.list().into_iter().filter(is_meant).collect()
     }
 
-    /// Removes a model, or what an interrupted conversion has left of one; returns the bytes that are free again.
+    /// Removes a model, or what an interrupted conversion has left of one; returns the bytes that this frees.
     ///
     /// # Errors
     /// [`HubError::Io`]; [`HubError::Locked`] for a conversion that is running.
@@ -174,7 +175,8 @@ impl Models {
             let kinds = [".journal", ".journal.new", ".states", ".states.new", ".layer"];
             beside.extend(kinds.map(|kind| with_suffix(&partial, kind)));
         }
-        // Of a complete model, downloads are left if it was interrupted in its last moment. Those of another conversion stay.
+        // A complete model still has downloads if its conversion was interrupted in the last moment. Downloads of another
+        // conversion stay.
         let source = with_suffix(&partial, ".source");
         if source.is_dir() && !partial.exists() {
             for file in fs::read_dir(&source).into_iter().flatten().flatten() {
@@ -199,7 +201,7 @@ impl Models {
         self.names().into_iter().filter(is_other).map(|name| self.folder.join(name)).collect()
     }
 
-    /// Names of what is in the folder, sorted.
+    /// Names of the files in the folder, sorted.
     fn names(&self) -> Vec<String> {
         let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
         let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
@@ -208,7 +210,7 @@ impl Models {
     }
 }
 
-/// What the file of a name would be called if its model were one file; none for volumes behind the first.
+/// The name of the file if its model were one file; `None` for volumes after the first.
 fn whole_name(name: &str) -> Option<String> {
     match VolumeName::parse(Path::new(name)) {
         None => Some(name.to_owned()),
@@ -223,7 +225,7 @@ fn occupied(found: &fs::Metadata) -> u64 {
     found.len().min(found.blocks() * 512)
 }
 
-/// Whether a text is what [`Models::path`] writes for types.
+/// Whether a text has the form in which [`Models::path`] writes types.
 fn is_types(text: &str) -> bool {
     let is_type = |word: &str| word.len() <= 8 && word.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
     text.split('-').all(is_type)
@@ -241,12 +243,12 @@ fn stem(reference: &Reference) -> String {
     stem
 }
 
-/// A text without what names of files cannot have.
+/// A text without characters that names of files cannot have.
 fn plain(text: &str) -> String {
     text.replace(['/', PLUS], "_")
 }
 
-/// What a file is called on the hub.
+/// The name on the hub from which a file was made.
 fn name_of(stem: &str) -> String {
     let as_reference = || {
         let (name, rest) = stem.split_once(PLUS).map_or((stem, None), |(name, rest)| (name, Some(rest)));
@@ -324,7 +326,7 @@ mod tests {
         assert!(matches!(models.remove(left), Err(HubError::Locked { .. })));
         drop(running);
         models.remove(left).unwrap();
-        // One that was interrupted when all but its downloads was in order.
+        // A conversion that was interrupted when only its downloads remained.
         fs::write(folder.path().join("a--d.sluice"), "x").unwrap();
         fs::create_dir(folder.path().join("a--d.sluice.partial.source")).unwrap();
         models.remove(&models.named("hf:a/d")[0]).unwrap();

@@ -1,30 +1,30 @@
-//! Names of what is on the hub.
+//! Names of repositories and files on the hub.
 
 use std::fmt;
 use std::str::FromStr;
 
 use crate::error::HubError;
 
-/// What the command line puts before names on the hub.
+/// The prefix of names on the hub on the command line.
 pub const PREFIX: &str = "hf:";
 
-/// Longest name of an owner, or of a repository, that the hub gives.
+/// Longest name of an owner, or of a repository, on the hub.
 const LONGEST: usize = 96;
 
-/// What a user names: a repository, and perhaps a revision, and which of its files.
+/// What a user names: a repository, and optionally a revision and some of its files.
 ///
 /// As text `hf:OWNER/NAME@REVISION:PART`; prefix, revision and part may be left out.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Reference {
-    /// `OWNER/NAME`; the first models of the hub have no owner.
+    /// `OWNER/NAME`; the oldest models on the hub have no owner.
     pub repo: String,
-    /// A branch, a tag or a commit; the branch `main` where none is named.
+    /// A branch, a tag or a commit; `None` means the branch `main`.
     pub revision: Option<String>,
-    /// Of several models in a repository the one that is meant: a file, or a quantisation such as `Q4_K_M`.
+    /// Which of several models in a repository is meant: a file, or a quantisation such as `Q4_K_M`.
     pub part: Option<String>,
 }
 
-/// The revision that is meant where none is named.
+/// The default revision.
 pub const MAIN: &str = "main";
 
 impl Reference {
@@ -97,7 +97,7 @@ fn is_segment(text: &str) -> bool {
         && (1..=LONGEST).contains(&text.len())
         && !text.starts_with(edge)
         && !text.ends_with(edge)
-        // The hub gives no such names, and folders of models and caches have `--` for the `/`.
+        // The hub has no such names, and folders of models and caches write `--` for the `/`.
         && !text.contains("..")
         && !text.contains("--")
 }
@@ -125,7 +125,7 @@ pub(crate) fn escaped_path(path: &str) -> String {
     segments.join("/")
 }
 
-/// Whether a path that the hub names stays inside the folder that it is to be written to, and can be shown at a terminal.
+/// Whether a path from the hub stays inside the folder to which it would be written, and can be shown on a terminal.
 pub(crate) fn stays_inside(path: &str) -> bool {
     let plain = |segment: &str| !segment.is_empty() && segment != "." && segment != "..";
     !path.contains(|c: char| c == '\\' || c.is_control()) && path.split('/').all(plain)

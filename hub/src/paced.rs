@@ -1,10 +1,10 @@
-//! Answers that come too slowly end.
+//! Ends answers that come too slowly.
 
 use std::io::{self, Read};
 use std::time::{Duration, Instant};
 
-/// Reads an answer, and fails where less than so many bytes come in so long: a line that hangs is not seen otherwise, as long as a byte
-/// comes now and then. Time in which nobody reads does not count.
+/// Reads an answer, and fails if fewer than a number of bytes come within a time. Otherwise a line that hangs would not be noticed as
+/// long as a byte comes now and then. Time in which nobody reads does not count.
 #[derive(Debug)]
 pub(crate) struct Paced<R> {
     inner: R,

@@ -1,7 +1,7 @@
-//! A file that is being downloaded: `NAME.partial` with the pieces that are there, and `NAME.partial.pieces`, which says which.
+//! A file that is being downloaded: `NAME.partial` has the pieces that have arrived, and `NAME.partial.pieces` lists them.
 //!
-//! The list of pieces is not trusted with the content: the digest of the whole file decides, whoever wrote it and whatever a
-//! power cut has left of it.
+//! The list of pieces does not vouch for the content. The digest of the whole file decides, whoever wrote the file and
+//! whatever a power cut has left of it.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
@@ -16,7 +16,7 @@ const MAGIC: [u8; 8] = *b"SLPIECE\x01";
 const RECORD: usize = 8;
 const SHORTEST: u64 = 64 << 10;
 const LONGEST: u64 = 16 << 20;
-/// Pieces that a file of medium length has: enough for all connections.
+/// Number of pieces of a file of medium length: enough for all connections.
 const PIECES: u64 = 32;
 
 /// Bytes of every piece of a file but the last.
@@ -35,7 +35,7 @@ pub(crate) fn piece(size: u64, number: usize) -> (u64, u64) {
     (first, piece_len(size).min(size - first))
 }
 
-/// `path` with something behind its name.
+/// `path` with a suffix.
 pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
@@ -53,8 +53,8 @@ pub(crate) struct PartialFile {
 }
 
 impl PartialFile {
-    /// Opens what an earlier process has left of the download to `target`, or begins anew; returns it with the pieces that are
-    /// there.
+    /// Opens what an earlier process has left of the download to `target`, or begins anew; returns it with the pieces that it
+    /// has.
     pub(crate) fn open(target: &Path, remote: &RemoteFile) -> Result<(Self, Vec<bool>), HubError> {
         let path = with_suffix(target, ".partial");
         let list_path = with_suffix(target, ".partial.pieces");
@@ -67,7 +67,7 @@ impl PartialFile {
         let mut bytes = Vec::new();
         let count = piece_count(remote.size);
         let header = header(&remote.digest, remote.size);
-        // Nobody writes more than each piece a few times.
+        // A list never has more than a few records for each piece.
         let most = (header.len() + RECORD * count * 4) as u64;
         (&list).take(most).read_to_end(&mut bytes).map_err(HubError::io(&list_path, "read it"))?;
         let mut partial = PartialFile { path, file, list_path, list, header };
@@ -83,7 +83,7 @@ impl PartialFile {
                     there[number] = first + piece_len <= len;
                     whole += RECORD;
                 }
-                // What follows is half a record: the next one begins there.
+                // Half a record may follow; it is cut off, and the next record begins there.
                 partial.list.set_len(whole as u64).map_err(HubError::io(&partial.list_path, "cut it"))?;
                 let end = partial.list.seek(SeekFrom::Start(whole as u64));
                 end.map_err(HubError::io(&partial.list_path, "write it"))?;
@@ -92,7 +92,7 @@ impl PartialFile {
         Ok((partial, there))
     }
 
-    /// Notes that a piece is there.
+    /// Notes that a piece has arrived.
     pub(crate) fn add(&self, number: usize) -> Result<(), HubError> {
         let mut record = (number as u32).to_le_bytes().to_vec();
         record.extend((!(number as u32)).to_le_bytes());
@@ -102,7 +102,7 @@ impl PartialFile {
     /// Begins anew.
     pub(crate) fn clear(&mut self) -> Result<(), HubError> {
         let action = "empty it";
-        // The list first: pieces that it names must be there.
+        // The list comes first: pieces that it names must exist.
         let list = File::create(&self.list_path).map_err(HubError::io(&self.list_path, action))?;
         self.list = list;
         self.file.set_len(0).map_err(HubError::io(&self.path, action))?;
@@ -116,13 +116,13 @@ impl PartialFile {
     }
 }
 
-/// Removes what is left of a download to `target`, if anything is.
+/// Removes the remains of a download to `target`, if there are any.
 pub(crate) fn remove_remains(target: &Path) -> Result<(), HubError> {
     remove(&with_suffix(target, ".partial"))?;
     remove(&with_suffix(target, ".partial.pieces"))
 }
 
-/// Removes a file, if it is there.
+/// Removes a file, if it exists.
 pub(crate) fn remove(path: &Path) -> Result<(), HubError> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(HubError::io(path, "remove it")(e)),
@@ -130,7 +130,7 @@ pub(crate) fn remove(path: &Path) -> Result<(), HubError> {
     }
 }
 
-/// Refuses to write through a link or to a device: nobody has left that there for a download.
+/// Refuses to write through a link or to a device, which no download has left there.
 pub(crate) fn refuse_strange(path: &Path) -> Result<(), HubError> {
     match path.symlink_metadata() {
         Ok(found) if !found.is_file() => Err(HubError::InTheWay {
@@ -187,7 +187,7 @@ mod tests {
             partial.add(number).unwrap();
         }
         drop(partial);
-        // Half a record, and a piece that the file does not reach.
+        // Half a record, and a piece beyond the end of the file.
         let list = with_suffix(&target, ".partial.pieces");
         let mut bytes = fs::read(&list).unwrap();
         bytes.extend([4, 0, 0]);

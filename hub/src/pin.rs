@@ -1,4 +1,4 @@
-//! Which commit an interrupted download is of, and who is at it.
+//! Records the commit of an interrupted download, and locks the download.
 
 use std::fs::{File, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
@@ -11,7 +11,7 @@ use crate::error::HubError;
 use crate::pieces::{refuse_strange, remove};
 use crate::snapshot::is_commit;
 
-/// Longest file that is read.
+/// Longest such file that is read.
 const LONGEST: u64 = 64 << 10;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,8 +21,8 @@ struct Content {
     commit: String,
 }
 
-/// The file that says which commit the files of a folder are of. As long as this is there, no other process downloads to
-/// the same place.
+/// The file that says to which commit the files of a folder belong. As long as this value lives, no other process
+/// downloads to the same place.
 #[derive(Debug)]
 pub(crate) struct Pin {
     path: PathBuf,
@@ -36,7 +36,7 @@ impl Pin {
         let mut bytes = Vec::new();
         (&file).take(LONGEST).read_to_end(&mut bytes).map_err(HubError::io(path, "read it"))?;
         let pin = Pin { path: path.to_owned(), file };
-        // What a power cut has left of it says nothing.
+        // The remains after a power cut say nothing.
         let found = serde_json::from_slice::<Content>(&bytes).ok().filter(|found| is_commit(&found.commit));
         let Some(found) = found else { return Ok((pin, None)) };
         if found.repo != repo {
@@ -82,7 +82,7 @@ impl Pin {
     }
 }
 
-/// Opens and locks a file, which is made if it is not there.
+/// Opens and locks a file, which is created if it does not exist.
 fn locked(path: &Path) -> Result<File, HubError> {
     loop {
         refuse_strange(path)?;
@@ -90,7 +90,7 @@ fn locked(path: &Path) -> Result<File, HubError> {
         let file = file.map_err(HubError::io(path, "create it"))?;
         match file.try_lock() {
             Err(TryLockError::WouldBlock) => return Err(HubError::Locked { path: path.to_owned() }),
-            // A filesystem without locks: whoever uses it takes care.
+            // On a filesystem without locks, the user has to take care.
             Err(TryLockError::Error(_)) | Ok(()) => {}
         }
         // Another process may have completed its download, and removed the file, since it was opened: the name is free again.

@@ -20,10 +20,10 @@ use crate::snapshot::{RemoteFile, Snapshot};
 
 /// Requests at the same time.
 pub(crate) const CONNECTIONS: usize = 8;
-/// Says in a folder which commit is being downloaded to it.
+/// Name of the file in a folder that says which commit is being downloaded to it.
 pub(crate) const PIN: &str = ".sluice-download";
 
-/// A download that is about to begin: what it is, where it goes, and how large it is.
+/// A download that is about to begin: its files, its folder, and its size.
 #[derive(Debug)]
 pub struct Pull {
     client: Arc<Client>,
@@ -37,8 +37,8 @@ pub struct Pull {
 }
 
 impl Pull {
-    /// Asks the hub what the repository holds, and prepares the folder. A download that was interrupted goes on with the
-    /// commit that it was begun with.
+    /// Asks the hub what the repository holds, and prepares the folder. An interrupted download continues with the
+    /// commit with which it began.
     ///
     /// # Errors
     /// [`HubError`].
@@ -49,7 +49,7 @@ impl Pull {
         filter: &Filter,
     ) -> Result<Self, HubError> {
         let (path, revision) = (folder.join(PIN), reference.revision().to_owned());
-        // Nothing is written before it is known what comes.
+        // Nothing is written before the list of files is known.
         let (pin, pinned) = Pin::of_interrupted(&path, &reference.repo, &revision)?;
         let mut notes = Vec::new();
         let snapshot = pinned_snapshot(&client, reference, pinned.as_deref(), &mut notes)?;
@@ -84,7 +84,7 @@ impl Pull {
         &self.files
     }
 
-    /// Files that are left out, as nobody has asked for them and a conversion has no use for them.
+    /// Files that are left out, because the user has not asked for them and a conversion does not need them.
     pub fn left_out(&self) -> &[RemoteFile] {
         &self.left_out
     }
@@ -99,10 +99,10 @@ impl Pull {
         self.files.iter().map(|file| file.size).sum()
     }
 
-    /// Downloads, and verifies what is there.
+    /// Downloads, and verifies files that already exist.
     ///
     /// # Errors
-    /// [`HubError`]. What has come stays, and the next attempt goes on with it.
+    /// [`HubError`]. The bytes so far stay, and the next attempt continues with them.
     pub fn run(self, observer: Arc<dyn Observer>) -> Result<(), HubError> {
         let target = |(i, file): (usize, &RemoteFile)| Target {
             remote: file.clone(),
@@ -123,18 +123,18 @@ impl Pull {
     }
 }
 
-/// Bytes that files which come to a folder still take on the drive.
+/// Bytes that the remaining downloads to a folder still take on the drive.
 fn missing(folder: &Path, files: &[RemoteFile]) -> u64 {
     let occupied = |file: &RemoteFile| {
         let path = folder.join(&file.path);
-        // Pieces come in any order, and what is between them takes no space yet.
+        // Pieces arrive in any order, and the gaps between them take no space yet.
         let space = |path: &Path| path.metadata().map_or(0, |m| m.blocks() * 512);
         space(&path).max(space(&with_suffix(&path, ".partial"))).min(file.size)
     };
     files.iter().map(|file| file.size - occupied(file)).sum()
 }
 
-/// A remark on files of which the server states no digest.
+/// A remark on files for which the server states no digest.
 pub(crate) fn unverified<'f>(files: impl Iterator<Item = &'f RemoteFile>) -> Option<String> {
     let mut without = files.filter(|file| file.digest == Digest::Unstated);
     let first = without.next()?;
@@ -145,7 +145,7 @@ pub(crate) fn unverified<'f>(files: impl Iterator<Item = &'f RemoteFile>) -> Opt
     Some(format!("the digest of `{}`{others} is not stated: only the length of what comes can be verified", first.path))
 }
 
-/// Refuses names that downloads have for what they keep beside files.
+/// Refuses names that downloads use for their own files.
 fn check_names(snapshot: &Snapshot, files: &[&RemoteFile]) -> Result<(), HubError> {
     let names: BTreeSet<&str> = files.iter().map(|file| file.path.as_str()).collect();
     let is_taken = |name: &&&str| {
@@ -163,7 +163,7 @@ fn check_names(snapshot: &Snapshot, files: &[&RemoteFile]) -> Result<(), HubErro
     }
 }
 
-/// What the repository holds at the commit of an interrupted download, or else now.
+/// What the repository holds at the commit of an interrupted download, or if there is none, now.
 pub(crate) fn pinned_snapshot(
     client: &Client,
     reference: &Reference,
@@ -181,7 +181,7 @@ pub(crate) fn pinned_snapshot(
         },
         other => other,
     })?;
-    // Only to say so: the download does not depend on it.
+    // Only for a message: the download does not depend on it.
     if let Ok(now) = client.commit(&reference.repo, reference.revision())
         && now != commit
     {
@@ -196,12 +196,12 @@ pub(crate) fn pinned_snapshot(
     Ok(snapshot)
 }
 
-/// As much of a commit as people read.
+/// The first digits of a commit, for messages.
 pub(crate) fn short(commit: &str) -> &str {
     commit.get(..10).unwrap_or(commit)
 }
 
-/// Bytes that are free in a folder, or where it would be made; `None` where the system does not say.
+/// Bytes that are free in a folder, or where it would be made; `None` if the system does not say.
 pub fn free_space(folder: &Path) -> Option<u64> {
     let folder = folder.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("."));
     let stats = statvfs(folder).ok()?;
@@ -209,7 +209,7 @@ pub fn free_space(folder: &Path) -> Option<u64> {
     Some(stats.blocks_available() as u64 * stats.fragment_size() as u64)
 }
 
-/// Refuses to begin what the drive has no room for.
+/// Refuses to begin a download for which the drive has no room.
 pub(crate) fn check_space(folder: &Path, needed: u64) -> Result<(), HubError> {
     match free_space(folder) {
         Some(available) if available < needed => Err(HubError::NoSpace { path: folder.to_owned(), needed, available }),

@@ -1,4 +1,4 @@
-//! Which files of a repository make the model that is meant.
+//! Chooses the files of a repository that make the model.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +8,7 @@ use crate::error::HubError;
 use crate::name::Reference;
 use crate::snapshot::{RemoteFile, Snapshot};
 
-/// Forms of weights that nothing here reads, or that repeat what safetensors files hold.
+/// Files of weights that this program does not read, or that repeat the content of safetensors files.
 const OTHER_WEIGHTS: [&str; 14] = [
     "*.bin",
     "*.pt",
@@ -37,10 +37,10 @@ pub enum Form {
     Gguf,
 }
 
-/// Safetensors, unless a part is named that is a GGUF file, or there are none.
+/// Chooses safetensors, unless the user names a GGUF file or the repository has no safetensors.
 ///
 /// # Errors
-/// [`HubError::Selection`] where there are no weights that can be read.
+/// [`HubError::Selection`] if there are no readable weights.
 pub fn form(snapshot: &Snapshot, reference: &Reference) -> Result<Form, HubError> {
     let has = |ending: &str| snapshot.files.iter().any(|file| file.path.ends_with(ending));
     let at_top = |file: &RemoteFile| file.path.ends_with(".safetensors") && !file.path.contains('/');
@@ -58,7 +58,7 @@ pub fn form(snapshot: &Snapshot, reference: &Reference) -> Result<Form, HubError
     }
 }
 
-/// What a repository has instead of weights that can be read, and what to do.
+/// What a repository has instead of readable weights, and what to do.
 fn what_else(snapshot: &Snapshot) -> String {
     let pickled = patterns(&["*.bin", "*.pt", "*.pth"]);
     if let Some(below) = snapshot.files.iter().find(|file| file.path.ends_with(".safetensors")) {
@@ -83,10 +83,10 @@ fn patterns<S: AsRef<str>>(texts: &[S]) -> Vec<Pattern> {
     texts.iter().map(|text| Pattern::of_files(text.as_ref())).collect()
 }
 
-/// The GGUF files of the model that is meant, those of a split in their order.
+/// The GGUF files of the chosen model; those of a split model in their order.
 ///
 /// # Errors
-/// [`HubError::Selection`] if none or several models are meant; it lists those that there are.
+/// [`HubError::Selection`] if no model or several models match; it lists the models of the repository.
 pub fn gguf_files<'s>(snapshot: &'s Snapshot, part: Option<&str>) -> Result<Vec<&'s RemoteFile>, HubError> {
     let is_model = |file: &&RemoteFile| {
         let name = base_name(&file.path).to_lowercase();
@@ -100,7 +100,7 @@ pub fn gguf_files<'s>(snapshot: &'s Snapshot, part: Option<&str>) -> Result<Vec<
         None => models.keys().collect(),
         Some(part) => named(&models, part),
     };
-    // Unsloth's dynamic quantisations are beside plain ones of the same name.
+    // Unsloth's dynamic quantisations stand beside plain ones of the same name.
     if let Some(part) = part.filter(|part| chosen.len() > 1 && !part.to_uppercase().contains("UD-")) {
         let plain: Vec<&String> = chosen
             .iter()
@@ -131,7 +131,7 @@ pub fn gguf_files<'s>(snapshot: &'s Snapshot, part: Option<&str>) -> Result<Vec<
     Err(selection(snapshot, problem))
 }
 
-/// Models that a file's path, its name, or the name of a quantisation means.
+/// Models that match a file's path, its name, or the name of a quantisation.
 fn named<'m>(models: &'m BTreeMap<String, Vec<&RemoteFile>>, part: &str) -> Vec<&'m String> {
     let exact =
         |(_, files): &(&String, &Vec<&RemoteFile>)| files.iter().any(|f| f.path == part || base_name(&f.path) == part);
@@ -142,7 +142,7 @@ fn named<'m>(models: &'m BTreeMap<String, Vec<&RemoteFile>>, part: &str) -> Vec<
     models.keys().filter(|key| has_word(key, part)).collect()
 }
 
-/// Whether a path has a word, whatever its case, with nothing that words are made of beside it.
+/// Whether a path contains a whole word, in upper or lower case.
 fn has_word(path: &str, word: &str) -> bool {
     let (path, word) = (path.to_lowercase(), word.to_lowercase());
     let is_end = |c: Option<char>| c.is_none_or(|c| !c.is_alphanumeric() && c != '_');
@@ -169,7 +169,8 @@ fn without_split(path: &str) -> String {
 /// Files that a download takes.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
-    /// Patterns of which one must match; none: what a conversion needs, and what describes it.
+    /// Patterns of which one must match. Without patterns: the files that a conversion needs, and those that describe
+    /// the model.
     pub include: Vec<String>,
     /// Patterns of which none may match.
     pub exclude: Vec<String>,
@@ -178,7 +179,7 @@ pub struct Filter {
 /// The files to download, and those that are left out because safetensors or the named model makes them useless.
 ///
 /// # Errors
-/// [`HubError::Selection`] if there are none, or which are meant cannot be told.
+/// [`HubError::Selection`] if there are none, or if it is not clear which are meant.
 pub fn to_pull<'s>(
     snapshot: &'s Snapshot,
     reference: &Reference,
@@ -199,7 +200,7 @@ pub fn to_pull<'s>(
                 })
             }
             Ok(Form::Safetensors) => Box::new(move |file| !any(&other, file)),
-            // Whoever asks for a repository without a model gets it.
+            // A user who asks for a repository without a model gets it.
             Err(_) if reference.part.is_none() => Box::new(|_| true),
             Err(e) => return Err(e),
         };

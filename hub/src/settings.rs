@@ -1,4 +1,4 @@
-//! Where the hub is, who asks, and whether anybody may: as the hub's own programs are told.
+//! The hub's address, the token, and whether requests are allowed. The settings are those of the hub's own programs.
 
 use std::env;
 use std::fmt;
@@ -10,7 +10,7 @@ use ureq::http::Uri;
 
 use crate::error::HubError;
 
-/// Where the hub is.
+/// Default address of the hub.
 const HUB: &str = "https://huggingface.co";
 /// Longest token file that is read.
 const LONGEST_TOKEN: usize = 4096;
@@ -20,9 +20,9 @@ const LONGEST_TOKEN: usize = 4096;
 pub struct Settings {
     /// Address of the hub, without a slash at its end.
     pub endpoint: String,
-    /// Who asks.
+    /// The token, if there is one.
     pub token: Option<Token>,
-    /// Ask nothing.
+    /// Send no requests.
     pub offline: bool,
     /// File of certificates to trust instead of those that are built in.
     pub certificates: Option<PathBuf>,
@@ -35,7 +35,7 @@ pub struct Settings {
 pub struct Token(String);
 
 impl Token {
-    /// The token in a text, such as the content of a file; `None` if it can be none.
+    /// The token in a text, such as the content of a file; `None` if the text cannot be a token.
     pub fn new(text: &str) -> Option<Self> {
         let text = text.trim();
         let sound = !text.is_empty() && text.len() <= LONGEST_TOKEN && text.bytes().all(|b| b.is_ascii_graphic());
@@ -54,22 +54,22 @@ impl fmt::Debug for Token {
 }
 
 impl Settings {
-    /// As the environment says: `HF_ENDPOINT`; `HF_TOKEN`, or the file that `HF_TOKEN_PATH` names, or `token` in `HF_HOME`, which is
-    /// `~/.cache/huggingface` unless it is said; `HF_HUB_OFFLINE`; `HF_HUB_CACHE`, which is `hub` in `HF_HOME`; `SSL_CERT_FILE`.
+    /// The settings of the environment: `HF_ENDPOINT`; `HF_TOKEN`, or the file that `HF_TOKEN_PATH` names, or `token` in `HF_HOME`,
+    /// which is `~/.cache/huggingface` by default; `HF_HUB_OFFLINE`; `HF_HUB_CACHE`, which is `hub` in `HF_HOME`; `SSL_CERT_FILE`.
     ///
     /// # Errors
-    /// [`HubError::Setting`] for an address that is none, and for a token that cannot be one.
+    /// [`HubError::Setting`] for an invalid address or token.
     pub fn from_env() -> Result<Self, HubError> {
         Self::from(&|name| env::var(name).ok().filter(|value| !value.trim().is_empty()))
     }
 
-    /// As a lookup of variables says.
+    /// The settings that a lookup of variables gives.
     fn from(variable: &dyn Fn(&str) -> Option<String>) -> Result<Self, HubError> {
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| HUB.to_owned());
         let endpoint = endpoint.trim().trim_end_matches('/').to_owned();
         let host = endpoint.strip_prefix("https://").or_else(|| endpoint.strip_prefix("http://"));
         let strange = |c: char| c.is_whitespace() || matches!(c, '?' | '#' | '@');
-        // The port is looked at only where it is asked for.
+        // The port is checked only when it is read.
         let is_host = |text: &str| text.ends_with(']') || !text.contains(':');
         let is_uri = |uri: Uri| uri.authority().is_some_and(|a| a.port().is_some() || is_host(a.as_str()));
         let is_sound = endpoint.parse().is_ok_and(is_uri) && host.is_some_and(|host| !host.starts_with('/'));
@@ -132,7 +132,7 @@ fn home(variable: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
     })
 }
 
-/// A path whose `~` at the beginning is the user's folder, also where no shell has seen to it.
+/// A path in which `~` at the beginning is replaced by the user's folder, in case no shell has done that.
 fn expanded(path: &str, variable: &dyn Fn(&str) -> Option<String>) -> PathBuf {
     let below = path.strip_prefix('~').filter(|rest| rest.is_empty() || rest.starts_with('/'));
     match (below, variable("HOME")) {

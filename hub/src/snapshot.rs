@@ -27,7 +27,7 @@ pub struct RemoteFile {
     pub path: String,
     /// Its length in bytes.
     pub size: u64,
-    /// What its content is.
+    /// The digest of its content.
     pub digest: Digest,
 }
 
@@ -76,8 +76,8 @@ struct Lfs {
 }
 
 impl Client {
-    /// The commit that a branch or tag of a repository is now, and what it holds. Where nothing may be asked, what the cache of the
-    /// hub's own programs has of it.
+    /// The commit to which a branch or tag of a repository now points, and its files. If requests are forbidden, what the cache of
+    /// the hub's own programs has of it.
     ///
     /// # Errors
     /// [`HubError`], among others for repositories that do not exist or may not be read.
@@ -110,7 +110,7 @@ impl Client {
         Ok(Snapshot { repo: repo.to_owned(), commit, files, cached })
     }
 
-    /// The commit that a branch or tag of a repository is now.
+    /// The commit to which a branch or tag of a repository now points.
     pub(crate) fn commit(&self, repo: &str, revision: &str) -> Result<String, HubError> {
         let what = format!("revision {revision} of {repo}");
         self.revision(repo, revision, Question { repo, what: &what }).map(|(commit, _)| commit)
@@ -150,7 +150,7 @@ impl Client {
                 return Err(wrong(format!("it lists more than {MOST_FILES} files")));
             }
             let Some(next) = next else { return Ok(files) };
-            // A mirror may name the hub itself: it is asked where it is.
+            // A mirror may name the hub itself; the next page is requested from the mirror.
             url = match (next.starts_with(endpoint.as_str()), next.find("/api/")) {
                 (true, _) => next,
                 (false, Some(at)) => format!("{endpoint}{}", &next[at..]),
@@ -160,7 +160,7 @@ impl Client {
         Err(HubError::Protocol { url, problem: format!("its listing has more than {MOST_PAGES} pages") })
     }
 
-    /// The files of a server that has no listings, asked for one by one.
+    /// The files of a server without listings, requested one by one.
     fn siblings(&self, repo: &str, commit: &str, names: &[Sibling]) -> Result<Vec<RemoteFile>, HubError> {
         let mut files = Vec::new();
         for Sibling { rfilename } in names {
@@ -185,15 +185,15 @@ impl Snapshot {
         self.files.binary_search_by(|file| file.path.as_str().cmp(path)).ok().map(|at| &self.files[at])
     }
 
-    /// A file that the hub's own programs have downloaded, unverified; `None` where there is nothing to verify it by, unless the hub
-    /// may not be asked.
+    /// A file that the hub's own programs have downloaded, unverified; `None` if there is no digest to verify it, unless requests
+    /// are forbidden.
     pub(crate) fn cached_file(&self, client: &Client, file: &RemoteFile) -> Option<(PathBuf, File)> {
         let folder = self.cached.as_deref()?;
         (file.digest != Digest::Unstated || client.settings().offline).then(|| cache::open(folder, file))?
     }
 
-    /// Bytes of a file from `at` on, as they come, unverified. They are of the cache only where the hub may not be asked: what a damaged
-    /// copy begins with would end a plan, before the copy is verified.
+    /// Bytes of a file from `at` on, as they come, unverified. They come from the cache only if requests are forbidden: the beginning of
+    /// a damaged copy could make planning fail before the copy is verified.
     pub(crate) fn range(&self, client: &Client, file: &RemoteFile, at: u64, out: &mut [u8]) -> Result<(), HubError> {
         if client.settings().offline
             && let Some((path, cached)) = self.cached_file(client, file)
@@ -212,7 +212,7 @@ impl Snapshot {
     /// A small file whole, verified.
     ///
     /// # Errors
-    /// [`HubError`]; [`HubError::Selection`] for one that is not small.
+    /// [`HubError`]; [`HubError::Selection`] for a file that is not small.
     pub fn small_file(&self, client: &Client, file: &RemoteFile) -> Result<Vec<u8>, HubError> {
         const ATTEMPTS: u32 = 3;
         if file.size > LONGEST_SMALL {
@@ -249,13 +249,13 @@ impl Snapshot {
     }
 }
 
-/// Whether a content that has not the digest that is stated is the hub's all the same: git's names of small files are stated
-/// wrongly by servers that stand in for the hub, and nothing on the way changes two downloads alike.
+/// Whether content without the stated digest is right all the same. Servers that replace the hub state git's digests of
+/// small files wrongly, and no fault on the way changes two downloads alike.
 pub(crate) fn is_settled(stated: &Digest, computed: &[u8], before: Option<&Vec<u8>>) -> bool {
     matches!(stated, Digest::Git(_)) && before.is_some_and(|before| before == computed)
 }
 
-/// Whether a text is what git calls a commit.
+/// Whether a text is the name of a commit in git.
 pub(crate) fn is_commit(text: &str) -> bool {
     (40..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_hexdigit())
 }

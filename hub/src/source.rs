@@ -1,7 +1,8 @@
-//! A repository as the source of a conversion: headers by range first, then file by file, of which only a few are here at once.
+//! A repository as the source of a conversion: first the headers with range requests, then file by file, with only a few files
+//! on the drive at once.
 //!
-//! Before the conversion begins, whatever is read is asked for by ranges and remembered. From then on reads wait for the file they
-//! are of; once that is here and verified, what was read of it before is compared with it.
+//! Before the conversion begins, reads become range requests, and their bytes are remembered. From then on, reads wait for their
+//! file. Once the file is downloaded and verified, the remembered bytes are compared with it.
 
 use std::fmt;
 use std::fs::File;
@@ -24,21 +25,21 @@ use crate::pull::CONNECTIONS;
 use crate::select::base_name;
 use crate::snapshot::{RemoteFile, Snapshot};
 
-/// Bytes of every file that are asked for at first: the headers of most.
+/// Bytes at the beginning of every file that are requested first: enough for most headers.
 const FIRST: u64 = 128 << 10;
-/// A beginning that does not suffice is read on in steps that double, up to this.
+/// If the beginning does not suffice, more is read in steps that double, up to this.
 const LARGEST_STEP: u64 = 16 << 20;
-/// What is read so little behind the beginning that is known belongs to it.
+/// A read that begins this close behind the known beginning extends it.
 const GAP: u64 = 64 << 10;
 /// Most bytes of a file that are remembered.
 const REMEMBERED: u64 = 256 << 20;
 
-/// What is known of a file before it is here.
+/// What is known of a file before it is downloaded.
 #[derive(Default)]
 struct Known {
     /// Its first bytes.
     head: Vec<u8>,
-    /// Others, with their places.
+    /// Other bytes, with their places.
     ranges: Vec<(u64, Vec<u8>)>,
 }
 
@@ -47,7 +48,7 @@ struct Running {
     downloads: Downloads,
     /// Number of the download of each file that is needed.
     targets: Vec<Option<usize>>,
-    /// Files that are here. What is released is closed: an open file would keep its space.
+    /// Files that have been downloaded. A released file is closed, because an open file would keep its space.
     open: Vec<RwLock<Option<Arc<File>>>>,
 }
 
@@ -56,7 +57,7 @@ pub(crate) struct Remote {
     client: Arc<Client>,
     snapshot: Arc<Snapshot>,
     observer: Arc<dyn Observer>,
-    /// As messages name the repository.
+    /// The name of the repository in messages.
     name: PathBuf,
     files: Vec<SourceFile>,
     remote: Vec<RemoteFile>,
@@ -69,7 +70,7 @@ pub(crate) struct Remote {
 }
 
 impl Remote {
-    /// The files `remote` of a repository; reads how each of them begins.
+    /// The files `remote` of a repository; reads the beginning of each.
     pub(crate) fn open(
         client: Arc<Client>,
         snapshot: Arc<Snapshot>,
@@ -106,7 +107,7 @@ impl Remote {
         &self.client
     }
 
-    /// From here on, files are downloaded as the conversion asks for them.
+    /// From here on, files are downloaded as the conversion needs them.
     pub(crate) fn begin(&self) {
         self.begun.store(true, Ordering::Release);
     }
@@ -128,7 +129,7 @@ impl Remote {
         })
     }
 
-    /// Sees to it that the first `len` bytes of a file are known.
+    /// Makes sure that the first `len` bytes of a file are known.
     fn know(&self, file: usize, len: u64, known: &mut Known) -> Result<(), HubError> {
         let have = known.head.len() as u64;
         if have >= len {
@@ -142,7 +143,7 @@ impl Remote {
         Ok(())
     }
 
-    /// Reads of a file that is not here.
+    /// Reads from a file that is not downloaded.
     fn peek(&self, file: usize, at: u64, out: &mut [u8]) -> Result<(), HubError> {
         let mut known = lock(&self.known[file]);
         let end = at + out.len() as u64;
@@ -157,21 +158,21 @@ impl Remote {
             return Ok(());
         }
         self.snapshot.range(&self.client, &self.remote[file], at, out)?;
-        // What decides a plan is small.
+        // Tensors that decide a plan are small.
         if known.ranges.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() as u64 + out.len() as u64 <= REMEMBERED {
             known.ranges.push((at, out.to_vec()));
         }
         Ok(())
     }
 
-    /// Reads of a file that is here, or waits for it.
+    /// Reads from a file that is downloaded, or waits for it.
     fn read(&self, file: usize, at: u64, out: &mut [u8]) -> Result<(), HubError> {
         let unexpected = || {
             let problem = format!("`{}` is read although nothing was to be read of it", self.files[file].name);
             HubError::Selection { repo: self.snapshot.repo.clone(), problem }
         };
         let Some(running) = self.running.get() else {
-            // Once it has begun, ranges would be a slow way to the whole of it.
+            // Once downloads have begun, range requests would be a slow way to read the whole file.
             return if self.begun.load(Ordering::Acquire) { Err(unexpected()) } else { self.peek(file, at, out) };
         };
         let target = running.targets[file].ok_or_else(unexpected)?;
@@ -192,7 +193,7 @@ impl Remote {
         opened.read_exact_at(out, at).map_err(HubError::io(&path, "read its weights"))
     }
 
-    /// Whether what the plan was made of is what the file, which is verified, holds.
+    /// Whether the bytes from which the plan was made are those of the verified file.
     fn compare(&self, file: usize, here: &File) -> Result<(), HubError> {
         let known = lock(&self.known[file]);
         let path = self.folder.join(&self.files[file].name);
@@ -215,7 +216,8 @@ impl Remote {
     }
 }
 
-/// What stands for the content of a file in journals: its SHA-256, or else the place where it never changes.
+/// What identifies the content of a file in journals: its SHA-256, or if that is unknown, its place at a commit,
+/// where it never changes.
 fn stamp(snapshot: &Snapshot, file: &RemoteFile) -> Stamp {
     if let Digest::Sha256(sha256) = &file.digest {
         return Stamp::of_content(file.size, sha256);
@@ -236,7 +238,7 @@ impl fmt::Debug for Remote {
 #[derive(Debug)]
 pub(crate) struct HubSource(pub(crate) Arc<Remote>);
 
-/// The converter's error for one of the hub.
+/// The converter's error for an error of the hub.
 fn fetch(error: HubError) -> ConvertError {
     ConvertError::Fetch(Arc::new(error))
 }
@@ -288,7 +290,7 @@ impl Source for HubSource {
             });
         }
         if !remote.terms.keep {
-            // What a run that was interrupted has left of files that it had done with.
+            // Remains of files that an interrupted run had finished with.
             for file in (0..targets.len()).filter(|&file| targets[file].is_none()) {
                 let path = remote.folder.join(&remote.files[file].name);
                 if let Err(e) = remove(&path).and_then(|()| remove_remains(&path)) {

@@ -2,12 +2,12 @@
 //!
 //! A weight is `A·(v − z) + B`, where `v` is the number that its code stands for, and `A`, `z` and `B` belong to its row and
 //! group of columns; [`Scales`] says how they are stored. All are carried from the source bit for bit, so a row group is a
-//! permutation of the source's bits, but for what is said at [`Super`].
+//! permutation of the source's bits, with the exceptions that [`Super`] names.
 //!
 //! # Scale plane of a row group
 //! - [`Scales::Groups`]: for [`ScaleType::E4m3`] first 8 × f32, a factor for each row. Then for each group of columns 8 scales,
-//!   one per row, and behind them 8 zeros or biases where there are any. Groups of 16 come in pairs: where a row ends within the
-//!   first half of 32 columns, zeros stand for those of the second.
+//!   one per row, and behind them 8 zeros or biases if the type has them. Groups of 16 come in pairs: if a row ends within the
+//!   first half of 32 columns, the scales of the second half are zero.
 //! - [`Scales::Super`]: for each 256 columns 8 × f16, `d`; with minima 8 × f16, `dmin`; then for each unit of
 //!   [`Super::unit`] columns, in ascending order, 8 bytes for each of its [`Super::unit_len`] bytes.
 //!
@@ -37,12 +37,13 @@ pub enum Codes {
     E2m1,
     /// The float e4m3fn.
     E4m3,
-    /// Numbers of the sixteen levels of ggml's IQ4_NL.
+    /// Indices of the sixteen levels of ggml's IQ4_NL.
     Iq4nl,
-    /// ggml's grids: numbers of points of a lattice, and signs (<https://github.com/ggml-org/llama.cpp>, `ggml-common.h`,
-    /// `ggml-quants.c`). A record holds the bytes that ggml's block has for 32 columns, in ggml's own order of bits;
-    /// numbers of several bytes are little-endian. Eight columns are columns `8l..8l + 8`, with `l` below 4; bit `j` of eight
-    /// signs is set where column `8l + j` is negative. Of seven signs, the eighth makes the number of negative ones even.
+    /// ggml's grids: indices of points of a lattice, and signs (<https://github.com/ggml-org/llama.cpp>, `ggml-common.h`,
+    /// `ggml-quants.c`). A record holds the bytes that ggml's block has for 32 columns, in ggml's own order of bits; numbers
+    /// of several bytes are little-endian. Eight columns are columns `8l..8l + 8`, with `l` below 4; bit `j` of eight signs
+    /// is set where column `8l + j` is negative. If seven signs are stored, the eighth is the one that makes the number of
+    /// negative signs even.
     ///
     /// IQ3_S: bytes 0..8 are eight bits of the index of columns `4i..4i + 4` each; bytes 8..12 eight signs each; bit `i` of
     /// byte 12 (ggml's `qh`) is the ninth bit of index `i`.
@@ -115,7 +116,7 @@ impl Codes {
         }
     }
 
-    /// Whether a record of 32 columns holds the numbers of points of a grid.
+    /// Whether a record of 32 columns holds indices of points of a grid.
     pub const fn is_grid(self) -> bool {
         !self.fields().is_empty()
     }
@@ -140,7 +141,7 @@ impl Codes {
 /// Columns that share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum GroupSize {
-    /// So many: 16, 32, 64 or 128.
+    /// This many: 16, 32, 64 or 128.
     Columns(u8),
     /// All of a row.
     Row,
@@ -203,7 +204,7 @@ impl ScaleType {
     }
 }
 
-/// What a group has beside its scale `s`; `c` is what a code stands for.
+/// What a group has beside its scale `s`; `c` is the number for which a code stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Zero {
     /// Nothing: `s·(c − 2^(b−1))` for integers of `b` bits, `s·c` for all others.
@@ -324,7 +325,7 @@ pub enum Scales {
         /// What a group has beside its scale.
         zero: Zero,
     },
-    /// A super-block has one, and small integers for its parts.
+    /// Each super-block has a scale, and small integers for its parts.
     Super(Super),
 }
 
@@ -368,7 +369,8 @@ impl Grouped {
         self.scales
     }
 
-    /// What is subtracted from an integer code before it meets its scale, where groups do not say it themselves.
+    /// What is subtracted from an integer code before it is multiplied with its scale, if groups do not store that
+    /// themselves.
     pub const fn middle(self) -> i32 {
         match (self.codes, self.scales) {
             (Codes::Uint(bits), Scales::Groups { zero: Zero::None, .. }) => 1 << (bits - 1),
@@ -390,7 +392,7 @@ impl Grouped {
 
     /// Bytes of the scales of one row of `cols` columns as the source has them, in the order of the scale plane: scale and zero
     /// of each group, or `d`, `dmin` and units of each super-block. The factor of an [`ScaleType::E4m3`] row is not among them.
-    /// `None` on overflow, or if rows of a super-block type are no whole super-blocks.
+    /// `None` on overflow, or if the rows of a type with super-blocks do not have whole super-blocks.
     pub fn scale_row(self, cols: usize) -> Option<usize> {
         match self.scales {
             Scales::Groups { columns, scale, zero } => {
@@ -410,7 +412,7 @@ impl Grouped {
     /// Bytes of the scale plane of a row group, before padding; `None` as for [`Grouped::scale_row`].
     pub fn scale_plane(self, cols: usize) -> Option<usize> {
         let factors = if self.has_row_factor() { 4 } else { 0 };
-        // Rows that there are, but with scales for the columns that pad their last block.
+        // Only rows that exist, but with scales for the columns that pad their last block.
         self.scale_row(cols)?;
         self.scale_row(cols.checked_next_multiple_of(BLOCK)?)?.checked_add(factors)?.checked_mul(ROW_GROUP)
     }
@@ -420,8 +422,9 @@ impl Grouped {
         matches!(self.scales, Scales::Groups { scale: ScaleType::E4m3, .. })
     }
 
-    /// The code in the file, without the bit that tells this kind of type: bits 10 to 14 say the codes, bit 9 that there are
-    /// super-blocks; then bits 0 to 3 say which, or bits 6 to 8 the columns of a group, 3 to 5 the scale, 0 to 2 the zero.
+    /// The code in the file, without the bit that marks this kind of type. Bits 10 to 14 give the codes, and bit 9 says
+    /// whether there are super-blocks. If so, bits 0 to 3 say which; otherwise bits 6 to 8 give the columns of a group, 3 to
+    /// 5 the scale and 0 to 2 the zero.
     pub(crate) fn code(self) -> u16 {
         let codes = number(&Codes::ALL, &self.codes) << 10;
         codes
@@ -447,7 +450,8 @@ impl Grouped {
         Grouped::new(codes, scales)
     }
 
-    /// The name of a published form, such as `q4_k`; else what it is made of, such as `u4-g128-f16-zero`.
+    /// The name of a published form, such as `q4_k`; otherwise a name that lists its parts, such as
+    /// `u4-g128-f16-zero`.
     pub(crate) fn name(self) -> &'static str {
         static NAMES: LazyLock<HashMap<u16, String>> = LazyLock::new(|| {
             let all = (0..=u16::MAX).filter_map(Grouped::from_code);

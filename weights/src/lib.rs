@@ -1,7 +1,7 @@
 //! How the numbers of a matrix are stored: weight types, their codes in the file, their names and sizes.
 //!
-//! `docs/LAYOUT.md` gives the bytes. The types of the first kind have a form of their own; all other published forms are
-//! [`Grouped`]: codes of a few bits with scales per group of columns, one description for all of them.
+//! `docs/LAYOUT.md` gives the bytes. The types in [`WeightType::OWN`] have a form of their own; all other published
+//! forms are [`Grouped`]: codes of a few bits with scales per group of columns, one description for all of them.
 //!
 //! Both sides use this crate: `format`, which writes codes and lengths into files, and `kernels`, which multiply.
 
@@ -81,7 +81,7 @@ impl WeightType {
         WeightType::Q2,
     ];
 
-    /// Every type of which there are examples in the wild: those of [`WeightType::OWN`] and [`Grouped::PUBLISHED`].
+    /// Every type that real models use: those of [`WeightType::OWN`] and [`Grouped::PUBLISHED`].
     pub fn all() -> impl Iterator<Item = WeightType> {
         let published = Grouped::PUBLISHED.iter().map(|&(_, grouped)| WeightType::Grouped(grouped));
         Self::OWN.into_iter().chain(published)
@@ -129,8 +129,8 @@ impl WeightType {
         }
     }
 
-    /// Whether its numbers are chosen to make a weighted error small: `q4`, `q3` and `q2`, which have a scale for each row and a
-    /// byte for each block.
+    /// Whether the quantiser chooses its numbers to make a weighted error small: `q4`, `q3` and `q2`, which have a scale for
+    /// each row and a byte for each block.
     pub const fn is_fitted(self) -> bool {
         matches!(self, WeightType::Q4 | WeightType::Q3 | WeightType::Q2)
     }

@@ -1,4 +1,4 @@
-//! Forms that models are published in, by name: what tests and benchmarks run over.
+//! Forms in which models are published, by name. Tests and benchmarks use this list.
 
 use crate::grouped::{Codes, GroupSize, Grouped, ScaleType, Scales, Super, Zero};
 
@@ -15,8 +15,8 @@ const fn super_blocks(codes: Codes, scales: Super) -> Grouped {
 }
 
 impl Grouped {
-    /// GGUF's types under ggml's names, and those of other tools as what they are made of. GGUF's Q8_0 and MXFP4 are `q8` and
-    /// `mxfp4`; TQ1_0 holds the same numbers as `tq2_0`, and becomes it.
+    /// GGUF's types under ggml's names, and those of other tools under names that list their parts. GGUF's Q8_0 and MXFP4 are
+    /// `q8` and `mxfp4`; TQ1_0 holds the same numbers as `tq2_0`, and becomes it.
     pub const PUBLISHED: &[(&'static str, Grouped)] = &[
         ("q4_0", columns(Codes::Uint(4), 32, ScaleType::F16, Zero::None)),
         ("q4_1", columns(Codes::Uint(4), 32, ScaleType::F16, Zero::Bias)),

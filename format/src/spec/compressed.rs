@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use super::{RopeSpec, check_eps, check_range, check_width, is_false};
 use crate::limits::MAX_LENGTH;
 
-/// Attention whose heads share one key per token, which is also the value (DeepSeek-V4): the last `window` tokens, and behind
-/// them entries that each stand for some tokens.
+/// Attention whose heads share one key per token, which is also the value (DeepSeek-V4): the last `window` tokens, and,
+/// further back, entries that each stand for some tokens.
 ///
 /// Queries come from a low-rank latent, as in latent attention, and each head is divided by its root mean square. The last
 /// `rope.dim` elements of queries and keys rotate; since keys are values, those of a head's output rotate back by the query's
@@ -18,7 +18,7 @@ pub struct CompressedSpec {
     pub output_groups: usize,
     /// Query heads of a group.
     pub group_heads: usize,
-    /// Numbers that a group's outputs are projected to.
+    /// Width to which a group's outputs are projected.
     pub output_rank: usize,
     /// Width of a query, of a key and of an entry.
     pub head_dim: usize,
@@ -40,8 +40,8 @@ pub struct CompressedSpec {
     pub compression: Option<CompressionSpec>,
 }
 
-/// How tokens become entries. Entry `e` is complete when token `(e + 1)·ratio − 1` is there, is seen from that token on, and
-/// rotates as a key at position `e·ratio`.
+/// How tokens become entries. Entry `e` is complete with token `(e + 1)·ratio − 1`, is seen from that token on, and rotates
+/// as a key at position `e·ratio`.
 ///
 /// With `kv` and `gate` two projections of a token's input to `spans` keys each, and `bias` a constant for each place in a span:
 /// entry `e` is `norm(Σ_t softmax_t(gate_t + bias_t) · kv_t)`, channel by channel, over the tokens of the `spans` spans of
@@ -51,7 +51,7 @@ pub struct CompressedSpec {
 pub struct CompressionSpec {
     /// Tokens from entry to entry.
     pub ratio: usize,
-    /// Spans that an entry is made of: with more than one, entries overlap.
+    /// Spans from which an entry is made; with more than one, entries overlap.
     pub spans: usize,
     /// Limits attention to the entries that an indexer chooses; `None`: all that are complete.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -105,7 +105,7 @@ impl CompressedSpec {
 }
 
 impl CompressionSpec {
-    /// Tokens that an entry is made of, at most.
+    /// The most tokens from which an entry is made.
     pub fn reach(&self) -> usize {
         self.ratio * self.spans
     }

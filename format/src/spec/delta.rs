@@ -7,10 +7,10 @@ use super::{check_eps, check_width, is_false};
 /// Gated delta net (arXiv:2412.06464) as in Qwen3-Next: a recurrent state per value head instead of cached keys.
 ///
 /// Queries, keys and values pass through a causal convolution over `conv_width` tokens and SiLU. Value head `j` uses key head
-/// `j / (value_heads / key_heads)`; queries and keys have length 1, queries then `key_head_dim^-0.5`. With
+/// `j / (value_heads / key_heads)`; queries and keys are normalised to length 1, and queries then to `key_head_dim^-0.5`. With
 /// `beta = sigmoid(b · x)` and `decay = exp(-exp(a_log) · softplus(a · x + dt_bias))`, each token does
-/// `S = decay · S; S += k ⊗ beta (v - Sᵀk); out = Sᵀq`, and the output is `rms(out) · norm · silu(z · x)`, per head.
-/// With `decay_rank` or `channel_decay`, each row of `S`, a channel of the key, has a decay of its own (Kimi Delta Attention,
+/// `S = decay · S; S += k ⊗ beta (v - Sᵀk); out = Sᵀq`, and the output is `rms(out) · norm · silu(z · x)`, per head. With
+/// `decay_rank` or `channel_decay`, each row of `S`, a channel of the key, has a decay of its own (Kimi Delta Attention,
 /// arXiv:2510.26692, equation 1): `a · x` then has one number per value head and channel, `a_log` still one per head, and with a rank
 /// it is `a_up · a_down · x`. With `least_log_decay`, `decay = exp(least_log_decay · sigmoid(exp(a_log) · (a · x + dt_bias)))`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -28,17 +28,18 @@ pub struct DeltaSpec {
     pub conv_width: usize,
     /// Epsilon of the norm of a head's output.
     pub norm_eps: f32,
-    /// Whether value head `j` uses key head `j mod key_heads` instead: llama.cpp's order of value heads for Qwen3.5. Files
-    /// without such heads do not have the key, so that older programs read them.
+    /// Whether value head `j` uses key head `j mod key_heads` instead: llama.cpp's order of value heads for Qwen3.5. The
+    /// JSON has the key only if it is true, so older programs can read all other files.
     #[serde(default, skip_serializing_if = "is_false")]
     pub value_heads_tiled: bool,
-    /// Rank of the projection of decays, which there are for each channel of a key; `None`: one full matrix.
+    /// Rank of the projection of decays, of which each channel of a key then has one; `None`: one full matrix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decay_rank: Option<usize>,
-    /// Whether there is a decay for each channel of a key although their projection is one full matrix.
+    /// Whether each channel of a key has a decay although their projection is one full matrix.
     #[serde(default, skip_serializing_if = "is_false")]
     pub channel_decay: bool,
-    /// The least logarithm of a decay, negative, which makes decays another function of their projection; `None`: there is none.
+    /// The least logarithm of a decay, negative; it makes decays another function of their projection. `None`: there is no
+    /// bound.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub least_log_decay: Option<f32>,
     /// Rank of the projection `z` of output gates, `z_up · z_down`; `None`: one full matrix.

@@ -24,7 +24,8 @@ pub struct GqaSpec {
     /// Keys that a query sees, itself included; `None`: all before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window: Option<usize>,
-    /// Positions are cut into stretches of this many, and a query sees the keys of its own stretch up to itself; `None`: of all.
+    /// Positions are cut into stretches of this many, and a query sees the keys of its own stretch up to itself; `None`: it sees
+    /// those of all positions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stretch: Option<usize>,
     /// RMS norm of queries and keys, before the rotation unless it says otherwise.
@@ -60,7 +61,7 @@ pub struct GqaSpec {
     /// Whether the output of each head is multiplied by the sigmoid of a projection of the input to one number per head.
     #[serde(default, skip_serializing_if = "is_false")]
     pub head_gate: bool,
-    /// Limits attention to blocks of keys; `None`: all that the window leaves.
+    /// Limits attention to blocks of keys; `None`: all keys in the window.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blocks: Option<KeyBlocksSpec>,
 }

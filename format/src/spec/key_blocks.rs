@@ -7,7 +7,7 @@ use crate::limits::MAX_LENGTH;
 
 /// Block-sparse attention: each token attends to the keys of the `top_blocks` blocks that score highest. Keys are cut into blocks of
 /// `block_len` at absolute positions. Query and key of the score are projections of the layer's input, each head normalised by its
-/// root mean square and rotated as the layer's own; what they make of a block's score says [`BlockScore`].
+/// root mean square and rotated as the layer's own. [`BlockScore`] says how they give a block's score.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyBlocksSpec {
@@ -21,7 +21,7 @@ pub struct KeyBlocksSpec {
     pub block_len: usize,
     /// Blocks that a token attends to.
     pub top_blocks: usize,
-    /// Of which so many are the last ones; at most `top_blocks`.
+    /// How many of these are always the last blocks; at most `top_blocks`.
     pub local_blocks: usize,
     /// What makes a block's score.
     #[serde(default, skip_serializing_if = "BlockScore::is_largest_key")]
@@ -37,8 +37,8 @@ pub enum BlockScore {
     #[default]
     LargestKey,
     /// `Σ_h relu(q_h · k)` over all index heads, for all heads of the layer together, with one key for the block: the mean of those of its
-    /// tokens before the norm, rotated as at the block's first position (Qwen4-Exp's QSA). Only blocks that are complete with the token have a
-    /// score; it attends to the `block_len - 1` tokens at most behind the last of them anyway. `local_blocks` is 0.
+    /// tokens before the norm, rotated as at the block's first position (Qwen4-Exp's QSA). Only blocks that are complete with the token
+    /// have a score; the token attends in any case to the tokens behind the last of them, `block_len - 1` at most. `local_blocks` is 0.
     MeanKey,
 }
 

@@ -13,10 +13,11 @@ const MAX_HEADS: usize = 1 << 12;
 /// A table of n-grams before one layer's attention (Qwen4-Exp, `Qwen4ExpPLE` of transformers; the idea is Engram's,
 /// arXiv:2601.07372): the last tokens name rows of a large table, which enter the residual through a gate and a convolution.
 ///
-/// Each head looks at the last `n` tokens, `n` from 2 to the number of multipliers, as many heads at each `n`. With `t_0` the
-/// token, `t_1` the one before it and so on, its row is `first + (t_0·m_0 xor … xor t_{n-1}·m_{n-1}) mod rows`, in 64-bit integers
-/// that wrap, with a remainder that is not negative. Tokens before the sequence read as `separator`, and so do the last
-/// `separator` before the token and all tokens before that one. The rows of all heads, one behind the other, are `e` `[width]`.
+/// Each head looks at the last `n` tokens, with `n` from 2 to the number of multipliers, and the same number of heads for each
+/// `n`. With `t_0` the token, `t_1` the one before it and so on, its row is
+/// `first + (t_0·m_0 xor … xor t_{n-1}·m_{n-1}) mod rows`, in 64-bit integers that wrap, with a remainder that is not negative.
+/// Tokens before the sequence count as `separator`, and so do all tokens before the last `separator`. The rows of all heads, one
+/// behind the other, are `e` `[width]`.
 ///
 /// For each of the `S_i` of the residual (itself, or its streams), with norms by root mean square that have weights of their own
 /// and the model's epsilon: `g = norm(key_i · e) · norm(S_i) / sqrt(hidden)`, `v_i = sigmoid(sign(g)·sqrt(max(|g|, 1e-6))) · (value · e)`,
@@ -62,7 +63,7 @@ impl NgramSpec {
         self.width / self.heads.len()
     }
 
-    /// Tokens before a token whose convolution sees them.
+    /// How many tokens before a token its convolution sees.
     pub fn conv_reach(&self) -> usize {
         (self.conv_width - 1) * self.tokens()
     }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::is_false;
 
 /// Norms of the residual stream: before attention, before the feed-forward part and before the head, and behind the two parts.
-/// Without a word in the JSON, they are RMS norms before the parts and none behind them.
+/// Unless the JSON says otherwise, they are RMS norms before the parts, and there are none behind them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NormsSpec {
@@ -20,7 +20,7 @@ pub struct NormsSpec {
 }
 
 impl NormsSpec {
-    /// Whether they are as most models have them.
+    /// Whether they are the same as in most models.
     pub(super) fn are_usual(&self) -> bool {
         *self == NormsSpec::default()
     }

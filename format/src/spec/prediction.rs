@@ -6,8 +6,8 @@ use super::{AttentionSpec, LayerSpec, ModelSpec, check_width, is_false};
 
 /// A layer of multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2, with one module).
 ///
-/// Of token `t[i + 1]` and of what the head sees behind token `t[i]`, `h[i]`, which is the residual behind the last layer after the
-/// final norm, it makes logits of token `t[i + 2]`:
+/// It makes the logits of token `t[i + 2]` from token `t[i + 1]` and `h[i]`, what the head sees after token `t[i]`: the residual
+/// behind the last layer, after the final norm.
 ///
 /// ```text
 /// x[i]      = projection · [norm(embedding(t[i + 1])); norm(h[i])]
@@ -15,7 +15,7 @@ use super::{AttentionSpec, LayerSpec, ModelSpec, check_width, is_false};
 /// ```
 ///
 /// The three norms have weights of their own and the model's epsilon; the layer attends to `x[0..=i]` and is otherwise like those of
-/// the decoder. It has its own keys and values: that of `x[i]` has position `i`.
+/// the decoder. It has its own keys and values: those of `x[i]` have position `i`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PredictionSpec {

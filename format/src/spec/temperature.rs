@@ -20,7 +20,7 @@ impl QueryTemperature {
     /// The factor on the query at `position`.
     pub fn factor(&self, position: usize) -> f32 {
         let steps = (position + 1) / self.step;
-        // In f64 until the last operation, so that a library's logarithm cannot be seen in the result.
+        // In f64 until the last operation, so that the platform's logarithm does not affect the result.
         ((steps as f64).ln_1p() * f64::from(self.slope) + 1.0) as f32
     }
 

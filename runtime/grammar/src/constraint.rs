@@ -8,27 +8,27 @@ use sluice_generate::Constraint;
 
 use crate::Vocabulary;
 
-/// Most tokens of white space between a marker and what stands behind it.
+/// Most tokens of white space between a marker and the grammar.
 const MAX_SPACES: usize = 4;
 
-/// A grammar and how much of its text is written.
+/// A grammar and its state after the text so far.
 pub(crate) struct Matching {
     vocabulary: Vocabulary,
     matcher: Matcher,
     stage: Stage,
 }
 
-/// Where the text is.
+/// The part of the text that has been reached.
 enum Stage {
-    /// Before the marker: how many of its bytes the text ends with.
+    /// Before the marker; with how many of its bytes the text ends.
     Free(Free),
-    /// Behind the marker, before the grammar: how many tokens of white space have come.
+    /// After the marker, before the grammar; how many tokens of white space have come.
     Space(Free),
     /// In the grammar.
     Inside,
 }
 
-/// Progress in free text, and what it looks for.
+/// Progress in free text, and the marker for which it looks.
 struct Free {
     behind: Arc<Behind>,
     count: usize,
@@ -75,7 +75,7 @@ impl Matching {
         }
     }
 
-    /// The tokens that the grammar lets through; none once it has failed, so that the generation fails too.
+    /// The tokens that the grammar allows; none once it has failed, so that the generation fails too.
     fn allowed(&mut self) -> Vec<u32> {
         self.matcher.compute_mask_or_eos().map(|set| set.as_slice().to_vec()).unwrap_or_default()
     }
@@ -129,7 +129,7 @@ impl Constraint for Matching {
 }
 
 impl Matching {
-    /// A token that does not fit makes the matcher fail, and the next mask lets nothing through.
+    /// A token that does not fit makes the matcher fail, and the next mask allows nothing.
     fn consume(&mut self, id: u32) {
         let failed = self.matcher.consume_token(id).is_err();
         debug_assert!(!failed || self.matcher.is_error());
@@ -139,13 +139,14 @@ impl Matching {
 /// Free text up to a marker, prepared for a vocabulary.
 pub(crate) struct Behind {
     marker: Vec<u8>,
-    /// For each number of the marker's bytes: how many its own end repeats from its beginning (Knuth, Morris, Pratt).
+    /// For each prefix of the marker, by its length: how many bytes at its end repeat its beginning (Knuth, Morris,
+    /// Pratt).
     fallback: Vec<usize>,
-    /// Tokens, as bits, that complete the marker in the middle, by how many of its bytes stand before them.
+    /// Tokens, as bits, that complete the marker before their own end, by how many of its bytes stand before them.
     overshooting: Vec<Vec<u32>>,
     /// Tokens of nothing but white space, sorted.
     spaces: Vec<u32>,
-    /// Tokens that begin with white space, sorted, and the tokens of what is behind it.
+    /// Tokens that begin with white space, sorted, each with the token for the text after the white space.
     led: Vec<(u32, u32)>,
 }
 
@@ -156,9 +157,9 @@ impl fmt::Debug for Behind {
 }
 
 enum Progress {
-    /// The text ends with so many of the marker's bytes.
+    /// The text ends with this many of the marker's bytes.
     Within(usize),
-    /// The marker is there.
+    /// The marker is complete.
     Found,
 }
 
@@ -198,7 +199,7 @@ impl Behind {
         self.marker.last().is_some_and(|last| bytes.contains(last))
     }
 
-    /// One byte more in free text.
+    /// Adds a byte of free text.
     fn step(&self, mut count: usize, byte: u8) -> usize {
         while count > 0 && self.marker.get(count) != Some(&byte) {
             count = self.fallback[count - 1];
@@ -227,7 +228,7 @@ impl Behind {
         Progress::Within(count)
     }
 
-    /// The tokens of free text, as bits of words.
+    /// The tokens that free text allows, as bits of words.
     fn allowed(&self, vocabulary: &Vocabulary, count: usize) -> Vec<u32> {
         let mut allowed = vocabulary.known().to_vec();
         if let Some(overshooting) = self.overshooting.get(count) {
@@ -239,7 +240,7 @@ impl Behind {
         allowed
     }
 
-    /// The tokens that the grammar begins with, with and without white space before them.
+    /// The tokens with which the grammar can begin, with and without white space before them.
     fn with_spaces(&self, mut allowed: Vec<u32>, more: bool) -> Vec<u32> {
         let has = |set: &[u32], id: u32| set.get(id as usize / 32).is_some_and(|word| word & (1 << (id % 32)) != 0);
         let led: Vec<u32> = self.led.iter().filter(|(_, rest)| has(&allowed, *rest)).map(|&(id, _)| id).collect();
@@ -256,20 +257,20 @@ impl Behind {
         self.spaces.binary_search(&id).is_ok()
     }
 
-    /// The token of what is behind the white space that a token begins with.
+    /// The token for the text after the white space with which a token begins.
     fn without_space(&self, id: u32) -> Option<u32> {
         let at = self.led.binary_search_by_key(&id, |&(id, _)| id).ok()?;
         Some(self.led[at].1)
     }
 }
 
-/// What is behind the white space at the beginning: of all white space, that of JSON.
+/// The rest after the white space at the beginning. Only the white space of JSON counts.
 fn without_spaces(bytes: &[u8]) -> &[u8] {
     let start = bytes.iter().position(|byte| !matches!(byte, b' ' | b'\t' | b'\n' | b'\r'));
     &bytes[start.unwrap_or(bytes.len())..]
 }
 
-/// For each beginning of the marker: the length of the longest shorter beginning that it ends with.
+/// For each prefix of the marker: the length of the longest shorter prefix with which it ends.
 fn fallback(marker: &[u8]) -> Vec<usize> {
     let mut table = vec![0; marker.len()];
     let mut count = 0;

@@ -3,21 +3,21 @@
 use sluice_text::TextError;
 use thiserror::Error;
 
-/// Everything that this crate can fail with.
+/// Every error of this crate.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum GrammarError {
-    /// The schema says something that cannot be enforced.
+    /// The schema demands something that cannot be enforced.
     #[error("the schema's `{keyword}` at {place} is not supported: {reason}")]
     Unsupported {
         /// The keyword.
         keyword: String,
         /// Where it stands, as a JSON pointer from the schema's root (`#/properties/name`).
         place: String,
-        /// Why, and what to write instead if there is something.
+        /// Why, and what to write instead if there is an alternative.
         reason: String,
     },
 
-    /// The schema is not one.
+    /// The schema is not a valid schema.
     #[error("the schema's `{keyword}` at {place} is wrong: it should be {expected}")]
     Malformed {
         /// The keyword.
@@ -38,7 +38,7 @@ pub enum GrammarError {
     /// The schema, the expression or the grammar asks for too much.
     #[error("{what}, more than the {limit} that are accepted; make it simpler")]
     TooLarge {
-        /// What is too large, and how large it is.
+        /// The thing that is too large, and its size.
         what: String,
         /// The most that is accepted.
         limit: usize,
@@ -68,7 +68,7 @@ pub enum GrammarError {
 /// Longest message of the library that is passed on, in characters.
 const MAX_REASON: usize = 400;
 
-/// The library's words, without what its makers need: back traces and dumps of its state.
+/// The library's message without back traces and dumps of its state.
 pub(crate) fn clip(message: &str) -> String {
     let end = ["\n<backtrace>", "\n<non-verbose/>", "\n<state>"].iter().filter_map(|mark| message.find(mark)).min();
     let message = message[..end.unwrap_or(message.len())].trim();

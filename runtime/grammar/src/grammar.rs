@@ -1,4 +1,4 @@
-//! What a text must look like: asked for, checked and compiled.
+//! Forms of texts: a caller asks for one, and it is checked and compiled.
 
 use std::fmt;
 use std::sync::Arc;
@@ -19,8 +19,8 @@ use crate::{GrammarError, Vocabulary, lark, schema};
 /// Longest regular expression that a caller may bring, in bytes.
 const MAX_REGEX_BYTES: usize = 32 << 10;
 
-/// Stack for compiling a grammar, in bytes: the library calls itself for each rule that refers to another. Only what is used of it
-/// takes memory.
+/// Stack for compiling a grammar, in bytes: the library calls itself for each rule that refers to another. Only the used part of
+/// the stack takes memory.
 const STACK_BYTES: usize = 256 << 20;
 
 /// How long compiling may take. Real grammars take milliseconds.
@@ -29,7 +29,7 @@ const MAX_TIME: Duration = Duration::from_secs(20);
 /// Most grammars of a vocabulary that are compiled at once, including those that take too long.
 const MAX_RUNNING: usize = 16;
 
-/// Counts a compilation as long as it runs.
+/// Counts a running compilation.
 struct Running(Vocabulary);
 
 impl Running {
@@ -45,7 +45,7 @@ impl Drop for Running {
     }
 }
 
-/// What a text must look like.
+/// The form that a text must have.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Form {
     /// Any JSON object.
@@ -55,16 +55,16 @@ pub enum Form {
     /// All of the text matches this regular expression, in the syntax of Rust's `regex`, without anchors and assertions.
     Regex(String),
     /// A context-free grammar in the library's variant of Lark, with `start` as its first rule. `<|name|>` is a special token, and
-    /// `%json {…}` a value by a schema.
+    /// `%json {…}` a value that fits a schema.
     Lark(String),
-    /// Exactly this text. Special tokens that are spelled in it are these tokens.
+    /// Exactly this text. Spellings of special tokens in it stand for these tokens.
     Text(String),
     /// One of these texts.
     Choice(Vec<String>),
 }
 
 impl Form {
-    /// What an error calls it.
+    /// Its name in errors.
     fn name(&self) -> &'static str {
         match self {
             Form::JsonObject | Form::JsonSchema(_) => "schema",
@@ -97,7 +97,8 @@ impl fmt::Debug for Grammar {
 impl Grammar {
     /// Checks a form and compiles it.
     ///
-    /// What cannot be enforced is refused. A schema's references stay inside the schema: nothing is fetched.
+    /// Refuses demands that cannot be enforced. A schema's references must stay inside the schema: nothing is
+    /// fetched.
     ///
     /// # Errors
     /// When the form is malformed, too large, allows nothing, or asks for something that is not supported.
@@ -110,12 +111,12 @@ impl Grammar {
                 limit: MAX_RUNNING,
             });
         }
-        // A thread with a stack of its own, which also contains what the library does when it meets something unforeseen.
+        // A thread with a stack of its own, which also confines a panic of the library.
         let (sender, receiver) = mpsc::channel();
         let (own, own_form) = (vocabulary.clone(), form.clone());
         let work = move || {
             let _running = Running::new(&own);
-            // Nobody waits any more if this took too long.
+            // If this took too long, nobody waits any more.
             let _ = sender.send(matcher(&own, &own_form));
         };
         let thread = thread::Builder::new().name("sluice-grammar".into()).stack_size(STACK_BYTES);
@@ -136,8 +137,8 @@ impl Grammar {
         Box::new(Matching::new(self.vocabulary.clone(), self.matcher.deep_clone(), self.behind.clone()))
     }
 
-    /// The same behind free text: everything but an end token is allowed until the model has written `marker` (such as
-    /// `</think>`), then white space, then the grammar. For models that think before they answer.
+    /// The same after free text: until the model has written `marker` (such as `</think>`), everything but an end
+    /// token is allowed; then white space, then the grammar. For models that think before they answer.
     pub fn behind(self, marker: &str) -> Grammar {
         let behind = Some(Arc::new(Behind::new(&self.vocabulary, marker)));
         Grammar { behind, ..self }
@@ -201,7 +202,7 @@ fn matcher(vocabulary: &Vocabulary, form: &Form) -> Result<Matcher, GrammarError
     if let Some(error) = matcher.get_error() {
         return Err(invalid(error));
     }
-    // Whether anything can follow at all shows in the first mask.
+    // The first mask shows whether any text is possible.
     matcher.deep_clone().compute_mask_or_eos().map_err(|e| invalid(e.to_string()))?;
     Ok(matcher)
 }

@@ -1,4 +1,4 @@
-//! Lark grammars as text: what is in them, and how to write them.
+//! Lark grammars as text: reads what is in them, and writes them.
 
 use std::ops::Range;
 
@@ -10,14 +10,14 @@ use crate::error::clip;
 /// Longest grammar that a caller may bring, in bytes.
 pub(crate) const MAX_BYTES: usize = 512 << 10;
 
-/// Most rules and terminals in it. The library follows each reference from one to the next by a call.
+/// Most rules and terminals in it. The library follows each reference with a nested call.
 const MAX_DEFINITIONS: usize = 4000;
 
 /// Most nested parentheses and brackets.
 const MAX_DEPTH: usize = 64;
 
-/// A JSON schema as a Lark grammar has it inside, wherever the name of a rule may stand. It takes part in nothing but its own
-/// value: white space that the grammar ignores, for example, may not stand inside.
+/// A JSON schema inside a Lark grammar, wherever the name of a rule may stand. The rest of the grammar does not affect its
+/// value: for example, white space that the grammar ignores may not stand inside.
 pub fn lark_json(schema: &Value) -> String {
     format!("%json {schema}")
 }
@@ -30,7 +30,7 @@ pub(crate) fn literal(text: &str) -> String {
 /// A schema inside a grammar: where `%json` and the schema stand, and the schema.
 pub(crate) type Embedded = (Range<usize>, Value);
 
-/// Checks how large a grammar is and how deep, and finds the schemas in it.
+/// Checks the size and the depth of a grammar, and finds the schemas in it.
 pub(crate) fn scan(text: &str) -> Result<Vec<Embedded>, GrammarError> {
     if text.len() > MAX_BYTES {
         return Err(GrammarError::TooLarge { what: format!("a grammar of {} bytes", text.len()), limit: MAX_BYTES });
@@ -51,7 +51,7 @@ struct Scanner<'t> {
 }
 
 impl Scanner<'_> {
-    /// Goes past the next thing that may hide others.
+    /// Goes past the next sign, or past a literal or comment, inside which signs mean nothing.
     fn step(&mut self) -> Result<(), GrammarError> {
         let rest = &self.text[self.at..];
         let Some(first) = rest.chars().next() else { return Ok(()) };
@@ -88,7 +88,7 @@ impl Scanner<'_> {
         Ok(())
     }
 
-    /// A `%` and what belongs to it.
+    /// A `%` and its operand.
     fn statement(&mut self) -> Result<(), GrammarError> {
         let rest = &self.text[self.at + 1..];
         let length = rest.find(|c: char| !c.is_ascii_lowercase()).unwrap_or(rest.len());
@@ -121,7 +121,7 @@ pub(crate) fn invalid(reason: &str) -> GrammarError {
     GrammarError::Invalid { what: "grammar", reason: clip(reason) }
 }
 
-/// Length of something between two of the same character.
+/// Length of a text between two equal delimiters.
 fn quoted(text: &str, quote: char) -> Option<usize> {
     let mut escaped = false;
     for (at, c) in text.char_indices().skip(1) {

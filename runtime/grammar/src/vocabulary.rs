@@ -1,4 +1,4 @@
-//! A model's tokens as the grammar library wants them: bytes in a tree.
+//! A model's tokens in the form that the grammar library needs: bytes in a tree.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,7 +11,7 @@ use toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTr
 
 use crate::GrammarError;
 
-/// Longest token that a grammar lets through, in bytes. The library's tree has room for 1,024.
+/// Longest token that a grammar allows, in bytes. The library's tree has room for 1,024.
 const MAX_TOKEN_BYTES: usize = 1000;
 
 /// Most tokens. The library packs ids into 24 bits.
@@ -19,12 +19,12 @@ const MAX_TOKENS: usize = (1 << 24) - 2;
 
 /// Most states of a grammar's lexer. One takes up to 2 KB; with more, a generation fails.
 const MAX_LEXER_STATES: usize = 50_000;
-/// Most ways at a time in which a grammar's parser reads a text, and most of them in a step. Forms that people ask for have tens;
-/// ambiguous grammars have thousands, and would keep everybody else waiting.
+/// Most ways at a time in which a grammar's parser may read a text, and most of them in a step. Ordinary forms have tens;
+/// ambiguous grammars have thousands, and would keep all other requests waiting.
 const MAX_ITEMS_IN_ROW: usize = 500;
 const MAX_ITEMS_IN_STEP: usize = 20_000;
 
-/// Parts of JSON strings for which the library keeps the sets of tokens at hand: white space, and text that needs no escape.
+/// Parts of JSON strings for which the library keeps the sets of tokens ready: white space, and text that needs no escape.
 const SLICES: [&str; 4] =
     [r"[\x20\x0A\x0D\x09]+", r#"[^"\\\x00-\x1F\x7F]{1,10}"#, r#"[^"\\\x00-\x1F\x7F]{1,30}"#, r#"[^"\\\x00-\x1F\x7F]+"#];
 
@@ -57,11 +57,11 @@ impl fmt::Debug for Vocabulary {
 
 impl Vocabulary {
     /// Prepares the vocabulary of a model whose rows of logits have `vocab_size` elements. A text may end with any of the `end`
-    /// tokens, which appear nowhere else; with none of them, a text ends only where its grammar lets nothing follow.
+    /// tokens, which appear nowhere else; if there are none, a text ends only where its grammar allows nothing to follow.
     ///
     /// # Errors
-    /// When the tokenizer's decoder is broken or of a kind where the text of a token depends on others, or an end token is no
-    /// token.
+    /// When the tokenizer's decoder is broken, when it is of a kind where the text of a token depends on others, or when an
+    /// end token does not exist.
     pub fn new(tokenizer: &Tokenizer, vocab_size: usize, end: &[u32]) -> Result<Self, GrammarError> {
         let bad = |reason: String| GrammarError::Vocabulary { reason };
         if vocab_size > MAX_TOKENS {
@@ -98,8 +98,8 @@ impl Vocabulary {
         Ok(Vocabulary { inner: Arc::new(inner) })
     }
 
-    /// Text as a Lark grammar writes it: the special tokens that are spelled in it as tokens, everything else as string literals.
-    /// This is how to write markers such as `<tool_call>`, which some models have as special tokens and others as text.
+    /// Writes a text for a Lark grammar: special tokens whose spellings it contains as tokens, everything else as string
+    /// literals. This is how to write markers such as `<tool_call>`, which some models have as special tokens and others as text.
     pub fn lark_text(&self, text: &str) -> String {
         let trie = self.trie();
         let (mut parts, mut plain) = (Vec::new(), String::new());
@@ -145,7 +145,7 @@ impl Vocabulary {
         self.inner.environment.tok_trie()
     }
 
-    /// The bytes that a token adds to a text; a special token has its name's.
+    /// The bytes that a token adds to a text; for a special token, the bytes of its name.
     pub(crate) fn bytes(&self, id: u32) -> &[u8] {
         let bytes = self.trie().token(id);
         bytes.strip_prefix(&[TokTrie::SPECIAL_TOKEN_MARKER]).filter(|_| bytes.len() > 1).unwrap_or(bytes)
@@ -172,14 +172,14 @@ impl Vocabulary {
     }
 }
 
-/// The bytes by which the library knows a token: text, or, for a token that is not text, a marker that is not UTF-8 and the token's
-/// name.
+/// The bytes by which the library identifies a token: its text, or, for a token that is not text, a marker that is not UTF-8 and
+/// the token's name.
 fn word(tokenizer: &Tokenizer, id: u32, end: &[u32]) -> Result<Vec<u8>, GrammarError> {
     let bytes = tokenizer.token_bytes(id)?.unwrap_or_default();
     let is_text = !tokenizer.is_special(id) && !end.contains(&id);
     Ok(match is_text {
         _ if bytes.is_empty() || bytes.len() > MAX_TOKEN_BYTES => Vec::new(),
-        // Would look special. The byte occurs in no text.
+        // This would look like a special token. The byte occurs in no text.
         true if bytes[0] == TokTrie::SPECIAL_TOKEN_MARKER => Vec::new(),
         true => bytes,
         false => {

@@ -1,4 +1,4 @@
-//! What is told of a folder.
+//! Public descriptions of a folder and its sessions.
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -9,15 +9,15 @@ use sluice_model::session::Binding;
 /// Where sessions are kept, and how many.
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
-    /// The folder. It is made if it is not there.
+    /// The folder. It is created if it does not exist.
     pub folder: PathBuf,
-    /// The most bytes that its sessions may have. The least useful ones go first.
+    /// The most bytes that its sessions may have. Beyond that, the least useful ones are deleted first.
     pub max_bytes: u64,
-    /// Sessions that were not used for so long are deleted.
+    /// Sessions that were not used for this long are deleted.
     pub expire_after: Option<Duration>,
 }
 
-/// A session in the folder: a segment, and all that stands before it.
+/// A session in the folder: a segment, and all segments before it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SessionEntry {
     /// Its name: 32 hexadecimal digits, made from the model and the tokens.
@@ -26,7 +26,7 @@ pub struct SessionEntry {
     pub parent: Option<String>,
     /// Sessions that continue it.
     pub children: Vec<String>,
-    /// What it was computed with.
+    /// The model and the settings that computed it.
     pub binding: Binding,
     /// Tokens of the session, those before its segment included.
     pub tokens: usize,
@@ -36,9 +36,9 @@ pub struct SessionEntry {
     pub created: SystemTime,
     /// When it was last saved, restored or touched.
     pub used: SystemTime,
-    /// How often that was.
+    /// How often it was saved, restored or touched.
     pub uses: u32,
-    /// What its owner calls it.
+    /// The title that its owner gave it.
     pub title: Option<String>,
 }
 
@@ -49,14 +49,14 @@ impl SessionEntry {
     }
 }
 
-/// What a folder holds, and what has become of it since it was opened.
+/// What a folder holds, and what has happened since it was opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Bytes of the files of sessions, as the filesystem counts them.
     pub bytes: u64,
     /// Files of sessions.
     pub files: usize,
-    /// Of these, files that cannot be used: damaged, of another version, or without what they continue.
+    /// Of these, files that cannot be used: damaged, of another version, or without the segment that they continue.
     pub unusable: usize,
     /// Sequences that wait to be written, the one that is being written included.
     pub waiting: usize,

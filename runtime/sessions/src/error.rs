@@ -18,13 +18,13 @@ pub enum StoreError {
         /// What the filesystem said.
         source: io::Error,
     },
-    /// Another process has it.
+    /// Another process uses the folder.
     #[error("{folder}: another process keeps its sessions here: choose another folder, or end that process")]
     Busy {
         /// The folder.
         folder: PathBuf,
     },
-    /// The folder cannot be locked, so that two processes could write in it.
+    /// The folder cannot be locked, so two processes could write in it.
     #[error(
         "{folder}: the filesystem cannot lock the folder of the sessions: {source}. Choose a folder on another filesystem"
     )]
@@ -45,7 +45,7 @@ pub enum StoreError {
     /// A session cannot be written or read, or does not fit the engine.
     #[error(transparent)]
     Session(#[from] SessionError),
-    /// The session needs more bytes than the folder may have, or than can be made free.
+    /// The session needs more bytes than the folder may have, or than can be freed.
     #[error(
         "{folder}: a session of {tokens} tokens takes {bytes} more bytes, and there is room for {room} of the {most} that the folder \
          may have: raise its limit"
@@ -57,7 +57,7 @@ pub enum StoreError {
         tokens: usize,
         /// Bytes of the file that would be written.
         bytes: u64,
-        /// Bytes that are free or can be made free.
+        /// Bytes that are free or can be freed.
         room: u64,
         /// The most bytes that the folder may have.
         most: u64,

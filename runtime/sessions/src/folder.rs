@@ -16,7 +16,7 @@ use crate::StoreError;
 use crate::name::{FileName, LOCK, SegmentId, USES};
 use crate::tree::{History, Segment};
 
-/// The most bytes of a list of uses that are read.
+/// The longest list of uses that is read, in bytes.
 const USES_MAX: u64 = 64 << 20;
 
 /// A folder that is locked by this process.
@@ -38,7 +38,7 @@ pub(crate) struct Unusable {
 /// What a folder has.
 #[derive(Debug, Default)]
 pub(crate) struct Scan {
-    /// Segments, those that begin first before the others, and when they were written.
+    /// Segments in ascending order of their first token, and when they were written.
     pub(crate) segments: Vec<(Segment, SystemTime)>,
     pub(crate) unusable: Vec<Unusable>,
 }
@@ -67,10 +67,10 @@ impl Uses {
         self.sessions.insert(id.to_string(), Use { created, used, uses: *uses, title });
     }
 
-    /// What is known of a segment that was written at that time.
+    /// The known uses of a segment that was written at that time.
     pub(crate) fn take(&mut self, id: SegmentId, written: SystemTime) -> History {
         match self.sessions.remove(&id.to_string()) {
-            // A clock that was wrong must not keep a session for ever.
+            // A time in the future, from a clock that was wrong, must not keep a session for ever.
             Some(known) => History {
                 created: time(known.created).min(SystemTime::now()),
                 used: time(known.used).min(SystemTime::now()),
@@ -90,7 +90,7 @@ fn time(seconds: u64) -> SystemTime {
     UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).unwrap_or(UNIX_EPOCH)
 }
 
-/// What is kept of a title: one line of at most 200 characters.
+/// Shortens a title to one line of at most 200 characters.
 pub(crate) fn title_of(title: &str) -> String {
     title.chars().take(200).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
@@ -130,10 +130,10 @@ impl Folder {
         self.path.join(id.file_name())
     }
 
-    /// Looks at all files, and removes what writers that were killed have left.
+    /// Looks at all files, and removes the leftovers of killed writers.
     ///
     /// # Errors
-    /// [`StoreError::Folder`] if the folder cannot be read; not what is wrong with a file.
+    /// [`StoreError::Folder`] if the folder cannot be read. A faulty file is no error.
     pub(crate) fn scan(&self) -> Result<Scan, StoreError> {
         let failed = |source| StoreError::Folder { folder: self.path.clone(), source };
         let mut scan = Scan::default();
@@ -159,7 +159,7 @@ impl Folder {
         let info = open_no_link(path).map_err(open).and_then(|mut file| peek_file(&mut file, path));
         match info.map(|info| Segment::new(info, bytes)) {
             Ok(segment) if segment.id == id => scan.segments.push((segment, modified)),
-            // Somebody else's file, which only has such a name.
+            // A file of another program, which only has such a name.
             Err(SessionError::NotASession { .. }) if found.len() > 0 => {}
             _ => scan.unusable.push(Unusable { path: path.to_owned(), bytes, modified }),
         }
@@ -170,7 +170,7 @@ impl Folder {
         Unusable { path: self.file(segment.id), bytes: segment.bytes, modified }
     }
 
-    /// Writes a segment, and looks at what was written.
+    /// Writes a segment, and reads back what it needs to know of the file.
     ///
     /// # Errors
     /// [`StoreError::Session`] and [`StoreError::File`].
@@ -183,7 +183,7 @@ impl Folder {
         Ok(Segment::new(info, bytes_of(&file.metadata().map_err(failed)?)))
     }
 
-    /// Removes a file of the folder. One that is not there is removed already.
+    /// Removes a file of the folder. It is no error if the file does not exist.
     ///
     /// # Errors
     /// [`StoreError::File`].
@@ -196,7 +196,7 @@ impl Folder {
         }
     }
 
-    /// Reads the list of uses: nothing, if it is damaged or not there.
+    /// Reads the list of uses, which is empty if the file is damaged or missing.
     pub(crate) fn read_uses(&self) -> Uses {
         let mut bytes = Vec::new();
         let read = open_no_link(&self.path.join(USES)).and_then(|file| file.take(USES_MAX).read_to_end(&mut bytes));

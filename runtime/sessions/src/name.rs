@@ -5,12 +5,12 @@ use std::fmt;
 use sluice_checksum::xxh3_128;
 use sluice_model::session::{Binding, PrefixHash, kv_code, thrift_codes};
 
-/// What the name of a segment ends with.
+/// The end of a segment's name.
 const SUFFIX: &str = ".session";
 /// Hexadecimal digits of an id.
 const DIGITS: usize = 32;
 
-/// The id of a segment, made from what it was computed with, where it begins, and its text.
+/// The id of a segment, made from the model and settings that computed it, where it begins, and its text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct SegmentId(u128);
 
@@ -25,7 +25,7 @@ impl SegmentId {
         SegmentId(xxh3_128(&bytes))
     }
 
-    /// The id that a caller has written down. Anything but the digits of one is nothing.
+    /// Parses an id that a caller wrote down; `None` for anything but the digits of an id.
     pub(crate) fn parse(digits: &str) -> Option<Self> {
         let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
         let is_id = digits.len() == DIGITS && digits.bytes().all(is_digit);
@@ -49,15 +49,15 @@ impl fmt::Display for SegmentId {
 pub(crate) enum FileName {
     /// A segment.
     Segment(SegmentId),
-    /// What a writer has not finished: of a segment, or of the list of uses.
+    /// The unfinished file of a writer: a segment, or the list of uses.
     Unfinished,
-    /// Nothing of ours.
+    /// Not a file of this program.
     Foreign,
 }
 
 /// When and how often segments were used, and their titles.
 pub(crate) const USES: &str = "sessions.json";
-/// Locked by whoever has the folder.
+/// The file that the process which uses the folder locks.
 pub(crate) const LOCK: &str = "lock";
 
 impl FileName {
@@ -73,7 +73,7 @@ impl FileName {
     }
 }
 
-/// Whether this is what a file is called while it is written, behind its name: `.PID-N`.
+/// Whether this is the suffix that a file's name has while it is written: `.PID-N`.
 fn is_unfinished(rest: &str) -> bool {
     let is_number = |digits: &str| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
     let numbers = rest.strip_prefix('.').and_then(|rest| rest.split_once('-'));

@@ -15,7 +15,7 @@ use crate::tree::{Node, Segment};
 use crate::writer::{self, Shared, Waiting};
 use crate::{SessionEntry, StoreError, StoreOptions, Usage};
 
-/// Stored tokens that a text begins with. As long as it lives, what it names is not deleted to make room.
+/// Stored tokens with which a text begins. As long as this value lives, its segments are not deleted to make room.
 #[derive(Clone, Debug)]
 pub struct Found {
     /// The segments, from the first token on.
@@ -26,8 +26,8 @@ pub struct Found {
 }
 
 impl Found {
-    /// Tokens of the sequence that [`Store::restore`] gives. Fewer than [`matched`](Self::matched) in models with windows or recurrent
-    /// states, which go on only where a sequence was saved or marked.
+    /// Tokens of the sequence that [`Store::restore`] gives. These may be fewer than [`matched`](Self::matched) in models with windows
+    /// or recurrent states, which continue only where a sequence was saved or marked.
     pub fn position(&self) -> usize {
         self.tokens.len()
     }
@@ -43,8 +43,8 @@ impl Found {
     }
 }
 
-/// Sessions in a folder. Several threads can use it; one of its own writes. When it is dropped, it waits until everything that was
-/// given to it is written.
+/// Sessions in a folder. Several threads can use a store; it has one thread of its own, which writes. When it is dropped, it waits
+/// until everything that was given to it is written.
 #[derive(Debug)]
 pub struct Store {
     shared: Arc<Shared>,
@@ -52,11 +52,12 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the folder, or makes it, readable by its owner alone; looks at what it holds, and removes what writers that were killed
-    /// have left.
+    /// Opens the folder, or creates it readable by its owner only. Looks at what it holds, and removes the leftovers of killed
+    /// writers.
     ///
     /// # Errors
-    /// [`StoreError::Folder`], [`StoreError::Busy`] if another process has it, [`StoreError::Lock`], [`StoreError::Thread`].
+    /// [`StoreError::Folder`], [`StoreError::Busy`] if another process uses it, [`StoreError::Lock`],
+    /// [`StoreError::Thread`].
     pub fn open(options: StoreOptions) -> Result<Store, StoreError> {
         let folder = Folder::open(&options.folder)?;
         let scan: Scan = folder.scan()?;
@@ -68,8 +69,8 @@ impl Store {
         Ok(Store { shared, writer: Some(writer) })
     }
 
-    /// The longest stored beginning of `tokens` from which a sequence can go on. Reads nothing from the drive. A sequence that has all
-    /// tokens of a prompt has no logits for the next one: leave out the last token.
+    /// The longest stored beginning of `tokens` from which a sequence can continue. Reads nothing from the drive. A sequence that has
+    /// all tokens of a prompt has no logits for the next token, so leave out the last one.
     pub fn longest(&self, binding: Binding, tokens: &[u32]) -> Option<Found> {
         let state = self.shared.lock();
         let walk = state.tree.walk(binding, tokens);
@@ -77,8 +78,9 @@ impl Store {
         Some(Found { chain: state.tree.chain(id), tokens: tokens[..position].to_vec(), matched: walk.matched })
     }
 
-    /// Reads what was found into a new sequence of the engine, which then has [`Found::position`] tokens, or fewer if the engine's
-    /// context is shorter. It has no marks. Segments that turn out to be damaged are deleted, with those that continue them.
+    /// Reads the stored tokens into a new sequence of the engine, which then has [`Found::position`] tokens, or fewer if the
+    /// engine's context is shorter. It has no marks. Segments that turn out to be damaged are deleted, with those that continue
+    /// them.
     ///
     /// # Errors
     /// [`StoreError::Session`]. The caller computes the tokens anew.
@@ -108,8 +110,9 @@ impl Store {
         Ok(restored?)
     }
 
-    /// Saves a sequence, if it has tokens that are not stored; give it a fork of one that goes on. Returns at once: it is written by
-    /// another thread. Of too many that wait, the oldest that a later one extends is not written, or else the oldest.
+    /// Saves a sequence, if it has tokens that are not stored. If the sequence is still in use, pass a fork of it. Returns at once:
+    /// another thread writes the sequence. If too many sequences wait, the oldest one that a later one extends is not written; if
+    /// there is none, the oldest.
     pub fn keep(&self, sequence: Sequence, title: Option<&str>) {
         if sequence.position() == 0 {
             return;
@@ -121,7 +124,7 @@ impl Store {
         drop(gives_way);
     }
 
-    /// Notes that a stored text was of use, though it did not have to be read.
+    /// Notes that a stored text was used, although it did not have to be read.
     pub fn touch(&self, binding: Binding, tokens: &[u32]) {
         let mut state = self.shared.lock();
         if let Some((id, _)) = state.tree.walk(binding, tokens).best {
@@ -130,14 +133,14 @@ impl Store {
         }
     }
 
-    /// All sessions, those that were used last first.
+    /// All sessions, the most recently used first.
     pub fn list(&self) -> Vec<SessionEntry> {
         let mut list: Vec<_> = self.shared.lock().tree.nodes().map(entry).collect();
         list.sort_by(|a, b| b.used.cmp(&a.used).then_with(|| b.tokens.cmp(&a.tokens)).then_with(|| a.id.cmp(&b.id)));
         list
     }
 
-    /// The tokens of all sessions that no other one continues, those that were used last at the end.
+    /// The tokens of all sessions that no other one continues, the most recently used last.
     pub fn texts(&self, binding: Binding) -> Vec<Vec<u32>> {
         let state = self.shared.lock();
         let leaves = state.tree.nodes().filter(|node| node.children.is_empty() && node.segment.info.binding == binding);
@@ -146,8 +149,8 @@ impl Store {
         leaves.into_iter().map(|(_, id)| text_of(&state.tree.chain(id))).collect()
     }
 
-    /// Deletes a session and those that continue it; `false` if there is none of that id. What waits to be written and continues it is
-    /// given up.
+    /// Deletes a session and those that continue it; `false` if no session has that id. Sequences that continue it and wait to be
+    /// written are given up.
     ///
     /// # Errors
     /// [`StoreError::File`] if a file cannot be deleted.
@@ -168,8 +171,8 @@ impl Store {
         self.shared.delete(&removed).map(|()| true)
     }
 
-    /// The tokens of what was [deleted](Self::delete) since this was asked for the last time. Whoever has sequences in memory gives
-    /// up those that have or continue these tokens, so that they are not saved again.
+    /// The tokens of the sessions that were [deleted](Self::delete) since the last call. A caller with sequences in memory should
+    /// give up those that have or continue these tokens, so that they are not saved again.
     pub fn take_deleted(&self, binding: Binding) -> Vec<Vec<u32>> {
         let mut state = self.shared.lock();
         state.deleted.extract_if(.., |(of, _)| *of == binding).map(|(_, tokens)| tokens).collect()
@@ -180,7 +183,7 @@ impl Store {
         self.shared.flush();
     }
 
-    /// Gives up sequences that wait to be written, and so their pages. Returns how many.
+    /// Gives up the sequences that wait to be written, which frees their pages. Returns how many there were.
     pub fn drop_waiting(&self) -> usize {
         let given_up = self.shared.lock().give_up(|_| true);
         given_up.len()
@@ -191,7 +194,7 @@ impl Store {
         self.shared.lock().usage()
     }
 
-    /// What went wrong last, while it wrote or made room.
+    /// The last error while the store wrote or made room.
     pub fn last_error(&self) -> Option<Arc<StoreError>> {
         self.shared.lock().last_error.clone()
     }
@@ -206,7 +209,7 @@ impl Drop for Store {
     fn drop(&mut self) {
         self.shared.stop();
         if let Some(writer) = self.writer.take() {
-            // If it has panicked, there is nothing left to be written by it.
+            // If the thread has panicked, it cannot write anything more.
             let _ = writer.join();
         }
     }
@@ -223,7 +226,7 @@ fn open_chain(folder: &Folder, chain: &[Arc<Segment>]) -> Result<Vec<SegmentFile
     chain.iter().map(open).collect()
 }
 
-/// The segment that cannot be used any more, if that is what the error says.
+/// The segment that cannot be used any more, if the error says so.
 fn culprit(error: &SessionError, folder: &Folder, chain: &[Arc<Segment>]) -> Option<Arc<Segment>> {
     use SessionError as E;
     let path = match error {

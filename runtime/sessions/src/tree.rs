@@ -1,4 +1,4 @@
-//! The segments in memory: which text each has, what it continues, and which is needed least.
+//! The segments in memory: which text each has, which segment it continues, and which is needed least.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -23,18 +23,18 @@ impl Segment {
         Segment { id: SegmentId::new(info.binding, info.start, info.text), info, bytes }
     }
 
-    /// The page boundary that it hangs at.
+    /// The page boundary at which it begins.
     fn begin(&self) -> Boundary {
         (self.info.binding, self.info.start, self.info.before)
     }
 
-    /// The page boundaries inside of it and at its end.
+    /// The page boundaries inside it and at its end.
     fn boundaries(&self) -> impl Iterator<Item = Boundary> {
         let SegmentInfo { binding, start, before, ref tokens, .. } = self.info;
         before.pages(tokens).enumerate().map(move |(i, hash)| (binding, start + (i + 1) * PAGE_TOKENS, hash))
     }
 
-    /// The last place up to `agreed` at which a sequence can go on.
+    /// The last place up to `agreed` from which a sequence can continue.
     fn reaches(&self, agreed: usize) -> Option<usize> {
         if !self.info.forgets || agreed >= self.info.position {
             return Some(agreed.min(self.info.position));
@@ -43,10 +43,10 @@ impl Segment {
     }
 }
 
-/// A page boundary of a text: what computes it, tokens before it, and their hash.
+/// A page boundary of a text: the model that computes the text, the tokens before the boundary, and their hash.
 type Boundary = (Binding, usize, PrefixHash);
 
-/// What has become of a segment.
+/// What happened to a segment.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct History {
     pub(crate) created: SystemTime,
@@ -78,9 +78,9 @@ pub(crate) struct Walk {
 #[derive(Debug, Default)]
 pub(crate) struct Tree {
     nodes: HashMap<SegmentId, Node>,
-    /// The segments that hang at a page boundary.
+    /// The segments that begin at a page boundary.
     hanging: HashMap<Boundary, Vec<SegmentId>>,
-    /// The segments that have a page boundary.
+    /// The segments that contain a page boundary.
     having: HashMap<Boundary, Vec<SegmentId>>,
     bytes: u64,
 }
@@ -125,7 +125,7 @@ impl Tree {
         }
     }
 
-    /// A segment, and those that it continues, from the first token on.
+    /// A segment and those that it continues, in the order of their tokens.
     pub(crate) fn chain(&self, id: SegmentId) -> Vec<Arc<Segment>> {
         let up = std::iter::successors(self.nodes.get(&id), |node| node.parent.and_then(|id| self.nodes.get(&id)));
         let mut chain: Vec<_> = up.map(|node| Arc::clone(&node.segment)).collect();
@@ -133,7 +133,7 @@ impl Tree {
         chain
     }
 
-    /// A segment that has the page boundary.
+    /// A segment that contains the page boundary.
     pub(crate) fn parent_at(&self, binding: Binding, start: usize, before: PrefixHash) -> Option<SegmentId> {
         self.having.get(&(binding, start, before))?.first().copied()
     }
@@ -144,7 +144,7 @@ impl Tree {
         !self.nodes.contains_key(&segment.id) && (start == 0 || self.parent_at(binding, start, before).is_some())
     }
 
-    /// Adds a segment. Gives it back if it is there already, or what it continues is not.
+    /// Adds a segment. Gives it back if it exists already, or if the segment that it continues does not.
     pub(crate) fn insert(&mut self, segment: Segment, history: History) -> Option<Segment> {
         if !self.belongs(&segment) {
             return Some(segment);
@@ -162,7 +162,7 @@ impl Tree {
         None
     }
 
-    /// Takes a segment out that no other one continues.
+    /// Removes a segment that no other one continues.
     fn remove_leaf(&mut self, id: SegmentId) -> Option<Arc<Segment>> {
         let Node { segment, parent, .. } = self.nodes.remove(&id)?;
         if let Some(parent) = parent.and_then(|parent| self.nodes.get_mut(&parent)) {
@@ -185,7 +185,7 @@ impl Tree {
         order
     }
 
-    /// Takes a segment out with all that continue it; those come first.
+    /// Removes a segment and all that continue it; those come first.
     pub(crate) fn remove(&mut self, id: SegmentId) -> Vec<Arc<Segment>> {
         self.with_continuations(id).into_iter().rev().filter_map(|id| self.remove_leaf(id)).collect()
     }
@@ -195,8 +195,8 @@ impl Tree {
         self.nodes.values().filter(|node| node.children.is_empty() && Arc::strong_count(&node.segment) == 1)
     }
 
-    /// Takes out what is needed least: of the idle leaves the one with the largest ratio of the time since its last use to the number
-    /// of its uses, among equals the largest.
+    /// Removes the segment that is needed least: of the idle leaves, the one with the largest ratio of the time since its last use to
+    /// the number of its uses, and among equals the largest.
     pub(crate) fn remove_least_useful(&mut self, now: SystemTime) -> Option<Arc<Segment>> {
         let rank = |node: &Node| {
             let idle = now.duration_since(node.history.used).unwrap_or_default().as_secs_f64();
@@ -207,7 +207,7 @@ impl Tree {
         self.remove_leaf(id)
     }
 
-    /// Bytes of what could be taken out, if `kept` and what those continue stay.
+    /// Bytes of the segments that could be removed, if `kept` and the segments that those continue stay.
     pub(crate) fn removable(&self, kept: &[Arc<Segment>]) -> u64 {
         let used = self.nodes.values().filter(|node| Arc::strong_count(&node.segment) > 1).map(|node| node.segment.id);
         let mut stay: HashSet<SegmentId> = HashSet::new();
@@ -221,7 +221,7 @@ impl Tree {
         removable.map(|(_, node)| node.segment.bytes).sum()
     }
 
-    /// Takes out the idle leaves that were not used for so long, then those that have become leaves by that.
+    /// Removes the idle leaves that were not used for so long, then those that have become leaves thereby.
     pub(crate) fn remove_expired(&mut self, now: SystemTime, after: Duration) -> Vec<Arc<Segment>> {
         let mut removed = Vec::new();
         loop {
@@ -245,7 +245,7 @@ impl Tree {
     }
 }
 
-/// Takes an id out of a list, and the list away when it is empty.
+/// Removes an id from a list, and the list if it is then empty.
 fn forget(lists: &mut HashMap<Boundary, Vec<SegmentId>>, boundary: Boundary, id: SegmentId) {
     if let Some(list) = lists.get_mut(&boundary) {
         list.retain(|&other| other != id);
@@ -270,7 +270,7 @@ mod tests {
         History { created: at(0), used: at(seconds), uses, title: None }
     }
 
-    /// Stores a text as the thread that writes does: from the last page boundary on that is stored.
+    /// Stores a text as the writing thread does: from the last stored page boundary on.
     fn store(tree: &mut Tree, text: &[u32], marks: &[usize], history: History) -> Option<SegmentId> {
         let binding = Binding::default();
         let walk = tree.walk(binding, text);
@@ -329,7 +329,7 @@ mod tests {
         }
         let walk = tree.walk(Binding::default(), &text(69, 69, 0));
         assert_eq!((walk.matched, walk.best), (69, None));
-        // What is stored can still be worth writing, for its states.
+        // A text that is stored can still be worth writing, for its states.
         let middle = store(&mut tree, &text(150, 150, 0), &[140], used(0, 0)).unwrap();
         assert_eq!(tree.walk(Binding::default(), &text(160, 160, 0)).best, Some((middle, 150)));
     }
@@ -368,7 +368,7 @@ mod tests {
     }
 
     proptest! {
-        /// What is found is what a look at all texts would find, also after segments have gone.
+        /// The tree finds the same as a search through all texts, also after segments have been removed.
         #[test]
         fn the_longest_match_is_found(
             texts in prop::collection::vec((1..300_usize, 0..300_usize, 0..3_u32), 1..12),

@@ -1,4 +1,4 @@
-//! What the threads share, and the thread that writes.
+//! The state that threads share, and the thread that writes.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -15,9 +15,9 @@ use crate::{StoreError, StoreOptions, Usage};
 
 /// The most sequences that wait to be written. They keep their pages while they wait.
 const WAITING_MAX: usize = 8;
-/// How often the list of uses is written, and what has expired is deleted, if nothing else happens.
+/// How often the list of uses is written and expired sessions are deleted, if nothing else happens.
 const TIDY_EVERY: Duration = Duration::from_secs(30);
-/// What filesystems give space in.
+/// The unit, in bytes, in which filesystems allocate space.
 const BLOCK: u64 = 4096;
 
 /// A sequence that waits to be written.
@@ -28,7 +28,7 @@ pub(crate) struct Waiting {
 }
 
 impl Waiting {
-    /// Whether it has all that `other` has.
+    /// Whether it has all tokens that `other` has.
     fn extends(&self, other: &Waiting) -> bool {
         let (own, other) = (&self.sequence, &other.sequence);
         own.binding() == other.binding() && own.tokens().starts_with(other.tokens())
@@ -41,7 +41,8 @@ pub(crate) struct State {
     pub(crate) tree: Tree,
     pub(crate) unusable: Vec<Unusable>,
     pub(crate) waiting: VecDeque<Waiting>,
-    /// What was deleted on demand and [`Store::take_deleted`](crate::Store::take_deleted) has not told yet.
+    /// Sessions that were deleted on demand and that [`Store::take_deleted`](crate::Store::take_deleted) has not
+    /// returned yet.
     pub(crate) deleted: Vec<(Binding, Vec<u32>)>,
     /// Files of segments that are no longer in the tree.
     doomed: Vec<PathBuf>,
@@ -49,7 +50,7 @@ pub(crate) struct State {
     pub(crate) last_error: Option<Arc<StoreError>>,
     /// The list of uses has changed.
     pub(crate) dirty: bool,
-    /// The list of uses is to be written now, not only when it is time again.
+    /// The list of uses has to be written now, not only at the next regular time.
     hurry: bool,
     busy: bool,
     stopping: bool,
@@ -77,7 +78,7 @@ impl State {
         self.tree.bytes() + self.unusable.iter().map(|file| file.bytes).sum::<u64>()
     }
 
-    /// Adds a sequence to those that wait. Returns the one that gives way to it.
+    /// Adds a sequence to those that wait. Returns the one that it displaces.
     pub(crate) fn push(&mut self, new: Waiting) -> Option<Waiting> {
         self.waiting.push_back(new);
         if self.waiting.len() <= WAITING_MAX {
@@ -89,14 +90,14 @@ impl State {
         self.waiting.remove(gives_way)
     }
 
-    /// Gives up those that wait, as `which` says.
+    /// Gives up the waiting sequences that `which` selects.
     pub(crate) fn give_up(&mut self, mut which: impl FnMut(&Sequence) -> bool) -> Vec<Waiting> {
         let (gone, stay) = std::mem::take(&mut self.waiting).into_iter().partition(|w: &Waiting| which(&w.sequence));
         self.waiting = Vec::into(stay);
         gone
     }
 
-    /// Takes a damaged segment out, with those that continue it. Their files are deleted by the thread that writes.
+    /// Removes a damaged segment and those that continue it. The writing thread deletes their files.
     pub(crate) fn condemn(&mut self, folder: &Folder, id: SegmentId) {
         let removed = self.tree.remove(id);
         self.doomed.extend(removed.iter().map(|segment| folder.file(segment.id)));
@@ -114,11 +115,11 @@ pub(crate) struct Shared {
     pub(crate) options: StoreOptions,
     pub(crate) folder: Folder,
     state: Mutex<State>,
-    /// Held by whoever writes or deletes files, so that nobody deletes what another has just written.
+    /// Held while a thread writes or deletes files, so no thread deletes a file that another has just written.
     files: Mutex<()>,
     /// There is work.
     pub(crate) work: Condvar,
-    /// There is none left.
+    /// There is no work left.
     idle: Condvar,
 }
 
@@ -137,7 +138,7 @@ impl Shared {
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing that is locked is left half changed by a panic.
+        // A panic leaves nothing behind the lock half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -162,7 +163,7 @@ impl Shared {
         self.work.notify_all();
     }
 
-    /// Deletes files that the tree has lost already.
+    /// Deletes files whose segments are no longer in the tree.
     pub(crate) fn delete(&self, segments: &[Arc<Segment>]) -> Result<(), StoreError> {
         let mut outcome = Ok(());
         for segment in segments {
@@ -181,7 +182,7 @@ impl Shared {
     }
 }
 
-/// Ends the waiting of others, however the thread ends.
+/// Wakes the threads that wait, however the writing thread ends.
 struct Ending<'a>(&'a Shared);
 
 impl Drop for Ending<'_> {
@@ -211,21 +212,21 @@ pub(crate) fn run(shared: &Shared) {
             Some(next) => shared.keep(&next),
             None => shared.tidy(),
         }
-        // The pages of what was written are free before anybody is told that it is done.
+        // Free the pages of what was written before any waiting thread learns that it is done.
         shared.lock().busy = false;
     }
 }
 
-/// What has to be written of a sequence.
+/// The part of a sequence that has to be written.
 struct Plan {
     id: SegmentId,
     start: usize,
-    /// What stands before it. It stays as long as this lives.
+    /// The stored tokens before it. They stay as long as this value lives.
     chain: Vec<Arc<Segment>>,
 }
 
 impl Shared {
-    /// Writes what is new of a sequence.
+    /// Writes the new part of a sequence.
     fn keep(&self, waiting: &Waiting) {
         let _files = self.lock_files();
         let outcome = match self.plan(waiting) {
@@ -237,7 +238,7 @@ impl Shared {
         }
     }
 
-    /// What has to be written; nothing, if all is stored. Then that is noted as a use.
+    /// The part that has to be written; `None` if all is stored, which is then noted as a use.
     fn plan(&self, Waiting { sequence, title }: &Waiting) -> Option<Plan> {
         let (binding, tokens) = (sequence.binding(), sequence.tokens());
         let mut state = self.lock();
@@ -252,7 +253,7 @@ impl Shared {
             }
             return None;
         }
-        // A segment has a token at least.
+        // A segment has at least one token.
         let start = walk.covered.min((tokens.len() - 1) / PAGE_TOKENS * PAGE_TOKENS);
         let before = PrefixHash::of(&tokens[..start]);
         let id = SegmentId::new(binding, start, before.then(&tokens[start..]));
@@ -269,7 +270,7 @@ impl Shared {
         let now = SystemTime::now();
         let history = History { created: now, used: now, uses: 0, title: title.as_deref().map(title_of) };
         let mut state = self.lock();
-        // What it continues may have been deleted meanwhile.
+        // The segment that it continues may have been deleted meanwhile.
         if let Some(orphan) = state.tree.insert(segment, history) {
             drop(state);
             return self.folder.remove(&self.folder.file(orphan.id));
@@ -277,11 +278,11 @@ impl Shared {
         state.counts.written += 1;
         (state.dirty, state.hurry) = (true, true);
         drop(state);
-        // The filesystem may have taken more than was to be expected.
+        // The filesystem may have used more space than expected.
         self.make_room(0, sequence.position(), &plan.chain)
     }
 
-    /// Deletes what is needed least, until so many bytes are free.
+    /// Deletes the segments that are needed least, until this many bytes are free.
     fn make_room(&self, bytes: u64, tokens: usize, chain: &[Arc<Segment>]) -> Result<(), StoreError> {
         let most = self.options.max_bytes;
         let mut state = self.lock();
@@ -295,11 +296,11 @@ impl Shared {
             let unusable = state.unusable.pop();
             let leaf = if unusable.is_none() { state.tree.remove_least_useful(SystemTime::now()) } else { None };
             drop(state);
-            // Not to be tried again for ever: the first error ends it.
+            // The first error ends the loop, so it does not try again for ever.
             match (unusable, leaf) {
                 (Some(file), _) => self.delete_unusable(file)?,
                 (None, Some(leaf)) => self.delete(&[leaf])?,
-                // All that is left is in use.
+                // All remaining segments are in use.
                 (None, None) => return Ok(()),
             }
             state = self.lock();
@@ -312,7 +313,7 @@ impl Shared {
         let mut state = self.lock();
         match &removed {
             Ok(()) => state.counts.deleted += 1,
-            // Behind the others: the next one may be easier to delete.
+            // Put it behind the others: the next one may be easier to delete.
             Err(_) => state.unusable.insert(0, file),
         }
         removed
@@ -333,10 +334,10 @@ impl Shared {
         }
     }
 
-    /// Deletes what has expired and what is too much, and writes the list of uses.
+    /// Deletes expired sessions and those beyond the limit, and writes the list of uses.
     fn tidy(&self) {
         let _files = self.lock_files();
-        // One can fail without the others.
+        // One of these can fail without the others.
         for outcome in [self.expire(), self.make_room(0, 0, &[]), self.write_uses()] {
             if let Err(error) = outcome {
                 self.lock().failed(error);

@@ -1,8 +1,8 @@
-//! Added tokens: those that are found in a text before the model sees it.
+//! Added tokens, which are found in a text before the model sees it.
 //!
-//! The `tokenizers` crate has them too, but normalises them without limits as soon as it has read a file, and cannot be told
-//! to skip places of a text. The rules are the crate's, down to which of two descriptions of the same token counts: the
-//! property tests compare with it.
+//! The `tokenizers` crate has them too, but it normalises them without limits as soon as it has read a file, and it cannot
+//! skip places of a text. The rules are the crate's, including which of two descriptions of the same token counts; property
+//! tests compare with the crate.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -18,7 +18,7 @@ use super::pipeline::Normalization;
 /// Most bytes in the spellings of all added tokens together. The largest published lists have a tenth of it.
 const MAX_ADDED_BYTES: usize = 4 << 20;
 
-/// One token, as it is looked for.
+/// One token for which the search looks.
 #[derive(Debug, Clone)]
 struct Added {
     id: u32,
@@ -29,7 +29,7 @@ struct Added {
     is_space: bool,
 }
 
-/// Tokens by what is looked for in a text.
+/// Tokens by the pattern for which the search looks.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Patterns {
     /// Lengths in bytes of the patterns that begin with a character, the longest first.
@@ -40,14 +40,14 @@ pub(super) struct Patterns {
 /// A tokenizer's added tokens.
 #[derive(Debug, Clone, Default)]
 pub(super) struct AddedTokens {
-    /// Those that are looked for in the text as it is.
+    /// Tokens that are searched for in the text as it is.
     pub(super) literal: Patterns,
-    /// Those that are looked for in normalised text.
+    /// Tokens that are searched for in normalised text.
     pub(super) normalized: Patterns,
     ids: HashMap<String, u32>,
     by_id: HashMap<u32, AddedToken>,
-    /// Special tokens and others, in the order in which they were first added. What counts for the search is whether a token
-    /// was to be normalised *then*; all other flags are those of its last description.
+    /// Special tokens and others, in the order in which they were first added. The search goes by whether a token was to be
+    /// normalised *then*; all other flags are those of its last description.
     listed: [Vec<(String, bool)>; 2],
     special: HashSet<String>,
     /// Spellings of all but white space, by id.
@@ -56,7 +56,7 @@ pub(super) struct AddedTokens {
 }
 
 impl AddedTokens {
-    /// Adds tokens. One that the vocabulary has keeps its id; others get the ids behind the vocabulary.
+    /// Adds tokens. A token that the vocabulary has keeps its id; others get the ids after the vocabulary.
     pub(super) fn add(&mut self, tokens: &[AddedToken], model: &impl Model) {
         for token in tokens.iter().filter(|t| t.special && !t.content.is_empty()) {
             if self.special.insert(token.content.clone()) {
@@ -85,7 +85,7 @@ impl AddedTokens {
         }
     }
 
-    /// Prepares the search, once all tokens are there.
+    /// Prepares the search, once all tokens have been added.
     ///
     /// # Errors
     /// When there are too many, or normalising them takes too much.
@@ -119,7 +119,7 @@ impl AddedTokens {
             }
             let (single_word, lstrip, rstrip) = (token.single_word, token.lstrip, token.rstrip);
             let added = Added { id, single_word, lstrip, rstrip, is_space };
-            // Of two tokens that are the same once they are normalised, the first is found.
+            // If two tokens are the same once they are normalised, the search finds the first.
             patterns.tokens.entry(pattern).or_insert(added);
         }
         Ok(())
@@ -145,7 +145,7 @@ impl AddedTokens {
         self.ids.contains_key(spelling)
     }
 
-    /// Whether a token of this spelling is special: no part of the text that a reader sees.
+    /// Whether a token of this spelling is special, so that it is no part of the text that a reader sees.
     pub(super) fn is_special(&self, spelling: &str) -> bool {
         self.special.contains(spelling)
     }
@@ -164,11 +164,10 @@ impl AddedTokens {
 /// A part of a text: a token with this id, or text.
 pub(super) type Part = (Option<u32>, Range<usize>);
 
-/// Finds added tokens, leftmost first and then longest, as the crate does, but for those that
-/// `is_untrusted`.
+/// Finds added tokens, leftmost first and then longest, as the crate does, except for those that `is_untrusted`.
 pub(super) fn search(patterns: &Patterns, text: &str, is_untrusted: impl Fn(Range<usize>) -> bool) -> Vec<Part> {
     let mut parts: Vec<Part> = Vec::new();
-    // Where the search goes on, and where the last token's white space ended.
+    // Where the search continues, and where the last token's white space ended.
     let (mut next, mut done) = (0, 0);
     for (at, first) in text.char_indices() {
         let Some(lengths) = patterns.lengths.get(&first).filter(|_| at >= next) else {
@@ -207,7 +206,7 @@ pub(super) fn search(patterns: &Patterns, text: &str, is_untrusted: impl Fn(Rang
 
 /// Whether a token is no part of a longer word.
 fn stands_alone(text: &str, start: usize, stop: usize) -> bool {
-    // What is a word is the `tokenizers` crate's question; the standard library has another answer for some digits.
+    // The `tokenizers` crate decides what a word is; the standard library decides otherwise for some digits.
     static WORD: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\w").expect("a fixed pattern"));
     let is_word = |c: Option<char>| c.is_some_and(|c| WORD.is_match(c.encode_utf8(&mut [0; 4])));
     !is_word(text[..start].chars().next_back()) && !is_word(text[stop..].chars().next())

@@ -1,4 +1,4 @@
-//! What a tokenizer puts around every text: the `post_processor` of tokenizer.json.
+//! The tokens that a tokenizer puts around every text: the `post_processor` of tokenizer.json.
 
 use serde_json::Value;
 use tokenizers::PostProcessorWrapper;
@@ -25,14 +25,14 @@ impl Around {
         let mut around = Self::default();
         if !value.is_null() {
             let processor: PostProcessorWrapper = part("post_processor", value)?;
-            // Written anew, in the one form that the crate itself writes.
+            // Serialised again, in the one form that the crate itself writes.
             let value = serde_json::to_value(&processor).map_err(|e| bad(e.to_string()))?;
             around.add(&value)?;
         }
         Ok(around)
     }
 
-    /// Puts one more layer around.
+    /// Adds one more layer of tokens around the text.
     fn add(&mut self, processor: &Value) -> Result<(), TextError> {
         let (mut before, mut after) = (Vec::new(), Vec::new());
         match processor["type"].as_str() {
@@ -65,7 +65,7 @@ impl Around {
                 before.push(token_id(&processor["cls"][1])?);
                 after.push(token_id(&processor["sep"][1])?);
             }
-            // The others change no tokens.
+            // The other kinds change no tokens.
             _ => {}
         }
         self.check(before.len() + after.len())?;

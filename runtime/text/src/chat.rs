@@ -1,4 +1,4 @@
-//! Conversations as models want to read them: chat templates, and their encoding.
+//! Conversations in the form that models read: chat templates, and their encoding.
 //!
 //! A model's template is a program in Jinja, written for Hugging Face's Jinja2. [`ChatTemplate`] runs
 //! it with `minijinja`, and this module makes up for the differences that real templates show:
@@ -12,29 +12,26 @@
 //! typed by a user look the same, and Hugging Face's tokenizers make control tokens of both. Here
 //! [`encode_chat`] gives control tokens to the template alone:
 //!
-//! 1. **Marking.** Before rendering, each character of the user's strings (all contents, names,
-//!    tool calls, tools and options, keys included) is exchanged for a stand-in: a code point of
-//!    Unicode's empty or private planes that occurs nowhere in the conversation or the template.
-//!    Marks are thus part of the characters and survive all that a template can do to text:
-//!    trimming, splitting, slicing, concatenation, JSON. What reads characters reads what they
-//!    stand for: the string methods, filters, `tojson` and the operator `in` find `</think>` in the
-//!    user's text as ever, and what they cut out of it is still marked. White space is not marked;
-//!    nor are the usual roles, and words that the template knows itself (`type == 'object'`), unless
-//!    they could help to make up a control token (`'<' ~ name ~ '>'`).
-//! 2. **Separating.** After rendering, stand-ins turn back into characters, and their places are the
-//!    user's. The text must equal that of an ordinary rendering. If a template looks at text by
-//!    means that marks do hide from (`content[0] == '{'`), it differs, and a second rendering marks
-//!    only characters with which control tokens begin or end, and parts of control tokens between.
-//!    If that differs too, the user's text stays opaque to such a template, which is safe: the
-//!    first result is used.
-//! 3. **Encoding.** [`Tokenizer::encode_untrusted`] takes the whole text at once, as Hugging Face's
-//!    `encode` does, except that an added token is recognised only if none of its characters is the
-//!    user's. Everything between control tokens goes through the tokenizer in one piece, so that
-//!    tokens do not depend on who wrote what. A harmless conversation gets exactly the ids of
-//!    encoding its rendering.
+//! 1. **Marking.** Before rendering, each character of the user's strings (all contents, names, tool calls, tools and
+//!    options, keys included) is exchanged for a stand-in: a code point of Unicode's empty or private planes that
+//!    occurs nowhere in the conversation or the template. So marks are part of the characters and survive everything
+//!    that a template can do to text: trimming, splitting, slicing, concatenation, JSON. Code that reads characters
+//!    reads what the stand-ins stand for: the string methods, filters, `tojson` and the operator `in` find `</think>`
+//!    in the user's text as always, and the parts that they return are still marked. White space is not marked.
+//!    Neither are the usual roles and words that the template itself contains (`type == 'object'`), unless they could
+//!    help to form a control token (`'<' ~ name ~ '>'`).
+//! 2. **Separating.** After rendering, stand-ins turn back into characters, and their places are the user's. The text
+//!    must equal that of an ordinary rendering. If a template reads text in a way that sees only the marks
+//!    (`content[0] == '{'`), the text differs. Then a second rendering marks only characters with which control
+//!    tokens begin or end, and parts of control tokens between them. If that differs too, the first result is used:
+//!    the user's text stays opaque to such a template, which is safe.
+//! 3. **Encoding.** [`Tokenizer::encode_untrusted`] takes the whole text at once, as Hugging Face's `encode` does,
+//!    except that an added token is recognised only if none of its characters is the user's. Everything between
+//!    control tokens goes through the tokenizer in one piece, so tokens do not depend on who wrote what. A harmless
+//!    conversation gets exactly the ids that encoding its rendering gives.
 //!
-//! What the user's text *says* still reaches the template: one that takes apart an assistant's
-//! `<think>…</think>` does so, and writes its own tokens in their place.
+//! The template still sees what the user's text *says*: a template that takes apart an assistant's `<think>…</think>`
+//! does so, and writes its own tokens in their place.
 
 mod clock;
 mod engine;
@@ -56,7 +53,7 @@ use super::{TextError, Tokenizer};
 use marks::{Marker, Marks};
 use source::Source;
 
-/// Where older files of models that also see have the template.
+/// The file in which older vision models have the template.
 const PROCESSOR_TEMPLATE: &str = "chat_template.json";
 
 /// One message of a conversation: an object with `role` and, mostly, `content`. Templates may look
@@ -94,7 +91,7 @@ pub struct SpecialTokens {
     pub pad: Option<String>,
     /// Unknown text.
     pub unk: Option<String>,
-    /// All others, by their full names (`sep_token`, `image_token`, …).
+    /// All other tokens, by their full names (`sep_token`, `image_token`, …).
     pub others: Map<String, Json>,
 }
 
@@ -143,7 +140,7 @@ impl SpecialTokens {
     }
 }
 
-/// What a rendering depends on besides the messages.
+/// Everything besides the messages on which a rendering depends.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct RenderOptions {
     /// Whether to end with the start of the assistant's answer.
@@ -160,7 +157,7 @@ pub struct RenderOptions {
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     default: Arc<Source>,
-    /// Another one for when there are tools.
+    /// Another template, used when there are tools.
     tool_use: Option<Arc<Source>>,
     tokens: SpecialTokens,
 }
@@ -174,15 +171,15 @@ impl ChatTemplate {
         Ok(Self { default: Arc::new(parse(source)?), tool_use: None, tokens })
     }
 
-    /// Finds a model's template among its files: `chat_template.jinja` if there is one, else what
-    /// `tokenizer_config.json` says, else `chat_template.json`. `tokenizer_config.json` also has the special tokens, or `special_tokens_map.json` has. `file` gives a file's bytes.
-    /// `None` if the model has no template.
+    /// Finds a model's template among its files: `chat_template.jinja` if there is one, otherwise the template in
+    /// `tokenizer_config.json`, otherwise `chat_template.json`. The special tokens come from `tokenizer_config.json` or
+    /// `special_tokens_map.json`. `file` gives a file's bytes. `None` if the model has no template.
     ///
-    /// Of several templates, the one called `default` counts, and `tool_use` when there are tools. A single one counts whatever
-    /// it is called.
+    /// Of several templates, the one called `default` is used, or `tool_use` when there are tools. A single template is used
+    /// whatever it is called.
     ///
     /// # Errors
-    /// When a file cannot be read for what it should be.
+    /// When a file does not have the content that it should have.
     pub fn find<'f>(file: impl Fn(&str) -> Option<&'f [u8]>) -> Result<Option<Self>, TextError> {
         let tokens = effective::names(&file)?;
         let config = effective::object(&file, TOKENIZER_CONFIG)?.unwrap_or_default();
@@ -193,7 +190,7 @@ impl ChatTemplate {
             }
             return Ok(Some(template));
         }
-        // Where processors of images and sound keep it.
+        // Processors of images and sound keep the template here.
         let processor = effective::object(&file, PROCESSOR_TEMPLATE)?.unwrap_or_default();
         let found = |fields: &'_ Map<String, Json>| fields.get("chat_template").filter(|t| !t.is_null()).cloned();
         let (place, template) = match (found(&config), found(&processor)) {
@@ -260,7 +257,7 @@ impl ChatTemplate {
         }
     }
 
-    /// The conversation as text, and the parts of it that are not the template's.
+    /// The conversation as text, and the parts of it that the template did not write.
     fn render_untrusted(
         &self,
         controls: &[String],
@@ -282,9 +279,9 @@ impl ChatTemplate {
     }
 }
 
-/// The token ids of a conversation. The template's control tokens are recognised, and nothing in
-/// the user's text is taken for one; see the [module](self) for how. No tokens are added around
-/// the whole: templates write their own.
+/// The token ids of a conversation. The template's control tokens are recognised, and nothing in the user's text is
+/// taken for one; the [module](self) explains how. No tokens are added around the whole text, because templates write
+/// their own.
 ///
 /// # Errors
 /// As [`ChatTemplate::render`] and [`Tokenizer::encode`].
@@ -297,11 +294,11 @@ pub fn encode_chat(
     template.prompt(tokenizer, messages, options)?.encode(tokenizer)
 }
 
-/// A conversation as text, which remembers who wrote what.
+/// A conversation as text that remembers who wrote which part.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Prompt {
     text: String,
-    /// Byte ranges that are not the template's, in ascending order.
+    /// Byte ranges that the template did not write, in ascending order.
     untrusted: Vec<Range<usize>>,
 }
 
@@ -311,7 +308,7 @@ impl Prompt {
         &self.text
     }
 
-    /// The parts that are not the template's: byte ranges in ascending order.
+    /// The parts that the template did not write: byte ranges in ascending order.
     pub fn untrusted(&self) -> &[Range<usize>] {
         &self.untrusted
     }
@@ -324,8 +321,8 @@ impl Prompt {
         tokenizer.encode_untrusted(&self.text, &self.untrusted)
     }
 
-    /// Cuts the text behind the last place where `content` stands, so that a model goes on with the message that says it. False if
-    /// the text does not contain it, because the template has changed it.
+    /// Cuts the text after the last occurrence of `content`, so that a model continues the message with that content. False if the
+    /// text does not contain it, because the template has changed it.
     pub fn end_with(&mut self, content: &str) -> bool {
         let content = content.trim_end();
         let Some(at) = self.text.rfind(content) else { return false };
@@ -357,7 +354,7 @@ impl<'a> Job<'a> {
         Self { template, source, messages: messages.iter().map(with_reasoning_aliases).collect(), options }
     }
 
-    /// Every string that is not the template's.
+    /// Every string that does not come from the template.
     fn user_strings(&self) -> Vec<&str> {
         let mut strings = Vec::new();
         self.messages.iter().for_each(|m| marks::strings_of(m, &mut strings));
@@ -402,8 +399,7 @@ impl<'a> Job<'a> {
     }
 }
 
-/// A message whose reasoning can be found under each name that templates use for it, as
-/// transformers does since version 5.
+/// A message with its reasoning under every name that templates use for it, as transformers does since version 5.
 fn with_reasoning_aliases(message: &Message) -> Map<String, Json> {
     let given = ["reasoning_content", "thinking", "reasoning"]
         .iter()
@@ -419,7 +415,7 @@ fn with_reasoning_aliases(message: &Message) -> Map<String, Json> {
     fields
 }
 
-/// Reads a template, and checks what the engine thinks of it.
+/// Reads a template, and checks that the engine accepts it.
 fn parse(source: &str) -> Result<Source, TextError> {
     let source = Source::read(source)?;
     let env = engine::engine(&Arc::default(), 0, 0, 0);

@@ -1,21 +1,21 @@
-//! What the files beside tokenizer.json say about the tokenizer, put together as Hugging Face's transformers does it.
+//! Combines what the files beside tokenizer.json say about the tokenizer, as Hugging Face's transformers does.
 //!
-//! `AutoTokenizer.from_pretrained` builds one tokenizer of up to five files. The rules, in the order in which they are
-//! applied here (`tokenization_utils_base.py` and `tokenization_utils_fast.py` of transformers 4.57, which agree with 5.x
-//! but for what is said below):
+//! `AutoTokenizer.from_pretrained` builds one tokenizer from up to five files. These are the rules, in the order in which
+//! they are applied here (`tokenization_utils_base.py` and `tokenization_utils_fast.py` of transformers 4.57, which agree
+//! with 5.x except as said below):
 //!
 //! 1. `tokenizer_config.json` names tokens: `bos_token`, `eos_token` and so on, as text or as objects with `content`.
 //! 2. If it lists `added_tokens_decoder`, those tokens are added. If it does not, `special_tokens_map.json` overrides the
 //!    names, and the tokens of `added_tokens.json` are added.
-//! 3. Tokens that have a name are special, and are added if nothing else has added them.
-//! 4. `add_prefix_space` reaches the tokenizer where its class does that.
+//! 3. Tokens that have a name are special, and are added if no other rule has added them.
+//! 4. `add_prefix_space` applies if the tokenizer's class supports it.
 //! 5. Some classes write begin- and end-of-sequence tokens around every text by `add_bos_token` and `add_eos_token`, whatever
 //!    the `post_processor` of tokenizer.json says.
 //!
-//! Version 5 has given up the fifth rule. Models were trained with it: DeepSeek-V3 and R1 say `LlamaTokenizerFast` and
-//! `add_bos_token`, and have a `post_processor` that adds nothing. So the rule is kept, except for files that version 5 has
-//! written (they have a `backend`). A class that is not named, but only follows from the model's type, counts where the flag
-//! is there.
+//! Version 5 has given up the fifth rule. But models were trained with it: DeepSeek-V3 and R1 say `LlamaTokenizerFast` and
+//! `add_bos_token`, and have a `post_processor` that adds nothing. So this module keeps the rule, except for files that
+//! version 5 has written (they have a `backend`). A class that is not named, but only follows from the model's type, counts
+//! if the flag is present.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -35,15 +35,15 @@ const CONFIG: &str = "config.json";
 /// The fields that every tokenizer's class knows, in the order in which tokens are added.
 const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// What a class of transformers does besides what its files say.
+/// What a class of transformers does in addition to what its files say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Class {
     /// Whether begin- and end-of-sequence tokens follow the flags, and whether there is a begin-of-sequence token unless the
     /// flag says otherwise.
     bos_by_default: Option<bool>,
-    /// Names of tokens that are in force unless the files give them.
+    /// Names of tokens that apply unless the files give others.
     names: &'static [(&'static str, &'static str)],
-    /// Whether white space is SentencePiece's, and `add_prefix_space` writes its rules anew.
+    /// Whether white space follows SentencePiece, so that `add_prefix_space` replaces its rules.
     sentencepiece: bool,
 }
 
@@ -88,7 +88,7 @@ impl Class {
     }
 }
 
-/// A token that a file adds, and the id that it says the token has.
+/// A token that a file adds, and the id that the file gives it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Listed {
     pub(super) id: u32,
@@ -96,31 +96,31 @@ pub(super) struct Listed {
     pub(super) file: &'static str,
 }
 
-/// What the files beside tokenizer.json say.
+/// The combined content of the files beside tokenizer.json.
 #[derive(Debug, Default)]
 pub(super) struct Effective {
     /// Tokens to add, in their order.
     pub(super) add: Vec<AddedToken>,
-    /// Tokens to add where nothing else has added them.
+    /// Tokens to add if no other rule has added them.
     pub(super) add_missing: Vec<AddedToken>,
-    /// Where files say that tokens are.
+    /// The ids that files give to tokens.
     pub(super) listed: Vec<Listed>,
     /// The names.
     pub(super) names: SpecialTokens,
-    /// Names to use where the vocabulary has the token.
+    /// Names to use if the vocabulary has the token.
     pub(super) default_names: Vec<(&'static str, &'static str)>,
     /// Whether a begin- and an end-of-sequence token are put around texts; `None`: as tokenizer.json says.
     pub(super) around: Option<(bool, bool)>,
-    /// Whether the files ask for a begin-of-sequence token in so many words.
+    /// Whether the files ask explicitly for a begin-of-sequence token.
     pub(super) bos_is_asked_for: bool,
-    /// Whether a space is put before texts, where a file says so.
+    /// Whether a space is put before texts, if a file says so.
     pub(super) prefix_space: Option<bool>,
-    /// Whether the rules of white space are written anew for that: `Some(legacy)`.
+    /// Whether that replaces the rules of white space: `Some(legacy)`.
     pub(super) sentencepiece: Option<bool>,
 }
 
 impl Effective {
-    /// Reads the files. `own` are the added tokens of tokenizer.json, by their ids there; `None` where the tokenizer is made
+    /// Reads the files. `own` are the added tokens of tokenizer.json, by their ids there; `None` if the tokenizer is made
     /// from other files, which name all tokens themselves.
     pub(super) fn read<'f>(
         file: &impl Fn(&str) -> Option<&'f [u8]>,
@@ -179,7 +179,7 @@ pub(super) fn names<'f>(file: &impl Fn(&str) -> Option<&'f [u8]>) -> Result<Spec
     Ok(SpecialTokens::of(&named_fields(file)?))
 }
 
-/// tokenizer_config.json, with the fields of special_tokens_map.json where those count.
+/// tokenizer_config.json, with the fields of special_tokens_map.json if those count.
 fn named_fields<'f>(file: &impl Fn(&str) -> Option<&'f [u8]>) -> Result<Map<String, Value>, TextError> {
     let mut config = object(file, TOKENIZER_CONFIG)?.unwrap_or_default();
     if has_decoder(&config) {
@@ -188,9 +188,9 @@ fn named_fields<'f>(file: &impl Fn(&str) -> Option<&'f [u8]>) -> Result<Map<Stri
     for (key, value) in object(file, SPECIAL_TOKENS_MAP)?.unwrap_or_default() {
         let old = config.get_mut(&key).and_then(Value::as_array_mut);
         match (old, value) {
-            // Lists come together, everything else is replaced.
+            // Lists are merged, everything else is replaced.
             (Some(old), Value::Array(new)) => {
-                // Tokens that are named twice count once.
+                // A token that is named twice counts once.
                 old.extend(new);
             }
             (_, value) => {
@@ -205,7 +205,7 @@ fn has_decoder(config: &Map<String, Value>) -> bool {
     config.get("added_tokens_decoder").is_some_and(|listed| !listed.is_null())
 }
 
-/// Tokens that have names: special, and added if nothing else adds them.
+/// Tokens that have names: they are special, and are added if no other rule adds them.
 fn named_tokens(config: &Map<String, Value>) -> Result<Vec<AddedToken>, TextError> {
     let (mut tokens, mut seen) = (Vec::new(), HashSet::new());
     let mut push = |field: &'static str, value: &Value| {
@@ -282,7 +282,8 @@ fn contradiction(file: &'static str, token: &str, id: u32, other: &'static str) 
     }
 }
 
-/// A token as files write it: its text, or an object with flags. Their defaults are those of Python's `AddedToken`.
+/// A token as files write it: its text, or an object with flags. The flags' defaults are those of Python's
+/// `AddedToken`.
 fn token(value: &Value) -> Option<AddedToken> {
     if let Some(text) = value.as_str() {
         return Some(AddedToken::from(text, true));
@@ -384,7 +385,7 @@ mod tests {
         assert_eq!(before(bos(other), deepseek()).unwrap(), 0);
         let by_5 = json!({"tokenizer_class": "LlamaTokenizer", "add_bos_token": true, "backend": "tokenizers"});
         assert_eq!(before(bos(by_5), deepseek()).unwrap(), 0);
-        // Asked for in so many words, but there is none.
+        // Asked for explicitly, but there is none.
         let missing = json!({"tokenizer_class": llama, "add_bos_token": true});
         let error = before(missing, json!({})).unwrap_err();
         assert!(matches!(error, TextError::BadConfigField { field: "bos_token", .. }), "{error}");

@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-/// Everything that this crate can fail with.
+/// Every error of this crate.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum TextError {
     /// The tokenizer file is larger than any real one.
@@ -27,7 +27,7 @@ pub enum TextError {
         reason: String,
     },
 
-    /// The tokenizer asks for something that would crash or that is deliberately left out.
+    /// The tokenizer needs a feature that would crash or that is deliberately left out.
     #[error(
         "tokenizer.json uses {what}, which is not supported; use the tokenizer.json that the \
          model's authors publish, or report the model"
@@ -49,11 +49,11 @@ pub enum TextError {
         token: String,
         /// The id that the file gives.
         id: u32,
-        /// What the other file says, and which it is.
+        /// Which other file there is, and what it says.
         reason: String,
     },
 
-    /// The tokenizer was stopped, because it takes more than any real one.
+    /// The tokenizer was stopped, because it takes more time or memory than any real one.
     #[error(
         "the tokenizer was stopped: {what}. Published tokenizers stay far below this limit: tokenizer.json is damaged or \
          made to do harm"
@@ -89,7 +89,7 @@ pub enum TextError {
         reason: String,
     },
 
-    /// The tokenizer library panicked; this program carried on.
+    /// The tokenizer library panicked; this program continued.
     #[error(
         "the tokenizer library crashed while {during} ({reason}); tokenizer.json is probably \
          damaged, fetch it again from the model's repository"
@@ -141,7 +141,7 @@ pub enum TextError {
         limit: usize,
     },
 
-    /// The chat template is not one, or fails.
+    /// The chat template is not valid, or fails.
     #[error(
         "the chat template cannot be used{}: {reason}",
         .line.map(|line| format!(" (line {line})")).unwrap_or_default()

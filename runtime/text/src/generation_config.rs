@@ -1,4 +1,4 @@
-//! What the model's authors recommend: generation_config.json, and config.json's end tokens.
+//! The settings that the model's authors recommend: generation_config.json, and config.json's end tokens.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -13,12 +13,12 @@ const CONFIG: &str = "config.json";
 
 /// The model's own defaults for generating text. Absent fields were absent from the files.
 ///
-/// Only values that make sense are here. All others are in [`remarks`](Self::remarks): a file with one is not useless, and
-/// whether it matters depends on what the user asks for.
+/// The fields hold only values that make sense. All others are in [`remarks`](Self::remarks): a file with such a value is
+/// still useful, and whether the value matters depends on the user's request.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GenerationDefaults {
-    /// Tokens that end a generation: those of all files together. A list in one file and a single
-    /// id in the other is common, and each alone may miss one that the model really emits.
+    /// Tokens that end a generation, from all files together. Often one file has a list and the other a single id,
+    /// and each alone may miss a token that the model really emits.
     pub eos: BTreeSet<u32>,
     /// Whether to draw at random, rather than to take the likeliest token.
     pub do_sample: Option<bool>,
@@ -58,11 +58,11 @@ impl fmt::Display for Remark {
     }
 }
 
-/// What becomes of a value that makes no sense.
+/// What happens to a value that makes no sense.
 const IGNORED: &str = "it is ignored";
 
 impl GenerationDefaults {
-    /// [`GenerationDefaults::parse`] of what a model file keeps of its checkpoint.
+    /// [`GenerationDefaults::parse`] for the blobs that a model file keeps of its checkpoint.
     ///
     /// # Errors
     /// As there.
@@ -70,10 +70,10 @@ impl GenerationDefaults {
         Self::parse(metadata.get(GENERATION), metadata.get(SOURCE_CONFIG_BLOB))
     }
 
-    /// Reads the files' bytes; a file that does not exist is `None`. Sampling values come from
-    /// generation_config.json alone, end tokens from both (and from config.json's `text_config`,
-    /// where models that also see keep them). Unknown fields and nulls are skipped. Values that transformers takes, such as a
-    /// `top_p` above 1, are taken as it takes them, with a remark.
+    /// Reads the files' bytes; a file that does not exist is `None`. Sampling values come only from generation_config.json,
+    /// and end tokens from both (and from config.json's `text_config`, where vision models keep them). Unknown fields and
+    /// nulls are skipped. Values that transformers accepts, such as a `top_p` above 1, are treated as transformers treats
+    /// them, with a remark.
     ///
     /// # Errors
     /// When a file is not a JSON object.
@@ -96,7 +96,7 @@ impl GenerationDefaults {
 
     fn read_sampling(&mut self, map: &Map<String, Value>) {
         self.do_sample = self.field(map, "do_sample", "true or false", |v| match v {
-            // Python's truth.
+            // What Python considers true.
             Value::Number(n) => n.as_f64().map(|n| n != 0.0),
             other => other.as_bool(),
         });
@@ -106,7 +106,7 @@ impl GenerationDefaults {
         self.top_k = self.field(map, "top_k", "a whole number, 0 or more", |v| match v.as_f64() {
             // Written by tools for which 0 would mean something else.
             Some(-1.0) => Some(0),
-            // Tools that know no whole numbers write 20.0. More than there are tokens means all of them.
+            // Tools without whole numbers write 20.0. A number larger than the vocabulary means all tokens.
             Some(k) if k >= 0.0 && k.fract() == 0.0 => Some(k as u32),
             _ => None,
         });
@@ -183,9 +183,9 @@ impl GenerationDefaults {
         self.remarks.push(Remark { file, field, found, expected, instead });
     }
 
-    /// The temperature to use unless the user says otherwise: 0 (the likeliest token) if the files
-    /// say not to sample or say nothing about it. Unlike transformers, a file that gives sampling
-    /// values but forgets `do_sample` means to sample.
+    /// The temperature to use unless the user says otherwise: 0 (the likeliest token) if the files say not to sample
+    /// or say nothing about it. Unlike in transformers, a file that gives sampling values but forgets `do_sample`
+    /// means to sample.
     pub fn effective_temperature(&self) -> f32 {
         let hinted = self.temperature.is_some() || self.top_p.is_some() || self.top_k.is_some();
         match self.do_sample.unwrap_or(hinted) {

@@ -1,4 +1,4 @@
-//! Running foreign code whose panics are its way to report errors.
+//! Runs foreign code that reports errors by panicking.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
@@ -8,16 +8,16 @@ use super::TextError;
 use super::limits::clip;
 
 thread_local! {
-    /// How many guards this thread is inside of.
+    /// How many guards this thread is in.
     static GUARDED: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Runs foreign code and turns its panic into an error. The `tokenizers` crate indexes and unwraps on values
-/// from the file in places we cannot all know. Sound without `unsafe`: the crate's state is read
-/// only here, apart from a cache that it guards with locks.
+/// Runs foreign code and turns its panic into an error. The `tokenizers` crate indexes and unwraps values from the
+/// file in places that we cannot all know. This is sound without `unsafe`: the code only reads the crate's state,
+/// apart from a cache that the crate guards with locks.
 ///
-/// Such a panic is no fault of this program, and what the user needs is the error: nothing is printed. Panics of other
-/// threads, and of this one outside of guards, are reported as ever.
+/// Such a panic is not a fault of this program, and the user needs the error, so the panic prints nothing. Panics of
+/// other threads, and of this one outside guards, are reported as always.
 pub(super) fn guard<T>(during: &'static str, work: impl FnOnce() -> T) -> Result<T, TextError> {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {

@@ -6,8 +6,8 @@
 //! * [`ChatTemplate`] and [`encode_chat`] turn conversations into token ids,
 //! * [`GenerationDefaults`] reads what the model's authors recommend.
 //!
-//! Nothing here knows a model, a file or a pool; all inputs are slices. All of them may come from
-//! files of strangers, so every function answers with a [`TextError`] and never panics.
+//! Nothing here knows a model, a file or a pool; all inputs are slices. All of them may come from files of strangers,
+//! so every function fails with a [`TextError`] and never panics.
 
 mod added;
 mod around;

@@ -1,4 +1,4 @@
-//! What a tokenizer may take: time, size, and steps of its patterns.
+//! Limits on what a tokenizer may take: time, size, and steps of its patterns.
 //!
 //! tokenizer.json is a small program. Real ones lengthen a text a little (by white space that becomes `▁`, by characters
 //! that are taken apart) and take microseconds per word. A few lines in one can double the text twenty times, or backtrack
@@ -13,7 +13,7 @@ use tokenizers::tokenizer::pattern::Pattern;
 
 use super::TextError;
 
-/// Longest text that is turned into tokens at once. It takes some hundred times its size in memory on the way.
+/// Longest text that is turned into tokens at once. Doing that takes some hundred times the text's size in memory.
 pub const MAX_TEXT_BYTES: usize = 64 << 20;
 
 /// How many times its length a text may have after normalising, besides [`SPARE_BYTES`]. White space that becomes `▁` takes
@@ -24,14 +24,15 @@ const SPARE_TOKEN_BYTES: usize = 256;
 
 /// Time for one text, whatever its length.
 pub(super) const BASE_TIME: Duration = Duration::from_secs(3);
-/// And for each byte of it: a minute per MiB. Published tokenizers take about a second; emulated processors are slow.
+/// Additional time for each byte of it: a minute per MiB. Published tokenizers take about a second; emulated
+/// processors are slow.
 const TIME_PER_BYTE: Duration = Duration::from_micros(57);
 
 /// Longest explanation of another library that is passed on, in characters. Some quote the file.
 const MAX_REASON_CHARS: usize = 300;
 
-/// How often a pattern may try again at one place of a text, at least. A search at all places of a text takes about a second
-/// per MiB then, at worst.
+/// The least number of times that a pattern may try again at one place of a text. With it, a search at all places of a text
+/// takes at worst about a second per MiB.
 const LEAST_PATIENCE: u32 = 200;
 
 /// A limit that was reached.
@@ -48,13 +49,13 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    /// Limits for work on a text of so many bytes.
+    /// Limits for work on a text of this many bytes.
     pub(super) fn of(text_bytes: usize) -> Self {
         Self::with_spare(text_bytes, SPARE_BYTES)
     }
 
-    /// Limits for making text of tokens whose spellings have so many bytes: this is done for every token, so there is less to
-    /// spare.
+    /// Limits for turning tokens whose spellings have this many bytes into text. This is done for every token, so the limits
+    /// are tighter.
     pub(super) fn of_tokens(bytes: usize) -> Self {
         Self::with_spare(bytes, SPARE_TOKEN_BYTES)
     }
@@ -75,7 +76,7 @@ impl Limits {
         }
     }
 
-    /// Whether the text may become so long.
+    /// Whether the text may become this long.
     pub(super) fn check_size(&self, bytes: usize) -> Result<(), Stopped> {
         match bytes <= self.bytes {
             true => Ok(()),
@@ -92,7 +93,8 @@ pub(super) fn clip(reason: &str) -> String {
     }
 }
 
-/// The error for what went wrong in the library: a limit, or what `otherwise` makes of the library's words.
+/// The error for a failure in the library: the limit that was reached, or what `otherwise` makes of the library's
+/// message.
 pub(super) fn explain(error: &tokenizers::Error, otherwise: impl FnOnce(String) -> TextError) -> TextError {
     match error.downcast_ref::<Stopped>() {
         Some(Stopped(what)) => TextError::Stopped { what: what.clone() },
@@ -100,16 +102,16 @@ pub(super) fn explain(error: &tokenizers::Error, otherwise: impl FnOnce(String) 
     }
 }
 
-/// A pattern of tokenizer.json, which is searched for as the `tokenizers` crate does, but under limits.
+/// A pattern of tokenizer.json. The search is that of the `tokenizers` crate, but under limits.
 #[derive(Debug)]
 pub(super) struct Search {
     regex: Regex,
-    /// Whether it asks where the search began, so that a search must not be taken apart.
+    /// Whether the pattern depends on where the search began, so that a search must not be divided.
     asks_for_start: bool,
 }
 
 impl Search {
-    /// Compiles a pattern: a regular expression, or text that stands for itself.
+    /// Compiles a pattern: a regular expression, or literal text.
     pub(super) fn new(pattern: &str, literal: bool) -> Result<Self, TextError> {
         let regex = match literal {
             true => Regex::new(&regex::escape(pattern)),
@@ -151,7 +153,8 @@ impl Search {
             let options = SearchOptions::SEARCH_OPTION_NONE;
             self.regex.search_with_param(text, from, text.len(), options, Some(&mut region), param)
         };
-        // Onig cannot be interrupted. A search with so little patience needs no interruption, and nearly all are satisfied.
+        // Onig cannot be interrupted. A search with so few tries needs no interruption, and nearly all searches succeed
+        // with it.
         if let Ok(found) = search(patience(0)) {
             return Ok(found.and_then(|_| region.pos(0)));
         }
@@ -159,7 +162,7 @@ impl Search {
             let found = search(patience(text.len())).map_err(|e| too_many_steps(&e))?;
             return Ok(found.and_then(|_| region.pos(0)));
         }
-        // One place after the other, and a look at the clock between.
+        // Search one place after the other, and check the clock in between.
         for at in (from..=text.len()).filter(|&at| text.is_char_boundary(at)) {
             limits.check_time()?;
             let options = SearchOptions::SEARCH_OPTION_NONE;
@@ -177,8 +180,8 @@ fn too_many_steps(error: &onig::Error) -> Stopped {
     Stopped(format!("one of its patterns takes too many steps ({})", error.description()))
 }
 
-/// How often a pattern may try again at one place, for a text of so many bytes. One that looks at the whole text a few times
-/// stays below.
+/// How often a pattern may try again at one place, for a text of this many bytes. A pattern that looks at the whole text a
+/// few times stays below that.
 fn patience(text_bytes: usize) -> MatchParam {
     let bytes = u32::try_from(text_bytes).unwrap_or(u32::MAX);
     let mut param = MatchParam::default();
@@ -188,11 +191,11 @@ fn patience(text_bytes: usize) -> MatchParam {
     param
 }
 
-/// A pattern whose matches cut a text, or are replaced by so many bytes each.
+/// A pattern whose matches split a text, or are each replaced by this many bytes.
 pub(super) struct Cutting<'a> {
     pub(super) search: &'a Search,
     pub(super) limits: &'a Limits,
-    /// Bytes that take the place of a match.
+    /// Bytes that replace a match.
     pub(super) replacement: usize,
     /// Whether matches and what lies between them change places.
     pub(super) invert: bool,
@@ -229,7 +232,7 @@ mod tests {
     #[test]
     fn patterns_that_never_end_are_stopped() {
         let text = "a".repeat(2000) + "!";
-        // The last ones never fail, so that only the size of the stack can tell.
+        // The last ones never fail, so only the size of the stack can stop them.
         for pattern in [
             "(a+)+$",
             "(?:a|a)*b",

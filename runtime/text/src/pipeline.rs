@@ -1,8 +1,8 @@
 //! The steps of a tokenizer between a text and its words, and between tokens and their text.
 //!
 //! All steps are the `tokenizers` crate's own. They are taken out of its sequences and run one by one, so that limits can
-//! be looked at between them; those that search for patterns of the file's author, which could run for ever inside, are run
-//! with a search that can be stopped ([`super::limits`]).
+//! be checked between them. Steps that search for patterns of the file's author, which could run for ever, use a search
+//! that can be stopped ([`super::limits`]).
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -56,7 +56,8 @@ fn nesting(value: &Value) -> usize {
     1 + deepest.unwrap_or(0)
 }
 
-/// Counts patterns and steps. Compiling a pattern takes some hundred times its length: one that is too long counts as too many.
+/// Counts patterns and steps. Compiling a pattern takes some hundred times its length, so a pattern that is too long counts as
+/// too many.
 fn count(value: &Value, patterns: &mut usize, steps: &mut usize) {
     match value {
         Value::Array(list) => list.iter().for_each(|inner| count(inner, patterns, steps)),
@@ -157,7 +158,8 @@ fn flatten_normalizer(
     Ok(())
 }
 
-/// Refuses precompiled tables of replacements that are longer than any: the crate copies them unseen.
+/// Refuses precompiled tables of replacements that are longer than any real one, because the crate copies them
+/// unchecked.
 fn check_tables(value: &Value) -> std::result::Result<(), TextError> {
     if let Some(table) = value["precompiled_charsmap"].as_str() {
         let bytes = super::tiktoken::base64(table)
@@ -206,7 +208,7 @@ impl Splitting {
                 })?,
                 SplittingStep::Other(step) => {
                     step.pre_tokenize(pieces)?;
-                    // Some of these make every byte a longer character.
+                    // Some of these turn every byte into a longer character.
                     let splits = pieces.get_splits(OffsetReferential::Normalized, OffsetType::None);
                     limits.check_size(splits.iter().map(|(text, _, _)| text.len()).sum())?;
                 }

@@ -57,7 +57,7 @@ impl StopCondition {
     }
 }
 
-/// What may be shown after some text went in.
+/// What may be shown after some text was added.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Emit {
     /// Text that is certainly not part of a stop string.
@@ -90,17 +90,18 @@ struct Held {
     hidden: bool,
 }
 
-/// Knuth-Morris-Pratt: constant time per byte, however the stop string repeats itself.
+/// A stop string for the search of Knuth, Morris and Pratt: constant time per byte, however the stop string repeats
+/// itself.
 #[derive(Debug, Clone)]
 struct Pattern {
     bytes: Vec<u8>,
     /// `border[n]`: length of the longest proper prefix of the first `n` bytes that also ends them.
     border: Vec<usize>,
-    /// How many bytes of the pattern the text so far ends with: all of the text, and without hidden pieces.
+    /// With how many bytes of the pattern the text so far ends: the whole text, and the text without hidden pieces.
     state: [usize; 2],
 }
 
-/// Index of [`Pattern::state`] for the text with hidden pieces, and for that without.
+/// Index of [`Pattern::state`] for the text with hidden pieces, and for the text without them.
 const ALL: usize = 0;
 const SHOWN: usize = 1;
 
@@ -179,7 +180,7 @@ impl StopMatcher {
         Emit { text: shown(&std::mem::replace(&mut self.held, rest)), stopped: false }
     }
 
-    /// Where the last `count` bytes that are not hidden begin.
+    /// Where the last `count` visible bytes begin.
     fn last_shown(&self, count: usize) -> usize {
         let mut left = count;
         let mut at = self.held.len();
@@ -206,7 +207,7 @@ impl StopMatcher {
     }
 }
 
-/// The text of bytes that are not hidden. They are whole characters: pieces are, and cuts are made between characters.
+/// The text of the visible bytes. They are whole characters, because pieces are, and cuts are made between characters.
 fn shown(held: &[Held]) -> String {
     let bytes = held.iter().filter(|held| !held.hidden).map(|held| held.byte).collect();
     String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned())
@@ -294,7 +295,7 @@ mod tests {
         assert_eq!(run(&["lo\nUs"], &pieces), ("Hel".into(), true));
         assert_eq!(run(&["<end><end>", "<end>x"], &pieces), ("Hello\nUser".into(), false));
         assert_eq!(run(&[], &pieces), ("Hello\nUser".into(), false));
-        // What may be the beginning of a stop string stays back behind a hidden piece too.
+        // The possible beginning of a stop string is held back across a hidden piece too.
         let mut matcher = condition(&["lo there"]).matcher();
         assert_eq!(matcher.push("Hello").text, "Hel");
         assert_eq!(matcher.push_hidden("<end>").text, "");

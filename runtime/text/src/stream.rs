@@ -1,22 +1,21 @@
 //! Streaming detokenisation: text that grows token by token.
 //!
-//! Decoding is not a map from token to text: a character's bytes may be spread over tokens, the
-//! first token's leading space may belong to nobody, and a run of byte-fallback tokens is judged
-//! as a whole. Decoding everything again for each token would be right but quadratic. The usual
-//! remedy (text-generation-inference, `DecodeStream` of the tokenizers crate) decodes a sliding
-//! window twice and subtracts; it loses or refuses text when late bytes change the meaning of
-//! earlier ones. Here the decoder's own structure says where text can be cut:
+//! Decoding is not a map from token to text: a character's bytes may be spread over tokens, the first token's leading
+//! space may be dropped, and a run of byte-fallback tokens is decoded as a whole. Decoding everything again for each
+//! token would be right but quadratic. The usual remedy (text-generation-inference, `DecodeStream` of the tokenizers
+//! crate) decodes a sliding window twice and subtracts; it loses or refuses text when late bytes change the meaning
+//! of earlier ones. Here the decoder's own structure says where text can be cut:
 //!
-//! * **bytes**: byte-level decoders concatenate bytes and replace what is no UTF-8. We keep the
-//!   at most three bytes of an unfinished character and nothing else.
+//! * **bytes**: byte-level decoders concatenate bytes and replace those that are not UTF-8. We keep only the bytes of
+//!   an unfinished character, at most three.
 //! * **segments**: SentencePiece-like decoders treat tokens one by one, except for the start of
 //!   the text and for runs of byte tokens. A segment ends after each token that is not a byte
 //!   token, and is decoded behind an *anchor*: a fixed token that takes the start's special
 //!   treatment upon itself, and whose text is then cut off.
-//! * **whole**: any decoder that we do not understand. Its text comes at the end, all at once:
-//!   late, but never wrong.
+//! * **whole**: any decoder that this module does not understand. Its text comes at the end, all at once: late, but
+//!   never wrong.
 //!
-//! In all three, the pieces put together are exactly what [`Tokenizer::decode`] makes of all ids.
+//! In all three cases, the pieces together are exactly the text that [`Tokenizer::decode`] gives for all ids.
 
 use serde_json::Value;
 
@@ -37,12 +36,12 @@ pub(super) enum Cuts {
         /// Whether `<0xNN>` tokens are bytes.
         byte_fallback: bool,
     },
-    /// Not understood.
+    /// The decoder is not understood.
     Whole,
 }
 
 impl Cuts {
-    /// Finds them for a tokenizer with this `decoder`, whose vocabulary has exactly `ids`.
+    /// Finds the cuts for a tokenizer with this `decoder`, whose vocabulary has exactly `ids`.
     pub(super) fn of(
         decoder: &Value,
         ids: &[u32],
@@ -51,7 +50,7 @@ impl Cuts {
     ) -> Result<Self, TextError> {
         let mut parts = Vec::new();
         flatten(decoder, &mut parts);
-        // The crate computes `length - stop - 1` without looking: a crash for short texts.
+        // The crate computes `length - stop - 1` unchecked, which crashes for short texts.
         if parts.iter().any(|p| kind(p) == "Strip" && p["stop"] != 0) {
             return Err(TextError::UnsupportedTokenizer { what: "a `Strip` decoder with `stop` above 0".into() });
         }
@@ -69,7 +68,7 @@ impl Cuts {
             if spelling(id).is_none_or(|t| byte_fallback && is_byte_token(&t)) {
                 continue;
             }
-            // An anchor without text might let the start's treatment through to its successor.
+            // After an anchor without text, the next token might still be treated as the start.
             let text = decode(&[id])?;
             if !text.is_empty() {
                 return Ok(Self::Segments { anchor: id, anchor_len: text.len(), byte_fallback });
@@ -83,7 +82,7 @@ fn kind(decoder: &Value) -> &str {
     decoder["type"].as_str().unwrap_or("")
 }
 
-/// Lists a decoder's parts in order; nothing at all for no decoder.
+/// Lists a decoder's parts in order; empty if there is no decoder.
 fn flatten<'v>(decoder: &'v Value, parts: &mut Vec<&'v Value>) {
     match decoder["decoders"].as_array() {
         Some(inner) if kind(decoder) == "Sequence" => inner.iter().for_each(|d| flatten(d, parts)),
@@ -92,8 +91,8 @@ fn flatten<'v>(decoder: &'v Value, parts: &mut Vec<&'v Value>) {
     }
 }
 
-/// Whether cutting after tokens that are not byte tokens, and decoding behind an anchor, gives the
-/// same text. Three stages, each of which admits only what is known to be safe there.
+/// Whether cutting after tokens that are not byte tokens, and decoding behind an anchor, gives the same text. There
+/// are three stages, and each admits only parts that are known to be safe there.
 fn is_segmentable(parts: &[&Value]) -> bool {
     let (before, after) = match parts.iter().position(|p| kind(p) == "ByteFallback") {
         Some(at) => (&parts[..at], &parts[at + 1..]),
@@ -142,9 +141,9 @@ fn alphabet_bytes(token: &str) -> Vec<u8> {
 }
 
 impl Tokenizer {
-    /// What a token adds to a text in which others stand before it, in bytes. Those of several tokens, put together, are what
-    /// [`decode`](Self::decode) makes of them, with two exceptions: `decode` writes U+FFFD for bytes that are not UTF-8, and some
-    /// tokenizers drop a space at the beginning of a text. Special tokens have the bytes of their names.
+    /// The bytes that a token adds to a text in which other tokens stand before it. The bytes of several tokens together are the
+    /// text that [`decode`](Self::decode) gives for them, with two exceptions: `decode` writes U+FFFD for bytes that are not
+    /// UTF-8, and some tokenizers drop a space at the beginning of a text. Special tokens have the bytes of their names.
     ///
     /// `None` for an id outside the vocabulary, and for all ids if the text of a token depends on its neighbours, as with
     /// decoders that are not understood.
@@ -175,12 +174,12 @@ fn changed() -> TextError {
     TextError::Decode { reason: "the decoder changes text that it has already produced".into() }
 }
 
-/// What becomes of special tokens in text.
+/// How special tokens appear in text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Special {
     /// All are left out, as by Hugging Face's `skip_special_tokens`.
     Hidden,
-    /// All are left out but those without which a reader cannot tell a model's answer from the rest
+    /// All are left out except those that a reader needs to tell a model's answer from the rest
     /// ([`Tokenizer::is_markup`]).
     Markup,
     /// All are shown.
@@ -201,7 +200,7 @@ pub struct Detokenizer {
     bytes: Vec<u8>,
     /// Otherwise: tokens that have not become text yet.
     pending: Vec<u32>,
-    /// [`Cuts::Segments`]: whether the start of the text is behind us.
+    /// [`Cuts::Segments`]: whether the start of the text has been decoded.
     started: bool,
 }
 
@@ -225,8 +224,8 @@ impl Detokenizer {
         }
     }
 
-    /// Adds a token and returns the text that became certain with it; often none. Ids outside the
-    /// vocabulary add nothing.
+    /// Adds a token and returns the text that it makes certain, which is often empty. Ids outside the vocabulary add
+    /// nothing.
     ///
     /// # Errors
     /// When the tokenizer's decoder is broken.
@@ -246,8 +245,8 @@ impl Detokenizer {
             Cuts::Segments { byte_fallback, .. } => {
                 self.pending.push(id);
                 if byte_fallback && is_byte_token(&token) {
-                    // One bad byte turns its whole run into replacement characters, so nothing of
-                    // a run is certain before its end.
+                    // One bad byte turns its whole run into replacement characters, so no part of a run is certain
+                    // before its end.
                     return Ok(String::new());
                 }
                 self.decode_segment()
@@ -307,8 +306,8 @@ impl Detokenizer {
         }
         if !self.started {
             let text = self.tokenizer.decode(&self.pending, false)?;
-            // As long as there is no text, the start's treatment (a space to strip) may not have
-            // been spent, and the tokens must stay to be decoded together with the next ones.
+            // As long as there is no text, the special treatment of the start (a space to strip) may not have
+            // happened yet, so the tokens must stay and be decoded together with the next ones.
             if !text.is_empty() {
                 self.started = true;
                 self.pending.clear();
@@ -319,7 +318,7 @@ impl Detokenizer {
         let text = self.tokenizer.decode(&self.pending, false);
         self.pending.clear();
         let mut text = text?;
-        // The anchor's text comes first whatever follows; were it ever not so, this says it.
+        // The anchor's text always comes first; if it ever does not, this reports it.
         match text.is_char_boundary(anchor_len) {
             true => Ok(text.split_off(anchor_len)),
             false => Err(changed()),

@@ -1,12 +1,11 @@
 //! Vocabularies in tiktoken's form (Kimi's `tiktoken.model`), converted to a tokenizer.json.
 //!
-//! The file has a line per token: its bytes in base 64, and its rank, which is its id. tiktoken
-//! splits text by a pattern, takes a piece that is a token whole, and otherwise joins neighbours
-//! whose union has the lowest rank. The `tokenizers` crate does the same with a byte-level BPE
-//! whose merges are all ways to put a token together from two others, in the order of the result's
-//! rank, and with `ignore_merges`. (The two could only differ where overlapping pairs make the very
-//! same token, as in `aa|a|aa`: there tiktoken takes the left pair, and the crate the pair that
-//! comes first in the list.)
+//! The file has a line per token: its bytes in base 64, and its rank, which is its id. tiktoken splits text by a
+//! pattern, takes a piece that is a token whole, and otherwise joins neighbours whose union has the lowest rank. The
+//! `tokenizers` crate does the same with a byte-level BPE whose merges are all ways to put a token together from two
+//! others, in the order of the result's rank, and with `ignore_merges`. (The two could differ only where overlapping
+//! pairs make the same token, as in `aa|a|aa`: there tiktoken takes the left pair, and the crate the pair that comes
+//! first in the list.)
 
 use std::collections::{HashMap, HashSet};
 
@@ -101,12 +100,11 @@ fn ranks(model: &[u8]) -> Result<Vec<Vec<u8>>, TextError> {
     if let Some(byte) = (0..=255u8).find(|b| !seen.contains(&[*b][..])) {
         return Err(bad(format!("there is no token for the single byte {byte}")));
     }
-    // As many distinct ranks as lines, all below their number: none is missing.
+    // There are as many distinct ranks as lines, and all are below that number, so none is missing.
     Ok(by_rank.into_iter().flatten().collect())
 }
 
-/// All ways to make a token of two others: by the rank of the result, then of the left and the
-/// right part.
+/// All ways to make a token from two others, ordered by the rank of the result, then of the left and the right part.
 fn merges(tokens: &[Vec<u8>]) -> impl Iterator<Item = (&[u8], &[u8])> {
     let ranks: HashMap<&[u8], usize> = tokens.iter().map(Vec::as_slice).zip(0..).collect();
     tokens.iter().flat_map(move |token| {
@@ -121,7 +119,7 @@ fn merges(tokens: &[Vec<u8>]) -> impl Iterator<Item = (&[u8], &[u8])> {
     })
 }
 
-/// The special tokens behind the ranks, in their order.
+/// The special tokens after the ranks, in their order.
 fn specials(first: usize, config: Option<&[u8]>) -> Result<Vec<Value>, TextError> {
     let file = "tokenizer_config.json";
     let config: Map<String, Value> = match config {
@@ -248,8 +246,8 @@ mod tests {
         Tokenizer::from_tiktoken(file(&tokens()).as_bytes(), config.map(str::as_bytes)).unwrap()
     }
 
-    /// The pieces into which the pattern splits a text, as a tokenizer of single bytes without
-    /// merges cannot show them: read off the crate's pre-tokenizer itself.
+    /// The pieces into which the pattern splits a text, taken from the crate's pre-tokenizer, because a tokenizer of
+    /// single bytes without merges does not show them.
     fn pieces(text: &str) -> Vec<String> {
         use tokenizers::tokenizer::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
         let json = to_tokenizer_json(file(&tokens()).as_bytes(), None).unwrap();

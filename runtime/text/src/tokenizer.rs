@@ -1,10 +1,10 @@
 //! The model's tokenizer: text to token ids and back.
 //!
-//! A shell around the parts of the `tokenizers` crate, so that results equal Hugging Face's by construction. The shell is
-//! there because the files come from strangers, and because there are several of them: it puts together what they say
-//! ([`super::effective`]), bounds what the file's own program may take ([`super::limits`], [`super::pipeline`]), refuses what is
-//! known to crash the crate, switches off what would make prompts differ from run to run, and turns a panic of the crate into
-//! a typed error.
+//! This is a shell around the parts of the `tokenizers` crate, so results equal Hugging Face's by construction. The shell is
+//! necessary because there are several files and they come from strangers. It combines what they say ([`super::effective`]),
+//! bounds what the file's own program may take ([`super::limits`], [`super::pipeline`]), refuses features that are known to
+//! crash the crate, switches off those that would make prompts differ from run to run, and turns a panic of the crate into a
+//! typed error.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -38,7 +38,7 @@ pub const MAX_TOKEN_ID: u32 = (1 << 24) - 1;
 /// Longest spelling of a token accepted, in bytes. The longest of published ones have a few hundred.
 const MAX_TOKEN_BYTES: usize = 16 << 10;
 
-/// Most characters that a WordPiece model may look at as one word: it takes time by their square. Real ones say 100.
+/// Most characters that a WordPiece model may treat as one word: its time grows with their square. Real ones say 100.
 const MAX_WORDPIECE_CHARS: usize = 1000;
 
 /// Longest affix that a model may put on every character or word, in bytes. Real ones have two or four.
@@ -52,7 +52,7 @@ pub struct Tokenizer {
 
 /// The parts, in the order in which a text meets them.
 pub(super) struct Inner {
-    /// The tokens that are found before the model sees the text.
+    /// The added tokens, which are found before the model sees the text.
     pub(super) added: AddedTokens,
     pub(super) normalization: Normalization,
     pub(super) splitting: Splitting,
@@ -60,7 +60,7 @@ pub(super) struct Inner {
     around: Around,
     decoding: Decoding,
     vocab_size: usize,
-    /// How to decode piece by piece; found once, because finding it reads the whole decoder.
+    /// How to decode piece by piece. This is found once, because finding it reads the whole decoder.
     cuts: Cuts,
     names: SpecialTokens,
     /// Whether the special tokens are those of OpenAI's harmony format.
@@ -73,7 +73,7 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
-/// tokenizer.json, as far as it is used: truncation and padding are not.
+/// The parts of tokenizer.json that are used. Truncation and padding are not.
 #[derive(Deserialize)]
 struct File {
     version: Option<String>,
@@ -109,12 +109,12 @@ impl Tokenizer {
         Self::build(bytes, &|_| None, true)
     }
 
-    /// The tokenizer of a checkpoint, by the files that it has: `tokenizer.json`, else `tiktoken.model`, with what
+    /// The tokenizer of a checkpoint, from its files: `tokenizer.json`, otherwise `tiktoken.model`, with what
     /// `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json` and `config.json` say about it. `file` gives the
-    /// bytes of a file by its name. `None` if it has neither of the first two.
+    /// bytes of a file by its name. `None` if the checkpoint has neither of the first two.
     ///
-    /// The result is what Hugging Face's transformers builds of these files; where its versions 4 and 5 differ, what models
-    /// were trained with. `docs/USAGE.md` says where that is.
+    /// The result is the tokenizer that Hugging Face's transformers builds from these files. Where its versions 4 and 5
+    /// differ, it is the one with which models were trained; `docs/USAGE.md` lists these cases.
     ///
     /// # Errors
     /// When the files are damaged, contradict each other, or ask for too much.
@@ -127,7 +127,7 @@ impl Tokenizer {
         Self::build(json.as_bytes(), &file, false).map(Some)
     }
 
-    /// [`Tokenizer::find`] among what a model file keeps of its checkpoint.
+    /// [`Tokenizer::find`] among the blobs that a model file keeps of its checkpoint.
     ///
     /// # Errors
     /// As there.
@@ -135,10 +135,9 @@ impl Tokenizer {
         Self::find(|name| metadata.get(name))
     }
 
-    /// Converts the vocabulary of models that ship `tiktoken.model` (Kimi): lines of a token in
-    /// base 64 and its rank, byte-level BPE. The names of the 256 special tokens behind the ranks
-    /// come from tokenizer_config.json's `added_tokens_decoder`; the others are called
-    /// `<|reserved_token_{id}|>`.
+    /// Converts the vocabulary of models that ship `tiktoken.model` (Kimi): byte-level BPE, in lines with a token in
+    /// base 64 and its rank. The names of the 256 special tokens after the ranks come from tokenizer_config.json's
+    /// `added_tokens_decoder`; the others are called `<|reserved_token_{id}|>`.
     ///
     /// # Errors
     /// When a file is damaged.
@@ -146,7 +145,7 @@ impl Tokenizer {
         Self::from_json(tiktoken::to_tokenizer_json(model, config)?.as_bytes())
     }
 
-    /// Reads tokenizer.json, and applies the other files. Those add tokens only where `adds_tokens`.
+    /// Reads tokenizer.json, and applies the other files. These add tokens only if `adds_tokens`.
     fn build<'f>(bytes: &[u8], file: &impl Fn(&str) -> Option<&'f [u8]>, adds_tokens: bool) -> Result<Self, TextError> {
         if bytes.len() > MAX_TOKENIZER_BYTES {
             return Err(TextError::TokenizerTooLarge { bytes: bytes.len(), limit: MAX_TOKENIZER_BYTES });
@@ -234,10 +233,10 @@ impl Tokenizer {
         })
     }
 
-    /// Token ids of a text with parts (ranges of its bytes) that strangers wrote. As
-    /// [`encode`](Self::encode) without the tokens around the text, except that added tokens are
-    /// recognised only where none of their characters is a stranger's. Those that are nothing but
-    /// white space are text, and recognised everywhere.
+    /// Token ids of a text with parts (ranges of its bytes) that strangers wrote. This works as
+    /// [`encode`](Self::encode) without the tokens around the text, except that an added token is recognised only if
+    /// none of its characters is a stranger's. Added tokens that are only white space count as text, and are
+    /// recognised everywhere.
     ///
     /// # Errors
     /// As [`encode`](Self::encode).
@@ -252,15 +251,14 @@ impl Tokenizer {
         })?
     }
 
-    /// Spellings of the tokens that mean something to the model beyond text: all added tokens but
-    /// those of white space.
+    /// Spellings of the tokens that mean more than text to the model: all added tokens but those of white space.
     pub(super) fn controls(&self) -> &[String] {
         self.inner.added.controls()
     }
 
-    /// Text of `ids`, exactly as Hugging Face's `decode` gives it (without its optional clean-up of
-    /// spaces). Ids outside the vocabulary are text of no length; bytes that are no UTF-8 become
-    /// U+FFFD. With `skip_special`, tokens marked special are left out.
+    /// Text of `ids`, exactly as Hugging Face's `decode` gives it (without its optional clean-up of spaces). Ids
+    /// outside the vocabulary give no text; bytes that are not UTF-8 become U+FFFD. With `skip_special`, tokens
+    /// marked special are left out.
     ///
     /// # Errors
     /// When the tokenizer's decoder is broken or takes too much.
@@ -291,8 +289,8 @@ impl Tokenizer {
         &self.inner.names
     }
 
-    /// The token by which the tokenizer's files say that a text ends, besides those that generation_config.json and config.json
-    /// name: fine-tuned models often have a new one that is named here only.
+    /// The end token that the tokenizer's files name, besides those in generation_config.json and config.json: fine-tuned
+    /// models often have a new one that only these files name.
     pub fn end_token(&self) -> Option<u32> {
         self.token_id(self.inner.names.eos.as_deref()?)
     }
@@ -317,8 +315,8 @@ impl Tokenizer {
         })
     }
 
-    /// Tries the tokenizer: text must become tokens, and tokens text, within the limits. To be called before hours are spent on
-    /// a model's weights.
+    /// Tries the tokenizer: text must become tokens, and tokens text, within the limits. Call it before hours are spent on a
+    /// model's weights.
     ///
     /// # Errors
     /// What [`encode`](Self::encode) or [`decode`](Self::decode) would say.
@@ -335,7 +333,7 @@ impl Tokenizer {
             &all_ascii,
         ] {
             match self.encode(text, true) {
-                // Some vocabularies lack characters, and say so when one is asked for.
+                // Some vocabularies lack characters, and report that when one occurs.
                 Err(TextError::Encode { .. }) if !text.is_ascii() => {}
                 Err(e) => return Err(e),
                 Ok(ids) => {
@@ -357,12 +355,12 @@ impl Tokenizer {
     }
 }
 
-/// Markers of OpenAI's harmony format, by which it is known, and the others that it has.
+/// Markers of OpenAI's harmony format: those that identify it, and its other markers.
 const HARMONY: [&str; 3] = ["<|channel|>", "<|message|>", "<|start|>"];
 const HARMONY_MORE: [&str; 4] = ["<|end|>", "<|constrain|>", "<|call|>", "<|return|>"];
 
-/// Other special tokens that structure what a model writes: around thinking and in tool calls. Most models make such tokens
-/// ordinary ones. Tokens that end a turn are none of them.
+/// Other special tokens that structure what a model writes: around thinking and in tool calls. In most models such tokens
+/// are ordinary ones. Tokens that end a turn are not in this list.
 const MARKUP: [&str; 32] = [
     // Mistral
     "[THINK]",
@@ -413,7 +411,7 @@ impl Inner {
     fn decode(&self, ids: &[u32]) -> Result<String, TextError> {
         guard("decoding", || {
             let tokens: Vec<String> = ids.iter().filter_map(|&id| self.spelling(id)).collect();
-            // Some of the crate's decoders compute "number of tokens - 1" without looking.
+            // Some of the crate's decoders compute "number of tokens - 1" unchecked.
             if tokens.is_empty() {
                 return Ok(String::new());
             }
@@ -439,7 +437,7 @@ fn read(bytes: &[u8]) -> Result<File, TextError> {
     }
 }
 
-/// Bounds what the model may take, and makes it deterministic.
+/// Bounds the time and memory that the model may take, and makes it deterministic.
 fn check_model(model: &mut ModelWrapper) -> Result<(), TextError> {
     let affixes = match model {
         ModelWrapper::BPE(bpe) => {
@@ -480,7 +478,7 @@ fn all_ids(model: &ModelWrapper, added: &AddedTokens) -> Result<Vec<u32>, TextEr
     }
 }
 
-/// Applies `add_prefix_space`, where a file has it.
+/// Applies `add_prefix_space`, if a file has it.
 fn apply_prefix_space(file: &mut File, effective: &Effective) {
     let Some(prefix) = effective.prefix_space else { return };
     let is_sentencepiece = matches!(&file.model, ModelWrapper::BPE(bpe) if bpe.byte_fallback);

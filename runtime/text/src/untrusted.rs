@@ -1,11 +1,10 @@
-//! Turning text into tokens, of which a part may be a stranger's, so that no stranger's text becomes a control
-//! token.
+//! Turns text into tokens so that no part of it that a stranger wrote becomes a control token.
 //!
-//! First added tokens are looked for in the text as it is, then the rest is normalised, and others are looked for in what
-//! comes out; what lies between them is split into words, and the model makes tokens of those. The
-//! `tokenizers` crate goes the same way, but its search cannot be told to skip places, and its steps cannot be stopped. So
-//! the way is walked here, with one question more (whether a stranger wrote any part of an added token) and with limits. The steps
-//! are the crate's own, on the crate's own types, so that without strangers the ids equal the crate's.
+//! First it looks for added tokens in the text as it is. Then it normalises the rest and looks for the other added tokens in the
+//! result. It splits what lies between them into words, and the model turns those into tokens. The `tokenizers` crate does the
+//! same, but its search cannot skip places, and its steps cannot be stopped. So this module repeats the procedure with one more
+//! check (whether a stranger wrote any part of an added token) and with limits. The steps are the crate's own, on the crate's own
+//! types, so without strangers the ids equal the crate's.
 
 use std::ops::Range;
 
@@ -71,7 +70,7 @@ pub(super) fn encode_with(
     Ok(splits.into_iter().flat_map(|(_, _, tokens)| tokens.iter().flatten()).map(|token| token.id).collect())
 }
 
-/// The parts of a piece, as the crate wants them.
+/// The parts of a piece, in the form that the crate expects.
 fn cut(piece: &NormalizedString, parts: Vec<Part>) -> Result<Vec<(NormalizedString, Option<Vec<Token>>)>> {
     let cut = |(id, range): Part| {
         let part = piece.slice(In::Normalized(range)).ok_or("a token ends inside a character")?;
@@ -85,13 +84,13 @@ fn cut(piece: &NormalizedString, parts: Vec<Part>) -> Result<Vec<(NormalizedStri
     parts.into_iter().map(cut).collect()
 }
 
-/// Replaces control tokens that the model itself found in a stranger's text (some vocabularies
-/// contain them as ordinary entries) by the tokens of their parts.
+/// Replaces control tokens that the model itself found in a stranger's text (some vocabularies contain them as
+/// ordinary entries) with the tokens of their parts.
 fn without_controls(model: &impl Model, added: &AddedTokens, text: &str, tokens: Vec<Token>) -> Result<Vec<Token>> {
     let forged = |token: &Token| {
         let spelled = text.get(token.offsets.0..token.offsets.1);
         let control = added.is_control(token.id);
-        // The unknown token stands for other text than its own spelling.
+        // The unknown token stands for text other than its own spelling.
         control && spelled == Some(token.value.as_str())
     };
     if !tokens.iter().any(forged) {

@@ -1,4 +1,4 @@
-//! Goals taken apart: what a value of one type must satisfy, without choices.
+//! Divides goals into cases: what a value of one type must satisfy, without choices.
 
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -14,25 +14,25 @@ use crate::GrammarError;
 /// Most cases of one type of one goal.
 const MAX_CASES: usize = 200;
 
-/// Most ways to be invalid that are considered for a schema which a value must not satisfy.
+/// Most ways to violate a schema that are considered, if a value must not satisfy it.
 const MAX_WAYS: usize = 8;
 
-/// Schemas by which a value must be valid (`true`) or must not be, in order.
+/// Schemas that a value must satisfy (`true`) or must not satisfy, in order.
 pub(super) type Goal = Vec<(usize, bool)>;
 
-/// The schemas through which a schema was reached on the same value, itself the last.
+/// The schemas through which a schema was reached on the same value; the last is the schema itself.
 pub(super) type Chain = Rc<Vec<usize>>;
 
 /// Demands on values of one type.
 #[derive(Debug, Clone)]
 pub(super) struct Case {
     pub(super) kind: Type,
-    /// If there are any: the value is one of these.
+    /// If given, the value is one of these.
     pub(super) values: Option<Vec<Value>>,
     pub(super) facets: Vec<Facet>,
     pub(super) properties: Vec<(Rc<Properties>, Chain)>,
     pub(super) items: Vec<(Rc<Items>, Chain)>,
-    /// Schemas for the parts that no schema reached through the first number looks at.
+    /// Schemas for the parts that are not looked at by any schema reached through the node with the first number.
     pub(super) unevaluated: Vec<(usize, usize)>,
 }
 
@@ -46,7 +46,7 @@ struct Open {
     negatives: Vec<usize>,
 }
 
-/// Something that one way of a choice demands.
+/// A demand of one way of a choice.
 #[derive(Debug, Clone)]
 enum Part {
     Valid(usize, Chain),
@@ -171,9 +171,9 @@ impl Schema<'_> {
         Ok(true)
     }
 
-    /// The next choice: a list of ways, one of which is enough. `None` if there is nothing to choose.
+    /// The next choice: a list of ways, of which one is enough. `None` if there is nothing to choose.
     fn choice(&mut self, open: &mut Open) -> Result<Option<Vec<Vec<Part>>>, GrammarError> {
-        // All that counts of a list of values is which of them are valid.
+        // For a list of values, only those that are valid matter.
         if open.case.values.is_some() {
             return Ok(None);
         }
@@ -190,7 +190,7 @@ impl Schema<'_> {
         Ok(None)
     }
 
-    /// How a value of a case's type can be invalid against a schema. `None` if it always is.
+    /// How a value of a case's type can be invalid against a schema. `None` if it always is invalid.
     fn ways_not(&mut self, case: &Case, node: usize) -> Result<Option<Vec<Vec<Part>>>, GrammarError> {
         self.step()?;
         let kind = case.kind;
@@ -246,7 +246,7 @@ impl Schema<'_> {
         Ok(Some(ways))
     }
 
-    /// Whether it is certain that nothing in a case is valid against a schema.
+    /// Whether it is certain that no value of a case is valid against a schema.
     fn is_excluded(&mut self, case: &Case, node: usize) -> Result<bool, GrammarError> {
         if case.kind != Type::Object {
             return Ok(false);
@@ -276,7 +276,7 @@ impl Schema<'_> {
         Ok(false)
     }
 
-    /// Whether no object of a case has this property.
+    /// Whether no object of a case can have this property.
     fn is_absent(&mut self, case: &Case, name: &Rc<str>) -> Result<bool, GrammarError> {
         if case.facets.contains(&Facet::Absent(name.clone())) {
             return Ok(true);
@@ -291,7 +291,7 @@ impl Schema<'_> {
         Ok(false)
     }
 
-    /// Whether a property has only values in a case that a schema does not allow.
+    /// Whether a case allows for a property only values that a schema does not allow.
     fn are_disjoint(&mut self, case: &Case, name: &str, other: usize) -> Result<bool, GrammarError> {
         for (properties, _) in &case.properties {
             for node in self.nodes_of(properties, name)? {
@@ -311,7 +311,7 @@ impl Schema<'_> {
         Ok(false)
     }
 
-    /// What a schema says together with those that it refers to.
+    /// The demands of a schema together with those of the schemas to which it refers.
     fn flat(&mut self, node: usize) -> Result<Vec<Rc<Keywords>>, GrammarError> {
         let (mut seen, mut pending, mut all) = (BTreeSet::new(), vec![node], Vec::new());
         while let Some(node) = pending.pop() {
@@ -360,7 +360,7 @@ fn choices_of(open: &mut Open, keywords: &Keywords, chain: &Chain) {
     }
 }
 
-/// Ways in which an object is invalid because of its properties. True if there are others.
+/// Ways in which an object is invalid because of its properties. Returns true if there are more.
 fn object_ways(keywords: &Keywords, ways: &mut Vec<Vec<Part>>) -> bool {
     let there = |name: &Rc<str>| Part::Facet(Facet::Required(name.clone()));
     for (name, node) in &keywords.dependent {
@@ -377,7 +377,7 @@ fn object_ways(keywords: &Keywords, ways: &mut Vec<Vec<Part>>) -> bool {
     !properties.patterns.is_empty() || properties.additional.is_some() || keywords.unevaluated_properties.is_some()
 }
 
-/// Ways in which an array is invalid because of its items. True if there are others.
+/// Ways in which an array is invalid because of its items. Returns true if there are more.
 fn array_ways(keywords: &Keywords, ways: &mut Vec<Vec<Part>>) -> bool {
     let Some(items) = &keywords.items else { return keywords.unevaluated_items.is_some() };
     if let Some(node) = items.rest.filter(|_| items.first.is_empty()) {
@@ -386,7 +386,7 @@ fn array_ways(keywords: &Keywords, ways: &mut Vec<Vec<Part>>) -> bool {
     !items.first.is_empty() || keywords.unevaluated_items.is_some()
 }
 
-/// Whether a way demands the opposite of what a case demands already.
+/// Whether a way demands the opposite of an existing demand of a case.
 fn contradicts(case: &Case, way: &[Part]) -> bool {
     way.iter().any(|part| match part {
         Part::Facet(Facet::Absent(name)) => case.facets.contains(&Facet::Required(name.clone())),
@@ -395,7 +395,7 @@ fn contradicts(case: &Case, way: &[Part]) -> bool {
     })
 }
 
-/// What values satisfy that do not satisfy a facet: nothing at all, a facet, or something that has no facet (with the keyword).
+/// The negation of a facet: it cannot be satisfied, it is a facet, or no facet expresses it (with the keyword).
 fn opposite(facet: &Facet) -> Result<Option<Facet>, &'static str> {
     Ok(Some(match facet {
         Facet::Integer(is) => Facet::Integer(!is),

@@ -37,14 +37,14 @@ const LISTS: [&str; 5] = ["allOf", "anyOf", "items", "oneOf", "prefixItems"];
 /// Keywords whose value is an object of schemas.
 const MAPS: [&str; 6] = ["$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties"];
 
-/// Which version of JSON Schema counts.
+/// The version of JSON Schema that applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Draft {
-    /// Draft 4 to 7: nothing counts beside `$ref`.
+    /// Drafts 4 to 7: keywords beside `$ref` are ignored.
     Seven,
     /// 2019-09: lists in `items`.
     Nineteen,
-    /// 2020-12, and everything that does not say what it is.
+    /// 2020-12, and every schema that names no version.
     Twenty,
 }
 
@@ -54,7 +54,7 @@ pub(crate) struct Node<'v> {
     pub(crate) value: &'v Value,
     /// A JSON pointer from the document's root.
     pub(crate) place: String,
-    /// The URI that references in it are relative to.
+    /// The base URI of the references in it.
     base: String,
 }
 
@@ -202,7 +202,7 @@ impl<'v> Document<'v> {
         self.is_static(found, from, keyword, uri)
     }
 
-    /// A dynamic reference leads where it says only if nothing can redirect it.
+    /// A dynamic reference leads to the stated place only if nothing can redirect it.
     fn is_static(&self, found: usize, from: usize, keyword: &'static str, uri: &str) -> Result<usize, GrammarError> {
         let name = match keyword {
             "$dynamicRef" => uri.rsplit_once('#').map_or("", |(_, name)| name),
@@ -246,7 +246,7 @@ fn measure(value: &Value, depth: usize) -> Result<usize, GrammarError> {
     Ok(inside + 8)
 }
 
-/// The version that a schema names.
+/// The version that a schema's `$schema` names.
 fn draft_of(value: &Value) -> Option<Draft> {
     let uri = value.as_object().and_then(|map: &Map<String, Value>| map.get("$schema")?.as_str())?;
     match uri.trim_end_matches('#') {
@@ -262,7 +262,7 @@ fn escape(name: &str) -> String {
     name.replace('~', "~0").replace('/', "~1")
 }
 
-/// Text behind `#` without percent signs.
+/// The text after `#`, with percent-escapes decoded.
 fn unescape_uri(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

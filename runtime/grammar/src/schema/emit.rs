@@ -1,4 +1,4 @@
-//! Cases as alternatives of rules.
+//! Writes cases as alternatives of rules.
 
 mod arrays;
 mod objects;
@@ -16,7 +16,8 @@ use super::strings::quote;
 use super::validate::equal;
 use crate::GrammarError;
 
-/// White space: none, a space, or a new line and its indentation. Bounded, so that no text is spaces without end.
+/// White space: nothing, a space, or a new line and its indentation. It is bounded, so that no text can be an endless
+/// run of spaces.
 const SPACE: &str = r"(?: |\r?\n[ \t]{0,60})?";
 
 /// Most states of a list whose members are counted.
@@ -30,7 +31,7 @@ pub(super) struct Emitter<'s, 'v> {
     queue: VecDeque<(Goal, usize)>,
 }
 
-/// The rules of a schema, and the one to begin with.
+/// The rules of a schema, and the first rule.
 pub(super) fn rules(schema: &mut Schema<'_>) -> Result<(Rules, usize), GrammarError> {
     let mut emitter = Emitter { schema, rules: Rules::default(), goals: HashMap::new(), queue: VecDeque::new() };
     let start = emitter.goal(vec![(0, true)])?;
@@ -67,7 +68,7 @@ impl Emitter<'_, '_> {
         Ok(rule)
     }
 
-    /// Whether a goal surely allows nothing.
+    /// Whether a goal certainly allows nothing.
     fn is_never(&mut self, goal: &Goal) -> Result<bool, GrammarError> {
         let mut never = false;
         for &(node, positive) in goal {
@@ -164,14 +165,14 @@ impl Emitter<'_, '_> {
         self.rules.regex(": ?")
     }
 
-    /// A list between brackets: members that come at most once, in their order and some of them always, then any number of others.
-    /// From `least` to `most` of all of them.
+    /// A list between brackets: first members that come at most once, in their order, some of them always; then any number of
+    /// others. In all there are from `least` to `most` members.
     fn list(&mut self, list: List) -> Result<Vec<Vec<Symbol>>, GrammarError> {
         let List { members, others, brackets, least, most } = list;
         let (open, close, comma) = (self.open(brackets.0), self.close(brackets.1), self.comma());
         let total = members.len() as u64;
         let most = most.filter(|&most| others.is_some() || most < total);
-        // How many have come is counted up to here: beyond, it makes no difference.
+        // Members are counted up to this number; beyond it, the count makes no difference.
         let cap = most.unwrap_or(least.min(total + 1).max(1));
         if (total + 1).saturating_mul(cap.min(total) + 1) > MAX_STATES as u64 {
             let what = format!("a list of {total} members that are counted up to {cap}");
@@ -207,17 +208,17 @@ impl Emitter<'_, '_> {
     }
 }
 
-/// Something between brackets.
+/// A list between brackets.
 struct List {
     members: Vec<Member>,
-    /// What may come behind them.
+    /// What may come after them.
     others: Option<Symbol>,
     brackets: (char, char),
     least: u64,
     most: Option<u64>,
 }
 
-/// Something in a list.
+/// A member of a list.
 struct Member {
     symbols: Vec<Symbol>,
     required: bool,

@@ -1,4 +1,4 @@
-//! What one schema says, without those inside it.
+//! The demands of one schema, without those of the schemas inside it.
 
 use std::rc::Rc;
 
@@ -34,7 +34,7 @@ impl Type {
     }
 }
 
-/// Something that is demanded of values of one type.
+/// A demand on values of one type.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Facet {
     /// Whether a number is an integer.
@@ -52,20 +52,20 @@ pub(crate) enum Facet {
     MinItems(u64),
     MaxItems(u64),
     Unique,
-    /// So many items are valid, or are not, by a node.
+    /// This many items are valid, or are not, against a node.
     Contains {
         node: usize,
         positive: bool,
         least: u64,
         most: Option<u64>,
     },
-    /// All items are valid, or are not, by a node.
+    /// All items are valid, or are not, against a node.
     Every(usize, bool),
     MinProperties(u64),
     MaxProperties(u64),
     Required(Rc<str>),
     Absent(Rc<str>),
-    /// A property, if it is there, is valid, or is not, by a node.
+    /// A property, if the object has it, is valid, or is not, against a node.
     Property(Rc<str>, usize, bool),
     /// Names of properties are valid against a node.
     Names(usize),
@@ -74,7 +74,7 @@ pub(crate) enum Facet {
 }
 
 impl Facet {
-    /// Which values it is demanded of; `None`: of all.
+    /// The type of the values on which it is demanded; `None`: all.
     pub(crate) fn kind(&self) -> Option<Type> {
         Some(match self {
             Facet::Integer(_) | Facet::Minimum(..) | Facet::Maximum(..) | Facet::Multiple(_) => Type::Number,
@@ -104,7 +104,7 @@ pub(crate) struct Items {
     pub(crate) rest: Option<usize>,
 }
 
-/// What one schema says.
+/// The demands of one schema.
 #[derive(Debug, Default)]
 pub(crate) struct Keywords {
     /// `true` and `false` are schemas too.
@@ -121,9 +121,9 @@ pub(crate) struct Keywords {
     pub(crate) not: Option<usize>,
     /// `if`, `then`, `else`.
     pub(crate) condition: Option<(usize, Option<usize>, Option<usize>)>,
-    /// By the property that is there: the schema that the object must satisfy then.
+    /// For a property: the schema that the object must satisfy if it has the property.
     pub(crate) dependent: Vec<(Rc<str>, usize)>,
-    /// By the property that is there: those that must be there then.
+    /// For a property: the properties that the object must have if it has this one.
     pub(crate) dependent_required: Vec<(Rc<str>, Vec<Rc<str>>)>,
     pub(crate) facets: Vec<Facet>,
     pub(crate) properties: Option<Rc<Properties>>,
@@ -276,7 +276,7 @@ impl<'v> Reader<'_, 'v> {
                 "minimum" => Facet::Minimum(number.clone(), exclusive),
                 _ => Facet::Maximum(number.clone(), exclusive),
             };
-            // Draft 4 says `true` here, and means the other keyword.
+            // Draft 4 has `true` here, which makes the other keyword exclusive.
             let flag = self.map.get(exclusive_keyword).and_then(Value::as_bool);
             match self.map.get(keyword) {
                 Some(Value::Number(bound)) => facets.push(facet(bound, flag.unwrap_or(false))),
@@ -310,7 +310,7 @@ impl<'v> Reader<'_, 'v> {
         };
         let lists = matches!(self.map.get("items"), Some(Value::Array(_)));
         let (first, rest) = match first {
-            // A list in `items` is what older versions write, and nothing else.
+            // Only older versions allow a list in `items`.
             None if lists => (self.list("items")?, self.one("additionalItems")),
             first => (first, self.one("items")),
         };

@@ -1,13 +1,13 @@
 //! JSON schemas as Lark grammars.
 //!
-//! What a value must satisfy is a *goal*: a set of schemas by which it must be valid, or must not be. A goal becomes a rule. For
-//! each type of JSON it is taken apart into *cases* ([`cases`]): combinations of demands that no longer contain a choice. A case
-//! becomes an alternative ([`emit`]), and refers to the goals of its items and properties. Equal goals are the same rule, so
-//! schemas may refer to themselves.
+//! A *goal* is what a value must satisfy: a set of schemas against which it must be valid, or must not be. A goal becomes a
+//! rule. For each type of JSON, it is divided into *cases* ([`cases`]): combinations of demands that no longer contain a choice.
+//! A case becomes an alternative ([`emit`]), and refers to the goals of its items and properties. Equal goals are the same rule,
+//! so schemas may refer to themselves.
 //!
-//! Every text of the grammar is valid against the schema. The other way round there are limits: properties come in the order of the
-//! schema, numbers have bounded digits, items that `contains` asks for come first. Where only an alternative of a negation cannot
-//! be expressed, it is left out; everything else that cannot be expressed is refused by name.
+//! Every text of the grammar is valid against the schema. The converse has limits: properties come in the order of the schema,
+//! numbers have a bounded number of digits, and items for `contains` come first. An alternative of a negation that cannot be
+//! expressed is left out; everything else that cannot be expressed is refused by name.
 
 mod cases;
 mod document;
@@ -30,10 +30,10 @@ use keywords::Keywords;
 
 pub(crate) use strings::whole as whole_regex;
 
-/// Most steps in taking a schema apart. A step takes about a microsecond.
+/// Most steps in dividing a schema into cases. A step takes about a microsecond.
 const MAX_STEPS: usize = 500_000;
 
-/// A schema while it is worked on.
+/// A schema that is being translated.
 struct Schema<'v> {
     document: Document<'v>,
     keywords: HashMap<usize, Rc<Keywords>>,
@@ -74,7 +74,7 @@ impl<'v> Schema<'v> {
     }
 }
 
-/// A grammar for values that a schema allows.
+/// A grammar for the values that a schema allows.
 ///
 /// # Errors
 /// When the schema is malformed, too large, not supported, or allows nothing.

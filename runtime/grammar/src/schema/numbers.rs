@@ -3,7 +3,7 @@
 /// Decimal places of bounds.
 pub(crate) const PLACES: u32 = 9;
 
-/// One, as bounds are counted.
+/// The number one, in the unit of bounds.
 pub(crate) const ONE: i128 = 1_000_000_000;
 
 /// Most digits of an integer, so that it fits into 64 bits.
@@ -21,7 +21,7 @@ pub(crate) const NUMBER: &str = r"-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,15})?(?:[
 /// Any number without an exponent.
 pub(crate) const PLAIN: &str = r"-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,15})?";
 
-/// A number that is no integer.
+/// A number that is not an integer.
 pub(crate) const FRACTION: &str = r"-?(?:0|[1-9][0-9]{0,8})\.[0-9]{0,5}[1-9]";
 
 /// A JSON number in units of 10⁻⁹; `None` if it is too large or has more decimal places.
@@ -62,11 +62,11 @@ pub(crate) fn integers(low: i128, high: i128) -> Option<String> {
     select(parts)
 }
 
-/// Numbers from `low` to `high`, in units of 10⁻⁹ and without either bound where there is none, as a regular expression of their
-/// numerals without exponents; `None` if there are none. `exclusive` bounds do not count themselves.
+/// Numbers from `low` to `high`, in units of 10⁻⁹, either of which may be missing, as a regular expression of their numerals
+/// without exponents; `None` if there are none. `exclusive` bounds are not included themselves.
 pub(crate) fn decimals(low: Option<(i128, bool)>, high: Option<(i128, bool)>) -> Option<String> {
     let largest = low.into_iter().chain(high).map(|(bound, _)| (bound.abs() / ONE).to_string().len()).max()?;
-    // So few digits that a number of 64 bits tells a value next to a bound from the bound.
+    // Few enough digits that a number of 64 bits distinguishes a bound from the values next to it.
     let places = 14_usize.saturating_sub(largest).min(PLACES as usize);
     let unit = 10_i128.pow(PLACES - places as u32);
     let low =
@@ -116,8 +116,8 @@ fn positive(low: i128, high: i128, places: usize) -> Vec<String> {
     parts
 }
 
-/// Digits behind a decimal point, up to as many as `low` and `high` have, whose value is between these. One of them is empty if no
-/// digits at all are.
+/// Digits after a decimal point, at most as many as `low` and `high` have, whose value is between these. One of the alternatives
+/// is empty if the value without digits is between them.
 fn fractions(low: &str, high: &str) -> Vec<String> {
     let is_all = |text: &str, digit: u8| text.bytes().all(|d| d == digit);
     let count = low.len();

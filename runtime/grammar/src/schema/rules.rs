@@ -1,4 +1,4 @@
-//! A grammar under construction: rules, terminals, and which of them can be finished at all.
+//! A grammar under construction: rules, terminals, and which of them can match a finite text.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -14,10 +14,10 @@ const MAX_SYMBOLS: usize = 100_000;
 /// Longest text of a grammar, in bytes.
 const MAX_TEXT: usize = 4 << 20;
 
-/// How hard to try to find out whether a terminal matches anything.
+/// The most effort to find out whether a terminal matches anything.
 const FUEL: u64 = 200_000;
 
-/// What stands in an alternative.
+/// A symbol of an alternative.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Symbol {
     /// This text.
@@ -26,13 +26,13 @@ pub(crate) enum Symbol {
     Terminal(usize),
     /// A rule, by number.
     Rule(usize),
-    /// Several symbols, so many times.
+    /// Several symbols, repeated this many times.
     Repeat(Vec<Symbol>, u64, Option<u64>),
-    /// A JSON number by a schema that the library understands itself.
+    /// A JSON number that fits a schema which the library understands itself.
     Json(String),
 }
 
-/// A regular expression: what matches all that are `true` and none that are `false`.
+/// A regular expression for texts that match all patterns with `true` and none with `false`.
 pub(crate) type Terminal = Vec<(bool, String)>;
 
 /// Rules and terminals.
@@ -80,7 +80,7 @@ impl Rules {
         self.terminal(vec![(true, regex.to_owned())])
     }
 
-    /// The grammar in Lark, without what can never be finished. `None` if that is everything.
+    /// The grammar in Lark, without rules that can never be finished. `None` if nothing remains.
     pub(crate) fn print(mut self, start: usize) -> Result<Option<String>, GrammarError> {
         let alive: Vec<bool> = self.terminals.iter().map(matches_something).collect::<Result<_, _>>()?;
         let mut finishes = vec![false; self.rules.len()];
@@ -163,7 +163,7 @@ fn can_end(symbol: &Symbol, alive: &[bool], finishes: &[bool]) -> bool {
     }
 }
 
-/// What can be repeated zero times only is repeated zero times.
+/// Empties repetitions whose symbols can never be finished: they can only be repeated zero times.
 fn drop_dead(symbol: &mut Symbol, alive: &[bool], finishes: &[bool]) {
     if let Symbol::Repeat(symbols, _, _) = symbol {
         match symbols.iter().all(|s| can_end(s, alive, finishes)) {

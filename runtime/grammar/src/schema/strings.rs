@@ -1,7 +1,7 @@
-//! JSON strings as regular expressions of how they are written.
+//! Regular expressions for the written form of JSON strings.
 //!
-//! Each character is written in one way only: as it is, or with the shortest escape if JSON demands one. So two strings are the same
-//! if they are written the same, and a set of strings can be taken away from another.
+//! Each character is written in only one way: as it is, or with the shortest escape if JSON demands one. So two strings are equal
+//! exactly if they are written the same, and one set of strings can be subtracted from another.
 
 use regex_syntax::hir::{Capture, Class, Hir, HirKind, Look, Repetition};
 
@@ -14,7 +14,7 @@ const MAX_PATTERN_BYTES: usize = 4096;
 /// Most alternatives with anchors of their own.
 const MAX_ALTERNATIVES: usize = 64;
 
-/// Any string with so many characters.
+/// Any string with this many characters.
 pub(crate) fn of_length(least: u64, most: Option<u64>) -> String {
     let most = most.map_or(String::new(), |most| most.to_string());
     format!("\"{CHARACTER}{{{least},{most}}}\"")
@@ -25,10 +25,10 @@ pub(crate) fn quote(text: &str) -> String {
     serde_json::Value::from(text).to_string().replace('\u{7f}', "\\u007f")
 }
 
-/// Strings of which a part matches a pattern, as JSON Schema has it (ECMA 262).
+/// Strings of which a part matches a pattern of JSON Schema (ECMA 262).
 ///
 /// # Errors
-/// With the reason, when the pattern needs more than a regular language has, or is none.
+/// The reason, if the pattern needs more than a regular language can express, or is not valid.
 pub(crate) fn matching(pattern: &str) -> Result<String, String> {
     let hir = parse(&ecma(pattern))?;
     let mut parts = Vec::new();
@@ -40,7 +40,7 @@ pub(crate) fn matching(pattern: &str) -> Result<String, String> {
     Ok(format!("\"(?:{})\"", parts.join("|")))
 }
 
-/// A regular expression for a whole text in Rust's syntax, as the library takes it: without anchors.
+/// A regular expression for a whole text in Rust's syntax, in the form that the library takes: without anchors.
 pub(crate) fn whole(regex: &str) -> Result<String, String> {
     let hir = parse(regex)?;
     let mut parts = Vec::new();
@@ -121,7 +121,7 @@ fn has_look(hir: &Hir) -> bool {
     !hir.properties().look_set().is_empty()
 }
 
-/// How the texts of a pattern are written inside a JSON string.
+/// Turns a pattern for texts into one for their written form inside a JSON string.
 fn quoted(hir: &Hir) -> Result<String, String> {
     Ok(match hir.kind() {
         HirKind::Empty => "(?:)".to_owned(),
@@ -185,7 +185,7 @@ fn quoted_class(ranges: impl Iterator<Item = (char, char)>) -> String {
     }
 }
 
-/// A pattern of ECMA 262 in Rust's syntax, where the two differ.
+/// Rewrites a pattern of ECMA 262 in Rust's syntax, where the two differ.
 pub(crate) fn ecma(pattern: &str) -> String {
     const SPACE: &str = r"\t\n\x0B\f\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff";
     let mut out = String::with_capacity(pattern.len() + 16);
@@ -228,7 +228,8 @@ pub(crate) fn ecma(pattern: &str) -> String {
     out
 }
 
-/// What the standard formats demand, or a part of it: every string that matches has the format.
+/// Patterns for the standard formats. Every string that matches has the format, but a pattern may cover only a part
+/// of it.
 pub(crate) fn format(name: &str) -> Option<String> {
     const DATE: &str = "[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))";
     const TIME: &str =

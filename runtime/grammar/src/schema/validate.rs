@@ -1,4 +1,4 @@
-//! Whether a value is valid against a schema.
+//! Checks whether a value is valid against a schema.
 
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -16,7 +16,7 @@ use crate::GrammarError;
 /// Most nested schemas on one value, with references followed.
 const MAX_DEPTH: usize = 200;
 
-/// Which parts of a value its schema has looked at.
+/// The parts of a value that its schema has looked at.
 #[derive(Debug, Default)]
 pub(super) struct Evaluated {
     properties: BTreeSet<String>,
@@ -30,7 +30,7 @@ impl Evaluated {
     }
 }
 
-/// Whether two values are the same to JSON Schema: numbers by their value.
+/// Whether two values are equal for JSON Schema, which compares numbers by value.
 pub(super) fn equal(a: &Value, b: &Value) -> bool {
     match (a, b) {
         (Value::Number(a), Value::Number(b)) => match (a.as_i64(), b.as_i64()) {
@@ -46,7 +46,7 @@ pub(super) fn equal(a: &Value, b: &Value) -> bool {
 }
 
 impl Schema<'_> {
-    /// Whether a value is valid against a node. `format` is a remark, and demands nothing.
+    /// Whether a value is valid against a node. `format` is an annotation, and demands nothing.
     pub(super) fn is_valid(&mut self, value: &Value, node: usize) -> Result<bool, GrammarError> {
         Ok(self.check(value, node, 0)?.is_some())
     }
@@ -55,7 +55,7 @@ impl Schema<'_> {
         Ok(self.check(value, node, depth + 1)?.is_some())
     }
 
-    /// Checks a value: which parts of it the node has looked at, or `None` if it is not valid.
+    /// Checks a value; returns the parts of it that the node has looked at, or `None` if it is not valid.
     fn check(&mut self, value: &Value, node: usize, depth: usize) -> Result<Option<Evaluated>, GrammarError> {
         self.step()?;
         if depth > MAX_DEPTH {
@@ -200,7 +200,7 @@ impl Schema<'_> {
         Ok(true)
     }
 
-    /// The schemas that a schema puts together.
+    /// The schemas that a schema combines.
     fn combinations(
         &mut self,
         value: &Value,
@@ -258,7 +258,7 @@ impl Schema<'_> {
         depth: usize,
     ) -> Result<bool, GrammarError> {
         if let Value::Array(list) = value {
-            // What `contains` finds counts as looked at in 2020-12.
+            // In 2020-12, items that `contains` finds count as looked at.
             let counts = self.document.draft == Draft::Twenty;
             for facet in keywords.facets.iter().filter(|_| counts) {
                 let Facet::Contains { node, .. } = facet else { continue };

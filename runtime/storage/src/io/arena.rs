@@ -41,8 +41,8 @@ pub(crate) struct Mapping {
     huge_pages: bool,
     /// Slots whose pages have been given back and not been taken again.
     away: AtomicUsize,
-    /// How often pages have been given back. A registration with the kernel that is older keeps pages that the mapping no longer
-    /// shows, and must not be used.
+    /// How often pages have been given back. An older registration with the kernel keeps pages that the mapping no longer shows,
+    /// and must not be used.
     given_back: AtomicU64,
 }
 
@@ -62,7 +62,7 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Address space of which no page is present.
+    /// Reserves address space in which no page is present.
     fn reserve(bytes: usize, what: &'static str) -> Result<Self, IoError> {
         let error = |source: std::io::Error| IoError::Memory { bytes, what, source };
         let overflow = || error(std::io::ErrorKind::OutOfMemory.into());
@@ -116,10 +116,10 @@ impl Mapping {
                 return Err(error);
             }
         }
-        // Linux before 5.14, what imitates it, and macOS: write one zero to every page.
+        // Linux before 5.14, systems that imitate it, and macOS: write one zero to every page.
         for offset in (0..len).step_by(PAGE_BYTES) {
-            // SAFETY: `offset` is inside the range, whose bytes nobody else uses meanwhile and nobody counts on: it is new, or
-            // was given back.
+            // SAFETY: `offset` is inside the range. Nobody else uses its bytes meanwhile or relies on them: it is new, or was
+            // given back.
             unsafe { address.as_ptr().add(offset).write_volatile(0) };
         }
         Ok(())
@@ -170,16 +170,16 @@ impl Mapping {
         self.away.load(SeqCst) == 0
     }
 
-    /// Another number after pages have been given back.
+    /// A number that changes whenever pages have been given back.
     #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only the ring needs it"))]
     pub(crate) fn generation(&self) -> u64 {
         self.given_back.load(SeqCst)
     }
 
-    /// Gives the whole pages of a range back to the system. What is read there afterwards is zeros, or on macOS what was there.
+    /// Gives the whole pages of a range back to the system. Reading there afterwards gives zeros, or on macOS the old bytes.
     ///
     /// # Safety
-    /// Nobody else may read from or write to the range meanwhile, and nobody may count on its bytes afterwards.
+    /// Nobody else may read from or write to the range meanwhile, and nobody may rely on its bytes afterwards.
     unsafe fn give_back(&self, start: usize, len: usize) -> std::io::Result<()> {
         let page = page_bytes();
         let (first, end) = (start.next_multiple_of(page), (start + len) / page * page);
@@ -201,7 +201,7 @@ impl Mapping {
     /// Makes the pages of a range present again that [`give_back`](Self::give_back) gave back.
     ///
     /// # Safety
-    /// Nobody else may read from or write to the range meanwhile, and nobody may count on its bytes.
+    /// Nobody else may read from or write to the range meanwhile, and nobody may rely on its bytes.
     unsafe fn take_again(&self, start: usize, len: usize) -> std::io::Result<()> {
         let page = page_bytes();
         let (first, end) = (start.next_multiple_of(page), (start + len) / page * page);
@@ -345,8 +345,8 @@ impl Arena {
         self.map.huge_pages
     }
 
-    /// Writes the same bytes to every slot, with as many threads as fault memory in. A slot's pages are its own afterwards: reading one
-    /// slot brings nothing of another into the caches.
+    /// Writes the same bytes to every slot, with as many threads as fault memory in. Afterwards each slot has pages of its own, so
+    /// reading one slot brings nothing of another into the caches.
     ///
     /// # Panics
     /// If a slot is smaller.
@@ -395,7 +395,7 @@ impl Slot {
         self.capacity
     }
 
-    /// The extent that was last read into the slot, verified unless that was left to its receiver; empty if there is none.
+    /// The extent that was last read into the slot, verified unless its receiver verifies it; empty if there is none.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         debug_assert!(self.len <= self.capacity);
@@ -404,7 +404,7 @@ impl Slot {
         unsafe { self.map.bytes(self.start, self.len) }
     }
 
-    /// Gives the slot this many bytes, to be written by the caller; until then they are anything.
+    /// Gives the slot this many bytes for the caller to write; until then their values are arbitrary.
     ///
     /// # Panics
     /// If they do not fit.
@@ -415,12 +415,12 @@ impl Slot {
         unsafe { self.map.bytes_mut(self.start, len) }
     }
 
-    /// Empties the slot and gives its memory back to the system, as far as it is whole pages. A read engine that has it registered
-    /// lets go of it when it is woken ([`Scheduler::wake`](super::Scheduler::wake)). The slot can be read into all the same: its
-    /// pages then come back one by one.
+    /// Empties the slot and gives the whole pages of its memory back to the system. A read engine that has the memory registered
+    /// lets go of it when it is woken ([`Scheduler::wake`](super::Scheduler::wake)). Reads into the slot still work: its pages
+    /// then come back one by one.
     ///
     /// # Errors
-    /// What the system says; the slot is empty then as well.
+    /// The system's; the slot is empty then as well.
     pub fn give_back(&mut self) -> std::io::Result<()> {
         self.len = 0;
         // Before the pages go: from now on no read is issued to a registration of them.

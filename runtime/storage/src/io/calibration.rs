@@ -1,7 +1,8 @@
-//! How a drive is best read: found by the bench, kept per drive in the user's cache folder, used at open.
+//! The best way to read each drive. The bench finds it, a file in the user's cache folder keeps it, and opening a
+//! model uses it.
 //!
-//! The file is a cache: whatever is wrong with it costs speed, and is a remark, never an error. Nothing that a model
-//! computes depends on it.
+//! The file is a cache: if something is wrong with it, that costs speed and gives a remark, never an error. Nothing
+//! that a model computes depends on it.
 
 use std::fs;
 use std::io::{self, Read};
@@ -21,14 +22,14 @@ const VERSION: u32 = 1;
 /// A larger file is not ours.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
-/// What a drive is known by.
+/// What identifies a drive.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceId {
-    /// The filesystem's id, in hexadecimal; zeros where it has none.
+    /// The filesystem's id, in hexadecimal; zeros if it has none.
     pub filesystem: String,
     /// The device number, such as `259:2`; changes when drives are plugged in another order.
     pub device: String,
-    /// The drive's model, where the system tells.
+    /// The drive's model, if the system tells.
     pub model: Option<String>,
 }
 
@@ -76,7 +77,7 @@ fn model(device: &str) -> Option<String> {
     (!model.is_empty()).then(|| model.to_owned())
 }
 
-/// How one drive is best read.
+/// The best way to read one drive.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Calibration {
     /// The drive.
@@ -97,7 +98,7 @@ pub struct Calibration {
 }
 
 impl Calibration {
-    /// The calibration that a knee means.
+    /// The calibration that follows from a knee.
     #[must_use]
     pub fn from_knee(device: DeviceId, knee: &Knee) -> Calibration {
         let engine = match knee.point.engine {
@@ -105,7 +106,8 @@ impl Calibration {
             BenchEngine::Pread => BenchEngine::Pread,
         };
         let (chunk_bytes, depth) = (knee.point.block_bytes, knee.point.depth);
-        // The knee is the least that fills the drive: prefetches need as much, while they have it for themselves.
+        // The knee has the fewest bytes in flight that keep the drive busy. Prefetches need as many when no other
+        // reads run.
         let prefetch_depth = depth;
         let made = SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs());
         Calibration {
@@ -126,7 +128,8 @@ impl Calibration {
         IoConfig { chunk_bytes, depth, prefetch_depth, ..IoConfig::default() }
     }
 
-    /// The engine to ask for. io_uring is not insisted on: it can be forbidden where the next run takes place.
+    /// The engine to ask for. This does not insist on io_uring, which can be forbidden where the next run takes
+    /// place.
     fn kind(&self) -> EngineKind {
         if self.engine == BenchEngine::Pread { EngineKind::Pread } else { EngineKind::Auto }
     }
@@ -146,7 +149,7 @@ pub enum CalibrationError {
         /// What the system said.
         source: io::Error,
     },
-    /// The file is there, but not one of ours.
+    /// The file exists, but is not a calibration file of this program.
     #[error("{path} is not a calibration of this version: {reason}")]
     Foreign {
         /// The file.
@@ -154,7 +157,7 @@ pub enum CalibrationError {
         /// What is wrong with it.
         reason: String,
     },
-    /// There is no folder for caches.
+    /// No folder for caches is known.
     #[error("there is no cache folder: neither XDG_CACHE_HOME nor HOME names one")]
     NoFolder,
 }
@@ -205,8 +208,8 @@ impl CalibrationStore {
         Ok(self.all()?.into_iter().find(|known| known.device.is_same(device)))
     }
 
-    /// Keeps a calibration, in the place of an older one of the same drive. The file is replaced as a whole: readers
-    /// see the old one or the new one. What is not a calibration of this version is overwritten.
+    /// Stores a calibration, which replaces an older one of the same drive. The file is replaced as a whole, so
+    /// readers see the old one or the new one. A file that is not of this version is overwritten.
     ///
     /// # Errors
     /// [`CalibrationError::File`].
@@ -236,7 +239,7 @@ impl CalibrationStore {
             Ok(metadata) if metadata.len() > FILE_BYTES_MAX => return Err(foreign("it is too large".to_owned())),
             Ok(_) => {
                 let mut bytes = Vec::new();
-                // Bounded by what is read: some files have more than they say.
+                // Bounds the bytes read, because some files have more than their length says.
                 let file = open_regular(&self.path).map_err(failed)?;
                 file.take(FILE_BYTES_MAX).read_to_end(&mut bytes).map_err(failed)?;
                 bytes
@@ -266,7 +269,7 @@ pub enum TuningSource {
     Given,
     /// Found by the bench on this drive.
     Calibrated,
-    /// Good on most drives. With a remark if a calibration could not be used.
+    /// The defaults, which are good on most drives; with a remark if a calibration could not be used.
     Default(Option<String>),
 }
 
@@ -288,8 +291,8 @@ impl Default for Tuning {
 }
 
 impl Tuning {
-    /// Decides how to read the file at `path`: `config` and `engine` as they are given; what is not given comes from
-    /// the calibration of the file's drive in `store`, if there is one, and else from the defaults.
+    /// Decides how to read the file at `path`. If `config` or `engine` is given, it is used as it is; otherwise it
+    /// comes from the calibration of the file's drive in `store`, or from the defaults if there is none.
     #[must_use]
     pub fn choose(
         path: &Path,

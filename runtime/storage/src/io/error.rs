@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 pub struct ExtentName {
     /// What the extent holds, in words.
     pub kind: &'static str,
-    /// The layer that it belongs to, where there is one.
+    /// Its layer, if it belongs to one.
     pub layer: Option<u32>,
     /// Its number within the layer (experts), or within its kind.
     pub index: Option<u32>,
@@ -29,7 +29,7 @@ impl ExtentName {
         Self { kind: "expert", layer: Some(layer), index: Some(expert) }
     }
 
-    /// Names a dense part, by layer where it belongs to one.
+    /// Names a dense part, by layer if it belongs to one.
     #[must_use]
     pub fn dense(kind: &'static str, layer: Option<u32>) -> Self {
         Self { kind, layer, index: None }
@@ -70,12 +70,12 @@ pub enum IoError {
     Memory {
         /// Bytes asked for.
         bytes: usize,
-        /// What they were for.
+        /// The purpose of the memory.
         what: &'static str,
         /// What the system said.
         source: io::Error,
     },
-    /// The read engine that was asked for by name cannot run here.
+    /// The read engine that the caller named cannot run here.
     #[error("the {engine} read engine cannot run here: {reason}; use the automatic choice")]
     EngineUnavailable {
         /// The engine's name.
@@ -119,7 +119,7 @@ pub enum ReadError {
         /// What the system said.
         source: io::Error,
     },
-    /// The bytes read are not the bytes that were written, twice.
+    /// The bytes read were twice not the bytes that were written.
     #[error(
         "{extent}: the {len} bytes at offset {offset} of {path} are damaged: checksum \
          {got:016x}, expected {expected:016x}, also after reading again; \
@@ -139,7 +139,7 @@ pub enum ReadError {
         /// xxh3-64 of the bytes that arrived.
         got: u64,
     },
-    /// The stored bytes are those that the file's table promises, but what they become is not.
+    /// The stored bytes have the checksum in the file's table, but the decompressed bytes do not.
     #[error(
         "{extent}: the {len} bytes at offset {offset} of {path} cannot be decompressed: {problem}; \
          get or convert the file again"
@@ -166,10 +166,10 @@ pub enum ReadError {
         extent: ExtentName,
         /// The file.
         path: PathBuf,
-        /// Byte offset at which nothing came.
+        /// Byte offset at which the drive returned nothing.
         offset: u64,
     },
-    /// The request names bytes that the file does not have, or unaligned ones.
+    /// The request names bytes outside the file, or unaligned ones.
     #[error(
         "{extent}: {len} bytes at offset {offset} of file {file} cannot be read: {rule}; \
          the model file is not valid: convert it again"

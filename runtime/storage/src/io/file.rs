@@ -1,9 +1,9 @@
 //! Opening data files for direct I/O, and proving that it is engaged.
 //!
-//! Direct I/O moves bytes from the drive straight into slots: no copy through the page cache,
-//! and no second copy of the model in it. Filesystems differ in whether they do it, and some
-//! accept the flag and then do not. So it is proven at open, and where it is refused, the file is
-//! read through the page cache and the reason is kept for the user.
+//! Direct I/O moves bytes from the drive straight into slots: no copy through the page cache, and no second copy of
+//! the model in it. Not all filesystems support it, and some accept the flag but then use the page cache. So direct
+//! I/O is proven when a file is opened. If it is refused, the file is read through the page cache, and the reason is
+//! kept for the user.
 
 use std::fmt;
 use std::fs::File;
@@ -19,7 +19,7 @@ use super::sys;
 /// Whether to ask for direct I/O.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DirectMode {
-    /// Use it where the filesystem does it.
+    /// Use it if the filesystem supports it.
     #[default]
     Prefer,
     /// Read through the page cache.
@@ -31,7 +31,7 @@ pub enum DirectMode {
 pub enum DirectIo {
     /// Reads bypass the page cache.
     Engaged {
-        /// How, and by what it was proven.
+        /// How they do, and how that was proven.
         how: String,
     },
     /// Reads go through the page cache: every byte is copied once more, and the system keeps a
@@ -67,7 +67,7 @@ impl fmt::Display for DirectIo {
     }
 }
 
-/// A file that extents are read from.
+/// A file from which extents are read.
 #[derive(Debug)]
 pub struct DataFile {
     file: File,
@@ -77,11 +77,11 @@ pub struct DataFile {
 }
 
 impl DataFile {
-    /// Opens a file for reading, directly if `mode` says so and the filesystem does it.
+    /// Opens a file for reading, directly if `mode` says so and the filesystem supports it.
     ///
     /// # Errors
-    /// [`IoError::Open`] if it cannot be opened or not be read. A filesystem without direct I/O
-    /// is not an error: see [`direct`](Self::direct).
+    /// [`IoError::Open`] if it cannot be opened or read. A filesystem without direct I/O is not an error: see
+    /// [`direct`](Self::direct).
     pub fn open(path: &Path, mode: DirectMode) -> Result<DataFile, IoError> {
         Self::open_as(path, path, mode)
     }
@@ -148,13 +148,14 @@ impl DataFile {
         self.file.metadata()
     }
 
-    /// The id of the filesystem; 0 where it has none, or where nobody can tell.
+    /// The id of the filesystem; 0 if it has none, or if the system does not tell.
     pub(crate) fn filesystem_id(&self) -> u64 {
         #[allow(clippy::unnecessary_cast, reason = "the type differs between systems")]
         nix::sys::statvfs::fstatvfs(&self.file).map_or(0, |fs| fs.filesystem_id() as u64)
     }
 
-    /// True if the page at `offset`, a multiple of [`PAGE_BYTES`], is in the page cache; `None` where nobody can tell.
+    /// True if the page at `offset`, a multiple of [`PAGE_BYTES`], is in the page cache; `None` if the system does not
+    /// tell.
     pub(crate) fn is_cached(&self, offset: u64) -> Option<bool> {
         #[cfg(target_os = "linux")]
         return sys::in_page_cache(&self.file, offset, PAGE_BYTES);
@@ -175,7 +176,7 @@ impl DataFile {
 #[cfg(target_os = "linux")]
 fn advise_random(file: &File) {
     use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-    // Without it, the kernel reads ahead past each extent. A refusal costs speed only.
+    // Without this, the kernel reads ahead past each extent. A refusal costs only speed.
     let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
 }
 
@@ -215,7 +216,8 @@ fn engage(path: &Path, buffered: File, len: u64) -> io::Result<(File, DirectIo)>
     Ok((file, verdict))
 }
 
-/// Whether this is how a filesystem says that it has no direct I/O: `EINVAL` by custom, others in filesystems of user space.
+/// Whether a filesystem uses this error to say that it has no direct I/O: usually `EINVAL`, others in filesystems in user
+/// space.
 #[cfg(target_os = "linux")]
 fn is_refusal(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS))

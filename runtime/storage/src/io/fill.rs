@@ -1,10 +1,9 @@
 //! Filling a slot: who may write which bytes, and who may read which, while reads are in flight.
 //!
-//! A fill has two ends. `Filling` belongs to the I/O thread: it cuts the slot into chunks,
-//! hands each out as a [`ChunkMem`] (the exclusive right to write one range), takes it back, and
-//! knows how far the bytes are contiguous. `Arriving` belongs to whoever waits: if the fill is an
-//! open one it can read the contiguous prefix, and it gives the slot back once the fill has ended.
-//! The rules that make this sound, all enforced in this file:
+//! A fill has two ends. `Filling` belongs to the I/O thread: it cuts the slot into chunks, hands each out as a
+//! [`ChunkMem`] (the exclusive right to write one range), takes it back, and knows how far the bytes are contiguous.
+//! `Arriving` belongs to the waiter: in an open fill it can read the contiguous prefix, and it gives the slot back
+//! once the fill has ended. The rules that make this sound, all enforced in this file:
 //!
 //! - a byte is covered by at most one `ChunkMem`, and by none once it is part of the prefix;
 //! - the prefix shrinks only in `Filling::retract`, which open fills refuse, and only they show it;
@@ -17,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::arena::{Mapping, PAGE_BYTES, Slot};
 use super::error::ReadError;
 
-/// Chunks that may arrive ahead of the first missing one: bits of `Filling::window`.
+/// How many chunks may arrive ahead of the first missing one: bits of `Filling::window`.
 const WINDOW_CHUNKS: u32 = u128::BITS;
 
 /// Where a fill is. Stored as a number in `FillState::phase`.
@@ -26,7 +25,7 @@ const WINDOW_CHUNKS: u32 = u128::BITS;
 pub enum ReadPhase {
     /// Bytes are outstanding, or the I/O thread has yet to verify them.
     Reading = 1,
-    /// All bytes are in memory, and verified unless that is left to their receiver.
+    /// All bytes are in memory, and verified unless their receiver verifies them.
     Ready = 2,
     /// The read ended without the extent.
     Failed = 3,
@@ -34,7 +33,7 @@ pub enum ReadPhase {
     Lost = 4,
 }
 
-/// What the two ends of a fill share. One per slot, allocated with the arena.
+/// The state that the two ends of a fill share. One per slot, allocated with the arena.
 #[derive(Debug, Default)]
 pub(crate) struct FillState {
     phase: AtomicU32,
@@ -113,7 +112,7 @@ pub(crate) struct Filling {
     start: usize,
     len: usize,
     chunk_bytes: usize,
-    /// The prefix is shown to the other end, and so is never taken back.
+    /// Whether the prefix is shown to the other end, so that it can never be taken back.
     open: bool,
     /// Chunks handed out so far in this attempt.
     issued: u32,
@@ -127,8 +126,8 @@ pub(crate) struct Filling {
 }
 
 impl Filling {
-    /// Splits a slot into the two ends of a fill of `len` bytes. `open`: the other end may look at the prefix, and the bytes
-    /// are read only once.
+    /// Splits a slot into the two ends of a fill of `len` bytes. With `open`, the other end may look at the prefix, and the
+    /// bytes are read only once.
     ///
     /// # Panics
     /// If `len` does not fit the slot or is not whole pages, or `chunk_bytes` is not whole pages.

@@ -1,7 +1,7 @@
-//! A lane: a drive with all files that lie on it, read by one I/O thread with an engine, a queue, chunks and a depth of its own.
+//! A lane: a drive with all files that lie on it, read by one I/O thread with its own engine, queue, chunk size and depth.
 //!
-//! Lanes do not wait for each other. They share only the waiting of callers, because a caller that waits for any of several reads
-//! does not care which drive they come from.
+//! Lanes do not wait for each other. They share only the waiting of callers, because a caller may wait for any of several reads,
+//! whichever drives they come from.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -22,7 +22,7 @@ use super::{EngineInfo, ReadEngine, Wake, open_engine};
 /// A waiter looks at the state this many times before it goes to sleep.
 const SPINS: usize = 200;
 
-/// Messages to an I/O thread that its inbox has room for from the start, so that it need not grow later.
+/// How many messages the inbox of an I/O thread has room for from the start, so that it need not grow later.
 const INBOX_COMMANDS: usize = 1024;
 
 /// A drive to be read.
@@ -46,8 +46,8 @@ pub struct LaneInfo {
     pub config: IoConfig,
 }
 
-/// Makes a lane for each drive that files lie on, in the order of their first files. `tuning`: how each file is best read; the first
-/// file on a drive decides for the drive. `regions`: as for [`open_engine`].
+/// Makes a lane for each drive that has files, in the order of their first files. `tuning` says how each file is best read; the
+/// first file on a drive decides for the drive. `regions` is as for [`open_engine`].
 ///
 /// # Errors
 /// [`IoError::Open`] if the system does not say which drive a file is on; otherwise as [`open_engine`].
@@ -91,7 +91,7 @@ pub(crate) struct Inbox {
     pub(crate) stopped: Option<String>,
 }
 
-/// What an I/O thread shares with its callers.
+/// The state that an I/O thread shares with its callers.
 pub(crate) struct Shared {
     inbox: Mutex<Inbox>,
     /// The I/O thread is, or is about to be, blocked in the engine.
@@ -293,12 +293,13 @@ pub struct IoStats {
     pub cancelled: u64,
     /// Nanoseconds in which at least one chunk was in flight, summed over lanes.
     pub busy_ns: u64,
-    /// Nanoseconds in which a caller was blocked, summed over callers. 0 for a single lane, because callers wait for any lane.
+    /// Nanoseconds in which callers were blocked, summed over callers. 0 in the totals of one lane, because callers wait for
+    /// any lane.
     pub wait_ns: u64,
 }
 
 impl IoStats {
-    /// What was added since an earlier snapshot.
+    /// The difference to an earlier snapshot.
     #[must_use]
     pub fn since(&self, earlier: &IoStats) -> IoStats {
         IoStats {

@@ -11,9 +11,9 @@
 //! - [`mod@file`]: opening for direct I/O, and the proof that it is engaged.
 //! - [`ReadEngine`]: moves chunks. Knows no extents, no checksums, no priorities.
 //! - [`queue`]: the order of chunks. Pure.
-//! - [`mod@bench`] and [`calibration`]: what a drive gives to these engines, and how it is best read.
-//! - [`lane`]: one for each drive that files lie on, with a thread, engine, queue, chunks and depth of its own; lanes share only
-//!   the waiting of callers.
+//! - [`mod@bench`] and [`calibration`]: how fast a drive is with these engines, and how it is best read.
+//! - [`lane`]: one for each drive with files, with its own thread, engine, queue, chunk size and depth; lanes share only the
+//!   waiting of callers.
 //! - [`scheduler`] and `worker`: the handle and the thread: chunks in flight, short reads,
 //!   retries, checksums, cancellation, counters.
 //! - `sim`, with the feature of that name: simulated drives, for tests and measurements.
@@ -53,8 +53,7 @@ pub use scheduler::{Check, Class, ExtentRead, IoConfig, PendingRead, ReadFailure
 pub use sys::physical_pages;
 pub use sys::{memory_pressure_level, trim_heap};
 
-/// Most chunks in flight at once. More has no use on any drive: 128 × 1 MiB is a second of work
-/// for a slow one.
+/// Most chunks in flight at once. More would not help on any drive: 128 × 1 MiB is a second of work for a slow one.
 pub const DEPTH_MAX: usize = 128;
 
 /// One read of one chunk. The engine owns the memory until it returns the completion.
@@ -66,7 +65,7 @@ pub struct ChunkRead {
     pub file: u16,
     /// Byte offset in the file, a multiple of [`PAGE_BYTES`].
     pub offset: u64,
-    /// Where the bytes go; its length is what is asked for, a multiple of [`PAGE_BYTES`].
+    /// Where the bytes go. Its length is the number of bytes to read, a multiple of [`PAGE_BYTES`].
     pub mem: ChunkMem,
 }
 
@@ -126,14 +125,14 @@ pub trait ReadEngine: Send {
     /// If `depth` reads have been accepted and have not ended, or the file index is unknown.
     fn submit(&mut self, read: ChunkRead);
 
-    /// Takes back a read that has not been issued to the system; `None` if it is too late, and
-    /// the read then completes as usual.
+    /// Takes back a read that has not been issued to the system; `None` if it is too late. The read then completes as
+    /// usual.
     fn cancel(&mut self, tag: u32) -> Option<ChunkRead>;
 
-    /// Issues what was accepted, waits as told, and appends the reads that have ended.
+    /// Issues the accepted reads, waits as told, and appends the reads that have ended.
     ///
     /// # Errors
-    /// Only what makes the engine as a whole useless; errors of reads are in the completions.
+    /// Only errors that make the whole engine useless; errors of reads are in the completions.
     fn complete(&mut self, ended: &mut Vec<Completion>, wait: Wait) -> io::Result<()>;
 
     /// A handle by which other threads end a blocking `complete`.
@@ -153,7 +152,7 @@ pub trait ReadEngine: Send {
 /// Which read engine to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EngineKind {
-    /// `uring` where the system has it and the files are read directly, else `pread`.
+    /// `uring` if the system has it and the files are read directly, otherwise `pread`.
     #[default]
     Auto,
     /// io_uring, or an error saying why not.
@@ -205,7 +204,7 @@ pub fn open_engine(
     Ok(Box::new(pread::PreadEngine::new(files, config.depth, &why)?))
 }
 
-/// An io_uring that registers nothing with the kernel: only to measure what registering gives.
+/// An io_uring that registers nothing with the kernel: only to measure what registering gains.
 pub(crate) fn open_plain_uring(files: &[DataFile], config: &IoConfig) -> Result<Box<dyn ReadEngine>, IoError> {
     config.validate()?;
     #[cfg(target_os = "linux")]

@@ -174,7 +174,7 @@ impl Drop for PreadEngine {
         drop(state);
         self.shared.queued.notify_all();
         for thread in self.threads.drain(..) {
-            // A thread that panicked has reported so already; there is nothing to add here.
+            // A thread that panicked has already reported that; there is nothing to add here.
             let _ = thread.join();
         }
     }

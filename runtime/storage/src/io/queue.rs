@@ -1,16 +1,16 @@
 //! The order in which chunks are issued. Pure: events in, next chunk out; no file, no clock.
 //!
-//! Demand before prefetch. Within a class in the order of arrival, extent by extent: experts are computed one after the
-//! other, so they should arrive one after the other, not all at the end.
+//! Demand reads come before prefetch reads. Within a class, chunks are issued in the order of arrival, extent by
+//! extent: experts are computed one after the other, so they should arrive one after the other, not all at the end.
 
 use std::collections::VecDeque;
 
 use super::scheduler::Class;
 
-/// What can be issued for a request, as the request itself knows.
+/// What a request can issue now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Issuable {
-    /// Its next chunk, and there will be more after it.
+    /// Its next chunk, which is not its last.
     More,
     /// Its next chunk, which is its last.
     Last,
@@ -68,8 +68,8 @@ impl ChunkQueue {
         self.demand.is_empty()
     }
 
-    /// The request whose next chunk is to be issued now, among those of `class`.
-    /// The caller issues it: the queue takes note of that.
+    /// The request of `class` whose next chunk has to be issued now. The caller must issue it: the queue counts it as
+    /// issued.
     pub fn next(&mut self, class: Class, mut issuable: impl FnMut(u32) -> Issuable) -> Option<u32> {
         let line = self.line(class);
         for at in 0..line.len() {

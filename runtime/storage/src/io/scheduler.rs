@@ -1,4 +1,4 @@
-//! The handle on the I/O threads: extents go in with the slots they are to fill, slots come out.
+//! The handle on the I/O threads: extents go in with the slots for them, and filled slots come out.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -27,13 +27,13 @@ pub enum Class {
 pub enum Check {
     /// The I/O thread, before the read ends. Damaged bytes are read once more.
     Here,
-    /// The I/O thread, and it is the second reading already: the first one's bytes were damaged.
+    /// The I/O thread, and this is already the second reading, because the bytes of the first were damaged.
     Again,
-    /// Whoever receives the bytes. They can be looked at while the read goes on.
+    /// The receiver of the bytes. It can look at them while the read goes on.
     ByReceiver,
 }
 
-/// How extents are read. Sizes come from a calibration of the drive where there is one.
+/// How extents are read. Sizes come from a calibration of the drive if there is one.
 #[derive(Clone, Debug)]
 pub struct IoConfig {
     /// Bytes of one chunk, a multiple of [`PAGE_BYTES`].
@@ -42,7 +42,7 @@ pub struct IoConfig {
     pub depth: usize,
     /// Of these, at most this many for prefetch reads.
     pub prefetch_depth: usize,
-    /// Verify every extent by its checksum. Off only to measure what it costs.
+    /// Verify every extent by its checksum. Turn this off only to measure what it costs.
     pub verify: bool,
 }
 
@@ -97,7 +97,7 @@ pub struct ExtentRead {
 pub struct ReadFailure {
     /// Why.
     pub error: Box<ReadError>,
-    /// The slot, to be used again; gone if the I/O thread died while a drive could write to it.
+    /// The slot, which can be used again; `None` if the I/O thread died while a drive could write to it.
     pub slot: Option<Slot>,
 }
 
@@ -150,7 +150,7 @@ impl Scheduler {
             }
         }
         let places = places.into_iter().flatten().collect();
-        // From now on, dropping it ends those threads that run already.
+        // From now on, dropping the scheduler ends the threads that already run.
         let mut scheduler = Scheduler { lanes: Vec::new(), places, waiters: Arc::default() };
         for Lane { engine, files, config } in lanes {
             let shared = Arc::new(Shared::new(&*engine, &scheduler.waiters));
@@ -245,13 +245,13 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Makes the I/O threads look at what has changed: memory that was given back or taken again.
+    /// Makes the I/O threads notice memory that was given back or taken again.
     pub fn wake(&self) {
         self.lanes.iter().for_each(|lane| lane.shared.wake_thread());
     }
 
-    /// Blocks until `ready` gives something; it is asked whenever a read's state has changed.
-    /// The time is counted in [`IoStats::wait_ns`].
+    /// Blocks until `ready` returns a value; it is called whenever a read's state has changed. The time is counted in
+    /// [`IoStats::wait_ns`].
     pub fn wait<T>(&self, ready: impl FnMut() -> Option<T>) -> T {
         self.waiters.wait(ready)
     }
@@ -271,7 +271,7 @@ impl Scheduler {
 
 impl Drop for Scheduler {
     fn drop(&mut self) {
-        // All are told before one is awaited.
+        // Tell all threads to end before waiting for one.
         for lane in &self.lanes {
             lane.shared.lock_inbox().closing = true;
             lane.shared.wake_thread();
@@ -340,7 +340,7 @@ impl PendingRead {
         self.arriving().finished()
     }
 
-    /// Bytes that are in memory, contiguous from the start, of an extent that its receiver verifies; of others 0.
+    /// Bytes in memory, contiguous from the start, of an extent that its receiver verifies; 0 for other extents.
     #[must_use]
     pub fn arrived_prefix(&self) -> usize {
         self.arriving().arrived_bytes()
@@ -363,8 +363,8 @@ impl PendingRead {
         self.shared.waiters.wait(|| self.is_done().then_some(()));
     }
 
-    /// Asks for the read to end early. What the drive is doing already is awaited; the read then
-    /// ends as [`ReadError::Cancelled`], or as ready if it was too late.
+    /// Asks for the read to end early. Chunks that the drive is already reading are awaited; the read then ends as
+    /// [`ReadError::Cancelled`], or as ready if it was too late.
     pub fn cancel(&self) {
         if !self.is_done() {
             self.shared.send(Command::Cancel(self.id));
@@ -378,7 +378,7 @@ impl PendingRead {
         }
     }
 
-    /// Blocks until the read has ended, and returns the slot with its bytes, verified as was asked for.
+    /// Blocks until the read has ended, and returns the slot with its bytes, verified as the request said.
     ///
     /// # Errors
     /// [`ReadFailure`] with the reason, and the slot to be used again.

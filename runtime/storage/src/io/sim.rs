@@ -3,8 +3,8 @@
 //! [`SimDrive`] is a drive in memory, with a seed and faults, for tests of everything above it. [`SimulatedDrive`] has a speed and no
 //! faults, and costs no processor time; it is for measurements.
 //!
-//! Reads of a [`SimDrive`] complete in a random order. Faults are set per byte range through [`SimDrive`], which
-//! also counts how often each has fired, so that a test can prove that it tested something.
+//! Reads of a [`SimDrive`] complete in a random order. Faults are set per byte range through [`SimDrive`]. It also
+//! counts how often each has fired, so a test can prove that it tested something.
 
 mod timed;
 mod timing;
@@ -66,7 +66,7 @@ struct State {
     faults: Vec<Fault>,
     fired: [u64; 4],
     short_permille: u32,
-    /// Reads that may still complete; `None`: all of them.
+    /// How many more reads may complete; `None`: all of them.
     quota: Option<usize>,
     log: Vec<(u16, u64, usize)>,
     woken: bool,

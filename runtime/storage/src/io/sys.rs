@@ -14,7 +14,7 @@ pub(crate) struct DirectAlignment {
     pub(crate) offset_bytes: u32,
 }
 
-/// What `statx` says about direct I/O on a file; `None` where kernel or filesystem do not say.
+/// What `statx` says about direct I/O on a file; `None` if kernel or filesystem do not say.
 #[cfg(target_os = "linux")]
 pub(crate) fn direct_alignment(file: &File) -> Option<DirectAlignment> {
     let mut stat = std::mem::MaybeUninit::<libc::statx>::zeroed();
@@ -66,7 +66,7 @@ pub(crate) fn set_no_cache(file: &File) -> io::Result<()> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Pages of memory that the machine has; nix knows this question on other systems only.
+/// Pages of memory that the machine has; nix has this query only on other systems.
 #[cfg(target_os = "macos")]
 pub fn physical_pages() -> Option<i64> {
     // SAFETY: sysconf takes an integer and touches no memory of ours.
@@ -74,7 +74,7 @@ pub fn physical_pages() -> Option<i64> {
     (pages > 0).then_some(pages)
 }
 
-/// How short of memory macOS says that it is: 1 is normal, 2 a warning, 4 critical. Other systems do not say it so.
+/// How short of memory macOS says it is: 1 is normal, 2 a warning, 4 critical. Other systems have no such number.
 pub fn memory_pressure_level() -> Option<u32> {
     #[cfg(target_os = "macos")]
     {
@@ -90,7 +90,7 @@ pub fn memory_pressure_level() -> Option<u32> {
     None
 }
 
-/// Asks the allocator to give memory that nobody uses back to the system, where it has to be asked.
+/// Asks the allocator to give unused memory back to the system, if it has to be asked.
 pub fn trim_heap() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: touches only memory that is free, under the allocator's own locks.
@@ -112,12 +112,12 @@ pub(crate) fn event_fd() -> io::Result<File> {
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
-/// Asks the scheduler to give the calling thread the processor soon after it wakes up, for little time at once: a thread that
-/// serves a drive works for microseconds, and the drive idles until it does.
+/// Asks the scheduler to give the calling thread the processor soon after it wakes up, for a short time. A thread that serves
+/// a drive works for microseconds, and until it does, the drive is idle.
 ///
 /// Without it, Linux lets a thread that computes finish its slice of milliseconds first, if all cores compute. A shorter
-/// slice takes nothing from anyone (`sched_setattr`, `sched_runtime` of SCHED_OTHER: Linux 6.12). Where the system knows no
-/// such wish, nothing happens.
+/// slice takes nothing from anyone (`sched_setattr`, `sched_runtime` of SCHED_OTHER: Linux 6.12). On systems without such a
+/// setting, nothing happens.
 pub(crate) fn ask_for_short_slices() {
     #[cfg(target_os = "linux")]
     {
@@ -147,8 +147,8 @@ pub(crate) fn ask_for_short_slices() {
     }
 }
 
-/// Asks that the calling thread's timed waits end when they should. Linux lets them end up to 50 µs later, to wake the processor less
-/// often; a simulated drive would be that much slower.
+/// Asks that the calling thread's timed waits end on time. Linux lets them end up to 50 µs later, to wake the processor less often,
+/// which would make a simulated drive that much slower.
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn ask_for_exact_timers() {
     #[cfg(target_os = "linux")]

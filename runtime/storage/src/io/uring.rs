@@ -1,8 +1,7 @@
 //! The Linux read engine: one io_uring, one thread, direct reads into registered memory.
 //!
-//! Files and memory are registered with the kernel where its limits allow, which saves a lookup
-//! and the pinning of pages per read. The plain path moves the same bytes; the engine's note
-//! says which one is in use and why.
+//! Files and memory are registered with the kernel if its limits allow that, which saves a lookup and the pinning of
+//! pages per read. The plain path moves the same bytes; the engine's note says which one is in use and why.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -34,24 +33,24 @@ pub struct UringEngine {
     /// The engine's own descriptors: they outlive the reads.
     files: Vec<File>,
     files_registered: bool,
-    /// The memory that is to be registered; none if that has failed.
+    /// The memory to be registered; none if that has failed.
     regions: Vec<Region>,
     /// The registered mappings.
     buffers: Vec<Registered>,
     staged: VecDeque<ChunkRead>,
-    /// Reads that the kernel has, by tag.
+    /// Reads that were given to the kernel, by tag.
     issued: Vec<Option<ChunkRead>>,
     issued_count: usize,
     waker: Arc<EventWaker>,
     wake_armed: bool,
 }
 
-/// A mapping that the kernel knows.
+/// A mapping that is registered with the kernel.
 struct Registered {
     map: Arc<Mapping>,
     /// Where its buffers begin in the kernel's table.
     first: usize,
-    /// That of the mapping when it was registered.
+    /// The mapping's number at the time when it was registered.
     generation: u64,
 }
 
@@ -154,8 +153,8 @@ impl UringEngine {
         }
     }
 
-    /// Lets go of registered memory when parts of it have been given back to the system: the kernel would keep their old pages
-    /// alive, and read into those. Registers it again once all has been taken again.
+    /// Unregisters memory when parts of it have been given back to the system: the kernel would keep their old pages alive,
+    /// and read into those. Registers the memory again once all of it has been taken again.
     fn follow_memory(&mut self) {
         if !self.buffers.iter().all(Registered::is_current) {
             // Kernels before 5.13 wait for everything in flight, the poll as well.
@@ -165,7 +164,7 @@ impl UringEngine {
             }
         }
         if self.buffers.is_empty() && self.regions.iter().all(|region| region.map.is_whole()) {
-            // What cannot be registered now is not tried again.
+            // If memory cannot be registered now, this is not tried again.
             let regions = std::mem::take(&mut self.regions);
             self.register_memory(&regions);
         }
@@ -217,7 +216,7 @@ impl UringEngine {
         }
     }
 
-    /// Tells the kernel, and waits for at least one completion if `wait` says so.
+    /// Submits to the kernel, and waits for at least one completion if `wait` says so.
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
         let have = !self.ring.completion().is_empty();
         let want = usize::from(wait != Wait::Poll && !have);
@@ -243,7 +242,7 @@ impl UringEngine {
         }
     }
 
-    /// Appends what the kernel has completed.
+    /// Appends the reads that the kernel has completed.
     fn reap(&mut self, ended: &mut Vec<Completion>) {
         for entry in self.ring.completion() {
             if entry.user_data() == WAKE_TAG {

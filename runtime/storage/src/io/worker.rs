@@ -1,4 +1,5 @@
-//! An I/O thread: keeps the drive of its lane busy, and turns chunks into extents, verified where their receiver does not do that.
+//! An I/O thread: keeps the drive of its lane busy, and turns chunks into extents. It verifies those that their receiver does not
+//! verify.
 //!
 //! One loop: take messages, fill the engine up to its depth, wait for completions, refill, then
 //! hash a piece of what has arrived. Hashing never delays a chunk that could be issued.
@@ -19,11 +20,12 @@ use super::queue::{ChunkQueue, Issuable};
 use super::scheduler::{Check, Class, ExtentRead, IoConfig};
 use super::{ChunkRead, Completion, ReadEngine, Wait, sys};
 
-/// Bytes hashed between two looks at the engine: about 20 µs of work. To look costs far less when nothing has come.
+/// Bytes hashed before the thread checks the engine again: about 20 µs of work. A check costs far less when nothing
+/// has arrived.
 const HASH_STEP_BYTES: usize = 256 << 10;
 
-/// Reads in a row that may bring nothing forward (interrupted, or less than a page) before the
-/// file is taken for cut off.
+/// How many reads in a row may make no progress (interrupted, or less than a page) before the file is taken for cut
+/// off.
 const STALLS_MAX: u32 = 64;
 
 /// Requests for which room is made at start, so that the tables do not grow later.
@@ -43,7 +45,7 @@ struct Active {
 }
 
 impl Active {
-    /// Something to do for the hasher.
+    /// A piece of work for the hasher.
     fn has_hash_work(&self) -> bool {
         let arrived = self.filling.arrived_bytes();
         self.stop.is_none() && (self.hashed < arrived || arrived == self.filling.len())
@@ -250,7 +252,8 @@ impl<'a> Worker<'a> {
         issued
     }
 
-    /// Whose chunk is next: a demand's; a prefetch's only if no demand has chunks to issue.
+    /// Chooses the next chunk: one of a demand read, or of a prefetch read only if no demand read has chunks to
+    /// issue.
     fn next_request(&mut self) -> Option<u32> {
         let active = &self.active;
         let mut issuable = |request: u32| match &active[request as usize] {
@@ -290,8 +293,8 @@ impl<'a> Worker<'a> {
         let mut wait = Wait::Poll;
         if may_block {
             self.shared.asleep.store(true, SeqCst);
-            // Whoever acts after `asleep` was set wakes the engine; what happened before is seen
-            // here. A closing thread with nothing in flight must look at its messages again.
+            // A thread that acts after `asleep` was set wakes the engine; changes before that are seen here. A
+            // closing thread with nothing in flight must look at its messages again.
             let inbox = self.shared.lock_inbox();
             if inbox.commands.is_empty() && (!inbox.closing || in_flight) {
                 wait = Wait::Forever;
@@ -337,10 +340,10 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Bytes have come. True if the chunk is to be read on.
+    /// Bytes have arrived. True if reading the chunk has to continue.
     fn received(&mut self, flight: &mut Flight, mem: &mut ChunkMem, bytes: usize) -> bool {
-        // A continuation has to be aligned again: bytes beyond the last whole page are read
-        // once more. That happens only if the file ends there.
+        // A continuation has to be aligned: bytes beyond the last whole page are read once more. That happens only if
+        // the file ends there.
         let whole = bytes.min(mem.len()) / PAGE_BYTES * PAGE_BYTES;
         mem.advance(whole);
         let counters = &self.shared.counters;
@@ -360,7 +363,7 @@ impl<'a> Worker<'a> {
         true
     }
 
-    /// The system has reported an error. True if the chunk is to be tried again.
+    /// The system has reported an error. True if the chunk has to be read again.
     fn refused(&mut self, flight: &mut Flight, mem: &ChunkMem, source: io::Error) -> bool {
         let transient = matches!(source.raw_os_error(), Some(libc::EINTR | libc::EAGAIN));
         if transient && flight.stalls < STALLS_MAX {
@@ -439,8 +442,8 @@ impl<'a> Worker<'a> {
         self.shared.waiters.announce();
     }
 
-    /// Whose bytes to hash next: a complete extent's before a partial one's, demand before
-    /// prefetch, then in the order of arrival.
+    /// Chooses the bytes to hash next: complete extents before partial ones, demand before prefetch, then in the
+    /// order of arrival.
     fn hash_candidate(&self) -> Option<u32> {
         let rank = |request: &u32| {
             let active = self.active[*request as usize].as_ref()?;
@@ -451,7 +454,7 @@ impl<'a> Worker<'a> {
         ranked.min_by_key(|&(rank, _)| rank).map(|(_, request)| request)
     }
 
-    /// Hashes a piece of what has arrived; at the end of the extent, judges it.
+    /// Hashes a piece of what has arrived; at the end of the extent, compares its checksum.
     fn hash(&mut self, request: u32) {
         let config = self.config;
         let active = self.request(request);

@@ -1,8 +1,8 @@
-//! Dense extents: what every token needs.
+//! Dense extents, which every token needs.
 //!
 //! Those that fit are read once, at start, and stay. The others are streamed: every token needs them in the same order, so
-//! what comes next is known, and a ring of slots is always being filled ahead of use. A streamed extent is handed out with
-//! its slot; when the guard is dropped, the slot goes back to the ring and the next read starts.
+//! the next one is known, and a ring of slots is always filled ahead of use. A streamed extent is handed out with its
+//! slot; when the guard is dropped, the slot goes back to the ring and the next read starts.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -28,7 +28,7 @@ pub struct DenseHandle(pub u32);
 #[derive(Debug)]
 pub struct DenseParts {
     io: Arc<Scheduler>,
-    /// The extents that stay; `None` where the extent is streamed.
+    /// The extents that stay; `None` for those that are streamed.
     pinned: Vec<Option<Slot>>,
     locations: Vec<DenseLocation>,
     stream: RefCell<Stream>,
@@ -40,7 +40,7 @@ pub struct DenseParts {
 /// The streamed extents and the ring.
 #[derive(Debug, Default)]
 struct Stream {
-    /// In the order of use, which repeats with every token.
+    /// Handles in the order of use, which repeats with every token.
     order: Vec<DenseHandle>,
     free: Vec<Slot>,
     /// Staging slots that no read is using.
@@ -58,7 +58,7 @@ struct Stream {
 struct Ahead {
     handle: DenseHandle,
     read: PendingRead,
-    /// The slot of the ring of a compressed one, whose read is into a staging slot.
+    /// For a compressed extent, its slot of the ring; its read goes into a staging slot.
     target: Option<Slot>,
 }
 
@@ -103,9 +103,9 @@ impl DenseParts {
         Ok(DenseMemory { pinned: Arena::carve(sizes.into_iter(), "the dense parts")?, ring, staging })
     }
 
-    /// Reads the pinned extents into the memory that [`reserve`](Self::reserve) took for them, blocks until all are there
-    /// and verified, and starts streaming the others. Extent `i` has the handle `DenseHandle(i)`; handles ascend in the
-    /// order of use.
+    /// Reads the pinned extents into the memory that [`reserve`](Self::reserve) took for them, blocks until all of them
+    /// are in memory and verified, and starts streaming the others. Extent `i` has the handle `DenseHandle(i)`; handles
+    /// ascend in the order of use.
     ///
     /// # Errors
     /// [`PoolError::Read`] for the first extent of the list that cannot be read.
@@ -148,13 +148,13 @@ impl DenseParts {
         Ok(parts)
     }
 
-    /// Says which threads decompress extents from now on; at first, threads that are started for each.
+    /// Says which threads decompress extents from now on. Before the first call, threads are started for each extent.
     pub fn set_workers(&mut self, workers: Arc<dyn Workers>) {
         self.unpacker.get_mut().set_workers(workers);
     }
 
-    /// The bytes of an extent, for as long as the guard lives. Asking in ascending order of handles, again and again, is
-    /// what the ring expects; any other order works and reads ahead in vain.
+    /// The bytes of an extent, for as long as the guard lives. The ring expects calls in ascending order of handles,
+    /// again and again; any other order works, but then it reads ahead in vain.
     ///
     /// # Errors
     /// [`PoolError::Read`] for a streamed extent that cannot be read.
@@ -217,7 +217,7 @@ impl DenseParts {
         self.top_up()
     }
 
-    /// Starts reads into all free slots of the ring. They yield to reads that someone waits for.
+    /// Starts reads into all free slots of the ring. They yield to reads for which a caller waits.
     fn top_up(&self) -> Result<(), PoolError> {
         let mut stream = self.stream.borrow_mut();
         while !stream.order.is_empty()
@@ -227,7 +227,8 @@ impl DenseParts {
             let location = &self.locations[handle.0 as usize];
             let (slot, target) = match location.extent.packed {
                 None => (slot, None),
-                // There are as many as slots in the ring, and only what has one of those has one of these.
+                // There are as many staging slots as slots in the ring, and only an extent with a slot of the ring
+                // has a staging slot.
                 Some(_) => (stream.staging.pop().expect("a staging slot for each slot of the ring"), Some(slot)),
             };
             let read = submit(&self.io, slot, location, Class::Prefetch)?;
@@ -255,7 +256,7 @@ impl DenseParts {
         self.away
     }
 
-    /// Takes the memory again that was given back, and reads what was in it.
+    /// Takes again the memory that was given back, and reads its content again.
     ///
     /// # Errors
     /// [`PoolError::Io`] when the system does not give the memory, [`PoolError::Read`] for an extent that cannot be read. The memory
@@ -313,7 +314,7 @@ impl Stream {
         }
     }
 
-    /// The slot of a read that has ended is free again, and its slot in the ring, if that is another.
+    /// Frees the slot of a read that has ended, and its slot in the ring if that is another one.
     fn take_back(&mut self, read: Option<Slot>, target: Option<Slot>) {
         match target {
             None => self.free.extend(read),
@@ -325,8 +326,8 @@ impl Stream {
     }
 }
 
-/// Reads into all slots that there are; returns the bytes read, and what is wrong with the first extent that cannot be had. Compressed
-/// ones go through staging slots that live only here: nothing else needs memory yet.
+/// Reads into all slots; returns the bytes read, and the error of the first extent that cannot be read. Compressed extents go through
+/// temporary staging slots, since nothing else needs memory yet.
 fn read_all(
     io: &Scheduler,
     places: &mut [Option<Slot>],
@@ -359,7 +360,7 @@ fn read_all(
     (bytes, failed)
 }
 
-/// The same, of the compressed ones, in this order.
+/// The same for the compressed extents, in this order.
 fn read_packed(
     io: &Scheduler,
     places: &mut [Option<Slot>],
@@ -387,7 +388,7 @@ fn read_packed(
     }
 }
 
-/// Decompresses an extent and compares what it becomes with its checksum.
+/// Decompresses an extent and compares the checksum of the result.
 fn unpack(
     io: &Scheduler,
     location: &DenseLocation,

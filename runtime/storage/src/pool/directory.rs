@@ -4,7 +4,7 @@ use super::PoolError;
 use super::policy::{Key, Shape};
 use crate::io::{ExtentName, PAGE_BYTES};
 
-/// Where an extent is, and what its bytes have to be.
+/// Where an extent is, and the checksum of its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExtentLocation {
     /// Index of the file.
@@ -15,16 +15,16 @@ pub struct ExtentLocation {
     pub len: u64,
     /// xxh3-64 of the stored bytes.
     pub checksum: u64,
-    /// What they become, if they are compressed.
+    /// The decompressed bytes, if they are compressed.
     pub packed: Option<Packed>,
 }
 
-/// What the stored bytes of a compressed extent become ([`sluice_format::planes`]).
+/// The decompressed bytes of a compressed extent ([`sluice_format::planes`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packed {
     /// Bytes that mean something.
     pub logical_len: u64,
-    /// Bytes in memory: those, then zeros up to the page.
+    /// Bytes in memory: those, then zeros up to the end of the page.
     pub padded_len: u64,
     /// xxh3-64 of the bytes in memory.
     pub checksum: u64,
@@ -62,12 +62,12 @@ pub struct ExpertKey {
     pub expert: u32,
 }
 
-/// The locations of all experts. An expert's index is its policy key: routed layers are counted without the others, and
-/// each has room for as many experts as the largest.
+/// The locations of all experts. An expert's index is its policy key: only routed layers are counted, and each has room
+/// for as many experts as the largest.
 #[derive(Debug)]
 pub struct ExpertDirectory {
     shape: Shape,
-    /// By index; `None` where a layer has fewer experts than the largest.
+    /// By index; `None` if a layer has fewer experts than the largest.
     locations: Vec<Option<ExtentLocation>>,
     /// By layer of the model: the number of the routed layer.
     routed: Vec<Option<u32>>,
@@ -187,7 +187,8 @@ impl ExpertDirectory {
         self.locations[index.index()].expect("an index comes from an expert that exists")
     }
 
-    /// Says that every expert is stored as these bytes, whatever the files say. `packed`: what they become, if they are compressed.
+    /// Sets the same stored bytes for every expert, whatever the files say. `packed` describes the decompressed bytes, if they are
+    /// compressed.
     ///
     /// # Errors
     /// [`PoolError::Directory`] if an expert has another length in memory.

@@ -2,7 +2,7 @@
 
 use crate::io::{IoError, ReadError};
 
-/// Why the pool could not be made, or an extent not be had.
+/// Why the pool could not be made, or an extent could not be provided.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PoolError {
@@ -12,7 +12,7 @@ pub enum PoolError {
     /// An extent could not be read. Names it.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// A model with experts, and not one slot for them.
+    /// A model has experts, but there is no slot for them.
     #[error("the memory plan has no slot for experts; raise the budget")]
     NoRoom,
     /// The directory of experts does not describe a model.
@@ -21,7 +21,7 @@ pub enum PoolError {
         /// The rule that it breaks.
         rule: &'static str,
     },
-    /// The I/O thread died while drives could write to the slots, so that none can be used.
+    /// The I/O thread died while drives could write to the slots, so none can be used.
     #[error("no slot is left: the I/O thread has died; start the program again")]
     NoSlots,
 }

@@ -1,18 +1,17 @@
 //! The buffer pool: slots full of experts, and the table that says which expert is where.
 //!
-//! A layer asks for all the experts it needs at once ([`Pool::begin_layer`]). Those that are
-//! resident are pinned, reads are submitted for all others that slots can be had for, and
-//! [`LayerPass::next`] yields experts as they are ready. One expert at a time is handed out, so
-//! a pass makes progress with a single slot, whatever the number of experts. A caller that can use
-//! the first bytes of an expert before the last have come calls [`LayerPass::arrival`] instead.
+//! A layer asks for all the experts it needs at once ([`Pool::begin_layer`]). Experts in memory are pinned, reads are
+//! submitted for all others as far as there are slots, and [`LayerPass::next`] yields experts as they become ready.
+//! It hands out one expert at a time, so a pass makes progress with a single slot, whatever the number of experts. A
+//! caller that can use the first bytes of an expert before the last have come calls [`LayerPass::arrival`] instead.
 //!
 //! The caller that computes with an expert first verifies it, while the bytes are in its cache anyway
 //! ([`Unsettled::settle`]): to read them from memory only for that would cost as much as half of
 //! multiplying them. An expert that is never used is never verified.
 //!
 //! A compressed expert is read into a staging slot, whole, verified by the I/O thread, and decompressed into its own slot when its
-//! turn comes, by the threads that wait for it. So it has no parts that come early, and it is settled like the others: what it has
-//! become must have its checksum as well.
+//! turn comes, by the threads that wait for it. So it has no parts that are handed out early. It is settled like the others: its
+//! decompressed bytes must have their checksum as well.
 //!
 //! Everything is allocated when the pool is made; a pass allocates nothing.
 
@@ -75,12 +74,12 @@ pub struct PoolStats {
     pub prefetched_wasted: u64,
 }
 
-/// What the router chose, as policies want to know it.
+/// The router's choice, in the form that policies need.
 #[derive(Clone, Copy, Debug)]
 pub struct Routing<'a> {
     /// Tokens that go through the layer together, at least 1.
     pub tokens: usize,
-    /// Whether there is a part of a prompt among them.
+    /// Whether they include a part of a prompt.
     pub prefill: bool,
     /// Whether experts are handed out in ascending order, instead of those in memory first and the others as they arrive.
     pub in_order: bool,
@@ -88,7 +87,7 @@ pub struct Routing<'a> {
     pub choices: &'a [Choice],
 }
 
-/// What a slot holds. The memory itself is always somewhere in here, except when it is lost.
+/// The content of a slot. Each variant owns the slot's memory, except when it is lost.
 #[derive(Debug)]
 enum Content {
     Empty(Slot),
@@ -144,7 +143,7 @@ struct PassState {
     todo: VecDeque<Key>,
     /// Of these, experts that came damaged.
     damaged: Vec<Key>,
-    /// An error that occurred while no one could be told.
+    /// An error that occurred while no caller could get it.
     failed: Option<PoolError>,
     /// Whether experts are handed out in ascending order.
     in_order: bool,
@@ -220,7 +219,7 @@ impl Pool {
         }
     }
 
-    /// Says which threads decompress experts from now on; at first, the calling one does.
+    /// Says which threads decompress experts from now on. Before the first call, the calling thread does.
     pub fn set_workers(&mut self, workers: Arc<dyn Workers>) {
         self.unpacker.set_workers(workers);
     }
@@ -276,9 +275,9 @@ impl Pool {
         &mut *self.policy
     }
 
-    /// Begins a pass over a layer: pins the resident ones of `experts` and submits reads for all
-    /// others, as far as there are slots; the rest follows as experts are released. Does not
-    /// block: there is time for other work before the first [`LayerPass::next`].
+    /// Begins a pass over a layer: pins those of `experts` that are in memory and submits reads for all others, as
+    /// far as there are slots; the other reads follow as experts are released. Does not block, so the caller can do
+    /// other work before the first [`LayerPass::next`].
     ///
     /// # Errors
     /// None by itself at present: a read that cannot be submitted is reported by `next`.
@@ -314,7 +313,7 @@ impl Pool {
                     self.stats.hits += 1;
                     self.count_used(index);
                 }
-                // On its way already: it is pinned as long as it loads.
+                // It is already being read, and pinned until that ends.
                 Some(Content::Loading { .. }) => {
                     self.adopt_prefetch(number, index);
                     self.stats.misses += 1;
@@ -328,7 +327,7 @@ impl Pool {
         self.submit_missing();
         self.give_up_prefetches(routed);
         if self.directory.staging_bytes() > 0 {
-            // Those that have ended leave their staging slots to this pass.
+            // Prefetches that have ended leave their staging slots to this pass.
             self.settle_prefetches();
             self.submit_missing();
         }
@@ -361,7 +360,8 @@ impl Pool {
         }
     }
 
-    /// Submits reads that were waiting for a staging slot, so that the drive goes on while the expert that has left it is computed.
+    /// Submits reads that were waiting for a staging slot, so that the drive continues while the expert that has left the staging
+    /// slot is computed.
     fn submit_staged(&mut self) {
         if self.directory.staging_bytes() > 0 {
             self.submit_missing();
@@ -388,7 +388,8 @@ impl Pool {
             len: usize::try_from(location.len).unwrap_or(usize::MAX),
             checksum: location.checksum,
             class,
-            // The stored bytes must be right before they are decompressed; what they become is for the receiver.
+            // The stored bytes must be right before they are decompressed; the receiver verifies the decompressed
+            // ones.
             check: if target.is_some() && check == Check::ByReceiver { Check::Here } else { check },
             name: ExtentName::expert(layer, id),
         };
@@ -487,7 +488,7 @@ impl Pool {
         let location = self.directory.location(expert);
         let packed = location.packed.expect("only a compressed expert has a staging slot");
         let mut outcome = self.unpacker.unpack(stored.bytes(), &packed, &mut target);
-        // What came damaged once is verified before anyone sees it, here as well.
+        // An expert that was damaged once is verified before it is handed out, here as well.
         if outcome.is_ok() && check == Check::Again && self.io.verifies() && xxh3_64(target.bytes()) != packed.checksum
         {
             outcome = Err("what it becomes has another checksum".to_owned());
@@ -505,7 +506,8 @@ impl Pool {
         Err(ReadFailure { error: Box::new(error), slot: Some(target) })
     }
 
-    /// Ends the read into a slot whose expert nobody wants, and forgets it: a compressed one would have to be decompressed first.
+    /// Ends the read into a slot whose expert is not needed, and discards the expert, since a compressed one would first have to
+    /// be decompressed.
     fn forget_read(&mut self, number: u32) {
         let Content::Loading { expert, read, target, .. } = self.slots[number as usize].take() else {
             unreachable!("a slot that is read into is loading")
@@ -520,8 +522,8 @@ impl Pool {
         self.put_back_read(number, slot, target);
     }
 
-    /// What comes next in the pass, or `None` when all experts have been handed out. `parts`: whether a part of an expert
-    /// may, and the bytes that it must have at first.
+    /// The next thing to hand out in the pass, or `None` when all experts have been handed out. `parts` says whether that
+    /// may be a part of an expert, and how many bytes it must have at first.
     fn next_event(&mut self, parts: Option<usize>) -> Result<Option<Event>, PoolError> {
         if self.pass.in_order {
             return Ok(self.next_in_order()?.map(Event::Whole));
@@ -533,8 +535,8 @@ impl Pool {
             return Ok(Some(Event::Whole(number)));
         }
         while self.pass.pending.is_empty() {
-            // Nothing is handed out, pinned or in flight but prefetches, so a slot can be had, unless all memory was lost with
-            // the I/O thread.
+            // Nothing is handed out or pinned, and only prefetches are in flight, so there is a slot, unless all memory was
+            // lost with the I/O thread.
             self.submit_missing();
             if let Some(error) = self.pass.failed.take() {
                 return Err(error);
@@ -574,8 +576,8 @@ impl Pool {
         matches!(&self.slots[number as usize], Content::Loading { target: Some(_), .. })
     }
 
-    /// Ends the pass, wherever it is. Reads that nobody needs any more are cancelled, and awaited
-    /// where that is too late: afterwards no slot is pinned or in flight, but for prefetches.
+    /// Ends the pass at any point. Reads that are no longer needed are cancelled, or awaited if it is too late for
+    /// that. Afterwards no slot is pinned or in flight, except for prefetches.
     fn end_pass(&mut self) {
         self.pass.todo.clear();
         self.pass.failed = None;
@@ -592,7 +594,7 @@ impl Pool {
             if self.is_packed(number) {
                 self.forget_read(number);
             } else {
-                // No caller waits for this expert now; an error will be reported when one does.
+                // No caller waits for this expert now; an error will be reported when one asks for it.
                 let _ = self.finish_read(number, 0);
             }
         }
@@ -609,8 +611,8 @@ impl LayerPass<'_> {
     /// Blocks only while none is ready. Every expert of the pass is yielded once, then `None`.
     ///
     /// # Errors
-    /// [`PoolError::Read`] names the expert that cannot be read. The pass is over then: reads
-    /// that are left are cancelled, and `next` yields nothing more.
+    /// [`PoolError::Read`] names the expert that cannot be read. This ends the pass: the remaining reads are
+    /// cancelled, and `next` yields nothing more.
     #[expect(clippy::should_implement_trait, reason = "a guard borrows the pass: no iterator can")]
     pub fn next(&mut self) -> Result<Option<Expert<'_>>, PoolError> {
         loop {

@@ -1,8 +1,8 @@
 //! Handing out the experts of a pass in ascending order.
 //!
-//! What is added to running sums must come in the order of summation. Reads are submitted in that order too, so mostly the next
-//! expert is the next to arrive. Experts that are in memory wait for their turn, pinned; when no slot is left for the one whose
-//! turn it is, the last of them gives up its own and is read again later.
+//! Experts whose outputs are added to running sums must come in the order of summation. Reads are submitted in that order too,
+//! so usually the next expert is the next to arrive. Experts in memory wait for their turn, pinned; when no slot is left for
+//! the one whose turn it is, the last of them gives up its slot and is read again later.
 
 use super::{Content, Key, Pool, PoolError};
 
@@ -10,7 +10,7 @@ use super::{Content, Key, Pool, PoolError};
 enum Next {
     /// In this slot, pinned.
     Ready(u32),
-    /// Being read: its place in the list of pending ones.
+    /// Being read, at this place in the list of pending reads.
     Pending(usize),
     /// Without a slot.
     Todo,
@@ -53,7 +53,7 @@ impl Pool {
             Content::Resident { expert, .. } | Content::Loading { expert, .. } => *expert,
             _ => unreachable!("a slot of the pass holds an expert"),
         };
-        // Ready and waiting experts are ascending; reads are too, but for one that is repeated.
+        // Ready and waiting experts are ascending; so are reads, except for a repeated one.
         let ready = self.pass.ready.front().map(|&number| (key(number), Next::Ready(number)));
         let pending = self.pass.pending.iter().enumerate();
         let pending = pending.map(|(at, pending)| (key(pending.slot), Next::Pending(at))).min_by_key(|next| next.0);
@@ -61,7 +61,7 @@ impl Pool {
         [ready, pending, todo].into_iter().flatten().min_by_key(|next| next.0).map(|next| next.1)
     }
 
-    /// Ends the read of a compressed expert whose turn has not come, for the sake of its staging slot; false if there is none.
+    /// Ends the read of a compressed expert whose turn has not come, to free its staging slot; false if there is none.
     fn land_one(&mut self) -> Result<bool, PoolError> {
         let packed = (0..self.pass.pending.len()).find(|&at| self.is_packed(self.pass.pending[at].slot));
         let Some(at) = packed else { return Ok(false) };
@@ -86,7 +86,7 @@ impl Pool {
         self.unpin(number);
         let at = self.pass.todo.partition_point(|&waiting: &Key| waiting < expert);
         self.pass.todo.insert(at, expert);
-        // The policy may choose another victim, but one that nobody has pinned is there now.
+        // The policy may choose another victim, but there is now one that is not pinned.
         true
     }
 }

@@ -1,7 +1,7 @@
 //! Experts that are still being read: waiting for them, and handing out the part that has arrived.
 //!
-//! Parts are bytes that have not been verified. Results computed from them count only once the whole expert has come and has been
-//! settled. An expert that is read a second time is handed out only as a whole.
+//! Parts are bytes that have not been verified. Results computed from them count only once the whole expert has arrived and has
+//! been settled. An expert that is read a second time is handed out only as a whole.
 
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ pub(super) struct Pending {
     pub slot: u32,
     /// Whether a part of it has been handed out, and more of it is wanted.
     begun: bool,
-    /// Bytes that must be there before a part is handed out (again); `None` until one has been.
+    /// Bytes that must have arrived before a part is handed out (again); `None` until one has been.
     wanted: Option<usize>,
 }
 
@@ -25,11 +25,11 @@ impl Pending {
     }
 }
 
-/// What has happened to the pending ones, by their place in the list.
+/// What has happened to a pending read, by its place in the list.
 pub(super) enum Progressed {
     /// The read has ended.
     Ended(usize),
-    /// Enough of it is there.
+    /// Enough of it has arrived.
     Part(usize),
 }
 
@@ -71,7 +71,7 @@ impl ExpertPart<'_> {
         self.pool.directory.key(self.content().0).expert
     }
 
-    /// The bytes that are there.
+    /// The bytes that have arrived.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         self.content().1.prefix()
@@ -95,8 +95,8 @@ impl ExpertPart<'_> {
         !self.pool.io.verifies()
     }
 
-    /// Says when the next part of this expert is wanted: when it has this many bytes. Until then, no part of another is handed
-    /// out; with `None`, this one comes again only as a whole.
+    /// Says that the next part of this expert is wanted when it has this many bytes. Until then, no part of another expert is
+    /// handed out. With `None`, this expert comes again only as a whole.
     pub fn more_at(self, bytes: Option<usize>) {
         let pending = &mut self.pool.pass.pending[self.at];
         pending.begun = bytes.is_some();
@@ -106,8 +106,8 @@ impl ExpertPart<'_> {
 
 impl LayerPass<'_> {
     /// Like [`next`](LayerPass::next), but leaves it to the caller to verify experts. With `parts`, while no expert is ready, it
-    /// also hands out a part of one that has at least this many bytes: the one with the most. Every expert still comes
-    /// as a whole, and only once unless it was damaged.
+    /// also hands out a part of one that has at least this many bytes; of several, the one with the most. Every expert still
+    /// comes as a whole, and only once unless it was damaged.
     ///
     /// # Errors
     /// As [`next`](LayerPass::next).

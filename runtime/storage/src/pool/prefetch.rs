@@ -1,8 +1,9 @@
-//! Prefetch: experts that the router will probably choose are read before it can say.
+//! Prefetch: experts that the router will probably choose are read before it chooses.
 //!
-//! A prefetch takes a slot that is free or whose expert the policy would evict next, and is done only while the drive would
-//! idle. When the layer comes, prefetches that were right are used, wherever their reads are; those that were wrong and are
-//! still being read are given up. What remains of wrong prefetches are experts in memory like all others.
+//! A prefetch takes a slot that is free or whose expert the policy would evict next, and is read only while the drive would
+//! be idle. When the layer's turn comes, prefetches that were right are used, however far their reads are; those that were
+//! wrong and are still being read are given up. Wrong prefetches that were read completely are experts in memory like all
+//! others.
 
 use super::parts::Pending;
 use super::policy::Key;
@@ -20,7 +21,7 @@ pub(super) struct Prefetches {
     given_up: Vec<bool>,
     /// For each expert, whether it was prefetched and has not been requested since.
     unproven: Vec<bool>,
-    /// Slots that passes must have for themselves: a pool as small as this does not prefetch.
+    /// Slots that are reserved for passes: a pool as small as this does not prefetch.
     least_slots: usize,
 }
 
@@ -40,7 +41,7 @@ impl Pool {
     pub(super) fn prefetch(&mut self, layer: u32, experts: &[u32]) {
         self.settle_prefetches();
         for &expert in experts {
-            // Experts that somebody waits for come first, also for slots.
+            // Experts for which a caller waits come first, also for slots.
             let room = self.prefetches.open.len() < OPEN_MAX && self.slot_count() >= self.prefetches.least_slots;
             if !room || !self.pass.todo.is_empty() {
                 return;
@@ -49,13 +50,14 @@ impl Pool {
             if self.table[index.index()] != ABSENT {
                 continue;
             }
-            // The last staging slot is for what somebody waits for.
+            // The last staging slot is reserved for experts for which a caller waits.
             let staged = self.directory.location(index).packed.is_some();
             if staged && self.staging.len() < 2 {
                 return;
             }
             let Some(number) = self.vacate() else { return };
-            // A read that cannot be submitted now fails again, with someone to tell, when the expert is requested.
+            // A read that cannot be submitted now fails again when the expert is requested, and then a caller gets
+            // the error.
             if self.start_read(number, index, Class::Prefetch, Check::ByReceiver).is_ok() {
                 self.prefetches.open.push(number);
                 self.prefetches.unproven[index.index()] = true;
@@ -64,7 +66,7 @@ impl Pool {
         }
     }
 
-    /// Makes experts of the prefetches whose reads have ended.
+    /// Turns prefetches whose reads have ended into experts.
     pub(super) fn settle_prefetches(&mut self) {
         let mut at = 0;
         while at < self.prefetches.open.len() {
@@ -90,13 +92,13 @@ impl Pool {
             self.count_wasted(expert);
             return self.forget_read(number);
         }
-        // An error of a read that nobody asked for will be reported if somebody does.
+        // No caller asked for this expert; the error will be reported if one does.
         if self.finish_read(number, 0).is_err() {
             self.count_wasted(expert);
         }
     }
 
-    /// The current pass needs what a prefetch is reading.
+    /// The current pass needs the expert that a prefetch is reading.
     pub(super) fn adopt_prefetch(&mut self, number: u32, index: Key) {
         self.prefetches.open.retain(|&open| open != number);
         if let Content::Loading { read, .. } = &self.slots[number as usize] {
@@ -106,7 +108,7 @@ impl Pool {
         self.count_used(index);
     }
 
-    /// Gives up the prefetches about a layer whose router has spoken.
+    /// Gives up the remaining prefetches for a layer whose router has chosen.
     pub(super) fn give_up_prefetches(&mut self, routed_layer: u32) {
         for &number in &self.prefetches.open {
             if let Content::Loading { expert, read, .. } = &self.slots[number as usize]
@@ -118,7 +120,8 @@ impl Pool {
         }
     }
 
-    /// A prefetch that was given up and turns out to be wanted is ended first: its read may be cancelled yet.
+    /// If a prefetch that was given up is wanted after all, it is ended first, because its read may still be
+    /// cancelled.
     pub(super) fn settle_given_up(&mut self, index: Key) {
         let number = self.table[index.index()];
         if number != ABSENT && self.prefetches.given_up[number as usize] {
@@ -127,7 +130,7 @@ impl Pool {
         }
     }
 
-    /// Ends one prefetch for the sake of its slot; false if there is none.
+    /// Ends one prefetch to free its slot; false if there is none.
     pub(super) fn reclaim_prefetch(&mut self) -> bool {
         let Some(number) = self.prefetches.open.pop() else { return false };
         if let Content::Loading { read, .. } = &self.slots[number as usize] {

@@ -8,7 +8,7 @@ use super::{Content, Pool, PoolError};
 use crate::io::IoError;
 
 impl Pool {
-    /// Slots that the pool was made with.
+    /// Number of slots with which the pool was made.
     #[must_use]
     pub fn most_slots(&self) -> usize {
         self.slots.len()
@@ -20,8 +20,8 @@ impl Pool {
         self.slots.len() - self.away.len()
     }
 
-    /// Gives memory back to the system, or takes it again, until `slots` slots have some, at most those that the pool was made
-    /// with. Between passes. Prefetches are ended where their slots are needed.
+    /// Gives memory back to the system, or takes it again, until `slots` slots have memory, but at most those with which the
+    /// pool was made. Call it between passes. Prefetches are ended if their slots are needed.
     ///
     /// # Errors
     /// [`PoolError::Io`] when the system does not give memory; [`slot_count`](Self::slot_count) says how far it went.
@@ -29,7 +29,7 @@ impl Pool {
         self.end_pass();
         self.settle_prefetches();
         while self.slot_count() > slots {
-            // Nothing is pinned between passes: what cannot be had is lost with the I/O thread.
+            // Nothing is pinned between passes: a slot that is not available is lost with the I/O thread.
             let Some(number) = self.vacate().or_else(|| self.reclaim_prefetch().then(|| self.vacate()).flatten())
             else {
                 break;
@@ -37,7 +37,7 @@ impl Pool {
             self.give_back(number);
         }
         for slot in &mut self.staging {
-            // Where the system does not give it back at once, it comes page by page.
+            // If the system does not give the memory at once, it comes page by page.
             let _ = if slots == 0 { slot.give_back() } else { slot.take_again() };
         }
         while self.slot_count() < slots
@@ -53,10 +53,10 @@ impl Pool {
         Ok(())
     }
 
-    /// The memory of an empty slot goes.
+    /// Gives up the memory of an empty slot.
     fn give_back(&mut self, number: u32) {
         if let Content::Empty(slot) = &mut self.slots[number as usize] {
-            // A system that does not take the pages keeps them: the slot is not used, all the same.
+            // If the system does not take the pages, they stay in memory, but the slot is not used.
             let _ = slot.give_back();
         }
         self.away.push(number);

@@ -1,9 +1,9 @@
-//! Rows of tables that are far larger than memory: the sectors that hold them are read when they are wanted, and those that were
-//! wanted last stay.
+//! Rows of tables that are far larger than memory. Their sectors are read when they are wanted, and the most recently wanted
+//! stay in memory.
 //!
-//! A table's rows follow from tokens, so they are known before the layer that needs them: whoever needs many first wants them all
-//! ([`SectorCache::want`]), which starts the reads, and then takes them one by one ([`SectorCache::row`]), which waits. A sector has its
-//! own checksum, so that nothing but it has to be read, and no row is handed out before that has been compared.
+//! A table's rows follow from tokens, so they are known before the layer that needs them. A caller that needs many rows first announces
+//! them all with [`SectorCache::want`], which starts the reads, and then takes them one by one with [`SectorCache::row`], which waits. A
+//! sector has its own checksum, so only that sector has to be read, and no row is handed out before the checksum has been compared.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,13 +14,13 @@ use sluice_format::sectors::{SectorId, Sectors};
 use super::PoolError;
 use crate::io::{Arena, Check, Class, ExtentName, ExtentRead, IoError, PendingRead, ReadError, Scheduler, Slot};
 
-/// Places that are looked at for one whose sector has not been wanted for longest.
+/// How many places are compared to find the one whose sector has not been wanted for longest.
 const SAMPLED: usize = 16;
 
 /// Where a table is.
 #[derive(Clone, Debug)]
 pub struct TableLocation {
-    /// Layer that it belongs to.
+    /// The layer of the table.
     pub layer: u32,
     /// How its rows lie.
     pub sectors: Sectors,
@@ -46,7 +46,7 @@ pub struct SectorCache {
     places: Vec<Place>,
     /// Where each sector is.
     found: HashMap<SectorId, usize>,
-    /// Where to look for a place next.
+    /// Where the next search for a place begins.
     hand: usize,
     /// Counts how often sectors were wanted.
     clock: u64,
@@ -67,7 +67,7 @@ struct Place {
 
 #[derive(Debug)]
 enum Content {
-    /// Nothing, or bytes that nobody vouches for.
+    /// Nothing, or bytes that are not verified.
     Free(Slot),
     Reading(PendingRead),
     /// Verified.
@@ -77,7 +77,7 @@ enum Content {
 }
 
 impl SectorCache {
-    /// Takes memory for `places` sectors of the longest kind; none where there are no tables.
+    /// Takes memory for `places` sectors of the longest kind, or none if there are no tables.
     ///
     /// # Errors
     /// [`PoolError::Io`] if the system does not give the memory.
@@ -104,7 +104,7 @@ impl SectorCache {
         }
     }
 
-    /// Rows that can be wanted before they are taken, so that none of them has to be read twice.
+    /// How many rows can be wanted before they are taken, so that none of them has to be read twice.
     pub fn ahead(&self) -> usize {
         (self.places.len() / 2).max(1)
     }
@@ -119,7 +119,8 @@ impl SectorCache {
         self.wait
     }
 
-    /// Starts to read what holds row `row` of table number `table`, unless it is here or on its way.
+    /// Starts to read the sector with row `row` of table number `table`, unless it is in memory or already being
+    /// read.
     ///
     /// # Errors
     /// [`PoolError::Read`] if the read cannot even be queued, [`PoolError::NoSlots`] if there is no memory left to read into.
@@ -148,7 +149,7 @@ impl SectorCache {
         Ok(&slot.bytes()[byte..byte + self.tables[table].sectors.row_len])
     }
 
-    /// The place of a sector, which is read from now on if it was not here.
+    /// The place of a sector; starts to read the sector if it is not in memory.
     fn find(&mut self, table: usize, id: SectorId, class: Class) -> Result<usize, PoolError> {
         assert!(!self.away, "the rows of tables have been given back");
         self.clock += 1;
@@ -247,8 +248,8 @@ impl SectorCache {
         }
     }
 
-    /// A place whose sector has not been wanted for long, without it, and its slot. Those that were wanted last, as many as
-    /// [`SectorCache::ahead`], keep theirs.
+    /// Frees a place whose sector has not been wanted for long, and returns it with its slot. The most recently wanted
+    /// sectors, as many as [`SectorCache::ahead`], keep theirs.
     fn free_place(&mut self) -> Result<(usize, Slot), PoolError> {
         let (count, recent) = (self.places.len(), self.clock.saturating_sub(self.ahead() as u64));
         let in_turn = (0..count).map(|i| (self.hand + i) % count);
@@ -277,7 +278,7 @@ impl SectorCache {
         }
     }
 
-    /// Where slots have been lost, those that are left may all have been wanted lately.
+    /// If slots have been lost, all remaining sectors may have been wanted lately.
     fn oldest_of_all(&self) -> Option<usize> {
         let there = (0..self.places.len()).filter(|&number| !matches!(self.places[number].content, Content::Lost));
         there.min_by_key(|&number| self.places[number].used)
@@ -380,7 +381,7 @@ mod tests {
                     assert_eq!(cache.row(0, number).unwrap(), row(number), "row {number}, {places} places");
                 }
             }
-            // What was wanted last is still there.
+            // The most recently wanted rows are still in memory.
             let read = cache.bytes_read();
             cache.row(0, *numbers.last().unwrap()).unwrap();
             assert_eq!(cache.bytes_read(), read);

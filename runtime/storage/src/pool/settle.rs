@@ -1,8 +1,8 @@
 //! Turns bytes from a drive into an expert. This is the only place where that happens.
 //!
-//! The caller that gets an [`Unsettled`] can compute with its bytes, and forms their checksum on the way. Only the table's checksum
-//! ([`Unsettled::settle`]) turns it into an [`Expert`]. So a function that takes an `Expert` cannot be given bytes that have not been
-//! verified:
+//! The caller that gets an [`Unsettled`] can compute with its bytes, and forms their checksum on the way. It becomes an [`Expert`]
+//! only if that is the table's checksum ([`Unsettled::settle`]). So a function that takes an `Expert` cannot be given bytes that have
+//! not been verified:
 //!
 //! ```
 //! # use sluice_storage::pool::{Damaged, Expert, Unsettled};
@@ -26,12 +26,12 @@ use super::parts::Pending;
 use super::{ABSENT, Arrival, Content, Key, Pool};
 use crate::io::{Check, Class, Slot};
 
-/// What is known about the bytes of an expert.
+/// Whether the bytes of an expert have been verified.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Verdict(bool);
 
 impl Verdict {
-    /// After a read that was to be verified like this. `verify`: whether anything is.
+    /// The state after a read with this kind of verification. `verify` says whether anything is verified.
     pub(super) fn after(check: Check, verify: bool) -> Verdict {
         Verdict(check != Check::ByReceiver || !verify)
     }
@@ -56,7 +56,7 @@ impl<'a> Unsettled<'a> {
         self.0.expert()
     }
 
-    /// The bytes of the expert's extent, as the drive has sent them.
+    /// The bytes of the expert's extent, as they came from the drive.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         self.0.slot().bytes()
@@ -65,7 +65,8 @@ impl<'a> Unsettled<'a> {
     /// Compares the xxh3-64 of the bytes with the table's.
     ///
     /// # Errors
-    /// [`Damaged`] if it is another: whatever was made of the bytes, also of parts of them, is to be forgotten.
+    /// [`Damaged`] if they differ: the caller must discard everything computed from the bytes, also from parts of
+    /// them.
     pub fn settle(mut self, sum: u64) -> Result<Expert<'a>, Damaged> {
         if self.0.pool.settle(self.0.number, sum) {
             return Ok(Expert(self.0));
@@ -126,7 +127,7 @@ impl Drop for Pinned<'_> {
     }
 }
 
-/// Hands out the expert in a slot that is pinned, as what it is.
+/// Hands out the expert in a slot that is pinned, as `Unsettled` or `Expert`.
 pub(super) fn hand_out(pool: &mut Pool, number: u32) -> Arrival<'_> {
     let pinned = Pinned { pool, number, damaged: false };
     match pinned.content().2 {
@@ -143,7 +144,7 @@ pub(super) fn settled(pool: &mut Pool, number: u32) -> Expert<'_> {
 }
 
 impl Pool {
-    /// Takes note of the checksum of what is in a slot that is pinned. False if the bytes are damaged.
+    /// Compares the checksum of the expert in a pinned slot and notes the result. False if the bytes are damaged.
     fn settle(&mut self, number: u32, sum: u64) -> bool {
         let Content::Resident { expert, verdict, .. } = &mut self.slots[number as usize] else {
             unreachable!("a pinned slot is resident")
@@ -152,7 +153,7 @@ impl Pool {
         verdict.0
     }
 
-    /// Verifies what is in a slot that is pinned, here and now; if it is damaged, reads it again. True if it is settled.
+    /// Verifies the expert in a pinned slot at once; if it is damaged, reads it again. True if it is settled.
     pub(super) fn verify(&mut self, number: u32) -> bool {
         let Content::Resident { slot, verdict: Verdict(false), .. } = &self.slots[number as usize] else { return true };
         let sum = xxh3_64(slot.bytes());
@@ -163,7 +164,8 @@ impl Pool {
         right
     }
 
-    /// Reads an expert of the pass again, whose bytes are damaged. This time it is verified before anyone sees it.
+    /// Reads an expert of the pass again, because its bytes are damaged. This time it is verified before it is handed
+    /// out.
     fn read_again(&mut self, number: u32) {
         let Content::Resident { expert, slot, .. } = self.slots[number as usize].take() else {
             unreachable!("a pinned slot is resident")
@@ -173,7 +175,7 @@ impl Pool {
         self.policy.unpin(expert);
         self.policy.evict(expert);
         if !self.can_stage(expert) {
-            // When its turn comes, it is read into whichever slot is there.
+            // When its turn comes, it is read into whichever slot is free.
             self.free.push(number);
             self.pass.damaged.push(expert);
             self.pass.todo.push_front(expert);

@@ -14,9 +14,9 @@ use crate::io::{Arena, DataFile, DirectIo, DirectMode, Lane, Scheduler, Tuning, 
 /// How to open the storage of a model.
 #[derive(Clone, Debug)]
 pub struct StorageConfig {
-    /// Expert slots; at most one per expert is made.
+    /// Expert slots; the pool makes at most one per expert.
     pub expert_slots: usize,
-    /// Staging slots for compressed experts; two at least are made where there are any, and none otherwise.
+    /// Staging slots for compressed experts; at least two are made if there are such experts, and none otherwise.
     pub staging_slots: usize,
     /// For each dense extent, whether it stays in memory; the others are streamed.
     pub pinned: Vec<bool>,
@@ -28,10 +28,10 @@ pub struct StorageConfig {
     pub tuning: Vec<Tuning>,
     /// Whether to bypass the page cache.
     pub direct: DirectMode,
-    /// A drive that has the experts in place of the files, and its contents in place of each of them.
+    /// A simulated drive, which replaces the files for experts and has the same contents for each of them.
     #[cfg(feature = "sim")]
     pub simulated: Option<SimulatedDrive>,
-    /// What the contents of that drive become, if they are compressed.
+    /// The decompressed contents of that drive, if they are compressed.
     #[cfg(feature = "sim")]
     pub simulated_packed: Option<Packed>,
 }
@@ -54,8 +54,8 @@ impl Storage {
     /// Opens the files, takes all memory, starts the engines and reads the dense parts.
     ///
     /// # Errors
-    /// [`PoolError::NoRoom`] if there is no slot, [`PoolError::Io`] if files, memory or engine cannot be had, [`PoolError::Read`] if a
-    /// dense part cannot be read; with a simulated drive, [`PoolError::Directory`] if its contents are not as long as an expert.
+    /// [`PoolError::NoRoom`] if there is no slot, [`PoolError::Io`] if files, memory or engine are not available, [`PoolError::Read`]
+    /// if a dense part cannot be read; with a simulated drive, [`PoolError::Directory`] if its contents are not as long as an expert.
     ///
     /// # Panics
     /// Unless there is a file, and a tuning for each.
@@ -95,7 +95,7 @@ impl Storage {
     }
 }
 
-/// The memory that extents are read into.
+/// The memory into which extents are read.
 struct Memory {
     experts: Arena,
     staging: Arena,
@@ -103,7 +103,8 @@ struct Memory {
     tables: Arena,
 }
 
-/// What reads the files into this memory. If that is a simulated drive, the memory has its contents from now on.
+/// The lanes that read the files into this memory. If a simulated drive replaces them, the memory has its contents
+/// from now on.
 #[cfg_attr(not(feature = "sim"), expect(unused_variables, reason = "files say what the experts are"))]
 fn read_lanes(
     files: Vec<DataFile>,

@@ -101,7 +101,7 @@ fn routing(choices: &[Choice]) -> Routing<'_> {
     Routing { tokens: 1, prefill: false, in_order: false, choices }
 }
 
-/// Runs a whole pass and checks every byte; what was yielded, in order.
+/// Runs a whole pass and checks every byte; returns the experts in the order in which they were yielded.
 fn run_pass(pool: &mut Pool, layer: u32, experts: &[u32]) -> Result<Vec<u32>, PoolError> {
     let choices = choices(experts);
     let mut pass = pool.begin_layer(layer, experts, &routing(&choices))?;
@@ -114,7 +114,7 @@ fn run_pass(pool: &mut Pool, layer: u32, experts: &[u32]) -> Result<Vec<u32>, Po
     Ok(yielded)
 }
 
-/// Runs a whole pass in ascending order; what was yielded.
+/// Runs a whole pass in ascending order; returns the experts that were yielded.
 fn run_in_order(pool: &mut Pool, layer: u32, experts: &[u32]) -> Result<Vec<u32>, PoolError> {
     let choices = choices(experts);
     let mut pass = pool.begin_layer(layer, experts, &Routing { in_order: true, ..routing(&choices) })?;
@@ -178,7 +178,8 @@ proptest! {
         prop_assert_eq!(pool.io.stats().extents, pool.stats().misses);
     }
 
-    /// Whatever is in memory, being prefetched, or damaged the first time: ascending, and each once.
+    /// Whatever is in memory, being prefetched, or damaged the first time, experts come in ascending order, and each
+    /// once.
     #[test]
     fn a_pass_in_order_yields_experts_in_ascending_order(
         passes in passes(),
@@ -404,7 +405,7 @@ fn storage_opens_loads_and_serves() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-    /// Whatever is prefetched, and whatever of it is right: every pass gets every expert, and the right bytes.
+    /// Whatever is prefetched, and however much of it is right, every pass gets every expert, with the right bytes.
     #[test]
     fn prefetches_never_change_what_a_pass_gets(
         passes in passes(),

@@ -1,5 +1,5 @@
-//! Compressed extents: their stored bytes land in a staging slot, whole and verified, and are decompressed from there into the slot
-//! of the extent, by the threads that wait for it.
+//! Compressed extents: their stored bytes go into a staging slot, whole and verified. The threads that wait for an extent
+//! decompress it from there into its own slot.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub trait Workers: Send + Sync {
     fn for_each_part(&self, data: &mut [u8], ends: &[usize], f: &(dyn Fn(usize, &mut [u8]) + Sync));
 }
 
-/// The calling thread alone.
+/// Only the calling thread.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Serial;
 
@@ -35,7 +35,7 @@ impl Workers for Serial {
     }
 }
 
-/// Threads that are started for every extent: for the start of a program, when it has no others yet.
+/// Threads that are started for every extent. The program uses them at its start, when it has no others yet.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Started;
 
@@ -62,7 +62,7 @@ impl Workers for Started {
         };
         std::thread::scope(|scope| {
             for _ in 1..threads {
-                // What the system does not start, the others do.
+                // If the system does not start a thread, the others do its work.
                 let _ = std::thread::Builder::new().spawn_scoped(scope, work);
             }
             work();
@@ -84,7 +84,7 @@ impl std::fmt::Debug for Unpacker {
 }
 
 impl Unpacker {
-    /// `any`: whether there are compressed extents at all.
+    /// `any` says whether there are compressed extents at all.
     pub(super) fn new(workers: Arc<dyn Workers>, any: bool) -> Self {
         let room = if any { FRAMES } else { 0 };
         Unpacker { workers, frames: Frames::with_capacity(room), ends: Vec::with_capacity(room) }

@@ -16,7 +16,7 @@ use super::strings::{self, Text};
 /// What a template may cost: a unit is an instruction or 64 bytes. The fixed part is enough for any
 /// template that does not loop over messages.
 const FUEL: u64 = 1_000_000;
-/// More of it for each message, or tool.
+/// Additional units for each message or tool.
 const FUEL_PER_MESSAGE: u64 = 20_000;
 /// How often a template may copy the whole conversation.
 const COPIES: u64 = 64;
@@ -27,7 +27,7 @@ const MAX_RECURSION: usize = 150;
 /// Longest explanation of an error that is passed on.
 const MAX_REASON_CHARS: usize = 200;
 
-/// A template's own objection, by which `raise_exception` is told from the engine's errors.
+/// A template's own error, which distinguishes `raise_exception` from errors of the engine.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Raised(String);
@@ -35,7 +35,7 @@ struct Raised(String);
 /// An engine for one rendering.
 pub(super) fn engine(marks: &Arc<Marks>, now: i64, messages: usize, bytes: usize) -> Environment<'static> {
     let mut env = Environment::new();
-    // Only fails for delimiters, which stay as they are.
+    // This fails only for delimiters, which stay as they are.
     if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
         env.set_syntax(syntax);
     }
@@ -75,7 +75,7 @@ pub(super) fn engine(marks: &Arc<Marks>, now: i64, messages: usize, bytes: usize
     env
 }
 
-/// Tests about whose answer Jinja2 and the engine differ.
+/// Tests in which Jinja2 and the engine differ.
 fn add_tests(env: &mut Environment<'_>) {
     let plural = |value: &Value| {
         !matches!(value.kind(), ValueKind::None | ValueKind::Bool | ValueKind::Number | ValueKind::Plain)
@@ -142,7 +142,7 @@ fn add_value_filters(env: &mut Environment<'_>, marks: &Arc<Marks>) {
         let pay: Pay<'_> = &|n| state.consume_fuel(n);
         charge_all(pay, value, 0)?;
         match value.kind() {
-            // Whatever this was made of, it is a plain list now.
+            // Whatever this was before, it is a plain list now.
             ValueKind::Seq | ValueKind::Iterable if !value.is_tuple() => listed(pay, value),
             _ => Ok(value.clone()),
         }
@@ -184,7 +184,7 @@ fn add_value_filters(env: &mut Environment<'_>, marks: &Arc<Marks>) {
     });
 }
 
-/// What Python's `list` makes of a value.
+/// The result of Python's `list` for a value.
 fn listed(pay: Pay<'_>, value: &Value) -> Result<Value, Error> {
     if let Some(s) = value.as_str() {
         pay(s.len() as u64)?;
@@ -252,7 +252,7 @@ fn method(marks: &Marks, pay: Pay<'_>, value: &Value, name: &str, args: &[Value]
     }
 }
 
-/// Renders, and explains what went wrong.
+/// Renders, and explains errors.
 pub(super) fn render(env: &Environment<'_>, source: &Source, context: Value) -> Result<String, TextError> {
     let template = env.template_from_str(&source.text).map_err(|e| explain(&e))?;
     template.render(context).map_err(|e| explain(&e))

@@ -11,10 +11,10 @@ use super::TextError;
 use super::python;
 use super::source::Source;
 
-/// Where stand-ins are taken from: planes that Unicode has left empty, and its private planes.
+/// Stand-ins come from these ranges: planes that Unicode has left empty, and its private planes.
 const STAND_INS: [Range<u32>; 2] = [0x4_0000..0xE_0000, 0xF_0000..0x11_0000];
 
-/// Roles that are never the user's text, whatever the template does with them.
+/// Roles that never count as the user's text, whatever the template does with them.
 const ROLES: [&str; 9] =
     ["system", "developer", "user", "assistant", "tool", "function", "ipython", "observation", "model"];
 
@@ -26,9 +26,8 @@ pub(super) struct Marks {
 }
 
 impl Marks {
-    /// Marks for all characters of the `user`'s strings but white space (so that trimming and
-    /// splitting into lines stay the engine's business), none of which is in `text`. In the order of
-    /// the characters, so that sorting stays what it was.
+    /// Marks for all characters of the `user`'s strings but white space, so that the engine can still trim and split
+    /// lines. No mark occurs in `text`. Marks have the order of the characters, so sorting gives the same result.
     pub(super) fn new(user: &[&str], text: &str) -> Result<Self, TextError> {
         let mut chars = BTreeSet::new();
         for c in user.iter().flat_map(|s| s.chars()) {
@@ -94,15 +93,15 @@ impl Marks {
     }
 }
 
-/// Decides which of the user's strings are marked, and hands all of them to the engine.
+/// Decides which of the user's strings are marked, and passes all of them to the engine.
 pub(super) struct Marker<'a> {
     marks: &'a Marks,
     source: &'a Source,
     /// Spellings of the control tokens, and the characters with which they begin or end.
     controls: &'a [String],
     edges: HashSet<char>,
-    /// Whether to mark only characters with which a control token begins or ends, and what stands
-    /// between two of them (or a string's ends) and is part of a control token.
+    /// Whether to mark only characters with which a control token begins or ends, and text between two of them (or
+    /// the ends of a string) that is part of a control token.
     relaxed: bool,
 }
 
@@ -167,8 +166,8 @@ impl<'a> Marker<'a> {
         marked
     }
 
-    /// Whether a string that the template also knows might help to make up a control token: it
-    /// contains one, or covers a part of one while the template can write what stands beside it.
+    /// Whether a string that the template also contains might help to form a control token: it contains one, or it is
+    /// a part of one and the template can write the parts beside it.
     fn is_dangerous(&self, s: &str) -> bool {
         self.controls.iter().any(|token| {
             let inside = |(at, part): (usize, &str)| self.source.can_enclose(&token[..at], &token[at + part.len()..]);

@@ -7,10 +7,10 @@ use minijinja::{Error, ErrorKind};
 
 use super::marks::Marks;
 
-/// How work is paid for: an error when the template has used up what it was given.
+/// Charges for work: gives an error when the template has used up its budget.
 pub(super) type Pay<'p> = &'p dyn Fn(u64) -> Result<(), Error>;
 
-/// Deepest nesting of a value; more than the users' JSON can have.
+/// Deepest nesting of a value, which is more than the users' JSON can have.
 const MAX_DEPTH: usize = 160;
 
 /// Widest indentation of JSON.
@@ -26,13 +26,13 @@ pub(super) fn invalid(reason: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, reason.into())
 }
 
-/// Pays for printing a value. Lists may be far longer than the memory they take, so each item is
-/// paid for when its turn comes.
+/// Charges for printing a value. Lists may be far longer than the memory that they take, so each item is charged when
+/// its turn comes.
 fn charge(pay: Pay<'_>, value: &Value) -> Result<(), Error> {
     pay(1 + value.as_str().map_or(0, str::len) as u64 / 64)
 }
 
-/// A value's items, paid for.
+/// A value's items, with a charge for each.
 pub(super) fn items(pay: Pay<'_>, value: &Value) -> Result<Vec<Value>, Error> {
     let mut items = Vec::new();
     for item in value.try_iter()?.checked() {
@@ -42,7 +42,7 @@ pub(super) fn items(pay: Pay<'_>, value: &Value) -> Result<Vec<Value>, Error> {
     Ok(items)
 }
 
-/// Pays for all of a value, which must be printable.
+/// Charges for all of a value, which must be printable.
 pub(super) fn charge_all(pay: Pay<'_>, value: &Value, depth: usize) -> Result<(), Error> {
     if depth > MAX_DEPTH {
         return Err(invalid("a value is nested too deeply"));
@@ -65,7 +65,7 @@ pub(super) fn charge_all(pay: Pay<'_>, value: &Value, depth: usize) -> Result<()
     Ok(())
 }
 
-/// A value as `str` makes it (and `{{ value }}` prints it).
+/// A value as `str` gives it and `{{ value }}` prints it.
 pub(super) fn to_str(marks: &Marks, pay: Pay<'_>, value: &Value) -> Result<String, Error> {
     if let Some(s) = value.as_str() {
         return Ok(s.to_owned());
@@ -151,7 +151,7 @@ fn push_hex(out: &mut String, code: u32) {
     };
 }
 
-/// A number as Python prints it, with the given names for what is not one.
+/// A number as Python prints it, with the given names for infinities and NaN.
 fn number(value: &Value, [nan, inf, minus_inf]: [&str; 3]) -> String {
     if value.is_integer() {
         return value.to_string();
@@ -165,7 +165,7 @@ fn number(value: &Value, [nan, inf, minus_inf]: [&str; 3]) -> String {
     if x.is_infinite() {
         return if x > 0.0 { inf } else { minus_inf }.to_owned();
     }
-    // Both print the shortest digits that read back; they differ in when an exponent is used.
+    // Both print the shortest digits that read back as the same number; they differ in when they use an exponent.
     let short = format!("{x:e}");
     let (digits, exponent) = short.split_once('e').unwrap_or((&short, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
@@ -183,9 +183,9 @@ pub(super) struct Json<'m> {
     pay: Pay<'m>,
     ensure_ascii: bool,
     sort_keys: bool,
-    /// What one level of indentation is.
+    /// The text of one level of indentation.
     indent: Option<String>,
-    /// Between items, and between a key and its value.
+    /// Separators between items, and between a key and its value.
     separators: (String, String),
 }
 
@@ -204,7 +204,7 @@ impl<'m> Json<'m> {
             None => None,
             Some(v) => match (v.as_str(), i64::try_from(v.clone())) {
                 (Some(s), _) if s.len() <= MAX_INDENT => Some(s.to_owned()),
-                // Python takes a negative width for none, and still starts lines.
+                // Python treats a negative width as no indentation, and still starts lines.
                 (None, Ok(n)) if n <= MAX_INDENT as i64 => Some(" ".repeat(n.max(0) as usize)),
                 _ => return Err(invalid("`indent` of `tojson` is not a small number or a short string")),
             },

@@ -1,5 +1,5 @@
-//! Reading a template's source before `minijinja` does: small rewrites that make up for differences
-//! from Jinja2, and a list of the template's own words, by which the user's words are told apart.
+//! Reads a template's source before `minijinja` does: makes small rewrites that compensate for differences from
+//! Jinja2, and lists the template's own words, to tell them from the user's words.
 
 use std::collections::HashSet;
 
@@ -15,10 +15,10 @@ const MAX_PIECES: usize = 2_000;
 /// Name of the test that stands in for the operator `in`; see [`rewrite_in`].
 pub(super) const IN_TEST: &str = "__in";
 
-/// Name of the filter that is put behind values whose size matters; see [`guard`].
+/// Name of the filter that is added to values whose size matters; see [`guard`].
 pub(super) const GUARD_FILTER: &str = "__paid";
 
-/// A template's source, ready for the engine, and what its text consists of.
+/// A template's source, ready for the engine, and the words in it.
 #[derive(Debug, Clone)]
 pub(super) struct Source {
     /// The rewritten source. Lines are where they were.
@@ -32,7 +32,7 @@ pub(super) struct Source {
     fragments: Vec<String>,
 }
 
-/// What a piece of a tag is.
+/// The kind of a piece of a tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Literal,
@@ -69,8 +69,8 @@ impl Source {
         Ok(read)
     }
 
-    /// Whether the template can write `left` directly before a value, and `right` directly behind
-    /// it; or the parts of them next to the value, if the rest is made of other values.
+    /// Whether the template can write `left` directly before a value and `right` directly after it, or the parts of
+    /// them next to the value, if other values supply the rest.
     pub(super) fn can_enclose(&self, left: &str, right: &str) -> bool {
         let any = |fits: &dyn Fn(&str) -> bool| self.fragments.iter().any(|f| fits(f));
         (left.is_empty() || any(&|f| !f.is_empty() && (f.ends_with(left) || left.ends_with(f))))
@@ -132,7 +132,7 @@ impl Source {
         }
         let mut edits = Vec::new();
         if pieces.len() == 1 && source[open..].starts_with("{%") {
-            // A mark for training code; to everybody else, a block that does nothing.
+            // A mark for training code; everywhere else, a block that does nothing.
             for (from, to) in [("generation", "with"), ("endgeneration", "endwith")] {
                 if is_word(source, pieces, from) {
                     edits.push((pieces[0].start, pieces[0].end, to.to_owned()));
@@ -146,7 +146,7 @@ impl Source {
         if is_word(source, pieces, "set") && source[open..].starts_with("{%") {
             guard_assignment(source, pieces, &mut edits);
         }
-        // Those that insert at the same place stay in their order: from the inside out.
+        // Edits that insert at the same place stay in their order: from the inside out.
         edits.sort_by_key(|edit| edit.0);
         let mut at = open;
         for (from, to, text) in edits {
@@ -247,9 +247,9 @@ fn pieces(source: &str, from: usize, close: &str) -> (Vec<Piece>, usize) {
     (pieces, source.len())
 }
 
-/// Turns `'…' in text` into `'…' is __in(text)` (and so with a plain name on the left), so that our
-/// own code decides about it. Only where both sides are simple and their ends are certain;
-/// elsewhere the engine's operator stays.
+/// Turns `'…' in text` into `'…' is __in(text)` (and so with a plain name on the left), so that our own code
+/// evaluates it. This is done only if both sides are simple and their ends are certain; otherwise the engine's
+/// operator stays.
 fn rewrite_in(source: &str, pieces: &[Piece], at: usize, edits: &mut Vec<(usize, usize, String)>) {
     let text = |i: usize| pieces.get(i).map_or("", |p| &source[p.start..p.end]);
     let before = |i: usize| i.checked_sub(1).map_or("", text);
@@ -284,10 +284,9 @@ fn rewrite_in(source: &str, pieces: &[Piece], at: usize, edits: &mut Vec<(usize,
     edits.push((pieces[end - 1].end, pieces[end - 1].end, ")".to_owned()));
 }
 
-/// Puts a filter behind the right side of sums, products and comparisons, and in front of filters
-/// that compare, which has all of the value paid for. The engine charges nothing for what is nested
-/// in a value, and nothing for joining lists without copying them, up to a depth where it copies
-/// all: 33 times `x = x + x`, and memory is gone.
+/// Puts a filter after the right side of sums, products and comparisons, and before filters that compare. The filter
+/// charges for the whole value. The engine charges nothing for what is nested in a value, and nothing for joining
+/// lists without copying them, up to a depth where it copies everything: 33 times `x = x + x` would exhaust memory.
 fn guard(source: &str, pieces: &[Piece], at: usize, edits: &mut Vec<(usize, usize, String)>) {
     let text = |i: usize| pieces.get(i).map_or("", |p| &source[p.start..p.end]);
     let before = at.checked_sub(1).map_or("", text);
@@ -313,8 +312,8 @@ fn guard(source: &str, pieces: &[Piece], at: usize, edits: &mut Vec<(usize, usiz
     }
 }
 
-/// Has everything that is assigned paid for, so that no loop can build a value that is too large,
-/// or nested too deeply to be dropped.
+/// Charges for everything that is assigned, so that no loop can build a value that is too large, or nested too deeply
+/// to be dropped.
 fn guard_assignment(source: &str, pieces: &[Piece], edits: &mut Vec<(usize, usize, String)>) {
     let text = |i: usize| &source[pieces[i].start..pieces[i].end];
     let mut depth = 0usize;
@@ -366,7 +365,7 @@ fn end_of_chain(source: &str, pieces: &[Piece], from: usize) -> Option<usize> {
     }
 }
 
-/// A literal's text, as far as the escapes that templates use go.
+/// A literal's text, with the escapes that templates use.
 fn unescape(literal: &str) -> String {
     let mut text = String::with_capacity(literal.len());
     let mut chars = literal.chars();

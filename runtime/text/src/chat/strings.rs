@@ -1,5 +1,5 @@
-//! Python's string methods, blind to whether characters are marked: `split('</think>')` finds the
-//! user's `</think>` as well, and what it returns is still the user's.
+//! Python's string methods, for which marks make no difference: `split('</think>')` finds the user's `</think>` as
+//! well, and its results are still marked as the user's.
 
 use minijinja::value::{Kwargs, Rest, Value, ValueKind, from_args};
 use minijinja::{Error, ErrorKind};
@@ -7,7 +7,7 @@ use minijinja::{Error, ErrorKind};
 use super::marks::Marks;
 use super::python::{Pay, invalid, is_space, to_str};
 
-/// A string's characters as they are, and what they stand for.
+/// A string's characters, and the characters for which they stand.
 pub(super) struct Text<'m> {
     marks: &'m Marks,
     pay: Pay<'m>,
@@ -30,7 +30,7 @@ impl<'m> Text<'m> {
     fn needle(&self, value: &Value) -> Result<Vec<char>, Error> {
         let s = value.as_str();
         let s = s.ok_or_else(|| invalid(format!("expected a string, got {}", value.kind())))?;
-        // Searching takes at most the product of both lengths.
+        // A search takes at most as many steps as the product of both lengths.
         let (hay, needle) = (self.plain.len() as u64 / 64, s.len() as u64 / 64);
         (self.pay)((hay + 1) * (needle + 1))?;
         Ok(s.chars().map(|c| self.marks.plain(c)).collect())
@@ -203,7 +203,7 @@ impl<'m> Text<'m> {
         Ok(count)
     }
 
-    /// Each character in another case; whether a letter goes before it is up to `upper`.
+    /// Changes the case of each character; `upper` decides by whether a letter stands before it.
     pub(super) fn cased(&self, upper: impl Fn(Option<char>) -> bool) -> Value {
         let mut out = String::with_capacity(self.chars.len());
         for (at, (&c, &p)) in self.chars.iter().zip(&self.plain).enumerate() {

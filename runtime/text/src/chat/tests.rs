@@ -137,7 +137,7 @@ fn show(source: &str, content: &str) -> Result<String, TextError> {
     template.render(&[Message::new("user", content)], &RenderOptions::default())
 }
 
-/// The control tokens among some ids, and how much text stands before each.
+/// The control tokens among the ids, and how much text stands before each.
 fn controls(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<(String, usize)> {
     let mut found = Vec::new();
     for (at, &id) in ids.iter().enumerate() {
@@ -149,7 +149,7 @@ fn controls(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<(String, usize)> {
     found
 }
 
-/// Every golden case, with a closure that says what is wrong with it.
+/// Runs a closure for every golden case, which returns what is wrong with it.
 fn each_golden(check: impl Fn(&ChatTemplate, &[Message], &RenderOptions, &Json) -> Result<(), String>) {
     let goldens: Json = serde_json::from_str(GOLDENS).unwrap();
     let templates: HashMap<&str, ChatTemplate> = TEMPLATES.iter().map(|(name, _)| (*name, template(name))).collect();
@@ -195,8 +195,8 @@ fn renders_as_hugging_face_does() {
     });
 }
 
-/// The goldens' conversations have no control tokens in them, with few exceptions, so they must be
-/// encoded as their rendering is.
+/// With few exceptions, the goldens' conversations contain no control tokens, so encoding them must give the same ids
+/// as encoding their rendering.
 #[test]
 fn harmless_conversations_are_encoded_as_rendered() {
     let tokenizer = tokenizer();
@@ -236,7 +236,7 @@ fn with_texts(conversation: &Json, texts: &[String]) -> Vec<Message> {
     messages
 }
 
-/// As long as `text` and of the same white space, but without any character of a control token.
+/// Text with the length and the white space of `text`, but without any character of a control token.
 fn harmless(text: &str) -> String {
     let replace = |c: char| match c.is_whitespace() || c == '"' || c == '\\' || c.is_control() {
         true => c,
@@ -256,15 +256,15 @@ fn hostile() -> impl Strategy<Value = String> {
     prop::collection::vec(piece, 0..6).prop_map(|pieces| pieces.concat())
 }
 
-/// Conversations of the goldens with contents that templates take for text.
+/// Conversations of the goldens whose contents templates treat as text.
 const CONVERSATIONS: [&str; 5] = ["turns", "tools", "thought_apart", "names", "call_after_thought"];
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
-    /// Every control token in the result is one that the template wrote: the same ones, in the same
-    /// places among the template's text, as with harmless text. Templates that take apart what an
-    /// assistant said are given no text that they would take apart.
+    /// Every control token in the result is one that the template wrote: the same ones, in the same places among the
+    /// template's text, as with harmless text. Templates that take apart an assistant's message get no text that they
+    /// would take apart.
     #[test]
     fn text_cannot_forge_control_tokens(texts in prop::collection::vec(hostile(), 1..4)) {
         let goldens: Json = serde_json::from_str(GOLDENS).unwrap();

@@ -12,7 +12,7 @@ const MAX_ITEMS: u64 = 10_000;
 /// Most values of items that must all be different.
 const MAX_DIFFERENT: usize = 64;
 
-/// Items that must be valid, or must not be, by a node: so many.
+/// How many items must be valid, or must not be, against a node.
 struct Contains {
     node: usize,
     positive: bool,
@@ -47,7 +47,7 @@ impl Emitter<'_, '_> {
         if unique && most.is_none_or(|most| most > 1) {
             return self.different(goal, case, (least, most), &contains);
         }
-        // Where the items begin that `contains` asks for.
+        // The place where the items for `contains` begin.
         let last = if wanted == 0 { 0 } else { described.min(8) };
         let mut alternatives = Vec::new();
         for start in 0..=last as u64 {
@@ -66,7 +66,8 @@ impl Emitter<'_, '_> {
         Ok(alternatives)
     }
 
-    /// What the item at a position must satisfy; without one, all items behind those that are described.
+    /// What the item at a position must satisfy; without a position, what all items after the described ones must
+    /// satisfy.
     fn item(&mut self, case: &Case, at: Option<usize>) -> Result<Goal, GrammarError> {
         let mut goal = Goal::new();
         let mut reached = Vec::new();
@@ -117,7 +118,7 @@ impl Emitter<'_, '_> {
             let item = Symbol::Rule(self.goal(goal)?);
             let before = if at > 0 { Some(comma.clone()) } else { None };
             let with: Vec<Symbol> = before.into_iter().chain([item]).chain(tail).collect();
-            // Behind each item the array may end, once there are enough.
+            // The array may end after each item, once there are enough.
             tail = match (at as u64) < least {
                 true => vec![self.rules.add(vec![with])?],
                 false => vec![self.rules.add(vec![with, Vec::new()])?],
@@ -153,7 +154,7 @@ impl Emitter<'_, '_> {
         self.list(List { members, others: None, brackets: ('[', ']'), least, most })
     }
 
-    /// All values that satisfy a goal, if these are few.
+    /// All values that satisfy a goal, if they are few.
     fn values(&mut self, goal: &Goal) -> Result<Option<Vec<Value>>, GrammarError> {
         let mut all: Vec<Value> = Vec::new();
         for kind in Type::ALL {
@@ -175,7 +176,7 @@ impl Emitter<'_, '_> {
     }
 }
 
-/// What `contains` demands of the item so far behind the first that is asked for.
+/// What `contains` demands of the item at this distance from the first item for `contains`.
 fn asked_for(contains: &[Contains], at: Option<u64>) -> Goal {
     let mut first = 0;
     let mut goal = Goal::new();
@@ -183,7 +184,7 @@ fn asked_for(contains: &[Contains], at: Option<u64>) -> Goal {
         let is_one = at.is_some_and(|at| (first..first + least).contains(&at));
         match is_one {
             true => goal.push((node, positive)),
-            // No more than those that are asked for.
+            // No more items than `contains` asks for.
             false => goal.extend(most.map(|_| (node, !positive))),
         }
         first += least;

@@ -11,13 +11,13 @@ use crate::schema::keywords::Type;
 use crate::schema::rules::Terminal;
 use crate::schema::strings::{matching, of_length, quote};
 
-/// Most patterns for names in one object: names are told apart by all combinations of them.
+/// Most patterns for names in one object: each combination of them makes a separate kind of name.
 const MAX_PATTERNS: usize = 4;
 
 /// Most properties that a schema names in one object.
 const MAX_NAMES: usize = 2000;
 
-/// What the facets of objects say.
+/// The demands of the facets of objects.
 #[derive(Default)]
 struct Demands {
     least: u64,
@@ -84,7 +84,7 @@ impl Emitter<'_, '_> {
         }
         let others = self.others(goal, case, &demands, &names)?;
         let Demands { least, most, .. } = demands;
-        // Names that are not described might come twice and count once.
+        // Names that are not described might come twice, but would count once.
         let sure = members.iter().filter(|member| member.required).count() as u64;
         if others.is_some() && least > sure.max(1) && least > members.len() as u64 {
             let reason = "properties that the schema does not name might be the same one twice; name more of them";
@@ -96,7 +96,7 @@ impl Emitter<'_, '_> {
         self.list(List { members, others, brackets: ('{', '}'), least, most })
     }
 
-    /// An object that has enough of the properties that are named, and no others.
+    /// An object that has enough of the named properties, and no others.
     fn enough_named(
         &mut self,
         members: Vec<Member>,
@@ -106,7 +106,7 @@ impl Emitter<'_, '_> {
         self.list(List { members, others: None, brackets: ('{', '}'), least, most })
     }
 
-    /// A property that the schema names. `None` if it cannot be there.
+    /// A property that the schema names. `None` if the object cannot have it.
     fn property(
         &mut self,
         case: &Case,
@@ -194,7 +194,7 @@ impl Emitter<'_, '_> {
     }
 }
 
-/// What a property must satisfy that the schema does not name, and whose name these patterns match, and no others.
+/// What a property must satisfy if the schema does not name it, and if its name matches exactly these patterns.
 fn class_goal(case: &Case, matched: &[&Rc<str>]) -> Goal {
     let (mut goal, mut reached) = (Goal::new(), Vec::new());
     for (properties, chain) in &case.properties {

@@ -42,7 +42,7 @@ impl Emitter<'_, '_> {
                     low = low.max(bound);
                 }
                 Facet::Maximum(bound, exclusive) => {
-                    // The other way round: of two equal bounds the exclusive one counts.
+                    // Reversed, so that of two equal bounds the exclusive one counts.
                     let bound = self.lower(goal, "maximum", &negative(bound), *exclusive)?.map(|(b, e)| (-b, e));
                     high = match (high, bound) {
                         (Some((a, x)), Some((b, y))) => Some(if (a, !x) <= (b, !y) { (a, x) } else { (b, y) }),
@@ -60,7 +60,8 @@ impl Emitter<'_, '_> {
         if whole && broken {
             return Ok(Vec::new());
         }
-        // Bounds above all that is written without an exponent are left out, and so must be exponents.
+        // Bounds above all numbers that are written without an exponent are left out, so exponents must be left out
+        // too.
         let bounded = case.facets.iter().any(|facet| matches!(facet, Facet::Minimum(..) | Facet::Maximum(..)));
         let plain = bounded || !none_of.is_empty();
         let Some(mut terminal) = base(low, high, whole, broken, plain) else { return Ok(Vec::new()) };
@@ -75,14 +76,14 @@ impl Emitter<'_, '_> {
         }
     }
 
-    /// A lower bound that can be counted with. None if all numbers that are written are above it.
+    /// A lower bound in countable units. `None` if the bound is below all numbers that can be written.
     fn lower(&self, goal: &Goal, keyword: &str, bound: &Number, exclusive: bool) -> Result<Bound, GrammarError> {
         let float = bound.as_f64().unwrap_or(f64::NAN);
         match scaled(bound) {
             Some(bound) if bound < -HIGHEST * ONE => Ok(None),
             Some(bound) if bound <= HIGHEST * ONE => Ok(Some((bound, exclusive))),
             None if float < -1e18 => Ok(None),
-            // More decimal places than are counted: the next number above it, by them.
+            // If it has more decimal places than are counted, take the next countable number above it.
             None if float.abs() < 1e6 => Ok(Some(((float * 1e9).floor() as i128 + 1, false))),
             _ => Err(self.refuse(
                 keyword,
@@ -114,13 +115,13 @@ impl Emitter<'_, '_> {
             return Ok(vec![vec![self.rules.terminal(terminal)]]);
         }
         if ONE % of == 0 && ONE / of <= 1000 {
-            // The fractions that occur, with and without zeros behind them.
+            // The fractions that occur, with and without trailing zeros.
             let fractions = (1..ONE / of).map(|count| format!("{:09}", count * of).trim_end_matches('0').to_owned());
             let fractions: Vec<String> = std::iter::once("0".to_owned()).chain(fractions).collect();
             terminal.push((true, format!(r"{}(?:\.(?:{})0{{0,2}})?", numbers::INTEGER, fractions.join("|"))));
             return Ok(vec![vec![self.rules.terminal(terminal)]]);
         }
-        // Of other fractions, the multiples that are whole numbers.
+        // With other fractions, only the multiples that are whole numbers.
         let of = if of % ONE == 0 { of } else { common_multiple(of, ONE) };
         let bound = |bound: Bound, sign: i128| match bound {
             Some((bound, exclusive)) => sign * bound - i128::from(exclusive),
@@ -128,7 +129,8 @@ impl Emitter<'_, '_> {
         };
         // Counts of multiples.
         let (first, last) = (-bound(low, -1).div_euclid(of), bound(high, 1).div_euclid(of));
-        // The library's automaton has a state for each remainder. Of larger numbers, the multiples next to 0.
+        // The library's automaton has a state for each remainder. With larger numbers, only the multiples next to 0
+        // are possible.
         let (first, last) = match of / ONE > MAX_REMAINDERS && last - first > 500 {
             true if first > 0 => (first, first + 500),
             true if last < 0 => (last - 500, last),
@@ -160,7 +162,7 @@ impl Emitter<'_, '_> {
         }
     }
 
-    /// Strings, as terminals, one of which matches.
+    /// Strings, as terminals of which one matches.
     pub(super) fn strings(&mut self, goal: &Goal, case: &Case) -> Result<Vec<Terminal>, GrammarError> {
         if let Some(values) = &case.values {
             let mut texts = Vec::new();
@@ -209,7 +211,7 @@ impl Emitter<'_, '_> {
     }
 }
 
-/// Numbers between bounds. Where some have to be taken away, those without exponents.
+/// Numbers between bounds; if some values must be excluded, only numbers without exponents.
 fn base(low: Bound, high: Bound, whole: bool, broken: bool, plain: bool) -> Option<Terminal> {
     if whole {
         let low = low.map_or(-HIGHEST, |(bound, exclusive)| (bound + i128::from(exclusive) + ONE - 1).div_euclid(ONE));
@@ -244,7 +246,7 @@ fn negative(number: &Number) -> Number {
     negated.unwrap_or_else(|| number.clone())
 }
 
-/// A number in units of 10⁻⁹, written.
+/// Writes a number that is given in units of 10⁻⁹.
 fn numeral(value: i128) -> String {
     let sign = if value < 0 { "-" } else { "" };
     let (whole, part) = (value.abs() / ONE, value.abs() % ONE);

@@ -1,4 +1,4 @@
-//! The knee: where a drive gives nearly all it has with the fewest bytes in flight.
+//! The knee: the setting at which a drive gives nearly its full bandwidth with the fewest bytes in flight.
 
 use serde::Serialize;
 
@@ -8,13 +8,14 @@ use super::{BenchEngine, Point};
 /// experts, 2 MiB × 2 decoded 1.19 times as many tokens as 1 MiB × 8, which gave a few per cent more in a sweep.
 pub const TOLERANCE: f64 = 0.1;
 
-/// Smallest block that becomes a chunk size: below, the processor works for the drive instead of the model.
+/// Smallest block that becomes a chunk size: with smaller ones, the processor works for the drive instead of the
+/// model.
 const BLOCK_LEAST: usize = 512 << 10;
 
 /// Largest: experts have 2 MiB and more, and hashing starts with the first chunk of one.
 const BLOCK_MOST: usize = 2 << 20;
 
-/// Fewest reads in flight: with one, the drive idles while its end is noticed and the next is asked for.
+/// Fewest reads in flight: with one, the drive is idle between the end of a read and the next request.
 const DEPTH_LEAST: usize = 2;
 
 /// What was measured at a point.
@@ -35,10 +36,10 @@ pub fn is_eligible(point: &Point) -> bool {
     (BLOCK_LEAST..=BLOCK_MOST).contains(&point.block_bytes) && point.depth >= DEPTH_LEAST
 }
 
-/// First the engine: of those that come within `tolerance` of the best bandwidth, the one that costs the least processor
-/// time, which decoding needs. Then, of its settings within `tolerance` of its own best, the one with the fewest bytes in
-/// flight, because a read that is urgent waits for those; among equals the smallest block, because computing starts with
-/// the first. Only settings that suit a model are taken, if there are any.
+/// Chooses the engine first: of those within `tolerance` of the best bandwidth, the one that costs the least processor
+/// time, which decoding needs. Then it chooses among the engine's settings within `tolerance` of its own best: the one
+/// with the fewest bytes in flight, because an urgent read waits for those; among equals the one with the smallest block,
+/// because computing starts with the first block. It takes only settings that suit a model, if there are any.
 #[must_use]
 pub fn find_knee(measured: &[Knee], tolerance: f64) -> Option<Knee> {
     let eligible: Vec<_> = measured.iter().copied().filter(|k| is_eligible(&k.point)).collect();
@@ -127,7 +128,7 @@ mod tests {
             at(BenchEngine::Pread, 1024, 4, 990.0),
             at(BenchEngine::Pread, 1024, 8, 1010.0),
         ];
-        // Noise must not decide for the engine that takes the processor from the model.
+        // Noise must not make an engine win that takes processor time from the model.
         table[2].cpu_seconds_per_gb = 0.3;
         table[3].cpu_seconds_per_gb = 0.3;
         assert_eq!(find_knee(&table, TOLERANCE), Some(table[0]));

@@ -1,7 +1,7 @@
 //! Measuring a drive with the read engines of the runtime: block size × reads in flight.
 //!
-//! The figures are worth something only if the drive was asked for every byte. So the file is read directly, holes are
-//! refused, and afterwards the system's own counters and the page cache are looked at: see [`Proof`].
+//! The figures are valid only if every byte came from the drive. So the file is read directly, files with holes are
+//! refused, and afterwards the bench checks the system's own counters and the page cache: see [`Proof`].
 
 pub mod knee;
 mod proof;
@@ -30,11 +30,11 @@ pub use proof::Proof;
 pub use scratch::Scratch;
 pub use sweep::{Measured, Sweep, SweepOptions, median, sweep};
 
-/// Of a file's bytes, those that the filesystem has stored at least for its figures to count.
+/// Least part of a file's bytes that the filesystem must have stored for the figures to count.
 const STORED_LEAST: f64 = 0.95;
 
-/// Reads go to this much memory in turns, though far less is in flight: the same few megabytes again and again would stay in
-/// the processor's cache, where a drive (a virtual one above all) writes faster than to memory. Weights go to memory.
+/// Reads go to this much memory in turns, although far less is in flight. The same few megabytes again and again would stay
+/// in the processor's cache, to which a drive (above all a virtual one) writes faster than to memory. Weights go to memory.
 const SLOT_BYTES: usize = 16 << 20;
 const SLOTS_LEAST: usize = 8;
 /// As many chunks as a slot can have in flight.
@@ -99,7 +99,7 @@ pub struct Point {
 }
 
 impl Point {
-    /// Bytes that are asked for at any time: a read that is urgent waits for as many.
+    /// Bytes that are in flight at any time; an urgent read waits for as many.
     #[must_use]
     pub fn in_flight_bytes(&self) -> usize {
         self.block_bytes * self.depth
@@ -110,7 +110,7 @@ impl Point {
     }
 }
 
-/// What one visit to a point gave.
+/// The result of one visit to a point.
 #[derive(Clone, Copy, Debug)]
 pub struct Visit {
     /// Bytes read.
@@ -128,7 +128,7 @@ pub enum BenchError {
     /// The storage engine.
     #[error(transparent)]
     Io(#[from] IoError),
-    /// Direct I/O is not to be had, so figures would be the page cache's.
+    /// Direct I/O is not available, so the figures would be those of the page cache.
     #[error(
         "{path} cannot be read directly: {reason}. Reads would be answered by the page cache, not by the drive: measure a \
          file on another filesystem"
@@ -139,7 +139,7 @@ pub enum BenchError {
         /// Why.
         reason: String,
     },
-    /// Something other than the drive answered.
+    /// Something other than the drive delivered the bytes.
     #[error("the figures for {path} are not the drive's: {reason}")]
     NotTheDrive {
         /// The file.
@@ -157,10 +157,10 @@ pub enum BenchError {
         path: PathBuf,
         /// Its length.
         len: u64,
-        /// The longest block that is to be read.
+        /// The longest block to be read.
         block_bytes: usize,
     },
-    /// The file has nothing that a drive could be asked for.
+    /// The drive has no bytes of the file to deliver.
     #[error("{path} cannot be measured: {reason}")]
     Unsuitable {
         /// The file.
@@ -180,7 +180,7 @@ pub enum BenchError {
         /// What the system said.
         source: io::Error,
     },
-    /// A scratch file is asked for that is too small.
+    /// The caller asked for a scratch file that is too small.
     #[error(
         "a scratch file of {:.1} MiB is too small to be read at random places: give a --size of at least {}MiB",
         *.bytes as f64 / f64::from(1 << 20), scratch::LEAST_BYTES >> 20
@@ -205,7 +205,7 @@ pub enum BenchError {
 pub struct DiskBench {
     file: DataFile,
     device: DeviceId,
-    /// Where reads go, in turns; there between two visits.
+    /// Memory into which reads go, in turns. All of it is here between two visits.
     slots: Vec<Slot>,
     region: Option<Region>,
     offsets: Offsets,
@@ -218,7 +218,8 @@ impl DiskBench {
     ///
     /// # Errors
     /// [`BenchError::NotDirect`] if reads would go through the page cache and `mode` is [`DirectMode::Prefer`],
-    /// [`BenchError::Unsuitable`] for files with holes and for what is no file, [`BenchError::Io`].
+    /// [`BenchError::Unsuitable`] for files with holes and for anything that is not a regular file,
+    /// [`BenchError::Io`].
     pub fn open(path: &Path, mode: DirectMode) -> Result<DiskBench, BenchError> {
         Self::open_as(path, path, mode)
     }
@@ -233,7 +234,7 @@ impl DiskBench {
 
     /// Opens the file at `place`, which messages call `path`.
     fn open_as(place: &Path, path: &Path, mode: DirectMode) -> Result<DiskBench, BenchError> {
-        // Looked at before it is opened: opening a named pipe waits for somebody to write to it.
+        // Checked before it is opened: opening a named pipe waits for somebody to write to it.
         let metadata = fs::metadata(place).map_err(|source| IoError::Open { path: path.to_owned(), source })?;
         let unsuitable = |reason: String| BenchError::Unsuitable { path: path.to_owned(), reason };
         if !metadata.is_file() {
@@ -291,8 +292,8 @@ impl DiskBench {
         self.file.direct()
     }
 
-    /// Whether a read goes where the last one that ended went, as with fio, instead of where the oldest one went. That
-    /// memory stays in the processor's cache, where some drives write faster than weights can ever come.
+    /// Whether a read goes to the memory of the last one that ended, as with fio, instead of that of the oldest one.
+    /// That memory stays in the processor's cache, to which some drives write faster than weights can ever arrive.
     pub fn reuse_memory(&mut self, reuse: bool) {
         self.reuse_memory = reuse;
     }
@@ -311,8 +312,8 @@ impl DiskBench {
         Ok(())
     }
 
-    /// Bytes of memory for reads, and how many of them are in huge pages, where the system tells. In small pages, a block
-    /// is hundreds of pieces for the drive, and some drives (virtual ones above all) take a multiple of the time.
+    /// Bytes of memory for reads, and how many of them are in huge pages, if the system tells. In small pages, a block
+    /// consists of hundreds of pieces for the drive, and some drives (above all virtual ones) take several times as long.
     #[must_use]
     pub fn memory(&self) -> (usize, Option<u64>) {
         let bytes = self.slots.iter().map(Slot::capacity).sum();
@@ -333,8 +334,8 @@ impl DiskBench {
     /// Keeps `depth` reads in flight for as long as `window`, then awaits what is in flight.
     ///
     /// # Errors
-    /// [`BenchError::Io`] if engine or memory cannot be had, [`BenchError::TooShort`] if the file is smaller than a
-    /// block, [`BenchError::Read`].
+    /// [`BenchError::Io`] if engine or memory is not available, [`BenchError::TooShort`] if the file is smaller than
+    /// a block, [`BenchError::Read`].
     pub fn visit(&mut self, point: &Point, window: Duration) -> Result<Visit, BenchError> {
         point.config().validate()?;
         let blocks = self.blocks(point.block_bytes)?;
@@ -381,7 +382,7 @@ impl DiskBench {
         }
     }
 
-    /// Whether [`proof`](Self::proof) could succeed; to be asked before the first visit.
+    /// Whether [`proof`](Self::proof) could succeed; call it before the first visit.
     ///
     /// # Errors
     /// [`BenchError::NotTheDrive`] if much of the file is in the page cache, unless that was asked for.
@@ -389,7 +390,7 @@ impl DiskBench {
         self.proof.check(&self.file)
     }
 
-    /// What shows that the drive has answered; to be asked after the last visit.
+    /// Evidence that the drive delivered the bytes; call it after the last visit.
     ///
     /// # Errors
     /// [`BenchError::NotTheDrive`] if it has not, unless the page cache was asked for.
@@ -487,11 +488,11 @@ impl Run<'_> {
     }
 }
 
-/// Where to read next. Goes on from visit to visit, so that no visit reads what the one before has read.
+/// Where to read next. This continues from visit to visit, so no visit reads what the one before has read.
 #[derive(Debug, Default)]
 struct Offsets {
     random: u64,
-    /// The block that was read last; a visit with another block size goes on elsewhere.
+    /// The block that was read last; a visit with another block size continues elsewhere.
     sequential: u64,
 }
 

@@ -1,4 +1,4 @@
-//! What shows that the drive has answered, and not some memory on the way to it.
+//! Evidence that the drive delivered the bytes, and not some memory on the way to it.
 
 use std::fs;
 
@@ -8,14 +8,14 @@ use super::super::arena::PAGE_BYTES;
 use super::super::{DataFile, DirectIo};
 use super::BenchError;
 
-/// Pages that are looked up in the page cache before and after.
+/// How many pages are looked up in the page cache before and after.
 const SAMPLES: u64 = 256;
 
-/// If more than one of so many is in the page cache, that may have answered, whatever the filesystem says. Some always are:
-/// whoever opens a model file reads its tables through the page cache.
+/// If more than one page in this many is in the page cache, the cache may have delivered the bytes, whatever the filesystem
+/// says. Some always are: opening a model file reads its tables through the page cache.
 const SAMPLES_CACHED_MAX: u64 = 4;
 
-/// Of the bytes read, those that block devices must have delivered.
+/// Least part of the bytes read that block devices must have delivered.
 const DELIVERED_LEAST: f64 = 0.9;
 
 /// Evidence that the figures are the drive's.
@@ -27,13 +27,13 @@ pub struct Proof {
     pub how: String,
     /// Bytes read in all.
     pub bytes_read: u64,
-    /// Bytes that block devices have delivered to this process meanwhile, where the system counts them.
+    /// Bytes that block devices have delivered to this process meanwhile, if the system counts them.
     pub bytes_delivered: Option<u64>,
     /// Pages of the file looked up in the page cache.
     pub pages_sampled: u64,
-    /// Of them, in the page cache before; `None` where the system does not tell.
+    /// Of these, how many were in the page cache before; `None` if the system does not tell.
     pub pages_cached_before: Option<u64>,
-    /// And after.
+    /// How many were in it afterwards.
     pub pages_cached_after: Option<u64>,
 }
 
@@ -60,7 +60,7 @@ impl Proof {
         Some((delivered as f64 / self.bytes_read as f64).min(1.0))
     }
 
-    /// Why the drive cannot have answered.
+    /// Why the drive cannot have delivered the bytes.
     fn refutation(&self) -> Option<String> {
         if !self.direct {
             return None;
@@ -76,7 +76,7 @@ impl Proof {
     }
 }
 
-/// Why the page cache may have answered, if many of the sampled pages are in it.
+/// Why the page cache may have delivered the bytes, if many of the sampled pages are in it.
 fn cached_refutation(cached: u64, sampled: u64) -> Option<String> {
     (cached * SAMPLES_CACHED_MAX > sampled).then(|| {
         format!(
@@ -99,7 +99,7 @@ impl Watch {
         Watch { delivered: delivered_bytes(), cached: cached_pages(file), bytes: 0 }
     }
 
-    /// The same refutation before any time is spent.
+    /// The same check before any time is spent.
     pub(super) fn check(&self, file: &DataFile) -> Result<(), BenchError> {
         let sampled = SAMPLES.min(file.len() / PAGE_BYTES as u64);
         let cached = self.cached.filter(|_| file.direct().is_engaged());
@@ -149,7 +149,7 @@ pub(super) fn huge_page_bytes() -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
 }
 
-/// Of pages spread over the file, those in the page cache.
+/// How many of a sample of pages, spread over the file, are in the page cache.
 fn cached_pages(file: &DataFile) -> Option<u64> {
     let pages = file.len() / PAGE_BYTES as u64;
     let samples = SAMPLES.min(pages);

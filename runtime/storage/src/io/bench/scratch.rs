@@ -1,4 +1,4 @@
-//! A file to measure a drive with, for those who have no model file on it yet.
+//! A file with which to measure a drive that has no model file yet.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -12,7 +12,7 @@ use super::{BenchError, splitmix};
 /// Bytes of a scratch file when nothing else is asked for: more than the memory of most drives.
 pub const DEFAULT_BYTES: u64 = 2 << 30;
 
-/// Fewer bytes are no file to read at random places of.
+/// Fewest bytes of a scratch file: a smaller one has too few places for random reads.
 pub const LEAST_BYTES: u64 = 64 << 20;
 
 /// Bytes written at a time.
@@ -26,9 +26,10 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Makes a scratch file at `path`, which must not exist, and takes the name away again before the first byte is
-    /// written: `bytes` of noise that no drive can compress, on the drive and not in the page cache. Without `bytes`,
-    /// [`DEFAULT_BYTES`], or half of the free space if that is less. `progress` hears of bytes written and the whole.
+    /// Makes a scratch file at `path`, which must not exist, and removes the name again before the first byte is
+    /// written. The file has `bytes` of noise that no drive can compress, on the drive and not in the page cache.
+    /// Without `bytes`, [`DEFAULT_BYTES`], or half of the free space if that is less. `progress` hears of bytes
+    /// written and the whole.
     ///
     /// # Errors
     /// [`BenchError::ScratchSize`] if `bytes` are less than [`LEAST_BYTES`], [`BenchError::Unsuitable`] if there is too
@@ -41,7 +42,7 @@ impl Scratch {
             let path = path.to_owned();
             move |source| BenchError::Scratch { path, action, source }
         };
-        // Readable too: on some systems whoever opens it once more gets no more than this descriptor has.
+        // Readable too: on some systems, opening it once more gives no more rights than this descriptor has.
         let mut file = File::options().read(true).write(true).create_new(true).open(path).map_err(failed("create"))?;
         fs::remove_file(path).map_err(failed("take its name from"))?;
         let free = free_bytes(&file).unwrap_or(u64::MAX);
@@ -68,7 +69,7 @@ impl Scratch {
         &self.path
     }
 
-    /// What opens it while this lives.
+    /// A path that opens the file while this value lives.
     pub(super) fn handle(&self) -> PathBuf {
         // Not `/dev/fd` on Linux, which is a link that some containers lack.
         let folder = if cfg!(target_os = "linux") { "/proc/self/fd" } else { "/dev/fd" };
@@ -98,7 +99,7 @@ fn free_bytes(file: &File) -> Option<u64> {
     (fs.blocks_available() as u64).checked_mul(fs.fragment_size() as u64)
 }
 
-/// Drops the file's pages from the page cache. What stays is seen by the proof.
+/// Drops the file's pages from the page cache. The proof notices pages that stay.
 pub(super) fn forget_pages(file: &File) {
     #[cfg(target_os = "linux")]
     {

@@ -23,21 +23,21 @@ const SEQUENTIAL_DEPTHS: [usize; 3] = [1, 8, 32];
 /// Every point is visited this often, if time allows; one point alone is visited `ROUNDS_MOST` times.
 const ROUNDS_LEAST: u32 = 3;
 const ROUNDS_MOST: u32 = 15;
-/// Visits of this length would be good.
+/// Preferred length of a visit.
 const VISIT_GOOD: Duration = Duration::from_millis(60);
 /// Shortest visit.
 const VISIT_LEAST: Duration = Duration::from_millis(15);
 
 /// Part of the time for visiting the best points again before one of them becomes the knee.
 const FINAL_PART: f64 = 0.35;
-/// Points below the best one by less than this take part in that, at most so many of each engine.
+/// Points that are this close to the best one are visited again, at most this many for each engine.
 const FINAL_TOLERANCE: f64 = 1.5 * TOLERANCE;
 const FINALISTS: usize = 4;
 
 /// What to measure.
 #[derive(Clone, Debug)]
 pub struct SweepOptions {
-    /// Which code reads; compared in turns.
+    /// Which code reads; several are measured in turns.
     pub engines: Vec<BenchEngine>,
     /// In which order.
     pub patterns: Vec<Pattern>,
@@ -45,12 +45,12 @@ pub struct SweepOptions {
     pub blocks: Vec<usize>,
     /// Reads in flight; empty: 1 to 64.
     pub depths: Vec<usize>,
-    /// Time for all of it. Exceeded by at most what is in flight when it ends.
+    /// Time for the whole sweep. It is exceeded at most by the reads in flight when it ends.
     pub time: Duration,
 }
 
 impl SweepOptions {
-    /// True if blocks and depths are those of the sweep: only that finds a knee worth keeping.
+    /// True if blocks and depths are the default ones: only such a sweep finds a knee worth keeping.
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.blocks.is_empty() && self.depths.is_empty() && self.patterns.contains(&Pattern::Random)
@@ -61,7 +61,7 @@ impl SweepOptions {
     /// # Errors
     /// [`IoError::Config`] names the first that is not possible.
     pub fn validate(&self) -> Result<(), IoError> {
-        // Not by the points: what is too large may have none.
+        // Not by the points: values that are too large may have none.
         let usual = IoConfig { prefetch_depth: 1, ..IoConfig::default() };
         let block = |&chunk_bytes: &usize| IoConfig { chunk_bytes, ..usual.clone() }.validate();
         let depth = |&depth: &usize| IoConfig { depth, ..usual.clone() }.validate();
@@ -90,7 +90,7 @@ impl SweepOptions {
     }
 }
 
-/// What visits to one point gave.
+/// The results of the visits to one point.
 #[derive(Clone, Debug, Serialize)]
 pub struct Measured {
     /// The point.
@@ -142,11 +142,11 @@ impl Measured {
 pub struct Sweep {
     /// Every point, in the order of patterns, blocks, depths and engines.
     pub points: Vec<Measured>,
-    /// The best random points of a full sweep, visited again: from these the knee is taken.
+    /// The best random points of a full sweep, visited again. The knee is one of these.
     pub finalists: Vec<Measured>,
     /// The knee of random reads.
     pub knee: Option<Knee>,
-    /// What shows that the drive has answered.
+    /// Evidence that the drive delivered the bytes.
     pub proof: Proof,
 }
 
@@ -163,7 +163,7 @@ pub fn sweep(
     let start = Instant::now();
     let mut tick = || progress((start.elapsed().as_secs_f64() / options.time.as_secs_f64().max(1e-9)).min(1.0));
     let mut points: Vec<_> = options.points().into_iter().map(Measured::new).collect();
-    // Those that come last may not be visited in a short time, which must not decide whether there is an error.
+    // In a short time, the last points may not be visited; that must not decide whether there is an error.
     if let Some(largest) = points.iter().map(|m| m.point.block_bytes).max() {
         bench.blocks(largest)?;
     }
@@ -196,7 +196,7 @@ fn finalists(points: &[Measured]) -> Vec<Measured> {
         let own = || good.iter().filter(|k| k.point.engine == engine);
         let fastest = own().max_by(|a, b| a.bytes_per_second.total_cmp(&b.bytes_per_second));
         for knee in fastest.into_iter().chain(own()).take(FINALISTS) {
-            // The others are measured at the same setting, so that what wins has won against them.
+            // The other engines are measured at the same setting, so that the winner has won against them.
             let rivals = engines.iter().map(|&engine| Point { engine, ..knee.point });
             for point in rivals {
                 if !chosen.contains(&point) {
@@ -208,7 +208,7 @@ fn finalists(points: &[Measured]) -> Vec<Measured> {
     chosen.into_iter().map(Measured::new).collect()
 }
 
-/// Visits all points in rounds until `end`; every second round runs backwards, so that nobody always comes first.
+/// Visits all points in rounds until `end`; every second round runs backwards, so that no point always comes first.
 fn visit_all(
     bench: &mut DiskBench,
     points: &mut [Measured],
@@ -220,7 +220,7 @@ fn visit_all(
     let rounds = (time.as_secs_f64() / VISIT_GOOD.as_secs_f64() / f64::from(count)) as u32;
     let rounds = rounds.clamp(ROUNDS_LEAST, ROUNDS_MOST);
     let mut left = rounds.saturating_mul(count);
-    // What a visit takes beyond its window: setting up the engine, and waiting for the last reads.
+    // The time that a visit takes beyond its window: to set up the engine, and to wait for the last reads.
     let mut overhead = Duration::ZERO;
     for round in 0..rounds {
         for at in 0..points.len() {

@@ -136,7 +136,7 @@ fn what_cannot_be_measured_says_why() {
     let file = noise();
     let point = Point { engine: BenchEngine::Pread, pattern: Pattern::Random, block_bytes: 16 << 20, depth: 1 };
     let error = open(file.path()).visit(&point, Duration::ZERO).expect_err("too large").to_string();
-    // What a command can do about it is its own business.
+    // How a command reacts to this is not part of this test.
     let words = ["8388608 bytes", "up to 16777216"];
     assert!(words.iter().all(|word| error.contains(word)) && !error.contains("--"), "{error}");
     let mut bench = open(file.path());

@@ -1,4 +1,4 @@
-//! Several drives at once: none waits for another, and those who wait do not care which it is.
+//! Several drives at once: none waits for another, and a waiter gets the first read from any of them.
 
 use std::io;
 use std::time::Duration;
@@ -100,7 +100,7 @@ fn a_fast_drive_does_not_wait_for_a_slow_one() {
     let io = start_both(&drives, 1);
     let slow = submit(&io, &[0, 2]);
     let mut fast = submit(&io, &[1]);
-    // Whoever waits for any read gets one of the fast drive, each time.
+    // A caller that waits for any read gets one of the fast drive, each time.
     while !fast.is_empty() {
         let reads = || slow.iter().chain(&fast);
         let first =
@@ -136,7 +136,7 @@ fn cancelling_and_promoting_reach_the_right_drive() {
     drives.iter().for_each(SimDrive::hold);
     let io = start_both(&drives, 5);
     let reads = submit(&io, &[0, 1, 2]);
-    // The last ones of each file: nothing of them is in flight.
+    // The last extents of each file: nothing of them is in flight.
     let cancelled = |index: usize| index % EXTENTS >= EXTENTS - 2;
     for (index, read) in reads.iter().enumerate().filter(|(index, _)| cancelled(*index)) {
         read.cancel();
@@ -294,7 +294,7 @@ fn files_on_one_drive_share_a_lane() {
     submit(&io, &[0, 1, 2]).into_iter().for_each(finish_right);
 }
 
-/// As far as this machine has a second filesystem to write to.
+/// This tests something only if the machine has a second filesystem to write to.
 #[cfg(target_os = "linux")]
 #[test]
 fn files_on_two_drives_have_a_lane_each() {

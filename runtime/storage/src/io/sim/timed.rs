@@ -1,9 +1,9 @@
 //! A simulated drive of any speed that costs no processor time, to measure how well reading and computing overlap.
 //!
 //! In a virtual machine the cores that compute often serve the drive too, so the overlap cannot be measured there with a real drive.
-//! This drive moves nothing. The memory that reads go to holds the bytes from the beginning; a read only waits until its end has come
-//! ([`Bus`]), and the I/O thread sleeps meanwhile, as it does while a real drive works. Everything above it
-//! is the same: scheduler, pool, policy, prefetch, checksums.
+//! This drive moves nothing. The memory for reads holds the bytes from the beginning; a read only waits until its time has come to
+//! end ([`Bus`]), and the I/O thread sleeps meanwhile, as it does while a real drive works. Everything above it is the same:
+//! scheduler, pool, policy, prefetch, checksums.
 //!
 //! Bytes outside the simulated ranges of the files, such as the dense parts of a model, are read from the files without delay.
 
@@ -31,10 +31,10 @@ pub struct DriveUse {
     pub reads: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// From the first byte that it could have given, whenever it had been idle, to the moment at which the end of the last read in
-    /// flight was noticed.
+    /// Time in which it was busy: each time from the first byte that it could give after being idle, until the end of the last
+    /// read in flight was noticed.
     pub busy: Duration,
-    /// By how much the ends of reads were noticed late, added up: timers and the system's scheduler are not exact.
+    /// Total delay with which ends of reads were noticed: timers and the system's scheduler are not exact.
     pub late: Duration,
 }
 
@@ -71,7 +71,8 @@ impl Shared {
 }
 
 impl SimulatedDrive {
-    /// A drive of this speed. `contents`: what every read of a whole extent within the simulated ranges brings.
+    /// A drive of this speed. `contents` are the bytes that every read of a whole extent within the simulated ranges
+    /// gives.
     #[must_use]
     pub fn new(speed: DriveSpeed, contents: Vec<u8>) -> Self {
         let state = State { speed, used: DriveUse::default(), woken: false };
@@ -96,8 +97,8 @@ impl SimulatedDrive {
         self.shared.lock().used
     }
 
-    /// An engine on this drive, for up to `depth` reads in flight. Reads that begin within `simulated`, ranges of bytes by index of the
-    /// file, move nothing: the slots that they go to must hold [`contents`](Self::contents) already.
+    /// An engine on this drive, for up to `depth` reads in flight. Reads that begin within `simulated` (ranges of bytes by index of the
+    /// file) move nothing: their slots must already hold [`contents`](Self::contents).
     pub(crate) fn engine(
         &self,
         files: Vec<DataFile>,
@@ -145,7 +146,7 @@ pub(crate) struct TimedEngine {
     staged: VecDeque<ChunkRead>,
     /// Reads in flight, and when they end, which is the order in which they were submitted.
     flying: VecDeque<(u64, ChunkRead)>,
-    /// Since when the drive could have given bytes; meaningful while reads are in flight.
+    /// Since when the drive could give bytes; meaningful while reads are in flight.
     busy_from: u64,
     exact_timers: bool,
 }
@@ -163,7 +164,7 @@ impl TimedEngine {
         before.is_some_and(|(file, range)| *file == read.file && range.contains(&read.offset))
     }
 
-    /// Puts what was accepted on its way. Other reads than simulated ones end here.
+    /// Starts the accepted reads. Reads that are not simulated end here.
     fn issue(&mut self, speed: DriveSpeed, ended: &mut Vec<Completion>) {
         while let Some(mut read) = self.staged.pop_front() {
             if !self.is_simulated(&read) {
@@ -181,7 +182,7 @@ impl TimedEngine {
         }
     }
 
-    /// Hands back what has ended by `now`.
+    /// Hands back the reads that have ended by `now`.
     fn land(&mut self, now: u64, ended: &mut Vec<Completion>, used: &mut DriveUse) {
         while self.flying.front().is_some_and(|(end, _)| *end <= now) {
             let Some((end, read)) = self.flying.pop_front() else { return };
@@ -340,7 +341,7 @@ mod tests {
         engine.waker().wake();
         engine.complete(&mut ended, Wait::Forever).expect("works");
         assert!(ended.is_empty());
-        // What is submitted at another speed queues behind it, as on a real bus; what comes from the file does not.
+        // A read that is submitted at another speed queues behind it, as on a real bus; reads from the file do not.
         drive.set_speed(DriveSpeed::UNLIMITED);
         engine.submit(ChunkRead { tag: 1, file: 0, offset, mem: chunk() });
         engine.submit(ChunkRead { tag: 2, file: 0, offset: 0, mem: chunk() });

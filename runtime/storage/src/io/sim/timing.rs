@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// What a simulated drive gives.
+/// The speed of a simulated drive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DriveSpeed {
     /// Bytes per second that it moves; 0 counts as 1.
@@ -12,10 +12,10 @@ pub struct DriveSpeed {
 }
 
 impl DriveSpeed {
-    /// A drive that is never waited for: every read ends at once.
+    /// An infinitely fast drive: every read ends at once.
     pub const UNLIMITED: DriveSpeed = DriveSpeed { bytes_per_second: u64::MAX, latency: Duration::ZERO };
 
-    /// Nanoseconds for which a read of so many bytes occupies the bus, rounded down.
+    /// Nanoseconds for which a read of this many bytes occupies the bus, rounded down.
     fn transfer_ns(self, bytes: usize) -> u64 {
         let ns = bytes as u128 * 1_000_000_000 / u128::from(self.bytes_per_second.max(1));
         u64::try_from(ns).unwrap_or(u64::MAX)
@@ -26,7 +26,7 @@ impl DriveSpeed {
     }
 }
 
-/// The bus of a drive, along which all reads go one after the other in the order in which they were submitted.
+/// The bus of a drive, over which all reads go one after the other in the order in which they were submitted.
 ///
 /// A read of `b` bytes that is submitted at `t` ends at
 ///

@@ -5,7 +5,7 @@ use super::{Key, Pass, Policy, PolicyKind, Shape};
 
 /// Evicts the key whose next use is latest (Bélády's rule).
 ///
-/// It plays by the rules of the others: every chosen expert is brought in, and all experts of a pass stay until it ends.
+/// It follows the same rules as the others: every chosen expert is read, and all experts of a pass stay until it ends.
 /// Under these rules no policy has fewer misses, provided that the slots hold the experts of one pass.
 #[derive(Clone, Debug)]
 pub struct Belady {
@@ -25,7 +25,7 @@ impl Belady {
     pub fn new<'a>(shape: Shape, future: impl DoubleEndedIterator<Item = (u32, &'a [u32])>) -> Self {
         let mut next = vec![u32::MAX; shape.keys()];
         let mut next_uses = Vec::new();
-        // From the end to the start; passes are numbered from the end here and turned round below.
+        // From the end to the start; passes are numbered from the end here, and the numbers are reversed below.
         let mut passes = 0;
         for (layer, experts) in future.rev() {
             passes += 1;

@@ -1,8 +1,8 @@
 //! Which expert leaves the pool when another one needs its slot.
 //!
-//! A policy is a pure function of what it is told: no clock, no file, no randomness. The pool tells it what happens and
-//! asks it for a victim; the replayer (`trace::replay`) does exactly the same with recorded routing, which is how policies
-//! are compared and tuned. One file each:
+//! A policy is a pure function of what it is told: it uses no clock, no file and no randomness. The pool tells it what
+//! happens and asks it for a victim; the replayer (`trace::replay`) does exactly the same with recorded routing, which is
+//! how policies are compared and tuned. Each has a file of its own:
 //!
 //! | policy | evicts |
 //! |---|---|
@@ -19,9 +19,9 @@
 //!    [`Policy::insert`], [`Policy::pin`].
 //! 4. For every chosen expert when it has been computed: [`Policy::unpin`].
 //!
-//! Steps 2 to 4 are once per expert, however many tokens chose it. Prefetched experts come in by 3 as well, outside of the
-//! pass that will use them, and are pinned as long as they must not leave. Pins do not nest here: the pool counts, and
-//! tells about the first pin and the last unpin.
+//! Steps 2 to 4 happen once per expert, however many tokens chose it. Prefetched experts also come in by step 3, outside
+//! the pass that will use them, and are pinned as long as they must not leave. Pins do not nest here: the pool counts
+//! them, and reports only the first pin and the last unpin.
 
 mod belady;
 mod lfu;
@@ -83,7 +83,7 @@ impl Key {
 pub struct Choice {
     /// The expert.
     pub expert: u32,
-    /// Its router weight; NaN where it is not known.
+    /// Its router weight; NaN if it is not known.
     pub weight: f32,
 }
 
@@ -133,12 +133,13 @@ pub trait Policy: fmt::Debug + Send {
     /// The resident key to evict next; `None` when all are pinned. Does not evict it.
     fn victim(&mut self) -> Option<Key>;
 
-    /// What is worth remembering until the next start, as bytes; empty when nothing is.
+    /// What the policy wants to remember until the next start, as bytes; empty if nothing.
     fn export(&self) -> Vec<u8> {
         Vec::new()
     }
 
-    /// Takes over what [`Policy::export`] of the same kind and shape gave. What is resident does not change.
+    /// Takes over the bytes that [`Policy::export`] of a policy of the same kind and shape gave. This does not change
+    /// which experts are resident.
     ///
     /// # Errors
     /// [`ImportError`] when the bytes are not such an export; then nothing has changed.

@@ -5,10 +5,10 @@ use super::{ImportError, Key, Pass, Policy, PolicyKind, Shape};
 
 /// Half-lives of the decayed counts, in tokens.
 const HALF_LIVES: [f32; RATES] = [1.0, 8.0, 64.0];
-/// How much of the probability each count decides; the rest is up to recall.
+/// The share of each count in the probability; the rest is the share of recall.
 const SHARES: [f32; RATES] = [0.2, 0.3, 0.1];
 const RATES: usize = 3;
-/// How much of the probability recall decides.
+/// The share of recall in the probability.
 const RECALL: f32 = 0.4;
 /// Tokens that recall looks back.
 const HISTORY: usize = 256;
@@ -16,11 +16,12 @@ const HISTORY: usize = 256;
 const MAX_TOP_K: usize = 16;
 /// How sharply recall prefers similar moments.
 const SHARPNESS: f32 = 20.0;
-/// Similarity of a single moment at which recall trusts it half.
+/// Similarity at which recall gives a single moment half of its full weight.
 const TRUST: f32 = 0.42;
 /// How much of a moment's similarity is due to the layers before.
 const CARRY: f32 = 0.85;
-/// Tokens after a similar moment that recall expects again, each so much less than the one before.
+/// How many tokens after a similar moment recall expects again, and the factor by which each counts less than the one
+/// before.
 const AHEAD: usize = 4;
 const FADE: f32 = 0.7;
 /// Scores are times in parts of a layer pass.
@@ -41,18 +42,18 @@ const TICKS: f64 = 64.0;
 ///   weight 0.85 per layer (the first layers go on from the token before, which makes s high within repeated phrases). What
 ///   followed similar moments is expected again: a use d ≤ 4 tokens after the moment a weighs 0.7^(d−1)·e^(20 s(a)), and R is
 ///   the weight of an expert's uses ÷ (weight of all tokens + e^(20·0.42)), so dissimilar moments say little.
-/// * k ÷ experts, the mean: what is left of an expert without history. It keeps small differences between rare experts from
-///   weighing more than whose turn is next.
+/// * k ÷ experts is the mean, which remains for an expert without history. It keeps small differences between rare experts
+///   from outweighing the order of the layers.
 ///
 /// With L layers, the expected next use is then, in layer passes from now,
 ///
 /// (1/p − 1)·L + distance to the layer's next pass
 ///
-/// That is an absolute point in time which changes only when the layer is passed. So a pass rescores its own layer's
-/// experts, a tournament over all keys knows the latest, and the cost does not depend on the number of slots:
+/// That is an absolute point in time, which changes only when the layer is passed. So a pass rescores only its own
+/// layer's experts, a tournament over all keys finds the latest, and the cost does not depend on the number of slots:
 /// O(experts + history) per pass, O(log keys) per eviction.
 ///
-/// # Why so
+/// # Why this estimate
 /// Replays, means over three real traces and five cache sizes: the three counts alone are within 0.3 points of every other
 /// set of half-lives, shares, priors, log-linear and online-learnt mixtures that was tried; router weights as counts gained
 /// nothing. Recall gains 1 to 4 points where routing is wide (top-6, top-8), on halves of the traces too; on top-2 and on
@@ -68,7 +69,7 @@ pub struct NextUse {
     recall: Recall,
     /// Passes so far.
     clock: u64,
-    /// When each layer is expected next.
+    /// When the next pass of each layer is expected.
     next: Vec<u64>,
     /// Expected next use of every key.
     scores: Vec<u64>,
@@ -110,7 +111,7 @@ impl NextUse {
         }
     }
 
-    /// The probability that the next token in its layer uses `key`; `recall`: R, where something is recalled.
+    /// The probability that the next token in its layer uses `key`; `recall` is R, if something is recalled.
     fn probability(&self, key: usize, recall: f32, mean: f32) -> f32 {
         let counts: f32 = self.rates[key].iter().zip(SHARES).map(|(rate, share)| share * rate).sum();
         (counts + RECALL * recall + mean).min(1.0)
@@ -211,7 +212,7 @@ const MAGIC: &[u8; 4] = b"SNU\x01";
 /// Bytes before the counts.
 const HEAD: usize = 12;
 
-/// What followed the moments in the past that were most like now.
+/// What followed the past moments that were most like the present.
 #[derive(Clone, Debug)]
 struct Recall {
     /// For every layer a ring of the experts that its last tokens used.
@@ -220,7 +221,7 @@ struct Recall {
     filled: Vec<u8>,
     /// Tokens of every layer so far; the last one is at `(seen - 1) % HISTORY` of its ring.
     seen: Vec<u64>,
-    /// Similarity of now to the moment `a` tokens ago.
+    /// Similarity of the present to the moment `a` tokens ago.
     similar: [f32; HISTORY],
     /// Whether the current token uses an expert: 1 or 0.
     used: Vec<f32>,
@@ -260,7 +261,7 @@ impl Recall {
         }
         let Recall { history, filled, seen, similar, used, expected, total } = self;
         let seen = seen[layer];
-        // What the layer's token `age` before the last one used.
+        // The experts that the layer's token `age` before the last one used.
         let past = |age: usize| {
             let place = layer * HISTORY + ((seen - 1 - age as u64) % HISTORY as u64) as usize;
             &history[place][..usize::from(filled[place])]
@@ -277,7 +278,8 @@ impl Recall {
             similar[age] = CARRY * similar[age] + (1.0 - CARRY) * same;
             weights[age] = (SHARPNESS * similar[age]).exp();
         }
-        // A token is expected again with all that the AHEAD moments before it weigh. The current token is not: the counts know.
+        // A token is expected again with the weight of all AHEAD moments before it. The current token is left out, because the
+        // counts have it.
         for age in 1..ages.saturating_sub(1) {
             let mut fade = 1.0;
             let mut weight = 0.0;

@@ -75,7 +75,7 @@ fn next_use_prefers_frequent_recent_and_near() {
     pass(&mut policy, 0, 1, &[0, 2]);
     (0..3).for_each(|k| policy.insert(Key(k)));
     assert_eq!(policy.victim(), Some(Key(2)), "used once, though last");
-    // The same history in each layer: the one whose turn is farthest goes first.
+    // The same history in each layer: the expert of the layer that comes last is evicted first.
     let mut policy = NextUse::new(SHAPE);
     for layer in [0, 1, 2, 0, 1, 2] {
         pass(&mut policy, layer, 1, &[3, 4]);

@@ -1,4 +1,4 @@
-//! A tournament over keys: who has the largest score?
+//! A tournament over keys, which finds the largest score.
 
 use std::ops::Range;
 
@@ -17,7 +17,7 @@ pub(crate) struct Tournament {
 }
 
 impl Tournament {
-    /// A tournament in which nobody takes part yet.
+    /// A tournament in which no key takes part yet.
     pub(crate) fn new(keys: usize) -> Self {
         let leaves = keys.next_power_of_two().max(2);
         let mut winners = vec![0; leaves];
@@ -74,7 +74,7 @@ impl Tournament {
     }
 }
 
-/// Which keys are resident and which of them may be evicted, the latter ordered by score.
+/// The resident keys, and those of them that may be evicted, ordered by score.
 #[derive(Clone, Debug)]
 pub(crate) struct Candidates {
     state: Vec<State>,
