@@ -105,6 +105,15 @@ impl Terminal {
         }
     }
 
+    /// Waits until the program has written so many bytes more than were seen.
+    pub fn more(&mut self, bytes: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.written.len() < self.seen + bytes {
+            self.wait(deadline, "more text");
+        }
+        self.seen = self.written.len();
+    }
+
     /// Waits until the screen is like this.
     pub fn shows(&mut self, what: &str, is: impl Fn(&str) -> bool) {
         let deadline = Instant::now() + PATIENCE;

@@ -511,7 +511,8 @@ impl Scheduler {
         let counts: Vec<usize> = spans.iter().map(|span| span.tokens.len()).collect();
         let mut wanted = self.proposer.wanted(&counts, engine);
         let started = Instant::now();
-        let outcome = take_step(engine, &self.shared, (&mut spans, &mut takers), watch, cancel.as_ref(), wanted.as_mut());
+        let outcome =
+            take_step(engine, &self.shared, (&mut spans, &mut takers), watch, cancel.as_ref(), wanted.as_mut());
         let seconds = started.elapsed().as_secs_f64();
         self.shared.end_step(engine.stats());
         let generated = self.account(before, if outcome.is_ok() { Some(prompt_rows) } else { None });
