@@ -51,6 +51,8 @@ pub struct Identity {
     pub model: String,
     /// The settings.
     pub settings: String,
+    /// What makes answers differ from the model's own, if anything does. Each result says it.
+    pub lossy: Option<String>,
 }
 
 /// What a batch is.
@@ -270,7 +272,7 @@ impl Batch {
         let (started, output, content) = match found {
             None => {
                 let output = Output::begin(&options.output, output, &path)?;
-                let Identity { model, settings } = options.identity.clone();
+                let Identity { model, settings, lossy: _ } = options.identity.clone();
                 let header =
                     Header { digest: index.digest, length: index.length, started: options.now, model, settings };
                 journal.begin(&header)?;
@@ -461,7 +463,8 @@ impl Batch {
     /// Writes a result: to the output first, so that the journal never has one that the output has not.
     fn finish(&mut self, request: u32, custom_id: &str, outcome: Result<Ending, Failure>) -> Result<(), BatchError> {
         let (failed, generated) = (outcome.is_err(), outcome.as_ref().map_or(0, |ending| ending.generated));
-        let mut line = result(custom_id, outcome).to_string().into_bytes();
+        let lossy = self.options.identity.lossy.as_deref();
+        let mut line = result(custom_id, outcome, lossy).to_string().into_bytes();
         line.push(b'\n');
         self.output.append(&line)?;
         if self.options.sync == Sync::Always {
@@ -536,18 +539,22 @@ fn check(header: &Header, index: &Index, options: &Options, journal: &Path) -> R
 }
 
 /// A line of the output, in the form of OpenAI's batches.
-fn result(custom_id: &str, outcome: Result<Ending, Failure>) -> Value {
+fn result(custom_id: &str, outcome: Result<Ending, Failure>, lossy: Option<&str>) -> Value {
     let (status, body, error) = match outcome {
         Ok(Ending { body, .. }) => (200, body, Value::Null),
         Err(Failure { status, code, message, body }) => (status, body, json!({"code": code, "message": message})),
     };
     let request_id = format!("req_{}", id_of(custom_id, "request"));
-    json!({
+    let mut line = json!({
         "id": format!("batch_req_{}", id_of(custom_id, "result")),
         "custom_id": custom_id,
         "response": {"status_code": status, "request_id": request_id, "body": body},
         "error": error,
-    })
+    });
+    if let Some(lossy) = lossy {
+        line["lossy"] = lossy.into();
+    }
+    line
 }
 
 /// Requests that are being answered.

@@ -152,6 +152,18 @@ impl EngineArgs {
         Err(CliError::Usage(message))
     }
 
+    /// Refuses to prefer experts in memory, if the results of `command` may not depend on what is in memory.
+    pub(crate) fn refuse_preference(&self, command: &str) -> Result<(), CliError> {
+        if self.thrift().preference.is_none() {
+            return Ok(());
+        }
+        let message = format!(
+            "with --expert-preference, texts depend on what is in memory, but the results of {command} must be the same after an \
+             interruption: leave the option out"
+        );
+        Err(CliError::Usage(message))
+    }
+
     /// How experts are to be chosen otherwise than the model's routers say.
     fn thrift(&self) -> Thrift {
         Thrift { preference: self.expert_preference.unwrap_or_default(), top_k: self.top_k_experts }

@@ -293,6 +293,27 @@ fn what_a_run_does_not_belong_to_is_refused() {
 }
 
 #[test]
+fn fewer_experts_are_said_with_each_result_and_not_mixed_with_all() {
+    let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 2}\n");
+    let with = |more: &[&'static str]| {
+        let mut args = run.args(more);
+        args[1] = demo_model();
+        sluice(&args)
+    };
+    stdout(&with(&["--top-k-experts", "1"]));
+    let result: Value = serde_json::from_str(&run.results()["line-1"]).unwrap();
+    assert_eq!(result["lossy"], "at most 1 experts per token and layer");
+    assert_fails(&with(&[]), 1, &["other settings", "at most 1 experts"]);
+    assert_fails(&with(&["--expert-preference", "0.5"]), 2, &["--expert-preference", "after an interruption"]);
+    let other = Run::new("{\"prompt\": \"A\", \"max_tokens\": 2}\n");
+    let mut args = other.args(&["--kv-type", "q8"]);
+    args[1] = demo_model();
+    stdout(&sluice(&args));
+    let result: Value = serde_json::from_str(&other.results()["line-1"]).unwrap();
+    assert_eq!(result["lossy"], "keys and values are rounded to q8");
+}
+
+#[test]
 fn progress_and_plan_are_there_for_programs() {
     let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 20}\n{\"prompt\": \"B\", \"max_tokens\": 20}\n");
     let done = sluice(&run.args(&["--json"]));

@@ -15,7 +15,6 @@ use sluice_checksum::xxh3_64;
 use sluice_dialect::Piece;
 use sluice_format::ModelFile;
 use sluice_generate::{GenerationError, Logprob, Priority, Report, Sampled, SchedulerOptions, Status};
-use sluice_model::KvType;
 use sluice_model::engine::EngineOptions;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
@@ -40,14 +39,24 @@ const TEXT_FILES: [&str; 6] = [
     "special_tokens_map.json",
 ];
 
-/// What the answers of a model depend on besides the requests. `context`: tokens that a sequence can have.
-pub fn identity(file: &ModelFile, kv_type: KvType, exact: bool, context: usize) -> Identity {
+/// What the answers of a model that is opened like this depend on besides the requests. `context` is the number of tokens that a sequence
+/// can have.
+pub fn identity(file: &ModelFile, engine: &EngineOptions, context: usize) -> Identity {
     let texts = TEXT_FILES.map(|name| file.metadata().get(name).map_or(0, xxh3_64));
     let texts = texts.into_iter().fold(0_u64, |all, one| all.rotate_left(7) ^ one);
-    let exact = if exact { ", --exact" } else { "" };
+    let kv_type = engine.kv_type;
+    let exact = if engine.exact { ", --exact" } else { "" };
+    let thrift = engine.thrift.in_model(file.spec());
+    let fewer = if thrift.is_exact() { String::new() } else { format!(", {thrift}") };
+    let lossy = [
+        kv_type.is_lossy().then(|| format!("keys and values are rounded to {kv_type}")),
+        (!thrift.is_exact()).then(|| thrift.to_string()),
+    ];
+    let lossy = lossy.into_iter().flatten().reduce(|all, one| format!("{all}; {one}"));
     Identity {
         model: file.state_id().to_string(),
-        settings: format!("--context {context}, --kv-type {kv_type}{exact}, template and defaults {texts:016x}"),
+        settings: format!("--context {context}, --kv-type {kv_type}{exact}{fewer}, template and defaults {texts:016x}"),
+        lossy,
     }
 }
 

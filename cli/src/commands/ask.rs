@@ -228,7 +228,10 @@ fn answer(args: &Args, options: Options, overnight: bool) -> Result<(), CliError
     let file = ModelFile::open(&args.file)?;
     let index = options.index(&SystemFiles)?;
     let load = batch_plan::load(&file, &options.input, &index, Some(args.context.get()))?;
-    let identity = identity(&file, args.engine.kv_type, args.engine.exact, load.context);
+    if overnight {
+        args.engine.refuse_preference("ask --overnight")?;
+    }
+    let identity = identity(&file, &args.engine.options(load.context), load.context);
     drop(file);
     let output = options.output.clone();
     let sync = if overnight { Sync::Seconds } else { Sync::Never };

@@ -110,7 +110,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         let plan = Plan::choose(&args.engine, &file, load, args.sequences)?.measured(&args.engine, &file)?;
         return if args.json { print_json_line(&plan.to_json()) } else { print(&plan.describe()) };
     }
-    let identity = identity(&file, args.engine.kv_type, args.engine.exact, load.context);
+    args.engine.refuse_preference("batch")?;
+    let identity = identity(&file, &args.engine.options(load.context), load.context);
     let mut batch = Batch::open(&SystemFiles, Options { sync: args.sync.policy(), identity, now: now(), ..options })?;
     if batch.is_finished() {
         return settle(&batch.summary(), &args.output, args.json);

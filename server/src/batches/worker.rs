@@ -128,7 +128,7 @@ impl Work<'_> {
         let engine = &app.options.engine;
         let file = ModelFile::open(app.models.find(&served.id)?.path());
         let file = file.map_err(|error| Halt::Later(error.to_string()))?;
-        let identity = identity(&file, engine.kv_type, engine.exact, served.context());
+        let identity = identity(&file, engine, served.context());
         let mut run = Batch::open(&SystemFiles, Options { identity, ..options.clone() })?;
         if batch.status == Status::Validating {
             batches.change(&batch.id, |batch| batch.set(Status::InProgress))?;
