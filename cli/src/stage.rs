@@ -156,7 +156,7 @@ impl Stage {
         let (hits, misses) = (now.hits - start.hits, now.misses - start.misses);
         let bytes = now.expert_bytes_read - start.expert_bytes_read;
         let seconds = now.seconds - start.seconds;
-        let found = if hits + misses > 0 { 100 * hits / (hits + misses) } else { 0 };
+        let found = (100 * hits).checked_div(hits + misses).unwrap_or(0);
         let rate = if seconds > 0.0 { bytes as f64 / seconds } else { 0.0 };
         let tokens = (now.tokens - start.tokens) as f64 / if seconds > 0.0 { seconds } else { 1.0 };
         vec![
@@ -178,8 +178,7 @@ fn wrapped(text: &str, columns: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for line in text.split('\n') {
         let mut rest = line;
-        loop {
-            let Some((end, _)) = rest.char_indices().nth(columns) else { break };
+        while let Some((end, _)) = rest.char_indices().nth(columns) {
             let cut = rest[..end].rfind(' ').map_or(end, |space| space + 1);
             lines.push(rest[..cut].trim_end().to_owned());
             rest = &rest[cut..];

@@ -53,7 +53,7 @@ pub(crate) fn is_coloured(stream: &impl IsTerminal) -> bool {
 }
 
 /// By the conventions of no-color.org and bixense.com/clicolors, in the order that clap's help follows as well.
-fn wants_colour(variable: impl Fn(&str) -> Option<String>, is_terminal: bool) -> bool {
+pub(crate) fn wants_colour(variable: impl Fn(&str) -> Option<String>, is_terminal: bool) -> bool {
     let given = |name| variable(name).filter(|value| !value.is_empty());
     let is_on = |value: String| value != "0";
     if given("NO_COLOR").is_some() {

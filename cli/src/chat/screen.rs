@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal};
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
 use crate::error::CliError;
-use crate::terminal::{note, print_as_is, print_text, printable, text_for_terminal};
+use crate::terminal::{note, print_as_is, print_text, printable, text_for_terminal, wants_colour};
 
 /// Columns of a terminal that does not say how many it has.
 const COLUMNS: usize = 80;
@@ -27,13 +27,10 @@ pub(crate) enum Kind {
 impl Kind {
     /// What standard output is. Of the variables, `variable` knows the values.
     fn of(is_terminal: bool, variable: impl Fn(&str) -> Option<String>) -> Kind {
-        let is = |name: &str, value: &str| variable(name).is_some_and(|found| found == value);
-        // https://no-color.org and https://bixense.com/clicolors
-        let refused = variable("NO_COLOR").is_some_and(|value| !value.is_empty()) || is("CLICOLOR", "0");
         match (is_terminal, variable("TERM").is_none_or(|term| term.is_empty() || term == "dumb")) {
             (false, _) => Kind::Pipe,
             (true, true) => Kind::Plain,
-            (true, false) => Kind::Terminal { colours: !refused },
+            (true, false) => Kind::Terminal { colours: wants_colour(variable, is_terminal) },
         }
     }
 
