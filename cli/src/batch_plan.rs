@@ -19,7 +19,7 @@ use crate::commands::bench_batch::machine;
 use crate::commands::bench_decode::Drive;
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
-use crate::terminal::seconds;
+use crate::terminal::{note, seconds};
 
 /// Requests whose texts are turned into tokens, to know how many tokens a byte is: the longest, and some of all others.
 const LONGEST: usize = 16;
@@ -33,6 +33,8 @@ const LONG_ANSWER: f64 = 4096.0;
 const TEMPLATE: f64 = 256.0;
 /// Contexts are multiples of this many tokens, so that an input that changes a little needs the same.
 const STEP: usize = 256;
+/// Bytes per second that a drive is taken to give if it cannot be measured.
+const ASSUMED: f64 = 1e9;
 
 /// How a batch is run.
 pub(crate) struct Plan {
@@ -185,15 +187,25 @@ fn tokens_per_byte(path: &Path, index: &Index, tokenizer: Option<&Tokenizer>) ->
 fn rates(args: &EngineArgs, file: &ModelFile) -> Result<Rates, CliError> {
     let drive = match calibrated(file.path()).filter(|_| !args.no_calibration) {
         Some(rate) => rate,
-        None => {
-            let mut drive = Drive::open(file.path(), &IoConfig::default())?;
-            drive.visit()?;
-            drive.median()
-        }
+        None => measured_drive(file.path()).unwrap_or_else(|_| {
+            note(&format_args!(
+                "note: {} is too small, or on no drive, to measure how fast it is read: the plan assumes {}/s",
+                file.path().display(),
+                Bytes(ASSUMED as u64)
+            ));
+            ASSUMED
+        }),
     };
     let threads = args.options(1).threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
     let (memory, arithmetic) = machine(file, ThreadPool::new(threads).threads())?;
     Ok(Rates { drive, memory, arithmetic })
+}
+
+/// Bytes per second of the drive below a file, from some reads of it.
+fn measured_drive(path: &Path) -> Result<f64, CliError> {
+    let mut drive = Drive::open(path, &IoConfig::default())?;
+    drive.visit()?;
+    Ok(drive.median())
 }
 
 /// Bytes per second of the drive below a file, as `sluice bench disk` has found them.

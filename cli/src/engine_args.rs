@@ -94,7 +94,7 @@ impl EngineArgs {
     /// As [`open`](Self::open), with options that begin with [`options`](Self::options).
     pub(crate) fn open_as(&self, path: &Path, options: &EngineOptions) -> Result<Engine, CliError> {
         let engine = self.open_with(path, options)?;
-        self.say_what_is_lossy();
+        self.say_what_is_lossy_with(engine.thrift());
         Ok(engine)
     }
 
@@ -130,14 +130,19 @@ impl EngineArgs {
 
     /// A remark on standard error if the results are not those of the file's weights alone.
     pub(crate) fn say_what_is_lossy(&self) {
+        self.say_what_is_lossy_with(self.thrift());
+    }
+
+    /// As [`say_what_is_lossy`](Self::say_what_is_lossy), if `thrift` is what makes a difference in the model.
+    fn say_what_is_lossy_with(&self, thrift: Thrift) {
         if self.kv_type.is_lossy() {
             note(&format_args!(
                 "note: keys and values are rounded to {}: results differ from those with f32",
                 self.kv_type
             ));
         }
-        if !self.thrift().is_exact() {
-            note(&format_args!("note: lossy: {}; results differ from the model's own", self.thrift()));
+        if !thrift.is_exact() {
+            note(&format_args!("note: lossy: {thrift}; results differ from the model's own"));
         }
     }
 

@@ -6,8 +6,7 @@ use std::fs;
 use std::io::Read as _;
 use std::process::{Command, Output, Stdio};
 
-use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
-use nix::pty::openpty;
+use common::{assert_fails, demo_checkpoint, demo_model, json, open_terminal, sluice, stderr, stdout};
 use serde_json::Value;
 
 #[test]
@@ -127,7 +126,7 @@ fn quiet_leaves_nothing_but_errors() {
 
 /// What a command writes to a terminal on its standard error, with these variables.
 fn on_a_terminal(args: &[&str], variables: &[(&str, &str)]) -> String {
-    let terminal = openpty(None, None).unwrap();
+    let terminal = open_terminal(None);
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
     for name in ["NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE"] {
         command.env_remove(name);

@@ -293,6 +293,30 @@ fn what_a_run_does_not_belong_to_is_refused() {
 }
 
 #[test]
+fn a_run_chooses_how_many_answers_it_makes_at_a_time() {
+    let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 2}\n");
+    let done =
+        sluice(&["batch", model(), run.input.to_str().unwrap(), run.output.to_str().unwrap(), "--no-calibration"]);
+    assert!(done.status.success() && stderr(&done).contains("1 at a time"), "{}", stderr(&done));
+    assert_eq!(run.results().len(), 1);
+}
+
+#[test]
+fn nothing_to_go_on_with_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("answer.md");
+    let resume = || sluice(&["ask", model(), "--resume", "--out", out.to_str().unwrap()]);
+    assert_fails(&resume(), 2, &["there is nothing to go on with"]);
+    fs::create_dir(folder.path().join("answer.md.run")).unwrap();
+    assert_fails(&resume(), 2, &["there is nothing to go on with", "no question"]);
+    fs::remove_dir(folder.path().join("answer.md.run")).unwrap();
+    fs::write(&out, "42").unwrap();
+    let done = resume();
+    assert!(done.status.success() && stderr(&done).contains("nothing is left to do"), "{}", stderr(&done));
+    assert_eq!(fs::read(&out).unwrap(), b"42");
+}
+
+#[test]
 fn fewer_experts_are_said_with_each_result_and_not_mixed_with_all() {
     let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 2}\n");
     let with = |more: &[&'static str]| {
@@ -365,7 +389,7 @@ fn a_question_is_answered_once_and_survives() {
     assert_eq!(fs::read_to_string(out).unwrap().trim(), at_once.trim());
     assert!(!folder.path().join("answer.md.run").exists());
     assert_fails(&ask(&night), 2, &["is there already"]);
-    assert_fails(&ask(&["--resume", "--out", out]), 2, &["nothing to go on with"]);
+    assert!(stderr(&ask(&["--resume", "--out", out])).contains("nothing is left to do"));
     let wrong = ask(&["Hot?", "--temperature", "7"]);
     assert_fails(&wrong, 3, &["temperature"]);
     assert!(!stderr(&wrong).contains("lost"));

@@ -6,8 +6,7 @@ use std::fs::{self, File};
 use std::io::Read as _;
 use std::process::{Command, Stdio};
 
-use common::{copy_checkpoint, sluice, stdout};
-use nix::pty::openpty;
+use common::{copy_checkpoint, open_terminal, sluice, stdout};
 use serde_json::Value;
 
 /// A token that the demo model writes often.
@@ -45,7 +44,7 @@ fn escape_sequences_reach_programs_and_no_terminal() {
     let piped = stdout(&sluice(&args));
     assert!(piped.contains("\u{1b}]0;owned\u{7}"), "{piped:?}");
 
-    let terminal = openpty(None, None).unwrap();
+    let terminal = open_terminal(None);
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
     command.args(args).stdin(Stdio::null()).stdout(terminal.slave).stderr(Stdio::null());
     let mut child = command.spawn().unwrap();

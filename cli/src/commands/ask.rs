@@ -143,10 +143,21 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     };
     if overnight {
         CliError::refuse_output(&args.out, &[&args.file])?;
-        prepare(args, &folder)?;
+        if !prepare(args, &folder)? {
+            return Ok(());
+        }
     }
     let request = folder.join("request.jsonl");
-    if !request.exists() {
+    let has_request = request.metadata().is_ok_and(|metadata| metadata.len() > 0);
+    if !has_request && args.resume {
+        return Err(CliError::Usage(format!(
+            "there is nothing to go on with: {} has no question, because the run ended before it was kept. Give the question with \
+             --overnight --out {}",
+            folder.display(),
+            args.out.display()
+        )));
+    }
+    if !has_request {
         let line = question(args)?;
         replace_file(&request, line.as_bytes()).map_err(CliError::file(&request, "write the question"))?;
     } else if !args.resume && question(args)?.as_bytes() != fs::read(&request).unwrap_or_default() {
@@ -177,12 +188,16 @@ fn state_folder(out: &Path) -> PathBuf {
     name.into()
 }
 
-/// Makes the folder of a run that begins; of one that goes on, it is there.
-fn prepare(args: &Args, folder: &Path) -> Result<(), CliError> {
+/// Makes the folder of a run that begins; of one that goes on, it is there. False if the run has ended with its answer.
+fn prepare(args: &Args, folder: &Path) -> Result<bool, CliError> {
     if folder.is_dir() {
-        return Ok(());
+        return Ok(true);
     }
     let out = args.out.display();
+    if args.resume && args.out.exists() {
+        note(&format_args!("nothing is left to do: {out} is there, and no unfinished run beside it"));
+        return Ok(false);
+    }
     if args.resume {
         return Err(CliError::Usage(format!(
             "there is nothing to go on with: {} is not there. Give the question with --overnight --out {out}",
@@ -192,7 +207,8 @@ fn prepare(args: &Args, folder: &Path) -> Result<(), CliError> {
     if args.out.exists() {
         return Err(CliError::Usage(format!("{out} is there already: choose another --out")));
     }
-    DirBuilder::new().mode(0o700).create(folder).map_err(CliError::file(folder, "make the folder"))
+    DirBuilder::new().mode(0o700).create(folder).map_err(CliError::file(folder, "make the folder"))?;
+    Ok(true)
 }
 
 /// The request, as a line of a batch.

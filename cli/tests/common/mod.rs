@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::pty::{OpenptyResult, Winsize, openpty};
 use serde_json::Value;
 
 /// The folder of the demo checkpoint.
@@ -81,4 +83,13 @@ pub fn demo_model() -> &'static str {
         (folder, path)
     });
     path
+}
+
+/// A pseudo-terminal, which programs that other tests start meanwhile do not keep open.
+pub fn open_terminal(size: Option<&Winsize>) -> OpenptyResult {
+    let terminal = openpty(size, None).unwrap();
+    for end in [&terminal.master, &terminal.slave] {
+        fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
+    }
+    terminal
 }

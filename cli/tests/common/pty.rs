@@ -9,12 +9,13 @@ use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::pty::{Winsize, openpty};
+use nix::pty::Winsize;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::termios::tcsetwinsize;
+
+use crate::common::open_terminal;
 
 /// No test waits for a time: this only ends one that would wait for ever.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -39,11 +40,7 @@ impl Terminal {
     /// Starts a program on a terminal of this size, which is the one that its keys come from.
     pub fn start(mut command: Command, rows: u16, columns: u16) -> Self {
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
-        // Programs that other tests start meanwhile must not keep this terminal open.
-        let pty = openpty(Some(&size), None).unwrap();
-        for end in [&pty.master, &pty.slave] {
-            fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
-        }
+        let pty = open_terminal(Some(&size));
         let slave = || Stdio::from(pty.slave.try_clone().unwrap());
         command.stdin(slave()).stdout(slave()).stderr(slave());
         // SAFETY: between fork and exec only two system calls are made, which change nothing but the child's session and terminal.

@@ -46,16 +46,27 @@ impl From<ApiError> for Halt {
 
 impl From<io::Error> for Halt {
     fn from(error: io::Error) -> Self {
-        Halt::Later(error.to_string())
+        Halt::of_file(&error, error.to_string())
+    }
+}
+
+impl Halt {
+    /// A file that is gone or damaged stays so, and other batches must not wait for it.
+    fn of_file(error: &io::Error, message: String) -> Halt {
+        use io::ErrorKind::{InvalidData, IsADirectory, NotADirectory, NotFound, UnexpectedEof};
+        if !matches!(error.kind(), InvalidData | IsADirectory | NotADirectory | NotFound | UnexpectedEof) {
+            return Halt::Later(message);
+        }
+        let message = format!("a file of this batch is lost or damaged: {message}");
+        Halt::Failed(Problem { code: "file_lost".to_owned(), message, line: None, param: None })
     }
 }
 
 impl From<BatchError> for Halt {
     fn from(error: BatchError) -> Self {
         let (code, line) = match &error {
-            BatchError::File { .. } | BatchError::Broken { .. } | BatchError::Busy { .. } => {
-                return Halt::Later(error.to_string());
-            }
+            BatchError::File { source, .. } => return Halt::of_file(source, error.to_string()),
+            BatchError::Broken { .. } | BatchError::Busy { .. } => return Halt::Later(error.to_string()),
             BatchError::Duplicate { second, .. } => ("duplicate_custom_id", Some(*second)),
             BatchError::OtherModel { .. } | BatchError::OtherSettings { .. } => ("model_changed", None),
             _ => ("invalid_batch", None),
