@@ -89,6 +89,22 @@ fn both_spellings_of_rope_mean_the_same() {
     assert_eq!((rope(mla(&default)).theta, &rope(mla(&default)).scaling), (7e3, &RopeScaling::None));
     let linear = with(json!({"rope_scaling": {"type": "linear", "factor": 4}})).unwrap();
     assert_eq!(rope(mla(&linear)).scaling, RopeScaling::Linear { factor: 4.0 });
+
+    // Both at once: what says the same is fine, and nothing is left out without a word.
+    let newer = json!({"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5});
+    let both = |older: Value| with(json!({"rope_parameters": newer, "rope_scaling": older}));
+    assert_eq!(
+        rope(mla(&both(json!({"type": "linear", "factor": 4})).unwrap())).scaling,
+        RopeScaling::Linear { factor: 4.0 }
+    );
+    for (older, named) in [
+        (json!({"type": "yarn", "factor": 4}), "rope_scaling.type"),
+        (json!({"rope_type": "linear", "factor": 8}), "rope_scaling.factor"),
+        (json!({"type": "linear", "beta_fast": 16}), "rope_scaling.beta_fast"),
+    ] {
+        let message = both(older).unwrap_err().to_string();
+        assert!(message.contains(named) && message.contains("rope_parameters"), "{message}");
+    }
 }
 
 #[test]

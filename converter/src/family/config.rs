@@ -48,6 +48,29 @@ impl Config {
         }
     }
 
+    /// Refuses a value of this section that is not the one of `other`, the section called `name`. `type` is what `rope_type` was called
+    /// before.
+    pub(crate) fn check_repeats(&self, other: &Config, name: &str) -> Result<(), ConvertError> {
+        let same = |one: &Value, other: &Value| match (one.as_f64(), other.as_f64()) {
+            (Some(one), Some(other)) => one == other,
+            _ => one == other,
+        };
+        for (key, value) in self.keys.iter().filter(|(_, value)| !value.is_null()) {
+            let found = match key.as_str() {
+                "type" | "rope_type" => other.keys.get("rope_type").or_else(|| other.keys.get("type")),
+                key => other.keys.get(key),
+            };
+            if found.is_none_or(|found| !same(value, found)) {
+                let there = found.map_or("missing".to_owned(), Value::to_string);
+                let problem = format!(
+                    "is {value}, but {there} in `{name}`: keep the one that is meant, and remove the other section"
+                );
+                return Err(self.refuse(key, problem));
+            }
+        }
+        Ok(())
+    }
+
     /// Whether there is a value under `key`; null is none.
     pub(crate) fn has(&self, key: &str) -> bool {
         self.keys.get(key).is_some_and(|value| !value.is_null())

@@ -62,7 +62,7 @@ pub(crate) fn check_even(config: &Config, key: &str, width: usize) -> Result<(),
 }
 
 /// Reads the rotation of `dim` elements. Newer files keep everything in `rope_parameters`, older ones have `rope_theta` and
-/// `rope_scaling`; where both exist, the nested value wins.
+/// `rope_scaling`; where both exist, they must say the same. A `rope_theta` in a section wins over one beside it.
 pub(crate) fn read(
     config: &Config,
     dim: usize,
@@ -72,9 +72,13 @@ pub(crate) fn read(
 ) -> Result<Rope, ConvertError> {
     let outer_theta = config.opt_f64("rope_theta")?.unwrap_or(default_theta);
     config.check_above("rope_theta", outer_theta, 1.0)?;
-    let section = match config.section("rope_parameters")? {
-        Some(section) => Some(section),
-        None => config.section("rope_scaling")?,
+    let section = match (config.section("rope_parameters")?, config.section("rope_scaling")?) {
+        (Some(section), Some(older)) => {
+            // Transformers computes with the older one: whoever added it to a newer file means it.
+            older.check_repeats(&section, "rope_parameters")?;
+            Some(section)
+        }
+        (section, older) => section.or(older),
     };
     let Some(section) = section else {
         let spec = RopeSpec { pairing, theta: outer_theta, dim, scaling: RopeScaling::None };
