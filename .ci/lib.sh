@@ -130,9 +130,10 @@ has_emulator() {
     export QEMU_LD_PREFIX=/usr/aarch64-linux-gnu
 }
 
-# The tests of kernels and checksums on an emulated processor: `max` has everything, `cortex-a72` no dot product.
+# The tests of kernels and checksums on an emulated processor: `max` has everything, `cortex-a72` no dot product. What follows the
+# processor goes to the tests.
 test_kernels_on() {
-    QEMU_CPU=$1 cargo test -p sluice-checksum -p sluice-kernels --target aarch64-unknown-linux-gnu
+    QEMU_CPU=$1 cargo test -p sluice-checksum -p sluice-kernels --target aarch64-unknown-linux-gnu -- "${@:2}"
 }
 
 # What the server is tried with: program, scripted server, and models that chat. All of the workspace is named, since a choice
