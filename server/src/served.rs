@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 use sluice_dialect::{Dialect, Tools};
@@ -14,6 +13,7 @@ use sluice_text::{ChatTemplate, Prompt, RenderOptions, Special, StopCondition, T
 
 use crate::answer::{Answer, Reading};
 use crate::ask::{Ask, Chat, Input, Settings, TextForm, Tool, ToolChoice};
+use crate::clock;
 use crate::error::{ApiError, Kind};
 use crate::live::Live;
 use crate::transcripts::Transcripts;
@@ -417,7 +417,7 @@ impl Served {
 
 /// Seconds since 1970.
 fn now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64)
+    i64::try_from(clock::now().as_secs()).unwrap_or(i64::MAX)
 }
 
 /// The template of a family that publishes none, if this model is one of them.

@@ -2,7 +2,6 @@
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 use sluice_format::ModelFile;
@@ -127,8 +126,7 @@ fn storage(root: &Path, path: &Path, folder: &Path) -> Vec<Finding> {
     if let Ok(device) = DeviceId::of(&file) {
         findings.extend(drive::drive(root, &device.device, mount.as_ref()));
         let found = CalibrationStore::of_user().and_then(|store| store.all());
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        findings.push(drive::calibration(&found, &device, now, path));
+        findings.push(drive::calibration(&found, &device, super::batch::now(), path));
     }
     findings
 }

@@ -5,18 +5,17 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Read};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 use sluice_format::{ModelFile, SOURCE_CONFIG_BLOB, TEXT_FILES};
 use sluice_text::{
-    ChatTemplate, Detokenizer, MAX_TEXT_BYTES, MAX_TOKENIZER_BYTES, Message, RenderOptions, Special, Tokenizer,
-    encode_chat,
+    ChatTemplate, Detokenizer, MAX_TEXT_BYTES, MAX_TOKENIZER_BYTES, Message, Special, Tokenizer, encode_chat,
 };
 
 use crate::error::CliError;
 use crate::ids::TokenIds;
 use crate::terminal::{note, print, print_json, print_text, printable};
+use crate::text_files::chat_options;
 
 const EXAMPLES: &str = "\
 The ids are those that `run --prompt` gives to the model, with what the tokenizer puts around every text. They are listed \
@@ -131,8 +130,7 @@ fn chat(args: &Args, tokenizer: &Tokenizer, files: &TextFiles, text: &str) -> Re
         .ok_or_else(|| CliError::Usage(format!("{} has no chat template: leave --chat away", args.file.display())))?;
     let system = args.system.as_deref().map(|text| Message::new("system", text));
     let messages: Vec<_> = system.into_iter().chain([Message::new("user", text.trim_end_matches('\n'))]).collect();
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
-    let options = RenderOptions { add_generation_prompt: true, now, ..RenderOptions::default() };
+    let options = chat_options();
     let ids = encode_chat(tokenizer, &template, &messages, &options)?;
     Ok((ids, template.render(&messages, &options)?))
 }

@@ -11,7 +11,6 @@ pub mod request;
 pub mod responses;
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::routing::{get, post};
@@ -35,7 +34,7 @@ pub fn routes() -> Router<Arc<App>> {
 
 /// Seconds since 1970.
 pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    crate::clock::now().as_secs()
 }
 
 /// An id that cannot be predicted.
