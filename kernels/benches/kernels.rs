@@ -1,10 +1,11 @@
-//! Speed of products and of packing per weight type, and of attention per type of cached numbers, on every instruction set but scalar.
+//! Speed of products and of packing for each weight type, and of attention for each type of cached numbers, on every instruction
+//! set but scalar.
 //!
 //! `cargo bench -p sluice-kernels [-- FILTER]`; a filter is a part of a name such as `gemv/q8/avx512` or `attention/latent`.
-//! `SLUICE_BENCH_THREADS` says how many threads multiply (default: one per core); attention runs on one, as a head does.
+//! `SLUICE_BENCH_THREADS` sets how many threads multiply (default: one per core); attention runs on one, as a head does.
 //!
-//! A GEMV reads 256 MiB of weights, more than most caches hold; `read` is a plain loop over as many bytes. A GEMM multiplies a
-//! matrix that caches hold with 64 tokens; its elements are multiplications with an addition each. Attention is that of a token
+//! A GEMV reads 256 MiB of weights, more than most caches hold; `read` is a plain loop over as many bytes. A GEMM multiplies 64
+//! tokens with a matrix that fits in caches; its elements are multiplications with an addition each. Attention is that of a token
 //! over a full cache, or of the last rows of a prompt; its elements are pairs of a query and a key.
 
 use criterion::{Bencher, BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
@@ -33,7 +34,7 @@ fn group<'a>(c: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
     group
 }
 
-/// Bytes among which no scale or number is NaN or subnormal.
+/// Random bytes in which no scale or number is NaN or subnormal.
 fn weights(len: usize) -> Vec<u8> {
     vec![0x2b; len]
 }
@@ -91,7 +92,7 @@ fn gemm(c: &mut Criterion) {
     group.finish();
 }
 
-/// Carries rows as a source has them into row groups, on one thread; bytes are those of the row group.
+/// Packs rows from the form of a source into row groups, on one thread; bytes are those of the row group.
 fn pack(c: &mut Criterion) {
     let mut group = group(c, "pack");
     for ty in WeightType::all() {
@@ -109,7 +110,7 @@ fn pack(c: &mut Criterion) {
     group.finish();
 }
 
-/// A cache that holds something else in every place.
+/// A cache with a different number in every place.
 fn cache(ty: KvType, positions: usize, width: usize) -> KvBuffer {
     let mut buffer = KvBuffer::new(ty, positions, width);
     let row = |j: usize| (0..width).map(|i| ((i * 7 + j * 13) % 97) as f32 / 97.0 - 0.5).collect::<Vec<_>>();
@@ -117,7 +118,7 @@ fn cache(ty: KvType, positions: usize, width: usize) -> KvBuffer {
     buffer
 }
 
-/// Attention of `queries` queries, `sharing` per row, that see all positions but those behind their row.
+/// Attention of `queries` queries, `sharing` per row, that see all positions up to their row.
 struct AttentionCase {
     name: &'static str,
     positions: usize,
@@ -127,7 +128,7 @@ struct AttentionCase {
     sharing: usize,
 }
 
-/// One token over a full cache, then the last rows of a prompt: a group of eight heads, and heads that share latents.
+/// One token over a full cache, then the last rows of a prompt: first a group of eight heads, then heads that share latents.
 const ATTENTION: [AttentionCase; 5] = [
     AttentionCase { name: "decode/head", positions: 16384, key: 128, value: 128, queries: 1, sharing: 1 },
     AttentionCase { name: "decode/group", positions: 4096, key: 128, value: 128, queries: 8, sharing: 8 },
@@ -141,7 +142,7 @@ fn attention(c: &mut Criterion) {
     for ty in KvType::ALL {
         for case in &ATTENTION {
             let keys = cache(ty, case.positions, case.key);
-            // A latent is a key, and its beginning a value.
+            // A latent is a key, and its first numbers are a value.
             let values = (case.value == case.key).then(|| cache(ty, case.positions, case.value));
             group.throughput(Throughput::Elements((case.positions * case.queries) as u64));
             for k in vectorised() {

@@ -5,17 +5,17 @@ use std::ops::Range;
 use crate::BLOCK;
 use crate::math::ROUND;
 
-/// What the activations are multiplied as.
+/// The numbers in which activations are multiplied.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Precision {
     /// f32 activations with every weight type.
     Exact,
-    /// int8 activations with the weight types whose codes stand for integers, f32 with the floats (`f32`, `f16`, `bf16`, and all
+    /// int8 activations with the weight types whose codes are integers, f32 with the types of floats (`f32`, `f16`, `bf16`, and all
     /// whose codes are e4m3).
     Int8,
 }
 
-/// Blocks whose largest magnitude is below this count as zero: their scale would leave the normal numbers.
+/// Blocks whose largest magnitude is below this count as zero, since their scale would be subnormal.
 const SMALLEST: f32 = 1.0 / (1u128 << 100) as f32;
 
 /// Activations of `n` tokens, each `cols` wide; owns its buffers and reuses them.
@@ -29,14 +29,14 @@ pub struct Activations {
     n: usize,
     cols: usize,
     rows: Vec<f32>,
-    /// Whether `blocks` belongs to `rows`.
+    /// Whether `blocks` was computed from `rows`.
     quantised: bool,
     /// The int8 form, per token and block.
     blocks: Vec<QuantisedBlock>,
 }
 
-/// The int8 form of 32 columns of one token. All that belongs to a block lies together, so that a kernel needs one address
-/// per token.
+/// The int8 form of 32 columns of one token. Everything that belongs to a block lies together, so a kernel needs one address per
+/// token.
 #[derive(Clone, Copy, Default, PartialEq, Debug)]
 pub(crate) struct QuantisedBlock {
     /// Eight words of four values, the lowest column in the lowest byte.
@@ -46,7 +46,7 @@ pub(crate) struct QuantisedBlock {
     pub(crate) sum: i32,
     /// The sums of the first half of the columns and of the second.
     pub(crate) halves: Packed,
-    /// The sums of columns 0 and 1 of each word, and of columns 2 and 3, both negated.
+    /// The sums of columns 0 and 1 of each word, and of columns 2 and 3, each negated.
     pub(crate) minus_pairs: Packed,
 }
 
@@ -76,7 +76,7 @@ impl Activations {
         Activations { precision, n: 0, cols: 0, rows: Vec::new(), quantised: false, blocks: Vec::new() }
     }
 
-    /// Takes `x`, row-major `[n, cols]`. Allocates only to grow.
+    /// Copies `x`, row-major `[n, cols]`. Allocates only to grow.
     ///
     /// # Panics
     /// If `x.len() != n * cols`.
@@ -87,7 +87,7 @@ impl Activations {
         }
     }
 
-    /// As [`set`](Self::set) but in f32 alone, whatever the precision.
+    /// Like [`set`](Self::set), but in f32 alone, whatever the precision.
     pub(crate) fn set_rows(&mut self, x: &[f32], n: usize, cols: usize) {
         assert_eq!(Some(x.len()), n.checked_mul(cols), "{n} rows of {cols}");
         self.shape(n, cols);
@@ -125,7 +125,7 @@ impl Activations {
         self.quantised = true;
     }
 
-    /// As [`gather`](Self::gather), with each token multiplied by its factor.
+    /// Like [`gather`](Self::gather), with each token multiplied by its factor.
     ///
     /// # Panics
     /// If an index is not below `src.n()`, or there are fewer factors than indices.
@@ -141,9 +141,9 @@ impl Activations {
         }
     }
 
-    /// Copies the tokens `tokens` of `src` with their columns in the order of a matrix: column `k` is column `order[k]` of `src`,
-    /// two bytes each, little-endian. Blocks are rounded to int8 anew, as other columns share them. A column that `src` does not
-    /// have is NaN, and so is every product with it.
+    /// Copies the tokens `tokens` of `src`, with their columns in the order of a matrix: column `k` is column `order[k]` of `src`;
+    /// `order` has two bytes per column, little-endian. Blocks are rounded to int8 again, because they now consist of other
+    /// columns. A column that `src` does not have becomes NaN, and so does every product with it.
     ///
     /// # Panics
     /// If a token is not below `src.n()`, or `order` does not have two bytes for each column.
@@ -174,7 +174,7 @@ impl Activations {
         self.cols
     }
 
-    /// What the activations are multiplied as.
+    /// The numbers in which the activations are multiplied.
     pub fn precision(&self) -> Precision {
         self.precision
     }
@@ -194,7 +194,7 @@ impl Activations {
         &self.rows[i * padded..][..padded]
     }
 
-    /// Whether the int8 form is there.
+    /// Whether the int8 form has been computed.
     pub(crate) fn quantised(&self) -> bool {
         self.quantised
     }
@@ -209,7 +209,7 @@ impl Activations {
         self.cols.div_ceil(BLOCK)
     }
 
-    /// Blocks from one token to the next: an odd number, so that blocks of the same columns lie in different sets of a cache,
+    /// Number of blocks from one token to the next. It is odd, so that blocks of the same columns lie in different sets of a cache,
     /// however many tokens are multiplied together.
     fn stride(&self) -> usize {
         self.blocks_per_row() | 1
@@ -244,7 +244,7 @@ impl Activations {
 }
 
 fn quantise_block(block: &[f32; BLOCK]) -> QuantisedBlock {
-    // Magnitudes order as their bits do, and NaN above all, so an integer maximum loses nothing.
+    // Magnitudes have the same order as their bits, with NaN above all, so an integer maximum is exact.
     let top = block.iter().fold(0, |m: i32, v| m.max((v.to_bits() & 0x7fff_ffff) as i32));
     let absmax = f32::from_bits(top as u32);
     if !absmax.is_finite() {
@@ -254,7 +254,7 @@ fn quantise_block(block: &[f32; BLOCK]) -> QuantisedBlock {
         return QuantisedBlock::default();
     }
     let inverse = 127.0 / absmax;
-    // One thing per loop: these become vector instructions.
+    // Each loop does one thing, so compilers turn them into vector instructions.
     let mut values = [0i32; BLOCK];
     for (i, &v) in values.iter_mut().zip(block) {
         *i = (v * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
@@ -377,7 +377,7 @@ mod tests {
             b.set(&moved[45..], 2, 45);
             assert_eq!((&a.rows, &a.blocks, a.quantised), (&b.rows, &b.blocks, b.quantised));
         }
-        // What a damaged order names is no number, and never a number of another place.
+        // A damaged order gives NaN, never a number of another place.
         let mut damaged = order;
         damaged[40] = 45;
         let (mut src, mut a) = (Activations::new(Precision::Int8), Activations::new(Precision::Int8));

@@ -1,4 +1,4 @@
-//! Attention of queries over cached keys and values, block by block. The `scalar` module defines what is computed.
+//! Attention of queries over cached keys and values, block by block. The `scalar` module is its specification.
 
 use std::ops::Range;
 
@@ -8,17 +8,17 @@ use crate::isa::Kernels;
 use crate::kv::KvRows;
 use crate::scalar::{self, Running};
 
-/// Keys of a block. A part of the definition of attention: another number gives other bits.
+/// Keys of a block. It is a part of the definition of attention: another number gives other bits.
 pub const KEY_BLOCK: usize = 64;
 
-/// The blocks that `positions` are cut into, in ascending order: at multiples of [`KEY_BLOCK`].
+/// The blocks into which `positions` are cut, in ascending order: at multiples of [`KEY_BLOCK`].
 pub fn key_blocks(positions: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let blocks =
         if positions.is_empty() { 0..0 } else { positions.start / KEY_BLOCK..positions.end.div_ceil(KEY_BLOCK) };
     blocks.map(move |b| (b * KEY_BLOCK).max(positions.start)..((b + 1) * KEY_BLOCK).min(positions.end))
 }
 
-/// Cached keys of one block, or some adjacent ones of it, and their values.
+/// Cached keys of one block, or of some adjacent rows of it, and their values.
 #[derive(Clone, Debug)]
 pub struct KeyBlock<'a> {
     positions: Range<usize>,
@@ -27,11 +27,11 @@ pub struct KeyBlock<'a> {
 }
 
 impl<'a> KeyBlock<'a> {
-    /// The keys and values at `positions`, which are the first rows of `keys` and `values`; both may be the same, as with latent
-    /// attention. Of chosen keys `positions` are places in the list of those chosen.
+    /// The keys and values at `positions`, which are the first rows of `keys` and `values`; both may be the same rows, as in latent
+    /// attention. If keys are chosen, `positions` are places in the list of chosen keys.
     ///
     /// # Panics
-    /// If the positions are none, or not of one block.
+    /// If `positions` is empty, or does not lie in one block.
     pub fn new(positions: Range<usize>, keys: KvRows<'a>, values: KvRows<'a>) -> Self {
         let one = !positions.is_empty() && positions.start / KEY_BLOCK == (positions.end - 1) / KEY_BLOCK;
         assert!(one, "positions {positions:?} are not of one block of {KEY_BLOCK}");
@@ -69,7 +69,7 @@ impl Part {
         self.from >= self.to
     }
 
-    /// The rows from the first to the last that either sees.
+    /// The rows from the first to the last that either query sees.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(crate) fn or(self, other: Part) -> Part {
@@ -81,10 +81,10 @@ impl Part {
     }
 }
 
-/// A number for each key of a block, by its place.
+/// One number for each key of a block, by its place.
 pub type Scores = [f32; KEY_BLOCK];
 
-/// Queries that meet the same keys together, so that these come from memory once, and what each has gathered so far. Neither a
+/// Queries that meet the same keys together, so that these come from memory once, and the results so far of each query. Neither a
 /// query's result nor the order of its operations depends on the other queries of its tile. All buffers are reused.
 #[derive(Debug, Default)]
 pub struct QueryTile {
@@ -96,21 +96,22 @@ pub struct QueryTile {
     pub(crate) queries: Vec<f32>,
     /// Positions that each query sees, and its sink.
     sees: Vec<(Range<usize>, Option<f32>)>,
-    /// Whether each query has seen a key of those that it met before [`go_on`](Self::go_on).
+    /// Whether each query saw a key before the last [`go_on`](Self::go_on).
     has_seen: Vec<bool>,
     pub(crate) running: Vec<Running>,
-    /// `[n, value]`: what `l` is to divide.
+    /// `[n, value]`: the sums that will be divided by `l`.
     pub(crate) out: Vec<f32>,
-    /// Of the current block and each query: the rows that it sees, its scores and then weights, and `α` and `β`.
+    /// For each query, in the current block: the rows that it sees, its scores, which become weights, and `α` and `β`.
     pub(crate) parts: Vec<Part>,
     pub(crate) scores: Vec<Scores>,
     pub(crate) factors: Vec<[f32; 2]>,
-    /// Positions before it have been met.
+    /// Positions before this one have been met.
     met: usize,
 }
 
 impl QueryTile {
-    /// Forgets all queries. Those to come have `key` numbers, their results `value`, and their scores are multiplied by `scale`.
+    /// Forgets all queries. The next queries have `key` numbers each, their results have `value`, and their scores are multiplied
+    /// by `scale`.
     pub fn begin(&mut self, key: usize, value: usize, scale: f32) {
         (self.key, self.value, self.scale, self.met) = (key, value, scale, 0);
         self.queries.clear();
@@ -120,8 +121,8 @@ impl QueryTile {
         self.out.clear();
     }
 
-    /// One more query, zeros to be filled in, that sees the keys at `positions`. A `sink` is one more logit, already scaled, that
-    /// takes its part of the softmax and has no value (gpt-oss).
+    /// Adds a query that sees the keys at `positions`, and returns its numbers, zeros to be filled in. A `sink` is an additional
+    /// logit, already scaled, that takes its part of the softmax and has no value (gpt-oss).
     pub fn add(&mut self, positions: Range<usize>, sink: Option<f32>) -> &mut [f32] {
         let at = self.queries.len();
         self.queries.resize(at + self.key, 0.0);
@@ -132,8 +133,8 @@ impl QueryTile {
         &mut self.queries[at..]
     }
 
-    /// The queries go on with other keys, which have positions of their own: query `i` sees those at `sees(i)`. What they have gathered
-    /// so far stays, and takes part in the same softmax.
+    /// The queries continue with other keys, which have positions of their own: query `i` sees those at `sees(i)`. The sums so far
+    /// stay, and belong to the same softmax.
     pub fn go_on(&mut self, sees: impl Fn(usize) -> Range<usize>) {
         self.met = 0;
         for (i, ((positions, _), has_seen)) in self.sees.iter_mut().zip(&mut self.has_seen).enumerate() {
@@ -152,7 +153,7 @@ impl QueryTile {
         self.sees.is_empty()
     }
 
-    /// The positions from the first to the last that any query sees: [`key_blocks`] of them are to be met.
+    /// The positions from the first to the last that any query sees; the queries must meet their [`key_blocks`].
     pub fn positions(&self) -> Range<usize> {
         let seen = || self.sees.iter().map(|(positions, _)| positions).filter(|p| !p.is_empty());
         let start = seen().map(|p| p.start).min().unwrap_or(0);
@@ -164,7 +165,7 @@ impl QueryTile {
         &self.out
     }
 
-    /// Takes in sinks and divides, once all blocks have been met.
+    /// Adds sinks and divides, once all blocks have been met.
     pub fn finish(&mut self) {
         let outs = self.out.chunks_exact_mut(self.value.max(1));
         let sees = self.sees.iter().zip(&self.has_seen);
@@ -179,7 +180,7 @@ impl QueryTile {
         }
     }
 
-    /// Notes which rows of a block each query sees; whether any does.
+    /// Records which rows of a block each query sees, and returns whether any query sees one.
     fn meet(&mut self, block: &KeyBlock<'_>) -> bool {
         let all = &block.positions;
         assert!(all.start >= self.met, "blocks are met in ascending order, each as a whole");
@@ -204,11 +205,11 @@ impl QueryTile {
 }
 
 impl Kernels {
-    /// The queries of `tile` meet the keys and values of one block, on the calling thread. Blocks come in ascending order; of a
-    /// block all rows that any query sees have to be there. The result is, bit for bit, that of f32 rows with the same numbers.
+    /// The queries of `tile` meet the keys and values of one block, on the calling thread. Blocks come in ascending order, each
+    /// with all rows that any query sees. The result has the bits that f32 rows with the same numbers would give.
     ///
     /// # Panics
-    /// If a block comes late or a part of it is missing, or rows are shorter than the tile's keys and values.
+    /// If a block comes too late or lacks a part, or rows are shorter than the tile's keys and values.
     pub fn attend_block(&self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
         if !tile.meet(block) {
             return;
@@ -226,11 +227,11 @@ impl Kernels {
 }
 
 impl Kernels {
-    /// The products ([`dot`](Self::dot)) of each query of `tile` with the keys of a block that it sees, by their place in the block.
-    /// Other places hold anything.
+    /// The products ([`dot`](Self::dot)) of each query of `tile` with the keys of a block that it sees, by their place in the
+    /// block. The contents of other places are unspecified.
     ///
     /// # Panics
-    /// As [`attend_block`](Self::attend_block).
+    /// Like [`attend_block`](Self::attend_block).
     pub fn score_block<'t>(&self, tile: &'t mut QueryTile, block: &KeyBlock<'_>) -> &'t [Scores] {
         if tile.meet(block) {
             match self.isa {
@@ -268,7 +269,7 @@ impl QueryTile {
         }
     }
 
-    /// Turns the dot products in `scores` into weights, and takes maxima and sums in: the same for all vectors.
+    /// Turns the dot products in `scores` into weights, and updates maxima and sums; the same code for all vectors.
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     #[inline(always)]
     pub(crate) fn weigh(&mut self, place: usize) {

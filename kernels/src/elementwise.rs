@@ -2,10 +2,10 @@
 
 use crate::math::{exp, gelu_tanh, sigmoid, silu};
 
-/// Lanes in which long sums are kept; they are folded in halves at the end.
+/// Lanes of long sums; they are folded in halves at the end.
 const LANES: usize = 16;
 
-/// How gate and up of a feed-forward are joined.
+/// How a feed-forward network combines gate and up.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Activation {
     /// `silu(gate) · up`.
@@ -29,7 +29,7 @@ pub enum Activation {
         /// Bound on both factors.
         limit: f32,
     },
-    /// `max(up, 0)²`, whatever the gate: networks with it have none.
+    /// `max(up, 0)²`, whatever the gate: networks with this activation have none.
     ReluSquared,
 }
 
@@ -57,10 +57,10 @@ impl Activation {
         }
     }
 
-    /// [`apply`](Self::apply) to as many gates and ups, with the same bits.
+    /// Does what [`apply`](Self::apply) does for as many gates and ups, with the same bits.
     #[inline]
     pub(crate) fn apply_all<const N: usize>(self, gate: &[f32; N], up: &[f32; N]) -> [f32; N] {
-        // With the variant known outside of the loop, the loop is arithmetic alone, which compilers make vectors of.
+        // With the variant known outside the loop, the loop is pure arithmetic, which compilers vectorise.
         match self {
             Activation::Silu => join(gate, up, |g, u| Activation::Silu.apply(g, u)),
             Activation::SwigluOai { alpha, limit } => {
@@ -74,7 +74,7 @@ impl Activation {
     }
 }
 
-/// `f` of each gate and up. What it calls is inlined whatever its size, since a loop with a call stays a loop over numbers;
+/// `f` of each gate and up. Its calls are inlined whatever their size, since compilers do not vectorise a loop with a call;
 /// `array::from_fn` makes such calls.
 #[inline(always)]
 fn join<const N: usize>(gate: &[f32; N], up: &[f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
@@ -96,7 +96,7 @@ fn within(x: f32, limit: f32) -> f32 {
     if x < -limit { -limit } else { at_most(x, limit) }
 }
 
-/// Sum in [`LANES`] lanes, element `i` in lane `i mod LANES`, then lanes folded in halves.
+/// Sum in [`LANES`] lanes, with element `i` in lane `i mod LANES`; then the lanes are folded in halves.
 fn lane_sum(x: &[f32], value: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (blocks, rest) = x.as_chunks::<LANES>();
@@ -133,7 +133,7 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 
 /// Replaces `x` by `exp(x − max) / Σ exp(x − max)`. An empty row stays empty; a row of −∞ alone becomes NaN.
 pub fn softmax(x: &mut [f32]) {
-    // NaN never wins a comparison, but reaches every element through the sum.
+    // NaN never wins a comparison, but it reaches every element through the sum.
     let max = x.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
     for v in x.iter_mut() {
         *v = exp(*v - max);
@@ -144,7 +144,7 @@ pub fn softmax(x: &mut [f32]) {
     }
 }
 
-/// Which elements a rotary position turns together; `R` is twice the number of angles.
+/// Pairs of elements that a rotary position turns together; `R` is twice the number of angles.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum RopePairing {
     /// `i` and `i + R/2`.

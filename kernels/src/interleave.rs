@@ -1,12 +1,12 @@
-//! Rows of a matrix beside each other: what packing does, in pieces of fixed size that compilers turn into vectors.
+//! Puts rows of a matrix beside each other, as packing does, in pieces of fixed size that compilers turn into vectors.
 
 use crate::matrix::ROW_GROUP;
 
 /// Columns of a tile.
 const TILE: usize = 8;
 
-/// Puts element `k` of row `r` at place `8k + r`, as `to` writes it down. `rows` is row-major, rows of `cols` elements, at most
-/// eight; those that are not there leave what is there.
+/// Puts element `k` of row `r` at place `8k + r`, converted by `to`. `rows` is row-major, with rows of `cols` elements, at most
+/// eight; the places of missing rows keep their contents.
 pub(crate) fn interleave<T: Copy, U>(rows: &[T], cols: usize, out: &mut [U], to: impl Fn(T) -> U) {
     if rows.len() != ROW_GROUP * cols || cols == 0 {
         rows.chunks(cols.max(1)).enumerate().for_each(|(r, row)| put_column(row, r, out, &to));

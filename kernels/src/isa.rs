@@ -12,14 +12,14 @@ use crate::x86::{Avx2, Avx512};
 /// The environment variable that overrides the choice.
 const OVERRIDE: &str = "SLUICE_ISA";
 
-/// Names of what is not on every CPU.
+/// Names of instruction sets that not every CPU has.
 const OPTIONAL: [&str; 4] = ["avx2", "avxvnni", "avx512", "neon"];
 
-/// Why an instruction set asked for by `SLUICE_ISA` cannot be used.
+/// Why the instruction set in `SLUICE_ISA` cannot be used.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IsaError {
-    /// No kernels go by this name.
+    /// No kernels have this name.
     #[error("SLUICE_ISA={name:?} names no instruction set; known are scalar, avx2, avxvnni, avx512 and neon")]
     Unknown {
         /// The name asked for.
@@ -35,7 +35,7 @@ pub enum IsaError {
     },
 }
 
-/// Whoever holds a variant may execute its instructions: the tokens inside exist only where the CPU has them.
+/// The holder of a variant may execute its instructions: the tokens inside exist only if the CPU has them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Isa {
     Scalar,
@@ -66,7 +66,7 @@ impl Kernels {
         }
     }
 
-    /// The kernels that go by this name.
+    /// The kernels with this name.
     ///
     /// # Errors
     /// If there are none, or this CPU lacks the instructions.
@@ -119,8 +119,8 @@ impl Kernels {
         }
     }
 
-    /// Runs `f`, which has loops that compilers make vectors of, compiled for this instruction set; it must be inlined, and so must what
-    /// it calls. Compilers contract nothing, so the bits are the same.
+    /// Runs `f`, compiled for this instruction set. Compilers vectorise the loops of `f`; it must be inlined, and so must the
+    /// functions that it calls. Compilers contract no operations, so the bits are the same.
     #[inline(always)]
     pub(crate) fn compiled<R>(&self, f: impl FnOnce() -> R) -> R {
         match self.isa {
@@ -169,8 +169,8 @@ impl Kernels {
         }
     }
 
-    /// Tokens of a tile: as many as AVX-512 keeps in registers. AVX2, and both for grouped types, keep sums in memory and
-    /// unpack weights for all.
+    /// Tokens of a tile: as many as AVX-512 keeps in registers. AVX2, and grouped types on both, keep sums in memory and unpack
+    /// weights once for all tokens.
     pub(crate) fn tile_tokens(&self, ty: WeightType) -> usize {
         match (self.isa, ty) {
             #[cfg(target_arch = "x86_64")]
@@ -223,7 +223,7 @@ mod tests {
         }
     }
 
-    /// Not a test by itself: says what was detected, for the test below.
+    /// Not a test by itself: prints what was detected, for the test below.
     #[test]
     #[ignore = "run by another test with SLUICE_ISA set"]
     fn say_what_is_detected() {
@@ -233,7 +233,7 @@ mod tests {
         }
     }
 
-    /// Started as cargo has started it: what an emulator runs cannot start itself.
+    /// The command that cargo uses to start this program: a program under an emulator cannot start itself.
     fn this_program() -> std::process::Command {
         let program = std::env::current_exe().unwrap();
         let runner = std::env::var("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER").unwrap_or_default();

@@ -1,9 +1,9 @@
 //! Rows of a key-value cache: how their numbers are stored, and how attention reads them.
 //!
-//! `f32` keeps what is put in. The others round once, when a row is put in: `f16` and `bf16` to nearest, ties to even;
-//! `q8` as the weight type of that name, int8 with one f16 scale per row and 32 columns, `scale = absmax/127`. What comes
-//! out is exact: every stored number is an f32, the product of an int8 and a binary16 included. So attention over a cache
-//! is, bit for bit, attention over the f32 numbers that it stands for.
+//! `f32` keeps numbers as they are. The other types round once, when a row is stored: `f16` and `bf16` to nearest, ties to even;
+//! `q8` like the weight type of that name, int8 with one f16 scale per row and 32 columns, `scale = absmax/127`. Reading is exact:
+//! every stored number is an f32, even the product of an int8 and a binary16. So attention over a cache is, bit for bit, attention
+//! over the f32 numbers that it holds.
 
 use std::ops::Range;
 use std::str::FromStr;
@@ -15,7 +15,7 @@ use crate::pack::{q8_scale, q8_values};
 /// How the numbers of a cache are stored.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum KvType {
-    /// IEEE binary32: as computed.
+    /// IEEE binary32, as computed.
     #[default]
     F32,
     /// IEEE binary16.
@@ -40,12 +40,12 @@ impl KvType {
         }
     }
 
-    /// Whether what comes out of a cache can differ from what was put in.
+    /// Whether numbers read from a cache can differ from those that were stored.
     pub fn is_lossy(self) -> bool {
         self != Self::F32
     }
 
-    /// Bytes of a number without its scale.
+    /// Bytes of a number, without its scale.
     const fn value_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -116,10 +116,10 @@ impl KvBuffer {
         4 * self.plain.len() + self.values.len() + self.scales.len()
     }
 
-    /// Takes over some rows of a buffer of the same kind.
+    /// Copies rows from a buffer of the same type and width.
     ///
     /// # Panics
-    /// If they are not in both, or the buffers differ in type or width.
+    /// If either buffer lacks one of the rows, or they differ in type or width.
     pub fn copy_rows(&mut self, from: &KvBuffer, rows: Range<usize>) {
         assert_eq!((self.ty, self.width), (from.ty, from.width), "rows are copied between buffers of one kind");
         let part = |per_row: usize| rows.start * per_row..rows.end * per_row;
@@ -132,15 +132,15 @@ impl KvBuffer {
         self.scales[scales.clone()].copy_from_slice(&from.scales[scales]);
     }
 
-    /// Whether rows are of the same type and width.
+    /// Whether rows have this type and width.
     pub fn is_like(&self, rows: &KvRows<'_>) -> bool {
         (self.ty, self.width) == (rows.ty, rows.stride)
     }
 
-    /// Takes over row `from` of some rows of the same kind as row `to`.
+    /// Copies row `from` of `rows`, which have the same type and width, to row `to`.
     ///
     /// # Panics
-    /// If either is not there, or the rows differ in type or width.
+    /// If either row does not exist, or the rows differ in type or width.
     pub fn copy_row(&mut self, to: usize, rows: &KvRows<'_>, from: usize) {
         assert!(self.is_like(rows), "rows are copied between buffers of one kind");
         let row = rows.row(from, self.width);
@@ -157,7 +157,7 @@ impl KvBuffer {
         Self::row_bytes(self.ty, self.width)
     }
 
-    /// Writes what is stored of a row, whatever the machine: its numbers, little-endian, then for `q8` its scales.
+    /// Writes a row as it is stored, the same on every machine: its numbers, little-endian, then for `q8` its scales.
     ///
     /// # Panics
     /// If `out` is not [`KvBuffer::row_len`] long, or there is no row `row`.
@@ -172,7 +172,7 @@ impl KvBuffer {
         scales.copy_from_slice(&self.scales[row * scales.len()..][..scales.len()]);
     }
 
-    /// Puts back what [`KvBuffer::row_to_bytes`] gave: the same bits, rounded no second time.
+    /// Restores what [`KvBuffer::row_to_bytes`] gave: the same bits, not rounded a second time.
     ///
     /// # Panics
     /// If `bytes` is not [`KvBuffer::row_len`] long, or there is no row `row`.
@@ -187,7 +187,7 @@ impl KvBuffer {
         self.scales[row * scales.len()..][..scales.len()].copy_from_slice(scales);
     }
 
-    /// Puts a row in; this is where numbers are rounded. Numbers that are not finite make their block of a `q8` row NaN.
+    /// Stores a row; this is where numbers are rounded. A number that is not finite makes its block of a `q8` row NaN.
     ///
     /// # Panics
     /// If `x` is not as long as a row, or there is no row `row`.
@@ -214,7 +214,7 @@ impl KvBuffer {
     /// Some adjacent rows.
     ///
     /// # Panics
-    /// If they are not all there.
+    /// If any of them does not exist.
     pub fn rows(&self, rows: Range<usize>) -> KvRows<'_> {
         let part = |per_row: usize| rows.start * per_row..rows.end * per_row;
         let values = self.width * self.ty.value_bytes();
@@ -247,9 +247,9 @@ impl<'a> KvRows<'a> {
         KvRows { ty: KvType::F32, stride, plain: numbers, values: &[], scales: &[] }
     }
 
-    /// Rows of `width` numbers of a narrower type, as [`KvBuffer`] stores them: `values` are little-endian binary16 or
-    /// bfloat16 numbers or int8 codes, row behind row; `scales`, for `q8` alone, little-endian binary16 numbers, one per 32
-    /// columns or begun 32 columns, row behind row.
+    /// Rows of `width` numbers of a narrower type, as [`KvBuffer`] stores them: `values` are little-endian binary16 or bfloat16
+    /// numbers or int8 codes, row after row; `scales`, for `q8` only, are little-endian binary16 numbers, one for each 32 columns
+    /// (the last may have fewer), row after row.
     ///
     /// # Panics
     /// For `f32`, which is not stored in bytes.
@@ -277,13 +277,13 @@ impl<'a> KvRows<'a> {
     /// The first `len` numbers of row `j`.
     ///
     /// # Panics
-    /// If they are not there.
+    /// If the row does not have them.
     pub(crate) fn row(&self, j: usize, len: usize) -> Row<'a> {
         self.part(self.ty, j, 0, len)
     }
 
-    /// Numbers `at..at + len` of row `j`, where the type is known when compiling. They lie in one block, or `at` is where a
-    /// block begins.
+    /// Numbers `at..at + len` of row `j`, for a type that is known at compile time. They lie in one block, or a block begins at
+    /// `at`.
     #[inline(always)]
     pub(crate) fn part(&self, ty: KvType, j: usize, at: usize, len: usize) -> Row<'a> {
         let first = j * self.stride + at;
@@ -301,7 +301,7 @@ impl<'a> KvRows<'a> {
     /// The first numbers of row `j`, as many as `out` has.
     ///
     /// # Panics
-    /// If they are not there.
+    /// If the row does not have them.
     pub fn read(&self, j: usize, out: &mut [f32]) {
         let row = self.row(j, out.len());
         out.iter_mut().enumerate().for_each(|(i, out)| *out = row.value(self.ty, i));
@@ -317,10 +317,10 @@ pub(crate) struct Row<'a> {
 }
 
 impl Row<'_> {
-    /// The beginning of no row.
+    /// An empty row.
     pub(crate) const NONE: Self = Row { plain: &[], values: &[], scales: &[] };
 
-    /// Number `i`: exactly what is stored.
+    /// Number `i`, exactly as stored.
     #[inline(always)]
     pub(crate) fn value(&self, ty: KvType, i: usize) -> f32 {
         match ty {

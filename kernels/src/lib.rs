@@ -29,8 +29,8 @@ mod matmul;
 mod matrix;
 pub mod number;
 
-/// Version of the numbers that the kernels and the layers above them give. Saved sequences are bound to it: raise it whenever
-/// a change can give another bit for the same weights, tokens, precision and key-value type.
+/// Version of the numbers that the kernels and the layers above them compute. Saved sequences are bound to it: raise it whenever a
+/// change can give a different bit for the same weights, tokens, precision and key-value type.
 pub const NUMERICS_VERSION: u32 = 2;
 
 mod pack;

@@ -1,7 +1,7 @@
 //! Elementary functions in plain multiplications and additions, so that they give the same bits on every platform.
 
-/// Adding and subtracting it rounds a number below 2^22 to the nearest integer, ties to even: 1.5 · 2^23 leaves no
-/// room for fraction bits. Unlike `round_ties_even` this needs no instruction beyond the baseline of any target.
+/// Adding and subtracting this number rounds a number below 2^22 to the nearest integer, ties to even: 1.5 · 2^23 leaves no room
+/// for fraction bits. Unlike `round_ties_even`, this needs no instruction beyond the baseline of any target.
 pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// e^x within 2 ulp; infinite above 88.73, zero below −104, NaN for NaN. Identical on every platform.
@@ -9,7 +9,7 @@ pub(crate) const ROUND: f32 = 12_582_912.0;
 pub fn exp(x: f32) -> f32 {
     const LN2_HI: f32 = 0.693_359_4;
     const LN2_LO: f32 = -2.121_944_4e-4;
-    // Comparisons instead of clamp: they let NaN through.
+    // Comparisons instead of clamp, because they keep NaN.
     let x = if x < -104.0 { -104.0 } else { x };
     let x = if x > 89.0 { 89.0 } else { x };
     let t = x * std::f32::consts::LOG2_E + ROUND;
@@ -21,7 +21,7 @@ pub fn exp(x: f32) -> f32 {
         p = p * r + c;
     }
     let y = p * (r * r) + r + 1.0;
-    // 2^n in two factors, for n itself may lie outside the exponents of normal numbers.
+    // 2^n in two factors, because n itself may lie outside the exponents of normal numbers.
     let half = n >> 1;
     y * power_of_two(half) * power_of_two(n.wrapping_sub(half))
 }
@@ -49,8 +49,8 @@ pub fn tanh(x: f32) -> f32 {
     2.0 * sigmoid(2.0 * x) - 1.0
 }
 
-/// x · Φ(x) by the approximation with tanh (arXiv:1606.08415, section 2): `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`, where
-/// half of one plus the tanh is the sigmoid of twice its argument.
+/// x · Φ(x) by the approximation with tanh (arXiv:1606.08415, section 2): `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`. Half of 1
+/// plus the tanh is the sigmoid of twice the argument.
 #[inline(always)]
 pub fn gelu_tanh(x: f32) -> f32 {
     const TWICE_ROOT: f32 = 1.595_769;

@@ -1,7 +1,7 @@
-//! Matrix products: which row groups meet which tokens, on which thread.
+//! Matrix products: which row groups are multiplied with which tokens, on which thread.
 //!
-//! Nothing here adds two numbers. A tile, one or two row groups times a few tokens, is computed whole by a kernel, so
-//! the order of tiles and their distribution over threads cannot change a bit.
+//! Nothing here adds two numbers. A kernel computes a whole tile, one or two row groups times a few tokens, so the order of tiles
+//! and their distribution over threads cannot change a bit.
 
 use crate::activations::Activations;
 use crate::elementwise::Activation;
@@ -13,13 +13,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The most tokens of a tile; how many a kernel takes it says itself.
+/// The most tokens of a tile; each kernel says how many it takes.
 pub(crate) const TILE_TOKENS: usize = 32;
 
 /// Products of a few tokens with two row groups, the second in lanes 8..16.
 pub(crate) type Tile = [[f32; 2 * ROW_GROUP]; TILE_TOKENS];
 
-/// What a tile is made of.
+/// The row groups and tokens of a tile.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TileShape {
     /// First row group.
@@ -34,7 +34,7 @@ pub(crate) struct TileShape {
     pub(crate) int8: bool,
 }
 
-/// Tokens that are taken through all row groups of a task together; their activations should stay in the L2 cache.
+/// Tokens that go through all row groups of a task together; their activations should stay in the L2 cache.
 const TOKEN_PANEL: usize = 64;
 
 /// Weight bytes times tokens below which a task is not worth waking a thread for.
@@ -43,16 +43,17 @@ const TASK_BYTES_MIN: usize = 64 << 10;
 /// Tasks per thread: more than one, so that a thread that was descheduled does not hold up the rest.
 const TASKS_PER_THREAD: usize = 4;
 
-/// Bytes that are multiplied before a watch is told of them, at least a pair of row groups: they should be in the L1 cache then.
+/// Bytes that are multiplied before a watch is told of them, at least a pair of row groups: they should still be in the L1 cache
+/// then.
 const WATCHED_BYTES: usize = 16 << 10;
 
 /// A product that is being computed.
 struct Product<'a> {
     w: &'a Matrix<'a>,
     x: &'a Activations,
-    /// Takes every tile.
+    /// Receives every tile.
     write: &'a (dyn Fn(TileShape, &Tile) + Sync),
-    /// Once it is set, nobody wants the rest.
+    /// Once it is set, the rest of the results is no longer needed.
     cancel: Option<Arc<AtomicBool>>,
 }
 
@@ -108,7 +109,7 @@ impl Kernels {
         });
     }
 
-    /// `y = W x` on the calling thread, with f32 activations for every type; `scratch` holds the padded input.
+    /// `y = W x` on the calling thread, with f32 activations whatever the type; `scratch` holds the padded input.
     ///
     /// # Panics
     /// If `x.len() != w.cols()` or `y.len() != w.rows()`.
@@ -125,7 +126,7 @@ impl Kernels {
         }
     }
 
-    /// Computes every tile, each exactly once, and hands it to `write`.
+    /// Computes every tile exactly once, and passes it to `write`.
     fn tiles(&self, pool: &ThreadPool, w: &Matrix<'_>, x: &Activations, write: &(dyn Fn(TileShape, &Tile) + Sync)) {
         let pairs = w.groups().div_ceil(2);
         let work = w.group_bytes().saturating_mul(w.groups()).saturating_mul(x.n());
@@ -141,7 +142,7 @@ impl Kernels {
         pool.run_product(tasks, &run);
     }
 
-    /// In steps that leave the bytes in the cache for the watch.
+    /// Works in steps small enough that the bytes are still in the cache when the watch sees them.
     fn watched_tiles_of(&self, product: &Product<'_>, pairs: Range<usize>, watch: &dyn Watch) {
         let (w, group) = (product.w, product.w.group_bytes());
         let step = (WATCHED_BYTES / (2 * group).max(1)).max(1);
@@ -160,7 +161,7 @@ impl Kernels {
         for panel in (0..x.n()).step_by(TOKEN_PANEL) {
             let panel_end = (panel + TOKEN_PANEL).min(x.n());
             for pair in pairs.clone() {
-                // A panel times two row groups is a millisecond at most.
+                // A panel times two row groups takes a millisecond at most.
                 if product.is_cancelled() {
                     return;
                 }

@@ -54,7 +54,7 @@ pub enum ShapeError {
     },
 }
 
-/// Is told what is read of a matrix, to do something else with the same bytes while they are in a cache.
+/// Learns which bytes of a matrix have been read, so that it can use them while they are in a cache.
 pub trait Watch: Sync {
     /// The calling thread has just multiplied these bytes of the matrix, whole row groups.
     fn seen(&self, bytes: Range<usize>);
@@ -112,7 +112,7 @@ impl<'a> Matrix<'a> {
         Ok(Matrix { ty, rows, cols, planes, data: &data[index * one..(index + 1) * one], watch: None })
     }
 
-    /// The same matrix, but `watch` is told of every byte of it, once for every product.
+    /// The same matrix, except that `watch` is told of every byte of it, once for every product.
     #[must_use]
     pub fn watched_by(self, watch: Option<&'a dyn Watch>) -> Self {
         Matrix { watch, ..self }

@@ -2,10 +2,10 @@
 
 use half::{bf16, f16};
 
-/// The eight magnitudes and their negatives that a 4-bit e2m1 code stands for; bit 3 is the sign.
+/// The eight magnitudes and their negatives that 4-bit e2m1 codes represent; bit 3 is the sign.
 pub const E2M1: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
-/// Twice [`E2M1`], which is integer; kernels multiply these and halve the sum.
+/// Twice [`E2M1`], which are integers; kernels multiply these and halve the sum.
 pub(crate) const E2M1_DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// Decodes fp8 e4m3fn: 4 exponent bits with bias 7, no infinities, 0x7f and 0xff are NaN. Exact.
@@ -15,8 +15,8 @@ pub fn e4m3_to_f32(code: u8) -> f32 {
 
 /// The value of an e4m3fn code divided by 256.
 ///
-/// Shifted into binary16 the code keeps its meaning but for the exponent bias, 15 instead of 7, which is this factor.
-/// Kernels leave it in and multiply the block's scale by 256.
+/// Shifted into binary16, the code keeps its meaning except for the exponent bias, 15 instead of 7, which is this factor. Kernels
+/// leave it in and multiply the block's scale by 256.
 pub(crate) fn e4m3_over_256(code: u8) -> f32 {
     if code & 0x7f == 0x7f {
         return f32::NAN;
@@ -46,7 +46,7 @@ pub fn bf16_to_f32(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
-/// Rounds to binary16, ties to even; what is too large becomes infinite.
+/// Rounds to binary16, ties to even; numbers that are too large become infinite.
 #[inline]
 pub fn f32_to_f16(x: f32) -> u16 {
     f16::from_f32(x).to_bits()

@@ -1,7 +1,6 @@
 //! Packing of row groups and unpacking of matrices, in scalar code.
 //!
-//! The converter checks shapes of its input and reports them; here a wrong length is a mistake of the program and
-//! panics.
+//! The converter checks the shapes of its input and reports errors; a wrong length here is a bug, and panics.
 
 use crate::interleave::interleave;
 use crate::math::ROUND;
@@ -25,12 +24,12 @@ pub(crate) fn planes(ty: WeightType, n_rows: usize, cols: usize, src: usize, out
 /// `src` is row-major `[n_rows, cols]` with `n_rows ≤ 8`; missing rows become zero. `out` is all of the group,
 /// [`row_group_len`](crate::row_group_len) bytes. `f16` and `bf16` round to nearest, ties to even.
 ///
-/// `q8`: per row and 32 columns `scale = absmax/127` rounded to f16, `q = round_ties_even(w/scale)` within ±127. A block
-/// of zeros has scale 0. Where the rounded scale would cut the largest weight off, as it can among subnormal scales, the
-/// next larger f16 is taken; scales beyond f16 become its largest number and weights beyond that saturate. A block with
-/// a NaN or an infinity has scale NaN, so that it is not mistaken for a number.
+/// `q8`: per row and 32 columns `scale = absmax/127` rounded to f16, `q = round_ties_even(w/scale)` within ±127. A block of zeros
+/// has scale 0. If the rounded scale would clamp the largest weight, which can happen with subnormal scales, the next larger f16 is
+/// used. Scales beyond f16 become its largest number, and weights beyond that saturate. A block with a NaN or an infinity has scale
+/// NaN, so it cannot be mistaken for numbers.
 ///
-/// `q4`, `q3` and `q2`: as [`pack_row_group_weighted`](crate::pack_row_group_weighted) with all columns alike.
+/// `q4`, `q3` and `q2`: like [`pack_row_group_weighted`](crate::pack_row_group_weighted) with equal importance for all columns.
 ///
 /// # Panics
 /// For other types, more than 8 rows, or lengths that do not fit the shape.
@@ -83,12 +82,12 @@ pub(crate) fn q8_scale(block: &[f32]) -> u16 {
     if nearest < LARGEST && f16_to_f32(nearest) * 127.5 < absmax { nearest + 1 } else { nearest }
 }
 
-/// The bytes of a block, zeros behind its end.
+/// The bytes of a block, with zeros beyond its end.
 pub(crate) fn q8_values(block: &[f32], scale: f32) -> [u8; BLOCK] {
     let mut bytes = [0; BLOCK];
     if scale != 0.0 && !scale.is_nan() {
         for (byte, &w) in bytes.iter_mut().zip(block) {
-            // Cut off before rounding: the bounds are integers, so the order does not matter, and ROUND needs it.
+            // Clamps before rounding: the bounds are integers, so the order does not matter, and ROUND needs it.
             let i = ((w / scale).clamp(-127.0, 127.0) + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
             *byte = i as i8 as u8;
         }
@@ -119,8 +118,8 @@ pub fn pack_row_group_fp8(codes: &[u8], n_rows: usize, cols: usize, scales: &[f3
     interleave(codes, cols, values, |code| code);
 }
 
-/// Packs one row group of integers of 8 bits, unchanged. `codes` is row-major `[n_rows, cols]`, two's complement; `scales_f16`
-/// is `[n_rows, ceil(cols / 32)]`, the bytes of f16 numbers.
+/// Packs one row group of 8-bit integers, unchanged. `codes` is row-major `[n_rows, cols]`, two's complement; `scales_f16` is
+/// `[n_rows, ceil(cols / 32)]`, the bytes of f16 numbers.
 ///
 /// # Panics
 /// For more than 8 rows, or lengths that do not fit the shape.
@@ -145,12 +144,12 @@ pub fn pack_row_group_q8(codes: &[u8], n_rows: usize, cols: usize, scales_f16: &
 /// `scales_bf16` is `[n_rows, ceil(cols / 32)]`, the bits of bf16 numbers.
 ///
 /// # Panics
-/// For more than 8 rows, lengths that do not fit the shape, or a value of 16 and more.
+/// For more than 8 rows, lengths that do not fit the shape, or a value of 16 or more.
 pub fn pack_row_group_int4(nibbles: &[u8], n_rows: usize, cols: usize, scales_bf16: &[u16], out: &mut [u8]) {
     let blocks = cols.div_ceil(BLOCK);
     assert_eq!(scales_bf16.len(), n_rows * blocks, "one scale per row and {BLOCK} columns");
     let (scales, values) = planes(WeightType::Int4, n_rows, cols, nibbles.len(), out);
-    // Zero is nibble 8, in padding too.
+    // Zero is nibble 8, also in padding.
     values.fill(0x88);
     for r in 0..n_rows {
         for g in 0..blocks {
@@ -164,7 +163,7 @@ pub fn pack_row_group_int4(nibbles: &[u8], n_rows: usize, cols: usize, scales_bf
 /// `[n_rows, ceil(cols / 32)]` e8m0 codes.
 ///
 /// # Panics
-/// For more than 8 rows, lengths that do not fit the shape, or a code of 16 and more.
+/// For more than 8 rows, lengths that do not fit the shape, or a code of 16 or more.
 pub fn pack_row_group_mxfp4(codes: &[u8], n_rows: usize, cols: usize, scales: &[u8], out: &mut [u8]) {
     let blocks = cols.div_ceil(BLOCK);
     assert_eq!(scales.len(), n_rows * blocks, "one scale per row and {BLOCK} columns");
@@ -188,7 +187,7 @@ pub(crate) fn put_nibbles(nibbles: &[u8], n_rows: usize, cols: usize, values: &m
                 out[4 * r..][..4].copy_from_slice(word);
             }
         }
-        // What is behind the end of a row keeps its zero.
+        // Codes beyond the end of a row stay zero.
         for (k, &nibble) in rest.iter().enumerate() {
             let byte = &mut values[blocks.len() * HALF * ROW_GROUP + k % HALF / 4 * 4 * ROW_GROUP + r * 4 + k % 4];
             *byte = if k < HALF { *byte & 0xf0 | nibble } else { *byte & 0x0f | nibble << 4 };
@@ -196,7 +195,7 @@ pub(crate) fn put_nibbles(nibbles: &[u8], n_rows: usize, cols: usize, values: &m
     }
 }
 
-/// The numbers that a matrix stands for, row-major `[rows, cols]`, rounded to f32 where a product is not exact.
+/// The numbers that a matrix represents, row-major `[rows, cols]`, rounded to f32 where a product is not exact.
 pub fn unpack(w: Matrix<'_>) -> Vec<f32> {
     let (rows, cols) = (w.rows(), w.cols());
     let mut out = vec![0.0; rows * cols];
@@ -238,7 +237,7 @@ fn unpack_column(w: &Group<'_>, k: usize) -> scalar::Rows {
             scalar::column(w, k).map(|v| v * 256.0 * scale)
         }
         WeightType::Mxfp4 => {
-            // Not by way of the integers: they have no negative zero.
+            // Not through the integers, which have no negative zero.
             let (scales, codes) = (scalar::block_scales(w, k / BLOCK), scalar::nibbles(w, k / BLOCK, k % BLOCK));
             std::array::from_fn(|r| E2M1[codes[r] as usize] * scales[r])
         }
@@ -253,7 +252,7 @@ fn unpack_column(w: &Group<'_>, k: usize) -> scalar::Rows {
 mod tests {
     use super::*;
 
-    /// Rounding by addition gives the bits that rounding by name gives, ties, signs and saturation included.
+    /// Rounding by addition gives the same bits as `round_ties_even`, including ties, signs and saturation.
     #[test]
     fn q8_rounds_to_nearest_even() {
         let plain = |w: f32, scale: f32| (w / scale).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;

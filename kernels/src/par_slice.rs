@@ -1,12 +1,12 @@
-//! Slices that tasks write to in parallel.
+//! Slices to which tasks write in parallel.
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// An output that tasks write rows to.
+/// An output to which tasks write rows.
 ///
-/// The stores are relaxed atomic ones, which on every target are plain stores: so a mistake in the partition of the
-/// output would be a wrong result and not a data race.
+/// The stores are relaxed atomic stores, which are plain stores on every target. So a mistake in the partition of the output would
+/// be a wrong result, not a data race.
 pub(crate) struct SharedRows<'a>(&'a [AtomicU32]);
 
 impl<'a> SharedRows<'a> {

@@ -1,17 +1,17 @@
-//! Loops that look at memory and do nothing else: what a product that reads its weights once cannot be faster than.
+//! Loops that only read memory: a product that reads its weights once cannot be faster.
 
 use crate::Kernels;
 
-/// Bytes that a loop looks at in a row: eight registers of 256 bits, so that none waits for the one before.
+/// Bytes that a loop reads in one step: eight registers of 256 bits, so that none waits for the one before.
 const STEP: usize = 256;
 const WORDS: usize = STEP / 8;
 
-/// How many places of the memory a loop reads from in turn, for each loop that there is: which is best differs from machine to machine.
+/// The numbers of places of the memory that a loop can read alternately, one loop for each; which is best differs between machines.
 pub const READING_STREAMS: [usize; 3] = [1, 2, 4];
 
 impl Kernels {
-    /// Looks at all bytes, from so many places in turn ([`READING_STREAMS`]; another number counts as 1). What it returns depends on all of
-    /// them.
+    /// Reads all bytes, alternating between `streams` places ([`READING_STREAMS`]; another number counts as 1). The result depends
+    /// on all of them.
     pub fn look_at(&self, data: &[u8], streams: usize) -> u64 {
         match streams {
             2 => self.compiled(|| look_at::<2>(data)),

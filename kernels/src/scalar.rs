@@ -7,39 +7,39 @@
 //!   `(s0 + s1) + (s2 + s3)`.
 //! - `fp8`: per 128-column block, in order, that sum over the block's columns of `(w/256)·x`; then
 //!   `total = fma(sum, 256·scale, total)`. The 256 is the difference of the exponent biases of e4m3 and binary16.
-//! - `q8`, `int4`, `mxfp4` with f32 activations: per 32-column block, in order and including the padding of the last,
-//!   that sum over integers `w`; then `total = fma(sum·unit, scale, total)`. `unit` is ½ for `mxfp4`, whose integers are
-//!   twice the e2m1 values, else 1.
+//! - `q8`, `int4`, `mxfp4` with f32 activations: per 32-column block, in order and including the padding of the last, that sum over
+//!   integers `w`; then `total = fma(sum·unit, scale, total)`. `unit` is ½ for `mxfp4`, whose integers are twice the e2m1 values,
+//!   and 1 for the others.
 //! - `q8`, `int4`, `mxfp4` with int8 activations: per 32-column block `g` the dot product of integers, exact; then
 //!   `s[g mod 2] = fma(dot, scale·(xscale·unit), s[g mod 2])`; the result is `s0 + s1`.
 //!
-//! - `q4`, `q3`, `q2` with f32 activations: per block of 32, 16 or 16 columns, in order, that sum over integers
-//!   `w = C[n] + o`; then `total = fma(sum·2^17, s/2^17, total)`; the result is `total·S`. With int8 activations: per
-//!   block `b` the dot product of integers, exact; then `s[b mod 2] = fma(dot, (s/2^17)·(xscale·2^17), s[b mod 2])`; the
-//!   result is `(s0 + s1)·S`. The `quant` module defines the symbols; 2^17 is what moves `s` into binary16's range.
+//! - `q4`, `q3`, `q2` with f32 activations: per block of 32, 16 or 16 columns, in order, that sum over integers `w = C[n] + o`;
+//!   then `total = fma(sum·2^17, s/2^17, total)`; the result is `total·S`. With int8 activations: per block `b` the dot product of
+//!   integers, exact; then `s[b mod 2] = fma(dot, (s/2^17)·(xscale·2^17), s[b mod 2])`; the result is `(s0 + s1)·S`. The `quant`
+//!   module defines the symbols; the factor 2^17 brings `s` into binary16's range.
 //!
 //! **`dot`**: `s[k mod 32] = fma(a[k], b[k], s[k mod 32])`; then 32 lanes are folded in halves, `s[i] + s[i + 16]`,
 //! `s[i] + s[i + 8]`, down to one. **`axpy`**: `y[i] = fma(a, x[i], y[i])`.
 //!
-//! **Attention** reads every cached number as the f32 that it stands for (`kv` module) and goes on as if the cache held
-//! that. The keys that a query sees, by position, are cut into blocks at multiples of [`KEY_BLOCK`], and the blocks, each
-//! computed by itself, are combined in ascending order: online softmax (arXiv:1805.02867) over blocks, as in FlashAttention
-//! (arXiv:2205.14135). So keys can be shared out over threads, pages and instructions in any way that keeps blocks whole.
-//! Keys that are *chosen* are cut by their place in the ascending list of those chosen, not by position.
+//! **Attention** reads every cached number as the f32 that it represents (`kv` module) and continues as if the cache held that. The
+//! keys that a query sees are cut by position into blocks at multiples of [`KEY_BLOCK`]. Each block is computed by itself, and the
+//! blocks are combined in ascending order: online softmax (arXiv:1805.02867) over blocks, as in FlashAttention (arXiv:2205.14135).
+//! So keys can be distributed over threads, pages and instructions in any way that keeps blocks whole. Keys that are *chosen* are
+//! cut by their place in the ascending list of chosen keys, not by position.
 //!
-//! - Of a block `b` with queries `q`, keys `k` and values `v`: `s[j] = dot(q, k[j])·scale`, rounded twice;
-//!   `m_b = max s[j]`; `p[j] = exp(s[j] - m_b)` with the crate's own `exp`; `l_b = Σ p[j]`, where the key at place `i` of
-//!   its whole block is added in lane `i mod 16`, and lanes are folded in halves as those of `dot` are; `o_b = Σ p[j]·v[j]`
-//!   for `j` ascending, one `fma(p[j], v[j], o_b)` each.
+//! - For a block `b` with query `q`, keys `k` and values `v`: `s[j] = dot(q, k[j])·scale`, rounded twice; `m_b = max s[j]`; `p[j] =
+//!   exp(s[j] - m_b)` with the crate's own `exp`; `l_b = Σ p[j]`, where the key at place `i` of its whole block is added in lane `i
+//!   mod 16`, and the lanes are folded in halves like those of `dot`; `o_b = Σ p[j]·v[j]` for `j` ascending, one `fma(p[j], v[j],
+//!   o_b)` each.
 //! - A query begins with `m = -∞`, `l = 0`, `o = 0`. With each block `m' = max(m, m_b)`, `α = exp(m - m')`,
 //!   `β = exp(m_b - m')`, `l' = fma(l, α, l_b·β)`, `o' = fma(o, α, o_b·β)`.
-//! - A sink, a logit without a value, comes after all blocks, as one with `m_b = sink`, `l_b = 1` and no values: `o' = o·α`.
+//! - A sink, a logit without a value, comes after all blocks, like a block with `m_b = sink`, `l_b = 1` and no values: `o' = o·α`.
 //! - The result is `o / l`. A query that sees no key and has no sink gets zeros.
 //!
-//! NaN is larger than nothing, so it is never a maximum; but what it is part of becomes NaN, and times 0 it still is. So a NaN
-//! in a key makes the whole result NaN, one in a value its column. The exponent of `-∞` is 0, whatever it is compared with:
-//! where a maximum is `-∞`, 0 is subtracted instead of it. A query that sees scores of `-∞` alone gets NaN, as `0 / 0` is; one
-//! that sees `+∞` too.
+//! No comparison finds NaN larger, so NaN is never a maximum; but every sum or product with it is NaN, even times 0. So a NaN in a
+//! key makes the whole result NaN, and a NaN in a value makes its column NaN. The weight of a score of `-∞` is 0, whatever the
+//! maximum: if a maximum is `-∞`, 0 is subtracted instead of it. A query that sees only scores of `-∞` gets NaN, because `0 / 0` is
+//! NaN; so does a query that sees `+∞`.
 
 use crate::activations::{Activations, QuantisedBlock};
 use crate::attention::{KEY_BLOCK, KeyBlock, Part};
@@ -115,7 +115,7 @@ fn fp8(w: &Group<'_>, x: &[f32]) -> Rows {
     total
 }
 
-/// What the integers of a blocked type are multiples of, before the scale.
+/// The unit of which the integers of a blocked type are multiples, before the scale.
 pub(crate) fn unit(ty: WeightType) -> f32 {
     if ty == WeightType::Mxfp4 { 0.5 } else { 1.0 }
 }
@@ -226,7 +226,7 @@ pub(crate) fn row_dot(a: &[f32], rows: &KvRows<'_>, j: usize) -> f32 {
     fold_lanes(lanes)
 }
 
-/// What a query has gathered from the blocks before: `m` and `l` of the definition above; `o` is kept beside them.
+/// The state of a query after the blocks so far: `m` and `l` of the definition above; `o` is kept beside them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Running {
     pub(crate) max: f32,
@@ -234,10 +234,10 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Before the first block.
+    /// The state before the first block.
     pub(crate) const NONE: Self = Running { max: f32::NEG_INFINITY, sum: 0.0 };
 
-    /// Takes in `m_b` and `l_b`, and returns `α` and `β`.
+    /// Adds `m_b` and `l_b`, and returns `α` and `β`.
     #[inline(always)]
     pub(crate) fn combine(&mut self, block: Running) -> [f32; 2] {
         let max = if block.max > self.max { block.max } else { self.max };
@@ -248,7 +248,7 @@ impl Running {
     }
 }
 
-/// What is subtracted from scores whose maximum is `max`.
+/// The number that is subtracted from scores whose maximum is `max`.
 #[inline(always)]
 fn or_zero(max: f32) -> f32 {
     if max == f32::NEG_INFINITY { 0.0 } else { max }
@@ -257,7 +257,7 @@ fn or_zero(max: f32) -> f32 {
 /// Lanes of the sum of a block's weights.
 const WEIGHT_LANES: usize = 16;
 
-/// Turns the scores of a block into weights `p`, and returns `m_b` and `l_b`. Places that are not seen have `-∞`.
+/// Turns the scores of a block into weights `p`, and returns `m_b` and `l_b`. Places that the query does not see have `-∞`.
 #[inline(always)]
 pub(crate) fn weigh(scores: &mut [f32; KEY_BLOCK]) -> Running {
     let mut lanes = [f32::NEG_INFINITY; WEIGHT_LANES];

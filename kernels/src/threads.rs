@@ -1,8 +1,8 @@
 //! A pool of threads for tasks of microseconds.
 //!
-//! A job is a borrowed closure and a number of tasks. The caller opens the job, works on it like the others, closes it
-//! when no task is left, and waits only for threads that did join: a thread that the system has not scheduled in time
-//! costs nothing. Threads spin briefly between jobs, then sleep.
+//! A job is a borrowed closure and a number of tasks. The caller opens the job, works on it like the other threads, closes it when
+//! no task is left, and waits only for threads that have joined. So a thread that the system has not scheduled in time costs
+//! nothing. Threads spin briefly between jobs, then sleep.
 
 use crate::par_slice::Pieces;
 use std::any::Any;
@@ -56,22 +56,22 @@ pub struct ThreadPool {
     workers: Vec<JoinHandle<()>>,
     /// Held by the thread whose job is running.
     caller: Mutex<()>,
-    /// While it is set, sparing products leave a core to others.
+    /// While it is set, sparing products leave a core free for others.
     busy: Option<Arc<AtomicBool>>,
-    /// Whether memory limits the products.
+    /// Whether memory, not arithmetic, limits the products.
     spares: AtomicBool,
-    /// Once it is set, nobody wants the results of what is running.
+    /// Once it is set, the results of what is running are no longer needed.
     cancel: Mutex<Option<Arc<AtomicBool>>>,
 }
 
-/// A poisoned lock is as good as any here: the data behind it are valid at every instant.
+/// A poisoned lock does no harm here: the data behind it are valid at every instant.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl ThreadPool {
-    /// A pool of `threads` threads including the caller of [`run`](Self::run); 0 counts as 1, and at most 1024 are
-    /// started. Threads that the system refuses to start are done without.
+    /// A pool of `threads` threads including the caller of [`run`](Self::run); 0 counts as 1, and at most 1024 are started. If the
+    /// system refuses to start some, the pool works without them.
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
             state: AtomicUsize::new(0),
@@ -102,27 +102,27 @@ impl ThreadPool {
         }
     }
 
-    /// The same pool, which leaves one thread out of sparing products while `busy` is set.
+    /// The same pool, except that one thread takes no part in sparing products while `busy` is set.
     #[must_use]
     pub fn sparing_while(mut self, busy: Arc<AtomicBool>) -> Self {
         self.busy = Some(busy);
         self
     }
 
-    /// Says whether products on this pool are sparing from now on: whether they wait for memory more than they compute. While
-    /// something else keeps a core busy ([`sparing_while`](Self::sparing_while)), one thread then takes no part. It would add
-    /// little, and would be waited for whenever the system takes its core away.
+    /// Sets whether products on this pool are sparing from now on: whether they wait for memory more than they compute. While
+    /// something else keeps a core busy ([`sparing_while`](Self::sparing_while)), one thread then takes no part. It would
+    /// contribute little, and the others would wait for it whenever the system takes its core away.
     pub fn spare(&self, spares: bool) {
         self.spares.store(spares, Ordering::Relaxed);
     }
 
-    /// From now on, once `flag` is set, products on this pool end early and leave their outputs unfinished. Whoever sets it
-    /// must throw them away.
+    /// From now on, once `flag` is set, products on this pool end early and leave their outputs unfinished. The code that sets it
+    /// must discard them.
     pub fn cancel_by(&self, flag: Option<Arc<AtomicBool>>) {
         *lock(&self.cancel) = flag;
     }
 
-    /// What says whether results are still wanted.
+    /// The flag that says that results are no longer needed.
     pub fn cancel_flag(&self) -> Option<Arc<AtomicBool>> {
         lock(&self.cancel).clone()
     }
@@ -134,11 +134,11 @@ impl ThreadPool {
 
     /// Runs `f(task)` once for every task in `0..tasks`, on all threads, and returns when all are done.
     ///
-    /// Nothing is allocated. While a job runs, further jobs (from inside a task, or from other threads) run on the
-    /// thread that brings them.
+    /// Nothing is allocated. While a job runs, further jobs (from inside a task, or from other threads) run on the thread that
+    /// submits them.
     ///
     /// # Panics
-    /// If a task panics, with its payload, after the running tasks have ended; the remaining ones are not started.
+    /// If a task panics: with its payload, after the running tasks have ended; the remaining ones are not started.
     pub fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
         self.run_with(self.workers.len(), tasks, f);
     }
@@ -223,7 +223,7 @@ impl Drop for ThreadPool {
             self.shared.work.notify_all();
         }
         for worker in self.workers.drain(..) {
-            // Tasks' panics are caught, so a worker has none of its own to report.
+            // Panics of tasks are caught, so a worker has none of its own to report.
             let _ = worker.join();
         }
     }
@@ -235,7 +235,7 @@ impl std::fmt::Debug for ThreadPool {
     }
 }
 
-/// Spins until `ready`, or for [`SPIN`]; says whether it is.
+/// Spins until `ready`, or for [`SPIN`]; returns whether it is ready.
 fn spin(ready: impl Fn() -> bool) -> bool {
     let start = Instant::now();
     loop {
@@ -252,7 +252,7 @@ fn spin(ready: impl Fn() -> bool) -> bool {
 }
 
 impl Shared {
-    /// The life of a worker: join every open job that it has not been in yet.
+    /// The life of a worker: join every open job once.
     fn work(&self) {
         let mut last = 0;
         loop {
@@ -286,13 +286,14 @@ impl Shared {
             (state & END != 0 || state & OPEN != 0 && state / JOB_ONE != last).then_some(state)
         };
         if spin(|| news(Ordering::Relaxed).is_some()) {
-            // It may be over again by now; then sleeping is as good as spinning on.
+            // The job may already be over; then sleeping is as good as spinning on.
             if let Some(state) = news(Ordering::Acquire) {
                 return state;
             }
         }
         let mut guard = lock(&self.lock);
-        // Announced before the state is looked at, as a job is opened before sleepers are: one of the two sees the other.
+        // The thread announces itself before it reads the state, and a job is opened before sleepers are counted, so one of the two
+        // sees the other.
         self.sleepers.fetch_add(1, Ordering::SeqCst);
         loop {
             if let Some(state) = news(Ordering::SeqCst) {

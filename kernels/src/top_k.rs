@@ -36,26 +36,26 @@ pub fn top_k(scores: &[f32], k: usize, out: &mut Vec<u32>) {
     }
 }
 
-/// The largest of many scores that come one by one, as [`top_k`] would choose them: in memory that depends on how many are wanted,
-/// not on how many come.
+/// Finds the largest of many scores that come one by one, as [`top_k`] would choose them, in memory that depends on how many are
+/// wanted, not on how many come.
 #[derive(Debug, Default)]
 pub struct TopK {
     k: usize,
-    /// Rank and index of those that may be among the best, up to twice as many as are wanted.
+    /// Rank and index of scores that may be among the best, up to twice as many as are wanted.
     kept: Vec<(u32, u32)>,
-    /// A rank that is not enough, if so many have come.
+    /// Once so many have come, a score needs a rank above this one.
     least: Option<u32>,
 }
 
 impl TopK {
-    /// Begins again, for the `k` largest.
+    /// Starts again, for the `k` largest.
     pub fn begin(&mut self, k: usize) {
         (self.k, self.least) = (k, None);
         self.kept.clear();
         self.kept.reserve(2 * k);
     }
 
-    /// The next score; indices ascend.
+    /// Takes the next score; indices ascend.
     pub fn offer(&mut self, index: u32, score: f32) {
         let rank = rank(score);
         if self.k == 0 || self.least.is_some_and(|least| rank <= least) {
@@ -78,7 +78,7 @@ impl TopK {
     }
 
     fn shrink(&mut self) {
-        // No two are equal in this order, so the choice does not depend on how it is found.
+        // No two are equal in this order, so the choice does not depend on the algorithm that finds it.
         self.kept.select_nth_unstable_by(self.k - 1, |a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
         self.kept.truncate(self.k);
         self.least = Some(self.kept[self.k - 1].0);

@@ -1,7 +1,7 @@
-//! Sums of outer products, `C += Aᵀ B`: what moments, their factorisation and error feedback are made of.
+//! Sums of outer products, `C += Aᵀ B`, which moments, their factorisation and error feedback consist of.
 //!
-//! Every element is one chain of fused multiply-adds, `c[i][j] = fma(a[k][i], b[k][j], c[i][j])` for `k` ascending. So neither tiles,
-//! nor how many `k` are taken at once, nor threads, nor instruction sets can change a bit.
+//! Every element is one chain of fused multiply-adds, `c[i][j] = fma(a[k][i], b[k][j], c[i][j])` for `k` ascending. So neither
+//! tiles, nor the number of `k` that are taken at once, nor threads, nor instruction sets can change a bit.
 
 use std::ops::Range;
 
@@ -15,8 +15,8 @@ pub(crate) const WIDE: usize = 16;
 /// A tile of `C`.
 pub(crate) type UpdateTile = [[f32; WIDE]; TALL];
 
-/// A row-major matrix of `depth` rows, cut into stripes of `W` columns: what a kernel reads one after the other lies together. Columns
-/// beyond the last are zeros.
+/// A row-major matrix of `depth` rows, cut into stripes of `W` columns, so that what a kernel reads in sequence lies together.
+/// Columns beyond the last are zeros.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stripes<const W: usize> {
     depth: usize,
@@ -24,7 +24,7 @@ pub(crate) struct Stripes<const W: usize> {
 }
 
 impl<const W: usize> Stripes<W> {
-    /// Takes the rows that `row` gives, each of `width` numbers.
+    /// Copies the rows that `row` gives, each of `width` numbers.
     pub(crate) fn set<'a>(&mut self, depth: usize, width: usize, row: impl Fn(usize) -> &'a [f32]) {
         self.depth = depth;
         self.data.clear();
@@ -46,19 +46,19 @@ impl<const W: usize> Stripes<W> {
     }
 }
 
-/// Part of a row-major matrix that products are added to.
+/// Part of a row-major matrix to which products are added.
 pub(crate) struct Target<'a> {
-    /// From the first row on.
+    /// The values, beginning with the first row.
     pub(crate) values: &'a mut [f32],
-    /// From row to row.
+    /// Distance between rows.
     pub(crate) stride: usize,
-    /// Columns of the matrix that the first stripe of `B` meets, and those beyond the last.
+    /// Columns of the matrix that belong to the first stripe of `B`, and the columns after those.
     pub(crate) columns: Range<usize>,
 }
 
 impl Kernels {
-    /// Adds the products of the rows of `A` that stripes `tall` hold, which are the rows of `to`, with all of `B`. With `lower`, only what
-    /// is on or below the diagonal is of use, and what is above it need not be right.
+    /// Adds the products of the rows of `A` in the stripes `tall`, which are the rows of `to`, with all of `B`. With `lower`, only
+    /// elements on or below the diagonal are needed, and those above it may be wrong.
     pub(crate) fn update(
         &self,
         a: &Stripes<TALL>,
@@ -128,7 +128,7 @@ mod tests {
                 }
             }
             for kernels in Kernels::available() {
-                // Whatever is taken at once.
+                // The result is the same, however many are taken at once.
                 for step in [1, 7, depth] {
                     let mut out = c.clone();
                     for from in (0..depth).step_by(step) {

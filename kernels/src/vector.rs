@@ -8,8 +8,8 @@ use std::array::from_fn;
 
 /// An array of `n` values, one per index, as a plain loop.
 ///
-/// `array::from_fn` and `map` are compiled without the caller's target features, so what their closures do is not
-/// inlined into a kernel.
+/// `array::from_fn` and `map` are compiled without the caller's target features, so the code of their closures is not inlined into
+/// a kernel.
 macro_rules! each {
     ($init:expr; $n:expr, $i:ident => $value:expr) => {{
         let mut all = [$init; $n];
@@ -20,7 +20,7 @@ macro_rules! each {
     }};
 }
 
-// Weight types as constant parameters, which enums cannot be yet: their codes in the file.
+// Weight types as constant parameters, because enums cannot be constant parameters yet: their codes in the file.
 pub(crate) const F32: u8 = 1;
 pub(crate) const F16: u8 = 2;
 pub(crate) const BF16: u8 = 3;
@@ -53,7 +53,7 @@ pub(crate) const fn block_bytes(ty: u8) -> usize {
     }
 }
 
-/// What the integers of a blocked type are multiples of.
+/// The unit of which the integers of a blocked type are multiples.
 pub(crate) const fn unit(ty: u8) -> f32 {
     if ty == MXFP4 { 0.5 } else { 1.0 }
 }
@@ -64,7 +64,7 @@ pub(crate) fn bytes<const N: usize>(from: &[u8], at: usize) -> &[u8; N] {
     from[at..].first_chunk().expect("planes hold whole vectors")
 }
 
-/// Doubled e2m1 values, `bias` added.
+/// Doubled e2m1 values, plus `bias`.
 pub(crate) const fn e2m1_table(bias: i8) -> [u8; 16] {
     let mut table = [0; 16];
     let mut i = 0;
@@ -75,7 +75,7 @@ pub(crate) const fn e2m1_table(bias: i8) -> [u8; 16] {
     table
 }
 
-/// Whether a type has a codebook, a scale for each row, and bytes that say scale and offset of a block.
+/// Whether a type has a codebook, a scale for each row, and bytes with the scale and offset of a block.
 pub(crate) const fn has_codebook(ty: u8) -> bool {
     matches!(ty, Q4 | Q3 | Q2)
 }
@@ -95,7 +95,7 @@ pub(crate) const fn codebook(ty: u8) -> &'static Codebook {
     }
 }
 
-/// The levels of a codebook, `bias` added.
+/// The levels of a codebook, plus `bias`.
 pub(crate) const fn levels(ty: u8, bias: i32) -> [u8; 16] {
     let mut levels = [0; 16];
     let mut i = 0;
@@ -106,7 +106,7 @@ pub(crate) const fn levels(ty: u8, bias: i32) -> [u8; 16] {
     levels
 }
 
-/// What an offset is above the lowest, whose byte is zero.
+/// The difference between an offset and the lowest offset, whose byte is zero.
 pub(crate) const fn offset_base(ty: u8) -> i32 {
     -codebook(ty).offset(0)
 }
@@ -133,7 +133,7 @@ pub(crate) fn parts<'a, const T: usize>(x: &[&'a [f32]; T], first: usize, len: u
     parts
 }
 
-/// The first `len` columns of each row in fours.
+/// The first `len` columns of each row, in groups of four.
 #[inline(always)]
 pub(crate) fn in_fours<'a, const T: usize>(x: &[&'a [f32]; T], len: usize) -> [&'a [[f32; 4]]; T] {
     let mut fours: [&[[f32; 4]]; T] = [&[]; T];

@@ -1,4 +1,4 @@
-//! Attention: what it is, and the same bits however its work is split.
+//! Attention: its definition, and the same bits however its work is split.
 
 mod common;
 
@@ -6,7 +6,7 @@ use common::*;
 use sluice_kernels::*;
 use std::ops::Range;
 
-/// A query: what it sees, its sink, its numbers.
+/// A query: what it sees, its sink and its numbers.
 #[derive(Clone, Debug)]
 struct Query {
     sees: Range<usize>,
@@ -14,10 +14,10 @@ struct Query {
     numbers: Vec<f32>,
 }
 
-/// Keys and values, rows by position.
+/// Keys and values, by position.
 struct Cached {
     keys: KvBuffer,
-    /// None: the beginnings of the keys.
+    /// `None`: the first numbers of the keys.
     values: Option<KvBuffer>,
     key: usize,
     value: usize,
@@ -71,7 +71,7 @@ fn attend_in(tile: &mut QueryTile, k: Kernels, queries: &[Query], cached: &Cache
     tile.finish();
 }
 
-/// The definition, written down a second time: one query, in plain numbers, without tiles.
+/// The definition, written a second time: one query, in plain numbers, without tiles.
 fn defined(query: &Query, cached: &Cached) -> Vec<f32> {
     let or_zero = |m: f32| if m == f32::NEG_INFINITY { 0.0 } else { m };
     let (mut m, mut l, mut o) = (f32::NEG_INFINITY, 0.0f32, vec![0.0f32; cached.value]);
@@ -104,7 +104,7 @@ fn defined(query: &Query, cached: &Cached) -> Vec<f32> {
     o.iter().map(|o| o / l).collect()
 }
 
-/// What a query at `position` may see: everything, a window, or (rarely) nothing.
+/// The positions that a query at `position` may see: all, a window, or (rarely) none.
 fn sees(position: usize, window: Option<usize>, rng: &mut Rng) -> Range<usize> {
     let end = if rng.below(20) == 0 { 0 } else { position + 1 };
     window.map_or(0, |window| end.saturating_sub(window))..end
@@ -237,7 +237,7 @@ fn chosen_keys_count_by_their_place_in_the_list() {
         for positions in [1, 40, 300] {
             let cached = Cached::random(ty, positions, 96, 64, &mut rng);
             let chosen: Vec<usize> = (0..positions).filter(|_| rng.below(3) > 0).collect();
-            // As if nothing but the chosen rows had ever been there.
+            // The same as if only the chosen rows had ever existed.
             let mut gathered = Cached::random(ty, chosen.len(), 96, 64, &mut rng);
             for (to, &from) in chosen.iter().enumerate() {
                 let row = from..from + 1;
@@ -252,7 +252,7 @@ fn chosen_keys_count_by_their_place_in_the_list() {
                 assert_eq!(gathered.numbers(to), cached.numbers(from));
             }
             for k in Kernels::available() {
-                // Block by block through a buffer of one block, as a layer does it.
+                // Block by block through a buffer of one block, as a layer does.
                 let mut block = Cached::random(ty, KEY_BLOCK, 96, 64, &mut rng);
                 let mut tile = QueryTile::default();
                 tile.begin(96, 64, SCALE);
@@ -332,20 +332,20 @@ fn numbers_that_are_not_finite_are_seen_or_count_nothing() {
                     scores[at] = odd;
                     scores
                 };
-                // A NaN in a key: everything.
+                // A NaN in a key makes everything NaN.
                 assert!(
                     with_scores(k, &with(nan), value, None).iter().all(|v| v.is_nan()),
                     "{} {n} {at}",
                     k.isa_name()
                 );
                 assert!(with_scores(k, &with(f32::INFINITY), value, None).iter().all(|v| v.is_nan()));
-                // A NaN in a value: its column, however small its weight.
+                // A NaN in a value makes its column NaN, however small its weight.
                 let mut scores = vec![0.0; n];
                 scores[at] = -1e30;
                 if n > 1 {
                     let [odd, even] = with_scores(k, &scores, |j| if j == at { nan } else { 1.0 }, None);
                     assert!(odd.is_nan() && even == 1.0, "{} {n} {at}: {odd} {even}", k.isa_name());
-                    // A score of −∞ has no weight, also where it is alone in its block.
+                    // A score of −∞ has no weight, even if it is alone in its block.
                     let [odd, even] = with_scores(k, &with(none), |j| if j == at { 7.0 } else { 2.0 }, None);
                     assert!(odd == 2.0 && even == 1.0, "{} {n} {at}: {odd} {even}", k.isa_name());
                 }

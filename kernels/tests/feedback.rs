@@ -1,16 +1,16 @@
-//! Error feedback: packing that knows how inputs vary together.
+//! Error feedback: packing that knows the correlations of the inputs.
 
 mod common;
 
 use common::*;
 use sluice_kernels::*;
 
-/// Twelve uniform numbers make a normal one.
+/// The sum of twelve uniform numbers is nearly normal.
 fn normal(rng: &mut Rng, n: usize) -> Vec<f32> {
     (0..n).map(|_| (0..12).map(|_| rng.f32() * 0.5).sum()).collect()
 }
 
-/// Inputs whose columns vary together, as they do in models: a few directions carry most of them.
+/// Inputs whose columns are correlated, as they are in models: a few directions carry most of them.
 fn correlated(tokens: usize, cols: usize, seed: u64) -> Activations {
     let mut rng = Rng(seed);
     let directions = normal(&mut rng, 8 * cols);
@@ -82,7 +82,7 @@ fn feedback_lowers_the_error_of_outputs() {
             let (before, after) = (output_error(&unseen, &w, &plain), output_error(&unseen, &w, &stored));
             println!("{ty:?} {cols} columns, panels of {panel}: {:.3}", after / before);
             assert!(after < share * before, "{ty:?} {cols}: {after} beside {before}");
-            // A row does not depend on those that are quantised with it.
+            // The result of a row does not depend on the rows that are quantised with it.
             let alone = feedback.quantise(ty, &w[5 * cols..6 * cols], &mut scratch);
             assert_eq!(packed(ty, &alone, 1, cols), stored[5 * cols..6 * cols]);
         }

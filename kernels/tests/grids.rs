@@ -1,4 +1,4 @@
-//! ggml's grids stand for what the public decoder says they do.
+//! ggml's grids represent the numbers that the public decoder gives.
 
 mod common;
 
@@ -6,8 +6,7 @@ use common::*;
 use sluice_kernels::*;
 use sluice_weights::{Codes, Grouped};
 
-/// For each type the points of its grid, if it has one of its own, then 16 rows of records, scales and values
-/// (`ggml/make_grids.py`).
+/// For each type, the points of its grid if it has its own, then 16 rows of records, scales and values (`ggml/make_grids.py`).
 const PUBLIC: &[u8] = include_bytes!("ggml/grids.bin");
 const ROWS: usize = 16;
 const COLS: usize = 256;
@@ -23,7 +22,7 @@ const TYPES: [(&str, usize); 7] = [
     ("iq1_m", 0),
 ];
 
-/// What the fixture has of one type.
+/// The fixture of one type.
 struct Public {
     ty: Grouped,
     packed: Vec<u8>,

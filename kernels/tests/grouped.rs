@@ -6,7 +6,7 @@ use common::*;
 use sluice_kernels::*;
 use sluice_weights::{Codes, GroupSize, Grouped, SUPER_BLOCK, ScaleType, Scales, Super, Zero};
 
-/// The published types, and every other pair of codes and scales that there can be. Codes of grids have a test of their own.
+/// The published types, and every other possible pair of codes and scales. Codes of grids have a test of their own.
 fn types() -> impl Iterator<Item = Grouped> {
     let published = Grouped::PUBLISHED.iter().map(|&(_, ty)| ty);
     let codes = [2, 3, 4, 5, 6, 8].map(Codes::Uint).into_iter().chain([Codes::E2m1, Codes::E4m3, Codes::Iq4nl]);
@@ -36,7 +36,7 @@ fn scale(ty: ScaleType, bytes: &[u8]) -> f64 {
     })
 }
 
-/// The weight of column `k` of row `r`, as the format defines it, from what the source holds.
+/// The weight of column `k` of row `r`, as the format defines it, computed from the rows of the source.
 fn weight(ty: Grouped, rows: &Rows, cols: usize, r: usize, k: usize) -> f64 {
     const IQ4NL: [i32; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
     let code = rows.codes[r * cols + k];
@@ -143,7 +143,7 @@ fn products_are_those_of_the_weights() {
                 for (i, &y) in y.iter().enumerate() {
                     let (x, w) = (&x[i / rows * cols..][..cols], &packed.weights[i % rows * cols..][..cols]);
                     let want: f64 = x.iter().zip(w).map(|(&x, &w)| f64::from(x) * w).sum();
-                    // Terms of a weight may be larger than their difference.
+                    // Terms of a weight may be larger than the weight itself.
                     let size: f64 = w.iter().map(|w| w.abs().max(0.5)).sum();
                     assert!((f64::from(y) - want).abs() <= tolerance * size, "{ty:?} {precision:?}: {y} {want}");
                 }
@@ -152,7 +152,7 @@ fn products_are_those_of_the_weights() {
     }
 }
 
-/// Of all types, not the published ones alone: `same_bits` has those, with more shapes.
+/// For all types, not only the published ones, which `same_bits` tests with more shapes.
 #[test]
 fn every_isa_equals_scalar() {
     let (mut rng, pool) = (Rng(4), ThreadPool::new(1));
@@ -207,7 +207,7 @@ fn codes_that_are_too_large_are_refused() {
     pack_row_group_grouped(ty, &codes, 1, 33, &[0, 0], &[], &mut out);
 }
 
-/// Sums of 16 bits and signed bytes have room for the largest products, whatever the zero.
+/// Sums of 16 bits and signed bytes hold the largest products, whatever the zero.
 #[test]
 fn extreme_integers_do_not_saturate() {
     let (pool, cols) = (ThreadPool::new(1), SUPER_BLOCK);
@@ -219,7 +219,7 @@ fn extreme_integers_do_not_saturate() {
             _ => 15,
         };
         for code in [0, top / 2, top] {
-            // Scales of no more bits than make every sum exact.
+            // Scales of few enough bits that every sum is exact.
             for zero in [0u8, 255] {
                 let scales = tame_scales(*ty, cols, zero);
                 let mut out = vec![0; packed_len(WeightType::Grouped(*ty), 16, cols).unwrap()];

@@ -1,4 +1,4 @@
-//! No kernel reads or writes one byte beyond its operands: behind each lies a page that may not be touched.
+//! No kernel reads or writes a byte beyond its operands: after each operand lies an inaccessible page.
 #![cfg(unix)]
 
 mod common;
@@ -143,7 +143,7 @@ fn attention_stays_inside() {
         [(1, 3, 2, 3), (5, 33, 31, 40), (9, 64, 64, 64), (6, 96, 72, 100), (3, 577, 515, 577), (64, 128, 128, 128)]
     {
         let queries = Guarded::floats(&rng.vec(2 * k_dim));
-        // The last row ends where what is used of it ends.
+        // The last row ends where the part that is used ends.
         let numbers = |width: usize, rng: &mut Rng| Guarded::floats(&rng.vec((s - 1) * stride + width));
         let (keys, values) = (numbers(k_dim, &mut rng), numbers(v_dim, &mut rng));
         for k in Kernels::available() {

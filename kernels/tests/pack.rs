@@ -1,4 +1,4 @@
-//! What is packed comes out again.
+//! Unpacking gives what was packed.
 
 mod common;
 
@@ -100,7 +100,7 @@ fn fp8_carries_every_code() {
 fn every_isa_decodes_every_code() {
     let pool = ThreadPool::new(1);
     for (ty, cols) in [(WeightType::Fp8, 128), (WeightType::F16, 64), (WeightType::Bf16, 64)] {
-        // A one-hot input reads a single column, unless another one holds NaN or an infinity; so one column per matrix.
+        // A one-hot input reads a single column, unless another one holds NaN or an infinity; so each matrix has one such column.
         for high in (0..=255u8).step_by(if ty == WeightType::Fp8 { 256 } else { 1 }) {
             for low in 0..=255u8 {
                 let mut out = vec![0; packed_len(ty, 16, 1).unwrap()];

@@ -24,7 +24,7 @@ fn book(ty: WeightType) -> (&'static [f32], f32, usize) {
     }
 }
 
-/// The integer that the low five bits of a byte stand for.
+/// The integer that the low five bits of a byte represent.
 fn scale(byte: u8) -> f32 {
     let (e, m) = (byte >> 3 & 3, f32::from(byte & 7));
     if e == 0 { m } else { (8.0 + m) * f32::from(1u8 << (e - 1)) }
@@ -46,7 +46,7 @@ fn error(got: &[f32], want: &[f32], importance: impl Fn(usize) -> f64) -> f64 {
     got.iter().zip(want).enumerate().map(|(k, (g, w))| importance(k) * (f64::from(*g) - f64::from(*w)).powi(2)).sum()
 }
 
-/// Twelve uniform numbers make a normal one.
+/// The sum of twelve uniform numbers is nearly normal.
 fn normal(rng: &mut Rng, n: usize) -> Vec<f32> {
     (0..n).map(|_| (0..12).map(|_| rng.f32() * 0.5).sum()).collect()
 }
@@ -79,7 +79,7 @@ fn bytes_mean_what_the_documents_say() {
                 let word =
                     |half: usize| u32::from_le_bytes(*values[g * 64 + half * 32 + r * 4..].first_chunk().unwrap());
                 let number = match (ty, q % 4) {
-                    // Two bits for each place of the ring, of which four belong to a number.
+                    // Two bits for each place of the ring; four bits form a number.
                     (WeightType::Q2, v) => (word(q / 4).rotate_right((8 * i + 2 * v) as u32) & 15) as u8,
                     (WeightType::Q4, v) => nibble(v, 128),
                     (_, 3) => (0..3).map(|v| nibble(v, 96) >> 3 << v).sum(),
@@ -96,7 +96,7 @@ fn bytes_mean_what_the_documents_say() {
     }
 }
 
-/// Rounding to the nearest level, with the scales that just reach the largest weight of row and block.
+/// Rounding to the nearest level, with scales that just reach the largest weight of row and block.
 fn nearest(ty: WeightType, row: &[f32]) -> Vec<f32> {
     let (levels, step, block) = book(ty);
     let absmax = |x: &[f32]| x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
@@ -113,7 +113,7 @@ fn nearest(ty: WeightType, row: &[f32]) -> Vec<f32> {
     out
 }
 
-/// Of the types whose levels stand for one number each.
+/// For the types whose levels represent one number each.
 #[test]
 fn never_worse_than_rounding_to_nearest() {
     let mut rng = Rng(3);

@@ -113,8 +113,8 @@ fn threads_do_not_matter() {
     let mut rng = Rng(3);
     let pools = [1, 2, 3].map(ThreadPool::new);
     for ty in WeightType::all() {
-        // Work is shared out without regard to the type: one shape that takes several tasks is enough for published forms, whose
-        // scalar code is slow.
+        // Work is distributed without regard to the type, so one shape that takes several tasks is enough for published forms,
+        // whose scalar code is slow.
         let shapes: &[_] = match ty {
             WeightType::Grouped(_) => &[(77, 515, 17)],
             _ => &[(203, 1030, 3), (1025, 700, 1), (77, 515, 70)],
@@ -186,7 +186,7 @@ fn products_are_close_to_f64() {
         let w = Matrix::new(ty, rows, cols, &data).unwrap();
         let x = rng.vec(n * cols);
         let numbers = unpack(w);
-        // Where a scaled code and a bias cancel, a weight is smaller than what was rounded on the way to it.
+        // If a scaled code and a bias cancel, a weight is smaller than the numbers that were rounded in between.
         let cancels = matches!(ty, WeightType::Grouped(_));
         let largest = numbers.iter().fold(0.0f32, |m, w| m.max(w.abs()));
         let least = if cancels { 0.1 * largest } else { 0.0 };

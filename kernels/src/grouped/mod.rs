@@ -1,18 +1,18 @@
-//! Codes of a few bits with scales per group of columns, in scalar code: the specification of their products, and packing.
+//! Codes of a few bits with scales per group of columns, in scalar code: the specification of their products, and their packing.
 //!
-//! `sluice_weights` describes the bytes. A weight is `A·(n − z) + B`: `n` is an integer that its code stands for; `A`, `z` and `B`
-//! belong to its row and block of 16 or 32 columns ([`Block`]). What integers are multiples of, a power of two which is the same
-//! for the whole type ([`unit`]), is part of `A`.
+//! `sluice_weights` describes the bytes. A weight is `A·(n − z) + B`: `n` is the integer of its code; `A`, `z` and `B` belong to
+//! its row and block of 16 or 32 columns ([`Block`]). `A` includes the [`unit`] of the type, a power of two of which all its
+//! integers are multiples.
 //!
 //! **With f32 activations**: per block, in order and including the padding of the last, `sum` is the sum over `(n − z)·x` of the
 //! `scalar` module; then `total = fma(sum, A, total)` and, where the type has `B`, `total = fma(xsum, B, total)` with
 //! `xsum = (t0 + t1) + (t2 + t3)`, where `t[k mod 4] = t[k mod 4] + x[k]` for k ascending. The result is `total`, times the row's
 //! factor where rows have one.
 //!
-//! **With int8 activations**: per 32 columns, of number `g`, `t` is the sum over their one or two blocks, in order, of `dot·A` and,
-//! where the type has `B`, `isum·B`, with the exact dot product of `n − z` and the activations and the exact sum of these:
-//! `t = dot·A` for the first block, `t = fma(dot, A, t)` for the second, and after each `t = fma(isum, B, t)`. Then
-//! `s[g mod 2] = fma(t, xscale, s[g mod 2])`. The result is `s0 + s1`, times the row's factor.
+//! **With int8 activations**: for each 32 columns, number `g`, `t` is the sum over their one or two blocks, in order, of `dot·A`
+//! and, if the type has `B`, `isum·B`, where `dot` is the exact dot product of `n − z` and the activations, and `isum` their exact
+//! sum: `t = dot·A` for the first block, `t = fma(dot, A, t)` for the second, and after each `t = fma(isum, B, t)`. Then `s[g mod
+//! 2] = fma(t, xscale, s[g mod 2])`. The result is `s0 + s1`, times the row's factor.
 
 pub(crate) mod grids;
 mod pack;
@@ -29,7 +29,7 @@ use sluice_weights::{Codes, Grouped, Scales, Super};
 /// The levels of ggml's IQ4_NL (`ggml-common.h`, `kvalues_iq4nl`).
 pub const IQ4NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
-/// What the integers of a type are multiples of.
+/// The unit of which the integers of a type are multiples.
 pub(crate) const fn unit(ty: Grouped) -> f32 {
     match (ty.codes(), ty.scales()) {
         (Codes::E2m1, _) => 0.5,
@@ -40,7 +40,8 @@ pub(crate) const fn unit(ty: Grouped) -> f32 {
     }
 }
 
-/// What the codes of column `k` stand for, one number per row, before zeros: integers, but for e4m3, whose 256th parts these are.
+/// The numbers that the codes of column `k` represent, one per row, before zeros are subtracted: integers, except that numbers of
+/// e4m3 are divided by 256.
 pub(crate) fn numbers(ty: Grouped, w: &Group<'_>, k: usize) -> Rows {
     let middle = ty.middle() as f32;
     match ty.codes() {
@@ -58,7 +59,7 @@ fn nibbles(values: &[u8], k: usize, block: usize) -> [u8; ROW_GROUP] {
     std::array::from_fn(|r| values[g * block + q % 4 * 32 + r * 4 + i] >> (q / 4 * 4) & 15)
 }
 
-/// The codes of column `k`, one per row, put together from planes of 4, 2 and 1 bits.
+/// The codes of column `k`, one per row, assembled from planes of 4, 2 and 1 bits.
 fn codes(values: &[u8], k: usize, bits: usize) -> [u8; ROW_GROUP] {
     let (g, q, i) = (k / BLOCK, k % BLOCK / 4, k % 4);
     let block = &values[g * 32 * bits..];
@@ -68,7 +69,7 @@ fn codes(values: &[u8], k: usize, bits: usize) -> [u8; ROW_GROUP] {
     std::array::from_fn(|r| {
         let (mut code, mut shift, mut plane) = (0, 0, 0);
         for width in [4, 2, 1].into_iter().filter(|width| bits & width != 0) {
-            // A byte of a plane holds as many codes as fit, each from another part of the block.
+            // A byte of a plane holds as many codes as fit, each from a different part of the block.
             let vectors = width;
             let byte = block[plane + q % vectors * 32 + r * 4 + i];
             code |= (byte >> (q / vectors * width) & ((1 << width) - 1)) << shift;
@@ -148,7 +149,7 @@ fn times_factors(ty: Grouped, w: &Group<'_>, rows: Rows) -> Rows {
     }
 }
 
-/// The numbers of column `k`, as the tools that publish the types compute them, but for a rounding.
+/// The numbers of column `k`, as the tools that publish the types compute them, except for one rounding.
 pub(crate) fn unpack_column(ty: Grouped, w: &Group<'_>, k: usize) -> Rows {
     let scales = Block::new(ty, w, k / ty.block());
     let (numbers, factors) = (numbers(ty, w, k), row_factors(ty, w).unwrap_or([1.0; ROW_GROUP]));

@@ -1,6 +1,6 @@
-//! From rows as the source has them to a row group: a permutation.
+//! From rows in the form of the source to a row group: a permutation.
 //!
-//! Four codes of a row are a word, and words of eight rows lie side by side in a vector of the value plane, so that packing is
+//! Four codes of a row are a word, and words of eight rows lie side by side in a vector of the value plane, so packing needs only
 //! shifts and ORs of words.
 
 use crate::matrix::{BLOCK, ROW_GROUP, WeightType};
@@ -13,8 +13,8 @@ type Words = [u32; BLOCK / 4];
 type Block = [Words; ROW_GROUP];
 
 /// Packs up to eight rows. `codes` is `[n_rows, cols]`, one code per byte, or for grids `[n_rows, cols / 32]` records of
-/// [`Codes::block_len`] bytes; `scales` is `[n_rows]` times [`Grouped::scale_row`] bytes, `factors` one number per row where
-/// [`Grouped::has_row_factor`], else empty. Rows that are not there become zeros.
+/// [`Codes::block_len`] bytes; `scales` is `[n_rows]` times [`Grouped::scale_row`] bytes; `factors` has one number per row if
+/// [`Grouped::has_row_factor`], and is empty otherwise. Missing rows become zeros.
 ///
 /// # Panics
 /// For more than 8 rows, lengths that do not fit the shape, or codes of more bits than the type has.
@@ -46,11 +46,11 @@ pub fn pack_row_group_grouped(
     assert!(over.to_le_bytes().iter().all(|&code| bits == 8 || code >> bits == 0), "codes have {bits} bits");
 }
 
-/// As [`pack_row_group_grouped`], from rows of nibbles: `nibbles` is `[n_rows, ⌈cols/2⌉]`, two codes per byte, the lower column
-/// in the low nibble. In a last byte that holds one code, the high nibble is 0.
+/// Like [`pack_row_group_grouped`], from rows of nibbles: `nibbles` is `[n_rows, ⌈cols/2⌉]`, two codes per byte, the lower column
+/// in the low nibble. If the last byte holds only one code, its high nibble is 0.
 ///
 /// # Panics
-/// As [`pack_row_group_grouped`], and if the codes of the type do not have four bits.
+/// Like [`pack_row_group_grouped`], and if the codes of the type do not have four bits.
 pub fn pack_row_group_nibbles(
     ty: Grouped,
     nibbles: &[u8],
@@ -104,7 +104,7 @@ fn pack_scales<'a>(
     &mut values[..planes.values]
 }
 
-/// Widths of the numbers of a row's scales, in their order, over and over.
+/// Widths of the numbers in a row's scales, in order; the list repeats.
 fn scale_fields(ty: Grouped) -> Vec<usize> {
     match ty.scales() {
         Scales::Groups { scale, zero, .. } => match zero {
@@ -121,7 +121,7 @@ fn scale_fields(ty: Grouped) -> Vec<usize> {
     }
 }
 
-/// Puts the fields of each row of `row` bytes beside those of the other rows; their widths come round again and again.
+/// Puts the fields of each row of `row` bytes beside those of the other rows; their widths repeat.
 fn interleave(rows: &[u8], row: usize, widths: &[usize], plane: &mut [u8]) {
     if row == 0 {
         return;
@@ -133,7 +133,7 @@ fn interleave(rows: &[u8], row: usize, widths: &[usize], plane: &mut [u8]) {
             for &width in widths {
                 let Some(from) = from.get(at..at + width) else { break };
                 let to = &mut to[at * ROW_GROUP + r * width..][..width];
-                // Lengths that are known become single moves.
+                // If lengths are known, each copy becomes a single move.
                 match (<[u8; 1]>::try_from(from), <[u8; 2]>::try_from(from), <[u8; 4]>::try_from(from)) {
                     (Ok(byte), ..) => to.copy_from_slice(&byte),
                     (_, Ok(half), _) => to.copy_from_slice(&half),
@@ -146,7 +146,7 @@ fn interleave(rows: &[u8], row: usize, widths: &[usize], plane: &mut [u8]) {
     }
 }
 
-/// Bits of the codes that stand for one weight each.
+/// Bits of a code, for codes that represent one weight each.
 fn code_bits(ty: Grouped) -> u32 {
     match ty.codes() {
         Codes::Uint(bits) => u32::from(bits),
@@ -155,7 +155,7 @@ fn code_bits(ty: Grouped) -> u32 {
     }
 }
 
-/// Codes `32·g..` of a row; those behind its end are zero.
+/// Codes `32·g..` of a row; codes beyond its end are zero.
 fn words_of(row: &[u8], g: usize) -> Words {
     let mut padded = [0; BLOCK];
     let block = match row[g * BLOCK..].first_chunk() {
@@ -174,7 +174,7 @@ fn words_of_block(block: &[u8; BLOCK]) -> Words {
     std::array::from_fn(|q| u32::from_le_bytes(words[q]))
 }
 
-/// Codes `32·g..` of a row of nibbles, a byte each.
+/// Codes `32·g..` of a row of nibbles, one byte each.
 fn spread_nibbles(row: &[u8], g: usize) -> Words {
     let mut block = [0; BLOCK / 2];
     let rest = &row[g * BLOCK / 2..];
@@ -188,7 +188,7 @@ fn spread_nibbles(row: &[u8], g: usize) -> Words {
     })
 }
 
-/// Writes the whole value plane of codes that stand for one weight each, and returns the OR of all words.
+/// Writes the whole value plane, for codes that represent one weight each, and returns the OR of all words.
 fn put_blocks(ty: Grouped, values: &mut [u8], words: impl Fn(usize, usize) -> Words) -> u32 {
     match ty.codes() {
         Codes::Uint(2) => put_integers::<2>(values, words),
@@ -227,7 +227,7 @@ fn put_integers<const BITS: usize>(values: &mut [u8], words: impl Fn(usize, usiz
     over
 }
 
-/// One plane: of each code `WIDTH` bits, from `shift` on. A word of it holds words that lie `WIDTH` words apart.
+/// Writes one plane: `WIDTH` bits of each code, from bit `shift` on. A word of the plane holds words that lie `WIDTH` words apart.
 #[inline(always)]
 fn plane<const WIDTH: usize>(block: &Block, shift: usize, out: &mut [[u8; 4]]) {
     let mask = const { 0x0101_0101 * ((1u32 << WIDTH) - 1) };

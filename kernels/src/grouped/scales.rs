@@ -6,18 +6,18 @@ use crate::number::{bf16_to_f32, e4m3_to_f32, e8m0_to_f32, f16_to_f32};
 use crate::scalar::Rows;
 use sluice_weights::{Codes, GroupSize, Grouped, ROW_GROUP as ROWS, SUPER_BLOCK, ScaleType, Scales, Super, Zero};
 
-/// What the rows of a group multiply, subtract and add in one block: `A·(n − z) + B`.
+/// The numbers that the rows of a group multiply, subtract and add in one block: `A·(n − z) + B`.
 pub(crate) struct Block {
-    /// `A`, unit included.
+    /// `A`, including the unit.
     pub(crate) a: Rows,
     /// `z`, an integer.
     pub(crate) zero: Rows,
-    /// `B`, where the type has one.
+    /// `B`, if the type has it.
     pub(crate) b: Option<Rows>,
 }
 
 impl Block {
-    /// Of block number `b`, which has [`Grouped::block`] columns.
+    /// The numbers of block `b`, which has [`Grouped::block`] columns.
     pub(crate) fn new(ty: Grouped, w: &Group<'_>, b: usize) -> Block {
         let first = b * ty.block();
         let mut block = match ty.scales() {
@@ -69,7 +69,7 @@ fn numbers(bytes: &[u8], ty: ScaleType) -> Rows {
     }
 }
 
-/// Of the columns from `first` on, which are in one super-block.
+/// The numbers of the columns from `first` on, which are in one super-block.
 fn of_super_block(codes: Codes, scales: Super, w: &Group<'_>, first: usize) -> Block {
     let plane = &w.scales[first / SUPER_BLOCK * ROWS * scales.row_len()..];
     let d = numbers(plane, ScaleType::F16);

@@ -1,7 +1,7 @@
-//! What the bytes of blocked types stand for, and their products with f32 activations.
+//! The numbers that the bytes of blocked types represent, and their products with f32 activations.
 //!
-//! A weight is `scale · (integer + offset)`; of `q4`, `q3` and `q2` also times the scale of its row. Integers are one byte each,
-//! looked up in a table where they are not there as such.
+//! A weight is `scale · (integer + offset)`, and for `q4`, `q3` and `q2` also times the scale of its row. Integers are one byte
+//! each; types that do not store them as such look them up in a table.
 
 use super::{INT4, IntLanes, Lanes, MXFP4, Q2, Q3, Q4, Q8};
 use super::{add_columns, byte_columns, fold4, load, load_bytes, load_eight_bytes, put, widen_bf16, widen_f16, zero};
@@ -30,7 +30,7 @@ pub(super) const fn has_offset(ty: u8) -> bool {
     ty == INT4 || has_codebook(ty)
 }
 
-/// What a sum of integers is multiplied by before the scale.
+/// The factor by which a sum of integers is multiplied before the scale.
 pub(super) const fn factor(ty: u8) -> f32 {
     if has_codebook(ty) { UNIT } else { unit(ty) }
 }
@@ -63,8 +63,8 @@ pub(super) fn integers<const TY: u8>(values: &[u8], half: usize, v: usize) -> [i
     integers
 }
 
-/// The fourth vector of the nibbles of `q3`, from the top bits of the others. What is left of those in the others does no
-/// harm: levels occur twice.
+/// The fourth vector of the nibbles of `q3`, from the top bits of the others. The top bits in the others do no harm, because levels
+/// occur twice.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn fourth(values: &[u8], at: usize) -> uint8x16_t {
@@ -73,7 +73,7 @@ fn fourth(values: &[u8], at: usize) -> uint8x16_t {
     vorrq_u8(vorrq_u8(vshrq_n_u8::<3>(a), vshrq_n_u8::<2>(b)), vshrq_n_u8::<1>(c))
 }
 
-/// Words of `q2`, twice `v` bits further down; what falls out comes back at the top.
+/// Words of `q2`, rotated right by `2v` bits.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn turned(words: uint8x16_t, v: usize) -> uint8x16_t {
@@ -86,7 +86,7 @@ fn turned(words: uint8x16_t, v: usize) -> uint8x16_t {
     })
 }
 
-/// The scales number `b`; those of `q4`, `q3` and `q2` over `UNIT`.
+/// The scales with number `b`; those of `q4`, `q3` and `q2` over `UNIT`.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn block_scales<const TY: u8>(scales: &[u8], b: usize) -> Lanes {
@@ -114,7 +114,7 @@ pub(super) fn power_of_two(e: uint32x4_t) -> float32x4_t {
     vreinterpretq_f32_u32(vorrq_u32(vshlq_n_u32::<23>(e), fraction))
 }
 
-/// The offsets that go with the scales number `b`, for types that have one.
+/// The offsets that belong to the scales with number `b`, for types that have offsets.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn offsets<const TY: u8>(scales: &[u8], b: usize) -> IntLanes {
@@ -129,7 +129,7 @@ pub(super) fn offsets<const TY: u8>(scales: &[u8], b: usize) -> IntLanes {
     [vmovl_s16(vget_low_s16(offsets)), vmovl_high_s16(offsets)]
 }
 
-/// Multiplied by the scales of the rows, for types that have them.
+/// Multiplies by the scales of the rows, for types that have them.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn times_row_scales<const TY: u8>(total: Lanes, scales: &[u8]) -> Lanes {

@@ -40,7 +40,7 @@ fn blocks<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[QuantisedBlock]; T]
     total::<TY, T>(&s, w)
 }
 
-/// The first `n` blocks of each row, all there are: what is cut to one length is checked once.
+/// The first `n` blocks of each row, which are all of them: slices of one length are checked once.
 #[inline(always)]
 fn first_blocks<'a, const T: usize>(x: &[&'a [QuantisedBlock]; T], n: usize) -> [&'a [QuantisedBlock]; T] {
     each!(x[0]; T, t => &x[t][..n])
@@ -96,7 +96,7 @@ pub(super) fn sdot<const V: usize>(mut sums: int32x4_t, w: int8x16_t, x: int8x16
     sums
 }
 
-/// Adds part `part` of block `g`, whose products of integers are `dots`, to the sum whose turn it is.
+/// Adds part `part` of block `g`, whose products of integers are `dots`, to the sum for even or for odd blocks.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn add<const TY: u8, const T: usize>(
@@ -122,7 +122,7 @@ fn add<const TY: u8, const T: usize>(
             s[t][part][h] = vfmaq_f32(s[t][part][h], vcvtq_f32_s32(dot), scale);
         }
         if !const { by_halves(TY) } {
-            // Even and odd blocks take turns; in the end the order of their sums does not matter.
+            // Even and odd blocks alternate; at the end, the order of their sums does not matter.
             s[t].swap(0, 1);
         }
     }

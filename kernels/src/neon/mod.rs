@@ -5,10 +5,9 @@
 //!
 //! Instructions whose intrinsics are not in the oldest compiler that the crate supports are written as `asm!`, one each,
 //! without memory, stack or flags, so that the compiler may move them like intrinsics.
-//!
-//! `smmla` (i8mm) is not used. With eight tokens it takes half the multiplications of `sdot`, but two zips per load of
-//! weights, and zips and unzips of tokens; with scales to be applied after every block, 20 vector instructions per token
-//! and 32 columns of `q8` instead of 22, by counting.
+//! `smmla` (i8mm) is not used. With eight tokens it needs half the multiplications of `sdot`, but also two zips per load of
+//! weights, and zips and unzips of tokens. By counting, 32 columns of `q8` take 20 vector instructions per token instead of 22,
+//! because scales are applied after every block.
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 mod blocked;
@@ -60,7 +59,7 @@ impl Neon {
         unsafe { update::update_tile(a, b, tile) }
     }
 
-    /// For rows of f32 numbers; false for others, which have no kernel of their own.
+    /// For rows of f32 numbers; returns false for others, which have no kernel of their own.
     pub(crate) fn score(self, tile: &mut QueryTile, block: &KeyBlock<'_>) -> bool {
         let Some(keys) = block.keys.all_plain() else { return false };
         // SAFETY: as above.
@@ -68,7 +67,7 @@ impl Neon {
         true
     }
 
-    /// As [`score`](Self::score).
+    /// Like [`score`](Self::score).
     pub(crate) fn attend_block(self, tile: &mut QueryTile, block: &KeyBlock<'_>) -> bool {
         let (Some(keys), Some(values)) = (block.keys.all_plain(), block.values.all_plain()) else { return false };
         // SAFETY: as above.
@@ -109,7 +108,7 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
     }
 }
 
-/// Puts the rows of group `g` of a tile in their place.
+/// Puts the rows of group `g` of a tile in their places.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn put<const T: usize>(rows: [Lanes; T], out: &mut [[f32; 2 * ROW_GROUP]], g: usize) {
@@ -138,7 +137,7 @@ fn add_columns(s: &mut [Lanes; 4], w: &[Lanes; 4], x: float32x4_t) {
     }
 }
 
-/// Four columns of signed bytes, which lie side by side for each row, as numbers; `offset` is added to each row's integers.
+/// Converts four columns of signed bytes, which lie side by side for each row, to numbers; adds `offset` to each row's integers.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn byte_columns(integers: [int8x16_t; 2], offset: Option<IntLanes>) -> [Lanes; 4] {

@@ -8,7 +8,7 @@ use crate::scalar::f32_at;
 use crate::vector::{four_columns, in_fours, parts, rows};
 use std::arch::aarch64::*;
 
-// Two tokens at a time: their sums and the columns they meet fill 26 of the 32 registers.
+// Two tokens at a time: their sums and the columns that they meet fill 26 of the 32 registers.
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn tile<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
     let mut t = 0;
@@ -59,7 +59,7 @@ fn columns<const TY: u8, const T: usize>(values: &[u8], x: [&[f32]; T]) -> [Lane
         let mut last = [0u8; 128];
         last[..rest * step / 4].copy_from_slice(&values[cols / 4 * step..][..rest * step / 4]);
         let w = four::<TY>(&last[..step]);
-        // Constant indices keep the sums in registers; columns that are not there must not be added, not even as zero.
+        // Constant indices keep the sums in registers; missing columns must not be added, not even as zero.
         for j in 0..3 {
             if j < rest {
                 for t in 0..T {
@@ -99,7 +99,7 @@ fn four<const TY: u8>(w: &[u8]) -> [Lanes; 4] {
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn e4m3_to_f16(codes: int8x8_t) -> uint16x8_t {
-    // The sign is extended so that it lands in bit 15; the copy of it in bit 14 is masked out.
+    // The sign is extended so that it lands in bit 15; the mask removes its copy in bit 14.
     let moved = vreinterpretq_u16_s16(vshll_n_s8::<7>(codes));
     let bits = vandq_u16(moved, vdupq_n_u16(0xbf80));
     let magnitude = vdupq_n_u16(0x3f80);

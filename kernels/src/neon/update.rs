@@ -4,7 +4,7 @@ use super::{load, store};
 use crate::update::{TALL, UpdateTile, WIDE};
 use std::arch::aarch64::*;
 
-/// Rows at once: with four vectors each, their sums leave eight of the 32 registers.
+/// Rows at once: with four vectors each, their sums leave eight of the 32 registers free.
 const ROWS: usize = 6;
 /// Vectors of a row.
 const VECTORS: usize = WIDE / 4;

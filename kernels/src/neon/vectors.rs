@@ -1,4 +1,4 @@
-//! Inner products and weighted sums of rows of f32, which attention is made of.
+//! Inner products and weighted sums of rows of f32, of which attention consists.
 
 use super::{load, store};
 use crate::attention::{KeyBlock, QueryTile};
@@ -41,7 +41,7 @@ pub(super) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
-/// Leaves the products with the rows that each query sees in `tile.scores`.
+/// Stores the products with the rows that each query sees in `tile.scores`.
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn score(tile: &mut QueryTile, block: &KeyBlock<'_>, keys: Plain<'_>) {
     for (i, (scores, part)) in tile.scores.iter_mut().zip(&tile.parts).enumerate() {
@@ -85,7 +85,7 @@ fn dots(a: &[f32], (rows, stride): Plain<'_>, first: usize, out: &mut [f32]) {
     }
 }
 
-/// The products of [`dot`] for vectors of whole lanes: `a` is loaded once for all.
+/// The products of [`dot`] for vectors of whole lanes: `a` is loaded once for all rows.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn several_dots<const T: usize>(a: &[f32], keys: [&[f32]; T]) -> [f32; T] {
@@ -133,7 +133,7 @@ fn add_weighted(p: &[f32], (rows, stride): Plain<'_>, first: usize, [alpha, beta
     }
 }
 
-/// `N` vectors of columns from `at` on, whose sums stay in registers.
+/// `N` vectors of columns, from column `at` on, whose sums stay in registers.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn weighted_columns<const N: usize>(

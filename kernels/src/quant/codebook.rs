@@ -3,20 +3,20 @@
 use crate::matrix::{BLOCK, WeightType};
 use crate::number::f16_to_f32;
 
-/// Moved by seven bits, the scale of a block is a binary16 number, worth `1/UNIT` of the integer it stands for.
+/// Shifted left by seven bits, the scale of a block is a binary16 number, `1/UNIT` of the integer that it represents.
 pub(crate) const UNIT: f32 = 131_072.0;
 
 /// The largest value of a scale.
 pub(super) const SCALE_MAX: f32 = 60.0;
 
-/// What distinguishes `q4`, `q3` and `q2`.
+/// The constants in which `q4`, `q3` and `q2` differ.
 #[derive(Debug)]
 pub(crate) struct Codebook {
-    /// Levels, −64 to 64, by number. Those of `q4` and `q3` ascend; three-bit levels occur twice, so that a fourth bit is ignored.
+    /// Levels, −64 to 64, by number. Those of `q4` and `q3` ascend; three-bit levels occur twice, so a fourth bit has no effect.
     pub(crate) levels: [i8; 16],
-    /// Levels that differ.
+    /// Number of different levels.
     pub(super) len: usize,
-    /// Distance of two offsets.
+    /// Distance between two offsets.
     pub(crate) step: i32,
     /// Columns that share a byte.
     pub(crate) block: usize,
@@ -39,8 +39,8 @@ impl Codebook {
         block: BLOCK / 2,
     };
 
-    /// 2 bits and 8 per 16. The number of a level is a column's own two bits, and twice two bits further up those of its
-    /// neighbour: whatever either is, the four levels that the other can choose from lie far apart.
+    /// 2 bits and 8 per 16. The number of a level is a column's own two bits, and, two bits further up, those of its neighbour.
+    /// Whatever the bits of one of them are, the four levels that the other can choose lie far apart.
     pub(crate) const Q2: Codebook = Codebook {
         levels: [-64, -8, 46, 16, -8, 31, 9, -26, 26, -9, -31, 8, -16, -46, 8, 64],
         len: 16,
@@ -61,7 +61,7 @@ impl Codebook {
         }
     }
 
-    /// What the byte of a block adds to each level.
+    /// The offset that the byte of a block adds to each level.
     pub(crate) const fn offset(&self, byte: u8) -> i32 {
         self.step * (byte >> 5) as i32 - self.step * 7 / 2
     }
@@ -72,8 +72,8 @@ pub(crate) fn scale_over_unit(byte: u8) -> f32 {
     f16_to_f32(u16::from(byte & 31) << 7)
 }
 
-/// Where in the word of a row and 16 columns `q2` keeps column `k`, in units of two bits: the codes of a chain lie side by side,
-/// and those of columns that meet the activations together in bytes side by side.
+/// Place of column `k` in `q2`'s word for a row and 16 columns, in units of two bits. The codes of a chain lie side by side, and
+/// columns that meet the activations together lie in neighbouring bytes.
 pub(crate) const fn place(k: usize) -> usize {
     k % 4 * 4 + k / 4 % 4
 }

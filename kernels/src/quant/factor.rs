@@ -3,7 +3,7 @@
 use crate::isa::Kernels;
 use crate::update::{Stripes, Target};
 
-/// Columns that are eliminated one by one; from the others they are taken together.
+/// Columns that are eliminated from each other one by one; from the other columns they are eliminated together.
 const TOGETHER: usize = 64;
 
 /// `H = Cᵀ D C` of a symmetric positive matrix: `C` is lower triangular with ones on its diagonal, `D` diagonal.
@@ -14,9 +14,9 @@ pub(super) struct Factors {
 }
 
 impl Factors {
-    /// Factors a matrix whose elements on and below the diagonal `entry` gives; `None` if it is not positive. Column by column from the
-    /// last to the first (Cholesky's method with rows and columns in reverse order): `√D_k C_kj = H_kj / √H_kk`, then
-    /// `H_ij = fma(−√D_k C_ki, √D_k C_kj, H_ij)` for `j ≤ i < k`.
+    /// Factors a matrix, whose elements on and below the diagonal `entry` gives; `None` if it is not positive. It goes column by
+    /// column from the last to the first (Cholesky's method with rows and columns in reverse order): `√D_k C_kj = H_kj / √H_kk`,
+    /// then `H_ij = fma(−√D_k C_ki, √D_k C_kj, H_ij)` for `j ≤ i < k`.
     pub(super) fn new(kernels: &Kernels, n: usize, entry: impl Fn(usize, usize) -> f32) -> Option<Factors> {
         let mut scaled = vec![0.0; n * n];
         for (i, row) in scaled.chunks_mut(n.max(1)).enumerate() {
@@ -52,7 +52,7 @@ impl Factors {
         root * root
     }
 
-    /// Columns `from..to` of `C`, each as a row from `C_jj` of the first of them on: `[to − from, n − from]`.
+    /// Columns `from..to` of `C`, each as a row that begins with row `from` of the matrix: `[to − from, n − from]`.
     pub(super) fn columns(&self, from: usize, to: usize) -> Vec<f32> {
         let (n, width) = (self.n, self.n - from);
         let mut columns = vec![0.0; (to - from) * width];
@@ -66,7 +66,8 @@ impl Factors {
     }
 }
 
-/// Finishes a row, the last of those that are left, and takes it from those from `first` on. `None` if its diagonal is not positive.
+/// Finishes a row, the last of the remaining ones, and eliminates it from the rows from `first` on. `None` if its diagonal is not
+/// positive.
 fn eliminate(kernels: &Kernels, n: usize, first: usize, above: &mut [f32], row: &mut [f32]) -> Option<()> {
     let (diagonal, row) = row.split_last_mut()?;
     if !(*diagonal > 0.0 && diagonal.is_finite()) {
@@ -99,7 +100,7 @@ mod tests {
                 let c = factors.columns(0, n);
                 for i in 0..n {
                     for j in 0..=i {
-                        // C_ki, which row i of the columns has at k.
+                        // C_ki is at place k of row i of the columns.
                         let product = |k: usize| c[i * n + k] * factors.weight(k) * c[j * n + k];
                         let found: f32 = (i..n).map(product).sum();
                         assert!((found - entry(i, j)).abs() < 1e-4, "{n}: {i}, {j}");

@@ -1,12 +1,12 @@
-//! Error feedback: what rounding one column has cost is made good in the columns that are still to be rounded.
+//! Error feedback: columns that are still to be rounded compensate for the error of rounding one column.
 //!
-//! With `e = ŵ − w`, the expected square error of an output is `e H eᵀ`, `H` being the mean products of inputs. `H = Cᵀ D C`, `C`
-//! lower triangular with ones on its diagonal, makes it `Σ_k D_k (e_k + Σ_{j<k} C_kj e_j)²`: once the errors of the columns before
-//! `k` are known, `w_k − Σ_{j<k} C_kj e_j` is what column `k` should be rounded to, and `D_k` is what a deviation from it costs
-//! (E. Frantar et al., "GPTQ", arXiv:2210.17323; in this form J. Chee et al., "QuIP", arXiv:2307.13304, as LDLQ).
+//! With `e = ŵ − w`, the expected square error of an output is `e H eᵀ`, where `H` is the matrix of the inputs' mean products. With
+//! `H = Cᵀ D C`, where `C` is lower triangular with ones on its diagonal, it is `Σ_k D_k (e_k + Σ_{j<k} C_kj e_j)²`. So once the
+//! errors of the columns before `k` are known, column `k` should be rounded to `w_k − Σ_{j<k} C_kj e_j`, and `D_k` is the cost of a
+//! deviation from it (E. Frantar et al., "GPTQ", arXiv:2210.17323; in this form J. Chee et al., "QuIP", arXiv:2307.13304, as LDLQ).
 //!
 //! Errors reach columns of the same block one by one, those of the same strip once a block is done, and all others once a strip is
-//! done, by sums of outer products.
+//! done, through sums of outer products.
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 use super::codebook::{SCALE_MAX, place};
@@ -29,13 +29,15 @@ const RING: usize = BLOCK / 2;
 /// Rows that are rounded together.
 const LANES: usize = 16;
 
-/// Scales of a block that may bring nothing before its search ends. Feedback makes good what more of them would bring.
+/// The search of a block ends when more scales than this bring nothing in a row. Feedback compensates for what a longer search
+/// would bring.
 const PATIENCE: usize = 1;
 
-/// What is added to the diagonal of `H`, as a fraction of its mean: directions that the text did not show have some weight too.
+/// Fraction of the mean of `H`'s diagonal that is added to the diagonal, so that directions that did not occur in the text have
+/// some weight too.
 const DAMPING: f64 = 0.01;
 
-/// In what order the columns of a matrix are rounded, and what an error in one of them means for the later ones.
+/// The order in which the columns of a matrix are rounded, and the effect of an error in one of them on the later ones.
 #[derive(Debug)]
 pub struct Feedback {
     kernels: Kernels,
@@ -47,7 +49,7 @@ pub struct Feedback {
 struct Panel {
     /// Columns of the matrix in the order in which they are rounded; blocks stay together.
     order: Vec<usize>,
-    /// `D`, over its largest.
+    /// `D`, divided by its largest element.
     weight: Vec<f32>,
     strips: Vec<Strip>,
 }
@@ -55,35 +57,35 @@ struct Panel {
 #[derive(Debug)]
 struct Strip {
     blocks: Vec<BlockFactors>,
-    /// Place in the order, of the first column and behind the last.
+    /// Places in the order: of the first column, and after the last.
     begin: usize,
     end: usize,
-    /// In row `j`, `C_kj` for the columns `k` behind this strip.
+    /// In row `j`, `C_kj` for the columns `k` after this strip.
     beyond: Stripes<WIDE>,
 }
 
 /// [`BLOCK`] columns.
 #[derive(Debug)]
 struct BlockFactors {
-    /// Place of the first in the order.
+    /// Place of the first column in the order.
     begin: usize,
     width: usize,
     /// `[BLOCK, BLOCK]`: in row `j`, `C_kj` for the columns `k` of this block.
     within: Vec<f32>,
-    /// In row `j`, `C_kj` for the columns `k` behind this block in its strip.
+    /// In row `j`, `C_kj` for the columns `k` after this block in its strip.
     rest: Stripes<WIDE>,
 }
 
-/// What a thread that quantises needs besides.
+/// The buffers of a thread that quantises.
 #[derive(Debug, Default)]
 pub struct FeedbackScratch {
-    /// Rows that there is something to round in.
+    /// Rows in which something has to be rounded.
     rows: Vec<Row>,
-    /// Their weights in the order of a panel, brought to 1..2, `[rows, width]`.
+    /// Their weights in the order of a panel, scaled to 1..2, `[rows, width]`.
     exact: Vec<f32>,
-    /// What they are to be rounded to, after all errors so far.
+    /// The numbers to which they should be rounded, after all errors so far.
     targets: Vec<f32>,
-    /// What columns of a strip have been rounded to, less the weights, negated: `[columns, rows]`.
+    /// The negated rounding errors of the columns of a strip: `[columns, rows]`.
     errors: Vec<f32>,
     tall: Stripes<TALL>,
 }
@@ -91,17 +93,17 @@ pub struct FeedbackScratch {
 #[derive(Clone, Copy, Debug)]
 struct Row {
     number: usize,
-    /// What brings it to 1..2.
+    /// The factor that scales it to 1..2.
     factor: f64,
     /// `S` of the result.
     scale: f32,
 }
 
 impl Feedback {
-    /// Factors the moments of a matrix's inputs. `None` where nothing was seen, or something that is not finite.
+    /// Factors the moments of a matrix's inputs. `None` if no inputs were seen, or some were not finite.
     ///
-    /// What few tokens show of the products of different columns is mostly chance, so of a panel of `w` columns that `n` tokens have
-    /// met, the share `n/(n + w)` of them counts.
+    /// With few tokens, the products of different columns are mostly chance. So in a panel of `w` columns that has seen `n` tokens,
+    /// they are multiplied by `n/(n + w)`.
     pub fn new(kernels: Kernels, moments: &Moments) -> Option<Feedback> {
         let tokens = moments.tokens() as f64;
         let own = |width: usize| tokens / (tokens + width as f64);
@@ -110,16 +112,16 @@ impl Feedback {
         Some(Feedback { kernels, cols: moments.cols(), panels })
     }
 
-    /// Quantises rows, `[n, cols]`, to `q4`, `q3` or `q2`. What becomes of a row does not depend on the others.
+    /// Quantises rows, `[n, cols]`, to `q4`, `q3` or `q2`. The result of a row does not depend on the others.
     ///
     /// # Panics
-    /// For other types, or if `src` is not of whole rows.
+    /// For other types, or if `src` does not consist of whole rows.
     pub fn quantise(&self, ty: WeightType, src: &[f32], scratch: &mut FeedbackScratch) -> Quantised {
         let n = src.len() / self.cols.max(1);
         assert_eq!(src.len(), n * self.cols, "whole rows");
         let mut out = Quantised::new(ty, n, self.cols);
         let row = |number: usize| out.begin(number, &src[number * self.cols..][..self.cols]);
-        // Rows of zeros, or of what is no number, are done already.
+        // Rows of zeros, and rows with a NaN or an infinity, are done already.
         scratch.rows = (0..n).filter_map(row).collect();
         for panel in &self.panels {
             panel.take(src, self.cols, scratch);
@@ -132,8 +134,8 @@ impl Feedback {
 }
 
 impl Quantised {
-    /// Chooses the row scale; `None` if there is nothing to round. The scale need not be searched: it only moves the grid of the blocks'
-    /// scales a little, and feedback makes that good.
+    /// Chooses the row scale; `None` if there is nothing to round. No search is needed: the row scale only moves the grid of the
+    /// blocks' scales a little, and feedback compensates for that.
     fn begin(&mut self, number: usize, x: &[f32]) -> Option<Row> {
         let (absmax, exponent) = match normalising(x) {
             Ok(found) => found,
@@ -145,7 +147,7 @@ impl Quantised {
         let power = |e: i64| f64::from_bits(((1023 + e) as u64) << 52);
         let reach = f32::from(self.book().levels[self.book().len - 1]);
         let scale = (f64::from(absmax) * power(-exponent)) as f32 / (reach * SCALE_MAX);
-        // The largest integer that a level, its offset and a scale give must stay finite.
+        // The largest integer of a level, its offset and a scale must give a finite number.
         let largest = f64::from(SCALE_MAX * (reach + (self.book().step * 7 / 2) as f32));
         let stored = (f64::from(scale) * power(exponent)).min(f64::from(f32::MAX) / largest) as f32;
         let fits = f64::from(stored) * largest <= f64::from(f32::MAX);
@@ -161,16 +163,17 @@ impl Panel {
         if !(mean > 0.0 && mean.is_finite()) {
             return None;
         }
-        // The most important block first: its errors can be made good in all others. A block that is not whole stays last.
+        // The most important block comes first, because all others can compensate for its errors. A block that is not whole stays
+        // last.
         let mut blocks: Vec<usize> = (0..width / BLOCK).collect();
         let of_block = |b: &usize| (b * BLOCK..(b + 1) * BLOCK).map(diagonal).sum::<f64>();
         blocks.sort_by(|a, b| of_block(b).total_cmp(&of_block(a)));
         let columns = blocks.iter().flat_map(|b| b * BLOCK..(b + 1) * BLOCK).chain(width - width % BLOCK..width);
         let mut places: Vec<usize> = columns.collect();
-        // Within 16 columns in the order of a ring of `q2`; the other types do not care.
+        // Within 16 columns, the order is that of a ring of `q2`; the other types work with any order.
         places.chunks_mut(RING).for_each(|half| half.sort_by_key(|column| place(column % RING)));
         let factors = Factors::new(kernels, width, |i, j| {
-            // Of two columns, the later one has the sum.
+            // The sum of two columns is stored with the later one.
             let (a, b) = (places[i].max(places[j]), places[i].min(places[j]));
             let sum = f64::from(sums[a * width + b]);
             let value = if i == j { sum / mean + DAMPING } else { own * sum / mean };
@@ -185,7 +188,7 @@ impl Panel {
         Some(Panel { order: places.into_iter().map(|place| begin + place).collect(), weight, strips })
     }
 
-    /// Takes this panel's columns of the rows.
+    /// Copies this panel's columns of the rows.
     fn take(&self, src: &[f32], cols: usize, scratch: &mut FeedbackScratch) {
         scratch.exact.clear();
         for row in &scratch.rows {
@@ -195,7 +198,7 @@ impl Panel {
         scratch.targets.clone_from(&scratch.exact);
     }
 
-    /// Rounds the columns of a strip, and lets those behind it know.
+    /// Rounds the columns of a strip, and passes their errors on to the columns after it.
     fn strip(
         &self,
         kernels: &Kernels,
@@ -221,7 +224,7 @@ impl Panel {
         scratch.pass_on(kernels, 0..strip.end - strip.begin, &strip.beyond, strip.end..stride, stride);
     }
 
-    /// Rounds the columns of a block in a few rows, from number `first` of those that are rounded on.
+    /// Rounds the columns of a block in a few of the rows to be rounded, from number `first` on.
     #[inline(always)]
     fn block<const B: usize>(
         &self,
@@ -281,7 +284,7 @@ impl Panel {
         }
     }
 
-    /// As [`Panel::block`], for `q2`: rings are rounded as a whole, with the feedback inside them.
+    /// Like [`Panel::block`], for `q2`: rings are rounded as a whole, with the feedback inside them.
     #[inline(always)]
     fn rings(
         &self,
@@ -325,7 +328,7 @@ impl Panel {
 }
 
 impl FeedbackScratch {
-    /// Lets columns know of errors that have been made in some columns of their strip.
+    /// Passes errors of some columns on to other columns of their strip.
     fn pass_on(
         &mut self,
         kernels: &Kernels,

@@ -6,28 +6,28 @@ use crate::matrix::BLOCK;
 use crate::threads::ThreadPool;
 use crate::update::{Stripes, TALL, Target};
 
-/// Tokens that are added at once: stripes of them stay in the nearest cache.
+/// Tokens that are added at once, so that stripes of them stay in the nearest cache.
 const TOKENS: usize = 256;
 
-/// Stripes of rows that one thread takes at once, so that the other operand comes to it once for all of them.
+/// Stripes of rows that one thread takes at once, so that it reads the other operand once for all of them.
 const STRIPES: usize = 4;
 
-/// Sums of the products of the inputs of a matrix, `Σ x_i x_j` over tokens, for columns of the same panel: all that error feedback
-/// can use. Panels bound memory and time: a panel of `w` columns takes `4 w²` bytes, and its factorisation `w³/3` steps.
+/// Sums of the products of the inputs of a matrix, `Σ x_i x_j` over tokens, for columns of the same panel; error feedback uses
+/// nothing else. Panels bound memory and time: a panel of `w` columns takes `4 w²` bytes, and its factorisation takes `w³/3` steps.
 #[derive(Clone, Debug)]
 pub struct Moments {
     cols: usize,
     panel: usize,
     tokens: u64,
-    /// `[w, w]`, one for each panel; what is above the diagonal has no meaning.
+    /// `[w, w]`, one for each panel; elements above the diagonal have no meaning.
     sums: Vec<Vec<f32>>,
 }
 
 impl Moments {
-    /// Nothing seen yet, of inputs of `cols` numbers in panels of `panel` columns, a multiple of [`BLOCK`].
+    /// No inputs yet; they will have `cols` numbers, in panels of `panel` columns, a multiple of [`BLOCK`].
     ///
     /// # Panics
-    /// If it is none.
+    /// If `panel` is not a positive multiple of [`BLOCK`].
     pub fn new(cols: usize, panel: usize) -> Self {
         assert!(panel > 0 && panel.is_multiple_of(BLOCK), "panels are whole blocks");
         let sums = (0..cols).step_by(panel).map(|begin| (cols - begin).min(panel)).map(|w| vec![0.0; w * w]);
@@ -44,11 +44,11 @@ impl Moments {
         self.tokens
     }
 
-    /// Adds the inputs of some tokens, `[n, cols]`. The result depends on the order in which tokens come, neither on how many come at once
-    /// nor on the threads.
+    /// Adds the inputs of some tokens, `[n, cols]`. The result depends on the order of the tokens, but neither on how many come at
+    /// once nor on the threads.
     ///
     /// # Panics
-    /// If their width is another one.
+    /// If their width differs.
     pub fn add(&mut self, kernels: &Kernels, pool: &ThreadPool, x: &Activations) {
         assert_eq!(x.cols(), self.cols, "inputs and moments differ in width");
         let (mut tall, mut wide) = (Stripes::default(), Stripes::default());
@@ -69,10 +69,10 @@ impl Moments {
         self.tokens += x.n() as u64;
     }
 
-    /// Adds what `tokens` tokens with these mean squares and nothing else in common would.
+    /// Adds what `tokens` tokens would add that have these mean squares and are otherwise uncorrelated.
     ///
     /// # Panics
-    /// If their width is another one.
+    /// If their width differs.
     pub fn add_prior(&mut self, mean_squares: &[f32], tokens: f32) {
         assert_eq!(mean_squares.len(), self.cols, "inputs and moments differ in width");
         for (mean_squares, sums) in mean_squares.chunks(self.panel).zip(&mut self.sums) {

@@ -11,17 +11,17 @@ static Q4: LazyLock<Table> = LazyLock::new(|| Table::new(&Codebook::Q4));
 static Q3: LazyLock<Table> = LazyLock::new(|| Table::new(&Codebook::Q3));
 static Q2: LazyLock<Trellis> = LazyLock::new(|| Trellis::new(&Codebook::Q2));
 
-/// As [`pack_row_group`], with the importance of each input column for the types that minimise an error, `q4`, `q3` and `q2`.
+/// Like [`pack_row_group`], with the importance of each input column for the types that minimise an error, `q4`, `q3` and `q2`.
 ///
-/// They minimise `Σ ω_j (x_j − x̂_j)²` over a row. `ω_j` is the importance of column `j`, best the mean square of the
-/// activations that meet it, for then the sum estimates the mean square error of the output; without importance it is 1.
-/// Only ratios matter. Where it is zero throughout a block, the block's weights count alike.
+/// They minimise `Σ ω_j (x_j − x̂_j)²` over a row. `ω_j` is the importance of column `j`, ideally the mean square of the
+/// activations that meet it, because then the sum estimates the mean square error of the output; without importance it is 1. Only
+/// ratios matter. If it is zero throughout a block, the block's weights count equally.
 ///
-/// A row with a NaN or an infinity has scale NaN, so that it is not mistaken for numbers. Other types round each weight
-/// for itself; their importance is checked and ignored.
+/// A row with a NaN or an infinity has scale NaN, so it cannot be mistaken for numbers. Other types round each weight separately;
+/// their importance is checked and ignored.
 ///
 /// # Panics
-/// As [`pack_row_group`], or if `importance` has not one number per column, or one that is negative or not finite.
+/// Like [`pack_row_group`], or if `importance` does not have one number per column, or one is negative or not finite.
 pub fn pack_row_group_weighted(
     ty: WeightType,
     src: &[f32],
@@ -41,12 +41,12 @@ pub fn pack_row_group_weighted(
     }
 }
 
-/// Packs a row group of `q4`, `q3` or `q2` with all columns alike.
+/// Packs a row group of `q4`, `q3` or `q2` with equal importance for all columns.
 pub(crate) fn pack_unweighted(ty: WeightType, src: &[f32], n_rows: usize, cols: usize, out: &mut [u8]) {
     pack(ty, src, n_rows, cols, None, out);
 }
 
-/// Divided by the largest, so that sums stay in range; what is then below 2^-100 is as good as zero.
+/// Divides by the largest, so that sums stay in range; values that are then below 2^-100 are as good as zero.
 fn normalise(importance: &[f32]) -> Vec<f32> {
     let largest = importance.iter().fold(0.0f32, |m, &w| m.max(w));
     let divisor = if largest > 0.0 { f64::from(largest) } else { 1.0 };
@@ -59,7 +59,7 @@ pub(super) fn table(ty: WeightType) -> &'static Table {
     if ty == WeightType::Q4 { &Q4 } else { &Q3 }
 }
 
-/// That of `q2`.
+/// The codebook of `q2`.
 pub(super) fn trellis() -> &'static Trellis {
     &Q2
 }
@@ -73,7 +73,7 @@ pub struct Quantised {
     pub(super) scales: Vec<f32>,
     /// One per block, row after row.
     bytes: Vec<u8>,
-    /// The number of the level of each weight, of `q2` its own code, `[rows, cols]`.
+    /// The number of the level of each weight, or its own code for `q2`, `[rows, cols]`.
     numbers: Vec<u8>,
 }
 
@@ -109,10 +109,10 @@ impl Quantised {
         }
     }
 
-    /// Writes a row group, `n_rows` rows from `first` on, as [`pack_row_group`] does.
+    /// Writes a row group, the `n_rows` rows from `first` on, as [`pack_row_group`] does.
     ///
     /// # Panics
-    /// As [`pack_row_group`].
+    /// Like [`pack_row_group`].
     pub fn pack_row_group(&self, first: usize, n_rows: usize, out: &mut [u8]) {
         let (cols, blocks) = (self.cols, self.blocks());
         let (scales, values) = planes(self.ty, n_rows, cols, n_rows * cols, out);
@@ -148,7 +148,7 @@ fn pack(ty: WeightType, src: &[f32], n_rows: usize, cols: usize, weight: Option<
     rows.pack_row_group(0, n_rows, out);
 }
 
-/// Three vectors of nibbles per 32 columns: the low three bits are quads 0..3 and 4..7, the top bits quads 3 and 7.
+/// Three vectors of nibbles per 32 columns: their low three bits are fours 0..3 and 4..7 of columns, their top bits fours 3 and 7.
 fn put_threes(numbers: &[u8], n_rows: usize, cols: usize, values: &mut [u8]) {
     for r in 0..n_rows {
         for (k, &number) in numbers[r * cols..][..cols].iter().enumerate() {
@@ -163,7 +163,7 @@ fn put_threes(numbers: &[u8], n_rows: usize, cols: usize, values: &mut [u8]) {
     }
 }
 
-/// A word per row and 16 columns, of two bits for each place.
+/// A word per row and 16 columns, with two bits for each place.
 fn put_rings(codes: &[u8], n_rows: usize, cols: usize, values: &mut [u8]) {
     const HALF: usize = BLOCK / 2;
     for r in 0..n_rows {

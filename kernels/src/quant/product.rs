@@ -29,7 +29,7 @@ fn level_numbers(w: &Group<'_>, k: usize) -> [u8; ROW_GROUP] {
     }
     std::array::from_fn(|r| {
         let nibble = |v: usize| w.values[g * 96 + v * 32 + r * 4 + i] >> high & 15;
-        // Three vectors hold three; the bits that they leave over are the fourth.
+        // Three vectors hold three bits per nibble; their unused bits are the fourth vector.
         if vector < 3 { nibble(vector) & 7 } else { nibble(0) >> 3 | nibble(1) >> 3 << 1 | nibble(2) >> 3 << 2 }
     })
 }

@@ -4,18 +4,18 @@
 use super::codebook::{Codebook, SCALE_MAX, scale_over_unit};
 use crate::math::ROUND;
 
-/// Half-integer cells of a [`Table`], a power of two so that indices can be masked.
+/// Cells of a [`Table`], half an integer wide; a power of two, so that indices can be masked.
 const CELLS: usize = 1024;
 
 /// A codebook in the form that the search reads.
 ///
-/// Levels are integers, so the border between two neighbours is a multiple of ½, and all numbers in
-/// `[h/2, (h + 1)/2)` have the same nearest level.
+/// Levels are integers, so the border between two neighbours is a multiple of ½, and all numbers in `[h/2, (h + 1)/2)` have the
+/// same nearest level.
 pub(super) struct Table {
     book: &'static Codebook,
-    /// Number of the level nearest to the numbers of a cell; cell 0 begins at `−CELLS/4`.
+    /// Number of the level nearest to the numbers in a cell; cell 0 begins at `−CELLS/4`.
     number: [u8; CELLS],
-    /// For each cell, what level and offset add up to when the level is the nearest after each of the eight offsets.
+    /// For each cell, the sum of its nearest level and the offset, for each of the eight offsets.
     values: Vec<[f32; OFFSETS]>,
     /// The integer that the low five bits of a byte stand for.
     scales: [f32; 32],
@@ -43,13 +43,13 @@ impl<const B: usize> Block<B> {
     }
 }
 
-/// What a block of some byte can stand for.
+/// The numbers that a block with a certain byte can represent.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Grid {
     step: f32,
     inverse: f32,
     byte: u8,
-    /// Of the numbers of levels.
+    /// Mask for the numbers of levels.
     mask: u8,
 }
 
@@ -61,11 +61,11 @@ pub(super) struct Row {
     pub(super) bytes: Vec<u8>,
 }
 
-/// Row scales that are tried first, as a fraction of the one that puts the largest weight of the row on the last level
-/// of the largest block scale.
+/// Row scales that are tried first, as a fraction of the one that puts the largest weight of the row on the last level with the
+/// largest block scale.
 const FIRST: [f32; 3] = [0.8, 0.9, 1.0];
 
-/// Scales tried in each direction without improvement before the search of a block ends.
+/// Scales that are tried in each direction without improvement before the search of a block ends.
 pub(super) const PATIENCE: usize = 2;
 
 /// Rounds of least squares for the row scale.
@@ -75,7 +75,7 @@ impl Table {
     pub(super) fn new(book: &'static Codebook) -> Table {
         let levels = &book.levels[..book.len];
         let number: [u8; CELLS] = std::array::from_fn(|cell| {
-            // Twice the number at the middle of the cell, times two, against twice the sum of two neighbours.
+            // Compares twice the number at the middle of the cell, times two, with twice the sum of two neighbours.
             let middle = 2 * (cell as i32 - CELLS as i32 / 2) + 1;
             levels.windows(2).filter(|w| 2 * (i32::from(w[0]) + i32::from(w[1])) < middle).count() as u8
         });
@@ -91,7 +91,7 @@ impl Table {
         }
     }
 
-    /// Quantises a row, whose weights of error are `weight` or all equal, and writes the number of each level.
+    /// Quantises a row whose errors have the weights `weight`, or equal weights, and writes the number of each level.
     pub(super) fn row(&self, x: &[f32], weight: Option<&[f32]>, numbers: &mut [u8]) -> Row {
         if self.book.block == 16 {
             self.row_by::<16>(x, weight, numbers)
@@ -113,7 +113,7 @@ impl Table {
         for ((block, numbers), &byte) in blocks.iter().zip(numbers.chunks_mut(B)).zip(&bytes) {
             self.choose(block, scale, byte, numbers);
         }
-        // What the levels stand for must be finite, though the weights be the largest there are.
+        // The represented numbers must be finite, even if the weights are the largest that there are.
         let largest = f64::from(self.largest(&blocks, scale, &bytes));
         let scale = (f64::from(scale) * power(exponent)).min(f64::from(f32::MAX) / largest);
         let rounded = scale as f32;
@@ -148,7 +148,7 @@ impl Table {
         f32::from(self.book.levels[self.book.len - 1])
     }
 
-    /// The best byte of every block and the sum of their errors. Beside `near`, only neighbouring scales are tried.
+    /// The best byte of every block, and the sum of their errors. With `near`, only scales close to those bytes are tried.
     fn bytes<const B: usize>(&self, blocks: &[Block<B>], scale: f32, near: Option<&[u8]>, bytes: &mut [u8]) -> f64 {
         let mut sum = 0.0;
         for (i, (block, byte)) in blocks.iter().zip(bytes).enumerate() {
@@ -162,16 +162,16 @@ impl Table {
         sum
     }
 
-    /// The grid of a block of this byte, in a row of scale `scale`.
+    /// The grid of a block with this byte, in a row of scale `scale`.
     #[inline(always)]
     pub(super) fn grid(&self, scale: f32, byte: u8) -> Grid {
         let step = scale * self.scales[usize::from(byte & 31)];
-        // Where all is zero, so is what is rounded, and its number.
+        // If the step is zero, all results are zero, and so are their numbers.
         let inverse = if step == 0.0 { 0.0 } else { 1.0 / step };
         Grid { step, inverse, byte, mask: if step == 0.0 { 0 } else { 255 } }
     }
 
-    /// Number and value of the level nearest to each of `x`, each in a grid of its own.
+    /// Number and value of the level nearest to each of `x`, each in its own grid.
     #[inline(always)]
     pub(super) fn nearest<const L: usize>(&self, x: &[f32; L], grids: &[Grid; L]) -> ([u8; L], [f32; L]) {
         let values: &[[f32; OFFSETS]; CELLS] = self.values[..].try_into().expect("one element per cell");
@@ -188,7 +188,7 @@ impl Table {
         (numbers, rounded)
     }
 
-    /// Error and byte of a block for a given row scale. `patience`: scales in each direction that may bring nothing.
+    /// Error and byte of a block for a given row scale. `patience`: scales in each direction that may bring no improvement.
     #[inline(always)]
     pub(super) fn byte<const B: usize>(&self, block: &Block<B>, scale: f32, patience: usize) -> (f32, u8) {
         let mut best = (self.error_of_zero(block), 0);
@@ -202,7 +202,7 @@ impl Table {
         best
     }
 
-    /// Tries scales until some in a row bring nothing.
+    /// Tries scales until several in a row bring no improvement.
     #[inline(always)]
     fn walk<const B: usize>(
         &self,
@@ -251,7 +251,7 @@ impl Table {
         }
     }
 
-    /// The weighted squared error with each offset, in steps; lanes are offsets.
+    /// The weighted squared error with each offset, in units of the step; lanes are offsets.
     #[inline(always)]
     fn errors<const B: usize>(&self, y: &[f32; B], cells: &[u32; B], weight: &[f32; B]) -> [f32; OFFSETS] {
         let values: &[[f32; OFFSETS]; CELLS] = self.values[..].try_into().expect("one element per cell");
@@ -266,13 +266,13 @@ impl Table {
         std::array::from_fn(|k| sums[0][k] + sums[1][k])
     }
 
-    /// The largest magnitude of the values chosen in a row, over the row scale; at least 1.
+    /// The largest magnitude of the values chosen in a row, divided by the row scale; at least 1.
     fn largest<const B: usize>(&self, blocks: &[Block<B>], scale: f32, bytes: &[u8]) -> f32 {
         let values = blocks.iter().zip(bytes).flat_map(|(block, &byte)| self.chosen(block, scale, byte));
         values.fold(1.0, |m, v| m.max(v.abs()))
     }
 
-    /// The values chosen in a block, over the row scale.
+    /// The values chosen in a block, divided by the row scale.
     #[inline]
     fn chosen<const B: usize>(&self, block: &Block<B>, scale: f32, byte: u8) -> [f32; B] {
         let (s, k) = (self.scales[usize::from(byte & 31)], usize::from(byte >> 5));
@@ -283,7 +283,7 @@ impl Table {
         cells.map(|cell| s * self.values[cell as usize % CELLS][k])
     }
 
-    /// The row scale of least error for the levels that `scale` and `bytes` choose; none if they are all zero.
+    /// The row scale with the least error for the levels that `scale` and `bytes` choose; `None` if they are all zero.
     fn least_squares<const B: usize>(&self, blocks: &[Block<B>], scale: f32, bytes: &[u8]) -> Option<f32> {
         let (mut xv, mut vv) = (0.0, 0.0);
         for (block, &byte) in blocks.iter().zip(bytes) {
@@ -307,8 +307,8 @@ impl Table {
     }
 }
 
-/// Largest magnitude of a row and the exponent of the power of two that it is above, exactly, whatever the row's magnitude; or the
-/// scale of a row that nothing has to be chosen for: 0 if it is all zeros, NaN if something is no number.
+/// Largest magnitude of a row, and the exponent of the largest power of two that is not above it, exact for every magnitude. If
+/// nothing has to be chosen for the row, its scale instead: 0 if all numbers are zero, NaN if one is not finite.
 pub(super) fn normalising(x: &[f32]) -> Result<(f32, i64), f32> {
     if x.iter().any(|x| !x.is_finite()) {
         return Err(f32::NAN);
@@ -317,13 +317,13 @@ pub(super) fn normalising(x: &[f32]) -> Result<(f32, i64), f32> {
     if absmax == 0.0 { Err(0.0) } else { Ok((absmax, (f64::from(absmax).to_bits() >> 52) as i64 - 1023)) }
 }
 
-/// The cell of a number from which `offset` is taken.
+/// The cell of a number from which `offset` is subtracted.
 #[inline(always)]
 fn moved(cell: u32, offset: i32) -> usize {
     cell.wrapping_sub((2 * offset) as u32) as usize % CELLS
 }
 
-/// Blocks of a row, scaled; where all weights of a block are zero, they become one.
+/// Blocks of a row, scaled; if all error weights of a block are zero, they become one.
 fn blocks<const B: usize>(x: &[f32], weight: Option<&[f32]>, factor: f64) -> Vec<Block<B>> {
     let mut blocks = Vec::with_capacity(x.len().div_ceil(B));
     for (b, x) in x.chunks(B).enumerate() {
@@ -344,7 +344,7 @@ fn blocks<const B: usize>(x: &[f32], weight: Option<&[f32]>, factor: f64) -> Vec
     blocks
 }
 
-/// Numbers over the step, and the cell of each. Far beyond the last level, further away makes no difference.
+/// Numbers divided by the step, and the cell of each. Far beyond the last level, the exact distance makes no difference.
 #[inline(always)]
 fn cells<const B: usize>(x: &[f32; B], inverse: f32) -> ([f32; B], [u32; B]) {
     let mut y = *x;
@@ -352,7 +352,7 @@ fn cells<const B: usize>(x: &[f32; B], inverse: f32) -> ([f32; B], [u32; B]) {
     (y, cells_of(&y))
 }
 
-/// The cell of each number of steps.
+/// The cell of each number, in units of the step.
 #[inline(always)]
 fn cells_of<const B: usize>(y: &[f32; B]) -> [u32; B] {
     const FAR: f32 = CELLS as f32 / 2.0 - 64.0;

@@ -1,9 +1,9 @@
-//! The choice of bytes and codes of `q2`, whose levels depend on two codes each.
+//! Chooses the bytes and codes of `q2`, whose levels depend on two codes each.
 //!
-//! The sixteen codes of a block form a ring: the weight at place `p` has level `C[c_p + 4·c_{p+1}]`, and behind the last place comes
-//! the first. So each code takes part in two weights, and each weight can have any of sixteen levels, at two bits. This is
-//! trellis coded quantisation (M. Marcellin, T. Fischer, IEEE Transactions on Communications 38, 1990) with four states and its ends
-//! joined; the best codes are found by dynamic programming over states (Viterbi), once for each code that the ring can begin with.
+//! The sixteen codes of a block form a ring: the weight at place `p` has level `C[c_p + 4·c_{p+1}]`, and the first place follows
+//! the last. So each code takes part in two weights, and each weight can have any of sixteen levels, at two bits. This is trellis
+//! coded quantisation (M. Marcellin, T. Fischer, IEEE Transactions on Communications 38, 1990) with four states and joined ends;
+//! the best codes are found by dynamic programming over states (Viterbi), once for each code with which the ring can begin.
 
 use super::codebook::{Codebook, SCALE_MAX, place, scale_over_unit};
 use super::search::{Row, normalising};
@@ -11,22 +11,22 @@ use super::search::{Row, normalising};
 /// Places of a ring.
 const PLACES: usize = 16;
 
-/// A cost for each code and the one behind it, or for the first code of a way and the one behind its end.
+/// A cost for each code and the next one, or for the first code of a path and the one after its end.
 type Costs = [[f32; 4]; 4];
 
-/// Block scales are tried if they bring what reaches furthest in a block to a number between these, levels ending at 64.
+/// A block scale is tried if it scales the largest magnitude of a block to between these numbers; levels end at 64.
 const REACH: (f32, f32) = (50.0, 105.0);
 
 /// A codebook in the form that the search reads.
 pub(super) struct Trellis {
     book: &'static Codebook,
-    /// Levels by code and the code behind it.
+    /// Levels by code and next code.
     levels: Costs,
     /// The integer that the low five bits of a byte stand for.
     scales: [f32; 32],
 }
 
-/// What a block is rounded to, by place.
+/// The numbers that a block should be rounded to, by place.
 pub(super) struct Ring {
     /// Numbers and the weights of their errors; zero where there is no column.
     x: [f32; PLACES],
@@ -34,22 +34,22 @@ pub(super) struct Ring {
     exists: [bool; PLACES],
 }
 
-/// What a block has been rounded to, by place.
+/// The numbers that a block has been rounded to, by place.
 pub(super) struct Codes {
     pub(super) codes: [u8; PLACES],
     /// Zero where there is no column.
     pub(super) values: [f32; PLACES],
 }
 
-/// What the error at one place means for later ones, and what the weights are without that.
+/// How the error at one place affects later ones, and the weights without that effect.
 pub(super) struct RingFeedback {
-    /// In row `j`, what an error at place `j` takes off the number at place `k > j`.
+    /// In row `j`, the share of an error at place `j` that is subtracted from the number at place `k > j`.
     pub(super) within: [[f32; PLACES]; PLACES],
     pub(super) exact: [f32; PLACES],
 }
 
 impl Ring {
-    /// Of numbers, by place: the number and the weight of its error.
+    /// A ring from numbers: the place, the number and the weight of its error.
     pub(super) fn new(numbers: impl IntoIterator<Item = (usize, f32, f32)>) -> Ring {
         let mut ring = Ring { x: [0.0; PLACES], weight: [0.0; PLACES], exists: [false; PLACES] };
         for (place, x, weight) in numbers {
@@ -61,14 +61,15 @@ impl Ring {
         ring
     }
 
-    /// The largest magnitude, where columns that matter less than most count for less.
+    /// The largest magnitude, in which columns with less than the mean weight count for less.
     fn reach(&self) -> f32 {
         let mean = self.weight.iter().sum::<f32>() / PLACES as f32;
         let counts = |weight: f32| if weight < mean { (weight / mean).sqrt() } else { 1.0 };
         self.x.iter().zip(self.weight).fold(0.0, |m, (x, weight)| m.max(x.abs() * counts(weight)))
     }
 
-    /// Costs of the codes at a place, for numbers in steps from which the offset has been taken. A place without a column has code 0.
+    /// Costs of the codes at a place, for numbers in units of the step from which the offset has been subtracted. A place without a
+    /// column has code 0.
     #[inline(always)]
     fn costs(&self, levels: &Costs, place: usize, y: f32) -> Costs {
         let mut costs = [[0.0; 4]; 4];
@@ -95,7 +96,7 @@ impl Trellis {
         }
     }
 
-    /// Quantises a row, whose weights of error are `weight` or all equal, and writes the code of each column.
+    /// Quantises a row whose errors have the weights `weight`, or equal weights, and writes the code of each column.
     pub(super) fn row(&self, x: &[f32], weight: Option<&[f32]>, codes: &mut [u8]) -> Row {
         codes.fill(0);
         let mut bytes = vec![0; x.len().div_ceil(PLACES)];
@@ -125,7 +126,7 @@ impl Trellis {
                 largest = largest.max(value.abs() / scale);
             }
         }
-        // The row scale of least error for what has been chosen; what it makes must stay finite.
+        // The row scale with the least error for the chosen codes; its products must stay finite.
         let scale = if xv > 0.0 && vv > 0.0 { f64::from(scale) * (xv / vv) } else { f64::from(scale) };
         let scale = (scale * power(exponent)).min(f64::from(f32::MAX) / f64::from(largest));
         let rounded = scale as f32;
@@ -133,10 +134,10 @@ impl Trellis {
         Row { scale: if fits { rounded } else { rounded.next_down() }, bytes }
     }
 
-    /// The byte of least error for a given row scale, all zeros where nothing is better.
+    /// The byte with the least error for a given row scale; 0 if nothing is better.
     ///
-    /// What a chain costs that need not return to its first code is a lower bound, at a quarter of the work. Bytes are tried in its
-    /// order, until it says that no other can be better.
+    /// The cost of an open chain, which need not return to its first code, is a lower bound at a quarter of the work. Bytes are
+    /// tried in the order of this bound, until it shows that no other can be better.
     pub(super) fn byte(&self, ring: &Ring, scale: f32) -> u8 {
         let reach = ring.reach();
         let zero: f32 = ring.x.iter().zip(ring.weight).map(|(x, weight)| weight * x * x).sum();
@@ -172,8 +173,8 @@ impl Trellis {
         best.1
     }
 
-    /// As [`Trellis::least`], where the code behind the last place may be another than the first: never more, since sums that both
-    /// consider are added in the same order.
+    /// Like [`Trellis::least`], except that the code after the last place may differ from the first. The result is never more,
+    /// since both add the same sums in the same order.
     fn least_open(&self, ring: &Ring, inverse: f32, offset: f32) -> f32 {
         let mut way = [0.0f32; 4];
         for place in 0..PLACES {
@@ -190,7 +191,7 @@ impl Trellis {
         way.into_iter().fold(f32::INFINITY, f32::min)
     }
 
-    /// The least sum of weighted square errors that codes can have, in steps, and the first of these codes.
+    /// The least sum of weighted square errors for any codes, in units of the step, and the first of these codes.
     fn least(&self, ring: &Ring, inverse: f32, offset: f32) -> (f32, usize) {
         let costs = |place: usize| ring.costs(&self.levels, place, ring.x[place] * inverse - offset);
         let mut ways = costs(0);
@@ -213,10 +214,10 @@ impl Trellis {
         (0..4).fold((f32::INFINITY, 0), cheaper)
     }
 
-    /// The codes of least error in a block of this byte, in a row of scale `scale`.
+    /// The codes with the least error in a block with this byte, in a row of scale `scale`.
     ///
-    /// With feedback, the error of each place changes what later ones are to be rounded to, so each of the four ways that lead to a
-    /// place has its own numbers there.
+    /// With feedback, the error of each place changes the targets of later ones, so each of the four paths that lead to a place has
+    /// its own numbers there.
     pub(super) fn codes(&self, ring: &Ring, scale: f32, byte: u8, feedback: Option<&RingFeedback>) -> Codes {
         let step = scale * self.scales[usize::from(byte & 31)];
         if step == 0.0 {
@@ -248,7 +249,7 @@ impl Trellis {
     ) -> (f32, [u8; PLACES]) {
         let mut cost = [f32::INFINITY; 4];
         cost[first] = 0.0;
-        // Of the four ways, one for each code at the next place: the code that each has at a place, and the errors of all so far.
+        // For each of the four paths, one for each code at the next place: its code at each place, and its errors so far.
         let mut codes = [[0u8; 4]; PLACES];
         let mut errors = [[0.0f32; 4]; PLACES];
         for place in 0..PLACES {
@@ -290,7 +291,7 @@ impl Trellis {
 mod tests {
     use super::*;
 
-    /// Of few columns, all codes can be tried.
+    /// With few columns, all codes can be tried.
     #[test]
     fn no_codes_are_better() {
         let trellis = Trellis::new(&Codebook::Q2);

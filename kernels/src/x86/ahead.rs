@@ -1,4 +1,4 @@
-//! Asking for weights before they are needed.
+//! Prefetches weights into caches before they are needed.
 
 use super::grouped::{STRIP, block_len};
 use super::{block_bytes, scale_bytes};
@@ -6,13 +6,13 @@ use crate::matrix::{Group, ROW_GROUP};
 use sluice_weights::Codes;
 use std::arch::x86_64::*;
 
-/// Where the row groups are that will be read behind those that are being read, `N` side by side. Behind the last, asking
-/// is a hint to nowhere.
+/// Addresses of the row groups that will be read after the present ones, `N` side by side. A prefetch beyond the last one has no
+/// effect.
 ///
-/// They are asked for in the order of their addresses, scales and values alike, at the pace at which the groups before them
-/// are read: memory gives a little more to one long stream than to several that take turns (Zen 4, 2 threads: int4 1.03 to
-/// 1.11, the others 0.93 to 1.11). Into the second-level cache: the few requests that the first can have outstanding would
-/// then be all there are, and one core read half as fast (4-bit types: 13 against 25 GB/s of 31).
+/// They are prefetched in the order of their addresses, scales and values alike, at the pace at which the groups before them are
+/// read: memory is a little faster with one long stream than with several that alternate (Zen 4, 2 threads: int4 1.03 to 1.11, the
+/// others 0.93 to 1.11). They go into the second-level cache: the first-level cache can have only a few requests outstanding, and
+/// one core would read half as fast (4-bit types: 13 against 25 GB/s of 31).
 pub(super) struct Ahead {
     next: *const u8,
 }
@@ -25,8 +25,8 @@ impl Ahead {
         Ahead { next: scales.as_ptr().wrapping_add(N * group) }
     }
 
-    /// Asks for as much as block `g` of type `TY` takes in `N` groups. Padding and the scales of rows are no part of a block:
-    /// of the last value plane, as many bytes are left to the CPU's own prediction.
+    /// Prefetches as many bytes as block `g` of type `TY` takes in `N` groups. Padding and the scales of rows are no part of a
+    /// block; the CPU's own prediction must fetch as many bytes at the end of the last value plane.
     #[inline]
     #[target_feature(enable = "sse")]
     pub(super) fn block<const TY: u8, const N: usize>(&self, g: usize) {
@@ -37,10 +37,10 @@ impl Ahead {
     }
 }
 
-/// As [`Ahead`], for grouped types: values block by block, and what is beside them at the beginning of each strip.
+/// Like [`Ahead`], for grouped types: values block by block, and scales and zeros at the beginning of each strip.
 pub(super) struct Stream {
     next: *const u8,
-    /// Bytes of what is beside the values, padding included, of a strip.
+    /// Bytes of a strip's scales and zeros, padding included.
     scales: usize,
     groups: usize,
 }
@@ -54,21 +54,21 @@ impl Stream {
         Stream { next: groups[0].scales.as_ptr().wrapping_add(N * group), scales, groups: N }
     }
 
-    /// Asks for what is beside the values of a strip.
+    /// Prefetches the scales and zeros of a strip.
     #[inline]
     #[target_feature(enable = "sse")]
     pub(super) fn scales(&mut self) {
         self.bytes(self.scales);
     }
 
-    /// Asks for the values of a block.
+    /// Prefetches the values of a block.
     #[inline]
     #[target_feature(enable = "sse")]
     pub(super) fn values<const C: u8, const N: usize>(&mut self) {
         self.bytes(const { N * block_len(C) });
     }
 
-    /// Asks for a whole strip.
+    /// Prefetches a whole strip.
     #[inline]
     #[target_feature(enable = "sse")]
     pub(super) fn strip(&mut self, codes: Codes) {
@@ -85,13 +85,13 @@ impl Stream {
     }
 }
 
-/// How far ahead [`in_streams`] asks: few enough bytes to wait in the second-level cache.
+/// How far ahead [`in_streams`] prefetches: few enough bytes to wait in the second-level cache.
 const SPAN: usize = 64 << 10;
 const STREAMS: usize = 4;
 
-/// Asks for as many bytes of the next span as `bytes` are of theirs. Their lines take turns among the four parts of that span:
-/// one core is given more by four streams than by one (Zen 3, one thread: `q8` 0.98 to 1.33, bf16 1.25 to 1.37, f32 1.17 to
-/// 1.30 of one stream, f16 the same; two threads 1.0 to 1.2). Types of 4 bits and `fp8`, whose kernels compute more, gain nothing.
+/// Prefetches as many bytes of the next span as `bytes` has. Their lines alternate among the four parts of that span, because one
+/// core is faster with four streams than with one (Zen 3, one thread: `q8` 0.98 to 1.33, bf16 1.25 to 1.37, f32 1.17 to 1.30 of one
+/// stream, f16 the same; two threads 1.0 to 1.2). Types of 4 bits and `fp8`, whose kernels compute more, gain nothing.
 #[inline]
 #[target_feature(enable = "sse")]
 pub(super) fn in_streams(bytes: &[u8]) {

@@ -2,12 +2,12 @@
 
 /// The kernels `score` and `attend_block` for one instruction set.
 ///
-/// A macro, since functions take on the target features that they are written with, not those of their type parameters. Who
-/// calls it provides `WIDTH` (numbers of a vector), `VECS` (vectors of the lanes of one product), `ALONE` and `PAIRED` (keys that
-/// are multiplied together with one query, and with two; both divide 4), `PAIRED_VECS` (of `VECS`, how many are summed at once for
-/// two queries), `SHARED` (queries that values are loaded for once: 4 or
-/// 2), `COLUMNS` (of values that are summed together for these; for one query twice as many), `load` and `store` of a vector,
-/// `fold` (what is left of folding the lanes of four products, once each is one vector), and `vectors` (the numbers of a row of any type).
+/// It is a macro because functions take on the target features that they are written with, not those of their type parameters. The
+/// module that uses it provides `WIDTH` (numbers of a vector), `VECS` (vectors of the lanes of one product), `ALONE` and `PAIRED`
+/// (keys that are multiplied together with one query, and with two; both divide 4), `PAIRED_VECS` (how many of the `VECS` are
+/// summed at once for two queries), `SHARED` (queries that share one load of values: 4 or 2), `COLUMNS` (columns of values that are
+/// summed together for these; twice as many for one query), `load` and `store` of a vector, `fold` (the remaining steps of folding
+/// the lanes of four products, once each is one vector), and `vectors` (the numbers of a row of any type).
 macro_rules! attention {
     ($features:tt, $vector:ty, zero: $zero:ident, add: $add:ident, fmadd: $fmadd:ident, mul: $mul:ident, splat: $splat:ident) => {
         #[target_feature(enable = $features)]
@@ -32,7 +32,8 @@ macro_rules! attention {
             }
         }
 
-        /// Leaves in `tile.scores` the products of all queries with the rows that they see, and of some with more.
+        /// Stores in `tile.scores` the products of all queries with the rows that they see, and of some queries with additional
+        /// rows.
         #[target_feature(enable = $features)]
         fn scores<const TY: u8>(tile: &mut QueryTile, block: &KeyBlock<'_>) {
             let QueryTile { key, queries, parts, scores, .. } = tile;
@@ -102,8 +103,8 @@ macro_rules! attention {
             }
         }
 
-        /// The lanes of the products of `Q` queries with `T` rows, folded down to a vector each: `V` vectors of them at once, and
-        /// the others behind them, where the registers do not hold all.
+        /// The lanes of the products of `Q` queries with `T` rows, each folded down to one vector: `V` vectors of them at once, and
+        /// the others afterwards if the registers do not hold all.
         #[inline]
         #[target_feature(enable = $features)]
         fn several_dots<const TY: u8, const Q: usize, const T: usize, const V: usize>(
@@ -118,7 +119,7 @@ macro_rules! attention {
                 let mut s = [[[$zero(); V]; T]; Q];
                 for c in 0..whole {
                     for j in 0..V {
-                        // Folding begins with vectors that are half of all apart: a pass has both.
+                        // Folding begins with vectors that lie half of all vectors apart: a pass has both.
                         let vec = pass + j * passes;
                         let query = each!($zero(); Q, q => load(&queries[q][c].as_chunks::<WIDTH>().0[vec]));
                         for t in 0..T {
@@ -139,7 +140,7 @@ macro_rules! attention {
             halves
         }
 
-        /// The first steps of folding the lanes of a product: vectors that are half of all apart, then what is left.
+        /// The first steps of folding the lanes of a product: vectors that lie half of all vectors apart, then the remaining ones.
         #[inline]
         #[target_feature(enable = $features)]
         fn halve<const V: usize>(s: [$vector; V]) -> $vector {
@@ -168,7 +169,7 @@ macro_rules! attention {
             fold_lanes(lanes)
         }
 
-        /// Takes the weighted values of a block into `tile.out`.
+        /// Adds the weighted values of a block to `tile.out`.
         #[target_feature(enable = $features)]
         fn add_values<const TY: u8>(tile: &mut QueryTile, block: &KeyBlock<'_>) {
             let value = tile.value;
@@ -188,7 +189,7 @@ macro_rules! attention {
             }
         }
 
-        /// The columns `at..at + columns` of all queries; those that see the same rows share the loads.
+        /// The columns `at..at + columns` of all queries; queries that see the same rows share the loads.
         #[target_feature(enable = $features)]
         fn for_groups<const TY: u8>(tile: &mut QueryTile, block: &KeyBlock<'_>, at: usize, columns: usize) {
             let n = tile.len();
@@ -213,7 +214,7 @@ macro_rules! attention {
             }
         }
 
-        /// `N` vectors of columns from `at` on of `Q` queries from `first` on. Returns `Q`.
+        /// `N` vectors of columns, from column `at` on, of `Q` queries from `first` on. Returns `Q`.
         #[target_feature(enable = $features)]
         fn weighted<const TY: u8, const Q: usize, const N: usize>(
             tile: &mut QueryTile,
@@ -228,7 +229,7 @@ macro_rules! attention {
             for j in 0..places.len() {
                 let row = block.values.part(const { kv_type(TY) }, part.from + j, at, WIDTH * N);
                 let p = each!($zero(); Q, q => $splat(p[q][j]));
-                // One vector of values at a time: more would push sums out of the registers.
+                // One vector of values at a time: more would force sums out of the registers.
                 for i in 0..N {
                     let [values] = vectors::<TY, 1>(&row, WIDTH * i);
                     for q in 0..Q {
@@ -248,7 +249,7 @@ macro_rules! attention {
             Q
         }
 
-        /// Fewer columns than a vector has, of one query. Returns 1.
+        /// Fewer columns than a vector has, for one query. Returns 1.
         #[target_feature(enable = $features)]
         fn odd_columns<const TY: u8>(
             tile: &mut QueryTile,

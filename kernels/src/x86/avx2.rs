@@ -1,5 +1,5 @@
-//! AVX2 with FMA and F16C: one row group, eight lanes. With AVX-VNNI, integers are multiplied and added up by one instruction; that is the
-//! only difference, so it is a constant of the functions that do (`V`).
+//! AVX2 with FMA and F16C: one row group, eight lanes. With AVX-VNNI, one instruction multiplies integers and adds the products.
+//! That is the only difference, so it is a constant (`V`) of the functions that multiply.
 //!
 //! Each function follows the operation of the same name in the `scalar` module; lanes are rows.
 
@@ -38,7 +38,7 @@ impl Avx2 {
         has.then_some(Avx2 { vnni: false })
     }
 
-    /// With AVX-VNNI, as processors have it that have no AVX-512.
+    /// With AVX-VNNI, which some processors have without AVX-512.
     pub(crate) fn with_vnni() -> Option<Self> {
         Self::new().filter(|_| is_x86_feature_detected!("avxvnni")).map(|_| Avx2 { vnni: true })
     }
@@ -63,7 +63,7 @@ impl Avx2 {
         unsafe { axpy(a, x, y) }
     }
 
-    /// Runs `f` as it is compiled with these instructions, if it is inlined.
+    /// Runs `f`, compiled with these instructions if it is inlined.
     #[inline(always)]
     pub(crate) fn compiled<R>(self, f: impl FnOnce() -> R) -> R {
         #[target_feature(enable = "avx2,fma,f16c")]
@@ -136,7 +136,7 @@ fn many<const TY: u8, const V: bool>(w: &Matrix<'_>, x: &Activations, shape: Til
     }
 }
 
-// Tokens per pass are as many as leave the accumulators in the 16 registers.
+// As many tokens per pass as leave the accumulators in the 16 registers.
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn unblocked<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
@@ -224,7 +224,7 @@ fn columns<const TY: u8, const T: usize>(values: &[u8], x: [&[f32]; T]) -> [__m2
         let mut last = [0u8; 128];
         last[..rest * step / 4].copy_from_slice(&values[cols / 4 * step..][..rest * step / 4]);
         let w = four::<TY>(&last[..step]);
-        // Constant indices keep the sums in registers; columns that are not there must not be added, not even as zero.
+        // Constant indices keep the sums in registers; missing columns must not be added, not even as zero.
         for j in 0..3 {
             if j < rest {
                 for t in 0..T {
@@ -272,7 +272,7 @@ fn widen_bf16(bits: __m128i) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn e4m3_to_f16(codes: __m128i) -> __m256i {
-    // The sign is extended so that it lands in bit 15; the copy of it in bit 14 is masked out.
+    // The sign is extended so that it lands in bit 15; the mask removes its copy in bit 14.
     let moved = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(codes));
     let bits = _mm256_and_si256(moved, _mm256_set1_epi16(0xbf80_u16 as i16));
     let magnitude = _mm256_set1_epi16(0x3f80);
@@ -357,7 +357,7 @@ fn blocks_f32<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [_
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&[QuantisedBlock]; T]) -> [__m256; T] {
-    // The sums of even and odd blocks take turns; in the end their order does not matter.
+    // The sums of even and odd blocks alternate; at the end, their order does not matter.
     let mut s = [_mm256_setzero_ps(); T];
     let mut other = s;
     let blocks = w.values.len() / const { block_bytes(TY) };
@@ -404,8 +404,8 @@ fn dots_q8<const T: usize>(values: &[u8], x: &[&[QuantisedBlock]; T], g: usize) 
     dots
 }
 
-/// Integers made unsigned by their bias, which the sum of `x` takes out again. In 16 bits, int4 may add
-/// eight pair sums of at most 2·15·127, mxfp4 four of at most 2·24·127: both below 2^15.
+/// Integers made unsigned by their bias, which is taken out again through the sum of `x`. In 16 bits, int4 may add eight pair sums
+/// of at most 2·15·127, mxfp4 four of at most 2·24·127: both below 2^15.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dots_nibbles<const TY: u8, const T: usize>(values: &[u8], x: &[&[QuantisedBlock]; T], g: usize) -> [__m256i; T] {
@@ -472,7 +472,7 @@ fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
-/// Asks for bytes a little ahead in the stream; beyond the end it is a hint to nowhere.
+/// Prefetches bytes a little ahead in the stream; beyond the end this has no effect.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn prefetch(w: &[u8]) {

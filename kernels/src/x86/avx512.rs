@@ -1,7 +1,7 @@
 //! AVX-512 with VNNI: two row groups, sixteen lanes, the second group in the upper half.
 //!
-//! Lanes are rows, as with AVX2, so each sum is formed in the same order and a group without a partner is left to the
-//! AVX2 kernels, as are blocked types with f32 activations.
+//! Lanes are rows, as with AVX2, so each sum is formed in the same order. A group without a partner is left to the AVX2 kernels,
+//! and so are blocked types with f32 activations.
 
 mod attention;
 mod codebook;
@@ -57,7 +57,7 @@ impl Avx512 {
         unsafe { axpy(a, x, y) }
     }
 
-    /// As [`Avx2::compiled`].
+    /// Like [`Avx2::compiled`].
     #[inline(always)]
     pub(crate) fn compiled<R>(self, f: impl FnOnce() -> R) -> R {
         #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -105,7 +105,7 @@ fn tile(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
     }
 }
 
-// Tokens per pass are as many as leave the accumulators in the 32 registers.
+// As many tokens per pass as leave the accumulators in the 32 registers.
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn unblocked<const TY: u8>(w: &Pair<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
@@ -195,7 +195,7 @@ fn columns<const TY: u8, const T: usize>(a: &[u8], b: &[u8], x: [&[f32]; T]) -> 
         last[0][..len].copy_from_slice(&a[at..at + len]);
         last[1][..len].copy_from_slice(&b[at..at + len]);
         let w = four::<TY>(&last[0][..step], &last[1][..step]);
-        // Constant indices keep the sums in registers; columns that are not there must not be added, not even as zero.
+        // Constant indices keep the sums in registers; missing columns must not be added, not even as zero.
         for j in 0..3 {
             if j < rest {
                 for t in 0..T {
@@ -240,7 +240,7 @@ fn widen_bf16(bits: __m256i) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn e4m3_to_f16(codes: __m256i) -> __m512i {
-    // The sign is extended so that it lands in bit 15; the copy of it in bit 14 is masked out.
+    // The sign is extended so that it lands in bit 15; the mask removes its copy in bit 14.
     let moved = _mm512_slli_epi16::<7>(_mm512_cvtepi8_epi16(codes));
     let bits = _mm512_and_si512(moved, _mm512_set1_epi16(0xbf80_u16 as i16));
     let magnitude = _mm512_set1_epi16(0x3f80);
@@ -299,7 +299,7 @@ fn add<const T: usize>(
 fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]; T]) -> [__m512; T] {
     let blocks = w[0].values.len() / const { block_bytes(TY) };
     let x = cut(&x, blocks);
-    // The sums of even and odd blocks take turns; in the end their order does not matter.
+    // The sums of even and odd blocks alternate; at the end, their order does not matter.
     let mut s = [_mm512_setzero_ps(); T];
     let mut other = s;
     let ahead = Ahead::new(w);
@@ -307,7 +307,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]
     for (g, ((a, a_scales), (b, b_scales))) in (0..blocks).zip(pairs) {
         ahead.block::<TY, 2>(g);
         let words = words(&x, g);
-        // Integers are made unsigned by their bias, which the sum of x takes out again.
+        // Integers are made unsigned by their bias, which the sum of x removes again.
         let mut dots = each!(_mm512_setzero_si512(); T, t => _mm512_set1_epi32(const { -bias(TY) } * x[t][g].sum));
         for q in 0..8 {
             multiply(&mut dots, block_integers::<TY>(a, b, q), &words, q);
@@ -368,7 +368,7 @@ fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
-/// Asks for bytes a little ahead in the stream; beyond the end it is a hint to nowhere.
+/// Prefetches bytes a little ahead in the stream; beyond the end this has no effect.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn prefetch(w: &[u8]) {

@@ -1,4 +1,4 @@
-//! Kernels for x86-64, and the tokens that prove the CPU has their instructions.
+//! Kernels for x86-64, and the tokens that prove that the CPU has their instructions.
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 #[macro_use]
@@ -20,10 +20,10 @@ use crate::vector::*;
 use std::iter::Zip;
 use std::slice::ChunksExact;
 
-/// Tokens of a tile that AVX2 takes together, but for grouped types.
+/// Tokens of a tile that AVX2 takes together, except for grouped types.
 pub(crate) const AVX2_TOKENS: usize = 16;
 
-/// The type of cached numbers behind a constant.
+/// The type of cached numbers that a constant represents.
 const fn kv_type(ty: u8) -> KvType {
     match ty {
         F32 => KvType::F32,
@@ -34,10 +34,10 @@ const fn kv_type(ty: u8) -> KvType {
     }
 }
 
-/// Bytes of keys, taken as f32, that all queries meet before the next ones: they have to stay in the nearest cache.
+/// Bytes of keys, as f32, that all queries meet before the next ones; they have to stay in the nearest cache.
 const NEAR_BYTES: usize = 32 << 10;
 
-/// Rows of `width` numbers that `queries` queries meet together: one alone gains nothing from portions.
+/// Rows of `width` numbers that `queries` queries meet together: a single query gains nothing from portions.
 const fn near_rows(width: usize, queries: usize) -> usize {
     if queries == 1 || width == 0 {
         return KEY_BLOCK;
@@ -46,7 +46,7 @@ const fn near_rows(width: usize, queries: usize) -> usize {
     if rows < 8 { 8 } else { rows }
 }
 
-/// How many bytes ahead of the arithmetic a stream is asked for. Measured: one page is better than a quarter or two.
+/// How many bytes ahead of the arithmetic a stream is prefetched. Measured: one page is better than a quarter or two.
 const AHEAD: usize = 4096;
 
 /// Bytes of the scales of 32 columns of a row group of a blocked type.
@@ -58,7 +58,7 @@ const fn scale_bytes(ty: u8) -> usize {
     }
 }
 
-/// What is added to the integers of a blocked type to make them unsigned.
+/// The number that makes the integers of a blocked type unsigned.
 const fn bias(ty: u8) -> i32 {
     match ty {
         Q8 => 128,
@@ -73,14 +73,14 @@ const fn scales_from(ty: u8) -> usize {
     if has_codebook(ty) { 32 } else { 0 }
 }
 
-/// Values and scales of a row group, block by block. Pieces of known length leave no checks in the loops over them.
+/// Values and scales of a row group, block by block. Pieces of known length need no bounds checks in the loops over them.
 #[inline(always)]
 fn blocks_of<'a, const TY: u8>(w: &Group<'a>) -> Zip<ChunksExact<'a, u8>, ChunksExact<'a, u8>> {
     let scales = &w.scales[const { scales_from(TY) }..];
     w.values.chunks_exact(const { block_bytes(TY) }).zip(scales.chunks_exact(const { scale_bytes(TY) }))
 }
 
-/// The first `len` blocks of each row, of which there are as many: what is read below `len` is not checked again.
+/// The first `len` blocks of each row: reads below `len` are not checked again.
 #[inline(always)]
 fn cut<'a, const T: usize>(x: &[&'a [QuantisedBlock]; T], len: usize) -> [&'a [QuantisedBlock]; T] {
     let mut cut = *x;

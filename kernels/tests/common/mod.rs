@@ -68,12 +68,12 @@ pub(crate) fn matrix(ty: WeightType, rows: usize, cols: usize, rng: &mut Rng) ->
     out
 }
 
-/// As many columns, or so many more that rows of the type can have them.
+/// At least `cols` columns, as many as rows of the type can have.
 pub(crate) fn cols_of(ty: WeightType, cols: usize) -> usize {
     if row_group_len(ty, cols).is_some() { cols } else { cols.next_multiple_of(SUPER_BLOCK) }
 }
 
-/// Rows of a grouped type as a source has them: what `pack_row_group_grouped` takes.
+/// Rows of a grouped type in the form of a source, as `pack_row_group_grouped` takes them.
 pub(crate) struct Rows {
     pub(crate) codes: Vec<u8>,
     pub(crate) scales: Vec<u8>,
@@ -81,7 +81,7 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
-    /// Any codes, and scales of plausible size.
+    /// Random codes, and scales of plausible size.
     pub(crate) fn new(ty: Grouped, n: usize, cols: usize, rng: &mut Rng) -> Self {
         let codes = match ty.codes() {
             Codes::Uint(bits) => rng.bytes(n * cols).iter().map(|b| b >> (8 - bits)).collect(),
@@ -106,7 +106,7 @@ fn put_scales(ty: Grouped, rng: &mut Rng, out: &mut Vec<u8>) {
             put_scale(scale, rng, out);
             match zero {
                 Zero::None => {}
-                // Such as might be in the middle of its codes.
+                // Zeros near the middle of the range of the codes.
                 Zero::Byte => {
                     out.push(if let Codes::Uint(bits) = ty.codes() { rng.bits() as u8 >> (8 - bits) } else { 0 })
                 }
@@ -147,7 +147,7 @@ pub(crate) fn matmul(k: Kernels, pool: &ThreadPool, w: Matrix<'_>, x: &Activatio
     y
 }
 
-/// Equal bits, where NaNs count as one.
+/// Asserts equal bits; all NaNs count as equal.
 #[track_caller]
 pub(crate) fn assert_same(got: &[f32], want: &[f32], what: &dyn std::fmt::Display) {
     assert_eq!(got.len(), want.len(), "{what}");

@@ -1,5 +1,5 @@
-//! The points of the grids as numbers of levels, for look-ups of bytes: two bits for each of eight columns, or three for each
-//! of four, column 0 the lowest.
+//! The points of the grids as the numbers of their levels, for look-ups of bytes: two bits for each of eight columns, or three bits
+//! for each of four. Column 0 is the lowest.
 
 use super::points::is_member;
 use super::sets;
@@ -9,7 +9,7 @@ use super::sets;
 pub(crate) struct Digits<const N: usize>(pub(crate) [[u8; N]; 2]);
 
 impl<const N: usize> Digits<N> {
-    /// Of points of `columns` columns, eight of three levels or four of eight.
+    /// Points with `columns` columns: eight with three levels each, or four with eight.
     const fn new(set: &[u64], columns: usize) -> Self {
         let (mut digits, mut i, mut n) = ([[0; N]; 2], 0, 0);
         while i < N {
@@ -25,7 +25,7 @@ impl<const N: usize> Digits<N> {
     }
 }
 
-/// The digits of `n` to base 3, two bits each.
+/// The digits of `n` in base 3, two bits each.
 const fn two_bits(n: usize) -> usize {
     let (mut bits, mut rest, mut c) = (0, n, 0);
     while c < 8 {

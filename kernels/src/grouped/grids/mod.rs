@@ -19,13 +19,13 @@ use crate::matrix::{BLOCK, ROW_GROUP};
 use crate::scalar::Rows;
 use sluice_weights::Codes;
 
-/// What the codes of column `k` stand for, one number per row.
+/// The numbers that the codes of column `k` represent, one per row.
 pub(crate) fn numbers(codes: Codes, values: &[u8], k: usize) -> Rows {
     let block = of_block(codes, values, k / BLOCK);
     std::array::from_fn(|r| f32::from(number(codes, &Record { codes, block, r }, k % BLOCK)))
 }
 
-/// The odd integer `2s + 1` of the scale that is in the record of the columns from `first` on.
+/// The odd integer `2s + 1` of the scale in the record of the columns from `first` on.
 pub(crate) fn scale(codes: Codes, values: &[u8], first: usize, r: usize) -> i32 {
     let record = Record { codes, block: of_block(codes, values, first / BLOCK), r };
     let s = match codes {
@@ -66,14 +66,14 @@ impl Record<'_> {
         u16::from_le_bytes([self.byte(i), self.byte(i + 1)])
     }
 
-    /// The bits of four bytes from `first` bit on.
+    /// Seven bits, from bit `first` of the four bytes at `i` on.
     fn seven_bits(&self, i: usize, first: usize) -> u8 {
         let word = u32::from(self.u16_at(i)) | u32::from(self.u16_at(i + 2)) << 16;
         (word >> first & 127) as u8
     }
 }
 
-/// What column `k` of a record stands for.
+/// The number that column `k` of a record represents.
 fn number(codes: Codes, record: &Record<'_>, k: usize) -> i8 {
     let (eight, four) = (k / 8, k / 4);
     let ninth = |byte: u8, bit: usize| u16::from(byte >> bit & 1) << 8;
@@ -105,7 +105,7 @@ fn number(codes: Codes, record: &Record<'_>, k: usize) -> i8 {
     }
 }
 
-/// Seven signs, and the eighth, which makes the number of minuses even.
+/// Seven signs, and an eighth that makes the number of minuses even.
 fn with_parity(signs: u8) -> u8 {
     signs | ((signs.count_ones() % 2) as u8) << 7
 }

@@ -76,7 +76,7 @@ pub(crate) const IQ3S_LEVELS: [i8; 8] = [1, 3, 5, 7, 9, 11, 13, 15];
 pub(crate) const IQ3XXS_LEVELS: [i8; 8] = [4, 12, 20, 28, 36, 44, 52, 62];
 /// The levels of IQ2_S, IQ2_XS and IQ2_XXS.
 pub(crate) const IQ2_LEVELS: [i8; 3] = [8, 25, 43];
-/// The levels of IQ1_S and IQ1_M, times 8: what is added to them is an eighth.
+/// The levels of IQ1_S and IQ1_M, times 8, because the number added to them is an eighth.
 pub(crate) const IQ1_LEVELS: [i8; 3] = [-8, 0, 8];
 
 pub(crate) static IQ3S: Points4<512> = Points4::new(&sets::IQ3S, IQ3S_LEVELS);
@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn points_are_those_of_ggml() {
-        // Behind the points of each grid are 16 rows of records, scales and values.
+        // After the points of each grid come 16 rows of records, scales and values.
         let rows = |record: usize, scales: usize| 16 * (8 * record + scales + 1024);
         let mut at = 0;
         let mut next = |points: Vec<u8>, unit: i8, skip: usize| {

@@ -1,7 +1,7 @@
 //! The points of ggml's grids (`ggml-common.h`), as sets.
 //!
-//! The digits of a point are the numbers of its levels, column 0 the lowest digit; with three levels or eight they make a
-//! number. Bit `n` says whether the point with the number `n` is there; points are numbered in ascending order.
+//! The digits of a point are the numbers of its levels, column 0 the lowest digit; there are three levels or eight, and the digits
+//! together are a number. Bit `n` says whether the grid has the point with number `n`; points are numbered in ascending order.
 //! `kernels/tests/ggml/make_grids.py` prints these tables.
 
 pub(super) const IQ3S: [u64; 64] = [

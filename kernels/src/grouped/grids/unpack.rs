@@ -1,18 +1,19 @@
-//! Records taken apart for vector kernels, eight rows at a time: plain loops that become vector instructions.
+//! Takes records apart for vector kernels, eight rows at a time, in plain loops that become vector instructions.
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 use crate::vector::bytes;
 use sluice_weights::{Codes, ROW_GROUP};
 
-/// What the records of one row group say of 32 columns.
+/// The contents of the records of one row group, for 32 columns.
 pub(crate) struct Unpacked {
-    /// Indices of the points, which have four columns or eight, one per row: those of columns 0.. first.
+    /// Indices of the points, which have four columns or eight, one per row; the points of columns 0.. come first.
     pub(crate) indices: [[u16; ROW_GROUP]; 8],
-    /// For each eight columns the signs of each row; of IQ1_S and IQ1_M what is added to a point times 8, 1 or −1.
+    /// For each eight columns the signs of each row; for IQ1_S and IQ1_M the number that is added to a point times 8, 1 or −1.
     pub(crate) signs: [[u8; ROW_GROUP]; 4],
 }
 
-/// What `records` say, 8 times [`Codes::block_len`] bytes. Indices are below the size of the grid, whatever the bytes.
+/// The contents of `records`, which are 8 times [`Codes::block_len`] bytes. Indices are below the size of the grid, whatever the
+/// bytes.
 #[inline(always)]
 pub(crate) fn unpack(codes: Codes, records: &[u8]) -> Unpacked {
     let mut unpacked = Unpacked { indices: [[0; ROW_GROUP]; 8], signs: [[0; ROW_GROUP]; 4] };
@@ -94,7 +95,7 @@ fn low_bits(indices: &mut [u16; ROW_GROUP], records: &[u8], p: usize) {
     }
 }
 
-/// Adds the bits of `mask`, which `high` has when shifted.
+/// Adds the bits of `mask`, which come from `high` when it is shifted.
 #[inline(always)]
 fn add_bits(indices: &mut [u16; ROW_GROUP], high: &[u8; ROW_GROUP], shift: u32, mask: u16) {
     for r in 0..ROW_GROUP {
@@ -111,7 +112,7 @@ fn eights(records: &[u8], at: usize) -> [[u8; ROW_GROUP]; 4] {
     signs
 }
 
-/// Four times seven signs from each of the words at `at`, completed.
+/// Four times seven signs from each of the words at `at`, each with its eighth sign.
 #[inline(always)]
 fn seven_bits(records: &[u8], at: usize) -> [[u8; ROW_GROUP]; 4] {
     let words: &[u8; 4 * ROW_GROUP] = bytes(records, at);

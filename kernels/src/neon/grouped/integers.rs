@@ -6,7 +6,7 @@ use crate::grouped::{IQ4NL as LEVELS, grids};
 use crate::vector::e2m1_table;
 use std::arch::aarch64::*;
 
-/// The integers of a block: those of codes of `C` bits as they are, but for 8 bits, from which 128 is taken.
+/// The integers of a block with codes of `C` bits: the codes as they are, less 128 if they have 8 bits.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn integers<const C: u8>(values: &[u8]) -> [[int8x16_t; 2]; 8] {
@@ -34,7 +34,7 @@ const LEVELS_BYTES: [u8; 16] = {
     bytes
 };
 
-/// Unsigned integers, put together from planes of 4, 2 and 1 bits, or one of 8.
+/// Unsigned integers, assembled from planes of 4, 2 and 1 bits, or read from one of 8.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn bits<const C: u8>(values: &[u8]) -> [[int8x16_t; 2]; 8] {
@@ -78,7 +78,7 @@ fn fours<const C: u8>(values: &[u8]) -> [[int8x16_t; 2]; 8] {
             let indices = &unpacked.indices[q][4 * h..4 * h + 4];
             let point = |r: usize| {
                 let index = usize::from(indices[r]);
-                // The remainder changes nothing, and spares the check.
+                // The remainder changes nothing, and saves the bounds check.
                 if C == IQ3S { grids::IQ3S.words()[index % 512] } else { grids::IQ3XXS.words()[index % 256] }
             };
             let low = vcreate_u64(u64::from(point(0)) | u64::from(point(1)) << 32);
@@ -89,7 +89,7 @@ fn fours<const C: u8>(values: &[u8]) -> [[int8x16_t; 2]; 8] {
     integers
 }
 
-/// Points of eight columns, with their signs or what is added to them.
+/// Points of eight columns, with their signs or the number that is added to them.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn eights<const C: u8>(values: &[u8]) -> [[int8x16_t; 2]; 8] {
@@ -145,7 +145,7 @@ fn of_rows(rows: &[u8; 8]) -> [uint8x16_t; 2] {
     each!(vdupq_n_u8(0); 2, h => vqtbl1q_u8(rows, load_bytes(&PLACES, 16 * h)))
 }
 
-/// All ones where a column of the first or the second four is negative.
+/// All ones where one of the first four columns is negative, or of the second four.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn sign_masks(signs: &[u8; 8], four: usize) -> [int8x16_t; 2] {
@@ -154,7 +154,7 @@ fn sign_masks(signs: &[u8; 8], four: usize) -> [int8x16_t; 2] {
     each!(vdupq_n_s8(0); 2, h => vreinterpretq_s8_u8(vtstq_u8(rows[h], bits)))
 }
 
-/// Negated where the mask is set.
+/// Negates the numbers where the mask is set.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn negated(v: int8x16_t, mask: int8x16_t) -> int8x16_t {

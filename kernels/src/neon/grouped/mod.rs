@@ -1,7 +1,7 @@
 //! Codes of a few bits with scales per group of columns, in the order of the `grouped` module.
 //!
-//! The scales of 256 columns are decoded together, whatever their form; what multiplies knows only codes and the columns that
-//! share a scale. A weight is `a·(integer + offset) + bias`, and integers are one byte each.
+//! The scales of 256 columns are decoded together, whatever their form; the products need to know only the codes, and the columns
+//! that share a scale. A weight is `a·(integer + offset) + bias`, and integers are one byte each.
 
 mod integers;
 mod scales;
@@ -20,7 +20,7 @@ use scales::BlockScales;
 use sluice_weights::{Codes, Grouped};
 use std::arch::aarch64::*;
 
-// Codes as constant parameters, which enums cannot be yet. Integers go by their bits.
+// Codes as constant parameters, because enums cannot be constant parameters yet. Integers are named by their number of bits.
 const E2M1: u8 = 16;
 const E4M3: u8 = 17;
 const IQ4NL: u8 = 18;
@@ -85,7 +85,7 @@ pub(super) fn tile(ty: Grouped, w: &Group<'_>, x: &Activations, shape: TileShape
 
 #[target_feature(enable = "neon,dotprod")]
 fn of_codes<const C: u8>(ty: Grouped, w: &Group<'_>, x: &Activations, shape: TileShape, g: usize, out: &mut Tile) {
-    // What an unpacked block costs is shared by as many tokens as leave their sums in registers.
+    // The cost of unpacking a block is shared by as many tokens as leave their sums in registers.
     let (mut t, first) = (0, shape.token);
     if shape.int8 {
         while shape.tokens - t >= 4 {
@@ -143,7 +143,7 @@ fn int8<const C: u8, const T: usize>(ty: Grouped, w: &Group<'_>, x: [&[Quantised
             for h in 0..2 {
                 s[t][0][h] = vfmaq_n_f32(s[t][0][h], products[t][h], x[t].scale);
             }
-            // Even and odd blocks take turns; in the end the order of their sums does not matter.
+            // Even and odd blocks alternate; at the end, the order of their sums does not matter.
             s[t].swap(0, 1);
         }
     }
@@ -249,7 +249,7 @@ fn columns<const C: u8>(values: &[u8], integers: &[[int8x16_t; 2]; 8], q: usize,
     byte_columns(integers[q], if const { has_offset(C) } { Some(offset) } else { None })
 }
 
-/// Multiplied by the factors of the rows, where rows have them.
+/// Multiplies by the factors of the rows, for types that have them.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn times_factors(ty: Grouped, w: &Group<'_>, rows: Lanes) -> Lanes {

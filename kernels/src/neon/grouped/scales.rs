@@ -11,7 +11,7 @@ use std::arch::aarch64::*;
 /// Blocks of 16 columns of a super-block: the most that are decoded together.
 const MOST: usize = SUPER_BLOCK / 16;
 
-/// What the rows of up to [`MOST`] blocks multiply and add: `a·(integer + offset) + bias`.
+/// The factors and summands of the rows, for up to [`MOST`] blocks: `a·(integer + offset) + bias`.
 pub(super) struct BlockScales {
     a: [Lanes; MOST],
     offset: [IntLanes; MOST],
@@ -27,16 +27,16 @@ impl BlockScales {
         BlockScales { a: [zero(); MOST], offset, bias: [zero(); MOST], has_bias: false }
     }
 
-    /// Scales, offsets, and biases where there are any, of the `i`-th block.
+    /// Scales, offsets, and biases if the type has them, of the `i`-th block.
     #[inline(always)]
     pub(super) fn of(&self, i: usize) -> (Lanes, IntLanes, Option<Lanes>) {
         (self.a[i], self.offset[i], self.has_bias.then_some(self.bias[i]))
     }
 
-    /// Decodes those of the `n` blocks whose columns begin with `first`.
+    /// Decodes those of the `n` blocks whose columns begin at `first`.
     #[target_feature(enable = "neon,dotprod")]
     pub(super) fn decode(&mut self, ty: Grouped, w: &Group<'_>, first: usize, n: usize) {
-        // Integers of 8 bits come with 128 taken from them.
+        // 128 has been subtracted from integers of 8 bits.
         let offset = if ty.codes() == Codes::Uint(8) { 128 - ty.middle() } else { -ty.middle() };
         self.offset[..n].fill([vdupq_n_s32(offset); 2]);
         for i in 0..n {
@@ -135,7 +135,7 @@ fn numbers(plane: &[u8], at: usize, ty: ScaleType) -> Lanes {
     }
 }
 
-/// What the bytes of a unit say that `d` is multiplied by.
+/// The factors of `d` in the bytes of a unit.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn of_bytes(scales: Super, bytes: uint8x8_t, column: usize) -> IntLanes {

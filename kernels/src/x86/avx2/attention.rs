@@ -1,4 +1,4 @@
-//! Attention over cached rows of every type: numbers become f32 in registers, from there on all types are one.
+//! Attention over cached rows of every type: numbers become f32 in registers, and from there all types share one code.
 
 use super::super::{BF16, F16, F32, Q8, bytes, kv_type, near_rows};
 use super::{load, load16, store, widen_bf16};
@@ -12,14 +12,14 @@ use std::arch::x86_64::*;
 const WIDTH: usize = 8;
 /// Vectors of the lanes of one product.
 const VECS: usize = DOT_LANES / WIDTH;
-/// Keys that one query is multiplied with together, as many as leave the sums in the registers.
+/// Keys that are multiplied with one query together, as many as leave the sums in the registers.
 const ALONE: usize = 2;
-/// Keys that two queries are, and vectors of their lanes that are summed at once.
+/// The same with two queries; also the vectors of their lanes that are summed at once.
 const PAIRED: usize = 2;
 const PAIRED_VECS: usize = 2;
 /// Queries that share the loads of values.
 const SHARED: usize = 2;
-/// Columns of values that are summed together for these.
+/// Columns of values that are summed together for these queries.
 const COLUMNS: usize = 32;
 
 attention!(
@@ -32,14 +32,14 @@ attention!(
     splat: _mm256_set1_ps
 );
 
-/// Folds four times 8 lanes in halves, down to one each.
+/// Folds four times 8 lanes in halves, down to one number each.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn fold(s: [__m256; 4]) -> [f32; 4] {
     let four = |a, b| _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
-    // The lanes of products 0 and 2, then of 1 and 3, so that they are in order in the end.
+    // The lanes of products 0 and 2, then of 1 and 3, so that the results are in order.
     let (even, odd) = (four(s[0], s[2]), four(s[1], s[3]));
-    // Of each: lane 0 + 2 of both, then lane 1 + 3 of both.
+    // For each product: lanes 0 + 2 of both, then lanes 1 + 3 of both.
     let two = _mm256_add_ps(_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd));
     let one = _mm256_add_ps(two, _mm256_permute_ps::<0b11_10_11_10>(two));
     let sums = _mm_movelh_ps(_mm256_castps256_ps128(one), _mm256_extractf128_ps::<1>(one));
@@ -49,7 +49,7 @@ fn fold(s: [__m256; 4]) -> [f32; 4] {
     out
 }
 
-/// `N` vectors of numbers from `at` on, which is a multiple of a vector's width, and of a block if `N` is more than one.
+/// `N` vectors of numbers, from `at` on. `at` is a multiple of a vector's width, and of a block if `N` is more than one.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn vectors<const TY: u8, const N: usize>(row: &Row<'_>, at: usize) -> [__m256; N] {

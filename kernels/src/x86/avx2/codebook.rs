@@ -34,7 +34,7 @@ pub(super) fn tile<const TY: u8, const V: bool>(
 }
 
 /// 32 columns as four vectors of nibbles. In those of `q3` the fourth bit is zero. `q2` has a vector of words for each half, and
-/// behind them the same turned by six bits.
+/// after them the same words rotated by six bits.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn nibbles<const TY: u8>(w: &[u8]) -> [__m256i; 4] {
@@ -57,14 +57,14 @@ pub(super) fn nibbles<const TY: u8>(w: &[u8]) -> [__m256i; 4] {
     [_mm256_and_si256(a, three), _mm256_and_si256(b, three), _mm256_and_si256(c, three), last]
 }
 
-/// Each word, six bits further down, its lowest six at the top.
+/// Rotates each word right by six bits.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn turned(words: __m256i) -> __m256i {
     _mm256_or_si256(_mm256_srli_epi32::<6>(words), _mm256_slli_epi32::<26>(words))
 }
 
-/// Four columns, number `v` of a half, of what `nibbles` gives: what they stand for.
+/// The integers of four columns, number `v` of a half, from the result of `nibbles`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn level<const TY: u8>(table: __m256i, nibbles: &[__m256i; 4], half: usize, v: usize) -> __m256i {
@@ -72,7 +72,7 @@ pub(super) fn level<const TY: u8>(table: __m256i, nibbles: &[__m256i; 4], half: 
         return look_up::<TY>(table, nibbles[v], half == 1);
     }
     let words = nibbles[half];
-    // A number is the four bits from twice its place in the word on.
+    // The number of a level is the four bits that begin at twice its place in the word.
     let moved = match v {
         0 => words,
         1 => _mm256_srli_epi32::<2>(words),
@@ -82,7 +82,7 @@ pub(super) fn level<const TY: u8>(table: __m256i, nibbles: &[__m256i; 4], half: 
     _mm256_shuffle_epi8(table, _mm256_and_si256(moved, _mm256_set1_epi8(15)))
 }
 
-/// What the low or the high nibbles stand for. Without fourth bits, bits above a nibble do not disturb the look-up.
+/// The integers of the low or the high nibbles. If there are no fourth bits, bits above a nibble do not disturb the look-up.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn look_up<const TY: u8>(table: __m256i, nibbles: __m256i, high: bool) -> __m256i {
@@ -90,7 +90,7 @@ fn look_up<const TY: u8>(table: __m256i, nibbles: __m256i, high: bool) -> __m256
     _mm256_shuffle_epi8(table, if TY == Q4 { _mm256_and_si256(moved, _mm256_set1_epi8(15)) } else { moved })
 }
 
-/// Scale over `UNIT` and offset plus its base, of the block whose bytes are at `at`.
+/// Scale over `UNIT`, and offset plus its base, of the block whose bytes are at `at`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn scale_and_offset<const TY: u8>(codes: &[u8], at: usize) -> (__m256, __m256i) {
@@ -115,7 +115,7 @@ pub(super) fn row_scales(scales: &[u8]) -> __m256 {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&[QuantisedBlock]; T]) -> [__m256; T] {
     let table = _mm256_broadcastsi128_si256(load16(&const { levels(TY, 64) }, 0));
-    // The sums of even and odd blocks take turns; in the end their order does not matter.
+    // The sums of even and odd blocks alternate; at the end, their order does not matter.
     let mut s = [_mm256_setzero_ps(); T];
     let mut other = s;
     let blocks = w.values.len() / const { block_bytes(TY) };
@@ -166,8 +166,8 @@ fn dot<const T: usize, const V: bool>(dots: &mut [__m256i; T], level: __m256i, w
     }
 }
 
-/// Adds the block whose bytes are at `at` and whose columns of `x` add up to `sums`. The sums fit in 16 bits, so that one
-/// multiplication of 16-bit pairs, the upper one with zero, applies offset and bias.
+/// Adds the block whose bytes are at `at` and whose columns of `x` add up to `sums`. The sums fit in 16 bits, so one multiplication
+/// of 16-bit pairs, with zero as the upper number, applies offset and bias.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add<const TY: u8, const T: usize>(

@@ -1,7 +1,7 @@
 //! Several tokens of int8 times one or two row groups.
 //!
-//! The integers of a block are unpacked once for all tokens of a tile. Then each vector of them meets four tokens, and each
-//! word of a token both row groups, before the next: sums stay in registers, and what is loaded serves several products.
+//! The integers of a block are unpacked once for all tokens of a tile. Then each vector of them meets four tokens, and each word of
+//! a token meets both row groups, before the next: sums stay in registers, and each load serves several products.
 
 use super::codebook::{level, nibbles, row_scales, scale_and_offset};
 use super::{block_scales, load16, load32, put, vnni};
@@ -20,7 +20,7 @@ use std::hint::black_box;
 /// Tokens that a vector of weights meets: with two row groups, as many as leave their sums in the 16 registers.
 const PASS: usize = 4;
 
-/// What makes the levels of `q4`, `q3` and `q2` unsigned.
+/// The number that makes the levels of `q4`, `q3` and `q2` unsigned.
 const LEVEL_BIAS: i32 = 64;
 
 /// The sums of a tile, by token and row group, for even and for odd blocks.
@@ -30,9 +30,9 @@ type Sums<const G: usize> = [[[__m256; G]; AVX2_TOKENS]; 2];
 #[derive(Clone, Copy)]
 struct Block<'a> {
     values: &'a [u8],
-    /// Scales of its parts, and what multiplies a pair of sums of columns to apply offset and bias.
+    /// Scales of its parts, and the factors of a pair of sums of columns that apply offset and bias.
     terms: [(__m256, __m256i); 2],
-    /// Eight vectors of unsigned integers, four columns each; unused if they are stored as such.
+    /// Eight vectors of unsigned integers, four columns each; unused if integers are stored as such.
     integers: [__m256i; 8],
 }
 
@@ -51,7 +51,7 @@ pub(super) fn tile<const TY: u8, const G: usize, const V: bool>(
     let rows = &rows[..shape.tokens];
     let mut sums: Sums<G> = [[[_mm256_setzero_ps(); G]; AVX2_TOKENS]; 2];
     let ahead = Ahead::new(w);
-    // A number of steps that the compiler does not know keeps the loop over them, and with it the order that this is about.
+    // Because the compiler does not know the number of steps, it keeps the loop over them, and so the order described above.
     let steps = black_box(const { steps_of(TY) });
     for g in 0..blocks {
         ahead.block::<TY, G>(g);
@@ -116,7 +116,7 @@ fn unpack<const TY: u8, const V: bool>(values: &[u8]) -> [__m256i; 8] {
     integers
 }
 
-/// What the nibbles of a type stand for, made unsigned.
+/// The integers of the nibbles of a type, made unsigned.
 const fn table(ty: u8) -> [u8; 16] {
     match ty {
         MXFP4 => e2m1_table(bias(MXFP4) as i8),
@@ -125,7 +125,7 @@ const fn table(ty: u8) -> [u8; 16] {
     }
 }
 
-/// Adds block `g` of `T` tokens, whose sums are those from `first`.
+/// Adds block `g` of `T` tokens, whose sums begin at `first`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn pass<const TY: u8, const G: usize, const T: usize, const V: bool>(
@@ -163,7 +163,7 @@ fn part<const TY: u8, const G: usize, const T: usize, const P: usize, const V: b
     sums: &mut [[__m256; G]; T],
 ) {
     let mut dots = [[_mm256_setzero_si256(); G]; T];
-    // Sums of 16 bits may wrap on the way, but without their bias they end within 16·8·127 or 16·12·127.
+    // Sums of 16 bits may wrap in between, but without their bias they end within 16·8·127 or 16·12·127.
     if V && matches!(TY, Q8 | INT4 | MXFP4) {
         for t in 0..T {
             dots[t] = [_mm256_set1_epi32(-const { byte_bias(TY) } * x[t].sum); G];
@@ -178,7 +178,7 @@ fn part<const TY: u8, const G: usize, const T: usize, const P: usize, const V: b
         }
     }
     for step in 0..steps {
-        // Says that it is in bounds without telling the compiler how many steps there are.
+        // Shows that it is in bounds, without telling the compiler how many steps there are.
         let step = step % const { steps_of(TY) };
         for q in [2 * step, 2 * step + 1] {
             let q = 4 * P + q;
@@ -210,7 +210,7 @@ fn part<const TY: u8, const G: usize, const T: usize, const P: usize, const V: b
     }
 }
 
-/// What was added to the integers, apart from offsets that differ by block.
+/// The number that was added to the integers, apart from offsets that differ by block.
 const fn bias_of(ty: u8) -> i32 {
     match ty {
         INT4 | MXFP4 => bias(ty),
@@ -219,18 +219,18 @@ const fn bias_of(ty: u8) -> i32 {
     }
 }
 
-/// What makes the integers of a type without a codebook unsigned.
+/// The number that makes the integers of a type without a codebook unsigned.
 const fn byte_bias(ty: u8) -> i32 {
     if has_codebook(ty) { 0 } else { bias(ty) }
 }
 
-/// What the scale of the activations is multiplied by.
+/// The factor by which the scale of the activations is multiplied.
 const fn factor(ty: u8) -> f32 {
     if has_codebook(ty) { UNIT } else { 1.0 }
 }
 
-/// Adds the products of four columns: to pairs of sums of 16 bits, or to sums of 32. Sums of two products stay within
-/// 2·128·127 = 32512, so nothing saturates. `q8` has no bias: the other operand takes over the sign. With AVX-VNNI all sums have 32 bits, and
+/// Adds the products of four columns to pairs of sums of 16 bits, or to sums of 32. Sums of two products stay within 2·128·127 =
+/// 32512, so nothing saturates. `q8` has no bias: the other operand takes over the sign. With AVX-VNNI, all sums have 32 bits and
 /// all integers are unsigned.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -251,12 +251,12 @@ fn add_products<const TY: u8, const V: bool>(dots: __m256i, w: __m256i, x: __m25
     }
 }
 
-/// The scales of part `P` of a block, and what multiplies a pair of sums of columns to apply offset and bias.
+/// The scales of part `P` of a block, and the factors of a pair of sums of columns that apply offset and bias.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn scale_and_bias<const TY: u8, const P: usize>(scales: &[u8]) -> (__m256, __m256i) {
     if !const { has_codebook(TY) } {
-        // Powers of two from 2^-127 have halves, so that it does not matter which scale the unit is applied to.
+        // All powers of two from 2^-127 on can be halved, so it does not matter to which scale the unit is applied.
         let scale = _mm256_mul_ps(block_scales::<TY>(scales, 0), _mm256_set1_ps(const { unit(TY) }));
         return (scale, _mm256_setzero_si256());
     }

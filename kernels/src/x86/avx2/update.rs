@@ -4,7 +4,7 @@ use super::{load, store};
 use crate::update::{TALL, UpdateTile, WIDE};
 use std::arch::x86_64::*;
 
-/// Rows at once: with two vectors each, their sums leave four of the 16 registers.
+/// Rows at once: with two vectors each, their sums leave four of the 16 registers free.
 const ROWS: usize = 6;
 
 #[target_feature(enable = "avx2,fma,f16c")]

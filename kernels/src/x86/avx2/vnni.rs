@@ -1,4 +1,4 @@
-//! Products of bytes with AVX-VNNI: four columns of eight rows are multiplied and added to sums of 32 bits at once.
+//! Products of bytes with AVX-VNNI: one instruction multiplies four columns of eight rows and adds the products to sums of 32 bits.
 
 use super::{load16, load32, nibbles};
 use crate::activations::QuantisedBlock;
@@ -8,14 +8,14 @@ use std::arch::x86_64::*;
 
 /// Adds the products of four columns: those of `unsigned` are unsigned bytes, those of `signed` signed ones. Nothing saturates.
 ///
-/// Is written as an instruction, because a function that enables AVX-VNNI would not become part of its callers, which are the same for
-/// processors without it. Whoever calls it holds the token of a processor that has it.
+/// It is written as an instruction because a function that enables AVX-VNNI would not be inlined into its callers, which are the
+/// same for processors without it. The caller must hold the token of a processor that has it.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn add_products(sums: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i {
     let mut sums = sums;
-    // SAFETY: the instruction reads and writes these registers only. Constants of this module's callers say that the processor has
-    // it, and only `Avx2::with_vnni`, which has asked the processor, makes a token that sets them.
+    // SAFETY: the instruction reads and writes only these registers. Constants of this module's callers say that the processor has
+    // it, and only `Avx2::with_vnni`, which has checked the processor, makes a token that sets them.
     unsafe {
         asm!(
             "{{vex}} vpdpbusd {sums}, {unsigned}, {signed}",
@@ -44,12 +44,12 @@ fn unsigned<const TY: u8>(values: &[u8], q: usize) -> [__m256i; 2] {
     [low, high]
 }
 
-/// Products of block `g` with each row of `x`. The sum of `x` takes the bias out again.
+/// Products of block `g` with each row of `x`. The sum of `x` removes the bias again.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn dots<const TY: u8, const T: usize>(values: &[u8], x: &[&[QuantisedBlock]; T], g: usize) -> [__m256i; T] {
     let words = words(x, g);
-    // Two sums for each row: each would wait for itself.
+    // Two sums for each row, because each addition to the same sum would wait for the one before.
     let mut even = [_mm256_setzero_si256(); T];
     let mut odd = even;
     for t in 0..T {

@@ -1,4 +1,4 @@
-//! Attention over cached rows of every type: numbers become f32 in registers, from there on all types are one.
+//! Attention over cached rows of every type: numbers become f32 in registers, and from there all types share one code.
 
 use super::super::{BF16, F16, F32, Q8, kv_type, near_rows};
 use super::{load, load16, load32, store, widen_bf16};
@@ -12,14 +12,14 @@ use std::arch::x86_64::*;
 const WIDTH: usize = 16;
 /// Vectors of the lanes of one product.
 const VECS: usize = DOT_LANES / WIDTH;
-/// Keys that one query is multiplied with together, as many as leave the sums in the registers.
+/// Keys that are multiplied with one query together, as many as leave the sums in the registers.
 const ALONE: usize = 4;
-/// Keys that two queries are, and vectors of their lanes that are summed at once.
+/// The same with two queries; also the vectors of their lanes that are summed at once.
 const PAIRED: usize = 4;
 const PAIRED_VECS: usize = VECS;
 /// Queries that share the loads of values.
 const SHARED: usize = 4;
-/// Columns of values that are summed together for these.
+/// Columns of values that are summed together for these queries.
 const COLUMNS: usize = 64;
 
 attention!(
@@ -32,7 +32,7 @@ attention!(
     splat: _mm512_set1_ps
 );
 
-/// Folds four times 16 lanes in halves, down to one each.
+/// Folds four times 16 lanes in halves, down to one number each.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn fold(s: [__m512; 4]) -> [f32; 4] {
@@ -50,7 +50,7 @@ fn fold(s: [__m512; 4]) -> [f32; 4] {
     out
 }
 
-/// `N` vectors of numbers from `at` on, which is a multiple of a vector's width, and of a block if `N` is more than one.
+/// `N` vectors of numbers, from `at` on. `at` is a multiple of a vector's width, and of a block if `N` is more than one.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn vectors<const TY: u8, const N: usize>(row: &Row<'_>, at: usize) -> [__m512; N] {

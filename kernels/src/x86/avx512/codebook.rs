@@ -41,7 +41,7 @@ fn nibbles<const TY: u8>(a: &[u8], b: &[u8]) -> [__m512i; 4] {
         return [p, q, r, load32x2(a, b, 96)];
     }
     let (three, fourth) = (_mm512_set1_epi8(0x77), _mm512_set1_epi8(0x88_u8 as i8));
-    // The or of all three.
+    // The OR of all three.
     let last = _mm512_ternarylogic_epi32::<0xfe>(
         _mm512_srli_epi16::<3>(_mm512_and_si512(p, fourth)),
         _mm512_srli_epi16::<2>(_mm512_and_si512(q, fourth)),
@@ -50,7 +50,7 @@ fn nibbles<const TY: u8>(a: &[u8], b: &[u8]) -> [__m512i; 4] {
     [_mm512_and_si512(p, three), _mm512_and_si512(q, three), _mm512_and_si512(r, three), last]
 }
 
-/// Four columns, number `v` of a half, of what `nibbles` gives: what they stand for.
+/// The integers of four columns, number `v` of a half, from the result of `nibbles`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn level<const TY: u8>(table: __m512i, nibbles: &[__m512i; 4], half: usize, v: usize) -> __m512i {
@@ -58,7 +58,7 @@ fn level<const TY: u8>(table: __m512i, nibbles: &[__m512i; 4], half: usize, v: u
         return look_up::<TY>(table, nibbles[v], half == 1);
     }
     let words = nibbles[half];
-    // A number is the four bits from twice its place in the word on.
+    // The number of a level is the four bits that begin at twice its place in the word.
     let moved = match v {
         0 => words,
         1 => _mm512_ror_epi32::<2>(words),
@@ -68,7 +68,7 @@ fn level<const TY: u8>(table: __m512i, nibbles: &[__m512i; 4], half: usize, v: u
     _mm512_shuffle_epi8(table, _mm512_and_si512(moved, _mm512_set1_epi8(15)))
 }
 
-/// What the low or the high nibbles stand for. Without fourth bits, bits above a nibble do not disturb the look-up.
+/// The integers of the low or the high nibbles. If there are no fourth bits, bits above a nibble do not disturb the look-up.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn look_up<const TY: u8>(table: __m512i, nibbles: __m512i, high: bool) -> __m512i {
@@ -82,7 +82,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]
     let table = _mm512_broadcast_i32x4(load16(&const { levels(TY, 64) }, 0));
     let blocks = w[0].values.len() / const { block_bytes(TY) };
     let x = cut(&x, blocks);
-    // The sums of even and odd blocks take turns; in the end their order does not matter.
+    // The sums of even and odd blocks alternate; at the end, their order does not matter.
     let mut s = [_mm512_setzero_ps(); T];
     let mut other = s;
     let ahead = Ahead::new(w);
@@ -119,7 +119,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]
     each!(_mm512_setzero_ps(); T, t => _mm512_mul_ps(_mm512_add_ps(s[t], other[t]), scales))
 }
 
-/// The scales over `UNIT` of a block whose bytes are `codes`. Only five bits of an index count.
+/// The scales over `UNIT` of a block whose bytes are `codes`. Only five bits of an index matter.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn scale(codes: __m512i) -> __m512 {
@@ -127,8 +127,8 @@ fn scale(codes: __m512i) -> __m512 {
     _mm512_permutex2var_ps(load(&SCALES[0]), codes, load(&SCALES[1]))
 }
 
-/// What the offsets of a block and the bias of the levels contribute, for columns of `x` that add up to `sums`. The
-/// sums fit in 16 bits, so that one multiplication of 16-bit pairs, the upper one with zero, is enough.
+/// The contribution of the offsets of a block and the bias of the levels, for columns of `x` that add up to `sums`. The sums fit in
+/// 16 bits, so one multiplication of 16-bit pairs, with zero as the upper number, is enough.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn biased<const TY: u8, const T: usize>(codes: __m512i, sums: &[i32; T]) -> [__m512i; T] {
@@ -137,7 +137,7 @@ fn biased<const TY: u8, const T: usize>(codes: __m512i, sums: &[i32; T]) -> [__m
     each!(_mm512_setzero_si512(); T, t => _mm512_madd_epi16(bias, _mm512_set1_epi32(sums[t] & 0xffff)))
 }
 
-/// What the three bits of an offset and the bias of the levels add to each level, as eight little-endian numbers.
+/// The number that the three bits of an offset and the bias of the levels add to each level, as eight little-endian numbers.
 const fn biases(ty: u8) -> [u8; 32] {
     let mut bytes = [0; 32];
     let mut i = 0;
@@ -153,7 +153,7 @@ const fn biases(ty: u8) -> [u8; 32] {
     bytes
 }
 
-/// What the 32 scales are worth, over `UNIT`: binary16 numbers with two bits of exponent and three of fraction.
+/// The values of the 32 scales, over `UNIT`: binary16 numbers with two bits of exponent and three of fraction.
 const fn scales_over_unit() -> [[f32; 16]; 2] {
     let mut scales = [[0.0; 16]; 2];
     let mut code = 0;

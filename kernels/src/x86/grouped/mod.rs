@@ -1,11 +1,11 @@
-//! What the kernels of grouped types share.
+//! Code that the kernels of grouped types share.
 //!
-//! Kernels take 256 columns at a time, a strip. Before each, the terms of its blocks, which formats store in so many ways, are
-//! decoded into one form, so that the loops over products know codes and the length of a block only. Where several tokens meet
-//! the same weights, codes are unpacked into bytes before as well, and those loops need not know them either.
+//! Kernels take 256 columns at a time, a strip. Before each strip, the terms of its blocks, which formats store in many ways, are
+//! decoded into one form, so the loops over products need to know only the codes and the length of a block. If several tokens meet
+//! the same weights, codes are unpacked into bytes first, and those loops need not know the codes either.
 //!
-//! Terms and bytes of all row groups that are multiplied side by side are decoded together, one with AVX2 and two with AVX-512.
-//! That is written once, as macros, since functions take on the target features that they are written with, not those of their
+//! Terms and bytes of all row groups that are multiplied side by side are decoded together: one group with AVX2, two with AVX-512.
+//! This is written once, as macros, because functions take on the target features that they are written with, not those of their
 //! type parameters.
 
 #[macro_use]
@@ -19,7 +19,7 @@ use sluice_weights::{Codes, Grouped, SUPER_BLOCK, Scales, Super, Zero};
 /// Blocks of 32 columns of a strip.
 pub(super) const STRIP: usize = SUPER_BLOCK / BLOCK;
 
-// Codes as constant parameters; integers go by their bits.
+// Codes as constant parameters; integers are named by their number of bits.
 pub(super) const E2M1: u8 = 16;
 pub(super) const IQ4NL: u8 = 17;
 
@@ -31,7 +31,7 @@ pub(super) const fn block_len(codes: u8) -> usize {
     }
 }
 
-/// The constant for codes that stand for one weight each and are multiplied as integers.
+/// The constant for codes that represent one weight each and are multiplied as integers.
 pub(super) fn constant(codes: Codes) -> Option<u8> {
     match codes {
         Codes::Uint(bits) => Some(bits),
@@ -41,7 +41,7 @@ pub(super) fn constant(codes: Codes) -> Option<u8> {
     }
 }
 
-// Formats of scales, and what is beside them, as constant parameters.
+// Formats of scales, and of the zeros and biases beside them, as constant parameters.
 pub(super) const F16: u8 = 0;
 pub(super) const BF16: u8 = 1;
 pub(super) const F32: u8 = 2;
@@ -61,7 +61,7 @@ pub(super) const fn scale_len(scale: u8) -> usize {
     }
 }
 
-/// Bytes of a scale and what is beside it.
+/// Bytes of a scale and its zero or bias.
 pub(super) const fn group_len(scale: u8, zero: u8) -> usize {
     match zero {
         NONE => scale_len(scale),
@@ -70,7 +70,7 @@ pub(super) const fn group_len(scale: u8, zero: u8) -> usize {
     }
 }
 
-/// What is added to integers of grids to make them positive bytes: they are −62 to 62.
+/// The number that makes integers of grids positive bytes; the integers are −62 to 62.
 pub(super) const GRID_BIAS: i32 = 64;
 
 /// Whether scales change within 32 columns.
@@ -78,7 +78,7 @@ pub(super) const fn has_halves(ty: Grouped) -> bool {
     ty.block() < BLOCK
 }
 
-/// Whether weights have a `B`; if not, they may have a `z`.
+/// Whether weights have a `B`; if they do not, they may have a `z`.
 pub(super) const fn has_bias(ty: Grouped) -> bool {
     match ty.scales() {
         Scales::Groups { zero, .. } => matches!(zero, Zero::Bias | Zero::Float),

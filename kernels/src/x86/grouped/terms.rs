@@ -2,22 +2,23 @@
 
 /// The type `Terms` for one instruction set, and `row_factors`.
 ///
-/// Who calls it provides `N`, the row groups of a vector, `bias`, what was added to the integers of a type, `wide`, `half` and
-/// `quarter`, which load 32, 16 and 8 bytes of each row group, `f16s`, `bf16s`, `e4m3s` and `e8m0s`, which make of them one
-/// number per row, and the intrinsics under the names that they have without `_mm256_` or `_mm512_`.
+/// The module that uses it provides `N`, the row groups of a vector; `bias`, the number that was added to the integers of a type;
+/// `wide`, `half` and `quarter`, which load 32, 16 and 8 bytes of each row group; `f16s`, `bf16s`, `e4m3s` and `e8m0s`, which turn
+/// them into one number per row; and the intrinsics under their names without `_mm256_` or `_mm512_`.
 macro_rules! terms {
     ($features:tt, $floats:ty, $integers:ty) => {
-        /// What the blocks of a strip multiply and add, by block of 16 or 32 columns.
+        /// The factors and summands of the blocks of a strip, by block of 16 or 32 columns.
         #[derive(Clone, Copy)]
         pub(in crate::x86) struct Terms {
             /// `A`.
             pub(in crate::x86) a: [$floats; 2 * STRIP],
-            /// The bits of `B` where the type has it. Else, as a pair of 16-bit numbers, what multiplies the sum of the
-            /// activations to take out `z` and what was added to the integers; the number is the lower one, and the upper one
-            /// is 0. In the second block of 32 columns it is the other way round, so that both meet the pair of sums of the halves.
+            /// The bits of `B` if the type has it. Otherwise a pair of 16-bit numbers by which the sum of the activations is
+            /// multiplied, to remove `z` and the number that was added to the integers; the number is the lower one, and the upper
+            /// one is 0. In the second block of 32 columns it is the other way round, so that each meets its half in the pair of
+            /// sums.
             pub(in crate::x86) rest: [$integers; 2 * STRIP],
-            // What does not change: the unit, minus what is subtracted from all integers, whether there are blocks of 16 columns,
-            // groups of a strip, and blocks for which one of them holds.
+            // Values that do not change: the unit, the negative of the number that is subtracted from all integers, whether blocks
+            // have 16 columns, the groups of a strip, and the blocks to which one group applies.
             unit: $floats,
             middle: $integers,
             halves: bool,
@@ -26,7 +27,7 @@ macro_rules! terms {
         }
 
         impl Terms {
-            /// With what is the same for all blocks of a type.
+            /// Terms with the values that are the same for all blocks of a type.
             #[target_feature(enable = $features)]
             pub(in crate::x86) fn new(ty: Grouped) -> Self {
                 let blocks = SUPER_BLOCK / ty.block();
@@ -51,7 +52,7 @@ macro_rules! terms {
                 terms
             }
 
-            /// What takes a number, of each row, out of the integers of a block.
+            /// The number that removes a given number, for each row, from the integers of a block.
             #[inline]
             #[target_feature(enable = $features)]
             fn pair(&self, block: usize, number: $integers) -> $integers {
@@ -64,7 +65,7 @@ macro_rules! terms {
             #[target_feature(enable = $features)]
             pub(in crate::x86) fn fill(&mut self, ty: Grouped, w: &[Group<'_>; N], strip: usize) {
                 match ty.scales() {
-                    // One group is all there is, and it stays.
+                    // There is only one group, and it stays.
                     Scales::Groups { columns: GroupSize::Row, .. } if strip > 0 => {}
                     Scales::Groups { scale: ScaleType::F16, zero, .. } => self.scales::<F16>(zero, w, strip),
                     Scales::Groups { scale: ScaleType::Bf16, zero, .. } => self.scales::<BF16>(zero, w, strip),
@@ -110,7 +111,7 @@ macro_rules! terms {
                         NONE => continue,
                         BYTE => {
                             let number = sub_epi32(self.middle, cvtepu8_epi32(quarter(&planes, zeros)));
-                            // Where blocks have two halves, each has a group of its own.
+                            // If blocks have two halves, each half has a group of its own.
                             self.pair(first, number)
                         }
                         BIAS => cast(numbers::<S>(&planes, zeros)),
@@ -208,7 +209,7 @@ macro_rules! terms {
             }
         }
 
-        /// The bits of the negative.
+        /// The bits of the negated number.
         #[inline]
         #[target_feature(enable = $features)]
         fn minus(v: $floats) -> $integers {

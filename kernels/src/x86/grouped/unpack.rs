@@ -2,11 +2,11 @@
 
 /// `block`, which unpacks 32 columns of `N` row groups, and `strip`, which unpacks 256.
 ///
-/// Who calls it provides what `terms` needs, `shuffle` and `broadcast` for tables of 16 bytes, shifts of 16 bits, and
-/// `grid_blocks`, which does for grids what `blocks` does for other codes.
+/// The module that uses it provides everything that `terms` needs, `shuffle` and `broadcast` for tables of 16 bytes, shifts of 16
+/// bits, and `grid_blocks`, which does for grids what `blocks` does for other codes.
 macro_rules! unpack {
     ($features:tt, $integers:ty) => {
-        /// Unpacks a strip, or what there is of it.
+        /// Unpacks a strip, or as much of it as exists.
         #[inline(never)]
         #[target_feature(enable = $features)]
         pub(super) fn strip(ty: Grouped, w: &[Group<'_>; N], strip: usize, out: &mut [Bytes; STRIP]) {
@@ -60,7 +60,7 @@ macro_rules! unpack {
             bytes
         }
 
-        /// What nibbles stand for.
+        /// The integers of nibbles.
         const fn table(codes: u8) -> [u8; 16] {
             if codes == E2M1 {
                 return e2m1_table(bias(Codes::E2m1) as i8);

@@ -1,7 +1,7 @@
 //! Terms and bytes of one row group: four columns of eight rows per vector, eight vectors per block.
 //!
-//! Bytes are positive and below 128, so that they can be either operand of a product, but for integers of eight bits and the
-//! levels of IQ4_NL, which are signed.
+//! Bytes are positive and below 128, so that they can be either operand of a product. Only integers of eight bits and the levels of
+//! IQ4_NL are signed.
 
 use super::super::{block_scales, e4m3_to_f16, load16, load32, widen_bf16};
 use super::grids;
@@ -27,7 +27,7 @@ const N: usize = 1;
 /// The bytes of a block.
 pub(super) type Bytes = [__m256i; 8];
 
-/// What a byte is above the integer that the code stands for.
+/// The difference between a byte and the integer that the code represents.
 pub(super) const fn bias(codes: Codes) -> i32 {
     match codes {
         Codes::Uint(8) => -128,

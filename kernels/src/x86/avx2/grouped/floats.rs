@@ -1,4 +1,4 @@
-//! f32 activations: bytes become f32, or e4m3 does.
+//! f32 activations: bytes or e4m3 codes become f32.
 
 use super::super::{FP8, columns, fold4, put};
 use super::decode::{self, Terms, bias, row_factors};
@@ -90,7 +90,7 @@ fn integers<const HALVES: bool, const T: usize>(ty: Grouped, w: &Group<'_>, x: &
     total
 }
 
-/// What is added to the integers of a block, out of the pair that meets pairs of sums.
+/// The number that is added to the integers of a block, taken from the pair that multiplies pairs of sums.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn number<const HALVES: bool>(pair: __m256i, half: usize) -> __m256i {
@@ -101,7 +101,7 @@ fn number<const HALVES: bool>(pair: __m256i, half: usize) -> __m256i {
     }
 }
 
-/// Adds four columns, `moved` added to their integers.
+/// Adds four columns, with `moved` added to their integers.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_columns<const T: usize>(s: &mut [[__m256; 4]; T], bytes: __m256i, moved: __m256i, x: &[&[f32]; T], q: usize) {

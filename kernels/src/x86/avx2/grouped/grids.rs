@@ -1,6 +1,6 @@
 //! Grids: points and signs become bytes, four columns of eight rows per vector, eight vectors per block.
 //!
-//! Points are loaded one by one: eight loads for eight rows take no longer than a gather, and on some processors much less.
+//! Points are loaded one by one: eight loads for eight rows take no longer than a gather, and much less on some processors.
 
 use super::super::{load16, load32};
 use super::decode::Bytes;
@@ -73,7 +73,7 @@ fn iq1s(records: &[u8]) -> Bytes {
     let words = load16(records, 32);
     let twice = _mm256_broadcastsi128_si256(words);
     let mut indices = [0; 32];
-    // Bits 3l to 3l + 3 become bits 8 to 11. The last are above them, so all move down by a bit first.
+    // Bits 3l to 3l + 3 become bits 8 to 11. The last ones are above those, so all move down by a bit first.
     let first = moved(twice, [256, 32], 0x700);
     let second = moved(_mm256_srli_epi16::<1>(twice), [8, 1], 0x700);
     store(&mut indices, 0, _mm256_or_si256(low_bits(records, 0), first));
@@ -101,13 +101,13 @@ fn iq1m(records: &[u8]) -> Bytes {
     eights(&indices, grids::IQ1.words(), Signs::Added(added))
 }
 
-/// What goes with the points.
+/// The signs of points, or the number that is added to them.
 enum Signs {
     /// Signs of eight columns each, of all rows.
     Bytes([[u8; ROW_GROUP]; 4]),
     /// Signs in the lowest bytes first, a word of 32 bits for each row.
     Words(__m256i),
-    /// What is added to all columns of a point, the bias included, four times for each row.
+    /// The number that is added to all columns of a point, the bias included, four times for each row.
     Added([__m256i; 4]),
 }
 
@@ -129,7 +129,7 @@ impl Signs {
         Signs::Words(with_parity(_mm256_or_si256(low, _mm256_or_si256(third, fourth))))
     }
 
-    /// Those of columns `8l..8l + 8`, four times for each row.
+    /// The signs of columns `8l..8l + 8`, four times for each row.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn of(&self, l: usize) -> __m256i {
@@ -146,7 +146,7 @@ impl Signs {
         }
     }
 
-    /// Applies those of [`Signs::of`] to the first or the second four columns, and adds the bias.
+    /// Applies the result of [`Signs::of`] to the first or the second four columns, and adds the bias.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn apply(&self, vector: __m256i, rows: __m256i, half: usize) -> __m256i {
@@ -160,7 +160,7 @@ impl Signs {
     }
 }
 
-/// Places of the byte of each row, four times, in each lane; in the second lane `second` more.
+/// Places of the byte of each row, four times, in each lane; `second` more in the second lane.
 const fn places(step: u8, second: u8) -> [u8; 32] {
     let (mut places, mut i) = ([0; 32], 0);
     while i < 32 {
@@ -187,7 +187,7 @@ fn fours<const N: usize, I: Copy + Into<usize>>(indices: &[I; 64], points: &[u32
     integers
 }
 
-/// Points of eight columns: those of rows 0, 1, 4 and 5 and of the others, from which two vectors of all rows are picked.
+/// Points of eight columns: those of rows 0, 1, 4 and 5 and those of the others, from which two vectors of all rows are selected.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn eights<const N: usize, I: Copy + Into<usize>>(indices: &[I; 32], points: &[u64; N], signs: Signs) -> Bytes {
@@ -218,7 +218,7 @@ fn eight_twice(rows: &[u8; ROW_GROUP]) -> __m256i {
     _mm256_cvtepu8_epi16(_mm_set1_epi64x(i64::from_le_bytes(*rows)))
 }
 
-/// Multiplied by the one factor in the first lane and by the other in the second; what `mask` has is left.
+/// Multiplies by one factor in the first lane and by the other in the second; keeps the bits of `mask`.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn moved(words: __m256i, factors: [i16; 2], mask: i16) -> __m256i {
@@ -234,7 +234,7 @@ fn one_or_minus(minus: __m128i) -> __m256i {
     _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(added), load32(const { &places(1, 4) }, 0))
 }
 
-/// Adds to seven signs the eighth, which makes the number of minuses even.
+/// Adds an eighth sign to seven, which makes the number of minuses even.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn with_parity(signs: __m256i) -> __m256i {

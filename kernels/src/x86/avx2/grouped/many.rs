@@ -1,5 +1,5 @@
-//! Several tokens of int8 times one or two row groups, as `many` of the other types does it: a strip is unpacked once for all
-//! tokens of a tile, then each vector meets four tokens, and each word of a token both row groups, before the next.
+//! Several tokens of int8 times one or two row groups, in the same way as `many` for the other types: a strip is unpacked once for
+//! all tokens of a tile, then each vector meets four tokens, and each word of a token meets both row groups, before the next.
 
 use super::super::put;
 use super::decode::{self, Bytes, Terms, bias, is_signed, row_factors};
@@ -24,8 +24,8 @@ struct Strip<const G: usize> {
     bytes: [[Bytes; STRIP]; G],
     terms: [Terms; G],
     with_bias: bool,
-    /// Pairs of vectors of a half block. A number that the compiler does not know keeps the loop over them, and with it the order
-    /// that this is about.
+    /// Pairs of vectors of a half block. Because the compiler does not know the number, it keeps the loop over them, and so the
+    /// order described above.
     steps: usize,
 }
 
@@ -98,7 +98,7 @@ fn multiply<const G: usize, const SIGNED: bool, const HALVES: bool>(
     }
 }
 
-/// Adds block `g` of `T` tokens, whose sums are those from `first`.
+/// Adds block `g` of `T` tokens, whose sums begin at `first`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn pass<const G: usize, const T: usize, const SIGNED: bool, const HALVES: bool>(
@@ -146,7 +146,7 @@ fn add_half<const G: usize, const T: usize, const SIGNED: bool>(
     dots: &mut [[__m256i; G]; T],
 ) {
     for step in 0..strip.steps {
-        // Says that it is in bounds without telling the compiler how many steps there are.
+        // Shows that it is in bounds, without telling the compiler how many steps there are.
         let step = step % 2;
         for q in [4 * half + 2 * step, 4 * half + 2 * step + 1] {
             let vector = each!(_mm256_setzero_si256(); G, i => strip.bytes[i][at][q]);
@@ -161,8 +161,8 @@ fn add_half<const G: usize, const T: usize, const SIGNED: bool>(
     }
 }
 
-/// Applies the terms of block `b`, the first of 32 columns or not. Of the activations there are what meets the numbers beside
-/// `A`, and the sums.
+/// Applies the terms of block `b`, which is the first of its 32 columns or not. The activations give the factors of the numbers
+/// beside `A`, and the sums.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn apply<const G: usize, const T: usize, const SIGNED: bool, const FIRST: bool>(
@@ -178,7 +178,7 @@ fn apply<const G: usize, const T: usize, const SIGNED: bool, const FIRST: bool>(
             let (pair, sum) = of[t];
             let moved = match (strip.with_bias, SIGNED) {
                 (false, _) => _mm256_madd_epi16(rest, _mm256_set1_epi32(pair)),
-                // No term takes out what makes integers of eight bits signed.
+                // No term removes the difference that makes integers of eight bits signed.
                 (true, true) => _mm256_set1_epi32(-bias(Codes::Uint(8)) * sum),
                 (true, false) => _mm256_setzero_si256(),
             };

@@ -64,7 +64,7 @@ fn blocks_int8<const C: u8, const HALVES: bool>(ty: Grouped, w: &Group<'_>, x: &
     let with_bias = has_bias(ty);
     let mut ahead = Stream::new(&[*w], blocks);
     let mut terms = Terms::new(ty);
-    // The sums of even and odd blocks; in the end their order does not matter.
+    // The sums of even and odd blocks; at the end, their order does not matter.
     let (mut s, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
     for first in (0..blocks).step_by(STRIP) {
         let n = (blocks - first).min(STRIP);
@@ -90,8 +90,8 @@ fn blocks_int8<const C: u8, const HALVES: bool>(ty: Grouped, w: &Group<'_>, x: &
     _mm256_mul_ps(_mm256_add_ps(s, other), row_factors(ty, &[*w]))
 }
 
-/// Adds a block to the products `before` of the same 32 columns. Of the activations there are what meets the number beside `A`,
-/// and the sum.
+/// Adds a block to the products `before` of the same 32 columns. The activations give the factor of the number beside `A`, and the
+/// sum.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn products(
@@ -112,7 +112,7 @@ fn products(
     if with_bias { _mm256_fmadd_ps(_mm256_set1_ps(sum as f32), _mm256_castsi256_ps(rest), products) } else { products }
 }
 
-/// Pair sums that fit in 16 bits together: pairs are at most 2·127 times the largest byte.
+/// Number of pair sums that can be added in 16 bits: a pair is at most 2·127 times the largest byte.
 const fn sums_that_fit(codes: u8) -> usize {
     match codes {
         2..=4 => 4,
@@ -144,7 +144,7 @@ fn dots<const C: u8>(bytes: &Bytes, x: &QuantisedBlock) -> [__m256i; 2] {
     dots
 }
 
-/// Takes out of integers of eight bits what makes them signed, where no term does it.
+/// Removes the difference that makes integers of eight bits signed, if no term does it.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn without_bias(dots: [__m256i; 2], x: &QuantisedBlock) -> [__m256i; 2] {
@@ -159,7 +159,7 @@ fn signed(w: __m256i, x: __m256i) -> __m256i {
     _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
 }
 
-/// Whether codes are numbers of eight bits that only floats can hold.
+/// Whether codes are numbers of eight bits that only floats can represent.
 fn is_e4m3(ty: Grouped) -> bool {
     ty.codes() == Codes::E4m3
 }

@@ -26,7 +26,7 @@ const N: usize = 2;
 /// The bytes of a block.
 pub(super) type Bytes = [__m512i; 8];
 
-/// What a byte is above the integer that the code stands for.
+/// The difference between a byte and the integer that the code represents.
 const fn bias(codes: Codes) -> i32 {
     match codes {
         Codes::E2m1 => 12,

@@ -1,11 +1,11 @@
-//! Grids with VBMI: the indices of 64 points are looked up at once, in tables that registers or the nearest cache hold.
+//! Grids with VBMI: the indices of 64 points are looked up at once, in tables that fit in registers or the nearest cache.
 //!
-//! A point of eight columns with three levels each is two bytes, one of four columns with eight levels twelve bits. Both are
-//! looked up by `vpermi2b`, 128 bytes at a time; `vpmultishiftqb` spreads what is found over the columns, beside their signs,
-//! and one more look-up turns level and sign into a byte.
+//! A point of eight columns with three levels each is two bytes; a point of four columns with eight levels is twelve bits.
+//! `vpermi2b` looks both up, 128 bytes at a time; `vpmultishiftqb` spreads the result over the columns, beside their signs, and one
+//! more look-up turns level and sign into a byte.
 //!
-//! What is looked up lies in the order of [`PLACES`], so that codes and signs, interleaved, give each 64 bits the words of two
-//! rows of one point and then of the same rows of the next: what `vpmultishiftqb` takes from them are eight bytes of a vector.
+//! The bytes to be looked up lie in the order of [`PLACES`]. So codes and signs, interleaved, give each 64 bits the words of two
+//! rows of one point and then of the same rows of the next, and `vpmultishiftqb` takes from them eight bytes of a vector.
 
 use super::super::{Pair, load8x2, load16x2, load32x2};
 use crate::grouped::grids::digits::{self, Digits};
@@ -27,8 +27,8 @@ const IQ2XXS: u8 = 4;
 const IQ1S: u8 = 5;
 const IQ1M: u8 = 6;
 
-/// Unpacks a strip of two row groups, or what there is of it: integers with [`GRID_BIAS`] added. False, and nothing is done,
-/// where the CPU lacks VBMI.
+/// Unpacks a strip of two row groups, or as much of it as exists: integers with [`GRID_BIAS`] added. If the CPU lacks VBMI, it does
+/// nothing and returns false.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn strip(codes: Codes, w: &Pair<'_>, strip: usize, out: &mut [Bytes; STRIP]) -> bool {
@@ -57,7 +57,7 @@ fn of_codes(codes: Codes, w: &Pair<'_>, strip: usize, out: &mut [Bytes; STRIP]) 
     }
 }
 
-/// Bits 0..8 of indices, and for each bit from the eighth (number 7) on which indices have it.
+/// Bits 0..8 of indices, and for each bit from the eighth (number 7) on, which indices have it set.
 struct Indices {
     low: __m512i,
     bits: [__mmask64; 4],
@@ -102,7 +102,7 @@ fn fours<const C: u8, const N: usize>(a: &[u8], b: &[u8], digits: &Digits<N>) ->
             indices.bits[1] = _mm512_test_epi8_mask(ninth, load(tested));
         }
         let planes = [look_up(&digits.0[0], &indices), look_up(&digits.0[1], &indices)];
-        // Each point has a half of eight signs; they go beside the four upper bits of its levels.
+        // Each point has a half of eight signs; they are put beside the four upper bits of its levels.
         let places = match (C, half) {
             (IQ3S, 0) => const { &halves_of_signs([32, 8, 1], 0) },
             (IQ3S, _) => const { &halves_of_signs([32, 8, 1], 2) },
@@ -139,19 +139,19 @@ fn look_up<const N: usize>(table: &[u8; N], indices: &Indices) -> __m512i {
     found[0]
 }
 
-/// From the words of sixteen rows, those of the first or of the second point of `words`, to four bytes each: level `i` has
-/// `WIDTH` bits from bit `WIDTH·i` on, and its sign is bit `signs + i`.
+/// Turns the words of sixteen rows, of the first or of the second point of `words`, into four bytes each: level `i` has `WIDTH`
+/// bits from bit `WIDTH·i` on, and its sign is bit `signs + i`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn spread<const WIDTH: usize>(words: __m512i, point: usize, signs: usize, table: __m512i) -> __m512i {
     let levels = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(every(WIDTH, 16, 32 * point)), words);
     let moved = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(every(1, 16, 32 * point + signs - WIDTH)), words);
-    // Where the first operand has bits, take the second, else the third; bits above have no meaning for the look-up.
+    // Selects the second operand where the first has bits set, and the third elsewhere; the look-up ignores bits above.
     let number = _mm512_ternarylogic_epi64::<0xca>(_mm512_set1_epi8(1 << WIDTH), moved, levels);
     _mm512_permutexvar_epi8(number, table)
 }
 
-/// First bits of eight bytes: `first`, `step` more for each byte, and from the fifth byte on `word` more.
+/// First bits of eight bytes: `first`, `step` more for each byte, and `word` more from the fifth byte on.
 const fn every(step: usize, word: usize, first: usize) -> i64 {
     let (mut all, mut i) = (0, 0);
     while i < 8 {
@@ -161,7 +161,7 @@ const fn every(step: usize, word: usize, first: usize) -> i64 {
     all
 }
 
-/// What number and sign of a level stand for: the number is in bits 0 and 1, the sign in bit 2.
+/// The integer of a level's number and sign: the number is in bits 0 and 1, the sign in bit 2.
 const fn two_bit_levels(codes: u8) -> [u8; 64] {
     let (mut table, mut i) = ([0; 64], 0);
     while i < 64 {
@@ -191,7 +191,7 @@ const fn three_bit_levels(codes: u8) -> [u8; 64] {
     table
 }
 
-/// Row group, point and row of each byte of what is looked up.
+/// Row group, point and row of each byte that is looked up.
 const PLACES: [[u8; 3]; 64] = {
     let (mut places, mut i) = ([[0; 3]; 64], 0);
     while i < 64 {
@@ -203,7 +203,7 @@ const PLACES: [[u8; 3]; 64] = {
     places
 };
 
-/// Where bytes are that a row group has at `steps[1]·point + steps[2]·row`, and `first` further on.
+/// Places of the bytes that a row group has at `first + steps[1]·point + steps[2]·row`.
 const fn places(steps: [u8; 3], first: u8) -> [u8; 64] {
     let (mut places, mut i) = ([0; 64], 0);
     while i < 64 {
@@ -214,7 +214,7 @@ const fn places(steps: [u8; 3], first: u8) -> [u8; 64] {
     places
 }
 
-/// Where the signs are of points of four columns, of which two share a byte.
+/// Places of the signs of points of four columns, two of which share a byte.
 const fn halves_of_signs(steps: [u8; 3], first: u8) -> [u8; 64] {
     let (mut places, mut i) = ([0; 64], 0);
     while i < 64 {
@@ -225,7 +225,7 @@ const fn halves_of_signs(steps: [u8; 3], first: u8) -> [u8; 64] {
     places
 }
 
-/// For each byte the bit `step·point + first`.
+/// The bit `step·point + first` for each byte.
 const fn bits(step: u8, first: u8) -> [u8; 64] {
     let (mut bits, mut i) = ([0; 64], 0);
     while i < 64 {
@@ -241,7 +241,7 @@ fn in_order(places: &[u8; 64], v: __m512i) -> __m512i {
     _mm512_permutexvar_epi8(load(places), v)
 }
 
-/// Indices of one byte, of the four points at `at`.
+/// Indices of one byte, for the four points at `at`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn low_bits(a: &[u8], b: &[u8], at: usize) -> Indices {
@@ -325,7 +325,7 @@ fn iq1m(a: &[u8], b: &[u8]) -> (Indices, __m512i) {
     (indices, _mm512_movm_epi8(_mm512_test_epi8_mask(nibbles, load(&TESTED[3]))))
 }
 
-/// Four times seven signs, completed, of each row and row group, one after the other.
+/// Four times seven signs, each with its eighth, for each row and row group in turn.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn seven_bits(a: &[u8], b: &[u8], at: usize) -> __m512i {
@@ -333,7 +333,7 @@ fn seven_bits(a: &[u8], b: &[u8], at: usize) -> __m512i {
     with_parity(_mm512_and_si512(signs, _mm512_set1_epi8(127)))
 }
 
-/// Adds the eighth sign, which makes the number of minuses even.
+/// Adds an eighth sign, which makes the number of minuses even.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn with_parity(signs: __m512i) -> __m512i {
@@ -345,7 +345,7 @@ fn with_parity(signs: __m512i) -> __m512i {
         }
         odd
     };
-    // Six bits are looked up; bit 6 joins bit 0, and bit 7 is not set.
+    // Six bits are looked up; bit 6 is combined with bit 0, and bit 7 is not set.
     let folded = _mm512_xor_si512(signs, _mm512_and_si512(_mm512_srli_epi16::<6>(signs), _mm512_set1_epi8(3)));
     _mm512_or_si512(signs, _mm512_permutexvar_epi8(folded, load(&ODD)))
 }
@@ -394,7 +394,7 @@ mod tests {
         }
     }
 
-    /// The blocks of CPUs without VBMI are made of those of AVX2.
+    /// The blocks of CPUs without VBMI consist of AVX2 blocks.
     #[test]
     fn bytes_are_those_of_avx2() {
         if Avx512::new().is_none() {

@@ -1,4 +1,4 @@
-//! Grouped types: products of two row groups. In the order of the `grouped` module.
+//! Grouped types: products of two row groups, in the order of the `grouped` module.
 
 mod decode;
 mod grids;
@@ -73,7 +73,7 @@ fn one<const C: u8, const HALVES: bool, const BIAS: bool>(ty: Grouped, w: &Pair<
     let x = &x[..blocks];
     let mut ahead = Stream::new(w, blocks);
     let mut terms = Terms::new(ty);
-    // The sums of even and odd blocks; in the end their order does not matter.
+    // The sums of even and odd blocks; at the end, their order does not matter.
     let (mut s, mut other) = ([_mm512_setzero_ps()], [_mm512_setzero_ps()]);
     for first in (0..blocks).step_by(STRIP) {
         let n = (blocks - first).min(STRIP);
@@ -100,7 +100,7 @@ struct Sums {
 struct Strip {
     terms: Terms,
     bytes: [Bytes; STRIP],
-    /// Number of its first block, and how many there are.
+    /// Number of its first block, and the number of blocks.
     first: usize,
     blocks: usize,
 }
@@ -154,7 +154,7 @@ fn tokens<const HALVES: bool, const BIAS: bool>(
     }
 }
 
-/// A strip meets the tokens whose sums are those from `token`.
+/// A strip meets the tokens whose sums begin at `token`.
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn pass<const HALVES: bool, const BIAS: bool, const T: usize>(
@@ -197,7 +197,7 @@ fn block<const HALVES: bool, const BIAS: bool, const T: usize>(
     each!(s[0]; T, t => _mm512_fmadd_ps(products[t], _mm512_set1_ps(x[t].scale), s[t]))
 }
 
-/// Adds to the products `before`, where there are any, those of vectors `FROM..TO` of a block.
+/// Adds the products of vectors `FROM..TO` of a block to the products `before`, if there are any.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn part<const BIAS: bool, const T: usize, const FROM: usize, const TO: usize>(
@@ -214,7 +214,7 @@ fn part<const BIAS: bool, const T: usize, const FROM: usize, const TO: usize>(
         }
     }
     let words: [&[i32; 8]; T] = each!(&x[0].words; T, t => &x[t].words);
-    // One token has no other with which its chain of additions could take turns.
+    // With one token, there is no other whose additions could alternate with its own.
     let mut others = [_mm512_setzero_si512(); T];
     for q in FROM..TO {
         multiply(if T == 1 && q % 2 == 1 { &mut others } else { &mut dots }, bytes[q], &words, q);
